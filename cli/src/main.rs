@@ -1,0 +1,3 @@
+//! The command `xsr`.
+#![forbid(unsafe_code)]
+fn main() {}

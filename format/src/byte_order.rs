@@ -1,0 +1,24 @@
+//! Byte order as a run-time argument.
+//!
+//! The libxc image header's option bit 0 (and the libxl header's) says which
+//! order the rest of the stream is in, so nothing here is fixed at compile time.
+
+use std::fmt;
+
+/// Order of the octets in a multi-octet field.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ByteOrder {
+    /// Least significant octet first: what every x86 Xen writes.
+    Little,
+    /// Most significant octet first.
+    Big,
+}
+
+impl fmt::Display for ByteOrder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Little => "little endian",
+            Self::Big => "big endian",
+        })
+    }
+}

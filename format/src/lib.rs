@@ -1,0 +1,15 @@
+//! The Xen domain save image format: octets to typed values and back.
+//!
+//! Pure: `Read`, `Write` and slices; no files, no threads, no Xen.
+
+#![forbid(unsafe_code)]
+#![deny(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects
+)]
+
+pub mod byte_order;
+pub mod frame;
+pub mod wire;

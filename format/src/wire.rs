@@ -1,0 +1,71 @@
+//! Fixed-width field types for wire structs: octet arrays of alignment 1 whose
+//! value is read and written with the byte order as an argument.
+//!
+//! A struct made of these has no padding and can be borrowed from any octet
+//! slice with `zerocopy`.
+
+use std::fmt;
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::byte_order::ByteOrder;
+
+macro_rules! field {
+    ($(#[$doc:meta])* $name:ident, $int:ty, $octets:literal) => {
+        $(#[$doc])*
+        #[derive(
+            Clone, Copy, Default, PartialEq, Eq, Hash,
+            FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+        )]
+        #[repr(transparent)]
+        pub struct $name([u8; $octets]);
+
+        impl $name {
+            /// A field holding `value` in the given order.
+            pub const fn new(value: $int, order: ByteOrder) -> Self {
+                Self(match order {
+                    ByteOrder::Little => value.to_le_bytes(),
+                    ByteOrder::Big => value.to_be_bytes(),
+                })
+            }
+
+            /// The value, read in the given order.
+            pub const fn get(self, order: ByteOrder) -> $int {
+                match order {
+                    ByteOrder::Little => <$int>::from_le_bytes(self.0),
+                    ByteOrder::Big => <$int>::from_be_bytes(self.0),
+                }
+            }
+
+            /// Store `value` in the given order.
+            pub const fn set(&mut self, value: $int, order: ByteOrder) {
+                *self = Self::new(value, order);
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "{}({:02x?})", stringify!($name), self.0)
+            }
+        }
+    };
+}
+
+field!(
+    /// A 16-bit field.
+    U16, u16, 2
+);
+field!(
+    /// A 32-bit field.
+    U32, u32, 4
+);
+field!(
+    /// A 64-bit field.
+    U64, u64, 8
+);
+
+const _: () = {
+    assert!(size_of::<U16>() == 2 && align_of::<U16>() == 1);
+    assert!(size_of::<U32>() == 4 && align_of::<U32>() == 1);
+    assert!(size_of::<U64>() == 8 && align_of::<U64>() == 1);
+};

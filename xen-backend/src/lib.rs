@@ -1,0 +1,346 @@
+//! What can be asked of a hypervisor, as object-safe role traits, each method with
+//! its promise, units and errno.
+//!
+//! A [`Host`] opens domains; a [`Domain`] plays every role. Frames are
+//! [`Gfn`]s throughout: the pfn of an HVM guest, the mfn of a PV guest.
+//!
+//! Every call may also fail with EPERM (not privileged), ESRCH (the domain is
+//! gone) and, over a restricted handle, EACCES; these are not repeated below.
+
+pub mod error;
+pub mod pages;
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use xsr_format::frame::{Gfn, Mfn, PageType, Pfn};
+
+pub use error::{BackendError, MapError};
+pub use nix::errno::Errno;
+pub use pages::{Access, ForeignPage, ForeignPages, Gather};
+
+/// A domain's number, 0–0x7fef; 0 is the control domain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct DomId(pub u16);
+
+impl fmt::Display for DomId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "domain {}", self.0)
+    }
+}
+
+/// The version of the hypervisor, as the domain header of an image states it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct XenVersion {
+    /// 4 for Xen 4.17.
+    pub major: u16,
+    /// 17 for Xen 4.17.
+    pub minor: u16,
+}
+
+/// How a guest is virtualised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GuestKind {
+    /// Paravirtualised: the guest maintains its own page tables and p2m.
+    Pv,
+    /// Hardware-virtualised, with a device model. Saved as x86 HVM.
+    Hvm,
+    /// Hardware-virtualised, without a device model. Saved as x86 HVM.
+    Pvh,
+}
+
+impl GuestKind {
+    /// Whether Xen translates the guest's frames (HVM and PVH).
+    pub const fn is_translated(self) -> bool {
+        matches!(self, Self::Hvm | Self::Pvh)
+    }
+}
+
+/// Why a domain shut down (`SHUTDOWN_*` in `xen/include/public/sched.h`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ShutdownReason {
+    /// 0
+    Poweroff,
+    /// 1
+    Reboot,
+    /// 2: the guest has put itself in order to be saved.
+    Suspend,
+    /// 3
+    Crash,
+    /// 4
+    Watchdog,
+    /// 5
+    SoftReset,
+}
+
+/// What `getdomaininfo` tells.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DomainInfo {
+    /// The domain's number.
+    pub domid: DomId,
+    /// PV, HVM or PVH.
+    pub kind: GuestKind,
+    /// Set once the domain has shut down.
+    pub shutdown: Option<ShutdownReason>,
+    /// Paused by the toolstack (not by shutting down).
+    pub paused: bool,
+    /// Being destroyed.
+    pub dying: bool,
+    /// Largest number a vcpu of the domain can have.
+    pub max_vcpu_id: u32,
+    /// Pages the domain has.
+    pub tot_pages: u64,
+    /// Pages the domain may have.
+    pub max_pages: u64,
+    /// Where shared_info is; for a PV guest its mfn.
+    pub shared_info_frame: Gfn,
+}
+
+/// The blobs Xen keeps for a PV vcpu. All little endian, as in Xen's public headers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum VcpuBlob {
+    /// `vcpu_guest_context` of the guest's width: 0x1430 octets (64-bit) or 0xaf0.
+    Basic,
+    /// `xen_domctl_ext_vcpucontext`, at most 128 octets.
+    Extended,
+    /// XSAVE area: two u64 (xfeature mask, xcr0) and the area itself.
+    Xsave,
+    /// MSRs: entries of 16 octets (u32 index, u32 zero, u64 value).
+    Msrs,
+}
+
+/// A domain's TSC, as X86_TSC_INFO holds it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TscInfo {
+    /// 0 default, 1 always emulate, 2 never emulate, 3 pvrdtscp.
+    pub mode: u32,
+    /// Frequency in kHz.
+    pub khz: u32,
+    /// Elapsed time in nanoseconds.
+    pub nsec: u64,
+    /// Counts migrations.
+    pub incarnation: u32,
+}
+
+/// A domain's CPU policy, serialised as in X86_CPUID_POLICY and X86_MSR_POLICY.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CpuPolicy {
+    /// CPUID leaves, 24 octets each (leaf, subleaf, eax, ebx, ecx, edx), little endian.
+    pub leaves: Vec<u8>,
+    /// MSRs, 16 octets each (u32 index, u32 flags, u64 value), little endian.
+    pub msrs: Vec<u8>,
+}
+
+/// The domain's event channels and domains behind store and console, as the grant
+/// table's reserved entries name them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingGrant {
+    /// The ring's frame (HVM: pfn, PV: mfn); `None` leaves the entry alone.
+    pub gfn: Option<Gfn>,
+    /// The domain that may map it.
+    pub backend: DomId,
+}
+
+/// The machine-to-physical table, mapped for reading.
+#[derive(Debug)]
+pub struct M2p {
+    table: ForeignPages,
+    max_mfn: Mfn,
+    compat_first: Mfn,
+}
+
+impl M2p {
+    /// `table` holds a u64 pfn per mfn from mfn 0 to `max_mfn`; `compat_first` is
+    /// the first mfn of the table that 32-bit guests see, which their page tables
+    /// may refer to (C: `compat_m2p_mfn0`).
+    pub fn new(table: ForeignPages, max_mfn: Mfn, compat_first: Mfn) -> Self {
+        Self {
+            table,
+            max_mfn,
+            compat_first,
+        }
+    }
+
+    /// Largest machine frame there is.
+    pub fn max_mfn(&self) -> Mfn {
+        self.max_mfn
+    }
+
+    /// First frame of the compat table.
+    pub fn compat_first(&self) -> Mfn {
+        self.compat_first
+    }
+
+    /// What the table says of `mfn`: the pfn if the frame belongs to a guest, any
+    /// value otherwise. A caller checks it against the p2m. `None` beyond
+    /// [`M2p::max_mfn`].
+    pub fn pfn(&self, mfn: Mfn) -> Option<Pfn> {
+        if mfn > self.max_mfn {
+            return None;
+        }
+        let index = usize::try_from(mfn.0).ok()?;
+        self.table.read_u64(index).map(Pfn)
+    }
+}
+
+/// The machine as a whole.
+pub trait Host: Send + Sync {
+    /// The hypervisor's version.
+    fn xen_version(&self) -> Result<XenVersion, BackendError>;
+
+    /// Every domain but the control domain, ascending.
+    fn domains(&self) -> Result<Vec<DomainInfo>, BackendError>;
+
+    /// A handle on one domain. Fails with ESRCH where there is none.
+    fn domain(&self, domid: DomId) -> Result<Box<dyn Domain>, BackendError>;
+
+    /// Make a new, paused domain without memory, with `vcpus` vcpus and room for
+    /// `max_pages` pages, and say its number. A PV domain starts out 64 bits wide.
+    ///
+    /// EINVAL for zero vcpus or more than 128 (PV: 32 is what shared_info holds,
+    /// more need the guest's help); ENOMEM when the host is full.
+    fn create_domain(
+        &self,
+        kind: GuestKind,
+        vcpus: u32,
+        max_pages: u64,
+    ) -> Result<DomId, BackendError>;
+}
+
+/// A domain's life.
+pub trait DomainControl: Send + Sync {
+    /// The domain's state now (`XEN_DOMCTL_getdomaininfo`).
+    fn info(&self) -> Result<DomainInfo, BackendError>;
+
+    /// Whether the vcpu is online (`XEN_DOMCTL_getvcpuinfo`). EINVAL above
+    /// `max_vcpu_id`, ESRCH where that vcpu was never made.
+    fn vcpu_online(&self, vcpu: u32) -> Result<bool, BackendError>;
+
+    /// Stop all vcpus; returns when none runs. Counted: two pauses want two
+    /// unpauses.
+    fn pause(&self) -> Result<(), BackendError>;
+
+    /// Undo one [`DomainControl::pause`]. EINVAL when not paused.
+    fn unpause(&self) -> Result<(), BackendError>;
+
+    /// Ask the guest to suspend and wait until it has: afterwards [`DomainControl::info`]
+    /// shows `ShutdownReason::Suspend`. EBUSY when it is already shut down,
+    /// ETIMEDOUT when it does not answer.
+    fn suspend(&self) -> Result<(), BackendError>;
+
+    /// Let a domain that has suspended run on where it is, its suspend call
+    /// returning "cancelled" (`XEN_DOMCTL_resumedomain`, cooperative). EINVAL when
+    /// it has not shut down.
+    fn resume(&self) -> Result<(), BackendError>;
+
+    /// Destroy the domain and free its memory.
+    fn destroy(&self) -> Result<(), BackendError>;
+
+    /// Allot an event channel that `remote` may bind; its port (≥ 1). ENOSPC when
+    /// there is none left.
+    fn alloc_unbound_port(&self, remote: DomId) -> Result<u32, BackendError>;
+}
+
+/// A domain's memory.
+pub trait GuestMemory: Send + Sync {
+    /// The largest gfn the domain has ever had populated
+    /// (`XENMEM_maximum_gpfn`); `None` while it has none.
+    fn maximum_gfn(&self) -> Result<Option<Gfn>, BackendError>;
+
+    /// The type of each frame of `gfns` into `out` (`XEN_DOMCTL_getpageframeinfo3`).
+    /// A frame that does not exist, is not the domain's or is Xen's own is
+    /// [`PageType::XTAB`]. E2BIG above 1024 frames; EINVAL where the lengths differ.
+    fn page_types(&self, gfns: &[Gfn], out: &mut [PageType]) -> Result<(), BackendError>;
+
+    /// Map frames one behind the other. Succeeds as a whole even where single
+    /// frames fail: see [`ForeignPages::failed`]. A frame that does not exist or is
+    /// not the domain's fails with EINVAL; a page table of a PV guest may be mapped
+    /// for writing only while nothing has its type (EINVAL otherwise).
+    fn map(&self, gfns: &[Gfn], access: Access) -> Result<ForeignPages, BackendError>;
+
+    /// Allocate `frames.len()` extents of 2^`order` pages
+    /// (`XENMEM_populate_physmap`; orders 0, 9 and 18). Going in, each element is
+    /// the first pfn of an extent, aligned to it. Coming out, for a PV guest, it is
+    /// the first mfn; for a translated guest it is unchanged. Says how many extents,
+    /// from the first on, were allocated: fewer than asked for when memory or the
+    /// domain's limit ran out, or a pfn was already in use (a PV guest may reuse
+    /// one). EINVAL for another order or a misaligned pfn. New pages are zero.
+    fn populate(&self, order: u8, frames: &mut [Gfn]) -> Result<usize, BackendError>;
+}
+
+/// What PV and translated guests on x86 have in common.
+pub trait X86Platform: Send + Sync {
+    /// The CPU policy (`XEN_DOMCTL_get_cpu_policy`).
+    fn cpu_policy(&self) -> Result<CpuPolicy, BackendError>;
+
+    /// Set the CPU policy; an empty half is left alone. EINVAL for lengths that are
+    /// no multiple of an entry or for a policy the machine cannot offer; EBUSY once
+    /// a vcpu has run.
+    fn set_cpu_policy(&self, policy: &CpuPolicy) -> Result<(), BackendError>;
+
+    /// TSC mode, frequency, elapsed time and incarnation (`XEN_DOMCTL_gettscinfo`).
+    fn tsc_info(&self) -> Result<TscInfo, BackendError>;
+
+    /// Set them (`XEN_DOMCTL_settscinfo`). EINVAL for a mode above 3 or a running
+    /// domain.
+    fn set_tsc_info(&self, info: &TscInfo) -> Result<(), BackendError>;
+
+    /// Put the frames of the xenstore and console rings into the reserved grant
+    /// entries 1 and 0 of the domain (C: `xc_dom_gnttab_seed`).
+    fn seed_grants(&self, console: RingGrant, xenstore: RingGrant) -> Result<(), BackendError>;
+}
+
+/// What only PV guests have. On a translated guest every call fails with EINVAL.
+pub trait PvGuest: Send + Sync {
+    /// Octets in the guest's word: 8 or 4 (`XEN_DOMCTL_get_address_size`, in octets).
+    fn guest_width(&self) -> Result<u8, BackendError>;
+
+    /// Make the guest 4 or 8 octets wide. EINVAL for another width; EACCES once the
+    /// domain has memory.
+    fn set_guest_width(&self, width: u8) -> Result<(), BackendError>;
+
+    /// The machine-to-physical table.
+    fn m2p(&self) -> Result<M2p, BackendError>;
+
+    /// One blob of a vcpu; empty where Xen has nothing of that kind. EINVAL above
+    /// `max_vcpu_id`; [`VcpuBlob::Basic`] of a vcpu that was never initialised:
+    /// ENODATA.
+    fn vcpu_state(&self, vcpu: u32, blob: VcpuBlob) -> Result<Vec<u8>, BackendError>;
+
+    /// Set one blob. EINVAL for a wrong length, a cr3 that is no valid top-level
+    /// table of the guest, a GDT frame that is page table or otherwise unfit, or
+    /// a state Xen does not accept.
+    fn set_vcpu_state(&self, vcpu: u32, blob: VcpuBlob, state: &[u8]) -> Result<(), BackendError>;
+
+    /// Validate and pin page tables (`MMUEXT_PIN_Ln_TABLE`), at most 1024 at a time:
+    /// level 1–4 and the table's mfn. EINVAL when a table does not validate: an
+    /// entry with reserved bits, to a frame that is not the guest's, or a writable
+    /// mapping of a page table. Those before the failing one stay pinned.
+    fn pin_tables(&self, tables: &[(u8, Mfn)]) -> Result<(), BackendError>;
+}
+
+/// What only translated guests have. On a PV guest every call fails with EINVAL.
+pub trait HvmGuest: Send + Sync {
+    /// The HVM context: Xen's own list of {u16 type, u16 instance, u32 length, body}
+    /// (`XEN_DOMCTL_gethvmcontext`).
+    fn hvm_context(&self) -> Result<Vec<u8>, BackendError>;
+
+    /// Set it. EINVAL for a context that is malformed or was made by a machine too
+    /// different.
+    fn set_hvm_context(&self, context: &[u8]) -> Result<(), BackendError>;
+
+    /// One HVM parameter (`HVM_PARAM_*`; 0 when never set). EINVAL for an index
+    /// that does not exist.
+    fn hvm_param(&self, index: u32) -> Result<u64, BackendError>;
+
+    /// Set one. EINVAL as above or for a value out of range; EEXIST for one that
+    /// may be set once only and was.
+    fn set_hvm_param(&self, index: u32, value: u64) -> Result<(), BackendError>;
+}
+
+/// A handle on one domain, in every role.
+pub trait Domain: DomainControl + GuestMemory + X86Platform + PvGuest + HvmGuest {}
+
+impl<T: DomainControl + GuestMemory + X86Platform + PvGuest + HvmGuest> Domain for T {}

@@ -1,0 +1,453 @@
+//! Mapped foreign pages, and gather lists over them.
+//!
+//! The memory here belongs to a guest that may be running: it can change between
+//! any two reads. So no reference to it is ever formed, reads and writes are
+//! volatile, and each page-table entry is read once.
+//!
+//! C implementation: `xenforeignmemory_map` and the `writev_exact` of
+//! `xg_sr_save.c:write_batch`.
+
+use std::fmt;
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr::NonNull;
+
+use nix::errno::Errno;
+use nix::libc;
+use nix::sys::mman;
+use xsr_format::frame::{PAGE_SIZE, Page};
+
+use crate::error::MapError;
+
+/// Page-table entries in a page.
+pub const ENTRIES_PER_TABLE: usize = PAGE_SIZE / 8;
+
+/// How foreign pages are mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Reading only.
+    Read,
+    /// Reading and writing.
+    Write,
+}
+
+/// Pages of a guest, mapped one behind the other. Unmapped on drop.
+pub struct ForeignPages {
+    base: NonNull<u8>,
+    count: usize,
+    access: Access,
+    failed: Vec<MapError>,
+}
+
+// SAFETY: the mapping belongs to this value alone and is reached only through
+// raw volatile accesses, which are as valid on one thread as on another.
+unsafe impl Send for ForeignPages {}
+// SAFETY: as for `Send`; two threads that write one page race as the guest itself
+// does, through volatile accesses, and no reference observes it.
+unsafe impl Sync for ForeignPages {}
+
+impl ForeignPages {
+    /// Take over a mapping.
+    ///
+    /// `failed` lists the frames whose address range is reserved but backed by
+    /// nothing (touching them would fault), in ascending order of index.
+    ///
+    /// # Safety
+    ///
+    /// - `base` is page-aligned and `base .. base + count * 4096` was mapped by
+    ///   `mmap`, with at least `access`, in all pages but those of `failed`;
+    /// - nothing else unmaps that range or forms a reference into it; this value
+    ///   unmaps it.
+    pub unsafe fn from_raw(
+        base: NonNull<u8>,
+        count: usize,
+        access: Access,
+        failed: Vec<MapError>,
+    ) -> Self {
+        debug_assert!(failed.is_sorted_by_key(|e| e.index));
+        Self {
+            base,
+            count,
+            access,
+            failed,
+        }
+    }
+
+    /// Number of pages asked for, those that failed included.
+    pub fn len(&self) -> usize {
+        self.count
+    }
+
+    /// Whether no page was asked for.
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// The access the pages are mapped with.
+    pub fn access(&self) -> Access {
+        self.access
+    }
+
+    /// The frames that could not be mapped, ascending by index. A caller looks at
+    /// every one: a mapping call that succeeds may still have failed for frame 7.
+    pub fn failed(&self) -> &[MapError] {
+        &self.failed
+    }
+
+    /// These pages, if every frame could be mapped.
+    ///
+    /// # Errors
+    ///
+    /// The first frame that could not.
+    pub fn all_mapped(self) -> Result<Self, MapError> {
+        match self.failed.first() {
+            Some(error) => Err(*error),
+            None => Ok(self),
+        }
+    }
+
+    /// Page `index`, or `None` where it is out of range or could not be mapped.
+    pub fn page(&self, index: usize) -> Option<ForeignPage<'_>> {
+        let mapped = index < self.count
+            && self
+                .failed
+                .binary_search_by_key(&index, |e| e.index)
+                .is_err();
+        mapped.then(|| self.page_unchecked(index))
+    }
+
+    fn page_unchecked(&self, index: usize) -> ForeignPage<'_> {
+        debug_assert!(index < self.count);
+        // SAFETY: `index < count` (both callers check), so the result is inside
+        // the one mapping that `from_raw`'s caller vouched for.
+        let ptr = unsafe { self.base.add(index * PAGE_SIZE) };
+        ForeignPage {
+            ptr,
+            access: self.access,
+            mapping: PhantomData,
+        }
+    }
+
+    /// Every page that could be mapped, with its index.
+    pub fn iter(&self) -> impl Iterator<Item = (usize, ForeignPage<'_>)> {
+        (0..self.count).filter_map(|i| Some((i, self.page(i)?)))
+    }
+
+    /// The little-endian u64 at `index` (in units of 8 octets from the first page),
+    /// or `None` where that is outside the pages or in one that failed.
+    pub fn read_u64(&self, index: usize) -> Option<u64> {
+        let page = self.page(index / ENTRIES_PER_TABLE)?;
+        Some(page.read_entry(index % ENTRIES_PER_TABLE))
+    }
+
+    /// Fill `pages` (a range of indices) from a file descriptor, straight into the
+    /// mapping, reading exactly their octets.
+    ///
+    /// # Errors
+    ///
+    /// `UnexpectedEof` when the descriptor ends early; what `read(2)` says
+    /// otherwise. EINTR is retried.
+    ///
+    /// # Panics
+    ///
+    /// When the range leaves the pages, holds one that failed, or the mapping is
+    /// read-only.
+    pub fn read_exact_from(
+        &self,
+        fd: BorrowedFd<'_>,
+        pages: std::ops::Range<usize>,
+    ) -> io::Result<()> {
+        assert!(self.access == Access::Write, "mapping is read-only");
+        assert!(
+            pages.start <= pages.end && pages.end <= self.count,
+            "range leaves the mapping"
+        );
+        assert!(
+            !self.failed.iter().any(|e| pages.contains(&e.index)),
+            "range holds a page that is not mapped"
+        );
+        let total = pages.len() * PAGE_SIZE;
+        let mut done = 0;
+        while done < total {
+            // SAFETY: start < count when total > 0 and done < total, so the sum
+            // stays inside the mapping.
+            let ptr = unsafe { self.base.add(pages.start * PAGE_SIZE + done) };
+            // SAFETY: `ptr .. ptr + (total - done)` lies in the mapping, which is
+            // writable and has no failed page in this range (asserted above); no
+            // reference to it exists anywhere.
+            let n =
+                unsafe { libc::read(fd.as_raw_fd(), ptr.as_ptr().cast(), total - done) };
+            match Errno::result(n) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(n) => done += n.unsigned_abs(),
+                Err(Errno::EINTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for ForeignPages {
+    fn drop(&mut self) {
+        if self.count == 0 {
+            return;
+        }
+        // SAFETY: the range is the one `from_raw` took over, unmapped only here;
+        // every `ForeignPage` and `Gather` into it borrows `self` and is gone.
+        let result = unsafe { mman::munmap(self.base.cast(), self.count * PAGE_SIZE) };
+        if let Err(errno) = result {
+            tracing::error!(%errno, pages = self.count, "munmap of foreign pages failed");
+        }
+    }
+}
+
+impl fmt::Debug for ForeignPages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ForeignPages")
+            .field("count", &self.count)
+            .field("access", &self.access)
+            .field("failed", &self.failed)
+            .finish_non_exhaustive()
+    }
+}
+
+/// One mapped page of a guest.
+#[derive(Clone, Copy)]
+pub struct ForeignPage<'a> {
+    ptr: NonNull<u8>,
+    access: Access,
+    mapping: PhantomData<&'a ForeignPages>,
+}
+
+// SAFETY: it is a borrow of `ForeignPages`, which is `Sync`.
+unsafe impl Send for ForeignPage<'_> {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for ForeignPage<'_> {}
+
+impl ForeignPage<'_> {
+    fn word(self, index: usize) -> NonNull<u64> {
+        assert!(index < ENTRIES_PER_TABLE, "entry {index} of a page");
+        // SAFETY: index < 512, so the word is inside the page.
+        unsafe { self.ptr.cast::<u64>().add(index) }
+    }
+
+    /// The 64-bit word at `index` (0–511), read once, little endian.
+    ///
+    /// # Panics
+    ///
+    /// When `index` is 512 or more.
+    pub fn read_entry(self, index: usize) -> u64 {
+        // SAFETY: `word` is inside a mapped page and 8-aligned, since pages are
+        // page-aligned.
+        u64::from_le(unsafe { self.word(index).read_volatile() })
+    }
+
+    /// All 512 words, each read once.
+    pub fn read_entries(self) -> [u64; ENTRIES_PER_TABLE] {
+        std::array::from_fn(|i| self.read_entry(i))
+    }
+
+    /// Set the 64-bit word at `index` (0–511), little endian, in one write.
+    ///
+    /// # Panics
+    ///
+    /// When `index` is 512 or more, or the page is mapped for reading only.
+    pub fn write_entry(self, index: usize, value: u64) {
+        assert!(self.access == Access::Write, "page is mapped read-only");
+        // SAFETY: `word` is inside a page mapped for writing, and 8-aligned.
+        unsafe { self.word(index).write_volatile(value.to_le()) }
+    }
+
+    /// Copy the page out.
+    pub fn copy_to(self, out: &mut Page) {
+        for (i, word) in out.chunks_exact_mut(8).enumerate() {
+            word.copy_from_slice(&self.read_entry(i).to_le_bytes());
+        }
+    }
+
+    /// A copy of the page.
+    pub fn to_page(self) -> Box<Page> {
+        let mut page = Box::new([0; PAGE_SIZE]);
+        self.copy_to(&mut page);
+        page
+    }
+
+    /// Overwrite the page.
+    ///
+    /// # Panics
+    ///
+    /// When the page is mapped for reading only.
+    pub fn copy_from(self, page: &Page) {
+        for (i, word) in page.as_chunks().0.iter().enumerate() {
+            self.write_entry(i, u64::from_le_bytes(*word));
+        }
+    }
+
+    /// Overwrite the page with zeros.
+    ///
+    /// # Panics
+    ///
+    /// When the page is mapped for reading only.
+    pub fn clear(self) {
+        for i in 0..ENTRIES_PER_TABLE {
+            self.write_entry(i, 0);
+        }
+    }
+}
+
+impl fmt::Debug for ForeignPage<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ForeignPage").finish_non_exhaustive()
+    }
+}
+
+/// A list of places to write from, in order: local octets and foreign pages.
+/// Neighbours that touch are merged.
+#[derive(Default)]
+pub struct Gather<'a> {
+    pieces: Vec<Piece>,
+    octets: usize,
+    borrowed: PhantomData<(&'a [u8], ForeignPage<'a>)>,
+}
+
+#[derive(Clone, Copy)]
+struct Piece {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+/// Most iovecs that one `writev(2)` takes on Linux (UIO_MAXIOV).
+const MAX_IOVECS: usize = 1024;
+
+impl<'a> Gather<'a> {
+    /// An empty list.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Octets in the list.
+    pub fn len(&self) -> usize {
+        self.octets
+    }
+
+    /// Whether the list holds no octet.
+    pub fn is_empty(&self) -> bool {
+        self.octets == 0
+    }
+
+    /// Separate places in the list, after merging.
+    pub fn pieces(&self) -> usize {
+        self.pieces.len()
+    }
+
+    /// Add octets of our own.
+    pub fn push(&mut self, local: &'a [u8]) {
+        self.push_piece(NonNull::from(local).cast(), local.len());
+    }
+
+    /// Add a page of the guest.
+    pub fn push_page(&mut self, page: ForeignPage<'a>) {
+        self.push_piece(page.ptr, PAGE_SIZE);
+    }
+
+    fn push_piece(&mut self, base: NonNull<u8>, len: usize) {
+        if len == 0 {
+            return;
+        }
+        self.octets += len;
+        if let Some(last) = self.pieces.last_mut()
+            && last.base.addr().get() + last.len == base.addr().get()
+        {
+            last.len += len;
+        } else {
+            self.pieces.push(Piece { base, len });
+        }
+    }
+
+    /// Write every octet of the list to a file descriptor without copying, in as
+    /// few `writev(2)` calls as the kernel allows. Short writes go on where they
+    /// stopped; EINTR is retried.
+    ///
+    /// # Errors
+    ///
+    /// What `writev(2)` says; EFAULT when a page of the guest went away. An
+    /// unknown part of the list has then been written.
+    pub fn write_to(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        let mut iovecs: Vec<libc::iovec> = self
+            .pieces
+            .iter()
+            .map(|p| libc::iovec {
+                iov_base: p.base.as_ptr().cast(),
+                iov_len: p.len,
+            })
+            .collect();
+        let mut rest = iovecs.as_mut_slice();
+        while let Some(first) = rest.first() {
+            if first.iov_len == 0 {
+                rest = &mut rest[1..];
+                continue;
+            }
+            let count = i32::try_from(rest.len().min(MAX_IOVECS)).expect("at most 1024");
+            // SAFETY: every iovec lies in memory that `self` borrows for 'a (local
+            // slices, or pages inside a live mapping); the kernel only reads it,
+            // and reports EFAULT for what is not mapped.
+            let n = unsafe { libc::writev(fd.as_raw_fd(), rest.as_ptr(), count) };
+            let mut written = match Errno::result(n) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(n) => n.unsigned_abs(),
+                Err(Errno::EINTR) => continue,
+                Err(e) => return Err(e.into()),
+            };
+            for iovec in rest.iter_mut() {
+                let step = written.min(iovec.iov_len);
+                iovec.iov_base = iovec.iov_base.wrapping_byte_add(step);
+                iovec.iov_len -= step;
+                written -= step;
+                if written == 0 {
+                    break;
+                }
+            }
+            let done = rest.iter().take_while(|v| v.iov_len == 0).count();
+            rest = &mut rest[done..];
+        }
+        Ok(())
+    }
+
+    /// Write every octet of the list to `out`, through a buffer of 64 KiB: for
+    /// sinks that are no file descriptor.
+    ///
+    /// # Errors
+    ///
+    /// What `out` says.
+    pub fn copy_to(&self, out: &mut dyn io::Write) -> io::Result<()> {
+        const BUFFER: usize = 16 * PAGE_SIZE;
+        let mut buffer = vec![0_u8; BUFFER];
+        for piece in &self.pieces {
+            let mut at = 0;
+            while at < piece.len {
+                let step = (piece.len - at).min(BUFFER);
+                for (i, octet) in buffer[..step].iter_mut().enumerate() {
+                    // SAFETY: at + i < piece.len, so the octet is inside memory
+                    // that `self` borrows.
+                    let ptr = unsafe { piece.base.add(at + i) };
+                    // SAFETY: `ptr` is readable (above) and u8 needs no alignment.
+                    *octet = unsafe { ptr.read_volatile() };
+                }
+                out.write_all(&buffer[..step])?;
+                at += step;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Gather<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Gather")
+            .field("octets", &self.octets)
+            .field("pieces", &self.pieces.len())
+            .finish_non_exhaustive()
+    }
+}
