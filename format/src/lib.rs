@@ -11,5 +11,12 @@
 )]
 
 pub mod byte_order;
+pub mod error;
 pub mod frame;
+pub mod image;
+pub mod order;
+pub mod read;
+pub mod record;
+pub mod slice;
 pub mod wire;
+pub mod write;

@@ -1,0 +1,313 @@
+//! What can be wrong with a stream: one [`DecodeError`] variant per rule, and
+//! [`ReadError`], which adds where it was found.
+
+use std::fmt;
+use std::io;
+
+use thiserror::Error;
+
+use crate::frame::{PageType, Pfn};
+use crate::image::{GuestType, Version};
+use crate::order::OrderError;
+use crate::record::RecordKind;
+
+/// What length a rule asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Length {
+    /// Exactly this many octets.
+    Exactly(u64),
+    /// This many or more.
+    AtLeast(u64),
+    /// This many or fewer.
+    AtMost(u64),
+    /// One or more elements of this size.
+    MultipleOf(u64),
+    /// A head of this size, then zero or more elements of that size.
+    HeadAndMultipleOf(u64, u64),
+}
+
+impl fmt::Display for Length {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Exactly(n) => write!(f, "exactly {n} octets"),
+            Self::AtLeast(n) => write!(f, "at least {n} octets"),
+            Self::AtMost(n) => write!(f, "at most {n} octets"),
+            Self::MultipleOf(n) => write!(f, "one or more elements of {n} octets"),
+            Self::HeadAndMultipleOf(head, n) => {
+                write!(f, "{head} octets and then elements of {n}")
+            }
+        }
+    }
+}
+
+/// A rule of the format that some octets break. One variant per rule, with what was
+/// expected and what came.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DecodeError {
+    /// The image header's first eight octets.
+    #[error("image header: marker is {got:#018x}, expected 0xffffffffffffffff")]
+    ImageMarker {
+        /// What came.
+        got: u64,
+    },
+    /// The image header's identifier.
+    #[error("image header: id is {got:#010x}, expected 0x58454e46 (XENF)")]
+    ImageId {
+        /// What came.
+        got: u32,
+    },
+    /// A version that this reader does not know.
+    #[error("image header: version is {got}, expected 2 or 3")]
+    ImageVersion {
+        /// What came.
+        got: u32,
+    },
+    /// Guest type 0.
+    #[error(
+        "domain header: guest type is 0, which is reserved; expected 1 (x86 PV) or 2 (x86 HVM)"
+    )]
+    GuestTypeReserved,
+    /// A page size other than 4096.
+    #[error("domain header: page shift is {got}, expected 12")]
+    PageShift {
+        /// What came.
+        got: u16,
+    },
+    /// A reserved field or padding that is not zero.
+    #[error(
+        "{structure}: {field} at octet {at} of it must be zero, got {got:#x} (--lenient tolerates this)"
+    )]
+    ReservedNotZero {
+        /// The header or record body the field is in.
+        structure: &'static str,
+        /// The field.
+        field: &'static str,
+        /// Where the field begins in the structure.
+        at: u64,
+        /// What came.
+        got: u64,
+    },
+    /// A body that is longer than any record may be.
+    #[error("body length is {got}, expected at most {max} octets")]
+    BodyTooLong {
+        /// What came.
+        got: u32,
+        /// The limit.
+        max: u32,
+    },
+    /// A body of the wrong length for its kind.
+    #[error("body length is {got}, expected {expected}")]
+    BodyLength {
+        /// What the kind asks for.
+        expected: Length,
+        /// What came.
+        got: u64,
+    },
+    /// A vcpu blob of the wrong length for its kind.
+    #[error("{kind}: the blob has {got} octets, expected {expected}")]
+    BlobLength {
+        /// The record.
+        kind: RecordKind,
+        /// What the kind asks for.
+        expected: Length,
+        /// What came.
+        got: u64,
+    },
+    /// A mandatory record that this version of the format does not define.
+    #[error(
+        "record type {kind:#010x} is mandatory and unknown; a newer saver made this image, or it is damaged"
+    )]
+    UnknownMandatory {
+        /// The type.
+        kind: u32,
+    },
+    /// A record that the format's version does not have.
+    #[error("{kind} belongs to version 3 of the format, but the image header says version {}", version.number())]
+    NotInVersion {
+        /// The record.
+        kind: RecordKind,
+        /// The stream's version.
+        version: Version,
+    },
+    /// TOOLSTACK, which no released Xen wrote or reads.
+    #[error("TOOLSTACK is deprecated and was never to be written; no restorer accepts it")]
+    Deprecated,
+    /// PAGE_DATA of no page.
+    #[error("PAGE_DATA: count is 0, expected at least 1")]
+    PageCountZero,
+    /// A PAGE_DATA entry whose type has no meaning.
+    #[error("PAGE_DATA: entry {index} (pfn {pfn}) has type {:#x}, which is reserved", got.nibble())]
+    PageTypeUnknown {
+        /// Which entry, from 0.
+        index: u64,
+        /// Its pfn.
+        pfn: Pfn,
+        /// What came.
+        got: PageType,
+    },
+    /// Reserved bits in a PAGE_DATA entry.
+    #[error(
+        "PAGE_DATA: entry {index} (pfn {pfn}) has bits 52–59 set ({got:#04x}), which must be zero (--lenient tolerates this)"
+    )]
+    PageEntryReserved {
+        /// Which entry, from 0.
+        index: u64,
+        /// Its pfn.
+        pfn: Pfn,
+        /// Bits 52–59.
+        got: u8,
+    },
+    /// A PAGE_DATA entry beyond what X86_PV_P2M_FRAMES announced.
+    #[error(
+        "PAGE_DATA: entry {index} has pfn {pfn}, beyond the last pfn {max} that X86_PV_P2M_FRAMES announced"
+    )]
+    PageBeyondP2m {
+        /// Which entry, from 0.
+        index: u64,
+        /// Its pfn.
+        pfn: Pfn,
+        /// The last pfn of the p2m.
+        max: Pfn,
+    },
+    /// A width and a number of levels that no guest has together.
+    #[error(
+        "X86_PV_INFO: width {width} with {levels} page-table levels, expected 4 with 3 or 8 with 4"
+    )]
+    PvInfo {
+        /// Octets in the guest's word.
+        width: u8,
+        /// Levels of its page tables.
+        levels: u8,
+    },
+    /// A p2m range that ends before it starts.
+    #[error("X86_PV_P2M_FRAMES: range {start:#x}–{end:#x} ends before it starts")]
+    P2mRange {
+        /// First pfn.
+        start: u32,
+        /// Last pfn.
+        end: u32,
+    },
+    /// A record that is out of place.
+    #[error(transparent)]
+    Order(#[from] OrderError),
+    /// A guest type whose records this version cannot judge.
+    #[error("{guest_type} cannot be restored by this version")]
+    GuestType {
+        /// What came.
+        guest_type: GuestType,
+    },
+}
+
+/// Checks reserved fields of one structure.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Reserved {
+    pub(crate) lenient: bool,
+    pub(crate) structure: &'static str,
+}
+
+impl Reserved {
+    /// `got` must be zero, unless lenient.
+    pub(crate) fn zero(self, field: &'static str, at: u64, got: u64) -> Result<Self, DecodeError> {
+        if got == 0 || self.lenient {
+            return Ok(self);
+        }
+        Err(DecodeError::ReservedNotZero {
+            structure: self.structure,
+            field,
+            at,
+            got,
+        })
+    }
+}
+
+/// Where in a file or stream something is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Position {
+    /// The record, or `None` in the headers.
+    pub record: Option<RecordPosition>,
+    /// Octets from the start of the file (or of what the reader was given).
+    pub offset: u64,
+}
+
+/// Which record something is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RecordPosition {
+    /// Number of the record in its stream, from 0.
+    pub index: u64,
+    /// Its kind, once its header has been read.
+    pub kind: Option<RecordKind>,
+}
+
+impl fmt::Display for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.record {
+            None => write!(f, "stream header")?,
+            Some(RecordPosition { index, kind: None }) => write!(f, "record {index}")?,
+            Some(RecordPosition {
+                index,
+                kind: Some(kind),
+            }) => write!(f, "record {index} ({kind})")?,
+        }
+        write!(f, " at octet {:#x}", self.offset)
+    }
+}
+
+/// A stream that could not be read, and where.
+#[derive(Debug, Error)]
+#[error("{position}: {cause}")]
+pub struct ReadError {
+    /// Where the structure that failed begins.
+    pub position: Position,
+    /// What is wrong.
+    pub cause: ReadErrorCause,
+}
+
+/// Why a stream could not be read.
+#[derive(Debug, Error)]
+pub enum ReadErrorCause {
+    /// The source failed.
+    #[error("reading failed: {0}")]
+    Io(#[source] io::Error),
+    /// The stream ends too early.
+    #[error("stream ends inside it: {needed} octets more were expected, the file is truncated")]
+    Truncated {
+        /// Octets that were still to come for this structure.
+        needed: u64,
+    },
+    /// The octets break a rule.
+    #[error("{0}")]
+    Decode(#[from] DecodeError),
+}
+
+impl ReadError {
+    /// The rule that was broken, if that is why.
+    pub fn decode(&self) -> Option<&DecodeError> {
+        match &self.cause {
+            ReadErrorCause::Decode(e) => Some(e),
+            _ => None,
+        }
+    }
+
+    /// Whether the image is to blame (a broken rule or a truncated stream), not the
+    /// source it was read from.
+    pub fn is_bad_image(&self) -> bool {
+        !matches!(self.cause, ReadErrorCause::Io(_))
+    }
+}
+
+/// A record that could not be written.
+#[derive(Debug, Error)]
+pub enum WriteError {
+    /// The sink failed.
+    #[error("writing failed: {0}")]
+    Io(#[from] io::Error),
+    /// The record would break a rule of the format.
+    #[error("{kind} cannot be written: {cause}")]
+    Encode {
+        /// The record.
+        kind: RecordKind,
+        /// The rule.
+        cause: DecodeError,
+    },
+}

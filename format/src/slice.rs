@@ -1,0 +1,195 @@
+//! Reading a libxc stream that is in memory already: the same rules as
+//! [`crate::read`], and nothing is copied.
+
+use zerocopy::FromBytes;
+
+use crate::error::{Position, ReadError, ReadErrorCause, RecordPosition};
+use crate::frame::{PAGE_SIZE, Page, WirePageEntry};
+use crate::image::{DomainHeader, ImageHeader, WireDomainHeader, WireImageHeader};
+use crate::read::{Decoder, ReadOptions};
+use crate::record::page_data::{Entries, WirePageDataHead};
+use crate::record::{Record, RecordKind, WireRecordHeader, padding};
+
+/// Reads the records of a libxc stream from a slice.
+#[derive(Clone, Debug)]
+pub struct SliceReader<'a> {
+    rest: &'a [u8],
+    decoder: Decoder,
+    offset: u64,
+    index: u64,
+    current: RecordPosition,
+    current_offset: u64,
+    over: bool,
+}
+
+/// A record of a stream in memory.
+#[derive(Clone, Copy, Debug)]
+pub enum SliceRecord<'a> {
+    /// A batch of pages.
+    PageData(PageData<'a>),
+    /// Any other record.
+    Record(Record<'a>),
+}
+
+/// A PAGE_DATA record in memory.
+#[derive(Clone, Copy, Debug)]
+pub struct PageData<'a> {
+    /// The entries, in the order of the stream.
+    pub entries: Entries<'a>,
+    /// A page for each entry that has data, in the same order.
+    pub pages: &'a [Page],
+}
+
+/// Cut `octets` off the front of `rest`.
+fn take<'a>(rest: &mut &'a [u8], octets: u64) -> Result<&'a [u8], ReadErrorCause> {
+    let split = usize::try_from(octets)
+        .ok()
+        .and_then(|n| rest.split_at_checked(n));
+    let Some((head, tail)) = split else {
+        return Err(ReadErrorCause::Truncated {
+            needed: octets.saturating_sub(rest.len() as u64),
+        });
+    };
+    *rest = tail;
+    Ok(head)
+}
+
+fn take_as<'a, T>(rest: &mut &'a [u8]) -> Result<&'a T, ReadErrorCause>
+where
+    T: FromBytes + zerocopy::KnownLayout + zerocopy::Immutable + zerocopy::Unaligned,
+{
+    let octets = size_of::<T>() as u64;
+    let truncated = ReadErrorCause::Truncated {
+        needed: octets.saturating_sub(rest.len() as u64),
+    };
+    let (value, tail) = T::ref_from_prefix(rest).map_err(|_| truncated)?;
+    *rest = tail;
+    Ok(value)
+}
+
+impl<'a> SliceReader<'a> {
+    /// Read the headers of a stream.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with the headers.
+    pub fn new(stream: &'a [u8], options: ReadOptions) -> Result<Self, ReadError> {
+        let mut rest = stream;
+        let mut offset = options.offset;
+        let at = |offset, cause| ReadError {
+            position: Position {
+                record: None,
+                offset,
+            },
+            cause,
+        };
+        let image = take_as::<WireImageHeader>(&mut rest).map_err(|cause| at(offset, cause))?;
+        ImageHeader::decode(image, options.lenient).map_err(|e| at(offset, e.into()))?;
+        offset = offset.saturating_add(ImageHeader::OCTETS as u64);
+        let domain = take_as::<WireDomainHeader>(&mut rest).map_err(|cause| at(offset, cause))?;
+        let decoder =
+            Decoder::new(image, domain, options.lenient).map_err(|e| at(offset, e.into()))?;
+        offset = offset.saturating_add(DomainHeader::OCTETS as u64);
+        Ok(Self {
+            rest,
+            decoder,
+            offset,
+            index: 0,
+            current: RecordPosition {
+                index: 0,
+                kind: None,
+            },
+            current_offset: offset,
+            over: false,
+        })
+    }
+
+    /// The image header.
+    pub fn image(&self) -> ImageHeader {
+        self.decoder.image
+    }
+
+    /// The domain header.
+    pub fn domain(&self) -> DomainHeader {
+        self.decoder.domain
+    }
+
+    /// Whether static data is complete.
+    pub fn static_data_over(&self) -> bool {
+        self.decoder.order.static_data_over()
+    }
+
+    /// What stands behind the records read so far.
+    pub fn rest(&self) -> &'a [u8] {
+        self.rest
+    }
+
+    /// The next record, or `None` after END.
+    ///
+    /// # Errors
+    ///
+    /// The stream is truncated or a rule is broken. After an error there is no
+    /// going on: every further call says `None`.
+    pub fn next_record(&mut self) -> Result<Option<SliceRecord<'a>>, ReadError> {
+        if self.over {
+            return Ok(None);
+        }
+        self.current = RecordPosition {
+            index: self.index,
+            kind: None,
+        };
+        self.current_offset = self.offset;
+        let before = self.rest.len();
+        self.step()
+            .map(Some)
+            .map_err(|cause| {
+                self.over = true;
+                ReadError {
+                    position: Position {
+                        record: Some(self.current),
+                        offset: self.current_offset,
+                    },
+                    cause,
+                }
+            })
+            .inspect(|_| {
+                let read = before.saturating_sub(self.rest.len()) as u64;
+                self.offset = self.offset.saturating_add(read);
+                self.index = self.index.saturating_add(1);
+            })
+    }
+
+    fn step(&mut self) -> Result<SliceRecord<'a>, ReadErrorCause> {
+        let header = take_as::<WireRecordHeader>(&mut self.rest)?;
+        let kind = self.decoder.kind(header);
+        self.current.kind = Some(kind);
+        let length = self.decoder.admit(header)?;
+        if kind == RecordKind::PAGE_DATA {
+            return self.page_data(length);
+        }
+        let raw = take(&mut self.rest, u64::from(length))?;
+        let pad = take(&mut self.rest, padding(u64::from(length)))?;
+        let record = self.decoder.body(kind, raw, pad)?;
+        self.over = kind == RecordKind::END;
+        Ok(SliceRecord::Record(record))
+    }
+
+    fn page_data(&mut self, length: u32) -> Result<SliceRecord<'a>, ReadErrorCause> {
+        let head = take_as::<WirePageDataHead>(&mut self.rest)?;
+        let octets = head.entry_octets(length, self.decoder.context())?;
+        let raw = take(&mut self.rest, octets)?;
+        let wire = <[WirePageEntry]>::ref_from_bytes(raw).unwrap_or_default();
+        let (entries, pages) = self.decoder.entries(wire, length)?;
+        let raw = take(&mut self.rest, pages.saturating_mul(PAGE_SIZE as u64))?;
+        let pages = <[Page]>::ref_from_bytes(raw).unwrap_or_default();
+        Ok(SliceRecord::PageData(PageData { entries, pages }))
+    }
+}
+
+impl<'a> Iterator for SliceReader<'a> {
+    type Item = Result<SliceRecord<'a>, ReadError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.next_record().transpose()
+    }
+}

@@ -1,0 +1,400 @@
+//! Writing a libxc stream, version 3, little endian: what Xen's own saver writes.
+//!
+//! Each record goes to the sink in one piece (PAGE_DATA in two: what describes the
+//! pages, then the pages), padded with zeros.
+//!
+//! Specification: libxc migration stream. C implementation:
+//! `xg_sr_common.c:write_split_record`, `xg_sr_save.c:write_headers`.
+
+use std::io::Write;
+
+use zerocopy::IntoBytes;
+
+use crate::byte_order::ByteOrder;
+use crate::error::{DecodeError, Length, WriteError};
+use crate::frame::{Page, PageEntry, Pfn, WirePageEntry};
+use crate::image::{DomainHeader, ImageHeader, Version};
+use crate::record::hvm::{HvmParam, WireHvmParam, WireHvmParamsHead};
+use crate::record::page_data::WirePageDataHead;
+use crate::record::pv::{PvInfo, WireP2mHead, WireVcpuHead, p2m_frame_count, vcpu_state_length};
+use crate::record::x86::{CpuidPolicy, MsrPolicy, TscInfo};
+use crate::record::{MAX_BATCH, MAX_BODY, RecordKind, WireRecordHeader, padding};
+use crate::wire::{U32, U64};
+
+const ORDER: ByteOrder = ByteOrder::Little;
+
+fn encode(kind: RecordKind, cause: DecodeError) -> WriteError {
+    WriteError::Encode { kind, cause }
+}
+
+fn length_error(kind: RecordKind, expected: Length, got: usize) -> WriteError {
+    let got = got as u64;
+    encode(kind, DecodeError::BodyLength { expected, got })
+}
+
+/// The octets of a PAGE_DATA record up to the pages: record header, head, entries.
+/// Whoever calls sends the pages behind it, one for each entry that has data.
+///
+/// # Errors
+///
+/// No entry or more than [`MAX_BATCH`]; an unknown type; a pfn beyond
+/// [`PageEntry::MAX_PFN`].
+pub fn page_data_head(entries: &[PageEntry]) -> Result<Vec<u8>, WriteError> {
+    const KIND: RecordKind = RecordKind::PAGE_DATA;
+    if entries.is_empty() {
+        return Err(encode(KIND, DecodeError::PageCountZero));
+    }
+    if entries.len() > MAX_BATCH {
+        let expected = Length::AtMost((MAX_BATCH as u64).saturating_mul(8));
+        return Err(length_error(
+            KIND,
+            expected,
+            entries.len().saturating_mul(8),
+        ));
+    }
+    let mut pages: u64 = 0;
+    for (index, entry) in entries.iter().enumerate() {
+        let (index, pfn) = (index as u64, entry.pfn);
+        if !entry.page_type.is_known() {
+            let got = entry.page_type;
+            return Err(encode(
+                KIND,
+                DecodeError::PageTypeUnknown { index, pfn, got },
+            ));
+        }
+        if pfn > PageEntry::MAX_PFN {
+            let max = PageEntry::MAX_PFN;
+            return Err(encode(KIND, DecodeError::PageBeyondP2m { index, pfn, max }));
+        }
+        pages = pages.saturating_add(u64::from(entry.page_type.has_data()));
+    }
+    // At most 8 + 8 · 1024 + 4096 · 1024: far below u32::MAX and MAX_BODY.
+    let count = u32::try_from(entries.len()).unwrap_or(u32::MAX);
+    let length = count
+        .saturating_mul(8)
+        .saturating_add(8)
+        .saturating_add(u32::try_from(pages.saturating_mul(4096)).unwrap_or(u32::MAX));
+    let mut out = Vec::with_capacity(entries.len().saturating_mul(8).saturating_add(16));
+    out.extend_from_slice(header(KIND, length).as_bytes());
+    out.extend_from_slice(WirePageDataHead::new(count, ORDER).as_bytes());
+    for entry in entries {
+        out.extend_from_slice(WirePageEntry::new(*entry, ORDER).as_bytes());
+    }
+    Ok(out)
+}
+
+fn header(kind: RecordKind, length: u32) -> WireRecordHeader {
+    WireRecordHeader {
+        kind: U32::new(kind.0, ORDER),
+        length: U32::new(length, ORDER),
+    }
+}
+
+/// Writes the records of a libxc stream.
+#[derive(Debug)]
+pub struct RecordWriter<W> {
+    sink: W,
+    scratch: Vec<u8>,
+}
+
+impl<W: Write> RecordWriter<W> {
+    /// Write the image and the domain header.
+    ///
+    /// # Errors
+    ///
+    /// What the sink says.
+    pub fn new(mut sink: W, domain: DomainHeader) -> Result<Self, WriteError> {
+        let image = ImageHeader {
+            version: Version::V3,
+            order: ORDER,
+        };
+        let mut scratch = Vec::new();
+        scratch.extend_from_slice(image.encode().as_bytes());
+        scratch.extend_from_slice(domain.encode(ORDER).as_bytes());
+        sink.write_all(&scratch)?;
+        Ok(Self { sink, scratch })
+    }
+
+    /// The sink: for who sends pages from where they are, behind a
+    /// [`page_data_head`].
+    pub fn sink_mut(&mut self) -> &mut W {
+        &mut self.sink
+    }
+
+    /// Give the sink back.
+    pub fn into_sink(self) -> W {
+        self.sink
+    }
+
+    /// Write a record whose body is `parts`, one behind the other. For records that
+    /// have no method here: optional ones, say.
+    ///
+    /// # Errors
+    ///
+    /// A body over [`MAX_BODY`]; what the sink says.
+    pub fn record(&mut self, kind: RecordKind, parts: &[&[u8]]) -> Result<(), WriteError> {
+        let octets = parts
+            .iter()
+            .fold(0_usize, |sum, part| sum.saturating_add(part.len()));
+        let length = u32::try_from(octets)
+            .ok()
+            .filter(|length| *length <= MAX_BODY)
+            .ok_or_else(|| length_error(kind, Length::AtMost(u64::from(MAX_BODY)), octets))?;
+        self.scratch.clear();
+        self.scratch
+            .extend_from_slice(header(kind, length).as_bytes());
+        for part in parts {
+            self.scratch.extend_from_slice(part);
+        }
+        let pad = usize::try_from(padding(u64::from(length))).unwrap_or(0);
+        self.scratch
+            .resize(self.scratch.len().saturating_add(pad), 0);
+        self.sink.write_all(&self.scratch)?;
+        Ok(())
+    }
+
+    /// END.
+    ///
+    /// # Errors
+    ///
+    /// What the sink says.
+    pub fn end(&mut self) -> Result<(), WriteError> {
+        self.record(RecordKind::END, &[])
+    }
+
+    /// STATIC_DATA_END.
+    ///
+    /// # Errors
+    ///
+    /// What the sink says.
+    pub fn static_data_end(&mut self) -> Result<(), WriteError> {
+        self.record(RecordKind::STATIC_DATA_END, &[])
+    }
+
+    /// VERIFY.
+    ///
+    /// # Errors
+    ///
+    /// What the sink says.
+    pub fn verify(&mut self) -> Result<(), WriteError> {
+        self.record(RecordKind::VERIFY, &[])
+    }
+
+    /// CHECKPOINT.
+    ///
+    /// # Errors
+    ///
+    /// What the sink says.
+    pub fn checkpoint(&mut self) -> Result<(), WriteError> {
+        self.record(RecordKind::CHECKPOINT, &[])
+    }
+
+    /// X86_PV_INFO.
+    ///
+    /// # Errors
+    ///
+    /// What the sink says.
+    pub fn pv_info(&mut self, info: PvInfo) -> Result<(), WriteError> {
+        self.record(RecordKind::X86_PV_INFO, &[info.encode().as_bytes()])
+    }
+
+    /// X86_PV_P2M_FRAMES for the pfns `start..=end`; `frames` are the pfns of the
+    /// p2m frames that cover them.
+    ///
+    /// # Errors
+    ///
+    /// A range that ends before it starts or does not have as many frames; what the
+    /// sink says.
+    pub fn p2m_frames(
+        &mut self,
+        info: PvInfo,
+        start: u32,
+        end: u32,
+        frames: &[Pfn],
+    ) -> Result<(), WriteError> {
+        const KIND: RecordKind = RecordKind::X86_PV_P2M_FRAMES;
+        if start > end {
+            return Err(encode(KIND, DecodeError::P2mRange { start, end }));
+        }
+        let count = p2m_frame_count(start, end, info);
+        if frames.len() as u64 != count {
+            let expected = Length::Exactly(count.saturating_mul(8));
+            return Err(length_error(KIND, expected, frames.len().saturating_mul(8)));
+        }
+        let head = WireP2mHead {
+            start: U32::new(start, ORDER),
+            end: U32::new(end, ORDER),
+        };
+        let pfns: Vec<U64> = frames.iter().map(|pfn| U64::new(pfn.0, ORDER)).collect();
+        self.record(KIND, &[head.as_bytes(), pfns.as_bytes()])
+    }
+
+    /// X86_PV_VCPU_BASIC, _EXTENDED, _XSAVE or _MSRS. An empty blob is not written
+    /// (erratum 1).
+    ///
+    /// # Errors
+    ///
+    /// A blob of the wrong length for its kind; what the sink says.
+    pub fn vcpu_state(
+        &mut self,
+        kind: RecordKind,
+        info: PvInfo,
+        vcpu: u32,
+        state: &[u8],
+    ) -> Result<(), WriteError> {
+        if state.is_empty() {
+            return Ok(());
+        }
+        if let Some(expected) = vcpu_state_length(kind, info, state.len()) {
+            let got = state.len() as u64;
+            return Err(encode(
+                kind,
+                DecodeError::BlobLength {
+                    kind,
+                    expected,
+                    got,
+                },
+            ));
+        }
+        let head = WireVcpuHead {
+            vcpu: U32::new(vcpu, ORDER),
+            reserved: U32::default(),
+        };
+        self.record(kind, &[head.as_bytes(), state])
+    }
+
+    /// SHARED_INFO.
+    ///
+    /// # Errors
+    ///
+    /// What the sink says.
+    pub fn shared_info(&mut self, page: &Page) -> Result<(), WriteError> {
+        self.record(RecordKind::SHARED_INFO, &[page])
+    }
+
+    /// X86_TSC_INFO.
+    ///
+    /// # Errors
+    ///
+    /// What the sink says.
+    pub fn tsc_info(&mut self, info: TscInfo) -> Result<(), WriteError> {
+        self.record(RecordKind::X86_TSC_INFO, &[info.encode(ORDER).as_bytes()])
+    }
+
+    /// HVM_CONTEXT.
+    ///
+    /// # Errors
+    ///
+    /// An empty context; what the sink says.
+    pub fn hvm_context(&mut self, context: &[u8]) -> Result<(), WriteError> {
+        const KIND: RecordKind = RecordKind::HVM_CONTEXT;
+        if context.is_empty() {
+            return Err(length_error(KIND, Length::AtLeast(1), 0));
+        }
+        self.record(KIND, &[context])
+    }
+
+    /// HVM_PARAMS. An empty list is not written (erratum 1).
+    ///
+    /// # Errors
+    ///
+    /// More parameters than a record holds; what the sink says.
+    pub fn hvm_params(&mut self, params: &[HvmParam]) -> Result<(), WriteError> {
+        const KIND: RecordKind = RecordKind::HVM_PARAMS;
+        if params.is_empty() {
+            return Ok(());
+        }
+        let count = u32::try_from(params.len())
+            .map_err(|_| length_error(KIND, Length::AtMost(u64::from(MAX_BODY)), params.len()))?;
+        let head = WireHvmParamsHead {
+            count: U32::new(count, ORDER),
+            reserved: U32::default(),
+        };
+        let entries: Vec<WireHvmParam> = params
+            .iter()
+            .map(|param| WireHvmParam {
+                index: U64::new(param.index, ORDER),
+                value: U64::new(param.value, ORDER),
+            })
+            .collect();
+        self.record(KIND, &[head.as_bytes(), entries.as_bytes()])
+    }
+
+    /// X86_CPUID_POLICY: leaves of 24 octets, little endian. None: not written.
+    ///
+    /// # Errors
+    ///
+    /// A length that is no multiple of 24; what the sink says.
+    pub fn cpuid_policy(&mut self, leaves: &[u8]) -> Result<(), WriteError> {
+        self.policy(
+            RecordKind::X86_CPUID_POLICY,
+            leaves,
+            CpuidPolicy::LEAF_OCTETS,
+        )
+    }
+
+    /// X86_MSR_POLICY: entries of 16 octets, little endian. None: not written.
+    ///
+    /// # Errors
+    ///
+    /// A length that is no multiple of 16; what the sink says.
+    pub fn msr_policy(&mut self, entries: &[u8]) -> Result<(), WriteError> {
+        self.policy(RecordKind::X86_MSR_POLICY, entries, MsrPolicy::ENTRY_OCTETS)
+    }
+
+    fn policy(&mut self, kind: RecordKind, body: &[u8], unit: usize) -> Result<(), WriteError> {
+        if !body.len().is_multiple_of(unit) {
+            return Err(length_error(
+                kind,
+                Length::MultipleOf(unit as u64),
+                body.len(),
+            ));
+        }
+        match body.is_empty() {
+            true => Ok(()),
+            false => self.record(kind, &[body]),
+        }
+    }
+
+    /// PAGE_DATA with pages that are in memory: `pages` holds one for each entry
+    /// that has data, in order.
+    ///
+    /// # Errors
+    ///
+    /// As [`page_data_head`]; a number of pages other than the entries ask for; what
+    /// the sink says.
+    pub fn page_data(&mut self, entries: &[PageEntry], pages: &[&Page]) -> Result<(), WriteError> {
+        let head = page_data_head(entries)?;
+        let wanted = entries.iter().filter(|e| e.page_type.has_data()).count();
+        if wanted != pages.len() {
+            let expected = Length::Exactly((wanted as u64).saturating_mul(4096));
+            let got = pages.len().saturating_mul(4096);
+            return Err(length_error(RecordKind::PAGE_DATA, expected, got));
+        }
+        self.sink.write_all(&head)?;
+        for page in pages {
+            self.sink.write_all(*page)?;
+        }
+        Ok(())
+    }
+}
+
+/// CHECKPOINT_DIRTY_PFN_LIST, as a whole record: it goes over the back-channel,
+/// which has no headers.
+///
+/// # Errors
+///
+/// More pfns than a record holds.
+pub fn dirty_pfn_list(pfns: &[Pfn]) -> Result<Vec<u8>, WriteError> {
+    const KIND: RecordKind = RecordKind::CHECKPOINT_DIRTY_PFN_LIST;
+    let octets = pfns.len().saturating_mul(8);
+    let length = u32::try_from(octets)
+        .ok()
+        .filter(|length| *length <= MAX_BODY)
+        .ok_or_else(|| length_error(KIND, Length::AtMost(u64::from(MAX_BODY)), octets))?;
+    let mut out = header(KIND, length).as_bytes().to_vec();
+    for pfn in pfns {
+        out.extend_from_slice(U64::new(pfn.0, ORDER).as_bytes());
+    }
+    Ok(out)
+}
