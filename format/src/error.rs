@@ -7,7 +7,7 @@ use std::io;
 use thiserror::Error;
 
 use crate::frame::{PageType, Pfn};
-use crate::image::{GuestType, Version};
+use crate::image::Version;
 use crate::order::OrderError;
 use crate::record::RecordKind;
 
@@ -191,12 +191,6 @@ pub enum DecodeError {
     /// A record that is out of place.
     #[error(transparent)]
     Order(#[from] OrderError),
-    /// A guest type whose records this version cannot judge.
-    #[error("{guest_type} cannot be restored by this version")]
-    GuestType {
-        /// What came.
-        guest_type: GuestType,
-    },
 }
 
 /// Checks reserved fields of one structure.
@@ -221,35 +215,50 @@ impl Reserved {
     }
 }
 
+/// Which structure of a file something is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Place {
+    /// The image header of the libxc stream.
+    ImageHeader,
+    /// The domain header of the libxc stream.
+    DomainHeader,
+    /// A record of the libxc stream.
+    Record {
+        /// Number of the record in its stream, from 0.
+        index: u64,
+        /// Its kind, once its header has been read.
+        kind: Option<RecordKind>,
+    },
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::ImageHeader => f.write_str("libxc image header"),
+            Self::DomainHeader => f.write_str("libxc domain header"),
+            Self::Record { index, kind: None } => write!(f, "libxc record {index}"),
+            Self::Record {
+                index,
+                kind: Some(kind),
+            } => write!(f, "libxc record {index} ({kind})"),
+        }
+    }
+}
+
 /// Where in a file or stream something is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Position {
-    /// The record, or `None` in the headers.
-    pub record: Option<RecordPosition>,
-    /// Octets from the start of the file (or of what the reader was given).
+    /// Which structure.
+    pub place: Place,
+    /// Where that structure begins: octets from the start of the file (or of what
+    /// the reader was given).
     pub offset: u64,
-}
-
-/// Which record something is about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RecordPosition {
-    /// Number of the record in its stream, from 0.
-    pub index: u64,
-    /// Its kind, once its header has been read.
-    pub kind: Option<RecordKind>,
 }
 
 impl fmt::Display for Position {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.record {
-            None => write!(f, "stream header")?,
-            Some(RecordPosition { index, kind: None }) => write!(f, "record {index}")?,
-            Some(RecordPosition {
-                index,
-                kind: Some(kind),
-            }) => write!(f, "record {index} ({kind})")?,
-        }
-        write!(f, " at octet {:#x}", self.offset)
+        write!(f, "{} at octet {:#x}", self.place, self.offset)
     }
 }
 
@@ -281,6 +290,12 @@ pub enum ReadErrorCause {
 }
 
 impl ReadError {
+    pub(crate) fn at(place: Place, offset: u64, cause: impl Into<ReadErrorCause>) -> Self {
+        let position = Position { place, offset };
+        let cause = cause.into();
+        Self { position, cause }
+    }
+
     /// The rule that was broken, if that is why.
     pub fn decode(&self) -> Option<&DecodeError> {
         match &self.cause {
@@ -293,6 +308,18 @@ impl ReadError {
     /// source it was read from.
     pub fn is_bad_image(&self) -> bool {
         !matches!(self.cause, ReadErrorCause::Io(_))
+    }
+}
+
+impl ReadErrorCause {
+    /// The same, where `octets` more were to follow those that are missing.
+    pub(crate) fn truncated_before(self, octets: u64) -> Self {
+        match self {
+            Self::Truncated { needed } => Self::Truncated {
+                needed: needed.saturating_add(octets),
+            },
+            other => other,
+        }
     }
 }
 

@@ -53,7 +53,7 @@ pub enum OrderError {
         kind: RecordKind,
     },
     /// It belongs to another type of guest.
-    #[error("{kind} in the stream of an {guest_type} guest, which has none")]
+    #[error("{kind} in the stream of a guest of type {guest_type}, which has none")]
     OtherGuest {
         /// The record that came.
         kind: RecordKind,
@@ -203,8 +203,10 @@ impl Order {
             K::HVM_CONTEXT | K::HVM_PARAMS if pv => {
                 Err(OrderError::OtherGuest { kind, guest_type })
             }
+            // Of guests that this version does not know, nothing is known here either.
+            _ if !pv => Ok(()),
             K::X86_PV_P2M_FRAMES | K::SHARED_INFO => self.needs(kind, K::X86_PV_INFO),
-            K::PAGE_DATA if pv => {
+            K::PAGE_DATA => {
                 self.needs(kind, K::X86_PV_INFO)?;
                 self.needs(kind, K::X86_PV_P2M_FRAMES)
             }

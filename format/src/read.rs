@@ -13,9 +13,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
-use crate::error::{
-    DecodeError, Length, Position, ReadError, ReadErrorCause, RecordPosition, Reserved,
-};
+use crate::error::{DecodeError, Length, Place, Position, ReadError, ReadErrorCause, Reserved};
 use crate::frame::{PAGE_SIZE, Page, WirePageEntry};
 use crate::image::{DomainHeader, ImageHeader, WireDomainHeader, WireImageHeader};
 use crate::order::Order;
@@ -130,7 +128,7 @@ impl Decoder {
 pub(crate) const WIRE_HEADER: u64 = size_of::<WireRecordHeader>() as u64;
 
 /// Moves a source on by some octets; says how many it could.
-type Skip<R> = fn(&mut R, u64, &mut Vec<u8>) -> io::Result<u64>;
+pub(crate) type Skip<R> = fn(&mut R, u64, &mut Vec<u8>) -> io::Result<u64>;
 
 /// Reads the records of a libxc stream.
 pub struct RecordReader<R> {
@@ -140,9 +138,8 @@ pub struct RecordReader<R> {
     offset: u64,
     /// Number of the next record.
     index: u64,
-    /// The record that is being read.
-    current: RecordPosition,
-    current_offset: u64,
+    /// The record that is being read, or was read last.
+    current: Position,
     /// Octets of page data that the caller has not taken yet.
     pending: u64,
     body: Vec<u8>,
@@ -178,24 +175,34 @@ impl<R: Read> RecordReader<R> {
         Self::with_skip(source, options, skip_by_reading::<R>)
     }
 
-    fn with_skip(mut source: R, options: ReadOptions, skip: Skip<R>) -> Result<Self, ReadError> {
+    fn with_skip(source: R, options: ReadOptions, skip: Skip<R>) -> Result<Self, ReadError> {
+        Self::behind(&[], source, options, skip)
+    }
+
+    /// As [`RecordReader::new`], where the first octets of the image header, `known`,
+    /// have been read already, to find out what the source holds. The offset in
+    /// `options` is where the image header begins.
+    pub(crate) fn behind(
+        known: &[u8],
+        mut source: R,
+        options: ReadOptions,
+        skip: Skip<R>,
+    ) -> Result<Self, ReadError> {
         let mut offset = options.offset;
-        let at = |offset, cause| ReadError {
-            position: Position {
-                record: None,
-                offset,
-            },
-            cause,
-        };
         let mut image = WireImageHeader::new_zeroed();
-        fill(&mut source, image.as_mut_bytes()).map_err(|cause| at(offset, cause))?;
-        // Refuse what is no image before waiting for the rest of it.
-        ImageHeader::decode(&image, options.lenient).map_err(|e| at(offset, e.into()))?;
+        fill_behind(known, &mut source, image.as_mut_bytes())
+            // Refuse what is no image before waiting for the rest of it.
+            .and_then(|()| Ok(ImageHeader::decode(&image, options.lenient)?))
+            .map_err(|cause| ReadError::at(Place::ImageHeader, offset, cause))?;
         offset = offset.saturating_add(ImageHeader::OCTETS as u64);
         let mut domain = WireDomainHeader::new_zeroed();
-        fill(&mut source, domain.as_mut_bytes()).map_err(|cause| at(offset, cause))?;
-        let decoder =
-            Decoder::new(&image, &domain, options.lenient).map_err(|e| at(offset, e.into()))?;
+        let decoder = fill(&mut source, domain.as_mut_bytes())
+            .and_then(|()| Ok(Decoder::new(&image, &domain, options.lenient)?))
+            .map_err(|cause| ReadError::at(Place::DomainHeader, offset, cause))?;
+        let current = Position {
+            place: Place::DomainHeader,
+            offset,
+        };
         offset = offset.saturating_add(DomainHeader::OCTETS as u64);
         Ok(Self {
             source,
@@ -203,11 +210,7 @@ impl<R: Read> RecordReader<R> {
             decoder,
             offset,
             index: 0,
-            current: RecordPosition {
-                index: 0,
-                kind: None,
-            },
-            current_offset: offset,
+            current,
             pending: 0,
             body: Vec::new(),
             scratch: Vec::new(),
@@ -230,12 +233,10 @@ impl<R: Read> RecordReader<R> {
         self.offset
     }
 
-    /// Where the record that was read last begins.
+    /// Where the record that was read last begins; before the first, the domain
+    /// header.
     pub fn position(&self) -> Position {
-        Position {
-            record: Some(self.current),
-            offset: self.current_offset,
-        }
+        self.current
     }
 
     /// Whether static data is complete: from the record on that ends it (v3), or
@@ -278,13 +279,8 @@ impl<R: Read> RecordReader<R> {
             let at = self.body.len();
             self.body.resize(at.saturating_add(step), 0);
             let (_, room) = self.body.split_at_mut(at);
-            fill(&mut self.source, room).map_err(|cause| match cause {
-                ReadErrorCause::Truncated { needed } => ReadErrorCause::Truncated {
-                    needed: needed.saturating_add(left.saturating_sub(step as u64)),
-                },
-                other => other,
-            })?;
             left = left.saturating_sub(step as u64);
+            fill(&mut self.source, room).map_err(|cause| cause.truncated_before(left))?;
         }
         Ok(())
     }
@@ -306,16 +302,18 @@ impl<R: Read> RecordReader<R> {
             }
         }
         self.skip_pending()?;
-        self.current = RecordPosition {
-            index: self.index,
-            kind: None,
+        let index = self.index;
+        self.current = Position {
+            place: Place::Record { index, kind: None },
+            offset: self.offset,
         };
-        self.current_offset = self.offset;
-        let mut header = WireRecordHeader::new_zeroed();
-        fill(&mut self.source, header.as_mut_bytes()).map_err(|cause| self.failed(cause))?;
+        let header = self.record_header().map_err(|cause| self.failed(cause))?;
         self.advance(WIRE_HEADER);
         let kind = self.decoder.kind(&header);
-        self.current.kind = Some(kind);
+        self.current.place = Place::Record {
+            index,
+            kind: Some(kind),
+        };
         self.index = self.index.saturating_add(1);
         let length = self.decoder.admit(&header).map_err(|e| self.failed(e))?;
         if kind == RecordKind::PAGE_DATA {
@@ -350,6 +348,12 @@ impl<R: Read> RecordReader<R> {
                 })
             }
         }
+    }
+
+    fn record_header(&mut self) -> Result<WireRecordHeader, ReadErrorCause> {
+        let mut header = WireRecordHeader::new_zeroed();
+        fill(&mut self.source, header.as_mut_bytes())?;
+        Ok(header)
     }
 
     fn page_data_head(&mut self, length: u32) -> Result<u64, ReadError> {
@@ -450,14 +454,15 @@ impl<R: Read> PageDataBody<'_, R> {
     ///
     /// The source failed or ended.
     pub fn read_page(&mut self, page: &mut Page) -> Result<bool, ReadError> {
-        if self.reader.pending == 0 {
+        let reader = &mut *self.reader;
+        if reader.pending == 0 {
             return Ok(false);
         }
-        self.with_source(1, |source, _| match fill(source, page) {
-            Ok(()) => Ok(()),
-            Err(ReadErrorCause::Io(e)) => Err(e),
-            Err(_) => Err(io::ErrorKind::UnexpectedEof.into()),
-        })?;
+        let behind = reader.pending.saturating_sub(PAGE_SIZE as u64);
+        fill(&mut reader.source, page)
+            .map_err(|cause| reader.failed(cause.truncated_before(behind)))?;
+        reader.pending = behind;
+        reader.advance(PAGE_SIZE as u64);
         Ok(true)
     }
 
@@ -467,7 +472,8 @@ impl<R: Read> PageDataBody<'_, R> {
     ///
     /// # Errors
     ///
-    /// What `read` says; `UnexpectedEof` is reported as a truncated stream.
+    /// What `read` says; `UnexpectedEof` is reported as a truncated stream, which
+    /// lacks at most all the octets that were left before the call.
     pub fn with_source<T>(
         &mut self,
         pages: u64,
@@ -509,9 +515,12 @@ pub(crate) fn fill(source: &mut impl Read, room: &mut [u8]) -> Result<(), ReadEr
                 let needed = rest.len() as u64;
                 return Err(ReadErrorCause::Truncated { needed });
             }
-            // A reader that claims more than it was given room for is broken; take
-            // no octet on trust.
-            Ok(n) => rest = rest.get_mut(n..).unwrap_or_default(),
+            Ok(n) => {
+                let Some(left) = rest.get_mut(n..) else {
+                    return Err(ReadErrorCause::Io(broken_source()));
+                };
+                rest = left;
+            }
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) => return Err(ReadErrorCause::Io(e)),
         }
@@ -519,7 +528,30 @@ pub(crate) fn fill(source: &mut impl Read, room: &mut [u8]) -> Result<(), ReadEr
     Ok(())
 }
 
-fn skip_by_reading<R: Read>(source: &mut R, octets: u64, scratch: &mut Vec<u8>) -> io::Result<u64> {
+/// Fill `room` exactly: first with `known`, which came from the source before, then
+/// from the source.
+pub(crate) fn fill_behind(
+    known: &[u8],
+    source: &mut impl Read,
+    room: &mut [u8],
+) -> Result<(), ReadErrorCause> {
+    let (head, rest) = room.split_at_mut(known.len().min(room.len()));
+    for (to, from) in head.iter_mut().zip(known) {
+        *to = *from;
+    }
+    fill(source, rest)
+}
+
+/// What is wrong with a source that claims more octets than it had room for.
+fn broken_source() -> io::Error {
+    io::Error::other("the source claims to have read more than it was asked for")
+}
+
+pub(crate) fn skip_by_reading<R: Read>(
+    source: &mut R,
+    octets: u64,
+    scratch: &mut Vec<u8>,
+) -> io::Result<u64> {
     const STEP: usize = 256 << 10;
     scratch.resize(STEP, 0);
     let mut left = octets;
@@ -528,6 +560,7 @@ fn skip_by_reading<R: Read>(source: &mut R, octets: u64, scratch: &mut Vec<u8>) 
         let room = scratch.get_mut(..step).unwrap_or_default();
         match source.read(room) {
             Ok(0) => break,
+            Ok(n) if n > step => return Err(broken_source()),
             Ok(n) => left = left.saturating_sub(n as u64),
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) => return Err(e),
@@ -536,7 +569,7 @@ fn skip_by_reading<R: Read>(source: &mut R, octets: u64, scratch: &mut Vec<u8>) 
     Ok(octets.saturating_sub(left))
 }
 
-fn skip_by_seeking<R: Read + Seek>(
+pub(crate) fn skip_by_seeking<R: Read + Seek>(
     source: &mut R,
     octets: u64,
     _scratch: &mut Vec<u8>,

@@ -3,7 +3,7 @@
 
 use zerocopy::FromBytes;
 
-use crate::error::{Position, ReadError, ReadErrorCause, RecordPosition};
+use crate::error::{Place, Position, ReadError, ReadErrorCause};
 use crate::frame::{PAGE_SIZE, Page, WirePageEntry};
 use crate::image::{DomainHeader, ImageHeader, WireDomainHeader, WireImageHeader};
 use crate::read::{Decoder, ReadOptions};
@@ -17,8 +17,7 @@ pub struct SliceReader<'a> {
     decoder: Decoder,
     offset: u64,
     index: u64,
-    current: RecordPosition,
-    current_offset: u64,
+    current: Position,
     over: bool,
 }
 
@@ -76,30 +75,27 @@ impl<'a> SliceReader<'a> {
     pub fn new(stream: &'a [u8], options: ReadOptions) -> Result<Self, ReadError> {
         let mut rest = stream;
         let mut offset = options.offset;
-        let at = |offset, cause| ReadError {
-            position: Position {
-                record: None,
-                offset,
-            },
-            cause,
-        };
-        let image = take_as::<WireImageHeader>(&mut rest).map_err(|cause| at(offset, cause))?;
-        ImageHeader::decode(image, options.lenient).map_err(|e| at(offset, e.into()))?;
+        let image = take_as::<WireImageHeader>(&mut rest)
+            .and_then(|image| {
+                ImageHeader::decode(image, options.lenient)?;
+                Ok(image)
+            })
+            .map_err(|cause| ReadError::at(Place::ImageHeader, offset, cause))?;
         offset = offset.saturating_add(ImageHeader::OCTETS as u64);
-        let domain = take_as::<WireDomainHeader>(&mut rest).map_err(|cause| at(offset, cause))?;
-        let decoder =
-            Decoder::new(image, domain, options.lenient).map_err(|e| at(offset, e.into()))?;
+        let decoder = take_as::<WireDomainHeader>(&mut rest)
+            .and_then(|domain| Ok(Decoder::new(image, domain, options.lenient)?))
+            .map_err(|cause| ReadError::at(Place::DomainHeader, offset, cause))?;
+        let current = Position {
+            place: Place::DomainHeader,
+            offset,
+        };
         offset = offset.saturating_add(DomainHeader::OCTETS as u64);
         Ok(Self {
             rest,
             decoder,
             offset,
             index: 0,
-            current: RecordPosition {
-                index: 0,
-                kind: None,
-            },
-            current_offset: offset,
+            current,
             over: false,
         })
     }
@@ -119,6 +115,17 @@ impl<'a> SliceReader<'a> {
         self.decoder.order.static_data_over()
     }
 
+    /// Octets of the file that have been consumed, those before the stream included.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Where the record that was read last begins; before the first, the domain
+    /// header.
+    pub fn position(&self) -> Position {
+        self.current
+    }
+
     /// What stands behind the records read so far.
     pub fn rest(&self) -> &'a [u8] {
         self.rest
@@ -134,41 +141,37 @@ impl<'a> SliceReader<'a> {
         if self.over {
             return Ok(None);
         }
-        self.current = RecordPosition {
-            index: self.index,
-            kind: None,
+        let index = self.index;
+        self.current = Position {
+            place: Place::Record { index, kind: None },
+            offset: self.offset,
         };
-        self.current_offset = self.offset;
         let before = self.rest.len();
-        self.step()
-            .map(Some)
-            .map_err(|cause| {
-                self.over = true;
-                ReadError {
-                    position: Position {
-                        record: Some(self.current),
-                        offset: self.current_offset,
-                    },
-                    cause,
-                }
-            })
-            .inspect(|_| {
-                let read = before.saturating_sub(self.rest.len()) as u64;
-                self.offset = self.offset.saturating_add(read);
-                self.index = self.index.saturating_add(1);
-            })
+        let record = self.step().map_err(|cause| {
+            self.over = true;
+            let position = self.current;
+            ReadError { position, cause }
+        })?;
+        let read = before.saturating_sub(self.rest.len()) as u64;
+        self.offset = self.offset.saturating_add(read);
+        self.index = self.index.saturating_add(1);
+        Ok(Some(record))
     }
 
     fn step(&mut self) -> Result<SliceRecord<'a>, ReadErrorCause> {
         let header = take_as::<WireRecordHeader>(&mut self.rest)?;
         let kind = self.decoder.kind(header);
-        self.current.kind = Some(kind);
+        self.current.place = Place::Record {
+            index: self.index,
+            kind: Some(kind),
+        };
         let length = self.decoder.admit(header)?;
         if kind == RecordKind::PAGE_DATA {
             return self.page_data(length);
         }
-        let raw = take(&mut self.rest, u64::from(length))?;
-        let pad = take(&mut self.rest, padding(u64::from(length)))?;
+        let octets = u64::from(length);
+        let body = take(&mut self.rest, octets.saturating_add(padding(octets)))?;
+        let (raw, pad) = body.split_at_checked(length as usize).unwrap_or_default();
         let record = self.decoder.body(kind, raw, pad)?;
         self.over = kind == RecordKind::END;
         Ok(SliceRecord::Record(record))

@@ -59,12 +59,9 @@ impl<'a> HvmParams<'a> {
         .zero("reserved octets", 4, u64::from(wire.reserved.get(order)))?;
         let count = wire.count.get(order);
         let expected = Length::Exactly(u64::from(count).saturating_mul(16).saturating_add(8));
+        let octets = u64::from(count).saturating_mul(16);
+        Context::length(body.len(), rest.len() as u64 == octets, expected)?;
         let entries = elements::<WireHvmParam>(rest, expected)?;
-        Context::length(
-            body.len(),
-            entries.len() as u64 == u64::from(count),
-            expected,
-        )?;
         Ok(Self { entries, order })
     }
 

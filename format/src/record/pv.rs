@@ -158,8 +158,12 @@ impl<'a> P2mFrames<'a> {
         }
         let count = p2m_frame_count(start, end, info);
         let expected = Length::Exactly(count.saturating_mul(8).saturating_add(8));
+        Context::length(
+            body.len(),
+            rest.len() as u64 == count.saturating_mul(8),
+            expected,
+        )?;
         let frames = elements::<U64>(rest, expected)?;
-        Context::length(body.len(), frames.len() as u64 == count, expected)?;
         let shift = match info {
             PvInfo::Bits32 => 10,
             PvInfo::Bits64 => 9,
