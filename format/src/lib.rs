@@ -11,12 +11,15 @@
 )]
 
 pub mod byte_order;
+pub mod detect;
 pub mod error;
 pub mod frame;
 pub mod image;
+pub mod legacy;
 pub mod order;
 pub mod read;
 pub mod record;
 pub mod slice;
 pub mod wire;
+pub mod wrapper;
 pub mod write;

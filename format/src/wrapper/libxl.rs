@@ -1,0 +1,245 @@
+//! The libxl stream, version 2: a header and six kinds of record, one of which hands
+//! the source over to the libxc layer and takes it back.
+//!
+//! ```text
+//! header │ LIBXC_CONTEXT → libxc stream → [EMULATOR_XENSTORE_DATA] [EMULATOR_CONTEXT] │ END
+//!                            ↑ at each libxc CHECKPOINT: emulator records, CHECKPOINT_END ↩
+//! ```
+//!
+//! [`LibxlReader`] and [`LibxlWriter`] are in [`read`] and [`write`]; here are the
+//! header, the records and the rules of their order.
+//!
+//! Specification: libxl migration stream, revision 2. C implementation:
+//! `tools/libs/light/libxl_sr_stream_format.h`.
+
+use std::fmt;
+
+use thiserror::Error;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::byte_order::ByteOrder;
+use crate::wire::{U32, U64};
+
+pub mod order;
+pub mod read;
+pub mod record;
+pub mod write;
+
+pub use order::{LibxlOrder, LibxlOrderError};
+pub use read::LibxlReader;
+pub use record::{
+    CheckpointState, EmulatorId, EmulatorInstance, LibxlRecord, LibxlRecordKind, XenstoreData,
+};
+pub use write::LibxlWriter;
+
+/// The longest body that is read or written. libxl has no limit of its own; the
+/// limit of the libxc stream is far beyond any device model's state (tens of MiB,
+/// where it holds video memory).
+pub const MAX_BODY: u32 = 128 << 20;
+
+/// The header, as it stands in the stream; always big endian.
+///
+/// | octets | field |
+/// |---|---|
+/// | 0–7 | ident, `LibxlFmt` |
+/// | 8–11 | version, 2 |
+/// | 12–15 | options: bit 0 endianness of the records, bit 1 made by the legacy converter, others zero |
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct WireLibxlHeader {
+    ident: U64,
+    version: U32,
+    options: U32,
+}
+
+const _: () = assert!(size_of::<WireLibxlHeader>() == LibxlHeader::OCTETS);
+
+/// The header of a libxl stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LibxlHeader {
+    /// The order of the records' fields; the libxc stream has its own.
+    pub order: ByteOrder,
+    /// Whether the legacy converter made this stream.
+    pub legacy_converted: bool,
+}
+
+impl LibxlHeader {
+    /// Length in the stream.
+    pub const OCTETS: usize = 16;
+    /// The first eight octets, `LibxlFmt`.
+    pub const IDENT: u64 = u64::from_be_bytes(*b"LibxlFmt");
+    /// The only version.
+    pub const VERSION: u32 = 2;
+
+    const OPTION_BIG_ENDIAN: u32 = 1 << 0;
+    const OPTION_LEGACY: u32 = 1 << 1;
+
+    /// Decode a header; `lenient` tolerates reserved bits.
+    ///
+    /// # Errors
+    ///
+    /// A wrong identifier or version; a reserved bit that is set.
+    pub fn decode(wire: &WireLibxlHeader, lenient: bool) -> Result<Self, LibxlError> {
+        const BE: ByteOrder = ByteOrder::Big;
+        let ident = wire.ident.get(BE);
+        if ident != Self::IDENT {
+            return Err(LibxlError::Ident { got: ident });
+        }
+        let version = wire.version.get(BE);
+        if version != Self::VERSION {
+            return Err(LibxlError::Version { got: version });
+        }
+        let options = wire.options.get(BE);
+        let reserved = options & !(Self::OPTION_BIG_ENDIAN | Self::OPTION_LEGACY);
+        reserved_zero(lenient, "stream header: options bits 2–31", 12, reserved)?;
+        Ok(Self {
+            order: match options & Self::OPTION_BIG_ENDIAN {
+                0 => ByteOrder::Little,
+                _ => ByteOrder::Big,
+            },
+            legacy_converted: options & Self::OPTION_LEGACY != 0,
+        })
+    }
+
+    /// Encode the header.
+    pub fn encode(self) -> WireLibxlHeader {
+        const BE: ByteOrder = ByteOrder::Big;
+        let order = match self.order {
+            ByteOrder::Little => 0,
+            ByteOrder::Big => Self::OPTION_BIG_ENDIAN,
+        };
+        let legacy = match self.legacy_converted {
+            false => 0,
+            true => Self::OPTION_LEGACY,
+        };
+        WireLibxlHeader {
+            ident: U64::new(Self::IDENT, BE),
+            version: U32::new(Self::VERSION, BE),
+            options: U32::new(order | legacy, BE),
+        }
+    }
+}
+
+impl fmt::Display for LibxlHeader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "libxl stream version {}, {}", Self::VERSION, self.order)?;
+        match self.legacy_converted {
+            true => f.write_str(", converted from a legacy stream"),
+            false => Ok(()),
+        }
+    }
+}
+
+/// A rule of the libxl stream that some octets break.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum LibxlError {
+    /// The first eight octets are not libxl's.
+    #[error("ident is {got:#018x}, expected 0x4c6962786c466d74 (LibxlFmt)")]
+    Ident {
+        /// What came.
+        got: u64,
+    },
+    /// A version that does not exist.
+    #[error("version is {got}, expected 2")]
+    Version {
+        /// What came.
+        got: u32,
+    },
+    /// A reserved field or padding that is not zero.
+    #[error("{field} (octet {at} of it) must be zero, got {got:#x} (--lenient tolerates this)")]
+    ReservedNotZero {
+        /// The structure and its field.
+        field: &'static str,
+        /// Where the field begins in the header or the record.
+        at: u64,
+        /// What came.
+        got: u64,
+    },
+    /// A body that is longer than any is.
+    #[error("body length is {got}, expected at most {max} octets")]
+    BodyTooLong {
+        /// What came.
+        got: u64,
+        /// The limit.
+        max: u32,
+    },
+    /// A body of the wrong length for its kind.
+    #[error("body length is {got}, expected {expected}")]
+    BodyLength {
+        /// What the kind asks for.
+        expected: &'static str,
+        /// What came.
+        got: u64,
+    },
+    /// A mandatory record that the specification does not define.
+    #[error(
+        "record type {kind:#010x} is mandatory and unknown; a newer libxl made this image, or it is damaged"
+    )]
+    UnknownMandatory {
+        /// The type.
+        kind: u32,
+    },
+    /// An emulator that the specification does not define.
+    #[error(
+        "emulator id is {got:#x}, expected 0 (unknown), 1 (qemu traditional) or 2 (qemu upstream)"
+    )]
+    UnknownEmulator {
+        /// What came.
+        got: u32,
+    },
+    /// Xenstore data whose last string has no end.
+    #[error("xenstore data of {length} octets must end in NUL, got {got:#04x}")]
+    XenstoreNotTerminated {
+        /// Their length.
+        length: u64,
+        /// The last octet.
+        got: u8,
+    },
+    /// Xenstore data with a key and no value.
+    #[error("xenstore data has {got} strings, expected an even number (keys and values)")]
+    XenstoreOdd {
+        /// How many.
+        got: u64,
+    },
+    /// A key that xenstore would not take.
+    #[error(
+        "xenstore key {pair} is {:?}, expected one or more ASCII letters, digits or any of -/_@",
+        key.escape_ascii().to_string()
+    )]
+    XenstoreKey {
+        /// Which pair, from 0.
+        pair: u64,
+        /// Its key, or the beginning of it.
+        key: Vec<u8>,
+    },
+    /// A string that would not end where it ends.
+    #[error("xenstore pair {pair} has a NUL inside its key or its value")]
+    XenstoreNul {
+        /// Which pair, from 0.
+        pair: u64,
+    },
+    /// A CHECKPOINT_STATE that the specification does not define.
+    #[error("control id is {got:#x}, expected 0 to 3")]
+    UnknownCheckpointState {
+        /// What came.
+        got: u32,
+    },
+    /// A record that is out of place.
+    #[error(transparent)]
+    Order(#[from] LibxlOrderError),
+}
+
+/// `got` must be zero, unless lenient.
+fn reserved_zero(
+    lenient: bool,
+    field: &'static str,
+    at: u64,
+    got: impl Into<u64>,
+) -> Result<(), LibxlError> {
+    match got.into() {
+        0 => Ok(()),
+        _ if lenient => Ok(()),
+        got => Err(LibxlError::ReservedNotZero { field, at, got }),
+    }
+}

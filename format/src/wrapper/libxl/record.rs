@@ -1,0 +1,427 @@
+//! The records of the libxl stream.
+//!
+//! Specification: libxl migration stream, "Record Overview", "Emulator Records",
+//! "Records". C implementation: `libxl_stream_read.c:process_record`.
+
+use std::fmt;
+
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::{LibxlError, MAX_BODY, reserved_zero};
+use crate::byte_order::ByteOrder;
+use crate::wire::U32;
+
+/// A record's header. The body follows, padded with zeros to a multiple of 8.
+///
+/// | octets | field |
+/// |---|---|
+/// | 0–3 | type |
+/// | 4–7 | length of the body, without padding |
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(super) struct WireLibxlRecordHeader {
+    pub(super) kind: U32,
+    pub(super) length: U32,
+}
+
+/// What both emulator records begin with.
+///
+/// | octets | field |
+/// |---|---|
+/// | 0–3 | emulator id |
+/// | 4–7 | index of this emulator for the domain |
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct WireEmulatorHeader {
+    id: U32,
+    index: U32,
+}
+
+/// The body of CHECKPOINT_STATE.
+///
+/// | octets | field |
+/// |---|---|
+/// | 0–3 | control id |
+/// | 4–7 | padding, zero |
+///
+/// libxl writes a body of 4 octets, whose padding as a record is the same zeros.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct WireCheckpointState {
+    id: U32,
+    padding: U32,
+}
+
+const _: () = {
+    assert!(size_of::<WireLibxlRecordHeader>() == 8);
+    assert!(size_of::<WireEmulatorHeader>() == 8);
+    assert!(size_of::<WireCheckpointState>() == 8);
+};
+
+/// The type of a record. Open: every value can be represented.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct LibxlRecordKind(pub u32);
+
+impl LibxlRecordKind {
+    /// The end of the stream.
+    pub const END: Self = Self(0);
+    /// A libxc stream follows.
+    pub const LIBXC_CONTEXT: Self = Self(1);
+    /// Xenstore keys and values of an emulator.
+    pub const EMULATOR_XENSTORE_DATA: Self = Self(2);
+    /// The state of an emulator.
+    pub const EMULATOR_CONTEXT: Self = Self(3);
+    /// The end of a checkpoint.
+    pub const CHECKPOINT_END: Self = Self(4);
+    /// COLO's control word.
+    pub const CHECKPOINT_STATE: Self = Self(5);
+
+    /// The name, as the specification spells it; `None` for what it does not define.
+    pub const fn name(self) -> Option<&'static str> {
+        Some(match self {
+            Self::END => "END",
+            Self::LIBXC_CONTEXT => "LIBXC_CONTEXT",
+            Self::EMULATOR_XENSTORE_DATA => "EMULATOR_XENSTORE_DATA",
+            Self::EMULATOR_CONTEXT => "EMULATOR_CONTEXT",
+            Self::CHECKPOINT_END => "CHECKPOINT_END",
+            Self::CHECKPOINT_STATE => "CHECKPOINT_STATE",
+            _ => return None,
+        })
+    }
+
+    /// Whether a restorer that does not know this type may skip it (bit 31).
+    pub const fn is_optional(self) -> bool {
+        self.0 >> 31 != 0
+    }
+}
+
+impl fmt::Display for LibxlRecordKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.name() {
+            Some(name) => f.write_str(name),
+            None if self.is_optional() => write!(f, "optional type {:#010x}", self.0),
+            None => write!(f, "unknown type {:#010x}", self.0),
+        }
+    }
+}
+
+impl fmt::Debug for LibxlRecordKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "LibxlRecordKind({:#x}, {self})", self.0)
+    }
+}
+
+/// Which program emulates devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum EmulatorId {
+    /// Not known, in a stream that the legacy converter made.
+    Unknown,
+    /// Xen's own fork of qemu, dropped in Xen 4.21.
+    QemuTraditional,
+    /// Qemu.
+    QemuUpstream,
+}
+
+impl EmulatorId {
+    /// The value in the stream.
+    pub const fn value(self) -> u32 {
+        match self {
+            Self::Unknown => 0,
+            Self::QemuTraditional => 1,
+            Self::QemuUpstream => 2,
+        }
+    }
+
+    /// The emulator with this value.
+    pub const fn from_value(value: u32) -> Option<Self> {
+        match value {
+            0 => Some(Self::Unknown),
+            1 => Some(Self::QemuTraditional),
+            2 => Some(Self::QemuUpstream),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for EmulatorId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Unknown => "unknown emulator",
+            Self::QemuTraditional => "qemu traditional",
+            Self::QemuUpstream => "qemu upstream",
+        })
+    }
+}
+
+/// One of a domain's emulators.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct EmulatorInstance {
+    /// Which program.
+    pub id: EmulatorId,
+    /// Which of them, from 0.
+    pub index: u32,
+}
+
+/// Xenstore keys and values, checked; keys are relative to the device model's part
+/// of the new domain's tree.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct XenstoreData {
+    raw: Vec<u8>,
+}
+
+impl XenstoreData {
+    /// Check octets as they stand in the stream: NUL-terminated strings, key and
+    /// value in turn. Values are not looked into.
+    ///
+    /// # Errors
+    ///
+    /// The last string does not end, a value is missing, a key has a character that
+    /// xenstore does not take.
+    pub fn parse(raw: Vec<u8>) -> Result<Self, LibxlError> {
+        if let Some(&got) = raw.last().filter(|last| **last != 0) {
+            let length = raw.len() as u64;
+            return Err(LibxlError::XenstoreNotTerminated { length, got });
+        }
+        let strings = raw.iter().filter(|octet| **octet == 0).count() as u64;
+        if strings & 1 != 0 {
+            return Err(LibxlError::XenstoreOdd { got: strings });
+        }
+        let data = Self { raw };
+        for (pair, (key, _)) in data.iter().enumerate() {
+            let good = |octet: &u8| octet.is_ascii_alphanumeric() || b"-/_@".contains(octet);
+            if key.is_empty() || !key.iter().all(good) {
+                const SHOWN: usize = 64;
+                let key = key.get(..SHOWN).unwrap_or(key).to_vec();
+                let pair = pair as u64;
+                return Err(LibxlError::XenstoreKey { pair, key });
+            }
+        }
+        Ok(data)
+    }
+
+    /// The octets of these keys and values.
+    ///
+    /// # Errors
+    ///
+    /// A key or a value with a NUL in it; as [`XenstoreData::parse`].
+    pub fn from_pairs<'a>(
+        pairs: impl IntoIterator<Item = (&'a str, &'a str)>,
+    ) -> Result<Self, LibxlError> {
+        let mut raw = Vec::new();
+        for (pair, (key, value)) in pairs.into_iter().enumerate() {
+            if key.contains('\0') || value.contains('\0') {
+                let pair = pair as u64;
+                return Err(LibxlError::XenstoreNul { pair });
+            }
+            for string in [key, value] {
+                raw.extend_from_slice(string.as_bytes());
+                raw.push(0);
+            }
+        }
+        Self::parse(raw)
+    }
+
+    /// Keys and values, without NULs.
+    pub fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
+        let mut strings = self
+            .raw
+            .split_inclusive(|octet| *octet == 0)
+            .map(|string| string.strip_suffix(&[0]).unwrap_or(string));
+        std::iter::from_fn(move || Some((strings.next()?, strings.next()?)))
+    }
+
+    /// The octets as they stand in the stream.
+    pub fn as_octets(&self) -> &[u8] {
+        &self.raw
+    }
+}
+
+/// COLO's control words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum CheckpointState {
+    /// The secondary is out of sync: a new checkpoint (primary → secondary).
+    New,
+    /// The secondary is suspended (secondary → primary).
+    Suspended,
+    /// The secondary is ready (secondary → primary).
+    Ready,
+    /// The secondary is resumed (secondary → primary).
+    Resumed,
+}
+
+impl CheckpointState {
+    /// The value in the stream.
+    pub const fn value(self) -> u32 {
+        match self {
+            Self::New => 0,
+            Self::Suspended => 1,
+            Self::Ready => 2,
+            Self::Resumed => 3,
+        }
+    }
+
+    /// The state with this value.
+    pub const fn from_value(value: u32) -> Option<Self> {
+        match value {
+            0 => Some(Self::New),
+            1 => Some(Self::Suspended),
+            2 => Some(Self::Ready),
+            3 => Some(Self::Resumed),
+            _ => None,
+        }
+    }
+}
+
+/// A record, whole.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LibxlRecord {
+    /// The end of the stream.
+    End,
+    /// The source stands at the first octet of a libxc stream.
+    LibxcContext,
+    /// Xenstore keys and values of an emulator.
+    EmulatorXenstoreData {
+        /// Whose they are.
+        emulator: EmulatorInstance,
+        /// Keys and values.
+        data: XenstoreData,
+    },
+    /// The state of an emulator, in a form that only it knows.
+    EmulatorContext {
+        /// Whose it is.
+        emulator: EmulatorInstance,
+        /// The state.
+        state: Vec<u8>,
+    },
+    /// The end of a checkpoint: the source goes back to the libxc layer.
+    CheckpointEnd,
+    /// COLO's control word.
+    CheckpointState(CheckpointState),
+    /// A record that need not be understood (bit 31 of the type).
+    Optional {
+        /// Its type.
+        kind: LibxlRecordKind,
+        /// Its body.
+        body: Vec<u8>,
+    },
+}
+
+impl LibxlRecord {
+    /// The type.
+    pub const fn kind(&self) -> LibxlRecordKind {
+        match self {
+            Self::End => LibxlRecordKind::END,
+            Self::LibxcContext => LibxlRecordKind::LIBXC_CONTEXT,
+            Self::EmulatorXenstoreData { .. } => LibxlRecordKind::EMULATOR_XENSTORE_DATA,
+            Self::EmulatorContext { .. } => LibxlRecordKind::EMULATOR_CONTEXT,
+            Self::CheckpointEnd => LibxlRecordKind::CHECKPOINT_END,
+            Self::CheckpointState(_) => LibxlRecordKind::CHECKPOINT_STATE,
+            Self::Optional { kind, .. } => *kind,
+        }
+    }
+
+    /// Check what a record's header says, so that a bad one is refused before its
+    /// octets are waited for.
+    pub(super) fn check_header(kind: LibxlRecordKind, length: u64) -> Result<(), LibxlError> {
+        use LibxlRecordKind as Kind;
+        if length > u64::from(MAX_BODY) {
+            return Err(LibxlError::BodyTooLong {
+                got: length,
+                max: MAX_BODY,
+            });
+        }
+        let (good, expected) = match kind {
+            Kind::END | Kind::LIBXC_CONTEXT | Kind::CHECKPOINT_END => (length == 0, "0"),
+            Kind::EMULATOR_XENSTORE_DATA | Kind::EMULATOR_CONTEXT => (length >= 8, EMULATOR_LENGTH),
+            Kind::CHECKPOINT_STATE => (
+                matches!(length, 4 | 8),
+                "8 octets, or 4 as libxl writes them",
+            ),
+            kind if kind.is_optional() => return Ok(()),
+            kind => return Err(LibxlError::UnknownMandatory { kind: kind.0 }),
+        };
+        match good {
+            true => Ok(()),
+            false => Err(LibxlError::BodyLength {
+                expected,
+                got: length,
+            }),
+        }
+    }
+
+    /// Decode a body, without its padding.
+    ///
+    /// # Errors
+    ///
+    /// A length or a value that the kind does not have; an unknown mandatory kind.
+    pub fn decode(
+        kind: LibxlRecordKind,
+        mut body: Vec<u8>,
+        order: ByteOrder,
+        lenient: bool,
+    ) -> Result<Self, LibxlError> {
+        use LibxlRecordKind as Kind;
+        Self::check_header(kind, body.len() as u64)?;
+        Ok(match kind {
+            Kind::END => Self::End,
+            Kind::LIBXC_CONTEXT => Self::LibxcContext,
+            Kind::CHECKPOINT_END => Self::CheckpointEnd,
+            Kind::EMULATOR_XENSTORE_DATA => Self::EmulatorXenstoreData {
+                emulator: take_emulator(&mut body, order)?,
+                data: XenstoreData::parse(body)?,
+            },
+            Kind::EMULATOR_CONTEXT => Self::EmulatorContext {
+                emulator: take_emulator(&mut body, order)?,
+                state: body,
+            },
+            Kind::CHECKPOINT_STATE => {
+                let mut wire = WireCheckpointState::new_zeroed();
+                for (to, from) in wire.as_mut_bytes().iter_mut().zip(&body) {
+                    *to = *from;
+                }
+                let padding = wire.padding.get(order);
+                reserved_zero(lenient, "CHECKPOINT_STATE: padding", 12, padding)?;
+                let got = wire.id.get(order);
+                Self::CheckpointState(
+                    CheckpointState::from_value(got)
+                        .ok_or(LibxlError::UnknownCheckpointState { got })?,
+                )
+            }
+            kind => Self::Optional { kind, body },
+        })
+    }
+
+    /// The body in two parts, without padding: two words or none, and octets.
+    pub(super) fn encode(&self, order: ByteOrder) -> (Option<[U32; 2]>, &[u8]) {
+        let words = |first: u32, second: u32| Some([first, second].map(|w| U32::new(w, order)));
+        match self {
+            Self::End | Self::LibxcContext | Self::CheckpointEnd => (None, &[]),
+            Self::EmulatorXenstoreData { emulator, data } => {
+                (words(emulator.id.value(), emulator.index), data.as_octets())
+            }
+            Self::EmulatorContext { emulator, state } => {
+                (words(emulator.id.value(), emulator.index), state)
+            }
+            Self::CheckpointState(state) => (words(state.value(), 0), &[]),
+            Self::Optional { body, .. } => (None, body),
+        }
+    }
+}
+
+const EMULATOR_LENGTH: &str = "at least 8 octets (the emulator's id and index)";
+
+/// Take the sub-header off the front of an emulator record.
+fn take_emulator(body: &mut Vec<u8>, order: ByteOrder) -> Result<EmulatorInstance, LibxlError> {
+    let Ok((wire, _)) = WireEmulatorHeader::read_from_prefix(body) else {
+        return Err(LibxlError::BodyLength {
+            expected: EMULATOR_LENGTH,
+            got: body.len() as u64,
+        });
+    };
+    body.drain(..size_of::<WireEmulatorHeader>());
+    let got = wire.id.get(order);
+    Ok(EmulatorInstance {
+        id: EmulatorId::from_value(got).ok_or(LibxlError::UnknownEmulator { got })?,
+        index: wire.index.get(order),
+    })
+}

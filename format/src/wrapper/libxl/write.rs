@@ -1,0 +1,92 @@
+//! Writing a libxl stream.
+//!
+//! C implementation: `libxl_stream_write.c`.
+
+use std::io::{self, Write};
+
+use zerocopy::IntoBytes;
+
+use super::record::WireLibxlRecordHeader;
+use super::{LibxlError, LibxlHeader, LibxlOrder, LibxlRecord};
+use crate::record::padding;
+use crate::wire::U32;
+use crate::wrapper::WrapperWriteError;
+
+/// Writes the records of a libxl stream, and refuses those that a reader would
+/// refuse there.
+#[derive(Debug)]
+pub struct LibxlWriter<W> {
+    sink: W,
+    header: LibxlHeader,
+    order: LibxlOrder,
+}
+
+impl<W: Write> LibxlWriter<W> {
+    /// Write the header.
+    ///
+    /// # Errors
+    ///
+    /// What the sink says.
+    pub fn new(mut sink: W, header: LibxlHeader) -> io::Result<Self> {
+        sink.write_all(header.encode().as_bytes())?;
+        Ok(Self {
+            sink,
+            header,
+            order: LibxlOrder::new(),
+        })
+    }
+
+    /// The sink: after [`LibxlRecord::LibxcContext`], for the libxc stream.
+    pub fn sink_mut(&mut self) -> &mut W {
+        &mut self.sink
+    }
+
+    /// Give the sink back.
+    pub fn into_sink(self) -> W {
+        self.sink
+    }
+
+    /// The libxc layer has written a CHECKPOINT: the next records belong to it.
+    pub fn begin_checkpoint(&mut self) {
+        self.order.begin_checkpoint();
+    }
+
+    /// Write a record, padded with zeros.
+    ///
+    /// # Errors
+    ///
+    /// What the sink says; a record that is out of place or too long, or one that
+    /// is called optional and is not.
+    pub fn write(&mut self, record: &LibxlRecord) -> Result<(), WrapperWriteError> {
+        let order = self.header.order;
+        let kind = record.kind();
+        let (words, rest) = record.encode(order);
+        let words = words.as_ref().map(IntoBytes::as_bytes).unwrap_or_default();
+        let length = self
+            .admit(record, rest.len().saturating_add(words.len()))
+            .map_err(|cause| WrapperWriteError::Libxl { kind, cause })?;
+        let header = WireLibxlRecordHeader {
+            kind: U32::new(kind.0, order),
+            length: U32::new(length, order),
+        };
+        let pad = usize::try_from(padding(u64::from(length))).unwrap_or(0);
+        self.sink.write_all(&[header.as_bytes(), words].concat())?;
+        self.sink.write_all(rest)?;
+        self.sink.write_all([0; 8].get(..pad).unwrap_or_default())?;
+        Ok(())
+    }
+
+    /// Whether the record may come here; its length, as the header holds it.
+    fn admit(&mut self, record: &LibxlRecord, length: usize) -> Result<u32, LibxlError> {
+        let kind = record.kind();
+        if let LibxlRecord::Optional { kind, .. } = record
+            && !kind.is_optional()
+        {
+            return Err(LibxlError::UnknownMandatory { kind: kind.0 });
+        }
+        LibxlRecord::check_header(kind, length as u64)?;
+        self.order.admit(kind)?;
+        // What passed the check is far below u32::MAX.
+        Ok(u32::try_from(length).unwrap_or(u32::MAX))
+    }
+}

@@ -1,0 +1,379 @@
+//! The header that `xl save` puts before the libxl stream: what is in the file, and
+//! the domain's configuration.
+//!
+//! There is no specification; this follows what xl reads and writes. C
+//! implementation: `struct save_file_header` in `tools/xl/xl.h`,
+//! `save_domain_core_writeconfig` in `tools/xl/xl_saverestore.c`, `create_domain` in
+//! `tools/xl/xl_vmcontrol.c`.
+//!
+//! xl writes, and reads, the machine's own byte order only; here either is read.
+//! The JSON is not looked into: that is for whoever understands libxl's types.
+
+use std::io::{Read, Write};
+
+use thiserror::Error;
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::{Reading, Source, WrapperErrorCause, WrapperReadError, WrapperWriteError};
+use crate::byte_order::ByteOrder;
+use crate::read::ReadOptions;
+use crate::wire::U32;
+
+/// The first octets of a file that xl wrote.
+pub const MAGIC: [u8; 32] = *b"Xen saved domain, xl format\n \0 \r";
+
+/// The value of the byte order field.
+const BYTE_ORDER_MARK: u32 = 0x0102_0304;
+
+/// The longest optional data that is read or written. xl has no limit of its own; a
+/// configuration has some hundreds of octets for each device and vcpu.
+pub const MAX_OPTIONAL_DATA: u32 = 16 << 20;
+
+/// Mandatory flag: the configuration is JSON (libxl's), not an xl configuration file.
+pub const FLAG_JSON: u32 = 1 << 0;
+/// Mandatory flag: a libxl stream version 2 follows, not a legacy stream.
+pub const FLAG_STREAM_V2: u32 = 1 << 1;
+const KNOWN_FLAGS: u32 = FLAG_JSON | FLAG_STREAM_V2;
+
+/// The fixed part of the header behind the magic, as it stands in the file.
+///
+/// | octets | field |
+/// |---|---|
+/// | 0–31 | magic, `Xen saved domain, xl format`, LF, SP, NUL, SP, CR |
+/// | 32–35 | byte order mark, 0x01020304 in the order of this header's fields |
+/// | 36–39 | mandatory flags: bit 0 JSON, bit 1 stream v2, others unknown |
+/// | 40–43 | optional flags, none defined |
+/// | 44–47 | length of the optional data that follow |
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct WireXlFields {
+    byte_order: U32,
+    mandatory_flags: U32,
+    optional_flags: U32,
+    optional_data_length: U32,
+}
+
+const _: () = assert!(MAGIC.len() + size_of::<WireXlFields>() == XlHeader::FIXED_OCTETS);
+
+/// Octets of the length field that the configuration begins with.
+const CONFIG_LENGTH_OCTETS: usize = 4;
+
+/// A rule of the xl header that some octets break.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum XlError {
+    /// The first 32 octets are not xl's.
+    #[error("magic is {:?}, expected {:?}", got.escape_ascii().to_string(), MAGIC.escape_ascii().to_string())]
+    Magic {
+        /// What came.
+        got: [u8; 32],
+    },
+    /// A byte order mark that is neither order's.
+    #[error("byte order mark is {got:02x?}, expected [04, 03, 02, 01] or [01, 02, 03, 04]")]
+    ByteOrderMark {
+        /// What came.
+        got: [u8; 4],
+    },
+    /// Mandatory flags that nobody here knows.
+    #[error(
+        "mandatory flag bit {bit} is set (flags {got:#010x}), expected only bits 0 (JSON) and 1 (stream v2); a newer xl made this file, or it is damaged"
+    )]
+    UnknownMandatoryFlag {
+        /// The lowest bit that is not known.
+        bit: u32,
+        /// All the flags.
+        got: u32,
+    },
+    /// Optional flags; none is defined.
+    #[error(
+        "optional flags are {got:#010x}, expected 0 since none is defined (--lenient tolerates this)"
+    )]
+    OptionalFlags {
+        /// What came.
+        got: u32,
+    },
+    /// More optional data than anybody would write.
+    #[error("optional data has {got} octets, expected at most {max}")]
+    OptionalDataTooLong {
+        /// What came.
+        got: u64,
+        /// The limit.
+        max: u32,
+    },
+    /// Optional data that are too short for what they begin with.
+    #[error("optional data has {got} octets, expected none or at least {expected} for the {what}")]
+    OptionalDataTooShort {
+        /// What does not fit.
+        what: &'static str,
+        /// What it needs.
+        expected: u64,
+        /// What came.
+        got: u64,
+    },
+    /// A JSON configuration with no NUL at its end, or with one inside.
+    #[error(
+        "JSON configuration of {length} octets must have its only NUL at the end, {}",
+        match first_nul { Some(at) => format!("but has one at octet {at}"), None => "but has none".into() }
+    )]
+    ConfigNul {
+        /// Its length.
+        length: u64,
+        /// Where the first NUL is.
+        first_nul: Option<u64>,
+    },
+    /// A JSON configuration that is no UTF-8.
+    #[error("JSON configuration is not UTF-8 from octet {valid_up_to} on")]
+    ConfigNotUtf8 {
+        /// How far it is.
+        valid_up_to: u64,
+    },
+}
+
+/// The xl file header.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct XlHeader {
+    order: ByteOrder,
+    mandatory_flags: u32,
+    optional_flags: u32,
+    /// As in the file; checked to hold the configuration it announces.
+    optional_data: Vec<u8>,
+}
+
+impl XlHeader {
+    /// Length of the part before the optional data.
+    pub const FIXED_OCTETS: usize = 48;
+
+    /// The header that xl writes for a domain with this configuration (`json`
+    /// without NUL) and a version 2 stream.
+    ///
+    /// # Errors
+    ///
+    /// A configuration with a NUL in it, or longer than [`MAX_OPTIONAL_DATA`].
+    pub fn new(json: &str) -> Result<Self, XlError> {
+        let config_length = json.len().saturating_add(1);
+        let length = config_length.saturating_add(CONFIG_LENGTH_OCTETS);
+        let Some(config_field) = u32::try_from(config_length)
+            .ok()
+            .filter(|_| length <= MAX_OPTIONAL_DATA as usize)
+        else {
+            return Err(too_long(length as u64));
+        };
+        let mut optional_data = Vec::with_capacity(length);
+        optional_data.extend_from_slice(U32::new(config_field, ByteOrder::Little).as_bytes());
+        optional_data.extend_from_slice(json.as_bytes());
+        optional_data.push(0);
+        let header = Self {
+            order: ByteOrder::Little,
+            mandatory_flags: KNOWN_FLAGS,
+            optional_flags: 0,
+            optional_data,
+        };
+        header.check_optional_data()?;
+        Ok(header)
+    }
+
+    /// Read the header from the start of a file: exactly its octets.
+    ///
+    /// # Errors
+    ///
+    /// The source failed or ended, or a rule is broken.
+    pub fn read(source: impl Read, options: ReadOptions) -> Result<Self, WrapperReadError> {
+        let mut source = Source {
+            inner: source,
+            offset: options.offset,
+        };
+        let at = |reading, offset| {
+            move |cause| WrapperReadError {
+                reading,
+                offset,
+                cause,
+            }
+        };
+        let (order, mandatory_flags, optional_flags, length) =
+            read_fixed(&mut source, options.lenient)
+                .map_err(at(Reading::XlHeader, options.offset))?;
+        let at_data = at(Reading::XlOptionalData, source.offset);
+        let header = Self {
+            order,
+            mandatory_flags,
+            optional_flags,
+            optional_data: source.take(length).map_err(at_data)?,
+        };
+        header
+            .check_optional_data()
+            .map_err(|e| at_data(e.into()))?;
+        Ok(header)
+    }
+
+    /// Write the header, as it was read or made: octet for octet.
+    ///
+    /// # Errors
+    ///
+    /// What the sink says.
+    pub fn write(&self, mut sink: impl Write) -> Result<(), WrapperWriteError> {
+        // In one piece, as one would like to see it in a trace of system calls.
+        Ok(sink.write_all(&self.encode())?)
+    }
+
+    /// The octets of the header.
+    pub fn encode(&self) -> Vec<u8> {
+        let fields = WireXlFields {
+            byte_order: U32::new(BYTE_ORDER_MARK, self.order),
+            mandatory_flags: U32::new(self.mandatory_flags, self.order),
+            optional_flags: U32::new(self.optional_flags, self.order),
+            // Both ways to make a header limit it to MAX_OPTIONAL_DATA.
+            optional_data_length: U32::new(
+                u32::try_from(self.optional_data.len()).unwrap_or(u32::MAX),
+                self.order,
+            ),
+        };
+        [&MAGIC, fields.as_bytes(), &self.optional_data].concat()
+    }
+
+    /// Length of the header with its optional data: where the stream begins.
+    pub fn octets(&self) -> u64 {
+        (self.optional_data.len() as u64).saturating_add(Self::FIXED_OCTETS as u64)
+    }
+
+    /// The order of the header's own fields; the streams that follow have their own.
+    pub fn byte_order(&self) -> ByteOrder {
+        self.order
+    }
+
+    /// The mandatory flags: [`FLAG_JSON`], [`FLAG_STREAM_V2`].
+    pub fn mandatory_flags(&self) -> u32 {
+        self.mandatory_flags
+    }
+
+    /// The optional flags: zero, unless read leniently.
+    pub fn optional_flags(&self) -> u32 {
+        self.optional_flags
+    }
+
+    /// Whether a libxl stream version 2 follows; if not, a legacy stream does.
+    pub fn is_stream_v2(&self) -> bool {
+        self.mandatory_flags & FLAG_STREAM_V2 != 0
+    }
+
+    /// The configuration's octets, the NUL at the end of JSON included; `None` where
+    /// the file has none.
+    pub fn config(&self) -> Option<&[u8]> {
+        let (length, rest) = U32::read_from_prefix(&self.optional_data).ok()?;
+        let config = rest.get(..length.get(self.order) as usize)?;
+        (!config.is_empty()).then_some(config)
+    }
+
+    /// What stands in the optional data behind the configuration: nothing that is
+    /// known today; kept, and written again.
+    pub fn optional_tail(&self) -> &[u8] {
+        let config = self.config().map_or(0, <[u8]>::len);
+        self.optional_data
+            .get(config.saturating_add(CONFIG_LENGTH_OCTETS)..)
+            .unwrap_or_default()
+    }
+
+    /// The configuration as JSON, without the NUL. `None` where the file has no
+    /// configuration, or an xl configuration file instead ([`FLAG_JSON`] not set).
+    ///
+    /// # Errors
+    ///
+    /// It is not UTF-8.
+    pub fn json(&self) -> Result<Option<&str>, XlError> {
+        if self.mandatory_flags & FLAG_JSON == 0 {
+            return Ok(None);
+        }
+        let Some(config) = self.config() else {
+            return Ok(None);
+        };
+        let text = config.strip_suffix(&[0]).unwrap_or(config);
+        match std::str::from_utf8(text) {
+            Ok(json) => Ok(Some(json)),
+            Err(e) => Err(XlError::ConfigNotUtf8 {
+                valid_up_to: e.valid_up_to() as u64,
+            }),
+        }
+    }
+
+    fn check_optional_data(&self) -> Result<(), XlError> {
+        if self.optional_data.is_empty() {
+            return Ok(());
+        }
+        let got = self.optional_data.len() as u64;
+        let short = |what, expected| XlError::OptionalDataTooShort {
+            what,
+            expected,
+            got,
+        };
+        let Ok((length, rest)) = U32::read_from_prefix(&self.optional_data) else {
+            return Err(short(
+                "length of the configuration",
+                CONFIG_LENGTH_OCTETS as u64,
+            ));
+        };
+        let length = length.get(self.order);
+        let Some(config) = rest.get(..length as usize) else {
+            let expected = u64::from(length).saturating_add(CONFIG_LENGTH_OCTETS as u64);
+            return Err(short("configuration", expected));
+        };
+        // xl hands the JSON to its parser as a C string.
+        let first_nul = config.iter().position(|octet| *octet == 0);
+        let is_c_string = first_nul == config.len().checked_sub(1);
+        if self.mandatory_flags & FLAG_JSON != 0 && !config.is_empty() && !is_c_string {
+            return Err(XlError::ConfigNul {
+                length: u64::from(length),
+                first_nul: first_nul.map(|at| at as u64),
+            });
+        }
+        Ok(())
+    }
+}
+
+fn too_long(got: u64) -> XlError {
+    XlError::OptionalDataTooLong {
+        got,
+        max: MAX_OPTIONAL_DATA,
+    }
+}
+
+/// Read and judge the fixed part: byte order, mandatory and optional flags, length
+/// of the optional data.
+fn read_fixed<R: Read>(
+    source: &mut Source<R>,
+    lenient: bool,
+) -> Result<(ByteOrder, u32, u32, usize), WrapperErrorCause> {
+    // Refuse what is no such file before waiting for the rest of it.
+    let mut magic = [0; 32];
+    source.fill(&mut magic)?;
+    if magic != MAGIC {
+        return Err(XlError::Magic { got: magic }.into());
+    }
+    let mut wire = WireXlFields::new_zeroed();
+    source.fill(wire.as_mut_bytes())?;
+    let order = [ByteOrder::Little, ByteOrder::Big]
+        .into_iter()
+        .find(|order| wire.byte_order.get(*order) == BYTE_ORDER_MARK)
+        .ok_or_else(|| XlError::ByteOrderMark {
+            got: wire.byte_order.get(ByteOrder::Big).to_be_bytes(),
+        })?;
+    let mandatory_flags = wire.mandatory_flags.get(order);
+    let unknown = mandatory_flags & !KNOWN_FLAGS;
+    if unknown != 0 {
+        return Err(XlError::UnknownMandatoryFlag {
+            bit: unknown.trailing_zeros(),
+            got: mandatory_flags,
+        }
+        .into());
+    }
+    let optional_flags = wire.optional_flags.get(order);
+    if optional_flags != 0 && !lenient {
+        return Err(XlError::OptionalFlags {
+            got: optional_flags,
+        }
+        .into());
+    }
+    let length = wire.optional_data_length.get(order);
+    if length > MAX_OPTIONAL_DATA {
+        return Err(too_long(u64::from(length)).into());
+    }
+    Ok((order, mandatory_flags, optional_flags, length as usize))
+}
