@@ -1,2 +1,24 @@
-//! The engine.
+//! The engine that saves and restores Xen domains.
+//!
+//! [`save()`] turns a domain into a libxc stream, [`restore()`] a libxc stream into a
+//! domain. What differs between PV and translated guests is in [`guest`]; what the
+//! engine asks of whoever drives it is in [`toolstack`].
+//!
+//! C implementation: `tools/libs/guest/xg_sr_*.c`.
+
 #![forbid(unsafe_code)]
+
+pub mod bitmap;
+pub mod error;
+mod guest;
+mod pipeline;
+pub mod progress;
+pub mod restore;
+pub mod save;
+pub mod sink;
+pub mod source;
+pub mod toolstack;
+
+pub use error::{RestoreError, SaveError};
+pub use restore::{RestoreOptions, Restored, restore};
+pub use save::{SaveOptions, Saved, save};

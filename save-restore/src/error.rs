@@ -1,0 +1,240 @@
+//! What can go wrong in a save or a restore, grouped by who is to blame.
+
+use std::io;
+
+use thiserror::Error;
+use xsr_format::error::{ReadError, WriteError};
+use xsr_format::frame::{Gfn, PageType, Pfn};
+use xsr_format::image::GuestType;
+use xsr_format::record::RecordKind;
+use xsr_xen_backend::{BackendError, GuestKind, MapError};
+
+use crate::toolstack::ToolstackError;
+
+/// State of a guest, on its way into a stream or out of one, that cannot be right.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum GuestError {
+    /// The domain did not shut down to be saved.
+    #[error("the domain has not suspended (it shows {state}); is its suspend support working?")]
+    NotSuspended {
+        /// What it shows instead.
+        state: String,
+    },
+    /// A PV guest's word is neither 4 nor 8 octets.
+    #[error("the guest's width is {width} octets, expected 4 or 8")]
+    Width {
+        /// What Xen says.
+        width: u8,
+    },
+    /// A PV guest has not told where its p2m is, or told nonsense.
+    #[error("the guest's p2m cannot be followed: {what} is {value:#x}")]
+    P2m {
+        /// The field or table that is wrong.
+        what: &'static str,
+        /// What it holds.
+        value: u64,
+    },
+    /// Xen names a type that the format has none for.
+    #[error("pfn {pfn} (frame {gfn}) has page type {:#x}, which the format does not know", page_type.nibble())]
+    PageType {
+        /// The page.
+        pfn: Pfn,
+        /// Its frame.
+        gfn: Gfn,
+        /// What Xen says.
+        page_type: PageType,
+    },
+    /// A page-table entry to a frame that is not the guest's.
+    #[error(
+        "page table at pfn {pfn}: level-{level} entry {index} ({pte:#018x}) points to frame {frame:#x}, which is not in the guest's p2m"
+    )]
+    Pte {
+        /// The page table.
+        pfn: Pfn,
+        /// Its level, 1–4.
+        level: u8,
+        /// The entry, 0–511.
+        index: usize,
+        /// The entry's value.
+        pte: u64,
+        /// The frame it names (an mfn on save, a pfn on restore).
+        frame: u64,
+    },
+    /// A page table with a superpage, which PV guests may not be migrated with.
+    #[error(
+        "page table at pfn {pfn}: level-{level} entry {index} ({pte:#018x}) maps a superpage; a PV guest with superpages cannot be saved"
+    )]
+    Superpage {
+        /// The page table.
+        pfn: Pfn,
+        /// Its level, 2–4.
+        level: u8,
+        /// The entry, 0–511.
+        index: usize,
+        /// The entry's value.
+        pte: u64,
+    },
+    /// A level-4 table in a guest that has three levels.
+    #[error("page table at pfn {pfn}: level {level} in a guest that has {levels} levels")]
+    TableLevel {
+        /// The page table.
+        pfn: Pfn,
+        /// Its level.
+        level: u8,
+        /// How many the guest has.
+        levels: u8,
+    },
+    /// A field that names a frame which cannot be what it is used for.
+    #[error("{field} names frame {frame:#x}: {why}")]
+    Frame {
+        /// The field.
+        field: String,
+        /// What it holds (an mfn on save, a pfn on restore).
+        frame: u64,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// More GDT entries than a PV guest can have.
+    #[error("vcpu {vcpu}: {entries} GDT entries, at most 7168 are possible")]
+    GdtEntries {
+        /// The vcpu.
+        vcpu: u32,
+        /// What it says.
+        entries: u64,
+    },
+    /// Xen gave a blob of a length that does not fit the guest.
+    #[error("vcpu {vcpu}: its context has {got} octets, expected {expected}")]
+    VcpuContext {
+        /// The vcpu.
+        vcpu: u32,
+        /// What the width asks for.
+        expected: usize,
+        /// What Xen gave.
+        got: usize,
+    },
+    /// More pfns than the format can name.
+    #[error("the guest has pfns up to {max_pfn}, more than a stream can name")]
+    TooLarge {
+        /// The last one.
+        max_pfn: Pfn,
+    },
+}
+
+/// A save that failed. The domain runs on (see [`crate::save()`]).
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum SaveError {
+    /// The stream could not be written.
+    #[error("writing the stream failed: {0}")]
+    Stream(#[from] WriteError),
+    /// The hypervisor refused a call.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    /// A frame could not be mapped.
+    #[error(transparent)]
+    Map(#[from] MapError),
+    /// A callback failed.
+    #[error(transparent)]
+    Toolstack(#[from] ToolstackError),
+    /// The guest's state is not what can be saved.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    /// Somebody stopped it.
+    #[error("the save was aborted")]
+    Aborted,
+    /// The save failed, and then the guest could not be resumed either.
+    #[error(
+        "{cause}; and the domain could not be resumed: {resume}. It is still suspended: resume it by hand"
+    )]
+    NotResumed {
+        /// Why the save failed.
+        cause: Box<SaveError>,
+        /// Why the resume failed.
+        resume: ToolstackError,
+    },
+}
+
+impl From<io::Error> for SaveError {
+    fn from(error: io::Error) -> Self {
+        Self::Stream(WriteError::Io(error))
+    }
+}
+
+/// A restore that failed. The domain is left as it was built so far, paused: whoever
+/// made it destroys it.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum RestoreError {
+    /// The stream is bad, or could not be read.
+    #[error(transparent)]
+    Stream(#[from] ReadError),
+    /// The stream is well formed, but what it says of the guest is not.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    /// The image is of another type of guest than the domain.
+    #[error("the image holds an {image} guest, the domain is {domain:?}")]
+    GuestType {
+        /// What the image holds.
+        image: GuestType,
+        /// What the domain is.
+        domain: GuestKind,
+    },
+    /// A vcpu that the domain does not have.
+    #[error("{kind} is for vcpu {vcpu}, the domain's last is {max}")]
+    Vcpu {
+        /// The record.
+        kind: RecordKind,
+        /// The vcpu.
+        vcpu: u32,
+        /// The domain's last.
+        max: u32,
+    },
+    /// A pfn beyond what the domain could ever have.
+    #[error("pfn {pfn} is beyond {max}, the last that any x86 guest can have")]
+    PfnRange {
+        /// The page.
+        pfn: Pfn,
+        /// The last possible.
+        max: Pfn,
+    },
+    /// Memory for the guest could not be had.
+    #[error(
+        "no memory for pfn {pfn} of the guest: it has {tot_pages} pages and may have {max_pages}; give the domain more, or free memory on the host"
+    )]
+    NoMemory {
+        /// The first page without memory.
+        pfn: Pfn,
+        /// What it has.
+        tot_pages: u64,
+        /// What it may have.
+        max_pages: u64,
+    },
+    /// The hypervisor refused a call.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    /// A frame could not be mapped.
+    #[error(transparent)]
+    Map(#[from] MapError),
+    /// A callback failed.
+    #[error(transparent)]
+    Toolstack(#[from] ToolstackError),
+    /// A checkpoint in a stream that was to be plain.
+    #[error("the stream is checkpointed (Remus or COLO); this restore takes plain streams")]
+    Checkpointed,
+    /// Somebody stopped it.
+    #[error("the restore was aborted")]
+    Aborted,
+}
+
+impl RestoreError {
+    /// Whether the image is to blame, so that another try with the same one fails
+    /// the same way.
+    pub fn is_bad_image(&self) -> bool {
+        match self {
+            Self::Stream(e) => e.is_bad_image(),
+            Self::Guest(_) | Self::Vcpu { .. } | Self::PfnRange { .. } | Self::Checkpointed => true,
+            _ => false,
+        }
+    }
+}

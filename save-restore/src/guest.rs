@@ -1,0 +1,49 @@
+//! What differs by guest type: PV on one side, HVM and PVH on the other.
+
+pub(crate) mod hvm;
+pub(crate) mod pv;
+pub(crate) mod x86;
+
+use xsr_format::frame::{Gfn, Page, PageEntry, Pfn};
+use xsr_format::image::GuestType;
+use xsr_format::write::RecordWriter;
+use xsr_xen_backend::ForeignPage;
+
+use crate::error::{GuestError, SaveError};
+use crate::sink::PageSink;
+
+/// Where the records of a save go.
+pub(crate) type Out<'s> = RecordWriter<&'s mut dyn PageSink>;
+
+/// What a page looks like in the stream.
+#[derive(Debug)]
+pub(crate) enum Normalised {
+    /// As it is in the guest.
+    AsIs,
+    /// Like this.
+    Local(Box<Page>),
+}
+
+/// The guest's side of a save (C: `struct xc_sr_save_ops`).
+pub(crate) trait GuestSave: Sync {
+    /// What the domain header says.
+    fn guest_type(&self) -> GuestType;
+
+    /// The last pfn there may be, or `None` where there is no memory at all.
+    fn max_pfn(&self) -> Option<Pfn>;
+
+    /// The frame of a pfn; `None` where there is none.
+    fn pfn_to_gfn(&self, pfn: Pfn) -> Option<Gfn>;
+
+    /// Turn the contents of a page into what they are on any machine.
+    fn normalise(&self, entry: PageEntry, page: ForeignPage<'_>) -> Result<Normalised, GuestError>;
+
+    /// Records that never change, before STATIC_DATA_END.
+    fn static_data(&self, out: &mut Out<'_>) -> Result<(), SaveError>;
+
+    /// Records between STATIC_DATA_END and memory.
+    fn start_of_stream(&self, out: &mut Out<'_>) -> Result<(), SaveError>;
+
+    /// Records after memory, of a guest that has suspended.
+    fn end_of_checkpoint(&self, out: &mut Out<'_>) -> Result<(), SaveError>;
+}

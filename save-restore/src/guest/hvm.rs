@@ -1,0 +1,202 @@
+//! HVM and PVH guests: their pfns are what Xen is asked for, their pages are the
+//! same on every machine.
+//!
+//! C implementation: `xg_sr_save_x86_hvm.c`, `xg_sr_restore_x86_hvm.c`.
+
+use xsr_format::frame::{Gfn, PageEntry, Pfn};
+use xsr_format::image::GuestType;
+use xsr_format::record::hvm::HvmParam;
+use xsr_xen_backend::{Access, Domain, ForeignPage, RingGrant};
+
+use crate::error::{GuestError, RestoreError, SaveError};
+use crate::guest::{GuestSave, Normalised, Out, x86};
+use crate::restore::RestoreOptions;
+
+/// `HVM_PARAM_*` of `xen/include/public/hvm/params.h`.
+mod param {
+    pub(super) const STORE_PFN: u32 = 1;
+    pub(super) const STORE_EVTCHN: u32 = 2;
+    pub(super) const PAE_ENABLED: u32 = 4;
+    pub(super) const IOREQ_PFN: u32 = 5;
+    pub(super) const BUFIOREQ_PFN: u32 = 6;
+    pub(super) const VIRIDIAN: u32 = 9;
+    pub(super) const IDENT_PT: u32 = 12;
+    pub(super) const CONSOLE_PFN: u32 = 17;
+    pub(super) const CONSOLE_EVTCHN: u32 = 18;
+    pub(super) const ACPI_IOPORTS_LOCATION: u32 = 19;
+    pub(super) const PAGING_RING_PFN: u32 = 27;
+    pub(super) const MONITOR_RING_PFN: u32 = 28;
+    pub(super) const SHARING_RING_PFN: u32 = 29;
+    pub(super) const IOREQ_SERVER_PFN: u32 = 32;
+    pub(super) const NR_IOREQ_SERVER_PAGES: u32 = 33;
+    pub(super) const VM_GENERATION_ID_ADDR: u32 = 34;
+    pub(super) const X87_FIP_WIDTH: u32 = 36;
+    pub(super) const VM86_TSS_SIZED: u32 = 37;
+    pub(super) const MCA_CAP: u32 = 38;
+
+    /// The parameters a stream holds, in the order Xen writes them.
+    pub(super) const SAVED: [u32; 16] = [
+        STORE_PFN,
+        IOREQ_PFN,
+        BUFIOREQ_PFN,
+        PAGING_RING_PFN,
+        MONITOR_RING_PFN,
+        SHARING_RING_PFN,
+        VM86_TSS_SIZED,
+        CONSOLE_PFN,
+        ACPI_IOPORTS_LOCATION,
+        VIRIDIAN,
+        IDENT_PT,
+        VM_GENERATION_ID_ADDR,
+        IOREQ_SERVER_PFN,
+        NR_IOREQ_SERVER_PAGES,
+        X87_FIP_WIDTH,
+        MCA_CAP,
+    ];
+}
+
+/// The save side.
+pub(crate) struct HvmSave<'a> {
+    domain: &'a dyn Domain,
+    max_pfn: Option<Pfn>,
+}
+
+impl<'a> HvmSave<'a> {
+    pub(crate) fn new(domain: &'a dyn Domain) -> Result<Self, SaveError> {
+        let max_pfn = domain.maximum_gfn()?.map(|gfn| Pfn(gfn.0));
+        if let Some(max_pfn) = max_pfn
+            && max_pfn > PageEntry::MAX_PFN
+        {
+            return Err(GuestError::TooLarge { max_pfn }.into());
+        }
+        Ok(Self { domain, max_pfn })
+    }
+}
+
+impl GuestSave for HvmSave<'_> {
+    fn guest_type(&self) -> GuestType {
+        GuestType::X86_HVM
+    }
+
+    fn max_pfn(&self) -> Option<Pfn> {
+        self.max_pfn
+    }
+
+    fn pfn_to_gfn(&self, pfn: Pfn) -> Option<Gfn> {
+        Some(Gfn(pfn.0))
+    }
+
+    fn normalise(&self, _: PageEntry, _: ForeignPage<'_>) -> Result<Normalised, GuestError> {
+        Ok(Normalised::AsIs)
+    }
+
+    fn static_data(&self, out: &mut Out<'_>) -> Result<(), SaveError> {
+        x86::write_cpu_policy(self.domain, out)
+    }
+
+    fn start_of_stream(&self, _: &mut Out<'_>) -> Result<(), SaveError> {
+        Ok(())
+    }
+
+    /// TSC, context, params: the order Xen writes, though the specification wants
+    /// params first.
+    fn end_of_checkpoint(&self, out: &mut Out<'_>) -> Result<(), SaveError> {
+        x86::write_tsc_info(self.domain, out)?;
+        out.hvm_context(&self.domain.hvm_context()?)?;
+        let mut params = Vec::with_capacity(param::SAVED.len());
+        for index in param::SAVED {
+            let value = self.domain.hvm_param(index)?;
+            if value != 0 {
+                let index = u64::from(index);
+                params.push(HvmParam { index, value });
+            }
+        }
+        out.hvm_params(&params)?;
+        Ok(())
+    }
+}
+
+/// What a stream said of a translated guest, kept until END.
+#[derive(Debug, Default)]
+pub(crate) struct HvmRestore {
+    context: Vec<u8>,
+    params: Vec<HvmParam>,
+}
+
+impl HvmRestore {
+    pub(crate) fn context(&mut self, context: &[u8]) {
+        self.context = context.to_vec();
+    }
+
+    /// A later record overrides an earlier one, parameter by parameter.
+    pub(crate) fn params(&mut self, params: impl Iterator<Item = HvmParam>) {
+        for param in params {
+            match self.params.iter_mut().find(|p| p.index == param.index) {
+                Some(known) => *known = param,
+                None => self.params.push(param),
+            }
+        }
+    }
+
+    /// Apply it: params first, since they decide what the context may hold; then
+    /// the rings' event channels, the context, the grants.
+    ///
+    /// The pages of xenstore, console and ioreq rings are cleared: what the old
+    /// host's backends left in them means nothing here.
+    pub(crate) fn complete(
+        &self,
+        domain: &dyn Domain,
+        options: &RestoreOptions,
+    ) -> Result<(Option<Gfn>, Option<Gfn>), RestoreError> {
+        let (mut store, mut console) = (None, None);
+        for &HvmParam { index, value } in &self.params {
+            let Ok(index) = u32::try_from(index) else {
+                return Err(GuestError::Frame {
+                    field: format!("HVM_PARAMS entry {index:#x}"),
+                    frame: value,
+                    why: "there is no such parameter",
+                }
+                .into());
+            };
+            match index {
+                param::STORE_PFN => store = Some(Gfn(value)),
+                param::CONSOLE_PFN => console = Some(Gfn(value)),
+                // Once told the toolstack how to make CPUID; obsolete.
+                param::PAE_ENABLED => continue,
+                _ => {}
+            }
+            if matches!(
+                index,
+                param::STORE_PFN | param::CONSOLE_PFN | param::IOREQ_PFN | param::BUFIOREQ_PFN
+            ) {
+                clear_page(domain, Gfn(value))?;
+            }
+            domain.set_hvm_param(index, value)?;
+        }
+        domain.set_hvm_param(param::STORE_EVTCHN, u64::from(options.store_port))?;
+        domain.set_hvm_param(param::CONSOLE_EVTCHN, u64::from(options.console_port))?;
+        domain.set_hvm_context(&self.context)?;
+        domain.seed_grants(
+            RingGrant {
+                gfn: console,
+                backend: options.console_domid,
+            },
+            RingGrant {
+                gfn: store,
+                backend: options.store_domid,
+            },
+        )?;
+        Ok((store, console))
+    }
+}
+
+/// Clear one page. A frame that is not there is no error: Xen does not look either,
+/// and an image may name a ring it never had.
+fn clear_page(domain: &dyn Domain, gfn: Gfn) -> Result<(), RestoreError> {
+    let pages = domain.map(&[gfn], Access::Write)?;
+    match pages.page(0) {
+        Some(page) => page.clear(),
+        None => tracing::warn!(%gfn, "the image names a ring page that it does not hold"),
+    }
+    Ok(())
+}

@@ -1,0 +1,200 @@
+//! PV guests: their page tables, p2m, start_info and vcpu contexts hold mfns, which
+//! become pfns in the stream and mfns of the new machine on the other side.
+//!
+//! C implementation: `xg_sr_common_x86_pv.c`, `xg_sr_save_x86_pv.c`,
+//! `xg_sr_restore_x86_pv.c`.
+
+pub(crate) mod layout;
+pub(crate) mod p2m;
+pub(crate) mod pagetable;
+pub(crate) mod restore;
+
+use xsr_format::frame::{Gfn, Mfn, PageEntry, Pfn};
+use xsr_format::image::GuestType;
+use xsr_format::record::RecordKind;
+use xsr_format::record::pv::{PvInfo, vcpu_basic_octets};
+use xsr_xen_backend::{Access, Domain, ForeignPage, ForeignPages, M2p, VcpuBlob};
+
+use crate::error::{GuestError, SaveError};
+use crate::guest::pv::layout::{cr3_to_frame, frame_to_cr3, vcpu};
+use crate::guest::pv::p2m::P2m;
+use crate::guest::{GuestSave, Normalised, Out, x86};
+
+/// A guest's width as Xen says.
+pub(crate) fn guest_info(
+    domain: &dyn Domain,
+) -> Result<Result<PvInfo, GuestError>, xsr_xen_backend::BackendError> {
+    let width = domain.guest_width()?;
+    Ok(PvInfo::from_width(width).ok_or(GuestError::Width { width }))
+}
+
+/// The record each blob of a vcpu goes into, in the order Xen writes them.
+pub(crate) const VCPU_RECORDS: [(VcpuBlob, RecordKind); 4] = [
+    (VcpuBlob::Basic, RecordKind::X86_PV_VCPU_BASIC),
+    (VcpuBlob::Extended, RecordKind::X86_PV_VCPU_EXTENDED),
+    (VcpuBlob::Xsave, RecordKind::X86_PV_VCPU_XSAVE),
+    (VcpuBlob::Msrs, RecordKind::X86_PV_VCPU_MSRS),
+];
+
+/// The save side.
+pub(crate) struct PvSave<'a> {
+    domain: &'a dyn Domain,
+    info: PvInfo,
+    m2p: M2p,
+    shared_info: ForeignPages,
+    p2m: P2m,
+}
+
+impl<'a> PvSave<'a> {
+    pub(crate) fn new(domain: &'a dyn Domain) -> Result<Self, SaveError> {
+        let info = guest_info(domain)??;
+        let m2p = domain.m2p()?;
+        let frame = domain.info()?.shared_info_frame;
+        let shared_info = domain.map(&[frame], Access::Read)?.all_mapped()?;
+        let shared = shared_info.page(0).expect("mapped").to_page();
+        let p2m = P2m::find(domain, &m2p, info, &shared)?;
+        tracing::debug!(
+            width = info.width(),
+            max_pfn = %p2m.max_pfn,
+            p2m_frames = p2m.frames.len(),
+            "PV guest"
+        );
+        Ok(Self {
+            domain,
+            info,
+            m2p,
+            shared_info,
+            p2m,
+        })
+    }
+
+    fn pfn(&self, mfn: Mfn) -> Option<Pfn> {
+        self.p2m.pfn(&self.m2p, mfn)
+    }
+
+    fn pfn_of_field(&self, frame: u64, field: impl FnOnce() -> String) -> Result<u64, GuestError> {
+        match self.pfn(Mfn(frame)) {
+            Some(pfn) => Ok(pfn.0),
+            None => Err(GuestError::Frame {
+                field: field(),
+                frame,
+                why: "it is not in the guest's p2m",
+            }),
+        }
+    }
+
+    /// The basic context of a vcpu, its frames turned into pfns: start_info in vcpu
+    /// 0's edx, the GDT's, cr3, and in a 64-bit guest the user tables' in cr1.
+    fn vcpu_basic(&self, id: u32) -> Result<Vec<u8>, SaveError> {
+        let info = self.info;
+        let mut context = self.domain.vcpu_state(id, VcpuBlob::Basic)?;
+        let expected = vcpu_basic_octets(info);
+        if context.len() != expected {
+            let got = context.len();
+            return Err(GuestError::VcpuContext {
+                vcpu: id,
+                expected,
+                got,
+            }
+            .into());
+        }
+        let octets = context.as_mut_slice();
+        if id == 0 {
+            let pfn = self.pfn_of_field(vcpu::EDX.get(info, octets), || {
+                "vcpu 0's suspend record (edx)".to_owned()
+            })?;
+            vcpu::EDX.set(info, octets, pfn);
+        }
+        for (frame, field) in gdt_frames(id, info, octets)? {
+            let at = vcpu::gdt_frame(frame);
+            let pfn = self.pfn_of_field(at.get(info, octets), || field.clone())?;
+            at.set(info, octets, pfn);
+        }
+        let cr3 = vcpu::ctrlreg(3);
+        let frame = cr3_to_frame(info, cr3.get(info, octets));
+        let pfn = self.pfn_of_field(frame, || format!("vcpu {id}'s cr3"))?;
+        // A pfn below 2^32 always fits.
+        cr3.set(info, octets, frame_to_cr3(info, pfn).unwrap_or(u64::MAX));
+        let cr1 = vcpu::ctrlreg(1);
+        let user = cr1.get(info, octets);
+        if info == PvInfo::Bits64 && user != 0 {
+            let pfn = self.pfn_of_field(user >> 12, || format!("vcpu {id}'s cr1"))?;
+            // Bit 0 says that there is one: a user table at pfn 0 is possible.
+            cr1.set(info, octets, 1 | pfn << 12);
+        }
+        Ok(context)
+    }
+}
+
+/// The indices of a vcpu's GDT frames, and what to call each in an error.
+fn gdt_frames(
+    id: u32,
+    info: PvInfo,
+    context: &[u8],
+) -> Result<impl Iterator<Item = (usize, String)> + use<>, GuestError> {
+    let entries = vcpu::GDT_ENTS.get(info, context);
+    if entries > vcpu::MAX_GDT_ENTS {
+        return Err(GuestError::GdtEntries { vcpu: id, entries });
+    }
+    let frames = usize::try_from(entries.div_ceil(512)).unwrap_or(0);
+    Ok((0..frames).map(move |i| (i, format!("vcpu {id}'s GDT frame {i}"))))
+}
+
+impl GuestSave for PvSave<'_> {
+    fn guest_type(&self) -> GuestType {
+        GuestType::X86_PV
+    }
+
+    fn max_pfn(&self) -> Option<Pfn> {
+        Some(self.p2m.max_pfn)
+    }
+
+    fn pfn_to_gfn(&self, pfn: Pfn) -> Option<Gfn> {
+        self.p2m.mfn(pfn).map(|mfn| Gfn(mfn.0))
+    }
+
+    fn normalise(&self, entry: PageEntry, page: ForeignPage<'_>) -> Result<Normalised, GuestError> {
+        let Some(level) = entry.page_type.table_level() else {
+            return Ok(Normalised::AsIs);
+        };
+        let table = pagetable::normalise(
+            entry.pfn,
+            level,
+            self.info,
+            &page.read_entries(),
+            self.m2p.compat_first(),
+            |mfn| self.pfn(mfn),
+        )?;
+        Ok(Normalised::Local(table))
+    }
+
+    fn static_data(&self, out: &mut Out<'_>) -> Result<(), SaveError> {
+        out.pv_info(self.info)?;
+        x86::write_cpu_policy(self.domain, out)
+    }
+
+    fn start_of_stream(&self, out: &mut Out<'_>) -> Result<(), SaveError> {
+        let end = u32::try_from(self.p2m.max_pfn.0).expect("checked when the p2m was found");
+        out.p2m_frames(self.info, 0, end, &self.p2m.frames)?;
+        Ok(())
+    }
+
+    fn end_of_checkpoint(&self, out: &mut Out<'_>) -> Result<(), SaveError> {
+        x86::write_tsc_info(self.domain, out)?;
+        out.shared_info(&self.shared_info.page(0).expect("mapped").to_page())?;
+        let last = self.domain.info()?.max_vcpu_id;
+        for id in 0..=last {
+            if !self.domain.vcpu_online(id)? {
+                continue;
+            }
+            for (blob, kind) in VCPU_RECORDS {
+                let state = match blob {
+                    VcpuBlob::Basic => self.vcpu_basic(id)?,
+                    _ => self.domain.vcpu_state(id, blob)?,
+                };
+                out.vcpu_state(kind, self.info, id, &state)?;
+            }
+        }
+        Ok(())
+    }
+}

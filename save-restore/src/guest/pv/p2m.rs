@@ -1,0 +1,467 @@
+//! The p2m of a PV guest: found and mapped on save, built and written back on
+//! restore.
+//!
+//! A guest publishes it in shared_info, as a list that is linear in its address
+//! space (`p2m_cr3`, `p2m_vaddr`) or as a tree of three levels
+//! (`pfn_to_mfn_frame_list_list`).
+//!
+//! C implementation: `xg_sr_save_x86_pv.c:map_p2m_list`, `map_p2m_tree`,
+//! `map_p2m_leaves`; `xg_sr_restore_x86_pv.c:expand_p2m`, `update_guest_p2m`.
+
+use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE, Page, PageType, Pfn};
+use xsr_format::record::pv::PvInfo;
+use xsr_xen_backend::{Access, Domain, ForeignPages, M2p};
+
+use crate::error::{GuestError, RestoreError, SaveError};
+use crate::guest::pv::layout::{cr3_to_frame, shared_info};
+use crate::guest::pv::pagetable::pte_frame;
+
+/// Where Xen lives in a guest's address space: no p2m may be there.
+const fn hypervisor_range(info: PvInfo) -> (u64, u64) {
+    match info {
+        PvInfo::Bits64 => (0xffff_8000_0000_0000, 0xffff_87ff_ffff_ffff),
+        PvInfo::Bits32 => (0xf580_0000, 0xffff_ffff),
+    }
+}
+
+/// Entries of the p2m in one frame: 512 or 1024.
+pub(crate) const fn entries_per_frame(info: PvInfo) -> u64 {
+    PAGE_SIZE as u64 / info.width() as u64
+}
+
+/// Word `index` (of the guest's width) from the first of some pages on.
+fn word(pages: &ForeignPages, info: PvInfo, index: u64) -> Option<u64> {
+    match info {
+        PvInfo::Bits64 => pages.read_u64(usize::try_from(index).ok()?),
+        PvInfo::Bits32 => {
+            let pair = pages.read_u64(usize::try_from(index / 2).ok()?)?;
+            let value = (pair >> (index % 2 * 32)) & 0xffff_ffff;
+            // A 32-bit guest's "no frame" becomes ours.
+            Some(if value == 0xffff_ffff {
+                u64::MAX
+            } else {
+                value
+            })
+        }
+    }
+}
+
+fn map(domain: &dyn Domain, mfns: &[u64]) -> Result<ForeignPages, SaveError> {
+    let gfns: Vec<Gfn> = mfns.iter().copied().map(Gfn).collect();
+    Ok(domain.map(&gfns, Access::Read)?.all_mapped()?)
+}
+
+/// The p2m of a guest that is being saved, mapped.
+#[derive(Debug)]
+pub(crate) struct P2m {
+    leaves: ForeignPages,
+    /// pfns of the leaves, in order.
+    pub(crate) frames: Vec<Pfn>,
+    /// The last pfn of the guest.
+    pub(crate) max_pfn: Pfn,
+    info: PvInfo,
+}
+
+impl P2m {
+    /// Find and map the p2m by what `shared` (the shared_info page) says.
+    pub(crate) fn find(
+        domain: &dyn Domain,
+        m2p: &M2p,
+        info: PvInfo,
+        shared: &Page,
+    ) -> Result<Self, SaveError> {
+        let end = shared_info::MAX_PFN.get(info, shared);
+        let Some(max_pfn) = end.checked_sub(1).map(Pfn) else {
+            return Err(bad("shared_info's max_pfn", end));
+        };
+        if u32::try_from(max_pfn.0).is_err() {
+            return Err(GuestError::TooLarge { max_pfn }.into());
+        }
+        let cr3 = shared_info::P2M_CR3.get(info, shared);
+        let finder = Finder {
+            domain,
+            m2p,
+            info,
+            max_pfn,
+        };
+        let (max_pfn, leaves) = match cr3 {
+            0 => finder.tree(shared_info::FRAME_LIST_LIST.get(info, shared))?,
+            cr3 => finder.list(cr3, shared_info::P2M_VADDR.get(info, shared))?,
+        };
+        let mut p2m = Self {
+            leaves: map(domain, &leaves)?,
+            frames: Vec::new(),
+            max_pfn,
+            info,
+        };
+        p2m.frames = leaves
+            .iter()
+            .map(|mfn| {
+                p2m.pfn(m2p, Mfn(*mfn))
+                    .ok_or_else(|| bad("a frame of the p2m itself", *mfn))
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(p2m)
+    }
+
+    /// The frame of `pfn`, as the guest says; `None` where it has none.
+    pub(crate) fn mfn(&self, pfn: Pfn) -> Option<Mfn> {
+        if pfn > self.max_pfn {
+            return None;
+        }
+        word(&self.leaves, self.info, pfn.0)
+            .filter(|mfn| *mfn != u64::MAX)
+            .map(Mfn)
+    }
+
+    /// The pfn of `mfn`, if Xen's table and the guest's agree on it.
+    pub(crate) fn pfn(&self, m2p: &M2p, mfn: Mfn) -> Option<Pfn> {
+        let pfn = m2p.pfn(mfn)?;
+        (self.mfn(pfn)? == mfn).then_some(pfn)
+    }
+}
+
+fn bad(what: &'static str, value: u64) -> SaveError {
+    GuestError::P2m { what, value }.into()
+}
+
+struct Finder<'a> {
+    domain: &'a dyn Domain,
+    m2p: &'a M2p,
+    info: PvInfo,
+    max_pfn: Pfn,
+}
+
+impl Finder<'_> {
+    fn check(&self, what: &'static str, mfn: u64) -> Result<u64, SaveError> {
+        match mfn != 0 && mfn <= self.m2p.max_mfn().0 {
+            true => Ok(mfn),
+            false => Err(bad(what, mfn)),
+        }
+    }
+
+    /// The leaves of a three-level tree, from its top frame on.
+    ///
+    /// Trailing entries of the top that are all the same cannot be real: sharing
+    /// would not survive the migration. They stand for "nothing here", and the
+    /// guest is taken to end there.
+    fn tree(&self, top: u64) -> Result<(Pfn, Vec<u64>), SaveError> {
+        let fpp = entries_per_frame(self.info);
+        let tops = self.max_pfn.0 / (fpp * fpp) + 1;
+        if tops > fpp {
+            return Err(bad(
+                "shared_info's max_pfn, for a p2m tree,",
+                self.max_pfn.0,
+            ));
+        }
+        let top = self.check("shared_info's pfn_to_mfn_frame_list_list", top)?;
+        let page = map(self.domain, &[top])?;
+        let mids: Vec<u64> = (0..tops)
+            .map(|i| {
+                let mfn = word(&page, self.info, i).unwrap_or(0);
+                self.check("an entry of the p2m frame list list", mfn)
+            })
+            .collect::<Result<_, _>>()?;
+        let mut max_pfn = self.max_pfn;
+        let last_distinct = last_distinct(&mids);
+        max_pfn = max_pfn.min(Pfn((last_distinct + 1) * fpp * fpp - 1));
+        let used = usize::try_from(max_pfn.0 / (fpp * fpp) + 1).unwrap_or(usize::MAX);
+        let page = map(self.domain, &mids[..used.min(mids.len())])?;
+        let leaves = (0..=max_pfn.0 / fpp)
+            .map(|i| {
+                let mfn = word(&page, self.info, i).unwrap_or(0);
+                self.check("an entry of the p2m frame list", mfn)
+            })
+            .collect::<Result<_, _>>()?;
+        Ok((max_pfn, leaves))
+    }
+
+    /// The leaves of a linear list at `vaddr` in the address space of `cr3`.
+    fn list(&self, cr3: u64, vaddr: u64) -> Result<(Pfn, Vec<u64>), SaveError> {
+        let info = self.info;
+        let fpp = entries_per_frame(info);
+        let mut max_pfn = self.max_pfn;
+        let root = self.check("shared_info's p2m_cr3", cr3_to_frame(info, cr3))?;
+        let end = |max_pfn: Pfn| vaddr.checked_add((max_pfn.0 / fpp + 1) * PAGE_SIZE as u64 - 1);
+        let (low, high) = hypervisor_range(info);
+        let fits = |end: u64| match info {
+            PvInfo::Bits64 => is_canonical(vaddr) && is_canonical(end),
+            PvInfo::Bits32 => end <= 0xffff_ffff,
+        };
+        let mut end_vaddr = end(max_pfn)
+            .filter(|end| fits(*end) && (vaddr > high || *end < low))
+            .ok_or_else(|| bad("shared_info's p2m_vaddr", vaddr))?;
+        // Only the bits that the levels translate count from here on.
+        let translated = match info {
+            PvInfo::Bits64 => 0x0000_ffff_ffff_ffff,
+            PvInfo::Bits32 => 0xffff_ffff,
+        };
+        let mut tables = vec![root];
+        // What the first of `tables` begins to translate at.
+        let mut base = 0;
+        for level in (1..=info.levels()).rev() {
+            let shift = 3 + 9 * u32::from(level);
+            let first = ((vaddr & translated) - base) >> shift;
+            let last = ((end_vaddr & translated) - base) >> shift;
+            let pages = map(self.domain, &tables)?;
+            let mut next: Vec<u64> = (first..=last)
+                .map(|i| {
+                    let pte = pages
+                        .read_u64(usize::try_from(i).unwrap_or(usize::MAX))
+                        .unwrap_or(0);
+                    self.check(
+                        "a page-table entry on the way to the p2m list",
+                        pte_frame(pte),
+                    )
+                })
+                .collect::<Result<_, _>>()?;
+            if level == 2 {
+                // As for the tree: trailing entries that are all the same name one
+                // table of nothing. Where every entry is the same there is nothing
+                // to tell from it.
+                let keep = last_distinct(&next);
+                if keep > 0 && keep + 1 < next.len() as u64 {
+                    max_pfn = max_pfn.min(Pfn(keep * 512 * fpp - 1));
+                    end_vaddr = end(max_pfn).unwrap_or(end_vaddr);
+                    next.truncate(usize::try_from(keep).unwrap_or(usize::MAX));
+                }
+            }
+            base = ((vaddr & translated) >> shift) << shift;
+            tables = next;
+        }
+        Ok((max_pfn, tables))
+    }
+}
+
+const fn is_canonical(vaddr: u64) -> bool {
+    let high = vaddr >> 47;
+    high == 0 || high == (1 << 17) - 1
+}
+
+/// Index of the entry from which on all entries are the same.
+fn last_distinct(entries: &[u64]) -> u64 {
+    let mut start = 0;
+    for (i, pair) in entries.windows(2).enumerate() {
+        if pair[0] != pair[1] {
+            start = i + 1;
+        }
+    }
+    start as u64
+}
+
+const CHUNK: usize = 4096;
+
+struct Chunk {
+    mfns: [u64; CHUNK],
+    types: [PageType; CHUNK],
+}
+
+/// The p2m of a guest that is being restored, and the type of each page.
+///
+/// Takes memory only for ranges in which the stream has named a page, so that an
+/// image which announces a huge guest does not cost a huge table.
+#[derive(Default)]
+pub(crate) struct NewP2m {
+    chunks: Vec<Option<Box<Chunk>>>,
+}
+
+impl NewP2m {
+    fn place(pfn: Pfn) -> (usize, usize) {
+        // pfns of PV streams are below 2^32: X86_PV_P2M_FRAMES holds no larger.
+        let pfn = usize::try_from(pfn.0).unwrap_or(usize::MAX);
+        (pfn / CHUNK, pfn % CHUNK)
+    }
+
+    fn slot(&mut self, pfn: Pfn) -> (&mut Chunk, usize) {
+        let (chunk, at) = Self::place(pfn);
+        if chunk >= self.chunks.len() {
+            self.chunks.resize_with(chunk + 1, || None);
+        }
+        let chunk = self.chunks[chunk].get_or_insert_with(|| {
+            Box::new(Chunk {
+                mfns: [u64::MAX; CHUNK],
+                types: [PageType::NOTAB; CHUNK],
+            })
+        });
+        (chunk, at)
+    }
+
+    fn get(&self, pfn: Pfn) -> Option<(&Chunk, usize)> {
+        let (chunk, at) = Self::place(pfn);
+        Some((self.chunks.get(chunk)?.as_deref()?, at))
+    }
+
+    /// The frame of `pfn`, if it has one.
+    pub(crate) fn mfn(&self, pfn: Pfn) -> Option<Mfn> {
+        let (chunk, at) = self.get(pfn)?;
+        Some(Mfn(chunk.mfns[at])).filter(|mfn| *mfn != Mfn::INVALID)
+    }
+
+    /// The type the stream gave `pfn` last; an ordinary page before.
+    pub(crate) fn page_type(&self, pfn: Pfn) -> PageType {
+        match self.get(pfn) {
+            Some((chunk, at)) => chunk.types[at],
+            None => PageType::NOTAB,
+        }
+    }
+
+    pub(crate) fn set_mfn(&mut self, pfn: Pfn, mfn: Mfn) {
+        let (chunk, at) = self.slot(pfn);
+        chunk.mfns[at] = mfn.0;
+    }
+
+    pub(crate) fn set_page_type(&mut self, pfn: Pfn, page_type: PageType) {
+        let (chunk, at) = self.slot(pfn);
+        chunk.types[at] = page_type;
+    }
+
+    /// Every pinned table: its level and frame, ascending by pfn.
+    pub(crate) fn pinned(&self) -> impl Iterator<Item = (Pfn, u8, Option<Mfn>)> {
+        self.chunks.iter().enumerate().flat_map(|(n, chunk)| {
+            chunk.iter().flat_map(move |chunk| {
+                (0..CHUNK).filter_map(move |at| {
+                    let page_type = chunk.types[at];
+                    let level = page_type.table_level().filter(|_| page_type.is_pinned())?;
+                    let mfn = Some(Mfn(chunk.mfns[at])).filter(|mfn| *mfn != Mfn::INVALID);
+                    Some((Pfn((n * CHUNK + at) as u64), level, mfn))
+                })
+            })
+        })
+    }
+
+    /// Write the p2m into the guest's own, whose leaves are at the pfns `frames`,
+    /// for the pfns `0..=max_pfn`. What of the last leaf is beyond stays as it is.
+    pub(crate) fn write_back(
+        &self,
+        domain: &dyn Domain,
+        info: PvInfo,
+        frames: &[Pfn],
+        max_pfn: Pfn,
+    ) -> Result<(), RestoreError> {
+        const BATCH: usize = 1024;
+        let fpp = entries_per_frame(info);
+        for (batch, leaves) in frames.chunks(BATCH).enumerate() {
+            let gfns: Vec<Gfn> = leaves
+                .iter()
+                .enumerate()
+                .map(|(i, pfn)| {
+                    let leaf = batch * BATCH + i;
+                    self.ordinary_frame(*pfn, || format!("X86_PV_P2M_FRAMES entry {leaf}"))
+                })
+                .collect::<Result<_, _>>()?;
+            let pages = domain.map(&gfns, Access::Write)?.all_mapped()?;
+            for (i, page) in pages.iter() {
+                let first = (batch * BATCH + i) as u64 * fpp;
+                let mut contents = page.to_page();
+                self.fill_leaf(info, first, max_pfn, &mut contents);
+                page.copy_from(&contents);
+            }
+        }
+        Ok(())
+    }
+
+    fn fill_leaf(&self, info: PvInfo, first: u64, max_pfn: Pfn, leaf: &mut Page) {
+        let width = usize::from(info.width());
+        for (pfn, entry) in (first..=max_pfn.0).zip(leaf.chunks_exact_mut(width)) {
+            // The low half of "no frame" is a 32-bit guest's.
+            let mfn = self.mfn(Pfn(pfn)).unwrap_or(Mfn::INVALID);
+            entry.copy_from_slice(&mfn.0.to_le_bytes()[..width]);
+        }
+    }
+
+    /// The frame of a pfn that must be an ordinary page of the guest.
+    pub(crate) fn ordinary_frame(
+        &self,
+        pfn: Pfn,
+        field: impl FnOnce() -> String,
+    ) -> Result<Gfn, GuestError> {
+        let why = match (self.mfn(pfn), self.page_type(pfn)) {
+            (Some(mfn), PageType::NOTAB) => return Ok(Gfn(mfn.0)),
+            (None, _) => "the image holds no such page",
+            (_, page_type) if page_type.table_level().is_some() => "that page is a page table",
+            _ => "that page has no contents",
+        };
+        Err(GuestError::Frame {
+            field: field(),
+            frame: pfn.0,
+            why,
+        })
+    }
+
+    /// The frame of a pfn that must be a page table of `level`.
+    pub(crate) fn table_frame(
+        &self,
+        pfn: Pfn,
+        level: u8,
+        field: impl FnOnce() -> String,
+    ) -> Result<Mfn, GuestError> {
+        let why = match (self.mfn(pfn), self.page_type(pfn).table_level()) {
+            (Some(mfn), Some(found)) if found == level => return Ok(mfn),
+            (None, _) => "the image holds no such page",
+            _ => "that page is no page table of the top level",
+        };
+        Err(GuestError::Frame {
+            field: field(),
+            frame: pfn.0,
+            why,
+        })
+    }
+}
+
+impl std::fmt::Debug for NewP2m {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("NewP2m")
+            .field("chunks", &self.chunks.len())
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn trailing_entries_that_are_the_same_are_found() {
+        assert_eq!(last_distinct(&[]), 0);
+        assert_eq!(last_distinct(&[1]), 0);
+        assert_eq!(last_distinct(&[1, 1, 1]), 0);
+        assert_eq!(last_distinct(&[1, 2, 3]), 2);
+        assert_eq!(last_distinct(&[1, 2, 9, 9, 9]), 2);
+        assert_eq!(last_distinct(&[9, 9, 1]), 2);
+    }
+
+    #[test]
+    fn canonical_addresses() {
+        assert!(is_canonical(0));
+        assert!(is_canonical(0x7fff_ffff_ffff));
+        assert!(!is_canonical(0x8000_0000_0000));
+        assert!(!is_canonical(0xffff_7fff_ffff_ffff));
+        assert!(is_canonical(0xffff_8000_0000_0000));
+        assert!(is_canonical(u64::MAX));
+    }
+
+    #[test]
+    fn a_far_pfn_costs_one_chunk() {
+        let mut p2m = NewP2m::default();
+        p2m.set_mfn(Pfn(u64::from(u32::MAX)), Mfn(5));
+        p2m.set_page_type(Pfn(3), PageType::L4TAB_PINNED);
+        assert_eq!(p2m.chunks.iter().flatten().count(), 2);
+        assert_eq!(p2m.mfn(Pfn(u64::from(u32::MAX))), Some(Mfn(5)));
+        assert_eq!(p2m.mfn(Pfn(3)), None);
+        assert_eq!(p2m.pinned().collect::<Vec<_>>(), [(Pfn(3), 4, None)]);
+    }
+
+    #[test]
+    fn a_leaf_keeps_what_is_beyond_the_last_pfn() {
+        let mut p2m = NewP2m::default();
+        p2m.set_mfn(Pfn(1024), Mfn(0x1_2345));
+        for (info, fpp) in [(PvInfo::Bits32, 1024), (PvInfo::Bits64, 512)] {
+            let width = usize::from(info.width());
+            let mut leaf = [0xaa; PAGE_SIZE];
+            p2m.fill_leaf(info, 1024 / fpp * fpp, Pfn(1025), &mut leaf);
+            assert_eq!(leaf[..4], 0x1_2345_u32.to_le_bytes());
+            assert!(leaf[width..2 * width].iter().all(|o| *o == 0xff));
+            assert!(leaf[2 * width..].iter().all(|o| *o == 0xaa));
+        }
+    }
+}

@@ -1,0 +1,287 @@
+//! What a stream says of a PV guest, kept until END, and its way into the domain.
+//!
+//! C implementation: `xg_sr_restore_x86_pv.c`.
+
+use std::collections::BTreeMap;
+
+use xsr_format::frame::{Gfn, Mfn, PAGE_SHIFT, Page, Pfn};
+use xsr_format::record::pv::{P2mFrames, PvInfo, VcpuState};
+use xsr_format::record::{MAX_BATCH, RecordKind};
+use xsr_xen_backend::{Access, Domain, ForeignPages, RingGrant};
+
+use crate::error::{GuestError, RestoreError};
+use crate::guest::pv::layout::{Field, cr3_to_frame, frame_to_cr3, shared_info, start_info, vcpu};
+use crate::guest::pv::p2m::NewP2m;
+use crate::guest::pv::{VCPU_RECORDS, gdt_frames, guest_info};
+use crate::restore::RestoreOptions;
+
+/// Blobs of one vcpu, in the order of [`VCPU_RECORDS`]; empty where none came.
+type VcpuBlobs = [Vec<u8>; VCPU_RECORDS.len()];
+
+/// The restore side.
+#[derive(Debug)]
+pub(crate) struct PvRestore {
+    info: PvInfo,
+    max_pfn: Pfn,
+    /// pfns of the p2m's leaves.
+    frames: Vec<Pfn>,
+    pub(crate) p2m: NewP2m,
+    shared_info: Option<Box<Page>>,
+    vcpus: BTreeMap<u32, VcpuBlobs>,
+    max_vcpu_id: u32,
+}
+
+impl PvRestore {
+    pub(crate) fn new(max_vcpu_id: u32) -> Self {
+        Self {
+            info: PvInfo::Bits64,
+            max_pfn: Pfn(0),
+            frames: Vec::new(),
+            p2m: NewP2m::default(),
+            shared_info: None,
+            vcpus: BTreeMap::new(),
+            max_vcpu_id,
+        }
+    }
+
+    /// The last pfn that the guest may have.
+    pub(crate) fn max_pfn(&self) -> Pfn {
+        self.max_pfn
+    }
+
+    /// X86_PV_INFO: make the domain as wide as the guest. A new domain is 64 bits
+    /// wide, and for a 32-bit guest this is the first anybody tells Xen of it.
+    pub(crate) fn pv_info(
+        &mut self,
+        domain: &dyn Domain,
+        info: PvInfo,
+    ) -> Result<(), RestoreError> {
+        if guest_info(domain)?? != info {
+            domain.set_guest_width(info.width())?;
+        }
+        self.info = info;
+        Ok(())
+    }
+
+    /// X86_PV_P2M_FRAMES. A guest that grew sends more of them.
+    pub(crate) fn p2m_frames(&mut self, record: &P2mFrames<'_>) {
+        self.max_pfn = self.max_pfn.max(record.end);
+        // The record's length has been checked: it really held that many frames.
+        let first = usize::try_from(record.first_frame).unwrap_or(usize::MAX);
+        let end = first + record.frames().len();
+        if self.frames.len() < end {
+            self.frames.resize(end, Pfn::INVALID);
+        }
+        for (slot, pfn) in self.frames[first..end].iter_mut().zip(record.frames()) {
+            *slot = pfn;
+        }
+    }
+
+    /// SHARED_INFO.
+    pub(crate) fn shared_info(&mut self, page: &Page) {
+        self.shared_info = Some(Box::new(*page));
+    }
+
+    /// X86_PV_VCPU_*. An empty blob means nothing (erratum 1).
+    pub(crate) fn vcpu_state(
+        &mut self,
+        kind: RecordKind,
+        record: &VcpuState<'_>,
+    ) -> Result<(), RestoreError> {
+        if record.state.is_empty() {
+            return Ok(());
+        }
+        let (vcpu, max) = (record.vcpu, self.max_vcpu_id);
+        if vcpu > max {
+            return Err(RestoreError::Vcpu { kind, vcpu, max });
+        }
+        let blobs = self.vcpus.entry(vcpu).or_default();
+        for ((_, record_kind), blob) in VCPU_RECORDS.iter().zip(blobs) {
+            if *record_kind == kind {
+                *blob = record.state.to_vec();
+            }
+        }
+        Ok(())
+    }
+
+    /// Apply all that was kept: shared_info, vcpus (with start_info), pins, the p2m,
+    /// the grants; in Xen's order, in which page tables validate before the p2m is
+    /// written. Says where the store and console rings are.
+    pub(crate) fn complete(
+        &self,
+        domain: &dyn Domain,
+        options: &RestoreOptions,
+    ) -> Result<(Option<Gfn>, Option<Gfn>), RestoreError> {
+        if let Some(page) = &self.shared_info {
+            self.merge_shared_info(domain, page)?;
+        }
+        let mut rings = (None, None);
+        for (&id, blobs) in &self.vcpus {
+            for ((blob, _), state) in VCPU_RECORDS.iter().zip(blobs) {
+                if state.is_empty() {
+                    continue;
+                }
+                if *blob == xsr_xen_backend::VcpuBlob::Basic {
+                    let mut context = state.clone();
+                    if id == 0 {
+                        rings = self.start_info(domain, &mut context, options)?;
+                    }
+                    self.localise_context(id, &mut context)?;
+                    domain.set_vcpu_state(id, *blob, &context)?;
+                } else {
+                    domain.set_vcpu_state(id, *blob, state)?;
+                }
+            }
+        }
+        self.pin_tables(domain)?;
+        self.p2m
+            .write_back(domain, self.info, &self.frames, self.max_pfn)?;
+        let (store, console) = rings;
+        domain.seed_grants(
+            RingGrant {
+                gfn: console,
+                backend: options.console_domid,
+            },
+            RingGrant {
+                gfn: store,
+                backend: options.store_domid,
+            },
+        )?;
+        Ok(rings)
+    }
+
+    /// Put the image's shared_info into the domain's: what belongs to the guest is
+    /// taken over; event channels start afresh, all masked, since none survives; and
+    /// the frame list must be published anew, for it held mfns.
+    fn merge_shared_info(&self, domain: &dyn Domain, image: &Page) -> Result<(), RestoreError> {
+        let info = self.info;
+        let frame = domain.info()?.shared_info_frame;
+        let pages = map_one(domain, frame)?;
+        let page = pages.page(0).expect("mapped");
+        let mut shared = page.to_page();
+        for range in [shared_info::VCPU_INFO, shared_info::arch(info)] {
+            shared[range.clone()].copy_from_slice(&image[range]);
+        }
+        shared_info::FRAME_LIST_LIST.set(info, shared.as_mut_slice(), 0);
+        shared[shared_info::evtchn_pending(info)].fill(0);
+        shared[shared_info::evtchn_mask(info)].fill(0xff);
+        for vcpu_info in
+            shared[shared_info::VCPU_INFO].chunks_exact_mut(shared_info::VCPU_INFO_OCTETS)
+        {
+            shared_info::PENDING_SEL.set(info, vcpu_info, 0);
+        }
+        page.copy_from(&shared);
+        Ok(())
+    }
+
+    /// Vcpu 0's suspend record names start_info, in which the guest finds its rings
+    /// and shared_info: all of that is new here.
+    fn start_info(
+        &self,
+        domain: &dyn Domain,
+        context: &mut [u8],
+        options: &RestoreOptions,
+    ) -> Result<(Option<Gfn>, Option<Gfn>), RestoreError> {
+        let info = self.info;
+        let pfn = Pfn(vcpu::EDX.get(info, context));
+        let gfn = self
+            .p2m
+            .ordinary_frame(pfn, || "vcpu 0's suspend record (edx)".to_owned())?;
+        vcpu::EDX.set(info, context, gfn.0);
+
+        let pages = map_one(domain, gfn)?;
+        let page = pages.page(0).expect("mapped");
+        let mut contents = page.to_page();
+        let octets = contents.as_mut_slice();
+        let ring = |octets: &mut [u8], mfn: Field, port: Field, value: u32, name: &str| {
+            let pfn = Pfn(mfn.get(info, octets));
+            let frame = self.p2m.mfn(pfn).ok_or_else(|| GuestError::Frame {
+                field: format!("start_info's {name} frame"),
+                frame: pfn.0,
+                why: "the image holds no such page",
+            })?;
+            mfn.set(info, octets, frame.0);
+            port.set(info, octets, u64::from(value));
+            Ok::<_, GuestError>(Gfn(frame.0))
+        };
+        let store = ring(
+            octets,
+            start_info::STORE_MFN,
+            start_info::STORE_EVTCHN,
+            options.store_port,
+            "store",
+        )?;
+        let console = ring(
+            octets,
+            start_info::CONSOLE_MFN,
+            start_info::CONSOLE_EVTCHN,
+            options.console_port,
+            "console",
+        )?;
+        let shared = domain.info()?.shared_info_frame;
+        start_info::NR_PAGES.set(info, octets, self.max_pfn.0 + 1);
+        start_info::SHARED_INFO.set(info, octets, shared.0 << PAGE_SHIFT);
+        start_info::FLAGS.set(info, octets, 0);
+        page.copy_from(&contents);
+        Ok((Some(store), Some(console)))
+    }
+
+    /// Turn the pfns in a basic context into mfns, and mark the vcpu online.
+    fn localise_context(&self, id: u32, context: &mut [u8]) -> Result<(), RestoreError> {
+        let info = self.info;
+        let flags = vcpu::FLAGS.get(info, context);
+        vcpu::FLAGS.set(info, context, flags | vcpu::ONLINE);
+        for (frame, field) in gdt_frames(id, info, context)? {
+            let at = vcpu::gdt_frame(frame);
+            let gfn = self
+                .p2m
+                .ordinary_frame(Pfn(at.get(info, context)), || field.clone())?;
+            at.set(info, context, gfn.0);
+        }
+        let cr3 = vcpu::ctrlreg(3);
+        let pfn = Pfn(cr3_to_frame(info, cr3.get(info, context)));
+        let name = || format!("vcpu {id}'s cr3");
+        let mfn = self.p2m.table_frame(pfn, info.levels(), name)?;
+        let value = frame_to_cr3(info, mfn.0).ok_or_else(|| GuestError::Frame {
+            field: name(),
+            frame: mfn.0,
+            why: "a 32-bit guest's cr3 cannot hold a frame that high",
+        })?;
+        cr3.set(info, context, value);
+        let cr1 = vcpu::ctrlreg(1);
+        let user = cr1.get(info, context);
+        if info == PvInfo::Bits64 && user & 1 != 0 {
+            let name = || format!("vcpu {id}'s cr1");
+            let mfn = self
+                .p2m
+                .table_frame(Pfn(user >> PAGE_SHIFT), info.levels(), name)?;
+            cr1.set(info, context, mfn.0 << PAGE_SHIFT);
+        }
+        Ok(())
+    }
+
+    /// Pin every table that was pinned, ascending by pfn, as many at a time as Xen's
+    /// own restorer asks for.
+    fn pin_tables(&self, domain: &dyn Domain) -> Result<(), RestoreError> {
+        let tables: Vec<(u8, Mfn)> = self
+            .p2m
+            .pinned()
+            .map(|(pfn, level, mfn)| match mfn {
+                Some(mfn) => Ok((level, mfn)),
+                None => Err(GuestError::Frame {
+                    field: "a pinned page table".to_owned(),
+                    frame: pfn.0,
+                    why: "the image holds no such page",
+                }),
+            })
+            .collect::<Result<_, _>>()?;
+        for batch in tables.chunks(MAX_BATCH) {
+            domain.pin_tables(batch)?;
+        }
+        Ok(())
+    }
+}
+
+fn map_one(domain: &dyn Domain, gfn: Gfn) -> Result<ForeignPages, RestoreError> {
+    Ok(domain.map(&[gfn], Access::Write)?.all_mapped()?)
+}

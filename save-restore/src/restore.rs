@@ -1,0 +1,238 @@
+//! A restore, readable as its list of phases.
+//!
+//! C implementation: `xg_sr_restore.c`.
+
+mod pages;
+mod populate;
+
+use xsr_format::frame::{Gfn, Pfn};
+use xsr_format::image::GuestType;
+use xsr_format::read::{Incoming, RecordReader};
+use xsr_format::record::{Body, Record};
+use xsr_xen_backend::{CpuPolicy, DomId, Domain, GuestKind};
+
+use crate::error::RestoreError;
+use crate::guest::hvm::HvmRestore;
+use crate::guest::pv::restore::PvRestore;
+use crate::guest::x86;
+use crate::progress::{OnProgress, Phase, Progress};
+use crate::restore::pages::PageRestore;
+use crate::source::PageSource;
+use crate::toolstack::RestoreToolstack;
+
+/// The last pfn that any x86 guest can have: 52 bits of address.
+const MAX_PFN: Pfn = Pfn((1 << 40) - 1);
+
+/// How to restore, and into what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RestoreOptions {
+    /// The guest's end of the xenstore ring: an unbound port.
+    pub store_port: u32,
+    /// Who is at the other end.
+    pub store_domid: DomId,
+    /// The guest's end of the console ring: an unbound port.
+    pub console_port: u32,
+    /// Who is at the other end.
+    pub console_domid: DomId,
+    /// pfns that the stream is known to name, for progress; 0 if not known.
+    pub expected_pfns: u64,
+}
+
+/// What a restore did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RestoreStats {
+    /// pfns that the stream named, each as often as it did.
+    pub pfns: u64,
+    /// Pages whose contents came, each as often as they did.
+    pub pages: u64,
+    /// 2 MiB superpages the guest got.
+    pub superpages: u64,
+    /// Single pages the guest got.
+    pub small_pages: u64,
+    /// Pages that were sent again after VERIFY and were not what had come before.
+    pub verify_mismatches: u64,
+}
+
+/// A guest that has been restored; its domain is still paused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Restored {
+    /// Frame of the xenstore ring.
+    pub store_gfn: Option<Gfn>,
+    /// Frame of the console ring.
+    pub console_gfn: Option<Gfn>,
+    /// What it took.
+    pub stats: RestoreStats,
+}
+
+/// What differs by guest type, with all that is kept until END.
+#[derive(Debug)]
+pub(crate) enum Guest {
+    Pv(Box<PvRestore>),
+    Hvm(HvmRestore),
+}
+
+/// Restore a libxc stream into a domain that has just been created: paused, with no
+/// memory, with as many vcpus and room for as much memory as the guest needs.
+///
+/// `reader` has read the headers; the source comes back standing right behind END.
+///
+/// # Errors
+///
+/// Whatever fails, in any phase: nothing stays mapped; the domain is still paused
+/// and holds what has been built so far. It must not be run: whoever created it
+/// destroys it. Nothing else on the host has changed.
+pub fn restore<S: PageSource>(
+    domain: &dyn Domain,
+    reader: RecordReader<S>,
+    toolstack: &mut dyn RestoreToolstack,
+    options: &RestoreOptions,
+    progress: &mut OnProgress<'_>,
+) -> Result<(Restored, S), RestoreError> {
+    let info = domain.info()?;
+    let image = reader.domain().guest_type;
+    let guest = match (image, info.kind) {
+        (GuestType::X86_PV, GuestKind::Pv) => Guest::Pv(Box::new(PvRestore::new(info.max_vcpu_id))),
+        (GuestType::X86_HVM, GuestKind::Hvm | GuestKind::Pvh) => Guest::Hvm(HvmRestore::default()),
+        (image, domain) => return Err(RestoreError::GuestType { image, domain }),
+    };
+    let mut run = Run {
+        domain,
+        toolstack,
+        options,
+        progress,
+        policy: CpuPolicy::default(),
+        static_data_done: false,
+        tsc: None,
+        pages: PageRestore::new(domain, guest),
+    };
+    run.phases(reader)
+}
+
+struct Run<'r, 'p> {
+    domain: &'r dyn Domain,
+    toolstack: &'r mut dyn RestoreToolstack,
+    options: &'r RestoreOptions,
+    progress: &'r mut OnProgress<'p>,
+    policy: CpuPolicy,
+    static_data_done: bool,
+    tsc: Option<xsr_format::record::x86::TscInfo>,
+    pages: PageRestore<'r>,
+}
+
+impl Run<'_, '_> {
+    fn phases<S: PageSource>(
+        &mut self,
+        mut reader: RecordReader<S>,
+    ) -> Result<(Restored, S), RestoreError> {
+        self.report(Phase::Setup)?;
+        while let Some(incoming) = reader.next_record()? {
+            match incoming {
+                Incoming::PageData(body) => {
+                    // A v2 stream does not say where static data ends.
+                    if !self.static_data_done {
+                        self.static_data()?;
+                    }
+                    self.pages.batch(body)?;
+                    self.report(Phase::Pages)?;
+                }
+                Incoming::Record(record) => self.record(&record)?,
+            }
+        }
+        self.report(Phase::Tail)?;
+        let (store_gfn, console_gfn) = self.complete()?;
+        let restored = Restored {
+            store_gfn,
+            console_gfn,
+            stats: self.pages.stats,
+        };
+        Ok((restored, reader.into_source()))
+    }
+
+    fn record(&mut self, record: &Record<'_>) -> Result<(), RestoreError> {
+        match record.body {
+            Body::CpuidPolicy(_) => self.policy.leaves = record.raw.to_vec(),
+            Body::MsrPolicy(_) => self.policy.msrs = record.raw.to_vec(),
+            Body::StaticDataEnd => self.static_data()?,
+            Body::P2mFrames(frames) => {
+                if !self.static_data_done {
+                    self.static_data()?;
+                }
+                if let Guest::Pv(pv) = &mut self.pages.guest {
+                    pv.p2m_frames(&frames);
+                }
+            }
+            Body::PvInfo(info) => {
+                if let Guest::Pv(pv) = &mut self.pages.guest {
+                    pv.pv_info(self.domain, info)?;
+                }
+            }
+            Body::SharedInfo(page) => {
+                if let Guest::Pv(pv) = &mut self.pages.guest {
+                    pv.shared_info(page);
+                }
+            }
+            Body::Vcpu(state) => {
+                if let Guest::Pv(pv) = &mut self.pages.guest {
+                    pv.vcpu_state(record.kind, &state)?;
+                }
+            }
+            Body::HvmContext(context) => {
+                if let Guest::Hvm(hvm) = &mut self.pages.guest {
+                    hvm.context(context);
+                }
+            }
+            Body::HvmParams(params) => {
+                if let Guest::Hvm(hvm) = &mut self.pages.guest {
+                    hvm.params(params.iter());
+                }
+            }
+            Body::TscInfo(tsc) => self.tsc = Some(tsc),
+            Body::Verify => self.pages.verify = true,
+            Body::Checkpoint => return Err(RestoreError::Checkpointed),
+            Body::Optional(_) => {
+                tracing::info!(kind = %record.kind, "skipped an optional record");
+            }
+            // END ends the loop; the reader lets none of the others through.
+            Body::End | Body::Toolstack(_) | Body::DirtyPfns(_) => {}
+        }
+        Ok(())
+    }
+
+    /// Static data is complete: set the domain up with it, before any memory.
+    fn static_data(&mut self) -> Result<(), RestoreError> {
+        let missing = x86::set_cpu_policy(self.domain, &self.policy)?;
+        self.toolstack.static_data_done(missing)?;
+        self.static_data_done = true;
+        Ok(())
+    }
+
+    /// The stream has ended: apply what was kept.
+    fn complete(&mut self) -> Result<(Option<Gfn>, Option<Gfn>), RestoreError> {
+        if let Some(tsc) = self.tsc {
+            x86::set_tsc_info(self.domain, tsc)?;
+        }
+        if self.pages.stats.verify_mismatches > 0 {
+            tracing::error!(
+                pages = self.pages.stats.verify_mismatches,
+                "pages differ from what was sent for verification"
+            );
+        }
+        match &self.pages.guest {
+            Guest::Pv(pv) => pv.complete(self.domain, self.options),
+            Guest::Hvm(hvm) => hvm.complete(self.domain, self.options),
+        }
+    }
+
+    fn report(&mut self, phase: Phase) -> Result<(), RestoreError> {
+        let progress = Progress {
+            phase,
+            pages_done: self.pages.stats.pfns,
+            pages_total: self.options.expected_pfns,
+            octets: self.pages.stats.pages * xsr_format::frame::PAGE_SIZE as u64,
+        };
+        match (self.progress)(&progress).is_continue() {
+            true => Ok(()),
+            false => Err(RestoreError::Aborted),
+        }
+    }
+}

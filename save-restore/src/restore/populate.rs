@@ -1,0 +1,102 @@
+//! Memory for a guest, as the stream first names its pages.
+//!
+//! C implementation: `xg_sr_restore.c:populate_pfns`.
+
+use xsr_format::frame::{Gfn, Mfn, Pfn};
+use xsr_xen_backend::Domain;
+
+use crate::bitmap::PfnBitmap;
+use crate::error::RestoreError;
+use crate::restore::RestoreStats;
+
+/// log2 of the pages in a 2 MiB superpage.
+const SUPERPAGE_ORDER: u8 = 9;
+const SUPERPAGE: usize = 1 << SUPERPAGE_ORDER;
+
+/// Which pfns have memory already.
+#[derive(Debug, Default)]
+pub(super) struct Populated(PfnBitmap);
+
+impl Populated {
+    /// Get memory for those of `pfns` that have none. Aligned runs of 512 become
+    /// superpages where the machine has one to give.
+    ///
+    /// `set` is told the frame of each new page.
+    pub(super) fn populate(
+        &mut self,
+        domain: &dyn Domain,
+        pfns: impl Iterator<Item = Pfn>,
+        stats: &mut RestoreStats,
+        mut set: impl FnMut(Pfn, Mfn),
+    ) -> Result<(), RestoreError> {
+        let mut single: Vec<Gfn> = Vec::new();
+        for pfn in pfns {
+            if !self.0.insert(pfn) {
+                continue;
+            }
+            single.push(Gfn(pfn.0));
+            if let Some(first) = superpage(&single) {
+                let mut frame = [first];
+                if domain.populate(SUPERPAGE_ORDER, &mut frame)? == 1 {
+                    single.truncate(single.len() - SUPERPAGE);
+                    stats.superpages += 1;
+                    for i in 0..SUPERPAGE as u64 {
+                        set(Pfn(first.0 + i), Mfn(frame[0].0 + i));
+                    }
+                }
+            }
+        }
+        if single.is_empty() {
+            return Ok(());
+        }
+        let mut frames = single.clone();
+        let done = domain.populate(0, &mut frames)?;
+        if let Some(missing) = single.get(done) {
+            let info = domain.info()?;
+            return Err(RestoreError::NoMemory {
+                pfn: Pfn(missing.0),
+                tot_pages: info.tot_pages,
+                max_pages: info.max_pages,
+            });
+        }
+        stats.small_pages += single.len() as u64;
+        for (pfn, frame) in single.iter().zip(&frames) {
+            set(Pfn(pfn.0), Mfn(frame.0));
+        }
+        Ok(())
+    }
+}
+
+/// The first pfn of a superpage, if `pfns` has just come to end with all of one.
+fn superpage(pfns: &[Gfn]) -> Option<Gfn> {
+    let last = pfns.last()?;
+    if last.0 % SUPERPAGE as u64 != SUPERPAGE as u64 - 1 {
+        return None;
+    }
+    let run = pfns.get(pfns.len().checked_sub(SUPERPAGE)?..)?;
+    let first = *run.first()?;
+    let whole = run.iter().zip(first.0..).all(|(gfn, pfn)| gfn.0 == pfn);
+    whole.then_some(first)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(range: std::ops::Range<u64>) -> Vec<Gfn> {
+        range.map(Gfn).collect()
+    }
+
+    #[test]
+    fn a_superpage_is_512_pages_in_a_row_and_aligned() {
+        assert_eq!(superpage(&[]), None);
+        assert_eq!(superpage(&run(0..511)), None);
+        assert_eq!(superpage(&run(0..512)), Some(Gfn(0)));
+        assert_eq!(superpage(&run(1..513)), None);
+        assert_eq!(superpage(&run(1..512)), None);
+        assert_eq!(superpage(&run(100..1024)), Some(Gfn(512)));
+        let mut gap = run(0..512);
+        gap[7] = Gfn(9999);
+        assert_eq!(superpage(&gap), None);
+    }
+}

@@ -1,0 +1,258 @@
+//! A save, readable as its list of phases.
+//!
+//! C implementation: `xg_sr_save.c`.
+
+mod batch;
+
+use std::num::NonZeroUsize;
+
+use xsr_format::frame::Pfn;
+use xsr_format::image::DomainHeader;
+use xsr_format::record::MAX_BATCH;
+use xsr_format::write::RecordWriter;
+use xsr_xen_backend::{Domain, ShutdownReason, XenVersion};
+
+use crate::error::{GuestError, SaveError};
+use crate::guest::hvm::HvmSave;
+use crate::guest::pv::PvSave;
+use crate::guest::{GuestSave, Out};
+use crate::pipeline;
+use crate::progress::{OnProgress, Phase, Progress};
+use crate::save::batch::Batch;
+use crate::sink::PageSink;
+use crate::toolstack::{SaveToolstack, ToolstackError};
+
+/// How to save.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SaveOptions {
+    /// Threads to work with; what the machine has, if not said. The octets written
+    /// are the same for any number.
+    pub threads: Option<NonZeroUsize>,
+}
+
+/// What a save did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SaveStats {
+    /// pfns that the stream names.
+    pub pfns: u64,
+    /// Pages whose contents it holds.
+    pub pages: u64,
+    /// PAGE_DATA records.
+    pub batches: u64,
+}
+
+/// A save that is complete, of a domain that is still suspended.
+///
+/// Dropping this resumes the domain, so that whoever fails in a later step of their
+/// own (another record, an fsync, a rename) just returns and the guest runs on.
+/// [`Saved::keep_suspended`] says that the image is safe and the domain may go.
+#[must_use = "dropping it resumes the domain"]
+pub struct Saved<'a> {
+    stats: SaveStats,
+    suspended: Suspended<'a>,
+}
+
+impl std::fmt::Debug for Saved<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Saved")
+            .field("stats", &self.stats)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Saved<'_> {
+    /// What was saved.
+    pub fn stats(&self) -> SaveStats {
+        self.stats
+    }
+
+    /// Leave the domain suspended: the image holds the guest now.
+    pub fn keep_suspended(mut self) {
+        self.suspended.active = false;
+    }
+
+    /// Resume the domain: the image is a copy.
+    ///
+    /// # Errors
+    ///
+    /// What the toolstack says; the domain is then still suspended.
+    pub fn resume(mut self) -> Result<(), ToolstackError> {
+        self.suspended.resume()
+    }
+}
+
+/// Resumes the guest on drop, once it has been suspended.
+struct Suspended<'a> {
+    toolstack: &'a mut dyn SaveToolstack,
+    active: bool,
+}
+
+impl Suspended<'_> {
+    fn suspend(&mut self, domain: &dyn Domain) -> Result<(), SaveError> {
+        self.toolstack.suspend()?;
+        self.active = true;
+        let info = domain.info()?;
+        match info.shutdown {
+            Some(ShutdownReason::Suspend) => Ok(()),
+            other => {
+                // Whatever this is, it is not asleep: there is nothing to undo.
+                self.active = false;
+                let state = match other {
+                    None => "no shutdown".to_owned(),
+                    Some(reason) => format!("shutdown for {reason:?}").to_lowercase(),
+                };
+                Err(GuestError::NotSuspended { state }.into())
+            }
+        }
+    }
+
+    fn resume(&mut self) -> Result<(), ToolstackError> {
+        match std::mem::take(&mut self.active) {
+            true => self.toolstack.resume(),
+            false => Ok(()),
+        }
+    }
+}
+
+impl Drop for Suspended<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.resume() {
+            tracing::error!(%error, "the domain could not be resumed and is still suspended");
+        }
+    }
+}
+
+/// Save a domain as a libxc stream: suspend it, then write all of it.
+///
+/// The stream is complete, END included, when this returns; the domain is suspended
+/// and [`Saved`] decides what becomes of it. `xen` goes into the domain header.
+///
+/// # Errors
+///
+/// Whatever fails, in any phase: the guest runs on where it was (resumed if it had
+/// been suspended), the device model's log-dirty mode is off, nothing stays mapped.
+/// What has been written to the sink is of no use; whoever opened it removes it.
+/// Only [`SaveError::NotResumed`] leaves the domain suspended, and says so.
+pub fn save<'a>(
+    domain: &dyn Domain,
+    xen: XenVersion,
+    toolstack: &'a mut dyn SaveToolstack,
+    sink: &mut dyn PageSink,
+    options: &SaveOptions,
+    progress: &mut OnProgress<'_>,
+) -> Result<Saved<'a>, SaveError> {
+    let mut suspended = Suspended {
+        toolstack,
+        active: false,
+    };
+    let translated = domain.info()?.kind.is_translated();
+    if translated {
+        suspended.toolstack.switch_qemu_logdirty(true)?;
+    }
+    let mut run = Run {
+        domain,
+        options,
+        progress,
+        stats: SaveStats::default(),
+    };
+    let result = run.phases(xen, &mut suspended, sink);
+    let stats = run.stats;
+    if translated && let Err(error) = suspended.toolstack.switch_qemu_logdirty(false) {
+        // The image is what it is; the device model merely goes on marking pages.
+        tracing::warn!(%error, "the device model's log-dirty mode could not be switched off");
+    }
+    let Err(cause) = result else {
+        return Ok(Saved { stats, suspended });
+    };
+    match suspended.resume() {
+        Ok(()) => Err(cause),
+        Err(resume) => Err(SaveError::NotResumed {
+            cause: Box::new(cause),
+            resume,
+        }),
+    }
+}
+
+struct Run<'r, 'p> {
+    domain: &'r dyn Domain,
+    options: &'r SaveOptions,
+    progress: &'r mut OnProgress<'p>,
+    stats: SaveStats,
+}
+
+impl Run<'_, '_> {
+    fn phases(
+        &mut self,
+        xen: XenVersion,
+        suspended: &mut Suspended<'_>,
+        sink: &mut dyn PageSink,
+    ) -> Result<(), SaveError> {
+        self.report(Phase::Setup, 0)?;
+        let guest = setup(self.domain)?;
+        let guest = guest.as_ref();
+        let domain_header = DomainHeader {
+            guest_type: guest.guest_type(),
+            xen_major: u32::from(xen.major),
+            xen_minor: u32::from(xen.minor),
+        };
+        let mut out = RecordWriter::new(sink, domain_header)?;
+        guest.static_data(&mut out)?;
+        out.static_data_end()?;
+        guest.start_of_stream(&mut out)?;
+
+        self.report(Phase::Suspend, 0)?;
+        suspended.suspend(self.domain)?;
+
+        self.all_pages(guest, &mut out)?;
+
+        self.report(Phase::Tail, self.stats.pfns)?;
+        guest.end_of_checkpoint(&mut out)?;
+        out.end()?;
+        Ok(())
+    }
+
+    /// Every pfn there may be, ascending, in aligned batches: restorers rebuild
+    /// superpages from exactly that.
+    fn all_pages(&mut self, guest: &dyn GuestSave, out: &mut Out<'_>) -> Result<(), SaveError> {
+        let Some(Pfn(max_pfn)) = guest.max_pfn() else {
+            return Ok(());
+        };
+        let total = max_pfn + 1;
+        let step = MAX_BATCH as u64;
+        let batches = (0..total.div_ceil(step)).map(|i| i * step..((i + 1) * step).min(total));
+        let domain = self.domain;
+        pipeline::ordered(
+            pipeline::threads(self.options.threads),
+            batches,
+            |pfns| Batch::prepare(domain, guest, pfns.map(Pfn)),
+            |batch| {
+                batch.write(*out.sink_mut())?;
+                self.stats.pfns += batch.pfns();
+                self.stats.pages += batch.pages();
+                self.stats.batches += 1;
+                self.report(Phase::Pages, total)
+            },
+        )
+    }
+
+    fn report(&mut self, phase: Phase, pages_total: u64) -> Result<(), SaveError> {
+        let progress = Progress {
+            phase,
+            pages_done: self.stats.pfns,
+            pages_total,
+            octets: self.stats.pages * xsr_format::frame::PAGE_SIZE as u64,
+        };
+        match (self.progress)(&progress).is_continue() {
+            true => Ok(()),
+            false => Err(SaveError::Aborted),
+        }
+    }
+}
+
+/// Ask what the guest is; map its tables. Nothing of the guest changes.
+fn setup(domain: &dyn Domain) -> Result<Box<dyn GuestSave + '_>, SaveError> {
+    Ok(match domain.info()?.kind.is_translated() {
+        true => Box::new(HvmSave::new(domain)?),
+        false => Box::new(PvSave::new(domain)?),
+    })
+}
