@@ -13,6 +13,7 @@
 pub mod byte_order;
 pub mod detect;
 pub mod error;
+pub mod fields;
 pub mod frame;
 pub mod image;
 pub mod legacy;

@@ -1,0 +1,303 @@
+//! The blobs that a stream carries for Xen and the guest, as named fields: for whoever
+//! inspects an image or asks in what two of them differ.
+//!
+//! A [`Layout`] says where the fields of a structure are; [`fields`] reads a blob by
+//! it, [`diff`] compares two. No field is read beyond the end of a blob: one that does
+//! not fit is left out, since older Xens wrote shorter structures. The blobs are an
+//! x86 machine's own, so little endian whatever the stream's byte order.
+//!
+//! | blob | layout |
+//! |---|---|
+//! | start_info page | [`pv::START_INFO_64`], [`pv::START_INFO_32`] |
+//! | SHARED_INFO | [`pv::SHARED_INFO_64`], [`pv::SHARED_INFO_32`] |
+//! | X86_PV_VCPU_BASIC | [`pv::VCPU_CONTEXT_64`], [`pv::VCPU_CONTEXT_32`] |
+//! | X86_PV_VCPU_EXTENDED, _XSAVE, _MSRS | [`pv::VCPU_EXTENDED`], [`pv::VCPU_XSAVE`], [`pv::VCPU_MSRS`] |
+//! | X86_TSC_INFO | [`x86::TSC_INFO`] |
+//! | X86_CPUID_POLICY, X86_MSR_POLICY, one entry | [`x86::CPUID_LEAF`], [`x86::MSR_ENTRY`] |
+//! | HVM_CONTEXT | [`hvm::HvmContext`], and a layout for each kind of record in it |
+//! | HVM_PARAMS | [`hvm::param_name`] |
+//!
+//! Specification: Xen's public headers (`xen/include/public`), which are the interface
+//! that all of these cross.
+
+use std::fmt;
+use std::ops::Range;
+
+mod diff;
+pub mod hvm;
+pub mod pv;
+pub mod x86;
+
+pub use diff::{FieldDifference, diff};
+
+/// A structure: its name, its length, its fields in ascending order.
+#[derive(Clone, Copy, Debug)]
+pub struct Layout {
+    /// The name in Xen's headers.
+    pub name: &'static str,
+    /// Its length; a blob may be shorter or longer.
+    pub octets: usize,
+    /// The fields. Padding and reserved octets are in none.
+    pub fields: &'static [FieldSpec],
+}
+
+/// A field of a structure.
+#[derive(Clone, Copy, Debug)]
+pub struct FieldSpec {
+    /// Its name in Xen's headers.
+    pub name: &'static str,
+    /// Where it begins in the structure.
+    pub offset: usize,
+    /// What it is.
+    pub shape: Shape,
+}
+
+/// What a field is.
+#[derive(Clone, Copy, Debug)]
+pub enum Shape {
+    /// A number of `width` octets, 1 to 8.
+    Number {
+        /// Octets.
+        width: usize,
+        /// How to show it.
+        format: Format,
+    },
+    /// Octets that are not looked into.
+    Octets {
+        /// How many.
+        length: usize,
+    },
+    /// Text, up to the first NUL.
+    Text {
+        /// Octets that it has room for.
+        length: usize,
+    },
+    /// Fields of its own; names are joined with a dot.
+    Struct(&'static [FieldSpec]),
+    /// The same thing `count` times; names get an index in brackets.
+    Array {
+        /// How often, or [`TO_END`].
+        count: usize,
+        /// Octets from one to the next.
+        stride: usize,
+        /// What.
+        element: &'static Shape,
+    },
+}
+
+/// As many elements as the blob has room for.
+pub const TO_END: usize = usize::MAX;
+
+/// How to show a number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// Hexadecimal: addresses, frames, registers, flags.
+    Hex,
+    /// Decimal: counts, times, event channels.
+    Dec,
+    /// Decimal, in two's complement.
+    Signed,
+}
+
+/// A field of a blob.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Field<'a> {
+    /// Its name, with the names and indices of what it is in: `vcpu_info[0].time.version`.
+    pub name: String,
+    /// Where it begins in the blob.
+    pub offset: usize,
+    /// What it holds.
+    pub value: Value<'a>,
+}
+
+/// What a field holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Value<'a> {
+    /// A number to be shown in hexadecimal.
+    Hex(u64),
+    /// A number to be shown in decimal.
+    Dec(u64),
+    /// A number with a sign.
+    Signed(i64),
+    /// Octets.
+    Octets(&'a [u8]),
+    /// The octets before the first NUL, which should be ASCII, and those from there on.
+    Text(&'a [u8], &'a [u8]),
+}
+
+impl fmt::Display for Value<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Hex(value) => write!(f, "{value:#x}"),
+            Self::Dec(value) => write!(f, "{value}"),
+            Self::Signed(value) => write!(f, "{value}"),
+            Self::Octets(octets) => write_octets(f, octets),
+            Self::Text(text, _) => write!(f, "\"{}\"", text.escape_ascii()),
+        }
+    }
+}
+
+/// Octets in hexadecimal; of many, the first few and how many there are.
+fn write_octets(f: &mut fmt::Formatter<'_>, octets: &[u8]) -> fmt::Result {
+    const SHOWN: usize = 16;
+    for octet in octets.iter().take(SHOWN) {
+        write!(f, "{octet:02x}")?;
+    }
+    match octets.len() > SHOWN {
+        true => write!(f, "… ({} octets)", octets.len()),
+        false => Ok(()),
+    }
+}
+
+/// The fields of a blob, in the order of the layout; those that do not fit into it
+/// are left out.
+pub fn fields<'a>(layout: &Layout, blob: &'a [u8]) -> impl Iterator<Item = Field<'a>> + use<'a> {
+    with_ranges(layout, blob)
+        .into_iter()
+        .map(|(field, _)| field)
+}
+
+/// As [`fields`], each with the octets of the blob that it is in.
+fn with_ranges<'a>(layout: &Layout, blob: &'a [u8]) -> Vec<(Field<'a>, Range<usize>)> {
+    let mut out = Vec::new();
+    for spec in layout.fields {
+        let name = spec.name.to_owned();
+        collect(name, spec.offset, &spec.shape, blob, &mut out);
+    }
+    out
+}
+
+fn collect<'a>(
+    name: String,
+    offset: usize,
+    shape: &Shape,
+    blob: &'a [u8],
+    out: &mut Vec<(Field<'a>, Range<usize>)>,
+) {
+    let mut leaf = |length: usize, value: &dyn Fn(&'a [u8]) -> Value<'a>| {
+        let range = offset..offset.saturating_add(length);
+        if let Some(octets) = blob.get(range.clone()) {
+            let value = value(octets);
+            let field = Field {
+                name: name.clone(),
+                offset,
+                value,
+            };
+            out.push((field, range));
+        }
+    };
+    match *shape {
+        Shape::Number { width, format } => leaf(width, &|octets| number(octets, format)),
+        Shape::Octets { length } => leaf(length, &Value::Octets),
+        Shape::Text { length } => leaf(length, &|octets| {
+            let end = octets.iter().position(|octet| *octet == 0);
+            let (text, rest) = octets
+                .split_at_checked(end.unwrap_or(octets.len()))
+                .unwrap_or((octets, &[]));
+            Value::Text(text, rest)
+        }),
+        Shape::Struct(fields) => {
+            for spec in fields {
+                let name = format!("{name}.{}", spec.name);
+                let offset = offset.saturating_add(spec.offset);
+                collect(name, offset, &spec.shape, blob, out);
+            }
+        }
+        Shape::Array {
+            count,
+            stride,
+            element,
+        } => {
+            // Both bounds matter: no element begins beyond the blob, so a count of
+            // TO_END ends with it.
+            let begins = (offset..blob.len()).step_by(stride.max(1));
+            for (index, offset) in begins.take(count).enumerate() {
+                collect(format!("{name}[{index}]"), offset, element, blob, out);
+            }
+        }
+    }
+}
+
+fn number<'a>(octets: &[u8], format: Format) -> Value<'a> {
+    let mut wide = [0; 8];
+    for (to, from) in wide.iter_mut().zip(octets) {
+        *to = *from;
+    }
+    match format {
+        Format::Hex => Value::Hex(u64::from_le_bytes(wide)),
+        Format::Dec => Value::Dec(u64::from_le_bytes(wide)),
+        Format::Signed => {
+            let negative = octets.last().is_some_and(|top| top >> 7 != 0);
+            for octet in wide.iter_mut().skip(octets.len()) {
+                *octet = if negative { 0xff } else { 0 };
+            }
+            Value::Signed(i64::from_le_bytes(wide))
+        }
+    }
+}
+
+const fn number_spec(name: &'static str, offset: usize, width: usize, format: Format) -> FieldSpec {
+    assert!(width >= 1 && width <= 8);
+    FieldSpec {
+        name,
+        offset,
+        shape: Shape::Number { width, format },
+    }
+}
+
+const fn hex(name: &'static str, offset: usize, width: usize) -> FieldSpec {
+    number_spec(name, offset, width, Format::Hex)
+}
+
+const fn dec(name: &'static str, offset: usize, width: usize) -> FieldSpec {
+    number_spec(name, offset, width, Format::Dec)
+}
+
+const fn signed(name: &'static str, offset: usize, width: usize) -> FieldSpec {
+    number_spec(name, offset, width, Format::Signed)
+}
+
+const fn octets(name: &'static str, offset: usize, length: usize) -> FieldSpec {
+    FieldSpec {
+        name,
+        offset,
+        shape: Shape::Octets { length },
+    }
+}
+
+const fn text(name: &'static str, offset: usize, length: usize) -> FieldSpec {
+    FieldSpec {
+        name,
+        offset,
+        shape: Shape::Text { length },
+    }
+}
+
+const fn array(
+    name: &'static str,
+    offset: usize,
+    count: usize,
+    stride: usize,
+    element: &'static Shape,
+) -> FieldSpec {
+    assert!(stride >= 1);
+    FieldSpec {
+        name,
+        offset,
+        shape: Shape::Array {
+            count,
+            stride,
+            element,
+        },
+    }
+}
+
+const HEX_64: &Shape = &Shape::Number {
+    width: 8,
+    format: Format::Hex,
+};
+
+const HEX_32: &Shape = &Shape::Number {
+    width: 4,
+    format: Format::Hex,
+};

@@ -1,0 +1,117 @@
+//! In which fields two blobs differ, and in which octets that no field names.
+
+use std::fmt;
+use std::ops::Range;
+
+use super::{Field, Layout, with_ranges, write_octets};
+
+/// One difference between two blobs of the same layout.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FieldDifference<'a> {
+    /// A field that both have.
+    Field {
+        /// Of the one.
+        a: Field<'a>,
+        /// Of the other, with the same name and offset.
+        b: Field<'a>,
+    },
+    /// Octets that are in no field and differ, every one of them.
+    Octets {
+        /// Where they begin.
+        offset: usize,
+        /// Of the one.
+        a: &'a [u8],
+        /// Of the other, as many.
+        b: &'a [u8],
+    },
+    /// The blobs are not of the same length. What only one has is not compared.
+    Length {
+        /// Of the one.
+        a: usize,
+        /// Of the other.
+        b: usize,
+    },
+}
+
+impl fmt::Display for FieldDifference<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Field { a, b } => write!(f, "{}: {} → {}", a.name, a.value, b.value),
+            Self::Octets { offset, a, b } => {
+                let last = offset.saturating_add(a.len()).saturating_sub(1);
+                write!(f, "octets {offset:#x}–{last:#x}: ")?;
+                write_octets(f, a)?;
+                f.write_str(" → ")?;
+                write_octets(f, b)
+            }
+            Self::Length { a, b } => write!(f, "length: {a} → {b}"),
+        }
+    }
+}
+
+/// In what `b` differs from `a`; nothing if they are equal. In the order of the
+/// layout: fields, then octets in no field, then the length.
+pub fn diff<'a>(layout: &Layout, a: &'a [u8], b: &'a [u8]) -> Vec<FieldDifference<'a>> {
+    let common = a.len().min(b.len());
+    let (a_common, b_common) = (
+        a.get(..common).unwrap_or_default(),
+        b.get(..common).unwrap_or_default(),
+    );
+    let mut out = Vec::new();
+    if a_common != b_common {
+        let a_fields = with_ranges(layout, a_common);
+        let b_fields = with_ranges(layout, b_common);
+        let mut named: Vec<Range<usize>> = Vec::with_capacity(a_fields.len());
+        // The same layout over as many octets: the same fields, pair by pair.
+        for ((a, range), (b, _)) in a_fields.into_iter().zip(b_fields) {
+            if a.value != b.value {
+                out.push(FieldDifference::Field { a, b });
+            }
+            named.push(range);
+        }
+        unnamed(&mut named, a_common, b_common, &mut out);
+    }
+    if a.len() != b.len() {
+        let (a, b) = (a.len(), b.len());
+        out.push(FieldDifference::Length { a, b });
+    }
+    out
+}
+
+/// Differing octets outside the `named` ranges; `a` and `b` have the same length.
+fn unnamed<'a>(
+    named: &mut [Range<usize>],
+    a: &'a [u8],
+    b: &'a [u8],
+    out: &mut Vec<FieldDifference<'a>>,
+) {
+    named.sort_by_key(|range| range.start);
+    let mut at = 0;
+    let end = a.len()..a.len();
+    for range in named.iter().chain([&end]) {
+        if at < range.start {
+            differing(at..range.start, a, b, out);
+        }
+        at = at.max(range.end);
+    }
+}
+
+/// The longest runs of octets in `gap` that differ.
+fn differing<'a>(gap: Range<usize>, a: &'a [u8], b: &'a [u8], out: &mut Vec<FieldDifference<'a>>) {
+    let mut run: Option<usize> = None;
+    for at in gap.start..=gap.end {
+        let differs = at < gap.end && a.get(at) != b.get(at);
+        match (differs, run) {
+            (true, None) => run = Some(at),
+            (false, Some(offset)) => {
+                out.push(FieldDifference::Octets {
+                    offset,
+                    a: a.get(offset..at).unwrap_or_default(),
+                    b: b.get(offset..at).unwrap_or_default(),
+                });
+                run = None;
+            }
+            _ => {}
+        }
+    }
+}

@@ -1,0 +1,344 @@
+//! The HVM context: Xen's own list of device and vcpu state, and the names of HVM
+//! parameters.
+//!
+//! | octets | field of a record |
+//! |---|---|
+//! | 0–1 | type |
+//! | 2–3 | instance: which vcpu, which interrupt controller |
+//! | 4–7 | length of the body |
+//! | 8… | body |
+//!
+//! Records follow each other without padding; one of type 0 and length 0 ends them.
+//!
+//! C: `struct hvm_save_descriptor` in `xen/include/public/hvm/save.h`,
+//! `xen/include/public/arch-x86/hvm/save.h`, `xen/include/public/hvm/params.h`;
+//! `hvm_load` in `xen/arch/x86/hvm/save.c`.
+
+use std::collections::{HashMap, VecDeque};
+use std::fmt;
+
+use thiserror::Error;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::{FieldDifference, Layout, diff};
+use crate::byte_order::ByteOrder;
+use crate::wire::{U16, U32};
+
+mod layouts;
+mod params;
+
+pub use params::param_name;
+
+/// What stands before each body.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct WireDescriptor {
+    kind: U16,
+    instance: U16,
+    length: U32,
+}
+
+const _: () = assert!(size_of::<WireDescriptor>() == 8);
+
+/// A rule of the HVM context, or of what a record in it holds, that some octets break.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FieldError {
+    /// The context ends without its END record.
+    #[error(
+        "HVM context: {left} octets are left at octet {offset:#x}, expected at least 8: the context has no END"
+    )]
+    NoEnd {
+        /// Where the next record should be.
+        offset: usize,
+        /// Octets from there on.
+        left: usize,
+    },
+    /// A record that is longer than what is left.
+    #[error(
+        "HVM context: {kind} (instance {instance}) at octet {offset:#x} has a body of {length} octets, but only {left} are left"
+    )]
+    BodyTooLong {
+        /// The record.
+        kind: HvmRecordKind,
+        /// Which of its kind.
+        instance: u16,
+        /// Where it begins.
+        offset: usize,
+        /// What it says.
+        length: u32,
+        /// What there is.
+        left: usize,
+    },
+    /// An END that is not empty.
+    #[error("HVM context: END at octet {offset:#x} has a body of {length} octets, expected 0")]
+    EndNotEmpty {
+        /// Where it begins.
+        offset: usize,
+        /// What it says.
+        length: u32,
+    },
+    /// Something behind END.
+    #[error("HVM context: {octets} octets after END (octet {offset:#x}), expected none")]
+    AfterEnd {
+        /// Where they begin.
+        offset: usize,
+        /// How many.
+        octets: usize,
+    },
+}
+
+/// The type of a record in an HVM context. Open: every value can be represented.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct HvmRecordKind(pub u16);
+
+macro_rules! kinds {
+    ($($name:ident = $value:literal),* $(,)?) => {
+        impl HvmRecordKind {
+            $(
+                #[doc = concat!("`", stringify!($name), "` of Xen's headers.")]
+                pub const $name: Self = Self($value);
+            )*
+
+            /// The kinds that have a name.
+            pub const ALL: &'static [Self] = &[$(Self::$name),*];
+
+            /// The name in Xen's headers.
+            pub const fn name(self) -> Option<&'static str> {
+                match self {
+                    $(Self::$name => Some(stringify!($name)),)*
+                    _ => None,
+                }
+            }
+        }
+    };
+}
+
+kinds! {
+    END = 0,
+    HEADER = 1,
+    CPU = 2,
+    PIC = 3,
+    IOAPIC = 4,
+    LAPIC = 5,
+    LAPIC_REGS = 6,
+    PCI_IRQ = 7,
+    ISA_IRQ = 8,
+    PCI_LINK = 9,
+    PIT = 10,
+    RTC = 11,
+    HPET = 12,
+    PMTIMER = 13,
+    MTRR = 14,
+    VIRIDIAN_DOMAIN = 15,
+    CPU_XSAVE = 16,
+    VIRIDIAN_VCPU = 17,
+    VMCE_VCPU = 18,
+    TSC_ADJUST = 19,
+    CPU_MSR = 20,
+}
+
+impl HvmRecordKind {
+    /// The layout of such a record with a body of `length` octets; `None` for what
+    /// has no fields or is not known. A length says which Xen wrote it.
+    pub const fn layout(self, length: usize) -> Option<&'static Layout> {
+        Some(match self {
+            Self::HEADER => &layouts::HEADER,
+            Self::CPU if length == layouts::CPU_COMPAT.octets => &layouts::CPU_COMPAT,
+            Self::CPU => &layouts::CPU,
+            Self::PIC => &layouts::PIC,
+            Self::IOAPIC => &layouts::IOAPIC,
+            Self::LAPIC => &layouts::LAPIC,
+            Self::LAPIC_REGS => &layouts::LAPIC_REGS,
+            Self::PCI_IRQ => &layouts::PCI_IRQ,
+            Self::ISA_IRQ => &layouts::ISA_IRQ,
+            Self::PCI_LINK => &layouts::PCI_LINK,
+            Self::PIT => &layouts::PIT,
+            Self::RTC => &layouts::RTC,
+            Self::HPET => &layouts::HPET,
+            Self::PMTIMER => &layouts::PMTIMER,
+            Self::MTRR => &layouts::MTRR,
+            Self::VIRIDIAN_DOMAIN => &layouts::VIRIDIAN_DOMAIN,
+            Self::CPU_XSAVE => &layouts::CPU_XSAVE,
+            Self::VIRIDIAN_VCPU => &layouts::VIRIDIAN_VCPU,
+            Self::VMCE_VCPU => &layouts::VMCE_VCPU,
+            Self::TSC_ADJUST => &layouts::TSC_ADJUST,
+            Self::CPU_MSR => &layouts::CPU_MSR,
+            _ => return None,
+        })
+    }
+}
+
+impl fmt::Display for HvmRecordKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.name() {
+            Some(name) => f.write_str(name),
+            None => write!(f, "unknown type {}", self.0),
+        }
+    }
+}
+
+impl fmt::Debug for HvmRecordKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "HvmRecordKind({}, {self})", self.0)
+    }
+}
+
+/// One record of an HVM context.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HvmRecord<'a> {
+    /// Its type.
+    pub kind: HvmRecordKind,
+    /// Which of its type: a vcpu, for most.
+    pub instance: u16,
+    /// Where it begins in the context.
+    pub offset: usize,
+    /// Its body.
+    pub body: &'a [u8],
+}
+
+/// An HVM context: its records up to END. Iterate over it; after an error there is
+/// nothing more.
+#[derive(Clone, Debug)]
+pub struct HvmContext<'a> {
+    rest: &'a [u8],
+    offset: usize,
+    over: bool,
+}
+
+impl<'a> HvmContext<'a> {
+    /// A context: the body of an HVM_CONTEXT record.
+    pub const fn new(context: &'a [u8]) -> Self {
+        Self {
+            rest: context,
+            offset: 0,
+            over: false,
+        }
+    }
+
+    /// All records, END not among them.
+    ///
+    /// # Errors
+    ///
+    /// A record does not fit, END is missing or not the last thing there is.
+    pub fn records(context: &'a [u8]) -> Result<Vec<HvmRecord<'a>>, FieldError> {
+        Self::new(context).collect()
+    }
+
+    fn next_record(&mut self) -> Result<Option<HvmRecord<'a>>, FieldError> {
+        const LE: ByteOrder = ByteOrder::Little;
+        let offset = self.offset;
+        let Ok((wire, rest)) = WireDescriptor::ref_from_prefix(self.rest) else {
+            let left = self.rest.len();
+            return Err(FieldError::NoEnd { offset, left });
+        };
+        let kind = HvmRecordKind(wire.kind.get(LE));
+        let instance = wire.instance.get(LE);
+        let length = wire.length.get(LE);
+        self.offset = offset.saturating_add(size_of::<WireDescriptor>());
+        if kind == HvmRecordKind::END {
+            if length != 0 {
+                return Err(FieldError::EndNotEmpty { offset, length });
+            }
+            return match rest.len() {
+                0 => Ok(None),
+                octets => Err(FieldError::AfterEnd {
+                    offset: self.offset,
+                    octets,
+                }),
+            };
+        }
+        let Some((body, rest)) = rest.split_at_checked(length as usize) else {
+            return Err(FieldError::BodyTooLong {
+                kind,
+                instance,
+                offset,
+                length,
+                left: rest.len(),
+            });
+        };
+        self.rest = rest;
+        self.offset = self.offset.saturating_add(body.len());
+        Ok(Some(HvmRecord {
+            kind,
+            instance,
+            offset,
+            body,
+        }))
+    }
+}
+
+impl<'a> Iterator for HvmContext<'a> {
+    type Item = Result<HvmRecord<'a>, FieldError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.over {
+            return None;
+        }
+        let next = self.next_record().transpose();
+        self.over = !matches!(next, Some(Ok(_)));
+        next
+    }
+}
+
+/// One difference between two HVM contexts. Records are paired by kind and instance.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HvmDifference<'a> {
+    /// A record that only the first has.
+    OnlyInA(HvmRecord<'a>),
+    /// A record that only the second has.
+    OnlyInB(HvmRecord<'a>),
+    /// A record that both have, with other contents.
+    Fields {
+        /// Its type.
+        kind: HvmRecordKind,
+        /// Which of its type.
+        instance: u16,
+        /// In what it differs.
+        differences: Vec<FieldDifference<'a>>,
+    },
+}
+
+/// In what context `b` differs from context `a`: first the records of `a`, in its
+/// order, then those that only `b` has. The order of records itself does not matter.
+///
+/// # Errors
+///
+/// One of the two cannot be taken apart.
+pub fn diff_contexts<'a>(a: &'a [u8], b: &'a [u8]) -> Result<Vec<HvmDifference<'a>>, FieldError> {
+    /// For what is not known: no field, so differences come as octets.
+    const UNKNOWN: Layout = Layout {
+        name: "unknown",
+        octets: 0,
+        fields: &[],
+    };
+    let a = HvmContext::records(a)?;
+    let b = HvmContext::records(b)?;
+    // By kind and instance, those that are not paired yet; of several, the first first.
+    let mut unpaired: HashMap<_, VecDeque<_>> = HashMap::new();
+    for record in b {
+        let key = (record.kind, record.instance);
+        unpaired.entry(key).or_default().push_back(record);
+    }
+    let mut out = Vec::new();
+    for a in a {
+        let key = (a.kind, a.instance);
+        let Some(b) = unpaired.get_mut(&key).and_then(VecDeque::pop_front) else {
+            out.push(HvmDifference::OnlyInA(a));
+            continue;
+        };
+        let layout = a.kind.layout(a.body.len()).unwrap_or(&UNKNOWN);
+        let differences = diff(layout, a.body, b.body);
+        if !differences.is_empty() {
+            out.push(HvmDifference::Fields {
+                kind: a.kind,
+                instance: a.instance,
+                differences,
+            });
+        }
+    }
+    let mut only_in_b: Vec<_> = unpaired.into_values().flatten().collect();
+    only_in_b.sort_by_key(|record| record.offset);
+    out.extend(only_in_b.into_iter().map(HvmDifference::OnlyInB));
+    Ok(out)
+}
