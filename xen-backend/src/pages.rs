@@ -176,8 +176,7 @@ impl ForeignPages {
             // SAFETY: `ptr .. ptr + (total - done)` lies in the mapping, which is
             // writable and has no failed page in this range (asserted above); no
             // reference to it exists anywhere.
-            let n =
-                unsafe { libc::read(fd.as_raw_fd(), ptr.as_ptr().cast(), total - done) };
+            let n = unsafe { libc::read(fd.as_raw_fd(), ptr.as_ptr().cast(), total - done) };
             match Errno::result(n) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(n) => done += n.unsigned_abs(),
@@ -428,18 +427,41 @@ impl<'a> Gather<'a> {
             let mut at = 0;
             while at < piece.len {
                 let step = (piece.len - at).min(BUFFER);
-                for (i, octet) in buffer[..step].iter_mut().enumerate() {
-                    // SAFETY: at + i < piece.len, so the octet is inside memory
-                    // that `self` borrows.
-                    let ptr = unsafe { piece.base.add(at + i) };
-                    // SAFETY: `ptr` is readable (above) and u8 needs no alignment.
-                    *octet = unsafe { ptr.read_volatile() };
-                }
+                piece.read(at, &mut buffer[..step]);
                 out.write_all(&buffer[..step])?;
                 at += step;
             }
         }
         Ok(())
+    }
+}
+
+impl Piece {
+    /// Copy the octets from `at` on into `out`, which must not reach beyond the
+    /// piece: each read once, whole words at a time where the piece is aligned, as
+    /// pages are.
+    fn read(self, at: usize, out: &mut [u8]) {
+        debug_assert!(at + out.len() <= self.len);
+        // SAFETY: at < len (callers), so the result is inside memory the list borrows.
+        let base = unsafe { self.base.add(at) };
+        let aligned = base.cast::<u64>().is_aligned();
+        let (words, rest) = match aligned {
+            true => out.as_chunks_mut::<8>(),
+            false => (Default::default(), out),
+        };
+        let done = words.len() * 8;
+        for (i, word) in words.iter_mut().enumerate() {
+            // SAFETY: at + 8 * (i + 1) <= at + out.len() <= len.
+            let from = unsafe { base.cast::<u64>().add(i) };
+            // SAFETY: `from` is inside readable memory and aligned (checked above).
+            *word = unsafe { from.read_volatile() }.to_ne_bytes();
+        }
+        for (i, octet) in rest.iter_mut().enumerate() {
+            // SAFETY: at + done + i < at + out.len() <= len.
+            let from = unsafe { base.add(done + i) };
+            // SAFETY: `from` is inside readable memory; u8 needs no alignment.
+            *octet = unsafe { from.read_volatile() };
+        }
     }
 }
 
@@ -449,5 +471,158 @@ impl fmt::Debug for Gather<'_> {
             .field("octets", &self.octets)
             .field("pieces", &self.pieces.len())
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::{Read, Write};
+    use std::os::fd::AsFd;
+
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+    use nix::sys::mman::{MapFlags, ProtFlags};
+    use xsr_format::frame::Gfn;
+
+    use super::*;
+
+    /// `count` pages of a memfd, page i filled with the octet i + 1; those in
+    /// `failed` have no memory behind them.
+    fn pages(count: usize, access: Access, failed: &[usize]) -> ForeignPages {
+        let mut file = File::from(memfd_create("pages", MFdFlags::empty()).unwrap());
+        for i in 0..count {
+            file.write_all(&[u8::try_from(i + 1).unwrap(); PAGE_SIZE])
+                .unwrap();
+        }
+        let length = (count * PAGE_SIZE).try_into().unwrap();
+        let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let base = unsafe { mman::mmap(None, length, prot, MapFlags::MAP_SHARED, &file, 0) };
+        let base = base.unwrap().cast::<u8>();
+        let failed = failed
+            .iter()
+            .map(|&index| {
+                // SAFETY: index < count, so the page is inside the mapping.
+                let page = unsafe { base.add(index * PAGE_SIZE) };
+                // SAFETY: a whole page of the mapping made above.
+                unsafe { mman::mprotect(page.cast(), PAGE_SIZE, ProtFlags::PROT_NONE) }.unwrap();
+                MapError {
+                    index,
+                    gfn: Gfn(index as u64),
+                    errno: Errno::EINVAL,
+                }
+            })
+            .collect();
+        // SAFETY: the mapping above is handed over whole; the protected pages are
+        // listed as failed.
+        unsafe { ForeignPages::from_raw(base, count, access, failed) }
+    }
+
+    #[test]
+    fn a_failed_frame_is_no_page() {
+        let pages = pages(4, Access::Read, &[2]);
+        assert_eq!(pages.len(), 4);
+        assert!(pages.page(2).is_none());
+        assert!(pages.page(4).is_none());
+        assert!(pages.read_u64(2 * ENTRIES_PER_TABLE).is_none());
+        assert_eq!(
+            pages.read_u64(3 * ENTRIES_PER_TABLE),
+            Some(0x0404_0404_0404_0404)
+        );
+        assert_eq!(pages.iter().map(|(i, _)| i).collect::<Vec<_>>(), [0, 1, 3]);
+        assert_eq!(pages.all_mapped().unwrap_err().index, 2);
+    }
+
+    #[test]
+    fn a_list_merges_neighbours_and_arrives_whole() {
+        let pages = pages(5, Access::Read, &[]);
+        let head = [9_u8; 13];
+        let mut list = Gather::new();
+        list.push(&head);
+        list.push(&[]);
+        for i in [0, 1, 2, 4] {
+            list.push_page(pages.page(i).unwrap());
+        }
+        assert_eq!(list.pieces(), 3);
+        assert_eq!(list.len(), 13 + 4 * PAGE_SIZE);
+        let mut expected = head.to_vec();
+        for octet in [1, 2, 3, 5] {
+            expected.extend([octet; PAGE_SIZE]);
+        }
+        let mut copied = Vec::new();
+        list.copy_to(&mut copied).unwrap();
+        assert_eq!(copied, expected);
+
+        // A pipe takes 64 KiB at most at a time: the writes come short.
+        let mut list = Gather::new();
+        for _ in 0..100 {
+            list.push(&head);
+            for (_, page) in pages.iter() {
+                list.push_page(page);
+            }
+        }
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let received = std::thread::scope(|scope| {
+            let receiver = scope.spawn(move || {
+                let mut received = Vec::new();
+                reader.read_to_end(&mut received).map(|_| received)
+            });
+            list.write_to(writer.as_fd()).unwrap();
+            drop(writer);
+            receiver.join().unwrap().unwrap()
+        });
+        assert_eq!(received.len(), 100 * (13 + 5 * PAGE_SIZE));
+        assert_eq!(received[received.len() - PAGE_SIZE..], [5; PAGE_SIZE]);
+    }
+
+    #[test]
+    fn a_closed_pipe_and_a_vanished_page_are_errors() {
+        let pages = pages(3, Access::Read, &[1]);
+        let (reader, writer) = std::io::pipe().unwrap();
+        let mut list = Gather::new();
+        list.push_page(pages.page(0).unwrap());
+        drop(reader);
+        let error = list.write_to(writer.as_fd()).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::BrokenPipe);
+        // What the kernel says of memory that goes away under a mapping.
+        let (_reader, writer) = std::io::pipe().unwrap();
+        let mut list = Gather::new();
+        list.push_page(pages.page_unchecked(1));
+        let error = list.write_to(writer.as_fd()).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(Errno::EFAULT as i32));
+    }
+
+    #[test]
+    fn pages_are_filled_from_a_descriptor_exactly() {
+        let pages = pages(4, Access::Write, &[]);
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        writer.write_all(&[0x77; 2 * PAGE_SIZE]).unwrap();
+        writer.write_all(b"behind").unwrap();
+        pages.read_exact_from(reader.as_fd(), 1..3).unwrap();
+        for (index, octet) in [(0, 1), (1, 0x77), (2, 0x77), (3, 4)] {
+            assert_eq!(*pages.page(index).unwrap().to_page(), [octet; PAGE_SIZE]);
+        }
+        drop(writer);
+        let error = pages.read_exact_from(reader.as_fd(), 0..1).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    #[should_panic(expected = "read-only")]
+    fn a_read_only_page_is_not_written() {
+        pages(1, Access::Read, &[]).page(0).unwrap().clear();
+    }
+
+    #[test]
+    fn pages_are_copied_both_ways() {
+        let pages = pages(2, Access::Write, &[]);
+        let first = pages.page(0).unwrap();
+        let second = pages.page(1).unwrap();
+        second.copy_from(&first.to_page());
+        assert_eq!(*second.to_page(), [1; PAGE_SIZE]);
+        second.write_entry(511, 0x1122_3344_5566_7788);
+        assert_eq!(second.read_entries()[511], 0x1122_3344_5566_7788);
+        second.clear();
+        assert_eq!(*second.to_page(), [0; PAGE_SIZE]);
     }
 }
