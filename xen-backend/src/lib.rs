@@ -8,6 +8,7 @@
 //! gone) and, over a restricted handle, EACCES; these are not repeated below.
 
 pub mod error;
+pub mod mock;
 pub mod pages;
 
 use std::fmt;

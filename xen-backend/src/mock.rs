@@ -1,0 +1,344 @@
+//! A mock machine behind the traits: real memory, really mapped, with Xen's
+//! semantics and errno.
+//!
+//! A [`MockHost`] is a directory, so that its domains outlive the command that
+//! made them; only one process at a time has it open. Nothing executes: a
+//! "running" guest is one that would. What a suspending guest does itself (put
+//! pfns into start_info, call the hypervisor) the mock does in its stead.
+//!
+//! Known differences from a real machine: a foreign writable mapping holds no
+//! reference of its frame, so that pinning a table while one is mapped writable
+//! goes unnoticed; a mapping that outlives its domain shows freed memory; the
+//! clock stands still.
+
+mod allocator;
+mod domain;
+mod error;
+mod frames;
+mod guest;
+mod hvm_context;
+mod layout;
+mod machine;
+mod memory;
+mod pagetable;
+mod platform;
+mod policy;
+mod pv;
+mod random;
+mod state;
+mod store;
+mod summary;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use serde::{Deserialize, Serialize};
+
+use self::domain::MockDomain;
+use self::machine::Machine;
+use self::state::{CPUID_LEAVES, HVM_CONTEXT, POLICY_MSRS, Record, USERDATA, Vcpu};
+use self::store::{FORMAT, Store};
+use crate::error::BackendError;
+use crate::{DomId, Domain, DomainControl, DomainInfo, GuestKind, Host, TscInfo, XenVersion};
+
+pub use self::error::MockError;
+pub use self::guest::{GuestSpec, P2mStyle};
+pub use self::state::GrantEntry;
+pub use self::summary::{DomainReport, DomainState, DomainSummary};
+
+/// Most vcpus a domain can have.
+const MAX_VCPUS: u32 = 128;
+
+/// What kind of machine to mock.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostConfig {
+    /// Frames of memory there are, rounded up to 2 MiB. Costs nothing until used,
+    /// but for 8 octets a frame.
+    pub memory_pages: u64,
+    /// What the order of frames is made from.
+    pub seed: u64,
+    /// Longest run of contiguous frames among single pages, 1–512; 1 scatters all.
+    pub max_run: u32,
+    /// The version it says it is.
+    pub xen_version: XenVersion,
+}
+
+impl Default for HostConfig {
+    /// 16 GiB, runs of at most 32 pages, Xen 4.17.
+    fn default() -> Self {
+        Self {
+            memory_pages: 4 << 20,
+            seed: 0x7852,
+            max_run: 32,
+            xen_version: XenVersion {
+                major: 4,
+                minor: 17,
+            },
+        }
+    }
+}
+
+/// A mock machine. Clones are handles on the same one.
+#[derive(Clone, Debug)]
+pub struct MockHost {
+    machine: Arc<Machine>,
+}
+
+impl MockHost {
+    fn new(machine: Machine) -> Self {
+        Self {
+            machine: Arc::new(machine),
+        }
+    }
+
+    /// Make a host in `dir`, which is empty or is made.
+    ///
+    /// # Errors
+    ///
+    /// [`MockError::Occupied`] where something is there; I/O errors.
+    pub fn create(dir: &Path, config: &HostConfig) -> Result<Self, MockError> {
+        let domains = dir.join("domains");
+        fs::create_dir_all(dir).map_err(MockError::io("create", dir))?;
+        let mut entries = fs::read_dir(dir).map_err(MockError::io("read", dir))?;
+        if entries.next().is_some() {
+            return Err(MockError::Occupied {
+                path: dir.to_owned(),
+            });
+        }
+        fs::create_dir(&domains).map_err(MockError::io("create", &domains))?;
+        Machine::create(Store::lock(dir)?, config.clone()).map(Self::new)
+    }
+
+    /// Open the host in `dir`.
+    ///
+    /// # Errors
+    ///
+    /// [`MockError::NotAHost`] where there is none, [`MockError::InUse`] where
+    /// another process has it open, [`MockError::Damaged`]; I/O errors.
+    pub fn open(dir: &Path) -> Result<Self, MockError> {
+        let not_a_host = || MockError::NotAHost {
+            path: dir.to_owned(),
+        };
+        if !dir.join("host.json").is_file() {
+            return Err(not_a_host());
+        }
+        let store = Store::lock(dir)?;
+        let host = store.load_host()?.ok_or_else(not_a_host)?;
+        if host.format != FORMAT {
+            return Err(MockError::BadSpec(format!(
+                "{} has layout {}, this program knows {FORMAT}; make a new host",
+                dir.display(),
+                host.format
+            )));
+        }
+        Machine::open(store, host).map(Self::new)
+    }
+
+    /// Open the host in `dir`, or make one there.
+    ///
+    /// # Errors
+    ///
+    /// As [`MockHost::open`] and [`MockHost::create`].
+    pub fn open_or_create(dir: &Path, config: &HostConfig) -> Result<Self, MockError> {
+        match Self::open(dir) {
+            Err(MockError::NotAHost { .. }) => Self::create(dir, config),
+            other => other,
+        }
+    }
+
+    /// A host in memory, of which nothing is left in the end.
+    ///
+    /// # Errors
+    ///
+    /// [`MockError::BadSpec`] for a machine too small or too large; I/O errors.
+    pub fn ephemeral(config: &HostConfig) -> Result<Self, MockError> {
+        Machine::create(Store::in_memory(), config.clone()).map(Self::new)
+    }
+
+    /// What kind of machine it is.
+    pub fn config(&self) -> &HostConfig {
+        &self.machine.config
+    }
+
+    /// Frames that nobody has.
+    pub fn free_pages(&self) -> u64 {
+        self.machine.free_pages()
+    }
+
+    fn mock_domain(&self, domid: DomId) -> Result<MockDomain, BackendError> {
+        let dom = self.machine.dom(domid);
+        let dom = dom.ok_or(BackendError::domain("getdomaininfo", domid, Errno::ESRCH))?;
+        Ok(MockDomain {
+            machine: Arc::clone(&self.machine),
+            dom,
+        })
+    }
+
+    /// The domain with this name, or this number.
+    ///
+    /// # Errors
+    ///
+    /// [`MockError::NoSuchDomain`].
+    pub fn find(&self, name_or_id: &str) -> Result<DomId, MockError> {
+        let number = name_or_id.parse().ok().map(DomId);
+        self.machine
+            .all_domains()
+            .into_iter()
+            .find(|dom| Some(dom.domid) == number || dom.lock().record.name == name_or_id)
+            .map(|dom| dom.domid)
+            .ok_or_else(|| MockError::NoSuchDomain {
+                name: name_or_id.to_owned(),
+            })
+    }
+
+    fn check_new_name(&self, name: &str) -> Result<(), MockError> {
+        check_name(name)?;
+        match self.find(name) {
+            Ok(_) => Err(MockError::NameTaken {
+                name: name.to_owned(),
+            }),
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// Give a domain another name.
+    ///
+    /// # Errors
+    ///
+    /// [`MockError::BadName`], [`MockError::NameTaken`]; ESRCH.
+    pub fn rename(&self, domid: DomId, name: &str) -> Result<(), MockError> {
+        let domain = self.mock_domain(domid)?;
+        if domain.look("rename", |state| Ok(state.record.name == name))? {
+            return Ok(());
+        }
+        self.check_new_name(name)?;
+        domain.change("rename", |state| {
+            name.clone_into(&mut state.record.name);
+            Ok(())
+        })?;
+        Ok(())
+    }
+
+    /// Keep `data` with the domain under `key`: gone with the domain.
+    ///
+    /// # Errors
+    ///
+    /// [`MockError::BadName`] for the key; ESRCH.
+    pub fn userdata_store(&self, domid: DomId, key: &str, data: &[u8]) -> Result<(), MockError> {
+        check_name(key)?;
+        let domain = self.mock_domain(domid)?;
+        domain.change("userdata", |state| {
+            domain.put_blob(state, &format!("{USERDATA}{key}"), data.to_vec())
+        })?;
+        Ok(())
+    }
+
+    /// What is kept with the domain under `key`.
+    ///
+    /// # Errors
+    ///
+    /// ESRCH.
+    pub fn userdata_get(&self, domid: DomId, key: &str) -> Result<Option<Vec<u8>>, MockError> {
+        let domain = self.mock_domain(domid)?;
+        let name = format!("{USERDATA}{key}");
+        Ok(domain.look("userdata", |state| Ok(state.blobs.get(&name).cloned()))?)
+    }
+
+    /// The reserved grant entries of a domain: console and xenstore.
+    ///
+    /// # Errors
+    ///
+    /// ESRCH.
+    pub fn grants(&self, domid: DomId) -> Result<[Option<GrantEntry>; 2], MockError> {
+        let domain = self.mock_domain(domid)?;
+        Ok(domain.look("grants", |state| Ok(state.record.grants))?)
+    }
+}
+
+/// Whether `name` can be that of a domain or of user data.
+fn check_name(name: &str) -> Result<(), MockError> {
+    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '+');
+    let digits_only = name.chars().all(|c| c.is_ascii_digit());
+    if digits_only || name.len() > 64 || !name.chars().all(good) {
+        return Err(MockError::BadName {
+            name: name.to_owned(),
+        });
+    }
+    Ok(())
+}
+
+impl Host for MockHost {
+    fn xen_version(&self) -> Result<XenVersion, BackendError> {
+        Ok(self.machine.config.xen_version)
+    }
+
+    fn domains(&self) -> Result<Vec<DomainInfo>, BackendError> {
+        let mut infos = Vec::new();
+        for dom in self.machine.all_domains() {
+            let machine = Arc::clone(&self.machine);
+            match (MockDomain { machine, dom }).info() {
+                Ok(info) => infos.push(info),
+                // Destroyed since.
+                Err(e) if e.errno == Errno::ESRCH => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(infos)
+    }
+
+    fn domain(&self, domid: DomId) -> Result<Box<dyn Domain>, BackendError> {
+        Ok(Box::new(self.mock_domain(domid)?))
+    }
+
+    fn create_domain(
+        &self,
+        kind: GuestKind,
+        vcpus: u32,
+        max_pages: u64,
+    ) -> Result<DomId, BackendError> {
+        const OP: &str = "createdomain";
+        if !(1..=MAX_VCPUS).contains(&vcpus) {
+            return Err(BackendError::host(OP, Errno::EINVAL));
+        }
+        let made = self.machine.add_domain(|domid, shared_info| {
+            let policy = policy::default_policy(kind);
+            let mut blobs = BTreeMap::from([
+                (CPUID_LEAVES.to_owned(), policy.leaves),
+                (POLICY_MSRS.to_owned(), policy.msrs),
+            ]);
+            if kind.is_translated() {
+                let context = hvm_context::make(kind, 0, 0);
+                blobs.insert(HVM_CONTEXT.to_owned(), context);
+            }
+            let record = Record {
+                domid,
+                name: format!("domain-{}", domid.0),
+                kind,
+                width: 8,
+                max_pages,
+                pauses: 1,
+                has_run: false,
+                shutdown: None,
+                suspended_rings: None,
+                shared_info: shared_info.0,
+                vcpus: (0..vcpus).map(|_| Vcpu::default()).collect(),
+                tsc: TscInfo {
+                    khz: platform::HOST_KHZ,
+                    ..TscInfo::default()
+                },
+                hvm_params: vec![0; platform::HVM_PARAMS],
+                last_port: 0,
+                grants: [None; 2],
+            };
+            (record, blobs)
+        });
+        match made {
+            Ok(Some(dom)) => Ok(dom.domid),
+            Ok(None) => Err(BackendError::host(OP, Errno::ENOMEM)),
+            Err(error) => Err(BackendError::host(OP, domain::storage_errno(&error))),
+        }
+    }
+}

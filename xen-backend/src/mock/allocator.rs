@@ -1,0 +1,216 @@
+//! The machine's page allocator. Like Xen's, it hands out short contiguous runs
+//! at places that have nothing to do with pfns: memory is cut into blocks of
+//! 2 MiB, taken in a scrambled order within each GiB, and the runs of a block are
+//! taken in a scrambled order too. A GiB is not begun before the one below is
+//! used up, which keeps the machine's tables compact.
+//!
+//! C implementation: `xen/common/page_alloc.c`.
+
+use std::collections::BTreeSet;
+
+use xsr_format::frame::Mfn;
+
+use super::frames::{Frame, Frames};
+use super::memory::Words;
+use super::random::{SplitMix64, mix};
+use crate::DomId;
+
+/// Frames in a block: an extent of order 9.
+pub(super) const BLOCK_FRAMES: u64 = 512;
+
+/// The same, as an index.
+pub(super) const BLOCK_LEN: usize = 512;
+
+/// Blocks in an extent of order 18.
+const GIB_BLOCKS: u32 = 512;
+
+/// Hands out frames and takes them back. Which frame is taken stands in the frame
+/// table; the allocator itself keeps only the number taken in each block.
+#[derive(Debug)]
+pub(super) struct Allocator {
+    /// Frames taken, per block.
+    taken: Words,
+    /// The blocks in the order they are taken in.
+    order: Vec<u32>,
+    /// Where each block stands in `order`.
+    rank: Vec<u32>,
+    /// Ranks of blocks with some frames taken and some free.
+    partial: BTreeSet<u32>,
+    /// Ranks of blocks that are all free.
+    whole: BTreeSet<u32>,
+    cursor: Option<Cursor>,
+    free: u64,
+    seed: u64,
+    max_run: usize,
+}
+
+/// Where in a block the allocator is.
+#[derive(Debug)]
+struct Cursor {
+    block: u32,
+    /// The block's frames in the order they are taken in.
+    sequence: Vec<u16>,
+    next: usize,
+}
+
+impl Allocator {
+    /// The allocator of a machine whose blocks have `taken` frames in use.
+    pub(super) fn new(taken: Words, seed: u64, max_run: usize) -> Self {
+        let blocks = u32::try_from(taken.len()).expect("at most 2^32 blocks of 2 MiB");
+        let mut order: Vec<u32> = (0..blocks).collect();
+        let mut random = SplitMix64::new(mix(seed));
+        for gib in order.chunks_mut(GIB_BLOCKS as usize) {
+            random.shuffle(gib);
+        }
+        let mut rank = vec![0; order.len()];
+        for (at, block) in (0_u32..).zip(&order) {
+            rank[*block as usize] = at;
+        }
+        let mut allocator = Self {
+            taken,
+            order,
+            rank,
+            partial: BTreeSet::new(),
+            whole: BTreeSet::new(),
+            cursor: None,
+            free: 0,
+            seed,
+            max_run: max_run.max(1),
+        };
+        for block in 0..blocks {
+            let taken = allocator.taken(block);
+            allocator.free += BLOCK_FRAMES - taken;
+            allocator.file(block, taken);
+        }
+        allocator
+    }
+
+    /// Frames that nobody has.
+    pub(super) fn free(&self) -> u64 {
+        self.free
+    }
+
+    /// First frames of the blocks that have any taken.
+    pub(super) fn taken_blocks(&self) -> impl Iterator<Item = Mfn> {
+        (0..self.taken.len())
+            .filter(|block| self.taken.get(*block) > 0)
+            .map(|block| Mfn(block as u64 * BLOCK_FRAMES))
+    }
+
+    /// Take one frame for `frame.owner`.
+    pub(super) fn take_page(&mut self, frames: &Frames, frame: Frame) -> Option<Mfn> {
+        loop {
+            let mut cursor = match self.cursor.take() {
+                Some(cursor) => cursor,
+                None => self.begin_block()?,
+            };
+            let first = u64::from(cursor.block) * BLOCK_FRAMES;
+            while let Some(&within) = cursor.sequence.get(cursor.next) {
+                cursor.next += 1;
+                let mfn = Mfn(first + u64::from(within));
+                if frames.get(mfn).is_some_and(|f| f.owner.is_none()) {
+                    self.set_taken(cursor.block, self.taken(cursor.block) + 1);
+                    frames.set(mfn, frame);
+                    self.cursor = Some(cursor);
+                    return Some(mfn);
+                }
+            }
+            // Each frame of the block has been handed out.
+            self.set_taken(cursor.block, BLOCK_FRAMES);
+        }
+    }
+
+    /// Take an extent of order 9 or 18, aligned to its size, for `owner`.
+    pub(super) fn take_extent(&mut self, frames: &Frames, order: u8, owner: DomId) -> Option<Mfn> {
+        let (block, blocks) = match order {
+            9 => (self.order[*self.whole.first()? as usize], 1),
+            18 => (self.free_gib()?, GIB_BLOCKS),
+            _ => return None,
+        };
+        let frame = Frame {
+            owner: Some(owner),
+            ..Frame::default()
+        };
+        let first = u64::from(block) * BLOCK_FRAMES;
+        for taken in block..block + blocks {
+            self.set_taken(taken, BLOCK_FRAMES);
+        }
+        for mfn in first..first + u64::from(blocks) * BLOCK_FRAMES {
+            frames.set(Mfn(mfn), frame);
+        }
+        Some(Mfn(first))
+    }
+
+    /// Take a frame back. Its contents are the caller's business.
+    pub(super) fn give_back(&mut self, frames: &Frames, mfn: Mfn) {
+        let Ok(block) = u32::try_from(mfn.0 / BLOCK_FRAMES) else {
+            return;
+        };
+        if self.cursor.as_ref().is_some_and(|c| c.block == block) {
+            self.cursor = None;
+        }
+        frames.set(mfn, Frame::default());
+        self.set_taken(block, self.taken(block).saturating_sub(1));
+    }
+
+    fn begin_block(&mut self) -> Option<Cursor> {
+        let rank = self.partial.first().or_else(|| self.whole.first())?;
+        let block = self.order[*rank as usize];
+        Some(Cursor {
+            block,
+            sequence: self.sequence(block),
+            next: 0,
+        })
+    }
+
+    /// The order in which the frames of `block` are taken.
+    fn sequence(&self, block: u32) -> Vec<u16> {
+        let mut random = SplitMix64::new(self.seed ^ mix(u64::from(block)));
+        let mut runs: Vec<std::ops::Range<u16>> = Vec::new();
+        let block_end = 512_u16;
+        let mut start = 0;
+        while start < block_end {
+            let len = u16::try_from(1 + random.below(self.max_run)).unwrap_or(u16::MAX);
+            let end = start.saturating_add(len).min(block_end);
+            runs.push(start..end);
+            start = end;
+        }
+        random.shuffle(&mut runs);
+        runs.into_iter().flatten().collect()
+    }
+
+    /// The first GiB of which nothing is taken: its first block.
+    fn free_gib(&self) -> Option<u32> {
+        let blocks = self.rank.len();
+        (0..blocks / GIB_BLOCKS as usize)
+            .map(|gib| gib * GIB_BLOCKS as usize)
+            .find(|first| (*first..first + GIB_BLOCKS as usize).all(|b| self.taken.get(b) == 0))
+            .and_then(|first| u32::try_from(first).ok())
+    }
+
+    fn taken(&self, block: u32) -> u64 {
+        self.taken.get(block as usize)
+    }
+
+    fn set_taken(&mut self, block: u32, taken: u64) {
+        self.free = self.free + self.taken(block) - taken;
+        self.taken.set(block as usize, taken);
+        self.file(block, taken);
+    }
+
+    fn file(&mut self, block: u32, taken: u64) {
+        let rank = self.rank[block as usize];
+        let (whole, partial) = match taken {
+            0 => (true, false),
+            BLOCK_FRAMES => (false, false),
+            _ => (false, true),
+        };
+        for (set, member) in [(&mut self.whole, whole), (&mut self.partial, partial)] {
+            if member {
+                set.insert(rank);
+            } else {
+                set.remove(&rank);
+            }
+        }
+    }
+}

@@ -1,0 +1,393 @@
+//! A handle on a domain of the mock machine: its life and its memory.
+//!
+//! C implementation: `xen/common/{domain,domctl,memory}.c`, `xen/arch/x86/domctl.c`.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use nix::errno::Errno;
+use xsr_format::frame::{Gfn, Mfn, PageType};
+
+use super::error::MockError;
+use super::frames::{Frame, FrameUse};
+use super::layout::{StartInfoLayout, VcpuLayout, read_word};
+use super::machine::Machine;
+use super::memory;
+use super::state::{Dom, MAX_PFNS, State};
+use crate::error::BackendError;
+use crate::pages::{Access, ForeignPages};
+use crate::{DomId, DomainControl, DomainInfo, GuestKind, GuestMemory, ShutdownReason};
+
+/// Most frames of one `getpageframeinfo3`.
+const MAX_TYPE_BATCH: usize = 1024;
+
+/// `__HYPERVISOR_sched_op`: what a suspending guest has in eax.
+const SCHED_OP: u64 = 29;
+/// What a guest finds in eax when its suspend was cancelled.
+const SUSPEND_CANCELLED: u64 = 1;
+
+/// A handle on one domain of a [`super::MockHost`].
+#[derive(Clone, Debug)]
+pub(super) struct MockDomain {
+    pub(super) machine: Arc<Machine>,
+    pub(super) dom: Arc<Dom>,
+}
+
+impl MockDomain {
+    pub(super) fn fail(&self, op: &'static str, errno: Errno) -> BackendError {
+        BackendError::domain(op, self.dom.domid, errno)
+    }
+
+    fn alive(&self) -> Result<(), Errno> {
+        match self.dom.gone.load(Ordering::Acquire) {
+            true => Err(Errno::ESRCH),
+            false => Ok(()),
+        }
+    }
+
+    /// Look at the domain's state.
+    pub(super) fn look<T>(
+        &self,
+        op: &'static str,
+        look: impl FnOnce(&State) -> Result<T, Errno>,
+    ) -> Result<T, BackendError> {
+        let state = self.dom.lock();
+        self.alive()
+            .and_then(|()| look(&state))
+            .map_err(|errno| self.fail(op, errno))
+    }
+
+    /// Change the domain's state, and keep what came of it.
+    pub(super) fn change<T>(
+        &self,
+        op: &'static str,
+        change: impl FnOnce(&mut State) -> Result<T, Errno>,
+    ) -> Result<T, BackendError> {
+        let mut state = self.dom.lock();
+        self.alive()
+            .and_then(|()| change(&mut state))
+            .and_then(|out| match self.machine.store.save_record(&state.record) {
+                Ok(()) => Ok(out),
+                Err(error) => Err(storage_errno(&error)),
+            })
+            .map_err(|errno| self.fail(op, errno))
+    }
+
+    /// Keep a blob of the domain's.
+    pub(super) fn put_blob(
+        &self,
+        state: &mut State,
+        name: &str,
+        blob: Vec<u8>,
+    ) -> Result<(), Errno> {
+        self.machine
+            .store
+            .save_blob(self.dom.domid, name, &blob)
+            .map_err(|error| storage_errno(&error))?;
+        state.blobs.insert(name.to_owned(), blob);
+        Ok(())
+    }
+
+    /// What getdomaininfo says.
+    fn info_of(&self, state: &State) -> DomainInfo {
+        let record = &state.record;
+        DomainInfo {
+            domid: record.domid,
+            kind: record.kind,
+            shutdown: record.shutdown,
+            paused: record.pauses > 0,
+            dying: false,
+            max_vcpu_id: u32::try_from(record.vcpus.len()).map_or(u32::MAX, |n| n - 1),
+            tot_pages: self.machine.tot_pages(record.domid),
+            max_pages: record.max_pages,
+            shared_info_frame: match record.kind {
+                GuestKind::Pv => Gfn(record.shared_info),
+                // No gfn of the guest's stands for it.
+                _ => Gfn::INVALID,
+            },
+        }
+    }
+
+    /// The machine frame behind `gfn`, if it is the domain's.
+    pub(super) fn resolve(&self, gfn: Gfn) -> Option<(Mfn, Frame)> {
+        let mfn = match self.dom.kind.is_translated() {
+            true => self.dom.p2m_get(gfn)?,
+            false => Mfn(gfn.0),
+        };
+        Some((mfn, self.machine.frames.owned(mfn, self.dom.domid)?))
+    }
+
+    /// The machine frame behind `gfn`, to be mapped with `access`.
+    fn map_one(&self, gfn: Gfn, access: Access) -> Result<Mfn, Errno> {
+        let (mfn, frame) = self.resolve(gfn).ok_or(Errno::EINVAL)?;
+        if access == Access::Write
+            && !self.dom.kind.is_translated()
+            && frame.used_as != FrameUse::Writable
+        {
+            self.machine.frames.update(mfn, |frame| {
+                if frame.used_as != FrameUse::Writable && frame.count > 0 {
+                    return Err(Errno::EINVAL);
+                }
+                Ok(Frame {
+                    used_as: FrameUse::Writable,
+                    validated: true,
+                    ..frame
+                })
+            })?;
+        }
+        Ok(mfn)
+    }
+
+    /// Have the guest do what a kernel does when it is asked to suspend.
+    fn suspend_guest(&self, state: &mut State) -> Result<(), Errno> {
+        if state.record.kind != GuestKind::Pv {
+            return Ok(());
+        }
+        let layout = VcpuLayout::of(state.record.width);
+        let mut context = match state.blobs.get("vcpu0-basic") {
+            Some(context) => context.clone(),
+            // Nothing there that could answer.
+            None => return Err(Errno::ETIMEDOUT),
+        };
+        let start_info = Mfn(layout.get(&context, layout.dx));
+        let rings = self.rings(state.record.width, start_info)?;
+        let mut pfns = [0; 2];
+        for (pfn, mfn) in pfns.iter_mut().zip(rings.map(Mfn)) {
+            let owned = self.machine.frames.owned(mfn, self.dom.domid);
+            *pfn = owned.and(self.machine.m2p(mfn)).ok_or(Errno::ETIMEDOUT)?;
+        }
+        self.set_rings(state.record.width, start_info, pfns)?;
+        state.record.suspended_rings = Some(rings);
+        layout.set(&mut context, layout.ax, SCHED_OP);
+        self.put_blob(state, "vcpu0-basic", context)
+    }
+
+    /// Have the guest go on after a suspend that was cancelled.
+    fn resume_guest(&self, state: &mut State) -> Result<(), Errno> {
+        if state.record.kind != GuestKind::Pv {
+            return Ok(());
+        }
+        let layout = VcpuLayout::of(state.record.width);
+        let mut context = state
+            .blobs
+            .get("vcpu0-basic")
+            .cloned()
+            .ok_or(Errno::EINVAL)?;
+        let start_info = Mfn(layout.get(&context, layout.dx));
+        let rings = state.record.suspended_rings.ok_or(Errno::EINVAL)?;
+        self.set_rings(state.record.width, start_info, rings)?;
+        state.record.suspended_rings = None;
+        layout.set(&mut context, layout.ax, SUSPEND_CANCELLED);
+        self.put_blob(state, "vcpu0-basic", context)
+    }
+
+    /// The frames of the store and console rings, as start_info has them. ETIMEDOUT
+    /// where there is no start_info: a guest would have crashed over it.
+    fn rings(&self, width: u8, start_info: Mfn) -> Result<[u64; 2], Errno> {
+        if self
+            .machine
+            .frames
+            .owned(start_info, self.dom.domid)
+            .is_none()
+        {
+            return Err(Errno::ETIMEDOUT);
+        }
+        let layout = StartInfoLayout::of(width);
+        let page = self.machine.read_frame(start_info)?;
+        Ok([layout.store_mfn, layout.console_mfn]
+            .map(|field| read_word(page.as_slice(), field, layout.width)))
+    }
+
+    /// Write them.
+    fn set_rings(&self, width: u8, start_info: Mfn, rings: [u64; 2]) -> Result<(), Errno> {
+        let layout = StartInfoLayout::of(width);
+        for (field, ring) in [layout.store_mfn, layout.console_mfn]
+            .into_iter()
+            .zip(rings)
+        {
+            let octets = &ring.to_le_bytes()[..layout.width];
+            self.machine.write_frames(start_info, field, octets)?;
+        }
+        Ok(())
+    }
+
+    fn populate_extent(&self, order: u8, gfn: &mut Gfn) -> bool {
+        let (machine, domid, first) = (&self.machine, self.dom.domid, gfn.0);
+        let pages = 1_u64 << order;
+        let translated = self.dom.kind.is_translated();
+        let Some(end) = first.checked_add(pages) else {
+            return false;
+        };
+        if translated
+            && (end > MAX_PFNS as u64
+                || (first..end).any(|pfn| self.dom.p2m_get(Gfn(pfn)).is_some()))
+        {
+            return false;
+        }
+        let Some(mfn) = machine.allocate(order, domid) else {
+            return false;
+        };
+        for (mfn, pfn) in (mfn.0..).map(Mfn).zip(first..end) {
+            match translated {
+                true => self.dom.p2m_set(pfn, mfn),
+                false => machine.set_m2p(mfn, pfn),
+            }
+        }
+        if !translated {
+            *gfn = Gfn(mfn.0);
+        }
+        machine.count_pages(domid, pages, gfn.0 + pages - 1);
+        true
+    }
+}
+
+/// The errno for a state file that could not be written.
+pub(super) fn storage_errno(error: &MockError) -> Errno {
+    tracing::error!(%error, "the mock host could not keep its state");
+    Errno::EIO
+}
+
+impl DomainControl for MockDomain {
+    fn info(&self) -> Result<DomainInfo, BackendError> {
+        self.look("getdomaininfo", |state| Ok(self.info_of(state)))
+    }
+
+    fn vcpu_online(&self, vcpu: u32) -> Result<bool, BackendError> {
+        self.look("getvcpuinfo", |state| {
+            let vcpu = usize::try_from(vcpu).map_err(|_| Errno::EINVAL)?;
+            let vcpu = state.record.vcpus.get(vcpu).ok_or(Errno::EINVAL)?;
+            Ok(vcpu.online)
+        })
+    }
+
+    fn pause(&self) -> Result<(), BackendError> {
+        self.change("pausedomain", |state| {
+            state.record.pauses = state.record.pauses.checked_add(1).ok_or(Errno::EUSERS)?;
+            Ok(())
+        })
+    }
+
+    fn unpause(&self) -> Result<(), BackendError> {
+        self.change("unpausedomain", |state| {
+            let record = &mut state.record;
+            record.pauses = record.pauses.checked_sub(1).ok_or(Errno::EINVAL)?;
+            if record.pauses == 0 && record.shutdown.is_none() {
+                record.has_run = true;
+            }
+            Ok(())
+        })
+    }
+
+    fn suspend(&self) -> Result<(), BackendError> {
+        self.change("suspend", |state| {
+            if state.record.shutdown.is_some() {
+                return Err(Errno::EBUSY);
+            }
+            let awake = state.record.vcpus.iter().any(|vcpu| vcpu.online);
+            if state.record.pauses > 0 || !awake {
+                return Err(Errno::ETIMEDOUT);
+            }
+            self.suspend_guest(state)?;
+            state.record.shutdown = Some(ShutdownReason::Suspend);
+            Ok(())
+        })
+    }
+
+    fn resume(&self) -> Result<(), BackendError> {
+        self.change("resumedomain", |state| {
+            match state.record.shutdown {
+                None => return Err(Errno::EINVAL),
+                Some(ShutdownReason::Suspend) => self.resume_guest(state)?,
+                Some(_) => {}
+            }
+            state.record.shutdown = None;
+            Ok(())
+        })
+    }
+
+    fn destroy(&self) -> Result<(), BackendError> {
+        const OP: &str = "destroydomain";
+        self.alive().map_err(|errno| self.fail(OP, errno))?;
+        self.machine
+            .remove_domain(&self.dom)
+            .map_err(|error| self.fail(OP, storage_errno(&error)))
+    }
+
+    fn alloc_unbound_port(&self, _remote: DomId) -> Result<u32, BackendError> {
+        self.change("alloc_unbound", |state| {
+            // Two-level event channels: a bit each in the words of shared_info.
+            let ports = match state.record.width {
+                4 => 1024,
+                _ => 4096,
+            };
+            let port = state.record.last_port + 1;
+            if port >= ports {
+                return Err(Errno::ENOSPC);
+            }
+            state.record.last_port = port;
+            Ok(port)
+        })
+    }
+}
+
+impl GuestMemory for MockDomain {
+    fn maximum_gfn(&self) -> Result<Option<Gfn>, BackendError> {
+        self.look("maximum_gpfn", |state| {
+            Ok(self.machine.max_gfn(state.record.domid).map(Gfn))
+        })
+    }
+
+    fn page_types(&self, gfns: &[Gfn], out: &mut [PageType]) -> Result<(), BackendError> {
+        const OP: &str = "getpageframeinfo3";
+        self.alive().map_err(|errno| self.fail(OP, errno))?;
+        if gfns.len() > MAX_TYPE_BATCH {
+            return Err(self.fail(OP, Errno::E2BIG));
+        }
+        if gfns.len() != out.len() {
+            return Err(self.fail(OP, Errno::EINVAL));
+        }
+        for (gfn, out) in gfns.iter().zip(out) {
+            *out = match self.resolve(*gfn) {
+                Some((_, frame)) => frame.page_type(),
+                None => PageType::XTAB,
+            };
+        }
+        Ok(())
+    }
+
+    fn map(&self, gfns: &[Gfn], access: Access) -> Result<ForeignPages, BackendError> {
+        self.alive()
+            .and_then(|()| {
+                memory::map_frames(&self.machine.memory, gfns, access, |gfn| {
+                    self.map_one(gfn, access)
+                })
+            })
+            .map_err(|errno| self.fail("mmapbatch", errno))
+    }
+
+    fn populate(&self, order: u8, frames: &mut [Gfn]) -> Result<usize, BackendError> {
+        const OP: &str = "populate_physmap";
+        self.look(OP, |state| {
+            if !matches!(order, 0 | 9 | 18) {
+                return Err(Errno::EINVAL);
+            }
+            let pages = 1_u64 << order;
+            if frames.iter().any(|pfn| !pfn.0.is_multiple_of(pages)) {
+                return Err(Errno::EINVAL);
+            }
+            let record = &state.record;
+            let room = record
+                .max_pages
+                .saturating_sub(self.machine.tot_pages(record.domid));
+            let extents = usize::try_from(room / pages).unwrap_or(usize::MAX);
+            let mut done = 0;
+            for gfn in frames.iter_mut().take(extents) {
+                if !self.populate_extent(order, gfn) {
+                    break;
+                }
+                done += 1;
+            }
+            Ok(done)
+        })
+    }
+}

@@ -1,0 +1,211 @@
+//! Guests made by the mock: memory filled with a seeded pattern, and around it
+//! all that a real guest of its kind has.
+
+mod hvm;
+mod pv;
+mod tables;
+
+use std::thread;
+
+use serde::{Deserialize, Serialize};
+use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE};
+
+use super::MockHost;
+use super::domain::MockDomain;
+use super::error::MockError;
+use super::random::{SplitMix64, mix};
+use crate::error::BackendError;
+use crate::{DomId, GuestKind, GuestMemory, Host};
+
+/// Pages that each batch of a populate asks for, as Xen's tools do.
+const POPULATE_BATCH: usize = 1024;
+
+/// Pages a domain may have beyond its memory (1 MiB, as libxl allows).
+const SLACK_PAGES: u64 = 256;
+
+/// How a PV guest publishes its p2m.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum P2mStyle {
+    /// Linear in the guest's virtual memory: p2m_cr3, p2m_vaddr.
+    Linear,
+    /// A tree of frame lists three levels deep.
+    Tree,
+}
+
+/// A guest to make.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestSpec {
+    /// Its name.
+    pub name: String,
+    /// PV, HVM or PVH.
+    pub kind: GuestKind,
+    /// PV: octets in its word, 8 or 4.
+    pub width: u8,
+    /// Memory in MiB, at least 4.
+    pub memory_mib: u64,
+    /// Vcpus, 1–128 (PV: 1–32).
+    pub vcpus: u32,
+    /// How many of them, the last ones, never came up.
+    pub offline_vcpus: u32,
+    /// PV: pages that the guest has given back; holes in its p2m. At most an
+    /// eighth of its memory.
+    pub ballooned_pages: u64,
+    /// PV: how it publishes its p2m. `None`: linear for 64-bit, tree for 32-bit.
+    pub p2m: Option<P2mStyle>,
+    /// What its contents are made from.
+    pub seed: u64,
+}
+
+impl GuestSpec {
+    /// A guest with one vcpu and nothing special about it.
+    pub fn new(name: impl Into<String>, kind: GuestKind, memory_mib: u64) -> Self {
+        Self {
+            name: name.into(),
+            kind,
+            width: 8,
+            memory_mib,
+            vcpus: 1,
+            offline_vcpus: 0,
+            ballooned_pages: 0,
+            p2m: None,
+            seed: 1,
+        }
+    }
+
+    /// Pages of its memory.
+    fn pages(&self) -> u64 {
+        self.memory_mib << 20 >> 12
+    }
+
+    fn check(&self) -> Result<(), MockError> {
+        let pv = self.kind == GuestKind::Pv;
+        let most_vcpus = if pv { 32 } else { 128 };
+        let problem = if !(4..=512 << 10).contains(&self.memory_mib) {
+            "memory is between 4 MiB and 512 GiB".to_owned()
+        } else if !(1..=most_vcpus).contains(&self.vcpus) {
+            format!("this kind of guest has between 1 and {most_vcpus} vcpus")
+        } else if self.offline_vcpus >= self.vcpus {
+            "one vcpu at least must be online".to_owned()
+        } else if !(self.width == 8 || pv && self.width == 4) {
+            "the width is 8, or 4 for a PV guest".to_owned()
+        } else if !pv && (self.p2m.is_some() || self.ballooned_pages > 0) {
+            "p2m style and ballooned pages are for PV guests".to_owned()
+        } else if self.ballooned_pages > self.pages() / 8 {
+            "at most an eighth of the memory can be ballooned out".to_owned()
+        } else {
+            return Ok(());
+        };
+        Err(MockError::BadSpec(problem))
+    }
+}
+
+impl MockHost {
+    /// Make a guest that is running.
+    ///
+    /// # Errors
+    ///
+    /// [`MockError::BadSpec`] or [`MockError::NameTaken`] for what cannot be;
+    /// [`MockError::Backend`] with ENOMEM when the host is full. No part of the
+    /// guest is left behind.
+    pub fn create_guest(&self, spec: &GuestSpec) -> Result<DomId, MockError> {
+        spec.check()?;
+        self.check_new_name(&spec.name)?;
+        let max_pages = spec.pages() + SLACK_PAGES;
+        let domid = self.create_domain(spec.kind, spec.vcpus, max_pages)?;
+        let built = self.build(domid, spec);
+        if built.is_err() {
+            self.domain(domid)?.destroy()?;
+        }
+        built.map(|()| domid)
+    }
+
+    fn build(&self, domid: DomId, spec: &GuestSpec) -> Result<(), MockError> {
+        self.rename(domid, &spec.name)?;
+        let domain = self.mock_domain(domid)?;
+        match spec.kind {
+            GuestKind::Pv => pv::build(&domain, spec)?,
+            GuestKind::Hvm | GuestKind::Pvh => hvm::build(&domain, spec)?,
+        }
+        Ok(())
+    }
+}
+
+/// Populate `extents`, all of them.
+fn populate(domain: &MockDomain, order: u8, extents: &mut [Gfn]) -> Result<(), BackendError> {
+    for batch in extents.chunks_mut(POPULATE_BATCH) {
+        if domain.populate(order, batch)? < batch.len() {
+            return Err(domain.fail("populate_physmap", nix::errno::Errno::ENOMEM));
+        }
+    }
+    Ok(())
+}
+
+/// The contents of page `pfn` of a guest made from `seed`: `None` for one page in
+/// eight, which is zero.
+fn pattern(seed: u64, pfn: u64, page: &mut [u8]) -> Option<()> {
+    let start = mix(seed ^ mix(pfn));
+    if start & 7 == 0 {
+        return None;
+    }
+    let mut random = SplitMix64::new(start);
+    for word in page.chunks_exact_mut(8) {
+        word.copy_from_slice(&random.next().to_le_bytes());
+    }
+    Some(())
+}
+
+/// Fill `pages` (pfn and where it is) with the pattern.
+fn fill(domain: &MockDomain, seed: u64, pages: &[(u64, Mfn)]) -> Result<(), BackendError> {
+    let threads = thread::available_parallelism().map_or(1, |n| n.get().min(4));
+    let share = pages.len().div_ceil(threads).max(1);
+    let results: Vec<Result<(), BackendError>> = thread::scope(|scope| {
+        let workers: Vec<_> = pages
+            .chunks(share)
+            .map(|pages| scope.spawn(move || fill_share(domain, seed, pages)))
+            .collect();
+        workers
+            .into_iter()
+            .map(|worker| {
+                worker
+                    .join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            })
+            .collect()
+    });
+    results.into_iter().collect()
+}
+
+fn fill_share(domain: &MockDomain, seed: u64, pages: &[(u64, Mfn)]) -> Result<(), BackendError> {
+    const MOST: usize = 64;
+    let mut buffer = vec![0; MOST * PAGE_SIZE];
+    let flush = |first: Mfn, octets: &[u8]| {
+        domain
+            .machine
+            .write_frames(first, 0, octets)
+            .map_err(|errno| domain.fail("fill", errno))
+    };
+    for run in pages
+        .chunk_by(|a, b| a.1.0 + 1 == b.1.0)
+        .flat_map(|run| run.chunks(MOST))
+    {
+        // Pages of the run that are not zero, written together.
+        let mut start = 0;
+        let mut len = 0;
+        for (n, (pfn, _)) in run.iter().enumerate() {
+            if pattern(seed, *pfn, &mut buffer[len * PAGE_SIZE..][..PAGE_SIZE]).is_some() {
+                if len == 0 {
+                    start = n;
+                }
+                len += 1;
+            } else if len > 0 {
+                flush(run[start].1, &buffer[..len * PAGE_SIZE])?;
+                len = 0;
+            }
+        }
+        if len > 0 {
+            flush(run[start].1, &buffer[..len * PAGE_SIZE])?;
+        }
+    }
+    Ok(())
+}

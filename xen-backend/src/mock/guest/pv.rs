@@ -1,0 +1,510 @@
+//! A PV guest as a Linux kernel would have it: all its memory mapped at a high
+//! address, a few processes with tables of their own, its p2m published.
+//!
+//! | pfns | hold |
+//! |---|---|
+//! | 16–18 | start_info, xenstore ring, console ring |
+//! | 19 and up | a GDT page per vcpu; the p2m and its tree; page tables |
+//! | all others | the pattern |
+
+use nix::errno::Errno;
+use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE};
+
+use super::tables::TableSet;
+use super::{GuestSpec, P2mStyle, fill, populate};
+use crate::error::BackendError;
+use crate::mock::domain::MockDomain;
+use crate::mock::layout::{
+    SharedInfoLayout, StartInfoLayout, VGCF_I387_VALID, VGCF_IN_KERNEL, VGCF_ONLINE, VcpuLayout,
+    write_word,
+};
+use crate::mock::pagetable::{ACCESSED, DIRTY, NX, PRESENT, RW, USER, XEN_L2_SLOTS};
+use crate::mock::random::SplitMix64;
+use crate::{DomId, DomainControl, PvGuest, RingGrant, TscInfo, VcpuBlob, X86Platform};
+
+const START_INFO: u64 = 16;
+const STORE: u64 = 17;
+const CONSOLE: u64 = 18;
+const GDT: u64 = 19;
+
+/// Where the kernel maps all memory: 64-bit, and 32-bit (as much as fits below
+/// Xen's part).
+const LINEAR_64: u64 = 0xffff_8880_0000_0000;
+const LINEAR_32: u64 = 0xc000_0000;
+const XEN_START_32: u64 = 0xf580_0000;
+/// Where a 64-bit kernel maps its p2m.
+const P2M_64: u64 = 0xffff_c900_0000_0000;
+
+/// Processes, pages of each, and where they are mapped.
+const PROCESSES: u64 = 3;
+const PROCESS_PAGES: u64 = 24;
+const PROCESS_BASE: u64 = 0x40_0000;
+
+/// GDT entries of a vcpu.
+const GDT_ENTRIES: u64 = 32;
+
+const KERNEL_DATA: u64 = RW | ACCESSED | DIRTY | NX;
+
+/// The page-table roots of a process.
+#[derive(Clone, Copy, Debug)]
+struct Process {
+    kernel: u64,
+    user: Option<u64>,
+}
+
+/// A guest in the making.
+struct Build<'a> {
+    domain: &'a MockDomain,
+    spec: &'a GuestSpec,
+    /// Octets in the guest's word.
+    width: usize,
+    /// To each pfn its mfn, or `None` where it is ballooned out.
+    p2m: Vec<Option<u64>>,
+    /// First pfn of the published p2m, and its pages.
+    p2m_first: u64,
+    p2m_pages: u64,
+    tables: TableSet,
+    processes: Vec<Process>,
+    /// Tables to pin: level and pfn.
+    pins: Vec<(u8, u64)>,
+}
+
+/// Build the guest on an empty domain, and set it running.
+pub(super) fn build(domain: &MockDomain, spec: &GuestSpec) -> Result<(), BackendError> {
+    domain.set_guest_width(spec.width)?;
+    let width = usize::from(spec.width);
+    let pages = spec.pages();
+    let hole = pages / 4 * 3;
+    let hole = hole..hole + spec.ballooned_pages;
+    let mut frames: Vec<Gfn> = (0..pages).filter(|p| !hole.contains(p)).map(Gfn).collect();
+    populate(domain, 0, &mut frames)?;
+    let mut mfns = frames.iter().map(|mfn| mfn.0);
+    let p2m: Vec<Option<u64>> = (0..pages)
+        .map(|pfn| {
+            if hole.contains(&pfn) {
+                None
+            } else {
+                mfns.next()
+            }
+        })
+        .collect();
+    let per_page = (PAGE_SIZE / width) as u64;
+    let p2m_first = GDT + u64::from(spec.vcpus);
+    let p2m_pages = pages.div_ceil(per_page);
+    // Behind the list: the middle and the top of the tree.
+    let tree_pages = p2m_pages.div_ceil(per_page) + 1;
+    let mut build = Build {
+        domain,
+        spec,
+        width,
+        p2m,
+        p2m_first,
+        p2m_pages,
+        tables: TableSet::new(p2m_first + p2m_pages + tree_pages, spec.width),
+        processes: Vec::new(),
+        pins: Vec::new(),
+    };
+    build.make_tables();
+    if build.tables.end() > hole.start {
+        // Cannot be with 4 MiB or more; the check keeps a later change honest.
+        return Err(domain.fail("build", Errno::ENOMEM));
+    }
+    let data: Vec<(u64, Mfn)> = (0..START_INFO)
+        .chain(build.tables.end()..pages)
+        .filter_map(|pfn| Some((pfn, Mfn(build.mfn(pfn)?))))
+        .collect();
+    fill(domain, spec.seed, &data)?;
+    build.write_tables()?;
+    build.write_p2m()?;
+    build.write_special()?;
+    build.pin()?;
+    (0..spec.vcpus - spec.offline_vcpus).try_for_each(|vcpu| build.set_vcpu(vcpu))?;
+    domain.set_tsc_info(&TscInfo::default())?;
+    let ring = |pfn| RingGrant {
+        gfn: build.mfn(pfn).map(Gfn),
+        backend: DomId(0),
+    };
+    domain.seed_grants(ring(CONSOLE), ring(STORE))?;
+    domain.unpause()
+}
+
+impl Build<'_> {
+    fn mfn(&self, pfn: u64) -> Option<u64> {
+        *self.p2m.get(usize::try_from(pfn).ok()?)?
+    }
+
+    fn write(&self, pfn: u64, page: &[u8]) -> Result<(), BackendError> {
+        let mfn = self.mfn(pfn).ok_or(Errno::EINVAL);
+        mfn.and_then(|mfn| self.domain.machine.write_frames(Mfn(mfn), 0, page))
+            .map_err(|errno| self.domain.fail("build", errno))
+    }
+
+    fn style(&self) -> P2mStyle {
+        match (self.spec.p2m, self.width) {
+            (Some(style), _) => style,
+            (None, 4) => P2mStyle::Tree,
+            (None, _) => P2mStyle::Linear,
+        }
+    }
+
+    fn is_pae(&self) -> bool {
+        self.width == 4
+    }
+
+    fn linear(&self) -> u64 {
+        if self.is_pae() { LINEAR_32 } else { LINEAR_64 }
+    }
+
+    /// Where the kernel finds its p2m.
+    fn p2m_vaddr(&self) -> u64 {
+        match self.is_pae() {
+            true => self.linear() + self.p2m_first * PAGE_SIZE as u64,
+            false => P2M_64,
+        }
+    }
+
+    fn make_tables(&mut self) {
+        let top = self.tables.top_level();
+        let kernel = self.tables.add(top);
+        let mapped = match self.is_pae() {
+            true => (XEN_START_32 - LINEAR_32) / PAGE_SIZE as u64,
+            false => u64::MAX,
+        };
+        for pfn in 0..self.spec.pages().min(mapped) {
+            if self.mfn(pfn).is_some() {
+                let address = self.linear() + pfn * PAGE_SIZE as u64;
+                self.tables.map(kernel, address, pfn, KERNEL_DATA);
+            }
+        }
+        if !self.is_pae() {
+            for n in 0..self.p2m_pages {
+                let address = P2M_64 + n * PAGE_SIZE as u64;
+                self.tables
+                    .map(kernel, address, self.p2m_first + n, KERNEL_DATA);
+            }
+        }
+        self.processes.push(Process { kernel, user: None });
+        self.pins.push((top, kernel));
+        for n in 0..PROCESSES {
+            let process = self.make_process(kernel, n);
+            self.processes.push(process);
+            self.pins.push((top, process.kernel));
+            self.pins.extend(process.user.map(|user| (top, user)));
+        }
+        self.make_loose_tables();
+    }
+
+    /// A process that shares the kernel's tables.
+    fn make_process(&mut self, init: u64, number: u64) -> Process {
+        let top = self.tables.top_level();
+        let kernel = self.tables.add(top);
+        let first = self.spec.pages() / 2 + number * PROCESS_PAGES;
+        for n in 0..PROCESS_PAGES {
+            let flags = match n % 3 {
+                // Text, read-only data, data.
+                0 => USER | ACCESSED,
+                1 => USER | ACCESSED | NX,
+                _ => USER | ACCESSED | DIRTY | NX | RW,
+            };
+            let address = PROCESS_BASE + n * PAGE_SIZE as u64;
+            if self.mfn(first + n).is_some() {
+                self.tables.map(kernel, address, first + n, flags);
+            }
+        }
+        if self.is_pae() {
+            // Each address space has a level-2 table of its own where Xen's
+            // entries go, over common level-1 tables.
+            let own = self.tables.add(2);
+            if let Some(common) = self.tables.target(init, 3) {
+                self.tables.share(common, own, 0..XEN_L2_SLOTS.start);
+            }
+            self.tables.link(kernel, 3, own);
+            return Process { kernel, user: None };
+        }
+        self.tables.share(init, kernel, 272..512);
+        let user = self.tables.add(4);
+        self.tables.share(kernel, user, 0..256);
+        Process {
+            kernel,
+            user: Some(user),
+        }
+    }
+
+    /// Pinned tables of lower levels, under no root: as some kernels keep them.
+    fn make_loose_tables(&mut self) {
+        let mut lower = None;
+        for level in 1..self.tables.top_level() {
+            let table = self.tables.add(level);
+            match lower {
+                Some(lower) => self.tables.link(table, 5, lower),
+                None => self
+                    .tables
+                    .set(table, 7, STORE, PRESENT | RW | ACCESSED | NX),
+            }
+            self.pins.push((level, table));
+            lower = Some(table);
+        }
+    }
+
+    fn is_gdt(&self, pfn: u64) -> bool {
+        (GDT..GDT + u64::from(self.spec.vcpus)).contains(&pfn)
+    }
+
+    fn write_tables(&self) -> Result<(), BackendError> {
+        let read_only = |pfn| self.tables.contains(pfn) || self.is_gdt(pfn);
+        for (pfn, table) in self.tables.iter() {
+            self.write(pfn, &table.write_out(|pfn| self.mfn(pfn), read_only))?;
+        }
+        Ok(())
+    }
+
+    /// One page of words of the guest's width; what is missing is all ones.
+    fn list(&self, words: impl Iterator<Item = Option<u64>>) -> Vec<u8> {
+        let mut page = vec![0xff; PAGE_SIZE];
+        for (n, word) in words.enumerate() {
+            write_word(
+                &mut page,
+                n * self.width,
+                self.width,
+                word.unwrap_or(u64::MAX),
+            );
+        }
+        page
+    }
+
+    fn write_p2m(&self) -> Result<(), BackendError> {
+        let per_page = PAGE_SIZE / self.width;
+        for (n, entries) in (self.p2m_first..).zip(self.p2m.chunks(per_page)) {
+            self.write(n, &self.list(entries.iter().copied()))?;
+        }
+        let leaves: Vec<u64> = (self.p2m_first..self.p2m_first + self.p2m_pages).collect();
+        let middle = self.p2m_first + self.p2m_pages;
+        let middles = leaves.len().div_ceil(per_page) as u64;
+        for (n, leaves) in (middle..).zip(leaves.chunks(per_page)) {
+            self.write(n, &self.list(leaves.iter().map(|pfn| self.mfn(*pfn))))?;
+        }
+        let top = self.list((middle..middle + middles).map(|pfn| self.mfn(pfn)));
+        self.write(self.tree_top(), &top)
+    }
+
+    /// The pfn of the tree's top.
+    fn tree_top(&self) -> u64 {
+        let per_page = (PAGE_SIZE / self.width) as u64;
+        self.p2m_first + self.p2m_pages + self.p2m_pages.div_ceil(per_page)
+    }
+
+    fn write_special(&self) -> Result<(), BackendError> {
+        let shared_info = self.domain.info()?.shared_info_frame;
+        let start_info = self.start_info(shared_info)?;
+        self.write(START_INFO, &start_info)?;
+        let mut console = [0; PAGE_SIZE];
+        console[..20].copy_from_slice(b"A guest made by xsr\n");
+        self.write(CONSOLE, &console)?;
+        for vcpu in 0..u64::from(self.spec.vcpus) {
+            let mut gdt = [0; PAGE_SIZE];
+            // Null, then flat code and data for kernel and user.
+            for (n, descriptor) in [
+                0_u64,
+                0x00af_9b00_0000_ffff,
+                0x00cf_9300_0000_ffff,
+                0x00cf_fb00_0000_ffff,
+                0x00cf_f300_0000_ffff,
+                0x00af_fb00_0000_ffff,
+            ]
+            .into_iter()
+            .enumerate()
+            {
+                write_word(&mut gdt, n * 8, 8, descriptor);
+            }
+            self.write(GDT + vcpu, &gdt)?;
+        }
+        self.domain
+            .machine
+            .write_frames(Mfn(shared_info.0), 0, &self.shared_info())
+            .map_err(|errno| self.domain.fail("build", errno))
+    }
+
+    fn start_info(&self, shared_info: Gfn) -> Result<[u8; PAGE_SIZE], BackendError> {
+        let layout = StartInfoLayout::of(self.spec.width);
+        let mut page = [0; PAGE_SIZE];
+        let magic: &[u8] = if self.is_pae() {
+            b"xen-3.0-x86_32p"
+        } else {
+            b"xen-3.0-x86_64"
+        };
+        page[..magic.len()].copy_from_slice(magic);
+        let command_line = b"root=/dev/xvda console=hvc0";
+        page[layout.cmd_line..][..command_line.len()].copy_from_slice(command_line);
+        let mut word = |offset, value| write_word(&mut page, offset, layout.width, value);
+        word(layout.nr_pages, self.spec.pages());
+        word(layout.shared_info, shared_info.0 << 12);
+        word(layout.store_mfn, self.mfn(STORE).unwrap_or(0));
+        word(layout.console_mfn, self.mfn(CONSOLE).unwrap_or(0));
+        word(
+            layout.pt_base,
+            self.linear() + self.processes[0].kernel * PAGE_SIZE as u64,
+        );
+        word(layout.nr_pt_frames, self.tables.iter().count() as u64);
+        word(layout.mfn_list, self.p2m_vaddr());
+        word(layout.first_p2m_pfn, self.p2m_first);
+        word(layout.nr_p2m_frames, self.p2m_pages);
+        for offset in [layout.store_evtchn, layout.console_evtchn] {
+            let port = self.domain.alloc_unbound_port(DomId(0))?;
+            write_word(&mut page, offset, 4, u64::from(port));
+        }
+        Ok(page)
+    }
+
+    fn shared_info(&self) -> [u8; PAGE_SIZE] {
+        let layout = SharedInfoLayout::of(self.spec.width);
+        let vcpu = VcpuLayout::of(self.spec.width);
+        let mut page = [0; PAGE_SIZE];
+        page[layout.evtchn_mask..][..layout.evtchn_mask_octets].fill(0xff);
+        // vcpu_info: events masked; version and rate of the clock.
+        for n in 0..self.spec.vcpus as usize {
+            page[n * 64 + 1] = 1;
+            write_word(&mut page, n * 64 + 32, 4, 2);
+            write_word(&mut page, n * 64 + 56, 4, 0xc53e_2d08);
+        }
+        write_word(&mut page, layout.wallclock, 4, 2);
+        write_word(&mut page, layout.wallclock + 4, 4, 0x6900_0000);
+        let mut word = |offset, value| write_word(&mut page, offset, layout.width, value);
+        word(layout.max_pfn, self.spec.pages());
+        match self.style() {
+            P2mStyle::Tree => word(
+                layout.frame_list_list,
+                self.mfn(self.tree_top()).unwrap_or(0),
+            ),
+            P2mStyle::Linear => {
+                let root = self.mfn(self.processes[0].kernel).unwrap_or(0);
+                word(layout.frame_list_list, u64::MAX);
+                word(layout.p2m_cr3, vcpu.mfn_to_cr3(root));
+                word(layout.p2m_vaddr, self.p2m_vaddr());
+                word(layout.p2m_generation, 4);
+            }
+        }
+        page
+    }
+
+    fn pin(&self) -> Result<(), BackendError> {
+        let pins: Vec<(u8, Mfn)> = self
+            .pins
+            .iter()
+            .filter_map(|(level, pfn)| Some((*level, Mfn(self.mfn(*pfn)?))))
+            .collect();
+        self.domain.pin_tables(&pins)
+    }
+
+    fn set_vcpu(&self, vcpu: u32) -> Result<(), BackendError> {
+        let context = self.context(vcpu);
+        self.domain
+            .set_vcpu_state(vcpu, VcpuBlob::Basic, &context)?;
+        let mut extended = [0; 64];
+        write_word(&mut extended, 0, 4, u64::from(vcpu));
+        write_word(&mut extended, 4, 4, 64);
+        let callback = if self.is_pae() {
+            0xc100_4000
+        } else {
+            0xffff_ffff_8180_1000
+        };
+        write_word(&mut extended, 16, 8, callback);
+        write_word(
+            &mut extended,
+            26,
+            2,
+            if self.is_pae() { 0xe019 } else { 0xe033 },
+        );
+        self.domain
+            .set_vcpu_state(vcpu, VcpuBlob::Extended, &extended)?;
+        let mut xsave = [0; 848];
+        let mut random = SplitMix64::new(self.spec.seed ^ u64::from(vcpu));
+        for word in (16..848).step_by(8) {
+            write_word(&mut xsave, word, 8, random.next());
+        }
+        // xcr0 and what it ever held; a sane FPU; x87, SSE and AVX in use.
+        write_word(&mut xsave, 0, 8, 7);
+        write_word(&mut xsave, 8, 8, 7);
+        write_word(&mut xsave, 16, 8, 0x37f);
+        write_word(&mut xsave, 40, 8, 0xffff_0000_1f80);
+        xsave[16 + 512..16 + 576].fill(0);
+        xsave[16 + 512] = 7;
+        self.domain.set_vcpu_state(vcpu, VcpuBlob::Xsave, &xsave)?;
+        let mut msr = [0; 16];
+        // TSC_AUX: what a kernel puts there is the number of the processor.
+        write_word(&mut msr, 0, 4, 0xc000_0103);
+        write_word(&mut msr, 8, 8, u64::from(vcpu));
+        self.domain.set_vcpu_state(vcpu, VcpuBlob::Msrs, &msr)
+    }
+
+    fn context(&self, vcpu: u32) -> Vec<u8> {
+        let layout = VcpuLayout::of(self.spec.width);
+        let mut random = SplitMix64::new(!self.spec.seed ^ u64::from(vcpu));
+        let mut context = vec![0; layout.size];
+        for octets in context[..512].chunks_exact_mut(8).skip(20) {
+            octets.copy_from_slice(&random.next().to_le_bytes());
+        }
+        write_word(&mut context, 0, 4, 0x37f);
+        write_word(&mut context, 24, 4, 0x1f80);
+        let process = self.processes[1 + vcpu as usize % (self.processes.len() - 1)];
+        let root = |pfn| layout.mfn_to_cr3(self.mfn(pfn).unwrap_or(0));
+        let (text, stack, selectors) = match self.is_pae() {
+            true => (0xc100_0000, 0xc1f0_0000, (0xe019, 0xe021)),
+            false => (
+                0xffff_ffff_8100_0000,
+                0xffff_c900_4000_0000,
+                (0xe033, 0xe02b),
+            ),
+        };
+        let mut word = |offset, value| layout.set(&mut context, offset, value);
+        word(layout.flags, VGCF_I387_VALID | VGCF_IN_KERNEL | VGCF_ONLINE);
+        word(layout.ax, random.next() & 0xffff);
+        word(
+            layout.dx,
+            match vcpu {
+                0 => self.mfn(START_INFO).unwrap_or(0),
+                _ => random.next() & 0xffff,
+            },
+        );
+        word(layout.ip, text + 0x13aa);
+        word(layout.cs, selectors.0);
+        word(layout.eflags, 0x246);
+        word(layout.sp, stack + u64::from(vcpu) * 0x4000);
+        word(layout.ss, selectors.1);
+        for vector in 0..32 {
+            let trap = layout.trap_ctxt + vector * layout.trap_size;
+            let address = trap + layout.trap_size - layout.width;
+            word(address, text + 0x10_0000 + vector as u64 * 0x20);
+        }
+        word(layout.gdt_ents, GDT_ENTRIES);
+        word(
+            layout.gdt_frame(0),
+            self.mfn(GDT + u64::from(vcpu)).unwrap_or(0),
+        );
+        word(layout.kernel_ss, selectors.1);
+        word(layout.kernel_sp, stack + u64::from(vcpu) * 0x4000);
+        word(layout.cr(0), 0x8005_0033);
+        word(layout.cr(1), process.user.map_or(0, root));
+        word(layout.cr(3), root(process.kernel));
+        word(layout.cr(4), 0x660);
+        word(layout.debugreg + 6 * layout.width, 0xffff_0ff0);
+        word(layout.debugreg + 7 * layout.width, 0x400);
+        // Writable page tables, architectural IOPL, run-state updates.
+        word(layout.vm_assist, 0x34);
+        for (n, address) in layout.addresses.iter().enumerate() {
+            word(
+                *address,
+                if n < 3 {
+                    text + 0x2000 + n as u64 * 0x40
+                } else {
+                    stack + n as u64
+                },
+            );
+        }
+        for vector in 0..32_u8 {
+            let trap = layout.trap_ctxt + usize::from(vector) * layout.trap_size;
+            context[trap] = vector;
+            write_word(&mut context, trap + 2, 2, selectors.0);
+        }
+        context
+    }
+}

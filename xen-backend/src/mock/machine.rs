@@ -1,0 +1,427 @@
+//! The mock machine: its memory, frame table, m2p and allocator, and the domains
+//! on it.
+//!
+//! Lock order: the list of domains, a domain's state, the allocator. Mapping
+//! takes none of them.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::libc::off_t;
+use xsr_format::frame::{Mfn, PAGE_SIZE, Page};
+
+use super::HostConfig;
+use super::allocator::{Allocator, BLOCK_FRAMES, BLOCK_LEN};
+use super::error::MockError;
+use super::frames::{Frame, FrameUse, Frames};
+use super::memory::Words;
+use super::state::{Dom, MAX_PFNS, Record};
+use super::store::{FORMAT, HostRecord, Store};
+use crate::DomId;
+
+/// First frame of the table that 32-bit guests see of the m2p, below the first
+/// frame that the allocator gives out.
+pub(super) const COMPAT_M2P: Mfn = Mfn(0x80);
+/// First of the frames behind Xen's own entries in a guest's level-4 table.
+pub(super) const XEN_TABLES: Mfn = Mfn(0x40);
+
+/// The m2p's entry for a frame that is no guest's.
+pub(super) const INVALID_M2P: u64 = u64::MAX;
+
+/// Numbers from here on are not domains'.
+const DOMID_FIRST_RESERVED: u16 = 0x7ff0;
+
+/// The machine.
+#[derive(Debug)]
+pub(super) struct Machine {
+    pub(super) store: Store,
+    pub(super) config: HostConfig,
+    pub(super) memory: File,
+    pub(super) frames: Frames,
+    pub(super) m2p_file: File,
+    m2p: Words,
+    /// Two words per domain: pages it has, and its largest gfn ever plus 1.
+    counters: Words,
+    /// One word: whether the host is open (or was left so).
+    open_mark: Words,
+    allocator: Mutex<Allocator>,
+    domains: RwLock<BTreeMap<DomId, Arc<Dom>>>,
+    next_domid: Mutex<u16>,
+}
+
+fn words(store: &Store, name: &str, len: usize) -> Result<Words, MockError> {
+    let file = store.file(name)?;
+    Words::map(&file, len).map_err(MockError::io("map", name))
+}
+
+fn frame_count(config: &HostConfig) -> Result<usize, MockError> {
+    let frames = config.memory_pages.next_multiple_of(BLOCK_FRAMES);
+    // The m2p and frame table are mapped whole: 2^32 frames are 16 TiB.
+    match usize::try_from(frames) {
+        Ok(frames) if (4 * BLOCK_FRAMES..=1 << 32).contains(&(frames as u64)) => Ok(frames),
+        _ => Err(MockError::BadSpec(format!(
+            "a mock host has between 8 MiB and 16 TiB of memory, not {} pages",
+            config.memory_pages
+        ))),
+    }
+}
+
+impl Machine {
+    /// Start a new machine in `store`.
+    pub(super) fn create(store: Store, config: HostConfig) -> Result<Self, MockError> {
+        let frames = frame_count(&config)?;
+        let m2p = store.file("m2p")?;
+        let ones = vec![0xff; 1 << 20];
+        let octets = frames * size_of::<u64>();
+        for at in (0..octets).step_by(ones.len()) {
+            let len = ones.len().min(octets - at);
+            m2p.write_all_at(&ones[..len], at as u64)
+                .map_err(MockError::io("write", "m2p"))?;
+        }
+        let blocks = words(&store, "blocks", frames / BLOCK_LEN)?;
+        // The first block is where Xen itself lives.
+        blocks.set(0, BLOCK_FRAMES);
+        drop(blocks);
+        // Last: a directory with this file in it is a host.
+        store.save_host(&HostRecord {
+            format: FORMAT,
+            config: config.clone(),
+            next_domid: 1,
+        })?;
+        Self::start(store, config, 1)
+    }
+
+    /// Start the machine that `store` holds.
+    pub(super) fn open(store: Store, host: HostRecord) -> Result<Self, MockError> {
+        Self::start(store, host.config, host.next_domid)
+    }
+
+    fn start(store: Store, config: HostConfig, next_domid: u16) -> Result<Self, MockError> {
+        let frames = frame_count(&config)?;
+        let memory = store.file("memory")?;
+        memory
+            .set_len((frames * PAGE_SIZE) as u64)
+            .map_err(MockError::io("size", "memory"))?;
+        let table = Frames::new(words(&store, "frames", frames)?);
+        let m2p_file = store.file("m2p")?;
+        let m2p = Words::map(&m2p_file, frames).map_err(MockError::io("map", "m2p"))?;
+        let mark = words(&store, "open", 1)?;
+        let taken = words(&store, "blocks", frames / BLOCK_LEN)?;
+        let mut domains = BTreeMap::new();
+        for saved in store.load_domains()? {
+            let record = saved.record;
+            let p2m = match record.kind.is_translated() {
+                true => Some(words(&store, &Store::p2m_name(record.domid), MAX_PFNS)?),
+                false => None,
+            };
+            domains.insert(record.domid, Arc::new(Dom::new(record, saved.blobs, p2m)));
+        }
+        let counters = words(&store, "counters", 2 * (usize::from(u16::MAX) + 1))?;
+        if mark.get(0) != 0 {
+            recount(&table, &taken, &m2p, &counters, &memory, &domains);
+        }
+        mark.set(0, 1);
+        let allocator = Allocator::new(taken, config.seed, config.max_run as usize);
+        Ok(Self {
+            store,
+            config,
+            memory,
+            frames: table,
+            m2p_file,
+            m2p,
+            counters,
+            open_mark: mark,
+            allocator: Mutex::new(allocator),
+            domains: RwLock::new(domains),
+            next_domid: Mutex::new(next_domid),
+        })
+    }
+
+    fn allocator(&self) -> MutexGuard<'_, Allocator> {
+        self.allocator
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Frames that nobody has.
+    pub(super) fn free_pages(&self) -> u64 {
+        self.allocator().free()
+    }
+
+    /// The domains there are, ascending.
+    pub(super) fn all_domains(&self) -> Vec<Arc<Dom>> {
+        let domains = self.domains.read().unwrap_or_else(PoisonError::into_inner);
+        domains.values().cloned().collect()
+    }
+
+    /// The domain with this number.
+    pub(super) fn dom(&self, domid: DomId) -> Option<Arc<Dom>> {
+        let domains = self.domains.read().unwrap_or_else(PoisonError::into_inner);
+        domains.get(&domid).cloned()
+    }
+
+    /// Put a new domain on the machine. `make` fills in the record for the number
+    /// and the shared_info frame it gets. `Ok(None)`: the machine is full.
+    pub(super) fn add_domain(
+        &self,
+        make: impl FnOnce(DomId, Mfn) -> (Record, BTreeMap<String, Vec<u8>>),
+    ) -> Result<Option<Arc<Dom>>, MockError> {
+        let mut next = self
+            .next_domid
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let Some(domid) = (0..DOMID_FIRST_RESERVED)
+            .map(|n| DomId(1 + (*next - 1 + n) % (DOMID_FIRST_RESERVED - 1)))
+            .find(|domid| self.dom(*domid).is_none())
+        else {
+            return Ok(None);
+        };
+        let shared_info = Frame {
+            owner: Some(domid),
+            used_as: FrameUse::Writable,
+            count: 1,
+            validated: true,
+            xen_heap: true,
+            ..Frame::default()
+        };
+        let Some(mfn) = self.allocator().take_page(&self.frames, shared_info) else {
+            return Ok(None);
+        };
+        *next = 1 + domid.0 % (DOMID_FIRST_RESERVED - 1);
+        let (record, blobs) = make(domid, mfn);
+        let saved = self.save_new(*next, &record, &blobs);
+        let p2m = match saved {
+            Ok(p2m) => p2m,
+            Err(e) => {
+                self.allocator().give_back(&self.frames, mfn);
+                return Err(e);
+            }
+        };
+        let dom = Arc::new(Dom::new(record, blobs, p2m));
+        let mut domains = self.domains.write().unwrap_or_else(PoisonError::into_inner);
+        domains.insert(domid, Arc::clone(&dom));
+        Ok(Some(dom))
+    }
+
+    fn save_new(
+        &self,
+        next_domid: u16,
+        record: &Record,
+        blobs: &BTreeMap<String, Vec<u8>>,
+    ) -> Result<Option<Words>, MockError> {
+        self.store.save_host(&HostRecord {
+            format: FORMAT,
+            config: self.config.clone(),
+            next_domid,
+        })?;
+        self.store.add_domain(record.domid)?;
+        let p2m = match record.kind.is_translated() {
+            true => Some(words(
+                &self.store,
+                &Store::p2m_name(record.domid),
+                MAX_PFNS,
+            )?),
+            false => None,
+        };
+        for (name, blob) in blobs {
+            self.store.save_blob(record.domid, name, blob)?;
+        }
+        // Last: a directory with this file in it is a domain.
+        self.store.save_record(record)?;
+        Ok(p2m)
+    }
+
+    /// Take a domain off the machine and free its frames.
+    pub(super) fn remove_domain(&self, dom: &Dom) -> Result<(), MockError> {
+        // Whoever is at work on the domain finishes first.
+        let state = dom.lock();
+        if dom.gone.swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
+        self.store.remove_domain(dom.domid)?;
+        self.free_all(dom.domid)
+            .map_err(|errno| MockError::io("free", "memory")(errno.into()))?;
+        drop(state);
+        let mut domains = self.domains.write().unwrap_or_else(PoisonError::into_inner);
+        domains.remove(&dom.domid);
+        Ok(())
+    }
+
+    fn free_all(&self, domid: DomId) -> Result<(), Errno> {
+        let mut allocator = self.allocator();
+        let blocks: Vec<Mfn> = allocator.taken_blocks().collect();
+        let owned: Vec<Mfn> = blocks
+            .into_iter()
+            .flat_map(|first| (first.0..first.0 + BLOCK_FRAMES).map(Mfn))
+            .filter(|mfn| self.frames.owned(*mfn, domid).is_some())
+            .collect();
+        for mfn in &owned {
+            self.set_m2p(*mfn, INVALID_M2P);
+        }
+        for run in owned.chunk_by(|a, b| a.0 + 1 == b.0) {
+            punch(&self.memory, run[0], run.len())?;
+        }
+        for mfn in owned {
+            allocator.give_back(&self.frames, mfn);
+        }
+        self.counters.set(pages_counter(domid), 0);
+        self.counters.set(pages_counter(domid) + 1, 0);
+        Ok(())
+    }
+
+    /// Take `2^order` frames for `owner`: the first of them.
+    pub(super) fn allocate(&self, order: u8, owner: DomId) -> Option<Mfn> {
+        let mut allocator = self.allocator();
+        match order {
+            0 => {
+                let frame = Frame {
+                    owner: Some(owner),
+                    ..Frame::default()
+                };
+                allocator.take_page(&self.frames, frame)
+            }
+            _ => allocator.take_extent(&self.frames, order, owner),
+        }
+    }
+
+    /// Pages that a domain has.
+    pub(super) fn tot_pages(&self, domid: DomId) -> u64 {
+        self.counters.get(pages_counter(domid))
+    }
+
+    /// The largest gfn a domain ever had.
+    pub(super) fn max_gfn(&self, domid: DomId) -> Option<u64> {
+        self.counters.get(pages_counter(domid) + 1).checked_sub(1)
+    }
+
+    /// Count `pages` more for a domain, up to gfn `last`. Under the domain's lock.
+    pub(super) fn count_pages(&self, domid: DomId, pages: u64, last: u64) {
+        let at = pages_counter(domid);
+        self.counters.set(at, self.counters.get(at) + pages);
+        self.counters
+            .set(at + 1, self.counters.get(at + 1).max(last + 1));
+    }
+
+    /// Say in the m2p which pfn `mfn` is.
+    pub(super) fn set_m2p(&self, mfn: Mfn, pfn: u64) {
+        if let Ok(index) = usize::try_from(mfn.0) {
+            self.m2p.set(index, pfn);
+        }
+    }
+
+    /// Which pfn the m2p says `mfn` is.
+    pub(super) fn m2p(&self, mfn: Mfn) -> Option<u64> {
+        let index = usize::try_from(mfn.0)
+            .ok()
+            .filter(|i| *i < self.m2p.len())?;
+        Some(self.m2p.get(index)).filter(|pfn| *pfn != INVALID_M2P)
+    }
+
+    /// Read one frame, which exists.
+    pub(super) fn read_frame(&self, mfn: Mfn) -> Result<Box<Page>, Errno> {
+        let mut page = Box::new([0; PAGE_SIZE]);
+        self.memory
+            .read_exact_at(page.as_mut_slice(), mfn.0 * PAGE_SIZE as u64)
+            .map_err(|e| io_errno(&e))?;
+        Ok(page)
+    }
+
+    /// Write `octets` from `offset` of the frame `first` on; they may reach into
+    /// the frames that follow it.
+    pub(super) fn write_frames(
+        &self,
+        first: Mfn,
+        offset: usize,
+        octets: &[u8],
+    ) -> Result<(), Errno> {
+        self.memory
+            .write_all_at(octets, first.0 * PAGE_SIZE as u64 + offset as u64)
+            .map_err(|e| io_errno(&e))
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.open_mark.set(0, 0);
+    }
+}
+
+fn pages_counter(domid: DomId) -> usize {
+    2 * usize::from(domid.0)
+}
+
+/// The errno behind an I/O error of the machine's own files.
+pub(super) fn io_errno(error: &std::io::Error) -> Errno {
+    tracing::error!(%error, "the mock machine's memory failed");
+    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
+}
+
+/// Make `pages` frames from `first` on read as zero and cost nothing.
+fn punch(memory: &File, first: Mfn, pages: usize) -> Result<(), Errno> {
+    let offset = off_t::try_from(first.0 * PAGE_SIZE as u64).map_err(|_| Errno::EINVAL)?;
+    let len = off_t::try_from(pages * PAGE_SIZE).map_err(|_| Errno::EINVAL)?;
+    let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    match fallocate(memory, how, offset, len) {
+        // A file system without holes.
+        Err(Errno::EOPNOTSUPP) => {
+            let zeros = [0; PAGE_SIZE];
+            (0..pages as u64)
+                .try_for_each(|n| memory.write_all_at(&zeros, (first.0 + n) * PAGE_SIZE as u64))
+                .map_err(|e| io_errno(&e))
+        }
+        result => result,
+    }
+}
+
+/// Put the tables in order after a process that did not close the host: free what
+/// no domain owns, count again what is taken and what each domain has.
+fn recount(
+    frames: &Frames,
+    taken: &Words,
+    m2p: &Words,
+    counters: &Words,
+    memory: &File,
+    domains: &BTreeMap<DomId, Arc<Dom>>,
+) {
+    let mut pages: BTreeMap<DomId, u64> = BTreeMap::new();
+    for block in 1..taken.len() {
+        let first = block as u64 * BLOCK_FRAMES;
+        let mut count = 0;
+        for mfn in (first..first + BLOCK_FRAMES).map(Mfn) {
+            let Some(frame) = frames.get(mfn) else {
+                continue;
+            };
+            let Some(owner) = frame.owner else { continue };
+            let shared_info = domains.get(&owner).map(|dom| dom.lock().record.shared_info);
+            if shared_info.is_none() || (frame.xen_heap && shared_info != Some(mfn.0)) {
+                if let Err(errno) = punch(memory, mfn, 1) {
+                    tracing::error!(%errno, %mfn, "a frame left behind could not be cleared");
+                    // Keep it out of use: it may hold a dead guest's data.
+                    count += 1;
+                    continue;
+                }
+                frames.set(mfn, Frame::default());
+                if let Ok(index) = usize::try_from(mfn.0) {
+                    m2p.set(index, INVALID_M2P);
+                }
+                continue;
+            }
+            count += 1;
+            if !frame.xen_heap {
+                *pages.entry(owner).or_default() += 1;
+            }
+        }
+        taken.set(block, count);
+    }
+    for domid in domains.keys() {
+        counters.set(
+            pages_counter(*domid),
+            pages.get(domid).copied().unwrap_or(0),
+        );
+    }
+}

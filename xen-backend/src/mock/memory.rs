@@ -1,0 +1,201 @@
+//! The mock machine's mappings: words of a state file shared with the kernel, and
+//! guest frames mapped as `privcmd` maps them. The only file of the mock with
+//! `unsafe`.
+//!
+//! C implementation: `tools/libs/foreignmemory/linux.c`.
+
+#![allow(unsafe_code, reason = "mmap has no safe interface")]
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::num::NonZeroUsize;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use nix::errno::Errno;
+use nix::libc::off_t;
+use nix::sys::mman::{self, MapFlags, ProtFlags};
+use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE};
+
+use crate::error::MapError;
+use crate::pages::{Access, ForeignPages};
+
+/// A sparse file of u64 words, mapped whole and shared: what is stored survives
+/// this process, however it ends.
+pub(super) struct Words {
+    base: NonNull<AtomicU64>,
+    len: usize,
+}
+
+// SAFETY: the mapping belongs to this value and is reached only through atomics.
+unsafe impl Send for Words {}
+// SAFETY: as for `Send`: every access is atomic.
+unsafe impl Sync for Words {}
+
+impl Words {
+    /// Map the first `len` words of `file`, which grows to hold them.
+    pub(super) fn map(file: &File, len: usize) -> io::Result<Self> {
+        let octets =
+            NonZeroUsize::new(len * size_of::<u64>()).ok_or(io::ErrorKind::InvalidInput)?;
+        let wanted = u64::try_from(octets.get()).map_err(io::Error::other)?;
+        if file.metadata()?.len() < wanted {
+            file.set_len(wanted)?;
+        }
+        let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a fresh mapping at an address the kernel chooses replaces nothing.
+        let base = unsafe { mman::mmap(None, octets, prot, MapFlags::MAP_SHARED, file, 0) }?;
+        Ok(Self {
+            base: base.cast(),
+            len,
+        })
+    }
+
+    /// Words there are.
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    fn word(&self, index: usize) -> &AtomicU64 {
+        assert!(index < self.len, "word {index} of {}", self.len);
+        // SAFETY: index < len, so the word is inside the one mapping.
+        let word = unsafe { self.base.add(index) };
+        // SAFETY: `word` is page-aligned plus a multiple of 8, mapped readable and
+        // writable until `self` drops, and reached only as an atomic: the state
+        // files are locked against other processes.
+        unsafe { word.as_ref() }
+    }
+
+    /// The word at `index`.
+    pub(super) fn get(&self, index: usize) -> u64 {
+        self.word(index).load(Ordering::Acquire)
+    }
+
+    /// Store the word at `index`.
+    pub(super) fn set(&self, index: usize, value: u64) {
+        self.word(index).store(value, Ordering::Release);
+    }
+
+    /// Store `new` at `index` if `old` is there; otherwise say what is.
+    pub(super) fn exchange(&self, index: usize, old: u64, new: u64) -> Result<(), u64> {
+        self.word(index)
+            .compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire)
+            .map(drop)
+    }
+}
+
+impl Drop for Words {
+    fn drop(&mut self) {
+        // SAFETY: the range is the one `map` made; the borrows of it borrow `self`.
+        let result = unsafe { mman::munmap(self.base.cast(), self.len * size_of::<u64>()) };
+        if let Err(errno) = result {
+            tracing::error!(%errno, "munmap of machine state failed");
+        }
+    }
+}
+
+impl fmt::Debug for Words {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Words")
+            .field("len", &self.len)
+            .finish_non_exhaustive()
+    }
+}
+
+/// An address range that nothing else can take, accessible nowhere as yet.
+fn reserve(pages: NonZeroUsize) -> Result<NonNull<u8>, Errno> {
+    let octets = pages
+        .checked_mul(NonZeroUsize::new(PAGE_SIZE).ok_or(Errno::EINVAL)?)
+        .ok_or(Errno::ENOMEM)?;
+    let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
+    // SAFETY: a fresh mapping at an address the kernel chooses replaces nothing.
+    let base = unsafe { mman::mmap_anonymous(None, octets, ProtFlags::PROT_NONE, flags) }?;
+    Ok(base.cast())
+}
+
+/// A run of contiguous machine frames to go to contiguous addresses.
+struct Run {
+    /// Page of the reservation it starts at.
+    at: usize,
+    first: Mfn,
+    pages: usize,
+}
+
+/// Map `gfns` one behind the other from the machine's `memory` file, where frame
+/// `mfn` is at offset `mfn * 4096`. `resolve` says which machine frame a gfn is and
+/// whether it may be mapped; a frame it refuses is listed as failed and left
+/// without access. Neighbouring machine frames share one mmap.
+pub(super) fn map_frames(
+    memory: &File,
+    gfns: &[Gfn],
+    access: Access,
+    resolve: impl Fn(Gfn) -> Result<Mfn, Errno>,
+) -> Result<ForeignPages, Errno> {
+    let mut failed = Vec::new();
+    let mut runs: Vec<Run> = Vec::new();
+    for (index, &gfn) in gfns.iter().enumerate() {
+        match resolve(gfn) {
+            Err(errno) => failed.push(MapError { index, gfn, errno }),
+            Ok(mfn) => match runs.last_mut() {
+                Some(run)
+                    if run.at + run.pages == index && run.first.0 + run.pages as u64 == mfn.0 =>
+                {
+                    run.pages += 1;
+                }
+                _ => runs.push(Run {
+                    at: index,
+                    first: mfn,
+                    pages: 1,
+                }),
+            },
+        }
+    }
+    let base = match NonZeroUsize::new(gfns.len()) {
+        None => NonNull::dangling(),
+        Some(pages) => reserve(pages)?,
+    };
+    // SAFETY: `base` is page-aligned and starts a private reservation of exactly
+    // `gfns.len()` pages (or there are none, and it is never used). All pages but
+    // those of `failed` get their access below, before the value leaves this
+    // function; on an early return it is dropped without having been looked at.
+    let pages = unsafe { ForeignPages::from_raw(base, gfns.len(), access, failed) };
+    let prot = match access {
+        Access::Read => ProtFlags::PROT_READ,
+        Access::Write => ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+    };
+    for run in &runs {
+        // SAFETY: `run.at < gfns.len()`, so the address is inside the reservation.
+        let address = unsafe { base.add(run.at * PAGE_SIZE) };
+        let octets = NonZeroUsize::new(run.pages * PAGE_SIZE).ok_or(Errno::EINVAL)?;
+        let offset = run
+            .first
+            .0
+            .checked_mul(PAGE_SIZE as u64)
+            .and_then(|octets| off_t::try_from(octets).ok())
+            .ok_or(Errno::EINVAL)?;
+        let flags = MapFlags::MAP_SHARED | MapFlags::MAP_FIXED | MapFlags::MAP_POPULATE;
+        // SAFETY: MAP_FIXED replaces only pages of our own reservation:
+        // `run.at + run.pages <= gfns.len()`, and nothing has borrowed them yet.
+        unsafe { mman::mmap(Some(address.addr()), octets, prot, flags, memory, offset) }?;
+    }
+    Ok(pages)
+}
+
+/// Map a whole file of `pages` pages for reading.
+pub(super) fn map_file(file: &File, pages: usize) -> Result<ForeignPages, Errno> {
+    let octets = NonZeroUsize::new(pages * PAGE_SIZE).ok_or(Errno::EINVAL)?;
+    // SAFETY: a fresh mapping at an address the kernel chooses replaces nothing.
+    let base = unsafe {
+        mman::mmap(
+            None,
+            octets,
+            ProtFlags::PROT_READ,
+            MapFlags::MAP_SHARED,
+            file,
+            0,
+        )
+    }?;
+    // SAFETY: `base` starts the mapping just made, of `pages` readable pages, which
+    // nobody else knows of.
+    Ok(unsafe { ForeignPages::from_raw(base.cast(), pages, Access::Read, Vec::new()) })
+}

@@ -1,0 +1,172 @@
+//! The CPU policy of the mock machine: what it offers to a new guest, and which
+//! policies it takes.
+//!
+//! C implementation: `xen/lib/x86/{cpuid,msr,policy}.c`.
+
+use nix::errno::Errno;
+
+use super::layout::read_word;
+use crate::{CpuPolicy, GuestKind};
+
+/// Octets in a CPUID leaf of a policy.
+const LEAF: usize = 24;
+/// Octets in an MSR of a policy.
+const MSR: usize = 16;
+/// Subleaf of a leaf that has none.
+const NO_SUBLEAF: u32 = u32::MAX;
+
+/// Largest basic leaf the machine offers.
+const MAX_BASIC: u32 = 0x1f;
+/// Largest extended leaf the machine offers.
+const MAX_EXTENDED: u32 = 0x8000_0021;
+/// MSRs a policy may hold: MSR_INTEL_PLATFORM_INFO and MSR_ARCH_CAPABILITIES.
+const KNOWN_MSRS: [u32; 2] = [0xce, 0x10a];
+
+/// What a new guest of this kind is given.
+pub(super) fn default_policy(kind: GuestKind) -> CpuPolicy {
+    let mut leaves = Vec::new();
+    let mut put = |leaf: u32, subleaf: u32, registers: [u32; 4]| {
+        leaves.extend_from_slice(&leaf.to_le_bytes());
+        leaves.extend_from_slice(&subleaf.to_le_bytes());
+        for register in registers {
+            leaves.extend_from_slice(&register.to_le_bytes());
+        }
+    };
+    let translated = kind.is_translated();
+    // "AuthenticAMD", in the order ebx, ecx, edx.
+    let vendor = [0x6874_7541, 0x444d_4163, 0x6974_6e65];
+    put(0, NO_SUBLEAF, [0xd, vendor[0], vendor[1], vendor[2]]);
+    put(
+        1,
+        NO_SUBLEAF,
+        match translated {
+            true => [0x0083_0f10, 0x0004_0800, 0xf6f8_3203, 0x1fcb_fbfd],
+            false => [0x0083_0f10, 0x0002_0800, 0xf6d8_3203, 0x1fc9_c3f5],
+        },
+    );
+    for leaf in 2..=0xc {
+        match leaf {
+            4 | 0xb => put(leaf, 0, [0; 4]),
+            7 => put(
+                7,
+                0,
+                match translated {
+                    true => [0, 0x0188_03a9, 0x0000_020c, 0],
+                    false => [0, 0x0188_0329, 0x0000_0200, 0],
+                },
+            ),
+            _ => put(leaf, NO_SUBLEAF, [0; 4]),
+        }
+    }
+    // XSAVE: x87, SSE and AVX; translated guests have PKRU too.
+    match translated {
+        true => put(0xd, 0, [0x207, 0, 0xa88, 0]),
+        false => put(0xd, 0, [0x7, 0, 0x340, 0]),
+    }
+    put(0xd, 1, [0x5, 0, 0, 0]);
+    put(0xd, 2, [0x100, 0x240, 0, 0]);
+    if translated {
+        (3..9).for_each(|subleaf| put(0xd, subleaf, [0; 4]));
+        put(0xd, 9, [0x8, 0xa80, 0, 0]);
+    }
+    put(0x4000_0000, NO_SUBLEAF, [0; 4]);
+    put(0x4000_0100, NO_SUBLEAF, [0; 4]);
+    put(
+        0x8000_0000,
+        NO_SUBLEAF,
+        [MAX_EXTENDED, vendor[0], vendor[1], vendor[2]],
+    );
+    put(
+        0x8000_0001,
+        NO_SUBLEAF,
+        match translated {
+            true => [0x0083_0f10, 0, 0x0000_0071, 0xe5d3_fbfd],
+            false => [0x0083_0f10, 0, 0x0000_0063, 0xe1d1_cbf5],
+        },
+    );
+    let mut brand = *b"Mock x86 processor of the xsr project           ";
+    brand[47] = 0;
+    for (leaf, text) in (0x8000_0002..).zip(brand.chunks_exact(16)) {
+        let word = |n: usize| u32::from_le_bytes([text[n], text[n + 1], text[n + 2], text[n + 3]]);
+        put(leaf, NO_SUBLEAF, [word(0), word(4), word(8), word(12)]);
+    }
+    for leaf in 0x8000_0005..=MAX_EXTENDED {
+        put(
+            leaf,
+            NO_SUBLEAF,
+            match leaf {
+                0x8000_0005 => [0x01ff_01ff, 0x01ff_01ff, 0x4002_0140, 0x4002_0140],
+                0x8000_0006 => [0, 0x4200_4200, 0x0200_8140, 0x0080_8140],
+                0x8000_0008 => [0x3028, 0, 0x1001, 0],
+                0x8000_0021 => [0x4, 0, 0, 0],
+                _ => [0; 4],
+            },
+        );
+    }
+    let mut msrs = Vec::new();
+    for index in KNOWN_MSRS {
+        // Translated guests have CPUID faulting (bit 31 of MSR_INTEL_PLATFORM_INFO).
+        let value = if index == 0xce && translated {
+            1_u64 << 31
+        } else {
+            0
+        };
+        msrs.extend_from_slice(&index.to_le_bytes());
+        msrs.extend_from_slice(&0_u32.to_le_bytes());
+        msrs.extend_from_slice(&value.to_le_bytes());
+    }
+    CpuPolicy { leaves, msrs }
+}
+
+fn word(octets: &[u8], offset: usize) -> u32 {
+    u32::try_from(read_word(octets, offset, 4)).unwrap_or(u32::MAX)
+}
+
+/// Whether the machine can offer `policy`: EINVAL where it cannot.
+pub(super) fn check(policy: &CpuPolicy) -> Result<(), Errno> {
+    if !policy.leaves.len().is_multiple_of(LEAF) || !policy.msrs.len().is_multiple_of(MSR) {
+        return Err(Errno::EINVAL);
+    }
+    for leaf in policy.leaves.chunks_exact(LEAF) {
+        let (index, eax) = (word(leaf, 0), word(leaf, 8));
+        let fits = match index {
+            0 => eax <= MAX_BASIC,
+            0x8000_0000 => eax <= MAX_EXTENDED,
+            _ => {
+                index <= MAX_BASIC
+                    || (0x4000_0000..=0x4000_01ff).contains(&index)
+                    || (0x8000_0000..=MAX_EXTENDED).contains(&index)
+            }
+        };
+        if !fits {
+            return Err(Errno::EINVAL);
+        }
+    }
+    for msr in policy.msrs.chunks_exact(MSR) {
+        if !KNOWN_MSRS.contains(&word(msr, 0)) || word(msr, 4) != 0 {
+            return Err(Errno::EINVAL);
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_machine_takes_what_it_offers() {
+        for kind in [GuestKind::Pv, GuestKind::Hvm, GuestKind::Pvh] {
+            let policy = default_policy(kind);
+            assert!(policy.leaves.len() / LEAF > 40);
+            assert_eq!(check(&policy), Ok(()));
+        }
+    }
+
+    #[test]
+    fn a_leaf_above_the_machine_is_refused() {
+        let mut policy = default_policy(GuestKind::Hvm);
+        policy.leaves[8] = 0x30;
+        assert_eq!(check(&policy), Err(Errno::EINVAL));
+    }
+}

@@ -1,0 +1,143 @@
+//! What the mock machine knows of one domain.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use serde::{Deserialize, Serialize};
+use xsr_format::frame::{Gfn, Mfn};
+
+use super::memory::Words;
+use crate::{DomId, GuestKind, RingGrant, ShutdownReason, TscInfo};
+
+/// A reserved entry of a domain's grant table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GrantEntry {
+    /// The frame granted (HVM: pfn, PV: mfn).
+    pub gfn: u64,
+    /// The domain that may map it.
+    pub backend: DomId,
+}
+
+impl GrantEntry {
+    /// The entry that `ring` makes; `None` where it leaves the entry alone.
+    pub(super) fn of(ring: RingGrant) -> Option<Self> {
+        Some(Self {
+            gfn: ring.gfn?.0,
+            backend: ring.backend,
+        })
+    }
+}
+
+/// A PV vcpu that has been given its context.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Roots {
+    /// The frame of the kernel's top-level table.
+    pub(super) kernel: u64,
+    /// The frame of the user's top-level table (64-bit guests).
+    pub(super) user: Option<u64>,
+}
+
+/// One vcpu.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(super) struct Vcpu {
+    pub(super) online: bool,
+    /// PV: the page tables its context holds references to.
+    pub(super) roots: Option<Roots>,
+}
+
+/// The small state of a domain, as `state.json` holds it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Record {
+    pub(super) domid: DomId,
+    pub(super) name: String,
+    pub(super) kind: GuestKind,
+    /// Octets in the guest's word.
+    pub(super) width: u8,
+    pub(super) max_pages: u64,
+    pub(super) pauses: u32,
+    /// Whether a vcpu ever ran.
+    pub(super) has_run: bool,
+    pub(super) shutdown: Option<ShutdownReason>,
+    /// PV, while suspended: the store and console frames the guest had.
+    pub(super) suspended_rings: Option<[u64; 2]>,
+    /// The frame of shared_info.
+    pub(super) shared_info: u64,
+    pub(super) vcpus: Vec<Vcpu>,
+    pub(super) tsc: TscInfo,
+    /// Translated: HVM parameters by index.
+    pub(super) hvm_params: Vec<u64>,
+    /// The last event channel given out.
+    pub(super) last_port: u32,
+    /// Reserved grant entries: console, xenstore.
+    pub(super) grants: [Option<GrantEntry>; 2],
+}
+
+/// Name of the blob that holds the HVM context.
+pub(super) const HVM_CONTEXT: &str = "hvm-context";
+/// Name of the blob that holds the CPUID leaves.
+pub(super) const CPUID_LEAVES: &str = "cpuid-leaves";
+/// Name of the blob that holds the MSRs of the CPU policy.
+pub(super) const POLICY_MSRS: &str = "policy-msrs";
+/// What the name of a blob of user data starts with.
+pub(super) const USERDATA: &str = "userdata-";
+
+/// What changes of a domain, under its lock.
+#[derive(Debug)]
+pub(super) struct State {
+    pub(super) record: Record,
+    /// Contexts, policy and user data by name.
+    pub(super) blobs: BTreeMap<String, Vec<u8>>,
+}
+
+/// A domain.
+#[derive(Debug)]
+pub(super) struct Dom {
+    pub(super) domid: DomId,
+    pub(super) kind: GuestKind,
+    /// Translated guests: mfn + 1 per pfn, 0 where there is none.
+    pub(super) p2m: Option<Words>,
+    /// Set once the domain is destroyed.
+    pub(super) gone: AtomicBool,
+    state: Mutex<State>,
+}
+
+/// Pfns that a translated guest can have: 1 TiB of guest memory.
+pub(super) const MAX_PFNS: usize = 1 << 28;
+
+impl Dom {
+    /// A domain with this state; `p2m` where it is translated.
+    pub(super) fn new(
+        record: Record,
+        blobs: BTreeMap<String, Vec<u8>>,
+        p2m: Option<Words>,
+    ) -> Self {
+        Self {
+            domid: record.domid,
+            kind: record.kind,
+            p2m,
+            gone: AtomicBool::new(false),
+            state: Mutex::new(State { record, blobs }),
+        }
+    }
+
+    /// The state, for as long as the guard lives. No caller panics half-way
+    /// through a change, so a poisoned lock guards a good state.
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The frame of a translated guest's `pfn`; `None` where there is none.
+    pub(super) fn p2m_get(&self, pfn: Gfn) -> Option<Mfn> {
+        let p2m = self.p2m.as_ref()?;
+        let index = usize::try_from(pfn.0).ok().filter(|i| *i < p2m.len())?;
+        p2m.get(index).checked_sub(1).map(Mfn)
+    }
+
+    /// Put `mfn` at `pfn` of a translated guest.
+    pub(super) fn p2m_set(&self, pfn: u64, mfn: Mfn) {
+        if let (Some(p2m), Ok(index)) = (&self.p2m, usize::try_from(pfn)) {
+            p2m.set(index, mfn.0 + 1);
+        }
+    }
+}

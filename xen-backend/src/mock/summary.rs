@@ -1,0 +1,173 @@
+//! What a mock host tells of its domains, for people and for `--json`.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+use xsr_format::frame::{Gfn, PageType};
+
+use super::MockHost;
+use super::domain::MockDomain;
+use super::error::MockError;
+use super::state::{GrantEntry, Record, USERDATA};
+use crate::error::BackendError;
+use crate::{DomId, GuestKind, GuestMemory, ShutdownReason, TscInfo};
+
+/// Whether a domain runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DomainState {
+    /// It would, if the mock executed anything.
+    Running,
+    /// Paused by the toolstack.
+    Paused,
+    /// Suspended by itself.
+    Suspended,
+    /// Shut down for another reason.
+    Shutdown,
+}
+
+impl DomainState {
+    fn of(record: &Record) -> Self {
+        match record.shutdown {
+            Some(ShutdownReason::Suspend) => Self::Suspended,
+            Some(_) => Self::Shutdown,
+            None if record.pauses > 0 => Self::Paused,
+            None => Self::Running,
+        }
+    }
+}
+
+/// A line of a list of domains.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct DomainSummary {
+    /// Its number.
+    pub domid: DomId,
+    /// Its name.
+    pub name: String,
+    /// PV, HVM or PVH.
+    pub kind: GuestKind,
+    /// Pages it has.
+    pub tot_pages: u64,
+    /// Vcpus it has.
+    pub vcpus: u32,
+    /// Whether it runs.
+    pub state: DomainState,
+}
+
+/// All there is to tell of a domain.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct DomainReport {
+    /// What a list says.
+    #[serde(flatten)]
+    pub summary: DomainSummary,
+    /// Octets in the guest's word.
+    pub width: u8,
+    /// Pages it may have.
+    pub max_pages: u64,
+    /// Largest gfn it ever had.
+    pub maximum_gfn: Option<u64>,
+    /// Whether each vcpu is online.
+    pub vcpus_online: Vec<bool>,
+    /// How many pauses are to be undone.
+    pub pauses: u32,
+    /// Why it shut down.
+    pub shutdown: Option<ShutdownReason>,
+    /// PV: the frame of shared_info.
+    pub shared_info_frame: Option<u64>,
+    /// Its TSC.
+    pub tsc: TscInfo,
+    /// How many pages of each type it has.
+    pub page_types: BTreeMap<String, u64>,
+    /// HVM parameters that were set, by number.
+    pub hvm_params: BTreeMap<u32, u64>,
+    /// Reserved grant entries: console and xenstore.
+    pub grants: [Option<GrantEntry>; 2],
+    /// Octets of each blob: contexts and policy.
+    pub blobs: BTreeMap<String, usize>,
+    /// Octets of user data by key.
+    pub userdata: BTreeMap<String, usize>,
+}
+
+impl MockDomain {
+    fn summary_of(&self, record: &Record) -> DomainSummary {
+        DomainSummary {
+            domid: record.domid,
+            name: record.name.clone(),
+            kind: record.kind,
+            tot_pages: self.machine.tot_pages(record.domid),
+            vcpus: u32::try_from(record.vcpus.len()).unwrap_or(u32::MAX),
+            state: DomainState::of(record),
+        }
+    }
+
+    /// Count pages by type.
+    fn count_types(&self, maximum: Option<Gfn>) -> Result<BTreeMap<String, u64>, BackendError> {
+        const BATCH: u64 = 1024;
+        let mut counts = BTreeMap::new();
+        let end = maximum.map_or(0, |gfn| gfn.0 + 1);
+        let mut types = [PageType::XTAB; 1024];
+        for start in (0..end).step_by(1024) {
+            let gfns: Vec<Gfn> = (start..end.min(start + BATCH)).map(Gfn).collect();
+            let types = &mut types[..gfns.len()];
+            self.page_types(&gfns, types)?;
+            for page_type in types.iter().filter(|t| **t != PageType::XTAB) {
+                *counts.entry(page_type.name().to_owned()).or_default() += 1;
+            }
+        }
+        Ok(counts)
+    }
+}
+
+impl MockHost {
+    /// Every domain, ascending.
+    pub fn list(&self) -> Vec<DomainSummary> {
+        self.machine
+            .all_domains()
+            .into_iter()
+            .filter_map(|dom| self.mock_domain(dom.domid).ok())
+            .map(|domain| domain.summary_of(&domain.dom.lock().record))
+            .collect()
+    }
+
+    /// All there is to tell of one domain.
+    ///
+    /// # Errors
+    ///
+    /// ESRCH.
+    pub fn show(&self, domid: DomId) -> Result<DomainReport, MockError> {
+        let domain = self.mock_domain(domid)?;
+        let maximum = domain.maximum_gfn()?;
+        let page_types = domain.count_types(maximum)?;
+        let report = domain.look("show", |state| {
+            let record = &state.record;
+            let sizes = |userdata: bool| {
+                let blobs = state.blobs.iter();
+                blobs
+                    .filter(|(name, _)| name.starts_with(USERDATA) == userdata)
+                    .map(|(name, blob)| (name.trim_start_matches(USERDATA).to_owned(), blob.len()))
+                    .collect()
+            };
+            Ok(DomainReport {
+                summary: domain.summary_of(record),
+                width: record.width,
+                max_pages: record.max_pages,
+                maximum_gfn: maximum.map(|gfn| gfn.0),
+                vcpus_online: record.vcpus.iter().map(|vcpu| vcpu.online).collect(),
+                pauses: record.pauses,
+                shutdown: record.shutdown,
+                shared_info_frame: (record.kind == GuestKind::Pv).then_some(record.shared_info),
+                tsc: record.tsc,
+                page_types,
+                hvm_params: (0..)
+                    .zip(&record.hvm_params)
+                    .filter(|(_, value)| **value != 0)
+                    .map(|(index, value)| (index, *value))
+                    .collect(),
+                grants: record.grants,
+                blobs: sizes(false),
+                userdata: sizes(true),
+            })
+        })?;
+        Ok(report)
+    }
+}
