@@ -1,38 +1,73 @@
 //! Where the fields are that a save or restore of a PV guest must translate.
 //!
-//! Offsets as in `xen/include/public/{xen,vcpu}.h` and `arch-x86/xen-x86_{32,64}.h`.
+//! Offsets come from `xsr_format::fields`, looked up by name when this is compiled.
 
+use std::ops::Range;
+
+use xsr_format::fields::{FieldSpec, Layout, Shape};
 use xsr_format::record::pv::PvInfo;
 
-/// A field of a structure whose layout depends on the guest's width.
+/// A field of a structure whose layout depends on the guest's width: offset and
+/// octets.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Field {
-    /// Offset and octets for 32-bit guests.
     bits32: (usize, usize),
-    /// Offset and octets for 64-bit guests.
     bits64: (usize, usize),
 }
 
+/// The field called `name`; a name that is not there does not compile.
+const fn find(fields: &'static [FieldSpec], name: &str) -> FieldSpec {
+    let mut i = 0;
+    while i < fields.len() {
+        if same(fields[i].name.as_bytes(), name.as_bytes()) {
+            return fields[i];
+        }
+        i += 1;
+    }
+    panic!("no field of that name");
+}
+
+const fn same(a: &[u8], b: &[u8]) -> bool {
+    let mut i = 0;
+    while i < a.len() && i < b.len() && a[i] == b[i] {
+        i += 1;
+    }
+    i == a.len() && i == b.len()
+}
+
+/// Offset and octets of a number, or of the first element of an array of them.
+const fn number(field: FieldSpec) -> (usize, usize) {
+    match field.shape {
+        Shape::Number { width, .. } => (field.offset, width),
+        Shape::Array { stride, .. } => (field.offset, stride),
+        _ => panic!("neither a number nor an array"),
+    }
+}
+
+/// The octets an array takes.
+const fn array(layout: &Layout, name: &str) -> Range<usize> {
+    let field = find(layout.fields, name);
+    match field.shape {
+        Shape::Array { count, stride, .. } => field.offset..field.offset + count * stride,
+        _ => panic!("not an array"),
+    }
+}
+
 impl Field {
-    /// A field as wide as the guest's word.
-    const fn word(at32: usize, at64: usize) -> Self {
+    const fn named(layout32: &Layout, layout64: &Layout, name: &str) -> Self {
         Self {
-            bits32: (at32, 4),
-            bits64: (at64, 8),
+            bits32: number(find(layout32.fields, name)),
+            bits64: number(find(layout64.fields, name)),
         }
     }
 
-    /// A field of 32 bits in both.
-    const fn u32(at32: usize, at64: usize) -> Self {
-        Self {
-            bits32: (at32, 4),
-            bits64: (at64, 4),
-        }
-    }
-
-    /// Element `index` of an array of guest words that begins at this field.
+    /// Element `index` of an array that begins at this field.
     const fn element(self, index: usize) -> Self {
-        Self::word(self.bits32.0 + 4 * index, self.bits64.0 + 8 * index)
+        let ((at32, octets32), (at64, octets64)) = (self.bits32, self.bits64);
+        Self {
+            bits32: (at32 + octets32 * index, octets32),
+            bits64: (at64 + octets64 * index, octets64),
+        }
     }
 
     const fn place(self, info: PvInfo) -> (usize, usize) {
@@ -67,14 +102,23 @@ impl Field {
 
 /// `vcpu_guest_context`.
 pub(crate) mod vcpu {
-    use super::Field;
+    use xsr_format::fields::pv::{VCPU_CONTEXT_32, VCPU_CONTEXT_64};
 
-    pub(crate) const FLAGS: Field = Field::word(512, 512);
+    use super::{Field, find, number};
+
+    const fn field(name: &str) -> Field {
+        Field::named(&VCPU_CONTEXT_32, &VCPU_CONTEXT_64, name)
+    }
+
+    pub(crate) const FLAGS: Field = field("flags");
     /// The suspend record: start_info's frame, in vcpu 0.
-    pub(crate) const EDX: Field = Field::word(524, 616);
-    pub(crate) const GDT_ENTS: Field = Field::word(2704, 4960);
-    const GDT_FRAMES: Field = Field::word(2640, 4832);
-    const CTRLREG: Field = Field::word(2716, 4984);
+    pub(crate) const EDX: Field = Field {
+        bits32: number(find(VCPU_CONTEXT_32.fields, "user_regs.edx")),
+        bits64: number(find(VCPU_CONTEXT_64.fields, "user_regs.rdx")),
+    };
+    pub(crate) const GDT_ENTS: Field = field("gdt_ents");
+    const GDT_FRAMES: Field = field("gdt_frames");
+    const CTRLREG: Field = field("ctrlreg");
 
     /// `VGCF_online`.
     pub(crate) const ONLINE: u64 = 1 << 5;
@@ -94,60 +138,83 @@ pub(crate) mod vcpu {
 
 /// `start_info`.
 pub(crate) mod start_info {
+    use xsr_format::fields::pv::{START_INFO_32, START_INFO_64};
+
     use super::Field;
 
-    pub(crate) const NR_PAGES: Field = Field::word(32, 32);
-    pub(crate) const SHARED_INFO: Field = Field::word(36, 40);
-    pub(crate) const FLAGS: Field = Field::u32(40, 48);
-    pub(crate) const STORE_MFN: Field = Field::word(44, 56);
-    pub(crate) const STORE_EVTCHN: Field = Field::u32(48, 64);
-    pub(crate) const CONSOLE_MFN: Field = Field::word(52, 72);
-    pub(crate) const CONSOLE_EVTCHN: Field = Field::u32(56, 80);
+    const fn field(name: &str) -> Field {
+        Field::named(&START_INFO_32, &START_INFO_64, name)
+    }
+
+    pub(crate) const NR_PAGES: Field = field("nr_pages");
+    pub(crate) const SHARED_INFO: Field = field("shared_info");
+    pub(crate) const FLAGS: Field = field("flags");
+    pub(crate) const STORE_MFN: Field = field("store_mfn");
+    pub(crate) const STORE_EVTCHN: Field = field("store_evtchn");
+    pub(crate) const CONSOLE_MFN: Field = field("console.mfn");
+    pub(crate) const CONSOLE_EVTCHN: Field = field("console.evtchn");
 }
 
 /// `shared_info`.
 pub(crate) mod shared_info {
-    use std::ops::Range;
+    use xsr_format::fields::pv::{SHARED_INFO_32, SHARED_INFO_64};
 
-    use super::{Field, PvInfo};
+    use super::{Field, Layout, PvInfo, Range, Shape, array, find, number};
+
+    const fn layout(info: PvInfo) -> &'static Layout {
+        match info {
+            PvInfo::Bits32 => &SHARED_INFO_32,
+            PvInfo::Bits64 => &SHARED_INFO_64,
+        }
+    }
+
+    const fn field(name: &str) -> Field {
+        Field::named(&SHARED_INFO_32, &SHARED_INFO_64, name)
+    }
+
+    /// `evtchn_pending_sel` of the first `vcpu_info` in `layout`.
+    const fn pending_sel(layout: &Layout) -> (usize, usize) {
+        match find(layout.fields, "vcpu_info").shape {
+            Shape::Array {
+                element: Shape::Struct(fields),
+                ..
+            } => number(find(fields, "evtchn_pending_sel")),
+            _ => panic!("vcpu_info is an array of structures"),
+        }
+    }
+
+    pub(crate) const MAX_PFN: Field = field("arch.max_pfn");
+    pub(crate) const FRAME_LIST_LIST: Field = field("arch.pfn_to_mfn_frame_list_list");
+    pub(crate) const P2M_CR3: Field = field("arch.p2m_cr3");
+    pub(crate) const P2M_VADDR: Field = field("arch.p2m_vaddr");
+
+    /// `evtchn_pending_sel`, in one `vcpu_info`.
+    pub(crate) const PENDING_SEL: Field = Field {
+        bits32: pending_sel(&SHARED_INFO_32),
+        bits64: pending_sel(&SHARED_INFO_64),
+    };
+
+    /// Octets of one `vcpu_info`, of either width.
+    pub(crate) const VCPU_INFO_OCTETS: usize = 64;
 
     /// `vcpu_info[32]`.
-    pub(crate) const VCPU_INFO: Range<usize> = 0..2048;
-    pub(crate) const VCPU_INFO_OCTETS: usize = 64;
-    /// `arch.max_pfn`.
-    pub(crate) const MAX_PFN: Field = Field::word(2316, 3088);
-    /// `arch.pfn_to_mfn_frame_list_list`.
-    pub(crate) const FRAME_LIST_LIST: Field = Field::word(2320, 3096);
-    /// `arch.p2m_cr3`.
-    pub(crate) const P2M_CR3: Field = Field::word(2328, 3112);
-    /// `arch.p2m_vaddr`.
-    pub(crate) const P2M_VADDR: Field = Field::word(2332, 3120);
-
-    /// `evtchn_pending_sel` of one `vcpu_info`.
-    pub(crate) const PENDING_SEL: Field = Field::word(4, 8);
+    pub(crate) const fn vcpu_info(info: PvInfo) -> Range<usize> {
+        array(layout(info), "vcpu_info")
+    }
 
     /// `evtchn_pending`.
     pub(crate) const fn evtchn_pending(info: PvInfo) -> Range<usize> {
-        match info {
-            PvInfo::Bits32 => 2048..2176,
-            PvInfo::Bits64 => 2048..2560,
-        }
+        array(layout(info), "evtchn_pending")
     }
 
     /// `evtchn_mask`.
     pub(crate) const fn evtchn_mask(info: PvInfo) -> Range<usize> {
-        match info {
-            PvInfo::Bits32 => 2176..2304,
-            PvInfo::Bits64 => 2560..3072,
-        }
+        array(layout(info), "evtchn_mask")
     }
 
-    /// `arch`.
+    /// `arch`: from its first field to the end of the structure.
     pub(crate) const fn arch(info: PvInfo) -> Range<usize> {
-        match info {
-            PvInfo::Bits32 => 2316..2344,
-            PvInfo::Bits64 => 3088..3136,
-        }
+        MAX_PFN.place(info).0..layout(info).octets
     }
 }
 
@@ -182,6 +249,23 @@ mod tests {
         assert_eq!(frame_to_cr3(PvInfo::Bits32, 0x12_3456), Some(0x2345_6001));
         assert_eq!(frame_to_cr3(PvInfo::Bits32, 1 << 32), None);
         assert_eq!(frame_to_cr3(PvInfo::Bits64, 1 << 32), Some(1 << 44));
+    }
+
+    #[test]
+    fn offsets_are_those_of_xens_headers() {
+        for (field, bits32, bits64) in [
+            (vcpu::EDX, (524, 4), (616, 8)),
+            (vcpu::gdt_frame(15), (2700, 4), (4952, 8)),
+            (vcpu::ctrlreg(3), (2728, 4), (5008, 8)),
+            (start_info::CONSOLE_EVTCHN, (56, 4), (80, 4)),
+            (shared_info::PENDING_SEL, (4, 4), (8, 8)),
+        ] {
+            assert_eq!((field.bits32, field.bits64), (bits32, bits64));
+        }
+        assert_eq!(shared_info::arch(PvInfo::Bits32), 2316..2344);
+        assert_eq!(shared_info::arch(PvInfo::Bits64), 3088..3136);
+        assert_eq!(shared_info::evtchn_mask(PvInfo::Bits32), 2176..2304);
+        assert_eq!(shared_info::vcpu_info(PvInfo::Bits64), 0..2048);
     }
 
     #[test]

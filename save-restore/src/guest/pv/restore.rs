@@ -159,14 +159,14 @@ impl PvRestore {
         let pages = map_one(domain, frame)?;
         let page = pages.page(0).expect("mapped");
         let mut shared = page.to_page();
-        for range in [shared_info::VCPU_INFO, shared_info::arch(info)] {
+        for range in [shared_info::vcpu_info(info), shared_info::arch(info)] {
             shared[range.clone()].copy_from_slice(&image[range]);
         }
         shared_info::FRAME_LIST_LIST.set(info, shared.as_mut_slice(), 0);
         shared[shared_info::evtchn_pending(info)].fill(0);
         shared[shared_info::evtchn_mask(info)].fill(0xff);
         for vcpu_info in
-            shared[shared_info::VCPU_INFO].chunks_exact_mut(shared_info::VCPU_INFO_OCTETS)
+            shared[shared_info::vcpu_info(info)].chunks_exact_mut(shared_info::VCPU_INFO_OCTETS)
         {
             shared_info::PENDING_SEL.set(info, vcpu_info, 0);
         }
