@@ -1,3 +1,161 @@
-//! Development tasks.
+//! Development tasks, called as `cargo xtask TASK`. What continuous integration
+//! checks is `cargo xtask ci`, and anybody can run it.
+//!
+//! One module for each task; [`command`], [`stages`], [`tools`] and [`workspace`]
+//! are what they share. Nothing depends on this package.
+
 #![forbid(unsafe_code)]
-fn main() {}
+#![allow(clippy::print_stdout, reason = "a task reports to whoever called it")]
+
+mod ci;
+mod command;
+mod deny;
+mod fuzz;
+mod lint;
+mod peer;
+mod stages;
+mod test;
+mod tidy;
+mod tools;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::stages::Stages;
+
+/// Development tasks of xsr
+#[derive(Debug, Parser)]
+#[command(
+    name = "cargo xtask",
+    bin_name = "cargo xtask",
+    disable_help_subcommand = false,
+    after_help = "\
+Examples:
+  cargo xtask test                             all tests
+  cargo xtask lint                             what a change has to pass first
+  cargo xtask fuzz libxc_reader --seconds 60   fuzz one parser for a minute
+  cargo xtask ci                               everything, as continuous integration does"
+)]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    Test(test::TestArgs),
+    /// Check formatting, run clippy with warnings denied, then `tidy`
+    ///
+    /// clippy covers all packages and all targets: tests, benches and examples too.
+    #[command(after_help = "\
+Examples:
+  cargo xtask lint
+  cargo fmt          mends what the formatting stage complains of")]
+    Lint,
+    /// Check the rules that the compiler does not know
+    ///
+    /// Purpose lines, the places of unsafe code, file lengths, the code map, paths and
+    /// hosts of one machine, and which package may depend on which.
+    #[command(after_help = "\
+Example:
+  cargo xtask tidy")]
+    Tidy,
+    /// Check licences, bans and sources of all dependencies, and security advisories
+    ///
+    /// Runs cargo-deny over the workspace and over fuzz/, installing it below
+    /// target/tools where it is missing (about a minute). Advisories are checked where
+    /// the advisory database can be reached.
+    #[command(after_help = "\
+Example:
+  cargo xtask deny")]
+    Deny,
+    /// Build the documentation, warnings denied
+    #[command(after_help = "\
+Examples:
+  cargo xtask doc
+  cargo doc --open --no-deps    to read it")]
+    Doc,
+    Fuzz(fuzz::FuzzArgs),
+    /// Fetch Xen's own stream tools, for the conformance tests
+    ///
+    /// Downloads Debian's xen-utils-4.17 and unpacks it below target/peer; nothing is
+    /// installed. `cargo xtask test` hands the place to the tests in XSR_PEER_TOOLS.
+    #[command(after_help = "\
+Example:
+  cargo xtask peer-tools && cargo xtask test")]
+    PeerTools,
+    /// Do all that continuous integration does
+    ///
+    /// Formatting, lints, dependencies, documentation, tests, a few seconds of each
+    /// fuzz target. All stages run, even if one fails; the table at the end has
+    /// the times.
+    #[command(after_help = "\
+Example:
+  cargo xtask ci")]
+    Ci,
+}
+
+fn main() -> ExitCode {
+    let mut stages = Stages::new();
+    let result = match Cli::parse().task {
+        // The last line is the test runner's own: no table behind it.
+        Task::Test(args) => test::run(&args),
+        Task::Fuzz(args) => fuzz::run(&args),
+        Task::PeerTools => peer::run(),
+        Task::Lint => {
+            lint::stages(&mut stages);
+            stages.finish()
+        }
+        Task::Tidy => {
+            stages.run("tidy", tidy::run);
+            stages.finish()
+        }
+        Task::Deny => {
+            deny::stages(&mut stages);
+            stages.finish()
+        }
+        Task::Doc => {
+            stages.run("doc", lint::doc);
+            stages.finish()
+        }
+        Task::Ci => {
+            ci::stages(&mut stages);
+            stages.finish()
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_task_has_a_help_text_and_examples() {
+        for task in super::Cli::command().get_subcommands() {
+            assert!(
+                task.get_about().is_some(),
+                "{} has no help",
+                task.get_name()
+            );
+            assert!(
+                task.get_after_help().is_some(),
+                "{} has no example",
+                task.get_name()
+            );
+        }
+    }
+}

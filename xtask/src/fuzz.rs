@@ -1,0 +1,259 @@
+//! Fuzzing with cargo-fuzz on a stable toolchain.
+//!
+//! The targets are a workspace of their own below `fuzz/`. libFuzzer needs
+//! compiler options that a stable compiler takes only when told to act as an
+//! unstable one (`RUSTC_BOOTSTRAP`), and a C++ compiler for libFuzzer itself.
+
+mod seed;
+mod stats;
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::{fs, thread};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use clap::{Args, ValueEnum};
+
+use crate::command::Invocation;
+use crate::stages::Outcome;
+use crate::{tools, workspace};
+
+use stats::Stats;
+
+/// How long `cargo xtask ci` runs each target.
+const SMOKE_SECONDS: u32 = 20;
+
+/// An input that takes longer than this many seconds is a finding.
+const INPUT_SECONDS: u32 = 10;
+
+/// Fuzz one of the targets below fuzz/
+///
+/// Starts from what is left of earlier runs and from seeds cut out of real images.
+/// Prints executions, coverage and speed at the end; a crash, a hang or too much
+/// memory is a failure, and the input is kept below fuzz/artifacts.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cargo xtask fuzz --list
+  cargo xtask fuzz libxc_reader --seconds 600
+  cargo xtask fuzz libxc_reader --input fuzz/artifacts/libxc_reader/crash-…")]
+pub(crate) struct FuzzArgs {
+    /// The target
+    #[arg(required_unless_present = "list")]
+    target: Option<String>,
+    /// List the targets
+    #[arg(long, conflicts_with = "target")]
+    list: bool,
+    /// How long
+    #[arg(long, value_name = "N", default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..))]
+    seconds: u32,
+    /// How many processes; they share what they find
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
+    jobs: u32,
+    /// Run this one input instead
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["seconds", "jobs"])]
+    input: Option<PathBuf>,
+    /// Which sanitizer watches the target [default: address where the toolchain has it]
+    #[arg(long)]
+    sanitizer: Option<Sanitizer>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Sanitizer {
+    /// Finds misuse of memory; about half the speed
+    Address,
+    /// Finds panics, hangs and excessive allocation
+    None,
+}
+
+/// The manifest of the fuzz targets' workspace.
+pub(crate) fn manifest() -> PathBuf {
+    directory().join("Cargo.toml")
+}
+
+fn directory() -> PathBuf {
+    workspace::root().join("fuzz")
+}
+
+/// Do what the arguments say.
+///
+/// # Errors
+///
+/// The target cannot be built, or something was found.
+pub(crate) fn run(args: &FuzzArgs) -> Result<()> {
+    let known = targets()?;
+    let Some(target) = &args.target else {
+        for target in known {
+            println!("{target}");
+        }
+        return Ok(());
+    };
+    ensure!(
+        known.contains(target),
+        "there is no fuzz target {target}; there are: {}",
+        known.join(", ")
+    );
+    let fuzzer = Fuzzer::new(args.sanitizer)?;
+    match &args.input {
+        Some(input) => {
+            let input = std::path::absolute(input)?;
+            fuzzer.invocation("run", target).arg(input).run()
+        }
+        None => fuzzer.fuzz(target, args.seconds, args.jobs),
+    }
+}
+
+/// Run each target for some seconds.
+///
+/// # Errors
+///
+/// A target cannot be built, or something was found.
+pub(crate) fn smoke() -> Result<Outcome> {
+    if !Invocation::new("c++").arg("--version").succeeds() {
+        let why = "libFuzzer needs a C++ compiler: install g++";
+        return Ok(Outcome::Skipped(why.to_owned()));
+    }
+    let fuzzer = Fuzzer::new(None)?;
+    for target in targets()? {
+        fuzzer.fuzz(&target, SMOKE_SECONDS, 1)?;
+    }
+    Ok(Outcome::Done)
+}
+
+fn targets() -> Result<Vec<String>> {
+    let mut targets: Vec<String> = workspace::packages(&manifest())?
+        .into_iter()
+        .flat_map(|package| package.targets)
+        .filter(|target| target.kind.iter().any(|kind| kind == "bin"))
+        .map(|target| target.name)
+        .collect();
+    targets.sort();
+    Ok(targets)
+}
+
+struct Fuzzer {
+    program: PathBuf,
+    sanitizer: Sanitizer,
+}
+
+impl Fuzzer {
+    fn new(sanitizer: Option<Sanitizer>) -> Result<Self> {
+        let sanitizer = match sanitizer {
+            Some(chosen) => chosen,
+            None if has_address_sanitizer()? => Sanitizer::Address,
+            None => {
+                eprintln!("this toolchain has no address sanitizer: fuzzing without one");
+                Sanitizer::None
+            }
+        };
+        Ok(Self {
+            program: tools::CARGO_FUZZ.find_or_install()?,
+            sanitizer,
+        })
+    }
+
+    /// `cargo fuzz TASK TARGET`.
+    fn invocation(&self, task: &str, target: &str) -> Invocation {
+        let sanitizer = match self.sanitizer {
+            Sanitizer::Address => "address",
+            Sanitizer::None => "none",
+        };
+        Invocation::new(&self.program)
+            .env("RUSTC_BOOTSTRAP", "1")
+            // It reports a finding as an error of its own, with a backtrace of itself.
+            .env("RUST_LIB_BACKTRACE", "0")
+            .args(["fuzz", task, "--fuzz-dir", "fuzz"])
+            .args(["--sanitizer", sanitizer, target])
+    }
+
+    fn fuzz(&self, target: &str, seconds: u32, jobs: u32) -> Result<()> {
+        let corpus = directory().join("corpus").join(target);
+        let seeds = seed::write(&corpus)?;
+        eprintln!("{target}: {seeds} seeds from real images");
+        self.invocation("build", target).run()?;
+
+        let logs = workspace::root().join("target/fuzz");
+        fs::create_dir_all(&logs).with_context(|| format!("cannot make {}", logs.display()))?;
+        let mut runs = Vec::new();
+        for job in 0..jobs {
+            let mut command = self
+                .invocation("run", target)
+                .arg(&corpus)
+                .arg("--")
+                .arg(format!("-max_total_time={seconds}"))
+                .arg(format!("-timeout={INPUT_SECONDS}"))
+                .args(["-print_final_stats=1", "-rss_limit_mb=2048"])
+                .into_command();
+            let child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn();
+            let child = child.with_context(|| format!("cannot start {command:?}"))?;
+            let log = logs.join(format!("{target}-{job}.log"));
+            runs.push(thread::spawn(move || watch(child, job, &log)));
+        }
+
+        let mut total = Stats::default();
+        let mut failure = None;
+        for run in runs {
+            match run.join().map_err(|_| anyhow!("a watching thread died"))? {
+                Ok(stats) => total.add(&stats),
+                Err(error) => failure = Some(error),
+            }
+        }
+        match failure {
+            None => {
+                println!("{target}: {total}");
+                Ok(())
+            }
+            Some(error) => Err(error.context(format!(
+                "{target}: the input is below fuzz/artifacts/{target}; \
+                 once it is mended: cargo xtask fuzz {target} --input FILE"
+            ))),
+        }
+    }
+}
+
+/// Follow one fuzzing process: all that it says goes to `log`, the pulse and the
+/// findings to the terminal.
+fn watch(mut child: Child, job: u32, log: &Path) -> Result<Stats> {
+    let name = log.display().to_string();
+    let mut file = fs::File::create(log).with_context(|| format!("cannot write {name}"))?;
+    let stderr = child.stderr.take().context("no pipe to the fuzzer")?;
+    let mut said = String::new();
+    let mut found = false;
+    for line in BufReader::new(stderr).split(b'\n') {
+        // Inputs are shown, and need not be text.
+        let line = String::from_utf8_lossy(&line?).into_owned();
+        writeln!(file, "{line}").with_context(|| format!("cannot write {name}"))?;
+        found |= line.contains("panicked at") || line.contains("ERROR:");
+        if found || stats::is_pulse(&line) {
+            eprintln!("[{job}] {line}");
+        }
+        said.push_str(&line);
+        said.push('\n');
+    }
+    let status = child.wait()?;
+    if !status.success() {
+        let advice = match found {
+            true => "found something",
+            false => "failed",
+        };
+        bail!("the fuzzer {advice} ({status}); all it said is in {name}");
+    }
+    Stats::parse(&said).with_context(|| format!("no statistics in {name}"))
+}
+
+/// Whether the toolchain ships the run-time library of the address sanitizer.
+fn has_address_sanitizer() -> Result<bool> {
+    let libraries = Invocation::new("rustc")
+        .args(["--print", "target-libdir"])
+        .capture()?;
+    let entries = fs::read_dir(libraries.trim())
+        .with_context(|| format!("cannot list {}", libraries.trim()))?;
+    for entry in entries {
+        let name = entry?.file_name();
+        if name.to_string_lossy().ends_with("_rt.asan.a") {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}

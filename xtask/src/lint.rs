@@ -1,0 +1,48 @@
+//! Formatting, clippy and rustdoc: what a change has to pass before anybody
+//! reads it.
+
+use anyhow::Result;
+
+use crate::command::Invocation;
+use crate::fuzz;
+use crate::stages::{Outcome, Stages};
+use crate::tidy;
+
+/// Formatting, clippy, tidy.
+pub(crate) fn stages(stages: &mut Stages) {
+    stages.run("fmt", fmt);
+    stages.run("clippy", clippy);
+    stages.run("tidy", tidy::run);
+}
+
+fn fmt() -> Result<Outcome> {
+    Invocation::cargo()
+        .args(["fmt", "--all", "--check"])
+        .run()?;
+    Invocation::cargo()
+        .args(["fmt", "--check", "--manifest-path"])
+        .arg(fuzz::manifest())
+        .run()?;
+    Ok(Outcome::Done)
+}
+
+fn clippy() -> Result<Outcome> {
+    Invocation::cargo()
+        .args(["clippy", "--workspace", "--all-targets", "--locked"])
+        .args(["--", "--deny", "warnings"])
+        .run()?;
+    Ok(Outcome::Done)
+}
+
+/// The documentation.
+///
+/// # Errors
+///
+/// rustdoc has something to warn of.
+pub(crate) fn doc() -> Result<Outcome> {
+    Invocation::cargo()
+        .env("RUSTDOCFLAGS", "--deny warnings")
+        .args(["doc", "--workspace", "--no-deps", "--locked"])
+        .run()?;
+    Ok(Outcome::Done)
+}

@@ -1,0 +1,96 @@
+//! Xen's own stream tools, which the conformance tests compare with: fetched
+//! from Debian, unpacked below `target/peer`, never installed.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::command::Invocation;
+use crate::stages::Outcome;
+use crate::workspace;
+
+/// The variable that tells the tests where the package is unpacked: the tools are
+/// `usr/lib/xen-4.17/bin/*` below it, their Python modules `usr/lib/xen-4.17/lib/python`.
+pub(crate) const VARIABLE: &str = "XSR_PEER_TOOLS";
+
+const PACKAGE: &str = "xen-utils-4.17";
+const VERIFY: &str = "usr/lib/xen-4.17/bin/verify-stream-v2";
+const PYTHON: &str = "usr/lib/xen-4.17/lib/python";
+
+fn directory() -> PathBuf {
+    workspace::root().join("target/peer")
+}
+
+/// Where the package is unpacked, if it is.
+pub(crate) fn unpacked() -> Option<PathBuf> {
+    Some(directory()).filter(|dir| dir.join(VERIFY).is_file())
+}
+
+/// Fetch the tools and say where they are.
+///
+/// # Errors
+///
+/// The package cannot be had, or does not work here.
+pub(crate) fn run() -> Result<()> {
+    let dir = fetch()?;
+    println!("verify-stream-v2: {}", dir.join(VERIFY).display());
+    println!("{VARIABLE}={}", dir.display());
+    Ok(())
+}
+
+/// As [`run`], for a machine that may not have a Debian archive: the tests that
+/// want the tools skip themselves then, and say so.
+pub(crate) fn stage() -> Result<Outcome> {
+    Ok(match run() {
+        Ok(()) => Outcome::Done,
+        Err(error) => Outcome::Skipped(format!(
+            "conformance with Xen's own tools, which cannot be had: {error:#}"
+        )),
+    })
+}
+
+fn fetch() -> Result<PathBuf> {
+    let dir = directory();
+    if unpacked().is_none() {
+        let archive = download(&dir.with_file_name("peer-download"))?;
+        Invocation::new("dpkg-deb")
+            .arg("-x")
+            .arg(&archive)
+            .arg(&dir)
+            .run()?;
+    }
+    ensure!(
+        unpacked().is_some(),
+        "{PACKAGE} has no {VERIFY}: has Debian moved it?"
+    );
+    let works = Invocation::new("python3")
+        .env("PYTHONPATH", dir.join(PYTHON))
+        .env("PYTHONDONTWRITEBYTECODE", "1")
+        .args(["-c", "import xen.migration.libxl"])
+        .succeeds();
+    ensure!(works, "Xen's tools need a python3 that can import them");
+    Ok(dir)
+}
+
+/// Have apt download the package to `dir`; the archive's path.
+fn download(dir: &Path) -> Result<PathBuf> {
+    if dir.exists() {
+        std::fs::remove_dir_all(dir).with_context(|| format!("cannot clear {}", dir.display()))?;
+    }
+    std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    let attempt = || {
+        Invocation::new("apt-get")
+            .args(["-o", "APT::Sandbox::User=root", "download", PACKAGE])
+            .current_dir(dir)
+            .run()
+    };
+    if attempt().is_err() {
+        // No package lists yet, or the archive has moved on since they were fetched.
+        Invocation::new("apt-get").args(["update", "-qq"]).run()?;
+        attempt()?;
+    }
+    let mut found = std::fs::read_dir(dir)?.collect::<Result<Vec<_>, _>>()?;
+    found.retain(|entry| entry.path().extension().is_some_and(|e| e == "deb"));
+    let archive = found.pop().context("apt-get left no package behind")?;
+    Ok(archive.path())
+}

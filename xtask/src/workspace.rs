@@ -1,0 +1,77 @@
+//! What there is to work on: the root, the files under version control, the
+//! packages as cargo knows them.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde::Deserialize;
+
+use crate::command::Invocation;
+
+/// The directory of the workspace's `Cargo.toml`.
+pub(crate) fn root() -> PathBuf {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().unwrap_or(here).to_owned()
+}
+
+/// The files that are in git, or would be after `git add`: relative to the root,
+/// sorted. Files that were deleted but not yet staged are left out.
+///
+/// # Errors
+///
+/// git fails: not a checkout, say.
+pub(crate) fn files() -> Result<Vec<PathBuf>> {
+    let listed = Invocation::new("git")
+        .args(["ls-files", "-z", "--cached", "--others"])
+        .arg("--exclude-standard")
+        .capture()?;
+    let mut files: Vec<PathBuf> = listed
+        .split_terminator('\0')
+        .map(PathBuf::from)
+        .filter(|file| root().join(file).is_file())
+        .collect();
+    files.sort();
+    files.dedup();
+    Ok(files)
+}
+
+/// A package, as `cargo metadata` describes it.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Package {
+    pub(crate) name: String,
+    pub(crate) dependencies: Vec<Dependency>,
+    pub(crate) targets: Vec<Target>,
+}
+
+/// What a package's manifest asks for.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Dependency {
+    pub(crate) name: String,
+}
+
+/// What cargo builds of a package.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Target {
+    pub(crate) name: String,
+    pub(crate) kind: Vec<String>,
+}
+
+/// The packages of the workspace to which this manifest belongs.
+///
+/// # Errors
+///
+/// cargo fails, or says something else than it used to.
+pub(crate) fn packages(manifest: &Path) -> Result<Vec<Package>> {
+    #[derive(Deserialize)]
+    struct Metadata {
+        packages: Vec<Package>,
+    }
+    let json = Invocation::cargo()
+        .args(["metadata", "--no-deps", "--format-version", "1"])
+        .arg("--manifest-path")
+        .arg(manifest)
+        .capture()?;
+    let metadata: Metadata =
+        serde_json::from_str(&json).context("cannot understand `cargo metadata`")?;
+    Ok(metadata.packages)
+}
