@@ -97,7 +97,8 @@ pub(crate) fn run(args: &FuzzArgs) -> Result<()> {
     let fuzzer = Fuzzer::new(args.sanitizer)?;
     match &args.input {
         Some(input) => {
-            let input = std::path::absolute(input)?;
+            let input = fs::canonicalize(input)
+                .with_context(|| format!("cannot find {}", input.display()))?;
             fuzzer.invocation("run", target).arg(input).run()
         }
         None => fuzzer.fuzz(target, args.seconds, args.jobs),

@@ -9,6 +9,7 @@
 //! are to test. Layout: libxc and libxl migration stream specifications;
 //! `tools/xl/xl.h` for the file header.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -49,9 +50,7 @@ const PAGE_LIMIT: usize = 2;
 pub(super) fn write(corpus: &Path) -> Result<usize> {
     fs::create_dir_all(corpus).with_context(|| format!("cannot make {}", corpus.display()))?;
     let mut count = 0;
-    for image in images()? {
-        let name = image.file_name().unwrap_or_default().to_string_lossy();
-        let name = name.split(".save").next().unwrap_or(&name).to_owned();
+    for (name, image) in images()? {
         let done = corpus.join(format!("seed-{name}-libxc"));
         if !done.exists() {
             let octets = read(&image)?;
@@ -70,8 +69,9 @@ pub(super) fn write(corpus: &Path) -> Result<usize> {
     Ok(count)
 }
 
-fn images() -> Result<Vec<PathBuf>> {
-    let mut images = Vec::new();
+/// The images by name; of two with the same name, the project's own.
+fn images() -> Result<BTreeMap<String, PathBuf>> {
+    let mut images = BTreeMap::new();
     for place in PLACES {
         let place = workspace::root().join(place);
         if !place.is_dir() {
@@ -81,12 +81,12 @@ fn images() -> Result<Vec<PathBuf>> {
             fs::read_dir(&place).with_context(|| format!("cannot list {}", place.display()))?
         {
             let path = entry?.path();
-            if path.extension().is_some_and(|extension| extension == "zst") {
-                images.push(path);
+            let file_name = path.file_name().unwrap_or_default().to_string_lossy();
+            if let Some(name) = file_name.strip_suffix(".save.zst") {
+                images.entry(name.to_owned()).or_insert(path);
             }
         }
     }
-    images.sort();
     Ok(images)
 }
 
