@@ -205,10 +205,7 @@ impl Fuzzer {
                 println!("{target}: {total}");
                 Ok(())
             }
-            Some(error) => Err(error.context(format!(
-                "{target}: the input is below fuzz/artifacts/{target}; \
-                 once it is mended: cargo xtask fuzz {target} --input FILE"
-            ))),
+            Some(error) => Err(error.context(format!("fuzz target {target}"))),
         }
     }
 }
@@ -227,18 +224,21 @@ fn watch(mut child: Child, job: u32, log: &Path) -> Result<Stats> {
         writeln!(file, "{line}").with_context(|| format!("cannot write {name}"))?;
         found |= line.contains("panicked at") || line.contains("ERROR:");
         if found || stats::is_pulse(&line) {
-            eprintln!("[{job}] {line}");
+            // An input may be shown in one line of some hundred thousand characters.
+            eprintln!("[{job}] {line:.200}");
         }
         said.push_str(&line);
         said.push('\n');
     }
     let status = child.wait()?;
     if !status.success() {
-        let advice = match found {
-            true => "found something",
-            false => "failed",
-        };
-        bail!("the fuzzer {advice} ({status}); all it said is in {name}");
+        match found {
+            true => bail!(
+                "an input fails: it is below fuzz/artifacts, `--input FILE` runs it again, \
+                 and all that was said of it is in {name}"
+            ),
+            false => bail!("the fuzzer failed ({status}); what it said is in {name}"),
+        }
     }
     Stats::parse(&said).with_context(|| format!("no statistics in {name}"))
 }
