@@ -6,10 +6,13 @@ use std::io;
 
 use thiserror::Error;
 
+use crate::detect::Detected;
 use crate::frame::{PageType, Pfn};
 use crate::image::Version;
 use crate::order::OrderError;
 use crate::record::RecordKind;
+use crate::wrapper::libxl::{LibxlError, LibxlRecordKind};
+use crate::wrapper::xl::XlError;
 
 /// What length a rule asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -219,6 +222,21 @@ impl Reserved {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Place {
+    /// The first octets, from which one tells what a file or stream is.
+    Start,
+    /// The fixed part of the xl file header.
+    XlHeader,
+    /// The optional data behind it: the configuration.
+    XlOptionalData,
+    /// The header of the libxl stream.
+    LibxlHeader,
+    /// A record of the libxl stream.
+    LibxlRecord {
+        /// Number of the record in its stream, from 0.
+        index: u64,
+        /// Its kind, once its header has been read.
+        kind: Option<LibxlRecordKind>,
+    },
     /// The image header of the libxc stream.
     ImageHeader,
     /// The domain header of the libxc stream.
@@ -230,11 +248,23 @@ pub enum Place {
         /// Its kind, once its header has been read.
         kind: Option<RecordKind>,
     },
+    /// Behind the last record.
+    End,
 }
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Start => f.write_str("start of the file"),
+            Self::XlHeader => f.write_str("xl header"),
+            Self::XlOptionalData => f.write_str("xl header, optional data"),
+            Self::LibxlHeader => f.write_str("libxl header"),
+            Self::LibxlRecord { index, kind: None } => write!(f, "libxl record {index}"),
+            Self::LibxlRecord {
+                index,
+                kind: Some(kind),
+            } => write!(f, "libxl record {index} ({kind})"),
+            Self::End => f.write_str("end of the file"),
             Self::ImageHeader => f.write_str("libxc image header"),
             Self::DomainHeader => f.write_str("libxc domain header"),
             Self::Record { index, kind: None } => write!(f, "libxc record {index}"),
@@ -274,6 +304,7 @@ pub struct ReadError {
 
 /// Why a stream could not be read.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum ReadErrorCause {
     /// The source failed.
     #[error("reading failed: {0}")]
@@ -284,9 +315,21 @@ pub enum ReadErrorCause {
         /// Octets that were still to come for this structure.
         needed: u64,
     },
-    /// The octets break a rule.
+    /// The octets break a rule of the libxc stream.
     #[error("{0}")]
     Decode(#[from] DecodeError),
+    /// The octets break a rule of the libxl stream.
+    #[error("{0}")]
+    Libxl(#[from] LibxlError),
+    /// The octets break a rule of the xl header.
+    #[error("{0}")]
+    Xl(#[from] XlError),
+    /// It is, or holds, something that this version does not read.
+    #[error("this is no saved domain that can be read: {0}")]
+    Unreadable(Detected),
+    /// Octets follow where the file should end.
+    #[error("octets follow the last record: something was appended to the image")]
+    Trailing,
 }
 
 impl ReadError {
@@ -296,7 +339,7 @@ impl ReadError {
         Self { position, cause }
     }
 
-    /// The rule that was broken, if that is why.
+    /// The rule of the libxc stream that was broken, if that is why.
     pub fn decode(&self) -> Option<&DecodeError> {
         match &self.cause {
             ReadErrorCause::Decode(e) => Some(e),
@@ -304,8 +347,8 @@ impl ReadError {
         }
     }
 
-    /// Whether the image is to blame (a broken rule or a truncated stream), not the
-    /// source it was read from.
+    /// Whether the image is to blame (a broken rule, a truncated stream, something
+    /// else than an image), not the source it was read from.
     pub fn is_bad_image(&self) -> bool {
         !matches!(self.cause, ReadErrorCause::Io(_))
     }

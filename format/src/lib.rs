@@ -21,6 +21,7 @@ pub mod order;
 pub mod read;
 pub mod record;
 pub mod slice;
+pub mod walk;
 pub mod wire;
 pub mod wrapper;
 pub mod write;

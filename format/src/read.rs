@@ -140,6 +140,8 @@ pub struct RecordReader<R> {
     index: u64,
     /// The record that is being read, or was read last.
     current: Position,
+    /// The next record's header, where it has been looked at already.
+    header: Option<WireRecordHeader>,
     /// Octets of page data that the caller has not taken yet.
     pending: u64,
     body: Vec<u8>,
@@ -211,6 +213,7 @@ impl<R: Read> RecordReader<R> {
             offset,
             index: 0,
             current,
+            header: None,
             pending: 0,
             body: Vec::new(),
             scratch: Vec::new(),
@@ -270,19 +273,7 @@ impl<R: Read> RecordReader<R> {
     }
 
     fn fill_body(&mut self, octets: u64) -> Result<(), ReadErrorCause> {
-        // The length comes from the stream: allocate as octets really arrive.
-        const STEP: usize = 1 << 20;
-        self.body.clear();
-        let mut left = octets;
-        while left > 0 {
-            let step = usize::try_from(left).unwrap_or(STEP).min(STEP);
-            let at = self.body.len();
-            self.body.resize(at.saturating_add(step), 0);
-            let (_, room) = self.body.split_at_mut(at);
-            left = left.saturating_sub(step as u64);
-            fill(&mut self.source, room).map_err(|cause| cause.truncated_before(left))?;
-        }
-        Ok(())
+        fill_growing(&mut self.source, &mut self.body, octets)
     }
 
     /// The next record, or `None` after END. What the caller has not read of a
@@ -293,6 +284,14 @@ impl<R: Read> RecordReader<R> {
     /// The source failed, the stream is truncated, or a rule is broken; where, the
     /// error says. After an error there is no going on.
     pub fn next_record(&mut self) -> Result<Option<Incoming<'_, R>>, ReadError> {
+        let next = self.next_record_at()?;
+        Ok(next.map(|(_, incoming)| incoming))
+    }
+
+    /// As [`RecordReader::next_record`], with where the record begins.
+    pub(crate) fn next_record_at(
+        &mut self,
+    ) -> Result<Option<(Position, Incoming<'_, R>)>, ReadError> {
         match self.state {
             State::Records => {}
             State::Ended => return Ok(None),
@@ -301,14 +300,10 @@ impl<R: Read> RecordReader<R> {
                 return Err(self.failed(ReadErrorCause::Io(cause)));
             }
         }
-        self.skip_pending()?;
-        let index = self.index;
-        self.current = Position {
-            place: Place::Record { index, kind: None },
-            offset: self.offset,
-        };
-        let header = self.record_header().map_err(|cause| self.failed(cause))?;
+        let header = self.peek()?;
+        self.header = None;
         self.advance(WIRE_HEADER);
+        let index = self.index;
         let kind = self.decoder.kind(&header);
         self.current.place = Place::Record {
             index,
@@ -318,11 +313,13 @@ impl<R: Read> RecordReader<R> {
         let length = self.decoder.admit(&header).map_err(|e| self.failed(e))?;
         if kind == RecordKind::PAGE_DATA {
             let pages = self.page_data_head(length)?;
-            return Ok(Some(Incoming::PageData(PageDataBody {
+            let position = self.position();
+            let body = PageDataBody {
                 reader: self,
                 pages,
                 length,
-            })));
+            };
+            return Ok(Some((position, Incoming::PageData(body))));
         }
         let pad = padding(u64::from(length));
         let octets = u64::from(length).saturating_add(pad);
@@ -338,7 +335,7 @@ impl<R: Read> RecordReader<R> {
                 if kind == RecordKind::END {
                     self.state = State::Ended;
                 }
-                Ok(Some(Incoming::Record(record)))
+                Ok(Some((position, Incoming::Record(record))))
             }
             Err(e) => {
                 self.state = State::Failed;
@@ -350,10 +347,37 @@ impl<R: Read> RecordReader<R> {
         }
     }
 
-    fn record_header(&mut self) -> Result<WireRecordHeader, ReadErrorCause> {
+    /// Look at the next record's header, which takes it from the source.
+    fn peek(&mut self) -> Result<WireRecordHeader, ReadError> {
+        if let Some(header) = self.header {
+            return Ok(header);
+        }
+        self.skip_pending()?;
+        self.current = Position {
+            place: Place::Record {
+                index: self.index,
+                kind: None,
+            },
+            offset: self.offset,
+        };
         let mut header = WireRecordHeader::new_zeroed();
-        fill(&mut self.source, header.as_mut_bytes())?;
+        fill(&mut self.source, header.as_mut_bytes()).map_err(|cause| self.failed(cause))?;
+        self.header = Some(header);
         Ok(header)
+    }
+
+    /// Take the next eight octets if `is_other` says of them, read as the header of a
+    /// libxc record, that they belong to another layer, which has to count them.
+    pub(crate) fn take_header_if(
+        &mut self,
+        is_other: impl FnOnce(&WireRecordHeader) -> bool,
+    ) -> Result<Option<WireRecordHeader>, ReadError> {
+        let header = self.peek()?;
+        if !is_other(&header) {
+            return Ok(None);
+        }
+        self.header = None;
+        Ok(Some(header))
     }
 
     fn page_data_head(&mut self, length: u32) -> Result<u64, ReadError> {
@@ -540,6 +564,27 @@ pub(crate) fn fill_behind(
         *to = *from;
     }
     fill(source, rest)
+}
+
+/// Fill `body` with exactly `octets`. They come from the stream, so memory is
+/// allocated as octets really arrive.
+pub(crate) fn fill_growing(
+    source: &mut impl Read,
+    body: &mut Vec<u8>,
+    octets: u64,
+) -> Result<(), ReadErrorCause> {
+    const STEP: usize = 1 << 20;
+    body.clear();
+    let mut left = octets;
+    while left > 0 {
+        let step = usize::try_from(left).unwrap_or(STEP).min(STEP);
+        let at = body.len();
+        body.resize(at.saturating_add(step), 0);
+        let (_, room) = body.split_at_mut(at);
+        left = left.saturating_sub(step as u64);
+        fill(source, room).map_err(|cause| cause.truncated_before(left))?;
+    }
+    Ok(())
 }
 
 /// What is wrong with a source that claims more octets than it had room for.

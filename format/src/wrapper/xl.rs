@@ -14,9 +14,10 @@ use std::io::{Read, Write};
 use thiserror::Error;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::{Reading, Source, WrapperErrorCause, WrapperReadError, WrapperWriteError};
+use super::WrapperWriteError;
 use crate::byte_order::ByteOrder;
-use crate::read::ReadOptions;
+use crate::error::{Place, ReadError, ReadErrorCause};
+use crate::read::{ReadOptions, fill, fill_behind, fill_growing};
 use crate::wire::U32;
 
 /// The first octets of a file that xl wrote.
@@ -177,31 +178,31 @@ impl XlHeader {
     /// # Errors
     ///
     /// The source failed or ended, or a rule is broken.
-    pub fn read(source: impl Read, options: ReadOptions) -> Result<Self, WrapperReadError> {
-        let mut source = Source {
-            inner: source,
-            offset: options.offset,
-        };
-        let at = |reading, offset| {
-            move |cause| WrapperReadError {
-                reading,
-                offset,
-                cause,
-            }
-        };
+    pub fn read(mut source: impl Read, options: ReadOptions) -> Result<Self, ReadError> {
+        Self::read_behind(&[], &mut source, options)
+    }
+
+    /// As [`XlHeader::read`], where the first octets, `known`, have been read already,
+    /// to find out what the source holds. The offset in `options` is where the header
+    /// begins.
+    pub(crate) fn read_behind(
+        known: &[u8],
+        source: &mut impl Read,
+        options: ReadOptions,
+    ) -> Result<Self, ReadError> {
         let (order, mandatory_flags, optional_flags, length) =
-            read_fixed(&mut source, options.lenient)
-                .map_err(at(Reading::XlHeader, options.offset))?;
-        let at_data = at(Reading::XlOptionalData, source.offset);
-        let header = Self {
+            read_fixed(known, source, options.lenient)
+                .map_err(|cause| ReadError::at(Place::XlHeader, options.offset, cause))?;
+        let offset = options.offset.saturating_add(Self::FIXED_OCTETS as u64);
+        let mut header = Self {
             order,
             mandatory_flags,
             optional_flags,
-            optional_data: source.take(length).map_err(at_data)?,
+            optional_data: Vec::new(),
         };
-        header
-            .check_optional_data()
-            .map_err(|e| at_data(e.into()))?;
+        fill_growing(source, &mut header.optional_data, u64::from(length))
+            .and_then(|()| Ok(header.check_optional_data()?))
+            .map_err(|cause| ReadError::at(Place::XlOptionalData, offset, cause))?;
         Ok(header)
     }
 
@@ -337,18 +338,19 @@ fn too_long(got: u64) -> XlError {
 
 /// Read and judge the fixed part: byte order, mandatory and optional flags, length
 /// of the optional data.
-fn read_fixed<R: Read>(
-    source: &mut Source<R>,
+fn read_fixed(
+    known: &[u8],
+    source: &mut impl Read,
     lenient: bool,
-) -> Result<(ByteOrder, u32, u32, usize), WrapperErrorCause> {
+) -> Result<(ByteOrder, u32, u32, u32), ReadErrorCause> {
     // Refuse what is no such file before waiting for the rest of it.
     let mut magic = [0; 32];
-    source.fill(&mut magic)?;
+    fill_behind(known, source, &mut magic)?;
     if magic != MAGIC {
         return Err(XlError::Magic { got: magic }.into());
     }
     let mut wire = WireXlFields::new_zeroed();
-    source.fill(wire.as_mut_bytes())?;
+    fill(source, wire.as_mut_bytes())?;
     let order = [ByteOrder::Little, ByteOrder::Big]
         .into_iter()
         .find(|order| wire.byte_order.get(*order) == BYTE_ORDER_MARK)
@@ -375,5 +377,5 @@ fn read_fixed<R: Read>(
     if length > MAX_OPTIONAL_DATA {
         return Err(too_long(u64::from(length)).into());
     }
-    Ok((order, mandatory_flags, optional_flags, length as usize))
+    Ok((order, mandatory_flags, optional_flags, length))
 }

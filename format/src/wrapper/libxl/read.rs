@@ -12,9 +12,110 @@ use super::{
     LibxlError, LibxlHeader, LibxlOrder, LibxlRecord, LibxlRecordKind, WireLibxlHeader,
     reserved_zero,
 };
-use crate::read::ReadOptions;
+use crate::error::{Place, Position, ReadError, ReadErrorCause};
+use crate::read::{ReadOptions, fill, fill_behind, fill_growing};
 use crate::record::padding;
-use crate::wrapper::{Reading, Source, WrapperErrorCause, WrapperReadError};
+
+/// What reading a libxl stream has to remember, apart from the source: that is handed
+/// to the libxc layer and taken back.
+#[derive(Clone, Debug)]
+pub(crate) struct LibxlState {
+    header: LibxlHeader,
+    pub(crate) order: LibxlOrder,
+    lenient: bool,
+    /// Octets of the file that have been consumed.
+    pub(crate) offset: u64,
+    /// Number of the next record.
+    index: u64,
+    failed: bool,
+}
+
+impl LibxlState {
+    /// Read the header, whose first octets, `known`, have been read already.
+    pub(crate) fn new(
+        known: &[u8],
+        source: &mut impl Read,
+        options: ReadOptions,
+    ) -> Result<Self, ReadError> {
+        let mut wire = WireLibxlHeader::new_zeroed();
+        let header = fill_behind(known, source, wire.as_mut_bytes())
+            .and_then(|()| Ok(LibxlHeader::decode(&wire, options.lenient)?))
+            .map_err(|cause| ReadError::at(Place::LibxlHeader, options.offset, cause))?;
+        Ok(Self {
+            header,
+            order: LibxlOrder::new(),
+            lenient: options.lenient,
+            offset: options.offset.saturating_add(LibxlHeader::OCTETS as u64),
+            index: 0,
+            failed: false,
+        })
+    }
+
+    pub(crate) fn header(&self) -> LibxlHeader {
+        self.header
+    }
+
+    /// Read the next record, whose first octets, `known`, have been read already but
+    /// not counted; where it begins.
+    pub(crate) fn next_record(
+        &mut self,
+        known: &[u8],
+        source: &mut impl Read,
+    ) -> Result<(Position, LibxlRecord), ReadError> {
+        let mut position = Position {
+            place: Place::LibxlRecord {
+                index: self.index,
+                kind: None,
+            },
+            offset: self.offset,
+        };
+        let result = match self.failed {
+            false => self.read_record(known, source, &mut position.place),
+            true => Err(ReadErrorCause::Io(io::Error::other(
+                "the stream failed earlier and cannot be followed",
+            ))),
+        };
+        self.index = self.index.saturating_add(1);
+        match result {
+            Ok(record) => Ok((position, record)),
+            Err(cause) => {
+                self.failed = true;
+                Err(ReadError { position, cause })
+            }
+        }
+    }
+
+    fn read_record(
+        &mut self,
+        known: &[u8],
+        source: &mut impl Read,
+        place: &mut Place,
+    ) -> Result<LibxlRecord, ReadErrorCause> {
+        let mut wire = WireLibxlRecordHeader::new_zeroed();
+        fill_behind(known, source, wire.as_mut_bytes())?;
+        let order = self.header.order;
+        let kind = LibxlRecordKind(wire.kind.get(order));
+        *place = Place::LibxlRecord {
+            index: self.index,
+            kind: Some(kind),
+        };
+        let length = u64::from(wire.length.get(order));
+        LibxlRecord::check_header(kind, length)?;
+        self.order.admit(kind).map_err(LibxlError::from)?;
+        let mut body = Vec::new();
+        let pad_length = padding(length);
+        fill_growing(source, &mut body, length)
+            .map_err(|cause| cause.truncated_before(pad_length))?;
+        let mut pad = [0; 8];
+        let (room, _) = pad.split_at_mut(usize::try_from(pad_length).unwrap_or(0));
+        fill(source, room)?;
+        let at = length.saturating_add(size_of::<WireLibxlRecordHeader>() as u64);
+        self.offset = self.offset.saturating_add(at).saturating_add(pad_length);
+        let value = u64::from_be_bytes(pad);
+        reserved_zero(self.lenient, "padding after the body", at, value)?;
+        Ok(LibxlRecord::decode(kind, body, order, self.lenient)?)
+    }
+}
 
 /// Reads the records of a libxl stream.
 ///
@@ -23,15 +124,11 @@ use crate::wrapper::{Reading, Source, WrapperErrorCause, WrapperReadError};
 /// that were. After libxc's END the records go on here; at a libxc CHECKPOINT the
 /// caller says [`LibxlReader::begin_checkpoint`], takes records up to
 /// [`LibxlRecord::CheckpointEnd`] and goes back to the libxc stream.
+/// ([`Walk`](crate::walk::Walk) does all that.)
 #[derive(Debug)]
 pub struct LibxlReader<R> {
-    source: Source<R>,
-    header: LibxlHeader,
-    order: LibxlOrder,
-    lenient: bool,
-    /// Number of the next record.
-    index: u64,
-    failed: bool,
+    source: R,
+    state: LibxlState,
 }
 
 impl<R: Read> LibxlReader<R> {
@@ -40,58 +137,39 @@ impl<R: Read> LibxlReader<R> {
     /// # Errors
     ///
     /// What is wrong with the header, or with the source.
-    pub fn new(source: R, options: ReadOptions) -> Result<Self, WrapperReadError> {
-        let mut source = Source {
-            inner: source,
-            offset: options.offset,
-        };
-        let mut wire = WireLibxlHeader::new_zeroed();
-        let header = source.fill(wire.as_mut_bytes()).and_then(|()| {
-            LibxlHeader::decode(&wire, options.lenient).map_err(WrapperErrorCause::from)
-        });
-        let header = header.map_err(|cause| WrapperReadError {
-            reading: Reading::LibxlHeader,
-            offset: options.offset,
-            cause,
-        })?;
-        Ok(Self {
-            source,
-            header,
-            order: LibxlOrder::new(),
-            lenient: options.lenient,
-            index: 0,
-            failed: false,
-        })
+    pub fn new(mut source: R, options: ReadOptions) -> Result<Self, ReadError> {
+        let state = LibxlState::new(&[], &mut source, options)?;
+        Ok(Self { source, state })
     }
 
     /// The header.
     pub fn header(&self) -> LibxlHeader {
-        self.header
+        self.state.header
     }
 
     /// Octets of the file that have been consumed, those before the stream included.
     pub fn offset(&self) -> u64 {
-        self.source.offset
+        self.state.offset
     }
 
     /// The source, which stands right behind what was read.
     pub fn source_mut(&mut self) -> &mut R {
-        &mut self.source.inner
+        &mut self.source
     }
 
     /// Give the source back.
     pub fn into_source(self) -> R {
-        self.source.inner
+        self.source
     }
 
     /// Count `octets` that somebody else read from the source.
     pub fn advance(&mut self, octets: u64) {
-        self.source.offset = self.source.offset.saturating_add(octets);
+        self.state.offset = self.state.offset.saturating_add(octets);
     }
 
     /// The libxc layer has read a CHECKPOINT: the next records belong to it.
     pub fn begin_checkpoint(&mut self) {
-        self.order.begin_checkpoint();
+        self.state.order.begin_checkpoint();
     }
 
     /// The next record, or `None` after END.
@@ -100,50 +178,11 @@ impl<R: Read> LibxlReader<R> {
     ///
     /// The source failed, the stream is truncated, or a rule is broken; where, the
     /// error says. After an error there is no going on.
-    pub fn next_record(&mut self) -> Result<Option<LibxlRecord>, WrapperReadError> {
-        if self.order.ended() && !self.failed {
+    pub fn next_record(&mut self) -> Result<Option<LibxlRecord>, ReadError> {
+        if self.state.order.ended() && !self.state.failed {
             return Ok(None);
         }
-        let offset = self.source.offset;
-        let index = self.index;
-        let mut kind = None;
-        let result = match self.failed {
-            false => self.read_record(&mut kind),
-            true => Err(WrapperErrorCause::Io(io::Error::other(
-                "the stream failed earlier and cannot be followed",
-            ))),
-        };
-        self.index = self.index.saturating_add(1);
-        result.map(Some).map_err(|cause| {
-            self.failed = true;
-            WrapperReadError {
-                reading: Reading::LibxlRecord { index, kind },
-                offset,
-                cause,
-            }
-        })
-    }
-
-    fn read_record(
-        &mut self,
-        seen: &mut Option<LibxlRecordKind>,
-    ) -> Result<LibxlRecord, WrapperErrorCause> {
-        let mut wire = WireLibxlRecordHeader::new_zeroed();
-        self.source.fill(wire.as_mut_bytes())?;
-        let kind = LibxlRecordKind(wire.kind.get(self.header.order));
-        *seen = Some(kind);
-        let length = wire.length.get(self.header.order);
-        LibxlRecord::check_header(kind, u64::from(length))?;
-        self.order.admit(kind).map_err(LibxlError::from)?;
-        let body = self.source.take(length as usize)?;
-        let mut pad = [0; 8];
-        let pad_length = usize::try_from(padding(u64::from(length))).unwrap_or(0);
-        self.source
-            .fill(pad.get_mut(..pad_length).unwrap_or_default())?;
-        let at = u64::from(length).saturating_add(8);
-        let value = u64::from_be_bytes(pad);
-        reserved_zero(self.lenient, "padding after the body", at, value)?;
-        let order = self.header.order;
-        Ok(LibxlRecord::decode(kind, body, order, self.lenient)?)
+        let (_, record) = self.state.next_record(&[], &mut self.source)?;
+        Ok(Some(record))
     }
 }

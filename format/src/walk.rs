@@ -1,0 +1,508 @@
+//! Reading a whole file, whatever of the readable kinds it is: what stands around the
+//! libxc stream, the stream itself, and the hand-overs between the two, as one
+//! sequence of steps.
+//!
+//! | file | steps |
+//! |---|---|
+//! | of `xl save` | xl header, then as a libxl stream |
+//! | libxl stream | libxl header, libxl records; after LIBXC_CONTEXT a libxc stream, then libxl records up to END |
+//! | libxc stream | libxc headers, libxc records up to END |
+//!
+//! In a checkpointed stream (Remus, COLO) the libxc layer pauses at each CHECKPOINT;
+//! libxl records follow up to CHECKPOINT_END, for COLO CHECKPOINT_STATE behind it,
+//! and then libxc records again, without headers. In a bare libxc stream they just
+//! go on.
+//!
+//! Nothing is read that does not belong to the step: a pipe will do, and after the
+//! last step the source stands behind the last record.
+//!
+//! Specification: libxl migration stream, "LIBXC_CONTEXT"; libxc migration stream,
+//! "CHECKPOINT". C implementation: `libxl_stream_read.c`,
+//! `xg_sr_restore.c:handle_checkpoint`.
+
+use std::io::{self, Read, Seek};
+use std::mem;
+
+use zerocopy::IntoBytes;
+
+use crate::detect::{Detected, detect};
+use crate::error::{Place, Position, ReadError, ReadErrorCause};
+use crate::image::{DomainHeader, GuestType, ImageHeader};
+use crate::read::{
+    Incoming, PageDataBody, ReadOptions, RecordReader, Skip, skip_by_reading, skip_by_seeking,
+};
+use crate::record::{Record, RecordKind, WireRecordHeader};
+use crate::wrapper::libxl::read::LibxlState;
+use crate::wrapper::libxl::{LibxlHeader, LibxlRecord, LibxlRecordKind};
+use crate::wrapper::xl::XlHeader;
+
+/// One thing that a file holds, and where.
+#[derive(Debug)]
+pub struct Step<'w, R> {
+    /// Where it begins.
+    pub position: Position,
+    /// What it is.
+    pub content: Content<'w, R>,
+}
+
+/// What a [`Step`] is.
+#[derive(Debug)]
+pub enum Content<'w, R> {
+    /// The header of a file that xl wrote, with the domain's configuration.
+    XlHeader(&'w XlHeader),
+    /// The header of the libxl stream.
+    LibxlHeader(LibxlHeader),
+    /// A record of the libxl stream.
+    LibxlRecord(LibxlRecord),
+    /// Both headers of the libxc stream.
+    Headers(ImageHeader, DomainHeader),
+    /// A PAGE_DATA record of the libxc stream, its pages still in the source. Those
+    /// that are not read are passed over.
+    PageData(PageDataBody<'w, R>),
+    /// Any other record of the libxc stream.
+    Record(Record<'w>),
+}
+
+/// Reads a file step by step.
+#[derive(Debug)]
+pub struct Walk<R> {
+    options: ReadOptions,
+    skip: Skip<R>,
+    detected: Detected,
+    xl: Option<XlHeader>,
+    libxl: Option<LibxlState>,
+    held: Held<R>,
+    next: Next,
+}
+
+/// Who has the source.
+#[derive(Debug)]
+enum Held<R> {
+    /// The libxl layer, or nobody yet; octets of the file that have been consumed,
+    /// and octets that have been read to see what comes, but not been consumed.
+    Source(R, u64, Vec<u8>),
+    /// The libxc layer.
+    Libxc(RecordReader<R>),
+    /// Nobody: the hand-over failed.
+    Lost,
+}
+
+/// What comes next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Next {
+    XlHeader,
+    /// Behind an xl header that says so: no stream of version 2.
+    NotVersion2,
+    LibxlHeader,
+    LibxlRecord,
+    LibxcHeaders,
+    LibxcRecord,
+    /// A libxl record, while the libxc layer pauses at a CHECKPOINT.
+    CheckpointRecord,
+    /// Behind CHECKPOINT_END: a libxc record, or COLO's CHECKPOINT_STATE.
+    Resumption,
+    Nothing,
+    Failed,
+}
+
+/// Octets that tell readable files from each other and from all others.
+const TELLING: usize = 8;
+
+impl<R: Read> Walk<R> {
+    /// Find out what `source` holds. Its first eight octets are read for that (fewer
+    /// if it has no more); it is read forwards only. It needs no buffer of its own,
+    /// and must not have one if somebody else reads on behind the last step.
+    ///
+    /// # Errors
+    ///
+    /// The source failed; it holds something that this version does not read
+    /// ([`ReadErrorCause::Unreadable`] says what).
+    pub fn open(source: R, options: ReadOptions) -> Result<Self, ReadError> {
+        Self::with_skip(source, options, skip_by_reading::<R>)
+    }
+
+    fn with_skip(mut source: R, options: ReadOptions, skip: Skip<R>) -> Result<Self, ReadError> {
+        let start = |cause| ReadError::at(Place::Start, options.offset, cause);
+        let known = first_octets(&mut source).map_err(start)?;
+        let detected = detect(&known);
+        let next = match detected {
+            Detected::Xl => Next::XlHeader,
+            Detected::Libxl => Next::LibxlHeader,
+            Detected::Libxc => Next::LibxcHeaders,
+            other => return Err(start(ReadErrorCause::Unreadable(other))),
+        };
+        Ok(Self {
+            options,
+            skip,
+            detected,
+            xl: None,
+            libxl: None,
+            held: Held::Source(source, options.offset, known),
+            next,
+        })
+    }
+
+    /// What the file is: [`Detected::Xl`], [`Detected::Libxl`] or [`Detected::Libxc`].
+    pub fn detected(&self) -> Detected {
+        self.detected
+    }
+
+    /// The xl header, once it has been a step.
+    pub fn xl(&self) -> Option<&XlHeader> {
+        self.xl.as_ref()
+    }
+
+    /// The libxl header, once it has been a step.
+    pub fn libxl(&self) -> Option<LibxlHeader> {
+        self.libxl.as_ref().map(LibxlState::header)
+    }
+
+    /// The libxc layer, from the step of its headers to that of its END: for its
+    /// headers and [`RecordReader::static_data_over`].
+    pub fn libxc(&self) -> Option<&RecordReader<R>> {
+        match &self.held {
+            Held::Libxc(reader) => Some(reader),
+            Held::Source(..) | Held::Lost => None,
+        }
+    }
+
+    /// Octets of the file that have been consumed.
+    pub fn offset(&self) -> u64 {
+        match &self.held {
+            Held::Source(_, offset, _) => *offset,
+            Held::Libxc(reader) => reader.offset(),
+            Held::Lost => self.options.offset,
+        }
+    }
+
+    fn options_at(&self, offset: u64) -> ReadOptions {
+        ReadOptions {
+            offset,
+            ..self.options
+        }
+    }
+
+    /// The next step, or `None` behind the last.
+    ///
+    /// # Errors
+    ///
+    /// The source failed, the file is truncated, or a rule is broken; where, the error
+    /// says. After an error there is no going on.
+    pub fn next_step(&mut self) -> Result<Option<Step<'_, R>>, ReadError> {
+        // Overwritten by whatever succeeds.
+        match mem::replace(&mut self.next, Next::Failed) {
+            Next::XlHeader => self.xl_header().map(Some),
+            Next::NotVersion2 => self.not_version_2().map(Some),
+            Next::LibxlHeader => self.libxl_header().map(Some),
+            Next::LibxlRecord => self.libxl_record().map(Some),
+            Next::LibxcHeaders => self.libxc_headers().map(Some),
+            Next::LibxcRecord => self.libxc_record().map(Some),
+            Next::CheckpointRecord => self.checkpoint_record(&[]).map(Some),
+            Next::Resumption => self.resumption().map(Some),
+            Next::Nothing => {
+                self.next = Next::Nothing;
+                Ok(None)
+            }
+            Next::Failed => Err(self.cannot_go_on()),
+        }
+    }
+
+    fn cannot_go_on(&self) -> ReadError {
+        let cause = io::Error::other("the file failed earlier and cannot be followed");
+        ReadError::at(Place::End, self.offset(), ReadErrorCause::Io(cause))
+    }
+
+    /// The source, from the libxl layer or from the libxc layer that is through.
+    fn take_source(&mut self) -> Result<(R, u64, Vec<u8>), ReadError> {
+        match mem::replace(&mut self.held, Held::Lost) {
+            Held::Source(source, offset, known) => Ok((source, offset, known)),
+            Held::Libxc(reader) => {
+                let offset = reader.offset();
+                Ok((reader.into_source(), offset, Vec::new()))
+            }
+            Held::Lost => Err(self.cannot_go_on()),
+        }
+    }
+
+    fn xl_header(&mut self) -> Result<Step<'_, R>, ReadError> {
+        let (mut source, start, known) = self.take_source()?;
+        let header = XlHeader::read_behind(&known, &mut source, self.options_at(start))?;
+        let offset = start.saturating_add(header.octets());
+        self.held = Held::Source(source, offset, Vec::new());
+        self.next = match header.is_stream_v2() {
+            true => Next::LibxlHeader,
+            false => Next::NotVersion2,
+        };
+        let position = Position {
+            place: Place::XlHeader,
+            offset: start,
+        };
+        let content = Content::XlHeader(self.xl.insert(header));
+        Ok(Step { position, content })
+    }
+
+    /// What xl calls no stream of version 2 is a legacy one: say what it is.
+    fn not_version_2(&mut self) -> Result<Step<'_, R>, ReadError> {
+        let (mut source, offset, _) = self.take_source()?;
+        let cause = match first_octets(&mut source) {
+            Ok(known) => ReadErrorCause::Unreadable(detect(&known)),
+            Err(cause) => cause,
+        };
+        Err(ReadError::at(Place::Start, offset, cause))
+    }
+
+    fn libxl_header(&mut self) -> Result<Step<'_, R>, ReadError> {
+        let (mut source, start, known) = self.take_source()?;
+        let state = LibxlState::new(&known, &mut source, self.options_at(start))?;
+        let header = state.header();
+        self.held = Held::Source(source, state.offset, Vec::new());
+        self.libxl = Some(state);
+        self.next = Next::LibxlRecord;
+        let position = Position {
+            place: Place::LibxlHeader,
+            offset: start,
+        };
+        let content = Content::LibxlHeader(header);
+        Ok(Step { position, content })
+    }
+
+    fn libxl_record(&mut self) -> Result<Step<'_, R>, ReadError> {
+        let (mut source, offset, known) = self.take_source()?;
+        let Some(state) = &mut self.libxl else {
+            return Err(self.cannot_go_on());
+        };
+        state.offset = offset;
+        let result = state.next_record(&known, &mut source);
+        self.held = Held::Source(source, state.offset, Vec::new());
+        let (position, record) = result?;
+        self.next = match record {
+            LibxlRecord::LibxcContext => Next::LibxcHeaders,
+            LibxlRecord::End => Next::Nothing,
+            _ => Next::LibxlRecord,
+        };
+        let content = Content::LibxlRecord(record);
+        Ok(Step { position, content })
+    }
+
+    fn libxc_headers(&mut self) -> Result<Step<'_, R>, ReadError> {
+        let (source, start, known) = self.take_source()?;
+        let options = self.options_at(start);
+        let reader = RecordReader::behind(&known, source, options, self.skip)?;
+        let content = Content::Headers(reader.image(), reader.domain());
+        self.held = Held::Libxc(reader);
+        self.next = Next::LibxcRecord;
+        let position = Position {
+            place: Place::ImageHeader,
+            offset: start,
+        };
+        Ok(Step { position, content })
+    }
+
+    fn libxc_record(&mut self) -> Result<Step<'_, R>, ReadError> {
+        let in_libxl = self.libxl.is_some();
+        let gone = self.cannot_go_on();
+        let Held::Libxc(reader) = &mut self.held else {
+            return Err(gone);
+        };
+        let Some((position, incoming)) = reader.next_record_at()? else {
+            return Err(gone);
+        };
+        self.next = Next::LibxcRecord;
+        let content = match incoming {
+            Incoming::PageData(body) => Content::PageData(body),
+            Incoming::Record(record) => {
+                match record.kind {
+                    RecordKind::END if in_libxl => self.next = Next::LibxlRecord,
+                    RecordKind::END => self.next = Next::Nothing,
+                    RecordKind::CHECKPOINT => {
+                        if let Some(state) = &mut self.libxl {
+                            state.order.begin_checkpoint();
+                            self.next = Next::CheckpointRecord;
+                        }
+                    }
+                    _ => {}
+                }
+                Content::Record(record)
+            }
+        };
+        Ok(Step { position, content })
+    }
+
+    /// A libxl record, read from the source of the libxc layer, which pauses.
+    fn checkpoint_record(&mut self, known: &[u8]) -> Result<Step<'_, R>, ReadError> {
+        let gone = self.cannot_go_on();
+        let (Held::Libxc(reader), Some(state)) = (&mut self.held, &mut self.libxl) else {
+            return Err(gone);
+        };
+        let start = reader.offset();
+        state.offset = start;
+        let result = state.next_record(known, reader.source_mut());
+        reader.advance(state.offset.saturating_sub(start));
+        let (position, record) = result?;
+        self.next = match record {
+            LibxlRecord::CheckpointEnd | LibxlRecord::CheckpointState(_) => Next::Resumption,
+            _ => Next::CheckpointRecord,
+        };
+        let content = Content::LibxlRecord(record);
+        Ok(Step { position, content })
+    }
+
+    /// CHECKPOINT_STATE has the number of a record that only PV guests have, and COLO
+    /// is for HVM guests, so there is no doubt whose record it is.
+    fn resumption(&mut self) -> Result<Step<'_, R>, ReadError> {
+        let gone = self.cannot_go_on();
+        let (Held::Libxc(reader), Some(state)) = (&mut self.held, &self.libxl) else {
+            return Err(gone);
+        };
+        let order = state.header().order;
+        let is_hvm = reader.domain().guest_type == GuestType::X86_HVM;
+        let header = reader.take_header_if(|header: &WireRecordHeader| {
+            is_hvm && header.kind.get(order) == LibxlRecordKind::CHECKPOINT_STATE.0
+        })?;
+        match header {
+            Some(header) => self.checkpoint_record(header.as_bytes()),
+            None => self.libxc_record(),
+        }
+    }
+
+    /// Whether there is nothing behind the last step: for files, which must end there.
+    /// Reads one octet more. Call it when [`Walk::next_step`] has said `None`.
+    ///
+    /// # Errors
+    ///
+    /// [`ReadErrorCause::Trailing`] if there is; the source failed; the last step has
+    /// not been reached.
+    pub fn expect_end(&mut self) -> Result<(), ReadError> {
+        let offset = self.offset();
+        let at = |cause| ReadError::at(Place::End, offset, cause);
+        let early = || io::Error::other("the last record has not been read yet");
+        if self.next != Next::Nothing {
+            return Err(at(ReadErrorCause::Io(early())));
+        }
+        let (mut source, offset, _) = self.take_source()?;
+        let mut octet = [0];
+        let read = read_up_to(&mut source, &mut octet);
+        self.held = Held::Source(source, offset, Vec::new());
+        match read {
+            Ok(0) => Ok(()),
+            Ok(_) => Err(at(ReadErrorCause::Trailing)),
+            Err(e) => Err(at(ReadErrorCause::Io(e))),
+        }
+    }
+
+    /// Go up to the libxc stream and take it over: for a restorer, or whoever else
+    /// wants its records and what stands around it apart. Does not matter how many
+    /// steps have been taken before; of those that are passed over, nothing is lost
+    /// (see [`Around`]).
+    ///
+    /// # Errors
+    ///
+    /// As [`Walk::next_step`]; the libxc stream is over already or paused at a
+    /// checkpoint.
+    pub fn into_libxc(mut self) -> Result<(RecordReader<R>, Around<R>), ReadError> {
+        let mut before = Vec::new();
+        while !matches!(self.held, Held::Libxc(_)) {
+            match self.next_step()? {
+                Some(Step {
+                    content: Content::LibxlRecord(record),
+                    ..
+                }) => before.push(record),
+                Some(_) => {}
+                None => return Err(self.cannot_go_on()),
+            }
+        }
+        if self.next != Next::LibxcRecord {
+            return Err(self.cannot_go_on());
+        }
+        match mem::replace(&mut self.held, Held::Lost) {
+            Held::Libxc(reader) => Ok((reader, Around { walk: self, before })),
+            Held::Source(..) | Held::Lost => Err(self.cannot_go_on()),
+        }
+    }
+
+    /// Give the source back. Behind the last step it stands behind the last record;
+    /// before the first, eight octets in (or at the end); `None` after some errors.
+    pub fn into_source(self) -> Option<R> {
+        match self.held {
+            Held::Source(source, ..) => Some(source),
+            Held::Libxc(reader) => Some(reader.into_source()),
+            Held::Lost => None,
+        }
+    }
+}
+
+impl<R: Read + Seek> Walk<R> {
+    /// As [`Walk::open`], for a file: page data that is not wanted is passed over
+    /// without being read.
+    ///
+    /// # Errors
+    ///
+    /// As [`Walk::open`].
+    pub fn open_seeking(source: R, options: ReadOptions) -> Result<Self, ReadError> {
+        Self::with_skip(source, options, skip_by_seeking::<R>)
+    }
+}
+
+/// What stands around a libxc stream that somebody has taken over
+/// ([`Walk::into_libxc`]).
+#[derive(Debug)]
+pub struct Around<R> {
+    walk: Walk<R>,
+    before: Vec<LibxlRecord>,
+}
+
+impl<R: Read> Around<R> {
+    /// What the file is.
+    pub fn detected(&self) -> Detected {
+        self.walk.detected
+    }
+
+    /// The xl header, if the file has one.
+    pub fn xl(&self) -> Option<&XlHeader> {
+        self.walk.xl()
+    }
+
+    /// The libxl header, if the file has one.
+    pub fn libxl(&self) -> Option<LibxlHeader> {
+        self.walk.libxl()
+    }
+
+    /// The libxl records before the libxc stream that [`Walk::into_libxc`] passed
+    /// over, LIBXC_CONTEXT itself the last of them.
+    pub fn before(&self) -> &[LibxlRecord] {
+        &self.before
+    }
+
+    /// Go on behind the END of the libxc stream, with the libxl records that follow.
+    /// `offset` octets of the file have been consumed ([`RecordReader::offset`]).
+    pub fn resume(self, source: R, offset: u64) -> Walk<R> {
+        let mut walk = self.walk;
+        walk.next = match walk.libxl {
+            Some(_) => Next::LibxlRecord,
+            None => Next::Nothing,
+        };
+        walk.held = Held::Source(source, offset, Vec::new());
+        walk
+    }
+}
+
+/// The first eight octets, or all there are.
+fn first_octets(source: &mut impl Read) -> Result<Vec<u8>, ReadErrorCause> {
+    let mut octets = [0; TELLING];
+    let read = read_up_to(source, &mut octets).map_err(ReadErrorCause::Io)?;
+    Ok(octets.get(..read).unwrap_or_default().to_vec())
+}
+
+/// Fill `room` as far as the source goes.
+fn read_up_to(source: &mut impl Read, room: &mut [u8]) -> io::Result<usize> {
+    let whole = room.len();
+    match crate::read::fill(source, room) {
+        Ok(()) => Ok(whole),
+        Err(ReadErrorCause::Truncated { needed }) => {
+            let missing = usize::try_from(needed).unwrap_or(whole);
+            Ok(whole.saturating_sub(missing))
+        }
+        Err(ReadErrorCause::Io(e)) => Err(e),
+        Err(other) => Err(io::Error::other(other.to_string())),
+    }
+}
