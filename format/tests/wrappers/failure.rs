@@ -2,9 +2,9 @@
 
 use std::io;
 
+use xsr_format::error::{ReadError, ReadErrorCause};
 use xsr_format::wrapper::libxl::LibxlError;
 use xsr_format::wrapper::xl::XlError;
-use xsr_format::wrapper::{WrapperErrorCause, WrapperReadError};
 
 /// Why, comparable.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,19 +23,20 @@ pub(crate) struct Failure {
     pub(crate) cause: Cause,
 }
 
-impl From<WrapperReadError> for Failure {
-    fn from(error: WrapperReadError) -> Self {
+impl From<ReadError> for Failure {
+    fn from(error: ReadError) -> Self {
         let bad_image = error.is_bad_image();
         let cause = match error.cause {
-            WrapperErrorCause::Io(e) => Cause::Io(e.kind()),
-            WrapperErrorCause::Truncated { needed } => Cause::Truncated(needed),
-            WrapperErrorCause::Xl(e) => Cause::Xl(e),
-            WrapperErrorCause::Libxl(e) => Cause::Libxl(e),
+            ReadErrorCause::Io(e) => Cause::Io(e.kind()),
+            ReadErrorCause::Truncated { needed } => Cause::Truncated(needed),
+            ReadErrorCause::Xl(e) => Cause::Xl(e),
+            ReadErrorCause::Libxl(e) => Cause::Libxl(e),
+            other => panic!("{other:?} comes from no wrapper"),
         };
         assert_eq!(bad_image, !matches!(cause, Cause::Io(_)));
         Self {
-            place: error.reading.to_string(),
-            offset: error.offset,
+            place: error.position.place.to_string(),
+            offset: error.position.offset,
             cause,
         }
     }
