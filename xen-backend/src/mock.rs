@@ -28,6 +28,7 @@ mod random;
 mod state;
 mod store;
 mod summary;
+mod wake;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -324,6 +325,7 @@ impl Host for MockHost {
                 shutdown: None,
                 suspended_rings: None,
                 shared_info: shared_info.0,
+                lent: Vec::new(),
                 vcpus: (0..vcpus).map(|_| Vcpu::default()).collect(),
                 tsc: TscInfo {
                     khz: platform::HOST_KHZ,

@@ -269,11 +269,14 @@ impl DomainControl for MockDomain {
 
     fn unpause(&self) -> Result<(), BackendError> {
         self.change("unpausedomain", |state| {
-            let record = &mut state.record;
-            record.pauses = record.pauses.checked_sub(1).ok_or(Errno::EINVAL)?;
-            if record.pauses == 0 && record.shutdown.is_none() {
-                record.has_run = true;
+            let pauses = state.record.pauses.checked_sub(1).ok_or(Errno::EINVAL)?;
+            if pauses == 0 && state.record.shutdown.is_none() {
+                if self.dom.kind == GuestKind::Pv && !state.record.has_run {
+                    self.wake_guest(state)?;
+                }
+                state.record.has_run = true;
             }
+            state.record.pauses = pauses;
             Ok(())
         })
     }

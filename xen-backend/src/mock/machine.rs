@@ -181,15 +181,7 @@ impl Machine {
         else {
             return Ok(None);
         };
-        let shared_info = Frame {
-            owner: Some(domid),
-            used_as: FrameUse::Writable,
-            count: 1,
-            validated: true,
-            xen_heap: true,
-            ..Frame::default()
-        };
-        let Some(mfn) = self.allocator().take_page(&self.frames, shared_info) else {
+        let Some(mfn) = self.lend_page(domid) else {
             return Ok(None);
         };
         *next = 1 + domid.0 % (DOMID_FIRST_RESERVED - 1);
@@ -289,6 +281,24 @@ impl Machine {
         }
     }
 
+    /// Take a page of Xen's own and lend it to `owner`.
+    pub(super) fn lend_page(&self, owner: DomId) -> Option<Mfn> {
+        self.allocator().take_page(&self.frames, lent_page(owner))
+    }
+
+    /// Every frame of a domain that is no page of Xen's.
+    pub(super) fn frames_of(&self, domid: DomId) -> Vec<Mfn> {
+        let blocks: Vec<Mfn> = self.allocator().taken_blocks().collect();
+        blocks
+            .into_iter()
+            .flat_map(|first| (first.0..first.0 + BLOCK_FRAMES).map(Mfn))
+            .filter(|mfn| {
+                let frame = self.frames.owned(*mfn, domid);
+                frame.is_some_and(|frame| !frame.xen_heap)
+            })
+            .collect()
+    }
+
     /// Pages that a domain has.
     pub(super) fn tot_pages(&self, domid: DomId) -> u64 {
         self.counters.get(pages_counter(domid))
@@ -351,6 +361,18 @@ impl Drop for Machine {
     }
 }
 
+/// The frame table's entry for a page of Xen's that `owner` may use.
+fn lent_page(owner: DomId) -> Frame {
+    Frame {
+        owner: Some(owner),
+        used_as: FrameUse::Writable,
+        count: 1,
+        validated: true,
+        xen_heap: true,
+        ..Frame::default()
+    }
+}
+
 fn pages_counter(domid: DomId) -> usize {
     2 * usize::from(domid.0)
 }
@@ -397,8 +419,11 @@ fn recount(
                 continue;
             };
             let Some(owner) = frame.owner else { continue };
-            let shared_info = domains.get(&owner).map(|dom| dom.lock().record.shared_info);
-            if shared_info.is_none() || (frame.xen_heap && shared_info != Some(mfn.0)) {
+            let kept = domains.get(&owner).is_some_and(|dom| {
+                let record = &dom.lock().record;
+                !frame.xen_heap || record.shared_info == mfn.0 || record.lent.contains(&mfn.0)
+            });
+            if !kept {
                 if let Err(errno) = punch(memory, mfn, 1) {
                     tracing::error!(%errno, %mfn, "a frame left behind could not be cleared");
                     // Keep it out of use: it may hold a dead guest's data.

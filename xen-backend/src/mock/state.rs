@@ -63,6 +63,9 @@ pub(super) struct Record {
     pub(super) suspended_rings: Option<[u64; 2]>,
     /// The frame of shared_info.
     pub(super) shared_info: u64,
+    /// Further pages of Xen's, lent to the guest to publish its p2m in.
+    #[serde(default)]
+    pub(super) lent: Vec<u64>,
     pub(super) vcpus: Vec<Vcpu>,
     pub(super) tsc: TscInfo,
     /// Translated: HVM parameters by index.

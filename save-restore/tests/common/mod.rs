@@ -1,0 +1,258 @@
+//! What the engine's tests share: mock hosts, saving to memory, restoring from it,
+//! and streams taken apart.
+
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    reason = "each test binary uses its part; a test fails by panicking"
+)]
+
+use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
+use std::ops::ControlFlow;
+
+use xsr_format::fields::{Layout, Value, fields, pv};
+use xsr_format::frame::{Page, PageType, Pfn};
+use xsr_format::read::{ReadOptions, RecordReader};
+use xsr_format::record::hvm::HvmParam;
+use xsr_format::record::{Body, RecordKind};
+use xsr_format::slice::{SliceReader, SliceRecord};
+use xsr_save_restore::restore::RestoreStats;
+use xsr_save_restore::sink::CopySink;
+use xsr_save_restore::source::{CopySource, PageSource};
+use xsr_save_restore::toolstack::DirectToolstack;
+use xsr_save_restore::{RestoreError, RestoreOptions, SaveError, SaveOptions, restore, save};
+use xsr_xen_backend::mock::{GuestSpec, P2mStyle};
+use xsr_xen_backend::mock::{HostConfig, MockHost};
+use xsr_xen_backend::{DomId, Domain, GuestKind, Host};
+
+/// A host of its own, with frames scattered by `seed`.
+pub(crate) fn host(seed: u64) -> MockHost {
+    let config = HostConfig {
+        seed,
+        ..HostConfig::default()
+    };
+    MockHost::ephemeral(&config).unwrap()
+}
+
+/// One guest of every kind.
+pub(crate) fn specs() -> Vec<GuestSpec> {
+    let spec = |name: &str, kind, memory| GuestSpec::new(name, kind, memory);
+    vec![
+        GuestSpec {
+            vcpus: 3,
+            offline_vcpus: 1,
+            ballooned_pages: 100,
+            ..spec("pv64-linear", GuestKind::Pv, 16)
+        },
+        GuestSpec {
+            p2m: Some(P2mStyle::Tree),
+            ..spec("pv64-tree", GuestKind::Pv, 9)
+        },
+        GuestSpec {
+            width: 4,
+            vcpus: 2,
+            ballooned_pages: 7,
+            ..spec("pv32-tree", GuestKind::Pv, 13)
+        },
+        GuestSpec {
+            width: 4,
+            p2m: Some(P2mStyle::Linear),
+            ..spec("pv32-linear", GuestKind::Pv, 8)
+        },
+        GuestSpec {
+            vcpus: 2,
+            ..spec("hvm", GuestKind::Hvm, 16)
+        },
+        spec("pvh", GuestKind::Pvh, 11),
+    ]
+}
+
+pub(crate) fn options(threads: usize) -> SaveOptions {
+    SaveOptions {
+        threads: NonZeroUsize::new(threads),
+    }
+}
+
+/// Save to memory; the domain runs on.
+pub(crate) fn save_to_vec(
+    host: &MockHost,
+    domid: DomId,
+    options: &SaveOptions,
+) -> Result<Vec<u8>, SaveError> {
+    let domain = host.domain(domid).unwrap();
+    let mut toolstack = DirectToolstack(domain.as_ref());
+    let mut sink = CopySink(Vec::new());
+    let saved = save(
+        domain.as_ref(),
+        host.xen_version().unwrap(),
+        &mut toolstack,
+        &mut sink,
+        options,
+        &mut |_| ControlFlow::Continue(()),
+    )?;
+    saved.resume().unwrap();
+    Ok(sink.0)
+}
+
+/// What a domain must be to hold the guest of a stream: kind, vcpus (of both the
+/// libxc stream of a translated guest does not tell), pages.
+pub(crate) type Shape = (GuestKind, u32, u64);
+
+/// The shape of the guest in a stream.
+pub(crate) fn shape(stream: &[u8], kind: GuestKind, vcpus: u32) -> Shape {
+    let reader = SliceReader::new(stream, ReadOptions::default()).unwrap();
+    let mut pages = 0;
+    for record in reader {
+        match record.unwrap() {
+            SliceRecord::PageData(data) => {
+                let populated = |e: &xsr_format::frame::PageEntry| e.page_type.is_populated();
+                pages += data.entries.iter().filter(populated).count() as u64;
+            }
+            SliceRecord::Record(_) => {}
+        }
+    }
+    (kind, vcpus, pages)
+}
+
+/// Restore into a new domain of `host`, left paused.
+pub(crate) fn restore_stream<S: PageSource>(
+    host: &MockHost,
+    (kind, vcpus, pages): Shape,
+    source: S,
+) -> (DomId, Result<RestoreStats, RestoreError>) {
+    let domid = host.create_domain(kind, vcpus, pages + 256).unwrap();
+    let domain = host.domain(domid).unwrap();
+    let options = RestoreOptions {
+        store_port: domain.alloc_unbound_port(DomId(0)).unwrap(),
+        store_domid: DomId(0),
+        console_port: domain.alloc_unbound_port(DomId(0)).unwrap(),
+        console_domid: DomId(0),
+        expected_pfns: 0,
+    };
+    let mut toolstack = DirectToolstack(domain.as_ref());
+    let result = RecordReader::new(source, ReadOptions::default())
+        .map_err(RestoreError::from)
+        .and_then(|reader| {
+            restore(
+                domain.as_ref(),
+                reader,
+                &mut toolstack,
+                &options,
+                &mut |_| ControlFlow::Continue(()),
+            )
+        });
+    (domid, result.map(|(restored, _)| restored.stats))
+}
+
+/// As [`restore_stream`], from memory.
+pub(crate) fn restore_from(
+    host: &MockHost,
+    stream: &[u8],
+    kind: GuestKind,
+    vcpus: u32,
+) -> (DomId, RestoreStats) {
+    let shape = shape(stream, kind, vcpus);
+    let (domid, result) = restore_stream(host, shape, CopySource(stream));
+    (domid, result.unwrap())
+}
+
+/// Let a domain that was restored run.
+pub(crate) fn unpause(host: &MockHost, domid: DomId) -> Box<dyn Domain> {
+    let domain = host.domain(domid).unwrap();
+    domain.unpause().unwrap();
+    domain
+}
+
+/// A stream taken apart: the last version of each page, and every other record.
+pub(crate) struct Taken<'a> {
+    pub(crate) pages: BTreeMap<Pfn, (PageType, Option<&'a Page>)>,
+    pub(crate) records: Vec<(RecordKind, &'a [u8])>,
+    pub(crate) p2m_frames: Vec<Pfn>,
+    /// Octets in a PV guest's word.
+    pub(crate) width: u8,
+    /// Where a PV guest's start_info is.
+    pub(crate) start_info: Option<Pfn>,
+    params: Vec<HvmParam>,
+}
+
+impl Taken<'_> {
+    pub(crate) fn start_info_layout(&self) -> &'static Layout {
+        match self.width {
+            4 => &pv::START_INFO_32,
+            _ => &pv::START_INFO_64,
+        }
+    }
+
+    pub(crate) fn shared_info_layout(&self) -> &'static Layout {
+        match self.width {
+            4 => &pv::SHARED_INFO_32,
+            _ => &pv::SHARED_INFO_64,
+        }
+    }
+
+    /// The pages of an HVM guest that a restore clears: xenstore, ioreq, buffered
+    /// ioreq and console rings.
+    pub(crate) fn rings(&self) -> impl Iterator<Item = Pfn> {
+        let rings = self
+            .params
+            .iter()
+            .filter(|p| [1, 5, 6, 17].contains(&p.index));
+        rings.map(|param| Pfn(param.value))
+    }
+}
+
+/// The kinds of the records, in order.
+pub(crate) fn kinds(taken: &Taken<'_>) -> Vec<RecordKind> {
+    taken.records.iter().map(|(kind, _)| *kind).collect()
+}
+
+pub(crate) fn take_apart(stream: &[u8]) -> Taken<'_> {
+    let mut taken = Taken {
+        pages: BTreeMap::new(),
+        records: Vec::new(),
+        p2m_frames: Vec::new(),
+        width: 8,
+        start_info: None,
+        params: Vec::new(),
+    };
+    for record in SliceReader::new(stream, ReadOptions::default()).unwrap() {
+        match record.unwrap() {
+            SliceRecord::PageData(data) => {
+                let mut pages = data.pages.iter();
+                for entry in data.entries.iter() {
+                    let page = entry.page_type.has_data().then(|| pages.next().unwrap());
+                    taken.pages.insert(entry.pfn, (entry.page_type, page));
+                }
+            }
+            SliceRecord::Record(record) => {
+                match record.body {
+                    Body::PvInfo(info) => taken.width = info.width(),
+                    Body::P2mFrames(frames) => taken.p2m_frames.extend(frames.frames()),
+                    Body::HvmParams(params) => taken.params.extend(params.iter()),
+                    Body::Vcpu(vcpu)
+                        if record.kind == RecordKind::X86_PV_VCPU_BASIC && vcpu.vcpu == 0 =>
+                    {
+                        taken.start_info = Some(suspend_record(taken.width, vcpu.state));
+                    }
+                    _ => {}
+                }
+                taken.records.push((record.kind, record.raw));
+            }
+        }
+    }
+    taken
+}
+
+/// The pfn in edx of vcpu 0.
+fn suspend_record(width: u8, context: &[u8]) -> Pfn {
+    let (layout, name) = match width {
+        4 => (&pv::VCPU_CONTEXT_32, "user_regs.edx"),
+        _ => (&pv::VCPU_CONTEXT_64, "user_regs.rdx"),
+    };
+    let field = fields(layout, context).find(|field| field.name == name);
+    match field.unwrap().value {
+        Value::Hex(pfn) => Pfn(pfn),
+        other => panic!("{name} is {other}"),
+    }
+}
