@@ -17,6 +17,7 @@ mod error;
 mod frames;
 mod guest;
 mod hvm_context;
+mod kernel;
 mod layout;
 mod machine;
 mod memory;

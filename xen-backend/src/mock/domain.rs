@@ -10,7 +10,6 @@ use xsr_format::frame::{Gfn, Mfn, PageType};
 
 use super::error::MockError;
 use super::frames::{Frame, FrameUse};
-use super::layout::{StartInfoLayout, VcpuLayout, read_word};
 use super::machine::Machine;
 use super::memory;
 use super::state::{Dom, MAX_PFNS, State};
@@ -20,11 +19,6 @@ use crate::{DomId, DomainControl, DomainInfo, GuestKind, GuestMemory, ShutdownRe
 
 /// Most frames of one `getpageframeinfo3`.
 const MAX_TYPE_BATCH: usize = 1024;
-
-/// `__HYPERVISOR_sched_op`: what a suspending guest has in eax.
-const SCHED_OP: u64 = 29;
-/// What a guest finds in eax when its suspend was cancelled.
-const SUSPEND_CANCELLED: u64 = 1;
 
 /// A handle on one domain of a [`super::MockHost`].
 #[derive(Clone, Debug)]
@@ -136,79 +130,6 @@ impl MockDomain {
             })?;
         }
         Ok(mfn)
-    }
-
-    /// Have the guest do what a kernel does when it is asked to suspend.
-    fn suspend_guest(&self, state: &mut State) -> Result<(), Errno> {
-        if state.record.kind != GuestKind::Pv {
-            return Ok(());
-        }
-        let layout = VcpuLayout::of(state.record.width);
-        let mut context = match state.blobs.get("vcpu0-basic") {
-            Some(context) => context.clone(),
-            // Nothing there that could answer.
-            None => return Err(Errno::ETIMEDOUT),
-        };
-        let start_info = Mfn(layout.get(&context, layout.dx));
-        let rings = self.rings(state.record.width, start_info)?;
-        let mut pfns = [0; 2];
-        for (pfn, mfn) in pfns.iter_mut().zip(rings.map(Mfn)) {
-            let owned = self.machine.frames.owned(mfn, self.dom.domid);
-            *pfn = owned.and(self.machine.m2p(mfn)).ok_or(Errno::ETIMEDOUT)?;
-        }
-        self.set_rings(state.record.width, start_info, pfns)?;
-        state.record.suspended_rings = Some(rings);
-        layout.set(&mut context, layout.ax, SCHED_OP);
-        self.put_blob(state, "vcpu0-basic", context)
-    }
-
-    /// Have the guest go on after a suspend that was cancelled.
-    fn resume_guest(&self, state: &mut State) -> Result<(), Errno> {
-        if state.record.kind != GuestKind::Pv {
-            return Ok(());
-        }
-        let layout = VcpuLayout::of(state.record.width);
-        let mut context = state
-            .blobs
-            .get("vcpu0-basic")
-            .cloned()
-            .ok_or(Errno::EINVAL)?;
-        let start_info = Mfn(layout.get(&context, layout.dx));
-        let rings = state.record.suspended_rings.ok_or(Errno::EINVAL)?;
-        self.set_rings(state.record.width, start_info, rings)?;
-        state.record.suspended_rings = None;
-        layout.set(&mut context, layout.ax, SUSPEND_CANCELLED);
-        self.put_blob(state, "vcpu0-basic", context)
-    }
-
-    /// The frames of the store and console rings, as start_info has them. ETIMEDOUT
-    /// where there is no start_info: a guest would have crashed over it.
-    fn rings(&self, width: u8, start_info: Mfn) -> Result<[u64; 2], Errno> {
-        if self
-            .machine
-            .frames
-            .owned(start_info, self.dom.domid)
-            .is_none()
-        {
-            return Err(Errno::ETIMEDOUT);
-        }
-        let layout = StartInfoLayout::of(width);
-        let page = self.machine.read_frame(start_info)?;
-        Ok([layout.store_mfn, layout.console_mfn]
-            .map(|field| read_word(page.as_slice(), field, layout.width)))
-    }
-
-    /// Write them.
-    fn set_rings(&self, width: u8, start_info: Mfn, rings: [u64; 2]) -> Result<(), Errno> {
-        let layout = StartInfoLayout::of(width);
-        for (field, ring) in [layout.store_mfn, layout.console_mfn]
-            .into_iter()
-            .zip(rings)
-        {
-            let octets = &ring.to_le_bytes()[..layout.width];
-            self.machine.write_frames(start_info, field, octets)?;
-        }
-        Ok(())
     }
 
     fn populate_extent(&self, order: u8, gfn: &mut Gfn) -> bool {

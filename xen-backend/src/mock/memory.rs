@@ -159,9 +159,12 @@ pub(super) fn map_frames(
     // those of `failed` get their access below, before the value leaves this
     // function; on an early return it is dropped without having been looked at.
     let pages = unsafe { ForeignPages::from_raw(base, gfns.len(), access, failed) };
-    let prot = match access {
-        Access::Read => ProtFlags::PROT_READ,
-        Access::Write => ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+    let shared = MapFlags::MAP_SHARED | MapFlags::MAP_FIXED;
+    let (prot, flags) = match access {
+        // Faulted in here, by whoever prepares a batch, rather than by the writer.
+        Access::Read => (ProtFlags::PROT_READ, shared | MapFlags::MAP_POPULATE),
+        // Not so for writing: on a file system, populating a hole reads it first.
+        Access::Write => (ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, shared),
     };
     for run in &runs {
         // SAFETY: `run.at < gfns.len()`, so the address is inside the reservation.
@@ -173,7 +176,6 @@ pub(super) fn map_frames(
             .checked_mul(PAGE_SIZE as u64)
             .and_then(|octets| off_t::try_from(octets).ok())
             .ok_or(Errno::EINVAL)?;
-        let flags = MapFlags::MAP_SHARED | MapFlags::MAP_FIXED | MapFlags::MAP_POPULATE;
         // SAFETY: MAP_FIXED replaces only pages of our own reservation:
         // `run.at + run.pages <= gfns.len()`, and nothing has borrowed them yet.
         unsafe { mman::mmap(Some(address.addr()), octets, prot, flags, memory, offset) }?;

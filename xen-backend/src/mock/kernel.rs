@@ -1,0 +1,96 @@
+//! What a PV guest's kernel does when it suspends and when it goes on. Nothing
+//! executes in the mock, so the mock does it in the kernel's stead. What it does
+//! when it wakes up restored is in [`super::wake`].
+//!
+//! C implementation: Linux, `drivers/xen/manage.c`, `arch/x86/xen/suspend_pv.c`.
+
+use nix::errno::Errno;
+use xsr_format::frame::Mfn;
+
+use super::domain::MockDomain;
+use super::layout::{StartInfoLayout, VcpuLayout, read_word};
+use super::pv::blob_name;
+use super::state::State;
+use crate::{GuestKind, VcpuBlob};
+
+/// What the hypercall that suspends leaves in eax: what a restored guest finds.
+const SUSPENDED: u64 = 0;
+/// What a guest finds there when its suspend was cancelled.
+const SUSPEND_CANCELLED: u64 = 1;
+
+impl MockDomain {
+    /// Suspend: give the store and console rings' pfns in place of their mfns, and
+    /// call the hypervisor. ETIMEDOUT when the guest is in no state to answer.
+    pub(super) fn suspend_guest(&self, state: &mut State) -> Result<(), Errno> {
+        if state.record.kind != GuestKind::Pv {
+            return Ok(());
+        }
+        let width = state.record.width;
+        let start_info = self.start_info(state).ok_or(Errno::ETIMEDOUT)?;
+        let rings = self.rings(width, start_info)?;
+        let mut pfns = [0; 2];
+        for (pfn, mfn) in pfns.iter_mut().zip(rings.map(Mfn)) {
+            let owned = self.machine.frames.owned(mfn, self.dom.domid);
+            *pfn = owned.and(self.machine.m2p(mfn)).ok_or(Errno::ETIMEDOUT)?;
+        }
+        self.set_rings(width, start_info, pfns)?;
+        state.record.suspended_rings = Some(rings);
+        self.set_eax(state, SUSPENDED)
+    }
+
+    /// Go on where the suspend was cancelled.
+    pub(super) fn resume_guest(&self, state: &mut State) -> Result<(), Errno> {
+        if state.record.kind != GuestKind::Pv {
+            return Ok(());
+        }
+        let start_info = self.start_info(state).ok_or(Errno::EINVAL)?;
+        let rings = state.record.suspended_rings.ok_or(Errno::EINVAL)?;
+        self.set_rings(state.record.width, start_info, rings)?;
+        state.record.suspended_rings = None;
+        self.set_eax(state, SUSPEND_CANCELLED)
+    }
+
+    fn is_mine(&self, mfn: u64) -> bool {
+        self.machine
+            .frames
+            .owned(Mfn(mfn), self.dom.domid)
+            .is_some()
+    }
+
+    /// Where start_info is: what a guest that suspends hands over in edx.
+    fn start_info(&self, state: &State) -> Option<Mfn> {
+        let layout = VcpuLayout::of(state.record.width);
+        let context = state.blobs.get(&blob_name(0, VcpuBlob::Basic))?;
+        let mfn = layout.get(context, layout.dx);
+        self.is_mine(mfn).then_some(Mfn(mfn))
+    }
+
+    fn set_eax(&self, state: &mut State, value: u64) -> Result<(), Errno> {
+        let layout = VcpuLayout::of(state.record.width);
+        let name = blob_name(0, VcpuBlob::Basic);
+        let mut context = state.blobs.get(&name).cloned().ok_or(Errno::EINVAL)?;
+        layout.set(&mut context, layout.ax, value);
+        self.put_blob(state, &name, context)
+    }
+
+    /// The frames of the store and console rings, as start_info has them.
+    fn rings(&self, width: u8, start_info: Mfn) -> Result<[u64; 2], Errno> {
+        let layout = StartInfoLayout::of(width);
+        let page = self.machine.read_frame(start_info)?;
+        Ok([layout.store_mfn, layout.console_mfn]
+            .map(|field| read_word(page.as_slice(), field, layout.width)))
+    }
+
+    /// Write them.
+    fn set_rings(&self, width: u8, start_info: Mfn, rings: [u64; 2]) -> Result<(), Errno> {
+        let layout = StartInfoLayout::of(width);
+        for (field, ring) in [layout.store_mfn, layout.console_mfn]
+            .into_iter()
+            .zip(rings)
+        {
+            let octets = &ring.to_le_bytes()[..layout.width];
+            self.machine.write_frames(start_info, field, octets)?;
+        }
+        Ok(())
+    }
+}
