@@ -1,0 +1,448 @@
+//! Whatever fails, a guest that was being saved runs on, and a restore leaves nothing
+//! that runs.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod common;
+
+use std::io::{self, Write};
+use std::ops::ControlFlow;
+
+use common::faulty::{Fault, Faulty};
+use common::*;
+use xsr_format::read::{ReadOptions, RecordReader};
+use xsr_save_restore::progress::Phase;
+use xsr_save_restore::sink::CopySink;
+use xsr_save_restore::source::CopySource;
+use xsr_save_restore::toolstack::{
+    DirectToolstack, MissingStaticData, RestoreToolstack, SaveToolstack, ToolstackError,
+};
+use xsr_save_restore::{RestoreError, RestoreOptions, SaveError, restore, save};
+use xsr_xen_backend::mock::{GuestSpec, MockHost};
+use xsr_xen_backend::{DomId, Domain, Errno, GuestKind, Host};
+
+/// Small guests: every call of a save and a restore can be made to fail in turn.
+fn small() -> Vec<GuestSpec> {
+    vec![
+        GuestSpec {
+            vcpus: 2,
+            ..GuestSpec::new("pv64", GuestKind::Pv, 8)
+        },
+        GuestSpec {
+            width: 4,
+            ..GuestSpec::new("pv32", GuestKind::Pv, 8)
+        },
+    ]
+}
+
+fn go_on(_: &xsr_save_restore::progress::Progress) -> ControlFlow<()> {
+    ControlFlow::Continue(())
+}
+
+/// The guest runs where it was, and can be saved to the same octets as before.
+fn assert_runs_on(host: &MockHost, domid: DomId, before: &[u8], what: &str) {
+    let info = host.domain(domid).unwrap().info().unwrap();
+    assert_eq!((info.shutdown, info.paused), (None, false), "{what}");
+    let after = save_to_vec(host, domid, &options(1)).unwrap();
+    assert!(before == after, "{what}: the guest has changed");
+}
+
+#[test]
+fn a_save_survives_every_call_that_fails() {
+    let host = host(20);
+    let mut points = 0;
+    for spec in small() {
+        let domid = host.create_guest(&spec).unwrap();
+        let before = save_to_vec(&host, domid, &options(1)).unwrap();
+        for fault in [Fault::Errno(Errno::ENOMEM), Fault::Partly] {
+            for at in 0.. {
+                let domain = Faulty::new(host.domain(domid).unwrap(), at, fault);
+                let real = host.domain(domid).unwrap();
+                let mut toolstack = DirectToolstack(real.as_ref());
+                let mut sink = CopySink(io::sink());
+                let xen = host.xen_version().unwrap();
+                let result = save(
+                    &domain,
+                    xen,
+                    &mut toolstack,
+                    &mut sink,
+                    &options(1),
+                    &mut go_on,
+                );
+                if domain.calls() <= at {
+                    result.unwrap().resume().unwrap();
+                    break;
+                }
+                let error = result.map(|_| ()).unwrap_err();
+                assert!(
+                    matches!(error, SaveError::Backend(_) | SaveError::Map(_)),
+                    "{} call {at}: {error}",
+                    spec.name
+                );
+                let info = real.info().unwrap();
+                assert_eq!(info.shutdown, None, "{} call {at}", spec.name);
+                points += 1;
+            }
+        }
+        assert_runs_on(&host, domid, &before, &spec.name);
+    }
+    eprintln!("{points} calls failed in turn");
+    assert!(points > 100, "{points}");
+}
+
+/// Takes some octets, then fails.
+struct Full(usize);
+
+impl Write for Full {
+    fn write(&mut self, octets: &[u8]) -> io::Result<usize> {
+        let n = octets.len().min(self.0);
+        self.0 -= n;
+        match n {
+            0 => Err(io::ErrorKind::StorageFull.into()),
+            n => Ok(n),
+        }
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_save_survives_a_sink_that_fails_anywhere() {
+    let host = host(21);
+    for spec in specs() {
+        let domid = host.create_guest(&spec).unwrap();
+        let before = save_to_vec(&host, domid, &options(1)).unwrap();
+        let step = before.len() / 40;
+        let edges = (0..48).chain(before.len() - 48..before.len());
+        for room in (0..before.len()).step_by(step).chain(edges) {
+            let domain = host.domain(domid).unwrap();
+            let mut toolstack = DirectToolstack(domain.as_ref());
+            let mut sink = CopySink(Full(room));
+            let xen = host.xen_version().unwrap();
+            let result = save(
+                domain.as_ref(),
+                xen,
+                &mut toolstack,
+                &mut sink,
+                &options(2),
+                &mut go_on,
+            );
+            let error = result.map(|_| ()).unwrap_err();
+            assert!(matches!(error, SaveError::Stream(_)), "{error}");
+            assert_eq!(
+                domain.info().unwrap().shutdown,
+                None,
+                "{} {room}",
+                spec.name
+            );
+        }
+        assert_runs_on(&host, domid, &before, &spec.name);
+    }
+}
+
+#[test]
+fn a_save_that_is_stopped_in_any_phase_resumes_the_guest() {
+    let host = host(22);
+    let domid = host.create_guest(&specs()[0]).unwrap();
+    let before = save_to_vec(&host, domid, &options(1)).unwrap();
+    for phase in [Phase::Setup, Phase::Suspend, Phase::Pages, Phase::Tail] {
+        let domain = host.domain(domid).unwrap();
+        let mut toolstack = DirectToolstack(domain.as_ref());
+        let mut stop = |progress: &xsr_save_restore::progress::Progress| match progress.phase {
+            at if at == phase => ControlFlow::Break(()),
+            _ => ControlFlow::Continue(()),
+        };
+        let xen = host.xen_version().unwrap();
+        let mut sink = CopySink(io::sink());
+        let result = save(
+            domain.as_ref(),
+            xen,
+            &mut toolstack,
+            &mut sink,
+            &options(2),
+            &mut stop,
+        );
+        assert!(matches!(
+            result.map(|_| ()).unwrap_err(),
+            SaveError::Aborted
+        ));
+        assert_runs_on(&host, domid, &before, &format!("{phase:?}"));
+    }
+}
+
+#[test]
+fn a_save_that_is_dropped_resumes_the_guest_and_one_that_is_kept_does_not() {
+    let host = host(23);
+    for spec in small() {
+        let domid = host.create_guest(&spec).unwrap();
+        let domain = host.domain(domid).unwrap();
+        let xen = host.xen_version().unwrap();
+        let shutdown = || domain.info().unwrap().shutdown;
+        let mut toolstack = DirectToolstack(domain.as_ref());
+        let mut sink = CopySink(io::sink());
+        let saved = save(
+            domain.as_ref(),
+            xen,
+            &mut toolstack,
+            &mut sink,
+            &options(1),
+            &mut go_on,
+        );
+        let saved = saved.unwrap();
+        assert!(shutdown().is_some());
+        drop(saved);
+        assert!(shutdown().is_none());
+        let saved = save(
+            domain.as_ref(),
+            xen,
+            &mut toolstack,
+            &mut sink,
+            &options(1),
+            &mut go_on,
+        );
+        saved.unwrap().keep_suspended();
+        assert!(shutdown().is_some());
+    }
+}
+
+/// A toolstack of which one callback fails, and which counts the others.
+struct Failing<'a> {
+    domain: &'a dyn Domain,
+    fails: &'static str,
+    log: Vec<&'static str>,
+}
+
+impl Failing<'_> {
+    fn note(&mut self, what: &'static str) -> Result<(), ToolstackError> {
+        self.log.push(what);
+        match what == self.fails {
+            true => Err(ToolstackError::new(what, "no")),
+            false => Ok(()),
+        }
+    }
+}
+
+impl SaveToolstack for Failing<'_> {
+    fn suspend(&mut self) -> Result<(), ToolstackError> {
+        self.note("suspend")?;
+        if self.fails != "pretend" {
+            self.domain.suspend().unwrap();
+        }
+        Ok(())
+    }
+    fn resume(&mut self) -> Result<(), ToolstackError> {
+        self.note("resume")?;
+        self.domain.resume().unwrap();
+        Ok(())
+    }
+    fn switch_qemu_logdirty(&mut self, on: bool) -> Result<(), ToolstackError> {
+        self.note(if on { "logdirty on" } else { "logdirty off" })
+    }
+}
+
+impl RestoreToolstack for Failing<'_> {
+    fn static_data_done(&mut self, _: MissingStaticData) -> Result<(), ToolstackError> {
+        self.note("static data done")
+    }
+}
+
+fn save_with(
+    host: &MockHost,
+    domid: DomId,
+    fails: &'static str,
+    room: usize,
+) -> (Result<(), SaveError>, Vec<&'static str>) {
+    let domain = host.domain(domid).unwrap();
+    let mut toolstack = Failing {
+        domain: domain.as_ref(),
+        fails,
+        log: Vec::new(),
+    };
+    let xen = host.xen_version().unwrap();
+    let mut sink = CopySink(Full(room));
+    let result = save(
+        domain.as_ref(),
+        xen,
+        &mut toolstack,
+        &mut sink,
+        &options(1),
+        &mut go_on,
+    );
+    let result = result.map(drop);
+    (result, toolstack.log)
+}
+
+#[test]
+fn callbacks_come_in_the_order_libxl_expects_whatever_fails() {
+    let host = host(24);
+    let hvm = host
+        .create_guest(&GuestSpec::new("hvm", GuestKind::Hvm, 8))
+        .unwrap();
+    let pv = host
+        .create_guest(&GuestSpec::new("pv", GuestKind::Pv, 8))
+        .unwrap();
+    let all = usize::MAX;
+
+    let (result, log) = save_with(&host, hvm, "", all);
+    result.unwrap();
+    assert_eq!(log, ["logdirty on", "suspend", "logdirty off", "resume"]);
+    let (result, log) = save_with(&host, hvm, "logdirty on", all);
+    assert!(matches!(result, Err(SaveError::Toolstack(_))));
+    assert_eq!(log, ["logdirty on"]);
+    let (result, log) = save_with(&host, hvm, "suspend", all);
+    assert!(matches!(result, Err(SaveError::Toolstack(_))));
+    assert_eq!(log, ["logdirty on", "suspend", "logdirty off"]);
+    let (result, log) = save_with(&host, hvm, "logdirty off", all);
+    result.unwrap();
+    assert_eq!(log, ["logdirty on", "suspend", "logdirty off", "resume"]);
+    let (result, log) = save_with(&host, hvm, "", 5000);
+    assert!(matches!(result, Err(SaveError::Stream(_))));
+    assert_eq!(log, ["logdirty on", "suspend", "logdirty off", "resume"]);
+
+    let (result, log) = save_with(&host, pv, "pretend", all);
+    let error = result.unwrap_err();
+    assert!(error.to_string().contains("has not suspended"), "{error}");
+    assert_eq!(log, ["suspend"]);
+    let (result, log) = save_with(&host, pv, "resume", 50_000);
+    assert!(matches!(result, Err(SaveError::NotResumed { .. })));
+    assert_eq!(log, ["suspend", "resume"]);
+    assert!(host.domain(pv).unwrap().info().unwrap().shutdown.is_some());
+}
+
+fn options_for(domain: &dyn Domain) -> RestoreOptions {
+    RestoreOptions {
+        store_port: domain.alloc_unbound_port(DomId(0)).unwrap(),
+        store_domid: DomId(0),
+        console_port: domain.alloc_unbound_port(DomId(0)).unwrap(),
+        console_domid: DomId(0),
+        expected_pfns: 0,
+    }
+}
+
+#[test]
+fn a_restore_reports_every_call_that_fails_and_leaves_the_domain_paused() {
+    let (from, to) = (host(25), host(26));
+    let free = to.free_pages();
+    let mut points = 0;
+    let mut specs = small();
+    specs.push(GuestSpec::new("pvh", GuestKind::Pvh, 8));
+    for spec in specs {
+        let domid = from.create_guest(&spec).unwrap();
+        let stream = save_to_vec(&from, domid, &options(1)).unwrap();
+        let (kind, vcpus, pages) = shape(&stream, spec.kind, spec.vcpus);
+        for fault in [Fault::Errno(Errno::EINVAL), Fault::Partly] {
+            for at in 0.. {
+                let new = to.create_domain(kind, vcpus, pages + 256).unwrap();
+                let real = to.domain(new).unwrap();
+                let options = options_for(real.as_ref());
+                let domain = Faulty::new(to.domain(new).unwrap(), at, fault);
+                let mut toolstack = DirectToolstack(real.as_ref());
+                let reader =
+                    RecordReader::new(CopySource(&*stream), ReadOptions::default()).unwrap();
+                let result = restore(&domain, reader, &mut toolstack, &options, &mut go_on);
+                let over = domain.calls() <= at;
+                match result {
+                    Ok(_) if over => {}
+                    // A superpage that cannot be had is made up of small pages.
+                    Ok(_) => assert_eq!(fault, Fault::Partly, "{} call {at}", spec.name),
+                    Err(
+                        RestoreError::Backend(_)
+                        | RestoreError::Map(_)
+                        | RestoreError::NoMemory { .. },
+                    ) => points += 1,
+                    Err(other) => panic!("{} call {at}: {other}", spec.name),
+                }
+                let info = real.info().unwrap();
+                assert!(info.paused && info.shutdown.is_none());
+                real.destroy().unwrap();
+                assert_eq!(to.free_pages(), free, "{} call {at}", spec.name);
+                if over {
+                    break;
+                }
+            }
+        }
+    }
+    eprintln!("{points} calls failed in turn");
+    assert!(points > 100, "{points}");
+}
+
+#[test]
+fn a_truncated_stream_is_a_bad_image_wherever_it_ends() {
+    let (from, to) = (host(27), host(28));
+    for spec in specs() {
+        let domid = from.create_guest(&spec).unwrap();
+        let stream = save_to_vec(&from, domid, &options(1)).unwrap();
+        let shape = shape(&stream, spec.kind, spec.vcpus);
+        let steps = (0..stream.len()).step_by(stream.len() / 25);
+        for end in steps.chain([0, 24, 40, stream.len() - 8, stream.len() - 1]) {
+            let (new, result) = restore_stream(&to, shape, CopySource(&stream[..end]));
+            let error = result.unwrap_err();
+            assert!(error.is_bad_image(), "{} {end}: {error}", spec.name);
+            to.domain(new).unwrap().destroy().unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_domain_without_room_says_so() {
+    let (from, to) = (host(29), host(30));
+    for spec in small() {
+        let domid = from.create_guest(&spec).unwrap();
+        let stream = save_to_vec(&from, domid, &options(1)).unwrap();
+        let (kind, vcpus, pages) = shape(&stream, spec.kind, spec.vcpus);
+        let (new, result) = restore_stream(&to, (kind, vcpus, pages - 512), CopySource(&*stream));
+        let error = result.unwrap_err();
+        assert!(matches!(error, RestoreError::NoMemory { .. }), "{error}");
+        assert!(
+            error.to_string().contains("give the domain more"),
+            "{error}"
+        );
+        to.domain(new).unwrap().destroy().unwrap();
+    }
+}
+
+#[test]
+fn a_vcpu_that_the_domain_does_not_have_is_named() {
+    let (from, to) = (host(31), host(32));
+    let spec = &small()[0];
+    let domid = from.create_guest(spec).unwrap();
+    let stream = save_to_vec(&from, domid, &options(1)).unwrap();
+    let shape = shape(&stream, spec.kind, 1);
+    let (_, result) = restore_stream(&to, shape, CopySource(&*stream));
+    let error = result.unwrap_err().to_string();
+    assert!(
+        error.contains("vcpu 1") && error.contains("VCPU_BASIC"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_toolstack_that_refuses_static_data_ends_the_restore() {
+    let (from, to) = (host(33), host(34));
+    let domid = from.create_guest(&small()[0]).unwrap();
+    let stream = save_to_vec(&from, domid, &options(1)).unwrap();
+    let new = to.create_domain(GuestKind::Pv, 2, 10_000).unwrap();
+    let domain = to.domain(new).unwrap();
+    let options = options_for(domain.as_ref());
+    let mut toolstack = Failing {
+        domain: domain.as_ref(),
+        fails: "static data done",
+        log: Vec::new(),
+    };
+    let reader = RecordReader::new(CopySource(&*stream), ReadOptions::default()).unwrap();
+    let result = restore(
+        domain.as_ref(),
+        reader,
+        &mut toolstack,
+        &options,
+        &mut go_on,
+    );
+    assert!(matches!(result, Err(RestoreError::Toolstack(_))));
+    assert_eq!(domain.info().unwrap().tot_pages, 0, "before any memory");
+    let reader = RecordReader::new(CopySource(&*stream), ReadOptions::default()).unwrap();
+    let mut stop = |_: &xsr_save_restore::progress::Progress| ControlFlow::Break(());
+    let mut toolstack = DirectToolstack(domain.as_ref());
+    let result = restore(domain.as_ref(), reader, &mut toolstack, &options, &mut stop);
+    assert!(matches!(result, Err(RestoreError::Aborted)));
+}
