@@ -97,10 +97,6 @@ impl Decoder {
         raw: &'a [u8],
         pad: &[u8],
     ) -> Result<Record<'a>, DecodeError> {
-        let mut padded = [0_u8; 8];
-        for (to, from) in padded.iter_mut().zip(pad) {
-            *to = *from;
-        }
         Reserved {
             lenient: self.lenient,
             structure: "record",
@@ -108,7 +104,7 @@ impl Decoder {
         .zero(
             "padding after the body",
             (raw.len() as u64).saturating_add(WIRE_HEADER),
-            u64::from_be_bytes(padded),
+            as_number(pad),
         )?;
         let body = Body::decode(kind, raw, self.context())?;
         let record = Record { kind, raw, body };
@@ -123,6 +119,12 @@ impl Decoder {
     ) -> Result<(Entries<'a>, u64), DecodeError> {
         Entries::check(wire, length, self.order.max_pfn(), self.context())
     }
+}
+
+/// Octets of padding, at most 7, as one number, to be shown.
+pub(crate) fn as_number(pad: &[u8]) -> u64 {
+    pad.iter()
+        .fold(0, |number, octet| number << 8 | u64::from(*octet))
 }
 
 pub(crate) const WIRE_HEADER: u64 = size_of::<WireRecordHeader>() as u64;

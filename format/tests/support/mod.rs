@@ -15,3 +15,4 @@
 pub(crate) mod build;
 pub(crate) mod drive;
 pub(crate) mod images;
+pub(crate) mod mutate;

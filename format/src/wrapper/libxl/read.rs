@@ -13,7 +13,7 @@ use super::{
     reserved_zero,
 };
 use crate::error::{Place, Position, ReadError, ReadErrorCause};
-use crate::read::{ReadOptions, fill, fill_behind, fill_growing};
+use crate::read::{ReadOptions, as_number, fill, fill_behind, fill_growing};
 use crate::record::padding;
 
 /// What reading a libxl stream has to remember, apart from the source: that is handed
@@ -111,7 +111,7 @@ impl LibxlState {
         fill(source, room)?;
         let at = length.saturating_add(size_of::<WireLibxlRecordHeader>() as u64);
         self.offset = self.offset.saturating_add(at).saturating_add(pad_length);
-        let value = u64::from_be_bytes(pad);
+        let value = as_number(room);
         reserved_zero(self.lenient, "padding after the body", at, value)?;
         Ok(LibxlRecord::decode(kind, body, order, self.lenient)?)
     }
