@@ -258,7 +258,7 @@ fn checkpoint_states_are_read_as_specified_and_as_libxl_writes_them() {
 #[test]
 fn padding_of_records_is_zero_unless_lenient() {
     let octets = with(&record_padded(0x8000_0000, b"1", 0xff));
-    let (field, at, got) = ("padding after the body", 9, 0xffff_ffff_ffff_ff00);
+    let (field, at, got) = ("padding after the body", 9, 0x00ff_ffff_ffff_ffff);
     assert_eq!(
         broken_rule(&octets, STRICT),
         LibxlError::ReservedNotZero { field, at, got }
