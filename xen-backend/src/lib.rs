@@ -7,6 +7,8 @@
 //! Every call may also fail with EPERM (not privileged), ESRCH (the domain is
 //! gone) and, over a restricted handle, EACCES; these are not repeated below.
 
+#[cfg(any(test, feature = "contract"))]
+pub mod contract;
 pub mod error;
 pub mod mock;
 pub mod pages;

@@ -214,3 +214,146 @@ impl Allocator {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::fs::File;
+
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const OWNER: DomId = DomId(7);
+
+    fn words(len: usize) -> Words {
+        let file = File::from(memfd_create("words", MFdFlags::MFD_CLOEXEC).expect("a memfd"));
+        Words::map(&file, len).expect("mapped")
+    }
+
+    /// A machine of `blocks` blocks, the first of them Xen's.
+    fn machine(blocks: usize, seed: u64, max_run: usize) -> (Frames, Allocator) {
+        let taken = words(blocks);
+        taken.set(0, BLOCK_FRAMES);
+        let frames = Frames::new(words(blocks * BLOCK_LEN));
+        (frames, Allocator::new(taken, seed, max_run))
+    }
+
+    fn owned() -> Frame {
+        Frame {
+            owner: Some(OWNER),
+            ..Frame::default()
+        }
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Pages(usize),
+        Extent,
+        /// Give back every so-manieth frame.
+        GiveBack(usize),
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let step = prop_oneof![
+            (1_usize..900).prop_map(Step::Pages),
+            Just(Step::Extent),
+            (1_usize..7).prop_map(Step::GiveBack),
+        ];
+        proptest::collection::vec(step, 1..12)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        /// Whatever is taken and given back: no frame is had twice, none is Xen's,
+        /// the count of free frames is right, and in the end all can be had again.
+        #[test]
+        fn no_frame_is_lost_or_had_twice(
+            steps in steps(),
+            seed in any::<u64>(),
+            max_run in 1_usize..40,
+        ) {
+            const BLOCKS: usize = 5;
+            let all = (BLOCKS as u64 - 1) * BLOCK_FRAMES;
+            let (frames, mut allocator) = machine(BLOCKS, seed, max_run);
+            prop_assert_eq!(allocator.free(), all);
+            let mut had: BTreeSet<u64> = BTreeSet::new();
+            for step in steps {
+                match step {
+                    Step::Pages(count) => {
+                        for _ in 0..count {
+                            let Some(mfn) = allocator.take_page(&frames, owned()) else {
+                                prop_assert_eq!(had.len() as u64, all, "only a full machine refuses");
+                                break;
+                            };
+                            prop_assert!(mfn.0 >= BLOCK_FRAMES, "not Xen's");
+                            prop_assert!(had.insert(mfn.0), "not had before");
+                        }
+                    }
+                    Step::Extent => {
+                        if let Some(first) = allocator.take_extent(&frames, 9, OWNER) {
+                            prop_assert!(first.0.is_multiple_of(BLOCK_FRAMES));
+                            for mfn in first.0..first.0 + BLOCK_FRAMES {
+                                prop_assert!(had.insert(mfn), "not had before");
+                            }
+                        }
+                    }
+                    Step::GiveBack(every) => {
+                        let back: Vec<u64> = had.iter().copied().step_by(every).collect();
+                        for mfn in back {
+                            had.remove(&mfn);
+                            allocator.give_back(&frames, Mfn(mfn));
+                        }
+                    }
+                }
+                prop_assert_eq!(allocator.free(), all - had.len() as u64);
+            }
+            for mfn in std::mem::take(&mut had) {
+                allocator.give_back(&frames, Mfn(mfn));
+            }
+            for _ in 0..BLOCKS - 1 {
+                prop_assert!(allocator.take_extent(&frames, 9, OWNER).is_some());
+            }
+            prop_assert_eq!(allocator.free(), 0);
+        }
+    }
+
+    #[test]
+    fn runs_are_short_and_out_of_order() {
+        for (max_run, fewest_runs) in [(1, 500), (32, 25), (512, 1)] {
+            let (frames, mut allocator) = machine(4, 3, max_run);
+            let taken: Vec<u64> = (0..512)
+                .map(|_| allocator.take_page(&frames, owned()).expect("room").0)
+                .collect();
+            let runs = taken.chunk_by(|a, b| a + 1 == *b).count();
+            assert!(runs >= fewest_runs, "{runs} runs of at most {max_run}");
+            // Two runs may happen to touch, not more often than that.
+            let longest = taken.chunk_by(|a, b| a + 1 == *b).map(<[u64]>::len).max();
+            assert!(longest <= Some(3 * max_run), "{longest:?} for {max_run}");
+        }
+    }
+
+    #[test]
+    fn a_gib_is_aligned_and_all_free() {
+        let (frames, mut allocator) = machine(3 * BLOCK_LEN, 3, 32);
+        allocator.take_page(&frames, owned()).expect("room");
+        // The first GiB holds Xen and the page.
+        for expected in [Some(Mfn(1 << 18)), Some(Mfn(2 << 18)), None] {
+            assert_eq!(allocator.take_extent(&frames, 18, OWNER), expected);
+        }
+    }
+
+    #[test]
+    fn a_count_that_is_too_low_is_put_right() {
+        let (frames, mut allocator) = machine(2, 3, 32);
+        (0..BLOCK_FRAMES).for_each(|_| {
+            allocator.take_page(&frames, owned()).expect("room");
+        });
+        // As a process leaves it that was killed between the two tables.
+        allocator.set_taken(1, BLOCK_FRAMES - 3);
+        assert_eq!(allocator.take_page(&frames, owned()), None);
+        assert_eq!(allocator.free(), 0);
+    }
+}

@@ -425,3 +425,6 @@ impl<'a> Tables<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,129 @@
+//! What any implementation of the traits must do: a suite of named checks, run
+//! against the mock in its tests and against a real hypervisor where there is one.
+//!
+//! Each check makes the domains it needs and destroys them. Every errno that the
+//! traits promise is provoked, but for those that would take the machine down with
+//! them (a host that is full).
+
+mod control;
+mod hvm;
+mod kit;
+mod memory;
+mod platform;
+mod pv;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+
+use nix::errno::Errno;
+
+use crate::{BackendError, Host};
+
+/// What is wrong with an implementation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Violation(String);
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl From<BackendError> for Violation {
+    fn from(error: BackendError) -> Self {
+        Self(format!("unexpected: {error}"))
+    }
+}
+
+/// A check that did not hold.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// The check.
+    pub check: &'static str,
+    /// What it found.
+    pub violation: Violation,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.check, self.violation)
+    }
+}
+
+/// What came of a run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// Checks that were made.
+    pub checks: usize,
+    /// Those that did not hold.
+    pub failures: Vec<Failure>,
+}
+
+type Check = fn(&dyn Host) -> Result<(), Violation>;
+
+/// The names of all checks, in the order they are made.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    all().map(|(name, _)| *name)
+}
+
+fn all() -> impl Iterator<Item = &'static (&'static str, Check)> {
+    [
+        control::CHECKS,
+        memory::CHECKS,
+        platform::CHECKS,
+        pv::CHECKS,
+        hvm::CHECKS,
+    ]
+    .into_iter()
+    .flatten()
+}
+
+/// Make every check. Goes on after one that does not hold.
+pub fn run(host: &dyn Host) -> Report {
+    let mut report = Report {
+        checks: 0,
+        failures: Vec::new(),
+    };
+    for (name, check) in all() {
+        report.checks += 1;
+        if let Err(violation) = check(host) {
+            report.failures.push(Failure {
+                check: name,
+                violation,
+            });
+        }
+    }
+    report
+}
+
+/// `what` holds.
+fn ensure(holds: bool, what: &str) -> Result<(), Violation> {
+    match holds {
+        true => Ok(()),
+        false => Err(Violation(format!("does not hold: {what}"))),
+    }
+}
+
+/// `got` is `expected`.
+fn equal<T: PartialEq + fmt::Debug + ?Sized>(
+    got: &T,
+    expected: &T,
+    what: &str,
+) -> Result<(), Violation> {
+    match got == expected {
+        true => Ok(()),
+        false => Err(Violation(format!(
+            "{what}: got {got:?}, expected {expected:?}"
+        ))),
+    }
+}
+
+/// `result` is a failure with `errno`.
+fn fails<T>(result: Result<T, BackendError>, errno: Errno, what: &str) -> Result<(), Violation> {
+    match result {
+        Err(error) if error.errno == errno => Ok(()),
+        Err(error) => Err(Violation(format!("{what}: {error}, expected {errno}"))),
+        Ok(_) => Err(Violation(format!("{what}: succeeds, expected {errno}"))),
+    }
+}

@@ -1,0 +1,154 @@
+//! What PV and translated guests have in common.
+
+use nix::errno::Errno;
+
+use super::kit::Guest;
+use super::{Check, Violation, ensure, equal, fails};
+use crate::{CpuPolicy, DomId, GuestKind, Host, RingGrant, TscInfo};
+use xsr_format::frame::Gfn;
+
+pub(super) const CHECKS: &[(&str, Check)] = &[
+    (
+        "a new domain has a policy that it can be given back",
+        policy_round_trip,
+    ),
+    ("an empty half of a policy is left alone", half_policies),
+    ("a policy with half an entry is EINVAL", cut_policies),
+    ("a policy beyond the machine is EINVAL", impossible_policy),
+    ("a policy cannot change once a vcpu has run", late_policy),
+    ("the TSC is what was set, one incarnation on", tsc),
+    (
+        "a TSC mode above 3 and a running domain are EINVAL",
+        bad_tsc,
+    ),
+    ("grants can be seeded", grants),
+];
+
+const KINDS: [GuestKind; 3] = [GuestKind::Pv, GuestKind::Hvm, GuestKind::Pvh];
+
+fn policy_round_trip(host: &dyn Host) -> Result<(), Violation> {
+    for kind in KINDS {
+        let guest = Guest::new(host, kind, 1, 1)?;
+        let policy = guest.cpu_policy()?;
+        ensure(
+            !policy.leaves.is_empty() && policy.leaves.len().is_multiple_of(24),
+            "leaves",
+        )?;
+        ensure(
+            !policy.msrs.is_empty() && policy.msrs.len().is_multiple_of(16),
+            "MSRs",
+        )?;
+        guest.set_cpu_policy(&policy)?;
+        equal(&guest.cpu_policy()?, &policy, "policy")?;
+    }
+    Ok(())
+}
+
+fn half_policies(host: &dyn Host) -> Result<(), Violation> {
+    let guest = Guest::new(host, GuestKind::Pvh, 1, 1)?;
+    let policy = guest.cpu_policy()?;
+    guest.set_cpu_policy(&CpuPolicy::default())?;
+    equal(&guest.cpu_policy()?, &policy, "policy")?;
+    let leaves = CpuPolicy {
+        leaves: policy.leaves.clone(),
+        msrs: Vec::new(),
+    };
+    guest.set_cpu_policy(&leaves)?;
+    equal(&guest.cpu_policy()?, &policy, "policy")
+}
+
+fn cut_policies(host: &dyn Host) -> Result<(), Violation> {
+    let guest = Guest::new(host, GuestKind::Pv, 1, 1)?;
+    let policy = guest.cpu_policy()?;
+    let mut leaves = policy.clone();
+    leaves.leaves.pop();
+    fails(guest.set_cpu_policy(&leaves), Errno::EINVAL, "leaves")?;
+    let mut msrs = policy.clone();
+    msrs.msrs.pop();
+    fails(guest.set_cpu_policy(&msrs), Errno::EINVAL, "MSRs")?;
+    equal(&guest.cpu_policy()?, &policy, "policy")
+}
+
+fn impossible_policy(host: &dyn Host) -> Result<(), Violation> {
+    let guest = Guest::new(host, GuestKind::Hvm, 1, 1)?;
+    let mut policy = guest.cpu_policy()?;
+    // Leaf 0: the largest basic leaf.
+    policy.leaves[8..12].copy_from_slice(&0x0fff_u32.to_le_bytes());
+    fails(
+        guest.set_cpu_policy(&policy),
+        Errno::EINVAL,
+        "a basic leaf 0xfff",
+    )
+}
+
+fn late_policy(host: &dyn Host) -> Result<(), Violation> {
+    let guest = Guest::new(host, GuestKind::Pvh, 1, 1)?;
+    let policy = guest.cpu_policy()?;
+    guest.unpause()?;
+    guest.pause()?;
+    fails(
+        guest.set_cpu_policy(&policy),
+        Errno::EBUSY,
+        "set_cpu_policy",
+    )
+}
+
+fn tsc(host: &dyn Host) -> Result<(), Violation> {
+    for kind in KINDS {
+        let guest = Guest::new(host, kind, 1, 1)?;
+        let info = TscInfo {
+            mode: 1,
+            khz: 1_234_567,
+            nsec: 1_000_000_000,
+            incarnation: 6,
+        };
+        guest.set_tsc_info(&info)?;
+        let got = guest.tsc_info()?;
+        equal(
+            &(got.mode, got.khz, got.incarnation),
+            &(1, 1_234_567, 7),
+            "mode, kHz, incarnation",
+        )?;
+        ensure(got.nsec >= info.nsec, "time goes forward")?;
+        // Not emulated: there is no offset to tell of.
+        guest.set_tsc_info(&TscInfo { mode: 2, ..info })?;
+        let got = guest.tsc_info()?;
+        equal(
+            &(got.mode, got.khz, got.nsec),
+            &(2, 0, 0),
+            "mode, kHz, nanoseconds",
+        )?;
+        guest.set_tsc_info(&TscInfo::default())?;
+        ensure(
+            guest.tsc_info()?.khz > 0,
+            "the host's frequency where none is given",
+        )?;
+    }
+    Ok(())
+}
+
+fn bad_tsc(host: &dyn Host) -> Result<(), Violation> {
+    let guest = Guest::new(host, GuestKind::Hvm, 1, 1)?;
+    let bad = TscInfo {
+        mode: 4,
+        ..TscInfo::default()
+    };
+    fails(guest.set_tsc_info(&bad), Errno::EINVAL, "mode 4")?;
+    guest.unpause()?;
+    fails(
+        guest.set_tsc_info(&TscInfo::default()),
+        Errno::EINVAL,
+        "a running domain",
+    )
+}
+
+fn grants(host: &dyn Host) -> Result<(), Violation> {
+    let (guest, gfns) = Guest::with_pages(host, GuestKind::Pvh, 2)?;
+    let ring = |gfn: Option<Gfn>| RingGrant {
+        gfn,
+        backend: DomId(0),
+    };
+    guest.seed_grants(ring(Some(gfns[0])), ring(Some(gfns[1])))?;
+    guest.seed_grants(ring(None), ring(None))?;
+    Ok(())
+}

@@ -1,0 +1,552 @@
+//! What only PV guests have.
+
+use nix::errno::Errno;
+use xsr_format::frame::{Gfn, Mfn, PageType};
+
+use super::kit::{ACCESSED, Guest, NO_PFN, PRESENT, RW, TABLE, context, entry, mfn, put};
+use super::{Check, Violation, ensure, equal, fails};
+use crate::{Access, GuestKind, Host, VcpuBlob};
+
+pub(super) const CHECKS: &[(&str, Check)] = &[
+    ("a translated guest has nothing of PV", not_pv),
+    ("the width is 8, or 4 before there is memory", width),
+    ("the m2p knows every frame of a guest", m2p),
+    ("shared_info can be mapped, read and written", shared_info),
+    ("pinning makes tables of all levels", pin),
+    ("pins that cannot be: level, frame, twice", bad_pins),
+    (
+        "a writable mapping of a table is EINVAL, a read-only one is not",
+        mapped_tables,
+    ),
+    (
+        "an entry to a frame that is not the guest's is EINVAL",
+        foreign_entries,
+    ),
+    ("an entry with reserved bits is EINVAL", reserved_bits),
+    ("pins before the one that fails stay", partial_pins),
+    ("a failed pin leaves nothing behind", failed_pin_undone),
+    (
+        "a table may be mapped for writing only while it is none",
+        write_tables,
+    ),
+    (
+        "a level-4 table may refer to itself, read-only",
+        linear_tables,
+    ),
+    ("Xen's slots of a level-4 table are Xen's", xen_slots),
+    (
+        "a 32-bit guest's last level-2 table is not shared",
+        pae_tables,
+    ),
+    ("a vcpu never initialised is ENODATA", fresh_vcpu),
+    ("a context comes back as it was", context_round_trip),
+    ("a context holds its tables and GDT", context_references),
+    ("contexts Xen does not take are EINVAL", bad_contexts),
+    ("the other blobs come back as they were", other_blobs),
+    ("other blobs of a wrong length are EINVAL", bad_blobs),
+];
+
+fn not_pv(host: &dyn Host) -> Result<(), Violation> {
+    for kind in [GuestKind::Hvm, GuestKind::Pvh] {
+        let guest = Guest::new(host, kind, 1, 1)?;
+        fails(guest.guest_width(), Errno::EINVAL, "guest_width")?;
+        fails(guest.set_guest_width(8), Errno::EINVAL, "set_guest_width")?;
+        fails(guest.m2p(), Errno::EINVAL, "m2p")?;
+        fails(
+            guest.vcpu_state(0, VcpuBlob::Msrs),
+            Errno::EINVAL,
+            "vcpu_state",
+        )?;
+        fails(
+            guest.set_vcpu_state(0, VcpuBlob::Msrs, &[]),
+            Errno::EINVAL,
+            "set_vcpu_state",
+        )?;
+        fails(guest.pin_tables(&[]), Errno::EINVAL, "pin_tables")?;
+    }
+    Ok(())
+}
+
+fn width(host: &dyn Host) -> Result<(), Violation> {
+    let guest = Guest::new(host, GuestKind::Pv, 1, 1)?;
+    equal(&guest.guest_width()?, &8, "a new domain's width")?;
+    for bad in [0, 2, 16] {
+        fails(guest.set_guest_width(bad), Errno::EINVAL, "another width")?;
+    }
+    guest.set_guest_width(4)?;
+    equal(&guest.guest_width()?, &4, "width")?;
+    guest.populate(0, &mut [Gfn(0)])?;
+    fails(guest.set_guest_width(8), Errno::EACCES, "with memory")
+}
+
+fn m2p(host: &dyn Host) -> Result<(), Violation> {
+    let (guest, frames) = Guest::with_pages(host, GuestKind::Pv, 1000)?;
+    let m2p = guest.m2p()?;
+    for (pfn, frame) in (0..).zip(&frames) {
+        ensure(mfn(*frame) <= m2p.max_mfn(), "no frame beyond the machine")?;
+        equal(&m2p.pfn(mfn(*frame)).map(|pfn| pfn.0), &Some(pfn), "pfn")?;
+    }
+    let beyond = m2p.max_mfn().checked_add(1);
+    equal(
+        &beyond.and_then(|mfn| m2p.pfn(mfn)),
+        &None,
+        "pfn beyond the machine",
+    )?;
+    let compat = m2p.pfn(m2p.compat_first());
+    ensure(
+        compat.is_none_or(|pfn| pfn == NO_PFN || pfn.0 >= 1000),
+        "the compat table is no guest's",
+    )?;
+    // A mapping of before shows what became of the guest since.
+    drop(guest);
+    ensure(
+        frames.iter().all(|f| m2p.pfn(mfn(*f)) == Some(NO_PFN)),
+        "freed frames have no pfn",
+    )
+}
+
+fn shared_info(host: &dyn Host) -> Result<(), Violation> {
+    let guest = Guest::new(host, GuestKind::Pv, 1, 1)?;
+    let frame = guest.info()?.shared_info_frame;
+    guest.write(frame, &[(0x180, 77)])?;
+    equal(&guest.read(frame)?[0x180], &77, "a word of shared_info")?;
+    equal(
+        &guest.info()?.tot_pages,
+        &0,
+        "it is none of the guest's pages",
+    )
+}
+
+fn pin(host: &dyn Host) -> Result<(), Violation> {
+    let (guest, frames) = Guest::with_pages(host, GuestKind::Pv, 8)?;
+    guest.write_tables(&frames, frames[4], RW | PRESENT)?;
+    guest.pin_tables(&[(4, mfn(frames[3]))])?;
+    let expected = [
+        PageType::L1TAB,
+        PageType::L2TAB,
+        PageType::L3TAB,
+        PageType::L4TAB_PINNED,
+        PageType::NOTAB,
+    ];
+    equal(&guest.types(&frames[..5])?, &expected.to_vec(), "types")?;
+    // What is a table already can be pinned as such.
+    guest.pin_tables(&[(1, mfn(frames[0])), (2, mfn(frames[1]))])?;
+    let types = guest.types(&frames[..2])?;
+    equal(
+        &types,
+        &vec![PageType::L1TAB_PINNED, PageType::L2TAB_PINNED],
+        "types",
+    )
+}
+
+fn bad_pins(host: &dyn Host) -> Result<(), Violation> {
+    let (guest, frames) = Guest::with_pages(host, GuestKind::Pv, 8)?;
+    let (_other, others) = Guest::with_pages(host, GuestKind::Pv, 1)?;
+    guest.write_tables(&frames, frames[4], PRESENT)?;
+    let pin = |level, mfn| guest.pin_tables(&[(level, mfn)]);
+    fails(pin(0, mfn(frames[3])), Errno::EINVAL, "level 0")?;
+    fails(pin(5, mfn(frames[3])), Errno::EINVAL, "level 5")?;
+    fails(
+        pin(1, mfn(others[0])),
+        Errno::EINVAL,
+        "another guest's frame",
+    )?;
+    fails(pin(1, Mfn(1 << 40)), Errno::EINVAL, "no frame")?;
+    pin(4, mfn(frames[3]))?;
+    fails(pin(4, mfn(frames[3])), Errno::EINVAL, "twice")?;
+    fails(pin(1, mfn(frames[2])), Errno::EINVAL, "as another level")?;
+    equal(
+        &guest.types(&frames[3..4])?,
+        &vec![PageType::L4TAB_PINNED],
+        "it stays",
+    )
+}
+
+fn mapped_tables(host: &dyn Host) -> Result<(), Violation> {
+    let (guest, frames) = Guest::with_pages(host, GuestKind::Pv, 8)?;
+    // The level-1 table maps the level-2 table above it.
+    guest.write_tables(&frames, frames[1], RW | PRESENT)?;
+    let pin = || guest.pin_tables(&[(4, mfn(frames[3]))]);
+    fails(pin(), Errno::EINVAL, "writable")?;
+    guest.write(frames[0], &[(0, entry(frames[1], PRESENT))])?;
+    pin()?;
+    // A page that is mapped writable cannot become a table.
+    let (guest, frames) = Guest::with_pages(host, GuestKind::Pv, 8)?;
+    guest.write(frames[0], &[(9, entry(frames[1], RW | PRESENT))])?;
+    guest.pin_tables(&[(1, mfn(frames[0]))])?;
+    fails(
+        guest.pin_tables(&[(1, mfn(frames[1]))]),
+        Errno::EINVAL,
+        "mapped writable",
+    )
+}
+
+fn foreign_entries(host: &dyn Host) -> Result<(), Violation> {
+    let (_other, others) = Guest::with_pages(host, GuestKind::Pv, 1)?;
+    for target in [others[0], Gfn((1 << 40) - 1), Gfn(0)] {
+        for level in 1..=4 {
+            let (guest, frames) = Guest::with_pages(host, GuestKind::Pv, 1)?;
+            guest.write(frames[0], &[(200, entry(target, PRESENT | ACCESSED))])?;
+            let pinned = guest.pin_tables(&[(level, mfn(frames[0]))]);
+            fails(pinned, Errno::EINVAL, "an entry to another's frame")?;
+        }
+    }
+    Ok(())
+}
+
+fn reserved_bits(host: &dyn Host) -> Result<(), Violation> {
+    // Write-through, cache-disable, and a superpage (at level 1: memory type).
+    for bad in [1 << 3, 1 << 4, 1 << 7] {
+        for level in 1..=4_u8 {
+            let (guest, frames) = Guest::with_pages(host, GuestKind::Pv, 8)?;
+            let flags = if level == 1 { RW | PRESENT } else { TABLE };
+            let at = usize::from(level - 1);
+            let target = if level == 1 {
+                frames[4]
+            } else {
+                frames[at - 1]
+            };
+            guest.write_tables(&frames, frames[4], RW | PRESENT)?;
+            guest.write(frames[at], &[(0, entry(target, flags | bad))])?;
+            let pinned = guest.pin_tables(&[(4, mfn(frames[3]))]);
+            fails(pinned, Errno::EINVAL, "an entry with a reserved bit")?;
+            // No-execute and the bits for software are fine.
+            let good = 1 << 63 | 0xe00;
+            guest.write(frames[at], &[(0, entry(target, flags | good))])?;
+            guest.pin_tables(&[(4, mfn(frames[3]))])?;
+        }
+    }
+    Ok(())
+}
+
+fn partial_pins(host: &dyn Host) -> Result<(), Violation> {
+    let (guest, frames) = Guest::with_pages(host, GuestKind::Pv, 3)?;
+    guest.write(frames[1], &[(0, entry(Gfn(0), PRESENT))])?;
+    let pins = [0, 1, 2].map(|n: usize| (1, mfn(frames[n])));
+    fails(
+        guest.pin_tables(&pins),
+        Errno::EINVAL,
+        "the second of three",
+    )?;
+    let expected = [PageType::L1TAB_PINNED, PageType::NOTAB, PageType::NOTAB];
+    equal(&guest.types(&frames)?, &expected.to_vec(), "types")
+}
+
+fn failed_pin_undone(host: &dyn Host) -> Result<(), Violation> {
+    let (guest, frames) = Guest::with_pages(host, GuestKind::Pv, 8)?;
+    guest.write_tables(&frames, frames[4], RW | PRESENT)?;
+    guest.write(frames[3], &[(5, entry(Gfn(0), TABLE))])?;
+    fails(
+        guest.pin_tables(&[(4, mfn(frames[3]))]),
+        Errno::EINVAL,
+        "a bad entry at the top",
+    )?;
+    equal(
+        &guest.types(&frames[..5])?,
+        &vec![PageType::NOTAB; 5],
+        "types",
+    )?;
+    // Each frame is free for any use.
+    ensure(
+        guest.map(&frames, Access::Write)?.failed().is_empty(),
+        "all may be written",
+    )?;
+    guest.write(frames[4], &[(0, 0)])?;
+    guest.pin_tables(&[(1, mfn(frames[4]))])?;
+    Ok(())
+}
+
+fn write_tables(host: &dyn Host) -> Result<(), Violation> {
+    let (guest, frames) = Guest::with_pages(host, GuestKind::Pv, 8)?;
+    guest.write_tables(&frames, frames[4], RW | PRESENT)?;
+    guest.pin_tables(&[(4, mfn(frames[3]))])?;
+    let pages = guest.map(&frames, Access::Write)?;
+    let failed: Vec<_> = pages.failed().iter().map(|e| (e.index, e.errno)).collect();
+    let expected: Vec<_> = (0..4).map(|n| (n, Errno::EINVAL)).collect();
+    equal(&failed, &expected, "the tables")?;
+    ensure(
+        guest.map(&frames, Access::Read)?.failed().is_empty(),
+        "all may be read",
+    )
+}
+
+fn linear_tables(host: &dyn Host) -> Result<(), Violation> {
+    for (flags, fine) in [(PRESENT | ACCESSED, true), (TABLE, false)] {
+        let (guest, frames) = Guest::with_pages(host, GuestKind::Pv, 8)?;
+        guest.write_tables(&frames, frames[4], PRESENT)?;
+        guest.write(frames[3], &[(300, entry(frames[3], flags))])?;
+        let pinned = guest.pin_tables(&[(4, mfn(frames[3]))]);
+        match fine {
+            true => pinned?,
+            false => fails(pinned, Errno::EINVAL, "with write permission")?,
+        }
+    }
+    Ok(())
+}
+
+fn xen_slots(host: &dyn Host) -> Result<(), Violation> {
+    let (guest, frames) = Guest::with_pages(host, GuestKind::Pv, 8)?;
+    guest.write_tables(&frames, frames[4], PRESENT)?;
+    // Whatever a guest leaves there.
+    guest.write(frames[3], &[(256, u64::MAX), (271, 1)])?;
+    guest.pin_tables(&[(4, mfn(frames[3]))])?;
+    let m2p = guest.m2p()?;
+    let entries = guest.read(frames[3])?;
+    let xen: Vec<u64> = entries[256..272]
+        .iter()
+        .copied()
+        .filter(|e| e & PRESENT != 0)
+        .collect();
+    ensure(
+        !xen.is_empty() && !xen.contains(&u64::MAX),
+        "Xen fills them",
+    )?;
+    let foreign = |entry: &u64| {
+        let target = Mfn((entry & ((1 << 52) - 1)) >> 12);
+        m2p.pfn(target).is_none_or(|pfn| pfn == NO_PFN)
+    };
+    ensure(
+        xen.iter().any(foreign),
+        "with frames that are not the guest's",
+    )
+}
+
+/// Slot of a 32-bit guest's level-2 table where Xen begins: 0xf5800000.
+const PAE_XEN_SLOT: usize = 428;
+
+fn pae_tables(host: &dyn Host) -> Result<(), Violation> {
+    let guest = Guest::new(host, GuestKind::Pv, 1, 8)?;
+    guest.set_guest_width(4)?;
+    let mut frames: Vec<Gfn> = (0..8).map(Gfn).collect();
+    guest.populate(0, &mut frames)?;
+    let pin = |frame: Gfn, level| guest.pin_tables(&[(level, mfn(frame))]);
+    guest.write(
+        frames[1],
+        &[(0, entry(frames[0], TABLE)), (PAE_XEN_SLOT, u64::MAX)],
+    )?;
+    fails(
+        pin(frames[2], 3),
+        Errno::EINVAL,
+        "without its last level-2 table",
+    )?;
+    guest.write(frames[2], &[(3, entry(frames[1], PRESENT)), (4, u64::MAX)])?;
+    pin(frames[2], 3)?;
+    let types = guest.types(&frames[..3])?;
+    let expected = [PageType::L1TAB, PageType::L2TAB, PageType::L3TAB_PINNED];
+    equal(&types, &expected.to_vec(), "types")?;
+    let compat = guest.m2p()?.compat_first();
+    let slot = guest.read(frames[1])?[PAE_XEN_SLOT];
+    equal(
+        &((slot & ((1 << 52) - 1)) >> 12),
+        &compat.0,
+        "Xen's first slot",
+    )?;
+    fails(pin(frames[2], 4), Errno::EINVAL, "level 4")?;
+    // A second top-level table over the same last level-2 table.
+    guest.write(frames[3], &[(3, entry(frames[1], PRESENT))])?;
+    fails(
+        pin(frames[3], 3),
+        Errno::EINVAL,
+        "a shared last level-2 table",
+    )
+}
+
+fn fresh_vcpu(host: &dyn Host) -> Result<(), Violation> {
+    let guest = Guest::new(host, GuestKind::Pv, 2, 1)?;
+    fails(
+        guest.vcpu_state(1, VcpuBlob::Basic),
+        Errno::ENODATA,
+        "basic",
+    )?;
+    for blob in [
+        VcpuBlob::Basic,
+        VcpuBlob::Extended,
+        VcpuBlob::Xsave,
+        VcpuBlob::Msrs,
+    ] {
+        fails(guest.vcpu_state(2, blob), Errno::EINVAL, "no such vcpu")?;
+        fails(
+            guest.set_vcpu_state(2, blob, &[0; 64]),
+            Errno::EINVAL,
+            "no such vcpu",
+        )?;
+    }
+    Ok(())
+}
+
+fn context_round_trip(host: &dyn Host) -> Result<(), Violation> {
+    let (guest, frames) = Guest::with_pages(host, GuestKind::Pv, 16)?;
+    guest.write_tables(&frames, frames[8], PRESENT)?;
+    let mut basic = context(frames[3]);
+    // The user's root: its low bit is the stream's, not Xen's.
+    put(&mut basic, 0x1378 + 8, frames[9].0 << 12 | 1);
+    // edx: not Xen's to judge.
+    put(&mut basic, 0x268, frames[5].0);
+    guest.set_vcpu_state(0, VcpuBlob::Basic, &basic)?;
+    put(&mut basic, 0x1378 + 8, frames[9].0 << 12);
+    let got = guest.vcpu_state(0, VcpuBlob::Basic)?;
+    equal(&got.len(), &basic.len(), "length")?;
+    for (what, range) in [
+        ("edx", 0x268..0x270),
+        ("control registers", 0x1378 + 8..0x1378 + 32),
+    ] {
+        equal(&got[range.clone()], &basic[range], what)?;
+    }
+    ensure(guest.vcpu_online(0)?, "online")?;
+    // Nor can tables be exchanged once they are set.
+    put(&mut basic, 0x1378 + 24, frames[9].0 << 12);
+    fails(
+        guest.set_vcpu_state(0, VcpuBlob::Basic, &basic),
+        Errno::EINVAL,
+        "another root",
+    )
+}
+
+fn context_references(host: &dyn Host) -> Result<(), Violation> {
+    let (guest, frames) = Guest::with_pages(host, GuestKind::Pv, 16)?;
+    guest.write_tables(&frames, frames[8], PRESENT)?;
+    let mut basic = context(frames[3]);
+    put(&mut basic, 0x12e0, frames[6].0);
+    put(&mut basic, 0x1360, 16);
+    guest.set_vcpu_state(0, VcpuBlob::Basic, &basic)?;
+    let expected = [
+        PageType::L1TAB,
+        PageType::L2TAB,
+        PageType::L3TAB,
+        PageType::L4TAB,
+    ];
+    equal(&guest.types(&frames[..4])?, &expected.to_vec(), "types")?;
+    equal(
+        &guest.types(&frames[6..7])?,
+        &vec![PageType::NOTAB],
+        "type of the GDT",
+    )?;
+    fails(
+        guest.pin_tables(&[(1, mfn(frames[6]))]),
+        Errno::EINVAL,
+        "the GDT as a table",
+    )?;
+    // As a restorer does: pin what a context holds already.
+    guest.pin_tables(&[(4, mfn(frames[3]))])?;
+    Ok(())
+}
+
+fn bad_contexts(host: &dyn Host) -> Result<(), Violation> {
+    let (guest, frames) = Guest::with_pages(host, GuestKind::Pv, 16)?;
+    let (_other, others) = Guest::with_pages(host, GuestKind::Pv, 1)?;
+    guest.write_tables(&frames, frames[8], PRESENT)?;
+    guest.write(frames[10], &[(0, entry(Gfn(0), PRESENT))])?;
+    guest.pin_tables(&[(1, mfn(frames[0]))])?;
+    let good = context(frames[3]);
+    let with = |changes: &[(usize, u64)]| {
+        let mut context = good.clone();
+        changes
+            .iter()
+            .for_each(|(at, value)| put(&mut context, *at, *value));
+        context
+    };
+    let (cr1, cr3, gdt, gdt_ents) = (0x1380, 0x1390, 0x12e0, 0x1360);
+    let bad = [
+        ("short", good[..0x142f].to_vec()),
+        ("long", [&good[..], &[0]].concat()),
+        ("of the other width", vec![0; 0xaf0]),
+        ("another's root", context(others[0])),
+        ("a root that does not validate", context(frames[10])),
+        ("a level-1 table for a root", context(frames[0])),
+        (
+            "a user root that does not validate",
+            with(&[(cr1, frames[10].0 << 12)]),
+        ),
+        ("user mode without a user root", with(&[(0x200, 1 << 5)])),
+        (
+            "a GDT frame that is a table",
+            with(&[(gdt, frames[0].0), (gdt_ents, 1)]),
+        ),
+        (
+            "another's GDT frame",
+            with(&[(gdt, others[0].0), (gdt_ents, 1)]),
+        ),
+        ("too large a GDT", with(&[(gdt_ents, 14 * 512 + 1)])),
+        (
+            "an address that is not canonical",
+            with(&[(0x288, 1 << 47)]),
+        ),
+        ("a root that is no frame", with(&[(cr3, 1 << 51)])),
+    ];
+    for (what, context) in bad {
+        let set = guest.set_vcpu_state(0, VcpuBlob::Basic, &context);
+        fails(set, Errno::EINVAL, what)?;
+    }
+    // None of them left anything behind.
+    equal(
+        &guest.types(&frames[1..4])?,
+        &vec![PageType::NOTAB; 3],
+        "types",
+    )?;
+    fails(
+        guest.vcpu_state(0, VcpuBlob::Basic),
+        Errno::ENODATA,
+        "basic",
+    )?;
+    guest.set_vcpu_state(0, VcpuBlob::Basic, &good)?;
+    Ok(())
+}
+
+/// `xen_domctl_ext_vcpucontext` of vcpu 0, with a callback.
+fn extended() -> Vec<u8> {
+    let mut extended = vec![0; 64];
+    extended[4] = 64;
+    put(&mut extended, 16, 0xffff_ffff_8100_1000);
+    extended
+}
+
+/// An XSAVE area with x87 and SSE in use.
+fn xsave() -> Vec<u8> {
+    let mut xsave = vec![0; 16 + 576];
+    xsave[0] = 3;
+    xsave[8] = 3;
+    xsave[16 + 512] = 3;
+    xsave
+}
+
+fn other_blobs(host: &dyn Host) -> Result<(), Violation> {
+    let guest = Guest::new(host, GuestKind::Pv, 1, 1)?;
+    // TSC_AUX.
+    let mut msrs = vec![0; 16];
+    msrs[..4].copy_from_slice(&0xc000_0103_u32.to_le_bytes());
+    msrs[8] = 5;
+    let blobs = [
+        (VcpuBlob::Extended, extended()),
+        (VcpuBlob::Xsave, xsave()),
+        (VcpuBlob::Msrs, msrs),
+    ];
+    for (kind, blob) in blobs {
+        guest.set_vcpu_state(0, kind, &blob)?;
+        equal(&guest.vcpu_state(0, kind)?, &blob, "a blob")?;
+    }
+    Ok(())
+}
+
+fn bad_blobs(host: &dyn Host) -> Result<(), Violation> {
+    let guest = Guest::new(host, GuestKind::Pv, 1, 1)?;
+    let mut unlisted = vec![0; 16];
+    unlisted[0] = 0x10;
+    let bad = [
+        (VcpuBlob::Extended, vec![0; 31]),
+        (VcpuBlob::Extended, vec![0; 129]),
+        (VcpuBlob::Xsave, vec![0; 15]),
+        (VcpuBlob::Xsave, xsave()[..591].to_vec()),
+        (VcpuBlob::Xsave, [&xsave()[..], &[0; 64]].concat()),
+        (VcpuBlob::Msrs, vec![0; 17]),
+        (VcpuBlob::Msrs, unlisted),
+    ];
+    for (kind, blob) in bad {
+        let set = guest.set_vcpu_state(0, kind, &blob);
+        fails(
+            set,
+            Errno::EINVAL,
+            &format!("{kind:?} of {} octets", blob.len()),
+        )?;
+    }
+    Ok(())
+}

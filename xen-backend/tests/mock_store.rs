@@ -1,0 +1,386 @@
+//! A mock host outlives its process: closed, in use, killed, damaged, full.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::thread;
+
+use nix::errno::Errno;
+use xsr_format::frame::{Gfn, PageType};
+use xsr_xen_backend::mock::{DomainState, GuestSpec, HostConfig, MockError, MockHost};
+use xsr_xen_backend::{Access, DomId, Domain, GuestKind, Host, RingGrant, TscInfo, VcpuBlob};
+
+fn config() -> HostConfig {
+    HostConfig {
+        memory_pages: 1 << 15,
+        ..HostConfig::default()
+    }
+}
+
+fn contents(domain: &dyn Domain, gfns: &[Gfn]) -> Vec<[u64; 512]> {
+    let pages = domain
+        .map(gfns, Access::Read)
+        .unwrap()
+        .all_mapped()
+        .unwrap();
+    pages.iter().map(|(_, page)| page.read_entries()).collect()
+}
+
+/// Frames of a PV guest, by pfn.
+fn pv_frames(domain: &dyn Domain) -> Vec<Gfn> {
+    let m2p = domain.m2p().unwrap();
+    let mut frames: Vec<_> = (0..=m2p.max_mfn().0)
+        .map(|mfn| (m2p.pfn(xsr_format::frame::Mfn(mfn)).unwrap().0, Gfn(mfn)))
+        .filter(|(pfn, _)| *pfn != u64::MAX)
+        .collect();
+    frames.sort_unstable_by_key(|(pfn, _)| *pfn);
+    frames.into_iter().map(|(_, gfn)| gfn).collect()
+}
+
+#[test]
+fn all_there_is_survives_a_reopen() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = MockHost::create(dir.path(), &config()).unwrap();
+    let pv = host
+        .create_guest(&GuestSpec::new("pv", GuestKind::Pv, 8))
+        .unwrap();
+    let hvm = host
+        .create_guest(&GuestSpec::new("hvm", GuestKind::Hvm, 8))
+        .unwrap();
+    let domain = host.domain(pv).unwrap();
+    let frames = pv_frames(&*domain);
+    let ring = RingGrant {
+        gfn: Some(frames[3]),
+        backend: DomId(0),
+    };
+    domain.seed_grants(ring, ring).unwrap();
+    host.userdata_store(pv, "domain-json", b"{}").unwrap();
+    domain.suspend().unwrap();
+    let before = (
+        host.show(pv).unwrap(),
+        host.show(hvm).unwrap(),
+        contents(&*domain, &frames),
+        domain.vcpu_state(0, VcpuBlob::Basic).unwrap(),
+        domain.cpu_policy().unwrap(),
+        host.domain(hvm).unwrap().hvm_context().unwrap(),
+        host.free_pages(),
+    );
+    drop((domain, host));
+
+    let host = MockHost::open(dir.path()).unwrap();
+    let domain = host.domain(pv).unwrap();
+    let after = (
+        host.show(pv).unwrap(),
+        host.show(hvm).unwrap(),
+        contents(&*domain, &frames),
+        domain.vcpu_state(0, VcpuBlob::Basic).unwrap(),
+        domain.cpu_policy().unwrap(),
+        host.domain(hvm).unwrap().hvm_context().unwrap(),
+        host.free_pages(),
+    );
+    assert!(before == after);
+    assert_eq!(after.0.summary.state, DomainState::Suspended);
+    assert_eq!(
+        host.userdata_get(pv, "domain-json").unwrap().unwrap(),
+        b"{}"
+    );
+    // And it goes on where it was; a new domain gets a number of its own.
+    domain.resume().unwrap();
+    let new = host.create_domain(GuestKind::Pvh, 1, 1).unwrap();
+    assert!(new > hvm);
+}
+
+#[test]
+fn a_host_in_use_names_the_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = MockHost::create(dir.path(), &config()).unwrap();
+    let message = MockHost::open(dir.path()).unwrap_err().to_string();
+    assert!(
+        message.contains(&std::process::id().to_string()),
+        "{message}"
+    );
+    drop(host);
+    MockHost::open_or_create(dir.path(), &config()).unwrap();
+}
+
+#[test]
+fn what_is_no_host_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let open = MockHost::open(dir.path());
+    assert!(matches!(open, Err(MockError::NotAHost { .. })));
+    fs::write(dir.path().join("letter"), "Dear Sir").unwrap();
+    let create = MockHost::create(dir.path(), &config());
+    assert!(matches!(create, Err(MockError::Occupied { .. })));
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn a_damaged_state_file_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = MockHost::create(dir.path(), &config()).unwrap();
+    host.create_domain(GuestKind::Pv, 1, 1).unwrap();
+    drop(host);
+    fs::write(dir.path().join("domains/1/state.json"), "{").unwrap();
+    let message = MockHost::open(dir.path()).unwrap_err().to_string();
+    assert!(message.contains("domains/1/state.json"), "{message}");
+}
+
+const CRASH_DIR: &str = "XSR_TEST_CRASH_DIR";
+
+/// Not a test of its own: the process that [`a_killed_process_loses_nothing_else`]
+/// starts, and that dies in the middle of its work.
+#[test]
+fn die_half_way() {
+    let Some(dir) = std::env::var_os(CRASH_DIR) else {
+        return;
+    };
+    let host = MockHost::open(Path::new(&dir)).unwrap();
+    let domain = host
+        .domain(host.create_domain(GuestKind::Pvh, 1, 1 << 14).unwrap())
+        .unwrap();
+    for batch in 0..3 {
+        let mut gfns: Vec<Gfn> = (batch * 1024..(batch + 1) * 1024).map(Gfn).collect();
+        domain.populate(0, &mut gfns).unwrap();
+    }
+    std::process::abort();
+}
+
+#[test]
+fn a_killed_process_loses_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = MockHost::create(dir.path(), &config()).unwrap();
+    let free = host.free_pages();
+    let spec = GuestSpec::new("bystander", GuestKind::Pv, 8);
+    let bystander = host.create_guest(&spec).unwrap();
+    let frames = pv_frames(&*host.domain(bystander).unwrap());
+    let before = contents(&*host.domain(bystander).unwrap(), &frames);
+    let free_before = host.free_pages();
+    drop(host);
+
+    let child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "die_half_way"])
+        .env(CRASH_DIR, dir.path())
+        .output()
+        .unwrap();
+    assert!(!child.status.success(), "it was to die");
+    // A domain that was being made or unmade as the process died.
+    fs::create_dir_all(dir.path().join("domains/99/blobs")).unwrap();
+    fs::create_dir_all(dir.path().join("domains/98.dead")).unwrap();
+
+    let host = MockHost::open(dir.path()).unwrap();
+    assert_eq!(contents(&*host.domain(bystander).unwrap(), &frames), before);
+    let [_, victim] = host.list().try_into().unwrap();
+    assert_eq!(
+        (victim.tot_pages, victim.state),
+        (3072, DomainState::Paused)
+    );
+    assert_eq!(host.free_pages(), free_before - 3072 - 1);
+    host.domain(victim.domid).unwrap().destroy().unwrap();
+    host.domain(bystander).unwrap().destroy().unwrap();
+    assert_eq!(host.free_pages(), free);
+}
+
+#[test]
+fn frames_without_a_domain_are_freed_after_a_kill() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = MockHost::create(dir.path(), &config()).unwrap();
+    let free = host.free_pages();
+    let lost = host
+        .create_guest(&GuestSpec::new("lost", GuestKind::Pv, 8))
+        .unwrap();
+    drop(host);
+    // As if it had died between forgetting the domain and freeing its memory.
+    fs::remove_dir_all(dir.path().join(format!("domains/{}", lost.0))).unwrap();
+    fs::write(dir.path().join("open"), 1_u64.to_le_bytes()).unwrap();
+    let host = MockHost::open(dir.path()).unwrap();
+    assert_eq!(host.free_pages(), free);
+    let domain = host
+        .domain(host.create_domain(GuestKind::Pv, 1, 1 << 15).unwrap())
+        .unwrap();
+    let mut gfns: Vec<Gfn> = (0..2048).map(Gfn).collect();
+    domain.populate(0, &mut gfns).unwrap();
+    assert!(
+        contents(&*domain, &gfns)
+            .iter()
+            .all(|page| *page == [0; 512])
+    );
+}
+
+#[test]
+fn a_full_host_refuses() {
+    let host = MockHost::ephemeral(&HostConfig {
+        memory_pages: 4096,
+        ..config()
+    })
+    .unwrap();
+    let domain = host
+        .domain(host.create_domain(GuestKind::Pvh, 1, 1 << 20).unwrap())
+        .unwrap();
+    let free = host.free_pages();
+    let failed = host.create_guest(&GuestSpec::new("large", GuestKind::Pv, 16));
+    let Err(MockError::Backend(error)) = failed else {
+        panic!("a guest larger than the host: {failed:?}");
+    };
+    assert_eq!(error.errno, Errno::ENOMEM);
+    assert_eq!(host.free_pages(), free, "no part of it is left");
+    let mut gfns: Vec<Gfn> = (0..4096).map(Gfn).collect();
+    let done = domain.populate(0, &mut gfns).unwrap();
+    assert_eq!(done as u64, free);
+    assert_eq!(domain.populate(9, &mut [Gfn(1 << 20)]).unwrap(), 0);
+    let refused = host.create_domain(GuestKind::Pv, 1, 1).unwrap_err();
+    assert_eq!(refused.errno, Errno::ENOMEM);
+}
+
+#[test]
+fn handles_work_from_many_threads() {
+    let host = MockHost::ephemeral(&config()).unwrap();
+    let workers: Vec<_> = (0..4_u64)
+        .map(|worker| {
+            let host = host.clone();
+            thread::spawn(move || {
+                let kind = if worker % 2 == 0 {
+                    GuestKind::Pv
+                } else {
+                    GuestKind::Pvh
+                };
+                let domid = host.create_domain(kind, 1, 4096).unwrap();
+                let domain = host.domain(domid).unwrap();
+                let mut all = Vec::new();
+                for batch in 0..4 {
+                    let mut gfns: Vec<Gfn> = (batch * 512..(batch + 1) * 512).map(Gfn).collect();
+                    assert_eq!(domain.populate(0, &mut gfns).unwrap(), 512);
+                    let pages = domain
+                        .map(&gfns, Access::Write)
+                        .unwrap()
+                        .all_mapped()
+                        .unwrap();
+                    for (n, page) in pages.iter() {
+                        page.write_entry(0, worker << 32 | batch << 16 | n as u64);
+                    }
+                    all.extend(gfns);
+                }
+                (domid, worker, all)
+            })
+        })
+        .collect();
+    for handle in workers {
+        let (domid, worker, gfns) = handle.join().unwrap();
+        let domain = host.domain(domid).unwrap();
+        // One domain from two threads.
+        thread::scope(|scope| {
+            for half in gfns.chunks(1024) {
+                let domain = &*domain;
+                scope.spawn(move || {
+                    let mut types = vec![PageType::XTAB; half.len()];
+                    domain.page_types(half, &mut types).unwrap();
+                    assert!(types.iter().all(|t| *t == PageType::NOTAB));
+                    for (page, expected) in contents(domain, half).iter().zip(0_u64..) {
+                        assert_eq!(page[0] >> 32, worker);
+                        assert_eq!(page[0] & 0xffff, expected % 512);
+                    }
+                });
+            }
+        });
+    }
+}
+
+#[test]
+fn names_are_unique_and_sane() {
+    let host = MockHost::ephemeral(&config()).unwrap();
+    let first = host
+        .create_guest(&GuestSpec::new("one", GuestKind::Pvh, 4))
+        .unwrap();
+    let second = host.create_domain(GuestKind::Pvh, 1, 1).unwrap();
+    assert_eq!(host.find("one").unwrap(), first);
+    assert_eq!(host.find(&second.0.to_string()).unwrap(), second);
+    assert!(matches!(
+        host.find("two"),
+        Err(MockError::NoSuchDomain { .. })
+    ));
+    assert!(matches!(
+        host.rename(second, "one"),
+        Err(MockError::NameTaken { .. })
+    ));
+    host.rename(second, "two").unwrap();
+    host.rename(second, "two").unwrap();
+    assert_eq!(host.find("two").unwrap(), second);
+    for bad in ["", "7", "a/b", "..\0", &"x".repeat(65)] {
+        assert!(
+            matches!(host.rename(second, bad), Err(MockError::BadName { .. })),
+            "{bad:?}"
+        );
+        assert!(matches!(
+            host.userdata_store(second, bad, b""),
+            Err(MockError::BadName { .. })
+        ));
+    }
+}
+
+#[test]
+fn user_data_goes_with_the_domain() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = MockHost::create(dir.path(), &config()).unwrap();
+    let domid = host.create_domain(GuestKind::Hvm, 1, 1).unwrap();
+    host.userdata_store(domid, "emulator", b"state").unwrap();
+    assert_eq!(
+        host.userdata_get(domid, "emulator").unwrap().unwrap(),
+        b"state"
+    );
+    assert_eq!(host.userdata_get(domid, "other").unwrap(), None);
+    host.domain(domid).unwrap().destroy().unwrap();
+    let MockError::Backend(error) = host.userdata_get(domid, "emulator").unwrap_err() else {
+        panic!("of a domain that is gone");
+    };
+    assert_eq!(error.errno, Errno::ESRCH);
+    assert_eq!(fs::read_dir(dir.path().join("domains")).unwrap().count(), 0);
+}
+
+#[test]
+fn grants_can_be_read_back() {
+    let host = MockHost::ephemeral(&config()).unwrap();
+    let domid = host.create_domain(GuestKind::Hvm, 1, 1).unwrap();
+    let domain = host.domain(domid).unwrap();
+    let ring = |gfn, backend| RingGrant {
+        gfn,
+        backend: DomId(backend),
+    };
+    domain
+        .seed_grants(ring(Some(Gfn(5)), 3), ring(None, 0))
+        .unwrap();
+    domain
+        .seed_grants(ring(None, 9), ring(Some(Gfn(6)), 4))
+        .unwrap();
+    let entries = host
+        .grants(domid)
+        .unwrap()
+        .map(|entry| entry.map(|e| (e.gfn, e.backend.0)));
+    assert_eq!(entries, [Some((5, 3)), Some((6, 4))]);
+}
+
+#[test]
+fn two_hosts_give_the_same_guest_other_frames_and_the_same_contents() {
+    let spec = GuestSpec::new("g", GuestKind::Pvh, 8);
+    let [one, two] = [1, 2].map(|seed| {
+        let host = MockHost::ephemeral(&HostConfig { seed, ..config() }).unwrap();
+        let domid = host.create_guest(&spec).unwrap();
+        let domain = host.domain(domid).unwrap();
+        assert_eq!(
+            domain.tsc_info().unwrap().incarnation,
+            TscInfo::default().incarnation + 1
+        );
+        let gfns: Vec<Gfn> = (0..2048).map(Gfn).collect();
+        contents(&*domain, &gfns)
+    });
+    assert!(one == two);
+    let zeros = one.iter().filter(|page| **page == [0; 512]).count();
+    assert!(
+        (150..400).contains(&zeros),
+        "about one page in eight is zero: {zeros}"
+    );
+    let mut different = one.clone();
+    different.sort_unstable();
+    different.dedup();
+    assert_eq!(different.len(), one.len() - zeros + 1, "all others differ");
+}
