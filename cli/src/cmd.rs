@@ -1,0 +1,26 @@
+//! The commands, one file each, and what they have in common.
+
+mod demo;
+mod diff;
+mod inspect;
+mod mock;
+mod restore;
+mod save;
+mod verify;
+
+use crate::args::Command;
+use crate::exit::Code;
+use crate::terminal::Terminal;
+
+/// Do what the command line asks.
+pub(crate) fn run(command: Command, terminal: &Terminal) -> anyhow::Result<Code> {
+    match command {
+        Command::Inspect(args) => inspect::run(&args, terminal),
+        Command::Verify(args) => verify::run(&args, terminal),
+        Command::Diff(args) => diff::run(&args, terminal),
+        Command::Save(args) => save::run(&args, terminal),
+        Command::Restore(args) => restore::run(&args, terminal),
+        Command::Mock(args) => mock::run(&args.command, terminal),
+        Command::Demo(_) => demo::run(terminal),
+    }
+}

@@ -1,0 +1,322 @@
+//! `xsr demo`: the whole of it on mock machines. Domains of every kind are saved on
+//! one, their images verified, restored on another, saved there, and compared page by
+//! page.
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use nix::sys::statvfs::statvfs;
+use tempfile::TempDir;
+use xsr_save_restore::toolstack::DirectToolstack;
+use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
+use xsr_xen_backend::{DomId, GuestKind, Host};
+
+use super::{diff, mock, restore, save};
+use crate::exit::Code;
+use crate::file::{Input, Output};
+use crate::image::Reading;
+use crate::interrupt::Interrupt;
+use crate::stdout::Results;
+use crate::terminal::Terminal;
+use crate::text::size;
+
+/// A domain of the demo.
+struct Guest {
+    name: &'static str,
+    /// What a person calls its kind.
+    what: &'static str,
+    kind: GuestKind,
+    width: u8,
+    memory_mib: u64,
+    vcpus: u32,
+}
+
+const GUESTS: [Guest; 4] = [
+    Guest {
+        name: "web",
+        what: "PV 64-bit",
+        kind: GuestKind::Pv,
+        width: 8,
+        memory_mib: 256,
+        vcpus: 4,
+    },
+    Guest {
+        name: "mail",
+        what: "PV 32-bit",
+        kind: GuestKind::Pv,
+        width: 4,
+        memory_mib: 64,
+        vcpus: 1,
+    },
+    Guest {
+        name: "database",
+        what: "PVH",
+        kind: GuestKind::Pvh,
+        width: 8,
+        memory_mib: 256,
+        vcpus: 2,
+    },
+    Guest {
+        name: "desktop",
+        what: "HVM",
+        kind: GuestKind::Hvm,
+        width: 8,
+        memory_mib: 128,
+        vcpus: 2,
+    },
+];
+
+/// What the files of the demo take at most: both machines and two images.
+const ROOM: u64 = 2 << 30;
+
+/// Run the demo. Nothing is left behind, whatever happens.
+pub(crate) fn run(terminal: &Terminal) -> Result<Code> {
+    let interrupt = Interrupt::catch()?;
+    let started = Instant::now();
+    let place = scratch()?;
+    let demo = Demo {
+        one: host(&place.path().join("one"), 1)?,
+        other: host(&place.path().join("other"), 2)?,
+        dir: place.path(),
+        terminal,
+        interrupt: &interrupt,
+    };
+    let mut out = Results::new();
+    writeln!(
+        out,
+        "Two mock machines in {}; {} domains on the first.\n",
+        place.path().display(),
+        GUESTS.len()
+    )?;
+    let domains = demo.make()?;
+    writeln!(
+        out,
+        "{:<9} {:<10} {:>9}  {:>24}  {:>8}  {:>24}  pages compared",
+        "domain", "kind", "memory", "save", "verify", "restore"
+    )?;
+    let mut totals = Row::default();
+    for (guest, domid) in GUESTS.iter().zip(domains) {
+        let row = demo.domain(guest, domid)?;
+        let memory = size(guest.memory_mib << 20);
+        writeln!(
+            out,
+            "{:<9} {:<10} {memory:>9}  {:>24}  {:>8}  {:>24}  {}, all the same",
+            guest.name,
+            guest.what,
+            speed(row.octets, row.save),
+            milliseconds(row.verify),
+            speed(row.octets, row.restore),
+            row.compared
+        )?;
+        out.flush()?;
+        totals.add(&row);
+    }
+    let (saving, restoring) = (
+        speed(totals.octets, totals.save),
+        speed(totals.octets, totals.restore),
+    );
+    writeln!(
+        out,
+        "\nEvery domain came back on the other machine. Of {} pages none differs, but for what \
+         a restore itself rewrites (docs/images.md).\nSaved {} in {saving}, restored in \
+         {restoring}; {:.1} s in all.",
+        totals.compared,
+        size(totals.octets),
+        started.elapsed().as_secs_f64()
+    )?;
+    out.finish()?;
+    let path = place.path().to_owned();
+    drop(demo);
+    place
+        .close()
+        .with_context(|| format!("removing {}", path.display()))?;
+    Ok(Code::Fine)
+}
+
+/// A temporary directory: in memory where there is room, so that disks have no part
+/// in the figures.
+fn scratch() -> Result<TempDir> {
+    let memory = Path::new("/dev/shm");
+    let room = |path: &Path| {
+        let stat = statvfs(path).ok()?;
+        Some(stat.blocks_available() * stat.fragment_size())
+    };
+    let dir = match room(memory).is_some_and(|octets| octets >= ROOM) {
+        true => memory.to_owned(),
+        false => std::env::temp_dir(),
+    };
+    if let Some(octets) = room(&dir).filter(|octets| *octets < ROOM) {
+        bail!(
+            "the demo needs {} in {}, where {} are left; set TMPDIR to a directory with more",
+            size(ROOM),
+            dir.display(),
+            size(octets)
+        );
+    }
+    tempfile::Builder::new()
+        .prefix("xsr-demo-")
+        .tempdir_in(&dir)
+        .with_context(|| dir.display().to_string())
+}
+
+fn host(dir: &Path, seed: u64) -> Result<MockHost> {
+    // Another seed, another order of machine frames: nothing is where it was.
+    let config = HostConfig {
+        seed,
+        memory_pages: (1 << 30) >> 12,
+        ..HostConfig::default()
+    };
+    Ok(MockHost::create(dir, &config)?)
+}
+
+/// The machines, and where the images go.
+struct Demo<'a> {
+    one: MockHost,
+    other: MockHost,
+    dir: &'a Path,
+    terminal: &'a Terminal,
+    interrupt: &'a Interrupt,
+}
+
+/// What one domain took.
+#[derive(Default)]
+struct Row {
+    /// Octets of page contents.
+    octets: u64,
+    save: Duration,
+    verify: Duration,
+    restore: Duration,
+    /// Pages whose contents were compared.
+    compared: u64,
+}
+
+impl Row {
+    fn add(&mut self, row: &Self) {
+        self.octets += row.octets;
+        self.save += row.save;
+        self.verify += row.verify;
+        self.restore += row.restore;
+        self.compared += row.compared;
+    }
+}
+
+impl Demo<'_> {
+    fn make(&self) -> Result<Vec<DomId>> {
+        let mut made = Vec::new();
+        let bar = self.terminal.progress("making");
+        for (i, guest) in (0_u64..).zip(&GUESTS) {
+            let spec = GuestSpec {
+                width: guest.width,
+                vcpus: guest.vcpus,
+                seed: i,
+                ..GuestSpec::new(guest.name, guest.kind, guest.memory_mib)
+            };
+            bar.show(i, GUESTS.len() as u64, 0);
+            made.push(mock::create_guest(&self.one, &spec)?);
+            if self.interrupt.check().is_break() {
+                bail!("interrupted");
+            }
+        }
+        Ok(made)
+    }
+
+    /// Save, verify, restore, save again, compare.
+    fn domain(&self, guest: &Guest, domid: DomId) -> Result<Row> {
+        let name = guest.name;
+        let image = self.dir.join(format!("{name}.save"));
+        let again = self.dir.join(format!("{name}.again.save"));
+        let started = Instant::now();
+        let octets = self.save(&self.one, domid, &image)?;
+        let save = started.elapsed();
+
+        let started = Instant::now();
+        let reading = Reading { lenient: false };
+        reading.over(&Input::open(&image)?, &mut |_| Ok(()))?;
+        let verify = started.elapsed();
+
+        let started = Instant::now();
+        let restored = self.restore(&image)?;
+        let restore = started.elapsed();
+
+        self.save(&self.other, restored, &again)?;
+        let comparison = diff::files(&image, &again, self.terminal)?;
+        if comparison.differ() {
+            bail!(
+                "{name} came back with differences: that must not be. See them with \
+                 `xsr diff --after-restore` after saving, restoring and saving such a domain"
+            );
+        }
+        remove(&image)?;
+        remove(&again)?;
+        Ok(Row {
+            octets,
+            save,
+            verify,
+            restore,
+            compared: comparison.pages_compared,
+        })
+    }
+
+    /// Save a domain, which is gone afterwards; how many octets of pages it had.
+    fn save(&self, host: &MockHost, domid: DomId, to: &Path) -> Result<u64> {
+        let domain = host.domain(domid)?;
+        let output = Output::create(to)?;
+        let mut toolstack = DirectToolstack(&*domain);
+        let bar = self.terminal.progress("saving");
+        let saved = save::write_image(
+            host,
+            domid,
+            &*domain,
+            &mut toolstack,
+            output.file(),
+            &mut |progress| {
+                bar.show(progress.pages_done, progress.pages_total, progress.octets);
+                self.interrupt.check()
+            },
+        )?;
+        drop(bar);
+        output.finish()?;
+        let octets = saved.stats().pages * 4096;
+        saved.keep_suspended();
+        domain.destroy()?;
+        Ok(octets)
+    }
+
+    fn restore(&self, from: &Path) -> Result<DomId> {
+        let bar = self.terminal.progress("restoring");
+        let job = restore::Job {
+            host: &self.other,
+            input: &Input::open(from)?,
+            lenient: false,
+            bar: &bar,
+            interrupt: Some(self.interrupt),
+        };
+        let made = job.restore_xl()?;
+        made.unpause()?;
+        let domid = made.domid();
+        made.keep();
+        Ok(domid)
+    }
+}
+
+fn remove(image: &Path) -> Result<()> {
+    fs::remove_file(image).with_context(|| image.display().to_string())
+}
+
+fn seconds(duration: Duration) -> String {
+    format!("{:.3} s", duration.as_secs_f64())
+}
+
+fn milliseconds(duration: Duration) -> String {
+    format!("{:.1} ms", duration.as_secs_f64() * 1000.0)
+}
+
+fn speed(octets: u64, duration: Duration) -> String {
+    let microseconds = duration.as_micros().max(1);
+    let rate = u128::from(octets) * 1_000_000 / microseconds;
+    let rate = size(u64::try_from(rate).unwrap_or(u64::MAX));
+    format!("{} ({rate}/s)", seconds(duration))
+}

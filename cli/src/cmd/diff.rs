@@ -1,0 +1,123 @@
+//! `xsr diff`: in what two images differ in meaning.
+//!
+//! Each image is read once for everything but page contents; those are compared pfn
+//! by pfn afterwards, from where the last word on each stands in the file, so that
+//! neither image is ever in memory.
+
+mod compare;
+mod difference;
+mod expected;
+mod image;
+mod pages;
+mod print;
+
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+use serde::Serialize;
+
+use self::compare::Found;
+use self::difference::Difference;
+use self::expected::Expected;
+use self::image::Image;
+use crate::args::DiffArgs;
+use crate::exit::Code;
+use crate::file::Input;
+use crate::image::Reading;
+use crate::stdout::Results;
+use crate::terminal::Terminal;
+
+/// What `--json` prints (docs/json.md).
+#[derive(Debug, Serialize)]
+struct Report<'a> {
+    a: &'a str,
+    b: &'a str,
+    /// Whether anything differs that is not expected.
+    differ: bool,
+    pages_compared: u64,
+    differences: &'a [Difference],
+}
+
+/// Compare two images.
+pub(crate) fn run(args: &DiffArgs, terminal: &Terminal) -> Result<Code> {
+    let reading = Reading {
+        lenient: args.lenient,
+    };
+    let a = Image::read(Input::open(&args.a)?, reading)?;
+    let b = Image::read(Input::open(&args.b)?, reading)?;
+    let comparison = compare(&a, &b, args.after_restore, terminal)?;
+    let differences = &comparison.differences;
+    let differ = comparison.differ();
+    let mut out = Results::new();
+    if args.json {
+        out.json(&Report {
+            a: &a.input.name,
+            b: &b.input.name,
+            differ,
+            pages_compared: comparison.pages_compared,
+            differences,
+        })?;
+    } else {
+        let summary = print::Summary {
+            a: &a.input.name,
+            b: &b.input.name,
+            differences,
+            pages_compared: comparison.pages_compared,
+        };
+        print::print(&summary, &mut out)?;
+    }
+    out.finish()?;
+    Ok(match differ {
+        true => Code::Failed,
+        false => Code::Fine,
+    })
+}
+
+/// Compare an image with the one that was saved from a domain restored from it.
+pub(crate) fn files(a: &Path, b: &Path, terminal: &Terminal) -> Result<Comparison> {
+    let reading = Reading { lenient: false };
+    let a = Image::read(Input::open(a)?, reading)?;
+    let b = Image::read(Input::open(b)?, reading)?;
+    compare(&a, &b, true, terminal)
+}
+
+/// What a comparison found.
+#[derive(Debug)]
+pub(crate) struct Comparison {
+    differences: Vec<Difference>,
+    /// Pages whose contents were compared.
+    pub(crate) pages_compared: u64,
+}
+
+impl Comparison {
+    /// Whether anything differs that is not expected.
+    pub(crate) fn differ(&self) -> bool {
+        self.differences.iter().any(|d| d.expected.is_none())
+    }
+}
+
+/// Compare two images; with `after_restore`, what a restore rewrites is expected.
+fn compare(a: &Image, b: &Image, after_restore: bool, terminal: &Terminal) -> Result<Comparison> {
+    let mut found = Found::default();
+    compare::compare(a, b, &mut found)?;
+    let total = 2 * 4096 * a.map.populated().min(b.map.populated());
+    let bar = terminal.progress("comparing");
+    let mut done = 0;
+    let pages = pages::compare(a.pages(), b.pages(), &mut |octets| {
+        done += 2 * octets;
+        bar.show(done, total, done);
+    })
+    .with_context(|| format!("comparing {} and {}", a.input.name, b.input.name))?;
+    drop(bar);
+    let start_info = a.start_info().filter(|pfn| Some(*pfn) == b.start_info());
+    compare::pages(&pages, start_info.map(|pfn| pfn.0), &mut found);
+    let mut differences = found.0;
+    differences.sort_by_key(|d| d.section);
+    if after_restore {
+        differences = Expected::new(a, b).mark(differences);
+    }
+    Ok(Comparison {
+        differences,
+        pages_compared: pages.compared,
+    })
+}

@@ -1,0 +1,493 @@
+//! The comparison of two images, part by part; page contents are in [`super::pages`].
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Display;
+
+use anyhow::Result;
+use serde_json::Value;
+use xsr_format::fields::hvm::{HvmDifference, HvmRecord, HvmRecordKind, diff_contexts, param_name};
+use xsr_format::fields::{self, FieldDifference, Layout, pv};
+use xsr_format::frame::Page;
+use xsr_format::record::RecordKind;
+use xsr_format::record::pv::PvInfo;
+use xsr_format::wrapper::libxl::{EmulatorInstance, LibxlRecord};
+
+use super::difference::{Difference, Section, What};
+use super::image::Image;
+use super::pages::{PageDiffs, Side};
+use crate::text::{Count, hex};
+
+/// Differences as they are found.
+#[derive(Debug, Default)]
+pub(crate) struct Found(pub(crate) Vec<Difference>);
+
+impl Found {
+    fn push(&mut self, section: Section, what: What) {
+        self.0.push(Difference {
+            section,
+            what,
+            expected: None,
+        });
+    }
+
+    /// Something with a name, unless it is the same.
+    fn field<T: PartialEq + Display>(
+        &mut self,
+        section: Section,
+        field: impl Into<String>,
+        a: Option<T>,
+        b: Option<T>,
+    ) {
+        if a != b {
+            let (field, a, b) = (
+                field.into(),
+                a.map(|a| a.to_string()),
+                b.map(|b| b.to_string()),
+            );
+            self.push(section, What::Field { field, a, b });
+        }
+    }
+
+    /// Every value of two maps that is not the same.
+    fn maps<K: Ord + Copy, V: PartialEq + Copy + Display>(
+        &mut self,
+        section: Section,
+        a: &BTreeMap<K, V>,
+        b: &BTreeMap<K, V>,
+        name: impl Fn(K) -> String,
+    ) {
+        let keys: BTreeSet<K> = a.keys().chain(b.keys()).copied().collect();
+        for key in keys {
+            self.field(
+                section,
+                name(key),
+                a.get(&key).copied(),
+                b.get(&key).copied(),
+            );
+        }
+    }
+
+    /// Two blobs of one layout; names get a prefix.
+    fn blobs(&mut self, section: Section, prefix: &str, layout: &Layout, a: &[u8], b: &[u8]) {
+        for difference in fields::diff(layout, a, b) {
+            self.named(section, prefix, &difference);
+        }
+    }
+
+    fn named(&mut self, section: Section, prefix: &str, difference: &FieldDifference<'_>) {
+        let (field, a, b) = match difference {
+            FieldDifference::Field { a, b } => {
+                (a.name.clone(), a.value.to_string(), b.value.to_string())
+            }
+            FieldDifference::Octets { offset, a, b } => {
+                let last = offset + a.len().saturating_sub(1);
+                (
+                    format!("octets {offset:#x}–{last:#x}"),
+                    fields::Value::Octets(a).to_string(),
+                    fields::Value::Octets(b).to_string(),
+                )
+            }
+            FieldDifference::Length { a, b } => ("length".to_owned(), a.to_string(), b.to_string()),
+        };
+        let field = format!("{prefix}{field}");
+        let (a, b) = (Some(a), Some(b));
+        self.push(section, What::Field { field, a, b });
+    }
+}
+
+/// Everything but the pages.
+pub(crate) fn compare(a: &Image, b: &Image, found: &mut Found) -> Result<()> {
+    headers(a, b, found);
+    config(a, b, found);
+    records(a, b, found);
+    emulators(a, b, found);
+    cpu_policy(a, b, found);
+    tsc(a, b, found);
+    p2m(a, b, found);
+    start_info(a, b, found)?;
+    shared_info(a, b, found);
+    vcpus(a, b, found);
+    hvm(a, b, found);
+    Ok(())
+}
+
+/// What [`super::pages::compare`] found. The start_info page has been compared field
+/// by field, if it is the same page in both.
+pub(crate) fn pages(diffs: &PageDiffs, start_info: Option<u64>, found: &mut Found) {
+    for only in &diffs.only_in {
+        let (a, b) = match only.side {
+            Side::A => (Some(only.page_type), None),
+            Side::B => (None, Some(only.page_type)),
+        };
+        let (first_pfn, last_pfn) = (only.first, only.last);
+        found.push(
+            Section::Pfns,
+            What::Types {
+                first_pfn,
+                last_pfn,
+                a,
+                b,
+            },
+        );
+    }
+    for differs in &diffs.types {
+        found.push(
+            Section::PageTypes,
+            What::Types {
+                first_pfn: differs.first,
+                last_pfn: differs.last,
+                a: Some(differs.a),
+                b: Some(differs.b),
+            },
+        );
+    }
+    let mut contents = |first_pfn: u64, last_pfn: u64| {
+        if first_pfn <= last_pfn {
+            let what = What::Contents {
+                first_pfn,
+                last_pfn,
+            };
+            found.push(Section::PageContents, what);
+        }
+    };
+    for &(first, last) in &diffs.contents {
+        match start_info.filter(|pfn| (first..=last).contains(pfn)) {
+            None => contents(first, last),
+            Some(pfn) => {
+                if pfn > first {
+                    contents(first, pfn - 1);
+                }
+                contents(pfn + 1, last);
+            }
+        }
+    }
+}
+
+fn headers(a: &Image, b: &Image, found: &mut Found) {
+    const S: Section = Section::Headers;
+    let layers = |image: &Image| match (&image.xl, image.libxl) {
+        (Some(_), _) => "xl",
+        (None, Some(_)) => "libxl",
+        (None, None) => "libxc",
+    };
+    found.field(S, "outermost layer", Some(layers(a)), Some(layers(b)));
+    if let (Some(a), Some(b)) = (&a.xl, &b.xl) {
+        let (order_a, order_b) = (a.byte_order(), b.byte_order());
+        found.field(S, "xl byte order", Some(order_a), Some(order_b));
+        let flags = |name: &str, a: u32, b: u32, found: &mut Found| {
+            found.field(S, name, Some(hex(a.into())), Some(hex(b.into())));
+        };
+        let (mandatory_a, mandatory_b) = (a.mandatory_flags(), b.mandatory_flags());
+        flags("xl mandatory flags", mandatory_a, mandatory_b, found);
+        flags(
+            "xl optional flags",
+            a.optional_flags(),
+            b.optional_flags(),
+            found,
+        );
+    }
+    if let (Some(a), Some(b)) = (a.libxl, b.libxl) {
+        found.field(S, "libxl byte order", Some(a.order), Some(b.order));
+        let (converted_a, converted_b) = (a.legacy_converted, b.legacy_converted);
+        let name = "libxl converted from legacy";
+        found.field(S, name, Some(converted_a), Some(converted_b));
+    }
+    if let (Some((image_a, domain_a)), Some((image_b, domain_b))) = (a.libxc, b.libxc) {
+        let (version_a, version_b) = (image_a.version.number(), image_b.version.number());
+        found.field(S, "libxc version", Some(version_a), Some(version_b));
+        found.field(
+            S,
+            "libxc byte order",
+            Some(image_a.order),
+            Some(image_b.order),
+        );
+        let (type_a, type_b) = (domain_a.guest_type, domain_b.guest_type);
+        found.field(S, "guest type", Some(type_a), Some(type_b));
+        let xen = |d: xsr_format::image::DomainHeader| format!("{}.{}", d.xen_major, d.xen_minor);
+        found.field(S, "Xen version", Some(xen(domain_a)), Some(xen(domain_b)));
+    }
+}
+
+fn config(a: &Image, b: &Image, found: &mut Found) {
+    let (Some(a), Some(b)) = (&a.xl, &b.xl) else {
+        return; // The headers say already that one has no xl header.
+    };
+    let json = |xl: &xsr_format::wrapper::xl::XlHeader| -> Option<Value> {
+        serde_json::from_str(xl.json().ok()??).ok()
+    };
+    match (json(a), json(b)) {
+        (Some(a), Some(b)) => json_values("", &a, &b, found),
+        _ => {
+            let text = |config: Option<&[u8]>| config.map(|text| text.escape_ascii().to_string());
+            let (a, b) = (text(a.config()), text(b.config()));
+            found.field(Section::Config, "text", a, b);
+        }
+    }
+}
+
+fn json_values(at: &str, a: &Value, b: &Value, found: &mut Found) {
+    let inside = |key: &dyn Display| match at {
+        "" => key.to_string(),
+        _ => format!("{at}.{key}"),
+    };
+    match (a, b) {
+        (Value::Object(a), Value::Object(b)) => {
+            let keys: BTreeSet<&String> = a.keys().chain(b.keys()).collect();
+            for key in keys {
+                match (a.get(key), b.get(key)) {
+                    (Some(a), Some(b)) => json_values(&inside(key), a, b, found),
+                    (a, b) => found.field(Section::Config, inside(key), a, b),
+                }
+            }
+        }
+        (Value::Array(a), Value::Array(b)) if a.len() == b.len() => {
+            for (i, (a, b)) in a.iter().zip(b).enumerate() {
+                json_values(&format!("{at}[{i}]"), a, b, found);
+            }
+        }
+        _ => found.field(Section::Config, at, Some(a), Some(b)),
+    }
+}
+
+fn records(a: &Image, b: &Image, found: &mut Found) {
+    const S: Section = Section::Records;
+    let count = |image: &Image| {
+        let mut counts: BTreeMap<String, usize> = BTreeMap::new();
+        for name in &image.sequence {
+            *counts.entry(name.clone()).or_default() += 1;
+        }
+        counts
+    };
+    let (counts_a, counts_b) = (count(a), count(b));
+    if counts_a == counts_b {
+        let first = a.sequence.iter().zip(&b.sequence).position(|(a, b)| a != b);
+        if let Some(i) = first {
+            let (a, b) = (a.sequence.get(i), b.sequence.get(i));
+            found.field(S, "the first record out of order", a, b);
+        }
+    } else {
+        let names: BTreeSet<&String> = counts_a.keys().chain(counts_b.keys()).collect();
+        for name in names {
+            found.field(S, name, counts_a.get(name), counts_b.get(name));
+        }
+    }
+    // Those whose contents nobody here understands, pairwise by name.
+    for (name, body_a) in &a.other {
+        let twin = b.other.iter().find(|(other, _)| other == name);
+        if let Some((_, body_b)) = twin
+            && body_a != body_b
+        {
+            let octets = |body: &[u8]| fields::Value::Octets(body).to_string();
+            found.field(S, name, Some(octets(body_a)), Some(octets(body_b)));
+        }
+    }
+}
+
+fn emulators(a: &Image, b: &Image, found: &mut Found) {
+    const S: Section = Section::Emulators;
+    type Keys = BTreeMap<(String, String), String>;
+    type States<'a> = BTreeMap<String, &'a [u8]>;
+    fn collect(image: &Image) -> (Keys, States<'_>) {
+        let (mut keys, mut states) = (Keys::new(), States::new());
+        let name = |e: &EmulatorInstance| format!("{} {}", e.id, e.index);
+        for record in &image.emulators {
+            match record {
+                LibxlRecord::EmulatorXenstoreData { emulator, data } => {
+                    for (key, value) in data.iter() {
+                        let key = key.escape_ascii().to_string();
+                        let value = value.escape_ascii().to_string();
+                        keys.insert((name(emulator), key), value);
+                    }
+                }
+                LibxlRecord::EmulatorContext { emulator, state } => {
+                    states.insert(format!("{} context", name(emulator)), state);
+                }
+                LibxlRecord::Optional { kind, body } => {
+                    states.insert(kind.to_string(), body);
+                }
+                _ => {}
+            }
+        }
+        (keys, states)
+    }
+    let ((keys_a, states_a), (keys_b, states_b)) = (collect(a), collect(b));
+    let names: BTreeSet<_> = keys_a.keys().chain(keys_b.keys()).collect();
+    for key in names {
+        let name = format!("{} xenstore {}", key.0, key.1);
+        found.field(S, name, keys_a.get(key), keys_b.get(key));
+    }
+    let names: BTreeSet<_> = states_a.keys().chain(states_b.keys()).collect();
+    for name in names {
+        match (states_a.get(name), states_b.get(name)) {
+            (Some(a), Some(b)) if a == b => {}
+            (Some(a), Some(b)) => {
+                let first = a.iter().zip(*b).take_while(|(a, b)| a == b).count();
+                let tail = |state: &[u8]| {
+                    let length = Count(state.len(), "octet");
+                    let rest = state.get(first..).unwrap_or_default();
+                    format!(
+                        "{length}, from {first:#x} on {}",
+                        fields::Value::Octets(rest)
+                    )
+                };
+                found.field(S, name, Some(tail(a)), Some(tail(b)));
+            }
+            (a, b) => {
+                let length =
+                    |state: Option<&&[u8]>| state.map(|s| Count(s.len(), "octet").to_string());
+                found.field(S, name, length(a), length(b));
+            }
+        }
+    }
+}
+
+fn cpu_policy(a: &Image, b: &Image, found: &mut Found) {
+    const S: Section = Section::CpuPolicy;
+    let leaves: BTreeSet<_> = a.cpuid.keys().chain(b.cpuid.keys()).collect();
+    for key in leaves {
+        let name = match *key {
+            (leaf, u32::MAX) => format!("CPUID {leaf:#x}"),
+            (leaf, subleaf) => format!("CPUID {leaf:#x}.{subleaf:#x}"),
+        };
+        let (a, b) = (a.cpuid.get(key), b.cpuid.get(key));
+        let register = |found: &mut Found, register: &str, a: Option<u32>, b: Option<u32>| {
+            let hex = |value: Option<u32>| value.map(|value| hex(value.into()));
+            found.field(S, format!("{name} {register}"), hex(a), hex(b));
+        };
+        register(found, "eax", a.map(|l| l.eax), b.map(|l| l.eax));
+        register(found, "ebx", a.map(|l| l.ebx), b.map(|l| l.ebx));
+        register(found, "ecx", a.map(|l| l.ecx), b.map(|l| l.ecx));
+        register(found, "edx", a.map(|l| l.edx), b.map(|l| l.edx));
+    }
+    let msrs: BTreeSet<_> = a.msrs.keys().chain(b.msrs.keys()).collect();
+    for index in msrs {
+        let value = |msrs: &BTreeMap<u32, u64>| msrs.get(index).map(|value| hex(*value));
+        let name = format!("MSR {index:#x}");
+        found.field(S, name, value(&a.msrs), value(&b.msrs));
+    }
+}
+
+fn tsc(a: &Image, b: &Image, found: &mut Found) {
+    const S: Section = Section::Tsc;
+    if let (Some(a), Some(b)) = (a.tsc, b.tsc) {
+        found.field(S, "mode", Some(a.mode), Some(b.mode));
+        found.field(S, "khz", Some(a.khz), Some(b.khz));
+        found.field(S, "nsec", Some(a.nsec), Some(b.nsec));
+        found.field(S, "incarnation", Some(a.incarnation), Some(b.incarnation));
+    }
+}
+
+fn p2m(a: &Image, b: &Image, found: &mut Found) {
+    const S: Section = Section::P2m;
+    let width = |pv: Option<PvInfo>| pv.map(|pv| u32::from(pv.width()) * 8);
+    found.field(S, "guest bits", width(a.pv), width(b.pv));
+    if let (Some(a), Some(b)) = (&a.p2m, &b.p2m) {
+        found.field(S, "last pfn", Some(a.last), Some(b.last));
+        let frames: BTreeMap<usize, _> = a.frames.iter().copied().enumerate().collect();
+        let others: BTreeMap<usize, _> = b.frames.iter().copied().enumerate().collect();
+        found.maps(S, &frames, &others, |i| format!("p2m_frames[{i}]"));
+    }
+}
+
+fn start_info(a: &Image, b: &Image, found: &mut Found) -> Result<()> {
+    let (Some(pfn_a), Some(pfn_b)) = (a.start_info(), b.start_info()) else {
+        return Ok(());
+    };
+    // Another pfn shows as another edx of vcpu 0.
+    if let (Some(page_a), Some(page_b)) = (a.page(pfn_a)?, b.page(pfn_b)?) {
+        let layout = match a.pv {
+            Some(PvInfo::Bits32) => &pv::START_INFO_32,
+            _ => &pv::START_INFO_64,
+        };
+        let (page_a, page_b) = (page_a.as_slice(), page_b.as_slice());
+        found.blobs(Section::StartInfo, "", layout, page_a, page_b);
+    }
+    Ok(())
+}
+
+fn shared_info(a: &Image, b: &Image, found: &mut Found) {
+    let layout = match a.pv {
+        Some(PvInfo::Bits32) => &pv::SHARED_INFO_32,
+        _ => &pv::SHARED_INFO_64,
+    };
+    if let (Some(page_a), Some(page_b)) = (&a.shared_info, &b.shared_info) {
+        let (page_a, page_b): (&Page, &Page) = (page_a, page_b);
+        found.blobs(Section::SharedInfo, "", layout, page_a, page_b);
+    }
+}
+
+fn vcpus(a: &Image, b: &Image, found: &mut Found) {
+    let bits = a.pv;
+    for ((vcpu, kind), state_a) in &a.vcpus {
+        let Some(state_b) = b.vcpus.get(&(*vcpu, *kind)) else {
+            continue; // The list of records says so.
+        };
+        let (part, layout) = match (*kind, bits) {
+            (RecordKind::X86_PV_VCPU_BASIC, Some(PvInfo::Bits32)) => ("", &pv::VCPU_CONTEXT_32),
+            (RecordKind::X86_PV_VCPU_BASIC, _) => ("", &pv::VCPU_CONTEXT_64),
+            (RecordKind::X86_PV_VCPU_EXTENDED, _) => ("extended ", &pv::VCPU_EXTENDED),
+            (RecordKind::X86_PV_VCPU_XSAVE, _) => ("xsave ", &pv::VCPU_XSAVE),
+            _ => ("MSRs ", &pv::VCPU_MSRS),
+        };
+        let prefix = format!("vcpu {vcpu} {part}");
+        found.blobs(Section::Vcpus, &prefix, layout, state_a, state_b);
+    }
+}
+
+fn hvm(a: &Image, b: &Image, found: &mut Found) {
+    const S: Section = Section::HvmContext;
+    if let (Some(context_a), Some(context_b)) = (&a.hvm_context, &b.hvm_context) {
+        match diff_contexts(context_a, context_b) {
+            Ok(differences) => {
+                for difference in &differences {
+                    hvm_record(difference, found);
+                }
+            }
+            // The format leaves the context to Xen, so neither image is bad for it.
+            Err(e) => {
+                tracing::warn!("{e}; the contexts are compared as octets");
+                let octets = |context: &[u8]| fields::Value::Octets(context).to_string();
+                found.field(
+                    S,
+                    "octets",
+                    Some(octets(context_a)),
+                    Some(octets(context_b)),
+                );
+            }
+        }
+    }
+    let hex_values = |params: &BTreeMap<u64, u64>| -> BTreeMap<u64, String> {
+        params.iter().map(|(i, value)| (*i, hex(*value))).collect()
+    };
+    let (params_a, params_b) = (hex_values(&a.hvm_params), hex_values(&b.hvm_params));
+    let indices: BTreeSet<u64> = params_a.keys().chain(params_b.keys()).copied().collect();
+    for index in indices {
+        let name = param_name(index).map_or_else(|| format!("parameter {index}"), str::to_owned);
+        let (a, b) = (params_a.get(&index), params_b.get(&index));
+        found.field(Section::HvmParams, name, a, b);
+    }
+}
+
+fn hvm_record(difference: &HvmDifference<'_>, found: &mut Found) {
+    const S: Section = Section::HvmContext;
+    let name = |kind: HvmRecordKind, instance: u16| format!("{kind} {instance}");
+    let there = |record: &HvmRecord<'_>| Some(Count(record.body.len(), "octet").to_string());
+    match difference {
+        HvmDifference::OnlyInA(record) => {
+            found.field(S, name(record.kind, record.instance), there(record), None);
+        }
+        HvmDifference::OnlyInB(record) => {
+            found.field(S, name(record.kind, record.instance), None, there(record));
+        }
+        HvmDifference::Fields {
+            kind,
+            instance,
+            differences,
+        } => {
+            let prefix = format!("{} ", name(*kind, *instance));
+            for difference in differences {
+                found.named(S, &prefix, difference);
+            }
+        }
+    }
+}

@@ -1,0 +1,307 @@
+//! What a restore itself rewrites, so that an image saved from a restored domain
+//! differs there from the image it was restored from. A short list, each entry with
+//! its reason; docs/images.md has it too.
+//!
+//! C implementation: `process_start_info`, `handle_shared_info`, `update_guest_p2m`
+//! and `process_vcpu_basic` of `xg_sr_restore_x86_pv.c`, `handle_hvm_params` of
+//! `xg_sr_restore_x86_hvm.c`, `tsc_set_info` of Xen.
+
+use std::collections::BTreeMap;
+
+use xsr_format::fields::hvm::param_name;
+use xsr_format::frame::PageType;
+
+use super::difference::{Difference, Section, What};
+use super::image::Image;
+
+const P2M: &str = "the p2m names machine frames, and the new domain has others";
+const RING: &str = "the ring is emptied: its other end is new";
+const CONNECTION: &str = "the new domain's own frames, event channels and start flags";
+const EVENTS: &str = "no event channel survives: none pending, all masked";
+const P2M_ROOT: &str = "it named machine frames; the guest sets it anew when it resumes";
+const WALL_CLOCK: &str = "Xen keeps the new domain's own wall clock";
+const ONLINE: &str = "a restore marks every saved vcpu online";
+const INCARNATION: &str = "Xen counts how often a domain was restored";
+const TRAILING: &str = "frames that were never populated are not made";
+
+/// A field by section and name; `[*]` stands for any index.
+struct FieldRule {
+    section: Section,
+    field: &'static str,
+    reason: &'static str,
+}
+
+const fn rule(section: Section, field: &'static str, reason: &'static str) -> FieldRule {
+    FieldRule {
+        section,
+        field,
+        reason,
+    }
+}
+
+const FIELDS: &[FieldRule] = &[
+    rule(Section::StartInfo, "nr_pages", CONNECTION),
+    rule(Section::StartInfo, "shared_info", CONNECTION),
+    rule(Section::StartInfo, "flags", CONNECTION),
+    rule(Section::StartInfo, "store_mfn", CONNECTION),
+    rule(Section::StartInfo, "store_evtchn", CONNECTION),
+    rule(Section::StartInfo, "console.mfn", CONNECTION),
+    rule(Section::StartInfo, "console.evtchn", CONNECTION),
+    rule(Section::SharedInfo, "evtchn_pending[*]", EVENTS),
+    rule(Section::SharedInfo, "evtchn_mask[*]", EVENTS),
+    rule(
+        Section::SharedInfo,
+        "vcpu_info[*].evtchn_pending_sel",
+        EVENTS,
+    ),
+    rule(
+        Section::SharedInfo,
+        "arch.pfn_to_mfn_frame_list_list",
+        P2M_ROOT,
+    ),
+    rule(Section::SharedInfo, "arch.p2m_cr3", P2M_ROOT),
+    rule(Section::SharedInfo, "wc_version", WALL_CLOCK),
+    rule(Section::SharedInfo, "wc_sec", WALL_CLOCK),
+    rule(Section::SharedInfo, "wc_nsec", WALL_CLOCK),
+    rule(Section::SharedInfo, "wc_sec_hi", WALL_CLOCK),
+    rule(Section::Vcpus, "vcpu [*] flags", ONLINE),
+    rule(Section::Tsc, "incarnation", INCARNATION),
+];
+
+/// HVM parameters that name a page which a restore clears.
+const CLEARED: &[&str] = &["STORE_PFN", "CONSOLE_PFN", "IOREQ_PFN", "BUFIOREQ_PFN"];
+
+/// What is expected between two images.
+#[derive(Debug)]
+pub(crate) struct Expected {
+    /// Pages with other contents.
+    pages: BTreeMap<u64, &'static str>,
+    /// No page of either image is populated from here on.
+    unpopulated_from: u64,
+}
+
+impl Expected {
+    /// What is expected where `b` was saved from a domain restored from `a`.
+    pub(crate) fn new(a: &Image, b: &Image) -> Self {
+        let mut pages = BTreeMap::new();
+        for image in [a, b] {
+            for frame in image.p2m.iter().flat_map(|p2m| &p2m.frames) {
+                pages.insert(frame.0, P2M);
+            }
+            for (index, pfn) in &image.hvm_params {
+                if param_name(*index).is_some_and(|name| CLEARED.contains(&name)) {
+                    pages.insert(*pfn, RING);
+                }
+            }
+        }
+        let end = |image: &Image| {
+            let populated = image.map.runs().filter(|run| run.page_type.is_populated());
+            populated.last().map_or(0, |run| run.last + 1)
+        };
+        Self {
+            pages,
+            unpopulated_from: end(a).max(end(b)),
+        }
+    }
+
+    /// Mark what is expected. A range that is only in part is split.
+    pub(crate) fn mark(&self, differences: Vec<Difference>) -> Vec<Difference> {
+        let mut out = Vec::with_capacity(differences.len());
+        for difference in differences {
+            match difference.what {
+                What::Field { ref field, .. } => {
+                    let expected = field_reason(difference.section, field);
+                    out.push(Difference {
+                        expected,
+                        ..difference
+                    });
+                }
+                What::Contents {
+                    first_pfn,
+                    last_pfn,
+                } => self.mark_contents(first_pfn, last_pfn, &difference, &mut out),
+                What::Types { .. } => self.mark_types(difference, &mut out),
+            }
+        }
+        out
+    }
+
+    fn mark_contents(
+        &self,
+        first: u64,
+        last: u64,
+        difference: &Difference,
+        out: &mut Vec<Difference>,
+    ) {
+        let mut push = |first_pfn: u64, last_pfn: u64, expected| {
+            out.push(Difference {
+                what: What::Contents {
+                    first_pfn,
+                    last_pfn,
+                },
+                expected,
+                ..difference.clone()
+            });
+        };
+        let mut at = first;
+        let mut expected = self.pages.range(first..=last).peekable();
+        while let Some((&pfn, &reason)) = expected.next() {
+            if pfn > at {
+                push(at, pfn - 1, None);
+            }
+            let mut end = pfn;
+            while expected
+                .next_if(|(next, r)| **next == end + 1 && **r == reason)
+                .is_some()
+            {
+                end += 1;
+            }
+            push(pfn, end, Some(reason));
+            at = end + 1;
+        }
+        if at <= last {
+            push(at, last, None);
+        }
+    }
+
+    fn mark_types(&self, difference: Difference, out: &mut Vec<Difference>) {
+        let (first, last, a, b) = match difference.what {
+            What::Types {
+                first_pfn,
+                last_pfn,
+                a,
+                b,
+            } => (first_pfn, last_pfn, a, b),
+            _ => return out.push(difference),
+        };
+        let absent = |page_type: Option<PageType>| page_type.is_none_or(|t| t == PageType::XTAB);
+        let from = self.unpopulated_from.max(first);
+        if !absent(a) || !absent(b) || from > last {
+            return out.push(difference);
+        }
+        let part = |first_pfn, last_pfn, expected| Difference {
+            what: What::Types {
+                first_pfn,
+                last_pfn,
+                a,
+                b,
+            },
+            expected,
+            ..difference.clone()
+        };
+        if from > first {
+            out.push(part(first, from - 1, None));
+        }
+        out.push(part(from, last, Some(TRAILING)));
+    }
+}
+
+fn field_reason(section: Section, field: &str) -> Option<&'static str> {
+    let field = without_indices(section, field);
+    FIELDS
+        .iter()
+        .find(|rule| rule.section == section && rule.field == field)
+        .map(|rule| rule.reason)
+}
+
+/// The name with `[*]` for each index, and for the number of a vcpu.
+fn without_indices(section: Section, field: &str) -> String {
+    let mut out = String::with_capacity(field.len());
+    let mut rest = field;
+    if section == Section::Vcpus
+        && let Some((number, behind)) = field.strip_prefix("vcpu ").and_then(|f| f.split_once(' '))
+        && number.bytes().all(|octet| octet.is_ascii_digit())
+    {
+        out.push_str("vcpu [*] ");
+        rest = behind;
+    }
+    while let Some((before, behind)) = rest.split_once('[') {
+        out.push_str(before);
+        out.push_str("[*]");
+        rest = behind.split_once(']').map_or("", |(_, behind)| behind);
+    }
+    out.push_str(rest);
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn expected() -> Expected {
+        Expected {
+            pages: BTreeMap::from([(5, P2M), (6, P2M), (8, RING)]),
+            unpopulated_from: 100,
+        }
+    }
+
+    fn difference(section: Section, what: What) -> Difference {
+        Difference {
+            section,
+            what,
+            expected: None,
+        }
+    }
+
+    #[test]
+    fn a_range_is_split_where_only_part_is_expected() {
+        let what = What::Contents {
+            first_pfn: 3,
+            last_pfn: 9,
+        };
+        let marked = expected().mark(vec![difference(Section::PageContents, what)]);
+        let got: Vec<_> = marked
+            .iter()
+            .map(|d| match d.what {
+                What::Contents {
+                    first_pfn,
+                    last_pfn,
+                } => (first_pfn, last_pfn, d.expected),
+                _ => panic!("{d:?}"),
+            })
+            .collect();
+        assert_eq!(
+            got,
+            [
+                (3, 4, None),
+                (5, 6, Some(P2M)),
+                (7, 7, None),
+                (8, 8, Some(RING)),
+                (9, 9, None)
+            ]
+        );
+    }
+
+    #[test]
+    fn only_frames_behind_the_last_populated_one_may_go() {
+        let types = |first_pfn, last_pfn, a| {
+            let what = What::Types {
+                first_pfn,
+                last_pfn,
+                a: Some(a),
+                b: None,
+            };
+            expected()
+                .mark(vec![difference(Section::Pfns, what)])
+                .iter()
+                .map(|d| d.expected.is_some())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(types(90, 120, PageType::XTAB), [false, true]);
+        assert_eq!(types(100, 120, PageType::XTAB), [true]);
+        assert_eq!(types(10, 20, PageType::XTAB), [false]);
+        assert_eq!(types(100, 120, PageType::NOTAB), [false]);
+    }
+
+    #[test]
+    fn fields_are_found_by_name_whatever_their_index() {
+        let reason = |section, field| field_reason(section, field);
+        assert_eq!(reason(Section::SharedInfo, "evtchn_mask[63]"), Some(EVENTS));
+        let pending = "vcpu_info[31].evtchn_pending_sel";
+        assert_eq!(reason(Section::SharedInfo, pending), Some(EVENTS));
+        assert_eq!(reason(Section::Vcpus, "vcpu 12 flags"), Some(ONLINE));
+        assert_eq!(reason(Section::Vcpus, "vcpu 0 user_regs.rax"), None);
+        assert_eq!(reason(Section::StartInfo, "pt_base"), None);
+        assert_eq!(reason(Section::Config, "flags"), None);
+    }
+}

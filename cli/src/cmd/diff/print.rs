@@ -1,0 +1,140 @@
+//! The text of `xsr diff`, for a person: grouped by part of the image, ranges
+//! instead of pages, and no more than fits a look.
+
+use std::io::{self, Write};
+
+use super::difference::{Difference, Section, What};
+use crate::text::{Count, pfn_range};
+
+/// Most lines of one part.
+const MOST: usize = 24;
+
+/// What the two images are called, and what was found.
+#[derive(Debug)]
+pub(crate) struct Summary<'a> {
+    pub(crate) a: &'a str,
+    pub(crate) b: &'a str,
+    pub(crate) differences: &'a [Difference],
+    pub(crate) pages_compared: u64,
+}
+
+/// Print what differs.
+pub(crate) fn print(summary: &Summary<'_>, out: &mut dyn Write) -> io::Result<()> {
+    let (expected, real): (Vec<_>, Vec<_>) = summary
+        .differences
+        .iter()
+        .partition(|d| d.expected.is_some());
+    for group in real.chunk_by(|a, b| a.section == b.section) {
+        print_group(group, out)?;
+    }
+    if !expected.is_empty() {
+        writeln!(out, "expected after a restore")?;
+        print_expected(&expected, out)?;
+    }
+    let (a, b) = (summary.a, summary.b);
+    let compared = Count(summary.pages_compared, "page");
+    match (real.len(), expected.len()) {
+        (0, 0) => writeln!(out, "{a} and {b} do not differ ({compared} compared)"),
+        (0, _) => writeln!(
+            out,
+            "{a} and {b} differ in nothing else ({compared} compared)"
+        ),
+        (n, _) => writeln!(
+            out,
+            "{a} and {b} differ: {} ({compared} compared)",
+            Count(n, "difference")
+        ),
+    }
+}
+
+fn print_group(group: &[&Difference], out: &mut dyn Write) -> io::Result<()> {
+    let Some(section) = group.first().map(|d| d.section) else {
+        return Ok(());
+    };
+    match pages(group) {
+        0 => writeln!(out, "{}", section.title())?,
+        pages => writeln!(out, "{}: {}", section.title(), Count(pages, "page"))?,
+    }
+    let width = group
+        .iter()
+        .map(|d| name(&d.what).chars().count())
+        .max()
+        .unwrap_or(0)
+        .min(40);
+    for difference in group.iter().take(MOST) {
+        let (name, values) = (name(&difference.what), values(&difference.what));
+        let line = format!("  {name:<width$}  {values}");
+        writeln!(out, "{}", line.trim_end())?;
+    }
+    if let Some(more) = group.len().checked_sub(MOST).filter(|more| *more > 0) {
+        writeln!(out, "  … and {more} more (--json has all of them)")?;
+    }
+    Ok(())
+}
+
+/// Expected differences by reason: how much, and where.
+fn print_expected(expected: &[&Difference], out: &mut dyn Write) -> io::Result<()> {
+    let mut groups: Vec<(Section, &str, Vec<&Difference>)> = Vec::new();
+    for difference in expected {
+        let reason = difference.expected.unwrap_or_default();
+        match groups
+            .iter_mut()
+            .find(|(section, r, _)| (*section, *r) == (difference.section, reason))
+        {
+            Some((_, _, group)) => group.push(difference),
+            None => groups.push((difference.section, reason, vec![difference])),
+        }
+    }
+    for (section, reason, group) in groups {
+        const SHOWN: usize = 4;
+        let mut names: Vec<String> = group.iter().take(SHOWN).map(|d| name(&d.what)).collect();
+        if group.len() > SHOWN {
+            names.push(format!("… ({} in all)", group.len()));
+        }
+        let names = names.join(", ");
+        match pages(&group) {
+            0 => writeln!(out, "  {} {names}", section.title())?,
+            pages => {
+                let pages = Count(pages, "page");
+                writeln!(out, "  {} of {pages}: {names}", section.title())?;
+            }
+        }
+        writeln!(out, "    {reason}")?;
+    }
+    Ok(())
+}
+
+fn pages(group: &[&Difference]) -> u64 {
+    group.iter().filter_map(|d| d.what.pages()).sum()
+}
+
+fn name(what: &What) -> String {
+    match what {
+        What::Field { field, .. } => field.clone(),
+        What::Types {
+            first_pfn,
+            last_pfn,
+            ..
+        }
+        | What::Contents {
+            first_pfn,
+            last_pfn,
+        } => pfn_range(*first_pfn, *last_pfn),
+    }
+}
+
+fn values(what: &What) -> String {
+    match what {
+        What::Field { a, b, .. } => {
+            let value = |value: &Option<String>| value.clone().unwrap_or_else(|| "absent".into());
+            format!("{} → {}", value(a), value(b))
+        }
+        What::Types { a, b, .. } => {
+            let name = |t: &Option<_>| {
+                t.map_or("not mentioned", |t: xsr_format::frame::PageType| t.name())
+            };
+            format!("{} → {}", name(a), name(b))
+        }
+        What::Contents { .. } => String::new(),
+    }
+}

@@ -1,0 +1,162 @@
+//! The text of `xsr inspect`, for a person.
+
+use std::io::{self, Write};
+
+use xsr_format::record::RecordKind;
+
+use super::facts::Facts;
+use super::report::{Report, Row};
+use crate::text::{Count, hex, pfn_range, size};
+
+/// Print a report.
+pub(crate) fn print(report: &Report, out: &mut dyn Write) -> io::Result<()> {
+    let what = match (&report.xl, &report.libxl, &report.libxc) {
+        (Some(_), _, _) => "xl image",
+        (None, Some(_), _) => "libxl stream",
+        (None, None, Some(_)) => "libxc stream",
+        (None, None, None) => "no image",
+    };
+    writeln!(out, "{}: {what}, {}", report.file, size(report.octets))?;
+    headers(report, out)?;
+    guest(report, out)?;
+    records(&report.records, out)?;
+    context(report, out)?;
+    params(report, out)
+}
+
+fn headers(report: &Report, out: &mut dyn Write) -> io::Result<()> {
+    writeln!(out, "\nHeaders")?;
+    if let Some(xl) = &report.xl {
+        let json = match (xl.config_octets, xl.mandatory_flags & 1) {
+            (0, _) => "no configuration".to_owned(),
+            (octets, 0) => format!("configuration in xl's own format, {octets} octets"),
+            (octets, _) => format!("JSON configuration of {octets} octets"),
+        };
+        let flags = xl.mandatory_flags;
+        writeln!(
+            out,
+            "  xl      {} endian, flags {flags:#x}, {json}",
+            xl.byte_order
+        )?;
+    }
+    if let Some(libxl) = &report.libxl {
+        let converted = match libxl.legacy_converted {
+            true => ", converted from a legacy stream",
+            false => "",
+        };
+        let (order, version) = (libxl.byte_order, libxl.version);
+        writeln!(
+            out,
+            "  libxl   {order} endian, version {version}{converted}"
+        )?;
+    }
+    if let Some(libxc) = &report.libxc {
+        let (order, version) = (libxc.byte_order, libxc.version);
+        let saver = match libxc.xen_major {
+            0 => "converted from a legacy stream".to_owned(),
+            major => format!("saved by Xen {major}.{}", libxc.xen_minor),
+        };
+        let guest = &libxc.guest_type;
+        writeln!(
+            out,
+            "  libxc   {order} endian, version {version}, {guest}, {saver}"
+        )?;
+    }
+    Ok(())
+}
+
+fn guest(report: &Report, out: &mut dyn Write) -> io::Result<()> {
+    let guest = &report.guest;
+    writeln!(out, "\nGuest")?;
+    if let Some(name) = &guest.name {
+        writeln!(out, "  name    {name}")?;
+    }
+    if let Some(uuid) = &guest.uuid {
+        writeln!(out, "  uuid    {uuid}")?;
+    }
+    if let Some(kind) = guest.kind {
+        let bits = guest
+            .bits
+            .map_or_else(String::new, |b| format!(", {b}-bit"));
+        writeln!(out, "  kind    {}{bits}", kind.to_uppercase())?;
+    }
+    writeln!(out, "  vcpus   {}", guest.vcpus)?;
+    let pages = &report.pages;
+    write!(out, "  memory  {} in ", size(guest.populated_kib << 10))?;
+    write!(out, "{}", Count(pages.populated, "page"))?;
+    match guest.max_memory_kib {
+        Some(kib) => writeln!(out, ", configured {}", size(kib << 10))?,
+        None => writeln!(out)?,
+    }
+    if let Some(last) = pages.last_pfn {
+        write!(out, "  pfns    {} up to {}:", pages.pfns, hex(last))?;
+        for (i, fact) in pages.types.iter().enumerate() {
+            let separator = if i == 0 { "" } else { "," };
+            write!(out, "{separator} {} {}", fact.pages, fact.name)?;
+        }
+        writeln!(out)?;
+    }
+    Ok(())
+}
+
+fn records(rows: &[Row], out: &mut dyn Write) -> io::Result<()> {
+    writeln!(out, "\nRecords")?;
+    let title = ("offset", "stream", "no.", "type", "octets");
+    let (offset, stream, number, kind, octets) = title;
+    writeln!(
+        out,
+        "  {offset:>12} {stream} {number:>6}  {kind:<22} {octets:>12}"
+    )?;
+    for row in rows {
+        let (number, kind) = match &row.facts {
+            Facts::Pages(pages) if pages.records() > 1 => (
+                format!("{}", row.index),
+                format!("{} × {}", pages.records(), row.kind),
+            ),
+            _ => (row.index.to_string(), row.kind.clone()),
+        };
+        let line = format!(
+            "  {:>#12x} {:<6} {number:>6}  {kind:<22} {:>12}  {}",
+            row.offset, row.stream, row.octets, row.facts
+        );
+        writeln!(out, "{}", line.trim_end())?;
+        if let Facts::Pages(pages) = &row.facts {
+            for run in pages.runs.iter().flatten() {
+                let range = pfn_range(run.first_pfn, run.last_pfn);
+                writeln!(out, "{:>24} {range:<27} {}", "", run.name)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn context(report: &Report, out: &mut dyn Write) -> io::Result<()> {
+    if report.hvm_context.is_empty() {
+        return Ok(());
+    }
+    writeln!(out, "\n{}", RecordKind::HVM_CONTEXT)?;
+    for entry in &report.hvm_context {
+        let name = match entry.name {
+            Some(name) => name.to_owned(),
+            None => format!("unknown type {}", entry.code),
+        };
+        let (instance, octets) = (entry.instance, Count(entry.octets, "octet"));
+        writeln!(out, "  {name:<18} instance {instance:<3} {octets}")?;
+    }
+    Ok(())
+}
+
+fn params(report: &Report, out: &mut dyn Write) -> io::Result<()> {
+    if report.hvm_params.is_empty() {
+        return Ok(());
+    }
+    writeln!(out, "\n{}", RecordKind::HVM_PARAMS)?;
+    for param in &report.hvm_params {
+        let name = match param.name {
+            Some(name) => name.to_owned(),
+            None => format!("unknown parameter {}", param.index),
+        };
+        writeln!(out, "  {name:<24} {}", hex(param.value))?;
+    }
+    Ok(())
+}

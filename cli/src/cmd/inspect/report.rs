@@ -1,0 +1,142 @@
+//! What `xsr inspect` found, as one document: what `--json` prints (docs/json.md),
+//! and what the text for a person is made from.
+
+use serde::Serialize;
+
+use super::facts::{Facts, TypeFact};
+
+/// An image.
+#[derive(Clone, Debug, Default, Serialize)]
+pub(crate) struct Report {
+    /// What was read: the path as given, or `stdin`.
+    pub(crate) file: String,
+    /// Octets of the image.
+    pub(crate) octets: u64,
+    /// The xl header, where there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) xl: Option<XlReport>,
+    /// The libxl stream's header, where there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) libxl: Option<LibxlReport>,
+    /// The libxc stream's headers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) libxc: Option<LibxcReport>,
+    /// What is known of the guest.
+    pub(crate) guest: Guest,
+    /// The records of all streams, in the order of the file.
+    pub(crate) records: Vec<Row>,
+    /// The pages, by what the stream says of each last.
+    pub(crate) pages: PagesReport,
+    /// Entries of HVM_CONTEXT.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) hvm_context: Vec<ContextEntry>,
+    /// HVM_PARAMS.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) hvm_params: Vec<Param>,
+    /// Why reading ended early: the image is bad, and this document incomplete.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) error: Option<String>,
+}
+
+/// The xl header.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct XlReport {
+    pub(crate) byte_order: &'static str,
+    pub(crate) mandatory_flags: u32,
+    pub(crate) optional_flags: u32,
+    pub(crate) config_octets: usize,
+    /// The configuration; null where it is no JSON.
+    pub(crate) config: Option<serde_json::Value>,
+}
+
+/// The libxl stream's header.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct LibxlReport {
+    pub(crate) version: u32,
+    pub(crate) byte_order: &'static str,
+    pub(crate) legacy_converted: bool,
+}
+
+/// The libxc stream's headers.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct LibxcReport {
+    pub(crate) version: u32,
+    pub(crate) byte_order: &'static str,
+    pub(crate) guest_type: String,
+    pub(crate) xen_major: u32,
+    pub(crate) xen_minor: u32,
+}
+
+/// What an image says of its guest.
+#[derive(Clone, Debug, Default, Serialize)]
+pub(crate) struct Guest {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) name: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) uuid: Option<String>,
+    /// `pv`, `hvm` or `pvh`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) kind: Option<&'static str>,
+    /// 32 or 64, of a PV guest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) bits: Option<u8>,
+    /// Vcpus with state in the image.
+    pub(crate) vcpus: u32,
+    /// Most memory the configuration allows, in KiB.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) max_memory_kib: Option<u64>,
+    /// Pages that have contents or are allocated, in KiB.
+    pub(crate) populated_kib: u64,
+    /// The Xen that saved it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) xen: Option<String>,
+}
+
+/// A record; or several of PAGE_DATA in a row.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Row {
+    /// `libxl` or `libxc`.
+    pub(crate) stream: &'static str,
+    /// Number in its stream, from 0; of the first of several.
+    pub(crate) index: u64,
+    /// Where it begins in the file.
+    pub(crate) offset: u64,
+    #[serde(rename = "type")]
+    pub(crate) kind: String,
+    /// Octets in the body, or bodies.
+    pub(crate) octets: u64,
+    pub(crate) facts: Facts,
+}
+
+/// The pages of a guest.
+#[derive(Clone, Debug, Default, Serialize)]
+pub(crate) struct PagesReport {
+    /// Pfns the stream mentions.
+    pub(crate) pfns: u64,
+    /// Of those, pages a restorer allocates.
+    pub(crate) populated: u64,
+    /// The highest pfn mentioned.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) last_pfn: Option<u64>,
+    pub(crate) types: Vec<TypeFact>,
+}
+
+/// An entry of HVM_CONTEXT.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct ContextEntry {
+    /// Its type's number.
+    pub(crate) code: u16,
+    /// Its type's name in Xen's headers; null for one that is not known.
+    pub(crate) name: Option<&'static str>,
+    pub(crate) instance: u16,
+    pub(crate) octets: usize,
+}
+
+/// An HVM parameter.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Param {
+    pub(crate) index: u64,
+    /// Its name in Xen's headers; null for one that is not known.
+    pub(crate) name: Option<&'static str>,
+    pub(crate) value: u64,
+}

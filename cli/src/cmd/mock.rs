@@ -1,0 +1,173 @@
+//! `xsr mock`: domains of a mock machine.
+
+use std::io::Write;
+
+use anyhow::{Context as _, Result};
+use xsr_format::frame::PAGE_SIZE;
+use xsr_xen_backend::mock::{
+    DomainReport, DomainState, DomainSummary, GuestSpec, HostConfig, MockHost,
+};
+use xsr_xen_backend::{DomId, GuestKind, Host};
+
+use crate::args::{
+    MockCommand, MockCreateArgs, MockDestroyArgs, MockKind, MockListArgs, MockShowArgs,
+};
+use crate::backend;
+use crate::config;
+use crate::exit::{BadUsage, Code};
+use crate::stdout::Results;
+use crate::terminal::Terminal;
+use crate::text::{hex, size};
+
+/// Do what is asked of a mock machine.
+pub(crate) fn run(command: &MockCommand, terminal: &Terminal) -> Result<Code> {
+    match command {
+        MockCommand::Create(args) => create(args, terminal)?,
+        MockCommand::List(args) => list(args)?,
+        MockCommand::Show(args) => show(args)?,
+        MockCommand::Destroy(args) => destroy(args, terminal)?,
+    }
+    Ok(Code::Fine)
+}
+
+fn create(args: &MockCreateArgs, terminal: &Terminal) -> Result<()> {
+    let (kind, width) = match args.kind {
+        MockKind::Pv => (GuestKind::Pv, 8),
+        MockKind::Pv32 => (GuestKind::Pv, 4),
+        MockKind::Hvm => (GuestKind::Hvm, 8),
+        MockKind::Pvh => (GuestKind::Pvh, 8),
+    };
+    let kib = args.memory.kib;
+    if !kib.is_multiple_of(1 << 10) {
+        let why = format!("--memory {kib}K: a mock guest has whole MiB");
+        return Err(BadUsage(why).into());
+    }
+    let spec = GuestSpec {
+        width,
+        vcpus: args.vcpus,
+        seed: args.seed,
+        ..GuestSpec::new(&args.name, kind, kib >> 10)
+    };
+    let host = MockHost::open_or_create(&args.host.host, &HostConfig::default())?;
+    let domid = create_guest(&host, &spec)?;
+    terminal.note(&format!(
+        "{} is {domid} of {}",
+        args.name,
+        args.host.host.display()
+    ));
+    Ok(())
+}
+
+/// Make a guest with a configuration as xl would have it.
+pub(crate) fn create_guest(host: &MockHost, spec: &GuestSpec) -> Result<DomId> {
+    let name = &spec.name;
+    let domid = host
+        .create_guest(spec)
+        .with_context(|| format!("making {name}"))?;
+    let uuid = config::uuid(name, spec.seed);
+    let json = config::make(name, &uuid, spec.kind, spec.vcpus, spec.memory_mib << 10);
+    let kept = backend::store_config(host, domid, &json);
+    if kept.is_err() {
+        host.domain(domid)?.destroy()?;
+    }
+    kept.map(|()| domid)
+}
+
+fn list(args: &MockListArgs) -> Result<()> {
+    let host = MockHost::open(&args.host.host)?;
+    let domains = host.list();
+    let mut out = Results::new();
+    if args.json {
+        out.json(&domains)?;
+        return out.finish();
+    }
+    let width = domains
+        .iter()
+        .map(|d| d.name.len())
+        .max()
+        .unwrap_or(0)
+        .max(4);
+    writeln!(
+        out,
+        "{:>4}  {:<width$}  {:<4}  {:>10}  {:>5}  state",
+        "id", "name", "type", "memory", "vcpus"
+    )?;
+    for domain in &domains {
+        let DomainSummary { name, vcpus, .. } = domain;
+        let (id, memory) = (domain.domid.0, memory(domain));
+        let (kind, state) = (config::kind_name(domain.kind), state(domain.state));
+        writeln!(
+            out,
+            "{id:>4}  {name:<width$}  {kind:<4}  {memory:>10}  {vcpus:>5}  {state}"
+        )?;
+    }
+    out.finish()
+}
+
+fn memory(domain: &DomainSummary) -> String {
+    size(domain.tot_pages * PAGE_SIZE as u64)
+}
+
+fn state(state: DomainState) -> &'static str {
+    match state {
+        DomainState::Running => "running",
+        DomainState::Paused => "paused",
+        DomainState::Suspended => "suspended",
+        DomainState::Shutdown => "shut down",
+    }
+}
+
+fn show(args: &MockShowArgs) -> Result<()> {
+    let host = MockHost::open(&args.host.host)?;
+    let report = host.show(host.find(&args.domain)?)?;
+    let mut out = Results::new();
+    match args.json {
+        true => out.json(&report)?,
+        false => print(&report, &mut out)?,
+    }
+    out.finish()
+}
+
+fn print(report: &DomainReport, out: &mut dyn Write) -> Result<()> {
+    let summary = &report.summary;
+    let online = report.vcpus_online.iter().filter(|online| **online).count();
+    let bits = u32::from(report.width) * 8;
+    writeln!(out, "{} ({})", summary.name, summary.domid)?;
+    writeln!(
+        out,
+        "  type     {}, {bits}-bit",
+        config::kind_name(summary.kind).to_uppercase()
+    )?;
+    writeln!(out, "  state    {}", state(summary.state))?;
+    writeln!(out, "  vcpus    {}, {online} online", summary.vcpus)?;
+    let most = size(report.max_pages * PAGE_SIZE as u64);
+    writeln!(out, "  memory   {}, at most {most}", memory(summary))?;
+    if let Some(gfn) = report.maximum_gfn {
+        writeln!(out, "  last pfn {}", hex(gfn))?;
+    }
+    let types: Vec<String> = report
+        .page_types
+        .iter()
+        .map(|(name, pages)| format!("{pages} {name}"))
+        .collect();
+    writeln!(out, "  pages    {}", types.join(", "))?;
+    let tsc = report.tsc;
+    let (mode, khz, incarnation) = (tsc.mode, tsc.khz, tsc.incarnation);
+    writeln!(
+        out,
+        "  tsc      mode {mode}, {khz} kHz, incarnation {incarnation}"
+    )?;
+    for (key, octets) in &report.userdata {
+        writeln!(out, "  kept     {key}, {octets} octets")?;
+    }
+    Ok(())
+}
+
+fn destroy(args: &MockDestroyArgs, terminal: &Terminal) -> Result<()> {
+    let host = MockHost::open(&args.host.host)?;
+    let domid = host.find(&args.domain)?;
+    let domain = host.domain(domid)?;
+    domain.destroy()?;
+    terminal.note(&format!("{} is gone", args.domain));
+    Ok(())
+}

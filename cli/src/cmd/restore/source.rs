@@ -1,0 +1,49 @@
+//! What a restore reads from: a file descriptor, with a count of what has been read
+//! from it.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::ops::Range;
+
+use xsr_format::frame::PAGE_SIZE;
+use xsr_save_restore::source::{FdSource, PageSource};
+use xsr_xen_backend::ForeignPages;
+
+/// An image from its first octet on.
+#[derive(Debug)]
+pub(crate) struct ImageSource<'a> {
+    source: FdSource<&'a File>,
+    offset: u64,
+}
+
+impl<'a> ImageSource<'a> {
+    /// Read from where the file stands.
+    pub(crate) fn new(file: &'a File) -> Self {
+        Self {
+            source: FdSource(file),
+            offset: 0,
+        }
+    }
+
+    /// Octets read so far.
+    pub(crate) fn offset(&self) -> u64 {
+        self.offset
+    }
+}
+
+impl Read for ImageSource<'_> {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        let n = self.source.read(room)?;
+        self.offset += n as u64;
+        Ok(n)
+    }
+}
+
+impl PageSource for ImageSource<'_> {
+    fn read_pages(&mut self, pages: &ForeignPages, range: Range<usize>) -> io::Result<()> {
+        let octets = (range.len() * PAGE_SIZE) as u64;
+        self.source.read_pages(pages, range)?;
+        self.offset += octets;
+        Ok(())
+    }
+}

@@ -1,0 +1,176 @@
+//! `xsr verify`: does an image keep the format's rules? One line for each file.
+//!
+//! Page contents have no rules, so those of a file are passed over unread.
+
+use std::io::Write;
+use std::path::Path;
+
+use anyhow::{Error, Result};
+use serde::Serialize;
+use xsr_format::error::ReadError;
+
+use crate::args::VerifyArgs;
+use crate::exit::{self, Code};
+use crate::file::Input;
+use crate::image::{Event, Reading};
+use crate::stdout::Results;
+use crate::terminal::Terminal;
+use crate::text::{Count, size};
+
+/// Verify each file; the worst code counts.
+pub(crate) fn run(args: &VerifyArgs, terminal: &Terminal) -> Result<Code> {
+    let reading = Reading {
+        lenient: args.lenient,
+    };
+    let mut out = Results::new();
+    let mut worst = Code::Fine;
+    for path in &args.files {
+        let mut verdict = Verdict::new(path);
+        let code = match verify(path, reading, &mut verdict) {
+            Ok(()) => Code::Fine,
+            Err(e) => {
+                let code = exit::code_of(&e);
+                verdict.failed(&e, code);
+                if !args.json && code != Code::BadImage {
+                    terminal.error(&e);
+                }
+                code
+            }
+        };
+        if code == Code::Usage {
+            return Ok(code);
+        }
+        match (args.json, code) {
+            (true, _) => out.json_line(&verdict)?,
+            (false, Code::Fine | Code::BadImage) => verdict.print(&mut out)?,
+            // Neither good nor bad: stderr has said why.
+            (false, _) => {}
+        }
+        // A person who waits for the next file can read about this one.
+        out.flush()?;
+        worst = worst.max(code);
+    }
+    out.finish()?;
+    Ok(worst)
+}
+
+/// What is said of one file; with `--json`, as it stands here (docs/json.md).
+#[derive(Debug, Default, Serialize)]
+struct Verdict {
+    /// The path as given, or `stdin`.
+    file: String,
+    /// `good`, `bad`, or `unreadable`.
+    verdict: &'static str,
+    /// The outermost layer: `xl`, `libxl` or `libxc`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    layer: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    guest_type: Option<String>,
+    /// The Xen that saved it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    xen: Option<String>,
+    /// Records of all streams.
+    records: u64,
+    /// Entries of PAGE_DATA.
+    page_entries: u64,
+    /// Octets of the image.
+    octets: u64,
+    /// Octets that follow the image in the file, and that nobody reads.
+    #[serde(skip_serializing_if = "is_zero")]
+    trailing_octets: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+    /// Where the structure begins that is bad.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error_offset: Option<u64>,
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde asks for a reference"
+)]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
+}
+
+fn verify(path: &Path, reading: Reading, verdict: &mut Verdict) -> Result<()> {
+    let input = Input::open(path)?;
+    verdict.file.clone_from(&input.name);
+    let octets = reading.over(&input, &mut |event| {
+        verdict.event(&event);
+        Ok(())
+    })?;
+    verdict.octets = octets;
+    let behind = input.length.map(|length| length.saturating_sub(octets));
+    verdict.trailing_octets = behind.unwrap_or(0);
+    Ok(())
+}
+
+impl Verdict {
+    fn new(path: &Path) -> Self {
+        Self {
+            file: path.display().to_string(),
+            verdict: "good",
+            ..Self::default()
+        }
+    }
+
+    fn event(&mut self, event: &Event<'_>) {
+        let layer = match event {
+            Event::Xl(_) => "xl",
+            Event::Libxl(_) => "libxl",
+            _ => "libxc",
+        };
+        self.layer.get_or_insert(layer);
+        match event {
+            Event::Libxc(_, domain) => {
+                self.guest_type = Some(domain.guest_type.to_string());
+                if !domain.is_converted() {
+                    self.xen = Some(format!("{}.{}", domain.xen_major, domain.xen_minor));
+                }
+            }
+            Event::LibxlRecord(..) | Event::Record(..) => self.records += 1,
+            Event::Pages(_, entries) => {
+                self.records += 1;
+                self.page_entries += entries.len() as u64;
+            }
+            Event::Xl(_) | Event::Libxl(_) => {}
+        }
+    }
+
+    fn failed(&mut self, error: &Error, code: Code) {
+        self.verdict = match code {
+            Code::BadImage => "bad",
+            _ => "unreadable",
+        };
+        // The chain begins with the file's name, which the line has already.
+        let causes: Vec<String> = error.chain().skip(1).map(ToString::to_string).collect();
+        self.error = Some(causes.join(": "));
+        let mut chain = error.chain();
+        let cause = chain.find_map(|cause| cause.downcast_ref::<ReadError>());
+        self.error_offset = cause.map(|e| e.position.offset);
+    }
+
+    fn print(&self, out: &mut dyn Write) -> Result<()> {
+        if let Some(error) = &self.error {
+            writeln!(out, "{}: BAD: {error}", self.file)?;
+            return Ok(());
+        }
+        write!(out, "{}: good", self.file)?;
+        if let (Some(layer), Some(guest)) = (self.layer, &self.guest_type) {
+            write!(out, ", {layer} image of an {guest} guest")?;
+        }
+        match &self.xen {
+            Some(xen) => write!(out, " from Xen {xen}")?,
+            None => write!(out, " from a converter")?,
+        }
+        let (records, octets) = (Count(self.records, "record"), size(self.octets));
+        write!(out, ", {records}, {octets}")?;
+        if self.trailing_octets > 0 {
+            let octets = Count(self.trailing_octets, "octet");
+            write!(out, " ({octets} behind the end are not part of it)")?;
+        }
+        writeln!(out)?;
+        Ok(())
+    }
+}

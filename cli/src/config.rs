@@ -1,0 +1,200 @@
+//! A domain's configuration as xl keeps it in an image: libxl's JSON. Only what a
+//! save or restore needs is looked at; the text itself is kept octet for octet.
+//!
+//! C implementation: `libxl_domain_config` in `tools/libs/light/libxl_types.idl`.
+
+use serde_json::Value;
+use xsr_xen_backend::GuestKind;
+
+use crate::exit::BadImage;
+
+/// What a configuration says of the domain to build.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Config {
+    /// `c_info.name`
+    pub(crate) name: String,
+    /// `c_info.uuid`
+    pub(crate) uuid: Option<String>,
+    /// `c_info.type`
+    pub(crate) kind: GuestKind,
+    /// `b_info.max_vcpus`; 1 where it says nothing, as libxl has it.
+    pub(crate) vcpus: u32,
+    /// `b_info.max_memkb`
+    pub(crate) max_memory_kib: u64,
+    /// `b_info.video_memkb`, which a domain may have on top.
+    pub(crate) video_memory_kib: u64,
+}
+
+/// What libxl lets every domain have beyond its configured memory, in KiB
+/// (`LIBXL_MAXMEM_CONSTANT`): room for the pages of rings and tables.
+const SLACK_KIB: u64 = 1024;
+
+impl Config {
+    /// Read a configuration.
+    pub(crate) fn parse(json: &str) -> Result<Self, BadImage> {
+        let bad = |what: String| BadImage(format!("the domain's configuration {what}"));
+        let value: Value =
+            serde_json::from_str(json).map_err(|e| bad(format!("is no JSON: {e}")))?;
+        let text = |at: &str| Some(value.pointer(at)?.as_str()?.to_owned());
+        let number = |at: &str| value.pointer(at).and_then(Value::as_u64);
+        let missing = |what: &str| bad(format!("has no {what}; xl would refuse it too"));
+        let kind = match text("/c_info/type").as_deref() {
+            Some("pv") => GuestKind::Pv,
+            Some("hvm") => GuestKind::Hvm,
+            Some("pvh") => GuestKind::Pvh,
+            Some(other) => {
+                let other = other.escape_debug();
+                return Err(bad(format!(
+                    "has c_info.type \"{other}\", expected pv, hvm or pvh"
+                )));
+            }
+            None => return Err(missing("c_info.type")),
+        };
+        let vcpus = match number("/b_info/max_vcpus") {
+            None => 1,
+            Some(vcpus) => u32::try_from(vcpus)
+                .ok()
+                .filter(|vcpus| *vcpus > 0)
+                .ok_or_else(|| bad(format!("has b_info.max_vcpus {vcpus}, expected 1 or more")))?,
+        };
+        Ok(Self {
+            name: text("/c_info/name")
+                .filter(|name| !name.is_empty())
+                .ok_or_else(|| missing("c_info.name"))?,
+            uuid: text("/c_info/uuid"),
+            kind,
+            vcpus,
+            max_memory_kib: number("/b_info/max_memkb")
+                .ok_or_else(|| missing("b_info.max_memkb"))?,
+            video_memory_kib: number("/b_info/video_memkb").unwrap_or(0),
+        })
+    }
+
+    /// How many pages the domain may have.
+    pub(crate) fn max_pages(&self) -> u64 {
+        max_pages(self.max_memory_kib.saturating_add(self.video_memory_kib))
+    }
+}
+
+/// How many pages a domain of so much memory may have.
+pub(crate) fn max_pages(kib: u64) -> u64 {
+    kib.saturating_add(SLACK_KIB).div_ceil(4)
+}
+
+/// The configuration xl would keep for a domain it made.
+pub(crate) fn make(name: &str, uuid: &str, kind: GuestKind, vcpus: u32, memory_kib: u64) -> String {
+    let kind = kind_name(kind);
+    let avail: Vec<u32> = (0..vcpus).collect();
+    // `json!` sorts its keys; libxl has an order, which a reader of images is used to.
+    let (name, uuid) = (Value::from(name), Value::from(uuid));
+    let avail = Value::from(avail);
+    format!(
+        r#"{{
+    "c_info": {{
+        "type": "{kind}",
+        "name": {name},
+        "uuid": {uuid},
+        "run_hotplug_scripts": "True"
+    }},
+    "b_info": {{
+        "max_vcpus": {vcpus},
+        "avail_vcpus": {avail},
+        "max_memkb": {memory_kib},
+        "target_memkb": {memory_kib},
+        "video_memkb": 0,
+        "sched_params": {{
+            "sched": "credit2",
+            "weight": 256,
+            "cap": 0
+        }},
+        "claim_mode": "True",
+        "type.{kind}": {{
+
+        }},
+        "arch_arm": {{
+
+        }},
+        "arch_x86": {{
+            "msr_relaxed": "False"
+        }}
+    }},
+    "on_reboot": "restart",
+    "on_crash": "preserve",
+    "on_soft_reset": "soft_reset"
+}}
+"#
+    )
+}
+
+/// An UUID that is always the same for a name and a seed (of RFC 9562's version 8,
+/// which is for such).
+pub(crate) fn uuid(name: &str, seed: u64) -> String {
+    // FNV-1a, 128 bits.
+    let mut hash = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d_u128;
+    for octet in seed.to_le_bytes().iter().chain(name.as_bytes()) {
+        hash ^= u128::from(*octet);
+        hash = hash.wrapping_mul(0x0100_0000_0000_0000_0000_013b);
+    }
+    let hash = hash & !(0xf << 76) | 0x8 << 76;
+    let hash = hash & !(0x3 << 62) | 0x2 << 62;
+    let digits = format!("{hash:032x}");
+    let parts = [(0, 8), (8, 12), (12, 16), (16, 20), (20, 32)];
+    parts.map(|(from, to)| &digits[from..to]).join("-")
+}
+
+/// What libxl calls a kind of guest.
+pub(crate) fn kind_name(kind: GuestKind) -> &'static str {
+    match kind {
+        GuestKind::Pv => "pv",
+        GuestKind::Hvm => "hvm",
+        GuestKind::Pvh => "pvh",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_made_can_be_read() {
+        let json = make("a \"b\"", "0-1", GuestKind::Pvh, 3, 8192);
+        let config = Config::parse(&json).expect("it is well-formed");
+        assert_eq!(config.name, "a \"b\"");
+        assert_eq!(config.kind, GuestKind::Pvh);
+        assert_eq!((config.vcpus, config.max_memory_kib), (3, 8192));
+        assert_eq!(config.max_pages(), 2048 + 256);
+    }
+
+    #[test]
+    fn an_uuid_has_the_right_form_and_depends_on_its_seed() {
+        let one = uuid("web", 1);
+        assert_eq!(one.len(), 36);
+        assert_eq!((&one[14..15], &one[8..9]), ("8", "-"));
+        assert!("89ab".contains(&one[19..20]), "{one}");
+        assert_eq!(one, uuid("web", 1));
+        assert_ne!(one, uuid("web", 2));
+        assert_ne!(one, uuid("db", 1));
+    }
+
+    #[test]
+    fn each_thing_that_is_missing_is_named() {
+        let cases = [
+            ("{", "no JSON"),
+            (r#"{"c_info":{"name":"x"}}"#, "c_info.type"),
+            (r#"{"c_info":{"type":"arm"}}"#, "\"arm\""),
+            (
+                r#"{"c_info":{"type":"pv"},"b_info":{"max_memkb":1}}"#,
+                "c_info.name",
+            ),
+            (r#"{"c_info":{"type":"pv","name":"x"}}"#, "b_info.max_memkb"),
+            (
+                r#"{"c_info":{"type":"pv","name":"x"},"b_info":{"max_vcpus":0,"max_memkb":1}}"#,
+                "max_vcpus 0",
+            ),
+        ];
+        for (json, word) in cases {
+            let error = Config::parse(json).expect_err(json).to_string();
+            assert!(error.contains(word), "{json}: {error}");
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! Exit codes: what they are, and which failure gets which. Decided here alone.
+
+use std::fmt;
+use std::process::ExitCode;
+
+use xsr_format::error::ReadError;
+use xsr_save_restore::RestoreError;
+
+/// What the command says to who started it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Code {
+    /// 0: fine; for diff: no difference.
+    Fine,
+    /// 1: the operation failed; for diff: there are differences.
+    Failed,
+    /// 2: the image is bad.
+    BadImage,
+    /// 64: the command line is wrong (`EX_USAGE` of sysexits).
+    Usage,
+}
+
+impl From<Code> for ExitCode {
+    fn from(code: Code) -> Self {
+        Self::from(match code {
+            Code::Fine => 0_u8,
+            Code::Failed => 1,
+            Code::BadImage => 2,
+            Code::Usage => 64,
+        })
+    }
+}
+
+/// An image that no library error describes as bad, but which is: say, a
+/// configuration that names no guest type.
+#[derive(Debug)]
+pub(crate) struct BadImage(pub(crate) String);
+
+impl fmt::Display for BadImage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for BadImage {}
+
+/// A command line that clap took, but that asks for what cannot be.
+#[derive(Debug)]
+pub(crate) struct BadUsage(pub(crate) String);
+
+impl fmt::Display for BadUsage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for BadUsage {}
+
+/// The code for a failure: who is to blame decides.
+pub(crate) fn code_of(error: &anyhow::Error) -> Code {
+    for cause in error.chain() {
+        if cause.is::<BadUsage>() {
+            return Code::Usage;
+        }
+        let bad_image = cause.is::<BadImage>()
+            || cause
+                .downcast_ref::<ReadError>()
+                .is_some_and(ReadError::is_bad_image)
+            || cause
+                .downcast_ref::<RestoreError>()
+                .is_some_and(RestoreError::is_bad_image);
+        if bad_image {
+            return Code::BadImage;
+        }
+    }
+    Code::Failed
+}
+
+/// Print what clap has to say (help and version are no failure).
+pub(crate) fn command_line(error: &clap::Error) -> Code {
+    let code = match error.use_stderr() {
+        true => Code::Usage,
+        false => Code::Fine,
+    };
+    match error.print() {
+        Ok(()) => code,
+        // Help that nobody reads to the end is no failure either.
+        Err(_) => code,
+    }
+}

@@ -1,0 +1,190 @@
+//! Images as files: where one is read from, and how one is written so that it is
+//! there whole or not at all.
+
+use std::ffi::OsStr;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, IsTerminal, Seek};
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, bail};
+use tempfile::NamedTempFile;
+
+use crate::exit::BadUsage;
+
+/// What stands for stdin or stdout.
+fn is_dash(path: &Path) -> bool {
+    path.as_os_str() == OsStr::new("-")
+}
+
+/// An image that is open for reading.
+#[derive(Debug)]
+pub(crate) struct Input {
+    /// What to read from. Never buffered: others read on where a reader stopped.
+    pub(crate) file: File,
+    /// What a person calls it.
+    pub(crate) name: String,
+    /// Its length in octets, for a file that can be sought in and stands at its start;
+    /// `None` for a pipe, and for what somebody has read a part of.
+    pub(crate) length: Option<u64>,
+}
+
+impl Input {
+    /// Open a file, or stdin for `-`.
+    pub(crate) fn open(path: &Path) -> anyhow::Result<Self> {
+        if is_dash(path) {
+            let stdin = io::stdin();
+            if stdin.is_terminal() {
+                return Err(anyhow::Error::new(BadUsage(
+                    "stdin is a terminal: pipe an image in, or name a file".to_owned(),
+                )));
+            }
+            let file = stdin.as_fd().try_clone_to_owned().context("stdin")?.into();
+            return Self::new(file, "stdin".to_owned());
+        }
+        let name = path.display().to_string();
+        let file = File::open(path).with_context(|| name.clone())?;
+        Self::new(file, name)
+    }
+
+    fn new(mut file: File, name: String) -> anyhow::Result<Self> {
+        let metadata = file.metadata().with_context(|| name.clone())?;
+        if metadata.is_dir() {
+            bail!("{name}: is a directory, not an image");
+        }
+        let length = match metadata.is_file() && file.stream_position()? == 0 {
+            true => Some(metadata.len()),
+            false => None,
+        };
+        Ok(Self { file, name, length })
+    }
+
+    /// The same file, sought to its start. (Both stand at one place: who has read from
+    /// the one before must seek again.)
+    pub(crate) fn again(&self) -> anyhow::Result<Self> {
+        let mut file = self.file.try_clone().with_context(|| self.name.clone())?;
+        file.rewind().with_context(|| self.name.clone())?;
+        Ok(Self {
+            file,
+            name: self.name.clone(),
+            length: self.length,
+        })
+    }
+
+    /// The length; an error where the file cannot be read a second time.
+    pub(crate) fn seekable(&self, why: &str) -> anyhow::Result<u64> {
+        self.length
+            .with_context(|| format!("{}: {why}; give it as a file", self.name))
+    }
+}
+
+/// An image that is being written.
+#[derive(Debug)]
+pub(crate) struct Output {
+    file: File,
+    place: Place,
+}
+
+#[derive(Debug)]
+enum Place {
+    /// Under a temporary name in the directory it will stand in; removed on drop.
+    Temporary {
+        path: tempfile::TempPath,
+        to: PathBuf,
+    },
+    /// A pipe, a device, or stdout: what is written is written.
+    Straight,
+}
+
+impl Output {
+    /// Get ready to write to `path`; `-` is stdout.
+    pub(crate) fn create(path: &Path) -> anyhow::Result<Self> {
+        if is_dash(path) {
+            let stdout = io::stdout();
+            if stdout.is_terminal() {
+                return Err(anyhow::Error::new(BadUsage(
+                    "stdout is a terminal: an image would garble it; name a file".to_owned(),
+                )));
+            }
+            let file = stdout
+                .as_fd()
+                .try_clone_to_owned()
+                .context("stdout")?
+                .into();
+            return Ok(Self {
+                file,
+                place: Place::Straight,
+            });
+        }
+        Self::create_at(path).with_context(|| path.display().to_string())
+    }
+
+    fn create_at(path: &Path) -> anyhow::Result<Self> {
+        let to = match fs::metadata(path) {
+            Ok(found) if found.is_dir() => bail!("is a directory"),
+            Ok(found) if is_stream(found.file_type()) || is_descriptor(path) => {
+                let file = OpenOptions::new().write(true).open(path)?;
+                return Ok(Self {
+                    file,
+                    place: Place::Straight,
+                });
+            }
+            // What a link points to is replaced, not the link.
+            Ok(_) => fs::canonicalize(path)?,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => path.to_owned(),
+            Err(e) => return Err(e.into()),
+        };
+        let name = to.file_name().context("names no file")?;
+        let mut prefix = OsStr::new(".").to_owned();
+        prefix.push(name);
+        prefix.push(".");
+        // Readable by the owner alone: the image holds all of the guest's memory.
+        let temporary = tempfile::Builder::new()
+            .prefix(&prefix)
+            .suffix(".partial")
+            .tempfile_in(directory(&to))
+            .context("making a temporary file beside it")?;
+        let (file, path) = NamedTempFile::into_parts(temporary);
+        Ok(Self {
+            file,
+            place: Place::Temporary { path, to },
+        })
+    }
+
+    /// What to write to.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// The image is complete: make it durable and give it its name.
+    pub(crate) fn finish(self) -> anyhow::Result<()> {
+        let Place::Temporary { path, to } = self.place else {
+            return Ok(());
+        };
+        let name = || to.display().to_string();
+        self.file.sync_all().with_context(name)?;
+        path.persist(&to).map_err(|e| e.error).with_context(name)?;
+        // The name is durable once the directory is.
+        File::open(directory(&to))
+            .and_then(|dir| dir.sync_all())
+            .with_context(name)
+    }
+}
+
+fn is_stream(kind: fs::FileType) -> bool {
+    kind.is_fifo() || kind.is_char_device() || kind.is_block_device() || kind.is_socket()
+}
+
+/// Whether the path is a name for an open descriptor (`/dev/stdout`, `/dev/fd/3`):
+/// who gave it wants the descriptor written, not a file replaced.
+fn is_descriptor(path: &Path) -> bool {
+    ["/dev", "/proc"].iter().any(|root| path.starts_with(root))
+}
+
+fn directory(file: &Path) -> &Path {
+    match file.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    }
+}

@@ -1,0 +1,129 @@
+//! An image, walked from its first octet to its last through all the layers it has:
+//! xl header, libxl stream, libxc stream.
+//!
+//! A file is sought in, so that page data nobody asks for is not read; a pipe is read
+//! forwards.
+
+use std::io::Read;
+
+use anyhow::Context as _;
+use xsr_format::error::Place;
+use xsr_format::image::{DomainHeader, ImageHeader};
+use xsr_format::read::ReadOptions;
+use xsr_format::record::Record;
+use xsr_format::record::page_data::Entries;
+use xsr_format::walk::{Content, Step, Walk};
+use xsr_format::wrapper::libxl::{LibxlHeader, LibxlRecord};
+use xsr_format::wrapper::xl::XlHeader;
+
+use crate::file::Input;
+
+/// Where a record is, and how long its body.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct At {
+    /// Number in its stream, from 0.
+    pub(crate) index: u64,
+    /// Octets from the start of the image.
+    pub(crate) offset: u64,
+    /// Octets in the body, without padding.
+    pub(crate) length: u64,
+}
+
+/// What comes next in an image.
+#[derive(Debug)]
+pub(crate) enum Event<'a> {
+    /// The header of xl.
+    Xl(&'a XlHeader),
+    /// The header of a libxl stream.
+    Libxl(LibxlHeader),
+    /// The headers of a libxc stream.
+    Libxc(ImageHeader, DomainHeader),
+    /// A record of the libxl stream.
+    LibxlRecord(At, &'a LibxlRecord),
+    /// A record of the libxc stream, other than PAGE_DATA.
+    Record(At, &'a Record<'a>),
+    /// PAGE_DATA.
+    Pages(At, Entries<'a>),
+}
+
+impl At {
+    /// Where the contents of the first page are, of PAGE_DATA with so many entries.
+    pub(crate) fn page_data(&self, entries: Entries<'_>) -> u64 {
+        // Record header, head, entries.
+        self.offset + 8 + 8 + 8 * entries.len() as u64
+    }
+}
+
+/// How to read an image.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Reading {
+    /// Tolerate reserved fields that are not zero.
+    pub(crate) lenient: bool,
+}
+
+/// What is told of each event.
+type Visitor<'v> = &'v mut dyn FnMut(Event<'_>) -> anyhow::Result<()>;
+
+impl Reading {
+    /// Walk an image to its end; how many octets it has, up to there.
+    ///
+    /// # Errors
+    ///
+    /// The image is bad, cannot be read, or `visit` failed.
+    pub(crate) fn over(self, input: &Input, visit: Visitor<'_>) -> anyhow::Result<u64> {
+        let options = ReadOptions {
+            lenient: self.lenient,
+            offset: 0,
+        };
+        let file = &input.file;
+        let octets = match input.length {
+            Some(_) => Walk::open_seeking(file, options)
+                .map_err(anyhow::Error::new)
+                .and_then(|walk| steps(walk, visit)),
+            None => Walk::open(file, options)
+                .map_err(anyhow::Error::new)
+                .and_then(|walk| steps(walk, visit)),
+        };
+        octets.with_context(|| input.name.clone())
+    }
+}
+
+fn steps<R: Read>(mut walk: Walk<R>, visit: Visitor<'_>) -> anyhow::Result<u64> {
+    while let Some(Step { position, content }) = walk.next_step()? {
+        let at = |length: u64| At {
+            index: match position.place {
+                Place::Record { index, .. } | Place::LibxlRecord { index, .. } => index,
+                _ => 0,
+            },
+            offset: position.offset,
+            length,
+        };
+        match content {
+            Content::XlHeader(header) => visit(Event::Xl(header))?,
+            Content::LibxlHeader(header) => visit(Event::Libxl(header))?,
+            Content::LibxlRecord(record) => {
+                visit(Event::LibxlRecord(at(body_length(&record)), &record))?;
+            }
+            Content::Headers(image, domain) => visit(Event::Libxc(image, domain))?,
+            Content::PageData(body) => {
+                visit(Event::Pages(at(body.length().into()), body.entries()))?;
+            }
+            Content::Record(record) => {
+                visit(Event::Record(at(record.raw.len() as u64), &record))?;
+            }
+        }
+    }
+    Ok(walk.offset())
+}
+
+/// Octets of a libxl record's body.
+fn body_length(record: &LibxlRecord) -> u64 {
+    let octets = match record {
+        LibxlRecord::End | LibxlRecord::LibxcContext | LibxlRecord::CheckpointEnd => 0,
+        LibxlRecord::EmulatorXenstoreData { data, .. } => 8 + data.as_octets().len(),
+        LibxlRecord::EmulatorContext { state, .. } => 8 + state.len(),
+        LibxlRecord::CheckpointState(_) => 8,
+        LibxlRecord::Optional { body, .. } => body.len(),
+    };
+    octets as u64
+}

@@ -1,0 +1,101 @@
+//! What goes to stderr: errors, notes, the log, and progress bars where a person
+//! watches.
+
+use std::io::{self, IsTerminal, Write};
+use std::time::Instant;
+
+use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
+use tracing_subscriber::EnvFilter;
+
+use crate::text::size;
+
+/// Stderr, and how much it may carry.
+#[derive(Debug)]
+pub(crate) struct Terminal {
+    /// A person watches, and has not asked for quiet.
+    watched: bool,
+}
+
+impl Terminal {
+    /// Set up the log: warnings by default, as many more as `verbose` says, errors
+    /// alone when `quiet`; `XSR_LOG` overrides (tracing's filter syntax).
+    pub(crate) fn new(verbose: u8, quiet: bool) -> Self {
+        let level = match (quiet, verbose) {
+            (true, _) => "error",
+            (false, 0) => "warn",
+            (false, 1) => "info",
+            (false, 2) => "debug",
+            (false, _) => "trace",
+        };
+        let filter = EnvFilter::try_from_env("XSR_LOG").unwrap_or_else(|_| EnvFilter::new(level));
+        let is_terminal = io::stderr().is_terminal();
+        tracing_subscriber::fmt()
+            .with_env_filter(filter)
+            .with_writer(io::stderr)
+            .with_ansi(is_terminal)
+            .with_target(false)
+            .without_time()
+            .init();
+        Self {
+            watched: is_terminal && !quiet,
+        }
+    }
+
+    /// Say why the command failed.
+    pub(crate) fn error(&self, error: &anyhow::Error) {
+        line(&format!("xsr: {error:#}"));
+    }
+
+    /// Say something to the person who watches; nothing where nobody does.
+    pub(crate) fn note(&self, text: &str) {
+        if self.watched {
+            line(text);
+        }
+    }
+
+    /// A progress bar; hidden where nobody watches, gone when dropped.
+    pub(crate) fn progress(&self, what: &'static str) -> Bar {
+        const TEMPLATE: &str = "{prefix:>10} [{bar:32}] {percent:>3}% {msg}";
+        let bar = match self.watched {
+            true => ProgressBar::new(0),
+            false => ProgressBar::hidden(),
+        };
+        let bar = bar.with_prefix(what).with_finish(ProgressFinish::AndClear);
+        if let Ok(style) = ProgressStyle::with_template(TEMPLATE) {
+            bar.set_style(style.progress_chars("=> "));
+        }
+        Bar {
+            bar,
+            started: Instant::now(),
+        }
+    }
+}
+
+/// A progress bar.
+#[derive(Debug)]
+pub(crate) struct Bar {
+    bar: ProgressBar,
+    started: Instant,
+}
+
+impl Bar {
+    /// So much is done of `total`, and so many octets have gone through.
+    pub(crate) fn show(&self, done: u64, total: u64, octets: u64) {
+        if self.bar.is_hidden() {
+            return;
+        }
+        let milliseconds = self.started.elapsed().as_millis().max(1);
+        let rate = u128::from(octets) * 1000 / milliseconds;
+        let rate = size(u64::try_from(rate).unwrap_or(u64::MAX));
+        self.bar.set_length(total.max(done));
+        self.bar.set_position(done);
+        self.bar.set_message(format!("{}, {rate}/s", size(octets)));
+    }
+}
+
+/// A line on stderr. Where even that fails there is nobody left to tell.
+fn line(text: &str) {
+    if let Err(e) = writeln!(io::stderr(), "{text}") {
+        tracing::debug!(error = %e, "stderr was closed");
+    }
+}
