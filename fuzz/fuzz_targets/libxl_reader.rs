@@ -1,0 +1,114 @@
+//! Whole files: the walk says the same of any octets, whether its source can seek or
+//! not; it reads nothing beyond the last record; and of a libxl stream it says what the
+//! reader of that layer, driven by hand, says.
+
+#![no_main]
+
+use std::io::{self, Cursor, Read};
+
+use libfuzzer_sys::fuzz_target;
+use xsr_format::error::{Position, ReadError};
+use xsr_format::read::{ReadOptions, RecordReader};
+use xsr_format::record::RecordKind;
+use xsr_format::walk::{Content, Walk};
+use xsr_format::wrapper::libxl::{LibxlReader, LibxlRecord};
+
+/// Where each step begins, the libxl records, and how it ends.
+#[derive(Default)]
+struct Said {
+    steps: Vec<Position>,
+    records: Vec<LibxlRecord>,
+    checkpointed: bool,
+    offset: u64,
+    error: Option<ReadError>,
+}
+
+fn walk<R: Read>(walk: Result<Walk<R>, ReadError>) -> Said {
+    let mut said = Said::default();
+    let mut read = || -> Result<(), ReadError> {
+        let mut walk = walk?;
+        while let Some(step) = walk.next_step()? {
+            said.steps.push(step.position);
+            match step.content {
+                Content::LibxlRecord(record) => said.records.push(record),
+                Content::Record(record) if record.kind == RecordKind::CHECKPOINT => {
+                    said.checkpointed = true;
+                }
+                Content::XlHeader(header) => drop(header.encode()),
+                _ => {}
+            }
+            said.offset = walk.offset();
+        }
+        assert!(walk.next_step()?.is_none());
+        Ok(())
+    };
+    said.error = read().err();
+    said
+}
+
+#[track_caller]
+fn same_error(a: Option<&ReadError>, b: Option<&ReadError>) {
+    let shown = |e: &ReadError| (e.position, e.to_string());
+    assert_eq!(a.map(shown), b.map(shown));
+}
+
+/// The libxl records of a stream without checkpoints, by hand.
+fn by_hand(
+    octets: &[u8],
+    options: ReadOptions,
+    records: &mut Vec<LibxlRecord>,
+) -> Result<(), ReadError> {
+    let mut libxl = LibxlReader::new(octets, options)?;
+    while let Some(record) = libxl.next_record()? {
+        let is_context = matches!(record, LibxlRecord::LibxcContext);
+        records.push(record);
+        if is_context {
+            let start = libxl.offset();
+            let inner = ReadOptions {
+                offset: start,
+                ..options
+            };
+            let mut libxc = RecordReader::new(libxl.source_mut(), inner)?;
+            while libxc.next_record()?.is_some() {}
+            let octets = libxc.offset() - start;
+            libxl.advance(octets);
+        }
+    }
+    Ok(())
+}
+
+/// Panics if more is asked for than the file has.
+struct Guarded<'a>(&'a [u8]);
+
+impl Read for Guarded<'_> {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        assert!(room.len() <= self.0.len(), "read beyond the last record");
+        self.0.read(room)
+    }
+}
+
+fuzz_target!(|octets: &[u8]| {
+    for lenient in [false, true] {
+        let options = ReadOptions {
+            lenient,
+            ..ReadOptions::default()
+        };
+        let said = walk(Walk::open(octets, options));
+        let seeking = walk(Walk::open_seeking(Cursor::new(octets), options));
+        assert_eq!(said.steps, seeking.steps);
+        assert_eq!(said.records, seeking.records);
+        same_error(said.error.as_ref(), seeking.error.as_ref());
+        if said.error.is_none() {
+            let exact = Guarded(&octets[..usize::try_from(said.offset).unwrap()]);
+            let exact = walk(Walk::open(exact, options));
+            assert_eq!(said.steps, exact.steps);
+            same_error(None, exact.error.as_ref());
+        }
+        if octets.starts_with(b"LibxlFmt") && !said.checkpointed {
+            let mut records = Vec::new();
+            let error = by_hand(octets, options, &mut records).err();
+            assert_eq!(said.records, records);
+            same_error(said.error.as_ref(), error.as_ref());
+        }
+    }
+});
