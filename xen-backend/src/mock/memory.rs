@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::errno::Errno;
 use nix::libc::off_t;
-use nix::sys::mman::{self, MapFlags, ProtFlags};
+use nix::sys::mman::{self, MapFlags, MmapAdvise, ProtFlags};
 use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE};
 
 use crate::error::MapError;
@@ -163,7 +163,7 @@ pub(super) fn map_frames(
     let (prot, flags) = match access {
         // Faulted in here, by whoever prepares a batch, rather than by the writer.
         Access::Read => (ProtFlags::PROT_READ, shared | MapFlags::MAP_POPULATE),
-        // Not so for writing: on a file system, populating a hole reads it first.
+        // Not so for writing: MAP_POPULATE would read each page first.
         Access::Write => (ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, shared),
     };
     for run in &runs {
@@ -178,7 +178,18 @@ pub(super) fn map_frames(
             .ok_or(Errno::EINVAL)?;
         // SAFETY: MAP_FIXED replaces only pages of our own reservation:
         // `run.at + run.pages <= gfns.len()`, and nothing has borrowed them yet.
-        unsafe { mman::mmap(Some(address.addr()), octets, prot, flags, memory, offset) }?;
+        let mapped =
+            unsafe { mman::mmap(Some(address.addr()), octets, prot, flags, memory, offset) }?;
+        if access == Access::Write && run.pages > 1 {
+            // One call for the run rather than a fault for each page. Kernels before
+            // 5.14 do not know it: then the faults come one by one.
+            let advice = MmapAdvise::MADV_POPULATE_WRITE;
+            // SAFETY: the pages just mapped, which nothing has borrowed yet.
+            match unsafe { mman::madvise(mapped, octets.get(), advice) } {
+                Ok(()) | Err(Errno::EINVAL) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
     }
     Ok(pages)
 }
