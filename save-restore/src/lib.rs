@@ -1,7 +1,7 @@
 //! The engine that saves and restores Xen domains.
 //!
 //! [`save()`] turns a domain into a libxc stream, [`restore()`] a libxc stream into a
-//! domain. What differs between PV and translated guests is in [`guest`]; what the
+//! domain. What differs between PV and translated guests is in `guest`; what the
 //! engine asks of whoever drives it is in [`toolstack`].
 //!
 //! C implementation: `tools/libs/guest/xg_sr_*.c`.

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout, reason = "a task reports to whoever called it")]
 
+mod bench;
 mod ci;
 mod command;
 mod deny;
@@ -36,6 +37,7 @@ Examples:
   cargo xtask test                             all tests
   cargo xtask lint                             what a change has to pass first
   cargo xtask fuzz libxc_reader --seconds 60   fuzz one parser for a minute
+  cargo xtask bench                            throughput beside cat, as in docs/performance.md
   cargo xtask ci                               everything, as continuous integration does"
 )]
 struct Cli {
@@ -78,6 +80,8 @@ Examples:
   cargo doc --open --no-deps    to read it")]
     Doc,
     Fuzz(fuzz::FuzzArgs),
+    Bench(bench::BenchArgs),
+    Measure(bench::measure::MeasureArgs),
     /// Fetch Xen's own stream tools, for the conformance tests
     ///
     /// Downloads Debian's xen-utils-4.17 and unpacks it below target/peer; nothing is
@@ -103,6 +107,8 @@ fn main() -> ExitCode {
         // The last line is the test runner's own: no table behind it.
         Task::Test(args) => test::run(&args),
         Task::Fuzz(args) => fuzz::run(&args),
+        Task::Bench(args) => bench::run(&args),
+        Task::Measure(args) => bench::measure::run(&args),
         Task::PeerTools => peer::run(),
         Task::Lint => {
             lint::stages(&mut stages);
