@@ -4,6 +4,7 @@
 use anyhow::Result;
 
 use crate::deny;
+use crate::dist;
 use crate::fuzz;
 use crate::lint;
 use crate::peer;
@@ -18,6 +19,7 @@ pub(crate) fn stages(stages: &mut Stages) {
     stages.run("peer tools", peer::stage);
     stages.run("test", tests);
     stages.run("fuzz smoke", fuzz::smoke);
+    stages.run("dist", dist::stage);
 }
 
 fn tests() -> Result<Outcome> {

@@ -11,6 +11,7 @@ mod bench;
 mod ci;
 mod command;
 mod deny;
+mod dist;
 mod fuzz;
 mod lint;
 mod peer;
@@ -90,10 +91,19 @@ Examples:
 Example:
   cargo xtask peer-tools && cargo xtask test")]
     PeerTools,
+    /// Make man pages and shell completions
+    ///
+    /// Writes target/dist/man and target/dist/completions, from the definition of the
+    /// command line.
+    #[command(after_help = "\
+Examples:
+  cargo xtask dist
+  man target/dist/man/xsr-save.1")]
+    Dist,
     /// Do all that continuous integration does
     ///
     /// Formatting, lints, dependencies, documentation, tests, a few seconds of each
-    /// fuzz target. All stages run, even if one fails; the table at the end has
+    /// fuzz target, man pages and completions. All stages run, even if one fails; the table at the end has
     /// the times.
     #[command(after_help = "\
 Example:
@@ -110,6 +120,7 @@ fn main() -> ExitCode {
         Task::Bench(args) => bench::run(&args),
         Task::Measure(args) => bench::measure::run(&args),
         Task::PeerTools => peer::run(),
+        Task::Dist => dist::run(),
         Task::Lint => {
             lint::stages(&mut stages);
             stages.finish()
