@@ -221,7 +221,7 @@ impl Bench {
             .after(remove.clone()),
             Row::new(
                 "restore from a pipe",
-                format!("cat {image} | {restore} --name guest -"),
+                format!("cat {image} | {restore} -"),
                 Some(2),
             )
             .after(remove),
