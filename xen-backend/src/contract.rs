@@ -11,6 +11,7 @@ mod kit;
 mod memory;
 mod platform;
 mod pv;
+mod pv_tables;
 #[cfg(test)]
 mod tests;
 
@@ -73,6 +74,7 @@ fn all() -> impl Iterator<Item = &'static (&'static str, Check)> {
         memory::CHECKS,
         platform::CHECKS,
         pv::CHECKS,
+        pv_tables::CHECKS,
         hvm::CHECKS,
     ]
     .into_iter()

@@ -11,6 +11,8 @@
 //! goes unnoticed; a mapping that outlives its domain shows freed memory; the
 //! clock stands still.
 
+#![deny(unsafe_code)]
+
 mod allocator;
 mod domain;
 mod error;
@@ -333,7 +335,6 @@ impl Host for MockHost {
                     ..TscInfo::default()
                 },
                 hvm_params: vec![0; platform::HVM_PARAMS],
-                last_port: 0,
                 grants: [None; 2],
             };
             (record, blobs)

@@ -238,18 +238,15 @@ impl DomainControl for MockDomain {
     }
 
     fn alloc_unbound_port(&self, _remote: DomId) -> Result<u32, BackendError> {
-        self.change("alloc_unbound", |state| {
+        self.look("alloc_unbound", |state| {
             // Two-level event channels: a bit each in the words of shared_info.
             let ports = match state.record.width {
                 4 => 1024,
                 _ => 4096,
             };
-            let port = state.record.last_port + 1;
-            if port >= ports {
-                return Err(Errno::ENOSPC);
-            }
-            state.record.last_port = port;
-            Ok(port)
+            self.machine
+                .take_port(self.dom.domid, ports)
+                .ok_or(Errno::ENOSPC)
         })
     }
 }

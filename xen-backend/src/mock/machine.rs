@@ -45,7 +45,8 @@ pub(super) struct Machine {
     pub(super) frames: Frames,
     pub(super) m2p_file: File,
     m2p: Words,
-    /// Two words per domain: pages it has, and its largest gfn ever plus 1.
+    /// Four words per domain: pages it has, its largest gfn ever plus 1, the last
+    /// event channel given out, and one to spare.
     counters: Words,
     /// One word: whether the host is open (or was left so).
     open_mark: Words,
@@ -121,7 +122,7 @@ impl Machine {
             };
             domains.insert(record.domid, Arc::new(Dom::new(record, saved.blobs, p2m)));
         }
-        let counters = words(&store, "counters", 2 * (usize::from(u16::MAX) + 1))?;
+        let counters = words(&store, "counters", COUNTERS * (usize::from(u16::MAX) + 1))?;
         if mark.get(0) != 0 {
             recount(&table, &taken, &m2p, &counters, &memory, &domains);
         }
@@ -261,8 +262,9 @@ impl Machine {
         for mfn in owned {
             allocator.give_back(&self.frames, mfn);
         }
-        self.counters.set(pages_counter(domid), 0);
-        self.counters.set(pages_counter(domid) + 1, 0);
+        for counter in 0..COUNTERS {
+            self.counters.set(pages_counter(domid) + counter, 0);
+        }
         Ok(())
     }
 
@@ -315,6 +317,17 @@ impl Machine {
         self.counters.set(at, self.counters.get(at) + pages);
         self.counters
             .set(at + 1, self.counters.get(at + 1).max(last + 1));
+    }
+
+    /// The next event channel of a domain that has `ports`, port 0 not among
+    /// those given out. Under the domain's lock.
+    pub(super) fn take_port(&self, domid: DomId, ports: u32) -> Option<u32> {
+        let at = pages_counter(domid) + 2;
+        let port = u32::try_from(self.counters.get(at) + 1).ok()?;
+        (port < ports).then(|| {
+            self.counters.set(at, u64::from(port));
+            port
+        })
     }
 
     /// Say in the m2p which pfn `mfn` is.
@@ -373,8 +386,11 @@ fn lent_page(owner: DomId) -> Frame {
     }
 }
 
+/// Counters of each domain.
+const COUNTERS: usize = 4;
+
 fn pages_counter(domid: DomId) -> usize {
-    2 * usize::from(domid.0)
+    COUNTERS * usize::from(domid.0)
 }
 
 /// The errno behind an I/O error of the machine's own files.
@@ -443,10 +459,14 @@ fn recount(
         }
         taken.set(block, count);
     }
-    for domid in domains.keys() {
-        counters.set(
-            pages_counter(*domid),
-            pages.get(domid).copied().unwrap_or(0),
-        );
+    for domid in (0..=u16::MAX).map(DomId) {
+        let at = pages_counter(domid);
+        if domains.contains_key(&domid) {
+            counters.set(at, pages.get(&domid).copied().unwrap_or(0));
+        } else {
+            (at..at + COUNTERS)
+                .filter(|counter| counters.get(*counter) != 0)
+                .for_each(|counter| counters.set(counter, 0));
+        }
     }
 }

@@ -321,7 +321,8 @@ impl<'a> Tables<'a> {
                 ..frame
             })
         })?;
-        let used = frames.update(target, |frame| {
+        // If not, the table as a whole is not good, and what it counts is forgotten.
+        frames.update(target, |frame| {
             if frame.used_as != FrameUse::Table(level)
                 || !frame.validated
                 || frame.count == Frame::MAX_COUNT
@@ -334,11 +335,7 @@ impl<'a> Tables<'a> {
                 linear: frame.linear - 1,
                 ..frame
             })
-        });
-        if let Err(errno) = used {
-            self.drop_linear(table, -1)?;
-            return Err(errno);
-        }
+        })?;
         Ok(())
     }
 

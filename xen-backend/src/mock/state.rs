@@ -70,8 +70,6 @@ pub(super) struct Record {
     pub(super) tsc: TscInfo,
     /// Translated: HVM parameters by index.
     pub(super) hvm_params: Vec<u64>,
-    /// The last event channel given out.
-    pub(super) last_port: u32,
     /// Reserved grant entries: console, xenstore.
     pub(super) grants: [Option<GrantEntry>; 2],
 }

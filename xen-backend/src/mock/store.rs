@@ -13,7 +13,7 @@
 //! | `frames` | the frame table ([`super::frames`]) |
 //! | `m2p` | a u64 pfn per frame, all ones where there is none |
 //! | `blocks` | frames taken per 2 MiB |
-//! | `counters` | two words per domain: pages, largest gfn ever plus 1 |
+//! | `counters` | four words per domain: pages, largest gfn ever plus 1, last port, none |
 //! | `open` | one word: 1 while the host is open |
 //! | `domains/N/state.json` | [`super::state::Record`] |
 //! | `domains/N/p2m` | translated guests: mfn + 1 per pfn, 0 where there is none |
