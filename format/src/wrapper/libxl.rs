@@ -6,7 +6,7 @@
 //!                            ↑ at each libxc CHECKPOINT: emulator records, CHECKPOINT_END ↩
 //! ```
 //!
-//! [`LibxlReader`] and [`LibxlWriter`] are in [`read`] and [`write`]; here are the
+//! [`LibxlReader`] and [`LibxlWriter`] are in [`mod@read`] and [`mod@write`]; here are the
 //! header, the records and the rules of their order.
 //!
 //! Specification: libxl migration stream, revision 2. C implementation:
