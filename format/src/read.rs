@@ -133,6 +133,7 @@ pub(crate) const WIRE_HEADER: u64 = size_of::<WireRecordHeader>() as u64;
 pub(crate) type Skip<R> = fn(&mut R, u64, &mut Vec<u8>) -> io::Result<u64>;
 
 /// Reads the records of a libxc stream.
+#[derive(Clone)]
 pub struct RecordReader<R> {
     source: R,
     skip: Skip<R>,
@@ -628,4 +629,43 @@ pub(crate) fn skip_by_seeking<R: Read + Seek>(
     let target = at.saturating_add(octets).min(end.max(at));
     source.seek(SeekFrom::Start(target))?;
     Ok(target.saturating_sub(at))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(
+        clippy::unwrap_used,
+        clippy::arithmetic_side_effects,
+        reason = "a test fails by panicking"
+    )]
+
+    use super::*;
+    use crate::image::GuestType;
+    use crate::write::RecordWriter;
+
+    /// Of a body that is announced as the longest there may be, `come` octets.
+    fn announced(come: usize) -> Vec<u8> {
+        let domain = DomainHeader {
+            guest_type: GuestType::X86_HVM,
+            xen_major: 4,
+            xen_minor: 17,
+        };
+        let mut octets = RecordWriter::new(Vec::new(), domain).unwrap().into_sink();
+        octets.extend_from_slice(&RecordKind::HVM_CONTEXT.0.to_le_bytes());
+        octets.extend_from_slice(&MAX_BODY.to_le_bytes());
+        octets.resize(octets.len() + come, 0x11);
+        octets
+    }
+
+    /// What is allocated depends on what comes, not on what is announced.
+    #[test]
+    fn memory_follows_the_octets_that_come() {
+        for come in [0, 10, 5 << 20] {
+            let octets = announced(come);
+            let mut reader = RecordReader::new(&octets[..], ReadOptions::default()).unwrap();
+            assert!(reader.next_record().unwrap_err().is_bad_image());
+            let allowed = 2 * come + (2 << 20);
+            assert!(reader.body.capacity() <= allowed, "{come}: {reader:?}");
+        }
+    }
 }

@@ -64,7 +64,7 @@ pub enum Content<'w, R> {
 }
 
 /// Reads a file step by step.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Walk<R> {
     options: ReadOptions,
     skip: Skip<R>,
@@ -76,7 +76,7 @@ pub struct Walk<R> {
 }
 
 /// Who has the source.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum Held<R> {
     /// The libxl layer, or nobody yet; octets of the file that have been consumed,
     /// and octets that have been read to see what comes, but not been consumed.
