@@ -32,7 +32,7 @@ impl Terminal {
         tracing_subscriber::fmt()
             .with_env_filter(filter)
             .with_writer(io::stderr)
-            .with_ansi(is_terminal)
+            .with_ansi(false)
             .with_target(false)
             .without_time()
             .init();
@@ -55,15 +55,12 @@ impl Terminal {
 
     /// A progress bar; hidden where nobody watches, gone when dropped.
     pub(crate) fn progress(&self, what: &'static str) -> Bar {
-        const TEMPLATE: &str = "{prefix:>10} [{bar:32}] {percent:>3}% {msg}";
         let bar = match self.watched {
-            true => ProgressBar::new(0),
+            true => ProgressBar::no_length(),
             false => ProgressBar::hidden(),
         };
         let bar = bar.with_prefix(what).with_finish(ProgressFinish::AndClear);
-        if let Ok(style) = ProgressStyle::with_template(TEMPLATE) {
-            bar.set_style(style.progress_chars("=> "));
-        }
+        set_template(&bar, "{prefix:>10} {msg}");
         Bar {
             bar,
             started: Instant::now(),
@@ -79,17 +76,28 @@ pub(crate) struct Bar {
 }
 
 impl Bar {
-    /// So much is done of `total`, and so many octets have gone through.
+    /// So much is done of `total` (0 if that is not known), and so many octets have
+    /// gone through.
     pub(crate) fn show(&self, done: u64, total: u64, octets: u64) {
-        if self.bar.is_hidden() {
+        if self.bar.is_hidden() || done == 0 {
             return;
+        }
+        if total > 0 && self.bar.length().is_none() {
+            self.bar.set_length(total);
+            set_template(&self.bar, "{prefix:>10} [{bar:32}] {percent:>3}% {msg}");
         }
         let milliseconds = self.started.elapsed().as_millis().max(1);
         let rate = u128::from(octets) * 1000 / milliseconds;
         let rate = size(u64::try_from(rate).unwrap_or(u64::MAX));
-        self.bar.set_length(total.max(done));
         self.bar.set_position(done);
         self.bar.set_message(format!("{}, {rate}/s", size(octets)));
+    }
+}
+
+fn set_template(bar: &ProgressBar, template: &str) {
+    // The templates are written here, and tried by a test.
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style.progress_chars("=> "));
     }
 }
 

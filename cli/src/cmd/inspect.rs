@@ -46,6 +46,7 @@ pub(crate) fn run(args: &InspectArgs, terminal: &Terminal) -> Result<Code> {
         }
         Err(e) if !any => return Err(e),
         Err(e) => {
+            report.octets = input.length.unwrap_or(0);
             report.error = Some(format!("{e:#}"));
             terminal.error(&e);
             exit::code_of(&e)

@@ -16,7 +16,14 @@ pub(crate) fn print(report: &Report, out: &mut dyn Write) -> io::Result<()> {
         (None, None, Some(_)) => "libxc stream",
         (None, None, None) => "no image",
     };
-    writeln!(out, "{}: {what}, {}", report.file, size(report.octets))?;
+    write!(out, "{}: {what}", report.file)?;
+    if report.octets > 0 {
+        write!(out, ", {}", size(report.octets))?;
+    }
+    match report.error {
+        Some(_) => writeln!(out, ", BAD: this is what could be read of it")?,
+        None => writeln!(out)?,
+    }
     headers(report, out)?;
     guest(report, out)?;
     records(&report.records, out)?;

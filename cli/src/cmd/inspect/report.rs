@@ -10,7 +10,7 @@ use super::facts::{Facts, TypeFact};
 pub(crate) struct Report {
     /// What was read: the path as given, or `stdin`.
     pub(crate) file: String,
-    /// Octets of the image.
+    /// Octets of the image; of the file, if the image is bad; 0 if that is not known.
     pub(crate) octets: u64,
     /// The xl header, where there is one.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -1,0 +1,196 @@
+//! What the tests of the command share: running it, and images to run it on.
+
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    reason = "no test uses all of it; a test fails by panicking"
+)]
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use assert_cmd::Command;
+use tempfile::TempDir;
+use xsr_format::read::ReadOptions;
+use xsr_format::walk::{Content, Walk};
+
+/// The command, without what the environment could make of it.
+pub(crate) fn xsr<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_xsr"));
+    command
+        .env_remove("XSR_BACKEND")
+        .env_remove("XSR_LOG")
+        .args(args);
+    command
+}
+
+/// What a run of the command came to.
+#[derive(Debug)]
+pub(crate) struct Ran {
+    pub(crate) code: i32,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+pub(crate) fn run<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> Ran {
+    ran(xsr(args))
+}
+
+pub(crate) fn ran(mut command: Command) -> Ran {
+    let output = command.output().unwrap();
+    Ran {
+        code: output.status.code().expect("it was not killed"),
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+impl Ran {
+    /// This code, and nothing that looks like a bug.
+    #[track_caller]
+    pub(crate) fn code(self, code: i32) -> Self {
+        assert!(!self.stderr.contains("panicked"), "{self:?}");
+        assert_eq!(self.code, code, "{self:?}");
+        self
+    }
+
+    #[track_caller]
+    pub(crate) fn stdout_has(self, text: &str) -> Self {
+        assert!(self.stdout.contains(text), "no {text:?} in {self:?}");
+        self
+    }
+
+    #[track_caller]
+    pub(crate) fn stderr_has(self, text: &str) -> Self {
+        assert!(self.stderr.contains(text), "no {text:?} in {self:?}");
+        self
+    }
+
+    /// Stdout as one JSON document.
+    #[track_caller]
+    pub(crate) fn json(&self) -> serde_json::Value {
+        serde_json::from_str(&self.stdout).unwrap_or_else(|e| panic!("{e}: {self:?}"))
+    }
+}
+
+/// A directory for a test, gone afterwards.
+pub(crate) fn scratch() -> TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}
+
+/// A path as an argument.
+pub(crate) fn arg(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// The directory with the images of tiny guests that a real Xen wrote, decompressed:
+/// `4.17-{tpv,tpvh}{,-live}.save`.
+pub(crate) fn images() -> PathBuf {
+    let to = Path::new(env!("CARGO_TARGET_TMPDIR")).join("images");
+    fs::create_dir_all(&to).unwrap();
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("../format/tests/images");
+    for entry in fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "zst") {
+            decompress(&path, &to);
+        }
+    }
+    to
+}
+
+/// One of [`images`].
+pub(crate) fn image(name: &str) -> PathBuf {
+    images().join(format!("4.17-{name}.save"))
+}
+
+/// Decompress a file into a directory, unless it is there; where it is then.
+pub(crate) fn decompress(path: &Path, directory: &Path) -> PathBuf {
+    let to = directory.join(path.file_stem().unwrap());
+    if !to.exists() {
+        // Other tests do the same at this moment: each renames a file that is whole.
+        let mut whole = tempfile::NamedTempFile::new_in(directory).unwrap();
+        let compressed = File::open(path).unwrap();
+        let mut octets = ruzstd::decoding::StreamingDecoder::new(compressed).unwrap();
+        io::copy(&mut octets, &mut whole).unwrap();
+        whole.persist(&to).unwrap();
+    }
+    to
+}
+
+/// The images that `XSR_IMAGES` names, or those beside the workspace, decompressed
+/// into `directory`. There may be none.
+pub(crate) fn real_images(directory: &Path) -> Vec<PathBuf> {
+    let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/images");
+    let from = std::env::var_os("XSR_IMAGES").map_or(beside, PathBuf::from);
+    let Ok(entries) = fs::read_dir(&from) else {
+        eprintln!("SKIPPED: no images of a real Xen in {}", from.display());
+        return Vec::new();
+    };
+    let mut paths: Vec<PathBuf> = entries
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.to_string_lossy().ends_with(".save.zst"))
+        .map(|path| decompress(&path, directory))
+        .collect();
+    paths.sort();
+    paths
+}
+
+/// Where the libxl stream and the libxc stream of an image of xl begin, and where the
+/// libxc stream ends.
+pub(crate) fn layers(image: &[u8]) -> (usize, usize, usize) {
+    let mut walk = Walk::open(image, ReadOptions::default()).unwrap();
+    let (mut libxl, mut libxc, mut end) = (0, 0, 0);
+    while let Some(step) = walk.next_step().unwrap() {
+        let offset = usize::try_from(step.position.offset).unwrap();
+        match step.content {
+            Content::LibxlHeader(_) => libxl = offset,
+            Content::Headers(..) => libxc = offset,
+            Content::Record(record) => end = offset + 8 + record.raw.len().next_multiple_of(8),
+            _ => {}
+        }
+    }
+    (libxl, libxc, end)
+}
+
+/// Make a mock host with one domain, `web`.
+pub(crate) fn host_with(kind: &str, directory: &Path) -> PathBuf {
+    let host = directory.join("host");
+    create(&host, "web", kind);
+    host
+}
+
+/// Make a small domain on a mock host.
+pub(crate) fn create(host: &Path, name: &str, kind: &str) {
+    run([
+        "mock",
+        "create",
+        name,
+        "--host",
+        arg(host),
+        "--type",
+        kind,
+        "--memory",
+        "16M",
+        "--vcpus",
+        "2",
+    ])
+    .code(0);
+}
+
+/// `--backend` for a mock host.
+pub(crate) fn backend(host: &Path) -> String {
+    format!("--backend=mock:{}", host.display())
+}
+
+/// What `xsr mock list` says of a domain: its state, or `None` where there is none.
+pub(crate) fn state(host: &Path, name: &str) -> Option<String> {
+    let list = run(["mock", "list", "--json", "--host", arg(host)]).code(0);
+    let list = list.json();
+    let domain = list
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|d| d["name"] == name)?;
+    Some(domain["state"].as_str().unwrap().to_owned())
+}
