@@ -11,6 +11,7 @@
 )]
 
 pub mod byte_order;
+mod decoder;
 pub mod detect;
 pub mod error;
 pub mod fields;
@@ -21,6 +22,7 @@ pub mod order;
 pub mod read;
 pub mod record;
 pub mod slice;
+mod source;
 pub mod walk;
 pub mod wire;
 pub mod wrapper;

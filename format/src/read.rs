@@ -9,16 +9,17 @@
 //! `xg_sr_common.c:read_record`, `xg_sr_restore.c`.
 
 use std::fmt;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Read, Seek};
 
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
-use crate::error::{DecodeError, Length, Place, Position, ReadError, ReadErrorCause, Reserved};
+use crate::decoder::{Decoder, WIRE_HEADER};
+use crate::error::{Place, Position, ReadError, ReadErrorCause};
 use crate::frame::{PAGE_SIZE, Page, WirePageEntry};
 use crate::image::{DomainHeader, ImageHeader, WireDomainHeader, WireImageHeader};
-use crate::order::Order;
 use crate::record::page_data::{Entries, WirePageDataHead};
-use crate::record::{Body, Context, MAX_BODY, Record, RecordKind, WireRecordHeader, padding};
+use crate::record::{Record, RecordKind, WireRecordHeader, padding};
+use crate::source::{Skip, fill, fill_behind, fill_growing, skip_by_reading, skip_by_seeking};
 
 /// How to read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -28,109 +29,6 @@ pub struct ReadOptions {
     /// Octets of the file that came before, so that positions are right.
     pub offset: u64,
 }
-
-/// What both the streaming and the in-memory reader know of a stream.
-#[derive(Clone, Debug)]
-pub(crate) struct Decoder {
-    pub(crate) image: ImageHeader,
-    pub(crate) domain: DomainHeader,
-    pub(crate) order: Order,
-    pub(crate) lenient: bool,
-}
-
-impl Decoder {
-    /// Decode the two headers.
-    pub(crate) fn new(
-        image: &WireImageHeader,
-        domain: &WireDomainHeader,
-        lenient: bool,
-    ) -> Result<Self, DecodeError> {
-        let image = ImageHeader::decode(image, lenient)?;
-        let domain = DomainHeader::decode(domain, image.order, lenient)?;
-        Ok(Self {
-            image,
-            domain,
-            order: Order::new(image.version, domain.guest_type),
-            lenient,
-        })
-    }
-
-    pub(crate) fn context(&self) -> Context {
-        Context {
-            order: self.image.order,
-            guest_width: self.order.guest_width(),
-            lenient: self.lenient,
-        }
-    }
-
-    pub(crate) fn kind(&self, header: &WireRecordHeader) -> RecordKind {
-        RecordKind(header.kind.get(self.image.order))
-    }
-
-    /// Check a record's header against the limits and the order.
-    pub(crate) fn admit(&mut self, header: &WireRecordHeader) -> Result<u32, DecodeError> {
-        let kind = self.kind(header);
-        let length = header.length.get(self.image.order);
-        if length > MAX_BODY {
-            return Err(DecodeError::BodyTooLong {
-                got: length,
-                max: MAX_BODY,
-            });
-        }
-        if kind.name().is_none() && !kind.is_optional() {
-            return Err(DecodeError::UnknownMandatory { kind: kind.0 });
-        }
-        self.order.admit(kind)?;
-        if kind == RecordKind::PAGE_DATA && (length as usize) < WirePageDataHead::OCTETS {
-            return Err(DecodeError::BodyLength {
-                expected: Length::AtLeast(WirePageDataHead::OCTETS as u64),
-                got: u64::from(length),
-            });
-        }
-        Ok(length)
-    }
-
-    /// Decode the body of any record but PAGE_DATA, and take note of it.
-    pub(crate) fn body<'a>(
-        &mut self,
-        kind: RecordKind,
-        raw: &'a [u8],
-        pad: &[u8],
-    ) -> Result<Record<'a>, DecodeError> {
-        Reserved {
-            lenient: self.lenient,
-            structure: "record",
-        }
-        .zero(
-            "padding after the body",
-            (raw.len() as u64).saturating_add(WIRE_HEADER),
-            as_number(pad),
-        )?;
-        let body = Body::decode(kind, raw, self.context())?;
-        let record = Record { kind, raw, body };
-        self.order.note(&record);
-        Ok(record)
-    }
-
-    pub(crate) fn entries<'a>(
-        &self,
-        wire: &'a [WirePageEntry],
-        length: u32,
-    ) -> Result<(Entries<'a>, u64), DecodeError> {
-        Entries::check(wire, length, self.order.max_pfn(), self.context())
-    }
-}
-
-/// Octets of padding, at most 7, as one number, to be shown.
-pub(crate) fn as_number(pad: &[u8]) -> u64 {
-    pad.iter()
-        .fold(0, |number, octet| number << 8 | u64::from(*octet))
-}
-
-pub(crate) const WIRE_HEADER: u64 = size_of::<WireRecordHeader>() as u64;
-
-/// Moves a source on by some octets; says how many it could.
-pub(crate) type Skip<R> = fn(&mut R, u64, &mut Vec<u8>) -> io::Result<u64>;
 
 /// Reads the records of a libxc stream.
 #[derive(Clone)]
@@ -533,104 +431,6 @@ impl<R> fmt::Debug for PageDataBody<'_, R> {
     }
 }
 
-/// Fill `room` exactly.
-pub(crate) fn fill(source: &mut impl Read, room: &mut [u8]) -> Result<(), ReadErrorCause> {
-    let mut rest = room;
-    while !rest.is_empty() {
-        match source.read(rest) {
-            Ok(0) => {
-                let needed = rest.len() as u64;
-                return Err(ReadErrorCause::Truncated { needed });
-            }
-            Ok(n) => {
-                let Some(left) = rest.get_mut(n..) else {
-                    return Err(ReadErrorCause::Io(broken_source()));
-                };
-                rest = left;
-            }
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(ReadErrorCause::Io(e)),
-        }
-    }
-    Ok(())
-}
-
-/// Fill `room` exactly: first with `known`, which came from the source before, then
-/// from the source.
-pub(crate) fn fill_behind(
-    known: &[u8],
-    source: &mut impl Read,
-    room: &mut [u8],
-) -> Result<(), ReadErrorCause> {
-    let (head, rest) = room.split_at_mut(known.len().min(room.len()));
-    for (to, from) in head.iter_mut().zip(known) {
-        *to = *from;
-    }
-    fill(source, rest)
-}
-
-/// Fill `body` with exactly `octets`. They come from the stream, so memory is
-/// allocated as octets really arrive.
-pub(crate) fn fill_growing(
-    source: &mut impl Read,
-    body: &mut Vec<u8>,
-    octets: u64,
-) -> Result<(), ReadErrorCause> {
-    const STEP: usize = 1 << 20;
-    body.clear();
-    let mut left = octets;
-    while left > 0 {
-        let step = usize::try_from(left).unwrap_or(STEP).min(STEP);
-        let at = body.len();
-        body.resize(at.saturating_add(step), 0);
-        let (_, room) = body.split_at_mut(at);
-        left = left.saturating_sub(step as u64);
-        fill(source, room).map_err(|cause| cause.truncated_before(left))?;
-    }
-    Ok(())
-}
-
-/// What is wrong with a source that claims more octets than it had room for.
-fn broken_source() -> io::Error {
-    io::Error::other("the source claims to have read more than it was asked for")
-}
-
-pub(crate) fn skip_by_reading<R: Read>(
-    source: &mut R,
-    octets: u64,
-    scratch: &mut Vec<u8>,
-) -> io::Result<u64> {
-    const STEP: usize = 256 << 10;
-    scratch.resize(STEP, 0);
-    let mut left = octets;
-    while left > 0 {
-        let step = usize::try_from(left).unwrap_or(STEP).min(STEP);
-        let room = scratch.get_mut(..step).unwrap_or_default();
-        match source.read(room) {
-            Ok(0) => break,
-            Ok(n) if n > step => return Err(broken_source()),
-            Ok(n) => left = left.saturating_sub(n as u64),
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(octets.saturating_sub(left))
-}
-
-pub(crate) fn skip_by_seeking<R: Read + Seek>(
-    source: &mut R,
-    octets: u64,
-    _scratch: &mut Vec<u8>,
-) -> io::Result<u64> {
-    // A seek beyond the end succeeds, so the end is looked up each time: the file
-    // may still be growing, or have shrunk.
-    let at = source.stream_position()?;
-    let end = source.seek(SeekFrom::End(0))?;
-    let target = at.saturating_add(octets).min(end.max(at));
-    source.seek(SeekFrom::Start(target))?;
-    Ok(target.saturating_sub(at))
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(
@@ -641,6 +441,7 @@ mod tests {
 
     use super::*;
     use crate::image::GuestType;
+    use crate::record::MAX_BODY;
     use crate::write::RecordWriter;
 
     /// Of a body that is announced as the longest there may be, `come` octets.

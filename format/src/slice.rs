@@ -3,10 +3,11 @@
 
 use zerocopy::FromBytes;
 
+use crate::decoder::Decoder;
 use crate::error::{Place, Position, ReadError, ReadErrorCause};
 use crate::frame::{PAGE_SIZE, Page, WirePageEntry};
 use crate::image::{DomainHeader, ImageHeader, WireDomainHeader, WireImageHeader};
-use crate::read::{Decoder, ReadOptions};
+use crate::read::ReadOptions;
 use crate::record::page_data::{Entries, WirePageDataHead};
 use crate::record::{Record, RecordKind, WireRecordHeader, padding};
 

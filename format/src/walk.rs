@@ -28,10 +28,9 @@ use zerocopy::IntoBytes;
 use crate::detect::{Detected, detect};
 use crate::error::{Place, Position, ReadError, ReadErrorCause};
 use crate::image::{DomainHeader, GuestType, ImageHeader};
-use crate::read::{
-    Incoming, PageDataBody, ReadOptions, RecordReader, Skip, skip_by_reading, skip_by_seeking,
-};
+use crate::read::{Incoming, PageDataBody, ReadOptions, RecordReader};
 use crate::record::{Record, RecordKind, WireRecordHeader};
+use crate::source::{Skip, fill, skip_by_reading, skip_by_seeking};
 use crate::wrapper::libxl::read::LibxlState;
 use crate::wrapper::libxl::{LibxlHeader, LibxlRecord, LibxlRecordKind};
 use crate::wrapper::xl::XlHeader;
@@ -496,7 +495,7 @@ fn first_octets(source: &mut impl Read) -> Result<Vec<u8>, ReadErrorCause> {
 /// Fill `room` as far as the source goes.
 fn read_up_to(source: &mut impl Read, room: &mut [u8]) -> io::Result<usize> {
     let whole = room.len();
-    match crate::read::fill(source, room) {
+    match fill(source, room) {
         Ok(()) => Ok(whole),
         Err(ReadErrorCause::Truncated { needed }) => {
             let missing = usize::try_from(needed).unwrap_or(whole);

@@ -17,7 +17,8 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligne
 use super::WrapperWriteError;
 use crate::byte_order::ByteOrder;
 use crate::error::{Place, ReadError, ReadErrorCause};
-use crate::read::{ReadOptions, fill, fill_behind, fill_growing};
+use crate::read::ReadOptions;
+use crate::source::{fill, fill_behind, fill_growing};
 use crate::wire::U32;
 
 /// The first octets of a file that xl wrote.

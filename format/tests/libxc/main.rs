@@ -12,6 +12,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod misplaced;
 mod order;
 mod property;
 mod review;

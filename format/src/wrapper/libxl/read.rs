@@ -12,9 +12,11 @@ use super::{
     LibxlError, LibxlHeader, LibxlOrder, LibxlRecord, LibxlRecordKind, WireLibxlHeader,
     reserved_zero,
 };
+use crate::decoder::as_number;
 use crate::error::{Place, Position, ReadError, ReadErrorCause};
-use crate::read::{ReadOptions, as_number, fill, fill_behind, fill_growing};
+use crate::read::ReadOptions;
 use crate::record::padding;
+use crate::source::{fill, fill_behind, fill_growing};
 
 /// What reading a libxl stream has to remember, apart from the source: that is handed
 /// to the libxc layer and taken back.

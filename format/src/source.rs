@@ -1,0 +1,107 @@
+//! How readers take octets from a source: exactly as many as they need, however the
+//! source hands them out.
+
+use std::io::{self, Read, Seek, SeekFrom};
+
+use crate::error::ReadErrorCause;
+
+/// Moves a source on by some octets; says how many it could.
+pub(crate) type Skip<R> = fn(&mut R, u64, &mut Vec<u8>) -> io::Result<u64>;
+
+/// Fill `room` exactly.
+pub(crate) fn fill(source: &mut impl Read, room: &mut [u8]) -> Result<(), ReadErrorCause> {
+    let mut rest = room;
+    while !rest.is_empty() {
+        match source.read(rest) {
+            Ok(0) => {
+                let needed = rest.len() as u64;
+                return Err(ReadErrorCause::Truncated { needed });
+            }
+            Ok(n) => {
+                let Some(left) = rest.get_mut(n..) else {
+                    return Err(ReadErrorCause::Io(broken_source()));
+                };
+                rest = left;
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(ReadErrorCause::Io(e)),
+        }
+    }
+    Ok(())
+}
+
+/// Fill `room` exactly: first with `known`, which came from the source before, then
+/// from the source.
+pub(crate) fn fill_behind(
+    known: &[u8],
+    source: &mut impl Read,
+    room: &mut [u8],
+) -> Result<(), ReadErrorCause> {
+    let (head, rest) = room.split_at_mut(known.len().min(room.len()));
+    for (to, from) in head.iter_mut().zip(known) {
+        *to = *from;
+    }
+    fill(source, rest)
+}
+
+/// Fill `body` with exactly `octets`. They come from the stream, so memory is
+/// allocated as octets really arrive.
+pub(crate) fn fill_growing(
+    source: &mut impl Read,
+    body: &mut Vec<u8>,
+    octets: u64,
+) -> Result<(), ReadErrorCause> {
+    const STEP: usize = 1 << 20;
+    body.clear();
+    let mut left = octets;
+    while left > 0 {
+        let step = usize::try_from(left).unwrap_or(STEP).min(STEP);
+        let at = body.len();
+        body.resize(at.saturating_add(step), 0);
+        let (_, room) = body.split_at_mut(at);
+        left = left.saturating_sub(step as u64);
+        fill(source, room).map_err(|cause| cause.truncated_before(left))?;
+    }
+    Ok(())
+}
+
+/// What is wrong with a source that claims more octets than it had room for.
+fn broken_source() -> io::Error {
+    io::Error::other("the source claims to have read more than it was asked for")
+}
+
+pub(crate) fn skip_by_reading<R: Read>(
+    source: &mut R,
+    octets: u64,
+    scratch: &mut Vec<u8>,
+) -> io::Result<u64> {
+    const STEP: usize = 256 << 10;
+    scratch.resize(STEP, 0);
+    let mut left = octets;
+    while left > 0 {
+        let step = usize::try_from(left).unwrap_or(STEP).min(STEP);
+        let room = scratch.get_mut(..step).unwrap_or_default();
+        match source.read(room) {
+            Ok(0) => break,
+            Ok(n) if n > step => return Err(broken_source()),
+            Ok(n) => left = left.saturating_sub(n as u64),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(octets.saturating_sub(left))
+}
+
+pub(crate) fn skip_by_seeking<R: Read + Seek>(
+    source: &mut R,
+    octets: u64,
+    _scratch: &mut Vec<u8>,
+) -> io::Result<u64> {
+    // A seek beyond the end succeeds, so the end is looked up each time: the file
+    // may still be growing, or have shrunk.
+    let at = source.stream_position()?;
+    let end = source.seek(SeekFrom::End(0))?;
+    let target = at.saturating_add(octets).min(end.max(at));
+    source.seek(SeekFrom::Start(target))?;
+    Ok(target.saturating_sub(at))
+}
