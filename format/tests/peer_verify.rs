@@ -65,10 +65,16 @@ impl Peer {
             );
             return None;
         };
+        let script = tools.join("usr/lib/xen-4.17/bin/verify-stream-v2");
+        assert!(
+            script.is_file(),
+            "XSR_PEER_TOOLS is set, but there is no {}: `cargo xtask peer-tools` fetches it",
+            script.display()
+        );
         let driver = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/peer/verify_many.py");
         let mut child = Command::new("python3")
             .arg(driver)
-            .arg(tools.join("usr/lib/xen-4.17/bin/verify-stream-v2"))
+            .arg(script)
             .env("PYTHONPATH", tools.join("usr/lib/xen-4.17/lib/python"))
             .env("PYTHONDONTWRITEBYTECODE", "1")
             .stdin(Stdio::piped())
