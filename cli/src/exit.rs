@@ -3,7 +3,7 @@
 use std::fmt;
 use std::process::ExitCode;
 
-use xsr_format::error::ReadError;
+use xsr_format::error::{ReadError, ReadErrorCause};
 use xsr_save_restore::RestoreError;
 
 /// What the command says to who started it.
@@ -73,6 +73,20 @@ pub(crate) fn code_of(error: &anyhow::Error) -> Code {
         }
     }
     Code::Failed
+}
+
+/// What to do about a failure, where that is not said already.
+pub(crate) fn advice(error: &anyhow::Error) -> Option<&'static str> {
+    let mut chain = error.chain();
+    let cause = &chain
+        .find_map(|cause| cause.downcast_ref::<ReadError>())?
+        .cause;
+    match cause {
+        ReadErrorCause::Truncated { .. } => {
+            Some("copy it again from where it came, or save the domain again")
+        }
+        _ => None,
+    }
 }
 
 /// Print what clap has to say (help and version are no failure).

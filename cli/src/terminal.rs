@@ -7,6 +7,7 @@ use std::time::Instant;
 use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 use tracing_subscriber::EnvFilter;
 
+use crate::exit;
 use crate::text::size;
 
 /// Stderr, and how much it may carry.
@@ -43,7 +44,10 @@ impl Terminal {
 
     /// Say why the command failed.
     pub(crate) fn error(&self, error: &anyhow::Error) {
-        line(&format!("xsr: {error:#}"));
+        match exit::advice(error) {
+            Some(advice) => line(&format!("xsr: {error:#}; {advice}")),
+            None => line(&format!("xsr: {error:#}")),
+        }
     }
 
     /// Say something to the person who watches; nothing where nobody does.

@@ -143,7 +143,7 @@ fn print(report: &DomainReport, out: &mut dyn Write) -> Result<()> {
     let most = size(report.max_pages * PAGE_SIZE as u64);
     writeln!(out, "  memory   {}, at most {most}", memory(summary))?;
     if let Some(gfn) = report.maximum_gfn {
-        writeln!(out, "  last pfn {}", hex(gfn))?;
+        writeln!(out, "  last gfn {}", hex(gfn))?;
     }
     let types: Vec<String> = report
         .page_types

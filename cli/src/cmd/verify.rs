@@ -145,7 +145,11 @@ impl Verdict {
         };
         // The chain begins with the file's name, which the line has already.
         let causes: Vec<String> = error.chain().skip(1).map(ToString::to_string).collect();
-        self.error = Some(causes.join(": "));
+        let mut text = causes.join(": ");
+        if let Some(advice) = exit::advice(error) {
+            text = format!("{text}; {advice}");
+        }
+        self.error = Some(text);
         let mut chain = error.chain();
         let cause = chain.find_map(|cause| cause.downcast_ref::<ReadError>());
         self.error_offset = cause.map(|e| e.position.offset);

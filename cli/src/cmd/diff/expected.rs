@@ -205,7 +205,7 @@ fn field_reason(section: Section, field: &str) -> Option<&'static str> {
 }
 
 /// The name with `[*]` for each index, and for the number of a vcpu.
-fn without_indices(section: Section, field: &str) -> String {
+pub(crate) fn without_indices(section: Section, field: &str) -> String {
     let mut out = String::with_capacity(field.len());
     let mut rest = field;
     if section == Section::Vcpus

@@ -4,6 +4,7 @@
 use std::io::{self, Write};
 
 use super::difference::{Difference, Section, What};
+use super::expected::without_indices;
 use crate::text::{Count, pfn_range};
 
 /// Most lines of one part.
@@ -86,12 +87,7 @@ fn print_expected(expected: &[&Difference], out: &mut dyn Write) -> io::Result<(
         }
     }
     for (section, reason, group) in groups {
-        const SHOWN: usize = 4;
-        let mut names: Vec<String> = group.iter().take(SHOWN).map(|d| name(&d.what)).collect();
-        if group.len() > SHOWN {
-            names.push(format!("… ({} in all)", group.len()));
-        }
-        let names = names.join(", ");
+        let names = names(section, &group);
         match pages(&group) {
             0 => writeln!(out, "  {} {names}", section.title())?,
             pages => {
@@ -102,6 +98,35 @@ fn print_expected(expected: &[&Difference], out: &mut dyn Write) -> io::Result<(
         writeln!(out, "    {reason}")?;
     }
     Ok(())
+}
+
+/// What a group is about: fields once for all their indices, the first few ranges.
+fn names(section: Section, group: &[&Difference]) -> String {
+    const SHOWN: usize = 6;
+    let mut names: Vec<(String, usize)> = Vec::new();
+    for difference in group {
+        let name = match &difference.what {
+            What::Field { field, .. } => without_indices(section, field),
+            other => name(other),
+        };
+        match names.last_mut() {
+            Some((last, times)) if *last == name => *times += 1,
+            _ => names.push((name, 1)),
+        }
+    }
+    let more = names.len().saturating_sub(SHOWN);
+    let mut shown: Vec<String> = names
+        .into_iter()
+        .take(SHOWN)
+        .map(|(name, times)| match times {
+            1 => name,
+            _ => format!("{name} × {times}"),
+        })
+        .collect();
+    if more > 0 {
+        shown.push(format!("and {more} more"));
+    }
+    shown.join(", ")
 }
 
 fn pages(group: &[&Difference]) -> u64 {
