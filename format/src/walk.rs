@@ -207,8 +207,13 @@ impl<R: Read> Walk<R> {
     }
 
     fn cannot_go_on(&self) -> ReadError {
-        let cause = io::Error::other("the file failed earlier and cannot be followed");
-        ReadError::at(Place::End, self.offset(), ReadErrorCause::Io(cause))
+        self.out_of_turn("the file failed earlier and cannot be followed")
+    }
+
+    /// Something was asked for that cannot be done here; the image is not to blame.
+    fn out_of_turn(&self, why: &'static str) -> ReadError {
+        let cause = ReadErrorCause::Io(io::Error::other(why));
+        ReadError::at(Place::End, self.offset(), cause)
     }
 
     /// The source, from the libxl layer or from the libxc layer that is through.
@@ -372,16 +377,14 @@ impl<R: Read> Walk<R> {
     /// [`ReadErrorCause::Trailing`] if there is; the source failed; the last step has
     /// not been reached.
     pub fn expect_end(&mut self) -> Result<(), ReadError> {
-        let offset = self.offset();
-        let at = |cause| ReadError::at(Place::End, offset, cause);
-        let early = || io::Error::other("the last record has not been read yet");
         if self.next != Next::Nothing {
-            return Err(at(ReadErrorCause::Io(early())));
+            return Err(self.out_of_turn("the last record has not been read yet"));
         }
         let (mut source, offset, _) = self.take_source()?;
         let mut octet = [0];
         let read = read_up_to(&mut source, &mut octet);
         self.held = Held::Source(source, offset, Vec::new());
+        let at = |cause| ReadError::at(Place::End, offset, cause);
         match read {
             Ok(0) => Ok(()),
             Ok(_) => Err(at(ReadErrorCause::Trailing)),
@@ -407,11 +410,11 @@ impl<R: Read> Walk<R> {
                     ..
                 }) => before.push(record),
                 Some(_) => {}
-                None => return Err(self.cannot_go_on()),
+                None => return Err(self.out_of_turn("the libxc stream is over")),
             }
         }
         if self.next != Next::LibxcRecord {
-            return Err(self.cannot_go_on());
+            return Err(self.out_of_turn("the libxc stream is over, or pauses at a checkpoint"));
         }
         match mem::replace(&mut self.held, Held::Lost) {
             Held::Libxc(reader) => Ok((reader, Around { walk: self, before })),

@@ -16,6 +16,7 @@ use std::io::{self, Cursor, Read};
 use support::build::*;
 use support::drive::{Cause, Failure};
 use support::images;
+use support::mutate::{cut_down, mutant, pieces};
 use xsr_format::detect::{Compression, Detected};
 use xsr_format::error::{Place, ReadError, ReadErrorCause};
 use xsr_format::frame::PAGE_SIZE;
@@ -565,4 +566,36 @@ fn rules_hold_across_the_layers() {
     let mut failed = Walk::open(&bad[..], STRICT).unwrap();
     steps(&mut failed).1.unwrap_err();
     assert!(failed.next_step().is_err(), "there is no going on");
+}
+
+/// Damaged files: no panic, and a source that can seek changes nothing.
+#[test]
+fn mutants() {
+    let mut bases = vec![xl_file(false), checkpointed(true), checkpointed(false)];
+    bases.extend(
+        images::committed()
+            .iter()
+            .map(|i| cut_down(&i.octets, 3, 4)),
+    );
+    for base in bases {
+        walk(&base).1.unwrap();
+        let pieces = pieces(&base);
+        let mut refused = 0;
+        for seed in 0..400 {
+            let file = mutant(&pieces, seed);
+            for lenient in [false, true] {
+                let options = ReadOptions { lenient, ..STRICT };
+                let all = |walk: Result<Walk<_>, ReadError>| match walk {
+                    Ok(mut walk) => steps(&mut walk),
+                    Err(e) => (Vec::new(), Err(e)),
+                };
+                let (said, end) = all(Walk::open(Cursor::new(&file), options));
+                let (also, other) = all(Walk::open_seeking(Cursor::new(&file), options));
+                assert_eq!(said, also);
+                refused += usize::from(end.is_err());
+                assert_eq!(end.map_err(Failure::from), other.map_err(Failure::from));
+            }
+        }
+        assert!((100..790).contains(&refused), "{refused} of 800 refused");
+    }
 }
