@@ -6,19 +6,23 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod common;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-fn xsr(args: &[&str]) {
-    let output = Command::new(env!("CARGO_BIN_EXE_xsr"))
-        .args(args)
-        .output()
-        .unwrap();
-    assert!(
-        output.status.success(),
-        "xsr {args:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+use common::{arg, backend, image, run, scratch};
+
+/// Where the script's package is, if it is; says why if not.
+fn tools() -> Option<PathBuf> {
+    let tools = std::env::var_os("XSR_PEER_TOOLS").map(PathBuf::from);
+    if tools.is_none() {
+        eprintln!(
+            "SKIPPED: XSR_PEER_TOOLS is not set, so nothing was compared with Xen's \
+             verify-stream-v2; `cargo xtask peer-tools` fetches it"
+        );
+    }
+    tools
 }
 
 /// What Xen's script prints of an image that it accepts.
@@ -43,16 +47,11 @@ fn xen_verifies(tools: &Path, image: &Path) -> String {
 
 #[test]
 fn xens_script_accepts_what_the_mock_machine_saved() {
-    let Some(tools) = std::env::var_os("XSR_PEER_TOOLS").map(PathBuf::from) else {
-        eprintln!(
-            "SKIPPED: XSR_PEER_TOOLS is not set, so nothing was compared with Xen's \
-             verify-stream-v2; `cargo xtask peer-tools` fetches it"
-        );
+    let Some(tools) = tools() else {
         return;
     };
-    let scratch = tempfile::tempdir().unwrap();
+    let scratch = scratch();
     let host = scratch.path().join("host");
-    let backend = format!("mock:{}", host.display());
     for (kind, type_name, is_pv) in [
         ("pv", "x86 PV", true),
         ("pv32", "x86 PV", true),
@@ -62,14 +61,23 @@ fn xens_script_accepts_what_the_mock_machine_saved() {
         for vcpus in [1, 3] {
             let name = format!("{kind}-{vcpus}");
             let image = scratch.path().join(format!("{name}.save"));
-            let (host, file) = (host.to_str().unwrap(), image.to_str().unwrap());
             let count = vcpus.to_string();
-            xsr(&[
-                "mock", "create", &name, "--host", host, "--type", kind, "--memory", "12M",
-                "--vcpus", &count,
-            ]);
-            xsr(&["save", "--backend", &backend, &name, file]);
-            xsr(&["verify", file]);
+            run([
+                "mock",
+                "create",
+                &name,
+                "--host",
+                arg(&host),
+                "--type",
+                kind,
+                "--memory",
+                "12M",
+                "--vcpus",
+                &count,
+            ])
+            .code(0);
+            run(["save", &backend(&host), &name, arg(&image)]).code(0);
+            run(["verify", arg(&image)]).code(0);
             let said = xen_verifies(&tools, &image);
             assert!(
                 said.contains(&format!("Domain Header: {type_name} from Xen 4.17")),
@@ -79,5 +87,25 @@ fn xens_script_accepts_what_the_mock_machine_saved() {
             let contexts = said.matches("Libxc Record: x86 PV vcpu basic").count();
             assert_eq!(contexts, if is_pv { vcpus } else { 0 }, "{said}");
         }
+    }
+}
+
+#[test]
+fn xens_script_accepts_real_images_saved_again() {
+    let Some(tools) = tools() else {
+        return;
+    };
+    for name in ["tpv", "tpv-live", "tpvh", "tpvh-live"] {
+        let scratch = scratch();
+        let host = scratch.path().join("host");
+        run(["restore", &backend(&host), arg(&image(name))]).code(0);
+        let domains = run(["mock", "list", "--json", "--host", arg(&host)]).code(0);
+        let domains = domains.json();
+        let domain = domains[0]["name"].as_str().unwrap();
+        let again = scratch.path().join("again.save");
+        run(["save", &backend(&host), domain, arg(&again)]).code(0);
+        run(["verify", arg(&again)]).code(0);
+        let said = xen_verifies(&tools, &again);
+        assert!(said.contains("Libxl Record: End"), "{said}");
     }
 }
