@@ -41,7 +41,6 @@ Examples:
     after_help = EXIT_CODES,
     after_long_help = format!("{MAIN_EXAMPLES}\n\n{EXIT_CODES}"),
     arg_required_else_help = true,
-    disable_help_subcommand = true,
     max_term_width = 100
 )]
 pub(crate) struct Cli {
@@ -55,10 +54,17 @@ pub(crate) struct Cli {
 #[derive(Clone, Copy, Debug, Args)]
 pub(crate) struct Global {
     /// Say more on stderr (-vv: still more)
-    #[arg(short, long, global = true, action = ArgAction::Count, conflicts_with = "quiet")]
+    #[arg(
+        short,
+        long,
+        global = true,
+        action = ArgAction::Count,
+        conflicts_with = "quiet",
+        help_heading = "Messages"
+    )]
     pub(crate) verbose: u8,
     /// No progress, no notes: only results and errors
-    #[arg(short, long, global = true)]
+    #[arg(short, long, global = true, help_heading = "Messages")]
     pub(crate) quiet: bool,
 }
 

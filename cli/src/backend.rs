@@ -8,7 +8,7 @@ use xsr_format::byte_order::ByteOrder;
 use xsr_format::read::ReadOptions;
 use xsr_format::wrapper::libxl::{LibxlHeader, LibxlReader, LibxlRecord, LibxlWriter};
 use xsr_xen_backend::DomId;
-use xsr_xen_backend::mock::{HostConfig, MockHost};
+use xsr_xen_backend::mock::{HostConfig, MockError, MockHost};
 
 use crate::args::Backend;
 
@@ -34,8 +34,12 @@ pub(crate) fn open(backend: &Backend) -> Result<MockHost> {
 /// Open the host that a domain is to be made on; a mock machine is made where there
 /// is none yet.
 pub(crate) fn open_or_create(backend: &Backend) -> Result<MockHost> {
-    let config = HostConfig::default();
-    Ok(MockHost::open_or_create(directory(backend)?, &config)?)
+    match MockHost::open_or_create(directory(backend)?, &HostConfig::default()) {
+        Err(e @ MockError::Occupied { .. }) => {
+            bail!("{e}, and is no mock machine; name another directory")
+        }
+        other => Ok(other?),
+    }
 }
 
 fn directory(backend: &Backend) -> Result<&Path> {

@@ -75,6 +75,22 @@ pub(crate) fn code_of(error: &anyhow::Error) -> Code {
     Code::Failed
 }
 
+/// A failure in words: from what was being done down to its cause. Some errors name
+/// their cause themselves; it is not said twice.
+pub(crate) fn words<'e>(
+    causes: impl Iterator<Item = &'e (dyn std::error::Error + 'static)>,
+) -> String {
+    let mut words = String::new();
+    for cause in causes.map(ToString::to_string) {
+        if words.is_empty() {
+            words = cause;
+        } else if !words.ends_with(&cause) {
+            words = format!("{words}: {cause}");
+        }
+    }
+    words
+}
+
 /// What to do about a failure, where that is not said already.
 pub(crate) fn advice(error: &anyhow::Error) -> Option<&'static str> {
     let mut chain = error.chain();
@@ -99,5 +115,35 @@ pub(crate) fn command_line(error: &clap::Error) -> Code {
         Ok(()) => code,
         // Help that nobody reads to the end is no failure either.
         Err(_) => code,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use anyhow::Context as _;
+
+    use super::*;
+
+    #[test]
+    fn a_cause_is_not_said_twice() {
+        let source = io::Error::other("disk on fire");
+        let outer = format!("cannot read host.json: {source}");
+        let error = anyhow::Error::new(source)
+            .context(outer)
+            .context("saving web");
+        let expected = "saving web: cannot read host.json: disk on fire";
+        assert_eq!(words(error.chain()), expected);
+    }
+
+    #[test]
+    fn who_is_to_blame_decides() {
+        let io: anyhow::Result<()> = Err(io::Error::other("gone").into());
+        assert_eq!(code_of(&io.context("x").unwrap_err()), Code::Failed);
+        let bad = anyhow::Error::new(BadImage("odd".to_owned())).context("restoring");
+        assert_eq!(code_of(&bad), Code::BadImage);
+        let usage = anyhow::Error::new(BadUsage("no".to_owned())).context("x");
+        assert_eq!(code_of(&usage), Code::Usage);
     }
 }

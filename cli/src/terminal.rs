@@ -44,9 +44,10 @@ impl Terminal {
 
     /// Say why the command failed.
     pub(crate) fn error(&self, error: &anyhow::Error) {
+        let words = exit::words(error.chain());
         match exit::advice(error) {
-            Some(advice) => line(&format!("xsr: {error:#}; {advice}")),
-            None => line(&format!("xsr: {error:#}")),
+            Some(advice) => line(&format!("xsr: {words}; {advice}")),
+            None => line(&format!("xsr: {words}")),
         }
     }
 

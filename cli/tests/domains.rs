@@ -441,6 +441,24 @@ fn a_configuration_that_makes_no_sense_is_a_bad_image() {
 }
 
 #[test]
+fn a_reserved_bit_is_refused_or_tolerated() {
+    let dir = scratch();
+    let host = dir.path().join("host");
+    let mut octets = fs::read(image("tpvh")).unwrap();
+    let (_, libxc, _) = layers(&octets);
+    // The reserved field of the domain header.
+    octets[libxc + 24 + 6] ^= 1;
+    let odd = dir.path().join("odd.save");
+    fs::write(&odd, octets).unwrap();
+    run(["restore", &backend(&host), arg(&odd)])
+        .code(2)
+        .stderr_has("--lenient");
+    assert_eq!(state(&host, "tpvh"), None);
+    run(["restore", "--lenient", &backend(&host), arg(&odd)]).code(0);
+    assert_eq!(state(&host, "tpvh").as_deref(), Some("running"));
+}
+
+#[test]
 fn json_and_an_image_do_not_share_stdout() {
     let dir = scratch();
     let host = host_with("pv", dir.path());

@@ -47,7 +47,7 @@ pub(crate) fn run(args: &InspectArgs, terminal: &Terminal) -> Result<Code> {
         Err(e) if !any => return Err(e),
         Err(e) => {
             report.octets = input.length.unwrap_or(0);
-            report.error = Some(format!("{e:#}"));
+            report.error = Some(exit::words(e.chain().skip(1)));
             terminal.error(&e);
             exit::code_of(&e)
         }

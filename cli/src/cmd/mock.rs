@@ -4,13 +4,11 @@ use std::io::Write;
 
 use anyhow::{Context as _, Result};
 use xsr_format::frame::PAGE_SIZE;
-use xsr_xen_backend::mock::{
-    DomainReport, DomainState, DomainSummary, GuestSpec, HostConfig, MockHost,
-};
+use xsr_xen_backend::mock::{DomainReport, DomainState, DomainSummary, GuestSpec, MockHost};
 use xsr_xen_backend::{DomId, GuestKind, Host};
 
 use crate::args::{
-    MockCommand, MockCreateArgs, MockDestroyArgs, MockKind, MockListArgs, MockShowArgs,
+    Backend, MockCommand, MockCreateArgs, MockDestroyArgs, MockKind, MockListArgs, MockShowArgs,
 };
 use crate::backend;
 use crate::config;
@@ -48,7 +46,7 @@ fn create(args: &MockCreateArgs, terminal: &Terminal) -> Result<()> {
         seed: args.seed,
         ..GuestSpec::new(&args.name, kind, kib >> 10)
     };
-    let host = MockHost::open_or_create(&args.host.host, &HostConfig::default())?;
+    let host = backend::open_or_create(&Backend::Mock(args.host.host.clone()))?;
     let domid = create_guest(&host, &spec)?;
     terminal.note(&format!(
         "{} is {domid} of {}",

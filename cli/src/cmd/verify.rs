@@ -144,8 +144,7 @@ impl Verdict {
             _ => "unreadable",
         };
         // The chain begins with the file's name, which the line has already.
-        let causes: Vec<String> = error.chain().skip(1).map(ToString::to_string).collect();
-        let mut text = causes.join(": ");
+        let mut text = exit::words(error.chain().skip(1));
         if let Some(advice) = exit::advice(error) {
             text = format!("{text}; {advice}");
         }

@@ -1,0 +1,67 @@
+//! docs/json.md names every field that `--json` prints.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+use common::{arg, backend, host_with, image, run, scratch};
+use serde_json::Value;
+
+/// Keys of all objects in a document, but those that are data themselves.
+fn keys(value: &Value, out: &mut BTreeSet<String>) {
+    match value {
+        Value::Object(fields) => {
+            for (key, value) in fields {
+                let is_new = out.insert(key.clone());
+                let is_map = ["config", "page_types", "blobs", "userdata"].contains(&key.as_str())
+                    || (key == "hvm_params" && value.is_object());
+                if !is_map || (is_new && value.is_array()) {
+                    keys(value, out);
+                }
+            }
+        }
+        Value::Array(values) => values.iter().for_each(|value| keys(value, out)),
+        _ => {}
+    }
+}
+
+#[test]
+fn every_field_is_documented() {
+    let dir = scratch();
+    let host = host_with("hvm", dir.path());
+    let (saved, bad) = (dir.path().join("web.save"), dir.path().join("bad.save"));
+    fs::write(&bad, &fs::read(image("tpv")).unwrap()[..5000]).unwrap();
+    let backend = backend(&host);
+    let (pv, live, pvh) = (image("tpv"), image("tpv-live"), image("tpvh"));
+    let commands: [&[&str]; 10] = [
+        &["mock", "list", "--json", "--host", arg(&host)],
+        &["mock", "show", "--json", "--host", arg(&host), "web"],
+        &["save", "--json", &backend, "web", arg(&saved)],
+        &["restore", "--json", &backend, arg(&saved)],
+        &["inspect", "--json", "--pages", arg(&pv)],
+        &["inspect", "--json", arg(&pvh)],
+        &["inspect", "--json", arg(&bad)],
+        &["verify", "--json", arg(&live)],
+        &["verify", "--json", arg(&bad)],
+        &["diff", "--json", "--after-restore", arg(&pv), arg(&live)],
+    ];
+    let mut found = BTreeSet::new();
+    for command in commands {
+        keys(&run(command).json(), &mut found);
+    }
+    assert!(found.len() > 60, "{found:?}");
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/json.md");
+    let page = fs::read_to_string(page).unwrap();
+    let words: BTreeSet<&str> = page
+        .split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
+        .collect();
+    let missing: Vec<_> = found
+        .iter()
+        .filter(|key| !words.contains(key.as_str()))
+        .collect();
+    assert!(missing.is_empty(), "not in docs/json.md: {missing:?}");
+}
