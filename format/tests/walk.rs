@@ -340,6 +340,36 @@ fn checkpoints_hand_over_and_back() {
     }
 }
 
+/// The number of COLO's control word is that of a record that PV guests have.
+#[test]
+fn a_pv_record_behind_a_checkpoint_is_no_control_word() {
+    let whole = Stream::whole_pv(3, false, 8).without(END);
+    let again = Stream::new(3, PV, false)
+        .vcpu(VCPU_EXTENDED, 0, 64)
+        .empty(END);
+    let file = [
+        libxl_header(false),
+        record(false, 1, b""),
+        whole.octets(),
+        record(false, CHECKPOINT, b""),
+        record(false, 4, b""),
+        again.octets()[40..].to_vec(),
+        record(false, 0, b""),
+    ]
+    .concat();
+    let (said, end) = walk(&file);
+    end.unwrap();
+    let names = names(&said);
+    let tail = [
+        "CHECKPOINT",
+        "CHECKPOINT_END",
+        "X86_PV_VCPU_EXTENDED",
+        "END",
+        "END",
+    ];
+    assert!(names.ends_with(&tail), "{names:?}");
+}
+
 /// In a bare libxc stream there is nobody to hand over to.
 #[test]
 fn checkpoints_of_a_bare_stream() {
@@ -430,6 +460,15 @@ fn truncated_at_every_octet() {
             );
             if !headers && failure.position.place != Place::XlHeader {
                 assert!(cut as u64 + needed <= next, "{cut}: {failure:?}");
+            }
+            // Of a record whose length is known, all that is missing is.
+            let known = match failure.position.place {
+                Place::LibxlRecord { kind, .. } => kind.is_some(),
+                Place::Record { kind, .. } => kind.is_some_and(|k| k != RecordKind::PAGE_DATA),
+                _ => false,
+            };
+            if known {
+                assert_eq!(cut as u64 + needed, next, "{cut}: {failure:?}");
             }
             if last_place != Some(failure.position) {
                 assert!(

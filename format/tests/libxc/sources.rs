@@ -170,6 +170,11 @@ fn a_source_that_claims_too_much_is_not_believed() {
             assert_eq!(cause, Cause::Io(io::ErrorKind::Other), "{cut}");
         }
     }
+    // While pages are passed over, too: not only when the next record is read.
+    let batch = Stream::whole_hvm(3, false).offsets()[3];
+    let source = BoastfulAfter(octets[..batch + 100].chain(Boastful));
+    let failure = by_stream(source, STRICT, Pages::Skip).failure();
+    assert_eq!(failure.position.offset, batch as u64);
 }
 
 /// A length is a claim. Memory grows with the octets that come, in steps of 1 MiB,
