@@ -160,7 +160,11 @@ impl Output {
     /// The image is complete: make it durable and give it its name.
     pub(crate) fn finish(self) -> anyhow::Result<()> {
         let Place::Temporary { path, to } = self.place else {
-            return Ok(());
+            return match self.file.sync_all() {
+                // A pipe or a terminal keeps nothing.
+                Err(e) if e.kind() == io::ErrorKind::InvalidInput => Ok(()),
+                other => other.context("making the image durable"),
+            };
         };
         let name = || to.display().to_string();
         self.file.sync_all().with_context(name)?;

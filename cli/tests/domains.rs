@@ -236,6 +236,20 @@ fn a_restore_that_fails_leaves_no_domain() {
 }
 
 #[test]
+fn a_restored_domain_stays_where_nobody_hears_of_it() {
+    let dir = scratch();
+    let host = dir.path().join("host");
+    let mut child = Command::new(env!("CARGO_BIN_EXE_xsr"))
+        .args(["restore", "--json", &backend(&host), arg(&image("tpv"))])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert_eq!(state(&host, "tpv").as_deref(), Some("running"));
+}
+
+#[test]
 fn a_name_is_had_by_one_domain() {
     let dir = scratch();
     let host = dir.path().join("host");

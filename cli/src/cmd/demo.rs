@@ -296,9 +296,7 @@ impl Demo<'_> {
         };
         let made = job.restore_xl()?;
         made.unpause()?;
-        let domid = made.domid();
-        made.keep();
-        Ok(domid)
+        Ok(made.keep().domid)
     }
 }
 

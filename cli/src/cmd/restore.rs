@@ -75,20 +75,20 @@ pub(crate) fn run(args: &RestoreArgs, terminal: &Terminal) -> Result<Code> {
         made.unpause()?;
     }
     drop(bar);
-    let Made { name, stats, .. } = &made;
+    // From here on the domain lives, whatever becomes of what is said about it.
+    let About { name, domid, stats } = made.keep();
     let fate = if args.paused { "paused" } else { "running" };
     let seconds = started.elapsed().as_secs_f64();
     terminal.note(&format!(
-        "{name} restored from {} as {}: {} of memory in {seconds:.1} s; it is {fate}",
+        "{name} restored from {} as {domid}: {} of memory in {seconds:.1} s; it is {fate}",
         input.name,
-        made.domid(),
         size(stats.pages * 4096),
     ));
     if args.json {
         let mut out = Results::new();
         out.json(&Report {
-            name,
-            domid: made.domid(),
+            name: &name,
+            domid,
             domain: fate,
             file: &input.name,
             pages: stats.pages,
@@ -97,7 +97,6 @@ pub(crate) fn run(args: &RestoreArgs, terminal: &Terminal) -> Result<Code> {
         })?;
         out.finish()?;
     }
-    made.keep();
     Ok(Code::Fine)
 }
 
@@ -165,7 +164,7 @@ impl Job<'_> {
         };
         let mut made = self.make(&plan)?;
         let (restored, source) = self.libxc(&made, reader)?;
-        made.stats = restored.stats;
+        made.about.stats = restored.stats;
         let offset = source.offset();
         let mut walk = around.resume(source, offset);
         let mut emulators = Vec::new();
@@ -179,7 +178,7 @@ impl Job<'_> {
                 emulators.push(record);
             }
         }
-        backend::store_emulators(self.host, made.domid(), &emulators)?;
+        backend::store_emulators(self.host, made.about.domid, &emulators)?;
         Ok(made)
     }
 
@@ -223,9 +222,11 @@ impl Job<'_> {
             .with_context(|| format!("making {name}"))?;
         let made = Made {
             domain: self.host.domain(domid)?,
-            domid,
-            name: name.clone(),
-            stats: RestoreStats::default(),
+            about: About {
+                name: name.clone(),
+                domid,
+                stats: RestoreStats::default(),
+            },
             keep: false,
         };
         self.host.rename(domid, name)?;
@@ -347,31 +348,31 @@ impl Survey {
 /// A domain that has been made. Destroyed on drop, unless it is kept.
 pub(crate) struct Made {
     domain: Box<dyn Domain>,
-    domid: DomId,
-    /// Its name.
-    pub(crate) name: String,
-    /// What the restore took.
-    pub(crate) stats: RestoreStats,
+    about: About,
     keep: bool,
 }
 
-impl Made {
-    /// Its number.
-    pub(crate) fn domid(&self) -> DomId {
-        self.domid
-    }
+/// What there is to say of a domain that has been made.
+#[derive(Clone, Debug)]
+pub(crate) struct About {
+    pub(crate) name: String,
+    pub(crate) domid: DomId,
+    /// What the restore took.
+    pub(crate) stats: RestoreStats,
+}
 
+impl Made {
     /// Let the domain run.
     pub(crate) fn unpause(&self) -> Result<()> {
-        let name = &self.name;
         self.domain
             .unpause()
-            .with_context(|| format!("unpausing {name}"))
+            .with_context(|| format!("unpausing {}", self.about.name))
     }
 
     /// The domain stays.
-    pub(crate) fn keep(mut self) {
+    pub(crate) fn keep(mut self) -> About {
         self.keep = true;
+        self.about.clone()
     }
 }
 
@@ -381,7 +382,8 @@ impl Drop for Made {
             return;
         }
         if let Err(error) = self.domain.destroy() {
-            tracing::error!(%error, name = self.name, "the domain could not be destroyed: destroy it by hand");
+            let name = &self.about.name;
+            tracing::error!(%error, name, "the domain could not be destroyed: destroy it by hand");
         }
     }
 }
