@@ -23,6 +23,11 @@ Exit codes:
   2   the image is bad (damaged, truncated, or not an image)
   64  the command line is wrong";
 
+const ENVIRONMENT: &str = "\
+Environment:
+  XSR_BACKEND  the hypervisor, where --backend is not given
+  XSR_LOG      what goes to the log on stderr, say `debug` or `xsr_save_restore=trace`";
+
 const MAIN_EXAMPLES: &str = "\
 Examples:
   xsr demo                                 see it work, no Xen needed
@@ -39,7 +44,7 @@ Examples:
     version,
     long_about = LONG_ABOUT,
     after_help = EXIT_CODES,
-    after_long_help = format!("{MAIN_EXAMPLES}\n\n{EXIT_CODES}"),
+    after_long_help = format!("{MAIN_EXAMPLES}\n\n{EXIT_CODES}\n\n{ENVIRONMENT}"),
     arg_required_else_help = true,
     max_term_width = 100
 )]

@@ -183,7 +183,9 @@ fn is_stream(kind: fs::FileType) -> bool {
 /// Whether the path is a name for an open descriptor (`/dev/stdout`, `/dev/fd/3`):
 /// who gave it wants the descriptor written, not a file replaced.
 fn is_descriptor(path: &Path) -> bool {
-    ["/dev", "/proc"].iter().any(|root| path.starts_with(root))
+    ["/dev/stdout", "/dev/stderr", "/dev/fd", "/proc"]
+        .iter()
+        .any(|name| path.starts_with(name))
 }
 
 fn directory(file: &Path) -> &Path {

@@ -7,7 +7,7 @@ mod common;
 
 use std::fs;
 use std::io::{self, Read};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -109,6 +109,54 @@ fn an_image_is_there_whole_and_for_its_owner_alone() {
     assert_eq!(files(dir.path()), ["a.save"], "no temporary file is left");
     let mode = fs::metadata(&image).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
+}
+
+#[test]
+fn a_file_in_shared_memory_is_a_file() {
+    let Ok(dir) = tempfile::tempdir_in("/dev/shm") else {
+        eprintln!("SKIPPED: no /dev/shm");
+        return;
+    };
+    let host = host_with("pvh", dir.path());
+    let image = dir.path().join("a.save");
+    // Longer than the image: what was there is replaced, not written over.
+    fs::write(&image, vec![1; 20 << 20]).unwrap();
+    run(["save", &backend(&host), "web", arg(&image)]).code(0);
+    let verified = run(["verify", "--json", arg(&image)]).code(0).json();
+    assert_eq!(verified.get("trailing_octets"), None);
+}
+
+#[test]
+fn an_open_descriptor_is_written_straight() {
+    let dir = scratch();
+    let host = host_with("pvh", dir.path());
+    let save = |file: &str| {
+        let output = xsr(["save", "-c", &backend(&host), "web", file]).output();
+        let output = output.unwrap();
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        output.stdout
+    };
+    let dash = save("-");
+    assert!(!dash.is_empty());
+    assert!(dash == save("/dev/stdout"), "another image");
+    assert!(dash == save("/dev/fd/1"), "another image");
+}
+
+#[test]
+fn a_fifo_is_written_straight() {
+    let dir = scratch();
+    let host = host_with("pvh", dir.path());
+    let fifo = dir.path().join("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let reader = std::thread::spawn({
+        let fifo = fifo.clone();
+        move || fs::read(fifo).unwrap()
+    });
+    run(["save", &backend(&host), "web", arg(&fifo)]).code(0);
+    let mut verify = xsr(["verify", "-"]);
+    verify.write_stdin(reader.join().unwrap());
+    ran(verify).code(0);
+    assert!(fs::symlink_metadata(&fifo).unwrap().file_type().is_fifo());
 }
 
 #[test]
