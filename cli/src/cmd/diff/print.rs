@@ -87,7 +87,7 @@ fn print_expected(expected: &[&Difference], out: &mut dyn Write) -> io::Result<(
         }
     }
     for (section, reason, group) in groups {
-        let names = names(section, &group);
+        let names = names(&group);
         match pages(&group) {
             0 => writeln!(out, "  {} {names}", section.title())?,
             pages => {
@@ -101,12 +101,12 @@ fn print_expected(expected: &[&Difference], out: &mut dyn Write) -> io::Result<(
 }
 
 /// What a group is about: fields once for all their indices, the first few ranges.
-fn names(section: Section, group: &[&Difference]) -> String {
+fn names(group: &[&Difference]) -> String {
     const SHOWN: usize = 6;
     let mut names: Vec<(String, usize)> = Vec::new();
     for difference in group {
         let name = match &difference.what {
-            What::Field { field, .. } => without_indices(section, field),
+            What::Field { field, .. } => without_indices(field),
             other => name(other),
         };
         match names.last_mut() {
