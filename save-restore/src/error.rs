@@ -3,8 +3,9 @@
 use std::io;
 
 use thiserror::Error;
+use xsr_format::byte_order::ByteOrder;
 use xsr_format::error::{ReadError, WriteError};
-use xsr_format::frame::{Gfn, PageType, Pfn};
+use xsr_format::frame::{Gfn, Mfn, PageType, Pfn};
 use xsr_format::image::GuestType;
 use xsr_format::record::RecordKind;
 use xsr_xen_backend::{BackendError, GuestKind, MapError};
@@ -113,6 +114,12 @@ pub enum GuestError {
         /// What Xen gave.
         got: usize,
     },
+    /// A parameter that no HVM guest has.
+    #[error("HVM_PARAMS: there is no parameter {index:#x}")]
+    HvmParam {
+        /// Its index.
+        index: u64,
+    },
     /// More pfns than the format can name.
     #[error("the guest has pfns up to {max_pfn}, more than a stream can name")]
     TooLarge {
@@ -180,6 +187,22 @@ pub enum RestoreError {
         /// What the domain is.
         domain: GuestKind,
     },
+    /// A stream in an order that x86 guests do not have.
+    #[error("the stream is {order}; x86 domains can be restored from little-endian streams only")]
+    ByteOrder {
+        /// What the image header says.
+        order: ByteOrder,
+    },
+    /// A page table was put where a 32-bit guest cannot name it.
+    #[error(
+        "vcpu {vcpu}'s top page table is in frame {frame}, which the cr3 of a 32-bit guest cannot hold: this host has too much memory for it"
+    )]
+    FrameTooHigh {
+        /// The vcpu.
+        vcpu: u32,
+        /// Where the table is.
+        frame: Mfn,
+    },
     /// A vcpu that the domain does not have.
     #[error("{kind} is for vcpu {vcpu}, the domain's last is {max}")]
     Vcpu {
@@ -233,7 +256,12 @@ impl RestoreError {
     pub fn is_bad_image(&self) -> bool {
         match self {
             Self::Stream(e) => e.is_bad_image(),
-            Self::Guest(_) | Self::Vcpu { .. } | Self::PfnRange { .. } | Self::Checkpointed => true,
+            // That is what the hypervisor says of the domain, not the image.
+            Self::Guest(GuestError::Width { .. }) => false,
+            Self::Guest(_)
+            | Self::ByteOrder { .. }
+            | Self::PfnRange { .. }
+            | Self::Checkpointed => true,
             _ => false,
         }
     }

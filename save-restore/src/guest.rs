@@ -29,8 +29,8 @@ pub(crate) trait GuestSave: Sync {
     /// What the domain header says.
     fn guest_type(&self) -> GuestType;
 
-    /// The last pfn there may be, or `None` where there is no memory at all.
-    fn max_pfn(&self) -> Option<Pfn>;
+    /// The last pfn there may be.
+    fn max_pfn(&self) -> Pfn;
 
     /// The frame of a pfn; `None` where there is none.
     fn pfn_to_gfn(&self, pfn: Pfn) -> Option<Gfn>;

@@ -8,7 +8,7 @@
 
 #![forbid(unsafe_code)]
 
-pub mod bitmap;
+mod bitmap;
 pub mod error;
 mod guest;
 mod pipeline;

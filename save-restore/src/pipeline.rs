@@ -9,7 +9,7 @@ use std::num::NonZeroUsize;
 use rayon::iter::{IntoParallelIterator, ParallelIterator};
 
 /// Items that are prepared while as many others are being consumed: bounds what is
-/// in flight to twice this.
+/// in flight to twice this, and the threads that have work.
 pub(crate) const WINDOW: usize = 4;
 
 /// How many threads to work with: what was asked for, or what the machine has.
@@ -19,7 +19,7 @@ pub(crate) fn threads(asked: Option<NonZeroUsize>) -> NonZeroUsize {
         .unwrap_or(NonZeroUsize::MIN)
 }
 
-/// Prepare each of `items` on `threads` − 1 threads and consume the results on this
+/// Prepare each of `items` on `threads` − 1 threads (at most [`WINDOW`]) and consume the results on this
 /// one, in order. With one thread everything happens here.
 ///
 /// # Errors
@@ -40,7 +40,7 @@ where
     let pool = match threads.get() {
         1 => None,
         n => rayon::ThreadPoolBuilder::new()
-            .num_threads(n - 1)
+            .num_threads((n - 1).min(WINDOW))
             .thread_name(|i| format!("xsr-pages-{i}"))
             .build()
             .inspect_err(|error| tracing::warn!(%error, "no thread pool; going on with one thread"))

@@ -5,6 +5,7 @@
 mod pages;
 mod populate;
 
+use xsr_format::byte_order::ByteOrder;
 use xsr_format::frame::{Gfn, Pfn};
 use xsr_format::image::GuestType;
 use xsr_format::read::{Incoming, RecordReader};
@@ -89,6 +90,10 @@ pub fn restore<S: PageSource>(
     progress: &mut OnProgress<'_>,
 ) -> Result<(Restored, S), RestoreError> {
     let info = domain.info()?;
+    let order = reader.image().order;
+    if order != ByteOrder::Little {
+        return Err(RestoreError::ByteOrder { order });
+    }
     let image = reader.domain().guest_type;
     let guest = match (image, info.kind) {
         (GuestType::X86_PV, GuestKind::Pv) => Guest::Pv(Box::new(PvRestore::new(info.max_vcpu_id))),
@@ -158,7 +163,7 @@ impl Run<'_, '_> {
                     self.static_data()?;
                 }
                 if let Guest::Pv(pv) = &mut self.pages.guest {
-                    pv.p2m_frames(&frames);
+                    pv.p2m_frames(&frames)?;
                 }
             }
             Body::PvInfo(info) => {
@@ -183,7 +188,7 @@ impl Run<'_, '_> {
             }
             Body::HvmParams(params) => {
                 if let Guest::Hvm(hvm) = &mut self.pages.guest {
-                    hvm.params(params.iter());
+                    hvm.params(params.iter())?;
                 }
             }
             Body::TscInfo(tsc) => self.tsc = Some(tsc),

@@ -26,7 +26,8 @@ use crate::toolstack::{SaveToolstack, ToolstackError};
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SaveOptions {
     /// Threads to work with; what the machine has, if not said. The octets written
-    /// are the same for any number.
+    /// are the same for any number. One writes and the others prepare batches, of
+    /// which 8 are in flight (32 MiB mapped): more than 5 threads find no work.
     pub threads: Option<NonZeroUsize>,
 }
 
@@ -81,18 +82,25 @@ impl Saved<'_> {
     }
 }
 
-/// Resumes the guest on drop, once it has been suspended.
+/// What a save has changed of the domain, undone on drop: the device model's
+/// log-dirty mode goes off, and the guest is resumed once it has been suspended.
 struct Suspended<'a> {
     toolstack: &'a mut dyn SaveToolstack,
+    logging: bool,
     active: bool,
 }
 
 impl Suspended<'_> {
     fn suspend(&mut self, domain: &dyn Domain) -> Result<(), SaveError> {
-        self.toolstack.suspend()?;
+        let result = self.toolstack.suspend();
+        let info = domain.info();
+        if let Err(error) = result {
+            // It may have failed with the guest already asleep.
+            self.active = info.is_ok_and(|info| info.shutdown == Some(ShutdownReason::Suspend));
+            return Err(error.into());
+        }
         self.active = true;
-        let info = domain.info()?;
-        match info.shutdown {
+        match info?.shutdown {
             Some(ShutdownReason::Suspend) => Ok(()),
             other => {
                 // Whatever this is, it is not asleep: there is nothing to undo.
@@ -106,6 +114,16 @@ impl Suspended<'_> {
         }
     }
 
+    /// The device model no longer marks pages.
+    fn logging_off(&mut self) {
+        if std::mem::take(&mut self.logging)
+            && let Err(error) = self.toolstack.switch_qemu_logdirty(false)
+        {
+            // The image is what it is; the device model merely goes on marking pages.
+            tracing::warn!(%error, "the device model's log-dirty mode could not be switched off");
+        }
+    }
+
     fn resume(&mut self) -> Result<(), ToolstackError> {
         match std::mem::take(&mut self.active) {
             true => self.toolstack.resume(),
@@ -116,6 +134,7 @@ impl Suspended<'_> {
 
 impl Drop for Suspended<'_> {
     fn drop(&mut self) {
+        self.logging_off();
         if let Err(error) = self.resume() {
             tracing::error!(%error, "the domain could not be resumed and is still suspended");
         }
@@ -130,7 +149,8 @@ impl Drop for Suspended<'_> {
 /// # Errors
 ///
 /// Whatever fails, in any phase: the guest runs on where it was (resumed if it had
-/// been suspended), the device model's log-dirty mode is off, nothing stays mapped.
+/// been suspended), the device model has been told to end its log-dirty mode, nothing
+/// stays mapped.
 /// What has been written to the sink is of no use; whoever opened it removes it.
 /// Only [`SaveError::NotResumed`] leaves the domain suspended, and says so.
 pub fn save<'a>(
@@ -143,11 +163,12 @@ pub fn save<'a>(
 ) -> Result<Saved<'a>, SaveError> {
     let mut suspended = Suspended {
         toolstack,
+        logging: false,
         active: false,
     };
-    let translated = domain.info()?.kind.is_translated();
-    if translated {
+    if domain.info()?.kind.is_translated() {
         suspended.toolstack.switch_qemu_logdirty(true)?;
+        suspended.logging = true;
     }
     let mut run = Run {
         domain,
@@ -157,10 +178,7 @@ pub fn save<'a>(
     };
     let result = run.phases(xen, &mut suspended, sink);
     let stats = run.stats;
-    if translated && let Err(error) = suspended.toolstack.switch_qemu_logdirty(false) {
-        // The image is what it is; the device model merely goes on marking pages.
-        tracing::warn!(%error, "the device model's log-dirty mode could not be switched off");
-    }
+    suspended.logging_off();
     let Err(cause) = result else {
         return Ok(Saved { stats, suspended });
     };
@@ -214,10 +232,7 @@ impl Run<'_, '_> {
     /// Every pfn there may be, ascending, in aligned batches: restorers rebuild
     /// superpages from exactly that.
     fn all_pages(&mut self, guest: &dyn GuestSave, out: &mut Out<'_>) -> Result<(), SaveError> {
-        let Some(Pfn(max_pfn)) = guest.max_pfn() else {
-            return Ok(());
-        };
-        let total = max_pfn + 1;
+        let total = guest.max_pfn().0 + 1;
         let step = MAX_BATCH as u64;
         let batches = (0..total.div_ceil(step)).map(|i| i * step..((i + 1) * step).min(total));
         let domain = self.domain;

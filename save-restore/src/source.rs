@@ -1,12 +1,11 @@
 //! Where a stream comes from: a file descriptor, from which pages are read straight
 //! into the guest's memory, or anything else that gives octets.
 
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Read};
 use std::ops::Range;
 use std::os::fd::AsFd;
 
 use nix::errno::Errno;
-use nix::unistd::Whence;
 use xsr_format::frame::PAGE_SIZE;
 use xsr_xen_backend::ForeignPages;
 
@@ -36,19 +35,6 @@ impl<F: AsFd> Read for FdSource<F> {
                 result => return Ok(result?),
             }
         }
-    }
-}
-
-impl<F: AsFd> Seek for FdSource<F> {
-    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
-        let (offset, whence) = match to {
-            SeekFrom::Start(at) => (i64::try_from(at).ok(), Whence::SeekSet),
-            SeekFrom::End(by) => (Some(by), Whence::SeekEnd),
-            SeekFrom::Current(by) => (Some(by), Whence::SeekCur),
-        };
-        let offset = offset.ok_or(io::ErrorKind::InvalidInput)?;
-        let at = nix::unistd::lseek(&self.0, offset, whence)?;
-        u64::try_from(at).map_err(io::Error::other)
     }
 }
 
@@ -83,12 +69,6 @@ impl<R: Read> PageSource for CopySource<R> {
 }
 
 impl<S: PageSource + ?Sized> PageSource for &mut S {
-    fn read_pages(&mut self, pages: &ForeignPages, range: Range<usize>) -> io::Result<()> {
-        (**self).read_pages(pages, range)
-    }
-}
-
-impl<S: PageSource + ?Sized> PageSource for Box<S> {
     fn read_pages(&mut self, pages: &ForeignPages, range: Range<usize>) -> io::Result<()> {
         (**self).read_pages(pages, range)
     }

@@ -35,7 +35,8 @@ pub trait SaveToolstack {
     fn suspend(&mut self) -> Result<(), ToolstackError>;
 
     /// Undo [`SaveToolstack::suspend`]: the guest runs on where it was. Asked at
-    /// most once, and only after a suspend that was tried.
+    /// most once, of a guest that has suspended: also where [`SaveToolstack::suspend`]
+    /// failed after it had.
     fn resume(&mut self) -> Result<(), ToolstackError>;
 
     /// Switch the device model's log-dirty mode. Asked for HVM and PVH guests only:

@@ -39,6 +39,13 @@ fn go_on(_: &xsr_save_restore::progress::Progress) -> ControlFlow<()> {
     ControlFlow::Continue(())
 }
 
+/// Which calls to make fail: every one of the first and of the last, some of the many
+/// alike between them.
+fn turns(calls: usize) -> impl Iterator<Item = usize> {
+    let all = 0..=calls;
+    all.filter(move |at| *at < 40 || *at + 60 > calls || at % 97 == 0)
+}
+
 /// The guest runs where it was, and can be saved to the same octets as before.
 fn assert_runs_on(host: &MockHost, domid: DomId, before: &[u8], what: &str) {
     let info = host.domain(domid).unwrap().info().unwrap();
@@ -51,29 +58,34 @@ fn assert_runs_on(host: &MockHost, domid: DomId, before: &[u8], what: &str) {
 fn a_save_survives_every_call_that_fails() {
     let host = host(20);
     let mut points = 0;
-    for spec in small() {
+    let translated = [GuestKind::Hvm, GuestKind::Pvh];
+    let translated = translated.map(|kind| GuestSpec::new(format!("{kind:?}"), kind, 8));
+    for spec in small().into_iter().chain(translated) {
         let domid = host.create_guest(&spec).unwrap();
         let before = save_to_vec(&host, domid, &options(1)).unwrap();
+        let real = host.domain(domid).unwrap();
+        let xen = host.xen_version().unwrap();
+        let attempt = |at, fault, threads| {
+            let domain = Faulty::new(host.domain(domid).unwrap(), at, fault);
+            let mut toolstack = DirectToolstack(real.as_ref());
+            let mut sink = CopySink(io::sink());
+            let options = options(threads);
+            let result = save(
+                &domain,
+                xen,
+                &mut toolstack,
+                &mut sink,
+                &options,
+                &mut go_on,
+            );
+            (result.map(drop), domain.calls())
+        };
+        let (result, calls) = attempt(usize::MAX, Fault::Partly, 1);
+        result.unwrap();
         for fault in [Fault::Errno(Errno::ENOMEM), Fault::Partly] {
-            for at in 0.. {
-                let domain = Faulty::new(host.domain(domid).unwrap(), at, fault);
-                let real = host.domain(domid).unwrap();
-                let mut toolstack = DirectToolstack(real.as_ref());
-                let mut sink = CopySink(io::sink());
-                let xen = host.xen_version().unwrap();
-                let result = save(
-                    &domain,
-                    xen,
-                    &mut toolstack,
-                    &mut sink,
-                    &options(1),
-                    &mut go_on,
-                );
-                if domain.calls() <= at {
-                    result.unwrap().resume().unwrap();
-                    break;
-                }
-                let error = result.map(|_| ()).unwrap_err();
+            for (at, threads) in turns(calls - 1).zip([1, 1, 3].into_iter().cycle()) {
+                let (result, _) = attempt(at, fault, threads);
+                let error = result.unwrap_err();
                 assert!(
                     matches!(error, SaveError::Backend(_) | SaveError::Map(_)),
                     "{} call {at}: {error}",
@@ -87,7 +99,7 @@ fn a_save_survives_every_call_that_fails() {
         assert_runs_on(&host, domid, &before, &spec.name);
     }
     eprintln!("{points} calls failed in turn");
-    assert!(points > 100, "{points}");
+    assert!(points > 300, "{points}");
 }
 
 /// Takes some octets, then fails.
@@ -229,6 +241,9 @@ impl SaveToolstack for Failing<'_> {
         if self.fails != "pretend" {
             self.domain.suspend().unwrap();
         }
+        if self.fails == "suspend half-way" {
+            return Err(ToolstackError::new("suspend", "a disk would not go quiet"));
+        }
         Ok(())
     }
     fn resume(&mut self) -> Result<(), ToolstackError> {
@@ -304,6 +319,10 @@ fn callbacks_come_in_the_order_libxl_expects_whatever_fails() {
     let error = result.unwrap_err();
     assert!(error.to_string().contains("has not suspended"), "{error}");
     assert_eq!(log, ["suspend"]);
+    let (result, log) = save_with(&host, pv, "suspend half-way", all);
+    assert!(matches!(result, Err(SaveError::Toolstack(_))));
+    assert_eq!(log, ["suspend", "resume"], "the guest was asleep");
+    assert!(host.domain(pv).unwrap().info().unwrap().shutdown.is_none());
     let (result, log) = save_with(&host, pv, "resume", 50_000);
     assert!(matches!(result, Err(SaveError::NotResumed { .. })));
     assert_eq!(log, ["suspend", "resume"]);
@@ -413,6 +432,43 @@ fn a_vcpu_that_the_domain_does_not_have_is_named() {
     let error = result.unwrap_err().to_string();
     assert!(
         error.contains("vcpu 1") && error.contains("VCPU_BASIC"),
+        "{error}"
+    );
+}
+
+#[test]
+fn parameters_and_p2m_frames_that_cannot_be_are_refused_as_they_come() {
+    let (from, to) = (host(35), host(36));
+    let pvh = from
+        .create_guest(&GuestSpec::new("pvh", GuestKind::Pvh, 8))
+        .unwrap();
+    let stream = save_to_vec(&from, pvh, &options(1)).unwrap();
+    let params = record_offsets(&stream).into_iter().find(|r| r.1 == 0x0a);
+    let (at, ..) = params.unwrap();
+    for index in [256_u64, 1 << 32] {
+        let mut bad = stream.clone();
+        bad[at + 16..at + 24].copy_from_slice(&index.to_le_bytes());
+        let shape = shape(&bad, GuestKind::Pvh, 1);
+        let (_, result) = restore_stream(&to, shape, CopySource(&*bad));
+        let error = result.unwrap_err();
+        assert!(
+            error.is_bad_image() && error.to_string().contains("no parameter"),
+            "{error}"
+        );
+    }
+    let pv = from.create_guest(&small()[0]).unwrap();
+    let mut stream = save_to_vec(&from, pv, &options(1)).unwrap();
+    let frames = record_offsets(&stream).into_iter().find(|r| r.1 == 0x03);
+    let (at, _, octets) = frames.unwrap();
+    // The same number of frames, for a range far up.
+    let first = 0xffff_0000_u32;
+    let last = first + u32::try_from((octets - 16) / 8 * 512 - 1).unwrap();
+    stream[at + 8..at + 12].copy_from_slice(&first.to_le_bytes());
+    stream[at + 12..at + 16].copy_from_slice(&last.to_le_bytes());
+    let (_, result) = restore_stream(&to, (GuestKind::Pv, 2, 10_000), CopySource(&*stream));
+    let error = result.unwrap_err();
+    assert!(
+        error.is_bad_image() && error.to_string().contains("P2M_FRAMES"),
         "{error}"
     );
 }

@@ -303,7 +303,6 @@ impl fmt::Debug for ForeignPage<'_> {
 }
 
 /// A list of places to write from, in order: local octets and foreign pages.
-/// Neighbours that touch are merged.
 #[derive(Default)]
 pub struct Gather<'a> {
     pieces: Vec<Piece>,
@@ -336,11 +335,6 @@ impl<'a> Gather<'a> {
         self.octets == 0
     }
 
-    /// Separate places in the list, after merging.
-    pub fn pieces(&self) -> usize {
-        self.pieces.len()
-    }
-
     /// Add octets of our own.
     pub fn push(&mut self, local: &'a [u8]) {
         self.push_piece(NonNull::from(local).cast(), local.len());
@@ -356,13 +350,26 @@ impl<'a> Gather<'a> {
             return;
         }
         self.octets += len;
-        if let Some(last) = self.pieces.last_mut()
-            && last.base.addr().get() + last.len == base.addr().get()
-        {
-            last.len += len;
-        } else {
-            self.pieces.push(Piece { base, len });
+        self.pieces.push(Piece { base, len });
+    }
+
+    /// The list as the kernel wants it. Neighbours that touch become one: to the kernel
+    /// they are addresses. (To us they may be two allocations, so pieces stay apart.)
+    fn iovecs(&self) -> Vec<libc::iovec> {
+        let mut iovecs: Vec<libc::iovec> = Vec::new();
+        for piece in &self.pieces {
+            let base = piece.base.as_ptr();
+            match iovecs.last_mut() {
+                Some(last) if last.iov_base.addr() + last.iov_len == base.addr() => {
+                    last.iov_len += piece.len;
+                }
+                _ => iovecs.push(libc::iovec {
+                    iov_base: base.cast(),
+                    iov_len: piece.len,
+                }),
+            }
         }
+        iovecs
     }
 
     /// Write every octet of the list to a file descriptor without copying, in as
@@ -374,14 +381,7 @@ impl<'a> Gather<'a> {
     /// What `writev(2)` says; EFAULT when a page of the guest went away. An
     /// unknown part of the list has then been written.
     pub fn write_to(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
-        let mut iovecs: Vec<libc::iovec> = self
-            .pieces
-            .iter()
-            .map(|p| libc::iovec {
-                iov_base: p.base.as_ptr().cast(),
-                iov_len: p.len,
-            })
-            .collect();
+        let mut iovecs = self.iovecs();
         let mut rest = iovecs.as_mut_slice();
         while let Some(first) = rest.first() {
             if first.iov_len == 0 {
@@ -543,7 +543,7 @@ mod tests {
         for i in [0, 1, 2, 4] {
             list.push_page(pages.page(i).unwrap());
         }
-        assert_eq!(list.pieces(), 3);
+        assert_eq!(list.iovecs().len(), 3);
         assert_eq!(list.len(), 13 + 4 * PAGE_SIZE);
         let mut expected = head.to_vec();
         for octet in [1, 2, 3, 5] {

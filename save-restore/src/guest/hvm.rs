@@ -34,6 +34,9 @@ mod param {
     pub(super) const VM86_TSS_SIZED: u32 = 37;
     pub(super) const MCA_CAP: u32 = 38;
 
+    /// No parameter has an index this high, in any Xen so far (4.22 has 39).
+    pub(super) const LIMIT: u32 = 256;
+
     /// The parameters a stream holds, in the order Xen writes them.
     pub(super) const SAVED: [u32; 16] = [
         STORE_PFN,
@@ -58,15 +61,14 @@ mod param {
 /// The save side.
 pub(crate) struct HvmSave<'a> {
     domain: &'a dyn Domain,
-    max_pfn: Option<Pfn>,
+    max_pfn: Pfn,
 }
 
 impl<'a> HvmSave<'a> {
     pub(crate) fn new(domain: &'a dyn Domain) -> Result<Self, SaveError> {
-        let max_pfn = domain.maximum_gfn()?.map(|gfn| Pfn(gfn.0));
-        if let Some(max_pfn) = max_pfn
-            && max_pfn > PageEntry::MAX_PFN
-        {
+        // A guest without memory has pfn 0 to look at, which is not there.
+        let max_pfn = Pfn(domain.maximum_gfn()?.map_or(0, |gfn| gfn.0));
+        if max_pfn > PageEntry::MAX_PFN {
             return Err(GuestError::TooLarge { max_pfn }.into());
         }
         Ok(Self { domain, max_pfn })
@@ -78,7 +80,7 @@ impl GuestSave for HvmSave<'_> {
         GuestType::X86_HVM
     }
 
-    fn max_pfn(&self) -> Option<Pfn> {
+    fn max_pfn(&self) -> Pfn {
         self.max_pfn
     }
 
@@ -120,7 +122,8 @@ impl GuestSave for HvmSave<'_> {
 #[derive(Debug, Default)]
 pub(crate) struct HvmRestore {
     context: Vec<u8>,
-    params: Vec<HvmParam>,
+    /// Index and value, in the order they first came.
+    params: Vec<(u32, u64)>,
 }
 
 impl HvmRestore {
@@ -129,35 +132,36 @@ impl HvmRestore {
     }
 
     /// A later record overrides an earlier one, parameter by parameter.
-    pub(crate) fn params(&mut self, params: impl Iterator<Item = HvmParam>) {
-        for param in params {
-            match self.params.iter_mut().find(|p| p.index == param.index) {
-                Some(known) => *known = param,
-                None => self.params.push(param),
+    pub(crate) fn params(
+        &mut self,
+        params: impl Iterator<Item = HvmParam>,
+    ) -> Result<(), GuestError> {
+        for HvmParam { index, value } in params {
+            let index = u32::try_from(index)
+                .ok()
+                .filter(|index| *index < param::LIMIT)
+                .ok_or(GuestError::HvmParam { index })?;
+            match self.params.iter_mut().find(|(known, _)| *known == index) {
+                Some((_, known)) => *known = value,
+                None => self.params.push((index, value)),
             }
         }
+        Ok(())
     }
 
     /// Apply it: params first, since they decide what the context may hold; then
     /// the rings' event channels, the context, the grants.
     ///
     /// The pages of xenstore, console and ioreq rings are cleared: what the old
-    /// host's backends left in them means nothing here.
+    /// host's backends left in them means nothing here. (Xen 4.21 and later then mark
+    /// the console as not connected; see `PvRestore` for why we do not.)
     pub(crate) fn complete(
         &self,
         domain: &dyn Domain,
         options: &RestoreOptions,
     ) -> Result<(Option<Gfn>, Option<Gfn>), RestoreError> {
         let (mut store, mut console) = (None, None);
-        for &HvmParam { index, value } in &self.params {
-            let Ok(index) = u32::try_from(index) else {
-                return Err(GuestError::Frame {
-                    field: format!("HVM_PARAMS entry {index:#x}"),
-                    frame: value,
-                    why: "there is no such parameter",
-                }
-                .into());
-            };
+        for &(index, value) in &self.params {
             match index {
                 param::STORE_PFN => store = Some(Gfn(value)),
                 param::CONSOLE_PFN => console = Some(Gfn(value)),

@@ -114,7 +114,11 @@ impl<'a> PvSave<'a> {
         let frame = cr3_to_frame(info, cr3.get(info, octets));
         let pfn = self.pfn_of_field(frame, || format!("vcpu {id}'s cr3"))?;
         // A pfn below 2^32 always fits.
-        cr3.set(info, octets, frame_to_cr3(info, pfn).unwrap_or(u64::MAX));
+        cr3.set(
+            info,
+            octets,
+            frame_to_cr3(info, pfn).expect("below 2^32, as all pfns of PV guests"),
+        );
         let cr1 = vcpu::ctrlreg(1);
         let user = cr1.get(info, octets);
         if info == PvInfo::Bits64 && user != 0 {
@@ -145,8 +149,8 @@ impl GuestSave for PvSave<'_> {
         GuestType::X86_PV
     }
 
-    fn max_pfn(&self) -> Option<Pfn> {
-        Some(self.p2m.max_pfn)
+    fn max_pfn(&self) -> Pfn {
+        self.p2m.max_pfn
     }
 
     fn pfn_to_gfn(&self, pfn: Pfn) -> Option<Gfn> {

@@ -47,9 +47,11 @@ impl<'r> PageRestore<'r> {
         &mut self,
         mut body: PageDataBody<'_, S>,
     ) -> Result<(), RestoreError> {
-        let entries: Vec<PageEntry> = body.entries().iter().collect();
-        for step in entries.chunks(STEP) {
-            self.step(step, &mut body)?;
+        let count = body.entries().len();
+        for first in (0..count).step_by(STEP) {
+            let entries = body.entries();
+            let step: Vec<PageEntry> = entries.iter().skip(first).take(STEP).collect();
+            self.step(&step, &mut body)?;
         }
         Ok(())
     }

@@ -20,10 +20,12 @@ use xsr_format::record::hvm::HvmParam;
 use xsr_format::record::{Body, RecordKind};
 use xsr_format::slice::{SliceReader, SliceRecord};
 use xsr_save_restore::restore::RestoreStats;
-use xsr_save_restore::sink::CopySink;
+use xsr_save_restore::sink::{CopySink, PageSink};
 use xsr_save_restore::source::{CopySource, PageSource};
 use xsr_save_restore::toolstack::DirectToolstack;
-use xsr_save_restore::{RestoreError, RestoreOptions, SaveError, SaveOptions, restore, save};
+use xsr_save_restore::{
+    RestoreError, RestoreOptions, Restored, SaveError, SaveOptions, restore, save,
+};
 use xsr_xen_backend::mock::{GuestSpec, P2mStyle};
 use xsr_xen_backend::mock::{HostConfig, MockHost};
 use xsr_xen_backend::{DomId, Domain, GuestKind, Host};
@@ -82,19 +84,30 @@ pub(crate) fn save_to_vec(
     domid: DomId,
     options: &SaveOptions,
 ) -> Result<Vec<u8>, SaveError> {
+    let mut sink = CopySink(Vec::new());
+    save_to(host, domid, options, &mut sink)?;
+    Ok(sink.0)
+}
+
+/// Save; the domain runs on.
+pub(crate) fn save_to(
+    host: &MockHost,
+    domid: DomId,
+    options: &SaveOptions,
+    sink: &mut dyn PageSink,
+) -> Result<(), SaveError> {
     let domain = host.domain(domid).unwrap();
     let mut toolstack = DirectToolstack(domain.as_ref());
-    let mut sink = CopySink(Vec::new());
     let saved = save(
         domain.as_ref(),
         host.xen_version().unwrap(),
         &mut toolstack,
-        &mut sink,
+        sink,
         options,
         &mut |_| ControlFlow::Continue(()),
     )?;
     saved.resume().unwrap();
-    Ok(sink.0)
+    Ok(())
 }
 
 /// What a domain must be to hold the guest of a stream: kind, vcpus (of both the
@@ -120,15 +133,36 @@ pub(crate) fn shape(stream: &[u8], kind: GuestKind, vcpus: u32) -> Shape {
 /// Restore into a new domain of `host`, left paused.
 pub(crate) fn restore_stream<S: PageSource>(
     host: &MockHost,
-    (kind, vcpus, pages): Shape,
+    shape: Shape,
     source: S,
 ) -> (DomId, Result<RestoreStats, RestoreError>) {
+    let (domid, _, result) = try_restore(host, shape, source);
+    (domid, result.map(|restored| restored.stats))
+}
+
+/// As [`restore_stream`]; what the restore says, and the store and console ports it
+/// was given.
+pub(crate) fn restore_reporting<S: PageSource>(
+    host: &MockHost,
+    shape: Shape,
+    source: S,
+) -> (DomId, Restored, [u32; 2]) {
+    let (domid, ports, result) = try_restore(host, shape, source);
+    (domid, result.unwrap(), ports)
+}
+
+fn try_restore<S: PageSource>(
+    host: &MockHost,
+    (kind, vcpus, pages): Shape,
+    source: S,
+) -> (DomId, [u32; 2], Result<Restored, RestoreError>) {
     let domid = host.create_domain(kind, vcpus, pages + 256).unwrap();
     let domain = host.domain(domid).unwrap();
+    let ports = [(); 2].map(|()| domain.alloc_unbound_port(DomId(0)).unwrap());
     let options = RestoreOptions {
-        store_port: domain.alloc_unbound_port(DomId(0)).unwrap(),
+        store_port: ports[0],
         store_domid: DomId(0),
-        console_port: domain.alloc_unbound_port(DomId(0)).unwrap(),
+        console_port: ports[1],
         console_domid: DomId(0),
         expected_pfns: 0,
     };
@@ -144,7 +178,7 @@ pub(crate) fn restore_stream<S: PageSource>(
                 &mut |_| ControlFlow::Continue(()),
             )
         });
-    (domid, result.map(|(restored, _)| restored.stats))
+    (domid, ports, result.map(|(restored, _)| restored))
 }
 
 /// As [`restore_stream`], from memory.
@@ -334,4 +368,55 @@ fn assert_fields(name: &str, layout: &Layout, a: &[u8], b: &[u8], rewritten: &[&
             layout.name
         );
     }
+}
+
+/// Where the records of a stream begin: offset, kind, octets with header and padding.
+/// By hand, so that it owes nothing to the reader.
+pub(crate) fn record_offsets(stream: &[u8]) -> Vec<(usize, u32, usize)> {
+    let word = |at: usize| u32::from_le_bytes(stream[at..at + 4].try_into().unwrap());
+    let mut records = Vec::new();
+    let mut at = 40;
+    while at < stream.len() {
+        let octets = 8 + usize::try_from(word(at + 4)).unwrap().next_multiple_of(8);
+        records.push((at, word(at), octets));
+        at += octets;
+    }
+    records
+}
+
+const PAGE_DATA: u32 = 1;
+
+/// Where the memory of a stream begins and ends.
+pub(crate) fn memory_of(stream: &[u8]) -> (usize, usize) {
+    let records = record_offsets(stream);
+    let mut memory = records.iter().filter(|(_, kind, _)| *kind == PAGE_DATA);
+    let first = memory.next().unwrap();
+    let last = memory.next_back().unwrap_or(first);
+    (first.0, last.0 + last.2)
+}
+
+/// The head of each PAGE_DATA record (count and entries), with the number of records
+/// before it.
+pub(crate) fn batches(stream: &[u8]) -> Vec<(usize, &[u8])> {
+    let count = |at: usize| u32::from_le_bytes(stream[at..at + 4].try_into().unwrap());
+    (record_offsets(stream).into_iter().enumerate())
+        .filter(|(_, (_, kind, _))| *kind == PAGE_DATA)
+        .map(|(n, (at, _, _))| {
+            let entries = 8 * usize::try_from(count(at + 8)).unwrap();
+            (n, &stream[at + 8..at + 16 + entries])
+        })
+        .collect()
+}
+
+/// A version 3 stream as Xen before 4.14 would have written it: without the CPU
+/// policy and STATIC_DATA_END.
+pub(crate) fn as_version_2(stream: &[u8]) -> Vec<u8> {
+    let mut out = stream[..40].to_vec();
+    out[15] = 2;
+    for (at, kind, octets) in record_offsets(stream) {
+        if !(0x10..=0x12).contains(&kind) {
+            out.extend_from_slice(&stream[at..at + octets]);
+        }
+    }
+    out
 }

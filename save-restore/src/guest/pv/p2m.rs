@@ -204,7 +204,7 @@ impl Finder<'_> {
             let first = ((vaddr & translated) - base) >> shift;
             let last = ((end_vaddr & translated) - base) >> shift;
             let pages = map(self.domain, &tables)?;
-            let mut next: Vec<u64> = (first..=last)
+            let next: Vec<u64> = (first..=last)
                 .map(|i| {
                     let pte = pages
                         .read_u64(usize::try_from(i).unwrap_or(usize::MAX))
@@ -219,11 +219,13 @@ impl Finder<'_> {
                 // As for the tree: trailing entries that are all the same name one
                 // table of nothing. Where every entry is the same there is nothing
                 // to tell from it.
+                // (Xen compares the number of that entry with an index that counts
+                // from the table's first entry. Where the list does not begin there,
+                // it cuts off the last table though it is a real one; we do not.)
                 let keep = last_distinct(&next);
                 if keep > 0 && keep + 1 < next.len() as u64 {
                     max_pfn = max_pfn.min(Pfn(keep * 512 * fpp - 1));
                     end_vaddr = end(max_pfn).unwrap_or(end_vaddr);
-                    next.truncate(usize::try_from(keep).unwrap_or(usize::MAX));
                 }
             }
             base = ((vaddr & translated) >> shift) << shift;
@@ -258,8 +260,8 @@ struct Chunk {
 
 /// The p2m of a guest that is being restored, and the type of each page.
 ///
-/// Takes memory only for ranges in which the stream has named a page, so that an
-/// image which announces a huge guest does not cost a huge table.
+/// Takes memory only for ranges in which a page has been populated, so that an image
+/// which announces a huge guest does not cost a huge table.
 #[derive(Default)]
 pub(crate) struct NewP2m {
     chunks: Vec<Option<Box<Chunk>>>,
@@ -310,9 +312,13 @@ impl NewP2m {
         chunk.mfns[at] = mfn.0;
     }
 
+    /// Note what the stream says of `pfn`. Where it has no memory, and nothing near it
+    /// has, there is nothing to note.
     pub(crate) fn set_page_type(&mut self, pfn: Pfn, page_type: PageType) {
-        let (chunk, at) = self.slot(pfn);
-        chunk.types[at] = page_type;
+        if page_type.is_populated() || self.get(pfn).is_some() {
+            let (chunk, at) = self.slot(pfn);
+            chunk.types[at] = page_type;
+        }
     }
 
     /// Every pinned table: its level and frame, ascending by pfn.
@@ -445,6 +451,9 @@ mod tests {
         let mut p2m = NewP2m::default();
         p2m.set_mfn(Pfn(u64::from(u32::MAX)), Mfn(5));
         p2m.set_page_type(Pfn(3), PageType::L4TAB_PINNED);
+        for chunk in 0..1000 {
+            p2m.set_page_type(Pfn(5000 + chunk * 4096), PageType::XTAB);
+        }
         assert_eq!(p2m.chunks.iter().flatten().count(), 2);
         assert_eq!(p2m.mfn(Pfn(u64::from(u32::MAX))), Some(Mfn(5)));
         assert_eq!(p2m.mfn(Pfn(3)), None);

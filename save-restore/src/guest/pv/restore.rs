@@ -63,11 +63,17 @@ impl PvRestore {
         Ok(())
     }
 
-    /// X86_PV_P2M_FRAMES. A guest that grew sends more of them.
-    pub(crate) fn p2m_frames(&mut self, record: &P2mFrames<'_>) {
-        self.max_pfn = self.max_pfn.max(record.end);
-        // The record's length has been checked: it really held that many frames.
+    /// X86_PV_P2M_FRAMES. A guest that grew sends more of them, each behind what is
+    /// known: a gap would be a p2m without frames for it.
+    pub(crate) fn p2m_frames(&mut self, record: &P2mFrames<'_>) -> Result<(), GuestError> {
         let first = usize::try_from(record.first_frame).unwrap_or(usize::MAX);
+        if first > self.frames.len() {
+            return Err(GuestError::P2m {
+                what: "the first pfn of X86_PV_P2M_FRAMES, before which frames are missing,",
+                value: record.start.0,
+            });
+        }
+        self.max_pfn = self.max_pfn.max(record.end);
         let end = first + record.frames().len();
         if self.frames.len() < end {
             self.frames.resize(end, Pfn::INVALID);
@@ -75,6 +81,7 @@ impl PvRestore {
         for (slot, pfn) in self.frames[first..end].iter_mut().zip(record.frames()) {
             *slot = pfn;
         }
+        Ok(())
     }
 
     /// SHARED_INFO.
@@ -149,6 +156,10 @@ impl PvRestore {
         )?;
         Ok(rings)
     }
+
+    // (Xen 4.21 and later mark the console ring's `connection` as not connected here,
+    // and have xenconsoled mark it connected. An older xenconsoled never would; until
+    // there is a backend that knows which one it has, the ring is left as 4.17 does.)
 
     /// Put the image's shared_info into the domain's: what belongs to the guest is
     /// taken over; event channels start afresh, all masked, since none survives; and
@@ -242,10 +253,9 @@ impl PvRestore {
         let pfn = Pfn(cr3_to_frame(info, cr3.get(info, context)));
         let name = || format!("vcpu {id}'s cr3");
         let mfn = self.p2m.table_frame(pfn, info.levels(), name)?;
-        let value = frame_to_cr3(info, mfn.0).ok_or_else(|| GuestError::Frame {
-            field: name(),
-            frame: mfn.0,
-            why: "a 32-bit guest's cr3 cannot hold a frame that high",
+        let value = frame_to_cr3(info, mfn.0).ok_or(RestoreError::FrameTooHigh {
+            vcpu: id,
+            frame: mfn,
         })?;
         cr3.set(info, context, value);
         let cr1 = vcpu::ctrlreg(1);
