@@ -8,6 +8,7 @@
 mod control;
 mod hvm;
 mod kit;
+mod log_dirty;
 mod memory;
 mod platform;
 mod pv;
@@ -72,6 +73,7 @@ fn all() -> impl Iterator<Item = &'static (&'static str, Check)> {
     [
         control::CHECKS,
         memory::CHECKS,
+        log_dirty::CHECKS,
         platform::CHECKS,
         pv::CHECKS,
         pv_tables::CHECKS,

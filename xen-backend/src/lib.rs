@@ -2,7 +2,8 @@
 //! its promise, units and errno.
 //!
 //! A [`Host`] opens domains; a [`Domain`] plays every role. Frames are
-//! [`Gfn`]s throughout: the pfn of an HVM guest, the mfn of a PV guest.
+//! [`Gfn`]s throughout: the pfn of an HVM guest, the mfn of a PV guest. Only
+//! [`LogDirty`] tells of [`Pfn`]s, for either kind.
 //!
 //! Every call may also fail with EPERM (not privileged), ESRCH (the domain is
 //! gone) and, over a restricted handle, EACCES; these are not repeated below.
@@ -10,6 +11,7 @@
 #[cfg(any(test, feature = "contract"))]
 pub mod contract;
 pub mod error;
+mod log_dirty;
 pub mod mock;
 pub mod pages;
 
@@ -19,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use xsr_format::frame::{Gfn, Mfn, PageType, Pfn};
 
 pub use error::{BackendError, MapError};
+pub use log_dirty::{DirtyBitmap, DirtyRead, DirtyStats, LogDirty};
 pub use nix::errno::Errno;
 pub use pages::{Access, ForeignPage, ForeignPages, Gather};
 
@@ -344,6 +347,9 @@ pub trait HvmGuest: Send + Sync {
 }
 
 /// A handle on one domain, in every role.
-pub trait Domain: DomainControl + GuestMemory + X86Platform + PvGuest + HvmGuest {}
+pub trait Domain:
+    DomainControl + GuestMemory + LogDirty + X86Platform + PvGuest + HvmGuest
+{
+}
 
-impl<T: DomainControl + GuestMemory + X86Platform + PvGuest + HvmGuest> Domain for T {}
+impl<T: DomainControl + GuestMemory + LogDirty + X86Platform + PvGuest + HvmGuest> Domain for T {}

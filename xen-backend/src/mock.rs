@@ -4,7 +4,8 @@
 //! A [`MockHost`] is a directory, so that its domains outlive the command that
 //! made them; only one process at a time has it open. Nothing executes: a
 //! "running" guest is one that would. What a suspending guest does itself (put
-//! pfns into start_info, call the hypervisor) the mock does in its stead.
+//! pfns into start_info, call the hypervisor) the mock does in its stead. A
+//! [`Workload`] makes it write while it runs, in this process.
 //!
 //! Known differences from a real machine: a foreign writable mapping holds no
 //! reference of its frame, so that pinning a table while one is mapped writable
@@ -14,6 +15,8 @@
 #![deny(unsafe_code)]
 
 mod allocator;
+mod digest;
+mod dirty;
 mod domain;
 mod error;
 mod frames;
@@ -23,15 +26,18 @@ mod kernel;
 mod layout;
 mod machine;
 mod memory;
+mod p2m;
 mod pagetable;
 mod platform;
 mod policy;
 mod pv;
 mod random;
+mod running;
 mod state;
 mod store;
 mod summary;
 mod wake;
+mod workload;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -48,10 +54,12 @@ use self::store::{FORMAT, Store};
 use crate::error::BackendError;
 use crate::{DomId, Domain, DomainControl, DomainInfo, GuestKind, Host, TscInfo, XenVersion};
 
+pub use self::digest::{MemoryDigest, PageDigest};
 pub use self::error::MockError;
 pub use self::guest::{GuestSpec, P2mStyle};
 pub use self::state::GrantEntry;
 pub use self::summary::{DomainReport, DomainState, DomainSummary};
+pub use self::workload::{BackgroundWorkload, Workload, WorkloadCounts, WorkloadSpec};
 
 /// Most vcpus a domain can have.
 const MAX_VCPUS: u32 = 128;
@@ -68,10 +76,19 @@ pub struct HostConfig {
     pub max_run: u32,
     /// The version it says it is.
     pub xen_version: XenVersion,
+    /// Whether it can shadow page tables, without which the writes of PV guests
+    /// cannot be logged.
+    #[serde(default = "shadow_paging")]
+    pub shadow_paging: bool,
+}
+
+/// What a host made before it could be chosen has.
+const fn shadow_paging() -> bool {
+    true
 }
 
 impl Default for HostConfig {
-    /// 16 GiB, runs of at most 32 pages, Xen 4.17.
+    /// 16 GiB, runs of at most 32 pages, Xen 4.17 with shadow paging.
     fn default() -> Self {
         Self {
             memory_pages: 4 << 20,
@@ -81,6 +98,7 @@ impl Default for HostConfig {
                 major: 4,
                 minor: 17,
             },
+            shadow_paging: shadow_paging(),
         }
     }
 }

@@ -4,8 +4,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use xsr_format::frame::{Gfn, Mfn, PageType};
 use xsr_xen_backend::{
-    Access, BackendError, CpuPolicy, DomId, Domain, DomainControl, DomainInfo, Errno, ForeignPages,
-    GuestMemory, HvmGuest, M2p, PvGuest, RingGrant, TscInfo, VcpuBlob, X86Platform,
+    Access, BackendError, CpuPolicy, DirtyBitmap, DirtyRead, DirtyStats, DomId, Domain,
+    DomainControl, DomainInfo, Errno, ForeignPages, GuestMemory, HvmGuest, LogDirty, M2p, PvGuest, RingGrant, TscInfo, VcpuBlob, X86Platform,
 };
 
 /// How a call fails.
@@ -117,6 +117,22 @@ impl GuestMemory for Faulty {
             }
             false => self.inner.populate(order, frames),
         }
+    }
+}
+
+impl LogDirty for Faulty {
+    fn enable_log_dirty(&self) -> Result<(), BackendError> {
+        self.call("enable_log_dirty", |d| d.enable_log_dirty())
+    }
+    fn disable_log_dirty(&self) -> Result<(), BackendError> {
+        self.call("disable_log_dirty", |d| d.disable_log_dirty())
+    }
+    fn read_dirty(
+        &self,
+        how: DirtyRead,
+        out: &mut DirtyBitmap,
+    ) -> Result<DirtyStats, BackendError> {
+        self.call("read_dirty", |d| d.read_dirty(how, out))
     }
 }
 

@@ -28,6 +28,15 @@ fn the_mock_in_memory_keeps_the_contract() {
 }
 
 #[test]
+fn the_mock_without_shadow_paging_keeps_the_contract() {
+    let config = HostConfig {
+        shadow_paging: false,
+        ..small(32)
+    };
+    assert_holds(&MockHost::ephemeral(&config).expect("a host"));
+}
+
+#[test]
 fn the_mock_in_a_directory_keeps_the_contract() {
     let dir = tempfile::tempdir().expect("a directory");
     assert_holds(&MockHost::create(dir.path(), &small(32)).expect("a host"));

@@ -132,7 +132,7 @@ impl MockDomain {
         Ok(mfn)
     }
 
-    fn populate_extent(&self, order: u8, gfn: &mut Gfn) -> bool {
+    pub(super) fn populate_extent(&self, order: u8, gfn: &mut Gfn) -> bool {
         let (machine, domid, first) = (&self.machine, self.dom.domid, gfn.0);
         let pages = 1_u64 << order;
         let translated = self.dom.kind.is_translated();

@@ -17,6 +17,8 @@ use super::random::{SplitMix64, mix};
 use crate::error::BackendError;
 use crate::{DomId, GuestKind, GuestMemory, Host};
 
+pub(super) use hvm::SPECIAL_PAGES;
+
 /// Pages that each batch of a populate asks for, as Xen's tools do.
 const POPULATE_BATCH: usize = 1024;
 

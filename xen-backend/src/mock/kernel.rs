@@ -58,7 +58,7 @@ impl MockDomain {
     }
 
     /// Where start_info is: what a guest that suspends hands over in edx.
-    fn start_info(&self, state: &State) -> Option<Mfn> {
+    pub(super) fn start_info(&self, state: &State) -> Option<Mfn> {
         let layout = VcpuLayout::of(state.record.width);
         let context = state.blobs.get(&blob_name(0, VcpuBlob::Basic))?;
         let mfn = layout.get(context, layout.dx);
@@ -74,7 +74,7 @@ impl MockDomain {
     }
 
     /// The frames of the store and console rings, as start_info has them.
-    fn rings(&self, width: u8, start_info: Mfn) -> Result<[u64; 2], Errno> {
+    pub(super) fn rings(&self, width: u8, start_info: Mfn) -> Result<[u64; 2], Errno> {
         let layout = StartInfoLayout::of(width);
         let page = self.machine.read_frame(start_info)?;
         Ok([layout.store_mfn, layout.console_mfn]
@@ -91,6 +91,7 @@ impl MockDomain {
             let octets = &ring.to_le_bytes()[..layout.width];
             self.machine.write_frames(start_info, field, octets)?;
         }
+        self.mark_frame(start_info);
         Ok(())
     }
 }

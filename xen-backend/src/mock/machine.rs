@@ -23,6 +23,7 @@ use super::memory::Words;
 use super::state::{Dom, MAX_PFNS, Record};
 use super::store::{FORMAT, HostRecord, Store};
 use crate::DomId;
+use crate::pages::ENTRIES_PER_TABLE;
 
 /// First frame of the table that 32-bit guests see of the m2p, below the first
 /// frame that the allocator gives out.
@@ -42,6 +43,8 @@ pub(super) struct Machine {
     pub(super) store: Store,
     pub(super) config: HostConfig,
     pub(super) memory: File,
+    /// The same as words: what guests that run read and write.
+    memory_words: Words,
     pub(super) frames: Frames,
     pub(super) m2p_file: File,
     m2p: Words,
@@ -108,6 +111,8 @@ impl Machine {
         memory
             .set_len((frames * PAGE_SIZE) as u64)
             .map_err(MockError::io("size", "memory"))?;
+        let memory_words = Words::map(&memory, frames * ENTRIES_PER_TABLE)
+            .map_err(MockError::io("map", "memory"))?;
         let table = Frames::new(words(&store, "frames", frames)?);
         let m2p_file = store.file("m2p")?;
         let m2p = Words::map(&m2p_file, frames).map_err(MockError::io("map", "m2p"))?;
@@ -132,6 +137,7 @@ impl Machine {
             store,
             config,
             memory,
+            memory_words,
             frames: table,
             m2p_file,
             m2p,
@@ -319,6 +325,19 @@ impl Machine {
             .set(at + 1, self.counters.get(at + 1).max(last + 1));
     }
 
+    /// Free a frame that is `domid`'s and that nothing refers to; its contents are
+    /// lost. Under the domain's lock.
+    pub(super) fn free_page(&self, mfn: Mfn, domid: DomId) -> Result<(), Errno> {
+        let mut allocator = self.allocator();
+        self.set_m2p(mfn, INVALID_M2P);
+        punch(&self.memory, mfn, 1)?;
+        allocator.give_back(&self.frames, mfn);
+        let at = pages_counter(domid);
+        self.counters
+            .set(at, self.counters.get(at).saturating_sub(1));
+        Ok(())
+    }
+
     /// The next event channel of a domain that has `ports`, port 0 not among
     /// those given out. Under the domain's lock.
     pub(super) fn take_port(&self, domid: DomId, ports: u32) -> Option<u32> {
@@ -352,6 +371,24 @@ impl Machine {
             .read_exact_at(page.as_mut_slice(), mfn.0 * PAGE_SIZE as u64)
             .map_err(|e| io_errno(&e))?;
         Ok(page)
+    }
+
+    fn word_index(&self, mfn: Mfn, index: usize) -> usize {
+        assert!(index < ENTRIES_PER_TABLE, "word {index} of a frame");
+        let frame = usize::try_from(mfn.0).expect("a frame that exists");
+        frame * ENTRIES_PER_TABLE + index
+    }
+
+    /// The u64 at `index` (0–511) of a frame, which exists, in one read.
+    pub(super) fn load(&self, mfn: Mfn, index: usize) -> u64 {
+        u64::from_le(self.memory_words.get(self.word_index(mfn, index)))
+    }
+
+    /// Set the u64 at `index` (0–511) of a frame, which exists, in one write: who
+    /// reads meanwhile sees either the old word or the new one.
+    pub(super) fn store_word(&self, mfn: Mfn, index: usize, value: u64) {
+        self.memory_words
+            .set(self.word_index(mfn, index), value.to_le());
     }
 
     /// Write `octets` from `offset` of the frame `first` on; they may reach into

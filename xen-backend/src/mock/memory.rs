@@ -61,8 +61,10 @@ impl Words {
         // SAFETY: index < len, so the word is inside the one mapping.
         let word = unsafe { self.base.add(index) };
         // SAFETY: `word` is page-aligned plus a multiple of 8, mapped readable and
-        // writable until `self` drops, and reached only as an atomic: the state
-        // files are locked against other processes.
+        // writable until `self` drops, and reached only as an atomic through this
+        // mapping: the state files are locked against other processes. Frames of the
+        // guest's memory are mapped a second time, as foreign pages, whose accesses
+        // are volatile and form no reference.
         unsafe { word.as_ref() }
     }
 

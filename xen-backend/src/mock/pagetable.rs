@@ -13,8 +13,10 @@
 use nix::errno::Errno;
 use xsr_format::frame::{Mfn, PAGE_SIZE, Page};
 
+use super::dirty::DirtyLog;
 use super::frames::{Frame, FrameUse};
 use super::machine::{COMPAT_M2P, Machine, XEN_TABLES};
+use super::state::Dom;
 use crate::DomId;
 
 pub(super) const PRESENT: u64 = 1 << 0;
@@ -34,7 +36,7 @@ const GRANT: u64 = 1 << 62;
 pub(super) const NX: u64 = 1 << 63;
 
 /// Bits 12–51: the frame.
-const FRAME_MASK: u64 = ((1 << 52) - 1) & !0xfff;
+pub(super) const FRAME_MASK: u64 = ((1 << 52) - 1) & !0xfff;
 /// Bits 52–63, 9–11: for software, but for NX.
 const SOFTWARE_HIGH: u64 = 0xfff << 52;
 
@@ -62,6 +64,7 @@ pub(super) fn entry(page: &Page, index: usize) -> u64 {
 #[derive(Debug)]
 pub(super) struct Tables<'a> {
     machine: &'a Machine,
+    dirty: &'a DirtyLog,
     domid: DomId,
     /// Whether the guest is 32 bits wide, with three levels.
     pae: bool,
@@ -84,12 +87,21 @@ impl From<FrameUse> for Use {
 }
 
 impl<'a> Tables<'a> {
-    /// The page tables of `domid`, `width` octets wide.
-    pub(super) fn new(machine: &'a Machine, domid: DomId, width: u8) -> Self {
+    /// The page tables of `dom`, `width` octets wide.
+    pub(super) fn new(machine: &'a Machine, dom: &'a Dom, width: u8) -> Self {
         Self {
             machine,
-            domid,
+            dirty: &dom.dirty,
+            domid: dom.domid,
             pae: width == 4,
+        }
+    }
+
+    /// Log that a table has changed. Xen counts it as a change, too, when a frame
+    /// becomes a table, ceases to be one, or is pinned.
+    fn mark(&self, mfn: Mfn) {
+        if let Some(pfn) = self.machine.m2p(mfn) {
+            self.dirty.mark(pfn);
         }
     }
 
@@ -145,6 +157,7 @@ impl<'a> Tables<'a> {
                 },
             })
         })?;
+        self.mark(mfn);
         looked
     }
 
@@ -165,6 +178,7 @@ impl<'a> Tables<'a> {
         if before.count != 1 {
             return Ok(());
         }
+        self.mark(mfn);
         // Nothing holds the table any more: what it refers to is let go of.
         let page = self.machine.read_frame(mfn)?;
         for index in self.guest_slots(level, before.pae_xen_l2) {
@@ -199,6 +213,7 @@ impl<'a> Tables<'a> {
             self.put(mfn)?;
             return Err(errno);
         }
+        self.mark(mfn);
         Ok(())
     }
 
@@ -423,5 +438,7 @@ impl<'a> Tables<'a> {
     }
 }
 
+mod update;
+
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -171,7 +171,7 @@ impl MockDomain {
     /// page-table roots. On failure none is held.
     fn take_roots(&self, width: u8, context: &[u8]) -> Result<Roots, Errno> {
         let layout = VcpuLayout::of(width);
-        let tables = Tables::new(&self.machine, self.dom.domid, width);
+        let tables = Tables::new(&self.machine, &self.dom, width);
         let word = |offset| layout.get(context, offset);
         let (flags, cr1) = (word(layout.flags), word(layout.cr(1)));
         let user = (width == 8 && cr1 != 0).then_some(cr1 >> 12);
@@ -313,7 +313,7 @@ impl PvGuest for MockDomain {
             if pins.len() > MAX_PIN_BATCH {
                 return Err(Errno::E2BIG);
             }
-            let tables = Tables::new(&self.machine, self.dom.domid, state.record.width);
+            let tables = Tables::new(&self.machine, &self.dom, state.record.width);
             pins.iter()
                 .try_for_each(|(level, mfn)| tables.pin(*level, *mfn))
         })

@@ -7,6 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use serde::{Deserialize, Serialize};
 use xsr_format::frame::{Gfn, Mfn};
 
+use super::dirty::DirtyLog;
 use super::memory::Words;
 use crate::{DomId, GuestKind, RingGrant, ShutdownReason, TscInfo};
 
@@ -100,6 +101,8 @@ pub(super) struct Dom {
     pub(super) p2m: Option<Words>,
     /// Set once the domain is destroyed.
     pub(super) gone: AtomicBool,
+    /// Pages the guest writes; only while this process has the host open.
+    pub(super) dirty: DirtyLog,
     state: Mutex<State>,
 }
 
@@ -118,6 +121,7 @@ impl Dom {
             kind: record.kind,
             p2m,
             gone: AtomicBool::new(false),
+            dirty: DirtyLog::default(),
             state: Mutex::new(State { record, blobs }),
         }
     }
@@ -139,6 +143,13 @@ impl Dom {
     pub(super) fn p2m_set(&self, pfn: u64, mfn: Mfn) {
         if let (Some(p2m), Ok(index)) = (&self.p2m, usize::try_from(pfn)) {
             p2m.set(index, mfn.0 + 1);
+        }
+    }
+
+    /// Take away what is at `pfn` of a translated guest.
+    pub(super) fn p2m_clear(&self, pfn: u64) {
+        if let (Some(p2m), Ok(index)) = (&self.p2m, usize::try_from(pfn)) {
+            p2m.set(index, 0);
         }
     }
 }

@@ -16,47 +16,6 @@ use super::domain::MockDomain;
 use super::layout::{SharedInfoLayout, VcpuLayout, read_word, write_word};
 use super::state::State;
 
-/// The p2m of a guest as the machine knows it.
-struct KnownP2m {
-    width: usize,
-    /// mfn + 1 of each pfn; 0 where there is none.
-    frames: Vec<u64>,
-}
-
-impl KnownP2m {
-    fn per_leaf(&self) -> usize {
-        PAGE_SIZE / self.width
-    }
-
-    fn leaves(&self) -> usize {
-        self.frames.len().div_ceil(self.per_leaf())
-    }
-
-    fn mfn(&self, pfn: usize) -> Option<u64> {
-        self.frames.get(pfn)?.checked_sub(1)
-    }
-
-    /// Which leaf of the p2m `page` is, by what it holds: the frames of that range
-    /// where there are any, and nothing that could be a frame elsewhere.
-    fn leaf(&self, page: &Page, pfn_of: impl Fn(u64) -> Option<u64>) -> Option<usize> {
-        let no_frame = u64::MAX >> (64 - 8 * self.width);
-        let word = |at: usize| read_word(page, at * self.width, self.width);
-        let first = (0..self.per_leaf()).find(|at| word(*at) != no_frame)?;
-        let pfn = usize::try_from(pfn_of(word(first))?).ok()?;
-        let start = pfn.checked_sub(first)?;
-        if start % self.per_leaf() != 0 || pfn >= self.frames.len() {
-            return None;
-        }
-        let end = self.frames.len().min(start + self.per_leaf());
-        (start..end)
-            .all(|pfn| match self.mfn(pfn) {
-                Some(mfn) => word(pfn - start) == mfn,
-                None => pfn_of(word(pfn - start)).is_none(),
-            })
-            .then_some(start / self.per_leaf())
-    }
-}
-
 impl MockDomain {
     /// Have a restored PV guest publish its p2m. A guest that was never restored
     /// has done so already, and nothing changes.
@@ -97,7 +56,16 @@ impl MockDomain {
     /// memory: it stays as the restore left it.
     fn publish_tree(&self, state: &mut State, pfns: u64) -> Result<Mfn, Errno> {
         let width = usize::from(state.record.width);
-        let leaves = self.find_leaves(width, usize::try_from(pfns).map_err(|_| Errno::EINVAL)?)?;
+        let pfns = usize::try_from(pfns).map_err(|_| Errno::EINVAL)?;
+        let leaves = self.leaves_by_contents(width, pfns)?;
+        let leaves: Option<Vec<u64>> = leaves.into_iter().collect();
+        let leaves = leaves.ok_or_else(|| {
+            tracing::error!(
+                domid = self.dom.domid.0,
+                "the guest's p2m is not in its memory"
+            );
+            Errno::EINVAL
+        })?;
         let mut pages = Vec::new();
         let mut level: Vec<u64> = leaves;
         // Twice: the frame lists, and the list of them.
@@ -123,41 +91,5 @@ impl MockDomain {
             [top] => Ok(Mfn(*top)),
             _ => Err(Errno::EINVAL),
         }
-    }
-
-    /// The frames of the guest's p2m, in order.
-    fn find_leaves(&self, width: usize, pfns: usize) -> Result<Vec<u64>, Errno> {
-        let owned = self.machine.frames_of(self.dom.domid);
-        let mut known = KnownP2m {
-            width,
-            frames: vec![0; pfns],
-        };
-        for mfn in &owned {
-            let pfn = self
-                .machine
-                .m2p(*mfn)
-                .and_then(|pfn| usize::try_from(pfn).ok());
-            if let Some(slot) = pfn.and_then(|pfn| known.frames.get_mut(pfn)) {
-                *slot = mfn.0 + 1;
-            }
-        }
-        let pfn_of = |mfn: u64| {
-            self.machine.frames.owned(Mfn(mfn), self.dom.domid)?;
-            self.machine.m2p(Mfn(mfn))
-        };
-        let mut leaves = vec![None; known.leaves()];
-        for mfn in owned {
-            let page = self.machine.read_frame(mfn)?;
-            if let Some(leaf) = known.leaf(&page, pfn_of) {
-                leaves[leaf] = Some(mfn.0);
-            }
-        }
-        leaves.into_iter().collect::<Option<_>>().ok_or_else(|| {
-            tracing::error!(
-                domid = self.dom.domid.0,
-                "the guest's p2m is not in its memory"
-            );
-            Errno::EINVAL
-        })
     }
 }

@@ -37,6 +37,9 @@ const CONSOLE: u64 = SPECIAL + 7;
 const IOREQ_SERVER_PAGES: u64 = 8;
 const IOREQ_SERVER: u64 = SPECIAL - IOREQ_SERVER_PAGES;
 
+/// All of them: pages that no kernel uses as it pleases.
+pub(in super::super) const SPECIAL_PAGES: Range<u64> = IOREQ_SERVER..CONSOLE + 1;
+
 /// The largest order whose extents fit at `pfn` with `left` pages to go.
 fn order_at(pfn: u64, left: u64) -> u8 {
     [18, 9]

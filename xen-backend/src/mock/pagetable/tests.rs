@@ -65,7 +65,8 @@ fn references(
     frames: &[Gfn],
     width: u8,
 ) -> BTreeMap<(u64, u64), u32> {
-    let tables = Tables::new(machine, domid, width);
+    let dom = machine.dom(domid).expect("the domain");
+    let tables = Tables::new(machine, &dom, width);
     let mut held = BTreeMap::new();
     for gfn in frames {
         let mfn = Mfn(gfn.0);
@@ -104,12 +105,19 @@ fn references(
     held
 }
 
-fn check_counts(host: &MockHost, domid: DomId, frames: &[Gfn], width: u8, roots: &[Mfn]) {
+/// The counts are right for the references that tables stand for, and those of
+/// `others`: a frame, and the number of what it is held as ([`FrameUse`]).
+pub(in crate::mock) fn check_counts(
+    host: &MockHost,
+    domid: DomId,
+    frames: &[Gfn],
+    width: u8,
+    others: &[(Mfn, u64)],
+) {
     let machine = &host.machine;
     let mut held = references(machine, domid, frames, width);
-    let top = if width == 4 { 3 } else { 4 };
-    for root in roots {
-        *held.entry((root.0, top)).or_default() += 1;
+    for (mfn, used_as) in others {
+        *held.entry((mfn.0, *used_as)).or_default() += 1;
     }
     for gfn in frames {
         let frame = machine
@@ -159,7 +167,7 @@ fn run(steps: &[Step], width: u8) {
     let done = crate::GuestMemory::populate(&domain, 0, &mut frames).expect("memory");
     assert_eq!(done, FRAMES);
     plant(&domain, &frames, width);
-    let tables = Tables::new(&host.machine, domid, width);
+    let tables = Tables::new(&host.machine, &domain.dom, width);
     let mut roots = Vec::new();
     for step in steps {
         match *step {
@@ -184,14 +192,14 @@ fn run(steps: &[Step], width: u8) {
             Step::Root { frame } => {
                 let mfn = Mfn(frames[frame].0);
                 if tables.get(mfn, FrameUse::Table(tables.top_level())).is_ok() {
-                    roots.push(mfn);
+                    roots.push((mfn, u64::from(tables.top_level())));
                 }
             }
         }
         check_counts(&host, domid, &frames, width, &roots);
     }
     // Let go of everything: nothing is held any more.
-    for root in roots {
+    for (root, _) in roots {
         tables.put(root).expect("held");
     }
     for gfn in &frames {
@@ -250,7 +258,7 @@ fn linear_use_is_refused_the_other_way_round() {
     for (table, target) in [(1, 0), (2, 0), (3, 2)] {
         write(&domain, frames[table], 9, frames[target].0 << 12 | PRESENT);
     }
-    let tables = Tables::new(&host.machine, domid, 8);
+    let tables = Tables::new(&host.machine, &domain.dom, 8);
     let pin = |n: usize| tables.pin(4, Mfn(frames[n].0));
     assert_eq!([pin(0), pin(1), pin(2)], [Ok(()); 3]);
     assert_eq!(pin(3), Err(Errno::EINVAL));

@@ -1,0 +1,253 @@
+//! Which pages a running guest has written: the role a live save needs beyond a
+//! plain one.
+//!
+//! C implementation: `xc_shadow_control` and `xc_logdirty_control` in
+//! `tools/libs/ctrl/xc_domain.c`; in Xen, `xen/arch/x86/mm/paging.c`.
+
+use xsr_format::frame::Pfn;
+
+use crate::error::BackendError;
+
+/// Pages per word of a bitmap.
+const WORD: u64 = 64;
+
+/// A set of pfns as Xen's log-dirty calls give it: bit n % 64 of word n / 64 is pfn n.
+/// Holds pfns below [`DirtyBitmap::pfns`] only.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DirtyBitmap {
+    words: Vec<u64>,
+    pfns: u64,
+}
+
+impl DirtyBitmap {
+    /// The empty set of pfns below `pfns`. Takes an eighth of an octet per pfn.
+    ///
+    /// # Panics
+    ///
+    /// Where no allocation can be that large.
+    pub fn new(pfns: u64) -> Self {
+        let words = usize::try_from(pfns.div_ceil(WORD)).expect("fits the address space");
+        Self {
+            words: vec![0; words],
+            pfns,
+        }
+    }
+
+    /// One more than the largest pfn the set can hold.
+    pub fn pfns(&self) -> u64 {
+        self.pfns
+    }
+
+    /// Where the bit of `pfn` is; `None` for one the set cannot hold.
+    fn place(&self, pfn: Pfn) -> Option<(usize, u64)> {
+        let word = usize::try_from(pfn.0 / WORD).ok()?;
+        (pfn.0 < self.pfns).then_some((word, 1 << (pfn.0 % WORD)))
+    }
+
+    /// Whether `pfn` is in the set; never where it is [`DirtyBitmap::pfns`] or more.
+    pub fn contains(&self, pfn: Pfn) -> bool {
+        self.place(pfn)
+            .is_some_and(|(word, bit)| self.words[word] & bit != 0)
+    }
+
+    /// Put `pfn` into the set.
+    ///
+    /// # Panics
+    ///
+    /// When `pfn` is [`DirtyBitmap::pfns`] or more: to lose a dirty page is to
+    /// corrupt a guest.
+    pub fn set(&mut self, pfn: Pfn) {
+        let Some((word, bit)) = self.place(pfn) else {
+            panic!("{pfn} in a set of {} pfns", self.pfns);
+        };
+        self.words[word] |= bit;
+    }
+
+    /// Empty the set.
+    pub fn clear_all(&mut self) {
+        self.words.fill(0);
+    }
+
+    /// Put every pfn below [`DirtyBitmap::pfns`] into the set.
+    pub fn set_all(&mut self) {
+        self.words.fill(u64::MAX);
+        self.trim();
+    }
+
+    /// Clear what is behind the last pfn.
+    fn trim(&mut self) {
+        let used = self.pfns % WORD;
+        if used != 0
+            && let Some(last) = self.words.last_mut()
+        {
+            *last &= (1 << used) - 1;
+        }
+    }
+
+    /// The pfns of the set, ascending. Takes time for those there are and a
+    /// sixty-fourth of those there could be.
+    pub fn iter(&self) -> impl Iterator<Item = Pfn> + '_ {
+        let words = (0_u64..).zip(&self.words).filter(|(_, word)| **word != 0);
+        words.flat_map(|(n, word)| {
+            let mut left = *word;
+            std::iter::from_fn(move || {
+                let bit = u64::from(left.trailing_zeros());
+                // Clears the lowest bit; none left ends the word.
+                left &= left.checked_sub(1)?;
+                Some(Pfn(n * WORD + bit))
+            })
+        })
+    }
+
+    /// Put the pfns of `other` into this set too.
+    ///
+    /// # Panics
+    ///
+    /// When `other` can hold larger pfns than this set can.
+    pub fn merge(&mut self, other: &Self) {
+        assert!(
+            other.pfns <= self.pfns,
+            "a set of {} pfns into one of {}",
+            other.pfns,
+            self.pfns
+        );
+        for (word, more) in self.words.iter_mut().zip(&other.words) {
+            *word |= more;
+        }
+    }
+
+    /// How many pfns are in the set.
+    pub fn count(&self) -> u64 {
+        self.words
+            .iter()
+            .map(|word| u64::from(word.count_ones()))
+            .sum()
+    }
+
+    /// Put in what `words` say of the pfns from `first`, a multiple of 64, on; those
+    /// the set cannot hold are passed over, as Xen passes over what the caller's
+    /// buffer has no room for.
+    pub(crate) fn copy_words(&mut self, first: u64, words: &[u64]) {
+        let at = usize::try_from(first / WORD).unwrap_or(usize::MAX);
+        let Some(place) = self.words.get_mut(at..) else {
+            return;
+        };
+        for (word, new) in place.iter_mut().zip(words) {
+            *word = *new;
+        }
+        self.trim();
+    }
+}
+
+/// How [`LogDirty::read_dirty`] reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DirtyRead {
+    /// Tell and forget (`XEN_DOMCTL_SHADOW_OP_CLEAN`).
+    Clean,
+    /// Tell only (`XEN_DOMCTL_SHADOW_OP_PEEK`).
+    Peek,
+    /// Tell and forget, what devices may still write included
+    /// (`CLEAN` with `XEN_DOMCTL_SHADOW_LOGDIRTY_FINAL`): once the guest is stopped.
+    CleanFinal,
+}
+
+impl DirtyRead {
+    /// Whether the pages told of are forgotten.
+    pub const fn forgets(self) -> bool {
+        matches!(self, Self::Clean | Self::CleanFinal)
+    }
+}
+
+/// What has happened since the last read that forgot (`xen_domctl_shadow_op_stats`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DirtyStats {
+    /// Pages written for the first time.
+    pub dirty_count: u64,
+    /// Faults that shadow paging took; 0 under hardware-assisted paging.
+    pub fault_count: u64,
+}
+
+/// Which pages the guest writes. Pages that the toolstack writes are not told of.
+pub trait LogDirty: Send + Sync {
+    /// Begin to log, with nothing logged (`XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY`).
+    /// EINVAL when it is on already: something else, say VRAM tracking, holds it;
+    /// [`LogDirty::disable_log_dirty`] takes it away. EOPNOTSUPP where the hypervisor
+    /// cannot (PV without shadow paging).
+    fn enable_log_dirty(&self) -> Result<(), BackendError>;
+
+    /// Stop logging and forget what was logged (`XEN_DOMCTL_SHADOW_OP_OFF`). Fine
+    /// when off.
+    fn disable_log_dirty(&self) -> Result<(), BackendError>;
+
+    /// Fill `out`, whose size is the caller's choice, with the pages the guest wrote
+    /// since the last read that forgot. `out` should have room for every pfn of the
+    /// guest: pages it cannot hold may be forgotten too. EINVAL when the log is off,
+    /// and for [`DirtyRead::CleanFinal`] while the domain runs (neither paused nor
+    /// shut down).
+    fn read_dirty(&self, how: DirtyRead, out: &mut DirtyBitmap)
+    -> Result<DirtyStats, BackendError>;
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn of(pfns: u64, members: &BTreeSet<u64>) -> DirtyBitmap {
+        let mut bitmap = DirtyBitmap::new(pfns);
+        members.iter().for_each(|pfn| bitmap.set(Pfn(*pfn)));
+        bitmap
+    }
+
+    fn members(bitmap: &DirtyBitmap) -> Vec<u64> {
+        bitmap.iter().map(|pfn| pfn.0).collect()
+    }
+
+    proptest! {
+        /// A bitmap is the set of what was put into it.
+        #[test]
+        fn a_bitmap_is_a_set(
+            pfns in 300_u64..400,
+            a in proptest::collection::btree_set(0_u64..300, 0..80),
+            b in proptest::collection::btree_set(0_u64..300, 0..80),
+        ) {
+            let mut bitmap = of(pfns, &a);
+            prop_assert_eq!(members(&bitmap), a.iter().copied().collect::<Vec<_>>());
+            prop_assert_eq!(bitmap.count(), a.len() as u64);
+            prop_assert!((0..500).all(|pfn| bitmap.contains(Pfn(pfn)) == a.contains(&pfn)));
+            bitmap.merge(&of(300, &b));
+            prop_assert_eq!(members(&bitmap), a.union(&b).copied().collect::<Vec<_>>());
+            bitmap.set_all();
+            prop_assert_eq!(members(&bitmap), (0..pfns).collect::<Vec<_>>());
+            prop_assert_eq!(bitmap.count(), pfns);
+            bitmap.clear_all();
+            prop_assert_eq!(bitmap, DirtyBitmap::new(pfns));
+        }
+    }
+
+    #[test]
+    fn words_from_elsewhere_are_cut_to_size() {
+        let mut bitmap = DirtyBitmap::new(130);
+        bitmap.copy_words(64, &[1 << 63, u64::MAX, u64::MAX]);
+        assert_eq!(members(&bitmap), [127, 128, 129]);
+        bitmap.copy_words(192, &[u64::MAX]);
+        bitmap.copy_words(1 << 40, &[u64::MAX]);
+        assert_eq!(bitmap.count(), 3);
+    }
+
+    #[test]
+    fn an_empty_bitmap_holds_nothing() {
+        let mut bitmap = DirtyBitmap::new(0);
+        bitmap.set_all();
+        assert_eq!((bitmap.count(), bitmap.contains(Pfn(0))), (0, false));
+    }
+
+    #[test]
+    #[should_panic(expected = "64 pfns")]
+    fn a_pfn_beyond_the_end_is_not_lost_in_silence() {
+        DirtyBitmap::new(64).set(Pfn(64));
+    }
+}

@@ -1,0 +1,160 @@
+//! The log of pages that a guest of the mock machine writes.
+//!
+//! Off at first. What writes on the guest's behalf marks the page: its stores, page
+//! tables that the hypervisor changes for it, tables that come into or go out of
+//! use. Foreign mappings mark nothing, and neither does the physmap: a page that an
+//! HVM guest gives back or takes is not logged for that.
+//!
+//! C implementation: `xen/arch/x86/mm/paging.c`.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use nix::errno::Errno;
+
+use super::MockHost;
+use super::domain::MockDomain;
+use super::error::MockError;
+use crate::error::BackendError;
+use crate::{DirtyBitmap, DirtyRead, DirtyStats, DomId, GuestKind, LogDirty};
+
+/// Words of a leaf of the log: Xen's own are a page, too.
+const LEAF_WORDS: usize = 512;
+/// Pfns of a leaf.
+const LEAF_PFNS: u64 = 64 * LEAF_WORDS as u64;
+
+/// What is logged.
+#[derive(Debug, Default)]
+struct Log {
+    /// By pfn / [`LEAF_PFNS`].
+    leaves: BTreeMap<u64, Box<[u64; LEAF_WORDS]>>,
+    dirty_count: u64,
+}
+
+/// A domain's log: `None` while it is off. Locked after the domain's state.
+#[derive(Debug, Default)]
+pub(super) struct DirtyLog(Mutex<Option<Log>>);
+
+impl DirtyLog {
+    fn lock(&self) -> MutexGuard<'_, Option<Log>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Begin to log. EINVAL when it is on.
+    fn enable(&self) -> Result<(), Errno> {
+        let mut log = self.lock();
+        match *log {
+            Some(_) => Err(Errno::EINVAL),
+            None => {
+                *log = Some(Log::default());
+                Ok(())
+            }
+        }
+    }
+
+    fn disable(&self) {
+        *self.lock() = None;
+    }
+
+    /// The guest has written `pfn`. Comes after the write, so that who forgets the
+    /// mark in between reads what was written.
+    pub(super) fn mark(&self, pfn: u64) {
+        if let Some(log) = &mut *self.lock() {
+            let leaf = log.leaves.entry(pfn / LEAF_PFNS);
+            let leaf = leaf.or_insert_with(|| Box::new([0; LEAF_WORDS]));
+            let within = pfn % LEAF_PFNS;
+            let bit = 1 << (within % 64);
+            // Less than LEAF_WORDS, by what it is a remainder of.
+            let word = &mut leaf[usize::try_from(within / 64).unwrap_or(0)];
+            log.dirty_count += u64::from(*word & bit == 0);
+            *word |= bit;
+        }
+    }
+
+    /// Tell what is logged, and forget it if `forget`: whole leaves, as Xen does,
+    /// even where `out` takes in a part of one only. EINVAL when it is off.
+    fn read(&self, forget: bool, out: &mut DirtyBitmap) -> Result<u64, Errno> {
+        let mut log = self.lock();
+        let log = log.as_mut().ok_or(Errno::EINVAL)?;
+        out.clear_all();
+        let pfns = out.pfns();
+        for (n, leaf) in &log.leaves {
+            out.copy_words(n * LEAF_PFNS, leaf.as_slice());
+        }
+        let count = log.dirty_count;
+        if forget {
+            log.leaves.retain(|n, _| n * LEAF_PFNS >= pfns);
+            log.dirty_count = 0;
+        }
+        Ok(count)
+    }
+}
+
+impl LogDirty for MockDomain {
+    fn enable_log_dirty(&self) -> Result<(), BackendError> {
+        self.look("enable_logdirty", |_| {
+            if self.dom.kind == GuestKind::Pv && !self.machine.config.shadow_paging {
+                return Err(Errno::EOPNOTSUPP);
+            }
+            self.dom.dirty.enable()
+        })
+    }
+
+    fn disable_log_dirty(&self) -> Result<(), BackendError> {
+        self.look("shadow_off", |_| {
+            self.dom.dirty.disable();
+            Ok(())
+        })
+    }
+
+    fn read_dirty(
+        &self,
+        how: DirtyRead,
+        out: &mut DirtyBitmap,
+    ) -> Result<DirtyStats, BackendError> {
+        let op = match how {
+            DirtyRead::Peek => "logdirty_peek",
+            DirtyRead::Clean | DirtyRead::CleanFinal => "logdirty_clean",
+        };
+        // With the state held, the guest stands still, as Xen has it.
+        self.look(op, |state| {
+            let stopped = state.record.pauses > 0 || state.record.shutdown.is_some();
+            if how == DirtyRead::CleanFinal && !stopped {
+                return Err(Errno::EINVAL);
+            }
+            let dirty_count = self.dom.dirty.read(how.forgets(), out)?;
+            let fault_count = match self.dom.kind {
+                // A write to a page that shadows map read-only is a fault.
+                GuestKind::Pv => dirty_count,
+                GuestKind::Hvm | GuestKind::Pvh => 0,
+            };
+            Ok(DirtyStats {
+                dirty_count,
+                fault_count,
+            })
+        })
+    }
+}
+
+impl MockHost {
+    /// Have something else hold the domain's log, as VRAM tracking does for a
+    /// device model that draws a guest's screen, or a save that died: to enable it
+    /// is EINVAL until it has been disabled. It is so until the process ends.
+    ///
+    /// # Errors
+    ///
+    /// ESRCH; EINVAL when the log is on.
+    pub fn hold_log_dirty(&self, domid: DomId) -> Result<(), MockError> {
+        Ok(self.mock_domain(domid)?.enable_log_dirty()?)
+    }
+
+    /// Whether the writes of the domain are logged.
+    ///
+    /// # Errors
+    ///
+    /// ESRCH.
+    pub fn is_log_dirty(&self, domid: DomId) -> Result<bool, MockError> {
+        let domain = self.mock_domain(domid)?;
+        Ok(domain.look("log_dirty", |_| Ok(domain.dom.dirty.lock().is_some()))?)
+    }
+}

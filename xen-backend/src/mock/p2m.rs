@@ -1,0 +1,231 @@
+//! A PV guest's p2m: as the guest publishes it, and as it can be told by its
+//! contents where it is not published.
+//!
+//! C implementation: `map_p2m_tree` and `map_p2m_list` in
+//! `tools/libs/guest/xg_sr_save_x86_pv.c`.
+
+use nix::errno::Errno;
+use xsr_format::frame::{Mfn, PAGE_SIZE, Page};
+
+use super::domain::MockDomain;
+use super::layout::{SharedInfoLayout, VcpuLayout, read_word};
+use super::pagetable::{PRESENT, entry_mfn};
+use super::state::State;
+
+/// The p2m of a guest as the machine knows it.
+struct KnownP2m {
+    width: usize,
+    /// mfn + 1 of each pfn; 0 where there is none.
+    frames: Vec<u64>,
+}
+
+impl KnownP2m {
+    fn per_leaf(&self) -> usize {
+        PAGE_SIZE / self.width
+    }
+
+    fn leaves(&self) -> usize {
+        self.frames.len().div_ceil(self.per_leaf())
+    }
+
+    fn mfn(&self, pfn: usize) -> Option<u64> {
+        self.frames.get(pfn)?.checked_sub(1)
+    }
+
+    /// Which leaf of the p2m `page` is, by what it holds: the frames of that range
+    /// where there are any, and nothing that could be a frame elsewhere.
+    fn leaf(&self, page: &Page, pfn_of: impl Fn(u64) -> Option<u64>) -> Option<usize> {
+        let no_frame = no_frame(self.width);
+        let word = |at: usize| read_word(page, at * self.width, self.width);
+        let first = (0..self.per_leaf()).find(|at| word(*at) != no_frame)?;
+        let pfn = usize::try_from(pfn_of(word(first))?).ok()?;
+        let start = pfn.checked_sub(first)?;
+        if start % self.per_leaf() != 0 || pfn >= self.frames.len() {
+            return None;
+        }
+        let end = self.frames.len().min(start + self.per_leaf());
+        (start..end)
+            .all(|pfn| match self.mfn(pfn) {
+                Some(mfn) => word(pfn - start) == mfn,
+                None => pfn_of(word(pfn - start)).is_none(),
+            })
+            .then_some(start / self.per_leaf())
+    }
+}
+
+/// What a p2m of words of `width` octets holds where there is no frame.
+const fn no_frame(width: usize) -> u64 {
+    u64::MAX >> (64 - 8 * width)
+}
+
+/// The p2m as the guest publishes it.
+#[derive(Debug)]
+pub(super) struct PublishedP2m {
+    width: usize,
+    /// One more than the largest pfn it covers.
+    pub(super) pfns: u64,
+    /// Its pages, in order.
+    pub(super) leaves: Vec<Mfn>,
+    /// The pages that list them, top last; none where the list is linear.
+    pub(super) lists: Vec<Mfn>,
+}
+
+impl PublishedP2m {
+    /// Pfns of a leaf.
+    pub(super) fn per_leaf(&self) -> u64 {
+        (PAGE_SIZE / self.width) as u64
+    }
+
+    /// Where the entry of `pfn` is: the leaf, and which of its words.
+    fn place(&self, pfn: u64) -> Option<(Mfn, usize)> {
+        let leaf = usize::try_from(pfn / self.per_leaf()).ok()?;
+        let within = usize::try_from(pfn % self.per_leaf()).ok()?;
+        let leaf = self.leaves.get(leaf).filter(|_| pfn < self.pfns)?;
+        Some((*leaf, within))
+    }
+}
+
+impl MockDomain {
+    /// Word `at`, of `width` octets, of a frame that exists.
+    fn load_narrow(&self, mfn: Mfn, width: usize, at: usize) -> u64 {
+        let octet = at * width;
+        let word = self.machine.load(mfn, octet / 8);
+        word >> (8 * (octet % 8)) & no_frame(width)
+    }
+
+    /// The guest stores word `at`, of `width` octets, of a frame of its own.
+    pub(super) fn store_narrow(&self, mfn: Mfn, width: usize, at: usize, value: u64) {
+        let octet = at * width;
+        let shift = 8 * (octet % 8);
+        let others = self.machine.load(mfn, octet / 8) & !(no_frame(width) << shift);
+        let word = others | (value & no_frame(width)) << shift;
+        self.guest_store(mfn, octet / 8, word);
+    }
+
+    fn own(&self, mfn: u64) -> Result<Mfn, Errno> {
+        let mfn = Mfn(mfn);
+        let owned = self.machine.frames.owned(mfn, self.dom.domid);
+        owned.map(|_| mfn).ok_or(Errno::EINVAL)
+    }
+
+    /// The table of level 1 that maps `address` below the table `root`, and the
+    /// entry there. EINVAL where a level is missing.
+    pub(super) fn walk(&self, width: u8, root: u64, address: u64) -> Result<(Mfn, usize), Errno> {
+        let levels = if width == 4 { 3 } else { 4 };
+        let slot = |level: u32| {
+            usize::try_from(address >> (12 + 9 * (level - 1)) & 0x1ff).map_err(|_| Errno::EINVAL)
+        };
+        let mut table = self.own(root)?;
+        for level in (2..=levels).rev() {
+            let entry = self.machine.load(table, slot(level)?);
+            if entry & PRESENT == 0 {
+                return Err(Errno::EINVAL);
+            }
+            table = self.own(entry_mfn(entry).0)?;
+        }
+        Ok((table, slot(1)?))
+    }
+
+    /// The p2m where the guest says it is. EINVAL where it is not there: a guest
+    /// just restored says so only once it runs.
+    pub(super) fn published_p2m(&self, state: &State) -> Result<PublishedP2m, Errno> {
+        let width = state.record.width;
+        let layout = SharedInfoLayout::of(width);
+        let shared_info = Mfn(state.record.shared_info);
+        let word = |field: usize| self.load_narrow(shared_info, layout.width, field / layout.width);
+        let per_leaf = PAGE_SIZE / layout.width;
+        let pfns = word(layout.max_pfn);
+        let count = usize::try_from(pfns.div_ceil(per_leaf as u64)).map_err(|_| Errno::EINVAL)?;
+        if pfns > self.machine.frames.len().saturating_mul(2) {
+            return Err(Errno::EINVAL);
+        }
+        let mut p2m = PublishedP2m {
+            width: layout.width,
+            pfns,
+            leaves: Vec::with_capacity(count),
+            lists: Vec::new(),
+        };
+        match word(layout.p2m_cr3) {
+            0 => {
+                let top = self.own(word(layout.frame_list_list))?;
+                for n in 0..count.div_ceil(per_leaf) {
+                    let list = self.own(self.load_narrow(top, layout.width, n))?;
+                    p2m.lists.push(list);
+                    for at in 0..per_leaf.min(count - n * per_leaf) {
+                        let leaf = self.load_narrow(list, layout.width, at);
+                        p2m.leaves.push(self.own(leaf)?);
+                    }
+                }
+                p2m.lists.push(top);
+            }
+            cr3 => {
+                let root = VcpuLayout::of(width).cr3_to_mfn(cr3);
+                for n in 0..count {
+                    let address = word(layout.p2m_vaddr) + (n * PAGE_SIZE) as u64;
+                    let (table, slot) = self.walk(width, root, address)?;
+                    let entry = self.machine.load(table, slot);
+                    if entry & PRESENT == 0 {
+                        return Err(Errno::EINVAL);
+                    }
+                    p2m.leaves.push(self.own(entry_mfn(entry).0)?);
+                }
+            }
+        }
+        Ok(p2m)
+    }
+
+    /// The frame that the guest's p2m gives for `pfn`.
+    pub(super) fn p2m_entry(&self, p2m: &PublishedP2m, pfn: u64) -> Option<Mfn> {
+        let (leaf, at) = p2m.place(pfn)?;
+        let mfn = self.load_narrow(leaf, p2m.width, at);
+        (mfn != no_frame(p2m.width)).then_some(Mfn(mfn))
+    }
+
+    /// The guest puts a frame, or none, at `pfn` of its p2m. EINVAL beyond its end.
+    pub(super) fn set_p2m_entry(
+        &self,
+        p2m: &PublishedP2m,
+        pfn: u64,
+        mfn: Option<Mfn>,
+    ) -> Result<(), Errno> {
+        let (leaf, at) = p2m.place(pfn).ok_or(Errno::EINVAL)?;
+        let word = mfn.map_or(no_frame(p2m.width), |mfn| mfn.0);
+        self.store_narrow(leaf, p2m.width, at, word);
+        Ok(())
+    }
+
+    /// The frames of the guest's p2m of `pfns` pfns, in order, told by what they
+    /// hold; `None` for one that is in none of its pages.
+    pub(super) fn leaves_by_contents(
+        &self,
+        width: usize,
+        pfns: usize,
+    ) -> Result<Vec<Option<u64>>, Errno> {
+        let owned = self.machine.frames_of(self.dom.domid);
+        let mut known = KnownP2m {
+            width,
+            frames: vec![0; pfns],
+        };
+        for mfn in &owned {
+            let pfn = self
+                .machine
+                .m2p(*mfn)
+                .and_then(|pfn| usize::try_from(pfn).ok());
+            if let Some(slot) = pfn.and_then(|pfn| known.frames.get_mut(pfn)) {
+                *slot = mfn.0 + 1;
+            }
+        }
+        let pfn_of = |mfn: u64| {
+            self.machine.frames.owned(Mfn(mfn), self.dom.domid)?;
+            self.machine.m2p(Mfn(mfn))
+        };
+        let mut leaves = vec![None; known.leaves()];
+        for mfn in owned {
+            let page = self.machine.read_frame(mfn)?;
+            if let Some(leaf) = known.leaf(&page, pfn_of) {
+                leaves[leaf] = Some(mfn.0);
+            }
+        }
+        Ok(leaves)
+    }
+}

@@ -1,0 +1,37 @@
+//! Changing an entry of a table that is in use, as only the hypervisor may.
+//!
+//! C implementation: `mod_l1_entry` in `xen/arch/x86/mm.c`.
+
+use nix::errno::Errno;
+use xsr_format::frame::Mfn;
+
+use super::{FrameUse, PRESENT, Tables};
+
+impl Tables<'_> {
+    /// Set entry `index` (0–511) of the level-1 table `table`
+    /// (`MMU_NORMAL_PT_UPDATE`): what it stands for is held before what was there is
+    /// let go of. EINVAL where `table` is none, or the entry is not good; then
+    /// nothing changes.
+    pub(in super::super) fn update_l1(
+        &self,
+        table: Mfn,
+        index: usize,
+        entry: u64,
+    ) -> Result<(), Errno> {
+        let frame = self.machine.frames.owned(table, self.domid);
+        if !frame.is_some_and(|frame| frame.used_as == FrameUse::Table(1) && frame.validated) {
+            return Err(Errno::EINVAL);
+        }
+        let old = self.machine.load(table, index);
+        let new = match entry & PRESENT {
+            0 => entry,
+            _ => {
+                self.get_entry(table, 1, entry, false)?;
+                self.complete(1, entry)
+            }
+        };
+        self.machine.store_word(table, index, new);
+        self.mark(table);
+        self.put_entry(table, 1, old)
+    }
+}

@@ -1,0 +1,365 @@
+//! What a PV guest's kernel knows of its own pages, and what it does to its page
+//! tables and p2m at work.
+//!
+//! C: Linux `arch/x86/xen/{mmu_pv,p2m}.c`, `drivers/xen/balloon.c`.
+
+use std::collections::{BTreeSet, HashMap};
+
+use nix::errno::Errno;
+use xsr_format::frame::{Mfn, PAGE_SIZE};
+
+use super::{Mapping, WorkPage, Workload, WorkloadCounts};
+use crate::error::BackendError;
+use crate::mock::domain::MockDomain;
+use crate::mock::frames::FrameUse;
+use crate::mock::layout::{SharedInfoLayout, VcpuLayout, read_word};
+use crate::mock::p2m::PublishedP2m;
+use crate::mock::pagetable::{ACCESSED, DIRTY, FRAME_MASK, NX, PRESENT, RW, Tables, entry_mfn};
+use crate::mock::state::State;
+use crate::pages::ENTRIES_PER_TABLE;
+
+/// The kernel's view.
+#[derive(Debug)]
+pub(super) struct PvView {
+    pub(super) p2m: PublishedP2m,
+}
+
+impl PvView {
+    pub(super) fn new(domain: &MockDomain, state: &State) -> Result<Self, Errno> {
+        let p2m = domain.published_p2m(state)?;
+        Ok(Self { p2m })
+    }
+
+    /// Pages that hold data, and pfns that have no page.
+    pub(super) fn data_pages(
+        &self,
+        domain: &MockDomain,
+        state: &State,
+    ) -> (Vec<WorkPage>, Vec<WorkPage>) {
+        let mut kernels: BTreeSet<u64> = BTreeSet::new();
+        kernels.extend(
+            self.p2m
+                .leaves
+                .iter()
+                .chain(&self.p2m.lists)
+                .map(|mfn| mfn.0),
+        );
+        if let Some(start_info) = domain.start_info(state) {
+            kernels.insert(start_info.0);
+            kernels.extend(
+                domain
+                    .rings(state.record.width, start_info)
+                    .iter()
+                    .flatten(),
+            );
+        }
+        let (mut present, mut absent) = (Vec::new(), Vec::new());
+        for pfn in 0..self.p2m.pfns {
+            let mfn = domain.p2m_entry(&self.p2m, pfn);
+            let page = WorkPage {
+                pfn,
+                mfn,
+                mapped: Vec::new(),
+            };
+            let Some(mfn) = mfn else {
+                absent.push(page);
+                continue;
+            };
+            let frame = domain.machine.frames.owned(mfn, domain.dom.domid);
+            let data = frame.is_some_and(|frame| {
+                !frame.xen_heap && (frame.count == 0 || frame.used_as == FrameUse::Writable)
+            });
+            if data && !kernels.contains(&mfn.0) {
+                present.push(page);
+            }
+        }
+        (present, absent)
+    }
+
+    /// Note where `pages` are mapped.
+    pub(super) fn find_mappings(&self, domain: &MockDomain, pages: &mut [WorkPage]) {
+        let at: HashMap<u64, usize> = (0..pages.len())
+            .filter_map(|n| Some((pages[n].mfn?.0, n)))
+            .collect();
+        for pfn in 0..self.p2m.pfns {
+            let Some(table) = domain.p2m_entry(&self.p2m, pfn) else {
+                continue;
+            };
+            let frame = domain.machine.frames.owned(table, domain.dom.domid);
+            if !frame.is_some_and(|frame| frame.used_as == FrameUse::Table(1) && frame.validated) {
+                continue;
+            }
+            for index in 0..ENTRIES_PER_TABLE {
+                let entry = domain.machine.load(table, index);
+                if entry & PRESENT != 0
+                    && let Some(page) = at.get(&entry_mfn(entry).0)
+                {
+                    pages[*page].mapped.push(Mapping {
+                        table,
+                        index,
+                        flags: 0,
+                    });
+                }
+            }
+        }
+    }
+
+    fn tables<'a>(domain: &'a MockDomain, state: &State) -> Tables<'a> {
+        Tables::new(&domain.machine, &domain.dom, state.record.width)
+    }
+
+    /// Unmap a page everywhere, and keep how it was mapped.
+    pub(super) fn unmap(
+        &self,
+        domain: &MockDomain,
+        state: &State,
+        page: &mut WorkPage,
+    ) -> Result<(), Errno> {
+        let tables = Self::tables(domain, state);
+        for mapping in &mut page.mapped {
+            let entry = domain.machine.load(mapping.table, mapping.index);
+            mapping.flags = entry & !FRAME_MASK;
+            tables.update_l1(mapping.table, mapping.index, 0)?;
+        }
+        Ok(())
+    }
+
+    /// Map a page where it was mapped.
+    pub(super) fn map(
+        &self,
+        domain: &MockDomain,
+        state: &State,
+        page: &WorkPage,
+        mfn: Mfn,
+    ) -> Result<(), Errno> {
+        let tables = Self::tables(domain, state);
+        page.mapped.iter().try_for_each(|mapping| {
+            tables.update_l1(mapping.table, mapping.index, mfn.0 << 12 | mapping.flags)
+        })
+    }
+
+    /// Add one to the generation of the p2m, which is odd while it changes.
+    fn next_generation(domain: &MockDomain, state: &State) {
+        let layout = SharedInfoLayout::of(state.record.width);
+        let shared_info = Mfn(state.record.shared_info);
+        let at = layout.p2m_generation / layout.width;
+        let octet = layout.p2m_generation / 8;
+        let word = domain.machine.load(shared_info, octet).to_le_bytes();
+        let old = read_word(&word, layout.p2m_generation % 8, layout.width);
+        domain.store_narrow(shared_info, layout.width, at, old.wrapping_add(1));
+    }
+}
+
+impl Workload {
+    /// Change the flags of an entry, or let two entries swap frames.
+    pub(super) fn change_tables(&mut self, state: &State) -> Result<WorkloadCounts, Errno> {
+        let done = match self.random.below(2) {
+            0 => self.change_flags(state)?,
+            _ => self.swap_frames(state)?,
+        };
+        Ok(WorkloadCounts {
+            table_updates: u64::from(done),
+            idle: u64::from(!done),
+            ..WorkloadCounts::default()
+        })
+    }
+
+    /// A page of the working set and one of its mappings.
+    fn some_mapping(&mut self) -> Option<(usize, usize)> {
+        let page = self.random.below(self.present.len());
+        let mappings = self.present[page].mapped.len();
+        (mappings > 0).then(|| (page, self.random.below(mappings)))
+    }
+
+    fn change_flags(&mut self, state: &State) -> Result<bool, Errno> {
+        const CHANGED: [u64; 4] = [RW, NX, DIRTY, ACCESSED];
+        let flag = CHANGED[self.random.below(CHANGED.len())];
+        let Some((page, mapping)) = self.some_mapping() else {
+            return Ok(false);
+        };
+        let Mapping { table, index, .. } = self.present[page].mapped[mapping];
+        let entry = self.domain.machine.load(table, index);
+        PvView::tables(&self.domain, state).update_l1(table, index, entry ^ flag)?;
+        Ok(true)
+    }
+
+    fn swap_frames(&mut self, state: &State) -> Result<bool, Errno> {
+        let (Some((page_a, at_a)), Some((page_b, at_b))) =
+            (self.some_mapping(), self.some_mapping())
+        else {
+            return Ok(false);
+        };
+        if page_a == page_b {
+            return Ok(false);
+        }
+        let tables = PvView::tables(&self.domain, state);
+        let (a, b) = (
+            self.present[page_a].mapped[at_a],
+            self.present[page_b].mapped[at_b],
+        );
+        let load = |mapping: Mapping| self.domain.machine.load(mapping.table, mapping.index);
+        let (old_a, old_b) = (load(a), load(b));
+        let frame_of = |from: u64, to: u64| to & !FRAME_MASK | from & FRAME_MASK;
+        tables.update_l1(a.table, a.index, frame_of(old_b, old_a))?;
+        tables.update_l1(b.table, b.index, frame_of(old_a, old_b))?;
+        self.present[page_a].mapped[at_a] = b;
+        self.present[page_b].mapped[at_b] = a;
+        Ok(true)
+    }
+
+    /// Do something to the p2m while the guest runs; `Ok(false)` where it does not.
+    fn on_p2m(
+        &mut self,
+        change: impl FnOnce(&mut Self, &State) -> Result<(), Errno>,
+    ) -> Result<bool, BackendError> {
+        let domain = self.domain.clone();
+        domain.look("workload", |state| {
+            if self.pv.is_none() {
+                return Err(Errno::EINVAL);
+            }
+            if !MockDomain::runs(state) {
+                return Ok(false);
+            }
+            change(self, state).map(|()| true)
+        })
+    }
+
+    /// Change `p2m_generation` as a kernel does that moves its p2m: by 2, odd in
+    /// between. `Ok(false)` where the guest does not run.
+    ///
+    /// # Errors
+    ///
+    /// ESRCH; EINVAL for a guest that is not PV.
+    pub fn bump_p2m_generation(&mut self) -> Result<bool, BackendError> {
+        self.on_p2m(|workload, state| {
+            PvView::next_generation(&workload.domain, state);
+            PvView::next_generation(&workload.domain, state);
+            Ok(())
+        })
+    }
+
+    /// Make the p2m larger by `pfns`, as memory hotplug does, with as many pages as
+    /// the domain may have; the others stay holes that later operations may fill.
+    /// Where that takes more pages for the p2m itself, they come from the working
+    /// set, and a linear p2m changes its generation. `Ok(false)` where the guest
+    /// does not run.
+    ///
+    /// # Errors
+    ///
+    /// ESRCH; EINVAL for a guest that is not PV; EOPNOTSUPP where the p2m would need
+    /// a further page table or list, or is linear and in the midst of the guest's
+    /// memory (32-bit). In these cases nothing has changed.
+    pub fn grow_p2m(&mut self, pfns: u64) -> Result<bool, BackendError> {
+        self.on_p2m(|workload, state| workload.grow(state, pfns))
+    }
+
+    fn grow(&mut self, state: &State, pfns: u64) -> Result<(), Errno> {
+        let p2m = &self.pv.as_ref().ok_or(Errno::EINVAL)?.p2m;
+        let (start, end) = (p2m.pfns, p2m.pfns + pfns);
+        let have = p2m.leaves.len() as u64;
+        let more = end.div_ceil(p2m.per_leaf()).saturating_sub(have);
+        let places = (have..have + more)
+            .map(|leaf| self.leaf_place(state, leaf))
+            .collect::<Result<Vec<_>, _>>()?;
+        if self.present.len() as u64 <= more {
+            return Err(Errno::EOPNOTSUPP);
+        }
+        let linear = places
+            .iter()
+            .any(|place| matches!(place, LeafPlace::Mapped(..)));
+        if linear {
+            PvView::next_generation(&self.domain, state);
+        }
+        for place in places {
+            let leaf = self.new_leaf()?;
+            match place {
+                LeafPlace::Mapped(table, slot) => {
+                    let entry = leaf.0 << 12 | PRESENT | RW | ACCESSED | DIRTY | NX;
+                    PvView::tables(&self.domain, state).update_l1(table, slot, entry)?;
+                }
+                LeafPlace::Listed(list, at) => {
+                    let width = usize::from(state.record.width);
+                    self.domain.store_narrow(list, width, at, leaf.0);
+                }
+            }
+            if let Some(view) = &mut self.pv {
+                view.p2m.leaves.push(leaf);
+            }
+        }
+        if linear {
+            PvView::next_generation(&self.domain, state);
+        }
+        let layout = SharedInfoLayout::of(state.record.width);
+        let shared_info = Mfn(state.record.shared_info);
+        let at = layout.max_pfn / layout.width;
+        self.domain.store_narrow(shared_info, layout.width, at, end);
+        if let Some(view) = &mut self.pv {
+            view.p2m.pfns = end;
+        }
+        for pfn in start..end {
+            self.domain
+                .set_p2m_entry(&self.pv.as_ref().ok_or(Errno::EINVAL)?.p2m, pfn, None)?;
+            self.absent.push(WorkPage {
+                pfn,
+                mfn: None,
+                mapped: Vec::new(),
+            });
+        }
+        for _ in 0..pfns {
+            let counts = self.take(state)?;
+            self.counts += counts;
+        }
+        Ok(())
+    }
+
+    /// Where a leaf beyond the last goes.
+    fn leaf_place(&self, state: &State, leaf: u64) -> Result<LeafPlace, Errno> {
+        let width = state.record.width;
+        let view = self.pv.as_ref().ok_or(Errno::EINVAL)?;
+        let layout = SharedInfoLayout::of(width);
+        let page = self
+            .domain
+            .machine
+            .read_frame(Mfn(state.record.shared_info))?;
+        let word = |field| read_word(page.as_slice(), field, layout.width);
+        if view.p2m.lists.is_empty() {
+            let root = VcpuLayout::of(width).cr3_to_mfn(word(layout.p2m_cr3));
+            let address = word(layout.p2m_vaddr) + leaf * PAGE_SIZE as u64;
+            let place = self.domain.walk(width, root, address);
+            let (table, slot) = place.map_err(|_| Errno::EOPNOTSUPP)?;
+            return match self.domain.machine.load(table, slot) & PRESENT {
+                0 => Ok(LeafPlace::Mapped(table, slot)),
+                _ => Err(Errno::EOPNOTSUPP),
+            };
+        }
+        let per_list = view.p2m.per_leaf();
+        let list = usize::try_from(leaf / per_list).map_err(|_| Errno::EOPNOTSUPP)?;
+        let at = usize::try_from(leaf % per_list).map_err(|_| Errno::EOPNOTSUPP)?;
+        // The last of them is the top.
+        let lists = &view.p2m.lists[..view.p2m.lists.len() - 1];
+        let list = lists.get(list).ok_or(Errno::EOPNOTSUPP)?;
+        Ok(LeafPlace::Listed(*list, at))
+    }
+
+    /// A page of the working set, to hold a part of the p2m from now on.
+    fn new_leaf(&mut self) -> Result<Mfn, Errno> {
+        let at = self.random.below(self.present.len());
+        let page = self.present.swap_remove(at);
+        let mfn = page.mfn.ok_or(Errno::EINVAL)?;
+        for index in 0..ENTRIES_PER_TABLE {
+            self.domain.machine.store_word(mfn, index, u64::MAX);
+        }
+        self.domain.dom.dirty.mark(page.pfn);
+        self.keep = self.keep.min(self.present.len());
+        Ok(mfn)
+    }
+}
+
+/// Where a leaf of the p2m is entered.
+#[derive(Clone, Copy, Debug)]
+enum LeafPlace {
+    /// A level-1 table and its entry.
+    Mapped(Mfn, usize),
+    /// A frame list and its word.
+    Listed(Mfn, usize),
+}
