@@ -11,7 +11,7 @@ use super::domain::MockDomain;
 use super::error::MockError;
 use super::frames::{Frame, FrameUse};
 use super::layout::{SharedInfoLayout, StartInfoLayout, read_word, write_word};
-use super::pagetable::{PRESENT, XEN_L2_SLOTS, XEN_L4_SLOTS, entry, entry_mfn};
+use super::pagetable::{FRAME_MASK, PRESENT, XEN_L2_SLOTS, XEN_L4_SLOTS, entry, entry_mfn};
 use super::random::mix;
 use super::state::State;
 use crate::{DomId, GuestKind};
@@ -179,8 +179,8 @@ impl MockDomain {
                 value
             } else {
                 let mfn = entry_mfn(value);
-                let pfn = self.machine.m2p(mfn).unwrap_or(0);
-                value & !(mfn.0 << 12) | pfn << 12
+                let pfn = self.machine.m2p(mfn).map_or(FRAME_MASK, |pfn| pfn << 12);
+                value & !FRAME_MASK | pfn & FRAME_MASK
             };
             write_word(page.as_mut_slice(), index * 8, 8, normal);
         }

@@ -64,8 +64,8 @@ impl DirtyLog {
             let leaf = leaf.or_insert_with(|| Box::new([0; LEAF_WORDS]));
             let within = pfn % LEAF_PFNS;
             let bit = 1 << (within % 64);
-            // Less than LEAF_WORDS, by what it is a remainder of.
-            let word = &mut leaf[usize::try_from(within / 64).unwrap_or(0)];
+            let word = usize::try_from(within / 64).expect("less than the leaf's words");
+            let word = &mut leaf[word];
             log.dirty_count += u64::from(*word & bit == 0);
             *word |= bit;
         }

@@ -1,11 +1,12 @@
-//! Changing an entry of a table that is in use, as only the hypervisor may.
+//! Changing an entry of a table that is in use, as only the hypervisor may, and
+//! taking tables out of use.
 //!
-//! C implementation: `mod_l1_entry` in `xen/arch/x86/mm.c`.
+//! C implementation: `mod_l1_entry` and `MMUEXT_UNPIN_TABLE` in `xen/arch/x86/mm.c`.
 
 use nix::errno::Errno;
 use xsr_format::frame::Mfn;
 
-use super::{FrameUse, PRESENT, Tables};
+use super::{Frame, FrameUse, PRESENT, Tables};
 
 impl Tables<'_> {
     /// Set entry `index` (0–511) of the level-1 table `table`
@@ -33,5 +34,21 @@ impl Tables<'_> {
         self.machine.store_word(table, index, new);
         self.mark(table);
         self.put_entry(table, 1, old)
+    }
+
+    /// Undo [`Tables::pin`]. EINVAL where `mfn` is not a table of the guest's that is
+    /// pinned.
+    pub(in super::super) fn unpin(&self, mfn: Mfn) -> Result<(), Errno> {
+        self.machine.frames.update(mfn, |frame| {
+            if frame.owner != Some(self.domid) || !frame.pinned {
+                return Err(Errno::EINVAL);
+            }
+            Ok(Frame {
+                pinned: false,
+                ..frame
+            })
+        })?;
+        self.mark(mfn);
+        self.put(mfn)
     }
 }

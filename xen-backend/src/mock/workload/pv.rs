@@ -14,20 +14,31 @@ use crate::mock::domain::MockDomain;
 use crate::mock::frames::FrameUse;
 use crate::mock::layout::{SharedInfoLayout, VcpuLayout, read_word};
 use crate::mock::p2m::PublishedP2m;
-use crate::mock::pagetable::{ACCESSED, DIRTY, FRAME_MASK, NX, PRESENT, RW, Tables, entry_mfn};
+use crate::mock::pagetable::{
+    ACCESSED, DIRTY, FRAME_MASK, NX, PRESENT, RW, Tables, USER, entry_mfn,
+};
 use crate::mock::state::State;
 use crate::pages::ENTRIES_PER_TABLE;
+
+/// Most tables that a workload makes, and entries of each.
+const MOST_MADE: usize = 8;
+const MADE_ENTRIES: usize = 16;
 
 /// The kernel's view.
 #[derive(Debug)]
 pub(super) struct PvView {
     pub(super) p2m: PublishedP2m,
+    /// Pages that the workload made tables of.
+    made: Vec<WorkPage>,
 }
 
 impl PvView {
     pub(super) fn new(domain: &MockDomain, state: &State) -> Result<Self, Errno> {
         let p2m = domain.published_p2m(state)?;
-        Ok(Self { p2m })
+        Ok(Self {
+            p2m,
+            made: Vec::new(),
+        })
     }
 
     /// Pages that hold data, and pfns that have no page.
@@ -151,10 +162,13 @@ impl PvView {
 }
 
 impl Workload {
-    /// Change the flags of an entry, or let two entries swap frames.
+    /// Change the flags of an entry, let two entries swap frames, or make a table or
+    /// unmake one.
     pub(super) fn change_tables(&mut self, state: &State) -> Result<WorkloadCounts, Errno> {
-        let done = match self.random.below(2) {
-            0 => self.change_flags(state)?,
+        let done = match self.random.below(16) {
+            0 => self.make_table(state)?,
+            1 => self.unmake_table(state)?,
+            2..9 => self.change_flags(state)?,
             _ => self.swap_frames(state)?,
         };
         Ok(WorkloadCounts {
@@ -204,6 +218,71 @@ impl Workload {
         tables.update_l1(b.table, b.index, frame_of(old_a, old_b))?;
         self.present[page_a].mapped[at_a] = b;
         self.present[page_b].mapped[at_b] = a;
+        Ok(true)
+    }
+
+    /// Make a page of the working set a level-1 table of others, as for a process
+    /// that is born: nothing maps it writable any more.
+    fn make_table(&mut self, state: &State) -> Result<bool, Errno> {
+        let made = self.pv.as_ref().map_or(0, |view| view.made.len());
+        if made == MOST_MADE || self.present.len() <= self.keep {
+            return Ok(false);
+        }
+        let tables = PvView::tables(&self.domain, state);
+        let machine = &self.domain.machine;
+        let at = self.random.below(self.present.len());
+        let page = self.present.swap_remove(at);
+        let mfn = page.mfn.ok_or(Errno::EINVAL)?;
+        for Mapping { table, index, .. } in &page.mapped {
+            let entry = machine.load(*table, *index);
+            tables.update_l1(*table, *index, entry & !RW)?;
+        }
+        (0..ENTRIES_PER_TABLE).for_each(|index| machine.store_word(mfn, index, 0));
+        for n in 0..MADE_ENTRIES {
+            let every = ENTRIES_PER_TABLE / MADE_ENTRIES;
+            let index = n * every + self.random.below(every);
+            let target = self.random.below(self.present.len());
+            let target = &mut self.present[target];
+            let frame = target.mfn.ok_or(Errno::EINVAL)?;
+            let flags = if n % 2 == 0 { RW } else { NX };
+            let entry = frame.0 << 12 | PRESENT | USER | ACCESSED | flags;
+            machine.store_word(mfn, index, entry);
+            target.mapped.push(Mapping {
+                table: mfn,
+                index,
+                flags: 0,
+            });
+        }
+        self.domain.dom.dirty.mark(page.pfn);
+        tables.pin(1, mfn)?;
+        if let Some(view) = &mut self.pv {
+            view.made.push(page);
+        }
+        Ok(true)
+    }
+
+    /// Make a table that the workload made a page of the working set again, as when
+    /// the process dies.
+    fn unmake_table(&mut self, state: &State) -> Result<bool, Errno> {
+        let made = self.pv.as_mut().map(|view| &mut view.made);
+        let Some(made) = made.filter(|made| !made.is_empty()) else {
+            return Ok(false);
+        };
+        let page = made.swap_remove(self.random.below(made.len()));
+        let mfn = page.mfn.ok_or(Errno::EINVAL)?;
+        let tables = PvView::tables(&self.domain, state);
+        let machine = &self.domain.machine;
+        tables.unpin(mfn)?;
+        (0..ENTRIES_PER_TABLE).for_each(|index| machine.store_word(mfn, index, 0));
+        self.domain.dom.dirty.mark(page.pfn);
+        // Tables made since may be mapped in it, too.
+        let pages = self.present.iter_mut().chain(&mut self.absent).chain(made);
+        pages.for_each(|page| page.mapped.retain(|mapping| mapping.table != mfn));
+        for Mapping { table, index, .. } in &page.mapped {
+            let entry = machine.load(*table, *index);
+            tables.update_l1(*table, *index, entry | RW)?;
+        }
+        self.present.push(page);
         Ok(true)
     }
 

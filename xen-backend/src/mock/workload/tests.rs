@@ -5,16 +5,14 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
+use xsr_format::frame::PageType;
 
 use super::*;
 use crate::mock::frames::FrameUse;
 use crate::mock::layout::{DESCRIPTORS_PER_PAGE, VcpuLayout, read_word};
 use crate::mock::pagetable::tests::check_counts;
 use crate::mock::{GuestSpec, HostConfig, MemoryDigest, P2mStyle};
-use crate::{
-    DirtyBitmap, DirtyRead, Domain, DomainControl, Host, LogDirty, PvGuest, ShutdownReason,
-    VcpuBlob,
-};
+use crate::{DirtyBitmap, DirtyRead, Domain, Host, LogDirty, PvGuest, ShutdownReason, VcpuBlob};
 
 const MIB: u64 = 8;
 const PAGES: u64 = MIB << 8;
@@ -183,9 +181,10 @@ fn churn_is_logged_down_to_page_tables_and_p2m() {
                 "{}: a leaf of the p2m changed",
                 spec.name
             );
-            let tables = after.pages().iter().filter(|page| {
-                page.page_type == xsr_format::frame::PageType::L1TAB && log.contains(&page.pfn)
-            });
+            let tables = after
+                .pages()
+                .iter()
+                .filter(|page| page.page_type == PageType::L1TAB && log.contains(&page.pfn));
             assert!(tables.count() > 0, "{}: a table changed", spec.name);
         }
     }
@@ -197,14 +196,19 @@ fn the_same_seed_does_the_same_on_another_machine() {
         let run = |host_seed, seed| {
             let host = host(host_seed);
             let (domid, _) = made(&host, &spec);
+            let before = digest(&host, domid);
             let mut workload = host.workload(domid, &churn(seed)).expect("a workload");
             workload.step(700).expect("running");
-            (digest(&host, domid), workload.counts())
+            (before, digest(&host, domid), workload.counts())
         };
         let (one, other, third) = (run(1, 5), run(2, 5), run(1, 6));
-        assert_eq!(one.0.differences(&other.0), [], "{}", spec.name);
-        assert_eq!(one.1, other.1);
-        assert_ne!(one.0.differences(&third.0), [], "{}", spec.name);
+        // A tree of the p2m that is not published is data, of this machine.
+        let apart: BTreeSet<Pfn> = one.0.differences(&other.0).into_iter().collect();
+        assert!(apart.len() <= 2, "{}: {apart:?}", spec.name);
+        let after: BTreeSet<Pfn> = one.1.differences(&other.1).into_iter().collect();
+        assert!(after.is_subset(&apart), "{}: {after:?}", spec.name);
+        assert_eq!(one.2, other.2);
+        assert!(one.1.differences(&third.1).len() > 100, "{}", spec.name);
     }
 }
 
@@ -333,11 +337,12 @@ fn a_background_workload_rests_while_the_guest_does() {
         Some(ShutdownReason::Suspend)
     );
     let still = digest(&host, domid);
-    let mut reads = 0;
-    wait(|| {
-        reads += 1;
-        reads > 20
-    });
+    // As a clock, another guest at the same work.
+    let (clock, _) = made(&host, &specs()[5]);
+    let clock = host.workload(clock, &churn(1)).expect("a workload");
+    let clock = clock.run_in_background();
+    wait(|| clock.operations() > 500);
+    drop(clock);
     assert_eq!(digest(&host, domid), still);
     check_references(&host, domid);
     domain.resume().expect("suspended");
@@ -363,9 +368,10 @@ fn a_log_read_beside_a_running_guest_misses_nothing() {
         let workload = host.workload(domid, &churn(1)).expect("a workload");
         let running = workload.run_in_background();
         let mut all = BTreeSet::new();
-        while running.operations() < 2000 {
+        wait(|| {
             all.extend(dirty(&*domain, DirtyRead::Clean));
-        }
+            running.operations() > 2000
+        });
         domain.suspend().expect("running");
         all.extend(dirty(&*domain, DirtyRead::CleanFinal));
         let changed = digest(&host, domid).differences(&before);
@@ -375,7 +381,7 @@ fn a_log_read_beside_a_running_guest_misses_nothing() {
             .filter(|pfn| !all.contains(pfn))
             .collect();
         assert_eq!(missed, [], "{}", spec.name);
-        drop(running);
+        running.stop().expect("no fault");
     }
 }
 
@@ -542,4 +548,43 @@ fn a_bad_entry_changes_nothing() {
     assert_eq!(digest(&host, domid), before);
     assert_eq!(dirty(&domain, DirtyRead::Peek), BTreeSet::new());
     check_references(&host, domid);
+}
+
+#[test]
+fn pages_become_tables_and_data_again() {
+    for spec in &specs()[..4] {
+        let host = host(1);
+        let (domid, domain) = made(&host, spec);
+        let spec = WorkloadSpec {
+            table_permille: 1000,
+            balloon_permille: 0,
+            ..churn(8)
+        };
+        let mut workload = host.workload(domid, &spec).expect("a workload");
+        let types = |host: &MockHost| -> Vec<(Pfn, PageType)> {
+            let digest = digest(host, domid);
+            let pages = digest.pages().iter();
+            pages.map(|page| (page.pfn, page.page_type)).collect()
+        };
+        domain.enable_log_dirty().expect("off");
+        let (mut came, mut went) = (0, 0);
+        for _ in 0..60 {
+            let before = types(&host);
+            workload.step(10).expect("running");
+            let log = dirty(&*domain, DirtyRead::Clean);
+            for (old, new) in before.into_iter().zip(types(&host)) {
+                assert_eq!(old.0, new.0);
+                if old.1 != new.1 {
+                    assert!(log.contains(&old.0), "a change of type is a change");
+                    match (old.1, new.1) {
+                        (PageType::NOTAB, PageType::L1TAB_PINNED) => came += 1,
+                        (PageType::L1TAB_PINNED, PageType::NOTAB) => went += 1,
+                        other => panic!("{other:?}"),
+                    }
+                }
+            }
+        }
+        assert!(came > 10 && went > 10, "{came} came, {went} went");
+        check_references(&host, domid);
+    }
 }
