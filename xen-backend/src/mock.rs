@@ -9,8 +9,8 @@
 //!
 //! Known differences from a real machine: a foreign writable mapping holds no
 //! reference of its frame, so that pinning a table while one is mapped writable
-//! goes unnoticed; a mapping that outlives its domain shows freed memory; the
-//! clock stands still.
+//! goes unnoticed; a mapping that outlives its domain, or a page that the guest gave
+//! back, shows what becomes of the frame; the clock stands still.
 
 #![deny(unsafe_code)]
 

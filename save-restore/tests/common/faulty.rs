@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use xsr_format::frame::{Gfn, Mfn, PageType};
 use xsr_xen_backend::{
     Access, BackendError, CpuPolicy, DirtyBitmap, DirtyRead, DirtyStats, DomId, Domain,
-    DomainControl, DomainInfo, Errno, ForeignPages, GuestMemory, HvmGuest, LogDirty, M2p, PvGuest, RingGrant, TscInfo, VcpuBlob, X86Platform,
+    DomainControl, DomainInfo, Errno, ForeignPages, GuestMemory, HvmGuest, LogDirty, M2p, PvGuest,
+    RingGrant, TscInfo, VcpuBlob, X86Platform,
 };
 
 /// How a call fails.

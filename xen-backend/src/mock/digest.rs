@@ -12,6 +12,7 @@ use super::error::MockError;
 use super::frames::{Frame, FrameUse};
 use super::layout::{SharedInfoLayout, StartInfoLayout, read_word, write_word};
 use super::pagetable::{FRAME_MASK, PRESENT, XEN_L2_SLOTS, XEN_L4_SLOTS, entry, entry_mfn};
+use super::platform::param;
 use super::random::mix;
 use super::state::State;
 use crate::{DomId, GuestKind};
@@ -23,8 +24,8 @@ pub struct PageDigest {
     pub pfn: Pfn,
     /// Its type.
     pub page_type: PageType,
-    /// 64 bits that stand for what it holds; `None` for a page of a PV guest's p2m,
-    /// which holds machine frames throughout.
+    /// 64 bits that stand for what it holds; `None` where that is not the guest's
+    /// own: see [`MemoryDigest`].
     pub contents: Option<u64>,
 }
 
@@ -35,6 +36,9 @@ pub struct PageDigest {
 ///   event channels;
 /// - the p2m counts as present only, and so do the lists of its pages where the
 ///   guest has published such.
+///
+/// Of a translated guest's pages, the rings of store, console and device model count
+/// as present only: a restore clears them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemoryDigest {
     pages: Vec<PageDigest>,
@@ -47,8 +51,8 @@ impl MemoryDigest {
     }
 
     /// The pages that are not the same in both, ascending: missing in one, of another
-    /// type, or with other contents. A page that is p2m in one of them may hold
-    /// anything in the other.
+    /// type, or with other contents. A page that counts as present only in one of
+    /// them may hold anything in the other.
     pub fn differences(&self, other: &Self) -> Vec<Pfn> {
         let by_pfn = |digest: &Self| -> BTreeMap<Pfn, PageDigest> {
             digest.pages.iter().map(|page| (page.pfn, *page)).collect()
@@ -57,9 +61,9 @@ impl MemoryDigest {
         let mut differ = Vec::new();
         for (pfn, ours) in by_pfn(self) {
             let same = theirs.remove(&pfn).is_some_and(|theirs| {
-                let either_p2m = ours.contents.is_none() || theirs.contents.is_none();
+                let either_present = ours.contents.is_none() || theirs.contents.is_none();
                 ours.page_type == theirs.page_type
-                    && (either_p2m || ours.contents == theirs.contents)
+                    && (either_present || ours.contents == theirs.contents)
             });
             if !same {
                 differ.push(pfn);
@@ -70,6 +74,14 @@ impl MemoryDigest {
         differ
     }
 }
+
+/// The HVM parameters that name pages which a restore clears.
+const CLEARED: [u32; 4] = [
+    param::STORE_PFN,
+    param::IOREQ_PFN,
+    param::BUFIOREQ_PFN,
+    param::CONSOLE_PFN,
+];
 
 fn hash(page: &Page) -> u64 {
     page.chunks_exact(8)
@@ -86,14 +98,15 @@ impl MockHost {
         let domain = self.mock_domain(domid)?;
         let pages = domain.look("memory_digest", |state| match domain.dom.kind {
             GuestKind::Pv => domain.digest_pv(state),
-            GuestKind::Hvm | GuestKind::Pvh => domain.digest_translated(),
+            GuestKind::Hvm | GuestKind::Pvh => domain.digest_translated(state),
         })?;
         Ok(MemoryDigest { pages })
     }
 }
 
 impl MockDomain {
-    fn digest_translated(&self) -> Result<Vec<PageDigest>, Errno> {
+    fn digest_translated(&self, state: &State) -> Result<Vec<PageDigest>, Errno> {
+        let cleared = CLEARED.map(|index| state.record.hvm_params[index as usize]);
         let end = self
             .machine
             .max_gfn(self.dom.domid)
@@ -104,7 +117,10 @@ impl MockDomain {
                 pages.push(PageDigest {
                     pfn: Pfn(pfn),
                     page_type: frame.page_type(),
-                    contents: Some(hash(&*self.machine.read_frame(mfn)?)),
+                    contents: match pfn != 0 && cleared.contains(&pfn) {
+                        true => None,
+                        false => Some(hash(&*self.machine.read_frame(mfn)?)),
+                    },
                 });
             }
         }
