@@ -36,6 +36,16 @@ pub enum GuestError {
         /// What it holds.
         value: u64,
     },
+    /// A PV guest changed where its p2m is while it was being saved.
+    #[error(
+        "the guest moved its p2m while it was being saved (generation {before} became {now}); try again, or save it suspended"
+    )]
+    P2mMoved {
+        /// `p2m_generation` at the start.
+        before: u64,
+        /// And now.
+        now: u64,
+    },
     /// Xen names a type that the format has none for.
     #[error("pfn {pfn} (frame {gfn}) has page type {:#x}, which the format does not know", page_type.nibble())]
     PageType {
@@ -147,6 +157,14 @@ pub enum SaveError {
     /// The guest's state is not what can be saved.
     #[error(transparent)]
     Guest(#[from] GuestError),
+    /// The precopy policy gave up.
+    #[error(
+        "the guest writes faster than it can be sent: the precopy policy gave up after {iterations} passes"
+    )]
+    PolicyAborted {
+        /// Passes that were sent.
+        iterations: u32,
+    },
     /// Somebody stopped it.
     #[error("the save was aborted")]
     Aborted,

@@ -22,6 +22,8 @@ pub(crate) enum Normalised {
     AsIs,
     /// Like this.
     Local(Box<Page>),
+    /// Not now: to be sent once the guest is suspended.
+    Defer,
 }
 
 /// The guest's side of a save (C: `struct xc_sr_save_ops`).
@@ -43,6 +45,9 @@ pub(crate) trait GuestSave: Sync {
 
     /// Records between STATIC_DATA_END and memory.
     fn start_of_stream(&self, out: &mut Out<'_>) -> Result<(), SaveError>;
+
+    /// Whether a save of a guest that runs can go on: asked after each pass.
+    fn check_vm_state(&self) -> Result<(), GuestError>;
 
     /// Records after memory, of a guest that has suspended.
     fn end_of_checkpoint(&self, out: &mut Out<'_>) -> Result<(), SaveError>;

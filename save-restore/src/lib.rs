@@ -21,4 +21,4 @@ pub mod toolstack;
 
 pub use error::{RestoreError, SaveError};
 pub use restore::{RestoreOptions, Restored, restore};
-pub use save::{SaveOptions, Saved, save};
+pub use save::{Live, SaveOptions, Saved, save, save_live};

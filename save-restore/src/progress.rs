@@ -20,9 +20,11 @@ pub enum Phase {
 pub struct Progress {
     /// What it is doing.
     pub phase: Phase,
-    /// pfns dealt with.
+    /// Passes over memory that are complete; 0 but in a live save.
+    pub iteration: u32,
+    /// pfns dealt with in this pass.
     pub pages_done: u64,
-    /// pfns there are; 0 where that is not known (a restore from a pipe).
+    /// pfns there are in it; 0 where that is not known (a restore from a pipe).
     pub pages_total: u64,
     /// Octets of page contents that have gone through.
     pub octets: u64,

@@ -231,6 +231,7 @@ impl Run<'_, '_> {
     fn report(&mut self, phase: Phase) -> Result<(), RestoreError> {
         let progress = Progress {
             phase,
+            iteration: 0,
             pages_done: self.pages.stats.pfns,
             pages_total: self.options.expected_pfns,
             octets: self.pages.stats.pages * xsr_format::frame::PAGE_SIZE as u64,

@@ -3,14 +3,17 @@
 //! C implementation: `xg_sr_save.c`.
 
 mod batch;
+mod live;
+pub mod precopy;
 
 use std::num::NonZeroUsize;
+use std::time::{Duration, Instant};
 
-use xsr_format::frame::Pfn;
+use xsr_format::frame::{PAGE_SIZE, Pfn};
 use xsr_format::image::DomainHeader;
 use xsr_format::record::MAX_BATCH;
 use xsr_format::write::RecordWriter;
-use xsr_xen_backend::{Domain, ShutdownReason, XenVersion};
+use xsr_xen_backend::{DirtyBitmap, Domain, ShutdownReason, XenVersion};
 
 use crate::error::{GuestError, SaveError};
 use crate::guest::hvm::HvmSave;
@@ -19,6 +22,7 @@ use crate::guest::{GuestSave, Out};
 use crate::pipeline;
 use crate::progress::{OnProgress, Phase, Progress};
 use crate::save::batch::Batch;
+use crate::save::precopy::PrecopyPolicy;
 use crate::sink::PageSink;
 use crate::toolstack::{SaveToolstack, ToolstackError};
 
@@ -31,15 +35,36 @@ pub struct SaveOptions {
     pub threads: Option<NonZeroUsize>,
 }
 
+/// How to save a guest that goes on running for the better part of it.
+pub struct Live<'a> {
+    /// Decides when the guest is suspended.
+    pub policy: &'a mut dyn PrecopyPolicy,
+    /// Send all memory a second time at the end, behind a VERIFY record, for the
+    /// restorer to compare: a means to find bugs, not for production.
+    pub verify: bool,
+}
+
+impl std::fmt::Debug for Live<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Live")
+            .field("verify", &self.verify)
+            .finish_non_exhaustive()
+    }
+}
+
 /// What a save did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SaveStats {
-    /// pfns that the stream names.
+    /// pfns that the stream names, each as often as it does.
     pub pfns: u64,
-    /// Pages whose contents it holds.
+    /// Pages whose contents it holds, each as often as it does.
     pub pages: u64,
     /// PAGE_DATA records.
     pub batches: u64,
+    /// Passes over memory while the guest ran; 0 in a save that is not live.
+    pub iterations: u32,
+    /// From asking the guest to suspend until the stream was complete.
+    pub suspended_for: Duration,
 }
 
 /// A save that is complete, of a domain that is still suspended.
@@ -161,6 +186,39 @@ pub fn save<'a>(
     options: &SaveOptions,
     progress: &mut OnProgress<'_>,
 ) -> Result<Saved<'a>, SaveError> {
+    run(domain, xen, toolstack, sink, options, None, progress)
+}
+
+/// Save a domain that runs on while its memory is being sent, again and again what
+/// it has written since, until `live.policy` says that the rest may be sent with the
+/// guest suspended.
+///
+/// # Errors
+///
+/// As [`save`]; besides, a policy that aborts, a guest that moves its p2m, and a
+/// hypervisor that cannot log dirty pages. The dirty log is off again whatever
+/// happens.
+pub fn save_live<'a>(
+    domain: &dyn Domain,
+    xen: XenVersion,
+    toolstack: &'a mut dyn SaveToolstack,
+    sink: &mut dyn PageSink,
+    options: &SaveOptions,
+    live: Live<'_>,
+    progress: &mut OnProgress<'_>,
+) -> Result<Saved<'a>, SaveError> {
+    run(domain, xen, toolstack, sink, options, Some(live), progress)
+}
+
+fn run<'a>(
+    domain: &dyn Domain,
+    xen: XenVersion,
+    toolstack: &'a mut dyn SaveToolstack,
+    sink: &mut dyn PageSink,
+    options: &SaveOptions,
+    live: Option<Live<'_>>,
+    progress: &mut OnProgress<'_>,
+) -> Result<Saved<'a>, SaveError> {
     let mut suspended = Suspended {
         toolstack,
         logging: false,
@@ -176,7 +234,7 @@ pub fn save<'a>(
         progress,
         stats: SaveStats::default(),
     };
-    let result = run.phases(xen, &mut suspended, sink);
+    let result = run.phases(xen, &mut suspended, sink, live);
     let stats = run.stats;
     suspended.logging_off();
     let Err(cause) = result else {
@@ -204,6 +262,7 @@ impl Run<'_, '_> {
         xen: XenVersion,
         suspended: &mut Suspended<'_>,
         sink: &mut dyn PageSink,
+        live: Option<Live<'_>>,
     ) -> Result<(), SaveError> {
         self.report(Phase::Setup, 0)?;
         let guest = setup(self.domain)?;
@@ -218,50 +277,103 @@ impl Run<'_, '_> {
         out.static_data_end()?;
         guest.start_of_stream(&mut out)?;
 
-        self.report(Phase::Suspend, 0)?;
-        suspended.suspend(self.domain)?;
-
-        self.all_pages(guest, &mut out)?;
+        let stopped = match live {
+            None => {
+                let stopped = self.suspend(suspended)?;
+                let none = &mut None;
+                self.send(guest, &mut out, all_pages(guest), guest_pages(guest), none)?;
+                stopped
+            }
+            Some(live) => self.live(guest, &mut out, suspended, live)?,
+        };
 
         self.report(Phase::Tail, self.stats.pfns)?;
         guest.end_of_checkpoint(&mut out)?;
         out.end()?;
+        self.stats.suspended_for = stopped.elapsed();
         Ok(())
     }
 
-    /// Every pfn there may be, ascending, in aligned batches: restorers rebuild
-    /// superpages from exactly that.
-    fn all_pages(&mut self, guest: &dyn GuestSave, out: &mut Out<'_>) -> Result<(), SaveError> {
-        let total = guest.max_pfn().0 + 1;
-        let step = MAX_BATCH as u64;
-        let batches = (0..total.div_ceil(step)).map(|i| i * step..((i + 1) * step).min(total));
+    /// Have the guest suspend; when it was asked to.
+    fn suspend(&mut self, suspended: &mut Suspended<'_>) -> Result<Instant, SaveError> {
+        self.report(Phase::Suspend, 0)?;
+        let asked = Instant::now();
+        suspended.suspend(self.domain)?;
+        Ok(asked)
+    }
+
+    /// Send pfns, ascending, in batches. `deferred`: the guest runs; what cannot be
+    /// sent for that reason is noted there. `None`: it is suspended.
+    fn send(
+        &mut self,
+        guest: &dyn GuestSave,
+        out: &mut Out<'_>,
+        pfns: impl Iterator<Item = Pfn>,
+        total: u64,
+        deferred: &mut Option<DirtyBitmap>,
+    ) -> Result<(), SaveError> {
         let domain = self.domain;
+        let running = deferred.is_some();
+        let done_before = self.stats.pfns;
         pipeline::ordered(
             pipeline::threads(self.options.threads),
-            batches,
-            |pfns| Batch::prepare(domain, guest, pfns.map(Pfn)),
+            batches(pfns),
+            |pfns| Batch::prepare(domain, guest, &pfns, running),
             |batch| {
                 batch.write(*out.sink_mut())?;
+                if let Some(deferred) = deferred {
+                    for pfn in batch.deferred() {
+                        deferred.set(*pfn);
+                    }
+                }
                 self.stats.pfns += batch.pfns();
                 self.stats.pages += batch.pages();
                 self.stats.batches += 1;
-                self.report(Phase::Pages, total)
+                self.report_pass(Phase::Pages, self.stats.pfns - done_before, total)
             },
         )
     }
 
-    fn report(&mut self, phase: Phase, pages_total: u64) -> Result<(), SaveError> {
+    fn report(&mut self, phase: Phase, pages: u64) -> Result<(), SaveError> {
+        self.report_pass(phase, pages, pages)
+    }
+
+    fn report_pass(
+        &mut self,
+        phase: Phase,
+        pages_done: u64,
+        pages_total: u64,
+    ) -> Result<(), SaveError> {
         let progress = Progress {
             phase,
-            pages_done: self.stats.pfns,
+            iteration: self.stats.iterations,
+            pages_done,
             pages_total,
-            octets: self.stats.pages * xsr_format::frame::PAGE_SIZE as u64,
+            octets: self.stats.pages * PAGE_SIZE as u64,
         };
         match (self.progress)(&progress).is_continue() {
             true => Ok(()),
             false => Err(SaveError::Aborted),
         }
     }
+}
+
+/// How many pfns there may be.
+fn guest_pages(guest: &dyn GuestSave) -> u64 {
+    guest.max_pfn().0 + 1
+}
+
+/// Every pfn there may be, ascending: restorers rebuild superpages from exactly that.
+fn all_pages(guest: &dyn GuestSave) -> impl Iterator<Item = Pfn> + use<> {
+    (0..guest_pages(guest)).map(Pfn)
+}
+
+/// As many pfns at a time as go into one record.
+fn batches(mut pfns: impl Iterator<Item = Pfn>) -> impl Iterator<Item = Vec<Pfn>> {
+    std::iter::from_fn(move || {
+        let batch: Vec<Pfn> = pfns.by_ref().take(MAX_BATCH).collect();
+        (!batch.is_empty()).then_some(batch)
+    })
 }
 
 /// Ask what the guest is; map its tables. Nothing of the guest changes.

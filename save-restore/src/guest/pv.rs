@@ -16,7 +16,7 @@ use xsr_format::record::pv::{PvInfo, vcpu_basic_octets};
 use xsr_xen_backend::{Access, Domain, ForeignPage, ForeignPages, M2p, VcpuBlob};
 
 use crate::error::{GuestError, SaveError};
-use crate::guest::pv::layout::{cr3_to_frame, frame_to_cr3, vcpu};
+use crate::guest::pv::layout::{cr3_to_frame, frame_to_cr3, shared_info, vcpu};
 use crate::guest::pv::p2m::P2m;
 use crate::guest::{GuestSave, Normalised, Out, x86};
 
@@ -181,6 +181,20 @@ impl GuestSave for PvSave<'_> {
         let end = u32::try_from(self.p2m.max_pfn.0).expect("checked when the p2m was found");
         out.p2m_frames(self.info, 0, end, &self.p2m.frames)?;
         Ok(())
+    }
+
+    /// A guest that publishes its p2m as a list counts its changes to the tables that
+    /// map it: what has been found of it no longer holds then.
+    fn check_vm_state(&self) -> Result<(), GuestError> {
+        let Some(before) = self.p2m.generation else {
+            return Ok(());
+        };
+        let shared = self.shared_info.page(0).expect("mapped").to_page();
+        let now = shared_info::P2M_GENERATION.get(self.info, shared.as_slice());
+        match now == before {
+            true => Ok(()),
+            false => Err(GuestError::P2mMoved { before, now }),
+        }
     }
 
     fn end_of_checkpoint(&self, out: &mut Out<'_>) -> Result<(), SaveError> {

@@ -16,36 +16,50 @@ pub(super) struct Batch {
     pfns: u64,
     /// The pages that have data, mapped; `None` where no page has.
     mapped: Option<ForeignPages>,
-    /// Pages that are sent in another form than they are mapped: index among the
-    /// mapped ones, ascending.
-    local: Vec<(usize, Box<Page>)>,
+    /// Pages that are not sent as they are mapped: index among the mapped ones,
+    /// ascending.
+    special: Vec<(usize, Special)>,
+    /// pfns to be sent again once the guest is suspended.
+    deferred: Vec<Pfn>,
+    pages: u64,
+}
+
+/// How a page is sent that is not sent as it is mapped.
+enum Special {
+    /// In another form.
+    Local(Box<Page>),
+    /// Not at all.
+    Not,
 }
 
 impl Batch {
     /// Look up, map and normalise `pfns`, at most 1024 of them.
     ///
+    /// While the guest is `running`, a frame that has gone since it was looked up, or a
+    /// page table that changes under the reader, is listed as absent (XTAB) and
+    /// deferred.
+    ///
     /// # Errors
     ///
-    /// A frame that cannot be mapped, named; a page type the format does not know; a
-    /// page table that cannot be normalised. Nothing stays mapped.
+    /// A frame of a suspended guest that cannot be mapped, named; a page type the
+    /// format does not know; a page table that cannot be normalised. Nothing stays
+    /// mapped.
     pub(super) fn prepare(
         domain: &dyn Domain,
         guest: &dyn GuestSave,
-        pfns: impl Iterator<Item = Pfn>,
+        pfns: &[Pfn],
+        running: bool,
     ) -> Result<Self, SaveError> {
-        let pfns: Vec<Pfn> = pfns.collect();
         // A pfn without a frame is asked about all the same, as Xen does: the answer
         // for "no frame" is XTAB.
-        let gfns: Vec<Gfn> = pfns
-            .iter()
-            .map(|pfn| guest.pfn_to_gfn(*pfn).unwrap_or(Gfn::INVALID))
-            .collect();
+        let gfns: Vec<Option<Gfn>> = pfns.iter().map(|pfn| guest.pfn_to_gfn(*pfn)).collect();
+        let asked: Vec<Gfn> = gfns.iter().map(|g| g.unwrap_or(Gfn::INVALID)).collect();
         let mut types = vec![PageType::XTAB; gfns.len()];
-        domain.page_types(&gfns, &mut types)?;
+        domain.page_types(&asked, &mut types)?;
 
         let mut entries = Vec::with_capacity(pfns.len());
         let mut with_data = Vec::with_capacity(pfns.len());
-        for ((&pfn, &gfn), &page_type) in pfns.iter().zip(&gfns).zip(&types) {
+        for ((&pfn, &gfn), &page_type) in pfns.iter().zip(&asked).zip(&types) {
             if !page_type.is_known() {
                 return Err(GuestError::PageType {
                     pfn,
@@ -54,25 +68,73 @@ impl Batch {
                 }
                 .into());
             }
-            entries.push(PageEntry { pfn, page_type });
             if page_type.has_data() {
-                with_data.push(gfn);
+                with_data.push((entries.len(), gfn));
+            }
+            entries.push(PageEntry { pfn, page_type });
+        }
+        let mut batch = Self {
+            head: Vec::new(),
+            pfns: entries.len() as u64,
+            mapped: None,
+            special: Vec::new(),
+            deferred: Vec::new(),
+            pages: 0,
+        };
+        if !with_data.is_empty() {
+            batch.map(domain, guest, &mut entries, &with_data, running)?;
+        }
+        if running {
+            // Ballooned out: it may be back before the guest is suspended.
+            let absent = pfns.iter().zip(&gfns).filter(|(_, gfn)| gfn.is_none());
+            batch.deferred.extend(absent.map(|(pfn, _)| *pfn));
+        }
+        batch.head = page_data_head(&entries)?;
+        Ok(batch)
+    }
+
+    /// Map those of `entries` that have data (their indices and frames), and turn
+    /// into their form in the stream what needs it.
+    fn map(
+        &mut self,
+        domain: &dyn Domain,
+        guest: &dyn GuestSave,
+        entries: &mut [PageEntry],
+        with_data: &[(usize, Gfn)],
+        running: bool,
+    ) -> Result<(), SaveError> {
+        let gfns: Vec<Gfn> = with_data.iter().map(|(_, gfn)| *gfn).collect();
+        let pages = domain.map(&gfns, Access::Read)?;
+        if !running && let Some(error) = pages.failed().first() {
+            return Err((*error).into());
+        }
+        for (at, (index, _)) in with_data.iter().enumerate() {
+            let entry = entries[*index];
+            let normalised = match pages.page(at) {
+                Some(page) => guest.normalise(entry, page),
+                None => Ok(Normalised::Defer),
+            };
+            let normalised = match normalised {
+                // Caught in the middle of a change, most likely: it will have settled
+                // when the guest is suspended.
+                Err(GuestError::Pte { .. }) if running => Normalised::Defer,
+                other => other?,
+            };
+            match normalised {
+                Normalised::AsIs => self.pages += 1,
+                Normalised::Local(contents) => {
+                    self.pages += 1;
+                    self.special.push((at, Special::Local(contents)));
+                }
+                Normalised::Defer => {
+                    self.deferred.push(entry.pfn);
+                    self.special.push((at, Special::Not));
+                    entries[*index].page_type = PageType::XTAB;
+                }
             }
         }
-        let mapped = match with_data.is_empty() {
-            true => None,
-            false => Some(domain.map(&with_data, Access::Read)?.all_mapped()?),
-        };
-        let local = match &mapped {
-            Some(pages) => normalise(guest, &entries, pages)?,
-            None => Vec::new(),
-        };
-        Ok(Self {
-            head: page_data_head(&entries)?,
-            pfns: entries.len() as u64,
-            mapped,
-            local,
-        })
+        self.mapped = Some(pages);
+        Ok(())
     }
 
     /// pfns in the batch.
@@ -82,7 +144,12 @@ impl Batch {
 
     /// Pages in the batch that have data.
     pub(super) fn pages(&self) -> u64 {
-        self.mapped.as_ref().map_or(0, |pages| pages.len() as u64)
+        self.pages
+    }
+
+    /// pfns that must be sent again once the guest is suspended.
+    pub(super) fn deferred(&self) -> &[Pfn] {
+        &self.deferred
     }
 
     /// Write the record: pages that need no other form straight from the guest.
@@ -90,29 +157,15 @@ impl Batch {
         let mut list = Gather::new();
         list.push(&self.head);
         if let Some(pages) = &self.mapped {
-            let mut local = self.local.iter().peekable();
-            for (index, page) in pages.iter() {
-                match local.next_if(|(at, _)| *at == index) {
-                    Some((_, contents)) => list.push(contents.as_slice()),
-                    None => list.push_page(page),
+            let mut special = self.special.iter().peekable();
+            for at in 0..pages.len() {
+                match special.next_if(|(index, _)| *index == at) {
+                    Some((_, Special::Local(contents))) => list.push(contents.as_slice()),
+                    Some((_, Special::Not)) => {}
+                    None => list.push_page(pages.page(at).expect("mapped, or deferred")),
                 }
             }
         }
         Ok(sink.write_gather(&list)?)
     }
-}
-
-fn normalise(
-    guest: &dyn GuestSave,
-    entries: &[PageEntry],
-    pages: &ForeignPages,
-) -> Result<Vec<(usize, Box<Page>)>, SaveError> {
-    let mut local = Vec::new();
-    let with_data = entries.iter().filter(|entry| entry.page_type.has_data());
-    for (entry, (index, page)) in with_data.zip(pages.iter()) {
-        if let Normalised::Local(contents) = guest.normalise(*entry, page)? {
-            local.push((index, contents));
-        }
-    }
-    Ok(local)
 }

@@ -227,6 +227,14 @@ impl Taken<'_> {
         }
     }
 
+    /// How many pages have contents.
+    pub(crate) fn data_pages(&self) -> u64 {
+        self.pages
+            .values()
+            .filter(|(_, page)| page.is_some())
+            .count() as u64
+    }
+
     /// The pages of an HVM guest that a restore clears: xenstore, ioreq, buffered
     /// ioreq and console rings.
     pub(crate) fn rings(&self) -> impl Iterator<Item = Pfn> {

@@ -188,6 +188,8 @@ pub(crate) mod shared_info {
     pub(crate) const P2M_CR3: Field = field("arch.p2m_cr3");
     pub(crate) const P2M_VADDR: Field = field("arch.p2m_vaddr");
 
+    pub(crate) const P2M_GENERATION: Field = field("arch.p2m_generation");
+
     /// `evtchn_pending_sel`, in one `vcpu_info`.
     pub(crate) const PENDING_SEL: Field = Field {
         bits32: pending_sel(&SHARED_INFO_32),

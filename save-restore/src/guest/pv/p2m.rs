@@ -59,6 +59,8 @@ pub(crate) struct P2m {
     pub(crate) frames: Vec<Pfn>,
     /// The last pfn of the guest.
     pub(crate) max_pfn: Pfn,
+    /// For a list: what `p2m_generation` was when it was found.
+    pub(crate) generation: Option<u64>,
     info: PvInfo,
 }
 
@@ -92,6 +94,7 @@ impl P2m {
             leaves: map(domain, &leaves)?,
             frames: Vec::new(),
             max_pfn,
+            generation: (cr3 != 0).then(|| shared_info::P2M_GENERATION.get(info, shared)),
             info,
         };
         p2m.frames = leaves
