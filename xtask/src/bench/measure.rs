@@ -12,7 +12,12 @@ use serde::{Deserialize, Serialize};
 
 /// Run one shell command and print what it used, as JSON (for `bench`)
 #[derive(Debug, Args)]
-#[command(hide = true)]
+#[command(
+    hide = true,
+    after_help = "\
+Example:
+  cargo xtask measure 'cat image >/dev/null'"
+)]
 pub(crate) struct MeasureArgs {
     /// The command, for `sh -c`
     command: String,
