@@ -9,6 +9,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
+use nix::fcntl::{FcntlArg, fcntl};
 use tempfile::NamedTempFile;
 
 use crate::exit::BadUsage;
@@ -52,6 +53,9 @@ impl Input {
         let metadata = file.metadata().with_context(|| name.clone())?;
         if metadata.is_dir() {
             bail!("{name}: is a directory, not an image");
+        }
+        if metadata.file_type().is_fifo() {
+            widen(&file);
         }
         let length = match metadata.is_file() && file.stream_position()? == 0 {
             true => Some(metadata.len()),
@@ -107,28 +111,25 @@ impl Output {
                     "stdout is a terminal: an image would garble it; name a file".to_owned(),
                 )));
             }
-            let file = stdout
-                .as_fd()
-                .try_clone_to_owned()
-                .context("stdout")?
-                .into();
-            return Ok(Self {
-                file,
-                place: Place::Straight,
-            });
+            let file = stdout.as_fd().try_clone_to_owned().context("stdout")?;
+            return Self::straight(file.into());
         }
         Self::create_at(path).with_context(|| path.display().to_string())
+    }
+
+    fn straight(file: File) -> anyhow::Result<Self> {
+        if file.metadata()?.file_type().is_fifo() {
+            widen(&file);
+        }
+        let place = Place::Straight;
+        Ok(Self { file, place })
     }
 
     fn create_at(path: &Path) -> anyhow::Result<Self> {
         let to = match fs::metadata(path) {
             Ok(found) if found.is_dir() => bail!("is a directory"),
             Ok(found) if is_stream(found.file_type()) || is_descriptor(path) => {
-                let file = OpenOptions::new().write(true).open(path)?;
-                return Ok(Self {
-                    file,
-                    place: Place::Straight,
-                });
+                return Self::straight(OpenOptions::new().write(true).open(path)?);
             }
             // What a link points to is replaced, not the link.
             Ok(_) => fs::canonicalize(path)?,
@@ -173,6 +174,15 @@ impl Output {
         File::open(directory(&to))
             .and_then(|dir| dir.sync_all())
             .with_context(name)
+    }
+}
+
+/// Let a pipe hold more than the 64 KiB it begins with: fewer turns between the two
+/// processes. Where that is not allowed, it stays as it is.
+fn widen(pipe: &File) {
+    const OCTETS: i32 = 1 << 20;
+    if let Err(error) = fcntl(pipe, FcntlArg::F_SETPIPE_SZ(OCTETS)) {
+        tracing::debug!(%error, "the pipe keeps its size");
     }
 }
 
