@@ -157,8 +157,8 @@ impl MockDomain {
         let layout = SharedInfoLayout::of(state.record.width);
         let shared_info = self.machine.read_frame(Mfn(state.record.shared_info))?;
         let pfns = read_word(shared_info.as_slice(), layout.max_pfn, layout.width);
-        // No guest's p2m is larger than the machine by much: a wild value is not its size.
-        let pfns = pfns.min(2 * self.machine.frames.len());
+        // A wild value is not its size.
+        let pfns = pfns.min(self.most_pfns());
         let pfns = usize::try_from(pfns).map_err(|_| Errno::EINVAL)?;
         let leaves = self.leaves_by_contents(layout.width, pfns)?;
         let mut pages: Vec<u64> = leaves.into_iter().flatten().collect();

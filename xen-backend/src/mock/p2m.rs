@@ -24,10 +24,6 @@ impl KnownP2m {
         PAGE_SIZE / self.width
     }
 
-    fn leaves(&self) -> usize {
-        self.frames.len().div_ceil(self.per_leaf())
-    }
-
     fn mfn(&self, pfn: usize) -> Option<u64> {
         self.frames.get(pfn)?.checked_sub(1)
     }
@@ -135,10 +131,10 @@ impl MockDomain {
         let word = |field: usize| self.load_narrow(shared_info, layout.width, field / layout.width);
         let per_leaf = PAGE_SIZE / layout.width;
         let pfns = word(layout.max_pfn);
-        let count = usize::try_from(pfns.div_ceil(per_leaf as u64)).map_err(|_| Errno::EINVAL)?;
-        if pfns > self.machine.frames.len().saturating_mul(2) {
+        if pfns > self.most_pfns() {
             return Err(Errno::EINVAL);
         }
+        let count = usize::try_from(pfns.div_ceil(per_leaf as u64)).map_err(|_| Errno::EINVAL)?;
         let mut p2m = PublishedP2m {
             width: layout.width,
             pfns,
@@ -195,23 +191,27 @@ impl MockDomain {
     }
 
     /// The frames of the guest's p2m of `pfns` pfns, in order, told by what they
-    /// hold; `None` for one that is in none of its pages.
+    /// hold; `None` for one that is in none of its pages, or that covers no frame.
+    /// `pfns` is at most what [`MockDomain::most_pfns`] says.
     pub(super) fn leaves_by_contents(
         &self,
         width: usize,
         pfns: usize,
     ) -> Result<Vec<Option<u64>>, Errno> {
         let owned = self.machine.frames_of(self.dom.domid);
+        let pfn_below = |mfn: &Mfn| {
+            let pfn = usize::try_from(self.machine.m2p(*mfn)?).ok()?;
+            (pfn < pfns).then_some(pfn)
+        };
+        // Beyond the last leaf that covers a frame there is nothing to tell by.
+        let covered = owned.iter().filter_map(pfn_below).max();
+        let covered = covered.map_or(0, |last| (last + 1).next_multiple_of(PAGE_SIZE / width));
         let mut known = KnownP2m {
             width,
-            frames: vec![0; pfns],
+            frames: vec![0; covered.min(pfns)],
         };
         for mfn in &owned {
-            let pfn = self
-                .machine
-                .m2p(*mfn)
-                .and_then(|pfn| usize::try_from(pfn).ok());
-            if let Some(slot) = pfn.and_then(|pfn| known.frames.get_mut(pfn)) {
+            if let Some(slot) = pfn_below(mfn).and_then(|pfn| known.frames.get_mut(pfn)) {
                 *slot = mfn.0 + 1;
             }
         }
@@ -219,7 +219,7 @@ impl MockDomain {
             self.machine.frames.owned(Mfn(mfn), self.dom.domid)?;
             self.machine.m2p(Mfn(mfn))
         };
-        let mut leaves = vec![None; known.leaves()];
+        let mut leaves = vec![None; pfns.div_ceil(known.per_leaf())];
         for mfn in owned {
             let page = self.machine.read_frame(mfn)?;
             if let Some(leaf) = known.leaf(&page, pfn_of) {
@@ -227,5 +227,25 @@ impl MockDomain {
             }
         }
         Ok(leaves)
+    }
+
+    /// The most pfns that a guest's p2m can sensibly cover: with holes, as many
+    /// again as the machine has frames.
+    pub(super) fn most_pfns(&self) -> u64 {
+        self.machine.frames.len().saturating_mul(2)
+    }
+
+    /// At most `count` of the guest's pages that hold nothing but "no frame", in the
+    /// order of their pfns.
+    pub(super) fn pages_of_holes(&self, count: usize) -> Result<Vec<u64>, Errno> {
+        let mut pages = Vec::new();
+        for mfn in self.machine.frames_of(self.dom.domid) {
+            if self.machine.read_frame(mfn)?.iter().all(|o| *o == 0xff) {
+                pages.push((self.machine.m2p(mfn), mfn.0));
+            }
+        }
+        pages.sort_unstable();
+        pages.truncate(count);
+        Ok(pages.into_iter().map(|(_, mfn)| mfn).collect())
     }
 }

@@ -4,7 +4,10 @@
 //! A restore takes `p2m_cr3` over from the image, where it holds a frame of the old
 //! machine, and clears `pfn_to_mfn_frame_list_list`. A real kernel knows where its
 //! p2m is and says so again; the mock has no kernel, so it finds the leaves by what
-//! they hold.
+//! they hold. A leaf that covers only holes (a ballooned tail) holds nothing to tell
+//! it by: any page of the guest's full of "no frame" serves, and where there are fewer
+//! of those than such leaves, the last serves several, as a kernel's page of missing
+//! entries does. A guest with no such page does not wake.
 //!
 //! C: Linux `xen_pv_post_suspend` (`xen_setup_shared_info`,
 //! `xen_build_mfn_list_list`).
@@ -22,7 +25,8 @@ impl MockDomain {
     ///
     /// # Errors
     ///
-    /// EINVAL where the guest's p2m is not in its memory: a real one would crash.
+    /// EINVAL where the guest's p2m is not in its memory, or has a size that cannot
+    /// be: a real one would crash.
     /// ENOMEM where there is no page for the tree.
     pub(super) fn wake_guest(&self, state: &mut State) -> Result<(), Errno> {
         let Some(roots) = state.record.vcpus.first().and_then(|vcpu| vcpu.roots) else {
@@ -56,18 +60,15 @@ impl MockDomain {
     /// memory: it stays as the restore left it.
     fn publish_tree(&self, state: &mut State, pfns: u64) -> Result<Mfn, Errno> {
         let width = usize::from(state.record.width);
-        let pfns = usize::try_from(pfns).map_err(|_| Errno::EINVAL)?;
-        let leaves = self.leaves_by_contents(width, pfns)?;
-        let leaves: Option<Vec<u64>> = leaves.into_iter().collect();
-        let leaves = leaves.ok_or_else(|| {
+        let mut level = self.all_leaves(width, pfns).inspect_err(|errno| {
             tracing::error!(
                 domid = self.dom.domid.0,
+                pfns,
+                %errno,
                 "the guest's p2m is not in its memory"
             );
-            Errno::EINVAL
         })?;
         let mut pages = Vec::new();
-        let mut level: Vec<u64> = leaves;
         // Twice: the frame lists, and the list of them.
         for _ in 0..2 {
             let mut above = Vec::new();
@@ -90,6 +91,129 @@ impl MockDomain {
         match level.as_slice() {
             [top] => Ok(Mfn(*top)),
             _ => Err(Errno::EINVAL),
+        }
+    }
+
+    /// Every leaf of the guest's p2m of `pfns` pfns.
+    fn all_leaves(&self, width: usize, pfns: u64) -> Result<Vec<u64>, Errno> {
+        let per_leaf = PAGE_SIZE / width;
+        // The image says how many: what neither this machine nor the tree's three
+        // levels have room for is no size.
+        if pfns > self.most_pfns().min((per_leaf as u64).pow(3)) {
+            return Err(Errno::EINVAL);
+        }
+        let pfns = usize::try_from(pfns).map_err(|_| Errno::EINVAL)?;
+        let mut leaves = self.leaves_by_contents(width, pfns)?;
+        let covering = self.leaves_covering(per_leaf, leaves.len());
+        let mut missing = Vec::new();
+        for (leaf, covers) in leaves.iter_mut().zip(covering) {
+            match (&leaf, covers) {
+                (Some(_), _) => {}
+                (None, true) => return Err(Errno::EINVAL),
+                (None, false) => missing.push(leaf),
+            }
+        }
+        if !missing.is_empty() {
+            let holes = self.pages_of_holes(missing.len())?;
+            let last = holes.last().copied().ok_or(Errno::EINVAL)?;
+            for (leaf, page) in missing
+                .into_iter()
+                .zip(holes.into_iter().chain(std::iter::repeat(last)))
+            {
+                *leaf = Some(page);
+            }
+        }
+        Ok(leaves.into_iter().flatten().collect())
+    }
+
+    /// Of each of `leaves` leaves, whether it covers a frame of the guest's.
+    fn leaves_covering(&self, per_leaf: usize, leaves: usize) -> Vec<bool> {
+        let mut covering = vec![false; leaves];
+        for mfn in self.machine.frames_of(self.dom.domid) {
+            let leaf = self.machine.m2p(mfn).map(|pfn| pfn / per_leaf as u64);
+            let leaf = leaf.and_then(|leaf| usize::try_from(leaf).ok());
+            if let Some(covers) = leaf.and_then(|leaf| covering.get_mut(leaf)) {
+                *covers = true;
+            }
+        }
+        covering
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mock::{GuestSpec, HostConfig, MockHost, P2mStyle};
+    use crate::{DomainControl, GuestKind};
+
+    /// Pfns of the guests here, and those of them that are ballooned out: all that
+    /// one leaf covers.
+    const PFNS: u64 = 4096;
+    const HOLES: u64 = 512;
+
+    /// A guest as a restore leaves it, whose image says it has `pfns` pfns. With it
+    /// the leaves it had published.
+    fn restored(ballooned_pages: u64, pfns: u64) -> (MockDomain, Vec<Mfn>) {
+        let host = MockHost::ephemeral(&HostConfig {
+            memory_pages: 1 << 14,
+            ..HostConfig::default()
+        })
+        .expect("a host");
+        let spec = GuestSpec {
+            p2m: Some(P2mStyle::Tree),
+            ballooned_pages,
+            ..GuestSpec::new("guest", GuestKind::Pv, PFNS >> 8)
+        };
+        let domid = host.create_guest(&spec).expect("a guest");
+        let domain = host.mock_domain(domid).expect("the guest");
+        let leaves = domain.change("restore", |state| {
+            let leaves = domain.published_p2m(state)?.leaves;
+            state.record.pauses = 1;
+            state.record.has_run = false;
+            let layout = SharedInfoLayout::of(8);
+            for (field, value) in [(layout.frame_list_list, 0), (layout.max_pfn, pfns)] {
+                let shared_info = Mfn(state.record.shared_info);
+                domain.machine.store_word(shared_info, field / 8, value);
+            }
+            Ok(leaves)
+        });
+        (domain, leaves.expect("its p2m"))
+    }
+
+    fn published(domain: &MockDomain) -> Vec<Mfn> {
+        let p2m = domain.look("p2m", |state| domain.published_p2m(state));
+        p2m.expect("a p2m").leaves
+    }
+
+    #[test]
+    fn a_restored_guest_publishes_the_leaves_it_had() {
+        for ballooned in [0, 20, HOLES] {
+            let (domain, leaves) = restored(ballooned, PFNS);
+            domain.unpause().expect("it wakes");
+            assert_eq!(published(&domain), leaves, "{ballooned} ballooned out");
+        }
+    }
+
+    #[test]
+    fn a_tail_of_holes_is_published_with_pages_of_holes() {
+        let (domain, leaves) = restored(HOLES, PFNS + 2 * HOLES);
+        domain.unpause().expect("it wakes");
+        let hole = leaves[6];
+        assert_eq!(published(&domain), [leaves, vec![hole; 2]].concat());
+        // No page of the guest's could stand for the tail.
+        let (domain, _) = restored(0, PFNS + 1);
+        let error = domain.unpause().expect_err("no leaf");
+        assert_eq!(error.errno, Errno::EINVAL);
+    }
+
+    #[test]
+    fn a_size_that_cannot_be_is_refused() {
+        for pfns in [1 << 60 | 1, 1 << 45, (1 << 15) + 1, u64::MAX] {
+            let (domain, _) = restored(HOLES, pfns);
+            let free = domain.machine.free_pages();
+            let error = domain.unpause().expect_err("no p2m");
+            assert_eq!(error.errno, Errno::EINVAL, "{pfns:#x}");
+            assert_eq!(domain.machine.free_pages(), free, "{pfns:#x}");
         }
     }
 }
