@@ -2,8 +2,10 @@
 //! against the mock in its tests and against a real hypervisor where there is one.
 //!
 //! Each check makes the domains it needs and destroys them. Every errno that the
-//! traits promise is provoked, but for those that would take the machine down with
-//! them (a host that is full).
+//! traits promise is provoked, but for those that want a machine or a handle of
+//! another sort: EPERM and EACCES for who may not, ENOMEM of a host that is full,
+//! EOPNOTSUPP of one that cannot log a guest's writes, ESRCH for a vcpu that was
+//! never made, and ETIMEDOUT of a running guest that does not answer.
 
 mod control;
 mod hvm;

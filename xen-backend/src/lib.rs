@@ -120,7 +120,8 @@ pub enum VcpuBlob {
 /// A domain's TSC, as X86_TSC_INFO holds it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TscInfo {
-    /// 0 default, 1 always emulate, 2 never emulate, 3 pvrdtscp.
+    /// 0 default, 1 always emulate, 2 never emulate. 3 was pvrdtscp
+    /// once.
     pub mode: u32,
     /// Frequency in kHz.
     pub khz: u32,
@@ -139,8 +140,8 @@ pub struct CpuPolicy {
     pub msrs: Vec<u8>,
 }
 
-/// The domain's event channels and domains behind store and console, as the grant
-/// table's reserved entries name them.
+/// A ring of the store or the console, and the domain behind it, as a reserved entry
+/// of the grant table names them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingGrant {
     /// The ring's frame (HVM: pfn, PV: mfn); `None` leaves the entry alone.
@@ -282,15 +283,15 @@ pub trait X86Platform: Send + Sync {
     fn cpu_policy(&self) -> Result<CpuPolicy, BackendError>;
 
     /// Set the CPU policy; an empty half is left alone. EINVAL for lengths that are
-    /// no multiple of an entry or for a policy the machine cannot offer; EBUSY once
-    /// a vcpu has run.
+    /// no multiple of an entry or for a policy the machine cannot offer; EEXIST once
+    /// the domain has been unpaused.
     fn set_cpu_policy(&self, policy: &CpuPolicy) -> Result<(), BackendError>;
 
     /// TSC mode, frequency, elapsed time and incarnation (`XEN_DOMCTL_gettscinfo`).
     fn tsc_info(&self) -> Result<TscInfo, BackendError>;
 
-    /// Set them (`XEN_DOMCTL_settscinfo`). EINVAL for a mode above 3 or a running
-    /// domain.
+    /// Set them (`XEN_DOMCTL_settscinfo`). EINVAL for a mode above 2. The domain may
+    /// run: it is paused meanwhile.
     fn set_tsc_info(&self, info: &TscInfo) -> Result<(), BackendError>;
 
     /// Put the frames of the xenstore and console rings into the reserved grant
@@ -298,13 +299,15 @@ pub trait X86Platform: Send + Sync {
     fn seed_grants(&self, console: RingGrant, xenstore: RingGrant) -> Result<(), BackendError>;
 }
 
-/// What only PV guests have. On a translated guest every call fails with EINVAL.
+/// What only PV guests have. On a translated guest every call fails with EINVAL, but
+/// those of the width with EOPNOTSUPP.
 pub trait PvGuest: Send + Sync {
     /// Octets in the guest's word: 8 or 4 (`XEN_DOMCTL_get_address_size`, in octets).
     fn guest_width(&self) -> Result<u8, BackendError>;
 
-    /// Make the guest 4 or 8 octets wide. EINVAL for another width; EACCES once the
-    /// domain has memory.
+    /// Make the guest 4 or 8 octets wide (`XEN_DOMCTL_set_address_size`); the width it
+    /// has always succeeds. EINVAL for another width, and for 8 once it is 4; EACCES
+    /// for 4 once the domain has memory.
     fn set_guest_width(&self, width: u8) -> Result<(), BackendError>;
 
     /// The machine-to-physical table.

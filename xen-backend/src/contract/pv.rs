@@ -23,8 +23,12 @@ pub(super) const CHECKS: &[(&str, Check)] = &[
 fn not_pv(host: &dyn Host) -> Result<(), Violation> {
     for kind in [GuestKind::Hvm, GuestKind::Pvh] {
         let guest = Guest::new(host, kind, 1, 1)?;
-        fails(guest.guest_width(), Errno::EINVAL, "guest_width")?;
-        fails(guest.set_guest_width(8), Errno::EINVAL, "set_guest_width")?;
+        fails(guest.guest_width(), Errno::EOPNOTSUPP, "guest_width")?;
+        fails(
+            guest.set_guest_width(8),
+            Errno::EOPNOTSUPP,
+            "set_guest_width",
+        )?;
         fails(guest.m2p(), Errno::EINVAL, "m2p")?;
         fails(
             guest.vcpu_state(0, VcpuBlob::Msrs),
@@ -47,10 +51,17 @@ fn width(host: &dyn Host) -> Result<(), Violation> {
     for bad in [0, 2, 16] {
         fails(guest.set_guest_width(bad), Errno::EINVAL, "another width")?;
     }
+    guest.set_guest_width(8)?;
     guest.set_guest_width(4)?;
     equal(&guest.guest_width()?, &4, "width")?;
+    fails(guest.set_guest_width(8), Errno::EINVAL, "back to 8")?;
     guest.populate(0, &mut [Gfn(0)])?;
-    fails(guest.set_guest_width(8), Errno::EACCES, "with memory")
+    guest.set_guest_width(4)?;
+    equal(&guest.guest_width()?, &4, "width")?;
+    let wide = Guest::new(host, GuestKind::Pv, 1, 1)?;
+    wide.populate(0, &mut [Gfn(0)])?;
+    wide.set_guest_width(8)?;
+    fails(wide.set_guest_width(4), Errno::EACCES, "4 with memory")
 }
 
 fn m2p(host: &dyn Host) -> Result<(), Violation> {

@@ -17,9 +17,8 @@ use crate::{CpuPolicy, HvmGuest, RingGrant, TscInfo, X86Platform};
 pub(super) const HOST_KHZ: u32 = 2_596_120;
 
 /// Never emulate: the guest sees the machine's TSC, and there is nothing to tell.
-const TSC_NEVER_EMULATE: u32 = 2;
 /// The largest mode there is.
-const TSC_MODE_MAX: u32 = 3;
+const TSC_NEVER_EMULATE: u32 = 2;
 
 /// HVM parameters there are.
 pub(super) const HVM_PARAMS: usize = 39;
@@ -123,7 +122,7 @@ impl X86Platform for MockDomain {
     fn set_cpu_policy(&self, policy: &CpuPolicy) -> Result<(), BackendError> {
         self.change("set_cpu_policy", |state| {
             if state.record.has_run {
-                return Err(Errno::EBUSY);
+                return Err(Errno::EEXIST);
             }
             policy::check(policy)?;
             for (name, half) in [(CPUID_LEAVES, &policy.leaves), (POLICY_MSRS, &policy.msrs)] {
@@ -151,8 +150,7 @@ impl X86Platform for MockDomain {
 
     fn set_tsc_info(&self, info: &TscInfo) -> Result<(), BackendError> {
         self.change("settscinfo", |state| {
-            let running = state.record.pauses == 0 && state.record.shutdown.is_none();
-            if info.mode > TSC_MODE_MAX || running {
+            if info.mode > TSC_NEVER_EMULATE {
                 return Err(Errno::EINVAL);
             }
             state.record.tsc = TscInfo {

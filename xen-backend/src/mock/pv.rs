@@ -160,11 +160,15 @@ fn check_msrs(state: &[u8]) -> Result<(), Errno> {
 }
 
 impl MockDomain {
-    fn pv(&self, op: &'static str) -> Result<(), BackendError> {
+    fn pv_or(&self, op: &'static str, otherwise: Errno) -> Result<(), BackendError> {
         match self.dom.kind {
             GuestKind::Pv => Ok(()),
-            _ => Err(self.fail(op, Errno::EINVAL)),
+            _ => Err(self.fail(op, otherwise)),
         }
+    }
+
+    fn pv(&self, op: &'static str) -> Result<(), BackendError> {
+        self.pv_or(op, Errno::EINVAL)
     }
 
     /// Take the references that a first context stands for: GDT frames and
@@ -240,20 +244,24 @@ fn vcpu_index(state: &State, vcpu: u32) -> Result<usize, Errno> {
 impl PvGuest for MockDomain {
     fn guest_width(&self) -> Result<u8, BackendError> {
         const OP: &str = "get_address_size";
-        self.pv(OP)?;
+        self.pv_or(OP, Errno::EOPNOTSUPP)?;
         self.look(OP, |state| Ok(state.record.width))
     }
 
     fn set_guest_width(&self, width: u8) -> Result<(), BackendError> {
         const OP: &str = "set_address_size";
-        self.pv(OP)?;
+        self.pv_or(OP, Errno::EOPNOTSUPP)?;
         self.change(OP, |state| {
-            check(matches!(width, 4 | 8))?;
-            if self.machine.tot_pages(self.dom.domid) > 0 {
-                return Err(Errno::EACCES);
+            match (state.record.width, width) {
+                (old, new) if old == new => Ok(()),
+                (_, 4) if self.machine.tot_pages(self.dom.domid) > 0 => Err(Errno::EACCES),
+                (_, 4) => {
+                    state.record.width = 4;
+                    Ok(())
+                }
+                // There is no way back either.
+                _ => Err(Errno::EINVAL),
             }
-            state.record.width = width;
-            Ok(())
         })
     }
 
