@@ -295,7 +295,8 @@ pub trait X86Platform: Send + Sync {
     fn set_tsc_info(&self, info: &TscInfo) -> Result<(), BackendError>;
 
     /// Put the frames of the xenstore and console rings into the reserved grant
-    /// entries 1 and 0 of the domain (C: `xc_dom_gnttab_seed`).
+    /// entries 1 and 0 of the domain (C: `xc_dom_gnttab_seed`). EINVAL for a frame
+    /// beyond 2^32 - 1: an entry has no room for it.
     fn seed_grants(&self, console: RingGrant, xenstore: RingGrant) -> Result<(), BackendError>;
 }
 

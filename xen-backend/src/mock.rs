@@ -20,6 +20,7 @@ mod dirty;
 mod domain;
 mod error;
 mod frames;
+mod grants;
 mod guest;
 mod hvm_context;
 mod kernel;
@@ -56,8 +57,8 @@ use crate::{DomId, Domain, DomainControl, DomainInfo, GuestKind, Host, TscInfo, 
 
 pub use self::digest::{MemoryDigest, PageDigest};
 pub use self::error::MockError;
+pub use self::grants::GrantEntry;
 pub use self::guest::{GuestSpec, P2mStyle};
-pub use self::state::GrantEntry;
 pub use self::summary::{DomainReport, DomainState, DomainSummary};
 pub use self::workload::{BackgroundWorkload, Workload, WorkloadCounts, WorkloadSpec};
 
@@ -276,7 +277,7 @@ impl MockHost {
     /// ESRCH.
     pub fn grants(&self, domid: DomId) -> Result<[Option<GrantEntry>; 2], MockError> {
         let domain = self.mock_domain(domid)?;
-        Ok(domain.look("grants", |state| Ok(state.record.grants))?)
+        Ok(domain.look("grants", |state| domain.reserved_grants(state))?)
     }
 }
 
@@ -325,38 +326,40 @@ impl Host for MockHost {
         if !(1..=MAX_VCPUS).contains(&vcpus) {
             return Err(BackendError::host(OP, Errno::EINVAL));
         }
-        let made = self.machine.add_domain(|domid, shared_info| {
-            let policy = policy::default_policy(kind);
-            let mut blobs = BTreeMap::from([
-                (CPUID_LEAVES.to_owned(), policy.leaves),
-                (POLICY_MSRS.to_owned(), policy.msrs),
-            ]);
-            if kind.is_translated() {
-                let context = hvm_context::make(kind, 0, 0);
-                blobs.insert(HVM_CONTEXT.to_owned(), context);
-            }
-            let record = Record {
-                domid,
-                name: format!("domain-{}", domid.0),
-                kind,
-                width: 8,
-                max_pages,
-                pauses: 1,
-                has_run: false,
-                shutdown: None,
-                suspended_rings: None,
-                shared_info: shared_info.0,
-                lent: Vec::new(),
-                vcpus: (0..vcpus).map(|_| Vcpu::default()).collect(),
-                tsc: TscInfo {
-                    khz: platform::HOST_KHZ,
-                    ..TscInfo::default()
-                },
-                hvm_params: vec![0; platform::HVM_PARAMS],
-                grants: [None; 2],
-            };
-            (record, blobs)
-        });
+        let made = self
+            .machine
+            .add_domain(|domid, [shared_info, grant_table]| {
+                let policy = policy::default_policy(kind);
+                let mut blobs = BTreeMap::from([
+                    (CPUID_LEAVES.to_owned(), policy.leaves),
+                    (POLICY_MSRS.to_owned(), policy.msrs),
+                ]);
+                if kind.is_translated() {
+                    let context = hvm_context::make(kind, 0, 0);
+                    blobs.insert(HVM_CONTEXT.to_owned(), context);
+                }
+                let record = Record {
+                    domid,
+                    name: format!("domain-{}", domid.0),
+                    kind,
+                    width: 8,
+                    max_pages,
+                    pauses: 1,
+                    has_run: false,
+                    shutdown: None,
+                    suspended_rings: None,
+                    shared_info: shared_info.0,
+                    grant_table: grant_table.0,
+                    lent: Vec::new(),
+                    vcpus: (0..vcpus).map(|_| Vcpu::default()).collect(),
+                    tsc: TscInfo {
+                        khz: platform::HOST_KHZ,
+                        ..TscInfo::default()
+                    },
+                    hvm_params: vec![0; platform::HVM_PARAMS],
+                };
+                (record, blobs)
+            });
         match made {
             Ok(Some(dom)) => Ok(dom.domid),
             Ok(None) => Err(BackendError::host(OP, Errno::ENOMEM)),

@@ -176,7 +176,7 @@ fn a_killed_process_loses_nothing_else() {
         (victim.tot_pages, victim.state),
         (3072, DomainState::Paused)
     );
-    assert_eq!(host.free_pages(), free_before - 3072 - 1);
+    assert_eq!(host.free_pages(), free_before - 3072 - 2);
     host.domain(victim.domid).unwrap().destroy().unwrap();
     host.domain(bystander).unwrap().destroy().unwrap();
     assert_eq!(host.free_pages(), free);

@@ -146,5 +146,6 @@ fn grants(host: &dyn Host) -> Result<(), Violation> {
     };
     guest.seed_grants(ring(Some(gfns[0])), ring(Some(gfns[1])))?;
     guest.seed_grants(ring(None), ring(None))?;
-    Ok(())
+    let wide = guest.seed_grants(ring(Some(Gfn(1 << 32))), ring(None));
+    fails(wide, Errno::EINVAL, "a frame beyond an entry")
 }

@@ -173,10 +173,10 @@ impl Machine {
     }
 
     /// Put a new domain on the machine. `make` fills in the record for the number
-    /// and the shared_info frame it gets. `Ok(None)`: the machine is full.
+    /// and the frames of shared_info and the grant table it gets. `Ok(None)`: the machine is full.
     pub(super) fn add_domain(
         &self,
-        make: impl FnOnce(DomId, Mfn) -> (Record, BTreeMap<String, Vec<u8>>),
+        make: impl FnOnce(DomId, [Mfn; 2]) -> (Record, BTreeMap<String, Vec<u8>>),
     ) -> Result<Option<Arc<Dom>>, MockError> {
         let mut next = self
             .next_domid
@@ -188,16 +188,24 @@ impl Machine {
         else {
             return Ok(None);
         };
-        let Some(mfn) = self.lend_page(domid) else {
+        let Some(shared_info) = self.lend_page(domid) else {
             return Ok(None);
         };
+        let Some(grant_table) = self.lend_page(domid) else {
+            self.allocator().give_back(&self.frames, shared_info);
+            return Ok(None);
+        };
+        let lent = [shared_info, grant_table];
         *next = 1 + domid.0 % (DOMID_FIRST_RESERVED - 1);
-        let (record, blobs) = make(domid, mfn);
+        let (record, blobs) = make(domid, lent);
         let saved = self.save_new(*next, &record, &blobs);
         let p2m = match saved {
             Ok(p2m) => p2m,
             Err(e) => {
-                self.allocator().give_back(&self.frames, mfn);
+                let mut allocator = self.allocator();
+                for mfn in lent {
+                    allocator.give_back(&self.frames, mfn);
+                }
                 return Err(e);
             }
         };
@@ -474,7 +482,7 @@ fn recount(
             let Some(owner) = frame.owner else { continue };
             let kept = domains.get(&owner).is_some_and(|dom| {
                 let record = &dom.lock().record;
-                !frame.xen_heap || record.shared_info == mfn.0 || record.lent.contains(&mfn.0)
+                !frame.xen_heap || record.borrows(mfn)
             });
             if !kept {
                 if let Err(errno) = punch(memory, mfn, 1) {

@@ -1,4 +1,4 @@
-//! CPU policy, TSC, grants, and what only translated guests of the mock machine
+//! CPU policy, TSC, and what only translated guests of the mock machine
 //! have.
 //!
 //! C implementation: `xen/arch/x86/{time,domctl,cpu-policy}.c`,
@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use super::domain::MockDomain;
 use super::hvm_context;
 use super::policy;
-use super::state::{CPUID_LEAVES, GrantEntry, HVM_CONTEXT, POLICY_MSRS};
+use super::state::{CPUID_LEAVES, HVM_CONTEXT, POLICY_MSRS};
 use crate::error::BackendError;
 use crate::{CpuPolicy, HvmGuest, RingGrant, TscInfo, X86Platform};
 
@@ -166,12 +166,8 @@ impl X86Platform for MockDomain {
     }
 
     fn seed_grants(&self, console: RingGrant, xenstore: RingGrant) -> Result<(), BackendError> {
-        self.change("gnttab_seed", |state| {
-            let rings = [console, xenstore].map(GrantEntry::of);
-            for (entry, ring) in state.record.grants.iter_mut().zip(rings) {
-                *entry = ring.or(*entry);
-            }
-            Ok(())
+        self.look("gnttab_seed", |state| {
+            self.set_grants(state, console, xenstore)
         })
     }
 }

@@ -9,26 +9,7 @@ use xsr_format::frame::{Gfn, Mfn};
 
 use super::dirty::DirtyLog;
 use super::memory::Words;
-use crate::{DomId, GuestKind, RingGrant, ShutdownReason, TscInfo};
-
-/// A reserved entry of a domain's grant table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct GrantEntry {
-    /// The frame granted (HVM: pfn, PV: mfn).
-    pub gfn: u64,
-    /// The domain that may map it.
-    pub backend: DomId,
-}
-
-impl GrantEntry {
-    /// The entry that `ring` makes; `None` where it leaves the entry alone.
-    pub(super) fn of(ring: RingGrant) -> Option<Self> {
-        Some(Self {
-            gfn: ring.gfn?.0,
-            backend: ring.backend,
-        })
-    }
-}
+use crate::{DomId, GuestKind, ShutdownReason, TscInfo};
 
 /// A PV vcpu that has been given its context.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,6 +45,8 @@ pub(super) struct Record {
     pub(super) suspended_rings: Option<[u64; 2]>,
     /// The frame of shared_info.
     pub(super) shared_info: u64,
+    /// The first frame of the grant table ([`super::grants`]).
+    pub(super) grant_table: u64,
     /// Further pages of Xen's, lent to the guest to publish its p2m in.
     #[serde(default)]
     pub(super) lent: Vec<u64>,
@@ -71,8 +54,13 @@ pub(super) struct Record {
     pub(super) tsc: TscInfo,
     /// Translated: HVM parameters by index.
     pub(super) hvm_params: Vec<u64>,
-    /// Reserved grant entries: console, xenstore.
-    pub(super) grants: [Option<GrantEntry>; 2],
+}
+
+impl Record {
+    /// Whether `mfn` is one of Xen's own pages that the domain has the use of.
+    pub(super) fn borrows(&self, mfn: Mfn) -> bool {
+        self.shared_info == mfn.0 || self.grant_table == mfn.0 || self.lent.contains(&mfn.0)
+    }
 }
 
 /// Name of the blob that holds the HVM context.

@@ -47,7 +47,7 @@ pub(super) struct HostRecord {
 }
 
 /// The layout that this program reads and writes.
-pub(super) const FORMAT: u32 = 1;
+pub(super) const FORMAT: u32 = 2;
 
 /// The place of a host's state.
 #[derive(Debug)]

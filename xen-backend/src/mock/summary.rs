@@ -8,7 +8,8 @@ use xsr_format::frame::{Gfn, PageType};
 use super::MockHost;
 use super::domain::MockDomain;
 use super::error::MockError;
-use super::state::{GrantEntry, Record, USERDATA};
+use super::grants::GrantEntry;
+use super::state::{Record, USERDATA};
 use crate::error::BackendError;
 use crate::{DomId, GuestKind, GuestMemory, ShutdownReason, TscInfo};
 
@@ -163,7 +164,7 @@ impl MockHost {
                     .filter(|(_, value)| **value != 0)
                     .map(|(index, value)| (index, *value))
                     .collect(),
-                grants: record.grants,
+                grants: domain.reserved_grants(state)?,
                 blobs: sizes(false),
                 userdata: sizes(true),
             })
