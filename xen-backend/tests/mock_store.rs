@@ -209,6 +209,46 @@ fn frames_without_a_domain_are_freed_after_a_kill() {
 }
 
 #[test]
+fn frames_of_a_domain_half_removed_are_freed() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = MockHost::create(dir.path(), &config()).unwrap();
+    let free = host.free_pages();
+    let lost = host
+        .create_guest(&GuestSpec::new("lost", GuestKind::Pv, 8))
+        .unwrap();
+    // Closed in order, so that nothing but the directory's name tells.
+    drop(host);
+    let domains = dir.path().join("domains");
+    let dead = domains.join(format!("{}.dead", lost.0));
+    fs::rename(domains.join(lost.0.to_string()), &dead).unwrap();
+    let host = MockHost::open(dir.path()).unwrap();
+    assert_eq!(host.free_pages(), free);
+    assert!(!dead.exists());
+}
+
+#[test]
+fn a_domain_that_cannot_be_forgotten_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let host = MockHost::create(dir.path(), &config()).unwrap();
+    let free = host.free_pages();
+    let spec = GuestSpec::new("stays", GuestKind::Hvm, 8);
+    let domid = host.create_guest(&spec).unwrap();
+    let domain = host.domain(domid).unwrap();
+    let before = host.show(domid).unwrap();
+    // In the way of the directory's other name.
+    let dead = dir.path().join(format!("domains/{}.dead", domid.0));
+    fs::write(&dead, "").unwrap();
+    assert_eq!(domain.destroy().unwrap_err().errno, Errno::EIO);
+    assert!(host.show(domid).unwrap() == before);
+    fs::remove_file(&dead).unwrap();
+    // What is left of an earlier domain of that number is not in the way.
+    fs::create_dir_all(dead.join("blobs")).unwrap();
+    domain.destroy().unwrap();
+    assert_eq!(host.free_pages(), free);
+    assert!(!dead.exists());
+}
+
+#[test]
 fn a_full_host_refuses() {
     let host = MockHost::ephemeral(&HostConfig {
         memory_pages: 4096,

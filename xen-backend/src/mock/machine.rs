@@ -119,7 +119,11 @@ impl Machine {
         let mark = words(&store, "open", 1)?;
         let taken = words(&store, "blocks", frames / BLOCK_LEN)?;
         let mut domains = BTreeMap::new();
-        for saved in store.load_domains()? {
+        let left_open = mark.get(0) != 0;
+        // From here on: what load_domains removes is not found a second time.
+        mark.set(0, 1);
+        let (saved, leftovers) = store.load_domains()?;
+        for saved in saved {
             let record = saved.record;
             let p2m = match record.kind.is_translated() {
                 true => Some(words(&store, &Store::p2m_name(record.domid), MAX_PFNS)?),
@@ -128,10 +132,9 @@ impl Machine {
             domains.insert(record.domid, Arc::new(Dom::new(record, saved.blobs, p2m)));
         }
         let counters = words(&store, "counters", COUNTERS * (usize::from(u16::MAX) + 1))?;
-        if mark.get(0) != 0 {
+        if left_open || leftovers {
             recount(&table, &taken, &m2p, &counters, &memory, &domains);
         }
-        mark.set(0, 1);
         let allocator = Allocator::new(taken, config.seed, config.max_run as usize);
         Ok(Self {
             store,
@@ -243,19 +246,25 @@ impl Machine {
         Ok(p2m)
     }
 
-    /// Take a domain off the machine and free its frames.
+    /// Take a domain off the machine and free its frames. On failure to forget it,
+    /// it stays as it is.
     pub(super) fn remove_domain(&self, dom: &Dom) -> Result<(), MockError> {
         // Whoever is at work on the domain finishes first.
         let state = dom.lock();
-        if dom.gone.swap(true, Ordering::AcqRel) {
+        if dom.gone.load(Ordering::Acquire) {
             return Ok(());
         }
-        self.store.remove_domain(dom.domid)?;
+        self.store.forget_domain(dom.domid)?;
+        dom.gone.store(true, Ordering::Release);
         self.free_all(dom.domid)
             .map_err(|errno| MockError::io("free", "memory")(errno.into()))?;
         drop(state);
         let mut domains = self.domains.write().unwrap_or_else(PoisonError::into_inner);
         domains.remove(&dom.domid);
+        if let Err(error) = self.store.clear_forgotten(dom.domid) {
+            // The domain is gone all the same; whoever opens the host tries again.
+            tracing::warn!(%error, domid = dom.domid.0, "a domain's directory is left");
+        }
         Ok(())
     }
 

@@ -15,6 +15,7 @@
 //! | `blocks` | frames taken per 2 MiB |
 //! | `counters` | four words per domain: pages, largest gfn ever plus 1, last port, none |
 //! | `open` | one word: 1 while the host is open |
+//! | `domains/N.dead` | what could not be removed of a domain that is gone |
 //! | `domains/N/state.json` | [`super::state::Record`] |
 //! | `domains/N/p2m` | translated guests: mfn + 1 per pfn, 0 where there is none |
 //! | `domains/N/blobs/NAME` | contexts, policy and user data, as they are |
@@ -49,6 +50,9 @@ pub(super) struct HostRecord {
 /// The layout that this program reads and writes.
 pub(super) const FORMAT: u32 = 2;
 
+/// What the name of a forgotten domain's directory ends with.
+const DEAD: &str = "dead";
+
 /// The place of a host's state.
 #[derive(Debug)]
 pub(super) struct Store {
@@ -72,7 +76,9 @@ pub(super) struct Saved {
     pub(super) blobs: BTreeMap<String, Vec<u8>>,
 }
 
-fn sync_rename(path: &Path, octets: &[u8]) -> Result<(), MockError> {
+/// Put `octets` at `path` in one go: a reader, or whoever comes after a process that
+/// died, finds the old file or the new one. It is not forced to the disk.
+fn replace_file(path: &Path, octets: &[u8]) -> Result<(), MockError> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".new");
     let temporary = path.with_file_name(name);
@@ -194,7 +200,7 @@ impl Store {
     pub(super) fn save_host(&self, host: &HostRecord) -> Result<(), MockError> {
         match self.path() {
             None => Ok(()),
-            Some(dir) => sync_rename(&dir.join("host.json"), &encode(host)?),
+            Some(dir) => replace_file(&dir.join("host.json"), &encode(host)?),
         }
     }
 
@@ -211,17 +217,28 @@ impl Store {
         fs::create_dir_all(&blobs).map_err(MockError::io("create", &blobs))
     }
 
-    /// Forget a domain. Its directory gets another name first: what is left of it
-    /// after a crash is no domain.
-    pub(super) fn remove_domain(&self, domid: DomId) -> Result<(), MockError> {
+    /// Forget a domain: its directory gets a name that is no domain's.
+    pub(super) fn forget_domain(&self, domid: DomId) -> Result<(), MockError> {
+        // Of an earlier domain with this number, where that could not be removed.
+        self.clear_forgotten(domid)?;
         let Some(dir) = self.domain_dir(domid) else {
             let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
             files.remove(&Self::p2m_name(domid));
             return Ok(());
         };
-        let dead = dir.with_extension("dead");
-        fs::rename(&dir, &dead).map_err(MockError::io("rename", &dir))?;
-        fs::remove_dir_all(&dead).map_err(MockError::io("remove", &dead))
+        fs::rename(&dir, dir.with_extension(DEAD)).map_err(MockError::io("rename", &dir))
+    }
+
+    /// Remove what is left of a forgotten domain, if anything is.
+    pub(super) fn clear_forgotten(&self, domid: DomId) -> Result<(), MockError> {
+        let Some(dir) = self.domain_dir(domid) else {
+            return Ok(());
+        };
+        let dead = dir.with_extension(DEAD);
+        match fs::remove_dir_all(&dead) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            result => result.map_err(MockError::io("remove", &dead)),
+        }
     }
 
     /// The name of a domain's p2m file, for [`Store::file`].
@@ -233,7 +250,7 @@ impl Store {
     pub(super) fn save_record(&self, record: &Record) -> Result<(), MockError> {
         match self.domain_dir(record.domid) {
             None => Ok(()),
-            Some(dir) => sync_rename(&dir.join("state.json"), &encode(record)?),
+            Some(dir) => replace_file(&dir.join("state.json"), &encode(record)?),
         }
     }
 
@@ -241,15 +258,17 @@ impl Store {
     pub(super) fn save_blob(&self, domid: DomId, name: &str, blob: &[u8]) -> Result<(), MockError> {
         match self.domain_dir(domid) {
             None => Ok(()),
-            Some(dir) => sync_rename(&dir.join("blobs").join(name), blob),
+            Some(dir) => replace_file(&dir.join("blobs").join(name), blob),
         }
     }
 
-    /// Every domain there is. What a killed process left half-made is removed.
-    pub(super) fn load_domains(&self) -> Result<Vec<Saved>, MockError> {
+    /// Every domain there is. What is half-made or half-removed is removed; whether
+    /// there was any comes second: frames may still be called its own.
+    pub(super) fn load_domains(&self) -> Result<(Vec<Saved>, bool), MockError> {
         let Some(path) = self.path() else {
-            return Ok(Vec::new());
+            return Ok((Vec::new(), false));
         };
+        let mut leftovers = false;
         let domains = path.join("domains");
         let mut saved = Vec::new();
         for entry in fs::read_dir(&domains).map_err(MockError::io("read", &domains))? {
@@ -257,22 +276,21 @@ impl Store {
             let state = dir.join("state.json");
             let record: Record = match fs::read(&state) {
                 Ok(octets) if dir.extension().is_none() => parse(&state, &octets)?,
-                Ok(_) => {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                    return Err(MockError::io("read", &state)(e));
+                }
+                _ => {
                     fs::remove_dir_all(&dir).map_err(MockError::io("remove", &dir))?;
+                    leftovers = true;
                     continue;
                 }
-                Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                    fs::remove_dir_all(&dir).map_err(MockError::io("remove", &dir))?;
-                    continue;
-                }
-                Err(e) => return Err(MockError::io("read", &state)(e)),
             };
             saved.push(Saved {
                 record,
                 blobs: load_blobs(&dir.join("blobs"))?,
             });
         }
-        Ok(saved)
+        Ok((saved, leftovers))
     }
 }
 
