@@ -15,6 +15,7 @@
 #![deny(unsafe_code)]
 
 mod allocator;
+mod before;
 mod digest;
 mod dirty;
 mod domain;

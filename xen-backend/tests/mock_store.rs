@@ -248,6 +248,64 @@ fn a_domain_that_cannot_be_forgotten_stays() {
     assert!(!dead.exists());
 }
 
+/// All there is to see of a PV guest.
+fn all_of(host: &MockHost, domid: DomId, frames: &[Gfn]) -> impl PartialEq + use<> {
+    let domain = host.domain(domid).unwrap();
+    (
+        host.show(domid).unwrap(),
+        contents(&*domain, frames),
+        domain.vcpu_state(0, VcpuBlob::Basic).unwrap(),
+        domain.cpu_policy().unwrap(),
+        host.userdata_get(domid, "key").unwrap(),
+        host.free_pages(),
+    )
+}
+
+#[test]
+fn a_change_that_cannot_be_kept_is_none() {
+    for width in [8, 4] {
+        let dir = tempfile::tempdir().unwrap();
+        let host = MockHost::create(dir.path(), &config()).unwrap();
+        let spec = GuestSpec {
+            width,
+            ..GuestSpec::new(format!("pv{width}"), GuestKind::Pv, 8)
+        };
+        let domid = host.create_guest(&spec).unwrap();
+        let domain = host.domain(domid).unwrap();
+        let frames = pv_frames(&*domain);
+        let state = dir.path().join(format!("domains/{}", domid.0));
+        let away = dir.path().join("away");
+        let record_in_the_way = state.join("state.json.new");
+        let refused = |change: &dyn Fn() -> Option<Errno>| {
+            let before = all_of(&host, domid, &frames);
+            // No file at all can be written.
+            fs::rename(&state, &away).unwrap();
+            assert_eq!(change(), Some(Errno::EIO));
+            fs::rename(&away, &state).unwrap();
+            assert!(before == all_of(&host, domid, &frames), "nothing written");
+            // All but the last.
+            fs::create_dir(&record_in_the_way).unwrap();
+            assert_eq!(change(), Some(Errno::EIO));
+            fs::remove_dir(&record_in_the_way).unwrap();
+            assert!(before == all_of(&host, domid, &frames), "half written");
+        };
+        let errno = |result: Result<(), xsr_xen_backend::BackendError>| Some(result.err()?.errno);
+        refused(&|| errno(domain.pause()));
+        refused(&|| errno(domain.suspend()));
+        domain.suspend().unwrap();
+        refused(&|| errno(domain.resume()));
+        domain.resume().unwrap();
+        refused(&|| match host.userdata_store(domid, "key", b"value") {
+            Err(MockError::Backend(error)) => Some(error.errno),
+            _ => None,
+        });
+        // The files are put back too.
+        assert!(!state.join("blobs/userdata-key").exists());
+        let context = fs::read(state.join("blobs/vcpu0-basic")).unwrap();
+        assert_eq!(context, domain.vcpu_state(0, VcpuBlob::Basic).unwrap());
+    }
+}
+
 #[test]
 fn a_full_host_refuses() {
     let host = MockHost::ephemeral(&HostConfig {

@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 use nix::errno::Errno;
 use xsr_format::frame::{Gfn, Mfn, PageType};
 
+use super::before::Before;
 use super::error::MockError;
 use super::frames::{Frame, FrameUse};
 use super::machine::Machine;
@@ -51,35 +52,38 @@ impl MockDomain {
             .map_err(|errno| self.fail(op, errno))
     }
 
-    /// Change the domain's state, and keep what came of it.
+    /// Change the domain's state, and keep what came of it. Where either fails, all
+    /// is put back as it was.
     pub(super) fn change<T>(
         &self,
         op: &'static str,
         change: impl FnOnce(&mut State) -> Result<T, Errno>,
     ) -> Result<T, BackendError> {
         let mut state = self.dom.lock();
-        self.alive()
-            .and_then(|()| change(&mut state))
+        self.alive().map_err(|errno| self.fail(op, errno))?;
+        let before = Before::of(self, &state).map_err(|errno| self.fail(op, errno))?;
+        change(&mut state)
             .and_then(|out| match self.machine.store.save_record(&state.record) {
                 Ok(()) => Ok(out),
                 Err(error) => Err(storage_errno(&error)),
             })
+            .inspect_err(|_| before.put_back(self, &mut state))
             .map_err(|errno| self.fail(op, errno))
     }
 
-    /// Keep a blob of the domain's.
+    /// Keep a blob of the domain's, as part of a change.
     pub(super) fn put_blob(
         &self,
         state: &mut State,
         name: &str,
         blob: Vec<u8>,
     ) -> Result<(), Errno> {
+        // First in memory: what is put back is what differs there.
+        state.blobs.insert(name.to_owned(), blob);
         self.machine
             .store
-            .save_blob(self.dom.domid, name, &blob)
-            .map_err(|error| storage_errno(&error))?;
-        state.blobs.insert(name.to_owned(), blob);
-        Ok(())
+            .save_blob(self.dom.domid, name, &state.blobs[name])
+            .map_err(|error| storage_errno(&error))
     }
 
     /// What getdomaininfo says.

@@ -82,7 +82,12 @@ impl MockDomain {
     }
 
     /// Write them.
-    fn set_rings(&self, width: u8, start_info: Mfn, rings: [u64; 2]) -> Result<(), Errno> {
+    pub(super) fn set_rings(
+        &self,
+        width: u8,
+        start_info: Mfn,
+        rings: [u64; 2],
+    ) -> Result<(), Errno> {
         let layout = StartInfoLayout::of(width);
         for (field, ring) in [layout.store_mfn, layout.console_mfn]
             .into_iter()

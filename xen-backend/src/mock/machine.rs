@@ -311,6 +311,13 @@ impl Machine {
         self.allocator().take_page(&self.frames, lent_page(owner))
     }
 
+    /// Take back a page that was lent and that nothing refers to any more.
+    pub(super) fn take_back(&self, mfn: Mfn) -> Result<(), Errno> {
+        punch(&self.memory, mfn, 1)?;
+        self.allocator().give_back(&self.frames, mfn);
+        Ok(())
+    }
+
     /// Every frame of a domain that is no page of Xen's.
     pub(super) fn frames_of(&self, domid: DomId) -> Vec<Mfn> {
         let blocks: Vec<Mfn> = self.allocator().taken_blocks().collect();

@@ -159,6 +159,28 @@ fn check_msrs(state: &[u8]) -> Result<(), Errno> {
     )
 }
 
+/// The user's root that a context names.
+fn user_root(width: u8, context: &[u8]) -> Option<u64> {
+    let layout = VcpuLayout::of(width);
+    let cr1 = layout.get(context, layout.cr(1));
+    (width == 8 && cr1 != 0).then_some(cr1 >> 12)
+}
+
+/// What a context refers to: GDT frames and page-table roots, which are tables of
+/// level `top`.
+fn references(width: u8, top: u8, context: &[u8]) -> Vec<(Mfn, FrameUse)> {
+    let layout = VcpuLayout::of(width);
+    let word = |offset| layout.get(context, offset);
+    let gdt = (0..word(layout.gdt_ents).div_ceil(DESCRIPTORS_PER_PAGE))
+        .filter_map(|n| usize::try_from(n).ok())
+        .map(|n| (Mfn(word(layout.gdt_frame(n))), FrameUse::Descriptors));
+    let kernel = layout.cr3_to_mfn(word(layout.cr(3)));
+    let roots = [Some(kernel), user_root(width, context)];
+    let roots = roots.into_iter().flatten();
+    gdt.chain(roots.map(|mfn| (Mfn(mfn), FrameUse::Table(top))))
+        .collect()
+}
+
 impl MockDomain {
     fn pv_or(&self, op: &'static str, otherwise: Errno) -> Result<(), BackendError> {
         match self.dom.kind {
@@ -177,17 +199,12 @@ impl MockDomain {
         let layout = VcpuLayout::of(width);
         let tables = Tables::new(&self.machine, &self.dom, width);
         let word = |offset| layout.get(context, offset);
-        let (flags, cr1) = (word(layout.flags), word(layout.cr(1)));
-        let user = (width == 8 && cr1 != 0).then_some(cr1 >> 12);
+        let flags = word(layout.flags);
+        let user = user_root(width, context);
         check(width == 4 || flags & VGCF_IN_KERNEL != 0 || user.is_some())?;
-        let gdt = (0..word(layout.gdt_ents).div_ceil(DESCRIPTORS_PER_PAGE))
-            .filter_map(|n| usize::try_from(n).ok())
-            .map(|n| (Mfn(word(layout.gdt_frame(n))), FrameUse::Descriptors));
         let kernel = layout.cr3_to_mfn(word(layout.cr(3)));
-        let root = FrameUse::Table(tables.top_level());
-        let roots = [Some(kernel), user].into_iter().flatten();
         let mut held = Vec::new();
-        for (mfn, used_as) in gdt.chain(roots.map(|mfn| (Mfn(mfn), root))) {
+        for (mfn, used_as) in references(width, tables.top_level(), context) {
             if let Err(errno) = tables.get(mfn, used_as) {
                 held.into_iter().try_for_each(|mfn| tables.put(mfn))?;
                 return Err(errno);
@@ -195,6 +212,14 @@ impl MockDomain {
             held.push(mfn);
         }
         Ok(Roots { kernel, user })
+    }
+
+    /// Drop what [`MockDomain::take_roots`] took for this context, as it was kept.
+    pub(super) fn drop_references(&self, width: u8, context: &[u8]) -> Result<(), Errno> {
+        let tables = Tables::new(&self.machine, &self.dom, width);
+        references(width, tables.top_level(), context)
+            .into_iter()
+            .try_for_each(|(mfn, _)| tables.put(mfn))
     }
 
     fn set_basic(&self, state: &mut State, vcpu: usize, context: &[u8]) -> Result<(), Errno> {
@@ -208,12 +233,10 @@ impl MockDomain {
                 let fixed = layout.gdt_frames..layout.kernel_ss;
                 let fixed_ldt = layout.ldt_base..layout.gdt_frames;
                 let word = |offset| layout.get(context, offset);
-                let user =
-                    (width == 8 && word(layout.cr(1)) != 0).then_some(word(layout.cr(1)) >> 12);
                 let same = old[fixed.clone()] == context[fixed]
                     && old[fixed_ldt.clone()] == context[fixed_ldt]
                     && roots.kernel == layout.cr3_to_mfn(word(layout.cr(3)))
-                    && roots.user == user;
+                    && roots.user == user_root(width, context);
                 check(same)?;
                 roots
             }
@@ -225,12 +248,11 @@ impl MockDomain {
         if width == 8 {
             layout.set(&mut kept, layout.cr(1), roots.user.unwrap_or(0) << 12);
         }
-        self.put_blob(state, &name, kept)?;
         let online = layout.get(context, layout.flags) & VGCF_ONLINE != 0;
         let vcpu = &mut state.record.vcpus[vcpu];
         vcpu.roots = Some(roots);
         vcpu.online = online;
-        Ok(())
+        self.put_blob(state, &name, kept)
     }
 }
 

@@ -262,6 +262,18 @@ impl Store {
         }
     }
 
+    /// Remove one blob of a domain, if it is there.
+    pub(super) fn remove_blob(&self, domid: DomId, name: &str) -> Result<(), MockError> {
+        let Some(dir) = self.domain_dir(domid) else {
+            return Ok(());
+        };
+        let path = dir.join("blobs").join(name);
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            result => result.map_err(MockError::io("remove", &path)),
+        }
+    }
+
     /// Every domain there is. What is half-made or half-removed is removed; whether
     /// there was any comes second: frames may still be called its own.
     pub(super) fn load_domains(&self) -> Result<(Vec<Saved>, bool), MockError> {

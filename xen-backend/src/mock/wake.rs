@@ -68,7 +68,6 @@ impl MockDomain {
                 "the guest's p2m is not in its memory"
             );
         })?;
-        let mut pages = Vec::new();
         // Twice: the frame lists, and the list of them.
         for _ in 0..2 {
             let mut above = Vec::new();
@@ -81,17 +80,26 @@ impl MockDomain {
                     .machine
                     .lend_page(self.dom.domid)
                     .ok_or(Errno::ENOMEM)?;
+                // Known at once: who undoes this takes it back.
+                state.record.lent.push(mfn.0);
                 self.machine.write_frames(mfn, 0, &page)?;
-                pages.push(mfn.0);
                 above.push(mfn.0);
             }
             level = above;
         }
-        state.record.lent = pages;
         match level.as_slice() {
             [top] => Ok(Mfn(*top)),
             _ => Err(Errno::EINVAL),
         }
+    }
+
+    /// Undo [`MockDomain::publish_tree`], but for its pages: there was no tree.
+    pub(super) fn unpublish_tree(&self, state: &State) -> Result<(), Errno> {
+        let layout = SharedInfoLayout::of(state.record.width);
+        let none = &[0; 8][..layout.width];
+        let shared_info = Mfn(state.record.shared_info);
+        self.machine
+            .write_frames(shared_info, layout.frame_list_list, none)
     }
 
     /// Every leaf of the guest's p2m of `pfns` pfns.
