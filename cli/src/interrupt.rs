@@ -1,4 +1,4 @@
-//! SIGINT and SIGTERM while a domain is being saved or restored: the work is broken
+//! SIGINT, SIGTERM and SIGHUP (a session that breaks off) while a domain is being saved or restored: the work is broken
 //! off in good order, so that the guest runs on and nothing half-made stays. A second
 //! signal ends the process where it stands.
 
@@ -21,12 +21,13 @@ pub(crate) struct Interrupt {
 }
 
 impl Interrupt {
-    /// Catch the two signals from now on. To be called before there are other
+    /// Catch the signals from now on. To be called before there are other
     /// threads, which would get them instead.
     pub(crate) fn catch() -> anyhow::Result<Self> {
         let mut signals = SigSet::empty();
         signals.add(Signal::SIGINT);
         signals.add(Signal::SIGTERM);
+        signals.add(Signal::SIGHUP);
         signals.thread_block().context("blocking signals")?;
         let asked = Arc::new(AtomicBool::new(false));
         let flag = Arc::clone(&asked);

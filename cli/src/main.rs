@@ -23,7 +23,6 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::exit::Code;
 use crate::terminal::Terminal;
 
 fn main() -> ExitCode {
@@ -34,7 +33,6 @@ fn main() -> ExitCode {
     let terminal = Terminal::new(cli.global.verbose, cli.global.quiet);
     let code = match cmd::run(cli.command, &terminal) {
         Ok(code) => code,
-        Err(e) if stdout::is_closed(&e) => Code::Fine,
         Err(e) => {
             terminal.error(&e);
             exit::code_of(&e)

@@ -1,7 +1,7 @@
 //! Results, which go to stdout. Whoever reads them may stop reading (`| head`): that
-//! is no failure, and told apart here from a pipe that breaks under an image.
+//! is no failure, and changes neither what is done nor the exit code. What is left to
+//! say is not said.
 
-use std::fmt;
 use std::io::{self, BufWriter, StdoutLock, Write};
 
 use anyhow::Context as _;
@@ -10,14 +10,55 @@ use serde::Serialize;
 /// Results on their way to stdout.
 #[derive(Debug)]
 pub(crate) struct Results {
-    out: BufWriter<StdoutLock<'static>>,
+    out: BufWriter<Reader>,
+}
+
+/// Stdout, for as long as somebody reads it.
+#[derive(Debug)]
+struct Reader {
+    out: StdoutLock<'static>,
+    gone: bool,
+}
+
+impl Reader {
+    /// The result, but that nobody reads any more.
+    fn unless_gone<T>(&mut self, result: io::Result<T>, instead: T) -> io::Result<T> {
+        match result {
+            Err(e) if e.kind() == io::ErrorKind::BrokenPipe => {
+                self.gone = true;
+                Ok(instead)
+            }
+            result => result,
+        }
+    }
+}
+
+impl Write for Reader {
+    fn write(&mut self, octets: &[u8]) -> io::Result<usize> {
+        if self.gone {
+            return Ok(octets.len());
+        }
+        let result = self.out.write(octets);
+        self.unless_gone(result, octets.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        if self.gone {
+            return Ok(());
+        }
+        let result = self.out.flush();
+        self.unless_gone(result, ())
+    }
 }
 
 impl Results {
     /// Take stdout.
     pub(crate) fn new() -> Self {
         Self {
-            out: BufWriter::new(io::stdout().lock()),
+            out: BufWriter::new(Reader {
+                out: io::stdout().lock(),
+                gone: false,
+            }),
         }
     }
 
@@ -44,37 +85,10 @@ impl Results {
 
 impl Write for Results {
     fn write(&mut self, octets: &[u8]) -> io::Result<usize> {
-        self.out.write(octets).map_err(mark_closed)
+        self.out.write(octets)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.out.flush().map_err(mark_closed)
+        self.out.flush()
     }
-}
-
-/// Nobody reads stdout any more.
-#[derive(Debug)]
-struct Closed;
-
-impl fmt::Display for Closed {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("stdout was closed")
-    }
-}
-
-impl std::error::Error for Closed {}
-
-fn mark_closed(error: io::Error) -> io::Error {
-    match error.kind() {
-        io::ErrorKind::BrokenPipe => io::Error::new(io::ErrorKind::BrokenPipe, Closed),
-        _ => error,
-    }
-}
-
-/// Whether all that went wrong is that nobody reads stdout any more.
-pub(crate) fn is_closed(error: &anyhow::Error) -> bool {
-    error
-        .downcast_ref::<io::Error>()
-        .and_then(io::Error::get_ref)
-        .is_some_and(|inner| inner.is::<Closed>())
 }

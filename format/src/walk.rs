@@ -408,7 +408,12 @@ impl<R: Read> Walk<R> {
                 Some(Step {
                     content: Content::LibxlRecord(record),
                     ..
-                }) => before.push(record),
+                }) => {
+                    // What nobody needs to understand is not kept.
+                    if !matches!(record, LibxlRecord::Optional { .. }) {
+                        before.push(record);
+                    }
+                }
                 Some(_) => {}
                 None => return Err(self.out_of_turn("the libxc stream is over")),
             }

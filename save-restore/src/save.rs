@@ -117,6 +117,11 @@ struct Suspended<'a> {
 
 impl Suspended<'_> {
     fn suspend(&mut self, domain: &dyn Domain) -> Result<(), SaveError> {
+        if let Some(reason) = domain.info()?.shutdown {
+            // Somebody else did that, and it is not ours to undo.
+            let state = format!("shutdown for {reason:?} already").to_lowercase();
+            return Err(GuestError::NotSuspended { state }.into());
+        }
         let result = self.toolstack.suspend();
         let info = domain.info();
         if let Err(error) = result {

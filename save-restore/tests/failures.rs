@@ -289,6 +289,25 @@ fn save_with(
 }
 
 #[test]
+fn a_guest_that_somebody_else_has_suspended_is_left_alone() {
+    let host = host(37);
+    let domid = host.create_guest(&small()[0]).unwrap();
+    host.domain(domid).unwrap().suspend().unwrap();
+    let (result, log) = save_with(&host, domid, "", usize::MAX);
+    let error = result.unwrap_err();
+    assert!(error.to_string().contains("suspend already"), "{error}");
+    assert_eq!(log, [""; 0]);
+    assert!(
+        host.domain(domid)
+            .unwrap()
+            .info()
+            .unwrap()
+            .shutdown
+            .is_some()
+    );
+}
+
+#[test]
 fn callbacks_come_in_the_order_libxl_expects_whatever_fails() {
     let host = host(24);
     let hvm = host

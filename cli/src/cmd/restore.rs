@@ -163,17 +163,21 @@ impl Job<'_> {
             None => self.plan(overrides, reader.offset())?,
         };
         let mut made = self.make(&plan)?;
+        // Records of emulators may come on either side of the libxc stream.
+        let mut emulators: Vec<LibxlRecord> = around
+            .before()
+            .iter()
+            .filter(|r| of_emulator(r))
+            .cloned()
+            .collect();
         let (restored, source) = self.libxc(&made, reader)?;
         made.about.stats = restored.stats;
         let offset = source.offset();
         let mut walk = around.resume(source, offset);
-        let mut emulators = Vec::new();
         while let Some(step) = walk.next_step()? {
             // What nobody needs to understand is not kept.
-            if let Content::LibxlRecord(
-                record @ (LibxlRecord::EmulatorXenstoreData { .. }
-                | LibxlRecord::EmulatorContext { .. }),
-            ) = step.content
+            if let Content::LibxlRecord(record) = step.content
+                && of_emulator(&record)
             {
                 emulators.push(record);
             }
@@ -258,6 +262,14 @@ impl Job<'_> {
             max_pages: config::max_pages(memory_kib),
         })
     }
+}
+
+/// Whether a record holds what an emulator wants back.
+fn of_emulator(record: &LibxlRecord) -> bool {
+    matches!(
+        record,
+        LibxlRecord::EmulatorXenstoreData { .. } | LibxlRecord::EmulatorContext { .. }
+    )
 }
 
 impl Plan {

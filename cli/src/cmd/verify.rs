@@ -31,7 +31,7 @@ pub(crate) fn run(args: &VerifyArgs, terminal: &Terminal) -> Result<Code> {
             Err(e) => {
                 let code = exit::code_of(&e);
                 verdict.failed(&e, code);
-                if !args.json && code != Code::BadImage {
+                if code == Code::Usage || (!args.json && code != Code::BadImage) {
                     terminal.error(&e);
                 }
                 code

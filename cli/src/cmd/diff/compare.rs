@@ -48,6 +48,18 @@ impl Found {
         }
     }
 
+    /// Octets that nobody here understands, from the first that is not the same on.
+    fn octets(&mut self, section: Section, name: impl Into<String>, a: &[u8], b: &[u8]) {
+        let alike = a.iter().zip(b).take_while(|(a, b)| a == b).count();
+        if a.len() == b.len() && alike == a.len() {
+            return;
+        }
+        let field = format!("{} from octet {alike:#x} on", name.into());
+        let show = |octets: &[u8]| Some(fields::Value::Octets(&octets[alike..]).to_string());
+        let (a, b) = (show(a), show(b));
+        self.push(section, What::Field { field, a, b });
+    }
+
     /// Every value of two maps that is not the same.
     fn maps<K: Ord + Copy, V: PartialEq + Copy + Display>(
         &mut self,
@@ -185,6 +197,8 @@ fn headers(a: &Image, b: &Image, found: &mut Found) {
             b.optional_flags(),
             found,
         );
+        let what = "xl optional data behind the configuration,";
+        found.octets(S, what, a.optional_tail(), b.optional_tail());
     }
     if let (Some(a), Some(b)) = (a.libxl, b.libxl) {
         found.field(S, "libxl byte order", Some(a.order), Some(b.order));
@@ -271,14 +285,20 @@ fn records(a: &Image, b: &Image, found: &mut Found) {
             found.field(S, name, counts_a.get(name), counts_b.get(name));
         }
     }
-    // Those whose contents nobody here understands, pairwise by name.
-    for (name, body_a) in &a.other {
-        let twin = b.other.iter().find(|(other, _)| other == name);
-        if let Some((_, body_b)) = twin
-            && body_a != body_b
-        {
-            let octets = |body: &[u8]| fields::Value::Octets(body).to_string();
-            found.field(S, name, Some(octets(body_a)), Some(octets(body_b)));
+    // Those whose contents nobody here understands: of each name the first with the
+    // first, the second with the second.
+    for name in a
+        .other
+        .iter()
+        .map(|(name, _)| name)
+        .collect::<BTreeSet<_>>()
+    {
+        let bodies = |image: &'_ Image| -> Vec<Vec<u8>> {
+            let same = image.other.iter().filter(|(other, _)| other == name);
+            same.map(|(_, body)| body.clone()).collect()
+        };
+        for (body_a, body_b) in bodies(a).iter().zip(&bodies(b)) {
+            found.octets(S, name, body_a, body_b);
         }
     }
 }
@@ -361,7 +381,12 @@ fn cpu_policy(a: &Image, b: &Image, found: &mut Found) {
     }
     let msrs: BTreeSet<_> = a.msrs.keys().chain(b.msrs.keys()).collect();
     for index in msrs {
-        let value = |msrs: &BTreeMap<u32, u64>| msrs.get(index).map(|value| hex(*value));
+        let value = |msrs: &BTreeMap<u32, (u32, u64)>| {
+            msrs.get(index).map(|(flags, value)| match flags {
+                0 => hex(*value),
+                flags => format!("{} (flags {flags:#x})", hex(*value)),
+            })
+        };
         let name = format!("MSR {index:#x}");
         found.field(S, name, value(&a.msrs), value(&b.msrs));
     }
@@ -382,6 +407,7 @@ fn p2m(a: &Image, b: &Image, found: &mut Found) {
     let width = |pv: Option<PvInfo>| pv.map(|pv| u32::from(pv.width()) * 8);
     found.field(S, "guest bits", width(a.pv), width(b.pv));
     if let (Some(a), Some(b)) = (&a.p2m, &b.p2m) {
+        found.field(S, "first pfn", Some(a.first), Some(b.first));
         found.field(S, "last pfn", Some(a.last), Some(b.last));
         let frames: BTreeMap<usize, _> = a.frames.iter().copied().enumerate().collect();
         let others: BTreeMap<usize, _> = b.frames.iter().copied().enumerate().collect();
@@ -446,13 +472,7 @@ fn hvm(a: &Image, b: &Image, found: &mut Found) {
             // The format leaves the context to Xen, so neither image is bad for it.
             Err(e) => {
                 tracing::warn!("{e}; the contexts are compared as octets");
-                let octets = |context: &[u8]| fields::Value::Octets(context).to_string();
-                found.field(
-                    S,
-                    "octets",
-                    Some(octets(context_a)),
-                    Some(octets(context_b)),
-                );
+                found.octets(S, "octets", context_a, context_b);
             }
         }
     }

@@ -37,7 +37,8 @@ pub(crate) struct Image {
     /// By leaf and subleaf.
     pub(crate) cpuid: BTreeMap<(u32, u32), CpuidLeaf>,
     /// Values by index.
-    pub(crate) msrs: BTreeMap<u32, u64>,
+    /// Flags and value by index.
+    pub(crate) msrs: BTreeMap<u32, (u32, u64)>,
     pub(crate) hvm_context: Option<Vec<u8>>,
     /// Values by index.
     pub(crate) hvm_params: BTreeMap<u64, u64>,
@@ -49,6 +50,7 @@ pub(crate) struct Image {
 /// X86_PV_P2M_FRAMES: the last pfn, and where the guest keeps the table.
 #[derive(Debug)]
 pub(crate) struct P2m {
+    pub(crate) first: Pfn,
     pub(crate) last: Pfn,
     pub(crate) frames: Vec<Pfn>,
 }
@@ -119,12 +121,16 @@ impl Image {
         match record.body {
             Body::PvInfo(info) => self.pv = Some(info),
             Body::P2mFrames(p2m) => {
-                let frames = match self.p2m.take() {
+                let (first, frames) = match self.p2m.take() {
                     // A guest that grew sends the frames of the new part alone.
-                    Some(before) => before.frames.into_iter().chain(p2m.frames()).collect(),
-                    None => p2m.frames().collect(),
+                    Some(before) => {
+                        let frames = before.frames.into_iter().chain(p2m.frames());
+                        (before.first, frames.collect())
+                    }
+                    None => (p2m.start, p2m.frames().collect()),
                 };
                 self.p2m = Some(P2m {
+                    first,
                     last: p2m.end,
                     frames,
                 });
@@ -145,7 +151,10 @@ impl Image {
                 self.cpuid = leaves.collect();
             }
             Body::MsrPolicy(policy) => {
-                self.msrs = policy.iter().map(|msr| (msr.index, msr.value)).collect();
+                self.msrs = policy
+                    .iter()
+                    .map(|msr| (msr.index, (msr.flags, msr.value)))
+                    .collect();
             }
             Body::Optional(body) | Body::Toolstack(body) => {
                 self.other.push((name.clone(), body.to_vec()));

@@ -76,10 +76,10 @@ fn guest(report: &Report, out: &mut dyn Write) -> io::Result<()> {
     let guest = &report.guest;
     writeln!(out, "\nGuest")?;
     if let Some(name) = &guest.name {
-        writeln!(out, "  name    {name}")?;
+        writeln!(out, "  name    {}", name.escape_debug())?;
     }
     if let Some(uuid) = &guest.uuid {
-        writeln!(out, "  uuid    {uuid}")?;
+        writeln!(out, "  uuid    {}", uuid.escape_debug())?;
     }
     if let Some(kind) = guest.kind {
         let bits = guest
