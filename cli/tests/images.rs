@@ -185,3 +185,49 @@ fn nobody_reads_on_and_nothing_breaks() {
         assert_eq!(stderr, "");
     }
 }
+
+/// The exit code where nobody reads stdout.
+fn unread(args: &[&str]) -> Option<i32> {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_xsr"));
+    let status = command.args(args).stdout(writer).status();
+    status.unwrap().code()
+}
+
+#[test]
+fn a_closed_stdout_changes_no_exit_code() {
+    let dir = scratch();
+    let bad = mutant(dir.path(), "tpv", |octets| octets.truncate(100_000));
+    let (good, other, bad) = (image("tpv"), image("tpv-live"), arg(&bad));
+    assert_eq!(unread(&["verify", arg(&good)]), Some(0));
+    assert_eq!(unread(&["verify", bad, arg(&good)]), Some(2));
+    assert_eq!(unread(&["verify", "--json", bad]), Some(2));
+    assert_eq!(unread(&["inspect", bad]), Some(2));
+    assert_eq!(unread(&["diff", arg(&good), arg(&other)]), Some(1));
+}
+
+#[test]
+fn diff_compares_every_octet_of_what_it_does_not_understand() {
+    let dir = scratch();
+    let with_records = |name: &str, bodies: [u8; 2]| {
+        let mut octets = fs::read(image("tpv")).unwrap();
+        let (_, libxc, _) = layers(&octets);
+        // Behind the two headers, before the first record.
+        let at = libxc + 40;
+        for last in bodies {
+            let mut record = vec![0x55_u8; 8 + 4096];
+            record[..8].copy_from_slice(&[0x77, 0, 0, 0x80, 0, 0x10, 0, 0]);
+            record[8 + 4000] = last;
+            octets.splice(at..at, record);
+        }
+        let path = dir.path().join(name);
+        fs::write(&path, octets).unwrap();
+        path
+    };
+    let (a, b) = (with_records("a", [1, 2]), with_records("b", [1, 3]));
+    run(["diff", arg(&a), arg(&a)]).code(0);
+    run(["diff", arg(&a), arg(&b)])
+        .code(1)
+        .stdout_has("from octet 0xfa0 on");
+}
