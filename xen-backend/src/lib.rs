@@ -8,11 +8,17 @@
 //! Every call may also fail with EPERM (not privileged), ESRCH (the domain is
 //! gone) and, over a restricted handle, EACCES; these are not repeated below.
 
+#![deny(unsafe_code)]
+
 #[cfg(any(test, feature = "contract"))]
 pub mod contract;
 pub mod error;
 mod log_dirty;
 pub mod mock;
+#[allow(
+    unsafe_code,
+    reason = "one of the two rooms for it: mapped foreign pages"
+)]
 pub mod pages;
 
 use std::fmt;
