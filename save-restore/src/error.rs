@@ -8,7 +8,7 @@ use xsr_format::error::{ReadError, WriteError};
 use xsr_format::frame::{Gfn, Mfn, PageType, Pfn};
 use xsr_format::image::GuestType;
 use xsr_format::record::RecordKind;
-use xsr_xen_backend::{BackendError, GuestKind, MapError};
+use xsr_xen_backend::{BackendError, GuestKind, MapError, ShutdownReason};
 
 use crate::toolstack::ToolstackError;
 
@@ -21,6 +21,14 @@ pub enum GuestError {
     NotSuspended {
         /// What it shows instead.
         state: String,
+    },
+    /// The domain was down before the save asked it to suspend.
+    #[error(
+        "the domain is already shut down ({reason:?}), by somebody else: if no other save of it is under way, resume or destroy it first"
+    )]
+    AlreadyDown {
+        /// Why it is down.
+        reason: ShutdownReason,
     },
     /// A PV guest's word is neither 4 nor 8 octets.
     #[error("the guest's width is {width} octets, expected 4 or 8")]

@@ -24,7 +24,7 @@ pub struct Progress {
     pub iteration: u32,
     /// pfns dealt with in this pass.
     pub pages_done: u64,
-    /// pfns there are in it; 0 where that is not known (a restore from a pipe).
+    /// pfns there are in it; 0 in a restore: a stream does not say.
     pub pages_total: u64,
     /// Octets of page contents that have gone through.
     pub octets: u64,

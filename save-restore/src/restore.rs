@@ -35,8 +35,6 @@ pub struct RestoreOptions {
     pub console_port: u32,
     /// Who is at the other end.
     pub console_domid: DomId,
-    /// pfns that the stream is known to name, for progress; 0 if not known.
-    pub expected_pfns: u64,
 }
 
 /// What a restore did.
@@ -233,7 +231,7 @@ impl Run<'_, '_> {
             phase,
             iteration: 0,
             pages_done: self.pages.stats.pfns,
-            pages_total: self.options.expected_pfns,
+            pages_total: 0,
             octets: self.pages.stats.pages * xsr_format::frame::PAGE_SIZE as u64,
         };
         match (self.progress)(&progress).is_continue() {

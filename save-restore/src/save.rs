@@ -118,9 +118,8 @@ struct Suspended<'a> {
 impl Suspended<'_> {
     fn suspend(&mut self, domain: &dyn Domain) -> Result<(), SaveError> {
         if let Some(reason) = domain.info()?.shutdown {
-            // Somebody else did that, and it is not ours to undo.
-            let state = format!("shutdown for {reason:?} already").to_lowercase();
-            return Err(GuestError::NotSuspended { state }.into());
+            // Not our doing, and not ours to undo.
+            return Err(GuestError::AlreadyDown { reason }.into());
         }
         let result = self.toolstack.suspend();
         let info = domain.info();

@@ -295,7 +295,7 @@ fn a_guest_that_somebody_else_has_suspended_is_left_alone() {
     host.domain(domid).unwrap().suspend().unwrap();
     let (result, log) = save_with(&host, domid, "", usize::MAX);
     let error = result.unwrap_err();
-    assert!(error.to_string().contains("suspend already"), "{error}");
+    assert!(error.to_string().contains("already shut down"), "{error}");
     assert_eq!(log, [""; 0]);
     assert!(
         host.domain(domid)
@@ -354,7 +354,6 @@ fn options_for(domain: &dyn Domain) -> RestoreOptions {
         store_domid: DomId(0),
         console_port: domain.alloc_unbound_port(DomId(0)).unwrap(),
         console_domid: DomId(0),
-        expected_pfns: 0,
     }
 }
 

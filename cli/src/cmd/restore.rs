@@ -197,7 +197,6 @@ impl Job<'_> {
             store_domid: DOM0,
             console_port: domain.alloc_unbound_port(DOM0)?,
             console_domid: DOM0,
-            expected_pfns: 0,
         };
         let total = self.input.length.unwrap_or(0);
         let mut toolstack = DirectToolstack(domain);

@@ -5,11 +5,12 @@
 
 use std::time::Instant;
 
+use xsr_format::frame::PAGE_SIZE;
 use xsr_xen_backend::{BackendError, DirtyBitmap, DirtyRead, Domain};
 
 use crate::error::SaveError;
 use crate::guest::{GuestSave, Out};
-use crate::save::precopy::{Meter, PrecopyDecision};
+use crate::save::precopy::{Meter, PrecopyDecision, PrecopyPolicy};
 use crate::save::{Live, Run, Suspended, all_pages, guest_pages};
 
 /// The dirty log, on. Off again on drop.
@@ -75,7 +76,7 @@ impl Run<'_, '_> {
         out: &mut Out<'_>,
         dirty: &mut DirtyBitmap,
         deferred: &mut Option<DirtyBitmap>,
-        policy: &mut dyn crate::save::precopy::PrecopyPolicy,
+        policy: &mut dyn PrecopyPolicy,
     ) -> Result<(), SaveError> {
         dirty.set_all();
         let mut meter = Meter::new(dirty.count());
@@ -87,7 +88,7 @@ impl Run<'_, '_> {
                 meter.begin();
                 self.send(guest, out, dirty.iter(), count, deferred)?;
                 guest.check_vm_state()?;
-                meter.sent(count, (self.stats.pages - before) * 4096);
+                meter.sent(count, (self.stats.pages - before) * PAGE_SIZE as u64);
                 self.stats.iterations += 1;
             }
             let decision = match decision {

@@ -164,7 +164,6 @@ fn try_restore<S: PageSource>(
         store_domid: DomId(0),
         console_port: ports[1],
         console_domid: DomId(0),
-        expected_pfns: 0,
     };
     let mut toolstack = DirectToolstack(domain.as_ref());
     let result = RecordReader::new(source, ReadOptions::default())
