@@ -4,12 +4,13 @@ use std::io;
 
 use thiserror::Error;
 use xsr_format::byte_order::ByteOrder;
-use xsr_format::error::{ReadError, WriteError};
+use xsr_format::error::{ReadError, ReadErrorCause, WriteError};
 use xsr_format::frame::{Gfn, Mfn, PageType, Pfn};
 use xsr_format::image::GuestType;
 use xsr_format::record::RecordKind;
 use xsr_xen_backend::{BackendError, GuestKind, MapError, ShutdownReason};
 
+use crate::progress::Cancelled;
 use crate::toolstack::ToolstackError;
 
 /// State of a guest, on its way into a stream or out of one, that cannot be right.
@@ -152,7 +153,7 @@ pub enum GuestError {
 pub enum SaveError {
     /// The stream could not be written.
     #[error("writing the stream failed: {0}")]
-    Stream(#[from] WriteError),
+    Stream(#[source] WriteError),
     /// The hypervisor refused a call.
     #[error(transparent)]
     Backend(#[from] BackendError),
@@ -188,9 +189,19 @@ pub enum SaveError {
     },
 }
 
+impl From<WriteError> for SaveError {
+    /// A sink that was told to stop is no sink that failed.
+    fn from(error: WriteError) -> Self {
+        match &error {
+            WriteError::Io(io) if Cancelled::is(io) => Self::Aborted,
+            _ => Self::Stream(error),
+        }
+    }
+}
+
 impl From<io::Error> for SaveError {
     fn from(error: io::Error) -> Self {
-        Self::Stream(WriteError::Io(error))
+        WriteError::Io(error).into()
     }
 }
 
@@ -201,7 +212,7 @@ impl From<io::Error> for SaveError {
 pub enum RestoreError {
     /// The stream is bad, or could not be read.
     #[error(transparent)]
-    Stream(#[from] ReadError),
+    Stream(ReadError),
     /// The stream is well formed, but what it says of the guest is not.
     #[error(transparent)]
     Guest(#[from] GuestError),
@@ -274,6 +285,16 @@ pub enum RestoreError {
     /// Somebody stopped it.
     #[error("the restore was aborted")]
     Aborted,
+}
+
+impl From<ReadError> for RestoreError {
+    /// A source that was told to stop is no source that failed.
+    fn from(error: ReadError) -> Self {
+        match &error.cause {
+            ReadErrorCause::Io(io) if Cancelled::is(io) => Self::Aborted,
+            _ => Self::Stream(error),
+        }
+    }
 }
 
 impl RestoreError {

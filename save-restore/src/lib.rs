@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 mod bitmap;
+mod descriptor;
 pub mod error;
 mod guest;
 mod pipeline;

@@ -1,35 +1,321 @@
 //! What the engine tells while it works, and how it is told to stop.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+
+use crate::save::precopy::PrecopyStats;
 
 /// What the engine is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Phase {
     /// Asking the domain what it is; mapping its tables.
     Setup,
+    /// Memory of a guest that runs on: one of the passes of a live save.
+    Precopy,
     /// Waiting for the guest to suspend.
     Suspend,
-    /// Memory.
+    /// Memory of a guest that stands still: all of it in a save that is not live, or in
+    /// a restore.
     Pages,
+    /// What of a guest's memory a live save still has to send now that it is suspended.
+    StopAndCopy,
+    /// All memory a second time, for the restorer to compare.
+    Verify,
     /// Registers, devices, everything else.
     Tail,
 }
 
 /// How far the engine is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+///
+/// A *pass* goes once over some pages: a phase with memory in it has one, precopy as
+/// many as it takes. The figures of a pass begin anew with it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Progress {
     /// What it is doing.
     pub phase: Phase,
-    /// Passes over memory that are complete; 0 but in a live save.
+    /// Passes over the memory of a running guest that are complete; 0 but in a live
+    /// save.
     pub iteration: u32,
     /// pfns dealt with in this pass.
     pub pages_done: u64,
-    /// pfns there are in it; 0 in a restore: a stream does not say.
-    pub pages_total: u64,
-    /// Octets of page contents that have gone through.
+    /// pfns there are in it; `None` in a restore: a stream does not say.
+    pub pages_total: Option<u64>,
+    /// Octets of page contents that have gone through in this pass.
+    pub octets_done: u64,
+    /// How many it can be at most (a pfn may have no contents); `None` where
+    /// [`Progress::pages_total`] is.
+    pub octets_total: Option<u64>,
+    /// Octets of page contents that have gone through in all passes.
     pub octets: u64,
+    /// Octets of page contents per second, over the last second or two; 0 while there
+    /// is nothing to tell it from.
+    pub octets_per_second: f64,
+    /// Pages the guest wrote per second, when its dirty log was last read; 0 before.
+    pub dirty_pages_per_second: f64,
+    /// Pages that were dirty then: `None` before, and where nothing is logged.
+    pub dirty_count: Option<u64>,
+    /// Until this pass is complete, at the rate so far.
+    pub estimated_time: Option<Duration>,
+    /// How long the guest would stand still if it were suspended instead of sending
+    /// this pass. Known in precopy, after the first pass.
+    pub estimated_downtime: Option<Duration>,
+    /// Since the save or restore began.
+    pub elapsed: Duration,
 }
 
-/// Called now and then with how far the engine is. `Break` stops it: the save or
-/// restore fails as aborted, with the same promise as after any other failure.
+impl Progress {
+    /// Whether this is the last event of a pass.
+    pub fn pass_is_complete(&self) -> bool {
+        self.pages_total == Some(self.pages_done)
+    }
+}
+
+/// Called with how far the engine is: at the beginning of each phase and pass, and
+/// after each record of pages. `Break` stops it: the save or restore fails as aborted,
+/// with the same promise as after any other failure.
 pub type OnProgress<'a> = dyn FnMut(&Progress) -> ControlFlow<()> + 'a;
+
+/// Stops a save or restore from elsewhere, also while it waits for a descriptor whose
+/// other end has stalled. All clones are one token.
+///
+/// It works through whoever looks at it: give it to the sink or source
+/// ([`crate::sink::FdSink::cancellable`], [`crate::source::FdSource::cancellable`]) and
+/// answer a progress event with [`Cancel::check`].
+#[derive(Clone, Debug, Default)]
+pub struct Cancel(Arc<AtomicBool>);
+
+impl Cancel {
+    /// A token of which nobody has asked anything.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Ask to stop. There is no way back.
+    pub fn cancel(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether somebody has asked to stop.
+    pub fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// `Break` once somebody has asked to stop.
+    pub fn check(&self) -> ControlFlow<()> {
+        match self.is_cancelled() {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        }
+    }
+}
+
+/// What a sink or source says instead of waiting on, inside an [`std::io::Error`].
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[error("cancelled")]
+pub struct Cancelled;
+
+impl Cancelled {
+    /// Whether that is what `error` holds.
+    pub fn is(error: &std::io::Error) -> bool {
+        error.get_ref().is_some_and(|inner| inner.is::<Self>())
+    }
+}
+
+/// Octets per second over the last second or two.
+#[derive(Debug)]
+struct Speed {
+    /// When a stretch began, and the octets until then: the one before, and this.
+    before: (Instant, u64),
+    this: (Instant, u64),
+}
+
+impl Speed {
+    const STRETCH: Duration = Duration::from_secs(1);
+
+    fn new(now: Instant) -> Self {
+        Self {
+            before: (now, 0),
+            this: (now, 0),
+        }
+    }
+
+    fn at(&mut self, now: Instant, octets: u64) -> f64 {
+        if now - self.this.0 >= Self::STRETCH {
+            self.before = self.this;
+            self.this = (now, octets);
+        }
+        let (then, so_far) = self.before;
+        match (now - then).as_secs_f64() {
+            0.0 => 0.0,
+            // Exact up to 2^53, which is more than any guest has in a second.
+            seconds => (octets - so_far) as f64 / seconds,
+        }
+    }
+}
+
+/// Keeps the figures, and tells them.
+pub(crate) struct Reporter<'r, 'p> {
+    tell: &'r mut OnProgress<'p>,
+    begun: Instant,
+    speed: Speed,
+    now: Progress,
+}
+
+impl<'r, 'p> Reporter<'r, 'p> {
+    pub(crate) fn new(tell: &'r mut OnProgress<'p>) -> Self {
+        let begun = Instant::now();
+        Self {
+            tell,
+            begun,
+            speed: Speed::new(begun),
+            now: Progress {
+                phase: Phase::Setup,
+                iteration: 0,
+                pages_done: 0,
+                pages_total: None,
+                octets_done: 0,
+                octets_total: None,
+                octets: 0,
+                octets_per_second: 0.0,
+                dirty_pages_per_second: 0.0,
+                dirty_count: None,
+                estimated_time: None,
+                estimated_downtime: None,
+                elapsed: Duration::ZERO,
+            },
+        }
+    }
+
+    /// What precopy knows, for the events from now on.
+    pub(crate) fn precopy(&mut self, stats: &PrecopyStats) {
+        self.now.iteration = stats.iteration;
+        if stats.iteration > 0 && stats.dirty_count.is_some() {
+            self.now.dirty_count = stats.dirty_count;
+            self.now.dirty_pages_per_second = stats.dirty_pages_per_second;
+            self.now.estimated_downtime = stats.estimated_downtime();
+        }
+    }
+
+    /// A phase begins. One with memory has a pass, over so many pfns with so many
+    /// octets at most, where that is known.
+    pub(crate) fn begin(&mut self, phase: Phase, pass: Option<(u64, u64)>) -> ControlFlow<()> {
+        self.now.phase = phase;
+        self.now.pages_done = 0;
+        self.now.octets_done = 0;
+        self.now.pages_total = pass.map(|(pages, _)| pages);
+        self.now.octets_total = pass.map(|(_, octets)| octets);
+        if phase != Phase::Precopy {
+            self.now.estimated_downtime = None;
+        }
+        self.tell()
+    }
+
+    /// So many pfns more have been dealt with, and so many octets of contents.
+    pub(crate) fn advance(&mut self, pages: u64, octets: u64) -> ControlFlow<()> {
+        self.now.pages_done += pages;
+        self.now.octets_done += octets;
+        self.now.octets += octets;
+        self.tell()
+    }
+
+    fn tell(&mut self) -> ControlFlow<()> {
+        let now = Instant::now();
+        self.now.elapsed = now - self.begun;
+        self.now.octets_per_second = self.speed.at(now, self.now.octets);
+        self.now.estimated_time = self.now.octets_total.and_then(|total| {
+            let left = total.saturating_sub(self.now.octets_done);
+            Duration::try_from_secs_f64(left as f64 / self.now.octets_per_second).ok()
+        });
+        (self.tell)(&self.now)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rate_is_that_of_the_last_two_seconds() {
+        let begun = Instant::now();
+        let mut speed = Speed::new(begun);
+        let mut at = |tenths: u64, octets| {
+            let now = begun + Duration::from_millis(tenths * 100);
+            speed.at(now, octets)
+        };
+        assert_eq!(at(0, 0), 0.0);
+        assert_eq!(at(5, 1000), 2000.0);
+        assert_eq!(at(10, 2000), 2000.0);
+        assert_eq!(at(20, 3000), 1000.0, "since 1 s");
+        assert_eq!(at(25, 3000), 1000.0 / 1.5);
+        // Nothing comes any more.
+        assert_eq!(at(30, 3000), 0.0);
+        assert_eq!(at(400, 3000), 0.0);
+    }
+
+    #[test]
+    fn a_pass_has_figures_of_its_own() {
+        let mut seen = Vec::new();
+        let mut tell = |progress: &Progress| {
+            seen.push(*progress);
+            match seen.len() {
+                4 => ControlFlow::Break(()),
+                _ => ControlFlow::Continue(()),
+            }
+        };
+        let mut reporter = Reporter::new(&mut tell);
+        assert!(
+            reporter
+                .begin(Phase::Precopy, Some((10, 40_960)))
+                .is_continue()
+        );
+        assert!(reporter.advance(10, 4096).is_continue());
+        let stats = PrecopyStats {
+            iteration: 1,
+            pages_sent: 10,
+            dirty_count: Some(3),
+            dirty_pages_per_second: 5.0,
+            octets_per_second: 12_288.0,
+            elapsed: Duration::from_secs(1),
+        };
+        reporter.precopy(&stats);
+        assert!(
+            reporter
+                .begin(Phase::Precopy, Some((3, 12_288)))
+                .is_continue()
+        );
+        assert!(reporter.begin(Phase::Suspend, None).is_break());
+        let [first, complete, second, suspend] = seen[..] else {
+            panic!("{seen:?}");
+        };
+        assert_eq!(
+            (first.estimated_time, first.pass_is_complete()),
+            (None, false)
+        );
+        assert!(complete.pass_is_complete() && complete.estimated_time.is_some());
+        assert_eq!((complete.octets_done, complete.octets), (4096, 4096));
+        assert_eq!((second.octets_done, second.octets), (0, 4096));
+        assert_eq!((second.dirty_count, second.iteration), (Some(3), 1));
+        assert_eq!(second.estimated_downtime, Some(Duration::from_secs(1)));
+        assert_eq!(
+            (suspend.pages_total, suspend.estimated_downtime),
+            (None, None)
+        );
+    }
+
+    #[test]
+    fn clones_of_a_token_are_one() {
+        let token = Cancel::new();
+        let other = token.clone();
+        assert!(token.check().is_continue());
+        other.cancel();
+        assert!(token.is_cancelled() && token.check().is_break());
+        assert!(Cancelled::is(&std::io::Error::other(Cancelled)));
+        assert!(!Cancelled::is(&std::io::Error::other("full")));
+    }
+}

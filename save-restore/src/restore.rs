@@ -5,8 +5,10 @@
 mod pages;
 mod populate;
 
+use std::ops::ControlFlow;
+
 use xsr_format::byte_order::ByteOrder;
-use xsr_format::frame::{Gfn, Pfn};
+use xsr_format::frame::{Gfn, PAGE_SIZE, Pfn};
 use xsr_format::image::GuestType;
 use xsr_format::read::{Incoming, RecordReader};
 use xsr_format::record::{Body, Record};
@@ -16,7 +18,7 @@ use crate::error::RestoreError;
 use crate::guest::hvm::HvmRestore;
 use crate::guest::pv::restore::PvRestore;
 use crate::guest::x86;
-use crate::progress::{OnProgress, Phase, Progress};
+use crate::progress::{OnProgress, Phase, Reporter};
 use crate::restore::pages::PageRestore;
 use crate::source::PageSource;
 use crate::toolstack::RestoreToolstack;
@@ -102,7 +104,7 @@ pub fn restore<S: PageSource>(
         domain,
         toolstack,
         options,
-        progress,
+        progress: Reporter::new(progress),
         policy: CpuPolicy::default(),
         static_data_done: false,
         tsc: None,
@@ -115,7 +117,7 @@ struct Run<'r, 'p> {
     domain: &'r dyn Domain,
     toolstack: &'r mut dyn RestoreToolstack,
     options: &'r RestoreOptions,
-    progress: &'r mut OnProgress<'p>,
+    progress: Reporter<'r, 'p>,
     policy: CpuPolicy,
     static_data_done: bool,
     tsc: Option<xsr_format::record::x86::TscInfo>,
@@ -127,7 +129,8 @@ impl Run<'_, '_> {
         &mut self,
         mut reader: RecordReader<S>,
     ) -> Result<(Restored, S), RestoreError> {
-        self.report(Phase::Setup)?;
+        go_on(self.progress.begin(Phase::Setup, None))?;
+        let mut memory = false;
         while let Some(incoming) = reader.next_record()? {
             match incoming {
                 Incoming::PageData(body) => {
@@ -135,14 +138,21 @@ impl Run<'_, '_> {
                     if !self.static_data_done {
                         self.static_data()?;
                     }
+                    if !std::mem::replace(&mut memory, true) {
+                        go_on(self.progress.begin(Phase::Pages, None))?;
+                    }
+                    let before = self.pages.stats;
                     self.pages.batch(body)?;
-                    self.report(Phase::Pages)?;
+                    let pfns = self.pages.stats.pfns - before.pfns;
+                    let pages = self.pages.stats.pages - before.pages;
+                    go_on(self.progress.advance(pfns, pages * PAGE_SIZE as u64))?;
                 }
                 Incoming::Record(record) => self.record(&record)?,
             }
         }
-        self.report(Phase::Tail)?;
+        go_on(self.progress.begin(Phase::Tail, None))?;
         let (store_gfn, console_gfn) = self.complete()?;
+        self.toolstack.restore_results(store_gfn, console_gfn)?;
         let restored = Restored {
             store_gfn,
             console_gfn,
@@ -225,18 +235,11 @@ impl Run<'_, '_> {
             Guest::Hvm(hvm) => hvm.complete(self.domain, self.options),
         }
     }
+}
 
-    fn report(&mut self, phase: Phase) -> Result<(), RestoreError> {
-        let progress = Progress {
-            phase,
-            iteration: 0,
-            pages_done: self.pages.stats.pfns,
-            pages_total: 0,
-            octets: self.pages.stats.pages * xsr_format::frame::PAGE_SIZE as u64,
-        };
-        match (self.progress)(&progress).is_continue() {
-            true => Ok(()),
-            false => Err(RestoreError::Aborted),
-        }
+fn go_on(told: ControlFlow<()>) -> Result<(), RestoreError> {
+    match told.is_continue() {
+        true => Ok(()),
+        false => Err(RestoreError::Aborted),
     }
 }

@@ -7,6 +7,7 @@ mod live;
 pub mod precopy;
 
 use std::num::NonZeroUsize;
+use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use xsr_format::frame::{PAGE_SIZE, Pfn};
@@ -20,7 +21,7 @@ use crate::guest::hvm::HvmSave;
 use crate::guest::pv::PvSave;
 use crate::guest::{GuestSave, Out};
 use crate::pipeline;
-use crate::progress::{OnProgress, Phase, Progress};
+use crate::progress::{OnProgress, Phase, Reporter};
 use crate::save::batch::Batch;
 use crate::save::precopy::PrecopyPolicy;
 use crate::sink::PageSink;
@@ -228,14 +229,16 @@ fn run<'a>(
         logging: false,
         active: false,
     };
-    if domain.info()?.kind.is_translated() {
+    let info = domain.info()?;
+    if info.kind.is_translated() {
         suspended.toolstack.switch_qemu_logdirty(true)?;
         suspended.logging = true;
     }
     let mut run = Run {
         domain,
         options,
-        progress,
+        progress: Reporter::new(progress),
+        memory: info.tot_pages * PAGE_SIZE as u64,
         stats: SaveStats::default(),
     };
     let result = run.phases(xen, &mut suspended, sink, live);
@@ -256,7 +259,9 @@ fn run<'a>(
 struct Run<'r, 'p> {
     domain: &'r dyn Domain,
     options: &'r SaveOptions,
-    progress: &'r mut OnProgress<'p>,
+    /// Octets of memory that the domain has.
+    memory: u64,
+    progress: Reporter<'r, 'p>,
     stats: SaveStats,
 }
 
@@ -268,7 +273,7 @@ impl Run<'_, '_> {
         sink: &mut dyn PageSink,
         live: Option<Live<'_>>,
     ) -> Result<(), SaveError> {
-        self.report(Phase::Setup, 0)?;
+        self.report(Phase::Setup)?;
         let guest = setup(self.domain)?;
         let guest = guest.as_ref();
         let domain_header = DomainHeader {
@@ -284,14 +289,14 @@ impl Run<'_, '_> {
         let stopped = match live {
             None => {
                 let stopped = self.suspend(suspended)?;
-                let none = &mut None;
-                self.send(guest, &mut out, all_pages(guest), guest_pages(guest), none)?;
+                let all = (all_pages(guest), guest_pages(guest));
+                self.send(guest, &mut out, Phase::Pages, all, &mut None)?;
                 stopped
             }
             Some(live) => self.live(guest, &mut out, suspended, live)?,
         };
 
-        self.report(Phase::Tail, self.stats.pfns)?;
+        self.report(Phase::Tail)?;
         guest.end_of_checkpoint(&mut out)?;
         out.end()?;
         self.stats.suspended_for = stopped.elapsed();
@@ -300,25 +305,26 @@ impl Run<'_, '_> {
 
     /// Have the guest suspend; when it was asked to.
     fn suspend(&mut self, suspended: &mut Suspended<'_>) -> Result<Instant, SaveError> {
-        self.report(Phase::Suspend, 0)?;
+        self.report(Phase::Suspend)?;
         let asked = Instant::now();
         suspended.suspend(self.domain)?;
         Ok(asked)
     }
 
-    /// Send pfns, ascending, in batches. `deferred`: the guest runs; what cannot be
-    /// sent for that reason is noted there. `None`: it is suspended.
+    /// Send pfns (so many, ascending) in batches. `deferred`: the guest runs; what
+    /// cannot be sent for that reason is noted there. `None`: it is suspended.
     fn send(
         &mut self,
         guest: &dyn GuestSave,
         out: &mut Out<'_>,
-        pfns: impl Iterator<Item = Pfn>,
-        total: u64,
+        phase: Phase,
+        (pfns, total): (impl Iterator<Item = Pfn>, u64),
         deferred: &mut Option<DirtyBitmap>,
     ) -> Result<(), SaveError> {
         let domain = self.domain;
         let running = deferred.is_some();
-        let done_before = self.stats.pfns;
+        let octets = total.saturating_mul(PAGE_SIZE as u64).min(self.memory);
+        go_on(self.progress.begin(phase, Some((total, octets))))?;
         pipeline::ordered(
             pipeline::threads(self.options.threads),
             batches(pfns),
@@ -333,32 +339,21 @@ impl Run<'_, '_> {
                 self.stats.pfns += batch.pfns();
                 self.stats.pages += batch.pages();
                 self.stats.batches += 1;
-                self.report_pass(Phase::Pages, self.stats.pfns - done_before, total)
+                let octets = batch.pages() * PAGE_SIZE as u64;
+                go_on(self.progress.advance(batch.pfns(), octets))
             },
         )
     }
 
-    fn report(&mut self, phase: Phase, pages: u64) -> Result<(), SaveError> {
-        self.report_pass(phase, pages, pages)
+    fn report(&mut self, phase: Phase) -> Result<(), SaveError> {
+        go_on(self.progress.begin(phase, None))
     }
+}
 
-    fn report_pass(
-        &mut self,
-        phase: Phase,
-        pages_done: u64,
-        pages_total: u64,
-    ) -> Result<(), SaveError> {
-        let progress = Progress {
-            phase,
-            iteration: self.stats.iterations,
-            pages_done,
-            pages_total,
-            octets: self.stats.pages * PAGE_SIZE as u64,
-        };
-        match (self.progress)(&progress).is_continue() {
-            true => Ok(()),
-            false => Err(SaveError::Aborted),
-        }
+fn go_on(told: ControlFlow<()>) -> Result<(), SaveError> {
+    match told.is_continue() {
+        true => Ok(()),
+        false => Err(SaveError::Aborted),
     }
 }
 

@@ -4,8 +4,10 @@
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 
-use nix::errno::Errno;
 use xsr_xen_backend::Gather;
+
+use crate::descriptor::Descriptor;
+use crate::progress::Cancel;
 
 /// Takes a stream.
 pub trait PageSink: Write {
@@ -18,17 +20,44 @@ pub trait PageSink: Write {
 }
 
 /// A file descriptor: pages are not copied in user space.
+///
+/// Its O_NONBLOCK is left as it is; where it is set, a full descriptor is waited for.
 #[derive(Debug)]
-pub struct FdSink<F>(pub F);
+pub struct FdSink<F>(Descriptor<F>);
+
+impl<F: AsFd> FdSink<F> {
+    /// Waits for a descriptor that is full for as long as it takes.
+    pub fn new(fd: F) -> Self {
+        Self(Descriptor::blocking(fd))
+    }
+
+    /// Stops waiting when `cancel` says so, within a fraction of 100 ms: a write then
+    /// fails with [`Cancelled`](crate::progress::Cancelled), and an unknown part of it
+    /// has been written. Files are written to without a look at whether they are slow.
+    ///
+    /// # Errors
+    ///
+    /// The descriptor is none that can be asked what it is.
+    pub fn cancellable(fd: F, cancel: Cancel) -> io::Result<Self> {
+        Ok(Self(Descriptor::cancellable(fd, cancel, true)?))
+    }
+
+    fn write_all_of(&self, list: &Gather<'_>) -> io::Result<()> {
+        let mut rest = list.unwritten();
+        while !rest.is_empty() {
+            self.0.write(|fd, call| rest.write_some(fd, call))?;
+        }
+        Ok(())
+    }
+}
 
 impl<F: AsFd> Write for FdSink<F> {
+    /// All of `octets`, always.
     fn write(&mut self, octets: &[u8]) -> io::Result<usize> {
-        loop {
-            match nix::unistd::write(&self.0, octets) {
-                Err(Errno::EINTR) => {}
-                result => return Ok(result?),
-            }
-        }
+        let mut list = Gather::new();
+        list.push(octets);
+        self.write_all_of(&list)?;
+        Ok(octets.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -38,7 +67,7 @@ impl<F: AsFd> Write for FdSink<F> {
 
 impl<F: AsFd> PageSink for FdSink<F> {
     fn write_gather(&mut self, list: &Gather<'_>) -> io::Result<()> {
-        list.write_to(self.0.as_fd())
+        self.write_all_of(list)
     }
 }
 

@@ -5,9 +5,11 @@ use std::io::{self, Read};
 use std::ops::Range;
 use std::os::fd::AsFd;
 
-use nix::errno::Errno;
 use xsr_format::frame::PAGE_SIZE;
 use xsr_xen_backend::ForeignPages;
+
+use crate::descriptor::Descriptor;
+use crate::progress::Cancel;
 
 /// Gives a stream.
 pub trait PageSource: Read {
@@ -24,23 +26,47 @@ pub trait PageSource: Read {
 }
 
 /// A file descriptor: pages are not copied in user space.
+///
+/// Its O_NONBLOCK is left as it is; where it is set, an empty descriptor is waited for.
 #[derive(Debug)]
-pub struct FdSource<F>(pub F);
+pub struct FdSource<F>(Descriptor<F>);
+
+impl<F: AsFd> FdSource<F> {
+    /// Waits for octets for as long as it takes.
+    pub fn new(fd: F) -> Self {
+        Self(Descriptor::blocking(fd))
+    }
+
+    /// Stops waiting when `cancel` says so, within a fraction of 100 ms: a read then
+    /// fails with [`Cancelled`](crate::progress::Cancelled). A pipe or socket must have
+    /// no other reader meanwhile. Files are read without a look at whether they are
+    /// slow.
+    ///
+    /// # Errors
+    ///
+    /// The descriptor is none that can be asked what it is.
+    pub fn cancellable(fd: F, cancel: Cancel) -> io::Result<Self> {
+        Ok(Self(Descriptor::cancellable(fd, cancel, false)?))
+    }
+}
 
 impl<F: AsFd> Read for FdSource<F> {
     fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
-        loop {
-            match nix::unistd::read(&self.0, room) {
-                Err(Errno::EINTR) => {}
-                result => return Ok(result?),
-            }
-        }
+        self.0.read(|fd| Ok(nix::unistd::read(fd, room)?))
     }
 }
 
 impl<F: AsFd> PageSource for FdSource<F> {
     fn read_pages(&mut self, pages: &ForeignPages, range: Range<usize>) -> io::Result<()> {
-        pages.read_exact_from(self.0.as_fd(), range)
+        let mut at = range.start * PAGE_SIZE;
+        let end = range.end * PAGE_SIZE;
+        while at < end {
+            match self.0.read(|fd| pages.read_some_from(fd, at..end))? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                n => at += n,
+            }
+        }
+        Ok(())
     }
 }
 

@@ -5,6 +5,7 @@
 //! `restore_callbacks`).
 
 use thiserror::Error;
+use xsr_format::frame::Gfn;
 use xsr_xen_backend::{BackendError, Domain};
 
 /// A callback that failed.
@@ -29,19 +30,46 @@ impl ToolstackError {
 }
 
 /// What a save asks.
+///
+/// libxl's callbacks answer with an integer, of which 1 is success (but 0 for
+/// `switch_qemu_logdirty`); here `Ok` is success, and what failed is said.
 pub trait SaveToolstack {
-    /// Suspend the guest; when this returns, the domain has shut down with reason
-    /// "suspend" and its devices are quiet.
+    /// Suspend the guest (C: `suspend`). Asked once in a plain save, after precopy if
+    /// there was any.
+    ///
+    /// When this returns, the guest's kernel has answered, the domain has shut down
+    /// with reason "suspend", its vcpus do not run, and its devices are quiet: the
+    /// backends have finished their requests, and a device model has stopped and
+    /// written what it had to write, so that the dirty log, read after this, is
+    /// complete. Waiting for the guest and giving up on it (libxl: after 60 s) is the
+    /// toolstack's.
+    ///
+    /// # Errors
+    ///
+    /// The guest does not answer, or not with a suspend. It may be asleep all the
+    /// same: the save looks, and asks for [`SaveToolstack::resume`] then.
     fn suspend(&mut self) -> Result<(), ToolstackError>;
 
-    /// Undo [`SaveToolstack::suspend`]: the guest runs on where it was. Asked at
-    /// most once, of a guest that has suspended: also where [`SaveToolstack::suspend`]
-    /// failed after it had.
+    /// Undo [`SaveToolstack::suspend`]: devices and guest run on where they were (C:
+    /// `libxl_domain_resume` with `suspend_cancel`, which libxl does by itself when a
+    /// save has failed). Asked at most once for each suspend, of a guest that has
+    /// suspended: also where [`SaveToolstack::suspend`] failed after it had.
+    ///
+    /// # Errors
+    ///
+    /// The domain is still suspended then, and the save says so.
     fn resume(&mut self) -> Result<(), ToolstackError>;
 
-    /// Switch the device model's log-dirty mode. Asked for HVM and PVH guests only:
-    /// on before memory is read, off again at the end, whatever happened between.
-    /// A guest without a device model has nothing to do.
+    /// Switch the device model's log-dirty mode (C: `switch_qemu_logdirty`): while it
+    /// is on, pages the device model writes are dirty as those the guest writes are.
+    /// Asked for HVM and PVH guests only: on before memory is read, off again at the
+    /// end, whatever happened between. When this returns, the device model has
+    /// acknowledged it. A guest without a device model has nothing to do.
+    ///
+    /// # Errors
+    ///
+    /// On: the save fails. Off: the save is what it is; the device model may go on
+    /// marking pages, which costs time only.
     fn switch_qemu_logdirty(&mut self, on: bool) -> Result<(), ToolstackError>;
 }
 
@@ -56,9 +84,29 @@ pub struct MissingStaticData {
 
 /// What a restore asks.
 pub trait RestoreToolstack {
-    /// Static data has arrived and been applied, all but what is missing. Asked
-    /// once, before any memory.
+    /// Static data has arrived and been applied, all but what is missing (C:
+    /// `static_data_done`), which is for the toolstack to make up for. Asked once,
+    /// before any memory.
+    ///
+    /// # Errors
+    ///
+    /// The restore fails.
     fn static_data_done(&mut self, missing: MissingStaticData) -> Result<(), ToolstackError>;
+
+    /// The guest is complete, and this is where its rings are: of xenstore and of the
+    /// console; `None` where the stream named none (C: `restore_results`, with 0 for
+    /// none). Frames are pfns of an HVM guest and mfns of a PV guest. Asked once, after
+    /// everything else, with the domain still paused. [`Restored`](crate::Restored)
+    /// says the same.
+    ///
+    /// # Errors
+    ///
+    /// The restore fails.
+    fn restore_results(
+        &mut self,
+        store_gfn: Option<Gfn>,
+        console_gfn: Option<Gfn>,
+    ) -> Result<(), ToolstackError>;
 }
 
 /// No toolstack: suspends and resumes through the hypervisor alone, and has no
@@ -100,6 +148,16 @@ impl RestoreToolstack for DirectToolstack<'_> {
                 "the image holds no CPU policy (Xen before 4.14 wrote it); the guest gets this host's default"
             );
         }
+        Ok(())
+    }
+
+    /// Nobody waits for the rings here: what [`crate::restore()`] returns names them.
+    fn restore_results(
+        &mut self,
+        store_gfn: Option<Gfn>,
+        console_gfn: Option<Gfn>,
+    ) -> Result<(), ToolstackError> {
+        tracing::debug!(?store_gfn, ?console_gfn, "the guest is complete");
         Ok(())
     }
 }

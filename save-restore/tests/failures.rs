@@ -10,6 +10,7 @@ use std::ops::ControlFlow;
 
 use common::faulty::{Fault, Faulty};
 use common::*;
+use xsr_format::frame::Gfn;
 use xsr_format::read::{ReadOptions, RecordReader};
 use xsr_save_restore::progress::Phase;
 use xsr_save_restore::sink::CopySink;
@@ -259,6 +260,14 @@ impl SaveToolstack for Failing<'_> {
 impl RestoreToolstack for Failing<'_> {
     fn static_data_done(&mut self, _: MissingStaticData) -> Result<(), ToolstackError> {
         self.note("static data done")
+    }
+    fn restore_results(
+        &mut self,
+        store: Option<Gfn>,
+        console: Option<Gfn>,
+    ) -> Result<(), ToolstackError> {
+        assert!(store.is_some() && console.is_some());
+        self.note("restore results")
     }
 }
 
@@ -514,9 +523,43 @@ fn a_toolstack_that_refuses_static_data_ends_the_restore() {
     );
     assert!(matches!(result, Err(RestoreError::Toolstack(_))));
     assert_eq!(domain.info().unwrap().tot_pages, 0, "before any memory");
+    assert_eq!(toolstack.log, ["static data done"]);
     let reader = RecordReader::new(CopySource(&*stream), ReadOptions::default()).unwrap();
     let mut stop = |_: &xsr_save_restore::progress::Progress| ControlFlow::Break(());
     let mut toolstack = DirectToolstack(domain.as_ref());
     let result = restore(domain.as_ref(), reader, &mut toolstack, &options, &mut stop);
     assert!(matches!(result, Err(RestoreError::Aborted)));
+}
+
+#[test]
+fn a_restore_tells_where_the_rings_are_when_all_else_is_done() {
+    let (from, to) = (host(38), host(39));
+    for spec in small() {
+        let domid = from.create_guest(&spec).unwrap();
+        let stream = save_to_vec(&from, domid, &options(1)).unwrap();
+        for fails in ["", "restore results"] {
+            let (kind, vcpus, pages) = shape(&stream, spec.kind, spec.vcpus);
+            let new = to.create_domain(kind, vcpus, pages).unwrap();
+            let domain = to.domain(new).unwrap();
+            let options = options_for(domain.as_ref());
+            let mut toolstack = Failing {
+                domain: domain.as_ref(),
+                fails,
+                log: Vec::new(),
+            };
+            let reader = RecordReader::new(CopySource(&*stream), ReadOptions::default()).unwrap();
+            let result = restore(
+                domain.as_ref(),
+                reader,
+                &mut toolstack,
+                &options,
+                &mut go_on,
+            );
+            match fails {
+                "" => drop(result.unwrap()),
+                _ => assert!(matches!(result, Err(RestoreError::Toolstack(_)))),
+            }
+            assert_eq!(toolstack.log, ["static data done", "restore results"]);
+        }
+    }
 }

@@ -131,7 +131,7 @@ fn a_guest_that_writes_all_the_time_arrives_as_it_was_when_it_suspended() {
         let (mut runs, mut seen) = (true, 0);
         let mut wait = |progress: &Progress| {
             runs &= progress.phase != Phase::Suspend;
-            while runs && progress.phase == Phase::Pages && work.operations() < seen + 50 {
+            while runs && progress.phase == Phase::Precopy && work.operations() < seen + 50 {
                 std::thread::yield_now();
             }
             seen = work.operations();
@@ -156,7 +156,7 @@ fn stepped(
     let domid = host.create_guest(spec).unwrap();
     let mut work = host.workload(domid, work).unwrap();
     let mut step = |progress: &Progress| {
-        if progress.phase == Phase::Pages && progress.pages_done == progress.pages_total {
+        if progress.phase == Phase::Precopy && progress.pass_is_complete() {
             work.step(operations).unwrap();
         }
         ControlFlow::Continue(())
@@ -304,16 +304,17 @@ fn a_save_that_is_stopped_in_any_pass_leaves_the_guest_running() {
         let domain = host.domain(domid).unwrap();
         for (phase, iteration) in [
             (Phase::Setup, 0),
-            (Phase::Pages, 0),
-            (Phase::Pages, 1),
+            (Phase::Precopy, 0),
+            (Phase::Precopy, 1),
             (Phase::Suspend, 1),
+            (Phase::StopAndCopy, 1),
             (Phase::Tail, 1),
         ] {
             let mut work = host
                 .workload(domid, &WorkloadSpec::writes(1, 1, 500))
                 .unwrap();
             let mut stop = |progress: &Progress| {
-                if progress.phase == Phase::Pages {
+                if progress.phase == Phase::Precopy {
                     work.step(200).unwrap();
                 }
                 match progress.phase == phase && progress.iteration >= iteration {
@@ -352,7 +353,7 @@ fn a_guest_that_moves_its_p2m_is_not_saved() {
         .workload(domid, &WorkloadSpec::writes(1, 1, 100))
         .unwrap();
     let mut bump = |progress: &Progress| {
-        if progress.phase == Phase::Pages && progress.pages_done == progress.pages_total {
+        if progress.phase == Phase::Precopy && progress.pass_is_complete() {
             assert!(work.bump_p2m_generation().unwrap());
         }
         ControlFlow::Continue(())
@@ -381,7 +382,7 @@ fn a_live_save_survives_every_call_that_fails() {
                 .workload(domid, &WorkloadSpec::writes(1, 1, 200))
                 .unwrap();
             let mut step = |progress: &Progress| {
-                if progress.phase == Phase::Pages && progress.pages_done == progress.pages_total {
+                if progress.phase == Phase::Precopy && progress.pass_is_complete() {
                     work.step(100).unwrap();
                 }
                 ControlFlow::Continue(())

@@ -208,13 +208,13 @@ fn octets_go_through_descriptors_of_every_kind() {
         };
         // A file.
         let mut file = tempfile::tempfile().unwrap();
-        save_to(&from, made, &options(2), &mut FdSink(&file)).unwrap();
+        save_to(&from, made, &options(2), &mut FdSink::new(&file)).unwrap();
         let mut octets = Vec::new();
         file.rewind().unwrap();
         file.read_to_end(&mut octets).unwrap();
         assert!(octets == expected, "{}", spec.name);
         file.rewind().unwrap();
-        let (domid, result) = restore_stream(&to, shape, FdSource(&file));
+        let (domid, result) = restore_stream(&to, shape, FdSource::new(&file));
         result.unwrap();
         check(domid);
         // A pipe and a socket pair: short reads and short writes.
@@ -239,8 +239,8 @@ fn through(
     out_of: impl AsFd,
 ) -> DomId {
     std::thread::scope(|scope| {
-        let sender = scope.spawn(move || save_to(from, made, &options(2), &mut FdSink(into)));
-        let (domid, result) = restore_stream(to, shape, FdSource(out_of));
+        let sender = scope.spawn(move || save_to(from, made, &options(2), &mut FdSink::new(into)));
+        let (domid, result) = restore_stream(to, shape, FdSource::new(out_of));
         result.unwrap();
         sender.join().unwrap().unwrap();
         domid

@@ -29,7 +29,7 @@ use xsr_format::frame::{Gfn, Mfn, PageType, Pfn};
 pub use error::{BackendError, MapError};
 pub use log_dirty::{DirtyBitmap, DirtyRead, DirtyStats, LogDirty};
 pub use nix::errno::Errno;
-pub use pages::{Access, ForeignPage, ForeignPages, Gather};
+pub use pages::{Access, ForeignPage, ForeignPages, Gather, Unwritten, WriteCall};
 
 /// A domain's number, 0–0x7fef; 0 is the control domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -1,15 +1,17 @@
-//! Mapped foreign pages, and gather lists over them.
+//! Mapped foreign pages.
 //!
 //! The memory here belongs to a guest that may be running: it can change between
 //! any two reads. So no reference to it is ever formed, reads and writes are
 //! volatile, and each page-table entry is read once.
 //!
-//! C implementation: `xenforeignmemory_map` and the `writev_exact` of
-//! `xg_sr_save.c:write_batch`.
+//! C implementation: `xenforeignmemory_map`.
+
+mod gather;
 
 use std::fmt;
 use std::io;
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 
@@ -19,6 +21,8 @@ use nix::sys::mman;
 use xsr_format::frame::{PAGE_SIZE, Page};
 
 use crate::error::MapError;
+
+pub use gather::{Gather, Unwritten, WriteCall};
 
 /// Page-table entries in a page.
 pub const ENTRIES_PER_TABLE: usize = PAGE_SIZE / 8;
@@ -141,50 +145,39 @@ impl ForeignPages {
         Some(page.read_entry(index % ENTRIES_PER_TABLE))
     }
 
-    /// Fill `pages` (a range of indices) from a file descriptor, straight into the
-    /// mapping, reading exactly their octets.
+    /// Read from a file descriptor into the octets `range` of the pages (counted from
+    /// the first page on), straight into the mapping, with one `read(2)`: how many
+    /// octets came; 0 where the range is empty or the descriptor at its end.
     ///
     /// # Errors
     ///
-    /// `UnexpectedEof` when the descriptor ends early; what `read(2)` says
-    /// otherwise. EINTR is retried.
+    /// What `read(2)` says, EINTR and EAGAIN included.
     ///
     /// # Panics
     ///
-    /// When the range leaves the pages, holds one that failed, or the mapping is
+    /// When the range leaves the pages, touches one that failed, or the mapping is
     /// read-only.
-    pub fn read_exact_from(
-        &self,
-        fd: BorrowedFd<'_>,
-        pages: std::ops::Range<usize>,
-    ) -> io::Result<()> {
+    pub fn read_some_from(&self, fd: BorrowedFd<'_>, range: Range<usize>) -> io::Result<usize> {
         assert!(self.access == Access::Write, "mapping is read-only");
         assert!(
-            pages.start <= pages.end && pages.end <= self.count,
+            range.start <= range.end && range.end <= self.count * PAGE_SIZE,
             "range leaves the mapping"
         );
+        let pages = range.start / PAGE_SIZE..range.end.div_ceil(PAGE_SIZE);
         assert!(
             !self.failed.iter().any(|e| pages.contains(&e.index)),
             "range holds a page that is not mapped"
         );
-        let total = pages.len() * PAGE_SIZE;
-        let mut done = 0;
-        while done < total {
-            // SAFETY: start < count when total > 0 and done < total, so the sum
-            // stays inside the mapping.
-            let ptr = unsafe { self.base.add(pages.start * PAGE_SIZE + done) };
-            // SAFETY: `ptr .. ptr + (total - done)` lies in the mapping, which is
-            // writable and has no failed page in this range (asserted above); no
-            // reference to it exists anywhere.
-            let n = unsafe { libc::read(fd.as_raw_fd(), ptr.as_ptr().cast(), total - done) };
-            match Errno::result(n) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(n) => done += n.unsigned_abs(),
-                Err(Errno::EINTR) => {}
-                Err(e) => return Err(e.into()),
-            }
+        if range.is_empty() {
+            return Ok(0);
         }
-        Ok(())
+        // SAFETY: start < end <= count * 4096, so the result is inside the mapping.
+        let ptr = unsafe { self.base.add(range.start) };
+        // SAFETY: `ptr .. ptr + range.len()` lies in the mapping, which is writable and
+        // has no failed page in this range (asserted above); no reference to it exists
+        // anywhere.
+        let n = unsafe { libc::read(fd.as_raw_fd(), ptr.as_ptr().cast(), range.len()) };
+        Ok(Errno::result(n)?.unsigned_abs())
     }
 }
 
@@ -302,182 +295,10 @@ impl fmt::Debug for ForeignPage<'_> {
     }
 }
 
-/// A list of places to write from, in order: local octets and foreign pages.
-#[derive(Default)]
-pub struct Gather<'a> {
-    pieces: Vec<Piece>,
-    octets: usize,
-    borrowed: PhantomData<(&'a [u8], ForeignPage<'a>)>,
-}
-
-#[derive(Clone, Copy)]
-struct Piece {
-    base: NonNull<u8>,
-    len: usize,
-}
-
-/// Most iovecs that one `writev(2)` takes on Linux (UIO_MAXIOV).
-const MAX_IOVECS: usize = 1024;
-
-impl<'a> Gather<'a> {
-    /// An empty list.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Octets in the list.
-    pub fn len(&self) -> usize {
-        self.octets
-    }
-
-    /// Whether the list holds no octet.
-    pub fn is_empty(&self) -> bool {
-        self.octets == 0
-    }
-
-    /// Add octets of our own.
-    pub fn push(&mut self, local: &'a [u8]) {
-        self.push_piece(NonNull::from(local).cast(), local.len());
-    }
-
-    /// Add a page of the guest.
-    pub fn push_page(&mut self, page: ForeignPage<'a>) {
-        self.push_piece(page.ptr, PAGE_SIZE);
-    }
-
-    fn push_piece(&mut self, base: NonNull<u8>, len: usize) {
-        if len == 0 {
-            return;
-        }
-        self.octets += len;
-        self.pieces.push(Piece { base, len });
-    }
-
-    /// The list as the kernel wants it. Neighbours that touch become one: to the kernel
-    /// they are addresses. (To us they may be two allocations, so pieces stay apart.)
-    fn iovecs(&self) -> Vec<libc::iovec> {
-        let mut iovecs: Vec<libc::iovec> = Vec::new();
-        for piece in &self.pieces {
-            let base = piece.base.as_ptr();
-            match iovecs.last_mut() {
-                Some(last) if last.iov_base.addr() + last.iov_len == base.addr() => {
-                    last.iov_len += piece.len;
-                }
-                _ => iovecs.push(libc::iovec {
-                    iov_base: base.cast(),
-                    iov_len: piece.len,
-                }),
-            }
-        }
-        iovecs
-    }
-
-    /// Write every octet of the list to a file descriptor without copying, in as
-    /// few `writev(2)` calls as the kernel allows. Short writes go on where they
-    /// stopped; EINTR is retried.
-    ///
-    /// # Errors
-    ///
-    /// What `writev(2)` says; EFAULT when a page of the guest went away. An
-    /// unknown part of the list has then been written.
-    pub fn write_to(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
-        let mut iovecs = self.iovecs();
-        let mut rest = iovecs.as_mut_slice();
-        while let Some(first) = rest.first() {
-            if first.iov_len == 0 {
-                rest = &mut rest[1..];
-                continue;
-            }
-            let count = i32::try_from(rest.len().min(MAX_IOVECS)).expect("at most 1024");
-            // SAFETY: every iovec lies in memory that `self` borrows for 'a (local
-            // slices, or pages inside a live mapping); the kernel only reads it,
-            // and reports EFAULT for what is not mapped.
-            let n = unsafe { libc::writev(fd.as_raw_fd(), rest.as_ptr(), count) };
-            let mut written = match Errno::result(n) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(n) => n.unsigned_abs(),
-                Err(Errno::EINTR) => continue,
-                Err(e) => return Err(e.into()),
-            };
-            for iovec in rest.iter_mut() {
-                let step = written.min(iovec.iov_len);
-                iovec.iov_base = iovec.iov_base.wrapping_byte_add(step);
-                iovec.iov_len -= step;
-                written -= step;
-                if written == 0 {
-                    break;
-                }
-            }
-            let done = rest.iter().take_while(|v| v.iov_len == 0).count();
-            rest = &mut rest[done..];
-        }
-        Ok(())
-    }
-
-    /// Write every octet of the list to `out`, through a buffer of 64 KiB: for
-    /// sinks that are no file descriptor.
-    ///
-    /// # Errors
-    ///
-    /// What `out` says.
-    pub fn copy_to(&self, out: &mut dyn io::Write) -> io::Result<()> {
-        const BUFFER: usize = 16 * PAGE_SIZE;
-        let mut buffer = vec![0_u8; BUFFER];
-        for piece in &self.pieces {
-            let mut at = 0;
-            while at < piece.len {
-                let step = (piece.len - at).min(BUFFER);
-                piece.read(at, &mut buffer[..step]);
-                out.write_all(&buffer[..step])?;
-                at += step;
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Piece {
-    /// Copy the octets from `at` on into `out`, which must not reach beyond the
-    /// piece: each read once, whole words at a time where the piece is aligned, as
-    /// pages are.
-    fn read(self, at: usize, out: &mut [u8]) {
-        debug_assert!(at + out.len() <= self.len);
-        // SAFETY: at < len (callers), so the result is inside memory the list borrows.
-        let base = unsafe { self.base.add(at) };
-        let aligned = base.cast::<u64>().is_aligned();
-        let (words, rest) = match aligned {
-            true => out.as_chunks_mut::<8>(),
-            false => (Default::default(), out),
-        };
-        let done = words.len() * 8;
-        for (i, word) in words.iter_mut().enumerate() {
-            // SAFETY: at + 8 * (i + 1) <= at + out.len() <= len.
-            let from = unsafe { base.cast::<u64>().add(i) };
-            // SAFETY: `from` is inside readable memory and aligned (checked above).
-            *word = unsafe { from.read_volatile() }.to_ne_bytes();
-        }
-        for (i, octet) in rest.iter_mut().enumerate() {
-            // SAFETY: at + done + i < at + out.len() <= len.
-            let from = unsafe { base.add(done + i) };
-            // SAFETY: `from` is inside readable memory; u8 needs no alignment.
-            *octet = unsafe { from.read_volatile() };
-        }
-    }
-}
-
-impl fmt::Debug for Gather<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Gather")
-            .field("octets", &self.octets)
-            .field("pieces", &self.pieces.len())
-            .finish_non_exhaustive()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::fs::File;
-    use std::io::{Read, Write};
+    use std::io::Write;
     use std::os::fd::AsFd;
 
     use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -488,7 +309,7 @@ mod tests {
 
     /// `count` pages of a memfd, page i filled with the octet i + 1; those in
     /// `failed` have no memory behind them.
-    fn pages(count: usize, access: Access, failed: &[usize]) -> ForeignPages {
+    pub(super) fn pages(count: usize, access: Access, failed: &[usize]) -> ForeignPages {
         let mut file = File::from(memfd_create("pages", MFdFlags::empty()).unwrap());
         for i in 0..count {
             file.write_all(&[u8::try_from(i + 1).unwrap(); PAGE_SIZE])
@@ -534,77 +355,32 @@ mod tests {
     }
 
     #[test]
-    fn a_list_merges_neighbours_and_arrives_whole() {
-        let pages = pages(5, Access::Read, &[]);
-        let head = [9_u8; 13];
-        let mut list = Gather::new();
-        list.push(&head);
-        list.push(&[]);
-        for i in [0, 1, 2, 4] {
-            list.push_page(pages.page(i).unwrap());
-        }
-        assert_eq!(list.iovecs().len(), 3);
-        assert_eq!(list.len(), 13 + 4 * PAGE_SIZE);
-        let mut expected = head.to_vec();
-        for octet in [1, 2, 3, 5] {
-            expected.extend([octet; PAGE_SIZE]);
-        }
-        let mut copied = Vec::new();
-        list.copy_to(&mut copied).unwrap();
-        assert_eq!(copied, expected);
-
-        // A pipe takes 64 KiB at most at a time: the writes come short.
-        let mut list = Gather::new();
-        for _ in 0..100 {
-            list.push(&head);
-            for (_, page) in pages.iter() {
-                list.push_page(page);
-            }
-        }
-        let (mut reader, writer) = std::io::pipe().unwrap();
-        let received = std::thread::scope(|scope| {
-            let receiver = scope.spawn(move || {
-                let mut received = Vec::new();
-                reader.read_to_end(&mut received).map(|_| received)
-            });
-            list.write_to(writer.as_fd()).unwrap();
-            drop(writer);
-            receiver.join().unwrap().unwrap()
-        });
-        assert_eq!(received.len(), 100 * (13 + 5 * PAGE_SIZE));
-        assert_eq!(received[received.len() - PAGE_SIZE..], [5; PAGE_SIZE]);
-    }
-
-    #[test]
-    fn a_closed_pipe_and_a_vanished_page_are_errors() {
-        let pages = pages(3, Access::Read, &[1]);
-        let (reader, writer) = std::io::pipe().unwrap();
-        let mut list = Gather::new();
-        list.push_page(pages.page(0).unwrap());
-        drop(reader);
-        let error = list.write_to(writer.as_fd()).unwrap_err();
-        assert_eq!(error.kind(), std::io::ErrorKind::BrokenPipe);
-        // What the kernel says of memory that goes away under a mapping.
-        let (_reader, writer) = std::io::pipe().unwrap();
-        let mut list = Gather::new();
-        list.push_page(pages.page_unchecked(1));
-        let error = list.write_to(writer.as_fd()).unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(Errno::EFAULT as i32));
-    }
-
-    #[test]
-    fn pages_are_filled_from_a_descriptor_exactly() {
-        let pages = pages(4, Access::Write, &[]);
+    fn pages_are_filled_from_a_descriptor_octet_for_octet() {
+        let pages = pages(4, Access::Write, &[3]);
         let (reader, mut writer) = std::io::pipe().unwrap();
-        writer.write_all(&[0x77; 2 * PAGE_SIZE]).unwrap();
-        writer.write_all(b"behind").unwrap();
-        pages.read_exact_from(reader.as_fd(), 1..3).unwrap();
-        for (index, octet) in [(0, 1), (1, 0x77), (2, 0x77), (3, 4)] {
-            assert_eq!(*pages.page(index).unwrap().to_page(), [octet; PAGE_SIZE]);
+        writer.write_all(&[0x77; PAGE_SIZE]).unwrap();
+        let range = PAGE_SIZE + 100..2 * PAGE_SIZE;
+        let n = pages.read_some_from(reader.as_fd(), range.clone()).unwrap();
+        assert_eq!(n, range.len(), "no more than asked for");
+        let mut expected = [2; PAGE_SIZE];
+        expected[100..].fill(0x77);
+        for (index, contents) in [(0, [1; PAGE_SIZE]), (1, expected), (2, [3; PAGE_SIZE])] {
+            assert_eq!(*pages.page(index).unwrap().to_page(), contents);
         }
+        let short = pages.read_some_from(reader.as_fd(), 0..PAGE_SIZE).unwrap();
+        assert_eq!(short, 100, "what there is");
+        assert_eq!(pages.read_some_from(reader.as_fd(), 7..7).unwrap(), 0);
         drop(writer);
-        let error = pages.read_exact_from(reader.as_fd(), 0..1).unwrap_err();
-        assert_eq!(error.kind(), std::io::ErrorKind::UnexpectedEof);
+        assert_eq!(pages.read_some_from(reader.as_fd(), 0..1).unwrap(), 0);
+    }
+
+    #[test]
+    #[should_panic(expected = "not mapped")]
+    fn a_page_that_failed_is_not_read_into() {
+        let (reader, _writer) = std::io::pipe().unwrap();
+        let pages = pages(2, Access::Write, &[1]);
+        let result = pages.read_some_from(reader.as_fd(), 0..PAGE_SIZE + 1);
+        panic!("{result:?}");
     }
 
     #[test]

@@ -273,7 +273,11 @@ impl Demo<'_> {
             &mut toolstack,
             output.file(),
             &mut |progress| {
-                bar.show(progress.pages_done, progress.pages_total, progress.octets);
+                bar.show(
+                    progress.pages_done,
+                    progress.pages_total.unwrap_or(0),
+                    progress.octets,
+                );
                 self.interrupt.check()
             },
         )?;

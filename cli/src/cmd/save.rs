@@ -65,7 +65,11 @@ pub(crate) fn run(args: &SaveArgs, terminal: &Terminal) -> Result<Code> {
         &mut toolstack,
         output.file(),
         &mut |progress| {
-            bar.show(progress.pages_done, progress.pages_total, progress.octets);
+            bar.show(
+                progress.pages_done,
+                progress.pages_total.unwrap_or(0),
+                progress.octets,
+            );
             interrupt.check()
         },
     )
@@ -131,7 +135,7 @@ pub(crate) fn write_image<'a>(
         None => made_up_config(host, domid, domain)?,
     };
     let emulators = backend::emulators(host, domid)?;
-    let mut sink = FdSink(file);
+    let mut sink = FdSink::new(file);
     XlHeader::new(&json)?.write(&mut sink)?;
     let mut libxl = LibxlWriter::new(sink, LIBXL_HEADER)?;
     libxl.write(&LibxlRecord::LibxcContext)?;

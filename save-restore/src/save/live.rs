@@ -10,6 +10,7 @@ use xsr_xen_backend::{BackendError, DirtyBitmap, DirtyRead, Domain};
 
 use crate::error::SaveError;
 use crate::guest::{GuestSave, Out};
+use crate::progress::Phase;
 use crate::save::precopy::{Meter, PrecopyDecision, PrecopyPolicy};
 use crate::save::{Live, Run, Suspended, all_pages, guest_pages};
 
@@ -58,12 +59,14 @@ impl Run<'_, '_> {
         if let Some(deferred) = deferred {
             dirty.merge(&deferred);
         }
-        self.send(guest, out, dirty.iter(), dirty.count(), &mut None)?;
+        let rest = (dirty.iter(), dirty.count());
+        self.send(guest, out, Phase::StopAndCopy, rest, &mut None)?;
         guest.check_vm_state()?;
 
         if live.verify {
             out.verify()?;
-            self.send(guest, out, all_pages(guest), total, &mut None)?;
+            let all = (all_pages(guest), total);
+            self.send(guest, out, Phase::Verify, all, &mut None)?;
         }
         Ok(stopped)
     }
@@ -86,10 +89,12 @@ impl Run<'_, '_> {
             if count > 0 && decision != PrecopyDecision::Abort {
                 let before = self.stats.pages;
                 meter.begin();
-                self.send(guest, out, dirty.iter(), count, deferred)?;
+                let pass = (dirty.iter(), count);
+                self.send(guest, out, Phase::Precopy, pass, deferred)?;
                 guest.check_vm_state()?;
                 meter.sent(count, (self.stats.pages - before) * PAGE_SIZE as u64);
                 self.stats.iterations += 1;
+                self.progress.precopy(meter.stats());
             }
             let decision = match decision {
                 PrecopyDecision::Continue => policy.decide(meter.stats()),
@@ -105,6 +110,7 @@ impl Run<'_, '_> {
             }
             self.domain.read_dirty(DirtyRead::Clean, dirty)?;
             meter.dirty(dirty.count());
+            self.progress.precopy(meter.stats());
         }
     }
 }

@@ -20,7 +20,7 @@ impl<'a> ImageSource<'a> {
     /// Read from where the file stands.
     pub(crate) fn new(file: &'a File) -> Self {
         Self {
-            source: FdSource(file),
+            source: FdSource::new(file),
             offset: 0,
         }
     }

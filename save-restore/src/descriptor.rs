@@ -1,0 +1,332 @@
+//! How a descriptor is waited for: its other end may be slow, or not move at all, and
+//! nobody but we must notice how it is done.
+//!
+//! O_NONBLOCK belongs to the open file, which may be shared with other processes (a
+//! shell's stdout), so it is never set on a descriptor that was given to us; but where
+//! somebody else has set it, EAGAIN is waited out. What waits without being told to
+//! stop just calls the kernel. With a [`Cancel`] no call blocks:
+//!
+//! | the descriptor is | a write | a read |
+//! |---|---|---|
+//! | a pipe | on the same pipe, opened once more without blocking; where /proc does not let us, at most PIPE_BUF after poll(2) | after poll(2) |
+//! | a socket | `sendmsg` with MSG_DONTWAIT | after poll(2) |
+//! | anything else (files) | just done | just done |
+//!
+//! The last row is for files and block devices, which do not wait for anybody. A
+//! terminal is there too: nobody saves to one.
+
+use std::io;
+use std::num::NonZeroUsize;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, open};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::stat::{Mode, SFlag, fstat};
+use xsr_xen_backend::WriteCall;
+
+use crate::progress::{Cancel, Cancelled};
+
+/// How long a wait may last before the token is looked at again, in milliseconds.
+const LOOK_EVERY_MS: u8 = 20;
+
+/// What poll(2) promises there is room for in a pipe that it calls writable.
+const PIPE_BUF: NonZeroUsize = NonZeroUsize::new(4096).expect("not zero");
+
+/// A descriptor, and how to wait for it.
+#[derive(Debug)]
+pub(crate) struct Descriptor<F> {
+    fd: F,
+    way: Way,
+}
+
+/// How calls are kept from blocking.
+#[derive(Debug)]
+enum Way {
+    /// They are not.
+    Blocking,
+    /// Nothing blocks here.
+    Never(Cancel),
+    Socket(Cancel),
+    /// With a description of our own of the writing end, if we could get one.
+    Pipe(Cancel, Option<OwnedFd>),
+}
+
+impl Way {
+    fn cancel(&self) -> Option<&Cancel> {
+        match self {
+            Self::Blocking => None,
+            Self::Never(cancel) | Self::Socket(cancel) | Self::Pipe(cancel, _) => Some(cancel),
+        }
+    }
+}
+
+impl<F: AsFd> Descriptor<F> {
+    /// Waits for as long as it takes.
+    pub(crate) fn blocking(fd: F) -> Self {
+        let way = Way::Blocking;
+        Self { fd, way }
+    }
+
+    /// Waits until `cancel` says no. `writing`: it will be written to.
+    pub(crate) fn cancellable(fd: F, cancel: Cancel, writing: bool) -> io::Result<Self> {
+        let mode = SFlag::from_bits_truncate(fstat(fd.as_fd())?.st_mode) & SFlag::S_IFMT;
+        let way = match mode {
+            SFlag::S_IFSOCK => Way::Socket(cancel),
+            SFlag::S_IFIFO if writing => Way::Pipe(cancel, reopen(fd.as_fd())),
+            SFlag::S_IFIFO => Way::Pipe(cancel, None),
+            _ => Way::Never(cancel),
+        };
+        Ok(Self { fd, way })
+    }
+
+    fn check(&self) -> io::Result<()> {
+        match self.way.cancel() {
+            Some(cancel) if cancel.is_cancelled() => Err(io::Error::other(Cancelled)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Wait until a call will do something, if only fail.
+    fn wait(&self, what: PollFlags) -> io::Result<()> {
+        let timeout = match self.way.cancel() {
+            Some(_) => PollTimeout::from(LOOK_EVERY_MS),
+            None => PollTimeout::NONE,
+        };
+        loop {
+            self.check()?;
+            match poll(&mut [PollFd::new(self.fd.as_fd(), what)], timeout) {
+                Ok(0) | Err(Errno::EINTR) => {}
+                Ok(_) => return Ok(()),
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+
+    /// Have `write` called until it has done something: with the descriptor and the
+    /// call that it is to be done with.
+    ///
+    /// # Errors
+    ///
+    /// [`Cancelled`]; what `write` says but EINTR and EAGAIN.
+    pub(crate) fn write(
+        &self,
+        mut write: impl FnMut(BorrowedFd<'_>, WriteCall) -> io::Result<()>,
+    ) -> io::Result<()> {
+        loop {
+            self.check()?;
+            let result = match &self.way {
+                Way::Blocking | Way::Never(_) => write(self.fd.as_fd(), WriteCall::Writev),
+                Way::Socket(_) => write(self.fd.as_fd(), WriteCall::SendDontWait),
+                Way::Pipe(_, Some(own)) => write(own.as_fd(), WriteCall::Writev),
+                Way::Pipe(_, None) => {
+                    self.wait(PollFlags::POLLOUT)?;
+                    write(self.fd.as_fd(), WriteCall::AtMost(PIPE_BUF))
+                }
+            };
+            match result {
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.wait(PollFlags::POLLOUT)?,
+                result => return result,
+            }
+        }
+    }
+
+    /// Have `read` called until it has read something, or the end; its answer.
+    ///
+    /// # Errors
+    ///
+    /// [`Cancelled`]; what `read` says but EINTR and EAGAIN.
+    pub(crate) fn read(
+        &self,
+        mut read: impl FnMut(BorrowedFd<'_>) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        loop {
+            match &self.way {
+                Way::Blocking => {}
+                Way::Never(_) => self.check()?,
+                Way::Socket(_) | Way::Pipe(..) => self.wait(PollFlags::POLLIN)?,
+            }
+            match read(self.fd.as_fd()) {
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.wait(PollFlags::POLLIN)?,
+                result => return result,
+            }
+        }
+    }
+}
+
+/// The writing end of a pipe, opened once more: another open file, whose O_NONBLOCK
+/// nobody shares.
+fn reopen(fd: BorrowedFd<'_>) -> Option<OwnedFd> {
+    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    let flags = OFlag::O_WRONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    open(path.as_str(), flags, Mode::empty())
+        .inspect_err(|error| tracing::debug!(%error, "the pipe cannot be opened once more"))
+        .ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+    use std::thread;
+    use std::time::{Duration, Instant};
+
+    use nix::fcntl::{FcntlArg, fcntl};
+    use xsr_xen_backend::Gather;
+
+    use super::*;
+    use crate::sink::FdSink;
+    use crate::source::FdSource;
+
+    fn write_all<F: AsFd>(descriptor: &Descriptor<F>, octets: &[u8]) -> io::Result<()> {
+        let mut list = Gather::new();
+        list.push(octets);
+        let mut rest = list.unwritten();
+        while !rest.is_empty() {
+            descriptor.write(|fd, call| rest.write_some(fd, call))?;
+        }
+        Ok(())
+    }
+
+    /// Every kind of writing end: a pipe both ways, a socket.
+    fn writers(cancel: &Cancel) -> [(Descriptor<OwnedFd>, OwnedFd); 3] {
+        let (pipe_out, pipe_in) = io::pipe().unwrap();
+        let (once_out, once_in) = io::pipe().unwrap();
+        let (socket_out, socket_in) = UnixStream::pair().unwrap();
+        let cancellable = |fd: OwnedFd| Descriptor::cancellable(fd, cancel.clone(), true).unwrap();
+        let again = cancellable(pipe_in.into());
+        assert!(matches!(again.way, Way::Pipe(_, Some(_))));
+        let once = Descriptor {
+            fd: OwnedFd::from(once_in),
+            way: Way::Pipe(cancel.clone(), None),
+        };
+        [
+            (again, pipe_out.into()),
+            (once, once_out.into()),
+            (cancellable(socket_in.into()), socket_out.into()),
+        ]
+    }
+
+    fn pattern(octets: usize) -> Vec<u8> {
+        (0..=250_u8).cycle().take(octets).collect()
+    }
+
+    #[test]
+    fn what_is_written_arrives_through_a_slow_reader() {
+        let octets = pattern(1 << 20);
+        for (writer, reader) in writers(&Cancel::new()) {
+            thread::scope(|scope| {
+                scope.spawn(|| {
+                    write_all(&writer, &octets).unwrap();
+                    drop(writer);
+                });
+                let mut arrived = Vec::new();
+                let mut room = [0; 5000];
+                let mut source = FdSource::cancellable(reader, Cancel::new()).unwrap();
+                loop {
+                    match source.read(&mut room).unwrap() {
+                        0 => break,
+                        n => arrived.extend_from_slice(&room[..n]),
+                    }
+                }
+                assert!(arrived == octets);
+            });
+        }
+    }
+
+    #[test]
+    fn a_wait_ends_when_it_is_cancelled() {
+        let octets = pattern(1 << 20);
+        for i in 0..3 {
+            let cancel = Cancel::new();
+            let [writer, ..] = {
+                let mut all = writers(&cancel);
+                all.rotate_left(i);
+                all
+            };
+            let (writer, _reader) = writer;
+            let fd = writer.fd.try_clone().unwrap();
+            let (result, took) = thread::scope(|scope| {
+                let writing = scope.spawn(|| {
+                    let result = write_all(&writer, &octets);
+                    (result, Instant::now())
+                });
+                // Until it is full, which nobody changes any more.
+                let full = || poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLOUT)], 0_u8);
+                while full().unwrap() != 0 {
+                    thread::yield_now();
+                }
+                let asked = Instant::now();
+                cancel.cancel();
+                let (result, ended) = writing.join().unwrap();
+                (result, ended - asked)
+            });
+            assert!(Cancelled::is(&result.unwrap_err()));
+            // The promise is 100 ms; a machine under load may add its own.
+            assert!(took < Duration::from_secs(2), "{took:?}");
+        }
+    }
+
+    #[test]
+    fn a_read_that_waits_ends_when_it_is_cancelled() {
+        let (pipe, _pipe_in) = io::pipe().unwrap();
+        let (socket, _socket_in) = UnixStream::pair().unwrap();
+        for fd in [OwnedFd::from(pipe), OwnedFd::from(socket)] {
+            let cancel = Cancel::new();
+            let mut source = FdSource::cancellable(fd, cancel.clone()).unwrap();
+            thread::scope(|scope| {
+                let reading = scope.spawn(move || source.read(&mut [0; 10]));
+                cancel.cancel();
+                assert!(Cancelled::is(&reading.join().unwrap().unwrap_err()));
+            });
+        }
+    }
+
+    #[test]
+    fn a_descriptor_that_does_not_block_is_waited_for_and_left_as_it_is() {
+        let octets = pattern(1 << 20);
+        for cancel in [None, Some(Cancel::new())] {
+            let (reader, writer) = UnixStream::pair().unwrap();
+            reader.set_nonblocking(true).unwrap();
+            writer.set_nonblocking(true).unwrap();
+            let mut sink = match &cancel {
+                None => FdSink::new(&writer),
+                Some(cancel) => FdSink::cancellable(&writer, cancel.clone()).unwrap(),
+            };
+            let mut source = match &cancel {
+                None => FdSource::new(&reader),
+                Some(cancel) => FdSource::cancellable(&reader, cancel.clone()).unwrap(),
+            };
+            thread::scope(|scope| {
+                scope.spawn(|| sink.write_all(&octets).unwrap());
+                let mut arrived = vec![0; octets.len()];
+                source.read_exact(&mut arrived).unwrap();
+                assert!(arrived == octets);
+            });
+        }
+        // Nor does a blocking pipe become one that does not, for those who share it.
+        let (_reader, writer) = io::pipe().unwrap();
+        let mut sink = FdSink::cancellable(&writer, Cancel::new()).unwrap();
+        sink.write_all(b"some").unwrap();
+        let flags = fcntl(&writer, FcntlArg::F_GETFL).unwrap();
+        assert!(!OFlag::from_bits_truncate(flags).contains(OFlag::O_NONBLOCK));
+    }
+
+    #[test]
+    fn a_file_and_a_pipe_that_nobody_reads_say_what_they_say() {
+        let file = tempfile::tempfile().unwrap();
+        let cancel = Cancel::new();
+        let mut sink = FdSink::cancellable(&file, cancel.clone()).unwrap();
+        sink.write_all(b"some").unwrap();
+        cancel.cancel();
+        assert!(Cancelled::is(&sink.write_all(b"more").unwrap_err()));
+        assert_eq!(file.metadata().unwrap().len(), 4);
+        for (writer, reader) in writers(&Cancel::new()) {
+            drop(reader);
+            let error = write_all(&writer, b"some").unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+        }
+    }
+}

@@ -1,0 +1,365 @@
+//! Gather lists: local octets and foreign pages, written from where they are.
+//!
+//! C implementation: the `writev_exact` of `xg_sr_save.c:write_batch`.
+
+use std::fmt;
+use std::io;
+use std::marker::PhantomData;
+use std::mem;
+use std::num::NonZeroUsize;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr::NonNull;
+
+use nix::errno::Errno;
+use nix::libc;
+use xsr_format::frame::PAGE_SIZE;
+
+use super::ForeignPage;
+
+/// A list of places to write from, in order: local octets and foreign pages.
+#[derive(Default)]
+pub struct Gather<'a> {
+    pieces: Vec<Piece>,
+    octets: usize,
+    borrowed: PhantomData<(&'a [u8], ForeignPage<'a>)>,
+}
+
+#[derive(Clone, Copy)]
+struct Piece {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+/// Most iovecs that one `writev(2)` takes on Linux (UIO_MAXIOV).
+const MAX_IOVECS: usize = 1024;
+
+impl<'a> Gather<'a> {
+    /// An empty list.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Octets in the list.
+    pub fn len(&self) -> usize {
+        self.octets
+    }
+
+    /// Whether the list holds no octet.
+    pub fn is_empty(&self) -> bool {
+        self.octets == 0
+    }
+
+    /// Add octets of our own.
+    pub fn push(&mut self, local: &'a [u8]) {
+        self.push_piece(NonNull::from(local).cast(), local.len());
+    }
+
+    /// Add a page of the guest.
+    pub fn push_page(&mut self, page: ForeignPage<'a>) {
+        self.push_piece(page.ptr, PAGE_SIZE);
+    }
+
+    fn push_piece(&mut self, base: NonNull<u8>, len: usize) {
+        if len == 0 {
+            return;
+        }
+        self.octets += len;
+        self.pieces.push(Piece { base, len });
+    }
+
+    /// The list as the kernel wants it. Neighbours that touch become one: to the kernel
+    /// they are addresses. (To us they may be two allocations, so pieces stay apart.)
+    fn iovecs(&self) -> Vec<libc::iovec> {
+        let mut iovecs: Vec<libc::iovec> = Vec::new();
+        for piece in &self.pieces {
+            let base = piece.base.as_ptr();
+            match iovecs.last_mut() {
+                Some(last) if last.iov_base.addr() + last.iov_len == base.addr() => {
+                    last.iov_len += piece.len;
+                }
+                _ => iovecs.push(libc::iovec {
+                    iov_base: base.cast(),
+                    iov_len: piece.len,
+                }),
+            }
+        }
+        iovecs
+    }
+
+    /// The list, to be written to a file descriptor bit by bit, without copying.
+    pub fn unwritten(&self) -> Unwritten<'_> {
+        Unwritten {
+            iovecs: self.iovecs(),
+            first: 0,
+            borrowed: PhantomData,
+        }
+    }
+
+    /// Write every octet of the list to `out`, through a buffer of 64 KiB: for
+    /// sinks that are no file descriptor.
+    ///
+    /// # Errors
+    ///
+    /// What `out` says.
+    pub fn copy_to(&self, out: &mut dyn io::Write) -> io::Result<()> {
+        const BUFFER: usize = 16 * PAGE_SIZE;
+        let mut buffer = vec![0_u8; BUFFER];
+        for piece in &self.pieces {
+            let mut at = 0;
+            while at < piece.len {
+                let step = (piece.len - at).min(BUFFER);
+                piece.read(at, &mut buffer[..step]);
+                out.write_all(&buffer[..step])?;
+                at += step;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Piece {
+    /// Copy the octets from `at` on into `out`, which must not reach beyond the
+    /// piece: each read once, whole words at a time where the piece is aligned, as
+    /// pages are.
+    fn read(self, at: usize, out: &mut [u8]) {
+        debug_assert!(at + out.len() <= self.len);
+        // SAFETY: at < len (callers), so the result is inside memory the list borrows.
+        let base = unsafe { self.base.add(at) };
+        let aligned = base.cast::<u64>().is_aligned();
+        let (words, rest) = match aligned {
+            true => out.as_chunks_mut::<8>(),
+            false => (Default::default(), out),
+        };
+        let done = words.len() * 8;
+        for (i, word) in words.iter_mut().enumerate() {
+            // SAFETY: at + 8 * (i + 1) <= at + out.len() <= len.
+            let from = unsafe { base.cast::<u64>().add(i) };
+            // SAFETY: `from` is inside readable memory and aligned (checked above).
+            *word = unsafe { from.read_volatile() }.to_ne_bytes();
+        }
+        for (i, octet) in rest.iter_mut().enumerate() {
+            // SAFETY: at + done + i < at + out.len() <= len.
+            let from = unsafe { base.add(done + i) };
+            // SAFETY: `from` is inside readable memory; u8 needs no alignment.
+            *octet = unsafe { from.read_volatile() };
+        }
+    }
+}
+
+impl fmt::Debug for Gather<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Gather")
+            .field("octets", &self.octets)
+            .field("pieces", &self.pieces.len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// One call that writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WriteCall {
+    /// `writev(2)`: blocks where the descriptor does.
+    Writev,
+    /// `sendmsg(2)` that never blocks (EAGAIN), whatever the descriptor does. Sockets
+    /// only.
+    SendDontWait,
+    /// `writev(2)` of so many octets at most. A pipe that poll(2) calls writable takes
+    /// PIPE_BUF without blocking.
+    AtMost(NonZeroUsize),
+}
+
+/// What of a [`Gather`] has yet to be written.
+pub struct Unwritten<'g> {
+    iovecs: Vec<libc::iovec>,
+    first: usize,
+    borrowed: PhantomData<&'g Gather<'g>>,
+}
+
+impl Unwritten<'_> {
+    /// Whether everything has been written.
+    pub fn is_empty(&self) -> bool {
+        self.first == self.iovecs.len()
+    }
+
+    /// Write with one call, as much as the kernel takes.
+    ///
+    /// # Errors
+    ///
+    /// What the call says, EINTR and EAGAIN included: then nothing has been written.
+    /// EFAULT when a page of the guest went away. `WriteZero` when the descriptor
+    /// takes nothing without an error.
+    pub fn write_some(&mut self, fd: BorrowedFd<'_>, call: WriteCall) -> io::Result<()> {
+        if self.is_empty() {
+            return Ok(());
+        }
+        let rest = &mut self.iovecs[self.first..];
+        let count = rest.len().min(MAX_IOVECS);
+        let rest = &mut rest[..count];
+        let n = match call {
+            WriteCall::Writev => writev(fd, rest),
+            WriteCall::SendDontWait => send_dont_wait(fd, rest),
+            WriteCall::AtMost(limit) => {
+                let mut one = rest[0];
+                one.iov_len = one.iov_len.min(limit.get());
+                writev(fd, &[one])
+            }
+        };
+        match Errno::result(n)? {
+            0 => Err(io::ErrorKind::WriteZero.into()),
+            n => {
+                self.advance(n.unsigned_abs());
+                Ok(())
+            }
+        }
+    }
+
+    fn advance(&mut self, mut written: usize) {
+        while let Some(iovec) = self.iovecs.get_mut(self.first) {
+            let step = written.min(iovec.iov_len);
+            iovec.iov_base = iovec.iov_base.wrapping_byte_add(step);
+            iovec.iov_len -= step;
+            written -= step;
+            if iovec.iov_len > 0 {
+                break;
+            }
+            self.first += 1;
+        }
+    }
+}
+
+/// `writev(2)` of pieces of an [`Unwritten`].
+fn writev(fd: BorrowedFd<'_>, iovecs: &[libc::iovec]) -> isize {
+    let count = i32::try_from(iovecs.len()).expect("at most 1024");
+    // SAFETY: every iovec lies in memory that the `Gather` borrows (local slices, or
+    // pages inside a live mapping); the kernel only reads it, and reports EFAULT for
+    // what is not mapped.
+    unsafe { libc::writev(fd.as_raw_fd(), iovecs.as_ptr(), count) }
+}
+
+/// `sendmsg(2)` of pieces of an [`Unwritten`], which does not block.
+fn send_dont_wait(fd: BorrowedFd<'_>, iovecs: &mut [libc::iovec]) -> isize {
+    // SAFETY: msghdr is numbers and pointers, for all of which zero is a value.
+    let mut header: libc::msghdr = unsafe { mem::zeroed() };
+    header.msg_iov = iovecs.as_mut_ptr();
+    header.msg_iovlen = iovecs.len() as _;
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY: `header` holds the iovecs and nothing else; they lie in memory that the
+    // `Gather` borrows, which the kernel only reads (as for `writev`).
+    unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const header, flags) }
+}
+
+impl fmt::Debug for Unwritten<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Unwritten")
+            .field("pieces", &(self.iovecs.len() - self.first))
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+
+    use super::super::Access;
+    use super::super::tests::pages;
+    use super::*;
+
+    fn write_all(list: &Gather<'_>, fd: BorrowedFd<'_>, call: WriteCall) -> io::Result<()> {
+        let mut rest = list.unwritten();
+        while !rest.is_empty() {
+            match rest.write_some(fd, call) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => std::thread::yield_now(),
+                result => result?,
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_list_merges_neighbours_and_arrives_whole() {
+        let pages = pages(5, Access::Read, &[]);
+        let head = [9_u8; 13];
+        let mut list = Gather::new();
+        list.push(&head);
+        list.push(&[]);
+        for i in [0, 1, 2, 4] {
+            list.push_page(pages.page(i).unwrap());
+        }
+        assert_eq!(list.iovecs().len(), 3);
+        assert_eq!(list.len(), 13 + 4 * PAGE_SIZE);
+        let mut expected = head.to_vec();
+        for octet in [1, 2, 3, 5] {
+            expected.extend([octet; PAGE_SIZE]);
+        }
+        let mut copied = Vec::new();
+        list.copy_to(&mut copied).unwrap();
+        assert_eq!(copied, expected);
+    }
+
+    #[test]
+    fn a_list_arrives_whole_however_little_each_call_takes() {
+        let pages = pages(5, Access::Read, &[]);
+        let head = [9_u8; 13];
+        let mut list = Gather::new();
+        for _ in 0..100 {
+            list.push(&head);
+            for (_, page) in pages.iter() {
+                list.push_page(page);
+            }
+        }
+        let mut expected = Vec::new();
+        list.copy_to(&mut expected).unwrap();
+        let odd = WriteCall::AtMost(NonZeroUsize::new(4095).unwrap());
+        for call in [WriteCall::Writev, WriteCall::SendDontWait, odd] {
+            // Takes some 200 KiB at a time: the writes come short.
+            let (mut reader, writer) = UnixStream::pair().unwrap();
+            let received = std::thread::scope(|scope| {
+                let receiver = scope.spawn(move || {
+                    let mut received = Vec::new();
+                    reader.read_to_end(&mut received).map(|_| received)
+                });
+                write_all(&list, writer.as_fd(), call).unwrap();
+                drop(writer);
+                receiver.join().unwrap().unwrap()
+            });
+            assert!(received == expected, "{call:?}");
+        }
+    }
+
+    #[test]
+    fn a_socket_that_is_full_does_not_block() {
+        let pages = pages(1, Access::Read, &[]);
+        let mut list = Gather::new();
+        for _ in 0..1000 {
+            list.push_page(pages.page(0).unwrap());
+        }
+        let (_reader, writer) = UnixStream::pair().unwrap();
+        let mut rest = list.unwritten();
+        let error = loop {
+            if let Err(error) = rest.write_some(writer.as_fd(), WriteCall::SendDontWait) {
+                break error;
+            }
+        };
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        assert!(!rest.is_empty());
+    }
+
+    #[test]
+    fn a_closed_pipe_and_a_vanished_page_are_errors() {
+        let pages = pages(3, Access::Read, &[1]);
+        let (reader, writer) = std::io::pipe().unwrap();
+        let mut list = Gather::new();
+        list.push_page(pages.page(0).unwrap());
+        drop(reader);
+        let error = write_all(&list, writer.as_fd(), WriteCall::Writev).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::BrokenPipe);
+        // What the kernel says of memory that goes away under a mapping.
+        let (_reader, writer) = std::io::pipe().unwrap();
+        let mut list = Gather::new();
+        list.push_page(pages.page_unchecked(1));
+        let error = write_all(&list, writer.as_fd(), WriteCall::Writev).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(Errno::EFAULT as i32));
+    }
+}
