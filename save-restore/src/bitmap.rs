@@ -32,6 +32,38 @@ impl PfnBitmap {
         chunk[word] |= bit;
         new
     }
+
+    /// Take `pfn` out.
+    pub(crate) fn remove(&mut self, pfn: Pfn) {
+        let (chunk, word, bit) = Self::place(pfn);
+        if let Some(chunk) = self.chunks.get_mut(&chunk) {
+            chunk[word] &= !bit;
+        }
+    }
+
+    /// Whether `pfn` is in the set.
+    pub(crate) fn contains(&self, pfn: Pfn) -> bool {
+        let (chunk, word, bit) = Self::place(pfn);
+        let chunk = self.chunks.get(&chunk);
+        chunk.is_some_and(|chunk| chunk[word] & bit != 0)
+    }
+
+    /// The pfns in both sets, ascending.
+    pub(crate) fn common<'a>(&'a self, other: &'a Self) -> impl Iterator<Item = Pfn> + 'a {
+        self.chunks.iter().flat_map(move |(number, chunk)| {
+            let theirs = other.chunks.get(number);
+            let words = theirs.into_iter().flat_map(move |theirs| {
+                let both = chunk.iter().zip(theirs.iter());
+                (0_u64..).zip(both.map(|(one, other)| one & other))
+            });
+            words.flat_map(move |(word, bits)| {
+                let first = number * PFNS_PER_CHUNK + word * 64;
+                (0..64)
+                    .filter(move |bit| bits >> bit & 1 == 1)
+                    .map(move |bit| Pfn(first + bit))
+            })
+        })
+    }
 }
 
 #[cfg(test)]
@@ -46,5 +78,25 @@ mod tests {
             assert!(!set.insert(Pfn(pfn)));
         }
         assert_eq!(set.chunks.len(), 3, "0–32767, 32768–65535, the last");
+    }
+
+    #[test]
+    fn what_two_sets_share_comes_in_order() {
+        let set = |pfns: &[u64]| {
+            let mut set = PfnBitmap::default();
+            pfns.iter().for_each(|pfn| {
+                set.insert(Pfn(*pfn));
+            });
+            set
+        };
+        let mut one = set(&[7, 0, 63, 64, 40_000, 1 << 40, u64::MAX]);
+        let other = set(&[64, 63, 1, 1 << 40, 32_768, u64::MAX]);
+        let common = |one: &PfnBitmap| one.common(&other).map(|pfn| pfn.0).collect::<Vec<_>>();
+        assert_eq!(common(&one), [63, 64, 1 << 40, u64::MAX]);
+        assert!(one.contains(Pfn(64)) && !one.contains(Pfn(65)));
+        one.remove(Pfn(64));
+        one.remove(Pfn(1 << 50));
+        assert!(!one.contains(Pfn(64)));
+        assert_eq!(common(&one), [63, 1 << 40, u64::MAX]);
     }
 }

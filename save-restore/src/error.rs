@@ -270,6 +270,17 @@ pub enum RestoreError {
         /// What it may have.
         max_pages: u64,
     },
+    /// A page that the guest gave back while it was being saved could not be given
+    /// back here.
+    #[error(
+        "pfn {pfn} (frame {gfn}), which the guest gave back while it was being saved, could not be given back on this host"
+    )]
+    NotReleased {
+        /// The page.
+        pfn: Pfn,
+        /// Its frame.
+        gfn: Gfn,
+    },
     /// The hypervisor refused a call.
     #[error(transparent)]
     Backend(#[from] BackendError),

@@ -50,6 +50,8 @@ pub struct RestoreStats {
     pub superpages: u64,
     /// Single pages the guest got.
     pub small_pages: u64,
+    /// Pages it gave back at the end: those the guest gave back while it was saved.
+    pub released: u64,
     /// Pages that were sent again after VERIFY and were not what had come before.
     pub verify_mismatches: u64,
 }
@@ -151,6 +153,7 @@ impl Run<'_, '_> {
             }
         }
         go_on(self.progress.begin(Phase::Tail, None))?;
+        self.pages.release_absent()?;
         let (store_gfn, console_gfn) = self.complete()?;
         self.toolstack.restore_results(store_gfn, console_gfn)?;
         let restored = Restored {

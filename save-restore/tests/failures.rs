@@ -10,7 +10,7 @@ use std::ops::ControlFlow;
 
 use common::faulty::{Fault, Faulty};
 use common::*;
-use xsr_format::frame::Gfn;
+use xsr_format::frame::{Gfn, Pfn};
 use xsr_format::read::{ReadOptions, RecordReader};
 use xsr_save_restore::progress::Phase;
 use xsr_save_restore::sink::CopySink;
@@ -375,8 +375,13 @@ fn a_restore_reports_every_call_that_fails_and_leaves_the_domain_paused() {
     specs.push(GuestSpec::new("pvh", GuestKind::Pvh, 8));
     for spec in specs {
         let domid = from.create_guest(&spec).unwrap();
-        let stream = save_to_vec(&from, domid, &options(1)).unwrap();
+        let mut stream = save_to_vec(&from, domid, &options(1)).unwrap();
         let (kind, vcpus, pages) = shape(&stream, spec.kind, spec.vcpus);
+        if spec.kind.is_translated() {
+            // Pages that the guest has given back.
+            let (_, end) = memory_of(&stream);
+            stream.splice(end..end, absent_record(&[Pfn(100), Pfn(102), Pfn(600)]));
+        }
         for fault in [Fault::Errno(Errno::EINVAL), Fault::Partly] {
             for at in 0.. {
                 let new = to.create_domain(kind, vcpus, pages + 256).unwrap();
@@ -395,7 +400,8 @@ fn a_restore_reports_every_call_that_fails_and_leaves_the_domain_paused() {
                     Err(
                         RestoreError::Backend(_)
                         | RestoreError::Map(_)
-                        | RestoreError::NoMemory { .. },
+                        | RestoreError::NoMemory { .. }
+                        | RestoreError::NotReleased { .. },
                     ) => points += 1,
                     Err(other) => panic!("{} call {at}: {other}", spec.name),
                 }

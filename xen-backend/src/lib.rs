@@ -281,6 +281,13 @@ pub trait GuestMemory: Send + Sync {
     /// domain's limit ran out, or a pfn was already in use (a PV guest may reuse
     /// one). EINVAL for another order or a misaligned pfn. New pages are zero.
     fn populate(&self, order: u8, frames: &mut [Gfn]) -> Result<usize, BackendError>;
+
+    /// Give pages back, one by one (`XENMEM_decrease_reservation`, order 0): what they
+    /// hold is lost, and a translated guest's pfn may be populated again. Says how
+    /// many, from the first on, went: fewer than asked for where a frame does not
+    /// exist, is not the domain's or is Xen's own. Whether one goes that a page table
+    /// or a vcpu refers to is not promised.
+    fn release(&self, gfns: &[Gfn]) -> Result<usize, BackendError>;
 }
 
 /// What PV and translated guests on x86 have in common.

@@ -69,6 +69,10 @@ impl<'r> PageRestore<'r> {
         }
         let with_memory = entries.iter().filter(|e| e.page_type.is_populated());
         self.populate(with_memory.map(|entry| entry.pfn))?;
+        let tables = matches!(self.guest, Guest::Pv(_));
+        for entry in entries {
+            self.populated.note(*entry, tables);
+        }
         if let Guest::Pv(pv) = &mut self.guest {
             for entry in entries {
                 pv.p2m.set_page_type(entry.pfn, entry.page_type);
@@ -108,6 +112,29 @@ impl<'r> PageRestore<'r> {
                 pv.p2m.set_mfn(pfn, mfn);
             }
         })
+    }
+
+    /// The stream has ended: give back the pages that the guest gave back while it was
+    /// being saved, so that it has those it had when it suspended.
+    pub(super) fn release_absent(&mut self) -> Result<(), RestoreError> {
+        let Self {
+            domain,
+            guest,
+            populated,
+            ..
+        } = self;
+        let released = match guest {
+            Guest::Hvm(_) => populated.release_absent(*domain, |pfn| Gfn(pfn.0), |_| {})?,
+            Guest::Pv(pv) => {
+                let mut gone = Vec::new();
+                let frame = |pfn| pv.p2m.mfn(pfn).map_or(Gfn::INVALID, |mfn| Gfn(mfn.0));
+                let released = populated.release_absent(*domain, frame, |pfn| gone.push(pfn))?;
+                gone.into_iter().for_each(|pfn| pv.p2m.clear_mfn(pfn));
+                released
+            }
+        };
+        self.stats.released = released;
+        Ok(())
     }
 
     /// The frame of a pfn that has memory.

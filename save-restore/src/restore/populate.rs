@@ -1,8 +1,9 @@
-//! Memory for a guest, as the stream first names its pages.
+//! Memory for a guest, as the stream first names its pages; and away again, where the
+//! stream takes back what it said.
 //!
-//! C implementation: `xg_sr_restore.c:populate_pfns`.
+//! C implementation: `xg_sr_restore.c:populate_pfns`, which gives nothing back.
 
-use xsr_format::frame::{Gfn, Mfn, Pfn};
+use xsr_format::frame::{Gfn, Mfn, PageEntry, PageType, Pfn};
 use xsr_xen_backend::Domain;
 
 use crate::bitmap::PfnBitmap;
@@ -13,11 +14,62 @@ use crate::restore::RestoreStats;
 const SUPERPAGE_ORDER: u8 = 9;
 const SUPERPAGE: usize = 1 << SUPERPAGE_ORDER;
 
-/// Which pfns have memory already.
+/// Most pages that are given back at a time.
+const RELEASE_BATCH: usize = 1024;
+
+/// Which pfns have memory already, and which of them are to lose it.
 #[derive(Debug, Default)]
-pub(super) struct Populated(PfnBitmap);
+pub(super) struct Populated {
+    pfns: PfnBitmap,
+    /// pfns of which the stream's last word, so far, is that there is no page.
+    absent: PfnBitmap,
+}
 
 impl Populated {
+    /// Note what the stream says of a page. A guest gives pages back while it is being
+    /// saved (XTAB behind contents), and a page table that is sent later shows as
+    /// absent at first: only the last word counts.
+    ///
+    /// `tables`: the guest's page tables may still have a page populated that the
+    /// stream only ever called absent.
+    pub(super) fn note(&mut self, entry: PageEntry, tables: bool) {
+        if entry.page_type != PageType::XTAB {
+            self.absent.remove(entry.pfn);
+        } else if tables || self.pfns.contains(entry.pfn) {
+            // Elsewhere a stream that names far pfns as absent costs no memory.
+            self.absent.insert(entry.pfn);
+        }
+    }
+
+    /// The stream has ended: give back what has memory and is absent by its last
+    /// word. Says how many pages that were.
+    ///
+    /// `frame` knows the frame of each pfn that has memory; `gone` is told of each
+    /// that has none any more.
+    pub(super) fn release_absent(
+        &mut self,
+        domain: &dyn Domain,
+        frame: impl Fn(Pfn) -> Gfn,
+        mut gone: impl FnMut(Pfn),
+    ) -> Result<u64, RestoreError> {
+        let pfns: Vec<Pfn> = self.pfns.common(&self.absent).collect();
+        for pfns in pfns.chunks(RELEASE_BATCH) {
+            let gfns: Vec<Gfn> = pfns.iter().map(|pfn| frame(*pfn)).collect();
+            let done = domain.release(&gfns)?;
+            if let (Some(pfn), Some(gfn)) = (pfns.get(done), gfns.get(done)) {
+                return Err(RestoreError::NotReleased {
+                    pfn: *pfn,
+                    gfn: *gfn,
+                });
+            }
+            for pfn in pfns {
+                self.pfns.remove(*pfn);
+                gone(*pfn);
+            }
+        }
+        Ok(pfns.len() as u64)
+    }
+
     /// Get memory for those of `pfns` that have none. Aligned runs of 512 become
     /// superpages where the machine has one to give.
     ///
@@ -31,7 +83,7 @@ impl Populated {
     ) -> Result<(), RestoreError> {
         let mut single: Vec<Gfn> = Vec::new();
         for pfn in pfns {
-            if !self.0.insert(pfn) {
+            if !self.pfns.insert(pfn) {
                 continue;
             }
             single.push(Gfn(pfn.0));

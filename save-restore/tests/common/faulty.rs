@@ -119,6 +119,15 @@ impl GuestMemory for Faulty {
             false => self.inner.populate(order, frames),
         }
     }
+    fn release(&self, gfns: &[Gfn]) -> Result<usize, BackendError> {
+        if self.fault != Fault::Partly {
+            return self.call("release", |d| d.release(gfns));
+        }
+        match self.turn() {
+            true => self.inner.release(&gfns[..gfns.len().saturating_sub(1)]),
+            false => self.inner.release(gfns),
+        }
+    }
 }
 
 impl LogDirty for Faulty {

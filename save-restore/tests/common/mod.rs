@@ -427,3 +427,32 @@ pub(crate) fn as_version_2(stream: &[u8]) -> Vec<u8> {
     }
     out
 }
+
+/// Every page that a stream names, as often as it does, in order.
+pub(crate) fn versions(stream: &[u8]) -> impl Iterator<Item = (Pfn, PageType)> {
+    let mut versions = Vec::new();
+    for (_, head) in batches(stream) {
+        for octets in head[8..].as_chunks().0 {
+            let entry = u64::from_le_bytes(*octets);
+            let nibble = u8::try_from(entry >> 60).unwrap();
+            let pfn = Pfn(entry & ((1 << 52) - 1));
+            versions.push((pfn, PageType::from_nibble(nibble)));
+        }
+    }
+    versions.into_iter()
+}
+
+/// PAGE_DATA records that say of each of `pfns` that it is absent.
+pub(crate) fn absent_record(pfns: &[Pfn]) -> Vec<u8> {
+    let mut out = Vec::new();
+    for pfns in pfns.chunks(1024) {
+        let count = u32::try_from(pfns.len()).unwrap();
+        for word in [PAGE_DATA, 8 + 8 * count, count, 0] {
+            out.extend_from_slice(&word.to_le_bytes());
+        }
+        for pfn in pfns {
+            out.extend_from_slice(&(0xf << 60 | pfn.0).to_le_bytes());
+        }
+    }
+    out
+}

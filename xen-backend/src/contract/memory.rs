@@ -33,6 +33,8 @@ pub(super) const CHECKS: &[(&str, Check)] = &[
         "a PV guest's pfn may be populated again",
         pv_populated_twice,
     ),
+    ("pages that were given back are gone", released),
+    ("release stops at a frame that cannot go", not_released),
     ("the largest gfn is that of the largest page", maximum_gfn),
 ];
 
@@ -251,4 +253,57 @@ fn maximum_gfn(host: &dyn Host) -> Result<(), Violation> {
     }
     equal(&guest.populate(9, &mut [Gfn(0x10_0000)])?, &1, "an extent")?;
     equal(&guest.maximum_gfn()?, &Some(Gfn(0x10_01ff)), "largest gfn")
+}
+
+fn released(host: &dyn Host) -> Result<(), Violation> {
+    for kind in KINDS {
+        let guest = Guest::new(host, kind, 1, 1024)?;
+        let mut extent = [Gfn(512)];
+        equal(&guest.populate(9, &mut extent)?, &1, "an extent")?;
+        let [first] = extent;
+        let gfns: Vec<Gfn> = (first.0..first.0 + 512).map(Gfn).collect();
+        for gfn in [gfns[3], gfns[4], gfns[511]] {
+            guest.write(gfn, &[(0, 0x5ec2e7)])?;
+        }
+        equal(
+            &guest.release(&[gfns[3], gfns[511]])?,
+            &2,
+            "pages given back",
+        )?;
+        equal(&guest.info()?.tot_pages, &510, "pages of the domain")?;
+        let types = guest.types(&[gfns[3], gfns[4], gfns[511]])?;
+        let expected = [PageType::XTAB, PageType::NOTAB, PageType::XTAB];
+        equal(&types, &expected.to_vec(), "types")?;
+        let pages = guest.map(&gfns[2..5], Access::Read)?;
+        let failed: Vec<usize> = pages.failed().iter().map(|e| e.index).collect();
+        equal(&failed, &vec![1], "frames that failed")?;
+        drop(pages);
+        equal(&guest.read(gfns[4])?[0], &0x5ec2e7, "a neighbour")?;
+        // The pfn may have memory again, which is new.
+        let mut again = [Gfn(515)];
+        equal(&guest.populate(0, &mut again)?, &1, "a page")?;
+        equal(&guest.read(again[0])?, &[0; 512], "a new page")?;
+        equal(&guest.release(&[])?, &0, "no pages")?;
+    }
+    Ok(())
+}
+
+fn not_released(host: &dyn Host) -> Result<(), Violation> {
+    let (_other, others) = Guest::with_pages(host, GuestKind::Pv, 1)?;
+    for kind in KINDS {
+        let (guest, gfns) = Guest::with_pages(host, kind, 4)?;
+        let shared_info = guest.info()?.shared_info_frame;
+        let strangers = match kind {
+            GuestKind::Pv => vec![others[0], shared_info, Gfn::INVALID],
+            _ => vec![Gfn(4), Gfn(1 << 40), Gfn::INVALID],
+        };
+        for (n, stranger) in strangers.into_iter().enumerate() {
+            let asked = [gfns[n], stranger, gfns[3]];
+            equal(&guest.release(&asked)?, &1, "pages before a stranger")?;
+            equal(&guest.info()?.tot_pages, &(3 - n as u64), "pages left")?;
+        }
+        // Not twice.
+        equal(&guest.release(&[gfns[0]])?, &0, "a page that is gone")?;
+    }
+    Ok(())
 }

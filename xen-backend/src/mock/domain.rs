@@ -315,4 +315,21 @@ impl GuestMemory for MockDomain {
             Ok(done)
         })
     }
+
+    fn release(&self, gfns: &[Gfn]) -> Result<usize, BackendError> {
+        self.look("decrease_reservation", |_| {
+            for (done, gfn) in gfns.iter().enumerate() {
+                let Some((mfn, _)) = self.resolve(*gfn) else {
+                    return Ok(done);
+                };
+                match self.decrease_reservation(gfn.0, mfn) {
+                    Ok(()) => {}
+                    // Xen's own, or referred to.
+                    Err(Errno::EINVAL | Errno::EBUSY) => return Ok(done),
+                    Err(errno) => return Err(errno),
+                }
+            }
+            Ok(gfns.len())
+        })
+    }
 }

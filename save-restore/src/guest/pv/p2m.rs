@@ -315,6 +315,11 @@ impl NewP2m {
         chunk.mfns[at] = mfn.0;
     }
 
+    /// `pfn` has given its frame back.
+    pub(crate) fn clear_mfn(&mut self, pfn: Pfn) {
+        self.set_mfn(pfn, Mfn::INVALID);
+    }
+
     /// Note what the stream says of `pfn`. Where it has no memory, and nothing near it
     /// has, there is nothing to note.
     pub(crate) fn set_page_type(&mut self, pfn: Pfn, page_type: PageType) {
