@@ -8,6 +8,7 @@
 #![allow(clippy::print_stdout, reason = "a task reports to whoever called it")]
 
 mod bench;
+mod bindings;
 mod ci;
 mod command;
 mod deny;
@@ -82,6 +83,7 @@ Examples:
     Doc,
     Fuzz(fuzz::FuzzArgs),
     Bench(bench::BenchArgs),
+    Bindings(bindings::BindingsArgs),
     Measure(bench::measure::MeasureArgs),
     /// Fetch Xen's own stream tools, for the conformance tests
     ///
@@ -118,6 +120,7 @@ fn main() -> ExitCode {
         Task::Test(args) => test::run(&args),
         Task::Fuzz(args) => fuzz::run(&args),
         Task::Bench(args) => bench::run(&args),
+        Task::Bindings(args) => bindings::run(&args),
         Task::Measure(args) => bench::measure::run(&args),
         Task::PeerTools => peer::run(),
         Task::Dist => dist::run(),

@@ -1,4 +1,4 @@
-//! Cargo subcommands that a task needs: the installed one, or one built below
+//! Programs from the registry that a task needs: the installed one, or one built below
 //! `target/tools`.
 
 use std::path::PathBuf;
@@ -8,11 +8,13 @@ use anyhow::{Context, Result};
 use crate::command::Invocation;
 use crate::workspace;
 
-/// A cargo subcommand from the registry.
+/// A program from the registry.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Tool {
-    /// The package, and the program in it.
+    /// The package.
     pub(crate) name: &'static str,
+    /// The program in it.
+    pub(crate) program: &'static str,
     /// The version to build where none is installed: the same today and tomorrow.
     pub(crate) version: &'static str,
 }
@@ -20,13 +22,22 @@ pub(crate) struct Tool {
 /// Licences, bans, sources, advisories.
 pub(crate) const CARGO_DENY: Tool = Tool {
     name: "cargo-deny",
+    program: "cargo-deny",
     version: "0.20.2",
 };
 
 /// Fuzz targets.
 pub(crate) const CARGO_FUZZ: Tool = Tool {
     name: "cargo-fuzz",
+    program: "cargo-fuzz",
     version: "0.13.2",
+};
+
+/// Bindings to C headers.
+pub(crate) const BINDGEN: Tool = Tool {
+    name: "bindgen-cli",
+    program: "bindgen",
+    version: "0.72.1",
 };
 
 impl Tool {
@@ -36,11 +47,11 @@ impl Tool {
     ///
     /// It has to be built and cannot be.
     pub(crate) fn find_or_install(self) -> Result<PathBuf> {
-        if Invocation::new(self.name).arg("--version").succeeds() {
-            return Ok(self.name.into());
+        if Invocation::new(self.program).arg("--version").succeeds() {
+            return Ok(self.program.into());
         }
         let tools = workspace::root().join("target/tools");
-        let program = tools.join("bin").join(self.name);
+        let program = tools.join("bin").join(self.program);
         if Invocation::new(&program).arg("--version").succeeds() {
             return Ok(program);
         }

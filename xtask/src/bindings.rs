@@ -1,0 +1,390 @@
+//! `cargo xtask bindings`: Xen's structures and numbers as Rust, from Xen's public
+//! headers by bindgen, into `xen-backend/src/sys/`. The result is checked in, so that
+//! a build needs neither Xen nor libclang.
+//!
+//! Two kinds of files come out. `common.rs` has what is the same in every version, and
+//! the task proves that it is: it makes the bindings from each version's headers and
+//! compares sizes, offsets and numbers. `vN.rs` has what differs, for domctl interface
+//! version N (hexadecimal).
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+
+use crate::command::Invocation;
+use crate::tools;
+use crate::workspace;
+
+/// Make the bindings to Xen's interfaces anew
+///
+/// Reads the public headers of every Xen that is supported from a clone of Xen's git
+/// repository (by release tag) and writes xen-backend/src/sys/. Needs libclang, git and
+/// bindgen; bindgen is built below target/tools where it is missing. Only a new version
+/// of Xen, or a structure that was not used before, makes this necessary.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cargo xtask bindings --xen ../xen           write xen-backend/src/sys/
+  cargo xtask bindings --xen ../xen --check   say whether what is there is what comes out")]
+pub(crate) struct BindingsArgs {
+    /// A clone of Xen's git repository, bare or not, with its release tags
+    #[arg(long, value_name = "DIR")]
+    xen: PathBuf,
+    /// Write nothing; fail where what is checked in differs
+    #[arg(long)]
+    check: bool,
+}
+
+/// The domctl interface versions, and the releases that speak them, oldest first.
+const VERSIONS: &[(u32, &[&str])] = &[
+    (0x12, &["4.14.0"]),
+    (0x13, &["4.15.0"]),
+    (0x14, &["4.16.0"]),
+    (0x15, &["4.17.0"]),
+    (0x16, &["4.18.0"]),
+    (0x17, &["4.19.0", "4.20.0", "4.21.0"]),
+    (0x18, &["4.22.0"]),
+];
+
+/// Headers that the bindings are made from.
+const HEADERS: &[&str] = &[
+    "xen.h",
+    "domctl.h",
+    "sysctl.h",
+    "memory.h",
+    "version.h",
+    "event_channel.h",
+    "sched.h",
+    "grant_table.h",
+    "hvm/hvm_op.h",
+    "hvm/params.h",
+];
+
+/// Structures that are the same in all versions.
+const COMMON: &[&str] = &[
+    "evtchn_alloc_unbound",
+    "evtchn_close",
+    "grant_entry_v1",
+    "sched_remote_shutdown",
+    "xen_cpuid_leaf",
+    "xen_domctl_address_size",
+    "xen_domctl_cpu_policy",
+    "xen_domctl_getpageframeinfo3",
+    "xen_domctl_getvcpuinfo",
+    "xen_domctl_hvmcontext",
+    "xen_domctl_max_mem",
+    "xen_domctl_max_vcpus",
+    "xen_domctl_shadow_op",
+    "xen_domctl_shadow_op_stats",
+    "xen_domctl_tsc_info",
+    "xen_domctl_vcpu_msr",
+    "xen_domctl_vcpu_msrs",
+    "xen_domctl_vcpucontext",
+    "xen_domctl_vcpuextstate",
+    "xen_hvm_param",
+    "xen_machphys_mfn_list",
+    "xen_memory_reservation",
+    "xen_msr_entry",
+    "xen_sysctl_getdomaininfolist",
+];
+
+/// Numbers that are the same in all versions that have them.
+const COMMON_NUMBERS: &[&str] = &[
+    "DOMID_SELF",
+    "DOMID_XEN",
+    "DOMID_FIRST_RESERVED",
+    "EVTCHNOP_(alloc_unbound|close)",
+    "GNTTAB_RESERVED_(CONSOLE|XENSTORE)",
+    "GTF_permit_access",
+    "HVM_PARAM_CALLBACK_IRQ",
+    "HVMOP_[gs]et_param",
+    "MMUEXT_PIN_L[1-4]_TABLE",
+    "SCHEDOP_remote_shutdown",
+    "SHUTDOWN_(poweroff|reboot|suspend|crash|watchdog|soft_reset)",
+    "XEN_DOMCTL_CDF_(hvm|hap)",
+    "XEN_DOMCTL_SHADOW_LOGDIRTY_FINAL",
+    "XEN_DOMCTL_SHADOW_OP_(OFF|ENABLE_LOGDIRTY|CLEAN|PEEK|[GS]ET_ALLOCATION)",
+    "XEN_DOMCTL_((create|destroy|pause|unpause|resume)domain|getdomaininfo|max_mem|max_vcpus)",
+    "XEN_DOMCTL_(shadow_op|[gs]etvcpucontext|getvcpuinfo|[gs]ethvmcontext)",
+    "XEN_DOMCTL_([gs]et_address_size|[gs]et_ext_vcpucontext|[gs]ettscinfo)",
+    "XEN_DOMCTL_(getpageframeinfo3|[gs]etvcpuextstate|[gs]et_vcpu_msrs|[gs]et_cpu_policy)",
+    "XEN_DOMINF_(dying|hvm_guest|shutdown|paused|shutdownmask|shutdownshift)",
+    "XEN_INVALID_MAX_VCPU_ID",
+    "XEN_SYSCTL_getdomaininfolist",
+    "XEN_X86_EMU_(LAPIC|VPCI|ALL)",
+    "XENMEM_(machphys_mfn_list|machphys_compat_mfn_list|maximum_gpfn|maximum_ram_page)",
+    "XENMEM_((populate|decrease)_(physmap|reservation)|resource_grant_table)",
+    "XENMEM_resource_grant_table_id_shared",
+    "XENVER_version",
+    "__HYPERVISOR_(memory_op|xen_version|sched_op|event_channel_op|hvm_op)",
+    "__HYPERVISOR_(mmuext_op|sysctl|domctl)",
+];
+
+/// What differs between versions.
+const DIFFERENT: &[&str] = &[
+    "xen_arch_domainconfig",
+    "xen_domctl_createdomain.*",
+    "xen_domctl_getdomaininfo",
+];
+const DIFFERENT_NUMBERS: &[&str] = &["XEN_(DOMCTL|SYSCTL)_INTERFACE_VERSION"];
+
+/// What bindgen puts before each block of assertions.
+const ALLOWED: &str = "# [allow (clippy :: unnecessary_operation , clippy :: identity_op)]";
+
+/// The types of Xen's headers that the structures are made of.
+const TYPES: &[(&str, &str)] = &[
+    ("domid_t", "u16"),
+    ("evtchn_port_t", "u32"),
+    ("uint64_aligned_t", "u64"),
+    ("xen_domain_handle_t", "[u8; 16]"),
+    ("xen_pfn_t", "u64"),
+    ("xen_ulong_t", "u64"),
+];
+
+/// Makes the bindings, or compares them with those that are there.
+///
+/// # Errors
+///
+/// A header, libclang or bindgen is missing; a structure that is to be the same in all
+/// versions is not; with `--check`, what is checked in differs.
+pub(crate) fn run(args: &BindingsArgs) -> Result<()> {
+    let bindgen = tools::BINDGEN.find_or_install()?;
+    let scratch = workspace::root().join("target/bindings");
+    let mut files = Vec::new();
+    let mut layouts: Vec<(&str, BTreeMap<String, String>)> = Vec::new();
+    for (interface, releases) in VERSIONS {
+        let mut differing: Option<String> = None;
+        for release in *releases {
+            let headers = unpack(&args.xen, release, &scratch)?;
+            let common = generate(&bindgen, &headers, COMMON, COMMON_NUMBERS)?;
+            layouts.push((release, facts(&common)));
+            let own = generate(&bindgen, &headers, DIFFERENT, DIFFERENT_NUMBERS)?;
+            ensure!(
+                facts(&own).get("XEN_DOMCTL_INTERFACE_VERSION : u32")
+                    == Some(&interface.to_string()),
+                "Xen {release} does not speak domctl interface {interface:#x}"
+            );
+            if let Some(first) = &differing {
+                // A member may have become a structure of its own: it is where it was.
+                let there = offsets(&own);
+                ensure!(
+                    offsets(first)
+                        .iter()
+                        .all(|(name, at)| there.get(name) == Some(at)),
+                    "Xen {release} lays structures out otherwise than Xen {}",
+                    releases[0]
+                );
+            }
+            differing.get_or_insert(own);
+            if (*interface, releases.last()) == (newest(), Some(release)) {
+                let about = "What is the same in every version of Xen's interfaces.";
+                files.push(("common.rs".to_owned(), finish(about, release, &common)?));
+            }
+        }
+        let own = differing.context("a version without a release")?;
+        let about = format!("What is peculiar to domctl interface version {interface:#x}.");
+        let file = format!("v{interface:x}.rs");
+        files.push((file, finish(&about, releases[0], &own)?));
+    }
+    compare(&layouts)?;
+    write(&files, args.check)
+}
+
+fn newest() -> u32 {
+    VERSIONS.last().map_or(0, |(interface, _)| *interface)
+}
+
+/// Unpack a release's public headers; the directory to search for `xen/…`.
+fn unpack(xen: &Path, release: &str, scratch: &Path) -> Result<PathBuf> {
+    let dir = scratch.join(release);
+    let public = dir.join("xen");
+    if !public.join("domctl.h").is_file() {
+        fs::create_dir_all(&public)
+            .with_context(|| format!("cannot create {}", public.display()))?;
+        let archive = dir.join("headers.tar");
+        Invocation::new("git")
+            .arg("-C")
+            .arg(xen)
+            .args(["archive", "--output"])
+            .arg(&archive)
+            .arg(format!("RELEASE-{release}"))
+            .arg("xen/include/public")
+            .run()?;
+        Invocation::new("tar")
+            .arg("-xf")
+            .arg(&archive)
+            .arg("-C")
+            .arg(&public)
+            .arg("--strip-components=3")
+            .run()?;
+        let wrapper: String = ["#include <stdint.h>\n#define __XEN_TOOLS__ 1\n".to_owned()]
+            .into_iter()
+            .chain(HEADERS.iter().map(|h| format!("#include <xen/{h}>\n")))
+            .collect();
+        fs::write(dir.join("all.h"), wrapper)?;
+    }
+    Ok(dir)
+}
+
+/// What bindgen makes of these structures and numbers.
+fn generate(bindgen: &Path, headers: &Path, types: &[&str], numbers: &[&str]) -> Result<String> {
+    Invocation::new(bindgen)
+        .arg(headers.join("all.h"))
+        .args(["--use-core", "--no-doc-comments", "--explicit-padding"])
+        .args([
+            "--formatter",
+            "none",
+            "--no-derive-copy",
+            "--no-derive-debug",
+        ])
+        .args(["--no-recursive-allowlist", "--sort-semantically"])
+        .args(["--blocklist-type", "__guest_handle_.*"])
+        .args([
+            "--with-derive-custom-struct",
+            ".*=Clone,Copy,Debug,FromBytes,IntoBytes,KnownLayout,Immutable",
+        ])
+        .arg("--allowlist-type")
+        .arg(format!("^({})$", types.join("|")))
+        .arg("--allowlist-var")
+        .arg(format!("^({})$", numbers.join("|")))
+        .arg("--")
+        .arg("-I")
+        .arg(headers)
+        .capture()
+}
+
+/// What bindings state: a size, an offset, a number; by name.
+fn facts(bindings: &str) -> BTreeMap<String, String> {
+    let mut facts = BTreeMap::new();
+    for (structure, members) in offsets(bindings) {
+        for (at, number) in members.iter().enumerate() {
+            // By position: names of members change, places do not.
+            facts.insert(format!("{structure} {at}"), number.clone());
+        }
+    }
+    for line in bindings.split(';') {
+        if let Some((name, value)) = line
+            .split_once("pub const ")
+            .and_then(|(_, constant)| constant.split_once('='))
+        {
+            facts.insert(name.trim().to_owned(), value.trim().to_owned());
+        }
+    }
+    facts
+}
+
+/// For each structure its size, its alignment and the offsets of its members, as
+/// bindgen's assertions state them.
+fn offsets(bindings: &str) -> BTreeMap<String, Vec<String>> {
+    let mut all: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for piece in bindings.split("[\"").skip(1) {
+        let Some((what, rest)) = piece.split_once('"') else {
+            continue;
+        };
+        let structure = what
+            .rsplit(' ')
+            .next()
+            .and_then(|name| name.split("::").next());
+        let number = rest
+            .split_once("usize")
+            .and_then(|(before, _)| before.rsplit('-').next());
+        if let (Some(structure), Some(number)) = (structure, number) {
+            let members = all.entry(structure.to_owned()).or_default();
+            members.push(number.trim().to_owned());
+        }
+    }
+    all
+}
+
+/// Every version says the same of what it has.
+fn compare(layouts: &[(&str, BTreeMap<String, String>)]) -> Result<()> {
+    let Some(((newest, wanted), others)) = layouts.split_last() else {
+        bail!("no version at all");
+    };
+    for (release, facts) in others {
+        for (name, value) in facts {
+            if let Some(expected) = wanted.get(name)
+                && expected != value
+            {
+                bail!("{name} is {value} in Xen {release}, {expected} in Xen {newest}");
+            }
+        }
+        if let Some(missing) = wanted.keys().find(|name| !facts.contains_key(*name)) {
+            bail!("{missing} of Xen {newest} is not in Xen {release}");
+        }
+    }
+    Ok(())
+}
+
+/// The file as it is to be: with its purpose, formatted.
+fn finish(about: &str, release: &str, bindings: &str) -> Result<String> {
+    let body = bindings
+        .split_once("*/")
+        .map_or(bindings, |(_, body)| body)
+        // `sys.rs` allows it for all of them, and says why.
+        .replace(ALLOWED, "");
+    let body = body.trim();
+    let mut text = format!(
+        "//! {about} Made by `cargo xtask bindings` from the public\n\
+         //! headers of Xen {release} (MIT); not to be edited.\n\n\
+         use zerocopy::{{FromBytes, Immutable, IntoBytes, KnownLayout}};\n\n"
+    );
+    let word = |name: &str| {
+        body.split(|c: char| !c.is_alphanumeric() && c != '_')
+            .any(|w| w == name)
+    };
+    for (name, rust) in TYPES {
+        if word(name) {
+            text.push_str(&format!("pub type {name} = {rust};\n"));
+        }
+    }
+    let mut handles: Vec<&str> = body
+        .split(|c: char| !c.is_alphanumeric() && c != '_')
+        .filter(|w| w.starts_with("__guest_handle_"))
+        .collect();
+    handles.sort_unstable();
+    handles.dedup();
+    for handle in handles {
+        text.push_str(&format!("pub type {handle} = u64;\n"));
+    }
+    text.push_str(body);
+    text.push('\n');
+    format_source(&text)
+}
+
+fn format_source(text: &str) -> Result<String> {
+    let file = workspace::root().join("target/bindings/unformatted.rs");
+    fs::write(&file, text)?;
+    Invocation::new("rustfmt")
+        .args(["--edition", "2024"])
+        .arg(&file)
+        .run()?;
+    Ok(fs::read_to_string(&file)?)
+}
+
+fn write(files: &[(String, String)], check: bool) -> Result<()> {
+    let dir = workspace::root().join("xen-backend/src/sys");
+    for (name, text) in files {
+        let path = dir.join(name);
+        if check {
+            let there = fs::read_to_string(&path).unwrap_or_default();
+            ensure!(
+                there == *text,
+                "{} is not what Xen's headers give: run the task without --check",
+                path.display()
+            );
+        } else {
+            fs::create_dir_all(&dir)?;
+            fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        }
+    }
+    println!(
+        "{} files {}",
+        files.len(),
+        if check { "are right" } else { "written" }
+    );
+    Ok(())
+}
