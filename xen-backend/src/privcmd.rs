@@ -1,0 +1,98 @@
+//! The way to the hypervisor: hypercalls over buffers that do not move, frames of
+//! guests mapped, event channels notified.
+//!
+//! [`Hypercalls`] is what the backend needs of it and no more. `/dev/xen/privcmd` is
+//! one implementation ([`Privcmd`]); the other is the mock machine's face
+//! (`mock/face.rs`), which reads the same structures and answers from its state.
+//!
+//! C implementation: `tools/libs/call/linux.c`, `tools/libs/foreignmemory/linux.c`,
+//! `tools/libs/evtchn/linux.c`.
+
+mod buffer;
+mod device;
+mod events;
+mod ioctl;
+mod mapping;
+use std::fmt;
+use std::ops::Range;
+
+use nix::errno::Errno;
+use xsr_format::frame::Gfn;
+
+use crate::DomId;
+use crate::pages::{Access, ForeignPages};
+
+pub(crate) use device::Privcmd;
+
+/// A resource of a domain that is mapped by its number, not by its frames.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Resource {
+    /// `XENMEM_resource_*`.
+    pub(crate) kind: u32,
+    /// Which one of that kind.
+    pub(crate) id: u32,
+    /// First frame of it.
+    pub(crate) first: u64,
+    /// Frames, at least one.
+    pub(crate) frames: usize,
+}
+
+/// What a hypervisor is asked through.
+pub(crate) trait Hypercalls: fmt::Debug + Send + Sync {
+    /// Make hypercall `number` (`__HYPERVISOR_*`). Addresses among the arguments are
+    /// those of [`CallBuffer`]s that live until it returns. What the hypervisor
+    /// returned, or its errno.
+    fn hypercall(&self, number: u32, arguments: [u64; 5]) -> Result<u64, Errno>;
+
+    /// Zeroed memory for arguments, of at least one octet, that stays where it is and
+    /// that the hypervisor can reach at any time. ENOMEM where there is none left.
+    fn buffer(&self, octets: usize) -> Result<Box<dyn CallBuffer>, Errno>;
+
+    /// Addresses for `gfns` of a domain, none mapped as yet.
+    fn reserve(
+        &self,
+        domid: DomId,
+        gfns: &[Gfn],
+        access: Access,
+    ) -> Result<Box<dyn FrameMapping>, Errno>;
+
+    /// Map a resource for reading and writing.
+    fn map_resource(&self, domid: DomId, resource: Resource) -> Result<ForeignPages, Errno>;
+
+    /// Signal the event channel that a domain offers at its `port`.
+    fn notify(&self, domid: DomId, port: u32) -> Result<(), Errno>;
+}
+
+/// Memory that a hypercall's structures are in.
+pub(crate) trait CallBuffer: fmt::Debug + Send {
+    /// Where it is, as a structure names it.
+    fn address(&self) -> u64;
+
+    /// Copy `out.len()` octets from offset `at` on.
+    ///
+    /// # Panics
+    ///
+    /// When they are not all inside.
+    fn read(&self, at: usize, out: &mut [u8]);
+
+    /// Copy octets in from offset `at` on.
+    ///
+    /// # Panics
+    ///
+    /// When they are not all inside.
+    fn write(&mut self, at: usize, octets: &[u8]);
+}
+
+/// Frames on their way to be mapped.
+pub(crate) trait FrameMapping: Send {
+    /// Try to map the frames of `range` (positions in the request). The first call is
+    /// for all of them, later ones for such as are not mapped yet. The result is about
+    /// the call; that of each frame is [`FrameMapping::failure`]'s.
+    fn map(&mut self, range: Range<usize>) -> Result<(), Errno>;
+
+    /// Why the frame at `index` is not mapped; `None` once it is.
+    fn failure(&self, index: usize) -> Option<Errno>;
+
+    /// What has been mapped, with the rest listed as failed.
+    fn finish(self: Box<Self>) -> ForeignPages;
+}

@@ -1,0 +1,161 @@
+//! Hypercall buffers: memory that the kernel neither moves nor takes away.
+//!
+//! Pages of `/dev/xen/hypercall` are the kernel's own. Where there is no such device
+//! (Linux before 4.18) they are anonymous, locked, and kept out of children: a fork
+//! would make them copy-on-write, and the hypervisor would meet a page that is not
+//! there.
+//!
+//! C implementation: `tools/libs/call/{linux,buffer}.c`.
+
+use std::fs::File;
+use std::num::NonZeroUsize;
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use nix::errno::Errno;
+use nix::sys::mman::{self, MapFlags, MmapAdvise, ProtFlags};
+use xsr_format::frame::PAGE_SIZE;
+
+use super::CallBuffer;
+
+/// Buffers of one page that are kept for the next call.
+const KEPT: usize = 8;
+
+/// Where buffers come from.
+#[derive(Debug)]
+pub(super) struct Pool {
+    /// `/dev/xen/hypercall`; `None` for the older way.
+    device: Option<File>,
+    kept: Mutex<Vec<Pages>>,
+}
+
+impl Pool {
+    pub(super) fn new(device: Option<File>) -> Self {
+        Self {
+            device,
+            kept: Mutex::default(),
+        }
+    }
+
+    /// A zeroed buffer of at least `octets`.
+    pub(super) fn take(self: &Arc<Self>, octets: usize) -> Result<Buffer, Errno> {
+        let pages = NonZeroUsize::new(octets.div_ceil(PAGE_SIZE)).unwrap_or(NonZeroUsize::MIN);
+        let kept = match pages.get() {
+            1 => self.kept().pop(),
+            _ => None,
+        };
+        let mut pages = match kept {
+            Some(pages) => pages,
+            None => Pages::new(self.device.as_ref(), pages)?,
+        };
+        pages.octets_mut().fill(0);
+        Ok(Buffer {
+            pages: Some(pages),
+            octets,
+            pool: Arc::clone(self),
+        })
+    }
+
+    fn kept(&self) -> std::sync::MutexGuard<'_, Vec<Pages>> {
+        // A list is whole at any time.
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Pages mapped for hypercalls.
+#[derive(Debug)]
+struct Pages {
+    base: NonNull<u8>,
+    octets: NonZeroUsize,
+}
+
+// SAFETY: the mapping belongs to this value alone.
+unsafe impl Send for Pages {}
+
+impl Pages {
+    fn new(device: Option<&File>, pages: NonZeroUsize) -> Result<Self, Errno> {
+        let page = NonZeroUsize::new(PAGE_SIZE).ok_or(Errno::EINVAL)?;
+        let octets = pages.checked_mul(page).ok_or(Errno::ENOMEM)?;
+        let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        let base = match device {
+            // SAFETY: a new mapping at an address of the kernel's choice.
+            Some(device) => unsafe {
+                mman::mmap(None, octets, prot, MapFlags::MAP_SHARED, device, 0)
+            },
+            None => {
+                let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_LOCKED;
+                // SAFETY: as above.
+                unsafe { mman::mmap_anonymous(None, octets, prot, flags) }
+            }
+        }?;
+        let pages = Self {
+            base: base.cast(),
+            octets,
+        };
+        if device.is_none() {
+            // SAFETY: the pages just mapped; the advice changes what a fork copies and
+            // nothing in this process.
+            unsafe { mman::madvise(base, octets.get(), MmapAdvise::MADV_DONTFORK) }?;
+        }
+        Ok(pages)
+    }
+
+    fn octets(&self) -> &[u8] {
+        // SAFETY: `base` starts a mapping of `octets` readable, initialised octets that
+        // this value owns. The hypervisor writes it only during a hypercall, and
+        // callers hold no borrow then: `CallBuffer` copies in and out.
+        unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.octets.get()) }
+    }
+
+    fn octets_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `octets`, writable, and borrowed once.
+        unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr(), self.octets.get()) }
+    }
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        // SAFETY: the range is the one `new` mapped; borrows of it borrow `self`.
+        if let Err(errno) = unsafe { mman::munmap(self.base.cast(), self.octets.get()) } {
+            tracing::error!(%errno, "munmap of a hypercall buffer failed");
+        }
+    }
+}
+
+/// A buffer; its pages go back to the pool.
+#[derive(Debug)]
+pub(super) struct Buffer {
+    /// Always there, until it is dropped.
+    pages: Option<Pages>,
+    octets: usize,
+    pool: Arc<Pool>,
+}
+
+impl CallBuffer for Buffer {
+    fn address(&self) -> u64 {
+        let pages = self.pages.as_ref().expect("a buffer has pages");
+        pages.base.as_ptr().expose_provenance() as u64
+    }
+
+    fn read(&self, at: usize, out: &mut [u8]) {
+        let pages = self.pages.as_ref().expect("a buffer has pages");
+        out.copy_from_slice(&pages.octets()[..self.octets][at..at + out.len()]);
+    }
+
+    fn write(&mut self, at: usize, octets: &[u8]) {
+        let pages = self.pages.as_mut().expect("a buffer has pages");
+        pages.octets_mut()[..self.octets][at..at + octets.len()].copy_from_slice(octets);
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        let Some(pages) = self.pages.take() else {
+            return;
+        };
+        let mut kept = self.pool.kept();
+        if pages.octets.get() == PAGE_SIZE && kept.len() < KEPT {
+            kept.push(pages);
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! `/dev/xen/privcmd`, `/dev/xen/hypercall` and `/dev/xen/evtchn`.
+//!
+//! C implementation: `tools/libs/call/linux.c`.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::libc;
+use xsr_format::frame::Gfn;
+
+use super::buffer::Pool;
+use super::ioctl::{HYPERCALL, Hypercall};
+use super::mapping::Mapping;
+use super::{CallBuffer, FrameMapping, Hypercalls, Resource, events, mapping};
+use crate::DomId;
+use crate::pages::{Access, ForeignPages};
+
+/// Where a Linux control domain reaches the hypervisor, newest place first.
+const PRIVCMD: [&str; 2] = ["/dev/xen/privcmd", "/proc/xen/privcmd"];
+const BUFFERS: &str = "/dev/xen/hypercall";
+const EVENTS: &str = "/dev/xen/evtchn";
+
+/// The hypervisor of this machine.
+#[derive(Debug)]
+pub(crate) struct Privcmd {
+    privcmd: Arc<File>,
+    buffers: Arc<Pool>,
+}
+
+fn open(path: impl AsRef<Path>) -> io::Result<File> {
+    // Close-on-exec, as all that the standard library opens.
+    OpenOptions::new().read(true).write(true).open(path)
+}
+
+/// `None` where the file is not there.
+fn optional(opened: io::Result<File>) -> io::Result<Option<File>> {
+    match opened {
+        Ok(file) => Ok(Some(file)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+impl Privcmd {
+    /// Open the devices; `None` where there is no privcmd.
+    ///
+    /// # Errors
+    ///
+    /// What `open(2)` says: EACCES for who is not root.
+    pub(crate) fn open() -> io::Result<Option<Self>> {
+        let mut privcmd = None;
+        for path in PRIVCMD {
+            privcmd = optional(open(path))?;
+            if privcmd.is_some() {
+                break;
+            }
+        }
+        let Some(privcmd) = privcmd else {
+            return Ok(None);
+        };
+        let buffers = optional(open(BUFFERS))?;
+        if buffers.is_none() {
+            tracing::debug!("no {BUFFERS}: hypercalls go through locked memory");
+        }
+        Ok(Some(Self {
+            privcmd: Arc::new(privcmd),
+            buffers: Arc::new(Pool::new(buffers)),
+        }))
+    }
+}
+
+impl Hypercalls for Privcmd {
+    fn hypercall(&self, number: u32, arguments: [u64; 5]) -> Result<u64, Errno> {
+        let call = Hypercall {
+            op: number.into(),
+            arg: arguments,
+        };
+        // The system call itself: ioctl(3) cuts what the hypervisor returns to an int,
+        // and a frame number may need more.
+        // SAFETY: the descriptor is privcmd's and `call` is what this request takes. The
+        // hypervisor reads and writes the buffers that the arguments name: they are
+        // `CallBuffer`s that the caller keeps alive and does not touch meanwhile.
+        let returned = unsafe {
+            libc::syscall(
+                libc::SYS_ioctl,
+                self.privcmd.as_raw_fd(),
+                HYPERCALL,
+                &raw const call,
+            )
+        };
+        u64::try_from(returned).map_err(|_| Errno::last())
+    }
+
+    fn buffer(&self, octets: usize) -> Result<Box<dyn CallBuffer>, Errno> {
+        Ok(Box::new(self.buffers.take(octets)?))
+    }
+
+    fn reserve(
+        &self,
+        domid: DomId,
+        gfns: &[Gfn],
+        access: Access,
+    ) -> Result<Box<dyn FrameMapping>, Errno> {
+        Ok(Box::new(Mapping::new(&self.privcmd, domid, gfns, access)?))
+    }
+
+    fn map_resource(&self, domid: DomId, resource: Resource) -> Result<ForeignPages, Errno> {
+        mapping::resource(&self.privcmd, domid, resource)
+    }
+
+    fn notify(&self, domid: DomId, port: u32) -> Result<(), Errno> {
+        let device = open(EVENTS)
+            .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(Errno::EIO as i32)))?;
+        events::notify(&device, domid, port)
+    }
+}

@@ -1,0 +1,65 @@
+//! Xenstore: the tree of values in which toolstack and guests leave word for each
+//! other. As much of it as suspending a guest needs.
+//!
+//! C implementation: `tools/libs/store/xs.c`; the protocol is
+//! `xen/include/public/io/xs_wire.h`.
+
+mod client;
+#[cfg(test)]
+mod tests;
+mod wire;
+use std::fmt;
+use std::io;
+
+use nix::errno::Errno;
+use thiserror::Error;
+
+pub(crate) use client::Sockets;
+
+/// What goes wrong with the store.
+#[derive(Debug, Error)]
+pub(crate) enum StoreError {
+    /// Nobody is there.
+    #[error(
+        "there is no xenstore: neither /run/xenstored/socket nor /dev/xen/xenbus can be opened \
+         ({0}); is xenstored running?"
+    )]
+    Absent(io::Error),
+    /// The connection broke, or what came over it is no answer.
+    #[error("the connection to xenstore broke: {0}")]
+    Connection(#[from] io::Error),
+    /// The store refuses.
+    #[error("xenstore refuses {op} of {path}: {errno}")]
+    Refused {
+        /// What was asked.
+        op: &'static str,
+        /// Of which node.
+        path: String,
+        /// Why not.
+        errno: Errno,
+    },
+}
+
+impl StoreError {
+    /// The errno that is nearest.
+    pub(crate) fn errno(&self) -> Errno {
+        match self {
+            Self::Absent(_) => Errno::ENOTCONN,
+            Self::Connection(error) => error.raw_os_error().map_or(Errno::EIO, Errno::from_raw),
+            Self::Refused { errno, .. } => *errno,
+        }
+    }
+}
+
+/// A xenstore.
+pub(crate) trait Xenstore: fmt::Debug + Send + Sync {
+    /// The value of a node; `None` where there is none.
+    fn read(&self, path: &str) -> Result<Option<Vec<u8>>, StoreError>;
+
+    /// Set the value of a node, making it where there is none.
+    fn write(&self, path: &str, value: &[u8]) -> Result<(), StoreError>;
+
+    /// Replace `old` by `new` at a node, whoever else is at it; false, and nothing
+    /// done, where the node has another value.
+    fn exchange(&self, path: &str, old: &[u8], new: &[u8]) -> Result<bool, StoreError>;
+}

@@ -1,0 +1,234 @@
+//! A client of xenstored: over its socket, or over the kernel's device where the store
+//! is in another domain.
+//!
+//! C implementation: `tools/libs/store/xs.c`.
+
+use std::fmt;
+use std::fs::OpenOptions;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::{Mutex, PoisonError};
+
+use nix::errno::Errno;
+
+use super::wire::{Message, errno_of, kind};
+use super::{StoreError, Xenstore};
+
+/// Where xenstored listens.
+const SOCKETS: [&str; 2] = ["/run/xenstored/socket", "/var/run/xenstored/socket"];
+/// Where the kernel passes messages on.
+const DEVICES: [&str; 2] = ["/dev/xen/xenbus", "/proc/xen/xenbus"];
+
+/// Transactions that meet others are tried this often.
+const ATTEMPTS: usize = 100;
+
+/// What messages go over.
+pub(super) trait Stream: Read + Write + Send {}
+impl<T: Read + Write + Send> Stream for T {}
+
+/// The store of this machine, connected to when it is first needed.
+#[derive(Default)]
+pub(crate) struct Sockets {
+    connection: Mutex<Option<Connection>>,
+}
+
+impl fmt::Debug for Sockets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Sockets").finish_non_exhaustive()
+    }
+}
+
+fn connect() -> Result<Box<dyn Stream>, StoreError> {
+    let mut last = None;
+    for path in SOCKETS {
+        match UnixStream::connect(path) {
+            Ok(stream) => return Ok(Box::new(stream)),
+            Err(error) => last = last.or(Some(error)),
+        }
+    }
+    for path in DEVICES {
+        if let Ok(device) = OpenOptions::new().read(true).write(true).open(path) {
+            return Ok(Box::new(device));
+        }
+    }
+    Err(StoreError::Absent(
+        last.unwrap_or_else(|| io::ErrorKind::NotFound.into()),
+    ))
+}
+
+impl Sockets {
+    /// The store at the other end of `stream`.
+    #[cfg(test)]
+    pub(super) fn over(stream: Box<dyn Stream>) -> Self {
+        Self {
+            connection: Mutex::new(Some(Connection::new(stream))),
+        }
+    }
+
+    /// Use the connection; one that broke is not used again.
+    fn with<T>(
+        &self,
+        work: impl FnOnce(&mut Connection) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        let mut place = self
+            .connection
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let mut connection = match place.take() {
+            Some(connection) => connection,
+            None => Connection::new(connect()?),
+        };
+        let result = work(&mut connection);
+        if !matches!(result, Err(StoreError::Connection(_))) {
+            *place = Some(connection);
+        }
+        result
+    }
+}
+
+impl Xenstore for Sockets {
+    fn read(&self, path: &str) -> Result<Option<Vec<u8>>, StoreError> {
+        self.with(|connection| connection.read(0, path))
+    }
+
+    fn write(&self, path: &str, value: &[u8]) -> Result<(), StoreError> {
+        self.with(|connection| connection.write(0, path, value))
+    }
+
+    fn exchange(&self, path: &str, old: &[u8], new: &[u8]) -> Result<bool, StoreError> {
+        self.with(|connection| connection.exchange(path, old, new))
+    }
+}
+
+/// A connection, one request at a time.
+struct Connection {
+    stream: Box<dyn Stream>,
+    last_request: u32,
+}
+
+impl Connection {
+    fn new(stream: Box<dyn Stream>) -> Self {
+        Self {
+            stream,
+            last_request: 0,
+        }
+    }
+
+    /// Ask, and wait for the answer; the store's errno where it refuses.
+    fn ask(
+        &mut self,
+        kind: u32,
+        transaction: u32,
+        payload: Vec<u8>,
+    ) -> Result<Result<Vec<u8>, Errno>, StoreError> {
+        self.last_request = self.last_request.wrapping_add(1);
+        let question = Message {
+            kind,
+            request: self.last_request,
+            transaction,
+            payload,
+        };
+        question.send(&mut self.stream)?;
+        loop {
+            let answer = Message::receive(&mut self.stream)?;
+            if answer.is_event() {
+                continue;
+            }
+            if answer.request != question.request {
+                let text = format!(
+                    "an answer to request {} where {} was asked",
+                    answer.request, question.request
+                );
+                return Err(io::Error::new(io::ErrorKind::InvalidData, text).into());
+            }
+            return Ok(match answer.kind {
+                kind::ERROR => Err(errno_of(&answer.payload)),
+                _ => Ok(answer.payload),
+            });
+        }
+    }
+
+    fn read(&mut self, transaction: u32, path: &str) -> Result<Option<Vec<u8>>, StoreError> {
+        match self.ask(kind::READ, transaction, terminated(path))? {
+            Ok(value) => Ok(Some(value)),
+            Err(Errno::ENOENT) => Ok(None),
+            Err(errno) => Err(refused("read", path, errno)),
+        }
+    }
+
+    fn write(&mut self, transaction: u32, path: &str, value: &[u8]) -> Result<(), StoreError> {
+        let mut payload = terminated(path);
+        payload.extend_from_slice(value);
+        match self.ask(kind::WRITE, transaction, payload)? {
+            Ok(_) => Ok(()),
+            Err(errno) => Err(refused("write", path, errno)),
+        }
+    }
+
+    fn exchange(&mut self, path: &str, old: &[u8], new: &[u8]) -> Result<bool, StoreError> {
+        for _ in 0..ATTEMPTS {
+            let transaction = self.start(path)?;
+            let fits = match self.read(transaction, path) {
+                Ok(value) => value.as_deref() == Some(old),
+                Err(error) => return Err(self.give_up(transaction, path, error)),
+            };
+            if fits && let Err(error) = self.write(transaction, path, new) {
+                return Err(self.give_up(transaction, path, error));
+            }
+            if !fits {
+                self.end(transaction, path, false)?;
+                return Ok(false);
+            }
+            if self.end(transaction, path, true)? {
+                return Ok(true);
+            }
+        }
+        Err(refused("transaction", path, Errno::EAGAIN))
+    }
+
+    fn start(&mut self, path: &str) -> Result<u32, StoreError> {
+        match self.ask(kind::TRANSACTION_START, 0, terminated(""))? {
+            Ok(number) => std::str::from_utf8(&number)
+                .ok()
+                .and_then(|number| number.trim_end_matches('\0').parse().ok())
+                .ok_or_else(|| {
+                    io::Error::new(io::ErrorKind::InvalidData, "a transaction without a number")
+                        .into()
+                }),
+            Err(errno) => Err(refused("transaction", path, errno)),
+        }
+    }
+
+    /// End a transaction; false where it met another and has to be made again.
+    fn end(&mut self, transaction: u32, path: &str, commit: bool) -> Result<bool, StoreError> {
+        let how = terminated(if commit { "T" } else { "F" });
+        match self.ask(kind::TRANSACTION_END, transaction, how)? {
+            Ok(_) => Ok(true),
+            Err(Errno::EAGAIN) => Ok(false),
+            Err(errno) => Err(refused("transaction", path, errno)),
+        }
+    }
+
+    /// End a transaction that cannot go on; the error that is to be reported.
+    fn give_up(&mut self, transaction: u32, path: &str, error: StoreError) -> StoreError {
+        match self.end(transaction, path, false) {
+            Ok(_) => error,
+            Err(StoreError::Connection(broken)) => StoreError::Connection(broken),
+            Err(_) => error,
+        }
+    }
+}
+
+fn terminated(text: &str) -> Vec<u8> {
+    let mut octets = text.as_bytes().to_vec();
+    octets.push(0);
+    octets
+}
+
+fn refused(op: &'static str, path: &str, errno: Errno) -> StoreError {
+    StoreError::Refused {
+        op,
+        path: path.to_owned(),
+        errno,
+    }
+}

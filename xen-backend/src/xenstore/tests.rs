@@ -1,0 +1,157 @@
+//! The client against a store at the other end of a socket, which reads and writes the
+//! octets of the protocol itself.
+
+use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::thread::JoinHandle;
+
+use nix::errno::Errno;
+
+use super::client::Sockets;
+use super::{StoreError, Xenstore};
+
+type Nodes = BTreeMap<Vec<u8>, Vec<u8>>;
+
+/// A store with a node, which lets the first `conflicts` transactions fail at their end.
+/// Gives its nodes back when the client hangs up.
+fn serve(conflicts: usize) -> (Sockets, JoinHandle<Nodes>) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let server = std::thread::spawn(move || {
+        let mut nodes = Nodes::from([(b"/a".to_vec(), b"suspend".to_vec())]);
+        let mut stream = theirs;
+        let mut conflicts = conflicts;
+        let mut open: BTreeMap<u32, Nodes> = BTreeMap::new();
+        let mut next = 7_u32;
+        let mut header = [0; 16];
+        while stream.read_exact(&mut header).is_ok() {
+            let word = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
+            let (kind, request, transaction) = (word(0), word(4), word(8));
+            let mut payload = vec![0; word(12) as usize];
+            stream.read_exact(&mut payload).unwrap();
+            let end = payload.iter().position(|octet| *octet == 0).unwrap();
+            let (path, value) = (payload[..end].to_vec(), payload[end + 1..].to_vec());
+            assert_eq!(transaction != 0, open.contains_key(&transaction));
+            let place = open.get_mut(&transaction).unwrap_or(&mut nodes);
+            let answer: Result<Vec<u8>, &[u8]> = match kind {
+                2 => place.get(&path).cloned().ok_or(b"ENOENT\0"),
+                11 if path == b"/forbidden" => Err(b"EACCES\0"),
+                11 => {
+                    place.insert(path, value);
+                    Ok(b"OK\0".to_vec())
+                }
+                6 => {
+                    open.insert(next, nodes.clone());
+                    next += 1;
+                    Ok(format!("{}\0", next - 1).into_bytes())
+                }
+                7 => {
+                    let made = open.remove(&transaction).unwrap();
+                    match (payload.as_slice(), conflicts) {
+                        (b"T\0", 0) => {
+                            nodes = made;
+                            Ok(b"OK\0".to_vec())
+                        }
+                        (b"T\0", _) => {
+                            conflicts -= 1;
+                            Err(b"EAGAIN\0")
+                        }
+                        (b"F\0", _) => Ok(b"OK\0".to_vec()),
+                        _ => panic!("{payload:?}"),
+                    }
+                }
+                _ => Err(b"ENOSYS\0"),
+            };
+            // A watch that somebody else set: no answer to anything.
+            let mut out = message(15, 0, 0, b"@releaseDomain\0token\0");
+            out.extend(match answer {
+                Ok(payload) => message(kind, request, transaction, &payload),
+                Err(name) => message(16, request, transaction, name),
+            });
+            stream.write_all(&out).unwrap();
+        }
+        assert!(open.is_empty(), "transactions are left open");
+        nodes
+    });
+    (Sockets::over(Box::new(ours)), server)
+}
+
+fn message(kind: u32, request: u32, transaction: u32, payload: &[u8]) -> Vec<u8> {
+    let len = u32::try_from(payload.len()).unwrap();
+    let words = [kind, request, transaction, len];
+    let mut octets: Vec<u8> = words.into_iter().flat_map(u32::to_ne_bytes).collect();
+    octets.extend_from_slice(payload);
+    octets
+}
+
+#[test]
+fn nodes_are_read_and_written() {
+    let (store, server) = serve(0);
+    assert_eq!(store.read("/a").unwrap().unwrap(), b"suspend");
+    assert_eq!(store.read("/b").unwrap(), None);
+    store.write("/b", b"7").unwrap();
+    assert_eq!(store.read("/b").unwrap().unwrap(), b"7");
+    let refused = store.write("/forbidden", b"").unwrap_err();
+    assert_eq!(refused.errno(), Errno::EACCES);
+    assert_eq!(
+        refused.to_string(),
+        "xenstore refuses write of /forbidden: EACCES: Permission denied"
+    );
+    drop(store);
+    assert_eq!(server.join().unwrap()[b"/b".as_slice()], b"7");
+}
+
+#[test]
+fn a_value_is_exchanged_only_for_what_it_was() {
+    let (store, server) = serve(2);
+    assert!(store.exchange("/a", b"suspend", b"").unwrap());
+    assert!(!store.exchange("/a", b"suspend", b"never").unwrap());
+    assert!(!store.exchange("/none", b"suspend", b"never").unwrap());
+    drop(store);
+    let nodes = server.join().unwrap();
+    assert_eq!(nodes.len(), 1);
+    assert_eq!(nodes[b"/a".as_slice()], b"");
+}
+
+#[test]
+fn transactions_that_always_meet_others_end() {
+    let (store, server) = serve(usize::MAX);
+    let error = store.exchange("/a", b"suspend", b"").unwrap_err();
+    assert_eq!(error.errno(), Errno::EAGAIN);
+    drop(store);
+    assert_eq!(server.join().unwrap()[b"/a".as_slice()], b"suspend");
+}
+
+#[test]
+fn a_transaction_is_ended_when_a_write_in_it_fails() {
+    let (store, server) = serve(0);
+    let absent = store.exchange("/forbidden", b"x", b"y").unwrap();
+    assert!(!absent);
+    let long = vec![0; 5000];
+    let error = store.write("/a", &long).unwrap_err();
+    assert_eq!(error.errno(), Errno::E2BIG);
+    drop(store);
+    server.join().unwrap();
+}
+
+#[test]
+fn what_is_no_answer_breaks_the_connection() {
+    let bad = [
+        // The answer to another request.
+        message(2, 99, 0, b"value"),
+        // Too long.
+        [2, 1, 0, 5000]
+            .into_iter()
+            .flat_map(u32::to_ne_bytes)
+            .collect(),
+        // Cut short.
+        message(2, 1, 0, b"value")[..18].to_vec(),
+    ];
+    for octets in bad {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(&octets).unwrap();
+        theirs.shutdown(std::net::Shutdown::Write).unwrap();
+        let error = Sockets::over(Box::new(ours)).read("/a").unwrap_err();
+        assert!(matches!(error, StoreError::Connection(_)), "{error}");
+    }
+}
