@@ -15,11 +15,16 @@ pub mod contract;
 pub mod error;
 mod log_dirty;
 pub mod mock;
+#[allow(unsafe_code, reason = "one of the rooms for it: mapped foreign pages")]
+pub mod pages;
 #[allow(
     unsafe_code,
-    reason = "one of the two rooms for it: mapped foreign pages"
+    reason = "one of the rooms for it: ioctls and what they map"
 )]
-pub mod pages;
+mod privcmd;
+mod sys;
+mod xen;
+mod xenstore;
 
 use std::fmt;
 
@@ -30,6 +35,7 @@ pub use error::{BackendError, MapError};
 pub use log_dirty::{DirtyBitmap, DirtyRead, DirtyStats, LogDirty};
 pub use nix::errno::Errno;
 pub use pages::{Access, ForeignPage, ForeignPages, Gather, Unwritten, WriteCall};
+pub use xen::{OpenError, XenHost};
 
 /// A domain's number, 0–0x7fef; 0 is the control domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

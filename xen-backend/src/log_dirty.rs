@@ -38,6 +38,11 @@ impl DirtyBitmap {
         self.pfns
     }
 
+    /// Words that hold the set.
+    pub(crate) fn words(&self) -> usize {
+        self.words.len()
+    }
+
     /// Where the bit of `pfn` is; `None` for one the set cannot hold.
     fn place(&self, pfn: Pfn) -> Option<(usize, u64)> {
         let word = usize::try_from(pfn.0 / WORD).ok()?;

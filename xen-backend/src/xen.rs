@@ -1,0 +1,177 @@
+//! The real hypervisor: the roles of a [`Host`] and a [`Domain`] as hypercalls.
+//!
+//! Everything goes through [`Hypercalls`], so that all of it runs off Xen too, over the
+//! mock machine's face. What differs between versions of Xen is in `xen/interface.rs`,
+//! and nowhere else.
+//!
+//! C implementation: `tools/libs/ctrl`, `tools/libs/guest`.
+
+mod calls;
+mod control;
+mod create;
+mod hvm;
+pub(crate) mod interface;
+mod log_dirty;
+mod memory;
+mod open;
+mod platform;
+mod pv;
+mod suspend;
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use nix::errno::Errno;
+
+use self::calls::Calls;
+use crate::error::BackendError;
+use crate::privcmd::{Hypercalls, Privcmd};
+use crate::sys::common as sys;
+use crate::xenstore::Xenstore;
+use crate::{DomId, Domain, DomainInfo, GuestKind, Host, XenVersion};
+
+pub use self::open::OpenError;
+
+/// Numbers from here on are not domains' (`DOMID_FIRST_RESERVED`).
+const DOMID_FIRST_RESERVED: u16 = 0x7ff0;
+/// Whose frames Xen's own are (`DOMID_XEN`).
+const DOMID_XEN: DomId = DomId(0x7ff2);
+/// Domains that one call tells of.
+const LIST_BATCH: u32 = 256;
+
+/// A Xen host, reached from its control domain.
+#[derive(Debug)]
+pub struct XenHost {
+    shared: Arc<Shared>,
+}
+
+/// What a host and the handles on its domains share.
+#[derive(Debug)]
+struct Shared {
+    calls: Calls,
+    store: Box<dyn Xenstore>,
+    version: XenVersion,
+    /// Domains whose log of dirty pages was enabled through this host. Xen does not
+    /// say whether a log is on, and reads one that is off as empty.
+    logged: Mutex<BTreeSet<DomId>>,
+}
+
+impl Shared {
+    fn logged(&self) -> std::sync::MutexGuard<'_, BTreeSet<DomId>> {
+        // A set is whole at any time.
+        self.logged.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl XenHost {
+    /// The hypervisor of this machine.
+    ///
+    /// # Errors
+    ///
+    /// What is missing: Xen, its device, the rights, a known interface version.
+    pub fn open() -> Result<Self, OpenError> {
+        let hypervisor = open::device()?;
+        let store = crate::xenstore::Sockets::default();
+        Self::over(Arc::new(hypervisor), Box::new(store))
+    }
+
+    /// The hypervisor behind `raw`.
+    pub(crate) fn over(
+        raw: Arc<dyn Hypercalls>,
+        store: Box<dyn Xenstore>,
+    ) -> Result<Self, OpenError> {
+        let (calls, version) = open::probe(raw)?;
+        tracing::debug!(
+            xen = %format_args!("{}.{}", version.major, version.minor),
+            domctl = %format_args!("{:#x}", calls.interface.domctl),
+            "hypervisor"
+        );
+        Ok(Self {
+            shared: Arc::new(Shared {
+                calls,
+                store,
+                version,
+                logged: Mutex::default(),
+            }),
+        })
+    }
+
+    /// The version of the domctl interface that the hypervisor and this host speak.
+    pub fn domctl_version(&self) -> u32 {
+        self.shared.calls.interface.domctl
+    }
+}
+
+/// A handle on a domain of a [`XenHost`].
+#[derive(Debug)]
+struct XenDomain {
+    shared: Arc<Shared>,
+    domid: DomId,
+    kind: GuestKind,
+}
+
+impl XenDomain {
+    fn calls(&self) -> &Calls {
+        &self.shared.calls
+    }
+
+    fn fail(&self, op: &'static str, errno: Errno) -> BackendError {
+        BackendError::domain(op, self.domid, errno)
+    }
+
+    fn translated(&self, op: &'static str) -> Result<(), BackendError> {
+        match self.kind.is_translated() {
+            true => Ok(()),
+            false => Err(self.fail(op, Errno::EINVAL)),
+        }
+    }
+
+    fn pv_or(&self, op: &'static str, otherwise: Errno) -> Result<(), BackendError> {
+        match self.kind {
+            GuestKind::Pv => Ok(()),
+            GuestKind::Hvm | GuestKind::Pvh => Err(self.fail(op, otherwise)),
+        }
+    }
+}
+
+impl Host for XenHost {
+    fn xen_version(&self) -> Result<XenVersion, BackendError> {
+        Ok(self.shared.version)
+    }
+
+    fn domains(&self) -> Result<Vec<DomainInfo>, BackendError> {
+        const OP: &str = "getdomaininfolist";
+        let calls = &self.shared.calls;
+        let mut infos = Vec::new();
+        let mut next = 1_u16;
+        while next < DOMID_FIRST_RESERVED {
+            let batch = calls
+                .list_domains(next, LIST_BATCH)
+                .map_err(|errno| BackendError::host(OP, errno))?;
+            let Some(last) = batch.last() else {
+                break;
+            };
+            next = last.domid.0 + 1;
+            infos.extend(batch.into_iter().filter(|info| !info.dying));
+        }
+        Ok(infos)
+    }
+
+    fn domain(&self, domid: DomId) -> Result<Box<dyn Domain>, BackendError> {
+        let info = self.shared.calls.info(domid);
+        let info = info.map_err(|e| BackendError::domain("getdomaininfo", domid, e))?;
+        Ok(Box::new(XenDomain {
+            shared: Arc::clone(&self.shared),
+            domid,
+            kind: info.kind,
+        }))
+    }
+
+    fn create_domain(
+        &self,
+        kind: GuestKind,
+        vcpus: u32,
+        max_pages: u64,
+    ) -> Result<DomId, BackendError> {
+        create::create(&self.shared.calls, kind, vcpus, max_pages)
+    }
+}

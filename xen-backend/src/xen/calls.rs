@@ -1,0 +1,157 @@
+//! Hypercalls with their structures: what goes in, what comes back.
+//!
+//! C implementation: `tools/libs/ctrl/xc_private.{c,h}`.
+
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
+
+use super::interface::Interface;
+use super::sys;
+use crate::privcmd::{CallBuffer, Hypercalls};
+use crate::{DomId, DomainInfo};
+
+/// Octets of `xen_domctl` before its union: cmd, interface_version, domain, padding.
+pub(crate) const DOMCTL_HEADER: usize = 16;
+/// Octets of `xen_sysctl` before its union: cmd, interface_version.
+pub(crate) const SYSCTL_HEADER: usize = 8;
+/// Octets of either union.
+pub(crate) const BODY: usize = 128;
+
+/// The hypervisor, and the version of the interface it speaks.
+#[derive(Debug)]
+pub(super) struct Calls {
+    pub(super) raw: Arc<dyn Hypercalls>,
+    pub(super) interface: &'static Interface,
+}
+
+/// A buffer with octets in it.
+pub(super) fn filled(raw: &dyn Hypercalls, octets: &[u8]) -> Result<Box<dyn CallBuffer>, Errno> {
+    let mut buffer = raw.buffer(octets.len())?;
+    buffer.write(0, octets);
+    Ok(buffer)
+}
+
+/// A domctl of this version; the octets of its union, as they come back.
+pub(super) fn domctl(
+    raw: &dyn Hypercalls,
+    version: u32,
+    cmd: u32,
+    domid: u16,
+    body: &[u8],
+) -> Result<(u16, [u8; BODY]), Errno> {
+    let mut buffer = raw.buffer(DOMCTL_HEADER + BODY)?;
+    buffer.write(0, &cmd.to_ne_bytes());
+    buffer.write(4, &version.to_ne_bytes());
+    buffer.write(8, &domid.to_ne_bytes());
+    buffer.write(DOMCTL_HEADER, body);
+    let arguments = [buffer.address(), 0, 0, 0, 0];
+    raw.hypercall(sys::__HYPERVISOR_domctl, arguments)?;
+    let (mut domid, mut body) = ([0; 2], [0; BODY]);
+    buffer.read(8, &mut domid);
+    buffer.read(DOMCTL_HEADER, &mut body);
+    Ok((u16::from_ne_bytes(domid), body))
+}
+
+impl Calls {
+    /// Make a hypercall whose argument `at` is a structure; the structure as it comes
+    /// back, and what the call returned.
+    pub(super) fn with_struct<T: FromBytes + IntoBytes + Immutable>(
+        &self,
+        number: u32,
+        cmd: u32,
+        argument: &T,
+    ) -> Result<(u64, T), Errno> {
+        let buffer = filled(&*self.raw, argument.as_bytes())?;
+        let arguments = [cmd.into(), buffer.address(), 0, 0, 0];
+        let returned = self.raw.hypercall(number, arguments)?;
+        let mut out = T::new_zeroed();
+        buffer.read(0, out.as_mut_bytes());
+        Ok((returned, out))
+    }
+
+    /// A domctl on a domain, with the member of the union that it takes.
+    pub(super) fn domctl<T: FromBytes + IntoBytes + Immutable>(
+        &self,
+        cmd: u32,
+        domid: DomId,
+        body: &T,
+    ) -> Result<T, Errno> {
+        let version = self.interface.domctl;
+        let (_, out) = domctl(&*self.raw, version, cmd, domid.0, body.as_bytes())?;
+        let (out, _) = T::read_from_prefix(&out).map_err(|_| Errno::EINVAL)?;
+        Ok(out)
+    }
+
+    /// A domctl that takes nothing.
+    pub(super) fn plain_domctl(&self, cmd: u32, domid: DomId) -> Result<(), Errno> {
+        domctl(&*self.raw, self.interface.domctl, cmd, domid.0, &[]).map(drop)
+    }
+
+    /// A buffer with octets in it.
+    pub(super) fn filled(&self, octets: &[u8]) -> Result<Box<dyn CallBuffer>, Errno> {
+        filled(&*self.raw, octets)
+    }
+
+    /// What a buffer holds from its start on.
+    pub(super) fn contents(buffer: &dyn CallBuffer, octets: usize) -> Vec<u8> {
+        let mut out = vec![0; octets];
+        buffer.read(0, &mut out);
+        out
+    }
+
+    /// `XEN_DOMCTL_getdomaininfo`. Older hypervisors answer for the next domain where
+    /// there is none of this number.
+    pub(super) fn info(&self, domid: DomId) -> Result<DomainInfo, Errno> {
+        let (version, cmd) = (self.interface.domctl, sys::XEN_DOMCTL_getdomaininfo);
+        let (_, body) = domctl(&*self.raw, version, cmd, domid.0, &[])?;
+        let info = (self.interface.decode_info)(&body).ok_or(Errno::EINVAL)?;
+        match info.domid == domid.0 {
+            true => Ok(info.to_domain_info()),
+            false => Err(Errno::ESRCH),
+        }
+    }
+
+    /// `XEN_SYSCTL_getdomaininfolist`: at most `max` domains from number `first` on.
+    pub(super) fn list_domains(&self, first: u16, max: u32) -> Result<Vec<DomainInfo>, Errno> {
+        let octets = self.interface.info_octets;
+        let room = usize::try_from(max).map_err(|_| Errno::EINVAL)?;
+        let list = self.raw.buffer(room * octets)?;
+        let mut body = sys::xen_sysctl_getdomaininfolist::new_zeroed();
+        body.first_domain = first;
+        body.max_domains = max;
+        body.buffer = list.address();
+        let mut result = Err(Errno::EACCES);
+        for version in self.interface.sysctl {
+            result = self.sysctl(*version, sys::XEN_SYSCTL_getdomaininfolist, &body);
+            if !matches!(result, Err(Errno::EACCES)) {
+                break;
+            }
+        }
+        let found = usize::try_from(result?.num_domains).map_err(|_| Errno::EINVAL)?;
+        let infos = Self::contents(&*list, found.min(room) * octets);
+        let infos = infos.chunks_exact(octets);
+        infos
+            .map(|info| (self.interface.decode_info)(info).map(|info| info.to_domain_info()))
+            .collect::<Option<Vec<DomainInfo>>>()
+            .ok_or(Errno::EINVAL)
+    }
+
+    fn sysctl<T: FromBytes + IntoBytes + Immutable>(
+        &self,
+        version: u32,
+        cmd: u32,
+        body: &T,
+    ) -> Result<T, Errno> {
+        let mut buffer = self.raw.buffer(SYSCTL_HEADER + BODY)?;
+        buffer.write(0, &cmd.to_ne_bytes());
+        buffer.write(4, &version.to_ne_bytes());
+        buffer.write(SYSCTL_HEADER, body.as_bytes());
+        let arguments = [buffer.address(), 0, 0, 0, 0];
+        self.raw.hypercall(sys::__HYPERVISOR_sysctl, arguments)?;
+        let mut out = T::new_zeroed();
+        buffer.read(SYSCTL_HEADER, out.as_mut_bytes());
+        Ok(out)
+    }
+}

@@ -1,0 +1,168 @@
+//! A domain's life.
+//!
+//! C implementation: `tools/libs/ctrl/{xc_domain,xc_evtchn}.c`,
+//! `tools/libs/guest/xg_resume.c`.
+
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use zerocopy::FromZeros;
+
+use super::{XenDomain, sys};
+use crate::error::BackendError;
+use crate::{DomId, DomainControl, DomainInfo, GuestKind, HvmGuest, PvGuest, ShutdownReason};
+
+/// How long a destroyed domain may stay in Xen's list before we no longer wait for it
+/// to go: as long as somebody has a page of it mapped, it does.
+const BURIAL: Duration = Duration::from_millis(500);
+
+/// What a suspend returns to the guest that was cancelled.
+const SUSPEND_CANCELLED: u32 = 1;
+
+/// Octets of a 64-bit and a 32-bit `vcpu_guest_context`.
+pub(super) const CONTEXT_64: usize = 0x1430;
+pub(super) const CONTEXT_32: usize = 0xaf0;
+/// Where eax is in either: after the FPU area of 512 octets and, in the 64-bit one,
+/// flags and ten registers; in the 32-bit one, flags and six.
+const EAX_64: usize = 512 + 8 + 10 * 8;
+const EAX_32: usize = 512 + 4 + 6 * 4;
+
+impl XenDomain {
+    /// Let the guest's call to suspend return "cancelled". A guest without PV drivers
+    /// has made no such call.
+    fn cancel_suspend(&self) -> Result<(), BackendError> {
+        let width = match self.kind {
+            GuestKind::Pv => self.guest_width()?,
+            GuestKind::Hvm | GuestKind::Pvh => {
+                if self.hvm_param(sys::HVM_PARAM_CALLBACK_IRQ)? == 0 {
+                    return Ok(());
+                }
+                8
+            }
+        };
+        let (octets, eax) = match width {
+            4 => (CONTEXT_32, EAX_32),
+            _ => (CONTEXT_64, EAX_64),
+        };
+        let fail = |op| move |errno| self.fail(op, errno);
+        let mut context = self
+            .get_context(0, octets)
+            .map_err(fail("getvcpucontext"))?;
+        context[eax..eax + 4].copy_from_slice(&SUSPEND_CANCELLED.to_le_bytes());
+        if width == 8 {
+            context[eax + 4..eax + 8].fill(0);
+        }
+        self.set_context(0, &context)
+            .map_err(fail("setvcpucontext"))
+    }
+
+    /// Wait until the hypervisor has let go of the domain, for a moment.
+    fn wait_until_gone(&self) {
+        let start = Instant::now();
+        while start.elapsed() < BURIAL {
+            match self.calls().info(self.domid) {
+                Ok(_) => std::thread::sleep(Duration::from_millis(1)),
+                Err(_) => return,
+            }
+        }
+        tracing::debug!(domid = %self.domid, "destroyed, but somebody still has pages of it");
+    }
+}
+
+impl DomainControl for XenDomain {
+    fn info(&self) -> Result<DomainInfo, BackendError> {
+        self.calls()
+            .info(self.domid)
+            .map_err(|errno| self.fail("getdomaininfo", errno))
+    }
+
+    fn vcpu_online(&self, vcpu: u32) -> Result<bool, BackendError> {
+        let mut body = sys::xen_domctl_getvcpuinfo::new_zeroed();
+        body.vcpu = vcpu;
+        self.calls()
+            .domctl(sys::XEN_DOMCTL_getvcpuinfo, self.domid, &body)
+            .map(|info| info.online != 0)
+            .map_err(|errno| self.fail("getvcpuinfo", errno))
+    }
+
+    fn pause(&self) -> Result<(), BackendError> {
+        self.calls()
+            .plain_domctl(sys::XEN_DOMCTL_pausedomain, self.domid)
+            .map_err(|errno| self.fail("pausedomain", errno))
+    }
+
+    fn unpause(&self) -> Result<(), BackendError> {
+        self.calls()
+            .plain_domctl(sys::XEN_DOMCTL_unpausedomain, self.domid)
+            .map_err(|errno| self.fail("unpausedomain", errno))
+    }
+
+    fn suspend(&self) -> Result<(), BackendError> {
+        self.ask_to_suspend()
+    }
+
+    fn resume(&self) -> Result<(), BackendError> {
+        const OP: &str = "resumedomain";
+        match self.info()?.shutdown {
+            // Xen would not mind.
+            None => return Err(self.fail(OP, Errno::EINVAL)),
+            Some(ShutdownReason::Suspend) => self.cancel_suspend()?,
+            Some(_) => {}
+        }
+        self.calls()
+            .plain_domctl(sys::XEN_DOMCTL_resumedomain, self.domid)
+            .map_err(|errno| self.fail(OP, errno))
+    }
+
+    fn destroy(&self) -> Result<(), BackendError> {
+        self.calls()
+            .plain_domctl(sys::XEN_DOMCTL_destroydomain, self.domid)
+            .map_err(|errno| self.fail("destroydomain", errno))?;
+        self.shared.logged().remove(&self.domid);
+        self.wait_until_gone();
+        Ok(())
+    }
+
+    fn alloc_unbound_port(&self, remote: DomId) -> Result<u32, BackendError> {
+        let ask = sys::evtchn_alloc_unbound {
+            dom: self.domid.0,
+            remote_dom: remote.0,
+            port: 0,
+        };
+        self.calls()
+            .with_struct(
+                sys::__HYPERVISOR_event_channel_op,
+                sys::EVTCHNOP_alloc_unbound,
+                &ask,
+            )
+            .map(|(_, answer)| answer.port)
+            .map_err(|errno| self.fail("alloc_unbound", errno))
+    }
+}
+
+impl XenDomain {
+    /// The basic context of a vcpu, of `octets` octets.
+    pub(super) fn get_context(&self, vcpu: u32, octets: usize) -> Result<Vec<u8>, Errno> {
+        let context = self.calls().raw.buffer(CONTEXT_64)?;
+        let mut body = sys::xen_domctl_vcpucontext::new_zeroed();
+        body.vcpu = vcpu;
+        body.ctxt = context.address();
+        self.calls()
+            .domctl(sys::XEN_DOMCTL_getvcpucontext, self.domid, &body)?;
+        Ok(super::Calls::contents(&*context, octets))
+    }
+
+    /// Set the basic context of a vcpu; `context` has the size of the guest's width.
+    pub(super) fn set_context(&self, vcpu: u32, context: &[u8]) -> Result<(), Errno> {
+        // Xen reads as much as the larger of the two has.
+        let mut whole = vec![0; CONTEXT_64.max(context.len())];
+        whole[..context.len()].copy_from_slice(context);
+        let buffer = self.calls().filled(&whole)?;
+        let mut body = sys::xen_domctl_vcpucontext::new_zeroed();
+        body.vcpu = vcpu;
+        body.ctxt = buffer.address();
+        self.calls()
+            .domctl(sys::XEN_DOMCTL_setvcpucontext, self.domid, &body)
+            .map(drop)
+    }
+}

@@ -1,0 +1,195 @@
+//! What differs between the versions of Xen's domctl interface, in one table.
+//!
+//! | domctl | Xen | `createdomain` | `getdomaininfo` | sysctl |
+//! |---|---|---|---|---|
+//! | 0x12 | 4.14 | no misc_flags, no vmtrace_size, no grant_opts | no misc_flags | 0x13 |
+//! | 0x13 | 4.15 | + misc_flags, vmtrace_size | + misc_flags | 0x13 |
+//! | 0x14 | 4.16 | + grant_opts | + gpaddr_bits | 0x14 |
+//! | 0x15 | 4.17 | + cpupool_id | | 0x15 |
+//! | 0x16 | 4.18 | | | 0x15 |
+//! | 0x17 | 4.19–4.21 | + altp2m | | 0x15, 4.21: 0x16 |
+//! | 0x18 | 4.22 | | | 0x16 |
+//!
+//! Every other structure is the same in all of them: `cargo xtask bindings` checks
+//! that. Source: `xen/include/public/{domctl,sysctl}.h` and `arch-x86/xen.h` of each
+//! release.
+
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
+
+use crate::sys::{common as sys, v12, v13, v14, v15, v16, v17, v18};
+use crate::{DomId, DomainInfo, GuestKind, ShutdownReason};
+use xsr_format::frame::Gfn;
+
+/// What a new domain is to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Create {
+    /// `XEN_DOMCTL_CDF_*`.
+    pub(crate) flags: u32,
+    pub(crate) vcpus: u32,
+    /// Largest port.
+    pub(crate) max_evtchn_port: u32,
+    /// `XEN_X86_EMU_*`.
+    pub(crate) emulation: u32,
+}
+
+/// What `getdomaininfo` says, as far as anything here looks at it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Info {
+    pub(crate) domid: u16,
+    /// `XEN_DOMINF_*`.
+    pub(crate) flags: u32,
+    pub(crate) tot_pages: u64,
+    pub(crate) max_pages: u64,
+    pub(crate) shared_info_frame: u64,
+    pub(crate) max_vcpu_id: u32,
+    /// `XEN_X86_EMU_*`.
+    pub(crate) emulation: u32,
+}
+
+/// One version of the interface.
+#[allow(dead_code, reason = "the hypervisor's half is the mock machine's")]
+pub(crate) struct Interface {
+    /// Its number (`XEN_DOMCTL_INTERFACE_VERSION`).
+    pub(crate) domctl: u32,
+    /// The numbers that the sysctl interface has beside it, each to be tried.
+    pub(crate) sysctl: &'static [u32],
+    /// Octets of `xen_domctl_getdomaininfo`.
+    pub(crate) info_octets: usize,
+    /// Takes such a structure apart; `None` for fewer octets.
+    pub(crate) decode_info: fn(&[u8]) -> Option<Info>,
+    /// Makes one, as a hypervisor does.
+    pub(crate) encode_info: fn(&Info) -> Vec<u8>,
+    /// Makes a `xen_domctl_createdomain`.
+    pub(crate) encode_create: fn(&Create) -> Vec<u8>,
+    /// Takes one apart, as a hypervisor does; `None` for fewer octets, or where a grant
+    /// version is named and is none.
+    pub(crate) decode_create: fn(&[u8]) -> Option<Create>,
+}
+
+impl std::fmt::Debug for Interface {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "domctl interface {:#x}", self.domctl)
+    }
+}
+
+/// "As many as the hypervisor allows."
+const DEFAULT_LIMIT: i32 = -1;
+
+/// The largest version of grant tables that a guest may use, where the interface has a
+/// say in it: 1, which every hypervisor has. A guest that used the second version asks
+/// for it anew after it has been resumed.
+const GRANT_VERSION: u32 = 1;
+
+/// An entry of the table: the module of the bindings, what else its domctl has.
+macro_rules! interface {
+    ($module:ident, $sysctl:expr, grant_opts: $grants:tt) => {
+        Interface {
+            domctl: $module::XEN_DOMCTL_INTERFACE_VERSION,
+            sysctl: &$sysctl,
+            info_octets: size_of::<$module::xen_domctl_getdomaininfo>(),
+            decode_info: |octets| {
+                let (info, _) = $module::xen_domctl_getdomaininfo::read_from_prefix(octets).ok()?;
+                Some(Info {
+                    domid: info.domain,
+                    flags: info.flags,
+                    tot_pages: info.tot_pages,
+                    max_pages: info.max_pages,
+                    shared_info_frame: info.shared_info_frame,
+                    max_vcpu_id: info.max_vcpu_id,
+                    emulation: info.arch_config.emulation_flags,
+                })
+            },
+            encode_info: |info| {
+                let mut out = $module::xen_domctl_getdomaininfo::new_zeroed();
+                out.domain = info.domid;
+                out.flags = info.flags;
+                out.tot_pages = info.tot_pages;
+                out.max_pages = info.max_pages;
+                out.shared_info_frame = info.shared_info_frame;
+                out.max_vcpu_id = info.max_vcpu_id;
+                out.arch_config.emulation_flags = info.emulation;
+                out.as_bytes().to_vec()
+            },
+            encode_create: |create| {
+                let mut out = $module::xen_domctl_createdomain::new_zeroed();
+                out.flags = create.flags;
+                out.max_vcpus = create.vcpus;
+                out.max_evtchn_port = create.max_evtchn_port;
+                out.max_grant_frames = DEFAULT_LIMIT;
+                out.max_maptrack_frames = DEFAULT_LIMIT;
+                out.arch.emulation_flags = create.emulation;
+                interface!(@encode $grants, out);
+                out.as_bytes().to_vec()
+            },
+            decode_create: |octets| {
+                let (create, _) = $module::xen_domctl_createdomain::read_from_prefix(octets).ok()?;
+                interface!(@decode $grants, create);
+                Some(Create {
+                    flags: create.flags,
+                    vcpus: create.max_vcpus,
+                    max_evtchn_port: create.max_evtchn_port,
+                    emulation: create.arch.emulation_flags,
+                })
+            },
+        }
+    };
+    (@encode true, $out:ident) => { $out.grant_opts = GRANT_VERSION };
+    (@encode false, $out:ident) => {};
+    (@decode true, $create:ident) => {
+        if !(1..=2).contains(&$create.grant_opts) {
+            return None;
+        }
+    };
+    (@decode false, $create:ident) => {};
+}
+
+/// All versions, newest first: the order in which they are tried.
+pub(crate) static INTERFACES: [Interface; 7] = [
+    interface!(v18, [v18::XEN_SYSCTL_INTERFACE_VERSION], grant_opts: true),
+    interface!(
+        v17,
+        [v17::XEN_SYSCTL_INTERFACE_VERSION, v18::XEN_SYSCTL_INTERFACE_VERSION],
+        grant_opts: true
+    ),
+    interface!(v16, [v16::XEN_SYSCTL_INTERFACE_VERSION], grant_opts: true),
+    interface!(v15, [v15::XEN_SYSCTL_INTERFACE_VERSION], grant_opts: true),
+    interface!(v14, [v14::XEN_SYSCTL_INTERFACE_VERSION], grant_opts: true),
+    interface!(v13, [v13::XEN_SYSCTL_INTERFACE_VERSION], grant_opts: false),
+    interface!(v12, [v12::XEN_SYSCTL_INTERFACE_VERSION], grant_opts: false),
+];
+
+impl Info {
+    /// As the traits have it.
+    pub(crate) fn to_domain_info(self) -> DomainInfo {
+        let has = |flag: u32| self.flags & flag != 0;
+        let reason = (self.flags >> sys::XEN_DOMINF_shutdownshift) & sys::XEN_DOMINF_shutdownmask;
+        DomainInfo {
+            domid: DomId(self.domid),
+            kind: match (has(sys::XEN_DOMINF_hvm_guest), self.emulation) {
+                (false, _) => GuestKind::Pv,
+                // A guest for which Xen emulates no more than this has no device model.
+                (true, emulated) if emulated & !sys::XEN_X86_EMU_LAPIC == 0 => GuestKind::Pvh,
+                (true, _) => GuestKind::Hvm,
+            },
+            shutdown: has(sys::XEN_DOMINF_shutdown).then(|| shutdown_reason(reason)),
+            paused: has(sys::XEN_DOMINF_paused),
+            dying: has(sys::XEN_DOMINF_dying),
+            max_vcpu_id: self.max_vcpu_id,
+            tot_pages: self.tot_pages,
+            max_pages: self.max_pages,
+            shared_info_frame: Gfn(self.shared_info_frame),
+        }
+    }
+}
+
+/// A reason that nobody knows is a crash: the domain cannot be resumed from it.
+fn shutdown_reason(reason: u32) -> ShutdownReason {
+    match reason {
+        sys::SHUTDOWN_poweroff => ShutdownReason::Poweroff,
+        sys::SHUTDOWN_reboot => ShutdownReason::Reboot,
+        sys::SHUTDOWN_suspend => ShutdownReason::Suspend,
+        sys::SHUTDOWN_watchdog => ShutdownReason::Watchdog,
+        sys::SHUTDOWN_soft_reset => ShutdownReason::SoftReset,
+        _ => ShutdownReason::Crash,
+    }
+}

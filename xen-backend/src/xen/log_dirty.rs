@@ -1,0 +1,83 @@
+//! The log of pages that a guest writes.
+//!
+//! Xen reads a log that is off as an empty one, and a final read of a running domain as
+//! any other; both would lose pages, so both are refused here.
+//!
+//! C implementation: `xc_shadow_control`, `xc_logdirty_control` in
+//! `tools/libs/ctrl/xc_domain.c`; in Xen, `xen/arch/x86/mm/paging.c`.
+
+use nix::errno::Errno;
+use zerocopy::FromZeros;
+
+use super::{XenDomain, sys};
+use crate::error::BackendError;
+use crate::{DirtyBitmap, DirtyRead, DirtyStats, DomainControl, LogDirty};
+
+const OP: &str = "shadow_op";
+
+impl XenDomain {
+    fn shadow_op(&self, op: u32) -> Result<(), BackendError> {
+        let mut body = sys::xen_domctl_shadow_op::new_zeroed();
+        body.op = op;
+        self.calls()
+            .domctl(sys::XEN_DOMCTL_shadow_op, self.domid, &body)
+            .map(drop)
+            .map_err(|errno| self.fail(OP, errno))
+    }
+}
+
+impl LogDirty for XenDomain {
+    fn enable_log_dirty(&self) -> Result<(), BackendError> {
+        self.shadow_op(sys::XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY)?;
+        self.shared.logged().insert(self.domid);
+        Ok(())
+    }
+
+    fn disable_log_dirty(&self) -> Result<(), BackendError> {
+        self.shadow_op(sys::XEN_DOMCTL_SHADOW_OP_OFF)?;
+        self.shared.logged().remove(&self.domid);
+        Ok(())
+    }
+
+    fn read_dirty(
+        &self,
+        how: DirtyRead,
+        out: &mut DirtyBitmap,
+    ) -> Result<DirtyStats, BackendError> {
+        let fail = |errno| self.fail(OP, errno);
+        let info = self.info()?;
+        let runs = !info.paused && info.shutdown.is_none();
+        if !self.shared.logged().contains(&self.domid) || (how == DirtyRead::CleanFinal && runs) {
+            return Err(fail(Errno::EINVAL));
+        }
+        let words = out.words();
+        // One word more than there may be: a buffer has at least one octet.
+        let buffer = self.calls().raw.buffer(words * 8 + 8).map_err(fail)?;
+        let mut body = sys::xen_domctl_shadow_op::new_zeroed();
+        (body.op, body.mode) = match how {
+            DirtyRead::Clean => (sys::XEN_DOMCTL_SHADOW_OP_CLEAN, 0),
+            DirtyRead::Peek => (sys::XEN_DOMCTL_SHADOW_OP_PEEK, 0),
+            DirtyRead::CleanFinal => (
+                sys::XEN_DOMCTL_SHADOW_OP_CLEAN,
+                sys::XEN_DOMCTL_SHADOW_LOGDIRTY_FINAL,
+            ),
+        };
+        body.dirty_bitmap = buffer.address();
+        body.pages = out.pfns();
+        let answer = self
+            .calls()
+            .domctl(sys::XEN_DOMCTL_shadow_op, self.domid, &body)
+            .map_err(fail)?;
+        let octets = super::Calls::contents(&*buffer, words * 8);
+        let (octets, _) = octets.as_chunks::<8>();
+        let bits: Vec<u64> = octets
+            .iter()
+            .map(|word| u64::from_le_bytes(*word))
+            .collect();
+        out.copy_words(0, &bits);
+        Ok(DirtyStats {
+            dirty_count: answer.stats.dirty_count.into(),
+            fault_count: answer.stats.fault_count.into(),
+        })
+    }
+}

@@ -1,0 +1,163 @@
+//! A domain's memory.
+//!
+//! C implementation: `tools/libs/foreignmemory`, `tools/libs/ctrl/xc_domain.c`.
+
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use xsr_format::frame::{Gfn, PageType};
+use zerocopy::{FromZeros, IntoBytes};
+
+use super::calls::Calls;
+use super::{XenDomain, sys};
+use crate::error::BackendError;
+use crate::pages::{Access, ForeignPages};
+use crate::privcmd::FrameMapping;
+use crate::{DomainControl, GuestMemory};
+
+/// Most frames of one `getpageframeinfo3`.
+const MAX_TYPE_BATCH: usize = 1024;
+
+/// Extents in one call of the memory operations: what is under way is bounded, as is
+/// the buffer.
+const EXTENTS: usize = 1 << 16;
+
+/// How long to wait before asking again for frames that are paged out: at first, at
+/// most, and in all. A pager that has not answered by then will not.
+const FIRST_WAIT: Duration = Duration::from_micros(100);
+const LONGEST_WAIT: Duration = Duration::from_millis(10);
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Map what `mapping` has reserved, and go on asking for frames that are paged out
+/// until they are back.
+pub(super) fn map_all(mapping: &mut dyn FrameMapping, frames: usize) -> Result<(), Errno> {
+    mapping.map(0..frames)?;
+    let (start, mut wait) = (Instant::now(), FIRST_WAIT);
+    loop {
+        let paged_out: Vec<usize> = (0..frames)
+            .filter(|index| mapping.failure(*index) == Some(Errno::ENOENT))
+            .collect();
+        if paged_out.is_empty() || start.elapsed() > PATIENCE {
+            // What is still out is listed as failed.
+            return Ok(());
+        }
+        std::thread::sleep(wait);
+        wait = (wait * 2).min(LONGEST_WAIT);
+        for run in paged_out.chunk_by(|a, b| a + 1 == *b) {
+            let first = run[0];
+            mapping.map(first..first + run.len())?;
+        }
+    }
+}
+
+/// Map frames of any domain, Xen's own included.
+pub(super) fn map(
+    calls: &Calls,
+    domid: crate::DomId,
+    gfns: &[Gfn],
+    access: Access,
+) -> Result<ForeignPages, Errno> {
+    let mut mapping = calls.raw.reserve(domid, gfns, access)?;
+    map_all(&mut *mapping, gfns.len())?;
+    let pages = mapping.finish();
+    // No domain, no frame of it.
+    match pages
+        .failed()
+        .iter()
+        .any(|frame| frame.errno == Errno::ESRCH)
+    {
+        true => Err(Errno::ESRCH),
+        false => Ok(pages),
+    }
+}
+
+impl XenDomain {
+    /// A memory operation over frames in chunks: how many extents it was done for, from
+    /// the first on, each chunk replaced by what comes back.
+    fn reserve(&self, op: u32, order: u8, frames: &mut [Gfn]) -> Result<usize, Errno> {
+        let mut done = 0;
+        for chunk in frames.chunks_mut(EXTENTS) {
+            let extents: Vec<u64> = chunk.iter().map(|gfn| gfn.0).collect();
+            let buffer = self.calls().filled(extents.as_bytes())?;
+            let mut ask = sys::xen_memory_reservation::new_zeroed();
+            ask.extent_start = buffer.address();
+            ask.nr_extents = extents.len() as u64;
+            ask.extent_order = order.into();
+            ask.domid = self.domid.0;
+            let number = sys::__HYPERVISOR_memory_op;
+            let (count, _) = self.calls().with_struct(number, op, &ask)?;
+            let count = usize::try_from(count).map_err(|_| Errno::EINVAL)?;
+            let mut word = [0; 8];
+            for (index, gfn) in chunk.iter_mut().enumerate().take(count) {
+                buffer.read(index * 8, &mut word);
+                *gfn = Gfn(u64::from_ne_bytes(word));
+            }
+            done += count;
+            if count < extents.len() {
+                break;
+            }
+        }
+        Ok(done)
+    }
+}
+
+impl GuestMemory for XenDomain {
+    fn maximum_gfn(&self) -> Result<Option<Gfn>, BackendError> {
+        const OP: &str = "maximum_gpfn";
+        let (number, cmd) = (sys::__HYPERVISOR_memory_op, sys::XENMEM_maximum_gpfn);
+        let (largest, _) = self
+            .calls()
+            .with_struct(number, cmd, &self.domid.0)
+            .map_err(|errno| self.fail(OP, errno))?;
+        // Nothing at all, and nothing but gfn 0, look the same.
+        if largest == 0 && self.info()?.tot_pages == 0 {
+            return Ok(None);
+        }
+        Ok(Some(Gfn(largest)))
+    }
+
+    fn page_types(&self, gfns: &[Gfn], out: &mut [PageType]) -> Result<(), BackendError> {
+        let fail = |errno| self.fail("getpageframeinfo3", errno);
+        if gfns.len() > MAX_TYPE_BATCH {
+            return Err(fail(Errno::E2BIG));
+        }
+        if gfns.len() != out.len() {
+            return Err(fail(Errno::EINVAL));
+        }
+        let frames: Vec<u64> = gfns.iter().map(|gfn| gfn.0).collect();
+        let buffer = self.calls().filled(frames.as_bytes()).map_err(fail)?;
+        let body = sys::xen_domctl_getpageframeinfo3 {
+            num: frames.len() as u64,
+            array: buffer.address(),
+        };
+        self.calls()
+            .domctl(sys::XEN_DOMCTL_getpageframeinfo3, self.domid, &body)
+            .map_err(fail)?;
+        let mut word = [0; 8];
+        for (index, out) in out.iter_mut().enumerate() {
+            buffer.read(index * 8, &mut word);
+            // The four bits of the type are the uppermost of the lower half.
+            let bits = u64::from_ne_bytes(word) >> 28 & 0xf;
+            *out = PageType::from_nibble(u8::try_from(bits).map_err(|_| fail(Errno::EINVAL))?);
+        }
+        Ok(())
+    }
+
+    fn map(&self, gfns: &[Gfn], access: Access) -> Result<ForeignPages, BackendError> {
+        map(self.calls(), self.domid, gfns, access).map_err(|errno| self.fail("mmapbatch", errno))
+    }
+
+    fn populate(&self, order: u8, frames: &mut [Gfn]) -> Result<usize, BackendError> {
+        let fail = |errno| self.fail("populate_physmap", errno);
+        let pages = match order {
+            0 | 9 | 18 => 1_u64 << order,
+            _ => return Err(fail(Errno::EINVAL)),
+        };
+        // Xen takes an extent from where it is not aligned, and then fails half-way.
+        if frames.iter().any(|pfn| !pfn.0.is_multiple_of(pages)) {
+            return Err(fail(Errno::EINVAL));
+        }
+        self.reserve(sys::XENMEM_populate_physmap, order, frames)
+            .map_err(fail)
+    }
+}

@@ -1,0 +1,186 @@
+//! Finding the hypervisor and the version of its interface, and saying what is missing
+//! where that fails.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::unistd::geteuid;
+use thiserror::Error;
+
+use super::calls::{self, Calls};
+use super::interface::{INTERFACES, Interface};
+use super::{Privcmd, sys};
+use crate::XenVersion;
+use crate::privcmd::Hypercalls;
+
+/// Says "xen" where Linux runs on Xen.
+const HYPERVISOR_TYPE: &str = "/sys/hypervisor/type";
+/// Versions of the interface that may be out there, for the message about one that is
+/// not known.
+const OUTLANDISH: std::ops::RangeInclusive<u32> = 0x0b..=0x40;
+
+/// Why the hypervisor cannot be had.
+#[derive(Debug, Error)]
+pub enum OpenError {
+    /// The machine does not run on Xen.
+    #[error(
+        "this machine runs no Xen: there is no /dev/xen/privcmd. Boot it with Xen, or work on \
+         a mock machine"
+    )]
+    NoXen,
+    /// It does, but nothing leads to the hypervisor.
+    #[error(
+        "Xen is here, but not /dev/xen/privcmd: load the kernel module xen-privcmd \
+         (`modprobe xen-privcmd`)"
+    )]
+    NoPrivcmd,
+    /// The device is somebody else's.
+    #[error(
+        "privcmd may be opened by root only, and this is user {uid}: run the command as root \
+         in the control domain"
+    )]
+    NotRoot {
+        /// Who tried.
+        uid: u32,
+    },
+    /// A device cannot be opened for another reason.
+    #[error("the hypervisor's devices below /dev/xen cannot be opened: {source}")]
+    Device {
+        /// What the kernel says.
+        #[from]
+        source: io::Error,
+    },
+    /// No hypercall goes through.
+    #[error(
+        "the handle on privcmd is restricted to one domain (IOCTL_PRIVCMD_RESTRICT) and may \
+         make no hypercall: open it unrestricted"
+    )]
+    Restricted,
+    /// The hypervisor does not let this domain control others.
+    #[error(
+        "Xen {major}.{minor} lets only its control domain do this, and this domain is not it: \
+         run the command in dom0"
+    )]
+    NotPrivileged {
+        /// Of the hypervisor.
+        major: u16,
+        /// Of the hypervisor.
+        minor: u16,
+    },
+    /// A version of the interface that is not known.
+    #[error(
+        "Xen {major}.{minor} speaks version {} of the domctl interface; this xsr knows {} to \
+         {} (Xen 4.14 to 4.22). Use an xsr made for this Xen, or a Xen that this xsr knows",
+        found.map_or_else(|| "an unknown".to_owned(), |found| format!("{found:#x}")),
+        format_args!("{:#x}", known.0),
+        format_args!("{:#x}", known.1)
+    )]
+    UnknownInterface {
+        /// Of the hypervisor.
+        major: u16,
+        /// Of the hypervisor.
+        minor: u16,
+        /// The version it speaks, where that could be found out.
+        found: Option<u32>,
+        /// The smallest and the largest known.
+        known: (u32, u32),
+    },
+    /// The hypervisor answers in a way that makes no sense here.
+    #[error("the hypervisor does not answer {op}: {errno}")]
+    NoAnswer {
+        /// Xen's name for the call.
+        op: &'static str,
+        /// What it answered.
+        errno: Errno,
+    },
+}
+
+/// The hypervisor's device.
+pub(super) fn device() -> Result<Privcmd, OpenError> {
+    match Privcmd::open() {
+        Ok(Some(device)) => Ok(device),
+        Ok(None) => Err(match under_xen(Path::new(HYPERVISOR_TYPE)) {
+            true => OpenError::NoPrivcmd,
+            false => OpenError::NoXen,
+        }),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied && !geteuid().is_root() => {
+            Err(OpenError::NotRoot {
+                uid: geteuid().as_raw(),
+            })
+        }
+        Err(source) => Err(OpenError::Device { source }),
+    }
+}
+
+/// Whether the kernel says that it runs on Xen.
+fn under_xen(hypervisor_type: &Path) -> bool {
+    match std::fs::read_to_string(hypervisor_type) {
+        Ok(kind) => kind.trim_end() == "xen",
+        // No hypervisor at all, or one that says nothing.
+        Err(_) => false,
+    }
+}
+
+/// Which version of Xen answers, and of its interface.
+pub(super) fn probe(raw: Arc<dyn Hypercalls>) -> Result<(Calls, XenVersion), OpenError> {
+    let arguments = [sys::XENVER_version.into(), 0, 0, 0, 0];
+    let version = match raw.hypercall(sys::__HYPERVISOR_xen_version, arguments) {
+        // Major in the upper half, minor in the lower.
+        Ok(version) => XenVersion {
+            major: half(version >> 16),
+            minor: half(version),
+        },
+        Err(Errno::EPERM | Errno::EACCES) => return Err(OpenError::Restricted),
+        Err(errno) => {
+            let op = "xen_version";
+            return Err(OpenError::NoAnswer { op, errno });
+        }
+    };
+    let XenVersion { major, minor } = version;
+    for interface in &INTERFACES {
+        match speaks(&*raw, interface.domctl) {
+            Ok(true) => return Ok((Calls { raw, interface }, version)),
+            Ok(false) => {}
+            Err(Errno::EPERM) => return Err(OpenError::NotPrivileged { major, minor }),
+            Err(errno) => {
+                let op = "getdomaininfo";
+                return Err(OpenError::NoAnswer { op, errno });
+            }
+        }
+    }
+    // EPERM, too, comes only after the version was right.
+    let found = OUTLANDISH.rev().find(|version| {
+        !INTERFACES.iter().any(|known| known.domctl == *version)
+            && !matches!(speaks(&*raw, *version), Ok(false))
+    });
+    Err(OpenError::UnknownInterface {
+        major,
+        minor,
+        found,
+        known: (
+            INTERFACES.last().map_or(0, known),
+            INTERFACES.first().map_or(0, known),
+        ),
+    })
+}
+
+fn known(interface: &Interface) -> u32 {
+    interface.domctl
+}
+
+/// The lower sixteen bits.
+fn half(value: u64) -> u16 {
+    u16::try_from(value & 0xffff).unwrap_or(u16::MAX)
+}
+
+/// Whether the hypervisor takes domctls of this version: it refuses any other with
+/// EACCES, before it looks at what is asked.
+fn speaks(raw: &dyn Hypercalls, version: u32) -> Result<bool, Errno> {
+    match calls::domctl(raw, version, sys::XEN_DOMCTL_getdomaininfo, 0, &[]) {
+        Ok(_) => Ok(true),
+        Err(Errno::EACCES) => Ok(false),
+        Err(errno) => Err(errno),
+    }
+}

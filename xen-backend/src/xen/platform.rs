@@ -1,0 +1,161 @@
+//! What PV and translated guests have in common: CPU policy, TSC, reserved grants.
+//!
+//! C implementation: `tools/libs/guest/xg_cpuid_x86.c`, `xc_domain_{get,set}_tsc_info`
+//! in `tools/libs/ctrl/xc_domain.c`, `xc_dom_gnttab_seed` in
+//! `tools/libs/guest/xg_dom_boot.c`.
+
+use nix::errno::Errno;
+use zerocopy::{FromZeros, IntoBytes};
+
+use super::calls::Calls;
+use super::{XenDomain, sys};
+use crate::error::BackendError;
+use crate::privcmd::Resource;
+use crate::{CpuPolicy, RingGrant, TscInfo, X86Platform};
+
+/// Octets of a CPUID leaf and of an MSR in a policy.
+const LEAF: usize = size_of::<sys::xen_cpuid_leaf>();
+const MSR: usize = size_of::<sys::xen_msr_entry>();
+
+/// Room for a policy, in entries: at first, and at most. Policies have some 150 leaves
+/// and a handful of MSRs.
+const FIRST_ROOM: u32 = 512;
+const LARGEST_ROOM: u32 = 1 << 16;
+
+/// The largest TSC mode there is.
+const TSC_NEVER_EMULATE: u32 = 2;
+
+/// Octets of an entry of a grant table of version 1, which is one word.
+const GRANT_ENTRY: usize = size_of::<sys::grant_entry_v1>();
+
+fn entries(octets: &[u8], size: usize) -> Result<u32, Errno> {
+    match octets.len().is_multiple_of(size) {
+        true => u32::try_from(octets.len() / size).map_err(|_| Errno::EINVAL),
+        false => Err(Errno::EINVAL),
+    }
+}
+
+impl XenDomain {
+    /// The policy, if it fits into `room` entries of either kind: ENOBUFS otherwise.
+    fn policy_of(&self, room: u32) -> Result<CpuPolicy, Errno> {
+        let count = usize::try_from(room).map_err(|_| Errno::EINVAL)?;
+        let leaves = self.calls().raw.buffer(count * LEAF)?;
+        let msrs = self.calls().raw.buffer(count * MSR)?;
+        let mut body = sys::xen_domctl_cpu_policy::new_zeroed();
+        (body.nr_leaves, body.nr_msrs) = (room, room);
+        (body.leaves, body.msrs) = (leaves.address(), msrs.address());
+        let got = self
+            .calls()
+            .domctl(sys::XEN_DOMCTL_get_cpu_policy, self.domid, &body)?;
+        let len = |entries: u32, size| usize::try_from(entries.min(room)).map(|n| n * size);
+        let (nr_leaves, nr_msrs) = (len(got.nr_leaves, LEAF), len(got.nr_msrs, MSR));
+        Ok(CpuPolicy {
+            leaves: Calls::contents(&*leaves, nr_leaves.map_err(|_| Errno::EINVAL)?),
+            msrs: Calls::contents(&*msrs, nr_msrs.map_err(|_| Errno::EINVAL)?),
+        })
+    }
+
+    fn set_policy(&self, policy: &CpuPolicy) -> Result<(), Errno> {
+        let mut body = sys::xen_domctl_cpu_policy::new_zeroed();
+        body.nr_leaves = entries(&policy.leaves, LEAF)?;
+        body.nr_msrs = entries(&policy.msrs, MSR)?;
+        let leaves = self.calls().filled(&policy.leaves)?;
+        let msrs = self.calls().filled(&policy.msrs)?;
+        (body.leaves, body.msrs) = (leaves.address(), msrs.address());
+        self.calls()
+            .domctl(sys::XEN_DOMCTL_set_cpu_policy, self.domid, &body)
+            .map(drop)
+    }
+
+    /// Fill in the reserved entries; none where one of them cannot be.
+    fn seed(&self, console: RingGrant, xenstore: RingGrant) -> Result<(), Errno> {
+        let rings = [
+            (sys::GNTTAB_RESERVED_CONSOLE, console),
+            (sys::GNTTAB_RESERVED_XENSTORE, xenstore),
+        ];
+        let mut words = Vec::new();
+        for (number, ring) in rings {
+            let Some(gfn) = ring.gfn else {
+                continue;
+            };
+            let entry = sys::grant_entry_v1 {
+                flags: u16::try_from(sys::GTF_permit_access).map_err(|_| Errno::EINVAL)?,
+                domid: ring.backend.0,
+                frame: u32::try_from(gfn.0).map_err(|_| Errno::EINVAL)?,
+            };
+            let mut word = [0; GRANT_ENTRY];
+            word.copy_from_slice(entry.as_bytes());
+            let index = usize::try_from(number).map_err(|_| Errno::EINVAL)?;
+            words.push((index, u64::from_le_bytes(word)));
+        }
+        if words.is_empty() {
+            return Ok(());
+        }
+        let table = Resource {
+            kind: sys::XENMEM_resource_grant_table,
+            id: sys::XENMEM_resource_grant_table_id_shared,
+            first: 0,
+            frames: 1,
+        };
+        let pages = self.calls().raw.map_resource(self.domid, table)?;
+        let page = pages.page(0).ok_or(Errno::EFAULT)?;
+        for (index, word) in words {
+            page.write_entry(index, word);
+        }
+        Ok(())
+    }
+}
+
+impl X86Platform for XenDomain {
+    fn cpu_policy(&self) -> Result<CpuPolicy, BackendError> {
+        let mut room = FIRST_ROOM;
+        loop {
+            match self.policy_of(room) {
+                Err(Errno::ENOBUFS) if room < LARGEST_ROOM => room *= 2,
+                result => return result.map_err(|errno| self.fail("get_cpu_policy", errno)),
+            }
+        }
+    }
+
+    fn set_cpu_policy(&self, policy: &CpuPolicy) -> Result<(), BackendError> {
+        self.set_policy(policy)
+            .map_err(|errno| self.fail("set_cpu_policy", errno))
+    }
+
+    fn tsc_info(&self) -> Result<TscInfo, BackendError> {
+        let body = sys::xen_domctl_tsc_info::new_zeroed();
+        self.calls()
+            .domctl(sys::XEN_DOMCTL_gettscinfo, self.domid, &body)
+            .map(|info| TscInfo {
+                mode: info.tsc_mode,
+                khz: info.gtsc_khz,
+                nsec: info.elapsed_nsec,
+                incarnation: info.incarnation,
+            })
+            .map_err(|errno| self.fail("gettscinfo", errno))
+    }
+
+    fn set_tsc_info(&self, info: &TscInfo) -> Result<(), BackendError> {
+        let fail = |errno| self.fail("settscinfo", errno);
+        // Not every version of Xen says so.
+        if info.mode > TSC_NEVER_EMULATE {
+            return Err(fail(Errno::EINVAL));
+        }
+        let body = sys::xen_domctl_tsc_info {
+            tsc_mode: info.mode,
+            gtsc_khz: info.khz,
+            incarnation: info.incarnation,
+            pad: 0,
+            elapsed_nsec: info.nsec,
+        };
+        self.calls()
+            .domctl(sys::XEN_DOMCTL_settscinfo, self.domid, &body)
+            .map(drop)
+            .map_err(fail)
+    }
+
+    fn seed_grants(&self, console: RingGrant, xenstore: RingGrant) -> Result<(), BackendError> {
+        self.seed(console, xenstore)
+            .map_err(|errno| self.fail("gnttab_seed", errno))
+    }
+}
