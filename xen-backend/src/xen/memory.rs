@@ -160,4 +160,9 @@ impl GuestMemory for XenDomain {
         self.reserve(sys::XENMEM_populate_physmap, order, frames)
             .map_err(fail)
     }
+
+    fn release(&self, gfns: &[Gfn]) -> Result<usize, BackendError> {
+        self.reserve(sys::XENMEM_decrease_reservation, 0, &mut gfns.to_vec())
+            .map_err(|errno| self.fail("decrease_reservation", errno))
+    }
 }
