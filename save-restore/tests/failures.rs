@@ -8,9 +8,8 @@ mod common;
 use std::io::{self, Write};
 use std::ops::ControlFlow;
 
-use common::faulty::{Fault, Faulty};
 use common::*;
-use xsr_format::frame::{Gfn, Pfn};
+use xsr_format::frame::Gfn;
 use xsr_format::read::{ReadOptions, RecordReader};
 use xsr_save_restore::progress::Phase;
 use xsr_save_restore::sink::CopySink;
@@ -20,7 +19,7 @@ use xsr_save_restore::toolstack::{
 };
 use xsr_save_restore::{RestoreError, RestoreOptions, SaveError, restore, save};
 use xsr_xen_backend::mock::{GuestSpec, MockHost};
-use xsr_xen_backend::{DomId, Domain, Errno, GuestKind, Host};
+use xsr_xen_backend::{DomId, Domain, GuestKind, Host};
 
 /// Small guests: every call of a save and a restore can be made to fail in turn.
 fn small() -> Vec<GuestSpec> {
@@ -40,67 +39,12 @@ fn go_on(_: &xsr_save_restore::progress::Progress) -> ControlFlow<()> {
     ControlFlow::Continue(())
 }
 
-/// Which calls to make fail: every one of the first and of the last, some of the many
-/// alike between them.
-fn turns(calls: usize) -> impl Iterator<Item = usize> {
-    let all = 0..=calls;
-    all.filter(move |at| *at < 40 || *at + 60 > calls || at % 97 == 0)
-}
-
 /// The guest runs where it was, and can be saved to the same octets as before.
 fn assert_runs_on(host: &MockHost, domid: DomId, before: &[u8], what: &str) {
     let info = host.domain(domid).unwrap().info().unwrap();
     assert_eq!((info.shutdown, info.paused), (None, false), "{what}");
     let after = save_to_vec(host, domid, &options(1)).unwrap();
     assert!(before == after, "{what}: the guest has changed");
-}
-
-#[test]
-fn a_save_survives_every_call_that_fails() {
-    let host = host(20);
-    let mut points = 0;
-    let translated = [GuestKind::Hvm, GuestKind::Pvh];
-    let translated = translated.map(|kind| GuestSpec::new(format!("{kind:?}"), kind, 8));
-    for spec in small().into_iter().chain(translated) {
-        let domid = host.create_guest(&spec).unwrap();
-        let before = save_to_vec(&host, domid, &options(1)).unwrap();
-        let real = host.domain(domid).unwrap();
-        let xen = host.xen_version().unwrap();
-        let attempt = |at, fault, threads| {
-            let domain = Faulty::new(host.domain(domid).unwrap(), at, fault);
-            let mut toolstack = DirectToolstack(real.as_ref());
-            let mut sink = CopySink(io::sink());
-            let options = options(threads);
-            let result = save(
-                &domain,
-                xen,
-                &mut toolstack,
-                &mut sink,
-                &options,
-                &mut go_on,
-            );
-            (result.map(drop), domain.calls())
-        };
-        let (result, calls) = attempt(usize::MAX, Fault::Partly, 1);
-        result.unwrap();
-        for fault in [Fault::Errno(Errno::ENOMEM), Fault::Partly] {
-            for (at, threads) in turns(calls - 1).zip([1, 1, 3].into_iter().cycle()) {
-                let (result, _) = attempt(at, fault, threads);
-                let error = result.unwrap_err();
-                assert!(
-                    matches!(error, SaveError::Backend(_) | SaveError::Map(_)),
-                    "{} call {at}: {error}",
-                    spec.name
-                );
-                let info = real.info().unwrap();
-                assert_eq!(info.shutdown, None, "{} call {at}", spec.name);
-                points += 1;
-            }
-        }
-        assert_runs_on(&host, domid, &before, &spec.name);
-    }
-    eprintln!("{points} calls failed in turn");
-    assert!(points > 300, "{points}");
 }
 
 /// Takes some octets, then fails.
@@ -117,40 +61,6 @@ impl Write for Full {
     }
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
-    }
-}
-
-#[test]
-fn a_save_survives_a_sink_that_fails_anywhere() {
-    let host = host(21);
-    for spec in specs() {
-        let domid = host.create_guest(&spec).unwrap();
-        let before = save_to_vec(&host, domid, &options(1)).unwrap();
-        let step = before.len() / 40;
-        let edges = (0..48).chain(before.len() - 48..before.len());
-        for room in (0..before.len()).step_by(step).chain(edges) {
-            let domain = host.domain(domid).unwrap();
-            let mut toolstack = DirectToolstack(domain.as_ref());
-            let mut sink = CopySink(Full(room));
-            let xen = host.xen_version().unwrap();
-            let result = save(
-                domain.as_ref(),
-                xen,
-                &mut toolstack,
-                &mut sink,
-                &options(2),
-                &mut go_on,
-            );
-            let error = result.map(|_| ()).unwrap_err();
-            assert!(matches!(error, SaveError::Stream(_)), "{error}");
-            assert_eq!(
-                domain.info().unwrap().shutdown,
-                None,
-                "{} {room}",
-                spec.name
-            );
-        }
-        assert_runs_on(&host, domid, &before, &spec.name);
     }
 }
 
@@ -363,76 +273,6 @@ fn options_for(domain: &dyn Domain) -> RestoreOptions {
         store_domid: DomId(0),
         console_port: domain.alloc_unbound_port(DomId(0)).unwrap(),
         console_domid: DomId(0),
-    }
-}
-
-#[test]
-fn a_restore_reports_every_call_that_fails_and_leaves_the_domain_paused() {
-    let (from, to) = (host(25), host(26));
-    let free = to.free_pages();
-    let mut points = 0;
-    let mut specs = small();
-    specs.push(GuestSpec::new("pvh", GuestKind::Pvh, 8));
-    for spec in specs {
-        let domid = from.create_guest(&spec).unwrap();
-        let mut stream = save_to_vec(&from, domid, &options(1)).unwrap();
-        let (kind, vcpus, pages) = shape(&stream, spec.kind, spec.vcpus);
-        if spec.kind.is_translated() {
-            // Pages that the guest has given back.
-            let (_, end) = memory_of(&stream);
-            stream.splice(end..end, absent_record(&[Pfn(100), Pfn(102), Pfn(600)]));
-        }
-        for fault in [Fault::Errno(Errno::EINVAL), Fault::Partly] {
-            for at in 0.. {
-                let new = to.create_domain(kind, vcpus, pages + 256).unwrap();
-                let real = to.domain(new).unwrap();
-                let options = options_for(real.as_ref());
-                let domain = Faulty::new(to.domain(new).unwrap(), at, fault);
-                let mut toolstack = DirectToolstack(real.as_ref());
-                let reader =
-                    RecordReader::new(CopySource(&*stream), ReadOptions::default()).unwrap();
-                let result = restore(&domain, reader, &mut toolstack, &options, &mut go_on);
-                let over = domain.calls() <= at;
-                match result {
-                    Ok(_) if over => {}
-                    // A superpage that cannot be had is made up of small pages.
-                    Ok(_) => assert_eq!(fault, Fault::Partly, "{} call {at}", spec.name),
-                    Err(
-                        RestoreError::Backend(_)
-                        | RestoreError::Map(_)
-                        | RestoreError::NoMemory { .. }
-                        | RestoreError::NotReleased { .. },
-                    ) => points += 1,
-                    Err(other) => panic!("{} call {at}: {other}", spec.name),
-                }
-                let info = real.info().unwrap();
-                assert!(info.paused && info.shutdown.is_none());
-                real.destroy().unwrap();
-                assert_eq!(to.free_pages(), free, "{} call {at}", spec.name);
-                if over {
-                    break;
-                }
-            }
-        }
-    }
-    eprintln!("{points} calls failed in turn");
-    assert!(points > 100, "{points}");
-}
-
-#[test]
-fn a_truncated_stream_is_a_bad_image_wherever_it_ends() {
-    let (from, to) = (host(27), host(28));
-    for spec in specs() {
-        let domid = from.create_guest(&spec).unwrap();
-        let stream = save_to_vec(&from, domid, &options(1)).unwrap();
-        let shape = shape(&stream, spec.kind, spec.vcpus);
-        let steps = (0..stream.len()).step_by(stream.len() / 25);
-        for end in steps.chain([0, 24, 40, stream.len() - 8, stream.len() - 1]) {
-            let (new, result) = restore_stream(&to, shape, CopySource(&stream[..end]));
-            let error = result.unwrap_err();
-            assert!(error.is_bad_image(), "{} {end}: {error}", spec.name);
-            to.domain(new).unwrap().destroy().unwrap();
-        }
     }
 }
 

@@ -9,7 +9,6 @@ use std::io;
 use std::ops::ControlFlow;
 use std::time::Duration;
 
-use common::faulty::{Fault, Faulty};
 use common::*;
 use xsr_format::frame::{PageType, Pfn};
 use xsr_save_restore::progress::{Phase, Progress};
@@ -22,7 +21,7 @@ use xsr_save_restore::source::CopySource;
 use xsr_save_restore::toolstack::DirectToolstack;
 use xsr_save_restore::{Live, SaveError, save_live};
 use xsr_xen_backend::mock::{GuestSpec, MockHost, WorkloadSpec};
-use xsr_xen_backend::{DomId, Domain, Errno, GuestKind, Host};
+use xsr_xen_backend::{DomId, Domain, GuestKind, Host};
 
 /// Save live, over `domain`; the guest stays suspended.
 fn live_over(
@@ -400,68 +399,4 @@ fn a_guest_that_moves_its_p2m_is_not_saved() {
     let error = live_over(&host, domain.as_ref(), &mut sink, 1, how, &mut bump).unwrap_err();
     assert!(error.to_string().contains("moved its p2m"), "{error}");
     assert_runs(&host, domid, "moved");
-}
-
-#[test]
-fn a_live_save_survives_every_call_that_fails() {
-    let host = host(69);
-    let mut points = 0;
-    for spec in [
-        GuestSpec::new("pv", GuestKind::Pv, 8),
-        GuestSpec::new("pvh", GuestKind::Pvh, 8),
-    ] {
-        let domid = host.create_guest(&spec).unwrap();
-        let attempt = |at, fault| {
-            let mut work = host
-                .workload(domid, &WorkloadSpec::writes(1, 1, 200))
-                .unwrap();
-            let mut step = |progress: &Progress| {
-                if progress.phase == Phase::Precopy && progress.pass_is_complete() {
-                    work.step(100).unwrap();
-                }
-                ControlFlow::Continue(())
-            };
-            let domain = Faulty::new(host.domain(domid).unwrap(), at, fault);
-            let real = host.domain(domid).unwrap();
-            let mut toolstack = DirectToolstack(real.as_ref());
-            let mut sink = CopySink(io::sink());
-            let how = Live {
-                policy: &mut XenPolicy,
-                verify: false,
-            };
-            let xen = host.xen_version().unwrap();
-            let result = save_live(
-                &domain,
-                xen,
-                &mut toolstack,
-                &mut sink,
-                &options(1),
-                how,
-                &mut step,
-            );
-            let result = result.map(|saved| saved.resume().unwrap());
-            real.disable_log_dirty().unwrap();
-            assert_runs(&host, domid, &format!("{} call {at}", spec.name));
-            (result, domain.calls())
-        };
-        let (result, calls) = attempt(usize::MAX, Fault::Partly);
-        result.unwrap();
-        let turns = (0..calls).filter(|at| *at < 30 || *at + 60 > calls || at % 101 == 0);
-        for at in turns {
-            for fault in [Fault::Errno(Errno::EINVAL), Fault::Partly] {
-                // A frame that cannot be mapped while the guest runs, or a log that
-                // will not start at once, does not end it: then it is no failure.
-                if let (Err(error), _) = attempt(at, fault) {
-                    assert!(
-                        matches!(error, SaveError::Backend(_) | SaveError::Map(_)),
-                        "{} call {at}: {error}",
-                        spec.name
-                    );
-                    points += 1;
-                }
-            }
-        }
-    }
-    eprintln!("{points} calls failed in turn");
-    assert!(points > 100, "{points}");
 }

@@ -45,6 +45,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
@@ -190,6 +191,12 @@ impl MockHost {
     /// Frames that nobody has.
     pub fn free_pages(&self) -> u64 {
         self.machine.free_pages()
+    }
+
+    /// Pages that are mapped as foreign pages at present, the machine-to-physical table
+    /// among them: what a save or a restore that has ended, however it did, has left.
+    pub fn mapped_pages(&self) -> usize {
+        self.machine.mapped.load(Ordering::Relaxed)
     }
 
     fn mock_domain(&self, domid: DomId) -> Result<MockDomain, BackendError> {

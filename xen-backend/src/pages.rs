@@ -14,11 +14,13 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::mman;
-use xsr_format::frame::{PAGE_SIZE, Page};
+use xsr_format::frame::{Gfn, PAGE_SIZE, Page};
 
 use crate::error::MapError;
 
@@ -42,6 +44,8 @@ pub struct ForeignPages {
     count: usize,
     access: Access,
     failed: Vec<MapError>,
+    /// Where the pages are counted for as long as they are mapped.
+    counter: Option<Arc<AtomicUsize>>,
 }
 
 // SAFETY: the mapping belongs to this value alone and is reached only through
@@ -75,6 +79,28 @@ impl ForeignPages {
             count,
             access,
             failed,
+            counter: None,
+        }
+    }
+
+    /// These pages, counted in `counter` until they are unmapped.
+    pub(crate) fn counted_by(mut self, counter: &Arc<AtomicUsize>) -> Self {
+        counter.fetch_add(self.count, Ordering::Relaxed);
+        self.counter = Some(Arc::clone(counter));
+        self
+    }
+
+    /// Count page `index`, whose frame is `gfn`, among those that could not be mapped:
+    /// for whoever stands between a backend and its caller and knows better, or makes
+    /// mappings fail for a test. One that has failed already keeps its errno.
+    ///
+    /// # Panics
+    ///
+    /// When there is no such page.
+    pub fn refuse(&mut self, index: usize, gfn: Gfn, errno: Errno) {
+        assert!(index < self.count, "page {index} of {}", self.count);
+        if let Err(place) = self.failed.binary_search_by_key(&index, |e| e.index) {
+            self.failed.insert(place, MapError { index, gfn, errno });
         }
     }
 
@@ -191,6 +217,8 @@ impl Drop for ForeignPages {
         let result = unsafe { mman::munmap(self.base.cast(), self.count * PAGE_SIZE) };
         if let Err(errno) = result {
             tracing::error!(%errno, pages = self.count, "munmap of foreign pages failed");
+        } else if let Some(counter) = &self.counter {
+            counter.fetch_sub(self.count, Ordering::Relaxed);
         }
     }
 }
@@ -301,11 +329,9 @@ mod tests {
     use std::io::Write;
     use std::os::fd::AsFd;
 
+    use super::*;
     use nix::sys::memfd::{MFdFlags, memfd_create};
     use nix::sys::mman::{MapFlags, ProtFlags};
-    use xsr_format::frame::Gfn;
-
-    use super::*;
 
     /// `count` pages of a memfd, page i filled with the octet i + 1; those in
     /// `failed` have no memory behind them.
@@ -337,6 +363,21 @@ mod tests {
         // SAFETY: the mapping above is handed over whole; the protected pages are
         // listed as failed.
         unsafe { ForeignPages::from_raw(base, count, access, failed) }
+    }
+
+    #[test]
+    fn a_page_that_is_refused_is_no_page() {
+        let mut pages = pages(4, Access::Read, &[2]);
+        pages.refuse(0, Gfn(7), Errno::ENOENT);
+        pages.refuse(2, Gfn(9), Errno::ENOENT);
+        let failed: Vec<_> = pages.failed().iter().map(|e| (e.index, e.gfn.0)).collect();
+        assert_eq!(failed, [(0, 7), (2, 2)]);
+        assert!(pages.page(0).is_none() && pages.page(1).is_some());
+        let counter = Arc::default();
+        let pages = pages.counted_by(&counter);
+        assert_eq!(counter.load(Ordering::Relaxed), 4);
+        assert_eq!(pages.all_mapped().unwrap_err().errno, Errno::ENOENT);
+        assert_eq!(counter.load(Ordering::Relaxed), 0);
     }
 
     #[test]

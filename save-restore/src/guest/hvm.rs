@@ -6,7 +6,7 @@
 use xsr_format::frame::{Gfn, PageEntry, Pfn};
 use xsr_format::image::GuestType;
 use xsr_format::record::hvm::HvmParam;
-use xsr_xen_backend::{Access, Domain, ForeignPage, RingGrant};
+use xsr_xen_backend::{Access, Domain, Errno, ForeignPage, RingGrant};
 
 use crate::error::{GuestError, RestoreError, SaveError};
 use crate::guest::{GuestSave, Normalised, Out, x86};
@@ -199,12 +199,15 @@ impl HvmRestore {
 }
 
 /// Clear one page. A frame that is not there is no error: Xen does not look either,
-/// and an image may name a ring it never had.
+/// and an image may name a ring it never had. One that is there and cannot be mapped is.
 fn clear_page(domain: &dyn Domain, gfn: Gfn) -> Result<(), RestoreError> {
     let pages = domain.map(&[gfn], Access::Write)?;
-    match pages.page(0) {
-        Some(page) => page.clear(),
-        None => tracing::warn!(%gfn, "the image names a ring page that it does not hold"),
+    match pages.failed().first() {
+        Some(error) if error.errno == Errno::EINVAL => {
+            tracing::warn!(%gfn, "the image names a ring page that it does not hold");
+        }
+        Some(error) => return Err((*error).into()),
+        None => pages.iter().for_each(|(_, page)| page.clear()),
     }
     Ok(())
 }

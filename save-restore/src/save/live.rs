@@ -21,11 +21,13 @@ impl<'a> Logging<'a> {
     /// Switch the log on. Where something else holds it (VRAM tracking, say), that is
     /// switched off first: it starts again by itself.
     fn start(domain: &'a dyn Domain) -> Result<Self, BackendError> {
+        // From here on it is switched off: a call that fails may have done its work.
+        let logging = Self(domain);
         if domain.enable_log_dirty().is_err() {
             domain.disable_log_dirty()?;
             domain.enable_log_dirty()?;
         }
-        Ok(Self(domain))
+        Ok(logging)
     }
 }
 

@@ -1,5 +1,9 @@
-//! A domain of which the n-th call fails.
+//! A domain of which one call fails, in each way that Xen and the kernel can make that
+//! call fail.
 
+use std::collections::BTreeSet;
+use std::fmt;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use xsr_format::frame::{Gfn, Mfn, PageType};
@@ -9,43 +13,205 @@ use xsr_xen_backend::{
     RingGrant, TscInfo, VcpuBlob, X86Platform,
 };
 
+/// Which of several frames or extents.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Which {
+    First,
+    Middle,
+    Last,
+}
+
+impl Which {
+    fn of(self, count: usize) -> usize {
+        match self {
+            Self::First => 0,
+            Self::Middle => count / 2,
+            Self::Last => count.saturating_sub(1),
+        }
+    }
+}
+
 /// How a call fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// As a whole, with this errno.
+    /// It is refused: nothing was done.
     Errno(Errno),
-    /// A mapping for its last frame only, a populate for its last extent only; other
-    /// calls as a whole.
-    Partly,
+    /// All was done, and then the answer could not be handed over.
+    Late(Errno),
+    /// A mapping succeeds, but for this frame.
+    Frame(Which, Errno),
+    /// A populate or a release gets as far as this extent, and not over it.
+    Short(Which),
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self:?}")
+    }
+}
+
+/// A call that was made: which, and for how many frames.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Call {
+    pub(crate) op: &'static str,
+    pub(crate) frames: usize,
+}
+
+/// What every call may answer: not privileged, no such domain, a restricted handle or an
+/// interface of another version (`xen/common/domctl.c`).
+const ANY: [Errno; 3] = [Errno::EPERM, Errno::ESRCH, Errno::EACCES];
+
+/// What else Xen, or the kernel on its behalf, answers to each call: the promises of the
+/// traits, `xen/common/{domctl,memory}.c`, `xen/arch/x86/{domctl,mm}.c`,
+/// `xen/arch/x86/mm/paging.c`, `xen/arch/x86/hvm/{hvm,save}.c`, and for the mappings
+/// Linux' `drivers/xen/privcmd.c`. ENOMEM is also what a library says that has no room for
+/// the buffers of a call.
+fn errnos(op: &str) -> &'static [Errno] {
+    use Errno::*;
+    match op {
+        "info" => &[EFAULT],
+        "vcpu_online" => &[EINVAL, EFAULT],
+        "maximum_gfn" => &[EFAULT],
+        "page_types" => &[E2BIG, EINVAL, EFAULT, ENOMEM],
+        "map" => &[ENOMEM, EFAULT, EINVAL, ENOTTY],
+        "populate" => &[EINVAL, EFAULT, ENOMEM],
+        "release" => &[EINVAL, EFAULT, ENOMEM],
+        "enable_log_dirty" => &[EINVAL, EOPNOTSUPP, ENOMEM, EBUSY],
+        "disable_log_dirty" => &[EINVAL, EBUSY, ENOMEM],
+        "read_dirty" => &[EINVAL, EFAULT, ENOMEM, EBUSY],
+        "cpu_policy" => &[ENOBUFS, EFAULT, EOPNOTSUPP, ENOMEM],
+        "set_cpu_policy" => &[EINVAL, EEXIST, E2BIG, EFAULT, ENOENT, ENOMEM],
+        "tsc_info" => &[EINVAL, EFAULT],
+        "set_tsc_info" => &[EINVAL],
+        "seed_grants" => &[EINVAL, EBUSY, ENOMEM, ENXIO],
+        "guest_width" => &[EOPNOTSUPP],
+        "set_guest_width" => &[EINVAL, EOPNOTSUPP, ENOMEM],
+        "m2p" => &[EINVAL, EFAULT, ENOMEM],
+        "vcpu_state" => &[EINVAL, ENODATA, ENOBUFS, EFAULT, ENOMEM],
+        "set_vcpu_state" => &[EINVAL, EBUSY, EOPNOTSUPP, ENXIO, EFAULT, ENOMEM],
+        "pin_tables" => &[EINVAL, EBUSY, ENOMEM, EFAULT],
+        "hvm_context" => &[EINVAL, ENOSPC, ENOMEM, EFAULT],
+        "set_hvm_context" => &[EINVAL, ENODATA, ENOENT, ENOMEM, EFAULT],
+        "hvm_param" => &[EINVAL, EFAULT],
+        "set_hvm_param" => &[EINVAL, EEXIST, EFAULT, ENOMEM],
+        _ => &[EINVAL],
+    }
+}
+
+/// Why one frame of a mapping fails: no such frame, paged out, not ours, no memory for
+/// its page table, a frame that may not be mapped this way.
+const FRAME_ERRNOS: [Errno; 5] = [
+    Errno::EINVAL,
+    Errno::ENOENT,
+    Errno::EPERM,
+    Errno::ENOMEM,
+    Errno::EFAULT,
+];
+
+impl Call {
+    /// Every way in which it can fail.
+    pub(crate) fn faults(self) -> Vec<Fault> {
+        let known = errnos(self.op);
+        let whole = ANY.iter().chain(known).copied();
+        let mut faults: Vec<Fault> = whole.map(Fault::Errno).collect();
+        faults.push(Fault::Late(known.last().copied().unwrap_or(Errno::EFAULT)));
+        let places: BTreeSet<usize> = [Which::First, Which::Middle, Which::Last]
+            .map(|which| which.of(self.frames))
+            .into();
+        let which = [Which::First, Which::Last, Which::Middle];
+        let which = which.into_iter().take(places.len());
+        match self.op {
+            "map" if self.frames > 0 => {
+                faults.extend(which.flat_map(|w| FRAME_ERRNOS.map(|errno| Fault::Frame(w, errno))))
+            }
+            "populate" | "release" if self.frames > 0 => faults.extend(which.map(Fault::Short)),
+            _ => {}
+        }
+        faults
+    }
+}
+
+/// Which calls of a run to make fail: all, but of many alike in a row the first, the
+/// last and every hundredth.
+pub(crate) fn turns(trace: &[Call]) -> Vec<(usize, Call)> {
+    let edge = |at: usize| {
+        let neighbours = [at.checked_sub(1), at.checked_add(1)];
+        let same = |at: Option<usize>, call| at.and_then(|at| trace.get(at)) == Some(call);
+        move |call| !neighbours.iter().all(|at| same(*at, call))
+    };
+    let calls = trace.iter().enumerate();
+    calls
+        .filter(|(at, call)| at % 101 == 0 || edge(*at)(call))
+        .map(|(at, call)| (at, *call))
+        .collect()
+}
+
+/// What the fault met.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Struck {
+    pub(crate) op: &'static str,
+    /// The frame that could not be mapped or given back, the pfn that got no memory.
+    pub(crate) frame: Option<Gfn>,
 }
 
 /// Hands every call on to a real domain, but the one whose turn it is.
 pub(crate) struct Faulty {
     inner: Box<dyn Domain>,
-    fault: Fault,
-    at: usize,
+    fault: Option<(usize, Fault)>,
     calls: AtomicUsize,
+    trace: Mutex<Vec<Call>>,
+    struck: Mutex<Option<Struck>>,
 }
 
 impl Faulty {
-    /// Call number `at` fails, from 0; `usize::MAX` for none.
+    /// Call number `at` fails, from 0.
     pub(crate) fn new(inner: Box<dyn Domain>, at: usize, fault: Fault) -> Self {
-        let calls = AtomicUsize::new(0);
         Self {
-            inner,
-            fault,
-            at,
-            calls,
+            fault: Some((at, fault)),
+            ..Self::watching(inner)
         }
     }
 
-    /// Calls so far.
-    pub(crate) fn calls(&self) -> usize {
-        self.calls.load(Ordering::Relaxed)
+    /// No call fails, and all are noted.
+    pub(crate) fn watching(inner: Box<dyn Domain>) -> Self {
+        Self {
+            inner,
+            fault: None,
+            calls: AtomicUsize::new(0),
+            trace: Mutex::default(),
+            struck: Mutex::default(),
+        }
     }
 
-    fn turn(&self) -> bool {
-        self.calls.fetch_add(1, Ordering::Relaxed) == self.at
+    /// The calls that were made, in order.
+    pub(crate) fn trace(&self) -> Vec<Call> {
+        self.trace.lock().unwrap().clone()
+    }
+
+    /// What the fault met, if its turn has come.
+    pub(crate) fn struck(&self) -> Option<Struck> {
+        *self.struck.lock().unwrap()
+    }
+
+    fn strike(&self, op: &'static str, frame: Option<Gfn>) {
+        *self.struck.lock().unwrap() = Some(Struck { op, frame });
+    }
+
+    /// Count a call; the fault, if this is its turn.
+    fn turn(&self, op: &'static str, frames: usize) -> Option<Fault> {
+        let number = self.calls.fetch_add(1, Ordering::Relaxed);
+        match self.fault {
+            None => {
+                self.trace.lock().unwrap().push(Call { op, frames });
+                None
+            }
+            Some((at, fault)) => (number == at).then_some(fault),
+        }
+    }
+
+    fn fail(&self, op: &'static str, errno: Errno) -> BackendError {
+        self.strike(op, None);
+        BackendError::host(op, errno)
     }
 
     fn call<T>(
@@ -53,10 +219,24 @@ impl Faulty {
         op: &'static str,
         call: impl FnOnce(&dyn Domain) -> Result<T, BackendError>,
     ) -> Result<T, BackendError> {
-        match (self.turn(), self.fault) {
-            (false, _) => call(self.inner.as_ref()),
-            (true, Fault::Errno(errno)) => Err(BackendError::host(op, errno)),
-            (true, Fault::Partly) => Err(BackendError::host(op, Errno::EINVAL)),
+        let turn = self.turn(op, 0);
+        self.call_whole(op, turn, call)
+    }
+
+    fn call_whole<T>(
+        &self,
+        op: &'static str,
+        turn: Option<Fault>,
+        call: impl FnOnce(&dyn Domain) -> Result<T, BackendError>,
+    ) -> Result<T, BackendError> {
+        match turn {
+            None => call(self.inner.as_ref()),
+            Some(Fault::Late(errno)) => {
+                drop(call(self.inner.as_ref())?);
+                Err(self.fail(op, errno))
+            }
+            Some(Fault::Errno(errno) | Fault::Frame(_, errno)) => Err(self.fail(op, errno)),
+            Some(Fault::Short(_)) => Err(self.fail(op, Errno::EINVAL)),
         }
     }
 }
@@ -93,40 +273,39 @@ impl GuestMemory for Faulty {
         self.call("maximum_gfn", |d| d.maximum_gfn())
     }
     fn page_types(&self, gfns: &[Gfn], out: &mut [PageType]) -> Result<(), BackendError> {
-        self.call("page_types", |d| d.page_types(gfns, out))
+        let turn = self.turn("page_types", gfns.len());
+        self.call_whole("page_types", turn, |d| d.page_types(gfns, out))
     }
     fn map(&self, gfns: &[Gfn], access: Access) -> Result<ForeignPages, BackendError> {
-        if self.fault != Fault::Partly {
-            return self.call("map", |d| d.map(gfns, access));
+        let turn = self.turn("map", gfns.len());
+        let Some(Fault::Frame(which, errno)) = turn else {
+            return self.call_whole("map", turn, |d| d.map(gfns, access));
+        };
+        let mut pages = self.inner.map(gfns, access)?;
+        let index = which.of(gfns.len());
+        if let Some(gfn) = gfns.get(index) {
+            pages.refuse(index, *gfn, errno);
+            self.strike("map", Some(*gfn));
         }
-        let mut gfns = gfns.to_vec();
-        if self.turn()
-            && let Some(last) = gfns.last_mut()
-        {
-            *last = Gfn::INVALID;
-        }
-        self.inner.map(&gfns, access)
+        Ok(pages)
     }
     fn populate(&self, order: u8, frames: &mut [Gfn]) -> Result<usize, BackendError> {
-        if self.fault != Fault::Partly {
-            return self.call("populate", |d| d.populate(order, frames));
-        }
-        match self.turn() {
-            true => {
-                let but_one = frames.len().saturating_sub(1);
-                self.inner.populate(order, &mut frames[..but_one])
-            }
-            false => self.inner.populate(order, frames),
-        }
+        let turn = self.turn("populate", frames.len());
+        let Some(Fault::Short(which)) = turn else {
+            return self.call_whole("populate", turn, |d| d.populate(order, frames));
+        };
+        let (got, rest) = frames.split_at_mut(which.of(frames.len()));
+        self.strike("populate", rest.first().copied());
+        self.inner.populate(order, got)
     }
     fn release(&self, gfns: &[Gfn]) -> Result<usize, BackendError> {
-        if self.fault != Fault::Partly {
-            return self.call("release", |d| d.release(gfns));
-        }
-        match self.turn() {
-            true => self.inner.release(&gfns[..gfns.len().saturating_sub(1)]),
-            false => self.inner.release(gfns),
-        }
+        let turn = self.turn("release", gfns.len());
+        let Some(Fault::Short(which)) = turn else {
+            return self.call_whole("release", turn, |d| d.release(gfns));
+        };
+        let (gone, rest) = gfns.split_at(which.of(gfns.len()));
+        self.strike("release", rest.first().copied());
+        self.inner.release(gone)
     }
 }
 

@@ -8,6 +8,8 @@
 )]
 
 pub(crate) mod faulty;
+pub(crate) mod stream;
+pub(crate) mod watch;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroUsize;

@@ -287,6 +287,7 @@ impl GuestMemory for MockDomain {
                     self.map_one(gfn, access)
                 })
             })
+            .map(|pages| pages.counted_by(&self.machine.mapped))
             .map_err(|errno| self.fail("mmapbatch", errno))
     }
 

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use nix::errno::Errno;
@@ -48,6 +48,8 @@ pub(super) struct Machine {
     pub(super) frames: Frames,
     pub(super) m2p_file: File,
     m2p: Words,
+    /// Pages that are mapped as foreign pages at present.
+    pub(super) mapped: Arc<AtomicUsize>,
     /// Four words per domain: pages it has, its largest gfn ever plus 1, the last
     /// event channel given out, and one to spare.
     counters: Words,
@@ -144,6 +146,7 @@ impl Machine {
             frames: table,
             m2p_file,
             m2p,
+            mapped: Arc::default(),
             counters,
             open_mark: mark,
             allocator: Mutex::new(allocator),

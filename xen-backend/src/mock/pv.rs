@@ -295,6 +295,7 @@ impl PvGuest for MockDomain {
             let pages = (frames * size_of::<u64>() as u64).div_ceil(PAGE_SIZE as u64);
             let pages = usize::try_from(pages).map_err(|_| Errno::ENOMEM)?;
             let table = memory::map_file(&self.machine.m2p_file, pages)?;
+            let table = table.counted_by(&self.machine.mapped);
             Ok(M2p::new(table, Mfn(frames - 1), COMPAT_M2P))
         })
     }
