@@ -137,6 +137,11 @@ impl<'a> Toolstack<'a> {
         }
     }
 
+    /// The callback that failed, if its turn has come.
+    pub(crate) fn refused(&self) -> Option<&'static str> {
+        self.fails.and_then(|(at, _)| self.log.get(at).copied())
+    }
+
     /// The device model was told to end what it was told to begin, and a guest that was
     /// suspended was resumed.
     pub(crate) fn assert_undone(&self, what: &str) {
