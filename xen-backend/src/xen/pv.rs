@@ -118,7 +118,8 @@ impl XenDomain {
     fn xsave(&self, vcpu: u32) -> Result<Vec<u8>, Errno> {
         let mut body = sys::xen_domctl_vcpuextstate::new_zeroed();
         body.vcpu = vcpu;
-        // Without a buffer Xen says how large one has to be, and for which features.
+        // Without a buffer Xen says how large one may have to be (as for a vcpu that has
+        // used all there is), and for which features; with one, how much there was.
         let mut body = self
             .calls()
             .domctl(sys::XEN_DOMCTL_getvcpuextstate, self.domid, &body)?;
@@ -128,9 +129,11 @@ impl XenDomain {
         }
         let buffer = self.calls().raw.buffer(octets)?;
         body.buffer = buffer.address();
-        self.calls()
+        let got = self
+            .calls()
             .domctl(sys::XEN_DOMCTL_getvcpuextstate, self.domid, &body)?;
-        Ok(Calls::contents(&*buffer, octets))
+        let used = usize::try_from(got.size).map_err(|_| Errno::EINVAL)?;
+        Ok(Calls::contents(&*buffer, used.min(octets)))
     }
 
     fn set_xsave(&self, vcpu: u32, state: &[u8]) -> Result<(), Errno> {
