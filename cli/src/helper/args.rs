@@ -1,0 +1,230 @@
+//! The arguments with which libxl starts its save helper: all positional, all
+//! numbers.
+//!
+//! C implementation: `libxl_save_callout.c:run_helper`.
+
+use std::str::FromStr;
+
+use xsr_xen_backend::DomId;
+
+/// For people, who have no business here.
+pub(crate) const USAGE: &str = "\
+usage: xsr-save-helper --save-domain IO_FD RECV_FD DOMID FLAGS CBFLAGS STREAM_TYPE
+       xsr-save-helper --restore-domain IO_FD SEND_BACK_FD DOMID STORE_PORT STORE_DOMID
+                       CONSOLE_PORT CONSOLE_DOMID CBFLAGS STREAM_TYPE
+libxl starts it, where LIBXL_SAVE_HELPER is set to its path.";
+
+/// What is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Args {
+    /// `--save-domain`
+    Save(SaveArgs),
+    /// `--restore-domain`
+    Restore(RestoreArgs),
+}
+
+/// A save.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct SaveArgs {
+    /// Where the stream goes.
+    pub(crate) io_fd: i32,
+    /// The domain.
+    pub(crate) domid: DomId,
+    /// Whether the guest runs on meanwhile (`XCFLAGS_LIVE`).
+    pub(crate) live: bool,
+    /// Whether to send everything twice (`XCFLAGS_DEBUG`), in a live save.
+    pub(crate) debug: bool,
+    /// Which callbacks libxl has.
+    pub(crate) callbacks: Callbacks,
+    /// What kind of stream.
+    pub(crate) stream: StreamType,
+}
+
+/// A restore.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RestoreArgs {
+    /// Where the stream comes from.
+    pub(crate) io_fd: i32,
+    /// The domain, made by libxl.
+    pub(crate) domid: DomId,
+    /// The guest's port of the xenstore ring.
+    pub(crate) store_port: u32,
+    /// The domain at its other end.
+    pub(crate) store_domid: DomId,
+    /// The guest's port of the console ring.
+    pub(crate) console_port: u32,
+    /// The domain at its other end.
+    pub(crate) console_domid: DomId,
+    /// Which callbacks libxl has.
+    pub(crate) callbacks: Callbacks,
+    /// What kind of stream.
+    pub(crate) stream: StreamType,
+}
+
+/// The callbacks that libxl has: bit N for message number N.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Callbacks(pub(crate) u32);
+
+impl Callbacks {
+    /// Whether libxl wants to hear message `number`.
+    pub(crate) fn has(self, number: u16) -> bool {
+        1_u32
+            .checked_shl(number.into())
+            .is_some_and(|bit| self.0 & bit != 0)
+    }
+}
+
+/// `xc_stream_type_t`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum StreamType {
+    /// 0
+    Plain,
+    /// 1
+    Remus,
+    /// 2
+    Colo,
+}
+
+const LIVE: u32 = 1;
+const DEBUG: u32 = 2;
+
+impl Args {
+    /// For the log.
+    pub(crate) fn what(&self) -> &'static str {
+        match self {
+            Self::Save(_) => "save",
+            Self::Restore(_) => "restore",
+        }
+    }
+
+    /// Understand the arguments, the program's name not among them.
+    ///
+    /// # Errors
+    ///
+    /// In words.
+    pub(crate) fn parse(words: impl Iterator<Item = String>) -> Result<Self, String> {
+        let words: Vec<String> = words.collect();
+        let Some((mode, numbers)) = words.split_first() else {
+            return Err("--save-domain or --restore-domain is missing".to_owned());
+        };
+        match (mode.as_str(), numbers) {
+            ("--save-domain", [io, _recv, domid, flags, callbacks, stream]) => {
+                let flags: u32 = number("FLAGS", flags)?;
+                Ok(Self::Save(SaveArgs {
+                    io_fd: number("IO_FD", io)?,
+                    domid: DomId(number("DOMID", domid)?),
+                    live: flags & LIVE != 0,
+                    debug: flags & DEBUG != 0,
+                    callbacks: Callbacks(number("CBFLAGS", callbacks)?),
+                    stream: stream_type(stream)?,
+                }))
+            }
+            (
+                "--restore-domain",
+                [
+                    io,
+                    _back,
+                    domid,
+                    store,
+                    store_domid,
+                    console,
+                    console_domid,
+                    callbacks,
+                    stream,
+                ],
+            ) => Ok(Self::Restore(RestoreArgs {
+                io_fd: number("IO_FD", io)?,
+                domid: DomId(number("DOMID", domid)?),
+                store_port: number("STORE_PORT", store)?,
+                store_domid: DomId(number("STORE_DOMID", store_domid)?),
+                console_port: number("CONSOLE_PORT", console)?,
+                console_domid: DomId(number("CONSOLE_DOMID", console_domid)?),
+                callbacks: Callbacks(number("CBFLAGS", callbacks)?),
+                stream: stream_type(stream)?,
+            })),
+            ("--save-domain" | "--restore-domain", _) => {
+                Err(format!("{} arguments behind {mode}", numbers.len()))
+            }
+            _ => Err(format!("{mode}: no such mode")),
+        }
+    }
+}
+
+fn number<N: FromStr>(what: &str, word: &str) -> Result<N, String> {
+    word.parse()
+        .map_err(|_| format!("{what} is {word:?}, expected a number in range"))
+}
+
+fn stream_type(word: &str) -> Result<StreamType, String> {
+    match word {
+        "0" => Ok(StreamType::Plain),
+        "1" => Ok(StreamType::Remus),
+        "2" => Ok(StreamType::Colo),
+        _ => Err(format!(
+            "STREAM_TYPE is {word:?}, expected 0 (plain), 1 (Remus) or 2 (COLO)"
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<Args, String> {
+        Args::parse(line.split(' ').map(str::to_owned))
+    }
+
+    #[test]
+    fn a_save_is_understood() {
+        let expected = SaveArgs {
+            io_fd: 7,
+            domid: DomId(12),
+            live: true,
+            debug: false,
+            callbacks: Callbacks(0x88),
+            stream: StreamType::Plain,
+        };
+        let parsed = parse("--save-domain 7 -1 12 1 136 0");
+        assert_eq!(parsed, Ok(Args::Save(expected)));
+    }
+
+    #[test]
+    fn a_restore_is_understood() {
+        let expected = RestoreArgs {
+            io_fd: 8,
+            domid: DomId(3),
+            store_port: 1,
+            store_domid: DomId(0),
+            console_port: 2,
+            console_domid: DomId(5),
+            callbacks: Callbacks(256),
+            stream: StreamType::Remus,
+        };
+        let parsed = parse("--restore-domain 8 -1 3 1 0 2 5 256 1");
+        assert_eq!(parsed, Ok(Args::Restore(expected)));
+    }
+
+    #[test]
+    fn what_libxl_never_says_is_refused() {
+        for line in [
+            "",
+            "--help",
+            "--save-domain",
+            "--save-domain 7 -1 12 1 136",
+            "--save-domain 7 -1 12 1 136 0 0",
+            "--save-domain 7 -1 70000 1 136 0",
+            "--save-domain seven -1 12 1 136 0",
+            "--save-domain 7 -1 12 1 136 3",
+            "--restore-domain 7 -1 12 1 136 0",
+        ] {
+            assert!(parse(line).is_err(), "{line} was taken");
+        }
+    }
+
+    #[test]
+    fn callbacks_are_bits() {
+        let callbacks = Callbacks(1 << 3 | 1 << 8);
+        assert!(callbacks.has(3) && callbacks.has(8));
+        assert!(!callbacks.has(0) && !callbacks.has(7) && !callbacks.has(40));
+    }
+}

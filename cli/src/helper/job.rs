@@ -1,0 +1,265 @@
+//! The work itself: a save or a restore between an inherited descriptor and a domain.
+
+use std::error::Error as StdError;
+use std::io;
+use std::ops::ControlFlow;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use nix::errno::Errno;
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
+use xsr_format::read::{ReadOptions, RecordReader};
+use xsr_save_restore::save::precopy::XenPolicy;
+use xsr_save_restore::sink::FdSink;
+use xsr_save_restore::source::FdSource;
+use xsr_save_restore::{Live, RestoreOptions, SaveOptions};
+use xsr_xen_backend::mock::MockHost;
+use xsr_xen_backend::{BackendError, Host, MapError, XenHost};
+
+use crate::args::{Args, RestoreArgs, SaveArgs, StreamType};
+use crate::progress::Steps;
+use crate::signals;
+use crate::toolstack::Libxl;
+use crate::wire::Wire;
+
+/// The hypervisor to work on, for tests: `mock:DIR`. Not set: the Xen this runs on.
+const BACKEND: &str = "XSR_BACKEND";
+
+/// How it ended, as libxl is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Outcome {
+    /// 0 or -1.
+    pub(crate) retval: i32,
+    /// 0, or why, as far as an errno can say it.
+    pub(crate) errno: i32,
+}
+
+/// Do what is asked.
+///
+/// # Errors
+///
+/// It could not even begin: no hypervisor, no such descriptor. A save or restore that
+/// fails is an [`Outcome`].
+pub(crate) fn run(args: &Args, wire: &Wire) -> Result<Outcome> {
+    // Before anything starts a thread.
+    match args {
+        Args::Save(_) => signals::cancel_on_signals(wire.cancel()),
+        Args::Restore(_) => signals::end_on_sigterm(),
+    }
+    .context("setting up signals")?;
+    let backend = Backend::open()?;
+    let result = match args {
+        Args::Save(args) => save(args, wire, &backend),
+        Args::Restore(args) => restore(args, wire, &backend),
+    };
+    if let (Args::Restore(_), Err(_)) = (args, &result) {
+        // libxl wants to hear of the rings before it hears of the end, whatever it is.
+        wire.restore_results(0, 0)?;
+    }
+    Ok(match result {
+        Ok(()) => Outcome {
+            retval: 0,
+            errno: 0,
+        },
+        Err(error) => {
+            tracing::error!("{} failed: {error:#}", args.what());
+            Outcome {
+                retval: -1,
+                errno: errno_of(error.as_ref()) as i32,
+            }
+        }
+    })
+}
+
+/// A hypervisor.
+struct Backend {
+    host: Box<dyn Host>,
+    mock: bool,
+}
+
+impl Backend {
+    fn open() -> Result<Self> {
+        match std::env::var(BACKEND) {
+            Ok(name) => {
+                let dir = name
+                    .strip_prefix("mock:")
+                    .with_context(|| format!("{BACKEND} is {name:?}, expected mock:DIR"))?;
+                Ok(Self {
+                    host: Box::new(MockHost::open(Path::new(dir))?),
+                    mock: true,
+                })
+            }
+            Err(std::env::VarError::NotPresent) => Ok(Self {
+                host: Box::new(XenHost::open()?),
+                mock: false,
+            }),
+            Err(error) => Err(anyhow!("{BACKEND}: {error}")),
+        }
+    }
+}
+
+/// A descriptor that whoever started us left open for us.
+///
+/// The number says nothing about who else uses it, so we take a descriptor of our own
+/// for the same open file, and leave the one that was handed down alone.
+fn inherited(fd: i32) -> Result<OwnedFd> {
+    ensure!(fd >= 0, "the stream's descriptor is {fd}");
+    let own = pidfd_open(getpid(), PidfdFlags::empty())
+        .and_then(|process| pidfd_getfd(process, fd, PidfdGetfdFlags::empty()));
+    match own {
+        Ok(own) => Ok(own),
+        Err(rustix::io::Errno::NOSYS) => {
+            bail!("the kernel has no pidfd_getfd: dom0 needs Linux 5.6 or newer")
+        }
+        Err(errno) => {
+            Err(io::Error::from(errno)).with_context(|| format!("the stream's descriptor {fd}"))
+        }
+    }
+}
+
+fn plain(stream: StreamType) -> Result<()> {
+    match stream {
+        StreamType::Plain => Ok(()),
+        // Nothing has happened to the guest yet: libxl lets it run on.
+        StreamType::Remus | StreamType::Colo => Err(anyhow::Error::new(Errno::EOPNOTSUPP)
+            .context("Remus and COLO are not supported by this helper; use Xen's own")),
+    }
+}
+
+fn save(args: &SaveArgs, wire: &Wire, backend: &Backend) -> Result<()> {
+    plain(args.stream)?;
+    let cancel = wire.cancel();
+    let mut sink = FdSink::cancellable(inherited(args.io_fd)?, cancel.clone())?;
+    let domain = backend.host.domain(args.domid)?;
+    let domain = domain.as_ref();
+    let kind = domain.info()?.kind;
+    let type_name = if kind.is_translated() { "HVM" } else { "PV" };
+    tracing::info!("Saving domain {}, type x86 {type_name}", args.domid.0);
+    let mut toolstack = Libxl {
+        wire,
+        callbacks: args.callbacks,
+        domid: args.domid,
+        mock: backend.mock.then_some(domain),
+    };
+    let mut steps = Steps::new(wire);
+    let xen = backend.host.xen_version()?;
+    let options = SaveOptions::default();
+    let mut policy = XenPolicy;
+    let live = Live {
+        policy: &mut policy,
+        verify: args.debug,
+    };
+    let mut on_progress = |progress: &_| steps.event(progress);
+    let saved = match args.live {
+        true => xsr_save_restore::save_live(
+            domain,
+            xen,
+            &mut toolstack,
+            &mut sink,
+            &options,
+            live,
+            &mut on_progress,
+        )?,
+        false => xsr_save_restore::save(
+            domain,
+            xen,
+            &mut toolstack,
+            &mut sink,
+            &options,
+            &mut on_progress,
+        )?,
+    };
+    let stats = saved.stats();
+    tracing::debug!(?stats, "saved");
+    // What becomes of the guest now is libxl's to decide.
+    saved.keep_suspended();
+    steps.single("Complete");
+    Ok(())
+}
+
+fn restore(args: &RestoreArgs, wire: &Wire, backend: &Backend) -> Result<()> {
+    plain(args.stream)?;
+    let source = FdSource::new(inherited(args.io_fd)?);
+    let domain = backend.host.domain(args.domid)?;
+    let reader = RecordReader::new(source, ReadOptions::default())?;
+    let header = reader.domain();
+    tracing::info!(
+        "Found {} domain from Xen {}.{}",
+        header.guest_type,
+        header.xen_major,
+        header.xen_minor
+    );
+    tracing::info!("Restoring domain");
+    let mut toolstack = Libxl {
+        wire,
+        callbacks: args.callbacks,
+        domid: args.domid,
+        mock: None,
+    };
+    let options = RestoreOptions {
+        store_port: args.store_port,
+        store_domid: args.store_domid,
+        console_port: args.console_port,
+        console_domid: args.console_domid,
+    };
+    let mut on_progress = |_: &_| match wire.lost() {
+        Some(_) => ControlFlow::Break(()),
+        None => ControlFlow::Continue(()),
+    };
+    let (restored, _) = xsr_save_restore::restore(
+        domain.as_ref(),
+        reader,
+        &mut toolstack,
+        &options,
+        &mut on_progress,
+    )?;
+    tracing::info!("Restore successful");
+    let ring = |gfn: Option<xsr_format::frame::Gfn>| gfn.map_or(0, |gfn| gfn.0);
+    tracing::info!(
+        "XenStore: mfn {:#x}, dom {}, evt {}",
+        ring(restored.store_gfn),
+        args.store_domid.0,
+        args.store_port
+    );
+    tracing::info!(
+        "Console: mfn {:#x}, dom {}, evt {}",
+        ring(restored.console_gfn),
+        args.console_domid.0,
+        args.console_port
+    );
+    Ok(())
+}
+
+/// The errno that says the most of why it failed: libxl shows it.
+fn errno_of(error: &(dyn StdError + 'static)) -> Errno {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<BackendError>() {
+            return error.errno;
+        }
+        if let Some(error) = error.downcast_ref::<MapError>() {
+            return error.errno;
+        }
+        if let Some(errno) = error.downcast_ref::<Errno>() {
+            return *errno;
+        }
+        if let Some(error) = error.downcast_ref::<io::Error>()
+            && let Some(raw) = error.raw_os_error()
+        {
+            return Errno::from_raw(raw);
+        }
+        if let Some(error) = error.downcast_ref::<xsr_save_restore::SaveError>()
+            && matches!(error, xsr_save_restore::SaveError::Aborted)
+        {
+            return Errno::ECANCELED;
+        }
+        if let Some(error) = error.downcast_ref::<xsr_save_restore::RestoreError>()
+            && error.is_bad_image()
+        {
+            return Errno::EINVAL;
+        }
+        cause = error.source();
+    }
+    Errno::EIO
+}

@@ -1,0 +1,69 @@
+//! What the libraries log, as lines in libxl's own log: it decides what is shown.
+
+use std::fmt::{self, Write as _};
+use std::sync::Arc;
+
+use tracing::field::{Field, Visit};
+use tracing::{Event, Metadata, Subscriber};
+use tracing_subscriber::layer::{Context, Layer, SubscriberExt as _};
+use tracing_subscriber::registry::Registry;
+use tracing_subscriber::util::SubscriberInitExt as _;
+
+use crate::wire::{Level, Wire};
+
+/// Send what is logged from now on, by any thread, to libxl.
+pub(crate) fn install(wire: &Arc<Wire>) {
+    Registry::default().with(ToLibxl(Arc::clone(wire))).init();
+}
+
+struct ToLibxl(Arc<Wire>);
+
+/// libxl's level for one of ours; `None`: not for libxl.
+fn level(of: tracing::Level) -> Option<Level> {
+    match of {
+        tracing::Level::ERROR => Some(Level::Error),
+        tracing::Level::WARN => Some(Level::Warn),
+        tracing::Level::INFO => Some(Level::Info),
+        tracing::Level::DEBUG => Some(Level::Debug),
+        tracing::Level::TRACE => None,
+    }
+}
+
+impl<S: Subscriber> Layer<S> for ToLibxl {
+    fn enabled(&self, metadata: &Metadata<'_>, _: Context<'_, S>) -> bool {
+        level(*metadata.level()).is_some() && metadata.target().starts_with("xsr")
+    }
+
+    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+        let Some(level) = level(*event.metadata().level()) else {
+            return;
+        };
+        let mut line = Line::default();
+        event.record(&mut line);
+        let text = line.message + &line.fields;
+        if let Err(error) = self.0.log(level, &text) {
+            // libxl has gone; stderr may still go somewhere.
+            eprintln!("xsr-save-helper: {text} (libxl does not hear: {error})");
+        }
+    }
+}
+
+/// A message, and what belongs to it.
+#[derive(Debug, Default)]
+struct Line {
+    message: String,
+    fields: String,
+}
+
+impl Visit for Line {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        let written = match field.name() {
+            "message" => write!(self.message, "{value:?}"),
+            name => write!(self.fields, " {name}={value:?}"),
+        };
+        // A String takes everything; a value that cannot be shown is not shown.
+        if written.is_err() {
+            self.fields.push_str(" ?");
+        }
+    }
+}

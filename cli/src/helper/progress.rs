@@ -1,0 +1,77 @@
+//! How far the engine is, in the words and steps of Xen's own engine: xl's progress
+//! looks as it always does.
+//!
+//! C implementation: `xc_report_progress_single` and `xc_report_progress_step` as
+//! `xg_sr_save.c` calls them.
+
+use std::ops::ControlFlow;
+
+use xsr_save_restore::progress::{Phase, Progress};
+
+use crate::wire::Wire;
+
+/// Octets of contents from one step to the next.
+const STEP: u64 = 4 << 20;
+
+/// Tells libxl of a save.
+#[derive(Debug)]
+pub(crate) struct Steps<'w> {
+    wire: &'w Wire,
+    last: Option<(Phase, u32)>,
+    /// Octets of the pass at the last step.
+    told: u64,
+}
+
+impl<'w> Steps<'w> {
+    pub(crate) fn new(wire: &'w Wire) -> Self {
+        Self {
+            wire,
+            last: None,
+            told: 0,
+        }
+    }
+
+    /// Something that is reached.
+    pub(crate) fn single(&self, what: &str) {
+        self.step(what, 0, 0);
+    }
+
+    fn step(&self, what: &str, done: u64, total: u64) {
+        // A libxl that does not hear is noted by the wire, and stops the work.
+        if let Err(error) = self.wire.progress(what, done, total) {
+            eprintln!("xsr-save-helper: {what}: {error}");
+        }
+    }
+
+    /// One event of the engine.
+    pub(crate) fn event(&mut self, progress: &Progress) -> ControlFlow<()> {
+        let now = (progress.phase, progress.iteration);
+        let before = self.last.replace(now);
+        if before != Some(now) {
+            self.told = 0;
+            match progress.phase {
+                Phase::Setup => self.single("Start of stream"),
+                Phase::Tail => self.single("End of stream"),
+                _ => {}
+            }
+            if before.is_some_and(|(phase, _)| phase == Phase::Suspend) {
+                self.single("Domain now suspended");
+            }
+        }
+        let what = match progress.phase {
+            Phase::Pages => Some("Frames".to_owned()),
+            Phase::Precopy | Phase::StopAndCopy => {
+                Some(format!("Frames iteration {}", progress.iteration))
+            }
+            Phase::Verify => Some("Frames verify".to_owned()),
+            _ => None,
+        };
+        if let (Some(what), Some(total)) = (what, progress.pages_total)
+            && (progress.octets_done >= self.told + STEP || progress.pass_is_complete())
+        {
+            self.told = progress.octets_done;
+            self.step(&what, progress.pages_done, total);
+        }
+        self.wire.cancel().check()
+    }
+}

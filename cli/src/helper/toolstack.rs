@@ -1,0 +1,107 @@
+//! libxl as the toolstack of the engine: each question is a message.
+
+use std::io;
+
+use xsr_format::frame::Gfn;
+use xsr_save_restore::toolstack::{
+    MissingStaticData, RestoreToolstack, SaveToolstack, ToolstackError,
+};
+use xsr_xen_backend::{DomId, Domain};
+
+use crate::args::Callbacks;
+use crate::wire::{Wire, number};
+
+/// libxl, at the other end of the wire.
+pub(crate) struct Libxl<'w> {
+    pub(crate) wire: &'w Wire,
+    pub(crate) callbacks: Callbacks,
+    pub(crate) domid: DomId,
+    /// A domain of the mock machine, which nobody but this process can suspend: done
+    /// as soon as libxl says that it is.
+    pub(crate) mock: Option<&'w dyn Domain>,
+}
+
+impl std::fmt::Debug for Libxl<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Libxl")
+            .field("callbacks", &self.callbacks)
+            .finish_non_exhaustive()
+    }
+}
+
+/// An answer that means success when `fine` says so.
+fn check(
+    what: &'static str,
+    answer: io::Result<i32>,
+    fine: impl FnOnce(i32) -> bool,
+) -> Result<(), ToolstackError> {
+    let answer = answer.map_err(|e| ToolstackError::new(what, e))?;
+    match fine(answer) {
+        true => Ok(()),
+        false => Err(ToolstackError::new(
+            what,
+            format!("libxl says that it failed ({answer})"),
+        )),
+    }
+}
+
+impl Libxl<'_> {
+    fn expect(&self, what: &'static str, number: u16) -> Result<(), ToolstackError> {
+        match self.callbacks.has(number) {
+            true => Ok(()),
+            false => Err(ToolstackError::new(
+                what,
+                "libxl has no callback for it in CBFLAGS",
+            )),
+        }
+    }
+}
+
+impl SaveToolstack for Libxl<'_> {
+    fn suspend(&mut self) -> Result<(), ToolstackError> {
+        const WHAT: &str = "suspending the guest";
+        self.expect(WHAT, number::SUSPEND)?;
+        check(WHAT, self.wire.suspend(), |answer| answer != 0)?;
+        match self.mock {
+            Some(domain) => domain.suspend().map_err(|e| ToolstackError::new(WHAT, e)),
+            None => Ok(()),
+        }
+    }
+
+    /// libxl resumes the guest itself, once it knows that the save has failed or that
+    /// the image is to be a copy.
+    fn resume(&mut self) -> Result<(), ToolstackError> {
+        tracing::debug!("libxl resumes or destroys the guest");
+        Ok(())
+    }
+
+    fn switch_qemu_logdirty(&mut self, on: bool) -> Result<(), ToolstackError> {
+        const WHAT: &str = "switching the device model's log-dirty mode";
+        self.expect(WHAT, number::SWITCH_QEMU_LOGDIRTY)?;
+        let answer = self.wire.switch_qemu_logdirty(self.domid.0, on);
+        check(WHAT, answer, |answer| answer == 0)
+    }
+}
+
+impl RestoreToolstack for Libxl<'_> {
+    fn static_data_done(&mut self, missing: MissingStaticData) -> Result<(), ToolstackError> {
+        const WHAT: &str = "making up for missing static data";
+        // Older libxls do not ask.
+        if !self.callbacks.has(number::STATIC_DATA_DONE) {
+            return Ok(());
+        }
+        let bits = u32::from(missing.cpuid) | u32::from(missing.msr) << 1;
+        check(WHAT, self.wire.static_data_done(bits), |answer| answer == 0)
+    }
+
+    fn restore_results(
+        &mut self,
+        store_gfn: Option<Gfn>,
+        console_gfn: Option<Gfn>,
+    ) -> Result<(), ToolstackError> {
+        let frame = |gfn: Option<Gfn>| gfn.map_or(0, |gfn| gfn.0);
+        self.wire
+            .restore_results(frame(store_gfn), frame(console_gfn))
+            .map_err(|e| ToolstackError::new("saying where the rings are", e))
+    }
+}

@@ -1,0 +1,473 @@
+//! The save helper, with a test in the part of libxl: which messages come, in which
+//! order, what answers do, and that the stream is the engine's.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod common;
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+
+use common::{image, layers, scratch};
+use nix::errno::Errno;
+use nix::sys::signal::{self, Signal};
+use nix::unistd::Pid;
+use xsr_save_restore::SaveOptions;
+use xsr_save_restore::sink::CopySink;
+use xsr_save_restore::toolstack::DirectToolstack;
+use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
+use xsr_xen_backend::{DomId, GuestKind, Host as _, ShutdownReason};
+
+/// Message numbers, as in `libxl_save_msgs_gen.pl`.
+const LOG: u16 = 1;
+const PROGRESS: u16 = 2;
+const SUSPEND: u16 = 3;
+const LOGDIRTY: u16 = 7;
+const STATIC_DATA_DONE: u16 = 8;
+const RESTORE_RESULTS: u16 = 9;
+const COMPLETE: u16 = 10;
+
+/// The callbacks that libxl has for a plain save, and for a plain restore.
+const SAVE_CALLBACKS: &str = "136";
+const RESTORE_CALLBACKS: &str = "256";
+
+/// What one run of the helper came to.
+#[derive(Debug, Default)]
+struct Run {
+    /// Messages that are neither log nor progress: number and arguments.
+    asked: Vec<(u16, Vec<u8>)>,
+    /// Lines of the log, each with its level.
+    log: Vec<(u32, String)>,
+    /// What, done, total.
+    progress: Vec<(String, u64, u64)>,
+    code: Option<i32>,
+}
+
+impl Run {
+    fn numbers(&self) -> Vec<u16> {
+        self.asked.iter().map(|(number, _)| *number).collect()
+    }
+
+    /// Result and errno of the last message, which is "complete".
+    #[track_caller]
+    fn completed(&self) -> (i32, Errno) {
+        let (number, args) = self.asked.last().unwrap();
+        assert_eq!(*number, COMPLETE, "{self:?}");
+        let int = |at: usize| i32::from_ne_bytes(args[at..at + 4].try_into().unwrap());
+        assert_eq!(self.code, Some(0), "{self:?}");
+        (int(0), Errno::from_raw(int(4)))
+    }
+
+    /// There is a line of this level with this text in the log.
+    #[track_caller]
+    fn logged(&self, level: u32, text: &str) {
+        let found = self
+            .log
+            .iter()
+            .any(|(l, t)| *l == level && t.contains(text));
+        assert!(found, "no {text:?} in {self:?}");
+    }
+}
+
+/// Arguments of a message, taken from the front.
+struct Arguments<'a>(&'a [u8]);
+
+impl Arguments<'_> {
+    fn take<const N: usize>(&mut self) -> [u8; N] {
+        let (front, rest) = self.0.split_at(N);
+        self.0 = rest;
+        front.try_into().unwrap()
+    }
+
+    fn u32(&mut self) -> u32 {
+        u32::from_ne_bytes(self.take())
+    }
+
+    fn u64(&mut self) -> u64 {
+        u64::from_ne_bytes(self.take())
+    }
+
+    fn string(&mut self) -> String {
+        let length = usize::try_from(self.u32()).unwrap();
+        let (text, rest) = self.0.split_at(length);
+        self.0 = rest;
+        String::from_utf8(text.strip_suffix(b"\0").unwrap().to_vec()).unwrap()
+    }
+}
+
+/// Start the helper: its descriptor 7 is `stream`, as libxl would have left it open.
+fn start(host: &Path, args: &str, stream: impl Into<Stdio>) -> Child {
+    Command::new("sh")
+        .args(["-c", "exec \"$0\" \"$@\" 7>&2 2>/dev/null"])
+        .arg(env!("CARGO_BIN_EXE_xsr-save-helper"))
+        .args(args.split(' '))
+        .env("XSR_BACKEND", format!("mock:{}", host.display()))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(stream)
+        .spawn()
+        .unwrap()
+}
+
+/// Play libxl until the helper ends: `answer` says what to answer to a message that
+/// wants it; `None` hangs up.
+fn play(mut child: Child, mut answer: impl FnMut(u16) -> Option<i32>) -> Run {
+    let mut to: Option<ChildStdin> = child.stdin.take();
+    let mut from = child.stdout.take().unwrap();
+    let mut run = Run::default();
+    let mut head = [0; 2];
+    while from.read_exact(&mut head).is_ok() {
+        let mut message = vec![0; u16::from_ne_bytes(head).into()];
+        from.read_exact(&mut message).unwrap();
+        let (number, args) = message.split_at(2);
+        let number = u16::from_ne_bytes(number.try_into().unwrap());
+        let mut arguments = Arguments(args);
+        match number {
+            LOG => {
+                let (level, errno) = (arguments.u32(), arguments.u32());
+                assert_eq!((errno, arguments.string().as_str()), (u32::MAX, "xsr"));
+                run.log.push((level, arguments.string()));
+                assert!(arguments.0.is_empty());
+            }
+            PROGRESS => {
+                assert_eq!(arguments.string(), "xsr");
+                let what = arguments.string();
+                run.progress.push((what, arguments.u64(), arguments.u64()));
+                assert!(arguments.0.is_empty());
+            }
+            _ => run.asked.push((number, args.to_vec())),
+        }
+        if matches!(number, SUSPEND | LOGDIRTY | STATIC_DATA_DONE | COMPLETE) {
+            match answer(number) {
+                Some(answer) => to
+                    .as_mut()
+                    .unwrap()
+                    .write_all(&answer.to_ne_bytes())
+                    .unwrap(),
+                None => to = None,
+            }
+        }
+    }
+    run.code = child.wait().unwrap().code();
+    run
+}
+
+/// What libxl answers when all is well.
+fn fine(number: u16) -> Option<i32> {
+    Some(i32::from(number == SUSPEND))
+}
+
+/// A mock host in `dir` with one domain; its number.
+fn host(dir: &Path, kind: GuestKind, width: u8) -> (PathBuf, DomId) {
+    let path = dir.join("host");
+    let host = MockHost::create(&path, &HostConfig::default()).unwrap();
+    let spec = GuestSpec {
+        width,
+        vcpus: 2,
+        ..GuestSpec::new("web", kind, 16)
+    };
+    let domid = host.create_guest(&spec).unwrap();
+    (path, domid)
+}
+
+fn save_args(domid: DomId, flags: u32) -> String {
+    format!("--save-domain 7 -1 {} {flags} {SAVE_CALLBACKS} 0", domid.0)
+}
+
+/// What the engine writes for the domain of an equal host.
+fn by_the_engine(kind: GuestKind, width: u8) -> Vec<u8> {
+    let dir = scratch();
+    let (path, domid) = host(dir.path(), kind, width);
+    let host = MockHost::open(&path).unwrap();
+    let domain = host.domain(domid).unwrap();
+    let mut stream = Vec::new();
+    xsr_save_restore::save(
+        domain.as_ref(),
+        host.xen_version().unwrap(),
+        &mut DirectToolstack(domain.as_ref()),
+        &mut CopySink(&mut stream),
+        &SaveOptions::default(),
+        &mut |_| std::ops::ControlFlow::Continue(()),
+    )
+    .unwrap()
+    .keep_suspended();
+    stream
+}
+
+const KINDS: [(GuestKind, u8); 4] = [
+    (GuestKind::Pv, 8),
+    (GuestKind::Pv, 4),
+    (GuestKind::Hvm, 8),
+    (GuestKind::Pvh, 8),
+];
+
+#[test]
+fn a_save_asks_what_libxl_expects_and_writes_the_engines_stream() {
+    for (kind, width) in KINDS {
+        let dir = scratch();
+        let (path, domid) = host(dir.path(), kind, width);
+        let stream = dir.path().join("stream");
+        let child = start(&path, &save_args(domid, 0), File::create(&stream).unwrap());
+        let run = play(child, fine);
+        assert_eq!(run.completed(), (0, Errno::from_raw(0)));
+        let expected: &[u16] = match kind {
+            GuestKind::Pv => &[SUSPEND, COMPLETE],
+            _ => &[LOGDIRTY, SUSPEND, LOGDIRTY, COMPLETE],
+        };
+        assert_eq!(run.numbers(), expected);
+        if kind != GuestKind::Pv {
+            let switch = |on: u8| {
+                let [low, high] = domid.0.to_ne_bytes();
+                vec![low, high, 0, 0, on, 0, 0, 0]
+            };
+            assert_eq!((&run.asked[0].1, &run.asked[2].1), (&switch(1), &switch(0)));
+        }
+        run.logged(5, "Saving domain");
+        run.logged(1, "starting save");
+        assert!(
+            fs::read(&stream).unwrap() == by_the_engine(kind, width),
+            "{kind:?}"
+        );
+        // The guest is libxl's now, to resume or destroy.
+        let host = MockHost::open(&path).unwrap();
+        let info = host.domain(domid).unwrap().info().unwrap();
+        assert_eq!(info.shutdown, Some(ShutdownReason::Suspend));
+    }
+}
+
+#[test]
+fn progress_is_in_the_words_of_xen() {
+    let dir = scratch();
+    let (path, domid) = host(dir.path(), GuestKind::Pv, 8);
+    let run = play(
+        start(
+            &path,
+            &save_args(domid, 0),
+            File::create(dir.path().join("s")).unwrap(),
+        ),
+        fine,
+    );
+    let mut words: Vec<&str> = run
+        .progress
+        .iter()
+        .map(|(what, ..)| what.as_str())
+        .collect();
+    words.dedup();
+    let expected = [
+        "Start of stream",
+        "Domain now suspended",
+        "Frames",
+        "End of stream",
+        "Complete",
+    ];
+    assert_eq!(words, expected);
+    let last = run
+        .progress
+        .iter()
+        .rfind(|(what, ..)| what == "Frames")
+        .unwrap();
+    assert_eq!((last.1, last.2), (4096, 4096));
+    let steps = run.progress.iter().filter(|(what, ..)| what == "Frames");
+    assert!(
+        (4..=5).contains(&steps.count()),
+        "16 MiB in steps of 4: {run:?}"
+    );
+}
+
+#[test]
+fn a_live_save_counts_its_passes() {
+    let dir = scratch();
+    let (path, domid) = host(dir.path(), GuestKind::Pvh, 8);
+    // FLAGS: live, debug.
+    let run = play(
+        start(
+            &path,
+            &save_args(domid, 3),
+            File::create(dir.path().join("s")).unwrap(),
+        ),
+        fine,
+    );
+    assert_eq!(run.completed(), (0, Errno::from_raw(0)));
+    let mut words: Vec<&str> = run
+        .progress
+        .iter()
+        .map(|(what, ..)| what.as_str())
+        .collect();
+    words.dedup();
+    assert_eq!(words[..2], ["Start of stream", "Frames iteration 0"]);
+    assert!(words.contains(&"Frames verify"), "{words:?}");
+}
+
+/// An image that a real Xen wrote, without the layers around its libxc stream.
+fn libxc_stream(name: &str) -> Vec<u8> {
+    let octets = fs::read(image(name)).unwrap();
+    let (_, start, end) = layers(&octets);
+    octets[start..end].to_vec()
+}
+
+fn restore_args(domid: DomId, ports: (u32, u32)) -> String {
+    let (store, console) = ports;
+    format!(
+        "--restore-domain 7 -1 {} {store} 0 {console} 0 {RESTORE_CALLBACKS} 0",
+        domid.0
+    )
+}
+
+/// A host with a domain that has nothing yet; its ports for xenstore and console.
+fn empty(dir: &Path, kind: GuestKind) -> (PathBuf, DomId, (u32, u32)) {
+    let path = dir.join("host");
+    let host = MockHost::create(&path, &HostConfig::default()).unwrap();
+    let domid = host.create_domain(kind, 1, 4096).unwrap();
+    let domain = host.domain(domid).unwrap();
+    let ports = (
+        domain.alloc_unbound_port(DomId(0)).unwrap(),
+        domain.alloc_unbound_port(DomId(0)).unwrap(),
+    );
+    (path, domid, ports)
+}
+
+#[test]
+fn a_restore_says_where_the_rings_are_and_leaves_the_rest_of_the_stream_alone() {
+    for (name, kind) in [("tpv", GuestKind::Pv), ("tpvh", GuestKind::Pvh)] {
+        let dir = scratch();
+        let (path, domid, ports) = empty(dir.path(), kind);
+        // libxl reads on behind END: not an octet of that may be gone.
+        let file = dir.path().join("stream");
+        let mut octets = libxc_stream(name);
+        let end = octets.len() as u64;
+        octets.extend([0x5a; 100]);
+        fs::write(&file, octets).unwrap();
+        let mut ours = fs::File::options()
+            .read(true)
+            .write(true)
+            .open(&file)
+            .unwrap();
+        let theirs = ours.try_clone().unwrap();
+        let run = play(start(&path, &restore_args(domid, ports), theirs), fine);
+        assert_eq!(run.completed(), (0, Errno::from_raw(0)), "{run:?}");
+        assert_eq!(run.numbers(), [STATIC_DATA_DONE, RESTORE_RESULTS, COMPLETE]);
+        assert_eq!(run.asked[0].1, [0; 4], "nothing is missing");
+        let mut rings = Arguments(&run.asked[1].1);
+        let (store, console) = (rings.u64(), rings.u64());
+        assert!(store != 0 && console != 0 && store != console);
+        run.logged(5, "Found x86");
+        run.logged(
+            5,
+            &format!("XenStore: mfn {store:#x}, dom 0, evt {}", ports.0),
+        );
+        let mut rest = Vec::new();
+        let at = std::io::Seek::stream_position(&mut ours).unwrap();
+        ours.read_to_end(&mut rest).unwrap();
+        assert_eq!((at, rest), (end, vec![0x5a; 100]));
+    }
+}
+
+#[test]
+fn a_bad_stream_fails_the_restore_with_einval() {
+    let dir = scratch();
+    let (path, domid, ports) = empty(dir.path(), GuestKind::Pv);
+    let file = dir.path().join("stream");
+    let mut octets = libxc_stream("tpv");
+    octets.truncate(octets.len() / 2);
+    fs::write(&file, octets).unwrap();
+    let stream = fs::File::options()
+        .read(true)
+        .write(true)
+        .open(&file)
+        .unwrap();
+    let run = play(start(&path, &restore_args(domid, ports), stream), fine);
+    assert_eq!(run.completed(), (-1, Errno::EINVAL));
+    // libxl takes an end without results for a helper that crashed.
+    assert_eq!(run.asked[1], (RESTORE_RESULTS, vec![0; 16]));
+    run.logged(8, "restore failed");
+}
+
+#[test]
+fn a_guest_that_libxl_cannot_suspend_fails_the_save() {
+    let dir = scratch();
+    let (path, domid) = host(dir.path(), GuestKind::Hvm, 8);
+    let child = start(
+        &path,
+        &save_args(domid, 0),
+        File::create(dir.path().join("s")).unwrap(),
+    );
+    let run = play(child, |number| match number {
+        SUSPEND => Some(0),
+        other => fine(other),
+    });
+    assert_eq!(run.completed(), (-1, Errno::EIO));
+    // The device model's log is off again.
+    assert_eq!(run.numbers(), [LOGDIRTY, SUSPEND, LOGDIRTY, COMPLETE]);
+    run.logged(8, "suspending the guest");
+    let host = MockHost::open(&path).unwrap();
+    assert_eq!(host.domain(domid).unwrap().info().unwrap().shutdown, None);
+}
+
+#[test]
+fn sigterm_stops_a_save_whose_reader_has_stalled() {
+    let dir = scratch();
+    let (path, domid) = host(dir.path(), GuestKind::Pvh, 8);
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    let child = start(&path, &save_args(domid, 1), writer);
+    let pid = Pid::from_raw(child.id().cast_signed());
+    let stopping = std::thread::spawn(move || {
+        // Octets arrive, so the signal is caught by now; nobody takes the rest.
+        reader.read_exact(&mut [0; 4096]).unwrap();
+        signal::kill(pid, Signal::SIGTERM).unwrap();
+        reader
+    });
+    let run = play(child, fine);
+    drop(stopping.join().unwrap());
+    assert_eq!(run.completed(), (-1, Errno::ECANCELED), "{run:?}");
+    assert_eq!(run.numbers(), [LOGDIRTY, LOGDIRTY, COMPLETE]);
+    let host = MockHost::open(&path).unwrap();
+    assert_eq!(host.domain(domid).unwrap().info().unwrap().shutdown, None);
+}
+
+#[test]
+fn a_libxl_that_goes_away_ends_the_helper_as_it_ends_xens() {
+    let dir = scratch();
+    let (path, domid) = host(dir.path(), GuestKind::Pv, 8);
+    let child = start(
+        &path,
+        &save_args(domid, 0),
+        File::create(dir.path().join("s")).unwrap(),
+    );
+    assert_eq!(play(child, |_| None).code, Some(254));
+    let host = MockHost::open(&path).unwrap();
+    assert_eq!(host.domain(domid).unwrap().info().unwrap().shutdown, None);
+    drop(host);
+    let mut child = start(
+        &path,
+        &save_args(domid, 0),
+        File::create(dir.path().join("s")).unwrap(),
+    );
+    drop(child.stdout.take());
+    assert_eq!(child.wait().unwrap().code(), Some(255));
+}
+
+#[test]
+fn what_it_cannot_do_it_says_before_it_touches_the_guest() {
+    let dir = scratch();
+    let (path, domid) = host(dir.path(), GuestKind::Pv, 8);
+    let file = || File::create(dir.path().join("s")).unwrap();
+    let remus = format!("--save-domain 7 -1 {} 1 {SAVE_CALLBACKS} 1", domid.0);
+    let run = play(start(&path, &remus, file()), fine);
+    assert_eq!(run.completed(), (-1, Errno::EOPNOTSUPP));
+    let no_such = save_args(DomId(99), 0);
+    let run = play(start(&path, &no_such, file()), fine);
+    assert_eq!(run.completed(), (-1, Errno::ESRCH));
+    let closed = save_args(domid, 0).replace("--save-domain 7", "--save-domain 99");
+    let run = play(start(&path, &closed, file()), fine);
+    assert_eq!(run.completed(), (-1, Errno::EBADF));
+    let run = play(start(&path, "--save-domain 7", file()), fine);
+    assert_eq!((run.code, run.asked.len()), (Some(255), 0));
+    let run = play(
+        start(&dir.path().join("none"), &save_args(domid, 0), file()),
+        fine,
+    );
+    assert_eq!((run.code, run.asked.len()), (Some(255), 0));
+    run.logged(8, "none");
+}
