@@ -14,6 +14,7 @@ mod command;
 mod deny;
 mod dist;
 mod fuzz;
+mod lab;
 mod lint;
 mod peer;
 mod stages;
@@ -40,6 +41,7 @@ Examples:
   cargo xtask lint                             what a change has to pass first
   cargo xtask fuzz libxc_reader --seconds 60   fuzz one parser for a minute
   cargo xtask bench                            throughput beside cat, as in docs/performance.md
+  cargo xtask lab run                          save and restore on a real Xen, under qemu
   cargo xtask ci                               everything, as continuous integration does"
 )]
 struct Cli {
@@ -85,6 +87,7 @@ Examples:
     Bench(bench::BenchArgs),
     Bindings(bindings::BindingsArgs),
     Measure(bench::measure::MeasureArgs),
+    Lab(lab::LabArgs),
     /// Fetch Xen's own stream tools, for the conformance tests
     ///
     /// Downloads Debian's xen-utils-4.17 and unpacks it below target/peer; nothing is
@@ -122,6 +125,7 @@ fn main() -> ExitCode {
         Task::Bench(args) => bench::run(&args),
         Task::Bindings(args) => bindings::run(&args),
         Task::Measure(args) => bench::measure::run(&args),
+        Task::Lab(args) => lab::run(&args),
         Task::PeerTools => peer::run(),
         Task::Dist => dist::run(),
         Task::Lint => {

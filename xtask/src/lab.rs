@@ -1,0 +1,155 @@
+//! The lab: a real Xen with its dom0 and its toolstack, booted under qemu's software
+//! emulation on any Linux machine, to run scenarios in.
+//!
+//! Everything in it comes from Debian packages, downloaded with a private apt state
+//! and unpacked below `target/lab`: nothing is installed, no maintainer script runs.
+//! The guests and the scripts of dom0 are in `xtask/lab`; our own binaries are built
+//! static, so that one build runs in every suite's dom0.
+
+mod apt;
+mod build;
+mod kernel;
+mod matrix;
+mod qemu;
+mod results;
+mod scenario;
+mod share;
+
+use std::path::PathBuf;
+
+use anyhow::{Result, bail, ensure};
+use clap::{Args, Subcommand};
+
+use crate::lab::build::Lab;
+use crate::lab::results::Results;
+use crate::lab::scenario::{SCENARIOS, Scenario};
+
+/// Boot a real Xen under qemu and run scenarios in it
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  cargo xtask lab build                       download and unpack Xen, dom0, qemu's guests
+  cargo xtask lab run                         the smoke scenarios
+  cargo xtask lab run pvh                     all scenarios of one guest
+  cargo xtask lab run --suite trixie stock    one kind of scenario, on another Xen
+  cargo xtask lab matrix                      everything, on every Xen; docs/interop.md
+  cargo xtask lab list                        what there is
+
+The lab needs some packages of Debian or what other systems call them; `lab build` says
+which are missing.")]
+pub(crate) struct LabArgs {
+    #[command(subcommand)]
+    task: LabTask,
+}
+
+#[derive(Debug, Subcommand)]
+enum LabTask {
+    /// Download and unpack what the lab boots
+    Build(BuildArgs),
+    /// Run scenarios in the lab; build it first if need be
+    Run(RunArgs),
+    /// Run all scenarios on each suite's Xen; write docs/interop.md
+    Matrix(MatrixArgs),
+    /// List the scenarios
+    List,
+}
+
+/// On which suites.
+#[derive(Debug, Args)]
+struct MatrixArgs {
+    /// Debian suites
+    #[arg(long = "suite", value_name = "SUITE", default_values = ["bookworm", "trixie"])]
+    suites: Vec<String>,
+    /// Give up on a suite after so many seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 3600)]
+    limit: u64,
+}
+
+/// Which lab.
+#[derive(Debug, Args)]
+pub(crate) struct BuildArgs {
+    /// Debian suite whose Xen, kernel and toolstack to take
+    #[arg(long, default_value = "bookworm")]
+    suite: String,
+}
+
+/// What to run, and where.
+#[derive(Debug, Args)]
+struct RunArgs {
+    #[command(flatten)]
+    build: BuildArgs,
+    /// Optimise our binaries (for figures)
+    #[arg(long)]
+    release: bool,
+    /// Restore the images of this directory, too (NAME.save.zst, as xl wrote them)
+    #[arg(long, value_name = "DIR")]
+    images: Option<PathBuf>,
+    /// Give up after so many seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 1800)]
+    limit: u64,
+    /// Kinds, guests, or KIND/GUEST; the smoke scenarios if none
+    scenarios: Vec<String>,
+}
+
+/// Run the task.
+///
+/// # Errors
+///
+/// The lab cannot be built or does not boot, or a scenario fails.
+pub(crate) fn run(args: &LabArgs) -> Result<()> {
+    match &args.task {
+        LabTask::Build(args) => {
+            let lab = Lab::build(&args.suite)?;
+            println!("{}", lab.describe()?);
+            Ok(())
+        }
+        LabTask::Run(args) => run_scenarios(args),
+        LabTask::Matrix(args) => matrix::run(&args.suites, args.limit),
+        LabTask::List => {
+            for scenario in SCENARIOS {
+                let smoke = if scenario.smoke { "  (smoke)" } else { "" };
+                println!("{:28}{}{smoke}", scenario.name(), scenario.about());
+            }
+            Ok(())
+        }
+    }
+}
+
+fn run_scenarios(args: &RunArgs) -> Result<()> {
+    let mut wanted = chosen(&args.scenarios)?;
+    if args.scenarios.is_empty() && args.images.is_some() {
+        wanted.clear();
+    }
+    let lab = Lab::build(&args.build.suite)?;
+    let share = share::Share::prepare(&lab, args.release)?;
+    share.scenarios(&wanted)?;
+    if let Some(images) = &args.images {
+        share.images(images)?;
+    }
+    qemu::boot(&lab, &share, args.limit)?;
+    let results = Results::read(&share)?;
+    println!("\n{}", results.table());
+    results.verdict(&share)
+}
+
+/// The scenarios that match any of `patterns`; the smoke scenarios if there is none.
+fn chosen(patterns: &[String]) -> Result<Vec<Scenario>> {
+    for pattern in patterns {
+        ensure!(
+            SCENARIOS.iter().any(|s| s.matches(pattern)),
+            "no scenario matches {pattern}: `cargo xtask lab list` has them"
+        );
+    }
+    let chosen: Vec<Scenario> = SCENARIOS
+        .iter()
+        .filter(|s| match patterns {
+            [] => s.smoke,
+            _ => patterns.iter().any(|pattern| s.matches(pattern)),
+        })
+        .copied()
+        .collect();
+    if chosen.is_empty() {
+        bail!("there are no scenarios");
+    }
+    Ok(chosen)
+}

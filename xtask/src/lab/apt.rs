@@ -1,0 +1,121 @@
+//! A private apt: sees one Debian suite, through the mirror that this machine's own
+//! apt uses, and knows no installed package; so that a download brings the whole
+//! closure. Touches nothing outside its directory.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::command::Invocation;
+
+/// Debian's own keys, as the package `debian-archive-keyring` installs them.
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+
+/// An apt with state of its own.
+#[derive(Debug)]
+pub(super) struct Apt {
+    dir: PathBuf,
+}
+
+impl Apt {
+    /// Set it up in `dir` for packages (`deb`) or sources (`deb-src`) of a suite, and
+    /// fetch the lists.
+    ///
+    /// # Errors
+    ///
+    /// This machine's apt knows no Debian archive, or it cannot be reached.
+    pub(super) fn open(dir: &Path, kind: &str, suite: &str) -> Result<Self> {
+        for part in ["state/lists/partial", "cache/archives/partial", "none"] {
+            let path = dir.join(part);
+            std::fs::create_dir_all(&path)
+                .with_context(|| format!("cannot make {}", path.display()))?;
+        }
+        std::fs::write(dir.join("status"), "")?;
+        std::fs::write(dir.join("sources.list"), sources(kind, suite)?)?;
+        let apt = Self {
+            dir: dir.to_owned(),
+        };
+        apt.program("apt-get").args(["-qq", "update"]).run()?;
+        Ok(apt)
+    }
+
+    fn program(&self, name: &str) -> Invocation {
+        let dir = self.dir.display();
+        let options = [
+            format!("Dir::State={dir}/state"),
+            format!("Dir::State::status={dir}/status"),
+            format!("Dir::Cache={dir}/cache"),
+            format!("Dir::Etc::sourcelist={dir}/sources.list"),
+            format!("Dir::Etc::sourceparts={dir}/none"),
+            format!("Dir::Etc::preferences={dir}/none/none"),
+            format!("Dir::Etc::preferencesparts={dir}/none"),
+            "APT::Sandbox::User=root".to_owned(),
+            "APT::Install-Recommends=false".to_owned(),
+        ];
+        let flagged = options.into_iter().flat_map(|o| ["-o".to_owned(), o]);
+        Invocation::new(name).args(flagged)
+    }
+
+    /// Names of the packages that begin with `prefix`.
+    pub(super) fn names(&self, prefix: &str) -> Result<Vec<String>> {
+        let listed = self
+            .program("apt-cache")
+            .args(["pkgnames", prefix])
+            .capture()?;
+        Ok(listed.lines().map(str::to_owned).collect())
+    }
+
+    /// Download packages and all they depend on; the archives' paths.
+    pub(super) fn download(&self, packages: &[String]) -> Result<Vec<PathBuf>> {
+        let archives = self.dir.join("cache/archives");
+        // What an earlier version of the suite left.
+        for old in debs(&archives)? {
+            std::fs::remove_file(old)?;
+        }
+        self.program("apt-get")
+            .args(["-qq", "install", "--yes", "--download-only"])
+            .args(packages)
+            .run()?;
+        let found = debs(&archives)?;
+        ensure!(!found.is_empty(), "apt-get left no packages behind");
+        Ok(found)
+    }
+}
+
+fn debs(dir: &Path) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(dir)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|e| e == "deb") {
+            found.push(path);
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Source lines for `suite`, from the archives that this machine's apt knows.
+fn sources(kind: &str, suite: &str) -> Result<String> {
+    let known = Invocation::new("apt-get")
+        .args(["indextargets", "--format", "$(REPO_URI) $(RELEASE)"])
+        .args(["Created-By: Packages", "Origin: Debian"])
+        .capture()
+        .context("the lab is made of Debian packages, and wants apt to fetch them")?;
+    let lines: BTreeSet<String> = known
+        .lines()
+        .filter_map(|line| line.split_once(' '))
+        .map(|(uri, release)| {
+            let suffix = ["-security", "-updates"]
+                .into_iter()
+                .find(|suffix| release.ends_with(suffix))
+                .unwrap_or_default();
+            format!("{kind} [signed-by={KEYRING}] {uri} {suite}{suffix} main\n")
+        })
+        .collect();
+    ensure!(
+        !lines.is_empty(),
+        "apt knows no Debian archive here: add one to its sources and run apt-get update"
+    );
+    Ok(lines.into_iter().collect())
+}

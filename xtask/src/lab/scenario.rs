@@ -1,0 +1,177 @@
+//! The scenarios: a kind (a function of `xtask/lab/dom0/scenarios`) and a guest (of
+//! `configure` in `xtask/lab/dom0/lib`).
+
+/// One scenario.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Scenario {
+    /// What is done.
+    pub(super) kind: &'static str,
+    /// To which guest.
+    pub(super) guest: &'static str,
+    /// Whether it is one of the few that every change has to pass.
+    pub(super) smoke: bool,
+}
+
+const fn smoke(kind: &'static str, guest: &'static str) -> Scenario {
+    Scenario {
+        kind,
+        guest,
+        smoke: true,
+    }
+}
+
+const fn more(kind: &'static str, guest: &'static str) -> Scenario {
+    Scenario {
+        kind,
+        guest,
+        smoke: false,
+    }
+}
+
+/// All of them, in the order in which they run.
+pub(super) const SCENARIOS: &[Scenario] = &[
+    smoke("stock", "pv"),
+    smoke("stock", "pvh"),
+    smoke("stock", "hvm"),
+    more("stock", "pv2"),
+    more("stock", "pvh2"),
+    smoke("mock", "pv"),
+    smoke("ours_stock", "pv"),
+    smoke("ours_stock", "pvh"),
+    smoke("ours_stock", "hvm"),
+    more("ours_stock", "pv2"),
+    more("ours_stock", "pvh2"),
+    smoke("stock_ours", "pv"),
+    smoke("stock_ours", "pvh"),
+    smoke("stock_ours", "hvm"),
+    more("stock_ours", "pv2"),
+    more("stock_ours", "pvh2"),
+    more("ours_ours", "pv"),
+    more("ours_ours", "pvh"),
+    more("ours_ours", "hvm"),
+    more("ours_ours", "pv2"),
+    more("ours_ours", "pvh2"),
+    more("checkpoint", "pv"),
+    more("checkpoint", "pvh"),
+    smoke("parity", "pv"),
+    smoke("parity", "pvh"),
+    more("parity", "pv2"),
+    more("parity", "pvh2"),
+    more("migrate_stock_stock", "pvh"),
+    more("migrate_ours_stock", "pvh"),
+    more("migrate_stock_ours", "pvh"),
+    more("migrate_ours_ours", "pvh"),
+    more("migrate_ours_ours", "pvh2"),
+    more("migrate_ours_ours", "hvm"),
+    more("cancel", "pvh"),
+    more("cancel_suspended", "pv"),
+];
+
+/// What each kind does.
+const KINDS: &[(&str, &str)] = &[
+    (
+        "stock",
+        "the stock toolstack saves and restores; our checker reads the image",
+    ),
+    (
+        "mock",
+        "a stock image goes through our mock machine, then a stock restore",
+    ),
+    (
+        "ours_stock",
+        "xl save with our helper, xl restore with the stock one",
+    ),
+    (
+        "stock_ours",
+        "xl save with the stock helper, xl restore with ours",
+    ),
+    ("ours_ours", "xl save and xl restore with our helper"),
+    (
+        "checkpoint",
+        "xl save -c with our helper: the guest runs on, and so does its image",
+    ),
+    (
+        "parity",
+        "one suspended domain, written by our helper and by the stock one: equal octets",
+    ),
+    (
+        "migrate_stock_stock",
+        "live xl migrate to the same host, stock helpers",
+    ),
+    (
+        "migrate_ours_stock",
+        "live xl migrate to the same host, our helper sends",
+    ),
+    (
+        "migrate_stock_ours",
+        "live xl migrate to the same host, our helper receives",
+    ),
+    (
+        "migrate_ours_ours",
+        "live xl migrate to the same host, our helper on both sides",
+    ),
+    (
+        "cancel",
+        "SIGTERM in the middle of a live save with our helper: the guest counts on",
+    ),
+    (
+        "cancel_suspended",
+        "SIGTERM in the middle of a save with our helper: the guest counts on",
+    ),
+];
+
+impl Scenario {
+    /// As people name it.
+    pub(super) fn name(&self) -> String {
+        format!("{}/{}", self.kind, self.guest)
+    }
+
+    /// What it does, in a line.
+    pub(super) fn about(&self) -> &'static str {
+        let found = KINDS.iter().find(|(kind, _)| *kind == self.kind);
+        found.map_or("", |(_, about)| about)
+    }
+
+    /// Whether `pattern` is its kind, its guest or its name.
+    pub(super) fn matches(&self, pattern: &str) -> bool {
+        pattern == self.kind || pattern == self.guest || pattern == self.name()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+    use crate::lab::build::source;
+
+    #[test]
+    fn every_kind_is_described_and_is_a_function_in_dom0() {
+        let script = std::fs::read_to_string(source("dom0/scenarios")).unwrap();
+        for scenario in SCENARIOS {
+            assert!(!scenario.about().is_empty(), "{}", scenario.name());
+            let function = format!("\n{}() {{", scenario.kind);
+            assert!(script.contains(&function), "{} is missing", scenario.kind);
+        }
+    }
+
+    #[test]
+    fn every_guest_can_be_configured() {
+        let library = std::fs::read_to_string(source("dom0/lib")).unwrap();
+        for scenario in SCENARIOS {
+            let arm = format!("\n        {}) ", scenario.guest);
+            assert!(library.contains(&arm), "{} is missing", scenario.guest);
+        }
+    }
+
+    #[test]
+    fn patterns_are_kinds_guests_or_names() {
+        let scenario = smoke("stock", "pv");
+        for pattern in ["stock", "pv", "stock/pv"] {
+            assert!(scenario.matches(pattern));
+        }
+        for pattern in ["", "p", "pv/stock", "stock/pvh"] {
+            assert!(!scenario.matches(pattern));
+        }
+    }
+}

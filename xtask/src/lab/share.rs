@@ -1,0 +1,154 @@
+//! What a boot of the lab gets from this machine (scripts, guests, our binaries) and
+//! what comes back (logs, results).
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+
+use super::build::{Lab, source};
+use super::scenario::Scenario;
+use crate::command::Invocation;
+use crate::workspace;
+
+/// Static binaries run in the dom0 of every suite.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// How the guests are compiled: freestanding, at fixed addresses, no vector registers.
+const GUEST_FLAGS: [&str; 19] = [
+    "-O2",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-std=gnu11",
+    "-ffreestanding",
+    "-nostdlib",
+    "-static",
+    "-no-pie",
+    "-fno-pic",
+    "-mgeneral-regs-only",
+    "-fno-stack-protector",
+    "-fcf-protection=none",
+    "-fno-builtin",
+    "-fno-asynchronous-unwind-tables",
+    "-Wl,--build-id=none",
+    "-Wl,-N",
+    "-Wl,--no-warn-rwx-segments",
+    "-Wl,-z,noexecstack",
+];
+
+/// The two directories.
+#[derive(Debug)]
+pub(super) struct Share {
+    /// What dom0 sees read-only.
+    pub(super) input: PathBuf,
+    /// What it writes.
+    pub(super) output: PathBuf,
+}
+
+impl Share {
+    /// Build our binaries and the guests and lay them out for the lab.
+    pub(super) fn prepare(lab: &Lab, release: bool) -> Result<Self> {
+        let share = Self {
+            input: lab.file("in"),
+            output: lab.file("out"),
+        };
+        for dir in [&share.input, &share.output] {
+            if dir.exists() {
+                std::fs::remove_dir_all(dir)?;
+            }
+            std::fs::create_dir_all(dir)?;
+        }
+        for script in ["start", "lib", "scenarios", "play-libxl"] {
+            share.put(&source("dom0").join(script), script)?;
+        }
+        share.put(&lab.file("VERSIONS"), "VERSIONS")?;
+        share.guests()?;
+        share.binaries(release)?;
+        Ok(share)
+    }
+
+    fn put(&self, from: &Path, name: &str) -> Result<()> {
+        std::fs::copy(from, self.input.join(name))
+            .with_context(|| format!("cannot copy {}", from.display()))?;
+        Ok(())
+    }
+
+    fn guests(&self) -> Result<()> {
+        let sources = ["start.S", "guest.c"].map(|name| source("guest").join(name));
+        let script = format!("-Wl,-T,{}", source("guest/guest.lds").display());
+        let wide: [&str; 2] = ["-mno-red-zone", "-mcmodel=small"];
+        for (name, flags) in [("guest", &wide[..]), ("guest32", &["-m32"])] {
+            Invocation::new("gcc")
+                .args(flags)
+                .args(GUEST_FLAGS)
+                .arg(&script)
+                .args(&sources)
+                .arg("-o")
+                .arg(self.input.join(name))
+                .run()?;
+        }
+        Ok(())
+    }
+
+    fn binaries(&self, release: bool) -> Result<()> {
+        let profile = if release { "release" } else { "dev" };
+        Invocation::cargo()
+            .env("RUSTFLAGS", "-C target-feature=+crt-static")
+            .args(["build", "--package", "xsr", "--bins", "--locked"])
+            .args(["--target", TARGET, "--profile", profile])
+            .run()?;
+        let dir = if release { "release" } else { "debug" };
+        let built = workspace::root().join("target").join(TARGET).join(dir);
+        self.put(&built.join("xsr"), "xsr")?;
+        self.put(&built.join("xsr-save-helper"), "xsr-save-helper")
+    }
+
+    /// Have these scenarios run.
+    pub(super) fn scenarios(&self, scenarios: &[Scenario]) -> Result<()> {
+        let mut wanted = String::new();
+        for scenario in scenarios {
+            writeln!(wanted, "{} {}", scenario.kind, scenario.guest)?;
+        }
+        std::fs::write(self.input.join("wanted"), wanted)?;
+        Ok(())
+    }
+
+    /// Have the images of a directory restored, too.
+    pub(super) fn images(&self, dir: &Path) -> Result<()> {
+        let wanted = self.input.join("wanted");
+        let mut lines = std::fs::read_to_string(&wanted)?;
+        let before = lines.len();
+        let entries =
+            std::fs::read_dir(dir).with_context(|| format!("cannot read {}", dir.display()))?;
+        let mut names: Vec<String> = entries
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+            .filter_map(|name| name.strip_suffix(".save.zst").map(str::to_owned))
+            .collect();
+        names.sort();
+        for name in names {
+            self.put(
+                &dir.join(format!("{name}.save.zst")),
+                &format!("{name}.zst"),
+            )?;
+            writeln!(lines, "image {name}")?;
+        }
+        ensure!(
+            lines.len() > before,
+            "{} has no NAME.save.zst",
+            dir.display()
+        );
+        std::fs::write(wanted, lines)?;
+        Ok(())
+    }
+
+    /// What was asked for: kind and guest.
+    pub(super) fn wanted(&self) -> Result<Vec<(String, String)>> {
+        let text = std::fs::read_to_string(self.input.join("wanted"))?;
+        Ok(text
+            .lines()
+            .filter_map(|line| line.split_once(' '))
+            .map(|(kind, guest)| (kind.to_owned(), guest.to_owned()))
+            .collect())
+    }
+}
