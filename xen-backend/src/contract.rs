@@ -4,7 +4,7 @@
 //! Each check makes the domains it needs and destroys them. Every errno that the
 //! traits promise is provoked, but for those that want a machine or a handle of
 //! another sort: EPERM and EACCES for who may not, ENOMEM of a host that is full,
-//! EOPNOTSUPP of one that cannot log a guest's writes, ESRCH for a vcpu that was
+//! EOPNOTSUPP of one that cannot log a guest's writes or has no 32-bit guests, ESRCH for a vcpu that was
 //! never made, and ETIMEDOUT of a running guest that does not answer.
 
 mod control;
@@ -127,6 +127,23 @@ fn equal<T: PartialEq + fmt::Debug + ?Sized>(
         true => Ok(()),
         false => Err(Violation(format!(
             "{what}: got {got:?}, expected {expected:?}"
+        ))),
+    }
+}
+
+/// What a hypervisor says of a frame that cannot be used as is asked: which of them
+/// depends on what is wrong with it, on the kind of guest and on the kernel in between.
+const REFUSED: [Errno; 3] = [Errno::EINVAL, Errno::EPERM, Errno::EBUSY];
+
+/// `result` is a failure of a frame that cannot be used so.
+fn refused<T>(result: Result<T, BackendError>, what: &str) -> Result<(), Violation> {
+    match result {
+        Err(error) if REFUSED.contains(&error.errno) => Ok(()),
+        Err(error) => Err(Violation(format!(
+            "{what}: {error}, expected one of {REFUSED:?}"
+        ))),
+        Ok(_) => Err(Violation(format!(
+            "{what}: succeeds, expected one of {REFUSED:?}"
         ))),
     }
 }

@@ -275,8 +275,9 @@ pub trait GuestMemory: Send + Sync {
 
     /// Map frames one behind the other. Succeeds as a whole even where single
     /// frames fail: see [`ForeignPages::failed`]. A frame that does not exist or is
-    /// not the domain's fails with EINVAL; a page table of a PV guest may be mapped
-    /// for writing only while nothing has its type (EINVAL otherwise).
+    /// not the domain's is refused; a page table of a PV guest may be mapped for writing
+    /// only while nothing has its type. Of a frame that is refused a hypervisor says
+    /// EINVAL, EPERM or EBUSY.
     fn map(&self, gfns: &[Gfn], access: Access) -> Result<ForeignPages, BackendError>;
 
     /// Allocate `frames.len()` extents of 2^`order` pages
@@ -284,8 +285,10 @@ pub trait GuestMemory: Send + Sync {
     /// the first pfn of an extent, aligned to it. Coming out, for a PV guest, it is
     /// the first mfn; for a translated guest it is unchanged. Says how many extents,
     /// from the first on, were allocated: fewer than asked for when memory or the
-    /// domain's limit ran out, or a pfn was already in use (a PV guest may reuse
-    /// one). EINVAL for another order or a misaligned pfn. New pages are zero.
+    /// domain's limit ran out. A translated guest's pfn is to be populated once: Xen
+    /// puts a second page in the place of the first, which stays the domain's (a PV
+    /// guest may reuse one). EINVAL for another order or a misaligned pfn. New pages are
+    /// zero.
     fn populate(&self, order: u8, frames: &mut [Gfn]) -> Result<usize, BackendError>;
 
     /// Give pages back, one by one (`XENMEM_decrease_reservation`, order 0): what they
@@ -327,7 +330,8 @@ pub trait PvGuest: Send + Sync {
 
     /// Make the guest 4 or 8 octets wide (`XEN_DOMCTL_set_address_size`); the width it
     /// has always succeeds. EINVAL for another width, and for 8 once it is 4; EACCES
-    /// for 4 once the domain has memory.
+    /// for 4 once the domain has memory; EOPNOTSUPP where the hypervisor has no 32-bit
+    /// PV guests.
     fn set_guest_width(&self, width: u8) -> Result<(), BackendError>;
 
     /// The machine-to-physical table.
@@ -340,13 +344,13 @@ pub trait PvGuest: Send + Sync {
 
     /// Set one blob. EINVAL for a wrong length, a cr3 that is no valid top-level
     /// table of the guest, a GDT frame that is page table or otherwise unfit, or
-    /// a state Xen does not accept.
+    /// a state Xen does not accept. EOPNOTSUPP for other tables than those a vcpu has.
     fn set_vcpu_state(&self, vcpu: u32, blob: VcpuBlob, state: &[u8]) -> Result<(), BackendError>;
 
     /// Validate and pin page tables (`MMUEXT_PIN_Ln_TABLE`), at most 1024 at a time:
-    /// level 1–4 and the table's mfn. EINVAL when a table does not validate: an
-    /// entry with reserved bits, to a frame that is not the guest's, or a writable
-    /// mapping of a page table. Those before the failing one stay pinned.
+    /// level 1–4 and the table's mfn. EINVAL, EPERM or EBUSY when a table does not
+    /// validate: an entry with reserved bits, to a frame that is not the guest's, or a
+    /// writable mapping of a page table. Those before the failing one stay pinned.
     fn pin_tables(&self, tables: &[(u8, Mfn)]) -> Result<(), BackendError>;
 }
 
@@ -357,7 +361,7 @@ pub trait HvmGuest: Send + Sync {
     fn hvm_context(&self) -> Result<Vec<u8>, BackendError>;
 
     /// Set it. EINVAL for a context that is malformed or was made by a machine too
-    /// different.
+    /// different; for one without a record ENODATA, too.
     fn set_hvm_context(&self, context: &[u8]) -> Result<(), BackendError>;
 
     /// One HVM parameter (`HVM_PARAM_*`; 0 when never set). EINVAL for an index

@@ -93,6 +93,7 @@ pub(crate) trait FrameMapping: Send {
     /// Why the frame at `index` is not mapped; `None` once it is.
     fn failure(&self, index: usize) -> Option<Errno>;
 
-    /// What has been mapped, with the rest listed as failed.
-    fn finish(self: Box<Self>) -> ForeignPages;
+    /// What has been mapped, with the rest listed as failed. ENOMEM where there is no
+    /// room for it.
+    fn finish(self: Box<Self>) -> Result<ForeignPages, Errno>;
 }

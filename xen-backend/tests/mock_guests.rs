@@ -236,3 +236,21 @@ fn destroying_a_guest_gives_everything_back() {
         );
     }
 }
+
+/// What Xen leaves to the caller the mock refuses: a pfn of a translated guest that has
+/// a page already.
+#[test]
+fn a_translated_guests_pfn_is_populated_once() {
+    let host = MockHost::ephemeral(&HostConfig {
+        memory_pages: 1 << 14,
+        ..HostConfig::default()
+    })
+    .unwrap();
+    let domid = host.create_domain(GuestKind::Pvh, 1, 2048).unwrap();
+    let guest = host.domain(domid).unwrap();
+    assert_eq!(guest.populate(0, &mut [Gfn(2)]), Ok(1));
+    let mut again = [Gfn(0), Gfn(1), Gfn(2), Gfn(3)];
+    assert_eq!(guest.populate(0, &mut again), Ok(2));
+    assert_eq!(guest.populate(9, &mut [Gfn(512), Gfn(0)]), Ok(1));
+    assert_eq!(guest.info().unwrap().tot_pages, 515);
+}

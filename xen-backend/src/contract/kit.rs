@@ -64,6 +64,15 @@ impl Guest {
         Ok((guest, gfns))
     }
 
+    /// Make a PV guest 32 bits wide; false where the hypervisor has no such guests.
+    pub(super) fn narrow(&self) -> Result<bool, BackendError> {
+        match self.set_guest_width(4) {
+            Ok(()) => Ok(true),
+            Err(error) if error.errno == nix::errno::Errno::EOPNOTSUPP => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Set words of a page.
     pub(super) fn write(&self, gfn: Gfn, words: &[(usize, u64)]) -> Result<(), Violation> {
         let pages = self.map(&[gfn], Access::Write)?;

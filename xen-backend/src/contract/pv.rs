@@ -5,7 +5,7 @@ use xsr_format::frame::{Gfn, PageType};
 
 use super::kit::{Guest, NO_PFN, PRESENT, context, entry, mfn, put};
 use super::{Check, Violation, ensure, equal, fails};
-use crate::{GuestKind, Host, VcpuBlob};
+use crate::{Access, GuestKind, Host, VcpuBlob};
 
 pub(super) const CHECKS: &[(&str, Check)] = &[
     ("a translated guest has nothing of PV", not_pv),
@@ -52,7 +52,9 @@ fn width(host: &dyn Host) -> Result<(), Violation> {
         fails(guest.set_guest_width(bad), Errno::EINVAL, "another width")?;
     }
     guest.set_guest_width(8)?;
-    guest.set_guest_width(4)?;
+    if !guest.narrow()? {
+        return Ok(());
+    }
     equal(&guest.guest_width()?, &4, "width")?;
     fails(guest.set_guest_width(8), Errno::EINVAL, "back to 8")?;
     guest.populate(0, &mut [Gfn(0)])?;
@@ -148,7 +150,7 @@ fn context_round_trip(host: &dyn Host) -> Result<(), Violation> {
     put(&mut basic, 0x1378 + 24, frames[9].0 << 12);
     fails(
         guest.set_vcpu_state(0, VcpuBlob::Basic, &basic),
-        Errno::EINVAL,
+        Errno::EOPNOTSUPP,
         "another root",
     )
 }
@@ -228,17 +230,15 @@ fn bad_contexts(host: &dyn Host) -> Result<(), Violation> {
         let set = guest.set_vcpu_state(0, VcpuBlob::Basic, &context);
         fails(set, Errno::EINVAL, what)?;
     }
-    // None of them left anything behind.
-    equal(
-        &guest.types(&frames[1..4])?,
-        &vec![PageType::NOTAB; 3],
-        "types",
-    )?;
+    // None of them left a context, or a frame that it held.
     fails(
         guest.vcpu_state(0, VcpuBlob::Basic),
         Errno::ENODATA,
         "basic",
     )?;
+    let tables = guest.map(&frames[1..4], Access::Write)?;
+    ensure(tables.failed().is_empty(), "the tables are free")?;
+    drop(tables);
     guest.set_vcpu_state(0, VcpuBlob::Basic, &good)?;
     Ok(())
 }
@@ -248,6 +248,8 @@ fn extended() -> Vec<u8> {
     let mut extended = vec![0; 64];
     extended[4] = 64;
     put(&mut extended, 16, 0xffff_ffff_8100_1000);
+    // Selectors of the guest's kernel: others Xen makes such.
+    extended[24..28].copy_from_slice(&[0x33, 0xe0, 0x33, 0xe0]);
     extended
 }
 

@@ -116,7 +116,7 @@ impl MockDomain {
     }
 
     /// The machine frame behind `gfn`, to be mapped with `access`.
-    fn map_one(&self, gfn: Gfn, access: Access) -> Result<Mfn, Errno> {
+    pub(super) fn map_one(&self, gfn: Gfn, access: Access) -> Result<Mfn, Errno> {
         let (mfn, frame) = self.resolve(gfn).ok_or(Errno::EINVAL)?;
         if access == Access::Write
             && !self.dom.kind.is_translated()

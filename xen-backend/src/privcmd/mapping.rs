@@ -125,7 +125,7 @@ impl FrameMapping for Mapping {
         }
     }
 
-    fn finish(mut self: Box<Self>) -> ForeignPages {
+    fn finish(mut self: Box<Self>) -> Result<ForeignPages, Errno> {
         let failed = (0..self.gfns.len())
             .filter_map(|index| {
                 Some(MapError {
@@ -141,7 +141,7 @@ impl FrameMapping for Mapping {
         // SAFETY: `base` starts the mapping of this many pages that `new` made and that
         // nobody else owns any more; every page but those of `failed` has been mapped
         // by the kernel, which said so.
-        unsafe { ForeignPages::from_raw(self.base, self.gfns.len(), self.access, failed) }
+        Ok(unsafe { ForeignPages::from_raw(self.base, self.gfns.len(), self.access, failed) })
     }
 }
 

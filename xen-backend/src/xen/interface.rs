@@ -47,7 +47,6 @@ pub(crate) struct Info {
 }
 
 /// One version of the interface.
-#[allow(dead_code, reason = "the hypervisor's half is the mock machine's")]
 pub(crate) struct Interface {
     /// Its number (`XEN_DOMCTL_INTERFACE_VERSION`).
     pub(crate) domctl: u32,

@@ -59,7 +59,7 @@ pub(super) fn map(
 ) -> Result<ForeignPages, Errno> {
     let mut mapping = calls.raw.reserve(domid, gfns, access)?;
     map_all(&mut *mapping, gfns.len())?;
-    let pages = mapping.finish();
+    let pages = mapping.finish()?;
     // No domain, no frame of it.
     match pages
         .failed()
@@ -73,7 +73,7 @@ pub(super) fn map(
 
 impl XenDomain {
     /// A memory operation over frames in chunks: how many extents it was done for, from
-    /// the first on, each chunk replaced by what comes back.
+    /// the first on, each replaced by what comes back.
     fn reserve(&self, op: u32, order: u8, frames: &mut [Gfn]) -> Result<usize, Errno> {
         let mut done = 0;
         for chunk in frames.chunks_mut(EXTENTS) {
@@ -94,6 +94,8 @@ impl XenDomain {
             }
             done += count;
             if count < extents.len() {
+                // Of a domain that is gone Xen says "none", too.
+                self.calls().info(self.domid)?;
                 break;
             }
         }

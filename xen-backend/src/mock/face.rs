@@ -1,0 +1,307 @@
+//! The second face of the mock machine: hypercalls, as a hypervisor takes them.
+//!
+//! What [`crate::XenHost`] asks of `/dev/xen/privcmd` it may ask of this as well. The
+//! structures are taken out of the caller's buffers and the answers put into them; all
+//! that is answered comes from the one machine. Memory that is no live buffer is EFAULT,
+//! as it is where a buffer has moved, been freed or is too short.
+//!
+//! Where Xen's answers differ from what the traits promise, so do these: a log that is
+//! off is read as empty, a domain that is not there is answered for by the next, and
+//! populating a domain that is gone gives no page and no error.
+//!
+//! C implementation: `do_domctl`, `do_memory_op` and the rest of the hypercall table.
+
+mod buffers;
+mod domctl;
+mod domctl_vcpu;
+mod mapping;
+mod memory;
+mod store;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use nix::errno::Errno;
+use xsr_format::frame::Gfn;
+use zerocopy::{FromBytes, IntoBytes};
+
+use self::buffers::Buffers;
+use super::MockHost;
+use super::domain::MockDomain;
+use crate::error::BackendError;
+use crate::pages::{Access, ForeignPages};
+use crate::privcmd::{CallBuffer, FrameMapping, Hypercalls, Resource};
+use crate::sys::common as sys;
+use crate::xen::interface::{INTERFACES, Interface};
+use crate::xen::{OpenError, XenHost};
+use crate::{DomId, DomainControl, HvmGuest, PvGuest};
+
+/// Octets of `xen_domctl` and `xen_sysctl` before their unions, and of the unions.
+const DOMCTL_HEADER: u64 = 16;
+const SYSCTL_HEADER: u64 = 8;
+const BODY: usize = 128;
+
+/// What stands in the way of whoever calls.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Obstacles {
+    /// The handle was restricted to one domain: no hypercall goes through.
+    pub(crate) restricted: bool,
+    /// The caller is not the control domain.
+    pub(crate) unprivileged: bool,
+}
+
+/// The machine, seen as a hypervisor.
+#[derive(Clone)]
+pub(crate) struct Face {
+    host: MockHost,
+    interface: u32,
+    sysctl: u32,
+    state: Arc<Mutex<State>>,
+    buffers: Buffers,
+}
+
+/// What the machine does not keep.
+#[derive(Debug, Default)]
+struct State {
+    obstacles: Obstacles,
+    /// MiB for tables, by domain.
+    allocations: BTreeMap<u16, u32>,
+    /// Nodes of xenstore.
+    nodes: BTreeMap<String, Vec<u8>>,
+    /// Frames that are paged out: how often they will be found so.
+    paged_out: BTreeMap<(u16, u64), u32>,
+}
+
+impl fmt::Debug for Face {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Face")
+            .field("interface", &format_args!("{:#x}", self.interface))
+            .finish_non_exhaustive()
+    }
+}
+
+/// The versions of the domctl and the sysctl interface that a Xen 4.`minor` has.
+const fn versions(minor: u16) -> (u32, u32) {
+    match minor {
+        0..=14 => (0x12, 0x13),
+        15 => (0x13, 0x13),
+        16 => (0x14, 0x14),
+        17 => (0x15, 0x15),
+        18 => (0x16, 0x15),
+        19 | 20 => (0x17, 0x15),
+        21 => (0x17, 0x16),
+        22 => (0x18, 0x16),
+        // What is to come.
+        _ => (0x19, 0x17),
+    }
+}
+
+impl MockHost {
+    /// The machine as a hypervisor, of the version that it says it is: the same
+    /// domains, reached by hypercalls. Everything that works on a real Xen can be tried
+    /// so.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError::UnknownInterface`] where the machine is newer than Xen 4.22.
+    pub fn as_xen(&self) -> Result<XenHost, OpenError> {
+        let face = Face::new(self);
+        XenHost::over(Arc::new(face.clone()), Box::new(face))
+    }
+}
+
+impl Face {
+    pub(crate) fn new(host: &MockHost) -> Self {
+        let (interface, sysctl) = versions(host.config().xen_version.minor);
+        Self {
+            host: host.clone(),
+            interface,
+            sysctl,
+            state: Arc::default(),
+            buffers: Buffers::default(),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Every change of it is a single step.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How this version lays structures out; `None` for one of the future.
+    fn layout(&self) -> Option<&'static Interface> {
+        INTERFACES.iter().find(|i| i.domctl == self.interface)
+    }
+
+    fn domain(&self, domid: u16) -> Result<MockDomain, Errno> {
+        self.host.mock_domain(DomId(domid)).map_err(errno)
+    }
+
+    /// A structure in a buffer.
+    fn load<T: FromBytes>(&self, address: u64) -> Result<T, Errno> {
+        let octets = self.buffers.read(address, size_of::<T>())?;
+        T::read_from_bytes(&octets).map_err(|_| Errno::EFAULT)
+    }
+
+    /// Put a structure into a buffer.
+    fn save<T: IntoBytes + zerocopy::Immutable>(
+        &self,
+        address: u64,
+        value: &T,
+    ) -> Result<(), Errno> {
+        self.buffers.write(address, value.as_bytes())
+    }
+
+    fn sysctl(&self, address: u64) -> Result<u64, Errno> {
+        let [cmd, version]: [u32; 2] = self.load(address)?;
+        if version != self.sysctl {
+            return Err(Errno::EACCES);
+        }
+        if self.state().obstacles.unprivileged {
+            return Err(Errno::EPERM);
+        }
+        if cmd != sys::XEN_SYSCTL_getdomaininfolist {
+            return Err(Errno::ENOSYS);
+        }
+        let place = address + SYSCTL_HEADER;
+        let mut list: sys::xen_sysctl_getdomaininfolist = self.load(place)?;
+        let mut octets = Vec::new();
+        let mut found = 0;
+        for domain in self.host.machine.all_domains() {
+            if domain.domid.0 < list.first_domain || found == list.max_domains {
+                continue;
+            }
+            octets.extend(self.info_octets(domain.domid.0)?);
+            found += 1;
+        }
+        self.buffers.write(list.buffer, &octets)?;
+        list.num_domains = found;
+        self.save(place, &list)?;
+        Ok(0)
+    }
+
+    fn hvm_op(&self, cmd: u64, address: u64) -> Result<u64, Errno> {
+        let mut param: sys::xen_hvm_param = self.load(address)?;
+        let domain = self.domain(param.domid)?;
+        match u32::try_from(cmd) {
+            Ok(sys::HVMOP_get_param) => {
+                param.value = domain.hvm_param(param.index).map_err(errno)?;
+                self.save(address, &param)?;
+            }
+            Ok(sys::HVMOP_set_param) => domain
+                .set_hvm_param(param.index, param.value)
+                .map_err(errno)?,
+            _ => return Err(Errno::ENOSYS),
+        }
+        Ok(0)
+    }
+
+    fn event_channel_op(&self, cmd: u64, address: u64) -> Result<u64, Errno> {
+        if cmd != u64::from(sys::EVTCHNOP_alloc_unbound) {
+            return Err(Errno::ENOSYS);
+        }
+        let mut channel: sys::evtchn_alloc_unbound = self.load(address)?;
+        let remote = DomId(channel.remote_dom);
+        channel.port = self
+            .domain(channel.dom)?
+            .alloc_unbound_port(remote)
+            .map_err(errno)?;
+        self.save(address, &channel)?;
+        Ok(0)
+    }
+
+    fn sched_op(&self, cmd: u64, address: u64) -> Result<u64, Errno> {
+        if cmd != u64::from(sys::SCHEDOP_remote_shutdown) {
+            return Err(Errno::ENOSYS);
+        }
+        let shutdown: sys::sched_remote_shutdown = self.load(address)?;
+        if shutdown.reason != sys::SHUTDOWN_suspend {
+            return Err(Errno::EINVAL);
+        }
+        self.domain(shutdown.domain_id)?.suspend().map_err(errno)?;
+        Ok(0)
+    }
+
+    /// `mmuext_op` of pins only: three words each, of which the first is the command and
+    /// the second the frame.
+    fn mmuext_op(&self, [ops, count, done, domid, _]: [u64; 5]) -> Result<u64, Errno> {
+        let domid = u16::try_from(domid).map_err(|_| Errno::ESRCH)?;
+        let domain = self.domain(domid)?;
+        for n in 0..count {
+            let [cmd, mfn, _]: [u64; 3] = self.load(ops + n * 24)?;
+            let level = match u32::try_from(cmd) {
+                Ok(sys::MMUEXT_PIN_L1_TABLE) => 1,
+                Ok(sys::MMUEXT_PIN_L2_TABLE) => 2,
+                Ok(sys::MMUEXT_PIN_L3_TABLE) => 3,
+                Ok(sys::MMUEXT_PIN_L4_TABLE) => 4,
+                _ => return Err(Errno::ENOSYS),
+            };
+            let pinned = domain.pin_tables(&[(level, xsr_format::frame::Mfn(mfn))]);
+            if done != 0 {
+                let done_now = u32::try_from(n).map_err(|_| Errno::EINVAL)? + 1;
+                self.save(done, &done_now)?;
+            }
+            pinned.map_err(errno)?;
+        }
+        Ok(0)
+    }
+}
+
+fn errno(error: BackendError) -> Errno {
+    error.errno
+}
+
+impl Hypercalls for Face {
+    fn hypercall(&self, number: u32, arguments: [u64; 5]) -> Result<u64, Errno> {
+        if self.state().obstacles.restricted {
+            return Err(Errno::EPERM);
+        }
+        let [first, second, ..] = arguments;
+        match number {
+            sys::__HYPERVISOR_domctl => self.domctl(first),
+            sys::__HYPERVISOR_sysctl => self.sysctl(first),
+            sys::__HYPERVISOR_memory_op => self.memory_op(first, second),
+            sys::__HYPERVISOR_hvm_op => self.hvm_op(first, second),
+            sys::__HYPERVISOR_event_channel_op => self.event_channel_op(first, second),
+            sys::__HYPERVISOR_sched_op => self.sched_op(first, second),
+            sys::__HYPERVISOR_mmuext_op => self.mmuext_op(arguments),
+            sys::__HYPERVISOR_xen_version if first == u64::from(sys::XENVER_version) => {
+                let version = self.host.config().xen_version;
+                Ok(u64::from(version.major) << 16 | u64::from(version.minor))
+            }
+            _ => Err(Errno::ENOSYS),
+        }
+    }
+
+    fn buffer(&self, octets: usize) -> Result<Box<dyn CallBuffer>, Errno> {
+        Ok(Box::new(self.buffers.take(octets)))
+    }
+
+    fn reserve(
+        &self,
+        domid: DomId,
+        gfns: &[Gfn],
+        access: Access,
+    ) -> Result<Box<dyn FrameMapping>, Errno> {
+        if self.state().obstacles.unprivileged {
+            return Err(Errno::EPERM);
+        }
+        Ok(Box::new(mapping::Mapping::new(self, domid, gfns, access)))
+    }
+
+    fn map_resource(&self, domid: DomId, resource: Resource) -> Result<ForeignPages, Errno> {
+        mapping::resource(self, domid, resource)
+    }
+
+    fn notify(&self, domid: DomId, port: u32) -> Result<(), Errno> {
+        // Nobody is there but the guest that listens for its suspend.
+        let node = format!("/local/domain/{}/device/suspend/event-channel", domid.0);
+        let offered = self.state().nodes.get(&node).cloned();
+        match offered == Some(port.to_string().into_bytes()) {
+            true => self.domain(domid.0)?.suspend().map_err(errno),
+            false => Err(Errno::EINVAL),
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! The memory that callers of the mock machine's hypercalls have: buffers at addresses
+//! of their own, with nothing between them.
+//!
+//! C implementation: `copy_from_guest` and `copy_to_guest`, to which other addresses
+//! are EFAULT.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use nix::errno::Errno;
+use xsr_format::frame::PAGE_SIZE;
+
+use crate::privcmd::CallBuffer;
+
+/// Where the first buffer is.
+const FIRST: u64 = 0x7f00_0000_0000;
+
+/// Buffers by their address.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Buffers(Arc<Mutex<Space>>);
+
+#[derive(Debug, Default)]
+struct Space {
+    live: BTreeMap<u64, Vec<u8>>,
+    /// Octets of addresses given out; none comes twice.
+    used: u64,
+}
+
+impl Buffers {
+    fn lock(&self) -> MutexGuard<'_, Space> {
+        // Every change of it is a single step.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn take(&self, octets: usize) -> Buffer {
+        let mut space = self.lock();
+        let address = FIRST + space.used;
+        // At least a page of nothing behind each.
+        let pages = octets.div_ceil(PAGE_SIZE) + 2;
+        space.used += (pages * PAGE_SIZE) as u64;
+        space.live.insert(address, vec![0; octets]);
+        Buffer {
+            space: self.clone(),
+            address,
+        }
+    }
+
+    /// How many there are.
+    #[cfg(test)]
+    pub(super) fn live(&self) -> usize {
+        self.lock().live.len()
+    }
+
+    /// Octets from an address on; EFAULT where they are not all in one buffer.
+    pub(super) fn read(&self, address: u64, octets: usize) -> Result<Vec<u8>, Errno> {
+        if octets == 0 {
+            return Ok(Vec::new());
+        }
+        let space = self.lock();
+        let (start, buffer) = space
+            .live
+            .range(..=address)
+            .next_back()
+            .ok_or(Errno::EFAULT)?;
+        let at = usize::try_from(address - start).map_err(|_| Errno::EFAULT)?;
+        let end = at.checked_add(octets).ok_or(Errno::EFAULT)?;
+        buffer.get(at..end).map(<[u8]>::to_vec).ok_or(Errno::EFAULT)
+    }
+
+    /// Put octets to an address; EFAULT as above.
+    pub(super) fn write(&self, address: u64, octets: &[u8]) -> Result<(), Errno> {
+        if octets.is_empty() {
+            return Ok(());
+        }
+        let mut space = self.lock();
+        let place = space.live.range_mut(..=address).next_back();
+        let (start, buffer) = place.ok_or(Errno::EFAULT)?;
+        let at = usize::try_from(address - start).map_err(|_| Errno::EFAULT)?;
+        let end = at.checked_add(octets.len()).ok_or(Errno::EFAULT)?;
+        let place = buffer.get_mut(at..end).ok_or(Errno::EFAULT)?;
+        place.copy_from_slice(octets);
+        Ok(())
+    }
+}
+
+/// A caller's buffer; its address is nobody's once it is dropped.
+#[derive(Debug)]
+pub(super) struct Buffer {
+    space: Buffers,
+    address: u64,
+}
+
+impl CallBuffer for Buffer {
+    fn address(&self) -> u64 {
+        self.address
+    }
+
+    fn read(&self, at: usize, out: &mut [u8]) {
+        let octets = self.space.read(self.address + at as u64, out.len());
+        out.copy_from_slice(&octets.expect("inside the buffer"));
+    }
+
+    fn write(&mut self, at: usize, octets: &[u8]) {
+        let written = self.space.write(self.address + at as u64, octets);
+        written.expect("inside the buffer");
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        self.space.lock().live.remove(&self.address);
+    }
+}

@@ -1,0 +1,270 @@
+//! The backend for a real Xen over the mock machine's face: the contract suite in every
+//! version of the interface, what is said where something is missing, and that nothing
+//! is left behind.
+
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use xsr_format::frame::{Gfn, Pfn};
+
+use super::{Face, Obstacles};
+use crate::contract;
+use crate::mock::{GuestSpec, HostConfig, MockHost};
+use crate::privcmd::Hypercalls;
+use crate::sys::common as sys;
+use crate::xen::interface::INTERFACES;
+use crate::xen::{OpenError, XenHost};
+use crate::{
+    Access, DirtyBitmap, DirtyRead, DomId, GuestKind, Host, ShutdownReason, VcpuBlob, XenVersion,
+};
+
+fn machine(minor: u16) -> MockHost {
+    MockHost::ephemeral(&HostConfig {
+        memory_pages: 1 << 15,
+        xen_version: XenVersion { major: 4, minor },
+        ..HostConfig::default()
+    })
+    .unwrap()
+}
+
+fn xen(face: &Face) -> XenHost {
+    XenHost::over(Arc::new(face.clone()), Box::new(face.clone())).unwrap()
+}
+
+fn guest(machine: &MockHost, kind: GuestKind) -> DomId {
+    let spec = GuestSpec::new(format!("guest-{kind:?}"), kind, 4);
+    machine.create_guest(&spec).unwrap()
+}
+
+#[test]
+fn the_contract_holds_in_every_version_of_the_interface() {
+    for minor in 14..=22 {
+        let machine = machine(minor);
+        let face = Face::new(&machine);
+        let host = xen(&face);
+        let free = machine.free_pages();
+        let report = contract::run(&host);
+        let failures: Vec<String> = report.failures.iter().map(ToString::to_string).collect();
+        assert!(failures.is_empty(), "4.{minor}: {}", failures.join("\n"));
+        assert_eq!(report.checks, contract::names().count());
+        assert_eq!(machine.free_pages(), free, "memory is left behind");
+        assert_eq!(face.buffers.live(), 0, "buffers are left behind");
+    }
+}
+
+#[test]
+fn each_version_is_found_and_one_of_the_future_named() {
+    for (minor, domctl) in [
+        (14, 0x12),
+        (15, 0x13),
+        (16, 0x14),
+        (17, 0x15),
+        (18, 0x16),
+        (19, 0x17),
+        (20, 0x17),
+        (21, 0x17),
+        (22, 0x18),
+    ] {
+        assert_eq!(machine(minor).as_xen().unwrap().domctl_version(), domctl);
+    }
+    let error = machine(23).as_xen().unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "Xen 4.23 speaks version 0x19 of the domctl interface; this xsr knows 0x12 to 0x18 \
+         (Xen 4.14 to 4.22). Use an xsr made for this Xen, or a Xen that this xsr knows"
+    );
+}
+
+#[test]
+fn what_stands_in_the_way_is_named() {
+    let face = Face::new(&machine(17));
+    let open = |obstacles| {
+        face.state().obstacles = obstacles;
+        XenHost::over(Arc::new(face.clone()), Box::new(face.clone()))
+    };
+    let restricted = open(Obstacles {
+        restricted: true,
+        ..Obstacles::default()
+    });
+    assert!(matches!(restricted, Err(OpenError::Restricted)));
+    let unprivileged = open(Obstacles {
+        unprivileged: true,
+        ..Obstacles::default()
+    });
+    let error = unprivileged.unwrap_err();
+    assert!(matches!(
+        error,
+        OpenError::NotPrivileged {
+            major: 4,
+            minor: 17
+        }
+    ));
+    assert!(error.to_string().contains("run the command in dom0"));
+    open(Obstacles::default()).unwrap();
+}
+
+#[test]
+fn frames_that_are_paged_out_are_asked_for_again() {
+    let machine = machine(17);
+    let face = Face::new(&machine);
+    let domid = guest(&machine, GuestKind::Pvh);
+    let domain = xen(&face).domain(domid).unwrap();
+    let gfns: Vec<Gfn> = (0..16).map(Gfn).collect();
+    for (gfn, times) in [(3, 1), (4, 3), (9, 2)] {
+        face.state().paged_out.insert((domid.0, gfn), times);
+    }
+    let wanted = [&gfns[..], &[Gfn(1 << 40)]].concat();
+    let pages = domain.map(&wanted, Access::Read).unwrap();
+    let failed: Vec<(usize, Errno)> = pages.failed().iter().map(|e| (e.index, e.errno)).collect();
+    assert_eq!(failed, [(16, Errno::EINVAL)]);
+    let direct = machine.domain(domid).unwrap();
+    let direct = direct.map(&gfns, Access::Read).unwrap();
+    for ((_, page), (_, expected)) in pages.iter().zip(direct.iter()) {
+        assert_eq!(page.to_page(), expected.to_page());
+    }
+    let left: u32 = face.state().paged_out.values().sum();
+    assert_eq!(left, 0);
+}
+
+#[test]
+fn a_log_that_something_else_enabled_is_not_read() {
+    let machine = machine(20);
+    let domid = guest(&machine, GuestKind::Hvm);
+    let domain = machine.as_xen().unwrap().domain(domid).unwrap();
+    let mut bitmap = DirtyBitmap::new(1024);
+    machine.hold_log_dirty(domid).unwrap();
+    let held = domain.enable_log_dirty().unwrap_err();
+    assert_eq!(held.errno, Errno::EINVAL);
+    let read = domain.read_dirty(DirtyRead::Clean, &mut bitmap);
+    assert_eq!(read.unwrap_err().errno, Errno::EINVAL);
+    domain.disable_log_dirty().unwrap();
+    assert!(!machine.is_log_dirty(domid).unwrap());
+    domain.enable_log_dirty().unwrap();
+    domain.read_dirty(DirtyRead::Clean, &mut bitmap).unwrap();
+    assert_eq!(bitmap.count(), 0);
+    domain.disable_log_dirty().unwrap();
+}
+
+#[test]
+fn what_a_guest_writes_comes_through_the_log() {
+    let machine = machine(17);
+    let domid = guest(&machine, GuestKind::Hvm);
+    let domain = machine.as_xen().unwrap().domain(domid).unwrap();
+    domain.enable_log_dirty().unwrap();
+    machine.mock_domain(domid).unwrap().dom.dirty.mark(1);
+    machine.mock_domain(domid).unwrap().dom.dirty.mark(900);
+    let mut bitmap = DirtyBitmap::new(1000);
+    let stats = domain.read_dirty(DirtyRead::Peek, &mut bitmap).unwrap();
+    assert_eq!(stats.dirty_count, 2);
+    assert_eq!(bitmap.iter().collect::<Vec<_>>(), [Pfn(1), Pfn(900)]);
+    domain.read_dirty(DirtyRead::Clean, &mut bitmap).unwrap();
+    assert_eq!(bitmap.count(), 2);
+    domain.read_dirty(DirtyRead::Clean, &mut bitmap).unwrap();
+    assert_eq!(bitmap.count(), 0);
+}
+
+#[test]
+fn guests_are_suspended_in_the_way_they_understand() {
+    let machine = machine(17);
+    let face = Face::new(&machine);
+    let host = xen(&face);
+    for kind in [GuestKind::Pv, GuestKind::Hvm, GuestKind::Pvh] {
+        for events in [false, true] {
+            let domid = guest(&machine, kind);
+            let node = |name: &str| format!("/local/domain/{}/{name}", domid.0);
+            if events {
+                let port = (node("device/suspend/event-channel"), b"7".to_vec());
+                face.state().nodes.extend([port]);
+            }
+            let domain = host.domain(domid).unwrap();
+            domain.suspend().unwrap();
+            let info = domain.info().unwrap();
+            assert_eq!(info.shutdown, Some(ShutdownReason::Suspend));
+            // A guest without PV drivers reads nothing; one with an event channel is
+            // asked there.
+            let asked = face.state().nodes.contains_key(&node("control/shutdown"));
+            assert_eq!(asked, kind != GuestKind::Hvm && !events, "{kind:?}");
+            domain.resume().unwrap();
+            assert_eq!(domain.info().unwrap().shutdown, None);
+            domain.destroy().unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_resumed_guest_is_told_that_its_suspend_was_cancelled() {
+    let machine = machine(17);
+    let host = machine.as_xen().unwrap();
+    let domid = guest(&machine, GuestKind::Pv);
+    let domain = host.domain(domid).unwrap();
+    let eax = || domain.vcpu_state(0, VcpuBlob::Basic).unwrap()[600..608].to_vec();
+    domain.suspend().unwrap();
+    assert_eq!(eax(), [0; 8]);
+    domain.resume().unwrap();
+    assert_eq!(eax(), [1, 0, 0, 0, 0, 0, 0, 0]);
+    // One with PV drivers, too: its context is Xen's to keep.
+    let domid = guest(&machine, GuestKind::Hvm);
+    let domain = host.domain(domid).unwrap();
+    domain
+        .set_hvm_param(sys::HVM_PARAM_CALLBACK_IRQ, 7)
+        .unwrap();
+    domain.suspend().unwrap();
+    domain.resume().unwrap();
+    let context = domain.hvm_context().unwrap();
+    assert_eq!(context[552..560], [1, 0, 0, 0, 0, 0, 0, 0]);
+}
+
+#[test]
+fn memory_that_is_no_buffer_is_efault() {
+    let face = Face::new(&machine(17));
+    let domctl = |address| {
+        face.hypercall(sys::__HYPERVISOR_domctl, [address, 0, 0, 0, 0])
+            .unwrap_err()
+    };
+    assert_eq!(domctl(0), Errno::EFAULT);
+    let version = 0x15_u32;
+    let fill = |octets| {
+        let mut buffer = face.buffer(octets).unwrap();
+        buffer.write(0, &sys::XEN_DOMCTL_getdomaininfo.to_ne_bytes());
+        buffer.write(4, &version.to_ne_bytes());
+        buffer
+    };
+    // Too short, misplaced, freed.
+    let short = fill(100);
+    assert_eq!(domctl(short.address()), Errno::EFAULT);
+    let whole = fill(144);
+    let arguments = [whole.address(), 0, 0, 0, 0];
+    assert_eq!(face.hypercall(sys::__HYPERVISOR_domctl, arguments), Ok(0));
+    assert_eq!(domctl(whole.address() + 144), Errno::EFAULT);
+    let address = whole.address();
+    drop(whole);
+    assert_eq!(domctl(address), Errno::EFAULT);
+}
+
+#[test]
+fn a_structure_means_the_same_taken_apart_as_put_together() {
+    for interface in &INTERFACES {
+        let info = crate::xen::interface::Info {
+            domid: 7,
+            flags: 0x2_0006,
+            tot_pages: 1 << 33,
+            max_pages: 1 << 34,
+            shared_info_frame: 1 << 35,
+            max_vcpu_id: 3,
+            emulation: sys::XEN_X86_EMU_LAPIC,
+        };
+        let octets = (interface.encode_info)(&info);
+        assert_eq!(octets.len(), interface.info_octets);
+        assert_eq!((interface.decode_info)(&octets), Some(info));
+        assert_eq!((interface.decode_info)(&octets[1..]), None);
+        let create = crate::xen::interface::Create {
+            flags: 3,
+            vcpus: 5,
+            max_evtchn_port: 1023,
+            emulation: 1,
+        };
+        let octets = (interface.encode_create)(&create);
+        assert_eq!((interface.decode_create)(&octets), Some(create));
+        assert_eq!((interface.decode_create)(&octets[1..]), None);
+    }
+}
