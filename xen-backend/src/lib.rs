@@ -288,14 +288,15 @@ pub trait GuestMemory: Send + Sync {
     /// domain's limit ran out. A translated guest's pfn is to be populated once: Xen
     /// puts a second page in the place of the first, which stays the domain's (a PV
     /// guest may reuse one). EINVAL for another order or a misaligned pfn. New pages are
-    /// zero.
+    /// zero, but for such as the domain gave back before: those Xen need not clear.
     fn populate(&self, order: u8, frames: &mut [Gfn]) -> Result<usize, BackendError>;
 
     /// Give pages back, one by one (`XENMEM_decrease_reservation`, order 0): what they
     /// hold is lost, and a translated guest's pfn may be populated again. Says how
     /// many, from the first on, went: fewer than asked for where a frame does not
-    /// exist, is not the domain's or is Xen's own. Whether one goes that a page table
-    /// or a vcpu refers to is not promised.
+    /// exist or is not the domain's; but a translated guest's pfn that has no page may
+    /// count as one that went. Whether one goes that a page table or a vcpu refers to,
+    /// or that is Xen's own, is not promised.
     fn release(&self, gfns: &[Gfn]) -> Result<usize, BackendError>;
 }
 
@@ -361,7 +362,7 @@ pub trait HvmGuest: Send + Sync {
     fn hvm_context(&self) -> Result<Vec<u8>, BackendError>;
 
     /// Set it. EINVAL for a context that is malformed or was made by a machine too
-    /// different; for one without a record ENODATA, too.
+    /// different; where something is missing in it, ENODATA too.
     fn set_hvm_context(&self, context: &[u8]) -> Result<(), BackendError>;
 
     /// One HVM parameter (`HVM_PARAM_*`; 0 when never set). EINVAL for an index

@@ -25,3 +25,6 @@ pub(crate) mod v15;
 pub(crate) mod v16;
 pub(crate) mod v17;
 pub(crate) mod v18;
+
+#[cfg(test)]
+mod tests;

@@ -82,7 +82,7 @@ pub(crate) fn options(threads: usize) -> SaveOptions {
 
 /// Save to memory; the domain runs on.
 pub(crate) fn save_to_vec(
-    host: &MockHost,
+    host: &dyn Host,
     domid: DomId,
     options: &SaveOptions,
 ) -> Result<Vec<u8>, SaveError> {
@@ -93,7 +93,7 @@ pub(crate) fn save_to_vec(
 
 /// Save; the domain runs on.
 pub(crate) fn save_to(
-    host: &MockHost,
+    host: &dyn Host,
     domid: DomId,
     options: &SaveOptions,
     sink: &mut dyn PageSink,
@@ -134,7 +134,7 @@ pub(crate) fn shape(stream: &[u8], kind: GuestKind, vcpus: u32) -> Shape {
 
 /// Restore into a new domain of `host`, left paused.
 pub(crate) fn restore_stream<S: PageSource>(
-    host: &MockHost,
+    host: &dyn Host,
     shape: Shape,
     source: S,
 ) -> (DomId, Result<RestoreStats, RestoreError>) {
@@ -145,7 +145,7 @@ pub(crate) fn restore_stream<S: PageSource>(
 /// As [`restore_stream`]; what the restore says, and the store and console ports it
 /// was given.
 pub(crate) fn restore_reporting<S: PageSource>(
-    host: &MockHost,
+    host: &dyn Host,
     shape: Shape,
     source: S,
 ) -> (DomId, Restored, [u32; 2]) {
@@ -154,7 +154,7 @@ pub(crate) fn restore_reporting<S: PageSource>(
 }
 
 fn try_restore<S: PageSource>(
-    host: &MockHost,
+    host: &dyn Host,
     (kind, vcpus, pages): Shape,
     source: S,
 ) -> (DomId, [u32; 2], Result<Restored, RestoreError>) {
@@ -184,7 +184,7 @@ fn try_restore<S: PageSource>(
 
 /// As [`restore_stream`], from memory.
 pub(crate) fn restore_from(
-    host: &MockHost,
+    host: &dyn Host,
     stream: &[u8],
     kind: GuestKind,
     vcpus: u32,

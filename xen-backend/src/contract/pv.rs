@@ -5,7 +5,7 @@ use xsr_format::frame::{Gfn, PageType};
 
 use super::kit::{Guest, NO_PFN, PRESENT, context, entry, mfn, put};
 use super::{Check, Violation, ensure, equal, fails};
-use crate::{Access, GuestKind, Host, VcpuBlob};
+use crate::{GuestKind, Host, VcpuBlob};
 
 pub(super) const CHECKS: &[(&str, Check)] = &[
     ("a translated guest has nothing of PV", not_pv),
@@ -230,15 +230,12 @@ fn bad_contexts(host: &dyn Host) -> Result<(), Violation> {
         let set = guest.set_vcpu_state(0, VcpuBlob::Basic, &context);
         fails(set, Errno::EINVAL, what)?;
     }
-    // None of them left a context, or a frame that it held.
+    // None of them left a context.
     fails(
         guest.vcpu_state(0, VcpuBlob::Basic),
         Errno::ENODATA,
         "basic",
     )?;
-    let tables = guest.map(&frames[1..4], Access::Write)?;
-    ensure(tables.failed().is_empty(), "the tables are free")?;
-    drop(tables);
     guest.set_vcpu_state(0, VcpuBlob::Basic, &good)?;
     Ok(())
 }
@@ -275,7 +272,17 @@ fn other_blobs(host: &dyn Host) -> Result<(), Violation> {
     ];
     for (kind, blob) in blobs {
         guest.set_vcpu_state(0, kind, &blob)?;
-        equal(&guest.vcpu_state(0, kind)?, &blob, "a blob")?;
+        let got = guest.vcpu_state(0, kind)?;
+        match kind {
+            // It may come back for all features that the vcpu could use, and with
+            // registers that hold nothing as they are after a reset.
+            VcpuBlob::Xsave => {
+                ensure(got.len() >= blob.len(), "octets of an XSAVE area")?;
+                guest.set_vcpu_state(0, kind, &got)?;
+                equal(&guest.vcpu_state(0, kind)?, &got, "an XSAVE area")?;
+            }
+            _ => equal(&got, &blob, "a blob")?,
+        }
     }
     Ok(())
 }

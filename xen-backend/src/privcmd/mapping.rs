@@ -38,6 +38,10 @@ fn map_device(privcmd: &File, pages: usize, access: Access) -> Result<NonNull<u8
     Ok(base.cast())
 }
 
+/// The largest frame that a page-table entry of Linux can name. Bits above it are cut
+/// off without a word, and another frame is mapped.
+const LARGEST_FRAME: u64 = (1 << 40) - 1;
+
 /// A reservation, and what is known of each of its pages.
 #[derive(Debug)]
 pub(super) struct Mapping {
@@ -47,7 +51,9 @@ pub(super) struct Mapping {
     pages: Option<ForeignPages>,
     base: NonNull<u8>,
     access: Access,
-    gfns: Vec<u64>,
+    gfns: Vec<Gfn>,
+    /// The same, as the kernel is asked for them.
+    asked: Vec<u64>,
     /// 0 mapped, or a negative errno, as the kernel writes them.
     errors: Vec<i32>,
 }
@@ -80,7 +86,8 @@ impl Mapping {
             pages: Some(unsafe { ForeignPages::from_raw(base, gfns.len(), access, failed) }),
             base,
             access,
-            gfns: gfns.iter().map(|gfn| gfn.0).collect(),
+            gfns: gfns.to_vec(),
+            asked: gfns.iter().map(|gfn| gfn.0.min(LARGEST_FRAME)).collect(),
             errors: vec![-(Errno::EAGAIN as i32); gfns.len()],
         })
     }
@@ -88,8 +95,9 @@ impl Mapping {
 
 impl FrameMapping for Mapping {
     fn map(&mut self, range: Range<usize>) -> Result<(), Errno> {
-        let (gfns, errors) = (&self.gfns[range.clone()], &mut self.errors[range.clone()]);
-        if gfns.is_empty() {
+        let asked = &self.asked[range.clone()];
+        let errors = &mut self.errors[range.clone()];
+        if asked.is_empty() {
             return Ok(());
         }
         // SAFETY: `range` lies inside the reservation: the slices above did not panic.
@@ -97,10 +105,10 @@ impl FrameMapping for Mapping {
         // A frame the kernel says nothing of is not mapped.
         errors.fill(-(Errno::EFAULT as i32));
         let mut batch = MmapBatch {
-            num: u32::try_from(gfns.len()).map_err(|_| Errno::EINVAL)?,
+            num: u32::try_from(asked.len()).map_err(|_| Errno::EINVAL)?,
             dom: self.domid.0,
             addr: first.as_ptr().expose_provenance() as u64,
-            arr: gfns.as_ptr(),
+            arr: asked.as_ptr(),
             err: errors.as_mut_ptr(),
         };
         // SAFETY: the descriptor is privcmd's; `arr` and `err` have `num` elements,
@@ -120,6 +128,7 @@ impl FrameMapping for Mapping {
 
     fn failure(&self, index: usize) -> Option<Errno> {
         match self.errors[index] {
+            0 if self.gfns[index].0 > LARGEST_FRAME => Some(Errno::EINVAL),
             0 => None,
             error => Some(Errno::from_raw(error.wrapping_neg())),
         }
@@ -130,7 +139,7 @@ impl FrameMapping for Mapping {
             .filter_map(|index| {
                 Some(MapError {
                     index,
-                    gfn: Gfn(self.gfns[index]),
+                    gfn: self.gfns[index],
                     errno: self.failure(index)?,
                 })
             })
