@@ -279,6 +279,8 @@ mod tests {
             iteration: 1,
             pages_sent: 10,
             dirty_count: Some(3),
+            expected_dirty: Some(3),
+            shrinking: true,
             dirty_pages_per_second: 5.0,
             octets_per_second: 12_288.0,
             elapsed: Duration::from_secs(1),

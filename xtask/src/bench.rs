@@ -4,6 +4,7 @@
 //! The machines this runs on are noisy, so each figure is a median of rounds in which
 //! all the commands of a group take turns.
 
+mod live;
 pub(crate) mod measure;
 
 use std::fmt::Write as _;
@@ -28,7 +29,9 @@ Examples:
   cargo xtask bench                        1 GiB domains, 7 rounds: some five minutes
   cargo xtask bench --memory 256 --rounds 3
   cargo xtask bench --dir /var/tmp         on a disk instead of in memory
-  cargo xtask bench --micro                the format alone, in memory (criterion)")]
+  cargo xtask bench --micro                the format alone, in memory (criterion)
+  cargo xtask bench --live --memory 512    live migrations in the library: some ten minutes
+  cargo xtask bench --live --memory 512 --plot docs/downtime.svg")]
 pub(crate) struct BenchArgs {
     /// MiB of memory of each domain
     #[arg(long, value_name = "MIB", default_value_t = 1024)]
@@ -42,6 +45,16 @@ pub(crate) struct BenchArgs {
     /// Only the benchmarks of the format, in memory
     #[arg(long)]
     micro: bool,
+    /// Only the library: saves and restores with 1 and 2 threads, and live migrations with
+    /// both precopy policies at several dirty rates
+    #[arg(long, conflicts_with = "micro")]
+    live: bool,
+    /// Downtime that the target policy aims at, with --live
+    #[arg(long, value_name = "MS", default_value_t = 100)]
+    target: u64,
+    /// Where to draw downtime against dirty rate, with --live
+    #[arg(long, value_name = "FILE.svg", requires = "live")]
+    plot: Option<PathBuf>,
 }
 
 /// One command of a group.
@@ -102,6 +115,9 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
         return Invocation::cargo()
             .args(["bench", "-p", "xsr-format"])
             .run();
+    }
+    if args.live {
+        return live::run(args.memory, args.rounds, args.target, args.plot.as_deref());
     }
     Invocation::cargo()
         .args(["build", "--release", "-p", "xsr"])

@@ -17,10 +17,18 @@ pub struct PrecopyStats {
     /// Pages to be sent in the next pass, where that is known: all of them before the
     /// first; `None` after a pass, before the dirty log has been read.
     pub dirty_count: Option<u64>,
+    /// Pages that will be dirty once the guest is suspended, at most, if the guest goes
+    /// on as it does and is suspended now: those that are dirty, where that is known.
+    /// Behind a pass, as many as were sent in it, since as many have become dirty in the
+    /// one before; more, if it took longer than that one. `None` behind the first.
+    pub expected_dirty: Option<u64>,
+    /// Whether each pass still is markedly (a tenth) smaller than the one before it.
+    pub shrinking: bool,
     /// Pages the guest dirtied per second during the last pass; 0 before there was
     /// one.
     pub dirty_pages_per_second: f64,
-    /// Octets the sink took per second in all passes; 0 before the first.
+    /// Octets the sink took per second, in the last pass or over the last few, whichever
+    /// is less; 0 before the first.
     pub octets_per_second: f64,
     /// Since the first pass began.
     pub elapsed: Duration,
@@ -28,9 +36,11 @@ pub struct PrecopyStats {
 
 impl PrecopyStats {
     /// How long the guest would stand still if it were suspended now: as long as it
-    /// takes to send what is dirty. `None` while that is not known.
+    /// takes to send what is, or is expected to be, dirty then. `None` while nothing is
+    /// known of that. What else takes time then is not in it: to suspend, registers and
+    /// devices, the other side.
     pub fn estimated_downtime(&self) -> Option<Duration> {
-        let pages = u32::try_from(self.dirty_count?).unwrap_or(u32::MAX);
+        let pages = u32::try_from(self.expected_dirty?).unwrap_or(u32::MAX);
         if self.iteration == 0 || self.octets_per_second <= 0.0 {
             return None;
         }
@@ -89,6 +99,10 @@ pub enum OnTimeout {
 
 /// Stop when the guest would stand still no longer than asked for; after a time, do
 /// what was asked for that case.
+///
+/// It decides behind a pass, when it is known how long that took: half of what is asked
+/// for is for memory, the rest for what no estimate holds and for bad luck. Where passes
+/// no longer shrink, and waiting gains nothing, all of it is.
 #[derive(Clone, Copy, Debug)]
 pub struct TargetPolicy {
     /// How long the guest may stand still.
@@ -99,12 +113,26 @@ pub struct TargetPolicy {
     pub on_timeout: OnTimeout,
 }
 
+impl TargetPolicy {
+    /// Whether the rest may be sent with the guest suspended.
+    fn fits(&self, stats: &PrecopyStats) -> bool {
+        let room = match stats.shrinking {
+            true => self.max_downtime / 2,
+            false => self.max_downtime,
+        };
+        match stats.dirty_count {
+            // What is dirty is sent before the guest is suspended, and that may take long.
+            Some(pages) => stats.iteration > 0 && pages == 0,
+            None => stats
+                .estimated_downtime()
+                .is_some_and(|downtime| downtime <= room),
+        }
+    }
+}
+
 impl PrecopyPolicy for TargetPolicy {
     fn decide(&mut self, stats: &PrecopyStats) -> PrecopyDecision {
-        let fits = stats
-            .estimated_downtime()
-            .is_some_and(|downtime| downtime <= self.max_downtime);
-        if fits || (stats.iteration > 0 && stats.dirty_count == Some(0)) {
+        if self.fits(stats) {
             return PrecopyDecision::StopAndCopy;
         }
         match self.timeout {
@@ -122,6 +150,11 @@ impl PrecopyPolicy for TargetPolicy {
 pub(super) struct Meter {
     begun: Instant,
     pass_begun: Instant,
+    /// How long the pass took in which the pages of this one became dirty.
+    pass_before: Duration,
+    /// Pages of the last pass.
+    last_pass: Option<u64>,
+    /// Of all passes, each counting half as much as the one behind it.
     sending: Duration,
     octets: u64,
     stats: PrecopyStats,
@@ -134,12 +167,16 @@ impl Meter {
         Self {
             begun: now,
             pass_begun: now,
+            pass_before: Duration::ZERO,
+            last_pass: None,
             sending: Duration::ZERO,
             octets: 0,
             stats: PrecopyStats {
                 iteration: 0,
                 pages_sent: 0,
                 dirty_count: Some(pages),
+                expected_dirty: Some(pages),
+                shrinking: true,
                 dirty_pages_per_second: 0.0,
                 octets_per_second: 0.0,
                 elapsed: Duration::ZERO,
@@ -160,18 +197,43 @@ impl Meter {
 
     /// A pass of `pages` has been sent, `octets` of their contents.
     pub(super) fn sent(&mut self, pages: u64, octets: u64) {
-        self.sending += self.pass_begun.elapsed();
-        self.octets += octets;
+        self.sent_in(self.pass_begun.elapsed(), pages, octets);
+    }
+
+    fn sent_in(&mut self, took: Duration, pages: u64, octets: u64) {
+        self.sending = self.sending / 2 + took;
+        self.octets = self.octets / 2 + octets;
+        let lately = per_second(self.octets, self.sending);
+        // A pass of pages without contents tells nothing of the sink.
+        self.stats.octets_per_second = match octets {
+            0 => lately,
+            octets => lately.min(per_second(octets, took)),
+        };
+        self.stats.expected_dirty = (self.stats.iteration > 0).then(|| {
+            let before = self.pass_before.as_nanos().max(1);
+            let longer = u128::from(pages) * took.as_nanos() / before;
+            u64::try_from(longer).unwrap_or(u64::MAX).max(pages)
+        });
+        self.pass_before = took;
+        self.last_pass = Some(pages);
         self.stats.iteration += 1;
         self.stats.pages_sent += pages;
         self.stats.dirty_count = None;
-        self.stats.octets_per_second = per_second(self.octets, self.sending);
     }
 
     /// The dirty log has been read: `pages` were written since the last pass began.
     pub(super) fn dirty(&mut self, pages: u64) {
+        self.pass_before = self.pass_begun.elapsed();
+        self.dirty_in(self.pass_before, pages);
+    }
+
+    fn dirty_in(&mut self, time: Duration, pages: u64) {
         self.stats.dirty_count = Some(pages);
-        self.stats.dirty_pages_per_second = per_second(pages, self.pass_begun.elapsed());
+        self.stats.expected_dirty = Some(pages);
+        self.stats.shrinking = self
+            .last_pass
+            .is_none_or(|last| pages < last.saturating_sub(last / 10));
+        self.stats.dirty_pages_per_second = per_second(pages, time);
     }
 }
 
@@ -193,6 +255,8 @@ mod tests {
             iteration,
             pages_sent: 1000,
             dirty_count,
+            expected_dirty: dirty_count.or((iteration > 1).then_some(101)),
+            shrinking: true,
             dirty_pages_per_second: 100.0,
             octets_per_second: 4096.0 * 1000.0,
             elapsed: Duration::from_secs(u64::from(iteration)),
@@ -220,31 +284,76 @@ mod tests {
     fn the_target_policy_stops_when_the_rest_fits() {
         use PrecopyDecision::{Abort, Continue, StopAndCopy};
         let policy = |on_timeout| TargetPolicy {
-            max_downtime: Duration::from_millis(100),
+            max_downtime: Duration::from_millis(200),
             timeout: Some(Duration::from_secs(4)),
             on_timeout,
         };
         let mut policies = [policy(OnTimeout::StopAndCopy), policy(OnTimeout::Cancel)];
-        for (iteration, dirty, expected) in [
-            // Before the first pass nothing is known of the sink.
-            (0, Some(1), [Continue, Continue]),
-            (1, None, [Continue, Continue]),
-            // 1000 pages a second: 100 take 100 ms.
-            (1, Some(100), [StopAndCopy, StopAndCopy]),
-            (1, Some(101), [Continue, Continue]),
-            (4, Some(101), [StopAndCopy, Abort]),
-            (4, None, [StopAndCopy, Abort]),
-            (4, Some(100), [StopAndCopy, StopAndCopy]),
+        let behind = |iteration, expected, shrinking| PrecopyStats {
+            expected_dirty: expected,
+            shrinking,
+            ..stats(iteration, None)
+        };
+        for (stats, expected) in [
+            // Before the first pass, and behind it, nothing is known of the guest.
+            (stats(0, Some(1)), [Continue, Continue]),
+            (behind(1, None, true), [Continue, Continue]),
+            // What is dirty is sent first, however little.
+            (stats(1, Some(1)), [Continue, Continue]),
+            (stats(1, Some(0)), [StopAndCopy, StopAndCopy]),
+            // 1000 pages a second: 100 take 100 ms, half of what is allowed.
+            (behind(2, Some(100), true), [StopAndCopy, StopAndCopy]),
+            (behind(2, Some(101), true), [Continue, Continue]),
+            (behind(2, Some(200), false), [StopAndCopy, StopAndCopy]),
+            (behind(2, Some(201), false), [Continue, Continue]),
+            (stats(4, Some(101)), [StopAndCopy, Abort]),
+            (behind(4, Some(201), false), [StopAndCopy, Abort]),
+            (behind(4, Some(100), true), [StopAndCopy, StopAndCopy]),
         ] {
-            let stats = stats(iteration, dirty);
             let decisions = policies.each_mut().map(|policy| policy.decide(&stats));
-            assert_eq!(decisions, expected, "{iteration} {dirty:?}");
+            assert_eq!(decisions, expected, "{stats:?}");
         }
         let mut patient = TargetPolicy {
             timeout: None,
             ..policy(OnTimeout::Cancel)
         };
         assert_eq!(patient.decide(&stats(1000, Some(101))), Continue);
+    }
+
+    #[test]
+    fn the_meter_expects_what_the_passes_have_shown() {
+        let mut meter = Meter::new(1000);
+        let pages = |n: u64| n * PAGE_SIZE as u64;
+        let ms = Duration::from_millis;
+        meter.sent_in(ms(1000), 1000, pages(1000));
+        let first = *meter.stats();
+        assert_eq!((first.expected_dirty, first.dirty_count), (None, None));
+        assert_eq!(first.octets_per_second, 4_096_000.0);
+        meter.pass_before = ms(1000);
+        meter.dirty_in(ms(1000), 400);
+        let dirty = *meter.stats();
+        assert_eq!((dirty.expected_dirty, dirty.shrinking), (Some(400), true));
+        assert_eq!(dirty.estimated_downtime(), Some(ms(400)));
+        assert_eq!(dirty.dirty_pages_per_second, 400.0);
+        // A pass at the pace of the one before: no more than was sent in it.
+        meter.sent_in(ms(500), 400, pages(400));
+        let second = *meter.stats();
+        assert_eq!(second.expected_dirty, Some(400));
+        // 800 pages a second, though 900 over both.
+        assert_eq!(second.octets_per_second, 800.0 * 4096.0);
+        assert_eq!(second.estimated_downtime(), Some(ms(500)));
+        // A sink that stalls: the guest has had twice the time.
+        meter.pass_before = ms(500);
+        meter.dirty_in(ms(500), 380);
+        assert!(!meter.stats().shrinking, "by a twentieth only");
+        meter.sent_in(ms(1000), 380, pages(380));
+        let third = *meter.stats();
+        assert_eq!(third.expected_dirty, Some(760));
+        assert_eq!(third.estimated_downtime(), Some(ms(2000)));
+        // Nothing but absent pages: the sink is no slower for that.
+        let before = third.octets_per_second;
+        meter.sent_in(ms(1), 10, 0);
+        assert!(meter.stats().octets_per_second > before / 3.0);
     }
 
     #[test]
