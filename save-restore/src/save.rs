@@ -202,7 +202,7 @@ pub fn save<'a>(
 ///
 /// As [`save`]; besides, a policy that aborts, a guest that moves its p2m, and a
 /// hypervisor that cannot log dirty pages. The dirty log is off again whatever
-/// happens.
+/// happens; a hypervisor that refuses just that is complained of in the log.
 pub fn save_live<'a>(
     domain: &dyn Domain,
     xen: XenVersion,
