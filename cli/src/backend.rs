@@ -7,13 +7,10 @@ use anyhow::{Context as _, Result, bail};
 use xsr_format::byte_order::ByteOrder;
 use xsr_format::read::ReadOptions;
 use xsr_format::wrapper::libxl::{LibxlHeader, LibxlReader, LibxlRecord, LibxlWriter};
-use xsr_xen_backend::DomId;
 use xsr_xen_backend::mock::{HostConfig, MockError, MockHost};
+use xsr_xen_backend::{DomId, OpenError, XenHost};
 
 use crate::args::Backend;
-
-/// Where a Linux control domain reaches Xen.
-const PRIVCMD: &str = "/dev/xen/privcmd";
 
 /// Under which name libxl, too, keeps a domain's configuration.
 const CONFIG: &str = "libxl-json";
@@ -43,14 +40,23 @@ pub(crate) fn open_or_create(backend: &Backend) -> Result<MockHost> {
 }
 
 fn directory(backend: &Backend) -> Result<&Path> {
-    let (here, there_is) = match (backend, Path::new(PRIVCMD).exists()) {
-        (Backend::Mock(dir), _) => return Ok(dir),
-        (Backend::Auto, false) => ("this machine runs no Xen", "is no"),
-        (Backend::Auto, true) => ("this version does not drive a real Xen yet", "is a"),
+    if let Backend::Mock(dir) = backend {
+        return Ok(dir);
+    }
+    let why = match XenHost::open() {
+        Err(OpenError::NoXen) => {
+            "this machine runs no Xen (there is no /dev/xen/privcmd)".to_owned()
+        }
+        Err(error) => error.to_string(),
+        Ok(_) => "on a real Xen a domain is saved and restored by its \
+             toolstack, which uses this engine where LIBXL_SAVE_HELPER names \
+             xsr-save-helper: `LIBXL_SAVE_HELPER=/usr/bin/xsr-save-helper xl save …` \
+             (docs/toolstacks.md)"
+            .to_owned(),
     };
     bail!(
-        "{here} (there {there_is} {PRIVCMD}); use a mock machine: --backend mock:DIR, or \
-         XSR_BACKEND=mock:DIR (`xsr mock create` makes one)"
+        "{why}; use a mock machine: --backend mock:DIR, or XSR_BACKEND=mock:DIR (`xsr mock \
+         create` makes one)"
     )
 }
 

@@ -15,7 +15,7 @@ use xsr_save_restore::source::CopySource;
 use xsr_save_restore::toolstack::DirectToolstack;
 use xsr_save_restore::{Live, save_live};
 use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost, WorkloadSpec};
-use xsr_xen_backend::{DomId, Host, XenHost, XenVersion};
+use xsr_xen_backend::{Access, DomId, Host, XenHost, XenVersion};
 
 /// A host of this version of Xen.
 fn xen(seed: u64, minor: u16) -> MockHost {
@@ -59,7 +59,7 @@ fn the_octets_are_those_of_the_machine_itself() {
 #[test]
 fn a_guest_arrives_through_hypercalls_and_runs_on() {
     for spec in specs() {
-        let (old, new) = (xen(6, 15), xen(7, 21));
+        let (old, new) = (xen(6, 15), xen(7, 20));
         let domid = old.create_guest(&spec).unwrap();
         let stream = save_to_vec(&old.as_xen().unwrap(), domid, &options(2)).unwrap();
         let there = restore_through(&new.as_xen().unwrap(), &stream, &spec);
@@ -70,6 +70,27 @@ fn a_guest_arrives_through_hypercalls_and_runs_on() {
         domain.unpause().unwrap();
         domain.suspend().unwrap();
         domain.resume().unwrap();
+    }
+}
+
+/// A console daemon of Xen 4.21 says in the ring that it is there; before that the ring
+/// has to say that it is not.
+#[test]
+fn the_console_is_not_connected_where_its_daemon_connects_it() {
+    for spec in specs() {
+        for (minor, connection) in [(20, 0), (21, 1), (22, 1)] {
+            let (old, new) = (xen(10, 17), xen(11, minor));
+            let domid = old.create_guest(&spec).unwrap();
+            let stream = save_to_vec(&old, domid, &options(1)).unwrap();
+            let shape = shape(&stream, spec.kind, spec.vcpus);
+            let source = CopySource(stream.as_slice());
+            let (there, restored, _) = restore_reporting(&new, shape, source);
+            let ring = restored.console_gfn.unwrap();
+            let domain = new.domain(there).unwrap();
+            let pages = domain.map(&[ring], Access::Read).unwrap();
+            let word = pages.page(0).unwrap().read_entry(3088 / 8);
+            assert_eq!(word & 0xff, connection, "{} on 4.{minor}", spec.name);
+        }
     }
 }
 

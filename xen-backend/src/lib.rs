@@ -230,6 +230,9 @@ pub trait Host: Send + Sync {
 
 /// A domain's life.
 pub trait DomainControl: Send + Sync {
+    /// The version of the hypervisor that the domain is on.
+    fn xen_version(&self) -> Result<XenVersion, BackendError>;
+
     /// The domain's state now (`XEN_DOMCTL_getdomaininfo`).
     fn info(&self) -> Result<DomainInfo, BackendError>;
 

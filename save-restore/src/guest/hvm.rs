@@ -157,8 +157,7 @@ impl HvmRestore {
     /// the rings' event channels, the context, the grants.
     ///
     /// The pages of xenstore, console and ioreq rings are cleared: what the old
-    /// host's backends left in them means nothing here. (Xen 4.21 and later then mark
-    /// the console as not connected; see `PvRestore` for why we do not.)
+    /// host's backends left in them means nothing here.
     pub(crate) fn complete(
         &self,
         domain: &dyn Domain,
@@ -178,6 +177,9 @@ impl HvmRestore {
                 param::STORE_PFN | param::CONSOLE_PFN | param::IOREQ_PFN | param::BUFIOREQ_PFN
             ) {
                 clear_page(domain, Gfn(value))?;
+            }
+            if index == param::CONSOLE_PFN {
+                x86::disconnect_console(domain, Gfn(value))?;
             }
             domain.set_hvm_param(index, value)?;
         }

@@ -1,9 +1,10 @@
-//! What PV and translated x86 guests have in common: CPU policy and TSC.
+//! What PV and translated x86 guests have in common: CPU policy, TSC, the console's ring.
 //!
 //! C implementation: `xg_sr_common_x86.c`.
 
+use xsr_format::frame::Gfn;
 use xsr_format::record::x86::TscInfo;
-use xsr_xen_backend::{CpuPolicy, Domain, TscInfo as DomainTsc};
+use xsr_xen_backend::{Access, CpuPolicy, Domain, TscInfo as DomainTsc};
 
 use crate::error::{RestoreError, SaveError};
 use crate::guest::Out;
@@ -52,4 +53,33 @@ pub(crate) fn set_cpu_policy(
         domain.set_cpu_policy(policy)?;
     }
     Ok(missing)
+}
+
+/// The first version of Xen whose console daemon says in the ring that it is there.
+const CONNECTING_CONSOLE: (u16, u16) = (4, 21);
+/// The word of a console ring whose lowest octet says whether somebody is at the other
+/// end: `connection` of `xencons_interface`, behind 1024 octets of input, 2048 of output
+/// and four indices of 4.
+const CONSOLE_CONNECTION: usize = (1024 + 2048 + 16) / 8;
+/// Nobody is, as yet (`XENCONSOLE_DISCONNECTED`); 0 would be that somebody is.
+const DISCONNECTED: u64 = 1;
+
+/// Mark the console ring as not connected, where there will be a daemon that marks it
+/// connected; an older one never would, and the guest would print nothing.
+///
+/// C: `xc_dom_console_set_disconnected`.
+pub(crate) fn disconnect_console(domain: &dyn Domain, ring: Gfn) -> Result<(), RestoreError> {
+    let version = domain.xen_version()?;
+    if (version.major, version.minor) < CONNECTING_CONSOLE {
+        return Ok(());
+    }
+    let pages = domain.map(&[ring], Access::Write)?;
+    match pages.page(0) {
+        Some(page) => {
+            let rest = page.read_entry(CONSOLE_CONNECTION) & !0xff;
+            page.write_entry(CONSOLE_CONNECTION, rest | DISCONNECTED);
+        }
+        None => tracing::warn!(%ring, "the console ring is a page that the guest does not have"),
+    }
+    Ok(())
 }

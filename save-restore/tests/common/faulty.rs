@@ -10,7 +10,7 @@ use xsr_format::frame::{Gfn, Mfn, PageType};
 use xsr_xen_backend::{
     Access, BackendError, CpuPolicy, DirtyBitmap, DirtyRead, DirtyStats, DomId, Domain,
     DomainControl, DomainInfo, Errno, ForeignPages, GuestMemory, HvmGuest, LogDirty, M2p, PvGuest,
-    RingGrant, TscInfo, VcpuBlob, X86Platform,
+    RingGrant, TscInfo, VcpuBlob, X86Platform, XenVersion,
 };
 
 /// Which of several frames or extents.
@@ -69,7 +69,7 @@ const ANY: [Errno; 3] = [Errno::EPERM, Errno::ESRCH, Errno::EACCES];
 fn errnos(op: &str) -> &'static [Errno] {
     use Errno::*;
     match op {
-        "info" => &[EFAULT],
+        "info" | "xen_version" => &[EFAULT],
         "vcpu_online" => &[EINVAL, EFAULT],
         "maximum_gfn" => &[EFAULT],
         "page_types" => &[E2BIG, EINVAL, EFAULT, ENOMEM],
@@ -242,6 +242,9 @@ impl Faulty {
 }
 
 impl DomainControl for Faulty {
+    fn xen_version(&self) -> Result<XenVersion, BackendError> {
+        self.call("xen_version", |d| d.xen_version())
+    }
     fn info(&self) -> Result<DomainInfo, BackendError> {
         self.call("info", |d| d.info())
     }

@@ -16,7 +16,7 @@ use super::memory;
 use super::state::{Dom, MAX_PFNS, State};
 use crate::error::BackendError;
 use crate::pages::{Access, ForeignPages};
-use crate::{DomId, DomainControl, DomainInfo, GuestKind, GuestMemory, ShutdownReason};
+use crate::{DomId, DomainControl, DomainInfo, GuestKind, GuestMemory, ShutdownReason, XenVersion};
 
 /// Most frames of one `getpageframeinfo3`.
 const MAX_TYPE_BATCH: usize = 1024;
@@ -173,6 +173,10 @@ pub(super) fn storage_errno(error: &MockError) -> Errno {
 }
 
 impl DomainControl for MockDomain {
+    fn xen_version(&self) -> Result<XenVersion, BackendError> {
+        Ok(self.machine.config.xen_version)
+    }
+
     fn info(&self) -> Result<DomainInfo, BackendError> {
         self.look("getdomaininfo", |state| Ok(self.info_of(state)))
     }

@@ -10,7 +10,9 @@ use zerocopy::FromZeros;
 
 use super::{XenDomain, sys};
 use crate::error::BackendError;
-use crate::{DomId, DomainControl, DomainInfo, GuestKind, HvmGuest, PvGuest, ShutdownReason};
+use crate::{
+    DomId, DomainControl, DomainInfo, GuestKind, HvmGuest, PvGuest, ShutdownReason, XenVersion,
+};
 
 /// How long a destroyed domain may stay in Xen's list before we no longer wait for it
 /// to go: as long as somebody has a page of it mapped, it does.
@@ -70,6 +72,10 @@ impl XenDomain {
 }
 
 impl DomainControl for XenDomain {
+    fn xen_version(&self) -> Result<XenVersion, BackendError> {
+        Ok(self.shared.version)
+    }
+
     fn info(&self) -> Result<DomainInfo, BackendError> {
         self.calls()
             .info(self.domid)

@@ -13,6 +13,7 @@ use crate::error::{GuestError, RestoreError};
 use crate::guest::pv::layout::{Field, cr3_to_frame, frame_to_cr3, shared_info, start_info, vcpu};
 use crate::guest::pv::p2m::NewP2m;
 use crate::guest::pv::{VCPU_RECORDS, gdt_frames, guest_info};
+use crate::guest::x86;
 use crate::restore::RestoreOptions;
 
 /// Blobs of one vcpu, in the order of [`VCPU_RECORDS`]; empty where none came.
@@ -144,6 +145,9 @@ impl PvRestore {
         self.p2m
             .write_back(domain, self.info, &self.frames, self.max_pfn)?;
         let (store, console) = rings;
+        if let Some(console) = console {
+            x86::disconnect_console(domain, console)?;
+        }
         domain.seed_grants(
             RingGrant {
                 gfn: console,
@@ -156,10 +160,6 @@ impl PvRestore {
         )?;
         Ok(rings)
     }
-
-    // (Xen 4.21 and later mark the console ring's `connection` as not connected here,
-    // and have xenconsoled mark it connected. An older xenconsoled never would; until
-    // there is a backend that knows which one it has, the ring is left as 4.17 does.)
 
     /// Put the image's shared_info into the domain's: what belongs to the guest is
     /// taken over; event channels start afresh, all masked, since none survives; and
