@@ -45,15 +45,23 @@ pub enum GuestError {
         /// What it holds.
         value: u64,
     },
-    /// A PV guest changed where its p2m is while it was being saved.
+    /// A PV guest suspended with its p2m in disorder.
     #[error(
-        "the guest moved its p2m while it was being saved (generation {before} became {now}); try again, or save it suspended"
+        "the guest suspended in the midst of changing what maps its p2m (generation {generation} is odd); it runs on, try again"
     )]
-    P2mMoved {
-        /// `p2m_generation` at the start.
-        before: u64,
+    P2mUnsettled {
+        /// `p2m_generation`: odd while the guest changes something.
+        generation: u64,
+    },
+    /// A PV guest gave a part of its p2m back while it was being saved.
+    #[error(
+        "the guest's p2m shrank while it was being saved: it ended at pfn {before} and now ends at {now}, which a stream that has begun cannot say; the guest runs on, save it again"
+    )]
+    P2mShrank {
+        /// The last pfn before.
+        before: Pfn,
         /// And now.
-        now: u64,
+        now: Pfn,
     },
     /// Xen names a type that the format has none for.
     #[error("pfn {pfn} (frame {gfn}) has page type {:#x}, which the format does not know", page_type.nibble())]

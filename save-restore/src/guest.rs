@@ -37,6 +37,10 @@ pub(crate) trait GuestSave: Sync {
     /// The frame of a pfn; `None` where there is none.
     fn pfn_to_gfn(&self, pfn: Pfn) -> Option<Gfn>;
 
+    /// Whether the machine agrees that `gfn` is the frame of `pfn`. A guest that runs may
+    /// be moving the tables in which that was looked up.
+    fn confirms(&self, pfn: Pfn, gfn: Gfn) -> bool;
+
     /// Turn the contents of a page into what they are on any machine.
     fn normalise(&self, entry: PageEntry, page: ForeignPage<'_>) -> Result<Normalised, GuestError>;
 
@@ -46,8 +50,17 @@ pub(crate) trait GuestSave: Sync {
     /// Records between STATIC_DATA_END and memory.
     fn start_of_stream(&self, out: &mut Out<'_>) -> Result<(), SaveError>;
 
-    /// Whether a save of a guest that runs can go on: asked after each pass.
-    fn check_vm_state(&self) -> Result<(), GuestError>;
+    /// Look whether the guest has moved what says where its memory is, and follow it;
+    /// asked after each pass, and again when the guest is suspended. `true`: what
+    /// [`GuestSave::start_of_stream`] writes has changed and must be written again, and
+    /// [`GuestSave::max_pfn`] may be larger. While the guest is `running`, one that is
+    /// caught in the midst of it is let go on: it will have settled at the next look.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be followed: it has fewer leaves of p2m than before, which a stream has
+    /// no way to say; or it has suspended in the midst of changing them.
+    fn check_vm_state(&mut self, running: bool) -> Result<bool, SaveError>;
 
     /// Records after memory, of a guest that has suspended.
     fn end_of_checkpoint(&self, out: &mut Out<'_>) -> Result<(), SaveError>;

@@ -5,6 +5,7 @@
 mod batch;
 mod live;
 pub mod precopy;
+mod suspended;
 
 use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
@@ -14,9 +15,9 @@ use xsr_format::frame::{PAGE_SIZE, Pfn};
 use xsr_format::image::DomainHeader;
 use xsr_format::record::MAX_BATCH;
 use xsr_format::write::RecordWriter;
-use xsr_xen_backend::{DirtyBitmap, Domain, ShutdownReason, XenVersion};
+use xsr_xen_backend::{DirtyBitmap, Domain, XenVersion};
 
-use crate::error::{GuestError, SaveError};
+use crate::error::SaveError;
 use crate::guest::hvm::HvmSave;
 use crate::guest::pv::PvSave;
 use crate::guest::{GuestSave, Out};
@@ -24,6 +25,7 @@ use crate::pipeline;
 use crate::progress::{OnProgress, Phase, Reporter};
 use crate::save::batch::Batch;
 use crate::save::precopy::PrecopyPolicy;
+use crate::save::suspended::Suspended;
 use crate::sink::PageSink;
 use crate::toolstack::{SaveToolstack, ToolstackError};
 
@@ -64,6 +66,10 @@ pub struct SaveStats {
     pub batches: u64,
     /// Passes over memory while the guest ran; 0 in a save that is not live.
     pub iterations: u32,
+    /// pfns that could not be sent while the guest ran, because it was just changing
+    /// them (page tables) or what says where they are, and those it had no page for:
+    /// put off until it was suspended.
+    pub deferred: u64,
     /// From asking the guest to suspend until the stream was complete.
     pub suspended_for: Duration,
 }
@@ -76,7 +82,7 @@ pub struct SaveStats {
 #[must_use = "dropping it resumes the domain"]
 pub struct Saved<'a> {
     stats: SaveStats,
-    suspended: Suspended<'a>,
+    suspended: Suspended<'a, dyn SaveToolstack + 'a>,
 }
 
 impl std::fmt::Debug for Saved<'_> {
@@ -95,7 +101,7 @@ impl Saved<'_> {
 
     /// Leave the domain suspended: the image holds the guest now.
     pub fn keep_suspended(mut self) {
-        self.suspended.active = false;
+        self.suspended.let_go();
     }
 
     /// Resume the domain: the image is a copy.
@@ -105,69 +111,6 @@ impl Saved<'_> {
     /// What the toolstack says; the domain is then still suspended.
     pub fn resume(mut self) -> Result<(), ToolstackError> {
         self.suspended.resume()
-    }
-}
-
-/// What a save has changed of the domain, undone on drop: the device model's
-/// log-dirty mode goes off, and the guest is resumed once it has been suspended.
-struct Suspended<'a> {
-    toolstack: &'a mut dyn SaveToolstack,
-    logging: bool,
-    active: bool,
-}
-
-impl Suspended<'_> {
-    fn suspend(&mut self, domain: &dyn Domain) -> Result<(), SaveError> {
-        if let Some(reason) = domain.info()?.shutdown {
-            // Not our doing, and not ours to undo.
-            return Err(GuestError::AlreadyDown { reason }.into());
-        }
-        let result = self.toolstack.suspend();
-        let info = domain.info();
-        if let Err(error) = result {
-            // It may have failed with the guest already asleep.
-            self.active = info.is_ok_and(|info| info.shutdown == Some(ShutdownReason::Suspend));
-            return Err(error.into());
-        }
-        self.active = true;
-        match info?.shutdown {
-            Some(ShutdownReason::Suspend) => Ok(()),
-            other => {
-                // Whatever this is, it is not asleep: there is nothing to undo.
-                self.active = false;
-                let state = match other {
-                    None => "no shutdown".to_owned(),
-                    Some(reason) => format!("shutdown for {reason:?}").to_lowercase(),
-                };
-                Err(GuestError::NotSuspended { state }.into())
-            }
-        }
-    }
-
-    /// The device model no longer marks pages.
-    fn logging_off(&mut self) {
-        if std::mem::take(&mut self.logging)
-            && let Err(error) = self.toolstack.switch_qemu_logdirty(false)
-        {
-            // The image is what it is; the device model merely goes on marking pages.
-            tracing::warn!(%error, "the device model's log-dirty mode could not be switched off");
-        }
-    }
-
-    fn resume(&mut self) -> Result<(), ToolstackError> {
-        match std::mem::take(&mut self.active) {
-            true => self.toolstack.resume(),
-            false => Ok(()),
-        }
-    }
-}
-
-impl Drop for Suspended<'_> {
-    fn drop(&mut self) {
-        self.logging_off();
-        if let Err(error) = self.resume() {
-            tracing::error!(%error, "the domain could not be resumed and is still suspended");
-        }
     }
 }
 
@@ -200,9 +143,9 @@ pub fn save<'a>(
 ///
 /// # Errors
 ///
-/// As [`save`]; besides, a policy that aborts, a guest that moves its p2m, and a
-/// hypervisor that cannot log dirty pages. The dirty log is off again whatever
-/// happens; a hypervisor that refuses just that is complained of in the log.
+/// As [`save`]; besides, a policy that aborts, a PV guest whose p2m shrinks (it may move
+/// or grow), and a hypervisor that cannot log dirty pages. The dirty log is off again
+/// whatever happens; a hypervisor that refuses just that is complained of in the log.
 pub fn save_live<'a>(
     domain: &dyn Domain,
     xen: XenVersion,
@@ -224,15 +167,10 @@ fn run<'a>(
     live: Option<Live<'_>>,
     progress: &mut OnProgress<'_>,
 ) -> Result<Saved<'a>, SaveError> {
-    let mut suspended = Suspended {
-        toolstack,
-        logging: false,
-        active: false,
-    };
+    let mut suspended = Suspended::new(toolstack);
     let info = domain.info()?;
     if info.kind.is_translated() {
-        suspended.toolstack.switch_qemu_logdirty(true)?;
-        suspended.logging = true;
+        suspended.logging_on()?;
     }
     let mut run = Run {
         domain,
@@ -269,13 +207,13 @@ impl Run<'_, '_> {
     fn phases(
         &mut self,
         xen: XenVersion,
-        suspended: &mut Suspended<'_>,
+        suspended: &mut Suspended<'_, dyn SaveToolstack + '_>,
         sink: &mut dyn PageSink,
         live: Option<Live<'_>>,
     ) -> Result<(), SaveError> {
         self.report(Phase::Setup)?;
-        let guest = setup(self.domain)?;
-        let guest = guest.as_ref();
+        let mut guest = setup(self.domain)?;
+        let guest = guest.as_mut();
         let domain_header = DomainHeader {
             guest_type: guest.guest_type(),
             xen_major: u32::from(xen.major),
@@ -289,8 +227,11 @@ impl Run<'_, '_> {
         let stopped = match live {
             None => {
                 let stopped = self.suspend(suspended)?;
+                if guest.check_vm_state(false)? {
+                    guest.start_of_stream(&mut out)?;
+                }
                 let all = (all_pages(guest), guest_pages(guest));
-                self.send(guest, &mut out, Phase::Pages, all, &mut None)?;
+                self.send(guest, &mut out, Phase::Pages, all, None)?;
                 stopped
             }
             Some(live) => self.live(guest, &mut out, suspended, live)?,
@@ -304,7 +245,10 @@ impl Run<'_, '_> {
     }
 
     /// Have the guest suspend; when it was asked to.
-    fn suspend(&mut self, suspended: &mut Suspended<'_>) -> Result<Instant, SaveError> {
+    fn suspend<T: SaveToolstack + ?Sized>(
+        &mut self,
+        suspended: &mut Suspended<'_, T>,
+    ) -> Result<Instant, SaveError> {
         self.report(Phase::Suspend)?;
         let asked = Instant::now();
         suspended.suspend(self.domain)?;
@@ -319,7 +263,7 @@ impl Run<'_, '_> {
         out: &mut Out<'_>,
         phase: Phase,
         (pfns, total): (impl Iterator<Item = Pfn>, u64),
-        deferred: &mut Option<DirtyBitmap>,
+        mut deferred: Option<&mut DirtyBitmap>,
     ) -> Result<(), SaveError> {
         let domain = self.domain;
         let running = deferred.is_some();
@@ -331,7 +275,7 @@ impl Run<'_, '_> {
             |pfns| Batch::prepare(domain, guest, &pfns, running),
             |batch| {
                 batch.write(*out.sink_mut())?;
-                if let Some(deferred) = deferred {
+                if let Some(deferred) = &mut deferred {
                     for pfn in batch.deferred() {
                         deferred.set(*pfn);
                     }

@@ -376,27 +376,3 @@ fn a_log_that_something_else_holds_is_taken_over() {
     let (stream, _) = live(&host, domid, 1, &mut go_on);
     assert_arrives(&host, domid, &stream, &spec);
 }
-
-#[test]
-fn a_guest_that_moves_its_p2m_is_not_saved() {
-    let host = host(68);
-    let domid = host.create_guest(&specs()[0]).unwrap();
-    let domain = host.domain(domid).unwrap();
-    let mut work = host
-        .workload(domid, &WorkloadSpec::writes(1, 1, 100))
-        .unwrap();
-    let mut bump = |progress: &Progress| {
-        if progress.phase == Phase::Precopy && progress.pass_is_complete() {
-            assert!(work.bump_p2m_generation().unwrap());
-        }
-        ControlFlow::Continue(())
-    };
-    let how = Live {
-        policy: &mut XenPolicy,
-        verify: false,
-    };
-    let mut sink = CopySink(io::sink());
-    let error = live_over(&host, domain.as_ref(), &mut sink, 1, how, &mut bump).unwrap_err();
-    assert!(error.to_string().contains("moved its p2m"), "{error}");
-    assert_runs(&host, domid, "moved");
-}

@@ -66,12 +66,17 @@ pub(crate) struct HvmSave<'a> {
 
 impl<'a> HvmSave<'a> {
     pub(crate) fn new(domain: &'a dyn Domain) -> Result<Self, SaveError> {
-        // A guest without memory has pfn 0 to look at, which is not there.
-        let max_pfn = Pfn(domain.maximum_gfn()?.map_or(0, |gfn| gfn.0));
-        if max_pfn > PageEntry::MAX_PFN {
-            return Err(GuestError::TooLarge { max_pfn }.into());
-        }
+        let max_pfn = max_pfn(domain)?;
         Ok(Self { domain, max_pfn })
+    }
+}
+
+fn max_pfn(domain: &dyn Domain) -> Result<Pfn, SaveError> {
+    // A guest without memory has pfn 0 to look at, which is not there.
+    let max_pfn = Pfn(domain.maximum_gfn()?.map_or(0, |gfn| gfn.0));
+    match max_pfn <= PageEntry::MAX_PFN {
+        true => Ok(max_pfn),
+        false => Err(GuestError::TooLarge { max_pfn }.into()),
     }
 }
 
@@ -88,6 +93,11 @@ impl GuestSave for HvmSave<'_> {
         Some(Gfn(pfn.0))
     }
 
+    /// It is what Xen itself translates.
+    fn confirms(&self, _: Pfn, _: Gfn) -> bool {
+        true
+    }
+
     fn normalise(&self, _: PageEntry, _: ForeignPage<'_>) -> Result<Normalised, GuestError> {
         Ok(Normalised::AsIs)
     }
@@ -100,8 +110,12 @@ impl GuestSave for HvmSave<'_> {
         Ok(())
     }
 
-    fn check_vm_state(&self) -> Result<(), GuestError> {
-        Ok(())
+    /// Memory may have been added at the end.
+    fn check_vm_state(&mut self, _running: bool) -> Result<bool, SaveError> {
+        let now = max_pfn(self.domain)?;
+        let grown = now > self.max_pfn;
+        self.max_pfn = self.max_pfn.max(now);
+        Ok(grown)
     }
 
     /// TSC, context, params: the order Xen writes, though the specification wants

@@ -43,6 +43,9 @@ pub(crate) struct PvSave<'a> {
     m2p: M2p,
     shared_info: ForeignPages,
     p2m: P2m,
+    /// The last pfn that the stream has been told of: more than the guest has where its
+    /// p2m has lost some of its last leaf.
+    announced: Pfn,
 }
 
 impl<'a> PvSave<'a> {
@@ -55,7 +58,7 @@ impl<'a> PvSave<'a> {
         let p2m = P2m::find(domain, &m2p, info, &shared)?;
         tracing::debug!(
             width = info.width(),
-            max_pfn = %p2m.max_pfn,
+            max_pfn = %p2m.max_pfn(),
             p2m_frames = p2m.frames.len(),
             "PV guest"
         );
@@ -64,6 +67,7 @@ impl<'a> PvSave<'a> {
             info,
             m2p,
             shared_info,
+            announced: p2m.max_pfn(),
             p2m,
         })
     }
@@ -150,11 +154,15 @@ impl GuestSave for PvSave<'_> {
     }
 
     fn max_pfn(&self) -> Pfn {
-        self.p2m.max_pfn
+        self.announced
     }
 
     fn pfn_to_gfn(&self, pfn: Pfn) -> Option<Gfn> {
         self.p2m.mfn(pfn).map(|mfn| Gfn(mfn.0))
+    }
+
+    fn confirms(&self, pfn: Pfn, gfn: Gfn) -> bool {
+        self.m2p.pfn(Mfn(gfn.0)) == Some(pfn)
     }
 
     fn normalise(&self, entry: PageEntry, page: ForeignPage<'_>) -> Result<Normalised, GuestError> {
@@ -178,23 +186,51 @@ impl GuestSave for PvSave<'_> {
     }
 
     fn start_of_stream(&self, out: &mut Out<'_>) -> Result<(), SaveError> {
-        let end = u32::try_from(self.p2m.max_pfn.0).expect("checked when the p2m was found");
+        let end = u32::try_from(self.announced.0).expect("checked when the p2m was found");
         out.p2m_frames(self.info, 0, end, &self.p2m.frames)?;
         Ok(())
     }
 
-    /// A guest that publishes its p2m as a list counts its changes to the tables that
-    /// map it: what has been found of it no longer holds then.
-    fn check_vm_state(&self) -> Result<(), GuestError> {
-        let Some(before) = self.p2m.generation else {
-            return Ok(());
-        };
+    /// The guest may have moved its p2m, or made it larger: then it is found and mapped
+    /// again, and X86_PV_P2M_FRAMES has to be sent again, which restorers take for a
+    /// correction. What was looked up in the meantime, [`GuestSave::confirms`] has
+    /// judged. (Xen's saver gives up when `p2m_generation` has changed, and does not
+    /// see what else may.)
+    fn check_vm_state(&mut self, running: bool) -> Result<bool, SaveError> {
         let shared = self.shared_info.page(0).expect("mapped").to_page();
-        let now = shared_info::P2M_GENERATION.get(self.info, shared.as_slice());
-        match now == before {
-            true => Ok(()),
-            false => Err(GuestError::P2mMoved { before, now }),
+        // Odd while the guest is changing what maps its p2m list.
+        let generation = shared_info::P2M_GENERATION.get(self.info, shared.as_slice());
+        if generation % 2 == 1 {
+            tracing::debug!(generation, "the guest is moving its p2m");
+            return match running {
+                true => Ok(false),
+                false => Err(GuestError::P2mUnsettled { generation }.into()),
+            };
         }
+        let p2m = match self.p2m.find_again(self.domain, &self.m2p, &shared) {
+            Ok(None) => return Ok(false),
+            Ok(Some(p2m)) => p2m,
+            Err(error @ (SaveError::Guest(_) | SaveError::Map(_))) if running => {
+                tracing::debug!(%error, "caught the guest moving its p2m");
+                return Ok(false);
+            }
+            Err(error) => return Err(error),
+        };
+        if p2m.frames.len() < self.p2m.frames.len() {
+            return Err(GuestError::P2mShrank {
+                before: self.p2m.max_pfn(),
+                now: p2m.max_pfn(),
+            }
+            .into());
+        }
+        tracing::debug!(
+            before = %self.p2m.max_pfn(),
+            now = %p2m.max_pfn(),
+            "the guest has moved its p2m"
+        );
+        self.announced = self.announced.max(p2m.max_pfn());
+        self.p2m = p2m;
+        Ok(true)
     }
 
     fn end_of_checkpoint(&self, out: &mut Out<'_>) -> Result<(), SaveError> {

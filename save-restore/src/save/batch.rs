@@ -35,9 +35,10 @@ enum Special {
 impl Batch {
     /// Look up, map and normalise `pfns`, at most 1024 of them.
     ///
-    /// While the guest is `running`, a frame that has gone since it was looked up, or a
-    /// page table that changes under the reader, is listed as absent (XTAB) and
-    /// deferred.
+    /// While the guest is `running`, a pfn that has no frame, a frame of which the machine
+    /// says that it is no longer or not yet this pfn's, one that has gone when it is to
+    /// be mapped, and a page table that changes under the reader are listed as absent
+    /// (XTAB) and deferred.
     ///
     /// # Errors
     ///
@@ -52,14 +53,15 @@ impl Batch {
     ) -> Result<Self, SaveError> {
         // A pfn without a frame is asked about all the same, as Xen does: the answer
         // for "no frame" is XTAB.
-        let gfns: Vec<Option<Gfn>> = pfns.iter().map(|pfn| guest.pfn_to_gfn(*pfn)).collect();
-        let asked: Vec<Gfn> = gfns.iter().map(|g| g.unwrap_or(Gfn::INVALID)).collect();
+        let gfn = |pfn: &Pfn| guest.pfn_to_gfn(*pfn).unwrap_or(Gfn::INVALID);
+        let gfns: Vec<Gfn> = pfns.iter().map(gfn).collect();
         let mut types = vec![PageType::XTAB; gfns.len()];
-        domain.page_types(&asked, &mut types)?;
+        domain.page_types(&gfns, &mut types)?;
 
         let mut entries = Vec::with_capacity(pfns.len());
         let mut with_data = Vec::with_capacity(pfns.len());
-        for ((&pfn, &gfn), &page_type) in pfns.iter().zip(&asked).zip(&types) {
+        let mut deferred = Vec::new();
+        for ((&pfn, &gfn), &page_type) in pfns.iter().zip(&gfns).zip(&types) {
             if !page_type.is_known() {
                 return Err(GuestError::PageType {
                     pfn,
@@ -68,6 +70,15 @@ impl Batch {
                 }
                 .into());
             }
+            // Looked up in a table that was just moving, most likely; or ballooned out,
+            // and it may be back before the guest is suspended.
+            let page_type = match running && !guest.confirms(pfn, gfn) {
+                true => {
+                    deferred.push(pfn);
+                    PageType::XTAB
+                }
+                false => page_type,
+            };
             if page_type.has_data() {
                 with_data.push((entries.len(), gfn));
             }
@@ -78,16 +89,11 @@ impl Batch {
             pfns: entries.len() as u64,
             mapped: None,
             special: Vec::new(),
-            deferred: Vec::new(),
+            deferred,
             pages: 0,
         };
         if !with_data.is_empty() {
             batch.map(domain, guest, &mut entries, &with_data, running)?;
-        }
-        if running {
-            // Ballooned out: it may be back before the guest is suspended.
-            let absent = pfns.iter().zip(&gfns).filter(|(_, gfn)| gfn.is_none());
-            batch.deferred.extend(absent.map(|(pfn, _)| *pfn));
         }
         batch.head = page_data_head(&entries)?;
         Ok(batch)

@@ -3,16 +3,19 @@
 //! C implementation: `xg_sr_save.c:send_domain_memory_live`, `send_memory_live`,
 //! `suspend_and_send_dirty`, `verify_frames`.
 
+use std::ops::Range;
 use std::time::Instant;
 
-use xsr_format::frame::PAGE_SIZE;
+use xsr_format::frame::{PAGE_SIZE, Pfn};
 use xsr_xen_backend::{BackendError, DirtyBitmap, DirtyRead, Domain};
 
 use crate::error::SaveError;
 use crate::guest::{GuestSave, Out};
 use crate::progress::Phase;
 use crate::save::precopy::{Meter, PrecopyDecision, PrecopyPolicy};
-use crate::save::{Live, Run, Suspended, all_pages, guest_pages};
+use crate::save::suspended::Suspended;
+use crate::save::{Live, Run, all_pages, guest_pages};
+use crate::toolstack::SaveToolstack;
 
 /// The dirty log, on. Off again on drop.
 struct Logging<'a>(&'a dyn Domain);
@@ -39,61 +42,111 @@ impl Drop for Logging<'_> {
     }
 }
 
+/// The memory of a guest that runs: its log, and what of it has to be sent.
+pub(super) struct LiveMemory<'a> {
+    _logging: Logging<'a>,
+    /// To be sent in the next pass.
+    dirty: DirtyBitmap,
+    /// To be sent once the guest is suspended.
+    deferred: DirtyBitmap,
+    /// pfns that the guest has got since the last pass, which the log may not tell of.
+    grown: Range<u64>,
+}
+
+impl<'a> LiveMemory<'a> {
+    /// Log from now on; all of it is to be sent.
+    pub(super) fn start(domain: &'a dyn Domain, pfns: u64) -> Result<Self, BackendError> {
+        let mut dirty = DirtyBitmap::new(pfns);
+        dirty.set_all();
+        Ok(Self {
+            _logging: Logging::start(domain)?,
+            dirty,
+            deferred: DirtyBitmap::new(pfns),
+            grown: pfns..pfns,
+        })
+    }
+
+    /// There are `pfns` now.
+    fn grow(&mut self, pfns: u64) {
+        for set in [&mut self.dirty, &mut self.deferred] {
+            if set.pfns() < pfns {
+                let mut larger = DirtyBitmap::new(pfns);
+                larger.merge(set);
+                *set = larger;
+            }
+        }
+        self.grown.end = self.grown.end.max(pfns);
+    }
+
+    /// Read the log: what is to be sent next.
+    fn read(&mut self, domain: &dyn Domain, how: DirtyRead) -> Result<(), BackendError> {
+        domain.read_dirty(how, &mut self.dirty)?;
+        self.grown.clone().for_each(|pfn| self.dirty.set(Pfn(pfn)));
+        self.grown.start = self.grown.end;
+        Ok(())
+    }
+}
+
 impl Run<'_, '_> {
     /// Send memory while the guest runs, suspend it, send the rest; when it was asked
     /// to suspend.
-    pub(super) fn live(
+    pub(super) fn live<T: SaveToolstack + ?Sized>(
         &mut self,
-        guest: &dyn GuestSave,
+        guest: &mut dyn GuestSave,
         out: &mut Out<'_>,
-        suspended: &mut Suspended<'_>,
+        suspended: &mut Suspended<'_, T>,
         live: Live<'_>,
     ) -> Result<Instant, SaveError> {
-        let total = guest_pages(guest);
-        guest.check_vm_state()?;
-        let _logging = Logging::start(self.domain)?;
-        let mut dirty = DirtyBitmap::new(total);
-        let mut deferred = Some(DirtyBitmap::new(total));
-        self.precopy(guest, out, &mut dirty, &mut deferred, live.policy)?;
-
-        let stopped = self.suspend(suspended)?;
-        self.domain.read_dirty(DirtyRead::CleanFinal, &mut dirty)?;
-        if let Some(deferred) = deferred {
-            dirty.merge(&deferred);
-        }
-        let rest = (dirty.iter(), dirty.count());
-        self.send(guest, out, Phase::StopAndCopy, rest, &mut None)?;
-        guest.check_vm_state()?;
-
+        let mut memory = LiveMemory::start(self.domain, guest_pages(guest))?;
+        self.precopy(guest, out, &mut memory, live.policy)?;
+        let stopped = self.stop_and_copy(guest, out, suspended, &mut memory)?;
         if live.verify {
             out.verify()?;
-            let all = (all_pages(guest), total);
-            self.send(guest, out, Phase::Verify, all, &mut None)?;
+            let all = (all_pages(guest), guest_pages(guest));
+            self.send(guest, out, Phase::Verify, all, None)?;
         }
         Ok(stopped)
     }
 
+    /// Follow a guest that moves what says where its memory is.
+    fn follow(
+        &mut self,
+        guest: &mut dyn GuestSave,
+        out: &mut Out<'_>,
+        memory: &mut LiveMemory<'_>,
+        running: bool,
+    ) -> Result<(), SaveError> {
+        if guest.check_vm_state(running)? {
+            guest.start_of_stream(out)?;
+            memory.grow(guest_pages(guest));
+        }
+        Ok(())
+    }
+
     /// Passes over what is dirty, the first over everything, until the policy says
     /// that it is enough.
-    fn precopy(
+    pub(super) fn precopy(
         &mut self,
-        guest: &dyn GuestSave,
+        guest: &mut dyn GuestSave,
         out: &mut Out<'_>,
-        dirty: &mut DirtyBitmap,
-        deferred: &mut Option<DirtyBitmap>,
+        memory: &mut LiveMemory<'_>,
         policy: &mut dyn PrecopyPolicy,
     ) -> Result<(), SaveError> {
-        dirty.set_all();
-        let mut meter = Meter::new(dirty.count());
+        let mut meter = Meter::new(memory.dirty.count());
         loop {
             let decision = policy.decide(meter.stats());
-            let count = dirty.count();
-            if count > 0 && decision != PrecopyDecision::Abort {
+            let count = memory.dirty.count();
+            if decision != PrecopyDecision::Abort {
                 let before = self.stats.pages;
                 meter.begin();
-                let pass = (dirty.iter(), count);
-                self.send(guest, out, Phase::Precopy, pass, deferred)?;
-                guest.check_vm_state()?;
+                if count > 0 {
+                    let pass = (memory.dirty.iter(), count);
+                    let deferred = Some(&mut memory.deferred);
+                    self.send(guest, out, Phase::Precopy, pass, deferred)?;
+                }
+                self.follow(guest, out, memory, true)?;
+                // One over nothing counts too: a policy that waits for a number of
+                // passes gets it from a guest that sleeps.
                 meter.sent(count, (self.stats.pages - before) * PAGE_SIZE as u64);
                 self.stats.iterations += 1;
                 self.progress.precopy(meter.stats());
@@ -110,9 +163,29 @@ impl Run<'_, '_> {
                     return Err(SaveError::PolicyAborted { iterations });
                 }
             }
-            self.domain.read_dirty(DirtyRead::Clean, dirty)?;
-            meter.dirty(dirty.count());
+            memory.read(self.domain, DirtyRead::Clean)?;
+            meter.dirty(memory.dirty.count());
             self.progress.precopy(meter.stats());
         }
+    }
+
+    /// Suspend the guest and send what is dirty, and what had to wait for this; when it
+    /// was asked to suspend.
+    pub(super) fn stop_and_copy<T: SaveToolstack + ?Sized>(
+        &mut self,
+        guest: &mut dyn GuestSave,
+        out: &mut Out<'_>,
+        suspended: &mut Suspended<'_, T>,
+        memory: &mut LiveMemory<'_>,
+    ) -> Result<Instant, SaveError> {
+        let stopped = self.suspend(suspended)?;
+        self.follow(guest, out, memory, false)?;
+        memory.read(self.domain, DirtyRead::CleanFinal)?;
+        self.stats.deferred += memory.deferred.count();
+        memory.dirty.merge(&memory.deferred);
+        memory.deferred.clear_all();
+        let rest = (memory.dirty.iter(), memory.dirty.count());
+        self.send(guest, out, Phase::StopAndCopy, rest, None)?;
+        Ok(stopped)
     }
 }

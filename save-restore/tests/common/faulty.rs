@@ -161,6 +161,7 @@ pub(crate) struct Faulty {
     calls: AtomicUsize,
     trace: Mutex<Vec<Call>>,
     struck: Mutex<Option<Struck>>,
+    before_map: Option<Box<dyn Fn() + Send + Sync>>,
 }
 
 impl Faulty {
@@ -180,6 +181,16 @@ impl Faulty {
             calls: AtomicUsize::new(0),
             trace: Mutex::default(),
             struck: Mutex::default(),
+            before_map: None,
+        }
+    }
+
+    /// No call fails, but the guest does `act` whenever frames are about to be mapped:
+    /// between a look at their types and one at their contents.
+    pub(crate) fn meddled(inner: Box<dyn Domain>, act: impl Fn() + Send + Sync + 'static) -> Self {
+        Self {
+            before_map: Some(Box::new(act)),
+            ..Self::watching(inner)
         }
     }
 
@@ -280,6 +291,9 @@ impl GuestMemory for Faulty {
         self.call_whole("page_types", turn, |d| d.page_types(gfns, out))
     }
     fn map(&self, gfns: &[Gfn], access: Access) -> Result<ForeignPages, BackendError> {
+        if let Some(act) = &self.before_map {
+            act();
+        }
         let turn = self.turn("map", gfns.len());
         let Some(Fault::Frame(which, errno)) = turn else {
             return self.call_whole("map", turn, |d| d.map(gfns, access));

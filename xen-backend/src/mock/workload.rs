@@ -332,6 +332,10 @@ impl Workload {
     /// give it back.
     fn give_back(&mut self, state: &State) -> Result<WorkloadCounts, Errno> {
         let at = self.random.below(self.present.len());
+        self.give_back_page(state, at)
+    }
+
+    fn give_back_page(&mut self, state: &State, at: usize) -> Result<WorkloadCounts, Errno> {
         let mut page = self.present.swap_remove(at);
         let Some(mfn) = page.mfn.take() else {
             return Err(Errno::EINVAL);

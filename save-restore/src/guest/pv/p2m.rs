@@ -5,24 +5,17 @@
 //! space (`p2m_cr3`, `p2m_vaddr`) or as a tree of three levels
 //! (`pfn_to_mfn_frame_list_list`).
 //!
-//! C implementation: `xg_sr_save_x86_pv.c:map_p2m_list`, `map_p2m_tree`,
-//! `map_p2m_leaves`; `xg_sr_restore_x86_pv.c:expand_p2m`, `update_guest_p2m`.
+//! C implementation: `xg_sr_save_x86_pv.c:map_p2m_leaves`;
+//! `xg_sr_restore_x86_pv.c:expand_p2m`, `update_guest_p2m`.
+
+mod find;
 
 use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE, Page, PageType, Pfn};
 use xsr_format::record::pv::PvInfo;
 use xsr_xen_backend::{Access, Domain, ForeignPages, M2p};
 
+use self::find::Place;
 use crate::error::{GuestError, RestoreError, SaveError};
-use crate::guest::pv::layout::{cr3_to_frame, shared_info};
-use crate::guest::pv::pagetable::pte_frame;
-
-/// Where Xen lives in a guest's address space: no p2m may be there.
-const fn hypervisor_range(info: PvInfo) -> (u64, u64) {
-    match info {
-        PvInfo::Bits64 => (0xffff_8000_0000_0000, 0xffff_87ff_ffff_ffff),
-        PvInfo::Bits32 => (0xf580_0000, 0xffff_ffff),
-    }
-}
 
 /// Entries of the p2m in one frame: 512 or 1024.
 pub(crate) const fn entries_per_frame(info: PvInfo) -> u64 {
@@ -51,16 +44,17 @@ fn map(domain: &dyn Domain, mfns: &[u64]) -> Result<ForeignPages, SaveError> {
     Ok(domain.map(&gfns, Access::Read)?.all_mapped()?)
 }
 
+fn bad(what: &'static str, value: u64) -> SaveError {
+    GuestError::P2m { what, value }.into()
+}
+
 /// The p2m of a guest that is being saved, mapped.
 #[derive(Debug)]
 pub(crate) struct P2m {
     leaves: ForeignPages,
+    place: Place,
     /// pfns of the leaves, in order.
     pub(crate) frames: Vec<Pfn>,
-    /// The last pfn of the guest.
-    pub(crate) max_pfn: Pfn,
-    /// For a list: what `p2m_generation` was when it was found.
-    pub(crate) generation: Option<u64>,
     info: PvInfo,
 }
 
@@ -72,44 +66,51 @@ impl P2m {
         info: PvInfo,
         shared: &Page,
     ) -> Result<Self, SaveError> {
-        let end = shared_info::MAX_PFN.get(info, shared);
-        let Some(max_pfn) = end.checked_sub(1).map(Pfn) else {
-            return Err(bad("shared_info's max_pfn", end));
-        };
-        if u32::try_from(max_pfn.0).is_err() {
-            return Err(GuestError::TooLarge { max_pfn }.into());
+        Self::map(domain, m2p, info, Place::find(domain, m2p, info, shared)?)
+    }
+
+    /// The p2m by what `shared` says now; `None` where nothing has changed.
+    pub(crate) fn find_again(
+        &self,
+        domain: &dyn Domain,
+        m2p: &M2p,
+        shared: &Page,
+    ) -> Result<Option<Self>, SaveError> {
+        let place = Place::find(domain, m2p, self.info, shared)?;
+        match place == self.place {
+            true => Ok(None),
+            false => Self::map(domain, m2p, self.info, place).map(Some),
         }
-        let cr3 = shared_info::P2M_CR3.get(info, shared);
-        let finder = Finder {
-            domain,
-            m2p,
-            info,
-            max_pfn,
-        };
-        let (max_pfn, leaves) = match cr3 {
-            0 => finder.tree(shared_info::FRAME_LIST_LIST.get(info, shared))?,
-            cr3 => finder.list(cr3, shared_info::P2M_VADDR.get(info, shared))?,
-        };
+    }
+
+    fn map(domain: &dyn Domain, m2p: &M2p, info: PvInfo, place: Place) -> Result<Self, SaveError> {
         let mut p2m = Self {
-            leaves: map(domain, &leaves)?,
+            leaves: map(domain, &place.leaves)?,
+            place,
             frames: Vec::new(),
-            max_pfn,
-            generation: (cr3 != 0).then(|| shared_info::P2M_GENERATION.get(info, shared)),
             info,
         };
-        p2m.frames = leaves
+        let pfn_of = |mfn: &u64| {
+            let pfn = p2m.pfn(m2p, Mfn(*mfn));
+            pfn.ok_or_else(|| bad("a frame of the p2m itself", *mfn))
+        };
+        p2m.frames = p2m
+            .place
+            .leaves
             .iter()
-            .map(|mfn| {
-                p2m.pfn(m2p, Mfn(*mfn))
-                    .ok_or_else(|| bad("a frame of the p2m itself", *mfn))
-            })
+            .map(pfn_of)
             .collect::<Result<_, _>>()?;
         Ok(p2m)
     }
 
+    /// The last pfn of the guest.
+    pub(crate) fn max_pfn(&self) -> Pfn {
+        self.place.max_pfn
+    }
+
     /// The frame of `pfn`, as the guest says; `None` where it has none.
     pub(crate) fn mfn(&self, pfn: Pfn) -> Option<Mfn> {
-        if pfn > self.max_pfn {
+        if pfn > self.place.max_pfn {
             return None;
         }
         word(&self.leaves, self.info, pfn.0)
@@ -122,136 +123,6 @@ impl P2m {
         let pfn = m2p.pfn(mfn)?;
         (self.mfn(pfn)? == mfn).then_some(pfn)
     }
-}
-
-fn bad(what: &'static str, value: u64) -> SaveError {
-    GuestError::P2m { what, value }.into()
-}
-
-struct Finder<'a> {
-    domain: &'a dyn Domain,
-    m2p: &'a M2p,
-    info: PvInfo,
-    max_pfn: Pfn,
-}
-
-impl Finder<'_> {
-    fn check(&self, what: &'static str, mfn: u64) -> Result<u64, SaveError> {
-        match mfn != 0 && mfn <= self.m2p.max_mfn().0 {
-            true => Ok(mfn),
-            false => Err(bad(what, mfn)),
-        }
-    }
-
-    /// The leaves of a three-level tree, from its top frame on.
-    ///
-    /// Trailing entries of the top that are all the same cannot be real: sharing
-    /// would not survive the migration. They stand for "nothing here", and the
-    /// guest is taken to end there.
-    fn tree(&self, top: u64) -> Result<(Pfn, Vec<u64>), SaveError> {
-        let fpp = entries_per_frame(self.info);
-        let tops = self.max_pfn.0 / (fpp * fpp) + 1;
-        if tops > fpp {
-            return Err(bad(
-                "shared_info's max_pfn, for a p2m tree,",
-                self.max_pfn.0,
-            ));
-        }
-        let top = self.check("shared_info's pfn_to_mfn_frame_list_list", top)?;
-        let page = map(self.domain, &[top])?;
-        let mids: Vec<u64> = (0..tops)
-            .map(|i| {
-                let mfn = word(&page, self.info, i).unwrap_or(0);
-                self.check("an entry of the p2m frame list list", mfn)
-            })
-            .collect::<Result<_, _>>()?;
-        let mut max_pfn = self.max_pfn;
-        let last_distinct = last_distinct(&mids);
-        max_pfn = max_pfn.min(Pfn((last_distinct + 1) * fpp * fpp - 1));
-        let used = usize::try_from(max_pfn.0 / (fpp * fpp) + 1).unwrap_or(usize::MAX);
-        let page = map(self.domain, &mids[..used.min(mids.len())])?;
-        let leaves = (0..=max_pfn.0 / fpp)
-            .map(|i| {
-                let mfn = word(&page, self.info, i).unwrap_or(0);
-                self.check("an entry of the p2m frame list", mfn)
-            })
-            .collect::<Result<_, _>>()?;
-        Ok((max_pfn, leaves))
-    }
-
-    /// The leaves of a linear list at `vaddr` in the address space of `cr3`.
-    fn list(&self, cr3: u64, vaddr: u64) -> Result<(Pfn, Vec<u64>), SaveError> {
-        let info = self.info;
-        let fpp = entries_per_frame(info);
-        let mut max_pfn = self.max_pfn;
-        let root = self.check("shared_info's p2m_cr3", cr3_to_frame(info, cr3))?;
-        let end = |max_pfn: Pfn| vaddr.checked_add((max_pfn.0 / fpp + 1) * PAGE_SIZE as u64 - 1);
-        let (low, high) = hypervisor_range(info);
-        let fits = |end: u64| match info {
-            PvInfo::Bits64 => is_canonical(vaddr) && is_canonical(end),
-            PvInfo::Bits32 => end <= 0xffff_ffff,
-        };
-        let mut end_vaddr = end(max_pfn)
-            .filter(|end| fits(*end) && (vaddr > high || *end < low))
-            .ok_or_else(|| bad("shared_info's p2m_vaddr", vaddr))?;
-        // Only the bits that the levels translate count from here on.
-        let translated = match info {
-            PvInfo::Bits64 => 0x0000_ffff_ffff_ffff,
-            PvInfo::Bits32 => 0xffff_ffff,
-        };
-        let mut tables = vec![root];
-        // What the first of `tables` begins to translate at.
-        let mut base = 0;
-        for level in (1..=info.levels()).rev() {
-            let shift = 3 + 9 * u32::from(level);
-            let first = ((vaddr & translated) - base) >> shift;
-            let last = ((end_vaddr & translated) - base) >> shift;
-            let pages = map(self.domain, &tables)?;
-            let next: Vec<u64> = (first..=last)
-                .map(|i| {
-                    let pte = pages
-                        .read_u64(usize::try_from(i).unwrap_or(usize::MAX))
-                        .unwrap_or(0);
-                    self.check(
-                        "a page-table entry on the way to the p2m list",
-                        pte_frame(pte),
-                    )
-                })
-                .collect::<Result<_, _>>()?;
-            if level == 2 {
-                // As for the tree: trailing entries that are all the same name one
-                // table of nothing. Where every entry is the same there is nothing
-                // to tell from it.
-                // (Xen compares the number of that entry with an index that counts
-                // from the table's first entry. Where the list does not begin there,
-                // it cuts off the last table though it is a real one; we do not.)
-                let keep = last_distinct(&next);
-                if keep > 0 && keep + 1 < next.len() as u64 {
-                    max_pfn = max_pfn.min(Pfn(keep * 512 * fpp - 1));
-                    end_vaddr = end(max_pfn).unwrap_or(end_vaddr);
-                }
-            }
-            base = ((vaddr & translated) >> shift) << shift;
-            tables = next;
-        }
-        Ok((max_pfn, tables))
-    }
-}
-
-const fn is_canonical(vaddr: u64) -> bool {
-    let high = vaddr >> 47;
-    high == 0 || high == (1 << 17) - 1
-}
-
-/// Index of the entry from which on all entries are the same.
-fn last_distinct(entries: &[u64]) -> u64 {
-    let mut start = 0;
-    for (i, pair) in entries.windows(2).enumerate() {
-        if pair[0] != pair[1] {
-            start = i + 1;
-        }
-    }
-    start as u64
 }
 
 const CHUNK: usize = 4096;
@@ -433,26 +304,6 @@ impl std::fmt::Debug for NewP2m {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn trailing_entries_that_are_the_same_are_found() {
-        assert_eq!(last_distinct(&[]), 0);
-        assert_eq!(last_distinct(&[1]), 0);
-        assert_eq!(last_distinct(&[1, 1, 1]), 0);
-        assert_eq!(last_distinct(&[1, 2, 3]), 2);
-        assert_eq!(last_distinct(&[1, 2, 9, 9, 9]), 2);
-        assert_eq!(last_distinct(&[9, 9, 1]), 2);
-    }
-
-    #[test]
-    fn canonical_addresses() {
-        assert!(is_canonical(0));
-        assert!(is_canonical(0x7fff_ffff_ffff));
-        assert!(!is_canonical(0x8000_0000_0000));
-        assert!(!is_canonical(0xffff_7fff_ffff_ffff));
-        assert!(is_canonical(0xffff_8000_0000_0000));
-        assert!(is_canonical(u64::MAX));
-    }
 
     #[test]
     fn a_far_pfn_costs_one_chunk() {

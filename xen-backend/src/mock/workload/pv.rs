@@ -317,6 +317,58 @@ impl Workload {
         })
     }
 
+    /// Move a leaf of the p2m, drawn, to a page of the working set, as a kernel does that
+    /// sorts its tables; what was the leaf is overwritten. `Ok(false)` where the guest
+    /// does not run.
+    ///
+    /// # Errors
+    ///
+    /// ESRCH; EINVAL for a guest that is not PV.
+    pub fn move_p2m_leaf(&mut self) -> Result<bool, BackendError> {
+        self.on_p2m(Self::move_leaf)
+    }
+
+    fn move_leaf(&mut self, state: &State) -> Result<(), Errno> {
+        let leaves = self.pv.as_ref().ok_or(Errno::EINVAL)?.p2m.leaves.len();
+        let leaf = self.random.below(leaves);
+        let place = self.leaf_place(state, leaf as u64)?;
+        if self.present.len() < 2 {
+            return Err(Errno::EINVAL);
+        }
+        PvView::next_generation(&self.domain, state);
+        let new = self.new_leaf()?;
+        let view = self.pv.as_mut().ok_or(Errno::EINVAL)?;
+        let old = std::mem::replace(&mut view.p2m.leaves[leaf], new);
+        let machine = &self.domain.machine;
+        for index in 0..ENTRIES_PER_TABLE {
+            machine.store_word(new, index, machine.load(old, index));
+        }
+        self.enter_leaf(state, &place, new)?;
+        for index in 0..ENTRIES_PER_TABLE {
+            let value = self.random.next();
+            self.domain.machine.store_word(old, index, value);
+        }
+        let pfn = self.domain.machine.m2p(old).ok_or(Errno::EINVAL)?;
+        self.domain.dom.dirty.mark(pfn);
+        PvView::next_generation(&self.domain, state);
+        Ok(())
+    }
+
+    /// Enter a leaf of the p2m where it belongs.
+    fn enter_leaf(&self, state: &State, place: &LeafPlace, leaf: Mfn) -> Result<(), Errno> {
+        match *place {
+            LeafPlace::Mapped { table, slot, .. } => {
+                let entry = leaf.0 << 12 | PRESENT | RW | ACCESSED | DIRTY | NX;
+                PvView::tables(&self.domain, state).update_l1(table, slot, entry)?;
+            }
+            LeafPlace::Listed(list, at) => {
+                let width = usize::from(state.record.width);
+                self.domain.store_narrow(list, width, at, leaf.0);
+            }
+        }
+        Ok(())
+    }
+
     /// Make the p2m larger by `pfns`, as memory hotplug does, with as many pages as
     /// the domain may have; the others stay holes that later operations may fill.
     /// Where that takes more pages for the p2m itself, they come from the working
@@ -338,29 +390,23 @@ impl Workload {
         let have = p2m.leaves.len() as u64;
         let more = end.div_ceil(p2m.per_leaf()).saturating_sub(have);
         let places = (have..have + more)
-            .map(|leaf| self.leaf_place(state, leaf))
+            .map(|leaf| match self.leaf_place(state, leaf)? {
+                LeafPlace::Mapped { taken: true, .. } => Err(Errno::EOPNOTSUPP),
+                place => Ok(place),
+            })
             .collect::<Result<Vec<_>, _>>()?;
         if self.present.len() as u64 <= more {
             return Err(Errno::EOPNOTSUPP);
         }
         let linear = places
             .iter()
-            .any(|place| matches!(place, LeafPlace::Mapped(..)));
+            .any(|place| matches!(place, LeafPlace::Mapped { .. }));
         if linear {
             PvView::next_generation(&self.domain, state);
         }
         for place in places {
             let leaf = self.new_leaf()?;
-            match place {
-                LeafPlace::Mapped(table, slot) => {
-                    let entry = leaf.0 << 12 | PRESENT | RW | ACCESSED | DIRTY | NX;
-                    PvView::tables(&self.domain, state).update_l1(table, slot, entry)?;
-                }
-                LeafPlace::Listed(list, at) => {
-                    let width = usize::from(state.record.width);
-                    self.domain.store_narrow(list, width, at, leaf.0);
-                }
-            }
+            self.enter_leaf(state, &place, leaf)?;
             if let Some(view) = &mut self.pv {
                 view.p2m.leaves.push(leaf);
             }
@@ -391,7 +437,53 @@ impl Workload {
         Ok(())
     }
 
-    /// Where a leaf beyond the last goes.
+    /// Make the p2m smaller by `pfns`, as when memory is unplugged: their pages are given
+    /// back. The leaves that only they needed are no longer part of it, and kept.
+    /// `Ok(false)` where the guest does not run.
+    ///
+    /// # Errors
+    ///
+    /// ESRCH; EINVAL for a guest that is not PV; EOPNOTSUPP where one of the pages is in
+    /// use for something else than data, or there are not so many. In these cases
+    /// nothing has changed.
+    pub fn shrink_p2m(&mut self, pfns: u64) -> Result<bool, BackendError> {
+        self.on_p2m(|workload, state| workload.shrink(state, pfns))
+    }
+
+    fn shrink(&mut self, state: &State, pfns: u64) -> Result<(), Errno> {
+        let p2m = &self.pv.as_ref().ok_or(Errno::EINVAL)?.p2m;
+        let end = p2m.pfns.checked_sub(pfns).filter(|end| *end > 0);
+        let end = end.ok_or(Errno::EOPNOTSUPP)?;
+        let going = |page: &WorkPage| page.pfn >= end;
+        let known = self.present.iter().chain(&self.absent).filter(|p| going(p));
+        if known.count() as u64 != pfns {
+            return Err(Errno::EOPNOTSUPP);
+        }
+        while let Some(at) = self.present.iter().position(going) {
+            let counts = self.give_back_page(state, at)?;
+            self.counts += counts;
+        }
+        self.absent.retain(|page| !going(page));
+        self.keep = self.keep.min(self.present.len());
+        let view = self.pv.as_mut().ok_or(Errno::EINVAL)?;
+        let keep = usize::try_from(end.div_ceil(view.p2m.per_leaf())).unwrap_or(usize::MAX);
+        view.p2m.pfns = end;
+        view.p2m.leaves.truncate(keep);
+        let linear = view.p2m.lists.is_empty();
+        let layout = SharedInfoLayout::of(state.record.width);
+        let at = layout.max_pfn / layout.width;
+        let shared_info = Mfn(state.record.shared_info);
+        if linear {
+            PvView::next_generation(&self.domain, state);
+        }
+        self.domain.store_narrow(shared_info, layout.width, at, end);
+        if linear {
+            PvView::next_generation(&self.domain, state);
+        }
+        Ok(())
+    }
+
+    /// Where a leaf goes, or is.
     fn leaf_place(&self, state: &State, leaf: u64) -> Result<LeafPlace, Errno> {
         let width = state.record.width;
         let view = self.pv.as_ref().ok_or(Errno::EINVAL)?;
@@ -406,10 +498,8 @@ impl Workload {
             let address = word(layout.p2m_vaddr) + leaf * PAGE_SIZE as u64;
             let place = self.domain.walk(width, root, address);
             let (table, slot) = place.map_err(|_| Errno::EOPNOTSUPP)?;
-            return match self.domain.machine.load(table, slot) & PRESENT {
-                0 => Ok(LeafPlace::Mapped(table, slot)),
-                _ => Err(Errno::EOPNOTSUPP),
-            };
+            let taken = self.domain.machine.load(table, slot) & PRESENT != 0;
+            return Ok(LeafPlace::Mapped { table, slot, taken });
         }
         let per_list = view.p2m.per_leaf();
         let list = usize::try_from(leaf / per_list).map_err(|_| Errno::EOPNOTSUPP)?;
@@ -437,8 +527,12 @@ impl Workload {
 /// Where a leaf of the p2m is entered.
 #[derive(Clone, Copy, Debug)]
 enum LeafPlace {
-    /// A level-1 table and its entry.
-    Mapped(Mfn, usize),
+    /// A level-1 table and its entry, and whether something is there.
+    Mapped {
+        table: Mfn,
+        slot: usize,
+        taken: bool,
+    },
     /// A frame list and its word.
     Listed(Mfn, usize),
 }

@@ -1,0 +1,98 @@
+//! The guest while it is suspended, and its way back.
+//!
+//! C implementation: `xg_sr_save.c:suspend_domain`.
+
+use xsr_xen_backend::{Domain, ShutdownReason};
+
+use crate::error::{GuestError, SaveError};
+use crate::toolstack::{SaveToolstack, ToolstackError};
+
+/// What a save has changed of the domain, undone on drop: the device model's
+/// log-dirty mode goes off, and the guest is resumed once it has been suspended.
+pub(super) struct Suspended<'a, T: SaveToolstack + ?Sized> {
+    toolstack: &'a mut T,
+    logging: bool,
+    active: bool,
+}
+
+impl<'a, T: SaveToolstack + ?Sized> Suspended<'a, T> {
+    /// Nothing has been changed yet.
+    pub(super) fn new(toolstack: &'a mut T) -> Self {
+        Self {
+            toolstack,
+            logging: false,
+            active: false,
+        }
+    }
+
+    /// The device model marks pages.
+    pub(super) fn logging_on(&mut self) -> Result<(), ToolstackError> {
+        self.toolstack.switch_qemu_logdirty(true)?;
+        self.logging = true;
+        Ok(())
+    }
+
+    /// Have the guest suspend.
+    ///
+    /// # Errors
+    ///
+    /// It is down already, for which nothing is done; it does not suspend.
+    pub(super) fn suspend(&mut self, domain: &dyn Domain) -> Result<(), SaveError> {
+        if let Some(reason) = domain.info()?.shutdown {
+            // Not our doing, and not ours to undo.
+            return Err(GuestError::AlreadyDown { reason }.into());
+        }
+        let result = self.toolstack.suspend();
+        let info = domain.info();
+        if let Err(error) = result {
+            // It may have failed with the guest already asleep.
+            self.active = info.is_ok_and(|info| info.shutdown == Some(ShutdownReason::Suspend));
+            return Err(error.into());
+        }
+        self.active = true;
+        match info?.shutdown {
+            Some(ShutdownReason::Suspend) => Ok(()),
+            other => {
+                // Whatever this is, it is not asleep: there is nothing to undo.
+                self.active = false;
+                let state = match other {
+                    None => "no shutdown".to_owned(),
+                    Some(reason) => format!("shutdown for {reason:?}").to_lowercase(),
+                };
+                Err(GuestError::NotSuspended { state }.into())
+            }
+        }
+    }
+
+    /// The device model no longer marks pages.
+    pub(super) fn logging_off(&mut self) {
+        if std::mem::take(&mut self.logging)
+            && let Err(error) = self.toolstack.switch_qemu_logdirty(false)
+        {
+            // The image is what it is; the device model merely goes on marking pages.
+            tracing::warn!(%error, "the device model's log-dirty mode could not be switched off");
+        }
+    }
+
+    /// Resume the guest, if it has been suspended.
+    pub(super) fn resume(&mut self) -> Result<(), ToolstackError> {
+        match std::mem::take(&mut self.active) {
+            true => self.toolstack.resume(),
+            false => Ok(()),
+        }
+    }
+
+    /// Leave the guest as it is: it is somebody else's to resume or destroy.
+    pub(super) fn let_go(&mut self) {
+        self.active = false;
+    }
+}
+
+impl<T: SaveToolstack + ?Sized> Drop for Suspended<'_, T> {
+    fn drop(&mut self) {
+        self.logging_off();
+        if let Err(error) = self.resume() {
+            tracing::error!(%error, "the domain could not be resumed and is still suspended");
+        }
+    }
+}
