@@ -1,7 +1,11 @@
 //! The commands, one file each, and what they have in common.
 
+mod cat;
+pub(crate) mod convert;
 mod demo;
 mod diff;
+mod edit;
+mod export;
 mod inspect;
 mod mock;
 mod restore;
@@ -18,6 +22,10 @@ pub(crate) fn run(command: Command, terminal: &Terminal) -> anyhow::Result<Code>
         Command::Inspect(args) => inspect::run(&args, terminal),
         Command::Verify(args) => verify::run(&args, terminal),
         Command::Diff(args) => diff::run(&args, terminal),
+        Command::Convert(args) => convert::run(&args, terminal),
+        Command::Export(args) => export::run(&args, terminal),
+        Command::Edit(args) => edit::run(&args, terminal),
+        Command::Cat(args) => cat::run(&args),
         Command::Save(args) => save::run(&args, terminal),
         Command::Restore(args) => restore::run(&args, terminal),
         Command::Mock(args) => mock::run(&args.command, terminal),

@@ -13,6 +13,8 @@ use nix::fcntl::{FcntlArg, fcntl};
 use tempfile::NamedTempFile;
 
 use crate::exit::BadUsage;
+use crate::feed::{self, Feed};
+use crate::peel;
 
 /// What stands for stdin or stdout.
 fn is_dash(path: &Path) -> bool {
@@ -29,11 +31,21 @@ pub(crate) struct Input {
     /// Its length in octets, for a file that can be sought in and stands at its start;
     /// `None` for a pipe, and for what somebody has read a part of.
     pub(crate) length: Option<u64>,
+    /// Where it came from, if that was a file with a name.
+    path: Option<PathBuf>,
+    /// Who takes off what stands around it, if anything does.
+    feed: Option<Feed>,
 }
 
 impl Input {
-    /// Open a file, or stdin for `-`.
-    pub(crate) fn open(path: &Path) -> anyhow::Result<Self> {
+    /// Open a file, or stdin for `-`. What stands around the image (a compression, another
+    /// toolstack's header, the legacy form) is taken off as it is read.
+    pub(crate) fn open(path: &Path, lenient: bool) -> anyhow::Result<Self> {
+        Self::open_as_it_is(path)?.unwrapped(lenient)
+    }
+
+    /// Open a file, or stdin for `-`, and leave on it what stands around the image.
+    pub(crate) fn open_as_it_is(path: &Path) -> anyhow::Result<Self> {
         if is_dash(path) {
             let stdin = io::stdin();
             if stdin.is_terminal() {
@@ -42,14 +54,81 @@ impl Input {
                 )));
             }
             let file = stdin.as_fd().try_clone_to_owned().context("stdin")?.into();
-            return Self::new(file, "stdin".to_owned());
+            return Self::plain(file, "stdin".to_owned());
         }
         let name = path.display().to_string();
         let file = File::open(path).with_context(|| name.clone())?;
-        Self::new(file, name)
+        let mut input = Self::plain(file, name)?;
+        input.path = input.length.is_some().then(|| path.to_owned());
+        Ok(input)
     }
 
-    fn new(mut file: File, name: String) -> anyhow::Result<Self> {
+    /// As [`Input::open`], for who reads it more than once: what is wrapped is unwrapped
+    /// into a temporary file that nobody else sees.
+    pub(crate) fn open_seekable(path: &Path, lenient: bool) -> anyhow::Result<Self> {
+        let input = Self::open(path, lenient)?;
+        let Some(feed) = &input.feed else {
+            return Ok(input);
+        };
+        let name = || input.name.clone();
+        let mut file = tempfile::tempfile().with_context(name)?;
+        io::copy(&mut &input.file, &mut file).with_context(name)?;
+        feed.finish(&input.file).with_context(name)?;
+        file.rewind().with_context(name)?;
+        let layers = feed.layers.join(", ");
+        tracing::info!("{}: unwrapped into a temporary file: {layers}", input.name);
+        Self::plain(file, input.name.clone())
+    }
+
+    /// Take off what stands around the image, if anything does.
+    pub(crate) fn unwrapped(self, lenient: bool) -> anyhow::Result<Self> {
+        let prefix =
+            feed::peek(&self.file, self.length.is_some()).with_context(|| self.name.clone())?;
+        if !peel::is_wrapped(&prefix) {
+            return Ok(self);
+        }
+        let Self {
+            file, name, path, ..
+        } = self;
+        let (file, feed) = Feed::start(Box::new(file), lenient).with_context(|| name.clone())?;
+        Ok(Self {
+            file,
+            name,
+            length: None,
+            path,
+            feed: Some(feed),
+        })
+    }
+
+    /// What was taken off, outermost first.
+    pub(crate) fn layers(&self) -> &[String] {
+        self.feed.as_ref().map_or(&[], |feed| &feed.layers)
+    }
+
+    /// The XML that libvirt kept with the image.
+    pub(crate) fn libvirt_xml(&self) -> Option<&[u8]> {
+        self.feed.as_ref()?.libvirt_xml.as_deref()
+    }
+
+    /// The image has been read to its end: whether what stood around it is good to its end,
+    /// too. How many octets are behind the image, if that is known.
+    pub(crate) fn finish(&self, octets: u64) -> anyhow::Result<Option<u64>> {
+        match (&self.feed, self.length) {
+            (Some(feed), _) => feed.finish(&self.file).map(Some),
+            (None, Some(length)) => Ok(Some(length.saturating_sub(octets))),
+            (None, None) => Ok(None),
+        }
+    }
+
+    /// Reading the image failed: with this, or because what stood around it is bad.
+    pub(crate) fn blame(&self, error: anyhow::Error) -> anyhow::Error {
+        match &self.feed {
+            Some(feed) => feed.blame(&self.file, error),
+            None => error,
+        }
+    }
+
+    fn plain(mut file: File, name: String) -> anyhow::Result<Self> {
         let metadata = file.metadata().with_context(|| name.clone())?;
         if metadata.is_dir() {
             bail!("{name}: is a directory, not an image");
@@ -61,18 +140,34 @@ impl Input {
             true => Some(metadata.len()),
             false => None,
         };
-        Ok(Self { file, name, length })
+        Ok(Self {
+            file,
+            name,
+            length,
+            path: None,
+            feed: None,
+        })
     }
 
-    /// The same file, sought to its start. (Both stand at one place: who has read from
-    /// the one before must seek again.)
+    /// Whether [`Input::again`] works.
+    pub(crate) fn is_repeatable(&self) -> bool {
+        self.length.is_some() || self.path.is_some()
+    }
+
+    /// The same file, sought to its start. (Unless something was taken off, both stand at
+    /// one place: who has read from the one before must seek again.)
     pub(crate) fn again(&self) -> anyhow::Result<Self> {
+        if let (Some(path), Some(_)) = (&self.path, &self.feed) {
+            return Self::open(path, false);
+        }
         let mut file = self.file.try_clone().with_context(|| self.name.clone())?;
         file.rewind().with_context(|| self.name.clone())?;
         Ok(Self {
             file,
             name: self.name.clone(),
             length: self.length,
+            path: self.path.clone(),
+            feed: None,
         })
     }
 
@@ -179,7 +274,7 @@ impl Output {
 
 /// Let a pipe hold more than the 64 KiB it begins with: fewer turns between the two
 /// processes. Where that is not allowed, it stays as it is.
-fn widen(pipe: &File) {
+pub(crate) fn widen(pipe: &File) {
     const OCTETS: i32 = 1 << 20;
     if let Err(error) = fcntl(pipe, FcntlArg::F_SETPIPE_SZ(OCTETS)) {
         tracing::debug!(%error, "the pipe keeps its size");

@@ -84,7 +84,9 @@ impl Reading {
                 .map_err(anyhow::Error::new)
                 .and_then(|walk| steps(walk, visit)),
         };
-        octets.with_context(|| input.name.clone())
+        octets
+            .map_err(|error| input.blame(error))
+            .with_context(|| input.name.clone())
     }
 }
 

@@ -11,14 +11,17 @@ mod backend;
 mod cmd;
 mod config;
 mod exit;
+mod feed;
 mod file;
 mod image;
 mod interrupt;
 mod page_map;
+mod peel;
 mod stdout;
 mod terminal;
 mod text;
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -26,6 +29,11 @@ use clap::Parser;
 use crate::terminal::Terminal;
 
 fn main() -> ExitCode {
+    let name = std::env::args_os().next();
+    let name = name.as_deref().map(Path::new).and_then(Path::file_name);
+    if name.is_some_and(|name| name == cmd::convert::script::NAME) {
+        return cmd::convert::script::main();
+    }
     let cli = match args::Cli::try_parse() {
         Ok(cli) => cli,
         Err(e) => return exit::command_line(&e).into(),

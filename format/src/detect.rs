@@ -18,14 +18,12 @@
 use std::fmt;
 
 use crate::legacy::detect::{self as legacy, LegacyStart};
-use crate::wrapper::xl;
+use crate::wrapper::{libvirt, xapi, xl};
 
 /// How many octets to peek at: with so many (or all there are, of a shorter file)
 /// the answer is final. More are not looked at.
 pub const ENOUGH: usize = 32;
 
-const LIBVIRT: &[u8] = b"libvirt-xml\n \0 \r";
-const XAPI: &[u8] = b"XenSavedDomv2-\n";
 const LIBXL: &[u8] = b"LibxlFmt";
 const LIBXC: &[u8] = b"\xff\xff\xff\xff\xff\xff\xff\xffXENF";
 
@@ -116,8 +114,8 @@ pub fn detect(prefix: &[u8]) -> Detected {
     }
     let named = [
         (xl::MAGIC.as_slice(), Detected::Xl),
-        (LIBVIRT, Detected::Libvirt),
-        (XAPI, Detected::Xapi),
+        (libvirt::MAGIC.as_slice(), Detected::Libvirt),
+        (xapi::MAGIC.as_slice(), Detected::Xapi),
         (LIBXL, Detected::Libxl),
         (LIBXC, Detected::Libxc),
     ];
@@ -141,7 +139,7 @@ pub fn detect(prefix: &[u8]) -> Detected {
 }
 
 impl Detected {
-    /// Whether this version reads it in full.
+    /// Whether it is an image of today, as [`Walk`](crate::walk::Walk) reads them.
     pub const fn is_readable(self) -> bool {
         matches!(self, Self::Xl | Self::Libxl | Self::Libxc)
     }
@@ -155,16 +153,17 @@ impl fmt::Display for Detected {
             Self::Libxl => f.write_str("bare libxl stream"),
             Self::Libxc => f.write_str("bare libxc stream"),
             Self::Libvirt => f.write_str(
-                "domain saved by libvirt (recognised, not read by this version: restore it \
-                 with virsh, save it with xl)",
+                "domain saved by libvirt (virsh restores it; a libxl stream is inside, which \
+                 xsr cat takes out)",
             ),
             Self::Xapi => f.write_str(
-                "suspend image of xapi (recognised, not read by this version: resume it with xe)",
+                "suspend image of xapi (xe resumes it; a libxc stream is inside, which xsr cat \
+                 takes out)",
             ),
             Self::Legacy(start) => write!(
                 f,
-                "legacy libxc stream of {:#x} frames, written by a {} (recognised, not read \
-                 by this version: convert it with Xen's convert-legacy-stream)",
+                "legacy libxc stream of {:#x} frames, written by a {} (xsr convert, or Xen's \
+                 convert-legacy-stream, makes today's of it)",
                 start.p2m_size, start.width
             ),
             Self::Compressed(compression) => write!(

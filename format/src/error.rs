@@ -9,9 +9,13 @@ use thiserror::Error;
 use crate::detect::Detected;
 use crate::frame::{PageType, Pfn};
 use crate::image::Version;
+use crate::legacy::chunk::Marker;
+use crate::legacy::error::LegacyError;
 use crate::order::OrderError;
 use crate::record::RecordKind;
+use crate::wrapper::libvirt::LibvirtError;
 use crate::wrapper::libxl::{LibxlError, LibxlRecordKind};
+use crate::wrapper::xapi::{XapiError, XapiKind};
 use crate::wrapper::xl::XlError;
 
 /// What length a rule asks for.
@@ -248,6 +252,24 @@ pub enum Place {
         /// Its kind, once its header has been read.
         kind: Option<RecordKind>,
     },
+    /// The header of a file that libvirt wrote.
+    LibvirtHeader,
+    /// A record of an image of xapi.
+    XapiRecord {
+        /// Its kind, once its header has been read.
+        kind: Option<XapiKind>,
+    },
+    /// What a legacy stream begins with: sizes, extended info, the p2m.
+    LegacyHead,
+    /// A chunk of a legacy stream.
+    LegacyChunk {
+        /// Number of the chunk, from 0.
+        index: u64,
+        /// Its marker, once it has been read.
+        marker: Option<Marker>,
+    },
+    /// What stands behind the chunks of a legacy stream.
+    LegacyTail,
     /// Behind the last record.
     End,
 }
@@ -265,6 +287,19 @@ impl fmt::Display for Place {
                 kind: Some(kind),
             } => write!(f, "libxl record {index} ({kind})"),
             Self::End => f.write_str("end of the file"),
+            Self::LibvirtHeader => f.write_str("libvirt header"),
+            Self::XapiRecord { kind: None } => f.write_str("xapi image"),
+            Self::XapiRecord { kind: Some(kind) } => write!(f, "xapi record {kind}"),
+            Self::LegacyHead => f.write_str("legacy stream, head"),
+            Self::LegacyChunk {
+                index,
+                marker: None,
+            } => write!(f, "legacy chunk {index}"),
+            Self::LegacyChunk {
+                index,
+                marker: Some(marker),
+            } => write!(f, "legacy chunk {index} ({marker})"),
+            Self::LegacyTail => f.write_str("legacy stream, tail"),
             Self::ImageHeader => f.write_str("libxc image header"),
             Self::DomainHeader => f.write_str("libxc domain header"),
             Self::Record { index, kind: None } => write!(f, "libxc record {index}"),
@@ -321,10 +356,19 @@ pub enum ReadErrorCause {
     /// The octets break a rule of the libxl stream.
     #[error("{0}")]
     Libxl(#[from] LibxlError),
+    /// The octets break a rule of libvirt's header.
+    #[error("{0}")]
+    Libvirt(#[from] LibvirtError),
+    /// The octets break a rule of xapi's images.
+    #[error("{0}")]
+    Xapi(#[from] XapiError),
+    /// The octets break a rule of the legacy stream.
+    #[error("{0}")]
+    Legacy(#[from] LegacyError),
     /// The octets break a rule of the xl header.
     #[error("{0}")]
     Xl(#[from] XlError),
-    /// It is, or holds, something that this version does not read.
+    /// It is, or holds, something else than an image of today.
     #[error("this is no saved domain that can be read: {0}")]
     Unreadable(Detected),
     /// Octets follow where the file should end.
@@ -349,8 +393,17 @@ impl ReadError {
 
     /// Whether the image is to blame (a broken rule, a truncated stream, something
     /// else than an image), not the source it was read from.
+    ///
+    /// A source that is itself a reader of images (a converter, a wrapper) fails with an
+    /// [`io::Error`] that holds a `ReadError`: that one says who is to blame.
     pub fn is_bad_image(&self) -> bool {
-        !matches!(self.cause, ReadErrorCause::Io(_))
+        match &self.cause {
+            ReadErrorCause::Io(e) => e
+                .get_ref()
+                .and_then(|inner| inner.downcast_ref::<Self>())
+                .is_some_and(Self::is_bad_image),
+            _ => true,
+        }
     }
 }
 

@@ -1,6 +1,31 @@
-//! The legacy stream, version 1 (Xen 4.5 and earlier).
+//! The legacy stream, version 1 (Xen 4.5 and earlier): reading it, and turning it into
+//! a stream of version 3.
 //!
-//! Specification: libxc migration stream, "Legacy Images". Layout:
-//! `tools/python/xen/migration/legacy.py`.
+//! | module | what it does |
+//! |---|---|
+//! | [`detect`] | which width of toolstack wrote it |
+//! | [`chunk`] | the markers of chunks |
+//! | [`read`] | the pull parser |
+//! | [`compress`] | pages that Remus sent as differences |
+//! | [`toolstack`] | libxl's physmap in the toolstack chunk |
+//! | [`convert`] | the same guest as a stream of version 3 |
+//!
+//! There never was a specification. Layout: `tools/python/xen/migration/legacy.py`; what
+//! a saver writes and a restorer takes: `tools/libxc/xc_domain_save.c` and
+//! `xc_domain_restore.c` as of Xen 4.5. Specification of the conversion: libxc migration
+//! stream, "Legacy Images".
 
+pub mod chunk;
+pub mod compress;
+pub mod convert;
 pub mod detect;
+pub mod error;
+mod items;
+pub mod read;
+mod tmem;
+pub mod toolstack;
+
+pub use convert::{Converted, Target};
+pub use error::LegacyError;
+pub use items::{Batch, ExtendedInfo, Item, QemuRecord, Vcpu};
+pub use read::{Checkpoints, LegacyGuest, LegacyOptions, LegacyReader};

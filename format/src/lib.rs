@@ -11,6 +11,7 @@
 )]
 
 pub mod byte_order;
+pub mod core_dump;
 mod decoder;
 pub mod detect;
 pub mod error;
@@ -23,6 +24,7 @@ pub mod read;
 pub mod record;
 pub mod slice;
 mod source;
+pub mod transcode;
 pub mod walk;
 pub mod wire;
 pub mod wrapper;

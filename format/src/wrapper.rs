@@ -1,4 +1,5 @@
-//! What stands around a libxc stream: the xl file header and the libxl stream.
+//! What stands around a libxc stream: the xl file header and the libxl stream; and what
+//! other toolstacks put around either.
 //!
 //! A file that `xl save` wrote nests three layers, each of which reads exactly its
 //! own octets and hands the source on:
@@ -14,7 +15,9 @@ use std::io;
 
 use thiserror::Error;
 
+pub mod libvirt;
 pub mod libxl;
+pub mod xapi;
 pub mod xl;
 
 use libxl::{LibxlError, LibxlRecordKind};

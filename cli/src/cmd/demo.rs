@@ -234,7 +234,7 @@ impl Demo<'_> {
 
         let started = Instant::now();
         let reading = Reading { lenient: false };
-        reading.over(&Input::open(&image)?, &mut |_| Ok(()))?;
+        reading.over(&Input::open(&image, false)?, &mut |_| Ok(()))?;
         let verify = started.elapsed();
 
         let started = Instant::now();
@@ -293,7 +293,7 @@ impl Demo<'_> {
         let bar = self.terminal.progress("restoring");
         let job = restore::Job {
             host: &self.other,
-            input: &Input::open(from)?,
+            input: &Input::open(from, false)?,
             lenient: false,
             bar: &bar,
             interrupt: Some(self.interrupt),

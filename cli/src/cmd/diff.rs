@@ -43,8 +43,8 @@ pub(crate) fn run(args: &DiffArgs, terminal: &Terminal) -> Result<Code> {
     let reading = Reading {
         lenient: args.lenient,
     };
-    let a = Image::read(Input::open(&args.a)?, reading)?;
-    let b = Image::read(Input::open(&args.b)?, reading)?;
+    let a = Image::read(Input::open_seekable(&args.a, args.lenient)?, reading)?;
+    let b = Image::read(Input::open_seekable(&args.b, args.lenient)?, reading)?;
     let comparison = compare(&a, &b, args.after_restore, terminal)?;
     let differences = &comparison.differences;
     let differ = comparison.differ();
@@ -76,8 +76,8 @@ pub(crate) fn run(args: &DiffArgs, terminal: &Terminal) -> Result<Code> {
 /// Compare an image with the one that was saved from a domain restored from it.
 pub(crate) fn files(a: &Path, b: &Path, terminal: &Terminal) -> Result<Comparison> {
     let reading = Reading { lenient: false };
-    let a = Image::read(Input::open(a)?, reading)?;
-    let b = Image::read(Input::open(b)?, reading)?;
+    let a = Image::read(Input::open_seekable(a, false)?, reading)?;
+    let b = Image::read(Input::open_seekable(b, false)?, reading)?;
     compare(&a, &b, true, terminal)
 }
 

@@ -29,7 +29,7 @@ use crate::terminal::Terminal;
 
 /// Inspect one image. Of a bad one, what could be read is shown before the error.
 pub(crate) fn run(args: &InspectArgs, terminal: &Terminal) -> Result<Code> {
-    let input = Input::open(&args.file)?;
+    let input = Input::open(&args.file, args.lenient)?;
     let reading = Reading {
         lenient: args.lenient,
     };
@@ -38,7 +38,12 @@ pub(crate) fn run(args: &InspectArgs, terminal: &Terminal) -> Result<Code> {
         inspection.event(event);
         Ok(())
     });
+    let end = end.and_then(|octets| input.finish(octets).map(|_| octets));
     let (mut report, any) = inspection.finish();
+    report.layers = input.layers().to_vec();
+    report.libvirt_xml = input
+        .libvirt_xml()
+        .map(|xml| String::from_utf8_lossy(xml).into_owned());
     let code = match end {
         Ok(octets) => {
             report.octets = octets;

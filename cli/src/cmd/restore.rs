@@ -58,7 +58,7 @@ struct Report<'a> {
 pub(crate) fn run(args: &RestoreArgs, terminal: &Terminal) -> Result<Code> {
     let interrupt = Interrupt::catch()?;
     let started = Instant::now();
-    let input = Input::open(&args.file)?;
+    let input = Input::open(&args.file, args.lenient)?;
     let host = backend::open_or_create(&args.backend.backend)?;
     let bar = terminal.progress("restoring");
     let job = Job {
@@ -70,6 +70,8 @@ pub(crate) fn run(args: &RestoreArgs, terminal: &Terminal) -> Result<Code> {
     };
     let made = job
         .restore(&Overrides::from(args))
+        .and_then(|made| job.input.finish(0).map(|_| made))
+        .map_err(|error| input.blame(error))
         .with_context(|| format!("restoring {}", input.name))?;
     if !args.paused {
         made.unpause()?;
@@ -241,14 +243,16 @@ impl Job<'_> {
     /// that leaves open from the image, read once more for it. The file stands at
     /// `offset` before and after.
     fn plan(&self, overrides: &Overrides, offset: u64) -> Result<Plan> {
-        if self.input.length.is_none() {
+        if !self.input.is_repeatable() {
             let why = "the image has no configuration and is read twice, to find out what the \
                        domain needs: give it as a file";
             return Err(Error::new(BadUsage(why.to_owned())));
         }
         let found = Survey::of(&self.input.again()?, self.lenient)?;
-        let mut file = &self.input.file;
-        file.seek(SeekFrom::Start(offset))?;
+        if self.input.length.is_some() {
+            let mut file = &self.input.file;
+            file.seek(SeekFrom::Start(offset))?;
+        }
         let vcpus = overrides.vcpus.unwrap_or(found.vcpus.max(1));
         let memory_kib = overrides.memory_kib.unwrap_or(found.memory.populated() * 4);
         let name = overrides.name.as_ref().unwrap_or(&overrides.fallback);
@@ -261,6 +265,28 @@ impl Job<'_> {
             max_pages: config::max_pages(memory_kib),
         })
     }
+}
+
+/// The configuration that a restore would make for an image that has none. The image is
+/// read for it.
+pub(crate) fn config_for(input: &Input, file: &Path, lenient: bool) -> Result<String> {
+    if !input.is_repeatable() {
+        let why = "the image has no configuration and is read twice, to find out what the \
+                   domain needs: give it as a file, or a configuration with --config";
+        return Err(Error::new(BadUsage(why.to_owned())));
+    }
+    let found = Survey::of(&input.again()?.unwrapped(lenient)?, lenient)?;
+    let name = file.file_stem().unwrap_or_default().to_string_lossy();
+    let kind = found.kind()?;
+    let memory_kib = found.memory.populated() * 4;
+    let uuid = config::uuid(&name, 0);
+    Ok(config::make(
+        &name,
+        &uuid,
+        kind,
+        found.vcpus.max(1),
+        memory_kib,
+    ))
 }
 
 /// Whether a record holds what an emulator wants back.

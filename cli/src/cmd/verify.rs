@@ -5,7 +5,7 @@
 use std::io::Write;
 use std::path::Path;
 
-use anyhow::{Error, Result};
+use anyhow::{Context as _, Error, Result};
 use serde::Serialize;
 use xsr_format::error::ReadError;
 
@@ -61,7 +61,10 @@ struct Verdict {
     file: String,
     /// `good`, `bad`, or `unreadable`.
     verdict: &'static str,
-    /// The outermost layer: `xl`, `libxl` or `libxc`.
+    /// What was taken off to get at the image, outermost first.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    layers: Vec<String>,
+    /// The outermost layer of the image itself: `xl`, `libxl` or `libxc`.
     #[serde(skip_serializing_if = "Option::is_none")]
     layer: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -94,15 +97,18 @@ fn is_zero(number: &u64) -> bool {
 }
 
 fn verify(path: &Path, reading: Reading, verdict: &mut Verdict) -> Result<()> {
-    let input = Input::open(path)?;
+    let input = Input::open(path, reading.lenient)?;
     verdict.file.clone_from(&input.name);
     let octets = reading.over(&input, &mut |event| {
         verdict.event(&event);
         Ok(())
     })?;
     verdict.octets = octets;
-    let behind = input.length.map(|length| length.saturating_sub(octets));
-    verdict.trailing_octets = behind.unwrap_or(0);
+    verdict.layers = input.layers().to_vec();
+    verdict.trailing_octets = input
+        .finish(octets)
+        .with_context(|| input.name.clone())?
+        .unwrap_or(0);
     Ok(())
 }
 
@@ -169,6 +175,9 @@ impl Verdict {
         }
         let (records, octets) = (Count(self.records, "record"), size(self.octets));
         write!(out, ", {records}, {octets}")?;
+        if !self.layers.is_empty() {
+            write!(out, ", inside: {}", self.layers.join(", "))?;
+        }
         if self.trailing_octets > 0 {
             let octets = Count(self.trailing_octets, "octet");
             write!(out, " ({octets} behind the end are not part of it)")?;

@@ -232,6 +232,39 @@ impl XlHeader {
         [&MAGIC, fields.as_bytes(), &self.optional_data].concat()
     }
 
+    /// This header with another configuration (`json` without NUL); what it has besides
+    /// stays.
+    ///
+    /// # Errors
+    ///
+    /// As [`XlHeader::new`].
+    pub fn with_json(&self, json: &str) -> Result<Self, XlError> {
+        let mut header = Self::new(json)?;
+        header.optional_data.extend_from_slice(self.optional_tail());
+        header.optional_flags = self.optional_flags;
+        match header.optional_data.len() > MAX_OPTIONAL_DATA as usize {
+            true => Err(too_long(header.optional_data.len() as u64)),
+            false => Ok(header),
+        }
+    }
+
+    /// This header for a libxl stream version 2 behind it, its fields little endian: what xl
+    /// writes today.
+    pub fn for_version_2(&self) -> Self {
+        let mut header = self.clone();
+        header.mandatory_flags |= FLAG_STREAM_V2;
+        header.in_little_endian()
+    }
+
+    /// The same, its fields little endian.
+    fn in_little_endian(mut self) -> Self {
+        if let Ok((length, _)) = U32::mut_from_prefix(&mut self.optional_data) {
+            *length = U32::new(length.get(self.order), ByteOrder::Little);
+        }
+        self.order = ByteOrder::Little;
+        self
+    }
+
     /// Length of the header with its optional data: where the stream begins.
     pub fn octets(&self) -> u64 {
         (self.optional_data.len() as u64).saturating_add(Self::FIXED_OCTETS as u64)

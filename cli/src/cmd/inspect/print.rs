@@ -33,6 +33,13 @@ pub(crate) fn print(report: &Report, out: &mut dyn Write) -> io::Result<()> {
 
 fn headers(report: &Report, out: &mut dyn Write) -> io::Result<()> {
     writeln!(out, "\nHeaders")?;
+    for layer in &report.layers {
+        writeln!(out, "  around  {layer}")?;
+    }
+    if let Some(xml) = &report.libvirt_xml {
+        let octets = Count(xml.len(), "octet");
+        writeln!(out, "  libvirt XML of {octets}")?;
+    }
     if let Some(xl) = &report.xl {
         let json = match (xl.config_octets, xl.mandatory_flags & 1) {
             (0, _) => "no configuration".to_owned(),

@@ -12,6 +12,13 @@ pub(crate) struct Report {
     pub(crate) file: String,
     /// Octets of the image; of the file, if the image is bad; 0 if that is not known.
     pub(crate) octets: u64,
+    /// What was taken off to get at the image, outermost first. Offsets are those of the
+    /// image inside.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) layers: Vec<String>,
+    /// The XML that libvirt keeps with the image.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) libvirt_xml: Option<String>,
     /// The xl header, where there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) xl: Option<XlReport>,

@@ -1,0 +1,323 @@
+//! `xsr convert`: any image as one of today: version 3, little endian, bare or wrapped by
+//! libxl or xl.
+//!
+//! Legacy streams go by [`Converted`], all others by [`transcode`]. Contents of pages are
+//! moved by the kernel where source and sink are files.
+//!
+//! C implementation: none; Xen's is `tools/python/scripts/convert-legacy-stream`, for which
+//! [`script`] stands in.
+
+pub(crate) mod script;
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::time::Instant;
+
+use anyhow::{Context as _, Error, Result};
+use serde::Serialize;
+use xsr_format::detect::{Detected, detect};
+use xsr_format::legacy::convert::{Part, Spool, survey};
+use xsr_format::legacy::detect::ToolstackWidth;
+use xsr_format::legacy::{
+    Checkpoints, Converted, LegacyGuest, LegacyOptions, LegacyReader, Target,
+};
+use xsr_format::read::ReadOptions;
+use xsr_format::transcode::{Layer, transcode};
+use xsr_format::walk::Walk;
+use xsr_format::wrapper::xl::XlHeader;
+
+use crate::args::{ConvertArgs, ConvertTo, LegacyGuestArg, WidthArg};
+use crate::exit::{BadImage, Code};
+use crate::feed;
+use crate::file::{Input, Output};
+use crate::peel;
+use crate::stdout::Results;
+use crate::terminal::Terminal;
+use crate::text::size;
+
+/// What `--json` prints (docs/json.md).
+#[derive(Debug, Serialize)]
+struct Report<'a> {
+    file: &'a str,
+    /// `libxc`, `libxl` or `xl`.
+    to: &'static str,
+    /// Whether it was a legacy stream.
+    legacy: bool,
+    /// Octets written.
+    octets: u64,
+    seconds: f64,
+}
+
+/// Convert an image.
+pub(crate) fn run(args: &ConvertArgs, terminal: &Terminal) -> Result<Code> {
+    let started = Instant::now();
+    let config = match &args.config {
+        Some(path) => Some(config_header(path)?),
+        None => None,
+    };
+    let input = Input::open_as_it_is(&args.file)?;
+    let output = Output::create(&args.output)?;
+    let mut sink = Counted {
+        file: output.file(),
+        octets: 0,
+    };
+    let done = convert(args, input, config.as_ref(), &mut sink)
+        .with_context(|| format!("converting {}", args.file.display()))?;
+    let octets = sink.octets;
+    output.finish()?;
+    let seconds = started.elapsed().as_secs_f64();
+    let to = match done.to {
+        Layer::Libxc => "libxc",
+        Layer::Libxl => "libxl",
+        Layer::Xl => "xl",
+    };
+    let name = args.file.display().to_string();
+    terminal.note(&format!(
+        "{name} converted to a {to} image: {} in {seconds:.1} s",
+        size(octets)
+    ));
+    if args.json {
+        let mut out = Results::new();
+        out.json(&Report {
+            file: &name,
+            to,
+            legacy: done.legacy,
+            octets,
+            seconds,
+        })?;
+        out.finish()?;
+    }
+    Ok(Code::Fine)
+}
+
+impl From<WidthArg> for ToolstackWidth {
+    fn from(width: WidthArg) -> Self {
+        match width {
+            WidthArg::Bits32 => Self::Bits32,
+            WidthArg::Bits64 => Self::Bits64,
+        }
+    }
+}
+
+impl From<LegacyGuestArg> for LegacyGuest {
+    fn from(guest: LegacyGuestArg) -> Self {
+        match guest {
+            LegacyGuestArg::Pv => Self::Pv,
+            LegacyGuestArg::Hvm => Self::Hvm,
+        }
+    }
+}
+
+struct Done {
+    to: Layer,
+    legacy: bool,
+}
+
+/// xl's header with the configuration in a file.
+fn config_header(path: &std::path::Path) -> Result<XlHeader> {
+    let name = || path.display().to_string();
+    let json = std::fs::read_to_string(path).with_context(name)?;
+    crate::config::Config::parse(json.trim_end_matches('\0')).with_context(name)?;
+    XlHeader::new(json.trim_end_matches('\0'))
+        .map_err(|e| Error::new(BadImage(e.to_string())))
+        .with_context(name)
+}
+
+pub(super) fn layer_of(to: ConvertTo) -> Layer {
+    match to {
+        ConvertTo::Libxc => Layer::Libxc,
+        ConvertTo::Libxl => Layer::Libxl,
+        ConvertTo::Xl => Layer::Xl,
+    }
+}
+
+fn convert(
+    args: &ConvertArgs,
+    mut input: Input,
+    config: Option<&XlHeader>,
+    sink: &mut Counted<'_>,
+) -> Result<Done> {
+    let seekable = input.length.is_some();
+    let prefix = feed::peek(&input.file, seekable)?;
+    // A plain legacy stream, or one behind xl's header, needs no thread and no pipe.
+    let (header, legacy) = match detect(&prefix) {
+        Detected::Xl if peel::is_wrapped(&prefix) => {
+            let options = ReadOptions {
+                lenient: args.lenient,
+                offset: 0,
+            };
+            (Some(XlHeader::read(&input.file, options)?), true)
+        }
+        Detected::Legacy(_) => (None, true),
+        _ if args.guest.is_some() || args.width.is_some() => (None, !is_modern(&prefix)),
+        _ => (None, false),
+    };
+    if legacy {
+        return convert_legacy(args, &mut input, header.as_ref().or(config), sink);
+    }
+    let input = input.unwrapped(args.lenient)?;
+    modern(args, &input, config, sink).map_err(|error| input.blame(error))
+}
+
+/// Whether these octets are certainly not the start of a legacy stream.
+fn is_modern(prefix: &[u8]) -> bool {
+    !matches!(detect(prefix), Detected::Legacy(_) | Detected::Unknown)
+}
+
+/// An image of version 2 or 3.
+fn modern(
+    args: &ConvertArgs,
+    input: &Input,
+    config: Option<&XlHeader>,
+    sink: &mut Counted<'_>,
+) -> Result<Done> {
+    let options = ReadOptions {
+        lenient: args.lenient,
+        offset: 0,
+    };
+    let mut walk = Walk::open(&input.file, options)?;
+    let own = match walk.detected() {
+        Detected::Xl => Layer::Xl,
+        Detected::Libxl => Layer::Libxl,
+        _ => Layer::Libxc,
+    };
+    let to = args.to.map_or(own, layer_of);
+    let made;
+    let config = match (config, to, own) {
+        (None, Layer::Xl, Layer::Libxc | Layer::Libxl) => {
+            made = made_up_config(args, input)?;
+            if input.length.is_some() {
+                let mut file = &input.file;
+                file.rewind()?;
+                walk = Walk::open(&input.file, options)?;
+            }
+            Some(&made)
+        }
+        (config, ..) => config,
+    };
+    let summary = transcode(&mut walk, sink, to, config, copy_octets)?;
+    input.finish(walk.offset())?;
+    if summary.dropped > 0 {
+        tracing::warn!(
+            "{} records of emulators left out, for which a libxc stream has no place: --to libxl \
+             keeps them",
+            summary.dropped
+        );
+    }
+    Ok(Done { to, legacy: false })
+}
+
+/// An xl header for an image that has none: what `xsr restore` would take for it.
+fn made_up_config(args: &ConvertArgs, input: &Input) -> Result<XlHeader> {
+    let json = super::restore::config_for(input, &args.file, args.lenient)?;
+    XlHeader::new(&json).map_err(|e| Error::new(BadImage(e.to_string())))
+}
+
+fn convert_legacy(
+    args: &ConvertArgs,
+    input: &mut Input,
+    header: Option<&XlHeader>,
+    sink: &mut Counted<'_>,
+) -> Result<Done> {
+    let own = match header {
+        Some(_) => Layer::Xl,
+        None => Layer::Libxl,
+    };
+    let to = args.to.map_or(own, layer_of);
+    let mut options = LegacyOptions {
+        lenient: args.lenient,
+        offset: 0,
+        width: args.width.map(Into::into),
+        guest: args.guest.map(Into::into),
+        device_model: true,
+        checkpoints: Checkpoints::All,
+    };
+    let mut spool: Option<Box<dyn Spool>> = None;
+    if input.length.is_some() {
+        options.offset = input.file.stream_position()?;
+        // Cheap, since the contents of pages are passed over: which checkpoints count?
+        let found = survey(&input.file, options)?;
+        if let Some(why) = &found.incomplete {
+            tracing::warn!("the checkpoint behind the last complete one is cut off: {why}");
+        }
+        options.checkpoints = Checkpoints::UpTo(found.complete);
+        input.file.seek(SeekFrom::Start(options.offset))?;
+    } else {
+        let file = tempfile::tempfile().context("making a temporary file for checkpoints")?;
+        spool = Some(Box::new(file));
+    }
+    let made;
+    let header = match (header, to) {
+        (None, Layer::Xl) => {
+            let json = super::restore::config_for(input, &args.file, args.lenient)?;
+            made = XlHeader::new(&json).map_err(|e| Error::new(BadImage(e.to_string())))?;
+            Some(&made)
+        }
+        (header, _) => header,
+    };
+    if let (Layer::Xl, Some(header)) = (to, header) {
+        sink.write_all(&header.for_version_2().encode())?;
+    }
+    let target = match to {
+        Layer::Libxc => Target::Libxc {
+            device_model: false,
+        },
+        Layer::Libxl | Layer::Xl => Target::Libxl,
+    };
+    let reader = LegacyReader::new(&input.file, options)?;
+    let mut converted = Converted::new(reader, target, spool)?;
+    pour(&mut converted, sink)?;
+    peel::warn_of(converted.summary());
+    Ok(Done { to, legacy: true })
+}
+
+/// Copy all that is converted to the sink.
+fn pour(converted: &mut Converted<&File>, sink: &mut Counted<'_>) -> Result<()> {
+    loop {
+        match converted.next_part()? {
+            None => break,
+            Some(Part::Octets(octets)) => sink.write_all(octets).context("writing")?,
+            Some(Part::Through(_)) => {
+                let mut failed = None;
+                converted.with_source(|source, octets| {
+                    copy_octets(source, octets, sink).or_else(|e| {
+                        // Who failed, source or sink, is not told: say what was being done.
+                        failed = Some(e);
+                        Ok(octets)
+                    })
+                })?;
+                if let Some(error) = failed {
+                    return Err(Error::new(error).context("copying pages"));
+                }
+            }
+        }
+    }
+    sink.flush()?;
+    Ok(())
+}
+
+/// A file, and how many octets were written to it.
+pub(crate) struct Counted<'f> {
+    file: &'f File,
+    octets: u64,
+}
+
+impl Write for Counted<'_> {
+    fn write(&mut self, octets: &[u8]) -> io::Result<usize> {
+        let n = self.file.write(octets)?;
+        self.octets += n as u64;
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+/// From file to file, by the kernel where it can.
+fn copy_octets(source: &mut &File, octets: u64, sink: &mut Counted<'_>) -> io::Result<u64> {
+    let source: &File = source;
+    let copied = io::copy(&mut source.take(octets), &mut sink.file)?;
+    sink.octets += copied;
+    Ok(copied)
+}

@@ -1,0 +1,120 @@
+//! Under the name `convert-legacy-stream`: takes the arguments of Xen's script of that name
+//! and writes the same octets, so that libxl can start it instead
+//! (`LIBXL_CONVERT_HELPER`).
+//!
+//! The script converts what comes first: of a stream with checkpoints the first one.
+//! So does this, and it reads nothing behind it.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Seek as _, SeekFrom, Write as _};
+use std::os::fd::AsFd as _;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+use clap::Parser as _;
+use xsr_format::legacy::{Checkpoints, Converted, LegacyOptions, LegacyReader, Target};
+use xsr_format::read::ReadOptions;
+use xsr_format::wrapper::xl::XlHeader;
+
+use super::{Counted, pour};
+use crate::args::{ScriptArgs, ScriptFormat};
+use crate::exit::{self, Code};
+use crate::terminal::Terminal;
+
+/// The name under which this runs.
+pub(crate) const NAME: &str = "convert-legacy-stream";
+
+/// Run with the arguments of the process. The exit codes are the script's: 0, or 1.
+pub(crate) fn main() -> ExitCode {
+    let args = match ScriptArgs::try_parse() {
+        Ok(args) => args,
+        Err(e) => {
+            return match exit::command_line(&e) {
+                Code::Fine => ExitCode::SUCCESS,
+                _ => ExitCode::from(1),
+            };
+        }
+    };
+    let terminal = Terminal::new(u8::from(args.verbose), false);
+    match run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            terminal.error(&error);
+            ExitCode::from(1)
+        }
+    }
+}
+
+fn run(args: &ScriptArgs) -> Result<()> {
+    let input = open(&args.input, OpenOptions::new().read(true)).context("the input")?;
+    let output = open(
+        &args.output,
+        OpenOptions::new().write(true).create(true).truncate(true),
+    )
+    .context("the output")?;
+    let mut sink = Counted {
+        file: &output,
+        octets: 0,
+    };
+    let mut offset = 0;
+    if args.xl {
+        let header = XlHeader::read(&input, ReadOptions::default())?;
+        offset = header.octets();
+        let header = match args.format {
+            ScriptFormat::Libxc => header,
+            ScriptFormat::Libxl => header.for_version_2(),
+        };
+        sink.write_all(&header.encode())?;
+    }
+    let options = LegacyOptions {
+        lenient: false,
+        offset,
+        width: Some(args.width.into()),
+        guest: Some(args.guest.into()),
+        device_model: args.format == ScriptFormat::Libxl || !args.skip_qemu,
+        checkpoints: Checkpoints::UpTo(1),
+    };
+    let target = match args.format {
+        ScriptFormat::Libxc => Target::Libxc {
+            device_model: !args.skip_qemu,
+        },
+        ScriptFormat::Libxl => Target::Libxl,
+    };
+    let reader = LegacyReader::new(&input, options)?;
+    let mut converted = Converted::new(reader, target, None)?;
+    pour(&mut converted, &mut sink)?;
+    crate::peel::warn_of(converted.summary());
+    Ok(())
+}
+
+/// A number is a descriptor that was inherited, as for the script; anything else a file.
+fn open(name: &str, options: &OpenOptions) -> Result<File> {
+    match name.parse::<u32>() {
+        Ok(number) => inherited(number, options).with_context(|| format!("descriptor {number}")),
+        Err(_) => options.open(name).with_context(|| name.to_owned()),
+    }
+}
+
+/// What is behind a descriptor. `/proc` opens the same pipe; a file it opens anew, and its
+/// place in the file is taken over.
+fn inherited(number: u32, options: &OpenOptions) -> Result<File> {
+    match number {
+        0 => return Ok(io::stdin().as_fd().try_clone_to_owned()?.into()),
+        1 => return Ok(io::stdout().as_fd().try_clone_to_owned()?.into()),
+        2 => return Ok(io::stderr().as_fd().try_clone_to_owned()?.into()),
+        _ => {}
+    }
+    let path = format!("/proc/self/fd/{number}");
+    let mut options = options.clone();
+    let mut file = options.create(false).truncate(false).open(path)?;
+    if file.metadata()?.is_file() {
+        let info = fs::read_to_string(format!("/proc/self/fdinfo/{number}"))?;
+        let place = info
+            .lines()
+            .find_map(|line| line.strip_prefix("pos:"))
+            .and_then(|place| place.trim().parse().ok())
+            .context("the kernel does not say where in the file it stands")?;
+        file.seek(SeekFrom::Start(place))?;
+    }
+    Ok(file)
+}

@@ -1,0 +1,178 @@
+//! `xsr edit`: the configuration in an image of xl replaced, optional records dropped or
+//! added. The guest's memory and state go through octet for octet.
+
+use std::fs::File;
+use std::io::{self, Read, Write as _};
+
+use anyhow::{Context as _, Error, Result};
+use serde_json::Value;
+use xsr_format::byte_order::ByteOrder;
+use xsr_format::detect::Detected;
+use xsr_format::read::ReadOptions;
+use xsr_format::record::RecordKind;
+use xsr_format::walk::{Content, Walk};
+use xsr_format::wrapper::libxl::LibxlRecord;
+use xsr_format::wrapper::xl::XlHeader;
+
+use super::cat::Heard;
+use crate::args::EditArgs;
+use crate::config::Config;
+use crate::exit::{BadImage, BadUsage, Code};
+use crate::file::{Input, Output};
+use crate::terminal::Terminal;
+
+/// Edit an image.
+pub(crate) fn run(args: &EditArgs, terminal: &Terminal) -> Result<Code> {
+    let input = Input::open(&args.file, args.lenient)?;
+    let output = Output::create(&args.output)?;
+    let changed = edit(args, &input, &mut output.file())
+        .map_err(|error| input.blame(error))
+        .with_context(|| format!("editing {}", input.name))?;
+    output.finish()?;
+    terminal.note(&format!("{}: {changed}", args.output.display()));
+    Ok(Code::Fine)
+}
+
+fn edit(args: &EditArgs, input: &Input, sink: &mut &File) -> Result<String> {
+    let options = ReadOptions {
+        lenient: args.lenient,
+        offset: 0,
+    };
+    let additions = additions(args)?;
+    let wants_header = args.name.is_some() || args.uuid.is_some() || args.config.is_some();
+    let (source, heard) = Heard::new(&input.file);
+    let mut walk = Walk::open(source, options)?;
+    if wants_header && walk.detected() != Detected::Xl {
+        let why = "the image has no xl header, in which name, uuid and configuration are: \
+                   convert --to xl puts one around it";
+        return Err(Error::new(BadUsage(why.to_owned())));
+    }
+    let mut dropped = 0_u64;
+    let mut added = false;
+    while let Some(step) = walk.next_step()? {
+        let octets = heard.take();
+        match step.content {
+            Content::Headers(image, _) if image.order == ByteOrder::Big && !args.add.is_empty() => {
+                let why = "records can be added to little-endian streams only: convert it first";
+                return Err(Error::new(BadUsage(why.to_owned())));
+            }
+            Content::XlHeader(header) if wants_header => {
+                sink.write_all(&edited(args, header)?.encode())?;
+            }
+            Content::Record(record)
+                if record.kind.is_optional() && args.drop.contains(&record.kind.0) =>
+            {
+                dropped += 1;
+            }
+            Content::LibxlRecord(LibxlRecord::Optional { kind, .. })
+                if args.drop.contains(&kind.0) =>
+            {
+                dropped += 1;
+            }
+            Content::Record(record) => {
+                // An optional record may be anywhere; here a reader knows all the rest.
+                if record.kind == RecordKind::END && !added {
+                    sink.write_all(&additions)?;
+                    added = true;
+                }
+                sink.write_all(&octets)?;
+            }
+            Content::PageData(mut body) => {
+                sink.write_all(&octets)?;
+                let pages = body.pages_left();
+                body.with_source(pages, |source, octets| {
+                    let copied = io::copy(&mut source.file().take(octets), sink)?;
+                    match copied == octets {
+                        true => Ok(()),
+                        false => Err(io::ErrorKind::UnexpectedEof.into()),
+                    }
+                })?;
+            }
+            _ => sink.write_all(&octets)?,
+        }
+    }
+    input.finish(walk.offset())?;
+    sink.flush()?;
+    let absent = !args.drop.is_empty() && dropped == 0;
+    if absent {
+        tracing::warn!("the image has no optional record of a type that was to be dropped");
+    }
+    Ok(format!(
+        "{dropped} optional records dropped, {} added{}",
+        args.add.len(),
+        match wants_header {
+            true => ", configuration changed",
+            false => "",
+        }
+    ))
+}
+
+/// The records to be added to the libxc stream, little endian, padded.
+fn additions(args: &EditArgs) -> Result<Vec<u8>> {
+    let mut out = Vec::new();
+    for (kind, path) in &args.add {
+        let body = std::fs::read(path).with_context(|| path.display().to_string())?;
+        let length = u32::try_from(body.len()).context("a record's length")?;
+        out.extend(kind.to_le_bytes());
+        out.extend(length.to_le_bytes());
+        out.extend(&body);
+        out.resize(out.len().next_multiple_of(8), 0);
+    }
+    Ok(out)
+}
+
+/// The header with what is to be changed.
+fn edited(args: &EditArgs, header: &XlHeader) -> Result<XlHeader> {
+    let bad = |what: &str| Error::new(BadImage(what.to_owned()));
+    let mut json = match &args.config {
+        Some(path) => std::fs::read_to_string(path).with_context(|| path.display().to_string())?,
+        None => header
+            .json()
+            .map_err(|e| bad(&e.to_string()))?
+            .ok_or_else(|| bad("there is no JSON configuration in the xl header"))?
+            .to_owned(),
+    };
+    for (key, value) in [("name", &args.name), ("uuid", &args.uuid)] {
+        if let Some(value) = value {
+            json = replaced(&json, key, value)?;
+        }
+    }
+    Config::parse(&json)?;
+    header.with_json(&json).map_err(|e| bad(&e.to_string()))
+}
+
+/// The text with another value for a key of `c_info`. The rest of it stays as it is,
+/// because libxl has an order for its keys.
+fn replaced(json: &str, key: &str, value: &str) -> Result<String> {
+    let document: Value = serde_json::from_str(json).context("the configuration")?;
+    let old = document
+        .pointer(&format!("/c_info/{key}"))
+        .and_then(Value::as_str)
+        .with_context(|| format!("the configuration has no c_info.{key}"))?;
+    let quoted = |text: &str| Value::from(text).to_string();
+    let wanted = format!("\"{key}\"");
+    // The first key of this name with this value: c_info comes first in libxl's order.
+    let mut from = 0;
+    while let Some(at) = json[from..].find(&wanted) {
+        let behind = from + at + wanted.len();
+        let rest = json[behind..].trim_start();
+        if let Some(rest) = rest.strip_prefix(':') {
+            let rest = rest.trim_start();
+            let start = json.len() - rest.len();
+            let mut values = serde_json::Deserializer::from_str(rest).into_iter::<Value>();
+            let found = values.next().and_then(Result::ok);
+            if found.as_ref().and_then(Value::as_str) == Some(old) {
+                let end = start + values.byte_offset();
+                let text = format!("{}{}{}", &json[..start], quoted(value), &json[end..]);
+                let changed: Value = serde_json::from_str(&text).context("the configuration")?;
+                if changed.pointer(&format!("/c_info/{key}")) == Some(&Value::from(value)) {
+                    return Ok(text);
+                }
+            }
+        }
+        from = behind;
+    }
+    Err(Error::msg(format!(
+        "c_info.{key} cannot be found in the text"
+    )))
+}

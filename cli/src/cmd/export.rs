@@ -1,0 +1,208 @@
+//! `xsr export`: a guest's memory out of an image, as an ELF core or as raw physical memory.
+//!
+//! Of a page that comes more than once in a stream the last version counts, so the image is
+//! read twice: once to see where the last version of each page is, once for the pages, in
+//! the order of their pfns. Nothing is kept in memory but that map.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, BufWriter, Read as _, Seek as _, SeekFrom, Write};
+use std::os::unix::fs::FileExt as _;
+
+use anyhow::{Context as _, Error, Result};
+use xsr_format::core_dump::{CoreDump, vcpu_context_of_hvm};
+use xsr_format::fields::hvm::{HvmContext, HvmRecordKind};
+use xsr_format::frame::PAGE_SIZE;
+use xsr_format::image::GuestType;
+use xsr_format::record::pv::PvInfo;
+use xsr_format::record::{Body, RecordKind};
+
+use crate::args::{ExportArgs, ExportFormat};
+use crate::exit::{BadUsage, Code};
+use crate::file::{Input, Output};
+use crate::image::{Event, Reading};
+use crate::page_map::{PageMap, Run, runs_of};
+use crate::terminal::Terminal;
+use crate::text::size;
+
+const PAGE: u64 = PAGE_SIZE as u64;
+/// Pages that are moved at once.
+const STEP: u64 = 256;
+
+/// Export a guest's memory.
+pub(crate) fn run(args: &ExportArgs, terminal: &Terminal) -> Result<Code> {
+    if args.sparse && args.format == ExportFormat::Elf {
+        let why = "--sparse is for --format raw: a core has no holes";
+        return Err(Error::new(BadUsage(why.to_owned())));
+    }
+    let input = Input::open_seekable(&args.file, args.lenient)?;
+    input.seekable("export reads an image twice")?;
+    let mut contents = Contents::default();
+    let reading = Reading {
+        lenient: args.lenient,
+    };
+    reading.over(&input, &mut |event| {
+        contents.event(event);
+        Ok(())
+    })?;
+    let output = Output::create(&args.output)?;
+    let written = match args.format {
+        ExportFormat::Elf => contents.elf(&input.file, output.file()),
+        ExportFormat::Raw => contents.raw(&input.file, output.file(), args.sparse),
+    }
+    .with_context(|| format!("exporting {}", input.name))?;
+    output.finish()?;
+    terminal.note(&format!(
+        "{} of memory of {} exported to {}",
+        size(contents.pages() * PAGE),
+        input.name,
+        args.output.display(),
+    ));
+    tracing::debug!(written, "octets");
+    Ok(Code::Fine)
+}
+
+/// What of an image goes into an export.
+#[derive(Debug, Default)]
+struct Contents {
+    map: PageMap,
+    core: CoreDump,
+    /// Registers of a PV guest's vcpus.
+    vcpus: BTreeMap<u32, Vec<u8>>,
+}
+
+impl Contents {
+    fn event(&mut self, event: Event<'_>) {
+        match event {
+            Event::Libxc(_, domain) => {
+                self.core.hvm = domain.guest_type == GuestType::X86_HVM;
+                self.core.xen = (domain.xen_major, domain.xen_minor);
+            }
+            Event::Pages(at, entries) => {
+                for run in runs_of(entries.iter(), at.page_data(entries)) {
+                    self.map.insert(run);
+                }
+            }
+            Event::Record(_, record) => match record.body {
+                Body::PvInfo(info) => self.core.bits_32 = info == PvInfo::Bits32,
+                Body::SharedInfo(page) => self.core.shared_info = page.to_vec(),
+                Body::Vcpu(vcpu) if record.kind == RecordKind::X86_PV_VCPU_BASIC => {
+                    self.vcpus.insert(vcpu.vcpu, vcpu.state.to_vec());
+                }
+                Body::HvmContext(context) => {
+                    self.core.vcpus = HvmContext::new(context)
+                        .filter_map(Result::ok)
+                        .filter(|record| record.kind == HvmRecordKind::CPU)
+                        .map(|record| vcpu_context_of_hvm(record.body))
+                        .collect();
+                }
+                _ => {}
+            },
+            _ => {}
+        }
+    }
+
+    /// The pages that have contents, ascending.
+    fn runs(&self) -> impl Iterator<Item = Run> {
+        self.map.runs().filter(|run| run.page_type.has_data())
+    }
+
+    fn pages(&self) -> u64 {
+        self.runs().map(|run| run.pages()).sum()
+    }
+
+    /// As an ELF core; octets written.
+    fn elf(&self, image: &File, out: &File) -> Result<u64> {
+        let mut core = self.core.clone();
+        core.pages = self.pages();
+        if !core.hvm {
+            core.vcpus = self.vcpus.values().cloned().collect();
+        }
+        let mut head = BufWriter::new(out);
+        head.write_all(&core.head())?;
+        for run in self.runs() {
+            for pfn in run.first..=run.last {
+                head.write_all(&core.entry(pfn))?;
+            }
+        }
+        io::copy(&mut io::repeat(0).take(core.padding()), &mut head)?;
+        head.flush()?;
+        drop(head);
+        for run in self.runs() {
+            copy(image, run.offset, run.pages() * PAGE, out)?;
+        }
+        Ok(core.pages_offset() + core.pages * PAGE)
+    }
+
+    /// As physical memory: each page at its own address.
+    fn raw(&self, image: &File, mut out: &File, sparse: bool) -> Result<u64> {
+        let mut at = 0;
+        for run in self.runs() {
+            gap(out, run.first * PAGE - at, sparse)?;
+            match sparse {
+                true => without_zeros(image, run, out)?,
+                false => copy(image, run.offset, run.pages() * PAGE, out)?,
+            }
+            at = (run.last + 1) * PAGE;
+        }
+        // Pages without contents behind the last are part of the guest's memory.
+        let end = self
+            .map
+            .runs()
+            .last()
+            .map_or(0, |run| (run.last + 1) * PAGE);
+        gap(out, end - at, sparse)?;
+        if sparse {
+            out.set_len(end).context("a sparse file")?;
+        }
+        out.flush()?;
+        Ok(end)
+    }
+}
+
+/// Copy a part of the image.
+fn copy(mut image: &File, offset: u64, octets: u64, mut out: &File) -> Result<()> {
+    image.seek(SeekFrom::Start(offset))?;
+    let copied = io::copy(&mut image.take(octets), &mut out)?;
+    match copied == octets {
+        true => Ok(()),
+        false => Err(Error::from(io::Error::from(io::ErrorKind::UnexpectedEof))),
+    }
+}
+
+/// So many octets of nothing.
+fn gap(mut out: &File, octets: u64, sparse: bool) -> Result<()> {
+    match (octets, sparse) {
+        (0, _) => {}
+        (_, true) => {
+            let by = i64::try_from(octets).context("a gap")?;
+            out.seek(SeekFrom::Current(by))
+                .context("--sparse wants a file that can be sought in")?;
+        }
+        (_, false) => {
+            let mut zeros = BufWriter::with_capacity(1 << 20, out);
+            io::copy(&mut io::repeat(0).take(octets), &mut zeros)?;
+            zeros.flush()?;
+        }
+    }
+    Ok(())
+}
+
+/// Copy a run, and leave out the pages that hold nothing but zeros.
+fn without_zeros(image: &File, run: Run, mut out: &File) -> Result<()> {
+    let mut room = vec![0; usize::try_from(STEP * PAGE)?];
+    let mut first = run.first;
+    while first <= run.last {
+        let pages = STEP.min(run.last - first + 1);
+        let room = &mut room[..usize::try_from(pages * PAGE)?];
+        image.read_exact_at(room, run.offset + (first - run.first) * PAGE)?;
+        for page in room.chunks(PAGE_SIZE) {
+            match page.iter().all(|octet| *octet == 0) {
+                true => gap(out, PAGE, true)?,
+                false => out.write_all(page)?,
+            }
+        }
+        first += pages;
+    }
+    Ok(())
+}

@@ -1,0 +1,287 @@
+//! A guest's memory as an ELF core, in the layout of `xl dump-core`: what Xen-aware tools
+//! (crash, volatility3) open.
+//!
+//! | section | holds |
+//! |---|---|
+//! | `.shstrtab` | names of the sections |
+//! | `.note.Xen` | notes: none, header, version of Xen, version of the format |
+//! | `.xen_prstatus` | `vcpu_guest_context_t` of each vcpu |
+//! | `.xen_shared_info` | the shared info page |
+//! | `.xen_p2m` (PV) | u64 pfn, u64 gmfn of each page |
+//! | `.xen_pfn` (HVM) | u64 pfn of each page |
+//! | `.xen_pages` | the pages, in that order |
+//!
+//! An image does not say where the pages of a PV guest were in the machine, and its page
+//! tables speak of pfns. So the gmfn of a page is its pfn, and tables and list agree.
+//!
+//! Specification: Xen's `docs/misc/dump-core-format.txt`, format version 0.1. C
+//! implementation: `xc_domain_dumpcore_via_callback` in `xg_core.c`.
+
+use crate::frame::PAGE_SIZE;
+
+/// Octets of the 64-bit ELF header, and of each section header.
+const ELF_HEADER: usize = 64;
+const SECTION_HEADER: usize = 64;
+/// Where the pages begin is a multiple of this.
+const ALIGNMENT: u64 = PAGE_SIZE as u64;
+
+const MAGIC_PV: u64 = 0xf00f_ebed;
+const MAGIC_HVM: u64 = 0xf00f_ebee;
+const EM_386: u16 = 3;
+const EM_X86_64: u16 = 62;
+const SHT_PROGBITS: u32 = 1;
+const SHT_STRTAB: u32 = 3;
+const SHT_NOTE: u32 = 7;
+/// `XEN_ELFNOTE_DUMPCORE_NONE`; the others follow.
+const NOTE_NONE: u32 = 0x0200_0000;
+/// Octets of `xen_dumpcore_elfnote_xen_version_desc`, of a 64-bit Xen.
+const VERSION_NOTE: usize = 1280;
+
+/// What stands in a core dump besides the pages.
+#[derive(Clone, Debug, Default)]
+pub struct CoreDump {
+    /// HVM or PVH, not PV.
+    pub hvm: bool,
+    /// A PV guest of 32 bits.
+    pub bits_32: bool,
+    /// `vcpu_guest_context_t` of each vcpu, in the guest's width.
+    pub vcpus: Vec<Vec<u8>>,
+    /// The shared info page, where there is one.
+    pub shared_info: Vec<u8>,
+    /// The Xen that saved the guest: major and minor version.
+    pub xen: (u32, u32),
+    /// How many pages follow.
+    pub pages: u64,
+}
+
+impl CoreDump {
+    /// The octets up to the list of pages, which the caller writes next, an entry for each
+    /// page ([`CoreDump::entry`]), then [`CoreDump::padding`], then the pages.
+    pub fn head(&self) -> Vec<u8> {
+        let names = [
+            "",
+            ".shstrtab",
+            ".note.Xen",
+            ".xen_prstatus",
+            ".xen_shared_info",
+            self.list_name(),
+            ".xen_pages",
+        ];
+        let mut strings = Vec::new();
+        let mut name_offsets = Vec::new();
+        for name in names {
+            name_offsets.push(u32::try_from(strings.len()).unwrap_or(0));
+            strings.extend_from_slice(name.as_bytes());
+            strings.push(0);
+        }
+        let notes = self.notes();
+        let prstatus = self.vcpus.concat();
+        let per_vcpu = self.vcpus.first().map_or(0, Vec::len) as u64;
+        let bodies: [&[u8]; 4] = [&strings, &notes, &prstatus, &self.shared_info];
+        let mut offset = (names.len() as u64)
+            .saturating_mul(SECTION_HEADER as u64)
+            .saturating_add(ELF_HEADER as u64);
+        let mut out = self.elf_header(names.len());
+        let mut place = |octets: u64| {
+            let at = offset;
+            offset = offset.saturating_add(octets);
+            (at, octets)
+        };
+        let sections = [
+            (0, (0, 0), 0),
+            (SHT_STRTAB, place(strings.len() as u64), 0),
+            (SHT_NOTE, place(notes.len() as u64), 0),
+            (SHT_PROGBITS, place(prstatus.len() as u64), per_vcpu),
+            (
+                SHT_PROGBITS,
+                place(self.shared_info.len() as u64),
+                PAGE_SIZE as u64,
+            ),
+            (SHT_PROGBITS, place(self.list_octets()), self.entry_octets()),
+            (
+                SHT_PROGBITS,
+                (
+                    self.pages_offset(),
+                    self.pages.saturating_mul(PAGE_SIZE as u64),
+                ),
+                PAGE_SIZE as u64,
+            ),
+        ];
+        for ((kind, (at, octets), entry), name) in sections.into_iter().zip(name_offsets) {
+            out.extend_from_slice(&name.to_le_bytes());
+            out.extend_from_slice(&kind.to_le_bytes());
+            // Flags, address; offset, size; link and info; alignment, size of an entry.
+            for word in [0, 0, at, octets, 0, u64::from(kind != 0), entry] {
+                out.extend_from_slice(&word.to_le_bytes());
+            }
+        }
+        for body in bodies {
+            out.extend_from_slice(body);
+        }
+        out
+    }
+
+    /// The entry of a page in the list.
+    pub fn entry(&self, pfn: u64) -> Vec<u8> {
+        let entry = pfn.to_le_bytes();
+        match self.hvm {
+            true => entry.to_vec(),
+            false => [entry, entry].concat(),
+        }
+    }
+
+    /// Octets of zero between the list and the pages.
+    pub fn padding(&self) -> u64 {
+        self.pages_offset().saturating_sub(self.list_end())
+    }
+
+    fn list_name(&self) -> &'static str {
+        match self.hvm {
+            true => ".xen_pfn",
+            false => ".xen_p2m",
+        }
+    }
+
+    fn entry_octets(&self) -> u64 {
+        match self.hvm {
+            true => 8,
+            false => 16,
+        }
+    }
+
+    fn list_octets(&self) -> u64 {
+        self.pages.saturating_mul(self.entry_octets())
+    }
+
+    fn list_end(&self) -> u64 {
+        const SECTIONS: usize = 7;
+        let strings = "\0.shstrtab\0.note.Xen\0.xen_prstatus\0.xen_shared_info\0.xen_pages\0".len();
+        let fixed = ELF_HEADER
+            .saturating_add(SECTIONS.saturating_mul(SECTION_HEADER))
+            .saturating_add(strings)
+            .saturating_add(self.list_name().len())
+            .saturating_add(1)
+            .saturating_add(self.notes().len())
+            .saturating_add(
+                self.vcpus
+                    .iter()
+                    .map(Vec::len)
+                    .fold(0, usize::saturating_add),
+            )
+            .saturating_add(self.shared_info.len());
+        (fixed as u64).saturating_add(self.list_octets())
+    }
+
+    /// Where the pages begin.
+    pub fn pages_offset(&self) -> u64 {
+        self.list_end().next_multiple_of(ALIGNMENT)
+    }
+
+    fn elf_header(&self, sections: usize) -> Vec<u8> {
+        // Class 64, little endian, version 1, System V.
+        let mut out = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+        let machine = match self.bits_32 && !self.hvm {
+            true => EM_386,
+            false => EM_X86_64,
+        };
+        const ET_CORE: u16 = 4;
+        for half in [ET_CORE, machine] {
+            out.extend_from_slice(&half.to_le_bytes());
+        }
+        out.extend_from_slice(&1_u32.to_le_bytes());
+        // Entry, program headers (none), section headers; flags.
+        for word in [0, 0, ELF_HEADER as u64] {
+            out.extend_from_slice(&word.to_le_bytes());
+        }
+        out.extend_from_slice(&0_u32.to_le_bytes());
+        // Sizes and numbers: this header, program headers, section headers; the section
+        // that holds the names.
+        let halves = [ELF_HEADER, 0, 0, SECTION_HEADER, sections, 1];
+        for half in halves {
+            let half = u16::try_from(half).unwrap_or(0);
+            out.extend_from_slice(&half.to_le_bytes());
+        }
+        out
+    }
+
+    fn notes(&self) -> Vec<u8> {
+        let mut version = Vec::new();
+        for word in [self.xen.0, self.xen.1] {
+            version.extend_from_slice(&u64::from(word).to_le_bytes());
+        }
+        // How that Xen was built, an image does not say.
+        version.resize(VERSION_NOTE.saturating_sub(8), 0);
+        version.extend_from_slice(&(PAGE_SIZE as u64).to_le_bytes());
+        let magic = match self.hvm {
+            true => MAGIC_HVM,
+            false => MAGIC_PV,
+        };
+        let mut header = Vec::new();
+        for word in [magic, self.vcpus.len() as u64, self.pages, PAGE_SIZE as u64] {
+            header.extend_from_slice(&word.to_le_bytes());
+        }
+        // Major in the upper half, minor in the lower: 0.1.
+        let format = 1_u64.to_le_bytes();
+        let mut out = Vec::new();
+        for (kind, note) in (NOTE_NONE..).zip([&[][..], &header, &version, &format]) {
+            out.extend_from_slice(&4_u32.to_le_bytes());
+            let octets = u32::try_from(note.len()).unwrap_or(0);
+            out.extend_from_slice(&octets.to_le_bytes());
+            out.extend_from_slice(&kind.to_le_bytes());
+            out.extend_from_slice(b"Xen\0");
+            out.extend_from_slice(note);
+        }
+        out
+    }
+}
+
+/// `vcpu_guest_context_t` of a 64-bit guest, from the CPU record of an HVM context.
+pub fn vcpu_context_of_hvm(cpu: &[u8]) -> Vec<u8> {
+    /// Octets of the structure.
+    const CONTEXT: usize = 0x1430;
+    /// Where a field is in the CPU record, how long it is, and where it goes.
+    const FIELDS: &[(usize, usize, usize)] = &[
+        (0, 512, 0),     // fpu_ctxt
+        (632, 8, 520),   // r15
+        (624, 8, 528),   // r14
+        (616, 8, 536),   // r13
+        (608, 8, 544),   // r12
+        (544, 8, 552),   // rbp
+        (520, 8, 560),   // rbx
+        (600, 8, 568),   // r11
+        (592, 8, 576),   // r10
+        (584, 8, 584),   // r9
+        (576, 8, 592),   // r8
+        (512, 8, 600),   // rax
+        (528, 8, 608),   // rcx
+        (536, 8, 616),   // rdx
+        (552, 8, 624),   // rsi
+        (560, 8, 632),   // rdi
+        (640, 8, 648),   // rip
+        (736, 2, 656),   // cs
+        (648, 8, 664),   // rflags
+        (568, 8, 672),   // rsp
+        (756, 2, 680),   // ss
+        (744, 2, 688),   // es
+        (740, 2, 696),   // ds
+        (748, 2, 704),   // fs
+        (752, 2, 712),   // gs
+        (656, 8, 4984),  // cr0
+        (664, 8, 5000),  // cr2
+        (672, 8, 5008),  // cr3
+        (680, 8, 5016),  // cr4
+        (688, 32, 5048), // dr0 to dr3
+        (720, 16, 5096), // dr6, dr7
+        (832, 8, 5144),  // fs_base
+        (840, 8, 5160),  // gs_base_user
+    ];
+    let mut context = vec![0; CONTEXT];
+    for (from, octets, to) in FIELDS {
+        let from = cpu.get(*from..from.saturating_add(*octets));
+        let to = context.get_mut(*to..to.saturating_add(*octets));
+        if let (Some(from), Some(to)) = (from, to) {
+            to.copy_from_slice(from);
+        }
+    }
+    context
+}

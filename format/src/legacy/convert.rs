@@ -1,0 +1,597 @@
+//! A legacy stream as a stream of version 3: what Xen's converter makes of it, octet for
+//! octet, where that can handle it (`docs/legacy.md` says where it cannot).
+//!
+//! [`Converted`] is a source of octets: whoever reads version 3 reads legacy through it, and
+//! whoever wants a file copies it to one. It converts as it goes, from a pipe if need be;
+//! the contents of pages go through without being kept.
+//!
+//! A stream with checkpoints (Remus) becomes one without: pages as they come, so that the
+//! last version counts, and the tail of the last checkpoint that is complete. Pages of a
+//! later checkpoint must not get into the stream before it is complete: they wait in a
+//! spool that the caller provides, or the caller has found out how many are
+//! ([`survey`]).
+//!
+//! Specification: libxc migration stream, "Legacy Images". C implementation: none; Xen's is
+//! `tools/python/scripts/convert-legacy-stream`.
+
+use std::fmt;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+
+use super::detect::ToolstackWidth;
+use super::error::LegacyError;
+use super::items::{Item, QemuRecord};
+use super::read::{LegacyGuest, LegacyOptions, LegacyReader};
+use super::toolstack;
+use crate::byte_order::ByteOrder;
+use crate::error::{Place, ReadError, ReadErrorCause};
+use crate::image::{DomainHeader, GuestType};
+use crate::record::hvm::HvmParam;
+use crate::wrapper::libxl::{
+    EmulatorId, EmulatorInstance, LibxlHeader, LibxlRecord, LibxlWriter, XenstoreData,
+};
+use crate::write::{RecordWriter, page_data_head};
+
+mod compressed;
+mod tail;
+
+use compressed::Assembly;
+use tail::Tail;
+
+/// What Xen's converter calls itself in the domain header: Xen 0.1.
+const CONVERTER_VERSION: u32 = 1;
+
+/// What stands around the converted stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// A bare libxc stream.
+    Libxc {
+        /// Whether the device model's record follows it, as it was. libxc does not read it.
+        device_model: bool,
+    },
+    /// A libxl stream.
+    Libxl,
+}
+
+/// Where pages wait.
+pub trait Spool: Read + Write + Seek + Send {}
+
+impl<T: Read + Write + Seek + Send> Spool for T {}
+
+/// What was converted, so far, and what could not be.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Summary {
+    /// Checkpoints that are complete; 1 for an ordinary image.
+    pub checkpoints: u32,
+    /// Why the checkpoint behind the last complete one is not.
+    pub incomplete: Option<String>,
+    /// Entries of pages.
+    pub entries: u64,
+    /// Entries without meaning, left out.
+    pub filler: u64,
+    /// Octets of transcendent memory, left out.
+    pub tmem_octets: u64,
+    /// Pfns without memory that a PV tail lists, left out.
+    pub unmapped: u64,
+    /// Blocks of the extended info that nobody knows, left out.
+    pub unknown_blocks: u32,
+    /// Whether pages come a second time, to be compared.
+    pub verify: bool,
+    /// Whether pages came as differences.
+    pub compressed: bool,
+    /// Octets of the toolstack's records that a libxc stream cannot hold, left out.
+    pub toolstack_octets: u64,
+}
+
+/// A legacy stream, read as one of version 3.
+pub struct Converted<R> {
+    reader: LegacyReader<R>,
+    target: Target,
+    writer: RecordWriter<Vec<u8>>,
+    libxl: Option<LibxlWriter<Vec<u8>>>,
+    /// Converted octets, and how many of them have been read.
+    ready: Vec<u8>,
+    at: usize,
+    stage: Stage,
+    spool: Option<Box<dyn Spool>>,
+    spooled: u64,
+    tail: Tail,
+    complete: Option<Tail>,
+    assembly: Option<Assembly>,
+    summary: Summary,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Pieces,
+    /// Octets of the spool that are still to be read.
+    Unspooling(u64),
+    Done,
+    Failed,
+}
+
+/// What [`Converted::next_part`] has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part<'c> {
+    /// These octets.
+    Octets(&'c [u8]),
+    /// So many octets that go straight through: take them with
+    /// [`Converted::with_source`].
+    Through(u64),
+}
+
+impl<R: Read> Converted<R> {
+    /// Convert what `reader` has not read yet: all of it. Without a spool, pages of a later
+    /// checkpoint count at once; let the reader stop behind the last complete one then.
+    ///
+    /// # Errors
+    ///
+    /// None; those of the stream come as it is read.
+    pub fn new(
+        reader: LegacyReader<R>,
+        target: Target,
+        spool: Option<Box<dyn Spool>>,
+    ) -> Result<Self, ReadError> {
+        let fail = |e: LegacyError| ReadError::at(Place::LegacyHead, 0, e);
+        let libxl = match target {
+            Target::Libxc { .. } => None,
+            Target::Libxl => {
+                let header = LibxlHeader {
+                    order: ByteOrder::Little,
+                    legacy_converted: true,
+                };
+                let writer = LibxlWriter::new(Vec::new(), header)
+                    .and_then(
+                        |mut writer| match writer.write(&LibxlRecord::LibxcContext) {
+                            Ok(()) => Ok(writer),
+                            Err(e) => Err(io::Error::other(e.to_string())),
+                        },
+                    )
+                    .map_err(|e| fail(LegacyError::Unwritable(e.to_string())))?;
+                Some(writer)
+            }
+        };
+        let guest_type = match reader.guest() {
+            LegacyGuest::Pv => GuestType::X86_PV,
+            LegacyGuest::Hvm => GuestType::X86_HVM,
+        };
+        let domain = DomainHeader {
+            guest_type,
+            xen_major: 0,
+            xen_minor: CONVERTER_VERSION,
+        };
+        let writer = RecordWriter::new(Vec::new(), domain).map_err(|e| fail(e.into()))?;
+        let mut converted = Self {
+            reader,
+            target,
+            writer,
+            libxl,
+            ready: Vec::new(),
+            at: 0,
+            stage: Stage::Pieces,
+            spool,
+            spooled: 0,
+            tail: Tail::default(),
+            complete: None,
+            assembly: None,
+            summary: Summary::default(),
+        };
+        if converted.reader.guest() == LegacyGuest::Hvm {
+            converted
+                .writer
+                .static_data_end()
+                .map_err(|e| fail(e.into()))?;
+        }
+        converted.collect();
+        Ok(converted)
+    }
+
+    /// The reader.
+    pub fn reader(&self) -> &LegacyReader<R> {
+        &self.reader
+    }
+
+    /// What was converted so far.
+    pub fn summary(&self) -> &Summary {
+        &self.summary
+    }
+
+    /// Give the source back.
+    pub fn into_source(self) -> R {
+        self.reader.into_source()
+    }
+
+    /// The next octets, or `None` behind the last. What is shown is taken; what goes
+    /// through must be taken before the next call.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with the legacy stream, or with its source.
+    pub fn next_part(&mut self) -> Result<Option<Part<'_>>, ReadError> {
+        while self.at >= self.ready.len() {
+            self.ready.clear();
+            self.at = 0;
+            if self.goes_through() {
+                return Ok(Some(Part::Through(self.reader.left())));
+            }
+            if !self.go_on()? {
+                return Ok(None);
+            }
+        }
+        let octets = self.ready.get(self.at..).unwrap_or_default();
+        self.at = self.ready.len();
+        Ok(Some(Part::Octets(octets)))
+    }
+
+    /// Let `read` take octets that go through straight from the source: at most as many as
+    /// it is told. It says how many it has taken.
+    ///
+    /// # Errors
+    ///
+    /// As [`LegacyReader::with_source`].
+    pub fn with_source(
+        &mut self,
+        read: impl FnOnce(&mut R, u64) -> io::Result<u64>,
+    ) -> Result<u64, ReadError> {
+        match self.goes_through() {
+            true => self.reader.with_source(read),
+            false => Ok(0),
+        }
+    }
+
+    /// Whether the contents of pages are next, and nobody here has to look at them.
+    fn goes_through(&self) -> bool {
+        self.stage == Stage::Pieces
+            && self.reader.left() > 0
+            && self.assembly.is_none()
+            && !self.spooling()
+    }
+
+    /// Whether what is converted now may still turn out to count for nothing.
+    fn spooling(&self) -> bool {
+        self.spool.is_some() && self.complete.is_some()
+    }
+
+    /// Make more octets ready. `false` behind the last.
+    fn go_on(&mut self) -> Result<bool, ReadError> {
+        let result = match self.stage {
+            Stage::Pieces => self.piece(),
+            Stage::Unspooling(left) => self.unspool(left),
+            Stage::Done => return Ok(false),
+            Stage::Failed => {
+                let cause = io::Error::other("the stream failed earlier and cannot be followed");
+                return Err(self.failed(ReadErrorCause::Io(cause)));
+            }
+        };
+        match result {
+            Ok(()) => Ok(true),
+            Err(Failure::Reader(error)) => {
+                if self.is_merely_incomplete(&error) {
+                    self.summary.incomplete = Some(error.to_string());
+                    return match self.finish() {
+                        Ok(()) => Ok(true),
+                        Err(cause) => Err(self.failed(cause)),
+                    };
+                }
+                self.stage = Stage::Failed;
+                Err(error)
+            }
+            Err(Failure::Cause(cause)) => Err(self.failed(cause)),
+        }
+    }
+
+    /// Whether a checkpoint before is complete, and the one that is being read was just
+    /// cut off, as it is when the sender has died: Remus is for that.
+    fn is_merely_incomplete(&self, error: &ReadError) -> bool {
+        self.spooling() && matches!(error.cause, ReadErrorCause::Truncated { .. })
+    }
+
+    fn failed(&mut self, cause: ReadErrorCause) -> ReadError {
+        self.stage = Stage::Failed;
+        ReadError {
+            position: self.reader.position(),
+            cause,
+        }
+    }
+
+    /// Convert the next piece.
+    fn piece(&mut self) -> Result<(), Failure> {
+        if self.reader.left() > 0 {
+            // Only what has to be looked at is still there.
+            self.contents()?;
+        } else {
+            match self.reader.next_item().map_err(Failure::Reader)? {
+                Some(item) => self.item(item)?,
+                None => return Ok(self.finish()?),
+            }
+        }
+        Ok(self.collect_or_spool()?)
+    }
+
+    fn item(&mut self, item: Item) -> Result<(), ReadErrorCause> {
+        match item {
+            Item::ExtendedInfo(info) => self.summary.unknown_blocks = info.unknown_blocks,
+            Item::P2mFrames(frames) => {
+                let info = self.reader.pv_info();
+                let last = self.reader.start().p2m_size.saturating_sub(1);
+                self.writer.pv_info(info).map_err(LegacyError::from)?;
+                self.writer.static_data_end().map_err(LegacyError::from)?;
+                self.writer
+                    .p2m_frames(info, 0, last, &frames)
+                    .map_err(LegacyError::from)?;
+            }
+            Item::Batch(batch) => {
+                self.summary.filler = self.summary.filler.saturating_add(batch.filler.into());
+                let entries = batch.entries.len() as u64;
+                self.summary.entries = self.summary.entries.saturating_add(entries);
+                match &mut self.assembly {
+                    Some(assembly) => {
+                        assembly.expect(batch)?;
+                        assembly.write_complete(&mut self.writer)?;
+                    }
+                    // What Xen's converter writes then, no restorer takes.
+                    None if batch.entries.is_empty() => {}
+                    None => {
+                        let head = page_data_head(&batch.entries).map_err(LegacyError::from)?;
+                        self.writer.sink_mut().extend_from_slice(&head);
+                    }
+                }
+            }
+            Item::Compressed { .. } => {
+                self.summary.compressed = true;
+                self.assembly.get_or_insert_default();
+            }
+            Item::Verify => self.summary.verify = true,
+            Item::Tmem { octets } => {
+                self.summary.tmem_octets = self.summary.tmem_octets.saturating_add(octets);
+            }
+            Item::TscInfo(info) => self.writer.tsc_info(info).map_err(LegacyError::from)?,
+            Item::BodyEnd => {
+                if let Some(assembly) = &mut self.assembly {
+                    assembly.body_end()?;
+                }
+            }
+            Item::Unmapped { count } => {
+                self.summary.unmapped = self.summary.unmapped.saturating_add(count.into());
+            }
+            Item::Toolstack(record) => self.toolstack(&record)?,
+            Item::HvmParam(param) => self.tail.params.push(param),
+            Item::MagicPfns(params) => self.tail.magic = Some(params),
+            Item::Vcpu(vcpu) => self.tail.vcpus.push(vcpu),
+            Item::SharedInfo(page) => self.tail.shared_info = Some(page),
+            Item::HvmContext(context) => self.tail.context = context,
+            Item::Qemu(record) => self.tail.qemu = Some(record),
+            Item::VcpuInfo(_) | Item::LastCheckpoint => {}
+            // From the next checkpoint on.
+            Item::EnableCompression => self.tail.compress_next = true,
+            Item::CheckpointEnd => self.checkpoint_end()?,
+        }
+        Ok(())
+    }
+
+    fn toolstack(&mut self, record: &[u8]) -> Result<(), ReadErrorCause> {
+        if record.is_empty() {
+            return Ok(());
+        }
+        match self.target {
+            Target::Libxl => {
+                let width: ToolstackWidth = self.reader.start().width;
+                let data = toolstack::xenstore_data(record, width)?;
+                self.tail.xenstore.extend_from_slice(data.as_octets());
+            }
+            Target::Libxc { .. } => {
+                let octets = record.len() as u64;
+                self.summary.toolstack_octets =
+                    self.summary.toolstack_octets.saturating_add(octets);
+            }
+        }
+        Ok(())
+    }
+
+    /// Contents of pages that are compressed or may not count.
+    fn contents(&mut self) -> Result<(), Failure> {
+        const STEP: usize = 256 << 10;
+        let most = usize::try_from(self.reader.left())
+            .unwrap_or(STEP)
+            .min(STEP);
+        let mut octets = vec![0; most];
+        let got = self
+            .reader
+            .read_left(&mut octets)
+            .map_err(Failure::Reader)?;
+        octets.truncate(got);
+        match &mut self.assembly {
+            Some(assembly) => {
+                assembly.take(&octets, &mut self.writer)?;
+                let left = self.reader.left();
+                assembly.chunk_part(left)?;
+            }
+            None => self.writer.sink_mut().extend_from_slice(&octets),
+        }
+        Ok(())
+    }
+
+    fn checkpoint_end(&mut self) -> Result<(), ReadErrorCause> {
+        let tail = std::mem::take(&mut self.tail);
+        if tail.compress_next {
+            self.assembly.get_or_insert_default();
+        }
+        self.summary.checkpoints = self.reader.complete();
+        self.commit()?;
+        self.complete = Some(tail);
+        Ok(())
+    }
+
+    /// What waited in the spool counts now.
+    fn commit(&mut self) -> Result<(), ReadErrorCause> {
+        self.collect_or_spool()?;
+        let Some(spool) = &mut self.spool else {
+            return Ok(());
+        };
+        let octets = std::mem::take(&mut self.spooled);
+        spool.seek(SeekFrom::Start(0)).map_err(ReadErrorCause::Io)?;
+        if octets > 0 {
+            self.stage = Stage::Unspooling(octets);
+        }
+        Ok(())
+    }
+
+    fn unspool(&mut self, left: u64) -> Result<(), Failure> {
+        const STEP: u64 = 1 << 20;
+        let step = left.min(STEP);
+        let mut octets = vec![0; usize::try_from(step).unwrap_or(0)];
+        if let Some(spool) = &mut self.spool {
+            spool.read_exact(&mut octets).map_err(ReadErrorCause::Io)?;
+        }
+        self.ready.extend_from_slice(&octets);
+        let left = left.saturating_sub(step);
+        self.stage = Stage::Unspooling(left);
+        if left == 0 {
+            self.stage = Stage::Pieces;
+            if let Some(spool) = &mut self.spool {
+                spool.seek(SeekFrom::Start(0)).map_err(ReadErrorCause::Io)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What the writer has made is ready to be read.
+    fn collect(&mut self) {
+        if let Some(libxl) = &mut self.libxl {
+            self.ready.append(libxl.sink_mut());
+        }
+        self.ready.append(self.writer.sink_mut());
+    }
+
+    fn collect_or_spool(&mut self) -> Result<(), ReadErrorCause> {
+        let spooling = self.spooling();
+        match &mut self.spool {
+            Some(spool) if spooling => {
+                let octets = self.writer.sink_mut();
+                spool.write_all(octets).map_err(ReadErrorCause::Io)?;
+                self.spooled = self.spooled.saturating_add(octets.len() as u64);
+                octets.clear();
+            }
+            _ => self.collect(),
+        }
+        Ok(())
+    }
+
+    /// The end of the stream: the tail of the last checkpoint that is complete.
+    fn finish(&mut self) -> Result<(), ReadErrorCause> {
+        // What belongs to no complete checkpoint.
+        self.writer.sink_mut().clear();
+        self.stage = Stage::Done;
+        let tail = self.complete.take().unwrap_or_default();
+        tail.write(&mut self.writer, self.reader.pv_info())?;
+        self.collect();
+        match (self.target, &mut self.libxl) {
+            (Target::Libxl, Some(libxl)) => {
+                for record in tail.libxl_records()? {
+                    libxl
+                        .write(&record)
+                        .map_err(|e| LegacyError::Unwritable(e.to_string()))?;
+                }
+            }
+            (Target::Libxc { device_model: true }, _) => {
+                if let Some(record) = &tail.qemu {
+                    record.write(self.writer.sink_mut());
+                }
+            }
+            _ => {}
+        }
+        self.collect();
+        Ok(())
+    }
+}
+
+/// Who failed: the reader, which says where, or somebody here.
+enum Failure {
+    Reader(ReadError),
+    Cause(ReadErrorCause),
+}
+
+impl<E: Into<ReadErrorCause>> From<E> for Failure {
+    fn from(cause: E) -> Self {
+        Self::Cause(cause.into())
+    }
+}
+
+impl<R: Read> Read for Converted<R> {
+    /// An error of the legacy stream comes as an [`io::Error`] that holds its
+    /// [`ReadError`].
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        if room.is_empty() {
+            return Ok(0);
+        }
+        loop {
+            if self.at < self.ready.len() {
+                let octets = self.ready.get(self.at..).unwrap_or_default();
+                let n = octets.len().min(room.len());
+                for (to, from) in room.iter_mut().zip(octets) {
+                    *to = *from;
+                }
+                self.at = self.at.saturating_add(n);
+                return Ok(n);
+            }
+            self.ready.clear();
+            self.at = 0;
+            if self.goes_through() {
+                return self.reader.read_left(room).map_err(io::Error::other);
+            }
+            if !self.go_on().map_err(io::Error::other)? {
+                return Ok(0);
+            }
+        }
+    }
+}
+
+impl<R> fmt::Debug for Converted<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Converted")
+            .field("reader", &self.reader)
+            .field("target", &self.target)
+            .field("stage", &self.stage)
+            .field("summary", &self.summary)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What is found by reading a legacy file once, without the contents of its pages.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Survey {
+    /// Checkpoints that are complete: at least 1.
+    pub complete: u32,
+    /// Why the one behind is not, if there is one.
+    pub incomplete: Option<String>,
+}
+
+/// Read a legacy stream to its end to find out how many of its checkpoints are complete.
+///
+/// # Errors
+///
+/// As [`LegacyReader::next_item`], but where only a checkpoint behind the first is cut off.
+pub fn survey<R: Read + Seek>(source: R, options: LegacyOptions) -> Result<Survey, ReadError> {
+    let mut reader = LegacyReader::seeking(source, options)?;
+    loop {
+        match reader.next_item() {
+            Ok(Some(_)) => {}
+            Ok(None) => {
+                return Ok(Survey {
+                    complete: reader.complete(),
+                    incomplete: None,
+                });
+            }
+            Err(error) => {
+                let cut = matches!(error.cause, ReadErrorCause::Truncated { .. });
+                return match reader.complete() {
+                    complete @ 1.. if cut => Ok(Survey {
+                        complete,
+                        incomplete: Some(error.to_string()),
+                    }),
+                    _ => Err(error),
+                };
+            }
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! Compressed checkpoints: batches are announced first, their contents come later, in one
+//! run of octets that is cut into chunks anywhere.
+
+use std::collections::VecDeque;
+use std::mem;
+
+use super::{LegacyError, RecordWriter};
+use crate::frame::{PAGE_SIZE, Page, Pfn};
+use crate::legacy::compress::{PageCache, decode};
+use crate::legacy::items::{Batch, MAX_PENDING_PAGES};
+
+/// Batches whose contents are on their way.
+#[derive(Debug, Default)]
+pub(super) struct Assembly {
+    cache: PageCache,
+    waiting: VecDeque<Batch>,
+    /// Contents of the first batch that waits, as far as they have come.
+    pages: Vec<Box<Page>>,
+    /// Pages that lack their contents.
+    lacking: usize,
+    /// Octets of a page that is not all there.
+    carry: Vec<u8>,
+}
+
+impl Assembly {
+    /// A batch was announced.
+    pub(super) fn expect(&mut self, batch: Batch) -> Result<(), LegacyError> {
+        let pages = usize::try_from(batch.pages).unwrap_or(usize::MAX);
+        self.lacking = self.lacking.saturating_add(pages);
+        if self.lacking > MAX_PENDING_PAGES {
+            return Err(LegacyError::TooManyPending);
+        }
+        for entry in &batch.entries {
+            if entry.page_type.table_level().is_some() {
+                self.cache.forget(entry.pfn);
+            }
+        }
+        if !batch.entries.is_empty() {
+            self.waiting.push_back(batch);
+        }
+        Ok(())
+    }
+
+    /// The first page that lacks its contents, and whether the sender remembers it.
+    fn next_page(&self) -> Option<(Pfn, bool)> {
+        let batch = self.waiting.front()?;
+        let entry = batch
+            .entries
+            .iter()
+            .filter(|entry| entry.page_type.has_data())
+            .nth(self.pages.len())?;
+        Some((entry.pfn, entry.page_type.table_level().is_none()))
+    }
+
+    /// Contents have come.
+    pub(super) fn take(
+        &mut self,
+        octets: &[u8],
+        writer: &mut RecordWriter<Vec<u8>>,
+    ) -> Result<(), LegacyError> {
+        let mut buffer = mem::take(&mut self.carry);
+        buffer.extend_from_slice(octets);
+        let mut rest = buffer.as_slice();
+        while let Some((pfn, remembered)) = self.next_page() {
+            let mut page = Box::new([0; PAGE_SIZE]);
+            let Some(used) = decode(rest, pfn, self.cache.get(pfn), &mut page)? else {
+                break;
+            };
+            rest = rest.get(used..).unwrap_or_default();
+            if remembered {
+                self.cache.put(pfn, &page);
+            }
+            self.pages.push(page);
+            self.lacking = self.lacking.saturating_sub(1);
+            self.write_complete(writer)?;
+        }
+        self.carry = rest.to_vec();
+        Ok(())
+    }
+
+    /// Write the batches at the front that lack nothing.
+    pub(super) fn write_complete(
+        &mut self,
+        writer: &mut RecordWriter<Vec<u8>>,
+    ) -> Result<(), LegacyError> {
+        while let Some(batch) = self.waiting.front() {
+            if (self.pages.len() as u64) < batch.pages {
+                break;
+            }
+            let pages: Vec<&Page> = self.pages.iter().map(|page| &**page).collect();
+            writer.page_data(&batch.entries, &pages)?;
+            self.pages.clear();
+            self.waiting.pop_front();
+        }
+        Ok(())
+    }
+
+    /// A part of a chunk was taken, of which `left` octets are still to come.
+    pub(super) fn chunk_part(&self, left: u64) -> Result<(), LegacyError> {
+        match self.lacking == 0 && !self.carry.is_empty() {
+            true => Err(LegacyError::CompressedTooLong {
+                left: left.saturating_add(self.carry.len() as u64),
+            }),
+            false => Ok(()),
+        }
+    }
+
+    /// The body is over.
+    pub(super) fn body_end(&self) -> Result<(), LegacyError> {
+        match self.lacking {
+            0 => Ok(()),
+            pages => Err(LegacyError::CompressedMissing {
+                pages: pages as u64,
+            }),
+        }
+    }
+}

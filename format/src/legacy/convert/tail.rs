@@ -1,0 +1,89 @@
+//! The tail of a checkpoint, kept until it is known to be the last that is complete.
+
+use super::{
+    EmulatorId, EmulatorInstance, HvmParam, LegacyError, LibxlRecord, QemuRecord, ReadErrorCause,
+    RecordWriter, XenstoreData,
+};
+use crate::frame::Page;
+use crate::legacy::items::Vcpu;
+use crate::record::RecordKind;
+use crate::record::pv::PvInfo;
+
+/// Nobody knows which emulator wrote what a legacy stream holds.
+const EMULATOR: EmulatorInstance = EmulatorInstance {
+    id: EmulatorId::Unknown,
+    index: 0,
+};
+
+/// What stands behind the pages in a stream of version 3.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Tail {
+    pub(super) params: Vec<HvmParam>,
+    pub(super) magic: Option<[HvmParam; 3]>,
+    pub(super) context: Vec<u8>,
+    pub(super) vcpus: Vec<Vcpu>,
+    pub(super) shared_info: Option<Box<Page>>,
+    pub(super) xenstore: Vec<u8>,
+    pub(super) qemu: Option<QemuRecord>,
+    /// Pages of the checkpoint behind this one come as differences.
+    pub(super) compress_next: bool,
+}
+
+impl Tail {
+    /// Write it, up to END.
+    pub(super) fn write(
+        &self,
+        writer: &mut RecordWriter<Vec<u8>>,
+        info: PvInfo,
+    ) -> Result<(), LegacyError> {
+        writer.hvm_params(&self.params)?;
+        for vcpu in &self.vcpus {
+            for (kind, state) in [
+                (RecordKind::X86_PV_VCPU_BASIC, &vcpu.basic),
+                (RecordKind::X86_PV_VCPU_EXTENDED, &vcpu.extended),
+                (RecordKind::X86_PV_VCPU_XSAVE, &vcpu.xsave),
+            ] {
+                writer.vcpu_state(kind, info, vcpu.vcpu, state)?;
+            }
+        }
+        if let Some(page) = &self.shared_info {
+            writer.shared_info(page)?;
+        }
+        if let Some(params) = &self.magic {
+            writer.hvm_params(params)?;
+            writer.hvm_context(&self.context)?;
+        }
+        writer.end()?;
+        Ok(())
+    }
+
+    /// What follows in a libxl stream.
+    pub(super) fn libxl_records(self) -> Result<Vec<LibxlRecord>, ReadErrorCause> {
+        let mut records = Vec::new();
+        if !self.xenstore.is_empty() {
+            records.push(LibxlRecord::EmulatorXenstoreData {
+                emulator: EMULATOR,
+                data: XenstoreData::parse(self.xenstore)?,
+            });
+        }
+        if let Some(record) = self.qemu {
+            records.push(LibxlRecord::EmulatorContext {
+                emulator: EMULATOR,
+                state: record.state,
+            });
+        }
+        records.push(LibxlRecord::End);
+        Ok(records)
+    }
+}
+
+impl QemuRecord {
+    /// As it stands in a stream whose end is not that of the file.
+    pub(super) fn write(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&Self::WITH_LENGTH);
+        // The reader limits it.
+        let length = u32::try_from(self.state.len()).unwrap_or(u32::MAX);
+        out.extend_from_slice(&length.to_le_bytes());
+        out.extend_from_slice(&self.state);
+    }
+}

@@ -1,0 +1,491 @@
+//! Reading a legacy stream piece by piece: forwards only, not one octet too many, and
+//! never more memory than a piece needs. The contents of pages are handed on, not kept.
+//!
+//! | part | octets |
+//! |---|---|
+//! | p2m_size | long (4 or 8 octets, as the toolstack was) |
+//! | PV: extended info, optional | long, all ones; u32 length; blocks: name of 4 octets, u32 length, that many octets |
+//! | PV: frames of the p2m | longs, one for each 4096 octets of the p2m |
+//! | chunks | i32 marker; see [`chunk`](super::chunk) |
+//! | PV: tail | u32 count, that many longs; vcpus; shared info page |
+//! | HVM: tail | u64 × 3 pfns; u32 length, Xen's state; the device model's record |
+//!
+//! Where Remus was at work, chunks and tail come again and again. C implementation:
+//! `tools/libxc/xc_domain_restore.c` (Xen 4.5).
+
+use std::fmt;
+use std::io::{self, Read, Seek};
+
+use super::chunk::Marker;
+use super::detect::{LegacyStart, MAX_P2M_SIZE, OCTETS, ToolstackWidth, detect};
+use super::error::LegacyError;
+use super::items::{ExtendedInfo, Item};
+use crate::error::{Place, Position, ReadError, ReadErrorCause};
+use crate::record::pv::PvInfo;
+use crate::source::{Skip, fill, skip_by_reading, skip_by_seeking};
+
+mod body;
+mod head;
+mod tail;
+
+/// What kind of guest a legacy stream holds; the stream itself hardly says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum LegacyGuest {
+    /// x86 PV.
+    Pv,
+    /// x86 HVM.
+    Hvm,
+}
+
+impl fmt::Display for LegacyGuest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Pv => "PV",
+            Self::Hvm => "HVM",
+        })
+    }
+}
+
+/// How far to read a stream that may have been checkpointed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Checkpoints {
+    /// Up to the chunk that says "last", or the end of the source.
+    #[default]
+    All,
+    /// So many, or up to the chunk that says "last".
+    UpTo(u32),
+}
+
+/// How to read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LegacyOptions {
+    /// Tolerate reserved fields that are not zero, and nothing else.
+    pub lenient: bool,
+    /// Octets of the file that came before, so that positions are right.
+    pub offset: u64,
+    /// Who wrote it, where that is known; found out otherwise.
+    pub width: Option<ToolstackWidth>,
+    /// What it holds, where that is known; found out otherwise.
+    pub guest: Option<LegacyGuest>,
+    /// Whether an HVM tail ends with the device model's record.
+    pub device_model: bool,
+    /// How far to read.
+    pub checkpoints: Checkpoints,
+}
+
+impl Default for LegacyOptions {
+    fn default() -> Self {
+        Self {
+            lenient: false,
+            offset: 0,
+            width: None,
+            guest: None,
+            device_model: true,
+            checkpoints: Checkpoints::All,
+        }
+    }
+}
+
+/// Reads a legacy stream.
+#[derive(Clone)]
+pub struct LegacyReader<R> {
+    source: R,
+    skip: Skip<R>,
+    options: LegacyOptions,
+    /// Octets that were read to find out what follows, and are not used yet.
+    known: Vec<u8>,
+    offset: u64,
+    start: LegacyStart,
+    guest: LegacyGuest,
+    extended_info: bool,
+    extended: ExtendedInfo,
+    /// Vcpus that are present.
+    vcpus: Vec<u32>,
+    /// Number of the next chunk.
+    index: u64,
+    current: Position,
+    /// Octets of the current piece that the caller has not taken yet.
+    left: u64,
+    compressed: bool,
+    compress_next: bool,
+    last: bool,
+    complete: u32,
+    state: State,
+    scratch: Vec<u8>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    ExtendedInfo,
+    P2mFrames,
+    Body,
+    /// In the body of a checkpoint that may not be there at all.
+    MaybeBody,
+    Unmapped,
+    Vcpu(usize),
+    SharedInfo,
+    MagicPfns,
+    HvmContext,
+    Qemu,
+    CheckpointEnd,
+    Ended,
+    Failed,
+}
+
+impl<R: Read> LegacyReader<R> {
+    /// Read the start of a stream. The source is read forwards only and needs no buffer.
+    ///
+    /// # Errors
+    ///
+    /// The source failed or ended; no legacy saver wrote this; it cannot be told what it
+    /// holds.
+    pub fn new(source: R, options: LegacyOptions) -> Result<Self, ReadError> {
+        Self::with_skip(&[], source, options, skip_by_reading::<R>)
+    }
+
+    /// As [`LegacyReader::new`], where the first octets, `known`, at most eight, have been
+    /// read already, to find out what the source holds.
+    ///
+    /// # Errors
+    ///
+    /// As [`LegacyReader::new`].
+    pub fn behind(known: &[u8], source: R, options: LegacyOptions) -> Result<Self, ReadError> {
+        Self::with_skip(known, source, options, skip_by_reading::<R>)
+    }
+
+    /// Where the piece that was read last begins.
+    pub fn position(&self) -> Position {
+        self.current
+    }
+
+    /// Octets of the file that have been consumed.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Who wrote the stream, and how many frames the guest has.
+    pub fn start(&self) -> LegacyStart {
+        self.start
+    }
+
+    /// What it holds.
+    pub fn guest(&self) -> LegacyGuest {
+        self.guest
+    }
+
+    /// Width and page tables of a PV guest, once its extended info has been read.
+    ///
+    /// Without extended info, the guest is as wide as the toolstack, as restorers have it.
+    pub fn pv_info(&self) -> PvInfo {
+        match (self.extended.guest_width, self.start.width) {
+            (Some(8), _) | (None, ToolstackWidth::Bits64) => PvInfo::Bits64,
+            _ => PvInfo::Bits32,
+        }
+    }
+
+    /// Checkpoints that are complete.
+    pub fn complete(&self) -> u32 {
+        self.complete
+    }
+
+    /// Give the source back.
+    pub fn into_source(self) -> R {
+        self.source
+    }
+
+    /// Octets of the current piece (contents of pages, compressed data) that have not
+    /// been taken. What is left is passed over with the next piece.
+    pub fn left(&self) -> u64 {
+        self.left
+    }
+
+    /// Take octets of the current piece. 0 where none is left.
+    ///
+    /// # Errors
+    ///
+    /// The source failed or ended.
+    pub fn read_left(&mut self, room: &mut [u8]) -> Result<usize, ReadError> {
+        let most = usize::try_from(self.left).unwrap_or(usize::MAX);
+        let (room, _) = room.split_at_mut(room.len().min(most));
+        if room.is_empty() {
+            return Ok(0);
+        }
+        loop {
+            let cause = match self.source.read(room) {
+                Ok(0) => ReadErrorCause::Truncated { needed: self.left },
+                Ok(n) if n <= room.len() => {
+                    self.count(n as u64);
+                    return Ok(n);
+                }
+                Ok(_) => ReadErrorCause::Io(io::Error::other(
+                    "the source claims to have read more than it was asked for",
+                )),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(e) => ReadErrorCause::Io(e),
+            };
+            return Err(self.failed(cause));
+        }
+    }
+
+    /// Let `read` take octets of the current piece straight from the source: at most as
+    /// many as it is told are left. It says how many it has taken.
+    ///
+    /// # Errors
+    ///
+    /// What `read` says; the source ended where it takes none.
+    pub fn with_source(
+        &mut self,
+        read: impl FnOnce(&mut R, u64) -> io::Result<u64>,
+    ) -> Result<u64, ReadError> {
+        match read(&mut self.source, self.left) {
+            Ok(0) if self.left > 0 => {
+                let needed = self.left;
+                Err(self.failed(ReadErrorCause::Truncated { needed }))
+            }
+            Ok(n) => {
+                self.count(n.min(self.left));
+                Ok(n)
+            }
+            Err(e) => Err(self.failed(ReadErrorCause::Io(e))),
+        }
+    }
+
+    /// So many octets of the current piece are taken.
+    fn count(&mut self, octets: u64) {
+        self.left = self.left.saturating_sub(octets);
+        self.offset = self.offset.saturating_add(octets);
+    }
+
+    fn failed(&mut self, cause: impl Into<ReadErrorCause>) -> ReadError {
+        self.state = State::Failed;
+        ReadError {
+            position: self.current,
+            cause: cause.into(),
+        }
+    }
+
+    /// The next piece, or `None` behind the last.
+    ///
+    /// # Errors
+    ///
+    /// The source failed, the stream is truncated, or a rule is broken; where, the error
+    /// says. After an error there is no going on.
+    pub fn next_item(&mut self) -> Result<Option<Item>, ReadError> {
+        if let Err(cause) = self.pass_over_left() {
+            return Err(self.failed(cause));
+        }
+        if self.state == State::Ended {
+            return Ok(None);
+        }
+        let place = match self.state {
+            State::ExtendedInfo | State::P2mFrames => Place::LegacyHead,
+            State::Body | State::MaybeBody => Place::LegacyChunk {
+                index: self.index,
+                marker: None,
+            },
+            _ => Place::LegacyTail,
+        };
+        self.current = Position {
+            place,
+            offset: self.offset,
+        };
+        match self.read_item() {
+            Ok(item) => Ok(item),
+            Err(cause) => Err(self.failed(cause)),
+        }
+    }
+
+    fn read_item(&mut self) -> Result<Option<Item>, ReadErrorCause> {
+        let item = match self.state {
+            State::ExtendedInfo => self.extended_info()?,
+            State::P2mFrames => self.p2m_frames()?,
+            State::Body => self.chunk()?,
+            State::MaybeBody => {
+                if !self.more_to_come()? {
+                    self.state = State::Ended;
+                    return Ok(None);
+                }
+                self.state = State::Body;
+                self.chunk()?
+            }
+            State::Unmapped => self.unmapped()?,
+            State::Vcpu(index) => self.vcpu(index)?,
+            State::SharedInfo => self.shared_info()?,
+            State::MagicPfns => self.magic_pfns()?,
+            State::HvmContext => self.hvm_context()?,
+            State::Qemu => self.qemu()?,
+            State::CheckpointEnd => self.checkpoint_end(),
+            State::Ended => return Ok(None),
+            State::Failed => {
+                return Err(ReadErrorCause::Io(io::Error::other(
+                    "the stream failed earlier and cannot be followed",
+                )));
+            }
+        };
+        Ok(Some(item))
+    }
+
+    /// Whether the source has another octet. It is kept.
+    fn more_to_come(&mut self) -> Result<bool, ReadErrorCause> {
+        let mut octet = [0];
+        match fill(&mut self.source, &mut octet) {
+            Ok(()) => {
+                self.known.extend_from_slice(&octet);
+                Ok(true)
+            }
+            Err(ReadErrorCause::Truncated { .. }) => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn checkpoint_end(&mut self) -> Item {
+        self.complete = self.complete.saturating_add(1);
+        self.compressed |= self.compress_next;
+        let through = match self.options.checkpoints {
+            Checkpoints::All => self.last,
+            Checkpoints::UpTo(limit) => self.last || self.complete >= limit,
+        };
+        self.state = match through {
+            true => State::Ended,
+            false => State::MaybeBody,
+        };
+        Item::CheckpointEnd
+    }
+
+    fn pass_over_left(&mut self) -> Result<(), ReadErrorCause> {
+        let octets = self.left;
+        if octets > 0 {
+            self.pass_over(octets)?;
+            self.left = 0;
+        }
+        Ok(())
+    }
+
+    /// Pass over octets of the source, of which none is known.
+    fn pass_over(&mut self, octets: u64) -> Result<(), ReadErrorCause> {
+        let done =
+            (self.skip)(&mut self.source, octets, &mut self.scratch).map_err(ReadErrorCause::Io)?;
+        self.offset = self.offset.saturating_add(done);
+        match octets.saturating_sub(done) {
+            0 => Ok(()),
+            needed => Err(ReadErrorCause::Truncated { needed }),
+        }
+    }
+
+    /// Fill `room`: first with what is known, then from the source.
+    fn fill(&mut self, room: &mut [u8]) -> Result<(), ReadErrorCause> {
+        let known = self.known.len().min(room.len());
+        let (head, rest) = room.split_at_mut(known);
+        for (to, from) in head.iter_mut().zip(self.known.drain(..known)) {
+            *to = from;
+        }
+        fill(&mut self.source, rest)?;
+        self.offset = self.offset.saturating_add(room.len() as u64);
+        Ok(())
+    }
+
+    fn take<const N: usize>(&mut self) -> Result<[u8; N], ReadErrorCause> {
+        let mut octets = [0; N];
+        self.fill(&mut octets)?;
+        Ok(octets)
+    }
+
+    fn u32(&mut self) -> Result<u32, ReadErrorCause> {
+        Ok(u32::from_le_bytes(self.take()?))
+    }
+
+    fn u64(&mut self) -> Result<u64, ReadErrorCause> {
+        Ok(u64::from_le_bytes(self.take()?))
+    }
+
+    /// An `unsigned long` of the toolstack.
+    fn long(&mut self) -> Result<u64, ReadErrorCause> {
+        match self.start.width {
+            ToolstackWidth::Bits32 => Ok(self.u32()?.into()),
+            ToolstackWidth::Bits64 => self.u64(),
+        }
+    }
+
+    /// Octets of an `unsigned long`.
+    fn long_octets(&self) -> u64 {
+        match self.start.width {
+            ToolstackWidth::Bits32 => 4,
+            ToolstackWidth::Bits64 => 8,
+        }
+    }
+
+    /// So many longs.
+    fn longs(&mut self, count: u64) -> Result<Vec<u64>, ReadErrorCause> {
+        let octets = self.blob(count.saturating_mul(self.long_octets()))?;
+        let numbers = match self.start.width {
+            ToolstackWidth::Bits32 => octets
+                .as_chunks::<4>()
+                .0
+                .iter()
+                .map(|long| u32::from_le_bytes(*long).into())
+                .collect(),
+            ToolstackWidth::Bits64 => octets
+                .as_chunks::<8>()
+                .0
+                .iter()
+                .map(|long| u64::from_le_bytes(*long))
+                .collect(),
+        };
+        Ok(numbers)
+    }
+
+    /// So many octets; memory grows as they arrive.
+    fn blob(&mut self, octets: u64) -> Result<Vec<u8>, ReadErrorCause> {
+        const STEP: u64 = 1 << 20;
+        let mut blob = Vec::new();
+        let mut left = octets;
+        while left > 0 {
+            let step = left.min(STEP);
+            left = left.saturating_sub(step);
+            let at = blob.len();
+            blob.resize(at.saturating_add(usize::try_from(step).unwrap_or(0)), 0);
+            let (_, room) = blob.split_at_mut(at);
+            self.fill(room)
+                .map_err(|cause| cause.truncated_before(left))?;
+        }
+        Ok(blob)
+    }
+
+    fn range(what: &'static str, got: u64, min: u64, max: u64) -> Result<u64, LegacyError> {
+        match (min..=max).contains(&got) {
+            true => Ok(got),
+            false => Err(LegacyError::Range {
+                what,
+                got,
+                min,
+                max,
+            }),
+        }
+    }
+}
+
+impl<R: Read + Seek> LegacyReader<R> {
+    /// As [`LegacyReader::new`], for a file: contents of pages that nobody takes are passed
+    /// over without being read.
+    ///
+    /// # Errors
+    ///
+    /// As [`LegacyReader::new`].
+    pub fn seeking(source: R, options: LegacyOptions) -> Result<Self, ReadError> {
+        Self::with_skip(&[], source, options, skip_by_seeking::<R>)
+    }
+}
+
+impl<R> fmt::Debug for LegacyReader<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LegacyReader")
+            .field("start", &self.start)
+            .field("guest", &self.guest)
+            .field("offset", &self.offset)
+            .field("current", &self.current)
+            .field("left", &self.left)
+            .field("complete", &self.complete)
+            .field("state", &self.state)
+            .finish_non_exhaustive()
+    }
+}

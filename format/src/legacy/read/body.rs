@@ -1,0 +1,198 @@
+//! The chunks of a legacy stream.
+//!
+//! C implementation: `pagebuf_get_one` in `tools/libxc/xc_domain_restore.c` (Xen 4.5).
+
+use super::{
+    Item, LegacyError, LegacyGuest, LegacyReader, Marker, Place, Read, ReadErrorCause, State,
+};
+use crate::frame::{PAGE_SIZE, PageEntry, PageType, Pfn};
+use crate::legacy::detect::MAX_BATCH;
+use crate::legacy::items::Batch;
+use crate::legacy::tmem;
+use crate::record::hvm::HvmParam;
+use crate::record::x86::TscInfo;
+
+/// The saver left such entries where it found no page: no type, no pfn.
+const FILLER: u64 = 0xf000_0000;
+const PFN_BITS: u64 = 0x0fff_ffff;
+/// The highest vcpu there can be (`XC_SR_MAX_VCPUS`).
+const MAX_VCPU: i32 = 4095;
+/// The longest toolstack record that is read: libxl's has some tens of octets for each of a
+/// few regions.
+const MAX_TOOLSTACK: u64 = 1 << 20;
+/// The longest compressed chunk that is read: 8192 pages, each at its worst. The saver cut
+/// them smaller.
+const MAX_COMPRESSED: u64 = 8192 * 5120;
+
+impl<R: Read> LegacyReader<R> {
+    pub(super) fn chunk(&mut self) -> Result<Item, ReadErrorCause> {
+        let marker = Marker(i32::from_le_bytes(self.take()?));
+        self.current.place = Place::LegacyChunk {
+            index: self.index,
+            marker: Some(marker),
+        };
+        self.index = self.index.saturating_add(1);
+        if let Some(index) = marker.hvm_param() {
+            return self.hvm_param(marker, index);
+        }
+        Ok(match marker {
+            Marker(count @ 1..) => self.batch(marker, count.unsigned_abs())?,
+            Marker::END => {
+                self.state = match self.guest {
+                    LegacyGuest::Pv => State::Unmapped,
+                    LegacyGuest::Hvm => State::MagicPfns,
+                };
+                Item::BodyEnd
+            }
+            Marker::ENABLE_VERIFY_MODE => Item::Verify,
+            Marker::VCPU_INFO => self.vcpu_info()?,
+            Marker::TMEM => {
+                let octets = tmem::pass_over(&mut self.source, self.skip, &mut self.scratch)?;
+                self.offset = self.offset.saturating_add(octets);
+                Item::Tmem { octets }
+            }
+            Marker::TMEM_EXTRA => {
+                let octets = tmem::pass_over_extra(&mut self.source, self.skip, &mut self.scratch)?;
+                self.offset = self.offset.saturating_add(octets);
+                Item::Tmem { octets }
+            }
+            Marker::TSC_INFO => Item::TscInfo(TscInfo {
+                mode: self.u32()?,
+                nsec: self.u64()?,
+                khz: self.u32()?,
+                incarnation: self.u32()?,
+            }),
+            Marker::LAST_CHECKPOINT => {
+                self.last = true;
+                Item::LastCheckpoint
+            }
+            Marker::ENABLE_COMPRESSION => {
+                self.compress_next = true;
+                Item::EnableCompression
+            }
+            Marker::COMPRESSED_DATA => {
+                let octets = self.long()?;
+                Self::range("length of the compressed data", octets, 0, MAX_COMPRESSED)?;
+                self.left = octets;
+                Item::Compressed { octets }
+            }
+            Marker::TOOLSTACK => {
+                let octets = u64::from(self.u32()?);
+                Self::range("length of the toolstack's record", octets, 0, MAX_TOOLSTACK)?;
+                Item::Toolstack(self.blob(octets)?)
+            }
+            marker => return Err(LegacyError::UnknownChunk { marker }.into()),
+        })
+    }
+
+    /// | octets | field |
+    /// |---|---|
+    /// | 0–3 | padding, zero |
+    /// | 4–11 | value |
+    fn hvm_param(&mut self, marker: Marker, index: u64) -> Result<Item, ReadErrorCause> {
+        if self.guest != LegacyGuest::Hvm {
+            return Err(LegacyError::HvmOnly { marker }.into());
+        }
+        let got = self.u32()?;
+        if got != 0 && !self.options.lenient {
+            let what = "padding of the chunk";
+            return Err(LegacyError::NotZero { what, got }.into());
+        }
+        let value = self.u64()?;
+        Ok(Item::HvmParam(HvmParam { index, value }))
+    }
+
+    /// | octets | field |
+    /// |---|---|
+    /// | 0–3 | highest vcpu |
+    /// | 4… | bitmap of those present, u64 for each 64 |
+    fn vcpu_info(&mut self) -> Result<Item, ReadErrorCause> {
+        let got = i32::from_le_bytes(self.take()?);
+        if !(0..=MAX_VCPU).contains(&got) {
+            return Err(LegacyError::MaxVcpu { got }.into());
+        }
+        let max = got.unsigned_abs();
+        let words = max.div_euclid(64).saturating_add(1);
+        let mut vcpus = Vec::new();
+        for word in 0..words {
+            let bits = self.u64()?;
+            for bit in (0..64).filter(|bit| bits >> bit & 1 != 0) {
+                let vcpu = word.saturating_mul(64).saturating_add(bit);
+                if vcpu > max {
+                    return Err(LegacyError::VcpuBeyond { vcpu, max }.into());
+                }
+                vcpus.push(vcpu);
+            }
+        }
+        if vcpus.is_empty() {
+            return Err(LegacyError::NoVcpu.into());
+        }
+        self.vcpus.clone_from(&vcpus);
+        Ok(Item::VcpuInfo(vcpus))
+    }
+
+    fn batch(&mut self, marker: Marker, count: u32) -> Result<Item, ReadErrorCause> {
+        if count > MAX_BATCH {
+            return Err(LegacyError::UnknownChunk { marker }.into());
+        }
+        let raw = self.longs(count.into())?;
+        let mut batch = Batch {
+            entries: Vec::with_capacity(raw.len()),
+            with_contents: !self.compressed,
+            ..Batch::default()
+        };
+        for (index, raw) in (0_u32..).zip(raw) {
+            if raw == FILLER {
+                batch.filler = batch.filler.saturating_add(1);
+                continue;
+            }
+            let entry = self.entry(index, raw)?;
+            batch.pages = batch
+                .pages
+                .saturating_add(entry.page_type.has_data().into());
+            batch.entries.push(entry);
+        }
+        no_duplicates(&batch.entries)?;
+        if batch.with_contents {
+            self.left = batch.pages.saturating_mul(PAGE_SIZE as u64);
+        }
+        Ok(Item::Batch(batch))
+    }
+
+    fn entry(&self, index: u32, raw: u64) -> Result<PageEntry, LegacyError> {
+        let low = u32::try_from(raw).map_err(|_| LegacyError::EntryBits { index, got: raw })?;
+        let pfn = Pfn(raw & PFN_BITS);
+        let [.., high] = low.to_le_bytes();
+        let got = PageType::from_nibble(high >> 4);
+        if !got.is_known() {
+            return Err(LegacyError::PageType { index, pfn, got });
+        }
+        let p2m_size = self.start.p2m_size;
+        if pfn.0 >= u64::from(p2m_size) {
+            return Err(LegacyError::PfnBeyond {
+                index,
+                pfn,
+                p2m_size,
+            });
+        }
+        Ok(PageEntry {
+            pfn,
+            page_type: got,
+        })
+    }
+}
+
+/// A saver goes through the pfns in ascending order, so that is looked at first.
+fn no_duplicates(entries: &[PageEntry]) -> Result<(), LegacyError> {
+    if entries.is_sorted_by(|a, b| a.pfn < b.pfn) {
+        return Ok(());
+    }
+    let mut pfns: Vec<Pfn> = entries.iter().map(|entry| entry.pfn).collect();
+    pfns.sort_unstable();
+    match pfns.windows(2).find(|pair| pair.first() == pair.last()) {
+        Some(pair) => Err(LegacyError::DuplicatePfn {
+            pfn: pair.first().copied().unwrap_or_default(),
+        }),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,142 @@
+//! What stands behind the chunks of a legacy stream.
+//!
+//! C implementation: `buffer_tail_pv`, `buffer_tail_hvm` in
+//! `tools/libxc/xc_domain_restore.c` (Xen 4.5).
+
+use super::{Item, LegacyError, LegacyReader, Read, ReadErrorCause, State};
+use crate::frame::PAGE_SIZE;
+use crate::legacy::items::{QemuRecord, Vcpu};
+use crate::record::MAX_BODY;
+use crate::record::hvm::HvmParam;
+use crate::source::fill;
+
+const EXTENDED_OCTETS: u64 = 128;
+/// What stands before each XSAVE area: mask and size.
+const XSAVE_HEAD: u64 = 16;
+/// A record of version 3 has a head in front of such a blob.
+const MAX_BLOB: u64 = MAX_BODY as u64 - 8;
+
+/// `HVM_PARAM_IOREQ_PFN`, `HVM_PARAM_BUFIOREQ_PFN`, `HVM_PARAM_STORE_PFN`.
+const MAGIC: [u64; 3] = [5, 6, 1];
+
+impl<R: Read> LegacyReader<R> {
+    pub(super) fn unmapped(&mut self) -> Result<Item, ReadErrorCause> {
+        let count = self.u32()?;
+        let most = u64::from(self.start.p2m_size);
+        Self::range("number of pfns without memory", count.into(), 0, most)?;
+        self.pass_over(u64::from(count).saturating_mul(self.long_octets()))?;
+        self.state = State::Vcpu(0);
+        Ok(Item::Unmapped { count })
+    }
+
+    pub(super) fn vcpu(&mut self, index: usize) -> Result<Item, ReadErrorCause> {
+        let vcpu = self.vcpus.get(index).copied().unwrap_or(0);
+        let basic = match self.pv_info().width() {
+            8 => 0x1430,
+            _ => 0xaf0,
+        };
+        let basic = self.blob(basic)?;
+        let extended = self.blob(match self.extended.extended {
+            true => EXTENDED_OCTETS,
+            false => 0,
+        })?;
+        let mut xsave = Vec::new();
+        if self.extended.xsave != 0 {
+            self.take::<8>()?;
+            let got = self.u64()?;
+            let expected = u64::from(self.extended.xsave).saturating_sub(XSAVE_HEAD);
+            if got != expected {
+                return Err(LegacyError::XsaveLength {
+                    vcpu,
+                    expected,
+                    got,
+                }
+                .into());
+            }
+            xsave = self.blob(got)?;
+        }
+        let next = index.saturating_add(1);
+        self.state = match next < self.vcpus.len() {
+            true => State::Vcpu(next),
+            false => State::SharedInfo,
+        };
+        Ok(Item::Vcpu(Vcpu {
+            vcpu,
+            basic,
+            extended,
+            xsave,
+        }))
+    }
+
+    pub(super) fn shared_info(&mut self) -> Result<Item, ReadErrorCause> {
+        let mut page = Box::new([0; PAGE_SIZE]);
+        self.fill(page.as_mut_slice())?;
+        self.state = State::CheckpointEnd;
+        Ok(Item::SharedInfo(page))
+    }
+
+    pub(super) fn magic_pfns(&mut self) -> Result<Item, ReadErrorCause> {
+        let values = [self.u64()?, self.u64()?, self.u64()?];
+        let [ioreq, bufioreq, store] = MAGIC;
+        let [a, b, c] = values;
+        self.state = State::HvmContext;
+        Ok(Item::MagicPfns(
+            [(ioreq, a), (bufioreq, b), (store, c)].map(|(index, value)| HvmParam { index, value }),
+        ))
+    }
+
+    pub(super) fn hvm_context(&mut self) -> Result<Item, ReadErrorCause> {
+        let octets = u64::from(self.u32()?);
+        Self::range("length of the HVM context", octets, 1, MAX_BLOB)?;
+        let context = self.blob(octets)?;
+        self.state = match self.options.device_model {
+            true => State::Qemu,
+            false => State::CheckpointEnd,
+        };
+        Ok(Item::HvmContext(context))
+    }
+
+    pub(super) fn qemu(&mut self) -> Result<Item, ReadErrorCause> {
+        let signature = self.take()?;
+        let state = match signature {
+            QemuRecord::UP_TO_THE_END => {
+                // Nothing can follow what only ends with the file.
+                self.last = true;
+                self.up_to_the_end()?
+            }
+            QemuRecord::WITH_LENGTH | QemuRecord::REMUS => {
+                let octets = u64::from(self.u32()?);
+                Self::range("length of the device model's state", octets, 0, MAX_BLOB)?;
+                self.blob(octets)?
+            }
+            got => return Err(LegacyError::QemuSignature { got }.into()),
+        };
+        self.state = State::CheckpointEnd;
+        Ok(Item::Qemu(QemuRecord { signature, state }))
+    }
+
+    /// All that is left of the source.
+    fn up_to_the_end(&mut self) -> Result<Vec<u8>, ReadErrorCause> {
+        const STEP: usize = 64 << 10;
+        let mut state = Vec::new();
+        loop {
+            let at = state.len();
+            state.resize(at.saturating_add(STEP), 0);
+            let (_, room) = state.split_at_mut(at);
+            let got = match fill(&mut self.source, room) {
+                Ok(()) => STEP,
+                Err(ReadErrorCause::Truncated { needed }) => {
+                    STEP.saturating_sub(usize::try_from(needed).unwrap_or(STEP))
+                }
+                Err(e) => return Err(e),
+            };
+            state.truncate(at.saturating_add(got));
+            self.offset = self.offset.saturating_add(got as u64);
+            let length = state.len() as u64;
+            Self::range("length of the device model's state", length, 0, MAX_BLOB)?;
+            if got < STEP {
+                return Ok(state);
+            }
+        }
+    }
+}

@@ -1,0 +1,326 @@
+//! Any stream of version 2 or 3, of either byte order, as what Xen writes today: version 3,
+//! little endian, bare or wrapped by libxl or xl.
+//!
+//! Records keep their order and their blobs; only what the byte order and the version decide
+//! is written anew. A version 2 stream gets its STATIC_DATA_END where version 2 implies it.
+//! The contents of pages go from source to sink by whatever way the caller has.
+//!
+//! Legacy streams have a converter of their own: [`legacy::convert`](crate::legacy::convert).
+//!
+//! Specification: libxc migration stream, "STATIC_DATA_END"; libxl migration stream.
+
+use std::io::{self, Read, Write};
+
+use thiserror::Error;
+use zerocopy::IntoBytes;
+
+use crate::byte_order::ByteOrder;
+use crate::error::{ReadError, WriteError};
+use crate::frame::Pfn;
+use crate::image::{DomainHeader, Version};
+use crate::read::PageDataBody;
+use crate::record::hvm::HvmParam;
+use crate::record::pv::PvInfo;
+use crate::record::{Body, MAX_BATCH, Record};
+use crate::walk::{Content, Walk};
+use crate::wire::{U32, U64};
+use crate::wrapper::WrapperWriteError;
+use crate::wrapper::libxl::{LibxlHeader, LibxlRecord, LibxlWriter};
+use crate::wrapper::xl::XlHeader;
+use crate::write::{RecordWriter, page_data_head};
+
+/// What stands around a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Layer {
+    /// Nothing: a bare libxc stream.
+    Libxc,
+    /// A libxl stream.
+    Libxl,
+    /// A libxl stream behind xl's header.
+    Xl,
+}
+
+/// Moves so many octets, or as many as there are, from a source to a sink; says how many.
+pub type CopyOctets<R, W> = fn(&mut R, u64, &mut W) -> io::Result<u64>;
+
+/// What was carried over, and what could not be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Summary {
+    /// Records of the libxc stream.
+    pub records: u64,
+    /// Entries of pages.
+    pub entries: u64,
+    /// Records of the libxl stream, for which a bare libxc stream has no place.
+    pub dropped: u64,
+}
+
+/// Why a stream could not be converted.
+#[derive(Debug, Error)]
+pub enum TranscodeError {
+    /// The source is bad, or failed.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// The sink failed.
+    #[error("writing failed: {0}")]
+    Write(#[source] io::Error),
+    /// A record cannot be written.
+    #[error("{0}")]
+    Record(WriteError),
+    /// A record of the libxl stream cannot be written.
+    #[error("{0}")]
+    Libxl(WrapperWriteError),
+    /// xl's header is asked for, and there is none to write.
+    #[error("an xl image begins with the domain's configuration, and there is none")]
+    NoConfiguration,
+}
+
+impl From<WriteError> for TranscodeError {
+    fn from(error: WriteError) -> Self {
+        match error {
+            WriteError::Io(e) => Self::Write(e),
+            other @ WriteError::Encode { .. } => Self::Record(other),
+        }
+    }
+}
+
+impl From<WrapperWriteError> for TranscodeError {
+    fn from(error: WrapperWriteError) -> Self {
+        match error {
+            WrapperWriteError::Io(e) => Self::Write(e),
+            other @ WrapperWriteError::Libxl { .. } => Self::Libxl(other),
+        }
+    }
+}
+
+/// Convert all of `walk`. Where `to` asks for xl's header, `xl` is written, or else that of
+/// the source.
+///
+/// # Errors
+///
+/// The source is bad or failed, the sink failed, or a record has no form in version 3. What
+/// has been written is of no use then.
+pub fn transcode<R: Read, W: Write>(
+    walk: &mut Walk<R>,
+    sink: &mut W,
+    to: Layer,
+    xl: Option<&XlHeader>,
+    copy: CopyOctets<R, W>,
+) -> Result<Summary, TranscodeError> {
+    let mut out = Transcoder {
+        sink,
+        to,
+        libxl: None,
+        libxc: None,
+        implied_end: false,
+        info: PvInfo::Bits64,
+        own_libxl: false,
+        summary: Summary::default(),
+    };
+    let mut xl_written = false;
+    while let Some(step) = walk.next_step()? {
+        if to == Layer::Xl && !xl_written {
+            let own = match &step.content {
+                Content::XlHeader(header) => Some(*header),
+                _ => None,
+            };
+            let header = xl.or(own).ok_or(TranscodeError::NoConfiguration)?;
+            out.octets(&header.for_version_2().encode())?;
+            xl_written = true;
+        }
+        match step.content {
+            Content::XlHeader(_) => {}
+            Content::LibxlHeader(header) => out.libxl_header(header.legacy_converted)?,
+            Content::LibxlRecord(record) => out.libxl_record(&record)?,
+            Content::Headers(image, domain) => out.headers(image.version, domain)?,
+            Content::PageData(body) => out.page_data(body, copy)?,
+            Content::Record(record) => out.record(&record)?,
+        }
+    }
+    out.sink.flush().map_err(TranscodeError::Write)?;
+    Ok(out.summary)
+}
+
+struct Transcoder<'s, W> {
+    sink: &'s mut W,
+    to: Layer,
+    libxl: Option<LibxlWriter<Vec<u8>>>,
+    libxc: Option<RecordWriter<Vec<u8>>>,
+    /// A version 2 stream whose STATIC_DATA_END is still to be written.
+    implied_end: bool,
+    info: PvInfo,
+    /// The source has no libxl stream, so this one is made here.
+    own_libxl: bool,
+    summary: Summary,
+}
+
+impl<W: Write> Transcoder<'_, W> {
+    fn octets(&mut self, octets: &[u8]) -> Result<(), TranscodeError> {
+        self.sink.write_all(octets).map_err(TranscodeError::Write)
+    }
+
+    /// What both writers have made goes to the sink.
+    fn deliver(&mut self) -> Result<(), TranscodeError> {
+        let libxl = self.libxl.as_mut().map(LibxlWriter::sink_mut);
+        let libxc = self.libxc.as_mut().map(RecordWriter::sink_mut);
+        for made in [libxl, libxc].into_iter().flatten() {
+            self.sink.write_all(made).map_err(TranscodeError::Write)?;
+            made.clear();
+        }
+        Ok(())
+    }
+
+    fn libxl_header(&mut self, legacy_converted: bool) -> Result<(), TranscodeError> {
+        if self.to >= Layer::Libxl {
+            let header = LibxlHeader {
+                order: ByteOrder::Little,
+                legacy_converted,
+            };
+            let writer = LibxlWriter::new(Vec::new(), header).map_err(TranscodeError::Write)?;
+            self.libxl = Some(writer);
+        }
+        self.deliver()
+    }
+
+    fn libxl_record(&mut self, record: &LibxlRecord) -> Result<(), TranscodeError> {
+        match &mut self.libxl {
+            Some(libxl) => libxl.write(record)?,
+            None if matches!(record, LibxlRecord::End | LibxlRecord::LibxcContext) => {}
+            None => self.summary.dropped = self.summary.dropped.saturating_add(1),
+        }
+        self.deliver()
+    }
+
+    fn headers(&mut self, version: Version, domain: DomainHeader) -> Result<(), TranscodeError> {
+        if self.to >= Layer::Libxl && self.libxl.is_none() {
+            self.own_libxl = true;
+            self.libxl_header(domain.is_converted())?;
+            self.libxl_record(&LibxlRecord::LibxcContext)?;
+        }
+        self.implied_end = version < Version::V3;
+        self.libxc = Some(RecordWriter::new(Vec::new(), domain)?);
+        self.deliver()
+    }
+
+    /// The libxc writer; there is one since the headers.
+    fn libxc(&mut self) -> Result<&mut RecordWriter<Vec<u8>>, TranscodeError> {
+        self.libxc.as_mut().ok_or_else(|| {
+            TranscodeError::Write(io::Error::other("a record came before the headers"))
+        })
+    }
+
+    fn static_data_ends(&mut self) -> Result<(), TranscodeError> {
+        if std::mem::take(&mut self.implied_end) {
+            self.libxc()?.static_data_end()?;
+        }
+        Ok(())
+    }
+
+    fn page_data<R: Read>(
+        &mut self,
+        mut body: PageDataBody<'_, R>,
+        copy: CopyOctets<R, W>,
+    ) -> Result<(), TranscodeError> {
+        self.static_data_ends()?;
+        self.deliver()?;
+        self.summary.records = self.summary.records.saturating_add(1);
+        let entries: Vec<_> = body.entries().iter().collect();
+        self.summary.entries = self.summary.entries.saturating_add(entries.len() as u64);
+        // A reader takes larger batches than a writer may write.
+        for batch in entries.chunks(MAX_BATCH) {
+            let head = page_data_head(batch)?;
+            self.octets(&head)?;
+            let pages = batch.iter().filter(|e| e.page_type.has_data()).count() as u64;
+            let sink = &mut *self.sink;
+            body.with_source(pages, |source, octets| {
+                let mut left = octets;
+                while left > 0 {
+                    match copy(source, left, sink)? {
+                        0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                        n => left = left.saturating_sub(n),
+                    }
+                }
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    fn record(&mut self, record: &Record<'_>) -> Result<(), TranscodeError> {
+        self.summary.records = self.summary.records.saturating_add(1);
+        let (kind, raw, info) = (record.kind, record.raw, self.info);
+        match record.body {
+            Body::End => {
+                self.libxc()?.end()?;
+                self.deliver()?;
+                if self.own_libxl {
+                    self.libxl_record(&LibxlRecord::End)?;
+                }
+            }
+            Body::PvInfo(info) => {
+                self.info = info;
+                self.libxc()?.pv_info(info)?;
+            }
+            Body::P2mFrames(frames) => {
+                self.static_data_ends()?;
+                let pfns: Vec<Pfn> = frames.frames().collect();
+                // Of 32 bits in the stream.
+                let [start, end] =
+                    [frames.start, frames.end].map(|pfn| u32::try_from(pfn.0).unwrap_or(u32::MAX));
+                self.libxc()?.p2m_frames(info, start, end, &pfns)?;
+            }
+            Body::Vcpu(vcpu) => {
+                self.libxc()?
+                    .vcpu_state(kind, info, vcpu.vcpu, vcpu.state)?;
+            }
+            Body::SharedInfo(page) => self.libxc()?.shared_info(page)?,
+            Body::TscInfo(tsc) => self.libxc()?.tsc_info(tsc)?,
+            Body::HvmContext(context) => self.libxc()?.hvm_context(context)?,
+            Body::HvmParams(params) => {
+                let params: Vec<HvmParam> = params.iter().collect();
+                self.libxc()?.hvm_params(&params)?;
+            }
+            Body::Verify => self.libxc()?.verify()?,
+            Body::Checkpoint => {
+                self.libxc()?.checkpoint()?;
+                if let Some(libxl) = &mut self.libxl
+                    && !self.own_libxl
+                {
+                    libxl.begin_checkpoint();
+                }
+            }
+            Body::StaticDataEnd => self.libxc()?.static_data_end()?,
+            Body::CpuidPolicy(policy) => {
+                let mut leaves = Vec::new();
+                for leaf in policy.iter() {
+                    for word in [
+                        leaf.leaf,
+                        leaf.subleaf,
+                        leaf.eax,
+                        leaf.ebx,
+                        leaf.ecx,
+                        leaf.edx,
+                    ] {
+                        leaves.extend_from_slice(U32::new(word, ByteOrder::Little).as_bytes());
+                    }
+                }
+                self.libxc()?.cpuid_policy(&leaves)?;
+            }
+            Body::MsrPolicy(policy) => {
+                let mut entries = Vec::new();
+                for entry in policy.iter() {
+                    for word in [entry.index, entry.flags] {
+                        entries.extend_from_slice(U32::new(word, ByteOrder::Little).as_bytes());
+                    }
+                    let value = U64::new(entry.value, ByteOrder::Little);
+                    entries.extend_from_slice(value.as_bytes());
+                }
+                self.libxc()?.msr_policy(&entries)?;
+            }
+            // Not in a stream, or nobody knows what is in it.
+            Body::Optional(_) | Body::Toolstack(_) | Body::DirtyPfns(_) => {
+                self.libxc()?.record(kind, &[raw])?;
+            }
+        }
+        self.deliver()
+    }
+}

@@ -1,0 +1,181 @@
+//! The header that libvirt's xl driver puts before the stream (`virsh save`): the domain's
+//! XML. What follows is a libxl stream (version 2 of the header) or a legacy one (version 1).
+//!
+//! There is no specification. C implementation: `libxlSavefileHeader` in libvirt's
+//! `src/libxl/libxl_conf.h`, `libxlDoDomainSave` and `libxlDomainSaveImageOpen`.
+
+use std::io::Read;
+
+use thiserror::Error;
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::byte_order::ByteOrder;
+use crate::error::{Place, ReadError, ReadErrorCause};
+use crate::read::ReadOptions;
+use crate::source::{fill, fill_behind, fill_growing};
+use crate::wire::U32;
+
+/// The first octets of such a file.
+pub const MAGIC: [u8; 16] = *b"libvirt-xml\n \0 \r";
+
+/// The longest XML that is read. libvirt has no limit; a domain's has some kilobytes.
+pub const MAX_XML: u32 = 16 << 20;
+
+/// The fixed part, as it stands in the file.
+///
+/// | octets | field |
+/// |---|---|
+/// | 0–15 | magic |
+/// | 16–19 | version, 1 or 2 |
+/// | 20–23 | length of the XML that follows, its NUL included |
+/// | 24–63 | reserved, zero |
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct WireLibvirt {
+    version: U32,
+    xml_length: U32,
+    reserved: [U32; 10],
+}
+
+const _: () = assert!(MAGIC.len() + size_of::<WireLibvirt>() == LibvirtHeader::FIXED_OCTETS);
+
+/// A rule of libvirt's header that some octets break.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum LibvirtError {
+    /// The first octets are not libvirt's.
+    #[error("magic is {:?}, expected {:?}", got.escape_ascii().to_string(), MAGIC.escape_ascii().to_string())]
+    Magic {
+        /// What came.
+        got: [u8; 16],
+    },
+    /// A version that nobody here knows.
+    #[error("version is {got}, expected 1 or 2; a newer libvirt made this file, or it is damaged")]
+    Version {
+        /// What came.
+        got: u32,
+    },
+    /// No XML, or more than anybody would write.
+    #[error("the XML has {got} octets, expected 1 to {MAX_XML}")]
+    XmlLength {
+        /// What came.
+        got: u32,
+    },
+    /// A reserved word that is not zero.
+    #[error("reserved octets at {at} are {got:#x}, expected 0 (--lenient tolerates this)")]
+    Reserved {
+        /// Where in the header.
+        at: u64,
+        /// What came.
+        got: u32,
+    },
+}
+
+/// libvirt's header.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LibvirtHeader {
+    version: u32,
+    xml: Vec<u8>,
+}
+
+impl LibvirtHeader {
+    /// Length of the part before the XML.
+    pub const FIXED_OCTETS: usize = 64;
+
+    /// A header for a libxl stream.
+    ///
+    /// # Errors
+    ///
+    /// XML that is too long.
+    pub fn new(xml: &str) -> Result<Self, LibvirtError> {
+        let octets = u32::try_from(xml.len().saturating_add(1)).unwrap_or(u32::MAX);
+        if octets > MAX_XML {
+            return Err(LibvirtError::XmlLength { got: octets });
+        }
+        let mut xml = xml.as_bytes().to_vec();
+        xml.push(0);
+        Ok(Self { version: 2, xml })
+    }
+
+    /// Read the header from the start of a file: exactly its octets.
+    ///
+    /// # Errors
+    ///
+    /// The source failed or ended, or a rule is broken.
+    pub fn read(mut source: impl Read, options: ReadOptions) -> Result<Self, ReadError> {
+        Self::read_behind(&[], &mut source, options)
+    }
+
+    /// As [`LibvirtHeader::read`], where the first octets, `known`, at most 16, have been
+    /// read already.
+    ///
+    /// # Errors
+    ///
+    /// As [`LibvirtHeader::read`].
+    pub fn read_behind(
+        known: &[u8],
+        source: &mut impl Read,
+        options: ReadOptions,
+    ) -> Result<Self, ReadError> {
+        Self::read_from(known, source, options.lenient)
+            .map_err(|cause| ReadError::at(Place::LibvirtHeader, options.offset, cause))
+    }
+
+    fn read_from(
+        known: &[u8],
+        source: &mut impl Read,
+        lenient: bool,
+    ) -> Result<Self, ReadErrorCause> {
+        const LE: ByteOrder = ByteOrder::Little;
+        let mut magic = [0; MAGIC.len()];
+        fill_behind(known, source, &mut magic)?;
+        if magic != MAGIC {
+            return Err(LibvirtError::Magic { got: magic }.into());
+        }
+        let mut wire = WireLibvirt::new_zeroed();
+        fill(source, wire.as_mut_bytes())?;
+        let version = wire.version.get(LE);
+        if !matches!(version, 1 | 2) {
+            return Err(LibvirtError::Version { got: version }.into());
+        }
+        let length = wire.xml_length.get(LE);
+        if !(1..=MAX_XML).contains(&length) {
+            return Err(LibvirtError::XmlLength { got: length }.into());
+        }
+        for (at, word) in (24_u64..).step_by(4).zip(wire.reserved) {
+            let got = word.get(LE);
+            if got != 0 && !lenient {
+                return Err(LibvirtError::Reserved { at, got }.into());
+            }
+        }
+        let mut xml = Vec::new();
+        fill_growing(source, &mut xml, u64::from(length))?;
+        Ok(Self { version, xml })
+    }
+
+    /// The octets of the header, as it was read or made; reserved octets are zero.
+    pub fn encode(&self) -> Vec<u8> {
+        const LE: ByteOrder = ByteOrder::Little;
+        let mut wire = WireLibvirt::new_zeroed();
+        wire.version = U32::new(self.version, LE);
+        // Both ways to make one limit it.
+        let length = u32::try_from(self.xml.len()).unwrap_or(u32::MAX);
+        wire.xml_length = U32::new(length, LE);
+        [&MAGIC, wire.as_bytes(), &self.xml].concat()
+    }
+
+    /// Length of the header with its XML: where the stream begins.
+    pub fn octets(&self) -> u64 {
+        (self.xml.len() as u64).saturating_add(Self::FIXED_OCTETS as u64)
+    }
+
+    /// Whether a libxl stream version 2 follows; if not, a legacy stream does.
+    pub fn is_stream_v2(&self) -> bool {
+        self.version == 2
+    }
+
+    /// The XML, without what ends it.
+    pub fn xml(&self) -> &[u8] {
+        self.xml.strip_suffix(&[0]).unwrap_or(&self.xml)
+    }
+}
