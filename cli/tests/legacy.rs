@@ -172,16 +172,23 @@ fn a_legacy_image_is_restored_as_it_is() {
         for difference in report["differences"].as_array().unwrap() {
             // What a legacy stream has no place for, and what the test itself changed.
             let section = difference["section"].as_str().unwrap();
+            let field = difference["field"].as_str().unwrap_or_default();
             assert!(
-                difference["expected"].is_string() || LOST.contains(&section),
+                difference["expected"].is_string()
+                    || LOST.contains(&section)
+                    || field.ends_with("extended length")
+                    || (section == "hvm_params" && difference["b"].is_null()),
                 "{kind}: {difference}"
             );
         }
     }
 }
 
-/// What version 1 cannot hold: the policies, and how the image was made.
-const LOST: [&str; 8] = [
+/// What version 1 cannot hold: the policies, how the image was made, and that there is no
+/// device model, of which it has an empty record then. (Its extended state
+/// of a vcpu has 128 octets, of which Xen has come to write 64.)
+const LOST: [&str; 9] = [
+    "emulators",
     "cpuid",
     "msr",
     "msrs",

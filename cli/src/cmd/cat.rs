@@ -15,7 +15,7 @@ use xsr_format::transcode::Layer;
 use xsr_format::walk::{Content, Walk};
 
 use super::convert::layer_of;
-use crate::args::CatArgs;
+use crate::args::images::CatArgs;
 use crate::exit::{BadUsage, Code};
 use crate::file::{Input, Output};
 

@@ -26,7 +26,7 @@ use xsr_format::transcode::{Layer, transcode};
 use xsr_format::walk::Walk;
 use xsr_format::wrapper::xl::XlHeader;
 
-use crate::args::{ConvertArgs, ConvertTo, LegacyGuestArg, WidthArg};
+use crate::args::images::{ConvertArgs, ConvertTo, LegacyGuestArg, WidthArg};
 use crate::exit::{BadImage, Code};
 use crate::feed;
 use crate::file::{Input, Output};

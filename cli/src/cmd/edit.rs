@@ -15,7 +15,7 @@ use xsr_format::wrapper::libxl::LibxlRecord;
 use xsr_format::wrapper::xl::XlHeader;
 
 use super::cat::Heard;
-use crate::args::EditArgs;
+use crate::args::images::EditArgs;
 use crate::config::Config;
 use crate::exit::{BadImage, BadUsage, Code};
 use crate::file::{Input, Output};

@@ -17,7 +17,7 @@ use xsr_format::image::GuestType;
 use xsr_format::record::pv::PvInfo;
 use xsr_format::record::{Body, RecordKind};
 
-use crate::args::{ExportArgs, ExportFormat};
+use crate::args::images::{ExportArgs, ExportFormat};
 use crate::exit::{BadUsage, Code};
 use crate::file::{Input, Output};
 use crate::image::{Event, Reading};

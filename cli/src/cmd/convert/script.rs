@@ -17,7 +17,7 @@ use xsr_format::read::ReadOptions;
 use xsr_format::wrapper::xl::XlHeader;
 
 use super::{Counted, pour};
-use crate::args::{ScriptArgs, ScriptFormat};
+use crate::args::images::{ScriptArgs, ScriptFormat};
 use crate::exit::{self, Code};
 use crate::terminal::Terminal;
 

@@ -1,0 +1,228 @@
+//! The command line of what is done with images: convert, export, edit, cat; and that of
+//! Xen's converter, for which xsr stands in.
+//!
+//! As `args.rs`, it depends on clap and the standard library alone.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, ValueEnum};
+
+/// Convert an image to today's form: version 3, little endian
+///
+/// Reads everything: legacy images (Xen 4.5 and earlier), version 2, big endian, images of
+/// libvirt and xapi, compressed ones. It is a filter too: `-` is stdin and stdout. Under
+/// the name convert-legacy-stream it takes the arguments of Xen's script of that name.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  xsr convert old.save -o new.save
+  xsr convert --to libxl bare.libxc -o guest.libxl
+  zcat old.save.gz | xsr convert - -o - | ssh host xl restore /dev/stdin
+  LIBXL_CONVERT_HELPER=/usr/lib/xsr/convert-legacy-stream xl restore old.save")]
+pub(crate) struct ConvertArgs {
+    /// What to make [default: what it was; of another toolstack's image, a libxl stream]
+    #[arg(long, value_name = "LAYER")]
+    pub(crate) to: Option<ConvertTo>,
+    /// The configuration for an xl image: libxl's JSON, in a file [default: found in the image]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// What a legacy image holds [default: found out]
+    #[arg(long, value_name = "TYPE")]
+    pub(crate) guest: Option<LegacyGuestArg>,
+    /// Width of the toolstack that wrote a legacy image [default: found out]
+    #[arg(long, value_name = "BITS")]
+    pub(crate) width: Option<WidthArg>,
+    /// Tolerate reserved fields that are not zero
+    #[arg(long)]
+    pub(crate) lenient: bool,
+    /// Print what was done as JSON (docs/json.md)
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Where the converted image goes; `-` is stdout
+    #[arg(short, long, value_name = "OUT")]
+    pub(crate) output: PathBuf,
+    /// The image; `-` is stdin
+    pub(crate) file: PathBuf,
+}
+
+/// What stands around a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ConvertTo {
+    /// A bare libxc stream
+    Libxc,
+    /// A libxl stream
+    Libxl,
+    /// An image of xl
+    Xl,
+}
+
+/// What a legacy stream holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LegacyGuestArg {
+    /// Paravirtualised
+    Pv,
+    /// Hardware-virtualised
+    Hvm,
+}
+
+/// Octets in the toolstack's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum WidthArg {
+    /// 32 bits
+    #[value(name = "32")]
+    Bits32,
+    /// 64 bits
+    #[value(name = "64")]
+    Bits64,
+}
+
+/// Convert a legacy stream to a v2 (or later) stream
+#[derive(Debug, Parser)]
+#[command(name = "convert-legacy-stream", version, infer_long_args = true)]
+pub(crate) struct ScriptArgs {
+    /// Legacy input to convert
+    #[arg(short, long = "in", value_name = "FD or FILE")]
+    pub(crate) input: String,
+    /// v2 (or later) format output
+    #[arg(short, long = "out", value_name = "FD or FILE")]
+    pub(crate) output: String,
+    /// Legacy toolstack bitness
+    #[arg(short, long)]
+    pub(crate) width: WidthArg,
+    /// Type of guest in stream
+    #[arg(short, long = "guest-type")]
+    pub(crate) guest: LegacyGuestArg,
+    /// Desired format of the outgoing stream
+    #[arg(short, long, default_value = "libxc")]
+    pub(crate) format: ScriptFormat,
+    /// Say more on stderr
+    #[arg(short, long)]
+    pub(crate) verbose: bool,
+    /// Is an xl header present in the stream?
+    #[arg(short, long)]
+    pub(crate) xl: bool,
+    /// Skip processing of the qemu tail?
+    #[arg(long)]
+    pub(crate) skip_qemu: bool,
+    /// Accepted and ignored: messages go to stderr
+    #[arg(long)]
+    pub(crate) syslog: bool,
+}
+
+/// What Xen's script makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ScriptFormat {
+    /// A bare libxc stream
+    Libxc,
+    /// A libxl stream
+    Libxl,
+}
+
+/// Take a guest's memory out of an image
+///
+/// Of a page that comes more than once (a live save), the last version counts. elf is the
+/// layout of `xl dump-core`, with the list of pages and the vcpus' registers, which crash
+/// and volatility3 open; raw is physical memory, each page at its own address.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  xsr export guest.save guest.core
+  xsr export --format raw --sparse guest.save guest.mem")]
+pub(crate) struct ExportArgs {
+    /// What to make
+    #[arg(long, value_name = "FORMAT", default_value = "elf")]
+    pub(crate) format: ExportFormat,
+    /// For raw: leave holes where there is no page, or one of zeros
+    #[arg(long)]
+    pub(crate) sparse: bool,
+    /// Tolerate reserved fields that are not zero
+    #[arg(long)]
+    pub(crate) lenient: bool,
+    /// The image
+    pub(crate) file: PathBuf,
+    /// Where the memory goes; `-` is stdout
+    pub(crate) output: PathBuf,
+}
+
+/// How memory is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ExportFormat {
+    /// An ELF core
+    Elf,
+    /// Physical memory
+    Raw,
+}
+
+/// Change the configuration in an image, drop or add optional records
+///
+/// The guest's memory and state stay as they are, octet for octet.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  xsr edit --name web2 web.save -o web2.save
+  xsr edit --config new.json web.save -o web2.save
+  xsr edit --drop 0x80000001 --add 0x80000002:note.bin web.save -o web2.save")]
+pub(crate) struct EditArgs {
+    /// The domain's name
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// The domain's UUID
+    #[arg(long)]
+    pub(crate) uuid: Option<String>,
+    /// All of the configuration: libxl's JSON, in a file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Drop the optional records of this type (bit 31 set)
+    #[arg(long, value_name = "TYPE", value_parser = optional_type)]
+    pub(crate) drop: Vec<u32>,
+    /// Add an optional record at the end of the libxc stream
+    #[arg(long, value_name = "TYPE:FILE", value_parser = optional_record)]
+    pub(crate) add: Vec<(u32, PathBuf)>,
+    /// Tolerate reserved fields that are not zero
+    #[arg(long)]
+    pub(crate) lenient: bool,
+    /// Where the changed image goes; `-` is stdout
+    #[arg(short, long, value_name = "OUT")]
+    pub(crate) output: PathBuf,
+    /// The image; `-` is stdin
+    pub(crate) file: PathBuf,
+}
+
+/// The type of an optional record: whoever restores the image may not know it.
+fn optional_type(text: &str) -> Result<u32, String> {
+    let number = match text.strip_prefix("0x") {
+        Some(digits) => u32::from_str_radix(digits, 16),
+        None => text.parse(),
+    };
+    match number {
+        Ok(number) if number >> 31 == 1 => Ok(number),
+        _ => Err("expected a type with bit 31 set, say 0x80000001".to_owned()),
+    }
+}
+
+fn optional_record(text: &str) -> Result<(u32, PathBuf), String> {
+    match text.split_once(':') {
+        Some((kind, file)) if !file.is_empty() => Ok((optional_type(kind)?, file.into())),
+        _ => Err("expected a type, a colon and a file".to_owned()),
+    }
+}
+
+/// Write an image to stdout without what stands around it
+///
+/// Compressions, the headers of xl, libvirt and xapi go; the stream inside stays as it is,
+/// octet for octet. (A legacy stream, which nobody reads any more, is converted.)
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  xsr cat guest.save | verify-stream-v2
+  xsr cat --layer libxl guest.save.zst | wc -c")]
+pub(crate) struct CatArgs {
+    /// Down to which layer: the stream of libxc, that of libxl, or all that xl wrote
+    #[arg(long, value_name = "LAYER", default_value = "libxc")]
+    pub(crate) layer: ConvertTo,
+    /// Tolerate reserved fields that are not zero
+    #[arg(long)]
+    pub(crate) lenient: bool,
+    /// The image; `-` is stdin
+    pub(crate) file: PathBuf,
+}
