@@ -90,11 +90,18 @@ fn save_at_work(host: &MockHost, domid: DomId, threads: usize, sink: &mut dyn Pa
     let work = host.workload(domid, &WORK).unwrap().run_in_background();
     let mut seen = 0;
     let mut wait = |progress: &Progress| {
+        // What was done before the log was on does not count, nor what was under way then.
+        if progress.phase == Phase::Precopy && progress.pages_done == 0 {
+            seen = work.operations();
+        }
         if progress.phase == Phase::Precopy && progress.pass_is_complete() {
-            while work.operations() < seen + 100 {
+            while work.operations() == seen {
                 thread::yield_now();
             }
             seen = work.operations();
+            while work.operations() < seen + 100 {
+                thread::yield_now();
+            }
         }
         ControlFlow::Continue(())
     };
