@@ -23,6 +23,13 @@ use clap::{Args, Subcommand};
 use crate::lab::build::Lab;
 use crate::lab::results::Results;
 use crate::lab::scenario::{SCENARIOS, Scenario};
+use crate::stages::Outcome;
+
+/// The suite of the oldest Xen in the lab.
+const OLDEST: &str = "bookworm";
+
+/// When smoke scenarios have taken so long, they hang.
+const SMOKE_LIMIT_SECONDS: u64 = 900;
 
 /// Boot a real Xen under qemu and run scenarios in it
 #[derive(Debug, Args)]
@@ -69,7 +76,7 @@ struct MatrixArgs {
 #[derive(Debug, Args)]
 pub(crate) struct BuildArgs {
     /// Debian suite whose Xen, kernel and toolstack to take
-    #[arg(long, default_value = "bookworm")]
+    #[arg(long, default_value = OLDEST)]
     suite: String,
 }
 
@@ -113,6 +120,24 @@ pub(crate) fn run(args: &LabArgs) -> Result<()> {
             Ok(())
         }
     }
+}
+
+/// The smoke scenarios on the oldest Xen there is a lab of.
+///
+/// # Errors
+///
+/// As [`run`]: also where the lab cannot be built.
+pub(crate) fn smoke() -> Result<Outcome> {
+    run_scenarios(&RunArgs {
+        build: BuildArgs {
+            suite: OLDEST.to_owned(),
+        },
+        release: false,
+        images: None,
+        limit: SMOKE_LIMIT_SECONDS,
+        scenarios: Vec::new(),
+    })?;
+    Ok(Outcome::Done)
 }
 
 fn run_scenarios(args: &RunArgs) -> Result<()> {

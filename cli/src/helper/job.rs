@@ -63,7 +63,7 @@ pub(crate) fn run(args: &Args, wire: &Wire) -> Result<Outcome> {
             errno: 0,
         },
         Err(error) => {
-            tracing::error!("{} failed: {error:#}", args.what());
+            tracing::error!("{} failed: {}", args.what(), words(&error));
             Outcome {
                 retval: -1,
                 errno: errno_of(error.as_ref()) as i32,
@@ -231,6 +231,19 @@ fn restore(args: &RestoreArgs, wire: &Wire, backend: &Backend) -> Result<()> {
     Ok(())
 }
 
+/// A failure in words, down to its cause. Some errors name their cause themselves; it
+/// is not said twice.
+pub(crate) fn words(error: &anyhow::Error) -> String {
+    error
+        .chain()
+        .map(ToString::to_string)
+        .fold(String::new(), |words, cause| match words.as_str() {
+            "" => cause,
+            said if said.ends_with(&cause) => words,
+            said => format!("{said}: {cause}"),
+        })
+}
+
 /// The errno that says the most of why it failed: libxl shows it.
 fn errno_of(error: &(dyn StdError + 'static)) -> Errno {
     let mut cause = Some(error);
@@ -262,4 +275,23 @@ fn errno_of(error: &(dyn StdError + 'static)) -> Errno {
         cause = error.source();
     }
     Errno::EIO
+}
+
+#[cfg(test)]
+mod tests {
+    use xsr_save_restore::SaveError;
+
+    use super::*;
+
+    #[test]
+    fn the_cause_decides_the_errno_and_is_said_once() {
+        let broken = || SaveError::from(io::Error::from(io::ErrorKind::BrokenPipe));
+        let error = anyhow::Error::new(broken());
+        assert_eq!(words(&error).matches("broken pipe").count(), 1, "{error:#}");
+        let raw = io::Error::from_raw_os_error(Errno::ENOSPC as i32);
+        let error = anyhow::Error::new(SaveError::from(raw)).context("saving");
+        assert_eq!(errno_of(error.as_ref()), Errno::ENOSPC);
+        assert_eq!(errno_of(&SaveError::Aborted), Errno::ECANCELED);
+        assert_eq!(errno_of(anyhow!("no idea").as_ref()), Errno::EIO);
+    }
 }

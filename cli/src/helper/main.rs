@@ -45,7 +45,7 @@ fn main() -> ExitCode {
     tracing::debug!("starting {}", args.what());
     match job::run(&args, &wire) {
         Ok(outcome) => complete(&wire, &outcome),
-        Err(error) => tracing::error!("{error:#}"),
+        Err(error) => tracing::error!("{}", job::words(&error)),
     }
     match wire.lost() {
         Some(Lost::Reply) => NO_REPLY.into(),

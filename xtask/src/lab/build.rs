@@ -401,7 +401,8 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     Invocation::new("cp").arg("-a").arg(from).arg(to).run()
 }
 
-fn executable(path: &Path) -> Result<()> {
+/// Let a file be run.
+pub(super) fn executable(path: &Path) -> Result<()> {
     use std::os::unix::fs::PermissionsExt as _;
     Ok(std::fs::set_permissions(
         path,

@@ -20,8 +20,10 @@ const DOM0_MIB: u32 = 512;
 /// - `smap`: before qemu 9.1, an IRET from ring 3 (the kernel of every PV guest) reads
 ///   its stack with the rights of the hypervisor, and dom0 dies of a page fault;
 /// - `rdtscp`: when intercepted, it is reported as RDTSC, and guests die of it;
-/// - `la57`: nothing here has five levels of page tables.
-const PROCESSOR: &str = "max,la57=off,smap=off,rdtscp=off";
+/// - `la57`: nothing here has five levels of page tables;
+/// - `avx`, `avx2`: nothing here needs them, and they are under suspicion: in a dom0 that
+///   used them, now and then a program died of memory that nobody had written.
+const PROCESSOR: &str = "max,la57=off,smap=off,rdtscp=off,avx=off,avx2=off";
 
 /// One processor: with two of them, each a thread of qemu's, memory of guests and of
 /// dom0 has been seen to change by itself on a loaded machine.

@@ -65,6 +65,8 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     more("migrate_ours_ours", "hvm"),
     more("cancel", "pvh"),
     more("cancel_suspended", "pv"),
+    more("pairs", "pvh64m"),
+    more("pairs", "pv64m"),
 ];
 
 /// What each kind does.
@@ -109,6 +111,10 @@ const KINDS: &[(&str, &str)] = &[
     (
         "migrate_ours_ours",
         "live xl migrate to the same host, our helper on both sides",
+    ),
+    (
+        "pairs",
+        "five saves and five restores with each helper, in turn, measured (KIND-GUEST.log)",
     ),
     (
         "cancel",

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
-use super::build::{Lab, source};
+use super::build::{Lab, executable, source};
 use super::scenario::Scenario;
 use crate::command::Invocation;
 use crate::workspace;
@@ -59,8 +59,9 @@ impl Share {
             }
             std::fs::create_dir_all(dir)?;
         }
-        for script in ["start", "lib", "scenarios", "play-libxl"] {
+        for script in ["start", "lib", "scenarios", "play-libxl", "measure-helper"] {
             share.put(&source("dom0").join(script), script)?;
+            executable(&share.input.join(script))?;
         }
         share.put(&lab.file("VERSIONS"), "VERSIONS")?;
         share.guests()?;
@@ -131,7 +132,7 @@ impl Share {
                 &dir.join(format!("{name}.save.zst")),
                 &format!("{name}.zst"),
             )?;
-            writeln!(lines, "image {name}")?;
+            writeln!(lines, "image {name}\nimage_ours {name}")?;
         }
         ensure!(
             lines.len() > before,
