@@ -57,6 +57,8 @@ enum LabTask {
     Run(RunArgs),
     /// Run all scenarios on each suite's Xen; write docs/interop.md
     Matrix(MatrixArgs),
+    /// Write docs/interop.md from the last run of each scenario
+    Report(MatrixArgs),
     /// List the scenarios
     List,
 }
@@ -112,6 +114,7 @@ pub(crate) fn run(args: &LabArgs) -> Result<()> {
         }
         LabTask::Run(args) => run_scenarios(args),
         LabTask::Matrix(args) => matrix::run(&args.suites, args.limit),
+        LabTask::Report(args) => matrix::report(&args.suites),
         LabTask::List => {
             for scenario in SCENARIOS {
                 let smoke = if scenario.smoke { "  (smoke)" } else { "" };
@@ -153,6 +156,7 @@ fn run_scenarios(args: &RunArgs) -> Result<()> {
     }
     qemu::boot(&lab, &share, args.limit)?;
     let results = Results::read(&share)?;
+    results.note(&lab)?;
     println!("\n{}", results.table());
     results.verdict(&share)
 }

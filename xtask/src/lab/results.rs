@@ -1,10 +1,14 @@
-//! What became of the scenarios of one boot.
+//! What became of the scenarios of one boot, and the last of all boots.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::io::ErrorKind;
 
 use anyhow::{Context, Result, bail};
 
+use super::build::Lab;
 use super::share::Share;
+use crate::command::Invocation;
 
 /// One scenario's end.
 #[derive(Clone, Debug, PartialEq)]
@@ -76,6 +80,21 @@ impl Results {
         self.rows.iter().filter(|row| row.ok != Some(true)).count()
     }
 
+    /// Note them with the lab, each in place of what was noted of the scenario before.
+    pub(super) fn note(&self, lab: &Lab) -> Result<()> {
+        let date = Invocation::new("date").args(["-u", "+%F"]).capture()?;
+        let mut notes = Notes::read(lab)?;
+        for row in &self.rows {
+            let note = match row.ok {
+                Some(true) => format!("ok, {:.0} s, {}", row.seconds, date.trim()),
+                Some(false) => format!("**failed**, {}", date.trim()),
+                None => format!("**did not end**, {}", date.trim()),
+            };
+            notes.0.insert(row.name.clone(), note);
+        }
+        notes.write(lab)
+    }
+
     /// Fail unless every scenario was fine.
     pub(super) fn verdict(&self, share: &Share) -> Result<()> {
         let bad: Vec<&str> = self
@@ -94,6 +113,36 @@ impl Results {
             );
         }
         Ok(())
+    }
+}
+
+/// How each scenario ended the last time it ran in a lab: `KIND/GUEST`, and in words.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Notes(pub(super) BTreeMap<String, String>);
+
+impl Notes {
+    const FILE: &str = "notes";
+
+    /// What is noted; nothing, where nothing has run yet.
+    pub(super) fn read(lab: &Lab) -> Result<Self> {
+        match std::fs::read_to_string(lab.file(Self::FILE)) {
+            Ok(text) => Ok(Self::parse(&text)),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(Self::default()),
+            Err(error) => Err(error).context("reading what was noted of earlier runs"),
+        }
+    }
+
+    fn parse(text: &str) -> Self {
+        let lines = text.lines().filter_map(|line| line.split_once(' '));
+        Self(lines.map(|(k, v)| (k.to_owned(), v.to_owned())).collect())
+    }
+
+    fn write(&self, lab: &Lab) -> Result<()> {
+        let mut text = String::new();
+        for (name, note) in &self.0 {
+            writeln!(text, "{name} {note}")?;
+        }
+        std::fs::write(lab.file(Self::FILE), text).context("noting the results")
     }
 }
 

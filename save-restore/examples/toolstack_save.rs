@@ -1,0 +1,131 @@
+//! A toolstack of one's own that saves a domain while it runs: with progress, a limit
+//! of time after which it is cancelled, and a precopy policy of its own.
+//!
+//! ```text
+//! cargo run -p xsr-save-restore --example toolstack_save -- HOST DOMAIN FILE [SECONDS]
+//! ```
+//!
+//! HOST is `xen`, or the directory of a mock machine (`xsr mock create` makes one).
+//! FILE becomes a bare libxc stream; the domain is destroyed when it is complete, and
+//! runs on when anything fails.
+
+#![allow(clippy::print_stdout, reason = "an example talks to whoever runs it")]
+
+use std::error::Error;
+use std::fs::File;
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
+
+use xsr_save_restore::progress::{Cancel, Progress};
+use xsr_save_restore::save::precopy::{PrecopyDecision, PrecopyPolicy, PrecopyStats};
+use xsr_save_restore::sink::FdSink;
+use xsr_save_restore::toolstack::{SaveToolstack, ToolstackError};
+use xsr_save_restore::{Live, SaveOptions};
+use xsr_xen_backend::mock::MockHost;
+use xsr_xen_backend::{DomId, Domain, Host, XenHost};
+
+/// Goes on for as long as each pass leaves fewer pages dirty than the one before.
+#[derive(Debug, Default)]
+struct WhileItShrinks {
+    last: Option<u64>,
+}
+
+impl PrecopyPolicy for WhileItShrinks {
+    fn decide(&mut self, stats: &PrecopyStats) -> PrecopyDecision {
+        // Right after a pass nobody knows yet what is dirty.
+        let Some(dirty) = stats.dirty_count else {
+            return PrecopyDecision::Continue;
+        };
+        match self.last.replace(dirty) {
+            Some(last) if dirty >= last || dirty == 0 => PrecopyDecision::StopAndCopy,
+            _ => PrecopyDecision::Continue,
+        }
+    }
+}
+
+/// How this toolstack suspends a guest. One with devices would quiet them here, too.
+struct Toolstack<'a> {
+    domain: &'a dyn Domain,
+}
+
+impl SaveToolstack for Toolstack<'_> {
+    fn suspend(&mut self) -> Result<(), ToolstackError> {
+        let suspended = self.domain.suspend();
+        suspended.map_err(|e| ToolstackError::new("suspending the guest", e))
+    }
+
+    fn resume(&mut self) -> Result<(), ToolstackError> {
+        let resumed = self.domain.resume();
+        resumed.map_err(|e| ToolstackError::new("resuming the guest", e))
+    }
+
+    fn switch_qemu_logdirty(&mut self, on: bool) -> Result<(), ToolstackError> {
+        println!("a device model would be told now: log-dirty mode {on}");
+        Ok(())
+    }
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let (host, domain, file, seconds) = match &args[..] {
+        [host, domain, file] => (host, domain, file, 3600),
+        [host, domain, file, seconds] => (host, domain, file, seconds.parse()?),
+        _ => return Err("usage: toolstack_save HOST DOMAIN FILE [SECONDS]".into()),
+    };
+    let (host, domid): (Box<dyn Host>, DomId) = match host.as_str() {
+        "xen" => (Box::new(XenHost::open()?), DomId(domain.parse()?)),
+        dir => {
+            let mock = MockHost::open(Path::new(dir))?;
+            let domid = mock.find(domain)?;
+            (Box::new(mock), domid)
+        }
+    };
+    let domain = host.domain(domid)?;
+
+    // Any thread may cancel, at any time: here one that looks at the clock.
+    let cancel = Cancel::new();
+    let limit = cancel.clone();
+    thread::spawn(move || {
+        thread::sleep(Duration::from_secs(seconds));
+        limit.cancel();
+    });
+
+    let stream = File::create(file)?;
+    let mut sink = FdSink::cancellable(&stream, cancel.clone())?;
+    let mut toolstack = Toolstack {
+        domain: domain.as_ref(),
+    };
+    let mut policy = WhileItShrinks::default();
+    let mut on_progress = |progress: &Progress| {
+        if progress.pass_is_complete() {
+            println!(
+                "{:?}, pass {}: {} pages, {:.0} MiB/s",
+                progress.phase,
+                progress.iteration,
+                progress.pages_done,
+                progress.octets_per_second / f64::from(1 << 20)
+            );
+        }
+        cancel.check()
+    };
+    let saved = xsr_save_restore::save_live(
+        domain.as_ref(),
+        host.xen_version()?,
+        &mut toolstack,
+        &mut sink,
+        &SaveOptions::default(),
+        Live {
+            policy: &mut policy,
+            verify: false,
+        },
+        &mut on_progress,
+    );
+    let saved = saved.inspect_err(|_| println!("the guest runs on"))?;
+    // While `saved` lives, the guest can still be resumed: should this fail, it is.
+    stream.sync_all()?;
+    println!("suspended for {:?}", saved.stats().suspended_for);
+    saved.keep_suspended();
+    domain.destroy()?;
+    Ok(())
+}
