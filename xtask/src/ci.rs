@@ -6,7 +6,6 @@ use anyhow::Result;
 use crate::deny;
 use crate::dist;
 use crate::fuzz;
-use crate::lab;
 use crate::lint;
 use crate::peer;
 use crate::stages::{Outcome, Stages};
@@ -20,7 +19,6 @@ pub(crate) fn stages(stages: &mut Stages) {
     stages.run("peer tools", peer::stage);
     stages.run("test", tests);
     stages.run("fuzz smoke", fuzz::smoke);
-    stages.run("lab smoke", lab::smoke);
     stages.run("dist", dist::stage);
 }
 

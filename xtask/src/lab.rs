@@ -23,13 +23,9 @@ use clap::{Args, Subcommand};
 use crate::lab::build::Lab;
 use crate::lab::results::Results;
 use crate::lab::scenario::{SCENARIOS, Scenario};
-use crate::stages::Outcome;
 
 /// The suite of the oldest Xen in the lab.
 const OLDEST: &str = "bookworm";
-
-/// When smoke scenarios have taken so long, they hang.
-const SMOKE_LIMIT_SECONDS: u64 = 900;
 
 /// Boot a real Xen under qemu and run scenarios in it
 #[derive(Debug, Args)]
@@ -123,24 +119,6 @@ pub(crate) fn run(args: &LabArgs) -> Result<()> {
             Ok(())
         }
     }
-}
-
-/// The smoke scenarios on the oldest Xen there is a lab of.
-///
-/// # Errors
-///
-/// As [`run`]: also where the lab cannot be built.
-pub(crate) fn smoke() -> Result<Outcome> {
-    run_scenarios(&RunArgs {
-        build: BuildArgs {
-            suite: OLDEST.to_owned(),
-        },
-        release: false,
-        images: None,
-        limit: SMOKE_LIMIT_SECONDS,
-        scenarios: Vec::new(),
-    })?;
-    Ok(Outcome::Done)
 }
 
 fn run_scenarios(args: &RunArgs) -> Result<()> {

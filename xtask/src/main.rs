@@ -108,9 +108,8 @@ Examples:
     /// Do all that continuous integration does
     ///
     /// Formatting, lints, dependencies, documentation, tests, a few seconds of each
-    /// fuzz target, the smoke scenarios on a real Xen under qemu, man pages and
-    /// completions. All stages run, even if one fails; the table at the end has the
-    /// times.
+    /// fuzz target, man pages and completions. All stages run, even if one fails; the
+    /// table at the end has the times.
     #[command(after_help = "\
 Example:
   cargo xtask ci")]

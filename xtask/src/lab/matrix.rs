@@ -15,11 +15,11 @@ use crate::workspace;
 const HEAD: &str = "\
 # Interoperability with Xen
 
-Made by `cargo xtask lab matrix` (or `lab report`, from earlier runs), on a real Xen with Debian's kernel and toolstack under
-qemu's software emulation: not written by hand. A scenario is a kind and a guest; a guest
-counts, checks a memory pattern and rewritten pages every round, and has to go on doing
-so (the guest `hvm` sits in its BIOS, and has to be there). Each scenario fails, too, when
-it leaves a domain, an event channel of dom0 or a xenstore node behind.
+Made by `cargo xtask lab report` from the results of `lab run` and `lab matrix`: a real Xen
+with Debian's kernel and toolstack, under qemu's software emulation. A scenario is a kind
+and a guest; a guest counts, checks a memory pattern and rewritten pages every round, and
+has to go on doing so (the guest `hvm` sits in its BIOS, and has to be there). A scenario
+fails, too, when it leaves a domain, an event channel of dom0 or a xenstore node behind.
 
 | guest | |
 |---|---|

@@ -94,7 +94,7 @@ const KINDS: &[(&str, &str)] = &[
     ),
     (
         "parity",
-        "one suspended domain, written by our helper and by the stock one: equal octets",
+        "one suspended domain, written by both helpers: equal octets, but for the TSC's time stamps",
     ),
     (
         "migrate_stock_stock",
