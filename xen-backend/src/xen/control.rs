@@ -85,10 +85,17 @@ impl DomainControl for XenDomain {
     fn vcpu_online(&self, vcpu: u32) -> Result<bool, BackendError> {
         let mut body = sys::xen_domctl_getvcpuinfo::new_zeroed();
         body.vcpu = vcpu;
-        self.calls()
+        let errno = match self
+            .calls()
             .domctl(sys::XEN_DOMCTL_getvcpuinfo, self.domid, &body)
-            .map(|info| info.online != 0)
-            .map_err(|errno| self.fail("getvcpuinfo", errno))
+        {
+            Ok(info) => return Ok(info.online != 0),
+            // Xen 4.22 says no more than that the vcpu is not there.
+            Err(Errno::ENOENT) if vcpu > self.info()?.max_vcpu_id => Errno::EINVAL,
+            Err(Errno::ENOENT) => Errno::ESRCH,
+            Err(errno) => errno,
+        };
+        Err(self.fail("getvcpuinfo", errno))
     }
 
     fn pause(&self) -> Result<(), BackendError> {

@@ -16,6 +16,9 @@ use crate::{DomId, GuestKind};
 const MAX_VCPUS: u32 = 128;
 /// Largest event channel, as xl has it by default.
 const MAX_PORT: u32 = 1023;
+/// Lets Xen choose the number (`DOMID_ANY`). From 4.22 on nothing else does: 0, too, is
+/// the number of one domain there, which exists. Older ones take any reserved number so.
+const DOMID_ANY: u16 = 0x7ff5;
 /// KiB in a page.
 const PAGE_KIB: u64 = 4;
 
@@ -57,8 +60,7 @@ fn createdomain(calls: &Calls, kind: GuestKind, vcpus: u32) -> Result<DomId, Err
         };
         let body = (calls.interface.encode_create)(&create);
         let (version, cmd) = (calls.interface.domctl, sys::XEN_DOMCTL_createdomain);
-        // Number 0 lets Xen choose.
-        let (domid, _) = calls::domctl(&*calls.raw, version, cmd, 0, &body)?;
+        let (domid, _) = calls::domctl(&*calls.raw, version, cmd, DOMID_ANY, &body)?;
         Ok(DomId(domid))
     };
     if kind == GuestKind::Pv {

@@ -11,7 +11,8 @@
 //! | 0x18 | 4.22 | | | 0x16 |
 //!
 //! Every other structure is the same in all of them: `cargo xtask bindings` checks
-//! that. Source: `xen/include/public/{domctl,sysctl}.h` and `arch-x86/xen.h` of each
+//! that. (From 0x18 on `createdomain` chooses a number for DOMID_ANY only, which older
+//! ones take as well, and `getvcpuinfo` answers ENOENT for a vcpu that is not there.) Source: `xen/include/public/{domctl,sysctl}.h` and `arch-x86/xen.h` of each
 //! release.
 
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
@@ -70,6 +71,9 @@ impl std::fmt::Debug for Interface {
         write!(f, "domctl interface {:#x}", self.domctl)
     }
 }
+
+/// "No vcpu at all" (`XEN_INVALID_MAX_VCPU_ID`).
+const NO_VCPU: u32 = u32::MAX;
 
 /// "As many as the hypervisor allows."
 const DEFAULT_LIMIT: i32 = -1;
@@ -173,7 +177,12 @@ impl Info {
             shutdown: has(sys::XEN_DOMINF_shutdown).then(|| shutdown_reason(reason)),
             paused: has(sys::XEN_DOMINF_paused),
             dying: has(sys::XEN_DOMINF_dying),
-            max_vcpu_id: self.max_vcpu_id,
+            max_vcpu_id: match self.max_vcpu_id {
+                // A domain whose vcpus have not been made yet: as one whose first has
+                // not, which every caller knows how to meet.
+                NO_VCPU => 0,
+                largest => largest,
+            },
             tot_pages: self.tot_pages,
             max_pages: self.max_pages,
             shared_info_frame: Gfn(self.shared_info_frame),

@@ -21,6 +21,12 @@ const PAGE_KIB: u64 = 4;
 /// is none of the number.
 const LAST_WITH_NEXT: u32 = 0x15;
 
+/// Interface versions from here on choose a domain's number only for [`DOMID_ANY`], and
+/// answer ENOENT for a vcpu that is not there.
+pub(super) const FIRST_WITH_ANY: u32 = 0x18;
+/// "Any number."
+const DOMID_ANY: u16 = 0x7ff5;
+
 /// A domctl under way: where its union is, and what it holds.
 pub(super) struct Domctl<'a> {
     pub(super) face: &'a Face,
@@ -68,6 +74,10 @@ impl Face {
         match cmd {
             sys::XEN_DOMCTL_createdomain => {
                 let body: [u8; BODY] = self.load(place)?;
+                // Newer ones take a number for what it says, but for DOMID_ANY.
+                if self.interface >= FIRST_WITH_ANY && domid != DOMID_ANY {
+                    return Err(Errno::EEXIST);
+                }
                 let domid = self.create(&body)?;
                 self.save(address + 8, &domid.0)?;
                 Ok(0)

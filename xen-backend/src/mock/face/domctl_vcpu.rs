@@ -4,7 +4,7 @@
 
 use nix::errno::Errno;
 
-use super::domctl::{Domctl, done};
+use super::domctl::{Domctl, FIRST_WITH_ANY, done};
 use super::{BODY, errno, sys};
 use crate::{DomainControl, HvmGuest, PvGuest, VcpuBlob};
 
@@ -24,7 +24,14 @@ impl Domctl<'_> {
         match cmd {
             sys::XEN_DOMCTL_getvcpuinfo => {
                 let mut body: sys::xen_domctl_getvcpuinfo = self.load()?;
-                body.online = self.domain.vcpu_online(body.vcpu).map_err(errno)?.into();
+                let online = self.domain.vcpu_online(body.vcpu).map_err(errno);
+                let online = online.map_err(|errno| match errno {
+                    Errno::EINVAL | Errno::ESRCH if self.face.interface >= FIRST_WITH_ANY => {
+                        Errno::ENOENT
+                    }
+                    errno => errno,
+                })?;
+                body.online = online.into();
                 self.save(&body)
             }
             sys::XEN_DOMCTL_getvcpucontext => self.context(),

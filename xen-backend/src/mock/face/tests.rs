@@ -257,6 +257,13 @@ fn a_structure_means_the_same_taken_apart_as_put_together() {
         assert_eq!(octets.len(), interface.info_octets);
         assert_eq!((interface.decode_info)(&octets), Some(info));
         assert_eq!((interface.decode_info)(&octets[1..]), None);
+        // One whose vcpus have not been made yet.
+        let none = crate::xen::interface::Info {
+            max_vcpu_id: u32::MAX,
+            ..info
+        };
+        assert_eq!(info.to_domain_info().max_vcpu_id, 3);
+        assert_eq!(none.to_domain_info().max_vcpu_id, 0);
         let create = crate::xen::interface::Create {
             flags: 3,
             vcpus: 5,
