@@ -83,6 +83,19 @@ impl ForeignPages {
         }
     }
 
+    /// These pages, with `failed` (ascending by index) in the place of what was known of
+    /// them before.
+    ///
+    /// # Safety
+    ///
+    /// Every page but those of `failed` has been mapped, with at least the access that
+    /// the pages have.
+    pub(crate) unsafe fn with_failed(mut self, failed: Vec<MapError>) -> Self {
+        debug_assert!(failed.is_sorted_by_key(|e| e.index));
+        self.failed = failed;
+        self
+    }
+
     /// These pages, counted in `counter` until they are unmapped.
     pub(crate) fn counted_by(mut self, counter: &Arc<AtomicUsize>) -> Self {
         counter.fetch_add(self.count, Ordering::Relaxed);

@@ -36,11 +36,12 @@ fn open(path: impl AsRef<Path>) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).open(path)
 }
 
-/// `None` where the file is not there.
+/// `None` where the file is not there, or nothing is behind it.
 fn optional(opened: io::Result<File>) -> io::Result<Option<File>> {
+    let absent = [Errno::ENOENT, Errno::ENXIO, Errno::ENODEV].map(|errno| errno as i32);
     match opened {
         Ok(file) => Ok(Some(file)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) if error.raw_os_error().is_some_and(|e| absent.contains(&e)) => Ok(None),
         Err(error) => Err(error),
     }
 }
@@ -116,5 +117,20 @@ impl Hypercalls for Privcmd {
         let device = open(EVENTS)
             .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(Errno::EIO as i32)))?;
         events::notify(&device, domid, port)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_without_a_driver_is_none() {
+        let failed = |errno: Errno| optional(Err(io::Error::from_raw_os_error(errno as i32)));
+        for errno in [Errno::ENOENT, Errno::ENXIO, Errno::ENODEV] {
+            assert!(matches!(failed(errno), Ok(None)), "{errno}");
+        }
+        let denied = failed(Errno::EACCES).unwrap_err();
+        assert_eq!(denied.kind(), io::ErrorKind::PermissionDenied);
     }
 }

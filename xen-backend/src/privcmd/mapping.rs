@@ -4,9 +4,10 @@
 //! `tools/libs/foreignmemory/linux.c`; in Linux, `privcmd_ioctl_mmap_batch`.
 
 use std::fs::File;
+use std::io;
 use std::num::NonZeroUsize;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -18,7 +19,7 @@ use super::ioctl::{self, MmapBatch, MmapResource};
 use super::{FrameMapping, Resource};
 use crate::DomId;
 use crate::error::MapError;
-use crate::pages::{Access, ForeignPages};
+use crate::pages::{Access, ForeignPages, Gather, WriteCall};
 
 fn protection(access: Access) -> ProtFlags {
     match access {
@@ -47,10 +48,9 @@ const LARGEST_FRAME: u64 = (1 << 40) - 1;
 pub(super) struct Mapping {
     privcmd: Arc<File>,
     domid: DomId,
-    /// Gives the addresses back if the work is not finished.
-    pages: Option<ForeignPages>,
+    /// The addresses, which are given back with it.
+    pages: ForeignPages,
     base: NonNull<u8>,
-    access: Access,
     gfns: Vec<Gfn>,
     /// The same, as the kernel is asked for them.
     asked: Vec<u64>,
@@ -83,9 +83,8 @@ impl Mapping {
             domid,
             // SAFETY: `base` starts a mapping of `gfns.len()` pages made above, which
             // nobody else knows of; all are listed as failed. (None for no pages.)
-            pages: Some(unsafe { ForeignPages::from_raw(base, gfns.len(), access, failed) }),
+            pages: unsafe { ForeignPages::from_raw(base, gfns.len(), access, failed) },
             base,
-            access,
             gfns: gfns.to_vec(),
             asked: gfns.iter().map(|gfn| gfn.0.min(LARGEST_FRAME)).collect(),
             errors: vec![-(Errno::EAGAIN as i32); gfns.len()],
@@ -134,7 +133,7 @@ impl FrameMapping for Mapping {
         }
     }
 
-    fn finish(mut self: Box<Self>) -> Result<ForeignPages, Errno> {
+    fn finish(self: Box<Self>) -> Result<ForeignPages, Errno> {
         let failed = (0..self.gfns.len())
             .filter_map(|index| {
                 Some(MapError {
@@ -144,13 +143,9 @@ impl FrameMapping for Mapping {
                 })
             })
             .collect();
-        // The addresses are those of the value made now: the old one must not give
-        // them back.
-        std::mem::forget(self.pages.take());
-        // SAFETY: `base` starts the mapping of this many pages that `new` made and that
-        // nobody else owns any more; every page but those of `failed` has been mapped
-        // by the kernel, which said so.
-        Ok(unsafe { ForeignPages::from_raw(self.base, self.gfns.len(), self.access, failed) })
+        // SAFETY: every page but those of `failed` has been mapped by the kernel, which
+        // said so, with the access that `new` reserved them for.
+        Ok(unsafe { self.pages.with_failed(failed) })
     }
 }
 
@@ -176,5 +171,82 @@ pub(super) fn resource(
     // SAFETY: the descriptor is privcmd's; `addr` to `addr + num * 4096` is a mapping of
     // privcmd's that we own and nothing has borrowed.
     unsafe { ioctl::mmap_resource(privcmd.as_raw_fd(), &raw mut request) }?;
+    reachable(&pages)?;
     Ok(pages)
+}
+
+/// Whether memory is behind every page. Linux reports a resource as mapped where the last
+/// of its frames could not be (`privcmd_ioctl_mmap_resource` looks at as many results as
+/// there were successes), and to touch such a page is a SIGBUS. The kernel's own look at it
+/// is an EFAULT.
+fn reachable(pages: &ForeignPages) -> Result<(), Errno> {
+    let errno = |error: io::Error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+    for (_, page) in pages.iter() {
+        let (_reader, writer) = io::pipe().map_err(errno)?;
+        let mut list = Gather::new();
+        list.push_page(page);
+        let one = WriteCall::AtMost(NonZeroUsize::MIN);
+        let looked = list.unwritten().write_some(writer.as_fd(), one);
+        looked.map_err(errno)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+
+    use super::*;
+
+    /// A file in the place of privcmd, which refuses the ioctl.
+    const NAME: &str = "xsr-no-privcmd";
+
+    fn reserved(gfns: &[u64]) -> Mapping {
+        let file = Arc::new(File::from(memfd_create(NAME, MFdFlags::empty()).unwrap()));
+        let gfns: Vec<Gfn> = gfns.iter().copied().map(Gfn).collect();
+        Mapping::new(&file, DomId(7), &gfns, Access::Read).unwrap()
+    }
+
+    fn listed(pages: &ForeignPages) -> Vec<(usize, u64, Errno)> {
+        let failed = pages.failed().iter();
+        failed.map(|e| (e.index, e.gfn.0, e.errno)).collect()
+    }
+
+    #[test]
+    fn each_frame_has_the_kernels_word_and_the_addresses_go_back() {
+        // Nothing was tried, or the call failed as a whole.
+        let mut mapping = reserved(&[4, 5]);
+        assert_eq!(mapping.failure(1), Some(Errno::EAGAIN));
+        assert_eq!(mapping.map(0..2), Err(Errno::ENOTTY));
+        let pages = Box::new(mapping).finish().unwrap();
+        let refused = [(0, 4, Errno::ENOTTY), (1, 5, Errno::ENOTTY)];
+        assert_eq!(listed(&pages), refused);
+        // As the kernel writes it: one mapped, one paged out, one cut to another frame.
+        let mut mapping = reserved(&[1, 2, 1 << 40]);
+        mapping.errors = vec![0, -(Errno::ENOENT as i32), 0];
+        assert_eq!(mapping.asked, [1, 2, LARGEST_FRAME]);
+        let some = Box::new(mapping).finish().unwrap();
+        let failed = [(1, 2, Errno::ENOENT), (2, 1 << 40, Errno::EINVAL)];
+        assert_eq!(listed(&some), failed);
+        assert!(some.page(0).is_some() && some.page(1).is_none());
+        let unfinished = reserved(&[9]);
+        let mapped = || std::fs::read_to_string("/proc/self/maps").unwrap();
+        assert_eq!(mapped().matches(NAME).count(), 3);
+        drop((pages, some, unfinished));
+        assert_eq!(mapped().matches(NAME).count(), 0);
+        assert!(Box::new(reserved(&[])).finish().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_page_without_memory_behind_it_is_found_out_before_it_is_touched() {
+        let file = File::from(memfd_create("half", MFdFlags::empty()).unwrap());
+        file.set_len(PAGE_SIZE as u64).unwrap();
+        for (count, expected) in [(1, Ok(())), (2, Err(Errno::EFAULT))] {
+            let base = map_device(&file, count, Access::Write).unwrap();
+            // SAFETY: `base` starts the mapping just made of this many pages, which nobody
+            // else knows of. (What is beyond the file's end is not touched here.)
+            let pages = unsafe { ForeignPages::from_raw(base, count, Access::Write, vec![]) };
+            assert_eq!(reachable(&pages), expected);
+        }
+    }
 }
