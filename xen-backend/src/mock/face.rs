@@ -73,6 +73,8 @@ struct State {
     nodes: BTreeMap<String, Vec<u8>>,
     /// Frames that are paged out: how often they will be found so.
     paged_out: BTreeMap<(u16, u64), u32>,
+    /// Calls for types of frames that will find the second half of a buffer on the move.
+    faults: u32,
 }
 
 impl fmt::Debug for Face {

@@ -18,6 +18,10 @@ use crate::{DomainControl, GuestMemory};
 /// Most frames of one `getpageframeinfo3`.
 const MAX_TYPE_BATCH: usize = 1024;
 
+/// How often the call that is made most is made again when a buffer cannot be reached:
+/// memory that is merely locked may be on the move (C: `do_domctl_retry_efault`).
+const FAULTS: u32 = 2;
+
 /// Extents in one call of the memory operations: what is under way is bounded, as is
 /// the buffer.
 const EXTENTS: usize = 1 << 16;
@@ -127,14 +131,21 @@ impl GuestMemory for XenDomain {
             return Err(fail(Errno::EINVAL));
         }
         let frames: Vec<u64> = gfns.iter().map(|gfn| gfn.0).collect();
-        let buffer = self.calls().filled(frames.as_bytes()).map_err(fail)?;
+        let mut buffer = self.calls().filled(frames.as_bytes()).map_err(fail)?;
         let body = sys::xen_domctl_getpageframeinfo3 {
             num: frames.len() as u64,
             array: buffer.address(),
         };
-        self.calls()
-            .domctl(sys::XEN_DOMCTL_getpageframeinfo3, self.domid, &body)
-            .map_err(fail)?;
+        let cmd = sys::XEN_DOMCTL_getpageframeinfo3;
+        let mut left = FAULTS;
+        while let Err(errno) = self.calls().domctl(cmd, self.domid, &body) {
+            if errno != Errno::EFAULT || left == 0 {
+                return Err(fail(errno));
+            }
+            left -= 1;
+            // Some of the frames may have given way to their types.
+            buffer.write(0, frames.as_bytes());
+        }
         let mut word = [0; 8];
         for (index, out) in out.iter_mut().enumerate() {
             buffer.read(index * 8, &mut word);

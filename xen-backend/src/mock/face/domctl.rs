@@ -270,6 +270,13 @@ impl Domctl<'_> {
         let mut types = vec![PageType::NOTAB; gfns.len()];
         self.domain.page_types(&gfns, &mut types).map_err(errno)?;
         let types: Vec<u64> = types.iter().map(|t| u64::from(t.nibble()) << 28).collect();
+        let mut state = self.face.state();
+        if let Some(left) = state.faults.checked_sub(1) {
+            state.faults = left;
+            let reached = &types[..types.len() / 2];
+            self.face.buffers.write(body.array, reached.as_bytes())?;
+            return Err(Errno::EFAULT);
+        }
         self.face.buffers.write(body.array, types.as_bytes())?;
         Ok(0)
     }

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use nix::errno::Errno;
-use xsr_format::frame::{Gfn, Pfn};
+use xsr_format::frame::{Gfn, PageType, Pfn};
 
 use super::{Face, Obstacles};
 use crate::contract;
@@ -124,6 +124,36 @@ fn frames_that_are_paged_out_are_asked_for_again() {
     }
     let left: u32 = face.state().paged_out.values().sum();
     assert_eq!(left, 0);
+}
+
+#[test]
+fn a_buffer_that_is_on_the_move_is_filled_anew() {
+    let machine = machine(17);
+    let face = Face::new(&machine);
+    let domid = guest(&machine, GuestKind::Pv);
+    let domain = xen(&face).domain(domid).unwrap();
+    let direct = machine.domain(domid).unwrap();
+    let typed = |first: u64| {
+        let gfns: Vec<Gfn> = (first..first + 1000).map(Gfn).collect();
+        let mut types = vec![PageType::XTAB; gfns.len()];
+        direct.page_types(&gfns, &mut types).unwrap();
+        (gfns, types)
+    };
+    // Where a type in the place of a frame makes a difference.
+    let last = domain.m2p().unwrap().max_mfn().0 - 1000;
+    let (gfns, expected) = (0..last)
+        .step_by(1000)
+        .map(typed)
+        .find(|(_, types)| types[..500].contains(&PageType::NOTAB))
+        .unwrap();
+    let mut types = vec![PageType::XTAB; gfns.len()];
+    face.state().faults = 2;
+    domain.page_types(&gfns, &mut types).unwrap();
+    assert_eq!(types, expected);
+    // No longer than that.
+    face.state().faults = 3;
+    let error = domain.page_types(&gfns, &mut types).unwrap_err();
+    assert_eq!(error.errno, Errno::EFAULT);
 }
 
 #[test]
