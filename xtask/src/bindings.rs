@@ -200,11 +200,17 @@ fn newest() -> u32 {
 /// Unpack a release's public headers; the directory to search for `xen/…`.
 fn unpack(xen: &Path, release: &str, scratch: &Path) -> Result<PathBuf> {
     let dir = scratch.join(release);
-    let public = dir.join("xen");
-    if !public.join("domctl.h").is_file() {
+    if !dir.is_dir() {
+        // Under another name until all of it is there.
+        let partial = scratch.join(format!("{release}.partial"));
+        let public = partial.join("xen");
+        if partial.exists() {
+            fs::remove_dir_all(&partial)
+                .with_context(|| format!("cannot remove {}", partial.display()))?;
+        }
         fs::create_dir_all(&public)
             .with_context(|| format!("cannot create {}", public.display()))?;
-        let archive = dir.join("headers.tar");
+        let archive = partial.join("headers.tar");
         Invocation::new("git")
             .arg("-C")
             .arg(xen)
@@ -220,12 +226,16 @@ fn unpack(xen: &Path, release: &str, scratch: &Path) -> Result<PathBuf> {
             .arg(&public)
             .arg("--strip-components=3")
             .run()?;
-        let wrapper: String = ["#include <stdint.h>\n#define __XEN_TOOLS__ 1\n".to_owned()]
-            .into_iter()
-            .chain(HEADERS.iter().map(|h| format!("#include <xen/{h}>\n")))
-            .collect();
-        fs::write(dir.join("all.h"), wrapper)?;
+        fs::rename(&partial, &dir)
+            .with_context(|| format!("cannot rename {}", partial.display()))?;
     }
+    // Every time: the list may have grown since.
+    let wrapper: String = ["#include <stdint.h>\n#define __XEN_TOOLS__ 1\n".to_owned()]
+        .into_iter()
+        .chain(HEADERS.iter().map(|h| format!("#include <xen/{h}>\n")))
+        .collect();
+    let all = dir.join("all.h");
+    fs::write(&all, wrapper).with_context(|| format!("cannot write {}", all.display()))?;
     Ok(dir)
 }
 
@@ -370,7 +380,8 @@ fn write(files: &[(String, String)], check: bool) -> Result<()> {
     for (name, text) in files {
         let path = dir.join(name);
         if check {
-            let there = fs::read_to_string(&path).unwrap_or_default();
+            let there = fs::read_to_string(&path)
+                .with_context(|| format!("cannot read {}", path.display()))?;
             ensure!(
                 there == *text,
                 "{} is not what Xen's headers give: run the task without --check",
