@@ -4,23 +4,33 @@
 //! Depends on clap and the standard library alone: `cargo xtask dist` includes this
 //! file by its path to make man pages and completions.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
-// Named, because `xtask` includes this file by its path, too.
+use self::images::{CatArgs, ConvertArgs, EditArgs, ExportArgs};
+pub(crate) use self::migrate::{Endpoint, MigrateArgs, ReceiveArgs};
+pub(crate) use self::mock::{
+    MockArgs, MockCommand, MockCreateArgs, MockDomainArgs, MockKind, MockListArgs, MockRenameArgs,
+    MockShowArgs, MockWorkloadArgs, WorkloadArgs,
+};
+
+// Named, because `xtask` includes this file from another place.
 #[path = "args/images.rs"]
 pub(crate) mod images;
-
-use images::{CatArgs, ConvertArgs, EditArgs, ExportArgs};
+#[path = "args/migrate.rs"]
+mod migrate;
+#[path = "args/mock.rs"]
+mod mock;
 
 const LONG_ABOUT: &str = "\
-Save, restore, inspect, verify and compare Xen domains and their images.
+Save, restore, migrate, inspect, verify and compare Xen domains and their images.
 
 inspect, verify, diff, convert, edit, export and cat take images of any age, of xl, libvirt \
-and xapi, compressed or not, on any machine. save and restore \
-work on the domains of a hypervisor; on a machine without Xen, that is a mock machine \
+and xapi, compressed or not, on any machine. save, restore and \
+migrate work on the domains of a hypervisor; on a machine without Xen, that is a mock machine \
 kept in a directory (`xsr mock create`, `--backend mock:DIR`).";
 
 const EXIT_CODES: &str = "\
@@ -28,6 +38,7 @@ Exit codes:
   0   fine; for diff: no difference
   1   the operation failed; for diff: there are differences
   2   the image is bad (damaged, truncated, or not an image)
+  3   migrate: nobody knows at this end whether the domain runs at the other
   64  the command line is wrong";
 
 const ENVIRONMENT: &str = "\
@@ -42,9 +53,10 @@ Examples:
   xsr verify *.save                        check images
   zstd -dc guest.save.zst | xsr verify -   check one as it comes
   xsr mock create web --host /tmp/lab      a domain to try things on
-  xsr save --backend mock:/tmp/lab web web.save";
+  xsr save --backend mock:/tmp/lab web web.save
+  xsr migrate --backend mock:/tmp/lab web other.example.org";
 
-/// Save, restore, inspect, verify and compare Xen domains and their images
+/// Save, restore, migrate, inspect, verify and compare Xen domains and their images
 #[derive(Debug, Parser)]
 #[command(
     name = "xsr",
@@ -84,6 +96,8 @@ pub(crate) struct Global {
 pub(crate) enum Command {
     Save(SaveArgs),
     Restore(RestoreArgs),
+    Migrate(MigrateArgs),
+    MigrateReceive(ReceiveArgs),
     Inspect(InspectArgs),
     Verify(VerifyArgs),
     Diff(DiffArgs),
@@ -100,10 +114,16 @@ pub(crate) enum Command {
 /// Afterwards the domain is gone, unless -c or -p keeps it. FILE appears when it is
 /// complete, under a temporary name until then; where saving fails, the domain runs
 /// on and no file is left. `-`, a pipe or a device is written straight.
+///
+/// With --live the domain runs while its memory is written, and again what it wrote
+/// meanwhile; it stands still for the rest only. When that is, Xen's rule decides
+/// (five passes, or fewer than 50 pages left), or a target: any of --max-downtime,
+/// --timeout and --on-timeout sets one.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   xsr save --backend mock:/tmp/lab web web.save
+  xsr save --backend mock:/tmp/lab --live -c web web.save
   xsr save --backend mock:/tmp/lab -c web - | zstd > web.save.zst")]
 pub(crate) struct SaveArgs {
     /// Leave the domain running afterwards
@@ -112,8 +132,17 @@ pub(crate) struct SaveArgs {
     /// Leave the domain there, but paused
     #[arg(short = 'p', long)]
     pub(crate) paused: bool,
+    /// Save while the domain runs
+    #[arg(long)]
+    pub(crate) live: bool,
+    #[command(flatten)]
+    pub(crate) target: TargetArgs,
+    #[command(flatten)]
+    pub(crate) threads: ThreadsArg,
     #[command(flatten)]
     pub(crate) backend: BackendArg,
+    #[command(flatten)]
+    pub(crate) progress: ProgressArg,
     /// Print what was done as JSON (docs/json.md)
     #[arg(long)]
     pub(crate) json: bool,
@@ -125,8 +154,10 @@ pub(crate) struct SaveArgs {
 
 /// Restore a domain from an image, as `xl restore` does
 ///
-/// The image may be one of xl's, a libxl stream, or a bare libxc stream. Where
-/// restoring fails, the domain that was being built is destroyed.
+/// The image may be one of xl's, a libxl stream, or a bare libxc stream. A stream
+/// without configuration is read twice, to find out what the domain needs; from a pipe,
+/// --type, --vcpus and --memory must say it. Where restoring fails, the domain that was
+/// being built is destroyed.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -145,12 +176,17 @@ pub(crate) struct RestoreArgs {
     /// For an image without configuration: the domain's name [default: that of FILE]
     #[arg(long)]
     pub(crate) name: Option<String>,
+    /// For an image without configuration: kind of guest [default: found in the image]
+    #[arg(long = "type", value_name = "TYPE")]
+    pub(crate) kind: Option<RestoreKind>,
     /// For an image without configuration: vcpus [default: found in the image]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) vcpus: Option<u32>,
     /// For an image without configuration: memory [default: found in the image]
     #[arg(long, value_name = "SIZE")]
     pub(crate) memory: Option<MemorySize>,
+    #[command(flatten)]
+    pub(crate) progress: ProgressArg,
     /// Print what was done as JSON (docs/json.md)
     #[arg(long)]
     pub(crate) json: bool,
@@ -231,89 +267,6 @@ pub(crate) struct DiffArgs {
     pub(crate) b: PathBuf,
 }
 
-/// Make and look after the domains of a mock machine
-///
-/// A mock machine is a directory. Its domains have real memory, page tables and
-/// registers, and outlive the command.
-#[derive(Debug, Args)]
-pub(crate) struct MockArgs {
-    #[command(subcommand)]
-    pub(crate) command: MockCommand,
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum MockCommand {
-    Create(MockCreateArgs),
-    List(MockListArgs),
-    Show(MockShowArgs),
-    Destroy(MockDestroyArgs),
-}
-
-/// Make a domain, filled with a seeded pattern
-///
-/// The same options make the same domain. The directory is made where there is none.
-#[derive(Debug, Args)]
-#[command(after_help = "\
-Example:
-  xsr mock create web --host /tmp/lab --type pv --memory 256M --vcpus 2 --seed 7")]
-pub(crate) struct MockCreateArgs {
-    #[command(flatten)]
-    pub(crate) host: MockHostArg,
-    /// How the guest is virtualised
-    #[arg(long = "type", value_name = "TYPE", default_value = "pv")]
-    pub(crate) kind: MockKind,
-    /// Memory: a number of MiB, or one with K, M or G
-    #[arg(long, value_name = "SIZE", default_value = "256M")]
-    pub(crate) memory: MemorySize,
-    /// Virtual CPUs
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) vcpus: u32,
-    /// What the pattern in its memory grows from
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub(crate) seed: u64,
-    /// The domain's name
-    pub(crate) name: String,
-}
-
-/// List the domains
-#[derive(Debug, Args)]
-pub(crate) struct MockListArgs {
-    #[command(flatten)]
-    pub(crate) host: MockHostArg,
-    /// Print JSON (docs/json.md)
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
-/// Show one domain
-#[derive(Debug, Args)]
-pub(crate) struct MockShowArgs {
-    #[command(flatten)]
-    pub(crate) host: MockHostArg,
-    /// Print JSON (docs/json.md)
-    #[arg(long)]
-    pub(crate) json: bool,
-    /// Name or number of the domain
-    pub(crate) domain: String,
-}
-
-/// Destroy a domain
-#[derive(Debug, Args)]
-pub(crate) struct MockDestroyArgs {
-    #[command(flatten)]
-    pub(crate) host: MockHostArg,
-    /// Name or number of the domain
-    pub(crate) domain: String,
-}
-
-/// Which mock machine.
-#[derive(Debug, Args)]
-pub(crate) struct MockHostArg {
-    /// The directory that is the mock machine
-    #[arg(long, value_name = "DIR")]
-    pub(crate) host: PathBuf,
-}
-
 /// See it work: domains on a mock machine, saved, verified, restored, compared
 ///
 /// Needs no Xen and no privileges. Leaves nothing behind.
@@ -356,13 +309,64 @@ impl FromStr for Backend {
     }
 }
 
-/// The kinds of guest that the mock machine makes.
+const TARGET: &str = "When to suspend the domain";
+
+/// When a live save suspends its domain, as a target.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct TargetArgs {
+    /// Suspend the domain once the rest can be sent in so many milliseconds [default: 300]
+    #[arg(
+        long,
+        value_name = "MS",
+        value_parser = clap::value_parser!(u32).range(1..),
+        help_heading = TARGET
+    )]
+    pub(crate) max_downtime: Option<u32>,
+    /// Begin no pass over the running domain's memory after so many seconds [default: 300]
+    #[arg(long, value_name = "S", help_heading = TARGET)]
+    pub(crate) timeout: Option<u32>,
+    /// What to do then [default: stop-copy]
+    #[arg(long, value_name = "WHAT", help_heading = TARGET)]
+    pub(crate) on_timeout: Option<OnTimeoutArg>,
+}
+
+impl TargetArgs {
+    /// Whether any of it was given.
+    pub(crate) fn is_given(&self) -> bool {
+        self.max_downtime.is_some() || self.timeout.is_some() || self.on_timeout.is_some()
+    }
+}
+
+/// What to do when the time for the passes is up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum MockKind {
-    /// Paravirtualised, 64-bit
+pub(crate) enum OnTimeoutArg {
+    /// Suspend the domain, and send the rest however long it takes
+    StopCopy,
+    /// Give up: the domain runs on
+    Cancel,
+}
+
+/// How many threads.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct ThreadsArg {
+    /// Threads to work with [default: what the machine has]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<NonZeroUsize>,
+}
+
+/// Where a program can follow what is being done.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct ProgressArg {
+    /// Write progress to descriptor N, as lines of JSON (docs/json.md)
+    #[arg(long, value_name = "N", help_heading = "Messages")]
+    pub(crate) progress_fd: Option<u32>,
+}
+
+/// The kinds of guest that an image can be of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum RestoreKind {
+    /// Paravirtualised, 64-bit or 32-bit
     Pv,
-    /// Paravirtualised, 32-bit
-    Pv32,
     /// Hardware-virtualised, with a device model
     Hvm,
     /// Hardware-virtualised, without a device model

@@ -39,6 +39,11 @@ pub(crate) fn open_or_create(backend: &Backend) -> Result<MockHost> {
     }
 }
 
+/// Whether this program can work on it at all, before anything is made.
+pub(crate) fn check(backend: &Backend) -> Result<()> {
+    directory(backend).map(drop)
+}
+
 fn directory(backend: &Backend) -> Result<&Path> {
     if let Backend::Mock(dir) = backend {
         return Ok(dir);
@@ -58,6 +63,14 @@ fn directory(backend: &Backend) -> Result<&Path> {
         "{why}; use a mock machine: --backend mock:DIR, or XSR_BACKEND=mock:DIR (`xsr mock \
          create` makes one)"
     )
+}
+
+/// The command by which a person does something to a domain there.
+pub(crate) fn domain_command(backend: &Backend, verb: &str, rest: &str) -> String {
+    match backend {
+        Backend::Auto => format!("xl {verb} {rest}"),
+        Backend::Mock(dir) => format!("xsr mock {verb} --host {} {rest}", dir.display()),
+    }
 }
 
 /// Keep the configuration with a domain.

@@ -7,6 +7,8 @@ mod diff;
 mod edit;
 mod export;
 mod inspect;
+mod migrate;
+mod migrate_receive;
 mod mock;
 mod restore;
 mod save;
@@ -28,6 +30,8 @@ pub(crate) fn run(command: Command, terminal: &Terminal) -> anyhow::Result<Code>
         Command::Cat(args) => cat::run(&args),
         Command::Save(args) => save::run(&args, terminal),
         Command::Restore(args) => restore::run(&args, terminal),
+        Command::Migrate(args) => migrate::run(&args, terminal),
+        Command::MigrateReceive(args) => migrate_receive::run(&args, terminal),
         Command::Mock(args) => mock::run(&args.command, terminal),
         Command::Demo(_) => demo::run(terminal),
     }

@@ -126,6 +126,20 @@ pub(crate) fn make(name: &str, uuid: &str, kind: GuestKind, vcpus: u32, memory_k
     )
 }
 
+/// The configuration with another name for the domain; octet for octet the same where
+/// it has that name.
+pub(crate) fn renamed(json: &str, name: &str) -> Result<String, BadImage> {
+    if Config::parse(json)?.name == name {
+        return Ok(json.to_owned());
+    }
+    let bad = |e| BadImage(format!("the domain's configuration is no JSON: {e}"));
+    let mut value: Value = serde_json::from_str(json).map_err(bad)?;
+    if let Some(place) = value.pointer_mut("/c_info/name") {
+        *place = Value::from(name);
+    }
+    serde_json::to_string_pretty(&value).map_err(bad)
+}
+
 /// An UUID that is always the same for a name and a seed (of RFC 9562's version 8,
 /// which is for such).
 pub(crate) fn uuid(name: &str, seed: u64) -> String {
@@ -163,6 +177,15 @@ mod tests {
         assert_eq!(config.kind, GuestKind::Pvh);
         assert_eq!((config.vcpus, config.max_memory_kib), (3, 8192));
         assert_eq!(config.max_pages(), 2048 + 256);
+    }
+
+    #[test]
+    fn a_domain_can_be_renamed() {
+        let json = make("web", "0-1", GuestKind::Pv, 1, 4096);
+        assert_eq!(renamed(&json, "web"), Ok(json.clone()));
+        let other = renamed(&json, "db").expect("it is well-formed");
+        let config = Config::parse(&other).expect("it is well-formed");
+        assert_eq!((config.name.as_str(), config.vcpus), ("db", 1));
     }
 
     #[test]

@@ -15,24 +15,52 @@ pub(crate) enum Code {
     Failed,
     /// 2: the image is bad.
     BadImage,
+    /// 3: a migration after which nobody knows at this end who has the domain.
+    Undecided,
     /// 64: the command line is wrong (`EX_USAGE` of sysexits).
     Usage,
 }
 
-impl From<Code> for ExitCode {
-    fn from(code: Code) -> Self {
-        Self::from(match code {
-            Code::Fine => 0_u8,
-            Code::Failed => 1,
-            Code::BadImage => 2,
-            Code::Usage => 64,
-        })
+impl Code {
+    /// As the process says it.
+    pub(crate) fn number(self) -> u8 {
+        match self {
+            Self::Fine => 0,
+            Self::Failed => 1,
+            Self::BadImage => 2,
+            Self::Undecided => 3,
+            Self::Usage => 64,
+        }
     }
 }
 
+impl From<Code> for ExitCode {
+    fn from(code: Code) -> Self {
+        Self::from(code.number())
+    }
+}
+
+/// A migration that broke off: what the connection brought is no image that somebody
+/// could copy again.
+#[derive(Debug)]
+pub(crate) struct Migration {
+    /// What failed, and who has the domain now.
+    pub(crate) words: String,
+    /// Whether that cannot be known at this end.
+    pub(crate) undecided: bool,
+}
+
+impl fmt::Display for Migration {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.words)
+    }
+}
+
+impl std::error::Error for Migration {}
+
 /// An image that no library error describes as bad, but which is: say, a
 /// configuration that names no guest type.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub(crate) struct BadImage(pub(crate) String);
 
 impl fmt::Display for BadImage {
@@ -60,6 +88,12 @@ pub(crate) fn code_of(error: &anyhow::Error) -> Code {
     for cause in error.chain() {
         if cause.is::<BadUsage>() {
             return Code::Usage;
+        }
+        if let Some(migration) = cause.downcast_ref::<Migration>() {
+            return match migration.undecided {
+                true => Code::Undecided,
+                false => Code::Failed,
+            };
         }
         let bad_image = cause.is::<BadImage>()
             || cause

@@ -128,6 +128,17 @@ impl Input {
         }
     }
 
+    /// What comes over a connection, as it is.
+    pub(crate) fn of_connection(file: File, name: String) -> Self {
+        Self {
+            file,
+            name,
+            length: None,
+            path: None,
+            feed: None,
+        }
+    }
+
     fn plain(mut file: File, name: String) -> anyhow::Result<Self> {
         let metadata = file.metadata().with_context(|| name.clone())?;
         if metadata.is_dir() {
@@ -173,8 +184,10 @@ impl Input {
 
     /// The length; an error where the file cannot be read a second time.
     pub(crate) fn seekable(&self, why: &str) -> anyhow::Result<u64> {
-        self.length
-            .with_context(|| format!("{}: {why}; give it as a file", self.name))
+        self.length.ok_or_else(|| {
+            let why = format!("{}: {why}; give it as a file", self.name);
+            anyhow::Error::new(BadUsage(why))
+        })
     }
 }
 

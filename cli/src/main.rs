@@ -13,6 +13,7 @@ mod config;
 mod exit;
 mod feed;
 mod file;
+mod handshake;
 mod image;
 mod interrupt;
 mod page_map;
@@ -20,6 +21,9 @@ mod peel;
 mod stdout;
 mod terminal;
 mod text;
+mod transport;
+mod watch;
+mod workload;
 
 use std::path::Path;
 use std::process::ExitCode;

@@ -6,15 +6,17 @@ use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 use tracing_subscriber::EnvFilter;
+use xsr_save_restore::progress::{Phase, Progress};
 
 use crate::exit;
 use crate::text::size;
 
 /// Stderr, and how much it may carry.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Terminal {
     /// A person watches, and has not asked for quiet.
     watched: bool,
+    quiet: bool,
 }
 
 impl Terminal {
@@ -39,6 +41,15 @@ impl Terminal {
             .init();
         Self {
             watched: is_terminal && !quiet,
+            quiet,
+        }
+    }
+
+    /// The same, but without progress: somebody else shows it there.
+    pub(crate) fn without_progress(&self) -> Self {
+        Self {
+            watched: false,
+            ..*self
         }
     }
 
@@ -54,6 +65,14 @@ impl Terminal {
     /// Say something to the person who watches; nothing where nobody does.
     pub(crate) fn note(&self, text: &str) {
         if self.watched {
+            line(text);
+        }
+    }
+
+    /// Say something also where stderr is no terminal, because whoever reads it is at
+    /// the other end of a connection.
+    pub(crate) fn say(&self, text: &str) {
+        if !self.quiet {
             line(text);
         }
     }
@@ -81,21 +100,64 @@ pub(crate) struct Bar {
 }
 
 impl Bar {
-    /// So much is done of `total` (0 if that is not known), and so many octets have
-    /// gone through.
-    pub(crate) fn show(&self, done: u64, total: u64, octets: u64) {
+    /// So much is done of `total` (0 if that is not known).
+    pub(crate) fn show(&self, done: u64, total: u64) {
         if self.bar.is_hidden() || done == 0 {
             return;
         }
-        if total > 0 && self.bar.length().is_none() {
+        if total > 0 && self.bar.length() != Some(total) {
             self.bar.set_length(total);
             set_template(&self.bar, "{prefix:>10} [{bar:32}] {percent:>3}% {msg}");
         }
-        let milliseconds = self.started.elapsed().as_millis().max(1);
-        let rate = u128::from(octets) * 1000 / milliseconds;
-        let rate = size(u64::try_from(rate).unwrap_or(u64::MAX));
         self.bar.set_position(done);
-        self.bar.set_message(format!("{}, {rate}/s", size(octets)));
+    }
+
+    /// So many octets are done of `total`.
+    pub(crate) fn octets(&self, done: u64, total: u64) {
+        self.show(done, total);
+        self.bar.set_message(self.volume(done));
+    }
+
+    /// So many octets, and how quickly they came.
+    fn volume(&self, octets: u64) -> String {
+        let milliseconds = self.started.elapsed().as_millis().max(1);
+        let average = u128::from(octets) * 1000 / milliseconds;
+        let average = u64::try_from(average).unwrap_or(u64::MAX);
+        format!("{}, {}/s", size(octets), size(average))
+    }
+
+    /// So far is the engine. `octets_total`: of an image that is read, since its stream
+    /// does not say how much there is.
+    pub(crate) fn progress(&self, progress: &Progress, octets_total: Option<u64>) {
+        if self.bar.is_hidden() {
+            return;
+        }
+        match (progress.pages_total, octets_total) {
+            (Some(total), _) => self.show(progress.pages_done, total),
+            (None, Some(total)) => self.show(progress.octets, total),
+            (None, None) => self.show(progress.octets, 0),
+        }
+        self.bar.set_message(self.words(progress));
+    }
+
+    fn words(&self, progress: &Progress) -> String {
+        let mut words = self.volume(progress.octets);
+        match progress.phase {
+            Phase::Precopy => {
+                words = format!("pass {}: {words}", progress.iteration + 1);
+                if progress.dirty_count.is_some() {
+                    let rate = progress.dirty_pages_per_second;
+                    words = format!("{words}, writes {rate:.0} pages/s");
+                }
+                if let Some(downtime) = progress.estimated_downtime {
+                    words = format!("{words}, would stand {} ms", downtime.as_millis());
+                }
+            }
+            Phase::StopAndCopy => words = format!("suspended: {words}"),
+            Phase::Verify => words = format!("sent again: {words}"),
+            _ => {}
+        }
+        words
     }
 }
 

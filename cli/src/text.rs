@@ -14,6 +14,7 @@ impl<N: fmt::Display + TryInto<u64> + Copy> fmt::Display for Count<N> {
             (true, _) => write!(f, "{number} {noun}"),
             (false, "leaf") => write!(f, "{number} leaves"),
             (false, "entry") => write!(f, "{number} entries"),
+            (false, "pass") => write!(f, "{number} passes"),
             (false, _) => write!(f, "{number} {noun}s"),
         }
     }
@@ -57,6 +58,7 @@ mod tests {
         assert_eq!(size(4_214_183), "4.0 MiB");
         assert_eq!(size(u64::MAX), "16777215.9 TiB");
         assert_eq!(Count(52_usize, "leaf").to_string(), "52 leaves");
+        assert_eq!(Count(3, "pass").to_string(), "3 passes");
         assert_eq!(pfn_range(5, 5), "0x5");
     }
 }

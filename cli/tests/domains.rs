@@ -8,7 +8,7 @@ mod common;
 use std::fs;
 use std::io::{self, Read};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use common::{
@@ -247,7 +247,9 @@ fn a_signal_breaks_a_save_off_in_good_order() {
     let output = child.wait_with_output().unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{stderr}");
-    assert!(stderr.contains("aborted"), "{stderr}");
+    // In the header that xl writes, or in the stream.
+    let said = ["aborted", "cancelled"].iter().any(|w| stderr.contains(w));
+    assert!(said, "{stderr}");
     assert_eq!(state(&host, "web").as_deref(), Some("running"));
 }
 
@@ -270,6 +272,11 @@ fn a_restore_that_fails_leaves_no_domain() {
     let host = dir.path().join("host");
     for name in ["tpv", "tpvh"] {
         let octets = fs::read(image(name)).unwrap();
+        // What is no image at all makes no host either.
+        if name == "tpv" {
+            run(["restore", &backend(&host), "/dev/null"]).code(2);
+            assert!(!host.exists());
+        }
         let bad = dir.path().join("bad.save");
         // In the headers, in the pages, in the tail, in the libxl stream behind.
         for length in [60, 900, 1 << 20, octets.len() - 60, octets.len() - 4] {
@@ -414,56 +421,6 @@ fn a_mock_domain_can_be_made_shown_and_destroyed() {
         .stderr_has("no good name");
 }
 
-/// The layers of an image of xl, each as an image of its own.
-fn bare(directory: &Path, name: &str) -> [PathBuf; 2] {
-    let octets = fs::read(image(name)).unwrap();
-    let (libxl, libxc, end) = layers(&octets);
-    let paths = ["bare.libxl", "bare.libxc"].map(|name| directory.join(name));
-    fs::write(&paths[0], &octets[libxl..]).unwrap();
-    fs::write(&paths[1], &octets[libxc..end]).unwrap();
-    paths
-}
-
-#[test]
-fn bare_streams_are_restored_too() {
-    for name in ["tpv", "tpvh"] {
-        let dir = scratch();
-        for stream in bare(dir.path(), name) {
-            let host = dir.path().join("host");
-            let backend = backend(&host);
-            run(["verify", arg(&stream)]).code(0);
-            // All is found in the image but the name, which is the file's.
-            run(["restore", &backend, arg(&stream)]).code(0);
-            let again = dir.path().join("again.save");
-            run(["save", &backend, "bare", arg(&again)]).code(0);
-            let diff = run([
-                "diff",
-                "--json",
-                "--after-restore",
-                arg(&stream),
-                arg(&again),
-            ]);
-            let sections: Vec<_> = diff.json()["differences"]
-                .as_array()
-                .unwrap()
-                .iter()
-                .filter(|d| d.get("expected").is_none())
-                .map(|d| d["section"].as_str().unwrap().to_owned())
-                .filter(|section| section != "headers" && section != "records")
-                .collect();
-            assert_eq!(sections, Vec::<String>::new(), "{diff:?}");
-            // Or it is said.
-            let said = ["--name", "said", "--vcpus", "3", "--memory", "8M"];
-            let args = ["restore", &backend].into_iter().chain(said);
-            run(args.chain([arg(&stream)])).code(0);
-            let shown = run(["mock", "show", "--json", "said", "--host", arg(&host)]).json();
-            assert_eq!(shown["vcpus"], 3);
-            assert_eq!(shown["max_pages"], (8 << 8) + 256);
-            run(["mock", "destroy", "said", "--host", arg(&host)]).code(0);
-        }
-    }
-}
-
 #[test]
 fn what_an_image_says_itself_is_not_said_again() {
     let dir = scratch();
@@ -477,11 +434,26 @@ fn what_an_image_says_itself_is_not_said_again() {
     ])
     .code(64)
     .stderr_has("has a configuration");
-    // A bare stream from a pipe cannot be read twice.
-    let [_, stream] = bare(dir.path(), "tpv");
-    let mut restore = xsr(["restore", &backend(&host), "-"]);
-    restore.write_stdin(fs::read(stream).unwrap());
-    ran(restore).code(64).stderr_has("give it as a file");
+}
+
+#[test]
+fn a_suspended_domain_can_be_resumed_and_others_cannot() {
+    let dir = scratch();
+    let host = host_with("pv", dir.path());
+    let mock = |args: &[&str]| run(["mock"].iter().chain(args).chain(&["--host", arg(&host)]));
+    mock(&["resume", "web"])
+        .code(1)
+        .stderr_has("web, which is running");
+    mock(&["unpause", "web"]).code(1).stderr_has("running");
+    mock(&["pause", "web"]).code(0);
+    assert_eq!(state(&host, "web").as_deref(), Some("paused"));
+    mock(&["unpause", "web"]).code(0);
+    assert_eq!(state(&host, "web").as_deref(), Some("running"));
+    mock(&["rename", "web", "shop"]).code(0);
+    let image = dir.path().join("a.save");
+    run(["save", &backend(&host), "shop", arg(&image)]).code(0);
+    let inspected = run(["inspect", "--json", arg(&image)]).code(0).json();
+    assert_eq!(inspected["guest"]["name"], "shop");
 }
 
 #[test]

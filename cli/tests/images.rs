@@ -139,7 +139,7 @@ fn a_pipe_is_read_as_a_file_is() {
 fn diff_wants_files() {
     let mut command = xsr(["diff", "-", arg(&image("tpv"))]);
     command.write_stdin(fs::read(image("tpv")).unwrap());
-    ran(command).code(1).stderr_has("give it as a file");
+    ran(command).code(64).stderr_has("give it as a file");
 }
 
 #[test]

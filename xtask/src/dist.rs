@@ -11,11 +11,12 @@ use clap_complete::Shell;
 use crate::stages::Outcome;
 use crate::workspace;
 
-// The command is a program, not a library, and this is the one file of it that
+// The command is a program, not a library, and this is the one module of it that
 // somebody else needs: it depends on clap alone.
 #[allow(
     dead_code,
     unreachable_pub,
+    unused_imports,
     reason = "only the definition is wanted here, not what it parses to"
 )]
 #[path = "../../cli/src/args.rs"]

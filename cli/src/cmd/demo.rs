@@ -10,18 +10,20 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use nix::sys::statvfs::statvfs;
 use tempfile::TempDir;
+use xsr_save_restore::SaveOptions;
 use xsr_save_restore::toolstack::DirectToolstack;
 use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
 use xsr_xen_backend::{DomId, GuestKind, Host};
 
 use super::{diff, mock, restore, save};
+use crate::args::ProgressArg;
 use crate::exit::Code;
 use crate::file::{Input, Output};
 use crate::image::Reading;
-use crate::interrupt::Interrupt;
 use crate::stdout::Results;
 use crate::terminal::Terminal;
 use crate::text::size;
+use crate::watch::Watch;
 
 /// A domain of the demo.
 struct Guest {
@@ -74,15 +76,16 @@ const ROOM: u64 = 2 << 30;
 
 /// Run the demo. Nothing is left behind, whatever happens.
 pub(crate) fn run(terminal: &Terminal) -> Result<Code> {
-    let interrupt = Interrupt::catch()?;
+    let no_lines = ProgressArg { progress_fd: None };
+    let watch = Watch::start(terminal, no_lines, "making")?;
     let started = Instant::now();
     let place = scratch()?;
-    let demo = Demo {
+    let mut demo = Demo {
         one: host(&place.path().join("one"), 1)?,
         other: host(&place.path().join("other"), 2)?,
         dir: place.path(),
         terminal,
-        interrupt: &interrupt,
+        watch,
     };
     let mut out = Results::new();
     writeln!(
@@ -178,7 +181,7 @@ struct Demo<'a> {
     other: MockHost,
     dir: &'a Path,
     terminal: &'a Terminal,
-    interrupt: &'a Interrupt,
+    watch: Watch,
 }
 
 /// What one domain took.
@@ -214,9 +217,9 @@ impl Demo<'_> {
                 seed: i,
                 ..GuestSpec::new(guest.name, guest.kind, guest.memory_mib)
             };
-            bar.show(i, GUESTS.len() as u64, 0);
+            bar.show(i, GUESTS.len() as u64);
             made.push(mock::create_guest(&self.one, &spec)?);
-            if self.interrupt.check().is_break() {
+            if self.watch.interrupt().cancel().is_cancelled() {
                 bail!("interrupted");
             }
         }
@@ -224,12 +227,12 @@ impl Demo<'_> {
     }
 
     /// Save, verify, restore, save again, compare.
-    fn domain(&self, guest: &Guest, domid: DomId) -> Result<Row> {
+    fn domain(&mut self, guest: &Guest, domid: DomId) -> Result<Row> {
         let name = guest.name;
         let image = self.dir.join(format!("{name}.save"));
         let again = self.dir.join(format!("{name}.again.save"));
         let started = Instant::now();
-        let octets = self.save(&self.one, domid, &image)?;
+        let octets = self.save(&self.one.clone(), domid, &image)?;
         let save = started.elapsed();
 
         let started = Instant::now();
@@ -241,7 +244,7 @@ impl Demo<'_> {
         let restored = self.restore(&image)?;
         let restore = started.elapsed();
 
-        self.save(&self.other, restored, &again)?;
+        self.save(&self.other.clone(), restored, &again)?;
         let comparison = diff::files(&image, &again, self.terminal)?;
         if comparison.differ() {
             bail!(
@@ -261,44 +264,34 @@ impl Demo<'_> {
     }
 
     /// Save a domain, which is gone afterwards; how many octets of pages it had.
-    fn save(&self, host: &MockHost, domid: DomId, to: &Path) -> Result<u64> {
+    fn save(&mut self, host: &MockHost, domid: DomId, to: &Path) -> Result<u64> {
         let domain = host.domain(domid)?;
         let output = Output::create(to)?;
         let mut toolstack = DirectToolstack(&*domain);
-        let bar = self.terminal.progress("saving");
-        let saved = save::write_image(
+        let job = save::Job {
             host,
             domid,
-            &*domain,
-            &mut toolstack,
-            output.file(),
-            &mut |progress| {
-                bar.show(
-                    progress.pages_done,
-                    progress.pages_total.unwrap_or(0),
-                    progress.octets,
-                );
-                self.interrupt.check()
-            },
-        )?;
-        drop(bar);
+            domain: &*domain,
+            options: SaveOptions::default(),
+        };
+        self.watch.now("saving");
+        let written = job.write(&mut toolstack, output.file(), None, &mut self.watch)?;
+        self.watch.clear();
         output.finish()?;
-        let octets = saved.stats().pages * 4096;
-        saved.keep_suspended();
+        let octets = written.saved.stats().pages * 4096;
+        written.saved.keep_suspended();
         domain.destroy()?;
         Ok(octets)
     }
 
-    fn restore(&self, from: &Path) -> Result<DomId> {
-        let bar = self.terminal.progress("restoring");
-        let job = restore::Job {
-            host: &self.other,
-            input: &Input::open(from, false)?,
-            lenient: false,
-            bar: &bar,
-            interrupt: Some(self.interrupt),
-        };
-        let made = job.restore_xl()?;
+    fn restore(&mut self, from: &Path) -> Result<DomId> {
+        let input = Input::open(from, false)?;
+        self.watch.now("restoring");
+        self.watch.expect_octets(input.length);
+        let cancel = self.watch.interrupt().cancel().clone();
+        let image = restore::Image::open(&input, false, &restore::Overrides::default(), cancel)?;
+        let made = image.build(&self.other, restore::Named::AsItSays, &mut self.watch)?;
+        self.watch.clear();
         made.unpause()?;
         Ok(made.keep().domid)
     }

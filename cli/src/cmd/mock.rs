@@ -4,11 +4,14 @@ use std::io::Write;
 
 use anyhow::{Context as _, Result};
 use xsr_format::frame::PAGE_SIZE;
-use xsr_xen_backend::mock::{DomainReport, DomainState, DomainSummary, GuestSpec, MockHost};
-use xsr_xen_backend::{DomId, GuestKind, Host};
+use xsr_xen_backend::mock::{
+    DomainReport, DomainState, DomainSummary, GuestSpec, MockHost, WorkloadSpec,
+};
+use xsr_xen_backend::{BackendError, DomId, Domain, GuestKind, Host};
 
 use crate::args::{
-    Backend, MockCommand, MockCreateArgs, MockDestroyArgs, MockKind, MockListArgs, MockShowArgs,
+    Backend, MockCommand, MockCreateArgs, MockDomainArgs, MockKind, MockListArgs, MockRenameArgs,
+    MockShowArgs, MockWorkloadArgs,
 };
 use crate::backend;
 use crate::config;
@@ -16,6 +19,7 @@ use crate::exit::{BadUsage, Code};
 use crate::stdout::Results;
 use crate::terminal::Terminal;
 use crate::text::{hex, size};
+use crate::workload;
 
 /// Do what is asked of a mock machine.
 pub(crate) fn run(command: &MockCommand, terminal: &Terminal) -> Result<Code> {
@@ -23,6 +27,11 @@ pub(crate) fn run(command: &MockCommand, terminal: &Terminal) -> Result<Code> {
         MockCommand::Create(args) => create(args, terminal)?,
         MockCommand::List(args) => list(args)?,
         MockCommand::Show(args) => show(args)?,
+        MockCommand::Workload(args) => set_workload(args)?,
+        MockCommand::Pause(args) => change(args, "pausing", |domain| domain.pause())?,
+        MockCommand::Unpause(args) => change(args, "unpausing", |domain| domain.unpause())?,
+        MockCommand::Resume(args) => change(args, "resuming", |domain| domain.resume())?,
+        MockCommand::Rename(args) => rename(args)?,
         MockCommand::Destroy(args) => destroy(args, terminal)?,
     }
     Ok(Code::Fine)
@@ -48,6 +57,11 @@ fn create(args: &MockCreateArgs, terminal: &Terminal) -> Result<()> {
     };
     let host = backend::open_or_create(&Backend::Mock(args.host.host.clone()))?;
     let domid = create_guest(&host, &spec)?;
+    let workload = workload::spec(&args.workload, args.seed);
+    if let Err(error) = workload::store(&host, domid, workload.as_ref()) {
+        host.domain(domid)?.destroy()?;
+        return Err(error);
+    }
     terminal.note(&format!(
         "{} is {domid} of {}",
         args.name,
@@ -117,16 +131,22 @@ fn state(state: DomainState) -> &'static str {
 
 fn show(args: &MockShowArgs) -> Result<()> {
     let host = MockHost::open(&args.host.host)?;
-    let report = host.show(host.find(&args.domain)?)?;
+    let domid = host.find(&args.domain)?;
+    let report = host.show(domid)?;
+    let workload = workload::of(&host, domid)?;
     let mut out = Results::new();
     match args.json {
         true => out.json(&report)?,
-        false => print(&report, &mut out)?,
+        false => print(&report, workload.as_ref(), &mut out)?,
     }
     out.finish()
 }
 
-fn print(report: &DomainReport, out: &mut dyn Write) -> Result<()> {
+fn print(
+    report: &DomainReport,
+    workload: Option<&WorkloadSpec>,
+    out: &mut dyn Write,
+) -> Result<()> {
     let summary = &report.summary;
     let online = report.vcpus_online.iter().filter(|online| **online).count();
     let bits = u32::from(report.width) * 8;
@@ -155,13 +175,60 @@ fn print(report: &DomainReport, out: &mut dyn Write) -> Result<()> {
         out,
         "  tsc      mode {mode}, {khz} kHz, incarnation {incarnation}"
     )?;
+    if let Some(spec) = workload {
+        let (rate, memory) = (spec.rate, size(spec.working_set * PAGE_SIZE as u64));
+        writeln!(
+            out,
+            "  writes   {rate} pages a second of {memory}, while it is saved or migrated"
+        )?;
+    }
     for (key, octets) in &report.userdata {
         writeln!(out, "  kept     {key}, {octets} octets")?;
     }
     Ok(())
 }
 
-fn destroy(args: &MockDestroyArgs, terminal: &Terminal) -> Result<()> {
+fn set_workload(args: &MockWorkloadArgs) -> Result<()> {
+    let host = MockHost::open(&args.host.host)?;
+    let domid = host.find(&args.domain)?;
+    // What it is made from need not be said: the domain itself was made from a seed.
+    let spec = workload::spec(&args.workload, u64::from(domid.0));
+    workload::store(&host, domid, spec.as_ref())
+}
+
+/// Do one thing to one domain.
+fn change(
+    args: &MockDomainArgs,
+    what: &str,
+    change: impl Fn(&dyn Domain) -> Result<(), BackendError>,
+) -> Result<()> {
+    let host = MockHost::open(&args.host.host)?;
+    let domain = host.domain(host.find(&args.domain)?)?;
+    change(&*domain).with_context(|| {
+        let now = domain.info().ok().map(|info| match info.shutdown {
+            Some(reason) => format!("shut down ({reason:?})").to_lowercase(),
+            None if info.paused => "paused".to_owned(),
+            None => "running".to_owned(),
+        });
+        format!(
+            "{what} {}, which is {}",
+            args.domain,
+            now.as_deref().unwrap_or("gone")
+        )
+    })
+}
+
+fn rename(args: &MockRenameArgs) -> Result<()> {
+    let host = MockHost::open(&args.host.host)?;
+    let domid = host.find(&args.domain)?;
+    host.rename(domid, &args.name)?;
+    match backend::config(&host, domid)? {
+        None => Ok(()),
+        Some(json) => backend::store_config(&host, domid, &config::renamed(&json, &args.name)?),
+    }
+}
+
+fn destroy(args: &MockDomainArgs, terminal: &Terminal) -> Result<()> {
     let host = MockHost::open(&args.host.host)?;
     let domid = host.find(&args.domain)?;
     let domain = host.domain(domid)?;

@@ -6,7 +6,6 @@
 mod source;
 
 use std::io::{Seek, SeekFrom};
-use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Instant;
 
@@ -16,27 +15,28 @@ use xsr_format::fields::hvm::{HvmContext, HvmRecordKind};
 use xsr_format::image::GuestType;
 use xsr_format::read::{ReadOptions, RecordReader};
 use xsr_format::record::{Body, RecordKind};
-use xsr_format::walk::{Content, Walk};
+use xsr_format::walk::{Around, Content, Walk};
 use xsr_format::wrapper::libxl::LibxlRecord;
 use xsr_format::wrapper::xl::XlHeader;
+use xsr_save_restore::RestoreOptions;
+use xsr_save_restore::progress::Cancel;
 use xsr_save_restore::restore::RestoreStats;
 use xsr_save_restore::toolstack::DirectToolstack;
-use xsr_save_restore::{RestoreOptions, Restored};
 use xsr_xen_backend::mock::MockHost;
 use xsr_xen_backend::{DomId, Domain, GuestKind, Host};
 
 use self::source::ImageSource;
-use crate::args::RestoreArgs;
+use crate::args::{RestoreArgs, RestoreKind};
 use crate::backend;
 use crate::config::{self, Config};
 use crate::exit::{BadImage, BadUsage, Code};
 use crate::file::Input;
 use crate::image::{Event, Reading};
-use crate::interrupt::Interrupt;
 use crate::page_map::{PageMap, runs_of};
 use crate::stdout::Results;
-use crate::terminal::{Bar, Terminal};
-use crate::text::size;
+use crate::terminal::Terminal;
+use crate::text::{Count, size};
+use crate::watch::Watch;
 
 /// The control domain: the other end of the xenstore and console rings.
 const DOM0: DomId = DomId(0);
@@ -56,35 +56,41 @@ struct Report<'a> {
 
 /// Restore a domain. Whatever fails, the domain is destroyed again.
 pub(crate) fn run(args: &RestoreArgs, terminal: &Terminal) -> Result<Code> {
-    let interrupt = Interrupt::catch()?;
+    let mut watch = Watch::start(terminal, args.progress, "restoring")?;
+    let result = restore(args, terminal, &mut watch);
+    watch.end(result)
+}
+
+fn restore(args: &RestoreArgs, terminal: &Terminal, watch: &mut Watch) -> Result<Code> {
     let started = Instant::now();
     let input = Input::open(&args.file, args.lenient)?;
-    let host = backend::open_or_create(&args.backend.backend)?;
-    let bar = terminal.progress("restoring");
-    let job = Job {
-        host: &host,
-        input: &input,
-        lenient: args.lenient,
-        bar: &bar,
-        interrupt: Some(&interrupt),
-    };
-    let made = job
-        .restore(&Overrides::from(args))
-        .and_then(|made| job.input.finish(0).map(|_| made))
+    backend::check(&args.backend.backend)?;
+    watch.expect_octets(input.length);
+    let restoring = || format!("restoring {}", input.name);
+    // The image first: one that cannot be restored makes no host.
+    let cancel = watch.interrupt().cancel().clone();
+    let image = Image::open(&input, args.lenient, &Overrides::from(args), cancel)
         .map_err(|error| input.blame(error))
-        .with_context(|| format!("restoring {}", input.name))?;
+        .with_context(restoring)?;
+    let host = backend::open_or_create(&args.backend.backend)?;
+    let made = image
+        .build(&host, Named::AsItSays, watch)
+        .and_then(|made| input.finish(0).map(|_| made))
+        .map_err(|error| input.blame(error))
+        .with_context(restoring)?;
     if !args.paused {
         made.unpause()?;
     }
-    drop(bar);
+    watch.clear();
     // From here on the domain lives, whatever becomes of what is said about it.
     let About { name, domid, stats } = made.keep();
     let fate = if args.paused { "paused" } else { "running" };
     let seconds = started.elapsed().as_secs_f64();
     terminal.note(&format!(
-        "{name} restored from {} as {domid}: {} of memory in {seconds:.1} s; it is {fate}",
+        "{name} restored from {} as {domid}: {} of memory, {}, in {seconds:.1} s; it is {fate}",
         input.name,
         size(stats.pages * 4096),
+        Count(stats.superpages, "superpage"),
     ));
     if args.json {
         let mut out = Results::new();
@@ -104,12 +110,28 @@ pub(crate) fn run(args: &RestoreArgs, terminal: &Terminal) -> Result<Code> {
 
 /// What the command line says of a domain whose image does not.
 #[derive(Clone, Debug, Default)]
-struct Overrides {
+pub(crate) struct Overrides {
     name: Option<String>,
+    kind: Option<GuestKind>,
     vcpus: Option<u32>,
     memory_kib: Option<u64>,
     /// What to call a domain that has no name at all.
     fallback: String,
+}
+
+impl Overrides {
+    /// Which of them were given, as options.
+    fn given(&self) -> Vec<&'static str> {
+        [
+            ("--name", self.name.is_some()),
+            ("--type", self.kind.is_some()),
+            ("--vcpus", self.vcpus.is_some()),
+            ("--memory", self.memory_kib.is_some()),
+        ]
+        .into_iter()
+        .filter_map(|(option, given)| given.then_some(option))
+        .collect()
+    }
 }
 
 impl From<&RestoreArgs> for Overrides {
@@ -121,6 +143,11 @@ impl From<&RestoreArgs> for Overrides {
         let fallback = stem.map(|stem| stem.to_string_lossy().into_owned());
         Self {
             name: args.name.clone(),
+            kind: args.kind.map(|kind| match kind {
+                RestoreKind::Pv => GuestKind::Pv,
+                RestoreKind::Hvm => GuestKind::Hvm,
+                RestoreKind::Pvh => GuestKind::Pvh,
+            }),
             vcpus: args.vcpus,
             memory_kib: args.memory.map(|memory| memory.kib),
             fallback: fallback.unwrap_or_else(|| "restored".to_owned()),
@@ -128,54 +155,117 @@ impl From<&RestoreArgs> for Overrides {
     }
 }
 
-/// One restore.
-#[derive(Clone, Copy)]
-pub(crate) struct Job<'a> {
-    pub(crate) host: &'a MockHost,
-    pub(crate) input: &'a Input,
-    pub(crate) lenient: bool,
-    pub(crate) bar: &'a Bar,
-    pub(crate) interrupt: Option<&'a Interrupt>,
-}
-
 /// What to build, and the configuration to keep with it.
+#[derive(Debug)]
 struct Plan {
     json: String,
     name: String,
     kind: GuestKind,
     vcpus: u32,
     max_pages: u64,
+    /// Whether the name is the image's own, and not to be chosen.
+    name_is_given: bool,
 }
 
-impl Job<'_> {
-    /// Restore an image of xl, which says itself what to build.
-    pub(crate) fn restore_xl(&self) -> Result<Made> {
-        self.restore(&Overrides::default())
-    }
+/// What a domain is called while it is being built.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Named {
+    /// What it will be called.
+    AsItSays,
+    /// Until the sender has let go of it, something else ([`INCOMING`]).
+    Incoming,
+}
 
-    fn restore(&self, overrides: &Overrides) -> Result<Made> {
-        let options = ReadOptions {
-            lenient: self.lenient,
-            offset: 0,
-        };
-        let walk = Walk::open(ImageSource::new(&self.input.file), options)?;
+/// What the name of a domain ends with that is being received. C:
+/// `tools/xl/xl_vmcontrol.c:create_domain`.
+pub(crate) const INCOMING: &str = "--incoming";
+
+/// An image that has been read as far as the libxc stream.
+pub(crate) struct Image<'a> {
+    reader: RecordReader<ImageSource<'a>>,
+    around: Around<ImageSource<'a>>,
+    plan: Plan,
+}
+
+impl<'a> Image<'a> {
+    /// Read the headers, and find out what the domain needs.
+    pub(crate) fn open(
+        input: &'a Input,
+        lenient: bool,
+        overrides: &Overrides,
+        cancel: Cancel,
+    ) -> Result<Self> {
+        let options = ReadOptions { lenient, offset: 0 };
+        let source = ImageSource::new(&input.file, cancel)?;
+        let walk = Walk::open(source, options)?;
         let (reader, around) = walk.into_libxc()?;
         let plan = match around.xl() {
             Some(header) => Plan::from_header(header, overrides)?,
-            None => self.plan(overrides, reader.offset())?,
+            None => Plan::made_up(
+                input,
+                lenient,
+                overrides,
+                reader.offset(),
+                reader.domain().guest_type,
+            )?,
         };
-        let mut made = self.make(&plan)?;
+        Ok(Self {
+            reader,
+            around,
+            plan,
+        })
+    }
+
+    /// As [`Image::open`], of a stream that must have a configuration.
+    pub(crate) fn open_migration(input: &'a Input, cancel: Cancel) -> Result<Self> {
+        let source = ImageSource::new(&input.file, cancel)?;
+        let walk = Walk::open(source, ReadOptions::default())?;
+        let (reader, around) = walk.into_libxc()?;
+        let header = around
+            .xl()
+            .ok_or_else(|| bad("the sender sent no xl header, and so no configuration"))?;
+        let plan = Plan::from_header(header, &Overrides::default())?;
+        Ok(Self {
+            reader,
+            around,
+            plan,
+        })
+    }
+
+    /// The name that the domain will have.
+    pub(crate) fn name(&self) -> &str {
+        &self.plan.name
+    }
+
+    /// Make the domain and fill it. It is paused then.
+    pub(crate) fn build(self, host: &MockHost, named: Named, watch: &mut Watch) -> Result<Made> {
+        let mut made = self.plan.make(host, named)?;
         // Records of emulators may come on either side of the libxc stream.
-        let mut emulators: Vec<LibxlRecord> = around
+        let mut emulators: Vec<LibxlRecord> = self
+            .around
             .before()
             .iter()
             .filter(|r| of_emulator(r))
             .cloned()
             .collect();
-        let (restored, source) = self.libxc(&made, reader)?;
+        let domain = made.domain.as_ref();
+        let options = RestoreOptions {
+            store_port: domain.alloc_unbound_port(DOM0)?,
+            store_domid: DOM0,
+            console_port: domain.alloc_unbound_port(DOM0)?,
+            console_domid: DOM0,
+        };
+        let mut toolstack = DirectToolstack(domain);
+        let (restored, source) = xsr_save_restore::restore(
+            domain,
+            self.reader,
+            &mut toolstack,
+            &options,
+            &mut |progress| watch.progress(progress),
+        )?;
         made.about.stats = restored.stats;
         let offset = source.offset();
-        let mut walk = around.resume(source, offset);
+        let mut walk = self.around.resume(source, offset);
         while let Some(step) = walk.next_step()? {
             // What nobody needs to understand is not kept.
             if let Content::LibxlRecord(record) = step.content
@@ -184,86 +274,8 @@ impl Job<'_> {
                 emulators.push(record);
             }
         }
-        backend::store_emulators(self.host, made.about.domid, &emulators)?;
+        backend::store_emulators(host, made.about.domid, &emulators)?;
         Ok(made)
-    }
-
-    fn libxc<'s>(
-        &self,
-        made: &Made,
-        reader: RecordReader<ImageSource<'s>>,
-    ) -> Result<(Restored, ImageSource<'s>)> {
-        let domain = made.domain.as_ref();
-        let options = RestoreOptions {
-            store_port: domain.alloc_unbound_port(DOM0)?,
-            store_domid: DOM0,
-            console_port: domain.alloc_unbound_port(DOM0)?,
-            console_domid: DOM0,
-        };
-        let total = self.input.length.unwrap_or(0);
-        let mut toolstack = DirectToolstack(domain);
-        let done =
-            xsr_save_restore::restore(domain, reader, &mut toolstack, &options, &mut |progress| {
-                self.bar.show(progress.octets, total, progress.octets);
-                match self.interrupt {
-                    Some(interrupt) => interrupt.check(),
-                    None => ControlFlow::Continue(()),
-                }
-            })?;
-        Ok(done)
-    }
-
-    /// Make the domain of a plan: paused, without memory.
-    fn make(&self, plan: &Plan) -> Result<Made> {
-        let name = &plan.name;
-        if self.host.find(name).is_ok() {
-            return Err(Error::msg(format!(
-                "a domain named {name:?} exists already; destroy it first, or restore on another host"
-            )));
-        }
-        let domid = self
-            .host
-            .create_domain(plan.kind, plan.vcpus, plan.max_pages)
-            .with_context(|| format!("making {name}"))?;
-        let made = Made {
-            domain: self.host.domain(domid)?,
-            about: About {
-                name: name.clone(),
-                domid,
-                stats: RestoreStats::default(),
-            },
-            keep: false,
-        };
-        self.host.rename(domid, name)?;
-        backend::store_config(self.host, domid, &plan.json)?;
-        Ok(made)
-    }
-
-    /// A plan for an image without configuration: from the command line, and what
-    /// that leaves open from the image, read once more for it. The file stands at
-    /// `offset` before and after.
-    fn plan(&self, overrides: &Overrides, offset: u64) -> Result<Plan> {
-        if !self.input.is_repeatable() {
-            let why = "the image has no configuration and is read twice, to find out what the \
-                       domain needs: give it as a file";
-            return Err(Error::new(BadUsage(why.to_owned())));
-        }
-        let found = Survey::of(&self.input.again()?, self.lenient)?;
-        if self.input.length.is_some() {
-            let mut file = &self.input.file;
-            file.seek(SeekFrom::Start(offset))?;
-        }
-        let vcpus = overrides.vcpus.unwrap_or(found.vcpus.max(1));
-        let memory_kib = overrides.memory_kib.unwrap_or(found.memory.populated() * 4);
-        let name = overrides.name.as_ref().unwrap_or(&overrides.fallback);
-        let kind = found.kind()?;
-        Ok(Plan {
-            json: config::make(name, &config::uuid(name, 0), kind, vcpus, memory_kib),
-            name: name.clone(),
-            kind,
-            vcpus,
-            max_pages: config::max_pages(memory_kib),
-        })
     }
 }
 
@@ -300,11 +312,9 @@ fn of_emulator(record: &LibxlRecord) -> bool {
 impl Plan {
     /// What the configuration in xl's header asks for.
     fn from_header(header: &XlHeader, overrides: &Overrides) -> Result<Self> {
-        let given =
-            overrides.name.is_some() || overrides.vcpus.is_some() || overrides.memory_kib.is_some();
-        if given {
-            let why = "the image has a configuration, which says name, vcpus and memory; \
-                       --name, --vcpus and --memory are for images without";
+        if !overrides.given().is_empty() {
+            let why = "the image has a configuration, which says name, type, vcpus and memory; \
+                       --name, --type, --vcpus and --memory are for images without";
             return Err(Error::new(BadUsage(why.to_owned())));
         }
         let json = header.json().map_err(|e| bad(&e.to_string()))?;
@@ -316,7 +326,109 @@ impl Plan {
             name: config.name,
             kind: config.kind,
             vcpus: config.vcpus,
+            name_is_given: true,
         })
+    }
+
+    /// A plan for an image without configuration: from the command line, and what
+    /// that leaves open from the image, read once more for it. The file stands at
+    /// `offset` before and after.
+    fn made_up(
+        input: &Input,
+        lenient: bool,
+        overrides: &Overrides,
+        offset: u64,
+        guest_type: GuestType,
+    ) -> Result<Self> {
+        let Overrides {
+            kind,
+            vcpus,
+            memory_kib,
+            ..
+        } = *overrides;
+        let (kind, vcpus, memory_kib) = match (kind, vcpus, memory_kib) {
+            (Some(kind), Some(vcpus), Some(memory_kib)) => (kind, vcpus, memory_kib),
+            _ if !input.is_repeatable() => {
+                let why = "the image has no configuration, so it is read twice to find out what \
+                           the domain needs: give it as a file, or say --type, --vcpus and \
+                           --memory";
+                return Err(Error::new(BadUsage(why.to_owned())));
+            }
+            _ => {
+                let found = Survey::of(&input.again()?, lenient)?;
+                if input.length.is_some() {
+                    let mut file = &input.file;
+                    file.seek(SeekFrom::Start(offset))?;
+                }
+                (
+                    kind.map_or_else(|| found.kind(), Ok)?,
+                    vcpus.unwrap_or(found.vcpus.max(1)),
+                    memory_kib.unwrap_or(found.memory.populated() * 4),
+                )
+            }
+        };
+        let is_pv = guest_type == GuestType::X86_PV;
+        if is_pv != (kind == GuestKind::Pv) {
+            let why = format!(
+                "--type {}: the image is of an {guest_type} guest",
+                config::kind_name(kind)
+            );
+            return Err(Error::new(BadUsage(why)));
+        }
+        let name = overrides.name.as_ref().unwrap_or(&overrides.fallback);
+        Ok(Self {
+            json: config::make(name, &config::uuid(name, 0), kind, vcpus, memory_kib),
+            name: name.clone(),
+            kind,
+            vcpus,
+            max_pages: config::max_pages(memory_kib),
+            name_is_given: false,
+        })
+    }
+
+    /// Make the domain: paused, without memory.
+    fn make(&self, host: &MockHost, named: Named) -> Result<Made> {
+        let name = &self.name;
+        if host.find(name).is_ok() {
+            let another = match (named, self.name_is_given) {
+                (_, false) => "give this one another with --name",
+                (Named::AsItSays, true) => "destroy it first, or restore on another host",
+                (Named::Incoming, true) => "destroy or rename it first, or migrate elsewhere",
+            };
+            return Err(Error::msg(format!(
+                "a domain named {name:?} exists already; {another}"
+            )));
+        }
+        let at_first = match named {
+            Named::AsItSays => name.clone(),
+            Named::Incoming => format!("{name}{INCOMING}"),
+        };
+        if named == Named::Incoming && host.find(&at_first).is_ok() {
+            return Err(Error::msg(format!(
+                "a domain named {at_first:?} exists: a migration that broke off left it; see \
+                 that the sender still has its own, then destroy this one"
+            )));
+        }
+        let domid = host
+            .create_domain(self.kind, self.vcpus, self.max_pages)
+            .with_context(|| format!("making {name}"))?;
+        let made = Made {
+            domain: host.domain(domid)?,
+            about: About {
+                name: name.clone(),
+                domid,
+                stats: RestoreStats::default(),
+            },
+            keep: false,
+        };
+        match host.rename(domid, &at_first) {
+            Err(e) if !self.name_is_given => {
+                return Err(Error::new(e).context("give the domain a name with --name"));
+            }
+            result => result?,
+        }
+        backend::store_config(host, domid, &self.json)?;
+        Ok(made)
     }
 }
 
@@ -399,6 +511,29 @@ pub(crate) struct About {
 }
 
 impl Made {
+    /// The name that the domain has, or will have.
+    pub(crate) fn name(&self) -> &str {
+        &self.about.name
+    }
+
+    /// The domain's number.
+    pub(crate) fn domid(&self) -> DomId {
+        self.about.domid
+    }
+
+    /// The domain goes.
+    ///
+    /// # Errors
+    ///
+    /// It could not be destroyed, and is still there.
+    pub(crate) fn destroy(mut self) -> Result<()> {
+        self.keep = true;
+        let name = &self.about.name;
+        self.domain
+            .destroy()
+            .with_context(|| format!("destroying {name}"))
+    }
+
     /// Let the domain run.
     pub(crate) fn unpause(&self) -> Result<()> {
         self.domain

@@ -3,29 +3,35 @@
 //!
 //! C implementation: `save_domain` in `tools/xl/xl_saverestore.c`.
 
+mod sink;
+
+use std::fmt;
 use std::fs::File;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use serde::Serialize;
+use xsr_format::frame::PAGE_SIZE;
 use xsr_format::wrapper::libxl::{LibxlRecord, LibxlWriter};
 use xsr_format::wrapper::xl::XlHeader;
 use xsr_save_restore::progress::OnProgress;
-use xsr_save_restore::sink::FdSink;
+use xsr_save_restore::save::precopy::{OnTimeout, PrecopyPolicy, TargetPolicy, XenPolicy};
 use xsr_save_restore::toolstack::DirectToolstack;
-use xsr_save_restore::{SaveOptions, Saved};
+use xsr_save_restore::{Live, SaveOptions, Saved};
 use xsr_xen_backend::mock::MockHost;
 use xsr_xen_backend::{DomId, Domain, Host};
 
-use crate::args::SaveArgs;
+use self::sink::ImageSink;
+use crate::args::{OnTimeoutArg, SaveArgs, TargetArgs};
 use crate::backend::{self, LIBXL_HEADER};
 use crate::config;
 use crate::exit::{BadUsage, Code};
 use crate::file::Output;
-use crate::interrupt::Interrupt;
 use crate::stdout::Results;
 use crate::terminal::Terminal;
-use crate::text::size;
+use crate::text::{Count, size};
+use crate::watch::Watch;
+use crate::workload;
 
 /// What `--json` prints (docs/json.md).
 #[derive(Debug, Serialize)]
@@ -35,9 +41,44 @@ struct Report<'a> {
     /// `destroyed`, `running` or `paused`.
     domain: &'static str,
     file: String,
+    #[serde(flatten)]
+    memory: MemoryReport,
+    /// How long the domain stood still; of one that runs again.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    downtime_seconds: Option<f64>,
+    seconds: f64,
+}
+
+/// What a report says of the memory that was sent.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct MemoryReport {
+    iterations: u32,
     pages: u64,
     page_data_octets: u64,
-    seconds: f64,
+    stream_octets: u64,
+}
+
+impl MemoryReport {
+    /// Of a save whose stream had so many octets.
+    pub(crate) fn of(written: &Written<'_>) -> Self {
+        let stats = written.saved.stats();
+        Self {
+            iterations: stats.iterations,
+            pages: stats.pages,
+            page_data_octets: stats.pages * PAGE_SIZE as u64,
+            stream_octets: written.octets,
+        }
+    }
+}
+
+impl fmt::Display for MemoryReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} of memory", size(self.page_data_octets))?;
+        match self.iterations {
+            0 => Ok(()),
+            n => write!(f, " in {} and a stop", Count(n, "pass")),
+        }
+    }
 }
 
 /// Save a domain.
@@ -49,46 +90,69 @@ pub(crate) fn run(args: &SaveArgs, terminal: &Terminal) -> Result<Code> {
         let why = "--json and the image would both go to stdout: give a file";
         return Err(anyhow::Error::new(BadUsage(why.to_owned())));
     }
-    let interrupt = Interrupt::catch()?;
+    let live = args.live.then(|| match args.target.is_given() {
+        true => target_policy(&args.target),
+        false => Box::new(XenPolicy),
+    });
+    if live.is_none() && args.target.is_given() {
+        let why = "--max-downtime, --timeout and --on-timeout are for a live save: add --live";
+        return Err(anyhow::Error::new(BadUsage(why.to_owned())));
+    }
+    let mut watch = Watch::start(terminal, args.progress, "saving")?;
+    let result = save(args, live, terminal, &mut watch);
+    watch.end(result)
+}
+
+fn save(
+    args: &SaveArgs,
+    live: Option<Box<dyn PrecopyPolicy>>,
+    terminal: &Terminal,
+    watch: &mut Watch,
+) -> Result<Code> {
     let started = Instant::now();
     let host = backend::open(&args.backend.backend)?;
     let domid = host.find(&args.domain)?;
     let name = name_of(&host, domid);
     let domain = host.domain(domid)?;
     let output = Output::create(&args.file)?;
-    let bar = terminal.progress("saving");
+    let _working = workload::start(&host, domid)?;
     let mut toolstack = DirectToolstack(&*domain);
-    let saved = write_image(
-        &host,
+    let job = Job {
+        host: &host,
         domid,
-        &*domain,
-        &mut toolstack,
-        output.file(),
-        &mut |progress| {
-            bar.show(
-                progress.pages_done,
-                progress.pages_total.unwrap_or(0),
-                progress.octets,
-            );
-            interrupt.check()
+        domain: &*domain,
+        options: SaveOptions {
+            threads: args.threads.threads,
         },
-    )
-    .with_context(|| format!("saving {name}"))?;
-    drop(bar);
+    };
+    let written = job
+        .write(
+            &mut toolstack,
+            output.file(),
+            live.map(|policy| LiveSave {
+                policy,
+                verify: false,
+            }),
+            watch,
+        )
+        .with_context(|| format!("saving {name}"))?;
+    watch.clear();
     output.finish()?;
-    let stats = saved.stats();
+    let memory = MemoryReport::of(&written);
+    let mut downtime = None;
     let fate = match (args.paused, args.checkpoint) {
         (true, _) => {
             domain.pause().context("pausing the domain")?;
-            saved.resume()?;
+            written.saved.resume()?;
             "paused"
         }
         (false, true) => {
-            saved.resume()?;
+            written.saved.resume()?;
+            downtime = watch.suspended().map(|then| then.elapsed());
             "running"
         }
         (false, false) => {
-            saved.keep_suspended();
+            written.saved.keep_suspended();
             domain
                 .destroy()
                 .with_context(|| format!("the image is complete, but {name} is still there"))?;
@@ -96,11 +160,12 @@ pub(crate) fn run(args: &SaveArgs, terminal: &Terminal) -> Result<Code> {
         }
     };
     let elapsed = started.elapsed();
-    let octets = stats.pages * 4096;
     let file = args.file.display().to_string();
+    let stood = downtime.map_or_else(String::new, |time| {
+        format!(", of which it stood still {} ms", time.as_millis())
+    });
     terminal.note(&format!(
-        "{name} saved to {file}: {} of memory in {:.1} s; the domain is {fate}",
-        size(octets),
+        "{name} saved to {file}: {memory}, {:.1} s{stood}; the domain is {fate}",
         elapsed.as_secs_f64()
     ));
     if args.json {
@@ -110,8 +175,8 @@ pub(crate) fn run(args: &SaveArgs, terminal: &Terminal) -> Result<Code> {
             domid,
             domain: fate,
             file,
-            pages: stats.pages,
-            page_data_octets: octets,
+            memory,
+            downtime_seconds: downtime.map(|time| time.as_secs_f64()),
             seconds: elapsed.as_secs_f64(),
         })?;
         out.finish()?;
@@ -119,39 +184,94 @@ pub(crate) fn run(args: &SaveArgs, terminal: &Terminal) -> Result<Code> {
     Ok(Code::Fine)
 }
 
-/// Write what xl writes: its header with the configuration, the libxl stream, the
-/// libxc stream inside, the emulators' records. The domain is suspended afterwards,
-/// and runs on when the answer is dropped.
-pub(crate) fn write_image<'a>(
-    host: &MockHost,
-    domid: DomId,
-    domain: &dyn Domain,
-    toolstack: &'a mut DirectToolstack<'_>,
-    file: &File,
-    progress: &mut OnProgress<'_>,
-) -> Result<Saved<'a>> {
-    let json = match backend::config(host, domid)? {
-        Some(json) => json,
-        None => made_up_config(host, domid, domain)?,
-    };
-    let emulators = backend::emulators(host, domid)?;
-    let mut sink = FdSink::new(file);
-    XlHeader::new(&json)?.write(&mut sink)?;
-    let mut libxl = LibxlWriter::new(sink, LIBXL_HEADER)?;
-    libxl.write(&LibxlRecord::LibxcContext)?;
-    let saved = xsr_save_restore::save(
-        domain,
-        host.xen_version()?,
-        toolstack,
-        libxl.sink_mut(),
-        &SaveOptions::default(),
-        progress,
-    )?;
-    for record in &emulators {
-        libxl.write(record)?;
+/// How long a domain may stand still at the end of a live save, in milliseconds, where
+/// nobody says: what other hypervisors allow, and most programs do not notice.
+const MAX_DOWNTIME_MS: u32 = 300;
+
+/// How long the passes over the memory of a running domain may take, in seconds, where
+/// nobody says.
+const TIMEOUT_S: u32 = 300;
+
+/// The policy with the target that the command line gives.
+pub(crate) fn target_policy(args: &TargetArgs) -> Box<dyn PrecopyPolicy> {
+    let milliseconds = args.max_downtime.unwrap_or(MAX_DOWNTIME_MS);
+    let seconds = args.timeout.unwrap_or(TIMEOUT_S);
+    Box::new(TargetPolicy {
+        max_downtime: Duration::from_millis(milliseconds.into()),
+        timeout: Some(Duration::from_secs(seconds.into())),
+        on_timeout: match args.on_timeout {
+            None | Some(OnTimeoutArg::StopCopy) => OnTimeout::StopAndCopy,
+            Some(OnTimeoutArg::Cancel) => OnTimeout::Cancel,
+        },
+    })
+}
+
+/// How to save a domain that runs.
+pub(crate) struct LiveSave {
+    /// When to suspend it.
+    pub(crate) policy: Box<dyn PrecopyPolicy>,
+    /// Whether to send all memory again, for the other end to compare.
+    pub(crate) verify: bool,
+}
+
+/// What to save.
+#[derive(Clone, Copy)]
+pub(crate) struct Job<'a> {
+    pub(crate) host: &'a MockHost,
+    pub(crate) domid: DomId,
+    pub(crate) domain: &'a dyn Domain,
+    pub(crate) options: SaveOptions,
+}
+
+/// An image that is complete, of a domain that is still suspended: see [`Saved`].
+#[derive(Debug)]
+#[must_use = "dropping it resumes the domain"]
+pub(crate) struct Written<'a> {
+    pub(crate) saved: Saved<'a>,
+    /// Octets of the image.
+    octets: u64,
+}
+
+impl Job<'_> {
+    /// Write what xl writes: its header with the configuration, the libxl stream, the
+    /// libxc stream inside, the emulators' records. The domain is suspended
+    /// afterwards, and runs on when the answer is dropped.
+    pub(crate) fn write<'t>(
+        &self,
+        toolstack: &'t mut DirectToolstack<'_>,
+        file: &File,
+        live: Option<LiveSave>,
+        watch: &mut Watch,
+    ) -> Result<Written<'t>> {
+        let json = match backend::config(self.host, self.domid)? {
+            Some(json) => json,
+            None => made_up_config(self.host, self.domid, self.domain)?,
+        };
+        let emulators = backend::emulators(self.host, self.domid)?;
+        let mut sink = ImageSink::new(file, watch.interrupt().cancel().clone())?;
+        XlHeader::new(&json)?.write(&mut sink)?;
+        let mut libxl = LibxlWriter::new(sink, LIBXL_HEADER)?;
+        libxl.write(&LibxlRecord::LibxcContext)?;
+        let (domain, xen, options) = (self.domain, self.host.xen_version()?, &self.options);
+        let progress: &mut OnProgress<'_> = &mut |progress| watch.progress(progress);
+        let sink = libxl.sink_mut();
+        let saved = match live {
+            None => xsr_save_restore::save(domain, xen, toolstack, sink, options, progress)?,
+            Some(mut live) => {
+                let live = Live {
+                    policy: &mut *live.policy,
+                    verify: live.verify,
+                };
+                xsr_save_restore::save_live(domain, xen, toolstack, sink, options, live, progress)?
+            }
+        };
+        for record in &emulators {
+            libxl.write(record)?;
+        }
+        libxl.write(&LibxlRecord::End)?;
+        let octets = libxl.into_sink().octets();
+        Ok(Written { saved, octets })
     }
-    libxl.write(&LibxlRecord::End)?;
-    Ok(saved)
 }
 
 /// A configuration for a domain that has none.

@@ -6,6 +6,8 @@
     reason = "no test uses all of it; a test fails by panicking"
 )]
 
+pub(crate) mod migration;
+
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -183,8 +185,12 @@ pub(crate) fn backend(host: &Path) -> String {
     format!("--backend=mock:{}", host.display())
 }
 
-/// What `xsr mock list` says of a domain: its state, or `None` where there is none.
+/// What `xsr mock list` says of a domain: its state, or `None` where there is none, or
+/// no host even.
 pub(crate) fn state(host: &Path, name: &str) -> Option<String> {
+    if !host.exists() {
+        return None;
+    }
     let list = run(["mock", "list", "--json", "--host", arg(host)]).code(0);
     let list = list.json();
     let domain = list

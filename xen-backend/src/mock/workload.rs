@@ -13,6 +13,7 @@ mod pv;
 use std::ops::AddAssign;
 
 use nix::errno::Errno;
+use serde::{Deserialize, Serialize};
 use xsr_format::frame::{Gfn, Mfn, Pfn};
 
 use self::pv::PvView;
@@ -35,7 +36,7 @@ const WORDS_PER_WRITE: usize = 8;
 const BATCH: u64 = 64;
 
 /// What a workload does.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkloadSpec {
     /// What its choices are made from.
     pub seed: u64,

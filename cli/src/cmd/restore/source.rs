@@ -6,6 +6,7 @@ use std::io::{self, Read};
 use std::ops::Range;
 
 use xsr_format::frame::PAGE_SIZE;
+use xsr_save_restore::progress::Cancel;
 use xsr_save_restore::source::{FdSource, PageSource};
 use xsr_xen_backend::ForeignPages;
 
@@ -17,12 +18,12 @@ pub(crate) struct ImageSource<'a> {
 }
 
 impl<'a> ImageSource<'a> {
-    /// Read from where the file stands.
-    pub(crate) fn new(file: &'a File) -> Self {
-        Self {
-            source: FdSource::new(file),
+    /// Read from where the file stands, until somebody cancels.
+    pub(crate) fn new(file: &'a File, cancel: Cancel) -> io::Result<Self> {
+        Ok(Self {
+            source: FdSource::cancellable(file, cancel)?,
             offset: 0,
-        }
+        })
     }
 
     /// Octets read so far.

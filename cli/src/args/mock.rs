@@ -1,0 +1,185 @@
+//! The command line of `xsr mock`.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand, ValueEnum};
+
+use super::MemorySize;
+
+/// Make and look after the domains of a mock machine
+///
+/// A mock machine is a directory. Its domains have real memory, page tables and
+/// registers, and outlive the command.
+#[derive(Debug, Args)]
+pub(crate) struct MockArgs {
+    #[command(subcommand)]
+    pub(crate) command: MockCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum MockCommand {
+    Create(MockCreateArgs),
+    List(MockListArgs),
+    Show(MockShowArgs),
+    Workload(MockWorkloadArgs),
+    /// Pause a domain: it does not run until it is unpaused as often
+    Pause(MockDomainArgs),
+    /// Undo one pause
+    Unpause(MockDomainArgs),
+    /// Let a suspended domain run on
+    ///
+    /// For a domain that a save or migration left suspended because it was killed, or
+    /// because the other end did not say whether it has it. Never while the same domain
+    /// runs elsewhere.
+    Resume(MockDomainArgs),
+    Rename(MockRenameArgs),
+    /// Destroy a domain
+    Destroy(MockDomainArgs),
+}
+
+/// Make a domain, filled with a seeded pattern
+///
+/// The same options make the same domain. The directory is made where there is none.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  xsr mock create web --host /tmp/lab --type pv --memory 256M --vcpus 2 --seed 7
+  xsr mock create db --host /tmp/lab --type pvh --dirty-rate 20000 --working-set 32M")]
+pub(crate) struct MockCreateArgs {
+    #[command(flatten)]
+    pub(crate) host: MockHostArg,
+    /// How the guest is virtualised
+    #[arg(long = "type", value_name = "TYPE", default_value = "pv")]
+    pub(crate) kind: MockKind,
+    /// Memory: a number of MiB, or one with K, M or G
+    #[arg(long, value_name = "SIZE", default_value = "256M")]
+    pub(crate) memory: MemorySize,
+    /// Virtual CPUs
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) vcpus: u32,
+    /// What the pattern in its memory grows from
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) seed: u64,
+    #[command(flatten)]
+    pub(crate) workload: WorkloadArgs,
+    /// The domain's name
+    pub(crate) name: String,
+}
+
+/// List the domains
+#[derive(Debug, Args)]
+pub(crate) struct MockListArgs {
+    #[command(flatten)]
+    pub(crate) host: MockHostArg,
+    /// Print JSON (docs/json.md)
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Show one domain
+#[derive(Debug, Args)]
+pub(crate) struct MockShowArgs {
+    #[command(flatten)]
+    pub(crate) host: MockHostArg,
+    /// Print JSON (docs/json.md)
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Name or number of the domain
+    pub(crate) domain: String,
+}
+
+/// Which domain of which mock machine.
+#[derive(Debug, Args)]
+pub(crate) struct MockDomainArgs {
+    #[command(flatten)]
+    pub(crate) host: MockHostArg,
+    /// Name or number of the domain
+    pub(crate) domain: String,
+}
+
+/// Give a domain another name
+#[derive(Debug, Args)]
+pub(crate) struct MockRenameArgs {
+    #[command(flatten)]
+    pub(crate) host: MockHostArg,
+    /// Name or number of the domain
+    pub(crate) domain: String,
+    /// Its new name
+    pub(crate) name: String,
+}
+
+/// Say what a domain does while a command works on it
+///
+/// Nothing runs on a mock machine between two commands. While one saves or migrates a
+/// domain, the domain writes to its memory as it was told here. Without --dirty-rate
+/// it does nothing. What was said stays with the machine: a domain that is restored or
+/// migrated elsewhere does nothing there until it is told to.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  xsr mock workload --host /tmp/lab web --dirty-rate 20000 --working-set 32M")]
+pub(crate) struct MockWorkloadArgs {
+    #[command(flatten)]
+    pub(crate) host: MockHostArg,
+    #[command(flatten)]
+    pub(crate) workload: WorkloadArgs,
+    /// Name or number of the domain
+    pub(crate) domain: String,
+}
+
+const WORKLOAD: &str = "What the guest does while it is saved or migrated";
+
+/// What a guest does.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct WorkloadArgs {
+    /// Write to so many pages a second, chosen at random [default: none]
+    #[arg(
+        long,
+        value_name = "PAGES",
+        value_parser = clap::value_parser!(u32).range(1..),
+        help_heading = WORKLOAD
+    )]
+    pub(crate) dirty_rate: Option<u32>,
+    /// The memory it writes to [default: 16M, or all it has]
+    #[arg(long, value_name = "SIZE", requires = "dirty_rate", help_heading = WORKLOAD)]
+    pub(crate) working_set: Option<MemorySize>,
+    /// Of 1000 operations, how many change page tables (PV)
+    #[arg(
+        long,
+        value_name = "N",
+        requires = "dirty_rate",
+        default_value_t = 0,
+        help_heading = WORKLOAD
+    )]
+    pub(crate) page_tables: u16,
+    /// Of 1000 operations, how many give a page back to the machine or take one
+    #[arg(
+        long,
+        value_name = "N",
+        requires = "dirty_rate",
+        default_value_t = 0,
+        help_heading = WORKLOAD
+    )]
+    pub(crate) balloon: u16,
+}
+
+/// Which mock machine.
+#[derive(Debug, Args)]
+pub(crate) struct MockHostArg {
+    /// The directory that is the mock machine
+    #[arg(long, value_name = "DIR")]
+    pub(crate) host: PathBuf,
+}
+
+/// The kinds of guest that the mock machine makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum MockKind {
+    /// Paravirtualised, 64-bit
+    Pv,
+    /// Paravirtualised, 32-bit
+    Pv32,
+    /// Hardware-virtualised, with a device model
+    Hvm,
+    /// Hardware-virtualised, without a device model
+    Pvh,
+}

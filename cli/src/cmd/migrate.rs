@@ -1,0 +1,288 @@
+//! `xsr migrate`: what `xl migrate` does. A domain is sent to another host while it
+//! runs, suspended, and let run there.
+//!
+//! At every moment one end at most may run the domain. Until "go" is sent it is this
+//! one; once the receiver has read it, the receiver. Between the two, and until the
+//! report, the domain is suspended here and nothing but the report decides:
+//! docs/migration.md has the table.
+//!
+//! C implementation: `migrate_domain` in `tools/xl/xl_migrate.c`.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Error, Result, anyhow, bail};
+use serde::Serialize;
+use xsr_save_restore::SaveOptions;
+use xsr_save_restore::toolstack::{DirectToolstack, SaveToolstack as _};
+use xsr_xen_backend::mock::MockHost;
+use xsr_xen_backend::{DomId, Domain, Host, ShutdownReason};
+
+use crate::args::MigrateArgs;
+use crate::backend;
+use crate::cmd::save::{Job, LiveSave, MemoryReport, name_of, target_policy};
+use crate::exit::{self, BadUsage, Code, Migration};
+use crate::handshake::{self, Message, Outcome};
+use crate::stdout::Results;
+use crate::terminal::Terminal;
+use crate::transport::Link;
+use crate::watch::Watch;
+use crate::workload;
+
+/// What the name of a domain ends with that the other end has been told to run. As xl.
+const AWAY: &str = "--migratedaway";
+
+/// What `--json` prints (docs/json.md).
+#[derive(Debug, Serialize)]
+struct Report<'a> {
+    name: &'a str,
+    domid: DomId,
+    /// `migrated`.
+    domain: &'static str,
+    host: &'a str,
+    #[serde(flatten)]
+    memory: MemoryReport,
+    downtime_seconds: f64,
+    seconds: f64,
+}
+
+/// Migrate a domain.
+///
+/// Whatever fails before the receiver is told to run the domain, it runs on here under
+/// its name. Whatever fails after that and before the receiver has said what came of
+/// it, it stays suspended here under another name, and [`Code::Undecided`] says so.
+pub(crate) fn run(args: &MigrateArgs, terminal: &Terminal) -> Result<Code> {
+    refuse(args)?;
+    let mut watch = Watch::start(terminal, args.progress, "migrating")?;
+    let result = migrate(args, terminal, &mut watch);
+    watch.end(result)
+}
+
+/// What xl has and this has not.
+fn refuse(args: &MigrateArgs) -> Result<()> {
+    let why = if args.config.is_some() {
+        "-C: the configuration that the domain was made with is sent, and no other"
+    } else if args.preserve_domid {
+        "-D: the domain gets the next free number on the other host, not the one it has here"
+    } else if args.no_live && args.debug {
+        "--debug is for a live migration: drop --no-live"
+    } else if args.no_live && args.target.is_given() {
+        "--max-downtime, --timeout and --on-timeout are for a live migration: drop --no-live"
+    } else {
+        return Ok(());
+    };
+    Err(Error::new(BadUsage(why.to_owned())))
+}
+
+fn migrate(args: &MigrateArgs, terminal: &Terminal, watch: &mut Watch) -> Result<Code> {
+    let started = Instant::now();
+    let host = backend::open(&args.backend.backend)?;
+    let domid = host.find(&args.domain)?;
+    let sender = Sender {
+        args,
+        host: &host,
+        domid,
+        domain: &*host.domain(domid)?,
+        name: &name_of(&host, domid),
+    };
+    let migrating = || format!("migrating {}", sender.name);
+    can_suspend(sender.domain).with_context(migrating)?;
+    let working = workload::start(&host, domid)?;
+    let link = Link::to_receiver(args).with_context(migrating)?;
+    let sent = sender.send(&link, watch);
+    watch.clear();
+    drop(working);
+    let peer = link.name.clone();
+    let ended = link.hang_up();
+    let Sent { memory, downtime } = sent.map_err(|failure| {
+        let ended = ended.unwrap_or_else(|error| Some(error.to_string()));
+        let ended = ended.map_or_else(String::new, |ended| format!(" (`{peer}` {ended})"));
+        sender.failed(failure, &ended)
+    })?;
+    let (seconds, downtime) = (started.elapsed().as_secs_f64(), downtime.as_secs_f64());
+    terminal.note(&format!(
+        "{} migrated to {}: {memory}, {seconds:.1} s, of which it stood still {:.0} ms",
+        sender.name,
+        args.host,
+        downtime * 1000.0
+    ));
+    if args.json {
+        let mut out = Results::new();
+        out.json(&Report {
+            name: sender.name,
+            domid,
+            domain: "migrated",
+            host: &args.host,
+            memory,
+            downtime_seconds: downtime,
+            seconds,
+        })?;
+        out.finish()?;
+    }
+    Ok(Code::Fine)
+}
+
+/// A domain that does not run now cannot be asked to suspend once its memory is over
+/// there: better said before than after.
+fn can_suspend(domain: &dyn Domain) -> Result<()> {
+    let info = domain.info()?;
+    match info.shutdown {
+        None if info.paused => bail!("it is paused, and a paused domain cannot suspend"),
+        None => Ok(()),
+        Some(ShutdownReason::Suspend) => {
+            bail!("it is suspended: by a save or migration that is under way or was killed")
+        }
+        Some(reason) => bail!("it has shut down ({reason:?})"),
+    }
+}
+
+/// What a migration came to that succeeded.
+struct Sent {
+    memory: MemoryReport,
+    /// From asking the domain to suspend until the other end said that it runs.
+    downtime: Duration,
+}
+
+/// What it came to if not, and who has the domain.
+enum Failure {
+    /// The other end does not run the domain, and will not.
+    Here(Error),
+    /// It was told to, and nobody knows.
+    Undecided(Error),
+    /// It does, and the domain here could not be destroyed.
+    There(Error),
+}
+
+impl From<Error> for Failure {
+    /// What fails in passing does so while the domain is still here.
+    fn from(error: Error) -> Self {
+        Self::Here(error)
+    }
+}
+
+/// One migration, at this end.
+struct Sender<'a> {
+    args: &'a MigrateArgs,
+    host: &'a MockHost,
+    domid: DomId,
+    domain: &'a dyn Domain,
+    name: &'a str,
+}
+
+impl Sender<'_> {
+    /// All that the two ends say to each other.
+    fn send(&self, link: &Link, watch: &mut Watch) -> Result<Sent, Failure> {
+        let interrupt = watch.interrupt().clone();
+        Message::Banner.expect(&link.from, &interrupt)?;
+        watch.step("banner");
+        let mut toolstack = DirectToolstack(self.domain);
+        let job = Job {
+            host: self.host,
+            domid: self.domid,
+            domain: self.domain,
+            options: SaveOptions {
+                threads: self.args.threads.threads,
+            },
+        };
+        let live = (!self.args.no_live).then(|| LiveSave {
+            policy: target_policy(&self.args.target),
+            verify: self.args.debug,
+        });
+        // As long as `written` is there, returning resumes the domain.
+        let written = job.write(&mut toolstack, &link.to, live, watch)?;
+        let memory = MemoryReport::of(&written);
+        watch.step("sent");
+        Message::Ready.expect(&link.from, &interrupt)?;
+        watch.step("ready");
+        self.host
+            .rename(self.domid, &self.away())
+            .context("renaming the domain before the other end is told to run it")?;
+        // From here on nothing resumes it but what the other end says.
+        written.saved.keep_suspended();
+        interrupt.too_late(format!(
+            "{} has been told to run {}: waiting for its report; a second signal ends this \
+             without it, see docs/migration.md",
+            self.args.host, self.name
+        ));
+        if let Err(error) = Message::Go.send(&link.to) {
+            // Then some of it never left this process, and a receiver that has not read
+            // all of it runs nothing.
+            self.take_back()?;
+            return Err(Failure::Here(error));
+        }
+        watch.step("go");
+        match handshake::outcome(&link.from, &interrupt).map_err(Failure::Undecided)? {
+            Outcome::Runs => {
+                watch.step("report");
+                let downtime = watch.suspended().map(|then| then.elapsed());
+                self.domain
+                    .destroy()
+                    .map_err(|error| Failure::There(error.into()))?;
+                Ok(Sent {
+                    memory,
+                    downtime: downtime.unwrap_or_default(),
+                })
+            }
+            Outcome::GivenBack { status } => {
+                watch.step("given_back");
+                self.take_back()?;
+                let why = "the other end could not run it, and has destroyed its copy";
+                Err(Failure::Here(anyhow!("{why} (status {status})")))
+            }
+        }
+    }
+
+    fn away(&self) -> String {
+        format!("{}{AWAY}", self.name)
+    }
+
+    /// The domain is here, and runs on under its name.
+    fn take_back(&self) -> Result<()> {
+        self.host
+            .rename(self.domid, self.name)
+            .context("giving the domain its name back")?;
+        Ok(DirectToolstack(self.domain).resume()?)
+    }
+
+    /// A failure in words: what happened, who has the domain, what to do.
+    fn failed(&self, failure: Failure, ended: &str) -> Error {
+        let (name, host, away) = (self.name, &self.args.host, self.away());
+        let backend = &self.args.backend.backend;
+        let here = |verb: &str, rest: &str| backend::domain_command(backend, verb, rest);
+        let (error, undecided) = match &failure {
+            Failure::Undecided(error) => (error, true),
+            Failure::Here(error) | Failure::There(error) => (error, false),
+        };
+        let cause = exit::words(error.chain());
+        let begin = format!("migrating {name} to {host}: {cause}{ended}");
+        let words = match failure {
+            Failure::Here(_) => match self.domain.info() {
+                Ok(info) if info.shutdown.is_none() => format!("{begin}; {name} runs on here"),
+                _ => {
+                    let now = name_of(self.host, self.domid);
+                    format!(
+                        "{begin}; {now} is still suspended here, and runs nowhere else: `{}`",
+                        here("resume", &now)
+                    )
+                }
+            },
+            Failure::There(_) => format!(
+                "{begin}; {name} runs at the other end, and {away} here must not run again: `{}`",
+                here("destroy", &away)
+            ),
+            Failure::Undecided(_) => format!(
+                "{begin}\n\
+                 {host} had been told to run {name}, and has not said what came of it. It may \
+                 run there. Here it is suspended, as {away}. It must never run at both ends: \
+                 look at the other one, once its migrate-receive has ended.\n\
+                 If {name} is there, running or paused, it has moved. Destroy what is here:\n    \
+                 {}\n\
+                 If it is not there, or as {name}--incoming, destroy that there, and let it run \
+                 on here:\n    {} && \\\n    {}",
+                here("destroy", &away),
+                here("rename", &format!("{away} {name}")),
+                here("resume", name),
+            ),
+        };
+        Error::new(Migration { words, undecided })
+    }
+}

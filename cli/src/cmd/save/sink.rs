@@ -1,0 +1,50 @@
+//! Where a save writes to: a file descriptor, with a count of what has been written.
+
+use std::fs::File;
+use std::io::{self, Write};
+
+use xsr_save_restore::progress::Cancel;
+use xsr_save_restore::sink::{FdSink, PageSink};
+use xsr_xen_backend::Gather;
+
+/// An image from its first octet on.
+#[derive(Debug)]
+pub(crate) struct ImageSink<'a> {
+    sink: FdSink<&'a File>,
+    octets: u64,
+}
+
+impl<'a> ImageSink<'a> {
+    /// Write to where the file stands, until somebody cancels.
+    pub(crate) fn new(file: &'a File, cancel: Cancel) -> io::Result<Self> {
+        Ok(Self {
+            sink: FdSink::cancellable(file, cancel)?,
+            octets: 0,
+        })
+    }
+
+    /// Octets written so far.
+    pub(crate) fn octets(&self) -> u64 {
+        self.octets
+    }
+}
+
+impl Write for ImageSink<'_> {
+    fn write(&mut self, octets: &[u8]) -> io::Result<usize> {
+        let n = self.sink.write(octets)?;
+        self.octets += n as u64;
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.sink.flush()
+    }
+}
+
+impl PageSink for ImageSink<'_> {
+    fn write_gather(&mut self, list: &Gather<'_>) -> io::Result<()> {
+        self.sink.write_gather(list)?;
+        self.octets += list.len() as u64;
+        Ok(())
+    }
+}

@@ -1,0 +1,272 @@
+//! How the two ends of a migration reach each other: a command (ssh, as a rule), a
+//! socket, or the stdin and stdout of whoever was started by such a command.
+//!
+//! C implementation: `create_migration_child`, `migration_child_report` in
+//! `tools/xl/xl_migrate.c`.
+
+use std::fs::{self, File};
+use std::io::{self, IsTerminal as _};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Error, Result, bail};
+use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::stat::{Mode, umask};
+
+use crate::args::{Endpoint, MigrateArgs};
+use crate::exit::BadUsage;
+use crate::file;
+use crate::interrupt::Interrupt;
+
+/// How long a command may take to end once nobody speaks with it any more. As xl.
+const CHILD_PATIENCE: Duration = Duration::from_secs(2);
+
+/// When a TCP connection counts as lost on which nothing is heard: probed after
+/// `IDLE` seconds, then `PROBES` times `INTERVAL` seconds apart.
+const IDLE: u32 = 10;
+const INTERVAL: u32 = 5;
+const PROBES: u32 = 4;
+/// And when octets that were sent are not acknowledged, in milliseconds.
+const UNACKNOWLEDGED: u32 = 30_000;
+
+/// A connection to the other end.
+#[derive(Debug)]
+pub(crate) struct Link {
+    /// To the other end.
+    pub(crate) to: File,
+    /// From there.
+    pub(crate) from: File,
+    /// Who is there, for people.
+    pub(crate) name: String,
+    child: Option<Child>,
+}
+
+impl Link {
+    /// Reach the receiver that the command line names.
+    pub(crate) fn to_receiver(args: &MigrateArgs) -> Result<Self> {
+        if args.ssh == "ssh" && ["unix:", "tcp:"].iter().any(|p| args.host.starts_with(p)) {
+            let endpoint: Endpoint = args
+                .host
+                .parse()
+                .map_err(|e| Error::new(BadUsage(format!("{}: {e}", args.host))))?;
+            return Self::connect(&endpoint).with_context(|| {
+                format!("{}: is `xsr migrate-receive --listen` running?", args.host)
+            });
+        }
+        if args.host.starts_with('-') && !args.ssh.is_empty() {
+            let why = format!("HOST {:?} would be an option of {}", args.host, args.ssh);
+            return Err(Error::new(BadUsage(why)));
+        }
+        Self::run(&rune(args))
+    }
+
+    /// Run a command through sh, as xl does, and speak with it.
+    fn run(rune: &str) -> Result<Self> {
+        // What interrupts this program from the keyboard must not cut its connection:
+        // there is an order in which things end.
+        let script = format!("trap '' INT HUP; {rune}");
+        let mut child = Command::new("sh")
+            .args(["-c", &script])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("starting sh")?;
+        let pipes = child.stdin.take().zip(child.stdout.take());
+        let (to, from) = pipes.context("the pipes to sh")?;
+        let to = File::from(OwnedFd::from(to));
+        file::widen(&to);
+        Ok(Self {
+            to,
+            from: OwnedFd::from(from).into(),
+            name: rune.to_owned(),
+            child: Some(child),
+        })
+    }
+
+    fn connect(endpoint: &Endpoint) -> Result<Self> {
+        Ok(match endpoint {
+            Endpoint::Unix(path) => {
+                let name = format!("unix:{}", path.display());
+                Self::socket(UnixStream::connect(path)?.into(), name)?
+            }
+            Endpoint::Tcp(address) => {
+                let stream = TcpStream::connect(address)?;
+                Self::tcp(stream, format!("tcp:{address}"))?
+            }
+        })
+    }
+
+    fn tcp(stream: TcpStream, name: String) -> Result<Self> {
+        // Short messages that are waited for, and a peer that may vanish in silence.
+        stream.set_nodelay(true)?;
+        setsockopt(&stream, sockopt::KeepAlive, &true)?;
+        setsockopt(&stream, sockopt::TcpKeepIdle, &IDLE)?;
+        setsockopt(&stream, sockopt::TcpKeepInterval, &INTERVAL)?;
+        setsockopt(&stream, sockopt::TcpKeepCount, &PROBES)?;
+        setsockopt(&stream, sockopt::TcpUserTimeout, &UNACKNOWLEDGED)?;
+        Self::socket(stream.into(), name)
+    }
+
+    fn socket(socket: OwnedFd, name: String) -> Result<Self> {
+        Ok(Self {
+            from: socket.try_clone().context("the socket")?.into(),
+            to: socket.into(),
+            name,
+            child: None,
+        })
+    }
+
+    /// The stdin and stdout of this process. Nothing else can write to stdout after
+    /// this: what tries goes to stderr.
+    pub(crate) fn stdio() -> Result<Self> {
+        let (stdin, stdout) = (io::stdin(), io::stdout());
+        if stdin.is_terminal() || stdout.is_terminal() {
+            let why = "stdin or stdout is a terminal: `xsr migrate` starts this through ssh; to \
+                       wait for it on a socket, say --listen unix:PATH or --listen tcp:ADDRESS:PORT";
+            return Err(Error::new(BadUsage(why.to_owned())));
+        }
+        let from: File = stdin.as_fd().try_clone_to_owned().context("stdin")?.into();
+        let to: File = stdout
+            .as_fd()
+            .try_clone_to_owned()
+            .context("stdout")?
+            .into();
+        nix::unistd::dup2_stdout(io::stderr()).context("stdout")?;
+        let nothing = File::open("/dev/null").context("/dev/null")?;
+        nix::unistd::dup2_stdin(nothing).context("stdin")?;
+        file::widen(&from);
+        Ok(Self {
+            to,
+            from,
+            name: "stdin".to_owned(),
+            child: None,
+        })
+    }
+
+    /// Hang up. What the command at the other end came to, if there was one and it
+    /// failed; no longer than a moment is waited for it.
+    pub(crate) fn hang_up(self) -> Result<Option<String>> {
+        drop((self.to, self.from));
+        let Some(mut child) = self.child else {
+            return Ok(None);
+        };
+        let until = Instant::now() + CHILD_PATIENCE;
+        loop {
+            match child.try_wait().context("waiting for the command")? {
+                Some(status) => return Ok((!status.success()).then(|| ended(status))),
+                None if Instant::now() >= until => {
+                    return Ok(Some("has not ended yet".to_owned()));
+                }
+                None => thread::sleep(Duration::from_millis(5)),
+            }
+        }
+    }
+}
+
+fn ended(status: ExitStatus) -> String {
+    match status.code() {
+        Some(code) => format!("ended with exit code {code}"),
+        None => format!("ended: {status}"),
+    }
+}
+
+/// The command that reaches the receiver.
+fn rune(args: &MigrateArgs) -> String {
+    if args.ssh.is_empty() {
+        return args.host.clone();
+    }
+    let mut rune = format!("exec {} {} {}", args.ssh, args.host, args.receiver);
+    for (given, option) in [
+        (args.no_wait, " -e"),
+        (args.debug, " -d"),
+        (args.paused, " -p"),
+    ] {
+        if given {
+            rune.push_str(option);
+        }
+    }
+    rune
+}
+
+/// A socket that waits for one migration.
+#[derive(Debug)]
+pub(crate) struct Listener {
+    socket: Socket,
+    name: String,
+}
+
+#[derive(Debug)]
+enum Socket {
+    Unix(UnixListener, SocketFile),
+    Tcp(TcpListener),
+}
+
+/// The name of a socket; removed on drop.
+#[derive(Debug)]
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_file(&self.0) {
+            tracing::warn!(%error, path = %self.0.display(), "the socket could not be removed");
+        }
+    }
+}
+
+impl Listener {
+    /// Wait there. A Unix socket is its owner's alone.
+    pub(crate) fn bind(endpoint: &Endpoint) -> Result<Self> {
+        match endpoint {
+            Endpoint::Unix(path) => {
+                let before = umask(Mode::from_bits_truncate(0o077));
+                let bound = UnixListener::bind(path);
+                umask(before);
+                let listener = match bound {
+                    Err(e) if e.kind() == io::ErrorKind::AddrInUse => bail!(
+                        "{} is there already; if nobody listens on it, remove it",
+                        path.display()
+                    ),
+                    other => other.with_context(|| path.display().to_string())?,
+                };
+                Ok(Self {
+                    socket: Socket::Unix(listener, SocketFile(path.clone())),
+                    name: format!("unix:{}", path.display()),
+                })
+            }
+            Endpoint::Tcp(address) => {
+                let listener = TcpListener::bind(address).with_context(|| address.clone())?;
+                let name = format!("tcp:{}", listener.local_addr()?);
+                Ok(Self {
+                    socket: Socket::Tcp(listener),
+                    name,
+                })
+            }
+        }
+    }
+
+    /// Where, for people.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Wait for a sender. Nobody else gets in after it.
+    pub(crate) fn accept(self, interrupt: &Interrupt) -> Result<Link> {
+        match self.socket {
+            Socket::Unix(listener, _file) => {
+                interrupt.wait_readable(&listener)?;
+                let (stream, _) = listener.accept()?;
+                Link::socket(stream.into(), self.name)
+            }
+            Socket::Tcp(listener) => {
+                interrupt.wait_readable(&listener)?;
+                let (stream, peer) = listener.accept()?;
+                Link::tcp(stream, format!("tcp:{peer}"))
+            }
+        }
+    }
+}

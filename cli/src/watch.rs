@@ -1,0 +1,313 @@
+//! Who follows a save, restore or migration: a person at a terminal, a program that
+//! reads lines of JSON (`--progress-fd`, docs/json.md), and whoever may interrupt it.
+
+use std::collections::VecDeque;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::ops::ControlFlow;
+use std::os::unix::fs::OpenOptionsExt;
+use std::time::{Duration, Instant};
+
+use anyhow::{Error, Result};
+use nix::fcntl::OFlag;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde::Serialize;
+use xsr_save_restore::progress::{Phase, Progress};
+
+use crate::args::ProgressArg;
+use crate::exit::{self, BadUsage, Code};
+use crate::interrupt::Interrupt;
+use crate::terminal::{Bar, Terminal};
+
+/// The shortest time between two lines that say the same of other numbers.
+const BETWEEN: Duration = Duration::from_millis(100);
+
+/// How long the last lines may wait for a reader that has stalled, in milliseconds.
+const PATIENCE: u16 = 500;
+
+/// One line for `--progress-fd`.
+#[derive(Debug, Serialize)]
+struct Line<'a> {
+    event: &'static str,
+    /// Since the command began.
+    seconds: f64,
+    #[serde(flatten)]
+    about: About<'a>,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum About<'a> {
+    Progress(ProgressLine),
+    Step { step: &'static str },
+    End { code: u8, error: Option<&'a str> },
+}
+
+/// What the engine says, in the words of docs/json.md.
+#[derive(Debug, Serialize)]
+struct ProgressLine {
+    phase: &'static str,
+    iteration: u32,
+    pages_done: u64,
+    pages_total: Option<u64>,
+    octets_done: u64,
+    octets_total: Option<u64>,
+    page_data_octets: u64,
+    octets_per_second: f64,
+    dirty_pages_per_second: f64,
+    dirty_pages: Option<u64>,
+    estimated_seconds: Option<f64>,
+    estimated_downtime_seconds: Option<f64>,
+}
+
+impl From<&Progress> for ProgressLine {
+    fn from(progress: &Progress) -> Self {
+        let seconds = |time: Option<Duration>| time.as_ref().map(Duration::as_secs_f64);
+        Self {
+            phase: phase_name(progress.phase),
+            iteration: progress.iteration,
+            pages_done: progress.pages_done,
+            pages_total: progress.pages_total,
+            octets_done: progress.octets_done,
+            octets_total: progress.octets_total,
+            page_data_octets: progress.octets,
+            octets_per_second: progress.octets_per_second,
+            dirty_pages_per_second: progress.dirty_pages_per_second,
+            dirty_pages: progress.dirty_count,
+            estimated_seconds: seconds(progress.estimated_time),
+            estimated_downtime_seconds: seconds(progress.estimated_downtime),
+        }
+    }
+}
+
+/// What docs/json.md calls a phase.
+fn phase_name(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Setup => "setup",
+        Phase::Precopy => "precopy",
+        Phase::Suspend => "suspend",
+        Phase::Pages => "pages",
+        Phase::StopAndCopy => "stop_and_copy",
+        Phase::Verify => "verify",
+        Phase::Tail => "tail",
+        _ => "other",
+    }
+}
+
+/// Everybody who follows one command.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    what: &'static str,
+    terminal: Terminal,
+    bar: Option<Bar>,
+    octets_total: Option<u64>,
+    lines: Option<Lines>,
+    interrupt: Interrupt,
+    /// When the guest was asked to suspend.
+    suspended: Option<Instant>,
+}
+
+impl Watch {
+    /// Follow what a command does, from before it does anything.
+    ///
+    /// # Errors
+    ///
+    /// `--progress-fd` names no descriptor that can be written to.
+    pub(crate) fn start(terminal: &Terminal, arg: ProgressArg, what: &'static str) -> Result<Self> {
+        Ok(Self {
+            what,
+            terminal: terminal.clone(),
+            bar: None,
+            octets_total: None,
+            // First of all: later the number may be that of a file of our own.
+            lines: arg.progress_fd.map(Lines::open).transpose()?,
+            interrupt: Interrupt::catch()?,
+            suspended: None,
+        })
+    }
+
+    /// Who may interrupt it.
+    pub(crate) fn interrupt(&self) -> &Interrupt {
+        &self.interrupt
+    }
+
+    /// What is being done from now on.
+    pub(crate) fn now(&mut self, what: &'static str) {
+        self.clear();
+        self.what = what;
+        self.octets_total = None;
+    }
+
+    /// An image of so many octets is read: then the bar has an end.
+    pub(crate) fn expect_octets(&mut self, octets: Option<u64>) {
+        self.octets_total = octets;
+    }
+
+    /// The engine says how far it is.
+    pub(crate) fn progress(&mut self, progress: &Progress) -> ControlFlow<()> {
+        if progress.phase == Phase::Suspend {
+            self.suspended.get_or_insert_with(Instant::now);
+        }
+        let bar = self
+            .bar
+            .get_or_insert_with(|| self.terminal.progress(self.what));
+        bar.progress(progress, self.octets_total);
+        if let Some(lines) = &mut self.lines {
+            lines.progress(progress);
+        }
+        self.interrupt.cancel().check()
+    }
+
+    /// When the guest was asked to suspend; `None` if it was not.
+    pub(crate) fn suspended(&self) -> Option<Instant> {
+        self.suspended
+    }
+
+    /// A step that is none of the engine's.
+    pub(crate) fn step(&mut self, step: &'static str) {
+        self.clear();
+        tracing::info!("{step}");
+        if let Some(lines) = &mut self.lines {
+            lines.always("step", About::Step { step });
+        }
+    }
+
+    /// No bar, for now.
+    pub(crate) fn clear(&mut self) {
+        self.bar = None;
+    }
+
+    /// The command has ended; `result` goes through.
+    pub(crate) fn end(&mut self, result: Result<Code>) -> Result<Code> {
+        self.clear();
+        let Some(lines) = &mut self.lines else {
+            return result;
+        };
+        let (code, error) = match &result {
+            Ok(code) => (*code, None),
+            Err(e) => (exit::code_of(e), Some(exit::words(e.chain()))),
+        };
+        let end = About::End {
+            code: code.number(),
+            error: error.as_deref(),
+        };
+        lines.always("end", end);
+        lines.last();
+        result
+    }
+}
+
+/// Lines of JSON on their way to a descriptor. A reader that is slow loses lines that
+/// others make up for, and holds nothing up; one that is gone gets no more.
+#[derive(Debug)]
+struct Lines {
+    out: Option<File>,
+    began: Instant,
+    /// What has to be written and could not be.
+    waiting: VecDeque<Vec<u8>>,
+    /// Which phase and pass the last line was about, and when it was written.
+    last: Option<(Phase, u32, Instant)>,
+}
+
+impl Lines {
+    fn open(fd: u32) -> Result<Self> {
+        // A description of our own, so that whoever has the descriptor too can keep it
+        // blocking.
+        let out = OpenOptions::new()
+            .append(true)
+            .custom_flags(OFlag::O_NONBLOCK.bits())
+            .open(format!("/proc/self/fd/{fd}"))
+            .map_err(|e| {
+                Error::new(BadUsage(format!(
+                    "--progress-fd {fd}: {e}; give a pipe or file, say {fd}>progress.jsonl \
+                     (a socket cannot be opened again)"
+                )))
+            })?;
+        Ok(Self {
+            out: Some(out),
+            began: Instant::now(),
+            waiting: VecDeque::new(),
+            last: None,
+        })
+    }
+
+    fn progress(&mut self, progress: &Progress) {
+        let now = Instant::now();
+        let news = match self.last {
+            None => true,
+            Some((phase, iteration, _)) => {
+                (phase, iteration) != (progress.phase, progress.iteration)
+            }
+        };
+        let due = self.last.is_none_or(|(.., then)| now - then >= BETWEEN);
+        if !news && !due && !progress.pass_is_complete() {
+            return;
+        }
+        self.last = Some((progress.phase, progress.iteration, now));
+        self.flush();
+        if news || self.waiting.is_empty() {
+            self.always("progress", About::Progress(progress.into()));
+        }
+    }
+
+    /// A line that must not be lost.
+    fn always(&mut self, event: &'static str, about: About<'_>) {
+        let line = Line {
+            event,
+            seconds: self.began.elapsed().as_secs_f64(),
+            about,
+        };
+        match serde_json::to_vec(&line) {
+            Ok(mut octets) => {
+                octets.push(b'\n');
+                self.waiting.push_back(octets);
+            }
+            Err(error) => tracing::warn!(%error, "a line of progress could not be made"),
+        }
+        self.flush();
+    }
+
+    /// Write what waits, as far as the reader takes it.
+    fn flush(&mut self) {
+        while let (Some(out), Some(line)) = (&mut self.out, self.waiting.front_mut()) {
+            match out.write(line) {
+                Ok(n) if n == line.len() => {
+                    self.waiting.pop_front();
+                }
+                Ok(n) => {
+                    line.drain(..n);
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    tracing::info!(%error, "nobody reads the progress any more");
+                    self.out = None;
+                }
+            }
+        }
+        if self.out.is_none() {
+            self.waiting.clear();
+        }
+    }
+
+    /// Nothing comes after this: give a slow reader a moment.
+    fn last(&mut self) {
+        self.flush();
+        while let (Some(out), false) = (&self.out, self.waiting.is_empty()) {
+            let mut fds = [PollFd::new(
+                std::os::fd::AsFd::as_fd(out),
+                PollFlags::POLLOUT,
+            )];
+            match poll(&mut fds, PollTimeout::from(PATIENCE)) {
+                Ok(1..) => self.flush(),
+                _ => {
+                    tracing::info!(
+                        lines = self.waiting.len(),
+                        "the reader of the progress stalls"
+                    );
+                    return;
+                }
+            }
+        }
+    }
+}

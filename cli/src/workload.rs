@@ -1,0 +1,60 @@
+//! What a mock guest does while a command works on it: kept with the domain, and run by
+//! the command, which stands in for the machine's processors.
+
+use anyhow::{Context as _, Result};
+use xsr_xen_backend::DomId;
+use xsr_xen_backend::mock::{BackgroundWorkload, MockHost, WorkloadSpec};
+
+use crate::args::WorkloadArgs;
+
+/// Under which name it is kept with the domain.
+const WORKLOAD: &str = "mock-workload";
+
+/// Pages a guest writes to that has not been told: 16 MiB.
+const WORKING_SET_PAGES: u64 = 4096;
+
+/// What the command line says a guest does; `None` for nothing.
+pub(crate) fn spec(args: &WorkloadArgs, seed: u64) -> Option<WorkloadSpec> {
+    let working_set = args
+        .working_set
+        .map_or(WORKING_SET_PAGES, |size| size.kib / 4);
+    Some(WorkloadSpec {
+        table_permille: args.page_tables,
+        balloon_permille: args.balloon,
+        ..WorkloadSpec::writes(seed, args.dirty_rate?, working_set)
+    })
+}
+
+/// Keep with a domain what it does; `None`: nothing, from now on. Tried first, so that
+/// what cannot be done is said now and not by the next save.
+pub(crate) fn store(host: &MockHost, domid: DomId, spec: Option<&WorkloadSpec>) -> Result<()> {
+    let octets = match spec {
+        None => Vec::new(),
+        Some(spec) => {
+            host.workload(domid, spec)
+                .context("what the domain is to do")?;
+            serde_json::to_vec(spec).context("making JSON")?
+        }
+    };
+    Ok(host.userdata_store(domid, WORKLOAD, &octets)?)
+}
+
+/// What a domain does.
+pub(crate) fn of(host: &MockHost, domid: DomId) -> Result<Option<WorkloadSpec>> {
+    let kept = host.userdata_get(domid, WORKLOAD)?;
+    kept.filter(|octets| !octets.is_empty())
+        .map(|octets| serde_json::from_slice(&octets))
+        .transpose()
+        .context("the workload kept with the domain")
+}
+
+/// Have the domain do it, for as long as the answer lives and the domain runs.
+pub(crate) fn start(host: &MockHost, domid: DomId) -> Result<Option<BackgroundWorkload>> {
+    let Some(spec) = of(host, domid)? else {
+        return Ok(None);
+    };
+    let workload = host
+        .workload(domid, &spec)
+        .context("starting the workload")?;
+    Ok(Some(workload.run_in_background()))
+}
