@@ -61,6 +61,12 @@ impl Way {
     }
 }
 
+impl<F: AsFd> AsFd for Descriptor<F> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
 impl<F: AsFd> Descriptor<F> {
     /// Waits for as long as it takes.
     pub(crate) fn blocking(fd: F) -> Self {
@@ -80,7 +86,8 @@ impl<F: AsFd> Descriptor<F> {
         Ok(Self { fd, way })
     }
 
-    fn check(&self) -> io::Result<()> {
+    /// Fails with [`Cancelled`] once somebody has asked to stop.
+    pub(crate) fn check(&self) -> io::Result<()> {
         match self.way.cancel() {
             Some(cancel) if cancel.is_cancelled() => Err(io::Error::other(Cancelled)),
             _ => Ok(()),

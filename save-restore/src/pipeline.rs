@@ -19,6 +19,19 @@ pub(crate) fn threads(asked: Option<NonZeroUsize>) -> NonZeroUsize {
         .unwrap_or(NonZeroUsize::MIN)
 }
 
+/// Threads beside this one, at most `most`; `None` where this one is to do all the work.
+pub(crate) fn pool(threads: NonZeroUsize, most: usize) -> Option<rayon::ThreadPool> {
+    if threads.get() == 1 {
+        return None;
+    }
+    rayon::ThreadPoolBuilder::new()
+        .num_threads((threads.get() - 1).min(most))
+        .thread_name(|i| format!("xsr-pages-{i}"))
+        .build()
+        .inspect_err(|error| tracing::warn!(%error, "no thread pool; going on with one thread"))
+        .ok()
+}
+
 /// Prepare each of `items` on `threads` − 1 threads (at most [`WINDOW`]) and consume the results on this
 /// one, in order. With one thread everything happens here.
 ///
@@ -37,16 +50,7 @@ where
     E: Send,
 {
     let mut items = items.into_iter();
-    let pool = match threads.get() {
-        1 => None,
-        n => rayon::ThreadPoolBuilder::new()
-            .num_threads((n - 1).min(WINDOW))
-            .thread_name(|i| format!("xsr-pages-{i}"))
-            .build()
-            .inspect_err(|error| tracing::warn!(%error, "no thread pool; going on with one thread"))
-            .ok(),
-    };
-    let Some(pool) = pool else {
+    let Some(pool) = pool(threads, WINDOW) else {
         return items.try_for_each(|item| consume(prepare(item)?));
     };
     let mut ready: Vec<Result<T, E>> = Vec::new();

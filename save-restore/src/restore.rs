@@ -2,23 +2,28 @@
 //!
 //! C implementation: `xg_sr_restore.c`.
 
+mod crew;
 mod pages;
+mod place;
 mod populate;
 
+use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
 
 use xsr_format::byte_order::ByteOrder;
 use xsr_format::frame::{Gfn, PAGE_SIZE, Pfn};
 use xsr_format::image::GuestType;
 use xsr_format::read::{Incoming, RecordReader};
-use xsr_format::record::{Body, Record};
+use xsr_format::record::{Body, Record, RecordKind};
 use xsr_xen_backend::{CpuPolicy, DomId, Domain, GuestKind};
 
 use crate::error::RestoreError;
 use crate::guest::hvm::HvmRestore;
 use crate::guest::pv::restore::PvRestore;
 use crate::guest::x86;
+use crate::pipeline;
 use crate::progress::{OnProgress, Phase, Reporter};
+use crate::restore::crew::{Crew, Hands};
 use crate::restore::pages::PageRestore;
 use crate::source::PageSource;
 use crate::toolstack::RestoreToolstack;
@@ -37,6 +42,13 @@ pub struct RestoreOptions {
     pub console_port: u32,
     /// Who is at the other end.
     pub console_domid: DomId,
+    /// Threads to work with; what the machine has, if not said. What becomes of a stream
+    /// does not depend on them. One reads the stream, gets memory for what it names and
+    /// helps the others, which put contents into it: pieces of 1 MiB (4 MiB where they
+    /// are mapped), of which 16 MiB are in flight, and one more is being read. Threads
+    /// that read from a file themselves have a buffer of 1 MiB each. More than 17
+    /// threads (5 where pieces are mapped) find no work.
+    pub threads: Option<NonZeroUsize>,
 }
 
 /// What a restore did.
@@ -102,6 +114,8 @@ pub fn restore<S: PageSource>(
         (GuestType::X86_HVM, GuestKind::Hvm | GuestKind::Pvh) => Guest::Hvm(HvmRestore::default()),
         (image, domain) => return Err(RestoreError::GuestType { image, domain }),
     };
+    let pages = PageRestore::new(domain, guest);
+    let crew = Crew::new(pages.placer());
     let mut run = Run {
         domain,
         toolstack,
@@ -110,9 +124,13 @@ pub fn restore<S: PageSource>(
         policy: CpuPolicy::default(),
         static_data_done: false,
         tsc: None,
-        pages: PageRestore::new(domain, guest),
+        pages,
     };
-    run.phases(reader)
+    let threads = pipeline::threads(options.threads);
+    match pipeline::pool(threads, crew.window()) {
+        Some(pool) => pool.in_place_scope(|scope| run.with(reader, &crew, Some(scope))),
+        None => run.with(reader, &crew, None),
+    }
 }
 
 struct Run<'r, 'p> {
@@ -127,9 +145,21 @@ struct Run<'r, 'p> {
 }
 
 impl Run<'_, '_> {
+    fn with<'scope, S: PageSource>(
+        &mut self,
+        reader: RecordReader<S>,
+        crew: &'scope Crew<'scope>,
+        scope: Option<&rayon::Scope<'scope>>,
+    ) -> Result<(Restored, S), RestoreError> {
+        let result = self.phases(reader, &Hands { crew, scope });
+        // What failed in an earlier place of the stream comes first.
+        crew.finish().and(result)
+    }
+
     fn phases<S: PageSource>(
         &mut self,
         mut reader: RecordReader<S>,
+        hands: &Hands<'_, '_>,
     ) -> Result<(Restored, S), RestoreError> {
         go_on(self.progress.begin(Phase::Setup, None))?;
         let mut memory = false;
@@ -144,14 +174,21 @@ impl Run<'_, '_> {
                         go_on(self.progress.begin(Phase::Pages, None))?;
                     }
                     let before = self.pages.stats;
-                    self.pages.batch(body)?;
+                    self.pages.batch(body, hands)?;
                     let pfns = self.pages.stats.pfns - before.pfns;
                     let pages = self.pages.stats.pages - before.pages;
                     go_on(self.progress.advance(pfns, pages * PAGE_SIZE as u64))?;
                 }
-                Incoming::Record(record) => self.record(&record)?,
+                Incoming::Record(record) => {
+                    if record.kind == RecordKind::VERIFY {
+                        // What is compared is all there.
+                        hands.crew.finish()?;
+                    }
+                    self.record(&record)?;
+                }
             }
         }
+        hands.crew.finish()?;
         go_on(self.progress.begin(Phase::Tail, None))?;
         self.pages.release_absent()?;
         let (store_gfn, console_gfn) = self.complete()?;

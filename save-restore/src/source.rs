@@ -1,10 +1,14 @@
 //! Where a stream comes from: a file descriptor, from which pages are read straight
 //! into the guest's memory, or anything else that gives octets.
 
-use std::io::{self, Read};
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
+use nix::errno::Errno;
 use xsr_format::frame::PAGE_SIZE;
 use xsr_xen_backend::ForeignPages;
 
@@ -23,18 +27,86 @@ pub trait PageSource: Read {
     ///
     /// When a page of the range is not mapped for writing.
     fn read_pages(&mut self, pages: &ForeignPages, range: Range<usize>) -> io::Result<()>;
+
+    /// Where the next `octets` stand, if they are there to be read at any time and by
+    /// any thread: then they count as read, and the source goes on behind them.
+    /// `None` where they must be read in order, or where the source ends before; then
+    /// it stands where it stood.
+    ///
+    /// # Errors
+    ///
+    /// What the source says.
+    fn take_extent(&mut self, octets: u64) -> io::Result<Option<Extent>>;
+}
+
+/// Octets of a file.
+#[derive(Clone, Debug)]
+pub struct Extent {
+    file: Arc<File>,
+    offset: u64,
+}
+
+impl Extent {
+    /// Fill `room` from `at` octets into it.
+    pub(crate) fn read_exact_at(&self, at: usize, room: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(room, self.offset + at as u64)
+    }
+
+    /// Fill a range of `pages`, whose page 0 is the first of the extent.
+    pub(crate) fn read_pages(&self, pages: &ForeignPages, range: Range<usize>) -> io::Result<()> {
+        let mut at = range.start * PAGE_SIZE;
+        let end = range.end * PAGE_SIZE;
+        while at < end {
+            let offset = self.offset + at as u64;
+            match pages.read_some_at(self.file.as_fd(), offset, at..end) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(n) => at += n,
+                Err(e) if e.raw_os_error() == Some(Errno::EINTR as i32) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether a descriptor is a file, of which any part can be read at any time.
+#[derive(Debug)]
+enum Positioned {
+    Unknown,
+    No,
+    Yes(Arc<File>),
+}
+
+impl Positioned {
+    fn file(&mut self, fd: &impl AsFd) -> io::Result<Option<&Arc<File>>> {
+        if let Self::Unknown = self {
+            // Stands where the descriptor stands, for good: they share a description.
+            let file = File::from(fd.as_fd().try_clone_to_owned()?);
+            *self = match file.metadata()?.is_file() {
+                true => Self::Yes(Arc::new(file)),
+                false => Self::No,
+            };
+        }
+        Ok(match self {
+            Self::Yes(file) => Some(file),
+            Self::Unknown | Self::No => None,
+        })
+    }
 }
 
 /// A file descriptor: pages are not copied in user space.
 ///
 /// Its O_NONBLOCK is left as it is; where it is set, an empty descriptor is waited for.
 #[derive(Debug)]
-pub struct FdSource<F>(Descriptor<F>);
+pub struct FdSource<F> {
+    descriptor: Descriptor<F>,
+    positioned: Positioned,
+}
 
 impl<F: AsFd> FdSource<F> {
     /// Waits for octets for as long as it takes.
     pub fn new(fd: F) -> Self {
-        Self(Descriptor::blocking(fd))
+        Self::over(Descriptor::blocking(fd))
     }
 
     /// Stops waiting when `cancel` says so, within a fraction of 100 ms: a read then
@@ -46,13 +118,20 @@ impl<F: AsFd> FdSource<F> {
     ///
     /// The descriptor is none that can be asked what it is.
     pub fn cancellable(fd: F, cancel: Cancel) -> io::Result<Self> {
-        Ok(Self(Descriptor::cancellable(fd, cancel, false)?))
+        Ok(Self::over(Descriptor::cancellable(fd, cancel, false)?))
+    }
+
+    fn over(descriptor: Descriptor<F>) -> Self {
+        Self {
+            descriptor,
+            positioned: Positioned::Unknown,
+        }
     }
 }
 
 impl<F: AsFd> Read for FdSource<F> {
     fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
-        self.0.read(|fd| Ok(nix::unistd::read(fd, room)?))
+        self.descriptor.read(|fd| Ok(nix::unistd::read(fd, room)?))
     }
 }
 
@@ -61,12 +140,34 @@ impl<F: AsFd> PageSource for FdSource<F> {
         let mut at = range.start * PAGE_SIZE;
         let end = range.end * PAGE_SIZE;
         while at < end {
-            match self.0.read(|fd| pages.read_some_from(fd, at..end))? {
+            match self
+                .descriptor
+                .read(|fd| pages.read_some_from(fd, at..end))?
+            {
                 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
                 n => at += n,
             }
         }
         Ok(())
+    }
+
+    fn take_extent(&mut self, octets: u64) -> io::Result<Option<Extent>> {
+        let Some(file) = self.positioned.file(&self.descriptor)? else {
+            return Ok(None);
+        };
+        self.descriptor.check()?;
+        let mut stands = &**file;
+        let offset = stands.stream_position()?;
+        let end = offset.saturating_add(octets);
+        // What the file does not have, whoever reads in order finds missing.
+        if end > file.metadata()?.len() {
+            return Ok(None);
+        }
+        stands.seek(SeekFrom::Start(end))?;
+        Ok(Some(Extent {
+            file: Arc::clone(file),
+            offset,
+        }))
     }
 }
 
@@ -92,10 +193,18 @@ impl<R: Read> PageSource for CopySource<R> {
         }
         Ok(())
     }
+
+    fn take_extent(&mut self, _: u64) -> io::Result<Option<Extent>> {
+        Ok(None)
+    }
 }
 
 impl<S: PageSource + ?Sized> PageSource for &mut S {
     fn read_pages(&mut self, pages: &ForeignPages, range: Range<usize>) -> io::Result<()> {
         (**self).read_pages(pages, range)
+    }
+
+    fn take_extent(&mut self, octets: u64) -> io::Result<Option<Extent>> {
+        (**self).take_extent(octets)
     }
 }

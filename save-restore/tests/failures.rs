@@ -6,6 +6,7 @@
 mod common;
 
 use std::io::{self, Write};
+use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
 
 use common::*;
@@ -273,6 +274,7 @@ fn options_for(domain: &dyn Domain) -> RestoreOptions {
         store_domid: DomId(0),
         console_port: domain.alloc_unbound_port(DomId(0)).unwrap(),
         console_domid: DomId(0),
+        threads: NonZeroUsize::new(2),
     }
 }
 

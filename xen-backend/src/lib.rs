@@ -29,7 +29,7 @@ mod xenstore;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
-use xsr_format::frame::{Gfn, Mfn, PageType, Pfn};
+use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE, PageType, Pfn};
 
 pub use error::{BackendError, MapError};
 pub use log_dirty::{DirtyBitmap, DirtyRead, DirtyStats, LogDirty};
@@ -282,6 +282,30 @@ pub trait GuestMemory: Send + Sync {
     /// only while nothing has its type. Of a frame that is refused a hypervisor says
     /// EINVAL, EPERM or EBUSY.
     fn map(&self, gfns: &[Gfn], access: Access) -> Result<ForeignPages, BackendError>;
+
+    /// Write whole pages: `contents` has one for each of `gfns`, in that order, and of
+    /// a frame named twice the later stays. The frames that could not be written, for
+    /// the reasons that [`GuestMemory::map`] has, are listed, ascending by index; all
+    /// others are. EINVAL where the lengths do not fit.
+    ///
+    /// Where a hypervisor has no call for it, they are mapped and filled.
+    fn write_pages(&self, gfns: &[Gfn], contents: &[u8]) -> Result<Vec<MapError>, BackendError> {
+        if contents.len() != gfns.len() * PAGE_SIZE {
+            return Err(BackendError::host("write_pages", Errno::EINVAL));
+        }
+        let pages = self.map(gfns, Access::Write)?;
+        let (contents, _) = contents.as_chunks();
+        for (index, page) in pages.iter() {
+            page.copy_from(&contents[index]);
+        }
+        Ok(pages.failed().to_vec())
+    }
+
+    /// Whether [`GuestMemory::write_pages`] costs less than mapping the pages and
+    /// reading a stream straight into them: not where it maps them itself.
+    fn writing_is_cheaper(&self) -> bool {
+        false
+    }
 
     /// Allocate `frames.len()` extents of 2^`order` pages
     /// (`XENMEM_populate_physmap`; orders 0, 9 and 18). Going in, each element is

@@ -197,6 +197,39 @@ impl ForeignPages {
     /// When the range leaves the pages, touches one that failed, or the mapping is
     /// read-only.
     pub fn read_some_from(&self, fd: BorrowedFd<'_>, range: Range<usize>) -> io::Result<usize> {
+        let (room, octets) = self.room(range);
+        // SAFETY: `room` says that the octets lie in the mapping, which is writable and
+        // has no failed page there; no reference to it exists anywhere.
+        let n = unsafe { libc::read(fd.as_raw_fd(), room.as_ptr().cast(), octets) };
+        Ok(Errno::result(n)?.unsigned_abs())
+    }
+
+    /// As [`ForeignPages::read_some_from`], of a file from `offset` on, with
+    /// `pread(2)`: where the descriptor stands does not matter, and stays.
+    ///
+    /// # Errors
+    ///
+    /// As there; EINVAL for an offset beyond what a file can have.
+    ///
+    /// # Panics
+    ///
+    /// As there.
+    pub fn read_some_at(
+        &self,
+        fd: BorrowedFd<'_>,
+        offset: u64,
+        range: Range<usize>,
+    ) -> io::Result<usize> {
+        let offset = libc::off_t::try_from(offset).map_err(|_| Errno::EINVAL)?;
+        let (room, octets) = self.room(range);
+        // SAFETY: as in `read_some_from`.
+        let n = unsafe { libc::pread(fd.as_raw_fd(), room.as_ptr().cast(), octets, offset) };
+        Ok(Errno::result(n)?.unsigned_abs())
+    }
+
+    /// Where the octets of `range` are, and how many: all of them in the mapping, which
+    /// is writable, and in pages that are mapped. Panics otherwise.
+    fn room(&self, range: Range<usize>) -> (NonNull<u8>, usize) {
         assert!(self.access == Access::Write, "mapping is read-only");
         assert!(
             range.start <= range.end && range.end <= self.count * PAGE_SIZE,
@@ -207,16 +240,10 @@ impl ForeignPages {
             !self.failed.iter().any(|e| pages.contains(&e.index)),
             "range holds a page that is not mapped"
         );
-        if range.is_empty() {
-            return Ok(0);
-        }
-        // SAFETY: start < end <= count * 4096, so the result is inside the mapping.
-        let ptr = unsafe { self.base.add(range.start) };
-        // SAFETY: `ptr .. ptr + range.len()` lies in the mapping, which is writable and
-        // has no failed page in this range (asserted above); no reference to it exists
-        // anywhere.
-        let n = unsafe { libc::read(fd.as_raw_fd(), ptr.as_ptr().cast(), range.len()) };
-        Ok(Errno::result(n)?.unsigned_abs())
+        // SAFETY: start <= count * 4096, so the result is inside the mapping or right
+        // behind it (then there are no octets).
+        let room = unsafe { self.base.add(range.start) };
+        (room, range.len())
     }
 }
 

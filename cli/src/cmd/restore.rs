@@ -254,6 +254,7 @@ impl<'a> Image<'a> {
             store_domid: DOM0,
             console_port: domain.alloc_unbound_port(DOM0)?,
             console_domid: DOM0,
+            threads: None,
         };
         let mut toolstack = DirectToolstack(domain);
         let (restored, source) = xsr_save_restore::restore(

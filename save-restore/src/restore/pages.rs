@@ -1,26 +1,33 @@
-//! PAGE_DATA on its way into the guest: memory, mapping, contents.
+//! PAGE_DATA on its way into the guest: memory for its pages, the frames its page tables
+//! name, and its contents, cut into pieces for whoever places them.
+//!
+//! All that decides which frame a page gets happens here, on the thread that reads the
+//! stream, in its order: what becomes of a stream does not depend on the threads.
 //!
 //! C implementation: `xg_sr_restore.c:process_page_data`.
 
 use std::ops::Range;
 
-use xsr_format::frame::{Gfn, PAGE_SIZE, PageEntry, Pfn};
+use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE, Page, PageEntry, Pfn};
 use xsr_format::read::PageDataBody;
 use xsr_xen_backend::{Access, Domain, ForeignPages};
 
 use crate::error::RestoreError;
 use crate::guest::pv::pagetable;
+use crate::restore::crew::Hands;
+use crate::restore::place::{Contents, Piece, Placer, read_failed};
 use crate::restore::populate::Populated;
 use crate::restore::{Guest, MAX_PFN, RestoreStats};
 use crate::source::PageSource;
 
-/// Most pages that are mapped at a time: a record may hold more.
-const STEP: usize = 1024;
+/// Most pages that are mapped at a time to be compared.
+const COMPARED: usize = 1024;
 
 /// The memory of a guest that is being restored.
 pub(super) struct PageRestore<'r> {
     domain: &'r dyn Domain,
     pub(super) guest: Guest,
+    placer: Placer<'r>,
     populated: Populated,
     pub(super) stats: RestoreStats,
     /// VERIFY has come: compare, do not write.
@@ -29,38 +36,37 @@ pub(super) struct PageRestore<'r> {
 
 impl<'r> PageRestore<'r> {
     pub(super) fn new(domain: &'r dyn Domain, guest: Guest) -> Self {
+        let p2m = match &guest {
+            Guest::Pv(pv) => Some(pv.p2m.clone()),
+            Guest::Hvm(_) => None,
+        };
         Self {
             domain,
             guest,
+            placer: Placer::new(domain, p2m),
             populated: Populated::default(),
             stats: RestoreStats::default(),
             verify: false,
         }
     }
 
+    /// Who places what this reads.
+    pub(super) fn placer(&self) -> Placer<'r> {
+        self.placer.clone()
+    }
+
     /// Take one PAGE_DATA record.
     ///
     /// # Errors
     ///
-    /// The stream, memory, or a page table that names a pfn which cannot be.
+    /// The stream, memory, or a page table that names a pfn which cannot be; what went
+    /// wrong with a piece of an earlier record.
     pub(super) fn batch<S: PageSource>(
         &mut self,
         mut body: PageDataBody<'_, S>,
+        hands: &Hands<'_, '_>,
     ) -> Result<(), RestoreError> {
-        let count = body.entries().len();
-        for first in (0..count).step_by(STEP) {
-            let entries = body.entries();
-            let step: Vec<PageEntry> = entries.iter().skip(first).take(STEP).collect();
-            self.step(&step, &mut body)?;
-        }
-        Ok(())
-    }
-
-    fn step<S: PageSource>(
-        &mut self,
-        entries: &[PageEntry],
-        body: &mut PageDataBody<'_, S>,
-    ) -> Result<(), RestoreError> {
+        let entries: Vec<PageEntry> = body.entries().iter().collect();
         if let Some(entry) = entries.iter().find(|entry| entry.pfn > MAX_PFN) {
             return Err(RestoreError::PfnRange {
                 pfn: entry.pfn,
@@ -70,32 +76,36 @@ impl<'r> PageRestore<'r> {
         let with_memory = entries.iter().filter(|e| e.page_type.is_populated());
         self.populate(with_memory.map(|entry| entry.pfn))?;
         let tables = matches!(self.guest, Guest::Pv(_));
-        for entry in entries {
+        for entry in &entries {
             self.populated.note(*entry, tables);
         }
         if let Guest::Pv(pv) = &mut self.guest {
-            for entry in entries {
-                pv.p2m.set_page_type(entry.pfn, entry.page_type);
+            let mut p2m = pv.p2m.write();
+            for entry in &entries {
+                p2m.set_page_type(entry.pfn, entry.page_type);
             }
         }
         self.stats.pfns += entries.len() as u64;
 
-        let with_data: Vec<PageEntry> = entries
-            .iter()
-            .copied()
-            .filter(|entry| entry.page_type.has_data())
-            .collect();
-        if with_data.is_empty() {
-            return Ok(());
+        let mut with_data = entries;
+        with_data.retain(|entry| entry.page_type.has_data());
+        let most = match self.verify {
+            true => COMPARED,
+            false => hands.crew.piece_pages(),
+        };
+        for entries in with_data.chunks(most) {
+            let gfns: Vec<Gfn> = self.gfns(entries);
+            if self.verify {
+                let pages = self.domain.map(&gfns, Access::Write)?.all_mapped()?;
+                self.compare(entries, &pages, &mut body)?;
+            } else if hands.many() || self.placer.writes() {
+                self.piece(entries, gfns, &mut body, hands)?;
+            } else {
+                let pages = self.domain.map(&gfns, Access::Write)?.all_mapped()?;
+                self.fill(entries, &pages, &mut body)?;
+            }
+            self.stats.pages += entries.len() as u64;
         }
-        let gfns: Vec<Gfn> = with_data.iter().map(|entry| self.gfn(entry.pfn)).collect();
-        let pages = self.domain.map(&gfns, Access::Write)?.all_mapped()?;
-        if self.verify {
-            self.compare(&with_data, &pages, body)?;
-        } else {
-            self.fill(&with_data, &pages, body)?;
-        }
-        self.stats.pages += with_data.len() as u64;
         Ok(())
     }
 
@@ -109,7 +119,7 @@ impl<'r> PageRestore<'r> {
         } = self;
         populated.populate(*domain, pfns, stats, |pfn, mfn| {
             if let Guest::Pv(pv) = guest {
-                pv.p2m.set_mfn(pfn, mfn);
+                pv.p2m.write().set_mfn(pfn, mfn);
             }
         })
     }
@@ -127,9 +137,12 @@ impl<'r> PageRestore<'r> {
             Guest::Hvm(_) => populated.release_absent(*domain, |pfn| Gfn(pfn.0), |_| {})?,
             Guest::Pv(pv) => {
                 let mut gone = Vec::new();
-                let frame = |pfn| pv.p2m.mfn(pfn).map_or(Gfn::INVALID, |mfn| Gfn(mfn.0));
+                let p2m = pv.p2m.read();
+                let frame = |pfn| p2m.mfn(pfn).map_or(Gfn::INVALID, |mfn| Gfn(mfn.0));
                 let released = populated.release_absent(*domain, frame, |pfn| gone.push(pfn))?;
-                gone.into_iter().for_each(|pfn| pv.p2m.clear_mfn(pfn));
+                drop(p2m);
+                let mut p2m = pv.p2m.write();
+                gone.into_iter().for_each(|pfn| p2m.clear_mfn(pfn));
                 released
             }
         };
@@ -137,17 +150,50 @@ impl<'r> PageRestore<'r> {
         Ok(())
     }
 
-    /// The frame of a pfn that has memory.
-    fn gfn(&self, pfn: Pfn) -> Gfn {
+    /// The frames of pages that have memory.
+    fn gfns(&self, entries: &[PageEntry]) -> Vec<Gfn> {
         match &self.guest {
-            Guest::Hvm(_) => Gfn(pfn.0),
-            Guest::Pv(pv) => pv.p2m.mfn(pfn).map_or(Gfn::INVALID, |mfn| Gfn(mfn.0)),
+            Guest::Hvm(_) => entries.iter().map(|entry| Gfn(entry.pfn.0)).collect(),
+            Guest::Pv(pv) => {
+                let p2m = pv.p2m.read();
+                let gfn = |entry: &PageEntry| p2m.mfn(entry.pfn).map_or(Gfn::INVALID, |m| Gfn(m.0));
+                entries.iter().map(gfn).collect()
+            }
         }
     }
 
-    /// Whether the page's contents are not the same on every machine.
-    fn needs_localising(&self, entry: &PageEntry) -> bool {
-        matches!(self.guest, Guest::Pv(_)) && entry.page_type.table_level().is_some()
+    /// Hand over the contents of `entries`, read, or where to read them.
+    fn piece<S: PageSource>(
+        &mut self,
+        entries: &[PageEntry],
+        gfns: Vec<Gfn>,
+        body: &mut PageDataBody<'_, S>,
+        hands: &Hands<'_, '_>,
+    ) -> Result<(), RestoreError> {
+        let position = body.position();
+        let contents = body.with_source(entries.len() as u64, |source, octets| {
+            if hands.many()
+                && let Some(extent) = source.take_extent(octets)?
+            {
+                return Ok(Contents::Extent(extent));
+            }
+            let mut buffer = hands.crew.buffer(entries.len() * PAGE_SIZE);
+            source.read_exact(&mut buffer)?;
+            Ok(Contents::Octets(buffer))
+        })?;
+        for (index, entry) in entries.iter().enumerate() {
+            if self.placer.localises(entry) {
+                let table = contents.page(index);
+                let table = table.map_err(|e| read_failed(position, entries.len(), e))?;
+                self.populate_named(entry, &table)?;
+            }
+        }
+        hands.submit(Piece {
+            entries: entries.to_vec(),
+            gfns,
+            contents,
+            position,
+        })
     }
 
     /// Read the contents of `entries` into `pages`: straight from the source where
@@ -160,15 +206,15 @@ impl<'r> PageRestore<'r> {
     ) -> Result<(), RestoreError> {
         let mut at = 0;
         while let Some(entry) = entries.get(at) {
-            if self.needs_localising(entry) {
-                let contents = self.table(entry, body)?;
+            if self.placer.localises(entry) {
+                let contents = self.page(entry, body)?;
                 pages.page(at).expect("mapped").copy_from(&contents);
                 at += 1;
                 continue;
             }
             let run = entries[at..]
                 .iter()
-                .take_while(|entry| !self.needs_localising(entry))
+                .take_while(|entry| !self.placer.localises(entry))
                 .count();
             let range: Range<usize> = at..at + run;
             at = range.end;
@@ -177,29 +223,35 @@ impl<'r> PageRestore<'r> {
         Ok(())
     }
 
-    /// Read a page table and turn it into one of this machine. It may name pages
-    /// that have not come yet: they get their memory now.
-    fn table<S: PageSource>(
+    /// Read a page and turn it into one of this machine.
+    fn page<S: PageSource>(
         &mut self,
         entry: &PageEntry,
         body: &mut PageDataBody<'_, S>,
-    ) -> Result<Box<[u8; PAGE_SIZE]>, RestoreError> {
+    ) -> Result<Box<Page>, RestoreError> {
         let mut contents = Box::new([0; PAGE_SIZE]);
         body.read_page(&mut contents)?;
-        let level = entry.page_type.table_level().unwrap_or(0);
-        let max_pfn = match &self.guest {
-            Guest::Pv(pv) => pv.max_pfn(),
-            Guest::Hvm(_) => return Ok(contents),
-        };
-        let needed: Vec<Pfn> = pagetable::frames_needed(&contents)
-            .filter(|pfn| *pfn <= max_pfn)
-            .collect();
-        self.populate(needed.into_iter())?;
-        if let Guest::Pv(pv) = &self.guest {
-            // Beyond the p2m there is no frame, and `localise` says so.
-            pagetable::localise(entry.pfn, level, &mut contents, |pfn| pv.p2m.mfn(pfn))?;
+        if self.placer.localises(entry) {
+            self.populate_named(entry, &contents)?;
+            self.placer.localise(entry, &mut contents)?;
         }
         Ok(contents)
+    }
+
+    /// A page table of the stream may name pages that have not come yet: they get their
+    /// memory now. One beyond the p2m has no frame, and never will.
+    fn populate_named(&mut self, entry: &PageEntry, table: &Page) -> Result<(), RestoreError> {
+        let max_pfn = match &self.guest {
+            Guest::Pv(pv) => pv.max_pfn(),
+            Guest::Hvm(_) => return Ok(()),
+        };
+        let named: Vec<Pfn> = pagetable::frames_needed(table).collect();
+        if named.iter().any(|pfn| *pfn > max_pfn) {
+            let level = entry.page_type.table_level().unwrap_or(0);
+            let within = |pfn: Pfn| (pfn <= max_pfn).then_some(Mfn(pfn.0));
+            pagetable::localise(entry.pfn, level, &mut table.clone(), within)?;
+        }
+        self.populate(named.into_iter())
     }
 
     /// Verify mode: compare what comes with what the guest has.
@@ -209,13 +261,8 @@ impl<'r> PageRestore<'r> {
         pages: &ForeignPages,
         body: &mut PageDataBody<'_, S>,
     ) -> Result<(), RestoreError> {
-        let mut contents = Box::new([0; PAGE_SIZE]);
         for (entry, (_, page)) in entries.iter().zip(pages.iter()) {
-            if self.needs_localising(entry) {
-                contents = self.table(entry, body)?;
-            } else {
-                body.read_page(&mut contents)?;
-            }
+            let contents = self.page(entry, body)?;
             if *page.to_page() != *contents {
                 tracing::error!(pfn = %entry.pfn, page_type = %entry.page_type, "page differs");
                 self.stats.verify_mismatches += 1;

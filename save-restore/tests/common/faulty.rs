@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use xsr_format::frame::{Gfn, Mfn, PageType};
 use xsr_xen_backend::{
     Access, BackendError, CpuPolicy, DirtyBitmap, DirtyRead, DirtyStats, DomId, Domain,
-    DomainControl, DomainInfo, Errno, ForeignPages, GuestMemory, HvmGuest, LogDirty, M2p, PvGuest,
-    RingGrant, TscInfo, VcpuBlob, X86Platform, XenVersion,
+    DomainControl, DomainInfo, Errno, ForeignPages, GuestMemory, HvmGuest, LogDirty, M2p, MapError,
+    PvGuest, RingGrant, TscInfo, VcpuBlob, X86Platform, XenVersion,
 };
 
 /// Which of several frames or extents.
@@ -314,6 +314,21 @@ impl GuestMemory for Faulty {
         let (got, rest) = frames.split_at_mut(which.of(frames.len()));
         self.strike("populate", rest.first().copied());
         self.inner.populate(order, got)
+    }
+    fn write_pages(&self, gfns: &[Gfn], contents: &[u8]) -> Result<Vec<MapError>, BackendError> {
+        if self.fault != Fault::Partly {
+            return self.call("write_pages", |d| d.write_pages(gfns, contents));
+        }
+        let mut gfns = gfns.to_vec();
+        if self.turn()
+            && let Some(last) = gfns.last_mut()
+        {
+            *last = Gfn::INVALID;
+        }
+        self.inner.write_pages(&gfns, contents)
+    }
+    fn writing_is_cheaper(&self) -> bool {
+        self.inner.writing_is_cheaper()
     }
     fn release(&self, gfns: &[Gfn]) -> Result<usize, BackendError> {
         let turn = self.turn("release", gfns.len());

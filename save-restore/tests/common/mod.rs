@@ -166,6 +166,7 @@ fn try_restore<S: PageSource>(
         store_domid: DomId(0),
         console_port: ports[1],
         console_domid: DomId(0),
+        threads: NonZeroUsize::new(2),
     };
     let mut toolstack = DirectToolstack(domain.as_ref());
     let result = RecordReader::new(source, ReadOptions::default())

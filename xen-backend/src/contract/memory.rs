@@ -1,7 +1,7 @@
 //! A domain's memory.
 
 use nix::errno::Errno;
-use xsr_format::frame::{Gfn, PageType};
+use xsr_format::frame::{Gfn, PAGE_SIZE, PageType};
 
 use super::kit::{self, Guest};
 use super::{Check, REFUSED, Violation, ensure, equal, fails};
@@ -18,6 +18,7 @@ pub(super) const CHECKS: &[(&str, Check)] = &[
         "frames that are not the domain's fail alone",
         foreign_frames,
     ),
+    ("pages are written whole, each in its place", written),
     ("a read-only mapping shows later writes", shared_mappings),
     ("populate stops at the domain's limit", limit),
     ("populate of superpages gives contiguous frames", superpages),
@@ -289,6 +290,50 @@ fn not_released(host: &dyn Host) -> Result<(), Violation> {
         // Not twice.
         guest.release(&[gfns[0]])?;
         equal(&guest.info()?.tot_pages, &1, "a page that is gone")?;
+    }
+    Ok(())
+}
+
+fn written(host: &dyn Host) -> Result<(), Violation> {
+    let (_other, others) = Guest::with_pages(host, GuestKind::Pv, 1)?;
+    for kind in KINDS {
+        let (guest, gfns) = Guest::with_pages(host, kind, 40)?;
+        let stranger = match kind {
+            GuestKind::Pv => others[0],
+            _ => Gfn(40),
+        };
+        // Out of order, one that is not there, one twice, and all in a row.
+        let mut asked = vec![gfns[7], stranger, gfns[3], gfns[7], Gfn::INVALID];
+        asked.extend(&gfns[8..40]);
+        let contents: Vec<u8> = (0..asked.len() * PAGE_SIZE)
+            .map(|octet| u8::try_from(octet / 8 % 251).unwrap_or(0))
+            .collect();
+        let failed = guest.write_pages(&asked, &contents)?;
+        let failed: Vec<_> = failed.iter().map(|e| (e.index, e.gfn, e.errno)).collect();
+        let expected = vec![
+            (1, stranger, Errno::EINVAL),
+            (4, Gfn::INVALID, Errno::EINVAL),
+        ];
+        equal(&failed, &expected, "frames that failed")?;
+        for (index, gfn) in asked.iter().enumerate() {
+            if [0, 1, 4].contains(&index) {
+                continue;
+            }
+            let words = guest.read(*gfn)?;
+            let octets = &contents[index * PAGE_SIZE..(index + 1) * PAGE_SIZE];
+            let same = (octets.as_chunks().0.iter().zip(words))
+                .all(|(octets, word)| u64::from_le_bytes(*octets) == word);
+            ensure(same, "a page holds what was written")?;
+        }
+        for gfn in [gfns[0], gfns[2], gfns[4], gfns[6]] {
+            equal(&guest.read(gfn)?, &[0; 512], "a page that was not written")?;
+        }
+        fails(
+            guest.write_pages(&gfns[..2], &contents[..PAGE_SIZE]),
+            Errno::EINVAL,
+            "a page too few",
+        )?;
+        equal(&guest.write_pages(&[], &[])?, &vec![], "no pages")?;
     }
     Ok(())
 }

@@ -2,11 +2,12 @@
 //!
 //! C implementation: `xen/common/{domain,domctl,memory}.c`, `xen/arch/x86/domctl.c`.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
-use xsr_format::frame::{Gfn, Mfn, PageType};
+use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE, PageType};
 
 use super::before::Before;
 use super::error::MockError;
@@ -14,7 +15,7 @@ use super::frames::{Frame, FrameUse};
 use super::machine::Machine;
 use super::memory;
 use super::state::{Dom, MAX_PFNS, State};
-use crate::error::BackendError;
+use crate::error::{BackendError, MapError};
 use crate::pages::{Access, ForeignPages};
 use crate::{DomId, DomainControl, DomainInfo, GuestKind, GuestMemory, ShutdownReason, XenVersion};
 
@@ -293,6 +294,43 @@ impl GuestMemory for MockDomain {
             })
             .map(|pages| pages.counted_by(&self.machine.mapped))
             .map_err(|errno| self.fail("mmapbatch", errno))
+    }
+
+    fn write_pages(&self, gfns: &[Gfn], contents: &[u8]) -> Result<Vec<MapError>, BackendError> {
+        const OP: &str = "write_pages";
+        self.alive().map_err(|errno| self.fail(OP, errno))?;
+        if contents.len() != gfns.len() * PAGE_SIZE {
+            return Err(self.fail(OP, Errno::EINVAL));
+        }
+        let mut failed = Vec::new();
+        // Neighbouring machine frames are written at once: the first frame, and the
+        // octets of the contents.
+        let mut runs: Vec<(Mfn, Range<usize>)> = Vec::new();
+        for (index, &gfn) in gfns.iter().enumerate() {
+            let octets = index * PAGE_SIZE..(index + 1) * PAGE_SIZE;
+            match (self.map_one(gfn, Access::Write), runs.last_mut()) {
+                (Err(errno), _) => failed.push(MapError { index, gfn, errno }),
+                (Ok(mfn), Some((first, run)))
+                    if run.end == octets.start
+                        && first.0 + (run.len() / PAGE_SIZE) as u64 == mfn.0 =>
+                {
+                    run.end = octets.end;
+                }
+                (Ok(mfn), _) => runs.push((mfn, octets)),
+            }
+        }
+        for (first, octets) in runs {
+            self.machine
+                .write_frames(first, 0, &contents[octets])
+                .map_err(|errno| self.fail(OP, errno))?;
+        }
+        Ok(failed)
+    }
+
+    /// The machine's memory is a file: pages that are written whole are not cleared
+    /// first, as they are when a mapping faults them in.
+    fn writing_is_cheaper(&self) -> bool {
+        true
     }
 
     fn populate(&self, order: u8, frames: &mut [Gfn]) -> Result<usize, BackendError> {

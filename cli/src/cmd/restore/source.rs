@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use xsr_format::frame::PAGE_SIZE;
 use xsr_save_restore::progress::Cancel;
-use xsr_save_restore::source::{FdSource, PageSource};
+use xsr_save_restore::source::{Extent, FdSource, PageSource};
 use xsr_xen_backend::ForeignPages;
 
 /// An image from its first octet on.
@@ -46,5 +46,13 @@ impl PageSource for ImageSource<'_> {
         self.source.read_pages(pages, range)?;
         self.offset += octets;
         Ok(())
+    }
+
+    fn take_extent(&mut self, octets: u64) -> io::Result<Option<Extent>> {
+        let taken = self.source.take_extent(octets)?;
+        if taken.is_some() {
+            self.offset += octets;
+        }
+        Ok(taken)
     }
 }

@@ -10,6 +10,8 @@
 
 mod find;
 
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
 use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE, Page, PageType, Pfn};
 use xsr_format::record::pv::PvInfo;
 use xsr_xen_backend::{Access, Domain, ForeignPages, M2p};
@@ -139,6 +141,24 @@ struct Chunk {
 #[derive(Default)]
 pub(crate) struct NewP2m {
     chunks: Vec<Option<Box<Chunk>>>,
+}
+
+/// The p2m of a guest that is being restored, which one thread fills while others look
+/// up frames in it: a pfn that has a frame keeps it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct SharedP2m(Arc<RwLock<NewP2m>>);
+
+impl SharedP2m {
+    /// To look up frames.
+    pub(crate) fn read(&self) -> RwLockReadGuard<'_, NewP2m> {
+        // Nobody panics half-way through a change.
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// To change it.
+    pub(crate) fn write(&self) -> RwLockWriteGuard<'_, NewP2m> {
+        self.0.write().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl NewP2m {

@@ -11,7 +11,7 @@ use xsr_xen_backend::{Access, Domain, ForeignPages, RingGrant};
 
 use crate::error::{GuestError, RestoreError};
 use crate::guest::pv::layout::{Field, cr3_to_frame, frame_to_cr3, shared_info, start_info, vcpu};
-use crate::guest::pv::p2m::NewP2m;
+use crate::guest::pv::p2m::SharedP2m;
 use crate::guest::pv::{VCPU_RECORDS, gdt_frames, guest_info};
 use crate::guest::x86;
 use crate::restore::RestoreOptions;
@@ -26,7 +26,7 @@ pub(crate) struct PvRestore {
     max_pfn: Pfn,
     /// pfns of the p2m's leaves.
     frames: Vec<Pfn>,
-    pub(crate) p2m: NewP2m,
+    pub(crate) p2m: SharedP2m,
     shared_info: Option<Box<Page>>,
     vcpus: BTreeMap<u32, VcpuBlobs>,
     max_vcpu_id: u32,
@@ -38,7 +38,7 @@ impl PvRestore {
             info: PvInfo::Bits64,
             max_pfn: Pfn(0),
             frames: Vec::new(),
-            p2m: NewP2m::default(),
+            p2m: SharedP2m::default(),
             shared_info: None,
             vcpus: BTreeMap::new(),
             max_vcpu_id,
@@ -143,6 +143,7 @@ impl PvRestore {
         }
         self.pin_tables(domain)?;
         self.p2m
+            .read()
             .write_back(domain, self.info, &self.frames, self.max_pfn)?;
         let (store, console) = rings;
         if let Some(console) = console {
@@ -197,6 +198,7 @@ impl PvRestore {
         let pfn = Pfn(vcpu::EDX.get(info, context));
         let gfn = self
             .p2m
+            .read()
             .ordinary_frame(pfn, || "vcpu 0's suspend record (edx)".to_owned())?;
         vcpu::EDX.set(info, context, gfn.0);
 
@@ -206,7 +208,7 @@ impl PvRestore {
         let octets = contents.as_mut_slice();
         let ring = |octets: &mut [u8], mfn: Field, port: Field, value: u32, name: &str| {
             let pfn = Pfn(mfn.get(info, octets));
-            let frame = self.p2m.mfn(pfn).ok_or_else(|| GuestError::Frame {
+            let frame = self.p2m.read().mfn(pfn).ok_or_else(|| GuestError::Frame {
                 field: format!("start_info's {name} frame"),
                 frame: pfn.0,
                 why: "the image holds no such page",
@@ -246,13 +248,14 @@ impl PvRestore {
             let at = vcpu::gdt_frame(frame);
             let gfn = self
                 .p2m
+                .read()
                 .ordinary_frame(Pfn(at.get(info, context)), || field.clone())?;
             at.set(info, context, gfn.0);
         }
         let cr3 = vcpu::ctrlreg(3);
         let pfn = Pfn(cr3_to_frame(info, cr3.get(info, context)));
         let name = || format!("vcpu {id}'s cr3");
-        let mfn = self.p2m.table_frame(pfn, info.levels(), name)?;
+        let mfn = self.p2m.read().table_frame(pfn, info.levels(), name)?;
         let value = frame_to_cr3(info, mfn.0).ok_or(RestoreError::FrameTooHigh {
             vcpu: id,
             frame: mfn,
@@ -264,6 +267,7 @@ impl PvRestore {
             let name = || format!("vcpu {id}'s cr1");
             let mfn = self
                 .p2m
+                .read()
                 .table_frame(Pfn(user >> PAGE_SHIFT), info.levels(), name)?;
             cr1.set(info, context, mfn.0 << PAGE_SHIFT);
         }
@@ -275,6 +279,7 @@ impl PvRestore {
     fn pin_tables(&self, domain: &dyn Domain) -> Result<(), RestoreError> {
         let tables: Vec<(u8, Mfn)> = self
             .p2m
+            .read()
             .pinned()
             .map(|(pfn, level, mfn)| match mfn {
                 Some(mfn) => Ok((level, mfn)),
