@@ -14,6 +14,7 @@ mod common;
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
+use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
 
 use common::faulty::{Fault, Faulty, Which};
@@ -398,6 +399,8 @@ impl<'t> World<'t> {
             store_domid: DomId(0),
             console_port: port(),
             console_domid: DomId(0),
+            // The calls come in one order.
+            threads: NonZeroUsize::new(1),
         };
         let domain = there.domain(domid).unwrap();
         let faulty = match trouble {

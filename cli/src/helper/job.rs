@@ -202,6 +202,7 @@ fn restore(args: &RestoreArgs, wire: &Wire, backend: &Backend) -> Result<()> {
         store_domid: args.store_domid,
         console_port: args.console_port,
         console_domid: args.console_domid,
+        threads: None,
     };
     let mut on_progress = |_: &_| match wire.lost() {
         Some(_) => ControlFlow::Break(()),

@@ -8,6 +8,7 @@
 
 use std::ops::Range;
 
+use xsr_format::error::{ReadError, ReadErrorCause};
 use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE, Page, PageEntry, Pfn};
 use xsr_format::read::PageDataBody;
 use xsr_xen_backend::{Access, Domain, ForeignPages};
@@ -102,7 +103,9 @@ impl<'r> PageRestore<'r> {
                 self.piece(entries, gfns, &mut body, hands)?;
             } else {
                 let pages = self.domain.map(&gfns, Access::Write)?.all_mapped()?;
-                self.fill(entries, &pages, &mut body)?;
+                let left = body.pages_left();
+                self.fill(entries, &pages, &mut body)
+                    .map_err(|error| lacks_at_most(error, left))?;
             }
             self.stats.pages += entries.len() as u64;
         }
@@ -270,4 +273,17 @@ impl<'r> PageRestore<'r> {
         }
         Ok(())
     }
+}
+
+/// A stream that ends in the midst of a piece lacks what was left before it, at most:
+/// however far it was read.
+fn lacks_at_most(mut error: RestoreError, pages: u64) -> RestoreError {
+    if let RestoreError::Stream(ReadError {
+        cause: ReadErrorCause::Truncated { needed },
+        ..
+    }) = &mut error
+    {
+        *needed = pages * PAGE_SIZE as u64;
+    }
+    error
 }

@@ -38,7 +38,7 @@ pub(crate) enum Fault {
     Errno(Errno),
     /// All was done, and then the answer could not be handed over.
     Late(Errno),
-    /// A mapping succeeds, but for this frame.
+    /// A mapping, or a write of pages, succeeds, but for this frame.
     Frame(Which, Errno),
     /// A populate or a release gets as far as this extent, and not over it.
     Short(Which),
@@ -74,6 +74,7 @@ fn errnos(op: &str) -> &'static [Errno] {
         "maximum_gfn" => &[EFAULT],
         "page_types" => &[E2BIG, EINVAL, EFAULT, ENOMEM],
         "map" => &[ENOMEM, EFAULT, EINVAL, ENOTTY],
+        "write_pages" => &[ENOMEM, EFAULT, EINVAL],
         "populate" => &[EINVAL, EFAULT, ENOMEM],
         "release" => &[EINVAL, EFAULT, ENOMEM],
         "enable_log_dirty" => &[EINVAL, EOPNOTSUPP, ENOMEM, EBUSY],
@@ -121,7 +122,7 @@ impl Call {
         let which = [Which::First, Which::Last, Which::Middle];
         let which = which.into_iter().take(places.len());
         match self.op {
-            "map" if self.frames > 0 => {
+            "map" | "write_pages" if self.frames > 0 => {
                 faults.extend(which.flat_map(|w| FRAME_ERRNOS.map(|errno| Fault::Frame(w, errno))))
             }
             "populate" | "release" if self.frames > 0 => faults.extend(which.map(Fault::Short)),
@@ -158,6 +159,8 @@ pub(crate) struct Struck {
 pub(crate) struct Faulty {
     inner: Box<dyn Domain>,
     fault: Option<(usize, Fault)>,
+    /// It says that pages are better mapped than written, as a real Xen does.
+    maps: bool,
     calls: AtomicUsize,
     trace: Mutex<Vec<Call>>,
     struck: Mutex<Option<Struck>>,
@@ -178,6 +181,7 @@ impl Faulty {
         Self {
             inner,
             fault: None,
+            maps: false,
             calls: AtomicUsize::new(0),
             trace: Mutex::default(),
             struck: Mutex::default(),
@@ -192,6 +196,11 @@ impl Faulty {
             before_map: Some(Box::new(act)),
             ..Self::watching(inner)
         }
+    }
+
+    /// The same, with pages that are better mapped than written, if `maps`.
+    pub(crate) fn mapping(self, maps: bool) -> Self {
+        Self { maps, ..self }
     }
 
     /// The calls that were made, in order.
@@ -316,19 +325,20 @@ impl GuestMemory for Faulty {
         self.inner.populate(order, got)
     }
     fn write_pages(&self, gfns: &[Gfn], contents: &[u8]) -> Result<Vec<MapError>, BackendError> {
-        if self.fault != Fault::Partly {
-            return self.call("write_pages", |d| d.write_pages(gfns, contents));
+        let turn = self.turn("write_pages", gfns.len());
+        let Some(Fault::Frame(which, errno)) = turn else {
+            return self.call_whole("write_pages", turn, |d| d.write_pages(gfns, contents));
+        };
+        let index = which.of(gfns.len());
+        let mut failed = self.inner.write_pages(gfns, contents)?;
+        if let Some(gfn) = gfns.get(index).copied() {
+            failed.push(MapError { index, gfn, errno });
+            self.strike("write_pages", Some(gfn));
         }
-        let mut gfns = gfns.to_vec();
-        if self.turn()
-            && let Some(last) = gfns.last_mut()
-        {
-            *last = Gfn::INVALID;
-        }
-        self.inner.write_pages(&gfns, contents)
+        Ok(failed)
     }
     fn writing_is_cheaper(&self) -> bool {
-        self.inner.writing_is_cheaper()
+        !self.maps && self.inner.writing_is_cheaper()
     }
     fn release(&self, gfns: &[Gfn]) -> Result<usize, BackendError> {
         let turn = self.turn("release", gfns.len());

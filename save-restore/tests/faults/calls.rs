@@ -151,7 +151,10 @@ fn a_restore_reports_every_call_that_fails_and_leaves_a_domain_to_destroy() {
     let (from, to) = (host(22), host(23));
     let free = to.free_pages();
     let mut points = Points::default();
-    for (spec, mode) in guests().into_iter().zip(Mode::ALL.into_iter().cycle()) {
+    // Pages are written to one guest, mapped for the next.
+    let ways = [false, true].into_iter().cycle();
+    let modes = Mode::ALL.into_iter().cycle();
+    for ((spec, mode), maps) in guests().into_iter().zip(modes).zip(ways) {
         let domid = from.create_guest(&spec).unwrap();
         let real = from.domain(domid).unwrap();
         let mut toolstack = Toolstack::new(real.as_ref());
@@ -178,14 +181,14 @@ fn a_restore_reports_every_call_that_fails_and_leaves_a_domain_to_destroy() {
             result
         };
         let (new, options) = make_room(&to, &spec);
-        let watching = Faulty::watching(to.domain(new).unwrap());
+        let watching = Faulty::watching(to.domain(new).unwrap()).mapping(maps);
         attempt(&watching, new, &options, "none").unwrap();
         for (at, call) in turns(&watching.trace()) {
             let faults = call.faults().into_iter().enumerate();
             for (_, fault) in faults.filter(|(nth, _)| takes(spec.kind, call.op, at + nth)) {
                 let what = format!("{} {mode:?} call {at} {} {fault}", spec.name, call.op);
                 let (new, options) = make_room(&to, &spec);
-                let domain = Faulty::new(to.domain(new).unwrap(), at, fault);
+                let domain = Faulty::new(to.domain(new).unwrap(), at, fault).mapping(maps);
                 let result = attempt(&domain, new, &options, &what);
                 let struck = domain.struck().unwrap();
                 let check = |backend, map, frame| {

@@ -17,6 +17,7 @@ mod streams;
 
 use std::collections::BTreeSet;
 use std::fmt::Display;
+use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
 
 use common::options;
@@ -223,6 +224,8 @@ fn make_room(host: &MockHost, spec: &GuestSpec) -> (DomId, RestoreOptions) {
         store_domid: DomId(0),
         console_port: port(),
         console_domid: DomId(0),
+        // The calls come in one order.
+        threads: NonZeroUsize::new(1),
     };
     (domid, options)
 }
