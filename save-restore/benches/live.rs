@@ -105,6 +105,7 @@ fn receive(host: &MockHost, spec: &GuestSpec, source: impl PageSource) -> (DomId
         store_domid: DomId(0),
         console_port: port(),
         console_domid: DomId(0),
+        threads: None,
     };
     let mut toolstack = DirectToolstack(domain.as_ref());
     let reader = RecordReader::new(source, ReadOptions::default()).unwrap();

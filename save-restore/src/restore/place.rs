@@ -168,8 +168,8 @@ impl<'r> Placer<'r> {
                 }
                 (run, Contents::Octets(octets)) => {
                     let (contents, _) = octets.as_chunks();
-                    for index in at..at + run {
-                        copy(&contents[index], &pages, index);
+                    for (index, contents) in contents.iter().enumerate().skip(at).take(run) {
+                        copy(contents, &pages, index);
                     }
                     at += run;
                 }
