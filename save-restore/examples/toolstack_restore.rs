@@ -94,6 +94,7 @@ fn fill(domain: &dyn Domain, file: &Path) -> Result<Restored, Box<dyn Error>> {
         store_domid: DOM0,
         console_port: domain.alloc_unbound_port(DOM0)?,
         console_domid: DOM0,
+        threads: None,
     };
     let mut on_progress = |progress: &Progress| {
         tracing::debug!(?progress, "restoring");
