@@ -23,6 +23,11 @@ pub enum GuestError {
         /// What it shows instead.
         state: String,
     },
+    /// The domain sleeps although the toolstack has had it run on after a checkpoint.
+    #[error(
+        "the domain is still suspended after a checkpoint, although the toolstack says that it runs"
+    )]
+    StillSuspended,
     /// The domain was down before the save asked it to suspend.
     #[error(
         "the domain is already shut down ({reason:?}), by somebody else: if no other save of it is under way, resume or destroy it first"

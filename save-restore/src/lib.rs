@@ -22,4 +22,4 @@ pub mod toolstack;
 
 pub use error::{RestoreError, SaveError};
 pub use restore::{RestoreOptions, Restored, restore};
-pub use save::{Live, SaveOptions, Saved, save, save_live};
+pub use save::{Live, SaveOptions, Saved, save, save_checkpointed, save_live};

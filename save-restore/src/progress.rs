@@ -28,6 +28,9 @@ pub enum Phase {
     Verify,
     /// Registers, devices, everything else.
     Tail,
+    /// A checkpoint is in the stream and the guest runs on, until it is time for the
+    /// next.
+    Checkpoint,
 }
 
 /// How far the engine is.

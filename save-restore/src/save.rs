@@ -3,6 +3,7 @@
 //! C implementation: `xg_sr_save.c`.
 
 mod batch;
+mod checkpointed;
 mod live;
 pub mod precopy;
 mod suspended;
@@ -28,6 +29,8 @@ use crate::save::precopy::PrecopyPolicy;
 use crate::save::suspended::Suspended;
 use crate::sink::PageSink;
 use crate::toolstack::{SaveToolstack, ToolstackError};
+
+pub use crate::save::checkpointed::{CheckpointedStats, save_checkpointed};
 
 /// How to save.
 #[derive(Clone, Copy, Debug, Default)]
@@ -182,15 +185,23 @@ fn run<'a>(
     let result = run.phases(xen, &mut suspended, sink, live);
     let stats = run.stats;
     suspended.logging_off();
-    let Err(cause) = result else {
-        return Ok(Saved { stats, suspended });
-    };
+    match result {
+        Ok(()) => Ok(Saved { stats, suspended }),
+        Err(cause) => Err(give_back(&mut suspended, cause)),
+    }
+}
+
+/// The save has failed because of `cause`: resume the guest, if it is suspended.
+fn give_back<T: SaveToolstack + ?Sized>(
+    suspended: &mut Suspended<'_, T>,
+    cause: SaveError,
+) -> SaveError {
     match suspended.resume() {
-        Ok(()) => Err(cause),
-        Err(resume) => Err(SaveError::NotResumed {
+        Ok(()) => cause,
+        Err(resume) => SaveError::NotResumed {
             cause: Box::new(cause),
             resume,
-        }),
+        },
     }
 }
 
@@ -203,17 +214,15 @@ struct Run<'r, 'p> {
     stats: SaveStats,
 }
 
-impl Run<'_, '_> {
-    fn phases(
+impl<'r> Run<'r, '_> {
+    /// Map what says where the guest's memory is; write all that comes before memory.
+    fn head<'s>(
         &mut self,
         xen: XenVersion,
-        suspended: &mut Suspended<'_, dyn SaveToolstack + '_>,
-        sink: &mut dyn PageSink,
-        live: Option<Live<'_>>,
-    ) -> Result<(), SaveError> {
+        sink: &'s mut dyn PageSink,
+    ) -> Result<(Box<dyn GuestSave + 'r>, Out<'s>), SaveError> {
         self.report(Phase::Setup)?;
-        let mut guest = setup(self.domain)?;
-        let guest = guest.as_mut();
+        let guest = setup(self.domain)?;
         let domain_header = DomainHeader {
             guest_type: guest.guest_type(),
             xen_major: u32::from(xen.major),
@@ -223,7 +232,18 @@ impl Run<'_, '_> {
         guest.static_data(&mut out)?;
         out.static_data_end()?;
         guest.start_of_stream(&mut out)?;
+        Ok((guest, out))
+    }
 
+    fn phases(
+        &mut self,
+        xen: XenVersion,
+        suspended: &mut Suspended<'_, dyn SaveToolstack + '_>,
+        sink: &mut dyn PageSink,
+        live: Option<Live<'_>>,
+    ) -> Result<(), SaveError> {
+        let (mut guest, mut out) = self.head(xen, sink)?;
+        let guest = guest.as_mut();
         let stopped = match live {
             None => {
                 let stopped = self.suspend(suspended)?;

@@ -4,6 +4,8 @@
 //! The contracts are those of libxl's callbacks (`xenguest.h`, `save_callbacks` and
 //! `restore_callbacks`).
 
+use std::time::Duration;
+
 use thiserror::Error;
 use xsr_format::frame::Gfn;
 use xsr_xen_backend::{BackendError, Domain};
@@ -71,6 +73,61 @@ pub trait SaveToolstack {
     /// On: the save fails. Off: the save is what it is; the device model may go on
     /// marking pages, which costs time only.
     fn switch_qemu_logdirty(&mut self, on: bool) -> Result<(), ToolstackError>;
+}
+
+/// One checkpoint, complete in the stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Epoch {
+    /// Its number, from 1. Memory that was sent before the guest suspended for the
+    /// first time belongs to the first, but is not counted here.
+    pub number: u64,
+    /// pfns sent while the guest was suspended.
+    pub pfns: u64,
+    /// Pages sent with contents while the guest was suspended.
+    pub pages: u64,
+    /// From asking the guest to suspend until it ran on.
+    pub suspended_for: Duration,
+}
+
+/// What comes behind a checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NextEpoch {
+    /// It is time for another one (C: 1).
+    Continue,
+    /// That was the last: the guest is protected no longer, and runs on (C: 0).
+    Finish,
+}
+
+/// What a save with checkpoints asks, in the order of Remus:
+/// [`SaveToolstack::suspend`], [`CheckpointToolstack::postcopy`],
+/// [`CheckpointToolstack::checkpoint`], and so on.
+pub trait CheckpointToolstack: SaveToolstack {
+    /// Have guest and device model run on (C: `postcopy`; libxl: the checkpoint devices
+    /// are told, then `libxl_domain_resume` with `suspend_cancel`). Asked once for each
+    /// suspend, with all of the checkpoint, its CHECKPOINT record included, written to
+    /// the sink and flushed. When this returns, the domain is no longer shut down. What
+    /// the guest sends out from now on is of the next epoch and must not leave the host
+    /// before that is acknowledged.
+    ///
+    /// # Errors
+    ///
+    /// The save fails. The domain may be suspended or run: the save looks, and asks for
+    /// [`SaveToolstack::resume`] if it is not known to run.
+    fn postcopy(&mut self) -> Result<(), ToolstackError>;
+
+    /// The guest runs, and `epoch` is in the stream: deal with it and wait until it is
+    /// time for the next (C: `checkpoint`). libxl writes the device model's state and its
+    /// own end of the checkpoint to the same descriptor here (nothing of the stream is
+    /// written meanwhile), waits for the other side to acknowledge it, lets go the
+    /// network packets and disk writes of that epoch, and sleeps for the interval.
+    /// Cancelling that wait is the toolstack's.
+    ///
+    /// # Errors
+    ///
+    /// The save fails; the guest runs on. The other side may be lost, or may have taken
+    /// over: which of them is to run is the toolstack's to decide.
+    fn checkpoint(&mut self, epoch: &Epoch) -> Result<NextEpoch, ToolstackError>;
 }
 
 /// Static data that a stream did not hold, so that the toolstack must provide it.

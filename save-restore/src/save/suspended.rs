@@ -2,10 +2,10 @@
 //!
 //! C implementation: `xg_sr_save.c:suspend_domain`.
 
-use xsr_xen_backend::{Domain, ShutdownReason};
+use xsr_xen_backend::{Domain, DomainInfo, ShutdownReason};
 
 use crate::error::{GuestError, SaveError};
-use crate::toolstack::{SaveToolstack, ToolstackError};
+use crate::toolstack::{CheckpointToolstack, Epoch, NextEpoch, SaveToolstack, ToolstackError};
 
 /// What a save has changed of the domain, undone on drop: the device model's
 /// log-dirty mode goes off, and the guest is resumed once it has been suspended.
@@ -85,6 +85,37 @@ impl<'a, T: SaveToolstack + ?Sized> Suspended<'a, T> {
     /// Leave the guest as it is: it is somebody else's to resume or destroy.
     pub(super) fn let_go(&mut self) {
         self.active = false;
+    }
+}
+
+impl<T: CheckpointToolstack + ?Sized> Suspended<'_, T> {
+    /// The guest's part of a checkpoint is over: it runs on.
+    ///
+    /// # Errors
+    ///
+    /// The toolstack cannot have it run on; the guest is still asleep although the
+    /// toolstack says otherwise. It will be resumed as after any other failure, unless
+    /// it is known to run.
+    pub(super) fn postcopy(&mut self, domain: &dyn Domain) -> Result<(), SaveError> {
+        let asleep = |info: &DomainInfo| info.shutdown == Some(ShutdownReason::Suspend);
+        let result = self.toolstack.postcopy();
+        let info = domain.info();
+        if let Err(error) = result {
+            // Where nobody can tell, a resume too many is better than none.
+            self.active = info.as_ref().map_or(true, asleep);
+            return Err(error.into());
+        }
+        self.active = info.as_ref().is_ok_and(asleep);
+        info?;
+        match self.active {
+            true => Err(GuestError::StillSuspended.into()),
+            false => Ok(()),
+        }
+    }
+
+    /// A checkpoint is in the stream: whether there will be another, once it is time.
+    pub(super) fn checkpoint(&mut self, epoch: &Epoch) -> Result<NextEpoch, ToolstackError> {
+        self.toolstack.checkpoint(epoch)
     }
 }
 

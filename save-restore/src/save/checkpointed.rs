@@ -1,0 +1,118 @@
+//! A save that never ends by itself: checkpoint after checkpoint of a guest that runs
+//! on between them (Remus).
+//!
+//! C implementation: the loop of `xg_sr_save.c:save` for `XC_STREAM_REMUS`.
+
+use std::io::Write;
+
+use xsr_format::frame::PAGE_SIZE;
+use xsr_xen_backend::{Domain, XenVersion};
+
+use crate::error::SaveError;
+use crate::progress::{OnProgress, Phase, Reporter};
+use crate::save::live::LiveMemory;
+use crate::save::precopy::PrecopyPolicy;
+use crate::save::suspended::Suspended;
+use crate::save::{Run, SaveOptions, SaveStats, give_back, guest_pages};
+use crate::sink::PageSink;
+use crate::toolstack::{CheckpointToolstack, Epoch, NextEpoch};
+
+/// What a save with checkpoints did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CheckpointedStats {
+    /// All that is in the stream. The guest was suspended for
+    /// [`SaveStats::suspended_for`] in all.
+    pub stream: SaveStats,
+    /// CHECKPOINT records.
+    pub checkpoints: u64,
+}
+
+/// Save a domain again and again, as a stream of checkpoints: its memory once while it
+/// runs, until `policy` says that the rest may be sent with the guest suspended; then in
+/// each epoch what it has written since the one before, its registers and devices, and
+/// a CHECKPOINT record. The guest runs between epochs, and `toolstack` says when the
+/// next is due, and which was the last.
+///
+/// After the last, the guest runs on, and the dirty log is off. The stream ends behind
+/// the CHECKPOINT record, without an END, as that of Xen does: END would say that what
+/// came before it is whole, and the other side could not tell it from a migration. To
+/// a restorer the stream just breaks off, and it takes over with the last checkpoint:
+/// a toolstack that wants only one of both to run sees to it that the other side has
+/// gone before it answers [`NextEpoch::Finish`].
+///
+/// # Errors
+///
+/// As [`save_live`](crate::save_live): whatever fails, in any epoch, the guest runs on
+/// where it was, nothing logs dirty pages, nothing stays mapped. Checkpoints that are
+/// complete in the stream remain of use.
+pub fn save_checkpointed(
+    domain: &dyn Domain,
+    xen: XenVersion,
+    toolstack: &mut dyn CheckpointToolstack,
+    sink: &mut dyn PageSink,
+    options: &SaveOptions,
+    policy: &mut dyn PrecopyPolicy,
+    progress: &mut OnProgress<'_>,
+) -> Result<CheckpointedStats, SaveError> {
+    let mut suspended = Suspended::new(toolstack);
+    let info = domain.info()?;
+    if info.kind.is_translated() {
+        suspended.logging_on()?;
+    }
+    let mut run = Run {
+        domain,
+        options,
+        progress: Reporter::new(progress),
+        memory: info.tot_pages * PAGE_SIZE as u64,
+        stats: SaveStats::default(),
+    };
+    let result = run.epochs(xen, &mut suspended, sink, policy);
+    let stream = run.stats;
+    suspended.logging_off();
+    match result {
+        Ok(checkpoints) => Ok(CheckpointedStats {
+            stream,
+            checkpoints,
+        }),
+        Err(cause) => Err(give_back(&mut suspended, cause)),
+    }
+}
+
+impl Run<'_, '_> {
+    /// How many checkpoints were taken until the toolstack said that it is enough.
+    fn epochs<T: CheckpointToolstack + ?Sized>(
+        &mut self,
+        xen: XenVersion,
+        suspended: &mut Suspended<'_, T>,
+        sink: &mut dyn PageSink,
+        policy: &mut dyn PrecopyPolicy,
+    ) -> Result<u64, SaveError> {
+        let (mut guest, mut out) = self.head(xen, sink)?;
+        let guest = guest.as_mut();
+        // One log for all epochs: a write between two of them is in the next.
+        let mut memory = LiveMemory::start(self.domain, guest_pages(guest))?;
+        self.precopy(guest, &mut out, &mut memory, policy)?;
+        let mut number = 0;
+        loop {
+            number += 1;
+            let before = self.stats;
+            let stopped = self.stop_and_copy(guest, &mut out, suspended, &mut memory)?;
+            self.report(Phase::Tail)?;
+            guest.end_of_checkpoint(&mut out)?;
+            out.checkpoint()?;
+            out.sink_mut().flush()?;
+            suspended.postcopy(self.domain)?;
+            let epoch = Epoch {
+                number,
+                pfns: self.stats.pfns - before.pfns,
+                pages: self.stats.pages - before.pages,
+                suspended_for: stopped.elapsed(),
+            };
+            self.stats.suspended_for += epoch.suspended_for;
+            self.report(Phase::Checkpoint)?;
+            if suspended.checkpoint(&epoch)? == NextEpoch::Finish {
+                return Ok(number);
+            }
+        }
+    }
+}
