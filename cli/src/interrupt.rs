@@ -6,8 +6,10 @@ use std::io;
 use std::os::fd::AsFd;
 use std::process;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, OnceLock};
 use std::thread;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use nix::errno::Errno;
@@ -78,6 +80,38 @@ impl Interrupt {
     /// The token, for whoever waits.
     pub(crate) fn cancel(&self) -> &Cancel {
         &self.cancel
+    }
+
+    /// Wait for a call that nothing can break off, such as a connect to a host that does
+    /// not answer: on a thread of its own, which is left behind if somebody asks to stop.
+    ///
+    /// # Errors
+    ///
+    /// `Interrupted` when somebody asks to stop; what the call says.
+    pub(crate) fn wait_for<T: Send + 'static>(
+        &self,
+        call: impl FnOnce() -> io::Result<T> + Send + 'static,
+    ) -> io::Result<T> {
+        let (done, answer) = mpsc::sync_channel(1);
+        thread::Builder::new()
+            .name("connect".to_owned())
+            .spawn(move || {
+                if done.send(call()).is_err() {
+                    tracing::debug!("connected, but nobody waits for it any more");
+                }
+            })?;
+        loop {
+            if self.cancel.is_cancelled() {
+                return Err(io::Error::new(io::ErrorKind::Interrupted, "cancelled"));
+            }
+            match answer.recv_timeout(Duration::from_millis(LOOK.into())) {
+                Ok(result) => return result,
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(io::Error::other("the thread that connects panicked"));
+                }
+            }
+        }
     }
 
     /// Wait until there is something to read, or nothing will come any more. As long as

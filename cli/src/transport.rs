@@ -48,13 +48,13 @@ pub(crate) struct Link {
 
 impl Link {
     /// Reach the receiver that the command line names.
-    pub(crate) fn to_receiver(args: &MigrateArgs) -> Result<Self> {
+    pub(crate) fn to_receiver(args: &MigrateArgs, interrupt: &Interrupt) -> Result<Self> {
         if args.ssh == "ssh" && ["unix:", "tcp:"].iter().any(|p| args.host.starts_with(p)) {
             let endpoint: Endpoint = args
                 .host
                 .parse()
                 .map_err(|e| Error::new(BadUsage(format!("{}: {e}", args.host))))?;
-            return Self::connect(&endpoint).with_context(|| {
+            return Self::connect(&endpoint, interrupt).with_context(|| {
                 format!("{}: is `xsr migrate-receive --listen` running?", args.host)
             });
         }
@@ -88,15 +88,17 @@ impl Link {
         })
     }
 
-    fn connect(endpoint: &Endpoint) -> Result<Self> {
-        Ok(match endpoint {
+    fn connect(endpoint: &Endpoint, interrupt: &Interrupt) -> Result<Self> {
+        Ok(match endpoint.clone() {
             Endpoint::Unix(path) => {
                 let name = format!("unix:{}", path.display());
-                Self::socket(UnixStream::connect(path)?.into(), name)?
+                let stream = interrupt.wait_for(move || UnixStream::connect(path))?;
+                Self::socket(stream.into(), name)?
             }
             Endpoint::Tcp(address) => {
-                let stream = TcpStream::connect(address)?;
-                Self::tcp(stream, format!("tcp:{address}"))?
+                let name = format!("tcp:{address}");
+                let stream = interrupt.wait_for(move || TcpStream::connect(address))?;
+                Self::tcp(stream, name)?
             }
         })
     }

@@ -7,9 +7,12 @@ mod common;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
 
 use common::migration::{BANNER, Cut, GO, Hosts, READY, REPORT, Running};
 use common::{arg, backend, create, host_with, run, scratch};
+use nix::sys::signal::Signal;
+use nix::sys::socket::Backlog;
 
 const KINDS: [&str; 4] = ["pv", "pv32", "hvm", "pvh"];
 
@@ -449,4 +452,20 @@ fn what_cannot_be_is_said_before_anything_is_sent() {
         .stderr_has("runs on here");
     receiver.end().code(1);
     assert_eq!(hosts.domains()[0], [format!("{long} running")]);
+}
+
+#[test]
+fn a_connect_that_nobody_answers_is_interrupted() {
+    let hosts = Hosts::with("pv", &[]);
+    let socket = hosts.path("socket");
+    let listener = UnixListener::bind(&socket).unwrap();
+    // Room for one that waits to be accepted, and that is taken.
+    nix::sys::socket::listen(&listener, Backlog::new(0).unwrap()).unwrap();
+    let _first = UnixStream::connect(&socket).unwrap();
+    let sender = hosts.sender(&socket, &[]);
+    sender.until_thread("connect");
+    sender.signal(Signal::SIGINT);
+    let ended = sender.end();
+    assert_eq!(ended.code, 1, "{ended:?}");
+    assert_eq!(hosts.domains(), [vec!["web running".to_owned()], vec![]]);
 }

@@ -87,7 +87,7 @@ fn migrate(args: &MigrateArgs, terminal: &Terminal, watch: &mut Watch) -> Result
     let migrating = || format!("migrating {}", sender.name);
     can_suspend(sender.domain).with_context(migrating)?;
     let working = workload::start(&host, domid)?;
-    let link = Link::to_receiver(args).with_context(migrating)?;
+    let link = Link::to_receiver(args, watch.interrupt()).with_context(migrating)?;
     let sent = sender.send(&link, watch);
     watch.clear();
     drop(working);

@@ -145,6 +145,19 @@ impl Running {
         }
     }
 
+    /// Until it has a thread of that name.
+    pub(crate) fn until_thread(&self, name: &str) {
+        let tasks = format!("/proc/{}/task", self.child.id());
+        let until = std::time::Instant::now() + std::time::Duration::from_secs(30);
+        while !std::fs::read_dir(&tasks).unwrap().any(|task| {
+            std::fs::read_to_string(task.unwrap().path().join("comm"))
+                .is_ok_and(|comm| comm.trim_end() == name)
+        }) {
+            assert!(std::time::Instant::now() < until, "no thread {name}");
+            std::thread::yield_now();
+        }
+    }
+
     pub(crate) fn signal(&self, signal: Signal) {
         let pid = Pid::from_raw(i32::try_from(self.child.id()).unwrap());
         signal::kill(pid, signal).unwrap();
