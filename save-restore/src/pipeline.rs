@@ -1,16 +1,17 @@
 //! Parallel preparation, one ordered consumer.
 //!
-//! Items are prepared a window at a time on a thread pool while the calling thread
-//! consumes the window before, in order: what is consumed is the same for one thread
-//! and for many.
+//! Items are prepared on a thread pool while the calling thread consumes those that
+//! are ready, in order: what is consumed is the same for one thread and for many. The
+//! queue between them is bounded.
 
+use std::collections::VecDeque;
 use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 
-use rayon::iter::{IntoParallelIterator, ParallelIterator};
-
-/// Items that are prepared while as many others are being consumed: bounds what is
-/// in flight to twice this, and the threads that have work.
-pub(crate) const WINDOW: usize = 4;
+/// Items that are in flight at most: being prepared, ready, or being consumed. No more
+/// threads than that have work at once.
+pub(crate) const IN_FLIGHT: usize = 8;
 
 /// How many threads to work with: what was asked for, or what the machine has.
 pub(crate) fn threads(asked: Option<NonZeroUsize>) -> NonZeroUsize {
@@ -32,14 +33,19 @@ pub(crate) fn pool(threads: NonZeroUsize, most: usize) -> Option<rayon::ThreadPo
         .ok()
 }
 
-/// Prepare each of `items` on `threads` − 1 threads (at most [`WINDOW`]) and consume the results on this
-/// one, in order. With one thread everything happens here.
+/// Prepare each of `items` on `pool` and consume the results on this thread, in order,
+/// with at most [`IN_FLIGHT`] of them taken from `items` and not consumed yet. Without
+/// a pool everything happens here, one after the other.
 ///
 /// # Errors
 ///
 /// The first failure in the order of the items; nothing behind it is consumed.
+///
+/// # Panics
+///
+/// When `prepare` or `consume` does, once nothing is being prepared any more.
 pub(crate) fn ordered<I, T, E>(
-    threads: NonZeroUsize,
+    pool: Option<&rayon::ThreadPool>,
     items: impl IntoIterator<Item = I>,
     prepare: impl Fn(I) -> Result<T, E> + Sync,
     mut consume: impl FnMut(T) -> Result<(), E>,
@@ -50,36 +56,57 @@ where
     E: Send,
 {
     let mut items = items.into_iter();
-    let Some(pool) = pool(threads, WINDOW) else {
+    let Some(pool) = pool else {
         return items.try_for_each(|item| consume(prepare(item)?));
     };
-    let mut ready: Vec<Result<T, E>> = Vec::new();
-    loop {
-        let window: Vec<I> = items.by_ref().take(WINDOW).collect();
-        let last = window.is_empty();
-        let mut next = Vec::new();
-        let prepare = &prepare;
-        pool.in_place_scope(|scope| {
-            if !last {
-                scope.spawn(|_| next = window.into_par_iter().map(prepare).collect());
+    // What waits behind a failure is not begun.
+    let failed = AtomicBool::new(false);
+    let (prepare, failed) = (&prepare, &failed);
+    pool.in_place_scope_fifo(|scope| {
+        let mut queue = VecDeque::with_capacity(IN_FLIGHT);
+        loop {
+            for item in items.by_ref().take(IN_FLIGHT - queue.len()) {
+                let (done, ready) = mpsc::sync_channel(1);
+                queue.push_back(ready);
+                scope.spawn_fifo(move |_| {
+                    if failed.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    // Refused where the consumer failed meanwhile: nobody wants it.
+                    done.send(prepare(item)).ok();
+                });
             }
-            ready.drain(..).try_for_each(|item| consume(item?))
-        })?;
-        if last {
-            return Ok(());
+            let Some(ready) = queue.pop_front() else {
+                return Ok(());
+            };
+            let Ok(item) = ready.recv() else {
+                // Its preparation panicked; the scope passes that on when it ends.
+                failed.store(true, Ordering::Relaxed);
+                return Ok(());
+            };
+            if let Err(error) = item.and_then(&mut consume) {
+                failed.store(true, Ordering::Relaxed);
+                return Err(error);
+            }
         }
-        ready = next;
-    }
+    })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::sync::atomic::AtomicUsize;
+
     use super::*;
+
+    fn pool_of(threads: usize) -> Option<rayon::ThreadPool> {
+        pool(NonZeroUsize::new(threads).unwrap(), IN_FLIGHT)
+    }
 
     fn run(threads: usize, items: u32, bad: Option<u32>) -> (Vec<u32>, Result<(), u32>) {
         let mut out = Vec::new();
         let result = ordered(
-            NonZeroUsize::new(threads).unwrap(),
+            pool_of(threads).as_ref(),
             0..items,
             |i| if Some(i) == bad { Err(i) } else { Ok(i) },
             |i| {
@@ -92,8 +119,8 @@ mod tests {
 
     #[test]
     fn order_is_that_of_the_items() {
-        for threads in [1, 2, 5] {
-            for items in [0, 1, 3, 4, 5, 100] {
+        for threads in [1, 2, 5, 16] {
+            for items in [0, 1, 7, 8, 9, 100] {
                 let (out, result) = run(threads, items, None);
                 assert_eq!(result, Ok(()));
                 assert_eq!(out, (0..items).collect::<Vec<_>>());
@@ -111,13 +138,68 @@ mod tests {
     }
 
     #[test]
+    fn the_first_failure_in_order_is_told_though_a_later_one_came_before() {
+        let (later, came) = mpsc::channel();
+        let (later, came) = (std::sync::Mutex::new(later), std::sync::Mutex::new(came));
+        let result = ordered(
+            pool_of(3).as_ref(),
+            0..2,
+            |i| {
+                if i == 0 {
+                    came.lock().unwrap().recv().unwrap();
+                } else {
+                    later.lock().unwrap().send(()).unwrap();
+                }
+                Err::<(), u32>(i)
+            },
+            Ok,
+        );
+        assert_eq!(result, Err(0));
+    }
+
+    #[test]
     fn a_consumer_that_fails_ends_it() {
         let mut seen = 0;
-        let result = ordered(NonZeroUsize::new(2).unwrap(), 0..100, Ok, |i: u32| {
+        let result = ordered(pool_of(2).as_ref(), 0..100, Ok, |i: u32| {
             seen += 1;
             if i == 9 { Err("full") } else { Ok(()) }
         });
         assert_eq!(result, Err("full"));
         assert_eq!(seen, 10);
+    }
+
+    #[test]
+    fn what_is_in_flight_is_bounded_and_the_bound_is_reached() {
+        let (taken, consumed, most) = (AtomicUsize::new(0), AtomicUsize::new(0), &mut 0);
+        let items = (0..100).inspect(|_| {
+            let taken = taken.fetch_add(1, Ordering::Relaxed) + 1;
+            *most = (*most).max(taken - consumed.load(Ordering::Relaxed));
+        });
+        let consume = |_: i32| {
+            consumed.fetch_add(1, Ordering::Relaxed);
+            Ok::<(), ()>(())
+        };
+        assert_eq!(ordered(pool_of(2).as_ref(), items, Ok, consume), Ok(()));
+        assert_eq!(*most, IN_FLIGHT);
+    }
+
+    #[test]
+    fn a_panic_on_either_side_is_passed_on_and_the_pool_remains_of_use() {
+        let pool = pool_of(3);
+        for in_prepare in [true, false] {
+            let panicked = catch_unwind(AssertUnwindSafe(|| {
+                let at_20 = |here: bool, i: u32| {
+                    assert!(!(here && i == 20), "as asked");
+                    Ok::<u32, ()>(i)
+                };
+                let consume = |i| at_20(!in_prepare, i).map(drop);
+                ordered(pool.as_ref(), 0..50, |i| at_20(in_prepare, i), consume)
+            }));
+            assert!(panicked.is_err(), "in_prepare: {in_prepare}");
+        }
+        assert_eq!(
+            ordered(pool.as_ref(), 0..50, Ok::<u32, ()>, |_| Ok(())),
+            Ok(())
+        );
     }
 }

@@ -37,7 +37,7 @@ pub use crate::save::checkpointed::{CheckpointedStats, save_checkpointed};
 pub struct SaveOptions {
     /// Threads to work with; what the machine has, if not said. The octets written
     /// are the same for any number. One writes and the others prepare batches, of
-    /// which 8 are in flight (32 MiB mapped): more than 5 threads find no work.
+    /// which 8 are in flight (32 MiB mapped): more than 9 threads find no work.
     pub threads: Option<NonZeroUsize>,
 }
 
@@ -175,9 +175,10 @@ fn run<'a>(
     if info.kind.is_translated() {
         suspended.logging_on()?;
     }
+    let threads = pipeline::threads(options.threads);
     let mut run = Run {
         domain,
-        options,
+        pool: pipeline::pool(threads, pipeline::IN_FLIGHT),
         progress: Reporter::new(progress),
         memory: info.tot_pages * PAGE_SIZE as u64,
         stats: SaveStats::default(),
@@ -207,7 +208,8 @@ fn give_back<T: SaveToolstack + ?Sized>(
 
 struct Run<'r, 'p> {
     domain: &'r dyn Domain,
-    options: &'r SaveOptions,
+    /// Prepares batches, in every pass.
+    pool: Option<rayon::ThreadPool>,
     /// Octets of memory that the domain has.
     memory: u64,
     progress: Reporter<'r, 'p>,
@@ -290,7 +292,7 @@ impl<'r> Run<'r, '_> {
         let octets = total.saturating_mul(PAGE_SIZE as u64).min(self.memory);
         go_on(self.progress.begin(phase, Some((total, octets))))?;
         pipeline::ordered(
-            pipeline::threads(self.options.threads),
+            self.pool.as_ref(),
             batches(pfns),
             |pfns| Batch::prepare(domain, guest, &pfns, running),
             |batch| {

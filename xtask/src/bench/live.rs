@@ -68,7 +68,7 @@ pub(super) fn run(memory: u64, rounds: u32, target_ms: u64, plot: Option<&Path>)
     }
     let text = String::from_utf8(output.stdout).context("the benchmark wrote no UTF-8")?;
     let (migrations, transfers) = parse(&text)?;
-    println!("{memory} MiB domains, medians of {rounds} rounds, target {target_ms} ms\n");
+    println!("{memory} MiB domains, medians of {rounds} runs or more, target {target_ms} ms\n");
     println!("{}", transfer_table(&transfers)?);
     println!("{}", migration_tables(&migrations, target_ms)?);
     if let Some(path) = plot {
