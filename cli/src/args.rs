@@ -169,6 +169,8 @@ pub(crate) struct RestoreArgs {
     #[arg(short = 'p', long)]
     pub(crate) paused: bool,
     #[command(flatten)]
+    pub(crate) threads: ThreadsArg,
+    #[command(flatten)]
     pub(crate) backend: BackendArg,
     /// Tolerate reserved fields that are not zero
     #[arg(long)]

@@ -7,6 +7,9 @@ use xsr_format::frame::Pfn;
 const WORDS: usize = 512;
 const PFNS_PER_CHUNK: u64 = 64 * WORDS as u64;
 
+/// Words that stand for 512 pfns: 2 MiB.
+const RUN_WORDS: usize = 8;
+
 /// A set of pfns. Takes 4 KiB for each 32768 pfns of which one is in the set
 /// (1/32768 of the memory they stand for), however large the pfns are.
 #[derive(Clone, Debug, Default)]
@@ -48,6 +51,16 @@ impl PfnBitmap {
         chunk.is_some_and(|chunk| chunk[word] & bit != 0)
     }
 
+    /// The first pfns of the runs of 512 pfns, aligned, that are in the set whole;
+    /// ascending.
+    pub(crate) fn whole_runs(&self) -> impl Iterator<Item = Pfn> + '_ {
+        self.chunks.iter().flat_map(|(number, chunk)| {
+            let runs = (0_u64..).zip(chunk.chunks_exact(RUN_WORDS));
+            let whole = runs.filter(|(_, words)| words.iter().all(|word| *word == u64::MAX));
+            whole.map(move |(run, _)| Pfn(number * PFNS_PER_CHUNK + run * 64 * RUN_WORDS as u64))
+        })
+    }
+
     /// The pfns in both sets, ascending.
     pub(crate) fn common<'a>(&'a self, other: &'a Self) -> impl Iterator<Item = Pfn> + 'a {
         self.chunks.iter().flat_map(move |(number, chunk)| {
@@ -78,6 +91,22 @@ mod tests {
             assert!(!set.insert(Pfn(pfn)));
         }
         assert_eq!(set.chunks.len(), 3, "0–32767, 32768–65535, the last");
+    }
+
+    #[test]
+    fn runs_are_aligned_and_whole() {
+        let mut set = PfnBitmap::default();
+        let edge = PFNS_PER_CHUNK - 512;
+        for pfn in (1..1024)
+            .chain(edge..edge + 1024)
+            .chain(1 << 40..(1 << 40) + 511)
+        {
+            set.insert(Pfn(pfn));
+        }
+        let runs = |set: &PfnBitmap| set.whole_runs().map(|pfn| pfn.0).collect::<Vec<_>>();
+        assert_eq!(runs(&set), [512, edge, edge + 512]);
+        set.remove(Pfn(edge));
+        assert_eq!(runs(&set), [512, edge + 512]);
     }
 
     #[test]

@@ -86,6 +86,11 @@ impl<F: AsFd> Descriptor<F> {
         Ok(Self { fd, way })
     }
 
+    /// Who may say stop.
+    pub(crate) fn cancel(&self) -> Option<&Cancel> {
+        self.way.cancel()
+    }
+
     /// Fails with [`Cancelled`] once somebody has asked to stop.
     pub(crate) fn check(&self) -> io::Result<()> {
         match self.way.cancel() {

@@ -2,6 +2,7 @@
 //!
 //! C implementation: `xg_sr_restore.c`.
 
+mod ahead;
 mod crew;
 mod pages;
 mod place;
@@ -23,8 +24,10 @@ use crate::guest::pv::restore::PvRestore;
 use crate::guest::x86;
 use crate::pipeline;
 use crate::progress::{OnProgress, Phase, Reporter};
+use crate::restore::ahead::Plan;
 use crate::restore::crew::{Crew, Hands};
 use crate::restore::pages::PageRestore;
+use crate::restore::place::read_failed;
 use crate::source::PageSource;
 use crate::toolstack::RestoreToolstack;
 
@@ -58,8 +61,10 @@ pub struct RestoreStats {
     pub pfns: u64,
     /// Pages whose contents came, each as often as they did.
     pub pages: u64,
+    /// 1 GiB superpages the guest got.
+    pub superpages_1gib: u64,
     /// 2 MiB superpages the guest got.
-    pub superpages: u64,
+    pub superpages_2mib: u64,
     /// Single pages the guest got.
     pub small_pages: u64,
     /// Pages it gave back at the end: those the guest gave back while it was saved.
@@ -98,7 +103,7 @@ pub(crate) enum Guest {
 /// destroys it. Nothing else on the host has changed.
 pub fn restore<S: PageSource>(
     domain: &dyn Domain,
-    reader: RecordReader<S>,
+    mut reader: RecordReader<S>,
     toolstack: &mut dyn RestoreToolstack,
     options: &RestoreOptions,
     progress: &mut OnProgress<'_>,
@@ -114,7 +119,14 @@ pub fn restore<S: PageSource>(
         (GuestType::X86_HVM, GuestKind::Hvm | GuestKind::Pvh) => Guest::Hvm(HvmRestore::default()),
         (image, domain) => return Err(RestoreError::GuestType { image, domain }),
     };
-    let pages = PageRestore::new(domain, guest);
+    // Only the memory of a translated guest can be mapped by superpages.
+    let ahead = match guest {
+        Guest::Hvm(_) => reader.source_mut().look_ahead(),
+        Guest::Pv(_) => Ok(None),
+    };
+    let ahead = ahead.map_err(|error| read_failed(reader.position(), 0, error))?;
+    let plan = ahead.map(|ahead| Plan::of(ahead, info.max_pages));
+    let pages = PageRestore::new(domain, guest, plan);
     let crew = Crew::new(pages.placer());
     let mut run = Run {
         domain,

@@ -10,10 +10,11 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 use xsr_format::frame::PAGE_SIZE;
+use xsr_format::image::{DomainHeader, ImageHeader};
 use xsr_xen_backend::ForeignPages;
 
 use crate::descriptor::Descriptor;
-use crate::progress::Cancel;
+use crate::progress::{Cancel, Cancelled};
 
 /// Gives a stream.
 pub trait PageSource: Read {
@@ -37,6 +38,49 @@ pub trait PageSource: Read {
     ///
     /// What the source says.
     fn take_extent(&mut self, octets: u64) -> io::Result<Option<Extent>>;
+
+    /// A reader of its own for the stream whose two headers have just been read, from the
+    /// first of them to the end of the source. The source stands where it stood, and
+    /// stays there whatever that reader does. `None` where octets can be read only once.
+    ///
+    /// # Errors
+    ///
+    /// What the source says.
+    fn look_ahead(&mut self) -> io::Result<Option<LookAhead>>;
+}
+
+/// Octets of the two headers.
+pub(crate) const HEADERS: u64 = (ImageHeader::OCTETS + DomainHeader::OCTETS) as u64;
+
+/// A file with a place of its own in it.
+#[derive(Debug)]
+pub struct LookAhead {
+    file: Arc<File>,
+    offset: u64,
+    cancel: Option<Cancel>,
+}
+
+impl Read for LookAhead {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        if self.cancel.as_ref().is_some_and(Cancel::is_cancelled) {
+            return Err(io::Error::other(Cancelled));
+        }
+        let n = self.file.read_at(room, self.offset)?;
+        self.offset += n as u64;
+        Ok(n)
+    }
+}
+
+impl Seek for LookAhead {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let place = match to {
+            SeekFrom::Start(offset) => Some(offset),
+            SeekFrom::Current(by) => self.offset.checked_add_signed(by),
+            SeekFrom::End(by) => self.file.metadata()?.len().checked_add_signed(by),
+        };
+        self.offset = place.ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(self.offset)
+    }
 }
 
 /// Octets of a file.
@@ -169,6 +213,21 @@ impl<F: AsFd> PageSource for FdSource<F> {
             offset,
         }))
     }
+
+    fn look_ahead(&mut self) -> io::Result<Option<LookAhead>> {
+        let Some(file) = self.positioned.file(&self.descriptor)? else {
+            return Ok(None);
+        };
+        let mut stands = &**file;
+        let Some(offset) = stands.stream_position()?.checked_sub(HEADERS) else {
+            return Ok(None);
+        };
+        Ok(Some(LookAhead {
+            file: Arc::clone(file),
+            offset,
+            cancel: self.descriptor.cancel().cloned(),
+        }))
+    }
 }
 
 /// Anything that gives octets: pages are copied once.
@@ -197,6 +256,10 @@ impl<R: Read> PageSource for CopySource<R> {
     fn take_extent(&mut self, _: u64) -> io::Result<Option<Extent>> {
         Ok(None)
     }
+
+    fn look_ahead(&mut self) -> io::Result<Option<LookAhead>> {
+        Ok(None)
+    }
 }
 
 impl<S: PageSource + ?Sized> PageSource for &mut S {
@@ -206,5 +269,9 @@ impl<S: PageSource + ?Sized> PageSource for &mut S {
 
     fn take_extent(&mut self, octets: u64) -> io::Result<Option<Extent>> {
         (**self).take_extent(octets)
+    }
+
+    fn look_ahead(&mut self) -> io::Result<Option<LookAhead>> {
+        (**self).look_ahead()
     }
 }

@@ -49,7 +49,7 @@ fn every_page_and_register_comes_back() {
         let out = save_to_vec(&from, domid, &options(2)).unwrap();
         let (restored, stats) = restore_from(&to, &out, spec.kind, spec.vcpus);
         if spec.kind.is_translated() {
-            assert!(stats.superpages > 0, "{}", spec.name);
+            assert!(stats.superpages_2mib > 0, "{}", spec.name);
         }
         unpause(&to, restored);
         let back = save_to_vec(&to, restored, &options(2)).unwrap();

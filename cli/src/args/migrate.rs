@@ -103,6 +103,8 @@ pub(crate) struct ReceiveArgs {
     #[arg(long, value_name = "WHERE")]
     pub(crate) listen: Option<Endpoint>,
     #[command(flatten)]
+    pub(crate) threads: ThreadsArg,
+    #[command(flatten)]
     pub(crate) backend: BackendArg,
     #[command(flatten)]
     pub(crate) progress: ProgressArg,

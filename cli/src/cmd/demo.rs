@@ -290,7 +290,7 @@ impl Demo<'_> {
         self.watch.expect_octets(input.length);
         let cancel = self.watch.interrupt().cancel().clone();
         let image = restore::Image::open(&input, false, &restore::Overrides::default(), cancel)?;
-        let made = image.build(&self.other, restore::Named::AsItSays, &mut self.watch)?;
+        let made = image.build(&self.other, restore::Named::AsItSays, None, &mut self.watch)?;
         self.watch.clear();
         made.unpause()?;
         Ok(made.keep().domid)

@@ -12,13 +12,13 @@ use xsr_xen_backend::mock::MockHost;
 
 use crate::args::ReceiveArgs;
 use crate::backend;
-use crate::cmd::restore::{About, Image, Made, Named};
+use crate::cmd::restore::{About, Image, Made, Named, superpages};
 use crate::exit::{self, BadUsage, Code, Migration};
 use crate::file::Input;
 use crate::handshake::{self, Message};
 use crate::stdout::Results;
 use crate::terminal::Terminal;
-use crate::text::{Count, size};
+use crate::text::size;
 use crate::transport::{Link, Listener};
 use crate::watch::Watch;
 
@@ -36,7 +36,8 @@ struct Report<'a> {
     from: &'a str,
     pages: u64,
     page_data_octets: u64,
-    superpages: u64,
+    superpages_1gib: u64,
+    superpages_2mib: u64,
     verify_mismatches: u64,
     seconds: f64,
 }
@@ -88,7 +89,7 @@ fn receive(args: &ReceiveArgs, terminal: &Terminal, watch: &mut Watch) -> Result
     terminal.say(&format!(
         "migrate-receive: {name} is {domain}, as {domid}: {} of memory, {}, in {seconds:.1} s",
         size(page_data_octets),
-        Count(stats.superpages, "superpage"),
+        superpages(&stats),
     ));
     if args.json {
         let mut out = Results::new();
@@ -99,7 +100,8 @@ fn receive(args: &ReceiveArgs, terminal: &Terminal, watch: &mut Watch) -> Result
             from: &input.name,
             pages: stats.pages,
             page_data_octets,
-            superpages: stats.superpages,
+            superpages_1gib: stats.superpages_1gib,
+            superpages_2mib: stats.superpages_2mib,
             verify_mismatches: stats.verify_mismatches,
             seconds,
         })?;
@@ -130,7 +132,7 @@ impl Receiver<'_> {
             .and_then(|image| {
                 self.terminal
                     .say(&format!("migrate-receive: receiving {}", image.name()));
-                image.build(self.host, Named::Incoming, watch)
+                image.build(self.host, Named::Incoming, self.args.threads.threads, watch)
             })
             .map_err(sender_has_it)?;
         watch.step("received");

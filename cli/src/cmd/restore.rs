@@ -6,6 +6,7 @@
 mod source;
 
 use std::io::{Seek, SeekFrom};
+use std::num::NonZeroUsize;
 use std::path::Path;
 use std::time::Instant;
 
@@ -50,7 +51,8 @@ struct Report<'a> {
     domain: &'static str,
     file: &'a str,
     pages: u64,
-    superpages: u64,
+    superpages_1gib: u64,
+    superpages_2mib: u64,
     seconds: f64,
 }
 
@@ -74,7 +76,7 @@ fn restore(args: &RestoreArgs, terminal: &Terminal, watch: &mut Watch) -> Result
         .with_context(restoring)?;
     let host = backend::open_or_create(&args.backend.backend)?;
     let made = image
-        .build(&host, Named::AsItSays, watch)
+        .build(&host, Named::AsItSays, args.threads.threads, watch)
         .and_then(|made| input.finish(0).map(|_| made))
         .map_err(|error| input.blame(error))
         .with_context(restoring)?;
@@ -90,7 +92,7 @@ fn restore(args: &RestoreArgs, terminal: &Terminal, watch: &mut Watch) -> Result
         "{name} restored from {} as {domid}: {} of memory, {}, in {seconds:.1} s; it is {fate}",
         input.name,
         size(stats.pages * 4096),
-        Count(stats.superpages, "superpage"),
+        superpages(&stats),
     ));
     if args.json {
         let mut out = Results::new();
@@ -100,12 +102,23 @@ fn restore(args: &RestoreArgs, terminal: &Terminal, watch: &mut Watch) -> Result
             domain: fate,
             file: &input.name,
             pages: stats.pages,
-            superpages: stats.superpages,
+            superpages_1gib: stats.superpages_1gib,
+            superpages_2mib: stats.superpages_2mib,
             seconds,
         })?;
         out.finish()?;
     }
     Ok(Code::Fine)
+}
+
+/// The superpages that a domain got, in words.
+pub(crate) fn superpages(stats: &RestoreStats) -> String {
+    let gibs = Count(stats.superpages_1gib, "1 GiB superpage");
+    let small = Count(stats.superpages_2mib, "2 MiB superpage");
+    match stats.superpages_1gib {
+        0 => small.to_string(),
+        _ => format!("{gibs}, {small}"),
+    }
 }
 
 /// What the command line says of a domain whose image does not.
@@ -238,7 +251,13 @@ impl<'a> Image<'a> {
     }
 
     /// Make the domain and fill it. It is paused then.
-    pub(crate) fn build(self, host: &MockHost, named: Named, watch: &mut Watch) -> Result<Made> {
+    pub(crate) fn build(
+        self,
+        host: &MockHost,
+        named: Named,
+        threads: Option<NonZeroUsize>,
+        watch: &mut Watch,
+    ) -> Result<Made> {
         let mut made = self.plan.make(host, named)?;
         // Records of emulators may come on either side of the libxc stream.
         let mut emulators: Vec<LibxlRecord> = self
@@ -254,7 +273,7 @@ impl<'a> Image<'a> {
             store_domid: DOM0,
             console_port: domain.alloc_unbound_port(DOM0)?,
             console_domid: DOM0,
-            threads: None,
+            threads,
         };
         let mut toolstack = DirectToolstack(domain);
         let (restored, source) = xsr_save_restore::restore(

@@ -15,6 +15,7 @@ use xsr_xen_backend::{Access, Domain, ForeignPages};
 
 use crate::error::RestoreError;
 use crate::guest::pv::pagetable;
+use crate::restore::ahead::Plan;
 use crate::restore::crew::Hands;
 use crate::restore::place::{Contents, Piece, Placer, read_failed};
 use crate::restore::populate::Populated;
@@ -36,7 +37,7 @@ pub(super) struct PageRestore<'r> {
 }
 
 impl<'r> PageRestore<'r> {
-    pub(super) fn new(domain: &'r dyn Domain, guest: Guest) -> Self {
+    pub(super) fn new(domain: &'r dyn Domain, guest: Guest, plan: Option<Plan>) -> Self {
         let p2m = match &guest {
             Guest::Pv(pv) => Some(pv.p2m.clone()),
             Guest::Hvm(_) => None,
@@ -45,7 +46,7 @@ impl<'r> PageRestore<'r> {
             domain,
             guest,
             placer: Placer::new(domain, p2m),
-            populated: Populated::default(),
+            populated: Populated::new(plan),
             stats: RestoreStats::default(),
             verify: false,
         }

@@ -9,10 +9,18 @@ use xsr_xen_backend::Domain;
 use crate::bitmap::PfnBitmap;
 use crate::error::RestoreError;
 use crate::restore::RestoreStats;
+use crate::restore::ahead::Plan;
 
 /// log2 of the pages in a 2 MiB superpage.
 const SUPERPAGE_ORDER: u8 = 9;
 const SUPERPAGE: usize = 1 << SUPERPAGE_ORDER;
+/// Pages in a 2 MiB superpage.
+pub(super) const SUPERPAGE_PAGES: u64 = 1 << SUPERPAGE_ORDER;
+
+/// log2 of the pages in a 1 GiB superpage.
+const GIB_ORDER: u8 = 18;
+/// Pages in a 1 GiB superpage.
+pub(super) const GIB_PAGES: u64 = 1 << GIB_ORDER;
 
 /// Most pages that are given back at a time.
 const RELEASE_BATCH: usize = 1024;
@@ -23,9 +31,18 @@ pub(super) struct Populated {
     pfns: PfnBitmap,
     /// pfns of which the stream's last word, so far, is that there is no page.
     absent: PfnBitmap,
+    /// The superpages there are to be, where the whole stream could be looked at.
+    plan: Option<Plan>,
 }
 
 impl Populated {
+    pub(super) fn new(plan: Option<Plan>) -> Self {
+        Self {
+            plan,
+            ..Self::default()
+        }
+    }
+
     /// Note what the stream says of a page. A guest gives pages back while it is being
     /// saved (XTAB behind contents), and a page table that is sent later shows as
     /// absent at first: only the last word counts.
@@ -70,8 +87,9 @@ impl Populated {
         Ok(pfns.len() as u64)
     }
 
-    /// Get memory for those of `pfns` that have none. Aligned runs of 512 become
-    /// superpages where the machine has one to give.
+    /// Get memory for those of `pfns` that have none. With a plan, the first page of a
+    /// superpage brings the others with it, if the machine has such a superpage to give;
+    /// without one, aligned runs of 512 among `pfns` become superpages.
     ///
     /// `set` is told the frame of each new page.
     pub(super) fn populate(
@@ -83,15 +101,18 @@ impl Populated {
     ) -> Result<(), RestoreError> {
         let mut single: Vec<Gfn> = Vec::new();
         for pfn in pfns {
-            if !self.pfns.insert(pfn) {
+            if self.pfns.contains(pfn) || self.planned(domain, pfn, stats, &mut set)? {
                 continue;
             }
+            self.pfns.insert(pfn);
             single.push(Gfn(pfn.0));
-            if let Some(first) = superpage(&single) {
+            if self.plan.is_none()
+                && let Some(first) = superpage(&single)
+            {
                 let mut frame = [first];
                 if domain.populate(SUPERPAGE_ORDER, &mut frame)? == 1 {
                     single.truncate(single.len() - SUPERPAGE);
-                    stats.superpages += 1;
+                    stats.superpages_2mib += 1;
                     for i in 0..SUPERPAGE as u64 {
                         set(Pfn(first.0 + i), Mfn(frame[0].0 + i));
                     }
@@ -116,6 +137,45 @@ impl Populated {
             set(Pfn(pfn.0), Mfn(frame.0));
         }
         Ok(())
+    }
+
+    /// Get memory for all of the superpage that `pfn` is planned to be part of. `false`
+    /// where it is part of none, or the machine has none to give.
+    fn planned(
+        &mut self,
+        domain: &dyn Domain,
+        pfn: Pfn,
+        stats: &mut RestoreStats,
+        set: &mut impl FnMut(Pfn, Mfn),
+    ) -> Result<bool, RestoreError> {
+        let Some(plan) = &mut self.plan else {
+            return Ok(false);
+        };
+        let mut got = None;
+        if let Some(first) = plan.take_gib(pfn) {
+            let mut frame = [Gfn(first.0)];
+            if domain.populate(GIB_ORDER, &mut frame)? == 1 {
+                stats.superpages_1gib += 1;
+                got = Some((first, frame[0], GIB_PAGES));
+            }
+        }
+        if got.is_none()
+            && let Some(first) = plan.take_run(pfn)
+        {
+            let mut frame = [Gfn(first.0)];
+            if domain.populate(SUPERPAGE_ORDER, &mut frame)? == 1 {
+                stats.superpages_2mib += 1;
+                got = Some((first, frame[0], SUPERPAGE_PAGES));
+            }
+        }
+        let Some((first, frame, pages)) = got else {
+            return Ok(false);
+        };
+        for i in 0..pages {
+            self.pfns.insert(Pfn(first.0 + i));
+            set(Pfn(first.0 + i), Mfn(frame.0 + i));
+        }
+        Ok(true)
     }
 }
 

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use xsr_format::frame::PAGE_SIZE;
 use xsr_save_restore::progress::Cancel;
-use xsr_save_restore::source::{Extent, FdSource, PageSource};
+use xsr_save_restore::source::{Extent, FdSource, LookAhead, PageSource};
 use xsr_xen_backend::ForeignPages;
 
 /// An image from its first octet on.
@@ -54,5 +54,9 @@ impl PageSource for ImageSource<'_> {
             self.offset += octets;
         }
         Ok(taken)
+    }
+
+    fn look_ahead(&mut self) -> io::Result<Option<LookAhead>> {
+        self.source.look_ahead()
     }
 }

@@ -1,0 +1,129 @@
+//! Superpages that a stream is going to fill, found by looking ahead in it, where it is a
+//! file: only its record heads and lists of pages are read.
+//!
+//! The C implementation has only the batch at hand to go by
+//! (`xg_sr_restore.c:populate_pfns`).
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use xsr_format::frame::{PageType, Pfn};
+use xsr_format::read::{Incoming, ReadOptions, RecordReader};
+
+use crate::bitmap::PfnBitmap;
+use crate::restore::MAX_PFN;
+use crate::restore::populate::{GIB_PAGES, SUPERPAGE_PAGES};
+use crate::source::{HEADERS, LookAhead};
+
+/// The superpages of a stream that nobody has asked the machine for yet, by their first
+/// pfns.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Plan {
+    gibs: BTreeSet<Pfn>,
+    runs: BTreeSet<Pfn>,
+}
+
+impl Plan {
+    /// Read on to the end of a stream that has just begun, for a guest that may have
+    /// `max_pages` pages.
+    ///
+    /// A page counts if it is there by the stream's last word: one that is given back in
+    /// the end would break its superpage.
+    ///
+    /// Where the stream cannot be read any further, or names more pages than the guest
+    /// may have (so that no stream makes the set larger than that of the pages that get
+    /// memory), the plan is made of what came before: the restore finds out for itself.
+    pub(super) fn of(ahead: LookAhead, max_pages: u64) -> Self {
+        // What is wrong with it is not for the look ahead to say.
+        let options = ReadOptions {
+            lenient: true,
+            offset: 0,
+        };
+        let mut pfns = PfnBitmap::default();
+        let mut left = max_pages;
+        if let Ok(mut reader) = RecordReader::seeking(ahead, options) {
+            debug_assert_eq!(reader.offset(), HEADERS);
+            'stream: while let Ok(Some(incoming)) = reader.next_record() {
+                let Incoming::PageData(body) = incoming else {
+                    continue;
+                };
+                for entry in body.entries().iter() {
+                    if entry.page_type == PageType::XTAB {
+                        pfns.remove(entry.pfn);
+                    } else if entry.page_type.is_populated() && !pfns.contains(entry.pfn) {
+                        if left == 0 || entry.pfn > MAX_PFN {
+                            break 'stream;
+                        }
+                        left -= 1;
+                        pfns.insert(entry.pfn);
+                    }
+                }
+            }
+        }
+        Self::from_pages(&pfns)
+    }
+
+    fn from_pages(pfns: &PfnBitmap) -> Self {
+        let runs: BTreeSet<Pfn> = pfns.whole_runs().collect();
+        let mut in_gib: BTreeMap<Pfn, u64> = BTreeMap::new();
+        for run in &runs {
+            *in_gib.entry(first_of(*run, GIB_PAGES)).or_default() += SUPERPAGE_PAGES;
+        }
+        in_gib.retain(|_, pages| *pages == GIB_PAGES);
+        Self {
+            gibs: in_gib.into_keys().collect(),
+            runs,
+        }
+    }
+
+    /// The first pfn of the 1 GiB page that `pfn` is to be part of. It is said once.
+    pub(super) fn take_gib(&mut self, pfn: Pfn) -> Option<Pfn> {
+        self.gibs.take(&first_of(pfn, GIB_PAGES))
+    }
+
+    /// As [`Plan::take_gib`], of the 2 MiB page.
+    pub(super) fn take_run(&mut self, pfn: Pfn) -> Option<Pfn> {
+        self.runs.take(&first_of(pfn, SUPERPAGE_PAGES))
+    }
+}
+
+/// The first pfn of the aligned run of `pages` that `pfn` is in.
+fn first_of(pfn: Pfn, pages: u64) -> Pfn {
+    Pfn(pfn.0 - pfn.0 % pages)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(ranges: &[std::ops::Range<u64>]) -> Plan {
+        let mut pfns = PfnBitmap::default();
+        for pfn in ranges.iter().cloned().flatten() {
+            pfns.insert(Pfn(pfn));
+        }
+        Plan::from_pages(&pfns)
+    }
+
+    #[test]
+    fn whole_aligned_runs_are_planned_and_said_once() {
+        assert_eq!(plan(&[1..512, 513..1024]), Plan::default());
+        assert_eq!(plan(&[1..GIB_PAGES]).gibs.len(), 0);
+        assert_eq!(plan(&[1..GIB_PAGES]).runs.len(), 511);
+        assert_eq!(plan(&[512..GIB_PAGES + 512]).gibs.len(), 0);
+
+        let mut plan = plan(&[0..100, GIB_PAGES - 512..2 * GIB_PAGES + 1]);
+        let first = Pfn(GIB_PAGES);
+        assert_eq!(plan.take_gib(Pfn(GIB_PAGES - 1)), None);
+        assert_eq!(plan.take_gib(Pfn(GIB_PAGES + 7)), Some(first));
+        assert_eq!(plan.take_gib(first), None);
+        assert_eq!(
+            plan.take_run(Pfn(GIB_PAGES + 513)),
+            Some(Pfn(GIB_PAGES + 512))
+        );
+        assert_eq!(plan.take_run(Pfn(GIB_PAGES + 514)), None);
+        assert_eq!(
+            plan.take_run(Pfn(GIB_PAGES - 1)),
+            Some(Pfn(GIB_PAGES - 512))
+        );
+        assert_eq!(plan.take_run(Pfn(2 * GIB_PAGES)), None);
+    }
+}
