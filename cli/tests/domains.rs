@@ -94,7 +94,9 @@ fn c_leaves_it_running_and_p_paused() {
         assert_eq!(state(&host, "web").as_deref(), Some(expected));
     }
     let other = dir.path().join("other");
-    let json = run(["restore", "--json", "-p", &backend(&other), arg(&image)]).code(0);
+    let backend = backend(&other);
+    let args = ["--json", "-p", "--threads", "1", &backend, arg(&image)];
+    let json = run(["restore"].iter().chain(&args)).code(0);
     assert_eq!(json.json()["domain"], "paused");
     assert_eq!(state(&other, "web").as_deref(), Some("paused"));
 }

@@ -84,7 +84,14 @@ impl Hosts {
     pub(crate) fn receiver(&self, socket: &Path, options: &[&str]) -> Running {
         let at = format!("unix:{}", socket.display());
         let backend = backend(&self.there);
-        let args = ["migrate-receive", &backend, "--listen", &at];
+        let args = [
+            "migrate-receive",
+            "--threads",
+            "2",
+            &backend,
+            "--listen",
+            &at,
+        ];
         let mut running = Running::start(args.iter().chain(options));
         running.line("waiting at");
         running

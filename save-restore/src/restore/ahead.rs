@@ -95,9 +95,9 @@ fn first_of(pfn: Pfn, pages: u64) -> Pfn {
 mod tests {
     use super::*;
 
-    fn plan(ranges: &[std::ops::Range<u64>]) -> Plan {
+    fn plan(ranges: &[(u64, u64)]) -> Plan {
         let mut pfns = PfnBitmap::default();
-        for pfn in ranges.iter().cloned().flatten() {
+        for pfn in ranges.iter().flat_map(|(first, end)| *first..*end) {
             pfns.insert(Pfn(pfn));
         }
         Plan::from_pages(&pfns)
@@ -105,12 +105,12 @@ mod tests {
 
     #[test]
     fn whole_aligned_runs_are_planned_and_said_once() {
-        assert_eq!(plan(&[1..512, 513..1024]), Plan::default());
-        assert_eq!(plan(&[1..GIB_PAGES]).gibs.len(), 0);
-        assert_eq!(plan(&[1..GIB_PAGES]).runs.len(), 511);
-        assert_eq!(plan(&[512..GIB_PAGES + 512]).gibs.len(), 0);
+        assert_eq!(plan(&[(1, 512), (513, 1024)]), Plan::default());
+        assert_eq!(plan(&[(1, GIB_PAGES)]).gibs.len(), 0);
+        assert_eq!(plan(&[(1, GIB_PAGES)]).runs.len(), 511);
+        assert_eq!(plan(&[(512, GIB_PAGES + 512)]).gibs.len(), 0);
 
-        let mut plan = plan(&[0..100, GIB_PAGES - 512..2 * GIB_PAGES + 1]);
+        let mut plan = plan(&[(0, 100), (GIB_PAGES - 512, 2 * GIB_PAGES + 1)]);
         let first = Pfn(GIB_PAGES);
         assert_eq!(plan.take_gib(Pfn(GIB_PAGES - 1)), None);
         assert_eq!(plan.take_gib(Pfn(GIB_PAGES + 7)), Some(first));
