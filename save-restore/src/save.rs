@@ -16,7 +16,7 @@ use xsr_format::frame::{PAGE_SIZE, Pfn};
 use xsr_format::image::DomainHeader;
 use xsr_format::record::MAX_BATCH;
 use xsr_format::write::RecordWriter;
-use xsr_xen_backend::{DirtyBitmap, Domain, XenVersion};
+use xsr_xen_backend::{DirtyBitmap, Domain, DomainInfo, XenVersion};
 
 use crate::error::SaveError;
 use crate::guest::hvm::HvmSave;
@@ -175,14 +175,7 @@ fn run<'a>(
     if info.kind.is_translated() {
         suspended.logging_on()?;
     }
-    let threads = pipeline::threads(options.threads);
-    let mut run = Run {
-        domain,
-        pool: pipeline::pool(threads, pipeline::IN_FLIGHT),
-        progress: Reporter::new(progress),
-        memory: info.tot_pages * PAGE_SIZE as u64,
-        stats: SaveStats::default(),
-    };
+    let mut run = Run::new(domain, &info, options, progress);
     let result = run.phases(xen, &mut suspended, sink, live);
     let stats = run.stats;
     suspended.logging_off();
@@ -214,6 +207,24 @@ struct Run<'r, 'p> {
     memory: u64,
     progress: Reporter<'r, 'p>,
     stats: SaveStats,
+}
+
+impl<'r, 'p> Run<'r, 'p> {
+    fn new(
+        domain: &'r dyn Domain,
+        info: &DomainInfo,
+        options: &SaveOptions,
+        progress: &'r mut OnProgress<'p>,
+    ) -> Self {
+        let threads = pipeline::threads(options.threads);
+        Self {
+            domain,
+            pool: pipeline::pool(threads, pipeline::IN_FLIGHT),
+            progress: Reporter::new(progress),
+            memory: info.tot_pages * PAGE_SIZE as u64,
+            stats: SaveStats::default(),
+        }
+    }
 }
 
 impl<'r> Run<'r, '_> {

@@ -5,11 +5,10 @@
 
 use std::io::Write;
 
-use xsr_format::frame::PAGE_SIZE;
 use xsr_xen_backend::{Domain, XenVersion};
 
 use crate::error::SaveError;
-use crate::progress::{OnProgress, Phase, Reporter};
+use crate::progress::{OnProgress, Phase};
 use crate::save::live::LiveMemory;
 use crate::save::precopy::PrecopyPolicy;
 use crate::save::suspended::Suspended;
@@ -59,13 +58,7 @@ pub fn save_checkpointed(
     if info.kind.is_translated() {
         suspended.logging_on()?;
     }
-    let mut run = Run {
-        domain,
-        options,
-        progress: Reporter::new(progress),
-        memory: info.tot_pages * PAGE_SIZE as u64,
-        stats: SaveStats::default(),
-    };
+    let mut run = Run::new(domain, &info, options, progress);
     let result = run.epochs(xen, &mut suspended, sink, policy);
     let stream = run.stats;
     suspended.logging_off();
