@@ -154,7 +154,7 @@ impl<F: AsFd> FdSource<F> {
     }
 
     /// Stops waiting when `cancel` says so, within a fraction of 100 ms: a read then
-    /// fails with [`Cancelled`](crate::progress::Cancelled). A pipe or socket must have
+    /// fails with [`Cancelled`]. A pipe or socket must have
     /// no other reader meanwhile. Files are read without a look at whether they are
     /// slow.
     ///

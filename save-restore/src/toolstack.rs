@@ -70,7 +70,8 @@ pub trait SaveToolstack {
     ///
     /// # Errors
     ///
-    /// On: the save fails. Off: the save is what it is; the device model may go on
+    /// On: the save fails, and does not ask for off (nor does Xen's): a toolstack that fails
+    /// here leaves the mode off. Off: the save is what it is; the device model may go on
     /// marking pages, which costs time only.
     fn switch_qemu_logdirty(&mut self, on: bool) -> Result<(), ToolstackError>;
 }
