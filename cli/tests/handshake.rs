@@ -127,6 +127,30 @@ fn until_go_whatever_the_receiver_does_leaves_the_domain_running_here() {
 }
 
 #[test]
+fn a_domain_that_cannot_be_taken_back_does_not_hide_why_it_was_given_back() {
+    let hosts = Hosts::with("pvh", &[]);
+    let socket = hosts.path("socket");
+    let listener = listen(&socket);
+    let running = hosts.sender(&socket, &[]);
+    let mut peer = listener.accept().unwrap().0;
+    for say in [Octets(BANNER), HearImage, Octets(READY), HearGo] {
+        play(&mut peer, say);
+    }
+    // From now on the host cannot keep what it changes of the domain.
+    let state = hosts.here.join("domains/1/state.json");
+    std::fs::remove_file(&state).unwrap();
+    std::fs::create_dir(&state).unwrap();
+    for say in [Octets(REPORT), Octets(&[1]), Octets(GO)] {
+        play(&mut peer, say);
+    }
+    running
+        .end()
+        .code(1)
+        .stderr_has("destroyed its copy (status 1); and then: giving the domain its name back")
+        .stderr_has("web--migratedaway is still suspended here");
+}
+
+#[test]
 fn between_go_and_the_report_nobody_knows_and_the_domain_stays_suspended() {
     let hosts = Hosts::with("pvh", &[]);
     let until_go = [Octets(BANNER), HearImage, Octets(READY), HearGo];

@@ -1,8 +1,9 @@
 //! Continuous integration: every check there is, in the order in which a failure
 //! is the cheapest to find.
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 
+use crate::command::Invocation;
 use crate::deny;
 use crate::dist;
 use crate::fuzz;
@@ -10,6 +11,7 @@ use crate::lint;
 use crate::peer;
 use crate::stages::{Outcome, Stages};
 use crate::test::{self, TestArgs};
+use crate::workspace;
 
 /// All stages.
 pub(crate) fn stages(stages: &mut Stages) {
@@ -20,9 +22,25 @@ pub(crate) fn stages(stages: &mut Stages) {
     stages.run("test", tests);
     stages.run("fuzz smoke", fuzz::smoke);
     stages.run("dist", dist::stage);
+    stages.run("first command", first_command);
 }
 
 fn tests() -> Result<Outcome> {
     test::run(&TestArgs::ALL)?;
+    Ok(Outcome::Done)
+}
+
+/// What a newcomer types first, as the README has it.
+fn first_command() -> Result<Outcome> {
+    let command = ["run", "--release", "-p", "xsr", "--", "demo"];
+    let readme = std::fs::read_to_string(workspace::root().join("README.md"))
+        .context("cannot read README.md")?;
+    let typed = format!("\n    cargo {}\n", command.join(" "));
+    ensure!(
+        readme.contains(&typed),
+        "README.md does not begin with `cargo {}` any more: run what it has instead",
+        command.join(" ")
+    );
+    Invocation::cargo().args(command).run()?;
     Ok(Outcome::Done)
 }

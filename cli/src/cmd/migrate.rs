@@ -206,8 +206,7 @@ impl Sender<'_> {
         if let Err(error) = Message::Go.send(&link.to) {
             // Then some of it never left this process, and a receiver that has not read
             // all of it runs nothing.
-            self.take_back()?;
-            return Err(Failure::Here(error));
+            return Err(self.taken_back(error));
         }
         watch.step("go");
         match handshake::outcome(&link.from, &interrupt).map_err(Failure::Undecided)? {
@@ -224,15 +223,27 @@ impl Sender<'_> {
             }
             Outcome::GivenBack { status } => {
                 watch.step("given_back");
-                self.take_back()?;
                 let why = "the other end could not run it, and has destroyed its copy";
-                Err(Failure::Here(anyhow!("{why} (status {status})")))
+                Err(self.taken_back(anyhow!("{why} (status {status})")))
             }
         }
     }
 
     fn away(&self) -> String {
         format!("{}{AWAY}", self.name)
+    }
+
+    /// `cause` has left the domain to this end, which takes it back. Where that fails,
+    /// too, both are said: the first is why, the second what is to be done.
+    fn taken_back(&self, cause: Error) -> Failure {
+        Failure::Here(match self.take_back() {
+            Ok(()) => cause,
+            Err(error) => anyhow!(
+                "{}; and then: {}",
+                exit::words(cause.chain()),
+                exit::words(error.chain())
+            ),
+        })
     }
 
     /// The domain is here, and runs on under its name.
