@@ -127,16 +127,22 @@ pub(crate) fn words<'e>(
 
 /// What to do about a failure, where that is not said already.
 pub(crate) fn advice(error: &anyhow::Error) -> Option<&'static str> {
-    let mut chain = error.chain();
-    let cause = &chain
-        .find_map(|cause| cause.downcast_ref::<ReadError>())?
-        .cause;
-    match cause {
-        ReadErrorCause::Truncated { .. } => {
-            Some("copy it again from where it came, or save the domain again")
-        }
-        _ => None,
-    }
+    ends_early(error).then_some(
+        "the file is truncated: copy it again from where it came, or save the domain again",
+    )
+}
+
+/// Whether what was read ended where it must not.
+pub(crate) fn ends_early(error: &anyhow::Error) -> bool {
+    let found = error.chain().find_map(|cause| {
+        cause
+            .downcast_ref::<ReadError>()
+            .or_else(|| match cause.downcast_ref() {
+                Some(RestoreError::Stream(error)) => Some(error),
+                _ => None,
+            })
+    });
+    found.is_some_and(|error| matches!(error.cause, ReadErrorCause::Truncated { .. }))
 }
 
 /// Print what clap has to say (help and version are no failure).

@@ -310,7 +310,11 @@ fn a_receiver_keeps_nothing_that_the_sender_has_not_let_go_of() {
         let (receiver, peer) = receive_from(&hosts, &image[..length], &[]);
         peer.shutdown(Shutdown::Write).unwrap();
         assert_eq!(rest(peer), b"", "{length}");
-        receiver.end().code(1).stderr_has("the sender keeps it");
+        let ended = receiver.end().code(1).stderr_has("; the sender keeps it");
+        // Of so few octets nobody knows what they were to be.
+        if length > 10 {
+            ended.stderr_has("the sender hung up or the connection broke; the sender keeps it");
+        }
         assert_eq!(hosts.domains()[1], Vec::<String>::new(), "{length}");
     }
     // It does not let go, or not in these words: the receiver destroys what it has, and

@@ -345,7 +345,7 @@ pub enum ReadErrorCause {
     #[error("reading failed: {0}")]
     Io(#[source] io::Error),
     /// The stream ends too early.
-    #[error("stream ends inside it: {needed} octets more were expected, the file is truncated")]
+    #[error("stream ends inside it: {needed} octets more were expected")]
     Truncated {
         /// Octets that were still to come for this structure.
         needed: u64,

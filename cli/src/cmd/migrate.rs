@@ -87,7 +87,12 @@ fn migrate(args: &MigrateArgs, terminal: &Terminal, watch: &mut Watch) -> Result
     let migrating = || format!("migrating {}", sender.name);
     can_suspend(sender.domain).with_context(migrating)?;
     let working = workload::start(&host, domid)?;
-    let link = Link::to_receiver(args, watch.interrupt()).with_context(migrating)?;
+    let link = Link::to_receiver(args, watch.interrupt()).map_err(|error| {
+        match error.is::<BadUsage>() {
+            true => error,
+            false => sender.failed(Failure::Here(error), ""),
+        }
+    })?;
     let sent = sender.send(&link, watch);
     watch.clear();
     drop(working);

@@ -123,7 +123,13 @@ impl Receiver<'_> {
     fn receive(&self, input: &Input, watch: &mut Watch) -> Result<About> {
         let sender_has_it = |error: Error| {
             let cause = exit::words(error.chain());
-            failed(format!("receiving a domain: {cause}; the sender keeps it"))
+            let broke = match exit::ends_early(&error) {
+                true => ", but the sender hung up or the connection broke",
+                false => "",
+            };
+            failed(format!(
+                "receiving a domain: {cause}{broke}; the sender keeps it"
+            ))
         };
         Message::Banner.send(self.to).map_err(sender_has_it)?;
         watch.step("banner");

@@ -572,7 +572,7 @@ fn message() {
     let mut reader = xsr_format::slice::SliceReader::new(&[], options).unwrap_err();
     assert_eq!(
         reader.to_string(),
-        "libxc image header at octet 0x1000: stream ends inside it: 24 octets more were expected, the file is truncated"
+        "libxc image header at octet 0x1000: stream ends inside it: 24 octets more were expected"
     );
     let octets = stream.octets();
     for record in xsr_format::slice::SliceReader::new(&octets, options).unwrap() {
