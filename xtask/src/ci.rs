@@ -6,6 +6,7 @@ use anyhow::Result;
 use crate::deny;
 use crate::dist;
 use crate::fuzz;
+use crate::lab;
 use crate::lint;
 use crate::peer;
 use crate::stages::{Outcome, Stages};
@@ -18,6 +19,7 @@ pub(crate) fn stages(stages: &mut Stages) {
     stages.run("doc", lint::doc);
     stages.run("peer tools", peer::stage);
     stages.run("test", tests);
+    stages.run("lab smoke", lab::stage);
     stages.run("fuzz smoke", fuzz::smoke);
     stages.run("dist", dist::stage);
 }
