@@ -93,9 +93,37 @@ pub(super) fn report(suites: &[String]) -> Result<()> {
         });
     }
     let path = workspace::root().join("docs/interop.md");
+    let earlier = std::fs::read_to_string(&path)?;
+    for column in &mut columns {
+        remember(column, &earlier);
+    }
     std::fs::write(&path, document(&columns)?)?;
     println!("{}", path.display());
     Ok(())
+}
+
+/// What an earlier document has of scenarios that have not run in this lab since.
+fn remember(column: &mut Column, document: &str) {
+    let cells = |line: &str| -> Vec<String> {
+        let cells = line.trim_matches('|').split('|');
+        cells.map(|cell| cell.trim().to_owned()).collect()
+    };
+    let mut lines = document.lines().map(cells);
+    let heading = format!("Xen {}", column.xen);
+    let place = lines
+        .find(|cells| cells.first().is_some_and(|cell| cell == "scenario"))
+        .and_then(|cells| cells.iter().position(|cell| *cell == heading));
+    let Some(place) = place else {
+        return;
+    };
+    for cells in lines.take_while(|cells| cells.len() > place) {
+        let name = cells[0].trim_end_matches(" *s*");
+        let note = &cells[place];
+        if scenarios().iter().any(|s| s.name() == name) && note != "not run" {
+            let noted = column.notes.0.entry(name.to_owned());
+            noted.or_insert_with(|| note.clone());
+        }
+    }
 }
 
 /// All but the ones that are for figures.
@@ -179,9 +207,21 @@ mod tests {
             notes: Notes(noted.into()),
             figures: Figures::default(),
         };
-        let text = document(&[column]).unwrap();
+        let text = document(std::slice::from_ref(&column)).unwrap();
         assert!(text.contains("| stock/pv | ok, 7 s, 2026-01-02 |"));
         assert!(text.contains("| stock/pvh | not run |"));
         assert!(text.contains("    xen-utils-4.17 4.17.7\n") && !text.contains("target/lab"));
+        // A lab that has run nothing knows it from the document.
+        let mut fresh = Column {
+            notes: Notes::default(),
+            ..column
+        };
+        remember(&mut fresh, &text);
+        assert_eq!(fresh.notes.0.len(), 1);
+        assert_eq!(fresh.notes.0["stock/pv"], "ok, 7 s, 2026-01-02");
+        fresh.xen = "4.20".to_owned();
+        fresh.notes = Notes::default();
+        remember(&mut fresh, &text);
+        assert_eq!(fresh.notes, Notes::default());
     }
 }
