@@ -7,6 +7,7 @@ use crate::command::Invocation;
 use crate::deny;
 use crate::dist;
 use crate::fuzz;
+use crate::lab;
 use crate::lint;
 use crate::peer;
 use crate::stages::{Outcome, Stages};
@@ -20,6 +21,7 @@ pub(crate) fn stages(stages: &mut Stages) {
     stages.run("doc", lint::doc);
     stages.run("peer tools", peer::stage);
     stages.run("test", tests);
+    stages.run("lab smoke", lab::stage);
     stages.run("fuzz smoke", fuzz::smoke);
     stages.run("dist", dist::stage);
     stages.run("first command", first_command);

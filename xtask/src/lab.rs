@@ -8,11 +8,14 @@
 
 mod apt;
 mod build;
+mod figures;
+mod host;
 mod kernel;
 mod matrix;
 mod qemu;
 mod results;
 mod scenario;
+mod shadow;
 mod share;
 
 use std::path::PathBuf;
@@ -23,6 +26,7 @@ use clap::{Args, Subcommand};
 use crate::lab::build::Lab;
 use crate::lab::results::Results;
 use crate::lab::scenario::{SCENARIOS, Scenario};
+use crate::stages::Outcome;
 
 /// The suite of the oldest Xen in the lab.
 const OLDEST: &str = "bookworm";
@@ -32,6 +36,7 @@ const OLDEST: &str = "bookworm";
 #[command(after_help = "\
 Examples:
   cargo xtask lab build                       download and unpack Xen, dom0, qemu's guests
+  cargo xtask lab build --shadow              with the hypervisor for live PV and 32-bit PV
   cargo xtask lab run                         the smoke scenarios
   cargo xtask lab run pvh                     all scenarios of one guest
   cargo xtask lab run --suite trixie stock    one kind of scenario, on another Xen
@@ -76,6 +81,10 @@ pub(crate) struct BuildArgs {
     /// Debian suite whose Xen, kernel and toolstack to take
     #[arg(long, default_value = OLDEST)]
     suite: String,
+    /// Build a hypervisor with shadow paging and 32-bit PV, too (where a scenario needs
+    /// it, it is built anyway)
+    #[arg(long)]
+    shadow: bool,
 }
 
 /// What to run, and where.
@@ -106,6 +115,9 @@ pub(crate) fn run(args: &LabArgs) -> Result<()> {
         LabTask::Build(args) => {
             let lab = Lab::build(&args.suite)?;
             println!("{}", lab.describe()?);
+            if args.shadow {
+                println!("{}", shadow::build(&lab, &args.suite)?.display());
+            }
             Ok(())
         }
         LabTask::Run(args) => run_scenarios(args),
@@ -121,22 +133,98 @@ pub(crate) fn run(args: &LabArgs) -> Result<()> {
     }
 }
 
+/// The smoke scenarios as a stage: what the lab lacks is installed, if this is root.
+///
+/// # Errors
+///
+/// As [`run`]. A lab that cannot be had is no reason to skip the stage.
+pub(crate) fn stage() -> Result<Outcome> {
+    host::install(build::PROGRAMS)?;
+    run_scenarios(&RunArgs {
+        build: BuildArgs {
+            suite: OLDEST.to_owned(),
+            shadow: false,
+        },
+        release: false,
+        images: None,
+        limit: 480,
+        scenarios: Vec::new(),
+    })?;
+    Ok(Outcome::Done)
+}
+
 fn run_scenarios(args: &RunArgs) -> Result<()> {
     let mut wanted = chosen(&args.scenarios)?;
     if args.scenarios.is_empty() && args.images.is_some() {
         wanted.clear();
     }
     let lab = Lab::build(&args.build.suite)?;
-    let share = share::Share::prepare(&lab, args.release)?;
-    share.scenarios(&wanted)?;
-    if let Some(images) = &args.images {
-        share.images(images)?;
-    }
-    qemu::boot(&lab, &share, args.limit)?;
-    let results = Results::read(&share)?;
-    results.note(&lab)?;
+    let images: Vec<PathBuf> = args.images.iter().cloned().collect();
+    let boots = Boots {
+        suite: &args.build.suite,
+        release: args.release,
+        images: &images,
+        limit: args.limit,
+    };
+    let results = boots.run(&lab, &wanted)?;
     println!("\n{}", results.table());
-    results.verdict(&share)
+    results.verdict(&lab)
+}
+
+/// How scenarios are run in a lab.
+#[derive(Debug)]
+struct Boots<'a> {
+    suite: &'a str,
+    release: bool,
+    /// Directories with images to restore, too.
+    images: &'a [PathBuf],
+    /// Of each boot, in seconds.
+    limit: u64,
+}
+
+impl Boots<'_> {
+    /// Boot the lab once with each hypervisor that is needed; what became of all
+    /// scenarios, which is noted with the lab.
+    ///
+    /// # Errors
+    ///
+    /// A boot does not get as far as the first scenario, or something cannot be built.
+    fn run(&self, lab: &Lab, wanted: &[Scenario]) -> Result<Results> {
+        let (special, usual): (Vec<Scenario>, Vec<Scenario>) =
+            wanted.iter().partition(|scenario| scenario.shadow);
+        let mut all = Results::default();
+        if !usual.is_empty() || !self.images.is_empty() {
+            let share = share::Share::prepare(lab, &lab.file("xen"), self.release)?;
+            share.scenarios(&usual)?;
+            for images in self.images {
+                share.images(images)?;
+            }
+            all.rows.extend(self.boot(lab, &share)?.rows);
+        }
+        if !special.is_empty() {
+            let hypervisor = shadow::build(lab, self.suite)?;
+            let share = share::Share::prepare(lab, &hypervisor, self.release)?;
+            share.scenarios(&special)?;
+            all.rows.extend(self.boot(lab, &share)?.rows);
+        }
+        Ok(all)
+    }
+
+    /// A scenario that does not end is one of the results.
+    fn boot(&self, lab: &Lab, share: &share::Share) -> Result<Results> {
+        let booted = qemu::boot(lab, share, self.limit);
+        let results = match (Results::read(share), booted) {
+            (Ok(results), Ok(())) => results,
+            (Ok(results), Err(error)) => {
+                eprintln!("{}: {error:#}", self.suite);
+                results
+            }
+            (Err(_), Err(error)) | (Err(error), Ok(())) => return Err(error),
+        };
+        results.note(lab)?;
+        figures::keep(lab, share)?;
+        Ok(results)
+    }
 }
 
 /// The scenarios that match any of `patterns`; the smoke scenarios if there is none.

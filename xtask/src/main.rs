@@ -107,9 +107,10 @@ Examples:
     Dist,
     /// Do all that continuous integration does
     ///
-    /// Formatting, lints, dependencies, documentation, tests, a few seconds of each
-    /// fuzz target, man pages and completions. All stages run, even if one fails; the
-    /// table at the end has the times.
+    /// Formatting, lints, dependencies, documentation, tests, saves and restores on a
+    /// real Xen in the lab (root installs what that needs with apt-get), a few seconds
+    /// of each fuzz target, man pages and completions. All stages run, even if one
+    /// fails; the table at the end has the times.
     #[command(after_help = "\
 Example:
   cargo xtask ci")]

@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::command::Invocation;
 
@@ -80,6 +80,38 @@ impl Apt {
         let found = debs(&archives)?;
         ensure!(!found.is_empty(), "apt-get left no packages behind");
         Ok(found)
+    }
+
+    /// Download the source of a package; the path of upstream's archive.
+    pub(super) fn source(&self, package: &str) -> Result<PathBuf> {
+        let shown = self
+            .program("apt-cache")
+            .args(["showsrc", package])
+            .capture()?;
+        // The newest first; an archive may list one that it does not hold.
+        let others = shown.lines().filter_map(|l| l.strip_prefix("Version: "));
+        let wanted = std::iter::once(package.to_owned())
+            .chain(others.map(|version| format!("{package}={version}")));
+        for source in wanted {
+            let fetched = self
+                .program("apt-get")
+                .args(["-qq", "source", "--download-only"])
+                .arg(&source)
+                .current_dir(&self.dir)
+                .run();
+            if let Err(error) = fetched {
+                eprintln!("{error:#}");
+                continue;
+            }
+            for entry in std::fs::read_dir(&self.dir)? {
+                let path = entry?.path();
+                let name = path.file_name().unwrap_or_default().to_string_lossy();
+                if name.contains(".orig.tar.") && !name.ends_with(".asc") {
+                    return Ok(path);
+                }
+            }
+        }
+        bail!("there is no source of {package} to be had")
     }
 }
 

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 use super::apt::Apt;
+use super::host;
 use super::kernel;
 use crate::command::Invocation;
 use crate::workspace;
@@ -18,7 +19,7 @@ const RECIPE: &str = "1";
 
 /// Programs of this machine that building and booting need, and Debian's packages
 /// that have them.
-const PROGRAMS: [(&str, &str); 11] = [
+pub(super) const PROGRAMS: &[(&str, &str)] = &[
     ("apt-get", "apt"),
     ("dpkg-deb", "dpkg"),
     ("tar", "tar"),
@@ -70,7 +71,7 @@ impl Lab {
         let lab = Self {
             dir: workspace::root().join("target/lab").join(suite),
         };
-        look_for_programs()?;
+        host::need(PROGRAMS)?;
         if std::fs::read_to_string(lab.file("recipe")).is_ok_and(|r| r == RECIPE) {
             return Ok(lab);
         }
@@ -337,24 +338,6 @@ fn admin(program: &str) -> Invocation {
     Invocation::new(found.unwrap_or_else(|| program.into()))
 }
 
-fn look_for_programs() -> Result<()> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let mut dirs: Vec<PathBuf> = std::env::split_paths(&path).collect();
-    dirs.extend(["/usr/sbin".into(), "/sbin".into()]);
-    let missing: Vec<&str> = PROGRAMS
-        .iter()
-        .filter(|(program, _)| !dirs.iter().any(|dir| dir.join(program).is_file()))
-        .map(|(_, package)| *package)
-        .collect();
-    if !missing.is_empty() {
-        bail!(
-            "the lab needs more programs: apt-get install --no-install-recommends {}",
-            missing.join(" ")
-        );
-    }
-    Ok(())
-}
-
 /// The newest version among names like `xen-hypervisor-4.17-amd64`.
 fn newest_xen(names: &[String]) -> Option<String> {
     let versions = names.iter().filter_map(|name| {
@@ -411,7 +394,7 @@ pub(super) fn executable(path: &Path) -> Result<()> {
 }
 
 /// Remove a tree, if it is there.
-fn clear(path: &Path) -> Result<()> {
+pub(super) fn clear(path: &Path) -> Result<()> {
     match std::fs::remove_dir_all(path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             Err(error).with_context(|| format!("cannot remove {}", path.display()))

@@ -4,11 +4,11 @@ use std::fmt::Write as _;
 
 use anyhow::{Result, bail};
 
+use super::Boots;
 use super::build::Lab;
-use super::qemu;
-use super::results::{Notes, Results};
+use super::figures::Figures;
+use super::results::Notes;
 use super::scenario::{SCENARIOS, Scenario};
-use super::share::Share;
 use crate::workspace;
 
 /// What stands above the tables.
@@ -19,11 +19,18 @@ Made by `cargo xtask lab report` from the results of `lab run` and `lab matrix`:
 with Debian's kernel and toolstack, under qemu's software emulation. A scenario is a kind
 and a guest; a guest counts, checks a memory pattern and rewritten pages every round, and
 has to go on doing so (the guest `hvm` sits in its BIOS, and has to be there). A scenario
-fails, too, when it leaves a domain, an event channel of dom0 or a xenstore node behind.
+fails, too, when it leaves a dirty log that is on, a domain (also a dead one that a mapping
+holds), a mapping, an event channel of dom0, a process or a xenstore node behind.
+
+Debian builds its hypervisor without shadow paging, which the dirty log of a PV guest needs,
+and without 32-bit PV guests. Scenarios with either (32-bit PV, live migration of PV) run on
+a hypervisor built from the same source package with both, marked *s*; the toolstack is
+Debian's.
 
 | guest | |
 |---|---|
 | pv, pv2 | 64-bit PV, 1 and 2 vcpus |
+| pv32 | 32-bit PV, 1 vcpu |
 | pvh, pvh2 | PVH, 1 and 2 vcpus |
 | hvm | HVM without PV drivers, in SeaBIOS, with qemu as its device model |
 ";
@@ -32,10 +39,8 @@ fails, too, when it leaves a domain, an event channel of dom0 or a xenstore node
 const MISSING: &str = "
 ## Not in the matrix
 
-- Live migration of PV guests: Debian builds its hypervisor without shadow paging, which
-  the dirty log of a PV guest needs.
-- 32-bit PV guests: Debian builds its hypervisor without them.
-- Images of an older Xen restored on a newer one.
+- 32-bit PV guests with 2 vcpus: the lab's guest brings up a second one in 64-bit mode only.
+- HVM guests with PV drivers, or with an operating system.
 - Remus and COLO: the helper refuses them.
 ";
 
@@ -44,6 +49,7 @@ struct Column {
     xen: String,
     versions: String,
     notes: Notes,
+    figures: Figures,
 }
 
 /// Run all scenarios on each suite's Xen, then [`report`].
@@ -54,17 +60,18 @@ struct Column {
 /// the document has been written.
 pub(super) fn run(suites: &[String], limit: u64) -> Result<()> {
     let mut bad = 0;
+    let mut images = Vec::new();
     for suite in suites {
         let lab = Lab::build(suite)?;
-        let share = Share::prepare(&lab, false)?;
-        share.scenarios(&scenarios())?;
-        // What did not end is in the table as such.
-        if let Err(error) = qemu::boot(&lab, &share, limit) {
-            eprintln!("{suite}: {error:#}");
-        }
-        let results = Results::read(&share)?;
-        results.note(&lab)?;
-        bad += results.failures();
+        let boots = Boots {
+            suite,
+            release: false,
+            // Of the older Xens.
+            images: &images,
+            limit,
+        };
+        bad += boots.run(&lab, &scenarios())?.failures();
+        images.push(lab.file("out/images"));
     }
     report(suites)?;
     match bad {
@@ -82,12 +89,41 @@ pub(super) fn report(suites: &[String]) -> Result<()> {
             xen: lab.xen_version()?,
             versions: lab.describe()?,
             notes: Notes::read(&lab)?,
+            figures: Figures::read(&lab)?,
         });
     }
     let path = workspace::root().join("docs/interop.md");
+    let earlier = std::fs::read_to_string(&path)?;
+    for column in &mut columns {
+        remember(column, &earlier);
+    }
     std::fs::write(&path, document(&columns)?)?;
     println!("{}", path.display());
     Ok(())
+}
+
+/// What an earlier document has of scenarios that have not run in this lab since.
+fn remember(column: &mut Column, document: &str) {
+    let cells = |line: &str| -> Vec<String> {
+        let cells = line.trim_matches('|').split('|');
+        cells.map(|cell| cell.trim().to_owned()).collect()
+    };
+    let mut lines = document.lines().map(cells);
+    let heading = format!("Xen {}", column.xen);
+    let place = lines
+        .find(|cells| cells.first().is_some_and(|cell| cell == "scenario"))
+        .and_then(|cells| cells.iter().position(|cell| *cell == heading));
+    let Some(place) = place else {
+        return;
+    };
+    for cells in lines.take_while(|cells| cells.len() > place) {
+        let name = cells[0].trim_end_matches(" *s*");
+        let note = &cells[place];
+        if scenarios().iter().any(|s| s.name() == name) && note != "not run" {
+            let noted = column.notes.0.entry(name.to_owned());
+            noted.or_insert_with(|| note.clone());
+        }
+    }
 }
 
 /// All but the ones that are for figures.
@@ -107,12 +143,19 @@ fn document(columns: &[Column]) -> Result<String> {
     text.push_str(&"---|".repeat(columns.len() + 1));
     text.push('\n');
     for scenario in scenarios() {
-        write!(text, "| {} |", scenario.name())?;
+        let mark = if scenario.shadow { " *s*" } else { "" };
+        write!(text, "| {}{mark} |", scenario.name())?;
         for column in columns {
             let note = column.notes.0.get(&scenario.name());
             write!(text, " {} |", note.map_or("not run", String::as_str))?;
         }
         writeln!(text, " {} |", scenario.about())?;
+    }
+    restored_images(&mut text, columns)?;
+    for column in columns {
+        if let Some(table) = column.figures.table()? {
+            write!(text, "\n## Time and memory, Xen {}\n\n{table}", column.xen)?;
+        }
     }
     text.push_str("\n## Versions\n");
     for column in columns {
@@ -123,6 +166,30 @@ fn document(columns: &[Column]) -> Result<String> {
     }
     text.push_str(MISSING);
     Ok(text)
+}
+
+/// Images that a lab was given: those of an older Xen.
+fn restored_images(text: &mut String, columns: &[Column]) -> Result<()> {
+    let mut table = String::new();
+    for column in columns {
+        for (name, note) in &column.notes.0 {
+            let (by, image) = match name.split_once('/') {
+                Some(("image", image)) => ("stock", image),
+                Some(("image_ours", image)) => ("ours", image),
+                _ => continue,
+            };
+            writeln!(table, "| {image} | {} | {by} | {note} |", column.xen)?;
+        }
+    }
+    if !table.is_empty() {
+        text.push_str(
+            "\n## Images of another Xen\n\nNamed after the Xen that saved them, whose helper \
+             that was, and the guest.\n\n| image | restored on Xen | by which helper | |\n\
+             |---|---|---|---|\n",
+        );
+        text.push_str(&table);
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -138,10 +205,23 @@ mod tests {
             xen: "4.17".to_owned(),
             versions: "target/lab/x\n  xen-utils-4.17 4.17.7".to_owned(),
             notes: Notes(noted.into()),
+            figures: Figures::default(),
         };
-        let text = document(&[column]).unwrap();
+        let text = document(std::slice::from_ref(&column)).unwrap();
         assert!(text.contains("| stock/pv | ok, 7 s, 2026-01-02 |"));
         assert!(text.contains("| stock/pvh | not run |"));
         assert!(text.contains("    xen-utils-4.17 4.17.7\n") && !text.contains("target/lab"));
+        // A lab that has run nothing knows it from the document.
+        let mut fresh = Column {
+            notes: Notes::default(),
+            ..column
+        };
+        remember(&mut fresh, &text);
+        assert_eq!(fresh.notes.0.len(), 1);
+        assert_eq!(fresh.notes.0["stock/pv"], "ok, 7 s, 2026-01-02");
+        fresh.xen = "4.20".to_owned();
+        fresh.notes = Notes::default();
+        remember(&mut fresh, &text);
+        assert_eq!(fresh.notes, Notes::default());
     }
 }

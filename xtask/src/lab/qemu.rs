@@ -137,7 +137,7 @@ fn qemu(lab: &Lab, share: &Share) -> Invocation {
         .arg("-serial")
         .arg(format!("file:{}", share.output.join(CONSOLE).display()))
         .arg("-kernel")
-        .arg(lab.file("xen"))
+        .arg(&share.hypervisor)
         .args(["-append", &xen, "-initrd", &dom0, "-drive", &disk])
         .args(["-device", "virtio-blk-pci,drive=root"])
         .arg("-virtfs")

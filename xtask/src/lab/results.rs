@@ -20,7 +20,7 @@ pub(super) struct Row {
 }
 
 /// The ends of all that were asked for.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Results {
     pub(super) rows: Vec<Row>,
 }
@@ -96,7 +96,7 @@ impl Results {
     }
 
     /// Fail unless every scenario was fine.
-    pub(super) fn verdict(&self, share: &Share) -> Result<()> {
+    pub(super) fn verdict(&self, lab: &Lab) -> Result<()> {
         let bad: Vec<&str> = self
             .rows
             .iter()
@@ -105,11 +105,12 @@ impl Results {
             .collect();
         if !bad.is_empty() {
             bail!(
-                "{} of {} scenarios failed: {}; their logs are KIND-GUEST.log in {}",
+                "{} of {} scenarios failed: {}; their logs are KIND-GUEST.log in {}, or \
+                 out-shadow beside it",
                 bad.len(),
                 self.rows.len(),
                 bad.join(", "),
-                share.output.display()
+                lab.file("out").display()
             );
         }
         Ok(())

@@ -10,6 +10,8 @@ pub(super) struct Scenario {
     pub(super) guest: &'static str,
     /// Whether it is one of the few that every change has to pass.
     pub(super) smoke: bool,
+    /// Whether it needs the hypervisor that [`super::shadow`] builds.
+    pub(super) shadow: bool,
 }
 
 const fn smoke(kind: &'static str, guest: &'static str) -> Scenario {
@@ -17,6 +19,7 @@ const fn smoke(kind: &'static str, guest: &'static str) -> Scenario {
         kind,
         guest,
         smoke: true,
+        shadow: false,
     }
 }
 
@@ -25,17 +28,27 @@ const fn more(kind: &'static str, guest: &'static str) -> Scenario {
         kind,
         guest,
         smoke: false,
+        shadow: false,
+    }
+}
+
+const fn shadow(kind: &'static str, guest: &'static str) -> Scenario {
+    Scenario {
+        kind,
+        guest,
+        smoke: false,
+        shadow: true,
     }
 }
 
 /// All of them, in the order in which they run.
 pub(super) const SCENARIOS: &[Scenario] = &[
-    smoke("stock", "pv"),
-    smoke("stock", "pvh"),
-    smoke("stock", "hvm"),
+    more("stock", "pv"),
+    more("stock", "pvh"),
+    more("stock", "hvm"),
     more("stock", "pv2"),
     more("stock", "pvh2"),
-    smoke("mock", "pv"),
+    more("mock", "pv"),
     smoke("ours_stock", "pv"),
     smoke("ours_stock", "pvh"),
     smoke("ours_stock", "hvm"),
@@ -65,6 +78,19 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     more("migrate_ours_ours", "hvm"),
     more("cancel", "pvh"),
     more("cancel_suspended", "pv"),
+    shadow("stock", "pv32"),
+    shadow("ours_stock", "pv32"),
+    shadow("stock_ours", "pv32"),
+    shadow("ours_ours", "pv32"),
+    shadow("checkpoint", "pv32"),
+    shadow("parity", "pv32"),
+    shadow("migrate_stock_stock", "pv"),
+    shadow("migrate_ours_stock", "pv"),
+    shadow("migrate_stock_ours", "pv"),
+    shadow("migrate_ours_ours", "pv"),
+    shadow("migrate_ours_ours", "pv2"),
+    shadow("migrate_ours_ours", "pv32"),
+    shadow("cancel", "pv"),
     more("pairs", "pvh64m"),
     more("pairs", "pv64m"),
 ];
@@ -172,7 +198,7 @@ mod tests {
 
     #[test]
     fn patterns_are_kinds_guests_or_names() {
-        let scenario = smoke("stock", "pv");
+        let scenario = more("stock", "pv");
         for pattern in ["stock", "pv", "stock/pv"] {
             assert!(scenario.matches(pattern));
         }

@@ -37,9 +37,11 @@ const GUEST_FLAGS: [&str; 19] = [
     "-Wl,-z,noexecstack",
 ];
 
-/// The two directories.
+/// The two directories, and which hypervisor they are for.
 #[derive(Debug)]
 pub(super) struct Share {
+    /// What qemu boots.
+    pub(super) hypervisor: PathBuf,
     /// What dom0 sees read-only.
     pub(super) input: PathBuf,
     /// What it writes.
@@ -47,11 +49,14 @@ pub(super) struct Share {
 }
 
 impl Share {
-    /// Build our binaries and the guests and lay them out for the lab.
-    pub(super) fn prepare(lab: &Lab, release: bool) -> Result<Self> {
+    /// Build our binaries and the guests and lay them out for a boot of the lab's
+    /// `hypervisor`. Each hypervisor has a directory of logs.
+    pub(super) fn prepare(lab: &Lab, hypervisor: &Path, release: bool) -> Result<Self> {
+        let name = hypervisor.file_name().unwrap_or_default().to_string_lossy();
         let share = Self {
+            hypervisor: hypervisor.to_owned(),
             input: lab.file("in"),
-            output: lab.file("out"),
+            output: lab.file(&name.replacen("xen", "out", 1)),
         };
         for dir in [&share.input, &share.output] {
             if dir.exists() {

@@ -1,0 +1,128 @@
+//! What the `pairs` scenarios measured: both helpers on the same guest in the same boot.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use anyhow::{Context, Result};
+
+use super::build::Lab;
+use super::share::Share;
+
+/// How the files begin that dom0 writes, one for each guest.
+const PREFIX: &str = "measures-";
+
+/// One run of a helper.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Run {
+    seconds: f64,
+    /// Of processor.
+    busy: f64,
+    peak_kib: u64,
+}
+
+/// Guest, save or restore, helper: its runs.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Figures(BTreeMap<(String, String, String), Vec<Run>>);
+
+/// Keep what a boot has measured with the lab.
+pub(super) fn keep(lab: &Lab, share: &Share) -> Result<()> {
+    for entry in std::fs::read_dir(&share.output)? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.starts_with(PREFIX) {
+            std::fs::copy(entry.path(), lab.file(&name))
+                .with_context(|| format!("cannot keep {name}"))?;
+        }
+    }
+    Ok(())
+}
+
+impl Figures {
+    /// Those of a lab; nothing, where nothing was measured.
+    pub(super) fn read(lab: &Lab) -> Result<Self> {
+        let mut figures = Self::default();
+        for entry in std::fs::read_dir(lab.file("."))? {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if let Some(guest) = name.strip_prefix(PREFIX) {
+                figures.add(guest, &std::fs::read_to_string(entry.path())?);
+            }
+        }
+        Ok(figures)
+    }
+
+    /// Lines as `measure-helper` writes them.
+    fn add(&mut self, guest: &str, text: &str) {
+        for line in text.lines() {
+            let words: Vec<&str> = line.split(' ').collect();
+            let [mode, helper, seconds, busy, peak] = words[..] else {
+                continue;
+            };
+            if let (Ok(seconds), Ok(busy), Ok(peak_kib)) =
+                (seconds.parse(), busy.parse(), peak.parse())
+            {
+                let key = (guest.to_owned(), mode.to_owned(), helper.to_owned());
+                self.0.entry(key).or_default().push(Run {
+                    seconds,
+                    busy,
+                    peak_kib,
+                });
+            }
+        }
+    }
+
+    /// A table, if there is anything in it.
+    pub(super) fn table(&self) -> Result<Option<String>> {
+        if self.0.is_empty() {
+            return Ok(None);
+        }
+        let mut text = String::from(
+            "`cargo xtask lab run --release pairs`: in one boot, on the same guest (64 MiB), each \
+             helper\nin turn, five times; `xl save -c`, then `xl restore`. Seconds of one helper \
+             from start to end,\nunder emulation; processor: median of user and system time; peak: \
+             the largest resident set.\n\n\
+             | guest | | helper | seconds, each run | median | processor | peak |\n\
+             |---|---|---|---|---|---|---|\n",
+        );
+        for ((guest, mode, helper), runs) in &self.0 {
+            let each: Vec<String> = runs.iter().map(|r| format!("{:.2}", r.seconds)).collect();
+            let peak = runs.iter().map(|r| r.peak_kib).max().unwrap_or_default();
+            writeln!(
+                text,
+                "| {guest} | {mode} | {helper} | {} | {:.2} | {:.2} | {:.1} MiB |",
+                each.join(" "),
+                median(runs.iter().map(|r| r.seconds)),
+                median(runs.iter().map(|r| r.busy)),
+                // Megabytes of people's, not of accountants'.
+                u32::try_from(peak).map_or(f64::INFINITY, f64::from) / 1024.0,
+            )?;
+        }
+        Ok(Some(text))
+    }
+}
+
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    #[test]
+    fn runs_of_a_helper_are_one_line_of_the_table() {
+        let mut figures = Figures::default();
+        assert_eq!(figures.table().unwrap(), None);
+        figures.add(
+            "pv64m",
+            "save ours 3.0 0.5 2048\nsave ours 1.0 0.7 1024\nsave ours 2.0 0.6 1024\nsave o",
+        );
+        let table = figures.table().unwrap().unwrap();
+        let line = "| pv64m | save | ours | 3.00 1.00 2.00 | 2.00 | 0.60 | 2.0 MiB |\n";
+        assert!(table.ends_with(line), "{table}");
+    }
+}

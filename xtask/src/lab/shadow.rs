@@ -1,0 +1,86 @@
+//! A hypervisor that can do what Debian's cannot: shadow paging (the dirty log of PV
+//! guests needs it, so live migration does) and 32-bit PV guests. It is the suite's own
+//! source package, configured otherwise; the tools stay Debian's.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::apt::Apt;
+use super::build::{Lab, clear};
+use super::host;
+use crate::command::Invocation;
+
+/// What building it needs besides the lab's programs.
+pub(super) const PROGRAMS: &[(&str, &str)] = &[
+    ("make", "make"),
+    ("flex", "flex"),
+    ("bison", "bison"),
+    ("python3", "python3"),
+];
+
+/// What is asked for; all else as upstream has it.
+const CONFIG: &str = "CONFIG_DEBUG=n\nCONFIG_SHADOW_PAGING=y\nCONFIG_PV32=y\n";
+
+/// The hypervisor, built if it is not there yet; some minutes.
+///
+/// # Errors
+///
+/// A program is missing, the source cannot be had, or it does not compile.
+pub(super) fn build(lab: &Lab, suite: &str) -> Result<PathBuf> {
+    let hypervisor = lab.file("xen-shadow");
+    if hypervisor.exists() {
+        return Ok(hypervisor);
+    }
+    host::need(PROGRAMS)?;
+    let apt = Apt::open(&lab.file("apt-source"), "deb-src", suite)?;
+    let archive = apt.source("xen")?;
+    let tree = lab.file("source");
+    clear(&tree)?;
+    std::fs::create_dir_all(&tree)?;
+    Invocation::new("tar")
+        .args(["--strip-components=1", "-C"])
+        .arg(&tree)
+        .arg("-xf")
+        .arg(&archive)
+        .run()?;
+    std::fs::write(tree.join("xen/.config"), CONFIG)?;
+    let log = lab.file("shadow.log");
+    for target in ["olddefconfig", "build"] {
+        make(&tree, target, &log)?;
+    }
+    let config = std::fs::read_to_string(tree.join("xen/.config"))?;
+    for wanted in CONFIG.lines().filter(|line| line.ends_with("=y")) {
+        ensure!(
+            config.lines().any(|line| line == wanted),
+            "this Xen cannot be built with {wanted}"
+        );
+    }
+    std::fs::rename(tree.join("xen/xen"), &hypervisor).context("make left no hypervisor")?;
+    clear(&tree)?;
+    clear(&lab.file("apt-source"))?;
+    Ok(hypervisor)
+}
+
+/// Make a target of Xen's; what it says goes to `log`.
+fn make(tree: &Path, target: &str, log: &Path) -> Result<()> {
+    let file = std::fs::File::create(log)?;
+    let jobs = std::thread::available_parallelism().map_or(1, usize::from);
+    let status = Invocation::new("make")
+        .arg(format!("-j{jobs}"))
+        .arg("-C")
+        .arg(tree.join("xen"))
+        .arg(target)
+        .into_command()
+        .stdout(file.try_clone()?)
+        .stderr(file)
+        .status()
+        .context("cannot start make")?;
+    if !status.success() {
+        bail!(
+            "make {target} of Xen failed ({status}): see {}",
+            log.display()
+        );
+    }
+    Ok(())
+}
