@@ -30,8 +30,9 @@ Save, restore, migrate, inspect, verify and compare Xen domains and their images
 
 inspect, verify, diff, convert, edit, export and cat take images of any age, of xl, libvirt \
 and xapi, compressed or not, on any machine. save, restore and \
-migrate work on the domains of a hypervisor; on a machine without Xen, that is a mock machine \
-kept in a directory (`xsr mock create`, `--backend mock:DIR`).";
+migrate work on the domains of a hypervisor. On a Xen host the host's own xl does them, with \
+this engine as its save helper, and takes all of its own flags; on a machine without Xen, they \
+work on a mock machine kept in a directory (`xsr mock create`, `--backend mock:DIR`).";
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -119,9 +120,13 @@ pub(crate) enum Command {
 /// meanwhile; it stands still for the rest only. When that is, Xen's rule decides
 /// (five passes, or fewer than 50 pages left), or a target: any of --max-downtime,
 /// --timeout and --on-timeout sets one.
+///
+/// On a Xen host, `xl save` does it, with xsr-save-helper: all of its options pass, and
+/// those that it has not are refused.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
+  xsr save web web.save                    on a Xen host
   xsr save --backend mock:/tmp/lab web web.save
   xsr save --backend mock:/tmp/lab --live -c web web.save
   xsr save --backend mock:/tmp/lab -c web - | zstd > web.save.zst")]
@@ -158,9 +163,13 @@ pub(crate) struct SaveArgs {
 /// without configuration is read twice, to find out what the domain needs; from a pipe,
 /// --type, --vcpus and --memory must say it. Where restoring fails, the domain that was
 /// being built is destroyed.
+///
+/// On a Xen host, `xl restore` does it, with xsr-save-helper: all of its options pass, and
+/// those that it has not are refused.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
+  xsr restore -p -e web.save               on a Xen host
   xsr restore --backend mock:/tmp/lab web.save
   zstd -dc web.save.zst | xsr restore --backend mock:/tmp/lab -p -
   xsr restore --backend mock:/tmp/lab --name web --vcpus 2 --memory 256M bare.libxc")]
@@ -278,7 +287,7 @@ pub(crate) struct DemoArgs {}
 /// Which hypervisor.
 #[derive(Debug, Args)]
 pub(crate) struct BackendArg {
-    /// The hypervisor: `auto` (the Xen this runs on) or `mock:DIR`
+    /// The hypervisor: `auto`, `xen` (the one this runs on, through xl) or `mock:DIR`
     #[arg(
         long,
         value_name = "BACKEND",
@@ -294,6 +303,8 @@ pub(crate) struct BackendArg {
 pub(crate) enum Backend {
     /// The Xen this runs on.
     Auto,
+    /// The Xen this runs on, and nothing else.
+    Xen,
     /// The mock machine in this directory.
     Mock(PathBuf),
 }
@@ -304,9 +315,10 @@ impl FromStr for Backend {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         match text.split_once(':') {
             None if text == "auto" => Ok(Self::Auto),
+            None if text == "xen" => Ok(Self::Xen),
             Some(("mock", "")) => Err("mock: wants a directory behind the colon".to_owned()),
             Some(("mock", dir)) => Ok(Self::Mock(PathBuf::from(dir))),
-            _ => Err("expected `auto` or `mock:DIR`".to_owned()),
+            _ => Err("expected `auto`, `xen` or `mock:DIR`".to_owned()),
         }
     }
 }
@@ -443,6 +455,7 @@ mod tests {
     #[test]
     fn backends_are_told_apart() {
         assert_eq!("auto".parse(), Ok(Backend::Auto));
+        assert_eq!("xen".parse(), Ok(Backend::Xen));
         assert_eq!("mock:/a:b".parse(), Ok(Backend::Mock("/a:b".into())));
         for bad in ["", "mock", "mock:", "xen:", "kvm"] {
             assert!(bad.parse::<Backend>().is_err(), "{bad} was taken");

@@ -53,10 +53,9 @@ fn directory(backend: &Backend) -> Result<&Path> {
             "this machine runs no Xen (there is no /dev/xen/privcmd)".to_owned()
         }
         Err(error) => error.to_string(),
-        Ok(_) => "on a real Xen a domain is saved and restored by its \
-             toolstack, which uses this engine where LIBXL_SAVE_HELPER names \
-             xsr-save-helper: `LIBXL_SAVE_HELPER=/usr/bin/xsr-save-helper xl save …` \
-             (docs/toolstacks.md)"
+        // Where there is one, it does the work (`xl.rs`), and nobody comes here.
+        Ok(_) => "this machine runs Xen, but there is no `xl` on PATH: install Xen's tools, or \
+             give --direct (save and restore without libxl)"
             .to_owned(),
     };
     bail!(
@@ -68,7 +67,7 @@ fn directory(backend: &Backend) -> Result<&Path> {
 /// The command by which a person does something to a domain there.
 pub(crate) fn domain_command(backend: &Backend, verb: &str, rest: &str) -> String {
     match backend {
-        Backend::Auto => format!("xl {verb} {rest}"),
+        Backend::Auto | Backend::Xen => format!("xl {verb} {rest}"),
         Backend::Mock(dir) => format!("xsr mock {verb} --host {} {rest}", dir.display()),
     }
 }

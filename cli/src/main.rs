@@ -24,6 +24,7 @@ mod text;
 mod transport;
 mod watch;
 mod workload;
+mod xl;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -31,6 +32,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use crate::terminal::Terminal;
+use crate::xl::Messages;
 
 fn main() -> ExitCode {
     let name = std::env::args_os().next();
@@ -38,12 +40,22 @@ fn main() -> ExitCode {
     if name.is_some_and(|name| name == cmd::convert::script::NAME) {
         return cmd::convert::script::main();
     }
+    if let Some(xl) = xl::Xl::asked() {
+        let Messages { verbose, quiet } = xl.messages();
+        let terminal = Terminal::new(verbose, quiet);
+        return ended(xl.run(), &terminal);
+    }
     let cli = match args::Cli::try_parse() {
         Ok(cli) => cli,
         Err(e) => return exit::command_line(&e).into(),
     };
     let terminal = Terminal::new(cli.global.verbose, cli.global.quiet);
-    let code = match cmd::run(cli.command, &terminal) {
+    ended(cmd::run(cli.command, &terminal), &terminal)
+}
+
+/// Say what failed, and with which code.
+fn ended(result: anyhow::Result<exit::Code>, terminal: &Terminal) -> ExitCode {
+    let code = match result {
         Ok(code) => code,
         Err(e) => {
             terminal.error(&e);

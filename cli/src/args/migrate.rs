@@ -22,9 +22,14 @@ use super::{BackendArg, ProgressArg, TargetArgs, ThreadsArg};
 /// before it has said that it does, nobody can know at this end. The domain stays here,
 /// suspended, as DOMAIN--migratedaway; what to do is printed, and in docs/migration.md.
 /// The exit code is 3.
+///
+/// On a Xen host, `xl migrate` does it, with xsr-save-helper: all of its options pass, and
+/// those that it has not are refused. It runs `xl migrate-receive` on the other host;
+/// `-s '' DOMAIN 'ssh HOST xsr migrate-receive'` runs another command.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
+  xsr migrate web other.example.org        on a Xen host
   xsr migrate --backend mock:/tmp/lab web other.example.org
   xsr migrate --backend mock:/tmp/lab --max-downtime 50 web other.example.org
   xsr migrate --backend mock:/tmp/lab web unix:/tmp/migrate.sock
@@ -90,6 +95,8 @@ pub(crate) struct MigrateArgs {
 /// with it on stdin and stdout. With --listen it waits for one migration, takes it and
 /// ends. Nobody is asked for a password and nothing is encrypted there: keep such a
 /// socket where only those can reach it who may.
+///
+/// On a Xen host, `xl migrate-receive` does it, with xsr-save-helper.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:

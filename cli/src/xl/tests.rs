@@ -1,0 +1,98 @@
+//! What becomes of a command line.
+
+use super::*;
+
+fn call(words: &[&str]) -> Option<Call> {
+    let words: Vec<OsString> = words.iter().map(OsString::from).collect();
+    Call::of(&words, None)
+}
+
+fn passed(words: &[&str]) -> Vec<String> {
+    let call = call(words).unwrap();
+    assert!(call.refused.is_empty(), "{call:?}");
+    let arguments = call.arguments.into_iter();
+    arguments.map(|a| a.into_string().unwrap()).collect()
+}
+
+#[test]
+fn xls_flags_pass() {
+    for words in [
+        ["save", "-c", "-p", "web", "web.save"].as_slice(),
+        &["restore", "-p", "-e", "-d", "-V", "web.cfg", "web.save"],
+        &["migrate", "-s", "ssh -v", "-C", "x.cfg", "-D", "web", "h"],
+        &["migrate", "--live", "--debug", "web", "h"],
+        &["migrate-receive", "-e", "-d", "-p", "--colo"],
+        &["-t", "-f", "save", "web", "web.save"],
+        &["save", "--of-a-newer-xl=3", "web", "web.save"],
+    ] {
+        assert_eq!(passed(words), words);
+    }
+}
+
+#[test]
+fn what_is_for_xsr_is_taken_out() {
+    let plain = ["save", "-c", "web", "f"];
+    for words in [
+        ["save", "--backend", "xen", "-c", "web", "f"].as_slice(),
+        &["save", "-c", "--backend=xen", "web", "f"],
+        &["-q", "save", "--checkpoint", "web", "f"],
+        &["save", "--", "-c", "web", "f"],
+        &["save", "-c", "--", "web", "f"],
+        &["save", "-q", "-c", "web", "f"],
+    ] {
+        assert_eq!(passed(words), plain, "{words:?}");
+    }
+    let literal = passed(&["save", "--", "--", "--backend", "xen"]);
+    assert_eq!(literal, ["save", "--", "--backend", "xen"]);
+    let loud = passed(&["-v", "save", "-vv", "web", "f"]);
+    assert_eq!(loud, ["-v", "-v", "-v", "save", "web", "f"]);
+    let paused = passed(&["restore", "--paused", "f"]);
+    assert_eq!(paused, ["restore", "-p", "f"]);
+}
+
+#[test]
+fn what_xl_has_not_is_refused() {
+    for (words, refused) in [
+        (["save", "--live", "web", "f"].as_slice(), "--live"),
+        (&["save", "--threads=2", "web", "f"], "--threads"),
+        (&["restore", "--json", "f"], "--json"),
+        (&["migrate", "--no-live", "web", "h"], "--no-live"),
+        (&["migrate", "--receiver=x", "web", "h"], "--receiver"),
+        (&["migrate-receive", "--listen=unix:/x"], "--listen"),
+    ] {
+        assert_eq!(call(words).unwrap().refused, [refused]);
+    }
+}
+
+#[test]
+fn the_rest_is_for_xsr() {
+    for words in [
+        [].as_slice(),
+        &["-h"],
+        &["inspect", "f"],
+        &["--help", "save"],
+        &["save", "--help"],
+        &["save", "--direct", "web", "f"],
+        &["save", "--backend"],
+        &["save", "--backend", "kvm", "web", "f"],
+    ] {
+        assert_eq!(call(words), None, "{words:?}");
+    }
+    let mock = call(&["save", "--backend", "mock:/a", "web", "f"]).unwrap();
+    assert_eq!(mock.backend, Backend::Mock("/a".into()));
+    let words = ["save", "web", "f"].map(OsString::from);
+    let environment = Call::of(&words, Some(OsStr::new("xen"))).unwrap();
+    assert_eq!(environment.backend, Backend::Xen);
+    assert_eq!(Call::of(&words, None).unwrap().backend, Backend::Auto);
+}
+
+#[test]
+fn exit_codes_of_xl() {
+    use std::os::unix::process::ExitStatusExt as _;
+    let code = |status| code_of(ExitStatus::from_raw(status)).ok();
+    assert_eq!(code(0), Some(Code::Fine));
+    for (xls, ours) in [(1, Code::Failed), (2, Code::Usage), (255, Code::Failed)] {
+        assert_eq!(code(xls << 8), Some(ours));
+    }
+    assert_eq!(code(15), None, "a signal");
+}
