@@ -159,6 +159,11 @@ fn document(columns: &[Column]) -> Result<String> {
     for column in columns {
         if let Some(table) = column.figures.table()? {
             write!(text, "\n## Time and memory, Xen {}\n\n{table}", column.xen)?;
+            for (name, note) in &column.notes.0 {
+                if name.starts_with("pairs/") {
+                    write!(text, "\n{name}: {note}\n")?;
+                }
+            }
         }
     }
     text.push_str("\n## Versions\n");
