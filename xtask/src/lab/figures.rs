@@ -80,21 +80,24 @@ impl Figures {
             "`cargo xtask lab run --release pairs`: in one boot, on the same guest (64 MiB), each \
              helper\nin turn, five times; `xl save -c`, then `xl restore`. Seconds of one helper \
              from start to end,\nunder emulation; processor: median of user and system time; peak: \
-             the largest resident set.\n\n\
+             the largest resident set,\nread every 20 ms. \
+             Processor time is the steadier figure where the machine has other work.\n\n\
              | guest | | helper | seconds, each run | median | processor | peak |\n\
              |---|---|---|---|---|---|---|\n",
         );
         for ((guest, mode, helper), runs) in &self.0 {
             let each: Vec<String> = runs.iter().map(|r| format!("{:.2}", r.seconds)).collect();
-            let peak = runs.iter().map(|r| r.peak_kib).max().unwrap_or_default();
+            let peak = match runs.iter().map(|r| r.peak_kib).max() {
+                None | Some(0) => "not measured".to_owned(),
+                // Far less than 4 TiB.
+                Some(kib) => format!("{:.1} MiB", f64::from(u32::try_from(kib)?) / 1024.0),
+            };
             writeln!(
                 text,
-                "| {guest} | {mode} | {helper} | {} | {:.2} | {:.2} | {:.1} MiB |",
+                "| {guest} | {mode} | {helper} | {} | {:.2} | {:.2} | {peak} |",
                 each.join(" "),
                 median(runs.iter().map(|r| r.seconds)),
                 median(runs.iter().map(|r| r.busy)),
-                // Megabytes of people's, not of accountants'.
-                u32::try_from(peak).map_or(f64::INFINITY, f64::from) / 1024.0,
             )?;
         }
         Ok(Some(text))

@@ -9,6 +9,7 @@ use super::build::Lab;
 use super::figures::Figures;
 use super::results::Notes;
 use super::scenario::{SCENARIOS, Scenario};
+use super::shadow;
 use crate::workspace;
 
 /// What stands above the tables.
@@ -24,8 +25,8 @@ holds), a mapping, an event channel of dom0, a process or a xenstore node behind
 
 Debian builds its hypervisor without shadow paging, which the dirty log of a PV guest needs,
 and without 32-bit PV guests. Scenarios with either (32-bit PV, live migration of PV) run on
-a hypervisor built from the same source package with both, marked *s*; the toolstack is
-Debian's.
+a hypervisor built with both from the newest source package of the suite that the archive
+holds, marked *s*; the toolstack is Debian's.
 
 | guest | |
 |---|---|
@@ -48,6 +49,8 @@ const MISSING: &str = "
 struct Column {
     xen: String,
     versions: String,
+    /// The version of the hypervisor built from source.
+    shadow: Option<String>,
     notes: Notes,
     figures: Figures,
 }
@@ -88,6 +91,7 @@ pub(super) fn report(suites: &[String]) -> Result<()> {
         columns.push(Column {
             xen: lab.xen_version()?,
             versions: lab.describe()?,
+            shadow: shadow::built(&lab),
             notes: Notes::read(&lab)?,
             figures: Figures::read(&lab)?,
         });
@@ -155,6 +159,11 @@ fn document(columns: &[Column]) -> Result<String> {
     for column in columns {
         if let Some(table) = column.figures.table()? {
             write!(text, "\n## Time and memory, Xen {}\n\n{table}", column.xen)?;
+            for (name, note) in &column.notes.0 {
+                if name.starts_with("pairs/") {
+                    write!(text, "\n{name}: {note}\n")?;
+                }
+            }
         }
     }
     text.push_str("\n## Versions\n");
@@ -162,6 +171,9 @@ fn document(columns: &[Column]) -> Result<String> {
         writeln!(text, "\nXen {}:\n", column.xen)?;
         for line in column.versions.lines().skip(1) {
             writeln!(text, "    {}", line.trim())?;
+        }
+        if let Some(version) = &column.shadow {
+            writeln!(text, "    *s*: source of xen {version}")?;
         }
     }
     text.push_str(MISSING);
@@ -205,6 +217,7 @@ mod tests {
             xen: "4.17".to_owned(),
             versions: "target/lab/x\n  xen-utils-4.17 4.17.7".to_owned(),
             notes: Notes(noted.into()),
+            shadow: None,
             figures: Figures::default(),
         };
         let text = document(std::slice::from_ref(&column)).unwrap();

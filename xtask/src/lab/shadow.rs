@@ -22,6 +22,20 @@ pub(super) const PROGRAMS: &[(&str, &str)] = &[
 /// What is asked for; all else as upstream has it.
 const CONFIG: &str = "CONFIG_DEBUG=n\nCONFIG_SHADOW_PAGING=y\nCONFIG_PV32=y\n";
 
+/// The file of the lab that has the version of the source.
+const VERSION: &str = "xen-shadow.version";
+
+/// The source's version, where the hypervisor is built.
+pub(super) fn built(lab: &Lab) -> Option<String> {
+    std::fs::read_to_string(lab.file(VERSION)).ok()
+}
+
+/// `4.17.5` of `xen_4.17.5.orig.tar.xz`.
+fn version(archive: &str) -> &str {
+    let version = archive.strip_prefix("xen_").unwrap_or(archive);
+    version.split(".orig.").next().unwrap_or(version)
+}
+
 /// The hypervisor, built if it is not there yet; some minutes.
 ///
 /// # Errors
@@ -56,6 +70,9 @@ pub(super) fn build(lab: &Lab, suite: &str) -> Result<PathBuf> {
             "this Xen cannot be built with {wanted}"
         );
     }
+    // The archive may hold the source of an older version only than its packages are of.
+    let name = archive.file_name().unwrap_or_default().to_string_lossy();
+    std::fs::write(lab.file(VERSION), version(&name))?;
     std::fs::rename(tree.join("xen/xen"), &hypervisor).context("make left no hypervisor")?;
     clear(&tree)?;
     clear(&lab.file("apt-source"))?;
@@ -83,4 +100,13 @@ fn make(tree: &Path, target: &str, log: &Path) -> Result<()> {
         );
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn an_archive_is_named_after_its_version() {
+        let name = "xen_4.17.5+72-g01140da4e8.orig.tar.xz";
+        assert_eq!(super::version(name), "4.17.5+72-g01140da4e8");
+    }
 }
