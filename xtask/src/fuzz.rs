@@ -6,6 +6,7 @@
 
 mod seed;
 mod stats;
+mod wrapped;
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -26,6 +27,10 @@ const SMOKE_SECONDS: u32 = 20;
 
 /// An input that takes longer than this many seconds is a finding.
 const INPUT_SECONDS: u32 = 10;
+
+/// An allocation of more MiB than this is a finding: the largest window that a decompressor
+/// may ask for is 128 MiB, and nothing else asks for as much.
+const ALLOCATION_MIB: u32 = 160;
 
 /// Fuzz one of the targets below fuzz/
 ///
@@ -171,7 +176,8 @@ impl Fuzzer {
     fn fuzz(&self, target: &str, seconds: u32, jobs: u32) -> Result<()> {
         let corpus = directory().join("corpus").join(target);
         let seeds = seed::write(&corpus)?;
-        eprintln!("{target}: {seeds} seeds from real images");
+        let made = wrapped::write(target, &corpus)?;
+        eprintln!("{target}: {seeds} seeds from real images, {made} made");
         self.invocation("build", target).run()?;
 
         let logs = workspace::root().join("target/fuzz");
@@ -184,6 +190,7 @@ impl Fuzzer {
                 .arg("--")
                 .arg(format!("-max_total_time={seconds}"))
                 .arg(format!("-timeout={INPUT_SECONDS}"))
+                .arg(format!("-malloc_limit_mb={ALLOCATION_MIB}"))
                 .args(["-print_final_stats=1", "-rss_limit_mb=2048"])
                 .into_command();
             let child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn();

@@ -221,6 +221,8 @@ impl<R: Read> XapiSource<R> {
             Ok(()) => Ok(true),
             Err(cause) => {
                 self.stage = Stage::Failed;
+                self.ready.clear();
+                self.at = 0;
                 let kind = match self.records.get(known.saturating_sub(1)..) {
                     Some([.., last]) => Some(last.kind),
                     _ => None,

@@ -1,0 +1,161 @@
+//! `xsr convert`: streams of each version and byte order, made from the specification's
+//! numbers, become what the same numbers make of version 3, little endian, octet for octet;
+//! and what stands around a stream is exchanged for any other layer.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod common;
+
+#[allow(dead_code, reason = "the whole vocabulary of format's tests")]
+#[path = "../../format/tests/support/build.rs"]
+mod build;
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+
+use build::{Rec, STATIC_DATA_END, Stream};
+use common::{arg, image, layers, run, scratch, xsr};
+
+/// As version 3, little endian, has it.
+fn expected(version: u32, make: &dyn Fn(u32, bool) -> Stream, before_end: usize) -> Vec<u8> {
+    let mut stream = make(version, false);
+    if version < 3 {
+        stream.version = 3;
+        let end = Rec {
+            kind: STATIC_DATA_END,
+            body: Vec::new(),
+        };
+        stream.records.insert(before_end, end);
+    }
+    stream.octets()
+}
+
+/// Version 2 gets its STATIC_DATA_END, behind X86_PV_INFO if there is one; big endian is
+/// turned round, but for blobs and pages.
+#[test]
+fn every_version_and_byte_order_becomes_version_3_little_endian() {
+    let dir = scratch();
+    let (source, out) = (dir.path().join("source"), dir.path().join("out"));
+    type Make = &'static dyn Fn(u32, bool) -> Stream;
+    let kinds: [(&str, Make, usize); 3] = [
+        ("pv64", &|version, big| Stream::whole_pv(version, big, 8), 1),
+        ("pv32", &|version, big| Stream::whole_pv(version, big, 4), 1),
+        ("hvm", &|version, big| Stream::whole_hvm(version, big), 0),
+    ];
+    for (kind, make, before_end) in kinds {
+        for version in [2, 3] {
+            for big in [false, true] {
+                let octets = make(version, big).octets();
+                fs::write(&source, &octets).unwrap();
+                run(["convert", arg(&source), "-o", arg(&out)]).code(0);
+                let what = format!("{kind}, version {version}, big endian: {big}");
+                let got = fs::read(&out).unwrap();
+                assert!(got == expected(version, make, before_end), "{what}");
+                run(["verify", arg(&out)]).code(0);
+                // As a filter, the same.
+                let mut filter = xsr(["convert", "-", "-o", "-"]);
+                let piped = filter.write_stdin(octets).output().unwrap();
+                assert!(piped.status.success(), "{what}: {piped:?}");
+                assert!(piped.stdout == got, "{what}: other octets from a pipe");
+            }
+        }
+    }
+}
+
+fn xz(octets: &[u8]) -> Vec<u8> {
+    let options = lzma_rust2::XzOptions::with_preset(1);
+    let mut out = lzma_rust2::XzWriter::new(Vec::new(), options).unwrap();
+    out.write_all(octets).unwrap();
+    out.finish().unwrap()
+}
+
+fn gzip(octets: &[u8]) -> Vec<u8> {
+    let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    out.write_all(octets).unwrap();
+    out.finish().unwrap()
+}
+
+fn libvirt(libxl: &[u8]) -> Vec<u8> {
+    let xml = b"<domain type='xen'><name>tpvh</name></domain>\0";
+    let mut out = b"libvirt-xml\n \0 \r".to_vec();
+    out.extend(2_u32.to_le_bytes());
+    out.extend(u32::try_from(xml.len()).unwrap().to_le_bytes());
+    out.extend([0; 40]);
+    out.extend(xml);
+    out.extend(libxl);
+    out
+}
+
+fn xapi(libxc: &[u8]) -> Vec<u8> {
+    let mut out = b"XenSavedDomv2-\n".to_vec();
+    for (kind, length, body) in [
+        (0x0f_u64, 10_u64, b"((time x))".as_slice()),
+        (0xf0, 0, libxc),
+        (0xffff, 0, b""),
+    ] {
+        out.extend(kind.to_le_bytes());
+        out.extend(length.to_le_bytes());
+        out.extend(body);
+    }
+    out
+}
+
+/// The libxc stream in an image.
+fn libxc_of(path: &Path) -> Vec<u8> {
+    let ran = xsr(["cat", "--layer", "libxc", arg(path)])
+        .output()
+        .unwrap();
+    assert!(ran.status.success(), "{ran:?}");
+    ran.stdout
+}
+
+/// From every wrapper to every layer: the libxc stream stays as it is.
+#[test]
+fn what_stands_around_a_stream_is_exchanged_for_any_layer() {
+    let dir = scratch();
+    let (source, out) = (dir.path().join("source"), dir.path().join("out"));
+    let plain = fs::read(image("tpvh")).unwrap();
+    let (libxl, libxc, end) = layers(&plain);
+    let inner = &plain[libxc..end];
+    let wrapped = [
+        ("xl", plain.clone()),
+        ("libxl", plain[libxl..].to_vec()),
+        ("libxc", inner.to_vec()),
+        ("xz", xz(&plain)),
+        ("libvirt", libvirt(&plain[libxl..])),
+        ("libvirt in gzip", gzip(&libvirt(&plain[libxl..]))),
+        ("xapi", xapi(inner)),
+        ("xapi in xz", xz(&xapi(inner))),
+    ];
+    for (name, octets) in wrapped {
+        fs::write(&source, octets).unwrap();
+        for to in ["libxc", "libxl", "xl"] {
+            run(["convert", "--to", to, arg(&source), "-o", arg(&out)]).code(0);
+            run(["verify", arg(&out)])
+                .code(0)
+                .stdout_has(&format!("{to} image"));
+            assert!(libxc_of(&out) == inner, "{name} to {to}: another stream");
+        }
+    }
+}
+
+/// A damaged xz file is bad, and it is said what is.
+#[test]
+fn a_damaged_xz_file_is_bad() {
+    let dir = scratch();
+    let source = dir.path().join("source");
+    let good = xz(&fs::read(image("tpvh")).unwrap());
+    fs::write(&source, &good).unwrap();
+    run(["verify", arg(&source)])
+        .code(0)
+        .stdout_has("inside: xz");
+    fs::write(&source, &good[..good.len() / 2]).unwrap();
+    run(["verify", arg(&source)])
+        .code(2)
+        .stdout_has("its xz data are damaged or cut off");
+    let mut flipped = good.clone();
+    flipped[good.len() / 2] ^= 0x40;
+    fs::write(&source, &flipped).unwrap();
+    run(["verify", arg(&source)]).code(2).stdout_has("BAD");
+}

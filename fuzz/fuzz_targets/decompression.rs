@@ -1,0 +1,98 @@
+//! Compressed files: what comes out does not depend on how much is asked for at once; what
+//! is wrong is called damage, since the source never fails; what is compressed here comes
+//! back as it was. Memory is bounded by what `cargo xtask fuzz` allows one allocation and
+//! the process: a bomb that takes more is a finding.
+
+#![no_main]
+
+use std::io::{self, Cursor, Read, Write};
+
+use libfuzzer_sys::fuzz_target;
+use xsr_format::detect::{Compression, Detected, detect};
+
+/// As in the command, whose file is built into this target.
+type Source = Box<dyn Read + Send>;
+
+/// What the command says of images that are bad.
+mod exit {
+    /// An image is bad.
+    #[derive(Debug)]
+    pub(crate) struct BadImage(pub(crate) String);
+
+    impl std::fmt::Display for BadImage {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str(&self.0)
+        }
+    }
+
+    impl std::error::Error for BadImage {}
+}
+
+#[path = "../../cli/src/peel/compression.rs"]
+mod compression;
+
+/// Of what comes out, so many octets are looked at: a bomb has no end.
+const LIMIT: u64 = 4 << 20;
+
+/// The first octets that come out, taken in such steps; and why there are no more.
+fn out_of(compression: Compression, octets: &[u8], step: usize) -> (Vec<u8>, Option<String>) {
+    let mut out = Vec::new();
+    let source: Source = Box::new(Cursor::new(octets.to_vec()));
+    let decoder = match compression::decompressed(compression, source) {
+        Ok(decoder) => decoder,
+        Err(e) => return (out, Some(e.to_string())),
+    };
+    let mut decoder = decoder.take(LIMIT);
+    let mut room = vec![0; step];
+    let error = loop {
+        match decoder.read(&mut room) {
+            Ok(0) => break None,
+            Ok(n) => out.extend_from_slice(&room[..n]),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => {
+                assert!(compression::is_damage(&e), "{e:?}");
+                break Some(e.to_string());
+            }
+        }
+    };
+    (out, error)
+}
+
+fn gzip(octets: &[u8]) -> Vec<u8> {
+    let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    out.write_all(octets).unwrap();
+    out.finish().unwrap()
+}
+
+fn lz4(octets: &[u8]) -> Vec<u8> {
+    let mut out = lz4_flex::frame::FrameEncoder::new(Vec::new());
+    out.write_all(octets).unwrap();
+    out.finish().unwrap()
+}
+
+fuzz_target!(|octets: &[u8]| {
+    if let Detected::Compressed(compression) = detect(octets) {
+        let (whole, error) = out_of(compression, octets, 64 << 10);
+        let (pieces, again) = out_of(compression, octets, 4093);
+        // Of what is damaged, more may come out before it shows when little is asked for.
+        assert_eq!(error.is_some(), again.is_some());
+        let common = whole.len().min(pieces.len());
+        assert!(whole[..common] == pieces[..common]);
+        if error.is_none() {
+            assert_eq!(whole.len(), pieces.len());
+        }
+    }
+    for (compression, packed) in [
+        (Compression::Gzip, gzip(octets)),
+        (Compression::Lz4, lz4(octets)),
+    ] {
+        let (out, error) = out_of(compression, &packed, 64 << 10);
+        assert_eq!(error, None);
+        assert!(out == octets, "{compression}: other octets come back");
+        // Cut off, it is damaged.
+        if let Some((_, short)) = packed.split_last() {
+            let (out, _) = out_of(compression, short, 64 << 10);
+            assert!(octets.starts_with(&out));
+        }
+    }
+});

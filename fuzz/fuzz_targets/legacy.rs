@@ -1,0 +1,120 @@
+//! Legacy streams: whether the source can seek or not, the same pieces and the same error
+//! come; what is converted does not depend on how much is asked for at once, and is an
+//! image that the reader of version 3 takes.
+
+#![no_main]
+
+use std::io::{self, Cursor, Read};
+
+use libfuzzer_sys::fuzz_target;
+use xsr_format::error::{Position, ReadError};
+use xsr_format::legacy::convert::{Summary, survey};
+use xsr_format::legacy::{
+    Checkpoints, Converted, LegacyGuest, LegacyOptions, LegacyReader, Target,
+};
+use xsr_format::read::ReadOptions;
+use xsr_format::walk::Walk;
+
+/// The pieces, and how they end.
+type Pieces = (Vec<(Position, String)>, Option<String>);
+
+fn pieces<R: Read>(reader: Result<LegacyReader<R>, ReadError>) -> Pieces {
+    let mut said = Vec::new();
+    let read = || -> Result<(), ReadError> {
+        let mut reader = reader?;
+        while let Some(item) = reader.next_item()? {
+            said.push((reader.position(), format!("{item:?}")));
+        }
+        Ok(())
+    };
+    let error = read().err().map(|e| format!("{:?} {e}", e.position));
+    (said, error)
+}
+
+/// What is converted, taken in steps of so many octets, what is said of it, and how it ends.
+fn converted(
+    octets: &[u8],
+    options: LegacyOptions,
+    target: Target,
+    step: usize,
+) -> (Vec<u8>, Option<Summary>, Option<String>) {
+    let mut out = Vec::new();
+    let spool = Box::new(Cursor::new(Vec::new()));
+    let made = LegacyReader::new(octets, options)
+        .and_then(|reader| Converted::new(reader, target, Some(spool)));
+    let mut source = match made {
+        Ok(source) => source,
+        Err(e) => return (out, None, Some(e.to_string())),
+    };
+    let mut room = vec![0; step];
+    let error = loop {
+        match source.read(&mut room) {
+            Ok(0) => break None,
+            Ok(n) => out.extend_from_slice(&room[..n]),
+            Err(e) => break Some(e.to_string()),
+        }
+    };
+    (out, Some(source.summary().clone()), error)
+}
+
+/// Read an image to its end.
+fn walked(octets: &[u8]) -> Result<u64, ReadError> {
+    let options = ReadOptions::default();
+    let mut walk = Walk::open(octets, options)?;
+    while walk.next_step()?.is_some() {}
+    Ok(walk.offset())
+}
+
+fn check(octets: &[u8], options: LegacyOptions) {
+    let said = pieces(LegacyReader::new(octets, options));
+    let seeking = pieces(LegacyReader::seeking(Cursor::new(octets), options));
+    assert_eq!(said, seeking);
+    for target in [
+        Target::Libxl,
+        Target::Libxc {
+            device_model: false,
+        },
+    ] {
+        let whole = converted(octets, options, target, 64 << 10);
+        let pieces = converted(octets, options, target, 997);
+        assert!(whole == pieces, "it depends on how it is read");
+        let (image, Some(summary), None) = whole else {
+            continue;
+        };
+        match walked(&image) {
+            Ok(end) => assert_eq!(end, image.len() as u64),
+            // Nobody restores a guest without pages, whatever the form of its image.
+            Err(_) if summary.entries == 0 => {}
+            Err(e) => panic!("converted to what is no image: {e}"),
+        }
+        // Without a spool, as of a file.
+        let found = survey(Cursor::new(octets), options).unwrap();
+        assert_eq!(found.complete, summary.checkpoints);
+        assert_eq!(found.incomplete.is_some(), summary.incomplete.is_some());
+        let options = LegacyOptions {
+            checkpoints: Checkpoints::UpTo(found.complete),
+            ..options
+        };
+        let reader = LegacyReader::new(octets, options).unwrap();
+        let mut plain = Converted::new(reader, target, None).unwrap();
+        let copied = io::copy(&mut plain, &mut io::sink());
+        assert!(copied.is_ok(), "{copied:?} without a spool");
+    }
+}
+
+fuzz_target!(|octets: &[u8]| {
+    let options = LegacyOptions::default();
+    check(octets, options);
+    for guest in [LegacyGuest::Pv, LegacyGuest::Hvm] {
+        let told = LegacyReader::new(octets, options).map(|reader| reader.guest());
+        if told.ok() != Some(guest) {
+            let options = LegacyOptions {
+                guest: Some(guest),
+                lenient: true,
+                device_model: false,
+                ..options
+            };
+            check(octets, options);
+        }
+    }
+});

@@ -1,0 +1,89 @@
+//! The headers and records of other toolstacks: libvirt's header is written as it was read;
+//! of xapi's records comes the same libxl stream however it is asked for, with the libxc
+//! stream in it octet for octet, and nothing is read behind the last record.
+
+#![no_main]
+
+use std::io::{self, Read};
+
+use libfuzzer_sys::fuzz_target;
+use xsr_format::detect::{Detected, detect};
+use xsr_format::read::ReadOptions;
+use xsr_format::walk::Walk;
+use xsr_format::wrapper::libvirt::LibvirtHeader;
+use xsr_format::wrapper::xapi::{XapiRecord, XapiSource};
+
+/// Panics if more is asked for than the file has.
+struct Guarded<'a>(&'a [u8]);
+
+impl Read for Guarded<'_> {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        assert!(room.len() <= self.0.len(), "read beyond the last record");
+        self.0.read(room)
+    }
+}
+
+fn libvirt(octets: &[u8]) {
+    for lenient in [false, true] {
+        let options = ReadOptions { lenient, offset: 0 };
+        let mut rest = octets;
+        let header = LibvirtHeader::read(&mut rest, options);
+        let (known, mut behind) = octets.split_at(octets.len().min(16));
+        let again = LibvirtHeader::read_behind(known, &mut behind, options);
+        match (header, again) {
+            (Ok(header), Ok(again)) => {
+                assert_eq!(header, again);
+                let used = octets.len() - rest.len();
+                assert_eq!(rest, behind);
+                assert_eq!(header.octets(), used as u64);
+                let encoded = header.encode();
+                match lenient {
+                    false => assert_eq!(encoded, octets[..used]),
+                    true => assert_eq!(encoded.len(), used),
+                }
+            }
+            (Err(a), Err(b)) => assert_eq!(a.to_string(), b.to_string()),
+            (a, b) => panic!("{a:?} or {b:?}"),
+        }
+    }
+}
+
+/// What comes of xapi's records, in steps of so many octets.
+fn xapi<R: Read>(source: R, step: usize) -> (Vec<u8>, Vec<XapiRecord>, Option<String>) {
+    let mut out = Vec::new();
+    let mut source = match XapiSource::behind(&[], source) {
+        Ok(source) => source,
+        Err(e) => return (out, Vec::new(), Some(e.to_string())),
+    };
+    let mut room = vec![0; step];
+    let error = loop {
+        match source.read(&mut room) {
+            Ok(0) => break None,
+            Ok(n) => out.extend_from_slice(&room[..n]),
+            Err(e) => break Some(e.to_string()),
+        }
+    };
+    assert!(source.read(&mut room).is_err() || error.is_none());
+    (out, source.records().to_vec(), error)
+}
+
+fuzz_target!(|octets: &[u8]| {
+    libvirt(octets);
+    let said = xapi(octets, 64 << 10);
+    assert_eq!(said, xapi(octets, 13));
+    let (stream, records, error) = said;
+    if let (None, Some(last)) = (&error, records.last()) {
+        let end = usize::try_from(last.offset).unwrap() + 16;
+        assert_eq!(xapi(Guarded(&octets[..end]), 64 << 10).2, None);
+    }
+    if !stream.is_empty() {
+        assert_eq!(detect(&stream), Detected::Libxl);
+        let options = ReadOptions::default();
+        let mut walk = Walk::open(stream.as_slice(), options).unwrap();
+        while let Ok(Some(_)) = walk.next_step() {}
+        // A good stream is as long as what was read.
+        if walk.next_step().is_ok_and(|step| step.is_none()) {
+            assert_eq!(walk.offset(), stream.len() as u64);
+        }
+    }
+});
