@@ -160,6 +160,27 @@ impl<R: Read> RecordReader<R> {
         &mut self.source
     }
 
+    /// A reader that stands where this one does, with another source: what that gives
+    /// first is taken for what comes next here, and has its place. For records that are
+    /// kept and read a second time, and for a source that is wrapped in another.
+    ///
+    /// Made between two records; page data that was not taken is not looked for there.
+    pub fn onto<T: Read>(&self, source: T) -> RecordReader<T> {
+        RecordReader {
+            source,
+            skip: skip_by_reading::<T>,
+            decoder: self.decoder.clone(),
+            offset: self.offset.saturating_add(self.pending),
+            index: self.index,
+            current: self.current,
+            header: self.header,
+            pending: 0,
+            body: Vec::new(),
+            scratch: Vec::new(),
+            state: self.state,
+        }
+    }
+
     /// Count `octets` that somebody else read from the source.
     pub fn advance(&mut self, octets: u64) {
         self.offset = self.offset.saturating_add(octets);

@@ -306,6 +306,20 @@ pub enum RestoreError {
     /// A checkpoint in a stream that was to be plain.
     #[error("the stream is checkpointed (Remus or COLO); this restore takes plain streams")]
     Checkpointed,
+    /// The toolstack lost the other side inside the first checkpoint.
+    #[error("the connection broke before the first checkpoint was complete")]
+    NoCheckpoint,
+    /// A checkpoint could not be kept until it was complete. The sender may be well: this
+    /// is no reason to take over.
+    #[error(
+        "keeping a checkpoint in a temporary file in {directory} failed: {cause}; free space there, or name another directory"
+    )]
+    Spill {
+        /// Where the file is.
+        directory: String,
+        /// Why it failed.
+        cause: io::Error,
+    },
     /// Somebody stopped it.
     #[error("the restore was aborted")]
     Aborted,

@@ -21,5 +21,6 @@ pub mod source;
 pub mod toolstack;
 
 pub use error::{RestoreError, SaveError};
+pub use restore::checkpoint::restore_checkpointed;
 pub use restore::{RestoreOptions, Restored, restore};
 pub use save::{Live, SaveOptions, Saved, save, save_checkpointed, save_live};

@@ -3,10 +3,12 @@
 //! C implementation: `xg_sr_restore.c`.
 
 mod ahead;
+pub mod checkpoint;
 mod crew;
 mod pages;
 mod place;
 mod populate;
+mod spool;
 
 use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
@@ -27,8 +29,8 @@ use crate::progress::{OnProgress, Phase, Reporter};
 use crate::restore::ahead::Plan;
 use crate::restore::crew::{Crew, Hands};
 use crate::restore::pages::PageRestore;
-use crate::restore::place::read_failed;
-use crate::source::PageSource;
+use crate::restore::place::{Placer, read_failed};
+use crate::source::{LookAhead, PageSource};
 use crate::toolstack::RestoreToolstack;
 
 /// The last pfn that any x86 guest can have: 52 bits of address.
@@ -108,46 +110,58 @@ pub fn restore<S: PageSource>(
     options: &RestoreOptions,
     progress: &mut OnProgress<'_>,
 ) -> Result<(Restored, S), RestoreError> {
-    let info = domain.info()?;
-    let order = reader.image().order;
-    if order != ByteOrder::Little {
-        return Err(RestoreError::ByteOrder { order });
-    }
-    let image = reader.domain().guest_type;
-    let guest = match (image, info.kind) {
-        (GuestType::X86_PV, GuestKind::Pv) => Guest::Pv(Box::new(PvRestore::new(info.max_vcpu_id))),
-        (GuestType::X86_HVM, GuestKind::Hvm | GuestKind::Pvh) => Guest::Hvm(HvmRestore::default()),
-        (image, domain) => return Err(RestoreError::GuestType { image, domain }),
-    };
     // Only the memory of a translated guest can be mapped by superpages.
-    let ahead = match guest {
-        Guest::Hvm(_) => reader.source_mut().look_ahead(),
-        Guest::Pv(_) => Ok(None),
+    let ahead = match reader.domain().guest_type {
+        GuestType::X86_HVM => reader.source_mut().look_ahead(),
+        _ => Ok(None),
     };
     let ahead = ahead.map_err(|error| read_failed(reader.position(), 0, error))?;
-    let plan = ahead.map(|ahead| Plan::of(ahead, info.max_pages));
-    let pages = PageRestore::new(domain, guest, plan);
-    let crew = Crew::new(pages.placer());
-    let mut run = Run {
-        domain,
-        toolstack,
-        options,
-        progress: Reporter::new(progress),
-        policy: CpuPolicy::default(),
-        static_data_done: false,
-        tsc: None,
-        pages,
-    };
+    let mut run = Run::new(domain, &reader, ahead, toolstack, options, progress)?;
+    with_crew(run.pages.placer(), options, |hands| {
+        go_on(run.progress.begin(Phase::Setup, None))?;
+        match run.records(&mut reader, hands)? {
+            Stop::End => {}
+            Stop::Checkpoint => return Err(RestoreError::Checkpointed),
+        }
+        let restored = run.end(hands)?;
+        Ok((restored, reader.into_source()))
+    })
+}
+
+/// Have `work` done with as many hands as `options` say.
+fn with_crew<R>(
+    placer: Placer<'_>,
+    options: &RestoreOptions,
+    work: impl FnOnce(&Hands<'_, '_>) -> Result<R, RestoreError>,
+) -> Result<R, RestoreError> {
+    let crew = Crew::new(placer);
     let threads = pipeline::threads(options.threads);
     match pipeline::pool(threads, crew.window()) {
-        Some(pool) => pool.in_place_scope(|scope| run.with(reader, &crew, Some(scope))),
-        None => run.with(reader, &crew, None),
+        Some(pool) => pool.in_place_scope(|scope| with_hands(&crew, Some(scope), work)),
+        None => with_hands(&crew, None, work),
     }
 }
 
-struct Run<'r, 'p> {
+fn with_hands<'scope, R>(
+    crew: &'scope Crew<'scope>,
+    scope: Option<&rayon::Scope<'scope>>,
+    work: impl FnOnce(&Hands<'_, '_>) -> Result<R, RestoreError>,
+) -> Result<R, RestoreError> {
+    let result = work(&Hands { crew, scope });
+    // What failed in an earlier place of the stream comes first.
+    crew.finish().and(result)
+}
+
+/// Where a run of records ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stop {
+    End,
+    Checkpoint,
+}
+
+struct Run<'r, 'p, T: RestoreToolstack + ?Sized> {
     domain: &'r dyn Domain,
-    toolstack: &'r mut dyn RestoreToolstack,
+    toolstack: &'r mut T,
     options: &'r RestoreOptions,
     progress: Reporter<'r, 'p>,
     policy: CpuPolicy,
@@ -156,24 +170,50 @@ struct Run<'r, 'p> {
     pages: PageRestore<'r>,
 }
 
-impl Run<'_, '_> {
-    fn with<'scope, S: PageSource>(
-        &mut self,
-        reader: RecordReader<S>,
-        crew: &'scope Crew<'scope>,
-        scope: Option<&rayon::Scope<'scope>>,
-    ) -> Result<(Restored, S), RestoreError> {
-        let result = self.phases(reader, &Hands { crew, scope });
-        // What failed in an earlier place of the stream comes first.
-        crew.finish().and(result)
+impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
+    /// Whether the stream and the domain fit, and what is kept of both.
+    fn new<S: PageSource>(
+        domain: &'r dyn Domain,
+        reader: &RecordReader<S>,
+        ahead: Option<LookAhead>,
+        toolstack: &'r mut T,
+        options: &'r RestoreOptions,
+        progress: &'r mut OnProgress<'p>,
+    ) -> Result<Self, RestoreError> {
+        let info = domain.info()?;
+        let order = reader.image().order;
+        if order != ByteOrder::Little {
+            return Err(RestoreError::ByteOrder { order });
+        }
+        let image = reader.domain().guest_type;
+        let guest = match (image, info.kind) {
+            (GuestType::X86_PV, GuestKind::Pv) => {
+                Guest::Pv(Box::new(PvRestore::new(info.max_vcpu_id)))
+            }
+            (GuestType::X86_HVM, GuestKind::Hvm | GuestKind::Pvh) => {
+                Guest::Hvm(HvmRestore::default())
+            }
+            (image, domain) => return Err(RestoreError::GuestType { image, domain }),
+        };
+        let plan = ahead.map(|ahead| Plan::of(ahead, info.max_pages));
+        Ok(Self {
+            domain,
+            toolstack,
+            options,
+            progress: Reporter::new(progress),
+            policy: CpuPolicy::default(),
+            static_data_done: false,
+            tsc: None,
+            pages: PageRestore::new(domain, guest, plan),
+        })
     }
 
-    fn phases<S: PageSource>(
+    /// Apply what comes, up to END or a CHECKPOINT.
+    fn records<S: PageSource>(
         &mut self,
-        mut reader: RecordReader<S>,
+        reader: &mut RecordReader<S>,
         hands: &Hands<'_, '_>,
-    ) -> Result<(Restored, S), RestoreError> {
-        go_on(self.progress.begin(Phase::Setup, None))?;
+    ) -> Result<Stop, RestoreError> {
         let mut memory = false;
         while let Some(incoming) = reader.next_record()? {
             match incoming {
@@ -192,25 +232,31 @@ impl Run<'_, '_> {
                     go_on(self.progress.advance(pfns, pages * PAGE_SIZE as u64))?;
                 }
                 Incoming::Record(record) => {
-                    if record.kind == RecordKind::VERIFY {
+                    match record.kind {
                         // What is compared is all there.
-                        hands.crew.finish()?;
+                        RecordKind::VERIFY => hands.crew.finish()?,
+                        RecordKind::CHECKPOINT => return Ok(Stop::Checkpoint),
+                        _ => {}
                     }
                     self.record(&record)?;
                 }
             }
         }
+        Ok(Stop::End)
+    }
+
+    /// All has come: make the guest of it.
+    fn end(&mut self, hands: &Hands<'_, '_>) -> Result<Restored, RestoreError> {
         hands.crew.finish()?;
         go_on(self.progress.begin(Phase::Tail, None))?;
         self.pages.release_absent()?;
         let (store_gfn, console_gfn) = self.complete()?;
         self.toolstack.restore_results(store_gfn, console_gfn)?;
-        let restored = Restored {
+        Ok(Restored {
             store_gfn,
             console_gfn,
             stats: self.pages.stats,
-        };
-        Ok((restored, reader.into_source()))
+        })
     }
 
     fn record(&mut self, record: &Record<'_>) -> Result<(), RestoreError> {
@@ -253,12 +299,11 @@ impl Run<'_, '_> {
             }
             Body::TscInfo(tsc) => self.tsc = Some(tsc),
             Body::Verify => self.pages.verify = true,
-            Body::Checkpoint => return Err(RestoreError::Checkpointed),
             Body::Optional(_) => {
                 tracing::info!(kind = %record.kind, "skipped an optional record");
             }
-            // END ends the loop; the reader lets none of the others through.
-            Body::End | Body::Toolstack(_) | Body::DirtyPfns(_) => {}
+            // END and CHECKPOINT end the loop; the reader lets none of the others through.
+            Body::End | Body::Checkpoint | Body::Toolstack(_) | Body::DirtyPfns(_) => {}
         }
         Ok(())
     }

@@ -167,6 +167,35 @@ pub trait RestoreToolstack {
     ) -> Result<(), ToolstackError>;
 }
 
+/// What a restorer knows of a checkpoint whose CHECKPOINT record it has read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arrival {
+    /// All that belongs to it is here (C: `XGR_CHECKPOINT_SUCCESS`).
+    Whole {
+        /// How many octets of the source the toolstack has read for that, so that places
+        /// in the stream are said right; 0 where somebody else reads them.
+        octets: u64,
+    },
+    /// The other side has gone, and some of it never came (C:
+    /// `XGR_CHECKPOINT_FAILOVER`).
+    Lost,
+}
+
+/// What a restore of a stream with checkpoints asks.
+pub trait CheckpointRestoreToolstack: RestoreToolstack {
+    /// The libxc layer has read a CHECKPOINT record and applied nothing of what came
+    /// before it since the last (C: `checkpoint`). libxl reads its own records of that
+    /// checkpoint here, the device model's state and its own end, from the same
+    /// descriptor; nothing else reads from it meanwhile. With [`Arrival::Whole`] the
+    /// checkpoint counts: it is applied, and the guest is this one from now on.
+    ///
+    /// # Errors
+    ///
+    /// The restore fails, and nobody takes over: what came is no checkpoint, and the other
+    /// side may be well.
+    fn checkpoint(&mut self) -> Result<Arrival, ToolstackError>;
+}
+
 /// No toolstack: suspends and resumes through the hypervisor alone, and has no
 /// device model.
 #[derive(Clone, Copy)]
@@ -193,6 +222,13 @@ impl SaveToolstack for DirectToolstack<'_> {
 
     fn switch_qemu_logdirty(&mut self, _on: bool) -> Result<(), ToolstackError> {
         Ok(())
+    }
+}
+
+impl CheckpointRestoreToolstack for DirectToolstack<'_> {
+    /// There is nothing around the libxc stream.
+    fn checkpoint(&mut self) -> Result<Arrival, ToolstackError> {
+        Ok(Arrival::Whole { octets: 0 })
     }
 }
 
