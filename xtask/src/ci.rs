@@ -18,6 +18,7 @@ pub(crate) fn stages(stages: &mut Stages) {
     stages.run("doc", lint::doc);
     stages.run("peer tools", peer::stage);
     stages.run("test", tests);
+    stages.run("peer engine", peer::engine_stage);
     stages.run("fuzz smoke", fuzz::smoke);
     stages.run("dist", dist::stage);
 }
