@@ -1,5 +1,6 @@
 //! Xen's own engine and ours on equal machines: they write the same octets, and what
-//! either has written the other restores to the same machine.
+//! either has written the other restores to the same machine; where one fails, so does
+//! the other.
 //!
 //! `cargo xtask peer test` runs it; without the variables that it sets there is nothing
 //! to compare with, and the tests say so.
@@ -235,4 +236,52 @@ fn pvh() {
 #[test]
 fn hvm() {
     equal(GuestKind::Hvm, 8);
+}
+
+/// A disk that is full: the same errno, the same messages, and the guest as it was.
+#[test]
+fn a_sink_without_room_fails_both_alike() {
+    let Some(helpers) = helpers() else { return };
+    for (kind, width) in [(GuestKind::Pv, 8), (GuestKind::Pv, 4), (GuestKind::Pvh, 8)] {
+        let scratch = tempfile::tempdir().unwrap();
+        let [stock, ours] = [Whose::Stock, Whose::Ours].map(|whose| {
+            let dir = scratch.path().join(format!("{whose:?}"));
+            let domid = driver::with_guest(&dir, kind, width, MIB).unwrap();
+            if whose == Whose::Stock {
+                let host = MockHost::open(&dir).unwrap();
+                host.domain(domid).unwrap().suspend().unwrap();
+            }
+            let full = File::options().write(true).open("/dev/full").unwrap();
+            let run = helpers.save(whose, &dir, domid, full).unwrap();
+            let host = MockHost::open(&dir).unwrap();
+            let logged = host.is_log_dirty(domid).unwrap();
+            (run.result(), run.code, logged)
+        });
+        assert_eq!(stock, ours, "{kind:?}");
+        assert_eq!(stock, (Some((-1, 28)), Some(0), false), "{kind:?}");
+    }
+}
+
+/// A stream that ends too early: both fail, and say so in the same messages.
+#[test]
+fn a_stream_that_is_cut_fails_both() {
+    let Some(helpers) = helpers() else { return };
+    let scratch = tempfile::tempdir().unwrap();
+    let source = scratch.path().join("source");
+    let domid = driver::with_guest(&source, GuestKind::Pvh, 8, MIB).unwrap();
+    let image = save(&helpers, Whose::Ours, &source, domid);
+    for cut in [30, 100, image.len() / 2, image.len() - 8] {
+        let [stock, ours] = [Whose::Stock, Whose::Ours].map(|whose| {
+            let dir = scratch.path().join(format!("{whose:?}-{cut}"));
+            let empty = driver::empty(&dir, GuestKind::Pvh, 8, MIB).unwrap();
+            let path = scratch.path().join("cut");
+            fs::write(&path, &image[..cut]).unwrap();
+            let stream = File::options().read(true).write(true).open(&path).unwrap();
+            let run = helpers.restore(whose, &dir, &empty, stream).unwrap();
+            let result = run.result().map(|(result, _)| result);
+            (result, run.code, run.numbers())
+        });
+        assert_eq!(stock, ours, "cut at {cut}");
+        assert_eq!((stock.0, stock.1), (Some(-1), Some(0)), "cut at {cut}");
+    }
 }
