@@ -60,6 +60,8 @@ use crate::{DomId, Domain, DomainControl, DomainInfo, GuestKind, Host, TscInfo, 
 
 pub use self::digest::{MemoryDigest, PageDigest};
 pub use self::error::MockError;
+#[cfg(feature = "peer")]
+pub use self::face::peer;
 pub use self::grants::GrantEntry;
 pub use self::guest::{GuestSpec, P2mStyle};
 pub use self::summary::{DomainReport, DomainState, DomainSummary};

@@ -117,6 +117,18 @@ impl ForeignPages {
         }
     }
 
+    /// Where the pages are. They stay mapped, and are the caller's to unmap: for a
+    /// program that is not ours and knows addresses only.
+    #[cfg(feature = "peer")]
+    pub fn into_raw(mut self) -> NonNull<u8> {
+        if let Some(counter) = self.counter.take() {
+            counter.fetch_sub(self.count, Ordering::Relaxed);
+        }
+        // Nothing is left for its drop to do.
+        self.count = 0;
+        self.base
+    }
+
     /// Number of pages asked for, those that failed included.
     pub fn len(&self) -> usize {
         self.count

@@ -96,6 +96,7 @@ Examples:
 Example:
   cargo xtask peer-tools && cargo xtask test")]
     PeerTools,
+    Peer(peer::PeerArgs),
     /// Make man pages and shell completions
     ///
     /// Writes target/dist/man and target/dist/completions, from the definition of the
@@ -128,6 +129,7 @@ fn main() -> ExitCode {
         Task::Measure(args) => bench::measure::run(&args),
         Task::Lab(args) => lab::run(&args),
         Task::PeerTools => peer::run(),
+        Task::Peer(args) => peer::side_by_side(&args),
         Task::Dist => dist::run(),
         Task::Lint => {
             lint::stages(&mut stages);

@@ -1,5 +1,8 @@
 //! Xen's own stream tools, which the conformance tests compare with: fetched
-//! from Debian, unpacked below `target/peer`, never installed.
+//! from Debian, unpacked below `target/peer`, never installed. And Xen's own engine,
+//! which runs beside ours on mock machines.
+
+mod engine;
 
 use std::path::{Path, PathBuf};
 
@@ -19,6 +22,50 @@ const PYTHON: &str = "usr/lib/xen-4.17/lib/python";
 
 fn directory() -> PathBuf {
     workspace::root().join("target/peer")
+}
+
+/// Side by side with Xen's own engine, off Xen
+///
+/// Debian's unmodified libxl-save-helper and ours on equal mock machines. Its packages
+/// are fetched and unpacked below target/peer-engine; nothing is installed.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Example:
+  cargo xtask peer test      the same octets, the same machines?")]
+pub(crate) struct PeerArgs {
+    #[command(subcommand)]
+    task: PeerTask,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum PeerTask {
+    /// Save and restore every type of guest with both, and compare
+    Test,
+}
+
+/// Run it.
+///
+/// # Errors
+///
+/// The packages cannot be had, or the engines differ.
+pub(crate) fn side_by_side(args: &PeerArgs) -> Result<()> {
+    match args.task {
+        PeerTask::Test => engine::test(),
+    }
+}
+
+/// `peer test`, for a machine that may not have a Debian archive.
+pub(crate) fn engine_stage() -> Result<Outcome> {
+    let packages = match engine::fetch() {
+        Ok(packages) => packages,
+        Err(error) => {
+            return Ok(Outcome::Skipped(format!(
+                "comparison with Xen's own engine, which cannot be had: {error:#}"
+            )));
+        }
+    };
+    engine::compare(&packages)?;
+    Ok(Outcome::Done)
 }
 
 /// Where the package is unpacked, if it is.
@@ -74,13 +121,20 @@ fn fetch() -> Result<PathBuf> {
 
 /// Have apt download the package to `dir`; the archive's path.
 fn download(dir: &Path) -> Result<PathBuf> {
+    let mut archives = download_all(dir, &[PACKAGE])?;
+    archives.pop().context("apt-get left no package behind")
+}
+
+/// Have apt download packages to `dir`, which is cleared; the archives' paths.
+fn download_all(dir: &Path, packages: &[&str]) -> Result<Vec<PathBuf>> {
     if dir.exists() {
         std::fs::remove_dir_all(dir).with_context(|| format!("cannot clear {}", dir.display()))?;
     }
     std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
     let attempt = || {
         Invocation::new("apt-get")
-            .args(["-o", "APT::Sandbox::User=root", "download", PACKAGE])
+            .args(["-o", "APT::Sandbox::User=root", "download"])
+            .args(packages)
             .current_dir(dir)
             .run()
     };
@@ -89,8 +143,9 @@ fn download(dir: &Path) -> Result<PathBuf> {
         Invocation::new("apt-get").args(["update", "-qq"]).run()?;
         attempt()?;
     }
-    let mut found = std::fs::read_dir(dir)?.collect::<Result<Vec<_>, _>>()?;
-    found.retain(|entry| entry.path().extension().is_some_and(|e| e == "deb"));
-    let archive = found.pop().context("apt-get left no package behind")?;
-    Ok(archive.path())
+    let found = std::fs::read_dir(dir)?.collect::<Result<Vec<_>, _>>()?;
+    let mut archives: Vec<PathBuf> = found.iter().map(std::fs::DirEntry::path).collect();
+    archives.retain(|path| path.extension().is_some_and(|e| e == "deb"));
+    archives.sort();
+    Ok(archives)
 }

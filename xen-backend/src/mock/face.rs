@@ -16,6 +16,8 @@ mod domctl;
 mod domctl_vcpu;
 mod mapping;
 mod memory;
+#[cfg(feature = "peer")]
+pub mod peer;
 mod store;
 #[cfg(test)]
 mod tests;
@@ -43,6 +45,14 @@ use crate::{DomId, DomainControl, HvmGuest, PvGuest};
 const DOMCTL_HEADER: u64 = 16;
 const SYSCTL_HEADER: u64 = 8;
 const BODY: usize = 128;
+
+/// `__HYPERVISOR_multicall`, which our own backend has no need of.
+const MULTICALL: u32 = 13;
+/// `XEN_SYSCTL_get_cpu_policy`, which our own backend has no need of.
+const SYSCTL_GET_CPU_POLICY: u32 = 29;
+/// More entries than a policy of any domain has.
+const MAX_LEAVES: u32 = 128;
+const MAX_MSRS: u32 = 16;
 
 /// What stands in the way of whoever calls.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -164,10 +174,22 @@ impl Face {
         if self.state().obstacles.unprivileged {
             return Err(Errno::EPERM);
         }
-        if cmd != sys::XEN_SYSCTL_getdomaininfolist {
-            return Err(Errno::ENOSYS);
-        }
         let place = address + SYSCTL_HEADER;
+        match cmd {
+            sys::XEN_SYSCTL_getdomaininfolist => {}
+            // Sizes only, for which a caller leaves the buffers out.
+            SYSCTL_GET_CPU_POLICY => {
+                let [index, _, _, rest, leaves, _, msrs, _]: [u32; 8] = self.load(place)?;
+                return match (leaves, msrs) {
+                    (0, 0) => {
+                        self.save(place, &[index, MAX_LEAVES, MAX_MSRS, rest])?;
+                        Ok(0)
+                    }
+                    _ => Err(Errno::ENOSYS),
+                };
+            }
+            _ => return Err(Errno::ENOSYS),
+        }
         let mut list: sys::xen_sysctl_getdomaininfolist = self.load(place)?;
         let mut octets = Vec::new();
         let mut found = 0;
@@ -226,6 +248,23 @@ impl Face {
         Ok(0)
     }
 
+    /// Hypercalls in a list, eight words each: number, result, arguments. Xen's library
+    /// wraps what may return more than an int so.
+    fn multicall(&self, list: u64, count: u64) -> Result<u64, Errno> {
+        for n in 0..count {
+            let place = list + n * 64;
+            let [number, _, a, b, c, d, e, _]: [u64; 8] = self.load(place)?;
+            let answer = match u32::try_from(number) {
+                Ok(MULTICALL) | Err(_) => Err(Errno::ENOSYS),
+                Ok(number) => self.hypercall(number, [a, b, c, d, e]),
+            };
+            // As Xen: an error is its negative number.
+            let result = answer.unwrap_or_else(|errno| (-i64::from(errno as i32)).cast_unsigned());
+            self.save(place + 8, &result)?;
+        }
+        Ok(0)
+    }
+
     /// `mmuext_op` of pins only: three words each, of which the first is the command and
     /// the second the frame.
     fn mmuext_op(&self, [ops, count, done, domid, _]: [u64; 5]) -> Result<u64, Errno> {
@@ -268,6 +307,7 @@ impl Hypercalls for Face {
             sys::__HYPERVISOR_hvm_op => self.hvm_op(first, second),
             sys::__HYPERVISOR_event_channel_op => self.event_channel_op(first, second),
             sys::__HYPERVISOR_sched_op => self.sched_op(first, second),
+            MULTICALL => self.multicall(first, second),
             sys::__HYPERVISOR_mmuext_op => self.mmuext_op(arguments),
             sys::__HYPERVISOR_xen_version if first == u64::from(sys::XENVER_version) => {
                 let version = self.host.config().xen_version;

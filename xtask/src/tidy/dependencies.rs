@@ -6,9 +6,10 @@ use crate::workspace::Package;
 use super::Findings;
 
 /// Each package, and which of ours it may depend on.
-const ALLOWED: [(&str, &[&str]); 5] = [
+const ALLOWED: [(&str, &[&str]); 6] = [
     ("xsr-format", &[]),
     ("xsr-xen-backend", &["xsr-format"]),
+    ("xsr-peer", &["xsr-format", "xsr-xen-backend"]),
     ("xsr-save-restore", &["xsr-format", "xsr-xen-backend"]),
     (
         "xsr",

@@ -5,6 +5,7 @@
 //! are EFAULT.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
@@ -15,9 +16,34 @@ use crate::privcmd::CallBuffer;
 /// Where the first buffer is.
 const FIRST: u64 = 0x7f00_0000_0000;
 
+/// The memory of a caller that has buffers of its own.
+#[cfg_attr(
+    not(feature = "peer"),
+    allow(unreachable_pub, reason = "only `peer` gives it away")
+)]
+pub trait CallerMemory: fmt::Debug + Send + Sync {
+    /// Copy octets from an address on into `out`.
+    ///
+    /// # Errors
+    ///
+    /// EFAULT where they are not all in one buffer.
+    fn read(&self, address: u64, out: &mut [u8]) -> Result<(), Errno>;
+
+    /// Copy octets to an address.
+    ///
+    /// # Errors
+    ///
+    /// EFAULT as above.
+    fn write(&self, address: u64, octets: &[u8]) -> Result<(), Errno>;
+}
+
 /// Buffers by their address.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Buffers(Arc<Mutex<Space>>);
+pub(super) struct Buffers {
+    space: Arc<Mutex<Space>>,
+    /// Where the addresses are not ours.
+    caller: Option<Arc<dyn CallerMemory>>,
+}
 
 #[derive(Debug, Default)]
 struct Space {
@@ -27,9 +53,18 @@ struct Space {
 }
 
 impl Buffers {
+    /// Those of a caller with memory of its own.
+    #[cfg(feature = "peer")]
+    pub(super) fn of_caller(caller: Arc<dyn CallerMemory>) -> Self {
+        Self {
+            space: Arc::default(),
+            caller: Some(caller),
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Space> {
         // Every change of it is a single step.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.space.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn take(&self, octets: usize) -> Buffer {
@@ -56,6 +91,11 @@ impl Buffers {
         if octets == 0 {
             return Ok(Vec::new());
         }
+        if let Some(caller) = &self.caller {
+            let mut out = vec![0; octets];
+            caller.read(address, &mut out)?;
+            return Ok(out);
+        }
         let space = self.lock();
         let (start, buffer) = space
             .live
@@ -71,6 +111,9 @@ impl Buffers {
     pub(super) fn write(&self, address: u64, octets: &[u8]) -> Result<(), Errno> {
         if octets.is_empty() {
             return Ok(());
+        }
+        if let Some(caller) = &self.caller {
+            return caller.write(address, octets);
         }
         let mut space = self.lock();
         let place = space.live.range_mut(..=address).next_back();

@@ -17,7 +17,7 @@ use crate::pages::{Access, ForeignPages};
 use crate::privcmd::{FrameMapping, Resource};
 
 /// Whose frames the m2p's are (`DOMID_XEN`).
-const DOMID_XEN: DomId = DomId(0x7ff2);
+pub(super) const DOMID_XEN: DomId = DomId(0x7ff2);
 
 /// Frames on their way.
 pub(super) struct Mapping {

@@ -1,0 +1,254 @@
+//! libxl's part, for tests and benchmarks: starts either save helper on a mock machine,
+//! and answers it.
+//!
+//! C implementation: `tools/libs/light/libxl_save_callout.c`.
+
+use std::ffi::OsString;
+use std::io::{self, Read as _, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockError, MockHost};
+use xsr_xen_backend::{DomId, GuestKind, Host as _};
+
+/// Message numbers, as in `libxl_save_msgs_gen.pl`.
+const LOG: u16 = 1;
+const SUSPEND: u16 = 3;
+const LOGDIRTY: u16 = 7;
+const STATIC_DATA_DONE: u16 = 8;
+const RESTORE_RESULTS: u16 = 9;
+const COMPLETE: u16 = 10;
+
+/// The callbacks that libxl has for a plain save, and for a plain restore.
+const SAVE_CALLBACKS: u32 = 1 << SUSPEND | 1 << LOGDIRTY;
+const RESTORE_CALLBACKS: u32 = 1 << STATIC_DATA_DONE;
+
+/// Whose engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Whose {
+    /// Debian's `libxl-save-helper`.
+    Stock,
+    /// `xsr-save-helper`.
+    Ours,
+}
+
+/// The two helpers.
+#[derive(Clone, Debug)]
+pub(crate) struct Helpers {
+    stock: PathBuf,
+    libraries: OsString,
+    ours: PathBuf,
+}
+
+impl Helpers {
+    /// As `cargo xtask peer` names them; `None` where it does not.
+    pub(crate) fn from_env() -> Option<Self> {
+        Some(Self {
+            stock: std::env::var_os("XSR_PEER_HELPER")?.into(),
+            libraries: std::env::var_os("XSR_PEER_LIBRARIES")?,
+            ours: std::env::var_os("XSR_PEER_OURS")?.into(),
+        })
+    }
+
+    /// Start one on the machine in `host`; the stream is its descriptor 7.
+    fn start(
+        &self,
+        whose: Whose,
+        host: &Path,
+        stream: impl Into<Stdio>,
+        arguments: &str,
+    ) -> io::Result<Child> {
+        let mut command = Command::new("sh");
+        command.args(["-c", "exec \"$0\" \"$@\" 7>&2 2>/dev/null"]);
+        match whose {
+            Whose::Stock => command
+                .arg(&self.stock)
+                .env("LD_LIBRARY_PATH", &self.libraries)
+                .env("XSR_PEER_HOST", host),
+            Whose::Ours => {
+                let mut backend = OsString::from("mock:");
+                backend.push(host);
+                command.arg(&self.ours).env("XSR_BACKEND", backend)
+            }
+        };
+        command
+            .args(arguments.split(' '))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(stream)
+            .spawn()
+    }
+
+    /// Save a domain, suspended already where stock saves it: nobody but the process
+    /// that has the machine open could suspend it.
+    ///
+    /// # Errors
+    ///
+    /// The helper cannot be started or spoken with.
+    pub(crate) fn save(
+        &self,
+        whose: Whose,
+        host: &Path,
+        domid: DomId,
+        stream: impl Into<Stdio>,
+    ) -> io::Result<Run> {
+        let arguments = format!("--save-domain 7 -1 {} 0 {SAVE_CALLBACKS} 0", domid.0);
+        play(self.start(whose, host, stream, &arguments)?)
+    }
+
+    /// Restore into a domain as [`empty`] makes it.
+    ///
+    /// # Errors
+    ///
+    /// The helper cannot be started or spoken with.
+    pub(crate) fn restore(
+        &self,
+        whose: Whose,
+        host: &Path,
+        empty: &Empty,
+        stream: impl Into<Stdio>,
+    ) -> io::Result<Run> {
+        let arguments = format!(
+            "--restore-domain 7 -1 {} {} 0 {} 0 {RESTORE_CALLBACKS} 0",
+            empty.domid.0, empty.store, empty.console
+        );
+        play(self.start(whose, host, stream, &arguments)?)
+    }
+}
+
+/// What one run of a helper came to.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Run {
+    /// Messages that are neither log nor progress: number and arguments.
+    pub(crate) asked: Vec<(u16, Vec<u8>)>,
+    /// Lines of the log.
+    pub(crate) log: Vec<String>,
+    /// Its exit code.
+    pub(crate) code: Option<i32>,
+}
+
+impl Run {
+    /// What the helper said it returned, and errno; `None` where it did not come to that.
+    pub(crate) fn result(&self) -> Option<(i32, i32)> {
+        let (number, arguments) = self.asked.last()?;
+        let (words, _) = arguments.as_chunks::<4>();
+        match (*number, words) {
+            (COMPLETE, [result, errno]) => {
+                Some((i32::from_ne_bytes(*result), i32::from_ne_bytes(*errno)))
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether all went well.
+    pub(crate) fn succeeded(&self) -> bool {
+        self.result().is_some_and(|(result, _)| result == 0) && self.code == Some(0)
+    }
+
+    /// What was asked, by number.
+    pub(crate) fn numbers(&self) -> Vec<u16> {
+        self.asked.iter().map(|(number, _)| *number).collect()
+    }
+
+    /// The frames of the store's and the console's ring, as the helper told them.
+    pub(crate) fn rings(&self) -> Option<&[u8]> {
+        let results = self.asked.iter().find(|(n, _)| *n == RESTORE_RESULTS)?;
+        Some(&results.1)
+    }
+}
+
+/// Play libxl until the helper ends.
+fn play(mut child: Child) -> io::Result<Run> {
+    let missing = || io::Error::other("a pipe to the helper is missing");
+    let mut to = child.stdin.take().ok_or_else(missing)?;
+    let mut from = io::BufReader::new(child.stdout.take().ok_or_else(missing)?);
+    let mut run = Run::default();
+    let mut head = [0; 2];
+    loop {
+        match from.read_exact(&mut head) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => break,
+            Err(error) => return Err(error),
+        }
+        let mut message = vec![0; u16::from_ne_bytes(head).into()];
+        from.read_exact(&mut message)?;
+        let (number, arguments) = message
+            .split_first_chunk::<2>()
+            .ok_or_else(|| io::Error::other("a message without a number"))?;
+        let answer = match u16::from_ne_bytes(*number) {
+            LOG => {
+                let text = arguments.get(8..).unwrap_or_default();
+                run.log.push(String::from_utf8_lossy(text).into_owned());
+                continue;
+            }
+            number @ (SUSPEND | LOGDIRTY | STATIC_DATA_DONE | RESTORE_RESULTS | COMPLETE) => {
+                run.asked.push((number, arguments.to_vec()));
+                match number {
+                    SUSPEND => 1_i32,
+                    RESTORE_RESULTS => continue,
+                    _ => 0,
+                }
+            }
+            // Progress.
+            _ => continue,
+        };
+        to.write_all(&answer.to_ne_bytes())?;
+    }
+    run.code = child.wait()?.code();
+    Ok(run)
+}
+
+/// A machine in `dir` with one guest that runs.
+///
+/// # Errors
+///
+/// As [`MockHost::create`].
+pub(crate) fn with_guest(
+    dir: &Path,
+    kind: GuestKind,
+    width: u8,
+    mib: u64,
+) -> Result<DomId, MockError> {
+    let host = MockHost::create(dir, &config(mib))?;
+    host.create_guest(&GuestSpec {
+        width,
+        vcpus: 2,
+        ..GuestSpec::new("peer", kind, mib)
+    })
+}
+
+/// A domain that has nothing yet, and its ports for xenstore and console.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Empty {
+    /// Its number.
+    pub(crate) domid: DomId,
+    store: u32,
+    console: u32,
+}
+
+/// A machine in `dir` with a domain for a guest to be restored into.
+///
+/// # Errors
+///
+/// As [`MockHost::create`].
+pub(crate) fn empty(dir: &Path, kind: GuestKind, width: u8, mib: u64) -> Result<Empty, MockError> {
+    let host = MockHost::create(dir, &config(mib))?;
+    let domid = host.create_domain(kind, 2, (mib << 8) + 1024)?;
+    let domain = host.domain(domid)?;
+    // As libxl does, before the helper comes.
+    if width == 4 {
+        domain.set_guest_width(4)?;
+    }
+    Ok(Empty {
+        domid,
+        store: domain.alloc_unbound_port(DomId(0))?,
+        console: domain.alloc_unbound_port(DomId(0))?,
+    })
+}
+
+fn config(mib: u64) -> HostConfig {
+    HostConfig {
+        memory_pages: (mib << 8) * 2 + 16384,
+        ..HostConfig::default()
+    }
+}

@@ -1,0 +1,118 @@
+//! The mock machine of this process: open while any of the libraries is.
+
+use std::ffi::c_void;
+use std::path::Path;
+use std::ptr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use nix::errno::Errno;
+use xsr_xen_backend::mock::MockHost;
+use xsr_xen_backend::mock::peer::PeerFace;
+
+use crate::memory::BUFFERS;
+
+/// The directory of the machine.
+const HOST: &str = "XSR_PEER_HOST";
+/// A file that gets the number of hypercalls and of maps in the end.
+const COUNTS: &str = "XSR_PEER_COUNTS";
+
+/// The machine, and how many handles there are on it.
+static MACHINE: Mutex<Option<(PeerFace, usize)>> = Mutex::new(None);
+
+/// What has been asked of it.
+pub(crate) static HYPERCALLS: AtomicU64 = AtomicU64::new(0);
+pub(crate) static MAPS: AtomicU64 = AtomicU64::new(0);
+
+fn lock() -> MutexGuard<'static, Option<(PeerFace, usize)>> {
+    // Every change of it is a single step.
+    MACHINE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A handle of any of the libraries: they all stand for the one machine. Null, with
+/// errno set and the cause on stderr, where it cannot be opened.
+pub(crate) fn open() -> *mut c_void {
+    let mut machine = lock();
+    if let Some((_, handles)) = machine.as_mut() {
+        *handles += 1;
+        return handle();
+    }
+    let Some(dir) = std::env::var_os(HOST) else {
+        eprintln!("xsr-peer: {HOST} is not set, and there is no other hypervisor here");
+        Errno::ENOENT.set();
+        return ptr::null_mut();
+    };
+    match MockHost::open(Path::new(&dir)) {
+        Ok(host) => {
+            *machine = Some((PeerFace::new(&host, Arc::new(&BUFFERS)), 1));
+            handle()
+        }
+        Err(error) => {
+            eprintln!("xsr-peer: {error}");
+            Errno::EIO.set();
+            ptr::null_mut()
+        }
+    }
+}
+
+/// Callers take it for valid and look no further.
+fn handle() -> *mut c_void {
+    ptr::without_provenance_mut(1)
+}
+
+/// Give a handle back; null is none.
+pub(crate) fn close(handle: *mut c_void) {
+    let mut machine = lock();
+    let Some((_, handles)) = machine.as_mut().filter(|_| !handle.is_null()) else {
+        return;
+    };
+    *handles -= 1;
+    if *handles > 0 {
+        return;
+    }
+    *machine = None;
+    if let Some(path) = std::env::var_os(COUNTS) {
+        let counts = format!(
+            "{} {}\n",
+            HYPERCALLS.load(Ordering::Relaxed),
+            MAPS.load(Ordering::Relaxed)
+        );
+        if let Err(error) = std::fs::write(&path, counts) {
+            eprintln!(
+                "xsr-peer: cannot write {}: {error}",
+                Path::new(&path).display()
+            );
+        }
+    }
+}
+
+/// The face; EBADF where nothing is open.
+pub(crate) fn face() -> Result<PeerFace, Errno> {
+    let machine = lock();
+    machine
+        .as_ref()
+        .map(|(face, _)| face.clone())
+        .ok_or(Errno::EBADF)
+}
+
+/// A result as C takes it: -1 with errno set, or the value.
+pub(crate) fn returned(result: Result<u64, Errno>) -> i64 {
+    match result.and_then(|value| i64::try_from(value).map_err(|_| Errno::ERANGE)) {
+        Ok(value) => value,
+        Err(errno) => {
+            errno.set();
+            -1
+        }
+    }
+}
+
+/// As [`returned`], for what has no value.
+pub(crate) fn status(result: Result<(), Errno>) -> i32 {
+    match result {
+        Ok(()) => 0,
+        Err(errno) => {
+            errno.set();
+            -1
+        }
+    }
+}

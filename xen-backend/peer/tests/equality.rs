@@ -1,0 +1,287 @@
+//! Xen's own engine and ours on equal machines: they write the same octets, and what
+//! either has written the other restores to the same machine; where one fails, so does
+//! the other.
+//!
+//! `cargo xtask peer test` runs it; without the variables that it sets there is nothing
+//! to compare with, and the tests say so.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+#[path = "../driver/mod.rs"]
+mod driver;
+
+use std::fs::{self, File};
+use std::path::Path;
+
+use driver::{Helpers, Whose};
+use xsr_xen_backend::mock::{GrantEntry, MemoryDigest, MockHost};
+use xsr_xen_backend::{DomId, GuestKind, Host as _};
+
+/// Memory of the guests; more than one batch, and no whole number of them.
+const MIB: u64 = 33;
+/// The type of a record with pages.
+const PAGE_DATA: u32 = 1;
+/// That of a PV guest's shared info.
+const SHARED_INFO: u32 = 7;
+const PAGE_SIZE: usize = 4096;
+
+fn helpers() -> Option<Helpers> {
+    let helpers = Helpers::from_env();
+    if helpers.is_none() {
+        eprintln!("SKIPPED: there is no helper of Xen's; run `cargo xtask peer test`");
+    }
+    helpers
+}
+
+/// The records of a stream: type, offset and octets; the headers are the first.
+fn records(stream: &[u8]) -> Vec<(u32, usize, &[u8])> {
+    let word = |at: usize| u32::from_le_bytes(stream[at..at + 4].try_into().unwrap());
+    let mut records = vec![(u32::MAX, 0, &stream[..40])];
+    let mut at = 40;
+    while at < stream.len() {
+        let end = at + 8 + usize::try_from(word(at + 4)).unwrap().next_multiple_of(8);
+        records.push((word(at), at, &stream[at..end]));
+        at = end;
+    }
+    records
+}
+
+/// Fail with the first record that is not the same.
+#[track_caller]
+fn assert_same(stock: &[u8], ours: &[u8]) {
+    if stock == ours {
+        return;
+    }
+    let (stock, ours) = (records(stock), records(ours));
+    for ((kind, at, a), (other, _, b)) in stock.iter().zip(&ours) {
+        assert_eq!(
+            kind, other,
+            "record at {at:#x}: stock {kind:#x}, ours {other:#x}"
+        );
+        if let Some(first) = (0..a.len().max(b.len())).find(|i| a.get(*i) != b.get(*i)) {
+            let around = |record: &[u8]| {
+                record[first & !15..]
+                    .iter()
+                    .take(48)
+                    .copied()
+                    .collect::<Vec<u8>>()
+            };
+            panic!(
+                "record {kind:#x} at {at:#x}, {} and {} octets, from octet {first} on:\nstock {:02x?}\nours  {:02x?}",
+                a.len(),
+                b.len(),
+                around(a),
+                around(b)
+            );
+        }
+    }
+    panic!("stock has {} records, ours {}", stock.len(), ours.len());
+}
+
+/// What a machine holds of the one domain.
+#[derive(Debug)]
+struct Held {
+    memory: MemoryDigest,
+    /// Frames of the console's and the store's ring in the grant table, and whose they
+    /// are to map: of a PV guest they are the machine's frames.
+    grants: [GrantEntry; 2],
+    /// The image that our engine makes of it: page types, p2m, vcpus, parameters and
+    /// shared info, all in terms that do not depend on the machine.
+    image: Vec<u8>,
+}
+
+fn held(helpers: &Helpers, dir: &Path, domid: DomId, width: u8) -> Held {
+    let host = MockHost::open(dir).unwrap();
+    let memory = host.memory_digest(domid).unwrap();
+    let grants = host.grants(domid).unwrap().map(Option::unwrap);
+    let domain = host.domain(domid).unwrap();
+    domain.unpause().unwrap();
+    drop(domain);
+    drop(host);
+    let mut image = save(helpers, Whose::Ours, dir, domid);
+    let machines: Vec<u64> = memory
+        .pages()
+        .iter()
+        .filter(|page| page.contents.is_none())
+        .map(|page| page.pfn.0)
+        .collect();
+    clear_pages(&mut image, &machines);
+    clear_shared_info(&mut image, width);
+    Held {
+        memory,
+        grants,
+        image,
+    }
+}
+
+/// Clear pages in an image: those whose contents are the machine's, as the frames in a
+/// PV guest's p2m are.
+fn clear_pages(image: &mut [u8], pfns: &[u64]) {
+    let mut places = Vec::new();
+    for (kind, at, record) in records(image) {
+        if kind != PAGE_DATA {
+            continue;
+        }
+        let count = u32::from_le_bytes(record[8..12].try_into().unwrap());
+        let count = usize::try_from(count).unwrap();
+        let (entries, _) = record[16..16 + count * 8].as_chunks::<8>();
+        let mut page = at + 16 + count * 8;
+        for entry in entries.iter().copied().map(u64::from_le_bytes) {
+            // Broken, allocated only, or not there: without contents.
+            if entry >> 60 >= 0xd {
+                continue;
+            }
+            if pfns.contains(&(entry & ((1 << 52) - 1))) {
+                places.push(page);
+            }
+            page += PAGE_SIZE;
+        }
+    }
+    for page in places {
+        image[page..page + PAGE_SIZE].fill(0);
+    }
+}
+
+/// Clear what a PV guest's shared info has of frames of the machine:
+/// `pfn_to_mfn_frame_list_list` and `p2m_cr3` (`xen/include/public/arch-x86/xen.h`).
+fn clear_shared_info(image: &mut [u8], width: u8) {
+    let fields: &[(usize, usize)] = match width {
+        4 => &[(2320, 4)],
+        _ => &[(3096, 8), (3112, 8)],
+    };
+    let places: Vec<usize> = records(image)
+        .iter()
+        .filter(|(kind, ..)| *kind == SHARED_INFO)
+        .map(|(_, at, _)| at + 8)
+        .collect();
+    for at in places {
+        for (field, octets) in fields {
+            image[at + field..at + field + octets].fill(0);
+        }
+    }
+}
+
+/// Have the guest of the machine saved.
+fn save(helpers: &Helpers, whose: Whose, dir: &Path, domid: DomId) -> Vec<u8> {
+    if whose == Whose::Stock {
+        let host = MockHost::open(dir).unwrap();
+        host.domain(domid).unwrap().suspend().unwrap();
+    }
+    let path = dir.with_extension("image");
+    let stream = File::create(&path).unwrap();
+    let run = helpers.save(whose, dir, domid, stream).unwrap();
+    assert!(run.succeeded(), "{whose:?}: {run:#?}");
+    fs::read(path).unwrap()
+}
+
+/// Equal in both directions.
+fn equal(kind: GuestKind, width: u8) {
+    let Some(helpers) = helpers() else { return };
+    let scratch = tempfile::tempdir().unwrap();
+    let place = |name: &str| scratch.path().join(name);
+    let mut images = Vec::new();
+    for whose in [Whose::Stock, Whose::Ours] {
+        let dir = place(&format!("from-{whose:?}"));
+        let domid = driver::with_guest(&dir, kind, width, MIB).unwrap();
+        images.push(save(&helpers, whose, &dir, domid));
+    }
+    assert_same(&images[0], &images[1]);
+    let source = place("from-Ours");
+    let suspended = MockHost::open(&source).unwrap();
+    let domid = suspended.find("peer").unwrap();
+    let sent = suspended.memory_digest(domid).unwrap();
+    let mut arrived = Vec::new();
+    for whose in [Whose::Stock, Whose::Ours] {
+        let dir = place(&format!("to-{whose:?}"));
+        let empty = driver::empty(&dir, kind, width, MIB).unwrap();
+        let path = place("image");
+        fs::write(&path, &images[0]).unwrap();
+        let stream = File::options().read(true).write(true).open(&path).unwrap();
+        let run = helpers.restore(whose, &dir, &empty, stream).unwrap();
+        assert!(run.succeeded(), "{whose:?}: {run:#?}");
+        let held = held(&helpers, &dir, empty.domid, width);
+        let [console, store] = held.grants;
+        let rings = [store.gfn, console.gfn].map(u64::to_ne_bytes);
+        assert_eq!(run.rings().unwrap(), rings.concat(), "{whose:?}");
+        assert_eq!([store.backend, console.backend], [DomId(0); 2]);
+        arrived.push((run.numbers(), held));
+    }
+    let [(asked_stock, stock), (asked_ours, ours)] = &arrived[..] else {
+        unreachable!("one for each");
+    };
+    assert_eq!(asked_stock, asked_ours, "what libxl is asked");
+    assert_eq!(stock.memory.differences(&ours.memory), []);
+    assert_eq!(sent.differences(&ours.memory), []);
+    if kind.is_translated() {
+        assert_eq!(stock.grants, ours.grants);
+    }
+    assert_same(&stock.image, &ours.image);
+}
+
+#[test]
+fn pv() {
+    equal(GuestKind::Pv, 8);
+}
+
+#[test]
+fn pv_of_32_bits() {
+    equal(GuestKind::Pv, 4);
+}
+
+#[test]
+fn pvh() {
+    equal(GuestKind::Pvh, 8);
+}
+
+#[test]
+fn hvm() {
+    equal(GuestKind::Hvm, 8);
+}
+
+/// A disk that is full: the same errno, the same messages, and the guest as it was.
+#[test]
+fn a_sink_without_room_fails_both_alike() {
+    let Some(helpers) = helpers() else { return };
+    for (kind, width) in [(GuestKind::Pv, 8), (GuestKind::Pv, 4), (GuestKind::Pvh, 8)] {
+        let scratch = tempfile::tempdir().unwrap();
+        let [stock, ours] = [Whose::Stock, Whose::Ours].map(|whose| {
+            let dir = scratch.path().join(format!("{whose:?}"));
+            let domid = driver::with_guest(&dir, kind, width, MIB).unwrap();
+            if whose == Whose::Stock {
+                let host = MockHost::open(&dir).unwrap();
+                host.domain(domid).unwrap().suspend().unwrap();
+            }
+            let full = File::options().write(true).open("/dev/full").unwrap();
+            let run = helpers.save(whose, &dir, domid, full).unwrap();
+            let host = MockHost::open(&dir).unwrap();
+            let logged = host.is_log_dirty(domid).unwrap();
+            (run.result(), run.code, logged)
+        });
+        assert_eq!(stock, ours, "{kind:?}");
+        assert_eq!(stock, (Some((-1, 28)), Some(0), false), "{kind:?}");
+    }
+}
+
+/// A stream that ends too early: both fail, and say so in the same messages.
+#[test]
+fn a_stream_that_is_cut_fails_both() {
+    let Some(helpers) = helpers() else { return };
+    let scratch = tempfile::tempdir().unwrap();
+    let source = scratch.path().join("source");
+    let domid = driver::with_guest(&source, GuestKind::Pvh, 8, MIB).unwrap();
+    let image = save(&helpers, Whose::Ours, &source, domid);
+    for cut in [30, 100, image.len() / 2, image.len() - 8] {
+        let [stock, ours] = [Whose::Stock, Whose::Ours].map(|whose| {
+            let dir = scratch.path().join(format!("{whose:?}-{cut}"));
+            let empty = driver::empty(&dir, GuestKind::Pvh, 8, MIB).unwrap();
+            let path = scratch.path().join("cut");
+            fs::write(&path, &image[..cut]).unwrap();
+            let stream = File::options().read(true).write(true).open(&path).unwrap();
+            let run = helpers.restore(whose, &dir, &empty, stream).unwrap();
+            let result = run.result().map(|(result, _)| result);
+            (result, run.code, run.numbers())
+        });
+        assert_eq!(stock, ours, "cut at {cut}");
+        assert_eq!((stock.0, stock.1), (Some(-1), Some(0)), "cut at {cut}");
+    }
+}

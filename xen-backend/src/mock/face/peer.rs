@@ -1,0 +1,82 @@
+//! The face for a program that is not ours: hypercalls over the caller's own memory,
+//! frames mapped into its address space. What the package `xsr-peer` puts Xen's own
+//! toolstack libraries on.
+//!
+//! C implementation: none; `tools/libs/call` and `tools/libs/foreignmemory` are what
+//! stands above it.
+
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use xsr_format::frame::Gfn;
+
+use super::buffers::Buffers;
+use super::mapping::DOMID_XEN;
+use super::{Face, errno};
+use crate::mock::MockHost;
+use crate::pages::{Access, ForeignPages};
+use crate::privcmd::{Hypercalls as _, Resource};
+use crate::{DomId, GuestMemory as _};
+
+pub use super::buffers::CallerMemory;
+
+/// A mock machine as a hypervisor, for a caller with memory of its own.
+#[derive(Clone, Debug)]
+pub struct PeerFace(Face);
+
+impl PeerFace {
+    /// The machine as a hypervisor; the addresses in hypercalls are those of `memory`.
+    pub fn new(host: &MockHost, memory: Arc<dyn CallerMemory>) -> Self {
+        let mut face = Face::new(host);
+        face.buffers = Buffers::of_caller(memory);
+        Self(face)
+    }
+
+    /// Make hypercall `number` (`__HYPERVISOR_*`): what the hypervisor returns.
+    ///
+    /// # Errors
+    ///
+    /// Its errno; EFAULT for addresses that are not the caller's.
+    pub fn hypercall(&self, number: u32, arguments: [u64; 5]) -> Result<u64, Errno> {
+        self.0.hypercall(number, arguments)
+    }
+
+    /// Map frames of a domain, one behind the other; those that could not be mapped are
+    /// listed in the result.
+    ///
+    /// # Errors
+    ///
+    /// EINVAL for a number that is no domain's, ESRCH where there is none; ENOMEM.
+    pub fn map(&self, domid: u32, gfns: &[Gfn], access: Access) -> Result<ForeignPages, Errno> {
+        let domid = u16::try_from(domid).map_err(|_| Errno::EINVAL)?;
+        if DomId(domid) != DOMID_XEN {
+            return self.0.domain(domid)?.map(gfns, access).map_err(errno);
+        }
+        let mut mapping = self.0.reserve(DOMID_XEN, gfns, access)?;
+        mapping.map(0..gfns.len())?;
+        mapping.finish()
+    }
+
+    /// Map `frames` frames of a resource (`XENMEM_resource_*`) from `first` on, for
+    /// reading and writing.
+    ///
+    /// # Errors
+    ///
+    /// EOPNOTSUPP for another than a grant table, EINVAL for frames it has not.
+    pub fn map_resource(
+        &self,
+        domid: u16,
+        kind: u32,
+        id: u32,
+        first: u64,
+        frames: usize,
+    ) -> Result<ForeignPages, Errno> {
+        let resource = Resource {
+            kind,
+            id,
+            first,
+            frames,
+        };
+        self.0.map_resource(DomId(domid), resource)
+    }
+}

@@ -1,0 +1,128 @@
+//! Xen's own save and restore engine beside ours: Debian's packages, with the libraries
+//! below them put on a mock machine by the package `xsr-peer`.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::command::Invocation;
+use crate::workspace;
+
+/// What has the engine, and the libraries of Xen that are used as they are.
+const PACKAGES: [&str; 4] = [
+    "xen-utils-4.17",
+    "libxenmisc4.17",
+    "libxentoollog1",
+    "libxentoolcore1",
+];
+const HELPER: &str = "usr/lib/xen-4.17/bin/libxl-save-helper";
+const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
+const ENGINE: &str = "usr/lib/x86_64-linux-gnu/libxenguest.so.4.17";
+
+/// The libraries that `xsr-peer` stands in for.
+const STOOD_IN: [&str; 5] = [
+    "libxencall.so.1",
+    "libxenforeignmemory.so.1",
+    "libxendevicemodel.so.1",
+    "libxenevtchn.so.1",
+    "libxengnttab.so.1",
+];
+
+/// Fetch, build and compare.
+///
+/// # Errors
+///
+/// The packages cannot be had, or the engines differ.
+pub(super) fn test() -> Result<()> {
+    compare(&fetch()?)
+}
+
+/// Fetch the packages and unpack them; where.
+///
+/// # Errors
+///
+/// apt has no such packages, or they hold something else than expected.
+pub(super) fn fetch() -> Result<PathBuf> {
+    let dir = workspace::root().join("target/peer-engine");
+    let whole = || dir.join(HELPER).is_file() && dir.join(ENGINE).exists();
+    if !whole() {
+        let download = dir.with_file_name("peer-engine-download");
+        for archive in super::download_all(&download, &PACKAGES)? {
+            Invocation::new("dpkg-deb")
+                .arg("-x")
+                .arg(&archive)
+                .arg(&dir)
+                .run()?;
+        }
+    }
+    ensure!(
+        whole(),
+        "the packages have no {HELPER} or no {ENGINE}: has Debian moved them?"
+    );
+    Ok(dir)
+}
+
+/// Build both engines and run the tests that compare them.
+///
+/// # Errors
+///
+/// Something does not build, or the engines differ.
+pub(super) fn compare(packages: &Path) -> Result<()> {
+    let libraries = stand_ins()?;
+    let mut path = OsString::from(&libraries);
+    path.push(":");
+    path.push(packages.join(LIBRARIES));
+    Invocation::cargo()
+        .args([
+            "build",
+            "--release",
+            "-p",
+            "xsr",
+            "--bin",
+            "xsr-save-helper",
+        ])
+        .run()?;
+    Invocation::cargo()
+        .args(["test", "--release", "-p", "xsr-peer", "--test", "equality"])
+        .env("XSR_PEER_HELPER", packages.join(HELPER))
+        .env("XSR_PEER_LIBRARIES", path)
+        .env("XSR_PEER_OURS", release().join("xsr-save-helper"))
+        .run()
+}
+
+fn release() -> PathBuf {
+    let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
+    let target = target.unwrap_or_else(|| workspace::root().join("target"));
+    target.join("release")
+}
+
+/// Build the libraries that stand in for Xen's; the directory with them.
+fn stand_ins() -> Result<PathBuf> {
+    Invocation::cargo()
+        .args(["build", "--release", "-p", "xsr-peer", "--lib"])
+        .run()?;
+    let dir = workspace::root().join("target/peer-libraries");
+    if dir.exists() {
+        std::fs::remove_dir_all(&dir).with_context(|| format!("cannot clear {}", dir.display()))?;
+    }
+    std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    let script = workspace::root().join("xen-backend/peer/symbols.map");
+    let mut versions = OsString::from("-Wl,--version-script=");
+    versions.push(script);
+    // One library with all names: the loader sees that they are one file.
+    Invocation::new("cc")
+        .args(["-shared", "-o"])
+        .arg(dir.join("libxsr-peer.so"))
+        .arg("-Wl,--whole-archive")
+        .arg(release().join("libxsr_peer.a"))
+        .args(["-Wl,--no-whole-archive", "-Wl,--no-undefined"])
+        .arg(versions)
+        .args(["-lpthread", "-ldl", "-lm"])
+        .run()?;
+    for name in STOOD_IN {
+        std::os::unix::fs::symlink("libxsr-peer.so", dir.join(name))
+            .with_context(|| format!("cannot link {name} in {}", dir.display()))?;
+    }
+    Ok(dir)
+}
