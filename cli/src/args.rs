@@ -214,11 +214,16 @@ pub(crate) struct RestoreArgs {
 Examples:
   xsr inspect guest.save
   xsr inspect --pages guest.save | less
+  xsr inspect --fields guest.save | less
   xsr inspect --json guest.save | jq .guest")]
 pub(crate) struct InspectArgs {
     /// List every page entry (pfn and type)
     #[arg(long)]
     pub(crate) pages: bool,
+    /// Name what is in the blobs, field by field: registers, CPUID and MSR policies,
+    /// HVM context, shared_info, the emulators' xenstore data, the configuration
+    #[arg(long)]
+    pub(crate) fields: bool,
     /// Tolerate reserved fields that are not zero
     #[arg(long)]
     pub(crate) lenient: bool,

@@ -106,7 +106,7 @@ pub(crate) fn peel(mut source: Source, lenient: bool) -> Result<Peeled> {
             Detected::Xapi => {
                 layers.push("xapi".to_owned());
                 return Ok(Peeled {
-                    source: Box::new(XapiSource::behind(&[], rest)?),
+                    source: Box::new(XapiSource::behind(&[], rest)?.lenient(lenient)),
                     layers,
                     libvirt,
                 });

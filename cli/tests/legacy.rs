@@ -426,3 +426,45 @@ fn layers_are_put_on_and_taken_off() {
         assert!(fs::read(&plain).unwrap().starts_with(&same));
     }
 }
+
+/// A legacy stream in xapi's records, the emulator's state behind it in a record of its own.
+#[test]
+fn a_legacy_stream_in_xapis_records_is_read() {
+    let dir = scratch();
+    let at = |name: &str| dir.path().join(name);
+    let (legacy, json, out) = (at("g.legacy"), at("g.json"), at("g.out"));
+    for line in [
+        "--kind hvm --qemu none --seed 3",
+        "--kind pv64 --vcpus 2 --xsave 64",
+        "--kind pv32 --width 32",
+    ] {
+        let mut options: Vec<&str> = line.split(' ').collect();
+        options.extend(["--expect", arg(&json)]);
+        if generate(&legacy, &options).is_none() {
+            return;
+        }
+        let mut xapi = b"XenSavedDomv2-\n".to_vec();
+        let legacy_octets = fs::read(&legacy).unwrap();
+        for (kind, length, body) in [
+            (0x0f_u64, 10_u64, b"((time x))".as_slice()),
+            (0xf2, 0, &legacy_octets),
+            (0xf01, 5, b"state"),
+            (0xffff, 0, b""),
+        ] {
+            xapi.extend(kind.to_le_bytes());
+            xapi.extend(length.to_le_bytes());
+            xapi.extend(body);
+        }
+        let wrapped = at("xapi");
+        fs::write(&wrapped, &xapi).unwrap();
+        run(["verify", arg(&wrapped)])
+            .code(0)
+            .stdout_has("inside: xapi");
+        run(["convert", arg(&wrapped), "-o", arg(&out)]).code(0);
+        assert!(memory(&out) == expected(&json), "{line}: other memory");
+        for cut in [xapi.len() - 8, xapi.len() / 2, 60] {
+            fs::write(&wrapped, &xapi[..cut]).unwrap();
+            run(["verify", arg(&wrapped)]).code(2).stdout_has("BAD");
+        }
+    }
+}

@@ -185,3 +185,38 @@ fn an_edit_changes_what_it_says_and_nothing_else() {
     // What nobody may drop.
     run(["edit", "--drop", "0x1", "-o", arg(&without), arg(&with)]).code(64);
 }
+
+/// What is in the blobs has names: those of Xen's headers, of CPUID leaves and of MSRs.
+#[test]
+fn the_fields_of_blobs_have_names() {
+    let of = |name: &str| run(["inspect", "--fields", "--json", arg(&image(name))]).json();
+    let value = |report: &serde_json::Value, of: &str, name: &str| -> String {
+        let named = report["fields"].as_array().unwrap();
+        let blob = named.iter().find(|blob| blob["of"] == of);
+        let fields = blob.unwrap_or_else(|| panic!("no {of}"))["fields"].clone();
+        let found = fields
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|f| f["name"] == name);
+        let found = found.unwrap_or_else(|| panic!("no {name} in {of}: {fields}"));
+        found["value"].as_str().unwrap().to_owned()
+    };
+    let hvm = of("tpvh");
+    assert!(value(&hvm, "HVM_CONTEXT CPU 0", "rip").starts_with("0x"));
+    assert!(value(&hvm, "HVM_PARAMS", "STORE_PFN").starts_with("0x"));
+    assert!(value(&hvm, "X86_CPUID_POLICY 0x0", "text").len() == 14);
+    let pv = of("tpv");
+    assert!(value(&pv, "X86_PV_VCPU_BASIC vcpu 0", "user_regs.rip").starts_with("0x"));
+    assert!(
+        value(&pv, "SHARED_INFO", "arch.max_pfn")
+            .parse::<u64>()
+            .unwrap()
+            > 0
+    );
+    run(["inspect", "--fields", arg(&image("tpv"))])
+        .code(0)
+        .stdout_has("highest basic leaf and vendor")
+        .stdout_has("PLATFORM_INFO")
+        .stdout_has("Configuration");
+}

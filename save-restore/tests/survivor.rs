@@ -29,7 +29,7 @@ use xsr_save_restore::{RestoreError, restore_checkpointed};
 use xsr_xen_backend::mock::{GuestSpec, MemoryDigest, MockHost, Workload, WorkloadSpec};
 use xsr_xen_backend::{DomId, Domain, GuestKind, Host, VcpuBlob};
 
-const EPOCHS: u64 = 4;
+const EPOCHS: usize = 4;
 const CHECKPOINT: u32 = 0xe;
 
 /// Takes checkpoints of a guest that works between them.
@@ -86,7 +86,7 @@ impl CheckpointToolstack for Primary<'_> {
 
     fn checkpoint(&mut self, epoch: &Epoch) -> Result<NextEpoch, ToolstackError> {
         self.work.step(200).unwrap();
-        Ok(match epoch.number == EPOCHS {
+        Ok(match epoch.number == EPOCHS as u64 {
             true => NextEpoch::Finish,
             false => NextEpoch::Continue,
         })
@@ -296,7 +296,7 @@ fn a_sender_that_is_cut_off_anywhere_leaves_the_last_complete_checkpoint() {
         let to = host(301);
         let mut expected = Vec::new();
         let mut shapes = (spec.kind, spec.vcpus, 0);
-        for checkpoints in 1..=EPOCHS as usize {
+        for checkpoints in 1..=EPOCHS {
             let plain = plain(&stream, checkpoints);
             let pages = take_apart(&plain).pages.len() as u64;
             shapes.2 = shapes.2.max(pages);
@@ -312,10 +312,11 @@ fn a_sender_that_is_cut_off_anywhere_leaves_the_last_complete_checkpoint() {
         let complete: Vec<usize> = (records.iter().filter(|(_, kind, _)| *kind == CHECKPOINT))
             .map(|(at, _, octets)| at + octets)
             .collect();
-        assert_eq!(complete.len() as u64, EPOCHS, "{name}");
+        assert_eq!(complete.len(), EPOCHS, "{name}");
         let mut at: Vec<usize> = records.iter().map(|(at, ..)| *at).collect();
         at.push(stream.len());
-        at.extend((0..cuts).map(|_| (random(&mut seed) % stream.len() as u64) as usize));
+        let octets = stream.len() as u64;
+        at.extend((0..cuts).map(|_| usize::try_from(random(&mut seed) % octets).unwrap()));
         for (turn, at) in at.into_iter().enumerate() {
             let what = format!("{name}: cut at octet {at} of {}", stream.len());
             let keep = in_memory([0, 4109, 64 << 20][turn % 3]);
@@ -454,7 +455,7 @@ fn a_stream_that_goes_on_wrongly_is_an_error_and_nobody_takes_over() {
     let mut secondary = Secondary::default();
     let (_, result) = survive(&to, shape, ended.as_slice(), &mut secondary, &keep);
     let survivor = result.unwrap();
-    assert_eq!(survivor.checkpoints, EPOCHS);
+    assert_eq!(survivor.checkpoints, EPOCHS as u64);
     let Ending::Ended(CopySource(rest)) = survivor.ending else {
         panic!("{:?}", survivor.ending);
     };

@@ -4,6 +4,7 @@
 //! The machines this runs on are noisy, so each figure is a median of rounds in which
 //! all the commands of a group take turns.
 
+mod convert;
 mod live;
 pub(crate) mod measure;
 
@@ -31,6 +32,7 @@ Examples:
   cargo xtask bench --memory 256 --rounds 3
   cargo xtask bench --dir /var/tmp         on a disk instead of in memory
   cargo xtask bench --micro                the format alone, in memory (criterion)
+  cargo xtask bench --convert --memory 256 --rounds 3
   cargo xtask bench --live --memory 512    live migrations in the library: some ten minutes
   cargo xtask bench --live --memory 512 --plot docs/downtime.svg")]
 pub(crate) struct BenchArgs {
@@ -50,6 +52,10 @@ pub(crate) struct BenchArgs {
     /// both precopy policies at several dirty rates
     #[arg(long, conflicts_with = "micro")]
     live: bool,
+    /// Only the conversion of a legacy image, beside Xen's script (where `cargo xtask
+    /// peer-tools` has fetched it) and cp
+    #[arg(long, conflicts_with_all = ["micro", "live"])]
+    convert: bool,
     /// Downtime that the target policy aims at, with --live
     #[arg(long, value_name = "MS", default_value_t = 100)]
     target: u64,
@@ -126,7 +132,10 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     let xsr = workspace::root().join("target/release/xsr");
     let scratch = args.dir.join(format!("xsr-bench-{}", std::process::id()));
     fs::create_dir_all(&scratch).with_context(|| format!("cannot make {}", scratch.display()))?;
-    let report = kinds(args, &xsr, &scratch);
+    let report = match args.convert {
+        true => convert::run(&xsr, &scratch, args.memory, args.rounds),
+        false => kinds(args, &xsr, &scratch),
+    };
     fs::remove_dir_all(&scratch).with_context(|| format!("cannot clear {}", scratch.display()))?;
     println!("{}", report?);
     Ok(())

@@ -2,6 +2,7 @@
 //! the guest.
 
 mod facts;
+mod named;
 mod print;
 mod report;
 
@@ -10,6 +11,7 @@ use xsr_format::byte_order::ByteOrder;
 use xsr_format::fields::hvm::{HvmContext, HvmRecordKind, param_name};
 use xsr_format::image::{DomainHeader, GuestType, ImageHeader};
 use xsr_format::record::page_data::Entries;
+use xsr_format::record::pv::PvInfo;
 use xsr_format::record::{Body, Record, RecordKind};
 use xsr_format::wrapper::libxl::{LibxlHeader, LibxlRecord};
 use xsr_format::wrapper::xl::XlHeader;
@@ -33,7 +35,7 @@ pub(crate) fn run(args: &InspectArgs, terminal: &Terminal) -> Result<Code> {
     let reading = Reading {
         lenient: args.lenient,
     };
-    let mut inspection = Inspection::new(&input.name, args.pages);
+    let mut inspection = Inspection::new(&input.name, args.pages, args.fields);
     let end = reading.over(&input, &mut |event| {
         inspection.event(event);
         Ok(())
@@ -71,19 +73,25 @@ struct Inspection {
     report: Report,
     /// List every page entry.
     list: bool,
+    /// Name every field of the blobs.
+    fields: bool,
+    /// Of a PV guest, its width.
+    info: PvInfo,
     map: PageMap,
     /// Whether anything came.
     any: bool,
 }
 
 impl Inspection {
-    fn new(file: &str, list: bool) -> Self {
+    fn new(file: &str, list: bool, fields: bool) -> Self {
         Self {
             report: Report {
                 file: file.to_owned(),
                 ..Report::default()
             },
             list,
+            fields,
+            info: PvInfo::Bits64,
             map: PageMap::default(),
             any: false,
         }
@@ -164,13 +172,19 @@ impl Inspection {
         let name = kind
             .name()
             .map_or_else(|| crate::text::hex(u64::from(kind.0)), str::to_owned);
+        if self.fields {
+            self.report.fields.extend(named::of_libxl(record));
+        }
         self.row("libxl", at, name, Facts::of_libxl(record));
     }
 
     fn record(&mut self, at: At, record: &Record<'_>) {
         let mut facts = Facts::of(record);
         match record.body {
-            Body::PvInfo(info) => self.report.guest.bits = Some(info.width() * 8),
+            Body::PvInfo(info) => {
+                self.report.guest.bits = Some(info.width() * 8);
+                self.info = info;
+            }
             Body::Vcpu(vcpu) if record.kind == RecordKind::X86_PV_VCPU_BASIC => {
                 let vcpus = &mut self.report.guest.vcpus;
                 *vcpus = (*vcpus).max(vcpu.vcpu.saturating_add(1));
@@ -192,6 +206,11 @@ impl Inspection {
                     .collect();
             }
             _ => {}
+        }
+        if self.fields {
+            self.report
+                .fields
+                .extend(named::of_record(record, self.info));
         }
         self.row("libxc", at, kind_name(record.kind), facts);
     }

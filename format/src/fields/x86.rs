@@ -36,3 +36,70 @@ pub const TSC_INFO: Layout = Layout {
         dec("incarnation", 16, 4),
     ],
 };
+
+/// What a leaf of CPUID is about, for those that a policy holds.
+///
+/// Specification: the processor makers' manuals ("CPUID"); Xen's public
+/// `arch-x86/cpuid.h` for 0x40000000 and above.
+pub const fn leaf_name(leaf: u32) -> Option<&'static str> {
+    Some(match leaf {
+        0 => "highest basic leaf and vendor",
+        1 => "family, model and features",
+        2 => "caches and TLBs",
+        4 => "cache parameters",
+        5 => "MONITOR",
+        6 => "thermal and power management",
+        7 => "structured extended features",
+        0xa => "performance monitoring",
+        0xb => "topology",
+        0xd => "extended state",
+        0x14 => "processor trace",
+        0x15 => "TSC and crystal clock",
+        0x16 => "frequencies",
+        0x4000_0000 => "highest hypervisor leaf and signature",
+        0x4000_0001 => "version of Xen",
+        0x4000_0002 => "hypercall pages",
+        0x4000_0003 => "time of Xen",
+        0x4000_0004 => "features of Xen for HVM guests",
+        0x4000_0005 => "features of Xen for PV guests",
+        0x8000_0000 => "highest extended leaf and vendor",
+        0x8000_0001 => "extended features",
+        0x8000_0002..=0x8000_0004 => "brand",
+        0x8000_0005 => "L1 caches and TLBs",
+        0x8000_0006 => "L2 and L3 caches",
+        0x8000_0007 => "advanced power management",
+        0x8000_0008 => "widths of addresses, number of cores",
+        0x8000_000a => "SVM",
+        0x8000_001b => "instruction-based sampling",
+        0x8000_001c => "lightweight profiling",
+        0x8000_001d => "cache topology",
+        0x8000_001e => "topology",
+        0x8000_0021 => "extended features 2",
+        _ => return None,
+    })
+}
+
+/// The name of a model-specific register, for those that a policy or a vcpu's list holds.
+///
+/// Specification: the processor makers' manuals; Xen's `asm/msr-index.h` has the numbers.
+pub const fn msr_name(index: u32) -> Option<&'static str> {
+    Some(match index {
+        0x48 => "SPEC_CTRL",
+        0xce => "PLATFORM_INFO",
+        0x10a => "ARCH_CAPABILITIES",
+        0x140 => "MISC_FEATURES_ENABLES",
+        0x560 => "RTIT_OUTPUT_BASE",
+        0x561 => "RTIT_OUTPUT_MASK",
+        0x570 => "RTIT_CTL",
+        0x571 => "RTIT_STATUS",
+        0xda0 => "XSS",
+        0xd90 => "BNDCFGS",
+        0xc000_0103 => "TSC_AUX",
+        0xc001_011f => "VIRT_SPEC_CTRL",
+        0xc001_1027 => "DR0_ADDRESS_MASK",
+        0xc001_1019 => "DR1_ADDRESS_MASK",
+        0xc001_101a => "DR2_ADDRESS_MASK",
+        0xc001_101b => "DR3_ADDRESS_MASK",
+        _ => return None,
+    })
+}

@@ -6,6 +6,7 @@
 //! | record | becomes |
 //! |---|---|
 //! | Libxc | LIBXC_CONTEXT and the libxc stream, octet for octet |
+//! | Libxc_legacy | LIBXC_CONTEXT and the legacy stream as one of version 3 |
 //! | Qemu_trad, Qemu_xen | EMULATOR_CONTEXT |
 //! | End_of_image | END |
 //! | others (Xenops, Demu, Varstored, …) | nothing; they are counted |
@@ -23,6 +24,7 @@ use super::libxl::{LibxlHeader, LibxlRecordKind, MAX_BODY};
 use crate::byte_order::ByteOrder;
 use crate::error::{Place, ReadError, ReadErrorCause};
 use crate::image::{DomainHeader, ImageHeader, WireImageHeader};
+use crate::legacy::{Checkpoints, Converted, LegacyOptions, LegacyReader, Target};
 use crate::record::{RecordKind, WireRecordHeader, padding};
 use crate::source::{fill, fill_behind, fill_growing};
 use crate::wire::{U32, U64};
@@ -131,9 +133,6 @@ pub enum XapiError {
     /// No libxc stream.
     #[error("End_of_image although no libxc stream has come: there is no guest in this image")]
     Incomplete,
-    /// A legacy stream inside.
-    #[error("a legacy libxc stream is inside; xsr does not read those within xapi's records")]
-    Legacy,
 }
 
 /// A record that was read, or that begins.
@@ -150,7 +149,8 @@ pub struct XapiRecord {
 /// An image of xapi, read as a libxl stream.
 #[derive(Debug)]
 pub struct XapiSource<R> {
-    source: R,
+    source: Inner<R>,
+    lenient: bool,
     offset: u64,
     ready: Vec<u8>,
     at: usize,
@@ -161,9 +161,31 @@ pub struct XapiSource<R> {
     libxc_seen: bool,
 }
 
+/// Where octets come from.
+#[derive(Debug)]
+enum Inner<R> {
+    Plain(R),
+    /// Through a converter, up to the end of the legacy stream.
+    Legacy(Box<Converted<R>>),
+    /// A legacy stream could not be begun.
+    Lost,
+}
+
+impl<R: Read> Read for Inner<R> {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Plain(source) => source.read(room),
+            Self::Legacy(converted) => converted.read(room),
+            Self::Lost => Err(io::Error::other("the source was lost with a legacy stream")),
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     Records,
+    LegacyStart,
+    Legacy,
     LibxcHeaders,
     Libxc(ByteOrder),
     Done,
@@ -190,7 +212,8 @@ impl<R: Read> XapiSource<R> {
             legacy_converted: false,
         };
         Ok(Self {
-            source,
+            source: Inner::Plain(source),
+            lenient: false,
             offset: MAGIC.len() as u64,
             ready: header.encode().as_bytes().to_vec(),
             at: 0,
@@ -199,6 +222,13 @@ impl<R: Read> XapiSource<R> {
             records: Vec::new(),
             libxc_seen: false,
         })
+    }
+
+    /// Tolerate reserved fields that are not zero in a legacy stream. (Other streams go
+    /// through as they are: whoever reads them judges them.)
+    #[must_use]
+    pub fn lenient(self, lenient: bool) -> Self {
+        Self { lenient, ..self }
     }
 
     /// The records so far.
@@ -212,6 +242,9 @@ impl<R: Read> XapiSource<R> {
             Stage::Records => self.record(),
             Stage::LibxcHeaders => self.libxc_headers(),
             Stage::Libxc(order) => self.libxc_record(order),
+            Stage::LegacyStart => return self.legacy_start().map(|()| true),
+            // It is read where all that goes through is.
+            Stage::Legacy => Ok(()),
             Stage::Done => return Ok(false),
             Stage::Failed => Err(ReadErrorCause::Io(io::Error::other(
                 "the image failed earlier and cannot be followed",
@@ -258,7 +291,7 @@ impl<R: Read> XapiSource<R> {
             length,
         });
         match kind {
-            XapiKind::LIBXC if self.libxc_seen => {
+            XapiKind::LIBXC | XapiKind::LIBXC_LEGACY if self.libxc_seen => {
                 return Err(XapiError::Repeated { kind }.into());
             }
             XapiKind::LIBXC => {
@@ -266,7 +299,11 @@ impl<R: Read> XapiSource<R> {
                 self.libxl_header(LibxlRecordKind::LIBXC_CONTEXT, 0);
                 self.stage = Stage::LibxcHeaders;
             }
-            XapiKind::LIBXC_LEGACY => return Err(XapiError::Legacy.into()),
+            XapiKind::LIBXC_LEGACY => {
+                self.libxc_seen = true;
+                self.libxl_header(LibxlRecordKind::LIBXC_CONTEXT, 0);
+                self.stage = Stage::LegacyStart;
+            }
             XapiKind::END_OF_IMAGE if !self.libxc_seen => {
                 return Err(XapiError::Incomplete.into());
             }
@@ -304,6 +341,40 @@ impl<R: Read> XapiSource<R> {
         let pad = usize::try_from(padding(length)).unwrap_or(0);
         self.ready.resize(self.ready.len().saturating_add(pad), 0);
         Ok(())
+    }
+
+    /// Put the converter before the source. The emulator's state is in a record of its own.
+    fn legacy_start(&mut self) -> Result<(), ReadError> {
+        self.stage = Stage::Failed;
+        let Inner::Plain(source) = std::mem::replace(&mut self.source, Inner::Lost) else {
+            return Ok(());
+        };
+        let options = LegacyOptions {
+            lenient: self.lenient,
+            offset: self.offset,
+            device_model: false,
+            checkpoints: Checkpoints::UpTo(1),
+            ..LegacyOptions::default()
+        };
+        let reader = LegacyReader::new(source, options)?;
+        let target = Target::Libxc {
+            device_model: false,
+        };
+        self.source = Inner::Legacy(Box::new(Converted::new(reader, target, None)?));
+        self.stage = Stage::Legacy;
+        Ok(())
+    }
+
+    /// The legacy stream is over: the source goes on with records.
+    fn legacy_end(&mut self) {
+        match std::mem::replace(&mut self.source, Inner::Lost) {
+            Inner::Legacy(converted) => {
+                self.offset = converted.reader().offset();
+                self.source = Inner::Plain(converted.into_source());
+            }
+            other => self.source = other,
+        }
+        self.stage = Stage::Records;
     }
 
     fn libxc_headers(&mut self) -> Result<(), ReadErrorCause> {
@@ -348,6 +419,17 @@ impl<R: Read> Read for XapiSource<R> {
             }
             self.ready.clear();
             self.at = 0;
+            if self.stage == Stage::Legacy {
+                match self.source.read(room) {
+                    Ok(0) => self.legacy_end(),
+                    Err(e) if e.kind() != io::ErrorKind::Interrupted => {
+                        self.stage = Stage::Failed;
+                        return Err(e);
+                    }
+                    other => return other,
+                }
+                continue;
+            }
             if self.through > 0 {
                 let most = usize::try_from(self.through).unwrap_or(usize::MAX);
                 let (room, _) = room.split_at_mut(room.len().min(most));

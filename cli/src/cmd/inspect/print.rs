@@ -28,7 +28,8 @@ pub(crate) fn print(report: &Report, out: &mut dyn Write) -> io::Result<()> {
     guest(report, out)?;
     records(&report.records, out)?;
     context(report, out)?;
-    params(report, out)
+    params(report, out)?;
+    fields(report, out)
 }
 
 fn headers(report: &Report, out: &mut dyn Write) -> io::Result<()> {
@@ -171,6 +172,29 @@ fn params(report: &Report, out: &mut dyn Write) -> io::Result<()> {
             None => format!("unknown parameter {}", param.index),
         };
         writeln!(out, "  {name:<24} {}", hex(param.value))?;
+    }
+    Ok(())
+}
+
+fn fields(report: &Report, out: &mut dyn Write) -> io::Result<()> {
+    if report.fields.is_empty() {
+        return Ok(());
+    }
+    writeln!(out, "\nFields (those that are zero are left out)")?;
+    for named in &report.fields {
+        match named.about {
+            Some(about) => writeln!(out, "  {}: {about}", named.of)?,
+            None => writeln!(out, "  {}", named.of)?,
+        }
+        for field in &named.fields {
+            writeln!(out, "    {:<32} {}", field.name, field.value)?;
+        }
+    }
+    if let Some(config) = report.xl.as_ref().and_then(|xl| xl.config.as_ref()) {
+        writeln!(out, "\nConfiguration")?;
+        for line in format!("{config:#}").lines() {
+            writeln!(out, "  {line}")?;
+        }
     }
     Ok(())
 }

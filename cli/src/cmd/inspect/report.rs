@@ -4,6 +4,7 @@
 use serde::Serialize;
 
 use super::facts::{Facts, TypeFact};
+use super::named::Named;
 
 /// An image.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -40,6 +41,9 @@ pub(crate) struct Report {
     /// HVM_PARAMS.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) hvm_params: Vec<Param>,
+    /// What is in the blobs, where asked for.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) fields: Vec<Named>,
     /// Why reading ended early: the image is bad, and this document incomplete.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) error: Option<String>,

@@ -1,0 +1,167 @@
+//! What is in the blobs of an image, field by field, for `xsr inspect --fields`.
+
+use serde::Serialize;
+use xsr_format::fields::hvm::{HvmContext, param_name};
+use xsr_format::fields::x86::{leaf_name, msr_name};
+use xsr_format::fields::{self, Layout, Value, pv};
+use xsr_format::record::pv::PvInfo;
+use xsr_format::record::{Body, Record, RecordKind};
+use xsr_format::wrapper::libxl::LibxlRecord;
+
+/// The leaf has no subleaves: `XEN_CPUID_NO_SUBLEAF`.
+const NO_SUBLEAF: u32 = u32::MAX;
+
+/// A blob, or an entry of one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Named {
+    /// The record, and which entry of it.
+    pub(crate) of: String,
+    /// What it is about, where it has more than a number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) about: Option<&'static str>,
+    pub(crate) fields: Vec<NamedField>,
+}
+
+/// A field that is not zero.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct NamedField {
+    pub(crate) name: String,
+    pub(crate) value: String,
+}
+
+impl Named {
+    fn new(of: String, about: Option<&'static str>, fields: Vec<NamedField>) -> Self {
+        Self { of, about, fields }
+    }
+
+    fn laid_out(of: String, layout: &Layout, blob: &[u8]) -> Self {
+        let fields = fields::fields(layout, blob)
+            .filter(|field| !is_zero(&field.value))
+            .map(|field| NamedField {
+                name: field.name,
+                value: field.value.to_string(),
+            })
+            .collect();
+        Self::new(of, None, fields)
+    }
+}
+
+fn is_zero(value: &Value<'_>) -> bool {
+    match value {
+        Value::Hex(n) | Value::Dec(n) => *n == 0,
+        Value::Signed(n) => *n == 0,
+        Value::Octets(octets) => octets.iter().all(|octet| *octet == 0),
+        Value::Text(text, _) => text.is_empty(),
+    }
+}
+
+fn field(name: &str, value: String) -> NamedField {
+    let name = name.to_owned();
+    NamedField { name, value }
+}
+
+/// The fields of a record of the libxc stream; `info` is that of a PV guest.
+pub(super) fn of_record(record: &Record<'_>, info: PvInfo) -> Vec<Named> {
+    let kind = record.kind;
+    match record.body {
+        Body::Vcpu(vcpu) => {
+            let layout = match (kind, info) {
+                (RecordKind::X86_PV_VCPU_BASIC, PvInfo::Bits64) => &pv::VCPU_CONTEXT_64,
+                (RecordKind::X86_PV_VCPU_BASIC, PvInfo::Bits32) => &pv::VCPU_CONTEXT_32,
+                (RecordKind::X86_PV_VCPU_EXTENDED, _) => &pv::VCPU_EXTENDED,
+                (RecordKind::X86_PV_VCPU_XSAVE, _) => &pv::VCPU_XSAVE,
+                _ => &pv::VCPU_MSRS,
+            };
+            let of = format!("{kind} vcpu {}", vcpu.vcpu);
+            vec![Named::laid_out(of, layout, vcpu.state)]
+        }
+        Body::SharedInfo(page) => {
+            let layout = match info {
+                PvInfo::Bits64 => &pv::SHARED_INFO_64,
+                PvInfo::Bits32 => &pv::SHARED_INFO_32,
+            };
+            vec![Named::laid_out(kind.to_string(), layout, page.as_slice())]
+        }
+        Body::CpuidPolicy(policy) => policy
+            .iter()
+            .map(|leaf| {
+                let of = match leaf.subleaf {
+                    NO_SUBLEAF => format!("{kind} {:#x}", leaf.leaf),
+                    subleaf => format!("{kind} {:#x}:{subleaf:#x}", leaf.leaf),
+                };
+                let registers = [
+                    ("eax", leaf.eax),
+                    ("ebx", leaf.ebx),
+                    ("ecx", leaf.ecx),
+                    ("edx", leaf.edx),
+                ];
+                let mut fields: Vec<_> = registers
+                    .iter()
+                    .filter(|(_, value)| *value != 0)
+                    .map(|(name, value)| field(name, format!("{value:#010x}")))
+                    .collect();
+                fields.extend(text_of(leaf.leaf, registers.map(|(_, value)| value)));
+                Named::new(of, leaf_name(leaf.leaf), fields)
+            })
+            .collect(),
+        Body::MsrPolicy(policy) => policy
+            .iter()
+            .map(|msr| {
+                let of = format!("{kind} {:#x}", msr.index);
+                let value = (msr.value != 0).then(|| field("value", format!("{:#x}", msr.value)));
+                Named::new(of, msr_name(msr.index), value.into_iter().collect())
+            })
+            .collect(),
+        Body::HvmContext(context) => HvmContext::new(context)
+            .filter_map(Result::ok)
+            .filter_map(|entry| {
+                let layout = entry.kind.layout(entry.body.len())?;
+                let of = format!("{kind} {} {}", entry.kind, entry.instance);
+                Some(Named::laid_out(of, layout, entry.body))
+            })
+            .collect(),
+        Body::HvmParams(params) => {
+            let fields = params
+                .iter()
+                .filter(|param| param.value != 0)
+                .map(|param| {
+                    let name = match param_name(param.index) {
+                        Some(name) => name.to_owned(),
+                        None => format!("unknown parameter {}", param.index),
+                    };
+                    field(&name, format!("{:#x}", param.value))
+                })
+                .collect();
+            vec![Named::new(kind.to_string(), None, fields)]
+        }
+        _ => Vec::new(),
+    }
+}
+
+/// The name of the maker, the hypervisor or the processor, where a leaf spells one.
+fn text_of(leaf: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> Option<NamedField> {
+    let registers = match leaf {
+        0 | 0x8000_0000 => vec![ebx, edx, ecx],
+        0x4000_0000 => vec![ebx, ecx, edx],
+        0x8000_0002..=0x8000_0004 => vec![eax, ebx, ecx, edx],
+        _ => return None,
+    };
+    let octets: Vec<u8> = registers.iter().flat_map(|r| r.to_le_bytes()).collect();
+    let text = octets.trim_ascii_end();
+    let text = text.split(|octet| *octet == 0).next().unwrap_or_default();
+    (!text.is_empty()).then(|| field("text", format!("\"{}\"", text.escape_ascii())))
+}
+
+/// The fields of a record of the libxl stream.
+pub(super) fn of_libxl(record: &LibxlRecord) -> Vec<Named> {
+    let LibxlRecord::EmulatorXenstoreData { emulator, data } = record else {
+        return Vec::new();
+    };
+    let of = format!("{} {} {}", record.kind(), emulator.id, emulator.index);
+    let shown = |octets: &[u8]| octets.escape_ascii().to_string();
+    let fields = data
+        .iter()
+        .map(|(key, value)| field(&shown(key), format!("\"{}\"", shown(value))))
+        .collect();
+    vec![Named::new(of, None, fields)]
+}
