@@ -296,7 +296,7 @@ fn a_sender_that_is_cut_off_anywhere_leaves_the_last_complete_checkpoint() {
         let to = host(301);
         let mut expected = Vec::new();
         let mut shapes = (spec.kind, spec.vcpus, 0);
-        for checkpoints in 1..=EPOCHS as usize {
+        for checkpoints in 1..=usize::try_from(EPOCHS).unwrap() {
             let plain = plain(&stream, checkpoints);
             let pages = take_apart(&plain).pages.len() as u64;
             shapes.2 = shapes.2.max(pages);
@@ -315,7 +315,9 @@ fn a_sender_that_is_cut_off_anywhere_leaves_the_last_complete_checkpoint() {
         assert_eq!(complete.len() as u64, EPOCHS, "{name}");
         let mut at: Vec<usize> = records.iter().map(|(at, ..)| *at).collect();
         at.push(stream.len());
-        at.extend((0..cuts).map(|_| (random(&mut seed) % stream.len() as u64) as usize));
+        at.extend(
+            (0..cuts).map(|_| usize::try_from(random(&mut seed) % stream.len() as u64).unwrap()),
+        );
         for (turn, at) in at.into_iter().enumerate() {
             let what = format!("{name}: cut at octet {at} of {}", stream.len());
             let keep = in_memory([0, 4109, 64 << 20][turn % 3]);
