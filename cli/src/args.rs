@@ -122,11 +122,13 @@ pub(crate) enum Command {
 /// --timeout and --on-timeout sets one.
 ///
 /// On a Xen host, `xl save` does it, with xsr-save-helper: all of its options pass, and
-/// those that it has not are refused.
+/// those that it has not are refused. With --direct, no xl is needed: the domain is asked
+/// to suspend, saved to a bare libxc stream, and resumed or destroyed.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   xsr save web web.save                    on a Xen host
+  xsr save --direct --live -c web web.libxc
   xsr save --backend mock:/tmp/lab web web.save
   xsr save --backend mock:/tmp/lab --live -c web web.save
   xsr save --backend mock:/tmp/lab -c web - | zstd > web.save.zst")]
@@ -140,6 +142,9 @@ pub(crate) struct SaveArgs {
     /// Save while the domain runs
     #[arg(long)]
     pub(crate) live: bool,
+    /// On a Xen host: without xl and libxl, to a bare libxc stream (PV and PVH)
+    #[arg(long)]
+    pub(crate) direct: bool,
     #[command(flatten)]
     pub(crate) target: TargetArgs,
     #[command(flatten)]
@@ -165,11 +170,13 @@ pub(crate) struct SaveArgs {
 /// being built is destroyed.
 ///
 /// On a Xen host, `xl restore` does it, with xsr-save-helper: all of its options pass, and
-/// those that it has not are refused.
+/// those that it has not are refused. With --direct, no xl is needed: the domain is made
+/// here, and connected to xenstore and its console; nothing else is.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   xsr restore -p -e web.save               on a Xen host
+  xsr restore --direct --name web web.libxc
   xsr restore --backend mock:/tmp/lab web.save
   zstd -dc web.save.zst | xsr restore --backend mock:/tmp/lab -p -
   xsr restore --backend mock:/tmp/lab --name web --vcpus 2 --memory 256M bare.libxc")]
@@ -177,6 +184,9 @@ pub(crate) struct RestoreArgs {
     /// Leave the domain paused
     #[arg(short = 'p', long)]
     pub(crate) paused: bool,
+    /// On a Xen host: without xl and libxl, a guest without devices (PV and PVH)
+    #[arg(long)]
+    pub(crate) direct: bool,
     #[command(flatten)]
     pub(crate) threads: ThreadsArg,
     #[command(flatten)]
@@ -312,6 +322,8 @@ pub(crate) enum Backend {
     Xen,
     /// The mock machine in this directory.
     Mock(PathBuf),
+    /// The same, reached by hypercalls as a Xen is: for tests of --direct.
+    MockXen(PathBuf),
 }
 
 impl FromStr for Backend {
@@ -323,6 +335,7 @@ impl FromStr for Backend {
             None if text == "xen" => Ok(Self::Xen),
             Some(("mock", "")) => Err("mock: wants a directory behind the colon".to_owned()),
             Some(("mock", dir)) => Ok(Self::Mock(PathBuf::from(dir))),
+            Some(("mock-xen", dir)) if !dir.is_empty() => Ok(Self::MockXen(PathBuf::from(dir))),
             _ => Err("expected `auto`, `xen` or `mock:DIR`".to_owned()),
         }
     }

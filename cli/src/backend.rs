@@ -11,6 +11,7 @@ use xsr_xen_backend::mock::{HostConfig, MockError, MockHost};
 use xsr_xen_backend::{DomId, OpenError, XenHost};
 
 use crate::args::Backend;
+use crate::exit::BadUsage;
 
 /// Under which name libxl, too, keeps a domain's configuration.
 const CONFIG: &str = "libxl-json";
@@ -39,14 +40,30 @@ pub(crate) fn open_or_create(backend: &Backend) -> Result<MockHost> {
     }
 }
 
+/// Open the hypervisor to work on without a toolstack (`--direct`).
+pub(crate) fn hypervisor(backend: &Backend) -> Result<XenHost> {
+    match backend {
+        Backend::Auto | Backend::Xen => Ok(XenHost::open()?),
+        Backend::MockXen(dir) => {
+            Ok(MockHost::open_or_create(dir, &HostConfig::default())?.as_xen()?)
+        }
+        Backend::Mock(_) => {
+            let why = "--direct is for a Xen host: a mock machine has no xl to do without";
+            Err(anyhow::Error::new(BadUsage(why.to_owned())))
+        }
+    }
+}
+
 /// Whether this program can work on it at all, before anything is made.
 pub(crate) fn check(backend: &Backend) -> Result<()> {
     directory(backend).map(drop)
 }
 
 fn directory(backend: &Backend) -> Result<&Path> {
-    if let Backend::Mock(dir) = backend {
-        return Ok(dir);
+    match backend {
+        Backend::Mock(dir) => return Ok(dir),
+        Backend::MockXen(_) => bail!("mock-xen: is for `save --direct` and `restore --direct`"),
+        Backend::Auto | Backend::Xen => {}
     }
     let why = match XenHost::open() {
         Err(OpenError::NoXen) => {
@@ -68,7 +85,9 @@ fn directory(backend: &Backend) -> Result<&Path> {
 pub(crate) fn domain_command(backend: &Backend, verb: &str, rest: &str) -> String {
     match backend {
         Backend::Auto | Backend::Xen => format!("xl {verb} {rest}"),
-        Backend::Mock(dir) => format!("xsr mock {verb} --host {} {rest}", dir.display()),
+        Backend::Mock(dir) | Backend::MockXen(dir) => {
+            format!("xsr mock {verb} --host {} {rest}", dir.display())
+        }
     }
 }
 

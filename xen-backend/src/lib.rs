@@ -35,7 +35,7 @@ pub use error::{BackendError, MapError};
 pub use log_dirty::{DirtyBitmap, DirtyRead, DirtyStats, LogDirty};
 pub use nix::errno::Errno;
 pub use pages::{Access, ForeignPage, ForeignPages, Gather, Unwritten, WriteCall};
-pub use xen::{OpenError, XenHost};
+pub use xen::{OpenError, Ring, XenHost};
 
 /// A domain's number, 0–0x7fef; 0 is the control domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

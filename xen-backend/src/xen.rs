@@ -9,6 +9,7 @@
 mod calls;
 mod control;
 mod create;
+mod direct;
 mod hvm;
 pub(crate) mod interface;
 mod log_dirty;
@@ -29,6 +30,7 @@ use crate::sys::common as sys;
 use crate::xenstore::Xenstore;
 use crate::{DomId, Domain, DomainInfo, GuestKind, Host, XenVersion};
 
+pub use self::direct::Ring;
 pub use self::open::OpenError;
 
 /// Numbers from here on are not domains' (`DOMID_FIRST_RESERVED`).

@@ -1,5 +1,5 @@
 //! Xenstore: the tree of values in which toolstack and guests leave word for each
-//! other. As much of it as suspending a guest needs.
+//! other. As much of it as a domain without devices needs: to suspend, to be introduced, to go.
 //!
 //! C implementation: `tools/libs/store/xs.c`; the protocol is
 //! `xen/include/public/io/xs_wire.h`.
@@ -13,6 +13,9 @@ use std::io;
 
 use nix::errno::Errno;
 use thiserror::Error;
+use xsr_format::frame::Gfn;
+
+use crate::DomId;
 
 pub(crate) use client::Sockets;
 
@@ -62,4 +65,14 @@ pub(crate) trait Xenstore: fmt::Debug + Send + Sync {
     /// Replace `old` by `new` at a node, whoever else is at it; false, and nothing
     /// done, where the node has another value.
     fn exchange(&self, path: &str, old: &[u8], new: &[u8]) -> Result<bool, StoreError>;
+
+    /// Remove a node and all below it; nothing where there is none.
+    fn remove(&self, path: &str) -> Result<(), StoreError>;
+
+    /// Let a domain have a node that the control domain made: to read it, or, where
+    /// `owner`, to do with it as it likes.
+    fn let_have(&self, path: &str, domid: DomId, owner: bool) -> Result<(), StoreError>;
+
+    /// Connect the store to a domain's ring, which is at `frame`, by its event channel.
+    fn introduce(&self, domid: DomId, frame: Gfn, port: u32) -> Result<(), StoreError>;
 }

@@ -3,6 +3,7 @@
 //!
 //! C implementation: `create_domain` in `tools/xl/xl_vmcontrol.c`.
 
+mod direct;
 mod source;
 
 use std::io::{Seek, SeekFrom};
@@ -64,6 +65,9 @@ pub(crate) fn run(args: &RestoreArgs, terminal: &Terminal) -> Result<Code> {
 }
 
 fn restore(args: &RestoreArgs, terminal: &Terminal, watch: &mut Watch) -> Result<Code> {
+    if args.direct {
+        return direct::restore(args, terminal, watch);
+    }
     let started = Instant::now();
     let input = Input::open(&args.file, args.lenient)?;
     backend::check(&args.backend.backend)?;
@@ -85,7 +89,19 @@ fn restore(args: &RestoreArgs, terminal: &Terminal, watch: &mut Watch) -> Result
     }
     watch.clear();
     // From here on the domain lives, whatever becomes of what is said about it.
-    let About { name, domid, stats } = made.keep();
+    report(args, terminal, &input, made.keep(), started)?;
+    Ok(Code::Fine)
+}
+
+/// Say what was done.
+fn report(
+    args: &RestoreArgs,
+    terminal: &Terminal,
+    input: &Input,
+    about: About,
+    started: Instant,
+) -> Result<()> {
+    let About { name, domid, stats } = about;
     let fate = if args.paused { "paused" } else { "running" };
     let seconds = started.elapsed().as_secs_f64();
     terminal.note(&format!(
@@ -108,7 +124,7 @@ fn restore(args: &RestoreArgs, terminal: &Terminal, watch: &mut Watch) -> Result
         })?;
         out.finish()?;
     }
-    Ok(Code::Fine)
+    Ok(())
 }
 
 /// The superpages that a domain got, in words.

@@ -3,6 +3,7 @@
 //!
 //! C implementation: `save_domain` in `tools/xl/xl_saverestore.c`.
 
+mod direct;
 mod sink;
 
 use std::fmt;
@@ -109,6 +110,9 @@ fn save(
     terminal: &Terminal,
     watch: &mut Watch,
 ) -> Result<Code> {
+    if args.direct {
+        return direct::save(args, live, terminal, watch);
+    }
     let started = Instant::now();
     let host = backend::open(&args.backend.backend)?;
     let domid = host.find(&args.domain)?;
@@ -138,50 +142,84 @@ fn save(
         .with_context(|| format!("saving {name}"))?;
     watch.clear();
     output.finish()?;
-    let memory = MemoryReport::of(&written);
-    let mut downtime = None;
-    let fate = match (args.paused, args.checkpoint) {
-        (true, _) => {
-            domain.pause().context("pausing the domain")?;
-            written.saved.resume()?;
-            "paused"
-        }
-        (false, true) => {
-            written.saved.resume()?;
-            downtime = watch.suspended().map(|then| then.elapsed());
-            "running"
-        }
-        (false, false) => {
-            written.saved.keep_suspended();
-            domain
-                .destroy()
-                .with_context(|| format!("the image is complete, but {name} is still there"))?;
-            "destroyed"
-        }
+    let ending = Ending {
+        args,
+        terminal,
+        started,
+        name: &name,
+        domid,
+        domain: &*domain,
     };
-    let elapsed = started.elapsed();
-    let file = args.file.display().to_string();
-    let stood = downtime.map_or_else(String::new, |time| {
-        format!(", of which it stood still {} ms", time.as_millis())
-    });
-    terminal.note(&format!(
-        "{name} saved to {file}: {memory}, {:.1} s{stood}; the domain is {fate}",
-        elapsed.as_secs_f64()
-    ));
-    if args.json {
-        let mut out = Results::new();
-        out.json(&Report {
-            name: &name,
-            domid,
-            domain: fate,
-            file,
-            memory,
-            downtime_seconds: downtime.map(|time| time.as_secs_f64()),
-            seconds: elapsed.as_secs_f64(),
-        })?;
-        out.finish()?;
-    }
+    ending.conclude(written, watch)?;
     Ok(Code::Fine)
+}
+
+/// A save whose image is complete and has its name.
+struct Ending<'a> {
+    args: &'a SaveArgs,
+    terminal: &'a Terminal,
+    started: Instant,
+    name: &'a str,
+    domid: DomId,
+    domain: &'a dyn Domain,
+}
+
+impl Ending<'_> {
+    /// Do with the domain what the command line says, and say what was done.
+    fn conclude(&self, written: Written<'_>, watch: &Watch) -> Result<()> {
+        let Self {
+            args,
+            terminal,
+            started,
+            name,
+            domid,
+            domain,
+        } = *self;
+        let memory = MemoryReport::of(&written);
+        let mut downtime = None;
+        let fate = match (args.paused, args.checkpoint) {
+            (true, _) => {
+                domain.pause().context("pausing the domain")?;
+                written.saved.resume()?;
+                "paused"
+            }
+            (false, true) => {
+                written.saved.resume()?;
+                downtime = watch.suspended().map(|then| then.elapsed());
+                "running"
+            }
+            (false, false) => {
+                written.saved.keep_suspended();
+                domain
+                    .destroy()
+                    .with_context(|| format!("the image is complete, but {name} is still there"))?;
+                "destroyed"
+            }
+        };
+        let elapsed = started.elapsed();
+        let file = args.file.display().to_string();
+        let stood = downtime.map_or_else(String::new, |time| {
+            format!(", of which it stood still {} ms", time.as_millis())
+        });
+        terminal.note(&format!(
+            "{name} saved to {file}: {memory}, {:.1} s{stood}; the domain is {fate}",
+            elapsed.as_secs_f64()
+        ));
+        if args.json {
+            let mut out = Results::new();
+            out.json(&Report {
+                name,
+                domid,
+                domain: fate,
+                file,
+                memory,
+                downtime_seconds: downtime.map(|time| time.as_secs_f64()),
+                seconds: elapsed.as_secs_f64(),
+            })?;
+            out.finish()?;
+        }
+        Ok(())
+    }
 }
 
 /// How long a domain may stand still at the end of a live save, in milliseconds, where

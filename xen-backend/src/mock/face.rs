@@ -81,6 +81,8 @@ struct State {
     allocations: BTreeMap<u16, u32>,
     /// Nodes of xenstore.
     nodes: BTreeMap<String, Vec<u8>>,
+    /// Rings that xenstore is connected to, by domain: frame and event channel.
+    store_rings: BTreeMap<u16, (u64, u32)>,
     /// Frames that are paged out: how often they will be found so.
     paged_out: BTreeMap<(u16, u64), u32>,
     /// Calls for types of frames that will find the second half of a buffer on the move.

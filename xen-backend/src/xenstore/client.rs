@@ -10,9 +10,11 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Mutex, PoisonError};
 
 use nix::errno::Errno;
+use xsr_format::frame::Gfn;
 
 use super::wire::{Message, errno_of, kind};
 use super::{StoreError, Xenstore};
+use crate::DomId;
 
 /// Where xenstored listens.
 const SOCKETS: [&str; 2] = ["/run/xenstored/socket", "/var/run/xenstored/socket"];
@@ -98,6 +100,33 @@ impl Xenstore for Sockets {
     fn exchange(&self, path: &str, old: &[u8], new: &[u8]) -> Result<bool, StoreError> {
         self.with(|connection| connection.exchange(path, old, new))
     }
+
+    fn remove(&self, path: &str) -> Result<(), StoreError> {
+        self.with(
+            |connection| match connection.order("rm", path, kind::RM, &[]) {
+                Err(StoreError::Refused {
+                    errno: Errno::ENOENT,
+                    ..
+                }) => Ok(()),
+                result => result,
+            },
+        )
+    }
+
+    fn let_have(&self, path: &str, domid: DomId, owner: bool) -> Result<(), StoreError> {
+        // The first is the owner, with what everybody else may do.
+        let permissions = match owner {
+            true => vec![format!("n{}", domid.0)],
+            false => vec!["n0".to_owned(), format!("r{}", domid.0)],
+        };
+        self.with(|connection| connection.order("set_perms", path, kind::SET_PERMS, &permissions))
+    }
+
+    fn introduce(&self, domid: DomId, frame: Gfn, port: u32) -> Result<(), StoreError> {
+        let more = [frame.0.to_string(), port.to_string()];
+        let domid = domid.0.to_string();
+        self.with(|connection| connection.order("introduce", &domid, kind::INTRODUCE, &more))
+    }
 }
 
 /// A connection, one request at a time.
@@ -162,6 +191,24 @@ impl Connection {
         match self.ask(kind::WRITE, transaction, payload)? {
             Ok(_) => Ok(()),
             Err(errno) => Err(refused("write", path, errno)),
+        }
+    }
+
+    /// Something that is done or refused: `what`, and more words for it.
+    fn order(
+        &mut self,
+        op: &'static str,
+        what: &str,
+        kind: u32,
+        more: &[String],
+    ) -> Result<(), StoreError> {
+        let mut payload = terminated(what);
+        for word in more {
+            payload.extend(terminated(word));
+        }
+        match self.ask(kind, 0, payload)? {
+            Ok(_) => Ok(()),
+            Err(errno) => Err(refused(op, what, errno)),
         }
     }
 

@@ -7,9 +7,11 @@ use std::os::unix::net::UnixStream;
 use std::thread::JoinHandle;
 
 use nix::errno::Errno;
+use xsr_format::frame::Gfn;
 
 use super::client::Sockets;
 use super::{StoreError, Xenstore};
+use crate::DomId;
 
 type Nodes = BTreeMap<Vec<u8>, Vec<u8>>;
 
@@ -38,6 +40,17 @@ fn serve(conflicts: usize) -> (Sockets, JoinHandle<Nodes>) {
                 11 if path == b"/forbidden" => Err(b"EACCES\0"),
                 11 => {
                     place.insert(path, value);
+                    Ok(b"OK\0".to_vec())
+                }
+                8 | 13 | 14 if path == b"/missing" => Err(b"ENOENT\0"),
+                // Kept as they came, for the tests to look at.
+                8 | 14 => {
+                    let key = [format!("{kind}:").as_bytes(), &path].concat();
+                    place.insert(key, value);
+                    Ok(b"OK\0".to_vec())
+                }
+                13 => {
+                    place.remove(&path);
                     Ok(b"OK\0".to_vec())
                 }
                 6 => {
@@ -154,4 +167,25 @@ fn what_is_no_answer_breaks_the_connection() {
         let error = Sockets::over(Box::new(ours)).read("/a").unwrap_err();
         assert!(matches!(error, StoreError::Connection(_)), "{error}");
     }
+}
+
+#[test]
+fn nodes_go_are_lent_and_rings_are_introduced() {
+    let (store, server) = serve(0);
+    store.remove("/a").unwrap();
+    store.remove("/missing").unwrap();
+    store.let_have("/b", DomId(5), false).unwrap();
+    store.let_have("/c", DomId(5), true).unwrap();
+    store.introduce(DomId(5), Gfn(0x1234), 7).unwrap();
+    let refused = store.let_have("/missing", DomId(5), true).unwrap_err();
+    assert_eq!(refused.errno(), Errno::ENOENT);
+    drop(store);
+    let nodes = server.join().unwrap();
+    let expected: [(&[u8], &[u8]); 3] = [
+        (b"14:/b", b"n0\0r5\0"),
+        (b"14:/c", b"n5\0"),
+        (b"8:5", b"4660\x007\0"),
+    ];
+    let expected = expected.map(|(path, value)| (path.to_vec(), value.to_vec()));
+    assert_eq!(nodes, Nodes::from(expected));
 }

@@ -18,7 +18,10 @@ pub(super) mod kind {
     pub(in super::super) const READ: u32 = 2;
     pub(in super::super) const TRANSACTION_START: u32 = 6;
     pub(in super::super) const TRANSACTION_END: u32 = 7;
+    pub(in super::super) const INTRODUCE: u32 = 8;
     pub(in super::super) const WRITE: u32 = 11;
+    pub(in super::super) const RM: u32 = 13;
+    pub(in super::super) const SET_PERMS: u32 = 14;
     pub(super) const WATCH_EVENT: u32 = 15;
     pub(in super::super) const ERROR: u32 = 16;
 }

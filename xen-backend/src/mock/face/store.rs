@@ -3,9 +3,14 @@
 //! C implementation: `tools/xenstore/xenstored_core.c`; in a guest, Linux's
 //! `drivers/xen/manage.c`.
 
+use nix::errno::Errno;
+use xsr_format::frame::Gfn;
+
 use super::Face;
-use crate::DomainControl;
+use crate::GuestMemory as _;
+use crate::pages::Access;
 use crate::xenstore::{StoreError, Xenstore};
+use crate::{DomId, DomainControl};
 
 impl Xenstore for Face {
     fn read(&self, path: &str) -> Result<Option<Vec<u8>>, StoreError> {
@@ -39,5 +44,46 @@ impl Xenstore for Face {
             }
             _ => Ok(false),
         }
+    }
+
+    fn remove(&self, path: &str) -> Result<(), StoreError> {
+        let below = format!("{path}/");
+        let mut state = self.state();
+        state
+            .nodes
+            .retain(|node, _| node != path && !node.starts_with(&below));
+        Ok(())
+    }
+
+    fn let_have(&self, path: &str, domid: DomId, _owner: bool) -> Result<(), StoreError> {
+        // Guests of the machine read nothing: whether there is a node is all there is to it.
+        let below = format!("{path}/");
+        let state = self.state();
+        let mut nodes = state.nodes.keys();
+        match nodes.any(|node| node == path || node.starts_with(&below)) {
+            true => Ok(()),
+            false => Err(refused("set_perms", domid, Errno::ENOENT)),
+        }
+    }
+
+    fn introduce(&self, domid: DomId, frame: Gfn, port: u32) -> Result<(), StoreError> {
+        let domain = self
+            .domain(domid.0)
+            .map_err(|_| refused("introduce", domid, Errno::ENOENT))?;
+        // It maps the ring: a frame of the domain's, or nothing.
+        let ring = domain.map(&[frame], Access::Write);
+        if !ring.is_ok_and(|ring| ring.failed().is_empty()) {
+            return Err(refused("introduce", domid, Errno::EINVAL));
+        }
+        self.state().store_rings.insert(domid.0, (frame.0, port));
+        Ok(())
+    }
+}
+
+fn refused(op: &'static str, domid: DomId, errno: Errno) -> StoreError {
+    StoreError::Refused {
+        op,
+        path: domid.to_string(),
+        errno,
     }
 }

@@ -1,0 +1,89 @@
+//! `xsr save --direct`: without libxl. The hypervisor and xenstore are asked themselves,
+//! and what is written is a bare libxc stream.
+//!
+//! Nobody waits for the devices of the guest, and a device model is not saved: guests with
+//! one are refused.
+
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, bail};
+use xsr_save_restore::progress::OnProgress;
+use xsr_save_restore::save::precopy::PrecopyPolicy;
+use xsr_save_restore::toolstack::DirectToolstack;
+use xsr_save_restore::{Live, SaveOptions};
+use xsr_xen_backend::{GuestKind, Host as _};
+
+use super::{Ending, ImageSink, Written};
+use crate::args::SaveArgs;
+use crate::backend;
+use crate::exit::Code;
+use crate::file::Output;
+use crate::terminal::Terminal;
+use crate::watch::Watch;
+
+/// Save a domain. Whatever fails before the image has its name leaves the domain running.
+pub(super) fn save(
+    args: &SaveArgs,
+    live: Option<Box<dyn PrecopyPolicy>>,
+    terminal: &Terminal,
+    watch: &mut Watch,
+) -> Result<Code> {
+    let started = Instant::now();
+    let host = backend::hypervisor(&args.backend.backend)?;
+    let domid = host
+        .find(&args.domain)
+        .with_context(|| format!("looking for {}", args.domain))?;
+    let name = host.name(domid)?.unwrap_or_else(|| domid.to_string());
+    let domain = host.domain(domid)?;
+    if domain.info()?.kind == GuestKind::Hvm {
+        bail!("{name} has a device model, which is libxl's to save: drop --direct");
+    }
+    let xen = host.xen_version()?;
+    let output = Output::create(&args.file)?;
+    let mut sink = ImageSink::new(output.file(), watch.interrupt().cancel().clone())?;
+    let mut toolstack = DirectToolstack(&*domain);
+    let options = SaveOptions {
+        threads: args.threads.threads,
+    };
+    let progress: &mut OnProgress<'_> = &mut |progress| watch.progress(progress);
+    let saving = || format!("saving {name}");
+    let saved = match live {
+        None => {
+            xsr_save_restore::save(&*domain, xen, &mut toolstack, &mut sink, &options, progress)
+                .with_context(saving)?
+        }
+        Some(mut policy) => {
+            let live = Live {
+                policy: &mut *policy,
+                verify: false,
+            };
+            xsr_save_restore::save_live(
+                &*domain,
+                xen,
+                &mut toolstack,
+                &mut sink,
+                &options,
+                live,
+                progress,
+            )
+            .with_context(saving)?
+        }
+    };
+    let octets = sink.octets();
+    watch.clear();
+    output.finish()?;
+    let ending = Ending {
+        args,
+        terminal,
+        started,
+        name: &name,
+        domid,
+        domain: &*domain,
+    };
+    ending.conclude(Written { saved, octets }, watch)?;
+    if !args.paused && !args.checkpoint {
+        let left = || format!("{name} is saved and destroyed, but its nodes in xenstore stay");
+        host.forget(domid).with_context(left)?;
+    }
+    Ok(Code::Fine)
+}

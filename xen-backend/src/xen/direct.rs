@@ -1,0 +1,161 @@
+//! What a domain without devices has in xenstore, for whoever works without libxl: its
+//! name, its rings, the nodes by which it is asked to suspend.
+//!
+//! Values and permissions are those that libxl gives them. xenconsoled takes a console of
+//! type "xenconsoled" when xenstore says that there is a new domain.
+//!
+//! C implementation: `libxl__domain_make` in `tools/libs/light/libxl_create.c`,
+//! `libxl__device_console_add` in `libxl_console.c`.
+
+use nix::errno::Errno;
+use xsr_format::frame::Gfn;
+
+use super::XenHost;
+use crate::error::BackendError;
+use crate::xenstore::StoreError;
+use crate::{DomId, Host as _};
+
+/// Octets of output that xenconsoled keeps for nobody.
+const CONSOLE_LIMIT: &str = "1048576";
+
+/// What the guest may read, and what is its own.
+const LENT: [&str; 4] = ["", "/control", "/device", "/console"];
+const GUESTS: [&str; 9] = [
+    "/control/shutdown",
+    "/control/feature-poweroff",
+    "/control/feature-reboot",
+    "/control/feature-suspend",
+    "/device/suspend/event-channel",
+    "/data",
+    "/drivers",
+    "/attr",
+    "/error",
+];
+
+/// A ring: its frame, and the domain's event channel for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ring {
+    /// A pfn of a translated guest, an mfn of a PV guest.
+    pub frame: Gfn,
+    /// The domain's port.
+    pub port: u32,
+}
+
+fn node(domid: DomId, name: &str) -> String {
+    format!("/local/domain/{}{name}", domid.0)
+}
+
+fn failed(op: &'static str, domid: DomId) -> impl Fn(StoreError) -> BackendError {
+    move |error| {
+        tracing::error!(%error, "xenstore");
+        BackendError::domain(op, domid, error.errno())
+    }
+}
+
+impl XenHost {
+    /// The name that a domain has in xenstore; `None` where it has none.
+    ///
+    /// # Errors
+    ///
+    /// The store cannot be reached (ENOTCONN), or refuses.
+    pub fn name(&self, domid: DomId) -> Result<Option<String>, BackendError> {
+        let name = self.shared.store.read(&node(domid, "/name"));
+        let name = name.map_err(failed("name", domid))?;
+        Ok(name.map(|name| String::from_utf8_lossy(&name).into_owned()))
+    }
+
+    /// The domain of this name or number, of those that are there.
+    ///
+    /// # Errors
+    ///
+    /// ESRCH where there is none; as [`XenHost::name`].
+    pub fn find(&self, name: &str) -> Result<DomId, BackendError> {
+        let domains = self.domains()?;
+        for info in &domains {
+            if self.name(info.domid)?.as_deref() == Some(name) {
+                return Ok(info.domid);
+            }
+        }
+        domains
+            .into_iter()
+            .map(|info| info.domid)
+            .find(|domid| name.parse() == Ok(domid.0))
+            .ok_or_else(|| BackendError::host("find", Errno::ESRCH))
+    }
+
+    /// Give a domain its name and its nodes, and connect xenstore and console to its
+    /// rings. A guest without a console ring has no console.
+    ///
+    /// # Errors
+    ///
+    /// What the store refuses. Some nodes may be there then: [`XenHost::forget`] them.
+    pub fn introduce(
+        &self,
+        domid: DomId,
+        name: &str,
+        store: Ring,
+        console: Option<Ring>,
+    ) -> Result<(), BackendError> {
+        let fail = failed("introduce", domid);
+        let xenstore = &*self.shared.store;
+        let mut values = vec![
+            ("/name", name.to_owned()),
+            ("/domid", domid.0.to_string()),
+            (
+                "/control/platform-feature-multiprocessor-suspend",
+                "1".to_owned(),
+            ),
+            ("/control/platform-feature-xs_reset_watches", "1".to_owned()),
+            ("/store/port", store.port.to_string()),
+            ("/store/ring-ref", store.frame.0.to_string()),
+        ];
+        values.extend(GUESTS.map(|path| (path, String::new())));
+        if let Some(console) = console {
+            values.extend([
+                ("/console/type", "xenconsoled".to_owned()),
+                ("/console/output", "pty".to_owned()),
+                ("/console/limit", CONSOLE_LIMIT.to_owned()),
+                ("/console/port", console.port.to_string()),
+                ("/console/ring-ref", console.frame.0.to_string()),
+            ]);
+        }
+        for (path, value) in values {
+            xenstore
+                .write(&node(domid, path), value.as_bytes())
+                .map_err(&fail)?;
+        }
+        let lent = LENT
+            .iter()
+            .filter(|path| console.is_some() || **path != "/console");
+        let lent = lent.map(|path| (path, false));
+        for (path, owner) in lent.chain(GUESTS.iter().map(|path| (path, true))) {
+            xenstore
+                .let_have(&node(domid, path), domid, owner)
+                .map_err(&fail)?;
+        }
+        xenstore
+            .introduce(domid, store.frame, store.port)
+            .map_err(&fail)
+    }
+
+    /// Take what a domain had in xenstore away: what [`XenHost::introduce`] made, and what
+    /// libxl keeps there of one that it made. xenstore lets go of its ring by itself once
+    /// the domain is destroyed.
+    ///
+    /// # Errors
+    ///
+    /// The store cannot be reached (ENOTCONN), or refuses.
+    pub fn forget(&self, domid: DomId) -> Result<(), BackendError> {
+        let fail = failed("forget", domid);
+        let xenstore = &*self.shared.store;
+        let kept = xenstore.read(&node(domid, "/vm")).map_err(&fail)?;
+        let kept = kept.and_then(|path| String::from_utf8(path).ok());
+        if let Some(path) = kept.filter(|path| path.starts_with("/vm/")) {
+            xenstore.remove(&path).map_err(&fail)?;
+        }
+        xenstore
+            .remove(&format!("/libxl/{}", domid.0))
+            .map_err(&fail)?;
+        xenstore.remove(&node(domid, "")).map_err(&fail)
+    }
+}
