@@ -68,7 +68,7 @@ fn what_could_be_read_of_a_bad_image_is_shown() {
     });
     let ran = run(["inspect", "--json", arg(&path)]).code(2);
     let report = ran.json();
-    assert!(report["error"].as_str().unwrap().contains("truncated"));
+    assert!(report["error"].as_str().unwrap().contains("ends inside it"));
     assert_eq!(report["guest"]["name"], "tpvh");
     assert_eq!(report["pages"]["populated"], 1040);
     run(["inspect", arg(&path)])
