@@ -99,12 +99,7 @@ pub(crate) fn stage() -> Result<Outcome> {
 fn fetch() -> Result<PathBuf> {
     let dir = directory();
     if unpacked().is_none() {
-        let archive = download(&dir.with_file_name("peer-download"))?;
-        Invocation::new("dpkg-deb")
-            .arg("-x")
-            .arg(&archive)
-            .arg(&dir)
-            .run()?;
+        unpack(&[PACKAGE], &dir)?;
     }
     ensure!(
         unpacked().is_some(),
@@ -119,14 +114,22 @@ fn fetch() -> Result<PathBuf> {
     Ok(dir)
 }
 
-/// Have apt download the package to `dir`; the archive's path.
-fn download(dir: &Path) -> Result<PathBuf> {
-    let mut archives = download_all(dir, &[PACKAGE])?;
-    archives.pop().context("apt-get left no package behind")
+/// Have apt download packages, beside `dir`, and unpack them there.
+fn unpack(packages: &[&str], dir: &Path) -> Result<()> {
+    let mut download = dir.as_os_str().to_owned();
+    download.push("-download");
+    for archive in download_to(Path::new(&download), packages)? {
+        Invocation::new("dpkg-deb")
+            .arg("-x")
+            .arg(&archive)
+            .arg(dir)
+            .run()?;
+    }
+    Ok(())
 }
 
 /// Have apt download packages to `dir`, which is cleared; the archives' paths.
-fn download_all(dir: &Path, packages: &[&str]) -> Result<Vec<PathBuf>> {
+fn download_to(dir: &Path, packages: &[&str]) -> Result<Vec<PathBuf>> {
     if dir.exists() {
         std::fs::remove_dir_all(dir).with_context(|| format!("cannot clear {}", dir.display()))?;
     }

@@ -448,15 +448,7 @@ impl Plan {
         let domid = host
             .create_domain(self.kind, self.vcpus, self.max_pages)
             .with_context(|| format!("making {name}"))?;
-        let made = Made {
-            domain: host.domain(domid)?,
-            about: About {
-                name: name.clone(),
-                domid,
-                stats: RestoreStats::default(),
-            },
-            keep: false,
-        };
+        let made = Made::new(host.domain(domid)?, domid, name);
         match host.rename(domid, &at_first) {
             Err(e) if !self.name_is_given => {
                 return Err(Error::new(e).context("give the domain a name with --name"));
@@ -547,6 +539,20 @@ pub(crate) struct About {
 }
 
 impl Made {
+    /// A domain that has been created just now, and has nothing yet.
+    fn new(domain: Box<dyn Domain>, domid: DomId, name: &str) -> Self {
+        let about = About {
+            name: name.to_owned(),
+            domid,
+            stats: RestoreStats::default(),
+        };
+        Self {
+            domain,
+            about,
+            keep: false,
+        }
+    }
+
     /// The name that the domain has, or will have.
     pub(crate) fn name(&self) -> &str {
         &self.about.name

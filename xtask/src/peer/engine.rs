@@ -47,14 +47,7 @@ pub(super) fn fetch() -> Result<PathBuf> {
     let dir = workspace::root().join("target/peer-engine");
     let whole = || dir.join(HELPER).is_file() && dir.join(ENGINE).exists();
     if !whole() {
-        let download = dir.with_file_name("peer-engine-download");
-        for archive in super::download_all(&download, &PACKAGES)? {
-            Invocation::new("dpkg-deb")
-                .arg("-x")
-                .arg(&archive)
-                .arg(&dir)
-                .run()?;
-        }
+        super::unpack(&PACKAGES, &dir)?;
     }
     ensure!(
         whole(),

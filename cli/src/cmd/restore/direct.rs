@@ -6,7 +6,6 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, bail};
 use nix::errno::Errno;
 use xsr_save_restore::RestoreOptions;
-use xsr_save_restore::restore::RestoreStats;
 use xsr_save_restore::toolstack::DirectToolstack;
 use xsr_xen_backend::{DomId, GuestKind, Host as _, Ring, XenHost};
 
@@ -111,15 +110,7 @@ fn build<'h>(
         .create_domain(plan.kind, plan.vcpus, plan.max_pages)
         .with_context(|| format!("making {name}"))?;
     let mut built = Built {
-        made: Made {
-            domain: host.domain(domid)?,
-            about: About {
-                name: name.clone(),
-                domid,
-                stats: RestoreStats::default(),
-            },
-            keep: false,
-        },
+        made: Made::new(host.domain(domid)?, domid, &name),
         nodes: Nodes {
             host,
             domid,
