@@ -45,6 +45,10 @@ fn main() -> ExitCode {
         let terminal = Terminal::new(verbose, quiet);
         return ended(xl.run(), &terminal);
     }
+    if name.is_some_and(|name| name == xl::child::NAME) {
+        Terminal::new(0, false).error(&xl::child::become_it());
+        return exit::Code::Failed.into();
+    }
     let cli = match args::Cli::try_parse() {
         Ok(cli) => cli,
         Err(e) => return exit::command_line(&e).into(),

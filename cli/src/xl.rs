@@ -8,7 +8,7 @@
 //! C implementation: `main_save`, `main_restore`, `main_migrate`, `main_migrate_receive`
 //! in `tools/xl`; `LIBXL_SAVE_HELPER` in `tools/libs/light/libxl_save_callout.c`.
 
-mod child;
+pub(crate) mod child;
 #[cfg(test)]
 mod tests;
 
@@ -17,7 +17,7 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus};
+use std::process::ExitStatus;
 
 use anyhow::{Context as _, Error, Result, anyhow, bail};
 use clap::CommandFactory as _;
@@ -108,9 +108,8 @@ impl Xl {
         )?;
         let helper = helper()?;
         tracing::info!(xl = %xl.display(), helper = %helper.display(), ?arguments, "running xl");
-        let mut command = Command::new(xl);
+        let mut command = child::becoming([xl.into_os_string()].into_iter().chain(arguments));
         command
-            .args(arguments)
             .env(HELPER_VARIABLE, helper)
             // The helper has its own meaning for it.
             .env_remove(BACKEND_VARIABLE);

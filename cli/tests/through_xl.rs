@@ -8,11 +8,14 @@ mod common;
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::fd::AsFd as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use common::{Ran, scratch};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -24,6 +27,13 @@ echo \"helper=$LIBXL_SAVE_HELPER backend=${XSR_BACKEND-none}\"
 cat
 echo \"from xl\" >&2
 ";
+
+/// One test at a time: a program that has just been written cannot be started while the
+/// fork of another thread still holds it open for writing.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 fn script(dir: &Path, text: &str) -> PathBuf {
     let path = dir.join("xl");
@@ -58,6 +68,7 @@ fn helper() -> PathBuf {
 
 #[test]
 fn arguments_environment_and_descriptors_are_xls() {
+    let _alone = alone();
     let dir = scratch();
     script(dir.path(), SAYS);
     for (given, xls) in [
@@ -98,6 +109,7 @@ fn arguments_environment_and_descriptors_are_xls() {
 
 #[test]
 fn exit_codes_are_ours() {
+    let _alone = alone();
     for (xls, ours) in [(0, 0), (1, 1), (2, 64), (3, 1), (255, 1)] {
         let dir = scratch();
         script(dir.path(), &format!("#!/bin/sh\nexit {xls}\n"));
@@ -112,6 +124,7 @@ fn exit_codes_are_ours() {
 
 #[test]
 fn signals_reach_xl() {
+    let _alone = alone();
     for (signal, name) in [
         // Not those that a test run in the background ignores, for sh ignores them too.
         (Signal::SIGTERM, "TERM"),
@@ -132,10 +145,8 @@ fn signals_reach_xl() {
         let held = child.stdin.take();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         assert_eq!(lines.next().unwrap().unwrap(), "ready");
-        // What xl is told is what this process waits for by then, or soon: one that it
-        // does not wait for yet would end it, and the line below would not come.
+        // It has xl, and so it has blocked what it passes on.
         let pid = Pid::from_raw(child.id().try_into().unwrap());
-        until_signals_wait(pid);
         kill(pid, signal).unwrap();
         assert_eq!(lines.next().unwrap().unwrap(), format!("got {name}"));
         assert_eq!(child.wait().unwrap().code(), Some(0));
@@ -143,21 +154,41 @@ fn signals_reach_xl() {
     }
 }
 
-/// Wait until a process has blocked SIGTERM, as one does that reads its signals.
-fn until_signals_wait(pid: Pid) {
-    loop {
-        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-        let blocked = status.lines().find_map(|l| l.strip_prefix("SigBlk:"));
-        let blocked = u64::from_str_radix(blocked.unwrap().trim(), 16).unwrap();
-        if blocked & (1 << (Signal::SIGTERM as u64 - 1)) != 0 {
-            return;
+/// Signals that come while xl is being started end both, or neither and xl hears of them:
+/// no xl is ever left to itself.
+#[test]
+fn a_signal_that_comes_early_leaves_no_xl_alone() {
+    let _alone = alone();
+    for turn in 0..60 {
+        let dir = scratch();
+        script(dir.path(), "#!/bin/sh\nread line\n");
+        let mut command = beside(dir.path(), &["save", "web", "f"]);
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let held = child.stdin.take();
+        let stdout = child.stdout.take().unwrap();
+        // At another moment each time.
+        for _ in 0..turn * 2000 {
+            std::hint::spin_loop();
         }
-        std::thread::yield_now();
+        let pid = Pid::from_raw(child.id().try_into().unwrap());
+        kill(pid, Signal::SIGTERM).unwrap();
+        let ended = child.wait().unwrap();
+        assert!(!ended.success(), "{ended:?}");
+        // As long as anybody is left over, this is open.
+        let mut closed = [PollFd::new(stdout.as_fd(), PollFlags::POLLIN)];
+        let closed = poll(&mut closed, PollTimeout::from(10_000_u16)).unwrap();
+        assert_eq!(closed, 1, "an xl is left, turn {turn}");
+        drop(held);
     }
 }
 
 #[test]
 fn what_is_missing_or_not_xls_is_said() {
+    let _alone = alone();
     let dir = scratch();
     let mut command = xsr(&["save", "--backend", "xen", "web", "f"]);
     command.env("PATH", dir.path());
@@ -186,6 +217,7 @@ fn what_is_missing_or_not_xls_is_said() {
 
 #[test]
 fn other_commands_and_other_machines_are_not_xls() {
+    let _alone = alone();
     let dir = scratch();
     script(dir.path(), "#!/bin/sh\nexit 7\n");
     ran(beside(dir.path(), &["save", "--help"]))

@@ -1,9 +1,16 @@
 //! A command that runs in our place: it has our stdin, stdout and stderr, and gets the
 //! signals that we get.
+//!
+//! They are blocked here before there is a child, so that none can end this process and
+//! leave the child to itself. A child begins with what its parent blocks, and nothing
+//! safe lets it begin otherwise: so the child is this program under another name, which
+//! unblocks them and then becomes the command.
 
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, ExitStatus};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Error, Result};
 use nix::errno::Errno;
 use nix::sys::signal::{self, SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -23,23 +30,46 @@ const PASSED_ON: [Signal; 6] = [
 /// the terminal's foreground processes get such a one, the child too.
 const SI_KERNEL: i32 = 0x80;
 
-/// Run it to its end.
-pub(super) fn run(command: &mut Command) -> Result<ExitStatus> {
-    let program = command.get_program().to_string_lossy().into_owned();
-    let mut child = command
-        .spawn()
-        .with_context(|| format!("starting {program}"))?;
-    // Not before: the child would begin with them blocked.
-    wait(&mut child).with_context(|| format!("waiting for {program}"))
+/// The name under which this program becomes the command that its arguments are.
+pub(crate) const NAME: &str = "xsr-becomes";
+
+/// This program, to become `command`; its environment can be added to.
+pub(super) fn becoming(command: impl IntoIterator<Item = OsString>) -> Command {
+    let mut child = Command::new("/proc/self/exe");
+    child.arg0(NAME).args(command);
+    child
 }
 
-fn wait(child: &mut Child) -> Result<ExitStatus> {
+/// Become the command that the arguments are. Only a failure returns.
+pub(crate) fn become_it() -> Error {
+    let mut arguments = std::env::args_os().skip(1);
+    let Some(program) = arguments.next() else {
+        return Error::msg(format!("{NAME} wants a command"));
+    };
+    if let Err(error) = signals().thread_unblock() {
+        return Error::new(error).context("unblocking signals");
+    }
+    let error = Command::new(&program).args(arguments).exec();
+    Error::new(error).context(format!("starting {}", program.display()))
+}
+
+/// Those that are read here: of the child's end, too.
+fn signals() -> SigSet {
     let mut signals: SigSet = PASSED_ON.into_iter().collect();
     signals.add(Signal::SIGCHLD);
-    signals.thread_block().context("blocking signals")?;
-    let arrived = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC)?;
+    signals
+}
+
+/// Run what [`becoming`] made to its end. To be called before there are other threads.
+pub(super) fn run(command: &mut Command) -> Result<ExitStatus> {
+    signals().thread_block().context("blocking signals")?;
+    let arrived = SignalFd::with_flags(&signals(), SfdFlags::SFD_CLOEXEC)?;
+    let mut child = command.spawn().context("starting xl")?;
+    wait(&mut child, &arrived).context("waiting for xl")
+}
+
+fn wait(child: &mut Child, arrived: &SignalFd) -> Result<ExitStatus> {
     loop {
-        // Looked at after the signal that tells of it was blocked, so that none is missed.
         if let Some(status) = child.try_wait()? {
             return Ok(status);
         }
