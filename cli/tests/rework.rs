@@ -327,6 +327,10 @@ fn the_fields_of_blobs_have_names() {
             .unwrap()
             > 0
     );
+    assert_eq!(value(&pv, "start_info", "magic"), "\"xen-3.0-x86_64\"");
+    let features = value(&pv, "X86_CPUID_POLICY 0x1", "edx features");
+    assert!(features.starts_with("fpu, "), "{features}");
+    assert!(features.contains("sse2"), "{features}");
     run(["inspect", "--fields", arg(&image("tpv"))])
         .code(0)
         .stdout_has("highest basic leaf and vendor")
