@@ -132,6 +132,24 @@ fn every_kind_of_legacy_image_keeps_its_memory() {
     }
 }
 
+/// Of a stream that brings no page no image is made: nobody could restore it.
+#[test]
+fn a_legacy_image_without_pages_is_refused() {
+    let dir = scratch();
+    let (legacy, out) = (dir.path().join("g.legacy"), dir.path().join("g.out"));
+    for kind in ["pv64", "hvm"] {
+        let options = ["--kind", kind, "--no-pages", "--filler-batch"];
+        if generate(&legacy, &options).is_none() {
+            return;
+        }
+        run(["convert", arg(&legacy), "-o", arg(&out)])
+            .code(2)
+            .stderr_has("the pages end, and none has come");
+        assert!(!out.exists());
+        run(["verify", arg(&legacy)]).code(2);
+    }
+}
+
 /// A guest that was saved, written as a legacy image, restored from that and saved again is
 /// the same guest.
 #[test]
