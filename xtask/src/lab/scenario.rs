@@ -78,6 +78,15 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     more("migrate_ours_ours", "hvm"),
     more("cancel", "pvh"),
     more("cancel_suspended", "pv"),
+    more("direct", "pv"),
+    more("direct", "pv2"),
+    more("direct", "pvh"),
+    more("direct", "pvh2"),
+    more("direct_live", "pvh"),
+    more("through_xl", "pv"),
+    more("through_xl", "pvh"),
+    more("through_xl", "hvm"),
+    more("through_xl_migrate", "pvh"),
     shadow("stock", "pv32"),
     shadow("ours_stock", "pv32"),
     shadow("stock_ours", "pv32"),
@@ -91,6 +100,9 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     shadow("migrate_ours_ours", "pv2"),
     shadow("migrate_ours_ours", "pv32"),
     shadow("cancel", "pv"),
+    shadow("direct", "pv32"),
+    shadow("direct_live", "pv"),
+    shadow("through_xl_migrate", "pv"),
     more("pairs", "pvh64m"),
     more("pairs", "pv64m"),
 ];
@@ -149,6 +161,19 @@ const KINDS: &[(&str, &str)] = &[
     (
         "cancel_suspended",
         "SIGTERM in the middle of a save with our helper: the guest counts on",
+    ),
+    (
+        "direct",
+        "xsr save --direct and xsr restore --direct, of a bare stream and of libxl's image",
+    ),
+    ("direct_live", "the same, the first save live"),
+    (
+        "through_xl",
+        "xsr save and xsr restore by way of xl, with -c and -p",
+    ),
+    (
+        "through_xl_migrate",
+        "live xsr migrate to the same host, by way of xl, xsr at both ends",
     ),
 ];
 
