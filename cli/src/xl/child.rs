@@ -33,8 +33,9 @@ const SI_KERNEL: i32 = 0x80;
 /// The name under which this program becomes the command that its arguments are.
 pub(crate) const NAME: &str = "xsr-becomes";
 
-/// This program, to become `command`; its environment can be added to.
-pub(super) fn becoming(command: impl IntoIterator<Item = OsString>) -> Command {
+/// This program, to become `command`, with none of the signals blocked that are here; its
+/// environment can be added to.
+pub(crate) fn becoming(command: impl IntoIterator<Item = OsString>) -> Command {
     let mut child = Command::new("/proc/self/exe");
     child.arg0(NAME).args(command);
     child

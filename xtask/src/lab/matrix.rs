@@ -20,7 +20,7 @@ Made by `cargo xtask lab report` from the results of `lab run` and `lab matrix`,
 in `docs/interop.json`: a real Xen
 with Debian's kernel and toolstack, under qemu's software emulation. A scenario is a kind
 and a guest; a guest counts, checks a memory pattern and rewritten pages every round, and
-has to go on doing so (the guest `hvm` sits in its BIOS, and has to be there). A scenario
+has to go on doing so (the HVM guests sit in their BIOS, and have to be there). A scenario
 fails, too, when it leaves a dirty log that is on, a domain (also a dead one that a mapping
 holds), a mapping, an event channel of dom0, a process or a xenstore node behind.
 
@@ -32,16 +32,15 @@ holds, marked *s*; the toolstack is Debian's.
 | guest | |
 |---|---|
 | pv, pv2 | 64-bit PV, 1 and 2 vcpus |
-| pv32 | 32-bit PV, 1 vcpu |
+| pv32, pv32x2 | 32-bit PV, 1 and 2 vcpus |
 | pvh, pvh2 | PVH, 1 and 2 vcpus |
-| hvm | HVM without PV drivers, in SeaBIOS, with qemu as its device model |
+| hvm, hvm2 | HVM without PV drivers, in SeaBIOS, 1 and 2 vcpus, with qemu as its device model |
 ";
 
 /// What nobody has to look for in the tables.
 const MISSING: &str = "
 ## Not in the matrix
 
-- 32-bit PV guests with 2 vcpus: the lab's guest brings up a second one in 64-bit mode only.
 - HVM guests with PV drivers, or with an operating system.
 - Remus and COLO: the helper refuses them.
 ";

@@ -2,6 +2,7 @@
 //! version of the interface, what is said where something is missing, and that nothing
 //! is left behind.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -219,6 +220,39 @@ fn guests_are_suspended_in_the_way_they_understand() {
             domain.destroy().unwrap();
         }
     }
+}
+
+#[test]
+fn nothing_of_a_domain_that_is_forgotten_stays_in_xenstore() {
+    let machine = machine(17);
+    let face = Face::new(&machine);
+    let host = xen(&face);
+    let nodes = |face: &Face| face.state().nodes.clone();
+    let before = nodes(&face);
+    for domid in [1, 12] {
+        // As libxl has it.
+        let made = [
+            (format!("/local/domain/{domid}/name"), "web".to_owned()),
+            (format!("/local/domain/{domid}/vm"), format!("/vm/u{domid}")),
+            (format!("/vm/u{domid}/name"), "web".to_owned()),
+            (format!("/libxl/{domid}/type"), "pv".to_owned()),
+            (
+                format!("/local/domain/0/backend/console/{domid}/0/state"),
+                "1".to_owned(),
+            ),
+        ];
+        let made = made.map(|(path, value)| (path, value.into_bytes()));
+        face.state().nodes.extend(made);
+    }
+    let other = nodes(&face).into_iter().filter(|(path, value)| {
+        let whole = format!("{path}/");
+        whole.contains("/12/") || whole.contains("/u12/") || value == b"/vm/u12"
+    });
+    let other: BTreeMap<String, Vec<u8>> = other.collect();
+    host.forget(DomId(1)).unwrap();
+    assert_eq!(nodes(&face), other);
+    host.forget(DomId(12)).unwrap();
+    assert_eq!(nodes(&face), before);
 }
 
 #[test]
