@@ -165,6 +165,7 @@ fn run_scenarios(args: &RunArgs) -> Result<()> {
         suite: &args.build.suite,
         release: args.release,
         images: &images,
+        shadow_images: &[],
         limit: args.limit,
     };
     let results = boots.run(&lab, &wanted)?;
@@ -179,6 +180,8 @@ struct Boots<'a> {
     release: bool,
     /// Directories with images to restore, too.
     images: &'a [PathBuf],
+    /// Those whose guests need the hypervisor that [`shadow`] builds.
+    shadow_images: &'a [PathBuf],
     /// Of each boot, in seconds.
     limit: u64,
 }
@@ -202,10 +205,13 @@ impl Boots<'_> {
             }
             all.rows.extend(self.boot(lab, &share)?.rows);
         }
-        if !special.is_empty() {
+        if !special.is_empty() || !self.shadow_images.is_empty() {
             let hypervisor = shadow::build(lab, self.suite)?;
             let share = share::Share::prepare(lab, &hypervisor, self.release)?;
             share.scenarios(&special)?;
+            for images in self.shadow_images {
+                share.images(images)?;
+            }
             all.rows.extend(self.boot(lab, &share)?.rows);
         }
         Ok(all)

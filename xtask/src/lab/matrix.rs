@@ -53,7 +53,7 @@ const MISSING: &str = "
 /// the document has been written.
 pub(super) fn run(suites: &[String], limit: u64) -> Result<()> {
     let mut bad = 0;
-    let mut images = Vec::new();
+    let (mut images, mut shadow_images) = (Vec::new(), Vec::new());
     for suite in suites {
         let lab = Lab::build(suite)?;
         let boots = Boots {
@@ -61,10 +61,12 @@ pub(super) fn run(suites: &[String], limit: u64) -> Result<()> {
             release: false,
             // Of the older Xens.
             images: &images,
+            shadow_images: &shadow_images,
             limit,
         };
         bad += boots.run(&lab, &scenarios())?.failures();
         images.push(lab.file("out/images"));
+        shadow_images.push(lab.file("out-shadow/images"));
     }
     report()?;
     match bad {
