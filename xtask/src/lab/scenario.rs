@@ -183,7 +183,7 @@ const KINDS: &[(&str, &str)] = &[
     ),
     (
         "parity",
-        "one suspended domain, written by both helpers: equal octets, but for the TSC's time stamps",
+        "one suspended domain, written by both helpers: equal octets, but for time stamps of the TSC and the PM timer",
     ),
     (
         "migrate_stock_stock",
