@@ -13,6 +13,7 @@ mod host;
 mod kernel;
 mod matrix;
 mod qemu;
+mod record;
 mod results;
 mod scenario;
 mod shadow;
@@ -58,8 +59,8 @@ enum LabTask {
     Run(RunArgs),
     /// Run all scenarios on each suite's Xen; write docs/interop.md
     Matrix(MatrixArgs),
-    /// Write docs/interop.md from the last run of each scenario
-    Report(MatrixArgs),
+    /// Take the last run of each scenario over into docs/interop.json; write docs/interop.md
+    Report,
     /// List the scenarios
     List,
 }
@@ -122,7 +123,7 @@ pub(crate) fn run(args: &LabArgs) -> Result<()> {
         }
         LabTask::Run(args) => run_scenarios(args),
         LabTask::Matrix(args) => matrix::run(&args.suites, args.limit),
-        LabTask::Report(args) => matrix::report(&args.suites),
+        LabTask::Report => matrix::report(),
         LabTask::List => {
             for scenario in SCENARIOS {
                 let smoke = if scenario.smoke { "  (smoke)" } else { "" };
@@ -164,6 +165,7 @@ fn run_scenarios(args: &RunArgs) -> Result<()> {
         suite: &args.build.suite,
         release: args.release,
         images: &images,
+        shadow_images: &[],
         limit: args.limit,
     };
     let results = boots.run(&lab, &wanted)?;
@@ -178,6 +180,8 @@ struct Boots<'a> {
     release: bool,
     /// Directories with images to restore, too.
     images: &'a [PathBuf],
+    /// Those whose guests need the hypervisor that [`shadow`] builds.
+    shadow_images: &'a [PathBuf],
     /// Of each boot, in seconds.
     limit: u64,
 }
@@ -201,10 +205,13 @@ impl Boots<'_> {
             }
             all.rows.extend(self.boot(lab, &share)?.rows);
         }
-        if !special.is_empty() {
+        if !special.is_empty() || !self.shadow_images.is_empty() {
             let hypervisor = shadow::build(lab, self.suite)?;
             let share = share::Share::prepare(lab, &hypervisor, self.release)?;
             share.scenarios(&special)?;
+            for images in self.shadow_images {
+                share.images(images)?;
+            }
             all.rows.extend(self.boot(lab, &share)?.rows);
         }
         Ok(all)

@@ -38,7 +38,7 @@ impl PeerFace {
     ///
     /// Its errno; EFAULT for addresses that are not the caller's.
     pub fn hypercall(&self, number: u32, arguments: [u64; 5]) -> Result<u64, Errno> {
-        self.0.hypercall(number, arguments)
+        self.0.answer(number, arguments)
     }
 
     /// Map frames of a domain, one behind the other; those that could not be mapped are
