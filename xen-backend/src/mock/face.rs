@@ -24,6 +24,7 @@ mod tests;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
@@ -37,7 +38,7 @@ use crate::error::BackendError;
 use crate::pages::{Access, ForeignPages};
 use crate::privcmd::{CallBuffer, FrameMapping, Hypercalls, Resource};
 use crate::sys::common as sys;
-use crate::xen::interface::{INTERFACES, Interface};
+use crate::xen::interface::{INTERFACES, Interface, versions};
 use crate::xen::{OpenError, XenHost};
 use crate::{DomId, DomainControl, HvmGuest, PvGuest};
 
@@ -71,6 +72,22 @@ pub(crate) struct Face {
     sysctl: u32,
     state: Arc<Mutex<State>>,
     buffers: Buffers,
+    asked: Arc<Asked>,
+}
+
+/// What has been asked of the machine. Said in the log when nobody can ask any more: a
+/// benchmark reads it there.
+#[derive(Debug, Default)]
+struct Asked {
+    hypercalls: AtomicU64,
+    maps: AtomicU64,
+}
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        let [hypercalls, maps] = [&mut self.hypercalls, &mut self.maps].map(|n| *n.get_mut());
+        tracing::debug!(hypercalls, maps, "asked of the machine");
+    }
 }
 
 /// What the machine does not keep.
@@ -97,22 +114,6 @@ impl fmt::Debug for Face {
     }
 }
 
-/// The versions of the domctl and the sysctl interface that a Xen 4.`minor` has.
-const fn versions(minor: u16) -> (u32, u32) {
-    match minor {
-        0..=14 => (0x12, 0x13),
-        15 => (0x13, 0x13),
-        16 => (0x14, 0x14),
-        17 => (0x15, 0x15),
-        18 => (0x16, 0x15),
-        19 | 20 => (0x17, 0x15),
-        21 => (0x17, 0x16),
-        22 => (0x18, 0x16),
-        // What is to come.
-        _ => (0x19, 0x17),
-    }
-}
-
 impl MockHost {
     /// The machine as a hypervisor, of the version that it says it is: the same
     /// domains, reached by hypercalls. Everything that works on a real Xen can be tried
@@ -136,6 +137,7 @@ impl Face {
             sysctl,
             state: Arc::default(),
             buffers: Buffers::default(),
+            asked: Arc::default(),
         }
     }
 
@@ -258,13 +260,36 @@ impl Face {
             let [number, _, a, b, c, d, e, _]: [u64; 8] = self.load(place)?;
             let answer = match u32::try_from(number) {
                 Ok(MULTICALL) | Err(_) => Err(Errno::ENOSYS),
-                Ok(number) => self.hypercall(number, [a, b, c, d, e]),
+                Ok(number) => self.dispatch(number, [a, b, c, d, e]),
             };
             // As Xen: an error is its negative number.
             let result = answer.unwrap_or_else(|errno| (-i64::from(errno as i32)).cast_unsigned());
             self.save(place + 8, &result)?;
         }
         Ok(0)
+    }
+
+    /// Have a hypercall answered, one in a list among them.
+    fn dispatch(&self, number: u32, arguments: [u64; 5]) -> Result<u64, Errno> {
+        if self.state().obstacles.restricted {
+            return Err(Errno::EPERM);
+        }
+        let [first, second, ..] = arguments;
+        match number {
+            sys::__HYPERVISOR_domctl => self.domctl(first),
+            sys::__HYPERVISOR_sysctl => self.sysctl(first),
+            sys::__HYPERVISOR_memory_op => self.memory_op(first, second),
+            sys::__HYPERVISOR_hvm_op => self.hvm_op(first, second),
+            sys::__HYPERVISOR_event_channel_op => self.event_channel_op(first, second),
+            sys::__HYPERVISOR_sched_op => self.sched_op(first, second),
+            MULTICALL => self.multicall(first, second),
+            sys::__HYPERVISOR_mmuext_op => self.mmuext_op(arguments),
+            sys::__HYPERVISOR_xen_version if first == u64::from(sys::XENVER_version) => {
+                let version = self.host.config().xen_version;
+                Ok(u64::from(version.major) << 16 | u64::from(version.minor))
+            }
+            _ => Err(Errno::ENOSYS),
+        }
     }
 
     /// `mmuext_op` of pins only: three words each, of which the first is the command and
@@ -298,25 +323,8 @@ fn errno(error: BackendError) -> Errno {
 
 impl Hypercalls for Face {
     fn hypercall(&self, number: u32, arguments: [u64; 5]) -> Result<u64, Errno> {
-        if self.state().obstacles.restricted {
-            return Err(Errno::EPERM);
-        }
-        let [first, second, ..] = arguments;
-        match number {
-            sys::__HYPERVISOR_domctl => self.domctl(first),
-            sys::__HYPERVISOR_sysctl => self.sysctl(first),
-            sys::__HYPERVISOR_memory_op => self.memory_op(first, second),
-            sys::__HYPERVISOR_hvm_op => self.hvm_op(first, second),
-            sys::__HYPERVISOR_event_channel_op => self.event_channel_op(first, second),
-            sys::__HYPERVISOR_sched_op => self.sched_op(first, second),
-            MULTICALL => self.multicall(first, second),
-            sys::__HYPERVISOR_mmuext_op => self.mmuext_op(arguments),
-            sys::__HYPERVISOR_xen_version if first == u64::from(sys::XENVER_version) => {
-                let version = self.host.config().xen_version;
-                Ok(u64::from(version.major) << 16 | u64::from(version.minor))
-            }
-            _ => Err(Errno::ENOSYS),
-        }
+        self.asked.hypercalls.fetch_add(1, Ordering::Relaxed);
+        self.dispatch(number, arguments)
     }
 
     fn buffer(&self, octets: usize) -> Result<Box<dyn CallBuffer>, Errno> {
@@ -332,10 +340,12 @@ impl Hypercalls for Face {
         if self.state().obstacles.unprivileged {
             return Err(Errno::EPERM);
         }
+        self.asked.maps.fetch_add(1, Ordering::Relaxed);
         Ok(Box::new(mapping::Mapping::new(self, domid, gfns, access)))
     }
 
     fn map_resource(&self, domid: DomId, resource: Resource) -> Result<ForeignPages, Errno> {
+        self.asked.maps.fetch_add(1, Ordering::Relaxed);
         mapping::resource(self, domid, resource)
     }
 
