@@ -20,6 +20,7 @@ mod platform;
 mod pv;
 mod suspend;
 use std::collections::BTreeSet;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::errno::Errno;
@@ -110,6 +111,8 @@ struct XenDomain {
     shared: Arc<Shared>,
     domid: DomId,
     kind: GuestKind,
+    /// Vcpus it is known to have, at least.
+    vcpus: AtomicU64,
 }
 
 impl XenDomain {
@@ -166,6 +169,7 @@ impl Host for XenHost {
             shared: Arc::clone(&self.shared),
             domid,
             kind: info.kind,
+            vcpus: AtomicU64::new(0),
         }))
     }
 

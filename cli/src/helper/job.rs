@@ -2,12 +2,14 @@
 
 use std::error::Error as StdError;
 use std::io;
+use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use nix::errno::Errno;
+use rustix::pipe::{fcntl_getpipe_size, fcntl_setpipe_size};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use xsr_format::read::{ReadOptions, RecordReader};
 use xsr_save_restore::save::precopy::XenPolicy;
@@ -23,8 +25,11 @@ use crate::signals;
 use crate::toolstack::Libxl;
 use crate::wire::Wire;
 
-/// The hypervisor to work on, for tests: `mock:DIR`. Not set: the Xen this runs on.
+/// The hypervisor to work on, for tests: `mock:DIR`, or `mock-xen:DIR`, which is the same
+/// machine asked by hypercalls. Not set: the Xen this runs on.
 const BACKEND: &str = "XSR_BACKEND";
+/// How many threads to work with. Not set: as many as there are processors.
+const THREADS: &str = "XSR_THREADS";
 
 /// How it ended, as libxl is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,13 +87,14 @@ impl Backend {
     fn open() -> Result<Self> {
         match std::env::var(BACKEND) {
             Ok(name) => {
-                let dir = name
-                    .strip_prefix("mock:")
-                    .with_context(|| format!("{BACKEND} is {name:?}, expected mock:DIR"))?;
-                Ok(Self {
-                    host: Box::new(MockHost::open(Path::new(dir))?),
-                    mock: true,
-                })
+                let (how, dir) = name.split_once(':').unwrap_or_default();
+                let open = || MockHost::open(Path::new(dir));
+                let host: Box<dyn Host> = match how {
+                    "mock" => Box::new(open()?),
+                    "mock-xen" => Box::new(open()?.as_xen()?),
+                    _ => bail!("{BACKEND} is {name:?}, expected mock:DIR or mock-xen:DIR"),
+                };
+                Ok(Self { host, mock: true })
             }
             Err(std::env::VarError::NotPresent) => Ok(Self {
                 host: Box::new(XenHost::open()?),
@@ -108,13 +114,40 @@ fn inherited(fd: i32) -> Result<OwnedFd> {
     let own = pidfd_open(getpid(), PidfdFlags::empty())
         .and_then(|process| pidfd_getfd(process, fd, PidfdGetfdFlags::empty()));
     match own {
-        Ok(own) => Ok(own),
+        Ok(own) => {
+            widen(&own);
+            Ok(own)
+        }
         Err(rustix::io::Errno::NOSYS) => {
             bail!("the kernel has no pidfd_getfd: dom0 needs Linux 5.6 or newer")
         }
         Err(errno) => {
             Err(io::Error::from(errno)).with_context(|| format!("the stream's descriptor {fd}"))
         }
+    }
+}
+
+/// Let a pipe hold more than the 64 KiB it begins with: fewer turns between the two
+/// processes. Where that is not allowed, and where it is no pipe, nothing changes.
+fn widen(stream: &OwnedFd) {
+    const OCTETS: usize = 1 << 20;
+    if fcntl_getpipe_size(stream).is_ok_and(|octets| octets < OCTETS)
+        && let Err(error) = fcntl_setpipe_size(stream, OCTETS)
+    {
+        tracing::debug!(%error, "the pipe keeps its size");
+    }
+}
+
+fn threads() -> Result<Option<NonZeroUsize>> {
+    match std::env::var(THREADS) {
+        Ok(number) => {
+            let number = number.parse();
+            Ok(Some(number.with_context(|| {
+                format!("{THREADS} is no number of threads")
+            })?))
+        }
+        Err(std::env::VarError::NotPresent) => Ok(None),
+        Err(error) => Err(anyhow!("{THREADS}: {error}")),
     }
 }
 
@@ -144,7 +177,9 @@ fn save(args: &SaveArgs, wire: &Wire, backend: &Backend) -> Result<()> {
     };
     let mut steps = Steps::new(wire);
     let xen = backend.host.xen_version()?;
-    let options = SaveOptions::default();
+    let options = SaveOptions {
+        threads: threads()?,
+    };
     let mut policy = XenPolicy;
     let live = Live {
         policy: &mut policy,
@@ -202,7 +237,7 @@ fn restore(args: &RestoreArgs, wire: &Wire, backend: &Backend) -> Result<()> {
         store_domid: args.store_domid,
         console_port: args.console_port,
         console_domid: args.console_domid,
-        threads: None,
+        threads: threads()?,
     };
     let mut on_progress = |_: &_| match wire.lost() {
         Some(_) => ControlFlow::Break(()),

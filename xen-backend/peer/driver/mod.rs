@@ -28,8 +28,10 @@ const RESTORE_CALLBACKS: u32 = 1 << STATIC_DATA_DONE;
 pub(crate) enum Whose {
     /// Debian's `libxl-save-helper`.
     Stock,
-    /// `xsr-save-helper`.
+    /// `xsr-save-helper`, which asks the machine directly.
     Ours,
+    /// `xsr-save-helper`, which asks the machine by hypercalls, as stock does.
+    OursByCalls,
 }
 
 /// The two helpers.
@@ -38,6 +40,10 @@ pub(crate) struct Helpers {
     stock: PathBuf,
     libraries: OsString,
     ours: PathBuf,
+    /// Words before the command: a program that runs it.
+    pub(crate) under: Vec<OsString>,
+    /// What else is in its environment.
+    pub(crate) environment: Vec<(OsString, OsString)>,
 }
 
 impl Helpers {
@@ -47,6 +53,8 @@ impl Helpers {
             stock: std::env::var_os("XSR_PEER_HELPER")?.into(),
             libraries: std::env::var_os("XSR_PEER_LIBRARIES")?,
             ours: std::env::var_os("XSR_PEER_OURS")?.into(),
+            under: Vec::new(),
+            environment: Vec::new(),
         })
     }
 
@@ -60,18 +68,24 @@ impl Helpers {
     ) -> io::Result<Child> {
         let mut command = Command::new("sh");
         command.args(["-c", "exec \"$0\" \"$@\" 7>&2 2>/dev/null"]);
+        command.args(&self.under);
+        let backend = |how: &str| {
+            let mut backend = OsString::from(how);
+            backend.push(host);
+            backend
+        };
         match whose {
             Whose::Stock => command
                 .arg(&self.stock)
                 .env("LD_LIBRARY_PATH", &self.libraries)
                 .env("XSR_PEER_HOST", host),
-            Whose::Ours => {
-                let mut backend = OsString::from("mock:");
-                backend.push(host);
-                command.arg(&self.ours).env("XSR_BACKEND", backend)
-            }
+            Whose::Ours => command.arg(&self.ours).env("XSR_BACKEND", backend("mock:")),
+            Whose::OursByCalls => command
+                .arg(&self.ours)
+                .env("XSR_BACKEND", backend("mock-xen:")),
         };
         command
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .args(arguments.split(' '))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -209,12 +223,12 @@ pub(crate) fn with_guest(
     width: u8,
     mib: u64,
 ) -> Result<DomId, MockError> {
-    let host = MockHost::create(dir, &config(mib))?;
-    host.create_guest(&GuestSpec {
+    let spec = GuestSpec {
         width,
         vcpus: 2,
         ..GuestSpec::new("peer", kind, mib)
-    })
+    };
+    MockHost::create(dir, &config(mib))?.create_guest(&spec)
 }
 
 /// A domain that has nothing yet, and its ports for xenstore and console.
@@ -232,7 +246,16 @@ pub(crate) struct Empty {
 ///
 /// As [`MockHost::create`].
 pub(crate) fn empty(dir: &Path, kind: GuestKind, width: u8, mib: u64) -> Result<Empty, MockError> {
-    let host = MockHost::create(dir, &config(mib))?;
+    empty_on(&MockHost::create(dir, &config(mib))?, kind, width, mib)
+}
+
+/// As [`empty`], on a machine that is there.
+pub(crate) fn empty_on(
+    host: &MockHost,
+    kind: GuestKind,
+    width: u8,
+    mib: u64,
+) -> Result<Empty, MockError> {
     let domid = host.create_domain(kind, 2, (mib << 8) + 1024)?;
     let domain = host.domain(domid)?;
     // As libxl does, before the helper comes.

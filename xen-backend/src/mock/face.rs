@@ -25,6 +25,7 @@ mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
@@ -39,7 +40,7 @@ use crate::pages::{Access, ForeignPages};
 use crate::privcmd::call::GRANT_TABLE_OP;
 use crate::privcmd::{Call, CallBuffer, FrameMapping, Hypercalls, Resource};
 use crate::sys::common as sys;
-use crate::xen::interface::{INTERFACES, Interface};
+use crate::xen::interface::{INTERFACES, Interface, versions};
 use crate::xen::{OpenError, XenHost};
 use crate::{DomId, DomainControl, HvmGuest, PvGuest};
 
@@ -77,6 +78,22 @@ pub(crate) struct Face {
     sysctl: u32,
     state: Arc<Mutex<State>>,
     buffers: Buffers,
+    asked: Arc<Asked>,
+}
+
+/// What has been asked of the machine. Said in the log when nobody can ask any more: a
+/// benchmark reads it there.
+#[derive(Debug, Default)]
+struct Asked {
+    hypercalls: AtomicU64,
+    maps: AtomicU64,
+}
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        let [hypercalls, maps] = [&mut self.hypercalls, &mut self.maps].map(|n| *n.get_mut());
+        tracing::debug!(hypercalls, maps, "asked of the machine");
+    }
 }
 
 /// What the machine does not keep.
@@ -105,22 +122,6 @@ impl fmt::Debug for Face {
     }
 }
 
-/// The versions of the domctl and the sysctl interface that a Xen 4.`minor` has.
-const fn versions(minor: u16) -> (u32, u32) {
-    match minor {
-        0..=14 => (0x12, 0x13),
-        15 => (0x13, 0x13),
-        16 => (0x14, 0x14),
-        17 => (0x15, 0x15),
-        18 => (0x16, 0x15),
-        19 | 20 => (0x17, 0x15),
-        21 => (0x17, 0x16),
-        22 => (0x18, 0x16),
-        // What is to come.
-        _ => (0x19, 0x17),
-    }
-}
-
 impl MockHost {
     /// The machine as a hypervisor, of the version that it says it is: the same
     /// domains, reached by hypercalls. Everything that works on a real Xen can be tried
@@ -144,6 +145,7 @@ impl Face {
             sysctl,
             state: Arc::default(),
             buffers: Buffers::default(),
+            asked: Arc::default(),
         }
     }
 
@@ -299,7 +301,7 @@ impl Face {
         Ok(0)
     }
 
-    /// Answer a hypercall. Addresses that are no buffer's are EFAULT.
+    /// Answer a hypercall, one in a list among them. Addresses that are no buffer's are EFAULT.
     fn answer(&self, number: u32, arguments: [u64; 5]) -> Result<u64, Errno> {
         if self.state().obstacles.restricted {
             return Err(Errno::EPERM);
@@ -330,6 +332,7 @@ fn errno(error: BackendError) -> Errno {
 
 impl Hypercalls for Face {
     fn hypercall(&self, call: Call<'_>) -> Result<u64, Errno> {
+        self.asked.hypercalls.fetch_add(1, Ordering::Relaxed);
         self.answer(call.number(), call.arguments())
     }
 
@@ -346,10 +349,12 @@ impl Hypercalls for Face {
         if self.state().obstacles.unprivileged {
             return Err(Errno::EPERM);
         }
+        self.asked.maps.fetch_add(1, Ordering::Relaxed);
         Ok(Box::new(mapping::Mapping::new(self, domid, gfns, access)))
     }
 
     fn map_resource(&self, domid: DomId, resource: Resource) -> Result<ForeignPages, Errno> {
+        self.asked.maps.fetch_add(1, Ordering::Relaxed);
         mapping::resource(self, domid, resource)
     }
 

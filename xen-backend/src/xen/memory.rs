@@ -91,10 +91,10 @@ impl XenDomain {
             let named = &mut [&mut buffer];
             let (count, _) = self.calls().with_struct_naming(number, op, &ask, named)?;
             let count = usize::try_from(count).map_err(|_| Errno::EINVAL)?;
-            let mut word = [0; 8];
-            for (index, gfn) in chunk.iter_mut().enumerate().take(count) {
-                buffer.read(index * 8, &mut word);
-                *gfn = Gfn(u64::from_ne_bytes(word));
+            let count = count.min(extents.len());
+            let answer = Calls::contents(&buffer, count * 8);
+            for (word, gfn) in answer.as_chunks().0.iter().zip(chunk) {
+                *gfn = Gfn(u64::from_ne_bytes(*word));
             }
             done += count;
             if count < extents.len() {
@@ -149,11 +149,10 @@ impl GuestMemory for XenDomain {
             // Some of the frames may have given way to their types.
             buffer.write(0, frames.as_bytes());
         }
-        let mut word = [0; 8];
-        for (index, out) in out.iter_mut().enumerate() {
-            buffer.read(index * 8, &mut word);
+        let answer = Calls::contents(&buffer, frames.len() * 8);
+        for (word, out) in answer.as_chunks().0.iter().zip(out) {
             // The four bits of the type are the uppermost of the lower half.
-            let bits = u64::from_ne_bytes(word) >> 28 & 0xf;
+            let bits = u64::from_ne_bytes(*word) >> 28 & 0xf;
             *out = PageType::from_nibble(u8::try_from(bits).map_err(|_| fail(Errno::EINVAL))?);
         }
         Ok(())

@@ -10,7 +10,7 @@ use nix::unistd::geteuid;
 use thiserror::Error;
 
 use super::calls::{self, Calls};
-use super::interface::{INTERFACES, Interface};
+use super::interface::{INTERFACES, Interface, versions};
 use super::{Privcmd, sys};
 use crate::XenVersion;
 use crate::privcmd::{Call, Hypercalls};
@@ -139,7 +139,10 @@ pub(super) fn probe(raw: Arc<dyn Hypercalls>) -> Result<(Calls, XenVersion), Ope
         }
     };
     let XenVersion { major, minor } = version;
-    for interface in &INTERFACES {
+    // What this version should speak first; a build of it may speak another.
+    let (expected, _) = versions(minor);
+    let (likely, others): (Vec<_>, Vec<_>) = INTERFACES.iter().partition(|i| i.domctl == expected);
+    for interface in likely.into_iter().chain(others) {
         match speaks(&*raw, interface.domctl) {
             Ok(true) => return Ok((Calls { raw, interface }, version)),
             Ok(false) => {}

@@ -3,6 +3,8 @@
 //! C implementation: `tools/libs/guest/{xg_sr_common_x86_pv,xg_private}.c`,
 //! `tools/libs/ctrl/{xc_domain,xc_private}.c`.
 
+use std::sync::atomic::Ordering;
+
 use nix::errno::Errno;
 use xsr_format::frame::{Gfn, Mfn};
 use zerocopy::{FromZeros, IntoBytes};
@@ -182,9 +184,16 @@ impl XenDomain {
         }
     }
 
-    /// A vcpu above the largest is EINVAL for Xen too, but not in every call.
+    /// A vcpu above the largest is EINVAL for Xen too, but not in every call. There may
+    /// come to be more of them, and never fewer.
     fn vcpu_exists(&self, vcpu: u32) -> Result<(), Errno> {
-        match vcpu <= self.calls().info(self.domid)?.max_vcpu_id {
+        let known = |vcpus: u64| u64::from(vcpu) < vcpus;
+        if known(self.vcpus.load(Ordering::Relaxed)) {
+            return Ok(());
+        }
+        let vcpus = u64::from(self.calls().info(self.domid)?.max_vcpu_id) + 1;
+        self.vcpus.fetch_max(vcpus, Ordering::Relaxed);
+        match known(vcpus) {
             true => Ok(()),
             false => Err(Errno::EINVAL),
         }
