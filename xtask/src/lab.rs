@@ -86,6 +86,9 @@ pub(crate) struct BuildArgs {
     /// it, it is built anyway)
     #[arg(long)]
     shadow: bool,
+    /// Of this source of Xen (xen_VERSION.orig.tar.*), where the suite's cannot be had
+    #[arg(long, value_name = "FILE", requires = "shadow")]
+    source: Option<PathBuf>,
 }
 
 /// What to run, and where.
@@ -117,7 +120,8 @@ pub(crate) fn run(args: &LabArgs) -> Result<()> {
             let lab = Lab::build(&args.suite)?;
             println!("{}", lab.describe()?);
             if args.shadow {
-                println!("{}", shadow::build(&lab, &args.suite)?.display());
+                let built = shadow::build_of(&lab, &args.suite, args.source.as_deref())?;
+                println!("{}", built.display());
             }
             Ok(())
         }
@@ -145,6 +149,7 @@ pub(crate) fn stage() -> Result<Outcome> {
         build: BuildArgs {
             suite: OLDEST.to_owned(),
             shadow: false,
+            source: None,
         },
         release: false,
         images: None,
