@@ -10,17 +10,18 @@ use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use nix::errno::Errno;
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use xsr_format::read::{ReadOptions, RecordReader};
+use xsr_save_restore::restore::checkpoint::CheckpointOptions;
 use xsr_save_restore::save::precopy::XenPolicy;
 use xsr_save_restore::sink::FdSink;
 use xsr_save_restore::source::FdSource;
 use xsr_save_restore::{Live, RestoreOptions, SaveOptions};
 use xsr_xen_backend::mock::MockHost;
-use xsr_xen_backend::{BackendError, Host, MapError, XenHost};
+use xsr_xen_backend::{BackendError, DomId, Domain, Host, MapError, XenHost};
 
 use crate::args::{Args, RestoreArgs, SaveArgs, StreamType};
 use crate::progress::Steps;
 use crate::signals;
-use crate::toolstack::Libxl;
+use crate::toolstack::{Libxl, MockGuest};
 use crate::wire::Wire;
 
 /// The hypervisor to work on, for tests: `mock:DIR`. Not set: the Xen this runs on.
@@ -73,9 +74,9 @@ pub(crate) fn run(args: &Args, wire: &Wire) -> Result<Outcome> {
 }
 
 /// A hypervisor.
-struct Backend {
-    host: Box<dyn Host>,
-    mock: bool,
+enum Backend {
+    Xen(XenHost),
+    Mock(MockHost),
 }
 
 impl Backend {
@@ -85,16 +86,25 @@ impl Backend {
                 let dir = name
                     .strip_prefix("mock:")
                     .with_context(|| format!("{BACKEND} is {name:?}, expected mock:DIR"))?;
-                Ok(Self {
-                    host: Box::new(MockHost::open(Path::new(dir))?),
-                    mock: true,
-                })
+                Ok(Self::Mock(MockHost::open(Path::new(dir))?))
             }
-            Err(std::env::VarError::NotPresent) => Ok(Self {
-                host: Box::new(XenHost::open()?),
-                mock: false,
-            }),
+            Err(std::env::VarError::NotPresent) => Ok(Self::Xen(XenHost::open()?)),
             Err(error) => Err(anyhow!("{BACKEND}: {error}")),
+        }
+    }
+
+    fn host(&self) -> &dyn Host {
+        match self {
+            Self::Xen(host) => host,
+            Self::Mock(host) => host,
+        }
+    }
+
+    /// What libxl cannot do to a domain of the mock machine.
+    fn mock<'d>(&self, domid: DomId, domain: &'d dyn Domain) -> Result<Option<MockGuest<'d>>> {
+        match self {
+            Self::Xen(_) => Ok(None),
+            Self::Mock(host) => Ok(Some(MockGuest::of(host, domid, domain)?)),
         }
     }
 }
@@ -118,20 +128,20 @@ fn inherited(fd: i32) -> Result<OwnedFd> {
     }
 }
 
-fn plain(stream: StreamType) -> Result<()> {
+fn known(stream: StreamType) -> Result<()> {
     match stream {
-        StreamType::Plain => Ok(()),
+        StreamType::Plain | StreamType::Remus => Ok(()),
         // Nothing has happened to the guest yet: libxl lets it run on.
-        StreamType::Remus | StreamType::Colo => Err(anyhow::Error::new(Errno::EOPNOTSUPP)
-            .context("Remus and COLO are not supported by this helper; use Xen's own")),
+        StreamType::Colo => Err(anyhow::Error::new(Errno::EOPNOTSUPP)
+            .context("COLO is not supported by this helper; use Xen's own")),
     }
 }
 
 fn save(args: &SaveArgs, wire: &Wire, backend: &Backend) -> Result<()> {
-    plain(args.stream)?;
+    known(args.stream)?;
     let cancel = wire.cancel();
     let mut sink = FdSink::cancellable(inherited(args.io_fd)?, cancel.clone())?;
-    let domain = backend.host.domain(args.domid)?;
+    let domain = backend.host().domain(args.domid)?;
     let domain = domain.as_ref();
     let kind = domain.info()?.kind;
     let type_name = if kind.is_translated() { "HVM" } else { "PV" };
@@ -140,10 +150,10 @@ fn save(args: &SaveArgs, wire: &Wire, backend: &Backend) -> Result<()> {
         wire,
         callbacks: args.callbacks,
         domid: args.domid,
-        mock: backend.mock.then_some(domain),
+        mock: backend.mock(args.domid, domain)?,
     };
-    let mut steps = Steps::new(wire);
-    let xen = backend.host.xen_version()?;
+    let mut steps = Steps::new(wire, args.stream);
+    let xen = backend.host().xen_version()?;
     let options = SaveOptions::default();
     let mut policy = XenPolicy;
     let live = Live {
@@ -151,6 +161,20 @@ fn save(args: &SaveArgs, wire: &Wire, backend: &Backend) -> Result<()> {
         verify: args.debug,
     };
     let mut on_progress = |progress: &_| steps.event(progress);
+    if args.stream == StreamType::Remus {
+        let stats = xsr_save_restore::save_checkpointed(
+            domain,
+            xen,
+            &mut toolstack,
+            &mut sink,
+            &options,
+            live.policy,
+            &mut on_progress,
+        )?;
+        // The guest runs on; nobody protects it any more.
+        tracing::info!("checkpoint {} was the last", stats.checkpoints);
+        return Ok(());
+    }
     let saved = match args.live {
         true => xsr_save_restore::save_live(
             domain,
@@ -179,9 +203,9 @@ fn save(args: &SaveArgs, wire: &Wire, backend: &Backend) -> Result<()> {
 }
 
 fn restore(args: &RestoreArgs, wire: &Wire, backend: &Backend) -> Result<()> {
-    plain(args.stream)?;
+    known(args.stream)?;
     let source = FdSource::new(inherited(args.io_fd)?);
-    let domain = backend.host.domain(args.domid)?;
+    let domain = backend.host().domain(args.domid)?;
     let reader = RecordReader::new(source, ReadOptions::default())?;
     let header = reader.domain();
     tracing::info!(
@@ -208,13 +232,24 @@ fn restore(args: &RestoreArgs, wire: &Wire, backend: &Backend) -> Result<()> {
         Some(_) => ControlFlow::Break(()),
         None => ControlFlow::Continue(()),
     };
-    let (restored, _) = xsr_save_restore::restore(
-        domain.as_ref(),
-        reader,
-        &mut toolstack,
-        &options,
-        &mut on_progress,
-    )?;
+    let domain = domain.as_ref();
+    let restored = match args.stream {
+        StreamType::Remus => {
+            let survivor = xsr_save_restore::restore_checkpointed(
+                domain,
+                reader,
+                &mut toolstack,
+                &options,
+                &CheckpointOptions::default(),
+                &mut on_progress,
+            )?;
+            tracing::info!("the guest is checkpoint {}", survivor.checkpoints);
+            survivor.restored
+        }
+        _ => {
+            xsr_save_restore::restore(domain, reader, &mut toolstack, &options, &mut on_progress)?.0
+        }
+    };
     tracing::info!("Restore successful");
     let ring = |gfn: Option<xsr_format::frame::Gfn>| gfn.map_or(0, |gfn| gfn.0);
     tracing::info!(
