@@ -18,7 +18,7 @@ use xsr_format::record::RecordKind;
 use xsr_save_restore::restore::RestoreOptions;
 use xsr_save_restore::restore::checkpoint::{CheckpointOptions, Ending, Survivor};
 use xsr_save_restore::save::precopy::XenPolicy;
-use xsr_save_restore::save::save_checkpointed;
+use xsr_save_restore::save::{BUFFER_OCTETS, Checkpoints, save_checkpointed};
 use xsr_save_restore::sink::CopySink;
 use xsr_save_restore::source::CopySource;
 use xsr_save_restore::toolstack::{
@@ -116,7 +116,10 @@ fn protect(spec: &GuestSpec) -> Vec<u8> {
         &mut primary,
         &mut sink,
         &options(1),
-        &mut XenPolicy,
+        Checkpoints {
+            policy: &mut XenPolicy,
+            buffer_octets: BUFFER_OCTETS,
+        },
         &mut |_| ControlFlow::Continue(()),
     )
     .unwrap();
@@ -193,7 +196,7 @@ impl RestoreToolstack for Secondary {
 }
 
 impl CheckpointRestoreToolstack for Secondary {
-    fn checkpoint(&mut self) -> Result<Arrival, ToolstackError> {
+    fn checkpoint(&mut self, _: u64) -> Result<Arrival, ToolstackError> {
         let number = self.checkpoints + 1;
         if self.lost_at == Some(number) {
             return Ok(Arrival::Lost);
@@ -379,6 +382,7 @@ fn a_checkpoint_is_kept_in_memory_up_to_the_limit_and_in_a_file_beyond() {
     let nowhere = CheckpointOptions {
         memory_octets: 0,
         directory: "/nonexistent".into(),
+        ..CheckpointOptions::default()
     };
     let mut secondary = Secondary::default();
     let (_, result) = survive(&to, shape, stream.as_slice(), &mut secondary, &nowhere);

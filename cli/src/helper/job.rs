@@ -12,6 +12,7 @@ use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_op
 use xsr_format::read::{ReadOptions, RecordReader};
 use xsr_save_restore::restore::checkpoint::CheckpointOptions;
 use xsr_save_restore::save::precopy::XenPolicy;
+use xsr_save_restore::save::{BUFFER_OCTETS, Checkpoints};
 use xsr_save_restore::sink::FdSink;
 use xsr_save_restore::source::FdSource;
 use xsr_save_restore::{Live, RestoreOptions, SaveOptions};
@@ -168,7 +169,10 @@ fn save(args: &SaveArgs, wire: &Wire, backend: &Backend) -> Result<()> {
             &mut toolstack,
             &mut sink,
             &options,
-            live.policy,
+            Checkpoints {
+                policy: live.policy,
+                buffer_octets: BUFFER_OCTETS,
+            },
             &mut on_progress,
         )?;
         // The guest runs on; nobody protects it any more.

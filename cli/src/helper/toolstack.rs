@@ -149,7 +149,7 @@ impl CheckpointToolstack for Libxl<'_> {
 impl CheckpointRestoreToolstack for Libxl<'_> {
     /// libxl reads its own records of the checkpoint. How many octets that are it does
     /// not say: places that are named behind them count what libxc reads.
-    fn checkpoint(&mut self) -> Result<Arrival, ToolstackError> {
+    fn checkpoint(&mut self, _offset: u64) -> Result<Arrival, ToolstackError> {
         self.expect(CHECKPOINT, number::CHECKPOINT)?;
         let answer = self.wire.checkpoint();
         match answer.map_err(|e| ToolstackError::new(CHECKPOINT, e))? {
