@@ -68,7 +68,8 @@ pub struct CheckpointedStats {
 ///
 /// As [`save_live`](crate::save_live): whatever fails, in any epoch, the guest runs on
 /// where it was, nothing logs dirty pages, nothing stays mapped. Checkpoints that are
-/// complete in the stream remain of use.
+/// complete in the stream remain of use. Unless it is the sink that fails, the stream ends
+/// between two records, and whoever has the sink can go on with it.
 pub fn save_checkpointed(
     domain: &dyn Domain,
     xen: XenVersion,
@@ -84,7 +85,9 @@ pub fn save_checkpointed(
         suspended.logging_on()?;
     }
     let mut run = Run::new(domain, &info, options, progress);
-    let result = run.epochs(xen, &mut suspended, sink, how);
+    let hold = Hold::new(how.buffer_octets);
+    let mut buffer = EpochBuffer::new(sink, &hold);
+    let result = run.epochs(xen, &mut suspended, &mut buffer, &hold, how.policy);
     let stream = run.stats;
     suspended.logging_off();
     match result {
@@ -92,7 +95,16 @@ pub fn save_checkpointed(
             stream,
             checkpoints,
         }),
-        Err(cause) => Err(give_back(&mut suspended, cause)),
+        Err(cause) => {
+            let cause = give_back(&mut suspended, cause);
+            if !matches!(cause, SaveError::Stream(_))
+                && let Err(error) = buffer.flush()
+            {
+                // Then it is a sink that failed, and the caller has seen it.
+                tracing::debug!(%error, "the end of the stream could not be written");
+            }
+            Err(cause)
+        }
     }
 }
 
@@ -103,15 +115,14 @@ impl Run<'_, '_> {
         xen: XenVersion,
         suspended: &mut Suspended<'_, T>,
         sink: &mut dyn PageSink,
-        how: Checkpoints<'_>,
+        hold: &Hold,
+        policy: &mut dyn PrecopyPolicy,
     ) -> Result<u64, SaveError> {
-        let hold = Hold::new(how.buffer_octets);
-        let mut sink = EpochBuffer::new(sink, &hold);
-        let (mut guest, mut out) = self.head(xen, &mut sink)?;
+        let (mut guest, mut out) = self.head(xen, sink)?;
         let guest = guest.as_mut();
         // One log for all epochs: a write between two of them is in the next.
         let mut memory = LiveMemory::start(self.domain, guest_pages(guest))?;
-        self.precopy(guest, &mut out, &mut memory, how.policy)?;
+        self.precopy(guest, &mut out, &mut memory, policy)?;
         let mut number = 0;
         loop {
             number += 1;
