@@ -431,12 +431,7 @@ fn what_cannot_be_is_said_before_anything_is_sent() {
     ] {
         run(migrate.iter().chain(&option)).code(64).stderr_has(why);
     }
-    for option in [
-        "-r",
-        "--colo",
-        "--userspace-colo-proxy",
-        "--coloft-script=x",
-    ] {
+    for option in ["--colo", "--userspace-colo-proxy", "--coloft-script=x"] {
         run(["migrate-receive", &backend(&hosts.there), option])
             .code(64)
             .stderr_has("Remus");
