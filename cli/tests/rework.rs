@@ -194,22 +194,28 @@ fn a_core_for_gdb_has_the_memory_where_the_guest_has_it() {
         }
         // rip: in vcpu_guest_context_t behind the record's vcpu, in the CPU record (type 2)
         // of the HVM context.
-        let rip = match records(&saved, 9).first() {
+        let (rip, gs_base) = match records(&saved, 9).first() {
             Some(context) => {
                 let mut at = 0;
                 loop {
                     let kind = u16::from_le_bytes([context[at], context[at + 1]]);
                     if kind == 2 {
-                        break u64_at(context, at + 8 + 640);
+                        // The guest is in ring 0: gs_base is its kernel's.
+                        assert_eq!(context[at + 8 + 736] & 3, 0);
+                        break (u64_at(context, at + 8 + 640), u64_at(context, at + 8 + 840));
                     }
                     at += 8 + u32_at(context, at + 4);
                 }
             }
-            None => u64_at(records(&saved, 4)[0], 8 + 648),
+            None => {
+                let context = &records(&saved, 4)[0][8..];
+                (u64_at(context, 648), u64_at(context, 5152))
+            }
         };
-        // The note: header (12 octets), its name (8), then pr_reg at 112; rip is the 17th.
+        // The note: header (12 octets), its name (8), then pr_reg at 112; rip is the 17th, gs_base the 23rd.
         let notes = usize::try_from(u64_at(&core, 64 + 8)).unwrap();
         assert_eq!(u64_at(&core, notes + 20 + 112 + 16 * 8), rip, "{name}");
+        assert_eq!(u64_at(&core, notes + 20 + 112 + 22 * 8), gs_base, "{name}");
         let before = |octets: usize| {
             let from = rip - octets as u64;
             pieces.iter().find_map(|(address, _, contents)| {
@@ -233,7 +239,7 @@ fn a_core_for_gdb_that_cannot_be_made_is_refused() {
     let with = |more: &[&str]| run(export.iter().chain(more).chain(&[arg(&saved), arg(&out)]));
     with(&["gdb", "--vcpu", "1"])
         .code(1)
-        .stderr_has("there is no vcpu 1: the image has 1, counted from 0 (--vcpu)");
+        .stderr_has("the image has no vcpu 1 (--vcpu): it has 0");
     with(&["gdb", "--pfn-list"]).code(64);
     with(&["elf", "--vcpu", "0"]).code(64);
     with(&["gdb", "--sparse"]).code(64);

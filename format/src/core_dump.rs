@@ -280,13 +280,25 @@ pub fn vcpu_context_of_hvm(cpu: &[u8]) -> Vec<u8> {
         (688, 32, 5048), // dr0 to dr3
         (720, 16, 5096), // dr6, dr7
         (832, 8, 5144),  // fs_base
-        (840, 8, 5160),  // gs_base_user
     ];
     let mut context = vec![0; CONTEXT];
     for (from, octets, to) in FIELDS {
         let from = cpu.get(*from..from.saturating_add(*octets));
         let to = context.get_mut(*to..to.saturating_add(*octets));
         if let (Some(from), Some(to)) = (from, to) {
+            to.copy_from_slice(from);
+        }
+    }
+    // As `arch_get_info_guest`: the bases of GS, by who was using which.
+    const GS_BASE: (usize, usize) = (840, 848);
+    const SHADOW_GS: (usize, usize) = (944, 952);
+    let (kernel, user) = match cpu.get(736).is_none_or(|cs| cs & 3 == 0) {
+        true => (GS_BASE, SHADOW_GS),
+        false => (SHADOW_GS, GS_BASE),
+    };
+    for ((from, end), to) in [(kernel, 5152_usize), (user, 5160)] {
+        let to = context.get_mut(to..to.saturating_add(8));
+        if let (Some(from), Some(to)) = (cpu.get(from..end), to) {
             to.copy_from_slice(from);
         }
     }

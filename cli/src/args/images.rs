@@ -143,7 +143,7 @@ pub(crate) struct ExportArgs {
     pub(crate) pfn_list: bool,
     /// For gdb: whose page tables say where memory is [default: 0]
     #[arg(long, value_name = "N")]
-    pub(crate) vcpu: Option<usize>,
+    pub(crate) vcpu: Option<u32>,
     /// Tolerate reserved fields that are not zero
     #[arg(long)]
     pub(crate) lenient: bool,

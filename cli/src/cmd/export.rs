@@ -82,8 +82,8 @@ struct Contents {
     core: CoreDump,
     /// Registers of a PV guest's vcpus.
     vcpus: BTreeMap<u32, Vec<u8>>,
-    /// How an HVM or PVH guest's vcpus translate addresses.
-    paging: Vec<Paging>,
+    /// An HVM or PVH guest's vcpus, as gdb wants them.
+    hvm_vcpus: Vec<Vcpu>,
 }
 
 impl Contents {
@@ -105,15 +105,15 @@ impl Contents {
                     self.vcpus.insert(vcpu.vcpu, vcpu.state.to_vec());
                 }
                 Body::HvmContext(context) => {
-                    let records = || {
-                        HvmContext::new(context)
-                            .filter_map(Result::ok)
-                            .filter(|record| record.kind == HvmRecordKind::CPU)
-                    };
-                    self.core.vcpus = records()
-                        .map(|record| vcpu_context_of_hvm(record.body))
+                    self.hvm_vcpus = HvmContext::new(context)
+                        .filter_map(Result::ok)
+                        .filter(|record| record.kind == HvmRecordKind::CPU)
+                        .map(|record| Vcpu {
+                            number: record.instance.into(),
+                            context: vcpu_context_of_hvm(record.body),
+                            paging: paging_of_hvm(record.body),
+                        })
                         .collect();
-                    self.paging = records().map(|record| paging_of_hvm(record.body)).collect();
                 }
                 _ => {}
             },
@@ -134,9 +134,12 @@ impl Contents {
     fn elf(&self, image: &File, out: &File) -> Result<u64> {
         let mut core = self.core.clone();
         core.pages = self.pages();
-        if !core.hvm {
-            core.vcpus = self.vcpus.values().cloned().collect();
-        }
+        core.vcpus = match core.hvm {
+            true => (self.hvm_vcpus.iter())
+                .map(|vcpu| vcpu.context.clone())
+                .collect(),
+            false => self.vcpus.values().cloned().collect(),
+        };
         let mut head = BufWriter::new(out);
         head.write_all(&core.head())?;
         for run in self.runs() {
@@ -154,18 +157,16 @@ impl Contents {
     }
 
     /// As a core for gdb; octets written.
-    fn gdb(&self, image: &File, mut out: &File, view: usize) -> Result<u64> {
+    fn gdb(&self, image: &File, mut out: &File, view: u32) -> Result<u64> {
         let vcpus: Vec<Vcpu> = match self.core.hvm {
-            true => (self.core.vcpus.iter().cloned())
-                .zip(self.paging.iter().copied())
-                .map(|(context, paging)| Vcpu { context, paging })
-                .collect(),
+            true => self.hvm_vcpus.clone(),
             false if self.core.bits_32 => bail!(
                 "--format gdb has the registers of 64 bits, and this is a PV guest of 32: take \
                  --format elf or raw"
             ),
-            false => (self.vcpus.values())
-                .map(|context| Vcpu {
+            false => (self.vcpus.iter())
+                .map(|(number, context)| Vcpu {
+                    number: *number,
                     paging: Paging::Four(word(context, CR3_OF_PV)),
                     context: context.clone(),
                 })

@@ -104,6 +104,7 @@ pub const fn msr_name(index: u32) -> Option<&'static str> {
         0x561 => "RTIT_OUTPUT_MASK",
         0x570 => "RTIT_CTL",
         0x571 => "RTIT_STATUS",
+        0x6e1 => "PKRS",
         0xda0 => "XSS",
         0xd90 => "BNDCFGS",
         0xc000_0103 => "TSC_AUX",

@@ -68,6 +68,8 @@ impl Paging {
 /// A vcpu: `vcpu_guest_context_t` of a 64-bit guest, and how it translates.
 #[derive(Clone, Debug)]
 pub(super) struct Vcpu {
+    /// Its number. Xen saves no vcpu that is offline, so there may be gaps.
+    pub(super) number: u32,
     /// `vcpu_guest_context_t`.
     pub(super) context: Vec<u8>,
     /// Its page tables.
@@ -99,11 +101,12 @@ struct Held {
 ///
 /// There is no such vcpu; its first table is not in the image; there are more than a
 /// million pieces; the image cannot be read.
-pub(super) fn head(vcpus: &[Vcpu], view: usize, map: &PageMap, image: &File) -> Result<Vec<u8>> {
-    let Some(vcpu) = vcpus.get(view) else {
+pub(super) fn head(vcpus: &[Vcpu], view: u32, map: &PageMap, image: &File) -> Result<Vec<u8>> {
+    let Some(vcpu) = vcpus.iter().find(|vcpu| vcpu.number == view) else {
+        let numbers: Vec<String> = vcpus.iter().map(|v| v.number.to_string()).collect();
         bail!(
-            "there is no vcpu {view}: the image has {}, counted from 0 (--vcpu)",
-            vcpus.len()
+            "the image has no vcpu {view} (--vcpu): it has {}",
+            numbers.join(", ")
         );
     };
     let mut space = Space::new(map, image);
@@ -375,16 +378,20 @@ fn notes(vcpus: &[Vcpu]) -> Vec<u8> {
         (672, 8),  // rsp
         (680, 2),  // ss
         (5144, 8), // fs_base
-        (5152, 8), // gs_base: the kernel's
+        (5152, 8), // gs_base: the kernel's; for one in user mode, see below
         (696, 2),  // ds
         (688, 2),  // es
         (704, 2),  // fs
         (712, 2),  // gs
     ];
+    /// Which of them is gs_base, and where that of a vcpu in user mode is.
+    const GS_BASE: usize = 22;
+    const GS_BASE_USER: usize = 5160;
     /// Octets of FXSAVE's area, the first field of the context.
     const FXSAVE: usize = 512;
     let mut out = Words(Vec::new());
-    for (thread, vcpu) in (1_u32..).zip(vcpus) {
+    for vcpu in vcpus {
+        let thread = vcpu.number.saturating_add(1);
         let mut status = vec![0; PRSTATUS];
         status[PID..PID + 4].copy_from_slice(&thread.to_le_bytes());
         for (at, (from, octets)) in (REGISTERS..).step_by(8).zip(FROM) {
@@ -392,12 +399,28 @@ fn notes(vcpus: &[Vcpu]) -> Vec<u8> {
                 status[at..at + octets].copy_from_slice(register);
             }
         }
+        if !in_kernel(&vcpu.context)
+            && let Some(base) = vcpu.context.get(GS_BASE_USER..GS_BASE_USER + 8)
+        {
+            let at = REGISTERS + 8 * GS_BASE;
+            status[at..at + 8].copy_from_slice(base);
+        }
         out.note(NT_PRSTATUS, &status);
         if let Some(area) = vcpu.context.get(..FXSAVE) {
             out.note(NT_FPREGSET, area);
         }
     }
     out.0
+}
+
+/// Whether a vcpu was in its guest's kernel: a PV guest's says so (`VGCF_in_kernel`), since
+/// that runs in ring 3, too.
+fn in_kernel(context: &[u8]) -> bool {
+    const FLAGS: usize = 512;
+    const IN_KERNEL: u8 = 1 << 2;
+    const CS: usize = 656;
+    let octet = |at: usize| context.get(at).copied().unwrap_or_default();
+    octet(FLAGS) & IN_KERNEL != 0 || octet(CS) & 3 == 0
 }
 
 /// Little-endian words, one behind the other.
@@ -528,6 +551,27 @@ mod tests {
         assert_eq!(of(0x8000_0011, 0x1fff, 0x20, 0), Paging::Three(0x1fe0));
         assert_eq!(of(0x8000_0011, 0x1fff, 0x20, 0x500), Paging::Four(0x1000));
         assert_eq!(of(0x8000_0011, 0x1fff, 0x1020, 0x500), Paging::Five(0x1000));
+    }
+
+    #[test]
+    fn the_base_of_gs_is_that_of_the_mode() {
+        let base = |flags: u8, cs: u8| {
+            let mut context = vec![0; 5168];
+            (context[512], context[656]) = (flags, cs);
+            (context[5152], context[5160]) = (7, 9);
+            let vcpu = Vcpu {
+                number: 3,
+                context,
+                paging: Paging::Off,
+            };
+            let notes = notes(&[vcpu]);
+            // Behind the note's header and name: pr_pid, and pr_reg.
+            assert_eq!(notes[20 + 32], 4);
+            notes[20 + 112 + 22 * 8]
+        };
+        // HVM, in ring 0 and 3; PV, in its kernel and not.
+        assert_eq!([base(0, 0x10), base(0, 0x33)], [7, 9]);
+        assert_eq!([base(4, 0x33), base(0, 0x33)], [7, 9]);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Names of the features that bits of CPUID and of ARCH_CAPABILITIES stand for.
 //!
 //! Specification: the processor makers' manuals. The names are those of Xen's public
-//! `arch-x86/cpufeatureset.h` (4.14 to 4.22), in small letters and with `-` for `_`.
+//! `arch-x86/cpufeatureset.h` (4.22, and 4.14 to 4.21 for what that no longer has), in small letters and with `-` for `_`.
 
 /// A register of CPUID.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
