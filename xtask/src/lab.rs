@@ -83,7 +83,7 @@ pub(crate) struct BuildArgs {
     #[arg(long, default_value = OLDEST)]
     suite: String,
     /// Build a hypervisor with shadow paging and 32-bit PV, too (where a scenario needs
-    /// it, it is built anyway)
+    /// it, it is built anyway); `run --images` restores on it
     #[arg(long)]
     shadow: bool,
     /// Of this source of Xen (xen_VERSION.orig.tar.*), where the suite's cannot be had
@@ -166,11 +166,15 @@ fn run_scenarios(args: &RunArgs) -> Result<()> {
     }
     let lab = Lab::build(&args.build.suite)?;
     let images: Vec<PathBuf> = args.images.iter().cloned().collect();
+    let (images, shadow_images) = match args.build.shadow {
+        true => (Vec::new(), images),
+        false => (images, Vec::new()),
+    };
     let boots = Boots {
         suite: &args.build.suite,
         release: args.release,
         images: &images,
-        shadow_images: &[],
+        shadow_images: &shadow_images,
         limit: args.limit,
     };
     let results = boots.run(&lab, &wanted)?;

@@ -56,7 +56,7 @@ impl Populated {
     pub(super) fn note(&mut self, entry: PageEntry, tables: bool) {
         if entry.page_type != PageType::XTAB {
             self.absent.remove(entry.pfn);
-        } else if tables || self.pfns.contains(entry.pfn) {
+        } else if tables || self.pfns.finds(entry.pfn) {
             // Elsewhere a stream that names far pfns as absent costs no memory.
             self.absent.insert(entry.pfn);
         }
