@@ -11,11 +11,12 @@ use std::str::FromStr;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use self::images::{CatArgs, ConvertArgs, EditArgs, ExportArgs};
-pub(crate) use self::migrate::{Endpoint, MigrateArgs, ReceiveArgs};
+pub(crate) use self::migrate::{ConnectionArgs, Endpoint, MigrateArgs, ReceiveArgs};
 pub(crate) use self::mock::{
     MockArgs, MockCommand, MockCreateArgs, MockDomainArgs, MockKind, MockListArgs, MockRenameArgs,
     MockShowArgs, MockWorkloadArgs, WorkloadArgs,
 };
+pub(crate) use self::remus::{OnLoss, RemusArgs};
 
 // Named, because `xtask` includes this file from another place.
 #[path = "args/images.rs"]
@@ -24,13 +25,15 @@ pub(crate) mod images;
 mod migrate;
 #[path = "args/mock.rs"]
 mod mock;
+#[path = "args/remus.rs"]
+mod remus;
 
 const LONG_ABOUT: &str = "\
 Save, restore, migrate, inspect, verify and compare Xen domains and their images.
 
 inspect, verify, diff, convert, edit, export and cat take images of any age, of xl, libvirt \
-and xapi, compressed or not, on any machine. save, restore and \
-migrate work on the domains of a hypervisor. On a Xen host the host's own xl does them, with \
+and xapi, compressed or not, on any machine. save, restore, \
+migrate and remus work on the domains of a hypervisor. On a Xen host the host's own xl does them, with \
 this engine as its save helper, and takes all of its own flags; on a machine without Xen, they \
 work on a mock machine kept in a directory (`xsr mock create`, `--backend mock:DIR`).";
 
@@ -39,7 +42,7 @@ Exit codes:
   0   fine; for diff: no difference
   1   the operation failed; for diff: there are differences
   2   the image is bad (damaged, truncated, or not an image)
-  3   migrate: nobody knows at this end whether the domain runs at the other
+  3   migrate, remus: nobody knows at this end whether the domain runs at the other
   64  the command line is wrong";
 
 const ENVIRONMENT: &str = "\
@@ -99,6 +102,7 @@ pub(crate) enum Command {
     Restore(RestoreArgs),
     Migrate(MigrateArgs),
     MigrateReceive(ReceiveArgs),
+    Remus(RemusArgs),
     Inspect(InspectArgs),
     Verify(VerifyArgs),
     Diff(DiffArgs),

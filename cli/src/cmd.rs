@@ -10,6 +10,7 @@ mod inspect;
 mod migrate;
 mod migrate_receive;
 mod mock;
+mod remus;
 mod restore;
 mod save;
 mod verify;
@@ -32,6 +33,7 @@ pub(crate) fn run(command: Command, terminal: &Terminal) -> anyhow::Result<Code>
         Command::Restore(args) => restore::run(&args, terminal),
         Command::Migrate(args) => migrate::run(&args, terminal),
         Command::MigrateReceive(args) => migrate_receive::run(&args, terminal),
+        Command::Remus(args) => remus::run(&args, terminal),
         Command::Mock(args) => mock::run(&args.command, terminal),
         Command::Demo(_) => demo::run(terminal),
     }

@@ -58,6 +58,18 @@ impl fmt::Display for Migration {
 
 impl std::error::Error for Migration {}
 
+/// A sender of checkpoints has ended the protection of its domain, and keeps it.
+#[derive(Debug)]
+pub(crate) struct Withdrawn;
+
+impl fmt::Display for Withdrawn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the sender has ended the protection")
+    }
+}
+
+impl std::error::Error for Withdrawn {}
+
 /// An image that no library error describes as bad, but which is: say, a
 /// configuration that names no guest type.
 #[derive(Debug, PartialEq, Eq)]

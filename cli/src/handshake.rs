@@ -17,10 +17,11 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::interrupt::Interrupt;
+use crate::interrupt::{Interrupt, readable_within};
 
 /// What one end says: fixed octets each. All but the banner end in NUL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,9 +72,13 @@ impl Message {
     ///
     /// The other end hangs up, or says something else; somebody interrupts.
     pub(crate) fn expect(self, from: &File, interrupt: &Interrupt) -> Result<()> {
+        self.hear(from, Patience::Interrupt(interrupt))
+    }
+
+    fn hear(self, from: &File, patience: Patience<'_>) -> Result<()> {
         let expected = self.octets();
         let mut got = vec![0; expected.len()];
-        let n = fill(from, &mut got, interrupt)
+        let n = fill(from, &mut got, patience)
             .with_context(|| format!("waiting for the {}", self.name()))?;
         let got = &got[..n];
         match (got == expected, expected.starts_with(got)) {
@@ -98,8 +103,48 @@ impl Message {
 }
 
 /// What the receiver says at the end, behind [`Message::Report`].
-pub(crate) fn send_status(mut to: &File, status: u8) -> Result<()> {
+fn send_status(mut to: &File, status: u8) -> Result<()> {
     to.write_all(&[status]).context("sending the status")
+}
+
+/// The status octet of a receiver that has failed. xl's is a libxl error; a sender looks
+/// only whether it is 0.
+const FAILED: u8 = 1;
+
+/// Say that the domain runs here.
+pub(crate) fn report_running(to: &File) -> Result<()> {
+    Message::Report.send(to).and_then(|()| send_status(to, 0))
+}
+
+/// Say that it does not run here; [`Message::Go`] then gives it back.
+pub(crate) fn report_failed(to: &File) -> Result<()> {
+    Message::Report.send(to)?;
+    send_status(to, FAILED)
+}
+
+/// Types of libxl records that come in the place of a checkpoint's when the sender of
+/// checkpoints takes its domain back: none that anybody knows, and a CHECKPOINT of the libxc
+/// layer, which follows one where a checkpoint was broken off behind it.
+pub(crate) const WITHDRAWAL: [u32; 2] = [0x7fff_ffff, 0xe];
+
+/// Take back a domain whose checkpoints the other end keeps, so that it does not run the
+/// last of them when this end hangs up. xl has no word for it, and so this is a checkpoint
+/// that no receiver can apply, xl's neither: it destroys its copy.
+///
+/// # Errors
+///
+/// What the sink says. The other end may run its copy then.
+pub(crate) fn withdraw(to: &mut impl Write) -> io::Result<()> {
+    const CHECKPOINT: u32 = 0xe;
+    const CHECKPOINT_END: u32 = 4;
+    let kinds = [CHECKPOINT, WITHDRAWAL[0], CHECKPOINT_END];
+    // Three records without a body.
+    let octets: Vec<u8> = kinds
+        .into_iter()
+        .flat_map(|kind| u64::from(kind).to_le_bytes())
+        .collect();
+    to.write_all(&octets)?;
+    to.flush()
 }
 
 /// What a sender that has let go of its domain hears.
@@ -107,19 +152,46 @@ pub(crate) fn send_status(mut to: &File, status: u8) -> Result<()> {
 /// # Errors
 ///
 /// Whether the receiver runs the domain cannot be known.
-pub(crate) fn outcome(from: &File, interrupt: &Interrupt) -> Result<Outcome> {
-    Message::Report.expect(from, interrupt)?;
+pub(crate) fn outcome(from: &File, patience: Patience<'_>) -> Result<Outcome> {
+    Message::Report.hear(from, patience)?;
     let mut status = [0];
-    if fill(from, &mut status, interrupt).context("waiting for the status")? == 0 {
+    if fill(from, &mut status, patience).context("waiting for the status")? == 0 {
         bail!("the other end hung up where its status was expected");
     }
     match status {
         [0] => Ok(Outcome::Runs),
         [status] => {
             Message::Go
-                .expect(from, interrupt)
+                .hear(from, patience)
                 .with_context(|| format!("the other end failed (status {status})"))?;
             Ok(Outcome::GivenBack { status })
+        }
+    }
+}
+
+/// How long to wait for what the other end says.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Patience<'a> {
+    /// Until somebody asks to stop.
+    Interrupt(&'a Interrupt),
+    /// Until then.
+    Until(Instant),
+}
+
+impl Patience<'_> {
+    fn wait_readable(self, from: &File) -> io::Result<()> {
+        let until = match self {
+            Self::Interrupt(interrupt) => return interrupt.wait_readable(from),
+            Self::Until(until) => until,
+        };
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            if readable_within(Some(from), left)? {
+                return Ok(());
+            }
         }
     }
 }
@@ -138,10 +210,10 @@ pub(crate) enum Outcome {
 
 /// Read until `room` is full or nothing more comes; how many octets came. Never more
 /// than fit: what follows is for others.
-fn fill(mut from: &File, room: &mut [u8], interrupt: &Interrupt) -> io::Result<usize> {
+fn fill(mut from: &File, room: &mut [u8], patience: Patience<'_>) -> io::Result<usize> {
     let mut filled = 0;
     while filled < room.len() {
-        interrupt.wait_readable(from)?;
+        patience.wait_readable(from)?;
         match from.read(&mut room[filled..]) {
             Ok(0) => break,
             Ok(n) => filled += n,

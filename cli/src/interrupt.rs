@@ -2,6 +2,7 @@
 //! restored or migrated: the work is broken off in good order, so that the guest runs on
 //! and nothing half-made stays. A second signal ends the process where it stands.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::process;
@@ -9,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, OnceLock};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use nix::errno::Errno;
@@ -24,10 +25,16 @@ const KILLED: i32 = 128 + 2;
 /// milliseconds.
 const LOOK: u16 = 50;
 
+/// How long work that is broken off in good order may take for it, before it is cut off.
+const GRACE: Duration = Duration::from_secs(2);
+
 /// Whether somebody asked to stop.
 #[derive(Clone, Debug)]
 pub(crate) struct Interrupt {
     cancel: Cancel,
+    cut: Cancel,
+    /// Whether there is an order in which to break off that takes a moment.
+    graceful: Arc<AtomicBool>,
     /// Said to whoever asks at a time when nothing can be stopped.
     deaf: Arc<OnceLock<String>>,
     told: Arc<AtomicBool>,
@@ -37,13 +44,28 @@ impl Interrupt {
     /// Catch the signals from now on. To be called before there are other
     /// threads, which would get them instead.
     pub(crate) fn catch() -> anyhow::Result<Self> {
+        Self::catch_and_ignore(None)
+    }
+
+    /// The same, but that a session may break off: SIGHUP does nothing.
+    pub(crate) fn catch_without_hangup() -> anyhow::Result<Self> {
+        Self::catch_and_ignore(Some(Signal::SIGHUP))
+    }
+
+    fn catch_and_ignore(ignored: Option<Signal>) -> anyhow::Result<Self> {
         let mut signals = SigSet::empty();
         signals.add(Signal::SIGINT);
         signals.add(Signal::SIGTERM);
         signals.add(Signal::SIGHUP);
         signals.thread_block().context("blocking signals")?;
+        if let Some(signal) = ignored {
+            // It stays blocked, and nobody waits for it.
+            signals.remove(signal);
+        }
         let interrupt = Self {
             cancel: Cancel::new(),
+            cut: Cancel::new(),
+            graceful: Arc::default(),
             deaf: Arc::default(),
             told: Arc::default(),
         };
@@ -65,6 +87,18 @@ impl Interrupt {
             process::exit(KILLED);
         }
         self.cancel.cancel();
+        if !self.graceful.load(Ordering::Relaxed) {
+            self.cut.cancel();
+        } else {
+            let cut = self.cut.clone();
+            let late = thread::Builder::new().spawn(move || {
+                thread::sleep(GRACE);
+                cut.cancel();
+            });
+            if late.is_err() {
+                self.cut.cancel();
+            }
+        }
         if let Some(why) = self.deaf.get() {
             tracing::warn!("{why}");
         }
@@ -80,6 +114,35 @@ impl Interrupt {
     /// The token, for whoever waits.
     pub(crate) fn cancel(&self) -> &Cancel {
         &self.cancel
+    }
+
+    /// The token for whoever must not be cut off in the midst of something: set when
+    /// somebody asks to stop, or, once [`Interrupt::takes_its_time`], a moment later.
+    pub(crate) fn cut(&self) -> &Cancel {
+        &self.cut
+    }
+
+    /// From now on there is an order in which to break off.
+    pub(crate) fn takes_its_time(&self) {
+        self.graceful.store(true, Ordering::Relaxed);
+    }
+
+    /// Wait until there is something to read, or nothing will come any more (true), or
+    /// until a time has come or somebody asks to stop (false).
+    ///
+    /// # Errors
+    ///
+    /// What poll says.
+    pub(crate) fn readable_by(&self, fd: Option<&File>, by: Instant) -> io::Result<bool> {
+        loop {
+            let left = by.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.cancel.is_cancelled() {
+                return Ok(false);
+            }
+            if readable_within(fd, left)? {
+                return Ok(true);
+            }
+        }
     }
 
     /// Wait for a call that nothing can break off, such as a connect to a host that does
@@ -132,5 +195,19 @@ impl Interrupt {
                 Err(errno) => return Err(errno.into()),
             }
         }
+    }
+}
+
+/// Whether there is something to read, or nothing will come any more; a look at it takes
+/// no longer than `most`.
+pub(crate) fn readable_within(fd: Option<&File>, most: Duration) -> io::Result<bool> {
+    let most = u16::try_from(most.as_millis()).unwrap_or(u16::MAX);
+    // What is left of a millisecond is not worth another turn.
+    let timeout = PollTimeout::from(most.clamp(1, LOOK));
+    let mut fds = Vec::from_iter(fd.map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
+    match poll(&mut fds, timeout) {
+        Ok(0) | Err(Errno::EINTR) => Ok(false),
+        Ok(_) => Ok(true),
+        Err(errno) => Err(errno.into()),
     }
 }

@@ -7,21 +7,23 @@
 use std::fs::{self, File};
 use std::io::{self, IsTerminal as _};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Error, Result, bail};
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::errno::Errno;
+use nix::sys::socket::{Shutdown, setsockopt, shutdown, sockopt};
 use nix::sys::stat::{Mode, umask};
 
-use crate::args::{Endpoint, MigrateArgs};
+use crate::args::{ConnectionArgs, Endpoint};
 use crate::exit::BadUsage;
 use crate::file;
 use crate::interrupt::Interrupt;
+use crate::xl::child;
 
 /// How long a command may take to end once nobody speaks with it any more. As xl.
 const CHILD_PATIENCE: Duration = Duration::from_secs(2);
@@ -47,22 +49,27 @@ pub(crate) struct Link {
 }
 
 impl Link {
-    /// Reach the receiver that the command line names.
-    pub(crate) fn to_receiver(args: &MigrateArgs, interrupt: &Interrupt) -> Result<Self> {
-        if args.ssh == "ssh" && ["unix:", "tcp:"].iter().any(|p| args.host.starts_with(p)) {
-            let endpoint: Endpoint = args
-                .host
+    /// Reach the receiver that the command line names, `options` of which a command is told.
+    pub(crate) fn to_receiver(
+        args: &ConnectionArgs,
+        host: &str,
+        options: &[&str],
+        interrupt: &Interrupt,
+    ) -> Result<Self> {
+        if args.ssh == "ssh" && ["unix:", "tcp:"].iter().any(|p| host.starts_with(p)) {
+            let endpoint: Endpoint = host
                 .parse()
-                .map_err(|e| Error::new(BadUsage(format!("{}: {e}", args.host))))?;
+                .map_err(|e| Error::new(BadUsage(format!("{host}: {e}"))))?;
             return Self::connect(&endpoint, interrupt).with_context(|| {
-                format!("{}: is `xsr migrate-receive --listen` running?", args.host)
+                let all: String = options.iter().map(|option| format!(" {option}")).collect();
+                format!("{host}: is `xsr migrate-receive{all} --listen` running?")
             });
         }
-        if args.host.starts_with('-') && !args.ssh.is_empty() {
-            let why = format!("HOST {:?} would be an option of {}", args.host, args.ssh);
+        if host.starts_with('-') && !args.ssh.is_empty() {
+            let why = format!("HOST {host:?} would be an option of {}", args.ssh);
             return Err(Error::new(BadUsage(why)));
         }
-        Self::run(&rune(args))
+        Self::run(&rune(args, host, options))
     }
 
     /// Run a command through sh, as xl does, and speak with it.
@@ -70,8 +77,9 @@ impl Link {
         // What interrupts this program from the keyboard must not cut its connection:
         // there is an order in which things end.
         let script = format!("trap '' INT HUP; {rune}");
-        let mut child = Command::new("sh")
-            .args(["-c", &script])
+        // Blocked here are the signals that this program reads; the command, say ssh, must
+        // hear those that it does not ignore.
+        let mut child = child::becoming(["sh", "-c", &script].map(Into::into))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -150,6 +158,20 @@ impl Link {
         })
     }
 
+    /// Say nothing more; what the other end still says can be heard.
+    pub(crate) fn say_no_more(&mut self) -> Result<()> {
+        match shutdown(self.to.as_raw_fd(), Shutdown::Write) {
+            // A pipe ends when it is closed; a connection that is lost needs no end.
+            Ok(()) | Err(Errno::ENOTSOCK | Errno::ENOTCONN) => {}
+            Err(errno) => return Err(errno).context("ending the connection"),
+        }
+        self.to = File::options()
+            .write(true)
+            .open("/dev/null")
+            .context("/dev/null")?;
+        Ok(())
+    }
+
     /// Hang up. What the command at the other end came to, if there was one and it
     /// failed; no longer than a moment is waited for it.
     pub(crate) fn hang_up(self) -> Result<Option<String>> {
@@ -178,19 +200,14 @@ fn ended(status: ExitStatus) -> String {
 }
 
 /// The command that reaches the receiver.
-fn rune(args: &MigrateArgs) -> String {
+fn rune(args: &ConnectionArgs, host: &str, options: &[&str]) -> String {
     if args.ssh.is_empty() {
-        return args.host.clone();
+        return host.to_owned();
     }
-    let mut rune = format!("exec {} {} {}", args.ssh, args.host, args.receiver);
-    for (given, option) in [
-        (args.no_wait, " -e"),
-        (args.debug, " -d"),
-        (args.paused, " -p"),
-    ] {
-        if given {
-            rune.push_str(option);
-        }
+    let mut rune = format!("exec {} {host} {}", args.ssh, args.receiver);
+    for option in options {
+        rune.push(' ');
+        rune.push_str(option);
     }
     rune
 }

@@ -90,6 +90,7 @@ fn phase_name(phase: Phase) -> &'static str {
         Phase::StopAndCopy => "stop_and_copy",
         Phase::Verify => "verify",
         Phase::Tail => "tail",
+        Phase::Checkpoint => "checkpoint",
         _ => "other",
     }
 }
@@ -114,6 +115,16 @@ impl Watch {
     ///
     /// `--progress-fd` names no descriptor that can be written to.
     pub(crate) fn start(terminal: &Terminal, arg: ProgressArg, what: &'static str) -> Result<Self> {
+        Self::start_with(terminal, arg, what, Interrupt::catch)
+    }
+
+    /// The same, with those signals that `catch` catches.
+    pub(crate) fn start_with(
+        terminal: &Terminal,
+        arg: ProgressArg,
+        what: &'static str,
+        catch: impl FnOnce() -> Result<Interrupt>,
+    ) -> Result<Self> {
         Ok(Self {
             what,
             terminal: terminal.clone(),
@@ -121,7 +132,7 @@ impl Watch {
             octets_total: None,
             // First of all: later the number may be that of a file of our own.
             lines: arg.progress_fd.map(Lines::open).transpose()?,
-            interrupt: Interrupt::catch()?,
+            interrupt: catch()?,
             suspended: None,
         })
     }

@@ -1,12 +1,12 @@
-//! `save`, `restore`, `migrate` and `migrate-receive` on a Xen host: the host's own `xl`
-//! does them, with `xsr-save-helper` in the place of libxl's save helper. Devices, device
+//! `save`, `restore`, `migrate`, `migrate-receive` and `remus` on a Xen host: the host's own
+//! `xl` does them, with `xsr-save-helper` in the place of libxl's save helper. Devices, device
 //! model and configuration stay with the toolstack that owns them.
 //!
 //! The command line is xl's then, and is passed on as it is; what xsr alone has is
 //! refused, so that nobody takes it for done.
 //!
-//! C implementation: `main_save`, `main_restore`, `main_migrate`, `main_migrate_receive`
-//! in `tools/xl`; `LIBXL_SAVE_HELPER` in `tools/libs/light/libxl_save_callout.c`.
+//! C implementation: `main_save`, `main_restore`, `main_migrate`, `main_migrate_receive`,
+//! `main_remus` in `tools/xl`; `LIBXL_SAVE_HELPER` in `tools/libs/light/libxl_save_callout.c`.
 
 pub(crate) mod child;
 #[cfg(test)]
@@ -26,7 +26,7 @@ use crate::args::{Backend, Cli};
 use crate::exit::{BadUsage, Code};
 
 /// The commands that xl does, too.
-const COMMANDS: [&str; 4] = ["save", "restore", "migrate", "migrate-receive"];
+const COMMANDS: [&str; 5] = ["save", "restore", "migrate", "migrate-receive", "remus"];
 /// Where libxl looks for the name of its save helper.
 const HELPER_VARIABLE: &str = "LIBXL_SAVE_HELPER";
 /// Our helper.
@@ -85,7 +85,8 @@ impl Xl {
         }
     }
 
-    /// Run xl until it ends. Signals that this process gets are passed on to it.
+    /// Run xl until it ends. Signals that this process gets are passed on to it; what asks to
+    /// stop, to its save helper, so that a guest runs on.
     ///
     /// # Errors
     ///
@@ -108,7 +109,7 @@ impl Xl {
         )?;
         let helper = helper()?;
         tracing::info!(xl = %xl.display(), helper = %helper.display(), ?arguments, "running xl");
-        let mut command = child::becoming([xl.into_os_string()].into_iter().chain(arguments));
+        let mut command = child::becoming_xl([xl.into_os_string()].into_iter().chain(arguments));
         command
             .env(HELPER_VARIABLE, helper)
             // The helper has its own meaning for it.

@@ -4,6 +4,8 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
+#[path = "helper/remus.rs"]
+mod remus;
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -24,6 +26,8 @@ use xsr_xen_backend::{DomId, GuestKind, Host as _, ShutdownReason};
 const LOG: u16 = 1;
 const PROGRESS: u16 = 2;
 const SUSPEND: u16 = 3;
+const POSTCOPY: u16 = 4;
+const CHECKPOINT: u16 = 5;
 const LOGDIRTY: u16 = 7;
 const STATIC_DATA_DONE: u16 = 8;
 const RESTORE_RESULTS: u16 = 9;
@@ -139,7 +143,10 @@ fn play(mut child: Child, mut answer: impl FnMut(u16) -> Option<i32>) -> Run {
             }
             _ => run.asked.push((number, args.to_vec())),
         }
-        if matches!(number, SUSPEND | LOGDIRTY | STATIC_DATA_DONE | COMPLETE) {
+        if matches!(
+            number,
+            SUSPEND | POSTCOPY | CHECKPOINT | LOGDIRTY | STATIC_DATA_DONE | COMPLETE
+        ) {
             match answer(number) {
                 Some(answer) => to
                     .as_mut()
@@ -453,8 +460,8 @@ fn what_it_cannot_do_it_says_before_it_touches_the_guest() {
     let dir = scratch();
     let (path, domid) = host(dir.path(), GuestKind::Pv, 8);
     let file = || File::create(dir.path().join("s")).unwrap();
-    let remus = format!("--save-domain 7 -1 {} 1 {SAVE_CALLBACKS} 1", domid.0);
-    let run = play(start(&path, &remus, file()), fine);
+    let colo = format!("--save-domain 7 -1 {} 1 {SAVE_CALLBACKS} 2", domid.0);
+    let run = play(start(&path, &colo, file()), fine);
     assert_eq!(run.completed(), (-1, Errno::EOPNOTSUPP));
     let no_such = save_args(DomId(99), 0);
     let run = play(start(&path, &no_such, file()), fine);

@@ -8,7 +8,7 @@
 //! | `.xen_prstatus` | `vcpu_guest_context_t` of each vcpu |
 //! | `.xen_shared_info` | the shared info page |
 //! | `.xen_p2m` (PV) | u64 pfn, u64 gmfn of each page |
-//! | `.xen_pfn` (HVM) | u64 pfn of each page |
+//! | `.xen_pfn` (HVM, translated) | u64 pfn of each page |
 //! | `.xen_pages` | the pages, in that order |
 //!
 //! An image does not say where the pages of a PV guest were in the machine, and its page
@@ -42,6 +42,9 @@ const VERSION_NOTE: usize = 1280;
 pub struct CoreDump {
     /// HVM or PVH, not PV.
     pub hvm: bool,
+    /// List pfns alone ([`CoreDump::entry`]), of a PV guest too: volatility3 2.28 reads no
+    /// other list.
+    pub translated: bool,
     /// A PV guest of 32 bits.
     pub bits_32: bool,
     /// `vcpu_guest_context_t` of each vcpu, in the guest's width.
@@ -124,7 +127,7 @@ impl CoreDump {
     /// The entry of a page in the list.
     pub fn entry(&self, pfn: u64) -> Vec<u8> {
         let entry = pfn.to_le_bytes();
-        match self.hvm {
+        match self.pfns_alone() {
             true => entry.to_vec(),
             false => [entry, entry].concat(),
         }
@@ -135,15 +138,19 @@ impl CoreDump {
         self.pages_offset().saturating_sub(self.list_end())
     }
 
+    fn pfns_alone(&self) -> bool {
+        self.hvm || self.translated
+    }
+
     fn list_name(&self) -> &'static str {
-        match self.hvm {
+        match self.pfns_alone() {
             true => ".xen_pfn",
             false => ".xen_p2m",
         }
     }
 
     fn entry_octets(&self) -> u64 {
-        match self.hvm {
+        match self.pfns_alone() {
             true => 8,
             false => 16,
         }

@@ -480,6 +480,34 @@ impl<R: Read> Around<R> {
         &self.before
     }
 
+    /// Take the libxl records of a checkpoint, without CHECKPOINT_END, which is the last of
+    /// them, and how many octets they are all together. The libxc layer has just read a
+    /// CHECKPOINT, which ends `offset` octets into the file; `source` stands behind it. A
+    /// bare libxc stream has none.
+    ///
+    /// # Errors
+    ///
+    /// As [`Walk::next_step`].
+    pub fn checkpoint(
+        &mut self,
+        source: &mut impl Read,
+        offset: u64,
+    ) -> Result<(Vec<LibxlRecord>, u64), ReadError> {
+        let mut records = Vec::new();
+        let Some(state) = &mut self.walk.libxl else {
+            return Ok((records, 0));
+        };
+        state.offset = offset;
+        state.order.begin_checkpoint();
+        loop {
+            match state.next_record(&[], source)?.1 {
+                LibxlRecord::CheckpointEnd => break,
+                record => records.push(record),
+            }
+        }
+        Ok((records, state.offset.saturating_sub(offset)))
+    }
+
     /// Go on behind the END of the libxc stream, with the libxl records that follow.
     /// `offset` octets of the file have been consumed ([`RecordReader::offset`]).
     pub fn resume(self, source: R, offset: u64) -> Walk<R> {

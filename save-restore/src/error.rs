@@ -312,13 +312,23 @@ pub enum RestoreError {
     /// A checkpoint could not be kept until it was complete. The sender may be well: this
     /// is no reason to take over.
     #[error(
-        "keeping a checkpoint in a temporary file in {directory} failed: {cause}; free space there, or name another directory"
+        "a checkpoint could not be kept until it was complete, in a temporary file in {directory}: {cause}"
     )]
     Spill {
         /// Where the file is.
         directory: String,
         /// Why it failed.
         cause: io::Error,
+    },
+    /// A checkpoint was complete, and yet could not be made the guest. The domain holds a
+    /// part of it and a part of the one before, and must never run; the sender may be well.
+    #[error("checkpoint {checkpoint} was complete and could not be applied: {cause}")]
+    NotApplied {
+        /// Its number, from 1.
+        checkpoint: u64,
+        /// Why.
+        #[source]
+        cause: Box<RestoreError>,
     },
     /// Somebody stopped it.
     #[error("the restore was aborted")]
@@ -341,6 +351,7 @@ impl RestoreError {
     pub fn is_bad_image(&self) -> bool {
         match self {
             Self::Stream(e) => e.is_bad_image(),
+            Self::NotApplied { cause, .. } => cause.is_bad_image(),
             // That is what the hypervisor says of the domain, not the image.
             Self::Guest(GuestError::Width { .. }) => false,
             Self::Guest(_)

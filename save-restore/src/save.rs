@@ -3,6 +3,7 @@
 //! C implementation: `xg_sr_save.c`.
 
 mod batch;
+mod buffer;
 mod checkpointed;
 mod live;
 pub mod precopy;
@@ -30,7 +31,9 @@ use crate::save::suspended::Suspended;
 use crate::sink::PageSink;
 use crate::toolstack::{SaveToolstack, ToolstackError};
 
-pub use crate::save::checkpointed::{CheckpointedStats, save_checkpointed};
+pub use crate::save::checkpointed::{
+    BUFFER_OCTETS, CheckpointedStats, Checkpoints, save_checkpointed,
+};
 
 /// How to save.
 #[derive(Clone, Copy, Debug, Default)]

@@ -89,6 +89,11 @@ pub struct Epoch {
     pub pages: u64,
     /// From asking the guest to suspend until it ran on.
     pub suspended_for: Duration,
+    /// Octets of it that were sent only then
+    /// ([`Checkpoints::buffer_octets`](crate::save::Checkpoints::buffer_octets)).
+    pub buffered_octets: u64,
+    /// From asking the guest to suspend until all of it was written to the sink.
+    pub sent_after: Duration,
 }
 
 /// What comes behind a checkpoint.
@@ -107,9 +112,9 @@ pub trait CheckpointToolstack: SaveToolstack {
     /// Have guest and device model run on (C: `postcopy`; libxl: the checkpoint devices
     /// are told, then `libxl_domain_resume` with `suspend_cancel`). Asked once for each
     /// suspend, with all of the checkpoint, its CHECKPOINT record included, written to
-    /// the sink and flushed. When this returns, the domain is no longer shut down. What
-    /// the guest sends out from now on is of the next epoch and must not leave the host
-    /// before that is acknowledged.
+    /// the sink or, the last of it, to the checkpoint buffer. When this returns, the
+    /// domain is no longer shut down. What the guest sends out from now on is of the next
+    /// epoch and must not leave the host before that is acknowledged.
     ///
     /// # Errors
     ///
@@ -117,7 +122,7 @@ pub trait CheckpointToolstack: SaveToolstack {
     /// [`SaveToolstack::resume`] if it is not known to run.
     fn postcopy(&mut self) -> Result<(), ToolstackError>;
 
-    /// The guest runs, and `epoch` is in the stream: deal with it and wait until it is
+    /// The guest runs, and `epoch` is in the stream, written and flushed: deal with it and wait until it is
     /// time for the next (C: `checkpoint`). libxl writes the device model's state and its
     /// own end of the checkpoint to the same descriptor here (nothing of the stream is
     /// written meanwhile), waits for the other side to acknowledge it, lets go the
@@ -187,13 +192,18 @@ pub trait CheckpointRestoreToolstack: RestoreToolstack {
     /// before it since the last (C: `checkpoint`). libxl reads its own records of that
     /// checkpoint here, the device model's state and its own end, from the same
     /// descriptor; nothing else reads from it meanwhile. With [`Arrival::Whole`] the
-    /// checkpoint counts: it is applied, and the guest is this one from now on.
+    /// checkpoint counts: it is applied, and the guest is this one from now on. `offset`
+    /// octets of the stream have been read so far, as far as the libxc layer knows.
+    ///
+    /// What a toolstack has buffered of the guest's disk writes belongs to the checkpoint
+    /// that is acknowledged next: [`Arrival::Whole`] commits it, everything else discards
+    /// it.
     ///
     /// # Errors
     ///
     /// The restore fails, and nobody takes over: what came is no checkpoint, and the other
     /// side may be well.
-    fn checkpoint(&mut self) -> Result<Arrival, ToolstackError>;
+    fn checkpoint(&mut self, offset: u64) -> Result<Arrival, ToolstackError>;
 }
 
 /// No toolstack: suspends and resumes through the hypervisor alone, and has no
@@ -227,7 +237,7 @@ impl SaveToolstack for DirectToolstack<'_> {
 
 impl CheckpointRestoreToolstack for DirectToolstack<'_> {
     /// There is nothing around the libxc stream.
-    fn checkpoint(&mut self) -> Result<Arrival, ToolstackError> {
+    fn checkpoint(&mut self, _offset: u64) -> Result<Arrival, ToolstackError> {
         Ok(Arrival::Whole { octets: 0 })
     }
 }

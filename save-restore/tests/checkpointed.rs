@@ -15,7 +15,7 @@ use xsr_format::error::ReadErrorCause;
 use xsr_save_restore::SaveError;
 use xsr_save_restore::progress::{Phase, Progress};
 use xsr_save_restore::save::precopy::XenPolicy;
-use xsr_save_restore::save::{CheckpointedStats, save_checkpointed};
+use xsr_save_restore::save::{BUFFER_OCTETS, CheckpointedStats, Checkpoints, save_checkpointed};
 use xsr_save_restore::sink::{CopySink, PageSink};
 use xsr_save_restore::toolstack::{
     CheckpointToolstack, Epoch, NextEpoch, SaveToolstack, ToolstackError,
@@ -44,6 +44,8 @@ struct Remus<'a> {
     domain: &'a dyn Domain,
     work: Workload,
     last: u64,
+    /// What is kept while the guest is suspended: nothing, a part, all.
+    buffer_octets: usize,
     wrong: Option<Wrong>,
     log: Vec<&'static str>,
     /// Memory at each suspend.
@@ -64,6 +66,7 @@ impl<'a> Remus<'a> {
             domain,
             work: host.workload(domid, &work).unwrap(),
             last,
+            buffer_octets: [0, 100_000, BUFFER_OCTETS][usize::from(domid.0) % 3],
             wrong: None,
             log: Vec::new(),
             digests: Vec::new(),
@@ -144,13 +147,17 @@ fn run(
 ) -> Result<CheckpointedStats, SaveError> {
     let (domain, xen) = (remus.domain, remus.host.xen_version().unwrap());
     let mut policy = XenPolicy;
+    let buffer_octets = remus.buffer_octets;
     save_checkpointed(
         domain,
         xen,
         remus,
         sink,
         &options(threads),
-        &mut policy,
+        Checkpoints {
+            policy: &mut policy,
+            buffer_octets,
+        },
         progress,
     )
 }
@@ -251,6 +258,61 @@ fn every_checkpoint_is_the_guest_as_it_suspended() {
     }
 }
 
+/// Keeps what it gets, and counts what comes while the guest stands still.
+struct WhileAsleep<'a> {
+    domain: &'a dyn Domain,
+    octets: Vec<u8>,
+    asleep: usize,
+}
+
+impl io::Write for WhileAsleep<'_> {
+    fn write(&mut self, octets: &[u8]) -> io::Result<usize> {
+        if self.domain.info().unwrap().shutdown.is_some() {
+            self.asleep += octets.len();
+        }
+        self.octets.extend_from_slice(octets);
+        Ok(octets.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn what_fits_the_buffer_is_sent_while_the_guest_runs() {
+    for spec in specs() {
+        let mut runs = [0, 200_000, BUFFER_OCTETS].map(|buffer_octets| {
+            let host = host(207);
+            let domid = host.create_guest(&spec).unwrap();
+            let domain = host.domain(domid).unwrap();
+            let mut remus = Remus::new(&host, domid, domain.as_ref(), 3);
+            remus.buffer_octets = buffer_octets;
+            let mut sink = CopySink(WhileAsleep {
+                domain: domain.as_ref(),
+                octets: Vec::new(),
+                asleep: 0,
+            });
+            run(&mut remus, &mut sink, 2, &mut go_on).unwrap();
+            let buffered = remus.epochs.iter().map(|epoch| epoch.buffered_octets);
+            (sink.0.octets, sink.0.asleep, buffered.collect::<Vec<_>>())
+        });
+        let name = &spec.name;
+        // The same octets, in any case.
+        assert!(runs[0].0 == runs[1].0 && runs[0].0 == runs[2].0, "{name}");
+        let [none, some, all] = runs
+            .each_mut()
+            .map(|run| (run.1, std::mem::take(&mut run.2)));
+        assert_eq!(none.1, [0; 3], "{name}");
+        assert_eq!(all.0, 0, "{name}");
+        assert_eq!(none.0 as u64, all.1.iter().sum::<u64>(), "{name}");
+        assert!(0 < some.0 && some.0 < none.0, "{name}: {some:?} {none:?}");
+        assert!(some.1.iter().all(|octets| *octets <= 200_000), "{name}");
+        let sum = some.0 as u64 + some.1.iter().sum::<u64>();
+        assert_eq!(sum, none.0 as u64, "{name}");
+    }
+}
+
 #[test]
 fn the_stream_is_in_order_and_ends_behind_a_checkpoint() {
     let host = host(202);
@@ -299,6 +361,7 @@ fn a_callback_that_fails_in_any_epoch_leaves_the_guest_running() {
             for epoch in 1..=3 {
                 let mut remus = Remus::new(&host, domid, domain.as_ref(), 4);
                 remus.wrong = Some(wrong(epoch));
+                remus.buffer_octets = [0, BUFFER_OCTETS][usize::from(epoch == 2)];
                 let what = format!("{}: {:?}", spec.name, remus.wrong);
                 let mut sink = CopySink(Vec::new());
                 let result = run(&mut remus, &mut sink, 2, &mut go_on);
@@ -311,7 +374,7 @@ fn a_callback_that_fails_in_any_epoch_leaves_the_guest_running() {
                 let resumed = remus.log.iter().filter(|call| **call == "resume").count();
                 assert_eq!(resumed, usize::from(resumes), "{what}");
                 assert_runs(&host, domid, &what);
-                // Checkpoints that were complete are.
+                // Checkpoints that were complete are, also what was kept of them.
                 let complete = records_complete(&sink.0);
                 let behind = matches!(wrong(epoch), Suspend(_) | SuspendLate(_));
                 assert_eq!(complete, epoch - u64::from(behind), "{what}");

@@ -20,7 +20,7 @@ mod digest;
 mod dirty;
 mod domain;
 mod error;
-mod face;
+pub(crate) mod face;
 mod frames;
 mod grants;
 mod guest;

@@ -10,6 +10,7 @@ mod calls;
 mod control;
 mod create;
 mod direct;
+pub(crate) mod grants;
 mod hvm;
 pub(crate) mod interface;
 mod log_dirty;

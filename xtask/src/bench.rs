@@ -7,6 +7,7 @@
 mod convert;
 mod live;
 pub(crate) mod measure;
+mod remus;
 
 use std::fmt::Write as _;
 use std::fs;
@@ -33,6 +34,7 @@ Examples:
   cargo xtask bench --dir /var/tmp         on a disk instead of in memory
   cargo xtask bench --micro                the format alone, in memory (criterion)
   cargo xtask bench --convert --memory 256 --rounds 3
+  cargo xtask bench --remus --memory 256
   cargo xtask bench --live --memory 512    live migrations in the library: some ten minutes
   cargo xtask bench --live --memory 512 --plot docs/downtime.svg")]
 pub(crate) struct BenchArgs {
@@ -56,6 +58,9 @@ pub(crate) struct BenchArgs {
     /// peer-tools` has fetched it) and cp
     #[arg(long, conflicts_with_all = ["micro", "live"])]
     convert: bool,
+    /// Only Remus: the pause per checkpoint against dirty rate
+    #[arg(long, conflicts_with_all = ["micro", "live", "convert"])]
+    remus: bool,
     /// Downtime that the target policy aims at, with --live
     #[arg(long, value_name = "MS", default_value_t = 100)]
     target: u64,
@@ -134,6 +139,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     fs::create_dir_all(&scratch).with_context(|| format!("cannot make {}", scratch.display()))?;
     let report = match args.convert {
         true => convert::run(&xsr, &scratch, args.memory, args.rounds),
+        false if args.remus => remus::run(&xsr, &scratch, args.memory),
         false => kinds(args, &xsr, &scratch),
     };
     fs::remove_dir_all(&scratch).with_context(|| format!("cannot clear {}", scratch.display()))?;

@@ -9,7 +9,7 @@ use std::str::FromStr;
 
 use clap::Args;
 
-use super::{BackendArg, ProgressArg, TargetArgs, ThreadsArg};
+use super::{BackendArg, MemorySize, ProgressArg, TargetArgs, ThreadsArg};
 
 /// Move a domain to another host, as `xl migrate` does
 ///
@@ -51,25 +51,8 @@ pub(crate) struct MigrateArgs {
     pub(crate) target: TargetArgs,
     #[command(flatten)]
     pub(crate) threads: ThreadsArg,
-    /// What to run instead of ssh, through sh; if empty, HOST is the whole command
-    #[arg(
-        short = 's',
-        value_name = "COMMAND",
-        default_value = "ssh",
-        help_heading = "Connection"
-    )]
-    pub(crate) ssh: String,
-    /// What to run on HOST
-    #[arg(
-        long,
-        value_name = "COMMAND",
-        default_value = "xsr migrate-receive",
-        help_heading = "Connection"
-    )]
-    pub(crate) receiver: String,
-    /// Pass -e on (xl: do not wait for the domain's end)
-    #[arg(short = 'e', help_heading = "Connection")]
-    pub(crate) no_wait: bool,
+    #[command(flatten)]
+    pub(crate) connection: ConnectionArgs,
     #[command(flatten)]
     pub(crate) backend: BackendArg,
     #[command(flatten)]
@@ -89,11 +72,35 @@ pub(crate) struct MigrateArgs {
     pub(crate) host: String,
 }
 
+/// How the other host is reached.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ConnectionArgs {
+    /// What to run instead of ssh, through sh; if empty, HOST is the whole command
+    #[arg(
+        short = 's',
+        value_name = "COMMAND",
+        default_value = "ssh",
+        help_heading = "Connection"
+    )]
+    pub(crate) ssh: String,
+    /// What to run on HOST
+    #[arg(
+        long,
+        value_name = "COMMAND",
+        default_value = "xsr migrate-receive",
+        help_heading = "Connection"
+    )]
+    pub(crate) receiver: String,
+    /// Pass -e on (xl: do not wait for the domain's end)
+    #[arg(short = 'e', help_heading = "Connection")]
+    pub(crate) no_wait: bool,
+}
+
 /// Take a domain that another host sends, as `xl migrate-receive` does
 ///
 /// Run by `xsr migrate` or `xl migrate` on the other host, through ssh; then it speaks
 /// with it on stdin and stdout. With --listen it waits for one migration, takes it and
-/// ends. Nobody is asked for a password and nothing is encrypted there: keep such a
+/// ends. With -r it is the other end of `xsr remus` or `xl remus`. Nobody is asked for a password and nothing is encrypted there: keep such a
 /// socket where only those can reach it who may.
 ///
 /// On a Xen host, `xl migrate-receive` does it, with xsr-save-helper.
@@ -109,6 +116,18 @@ pub(crate) struct ReceiveArgs {
     /// Wait here for one migration: `unix:PATH` or `tcp:ADDRESS:PORT` (0: any free one)
     #[arg(long, value_name = "WHERE")]
     pub(crate) listen: Option<Endpoint>,
+    /// Stand by for a domain that `remus` protects: run its last checkpoint once the other
+    /// host is lost
+    #[arg(short = 'r')]
+    pub(crate) remus: bool,
+    /// With -r: keep so much of a checkpoint in memory until it is complete, and what is
+    /// more in a temporary file [default: 64M]
+    #[arg(long, value_name = "SIZE", requires = "remus")]
+    pub(crate) checkpoint_memory: Option<MemorySize>,
+    /// With -r: let that file have no more than this [default: all of the domain's memory,
+    /// and 64M]
+    #[arg(long, value_name = "SIZE", requires = "remus")]
+    pub(crate) checkpoint_file: Option<MemorySize>,
     #[command(flatten)]
     pub(crate) threads: ThreadsArg,
     #[command(flatten)]
@@ -127,9 +146,6 @@ pub(crate) struct ReceiveArgs {
     /// Of xl: say more, as -v
     #[arg(short = 'd', hide = true)]
     pub(crate) debug: bool,
-    /// Of xl, refused: Remus
-    #[arg(short = 'r', hide = true)]
-    pub(crate) remus: bool,
     /// Of xl, refused: COLO
     #[arg(long, hide = true)]
     pub(crate) colo: bool,

@@ -21,7 +21,7 @@ use crate::args::MigrateArgs;
 use crate::backend;
 use crate::cmd::save::{Job, LiveSave, MemoryReport, name_of, target_policy};
 use crate::exit::{self, BadUsage, Code, Migration};
-use crate::handshake::{self, Message, Outcome};
+use crate::handshake::{self, Message, Outcome, Patience};
 use crate::stdout::Results;
 use crate::terminal::Terminal;
 use crate::transport::Link;
@@ -29,7 +29,7 @@ use crate::watch::Watch;
 use crate::workload;
 
 /// What the name of a domain ends with that the other end has been told to run. As xl.
-const AWAY: &str = "--migratedaway";
+pub(crate) const AWAY: &str = "--migratedaway";
 
 /// What `--json` prints (docs/json.md).
 #[derive(Debug, Serialize)]
@@ -87,12 +87,18 @@ fn migrate(args: &MigrateArgs, terminal: &Terminal, watch: &mut Watch) -> Result
     let migrating = || format!("migrating {}", sender.name);
     can_suspend(sender.domain).with_context(migrating)?;
     let working = workload::start(&host, domid)?;
-    let link = Link::to_receiver(args, watch.interrupt()).map_err(|error| {
-        match error.is::<BadUsage>() {
+    let options = [
+        (args.connection.no_wait, "-e"),
+        (args.debug, "-d"),
+        (args.paused, "-p"),
+    ];
+    let options = options.into_iter().filter_map(|(on, o)| on.then_some(o));
+    let options: Vec<&str> = options.collect();
+    let link = Link::to_receiver(&args.connection, &args.host, &options, watch.interrupt())
+        .map_err(|error| match error.is::<BadUsage>() {
             true => error,
             false => sender.failed(Failure::Here(error), ""),
-        }
-    })?;
+        })?;
     let sent = sender.send(&link, watch);
     watch.clear();
     drop(working);
@@ -128,7 +134,7 @@ fn migrate(args: &MigrateArgs, terminal: &Terminal, watch: &mut Watch) -> Result
 
 /// A domain that does not run now cannot be asked to suspend once its memory is over
 /// there: better said before than after.
-fn can_suspend(domain: &dyn Domain) -> Result<()> {
+pub(crate) fn can_suspend(domain: &dyn Domain) -> Result<()> {
     let info = domain.info()?;
     match info.shutdown {
         None if info.paused => bail!("it is paused, and a paused domain cannot suspend"),
@@ -214,7 +220,9 @@ impl Sender<'_> {
             return Err(self.taken_back(error));
         }
         watch.step("go");
-        match handshake::outcome(&link.from, &interrupt).map_err(Failure::Undecided)? {
+        match handshake::outcome(&link.from, Patience::Interrupt(&interrupt))
+            .map_err(Failure::Undecided)?
+        {
             Outcome::Runs => {
                 watch.step("report");
                 let downtime = watch.suspended().map(|then| then.elapsed());

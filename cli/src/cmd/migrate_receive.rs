@@ -3,6 +3,8 @@
 //!
 //! C implementation: `migrate_receive` in `tools/xl/xl_migrate.c`.
 
+mod stand_by;
+
 use std::time::Instant;
 
 use anyhow::{Context as _, Error, Result};
@@ -16,15 +18,12 @@ use crate::cmd::restore::{About, Image, Made, Named, superpages};
 use crate::exit::{self, BadUsage, Code, Migration};
 use crate::file::Input;
 use crate::handshake::{self, Message};
+use crate::interrupt::Interrupt;
 use crate::stdout::Results;
 use crate::terminal::Terminal;
 use crate::text::size;
 use crate::transport::{Link, Listener};
 use crate::watch::Watch;
-
-/// The status octet of a receiver that has failed. xl's is a libxl error; a sender looks
-/// only whether it is 0.
-const FAILED: u8 = 1;
 
 /// What `--json` prints (docs/json.md).
 #[derive(Debug, Serialize)]
@@ -47,8 +46,8 @@ struct Report<'a> {
 /// Whatever fails before the sender has let go of its own, the domain here is destroyed.
 /// After that it runs here, or is destroyed and given back.
 pub(crate) fn run(args: &ReceiveArgs, terminal: &Terminal) -> Result<Code> {
-    if args.remus || args.colo || args.coloft_script.is_some() || args.userspace_colo_proxy {
-        let why = "this version receives plain migrations, no Remus (-r) and no COLO (--colo)";
+    if args.colo || args.coloft_script.is_some() || args.userspace_colo_proxy {
+        let why = "this version receives migrations and Remus (-r), no COLO (--colo)";
         return Err(Error::new(BadUsage(why.to_owned())));
     }
     // What the sender has started shares its terminal, and the sender shows progress.
@@ -56,7 +55,16 @@ pub(crate) fn run(args: &ReceiveArgs, terminal: &Terminal) -> Result<Code> {
         Some(_) => terminal.clone(),
         None => terminal.without_progress(),
     };
-    let mut watch = Watch::start(&shown, args.progress, "receiving")?;
+    let mut watch = match args.remus {
+        false => Watch::start(&shown, args.progress, "receiving")?,
+        // A session that breaks off is what it stands by for.
+        true => Watch::start_with(
+            &shown,
+            args.progress,
+            "standing by",
+            Interrupt::catch_without_hangup,
+        )?,
+    };
     let result = receive(args, terminal, &mut watch);
     watch.end(result)
 }
@@ -81,6 +89,9 @@ fn receive(args: &ReceiveArgs, terminal: &Terminal, watch: &mut Watch) -> Result
         to: &link.to,
     };
     let input = Input::of_connection(link.from, from);
+    if args.remus {
+        return receiver.stand_by(&input, watch, started);
+    }
     let About { name, domid, stats } = receiver.receive(&input, watch)?;
     watch.clear();
     let domain = if args.paused { "paused" } else { "running" };
@@ -155,10 +166,7 @@ impl Receiver<'_> {
         }
         // The domain is here now, whatever becomes of what is said about it.
         let about = made.keep();
-        let reported = Message::Report
-            .send(self.to)
-            .and_then(|()| handshake::send_status(self.to, 0));
-        if let Err(error) = reported {
+        if let Err(error) = handshake::report_running(self.to) {
             let (name, cause) = (&about.name, exit::words(error.chain()));
             return Err(failed(format!(
                 "{name} has been received and started here, but the sender could not be told: \
@@ -184,9 +192,7 @@ impl Receiver<'_> {
     fn give_back(&self, made: Made, error: &Error) -> Error {
         let name = made.name().to_owned();
         let mut words = format!("receiving {name}: {}", exit::words(error.chain()));
-        let told = Message::Report
-            .send(self.to)
-            .and_then(|()| handshake::send_status(self.to, FAILED));
+        let told = handshake::report_failed(self.to);
         if let Err(error) = made.destroy() {
             let cause = exit::words(error.chain());
             words = format!("{words}; it is paused here and must not run: {cause}");

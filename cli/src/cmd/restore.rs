@@ -3,6 +3,7 @@
 //!
 //! C implementation: `create_domain` in `tools/xl/xl_vmcontrol.c`.
 
+pub(crate) mod checkpoints;
 mod direct;
 mod source;
 

@@ -4,10 +4,11 @@
 //! C implementation: `save_domain` in `tools/xl/xl_saverestore.c`.
 
 mod direct;
-mod sink;
+pub(crate) mod sink;
 
 use std::fmt;
 use std::fs::File;
+use std::io::Write;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
@@ -271,6 +272,19 @@ pub(crate) struct Written<'a> {
 }
 
 impl Job<'_> {
+    /// Write what stands before the libxc stream: xl's header with the configuration, and
+    /// the beginning of the libxl stream.
+    pub(crate) fn begin<S: Write>(&self, mut sink: S) -> Result<LibxlWriter<S>> {
+        let json = match backend::config(self.host, self.domid)? {
+            Some(json) => json,
+            None => made_up_config(self.host, self.domid, self.domain)?,
+        };
+        XlHeader::new(&json)?.write(&mut sink)?;
+        let mut libxl = LibxlWriter::new(sink, LIBXL_HEADER)?;
+        libxl.write(&LibxlRecord::LibxcContext)?;
+        Ok(libxl)
+    }
+
     /// Write what xl writes: its header with the configuration, the libxl stream, the
     /// libxc stream inside, the emulators' records. The domain is suspended
     /// afterwards, and runs on when the answer is dropped.
@@ -281,15 +295,9 @@ impl Job<'_> {
         live: Option<LiveSave>,
         watch: &mut Watch,
     ) -> Result<Written<'t>> {
-        let json = match backend::config(self.host, self.domid)? {
-            Some(json) => json,
-            None => made_up_config(self.host, self.domid, self.domain)?,
-        };
         let emulators = backend::emulators(self.host, self.domid)?;
-        let mut sink = ImageSink::new(file, watch.interrupt().cancel().clone())?;
-        XlHeader::new(&json)?.write(&mut sink)?;
-        let mut libxl = LibxlWriter::new(sink, LIBXL_HEADER)?;
-        libxl.write(&LibxlRecord::LibxcContext)?;
+        let sink = ImageSink::new(file, watch.interrupt().cancel().clone())?;
+        let mut libxl = self.begin(sink)?;
         let (domain, xen, options) = (self.domain, self.host.xen_version()?, &self.options);
         let progress: &mut OnProgress<'_> = &mut |progress| watch.progress(progress);
         let sink = libxl.sink_mut();

@@ -12,17 +12,19 @@ use nix::errno::Errno;
 use rustix::pipe::{fcntl_getpipe_size, fcntl_setpipe_size};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use xsr_format::read::{ReadOptions, RecordReader};
+use xsr_save_restore::restore::checkpoint::CheckpointOptions;
 use xsr_save_restore::save::precopy::XenPolicy;
+use xsr_save_restore::save::{BUFFER_OCTETS, Checkpoints};
 use xsr_save_restore::sink::FdSink;
 use xsr_save_restore::source::FdSource;
 use xsr_save_restore::{Live, RestoreOptions, SaveOptions};
 use xsr_xen_backend::mock::MockHost;
-use xsr_xen_backend::{BackendError, Host, MapError, XenHost};
+use xsr_xen_backend::{BackendError, DomId, Domain, Host, MapError, XenHost};
 
 use crate::args::{Args, RestoreArgs, SaveArgs, StreamType};
 use crate::progress::Steps;
 use crate::signals;
-use crate::toolstack::Libxl;
+use crate::toolstack::{Libxl, MockGuest};
 use crate::wire::Wire;
 
 /// The hypervisor to work on, for tests: `mock:DIR`, or `mock-xen:DIR`, which is the same
@@ -80,7 +82,8 @@ pub(crate) fn run(args: &Args, wire: &Wire) -> Result<Outcome> {
 /// A hypervisor.
 struct Backend {
     host: Box<dyn Host>,
-    mock: bool,
+    /// The mock machine behind it, where it is one.
+    mock: Option<MockHost>,
 }
 
 impl Backend {
@@ -88,20 +91,31 @@ impl Backend {
         match std::env::var(BACKEND) {
             Ok(name) => {
                 let (how, dir) = name.split_once(':').unwrap_or_default();
-                let open = || MockHost::open(Path::new(dir));
+                ensure!(
+                    matches!(how, "mock" | "mock-xen"),
+                    "{BACKEND} is {name:?}, expected mock:DIR or mock-xen:DIR"
+                );
+                let mock = MockHost::open(Path::new(dir))?;
                 let host: Box<dyn Host> = match how {
-                    "mock" => Box::new(open()?),
-                    "mock-xen" => Box::new(open()?.as_xen()?),
-                    _ => bail!("{BACKEND} is {name:?}, expected mock:DIR or mock-xen:DIR"),
+                    "mock" => Box::new(mock.clone()),
+                    _ => Box::new(mock.as_xen()?),
                 };
-                Ok(Self { host, mock: true })
+                let mock = Some(mock);
+                Ok(Self { host, mock })
             }
             Err(std::env::VarError::NotPresent) => Ok(Self {
                 host: Box::new(XenHost::open()?),
-                mock: false,
+                mock: None,
             }),
             Err(error) => Err(anyhow!("{BACKEND}: {error}")),
         }
+    }
+
+    /// What libxl cannot do to a domain of the mock machine.
+    fn mock<'d>(&self, domid: DomId, domain: &'d dyn Domain) -> Result<Option<MockGuest<'d>>> {
+        let mock = self.mock.as_ref();
+        mock.map(|host| MockGuest::of(host, domid, domain))
+            .transpose()
     }
 }
 
@@ -151,17 +165,17 @@ fn threads() -> Result<Option<NonZeroUsize>> {
     }
 }
 
-fn plain(stream: StreamType) -> Result<()> {
+fn known(stream: StreamType) -> Result<()> {
     match stream {
-        StreamType::Plain => Ok(()),
+        StreamType::Plain | StreamType::Remus => Ok(()),
         // Nothing has happened to the guest yet: libxl lets it run on.
-        StreamType::Remus | StreamType::Colo => Err(anyhow::Error::new(Errno::EOPNOTSUPP)
-            .context("Remus and COLO are not supported by this helper; use Xen's own")),
+        StreamType::Colo => Err(anyhow::Error::new(Errno::EOPNOTSUPP)
+            .context("COLO is not supported by this helper; use Xen's own")),
     }
 }
 
 fn save(args: &SaveArgs, wire: &Wire, backend: &Backend) -> Result<()> {
-    plain(args.stream)?;
+    known(args.stream)?;
     let cancel = wire.cancel();
     let mut sink = FdSink::cancellable(inherited(args.io_fd)?, cancel.clone())?;
     let domain = backend.host.domain(args.domid)?;
@@ -173,9 +187,9 @@ fn save(args: &SaveArgs, wire: &Wire, backend: &Backend) -> Result<()> {
         wire,
         callbacks: args.callbacks,
         domid: args.domid,
-        mock: backend.mock.then_some(domain),
+        mock: backend.mock(args.domid, domain)?,
     };
-    let mut steps = Steps::new(wire);
+    let mut steps = Steps::new(wire, args.stream);
     let xen = backend.host.xen_version()?;
     let options = SaveOptions {
         threads: threads()?,
@@ -186,6 +200,23 @@ fn save(args: &SaveArgs, wire: &Wire, backend: &Backend) -> Result<()> {
         verify: args.debug,
     };
     let mut on_progress = |progress: &_| steps.event(progress);
+    if args.stream == StreamType::Remus {
+        let stats = xsr_save_restore::save_checkpointed(
+            domain,
+            xen,
+            &mut toolstack,
+            &mut sink,
+            &options,
+            Checkpoints {
+                policy: live.policy,
+                buffer_octets: BUFFER_OCTETS,
+            },
+            &mut on_progress,
+        )?;
+        // The guest runs on; nobody protects it any more.
+        tracing::info!("checkpoint {} was the last", stats.checkpoints);
+        return Ok(());
+    }
     let saved = match args.live {
         true => xsr_save_restore::save_live(
             domain,
@@ -214,7 +245,7 @@ fn save(args: &SaveArgs, wire: &Wire, backend: &Backend) -> Result<()> {
 }
 
 fn restore(args: &RestoreArgs, wire: &Wire, backend: &Backend) -> Result<()> {
-    plain(args.stream)?;
+    known(args.stream)?;
     let source = FdSource::new(inherited(args.io_fd)?);
     let domain = backend.host.domain(args.domid)?;
     let reader = RecordReader::new(source, ReadOptions::default())?;
@@ -243,13 +274,24 @@ fn restore(args: &RestoreArgs, wire: &Wire, backend: &Backend) -> Result<()> {
         Some(_) => ControlFlow::Break(()),
         None => ControlFlow::Continue(()),
     };
-    let (restored, _) = xsr_save_restore::restore(
-        domain.as_ref(),
-        reader,
-        &mut toolstack,
-        &options,
-        &mut on_progress,
-    )?;
+    let domain = domain.as_ref();
+    let restored = match args.stream {
+        StreamType::Remus => {
+            let survivor = xsr_save_restore::restore_checkpointed(
+                domain,
+                reader,
+                &mut toolstack,
+                &options,
+                &CheckpointOptions::default(),
+                &mut on_progress,
+            )?;
+            tracing::info!("the guest is checkpoint {}", survivor.checkpoints);
+            survivor.restored
+        }
+        _ => {
+            xsr_save_restore::restore(domain, reader, &mut toolstack, &options, &mut on_progress)?.0
+        }
+    };
     tracing::info!("Restore successful");
     let ring = |gfn: Option<xsr_format::frame::Gfn>| gfn.map_or(0, |gfn| gfn.0);
     tracing::info!(

@@ -8,6 +8,7 @@ use std::ops::ControlFlow;
 
 use xsr_save_restore::progress::{Phase, Progress};
 
+use crate::args::StreamType;
 use crate::wire::Wire;
 
 /// Octets of contents from one step to the next.
@@ -17,16 +18,21 @@ const STEP: u64 = 4 << 20;
 #[derive(Debug)]
 pub(crate) struct Steps<'w> {
     wire: &'w Wire,
+    stream: StreamType,
     last: Option<(Phase, u32)>,
+    /// Checkpoints behind which the stream goes on.
+    checkpoints: u64,
     /// Octets of the pass at the last step.
     told: u64,
 }
 
 impl<'w> Steps<'w> {
-    pub(crate) fn new(wire: &'w Wire) -> Self {
+    pub(crate) fn new(wire: &'w Wire, stream: StreamType) -> Self {
         Self {
             wire,
+            stream,
             last: None,
+            checkpoints: 0,
             told: 0,
         }
     }
@@ -51,7 +57,9 @@ impl<'w> Steps<'w> {
             self.told = 0;
             match progress.phase {
                 Phase::Setup => self.single("Start of stream"),
-                Phase::Tail => self.single("End of stream"),
+                // One of checkpoints has none.
+                Phase::Tail if self.stream == StreamType::Plain => self.single("End of stream"),
+                Phase::Checkpoint => self.checkpoints += 1,
                 _ => {}
             }
             if before.is_some_and(|(phase, _)| phase == Phase::Suspend) {
@@ -60,6 +68,7 @@ impl<'w> Steps<'w> {
         }
         let what = match progress.phase {
             Phase::Pages => Some("Frames".to_owned()),
+            Phase::StopAndCopy if self.checkpoints > 0 => Some("Checkpointed save".to_owned()),
             Phase::Precopy | Phase::StopAndCopy => {
                 Some(format!("Frames iteration {}", progress.iteration))
             }

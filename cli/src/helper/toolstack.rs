@@ -2,10 +2,13 @@
 
 use std::io;
 
+use anyhow::Result;
 use xsr_format::frame::Gfn;
 use xsr_save_restore::toolstack::{
-    MissingStaticData, RestoreToolstack, SaveToolstack, ToolstackError,
+    Arrival, CheckpointRestoreToolstack, CheckpointToolstack, Epoch, MissingStaticData, NextEpoch,
+    RestoreToolstack, SaveToolstack, ToolstackError,
 };
+use xsr_xen_backend::mock::{MockHost, Workload, WorkloadSpec};
 use xsr_xen_backend::{DomId, Domain};
 
 use crate::args::Callbacks;
@@ -16,9 +19,32 @@ pub(crate) struct Libxl<'w> {
     pub(crate) wire: &'w Wire,
     pub(crate) callbacks: Callbacks,
     pub(crate) domid: DomId,
-    /// A domain of the mock machine, which nobody but this process can suspend: done
-    /// as soon as libxl says that it is.
-    pub(crate) mock: Option<&'w dyn Domain>,
+    /// A domain of the mock machine.
+    pub(crate) mock: Option<MockGuest<'w>>,
+}
+
+/// A domain of the mock machine, which nobody but this process can suspend, resume and
+/// have work: done as soon as libxl says that it is.
+pub(crate) struct MockGuest<'d> {
+    domain: &'d dyn Domain,
+    /// What `xsr mock` keeps with it.
+    work: Option<Workload>,
+}
+
+/// Operations of a mock guest from one checkpoint to the next.
+const OPERATIONS: u64 = 100;
+
+impl<'d> MockGuest<'d> {
+    /// The domain, and the work that is kept with it under the name `mock-workload`.
+    pub(crate) fn of(host: &MockHost, domid: DomId, domain: &'d dyn Domain) -> Result<Self> {
+        let kept = host.userdata_get(domid, "mock-workload")?;
+        let kept = kept.filter(|octets| !octets.is_empty());
+        let spec: Option<WorkloadSpec> = kept
+            .map(|octets| serde_json::from_slice(&octets))
+            .transpose()?;
+        let work = spec.map(|spec| host.workload(domid, &spec)).transpose()?;
+        Ok(Self { domain, work })
+    }
 }
 
 impl std::fmt::Debug for Libxl<'_> {
@@ -62,8 +88,8 @@ impl SaveToolstack for Libxl<'_> {
         const WHAT: &str = "suspending the guest";
         self.expect(WHAT, number::SUSPEND)?;
         check(WHAT, self.wire.suspend(), |answer| answer != 0)?;
-        match self.mock {
-            Some(domain) => domain.suspend().map_err(|e| ToolstackError::new(WHAT, e)),
+        match &self.mock {
+            Some(guest) => (guest.domain.suspend()).map_err(|e| ToolstackError::new(WHAT, e)),
             None => Ok(()),
         }
     }
@@ -80,6 +106,60 @@ impl SaveToolstack for Libxl<'_> {
         self.expect(WHAT, number::SWITCH_QEMU_LOGDIRTY)?;
         let answer = self.wire.switch_qemu_logdirty(self.domid.0, on);
         check(WHAT, answer, |answer| answer == 0)
+    }
+}
+
+/// What libxl is asked at each checkpoint, on either side.
+const CHECKPOINT: &str = "dealing with a checkpoint";
+
+impl CheckpointToolstack for Libxl<'_> {
+    fn postcopy(&mut self) -> Result<(), ToolstackError> {
+        const WHAT: &str = "letting the guest run on behind a checkpoint";
+        self.expect(WHAT, number::POSTCOPY)?;
+        check(WHAT, self.wire.postcopy(), |answer| answer > 0)?;
+        let Some(guest) = &mut self.mock else {
+            return Ok(());
+        };
+        let resumed = guest.domain.resume();
+        let worked = resumed.and_then(|()| match &mut guest.work {
+            Some(work) => work.step(OPERATIONS).map(drop),
+            None => Ok(()),
+        });
+        worked.map_err(|e| ToolstackError::new(WHAT, e))
+    }
+
+    /// libxl writes its own records of the checkpoint, and waits for the interval. It
+    /// answers 0 where it has failed as well as where that was the last one: to libxc
+    /// both are the end, and no failure of its own.
+    fn checkpoint(&mut self, epoch: &Epoch) -> Result<NextEpoch, ToolstackError> {
+        self.expect(CHECKPOINT, number::CHECKPOINT)?;
+        tracing::debug!(?epoch, "checkpoint");
+        let answer = self.wire.checkpoint();
+        match answer.map_err(|e| ToolstackError::new(CHECKPOINT, e))? {
+            1.. => Ok(NextEpoch::Continue),
+            0 => Ok(NextEpoch::Finish),
+            answer => Err(ToolstackError::new(
+                CHECKPOINT,
+                format!("libxl says that it failed ({answer})"),
+            )),
+        }
+    }
+}
+
+impl CheckpointRestoreToolstack for Libxl<'_> {
+    /// libxl reads its own records of the checkpoint. How many octets that are it does
+    /// not say: places that are named behind them count what libxc reads.
+    fn checkpoint(&mut self, _offset: u64) -> Result<Arrival, ToolstackError> {
+        self.expect(CHECKPOINT, number::CHECKPOINT)?;
+        let answer = self.wire.checkpoint();
+        match answer.map_err(|e| ToolstackError::new(CHECKPOINT, e))? {
+            1 => Ok(Arrival::Whole { octets: 0 }),
+            2 => Ok(Arrival::Lost),
+            answer => Err(ToolstackError::new(
+                CHECKPOINT,
+                format!("libxl says that it failed ({answer})"),
+            )),
+        }
     }
 }
 

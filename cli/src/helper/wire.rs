@@ -10,8 +10,8 @@
 //! | 2 | progress | string context, string what, u64 done, u64 total | |
 //! | 3 | suspend | | 0 failed |
 //! | 4 | postcopy | | 0 failed |
-//! | 5 | checkpoint | | |
-//! | 6 | wait_checkpoint | | |
+//! | 5 | checkpoint | | save: 0 that was the last, below it failed; restore: 0 failed, 2 the sender is gone |
+//! | 6 | wait_checkpoint | | COLO's, not sent |
 //! | 7 | switch_qemu_logdirty | u32 domid, u32 enable | 0 fine |
 //! | 8 | static_data_done | u32 missing | 0 fine |
 //! | 9 | restore_results | u64 store frame, u64 console frame | |
@@ -31,6 +31,8 @@ pub(crate) mod number {
     pub(crate) const LOG: u16 = 1;
     pub(crate) const PROGRESS: u16 = 2;
     pub(crate) const SUSPEND: u16 = 3;
+    pub(crate) const POSTCOPY: u16 = 4;
+    pub(crate) const CHECKPOINT: u16 = 5;
     pub(crate) const SWITCH_QEMU_LOGDIRTY: u16 = 7;
     pub(crate) const STATIC_DATA_DONE: u16 = 8;
     pub(crate) const RESTORE_RESULTS: u16 = 9;
@@ -208,6 +210,16 @@ impl Wire {
     /// Have libxl suspend the guest. 0: it could not.
     pub(crate) fn suspend(&self) -> io::Result<i32> {
         self.ask(&Message::new(number::SUSPEND))
+    }
+
+    /// Have libxl let the guest run on. 0: it could not.
+    pub(crate) fn postcopy(&self) -> io::Result<i32> {
+        self.ask(&Message::new(number::POSTCOPY))
+    }
+
+    /// A CHECKPOINT record has been written, or read, and libxl's part of it is due.
+    pub(crate) fn checkpoint(&self) -> io::Result<i32> {
+        self.ask(&Message::new(number::CHECKPOINT))
     }
 
     /// Have libxl switch the device model's log-dirty mode. 0: done.

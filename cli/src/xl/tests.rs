@@ -22,6 +22,13 @@ fn xls_flags_pass() {
         &["migrate", "-s", "ssh -v", "-C", "x.cfg", "-D", "web", "h"],
         &["migrate", "--live", "--debug", "web", "h"],
         &["migrate-receive", "-e", "-d", "-p", "--colo"],
+        &["migrate-receive", "-r", "-e"],
+        &[
+            "remus", "-F", "-b", "-u", "-n", "-d", "-i", "50", "web", "h",
+        ],
+        &[
+            "remus", "-s", "ssh -v", "-N", "x", "-e", "-c", "-p", "web", "h",
+        ],
         &["-t", "-f", "save", "web", "web.save"],
         &["save", "--of-a-newer-xl=3", "web", "web.save"],
     ] {
@@ -58,6 +65,7 @@ fn what_xl_has_not_is_refused() {
         (&["restore", "--json", "f"], "--json"),
         (&["migrate", "--no-live", "web", "h"], "--no-live"),
         (&["migrate", "--receiver=x", "web", "h"], "--receiver"),
+        (&["remus", "--stats", "web", "h"], "--stats"),
         (&["migrate-receive", "--listen=unix:/x"], "--listen"),
     ] {
         assert_eq!(call(words).unwrap().refused, [refused]);

@@ -7,6 +7,7 @@ use std::io;
 use std::path::PathBuf;
 
 use xsr_format::error::{ReadError, ReadErrorCause};
+use xsr_format::frame::PAGE_SIZE;
 use xsr_format::read::{Incoming, RecordReader};
 use xsr_format::record::RecordKind;
 use xsr_xen_backend::Domain;
@@ -28,6 +29,10 @@ pub struct CheckpointOptions {
     /// How much of it in memory, in octets ([`MEMORY_OCTETS`] by default). What is more
     /// goes to a temporary file without a name, which grows with the checkpoint.
     pub memory_octets: usize,
+    /// How many octets that file may have; by default (`None`) as many as the largest
+    /// checkpoint of the domain has, and no disk is filled by a sender that goes mad: all
+    /// the pages that it may have, each once, and 64 MiB for everything else.
+    pub file_octets: Option<u64>,
     /// Where that file is made; by default the system's directory for such files.
     pub directory: PathBuf,
 }
@@ -36,6 +41,7 @@ impl Default for CheckpointOptions {
     fn default() -> Self {
         Self {
             memory_octets: MEMORY_OCTETS,
+            file_octets: None,
             directory: std::env::temp_dir(),
         }
     }
@@ -84,7 +90,8 @@ pub enum Ending<S> {
 /// As for [`restore`](crate::restore()), and the domain is of no use then either. Before
 /// the first checkpoint that includes a source that breaks off. After it, it does not; but
 /// a stream that breaks a rule, a checkpoint that cannot be kept or applied, a callback
-/// that fails, or somebody who stops it, are errors still: the sender may be well.
+/// that fails, or somebody who stops it, are errors still: the sender may be well. After
+/// [`RestoreError::NotApplied`] the domain is a mixture of two checkpoints.
 pub fn restore_checkpointed<S: PageSource>(
     domain: &dyn Domain,
     reader: RecordReader<S>,
@@ -97,9 +104,21 @@ pub fn restore_checkpointed<S: PageSource>(
     with_crew(run.pages.placer(), options, |hands| {
         go_on(run.progress.begin(Phase::Setup, None))?;
         let standing = reader.onto(io::empty());
-        let tap = Tap::new(reader.into_source(), Spool::new(keep));
+        let limit = match keep.file_octets {
+            Some(octets) => octets,
+            None => largest(domain.info()?.max_pages),
+        };
+        let tap = Tap::new(reader.into_source(), Spool::new(keep, limit));
         run.epochs(standing.onto(tap), hands)
     })
+}
+
+/// Octets of the largest checkpoint of a guest that may have so many pages: each pfn comes
+/// once, and those that it has no page for are fewer than those that it has.
+fn largest(max_pages: u64) -> u64 {
+    const PFN: u64 = PAGE_SIZE as u64 + 16;
+    const REST: u64 = 64 << 20;
+    max_pages.saturating_mul(PFN).saturating_add(REST)
 }
 
 /// How one checkpoint came.
@@ -137,8 +156,16 @@ impl<T: CheckpointRestoreToolstack + ?Sized> Run<'_, '_, T> {
             most_kept = spool.len().max(most_kept);
             most_spilt = spool.in_file().max(most_spilt);
             if let Came::Whole = came {
-                self.records(&mut standing.onto(spool), hands)?;
-                hands.crew.finish()?;
+                let applied = self.records(&mut standing.onto(spool), hands);
+                // What failed in an earlier place of the stream comes first.
+                let applied = hands.crew.finish().and(applied);
+                applied.map_err(|cause| match cause {
+                    RestoreError::Aborted => cause,
+                    cause => RestoreError::NotApplied {
+                        checkpoint: checkpoints + 1,
+                        cause: Box::new(cause),
+                    },
+                })?;
             }
         }
         let restored = self.end(hands)?;
@@ -186,7 +213,7 @@ impl<T: CheckpointRestoreToolstack + ?Sized> Run<'_, '_, T> {
         &mut self,
         reader: &mut RecordReader<Tap<S>>,
     ) -> Result<Came, RestoreError> {
-        Ok(match self.toolstack.checkpoint()? {
+        Ok(match self.toolstack.checkpoint(reader.offset())? {
             Arrival::Whole { octets } => {
                 reader.advance(octets);
                 Came::Whole

@@ -1,5 +1,5 @@
 //! The records of one checkpoint, kept until it is complete: in memory, and beyond a limit
-//! in a temporary file that has no name.
+//! in a temporary file that has no name, and a limit of its own.
 //!
 //! C implementation: the array of records in `xg_sr_restore.c:buffer_record`, which has no
 //! limit.
@@ -25,18 +25,21 @@ pub(super) struct Spool {
     directory: PathBuf,
     file: Option<File>,
     in_file: u64,
+    /// Octets that there may be.
+    file_limit: u64,
     /// Octets that have been read again.
     read: u64,
 }
 
 impl Spool {
-    pub(super) fn new(options: &CheckpointOptions) -> Self {
+    pub(super) fn new(options: &CheckpointOptions, file_limit: u64) -> Self {
         Self {
             memory: Vec::new(),
             limit: options.memory_octets,
             directory: options.directory.clone(),
             file: None,
             in_file: 0,
+            file_limit,
             read: 0,
         }
     }
@@ -62,6 +65,13 @@ impl Spool {
         self.memory.extend_from_slice(here);
         if there.is_empty() {
             return Ok(());
+        }
+        if there.len() as u64 > self.file_limit.saturating_sub(self.in_file) {
+            return Err(io::Error::other(format!(
+                "it has more than the {} octets in memory and {} in the file that a checkpoint \
+                 may have here",
+                self.limit, self.file_limit
+            )));
         }
         let file = match &self.file {
             Some(file) => file,

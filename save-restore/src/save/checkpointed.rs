@@ -9,12 +9,37 @@ use xsr_xen_backend::{Domain, XenVersion};
 
 use crate::error::SaveError;
 use crate::progress::{OnProgress, Phase};
+use crate::save::buffer::{EpochBuffer, Hold};
 use crate::save::live::LiveMemory;
 use crate::save::precopy::PrecopyPolicy;
 use crate::save::suspended::Suspended;
 use crate::save::{Run, SaveOptions, SaveStats, give_back, guest_pages};
 use crate::sink::PageSink;
 use crate::toolstack::{CheckpointToolstack, Epoch, NextEpoch};
+
+/// Octets of a checkpoint that are kept while the guest is suspended, where nobody says:
+/// 64 MiB.
+pub const BUFFER_OCTETS: usize = 64 << 20;
+
+/// How to take checkpoints.
+pub struct Checkpoints<'a> {
+    /// Decides when the guest is suspended for the first time.
+    pub policy: &'a mut dyn PrecopyPolicy,
+    /// Octets of a checkpoint that are kept in memory while the guest is suspended, and
+    /// sent once it runs on ([`BUFFER_OCTETS`] is a good number). Of a checkpoint that is
+    /// larger all but the last part is sent with the guest suspended: no more than this is
+    /// ever kept, and a guest that writes faster than can be sent is held up by it. 0:
+    /// nothing is kept, as in Xen's own engine.
+    pub buffer_octets: usize,
+}
+
+impl std::fmt::Debug for Checkpoints<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Checkpoints")
+            .field("buffer_octets", &self.buffer_octets)
+            .finish_non_exhaustive()
+    }
+}
 
 /// What a save with checkpoints did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -27,7 +52,7 @@ pub struct CheckpointedStats {
 }
 
 /// Save a domain again and again, as a stream of checkpoints: its memory once while it
-/// runs, until `policy` says that the rest may be sent with the guest suspended; then in
+/// runs, until the policy says that the rest may be sent with the guest suspended; then in
 /// each epoch what it has written since the one before, its registers and devices, and
 /// a CHECKPOINT record. The guest runs between epochs, and `toolstack` says when the
 /// next is due, and which was the last.
@@ -43,14 +68,15 @@ pub struct CheckpointedStats {
 ///
 /// As [`save_live`](crate::save_live): whatever fails, in any epoch, the guest runs on
 /// where it was, nothing logs dirty pages, nothing stays mapped. Checkpoints that are
-/// complete in the stream remain of use.
+/// complete in the stream remain of use. Unless it is the sink that fails, the stream ends
+/// between two records, and whoever has the sink can go on with it.
 pub fn save_checkpointed(
     domain: &dyn Domain,
     xen: XenVersion,
     toolstack: &mut dyn CheckpointToolstack,
     sink: &mut dyn PageSink,
     options: &SaveOptions,
-    policy: &mut dyn PrecopyPolicy,
+    how: Checkpoints<'_>,
     progress: &mut OnProgress<'_>,
 ) -> Result<CheckpointedStats, SaveError> {
     let mut suspended = Suspended::new(toolstack);
@@ -59,7 +85,9 @@ pub fn save_checkpointed(
         suspended.logging_on()?;
     }
     let mut run = Run::new(domain, &info, options, progress);
-    let result = run.epochs(xen, &mut suspended, sink, policy);
+    let hold = Hold::new(how.buffer_octets);
+    let mut buffer = EpochBuffer::new(sink, &hold);
+    let result = run.epochs(xen, &mut suspended, &mut buffer, &hold, how.policy);
     let stream = run.stats;
     suspended.logging_off();
     match result {
@@ -67,7 +95,16 @@ pub fn save_checkpointed(
             stream,
             checkpoints,
         }),
-        Err(cause) => Err(give_back(&mut suspended, cause)),
+        Err(cause) => {
+            let cause = give_back(&mut suspended, cause);
+            if !matches!(cause, SaveError::Stream(_))
+                && let Err(error) = buffer.flush()
+            {
+                // Then it is a sink that failed, and the caller has seen it.
+                tracing::debug!(%error, "the end of the stream could not be written");
+            }
+            Err(cause)
+        }
     }
 }
 
@@ -78,6 +115,7 @@ impl Run<'_, '_> {
         xen: XenVersion,
         suspended: &mut Suspended<'_, T>,
         sink: &mut dyn PageSink,
+        hold: &Hold,
         policy: &mut dyn PrecopyPolicy,
     ) -> Result<u64, SaveError> {
         let (mut guest, mut out) = self.head(xen, sink)?;
@@ -89,20 +127,25 @@ impl Run<'_, '_> {
         loop {
             number += 1;
             let before = self.stats;
+            hold.begin();
             let stopped = self.stop_and_copy(guest, &mut out, suspended, &mut memory)?;
             self.report(Phase::Tail)?;
             guest.end_of_checkpoint(&mut out)?;
             out.checkpoint()?;
-            out.sink_mut().flush()?;
             suspended.postcopy(self.domain)?;
+            let suspended_for = stopped.elapsed();
+            self.stats.suspended_for += suspended_for;
+            let buffered_octets = hold.end();
+            self.report(Phase::Checkpoint)?;
+            out.sink_mut().flush()?;
             let epoch = Epoch {
                 number,
                 pfns: self.stats.pfns - before.pfns,
                 pages: self.stats.pages - before.pages,
-                suspended_for: stopped.elapsed(),
+                suspended_for,
+                buffered_octets,
+                sent_after: stopped.elapsed(),
             };
-            self.stats.suspended_for += epoch.suspended_for;
-            self.report(Phase::Checkpoint)?;
             if suspended.checkpoint(&epoch)? == NextEpoch::Finish {
                 return Ok(number);
             }

@@ -14,6 +14,7 @@
 mod buffers;
 mod domctl;
 mod domctl_vcpu;
+mod grants;
 mod mapping;
 mod memory;
 #[cfg(feature = "peer")]
@@ -22,7 +23,7 @@ mod store;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -36,7 +37,8 @@ use super::MockHost;
 use super::domain::MockDomain;
 use crate::error::BackendError;
 use crate::pages::{Access, ForeignPages};
-use crate::privcmd::{CallBuffer, FrameMapping, Hypercalls, Resource};
+use crate::privcmd::call::GRANT_TABLE_OP;
+use crate::privcmd::{Call, CallBuffer, FrameMapping, Hypercalls, Resource};
 use crate::sys::common as sys;
 use crate::xen::interface::{INTERFACES, Interface, versions};
 use crate::xen::{OpenError, XenHost};
@@ -62,6 +64,10 @@ pub(crate) struct Obstacles {
     pub(crate) restricted: bool,
     /// The caller is not the control domain.
     pub(crate) unprivileged: bool,
+    /// The kernel maps no resources.
+    pub(crate) no_resources: bool,
+    /// The dirty log is told of one page less than was asked for.
+    pub(crate) short_log: bool,
 }
 
 /// The machine, seen as a hypervisor.
@@ -100,6 +106,8 @@ struct State {
     nodes: BTreeMap<String, Vec<u8>>,
     /// Rings that xenstore is connected to, by domain: frame and event channel.
     store_rings: BTreeMap<u16, (u64, u32)>,
+    /// Grant tables that have a place among the frames of their guests: domain, gfn.
+    tables: BTreeSet<(u16, u64)>,
     /// Frames that are paged out: how often they will be found so.
     paged_out: BTreeMap<(u16, u64), u32>,
     /// Calls for types of frames that will find the second half of a buffer on the move.
@@ -260,36 +268,13 @@ impl Face {
             let [number, _, a, b, c, d, e, _]: [u64; 8] = self.load(place)?;
             let answer = match u32::try_from(number) {
                 Ok(MULTICALL) | Err(_) => Err(Errno::ENOSYS),
-                Ok(number) => self.dispatch(number, [a, b, c, d, e]),
+                Ok(number) => self.answer(number, [a, b, c, d, e]),
             };
             // As Xen: an error is its negative number.
             let result = answer.unwrap_or_else(|errno| (-i64::from(errno as i32)).cast_unsigned());
             self.save(place + 8, &result)?;
         }
         Ok(0)
-    }
-
-    /// Have a hypercall answered, one in a list among them.
-    fn dispatch(&self, number: u32, arguments: [u64; 5]) -> Result<u64, Errno> {
-        if self.state().obstacles.restricted {
-            return Err(Errno::EPERM);
-        }
-        let [first, second, ..] = arguments;
-        match number {
-            sys::__HYPERVISOR_domctl => self.domctl(first),
-            sys::__HYPERVISOR_sysctl => self.sysctl(first),
-            sys::__HYPERVISOR_memory_op => self.memory_op(first, second),
-            sys::__HYPERVISOR_hvm_op => self.hvm_op(first, second),
-            sys::__HYPERVISOR_event_channel_op => self.event_channel_op(first, second),
-            sys::__HYPERVISOR_sched_op => self.sched_op(first, second),
-            MULTICALL => self.multicall(first, second),
-            sys::__HYPERVISOR_mmuext_op => self.mmuext_op(arguments),
-            sys::__HYPERVISOR_xen_version if first == u64::from(sys::XENVER_version) => {
-                let version = self.host.config().xen_version;
-                Ok(u64::from(version.major) << 16 | u64::from(version.minor))
-            }
-            _ => Err(Errno::ENOSYS),
-        }
     }
 
     /// `mmuext_op` of pins only: three words each, of which the first is the command and
@@ -315,6 +300,30 @@ impl Face {
         }
         Ok(0)
     }
+
+    /// Answer a hypercall, one in a list among them. Addresses that are no buffer's are EFAULT.
+    fn answer(&self, number: u32, arguments: [u64; 5]) -> Result<u64, Errno> {
+        if self.state().obstacles.restricted {
+            return Err(Errno::EPERM);
+        }
+        let [first, second, ..] = arguments;
+        match number {
+            sys::__HYPERVISOR_domctl => self.domctl(first),
+            sys::__HYPERVISOR_sysctl => self.sysctl(first),
+            sys::__HYPERVISOR_memory_op => self.memory_op(first, second),
+            sys::__HYPERVISOR_hvm_op => self.hvm_op(first, second),
+            sys::__HYPERVISOR_event_channel_op => self.event_channel_op(first, second),
+            sys::__HYPERVISOR_sched_op => self.sched_op(first, second),
+            GRANT_TABLE_OP => self.grant_table_op(first, second, arguments[2]),
+            MULTICALL => self.multicall(first, second),
+            sys::__HYPERVISOR_mmuext_op => self.mmuext_op(arguments),
+            sys::__HYPERVISOR_xen_version if first == u64::from(sys::XENVER_version) => {
+                let version = self.host.config().xen_version;
+                Ok(u64::from(version.major) << 16 | u64::from(version.minor))
+            }
+            _ => Err(Errno::ENOSYS),
+        }
+    }
 }
 
 fn errno(error: BackendError) -> Errno {
@@ -322,13 +331,13 @@ fn errno(error: BackendError) -> Errno {
 }
 
 impl Hypercalls for Face {
-    fn hypercall(&self, number: u32, arguments: [u64; 5]) -> Result<u64, Errno> {
+    fn hypercall(&self, call: Call<'_>) -> Result<u64, Errno> {
         self.asked.hypercalls.fetch_add(1, Ordering::Relaxed);
-        self.dispatch(number, arguments)
+        self.answer(call.number(), call.arguments())
     }
 
-    fn buffer(&self, octets: usize) -> Result<Box<dyn CallBuffer>, Errno> {
-        Ok(Box::new(self.buffers.take(octets)))
+    fn buffer(&self, octets: usize) -> Result<CallBuffer, Errno> {
+        Ok(CallBuffer::elsewhere(Box::new(self.buffers.take(octets))))
     }
 
     fn reserve(

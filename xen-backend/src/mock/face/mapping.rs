@@ -50,7 +50,10 @@ impl Mapping {
             *times -= 1;
             return Err(Errno::ENOENT);
         }
-        domain.map_one(gfn, self.access)
+        match self.face.grant_table_at(self.domid.0, gfn)? {
+            Some(table) => Ok(table),
+            None => domain.map_one(gfn, self.access),
+        }
     }
 }
 
@@ -107,7 +110,7 @@ pub(super) fn resource(
 ) -> Result<ForeignPages, Errno> {
     let known = resource.kind == sys::XENMEM_resource_grant_table
         && resource.id == sys::XENMEM_resource_grant_table_id_shared;
-    if !known {
+    if !known || face.state().obstacles.no_resources {
         return Err(Errno::EOPNOTSUPP);
     }
     if (resource.first, resource.frames) != (0, 1) {

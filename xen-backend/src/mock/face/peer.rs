@@ -38,7 +38,7 @@ impl PeerFace {
     ///
     /// Its errno; EFAULT for addresses that are not the caller's.
     pub fn hypercall(&self, number: u32, arguments: [u64; 5]) -> Result<u64, Errno> {
-        self.0.hypercall(number, arguments)
+        self.0.answer(number, arguments)
     }
 
     /// Suspend a domain, for whoever plays its toolstack and cannot: only the process

@@ -1,0 +1,347 @@
+//! `xsr remus`: what `xl remus` does. A domain runs here and is kept on another host as it
+//! was a moment ago, to run on there when this host is lost.
+//!
+//! Who has the domain in the end: the other end runs its copy when the connection breaks
+//! off, unless it has been told to forget it ([`handshake::withdraw`]). So this end lets
+//! the domain run only where nothing else is known; docs/migration.md has the table.
+//!
+//! C implementation: `main_remus` in `tools/xl/xl_migrate.c`,
+//! `tools/libs/light/libxl_remus.c`.
+
+mod report;
+mod stream;
+mod toolstack;
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Error, Result, anyhow};
+use xsr_save_restore::save::precopy::XenPolicy;
+use xsr_save_restore::save::{BUFFER_OCTETS, CheckpointedStats, Checkpoints, save_checkpointed};
+use xsr_save_restore::toolstack::DirectToolstack;
+use xsr_save_restore::{SaveError, SaveOptions};
+use xsr_xen_backend::mock::MockHost;
+use xsr_xen_backend::{DomId, Domain, Host};
+
+use self::report::Teller;
+use self::stream::Stream;
+use self::toolstack::{Complete, Protector, Stop};
+use crate::args::{OnLoss, RemusArgs};
+use crate::backend;
+use crate::cmd::migrate::{AWAY, can_suspend};
+use crate::cmd::save::{Job, name_of};
+use crate::exit::{self, BadUsage, Code, Migration};
+use crate::handshake::{self, Message, Outcome, Patience};
+use crate::terminal::Terminal;
+use crate::transport::Link;
+use crate::watch::Watch;
+use crate::workload;
+
+/// How long the other end may take to say what becomes of its copy.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Protect a domain.
+///
+/// Whatever fails, it runs on here, unless the other end says that it runs there, or, with
+/// `--on-loss pause`, nobody can know.
+pub(crate) fn run(args: &RemusArgs, terminal: &Terminal) -> Result<Code> {
+    refuse(args)?;
+    let mut watch = Watch::start(terminal, args.progress, "protecting")?;
+    let result = protect(args, terminal, &mut watch);
+    watch.end(result)
+}
+
+/// What xl refuses, and what it has that this has not.
+fn refuse(args: &RemusArgs) -> Result<()> {
+    let unprotected = args.blackhole || args.no_network_buffer || args.no_disk_buffer;
+    let why = if args.colo || args.userspace_colo_proxy {
+        "-c, -p: this version has Remus, no COLO"
+    } else if unprotected && !args.allow_unsafe {
+        "-b, -n and -d do not protect the domain: add -F if that is what you want"
+    } else {
+        return Ok(());
+    };
+    Err(Error::new(BadUsage(why.to_owned())))
+}
+
+fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<Code> {
+    let host = backend::open(&args.backend.backend)?;
+    let domid = host.find(&args.domain)?;
+    let primary = Primary {
+        args,
+        host: &host,
+        domid,
+        domain: &*host.domain(domid)?,
+        name: &name_of(&host, domid),
+    };
+    can_suspend(primary.domain).with_context(|| format!("protecting {}", primary.name))?;
+    let _working = workload::start(&host, domid)?;
+    let mut teller = Teller::new(args, terminal, primary.name, domid);
+    let mut link = match args.blackhole {
+        true => None,
+        false => {
+            let options: &[&str] = match args.connection.no_wait {
+                true => &["-r", "-e"],
+                false => &["-r"],
+            };
+            let interrupt = watch.interrupt();
+            let link = Link::to_receiver(&args.connection, &args.host, options, interrupt)
+                .and_then(|link| Message::Banner.expect(&link.from, interrupt).map(|()| link));
+            Some(link.map_err(|error| match error.is::<BadUsage>() {
+                true => error,
+                false => primary.ended(End::Failed(error), Fate::Here, 0, ""),
+            })?)
+        }
+    };
+    watch.step("banner");
+    let Protected {
+        end,
+        complete,
+        lost,
+        stats,
+        stream_octets,
+    } = primary.send(link.as_ref(), watch, &mut teller)?;
+    watch.clear();
+    let fate = match &mut link {
+        None => Fate::Here,
+        Some(link) => {
+            let outcome = link.say_no_more().and_then(|()| {
+                let patience = Patience::Until(Instant::now() + PATIENCE);
+                handshake::outcome(&link.from, patience)
+            });
+            match outcome {
+                Ok(Outcome::Runs) => Fate::There,
+                Ok(Outcome::GivenBack { .. }) => Fate::Here,
+                // It never had all of a checkpoint.
+                Err(_) if complete == 0 => Fate::Here,
+                Err(error) => {
+                    tracing::info!(%error, lost, "nothing is known of the other end");
+                    Fate::Unknown
+                }
+            }
+        }
+    };
+    let hung_up = link.map(|link| {
+        let peer = link.name.clone();
+        let ended = link.hang_up();
+        let ended = ended.unwrap_or_else(|error| Some(error.to_string()));
+        ended.map_or_else(String::new, |ended| format!(" (`{peer}` {ended})"))
+    });
+    if let (End::Asked | End::Enough, Fate::Here) = (&end, fate) {
+        teller.done(&end, &stats, stream_octets)?;
+        return Ok(Code::Fine);
+    }
+    Err(primary.ended(end, fate, complete, &hung_up.unwrap_or_default()))
+}
+
+/// What protecting a domain came to, at this end.
+struct Protected {
+    end: End,
+    /// Checkpoints that the other end can have.
+    complete: u64,
+    /// Whether the connection is lost.
+    lost: bool,
+    stats: CheckpointedStats,
+    stream_octets: u64,
+}
+
+/// Why it came to its end.
+#[derive(Debug)]
+enum End {
+    Asked,
+    Enough,
+    /// The receiver hung up, or said something.
+    Receiver,
+    Failed(Error),
+}
+
+/// Who has the domain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    Here,
+    There,
+    Unknown,
+}
+
+/// The domain that is protected.
+struct Primary<'a> {
+    args: &'a RemusArgs,
+    host: &'a MockHost,
+    domid: DomId,
+    domain: &'a dyn Domain,
+    name: &'a str,
+}
+
+impl Primary<'_> {
+    /// Send checkpoints for as long as it goes well and nobody asks to stop. Then take the
+    /// domain back, as far as the connection still carries that.
+    fn send(
+        &self,
+        link: Option<&Link>,
+        watch: &mut Watch,
+        teller: &mut Teller<'_>,
+    ) -> Result<Protected> {
+        let null = File::options().write(true).open("/dev/null");
+        let null = null.context("/dev/null")?;
+        let interrupt = watch.interrupt().clone();
+        let stream = Stream::new(link.map_or(&null, |link| &link.to), interrupt.cut().clone())?;
+        let job = Job {
+            host: self.host,
+            domid: self.domid,
+            domain: self.domain,
+            options: SaveOptions {
+                threads: self.args.threads.threads,
+            },
+        };
+        let watch = RefCell::new(watch);
+        let mut observe = |complete: &Complete| {
+            let mut watch = watch.borrow_mut();
+            if complete.epoch.number == 1 {
+                watch.step("protected");
+            }
+            if self.args.stats {
+                watch.clear();
+            }
+            teller.checkpoint(complete)
+        };
+        let mut protector = Protector {
+            direct: DirectToolstack(self.domain),
+            libxl: job.begin(&stream)?,
+            emulators: backend::emulators(self.host, self.domid)?,
+            from: link.map(|link| &link.from),
+            interrupt,
+            interval: Duration::from_millis(self.args.interval.into()),
+            epochs: self.args.epochs,
+            observe: &mut observe,
+            asked: Instant::now(),
+            complete: 0,
+            stop: None,
+        };
+        let how = Checkpoints {
+            policy: &mut XenPolicy,
+            buffer_octets: self.buffer_octets(),
+        };
+        let result = save_checkpointed(
+            self.domain,
+            self.host.xen_version()?,
+            &mut protector,
+            &mut &stream,
+            &job.options,
+            how,
+            &mut |progress| watch.borrow_mut().progress(progress),
+        );
+        let (complete, stop) = (protector.complete, protector.stop);
+        let (end, stats) = match (result, stop) {
+            (Ok(stats), Some(Stop::Enough)) => (End::Enough, stats),
+            (Ok(stats), Some(Stop::Receiver)) => (End::Receiver, stats),
+            (Ok(stats), _) => (End::Asked, stats),
+            (Err(SaveError::Aborted), _) => (End::Asked, CheckpointedStats::default()),
+            (Err(error), _) => (End::Failed(error.into()), CheckpointedStats::default()),
+        };
+        let mut lost = stream.failed() || matches!(end, End::Receiver);
+        // A domain that does not run here had better run there.
+        let asleep = self.domain.info()?.shutdown.is_some();
+        if link.is_some() && complete > 0 && !lost && !asleep {
+            match handshake::withdraw(&mut &stream) {
+                Ok(()) => watch.borrow_mut().step("withdrawn"),
+                Err(error) => {
+                    tracing::info!(%error, "the domain could not be taken back");
+                    lost = true;
+                }
+            }
+        }
+        Ok(Protected {
+            end,
+            complete,
+            lost,
+            stats,
+            stream_octets: stream.octets(),
+        })
+    }
+
+    fn buffer_octets(&self) -> usize {
+        match (self.args.no_buffer, self.args.buffer) {
+            (true, _) => 0,
+            (false, None) => BUFFER_OCTETS,
+            (false, Some(size)) => usize::try_from(size.kib << 10).unwrap_or(usize::MAX),
+        }
+    }
+
+    /// Have the domain be where it is to be, and say what happened, and what to do.
+    fn ended(&self, end: End, fate: Fate, complete: u64, hung_up: &str) -> Error {
+        let (name, host) = (self.name, &self.args.host);
+        let cause = match &end {
+            End::Asked => "interrupted".to_owned(),
+            End::Enough => "that was the last checkpoint".to_owned(),
+            End::Receiver => "the other end hung up".to_owned(),
+            End::Failed(error) => exit::words(error.chain()),
+        };
+        let begin = format!("protecting {name} on {host}: {cause}{hung_up}");
+        let command = |verb: &str, rest: &str| {
+            backend::domain_command(&self.args.backend.backend, verb, rest)
+        };
+        let asleep = self.domain.info().is_ok_and(|info| info.shutdown.is_some());
+        let words = match fate {
+            Fate::Here if asleep => format!(
+                "{begin}; {name} is suspended here, and runs nowhere else: `{}`",
+                command("resume", name)
+            ),
+            Fate::Here => format!("{begin}; {name} runs on here, unprotected"),
+            Fate::There => {
+                let away = format!("{name}{AWAY}");
+                let stopped = match self.stop_as(&away) {
+                    Ok(()) => format!("here it does not run any more, as {away}"),
+                    Err(error) => format!(
+                        "here it could not be stopped ({}), AND MUST BE",
+                        exit::words(error.chain())
+                    ),
+                };
+                format!(
+                    "{begin}; {host} runs {name} since it lost this end, from a checkpoint on; \
+                     {stopped}: `{}`",
+                    command("destroy", &away)
+                )
+            }
+            Fate::Unknown => {
+                let here = match (self.args.on_loss, asleep) {
+                    (OnLoss::Run, false) => "Here it runs on, unprotected".to_owned(),
+                    (OnLoss::Run, true) => "Here it is suspended".to_owned(),
+                    (OnLoss::Pause, _) => match self.domain.pause() {
+                        Ok(()) => "Here it is paused".to_owned(),
+                        Err(error) => format!("Here it could not be paused ({error})"),
+                    },
+                };
+                let then = match self.args.on_loss {
+                    OnLoss::Run => "there is nothing else to do".to_owned(),
+                    OnLoss::Pause => {
+                        format!("let it run on here:\n    {}", command("unpause", name))
+                    }
+                };
+                format!(
+                    "{begin}\n\
+                     {host} may have lost this end as this end has lost it, and then it runs \
+                     {name} there, from checkpoint {complete} at the latest. {here}. It must \
+                     never run at both ends: look at the other one, once its migrate-receive \
+                     has ended.\n\
+                     If {name} is there, two of them have one life: destroy one. What is here \
+                     goes with:\n    {}\n\
+                     If it is not there, or as {name}--incoming, destroy that there; {then}",
+                    command("destroy", name),
+                )
+            }
+        };
+        Error::new(Migration {
+            words,
+            undecided: fate == Fate::Unknown,
+        })
+    }
+
+    /// The other end runs the domain: this one must not.
+    fn stop_as(&self, away: &str) -> Result<()> {
+        self.domain
+            .pause()
+            .map_err(|error| anyhow!("pausing it: {error}"))?;
+        self.host.rename(self.domid, away).context("renaming it")
+    }
+}

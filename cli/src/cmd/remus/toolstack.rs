@@ -1,0 +1,128 @@
+//! What a protected domain's save asks between two checkpoints.
+//!
+//! C implementation: `tools/libs/light/libxl_remus.c`, `libxl_stream_write.c`
+//! (`libxl__stream_write_start_checkpoint`).
+
+use std::fs::File;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use xsr_format::wrapper::libxl::{LibxlRecord, LibxlWriter};
+use xsr_save_restore::toolstack::{
+    CheckpointToolstack, DirectToolstack, Epoch, NextEpoch, SaveToolstack, ToolstackError,
+};
+
+use super::stream::Stream;
+use crate::interrupt::Interrupt;
+
+/// Why there is no further checkpoint, where nothing failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stop {
+    /// Somebody asked for it.
+    Asked,
+    /// As many as were asked for are complete.
+    Enough,
+    /// The other end said something, or hung up: it has nothing to say while it is well.
+    Receiver,
+}
+
+/// A checkpoint that is complete at this end.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Complete {
+    pub(super) epoch: Epoch,
+    /// From asking the guest to suspend until all of it was written, the libxl layer's part
+    /// included.
+    pub(super) after: Duration,
+}
+
+/// The toolstack of a domain that is protected.
+pub(super) struct Protector<'a> {
+    pub(super) direct: DirectToolstack<'a>,
+    pub(super) libxl: LibxlWriter<&'a Stream<'a>>,
+    pub(super) emulators: Vec<LibxlRecord>,
+    /// What the receiver says; `None` where there is none.
+    pub(super) from: Option<&'a File>,
+    pub(super) interrupt: Interrupt,
+    pub(super) interval: Duration,
+    /// How many checkpoints to take, if not for ever.
+    pub(super) epochs: Option<u64>,
+    pub(super) observe: &'a mut dyn FnMut(&Complete) -> Result<()>,
+    /// When the guest was asked to suspend.
+    pub(super) asked: Instant,
+    /// Checkpoints whose last octet has been written.
+    pub(super) complete: u64,
+    pub(super) stop: Option<Stop>,
+}
+
+impl std::fmt::Debug for Protector<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Protector")
+            .field("complete", &self.complete)
+            .field("stop", &self.stop)
+            .finish_non_exhaustive()
+    }
+}
+
+impl SaveToolstack for Protector<'_> {
+    fn suspend(&mut self) -> Result<(), ToolstackError> {
+        self.asked = Instant::now();
+        self.direct.suspend()
+    }
+
+    fn resume(&mut self) -> Result<(), ToolstackError> {
+        self.direct.resume()
+    }
+
+    fn switch_qemu_logdirty(&mut self, on: bool) -> Result<(), ToolstackError> {
+        self.direct.switch_qemu_logdirty(on)
+    }
+}
+
+impl CheckpointToolstack for Protector<'_> {
+    fn postcopy(&mut self) -> Result<(), ToolstackError> {
+        self.direct.resume()
+    }
+
+    /// The libxl layer's records, then the interval. Nobody acknowledges a checkpoint of
+    /// Remus: that it is written is all that there is to know.
+    fn checkpoint(&mut self, epoch: &Epoch) -> Result<NextEpoch, ToolstackError> {
+        const WHAT: &str = "ending a checkpoint";
+        self.libxl.begin_checkpoint();
+        for record in &self.emulators {
+            let written = self.libxl.write(record);
+            written.map_err(|e| ToolstackError::new(WHAT, e))?;
+        }
+        let written = self.libxl.write(&LibxlRecord::CheckpointEnd);
+        written.map_err(|e| ToolstackError::new(WHAT, e))?;
+        self.complete += 1;
+        if self.complete == 1 {
+            // The other end can take over now, and is to be told not to.
+            self.interrupt.takes_its_time();
+        }
+        let complete = Complete {
+            epoch: *epoch,
+            after: self.asked.elapsed(),
+        };
+        (self.observe)(&complete).map_err(|e| ToolstackError::new("saying what was done", e))?;
+        self.stop = self.wait().map_err(|e| ToolstackError::new(WHAT, e))?;
+        Ok(match self.stop {
+            None => NextEpoch::Continue,
+            Some(_) => NextEpoch::Finish,
+        })
+    }
+}
+
+impl Protector<'_> {
+    /// Wait for the next checkpoint; what ends the wait before that, and the protection.
+    fn wait(&self) -> std::io::Result<Option<Stop>> {
+        if self.epochs.is_some_and(|enough| self.complete >= enough) {
+            return Ok(Some(Stop::Enough));
+        }
+        let due = Instant::now() + self.interval;
+        Ok(match self.interrupt.readable_by(self.from, due)? {
+            true => Some(Stop::Receiver),
+            false if self.interrupt.cancel().is_cancelled() => Some(Stop::Asked),
+            false => None,
+        })
+    }
+}

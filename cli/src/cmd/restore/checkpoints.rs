@@ -1,0 +1,188 @@
+//! A domain that is restored from a stream of checkpoints, and is the last of them that
+//! was complete once the sender is lost.
+//!
+//! C implementation: `libxl_stream_read.c`: what it does between a CHECKPOINT of the libxc
+//! layer and its own CHECKPOINT_END.
+
+use std::cell::RefCell;
+use std::num::NonZeroUsize;
+
+use anyhow::{Context as _, Error, Result};
+use xsr_format::error::{ReadError, ReadErrorCause};
+use xsr_format::frame::Gfn;
+use xsr_format::walk::Around;
+use xsr_format::wrapper::libxl::{LibxlError, LibxlRecord};
+use xsr_save_restore::progress::Cancelled;
+use xsr_save_restore::restore::checkpoint::{CheckpointOptions, Ending};
+use xsr_save_restore::toolstack::{
+    Arrival, CheckpointRestoreToolstack, DirectToolstack, MissingStaticData, RestoreToolstack,
+    ToolstackError,
+};
+use xsr_save_restore::{RestoreOptions, restore_checkpointed};
+use xsr_xen_backend::mock::MockHost;
+
+use super::source::ImageSource;
+use super::{DOM0, Image, Made, Named, of_emulator};
+use crate::backend;
+use crate::exit::Withdrawn;
+use crate::file::Input;
+use crate::handshake;
+use crate::watch::Watch;
+
+/// What a domain that took over came from.
+#[derive(Clone, Debug)]
+pub(crate) struct Survival {
+    /// Which checkpoint it is.
+    pub(crate) checkpoint: u64,
+    /// Most octets of a checkpoint that were kept until it was complete.
+    pub(crate) most_kept_octets: u64,
+    /// Most of them in the file.
+    pub(crate) most_spilt_octets: u64,
+    /// Why there was no other.
+    pub(crate) why: String,
+}
+
+impl<'a> Image<'a> {
+    /// Make the domain and keep it at the last checkpoint that is complete, until the
+    /// sender is lost. It is paused then, and was all the time. `first` is called when it
+    /// can take over for the first time.
+    ///
+    /// # Errors
+    ///
+    /// Also when the sender takes the domain back ([`Withdrawn`]). The domain is destroyed.
+    pub(crate) fn stand_by(
+        self,
+        input: &'a Input,
+        host: &MockHost,
+        threads: Option<NonZeroUsize>,
+        keep: &CheckpointOptions,
+        watch: &mut Watch,
+        first: &dyn Fn(),
+    ) -> Result<(Made, Survival)> {
+        let mut made = self.plan.make(host, Named::Incoming)?;
+        let domain = made.domain.as_ref();
+        let options = RestoreOptions {
+            store_port: domain.alloc_unbound_port(DOM0)?,
+            store_domid: DOM0,
+            console_port: domain.alloc_unbound_port(DOM0)?,
+            console_domid: DOM0,
+            threads,
+        };
+        let cancel = watch.interrupt().cancel().clone();
+        let watch = RefCell::new(watch);
+        let mut standby = Standby {
+            direct: DirectToolstack(domain),
+            around: self.around,
+            source: ImageSource::new(&input.file, cancel)?,
+            emulators: Vec::new(),
+            withdrawn: false,
+            whole: &|| {
+                watch.borrow_mut().step("checkpoint");
+                first();
+            },
+            any: false,
+        };
+        let result = restore_checkpointed(
+            domain,
+            self.reader,
+            &mut standby,
+            &options,
+            keep,
+            &mut |progress| watch.borrow_mut().progress(progress),
+        );
+        let Standby {
+            emulators,
+            withdrawn,
+            ..
+        } = standby;
+        let survivor = match result {
+            Err(_) if withdrawn => return Err(Error::new(Withdrawn)),
+            other => other?,
+        };
+        if survivor.checkpoints == 0 {
+            return Err(Error::msg(
+                "the sender sent a plain migration: run migrate-receive without -r for it",
+            ));
+        }
+        made.about.stats = survivor.restored.stats;
+        backend::store_emulators(host, made.about.domid, &emulators)
+            .context("the emulators of the last checkpoint")?;
+        let survival = Survival {
+            checkpoint: survivor.checkpoints,
+            most_kept_octets: survivor.most_kept_octets,
+            most_spilt_octets: survivor.most_spilt_octets,
+            why: match survivor.ending {
+                Ending::Ended(_) => "the sender ended the stream".to_owned(),
+                Ending::SourceLost(error) => error.to_string(),
+                Ending::ToolstackLost => {
+                    "the stream broke off in the end of a checkpoint".to_owned()
+                }
+            },
+        };
+        Ok((made, survival))
+    }
+}
+
+/// The toolstack of such a domain.
+struct Standby<'a, 'd> {
+    direct: DirectToolstack<'d>,
+    around: Around<ImageSource<'a>>,
+    /// The same descriptor that the engine reads from, for what is not its own.
+    source: ImageSource<'a>,
+    /// What the emulators have in the last checkpoint that is whole.
+    emulators: Vec<LibxlRecord>,
+    /// Whether the sender has taken the domain back.
+    withdrawn: bool,
+    /// Called when the first checkpoint is whole.
+    whole: &'d dyn Fn(),
+    any: bool,
+}
+
+impl RestoreToolstack for Standby<'_, '_> {
+    fn static_data_done(&mut self, missing: MissingStaticData) -> Result<(), ToolstackError> {
+        self.direct.static_data_done(missing)
+    }
+
+    fn restore_results(
+        &mut self,
+        store_gfn: Option<Gfn>,
+        console_gfn: Option<Gfn>,
+    ) -> Result<(), ToolstackError> {
+        self.direct.restore_results(store_gfn, console_gfn)
+    }
+}
+
+impl CheckpointRestoreToolstack for Standby<'_, '_> {
+    fn checkpoint(&mut self, offset: u64) -> Result<Arrival, ToolstackError> {
+        match self.around.checkpoint(&mut self.source, offset) {
+            Ok((records, octets)) => {
+                self.emulators = records.into_iter().filter(of_emulator).collect();
+                if !std::mem::replace(&mut self.any, true) {
+                    (self.whole)();
+                }
+                Ok(Arrival::Whole { octets })
+            }
+            Err(error) if is_loss(&error) => Ok(Arrival::Lost),
+            Err(error) => {
+                self.withdrawn = matches!(
+                    &error.cause,
+                    ReadErrorCause::Libxl(LibxlError::UnknownMandatory { kind })
+                        if handshake::WITHDRAWAL.contains(kind)
+                );
+                Err(ToolstackError::new(
+                    "reading the end of a checkpoint",
+                    error,
+                ))
+            }
+        }
+    }
+}
+
+/// Whether the stream did not go on, rather than go on wrongly.
+fn is_loss(error: &ReadError) -> bool {
+    match &error.cause {
+        ReadErrorCause::Truncated { .. } => true,
+        ReadErrorCause::Io(error) => !Cancelled::is(error),
+        _ => false,
+    }
+}

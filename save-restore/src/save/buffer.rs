@@ -1,0 +1,163 @@
+//! The checkpoint buffer: what an epoch sends while the guest is suspended is kept in
+//! memory, and goes to the sink once the guest runs on.
+//!
+//! C implementation: none; Xen's engine writes all of a checkpoint with the guest
+//! suspended.
+
+use std::cell::Cell;
+use std::io::{self, Write};
+
+use xsr_xen_backend::Gather;
+
+use crate::sink::PageSink;
+
+/// Before a sink: keeps what is written while [`Hold`] says so, up to a limit.
+pub(super) struct EpochBuffer<'s, 'h> {
+    sink: &'s mut dyn PageSink,
+    hold: &'h Hold,
+    kept: Vec<u8>,
+}
+
+/// Whether what is written is kept, and how much has been.
+#[derive(Debug)]
+pub(super) struct Hold {
+    /// Octets that are kept at most.
+    limit: usize,
+    on: Cell<bool>,
+    /// Octets of this epoch that were kept until the guest ran.
+    kept: Cell<u64>,
+}
+
+impl Hold {
+    /// Keep at most `limit` octets; none, if that is 0.
+    pub(super) fn new(limit: usize) -> Self {
+        Self {
+            limit,
+            on: Cell::new(false),
+            kept: Cell::new(0),
+        }
+    }
+
+    /// The guest is about to be suspended.
+    pub(super) fn begin(&self) {
+        self.on.set(self.limit > 0);
+        self.kept.set(0);
+    }
+
+    /// The guest runs. Flush the sink to have what was kept on its way; how many octets
+    /// that were is the answer.
+    pub(super) fn end(&self) -> u64 {
+        self.on.set(false);
+        self.kept.get()
+    }
+}
+
+impl<'s, 'h> EpochBuffer<'s, 'h> {
+    pub(super) fn new(sink: &'s mut dyn PageSink, hold: &'h Hold) -> Self {
+        Self {
+            sink,
+            hold,
+            kept: Vec::new(),
+        }
+    }
+
+    /// Whether `octets` more are kept. What does not fit goes straight to the sink, with
+    /// all that came before it: the guest waits for a sink that is slower than it.
+    fn keeps(&mut self, octets: usize) -> io::Result<bool> {
+        if !self.hold.on.get() {
+            return Ok(false);
+        }
+        if self.kept.len() + octets > self.hold.limit {
+            self.drain()?;
+        }
+        if octets > self.hold.limit {
+            return Ok(false);
+        }
+        let whole = self.kept.len() + octets;
+        if whole > self.kept.capacity() {
+            // Twice as much each time, but never beyond the limit.
+            let room = (2 * whole).min(self.hold.limit);
+            self.kept.reserve_exact(room - self.kept.len());
+        }
+        self.hold.kept.set(whole as u64);
+        Ok(true)
+    }
+
+    fn drain(&mut self) -> io::Result<()> {
+        self.sink.write_all(&self.kept)?;
+        self.kept.clear();
+        self.hold.kept.set(0);
+        Ok(())
+    }
+}
+
+impl Write for EpochBuffer<'_, '_> {
+    /// All of `octets`, always.
+    fn write(&mut self, octets: &[u8]) -> io::Result<usize> {
+        match self.keeps(octets.len())? {
+            true => self.kept.extend_from_slice(octets),
+            false => self.sink.write_all(octets)?,
+        }
+        Ok(octets.len())
+    }
+
+    /// All that is kept goes out.
+    fn flush(&mut self) -> io::Result<()> {
+        self.drain()?;
+        self.sink.flush()
+    }
+}
+
+impl PageSink for EpochBuffer<'_, '_> {
+    fn write_gather(&mut self, list: &Gather<'_>) -> io::Result<()> {
+        match self.keeps(list.len())? {
+            true => list.copy_to(&mut self.kept),
+            false => self.sink.write_gather(list),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+    use crate::sink::CopySink;
+
+    #[test]
+    fn what_is_kept_goes_out_in_order_and_never_exceeds_the_limit() {
+        let hold = Hold::new(8);
+        let mut sink = CopySink(Vec::new());
+        let mut buffer = EpochBuffer::new(&mut sink, &hold);
+        buffer.write_all(b"ab").unwrap();
+        hold.begin();
+        buffer.write_all(b"cdef").unwrap();
+        buffer.write_all(b"ghij").unwrap();
+        assert_eq!(
+            (&*buffer.kept, buffer.kept.capacity()),
+            (&b"cdefghij"[..], 8)
+        );
+        // One more than fits: all before it goes first.
+        buffer.write_all(b"k").unwrap();
+        assert_eq!(buffer.kept, b"k");
+        // More than ever fits.
+        buffer.write_all(b"0123456789").unwrap();
+        assert_eq!(buffer.kept, b"");
+        buffer.write_all(b"l").unwrap();
+        assert_eq!(hold.end(), 1);
+        buffer.flush().unwrap();
+        buffer.write_all(b"m").unwrap();
+        assert_eq!(sink.0, b"abcdefghijk0123456789lm");
+    }
+
+    #[test]
+    fn without_a_limit_nothing_is_kept() {
+        let hold = Hold::new(0);
+        let mut sink = CopySink(Vec::new());
+        let mut buffer = EpochBuffer::new(&mut sink, &hold);
+        hold.begin();
+        buffer.write_all(b"a").unwrap();
+        assert_eq!((buffer.kept.capacity(), hold.end()), (0, 0));
+        assert_eq!(sink.0, b"a");
+    }
+}

@@ -1,0 +1,201 @@
+//! The pause per checkpoint of `xsr remus`, and what it costs, against the dirty rate: to a
+//! receiver on the same machine, over a socket as it is and over one that is as slow as a
+//! network, with the checkpoint buffer and without.
+
+use std::fmt::Write as _;
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+use std::{fs, io};
+
+use anyhow::{Context as _, Result, ensure};
+use serde::Deserialize;
+
+use crate::command::Invocation;
+
+/// Pages that the guest writes, a second.
+const RATES: [u32; 4] = [1_000, 10_000, 50_000, 200_000];
+/// What it writes to.
+const WORKING_SET: &str = "64M";
+/// Milliseconds that it runs between two checkpoints.
+const INTERVAL: u32 = 100;
+/// Checkpoints of each run; the first, which has the rest of the first copy, does not count.
+const CHECKPOINTS: u32 = 16;
+/// A network: 1 Gbit/s.
+const NETWORK: u32 = 125_000_000;
+
+/// A checkpoint, as the command prints it.
+#[derive(Debug, Deserialize)]
+struct Checkpoint {
+    dirty_pages: f64,
+    pause_seconds: f64,
+    checkpoint_seconds: f64,
+}
+
+/// Median and most.
+fn spread(of: &[Checkpoint], figure: impl Fn(&Checkpoint) -> f64) -> (f64, f64) {
+    let mut figures: Vec<f64> = of.iter().map(figure).collect();
+    figures.sort_by(f64::total_cmp);
+    let at = |index: usize| figures.get(index).copied().unwrap_or(f64::NAN);
+    (at(figures.len() / 2), at(figures.len().saturating_sub(1)))
+}
+
+/// Measure; the table in Markdown.
+///
+/// # Errors
+///
+/// A command fails.
+pub(super) fn run(xsr: &Path, scratch: &Path, memory: u64) -> Result<String> {
+    let host = scratch.join("a");
+    let mut report = format!(
+        "PVH domain of {memory} MiB that writes to {WORKING_SET}, -i {INTERVAL}, {CHECKPOINTS} \
+         checkpoints each, the first not counted\n\n\
+         | connection | dirty rate, pages/s | buffer | dirty pages | pause ms, median | most | \
+         complete after ms, median | stands still |\n|---|---|---|---|---|---|---|---|\n"
+    );
+    for network in [None, Some(NETWORK)] {
+        for rate in RATES {
+            for buffer in [true, false] {
+                eprintln!("network {network:?}, {rate} pages/s, buffer {buffer}");
+                make(xsr, &host, memory, rate)?;
+                let checkpoints = protect(xsr, scratch, network, buffer)?;
+                let (pause, longest) = spread(&checkpoints, |c| c.pause_seconds * 1000.0);
+                let (complete, _) = spread(&checkpoints, |c| c.checkpoint_seconds * 1000.0);
+                let (dirty, _) = spread(&checkpoints, |c| c.dirty_pages);
+                let paused: f64 = checkpoints.iter().map(|c| c.pause_seconds).sum();
+                let of: f64 = checkpoints
+                    .iter()
+                    .map(|c| c.checkpoint_seconds + f64::from(INTERVAL) / 1000.0)
+                    .sum();
+                writeln!(
+                    report,
+                    "| {} | {rate} | {} | {dirty:.0} | {pause:.1} | {longest:.1} | {complete:.1} | {:.1} % |",
+                    if network.is_some() {
+                        "1 Gbit/s"
+                    } else {
+                        "socket"
+                    },
+                    if buffer { "64 MiB" } else { "none" },
+                    100.0 * paused / of,
+                )?;
+            }
+        }
+    }
+    Ok(report)
+}
+
+/// A fresh domain that writes so many pages a second.
+fn make(xsr: &Path, host: &Path, memory: u64, rate: u32) -> Result<()> {
+    remove(host)?;
+    Invocation::new(xsr)
+        .args(["mock", "create", "guest", "--type", "pvh", "--host"])
+        .arg(host)
+        .args(["--memory", &format!("{memory}M")])
+        .args(["--dirty-rate", &rate.to_string()])
+        .args(["--working-set", WORKING_SET])
+        .run()
+}
+
+fn remove(dir: &Path) -> Result<()> {
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot clear {}", dir.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// One run; its checkpoints but the first.
+fn protect(
+    xsr: &Path,
+    scratch: &Path,
+    network: Option<u32>,
+    buffer: bool,
+) -> Result<Vec<Checkpoint>> {
+    let (there, socket, near) = (
+        scratch.join("b"),
+        scratch.join("socket"),
+        scratch.join("near"),
+    );
+    remove(&there)?;
+    let backend = |dir: &Path| format!("mock:{}", dir.display());
+    let at = |socket: &Path| format!("unix:{}", socket.display());
+    let mut receiver = Command::new(xsr)
+        .args(["--quiet", "migrate-receive", "-r", "--backend"])
+        .args([backend(&there), "--listen".to_owned(), at(&socket)])
+        .stderr(Stdio::null())
+        .spawn()
+        .context("cannot start the receiver")?;
+    while !socket.exists() {
+        ensure!(
+            receiver.try_wait()?.is_none(),
+            "the receiver ended before it was asked"
+        );
+        thread::sleep(Duration::from_millis(5));
+    }
+    let (to, slow) = match network {
+        None => (&socket, None),
+        Some(rate) => {
+            let listener = UnixListener::bind(&near)?;
+            let far = socket.clone();
+            (
+                &near,
+                Some(thread::spawn(move || slowly(&listener, &far, rate))),
+            )
+        }
+    };
+    let sent = Command::new(xsr)
+        .args(["--quiet", "remus", "--stats", "--json", "--backend"])
+        .arg(backend(&scratch.join("a")))
+        .args(["-i", &INTERVAL.to_string()])
+        .args(["--epochs", &CHECKPOINTS.to_string()])
+        .args(if buffer { None } else { Some("--no-buffer") })
+        .args(["guest", &at(to)])
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cannot start the sender")?;
+    receiver.wait()?;
+    if let Some(slow) = slow {
+        slow.join()
+            .map_err(|_| anyhow::anyhow!("the slow connection"))??;
+        fs::remove_file(&near)?;
+    }
+    ensure!(sent.status.success(), "the sender failed: {}", sent.status);
+    let text = String::from_utf8(sent.stdout).context("the sender wrote no UTF-8")?;
+    text.lines()
+        .skip(1)
+        .filter(|line| line.starts_with("{\"checkpoint\""))
+        .map(|line| serde_json::from_str(line).with_context(|| format!("not understood: {line}")))
+        .collect()
+}
+
+/// Forward what comes, no faster than so many octets a second; what comes back, as it is.
+fn slowly(listener: &UnixListener, far: &Path, octets_per_second: u32) -> Result<()> {
+    let (mut from, _) = listener.accept()?;
+    let mut to = UnixStream::connect(far)?;
+    let (mut back_from, mut back_to) = (to.try_clone()?, from.try_clone()?);
+    let back = thread::spawn(move || io::copy(&mut back_from, &mut back_to));
+    let mut room = vec![0; 64 << 10];
+    let mut due = Instant::now();
+    loop {
+        let n = from.read(&mut room)?;
+        if n == 0 {
+            break;
+        }
+        // What was not used before is not made up for.
+        let octets = u32::try_from(n).unwrap_or(u32::MAX);
+        let takes = Duration::from_secs(1) * octets / octets_per_second;
+        due = due.max(Instant::now()) + takes;
+        thread::sleep(due.saturating_duration_since(Instant::now()));
+        to.write_all(&room[..n])?;
+    }
+    to.shutdown(Shutdown::Write)?;
+    back.join()
+        .map_err(|_| anyhow::anyhow!("the way back"))?
+        .context("the way back")?;
+    Ok(())
+}
