@@ -8,7 +8,7 @@ use std::io::{self, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockError, MockHost};
+use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockError, MockHost, Stepped};
 use xsr_xen_backend::{DomId, GuestKind, Host as _};
 
 /// Message numbers, as in `libxl_save_msgs_gen.pl`.
@@ -107,7 +107,36 @@ impl Helpers {
         stream: impl Into<Stdio>,
     ) -> io::Result<Run> {
         let arguments = format!("--save-domain 7 -1 {} 0 {SAVE_CALLBACKS} 0", domid.0);
-        play(self.start(whose, host, stream, &arguments)?)
+        play(self.start(whose, host, stream, &arguments)?, || Ok(true))
+    }
+
+    /// Save a domain that runs on, and suspend it when asked; or answer that it could
+    /// not be.
+    ///
+    /// # Errors
+    ///
+    /// The helper cannot be started or spoken with.
+    pub(crate) fn save_live(
+        &self,
+        whose: Whose,
+        host: &Path,
+        domid: DomId,
+        stream: impl Into<Stdio>,
+        suspends: bool,
+    ) -> io::Result<Run> {
+        let request = host.with_extension("suspend");
+        let mut helpers = self.clone();
+        let variable = ("XSR_PEER_SUSPEND".into(), request.clone().into_os_string());
+        helpers.environment.push(variable);
+        let arguments = format!("--save-domain 7 -1 {} 1 {SAVE_CALLBACKS} 0", domid.0);
+        let child = helpers.start(whose, host, stream, &arguments)?;
+        play(child, || {
+            // Ours does it itself, once it is told that it is done.
+            if whose == Whose::Stock && suspends {
+                std::fs::write(&request, domid.0.to_string())?;
+            }
+            Ok(suspends)
+        })
     }
 
     /// Restore into a domain as [`empty`] makes it.
@@ -126,7 +155,7 @@ impl Helpers {
             "--restore-domain 7 -1 {} {} 0 {} 0 {RESTORE_CALLBACKS} 0",
             empty.domid.0, empty.store, empty.console
         );
-        play(self.start(whose, host, stream, &arguments)?)
+        play(self.start(whose, host, stream, &arguments)?, || Ok(true))
     }
 }
 
@@ -171,8 +200,8 @@ impl Run {
     }
 }
 
-/// Play libxl until the helper ends.
-fn play(mut child: Child) -> io::Result<Run> {
+/// Play libxl until the helper ends. `suspend`: suspends the guest; whether it did.
+fn play(mut child: Child, suspend: impl Fn() -> io::Result<bool>) -> io::Result<Run> {
     let missing = || io::Error::other("a pipe to the helper is missing");
     let mut to = child.stdin.take().ok_or_else(missing)?;
     let mut from = io::BufReader::new(child.stdout.take().ok_or_else(missing)?);
@@ -198,7 +227,7 @@ fn play(mut child: Child) -> io::Result<Run> {
             number @ (SUSPEND | LOGDIRTY | STATIC_DATA_DONE | RESTORE_RESULTS | COMPLETE) => {
                 run.asked.push((number, arguments.to_vec()));
                 match number {
-                    SUSPEND => 1_i32,
+                    SUSPEND => i32::from(suspend()?),
                     RESTORE_RESULTS => continue,
                     _ => 0,
                 }
@@ -223,12 +252,27 @@ pub(crate) fn with_guest(
     width: u8,
     mib: u64,
 ) -> Result<DomId, MockError> {
+    with_working_guest(dir, kind, width, mib, None)
+}
+
+/// As [`with_guest`]; the guest works in steps.
+pub(crate) fn with_working_guest(
+    dir: &Path,
+    kind: GuestKind,
+    width: u8,
+    mib: u64,
+    stepped: Option<Stepped>,
+) -> Result<DomId, MockError> {
     let spec = GuestSpec {
         width,
         vcpus: 2,
         ..GuestSpec::new("peer", kind, mib)
     };
-    MockHost::create(dir, &config(mib))?.create_guest(&spec)
+    let config = HostConfig {
+        stepped,
+        ..config(mib)
+    };
+    MockHost::create(dir, &config)?.create_guest(&spec)
 }
 
 /// A domain that has nothing yet, and its ports for xenstore and console.
