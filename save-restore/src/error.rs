@@ -10,6 +10,7 @@ use xsr_format::image::GuestType;
 use xsr_format::record::RecordKind;
 use xsr_xen_backend::{BackendError, GuestKind, MapError, ShutdownReason};
 
+use crate::back_channel::BackChannelError;
 use crate::progress::Cancelled;
 use crate::toolstack::ToolstackError;
 
@@ -187,6 +188,15 @@ pub enum SaveError {
         /// Passes that were sent.
         iterations: u32,
     },
+    /// The secondary's list of pages is none (COLO).
+    #[error(transparent)]
+    BackChannel(#[from] BackChannelError),
+    /// COLO is for translated guests.
+    #[error("a PV guest cannot run under COLO: it is for HVM guests")]
+    ColoGuest,
+    /// The toolstack ended COLO in the midst of a checkpoint.
+    #[error("COLO was ended in the midst of a checkpoint")]
+    ColoEnded,
     /// Somebody stopped it.
     #[error("the save was aborted")]
     Aborted,
@@ -330,6 +340,12 @@ pub enum RestoreError {
         #[source]
         cause: Box<RestoreError>,
     },
+    /// The list of dirty pages could not be sent to the primary (COLO).
+    #[error("sending the list of dirty pages to the primary failed: {0}")]
+    BackChannel(#[source] io::Error),
+    /// COLO is for translated guests.
+    #[error("a PV guest cannot run under COLO: it is for HVM guests")]
+    ColoGuest,
     /// Somebody stopped it.
     #[error("the restore was aborted")]
     Aborted,
@@ -346,6 +362,17 @@ impl From<ReadError> for RestoreError {
 }
 
 impl RestoreError {
+    /// Checkpoint `checkpoint` could not be applied because of `cause`.
+    pub(crate) fn not_applied(checkpoint: u64, cause: Self) -> Self {
+        match cause {
+            Self::Aborted => cause,
+            cause => Self::NotApplied {
+                checkpoint,
+                cause: Box::new(cause),
+            },
+        }
+    }
+
     /// Whether the image is to blame, so that another try with the same one fails
     /// the same way.
     pub fn is_bad_image(&self) -> bool {

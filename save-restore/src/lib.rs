@@ -8,6 +8,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod back_channel;
 mod bitmap;
 mod descriptor;
 pub mod error;
@@ -22,5 +23,6 @@ pub mod toolstack;
 
 pub use error::{RestoreError, SaveError};
 pub use restore::checkpoint::restore_checkpointed;
+pub use restore::colo::restore_colo;
 pub use restore::{RestoreOptions, Restored, restore};
-pub use save::{Live, SaveOptions, Saved, save, save_checkpointed, save_live};
+pub use save::{Live, SaveOptions, Saved, save, save_checkpointed, save_colo, save_live};

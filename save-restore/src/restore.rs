@@ -4,6 +4,7 @@
 
 mod ahead;
 pub mod checkpoint;
+pub(crate) mod colo;
 mod crew;
 mod pages;
 mod place;

@@ -5,6 +5,7 @@
 mod batch;
 mod buffer;
 mod checkpointed;
+mod colo;
 mod live;
 pub mod precopy;
 mod suspended;
@@ -34,6 +35,7 @@ use crate::toolstack::{SaveToolstack, ToolstackError};
 pub use crate::save::checkpointed::{
     BUFFER_OCTETS, CheckpointedStats, Checkpoints, save_checkpointed,
 };
+pub use crate::save::colo::save_colo;
 
 /// How to save.
 #[derive(Clone, Copy, Debug, Default)]

@@ -4,7 +4,7 @@
 //! The contracts are those of libxl's callbacks (`xenguest.h`, `save_callbacks` and
 //! `restore_callbacks`).
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use xsr_format::frame::Gfn;
@@ -87,7 +87,10 @@ pub struct Epoch {
     pub pfns: u64,
     /// Pages sent with contents while the guest was suspended.
     pub pages: u64,
-    /// From asking the guest to suspend until it ran on.
+    /// When the guest was asked to suspend.
+    pub asked: Instant,
+    /// From asking the guest to suspend until it ran on; under COLO, which asks before that,
+    /// 0.
     pub suspended_for: Duration,
     /// Octets of it that were sent only then
     /// ([`Checkpoints::buffer_octets`](crate::save::Checkpoints::buffer_octets)).
@@ -134,6 +137,20 @@ pub trait CheckpointToolstack: SaveToolstack {
     /// The save fails; the guest runs on. The other side may be lost, or may have taken
     /// over: which of them is to run is the toolstack's to decide.
     fn checkpoint(&mut self, epoch: &Epoch) -> Result<NextEpoch, ToolstackError>;
+}
+
+/// What a save under COLO asks, in this order: [`SaveToolstack::suspend`],
+/// [`CheckpointToolstack::checkpoint`] with the guest still suspended, so that both ends
+/// have the same before either runs on (Finish is a failure there: C: 0),
+/// [`CheckpointToolstack::postcopy`], [`ColoToolstack::wait_checkpoint`], and so on.
+pub trait ColoToolstack: CheckpointToolstack {
+    /// The guest runs at both ends: wait until they differ in what they send out, or for
+    /// another reason to make them the same again (C: `wait_checkpoint`).
+    ///
+    /// # Errors
+    ///
+    /// As [`CheckpointToolstack::checkpoint`].
+    fn wait_checkpoint(&mut self) -> Result<NextEpoch, ToolstackError>;
 }
 
 /// Static data that a stream did not hold, so that the toolstack must provide it.
@@ -204,6 +221,42 @@ pub trait CheckpointRestoreToolstack: RestoreToolstack {
     /// The restore fails, and nobody takes over: what came is no checkpoint, and the other
     /// side may be well.
     fn checkpoint(&mut self, offset: u64) -> Result<Arrival, ToolstackError>;
+}
+
+/// Whether a secondary under COLO goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// It was done (C: 1).
+    Done,
+    /// The primary has gone (C: 2): the guest here is all there is, as it is now.
+    Lost,
+}
+
+/// What a restore under COLO asks, for each checkpoint:
+/// [`CheckpointRestoreToolstack::checkpoint`], [`RestoreToolstack::restore_results`],
+/// and then these three in order.
+pub trait ColoRestoreToolstack: CheckpointRestoreToolstack {
+    /// The guest is the checkpoint: have it run (C: `postcopy`). From the first time on its
+    /// dirty pages are logged, which the toolstack has switched on.
+    ///
+    /// # Errors
+    ///
+    /// The restore fails; what runs is the toolstack's to stop.
+    fn postcopy(&mut self) -> Result<Turn, ToolstackError>;
+
+    /// Wait until the primary wants a new checkpoint (C: `wait_checkpoint`).
+    ///
+    /// # Errors
+    ///
+    /// As [`ColoRestoreToolstack::postcopy`].
+    fn wait_checkpoint(&mut self) -> Result<Turn, ToolstackError>;
+
+    /// Suspend the guest (C: `suspend`). When this returns it does not write any more.
+    ///
+    /// # Errors
+    ///
+    /// As [`ColoRestoreToolstack::postcopy`].
+    fn suspend(&mut self) -> Result<Turn, ToolstackError>;
 }
 
 /// No toolstack: suspends and resumes through the hypervisor alone, and has no

@@ -115,14 +115,14 @@ pub fn restore_checkpointed<S: PageSource>(
 
 /// Octets of the largest checkpoint of a guest that may have so many pages: each pfn comes
 /// once, and those that it has no page for are fewer than those that it has.
-fn largest(max_pages: u64) -> u64 {
+pub(super) fn largest(max_pages: u64) -> u64 {
     const PFN: u64 = PAGE_SIZE as u64 + 16;
     const REST: u64 = 64 << 20;
     max_pages.saturating_mul(PFN).saturating_add(REST)
 }
 
 /// How one checkpoint came.
-enum Came {
+pub(super) enum Came {
     Whole,
     Ended,
     SourceLost(ReadError),
@@ -159,13 +159,7 @@ impl<T: CheckpointRestoreToolstack + ?Sized> Run<'_, '_, T> {
                 let applied = self.records(&mut standing.onto(spool), hands);
                 // What failed in an earlier place of the stream comes first.
                 let applied = hands.crew.finish().and(applied);
-                applied.map_err(|cause| match cause {
-                    RestoreError::Aborted => cause,
-                    cause => RestoreError::NotApplied {
-                        checkpoint: checkpoints + 1,
-                        cause: Box::new(cause),
-                    },
-                })?;
+                applied.map_err(|cause| RestoreError::not_applied(checkpoints + 1, cause))?;
             }
         }
         let restored = self.end(hands)?;
@@ -183,7 +177,7 @@ impl<T: CheckpointRestoreToolstack + ?Sized> Run<'_, '_, T> {
     }
 
     /// Read the records of one checkpoint, which the tap keeps. Nothing is applied.
-    fn keep<S: PageSource>(
+    pub(super) fn keep<S: PageSource>(
         &mut self,
         reader: &mut RecordReader<Tap<S>>,
     ) -> Result<Came, RestoreError> {
@@ -209,7 +203,7 @@ impl<T: CheckpointRestoreToolstack + ?Sized> Run<'_, '_, T> {
     }
 
     /// The CHECKPOINT record is here. What the toolstack reads is its own.
-    fn arrival<S: PageSource>(
+    pub(super) fn arrival<S: PageSource>(
         &mut self,
         reader: &mut RecordReader<Tap<S>>,
     ) -> Result<Came, RestoreError> {

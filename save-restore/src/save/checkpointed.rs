@@ -4,10 +4,12 @@
 //! C implementation: the loop of `xg_sr_save.c:save` for `XC_STREAM_REMUS`.
 
 use std::io::Write;
+use std::time::Duration;
 
-use xsr_xen_backend::{Domain, XenVersion};
+use xsr_xen_backend::{DirtyBitmap, Domain, XenVersion};
 
 use crate::error::SaveError;
+use crate::guest::{GuestSave, Out};
 use crate::progress::{OnProgress, Phase};
 use crate::save::buffer::{EpochBuffer, Hold};
 use crate::save::live::LiveMemory;
@@ -126,29 +128,48 @@ impl Run<'_, '_> {
         let mut number = 0;
         loop {
             number += 1;
-            let before = self.stats;
             hold.begin();
-            let stopped = self.stop_and_copy(guest, &mut out, suspended, &mut memory)?;
-            self.report(Phase::Tail)?;
-            guest.end_of_checkpoint(&mut out)?;
-            out.checkpoint()?;
+            let mut epoch =
+                self.epoch(number, guest, &mut out, suspended, &mut memory, &mut |_| {
+                    Ok(())
+                })?;
+            let asked = epoch.asked;
             suspended.postcopy(self.domain)?;
-            let suspended_for = stopped.elapsed();
-            self.stats.suspended_for += suspended_for;
-            let buffered_octets = hold.end();
+            epoch.suspended_for = asked.elapsed();
+            self.stats.suspended_for += epoch.suspended_for;
+            epoch.buffered_octets = hold.end();
             self.report(Phase::Checkpoint)?;
             out.sink_mut().flush()?;
-            let epoch = Epoch {
-                number,
-                pfns: self.stats.pfns - before.pfns,
-                pages: self.stats.pages - before.pages,
-                suspended_for,
-                buffered_octets,
-                sent_after: stopped.elapsed(),
-            };
+            epoch.sent_after = asked.elapsed();
             if suspended.checkpoint(&epoch)? == NextEpoch::Finish {
                 return Ok(number);
             }
         }
+    }
+
+    /// Suspend the guest and write one checkpoint, its CHECKPOINT record the last.
+    pub(super) fn epoch<T: CheckpointToolstack + ?Sized>(
+        &mut self,
+        number: u64,
+        guest: &mut dyn GuestSave,
+        out: &mut Out<'_>,
+        suspended: &mut Suspended<'_, T>,
+        memory: &mut LiveMemory<'_>,
+        besides: &mut dyn FnMut(&mut DirtyBitmap) -> Result<(), SaveError>,
+    ) -> Result<Epoch, SaveError> {
+        let before = self.stats;
+        let asked = self.stop_and_copy(guest, out, suspended, memory, besides)?;
+        self.report(Phase::Tail)?;
+        guest.end_of_checkpoint(out)?;
+        out.checkpoint()?;
+        Ok(Epoch {
+            number,
+            pfns: self.stats.pfns - before.pfns,
+            pages: self.stats.pages - before.pages,
+            asked,
+            suspended_for: Duration::ZERO,
+            buffered_octets: 0,
+            sent_after: Duration::ZERO,
+        })
     }
 }

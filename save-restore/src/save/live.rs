@@ -99,7 +99,8 @@ impl Run<'_, '_> {
     ) -> Result<Instant, SaveError> {
         let mut memory = LiveMemory::start(self.domain, guest_pages(guest))?;
         self.precopy(guest, out, &mut memory, live.policy)?;
-        let stopped = self.stop_and_copy(guest, out, suspended, &mut memory)?;
+        let none = &mut |_: &mut DirtyBitmap| Ok(());
+        let stopped = self.stop_and_copy(guest, out, suspended, &mut memory, none)?;
         if live.verify {
             out.verify()?;
             let all = (all_pages(guest), guest_pages(guest));
@@ -169,14 +170,15 @@ impl Run<'_, '_> {
         }
     }
 
-    /// Suspend the guest and send what is dirty, and what had to wait for this; when it
-    /// was asked to suspend.
+    /// Suspend the guest and send what is dirty, what had to wait for this, and what
+    /// `besides` marks; when it was asked to suspend.
     pub(super) fn stop_and_copy<T: SaveToolstack + ?Sized>(
         &mut self,
         guest: &mut dyn GuestSave,
         out: &mut Out<'_>,
         suspended: &mut Suspended<'_, T>,
         memory: &mut LiveMemory<'_>,
+        besides: &mut dyn FnMut(&mut DirtyBitmap) -> Result<(), SaveError>,
     ) -> Result<Instant, SaveError> {
         let stopped = self.suspend(suspended)?;
         self.follow(guest, out, memory, false)?;
@@ -184,6 +186,7 @@ impl Run<'_, '_> {
         self.stats.deferred += memory.deferred.count();
         memory.dirty.merge(&memory.deferred);
         memory.deferred.clear_all();
+        besides(&mut memory.dirty)?;
         let rest = (memory.dirty.iter(), memory.dirty.count());
         self.send(guest, out, Phase::StopAndCopy, rest, None)?;
         Ok(stopped)

@@ -5,7 +5,9 @@
 use xsr_xen_backend::{Domain, DomainInfo, ShutdownReason};
 
 use crate::error::{GuestError, SaveError};
-use crate::toolstack::{CheckpointToolstack, Epoch, NextEpoch, SaveToolstack, ToolstackError};
+use crate::toolstack::{
+    CheckpointToolstack, ColoToolstack, Epoch, NextEpoch, SaveToolstack, ToolstackError,
+};
 
 /// What a save has changed of the domain, undone on drop: the device model's
 /// log-dirty mode goes off, and the guest is resumed once it has been suspended.
@@ -116,6 +118,14 @@ impl<T: CheckpointToolstack + ?Sized> Suspended<'_, T> {
     /// A checkpoint is in the stream: whether there will be another, once it is time.
     pub(super) fn checkpoint(&mut self, epoch: &Epoch) -> Result<NextEpoch, ToolstackError> {
         self.toolstack.checkpoint(epoch)
+    }
+}
+
+impl<T: ColoToolstack + ?Sized> Suspended<'_, T> {
+    /// The guest runs at both ends: whether there will be another checkpoint, once it is
+    /// time.
+    pub(super) fn wait_checkpoint(&mut self) -> Result<NextEpoch, ToolstackError> {
+        self.toolstack.wait_checkpoint()
     }
 }
 

@@ -1,0 +1,213 @@
+//! COLO's back-channel: before each checkpoint the secondary sends the primary the list of
+//! pages that it has written itself, so that the primary sends its own in their place.
+//!
+//! The list is one record, CHECKPOINT_DIRTY_PFN_LIST, with the record header of 8 octets
+//! that the specification gives. Xen 4.18 and later send a structure of 16 octets in its
+//! place (commit efe8de1f91): header, and 8 octets more, zero, of a pointer. Whoever takes
+//! them for pfns reads pfn 0, misses the last pfn, and finds it where the next record
+//! should be. Here that is an error, and no secondary goes on with a page that it should
+//! have lost.
+//!
+//! Specification: libxc migration stream, "CHECKPOINT_DIRTY_PFN_LIST". C implementation:
+//! `xg_sr_save.c:colo_merge_secondary_dirty_bitmap`,
+//! `xg_sr_restore.c:send_checkpoint_dirty_pfn_list`.
+
+use std::io::{self, Read};
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use thiserror::Error;
+use xsr_format::frame::Pfn;
+use xsr_format::record::{MAX_BODY, RecordKind};
+use xsr_xen_backend::DirtyBitmap;
+
+/// How long to look for octets that should not be there. They come in one piece with what
+/// was before them.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// The primary's end of a back-channel.
+pub trait BackChannel: Read {
+    /// Whether there is something to read within that time.
+    ///
+    /// # Errors
+    ///
+    /// What the descriptor says.
+    fn has_more_within(&mut self, time: Duration) -> io::Result<bool>;
+}
+
+/// A descriptor as a back-channel.
+#[derive(Debug)]
+pub struct FdBackChannel<F>(pub F);
+
+impl<F: AsFd + Read> Read for FdBackChannel<F> {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        self.0.read(room)
+    }
+}
+
+impl<F: AsFd + Read> BackChannel for FdBackChannel<F> {
+    fn has_more_within(&mut self, time: Duration) -> io::Result<bool> {
+        let milliseconds = u16::try_from(time.as_millis()).unwrap_or(u16::MAX);
+        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::from(milliseconds))?;
+        let said = fds[0].revents().unwrap_or(PollFlags::empty());
+        Ok(said.contains(PollFlags::POLLIN))
+    }
+}
+
+/// What is wrong with what the secondary sent.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum BackChannelError {
+    /// It could not be read, or ended.
+    #[error("reading the back-channel failed: {0}")]
+    Io(#[from] io::Error),
+    /// Another record.
+    #[error("record {number} of the back-channel is {kind}, expected CHECKPOINT_DIRTY_PFN_LIST")]
+    Kind {
+        /// Which record, from 0.
+        number: u64,
+        /// What it is.
+        kind: RecordKind,
+    },
+    /// A body that is no list.
+    #[error(
+        "record {number} of the back-channel has {octets} octets, expected a multiple of 8, at most {MAX_BODY}"
+    )]
+    Length {
+        /// Which record, from 0.
+        number: u64,
+        /// What its header says.
+        octets: u32,
+    },
+    /// A pfn that the guest does not have.
+    #[error("record {number} of the back-channel names pfn {pfn}, the guest has {pfns}")]
+    Pfn {
+        /// Which record, from 0.
+        number: u64,
+        /// The pfn.
+        pfn: Pfn,
+        /// How many there are.
+        pfns: u64,
+    },
+    /// A header of 16 octets.
+    #[error(
+        "record {number} of the back-channel has a header of 16 octets, as Xen 4.18 and later send it against the specification: the other end has to be xsr, or Xen 4.17 or older"
+    )]
+    LongHeader {
+        /// Which record, from 0.
+        number: u64,
+    },
+}
+
+/// Read list `number` (from 0) and mark its pages in `dirty`.
+pub(crate) fn merge(
+    back: &mut dyn BackChannel,
+    number: u64,
+    dirty: &mut DirtyBitmap,
+) -> Result<(), BackChannelError> {
+    let mut header = [0; 8];
+    back.read_exact(&mut header)?;
+    let word = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|octet| header[at + octet]));
+    let (kind, octets) = (RecordKind(word(0)), word(4));
+    if kind != RecordKind::CHECKPOINT_DIRTY_PFN_LIST {
+        return Err(BackChannelError::Kind { number, kind });
+    }
+    if octets > MAX_BODY || !octets.is_multiple_of(8) {
+        return Err(BackChannelError::Length { number, octets });
+    }
+    // No more is allocated than comes.
+    let mut body = Vec::new();
+    let length = u64::from(octets);
+    if (&mut *back).take(length).read_to_end(&mut body)? as u64 != length {
+        return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+    }
+    let mut pfns = body
+        .chunks_exact(8)
+        .filter_map(|pfn| Some(Pfn(u64::from_le_bytes(pfn.try_into().ok()?))))
+        .peekable();
+    // Nothing else comes before the checkpoint that answers this list.
+    let odd = pfns.peek().is_none_or(|first| first.0 == 0);
+    if odd && back.has_more_within(LOOK)? {
+        return Err(BackChannelError::LongHeader { number });
+    }
+    for pfn in pfns {
+        if pfn.0 >= dirty.pfns() {
+            let pfns = dirty.pfns();
+            return Err(BackChannelError::Pfn { number, pfn, pfns });
+        }
+        dirty.set(pfn);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use std::io::Write;
+
+    use xsr_format::write::dirty_pfn_list;
+
+    use super::*;
+
+    fn merged(octets: &[u8]) -> Result<Vec<u64>, BackChannelError> {
+        let (from, mut to) = io::pipe().unwrap();
+        to.write_all(octets).unwrap();
+        drop(to);
+        let mut dirty = DirtyBitmap::new(100);
+        merge(&mut FdBackChannel(from), 3, &mut dirty)?;
+        Ok(dirty.iter().map(|pfn| pfn.0).collect())
+    }
+
+    fn list(pfns: &[u64]) -> Vec<u8> {
+        let pfns: Vec<Pfn> = pfns.iter().copied().map(Pfn).collect();
+        dirty_pfn_list(&pfns).unwrap()
+    }
+
+    /// As Xen 4.18 sends it.
+    fn long(pfns: &[u64]) -> Vec<u8> {
+        let mut octets = list(pfns);
+        octets.splice(8..8, [0; 8]);
+        octets
+    }
+
+    #[test]
+    fn a_list_of_the_specification_is_merged() {
+        for pfns in [&[][..], &[0], &[0, 1], &[5, 99]] {
+            assert_eq!(merged(&list(pfns)).unwrap(), pfns);
+        }
+    }
+
+    #[test]
+    fn a_header_of_16_octets_is_found_out_at_once() {
+        for pfns in [&[][..], &[0], &[7], &[7, 8, 99]] {
+            let error = merged(&long(pfns)).unwrap_err();
+            let found = matches!(error, BackChannelError::LongHeader { number: 3 });
+            assert!(found, "{pfns:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_list_is_refused() {
+        let pfn = merged(&list(&[100])).unwrap_err();
+        assert!(matches!(pfn, BackChannelError::Pfn { pfns: 100, .. }));
+        let mut other = list(&[1]);
+        other[0] = 1;
+        assert!(matches!(
+            merged(&other).unwrap_err(),
+            BackChannelError::Kind { .. }
+        ));
+        let mut odd = list(&[1]);
+        odd[4] = 7;
+        assert!(matches!(
+            merged(&odd).unwrap_err(),
+            BackChannelError::Length { octets: 7, .. }
+        ));
+        assert!(matches!(
+            merged(&list(&[1])[..12]).unwrap_err(),
+            BackChannelError::Io(_)
+        ));
+    }
+}

@@ -1,0 +1,131 @@
+//! A restore under COLO: the guest runs here, too, from checkpoint to checkpoint.
+//!
+//! C implementation: `xg_sr_restore.c:handle_checkpoint` for `XC_STREAM_COLO`,
+//! `send_checkpoint_dirty_pfn_list`.
+
+use std::io::{self, Write};
+
+use xsr_format::frame::Pfn;
+use xsr_format::read::RecordReader;
+use xsr_format::write::dirty_pfn_list;
+use xsr_xen_backend::{DirtyBitmap, DirtyRead, Domain};
+
+use crate::error::RestoreError;
+use crate::progress::{OnProgress, Phase};
+use crate::restore::checkpoint::{Came, CheckpointOptions, Ending, Survivor, largest};
+use crate::restore::crew::Hands;
+use crate::restore::spool::{Spool, Tap};
+use crate::restore::{Guest, RestoreOptions, Restored, Run, Stop, go_on, with_crew};
+use crate::source::PageSource;
+use crate::toolstack::{ColoRestoreToolstack, ToolstackError, Turn};
+
+/// Restore a stream of COLO checkpoints into a domain that has just been created, as the
+/// secondary: each is applied when it is complete, the guest runs, and before the next the
+/// primary is told over `back` which pages it has written (which the toolstack has logged
+/// from the first [`ColoRestoreToolstack::postcopy`] on).
+///
+/// When the primary is gone, the guest here is the guest. It runs, or is suspended: as the
+/// toolstack last left it.
+///
+/// # Errors
+///
+/// As [`restore_checkpointed`](crate::restore_checkpointed); a PV guest; `back` cannot be
+/// written. A guest that has run may still be running then.
+pub fn restore_colo<S: PageSource>(
+    domain: &dyn Domain,
+    reader: RecordReader<S>,
+    toolstack: &mut dyn ColoRestoreToolstack,
+    back: &mut dyn Write,
+    options: &RestoreOptions,
+    keep: &CheckpointOptions,
+    progress: &mut OnProgress<'_>,
+) -> Result<Survivor<S>, RestoreError> {
+    let mut run = Run::new(domain, &reader, None, toolstack, options, progress)?;
+    if matches!(run.pages.guest, Guest::Pv(_)) {
+        return Err(RestoreError::ColoGuest);
+    }
+    with_crew(run.pages.placer(), options, |hands| {
+        go_on(run.progress.begin(Phase::Setup, None))?;
+        let standing = reader.onto(io::empty());
+        let limit = match keep.file_octets {
+            Some(octets) => octets,
+            None => largest(domain.info()?.max_pages),
+        };
+        let tap = Tap::new(reader.into_source(), Spool::new(keep, limit));
+        run.both(standing.onto(tap), back, hands)
+    })
+}
+
+impl<T: ColoRestoreToolstack + ?Sized> Run<'_, '_, T> {
+    fn both<S: PageSource>(
+        &mut self,
+        mut reader: RecordReader<Tap<S>>,
+        back: &mut dyn Write,
+        hands: &Hands<'_, '_>,
+    ) -> Result<Survivor<S>, RestoreError> {
+        match self.records(&mut reader, hands)? {
+            Stop::Checkpoint if matches!(self.arrival(&mut reader)?, Came::Whole) => {}
+            _ => return Err(RestoreError::NoCheckpoint),
+        }
+        let (mut checkpoints, mut most_kept, mut most_spilt) = (0, 0, 0);
+        let mut came = Came::Whole;
+        let mut restored = None;
+        while let Came::Whole = came {
+            checkpoints += 1;
+            let here: Restored = self.end(hands)?;
+            restored = Some(here);
+            go_on(self.progress.begin(Phase::Checkpoint, None))?;
+            if self.turn()? == Turn::Lost {
+                came = Came::ToolstackLost;
+                break;
+            }
+            self.tell_dirty(back)?;
+            reader.source_mut().keep()?;
+            let standing = reader.onto(io::empty());
+            came = self.keep(&mut reader)?;
+            let spool = &mut reader.source_mut().spool;
+            most_kept = spool.len().max(most_kept);
+            most_spilt = spool.in_file().max(most_spilt);
+            if let Came::Whole = came {
+                let applied = self.records(&mut standing.onto(spool), hands);
+                let applied = hands.crew.finish().and(applied);
+                applied.map_err(|cause| RestoreError::not_applied(checkpoints + 1, cause))?;
+            }
+        }
+        Ok(Survivor {
+            restored: restored.ok_or(RestoreError::NoCheckpoint)?,
+            checkpoints,
+            most_kept_octets: most_kept,
+            most_spilt_octets: most_spilt,
+            ending: match came {
+                Came::SourceLost(error) => Ending::SourceLost(error),
+                Came::ToolstackLost => Ending::ToolstackLost,
+                Came::Whole | Came::Ended => Ending::Ended(reader.into_source().into_source()),
+            },
+        })
+    }
+
+    /// The guest's turn: it runs until the primary wants a checkpoint.
+    fn turn(&mut self) -> Result<Turn, ToolstackError> {
+        if self.toolstack.postcopy()? == Turn::Lost {
+            return Ok(Turn::Lost);
+        }
+        if self.toolstack.wait_checkpoint()? == Turn::Lost {
+            return Ok(Turn::Lost);
+        }
+        self.toolstack.suspend()
+    }
+
+    /// Tell the primary which pages are no longer those of the last checkpoint.
+    fn tell_dirty(&mut self, back: &mut dyn Write) -> Result<(), RestoreError> {
+        let pfns = self.domain.maximum_gfn()?.map_or(0, |last| last.0 + 1);
+        let mut dirty = DirtyBitmap::new(pfns);
+        self.domain.read_dirty(DirtyRead::Clean, &mut dirty)?;
+        let pfns: Vec<Pfn> = dirty.iter().collect();
+        let list =
+            dirty_pfn_list(&pfns).map_err(|e| RestoreError::BackChannel(io::Error::other(e)))?;
+        back.write_all(&list)
+            .and_then(|()| back.flush())
+            .map_err(RestoreError::BackChannel)
+    }
+}
