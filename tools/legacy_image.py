@@ -281,6 +281,8 @@ class Writer:
             self.guest.pages[pfn] = (page_type, page)
 
     def batches(self, pfns, compressed=False):
+        if self.args.no_pages:
+            return
         pfns = list(pfns)
         pending = bytearray()
         for start in range(0, len(pfns), self.args.batch):
@@ -394,6 +396,7 @@ def main():
                         help="of the toolstack")
     parser.add_argument("--xsave", type=int, default=0, help="octets of each XSAVE area")
     parser.add_argument("--batch", type=int, default=BATCH, help="pages in a batch")
+    parser.add_argument("--no-pages", action="store_true", help="no batch at all")
     parser.add_argument("--filler", type=int, default=0, help="meaningless entries in each batch")
     parser.add_argument("--filler-batch", action="store_true", help="a batch of nothing else")
     parser.add_argument("--live", action="store_true", help="some pages come twice")

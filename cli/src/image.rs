@@ -8,10 +8,13 @@ use std::io::Read;
 
 use anyhow::Context as _;
 use xsr_format::error::Place;
+use xsr_format::fields::{self, pv};
+use xsr_format::frame::Pfn;
 use xsr_format::image::{DomainHeader, ImageHeader};
 use xsr_format::read::ReadOptions;
 use xsr_format::record::Record;
 use xsr_format::record::page_data::Entries;
+use xsr_format::record::pv::PvInfo;
 use xsr_format::walk::{Content, Step, Walk};
 use xsr_format::wrapper::libxl::{LibxlHeader, LibxlRecord};
 use xsr_format::wrapper::xl::XlHeader;
@@ -51,6 +54,20 @@ impl At {
     pub(crate) fn page_data(&self, entries: Entries<'_>) -> u64 {
         // Record header, head, entries.
         self.offset + 8 + 8 + 8 * entries.len() as u64
+    }
+}
+
+/// The page of start_info: vcpu 0 of a suspended PV guest holds its pfn in edx. `context`
+/// is that vcpu's, the blob of X86_PV_VCPU_BASIC.
+pub(crate) fn start_info(context: &[u8], info: PvInfo) -> Option<Pfn> {
+    let (layout, name) = match info {
+        PvInfo::Bits64 => (&pv::VCPU_CONTEXT_64, "user_regs.rdx"),
+        PvInfo::Bits32 => (&pv::VCPU_CONTEXT_32, "user_regs.edx"),
+    };
+    let field = fields::fields(layout, context).find(|field| field.name == name)?;
+    match field.value {
+        fields::Value::Hex(pfn) => Some(Pfn(pfn)),
+        _ => None,
     }
 }
 

@@ -40,14 +40,14 @@ fn main() -> ExitCode {
     if name.is_some_and(|name| name == cmd::convert::script::NAME) {
         return cmd::convert::script::main();
     }
+    if name.is_some_and(|name| name == xl::child::NAME) {
+        Terminal::new(0, false).error(&xl::child::become_it());
+        return exit::Code::Failed.into();
+    }
     if let Some(xl) = xl::Xl::asked() {
         let Messages { verbose, quiet } = xl.messages();
         let terminal = Terminal::new(verbose, quiet);
         return ended(xl.run(), &terminal);
-    }
-    if name.is_some_and(|name| name == xl::child::NAME) {
-        Terminal::new(0, false).error(&xl::child::become_it());
-        return exit::Code::Failed.into();
     }
     let cli = match args::Cli::try_parse() {
         Ok(cli) => cli,

@@ -105,8 +105,9 @@ pub(crate) fn peel(mut source: Source, lenient: bool) -> Result<Peeled> {
             }
             Detected::Xapi => {
                 layers.push("xapi".to_owned());
+                let xapi = XapiSource::behind(&[], rest)?.lenient(lenient);
                 return Ok(Peeled {
-                    source: Box::new(XapiSource::behind(&[], rest)?.lenient(lenient)),
+                    source: Box::new(Noted(xapi, XapiSource::legacy)),
                     layers,
                     libvirt,
                 });
@@ -156,17 +157,22 @@ fn converted(
     ));
     let spool = tempfile::tempfile().context("making a temporary file for checkpoints")?;
     let converted = Converted::new(reader, Target::Libxl, Some(Box::new(spool)))?;
-    Ok(Box::new(Noted(converted)))
+    Ok(Box::new(Noted(converted, |converted| {
+        Some(converted.summary())
+    })))
 }
 
 /// Says in the log, at the end, what could not be carried over.
-struct Noted(Converted<Source>);
+struct Noted<S>(S, fn(&S) -> Option<&Summary>);
 
-impl Read for Noted {
+impl<S: Read> Read for Noted<S> {
     fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
         let n = self.0.read(room)?;
-        if n == 0 && !room.is_empty() {
-            warn_of(self.0.summary());
+        if n == 0
+            && !room.is_empty()
+            && let Some(summary) = self.1(&self.0)
+        {
+            warn_of(summary);
         }
         Ok(n)
     }

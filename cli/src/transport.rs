@@ -10,7 +10,7 @@ use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -23,6 +23,7 @@ use crate::args::{ConnectionArgs, Endpoint};
 use crate::exit::BadUsage;
 use crate::file;
 use crate::interrupt::Interrupt;
+use crate::xl::child;
 
 /// How long a command may take to end once nobody speaks with it any more. As xl.
 const CHILD_PATIENCE: Duration = Duration::from_secs(2);
@@ -76,8 +77,9 @@ impl Link {
         // What interrupts this program from the keyboard must not cut its connection:
         // there is an order in which things end.
         let script = format!("trap '' INT HUP; {rune}");
-        let mut child = Command::new("sh")
-            .args(["-c", &script])
+        // Blocked here are the signals that this program reads; the command, say ssh, must
+        // hear those that it does not ignore.
+        let mut child = child::becoming(["sh", "-c", &script].map(Into::into))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()

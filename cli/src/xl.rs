@@ -85,7 +85,8 @@ impl Xl {
         }
     }
 
-    /// Run xl until it ends. Signals that this process gets are passed on to it.
+    /// Run xl until it ends. Signals that this process gets are passed on to it; what asks to
+    /// stop, to its save helper, so that a guest runs on.
     ///
     /// # Errors
     ///
@@ -108,7 +109,7 @@ impl Xl {
         )?;
         let helper = helper()?;
         tracing::info!(xl = %xl.display(), helper = %helper.display(), ?arguments, "running xl");
-        let mut command = child::becoming([xl.into_os_string()].into_iter().chain(arguments));
+        let mut command = child::becoming_xl([xl.into_os_string()].into_iter().chain(arguments));
         command
             .env(HELPER_VARIABLE, helper)
             // The helper has its own meaning for it.

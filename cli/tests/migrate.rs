@@ -186,6 +186,28 @@ fn through_a_command_as_xl_does() {
 }
 
 #[test]
+fn the_command_hears_the_signals_that_are_read_here() {
+    let dir = scratch();
+    let host = host_with("pvh", dir.path());
+    let about = dir.path().join("about");
+    let command = format!("grep Sig /proc/self/status > {}; exit 1", about.display());
+    run(["migrate", &backend(&host), "-s", "", "web", &command]).code(1);
+    let about = fs::read_to_string(about).unwrap();
+    let mask = |name: &str| {
+        let line = about
+            .lines()
+            .find_map(|line| line.strip_prefix(name))
+            .unwrap();
+        u64::from_str_radix(line.trim(), 16).unwrap()
+    };
+    assert_eq!(mask("SigBlk:"), 0, "{about}");
+    // The terminal's are ignored: there is an order in which things end.
+    for signal in [Signal::SIGINT, Signal::SIGHUP] {
+        assert_ne!(mask("SigIgn:") & 1 << (signal as u32 - 1), 0, "{about}");
+    }
+}
+
+#[test]
 fn over_tcp() {
     let hosts = Hosts::with("hvm", &[]);
     let backend_there = backend(&hosts.there);

@@ -93,11 +93,16 @@ fn raw_memory_has_the_last_version_of_each_page_at_its_address() {
 #[test]
 fn a_core_has_its_sections_and_the_pages_in_order() {
     let dir = scratch();
-    for name in ["tpv", "tpvh-live"] {
+    for (name, option, list, step) in [
+        // A PV core lists {pfn, gmfn}, one of a translated guest pfns.
+        ("tpv", "--format=elf", ".xen_p2m", 16),
+        ("tpv", "--pfn-list", ".xen_pfn", 8),
+        ("tpvh-live", "--format=elf", ".xen_pfn", 8),
+    ] {
         let saved = fs::read(image(name)).unwrap();
         let (pages, _) = last_pages(&saved);
         let path = dir.path().join("core");
-        run(["export", arg(&image(name)), arg(&path)]).code(0);
+        run(["export", option, arg(&image(name)), arg(&path)]).code(0);
         let core = fs::read(&path).unwrap();
         assert_eq!(&core[..5], b"\x7fELF\x02");
         // Section headers: e_shoff, e_shnum, e_shstrndx of the ELF-64 header.
@@ -124,11 +129,6 @@ fn a_core_has_its_sections_and_the_pages_in_order() {
         for (found, (pfn, page)) in contents.chunks(PAGE).zip(&pages) {
             assert!(found == *page, "{name}: pfn {pfn:#x}");
         }
-        // A PV core lists {pfn, gmfn}, one of a translated guest pfns.
-        let (list, step) = match name {
-            "tpv" => (".xen_p2m", 16),
-            _ => (".xen_pfn", 8),
-        };
         let listed = core[sections[list].clone()].chunks(step);
         assert!(
             listed
@@ -137,6 +137,125 @@ fn a_core_has_its_sections_and_the_pages_in_order() {
         );
         assert!(sections.contains_key(".xen_prstatus") && sections.contains_key(".note.Xen"));
     }
+}
+
+/// Bodies of the records of a type.
+fn records(octets: &[u8], wanted: usize) -> Vec<&[u8]> {
+    let mut at = layers(octets).1 + 40;
+    let mut found = Vec::new();
+    loop {
+        let (kind, length) = (u32_at(octets, at), u32_at(octets, at + 4));
+        let body = &octets[at + 8..at + 8 + length];
+        if kind == wanted {
+            found.push(body);
+        }
+        if kind == 0 {
+            return found;
+        }
+        at += 8 + length.next_multiple_of(8);
+    }
+}
+
+/// The loaded pieces of a core: address, physical address, contents.
+fn pieces(core: &[u8]) -> Vec<(u64, u64, &[u8])> {
+    let count = u16::from_le_bytes([core[0x38], core[0x39]]);
+    (0..usize::from(count))
+        .map(|n| 64 + 56 * n)
+        .filter(|at| u32_at(core, *at) == 1)
+        .map(|at| {
+            let [offset, address, physical, octets] =
+                [8, 16, 24, 32].map(|field| u64_at(core, at + field));
+            let offset = usize::try_from(offset).unwrap();
+            let octets = usize::try_from(octets).unwrap();
+            (address, physical, &core[offset..offset + octets])
+        })
+        .collect()
+}
+
+/// A guest that was suspended stands behind the instruction of its hypercall: the octets
+/// there, found by the core's addresses alone, say whether those are right.
+#[test]
+fn a_core_for_gdb_has_the_memory_where_the_guest_has_it() {
+    /// `syscall`, `vmcall`, `vmmcall`.
+    const CALLS: [&[u8]; 3] = [&[0x0f, 0x05], &[0x0f, 0x01, 0xc1], &[0x0f, 0x01, 0xd9]];
+    let dir = scratch();
+    for name in ["tpv", "tpv-live", "tpvh-live"] {
+        let saved = fs::read(image(name)).unwrap();
+        let (pages, _) = last_pages(&saved);
+        let path = dir.path().join("core");
+        run(["export", "--format", "gdb", arg(&image(name)), arg(&path)]).code(0);
+        let core = fs::read(&path).unwrap();
+        let pieces = pieces(&core);
+        assert!(!pieces.is_empty());
+        for (_, physical, contents) in &pieces {
+            for (page, pfn) in contents.chunks(PAGE).zip(physical / PAGE as u64..) {
+                assert!(pages[&pfn] == page, "{name}: pfn {pfn:#x}");
+            }
+        }
+        // rip: in vcpu_guest_context_t behind the record's vcpu, in the CPU record (type 2)
+        // of the HVM context.
+        let (rip, gs_base) = match records(&saved, 9).first() {
+            Some(context) => {
+                let mut at = 0;
+                loop {
+                    let kind = u16::from_le_bytes([context[at], context[at + 1]]);
+                    if kind == 2 {
+                        // The guest is in ring 0: gs_base is its kernel's.
+                        assert_eq!(context[at + 8 + 736] & 3, 0);
+                        break (u64_at(context, at + 8 + 640), u64_at(context, at + 8 + 840));
+                    }
+                    at += 8 + u32_at(context, at + 4);
+                }
+            }
+            None => {
+                let context = &records(&saved, 4)[0][8..];
+                (u64_at(context, 648), u64_at(context, 5152))
+            }
+        };
+        // The note: header (12 octets), its name (8), then pr_reg at 112; rip is the 17th, gs_base the 23rd.
+        let notes = usize::try_from(u64_at(&core, 64 + 8)).unwrap();
+        assert_eq!(u64_at(&core, notes + 20 + 112 + 16 * 8), rip, "{name}");
+        assert_eq!(u64_at(&core, notes + 20 + 112 + 22 * 8), gs_base, "{name}");
+        let before = |octets: usize| {
+            let from = rip - octets as u64;
+            pieces.iter().find_map(|(address, _, contents)| {
+                let at = usize::try_from(from.checked_sub(*address)?).ok()?;
+                contents.get(at..at + octets)
+            })
+        };
+        assert!(
+            CALLS.iter().any(|call| before(call.len()) == Some(*call)),
+            "{name}: {rip:#x}: {:x?}",
+            before(3)
+        );
+    }
+}
+
+#[test]
+fn a_core_for_gdb_that_cannot_be_made_is_refused() {
+    let dir = scratch();
+    let (saved, out) = (image("tpv"), dir.path().join("core"));
+    let export = ["export", "--format"];
+    let with = |more: &[&str]| run(export.iter().chain(more).chain(&[arg(&saved), arg(&out)]));
+    with(&["gdb", "--vcpu", "1"])
+        .code(1)
+        .stderr_has("the image has no vcpu 1 (--vcpu): it has 0");
+    with(&["gdb", "--pfn-list"]).code(64);
+    with(&["elf", "--vcpu", "0"]).code(64);
+    with(&["gdb", "--sparse"]).code(64);
+    // cr3 names a frame that is not in the image.
+    let mut octets = fs::read(&saved).unwrap();
+    let at = {
+        let context = records(&octets, 4)[0].as_ptr() as usize;
+        context - octets.as_ptr() as usize + 8 + 4984 + 24
+    };
+    octets[at..at + 8].copy_from_slice(&0x7_7777_7000_u64.to_le_bytes());
+    let bad = dir.path().join("bad.save");
+    fs::write(&bad, octets).unwrap();
+    run(["export", "--format", "gdb", arg(&bad), arg(&out)])
+        .code(1)
+        .stderr_has("pfn 0x777777, which the vcpu's cr3 names, is not in the image");
+    assert!(!out.exists(), "a failure leaves no file");
 }
 
 #[test]
@@ -214,6 +333,10 @@ fn the_fields_of_blobs_have_names() {
             .unwrap()
             > 0
     );
+    assert_eq!(value(&pv, "start_info", "magic"), "\"xen-3.0-x86_64\"");
+    let features = value(&pv, "X86_CPUID_POLICY 0x1", "edx features");
+    assert!(features.starts_with("fpu, "), "{features}");
+    assert!(features.contains("sse2"), "{features}");
     run(["inspect", "--fields", arg(&image("tpv"))])
         .code(0)
         .stdout_has("highest basic leaf and vendor")

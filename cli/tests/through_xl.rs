@@ -154,6 +154,62 @@ fn signals_reach_xl() {
     }
 }
 
+/// xl's helper breaks off what it does, and xl is left to put the guest right.
+#[test]
+fn what_asks_to_stop_reaches_the_helper_and_not_xl() {
+    let _alone = alone();
+    for asked in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        let dir = scratch();
+        let helper = dir.path().join("xsr-save-helper");
+        let xl = script(
+            dir.path(),
+            "#!/bin/sh\ntrap 'echo told; exit 3' TERM\necho ready\nread line\n",
+        );
+        fs::rename(xl, &helper).unwrap();
+        script(
+            dir.path(),
+            &format!(
+                "#!/bin/sh\ntrap 'echo xl ends' TERM INT HUP\n{}\necho helper $?\nexit 1\n",
+                helper.display()
+            ),
+        );
+        let mut command = beside(dir.path(), &["save", "web", "f"]);
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let held = child.stdin.take();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        assert_eq!(lines.next().unwrap().unwrap(), "ready");
+        let pid = Pid::from_raw(child.id().try_into().unwrap());
+        kill(pid, asked).unwrap();
+        let said: Vec<String> = lines.map(Result::unwrap).collect();
+        assert_eq!(said, ["told", "helper 3"], "{asked}");
+        assert_eq!(child.wait().unwrap().code(), Some(1));
+        drop(held);
+    }
+}
+
+/// What the terminal sends to all of its processes leaves xl alone.
+#[test]
+fn xl_does_not_hear_the_keys_of_the_terminal() {
+    let _alone = alone();
+    let dir = scratch();
+    script(dir.path(), "#!/bin/sh\ngrep Sig /proc/self/status\n");
+    let out = beside(dir.path(), &["save", "web", "f"]).output().unwrap();
+    let about = String::from_utf8(out.stdout).unwrap();
+    let mask = |name: &str| {
+        let line = about.lines().find_map(|line| line.strip_prefix(name));
+        u64::from_str_radix(line.unwrap().trim(), 16).unwrap()
+    };
+    let bit = |signal: Signal| 1_u64 << (signal as u32 - 1);
+    assert_eq!(mask("SigBlk:"), 0);
+    assert_ne!(mask("SigIgn:") & bit(Signal::SIGINT), 0);
+    assert_ne!(mask("SigIgn:") & bit(Signal::SIGHUP), 0);
+    assert_eq!(mask("SigIgn:") & bit(Signal::SIGTERM), 0);
+}
+
 /// Signals that come while xl is being started end both, or neither and xl hears of them:
 /// no xl is ever left to itself.
 #[test]

@@ -8,7 +8,7 @@
 //! | `.xen_prstatus` | `vcpu_guest_context_t` of each vcpu |
 //! | `.xen_shared_info` | the shared info page |
 //! | `.xen_p2m` (PV) | u64 pfn, u64 gmfn of each page |
-//! | `.xen_pfn` (HVM) | u64 pfn of each page |
+//! | `.xen_pfn` (HVM, translated) | u64 pfn of each page |
 //! | `.xen_pages` | the pages, in that order |
 //!
 //! An image does not say where the pages of a PV guest were in the machine, and its page
@@ -42,6 +42,9 @@ const VERSION_NOTE: usize = 1280;
 pub struct CoreDump {
     /// HVM or PVH, not PV.
     pub hvm: bool,
+    /// List pfns alone ([`CoreDump::entry`]), of a PV guest too: volatility3 2.28 reads no
+    /// other list.
+    pub translated: bool,
     /// A PV guest of 32 bits.
     pub bits_32: bool,
     /// `vcpu_guest_context_t` of each vcpu, in the guest's width.
@@ -124,7 +127,7 @@ impl CoreDump {
     /// The entry of a page in the list.
     pub fn entry(&self, pfn: u64) -> Vec<u8> {
         let entry = pfn.to_le_bytes();
-        match self.hvm {
+        match self.pfns_alone() {
             true => entry.to_vec(),
             false => [entry, entry].concat(),
         }
@@ -135,15 +138,19 @@ impl CoreDump {
         self.pages_offset().saturating_sub(self.list_end())
     }
 
+    fn pfns_alone(&self) -> bool {
+        self.hvm || self.translated
+    }
+
     fn list_name(&self) -> &'static str {
-        match self.hvm {
+        match self.pfns_alone() {
             true => ".xen_pfn",
             false => ".xen_p2m",
         }
     }
 
     fn entry_octets(&self) -> u64 {
-        match self.hvm {
+        match self.pfns_alone() {
             true => 8,
             false => 16,
         }
@@ -273,13 +280,25 @@ pub fn vcpu_context_of_hvm(cpu: &[u8]) -> Vec<u8> {
         (688, 32, 5048), // dr0 to dr3
         (720, 16, 5096), // dr6, dr7
         (832, 8, 5144),  // fs_base
-        (840, 8, 5160),  // gs_base_user
     ];
     let mut context = vec![0; CONTEXT];
     for (from, octets, to) in FIELDS {
         let from = cpu.get(*from..from.saturating_add(*octets));
         let to = context.get_mut(*to..to.saturating_add(*octets));
         if let (Some(from), Some(to)) = (from, to) {
+            to.copy_from_slice(from);
+        }
+    }
+    // As `arch_get_info_guest`: the bases of GS, by who was using which.
+    const GS_BASE: (usize, usize) = (840, 848);
+    const SHADOW_GS: (usize, usize) = (944, 952);
+    let (kernel, user) = match cpu.get(736).is_none_or(|cs| cs & 3 == 0) {
+        true => (GS_BASE, SHADOW_GS),
+        false => (SHADOW_GS, GS_BASE),
+    };
+    for ((from, end), to) in [(kernel, 5152_usize), (user, 5160)] {
+        let to = context.get_mut(to..to.saturating_add(8));
+        if let (Some(from), Some(to)) = (cpu.get(from..end), to) {
             to.copy_from_slice(from);
         }
     }

@@ -13,7 +13,7 @@
 //! | X86_PV_VCPU_BASIC | [`pv::VCPU_CONTEXT_64`], [`pv::VCPU_CONTEXT_32`] |
 //! | X86_PV_VCPU_EXTENDED, _XSAVE, _MSRS | [`pv::VCPU_EXTENDED`], [`pv::VCPU_XSAVE`], [`pv::VCPU_MSRS`] |
 //! | X86_TSC_INFO | [`x86::TSC_INFO`] |
-//! | X86_CPUID_POLICY, X86_MSR_POLICY, one entry | [`x86::CPUID_LEAF`], [`x86::MSR_ENTRY`] |
+//! | X86_CPUID_POLICY, X86_MSR_POLICY, one entry | [`x86::CPUID_LEAF`], [`x86::MSR_ENTRY`], [`x86::features`] |
 //! | HVM_CONTEXT | [`hvm::HvmContext`], and a layout for each kind of record in it |
 //! | HVM_PARAMS | [`hvm::param_name`] |
 //!

@@ -208,6 +208,7 @@ fn explanation(ours: &Result<Vec<u8>, ReadError>, theirs: &Theirs) -> Option<&'s
             LegacyError::MaxVcpu { .. } | LegacyError::VcpuBeyond { .. } | LegacyError::NoVcpu => {
                 "vcpu-info"
             }
+            LegacyError::NoPages => "no-pages",
             LegacyError::P2mSize { .. } => "p2m-size",
             LegacyError::BlockTooLong { .. }
             | LegacyError::BlockCut { .. }

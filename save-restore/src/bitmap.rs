@@ -15,6 +15,9 @@ const RUN_WORDS: usize = 8;
 #[derive(Clone, Debug, Default)]
 pub(crate) struct PfnBitmap {
     chunks: BTreeMap<u64, Box<[u64; WORDS]>>,
+    /// A chunk that was looked for last and is not there: streams name a million absent pfns
+    /// in a row.
+    missing: Option<u64>,
 }
 
 impl PfnBitmap {
@@ -27,6 +30,9 @@ impl PfnBitmap {
     /// Put `pfn` in; whether it was not there before.
     pub(crate) fn insert(&mut self, pfn: Pfn) -> bool {
         let (chunk, word, bit) = Self::place(pfn);
+        if self.missing == Some(chunk) {
+            self.missing = None;
+        }
         let chunk = self
             .chunks
             .entry(chunk)
@@ -39,9 +45,26 @@ impl PfnBitmap {
     /// Take `pfn` out.
     pub(crate) fn remove(&mut self, pfn: Pfn) {
         let (chunk, word, bit) = Self::place(pfn);
-        if let Some(chunk) = self.chunks.get_mut(&chunk) {
-            chunk[word] &= !bit;
+        if self.missing == Some(chunk) {
+            return;
         }
+        match self.chunks.get_mut(&chunk) {
+            Some(chunk) => chunk[word] &= !bit,
+            None => self.missing = Some(chunk),
+        }
+    }
+
+    /// As [`PfnBitmap::contains`], quicker for many in a row that are not there.
+    pub(crate) fn finds(&mut self, pfn: Pfn) -> bool {
+        let (chunk, word, bit) = Self::place(pfn);
+        if self.missing == Some(chunk) {
+            return false;
+        }
+        let found = self.chunks.get(&chunk).map(|chunk| chunk[word] & bit != 0);
+        if found.is_none() {
+            self.missing = Some(chunk);
+        }
+        found.unwrap_or_default()
     }
 
     /// Whether `pfn` is in the set.
@@ -91,6 +114,22 @@ mod tests {
             assert!(!set.insert(Pfn(pfn)));
         }
         assert_eq!(set.chunks.len(), 3, "0–32767, 32768–65535, the last");
+    }
+
+    #[test]
+    fn what_was_missing_is_found_once_it_is_there() {
+        let mut set = PfnBitmap::default();
+        for pfn in [5, 40_000].map(Pfn) {
+            assert!(!set.finds(pfn) && !set.finds(pfn));
+            set.remove(pfn);
+            assert!(set.insert(pfn));
+            assert!(set.finds(pfn) && set.contains(pfn));
+            assert!(!set.finds(Pfn(pfn.0 + 1)) && !set.finds(Pfn(pfn.0 + 100_000)));
+            assert!(set.finds(pfn));
+            set.remove(Pfn(pfn.0 + 100_000));
+            set.remove(pfn);
+            assert!(!set.finds(pfn) && !set.contains(pfn));
+        }
     }
 
     #[test]

@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc;
+use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 
 /// Items that are in flight at most: being prepared, ready, or being consumed. No more
 /// threads than that have work at once.
@@ -34,8 +34,9 @@ pub(crate) fn pool(threads: NonZeroUsize, most: usize) -> Option<rayon::ThreadPo
 }
 
 /// Prepare each of `items` on `pool` and consume the results on this thread, in order,
-/// with at most [`IN_FLIGHT`] of them taken from `items` and not consumed yet. Without
-/// a pool everything happens here, one after the other.
+/// with at most [`IN_FLIGHT`] of them taken from `items` and not consumed yet. What has
+/// been consumed is dropped on the pool, before the next one is prepared. Without a pool
+/// everything happens here, one after the other.
 ///
 /// # Errors
 ///
@@ -48,7 +49,7 @@ pub(crate) fn ordered<I, T, E>(
     pool: Option<&rayon::ThreadPool>,
     items: impl IntoIterator<Item = I>,
     prepare: impl Fn(I) -> Result<T, E> + Sync,
-    mut consume: impl FnMut(T) -> Result<(), E>,
+    mut consume: impl FnMut(&T) -> Result<(), E>,
 ) -> Result<(), E>
 where
     I: Send,
@@ -57,11 +58,13 @@ where
 {
     let mut items = items.into_iter();
     let Some(pool) = pool else {
-        return items.try_for_each(|item| consume(prepare(item)?));
+        return items.try_for_each(|item| consume(&prepare(item)?));
     };
     // What waits behind a failure is not begun.
     let failed = AtomicBool::new(false);
-    let (prepare, failed) = (&prepare, &failed);
+    // Consumed, and not dropped yet.
+    let spent: Mutex<Vec<T>> = Mutex::default();
+    let (prepare, failed, spent) = (&prepare, &failed, &spent);
     pool.in_place_scope_fifo(|scope| {
         let mut queue = VecDeque::with_capacity(IN_FLIGHT);
         loop {
@@ -72,6 +75,7 @@ where
                     if failed.load(Ordering::Relaxed) {
                         return;
                     }
+                    drop(take(spent));
                     // Refused where the consumer failed meanwhile: nobody wants it.
                     done.send(prepare(item)).ok();
                 });
@@ -84,12 +88,26 @@ where
                 failed.store(true, Ordering::Relaxed);
                 return Ok(());
             };
-            if let Err(error) = item.and_then(&mut consume) {
+            let consumed = item.and_then(|item| {
+                consume(&item)?;
+                lock(spent).push(item);
+                Ok(())
+            });
+            if let Err(error) = consumed {
                 failed.store(true, Ordering::Relaxed);
                 return Err(error);
             }
         }
     })
+}
+
+fn lock<T>(list: &Mutex<Vec<T>>) -> MutexGuard<'_, Vec<T>> {
+    // Every change of it is a single step.
+    list.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn take<T>(list: &Mutex<Vec<T>>) -> Vec<T> {
+    std::mem::take(&mut *lock(list))
 }
 
 #[cfg(test)]
@@ -110,7 +128,7 @@ mod tests {
             0..items,
             |i| if Some(i) == bad { Err(i) } else { Ok(i) },
             |i| {
-                out.push(i);
+                out.push(*i);
                 Ok(())
             },
         );
@@ -152,7 +170,7 @@ mod tests {
                 }
                 Err::<(), u32>(i)
             },
-            Ok,
+            |()| Ok(()),
         );
         assert_eq!(result, Err(0));
     }
@@ -160,9 +178,9 @@ mod tests {
     #[test]
     fn a_consumer_that_fails_ends_it() {
         let mut seen = 0;
-        let result = ordered(pool_of(2).as_ref(), 0..100, Ok, |i: u32| {
+        let result = ordered(pool_of(2).as_ref(), 0..100, Ok, |i: &u32| {
             seen += 1;
-            if i == 9 { Err("full") } else { Ok(()) }
+            if *i == 9 { Err("full") } else { Ok(()) }
         });
         assert_eq!(result, Err("full"));
         assert_eq!(seen, 10);
@@ -175,12 +193,33 @@ mod tests {
             let taken = taken.fetch_add(1, Ordering::Relaxed) + 1;
             *most = (*most).max(taken - consumed.load(Ordering::Relaxed));
         });
-        let consume = |_: i32| {
+        let consume = |_: &i32| {
             consumed.fetch_add(1, Ordering::Relaxed);
             Ok::<(), ()>(())
         };
         assert_eq!(ordered(pool_of(2).as_ref(), items, Ok, consume), Ok(()));
         assert_eq!(*most, IN_FLIGHT);
+    }
+
+    #[test]
+    fn what_is_consumed_is_dropped_by_those_who_prepare_and_all_of_it() {
+        struct Item<'a>(&'a Mutex<Vec<std::thread::ThreadId>>);
+        impl Drop for Item<'_> {
+            fn drop(&mut self) {
+                lock(self.0).push(std::thread::current().id());
+            }
+        }
+        let dropped = Mutex::default();
+        let prepare = |_| Ok::<_, ()>(Item(&dropped));
+        assert_eq!(
+            ordered(pool_of(2).as_ref(), 0..100, prepare, |_| Ok(())),
+            Ok(())
+        );
+        let dropped = take(&dropped);
+        let here = std::thread::current().id();
+        let late = dropped.iter().filter(|thread| **thread == here).count();
+        assert_eq!(dropped.len(), 100);
+        assert!(late <= IN_FLIGHT, "{late} dropped by the consumer");
     }
 
     #[test]
@@ -192,7 +231,7 @@ mod tests {
                     assert!(!(here && i == 20), "as asked");
                     Ok::<u32, ()>(i)
                 };
-                let consume = |i| at_20(!in_prepare, i).map(drop);
+                let consume = |i: &u32| at_20(!in_prepare, *i).map(drop);
                 ordered(pool.as_ref(), 0..50, |i| at_20(in_prepare, i), consume)
             }));
             assert!(panicked.is_err(), "in_prepare: {in_prepare}");

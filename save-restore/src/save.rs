@@ -18,7 +18,7 @@ use xsr_format::frame::{PAGE_SIZE, Pfn};
 use xsr_format::image::DomainHeader;
 use xsr_format::record::MAX_BATCH;
 use xsr_format::write::RecordWriter;
-use xsr_xen_backend::{DirtyBitmap, Domain, DomainInfo, XenVersion};
+use xsr_xen_backend::{DirtyBitmap, Domain, DomainInfo, GuestKind, XenVersion};
 
 use crate::error::SaveError;
 use crate::guest::hvm::HvmSave;
@@ -206,6 +206,7 @@ fn give_back<T: SaveToolstack + ?Sized>(
 
 struct Run<'r, 'p> {
     domain: &'r dyn Domain,
+    kind: GuestKind,
     /// Prepares batches, in every pass.
     pool: Option<rayon::ThreadPool>,
     /// Octets of memory that the domain has.
@@ -224,6 +225,7 @@ impl<'r, 'p> Run<'r, 'p> {
         let threads = pipeline::threads(options.threads);
         Self {
             domain,
+            kind: info.kind,
             pool: pipeline::pool(threads, pipeline::IN_FLIGHT),
             progress: Reporter::new(progress),
             memory: info.tot_pages * PAGE_SIZE as u64,
@@ -240,7 +242,7 @@ impl<'r> Run<'r, '_> {
         sink: &'s mut dyn PageSink,
     ) -> Result<(Box<dyn GuestSave + 'r>, Out<'s>), SaveError> {
         self.report(Phase::Setup)?;
-        let guest = setup(self.domain)?;
+        let guest = setup(self.domain, self.kind)?;
         let domain_header = DomainHeader {
             guest_type: guest.guest_type(),
             xen_major: u32::from(xen.major),
@@ -357,9 +359,9 @@ fn batches(mut pfns: impl Iterator<Item = Pfn>) -> impl Iterator<Item = Vec<Pfn>
     })
 }
 
-/// Ask what the guest is; map its tables. Nothing of the guest changes.
-fn setup(domain: &dyn Domain) -> Result<Box<dyn GuestSave + '_>, SaveError> {
-    Ok(match domain.info()?.kind.is_translated() {
+/// Map a guest's tables. Nothing of the guest changes.
+fn setup(domain: &dyn Domain, kind: GuestKind) -> Result<Box<dyn GuestSave + '_>, SaveError> {
+    Ok(match kind.is_translated() {
         true => Box::new(HvmSave::new(domain)?),
         false => Box::new(PvSave::new(domain)?),
     })

@@ -52,12 +52,43 @@ pub trait PageSource: Read {
 /// Octets of the two headers.
 pub(crate) const HEADERS: u64 = (ImageHeader::OCTETS + DomainHeader::OCTETS) as u64;
 
+/// How much of a file is read at a time, to be looked at: at first (the head of a record and
+/// its list of 1024 pages), and at most, where nothing is left out in between.
+const GLANCE: usize = 16 << 10;
+const LONGEST_GLANCE: usize = 64 << 10;
+
 /// A file with a place of its own in it.
 #[derive(Debug)]
 pub struct LookAhead {
     file: Arc<File>,
     offset: u64,
     cancel: Option<Cancel>,
+    /// What has been read of the file, from this offset on.
+    seen: Vec<u8>,
+    seen_from: u64,
+    /// How much to read next.
+    glance: usize,
+}
+
+impl LookAhead {
+    /// To look at what stands from an offset on.
+    fn new(file: Arc<File>, offset: u64, cancel: Option<Cancel>) -> Self {
+        Self {
+            file,
+            offset,
+            cancel,
+            seen: Vec::new(),
+            seen_from: offset,
+            glance: GLANCE,
+        }
+    }
+
+    /// What has been read and stands at our place.
+    fn at_hand(&self) -> &[u8] {
+        let at = self.offset.checked_sub(self.seen_from);
+        let at = at.and_then(|at| usize::try_from(at).ok());
+        at.and_then(|at| self.seen.get(at..)).unwrap_or_default()
+    }
 }
 
 impl Read for LookAhead {
@@ -65,7 +96,19 @@ impl Read for LookAhead {
         if self.cancel.as_ref().is_some_and(Cancel::is_cancelled) {
             return Err(io::Error::other(Cancelled));
         }
-        let n = self.file.read_at(room, self.offset)?;
+        if self.at_hand().is_empty() {
+            let on = self.offset == self.seen_from + self.seen.len() as u64;
+            self.glance = match on {
+                true => (self.glance * 2).min(LONGEST_GLANCE),
+                false => GLANCE,
+            };
+            self.seen.resize(self.glance, 0);
+            self.seen_from = self.offset;
+            let read = self.file.read_at(&mut self.seen, self.offset);
+            self.seen.truncate(*read.as_ref().unwrap_or(&0));
+            read?;
+        }
+        let n = self.at_hand().read(room)?;
         self.offset += n as u64;
         Ok(n)
     }
@@ -222,11 +265,8 @@ impl<F: AsFd> PageSource for FdSource<F> {
         let Some(offset) = stands.stream_position()?.checked_sub(HEADERS) else {
             return Ok(None);
         };
-        Ok(Some(LookAhead {
-            file: Arc::clone(file),
-            offset,
-            cancel: self.descriptor.cancel().cloned(),
-        }))
+        let cancel = self.descriptor.cancel().cloned();
+        Ok(Some(LookAhead::new(Arc::clone(file), offset, cancel)))
     }
 }
 

@@ -20,7 +20,7 @@ mod digest;
 mod dirty;
 mod domain;
 mod error;
-mod face;
+pub(crate) mod face;
 mod frames;
 mod grants;
 mod guest;
@@ -86,6 +86,20 @@ pub struct HostConfig {
     /// cannot be logged.
     #[serde(default = "shadow_paging")]
     pub shadow_paging: bool,
+    /// What guests do whenever the log of their writes is begun or cleared, and at no
+    /// other time: whoever saves one live finds the same pages written, whatever
+    /// program it is and however long it takes.
+    #[serde(default)]
+    pub stepped: Option<Stepped>,
+}
+
+/// Work that is done in steps.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stepped {
+    /// What is done. Its rate does not matter.
+    pub work: WorkloadSpec,
+    /// Operations of a step.
+    pub operations: u64,
 }
 
 /// What a host made before it could be chosen has.
@@ -105,6 +119,7 @@ impl Default for HostConfig {
                 minor: 17,
             },
             shadow_paging: shadow_paging(),
+            stepped: None,
         }
     }
 }

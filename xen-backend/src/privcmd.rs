@@ -9,10 +9,12 @@
 //! `tools/libs/evtchn/linux.c`.
 
 mod buffer;
+pub(crate) mod call;
 mod device;
 mod events;
 mod ioctl;
 mod mapping;
+
 use std::fmt;
 use std::ops::Range;
 
@@ -22,6 +24,8 @@ use xsr_format::frame::Gfn;
 use crate::DomId;
 use crate::pages::{Access, ForeignPages};
 
+pub(crate) use buffer::{CallBuffer, Elsewhere};
+pub(crate) use call::Call;
 pub(crate) use device::Privcmd;
 
 /// A resource of a domain that is mapped by its number, not by its frames.
@@ -39,14 +43,13 @@ pub(crate) struct Resource {
 
 /// What a hypervisor is asked through.
 pub(crate) trait Hypercalls: fmt::Debug + Send + Sync {
-    /// Make hypercall `number` (`__HYPERVISOR_*`). Addresses among the arguments are
-    /// those of [`CallBuffer`]s that live until it returns. What the hypervisor
-    /// returned, or its errno.
-    fn hypercall(&self, number: u32, arguments: [u64; 5]) -> Result<u64, Errno>;
+    /// Make a hypercall. What the hypervisor returned, or its errno; EFAULT for a call that
+    /// names buffers of another.
+    fn hypercall(&self, call: Call<'_>) -> Result<u64, Errno>;
 
     /// Zeroed memory for arguments, of at least one octet, that stays where it is and
     /// that the hypervisor can reach at any time. ENOMEM where there is none left.
-    fn buffer(&self, octets: usize) -> Result<Box<dyn CallBuffer>, Errno>;
+    fn buffer(&self, octets: usize) -> Result<CallBuffer, Errno>;
 
     /// Addresses for `gfns` of a domain, none mapped as yet.
     fn reserve(
@@ -61,26 +64,6 @@ pub(crate) trait Hypercalls: fmt::Debug + Send + Sync {
 
     /// Signal the event channel that a domain offers at its `port`.
     fn notify(&self, domid: DomId, port: u32) -> Result<(), Errno>;
-}
-
-/// Memory that a hypercall's structures are in.
-pub(crate) trait CallBuffer: fmt::Debug + Send {
-    /// Where it is, as a structure names it.
-    fn address(&self) -> u64;
-
-    /// Copy `out.len()` octets from offset `at` on.
-    ///
-    /// # Panics
-    ///
-    /// When they are not all inside.
-    fn read(&self, at: usize, out: &mut [u8]);
-
-    /// Copy octets in from offset `at` on.
-    ///
-    /// # Panics
-    ///
-    /// When they are not all inside.
-    fn write(&mut self, at: usize, octets: &[u8]);
 }
 
 /// Frames on their way to be mapped.

@@ -10,6 +10,7 @@ mod calls;
 mod control;
 mod create;
 mod direct;
+pub(crate) mod grants;
 mod hvm;
 pub(crate) mod interface;
 mod log_dirty;
@@ -19,6 +20,7 @@ mod platform;
 mod pv;
 mod suspend;
 use std::collections::BTreeSet;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::errno::Errno;
@@ -109,6 +111,8 @@ struct XenDomain {
     shared: Arc<Shared>,
     domid: DomId,
     kind: GuestKind,
+    /// Vcpus it is known to have, at least.
+    vcpus: AtomicU64,
 }
 
 impl XenDomain {
@@ -165,6 +169,7 @@ impl Host for XenHost {
             shared: Arc::clone(&self.shared),
             domid,
             kind: info.kind,
+            vcpus: AtomicU64::new(0),
         }))
     }
 

@@ -13,6 +13,7 @@ mod host;
 mod kernel;
 mod matrix;
 mod qemu;
+mod record;
 mod results;
 mod scenario;
 mod shadow;
@@ -58,8 +59,8 @@ enum LabTask {
     Run(RunArgs),
     /// Run all scenarios on each suite's Xen; write docs/interop.md
     Matrix(MatrixArgs),
-    /// Write docs/interop.md from the last run of each scenario
-    Report(MatrixArgs),
+    /// Take the last run of each scenario over into docs/interop.json; write docs/interop.md
+    Report,
     /// List the scenarios
     List,
 }
@@ -82,9 +83,12 @@ pub(crate) struct BuildArgs {
     #[arg(long, default_value = OLDEST)]
     suite: String,
     /// Build a hypervisor with shadow paging and 32-bit PV, too (where a scenario needs
-    /// it, it is built anyway)
+    /// it, it is built anyway); `run --images` restores on it
     #[arg(long)]
     shadow: bool,
+    /// Of this source of Xen (xen_VERSION.orig.tar.*), where the suite's cannot be had
+    #[arg(long, value_name = "FILE", requires = "shadow")]
+    source: Option<PathBuf>,
 }
 
 /// What to run, and where.
@@ -116,13 +120,14 @@ pub(crate) fn run(args: &LabArgs) -> Result<()> {
             let lab = Lab::build(&args.suite)?;
             println!("{}", lab.describe()?);
             if args.shadow {
-                println!("{}", shadow::build(&lab, &args.suite)?.display());
+                let built = shadow::build_of(&lab, &args.suite, args.source.as_deref())?;
+                println!("{}", built.display());
             }
             Ok(())
         }
         LabTask::Run(args) => run_scenarios(args),
         LabTask::Matrix(args) => matrix::run(&args.suites, args.limit),
-        LabTask::Report(args) => matrix::report(&args.suites),
+        LabTask::Report => matrix::report(),
         LabTask::List => {
             for scenario in SCENARIOS {
                 let smoke = if scenario.smoke { "  (smoke)" } else { "" };
@@ -144,6 +149,7 @@ pub(crate) fn stage() -> Result<Outcome> {
         build: BuildArgs {
             suite: OLDEST.to_owned(),
             shadow: false,
+            source: None,
         },
         release: false,
         images: None,
@@ -160,10 +166,15 @@ fn run_scenarios(args: &RunArgs) -> Result<()> {
     }
     let lab = Lab::build(&args.build.suite)?;
     let images: Vec<PathBuf> = args.images.iter().cloned().collect();
+    let (images, shadow_images) = match args.build.shadow {
+        true => (Vec::new(), images),
+        false => (images, Vec::new()),
+    };
     let boots = Boots {
         suite: &args.build.suite,
         release: args.release,
         images: &images,
+        shadow_images: &shadow_images,
         limit: args.limit,
     };
     let results = boots.run(&lab, &wanted)?;
@@ -178,6 +189,8 @@ struct Boots<'a> {
     release: bool,
     /// Directories with images to restore, too.
     images: &'a [PathBuf],
+    /// Those whose guests need the hypervisor that [`shadow`] builds.
+    shadow_images: &'a [PathBuf],
     /// Of each boot, in seconds.
     limit: u64,
 }
@@ -201,10 +214,13 @@ impl Boots<'_> {
             }
             all.rows.extend(self.boot(lab, &share)?.rows);
         }
-        if !special.is_empty() {
+        if !special.is_empty() || !self.shadow_images.is_empty() {
             let hypervisor = shadow::build(lab, self.suite)?;
             let share = share::Share::prepare(lab, &hypervisor, self.release)?;
             share.scenarios(&special)?;
+            for images in self.shadow_images {
+                share.images(images)?;
+            }
             all.rows.extend(self.boot(lab, &share)?.rows);
         }
         Ok(all)

@@ -2,7 +2,9 @@
 //! from Debian, unpacked below `target/peer`, never installed. And Xen's own engine,
 //! which runs beside ours on mock machines.
 
+mod bench;
 mod engine;
+mod plot;
 
 use std::path::{Path, PathBuf};
 
@@ -31,7 +33,10 @@ fn directory() -> PathBuf {
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Example:
-  cargo xtask peer test      the same octets, the same machines?")]
+  cargo xtask peer test      the same octets, the same machines?
+  cargo xtask peer bench     how fast? 1 GiB domains, 7 pairs: some ten minutes
+  cargo xtask peer bench --kind pv --kind hvm --memory 4096 --pairs 3
+  cargo xtask peer bench --plot docs/peer.svg")]
 pub(crate) struct PeerArgs {
     #[command(subcommand)]
     task: PeerTask,
@@ -41,6 +46,12 @@ pub(crate) struct PeerArgs {
 enum PeerTask {
     /// Save and restore every type of guest with both, and compare
     Test,
+    /// Time both at saves and restores, in pairs
+    ///
+    /// Each round has every contender do the same once, in turns: Xen's helper, ours with
+    /// one thread and with two, and cat with the same octets, which is the limit. Prints
+    /// tables in Markdown, medians and ranges; docs/performance.md says what they mean.
+    Bench(bench::BenchArgs),
 }
 
 /// Run it.
@@ -49,8 +60,9 @@ enum PeerTask {
 ///
 /// The packages cannot be had, or the engines differ.
 pub(crate) fn side_by_side(args: &PeerArgs) -> Result<()> {
-    match args.task {
+    match &args.task {
         PeerTask::Test => engine::test(),
+        PeerTask::Bench(args) => bench::run(args, &engine::fetch()?),
     }
 }
 
@@ -65,6 +77,7 @@ pub(crate) fn engine_stage() -> Result<Outcome> {
         }
     };
     engine::compare(&packages)?;
+    bench::run(&bench::BenchArgs::smoke(), &packages)?;
     Ok(Outcome::Done)
 }
 

@@ -122,11 +122,13 @@ pub(crate) enum ScriptFormat {
 ///
 /// Of a page that comes more than once (a live save), the last version counts. elf is the
 /// layout of `xl dump-core`, with the list of pages and the vcpus' registers, which crash
-/// and volatility3 open; raw is physical memory, each page at its own address.
+/// and volatility3 open; gdb is a core with the memory at the addresses where the guest's
+/// kernel has it, each vcpu a thread; raw is physical memory, each page at its own address.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  xsr export guest.save guest.core
+  xsr export guest.save guest.core && crash vmlinux guest.core
+  xsr export --format gdb guest.save guest.gdb && gdb vmlinux guest.gdb -ex bt
   xsr export --format raw --sparse guest.save guest.mem")]
 pub(crate) struct ExportArgs {
     /// What to make
@@ -135,6 +137,13 @@ pub(crate) struct ExportArgs {
     /// For raw: leave holes where there is no page, or one of zeros
     #[arg(long)]
     pub(crate) sparse: bool,
+    /// For elf of a PV guest: list pfns alone, as of a translated guest; volatility3 wants
+    /// that, crash the list of pfns and gmfns that is written otherwise
+    #[arg(long)]
+    pub(crate) pfn_list: bool,
+    /// For gdb: whose page tables say where memory is [default: 0]
+    #[arg(long, value_name = "N")]
+    pub(crate) vcpu: Option<u32>,
     /// Tolerate reserved fields that are not zero
     #[arg(long)]
     pub(crate) lenient: bool,
@@ -147,8 +156,10 @@ pub(crate) struct ExportArgs {
 /// How memory is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ExportFormat {
-    /// An ELF core
+    /// An ELF core, in the layout of `xl dump-core`
     Elf,
+    /// An ELF core of an address space
+    Gdb,
     /// Physical memory
     Raw,
 }

@@ -1,4 +1,5 @@
-//! `xsr export`: a guest's memory out of an image, as an ELF core or as raw physical memory.
+//! `xsr export`: a guest's memory out of an image, as an ELF core (of `xl dump-core`'s layout,
+//! or gdb's) or as raw physical memory.
 //!
 //! Of a page that comes more than once in a stream the last version counts, so the image is
 //! read twice: once to see where the last version of each page is, once for the pages, in
@@ -9,7 +10,7 @@ use std::fs::File;
 use std::io::{self, BufWriter, Read as _, Seek as _, SeekFrom, Write};
 use std::os::unix::fs::FileExt as _;
 
-use anyhow::{Context as _, Error, Result};
+use anyhow::{Context as _, Error, Result, bail};
 use xsr_format::core_dump::{CoreDump, vcpu_context_of_hvm};
 use xsr_format::fields::hvm::{HvmContext, HvmRecordKind};
 use xsr_format::frame::PAGE_SIZE;
@@ -25,19 +26,30 @@ use crate::page_map::{PageMap, Run, runs_of};
 use crate::terminal::Terminal;
 use crate::text::size;
 
+mod gdb;
+
+use gdb::{Paging, Vcpu};
+
 const PAGE: u64 = PAGE_SIZE as u64;
 /// Pages that are moved at once.
 const STEP: u64 = 256;
 
 /// Export a guest's memory.
 pub(crate) fn run(args: &ExportArgs, terminal: &Terminal) -> Result<Code> {
-    if args.sparse && args.format == ExportFormat::Elf {
-        let why = "--sparse is for --format raw: a core has no holes";
-        return Err(Error::new(BadUsage(why.to_owned())));
+    let usage = |why: &str| Err(Error::new(BadUsage(why.to_owned())));
+    if args.sparse && args.format != ExportFormat::Raw {
+        return usage("--sparse is for --format raw: a core has no holes");
+    }
+    if args.pfn_list && args.format != ExportFormat::Elf {
+        return usage("--pfn-list is for --format elf: the others have no list of pages");
+    }
+    if args.vcpu.is_some() && args.format != ExportFormat::Gdb {
+        return usage("--vcpu is for --format gdb: the others are not of one address space");
     }
     let input = Input::open_seekable(&args.file, args.lenient)?;
     input.seekable("export reads an image twice")?;
     let mut contents = Contents::default();
+    contents.core.translated = args.pfn_list;
     let reading = Reading {
         lenient: args.lenient,
     };
@@ -48,6 +60,7 @@ pub(crate) fn run(args: &ExportArgs, terminal: &Terminal) -> Result<Code> {
     let output = Output::create(&args.output)?;
     let written = match args.format {
         ExportFormat::Elf => contents.elf(&input.file, output.file()),
+        ExportFormat::Gdb => contents.gdb(&input.file, output.file(), args.vcpu.unwrap_or(0)),
         ExportFormat::Raw => contents.raw(&input.file, output.file(), args.sparse),
     }
     .with_context(|| format!("exporting {}", input.name))?;
@@ -69,6 +82,8 @@ struct Contents {
     core: CoreDump,
     /// Registers of a PV guest's vcpus.
     vcpus: BTreeMap<u32, Vec<u8>>,
+    /// An HVM or PVH guest's vcpus, as gdb wants them.
+    hvm_vcpus: Vec<Vcpu>,
 }
 
 impl Contents {
@@ -90,10 +105,14 @@ impl Contents {
                     self.vcpus.insert(vcpu.vcpu, vcpu.state.to_vec());
                 }
                 Body::HvmContext(context) => {
-                    self.core.vcpus = HvmContext::new(context)
+                    self.hvm_vcpus = HvmContext::new(context)
                         .filter_map(Result::ok)
                         .filter(|record| record.kind == HvmRecordKind::CPU)
-                        .map(|record| vcpu_context_of_hvm(record.body))
+                        .map(|record| Vcpu {
+                            number: record.instance.into(),
+                            context: vcpu_context_of_hvm(record.body),
+                            paging: paging_of_hvm(record.body),
+                        })
                         .collect();
                 }
                 _ => {}
@@ -115,9 +134,12 @@ impl Contents {
     fn elf(&self, image: &File, out: &File) -> Result<u64> {
         let mut core = self.core.clone();
         core.pages = self.pages();
-        if !core.hvm {
-            core.vcpus = self.vcpus.values().cloned().collect();
-        }
+        core.vcpus = match core.hvm {
+            true => (self.hvm_vcpus.iter())
+                .map(|vcpu| vcpu.context.clone())
+                .collect(),
+            false => self.vcpus.values().cloned().collect(),
+        };
         let mut head = BufWriter::new(out);
         head.write_all(&core.head())?;
         for run in self.runs() {
@@ -132,6 +154,30 @@ impl Contents {
             copy(image, run.offset, run.pages() * PAGE, out)?;
         }
         Ok(core.pages_offset() + core.pages * PAGE)
+    }
+
+    /// As a core for gdb; octets written.
+    fn gdb(&self, image: &File, mut out: &File, view: u32) -> Result<u64> {
+        let vcpus: Vec<Vcpu> = match self.core.hvm {
+            true => self.hvm_vcpus.clone(),
+            false if self.core.bits_32 => bail!(
+                "--format gdb has the registers of 64 bits, and this is a PV guest of 32: take \
+                 --format elf or raw"
+            ),
+            false => (self.vcpus.iter())
+                .map(|(number, context)| Vcpu {
+                    number: *number,
+                    paging: Paging::Four(word(context, CR3_OF_PV)),
+                    context: context.clone(),
+                })
+                .collect(),
+        };
+        let head = gdb::head(&vcpus, view, &self.map, image)?;
+        out.write_all(&head)?;
+        for run in self.runs() {
+            copy(image, run.offset, run.pages() * PAGE, out)?;
+        }
+        Ok(head.len() as u64 + self.pages() * PAGE)
     }
 
     /// As physical memory: each page at its own address.
@@ -158,6 +204,27 @@ impl Contents {
         out.flush()?;
         Ok(end)
     }
+}
+
+/// `ctrlreg[3]` in `vcpu_guest_context_t` of a 64-bit guest: in an image, its pfn.
+const CR3_OF_PV: usize = 4984 + 3 * 8;
+
+/// The 64-bit word at `at`; 0 where there is none.
+fn word(octets: &[u8], at: usize) -> u64 {
+    octets
+        .get(at..at + 8)
+        .and_then(|word| word.try_into().ok())
+        .map_or(0, u64::from_le_bytes)
+}
+
+/// How the vcpu of a CPU record (`struct hvm_hw_cpu`) translates addresses.
+fn paging_of_hvm(cpu: &[u8]) -> Paging {
+    const CR0: usize = 656;
+    const CR3: usize = 672;
+    const CR4: usize = 680;
+    const EFER: usize = 992;
+    let [cr0, cr3, cr4, efer] = [CR0, CR3, CR4, EFER].map(|at| word(cpu, at));
+    Paging::of_registers(cr0, cr3, cr4, efer)
 }
 
 /// Copy a part of the image.

@@ -6,9 +6,12 @@ mod named;
 mod print;
 mod report;
 
-use anyhow::Result;
+use std::os::unix::fs::FileExt as _;
+
+use anyhow::{Context as _, Result};
 use xsr_format::byte_order::ByteOrder;
 use xsr_format::fields::hvm::{HvmContext, HvmRecordKind, param_name};
+use xsr_format::frame::{PAGE_SIZE, Pfn};
 use xsr_format::image::{DomainHeader, GuestType, ImageHeader};
 use xsr_format::record::page_data::Entries;
 use xsr_format::record::pv::PvInfo;
@@ -24,7 +27,7 @@ use crate::args::InspectArgs;
 use crate::config::{self, Config};
 use crate::exit::{self, Code};
 use crate::file::Input;
-use crate::image::{At, Event, Reading};
+use crate::image::{self, At, Event, Reading};
 use crate::page_map::{PageMap, runs_of};
 use crate::stdout::Results;
 use crate::terminal::Terminal;
@@ -40,7 +43,12 @@ pub(crate) fn run(args: &InspectArgs, terminal: &Terminal) -> Result<Code> {
         inspection.event(event);
         Ok(())
     });
-    let end = end.and_then(|octets| input.finish(octets).map(|_| octets));
+    let end = end.and_then(|octets| {
+        if args.fields {
+            inspection.start_info(&input)?;
+        }
+        input.finish(octets).map(|_| octets)
+    });
     let (mut report, any) = inspection.finish();
     report.layers = input.layers().to_vec();
     report.libvirt_xml = input
@@ -78,6 +86,8 @@ struct Inspection {
     /// Of a PV guest, its width.
     info: PvInfo,
     map: PageMap,
+    /// Where the start_info of a PV guest is.
+    start_info: Option<Pfn>,
     /// Whether anything came.
     any: bool,
 }
@@ -93,6 +103,7 @@ impl Inspection {
             fields,
             info: PvInfo::Bits64,
             map: PageMap::default(),
+            start_info: None,
             any: false,
         }
     }
@@ -188,6 +199,9 @@ impl Inspection {
             Body::Vcpu(vcpu) if record.kind == RecordKind::X86_PV_VCPU_BASIC => {
                 let vcpus = &mut self.report.guest.vcpus;
                 *vcpus = (*vcpus).max(vcpu.vcpu.saturating_add(1));
+                if vcpu.vcpu == 0 {
+                    self.start_info = image::start_info(vcpu.state, self.info);
+                }
             }
             Body::HvmContext(context) => {
                 self.hvm_context(context);
@@ -232,6 +246,29 @@ impl Inspection {
         let vcpus = entries.iter().filter(|e| e.code == HvmRecordKind::CPU.0);
         self.report.guest.vcpus = u32::try_from(vcpus.count()).unwrap_or(u32::MAX);
         self.report.hvm_context = entries;
+    }
+
+    /// The fields of start_info, once all pages have been seen.
+    fn start_info(&mut self, input: &Input) -> Result<()> {
+        let Some(pfn) = self.start_info else {
+            return Ok(());
+        };
+        if input.length.is_none() {
+            tracing::warn!(
+                "start_info is left out: it is in a page, and a pipe's pages are gone; inspect \
+                 a file, one that is not compressed"
+            );
+            return Ok(());
+        }
+        let Some((_, Some(offset))) = self.map.get(pfn) else {
+            return Ok(());
+        };
+        let mut page = [0; PAGE_SIZE];
+        (input.file.read_exact_at(&mut page, offset))
+            .with_context(|| format!("{}: start_info, pfn {pfn}", input.name))?;
+        let named = named::of_start_info(&page, self.info);
+        self.report.fields.push(named);
+        Ok(())
     }
 
     fn pages(&mut self, at: At, entries: Entries<'_>) {

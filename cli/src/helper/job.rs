@@ -2,12 +2,14 @@
 
 use std::error::Error as StdError;
 use std::io;
+use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use nix::errno::Errno;
+use rustix::pipe::{fcntl_getpipe_size, fcntl_setpipe_size};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use xsr_format::read::{ReadOptions, RecordReader};
 use xsr_save_restore::restore::checkpoint::CheckpointOptions;
@@ -25,8 +27,11 @@ use crate::signals;
 use crate::toolstack::{Libxl, MockGuest};
 use crate::wire::Wire;
 
-/// The hypervisor to work on, for tests: `mock:DIR`. Not set: the Xen this runs on.
+/// The hypervisor to work on, for tests: `mock:DIR`, or `mock-xen:DIR`, which is the same
+/// machine asked by hypercalls. Not set: the Xen this runs on.
 const BACKEND: &str = "XSR_BACKEND";
+/// How many threads to work with. Not set: as many as there are processors.
+const THREADS: &str = "XSR_THREADS";
 
 /// How it ended, as libxl is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,38 +80,42 @@ pub(crate) fn run(args: &Args, wire: &Wire) -> Result<Outcome> {
 }
 
 /// A hypervisor.
-enum Backend {
-    Xen(XenHost),
-    Mock(MockHost),
+struct Backend {
+    host: Box<dyn Host>,
+    /// The mock machine behind it, where it is one.
+    mock: Option<MockHost>,
 }
 
 impl Backend {
     fn open() -> Result<Self> {
         match std::env::var(BACKEND) {
             Ok(name) => {
-                let dir = name
-                    .strip_prefix("mock:")
-                    .with_context(|| format!("{BACKEND} is {name:?}, expected mock:DIR"))?;
-                Ok(Self::Mock(MockHost::open(Path::new(dir))?))
+                let (how, dir) = name.split_once(':').unwrap_or_default();
+                ensure!(
+                    matches!(how, "mock" | "mock-xen"),
+                    "{BACKEND} is {name:?}, expected mock:DIR or mock-xen:DIR"
+                );
+                let mock = MockHost::open(Path::new(dir))?;
+                let host: Box<dyn Host> = match how {
+                    "mock" => Box::new(mock.clone()),
+                    _ => Box::new(mock.as_xen()?),
+                };
+                let mock = Some(mock);
+                Ok(Self { host, mock })
             }
-            Err(std::env::VarError::NotPresent) => Ok(Self::Xen(XenHost::open()?)),
+            Err(std::env::VarError::NotPresent) => Ok(Self {
+                host: Box::new(XenHost::open()?),
+                mock: None,
+            }),
             Err(error) => Err(anyhow!("{BACKEND}: {error}")),
-        }
-    }
-
-    fn host(&self) -> &dyn Host {
-        match self {
-            Self::Xen(host) => host,
-            Self::Mock(host) => host,
         }
     }
 
     /// What libxl cannot do to a domain of the mock machine.
     fn mock<'d>(&self, domid: DomId, domain: &'d dyn Domain) -> Result<Option<MockGuest<'d>>> {
-        match self {
-            Self::Xen(_) => Ok(None),
-            Self::Mock(host) => Ok(Some(MockGuest::of(host, domid, domain)?)),
-        }
+        let mock = self.mock.as_ref();
+        mock.map(|host| MockGuest::of(host, domid, domain))
+            .transpose()
     }
 }
 
@@ -119,13 +128,40 @@ fn inherited(fd: i32) -> Result<OwnedFd> {
     let own = pidfd_open(getpid(), PidfdFlags::empty())
         .and_then(|process| pidfd_getfd(process, fd, PidfdGetfdFlags::empty()));
     match own {
-        Ok(own) => Ok(own),
+        Ok(own) => {
+            widen(&own);
+            Ok(own)
+        }
         Err(rustix::io::Errno::NOSYS) => {
             bail!("the kernel has no pidfd_getfd: dom0 needs Linux 5.6 or newer")
         }
         Err(errno) => {
             Err(io::Error::from(errno)).with_context(|| format!("the stream's descriptor {fd}"))
         }
+    }
+}
+
+/// Let a pipe hold more than the 64 KiB it begins with: fewer turns between the two
+/// processes. Where that is not allowed, and where it is no pipe, nothing changes.
+fn widen(stream: &OwnedFd) {
+    const OCTETS: usize = 1 << 20;
+    if fcntl_getpipe_size(stream).is_ok_and(|octets| octets < OCTETS)
+        && let Err(error) = fcntl_setpipe_size(stream, OCTETS)
+    {
+        tracing::debug!(%error, "the pipe keeps its size");
+    }
+}
+
+fn threads() -> Result<Option<NonZeroUsize>> {
+    match std::env::var(THREADS) {
+        Ok(number) => {
+            let number = number.parse();
+            Ok(Some(number.with_context(|| {
+                format!("{THREADS} is no number of threads")
+            })?))
+        }
+        Err(std::env::VarError::NotPresent) => Ok(None),
+        Err(error) => Err(anyhow!("{THREADS}: {error}")),
     }
 }
 
@@ -142,7 +178,7 @@ fn save(args: &SaveArgs, wire: &Wire, backend: &Backend) -> Result<()> {
     known(args.stream)?;
     let cancel = wire.cancel();
     let mut sink = FdSink::cancellable(inherited(args.io_fd)?, cancel.clone())?;
-    let domain = backend.host().domain(args.domid)?;
+    let domain = backend.host.domain(args.domid)?;
     let domain = domain.as_ref();
     let kind = domain.info()?.kind;
     let type_name = if kind.is_translated() { "HVM" } else { "PV" };
@@ -154,8 +190,10 @@ fn save(args: &SaveArgs, wire: &Wire, backend: &Backend) -> Result<()> {
         mock: backend.mock(args.domid, domain)?,
     };
     let mut steps = Steps::new(wire, args.stream);
-    let xen = backend.host().xen_version()?;
-    let options = SaveOptions::default();
+    let xen = backend.host.xen_version()?;
+    let options = SaveOptions {
+        threads: threads()?,
+    };
     let mut policy = XenPolicy;
     let live = Live {
         policy: &mut policy,
@@ -209,7 +247,7 @@ fn save(args: &SaveArgs, wire: &Wire, backend: &Backend) -> Result<()> {
 fn restore(args: &RestoreArgs, wire: &Wire, backend: &Backend) -> Result<()> {
     known(args.stream)?;
     let source = FdSource::new(inherited(args.io_fd)?);
-    let domain = backend.host().domain(args.domid)?;
+    let domain = backend.host.domain(args.domid)?;
     let reader = RecordReader::new(source, ReadOptions::default())?;
     let header = reader.domain();
     tracing::info!(
@@ -230,7 +268,7 @@ fn restore(args: &RestoreArgs, wire: &Wire, backend: &Backend) -> Result<()> {
         store_domid: args.store_domid,
         console_port: args.console_port,
         console_domid: args.console_domid,
-        threads: None,
+        threads: threads()?,
     };
     let mut on_progress = |_: &_| match wire.lost() {
         Some(_) => ControlFlow::Break(()),

@@ -4,6 +4,10 @@
 
 use super::{Layout, dec, hex};
 
+mod features;
+
+pub use features::{Register, arch_capabilities, features};
+
 /// One leaf of X86_CPUID_POLICY.
 pub const CPUID_LEAF: Layout = Layout {
     name: "xen_cpuid_leaf",
@@ -46,16 +50,20 @@ pub const fn leaf_name(leaf: u32) -> Option<&'static str> {
         0 => "highest basic leaf and vendor",
         1 => "family, model and features",
         2 => "caches and TLBs",
+        3 => "serial number",
         4 => "cache parameters",
         5 => "MONITOR",
         6 => "thermal and power management",
         7 => "structured extended features",
+        9 => "direct cache access",
         0xa => "performance monitoring",
         0xb => "topology",
         0xd => "extended state",
+        0x12 => "SGX",
         0x14 => "processor trace",
         0x15 => "TSC and crystal clock",
         0x16 => "frequencies",
+        0x1f => "topology, version 2",
         0x4000_0000 => "highest hypervisor leaf and signature",
         0x4000_0001 => "version of Xen",
         0x4000_0002 => "hypercall pages",
@@ -70,11 +78,15 @@ pub const fn leaf_name(leaf: u32) -> Option<&'static str> {
         0x8000_0007 => "advanced power management",
         0x8000_0008 => "widths of addresses, number of cores",
         0x8000_000a => "SVM",
+        0x8000_0019 => "TLBs of 1 GiB pages",
+        0x8000_001a => "performance hints",
         0x8000_001b => "instruction-based sampling",
         0x8000_001c => "lightweight profiling",
         0x8000_001d => "cache topology",
         0x8000_001e => "topology",
+        0x8000_001f => "memory encryption",
         0x8000_0021 => "extended features 2",
+        0x8000_0022 => "performance monitoring 2",
         _ => return None,
     })
 }
@@ -92,6 +104,7 @@ pub const fn msr_name(index: u32) -> Option<&'static str> {
         0x561 => "RTIT_OUTPUT_MASK",
         0x570 => "RTIT_CTL",
         0x571 => "RTIT_STATUS",
+        0x6e1 => "PKRS",
         0xda0 => "XSS",
         0xd90 => "BNDCFGS",
         0xc000_0103 => "TSC_AUX",

@@ -153,6 +153,9 @@ pub enum LegacyError {
     /// Nobody to restore.
     #[error("no vcpu is present")]
     NoVcpu,
+    /// Nothing to restore.
+    #[error("the pages end, and none has come: the state is incomplete and cannot be restored")]
+    NoPages,
     /// A reserved field that is not zero.
     #[error("{what} is {got:#x}, expected 0 (--lenient tolerates this)")]
     NotZero {

@@ -106,6 +106,8 @@ pub struct LegacyReader<R> {
     current: Position,
     /// Octets of the current piece that the caller has not taken yet.
     left: u64,
+    /// Whether an entry of a page has come.
+    any_entry: bool,
     compressed: bool,
     compress_next: bool,
     last: bool,

@@ -24,6 +24,7 @@ use super::libxl::{LibxlHeader, LibxlRecordKind, MAX_BODY};
 use crate::byte_order::ByteOrder;
 use crate::error::{Place, ReadError, ReadErrorCause};
 use crate::image::{DomainHeader, ImageHeader, WireImageHeader};
+use crate::legacy::convert::Summary;
 use crate::legacy::{Checkpoints, Converted, LegacyOptions, LegacyReader, Target};
 use crate::record::{RecordKind, WireRecordHeader, padding};
 use crate::source::{fill, fill_behind, fill_growing};
@@ -159,6 +160,7 @@ pub struct XapiSource<R> {
     stage: Stage,
     records: Vec<XapiRecord>,
     libxc_seen: bool,
+    legacy: Option<Summary>,
 }
 
 /// Where octets come from.
@@ -221,6 +223,7 @@ impl<R: Read> XapiSource<R> {
             stage: Stage::Records,
             records: Vec::new(),
             libxc_seen: false,
+            legacy: None,
         })
     }
 
@@ -236,8 +239,19 @@ impl<R: Read> XapiSource<R> {
         &self.records
     }
 
+    /// What was converted of a legacy stream, once that is over; `None` before, and of an
+    /// image without one.
+    pub fn legacy(&self) -> Option<&Summary> {
+        self.legacy.as_ref()
+    }
+
     fn go_on(&mut self) -> Result<bool, ReadError> {
-        let (offset, known) = (self.offset, self.records.len());
+        // A header that is cut off belongs to no record yet.
+        let known = match self.stage {
+            Stage::Records => self.records.len(),
+            _ => self.records.len().saturating_sub(1),
+        };
+        let offset = self.offset;
         let result = match self.stage {
             Stage::Records => self.record(),
             Stage::LibxcHeaders => self.libxc_headers(),
@@ -256,10 +270,7 @@ impl<R: Read> XapiSource<R> {
                 self.stage = Stage::Failed;
                 self.ready.clear();
                 self.at = 0;
-                let kind = match self.records.get(known.saturating_sub(1)..) {
-                    Some([.., last]) => Some(last.kind),
-                    _ => None,
-                };
+                let kind = self.records.get(known).map(|record| record.kind);
                 Err(ReadError::at(Place::XapiRecord { kind }, offset, cause))
             }
         }
@@ -370,6 +381,7 @@ impl<R: Read> XapiSource<R> {
         match std::mem::replace(&mut self.source, Inner::Lost) {
             Inner::Legacy(converted) => {
                 self.offset = converted.reader().offset();
+                self.legacy = Some(converted.summary().clone());
                 self.source = Inner::Plain(converted.into_source());
             }
             other => self.source = other,

@@ -80,9 +80,32 @@ impl Plan {
         self.gibs.take(&first_of(pfn, GIB_PAGES))
     }
 
-    /// As [`Plan::take_gib`], of the 2 MiB page.
-    pub(super) fn take_run(&mut self, pfn: Pfn) -> Option<Pfn> {
-        self.runs.take(&first_of(pfn, SUPERPAGE_PAGES))
+    /// The 1 GiB page that [`Plan::take_gib`] named is there: what it is made of is not
+    /// to be asked for any more.
+    pub(super) fn gib_is_there(&mut self, first: Pfn) {
+        let end = Pfn(first.0 + GIB_PAGES);
+        self.runs.retain(|run| *run < first || *run >= end);
+    }
+
+    /// The first pfn of the 2 MiB page that `pfn` is to be part of, if it is, and those
+    /// of the next ones that will be asked for: `most` in all. Each is said once.
+    pub(super) fn take_runs(&mut self, pfn: Pfn, most: usize) -> Vec<Pfn> {
+        let first = first_of(pfn, SUPERPAGE_PAGES);
+        if !self.runs.contains(&first) {
+            return Vec::new();
+        }
+        let runs = self.runs.range(first..);
+        let runs = runs.take_while(|run| !self.gibs.contains(&first_of(**run, GIB_PAGES)));
+        let runs: Vec<Pfn> = runs.take(most).copied().collect();
+        for run in &runs {
+            self.runs.remove(run);
+        }
+        runs
+    }
+
+    /// Runs that were taken and not asked for: they will be.
+    pub(super) fn put_back(&mut self, runs: &[Pfn]) {
+        self.runs.extend(runs);
     }
 }
 
@@ -115,15 +138,33 @@ mod tests {
         assert_eq!(plan.take_gib(Pfn(GIB_PAGES - 1)), None);
         assert_eq!(plan.take_gib(Pfn(GIB_PAGES + 7)), Some(first));
         assert_eq!(plan.take_gib(first), None);
+        let runs = |firsts: &[u64]| {
+            firsts
+                .iter()
+                .map(|n| Pfn(GIB_PAGES + n))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(plan.take_runs(Pfn(GIB_PAGES + 513), 1), runs(&[512]));
+        assert_eq!(plan.take_runs(Pfn(GIB_PAGES + 514), 9), []);
+        assert_eq!(plan.take_runs(Pfn(GIB_PAGES), 3), runs(&[0, 1024, 1536]));
+        plan.put_back(&runs(&[1024, 1536]));
         assert_eq!(
-            plan.take_run(Pfn(GIB_PAGES + 513)),
-            Some(Pfn(GIB_PAGES + 512))
+            plan.take_runs(Pfn(GIB_PAGES + 1025), 2),
+            runs(&[1024, 1536])
         );
-        assert_eq!(plan.take_run(Pfn(GIB_PAGES + 514)), None);
-        assert_eq!(
-            plan.take_run(Pfn(GIB_PAGES - 1)),
-            Some(Pfn(GIB_PAGES - 512))
-        );
-        assert_eq!(plan.take_run(Pfn(2 * GIB_PAGES)), None);
+        let below = [Pfn(GIB_PAGES - 512)];
+        assert_eq!(plan.take_runs(Pfn(GIB_PAGES - 1), 1), below);
+        assert_eq!(plan.take_runs(Pfn(2 * GIB_PAGES), 1), []);
+        plan.gib_is_there(first);
+        assert_eq!(plan, Plan::default());
+    }
+
+    #[test]
+    fn runs_of_a_gib_that_is_still_to_be_asked_for_are_left_to_it() {
+        let mut plan = plan(&[(GIB_PAGES - 1024, 2 * GIB_PAGES)]);
+        let below = [Pfn(GIB_PAGES - 1024), Pfn(GIB_PAGES - 512)];
+        assert_eq!(plan.take_runs(Pfn(GIB_PAGES - 1000), 64), below);
+        assert_eq!(plan.take_gib(Pfn(GIB_PAGES)), Some(Pfn(GIB_PAGES)));
+        assert_eq!(plan.take_runs(Pfn(GIB_PAGES), 64).len(), 64);
     }
 }

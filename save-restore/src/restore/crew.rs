@@ -7,13 +7,19 @@
 //! in the stream says where a pass over memory ends. Where no more may be on their way,
 //! the reading thread places one itself.
 //!
+//! Where octets come in order and pages are mapped, the reading thread reads straight into
+//! the mapping, and there are no pieces: the others only unmap.
+//!
 //! What goes wrong first in the order of the stream is what counts: whichever piece
 //! fails, those before it are placed, and are asked.
 
+use std::cmp;
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use xsr_format::frame::{PAGE_SIZE, Pfn};
+use xsr_xen_backend::ForeignPages;
 
 use crate::error::RestoreError;
 use crate::restore::place::{Contents, Piece, Placer};
@@ -29,6 +35,9 @@ const PIECE_WRITTEN: usize = 256;
 /// Pages of a piece that is mapped: as many as a record of Xen's, since mappings are
 /// costly.
 const PIECE_MAPPED: usize = 1024;
+
+/// Mappings that wait to be unmapped by others, at most.
+const UNMAPPING: usize = 4;
 
 /// A piece on its way.
 struct UnderWay {
@@ -54,6 +63,8 @@ struct State {
 /// The pieces, and what is known of them.
 pub(super) struct Crew<'r> {
     pub(super) placer: Placer<'r>,
+    /// Mappings that are done with, on their way to being unmapped.
+    unmapping: AtomicUsize,
     state: Mutex<State>,
     /// A piece is no longer on its way.
     placed: Condvar,
@@ -63,6 +74,7 @@ impl<'r> Crew<'r> {
     pub(super) fn new(placer: Placer<'r>) -> Self {
         Self {
             placer,
+            unmapping: AtomicUsize::new(0),
             state: Mutex::default(),
             placed: Condvar::new(),
         }
@@ -229,6 +241,24 @@ impl Hands<'_, '_> {
     }
 }
 
+impl<'scope> Hands<'_, 'scope> {
+    /// Unmap pages that are done with, on another thread where there is one that keeps up.
+    pub(super) fn unmap(&self, pages: ForeignPages) {
+        let crew = self.crew;
+        let Some(scope) = self.scope else {
+            return drop(pages);
+        };
+        if crew.unmapping.fetch_add(1, Ordering::Relaxed) < UNMAPPING {
+            scope.spawn(move |_| {
+                drop(pages);
+                crew.unmapping.fetch_sub(1, Ordering::Relaxed);
+            });
+        } else {
+            crew.unmapping.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
 /// Whether two ascending lists have a page in common.
 fn share(one: &[Pfn], other: &[Pfn]) -> bool {
     let apart = |one: &[Pfn], other: &[Pfn]| one.last() < other.first();
@@ -238,9 +268,9 @@ fn share(one: &[Pfn], other: &[Pfn]) -> bool {
     let (mut one, mut other) = (one.iter().peekable(), other.iter().peekable());
     while let (Some(a), Some(b)) = (one.peek(), other.peek()) {
         match a.cmp(b) {
-            std::cmp::Ordering::Less => one.next(),
-            std::cmp::Ordering::Greater => other.next(),
-            std::cmp::Ordering::Equal => return true,
+            cmp::Ordering::Less => one.next(),
+            cmp::Ordering::Greater => other.next(),
+            cmp::Ordering::Equal => return true,
         };
     }
     false

@@ -91,6 +91,10 @@ impl<'r> PageRestore<'r> {
 
         let mut with_data = entries;
         with_data.retain(|entry| entry.page_type.has_data());
+        // With one thread, or where octets must be read in order, those that are mapped
+        // are best read straight into the mapping.
+        let pieces = self.placer.writes()
+            || hands.many() && body.with_source(0, |s, _| s.take_extent(0))?.is_some();
         let most = match self.verify {
             true => COMPARED,
             false => hands.crew.piece_pages(),
@@ -100,13 +104,14 @@ impl<'r> PageRestore<'r> {
             if self.verify {
                 let pages = self.domain.map(&gfns, Access::Write)?.all_mapped()?;
                 self.compare(entries, &pages, &mut body)?;
-            } else if hands.many() || self.placer.writes() {
+            } else if pieces {
                 self.piece(entries, gfns, &mut body, hands)?;
             } else {
                 let pages = self.domain.map(&gfns, Access::Write)?.all_mapped()?;
                 let left = body.pages_left();
                 self.fill(entries, &pages, &mut body)
                     .map_err(|error| lacks_at_most(error, left))?;
+                hands.unmap(pages);
             }
             self.stats.pages += entries.len() as u64;
         }

@@ -22,6 +22,10 @@ const GIB_ORDER: u8 = 18;
 /// Pages in a 1 GiB superpage.
 pub(super) const GIB_PAGES: u64 = 1 << GIB_ORDER;
 
+/// Most 2 MiB superpages that are asked for at a time, where it is known that they will
+/// be needed.
+const SUPERPAGES: usize = 64;
+
 /// Most pages that are given back at a time.
 const RELEASE_BATCH: usize = 1024;
 
@@ -52,7 +56,7 @@ impl Populated {
     pub(super) fn note(&mut self, entry: PageEntry, tables: bool) {
         if entry.page_type != PageType::XTAB {
             self.absent.remove(entry.pfn);
-        } else if tables || self.pfns.contains(entry.pfn) {
+        } else if tables || self.pfns.finds(entry.pfn) {
             // Elsewhere a stream that names far pfns as absent costs no memory.
             self.absent.insert(entry.pfn);
         }
@@ -100,6 +104,7 @@ impl Populated {
         mut set: impl FnMut(Pfn, Mfn),
     ) -> Result<(), RestoreError> {
         let mut single: Vec<Gfn> = Vec::new();
+        let mut runs: Vec<Pfn> = Vec::new();
         for pfn in pfns {
             if self.pfns.contains(pfn) || self.planned(domain, pfn, stats, &mut set)? {
                 continue;
@@ -109,15 +114,13 @@ impl Populated {
             if self.plan.is_none()
                 && let Some(first) = superpage(&single)
             {
-                let mut frame = [first];
-                if domain.populate(SUPERPAGE_ORDER, &mut frame)? == 1 {
-                    single.truncate(single.len() - SUPERPAGE);
-                    stats.superpages_2mib += 1;
-                    for i in 0..SUPERPAGE as u64 {
-                        set(Pfn(first.0 + i), Mfn(frame[0].0 + i));
-                    }
-                }
+                single.truncate(single.len() - SUPERPAGE);
+                runs.push(Pfn(first.0));
             }
+        }
+        let done = superpages(domain, &runs, stats, &mut set)?;
+        for first in &runs[done..] {
+            single.extend((first.0..first.0 + SUPERPAGE_PAGES).map(Gfn));
         }
         if single.is_empty() {
             return Ok(());
@@ -151,32 +154,56 @@ impl Populated {
         let Some(plan) = &mut self.plan else {
             return Ok(false);
         };
-        let mut got = None;
         if let Some(first) = plan.take_gib(pfn) {
             let mut frame = [Gfn(first.0)];
             if domain.populate(GIB_ORDER, &mut frame)? == 1 {
+                plan.gib_is_there(first);
                 stats.superpages_1gib += 1;
-                got = Some((first, frame[0], GIB_PAGES));
+                self.got(first, frame[0], GIB_PAGES, set);
+                return Ok(true);
             }
         }
-        if got.is_none()
-            && let Some(first) = plan.take_run(pfn)
-        {
-            let mut frame = [Gfn(first.0)];
-            if domain.populate(SUPERPAGE_ORDER, &mut frame)? == 1 {
-                stats.superpages_2mib += 1;
-                got = Some((first, frame[0], SUPERPAGE_PAGES));
+        let runs = plan.take_runs(pfn, SUPERPAGES);
+        let done = superpages(domain, &runs, stats, set)?;
+        // The next ones may do better when they are reached; the first has been.
+        plan.put_back(runs.get(done.max(1)..).unwrap_or_default());
+        for first in &runs[..done] {
+            for pfn in first.0..first.0 + SUPERPAGE_PAGES {
+                self.pfns.insert(Pfn(pfn));
             }
         }
-        let Some((first, frame, pages)) = got else {
-            return Ok(false);
-        };
+        Ok(done > 0)
+    }
+
+    /// `pages` pages from `first` on are there.
+    fn got(&mut self, first: Pfn, frame: Gfn, pages: u64, set: &mut impl FnMut(Pfn, Mfn)) {
         for i in 0..pages {
             self.pfns.insert(Pfn(first.0 + i));
             set(Pfn(first.0 + i), Mfn(frame.0 + i));
         }
-        Ok(true)
     }
+}
+
+/// Ask for memory for 2 MiB superpages, given by their first pfns, with one call: for how
+/// many of them, from the first on, there was some. `set` is told of each page.
+fn superpages(
+    domain: &dyn Domain,
+    runs: &[Pfn],
+    stats: &mut RestoreStats,
+    set: &mut impl FnMut(Pfn, Mfn),
+) -> Result<usize, RestoreError> {
+    if runs.is_empty() {
+        return Ok(0);
+    }
+    let mut frames: Vec<Gfn> = runs.iter().map(|first| Gfn(first.0)).collect();
+    let done = domain.populate(SUPERPAGE_ORDER, &mut frames)?;
+    for (first, frame) in runs.iter().zip(&frames).take(done) {
+        stats.superpages_2mib += 1;
+        for i in 0..SUPERPAGE_PAGES {
+            set(Pfn(first.0 + i), Mfn(frame.0 + i));
+        }
+    }
+    Ok(done)
 }
 
 /// The first pfn of a superpage, if `pfns` has just come to end with all of one.

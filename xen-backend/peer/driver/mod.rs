@@ -8,7 +8,7 @@ use std::io::{self, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockError, MockHost};
+use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockError, MockHost, Stepped};
 use xsr_xen_backend::{DomId, GuestKind, Host as _};
 
 /// Message numbers, as in `libxl_save_msgs_gen.pl`.
@@ -28,8 +28,10 @@ const RESTORE_CALLBACKS: u32 = 1 << STATIC_DATA_DONE;
 pub(crate) enum Whose {
     /// Debian's `libxl-save-helper`.
     Stock,
-    /// `xsr-save-helper`.
+    /// `xsr-save-helper`, which asks the machine directly.
     Ours,
+    /// `xsr-save-helper`, which asks the machine by hypercalls, as stock does.
+    OursByCalls,
 }
 
 /// The two helpers.
@@ -38,6 +40,10 @@ pub(crate) struct Helpers {
     stock: PathBuf,
     libraries: OsString,
     ours: PathBuf,
+    /// Words before the command: a program that runs it.
+    pub(crate) under: Vec<OsString>,
+    /// What else is in its environment.
+    pub(crate) environment: Vec<(OsString, OsString)>,
 }
 
 impl Helpers {
@@ -47,6 +53,8 @@ impl Helpers {
             stock: std::env::var_os("XSR_PEER_HELPER")?.into(),
             libraries: std::env::var_os("XSR_PEER_LIBRARIES")?,
             ours: std::env::var_os("XSR_PEER_OURS")?.into(),
+            under: Vec::new(),
+            environment: Vec::new(),
         })
     }
 
@@ -60,18 +68,24 @@ impl Helpers {
     ) -> io::Result<Child> {
         let mut command = Command::new("sh");
         command.args(["-c", "exec \"$0\" \"$@\" 7>&2 2>/dev/null"]);
+        command.args(&self.under);
+        let backend = |how: &str| {
+            let mut backend = OsString::from(how);
+            backend.push(host);
+            backend
+        };
         match whose {
             Whose::Stock => command
                 .arg(&self.stock)
                 .env("LD_LIBRARY_PATH", &self.libraries)
                 .env("XSR_PEER_HOST", host),
-            Whose::Ours => {
-                let mut backend = OsString::from("mock:");
-                backend.push(host);
-                command.arg(&self.ours).env("XSR_BACKEND", backend)
-            }
+            Whose::Ours => command.arg(&self.ours).env("XSR_BACKEND", backend("mock:")),
+            Whose::OursByCalls => command
+                .arg(&self.ours)
+                .env("XSR_BACKEND", backend("mock-xen:")),
         };
         command
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .args(arguments.split(' '))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -93,7 +107,36 @@ impl Helpers {
         stream: impl Into<Stdio>,
     ) -> io::Result<Run> {
         let arguments = format!("--save-domain 7 -1 {} 0 {SAVE_CALLBACKS} 0", domid.0);
-        play(self.start(whose, host, stream, &arguments)?)
+        play(self.start(whose, host, stream, &arguments)?, || Ok(true))
+    }
+
+    /// Save a domain that runs on, and suspend it when asked; or answer that it could
+    /// not be.
+    ///
+    /// # Errors
+    ///
+    /// The helper cannot be started or spoken with.
+    pub(crate) fn save_live(
+        &self,
+        whose: Whose,
+        host: &Path,
+        domid: DomId,
+        stream: impl Into<Stdio>,
+        suspends: bool,
+    ) -> io::Result<Run> {
+        let request = host.with_extension("suspend");
+        let mut helpers = self.clone();
+        let variable = ("XSR_PEER_SUSPEND".into(), request.clone().into_os_string());
+        helpers.environment.push(variable);
+        let arguments = format!("--save-domain 7 -1 {} 1 {SAVE_CALLBACKS} 0", domid.0);
+        let child = helpers.start(whose, host, stream, &arguments)?;
+        play(child, || {
+            // Ours does it itself, once it is told that it is done.
+            if whose == Whose::Stock && suspends {
+                std::fs::write(&request, domid.0.to_string())?;
+            }
+            Ok(suspends)
+        })
     }
 
     /// Restore into a domain as [`empty`] makes it.
@@ -112,7 +155,7 @@ impl Helpers {
             "--restore-domain 7 -1 {} {} 0 {} 0 {RESTORE_CALLBACKS} 0",
             empty.domid.0, empty.store, empty.console
         );
-        play(self.start(whose, host, stream, &arguments)?)
+        play(self.start(whose, host, stream, &arguments)?, || Ok(true))
     }
 }
 
@@ -157,8 +200,8 @@ impl Run {
     }
 }
 
-/// Play libxl until the helper ends.
-fn play(mut child: Child) -> io::Result<Run> {
+/// Play libxl until the helper ends. `suspend`: suspends the guest; whether it did.
+fn play(mut child: Child, suspend: impl Fn() -> io::Result<bool>) -> io::Result<Run> {
     let missing = || io::Error::other("a pipe to the helper is missing");
     let mut to = child.stdin.take().ok_or_else(missing)?;
     let mut from = io::BufReader::new(child.stdout.take().ok_or_else(missing)?);
@@ -184,7 +227,7 @@ fn play(mut child: Child) -> io::Result<Run> {
             number @ (SUSPEND | LOGDIRTY | STATIC_DATA_DONE | RESTORE_RESULTS | COMPLETE) => {
                 run.asked.push((number, arguments.to_vec()));
                 match number {
-                    SUSPEND => 1_i32,
+                    SUSPEND => i32::from(suspend()?),
                     RESTORE_RESULTS => continue,
                     _ => 0,
                 }
@@ -209,12 +252,27 @@ pub(crate) fn with_guest(
     width: u8,
     mib: u64,
 ) -> Result<DomId, MockError> {
-    let host = MockHost::create(dir, &config(mib))?;
-    host.create_guest(&GuestSpec {
+    with_working_guest(dir, kind, width, mib, None)
+}
+
+/// As [`with_guest`]; the guest works in steps.
+pub(crate) fn with_working_guest(
+    dir: &Path,
+    kind: GuestKind,
+    width: u8,
+    mib: u64,
+    stepped: Option<Stepped>,
+) -> Result<DomId, MockError> {
+    let spec = GuestSpec {
         width,
         vcpus: 2,
         ..GuestSpec::new("peer", kind, mib)
-    })
+    };
+    let config = HostConfig {
+        stepped,
+        ..config(mib)
+    };
+    MockHost::create(dir, &config)?.create_guest(&spec)
 }
 
 /// A domain that has nothing yet, and its ports for xenstore and console.
@@ -232,7 +290,16 @@ pub(crate) struct Empty {
 ///
 /// As [`MockHost::create`].
 pub(crate) fn empty(dir: &Path, kind: GuestKind, width: u8, mib: u64) -> Result<Empty, MockError> {
-    let host = MockHost::create(dir, &config(mib))?;
+    empty_on(&MockHost::create(dir, &config(mib))?, kind, width, mib)
+}
+
+/// As [`empty`], on a machine that is there.
+pub(crate) fn empty_on(
+    host: &MockHost,
+    kind: GuestKind,
+    width: u8,
+    mib: u64,
+) -> Result<Empty, MockError> {
     let domid = host.create_domain(kind, 2, (mib << 8) + 1024)?;
     let domain = host.domain(domid)?;
     // As libxl does, before the helper comes.

@@ -13,7 +13,10 @@ use crate::memory::BUFFERS;
 /// Make a hypercall.
 fn call(number: c_uint, arguments: [u64; 5]) -> i64 {
     HYPERCALLS.fetch_add(1, Ordering::Relaxed);
-    let answer = machine::face().and_then(|face| face.hypercall(number, arguments));
+    let answer = machine::face().and_then(|face| {
+        machine::requests(&face);
+        face.hypercall(number, arguments)
+    });
     machine::returned(answer)
 }
 

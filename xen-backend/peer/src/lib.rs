@@ -6,8 +6,9 @@
 //!
 //! `XSR_PEER_HOST` names the directory of the machine. It is open from the first
 //! `*_open` to the last `*_close` of the process; where `XSR_PEER_COUNTS` names a file,
-//! the numbers of hypercalls and of mappings go there in the end. Nobody suspends a
-//! guest through these libraries: whoever plays libxl does it before.
+//! the numbers of hypercalls and of mappings go there in the end. Whoever
+//! plays libxl suspends a guest before, or asks for it in the course of a live save, by the
+//! file that `XSR_PEER_SUSPEND` names.
 //!
 //! A room of `unsafe`, because its callers are C: they hand over arrays as pointers.
 

@@ -1,10 +1,10 @@
 //! The mock machine of this process: open while any of the libraries is.
 
-use std::ffi::c_void;
+use std::ffi::{OsString, c_void};
 use std::path::Path;
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use nix::errno::Errno;
 use xsr_xen_backend::mock::MockHost;
@@ -16,6 +16,11 @@ use crate::memory::BUFFERS;
 const HOST: &str = "XSR_PEER_HOST";
 /// A file that gets the number of hypercalls and of maps in the end.
 const COUNTS: &str = "XSR_PEER_COUNTS";
+
+/// A file that, once it is there, has the number of a domain to be suspended before the
+/// next hypercall: a request of whoever plays libxl, which is how a guest that is saved
+/// live is suspended in time. It is gone when that is done.
+const SUSPEND: &str = "XSR_PEER_SUSPEND";
 
 /// The machine, and how many handles there are on it.
 static MACHINE: Mutex<Option<(PeerFace, usize)>> = Mutex::new(None);
@@ -83,6 +88,25 @@ pub(crate) fn close(handle: *mut c_void) {
                 Path::new(&path).display()
             );
         }
+    }
+}
+
+/// Do what is asked for beside hypercalls.
+pub(crate) fn requests(face: &PeerFace) {
+    static SUSPENDS: OnceLock<Option<OsString>> = OnceLock::new();
+    let Some(path) = SUSPENDS.get_or_init(|| std::env::var_os(SUSPEND)) else {
+        return;
+    };
+    let Ok(domid) = std::fs::read_to_string(path) else {
+        return;
+    };
+    let domid = domid.trim().parse().map_err(|_| Errno::EINVAL);
+    let done = domid.and_then(|domid| face.suspend(domid));
+    if let Err(errno) = done {
+        eprintln!("xsr-peer: cannot suspend the domain: {errno}");
+    }
+    if let Err(error) = std::fs::remove_file(path) {
+        eprintln!("xsr-peer: the request to suspend stays: {error}");
     }
 }
 

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::io::{IoSlice, IoSliceMut};
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
@@ -17,19 +17,46 @@ use nix::unistd::Pid;
 use xsr_format::frame::PAGE_SIZE;
 use xsr_xen_backend::mock::peer::CallerMemory;
 
-/// A page of a buffer. Atomics, since the program changes it behind our back.
+/// Words of a page.
+const WORDS: usize = PAGE_SIZE / 8;
+
+/// A page of a buffer. Atomics, since the program changes it behind our back; words, so
+/// that copying costs what it costs a hypervisor.
 #[derive(Debug)]
 #[repr(C, align(4096))]
-struct Page([AtomicU8; PAGE_SIZE]);
+struct Page([AtomicU64; WORDS]);
 
 impl Page {
     const fn zeroed() -> Self {
-        Self([const { AtomicU8::new(0) }; PAGE_SIZE])
+        Self([const { AtomicU64::new(0) }; WORDS])
+    }
+}
+
+/// Part of a word of a buffer: octets from `first` on, of which the copy has those from
+/// `at` on.
+struct Part<'b> {
+    word: &'b AtomicU64,
+    first: usize,
+    at: usize,
+    octets: usize,
+}
+
+impl Part<'_> {
+    fn read(&self, out: &mut [u8]) {
+        let word = self.word.load(Ordering::Relaxed).to_ne_bytes();
+        let octets = &word[self.first..self.first + self.octets];
+        out[self.at..self.at + self.octets].copy_from_slice(octets);
     }
 
-    /// The octets as one runs through the pages.
-    fn octets(pages: &[Self]) -> impl Iterator<Item = &AtomicU8> {
-        pages.iter().flat_map(|page| &page.0)
+    /// The caller waits for its hypercall: nobody writes the rest of the word meanwhile.
+    fn write(&self, octets: &[u8]) {
+        let mut word = match self.octets {
+            8 => [0; 8],
+            _ => self.word.load(Ordering::Relaxed).to_ne_bytes(),
+        };
+        let octets = &octets[self.at..self.at + self.octets];
+        word[self.first..self.first + self.octets].copy_from_slice(octets);
+        self.word.store(u64::from_ne_bytes(word), Ordering::Relaxed);
     }
 }
 
@@ -61,26 +88,34 @@ impl Buffers {
         self.live().remove(&(base.addr() as u64));
     }
 
-    /// Go through `count` octets from an address on; `false` where they are not all in
-    /// one buffer.
-    fn each(&self, address: u64, count: usize, mut visit: impl FnMut(usize, &AtomicU8)) -> bool {
+    /// Go through `count` octets from an address on, in words and parts of such; `false`
+    /// where they are not all in one buffer.
+    fn each(&self, address: u64, count: usize, mut visit: impl FnMut(&Part<'_>)) -> bool {
         let live = self.live();
         let Some((start, pages)) = live.range(..=address).next_back() else {
             return false;
         };
-        let at = usize::try_from(address - start).unwrap_or(usize::MAX);
-        let inside = at
+        let start = usize::try_from(address - start).unwrap_or(usize::MAX);
+        let inside = start
             .checked_add(count)
             .is_some_and(|end| end <= pages.len() * PAGE_SIZE);
         if !inside {
             return false;
         }
-        let skipped = at / PAGE_SIZE;
-        Page::octets(&pages[skipped..])
-            .skip(at % PAGE_SIZE)
-            .take(count)
-            .enumerate()
-            .for_each(|(index, octet)| visit(index, octet));
+        let mut at = 0;
+        while at < count {
+            let place = start + at;
+            let first = place % 8;
+            let octets = (8 - first).min(count - at);
+            let word = &pages[place / PAGE_SIZE].0[place % PAGE_SIZE / 8];
+            visit(&Part {
+                word,
+                first,
+                at,
+                octets,
+            });
+            at += octets;
+        }
         true
     }
 }
@@ -101,9 +136,7 @@ fn whole(copied: usize, wanted: usize) -> Result<(), Errno> {
 
 impl CallerMemory for &'static Buffers {
     fn read(&self, address: u64, out: &mut [u8]) -> Result<(), Errno> {
-        let found = self.each(address, out.len(), |index, octet| {
-            out[index] = octet.load(Ordering::Relaxed);
-        });
+        let found = self.each(address, out.len(), |part| part.read(out));
         if found {
             return Ok(());
         }
@@ -113,14 +146,81 @@ impl CallerMemory for &'static Buffers {
     }
 
     fn write(&self, address: u64, octets: &[u8]) -> Result<(), Errno> {
-        let found = self.each(address, octets.len(), |index, octet| {
-            octet.store(octets[index], Ordering::Relaxed);
-        });
+        let found = self.each(address, octets.len(), |part| part.write(octets));
         if found {
             return Ok(());
         }
         let there = elsewhere(address, octets.len())?;
         let copied = process_vm_writev(Pid::this(), &[IoSlice::new(octets)], &there)?;
         whole(copied, octets.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    /// Buffers as a program has them: for good.
+    fn buffers() -> &'static Buffers {
+        Box::leak(Box::default())
+    }
+
+    #[test]
+    fn octets_are_copied_wherever_they_begin_and_end() {
+        let buffers = buffers();
+        let base = buffers.take(2).addr() as u64;
+        let mut expected = vec![0; 2 * PAGE_SIZE];
+        let mut next = 0_u8;
+        for (at, len) in [
+            (0, 8),
+            (3, 4),
+            (5, 20),
+            (16, 1),
+            (4090, 13),
+            (8191, 1),
+            (24, 4096),
+        ] {
+            let octets: Vec<u8> = (0..len)
+                .map(|_| {
+                    next = next.wrapping_add(1);
+                    next
+                })
+                .collect();
+            (&buffers).write(base + at as u64, &octets).unwrap();
+            expected[at..at + len].copy_from_slice(&octets);
+            let mut part = vec![0; len];
+            (&buffers).read(base + at as u64, &mut part).unwrap();
+            assert_eq!(part, octets, "{len} octets at {at}");
+            let mut all = vec![0; 2 * PAGE_SIZE];
+            (&buffers).read(base, &mut all).unwrap();
+            assert_eq!(all, expected, "{len} octets at {at}");
+        }
+    }
+
+    #[test]
+    fn what_is_in_no_buffer_is_copied_by_the_kernel_or_is_no_memory() {
+        let buffers = buffers();
+        let mut variable = 7_u64.to_ne_bytes();
+        let address = variable.as_mut_ptr().expose_provenance() as u64;
+        let mut out = [0; 8];
+        (&buffers).read(address, &mut out).unwrap();
+        assert_eq!(out, variable);
+        for address in [0, 8, u64::MAX - 8] {
+            assert_eq!((&buffers).read(address, &mut out), Err(Errno::EFAULT));
+            assert_eq!((&buffers).write(address, &[1]), Err(Errno::EFAULT));
+        }
+    }
+
+    #[test]
+    fn a_buffer_that_is_freed_is_found_no_more() {
+        let buffers = buffers();
+        let base = buffers.take(0);
+        assert_eq!(buffers.live().len(), 1);
+        buffers.free(base.wrapping_byte_add(8));
+        assert_eq!(buffers.live().len(), 1);
+        buffers.free(base);
+        assert!(!buffers.each(base.addr() as u64, 8, |_| {}));
     }
 }

@@ -14,7 +14,7 @@ use std::fs::{self, File};
 use std::path::Path;
 
 use driver::{Helpers, Whose};
-use xsr_xen_backend::mock::{GrantEntry, MemoryDigest, MockHost};
+use xsr_xen_backend::mock::{GrantEntry, MemoryDigest, MockHost, Stepped, WorkloadSpec};
 use xsr_xen_backend::{DomId, GuestKind, Host as _};
 
 /// Memory of the guests; more than one batch, and no whole number of them.
@@ -180,18 +180,19 @@ fn equal(kind: GuestKind, width: u8) {
     let scratch = tempfile::tempdir().unwrap();
     let place = |name: &str| scratch.path().join(name);
     let mut images = Vec::new();
-    for whose in [Whose::Stock, Whose::Ours] {
+    for whose in [Whose::Stock, Whose::Ours, Whose::OursByCalls] {
         let dir = place(&format!("from-{whose:?}"));
         let domid = driver::with_guest(&dir, kind, width, MIB).unwrap();
         images.push(save(&helpers, whose, &dir, domid));
     }
     assert_same(&images[0], &images[1]);
+    assert_same(&images[0], &images[2]);
     let source = place("from-Ours");
     let suspended = MockHost::open(&source).unwrap();
     let domid = suspended.find("peer").unwrap();
     let sent = suspended.memory_digest(domid).unwrap();
     let mut arrived = Vec::new();
-    for whose in [Whose::Stock, Whose::Ours] {
+    for whose in [Whose::Stock, Whose::Ours, Whose::OursByCalls] {
         let dir = place(&format!("to-{whose:?}"));
         let empty = driver::empty(&dir, kind, width, MIB).unwrap();
         let path = place("image");
@@ -206,16 +207,18 @@ fn equal(kind: GuestKind, width: u8) {
         assert_eq!([store.backend, console.backend], [DomId(0); 2]);
         arrived.push((run.numbers(), held));
     }
-    let [(asked_stock, stock), (asked_ours, ours)] = &arrived[..] else {
+    let [(asked_stock, stock), ours @ ..] = &arrived[..] else {
         unreachable!("one for each");
     };
-    assert_eq!(asked_stock, asked_ours, "what libxl is asked");
-    assert_eq!(stock.memory.differences(&ours.memory), []);
-    assert_eq!(sent.differences(&ours.memory), []);
-    if kind.is_translated() {
-        assert_eq!(stock.grants, ours.grants);
+    for (asked_ours, ours) in ours {
+        assert_eq!(asked_stock, asked_ours, "what libxl is asked");
+        assert_eq!(stock.memory.differences(&ours.memory), []);
+        assert_eq!(sent.differences(&ours.memory), []);
+        if kind.is_translated() {
+            assert_eq!(stock.grants, ours.grants);
+        }
+        assert_same(&stock.image, &ours.image);
     }
-    assert_same(&stock.image, &ours.image);
 }
 
 #[test]
@@ -236,6 +239,118 @@ fn pvh() {
 #[test]
 fn hvm() {
     equal(GuestKind::Hvm, 8);
+}
+
+/// A guest that writes between the passes of a live save, and changes page tables where
+/// it has any.
+fn working(dir: &Path, kind: GuestKind, width: u8) -> DomId {
+    let work = WorkloadSpec {
+        table_permille: 100,
+        ..WorkloadSpec::writes(7, 1, 4000)
+    };
+    let stepped = Stepped {
+        work,
+        operations: 640,
+    };
+    driver::with_working_guest(dir, kind, width, MIB, Some(stepped)).unwrap()
+}
+
+/// The same octets from a live save, while the guest writes the same between its passes.
+fn equal_live(kind: GuestKind, width: u8) {
+    let Some(helpers) = helpers() else { return };
+    let scratch = tempfile::tempdir().unwrap();
+    let mut images = Vec::new();
+    let mut left = Vec::new();
+    for whose in [Whose::Stock, Whose::Ours, Whose::OursByCalls] {
+        let dir = scratch.path().join(format!("{whose:?}"));
+        let domid = working(&dir, kind, width);
+        let path = scratch.path().join("image");
+        let stream = File::create(&path).unwrap();
+        let run = helpers.save_live(whose, &dir, domid, stream, true).unwrap();
+        assert!(run.succeeded(), "{whose:?}: {run:#?}");
+        images.push((run.numbers(), fs::read(&path).unwrap()));
+        let host = MockHost::open(&dir).unwrap();
+        assert!(!host.is_log_dirty(domid).unwrap(), "{whose:?}");
+        left.push(host.memory_digest(domid).unwrap());
+    }
+    let [(asked, stock), ours @ ..] = &images[..] else {
+        unreachable!("one for each");
+    };
+    // All of memory, and then five times what was written.
+    let pages = usize::try_from(MIB << 8).unwrap();
+    assert!(
+        stock.len() > (pages + 5 * 500) * PAGE_SIZE,
+        "{} octets",
+        stock.len()
+    );
+    for ((asked_ours, ours), left_ours) in ours.iter().zip(&left[1..]) {
+        assert_eq!(asked, asked_ours, "what libxl is asked");
+        assert_eq!(left[0].differences(left_ours), []);
+        assert_same(stock, ours);
+    }
+    for whose in [Whose::Stock, Whose::Ours] {
+        let dir = scratch.path().join(format!("to-{whose:?}"));
+        let empty = driver::empty(&dir, kind, width, MIB).unwrap();
+        let path = scratch.path().join("image");
+        let stream = File::options().read(true).write(true).open(&path).unwrap();
+        let run = helpers.restore(whose, &dir, &empty, stream).unwrap();
+        assert!(run.succeeded(), "{whose:?}: {run:#?}");
+        let host = MockHost::open(&dir).unwrap();
+        let arrived = host.memory_digest(empty.domid).unwrap();
+        assert_eq!(left[0].differences(&arrived), [], "{whose:?}");
+    }
+}
+
+#[test]
+fn pv_live() {
+    equal_live(GuestKind::Pv, 8);
+}
+
+#[test]
+fn pv_of_32_bits_live() {
+    equal_live(GuestKind::Pv, 4);
+}
+
+#[test]
+fn pvh_live() {
+    equal_live(GuestKind::Pvh, 8);
+}
+
+#[test]
+fn hvm_live() {
+    equal_live(GuestKind::Hvm, 8);
+}
+
+/// A guest that does not suspend: the same octets so far, the same messages, and it runs
+/// on without a log.
+#[test]
+fn a_guest_that_does_not_suspend_fails_both_alike() {
+    let Some(helpers) = helpers() else { return };
+    for (kind, width) in [(GuestKind::Pv, 8), (GuestKind::Hvm, 8)] {
+        let scratch = tempfile::tempdir().unwrap();
+        let [stock, ours] = [Whose::Stock, Whose::OursByCalls].map(|whose| {
+            let dir = scratch.path().join(format!("{whose:?}"));
+            let domid = working(&dir, kind, width);
+            let path = scratch.path().join("image");
+            let stream = File::create(&path).unwrap();
+            let run = helpers
+                .save_live(whose, &dir, domid, stream, false)
+                .unwrap();
+            let host = MockHost::open(&dir).unwrap();
+            let info = host.domain(domid).unwrap().info().unwrap();
+            let result = run.result().map(|(result, _)| result);
+            assert_eq!(
+                (result, run.code),
+                (Some(-1), Some(0)),
+                "{whose:?}: {run:#?}"
+            );
+            let logged = host.is_log_dirty(domid).unwrap();
+            assert_eq!((info.shutdown, logged), (None, false), "{whose:?}");
+            (run.numbers(), fs::read(&path).unwrap())
+        });
+        assert_eq!(stock.0, ours.0, "{kind:?}: what libxl is asked");
+        assert_same(&stock.1, &ours.1);
+    }
 }
 
 /// A disk that is full: the same errno, the same messages, and the guest as it was.

@@ -8,13 +8,14 @@
 //! C implementation: `xen/arch/x86/mm/paging.c`.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 
 use super::MockHost;
 use super::domain::MockDomain;
 use super::error::MockError;
+use super::workload::Workload;
 use crate::error::BackendError;
 use crate::{DirtyBitmap, DirtyRead, DirtyStats, DomId, GuestKind, LogDirty};
 
@@ -97,14 +98,30 @@ impl LogDirty for MockDomain {
                 return Err(Errno::EOPNOTSUPP);
             }
             self.dom.dirty.enable()
-        })
+        })?;
+        if let Some(stepped) = &self.machine.config.stepped {
+            let host = MockHost {
+                machine: Arc::clone(&self.machine),
+            };
+            let work = host.workload(self.dom.domid, &stepped.work);
+            let work = work.map_err(|error| {
+                tracing::error!(%error, "work in steps");
+                self.fail("enable_logdirty", Errno::EINVAL)
+            });
+            *self.stepped() = Some(work.inspect_err(|_| self.dom.dirty.disable())?);
+        }
+        self.step()
     }
 
     fn disable_log_dirty(&self) -> Result<(), BackendError> {
         self.look("shadow_off", |_| {
             self.dom.dirty.disable();
             Ok(())
-        })
+        })?;
+        // It holds the domain, which holds it.
+        let work = self.stepped().take();
+        drop(work);
+        Ok(())
     }
 
     fn read_dirty(
@@ -117,7 +134,7 @@ impl LogDirty for MockDomain {
             DirtyRead::Clean | DirtyRead::CleanFinal => "logdirty_clean",
         };
         // With the state held, the guest stands still, as Xen has it.
-        self.look(op, |state| {
+        let stats = self.look(op, |state| {
             let stopped = state.record.pauses > 0 || state.record.shutdown.is_some();
             if how == DirtyRead::CleanFinal && !stopped {
                 return Err(Errno::EINVAL);
@@ -132,7 +149,26 @@ impl LogDirty for MockDomain {
                 dirty_count,
                 fault_count,
             })
-        })
+        })?;
+        if how.forgets() {
+            self.step()?;
+        }
+        Ok(stats)
+    }
+}
+
+impl MockDomain {
+    fn stepped(&self) -> MutexGuard<'_, Option<Workload>> {
+        let stepped = self.dom.stepped.lock();
+        stepped.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The guest does the work of one step, if it runs and is to work in steps.
+    fn step(&self) -> Result<(), BackendError> {
+        if let (Some(work), Some(stepped)) = (&mut *self.stepped(), &self.machine.config.stepped) {
+            work.step(stepped.operations)?;
+        }
+        Ok(())
     }
 }
 

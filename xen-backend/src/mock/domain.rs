@@ -288,7 +288,7 @@ impl GuestMemory for MockDomain {
     fn map(&self, gfns: &[Gfn], access: Access) -> Result<ForeignPages, BackendError> {
         self.alive()
             .and_then(|()| {
-                memory::map_frames(&self.machine.memory, gfns, access, |gfn| {
+                memory::map_frames(&self.machine.memory, gfns, access, |_, gfn| {
                     self.map_one(gfn, access)
                 })
             })

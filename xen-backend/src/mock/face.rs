@@ -14,6 +14,7 @@
 mod buffers;
 mod domctl;
 mod domctl_vcpu;
+mod grants;
 mod mapping;
 mod memory;
 #[cfg(feature = "peer")]
@@ -22,8 +23,9 @@ mod store;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
@@ -35,9 +37,10 @@ use super::MockHost;
 use super::domain::MockDomain;
 use crate::error::BackendError;
 use crate::pages::{Access, ForeignPages};
-use crate::privcmd::{CallBuffer, FrameMapping, Hypercalls, Resource};
+use crate::privcmd::call::GRANT_TABLE_OP;
+use crate::privcmd::{Call, CallBuffer, FrameMapping, Hypercalls, Resource};
 use crate::sys::common as sys;
-use crate::xen::interface::{INTERFACES, Interface};
+use crate::xen::interface::{INTERFACES, Interface, versions};
 use crate::xen::{OpenError, XenHost};
 use crate::{DomId, DomainControl, HvmGuest, PvGuest};
 
@@ -61,6 +64,10 @@ pub(crate) struct Obstacles {
     pub(crate) restricted: bool,
     /// The caller is not the control domain.
     pub(crate) unprivileged: bool,
+    /// The kernel maps no resources.
+    pub(crate) no_resources: bool,
+    /// The dirty log is told of one page less than was asked for.
+    pub(crate) short_log: bool,
 }
 
 /// The machine, seen as a hypervisor.
@@ -71,6 +78,22 @@ pub(crate) struct Face {
     sysctl: u32,
     state: Arc<Mutex<State>>,
     buffers: Buffers,
+    asked: Arc<Asked>,
+}
+
+/// What has been asked of the machine. Said in the log when nobody can ask any more: a
+/// benchmark reads it there.
+#[derive(Debug, Default)]
+struct Asked {
+    hypercalls: AtomicU64,
+    maps: AtomicU64,
+}
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        let [hypercalls, maps] = [&mut self.hypercalls, &mut self.maps].map(|n| *n.get_mut());
+        tracing::debug!(hypercalls, maps, "asked of the machine");
+    }
 }
 
 /// What the machine does not keep.
@@ -83,6 +106,8 @@ struct State {
     nodes: BTreeMap<String, Vec<u8>>,
     /// Rings that xenstore is connected to, by domain: frame and event channel.
     store_rings: BTreeMap<u16, (u64, u32)>,
+    /// Grant tables that have a place among the frames of their guests: domain, gfn.
+    tables: BTreeSet<(u16, u64)>,
     /// Frames that are paged out: how often they will be found so.
     paged_out: BTreeMap<(u16, u64), u32>,
     /// Calls for types of frames that will find the second half of a buffer on the move.
@@ -94,22 +119,6 @@ impl fmt::Debug for Face {
         f.debug_struct("Face")
             .field("interface", &format_args!("{:#x}", self.interface))
             .finish_non_exhaustive()
-    }
-}
-
-/// The versions of the domctl and the sysctl interface that a Xen 4.`minor` has.
-const fn versions(minor: u16) -> (u32, u32) {
-    match minor {
-        0..=14 => (0x12, 0x13),
-        15 => (0x13, 0x13),
-        16 => (0x14, 0x14),
-        17 => (0x15, 0x15),
-        18 => (0x16, 0x15),
-        19 | 20 => (0x17, 0x15),
-        21 => (0x17, 0x16),
-        22 => (0x18, 0x16),
-        // What is to come.
-        _ => (0x19, 0x17),
     }
 }
 
@@ -136,6 +145,7 @@ impl Face {
             sysctl,
             state: Arc::default(),
             buffers: Buffers::default(),
+            asked: Arc::default(),
         }
     }
 
@@ -258,7 +268,7 @@ impl Face {
             let [number, _, a, b, c, d, e, _]: [u64; 8] = self.load(place)?;
             let answer = match u32::try_from(number) {
                 Ok(MULTICALL) | Err(_) => Err(Errno::ENOSYS),
-                Ok(number) => self.hypercall(number, [a, b, c, d, e]),
+                Ok(number) => self.answer(number, [a, b, c, d, e]),
             };
             // As Xen: an error is its negative number.
             let result = answer.unwrap_or_else(|errno| (-i64::from(errno as i32)).cast_unsigned());
@@ -290,14 +300,9 @@ impl Face {
         }
         Ok(0)
     }
-}
 
-fn errno(error: BackendError) -> Errno {
-    error.errno
-}
-
-impl Hypercalls for Face {
-    fn hypercall(&self, number: u32, arguments: [u64; 5]) -> Result<u64, Errno> {
+    /// Answer a hypercall, one in a list among them. Addresses that are no buffer's are EFAULT.
+    fn answer(&self, number: u32, arguments: [u64; 5]) -> Result<u64, Errno> {
         if self.state().obstacles.restricted {
             return Err(Errno::EPERM);
         }
@@ -309,6 +314,7 @@ impl Hypercalls for Face {
             sys::__HYPERVISOR_hvm_op => self.hvm_op(first, second),
             sys::__HYPERVISOR_event_channel_op => self.event_channel_op(first, second),
             sys::__HYPERVISOR_sched_op => self.sched_op(first, second),
+            GRANT_TABLE_OP => self.grant_table_op(first, second, arguments[2]),
             MULTICALL => self.multicall(first, second),
             sys::__HYPERVISOR_mmuext_op => self.mmuext_op(arguments),
             sys::__HYPERVISOR_xen_version if first == u64::from(sys::XENVER_version) => {
@@ -318,9 +324,20 @@ impl Hypercalls for Face {
             _ => Err(Errno::ENOSYS),
         }
     }
+}
 
-    fn buffer(&self, octets: usize) -> Result<Box<dyn CallBuffer>, Errno> {
-        Ok(Box::new(self.buffers.take(octets)))
+fn errno(error: BackendError) -> Errno {
+    error.errno
+}
+
+impl Hypercalls for Face {
+    fn hypercall(&self, call: Call<'_>) -> Result<u64, Errno> {
+        self.asked.hypercalls.fetch_add(1, Ordering::Relaxed);
+        self.answer(call.number(), call.arguments())
+    }
+
+    fn buffer(&self, octets: usize) -> Result<CallBuffer, Errno> {
+        Ok(CallBuffer::elsewhere(Box::new(self.buffers.take(octets))))
     }
 
     fn reserve(
@@ -332,10 +349,12 @@ impl Hypercalls for Face {
         if self.state().obstacles.unprivileged {
             return Err(Errno::EPERM);
         }
+        self.asked.maps.fetch_add(1, Ordering::Relaxed);
         Ok(Box::new(mapping::Mapping::new(self, domid, gfns, access)))
     }
 
     fn map_resource(&self, domid: DomId, resource: Resource) -> Result<ForeignPages, Errno> {
+        self.asked.maps.fetch_add(1, Ordering::Relaxed);
         mapping::resource(self, domid, resource)
     }
 

@@ -55,6 +55,8 @@ pub struct GuestSpec {
     pub ballooned_pages: u64,
     /// PV: how it publishes its p2m. `None`: linear for 64-bit, tree for 32-bit.
     pub p2m: Option<P2mStyle>,
+    /// PV: processes, each with page tables of its own; at most one for each 256 pages.
+    pub processes: u64,
     /// What its contents are made from.
     pub seed: u64,
 }
@@ -71,6 +73,7 @@ impl GuestSpec {
             offline_vcpus: 0,
             ballooned_pages: 0,
             p2m: None,
+            processes: 3,
             seed: 1,
         }
     }
@@ -93,6 +96,8 @@ impl GuestSpec {
             "the width is 8, or 4 for a PV guest".to_owned()
         } else if !pv && (self.p2m.is_some() || self.ballooned_pages > 0) {
             "p2m style and ballooned pages are for PV guests".to_owned()
+        } else if self.processes > self.pages() / 256 {
+            "at most one process for each 256 pages".to_owned()
         } else if self.ballooned_pages > self.pages() / 8 {
             "at most an eighth of the memory can be ballooned out".to_owned()
         } else {

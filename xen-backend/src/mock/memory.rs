@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::errno::Errno;
 use nix::libc::off_t;
-use nix::sys::mman::{self, MapFlags, MmapAdvise, ProtFlags};
+use nix::sys::mman::{self, MapFlags, ProtFlags};
 use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE};
 
 use crate::error::MapError;
@@ -124,19 +124,19 @@ struct Run {
 }
 
 /// Map `gfns` one behind the other from the machine's `memory` file, where frame
-/// `mfn` is at offset `mfn * 4096`. `resolve` says which machine frame a gfn is and
-/// whether it may be mapped; a frame it refuses is listed as failed and left
+/// `mfn` is at offset `mfn * 4096`. `resolve` says which machine frame a gfn (with its
+/// index) is and whether it may be mapped; a frame it refuses is listed as failed and left
 /// without access. Neighbouring machine frames share one mmap.
 pub(super) fn map_frames(
     memory: &File,
     gfns: &[Gfn],
     access: Access,
-    resolve: impl Fn(Gfn) -> Result<Mfn, Errno>,
+    resolve: impl Fn(usize, Gfn) -> Result<Mfn, Errno>,
 ) -> Result<ForeignPages, Errno> {
     let mut failed = Vec::new();
     let mut runs: Vec<Run> = Vec::new();
     for (index, &gfn) in gfns.iter().enumerate() {
-        match resolve(gfn) {
+        match resolve(index, gfn) {
             Err(errno) => failed.push(MapError { index, gfn, errno }),
             Ok(mfn) => match runs.last_mut() {
                 Some(run)
@@ -162,12 +162,13 @@ pub(super) fn map_frames(
     // function; on an early return it is dropped without having been looked at.
     let pages = unsafe { ForeignPages::from_raw(base, gfns.len(), access, failed) };
     let shared = MapFlags::MAP_SHARED | MapFlags::MAP_FIXED;
-    let (prot, flags) = match access {
-        // Faulted in here, by whoever prepares a batch, rather than by the writer.
-        Access::Read => (ProtFlags::PROT_READ, shared | MapFlags::MAP_POPULATE),
-        // Not so for writing: MAP_POPULATE would read each page first.
-        Access::Write => (ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, shared),
+    let prot = match access {
+        Access::Read => ProtFlags::PROT_READ,
+        Access::Write => ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
     };
+    // Faulted in here, as a mapping of privcmd's is complete when it is made. In a file
+    // in memory (tmpfs) pages that are faulted in to be read can be written as well.
+    let flags = shared | MapFlags::MAP_POPULATE;
     for run in &runs {
         // SAFETY: `run.at < gfns.len()`, so the address is inside the reservation.
         let address = unsafe { base.add(run.at * PAGE_SIZE) };
@@ -180,18 +181,7 @@ pub(super) fn map_frames(
             .ok_or(Errno::EINVAL)?;
         // SAFETY: MAP_FIXED replaces only pages of our own reservation:
         // `run.at + run.pages <= gfns.len()`, and nothing has borrowed them yet.
-        let mapped =
-            unsafe { mman::mmap(Some(address.addr()), octets, prot, flags, memory, offset) }?;
-        if access == Access::Write && run.pages > 1 {
-            // One call for the run rather than a fault for each page. Kernels before
-            // 5.14 do not know it: then the faults come one by one.
-            let advice = MmapAdvise::MADV_POPULATE_WRITE;
-            // SAFETY: the pages just mapped, which nothing has borrowed yet.
-            match unsafe { mman::madvise(mapped, octets.get(), advice) } {
-                Ok(()) | Err(Errno::EINVAL) => {}
-                Err(errno) => return Err(errno),
-            }
-        }
+        unsafe { mman::mmap(Some(address.addr()), octets, prot, flags, memory, offset) }?;
     }
     Ok(pages)
 }

@@ -9,6 +9,7 @@ use xsr_format::frame::{Gfn, Mfn};
 
 use super::dirty::DirtyLog;
 use super::memory::Words;
+use super::workload::Workload;
 use crate::{DomId, GuestKind, ShutdownReason, TscInfo};
 
 /// A PV vcpu that has been given its context.
@@ -91,6 +92,8 @@ pub(super) struct Dom {
     pub(super) gone: AtomicBool,
     /// Pages the guest writes; only while this process has the host open.
     pub(super) dirty: DirtyLog,
+    /// Work done in steps, while its writes are logged.
+    pub(super) stepped: Mutex<Option<Workload>>,
     state: Mutex<State>,
 }
 
@@ -110,6 +113,7 @@ impl Dom {
             p2m,
             gone: AtomicBool::new(false),
             dirty: DirtyLog::default(),
+            stepped: Mutex::new(None),
             state: Mutex::new(State { record, blobs }),
         }
     }

@@ -7,6 +7,7 @@
 //!
 //! C implementation: `tools/libs/call/{linux,buffer}.c`.
 
+use std::fmt;
 use std::fs::File;
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
@@ -15,8 +16,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use nix::errno::Errno;
 use nix::sys::mman::{self, MapFlags, MmapAdvise, ProtFlags};
 use xsr_format::frame::PAGE_SIZE;
-
-use super::CallBuffer;
 
 /// Buffers of one page that are kept for the next call.
 const KEPT: usize = 8;
@@ -102,8 +101,8 @@ impl Pages {
 
     fn octets(&self) -> &[u8] {
         // SAFETY: `base` starts a mapping of `octets` readable, initialised octets that
-        // this value owns. The hypervisor writes it only during a hypercall, and
-        // callers hold no borrow then: `CallBuffer` copies in and out.
+        // this value owns. The hypervisor writes it only during a hypercall, for which
+        // the buffer is borrowed mutably (`Call`).
         unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.octets.get()) }
     }
 
@@ -122,7 +121,89 @@ impl Drop for Pages {
     }
 }
 
-/// A buffer; its pages go back to the pool.
+/// Memory that a hypercall's structures are in.
+#[derive(Debug)]
+pub(crate) struct CallBuffer(Memory);
+
+#[derive(Debug)]
+enum Memory {
+    /// Pages of this process, for the hypervisor of this machine.
+    Ours(Buffer),
+    /// What another hypervisor reaches. Where it is says nothing of this process.
+    Elsewhere(Box<dyn Elsewhere>),
+}
+
+/// Memory of a hypervisor that is not this machine's.
+pub(crate) trait Elsewhere: fmt::Debug + Send {
+    /// Where it is, for that hypervisor.
+    fn address(&self) -> u64;
+
+    /// How many octets it has.
+    fn len(&self) -> usize;
+
+    /// As [`CallBuffer::read`].
+    fn read(&self, at: usize, out: &mut [u8]);
+
+    /// As [`CallBuffer::write`].
+    fn write(&mut self, at: usize, octets: &[u8]);
+}
+
+impl CallBuffer {
+    /// One that this machine's hypervisor is never told of.
+    pub(crate) fn elsewhere(memory: Box<dyn Elsewhere>) -> Self {
+        Self(Memory::Elsewhere(memory))
+    }
+
+    pub(super) fn ours(buffer: Buffer) -> Self {
+        Self(Memory::Ours(buffer))
+    }
+
+    pub(super) fn is_ours(&self) -> bool {
+        matches!(self.0, Memory::Ours(_))
+    }
+
+    /// Where it is, as a structure names it.
+    pub(crate) fn address(&self) -> u64 {
+        match &self.0 {
+            Memory::Ours(buffer) => buffer.address(),
+            Memory::Elsewhere(memory) => memory.address(),
+        }
+    }
+
+    /// How many octets it has.
+    pub(crate) fn len(&self) -> usize {
+        match &self.0 {
+            Memory::Ours(buffer) => buffer.octets,
+            Memory::Elsewhere(memory) => memory.len(),
+        }
+    }
+
+    /// Copy `out.len()` octets from offset `at` on.
+    ///
+    /// # Panics
+    ///
+    /// When they are not all inside.
+    pub(crate) fn read(&self, at: usize, out: &mut [u8]) {
+        match &self.0 {
+            Memory::Ours(buffer) => buffer.read(at, out),
+            Memory::Elsewhere(memory) => memory.read(at, out),
+        }
+    }
+
+    /// Copy octets in from offset `at` on.
+    ///
+    /// # Panics
+    ///
+    /// When they are not all inside.
+    pub(crate) fn write(&mut self, at: usize, octets: &[u8]) {
+        match &mut self.0 {
+            Memory::Ours(buffer) => buffer.write(at, octets),
+            Memory::Elsewhere(memory) => memory.write(at, octets),
+        }
+    }
+}
+
+/// A buffer of pages; they go back to the pool.
 #[derive(Debug)]
 pub(super) struct Buffer {
     /// Always there, until it is dropped.
@@ -131,7 +212,7 @@ pub(super) struct Buffer {
     pool: Arc<Pool>,
 }
 
-impl CallBuffer for Buffer {
+impl Buffer {
     fn address(&self) -> u64 {
         let pages = self.pages.as_ref().expect("a buffer has pages");
         pages.base.as_ptr().expose_provenance() as u64

@@ -15,7 +15,7 @@ use xsr_format::frame::Gfn;
 use super::buffer::Pool;
 use super::ioctl::{HYPERCALL, Hypercall};
 use super::mapping::Mapping;
-use super::{CallBuffer, FrameMapping, Hypercalls, Resource, events, mapping};
+use super::{Call, CallBuffer, FrameMapping, Hypercalls, Resource, events, mapping};
 use crate::DomId;
 use crate::pages::{Access, ForeignPages};
 
@@ -75,29 +75,34 @@ impl Privcmd {
 }
 
 impl Hypercalls for Privcmd {
-    fn hypercall(&self, number: u32, arguments: [u64; 5]) -> Result<u64, Errno> {
-        let call = Hypercall {
-            op: number.into(),
-            arg: arguments,
+    fn hypercall(&self, call: Call<'_>) -> Result<u64, Errno> {
+        if !call.is_ours() {
+            return Err(Errno::EFAULT);
+        }
+        let request = Hypercall {
+            op: call.number().into(),
+            arg: call.arguments(),
         };
         // The system call itself: ioctl(3) cuts what the hypervisor returns to an int,
         // and a frame number may need more.
-        // SAFETY: the descriptor is privcmd's and `call` is what this request takes. The
-        // hypervisor reads and writes the buffers that the arguments name: they are
-        // `CallBuffer`s that the caller keeps alive and does not touch meanwhile.
+        // SAFETY: the descriptor is privcmd's and `request` is what it takes. The hypervisor
+        // reads and writes no more of this process than the command's addresses lead to. All
+        // of them are those of buffers of our own pool (`is_ours`), put in by `Call` where its
+        // tables say that the command has them, each with as much room as the structure says;
+        // `call` borrows them mutably, so that they live and nobody looks until it returns.
         let returned = unsafe {
             libc::syscall(
                 libc::SYS_ioctl,
                 self.privcmd.as_raw_fd(),
                 HYPERCALL,
-                &raw const call,
+                &raw const request,
             )
         };
         u64::try_from(returned).map_err(|_| Errno::last())
     }
 
-    fn buffer(&self, octets: usize) -> Result<Box<dyn CallBuffer>, Errno> {
-        Ok(Box::new(self.buffers.take(octets)?))
+    fn buffer(&self, octets: usize) -> Result<CallBuffer, Errno> {
+        Ok(CallBuffer::ours(self.buffers.take(octets)?))
     }
 
     fn reserve(
@@ -122,7 +127,34 @@ impl Hypercalls for Privcmd {
 
 #[cfg(test)]
 mod tests {
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+
     use super::*;
+    use crate::mock::face::Face;
+    use crate::mock::{HostConfig, MockHost};
+    use crate::sys::common as sys;
+
+    /// A file in the place of privcmd, which refuses the ioctl.
+    #[test]
+    fn memory_of_another_hypervisor_is_not_for_this_one() {
+        let machine = MockHost::ephemeral(&HostConfig::default()).unwrap();
+        let file = memfd_create("xsr-no-privcmd", MFdFlags::empty()).unwrap();
+        let device = Privcmd {
+            privcmd: Arc::new(File::from(file)),
+            buffers: Arc::new(Pool::new(None)),
+        };
+        let face = Face::new(&machine);
+        let ask = |raw: &dyn Hypercalls, from: &dyn Hypercalls| {
+            let mut whole = raw.buffer(144).unwrap();
+            whole.write(0, &sys::XEN_DOMCTL_getpageframeinfo3.to_le_bytes());
+            let mut frames = from.buffer(8).unwrap();
+            let named = &mut [&mut frames];
+            device.hypercall(Call::domctl(&mut whole, named).unwrap())
+        };
+        assert_eq!(ask(&face, &device), Err(Errno::EFAULT));
+        assert_eq!(ask(&device, &face), Err(Errno::EFAULT));
+        assert_eq!(ask(&device, &device), Err(Errno::ENOTTY));
+    }
 
     #[test]
     fn a_device_without_a_driver_is_none() {

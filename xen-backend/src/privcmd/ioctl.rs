@@ -68,6 +68,15 @@ const BIND_INTERDOMAIN: c_ulong = request::<BindInterdomain>(b'E', 1);
 const UNBIND: c_ulong = request::<Port>(b'E', 3);
 const NOTIFY: c_ulong = request::<Port>(b'E', 4);
 
+/// One that no kernel has (`IOCTL_PRIVCMD_UNIMPLEMENTED`): its errno is that of all that a
+/// kernel does not have, which older ones say with EINVAL.
+pub(super) const UNIMPLEMENTED: c_ulong = (b'P' as c_ulong) << 8 | 0xff;
+
+nix::ioctl_none_bad!(
+    /// Ask for what there is not.
+    unimplemented,
+    UNIMPLEMENTED
+);
 nix::ioctl_readwrite_bad!(
     /// Map foreign frames.
     mmap_batch,
@@ -109,6 +118,7 @@ mod tests {
         assert_eq!(HYPERCALL, 0x30_5000);
         assert_eq!(MMAPBATCH_V2, 0x20_5004);
         assert_eq!(MMAP_RESOURCE, 0x20_5007);
+        assert_eq!(UNIMPLEMENTED, 0x50ff);
         assert_eq!(BIND_INTERDOMAIN, 0x8_4501);
         assert_eq!(UNBIND, 0x4_4503);
         assert_eq!(NOTIFY, 0x4_4504);

@@ -170,9 +170,20 @@ pub(super) fn resource(
     };
     // SAFETY: the descriptor is privcmd's; `addr` to `addr + num * 4096` is a mapping of
     // privcmd's that we own and nothing has borrowed.
-    unsafe { ioctl::mmap_resource(privcmd.as_raw_fd(), &raw mut request) }?;
+    let mapped = unsafe { ioctl::mmap_resource(privcmd.as_raw_fd(), &raw mut request) };
+    mapped.map_err(|errno| match errno == unimplemented(privcmd) {
+        true => Errno::EOPNOTSUPP,
+        false => errno,
+    })?;
     reachable(&pages)?;
     Ok(pages)
+}
+
+/// What this kernel says of an ioctl that it does not have.
+fn unimplemented(privcmd: &File) -> Errno {
+    // SAFETY: the request takes no argument, and no kernel does anything for it.
+    let asked = unsafe { ioctl::unimplemented(privcmd.as_raw_fd()) };
+    asked.err().unwrap_or(Errno::ENOTTY)
 }
 
 /// Whether memory is behind every page. Linux reports a resource as mapped where the last
@@ -235,6 +246,19 @@ mod tests {
         drop((pages, some, unfinished));
         assert_eq!(mapped().matches(NAME).count(), 0);
         assert!(Box::new(reserved(&[])).finish().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_kernel_that_maps_no_resources_says_so() {
+        let file = File::from(memfd_create(NAME, MFdFlags::empty()).unwrap());
+        let table = Resource {
+            kind: 1,
+            id: 0,
+            first: 0,
+            frames: 1,
+        };
+        let refused = resource(&file, DomId(7), table).unwrap_err();
+        assert_eq!(refused, Errno::EOPNOTSUPP);
     }
 
     #[test]

@@ -9,15 +9,11 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 
 use super::interface::Interface;
 use super::sys;
-use crate::privcmd::{CallBuffer, Hypercalls};
+use crate::privcmd::call::{LARGEST_INFO, Named};
+use crate::privcmd::{Call, CallBuffer, Hypercalls};
 use crate::{DomId, DomainInfo};
 
-/// Octets of `xen_domctl` before its union: cmd, interface_version, domain, padding.
-pub(crate) const DOMCTL_HEADER: usize = 16;
-/// Octets of `xen_sysctl` before its union: cmd, interface_version.
-pub(crate) const SYSCTL_HEADER: usize = 8;
-/// Octets of either union.
-pub(crate) const BODY: usize = 128;
+pub(crate) use crate::privcmd::call::{BODY, DOMCTL_HEADER, SYSCTL_HEADER};
 
 /// The hypervisor, and the version of the interface it speaks.
 #[derive(Debug)]
@@ -27,27 +23,28 @@ pub(super) struct Calls {
 }
 
 /// A buffer with octets in it.
-pub(super) fn filled(raw: &dyn Hypercalls, octets: &[u8]) -> Result<Box<dyn CallBuffer>, Errno> {
+pub(super) fn filled(raw: &dyn Hypercalls, octets: &[u8]) -> Result<CallBuffer, Errno> {
     let mut buffer = raw.buffer(octets.len())?;
     buffer.write(0, octets);
     Ok(buffer)
 }
 
-/// A domctl of this version; the octets of its union, as they come back.
+/// A domctl of this version, with the buffers that its body names; the octets of its union,
+/// as they come back.
 pub(super) fn domctl(
     raw: &dyn Hypercalls,
     version: u32,
     cmd: u32,
     domid: u16,
     body: &[u8],
+    named: Named<'_, '_>,
 ) -> Result<(u16, [u8; BODY]), Errno> {
     let mut buffer = raw.buffer(DOMCTL_HEADER + BODY)?;
     buffer.write(0, &cmd.to_ne_bytes());
     buffer.write(4, &version.to_ne_bytes());
     buffer.write(8, &domid.to_ne_bytes());
     buffer.write(DOMCTL_HEADER, body);
-    let arguments = [buffer.address(), 0, 0, 0, 0];
-    raw.hypercall(sys::__HYPERVISOR_domctl, arguments)?;
+    raw.hypercall(Call::domctl(&mut buffer, named)?)?;
     let (mut domid, mut body) = ([0; 2], [0; BODY]);
     buffer.read(8, &mut domid);
     buffer.read(DOMCTL_HEADER, &mut body);
@@ -63,9 +60,20 @@ impl Calls {
         cmd: u32,
         argument: &T,
     ) -> Result<(u64, T), Errno> {
-        let buffer = filled(&*self.raw, argument.as_bytes())?;
-        let arguments = [cmd.into(), buffer.address(), 0, 0, 0];
-        let returned = self.raw.hypercall(number, arguments)?;
+        self.with_struct_naming(number, cmd, argument, &mut [])
+    }
+
+    /// Likewise, with the buffers that the structure names.
+    pub(super) fn with_struct_naming<T: FromBytes + IntoBytes + Immutable>(
+        &self,
+        number: u32,
+        cmd: u32,
+        argument: &T,
+        named: Named<'_, '_>,
+    ) -> Result<(u64, T), Errno> {
+        let mut buffer = filled(&*self.raw, argument.as_bytes())?;
+        let call = Call::operation(number, cmd, &mut buffer, named)?;
+        let returned = self.raw.hypercall(call)?;
         let mut out = T::new_zeroed();
         buffer.read(0, out.as_mut_bytes());
         Ok((returned, out))
@@ -78,24 +86,43 @@ impl Calls {
         domid: DomId,
         body: &T,
     ) -> Result<T, Errno> {
+        self.domctl_naming(cmd, domid, body, &mut [])
+    }
+
+    /// Likewise, with the buffers that the member names, in its order.
+    pub(super) fn domctl_naming<T: FromBytes + IntoBytes + Immutable>(
+        &self,
+        cmd: u32,
+        domid: DomId,
+        body: &T,
+        named: Named<'_, '_>,
+    ) -> Result<T, Errno> {
         let version = self.interface.domctl;
-        let (_, out) = domctl(&*self.raw, version, cmd, domid.0, body.as_bytes())?;
+        let (_, out) = domctl(&*self.raw, version, cmd, domid.0, body.as_bytes(), named)?;
         let (out, _) = T::read_from_prefix(&out).map_err(|_| Errno::EINVAL)?;
         Ok(out)
     }
 
     /// A domctl that takes nothing.
     pub(super) fn plain_domctl(&self, cmd: u32, domid: DomId) -> Result<(), Errno> {
-        domctl(&*self.raw, self.interface.domctl, cmd, domid.0, &[]).map(drop)
+        domctl(
+            &*self.raw,
+            self.interface.domctl,
+            cmd,
+            domid.0,
+            &[],
+            &mut [],
+        )
+        .map(drop)
     }
 
     /// A buffer with octets in it.
-    pub(super) fn filled(&self, octets: &[u8]) -> Result<Box<dyn CallBuffer>, Errno> {
+    pub(super) fn filled(&self, octets: &[u8]) -> Result<CallBuffer, Errno> {
         filled(&*self.raw, octets)
     }
 
     /// What a buffer holds from its start on.
-    pub(super) fn contents(buffer: &dyn CallBuffer, octets: usize) -> Vec<u8> {
+    pub(super) fn contents(buffer: &CallBuffer, octets: usize) -> Vec<u8> {
         let mut out = vec![0; octets];
         buffer.read(0, &mut out);
         out
@@ -105,7 +132,7 @@ impl Calls {
     /// there is none of this number.
     pub(super) fn info(&self, domid: DomId) -> Result<DomainInfo, Errno> {
         let (version, cmd) = (self.interface.domctl, sys::XEN_DOMCTL_getdomaininfo);
-        let (_, body) = domctl(&*self.raw, version, cmd, domid.0, &[])?;
+        let (_, body) = domctl(&*self.raw, version, cmd, domid.0, &[], &mut [])?;
         let info = (self.interface.decode_info)(&body).ok_or(Errno::EINVAL)?;
         match info.domid == domid.0 {
             true => Ok(info.to_domain_info()),
@@ -117,20 +144,24 @@ impl Calls {
     pub(super) fn list_domains(&self, first: u16, max: u32) -> Result<Vec<DomainInfo>, Errno> {
         let octets = self.interface.info_octets;
         let room = usize::try_from(max).map_err(|_| Errno::EINVAL)?;
-        let list = self.raw.buffer(room * octets)?;
+        let mut list = self.raw.buffer(room * LARGEST_INFO)?;
         let mut body = sys::xen_sysctl_getdomaininfolist::new_zeroed();
         body.first_domain = first;
         body.max_domains = max;
-        body.buffer = list.address();
         let mut result = Err(Errno::EACCES);
         for version in self.interface.sysctl {
-            result = self.sysctl(*version, sys::XEN_SYSCTL_getdomaininfolist, &body);
+            result = self.sysctl(
+                *version,
+                sys::XEN_SYSCTL_getdomaininfolist,
+                &body,
+                &mut [&mut list],
+            );
             if !matches!(result, Err(Errno::EACCES)) {
                 break;
             }
         }
         let found = usize::try_from(result?.num_domains).map_err(|_| Errno::EINVAL)?;
-        let infos = Self::contents(&*list, found.min(room) * octets);
+        let infos = Self::contents(&list, found.min(room) * octets);
         let infos = infos.chunks_exact(octets);
         infos
             .map(|info| (self.interface.decode_info)(info).map(|info| info.to_domain_info()))
@@ -143,13 +174,13 @@ impl Calls {
         version: u32,
         cmd: u32,
         body: &T,
+        named: Named<'_, '_>,
     ) -> Result<T, Errno> {
         let mut buffer = self.raw.buffer(SYSCTL_HEADER + BODY)?;
         buffer.write(0, &cmd.to_ne_bytes());
         buffer.write(4, &version.to_ne_bytes());
         buffer.write(SYSCTL_HEADER, body.as_bytes());
-        let arguments = [buffer.address(), 0, 0, 0, 0];
-        self.raw.hypercall(sys::__HYPERVISOR_sysctl, arguments)?;
+        self.raw.hypercall(Call::sysctl(&mut buffer, named)?)?;
         let mut out = T::new_zeroed();
         buffer.read(SYSCTL_HEADER, out.as_mut_bytes());
         Ok(out)

@@ -156,13 +156,13 @@ impl DomainControl for XenDomain {
 impl XenDomain {
     /// The basic context of a vcpu, of `octets` octets.
     pub(super) fn get_context(&self, vcpu: u32, octets: usize) -> Result<Vec<u8>, Errno> {
-        let context = self.calls().raw.buffer(CONTEXT_64)?;
+        let mut context = self.calls().raw.buffer(CONTEXT_64)?;
         let mut body = sys::xen_domctl_vcpucontext::new_zeroed();
         body.vcpu = vcpu;
-        body.ctxt = context.address();
+        let named = &mut [&mut context];
         self.calls()
-            .domctl(sys::XEN_DOMCTL_getvcpucontext, self.domid, &body)?;
-        Ok(super::Calls::contents(&*context, octets))
+            .domctl_naming(sys::XEN_DOMCTL_getvcpucontext, self.domid, &body, named)?;
+        Ok(super::Calls::contents(&context, octets))
     }
 
     /// Set the basic context of a vcpu; `context` has the size of the guest's width.
@@ -170,12 +170,12 @@ impl XenDomain {
         // Xen reads as much as the larger of the two has.
         let mut whole = vec![0; CONTEXT_64.max(context.len())];
         whole[..context.len()].copy_from_slice(context);
-        let buffer = self.calls().filled(&whole)?;
+        let mut buffer = self.calls().filled(&whole)?;
         let mut body = sys::xen_domctl_vcpucontext::new_zeroed();
         body.vcpu = vcpu;
-        body.ctxt = buffer.address();
+        let named = &mut [&mut buffer];
         self.calls()
-            .domctl(sys::XEN_DOMCTL_setvcpucontext, self.domid, &body)
+            .domctl_naming(sys::XEN_DOMCTL_setvcpucontext, self.domid, &body, named)
             .map(drop)
     }
 }

@@ -60,7 +60,7 @@ fn createdomain(calls: &Calls, kind: GuestKind, vcpus: u32) -> Result<DomId, Err
         };
         let body = (calls.interface.encode_create)(&create);
         let (version, cmd) = (calls.interface.domctl, sys::XEN_DOMCTL_createdomain);
-        let (domid, _) = calls::domctl(&*calls.raw, version, cmd, DOMID_ANY, &body)?;
+        let (domid, _) = calls::domctl(&*calls.raw, version, cmd, DOMID_ANY, &body, &mut [])?;
         Ok(DomId(domid))
     };
     if kind == GuestKind::Pv {

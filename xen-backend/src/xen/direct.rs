@@ -18,6 +18,10 @@ use crate::{DomId, Host as _};
 /// Octets of output that xenconsoled keeps for nobody.
 const CONSOLE_LIMIT: &str = "1048576";
 
+/// Where libxl keeps the control domain's half of the consoles, which every guest of its own
+/// has.
+const CONSOLES: &str = "/local/domain/0/backend/console";
+
 /// What the guest may read, and what is its own.
 const LENT: [&str; 4] = ["", "/control", "/device", "/console"];
 const GUESTS: [&str; 9] = [
@@ -139,7 +143,7 @@ impl XenHost {
     }
 
     /// Take what a domain had in xenstore away: what [`XenHost::introduce`] made, and what
-    /// libxl keeps there of one that it made. xenstore lets go of its ring by itself once
+    /// libxl keeps there of one that it made and that has no device but its console. xenstore lets go of its ring by itself once
     /// the domain is destroyed.
     ///
     /// # Errors
@@ -153,9 +157,11 @@ impl XenHost {
         if let Some(path) = kept.filter(|path| path.starts_with("/vm/")) {
             xenstore.remove(&path).map_err(&fail)?;
         }
-        xenstore
-            .remove(&format!("/libxl/{}", domid.0))
-            .map_err(&fail)?;
+        for kept in ["/libxl", CONSOLES] {
+            xenstore
+                .remove(&format!("{kept}/{}", domid.0))
+                .map_err(&fail)?;
+        }
         xenstore.remove(&node(domid, "")).map_err(&fail)
     }
 }

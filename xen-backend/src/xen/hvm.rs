@@ -10,30 +10,31 @@ use super::calls::Calls;
 use super::{XenDomain, sys};
 use crate::HvmGuest;
 use crate::error::BackendError;
+use crate::privcmd::call::Named;
 
 impl XenDomain {
     fn read_hvm_context(&self) -> Result<Vec<u8>, Errno> {
-        let get = |size, buffer| {
+        let get = |size, named: Named<'_, '_>| {
             let mut body = sys::xen_domctl_hvmcontext::new_zeroed();
-            (body.size, body.buffer) = (size, buffer);
+            body.size = size;
             self.calls()
-                .domctl(sys::XEN_DOMCTL_gethvmcontext, self.domid, &body)
+                .domctl_naming(sys::XEN_DOMCTL_gethvmcontext, self.domid, &body, named)
         };
         // Without a buffer Xen says how large one has to be.
-        let room = get(0, 0)?.size;
+        let room = get(0, &mut [])?.size;
         let octets = |size| usize::try_from(size).map_err(|_| Errno::EINVAL);
-        let buffer = self.calls().raw.buffer(octets(room)?)?;
-        let used = get(room, buffer.address())?.size;
-        Ok(Calls::contents(&*buffer, octets(used.min(room))?))
+        let mut buffer = self.calls().raw.buffer(octets(room)?)?;
+        let used = get(room, &mut [&mut buffer])?.size;
+        Ok(Calls::contents(&buffer, octets(used.min(room))?))
     }
 
     fn write_hvm_context(&self, context: &[u8]) -> Result<(), Errno> {
-        let buffer = self.calls().filled(context)?;
+        let mut buffer = self.calls().filled(context)?;
         let mut body = sys::xen_domctl_hvmcontext::new_zeroed();
         body.size = u32::try_from(context.len()).map_err(|_| Errno::EINVAL)?;
-        body.buffer = buffer.address();
+        let named = &mut [&mut buffer];
         self.calls()
-            .domctl(sys::XEN_DOMCTL_sethvmcontext, self.domid, &body)
+            .domctl_naming(sys::XEN_DOMCTL_sethvmcontext, self.domid, &body, named)
             .map(drop)
     }
 

@@ -21,6 +21,23 @@ use crate::sys::{common as sys, v12, v13, v14, v15, v16, v17, v18};
 use crate::{DomId, DomainInfo, GuestKind, ShutdownReason};
 use xsr_format::frame::Gfn;
 
+/// The versions of the domctl and the sysctl interface that a Xen 4.`minor` has; above
+/// those that are known, numbers that nobody speaks.
+pub(crate) const fn versions(minor: u16) -> (u32, u32) {
+    match minor {
+        0..=14 => (0x12, 0x13),
+        15 => (0x13, 0x13),
+        16 => (0x14, 0x14),
+        17 => (0x15, 0x15),
+        18 => (0x16, 0x15),
+        19 | 20 => (0x17, 0x15),
+        21 => (0x17, 0x16),
+        22 => (0x18, 0x16),
+        // What is to come.
+        _ => (0x19, 0x17),
+    }
+}
+
 /// What a new domain is to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Create {

@@ -1,7 +1,8 @@
 //! The log of pages that a guest writes.
 //!
 //! Xen reads a log that is off as an empty one, and a final read of a running domain as
-//! any other; both would lose pages, so both are refused here.
+//! any other; both would lose pages, so both are refused here. So is an answer for fewer pages
+//! than were asked for.
 //!
 //! C implementation: `xc_shadow_control`, `xc_logdirty_control` in
 //! `tools/libs/ctrl/xc_domain.c`; in Xen, `xen/arch/x86/mm/paging.c`.
@@ -57,7 +58,7 @@ impl LogDirty for XenDomain {
         }
         let words = out.words();
         // One word more than there may be: a buffer has at least one octet.
-        let buffer = self.calls().raw.buffer(words * 8 + 8).map_err(fail)?;
+        let mut buffer = self.calls().raw.buffer(words * 8 + 8).map_err(fail)?;
         let mut body = sys::xen_domctl_shadow_op::new_zeroed();
         (body.op, body.mode) = match how {
             DirtyRead::Clean => (sys::XEN_DOMCTL_SHADOW_OP_CLEAN, 0),
@@ -67,13 +68,19 @@ impl LogDirty for XenDomain {
                 sys::XEN_DOMCTL_SHADOW_LOGDIRTY_FINAL,
             ),
         };
-        body.dirty_bitmap = buffer.address();
         body.pages = out.pfns();
+        let (cmd, named) = (sys::XEN_DOMCTL_shadow_op, &mut [&mut buffer]);
         let answer = self
             .calls()
-            .domctl(sys::XEN_DOMCTL_shadow_op, self.domid, &body)
+            .domctl_naming(cmd, self.domid, &body, named)
             .map_err(fail)?;
-        let octets = super::Calls::contents(&*buffer, words * 8);
+        // Where Xen says less, the rest of the bitmap is not an answer.
+        if answer.pages != out.pfns() {
+            let (domid, asked, answered) = (self.domid, out.pfns(), answer.pages);
+            tracing::error!(%domid, asked, answered, "the dirty log is not whole");
+            return Err(fail(Errno::EIO));
+        }
+        let octets = super::Calls::contents(&buffer, words * 8);
         let (octets, _) = octets.as_chunks::<8>();
         let bits: Vec<u64> = octets
             .iter()

@@ -82,19 +82,19 @@ impl XenDomain {
         let mut done = 0;
         for chunk in frames.chunks_mut(EXTENTS) {
             let extents: Vec<u64> = chunk.iter().map(|gfn| gfn.0).collect();
-            let buffer = self.calls().filled(extents.as_bytes())?;
+            let mut buffer = self.calls().filled(extents.as_bytes())?;
             let mut ask = sys::xen_memory_reservation::new_zeroed();
-            ask.extent_start = buffer.address();
             ask.nr_extents = extents.len() as u64;
             ask.extent_order = order.into();
             ask.domid = self.domid.0;
             let number = sys::__HYPERVISOR_memory_op;
-            let (count, _) = self.calls().with_struct(number, op, &ask)?;
+            let named = &mut [&mut buffer];
+            let (count, _) = self.calls().with_struct_naming(number, op, &ask, named)?;
             let count = usize::try_from(count).map_err(|_| Errno::EINVAL)?;
-            let mut word = [0; 8];
-            for (index, gfn) in chunk.iter_mut().enumerate().take(count) {
-                buffer.read(index * 8, &mut word);
-                *gfn = Gfn(u64::from_ne_bytes(word));
+            let count = count.min(extents.len());
+            let answer = Calls::contents(&buffer, count * 8);
+            for (word, gfn) in answer.as_chunks().0.iter().zip(chunk) {
+                *gfn = Gfn(u64::from_ne_bytes(*word));
             }
             done += count;
             if count < extents.len() {
@@ -134,11 +134,14 @@ impl GuestMemory for XenDomain {
         let mut buffer = self.calls().filled(frames.as_bytes()).map_err(fail)?;
         let body = sys::xen_domctl_getpageframeinfo3 {
             num: frames.len() as u64,
-            array: buffer.address(),
+            array: 0,
         };
         let cmd = sys::XEN_DOMCTL_getpageframeinfo3;
         let mut left = FAULTS;
-        while let Err(errno) = self.calls().domctl(cmd, self.domid, &body) {
+        while let Err(errno) =
+            self.calls()
+                .domctl_naming(cmd, self.domid, &body, &mut [&mut buffer])
+        {
             if errno != Errno::EFAULT || left == 0 {
                 return Err(fail(errno));
             }
@@ -146,11 +149,10 @@ impl GuestMemory for XenDomain {
             // Some of the frames may have given way to their types.
             buffer.write(0, frames.as_bytes());
         }
-        let mut word = [0; 8];
-        for (index, out) in out.iter_mut().enumerate() {
-            buffer.read(index * 8, &mut word);
+        let answer = Calls::contents(&buffer, frames.len() * 8);
+        for (word, out) in answer.as_chunks().0.iter().zip(out) {
             // The four bits of the type are the uppermost of the lower half.
-            let bits = u64::from_ne_bytes(word) >> 28 & 0xf;
+            let bits = u64::from_ne_bytes(*word) >> 28 & 0xf;
             *out = PageType::from_nibble(u8::try_from(bits).map_err(|_| fail(Errno::EINVAL))?);
         }
         Ok(())

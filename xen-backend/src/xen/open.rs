@@ -10,10 +10,10 @@ use nix::unistd::geteuid;
 use thiserror::Error;
 
 use super::calls::{self, Calls};
-use super::interface::{INTERFACES, Interface};
+use super::interface::{INTERFACES, Interface, versions};
 use super::{Privcmd, sys};
 use crate::XenVersion;
-use crate::privcmd::Hypercalls;
+use crate::privcmd::{Call, Hypercalls};
 
 /// Says "xen" where Linux runs on Xen.
 const HYPERVISOR_TYPE: &str = "/sys/hypervisor/type";
@@ -125,8 +125,8 @@ fn under_xen(hypervisor_type: &Path) -> bool {
 
 /// Which version of Xen answers, and of its interface.
 pub(super) fn probe(raw: Arc<dyn Hypercalls>) -> Result<(Calls, XenVersion), OpenError> {
-    let arguments = [sys::XENVER_version.into(), 0, 0, 0, 0];
-    let version = match raw.hypercall(sys::__HYPERVISOR_xen_version, arguments) {
+    let ask = Call::plain(sys::__HYPERVISOR_xen_version, sys::XENVER_version);
+    let version = match ask.and_then(|call| raw.hypercall(call)) {
         // Major in the upper half, minor in the lower.
         Ok(version) => XenVersion {
             major: half(version >> 16),
@@ -139,7 +139,10 @@ pub(super) fn probe(raw: Arc<dyn Hypercalls>) -> Result<(Calls, XenVersion), Ope
         }
     };
     let XenVersion { major, minor } = version;
-    for interface in &INTERFACES {
+    // What this version should speak first; a build of it may speak another.
+    let (expected, _) = versions(minor);
+    let (likely, others): (Vec<_>, Vec<_>) = INTERFACES.iter().partition(|i| i.domctl == expected);
+    for interface in likely.into_iter().chain(others) {
         match speaks(&*raw, interface.domctl) {
             Ok(true) => return Ok((Calls { raw, interface }, version)),
             Ok(false) => {}
@@ -178,7 +181,7 @@ fn half(value: u64) -> u16 {
 /// Whether the hypervisor takes domctls of this version: it refuses any other with
 /// EACCES, before it looks at what is asked.
 fn speaks(raw: &dyn Hypercalls, version: u32) -> Result<bool, Errno> {
-    match calls::domctl(raw, version, sys::XEN_DOMCTL_getdomaininfo, 0, &[]) {
+    match calls::domctl(raw, version, sys::XEN_DOMCTL_getdomaininfo, 0, &[], &mut []) {
         Ok(_) => Ok(true),
         Err(Errno::EACCES) => Ok(false),
         Err(errno) => Err(errno),

@@ -1,16 +1,15 @@
-//! What PV and translated guests have in common: CPU policy, TSC, reserved grants.
+//! What PV and translated guests have in common: CPU policy, TSC, reserved grants
+//! (`grants.rs`).
 //!
 //! C implementation: `tools/libs/guest/xg_cpuid_x86.c`, `xc_domain_{get,set}_tsc_info`
-//! in `tools/libs/ctrl/xc_domain.c`, `xc_dom_gnttab_seed` in
-//! `tools/libs/guest/xg_dom_boot.c`.
+//! in `tools/libs/ctrl/xc_domain.c`.
 
 use nix::errno::Errno;
-use zerocopy::{FromZeros, IntoBytes};
+use zerocopy::FromZeros;
 
 use super::calls::Calls;
 use super::{XenDomain, sys};
 use crate::error::BackendError;
-use crate::privcmd::Resource;
 use crate::{CpuPolicy, RingGrant, TscInfo, X86Platform};
 
 /// Octets of a CPUID leaf and of an MSR in a policy.
@@ -25,9 +24,6 @@ const LARGEST_ROOM: u32 = 1 << 16;
 /// The largest TSC mode there is.
 const TSC_NEVER_EMULATE: u32 = 2;
 
-/// Octets of an entry of a grant table of version 1, which is one word.
-const GRANT_ENTRY: usize = size_of::<sys::grant_entry_v1>();
-
 fn entries(octets: &[u8], size: usize) -> Result<u32, Errno> {
     match octets.len().is_multiple_of(size) {
         true => u32::try_from(octets.len() / size).map_err(|_| Errno::EINVAL),
@@ -39,19 +35,20 @@ impl XenDomain {
     /// The policy, if it fits into `room` entries of either kind: ENOBUFS otherwise.
     fn policy_of(&self, room: u32) -> Result<CpuPolicy, Errno> {
         let count = usize::try_from(room).map_err(|_| Errno::EINVAL)?;
-        let leaves = self.calls().raw.buffer(count * LEAF)?;
-        let msrs = self.calls().raw.buffer(count * MSR)?;
+        let mut leaves = self.calls().raw.buffer(count * LEAF)?;
+        let mut msrs = self.calls().raw.buffer(count * MSR)?;
         let mut body = sys::xen_domctl_cpu_policy::new_zeroed();
         (body.nr_leaves, body.nr_msrs) = (room, room);
-        (body.leaves, body.msrs) = (leaves.address(), msrs.address());
-        let got = self
-            .calls()
-            .domctl(sys::XEN_DOMCTL_get_cpu_policy, self.domid, &body)?;
+        let (cmd, named) = (
+            sys::XEN_DOMCTL_get_cpu_policy,
+            &mut [&mut leaves, &mut msrs],
+        );
+        let got = self.calls().domctl_naming(cmd, self.domid, &body, named)?;
         let len = |entries: u32, size| usize::try_from(entries.min(room)).map(|n| n * size);
         let (nr_leaves, nr_msrs) = (len(got.nr_leaves, LEAF), len(got.nr_msrs, MSR));
         Ok(CpuPolicy {
-            leaves: Calls::contents(&*leaves, nr_leaves.map_err(|_| Errno::EINVAL)?),
-            msrs: Calls::contents(&*msrs, nr_msrs.map_err(|_| Errno::EINVAL)?),
+            leaves: Calls::contents(&leaves, nr_leaves.map_err(|_| Errno::EINVAL)?),
+            msrs: Calls::contents(&msrs, nr_msrs.map_err(|_| Errno::EINVAL)?),
         })
     }
 
@@ -59,50 +56,15 @@ impl XenDomain {
         let mut body = sys::xen_domctl_cpu_policy::new_zeroed();
         body.nr_leaves = entries(&policy.leaves, LEAF)?;
         body.nr_msrs = entries(&policy.msrs, MSR)?;
-        let leaves = self.calls().filled(&policy.leaves)?;
-        let msrs = self.calls().filled(&policy.msrs)?;
-        (body.leaves, body.msrs) = (leaves.address(), msrs.address());
+        let mut leaves = self.calls().filled(&policy.leaves)?;
+        let mut msrs = self.calls().filled(&policy.msrs)?;
+        let (cmd, named) = (
+            sys::XEN_DOMCTL_set_cpu_policy,
+            &mut [&mut leaves, &mut msrs],
+        );
         self.calls()
-            .domctl(sys::XEN_DOMCTL_set_cpu_policy, self.domid, &body)
+            .domctl_naming(cmd, self.domid, &body, named)
             .map(drop)
-    }
-
-    /// Fill in the reserved entries; none where one of them cannot be.
-    fn seed(&self, console: RingGrant, xenstore: RingGrant) -> Result<(), Errno> {
-        let rings = [
-            (sys::GNTTAB_RESERVED_CONSOLE, console),
-            (sys::GNTTAB_RESERVED_XENSTORE, xenstore),
-        ];
-        let mut words = Vec::new();
-        for (number, ring) in rings {
-            let Some(gfn) = ring.gfn else {
-                continue;
-            };
-            let entry = sys::grant_entry_v1 {
-                flags: u16::try_from(sys::GTF_permit_access).map_err(|_| Errno::EINVAL)?,
-                domid: ring.backend.0,
-                frame: u32::try_from(gfn.0).map_err(|_| Errno::EINVAL)?,
-            };
-            let mut word = [0; GRANT_ENTRY];
-            word.copy_from_slice(entry.as_bytes());
-            let index = usize::try_from(number).map_err(|_| Errno::EINVAL)?;
-            words.push((index, u64::from_le_bytes(word)));
-        }
-        if words.is_empty() {
-            return Ok(());
-        }
-        let table = Resource {
-            kind: sys::XENMEM_resource_grant_table,
-            id: sys::XENMEM_resource_grant_table_id_shared,
-            first: 0,
-            frames: 1,
-        };
-        let pages = self.calls().raw.map_resource(self.domid, table)?;
-        let page = pages.page(0).ok_or(Errno::EFAULT)?;
-        for (index, word) in words {
-            page.write_entry(index, word);
-        }
-        Ok(())
     }
 }
 

@@ -3,6 +3,8 @@
 //! C implementation: `tools/libs/guest/{xg_sr_common_x86_pv,xg_private}.c`,
 //! `tools/libs/ctrl/{xc_domain,xc_private}.c`.
 
+use std::sync::atomic::Ordering;
+
 use nix::errno::Errno;
 use xsr_format::frame::{Gfn, Mfn};
 use zerocopy::{FromZeros, IntoBytes};
@@ -13,6 +15,7 @@ use super::memory;
 use super::{DOMID_XEN, XenDomain, sys};
 use crate::error::BackendError;
 use crate::pages::Access;
+use crate::privcmd::Call;
 use crate::{M2p, PvGuest, VcpuBlob};
 
 /// Most pins at a time.
@@ -38,24 +41,21 @@ const MMUEXT_OP: usize = 24;
 impl XenDomain {
     fn list_of_m2p(&self, cmd: u32, chunks: u32) -> Result<Vec<u64>, Errno> {
         let count = usize::try_from(chunks).map_err(|_| Errno::EINVAL)?;
-        let list = self.calls().raw.buffer(count * 8)?;
+        let mut list = self.calls().raw.buffer(count * 8)?;
         let mut ask = sys::xen_machphys_mfn_list::new_zeroed();
         ask.max_extents = chunks;
-        ask.extent_start = list.address();
         let number = sys::__HYPERVISOR_memory_op;
-        let (_, answer) = self.calls().with_struct(number, cmd, &ask)?;
+        let named = &mut [&mut list];
+        let (_, answer) = self.calls().with_struct_naming(number, cmd, &ask, named)?;
         let found = usize::try_from(answer.nr_extents.min(chunks)).map_err(|_| Errno::EINVAL)?;
-        let octets = Calls::contents(&*list, found * 8);
+        let octets = Calls::contents(&list, found * 8);
         let (words, _) = octets.as_chunks::<8>();
         Ok(words.iter().map(|word| u64::from_ne_bytes(*word)).collect())
     }
 
     fn map_m2p(&self) -> Result<M2p, Errno> {
-        let arguments = [sys::XENMEM_maximum_ram_page.into(), 0, 0, 0, 0];
-        let max_mfn = self
-            .calls()
-            .raw
-            .hypercall(sys::__HYPERVISOR_memory_op, arguments)?;
+        let ask = Call::plain(sys::__HYPERVISOR_memory_op, sys::XENMEM_maximum_ram_page)?;
+        let max_mfn = self.calls().raw.hypercall(ask)?;
         let chunks = u32::try_from(max_mfn.div_ceil(CHUNK_ENTRIES)).map_err(|_| Errno::E2BIG)?;
         let list = self.list_of_m2p(sys::XENMEM_machphys_mfn_list, chunks)?;
         let frames: Vec<Gfn> = list
@@ -120,28 +120,27 @@ impl XenDomain {
         body.vcpu = vcpu;
         // Without a buffer Xen says how large one may have to be (as for a vcpu that has
         // used all there is), and for which features; with one, how much there was.
-        let mut body = self
+        let body = self
             .calls()
             .domctl(sys::XEN_DOMCTL_getvcpuextstate, self.domid, &body)?;
         let octets = usize::try_from(body.size).map_err(|_| Errno::EINVAL)?;
         if octets == 0 {
             return Ok(Vec::new());
         }
-        let buffer = self.calls().raw.buffer(octets)?;
-        body.buffer = buffer.address();
-        let got = self
-            .calls()
-            .domctl(sys::XEN_DOMCTL_getvcpuextstate, self.domid, &body)?;
+        let mut buffer = self.calls().raw.buffer(octets)?;
+        let (cmd, named) = (sys::XEN_DOMCTL_getvcpuextstate, &mut [&mut buffer]);
+        let got = self.calls().domctl_naming(cmd, self.domid, &body, named)?;
         let used = usize::try_from(got.size).map_err(|_| Errno::EINVAL)?;
-        Ok(Calls::contents(&*buffer, used.min(octets)))
+        Ok(Calls::contents(&buffer, used.min(octets)))
     }
 
     fn set_xsave(&self, vcpu: u32, state: &[u8]) -> Result<(), Errno> {
-        let buffer = self.calls().filled(state)?;
+        let mut buffer = self.calls().filled(state)?;
         let mut body = sys::xen_domctl_vcpuextstate::new_zeroed();
-        (body.vcpu, body.size, body.buffer) = (vcpu, state.len() as u64, buffer.address());
+        (body.vcpu, body.size) = (vcpu, state.len() as u64);
+        let (cmd, named) = (sys::XEN_DOMCTL_setvcpuextstate, &mut [&mut buffer]);
         self.calls()
-            .domctl(sys::XEN_DOMCTL_setvcpuextstate, self.domid, &body)
+            .domctl_naming(cmd, self.domid, &body, named)
             .map(drop)
     }
 
@@ -149,7 +148,7 @@ impl XenDomain {
         let mut body = sys::xen_domctl_vcpu_msrs::new_zeroed();
         body.vcpu = vcpu;
         // Without a buffer Xen says how many there may be.
-        let mut body = self
+        let body = self
             .calls()
             .domctl(sys::XEN_DOMCTL_get_vcpu_msrs, self.domid, &body)?;
         let octets = |count| usize::try_from(count).map(|n| n * VCPU_MSR);
@@ -157,26 +156,24 @@ impl XenDomain {
         if room == 0 {
             return Ok(Vec::new());
         }
-        let buffer = self.calls().raw.buffer(room)?;
-        body.msrs = buffer.address();
-        let got = self
-            .calls()
-            .domctl(sys::XEN_DOMCTL_get_vcpu_msrs, self.domid, &body)?;
+        let mut buffer = self.calls().raw.buffer(room)?;
+        let (cmd, named) = (sys::XEN_DOMCTL_get_vcpu_msrs, &mut [&mut buffer]);
+        let got = self.calls().domctl_naming(cmd, self.domid, &body, named)?;
         let used = octets(got.msr_count).map_err(|_| Errno::EINVAL)?;
-        Ok(Calls::contents(&*buffer, used.min(room)))
+        Ok(Calls::contents(&buffer, used.min(room)))
     }
 
     fn set_msrs(&self, vcpu: u32, state: &[u8]) -> Result<(), Errno> {
         if !state.len().is_multiple_of(VCPU_MSR) {
             return Err(Errno::EINVAL);
         }
-        let buffer = self.calls().filled(state)?;
+        let mut buffer = self.calls().filled(state)?;
         let mut body = sys::xen_domctl_vcpu_msrs::new_zeroed();
         body.vcpu = vcpu;
         body.msr_count = u32::try_from(state.len() / VCPU_MSR).map_err(|_| Errno::EINVAL)?;
-        body.msrs = buffer.address();
+        let (cmd, named) = (sys::XEN_DOMCTL_set_vcpu_msrs, &mut [&mut buffer]);
         self.calls()
-            .domctl(sys::XEN_DOMCTL_set_vcpu_msrs, self.domid, &body)
+            .domctl_naming(cmd, self.domid, &body, named)
             .map(drop)
     }
 
@@ -187,9 +184,16 @@ impl XenDomain {
         }
     }
 
-    /// A vcpu above the largest is EINVAL for Xen too, but not in every call.
+    /// A vcpu above the largest is EINVAL for Xen too, but not in every call. There may
+    /// come to be more of them, and never fewer.
     fn vcpu_exists(&self, vcpu: u32) -> Result<(), Errno> {
-        match vcpu <= self.calls().info(self.domid)?.max_vcpu_id {
+        let known = |vcpus: u64| u64::from(vcpu) < vcpus;
+        if known(self.vcpus.load(Ordering::Relaxed)) {
+            return Ok(());
+        }
+        let vcpus = u64::from(self.calls().info(self.domid)?.max_vcpu_id) + 1;
+        self.vcpus.fetch_max(vcpus, Ordering::Relaxed);
+        match known(vcpus) {
             true => Ok(()),
             false => Err(Errno::EINVAL),
         }
@@ -286,18 +290,9 @@ impl PvGuest for XenDomain {
         if ops.is_empty() {
             return Ok(());
         }
-        let buffer = self.calls().filled(&ops).map_err(fail)?;
-        let arguments = [
-            buffer.address(),
-            tables.len() as u64,
-            // Nobody asks how many were done.
-            0,
-            self.domid.0.into(),
-            0,
-        ];
-        self.calls()
-            .raw
-            .hypercall(sys::__HYPERVISOR_mmuext_op, arguments)
+        let mut buffer = self.calls().filled(&ops).map_err(fail)?;
+        Call::pins(&mut buffer, tables.len(), self.domid.0)
+            .and_then(|call| self.calls().raw.hypercall(call))
             .map(drop)
             .map_err(fail)
     }

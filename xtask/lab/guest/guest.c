@@ -383,9 +383,25 @@ static void start_second(void)
         regs[13] = low;                         /* efer */
         result = hypercall(VCPU_OP, 0, 1, (word)hvm, 0);
     }
+#else
+    /* struct vcpu_guest_context of a 32-bit guest. */
+    static u32 context[0xaf0 / 4] __attribute__((aligned(16)));
+    word frame = mfn_of((void *)si->pt_base);
+    u32 *regs = context + 129;                  /* behind the FPU and the flags */
+    context[128] = 1 << 2;                      /* VGCF_in_kernel */
+    regs[8] = (u32)second_start;                /* eip */
+    regs[9] = 0xe019;                           /* cs: flat, ring 1 */
+    regs[11] = (u32)second_stack;               /* esp */
+    for (int i = 12; i < 15; i++)
+        regs[i] = 0xe021;                       /* ss, es, ds: flat, ring 1 */
+    u32 *tail = regs + 17 + 512 + 2 + 16 + 1;
+    tail[0] = 0xe021;                           /* kernel_ss */
+    tail[1] = (u32)second_stack;                /* kernel_sp */
+    tail[2 + 3] = frame << 12 | frame >> 20;    /* cr3 of a guest with PAE */
+    long result = hypercall(VCPU_OP, 0, 1, (word)context, 0);
+#endif
     if (result == 0 && hypercall(VCPU_OP, 1, 1, 0, 0) == 0)
         vcpus = 2;
-#endif
 }
 
 /* ---- suspend ---------------------------------------------------------------- */

@@ -12,6 +12,9 @@ use crate::command::Invocation;
 /// Debian's own keys, as the package `debian-archive-keyring` installs them.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
+/// Suites that are never released, and so get no updates from elsewhere.
+const ROLLING: [&str; 2] = ["sid", "unstable"];
+
 /// An apt with state of its own.
 #[derive(Debug)]
 pub(super) struct Apt {
@@ -134,9 +137,12 @@ fn sources(kind: &str, suite: &str) -> Result<String> {
         .args(["Created-By: Packages", "Origin: Debian"])
         .capture()
         .context("the lab is made of Debian packages, and wants apt to fetch them")?;
+    let rolling = ROLLING.contains(&suite);
     let lines: BTreeSet<String> = known
         .lines()
         .filter_map(|line| line.split_once(' '))
+        // What is not released has no more than itself.
+        .filter(|(_, release)| !rolling || !release.contains('-'))
         .map(|(uri, release)| {
             let suffix = ["-security", "-updates"]
                 .into_iter()

@@ -72,13 +72,39 @@ impl Lab {
             dir: workspace::root().join("target/lab").join(suite),
         };
         host::need(PROGRAMS)?;
-        if std::fs::read_to_string(lab.file("recipe")).is_ok_and(|r| r == RECIPE) {
+        if lab.is_whole() {
             return Ok(lab);
         }
         lab.make(suite)
             .with_context(|| format!("the lab of {suite} cannot be built"))?;
         std::fs::write(lab.file("recipe"), RECIPE)?;
         Ok(lab)
+    }
+
+    /// The lab of a suite, if it has been built.
+    pub(super) fn built(suite: &str) -> Option<Self> {
+        let lab = Self {
+            dir: workspace::root().join("target/lab").join(suite),
+        };
+        lab.is_whole().then_some(lab)
+    }
+
+    /// The suites whose labs have been built.
+    pub(super) fn suites() -> Result<Vec<String>> {
+        let mut suites = Vec::new();
+        let labs = match std::fs::read_dir(workspace::root().join("target/lab")) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(suites),
+            labs => labs?,
+        };
+        for entry in labs {
+            suites.push(entry?.file_name().to_string_lossy().into_owned());
+        }
+        suites.sort();
+        Ok(suites)
+    }
+
+    fn is_whole(&self) -> bool {
+        std::fs::read_to_string(self.file("recipe")).is_ok_and(|r| r == RECIPE)
     }
 
     /// A file of the lab: `xen`, `vmlinux`, `initrd.img`, `root.ext4` or `VERSIONS`.

@@ -37,23 +37,34 @@ pub(super) fn keep(lab: &Lab, share: &Share) -> Result<()> {
     Ok(())
 }
 
-impl Figures {
-    /// Those of a lab; nothing, where nothing was measured.
-    pub(super) fn read(lab: &Lab) -> Result<Self> {
-        let mut figures = Self::default();
-        for entry in std::fs::read_dir(lab.file("."))? {
-            let entry = entry?;
-            let name = entry.file_name().to_string_lossy().into_owned();
-            if let Some(guest) = name.strip_prefix(PREFIX) {
-                figures.add(guest, &std::fs::read_to_string(entry.path())?);
-            }
+/// What was kept with a lab: guest, and lines as `measure-helper` writes them.
+pub(super) fn kept(lab: &Lab) -> Result<BTreeMap<String, Vec<String>>> {
+    let mut kept = BTreeMap::new();
+    for entry in std::fs::read_dir(lab.file("."))? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if let Some(guest) = name.strip_prefix(PREFIX) {
+            let text = std::fs::read_to_string(entry.path())?;
+            let lines = text.lines().map(str::to_owned).collect();
+            kept.insert(guest.to_owned(), lines);
         }
-        Ok(figures)
+    }
+    Ok(kept)
+}
+
+impl Figures {
+    /// Of what [`kept`] has.
+    pub(super) fn of(measures: &BTreeMap<String, Vec<String>>) -> Self {
+        let mut figures = Self::default();
+        for (guest, lines) in measures {
+            figures.add(guest, lines);
+        }
+        figures
     }
 
     /// Lines as `measure-helper` writes them.
-    fn add(&mut self, guest: &str, text: &str) {
-        for line in text.lines() {
+    fn add(&mut self, guest: &str, lines: &[String]) {
+        for line in lines {
             let words: Vec<&str> = line.split(' ').collect();
             let [mode, helper, seconds, busy, peak] = words[..] else {
                 continue;
@@ -118,12 +129,10 @@ mod tests {
 
     #[test]
     fn runs_of_a_helper_are_one_line_of_the_table() {
-        let mut figures = Figures::default();
-        assert_eq!(figures.table().unwrap(), None);
-        figures.add(
-            "pv64m",
-            "save ours 3.0 0.5 2048\nsave ours 1.0 0.7 1024\nsave ours 2.0 0.6 1024\nsave o",
-        );
+        assert_eq!(Figures::of(&BTreeMap::new()).table().unwrap(), None);
+        let text = "save ours 3.0 0.5 2048\nsave ours 1.0 0.7 1024\nsave ours 2.0 0.6 1024\nsave o";
+        let lines = text.lines().map(str::to_owned).collect();
+        let figures = Figures::of(&[("pv64m".to_owned(), lines)].into());
         let table = figures.table().unwrap().unwrap();
         let line = "| pv64m | save | ours | 3.00 1.00 2.00 | 2.00 | 0.60 | 2.0 MiB |\n";
         assert!(table.ends_with(line), "{table}");

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::io::ErrorKind;
 
 use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
 
 use super::build::Lab;
 use super::share::Share;
@@ -118,7 +119,7 @@ impl Results {
 }
 
 /// How each scenario ended the last time it ran in a lab: `KIND/GUEST`, and in words.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Notes(pub(super) BTreeMap<String, String>);
 
 impl Notes {

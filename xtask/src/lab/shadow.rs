@@ -42,13 +42,26 @@ fn version(archive: &str) -> &str {
 ///
 /// A program is missing, the source cannot be had, or it does not compile.
 pub(super) fn build(lab: &Lab, suite: &str) -> Result<PathBuf> {
+    build_of(lab, suite, None)
+}
+
+/// As [`build`], of the source in `archive`, packed as Debian has it (`xen_VERSION.orig.tar.*`).
+pub(super) fn build_of(lab: &Lab, suite: &str, archive: Option<&Path>) -> Result<PathBuf> {
     let hypervisor = lab.file("xen-shadow");
     if hypervisor.exists() {
         return Ok(hypervisor);
     }
     host::need(PROGRAMS)?;
-    let apt = Apt::open(&lab.file("apt-source"), "deb-src", suite)?;
-    let archive = apt.source("xen")?;
+    let archive = match archive {
+        Some(archive) => archive.to_owned(),
+        None => {
+            let apt = Apt::open(&lab.file("apt-source"), "deb-src", suite)?;
+            apt.source("xen").context(
+                "no hypervisor with shadow paging and 32-bit PV, then; `lab build --shadow \
+                 --source FILE` builds it of another xen_VERSION.orig.tar.*",
+            )?
+        }
+    };
     let tree = lab.file("source");
     clear(&tree)?;
     std::fs::create_dir_all(&tree)?;

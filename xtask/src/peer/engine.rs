@@ -62,8 +62,22 @@ pub(super) fn fetch() -> Result<PathBuf> {
 ///
 /// Something does not build, or the engines differ.
 pub(super) fn compare(packages: &Path) -> Result<()> {
-    let libraries = stand_ins()?;
-    let mut path = OsString::from(&libraries);
+    let helpers = build(packages)?;
+    let mut tests = Invocation::cargo();
+    tests = tests.args(["test", "--release", "-p", "xsr-peer", "--test", "equality"]);
+    for (name, value) in helpers {
+        tests = tests.env(name, value);
+    }
+    tests.run()
+}
+
+/// Build both engines: the variables that say where they are.
+///
+/// # Errors
+///
+/// Something does not build.
+pub(super) fn build(packages: &Path) -> Result<[(&'static str, OsString); 3]> {
+    let mut path = OsString::from(stand_ins()?);
     path.push(":");
     path.push(packages.join(LIBRARIES));
     Invocation::cargo()
@@ -76,12 +90,30 @@ pub(super) fn compare(packages: &Path) -> Result<()> {
             "xsr-save-helper",
         ])
         .run()?;
+    Ok([
+        ("XSR_PEER_HELPER", packages.join(HELPER).into()),
+        ("XSR_PEER_LIBRARIES", path),
+        ("XSR_PEER_OURS", release().join("xsr-save-helper").into()),
+    ])
+}
+
+/// The program that plays libxl once.
+///
+/// # Errors
+///
+/// It does not build.
+pub(super) fn runner() -> Result<PathBuf> {
     Invocation::cargo()
-        .args(["test", "--release", "-p", "xsr-peer", "--test", "equality"])
-        .env("XSR_PEER_HELPER", packages.join(HELPER))
-        .env("XSR_PEER_LIBRARIES", path)
-        .env("XSR_PEER_OURS", release().join("xsr-save-helper"))
-        .run()
+        .args([
+            "build",
+            "--release",
+            "-p",
+            "xsr-peer",
+            "--bin",
+            "xsr-peer-run",
+        ])
+        .run()?;
+    Ok(release().join("xsr-peer-run"))
 }
 
 fn release() -> PathBuf {

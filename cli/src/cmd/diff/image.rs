@@ -4,7 +4,6 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result};
-use xsr_format::fields::{self, pv};
 use xsr_format::frame::{PAGE_SIZE, Page, Pfn};
 use xsr_format::image::{DomainHeader, ImageHeader};
 use xsr_format::record::pv::PvInfo;
@@ -15,7 +14,7 @@ use xsr_format::wrapper::xl::XlHeader;
 
 use super::pages::Pages;
 use crate::file::Input;
-use crate::image::{Event, Reading};
+use crate::image::{self, Event, Reading};
 use crate::page_map::{PageMap, runs_of};
 
 /// An image. Of what comes more than once in a stream, the last counts.
@@ -175,15 +174,7 @@ impl Image {
     /// The page of start_info: vcpu 0 of a suspended PV guest holds its pfn in edx.
     pub(crate) fn start_info(&self) -> Option<Pfn> {
         let context = self.vcpus.get(&(0, RecordKind::X86_PV_VCPU_BASIC))?;
-        let (layout, name) = match self.pv? {
-            PvInfo::Bits64 => (pv::VCPU_CONTEXT_64, "user_regs.rdx"),
-            PvInfo::Bits32 => (pv::VCPU_CONTEXT_32, "user_regs.edx"),
-        };
-        let field = fields::fields(&layout, context).find(|field| field.name == name)?;
-        match field.value {
-            fields::Value::Hex(pfn) => Some(Pfn(pfn)),
-            _ => None,
-        }
+        image::start_info(context, self.pv?)
     }
 
     /// The contents of a page, if the image has any.

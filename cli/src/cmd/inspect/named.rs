@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 use xsr_format::fields::hvm::{HvmContext, param_name};
-use xsr_format::fields::x86::{leaf_name, msr_name};
+use xsr_format::fields::x86::{Register, arch_capabilities, features, leaf_name, msr_name};
 use xsr_format::fields::{self, Layout, Value, pv};
 use xsr_format::record::pv::PvInfo;
 use xsr_format::record::{Body, Record, RecordKind};
@@ -10,6 +10,9 @@ use xsr_format::wrapper::libxl::LibxlRecord;
 
 /// The leaf has no subleaves: `XEN_CPUID_NO_SUBLEAF`.
 const NO_SUBLEAF: u32 = u32::MAX;
+
+/// The MSR each bit of which is a feature.
+const ARCH_CAPABILITIES: u32 = 0x10a;
 
 /// A blob, or an entry of one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -60,6 +63,20 @@ fn field(name: &str, value: String) -> NamedField {
     NamedField { name, value }
 }
 
+/// A field that is a list of names.
+fn list(name: &str, names: impl Iterator<Item = String>) -> NamedField {
+    field(name, names.collect::<Vec<_>>().join(", "))
+}
+
+/// The fields of a PV guest's start_info.
+pub(super) fn of_start_info(page: &[u8], info: PvInfo) -> Named {
+    let layout = match info {
+        PvInfo::Bits64 => &pv::START_INFO_64,
+        PvInfo::Bits32 => &pv::START_INFO_32,
+    };
+    Named::laid_out("start_info".to_owned(), layout, page)
+}
+
 /// The fields of a record of the libxc stream; `info` is that of a PV guest.
 pub(super) fn of_record(record: &Record<'_>, info: PvInfo) -> Vec<Named> {
     let kind = record.kind;
@@ -90,17 +107,25 @@ pub(super) fn of_record(record: &Record<'_>, info: PvInfo) -> Vec<Named> {
                     subleaf => format!("{kind} {:#x}:{subleaf:#x}", leaf.leaf),
                 };
                 let registers = [
-                    ("eax", leaf.eax),
-                    ("ebx", leaf.ebx),
-                    ("ecx", leaf.ecx),
-                    ("edx", leaf.edx),
+                    ("eax", Register::Eax, leaf.eax),
+                    ("ebx", Register::Ebx, leaf.ebx),
+                    ("ecx", Register::Ecx, leaf.ecx),
+                    ("edx", Register::Edx, leaf.edx),
                 ];
-                let mut fields: Vec<_> = registers
-                    .iter()
-                    .filter(|(_, value)| *value != 0)
-                    .map(|(name, value)| field(name, format!("{value:#010x}")))
-                    .collect();
-                fields.extend(text_of(leaf.leaf, registers.map(|(_, value)| value)));
+                let subleaf = match leaf.subleaf {
+                    NO_SUBLEAF => 0,
+                    subleaf => subleaf,
+                };
+                let mut fields = Vec::new();
+                for (name, register, value) in registers {
+                    if value == 0 {
+                        continue;
+                    }
+                    fields.push(field(name, format!("{value:#010x}")));
+                    let features = features(leaf.leaf, subleaf, register, value);
+                    fields.extend(features.map(|f| list(&format!("{name} features"), f)));
+                }
+                fields.extend(text_of(leaf.leaf, registers.map(|(_, _, value)| value)));
                 Named::new(of, leaf_name(leaf.leaf), fields)
             })
             .collect(),
@@ -108,8 +133,14 @@ pub(super) fn of_record(record: &Record<'_>, info: PvInfo) -> Vec<Named> {
             .iter()
             .map(|msr| {
                 let of = format!("{kind} {:#x}", msr.index);
-                let value = (msr.value != 0).then(|| field("value", format!("{:#x}", msr.value)));
-                Named::new(of, msr_name(msr.index), value.into_iter().collect())
+                let mut fields = Vec::new();
+                if msr.value != 0 {
+                    fields.push(field("value", format!("{:#x}", msr.value)));
+                    if msr.index == ARCH_CAPABILITIES {
+                        fields.push(list("features", arch_capabilities(msr.value)));
+                    }
+                }
+                Named::new(of, msr_name(msr.index), fields)
             })
             .collect(),
         Body::HvmContext(context) => HvmContext::new(context)

@@ -37,6 +37,8 @@ impl<R: Read> LegacyReader<R> {
         }
         Ok(match marker {
             Marker(count @ 1..) => self.batch(marker, count.unsigned_abs())?,
+            // Nobody restores a guest without memory, whatever the form of its image.
+            Marker::END if !self.any_entry => return Err(LegacyError::NoPages.into()),
             Marker::END => {
                 self.state = match self.guest {
                     LegacyGuest::Pv => State::Unmapped,
@@ -153,6 +155,7 @@ impl<R: Read> LegacyReader<R> {
             batch.entries.push(entry);
         }
         no_duplicates(&batch.entries)?;
+        self.any_entry |= !batch.entries.is_empty();
         if batch.with_contents {
             self.left = batch.pages.saturating_mul(PAGE_SIZE as u64);
         }

@@ -51,6 +51,7 @@ impl<R: Read> LegacyReader<R> {
             index: 0,
             current: position,
             left: 0,
+            any_entry: false,
             compressed: false,
             compress_next: false,
             last: false,

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use nix::errno::Errno;
 use xsr_format::frame::PAGE_SIZE;
 
-use crate::privcmd::CallBuffer;
+use crate::privcmd::Elsewhere;
 
 /// Where the first buffer is.
 const FIRST: u64 = 0x7f00_0000_0000;
@@ -77,6 +77,7 @@ impl Buffers {
         Buffer {
             space: self.clone(),
             address,
+            octets,
         }
     }
 
@@ -131,11 +132,16 @@ impl Buffers {
 pub(super) struct Buffer {
     space: Buffers,
     address: u64,
+    octets: usize,
 }
 
-impl CallBuffer for Buffer {
+impl Elsewhere for Buffer {
     fn address(&self) -> u64 {
         self.address
+    }
+
+    fn len(&self) -> usize {
+        self.octets
     }
 
     fn read(&self, at: usize, out: &mut [u8]) {

@@ -343,6 +343,9 @@ impl Domctl<'_> {
                 *octet |= 1 << (pfn.0 % 8);
             }
         }
+        if self.face.state().obstacles.short_log {
+            body.pages = body.pages.saturating_sub(1);
+        }
         self.face.buffers.write(body.dirty_bitmap, &bits)
     }
 

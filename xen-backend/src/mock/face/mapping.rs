@@ -3,7 +3,6 @@
 //! C implementation: in Linux, `privcmd_ioctl_mmap_batch` and
 //! `privcmd_ioctl_mmap_resource`.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 
 use nix::errno::Errno;
@@ -12,6 +11,7 @@ use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE};
 use super::memory::M2P_FRAMES;
 use super::{Face, sys};
 use crate::DomId;
+use crate::mock::domain::MockDomain;
 use crate::mock::memory;
 use crate::pages::{Access, ForeignPages};
 use crate::privcmd::{FrameMapping, Resource};
@@ -40,18 +40,20 @@ impl Mapping {
         }
     }
 
-    fn look_up(&self, gfn: Gfn) -> Result<Mfn, Errno> {
-        if self.domid == DOMID_XEN {
+    fn look_up(&self, domain: &Result<Option<MockDomain>, Errno>, gfn: Gfn) -> Result<Mfn, Errno> {
+        let Some(domain) = domain.as_ref().map_err(|errno| *errno)? else {
             return self.face.m2p_page(gfn);
-        }
-        let domain = self.face.domain(self.domid.0)?;
+        };
         if let Some(times) = self.face.state().paged_out.get_mut(&(self.domid.0, gfn.0))
             && *times > 0
         {
             *times -= 1;
             return Err(Errno::ENOENT);
         }
-        domain.map_one(gfn, self.access)
+        match self.face.grant_table_at(self.domid.0, gfn)? {
+            Some(table) => Ok(table),
+            None => domain.map_one(gfn, self.access),
+        }
     }
 }
 
@@ -64,8 +66,12 @@ impl FrameMapping for Mapping {
         if (first && range != (0..self.gfns.len())) || !again {
             return Err(Errno::EINVAL);
         }
+        let domain = match self.domid {
+            DOMID_XEN => Ok(None),
+            DomId(number) => self.face.domain(number).map(Some),
+        };
         for index in range {
-            self.found[index] = self.look_up(self.gfns[index]);
+            self.found[index] = self.look_up(&domain, self.gfns[index]);
         }
         Ok(())
     }
@@ -75,20 +81,12 @@ impl FrameMapping for Mapping {
     }
 
     fn finish(self: Box<Self>) -> Result<ForeignPages, Errno> {
-        let found: BTreeMap<Gfn, Result<Mfn, Errno>> = self
-            .gfns
-            .iter()
-            .copied()
-            .zip(self.found.iter().copied())
-            .collect();
         let machine = &self.face.host.machine;
         let file = match self.domid {
             DOMID_XEN => &machine.m2p_file,
             _ => &machine.memory,
         };
-        memory::map_frames(file, &self.gfns, self.access, |gfn| {
-            found.get(&gfn).copied().unwrap_or(Err(Errno::EINVAL))
-        })
+        memory::map_frames(file, &self.gfns, self.access, |index, _| self.found[index])
     }
 }
 
@@ -112,7 +110,7 @@ pub(super) fn resource(
 ) -> Result<ForeignPages, Errno> {
     let known = resource.kind == sys::XENMEM_resource_grant_table
         && resource.id == sys::XENMEM_resource_grant_table_id_shared;
-    if !known {
+    if !known || face.state().obstacles.no_resources {
         return Err(Errno::EOPNOTSUPP);
     }
     if (resource.first, resource.frames) != (0, 1) {
@@ -120,5 +118,7 @@ pub(super) fn resource(
     }
     let table = face.domain(domid.0)?.dom.lock().record.grant_table;
     let memory = &face.host.machine.memory;
-    memory::map_frames(memory, &[Gfn(table)], Access::Write, |gfn| Ok(Mfn(gfn.0)))
+    memory::map_frames(memory, &[Gfn(table)], Access::Write, |_, gfn| {
+        Ok(Mfn(gfn.0))
+    })
 }

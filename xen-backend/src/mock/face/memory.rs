@@ -9,6 +9,7 @@ use zerocopy::IntoBytes;
 use super::{Face, errno, sys};
 use crate::GuestMemory;
 use crate::mock::machine::COMPAT_M2P;
+use crate::privcmd::call::{XENMEM_ADD_TO_PHYSMAP, XENMEM_REMOVE_FROM_PHYSMAP};
 
 /// Where the frames of the m2p are: behind all that a guest could have.
 pub(super) const M2P_FRAMES: u64 = 1 << 40;
@@ -37,6 +38,8 @@ impl Face {
             sys::XENMEM_populate_physmap | sys::XENMEM_decrease_reservation => {
                 self.reservation(cmd, address)
             }
+            XENMEM_ADD_TO_PHYSMAP => self.add_to_physmap(address),
+            XENMEM_REMOVE_FROM_PHYSMAP => self.remove_from_physmap(address),
             _ => Err(Errno::ENOSYS),
         }
     }

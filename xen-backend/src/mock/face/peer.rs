@@ -16,7 +16,7 @@ use super::{Face, errno};
 use crate::mock::MockHost;
 use crate::pages::{Access, ForeignPages};
 use crate::privcmd::{Hypercalls as _, Resource};
-use crate::{DomId, GuestMemory as _};
+use crate::{DomId, DomainControl as _, GuestMemory as _};
 
 pub use super::buffers::CallerMemory;
 
@@ -38,7 +38,17 @@ impl PeerFace {
     ///
     /// Its errno; EFAULT for addresses that are not the caller's.
     pub fn hypercall(&self, number: u32, arguments: [u64; 5]) -> Result<u64, Errno> {
-        self.0.hypercall(number, arguments)
+        self.0.answer(number, arguments)
+    }
+
+    /// Suspend a domain, for whoever plays its toolstack and cannot: only the process
+    /// that has the machine open can do anything to its domains.
+    ///
+    /// # Errors
+    ///
+    /// ESRCH; EBUSY where it is down, ETIMEDOUT where it does not run.
+    pub fn suspend(&self, domid: u16) -> Result<(), Errno> {
+        self.0.domain(domid)?.suspend().map_err(errno)
     }
 
     /// Map frames of a domain, one behind the other; those that could not be mapped are

@@ -2,20 +2,22 @@
 //! version of the interface, what is said where something is missing, and that nothing
 //! is left behind.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use nix::errno::Errno;
-use xsr_format::frame::{Gfn, PageType, Pfn};
+use xsr_format::frame::{Gfn, Mfn, PageType, Pfn};
 
 use super::{Face, Obstacles};
 use crate::contract;
 use crate::mock::{GuestSpec, HostConfig, MockHost};
-use crate::privcmd::Hypercalls;
+use crate::privcmd::{Call, CallBuffer, Hypercalls};
 use crate::sys::common as sys;
 use crate::xen::interface::INTERFACES;
 use crate::xen::{OpenError, XenHost};
 use crate::{
-    Access, DirtyBitmap, DirtyRead, DomId, GuestKind, Host, ShutdownReason, VcpuBlob, XenVersion,
+    Access, DirtyBitmap, DirtyRead, DomId, GuestKind, Host, RingGrant, ShutdownReason, VcpuBlob,
+    XenVersion,
 };
 
 fn machine(minor: u16) -> MockHost {
@@ -194,6 +196,19 @@ fn what_a_guest_writes_comes_through_the_log() {
 }
 
 #[test]
+fn a_dirty_log_that_is_not_whole_is_no_answer() {
+    let machine = machine(17);
+    let face = Face::new(&machine);
+    let domid = guest(&machine, GuestKind::Pvh);
+    let domain = xen(&face).domain(domid).unwrap();
+    domain.enable_log_dirty().unwrap();
+    let read = || domain.read_dirty(DirtyRead::Clean, &mut DirtyBitmap::new(1000));
+    read().unwrap();
+    face.state().obstacles.short_log = true;
+    assert_eq!(read().unwrap_err().errno, Errno::EIO);
+}
+
+#[test]
 fn guests_are_suspended_in_the_way_they_understand() {
     let machine = machine(17);
     let face = Face::new(&machine);
@@ -219,6 +234,75 @@ fn guests_are_suspended_in_the_way_they_understand() {
             domain.destroy().unwrap();
         }
     }
+}
+
+/// Kernels that map no resources: the frame of the table is mapped, and no place among the
+/// frames of the guest stays taken.
+#[test]
+fn grants_are_seeded_without_resources() {
+    let machine = machine(17);
+    let face = Face::new(&machine);
+    face.state().obstacles.no_resources = true;
+    let host = xen(&face);
+    let report = contract::run(&host);
+    assert!(report.failures.is_empty(), "{report:?}");
+    for kind in [GuestKind::Pv, GuestKind::Hvm, GuestKind::Pvh] {
+        let domid = guest(&machine, kind);
+        let ring = |gfn| RingGrant {
+            gfn: Some(Gfn(gfn)),
+            backend: DomId(3),
+        };
+        let domain = host.domain(domid).unwrap();
+        domain.seed_grants(ring(0x11), ring(0x22)).unwrap();
+        let table = machine
+            .mock_domain(domid)
+            .unwrap()
+            .dom
+            .lock()
+            .record
+            .grant_table;
+        let page = machine.machine.read_frame(Mfn(table)).unwrap();
+        // flags, domid, frame: permit_access, of either ring.
+        let entries = [[1, 0, 3, 0, 0x11, 0, 0, 0], [1, 0, 3, 0, 0x22, 0, 0, 0]];
+        assert_eq!(page[..16], *entries.as_flattened(), "{kind:?}");
+        assert!(face.state().tables.is_empty(), "{kind:?}");
+        // Where the table cannot be had, its place is given back.
+        domain.destroy().unwrap();
+        domain.seed_grants(ring(0x11), ring(0x22)).unwrap_err();
+    }
+}
+
+#[test]
+fn nothing_of_a_domain_that_is_forgotten_stays_in_xenstore() {
+    let machine = machine(17);
+    let face = Face::new(&machine);
+    let host = xen(&face);
+    let nodes = |face: &Face| face.state().nodes.clone();
+    let before = nodes(&face);
+    for domid in [1, 12] {
+        // As libxl has it.
+        let made = [
+            (format!("/local/domain/{domid}/name"), "web".to_owned()),
+            (format!("/local/domain/{domid}/vm"), format!("/vm/u{domid}")),
+            (format!("/vm/u{domid}/name"), "web".to_owned()),
+            (format!("/libxl/{domid}/type"), "pv".to_owned()),
+            (
+                format!("/local/domain/0/backend/console/{domid}/0/state"),
+                "1".to_owned(),
+            ),
+        ];
+        let made = made.map(|(path, value)| (path, value.into_bytes()));
+        face.state().nodes.extend(made);
+    }
+    let other = nodes(&face).into_iter().filter(|(path, value)| {
+        let whole = format!("{path}/");
+        whole.contains("/12/") || whole.contains("/u12/") || value == b"/vm/u12"
+    });
+    let other: BTreeMap<String, Vec<u8>> = other.collect();
+    host.forget(DomId(1)).unwrap();
+    assert_eq!(nodes(&face), other);
+    host.forget(DomId(12)).unwrap();
+    assert_eq!(nodes(&face), before);
 }
 
 #[test]
@@ -248,7 +332,7 @@ fn a_resumed_guest_is_told_that_its_suspend_was_cancelled() {
 fn memory_that_is_no_buffer_is_efault() {
     let face = Face::new(&machine(17));
     let domctl = |address| {
-        face.hypercall(sys::__HYPERVISOR_domctl, [address, 0, 0, 0, 0])
+        face.answer(sys::__HYPERVISOR_domctl, [address, 0, 0, 0, 0])
             .unwrap_err()
     };
     assert_eq!(domctl(0), Errno::EFAULT);
@@ -264,11 +348,67 @@ fn memory_that_is_no_buffer_is_efault() {
     assert_eq!(domctl(short.address()), Errno::EFAULT);
     let whole = fill(144);
     let arguments = [whole.address(), 0, 0, 0, 0];
-    assert_eq!(face.hypercall(sys::__HYPERVISOR_domctl, arguments), Ok(0));
+    assert_eq!(face.answer(sys::__HYPERVISOR_domctl, arguments), Ok(0));
     assert_eq!(domctl(whole.address() + 144), Errno::EFAULT);
     let address = whole.address();
     drop(whole);
     assert_eq!(domctl(address), Errno::EFAULT);
+}
+
+/// Addresses are put in where the tables say, and with room behind them, or there is no call.
+#[test]
+fn a_call_names_no_memory_but_that_of_its_buffers() {
+    let face = Face::new(&machine(17));
+    let mut whole = face.buffer(144).unwrap();
+    let mut frames = face.buffer(64).unwrap();
+    let mut ask = |cmd: u32, count: u64, named: &mut [&mut CallBuffer]| {
+        whole.write(0, &cmd.to_le_bytes());
+        whole.write(16, &count.to_le_bytes());
+        // An address of nobody's.
+        whole.write(24, &[0xaa; 8]);
+        Call::domctl(&mut whole, named).map(|call| call.arguments())?;
+        let mut address = [0; 8];
+        whole.read(24, &mut address);
+        Ok(u64::from_le_bytes(address))
+    };
+    let types = sys::XEN_DOMCTL_getpageframeinfo3;
+    let address = frames.address();
+    assert_eq!(ask(types, 8, &mut [&mut frames]), Ok(address));
+    assert_eq!(ask(types, 8, &mut []), Ok(0));
+    for count in [9, 1 << 61, u64::MAX] {
+        assert_eq!(ask(types, count, &mut [&mut frames]), Err(Errno::EFAULT));
+    }
+    // One that has no address, and one that is not made.
+    let pause = sys::XEN_DOMCTL_pausedomain;
+    assert_eq!(ask(pause, 0, &mut [&mut frames]), Err(Errno::EFAULT));
+    assert_eq!(ask(9999, 0, &mut []), Err(Errno::ENOSYS));
+    let refused = |call: Result<Call<'_>, Errno>| call.unwrap_err();
+    let mut short = face.buffer(143).unwrap();
+    short.write(0, &pause.to_le_bytes());
+    assert_eq!(refused(Call::domctl(&mut short, &mut [])), Errno::EFAULT);
+    assert_eq!(refused(Call::sysctl(&mut short, &mut [])), Errno::ENOSYS);
+    assert_eq!(
+        refused(Call::plain(sys::__HYPERVISOR_memory_op, 9)),
+        Errno::ENOSYS
+    );
+    let (memory_op, populate) = (sys::__HYPERVISOR_memory_op, sys::XENMEM_populate_physmap);
+    let mut tiny = face.buffer(31).unwrap();
+    let call = Call::operation(memory_op, populate, &mut tiny, &mut []);
+    assert_eq!(refused(call), Errno::EFAULT);
+    let call = Call::operation(memory_op, 99, &mut short, &mut []);
+    assert_eq!(refused(call), Errno::ENOSYS);
+    // Pins, and nothing else: other commands take an address in the last word.
+    let mut ops = face.buffer(48).unwrap();
+    ops.write(0, &sys::MMUEXT_PIN_L1_TABLE.to_le_bytes());
+    // MMUEXT_SET_LDT, of which the second argument is a number of entries.
+    ops.write(24, &13_u32.to_le_bytes());
+    assert!(Call::pins(&mut ops, 1, 7).is_ok());
+    assert_eq!(refused(Call::pins(&mut ops, 2, 7)), Errno::ENOSYS);
+    ops.write(24, &sys::MMUEXT_PIN_L4_TABLE.to_le_bytes());
+    assert!(Call::pins(&mut ops, 2, 7).is_ok());
+    assert_eq!(refused(Call::pins(&mut ops, 3, 7)), Errno::EFAULT);
+    ops.write(16, &[1]);
+    assert_eq!(refused(Call::pins(&mut ops, 1, 7)), Errno::ENOSYS);
 }
 
 #[test]

@@ -33,8 +33,7 @@ const XEN_START_32: u64 = 0xf580_0000;
 /// Where a 64-bit kernel maps its p2m.
 const P2M_64: u64 = 0xffff_c900_0000_0000;
 
-/// Processes, pages of each, and where they are mapped.
-const PROCESSES: u64 = 3;
+/// Pages of each process, and where they are mapped.
 const PROCESS_PAGES: u64 = 24;
 const PROCESS_BASE: u64 = 0x40_0000;
 
@@ -180,7 +179,7 @@ impl Build<'_> {
         }
         self.processes.push(Process { kernel, user: None });
         self.pins.push((top, kernel));
-        for n in 0..PROCESSES {
+        for n in 0..self.spec.processes {
             let process = self.make_process(kernel, n);
             self.processes.push(process);
             self.pins.push((top, process.kernel));

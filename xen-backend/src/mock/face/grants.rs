@@ -1,0 +1,80 @@
+//! The grant table of a domain without `IOCTL_PRIVCMD_MMAP_RESOURCE`: its frame asked for,
+//! and given a place among those of a translated guest.
+//!
+//! C implementation: `gnttab_setup_table` in `xen/common/grant_table.c`,
+//! `xenmem_add_to_physmap_one` in `xen/arch/x86/mm/p2m.c`.
+
+use nix::errno::Errno;
+use xsr_format::frame::{Gfn, Mfn};
+use zerocopy::IntoBytes;
+
+use super::Face;
+use crate::privcmd::call::GNTTABOP_SETUP_TABLE;
+use crate::xen::grants::{AddToPhysmap, RemoveFromPhysmap, SetupTable};
+
+/// `GNTST_bad_domain`.
+const BAD_DOMAIN: i16 = -2;
+/// `XENMAPSPACE_grant_table`.
+const GRANT_TABLE: u32 = 1;
+
+impl Face {
+    pub(super) fn grant_table_op(&self, cmd: u64, address: u64, count: u64) -> Result<u64, Errno> {
+        if cmd != u64::from(GNTTABOP_SETUP_TABLE) {
+            return Err(Errno::ENOSYS);
+        }
+        let mut ask: SetupTable = self.load(address)?;
+        if count != 1 || ask.nr_frames != 1 {
+            return Err(Errno::EINVAL);
+        }
+        let Ok(domain) = self.domain(ask.domid) else {
+            ask.status = BAD_DOMAIN;
+            self.save(address, &ask)?;
+            return Ok(0);
+        };
+        let frame = match domain.dom.kind.is_translated() {
+            false => domain.dom.lock().record.grant_table,
+            // Where it is in the guest, if it is anywhere.
+            true => {
+                let state = self.state();
+                let place = state.tables.iter().find(|(domid, _)| *domid == ask.domid);
+                place.map_or(Gfn::INVALID.0, |(_, gfn)| *gfn)
+            }
+        };
+        self.buffers.write(ask.frame_list, frame.as_bytes())?;
+        ask.status = 0;
+        self.save(address, &ask)?;
+        Ok(0)
+    }
+
+    pub(super) fn add_to_physmap(&self, address: u64) -> Result<u64, Errno> {
+        let ask: AddToPhysmap = self.load(address)?;
+        if !self.domain(ask.domid)?.dom.kind.is_translated() {
+            return Err(Errno::EINVAL);
+        }
+        if (ask.space, ask.idx) != (GRANT_TABLE, 0) {
+            return Err(Errno::ENOSYS);
+        }
+        self.state().tables.insert((ask.domid, ask.gpfn));
+        Ok(0)
+    }
+
+    pub(super) fn remove_from_physmap(&self, address: u64) -> Result<u64, Errno> {
+        let ask: RemoveFromPhysmap = self.load(address)?;
+        self.domain(ask.domid)?;
+        match self.state().tables.remove(&(ask.domid, ask.gpfn)) {
+            true => Ok(0),
+            false => Err(Errno::ENOENT),
+        }
+    }
+
+    /// The frame of a domain's grant table, where `gfn` is it.
+    pub(super) fn grant_table_at(&self, domid: u16, gfn: Gfn) -> Result<Option<Mfn>, Errno> {
+        let domain = self.domain(domid)?;
+        let table = domain.dom.lock().record.grant_table;
+        let here = match domain.dom.kind.is_translated() {
+            true => self.state().tables.contains(&(domid, gfn.0)),
+            false => gfn.0 == table,
+        };
+        Ok(here.then_some(Mfn(table)))
+    }
+}

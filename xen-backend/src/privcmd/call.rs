@@ -1,0 +1,400 @@
+//! What may be asked of the hypervisor, and the memory it may touch for it.
+//!
+//! The hypervisor reads and writes where addresses say: those in the arguments, and those
+//! inside the structures there. All of them are put in here, from buffers that stay borrowed
+//! until the call has been made. The tables below say for each command how large its structure is,
+//! where addresses stand in it, and how much is behind each; a command that is not in them is
+//! not made. So whoever asks for a call can neither forge an address nor name a buffer that
+//! is too small, and needs no `unsafe` for it.
+//!
+//! What a command does to a domain is another matter: that is the caller's, as ever.
+//!
+//! C implementation: `tools/libs/ctrl/xc_private.h` (`DECLARE_HYPERCALL_BOUNCE`); the
+//! structures are those of `xen/include/public/{domctl,sysctl,memory,grant_table}.h`.
+
+use std::marker::PhantomData;
+use std::mem::offset_of;
+
+use nix::errno::Errno;
+
+use super::CallBuffer;
+use crate::sys::common as sys;
+
+/// Octets of `xen_domctl` before its union: cmd, interface_version, domain, padding.
+pub(crate) const DOMCTL_HEADER: usize = 16;
+/// Octets of `xen_sysctl` before its union: cmd, interface_version.
+pub(crate) const SYSCTL_HEADER: usize = 8;
+/// Octets of either union.
+pub(crate) const BODY: usize = 128;
+
+/// Octets of the largest `xen_domctl_getdomaininfo` of any version.
+pub(crate) const LARGEST_INFO: usize = 128;
+
+/// Octets of a 64-bit `vcpu_guest_context`; a 32-bit one is smaller.
+const VCPU_CONTEXT: usize = 0x1430;
+/// Octets of `mmuext_op`: command, first argument (here the frame), second argument.
+const MMUEXT_OP: usize = 24;
+/// Those commands of it that take no more than a frame.
+const PINS: [u32; 4] = [
+    sys::MMUEXT_PIN_L1_TABLE,
+    sys::MMUEXT_PIN_L2_TABLE,
+    sys::MMUEXT_PIN_L3_TABLE,
+    sys::MMUEXT_PIN_L4_TABLE,
+];
+
+/// `__HYPERVISOR_grant_table_op`, and the one command of it.
+pub(crate) const GRANT_TABLE_OP: u32 = 20;
+/// `GNTTABOP_setup_table`: `gnttab_setup_table` of 24 octets, frames counted at octet 4,
+/// their numbers written to where octet 16 says.
+pub(crate) const GNTTABOP_SETUP_TABLE: u32 = 2;
+/// `XENMEM_add_to_physmap`: `xen_add_to_physmap`, of 24 octets.
+pub(crate) const XENMEM_ADD_TO_PHYSMAP: u32 = 7;
+/// `XENMEM_remove_from_physmap`: `xen_remove_from_physmap`, of 16 octets.
+pub(crate) const XENMEM_REMOVE_FROM_PHYSMAP: u32 = 15;
+
+/// How much the hypervisor may touch behind an address.
+#[derive(Clone, Copy, Debug)]
+enum Room {
+    /// So many octets.
+    Octets(usize),
+    /// As many elements of a size as the word of 4 or 8 octets at an offset says.
+    Elements {
+        at: usize,
+        width: usize,
+        octets: usize,
+    },
+    /// As many bits as the word of 8 octets at an offset says.
+    Bits { at: usize },
+}
+
+/// An address in a structure.
+#[derive(Clone, Copy, Debug)]
+struct Pointer {
+    at: usize,
+    room: Room,
+}
+
+const fn counted(at: usize, count: usize, width: usize, octets: usize) -> Pointer {
+    Pointer {
+        at,
+        room: Room::Elements {
+            at: count,
+            width,
+            octets,
+        },
+    }
+}
+
+/// The addresses in the body of a domctl; `None` for one that is not made.
+fn of_domctl(cmd: u32) -> Option<&'static [Pointer]> {
+    use sys::{
+        xen_domctl_cpu_policy as policy, xen_domctl_getpageframeinfo3 as types,
+        xen_domctl_hvmcontext as hvm, xen_domctl_shadow_op as shadow, xen_domctl_vcpu_msrs as msrs,
+        xen_domctl_vcpucontext as context, xen_domctl_vcpuextstate as state,
+    };
+    const CONTEXT: [Pointer; 1] = [Pointer {
+        at: offset_of!(context, ctxt),
+        room: Room::Octets(VCPU_CONTEXT),
+    }];
+    const TYPES: [Pointer; 1] = [counted(
+        offset_of!(types, array),
+        offset_of!(types, num),
+        8,
+        8,
+    )];
+    const DIRTY: [Pointer; 1] = [Pointer {
+        at: offset_of!(shadow, dirty_bitmap),
+        room: Room::Bits {
+            at: offset_of!(shadow, pages),
+        },
+    }];
+    const HVM: [Pointer; 1] = [counted(
+        offset_of!(hvm, buffer),
+        offset_of!(hvm, size),
+        4,
+        1,
+    )];
+    const STATE: [Pointer; 1] = [counted(
+        offset_of!(state, buffer),
+        offset_of!(state, size),
+        8,
+        1,
+    )];
+    const MSRS: [Pointer; 1] = [counted(
+        offset_of!(msrs, msrs),
+        offset_of!(msrs, msr_count),
+        4,
+        size_of::<sys::xen_domctl_vcpu_msr>(),
+    )];
+    const POLICY: [Pointer; 2] = [
+        counted(
+            offset_of!(policy, leaves),
+            offset_of!(policy, nr_leaves),
+            4,
+            size_of::<sys::xen_cpuid_leaf>(),
+        ),
+        counted(
+            offset_of!(policy, msrs),
+            offset_of!(policy, nr_msrs),
+            4,
+            size_of::<sys::xen_msr_entry>(),
+        ),
+    ];
+    Some(match cmd {
+        sys::XEN_DOMCTL_createdomain
+        | sys::XEN_DOMCTL_destroydomain
+        | sys::XEN_DOMCTL_pausedomain
+        | sys::XEN_DOMCTL_unpausedomain
+        | sys::XEN_DOMCTL_resumedomain
+        | sys::XEN_DOMCTL_getdomaininfo
+        | sys::XEN_DOMCTL_max_mem
+        | sys::XEN_DOMCTL_max_vcpus
+        | sys::XEN_DOMCTL_getvcpuinfo
+        | sys::XEN_DOMCTL_get_address_size
+        | sys::XEN_DOMCTL_set_address_size
+        | sys::XEN_DOMCTL_get_ext_vcpucontext
+        | sys::XEN_DOMCTL_set_ext_vcpucontext
+        | sys::XEN_DOMCTL_gettscinfo
+        | sys::XEN_DOMCTL_settscinfo => &[],
+        sys::XEN_DOMCTL_getvcpucontext | sys::XEN_DOMCTL_setvcpucontext => &CONTEXT,
+        sys::XEN_DOMCTL_getpageframeinfo3 => &TYPES,
+        sys::XEN_DOMCTL_shadow_op => &DIRTY,
+        sys::XEN_DOMCTL_gethvmcontext | sys::XEN_DOMCTL_sethvmcontext => &HVM,
+        sys::XEN_DOMCTL_getvcpuextstate | sys::XEN_DOMCTL_setvcpuextstate => &STATE,
+        sys::XEN_DOMCTL_get_vcpu_msrs | sys::XEN_DOMCTL_set_vcpu_msrs => &MSRS,
+        sys::XEN_DOMCTL_get_cpu_policy | sys::XEN_DOMCTL_set_cpu_policy => &POLICY,
+        _ => return None,
+    })
+}
+
+/// The addresses in the body of a sysctl; `None` for one that is not made.
+fn of_sysctl(cmd: u32) -> Option<&'static [Pointer]> {
+    use sys::xen_sysctl_getdomaininfolist as list;
+    const LIST: [Pointer; 1] = [counted(
+        offset_of!(list, buffer),
+        offset_of!(list, max_domains),
+        4,
+        LARGEST_INFO,
+    )];
+    (cmd == sys::XEN_SYSCTL_getdomaininfolist).then_some(&LIST)
+}
+
+/// The structure that a command of another hypercall takes: its octets, and the addresses
+/// in it. `None` for a command that is not made.
+fn of_operation(number: u32, cmd: u32) -> Option<(usize, &'static [Pointer])> {
+    use sys::{xen_machphys_mfn_list as m2p, xen_memory_reservation as frames};
+    const FRAMES: [Pointer; 1] = [counted(
+        offset_of!(frames, extent_start),
+        offset_of!(frames, nr_extents),
+        8,
+        8,
+    )];
+    const M2P: [Pointer; 1] = [counted(
+        offset_of!(m2p, extent_start),
+        offset_of!(m2p, max_extents),
+        4,
+        8,
+    )];
+    const GRANTS: [Pointer; 1] = [counted(16, 4, 4, 8)];
+    Some(match (number, cmd) {
+        (
+            sys::__HYPERVISOR_memory_op,
+            sys::XENMEM_populate_physmap | sys::XENMEM_decrease_reservation,
+        ) => (size_of::<frames>(), &FRAMES),
+        (
+            sys::__HYPERVISOR_memory_op,
+            sys::XENMEM_machphys_mfn_list | sys::XENMEM_machphys_compat_mfn_list,
+        ) => (size_of::<m2p>(), &M2P),
+        (sys::__HYPERVISOR_memory_op, sys::XENMEM_maximum_gpfn) => (size_of::<u16>(), &[]),
+        (sys::__HYPERVISOR_memory_op, XENMEM_ADD_TO_PHYSMAP) => (24, &[]),
+        (sys::__HYPERVISOR_memory_op, XENMEM_REMOVE_FROM_PHYSMAP) => (16, &[]),
+        (GRANT_TABLE_OP, GNTTABOP_SETUP_TABLE) => (24, &GRANTS),
+        (sys::__HYPERVISOR_hvm_op, sys::HVMOP_get_param | sys::HVMOP_set_param) => {
+            (size_of::<sys::xen_hvm_param>(), &[])
+        }
+        (sys::__HYPERVISOR_event_channel_op, sys::EVTCHNOP_alloc_unbound) => {
+            (size_of::<sys::evtchn_alloc_unbound>(), &[])
+        }
+        (sys::__HYPERVISOR_sched_op, sys::SCHEDOP_remote_shutdown) => {
+            (size_of::<sys::sched_remote_shutdown>(), &[])
+        }
+        _ => return None,
+    })
+}
+
+/// Buffers that a structure names, in the order of its addresses. Those that are left out
+/// are not there: the hypervisor gets a null address, where nothing of a process is.
+pub(crate) type Named<'a, 'b> = &'a mut [&'b mut CallBuffer];
+
+/// A hypercall that may be made: all memory that it names is borrowed.
+#[derive(Debug)]
+pub(crate) struct Call<'a> {
+    number: u32,
+    arguments: [u64; 5],
+    ours: bool,
+    buffers: PhantomData<&'a mut CallBuffer>,
+}
+
+impl<'a> Call<'a> {
+    /// One without memory: `XENVER_version`, `XENMEM_maximum_ram_page`. ENOSYS for another.
+    pub(crate) fn plain(number: u32, cmd: u32) -> Result<Self, Errno> {
+        match (number, cmd) {
+            (sys::__HYPERVISOR_xen_version, sys::XENVER_version)
+            | (sys::__HYPERVISOR_memory_op, sys::XENMEM_maximum_ram_page) => {
+                Ok(Self::of(number, [cmd.into(), 0, 0, 0, 0], true))
+            }
+            _ => Err(Errno::ENOSYS),
+        }
+    }
+
+    /// A domctl, of which `whole` holds header and body. ENOSYS for one that is not in the
+    /// table, EFAULT where a buffer is too small.
+    pub(crate) fn domctl(whole: &'a mut CallBuffer, named: Named<'a, '_>) -> Result<Self, Errno> {
+        let pointers = of_domctl(number_at(whole, 0, 4)?).ok_or(Errno::ENOSYS)?;
+        Self::control(
+            sys::__HYPERVISOR_domctl,
+            whole,
+            DOMCTL_HEADER,
+            pointers,
+            named,
+        )
+    }
+
+    /// A sysctl, likewise.
+    pub(crate) fn sysctl(whole: &'a mut CallBuffer, named: Named<'a, '_>) -> Result<Self, Errno> {
+        let pointers = of_sysctl(number_at(whole, 0, 4)?).ok_or(Errno::ENOSYS)?;
+        Self::control(
+            sys::__HYPERVISOR_sysctl,
+            whole,
+            SYSCTL_HEADER,
+            pointers,
+            named,
+        )
+    }
+
+    fn control(
+        number: u32,
+        whole: &'a mut CallBuffer,
+        header: usize,
+        pointers: &[Pointer],
+        named: Named<'a, '_>,
+    ) -> Result<Self, Errno> {
+        if whole.len() < header + BODY {
+            return Err(Errno::EFAULT);
+        }
+        let ours = name(whole, header, pointers, named)?;
+        Ok(Self::of(number, [whole.address(), 0, 0, 0, 0], ours))
+    }
+
+    /// A command of another hypercall, with its structure. ENOSYS and EFAULT as above.
+    pub(crate) fn operation(
+        number: u32,
+        cmd: u32,
+        structure: &'a mut CallBuffer,
+        named: Named<'a, '_>,
+    ) -> Result<Self, Errno> {
+        let (octets, pointers) = of_operation(number, cmd).ok_or(Errno::ENOSYS)?;
+        if structure.len() < octets {
+            return Err(Errno::EFAULT);
+        }
+        let ours = name(structure, 0, pointers, named)?;
+        // Operations on grant tables come in lists: one here. Others look at no more than two
+        // arguments.
+        let count = u64::from(number == GRANT_TABLE_OP);
+        let arguments = [cmd.into(), structure.address(), count, 0, 0];
+        Ok(Self::of(number, arguments, ours))
+    }
+
+    /// Pin `count` page tables of a domain, each a `mmuext_op` of [`PINS`] in the buffer.
+    /// ENOSYS and EFAULT as above.
+    pub(crate) fn pins(ops: &'a mut CallBuffer, count: usize, domid: u16) -> Result<Self, Errno> {
+        for index in 0..count {
+            let at = index.checked_mul(MMUEXT_OP).ok_or(Errno::EFAULT)?;
+            let cmd = number_at(ops, at, 4)?;
+            // The second argument of some commands is an address; of these, it is nothing.
+            let argument: u64 = word_at(ops, at + 16, 8)?;
+            if !PINS.contains(&cmd) || argument != 0 {
+                return Err(Errno::ENOSYS);
+            }
+        }
+        // Nobody asks how many were done.
+        let arguments = [ops.address(), count as u64, 0, domid.into(), 0];
+        Ok(Self::of(
+            sys::__HYPERVISOR_mmuext_op,
+            arguments,
+            ops.is_ours(),
+        ))
+    }
+
+    fn of(number: u32, arguments: [u64; 5], ours: bool) -> Self {
+        Self {
+            number,
+            arguments,
+            ours,
+            buffers: PhantomData,
+        }
+    }
+
+    /// `__HYPERVISOR_*`.
+    pub(crate) fn number(&self) -> u32 {
+        self.number
+    }
+
+    /// As the hypervisor takes them.
+    pub(crate) fn arguments(&self) -> [u64; 5] {
+        self.arguments
+    }
+
+    /// Whether all memory that is named is this process's own, and of privcmd's buffers.
+    pub(super) fn is_ours(&self) -> bool {
+        self.ours
+    }
+}
+
+fn word_at(buffer: &CallBuffer, at: usize, width: usize) -> Result<u64, Errno> {
+    let end = at.checked_add(width).ok_or(Errno::EFAULT)?;
+    if end > buffer.len() || width > 8 {
+        return Err(Errno::EFAULT);
+    }
+    let mut word = [0; 8];
+    buffer.read(at, &mut word[..width]);
+    Ok(u64::from_le_bytes(word))
+}
+
+fn number_at(buffer: &CallBuffer, at: usize, width: usize) -> Result<u32, Errno> {
+    u32::try_from(word_at(buffer, at, width)?).map_err(|_| Errno::ENOSYS)
+}
+
+/// Put the addresses of `named` into `structure`, whose body begins at `base`; null for
+/// those that are left out. Whether all of the memory is ours.
+fn name(
+    structure: &mut CallBuffer,
+    base: usize,
+    pointers: &[Pointer],
+    named: Named<'_, '_>,
+) -> Result<bool, Errno> {
+    if named.len() > pointers.len() {
+        return Err(Errno::EFAULT);
+    }
+    let mut ours = structure.is_ours();
+    for (index, pointer) in pointers.iter().enumerate() {
+        let buffer = named.get(index);
+        if let Some(buffer) = buffer {
+            let room = match pointer.room {
+                Room::Octets(octets) => octets as u64,
+                Room::Elements { at, width, octets } => {
+                    let count = word_at(structure, base + at, width)?;
+                    count.checked_mul(octets as u64).ok_or(Errno::EFAULT)?
+                }
+                Room::Bits { at } => word_at(structure, base + at, 8)?.div_ceil(8),
+            };
+            if room > buffer.len() as u64 {
+                return Err(Errno::EFAULT);
+            }
+            ours &= buffer.is_ours();
+        }
+        let address = buffer.map_or(0, |buffer| buffer.address());
+        structure.write(base + pointer.at, &address.to_le_bytes());
+    }
+    Ok(ours)
+}
