@@ -25,8 +25,9 @@ const KILLED: i32 = 128 + 2;
 /// milliseconds.
 const LOOK: u16 = 50;
 
-/// How long work that is broken off in good order may take for it, before it is cut off.
-const GRACE: Duration = Duration::from_secs(2);
+/// How long work that is broken off in good order may take for it, before it is cut off: a
+/// slow connection has a record or a buffer to carry before.
+const GRACE: Duration = Duration::from_secs(30);
 
 /// Whether somebody asked to stop.
 #[derive(Clone, Debug)]

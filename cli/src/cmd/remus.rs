@@ -16,13 +16,13 @@ use std::cell::RefCell;
 use std::fs::File;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Error, Result, anyhow};
+use anyhow::{Context as _, Error, Result};
 use xsr_save_restore::save::precopy::XenPolicy;
 use xsr_save_restore::save::{BUFFER_OCTETS, CheckpointedStats, Checkpoints, save_checkpointed};
 use xsr_save_restore::toolstack::DirectToolstack;
 use xsr_save_restore::{SaveError, SaveOptions};
 use xsr_xen_backend::mock::MockHost;
-use xsr_xen_backend::{DomId, Domain, Host};
+use xsr_xen_backend::{DomId, Domain, Host, ShutdownReason};
 
 use self::report::Teller;
 use self::stream::Stream;
@@ -90,7 +90,7 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
                 .and_then(|link| Message::Banner.expect(&link.from, interrupt).map(|()| link));
             Some(link.map_err(|error| match error.is::<BadUsage>() {
                 true => error,
-                false => primary.ended(End::Failed(error), Fate::Here, 0, ""),
+                false => primary.ended(End::Failed(error), Fate::Here, 0, "", None),
             })?)
         }
     };
@@ -103,6 +103,11 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
         stream_octets,
     } = primary.send(link.as_ref(), watch, &mut teller)?;
     watch.clear();
+    // Before anybody is waited for: from now on the other end may run the domain.
+    let stands_still = lost && complete > 0 && args.on_loss == OnLoss::Pause;
+    if stands_still {
+        primary.pause()?;
+    }
     let fate = match &mut link {
         None => Fate::Here,
         Some(link) => {
@@ -122,6 +127,14 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
             }
         }
     };
+    let stopped = match fate {
+        Fate::There => Some(primary.stop()),
+        Fate::Here if stands_still => {
+            primary.domain.unpause().context("unpausing the domain")?;
+            None
+        }
+        _ => None,
+    };
     let hung_up = link.map(|link| {
         let peer = link.name.clone();
         let ended = link.hang_up();
@@ -132,7 +145,8 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
         teller.done(&end, &stats, stream_octets)?;
         return Ok(Code::Fine);
     }
-    Err(primary.ended(end, fate, complete, &hung_up.unwrap_or_default()))
+    let hung_up = hung_up.unwrap_or_default();
+    Err(primary.ended(end, fate, complete, &hung_up, stopped))
 }
 
 /// What protecting a domain came to, at this end.
@@ -211,7 +225,11 @@ impl Primary<'_> {
             emulators: backend::emulators(self.host, self.domid)?,
             from: link.map(|link| &link.from),
             interrupt,
-            interval: Duration::from_millis(self.args.interval.into()),
+            interval: Duration::from_millis(match self.args.interval {
+                // As xl has it.
+                0 => 200,
+                milliseconds => milliseconds.into(),
+            }),
             epochs: self.args.epochs,
             observe: &mut observe,
             asked: Instant::now(),
@@ -241,7 +259,7 @@ impl Primary<'_> {
         };
         let mut lost = stream.failed() || matches!(end, End::Receiver);
         // A domain that does not run here had better run there.
-        let asleep = self.domain.info()?.shutdown.is_some();
+        let asleep = self.is_asleep();
         if link.is_some() && complete > 0 && !lost && !asleep {
             match handshake::withdraw(&mut &stream) {
                 Ok(()) => watch.borrow_mut().step("withdrawn"),
@@ -269,7 +287,14 @@ impl Primary<'_> {
     }
 
     /// Have the domain be where it is to be, and say what happened, and what to do.
-    fn ended(&self, end: End, fate: Fate, complete: u64, hung_up: &str) -> Error {
+    fn ended(
+        &self,
+        end: End,
+        fate: Fate,
+        complete: u64,
+        hung_up: &str,
+        stopped: Option<Result<()>>,
+    ) -> Error {
         let (name, host) = (self.name, &self.args.host);
         let cause = match &end {
             End::Asked => "interrupted".to_owned(),
@@ -281,7 +306,7 @@ impl Primary<'_> {
         let command = |verb: &str, rest: &str| {
             backend::domain_command(&self.args.backend.backend, verb, rest)
         };
-        let asleep = self.domain.info().is_ok_and(|info| info.shutdown.is_some());
+        let asleep = self.is_asleep();
         let words = match fate {
             Fate::Here if asleep => format!(
                 "{begin}; {name} is suspended here, and runs nowhere else: `{}`",
@@ -290,7 +315,7 @@ impl Primary<'_> {
             Fate::Here => format!("{begin}; {name} runs on here, unprotected"),
             Fate::There => {
                 let away = format!("{name}{AWAY}");
-                let stopped = match self.stop_as(&away) {
+                let stopped = match stopped.unwrap_or_else(|| self.stop()) {
                     Ok(()) => format!("here it does not run any more, as {away}"),
                     Err(error) => format!(
                         "here it could not be stopped ({}), AND MUST BE",
@@ -307,16 +332,21 @@ impl Primary<'_> {
                 let here = match (self.args.on_loss, asleep) {
                     (OnLoss::Run, false) => "Here it runs on, unprotected".to_owned(),
                     (OnLoss::Run, true) => "Here it is suspended".to_owned(),
-                    (OnLoss::Pause, _) => match self.domain.pause() {
+                    (OnLoss::Pause, _) => match self.pause() {
                         Ok(()) => "Here it is paused".to_owned(),
                         Err(error) => format!("Here it could not be paused ({error})"),
                     },
                 };
-                let then = match self.args.on_loss {
-                    OnLoss::Run => "there is nothing else to do".to_owned(),
-                    OnLoss::Pause => {
-                        format!("let it run on here:\n    {}", command("unpause", name))
-                    }
+                let mut then: Vec<String> = Vec::new();
+                if asleep {
+                    then.push(command("resume", name));
+                }
+                if self.args.on_loss == OnLoss::Pause {
+                    then.push(command("unpause", name));
+                }
+                let then = match then.as_slice() {
+                    [] => "there is nothing else to do".to_owned(),
+                    commands => format!("let it run on here:\n    {}", commands.join("\n    ")),
                 };
                 format!(
                     "{begin}\n\
@@ -338,10 +368,26 @@ impl Primary<'_> {
     }
 
     /// The other end runs the domain: this one must not.
-    fn stop_as(&self, away: &str) -> Result<()> {
-        self.domain
-            .pause()
-            .map_err(|error| anyhow!("pausing it: {error}"))?;
-        self.host.rename(self.domid, away).context("renaming it")
+    fn stop(&self) -> Result<()> {
+        self.pause()?;
+        self.host
+            .rename(self.domid, &format!("{}{AWAY}", self.name))
+            .context("renaming it")
+    }
+
+    /// Have the domain stand still, once.
+    fn pause(&self) -> Result<()> {
+        match self.domain.info() {
+            Ok(info) if info.paused => Ok(()),
+            _ => self.domain.pause().context("pausing it"),
+        }
+    }
+
+    /// Whether the domain is suspended, and so runs nowhere unless somebody resumes it. One
+    /// that has shut down otherwise has come to its end here.
+    fn is_asleep(&self) -> bool {
+        let info = self.domain.info();
+        // Where nobody can tell, the other end had better have it.
+        info.map_or(true, |info| info.shutdown == Some(ShutdownReason::Suspend))
     }
 }

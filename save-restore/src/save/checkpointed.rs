@@ -99,7 +99,8 @@ pub fn save_checkpointed(
         }),
         Err(cause) => {
             let cause = give_back(&mut suspended, cause);
-            if !matches!(cause, SaveError::Stream(_))
+            // Who stops it does not wait for what is kept, which is whole records.
+            if !matches!(cause, SaveError::Stream(_) | SaveError::Aborted)
                 && let Err(error) = buffer.flush()
             {
                 // Then it is a sink that failed, and the caller has seen it.

@@ -92,13 +92,13 @@ impl CheckpointToolstack for Protector<'_> {
             let written = self.libxl.write(record);
             written.map_err(|e| ToolstackError::new(WHAT, e))?;
         }
+        if self.complete == 0 {
+            // The other end can take over from here on, and is to be told not to.
+            self.interrupt.takes_its_time();
+        }
         let written = self.libxl.write(&LibxlRecord::CheckpointEnd);
         written.map_err(|e| ToolstackError::new(WHAT, e))?;
         self.complete += 1;
-        if self.complete == 1 {
-            // The other end can take over now, and is to be told not to.
-            self.interrupt.takes_its_time();
-        }
         let complete = Complete {
             epoch: *epoch,
             after: self.asked.elapsed(),

@@ -7,7 +7,7 @@
 use std::cell::RefCell;
 use std::num::NonZeroUsize;
 
-use anyhow::{Context as _, Error, Result};
+use anyhow::{Error, Result};
 use xsr_format::error::{ReadError, ReadErrorCause};
 use xsr_format::frame::Gfn;
 use xsr_format::walk::Around;
@@ -24,7 +24,7 @@ use xsr_xen_backend::mock::MockHost;
 use super::source::ImageSource;
 use super::{DOM0, Image, Made, Named, of_emulator};
 use crate::backend;
-use crate::exit::Withdrawn;
+use crate::exit::{self, Withdrawn};
 use crate::file::Input;
 use crate::handshake;
 use crate::watch::Watch;
@@ -105,8 +105,11 @@ impl<'a> Image<'a> {
             ));
         }
         made.about.stats = survivor.restored.stats;
-        backend::store_emulators(host, made.about.domid, &emulators)
-            .context("the emulators of the last checkpoint")?;
+        // It may be all there is of the domain: nothing destroys it any more.
+        if let Err(error) = backend::store_emulators(host, made.about.domid, &emulators) {
+            let cause = exit::words(error.chain());
+            tracing::error!("the emulators' state of the last checkpoint is lost: {cause}");
+        }
         let survival = Survival {
             checkpoint: survivor.checkpoints,
             most_kept_octets: survivor.most_kept_octets,
