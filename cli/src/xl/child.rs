@@ -49,7 +49,7 @@ pub(crate) const NAME: &str = "xsr-becomes";
 
 /// This program, to become `command`, with none of the signals blocked that are here; its
 /// environment can be added to.
-pub(crate) fn becoming(command: impl IntoIterator<Item = OsString>) -> Command {
+fn becoming(command: impl IntoIterator<Item = OsString>) -> Command {
     let mut child = Command::new("/proc/self/exe");
     child.arg0(NAME).args(command);
     child
