@@ -73,11 +73,10 @@ impl Link {
 
     /// Run a command through sh, as xl does, and speak with it.
     fn run(rune: &str) -> Result<Self> {
-        // What interrupts this program from the keyboard must not cut its connection:
-        // there is an order in which things end.
-        // (The signals that are blocked here are not in the child: the standard library spawns
-        // it with an empty mask. cli/tests/migrate.rs has a look.)
-        let script = format!("trap '' INT HUP; {rune}");
+        // What interrupts this program, from the keyboard or with all of its process group,
+        // must not cut its connection: there is an order in which things end.
+        // (None is blocked in the child: cli/tests/migrate.rs has a look.)
+        let script = format!("trap '' INT HUP TERM; {rune}");
         let mut child = Command::new("sh")
             .args(["-c", &script])
             .stdin(Stdio::piped())

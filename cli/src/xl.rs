@@ -44,6 +44,8 @@ struct Call {
     backend: Backend,
     /// xl's arguments.
     arguments: Vec<OsString>,
+    /// Whether a domain is made: it is a restore, or the receiving end of a migration.
+    restores: bool,
     /// Options that xl has not.
     refused: Vec<String>,
     /// How much more to say on stderr.
@@ -93,7 +95,10 @@ impl Xl {
     /// xl or the helper is not there, an option is none of xl's; a signal ended xl.
     pub(crate) fn run(self) -> Result<Code> {
         let Call {
-            arguments, refused, ..
+            arguments,
+            refused,
+            restores,
+            ..
         } = self.0;
         if !refused.is_empty() {
             let why = format!(
@@ -109,12 +114,8 @@ impl Xl {
         )?;
         let helper = helper()?;
         tracing::info!(xl = %xl.display(), helper = %helper.display(), ?arguments, "running xl");
-        let mut command = child::becoming_xl([xl.into_os_string()].into_iter().chain(arguments));
-        command
-            .env(HELPER_VARIABLE, helper)
-            // The helper has its own meaning for it.
-            .env_remove(BACKEND_VARIABLE);
-        code_of(child::run(&mut command)?)
+        let xl = [xl.into_os_string()].into_iter().chain(arguments);
+        code_of(child::run(xl, &helper, restores)?)
     }
 }
 
@@ -144,6 +145,7 @@ impl Call {
             backend: Backend::Auto,
             arguments: Vec::new(),
             refused: Vec::new(),
+            restores: matches!(name, "restore" | "migrate-receive"),
             verbose: 0,
             quiet: false,
         };

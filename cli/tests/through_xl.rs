@@ -16,7 +16,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use common::{Ran, scratch};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
 /// What stands for xl: each of its arguments on a line, then the helper and what else is
@@ -60,6 +60,27 @@ fn beside(dir: &Path, arguments: &[&str]) -> Command {
     command.env("PATH", format!("{}:{path}", dir.display()));
     command.env("XSR_BACKEND", "xen");
     command
+}
+
+/// A command whose signals are as a terminal's shell leaves them, whatever the test run was
+/// begun with.
+fn hearing(command: Command) -> Command {
+    through_env("--default-signal=INT,HUP,TERM", command)
+}
+
+/// A command through `env`, which becomes it.
+fn through_env(option: &str, command: Command) -> Command {
+    let mut env = Command::new("env");
+    env.arg(option)
+        .arg(command.get_program())
+        .args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => env.env(name, value),
+            None => env.env_remove(name),
+        };
+    }
+    env
 }
 
 fn helper() -> PathBuf {
@@ -125,10 +146,11 @@ fn exit_codes_are_ours() {
 #[test]
 fn signals_reach_xl() {
     let _alone = alone();
-    for (signal, name) in [
+    for (asked, signal, name) in [
         // Not those that a test run in the background ignores, for sh ignores them too.
-        (Signal::SIGTERM, "TERM"),
-        (Signal::SIGUSR1, "USR1"),
+        ("restore", Signal::SIGTERM, "TERM"),
+        ("restore", Signal::SIGUSR1, "USR1"),
+        ("save", Signal::SIGUSR1, "USR1"),
     ] {
         let dir = scratch();
         // It ends when the signal comes, or when nobody holds its stdin any more.
@@ -136,7 +158,7 @@ fn signals_reach_xl() {
             dir.path(),
             &format!("#!/bin/sh\ntrap 'echo got {name}; exit 0' {name}\necho ready\nread line\n"),
         );
-        let mut command = beside(dir.path(), &["save", "web", "f"]);
+        let mut command = beside(dir.path(), &[asked, "web", "f"]);
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -169,11 +191,12 @@ fn what_asks_to_stop_reaches_the_helper_and_not_xl() {
         script(
             dir.path(),
             &format!(
-                "#!/bin/sh\ntrap 'echo xl ends' TERM INT HUP\n{}\necho helper $?\nexit 1\n",
+                // A real helper hears SIGTERM whatever it begins with; sh does not.
+                "#!/bin/sh\nenv --default-signal=TERM {}\necho helper $?\nexit 1\n",
                 helper.display()
             ),
         );
-        let mut command = beside(dir.path(), &["save", "web", "f"]);
+        let mut command = hearing(beside(dir.path(), &["save", "web", "f"]));
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -197,17 +220,92 @@ fn xl_does_not_hear_the_keys_of_the_terminal() {
     let _alone = alone();
     let dir = scratch();
     script(dir.path(), "#!/bin/sh\ngrep Sig /proc/self/status\n");
-    let out = beside(dir.path(), &["save", "web", "f"]).output().unwrap();
-    let about = String::from_utf8(out.stdout).unwrap();
-    let mask = |name: &str| {
-        let line = about.lines().find_map(|line| line.strip_prefix(name));
-        u64::from_str_radix(line.unwrap().trim(), 16).unwrap()
-    };
-    let bit = |signal: Signal| 1_u64 << (signal as u32 - 1);
-    assert_eq!(mask("SigBlk:"), 0);
-    assert_ne!(mask("SigIgn:") & bit(Signal::SIGINT), 0);
-    assert_ne!(mask("SigIgn:") & bit(Signal::SIGHUP), 0);
-    assert_eq!(mask("SigIgn:") & bit(Signal::SIGTERM), 0);
+    for (asked, hears_term) in [
+        ("save", false),
+        ("migrate", false),
+        ("remus", false),
+        ("restore", true),
+        ("migrate-receive", true),
+    ] {
+        let command = hearing(beside(dir.path(), &[asked, "web", "f"]));
+        let about = ran(command).code(0).stdout;
+        let mask = |name: &str| {
+            let line = about.lines().find_map(|line| line.strip_prefix(name));
+            u64::from_str_radix(line.unwrap().trim(), 16).unwrap()
+        };
+        let ignored = |signal: Signal| mask("SigIgn:") >> (signal as u32 - 1) & 1 == 1;
+        assert_eq!(mask("SigBlk:"), 0);
+        assert!(ignored(Signal::SIGINT) && ignored(Signal::SIGHUP));
+        assert_eq!(ignored(Signal::SIGTERM), !hears_term, "{asked}");
+    }
+}
+
+/// What xl does when its helper has ended is to wake the guest or to destroy it: no signal
+/// breaks that off, not the second, and not one to all of the process group.
+#[test]
+fn behind_its_helper_nothing_stops_xl() {
+    let _alone = alone();
+    for asked in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        let dir = scratch();
+        script(
+            dir.path(),
+            // The real helper, which finds that it has been asked for nothing.
+            "#!/bin/sh\n$LIBXL_SAVE_HELPER </dev/null >/dev/null 2>&1\n\
+             echo helper ended\nread line\necho resumed $line\nexit 1\n",
+        );
+        let mut command = hearing(beside(dir.path(), &["save", "web", "f"]));
+        // A process group of its own, as a shell makes one for a job.
+        let mut child = std::os::unix::process::CommandExt::process_group(&mut command, 0)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut held = child.stdin.take().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let mut said = BufReader::new(child.stderr.take().unwrap()).lines();
+        assert_eq!(lines.next().unwrap().unwrap(), "helper ended");
+        let pid = Pid::from_raw(child.id().try_into().unwrap());
+        for to_all in [false, true] {
+            match to_all {
+                true => killpg(pid, asked).unwrap(),
+                false => kill(pid, asked).unwrap(),
+            }
+            let line = said.next().unwrap().unwrap();
+            assert!(line.contains("cannot be broken off"), "{asked}: {line}");
+        }
+        held.write_all(b"it\n").unwrap();
+        assert_eq!(lines.next().unwrap().unwrap(), "resumed it");
+        assert_eq!(child.wait().unwrap().code(), Some(1));
+    }
+}
+
+/// `nohup` is for a command whose terminal goes away.
+#[test]
+fn what_was_ignored_before_stays_ignored() {
+    let _alone = alone();
+    let dir = scratch();
+    script(dir.path(), "#!/bin/sh\necho ready\nread line\necho $line\n");
+    let mut command = through_env(
+        "--ignore-signal=HUP",
+        beside(dir.path(), &["save", "a", "f"]),
+    );
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut held = child.stdin.take().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    assert_eq!(lines.next().unwrap().unwrap(), "ready");
+    kill(
+        Pid::from_raw(child.id().try_into().unwrap()),
+        Signal::SIGHUP,
+    )
+    .unwrap();
+    held.write_all(b"still here\n").unwrap();
+    assert_eq!(lines.next().unwrap().unwrap(), "still here");
+    assert_eq!(child.wait().unwrap().code(), Some(0));
 }
 
 /// Signals that come while xl is being started end both, or neither and xl hears of them:

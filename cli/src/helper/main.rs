@@ -29,10 +29,13 @@ use crate::wire::{Lost, Wire};
 
 /// What `exit(-1)` is to a parent: the helper cannot do its work at all.
 const FAILED: u8 = 255;
+/// Names the file to make (`cli/src/xl/child.rs`).
+const BEGAN: &str = "XSR_HELPER_BEGAN";
 /// What `exit(-2)` is: libxl has gone away.
 const NO_REPLY: u8 = 254;
 
 fn main() -> ExitCode {
+    announce();
     let args = match Args::parse(std::env::args().skip(1)) {
         Ok(args) => args,
         Err(error) => {
@@ -52,6 +55,16 @@ fn main() -> ExitCode {
         Some(Lost::Request) => FAILED.into(),
         None if wire.is_complete() => ExitCode::SUCCESS,
         None => FAILED.into(),
+    }
+}
+
+/// Leave word that this helper has begun, where xsr has started xl and wants to know: what
+/// xl does behind a helper must not be broken off.
+fn announce() {
+    if let Some(path) = std::env::var_os(BEGAN)
+        && let Err(error) = std::fs::write(&path, [])
+    {
+        eprintln!("xsr-save-helper: {}: {error}", path.display());
     }
 }
 

@@ -4,18 +4,25 @@
 //! What asks to stop is not for xl while its save helper is at work: xl would end where it
 //! stands, and leave a guest behind that is suspended, or half a domain. The helper gets
 //! SIGTERM then; libxl breaks the work off for it, and has the guest run on or destroys what
-//! was being restored. So that the terminal's keys do not reach xl either, it begins with
-//! SIGINT and SIGHUP ignored.
+//! was being restored. Once the helper of a save or migration has ended xl is left alone
+//! altogether: what it still does is to wake the guest or to destroy it.
 //!
-//! They are blocked here before there is a child, so that none can end this process and
-//! leave the child to itself. A child begins with what its parent blocks, and nothing
-//! safe lets it begin otherwise: so the child is this program under another name, which
-//! unblocks them and then becomes the command.
+//! So that what a terminal, a `timeout` or a service manager sends to a whole process group
+//! does not reach xl either, it begins with those signals ignored: with SIGINT and SIGHUP
+//! always, with SIGTERM where it leaves nothing running that should hear it, which is where
+//! it restores nothing.
+//!
+//! Signals are blocked here before there is a child, so that none can end this process and
+//! leave the child to itself. A child begins with what its parent blocks, and nothing safe
+//! lets it begin otherwise: so the child is this program under another name, which unblocks
+//! them and then becomes the command. A signal that was ignored when this process began, by
+//! `nohup` say, stays ignored.
 
 use std::ffi::OsString;
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt as _;
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus};
 
 use anyhow::{Context as _, Error, Result};
@@ -25,7 +32,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::Pid;
 use rustix::process::{PidfdFlags, pidfd_open, pidfd_send_signal};
 
-use super::HELPER;
+use super::{BACKEND_VARIABLE, HELPER, HELPER_VARIABLE};
 
 /// Signals that are meant for whoever does the work.
 const PASSED_ON: [Signal; 6] = [
@@ -44,21 +51,23 @@ const STOP: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
 /// the terminal's foreground processes get such a one, the child too.
 const SI_KERNEL: i32 = 0x80;
 
+/// Names the file that our helper makes when it begins: that one has run.
+pub(crate) const BEGAN: &str = "XSR_HELPER_BEGAN";
+
 /// The name under which this program becomes the command that its arguments are.
 pub(crate) const NAME: &str = "xsr-becomes";
 
-/// This program, to become `command`, with none of the signals blocked that are here; its
-/// environment can be added to.
-fn becoming(command: impl IntoIterator<Item = OsString>) -> Command {
+/// This program, to become `command`, which does not hear what asks to stop; of a restore's,
+/// SIGTERM is left to it.
+fn deaf(command: impl IntoIterator<Item = OsString>, restores: bool) -> Command {
+    let script = match restores {
+        true => "trap '' INT HUP; exec \"$@\"",
+        false => "trap '' INT HUP TERM; exec \"$@\"",
+    };
     let mut child = Command::new("/proc/self/exe");
-    child.arg0(NAME).args(command);
+    child.arg0(NAME).args(["sh", "-c", script, "sh"]);
+    child.args(command);
     child
-}
-
-/// As [`becoming`], of xl: it does not hear SIGINT and SIGHUP.
-pub(super) fn becoming_xl(command: impl IntoIterator<Item = OsString>) -> Command {
-    let script = ["sh", "-c", "trap '' INT HUP; exec \"$@\"", "sh"];
-    becoming(script.into_iter().map(Into::into).chain(command))
 }
 
 /// Become the command that the arguments are. Only a failure returns.
@@ -67,29 +76,53 @@ pub(crate) fn become_it() -> Error {
     let Some(program) = arguments.next() else {
         return Error::msg(format!("{NAME} wants a command"));
     };
-    if let Err(error) = signals().thread_unblock() {
+    if let Err(error) = SigSet::all().thread_unblock() {
         return Error::new(error).context("unblocking signals");
     }
     let error = Command::new(&program).args(arguments).exec();
     Error::new(error).context(format!("starting {}", program.display()))
 }
 
-/// Those that are read here: of the child's end, too.
-fn signals() -> SigSet {
-    let mut signals: SigSet = PASSED_ON.into_iter().collect();
+/// Those that are read here: of the child's end, too; none that is ignored.
+fn signals() -> Result<SigSet> {
+    let status = fs::read_to_string("/proc/self/status").context("reading signals")?;
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    let ignored = ignored.context("/proc/self/status has no SigIgn")?;
+    let bit = |signal: Signal| 1_u64 << (signal as u32 - 1);
+    let mut signals: SigSet = (PASSED_ON.into_iter())
+        .filter(|signal| ignored & bit(*signal) == 0)
+        .collect();
     signals.add(Signal::SIGCHLD);
-    signals
+    Ok(signals)
 }
 
-/// Run what [`becoming`] made to its end. To be called before there are other threads.
-pub(super) fn run(command: &mut Command) -> Result<ExitStatus> {
-    signals().thread_block().context("blocking signals")?;
-    let arrived = SignalFd::with_flags(&signals(), SfdFlags::SFD_CLOEXEC)?;
+/// Run xl to its end, with `helper` as its save helper. To be called before there are other
+/// threads.
+pub(super) fn run(
+    xl: impl IntoIterator<Item = OsString>,
+    helper: &Path,
+    restores: bool,
+) -> Result<ExitStatus> {
+    let signals = signals()?;
+    signals.thread_block().context("blocking signals")?;
+    let arrived = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC)?;
+    let scratch = tempfile::tempdir().context("making a temporary directory")?;
+    let began = scratch.path().join("began");
+    let mut command = deaf(xl, restores);
+    command.env(HELPER_VARIABLE, helper).env(BEGAN, &began);
+    // The helper has its own meaning for it.
+    command.env_remove(BACKEND_VARIABLE);
     let mut child = command.spawn().context("starting xl")?;
-    wait(&mut child, &arrived).context("waiting for xl")
+    let stop = |xl| stop(xl, restores, &began);
+    wait(&mut child, &arrived, &stop).context("waiting for xl")
 }
 
-fn wait(child: &mut Child, arrived: &SignalFd) -> Result<ExitStatus> {
+fn wait(
+    child: &mut Child,
+    arrived: &SignalFd,
+    stop: &dyn Fn(Pid) -> Result<()>,
+) -> Result<ExitStatus> {
     loop {
         if let Some(status) = child.try_wait()? {
             return Ok(status);
@@ -115,8 +148,9 @@ fn wait(child: &mut Child, arrived: &SignalFd) -> Result<ExitStatus> {
     }
 }
 
-/// Have xl's save helper break its work off; have xl end, where there is none at work.
-fn stop(xl: Pid) -> Result<()> {
+/// Have xl's save helper break its work off; have xl end, where none has begun, or where it
+/// has restored and stays for the domain's end.
+fn stop(xl: Pid, restores: bool, began: &Path) -> Result<()> {
     match helper_of(xl) {
         Some(helper) => {
             tracing::info!("asking {HELPER} to stop");
@@ -126,7 +160,16 @@ fn stop(xl: Pid) -> Result<()> {
                 sent => Ok(sent?),
             }
         }
-        None => Ok(signal::kill(xl, Signal::SIGTERM)?),
+        None if restores => Ok(signal::kill(xl, Signal::SIGTERM)?),
+        None if began.exists() => {
+            tracing::warn!(
+                "the save helper has ended, and xl does what is left to be done for the \
+                 domain: that cannot be broken off"
+            );
+            Ok(())
+        }
+        // It does not hear SIGTERM. xl has no handler for that: it is the same to it.
+        None => Ok(signal::kill(xl, Signal::SIGKILL)?),
     }
 }
 
