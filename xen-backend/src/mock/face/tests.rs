@@ -11,7 +11,7 @@ use xsr_format::frame::{Gfn, Mfn, PageType, Pfn};
 use super::{Face, Obstacles};
 use crate::contract;
 use crate::mock::{GuestSpec, HostConfig, MockHost};
-use crate::privcmd::{Call, CallBuffer, Hypercalls};
+use crate::privcmd::{Call, CallBuffer, Elsewhere as _, Hypercalls};
 use crate::sys::common as sys;
 use crate::xen::interface::INTERFACES;
 use crate::xen::{OpenError, XenHost};
@@ -444,4 +444,60 @@ fn a_structure_means_the_same_taken_apart_as_put_together() {
         assert_eq!((interface.decode_create)(&octets), Some(create));
         assert_eq!((interface.decode_create)(&octets[1..]), None);
     }
+}
+
+#[test]
+fn each_call_of_a_multicall_has_its_own_answer() {
+    let machine = machine(17);
+    let face = Face::new(&machine);
+    let domid = guest(&machine, GuestKind::Pvh);
+    let domain = machine.domain(domid).unwrap();
+    let last = domain.maximum_gfn().unwrap().unwrap();
+    let list = face.buffers.take(5 * 64);
+    let argument = face.buffers.take(8);
+    let (place, domid_at) = (list.address(), argument.address());
+    face.save(domid_at, &u64::from(domid.0)).unwrap();
+    let version = u64::from(sys::__HYPERVISOR_xen_version);
+    let memory = u64::from(sys::__HYPERVISOR_memory_op);
+    let maximum = u64::from(sys::XENMEM_maximum_gpfn);
+    let untouched = 0x5555_u64;
+    let calls = [
+        [
+            version,
+            untouched,
+            sys::XENVER_version.into(),
+            0,
+            0,
+            0,
+            0,
+            0,
+        ],
+        [memory, untouched, maximum, domid_at, 0, 0, 0, 0],
+        // A list within a list, which Xen refuses; a number that is none; no buffer.
+        [super::MULTICALL.into(), untouched, place, 1, 0, 0, 0, 0],
+        [u64::MAX, untouched, 0, 0, 0, 0, 0, 0],
+        [memory, untouched, maximum, 0x10, 0, 0, 0, 0],
+    ];
+    face.save(place, &calls).unwrap();
+    assert_eq!(face.answer(super::MULTICALL, [place, 5, 0, 0, 0]), Ok(0));
+    let answered: [[u64; 8]; 5] = face.load(place).unwrap();
+    let error = |errno: Errno| (-i64::from(errno as i32)).cast_unsigned();
+    let expected = [
+        4 << 16 | 17,
+        last.0,
+        error(Errno::ENOSYS),
+        error(Errno::ENOSYS),
+        error(Errno::EFAULT),
+    ];
+    assert_eq!(answered.map(|call| call[1]), expected);
+    // Nothing else of the list has changed.
+    for (asked, answered) in calls.iter().zip(&answered) {
+        assert_eq!((asked[0], &asked[2..]), (answered[0], &answered[2..]));
+    }
+    // One that reaches beyond the buffer: what comes before is answered all the same.
+    face.save(place, &calls).unwrap();
+    let beyond = face.answer(super::MULTICALL, [place, 6, 0, 0, 0]);
+    assert_eq!(beyond, Err(Errno::EFAULT));
+    let answered: [[u64; 8]; 5] = face.load(place).unwrap();
+    assert_eq!(answered[0][1], 4 << 16 | 17);
 }
