@@ -95,8 +95,6 @@ pub struct Epoch {
     /// Octets of it that were sent only then
     /// ([`Checkpoints::buffer_octets`](crate::save::Checkpoints::buffer_octets)).
     pub buffered_octets: u64,
-    /// From asking the guest to suspend until all of it was written to the sink.
-    pub sent_after: Duration,
 }
 
 /// What comes behind a checkpoint.

@@ -163,6 +163,11 @@ impl Host for XenHost {
     }
 
     fn domain(&self, domid: DomId) -> Result<Box<dyn Domain>, BackendError> {
+        // Of the control domain itself: to release or to write its frames would change the
+        // memory of this process behind the compiler's back.
+        if domid.0 == 0 || domid.0 >= DOMID_FIRST_RESERVED {
+            return Err(BackendError::domain("domain", domid, Errno::EINVAL));
+        }
         let info = self.shared.calls.info(domid);
         let info = info.map_err(|e| BackendError::domain("getdomaininfo", domid, e))?;
         Ok(Box::new(XenDomain {

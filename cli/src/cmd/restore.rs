@@ -284,14 +284,8 @@ impl<'a> Image<'a> {
             .filter(|r| of_emulator(r))
             .cloned()
             .collect();
+        let options = made.options(threads)?;
         let domain = made.domain.as_ref();
-        let options = RestoreOptions {
-            store_port: domain.alloc_unbound_port(DOM0)?,
-            store_domid: DOM0,
-            console_port: domain.alloc_unbound_port(DOM0)?,
-            console_domid: DOM0,
-            threads,
-        };
         let mut toolstack = DirectToolstack(domain);
         let (restored, source) = xsr_save_restore::restore(
             domain,
@@ -575,6 +569,17 @@ impl Made {
         self.domain
             .destroy()
             .with_context(|| format!("destroying {name}"))
+    }
+
+    /// How it is to be restored: with event channels for the control domain.
+    fn options(&self, threads: Option<NonZeroUsize>) -> Result<RestoreOptions> {
+        Ok(RestoreOptions {
+            store_port: self.domain.alloc_unbound_port(DOM0)?,
+            store_domid: DOM0,
+            console_port: self.domain.alloc_unbound_port(DOM0)?,
+            console_domid: DOM0,
+            threads,
+        })
     }
 
     /// Let the domain run.

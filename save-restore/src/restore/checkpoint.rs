@@ -217,8 +217,10 @@ impl<T: CheckpointRestoreToolstack + ?Sized> Run<'_, '_, T> {
     }
 }
 
-/// Whether the stream did not go on, rather than go on wrongly.
-fn is_loss(error: &ReadError) -> bool {
+/// Whether the stream did not go on, rather than go on wrongly: what makes a restore of
+/// checkpoints take over ([`Ending::SourceLost`]), also for a toolstack that reads part of
+/// the stream itself.
+pub fn is_loss(error: &ReadError) -> bool {
     match &error.cause {
         ReadErrorCause::Truncated { .. } => true,
         ReadErrorCause::Io(error) => !Cancelled::is(error),

@@ -141,7 +141,6 @@ impl Run<'_, '_> {
             epoch.buffered_octets = hold.end();
             self.report(Phase::Checkpoint)?;
             out.sink_mut().flush()?;
-            epoch.sent_after = asked.elapsed();
             if suspended.checkpoint(&epoch)? == NextEpoch::Finish {
                 return Ok(number);
             }
@@ -170,7 +169,6 @@ impl Run<'_, '_> {
             asked,
             suspended_for: Duration::ZERO,
             buffered_octets: 0,
-            sent_after: Duration::ZERO,
         })
     }
 }

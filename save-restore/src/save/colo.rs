@@ -84,7 +84,7 @@ impl Run<'_, '_> {
                 0 => Ok(()),
                 _ => Ok(back_channel::merge(back, number - 1, dirty)?),
             };
-            let mut epoch = self.epoch(
+            let epoch = self.epoch(
                 number + 1,
                 guest,
                 &mut out,
@@ -94,7 +94,6 @@ impl Run<'_, '_> {
             )?;
             number += 1;
             out.sink_mut().flush()?;
-            epoch.sent_after = epoch.asked.elapsed();
             if suspended.checkpoint(&epoch)? == NextEpoch::Finish {
                 return Err(SaveError::ColoEnded);
             }

@@ -66,6 +66,8 @@ pub(crate) struct Obstacles {
     pub(crate) unprivileged: bool,
     /// The kernel maps no resources.
     pub(crate) no_resources: bool,
+    /// No domain's grant table is set up.
+    pub(crate) no_tables: bool,
     /// The dirty log is told of one page less than was asked for.
     pub(crate) short_log: bool,
 }

@@ -8,21 +8,20 @@ use std::cell::RefCell;
 use std::num::NonZeroUsize;
 
 use anyhow::{Error, Result};
-use xsr_format::error::{ReadError, ReadErrorCause};
+use xsr_format::error::ReadErrorCause;
 use xsr_format::frame::Gfn;
 use xsr_format::walk::Around;
 use xsr_format::wrapper::libxl::{LibxlError, LibxlRecord};
-use xsr_save_restore::progress::Cancelled;
-use xsr_save_restore::restore::checkpoint::{CheckpointOptions, Ending};
+use xsr_save_restore::restore::checkpoint::{CheckpointOptions, Ending, is_loss};
+use xsr_save_restore::restore_checkpointed;
 use xsr_save_restore::toolstack::{
     Arrival, CheckpointRestoreToolstack, DirectToolstack, MissingStaticData, RestoreToolstack,
     ToolstackError,
 };
-use xsr_save_restore::{RestoreOptions, restore_checkpointed};
 use xsr_xen_backend::mock::MockHost;
 
 use super::source::ImageSource;
-use super::{DOM0, Image, Made, Named, of_emulator};
+use super::{Image, Made, Named, of_emulator};
 use crate::backend;
 use crate::exit::{self, Withdrawn};
 use crate::file::Input;
@@ -60,14 +59,8 @@ impl<'a> Image<'a> {
         first: &dyn Fn(),
     ) -> Result<(Made, Survival)> {
         let mut made = self.plan.make(host, Named::Incoming)?;
+        let options = made.options(threads)?;
         let domain = made.domain.as_ref();
-        let options = RestoreOptions {
-            store_port: domain.alloc_unbound_port(DOM0)?,
-            store_domid: DOM0,
-            console_port: domain.alloc_unbound_port(DOM0)?,
-            console_domid: DOM0,
-            threads,
-        };
         let cancel = watch.interrupt().cancel().clone();
         let watch = RefCell::new(watch);
         let mut standby = Standby {
@@ -178,14 +171,5 @@ impl CheckpointRestoreToolstack for Standby<'_, '_> {
                 ))
             }
         }
-    }
-}
-
-/// Whether the stream did not go on, rather than go on wrongly.
-fn is_loss(error: &ReadError) -> bool {
-    match &error.cause {
-        ReadErrorCause::Truncated { .. } => true,
-        ReadErrorCause::Io(error) => !Cancelled::is(error),
-        _ => false,
     }
 }

@@ -26,7 +26,8 @@ impl Face {
         if count != 1 || ask.nr_frames != 1 {
             return Err(Errno::EINVAL);
         }
-        let Ok(domain) = self.domain(ask.domid) else {
+        let refused = self.state().obstacles.no_tables;
+        let Some(domain) = self.domain(ask.domid).ok().filter(|_| !refused) else {
             ask.status = BAD_DOMAIN;
             self.save(address, &ask)?;
             return Ok(0);

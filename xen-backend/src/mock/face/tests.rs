@@ -267,8 +267,19 @@ fn grants_are_seeded_without_resources() {
         assert_eq!(page[..16], *entries.as_flattened(), "{kind:?}");
         assert!(face.state().tables.is_empty(), "{kind:?}");
         // Where the table cannot be had, its place is given back.
-        domain.destroy().unwrap();
+        face.state().obstacles.no_tables = true;
         domain.seed_grants(ring(0x11), ring(0x22)).unwrap_err();
+        assert!(face.state().tables.is_empty(), "{kind:?}");
+        face.state().obstacles.no_tables = false;
+    }
+}
+
+#[test]
+fn the_control_domain_is_nobodys_guest() {
+    let host = xen(&Face::new(&machine(17)));
+    for domid in [0, 0x7ff0, 0x7ff2] {
+        let error = host.domain(DomId(domid)).map(drop).unwrap_err();
+        assert_eq!(error.errno, Errno::EINVAL, "{domid:#x}");
     }
 }
 
