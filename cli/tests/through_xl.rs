@@ -7,11 +7,11 @@
 mod common;
 
 use std::fs;
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{BufRead as _, BufReader, Lines, Write as _};
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use common::{Ran, scratch};
@@ -66,6 +66,19 @@ fn beside(dir: &Path, arguments: &[&str]) -> Command {
 /// begun with.
 fn hearing(command: Command) -> Command {
     through_env("--default-signal=INT,HUP,TERM", command)
+}
+
+/// Start a command; what it says, once that is "ready", and its stdin.
+fn ready(mut command: Command) -> (Child, ChildStdin, Lines<BufReader<ChildStdout>>) {
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let held = child.stdin.take().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    assert_eq!(lines.next().unwrap().unwrap(), "ready");
+    (child, held, lines)
 }
 
 /// A command through `env`, which becomes it.
@@ -158,15 +171,7 @@ fn signals_reach_xl() {
             dir.path(),
             &format!("#!/bin/sh\ntrap 'echo got {name}; exit 0' {name}\necho ready\nread line\n"),
         );
-        let mut command = beside(dir.path(), &[asked, "web", "f"]);
-        let mut child = command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let held = child.stdin.take();
-        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        assert_eq!(lines.next().unwrap().unwrap(), "ready");
+        let (mut child, held, mut lines) = ready(beside(dir.path(), &[asked, "web", "f"]));
         // It has xl, and so it has blocked what it passes on.
         let pid = Pid::from_raw(child.id().try_into().unwrap());
         kill(pid, signal).unwrap();
@@ -196,15 +201,8 @@ fn what_asks_to_stop_reaches_the_helper_and_not_xl() {
                 helper.display()
             ),
         );
-        let mut command = hearing(beside(dir.path(), &["save", "web", "f"]));
-        let mut child = command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let held = child.stdin.take();
-        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        assert_eq!(lines.next().unwrap().unwrap(), "ready");
+        let command = hearing(beside(dir.path(), &["save", "web", "f"]));
+        let (mut child, held, lines) = ready(command);
         let pid = Pid::from_raw(child.id().try_into().unwrap());
         kill(pid, asked).unwrap();
         let said: Vec<String> = lines.map(Result::unwrap).collect();
@@ -286,18 +284,8 @@ fn what_was_ignored_before_stays_ignored() {
     let _alone = alone();
     let dir = scratch();
     script(dir.path(), "#!/bin/sh\necho ready\nread line\necho $line\n");
-    let mut command = through_env(
-        "--ignore-signal=HUP",
-        beside(dir.path(), &["save", "a", "f"]),
-    );
-    let mut child = command
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut held = child.stdin.take().unwrap();
-    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    assert_eq!(lines.next().unwrap().unwrap(), "ready");
+    let command = beside(dir.path(), &["save", "a", "f"]);
+    let (mut child, mut held, mut lines) = ready(through_env("--ignore-signal=HUP", command));
     kill(
         Pid::from_raw(child.id().try_into().unwrap()),
         Signal::SIGHUP,

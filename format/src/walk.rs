@@ -32,7 +32,7 @@ use crate::read::{Incoming, PageDataBody, ReadOptions, RecordReader};
 use crate::record::{Record, RecordKind, WireRecordHeader};
 use crate::source::{Skip, fill, skip_by_reading, skip_by_seeking};
 use crate::wrapper::libxl::read::LibxlState;
-use crate::wrapper::libxl::{LibxlHeader, LibxlRecord, LibxlRecordKind};
+use crate::wrapper::libxl::{LibxlError, LibxlHeader, LibxlRecord, LibxlRecordKind, MAX_BODY};
 use crate::wrapper::xl::XlHeader;
 
 /// One thing that a file holds, and where.
@@ -481,28 +481,40 @@ impl<R: Read> Around<R> {
     }
 
     /// Take the libxl records of a checkpoint, without CHECKPOINT_END, which is the last of
-    /// them, and how many octets they are all together. The libxc layer has just read a
+    /// them, and without optional ones, and how many octets they are all together. The libxc layer has just read a
     /// CHECKPOINT, which ends `offset` octets into the file; `source` stands behind it. A
     /// bare libxc stream has none.
     ///
     /// # Errors
     ///
-    /// As [`Walk::next_step`].
+    /// As [`Walk::next_step`]; what is to be kept has more than [`MAX_BODY`] octets.
     pub fn checkpoint(
         &mut self,
         source: &mut impl Read,
         offset: u64,
     ) -> Result<(Vec<LibxlRecord>, u64), ReadError> {
         let mut records = Vec::new();
+        let mut kept = 0_u64;
         let Some(state) = &mut self.walk.libxl else {
             return Ok((records, 0));
         };
         state.offset = offset;
         state.order.begin_checkpoint();
         loop {
-            match state.next_record(&[], source)?.1 {
+            let begins = state.offset;
+            let (position, record) = state.next_record(&[], source)?;
+            match record {
                 LibxlRecord::CheckpointEnd => break,
-                record => records.push(record),
+                LibxlRecord::Optional { .. } => {}
+                record => {
+                    // Each may be as long as that; a sender that repeats them is out of order.
+                    kept = kept.saturating_add(state.offset.saturating_sub(begins));
+                    if kept > u64::from(MAX_BODY) {
+                        let cause = LibxlError::CheckpointTooLong { max: MAX_BODY }.into();
+                        return Err(ReadError { position, cause });
+                    }
+                    records.push(record);
+                }
             }
         }
         Ok((records, state.offset.saturating_sub(offset)))

@@ -340,6 +340,46 @@ fn checkpoints_hand_over_and_back() {
     }
 }
 
+/// Who applies checkpoints gets what libxl keeps of each, and no more of it than any has.
+#[test]
+fn the_records_of_a_checkpoint_are_bounded() {
+    let file = checkpointed(false);
+    let around = || {
+        Walk::open(&file[..], STRICT)
+            .unwrap()
+            .into_libxc()
+            .unwrap()
+            .1
+    };
+    let emulator = Octets::new(false).u32(2).u32(0).bytes(b"abc").octets;
+    let behind = [
+        record(false, 3, &emulator),
+        record(false, 0x8000_0007, b"left out"),
+        record(false, 4, b""),
+    ]
+    .concat();
+    let (records, octets) = around().checkpoint(&mut &behind[..], 1000).unwrap();
+    assert!(matches!(records[..], [LibxlRecord::EmulatorContext { .. }]));
+    assert_eq!(octets, behind.len() as u64);
+
+    // 48 MiB, again and again.
+    const LENGTH: u32 = 48 << 20;
+    let one = || {
+        let head = Octets::new(false).u32(3).u32(LENGTH).u32(2).u32(0).octets;
+        Cursor::new(head).chain(io::repeat(7).take(u64::from(LENGTH) - 8))
+    };
+    let mut source = one().chain(one()).chain(one()).chain(one());
+    let error = around().checkpoint(&mut source, 1000).unwrap_err();
+    assert_eq!(error.position.offset, 1000 + 2 * (8 + u64::from(LENGTH)));
+    assert!(
+        matches!(
+            error.cause,
+            ReadErrorCause::Libxl(LibxlError::CheckpointTooLong { .. })
+        ),
+        "{error}"
+    );
+}
+
 /// The number of COLO's control word is that of a record that PV guests have.
 #[test]
 fn a_pv_record_behind_a_checkpoint_is_no_control_word() {

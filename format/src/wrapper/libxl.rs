@@ -164,6 +164,12 @@ pub enum LibxlError {
         /// The limit.
         max: u32,
     },
+    /// The records of a checkpoint are longer, all together, than any are.
+    #[error("the records of this checkpoint have more than {max} octets")]
+    CheckpointTooLong {
+        /// The limit.
+        max: u32,
+    },
     /// A body of the wrong length for its kind.
     #[error("body length is {got}, expected {expected}")]
     BodyLength {
