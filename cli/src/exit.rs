@@ -70,6 +70,17 @@ impl fmt::Display for Withdrawn {
 
 impl std::error::Error for Withdrawn {}
 
+/// A domain that was not to stay, and could not be destroyed. Why it was not to stay stands
+/// behind it.
+#[derive(Debug)]
+pub(crate) struct LeftBehind(pub(crate) String);
+
+impl fmt::Display for LeftBehind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
 /// An image that no library error describes as bad, but which is: say, a
 /// configuration that names no guest type.
 #[derive(Debug, PartialEq, Eq)]

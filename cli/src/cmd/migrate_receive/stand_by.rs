@@ -17,7 +17,7 @@ use xsr_xen_backend::DomId;
 use super::{Receiver, failed};
 use crate::cmd::restore::checkpoints::Survival;
 use crate::cmd::restore::{About, Image};
-use crate::exit::{self, Code, Withdrawn};
+use crate::exit::{self, Code, LeftBehind, Withdrawn};
 use crate::file::Input;
 use crate::handshake::{self, Message};
 use crate::stdout::Results;
@@ -116,7 +116,12 @@ impl Receiver<'_> {
 
     /// There is no domain here, and the sender may know.
     fn not_taken_over(&self, name: &str, error: &Error) -> Error {
-        let told = handshake::report_failed(self.to).and_then(|()| Message::Go.send(self.to));
+        let left = error.is::<LeftBehind>();
+        let told = handshake::report_failed(self.to).and_then(|()| match left {
+            // As long as there is a copy the sender does not hear that there is none.
+            true => Ok(()),
+            false => Message::Go.send(self.to),
+        });
         if let Err(error) = told {
             tracing::debug!(%error, "the sender could not be told");
         }
@@ -126,6 +131,7 @@ impl Receiver<'_> {
             name => format!(" for {name}"),
         };
         failed(match error.is::<Withdrawn>() {
+            _ if left => format!("standing by{of}: {cause}"),
             true => format!("standing by{of}: {cause}, and keeps the domain; there is none here"),
             false => format!("standing by{of}: {cause}; it does not run here"),
         })

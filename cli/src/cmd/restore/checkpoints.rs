@@ -21,9 +21,9 @@ use xsr_save_restore::toolstack::{
 use xsr_xen_backend::mock::MockHost;
 
 use super::source::ImageSource;
-use super::{Image, Made, Named, of_emulator};
+use super::{INCOMING, Image, Made, Named, of_emulator};
 use crate::backend;
-use crate::exit::{self, Withdrawn};
+use crate::exit::{self, LeftBehind, Withdrawn};
 use crate::file::Input;
 use crate::handshake;
 use crate::watch::Watch;
@@ -89,14 +89,15 @@ impl<'a> Image<'a> {
             ..
         } = standby;
         let survivor = match result {
-            Err(_) if withdrawn => return Err(Error::new(Withdrawn)),
-            other => other?,
+            Err(_) if withdrawn => return Err(given_up(made, Error::new(Withdrawn))),
+            Err(error) => return Err(given_up(made, error.into())),
+            Ok(survivor) if survivor.checkpoints == 0 => {
+                let why =
+                    "the sender sent a plain migration: run migrate-receive without -r for it";
+                return Err(given_up(made, Error::msg(why)));
+            }
+            Ok(survivor) => survivor,
         };
-        if survivor.checkpoints == 0 {
-            return Err(Error::msg(
-                "the sender sent a plain migration: run migrate-receive without -r for it",
-            ));
-        }
         made.about.stats = survivor.restored.stats;
         // It may be all there is of the domain: nothing destroys it any more.
         if let Err(error) = backend::store_emulators(host, made.about.domid, &emulators) {
@@ -116,6 +117,21 @@ impl<'a> Image<'a> {
             },
         };
         Ok((made, survival))
+    }
+}
+
+/// There is no domain to be had for `error`: destroy what there is, and say so if it cannot be.
+fn given_up(made: Made, error: Error) -> Error {
+    let left = format!(
+        "{}{INCOMING} is left here, paused; it must not run: destroy it by hand",
+        made.name()
+    );
+    match made.destroy() {
+        Ok(()) => error,
+        Err(cause) => {
+            tracing::error!("{}", exit::words(cause.chain()));
+            error.context(LeftBehind(left))
+        }
     }
 }
 
@@ -171,5 +187,37 @@ impl CheckpointRestoreToolstack for Standby<'_, '_> {
                 ))
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use xsr_xen_backend::mock::HostConfig;
+    use xsr_xen_backend::{GuestKind, Host as _};
+
+    use super::*;
+
+    /// A copy that cannot be destroyed is not said to be gone.
+    #[test]
+    fn what_is_given_up_is_destroyed_or_said_to_be_left() {
+        let host = MockHost::ephemeral(&HostConfig::default()).expect("a machine");
+        let make = || {
+            let domid = host
+                .create_domain(GuestKind::Pvh, 1, 256)
+                .expect("a domain");
+            let domain = host.domain(domid).expect("the domain");
+            (domid, Made::new(domain, domid, "web"))
+        };
+        let (domid, made) = make();
+        let error = given_up(made, Error::new(Withdrawn));
+        assert!(error.is::<Withdrawn>() && !error.is::<LeftBehind>());
+        assert!(host.domain(domid).is_err());
+        // Somebody else has destroyed it, or the host refuses: nobody knows.
+        let (domid, made) = make();
+        let domain = host.domain(domid).expect("the domain");
+        domain.destroy().expect("it goes");
+        let error = given_up(made, Error::new(Withdrawn));
+        assert!(error.is::<Withdrawn>() && error.is::<LeftBehind>());
+        assert!(exit::words(error.chain()).contains("web--incoming is left here"));
     }
 }
