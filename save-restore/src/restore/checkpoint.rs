@@ -129,13 +129,44 @@ pub(super) enum Came {
     ToolstackLost,
 }
 
+/// What there is to say of the checkpoints up to now.
+#[derive(Debug, Default)]
+pub(super) struct SoFar {
+    /// Those that are applied.
+    pub(super) checkpoints: u64,
+    most_kept: u64,
+    most_spilt: u64,
+}
+
+impl SoFar {
+    /// The guest is what is there now.
+    pub(super) fn survivor<S: PageSource>(
+        self,
+        restored: Restored,
+        came: Came,
+        reader: RecordReader<Tap<S>>,
+    ) -> Survivor<S> {
+        Survivor {
+            restored,
+            checkpoints: self.checkpoints,
+            most_kept_octets: self.most_kept,
+            most_spilt_octets: self.most_spilt,
+            ending: match came {
+                Came::SourceLost(error) => Ending::SourceLost(error),
+                Came::ToolstackLost => Ending::ToolstackLost,
+                Came::Whole | Came::Ended => Ending::Ended(reader.into_source().into_source()),
+            },
+        }
+    }
+}
+
 impl<T: CheckpointRestoreToolstack + ?Sized> Run<'_, '_, T> {
     fn epochs<S: PageSource>(
         &mut self,
         mut reader: RecordReader<Tap<S>>,
         hands: &Hands<'_, '_>,
     ) -> Result<Survivor<S>, RestoreError> {
-        let (mut checkpoints, mut most_kept, mut most_spilt) = (0, 0, 0);
+        let mut so_far = SoFar::default();
         let mut came = match self.records(&mut reader, hands)? {
             Stop::End => Came::Ended,
             Stop::Checkpoint => match self.arrival(&mut reader)? {
@@ -146,38 +177,39 @@ impl<T: CheckpointRestoreToolstack + ?Sized> Run<'_, '_, T> {
         // A piece that could not be placed is found before the checkpoint counts.
         hands.crew.finish()?;
         while let Came::Whole = came {
-            checkpoints += 1;
+            so_far.checkpoints += 1;
             self.pages.verify = false;
             go_on(self.progress.begin(Phase::Checkpoint, None))?;
-            reader.source_mut().keep()?;
-            let standing = reader.onto(io::empty());
-            came = self.keep(&mut reader)?;
-            let spool = &mut reader.source_mut().spool;
-            most_kept = spool.len().max(most_kept);
-            most_spilt = spool.in_file().max(most_spilt);
-            if let Came::Whole = came {
-                let applied = self.records(&mut standing.onto(spool), hands);
-                // What failed in an earlier place of the stream comes first.
-                let applied = hands.crew.finish().and(applied);
-                applied.map_err(|cause| RestoreError::not_applied(checkpoints + 1, cause))?;
-            }
+            came = self.keep_and_apply(&mut reader, hands, &mut so_far)?;
         }
         let restored = self.end(hands)?;
-        Ok(Survivor {
-            restored,
-            checkpoints,
-            most_kept_octets: most_kept,
-            most_spilt_octets: most_spilt,
-            ending: match came {
-                Came::SourceLost(error) => Ending::SourceLost(error),
-                Came::ToolstackLost => Ending::ToolstackLost,
-                Came::Whole | Came::Ended => Ending::Ended(reader.into_source().into_source()),
-            },
-        })
+        Ok(so_far.survivor(restored, came, reader))
+    }
+
+    /// Keep the next checkpoint, and apply it once it is whole.
+    pub(super) fn keep_and_apply<S: PageSource>(
+        &mut self,
+        reader: &mut RecordReader<Tap<S>>,
+        hands: &Hands<'_, '_>,
+        so_far: &mut SoFar,
+    ) -> Result<Came, RestoreError> {
+        reader.source_mut().keep()?;
+        let standing = reader.onto(io::empty());
+        let came = self.keep(reader)?;
+        let spool = &mut reader.source_mut().spool;
+        so_far.most_kept = spool.len().max(so_far.most_kept);
+        so_far.most_spilt = spool.in_file().max(so_far.most_spilt);
+        if let Came::Whole = came {
+            let applied = self.records(&mut standing.onto(spool), hands);
+            // What failed in an earlier place of the stream comes first.
+            let applied = hands.crew.finish().and(applied);
+            applied.map_err(|cause| RestoreError::not_applied(so_far.checkpoints + 1, cause))?;
+        }
+        Ok(came)
     }
 
     /// Read the records of one checkpoint, which the tap keeps. Nothing is applied.
-    pub(super) fn keep<S: PageSource>(
+    fn keep<S: PageSource>(
         &mut self,
         reader: &mut RecordReader<Tap<S>>,
     ) -> Result<Came, RestoreError> {

@@ -12,7 +12,7 @@ use xsr_xen_backend::{DirtyBitmap, DirtyRead, Domain};
 
 use crate::error::RestoreError;
 use crate::progress::{OnProgress, Phase};
-use crate::restore::checkpoint::{Came, CheckpointOptions, Ending, Survivor, largest};
+use crate::restore::checkpoint::{Came, CheckpointOptions, SoFar, Survivor, largest};
 use crate::restore::crew::Hands;
 use crate::restore::spool::{Spool, Tap};
 use crate::restore::{Guest, RestoreOptions, Restored, Run, Stop, go_on, with_crew};
@@ -67,42 +67,22 @@ impl<T: ColoRestoreToolstack + ?Sized> Run<'_, '_, T> {
             Stop::Checkpoint if matches!(self.arrival(&mut reader)?, Came::Whole) => {}
             _ => return Err(RestoreError::NoCheckpoint),
         }
-        let (mut checkpoints, mut most_kept, mut most_spilt) = (0, 0, 0);
-        let mut came = Came::Whole;
-        let mut restored = None;
-        while let Came::Whole = came {
-            checkpoints += 1;
-            let here: Restored = self.end(hands)?;
-            restored = Some(here);
+        let mut so_far = SoFar::default();
+        loop {
+            so_far.checkpoints += 1;
+            let restored: Restored = self.end(hands)?;
             go_on(self.progress.begin(Phase::Checkpoint, None))?;
-            if self.turn()? == Turn::Lost {
-                came = Came::ToolstackLost;
-                break;
-            }
-            self.tell_dirty(back)?;
-            reader.source_mut().keep()?;
-            let standing = reader.onto(io::empty());
-            came = self.keep(&mut reader)?;
-            let spool = &mut reader.source_mut().spool;
-            most_kept = spool.len().max(most_kept);
-            most_spilt = spool.in_file().max(most_spilt);
-            if let Came::Whole = came {
-                let applied = self.records(&mut standing.onto(spool), hands);
-                let applied = hands.crew.finish().and(applied);
-                applied.map_err(|cause| RestoreError::not_applied(checkpoints + 1, cause))?;
+            let came = match self.turn()? {
+                Turn::Lost => Came::ToolstackLost,
+                Turn::Done => {
+                    self.tell_dirty(back)?;
+                    self.keep_and_apply(&mut reader, hands, &mut so_far)?
+                }
+            };
+            if !matches!(came, Came::Whole) {
+                return Ok(so_far.survivor(restored, came, reader));
             }
         }
-        Ok(Survivor {
-            restored: restored.ok_or(RestoreError::NoCheckpoint)?,
-            checkpoints,
-            most_kept_octets: most_kept,
-            most_spilt_octets: most_spilt,
-            ending: match came {
-                Came::SourceLost(error) => Ending::SourceLost(error),
-                Came::ToolstackLost => Ending::ToolstackLost,
-                Came::Whole | Came::Ended => Ending::Ended(reader.into_source().into_source()),
-            },
-        })
     }
 
     /// The guest's turn: it runs until the primary wants a checkpoint.
