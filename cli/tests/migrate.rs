@@ -387,7 +387,7 @@ fn what_the_sender_says_is_cut_anywhere() {
 /// Every octet of the handshake, and many of the stream: minutes. `XSR_CUTS` is how many
 /// places in the stream.
 #[test]
-#[ignore = "takes minutes: for whoever changes the handshake"]
+#[ignore = "takes 40 s and more: for whoever changes the handshake"]
 fn every_place_to_cut() {
     let hosts = Hosts::with("pvh", &["--dirty-rate", "5000"]);
     let image = hosts.image().len() as u64;
