@@ -5,7 +5,7 @@
 //! `xenmem_add_to_physmap_one` in `xen/arch/x86/mm/p2m.c`.
 
 use nix::errno::Errno;
-use xsr_format::frame::{Gfn, Mfn};
+use xsr_format::frame::Gfn;
 use zerocopy::IntoBytes;
 
 use super::Face;
@@ -66,16 +66,5 @@ impl Face {
             true => Ok(0),
             false => Err(Errno::ENOENT),
         }
-    }
-
-    /// The frame of a domain's grant table, where `gfn` is it.
-    pub(super) fn grant_table_at(&self, domid: u16, gfn: Gfn) -> Result<Option<Mfn>, Errno> {
-        let domain = self.domain(domid)?;
-        let table = domain.dom.lock().record.grant_table;
-        let here = match domain.dom.kind.is_translated() {
-            true => self.state().tables.contains(&(domid, gfn.0)),
-            false => gfn.0 == table,
-        };
-        Ok(here.then_some(Mfn(table)))
     }
 }
