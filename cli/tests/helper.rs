@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "helper/colo.rs"]
+mod colo;
 mod common;
 #[path = "helper/remus.rs"]
 mod remus;
@@ -28,6 +30,7 @@ const PROGRESS: u16 = 2;
 const SUSPEND: u16 = 3;
 const POSTCOPY: u16 = 4;
 const CHECKPOINT: u16 = 5;
+const WAIT_CHECKPOINT: u16 = 6;
 const LOGDIRTY: u16 = 7;
 const STATIC_DATA_DONE: u16 = 8;
 const RESTORE_RESULTS: u16 = 9;
@@ -103,8 +106,16 @@ impl Arguments<'_> {
 
 /// Start the helper: its descriptor 7 is `stream`, as libxl would have left it open.
 fn start(host: &Path, args: &str, stream: impl Into<Stdio>) -> Child {
+    start_with(host, args, stream, "")
+}
+
+/// The same, with other descriptors that `sh` is told to open.
+fn start_with(host: &Path, args: &str, stream: impl Into<Stdio>, others: &str) -> Child {
     Command::new("sh")
-        .args(["-c", "exec \"$0\" \"$@\" 7>&2 2>/dev/null"])
+        .args([
+            "-c",
+            &format!("exec \"$0\" \"$@\" 7>&2 2>/dev/null {others}"),
+        ])
         .arg(env!("CARGO_BIN_EXE_xsr-save-helper"))
         .args(args.split(' '))
         .env("XSR_BACKEND", format!("mock:{}", host.display()))
@@ -145,7 +156,13 @@ fn play(mut child: Child, mut answer: impl FnMut(u16) -> Option<i32>) -> Run {
         }
         if matches!(
             number,
-            SUSPEND | POSTCOPY | CHECKPOINT | LOGDIRTY | STATIC_DATA_DONE | COMPLETE
+            SUSPEND
+                | POSTCOPY
+                | CHECKPOINT
+                | WAIT_CHECKPOINT
+                | LOGDIRTY
+                | STATIC_DATA_DONE
+                | COMPLETE
         ) {
             match answer(number) {
                 Some(answer) => to
@@ -460,9 +477,14 @@ fn what_it_cannot_do_it_says_before_it_touches_the_guest() {
     let dir = scratch();
     let (path, domid) = host(dir.path(), GuestKind::Pv, 8);
     let file = || File::create(dir.path().join("s")).unwrap();
+    // COLO without a back-channel, and of a PV guest.
     let colo = format!("--save-domain 7 -1 {} 1 {SAVE_CALLBACKS} 2", domid.0);
     let run = play(start(&path, &colo, file()), fine);
-    assert_eq!(run.completed(), (-1, Errno::EOPNOTSUPP));
+    assert_eq!(run.completed(), (-1, Errno::EINVAL));
+    run.logged(8, "RECV_FD is -1");
+    let run = play(start(&path, &colo.replace("7 -1", "7 7"), file()), fine);
+    assert_eq!(run.completed(), (-1, Errno::EIO));
+    run.logged(8, "it is for HVM guests");
     let no_such = save_args(DomId(99), 0);
     let run = play(start(&path, &no_such, file()), fine);
     assert_eq!(run.completed(), (-1, Errno::ESRCH));

@@ -22,6 +22,9 @@ use xsr_format::frame::Pfn;
 use xsr_format::record::{MAX_BODY, RecordKind};
 use xsr_xen_backend::DirtyBitmap;
 
+use crate::descriptor::Descriptor;
+use crate::progress::Cancel;
+
 /// How long to look for octets that should not be there. They come in one piece with what
 /// was before them.
 const LOOK: Duration = Duration::from_millis(100);
@@ -36,17 +39,34 @@ pub trait BackChannel: Read {
     fn has_more_within(&mut self, time: Duration) -> io::Result<bool>;
 }
 
-/// A descriptor as a back-channel.
+/// A descriptor as a back-channel. Not an octet is taken from it that was not asked for.
 #[derive(Debug)]
-pub struct FdBackChannel<F>(pub F);
+pub struct FdBackChannel<F>(Descriptor<F>);
 
-impl<F: AsFd + Read> Read for FdBackChannel<F> {
-    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
-        self.0.read(room)
+impl<F: AsFd> FdBackChannel<F> {
+    /// Waits for the secondary for as long as it takes.
+    pub fn new(fd: F) -> Self {
+        Self(Descriptor::blocking(fd))
+    }
+
+    /// Stops waiting when `cancel` says so, within a fraction of 100 ms: a read then fails
+    /// with [`Cancelled`](crate::progress::Cancelled).
+    ///
+    /// # Errors
+    ///
+    /// The descriptor is none that can be asked what it is.
+    pub fn cancellable(fd: F, cancel: Cancel) -> io::Result<Self> {
+        Ok(Self(Descriptor::cancellable(fd, cancel, false)?))
     }
 }
 
-impl<F: AsFd + Read> BackChannel for FdBackChannel<F> {
+impl<F: AsFd> Read for FdBackChannel<F> {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        self.0.read(|fd| Ok(nix::unistd::read(fd, room)?))
+    }
+}
+
+impl<F: AsFd> BackChannel for FdBackChannel<F> {
     fn has_more_within(&mut self, time: Duration) -> io::Result<bool> {
         let milliseconds = u16::try_from(time.as_millis()).unwrap_or(u16::MAX);
         let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
@@ -127,9 +147,15 @@ pub(crate) fn merge(
         .chunks_exact(8)
         .filter_map(|pfn| Some(Pfn(u64::from_le_bytes(pfn.try_into().ok()?))))
         .peekable();
-    // Nothing else comes before the checkpoint that answers this list.
-    let odd = pfns.peek().is_none_or(|first| first.0 == 0);
-    if odd && back.has_more_within(LOOK)? {
+    // Nothing else comes before the checkpoint that answers this list. An empty one loses no
+    // page, and the guest, which is suspended, does not wait for what may not come.
+    let look = match pfns.peek() {
+        None => Some(Duration::ZERO),
+        Some(first) => (first.0 == 0).then_some(LOOK),
+    };
+    if let Some(look) = look
+        && back.has_more_within(look)?
+    {
         return Err(BackChannelError::LongHeader { number });
     }
     for pfn in pfns {
@@ -157,7 +183,7 @@ mod tests {
         to.write_all(octets).unwrap();
         drop(to);
         let mut dirty = DirtyBitmap::new(100);
-        merge(&mut FdBackChannel(from), 3, &mut dirty)?;
+        merge(&mut FdBackChannel::new(from), 3, &mut dirty)?;
         Ok(dirty.iter().map(|pfn| pfn.0).collect())
     }
 

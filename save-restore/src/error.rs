@@ -189,8 +189,8 @@ pub enum SaveError {
         iterations: u32,
     },
     /// The secondary's list of pages is none (COLO).
-    #[error(transparent)]
-    BackChannel(#[from] BackChannelError),
+    #[error("{0}")]
+    BackChannel(#[source] BackChannelError),
     /// COLO is for translated guests.
     #[error("a PV guest cannot run under COLO: it is for HVM guests")]
     ColoGuest,
@@ -218,6 +218,16 @@ impl From<WriteError> for SaveError {
         match &error {
             WriteError::Io(io) if Cancelled::is(io) => Self::Aborted,
             _ => Self::Stream(error),
+        }
+    }
+}
+
+impl From<BackChannelError> for SaveError {
+    /// As a sink that was told to stop.
+    fn from(error: BackChannelError) -> Self {
+        match &error {
+            BackChannelError::Io(io) if Cancelled::is(io) => Self::Aborted,
+            _ => Self::BackChannel(error),
         }
     }
 }
@@ -340,8 +350,8 @@ pub enum RestoreError {
         #[source]
         cause: Box<RestoreError>,
     },
-    /// The list of dirty pages could not be sent to the primary (COLO).
-    #[error("sending the list of dirty pages to the primary failed: {0}")]
+    /// There is no list of the guest's dirty pages that could be sent to the primary (COLO).
+    #[error("making the list of dirty pages for the primary failed: {0}")]
     BackChannel(#[source] io::Error),
     /// COLO is for translated guests.
     #[error("a PV guest cannot run under COLO: it is for HVM guests")]

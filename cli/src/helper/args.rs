@@ -28,6 +28,8 @@ pub(crate) enum Args {
 pub(crate) struct SaveArgs {
     /// Where the stream goes.
     pub(crate) io_fd: i32,
+    /// COLO: where what the secondary says comes from; -1 where there is none.
+    pub(crate) recv_fd: i32,
     /// The domain.
     pub(crate) domid: DomId,
     /// Whether the guest runs on meanwhile (`XCFLAGS_LIVE`).
@@ -45,6 +47,8 @@ pub(crate) struct SaveArgs {
 pub(crate) struct RestoreArgs {
     /// Where the stream comes from.
     pub(crate) io_fd: i32,
+    /// COLO: where the primary is told something; -1 where there is none.
+    pub(crate) send_back_fd: i32,
     /// The domain, made by libxl.
     pub(crate) domid: DomId,
     /// The guest's port of the xenstore ring.
@@ -108,10 +112,11 @@ impl Args {
             return Err("--save-domain or --restore-domain is missing".to_owned());
         };
         match (mode.as_str(), numbers) {
-            ("--save-domain", [io, _recv, domid, flags, callbacks, stream]) => {
+            ("--save-domain", [io, recv, domid, flags, callbacks, stream]) => {
                 let flags: u32 = number("FLAGS", flags)?;
                 Ok(Self::Save(SaveArgs {
                     io_fd: number("IO_FD", io)?,
+                    recv_fd: number("RECV_FD", recv)?,
                     domid: DomId(number("DOMID", domid)?),
                     live: flags & LIVE != 0,
                     debug: flags & DEBUG != 0,
@@ -123,7 +128,7 @@ impl Args {
                 "--restore-domain",
                 [
                     io,
-                    _back,
+                    back,
                     domid,
                     store,
                     store_domid,
@@ -134,6 +139,7 @@ impl Args {
                 ],
             ) => Ok(Self::Restore(RestoreArgs {
                 io_fd: number("IO_FD", io)?,
+                send_back_fd: number("SEND_BACK_FD", back)?,
                 domid: DomId(number("DOMID", domid)?),
                 store_port: number("STORE_PORT", store)?,
                 store_domid: DomId(number("STORE_DOMID", store_domid)?),
@@ -178,6 +184,7 @@ mod tests {
     fn a_save_is_understood() {
         let expected = SaveArgs {
             io_fd: 7,
+            recv_fd: -1,
             domid: DomId(12),
             live: true,
             debug: false,
@@ -192,6 +199,7 @@ mod tests {
     fn a_restore_is_understood() {
         let expected = RestoreArgs {
             io_fd: 8,
+            send_back_fd: 9,
             domid: DomId(3),
             store_port: 1,
             store_domid: DomId(0),
@@ -200,7 +208,7 @@ mod tests {
             callbacks: Callbacks(256),
             stream: StreamType::Remus,
         };
-        let parsed = parse("--restore-domain 8 -1 3 1 0 2 5 256 1");
+        let parsed = parse("--restore-domain 8 9 3 1 0 2 5 256 1");
         assert_eq!(parsed, Ok(Args::Restore(expected)));
     }
 

@@ -11,13 +11,15 @@ use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use nix::errno::Errno;
 use rustix::pipe::{fcntl_getpipe_size, fcntl_setpipe_size};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
+use xsr_format::frame::Gfn;
 use xsr_format::read::{ReadOptions, RecordReader};
+use xsr_save_restore::back_channel::FdBackChannel;
 use xsr_save_restore::restore::checkpoint::CheckpointOptions;
 use xsr_save_restore::save::precopy::XenPolicy;
 use xsr_save_restore::save::{BUFFER_OCTETS, Checkpoints};
 use xsr_save_restore::sink::FdSink;
 use xsr_save_restore::source::FdSource;
-use xsr_save_restore::{Live, RestoreOptions, SaveOptions};
+use xsr_save_restore::{Live, RestoreOptions, Restored, SaveOptions};
 use xsr_xen_backend::mock::MockHost;
 use xsr_xen_backend::{BackendError, DomId, Domain, Host, MapError, XenHost};
 
@@ -112,9 +114,15 @@ impl Backend {
     }
 
     /// What libxl cannot do to a domain of the mock machine.
-    fn mock<'d>(&self, domid: DomId, domain: &'d dyn Domain) -> Result<Option<MockGuest<'d>>> {
+    /// `ran`: whether there is a guest in it.
+    fn mock<'d>(
+        &self,
+        domid: DomId,
+        domain: &'d dyn Domain,
+        ran: bool,
+    ) -> Result<Option<MockGuest<'d>>> {
         let mock = self.mock.as_ref();
-        mock.map(|host| MockGuest::of(host, domid, domain))
+        mock.map(|host| MockGuest::of(host, domid, domain, ran))
             .transpose()
     }
 }
@@ -152,6 +160,16 @@ fn widen(stream: &OwnedFd) {
     }
 }
 
+/// The other direction of a stream of COLO.
+fn back_channel(what: &str, fd: i32) -> Result<OwnedFd> {
+    if fd < 0 {
+        // Nothing has happened to the guest yet: libxl lets it run on.
+        return Err(anyhow::Error::new(Errno::EINVAL)
+            .context(format!("COLO needs a back-channel, and {what} is {fd}")));
+    }
+    inherited(fd).with_context(|| format!("{what}, the back-channel"))
+}
+
 fn threads() -> Result<Option<NonZeroUsize>> {
     match std::env::var(THREADS) {
         Ok(number) => {
@@ -165,17 +183,7 @@ fn threads() -> Result<Option<NonZeroUsize>> {
     }
 }
 
-fn known(stream: StreamType) -> Result<()> {
-    match stream {
-        StreamType::Plain | StreamType::Remus => Ok(()),
-        // Nothing has happened to the guest yet: libxl lets it run on.
-        StreamType::Colo => Err(anyhow::Error::new(Errno::EOPNOTSUPP)
-            .context("COLO is not supported by this helper; use Xen's own")),
-    }
-}
-
 fn save(args: &SaveArgs, wire: &Wire, backend: &Backend) -> Result<()> {
-    known(args.stream)?;
     let cancel = wire.cancel();
     let mut sink = FdSink::cancellable(inherited(args.io_fd)?, cancel.clone())?;
     let domain = backend.host.domain(args.domid)?;
@@ -187,7 +195,7 @@ fn save(args: &SaveArgs, wire: &Wire, backend: &Backend) -> Result<()> {
         wire,
         callbacks: args.callbacks,
         domid: args.domid,
-        mock: backend.mock(args.domid, domain)?,
+        mock: backend.mock(args.domid, domain, true)?,
     };
     let mut steps = Steps::new(wire, args.stream);
     let xen = backend.host.xen_version()?;
@@ -200,8 +208,9 @@ fn save(args: &SaveArgs, wire: &Wire, backend: &Backend) -> Result<()> {
         verify: args.debug,
     };
     let mut on_progress = |progress: &_| steps.event(progress);
-    if args.stream == StreamType::Remus {
-        let stats = xsr_save_restore::save_checkpointed(
+    let checkpointed = match args.stream {
+        StreamType::Plain => None,
+        StreamType::Remus => Some(xsr_save_restore::save_checkpointed(
             domain,
             xen,
             &mut toolstack,
@@ -212,7 +221,22 @@ fn save(args: &SaveArgs, wire: &Wire, backend: &Backend) -> Result<()> {
                 buffer_octets: BUFFER_OCTETS,
             },
             &mut on_progress,
-        )?;
+        )?),
+        StreamType::Colo => {
+            let recv = back_channel("RECV_FD", args.recv_fd)?;
+            Some(xsr_save_restore::save_colo(
+                domain,
+                xen,
+                &mut toolstack,
+                &mut sink,
+                &mut FdBackChannel::cancellable(recv, cancel.clone())?,
+                &options,
+                live.policy,
+                &mut on_progress,
+            )?)
+        }
+    };
+    if let Some(stats) = checkpointed {
         // The guest runs on; nobody protects it any more.
         tracing::info!("checkpoint {} was the last", stats.checkpoints);
         return Ok(());
@@ -245,7 +269,6 @@ fn save(args: &SaveArgs, wire: &Wire, backend: &Backend) -> Result<()> {
 }
 
 fn restore(args: &RestoreArgs, wire: &Wire, backend: &Backend) -> Result<()> {
-    known(args.stream)?;
     let source = FdSource::new(inherited(args.io_fd)?);
     let domain = backend.host.domain(args.domid)?;
     let reader = RecordReader::new(source, ReadOptions::default())?;
@@ -257,11 +280,17 @@ fn restore(args: &RestoreArgs, wire: &Wire, backend: &Backend) -> Result<()> {
         header.xen_minor
     );
     tracing::info!("Restoring domain");
+    let domain = domain.as_ref();
+    let colo = args.stream == StreamType::Colo;
     let mut toolstack = Libxl {
         wire,
         callbacks: args.callbacks,
         domid: args.domid,
-        mock: None,
+        // Nobody has to do anything to another domain that is restored.
+        mock: match colo {
+            true => backend.mock(args.domid, domain, false)?,
+            false => None,
+        },
     };
     let options = RestoreOptions {
         store_port: args.store_port,
@@ -274,7 +303,8 @@ fn restore(args: &RestoreArgs, wire: &Wire, backend: &Backend) -> Result<()> {
         Some(_) => ControlFlow::Break(()),
         None => ControlFlow::Continue(()),
     };
-    let domain = domain.as_ref();
+    let keep = CheckpointOptions::default();
+    let ring = |gfn: Option<Gfn>| gfn.map_or(0, |gfn| gfn.0);
     let restored = match args.stream {
         StreamType::Remus => {
             let survivor = xsr_save_restore::restore_checkpointed(
@@ -282,18 +312,38 @@ fn restore(args: &RestoreArgs, wire: &Wire, backend: &Backend) -> Result<()> {
                 reader,
                 &mut toolstack,
                 &options,
-                &CheckpointOptions::default(),
+                &keep,
                 &mut on_progress,
             )?;
             tracing::info!("the guest is checkpoint {}", survivor.checkpoints);
             survivor.restored
         }
-        _ => {
+        StreamType::Colo => {
+            let back = back_channel("SEND_BACK_FD", args.send_back_fd)?;
+            let survivor = xsr_save_restore::restore_colo(
+                domain,
+                reader,
+                &mut toolstack,
+                &mut FdSink::new(back),
+                &options,
+                &keep,
+                &mut on_progress,
+            )?;
+            tracing::info!("the guest goes on from checkpoint {}", survivor.checkpoints);
+            let Restored {
+                store_gfn,
+                console_gfn,
+                ..
+            } = survivor.restored;
+            // Once more, as at the end of every restore.
+            wire.restore_results(ring(store_gfn), ring(console_gfn))?;
+            survivor.restored
+        }
+        StreamType::Plain => {
             xsr_save_restore::restore(domain, reader, &mut toolstack, &options, &mut on_progress)?.0
         }
     };
     tracing::info!("Restore successful");
-    let ring = |gfn: Option<xsr_format::frame::Gfn>| gfn.map_or(0, |gfn| gfn.0);
     tracing::info!(
         "XenStore: mfn {:#x}, dom {}, evt {}",
         ring(restored.store_gfn),

@@ -5,11 +5,11 @@ use std::io;
 use anyhow::Result;
 use xsr_format::frame::Gfn;
 use xsr_save_restore::toolstack::{
-    Arrival, CheckpointRestoreToolstack, CheckpointToolstack, Epoch, MissingStaticData, NextEpoch,
-    RestoreToolstack, SaveToolstack, ToolstackError,
+    Arrival, CheckpointRestoreToolstack, CheckpointToolstack, ColoRestoreToolstack, ColoToolstack,
+    Epoch, MissingStaticData, NextEpoch, RestoreToolstack, SaveToolstack, ToolstackError, Turn,
 };
-use xsr_xen_backend::mock::{MockHost, Workload, WorkloadSpec};
-use xsr_xen_backend::{DomId, Domain};
+use xsr_xen_backend::mock::{MockError, MockHost, Workload, WorkloadSpec};
+use xsr_xen_backend::{BackendError, DomId, Domain};
 
 use crate::args::Callbacks;
 use crate::wire::{Wire, number};
@@ -29,6 +29,10 @@ pub(crate) struct MockGuest<'d> {
     domain: &'d dyn Domain,
     /// What `xsr mock` keeps with it.
     work: Option<Workload>,
+    /// A secondary of COLO can only begin to work when there is a guest.
+    spec: Option<(MockHost, DomId, WorkloadSpec)>,
+    /// Whether it has run: of a domain that is restored it has not at first.
+    ran: bool,
 }
 
 /// Operations of a mock guest from one checkpoint to the next.
@@ -36,14 +40,59 @@ const OPERATIONS: u64 = 100;
 
 impl<'d> MockGuest<'d> {
     /// The domain, and the work that is kept with it under the name `mock-workload`.
-    pub(crate) fn of(host: &MockHost, domid: DomId, domain: &'d dyn Domain) -> Result<Self> {
+    /// `ran`: whether there is a guest in it.
+    pub(crate) fn of(
+        host: &MockHost,
+        domid: DomId,
+        domain: &'d dyn Domain,
+        ran: bool,
+    ) -> Result<Self> {
         let kept = host.userdata_get(domid, "mock-workload")?;
         let kept = kept.filter(|octets| !octets.is_empty());
         let spec: Option<WorkloadSpec> = kept
             .map(|octets| serde_json::from_slice(&octets))
             .transpose()?;
-        let work = spec.map(|spec| host.workload(domid, &spec)).transpose()?;
-        Ok(Self { domain, work })
+        let mut guest = Self {
+            domain,
+            work: None,
+            spec: spec.map(|spec| (host.clone(), domid, spec)),
+            ran,
+        };
+        if ran {
+            guest.begin()?;
+        }
+        Ok(guest)
+    }
+
+    fn begin(&mut self) -> Result<(), MockError> {
+        if let Some((host, domid, spec)) = self.spec.take() {
+            self.work = Some(host.workload(domid, &spec)?);
+        }
+        Ok(())
+    }
+
+    fn suspend(&self) -> Result<(), ToolstackError> {
+        let suspended = self.domain.suspend();
+        suspended.map_err(|e| ToolstackError::new("suspending the mock guest", e))
+    }
+
+    /// What libxl has done when it says that the guest runs.
+    fn run_on(&mut self) -> Result<(), ToolstackError> {
+        let failed = |e: BackendError| ToolstackError::new("having the mock guest run on", e);
+        match std::mem::replace(&mut self.ran, true) {
+            true => self.domain.resume().map_err(failed)?,
+            // libxl's part of the first checkpoint of COLO.
+            false => {
+                self.domain.enable_log_dirty().map_err(failed)?;
+                self.domain.unpause().map_err(failed)?;
+                let begun = self.begin();
+                begun.map_err(|e| ToolstackError::new("having the mock guest work", e))?;
+            }
+        }
+        match &mut self.work {
+            Some(work) => work.step(OPERATIONS).map(drop).map_err(failed),
+            None => Ok(()),
+        }
     }
 }
 
@@ -64,11 +113,12 @@ fn check(
     let answer = answer.map_err(|e| ToolstackError::new(what, e))?;
     match fine(answer) {
         true => Ok(()),
-        false => Err(ToolstackError::new(
-            what,
-            format!("libxl says that it failed ({answer})"),
-        )),
+        false => Err(failed(what, answer)),
     }
+}
+
+fn failed(what: &'static str, answer: i32) -> ToolstackError {
+    ToolstackError::new(what, format!("libxl says that it failed ({answer})"))
 }
 
 impl Libxl<'_> {
@@ -89,7 +139,7 @@ impl SaveToolstack for Libxl<'_> {
         self.expect(WHAT, number::SUSPEND)?;
         check(WHAT, self.wire.suspend(), |answer| answer != 0)?;
         match &self.mock {
-            Some(guest) => (guest.domain.suspend()).map_err(|e| ToolstackError::new(WHAT, e)),
+            Some(guest) => guest.suspend(),
             None => Ok(()),
         }
     }
@@ -117,15 +167,10 @@ impl CheckpointToolstack for Libxl<'_> {
         const WHAT: &str = "letting the guest run on behind a checkpoint";
         self.expect(WHAT, number::POSTCOPY)?;
         check(WHAT, self.wire.postcopy(), |answer| answer > 0)?;
-        let Some(guest) = &mut self.mock else {
-            return Ok(());
-        };
-        let resumed = guest.domain.resume();
-        let worked = resumed.and_then(|()| match &mut guest.work {
-            Some(work) => work.step(OPERATIONS).map(drop),
+        match &mut self.mock {
+            Some(guest) => guest.run_on(),
             None => Ok(()),
-        });
-        worked.map_err(|e| ToolstackError::new(WHAT, e))
+        }
     }
 
     /// libxl writes its own records of the checkpoint, and waits for the interval. It
@@ -134,15 +179,64 @@ impl CheckpointToolstack for Libxl<'_> {
     fn checkpoint(&mut self, epoch: &Epoch) -> Result<NextEpoch, ToolstackError> {
         self.expect(CHECKPOINT, number::CHECKPOINT)?;
         tracing::debug!(?epoch, "checkpoint");
-        let answer = self.wire.checkpoint();
-        match answer.map_err(|e| ToolstackError::new(CHECKPOINT, e))? {
-            1.. => Ok(NextEpoch::Continue),
-            0 => Ok(NextEpoch::Finish),
-            answer => Err(ToolstackError::new(
-                CHECKPOINT,
-                format!("libxl says that it failed ({answer})"),
-            )),
+        next(CHECKPOINT, self.wire.checkpoint())
+    }
+}
+
+/// Whether there is another checkpoint to come.
+fn next(what: &'static str, answer: io::Result<i32>) -> Result<NextEpoch, ToolstackError> {
+    match answer.map_err(|e| ToolstackError::new(what, e))? {
+        1.. => Ok(NextEpoch::Continue),
+        0 => Ok(NextEpoch::Finish),
+        answer => Err(failed(what, answer)),
+    }
+}
+
+/// What COLO waits for in either of both guests' turn.
+const WAIT: &str = "waiting for a new checkpoint";
+
+impl ColoToolstack for Libxl<'_> {
+    fn wait_checkpoint(&mut self) -> Result<NextEpoch, ToolstackError> {
+        self.expect(WAIT, number::WAIT_CHECKPOINT)?;
+        next(WAIT, self.wire.wait_checkpoint())
+    }
+}
+
+/// What a secondary's libxl says of the primary.
+fn turn(what: &'static str, answer: io::Result<i32>) -> Result<Turn, ToolstackError> {
+    match answer.map_err(|e| ToolstackError::new(what, e))? {
+        1 => Ok(Turn::Done),
+        2 => Ok(Turn::Lost),
+        answer => Err(failed(what, answer)),
+    }
+}
+
+impl ColoRestoreToolstack for Libxl<'_> {
+    fn postcopy(&mut self) -> Result<Turn, ToolstackError> {
+        const WHAT: &str = "letting the secondary run";
+        self.expect(WHAT, number::POSTCOPY)?;
+        let turn = turn(WHAT, self.wire.postcopy())?;
+        match &mut self.mock {
+            Some(guest) if turn == Turn::Done => guest.run_on()?,
+            _ => {}
         }
+        Ok(turn)
+    }
+
+    fn wait_checkpoint(&mut self) -> Result<Turn, ToolstackError> {
+        self.expect(WAIT, number::WAIT_CHECKPOINT)?;
+        turn(WAIT, self.wire.wait_checkpoint())
+    }
+
+    fn suspend(&mut self) -> Result<Turn, ToolstackError> {
+        const WHAT: &str = "suspending the secondary";
+        self.expect(WHAT, number::SUSPEND)?;
+        let turn = turn(WHAT, self.wire.suspend())?;
+        match &self.mock {
+            Some(guest) if turn == Turn::Done => guest.suspend()?,
+            _ => {}
+        }
+        Ok(turn)
     }
 }
 
@@ -155,10 +249,7 @@ impl CheckpointRestoreToolstack for Libxl<'_> {
         match answer.map_err(|e| ToolstackError::new(CHECKPOINT, e))? {
             1 => Ok(Arrival::Whole { octets: 0 }),
             2 => Ok(Arrival::Lost),
-            answer => Err(ToolstackError::new(
-                CHECKPOINT,
-                format!("libxl says that it failed ({answer})"),
-            )),
+            answer => Err(failed(CHECKPOINT, answer)),
         }
     }
 }

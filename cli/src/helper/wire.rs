@@ -8,10 +8,10 @@
 //! |---|---|---|---|
 //! | 1 | log | u32 level, u32 errno or ~0, string context, string text | |
 //! | 2 | progress | string context, string what, u64 done, u64 total | |
-//! | 3 | suspend | | 0 failed |
-//! | 4 | postcopy | | 0 failed |
+//! | 3 | suspend | | 0 failed; COLO's restore: 2 the sender is gone |
+//! | 4 | postcopy | | 0 failed; COLO's restore: 2 the sender is gone |
 //! | 5 | checkpoint | | save: 0 that was the last, below it failed; restore: 0 failed, 2 the sender is gone |
-//! | 6 | wait_checkpoint | | COLO's, not sent |
+//! | 6 | wait_checkpoint | | COLO's; save: 0 that was the last, below it failed; restore: 0 failed, 2 the sender is gone |
 //! | 7 | switch_qemu_logdirty | u32 domid, u32 enable | 0 fine |
 //! | 8 | static_data_done | u32 missing | 0 fine |
 //! | 9 | restore_results | u64 store frame, u64 console frame | |
@@ -33,6 +33,7 @@ pub(crate) mod number {
     pub(crate) const SUSPEND: u16 = 3;
     pub(crate) const POSTCOPY: u16 = 4;
     pub(crate) const CHECKPOINT: u16 = 5;
+    pub(crate) const WAIT_CHECKPOINT: u16 = 6;
     pub(crate) const SWITCH_QEMU_LOGDIRTY: u16 = 7;
     pub(crate) const STATIC_DATA_DONE: u16 = 8;
     pub(crate) const RESTORE_RESULTS: u16 = 9;
@@ -220,6 +221,11 @@ impl Wire {
     /// A CHECKPOINT record has been written, or read, and libxl's part of it is due.
     pub(crate) fn checkpoint(&self) -> io::Result<i32> {
         self.ask(&Message::new(number::CHECKPOINT))
+    }
+
+    /// The guest runs at both ends: wait until a new checkpoint is due, or asked for.
+    pub(crate) fn wait_checkpoint(&self) -> io::Result<i32> {
+        self.ask(&Message::new(number::WAIT_CHECKPOINT))
     }
 
     /// Have libxl switch the device model's log-dirty mode. 0: done.

@@ -74,6 +74,8 @@ pub enum Ending<S> {
     SourceLost(ReadError),
     /// The toolstack found that the sender is gone ([`Arrival::Lost`]).
     ToolstackLost,
+    /// The sender took nothing any more of what it is told (COLO).
+    BackChannelLost(io::Error),
 }
 
 /// Restore a stream of checkpoints into a domain that has just been created (as for
@@ -101,21 +103,12 @@ pub fn restore_checkpointed<S: PageSource>(
     progress: &mut OnProgress<'_>,
 ) -> Result<Survivor<S>, RestoreError> {
     let mut run = Run::new(domain, &reader, None, toolstack, options, progress)?;
-    with_crew(run.pages.placer(), options, |hands| {
-        go_on(run.progress.begin(Phase::Setup, None))?;
-        let standing = reader.onto(io::empty());
-        let limit = match keep.file_octets {
-            Some(octets) => octets,
-            None => largest(domain.info()?.max_pages),
-        };
-        let tap = Tap::new(reader.into_source(), Spool::new(keep, limit));
-        run.epochs(standing.onto(tap), hands)
-    })
+    run.checkpoints(reader, keep, Run::epochs)
 }
 
 /// Octets of the largest checkpoint of a guest that may have so many pages: each pfn comes
 /// once, and those that it has no page for are fewer than those that it has.
-pub(super) fn largest(max_pages: u64) -> u64 {
+fn largest(max_pages: u64) -> u64 {
     const PFN: u64 = PAGE_SIZE as u64 + 16;
     const REST: u64 = 64 << 20;
     max_pages.saturating_mul(PFN).saturating_add(REST)
@@ -127,6 +120,7 @@ pub(super) enum Came {
     Ended,
     SourceLost(ReadError),
     ToolstackLost,
+    BackChannelLost(io::Error),
 }
 
 /// What there is to say of the checkpoints up to now.
@@ -154,6 +148,7 @@ impl SoFar {
             ending: match came {
                 Came::SourceLost(error) => Ending::SourceLost(error),
                 Came::ToolstackLost => Ending::ToolstackLost,
+                Came::BackChannelLost(error) => Ending::BackChannelLost(error),
                 Came::Whole | Came::Ended => Ending::Ended(reader.into_source().into_source()),
             },
         }
@@ -161,6 +156,29 @@ impl SoFar {
 }
 
 impl<T: CheckpointRestoreToolstack + ?Sized> Run<'_, '_, T> {
+    /// Have `follow` follow a stream whose checkpoints can be kept.
+    pub(super) fn checkpoints<S: PageSource>(
+        &mut self,
+        reader: RecordReader<S>,
+        keep: &CheckpointOptions,
+        follow: impl FnOnce(
+            &mut Self,
+            RecordReader<Tap<S>>,
+            &Hands<'_, '_>,
+        ) -> Result<Survivor<S>, RestoreError>,
+    ) -> Result<Survivor<S>, RestoreError> {
+        with_crew(self.pages.placer(), self.options, |hands| {
+            go_on(self.progress.begin(Phase::Setup, None))?;
+            let standing = reader.onto(io::empty());
+            let limit = match keep.file_octets {
+                Some(octets) => octets,
+                None => largest(self.domain.info()?.max_pages),
+            };
+            let tap = Tap::new(reader.into_source(), Spool::new(keep, limit));
+            follow(self, standing.onto(tap), hands)
+        })
+    }
+
     fn epochs<S: PageSource>(
         &mut self,
         mut reader: RecordReader<Tap<S>>,

@@ -11,11 +11,11 @@ use xsr_format::write::dirty_pfn_list;
 use xsr_xen_backend::{DirtyBitmap, DirtyRead, Domain};
 
 use crate::error::RestoreError;
-use crate::progress::{OnProgress, Phase};
-use crate::restore::checkpoint::{Came, CheckpointOptions, SoFar, Survivor, largest};
+use crate::progress::{Cancelled, OnProgress, Phase};
+use crate::restore::checkpoint::{Came, CheckpointOptions, SoFar, Survivor};
 use crate::restore::crew::Hands;
-use crate::restore::spool::{Spool, Tap};
-use crate::restore::{Guest, RestoreOptions, Restored, Run, Stop, go_on, with_crew};
+use crate::restore::spool::Tap;
+use crate::restore::{Guest, RestoreOptions, Restored, Run, Stop, go_on};
 use crate::source::PageSource;
 use crate::toolstack::{ColoRestoreToolstack, ToolstackError, Turn};
 
@@ -24,13 +24,13 @@ use crate::toolstack::{ColoRestoreToolstack, ToolstackError, Turn};
 /// primary is told over `back` which pages it has written (which the toolstack has logged
 /// from the first [`ColoRestoreToolstack::postcopy`] on).
 ///
-/// When the primary is gone, the guest here is the guest. It runs, or is suspended: as the
-/// toolstack last left it.
+/// When the primary is gone, the guest here is the guest: also where `back` cannot be
+/// written. It runs, or is suspended: as the toolstack last left it.
 ///
 /// # Errors
 ///
-/// As [`restore_checkpointed`](crate::restore_checkpointed); a PV guest; `back` cannot be
-/// written. A guest that has run may still be running then.
+/// As [`restore_checkpointed`](crate::restore_checkpointed); a PV guest. A guest that has
+/// run may still be running then.
 pub fn restore_colo<S: PageSource>(
     domain: &dyn Domain,
     reader: RecordReader<S>,
@@ -44,15 +44,8 @@ pub fn restore_colo<S: PageSource>(
     if matches!(run.pages.guest, Guest::Pv(_)) {
         return Err(RestoreError::ColoGuest);
     }
-    with_crew(run.pages.placer(), options, |hands| {
-        go_on(run.progress.begin(Phase::Setup, None))?;
-        let standing = reader.onto(io::empty());
-        let limit = match keep.file_octets {
-            Some(octets) => octets,
-            None => largest(domain.info()?.max_pages),
-        };
-        let tap = Tap::new(reader.into_source(), Spool::new(keep, limit));
-        run.both(standing.onto(tap), back, hands)
+    run.checkpoints(reader, keep, |run, reader, hands| {
+        run.both(reader, back, hands)
     })
 }
 
@@ -75,8 +68,13 @@ impl<T: ColoRestoreToolstack + ?Sized> Run<'_, '_, T> {
             let came = match self.turn()? {
                 Turn::Lost => Came::ToolstackLost,
                 Turn::Done => {
-                    self.tell_dirty(back)?;
-                    self.keep_and_apply(&mut reader, hands, &mut so_far)?
+                    let list = self.dirty_list()?;
+                    match back.write_all(&list).and_then(|()| back.flush()) {
+                        Ok(()) => self.keep_and_apply(&mut reader, hands, &mut so_far)?,
+                        Err(error) if Cancelled::is(&error) => return Err(RestoreError::Aborted),
+                        // The primary has gone, as where it sends nothing any more.
+                        Err(error) => Came::BackChannelLost(error),
+                    }
                 }
             };
             if !matches!(came, Came::Whole) {
@@ -96,16 +94,12 @@ impl<T: ColoRestoreToolstack + ?Sized> Run<'_, '_, T> {
         self.toolstack.suspend()
     }
 
-    /// Tell the primary which pages are no longer those of the last checkpoint.
-    fn tell_dirty(&mut self, back: &mut dyn Write) -> Result<(), RestoreError> {
+    /// Which pages are no longer those of the last checkpoint, for the primary.
+    fn dirty_list(&mut self) -> Result<Vec<u8>, RestoreError> {
         let pfns = self.domain.maximum_gfn()?.map_or(0, |last| last.0 + 1);
         let mut dirty = DirtyBitmap::new(pfns);
         self.domain.read_dirty(DirtyRead::Clean, &mut dirty)?;
         let pfns: Vec<Pfn> = dirty.iter().collect();
-        let list =
-            dirty_pfn_list(&pfns).map_err(|e| RestoreError::BackChannel(io::Error::other(e)))?;
-        back.write_all(&list)
-            .and_then(|()| back.flush())
-            .map_err(RestoreError::BackChannel)
+        dirty_pfn_list(&pfns).map_err(|e| RestoreError::BackChannel(io::Error::other(e)))
     }
 }

@@ -3,6 +3,9 @@
 //!
 //! C implementation: `tools/libs/light/libxl_save_callout.c`.
 
+#[allow(dead_code, reason = "benchmarks have no use for it")]
+pub(crate) mod colo;
+
 use std::ffi::OsString;
 use std::io::{self, Read as _, Write as _};
 use std::path::{Path, PathBuf};
@@ -14,6 +17,9 @@ use xsr_xen_backend::{DomId, GuestKind, Host as _};
 /// Message numbers, as in `libxl_save_msgs_gen.pl`.
 const LOG: u16 = 1;
 const SUSPEND: u16 = 3;
+const POSTCOPY: u16 = 4;
+const CHECKPOINT: u16 = 5;
+const WAIT_CHECKPOINT: u16 = 6;
 const LOGDIRTY: u16 = 7;
 const STATIC_DATA_DONE: u16 = 8;
 const RESTORE_RESULTS: u16 = 9;
@@ -58,16 +64,19 @@ impl Helpers {
         })
     }
 
-    /// Start one on the machine in `host`; the stream is its descriptor 7.
+    /// Start one on the machine in `host`; the stream is its descriptor 7, and `others` are
+    /// what `sh` opens besides.
     fn start(
         &self,
         whose: Whose,
         host: &Path,
         stream: impl Into<Stdio>,
         arguments: &str,
+        others: &str,
     ) -> io::Result<Child> {
         let mut command = Command::new("sh");
-        command.args(["-c", "exec \"$0\" \"$@\" 7>&2 2>/dev/null"]);
+        let script = format!("exec \"$0\" \"$@\" 7>&2 2>/dev/null {others}");
+        command.args(["-c", &script]);
         command.args(&self.under);
         let backend = |how: &str| {
             let mut backend = OsString::from(how);
@@ -107,7 +116,9 @@ impl Helpers {
         stream: impl Into<Stdio>,
     ) -> io::Result<Run> {
         let arguments = format!("--save-domain 7 -1 {} 0 {SAVE_CALLBACKS} 0", domid.0);
-        play(self.start(whose, host, stream, &arguments)?, || Ok(true))
+        play(self.start(whose, host, stream, &arguments, "")?, || {
+            Ok(true)
+        })
     }
 
     /// Save a domain that runs on, and suspend it when asked; or answer that it could
@@ -124,19 +135,25 @@ impl Helpers {
         stream: impl Into<Stdio>,
         suspends: bool,
     ) -> io::Result<Run> {
-        let request = host.with_extension("suspend");
-        let mut helpers = self.clone();
-        let variable = ("XSR_PEER_SUSPEND".into(), request.clone().into_os_string());
-        helpers.environment.push(variable);
+        let (helpers, request) = self.with_requests(host);
         let arguments = format!("--save-domain 7 -1 {} 1 {SAVE_CALLBACKS} 0", domid.0);
-        let child = helpers.start(whose, host, stream, &arguments)?;
+        let child = helpers.start(whose, host, stream, &arguments, "")?;
         play(child, || {
             // Ours does it itself, once it is told that it is done.
             if whose == Whose::Stock && suspends {
-                std::fs::write(&request, domid.0.to_string())?;
+                ask(&request, "suspend", domid)?;
             }
             Ok(suspends)
         })
+    }
+
+    /// Where stock's machine takes requests.
+    fn with_requests(&self, host: &Path) -> (Self, PathBuf) {
+        let request = host.with_extension("requests");
+        let mut helpers = self.clone();
+        let variable = ("XSR_PEER_REQUESTS".into(), request.clone().into_os_string());
+        helpers.environment.push(variable);
+        (helpers, request)
     }
 
     /// Restore into a domain as [`empty`] makes it.
@@ -155,7 +172,9 @@ impl Helpers {
             "--restore-domain 7 -1 {} {} 0 {} 0 {RESTORE_CALLBACKS} 0",
             empty.domid.0, empty.store, empty.console
         );
-        play(self.start(whose, host, stream, &arguments)?, || Ok(true))
+        play(self.start(whose, host, stream, &arguments, "")?, || {
+            Ok(true)
+        })
     }
 }
 
@@ -200,8 +219,23 @@ impl Run {
     }
 }
 
+/// Have the machine of a helper do something before its next hypercall.
+fn ask(requests: &Path, verb: &str, domid: DomId) -> io::Result<()> {
+    let mut options = std::fs::File::options();
+    let mut file = options.append(true).create(true).open(requests)?;
+    writeln!(file, "{verb} {}", domid.0)
+}
+
 /// Play libxl until the helper ends. `suspend`: suspends the guest; whether it did.
-fn play(mut child: Child, suspend: impl Fn() -> io::Result<bool>) -> io::Result<Run> {
+fn play(child: Child, suspend: impl Fn() -> io::Result<bool>) -> io::Result<Run> {
+    answer(child, |number| match number {
+        SUSPEND => Ok(i32::from(suspend()?)),
+        _ => Ok(0),
+    })
+}
+
+/// Play libxl until the helper ends, with these answers to what wants one.
+fn answer(mut child: Child, mut answers: impl FnMut(u16) -> io::Result<i32>) -> io::Result<Run> {
     let missing = || io::Error::other("a pipe to the helper is missing");
     let mut to = child.stdin.take().ok_or_else(missing)?;
     let mut from = io::BufReader::new(child.stdout.take().ok_or_else(missing)?);
@@ -218,24 +252,20 @@ fn play(mut child: Child, suspend: impl Fn() -> io::Result<bool>) -> io::Result<
         let (number, arguments) = message
             .split_first_chunk::<2>()
             .ok_or_else(|| io::Error::other("a message without a number"))?;
-        let answer = match u16::from_ne_bytes(*number) {
+        match u16::from_ne_bytes(*number) {
             LOG => {
                 let text = arguments.get(8..).unwrap_or_default();
                 run.log.push(String::from_utf8_lossy(text).into_owned());
-                continue;
             }
-            number @ (SUSPEND | LOGDIRTY | STATIC_DATA_DONE | RESTORE_RESULTS | COMPLETE) => {
+            number @ (SUSPEND..=COMPLETE) => {
                 run.asked.push((number, arguments.to_vec()));
-                match number {
-                    SUSPEND => i32::from(suspend()?),
-                    RESTORE_RESULTS => continue,
-                    _ => 0,
+                if number != RESTORE_RESULTS {
+                    to.write_all(&answers(number)?.to_ne_bytes())?;
                 }
             }
             // Progress.
-            _ => continue,
-        };
-        to.write_all(&answer.to_ne_bytes())?;
+            _ => {}
+        }
     }
     run.code = child.wait()?.code();
     Ok(run)

@@ -8,7 +8,7 @@
 //! `*_open` to the last `*_close` of the process; where `XSR_PEER_COUNTS` names a file,
 //! the numbers of hypercalls and of mappings go there in the end. Whoever
 //! plays libxl suspends a guest before, or asks for it in the course of a live save, by the
-//! file that `XSR_PEER_SUSPEND` names.
+//! file that `XSR_PEER_REQUESTS` names.
 //!
 //! A room of `unsafe`, because its callers are C: they hand over arrays as pointers.
 

@@ -17,10 +17,11 @@ const HOST: &str = "XSR_PEER_HOST";
 /// A file that gets the number of hypercalls and of maps in the end.
 const COUNTS: &str = "XSR_PEER_COUNTS";
 
-/// A file that, once it is there, has the number of a domain to be suspended before the
-/// next hypercall: a request of whoever plays libxl, which is how a guest that is saved
-/// live is suspended in time. It is gone when that is done.
-const SUSPEND: &str = "XSR_PEER_SUSPEND";
+/// A file that, once it is there, says what is to be done to domains before the next
+/// hypercall: lines of a verb (`suspend`, `resume`, `run`: unpause, with its dirty pages
+/// logged) and a number. They are requests of whoever plays libxl, which is how a guest that
+/// is saved live is suspended in time. It is gone when that is done.
+const REQUESTS: &str = "XSR_PEER_REQUESTS";
 
 /// The machine, and how many handles there are on it.
 static MACHINE: Mutex<Option<(PeerFace, usize)>> = Mutex::new(None);
@@ -93,20 +94,31 @@ pub(crate) fn close(handle: *mut c_void) {
 
 /// Do what is asked for beside hypercalls.
 pub(crate) fn requests(face: &PeerFace) {
-    static SUSPENDS: OnceLock<Option<OsString>> = OnceLock::new();
-    let Some(path) = SUSPENDS.get_or_init(|| std::env::var_os(SUSPEND)) else {
+    static NAME: OnceLock<Option<OsString>> = OnceLock::new();
+    let Some(path) = NAME.get_or_init(|| std::env::var_os(REQUESTS)) else {
         return;
     };
-    let Ok(domid) = std::fs::read_to_string(path) else {
+    let Ok(lines) = std::fs::read_to_string(path) else {
         return;
     };
-    let domid = domid.trim().parse().map_err(|_| Errno::EINVAL);
-    let done = domid.and_then(|domid| face.suspend(domid));
-    if let Err(errno) = done {
-        eprintln!("xsr-peer: cannot suspend the domain: {errno}");
+    for line in lines.lines() {
+        if let Err(errno) = request(face, line) {
+            eprintln!("xsr-peer: {line}: {errno}");
+        }
     }
     if let Err(error) = std::fs::remove_file(path) {
-        eprintln!("xsr-peer: the request to suspend stays: {error}");
+        eprintln!("xsr-peer: the requests stay: {error}");
+    }
+}
+
+fn request(face: &PeerFace, line: &str) -> Result<(), Errno> {
+    let (verb, domid) = line.split_once(' ').ok_or(Errno::EINVAL)?;
+    let domid = domid.parse().map_err(|_| Errno::EINVAL)?;
+    match verb {
+        "suspend" => face.suspend(domid),
+        "resume" => face.resume(domid),
+        "run" => face.run_logged(domid),
+        _ => Err(Errno::EINVAL),
     }
 }
 

@@ -7,6 +7,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "equality/colo.rs"]
+mod colo;
 #[path = "../driver/mod.rs"]
 mod driver;
 

@@ -164,7 +164,7 @@ impl MockDomain {
     }
 
     /// The guest does the work of one step, if it runs and is to work in steps.
-    fn step(&self) -> Result<(), BackendError> {
+    pub(super) fn step(&self) -> Result<(), BackendError> {
         if let (Some(work), Some(stepped)) = (&mut *self.stepped(), &self.machine.config.stepped) {
             work.step(stepped.operations)?;
         }

@@ -111,6 +111,7 @@ impl<'a> Image<'a> {
             why: match survivor.ending {
                 Ending::Ended(_) => "the sender ended the stream".to_owned(),
                 Ending::SourceLost(error) => error.to_string(),
+                Ending::BackChannelLost(error) => error.to_string(),
                 Ending::ToolstackLost => {
                     "the stream broke off in the end of a checkpoint".to_owned()
                 }

@@ -16,7 +16,7 @@ use super::{Face, errno};
 use crate::mock::MockHost;
 use crate::pages::{Access, ForeignPages};
 use crate::privcmd::{Hypercalls as _, Resource};
-use crate::{DomId, DomainControl as _};
+use crate::{DomId, DomainControl as _, LogDirty as _};
 
 pub use super::buffers::CallerMemory;
 
@@ -49,6 +49,28 @@ impl PeerFace {
     /// ESRCH; EBUSY where it is down, ETIMEDOUT where it does not run.
     pub fn suspend(&self, domid: u16) -> Result<(), Errno> {
         self.0.domain(domid)?.suspend().map_err(errno)
+    }
+
+    /// Have a domain run on that is suspended; one that works in steps does a step.
+    ///
+    /// # Errors
+    ///
+    /// ESRCH; EINVAL where it is not suspended.
+    pub fn resume(&self, domid: u16) -> Result<(), Errno> {
+        let domain = self.0.domain(domid)?;
+        domain.resume().map_err(errno)?;
+        domain.step().map_err(errno)
+    }
+
+    /// Have a domain that is paused run, and its dirty pages logged.
+    ///
+    /// # Errors
+    ///
+    /// ESRCH; EINVAL where it is not paused, or logged already.
+    pub fn run_logged(&self, domid: u16) -> Result<(), Errno> {
+        let domain = self.0.domain(domid)?;
+        domain.unpause().map_err(errno)?;
+        domain.enable_log_dirty().map_err(errno)
     }
 
     /// Map frames of a domain, one behind the other; those that could not be mapped are
