@@ -237,7 +237,7 @@ impl Boots<'_> {
             }
             (Err(_), Err(error)) | (Err(error), Ok(())) => return Err(error),
         };
-        results.note(lab)?;
+        results.note(lab, share.commit.as_deref())?;
         figures::keep(lab, share)?;
         Ok(results)
     }

@@ -120,7 +120,7 @@ fn scenarios() -> Vec<Scenario> {
 fn document(record: &Record) -> Result<String> {
     let columns = record.columns();
     let mut text = HEAD.to_owned();
-    text.push_str("\n## Results\n\nThe last run of each; seconds under emulation.\n\n| scenario |");
+    text.push_str("\n## Results\n\nThe last run of each: seconds under emulation, commit of the code that ran (`+`: and what was\nnot committed; runs before some time of 2026-11-25 do not say), date.\n\n| scenario |");
     for (suite, column) in &columns {
         write!(text, " Xen {}, {suite} |", column.xen)?;
     }

@@ -46,6 +46,8 @@ pub(super) struct Share {
     pub(super) input: PathBuf,
     /// What it writes.
     pub(super) output: PathBuf,
+    /// The commit of what runs there, as [`workspace::commit`] has it.
+    pub(super) commit: Option<String>,
 }
 
 impl Share {
@@ -57,6 +59,7 @@ impl Share {
             hypervisor: hypervisor.to_owned(),
             input: lab.file("in"),
             output: lab.file(&name.replacen("xen", "out", 1)),
+            commit: workspace::commit(),
         };
         for dir in [&share.input, &share.output] {
             if dir.exists() {
