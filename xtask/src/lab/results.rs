@@ -91,11 +91,6 @@ impl Results {
         table.trim_end().to_owned()
     }
 
-    /// How many were not fine.
-    pub(super) fn failures(&self) -> usize {
-        self.rows.iter().filter(|row| row.ok != Some(true)).count()
-    }
-
     /// Note them with the lab, each in place of what was noted of the scenario before, and
     /// with the `commit` of the code that ran.
     pub(super) fn note(&self, lab: &Lab, commit: Option<&str>) -> Result<()> {

@@ -97,7 +97,25 @@ impl Share {
                 .arg(self.input.join(name))
                 .run()?;
         }
-        Ok(())
+        self.firmware()
+    }
+
+    /// The 64-bit guest as the firmware of an HVM guest.
+    fn firmware(&self) -> Result<()> {
+        let (guest, octets) = (self.input.join("guest"), self.input.join("guest.octets"));
+        Invocation::new("objcopy")
+            .args(["-O", "binary"])
+            .args([&guest, &octets])
+            .run()?;
+        Invocation::new("gcc")
+            .args(GUEST_FLAGS)
+            .args(["-Wl,-Ttext=0xf0000", "-Wl,--oformat=binary"])
+            .arg(format!("-Wl,--just-symbols={}", guest.display()))
+            .arg(format!("-DPAYLOAD=\"{}\"", octets.display()))
+            .arg(source("guest").join("bios.S"))
+            .arg("-o")
+            .arg(self.input.join("guest-bios"))
+            .run()
     }
 
     fn binaries(&self, release: bool) -> Result<()> {
