@@ -10,7 +10,10 @@ use zerocopy::IntoBytes;
 
 use super::Face;
 use crate::privcmd::call::GNTTABOP_SETUP_TABLE;
-use crate::xen::grants::{AddToPhysmap, RemoveFromPhysmap, SetupTable};
+use crate::sys::common::{
+    gnttab_setup_table as SetupTable, xen_add_to_physmap as AddToPhysmap,
+    xen_remove_from_physmap as RemoveFromPhysmap,
+};
 
 /// `GNTST_bad_domain`.
 const BAD_DOMAIN: i16 = -2;
@@ -27,7 +30,7 @@ impl Face {
             return Err(Errno::EINVAL);
         }
         let refused = self.state().obstacles.no_tables;
-        let Some(domain) = self.domain(ask.domid).ok().filter(|_| !refused) else {
+        let Some(domain) = self.domain(ask.dom).ok().filter(|_| !refused) else {
             ask.status = BAD_DOMAIN;
             self.save(address, &ask)?;
             return Ok(0);
@@ -37,7 +40,7 @@ impl Face {
             // Where it is in the guest, if it is anywhere.
             true => {
                 let state = self.state();
-                let place = state.tables.iter().find(|(domid, _)| *domid == ask.domid);
+                let place = state.tables.iter().find(|(domid, _)| *domid == ask.dom);
                 place.map_or(Gfn::INVALID.0, |(_, gfn)| *gfn)
             }
         };
