@@ -86,9 +86,8 @@ pub struct HostConfig {
     /// cannot be logged.
     #[serde(default = "shadow_paging")]
     pub shadow_paging: bool,
-    /// What guests do whenever the log of their writes is begun or cleared, and at no
-    /// other time: whoever saves one live finds the same pages written, whatever
-    /// program it is and however long it takes.
+    /// What guests do while their writes are logged, in steps, whichever program has the
+    /// machine.
     #[serde(default)]
     pub stepped: Option<Stepped>,
 }
@@ -96,10 +95,14 @@ pub struct HostConfig {
 /// Work that is done in steps.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stepped {
-    /// What is done. Its rate does not matter.
+    /// What is done.
     pub work: WorkloadSpec,
-    /// Operations of a step.
-    pub operations: u64,
+    /// Operations of a step, one whenever the log is begun or cleared, and at no other
+    /// time: whoever saves the guest live finds the same pages written, however long it
+    /// takes. `None`: what the rate of the work makes of the time that has passed, before
+    /// the log is read and before the guest suspends, without a thread of its own that
+    /// would be in the way of whoever is timed.
+    pub operations: Option<u64>,
 }
 
 /// What a host made before it could be chosen has.

@@ -3,8 +3,10 @@
 //! which runs beside ours on mock machines.
 
 mod bench;
+mod downtime;
 mod engine;
 mod plot;
+mod throughput;
 
 use std::path::{Path, PathBuf};
 
@@ -36,6 +38,7 @@ Example:
   cargo xtask peer test      the same octets, the same machines?
   cargo xtask peer bench     how fast? 1 GiB domains, 7 pairs: some ten minutes
   cargo xtask peer bench --kind pv --kind hvm --memory 4096 --pairs 3
+  cargo xtask peer bench --downtime    live migrations, at three dirty rates
   cargo xtask peer bench --plot docs/peer.svg")]
 pub(crate) struct PeerArgs {
     #[command(subcommand)]
@@ -77,7 +80,9 @@ pub(crate) fn engine_stage() -> Result<Outcome> {
         }
     };
     engine::compare(&packages)?;
-    bench::run(&bench::BenchArgs::smoke(), &packages)?;
+    for downtime in [false, true] {
+        bench::run(&bench::BenchArgs::smoke(downtime), &packages)?;
+    }
     Ok(Outcome::Done)
 }
 

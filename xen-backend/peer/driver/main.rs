@@ -6,7 +6,9 @@
 //! machine open can, so that stock's is suspended before and ours suspends it itself.
 //! `xsr-peer-run save WHOSE DIR KIND MIB WAY FILE` has it saved, and
 //! `xsr-peer-run restore WHOSE DIR KIND MIB WAY IMAGE` has an image restored on a machine
-//! made for it. KIND is `pv`, `pv32`, `pvh` or `hvm`, WAY `null`, `pipe`, `file` or `tcp`,
+//! made for it. `xsr-peer-run make DIR KIND MIB RATE PAGES` makes a guest that, while it is
+//! migrated, writes to RATE pages a second, of PAGES, and `xsr-peer-run migrate WHOSE DIR KIND
+//! MIB WAY` has it migrated to a machine made for it, live. KIND is `pv`, `pv32`, `pvh` or `hvm`, WAY `null`, `pipe`, `file` or `tcp`,
 //! WHOSE `stock`, `ours`, `direct` (ours, without hypercalls), or `cat`: then the same
 //! octets are moved by `cat`, to FILE or, for a restore, into a file that
 //! is there. What is behind
@@ -32,10 +34,11 @@ use std::process::{Command, Stdio};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
+use driver::migrate::{Machines, Migrated};
 use driver::{Empty, Helpers, Run, Whose};
 use nix::sys::resource::{UsageWho, getrusage};
 use xsr_format::frame::PAGE_SIZE;
-use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
+use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost, Stepped, WorkloadSpec};
 use xsr_xen_backend::{DomId, GuestKind, Host as _};
 
 type Failure = Box<dyn Error>;
@@ -78,8 +81,9 @@ impl Guest {
     /// A machine with some room beside the guest. Memory is in large pieces, as Xen
     /// gives it to a domain at first: one call of the kernel maps many frames, as one of
     /// privcmd does.
-    fn machine(&self) -> Result<MockHost, Failure> {
+    fn machine(&self, stepped: Option<Stepped>) -> Result<MockHost, Failure> {
         let config = HostConfig {
+            stepped,
             memory_pages: (self.mib << 8) + (64 << 8),
             max_run: 512,
             ..HostConfig::default()
@@ -90,16 +94,20 @@ impl Guest {
     /// A machine with an empty domain. Its memory is there, as that of a real machine is:
     /// what the kernel does to have pages of a file at all is no part of a restore.
     fn empty(&self) -> Result<Empty, Failure> {
-        let host = self.machine()?;
+        let host = self.machine(None)?;
         let memory = File::options().write(true).open(self.dir.join("memory"))?;
         write_zeros(&memory, host.config().memory_pages)?;
         let empty = driver::empty_on(&host, self.kind, self.width, self.mib)?;
         Ok(empty)
     }
 
-    /// A machine with the guest.
-    fn make(&self) -> Result<(), Failure> {
-        let host = self.machine()?;
+    /// A machine with the guest, which works, if at all, in timed steps.
+    fn make(&self, work: Option<WorkloadSpec>) -> Result<(), Failure> {
+        let stepped = work.map(|work| Stepped {
+            work,
+            operations: None,
+        });
+        let host = self.machine(stepped)?;
         let mut spec = GuestSpec {
             width: self.width,
             vcpus: 2,
@@ -333,6 +341,33 @@ fn restore(
     done(&run, begun, end, &counts)
 }
 
+/// Have the guest go to a machine beside its own.
+fn migrate(name: &str, guest: &Guest, way: &str) -> Result<Migrated, Failure> {
+    let whose = whose(name)?.ok_or("cat migrates nobody")?;
+    let ends = match way {
+        "pipe" => {
+            let (from, to) = io::pipe()?;
+            [to.into(), from.into()]
+        }
+        "tcp" => loopback()?.map(|end| OwnedFd::from(end).into()),
+        _ => return Err(format!("{way}: no such way").into()),
+    };
+    let there = Guest {
+        dir: guest.dir.with_extension("there"),
+        ..*guest
+    };
+    let machines = Machines {
+        from: &guest.dir,
+        domid: DOMID,
+        to: &there.dir,
+        empty: there.empty()?,
+    };
+    let (helpers, _) = helpers(&guest.dir, &[])?;
+    let migrated = helpers.migrate(whose, machines, ends)?;
+    fs::remove_dir_all(&there.dir)?;
+    Ok(migrated)
+}
+
 /// The helpers, and where what stock asks is counted.
 fn helpers(dir: &Path, under: &[String]) -> Result<(Helpers, PathBuf), Failure> {
     let mut helpers = Helpers::from_env().ok_or("`cargo xtask peer bench` says where they are")?;
@@ -357,7 +392,17 @@ fn main() -> Result<(), Failure> {
         .collect();
     let under = halves.next().unwrap_or_default();
     let took = match task[..] {
-        ["make", dir, kind, mib] => return Guest::parse(dir, kind, mib)?.make(),
+        ["make", dir, kind, mib] => return Guest::parse(dir, kind, mib)?.make(None),
+        ["make", dir, kind, mib, rate, pages] => {
+            let work = WorkloadSpec::writes(1, rate.parse()?, pages.parse()?);
+            return Guest::parse(dir, kind, mib)?.make(Some(work));
+        }
+        ["migrate", whose, dir, kind, mib, way] => {
+            let Migrated { all, downtime } = migrate(whose, &Guest::parse(dir, kind, mib)?, way)?;
+            let [all, downtime] = [all, downtime].map(|time| time.as_secs_f64());
+            println!(r#"{{"seconds":{all},"downtime":{downtime}}}"#);
+            return Ok(());
+        }
         ["suspend", dir] => return put(dir, true),
         ["resume", dir] => return put(dir, false),
         ["save", whose, dir, kind, mib, way, file] => save(

@@ -5,6 +5,8 @@
 
 #[allow(dead_code, reason = "benchmarks have no use for it")]
 pub(crate) mod colo;
+#[allow(dead_code, reason = "tests have no use for it")]
+pub(crate) mod migrate;
 
 use std::ffi::OsString;
 use std::io::{self, Read as _, Write as _};

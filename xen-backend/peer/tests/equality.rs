@@ -252,7 +252,7 @@ fn working(dir: &Path, kind: GuestKind, width: u8) -> DomId {
     };
     let stepped = Stepped {
         work,
-        operations: 640,
+        operations: Some(640),
     };
     driver::with_working_guest(dir, kind, width, MIB, Some(stepped)).unwrap()
 }

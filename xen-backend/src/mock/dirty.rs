@@ -9,6 +9,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use nix::errno::Errno;
 
@@ -108,7 +109,8 @@ impl LogDirty for MockDomain {
                 tracing::error!(%error, "work in steps");
                 self.fail("enable_logdirty", Errno::EINVAL)
             });
-            *self.stepped() = Some(work.inspect_err(|_| self.dom.dirty.disable())?);
+            let work = work.inspect_err(|_| self.dom.dirty.disable())?;
+            *self.stepped() = Some((work, Instant::now()));
         }
         self.step()
     }
@@ -133,6 +135,7 @@ impl LogDirty for MockDomain {
             DirtyRead::Peek => "logdirty_peek",
             DirtyRead::Clean | DirtyRead::CleanFinal => "logdirty_clean",
         };
+        self.catch_up()?;
         // With the state held, the guest stands still, as Xen has it.
         let stats = self.look(op, |state| {
             let stopped = state.record.pauses > 0 || state.record.shutdown.is_some();
@@ -158,17 +161,31 @@ impl LogDirty for MockDomain {
 }
 
 impl MockDomain {
-    fn stepped(&self) -> MutexGuard<'_, Option<Workload>> {
+    fn stepped(&self) -> MutexGuard<'_, Option<(Workload, Instant)>> {
         let stepped = self.dom.stepped.lock();
         stepped.unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The guest does the work of one step, if it runs and is to work in steps.
+    /// The guest does the work of one step, if it runs and its steps are counted.
     pub(super) fn step(&self) -> Result<(), BackendError> {
-        if let (Some(work), Some(stepped)) = (&mut *self.stepped(), &self.machine.config.stepped) {
-            work.step(stepped.operations)?;
+        if let (Some((work, _)), Some(operations)) = (&mut *self.stepped(), self.counted()) {
+            work.step(operations)?;
         }
         Ok(())
+    }
+
+    /// The guest does what it would have done by now, if it runs and its steps are timed.
+    pub(super) fn catch_up(&self) -> Result<(), BackendError> {
+        if let (Some((work, last)), None) = (&mut *self.stepped(), self.counted()) {
+            let now = Instant::now();
+            work.step(work.operations_in(now - *last))?;
+            *last = now;
+        }
+        Ok(())
+    }
+
+    fn counted(&self) -> Option<u64> {
+        self.machine.config.stepped.as_ref()?.operations
     }
 }
 

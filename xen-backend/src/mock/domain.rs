@@ -212,6 +212,7 @@ impl DomainControl for MockDomain {
     }
 
     fn suspend(&self) -> Result<(), BackendError> {
+        self.catch_up()?;
         self.change("suspend", |state| {
             if state.record.shutdown.is_some() {
                 return Err(Errno::EBUSY);

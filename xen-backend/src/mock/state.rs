@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use xsr_format::frame::{Gfn, Mfn};
@@ -92,8 +93,8 @@ pub(super) struct Dom {
     pub(super) gone: AtomicBool,
     /// Pages the guest writes; only while this process has the host open.
     pub(super) dirty: DirtyLog,
-    /// Work done in steps, while its writes are logged.
-    pub(super) stepped: Mutex<Option<Workload>>,
+    /// Work done in steps, while its writes are logged, and when that was last done.
+    pub(super) stepped: Mutex<Option<(Workload, Instant)>>,
     state: Mutex<State>,
 }
 

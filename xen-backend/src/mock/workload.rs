@@ -11,6 +11,7 @@ mod background;
 mod pv;
 
 use std::ops::AddAssign;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
@@ -268,6 +269,12 @@ impl Workload {
             done += batch;
         }
         Ok(done)
+    }
+
+    /// Operations that its rate makes of a time.
+    pub(super) fn operations_in(&self, time: Duration) -> u64 {
+        let operations = time.as_nanos() * u128::from(self.spec.rate) / 1_000_000_000;
+        u64::try_from(operations).unwrap_or(u64::MAX)
     }
 
     /// Run at the spec's rate on a thread of its own, while the domain runs, until

@@ -20,7 +20,7 @@ const APIC_ACCESS: u64 = 0xf_ee00;
 fn work(seed: u64) -> Stepped {
     Stepped {
         work: WorkloadSpec::writes(seed, 1, 2000),
-        operations: 100,
+        operations: Some(100),
     }
 }
 

@@ -1,0 +1,88 @@
+//! A live migration from one helper to another, timed.
+//!
+//! C implementation: `tools/libs/light/libxl_save_callout.c`.
+
+use std::io;
+use std::path::Path;
+use std::process::Stdio;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use xsr_xen_backend::DomId;
+
+use super::{Empty, Helpers, SAVE_CALLBACKS, SUSPEND, Whose, answer, ask};
+
+/// What a migration took.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Migrated {
+    /// From the start of the helpers until both have ended.
+    pub(crate) all: Duration,
+    /// From the request to suspend the guest until the receiving helper has ended, which
+    /// is when libxl goes on to have the guest run.
+    pub(crate) downtime: Duration,
+}
+
+/// The two machines.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Machines<'a> {
+    pub(crate) from: &'a Path,
+    pub(crate) domid: DomId,
+    pub(crate) to: &'a Path,
+    /// The domain that waits there.
+    pub(crate) empty: Empty,
+}
+
+impl Helpers {
+    /// Have a guest that runs go from one machine to the other, over a connection of which
+    /// these are the ends.
+    ///
+    /// # Errors
+    ///
+    /// A helper cannot be started or spoken with, or fails: with what it said.
+    pub(crate) fn migrate(
+        &self,
+        whose: Whose,
+        machines: Machines<'_>,
+        [sender, receiver]: [Stdio; 2],
+    ) -> io::Result<Migrated> {
+        let Machines {
+            from,
+            domid,
+            to,
+            empty,
+        } = machines;
+        let begun = Instant::now();
+        thread::scope(|scope| {
+            let receiving = scope.spawn(move || {
+                let run = self.restore(whose, to, &empty, receiver)?;
+                io::Result::Ok((run, Instant::now()))
+            });
+            let (helpers, request) = self.with_requests(from);
+            let arguments = format!("--save-domain 7 -1 {} 1 {SAVE_CALLBACKS} 0", domid.0);
+            let child = helpers.start(whose, from, sender, &arguments, "")?;
+            let mut asked = None;
+            let saved = answer(child, |number| {
+                if number == SUSPEND {
+                    asked = Some(Instant::now());
+                    if whose == Whose::Stock {
+                        ask(&request, "suspend", domid)?;
+                    }
+                    return Ok(1);
+                }
+                Ok(0)
+            })?;
+            let received = receiving.join();
+            let (restored, ended) = received.map_err(|_| io::Error::other("a panic"))??;
+            for run in [&saved, &restored] {
+                if !run.succeeded() {
+                    return Err(io::Error::other(format!("a helper failed: {run:#?}")));
+                }
+            }
+            let asked = asked.ok_or_else(|| io::Error::other("nobody suspended the guest"))?;
+            Ok(Migrated {
+                all: begun.elapsed(),
+                downtime: ended - asked,
+            })
+        })
+    }
+}

@@ -1,0 +1,160 @@
+//! How long a guest stands still while Xen's engine or ours migrates it live, in pairs: from
+//! the request to suspend it until the receiving helper has ended.
+//!
+//! The guest writes at a rate of its own, in steps that are timed and cost no thread; both
+//! engines stop as Xen's do, after five passes or with fewer than 50 dirty pages.
+
+use std::ffi::OsStr;
+use std::fmt::Write as _;
+use std::fs;
+
+use anyhow::{Context, Result};
+use serde::Deserialize;
+
+use super::bench::{CONTENDERS, Runner, spread};
+use super::plot::Group;
+
+/// Dirty rates, pages a second: each page of the working set is as likely as any other.
+const RATES: [u32; 3] = [10_000, 50_000, 200_000];
+
+/// Who migrates: `cat` cannot.
+const WHO: [usize; 3] = [0, 1, 2];
+
+/// What one migration took, as `xsr-peer-run` prints it.
+#[derive(Clone, Copy, Debug, Deserialize)]
+struct Took {
+    seconds: f64,
+    downtime: f64,
+}
+
+/// Migrations at one rate.
+#[derive(Debug)]
+pub(super) struct Row {
+    kind: String,
+    rate: u32,
+    took: [Vec<Took>; WHO.len()],
+}
+
+impl Row {
+    /// Least, median and most of one figure, in ms.
+    fn ms(&self, who: usize, figure: impl Fn(&Took) -> f64) -> [f64; 3] {
+        spread(self.took[who].iter().map(|took| figure(took) * 1000.0))
+    }
+
+    pub(super) fn group(&self) -> Group {
+        let bars = WHO.map(|who| (CONTENDERS[who].name, self.ms(who, |took| took.downtime)));
+        Group {
+            name: format!("{}: {} pages/s", self.kind, self.rate),
+            bars: bars.to_vec(),
+        }
+    }
+}
+
+/// Migrate guests of `mib` MiB of one kind, at every rate.
+///
+/// # Errors
+///
+/// A migration fails.
+pub(super) fn run(runner: &Runner<'_>, kind: &str, mib: u64, pairs: u32) -> Result<Vec<Row>> {
+    let guest = runner.dir.join("guest");
+    let mib_text = mib.to_string();
+    // A quarter of its memory.
+    let pages = (mib << 6).to_string();
+    let mut rows = Vec::new();
+    for rate in RATES {
+        let rate_text = rate.to_string();
+        let words = ["make".as_ref(), guest.as_os_str(), kind.as_ref()];
+        let more = [&mib_text, &rate_text, &pages].map(OsStr::new);
+        runner.task("1", words.into_iter().chain(more))?;
+        let mut took: [Vec<Took>; WHO.len()] = Default::default();
+        for round in 0..pairs {
+            eprintln!("{kind} at {rate} pages/s: round {} of {pairs}", round + 1);
+            let mut turns = WHO;
+            if round % 2 == 1 {
+                turns.reverse();
+            }
+            for turn in turns {
+                let contender = CONTENDERS[turn];
+                // It stands still where the last migration left it.
+                runner.task("1", [OsStr::new("resume"), guest.as_os_str()])?;
+                let words = [
+                    OsStr::new("migrate"),
+                    OsStr::new(contender.whose),
+                    guest.as_os_str(),
+                    OsStr::new(kind),
+                    OsStr::new(&mib_text),
+                    OsStr::new("tcp"),
+                ];
+                let said = runner.task(contender.threads, words)?;
+                let said = serde_json::from_str(&said);
+                took[turn].push(said.context("what the runner says of a migration")?);
+            }
+        }
+        fs::remove_dir_all(&guest)?;
+        rows.push(Row {
+            kind: kind.to_owned(),
+            rate,
+            took,
+        });
+    }
+    Ok(rows)
+}
+
+/// The table.
+pub(super) fn table(out: &mut String, rows: &[Row]) -> Result<()> {
+    writeln!(out, "\n### Downtime of live migrations over TCP\n")?;
+    writeln!(
+        out,
+        "| guest | dirty pages/s | stock, ms | ours, 1 thread, ms | ours, 2 threads, ms | ours (1): stock | ours (2): stock | all, s: stock, ours (1), ours (2) |"
+    )?;
+    writeln!(out, "|---|---|---|---|---|---|---|---|")?;
+    for row in rows {
+        write!(out, "| {} | {} |", row.kind, row.rate)?;
+        let downtimes = WHO.map(|who| row.ms(who, |took| took.downtime));
+        for [least, median, most] in downtimes {
+            write!(out, " {median:.1} ({least:.1}–{most:.1}) |")?;
+        }
+        let [stock, one, two] = downtimes.map(|[_, median, _]| median);
+        let all = WHO.map(|who| row.ms(who, |took| took.seconds)[1] / 1000.0);
+        writeln!(
+            out,
+            " {:.2} | {:.2} | {:.2}, {:.2}, {:.2} |",
+            one / stock,
+            two / stock,
+            all[0],
+            all[1],
+            all[2]
+        )?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    #[test]
+    fn a_row_has_medians_ranges_and_shares() {
+        let took = |ms: [f64; 3]| {
+            ms.map(|ms| Took {
+                seconds: ms / 10.0,
+                downtime: ms / 1000.0,
+            })
+            .to_vec()
+        };
+        let row = Row {
+            kind: "pv".to_owned(),
+            rate: 7,
+            took: [[8.0, 4.0, 9.0], [6.0; 3], [2.0, 1.0, 3.0]].map(took),
+        };
+        let mut text = String::new();
+        table(&mut text, std::slice::from_ref(&row)).unwrap();
+        let expected = "| pv | 7 | 8.0 (4.0–9.0) | 6.0 (6.0–6.0) | 2.0 (1.0–3.0) | 0.75 | 0.25 | 0.80, 0.60, 0.20 |";
+        assert!(text.contains(expected), "{text}");
+        let group = row.group();
+        assert_eq!(group.name, "pv: 7 pages/s");
+        assert_eq!(group.bars[2], ("ours, 2 threads", [1.0, 2.0, 3.0]));
+    }
+}
