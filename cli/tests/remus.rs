@@ -363,7 +363,7 @@ fn what_does_not_protect_is_refused_as_xl_does() {
         ["-b", "-u"],
         ["-n", "-u"],
         ["-d", "-u"],
-        ["-c", "-u"],
+        ["-c", "-b"],
         ["-p", "-u"],
     ] {
         run(["remus", &here, "web", "nobody"].iter().chain(&options)).code(64);

@@ -8,6 +8,7 @@
 //! C implementation: `main_remus` in `tools/xl/xl_migrate.c`,
 //! `tools/libs/light/libxl_remus.c`.
 
+mod colo;
 mod report;
 mod stream;
 mod toolstack;
@@ -20,10 +21,11 @@ use anyhow::{Context as _, Error, Result};
 use xsr_save_restore::save::precopy::XenPolicy;
 use xsr_save_restore::save::{BUFFER_OCTETS, CheckpointedStats, Checkpoints, save_checkpointed};
 use xsr_save_restore::toolstack::DirectToolstack;
-use xsr_save_restore::{SaveError, SaveOptions};
+use xsr_save_restore::{SaveError, SaveOptions, save_colo};
 use xsr_xen_backend::mock::MockHost;
 use xsr_xen_backend::{DomId, Domain, Host, ShutdownReason};
 
+use self::colo::Ear;
 use self::report::Teller;
 use self::stream::Stream;
 use self::toolstack::{Complete, Protector, Stop};
@@ -31,6 +33,7 @@ use crate::args::{OnLoss, RemusArgs};
 use crate::backend;
 use crate::cmd::migrate::{AWAY, can_suspend};
 use crate::cmd::save::{Job, name_of};
+use crate::colo::Hearing;
 use crate::exit::{self, BadUsage, Code, Migration};
 use crate::handshake::{self, Message, Outcome, Patience};
 use crate::terminal::Terminal;
@@ -55,14 +58,32 @@ pub(crate) fn run(args: &RemusArgs, terminal: &Terminal) -> Result<Code> {
 /// What xl refuses, and what it has that this has not.
 fn refuse(args: &RemusArgs) -> Result<()> {
     let unprotected = args.blackhole || args.no_network_buffer || args.no_disk_buffer;
-    let why = if args.colo || args.userspace_colo_proxy {
-        "-c, -p: this version has Remus, no COLO"
+    let why = if args.userspace_colo_proxy && !args.colo {
+        "-p is for COLO: add -c"
+    } else if args.colo && (unprotected || args.buffer.is_some() || args.no_buffer) {
+        "-b, -n, -d, --buffer and --no-buffer are for Remus: drop -c"
     } else if unprotected && !args.allow_unsafe {
         "-b, -n and -d do not protect the domain: add -F if that is what you want"
     } else {
         return Ok(());
     };
     Err(Error::new(BadUsage(why.to_owned())))
+}
+
+/// What the receiver is told, in xl's words.
+fn receiver_options(args: &RemusArgs) -> Vec<&str> {
+    let mut options = match (args.colo, &args.network_script) {
+        (false, _) => vec!["-r"],
+        (true, None) => vec!["--colo"],
+        (true, Some(script)) => vec!["--colo", "--coloft-script", script],
+    };
+    if args.userspace_colo_proxy {
+        options.push("--userspace-colo-proxy");
+    }
+    if args.connection.no_wait {
+        options.push("-e");
+    }
+    options
 }
 
 fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<Code> {
@@ -81,12 +102,9 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
     let mut link = match args.blackhole {
         true => None,
         false => {
-            let options: &[&str] = match args.connection.no_wait {
-                true => &["-r", "-e"],
-                false => &["-r"],
-            };
             let interrupt = watch.interrupt();
-            let link = Link::to_receiver(&args.connection, &args.host, options, interrupt)
+            let options = receiver_options(args);
+            let link = Link::to_receiver(&args.connection, &args.host, &options, interrupt)
                 .and_then(|link| Message::Banner.expect(&link.from, interrupt).map(|()| link));
             Some(link.map_err(|error| match error.is::<BadUsage>() {
                 true => error,
@@ -101,6 +119,7 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
         lost,
         stats,
         stream_octets,
+        heard,
     } = primary.send(link.as_ref(), watch, &mut teller)?;
     watch.clear();
     // Before anybody is waited for: from now on the other end may run the domain.
@@ -113,7 +132,10 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
         Some(link) => {
             let outcome = link.say_no_more().and_then(|()| {
                 let patience = Patience::Until(Instant::now() + PATIENCE);
-                handshake::outcome(&link.from, patience)
+                match heard {
+                    None => handshake::outcome(&link.from, patience),
+                    Some(heard) => handshake::outcome_behind(heard, &link.from, patience),
+                }
             });
             match outcome {
                 Ok(Outcome::Runs) => Fate::There,
@@ -158,6 +180,8 @@ struct Protected {
     lost: bool,
     stats: CheckpointedStats,
     stream_octets: u64,
+    /// Under COLO, what the other end has said since its last whole word.
+    heard: Option<Vec<u8>>,
 }
 
 /// Why it came to its end.
@@ -199,7 +223,8 @@ impl Primary<'_> {
         let null = File::options().write(true).open("/dev/null");
         let null = null.context("/dev/null")?;
         let interrupt = watch.interrupt().clone();
-        let stream = Stream::new(link.map_or(&null, |link| &link.to), interrupt.cut().clone())?;
+        let cut = interrupt.cut().clone();
+        let stream = Stream::new(link.map_or(&null, |link| &link.to), cut.clone())?;
         let job = Job {
             host: self.host,
             domid: self.domid,
@@ -225,30 +250,54 @@ impl Primary<'_> {
             emulators: backend::emulators(self.host, self.domid)?,
             from: link.map(|link| &link.from),
             interrupt,
-            interval: Duration::from_millis(match self.args.interval {
+            interval: Duration::from_millis(match (self.args.interval, self.args.colo) {
                 // As xl has it.
-                0 => 200,
-                milliseconds => milliseconds.into(),
+                (None | Some(0), false) => 200,
+                (None | Some(0), true) => 5000,
+                (Some(milliseconds), _) => milliseconds.into(),
             }),
             epochs: self.args.epochs,
             observe: &mut observe,
-            asked: Instant::now(),
             complete: 0,
             stop: None,
         };
-        let how = Checkpoints {
-            policy: &mut XenPolicy,
-            buffer_octets: self.buffer_octets(),
+        let mut progress = |progress: &_| watch.borrow_mut().progress(progress);
+        let xen = self.host.xen_version()?;
+        let mut policy = XenPolicy;
+        let (result, secondary) = match link {
+            Some(link) if self.args.colo => {
+                let ear = Ear::new(Hearing::new(&link.from, cut)?);
+                let mut primary = colo::Primary::new(&mut protector, &stream, &ear);
+                let result = save_colo(
+                    self.domain,
+                    xen,
+                    &mut primary,
+                    &mut &stream,
+                    &mut &ear,
+                    &job.options,
+                    &mut policy,
+                    &mut progress,
+                );
+                let place = primary.place();
+                (result, Some((place, ear.into_rest())))
+            }
+            _ => {
+                let how = Checkpoints {
+                    policy: &mut policy,
+                    buffer_octets: self.buffer_octets(),
+                };
+                let result = save_checkpointed(
+                    self.domain,
+                    xen,
+                    &mut protector,
+                    &mut &stream,
+                    &job.options,
+                    how,
+                    &mut progress,
+                );
+                (result, None)
+            }
         };
-        let result = save_checkpointed(
-            self.domain,
-            self.host.xen_version()?,
-            &mut protector,
-            &mut &stream,
-            &job.options,
-            how,
-            &mut |progress| watch.borrow_mut().progress(progress),
-        );
         let (complete, stop) = (protector.complete, protector.stop);
         let (end, stats) = match (result, stop) {
             (Ok(stats), Some(Stop::Enough)) => (End::Enough, stats),
@@ -261,7 +310,11 @@ impl Primary<'_> {
         // A domain that does not run here had better run there.
         let asleep = self.is_asleep();
         if link.is_some() && complete > 0 && !lost && !asleep {
-            match handshake::withdraw(&mut &stream) {
+            let withdrawn = match &secondary {
+                None => handshake::withdraw(&mut &stream),
+                Some((place, _)) => place.withdraw(&stream),
+            };
+            match withdrawn {
                 Ok(()) => watch.borrow_mut().step("withdrawn"),
                 Err(error) => {
                     tracing::info!(%error, "the domain could not be taken back");
@@ -275,6 +328,7 @@ impl Primary<'_> {
             lost,
             stats,
             stream_octets: stream.octets(),
+            heard: secondary.map(|(_, heard)| heard),
         })
     }
 

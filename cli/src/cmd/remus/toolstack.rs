@@ -47,8 +47,6 @@ pub(super) struct Protector<'a> {
     /// How many checkpoints to take, if not for ever.
     pub(super) epochs: Option<u64>,
     pub(super) observe: &'a mut dyn FnMut(&Complete) -> Result<()>,
-    /// When the guest was asked to suspend.
-    pub(super) asked: Instant,
     /// Checkpoints whose last octet has been written.
     pub(super) complete: u64,
     pub(super) stop: Option<Stop>,
@@ -65,7 +63,6 @@ impl std::fmt::Debug for Protector<'_> {
 
 impl SaveToolstack for Protector<'_> {
     fn suspend(&mut self) -> Result<(), ToolstackError> {
-        self.asked = Instant::now();
         self.direct.suspend()
     }
 
@@ -86,6 +83,20 @@ impl CheckpointToolstack for Protector<'_> {
     /// The libxl layer's records, then the interval. Nobody acknowledges a checkpoint of
     /// Remus: that it is written is all that there is to know.
     fn checkpoint(&mut self, epoch: &Epoch) -> Result<NextEpoch, ToolstackError> {
+        self.end_of_checkpoint()?;
+        self.tell(*epoch)?;
+        let stop = self.wait();
+        self.stop = stop.map_err(|e| ToolstackError::new("waiting for the next checkpoint", e))?;
+        Ok(match self.stop {
+            None => NextEpoch::Continue,
+            Some(_) => NextEpoch::Finish,
+        })
+    }
+}
+
+impl Protector<'_> {
+    /// The libxl layer's part of a checkpoint.
+    pub(super) fn end_of_checkpoint(&mut self) -> Result<(), ToolstackError> {
         const WHAT: &str = "ending a checkpoint";
         self.libxl.begin_checkpoint();
         for record in &self.emulators {
@@ -99,22 +110,20 @@ impl CheckpointToolstack for Protector<'_> {
         let written = self.libxl.write(&LibxlRecord::CheckpointEnd);
         written.map_err(|e| ToolstackError::new(WHAT, e))?;
         self.complete += 1;
-        let complete = Complete {
-            epoch: *epoch,
-            after: self.asked.elapsed(),
-        };
-        (self.observe)(&complete).map_err(|e| ToolstackError::new("saying what was done", e))?;
-        self.stop = self.wait().map_err(|e| ToolstackError::new(WHAT, e))?;
-        Ok(match self.stop {
-            None => NextEpoch::Continue,
-            Some(_) => NextEpoch::Finish,
-        })
+        Ok(())
     }
-}
 
-impl Protector<'_> {
+    /// A checkpoint is complete: say so.
+    pub(super) fn tell(&mut self, epoch: Epoch) -> Result<(), ToolstackError> {
+        let complete = Complete {
+            epoch,
+            after: epoch.asked.elapsed(),
+        };
+        (self.observe)(&complete).map_err(|e| ToolstackError::new("saying what was done", e))
+    }
+
     /// Wait for the next checkpoint; what ends the wait before that, and the protection.
-    fn wait(&self) -> std::io::Result<Option<Stop>> {
+    pub(super) fn wait(&self) -> std::io::Result<Option<Stop>> {
         if self.epochs.is_some_and(|enough| self.complete >= enough) {
             return Ok(Some(Stop::Enough));
         }
