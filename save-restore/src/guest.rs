@@ -4,7 +4,7 @@ pub(crate) mod hvm;
 pub(crate) mod pv;
 pub(crate) mod x86;
 
-use xsr_format::frame::{Gfn, Page, PageEntry, Pfn};
+use xsr_format::frame::{Gfn, Page, PageEntry, PageType, Pfn};
 use xsr_format::image::GuestType;
 use xsr_format::write::RecordWriter;
 use xsr_xen_backend::ForeignPage;
@@ -14,17 +14,6 @@ use crate::sink::PageSink;
 
 /// Where the records of a save go.
 pub(crate) type Out<'s> = RecordWriter<&'s mut dyn PageSink>;
-
-/// What a page looks like in the stream.
-#[derive(Debug)]
-pub(crate) enum Normalised {
-    /// As it is in the guest.
-    AsIs,
-    /// Like this.
-    Local(Box<Page>),
-    /// Not now: to be sent once the guest is suspended.
-    Defer,
-}
 
 /// The guest's side of a save (C: `struct xc_sr_save_ops`).
 pub(crate) trait GuestSave: Sync {
@@ -41,8 +30,11 @@ pub(crate) trait GuestSave: Sync {
     /// be moving the tables in which that was looked up.
     fn confirms(&self, pfn: Pfn, gfn: Gfn) -> bool;
 
-    /// Turn the contents of a page into what they are on any machine.
-    fn normalise(&self, entry: PageEntry, page: ForeignPage<'_>) -> Result<Normalised, GuestError>;
+    /// Whether the contents of pages of this type are not the same on every machine.
+    fn normalises(&self, page_type: PageType) -> bool;
+
+    /// Turn the contents of such a page into what they are on any machine.
+    fn normalise(&self, entry: PageEntry, page: ForeignPage<'_>) -> Result<Box<Page>, GuestError>;
 
     /// Records that never change, before STATIC_DATA_END.
     fn static_data(&self, out: &mut Out<'_>) -> Result<(), SaveError>;

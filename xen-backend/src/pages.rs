@@ -243,6 +243,16 @@ impl ForeignPages {
     /// is writable, and in pages that are mapped. Panics otherwise.
     fn room(&self, range: Range<usize>) -> (NonNull<u8>, usize) {
         assert!(self.access == Access::Write, "mapping is read-only");
+        self.octets(range)
+    }
+
+    /// Where the pages of a range of indices are, and their octets. Panics where they are
+    /// not all mapped.
+    fn mapped_octets(&self, pages: Range<usize>) -> (NonNull<u8>, usize) {
+        self.octets(pages.start * PAGE_SIZE..pages.end * PAGE_SIZE)
+    }
+
+    fn octets(&self, range: Range<usize>) -> (NonNull<u8>, usize) {
         assert!(
             range.start <= range.end && range.end <= self.count * PAGE_SIZE,
             "range leaves the mapping"

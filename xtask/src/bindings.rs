@@ -67,9 +67,14 @@ const HEADERS: &[&str] = &[
 const COMMON: &[&str] = &[
     "evtchn_alloc_unbound",
     "evtchn_close",
+    "gnttab_setup_table",
     "grant_entry_v1",
+    "mmuext_op",
     "sched_remote_shutdown",
+    "vcpu_guest_context",
+    "xen_add_to_physmap",
     "xen_cpuid_leaf",
+    "xen_domctl",
     "xen_domctl_address_size",
     "xen_domctl_cpu_policy",
     "xen_domctl_getpageframeinfo3",
@@ -88,7 +93,17 @@ const COMMON: &[&str] = &[
     "xen_machphys_mfn_list",
     "xen_memory_reservation",
     "xen_msr_entry",
+    "xen_remove_from_physmap",
+    "xen_sysctl",
     "xen_sysctl_getdomaininfolist",
+];
+
+/// Those of them whose size alone matters: all but the size and the alignment is left out.
+const OPAQUE: &[&str] = &[
+    "mmuext_op",
+    "vcpu_guest_context",
+    "xen_domctl",
+    "xen_sysctl",
 ];
 
 /// Numbers that are the same in all versions that have them.
@@ -97,6 +112,7 @@ const COMMON_NUMBERS: &[&str] = &[
     "DOMID_XEN",
     "DOMID_FIRST_RESERVED",
     "EVTCHNOP_(alloc_unbound|close)",
+    "GNTTABOP_setup_table",
     "GNTTAB_RESERVED_(CONSOLE|XENSTORE)",
     "GTF_permit_access",
     "HVM_PARAM_CALLBACK_IRQ",
@@ -115,12 +131,13 @@ const COMMON_NUMBERS: &[&str] = &[
     "XEN_INVALID_MAX_VCPU_ID",
     "XEN_SYSCTL_getdomaininfolist",
     "XEN_X86_EMU_(LAPIC|VPCI|ALL)",
+    "XENMEM_(add_to|remove_from)_physmap",
     "XENMEM_(machphys_mfn_list|machphys_compat_mfn_list|maximum_gpfn|maximum_ram_page)",
     "XENMEM_((populate|decrease)_(physmap|reservation)|resource_grant_table)",
     "XENMEM_resource_grant_table_id_shared",
     "XENVER_version",
     "__HYPERVISOR_(memory_op|xen_version|sched_op|event_channel_op|hvm_op)",
-    "__HYPERVISOR_(mmuext_op|sysctl|domctl)",
+    "__HYPERVISOR_(mmuext_op|sysctl|domctl|grant_table_op)",
 ];
 
 /// What differs between versions.
@@ -256,6 +273,10 @@ fn generate(bindgen: &Path, headers: &Path, types: &[&str], numbers: &[&str]) ->
             "--with-derive-custom-struct",
             ".*=Clone,Copy,Debug,FromBytes,IntoBytes,KnownLayout,Immutable",
         ])
+        .arg("--opaque-type")
+        .arg(format!("^({})$", OPAQUE.join("|")))
+        .arg("--blocklist-type")
+        .arg(format!("^({})__bindgen_ty_.*$", OPAQUE.join("|")))
         .arg("--allowlist-type")
         .arg(format!("^({})$", types.join("|")))
         .arg("--allowlist-var")

@@ -86,7 +86,8 @@ pub(crate) struct BuildArgs {
     /// it, it is built anyway); `run --images` restores on it
     #[arg(long)]
     shadow: bool,
-    /// Of this source of Xen (xen_VERSION.orig.tar.*), where the suite's cannot be had
+    /// Anew, of this source of Xen (xen_VERSION.orig.tar.*): where the archive does not hold
+    /// the suite's (`build` only)
     #[arg(long, value_name = "FILE", requires = "shadow")]
     source: Option<PathBuf>,
 }
@@ -120,7 +121,10 @@ pub(crate) fn run(args: &LabArgs) -> Result<()> {
             let lab = Lab::build(&args.suite)?;
             println!("{}", lab.describe()?);
             if args.shadow {
-                let built = shadow::build_of(&lab, &args.suite, args.source.as_deref())?;
+                let built = match &args.source {
+                    Some(archive) => shadow::build_of(&lab, archive)?,
+                    None => shadow::build(&lab, &args.suite)?,
+                };
                 println!("{}", built.display());
             }
             Ok(())
@@ -160,6 +164,10 @@ pub(crate) fn stage() -> Result<Outcome> {
 }
 
 fn run_scenarios(args: &RunArgs) -> Result<()> {
+    ensure!(
+        args.build.source.is_none(),
+        "`cargo xtask lab build --shadow --source FILE` builds the hypervisor, then run without"
+    );
     let mut wanted = chosen(&args.scenarios)?;
     if args.scenarios.is_empty() && args.images.is_some() {
         wanted.clear();
@@ -237,7 +245,7 @@ impl Boots<'_> {
             }
             (Err(_), Err(error)) | (Err(error), Ok(())) => return Err(error),
         };
-        results.note(lab)?;
+        results.note(lab, share.commit.as_deref())?;
         figures::keep(lab, share)?;
         Ok(results)
     }

@@ -35,6 +35,17 @@ pub(crate) fn files() -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
+/// The commit that is checked out, in short; with a `+` where what can be built of the tree
+/// is not what is committed (the documents do not count). `None` where git says nothing: not
+/// a checkout, say.
+pub(crate) fn commit() -> Option<String> {
+    let git = |args: &[&str]| Invocation::new("git").args(args).capture().ok();
+    let commit = git(&["rev-parse", "--short=9", "HEAD"])?;
+    let changed = git(&["status", "--porcelain", "--", ".", ":!docs", ":!*.md"])?;
+    let mark = if changed.trim().is_empty() { "" } else { "+" };
+    Some(format!("{}{mark}", commit.trim()))
+}
+
 /// A package, as `cargo metadata` describes it.
 #[derive(Debug, Deserialize)]
 pub(crate) struct Package {

@@ -3,13 +3,13 @@
 //!
 //! C implementation: `xg_sr_save_x86_hvm.c`, `xg_sr_restore_x86_hvm.c`.
 
-use xsr_format::frame::{Gfn, PageEntry, Pfn};
+use xsr_format::frame::{Gfn, Page, PageEntry, PageType, Pfn};
 use xsr_format::image::GuestType;
 use xsr_format::record::hvm::HvmParam;
 use xsr_xen_backend::{Access, Domain, Errno, ForeignPage, RingGrant};
 
 use crate::error::{GuestError, RestoreError, SaveError};
-use crate::guest::{GuestSave, Normalised, Out, x86};
+use crate::guest::{GuestSave, Out, x86};
 use crate::restore::RestoreOptions;
 
 /// `HVM_PARAM_*` of `xen/include/public/hvm/params.h`.
@@ -98,8 +98,12 @@ impl GuestSave for HvmSave<'_> {
         true
     }
 
-    fn normalise(&self, _: PageEntry, _: ForeignPage<'_>) -> Result<Normalised, GuestError> {
-        Ok(Normalised::AsIs)
+    fn normalises(&self, _: PageType) -> bool {
+        false
+    }
+
+    fn normalise(&self, _: PageEntry, page: ForeignPage<'_>) -> Result<Box<Page>, GuestError> {
+        Ok(page.to_page())
     }
 
     fn static_data(&self, out: &mut Out<'_>) -> Result<(), SaveError> {

@@ -9,7 +9,7 @@ pub(crate) mod p2m;
 pub(crate) mod pagetable;
 pub(crate) mod restore;
 
-use xsr_format::frame::{Gfn, Mfn, PageEntry, Pfn};
+use xsr_format::frame::{Gfn, Mfn, Page, PageEntry, PageType, Pfn};
 use xsr_format::image::GuestType;
 use xsr_format::record::RecordKind;
 use xsr_format::record::pv::{PvInfo, vcpu_basic_octets};
@@ -18,7 +18,7 @@ use xsr_xen_backend::{Access, Domain, ForeignPage, ForeignPages, M2p, VcpuBlob};
 use crate::error::{GuestError, SaveError};
 use crate::guest::pv::layout::{cr3_to_frame, frame_to_cr3, shared_info, vcpu};
 use crate::guest::pv::p2m::P2m;
-use crate::guest::{GuestSave, Normalised, Out, x86};
+use crate::guest::{GuestSave, Out, x86};
 
 /// A guest's width as Xen says.
 pub(crate) fn guest_info(
@@ -165,19 +165,20 @@ impl GuestSave for PvSave<'_> {
         self.m2p.pfn(Mfn(gfn.0)) == Some(pfn)
     }
 
-    fn normalise(&self, entry: PageEntry, page: ForeignPage<'_>) -> Result<Normalised, GuestError> {
-        let Some(level) = entry.page_type.table_level() else {
-            return Ok(Normalised::AsIs);
-        };
-        let table = pagetable::normalise(
+    fn normalises(&self, page_type: PageType) -> bool {
+        page_type.table_level().is_some()
+    }
+
+    fn normalise(&self, entry: PageEntry, page: ForeignPage<'_>) -> Result<Box<Page>, GuestError> {
+        let level = entry.page_type.table_level().unwrap_or(0);
+        pagetable::normalise(
             entry.pfn,
             level,
             self.info,
             &page.read_entries(),
             self.m2p.compat_first(),
             |mfn| self.pfn(mfn),
-        )?;
-        Ok(Normalised::Local(table))
+        )
     }
 
     fn static_data(&self, out: &mut Out<'_>) -> Result<(), SaveError> {

@@ -7,7 +7,7 @@ use xsr_format::write::page_data_head;
 use xsr_xen_backend::{Access, Domain, ForeignPages, Gather};
 
 use crate::error::{GuestError, SaveError};
-use crate::guest::{GuestSave, Normalised};
+use crate::guest::GuestSave;
 use crate::sink::PageSink;
 
 /// A PAGE_DATA record, ready to be written.
@@ -114,30 +114,30 @@ impl Batch {
         if !running && let Some(error) = pages.failed().first() {
             return Err((*error).into());
         }
+        self.pages = with_data.len() as u64;
         for (at, (index, _)) in with_data.iter().enumerate() {
             let entry = entries[*index];
             let normalised = match pages.page(at) {
-                Some(page) => guest.normalise(entry, page),
-                None => Ok(Normalised::Defer),
+                Some(_) if !guest.normalises(entry.page_type) => continue,
+                Some(page) => guest.normalise(entry, page).map(Some),
+                None => Ok(None),
             };
             let normalised = match normalised {
                 // Caught in the middle of a change, most likely: it will have settled
                 // when the guest is suspended.
-                Err(GuestError::Pte { .. }) if running => Normalised::Defer,
+                Err(GuestError::Pte { .. }) if running => None,
                 other => other?,
             };
-            match normalised {
-                Normalised::AsIs => self.pages += 1,
-                Normalised::Local(contents) => {
-                    self.pages += 1;
-                    self.special.push((at, Special::Local(contents)));
-                }
-                Normalised::Defer => {
+            let special = match normalised {
+                Some(contents) => Special::Local(contents),
+                None => {
+                    self.pages -= 1;
                     self.deferred.push(entry.pfn);
-                    self.special.push((at, Special::Not));
                     entries[*index].page_type = PageType::XTAB;
+                    Special::Not
                 }
-            }
+            };
+            self.special.push((at, special));
         }
         self.mapped = Some(pages);
         Ok(())
@@ -163,14 +163,15 @@ impl Batch {
         let mut list = Gather::new();
         list.push(&self.head);
         if let Some(pages) = &self.mapped {
-            let mut special = self.special.iter().peekable();
-            for at in 0..pages.len() {
-                match special.next_if(|(index, _)| *index == at) {
-                    Some((_, Special::Local(contents))) => list.push(contents.as_slice()),
-                    Some((_, Special::Not)) => {}
-                    None => list.push_page(pages.page(at).expect("mapped, or deferred")),
+            let mut at = 0;
+            for (special_at, special) in &self.special {
+                list.push_pages(pages, at..*special_at);
+                if let Special::Local(contents) = special {
+                    list.push(contents.as_slice());
                 }
+                at = special_at + 1;
             }
+            list.push_pages(pages, at..pages.len());
         }
         Ok(sink.write_gather(&list)?)
     }

@@ -7,6 +7,7 @@ use std::io;
 use std::marker::PhantomData;
 use std::mem;
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 
@@ -14,7 +15,7 @@ use nix::errno::Errno;
 use nix::libc;
 use xsr_format::frame::PAGE_SIZE;
 
-use super::ForeignPage;
+use super::{ForeignPage, ForeignPages};
 
 /// A list of places to write from, in order: local octets and foreign pages.
 #[derive(Default)]
@@ -57,6 +58,16 @@ impl<'a> Gather<'a> {
     /// Add a page of the guest.
     pub fn push_page(&mut self, page: ForeignPage<'a>) {
         self.push_piece(page.ptr, PAGE_SIZE);
+    }
+
+    /// Add a range of pages of the guest, by their indices.
+    ///
+    /// # Panics
+    ///
+    /// When the range leaves the pages or holds one that could not be mapped.
+    pub fn push_pages(&mut self, pages: &'a ForeignPages, range: Range<usize>) {
+        let (base, octets) = pages.mapped_octets(range);
+        self.push_piece(base, octets);
     }
 
     fn push_piece(&mut self, base: NonNull<u8>, len: usize) {
@@ -192,12 +203,11 @@ impl Unwritten<'_> {
         if self.is_empty() {
             return Ok(());
         }
-        let rest = &mut self.iovecs[self.first..];
-        let count = rest.len().min(MAX_IOVECS);
-        let rest = &mut rest[..count];
+        let rest = &self.iovecs[self.first..];
+        let rest = &rest[..rest.len().min(MAX_IOVECS)];
         let n = match call {
             WriteCall::Writev => writev(fd, rest),
-            WriteCall::SendDontWait => send_dont_wait(fd, rest),
+            WriteCall::SendDontWait => send_dont_wait(fd, &mut by_page(rest)),
             WriteCall::AtMost(limit) => {
                 let mut one = rest[0];
                 one.iov_len = one.iov_len.min(limit.get());
@@ -234,6 +244,19 @@ fn writev(fd: BorrowedFd<'_>, iovecs: &[libc::iovec]) -> isize {
     // pages inside a live mapping); the kernel only reads it, and reports EFAULT for
     // what is not mapped.
     unsafe { libc::writev(fd.as_raw_fd(), iovecs.as_ptr(), count) }
+}
+
+/// The beginning of `iovecs`, none of them larger than a page. Into a socket the kernel
+/// copies up to 32 KiB at once where it finds as much in a row, and that took it a fifth
+/// more processor time than as many copies of a page.
+fn by_page(iovecs: &[libc::iovec]) -> Vec<libc::iovec> {
+    let pages = iovecs.iter().flat_map(|iovec| {
+        (0..iovec.iov_len).step_by(PAGE_SIZE).map(|at| libc::iovec {
+            iov_base: iovec.iov_base.wrapping_byte_add(at),
+            iov_len: PAGE_SIZE.min(iovec.iov_len - at),
+        })
+    });
+    pages.take(MAX_IOVECS).collect()
 }
 
 /// `sendmsg(2)` of pieces of an [`Unwritten`], which does not block.
@@ -284,10 +307,17 @@ mod tests {
         let mut list = Gather::new();
         list.push(&head);
         list.push(&[]);
-        for i in [0, 1, 2, 4] {
+        list.push_pages(&pages, 0..2);
+        list.push_pages(&pages, 2..2);
+        for i in [2, 4] {
             list.push_page(pages.page(i).unwrap());
         }
         assert_eq!(list.iovecs().len(), 3);
+        let lens = by_page(&list.iovecs())
+            .into_iter()
+            .map(|iovec| iovec.iov_len);
+        let page = PAGE_SIZE;
+        assert_eq!(lens.collect::<Vec<_>>(), [13, page, page, page, page]);
         assert_eq!(list.len(), 13 + 4 * PAGE_SIZE);
         let mut expected = head.to_vec();
         for octet in [1, 2, 3, 5] {
@@ -296,6 +326,13 @@ mod tests {
         let mut copied = Vec::new();
         list.copy_to(&mut copied).unwrap();
         assert_eq!(copied, expected);
+    }
+
+    #[test]
+    #[should_panic(expected = "not mapped")]
+    fn a_run_with_a_page_that_is_not_mapped_is_refused() {
+        let pages = pages(3, Access::Read, &[1]);
+        Gather::new().push_pages(&pages, 0..2);
     }
 
     #[test]

@@ -18,7 +18,7 @@ use std::mem::offset_of;
 use nix::errno::Errno;
 
 use super::CallBuffer;
-use crate::sys::common as sys;
+use crate::sys::{common as sys, v12, v13, v14, v15, v16, v17, v18};
 
 /// Octets of `xen_domctl` before its union: cmd, interface_version, domain, padding.
 pub(crate) const DOMCTL_HEADER: usize = 16;
@@ -31,9 +31,22 @@ pub(crate) const BODY: usize = 128;
 pub(crate) const LARGEST_INFO: usize = 128;
 
 /// Octets of a 64-bit `vcpu_guest_context`; a 32-bit one is smaller.
-const VCPU_CONTEXT: usize = 0x1430;
+pub(crate) const VCPU_CONTEXT: usize = size_of::<sys::vcpu_guest_context>();
 /// Octets of `mmuext_op`: command, first argument (here the frame), second argument.
-const MMUEXT_OP: usize = 24;
+pub(crate) const MMUEXT_OP: usize = size_of::<sys::mmuext_op>();
+
+/// What stands here by itself is what the bindings have, those of every interface.
+const _: () = {
+    assert!(DOMCTL_HEADER + BODY == size_of::<sys::xen_domctl>());
+    assert!(SYSCTL_HEADER + BODY == size_of::<sys::xen_sysctl>());
+    assert!(size_of::<v12::xen_domctl_getdomaininfo>() <= LARGEST_INFO);
+    assert!(size_of::<v13::xen_domctl_getdomaininfo>() <= LARGEST_INFO);
+    assert!(size_of::<v14::xen_domctl_getdomaininfo>() <= LARGEST_INFO);
+    assert!(size_of::<v15::xen_domctl_getdomaininfo>() <= LARGEST_INFO);
+    assert!(size_of::<v16::xen_domctl_getdomaininfo>() <= LARGEST_INFO);
+    assert!(size_of::<v17::xen_domctl_getdomaininfo>() <= LARGEST_INFO);
+    assert!(size_of::<v18::xen_domctl_getdomaininfo>() <= LARGEST_INFO);
+};
 /// Those commands of it that take no more than a frame.
 const PINS: [u32; 4] = [
     sys::MMUEXT_PIN_L1_TABLE,
@@ -43,14 +56,10 @@ const PINS: [u32; 4] = [
 ];
 
 /// `__HYPERVISOR_grant_table_op`, and the one command of it.
-pub(crate) const GRANT_TABLE_OP: u32 = 20;
-/// `GNTTABOP_setup_table`: `gnttab_setup_table` of 24 octets, frames counted at octet 4,
-/// their numbers written to where octet 16 says.
-pub(crate) const GNTTABOP_SETUP_TABLE: u32 = 2;
-/// `XENMEM_add_to_physmap`: `xen_add_to_physmap`, of 24 octets.
-pub(crate) const XENMEM_ADD_TO_PHYSMAP: u32 = 7;
-/// `XENMEM_remove_from_physmap`: `xen_remove_from_physmap`, of 16 octets.
-pub(crate) const XENMEM_REMOVE_FROM_PHYSMAP: u32 = 15;
+pub(crate) const GRANT_TABLE_OP: u32 = sys::__HYPERVISOR_grant_table_op;
+pub(crate) const GNTTABOP_SETUP_TABLE: u32 = sys::GNTTABOP_setup_table;
+pub(crate) const XENMEM_ADD_TO_PHYSMAP: u32 = sys::XENMEM_add_to_physmap;
+pub(crate) const XENMEM_REMOVE_FROM_PHYSMAP: u32 = sys::XENMEM_remove_from_physmap;
 
 /// How much the hypervisor may touch behind an address.
 #[derive(Clone, Copy, Debug)]
@@ -182,7 +191,10 @@ fn of_sysctl(cmd: u32) -> Option<&'static [Pointer]> {
 /// The structure that a command of another hypercall takes: its octets, and the addresses
 /// in it. `None` for a command that is not made.
 fn of_operation(number: u32, cmd: u32) -> Option<(usize, &'static [Pointer])> {
-    use sys::{xen_machphys_mfn_list as m2p, xen_memory_reservation as frames};
+    use sys::{
+        gnttab_setup_table as grants, xen_machphys_mfn_list as m2p,
+        xen_memory_reservation as frames,
+    };
     const FRAMES: [Pointer; 1] = [counted(
         offset_of!(frames, extent_start),
         offset_of!(frames, nr_extents),
@@ -195,7 +207,12 @@ fn of_operation(number: u32, cmd: u32) -> Option<(usize, &'static [Pointer])> {
         4,
         8,
     )];
-    const GRANTS: [Pointer; 1] = [counted(16, 4, 4, 8)];
+    const GRANTS: [Pointer; 1] = [counted(
+        offset_of!(grants, frame_list),
+        offset_of!(grants, nr_frames),
+        4,
+        8,
+    )];
     Some(match (number, cmd) {
         (
             sys::__HYPERVISOR_memory_op,
@@ -206,9 +223,13 @@ fn of_operation(number: u32, cmd: u32) -> Option<(usize, &'static [Pointer])> {
             sys::XENMEM_machphys_mfn_list | sys::XENMEM_machphys_compat_mfn_list,
         ) => (size_of::<m2p>(), &M2P),
         (sys::__HYPERVISOR_memory_op, sys::XENMEM_maximum_gpfn) => (size_of::<u16>(), &[]),
-        (sys::__HYPERVISOR_memory_op, XENMEM_ADD_TO_PHYSMAP) => (24, &[]),
-        (sys::__HYPERVISOR_memory_op, XENMEM_REMOVE_FROM_PHYSMAP) => (16, &[]),
-        (GRANT_TABLE_OP, GNTTABOP_SETUP_TABLE) => (24, &GRANTS),
+        (sys::__HYPERVISOR_memory_op, XENMEM_ADD_TO_PHYSMAP) => {
+            (size_of::<sys::xen_add_to_physmap>(), &[])
+        }
+        (sys::__HYPERVISOR_memory_op, XENMEM_REMOVE_FROM_PHYSMAP) => {
+            (size_of::<sys::xen_remove_from_physmap>(), &[])
+        }
+        (GRANT_TABLE_OP, GNTTABOP_SETUP_TABLE) => (size_of::<grants>(), &GRANTS),
         (sys::__HYPERVISOR_hvm_op, sys::HVMOP_get_param | sys::HVMOP_set_param) => {
             (size_of::<sys::xen_hvm_param>(), &[])
         }

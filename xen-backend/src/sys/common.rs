@@ -5,6 +5,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 pub type domid_t = u16;
 pub type evtchn_port_t = u32;
+pub type xen_pfn_t = u64;
 pub type xen_ulong_t = u64;
 pub type __guest_handle_uint64 = u64;
 pub type __guest_handle_uint8 = u64;
@@ -14,6 +15,12 @@ pub type __guest_handle_xen_domctl_getdomaininfo_t = u64;
 pub type __guest_handle_xen_domctl_vcpu_msr_t = u64;
 pub type __guest_handle_xen_msr_entry_t = u64;
 pub type __guest_handle_xen_pfn_t = u64;
+#[repr(C)]
+#[repr(align(8))]
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
+pub struct vcpu_guest_context {
+    pub _bindgen_opaque_blob: [u64; 646usize],
+}
 #[repr(C)]
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
 pub struct xen_cpuid_leaf {
@@ -30,6 +37,12 @@ pub struct xen_msr_entry {
     pub idx: u32,
     pub flags: u32,
     pub val: u64,
+}
+#[repr(C)]
+#[repr(align(8))]
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
+pub struct mmuext_op {
+    pub _bindgen_opaque_blob: [u64; 3usize],
 }
 #[repr(C)]
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
@@ -52,6 +65,16 @@ pub struct grant_entry_v1 {
 }
 #[repr(C)]
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
+pub struct gnttab_setup_table {
+    pub dom: domid_t,
+    pub __bindgen_padding_0: [u8; 2usize],
+    pub nr_frames: u32,
+    pub status: i16,
+    pub __bindgen_padding_1: [u8; 6usize],
+    pub frame_list: __guest_handle_xen_pfn_t,
+}
+#[repr(C)]
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
 pub struct xen_memory_reservation {
     pub extent_start: __guest_handle_xen_pfn_t,
     pub nr_extents: xen_ulong_t,
@@ -68,6 +91,22 @@ pub struct xen_machphys_mfn_list {
     pub extent_start: __guest_handle_xen_pfn_t,
     pub nr_extents: ::core::ffi::c_uint,
     pub __bindgen_padding_1: [u8; 4usize],
+}
+#[repr(C)]
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
+pub struct xen_add_to_physmap {
+    pub domid: domid_t,
+    pub size: u16,
+    pub space: ::core::ffi::c_uint,
+    pub idx: xen_ulong_t,
+    pub gpfn: xen_pfn_t,
+}
+#[repr(C)]
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
+pub struct xen_remove_from_physmap {
+    pub domid: domid_t,
+    pub __bindgen_padding_0: [u8; 6usize],
+    pub gpfn: xen_pfn_t,
 }
 #[repr(C)]
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
@@ -178,6 +217,12 @@ pub struct xen_domctl_vcpu_msrs {
     pub msrs: __guest_handle_xen_domctl_vcpu_msr_t,
 }
 #[repr(C)]
+#[repr(align(8))]
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
+pub struct xen_domctl {
+    pub _bindgen_opaque_blob: [u64; 18usize],
+}
+#[repr(C)]
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
 pub struct xen_sysctl_getdomaininfolist {
     pub first_domain: domid_t,
@@ -186,6 +231,12 @@ pub struct xen_sysctl_getdomaininfolist {
     pub buffer: __guest_handle_xen_domctl_getdomaininfo_t,
     pub num_domains: u32,
     pub __bindgen_padding_1: [u8; 4usize],
+}
+#[repr(C)]
+#[repr(align(8))]
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
+pub struct xen_sysctl {
+    pub _bindgen_opaque_blob: [u64; 17usize],
 }
 #[repr(C)]
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
@@ -207,6 +258,7 @@ pub const XEN_X86_EMU_VPCI: u32 = 1024;
 pub const XEN_X86_EMU_ALL: u32 = 2047;
 pub const __HYPERVISOR_memory_op: u32 = 12;
 pub const __HYPERVISOR_xen_version: u32 = 17;
+pub const __HYPERVISOR_grant_table_op: u32 = 20;
 pub const __HYPERVISOR_mmuext_op: u32 = 26;
 pub const __HYPERVISOR_sched_op: u32 = 29;
 pub const __HYPERVISOR_event_channel_op: u32 = 32;
@@ -222,12 +274,15 @@ pub const EVTCHNOP_alloc_unbound: u32 = 6;
 pub const GNTTAB_RESERVED_CONSOLE: u32 = 0;
 pub const GNTTAB_RESERVED_XENSTORE: u32 = 1;
 pub const GTF_permit_access: u32 = 1;
+pub const GNTTABOP_setup_table: u32 = 2;
 pub const XENMEM_decrease_reservation: u32 = 1;
 pub const XENMEM_populate_physmap: u32 = 6;
 pub const XENMEM_maximum_ram_page: u32 = 2;
 pub const XENMEM_maximum_gpfn: u32 = 14;
 pub const XENMEM_machphys_mfn_list: u32 = 5;
 pub const XENMEM_machphys_compat_mfn_list: u32 = 25;
+pub const XENMEM_add_to_physmap: u32 = 7;
+pub const XENMEM_remove_from_physmap: u32 = 15;
 pub const XENMEM_resource_grant_table: u32 = 1;
 pub const XENMEM_resource_grant_table_id_shared: u32 = 0;
 pub const XEN_DOMCTL_CDF_hvm: u32 = 1;
@@ -286,6 +341,10 @@ pub const HVMOP_set_param: u32 = 0;
 pub const HVMOP_get_param: u32 = 1;
 pub const HVM_PARAM_CALLBACK_IRQ: u32 = 0;
 const _: () = {
+    ["Size of vcpu_guest_context"][::core::mem::size_of::<vcpu_guest_context>() - 5168usize];
+    ["Alignment of vcpu_guest_context"][::core::mem::align_of::<vcpu_guest_context>() - 8usize];
+};
+const _: () = {
     ["Size of xen_cpuid_leaf"][::core::mem::size_of::<xen_cpuid_leaf>() - 24usize];
     ["Alignment of xen_cpuid_leaf"][::core::mem::align_of::<xen_cpuid_leaf>() - 4usize];
     ["Offset of field: xen_cpuid_leaf::leaf"]
@@ -304,6 +363,10 @@ const _: () = {
     ["Offset of field: xen_msr_entry::flags"]
         [::core::mem::offset_of!(xen_msr_entry, flags) - 4usize];
     ["Offset of field: xen_msr_entry::val"][::core::mem::offset_of!(xen_msr_entry, val) - 8usize];
+};
+const _: () = {
+    ["Size of mmuext_op"][::core::mem::size_of::<mmuext_op>() - 24usize];
+    ["Alignment of mmuext_op"][::core::mem::align_of::<mmuext_op>() - 8usize];
 };
 const _: () = {
     ["Size of evtchn_alloc_unbound"][::core::mem::size_of::<evtchn_alloc_unbound>() - 8usize];
@@ -331,6 +394,18 @@ const _: () = {
         [::core::mem::offset_of!(grant_entry_v1, frame) - 4usize];
 };
 const _: () = {
+    ["Size of gnttab_setup_table"][::core::mem::size_of::<gnttab_setup_table>() - 24usize];
+    ["Alignment of gnttab_setup_table"][::core::mem::align_of::<gnttab_setup_table>() - 8usize];
+    ["Offset of field: gnttab_setup_table::dom"]
+        [::core::mem::offset_of!(gnttab_setup_table, dom) - 0usize];
+    ["Offset of field: gnttab_setup_table::nr_frames"]
+        [::core::mem::offset_of!(gnttab_setup_table, nr_frames) - 4usize];
+    ["Offset of field: gnttab_setup_table::status"]
+        [::core::mem::offset_of!(gnttab_setup_table, status) - 8usize];
+    ["Offset of field: gnttab_setup_table::frame_list"]
+        [::core::mem::offset_of!(gnttab_setup_table, frame_list) - 16usize];
+};
+const _: () = {
     ["Size of xen_memory_reservation"][::core::mem::size_of::<xen_memory_reservation>() - 32usize];
     ["Alignment of xen_memory_reservation"]
         [::core::mem::align_of::<xen_memory_reservation>() - 8usize];
@@ -355,6 +430,30 @@ const _: () = {
         [::core::mem::offset_of!(xen_machphys_mfn_list, extent_start) - 8usize];
     ["Offset of field: xen_machphys_mfn_list::nr_extents"]
         [::core::mem::offset_of!(xen_machphys_mfn_list, nr_extents) - 16usize];
+};
+const _: () = {
+    ["Size of xen_add_to_physmap"][::core::mem::size_of::<xen_add_to_physmap>() - 24usize];
+    ["Alignment of xen_add_to_physmap"][::core::mem::align_of::<xen_add_to_physmap>() - 8usize];
+    ["Offset of field: xen_add_to_physmap::domid"]
+        [::core::mem::offset_of!(xen_add_to_physmap, domid) - 0usize];
+    ["Offset of field: xen_add_to_physmap::size"]
+        [::core::mem::offset_of!(xen_add_to_physmap, size) - 2usize];
+    ["Offset of field: xen_add_to_physmap::space"]
+        [::core::mem::offset_of!(xen_add_to_physmap, space) - 4usize];
+    ["Offset of field: xen_add_to_physmap::idx"]
+        [::core::mem::offset_of!(xen_add_to_physmap, idx) - 8usize];
+    ["Offset of field: xen_add_to_physmap::gpfn"]
+        [::core::mem::offset_of!(xen_add_to_physmap, gpfn) - 16usize];
+};
+const _: () = {
+    ["Size of xen_remove_from_physmap"]
+        [::core::mem::size_of::<xen_remove_from_physmap>() - 16usize];
+    ["Alignment of xen_remove_from_physmap"]
+        [::core::mem::align_of::<xen_remove_from_physmap>() - 8usize];
+    ["Offset of field: xen_remove_from_physmap::domid"]
+        [::core::mem::offset_of!(xen_remove_from_physmap, domid) - 0usize];
+    ["Offset of field: xen_remove_from_physmap::gpfn"]
+        [::core::mem::offset_of!(xen_remove_from_physmap, gpfn) - 8usize];
 };
 const _: () = {
     ["Size of xen_domctl_getpageframeinfo3"]
@@ -514,6 +613,10 @@ const _: () = {
         [::core::mem::offset_of!(xen_domctl_vcpu_msrs, msrs) - 8usize];
 };
 const _: () = {
+    ["Size of xen_domctl"][::core::mem::size_of::<xen_domctl>() - 144usize];
+    ["Alignment of xen_domctl"][::core::mem::align_of::<xen_domctl>() - 8usize];
+};
+const _: () = {
     ["Size of xen_sysctl_getdomaininfolist"]
         [::core::mem::size_of::<xen_sysctl_getdomaininfolist>() - 24usize];
     ["Alignment of xen_sysctl_getdomaininfolist"]
@@ -526,6 +629,10 @@ const _: () = {
         [::core::mem::offset_of!(xen_sysctl_getdomaininfolist, buffer) - 8usize];
     ["Offset of field: xen_sysctl_getdomaininfolist::num_domains"]
         [::core::mem::offset_of!(xen_sysctl_getdomaininfolist, num_domains) - 16usize];
+};
+const _: () = {
+    ["Size of xen_sysctl"][::core::mem::size_of::<xen_sysctl>() - 136usize];
+    ["Alignment of xen_sysctl"][::core::mem::align_of::<xen_sysctl>() - 8usize];
 };
 const _: () = {
     ["Size of sched_remote_shutdown"][::core::mem::size_of::<sched_remote_shutdown>() - 8usize];

@@ -10,6 +10,7 @@ use zerocopy::FromZeros;
 
 use super::{XenDomain, sys};
 use crate::error::BackendError;
+use crate::privcmd::call::VCPU_CONTEXT;
 use crate::{
     DomId, DomainControl, DomainInfo, GuestKind, HvmGuest, PvGuest, ShutdownReason, XenVersion,
 };
@@ -22,7 +23,7 @@ const BURIAL: Duration = Duration::from_millis(500);
 const SUSPEND_CANCELLED: u32 = 1;
 
 /// Octets of a 64-bit and a 32-bit `vcpu_guest_context`.
-pub(super) const CONTEXT_64: usize = 0x1430;
+pub(super) const CONTEXT_64: usize = VCPU_CONTEXT;
 pub(super) const CONTEXT_32: usize = 0xaf0;
 /// Where eax is in either: after the FPU area of 512 octets and, in the 64-bit one,
 /// flags and ten registers; in the 32-bit one, flags and six.

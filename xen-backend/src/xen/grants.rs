@@ -9,7 +9,7 @@
 
 use nix::errno::Errno;
 use xsr_format::frame::Gfn;
-use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
+use zerocopy::{FromZeros, IntoBytes};
 
 use super::{XenDomain, sys};
 use crate::pages::{Access, ForeignPages};
@@ -24,39 +24,6 @@ const GRANT_ENTRY: usize = size_of::<sys::grant_entry_v1>();
 
 /// `XENMAPSPACE_grant_table`.
 const SPACE_GRANT_TABLE: u32 = 1;
-
-/// `gnttab_setup_table`.
-#[repr(C)]
-#[derive(FromBytes, IntoBytes, Immutable)]
-pub(crate) struct SetupTable {
-    pub(crate) domid: u16,
-    pub(crate) pad: u16,
-    pub(crate) nr_frames: u32,
-    /// `GNTST_*`: 0, or less.
-    pub(crate) status: i16,
-    pub(crate) pad2: [u16; 3],
-    pub(crate) frame_list: u64,
-}
-
-/// `xen_add_to_physmap`.
-#[repr(C)]
-#[derive(FromBytes, IntoBytes, Immutable)]
-pub(crate) struct AddToPhysmap {
-    pub(crate) domid: u16,
-    pub(crate) size: u16,
-    pub(crate) space: u32,
-    pub(crate) idx: u64,
-    pub(crate) gpfn: u64,
-}
-
-/// `xen_remove_from_physmap`.
-#[repr(C)]
-#[derive(FromBytes, IntoBytes, Immutable)]
-pub(crate) struct RemoveFromPhysmap {
-    pub(crate) domid: u16,
-    pub(crate) pad: [u16; 3],
-    pub(crate) gpfn: u64,
-}
 
 impl XenDomain {
     /// Fill in the reserved entries; none where one of them cannot be.
@@ -101,7 +68,7 @@ impl XenDomain {
     fn seed_behind(&self, words: &[(usize, u64)]) -> Result<(), Errno> {
         let largest = self.maximum_gfn().map_err(|error| error.errno)?;
         let place = largest.map_or(0, |gfn| gfn.0 + 1);
-        let add = AddToPhysmap {
+        let add = sys::xen_add_to_physmap {
             domid: self.domid.0,
             size: 0,
             space: SPACE_GRANT_TABLE,
@@ -112,7 +79,7 @@ impl XenDomain {
         self.calls()
             .with_struct(memory_op, XENMEM_ADD_TO_PHYSMAP, &add)?;
         let seeded = self.table_by_frame().and_then(|pages| write(&pages, words));
-        let mut remove = RemoveFromPhysmap::new_zeroed();
+        let mut remove = sys::xen_remove_from_physmap::new_zeroed();
         (remove.domid, remove.gpfn) = (self.domid.0, place);
         let removed = self
             .calls()
@@ -123,8 +90,8 @@ impl XenDomain {
     /// The first page of the grant table, by the frame that it has.
     fn table_by_frame(&self) -> Result<ForeignPages, Errno> {
         let mut frames = self.calls().raw.buffer(8)?;
-        let mut setup = SetupTable::new_zeroed();
-        (setup.domid, setup.nr_frames) = (self.domid.0, 1);
+        let mut setup = sys::gnttab_setup_table::new_zeroed();
+        (setup.dom, setup.nr_frames) = (self.domid.0, 1);
         let named = &mut [&mut frames];
         let (_, setup) =
             self.calls()

@@ -16,6 +16,7 @@ use super::{DOMID_XEN, XenDomain, sys};
 use crate::error::BackendError;
 use crate::pages::Access;
 use crate::privcmd::Call;
+use crate::privcmd::call::MMUEXT_OP;
 use crate::{M2p, PvGuest, VcpuBlob};
 
 /// Most pins at a time.
@@ -34,9 +35,6 @@ const EXTENDED_VCPU: std::ops::Range<usize> = 0..4;
 
 /// Octets of an MSR of a vcpu.
 const VCPU_MSR: usize = size_of::<sys::xen_domctl_vcpu_msr>();
-
-/// Octets of `mmuext_op`: command, first argument (here the frame), second argument.
-const MMUEXT_OP: usize = 24;
 
 impl XenDomain {
     fn list_of_m2p(&self, cmd: u32, chunks: u32) -> Result<Vec<u64>, Errno> {

@@ -1,8 +1,8 @@
 /*
  * The lab's guest: small, and quick to notice when its memory is not what it was.
  *
- * It starts as a PV guest (64- or 32-bit) or as a PVH guest, with one or two
- * vcpus and 4 MiB or more. It has no interrupts and no drivers: it polls. Each
+ * It starts as a PV guest (64- or 32-bit), as a PVH guest or, the same, as the firmware
+ * of an HVM guest (bios.S), with one or two vcpus and 4 MiB or more. It has no interrupts and no drivers: it polls. Each
  * round it
  *   - checks PATTERN_PAGES pages that never change,
  *   - checks WORK_PAGES pages of which every round rewrites one, so that a page

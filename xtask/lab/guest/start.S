@@ -38,6 +38,7 @@
 
 #ifdef __x86_64__
         NOTE 18, .long pvh_start                /* PHYS32_ENTRY */
+        .globl pvh_start                        /* for bios.S */
 
 pv_start:                                       /* rsi: start_info */
         cld

@@ -27,7 +27,8 @@ pub(super) struct Suite {
     pub(super) versions: Vec<String>,
     /// The version of the hypervisor built from source.
     pub(super) shadow: Option<String>,
-    /// `KIND/GUEST`: how it ended, in words that end with the date.
+    /// `KIND/GUEST`: how it ended, in words that end with the commit of the code that ran
+    /// (since 2026-11-25) and the date.
     pub(super) scenarios: Notes,
     /// Guest: what `measure-helper` wrote, line by line.
     pub(super) measures: BTreeMap<String, Vec<String>>,

@@ -20,6 +20,21 @@ pub(super) struct Row {
     pub(super) seconds: f64,
 }
 
+impl Row {
+    /// How it ended, of which code, and when: the date is the last word.
+    fn note(&self, commit: Option<&str>, date: &str) -> String {
+        let end = match self.ok {
+            Some(true) => format!("ok, {:.0} s", self.seconds),
+            Some(false) => "**failed**".to_owned(),
+            None => "**did not end**".to_owned(),
+        };
+        match commit {
+            Some(commit) => format!("{end}, {commit}, {date}"),
+            None => format!("{end}, {date}"),
+        }
+    }
+}
+
 /// The ends of all that were asked for.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Results {
@@ -76,21 +91,13 @@ impl Results {
         table.trim_end().to_owned()
     }
 
-    /// How many were not fine.
-    pub(super) fn failures(&self) -> usize {
-        self.rows.iter().filter(|row| row.ok != Some(true)).count()
-    }
-
-    /// Note them with the lab, each in place of what was noted of the scenario before.
-    pub(super) fn note(&self, lab: &Lab) -> Result<()> {
+    /// Note them with the lab, each in place of what was noted of the scenario before, and
+    /// with the `commit` of the code that ran.
+    pub(super) fn note(&self, lab: &Lab, commit: Option<&str>) -> Result<()> {
         let date = Invocation::new("date").args(["-u", "+%F"]).capture()?;
         let mut notes = Notes::read(lab)?;
         for row in &self.rows {
-            let note = match row.ok {
-                Some(true) => format!("ok, {:.0} s, {}", row.seconds, date.trim()),
-                Some(false) => format!("**failed**, {}", date.trim()),
-                None => format!("**did not end**, {}", date.trim()),
-            };
+            let note = row.note(commit, date.trim());
             notes.0.insert(row.name.clone(), note);
         }
         notes.write(lab)
@@ -160,5 +167,19 @@ mod tests {
         let ends: Vec<Option<bool>> = results.rows.iter().map(|row| row.ok).collect();
         assert_eq!(ends, [Some(true), Some(false), None]);
         assert!(results.table().contains("DID NOT END"));
+        let notes: Vec<String> = results
+            .rows
+            .iter()
+            .map(|row| row.note(Some("abc"), "1"))
+            .collect();
+        assert_eq!(
+            notes,
+            [
+                "ok, 4 s, abc, 1",
+                "**failed**, abc, 1",
+                "**did not end**, abc, 1"
+            ]
+        );
+        assert_eq!(results.rows[1].note(None, "1"), "**failed**, 1");
     }
 }

@@ -1,6 +1,7 @@
 //! A hypervisor that can do what Debian's cannot: shadow paging (the dirty log of PV
-//! guests needs it, so live migration does) and 32-bit PV guests. It is the suite's own
-//! source package, configured otherwise; the tools stay Debian's.
+//! guests needs it, so live migration does) and 32-bit PV guests. It is built of the newest
+//! source package of the suite that the archive holds, or of a source that somebody has,
+//! configured otherwise; the tools stay Debian's.
 
 use std::path::{Path, PathBuf};
 
@@ -42,26 +43,31 @@ fn version(archive: &str) -> &str {
 ///
 /// A program is missing, the source cannot be had, or it does not compile.
 pub(super) fn build(lab: &Lab, suite: &str) -> Result<PathBuf> {
-    build_of(lab, suite, None)
-}
-
-/// As [`build`], of the source in `archive`, packed as Debian has it (`xen_VERSION.orig.tar.*`).
-pub(super) fn build_of(lab: &Lab, suite: &str, archive: Option<&Path>) -> Result<PathBuf> {
     let hypervisor = lab.file("xen-shadow");
     if hypervisor.exists() {
         return Ok(hypervisor);
     }
     host::need(PROGRAMS)?;
-    let archive = match archive {
-        Some(archive) => archive.to_owned(),
-        None => {
-            let apt = Apt::open(&lab.file("apt-source"), "deb-src", suite)?;
-            apt.source("xen").context(
-                "no hypervisor with shadow paging and 32-bit PV, then; `lab build --shadow \
-                 --source FILE` builds it of another xen_VERSION.orig.tar.*",
-            )?
-        }
-    };
+    let apt = Apt::open(&lab.file("apt-source"), "deb-src", suite)?;
+    let archive = apt.source("xen").context(
+        "no hypervisor with shadow paging and 32-bit PV, then; `lab build --shadow --source FILE` \
+         builds it of another xen_VERSION.orig.tar.*",
+    )?;
+    build_of(lab, &archive)
+}
+
+/// The hypervisor, built anew of the source in `archive`, packed as Debian has it
+/// (`xen_VERSION.orig.tar.*`); one that is there stays until that has been done.
+///
+/// # Errors
+///
+/// As [`build`].
+pub(super) fn build_of(lab: &Lab, archive: &Path) -> Result<PathBuf> {
+    host::need(PROGRAMS)?;
+    // tar runs in the root of the workspace.
+    let archive = std::path::absolute(archive)?;
+    ensure!(archive.is_file(), "there is no {}", archive.display());
+    let hypervisor = lab.file("xen-shadow");
     let tree = lab.file("source");
     clear(&tree)?;
     std::fs::create_dir_all(&tree)?;

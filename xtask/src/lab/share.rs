@@ -46,6 +46,8 @@ pub(super) struct Share {
     pub(super) input: PathBuf,
     /// What it writes.
     pub(super) output: PathBuf,
+    /// The commit of what runs there, as [`workspace::commit`] has it.
+    pub(super) commit: Option<String>,
 }
 
 impl Share {
@@ -57,6 +59,7 @@ impl Share {
             hypervisor: hypervisor.to_owned(),
             input: lab.file("in"),
             output: lab.file(&name.replacen("xen", "out", 1)),
+            commit: workspace::commit(),
         };
         for dir in [&share.input, &share.output] {
             if dir.exists() {
@@ -94,7 +97,25 @@ impl Share {
                 .arg(self.input.join(name))
                 .run()?;
         }
-        Ok(())
+        self.firmware()
+    }
+
+    /// The 64-bit guest as the firmware of an HVM guest.
+    fn firmware(&self) -> Result<()> {
+        let (guest, octets) = (self.input.join("guest"), self.input.join("guest.octets"));
+        Invocation::new("objcopy")
+            .args(["-O", "binary"])
+            .args([&guest, &octets])
+            .run()?;
+        Invocation::new("gcc")
+            .args(GUEST_FLAGS)
+            .args(["-Wl,-Ttext=0xf0000", "-Wl,--oformat=binary"])
+            .arg(format!("-Wl,--just-symbols={}", guest.display()))
+            .arg(format!("-DPAYLOAD=\"{}\"", octets.display()))
+            .arg(source("guest").join("bios.S"))
+            .arg("-o")
+            .arg(self.input.join("guest-bios"))
+            .run()
     }
 
     fn binaries(&self, release: bool) -> Result<()> {

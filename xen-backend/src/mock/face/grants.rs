@@ -5,12 +5,15 @@
 //! `xenmem_add_to_physmap_one` in `xen/arch/x86/mm/p2m.c`.
 
 use nix::errno::Errno;
-use xsr_format::frame::{Gfn, Mfn};
+use xsr_format::frame::Gfn;
 use zerocopy::IntoBytes;
 
 use super::Face;
 use crate::privcmd::call::GNTTABOP_SETUP_TABLE;
-use crate::xen::grants::{AddToPhysmap, RemoveFromPhysmap, SetupTable};
+use crate::sys::common::{
+    gnttab_setup_table as SetupTable, xen_add_to_physmap as AddToPhysmap,
+    xen_remove_from_physmap as RemoveFromPhysmap,
+};
 
 /// `GNTST_bad_domain`.
 const BAD_DOMAIN: i16 = -2;
@@ -27,7 +30,7 @@ impl Face {
             return Err(Errno::EINVAL);
         }
         let refused = self.state().obstacles.no_tables;
-        let Some(domain) = self.domain(ask.domid).ok().filter(|_| !refused) else {
+        let Some(domain) = self.domain(ask.dom).ok().filter(|_| !refused) else {
             ask.status = BAD_DOMAIN;
             self.save(address, &ask)?;
             return Ok(0);
@@ -37,7 +40,7 @@ impl Face {
             // Where it is in the guest, if it is anywhere.
             true => {
                 let state = self.state();
-                let place = state.tables.iter().find(|(domid, _)| *domid == ask.domid);
+                let place = state.tables.iter().find(|(domid, _)| *domid == ask.dom);
                 place.map_or(Gfn::INVALID.0, |(_, gfn)| *gfn)
             }
         };
@@ -66,16 +69,5 @@ impl Face {
             true => Ok(0),
             false => Err(Errno::ENOENT),
         }
-    }
-
-    /// The frame of a domain's grant table, where `gfn` is it.
-    pub(super) fn grant_table_at(&self, domid: u16, gfn: Gfn) -> Result<Option<Mfn>, Errno> {
-        let domain = self.domain(domid)?;
-        let table = domain.dom.lock().record.grant_table;
-        let here = match domain.dom.kind.is_translated() {
-            true => self.state().tables.contains(&(domid, gfn.0)),
-            false => gfn.0 == table,
-        };
-        Ok(here.then_some(Mfn(table)))
     }
 }

@@ -40,20 +40,50 @@ impl Mapping {
         }
     }
 
-    fn look_up(&self, domain: &Result<Option<MockDomain>, Errno>, gfn: Gfn) -> Result<Mfn, Errno> {
-        let Some(domain) = domain.as_ref().map_err(|errno| *errno)? else {
-            return self.face.m2p_page(gfn);
-        };
-        if let Some(times) = self.face.state().paged_out.get_mut(&(self.domid.0, gfn.0))
+    fn look_up(&self, owner: &Owner, gfn: Gfn) -> Result<Mfn, Errno> {
+        if owner.some_paged_out
+            && let Some(times) = self.face.state().paged_out.get_mut(&(self.domid.0, gfn.0))
             && *times > 0
         {
             *times -= 1;
             return Err(Errno::ENOENT);
         }
-        match self.face.grant_table_at(self.domid.0, gfn)? {
-            Some(table) => Ok(table),
-            None => domain.map_one(gfn, self.access),
+        match owner.table_at.contains(&gfn) {
+            true => Ok(owner.table),
+            false => owner.domain.map_one(gfn, self.access),
         }
+    }
+}
+
+/// What a call that maps frames looks up once: it is made for a thousand of them.
+struct Owner {
+    domain: MockDomain,
+    some_paged_out: bool,
+    /// Its grant table, and what it is called by whoever maps it.
+    table: Mfn,
+    table_at: Vec<Gfn>,
+}
+
+impl Owner {
+    fn of(face: &Face, domid: u16) -> Result<Self, Errno> {
+        let domain = face.domain(domid)?;
+        let table = domain.dom.lock().record.grant_table;
+        let state = face.state();
+        let table_at = match domain.dom.kind.is_translated() {
+            true => {
+                let of_domain = state.tables.range((domid, 0)..=(domid, u64::MAX));
+                of_domain.map(|(_, gfn)| Gfn(*gfn)).collect()
+            }
+            false => vec![Gfn(table)],
+        };
+        let some_paged_out = !state.paged_out.is_empty();
+        drop(state);
+        Ok(Self {
+            domain,
+            some_paged_out,
+            table: Mfn(table),
+            table_at,
+        })
     }
 }
 
@@ -66,12 +96,17 @@ impl FrameMapping for Mapping {
         if (first && range != (0..self.gfns.len())) || !again {
             return Err(Errno::EINVAL);
         }
-        let domain = match self.domid {
-            DOMID_XEN => Ok(None),
-            DomId(number) => self.face.domain(number).map(Some),
+        let owner = match self.domid {
+            DOMID_XEN => None,
+            DomId(number) => Some(Owner::of(&self.face, number)),
         };
         for index in range {
-            self.found[index] = self.look_up(&domain, self.gfns[index]);
+            let gfn = self.gfns[index];
+            self.found[index] = match &owner {
+                None => self.face.m2p_page(gfn),
+                Some(Ok(owner)) => self.look_up(owner, gfn),
+                Some(Err(errno)) => Err(*errno),
+            };
         }
         Ok(())
     }

@@ -16,7 +16,7 @@ use super::{Face, errno};
 use crate::mock::MockHost;
 use crate::pages::{Access, ForeignPages};
 use crate::privcmd::{Hypercalls as _, Resource};
-use crate::{DomId, DomainControl as _, GuestMemory as _, LogDirty as _};
+use crate::{DomId, DomainControl as _, LogDirty as _};
 
 pub use super::buffers::CallerMemory;
 
@@ -82,9 +82,9 @@ impl PeerFace {
     pub fn map(&self, domid: u32, gfns: &[Gfn], access: Access) -> Result<ForeignPages, Errno> {
         let domid = u16::try_from(domid).map_err(|_| Errno::EINVAL)?;
         if DomId(domid) != DOMID_XEN {
-            return self.0.domain(domid)?.map(gfns, access).map_err(errno);
+            self.0.domain(domid)?;
         }
-        let mut mapping = self.0.reserve(DOMID_XEN, gfns, access)?;
+        let mut mapping = self.0.reserve(DomId(domid), gfns, access)?;
         mapping.map(0..gfns.len())?;
         mapping.finish()
     }
