@@ -60,7 +60,8 @@ fn destroy(host: &Path, name: &str) {
 #[test]
 fn both_guests_run_and_the_end_of_the_protection_leaves_the_first() {
     for kind in ["hvm", "pvh"] {
-        let hosts = Hosts::with(kind, &BUSY);
+        // All the pages of a checkpoint but the first are those that the secondary wrote.
+        let hosts = Hosts::with(kind, &[]);
         let socket = hosts.path("socket");
         let receiver = hosts.receiver(&socket, &["--colo", "--dirty-rate", "20000"]);
         let lines = sender(&hosts, &socket, &["--epochs", "5", "--stats", "--json"]);
@@ -70,9 +71,12 @@ fn both_guests_run_and_the_end_of_the_protection_leaves_the_first() {
             .map(|line| serde_json::from_str(line).unwrap())
             .collect();
         assert_eq!(lines.len(), 6, "{lines:?}");
-        for line in &lines[1..5] {
-            // Those of the primary, and those of the secondary.
-            assert!(line["dirty_pages"].as_u64() > Some(400), "{line}");
+        let pages = |line: &serde_json::Value| line["dirty_pages"].as_u64().unwrap();
+        assert!(
+            lines[1..5].iter().map(pages).sum::<u64>() > 100,
+            "{lines:?}"
+        );
+        for line in &lines[..5] {
             assert!(line["pause_seconds"].as_f64() > Some(0.0), "{line}");
         }
         assert_eq!(lines[5]["ended"], "epochs");
@@ -82,6 +86,7 @@ fn both_guests_run_and_the_end_of_the_protection_leaves_the_first() {
             .stderr_has("the sender has ended the protection, and keeps the domain");
         assert_eq!(hosts.domains(), [vec!["web running".to_owned()], vec![]]);
 
+        let hosts = Hosts::with(kind, &BUSY);
         let [sender, receiver] = protected(&hosts, &[], &[]);
         sender.signal(Signal::SIGINT);
         sender.end().code(0);

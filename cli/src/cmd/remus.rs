@@ -28,7 +28,7 @@ use xsr_xen_backend::{DomId, Domain, Host, ShutdownReason};
 use self::colo::Ear;
 use self::report::Teller;
 use self::stream::Stream;
-use self::toolstack::{Complete, Protector, Stop};
+use self::toolstack::{Complete, DeviceModel, Protector, Stop};
 use crate::args::{OnLoss, RemusArgs};
 use crate::backend;
 use crate::cmd::migrate::{AWAY, can_suspend};
@@ -43,6 +43,9 @@ use crate::workload;
 
 /// How long the other end may take to say what becomes of its copy.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long whoever reads `--stats` may take where there is a failure to be told.
+const STATS_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Protect a domain.
 ///
@@ -68,6 +71,15 @@ fn refuse(args: &RemusArgs) -> Result<()> {
         return Ok(());
     };
     Err(Error::new(BadUsage(why.to_owned())))
+}
+
+/// How long the domain runs from one checkpoint to the next, as xl has it.
+fn interval(milliseconds: Option<u32>, colo: bool) -> Duration {
+    Duration::from_millis(match (milliseconds, colo) {
+        (None | Some(0), false) => 200,
+        (None | Some(0), true) => 5000,
+        (Some(milliseconds), _) => milliseconds.into(),
+    })
 }
 
 /// What the receiver is told, in xl's words.
@@ -98,18 +110,30 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
     };
     can_suspend(primary.domain).with_context(|| format!("protecting {}", primary.name))?;
     let _working = workload::start(&host, domid)?;
-    let mut teller = Teller::new(args, terminal, primary.name, domid);
+    let mut teller = Teller::new(args, terminal, primary.name, domid)?;
     let mut link = match args.blackhole {
         true => None,
         false => {
             let interrupt = watch.interrupt();
             let options = receiver_options(args);
-            let link = Link::to_receiver(&args.connection, &args.host, &options, interrupt)
-                .and_then(|link| Message::Banner.expect(&link.from, interrupt).map(|()| link));
-            Some(link.map_err(|error| match error.is::<BadUsage>() {
-                true => error,
-                false => primary.ended(End::Failed(error), Fate::Here, 0, "", None),
-            })?)
+            let reached = Link::to_receiver(&args.connection, &args.host, &options, interrupt)
+                .map_err(|error| (error, String::new()))
+                .and_then(|link| match Message::Banner.expect(&link.from, interrupt) {
+                    Ok(()) => Ok(link),
+                    Err(error) => Err((error, hang_up(link))),
+                });
+            match reached {
+                Ok(link) => Some(link),
+                Err((error, _)) if error.is::<BadUsage>() => return Err(error),
+                Err(_) if interrupt.cancel().is_cancelled() => {
+                    teller.done(&End::Asked, &CheckpointedStats::default(), 0)?;
+                    return Ok(Code::Fine);
+                }
+                Err((error, hung_up)) => {
+                    let end = End::Failed(error);
+                    return Err(primary.ended(end, Fate::Here, 0, &hung_up, None));
+                }
+            }
         }
     };
     watch.step("banner");
@@ -157,18 +181,24 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
         }
         _ => None,
     };
-    let hung_up = link.map(|link| {
-        let peer = link.name.clone();
-        let ended = link.hang_up();
-        let ended = ended.unwrap_or_else(|error| Some(error.to_string()));
-        ended.map_or_else(String::new, |ended| format!(" (`{peer}` {ended})"))
-    });
+    let hung_up = link.map(hang_up);
     if let (End::Asked | End::Enough, Fate::Here) = (&end, fate) {
         teller.done(&end, &stats, stream_octets)?;
         return Ok(Code::Fine);
     }
     let hung_up = hung_up.unwrap_or_default();
+    if let Err(error) = teller.printed(Some(STATS_PATIENCE)) {
+        tracing::warn!(%error, "--stats");
+    }
     Err(primary.ended(end, fate, complete, &hung_up, stopped))
+}
+
+/// Hang up; what became of the command at the other end, in words to be put behind others.
+fn hang_up(link: Link) -> String {
+    let peer = link.name.clone();
+    let ended = link.hang_up();
+    let ended = ended.unwrap_or_else(|error| Some(error.to_string()));
+    ended.map_or_else(String::new, |ended| format!(" (`{peer}` {ended})"))
 }
 
 /// What protecting a domain came to, at this end.
@@ -224,7 +254,8 @@ impl Primary<'_> {
         let null = null.context("/dev/null")?;
         let interrupt = watch.interrupt().clone();
         let cut = interrupt.cut().clone();
-        let stream = Stream::new(link.map_or(&null, |link| &link.to), cut.clone())?;
+        let to = link.map_or(&null, |link| &link.to);
+        let stream = Stream::new(to, interrupt.clone())?;
         let job = Job {
             host: self.host,
             domid: self.domid,
@@ -247,15 +278,13 @@ impl Primary<'_> {
         let mut protector = Protector {
             direct: DirectToolstack(self.domain),
             libxl: job.begin(&stream)?,
-            emulators: backend::emulators(self.host, self.domid)?,
+            emulators: DeviceModel::of(
+                self.domain.info()?.kind,
+                backend::emulators(self.host, self.domid)?,
+            ),
             from: link.map(|link| &link.from),
             interrupt,
-            interval: Duration::from_millis(match (self.args.interval, self.args.colo) {
-                // As xl has it.
-                (None | Some(0), false) => 200,
-                (None | Some(0), true) => 5000,
-                (Some(milliseconds), _) => milliseconds.into(),
-            }),
+            interval: interval(self.args.interval, self.args.colo),
             epochs: self.args.epochs,
             observe: &mut observe,
             complete: 0,
@@ -443,5 +472,20 @@ impl Primary<'_> {
         let info = self.domain.info();
         // Where nobody can tell, the other end had better have it.
         info.map_or(true, |info| info.shutdown == Some(ShutdownReason::Suspend))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn intervals_are_xls() {
+        let milliseconds = |given, colo| interval(given, colo).as_millis();
+        assert_eq!(milliseconds(None, false), 200);
+        assert_eq!(milliseconds(Some(0), false), 200);
+        assert_eq!(milliseconds(Some(1), false), 1);
+        assert_eq!(milliseconds(None, true), 5000);
+        assert_eq!(milliseconds(Some(20), true), 20);
     }
 }

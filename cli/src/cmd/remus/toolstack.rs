@@ -7,10 +7,12 @@ use std::fs::File;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use xsr_format::wrapper::libxl::{LibxlRecord, LibxlWriter};
+use xsr_format::wrapper::libxl::{EmulatorId, EmulatorInstance, LibxlRecord, LibxlWriter};
 use xsr_save_restore::toolstack::{
     CheckpointToolstack, DirectToolstack, Epoch, NextEpoch, SaveToolstack, ToolstackError,
 };
+
+use xsr_xen_backend::GuestKind;
 
 use super::stream::Stream;
 use crate::interrupt::Interrupt;
@@ -26,6 +28,54 @@ pub(super) enum Stop {
     Receiver,
 }
 
+/// What the device model of a domain has in each checkpoint.
+#[derive(Debug)]
+pub(super) struct DeviceModel {
+    records: Vec<LibxlRecord>,
+    /// Whether it is one of the mock machine's, which counts how often it was saved. What is
+    /// kept of a real one is what it had when the domain was made.
+    counts: bool,
+    saves: u64,
+}
+
+/// What the state of a mock device model begins with. The count follows, of 8 octets.
+const COUNTS: &[u8] = b"xsr mock device model: ";
+
+impl DeviceModel {
+    /// With what is kept of it; an HVM guest that has none gets one of the mock machine's.
+    pub(super) fn of(kind: GuestKind, records: Vec<LibxlRecord>) -> Self {
+        let mut model = Self {
+            records,
+            counts: false,
+            saves: 0,
+        };
+        if kind == GuestKind::Hvm && model.records.is_empty() {
+            model.records.push(LibxlRecord::EmulatorContext {
+                emulator: EmulatorInstance {
+                    id: EmulatorId::QemuUpstream,
+                    index: 0,
+                },
+                state: COUNTS.to_vec(),
+            });
+        }
+        if let [LibxlRecord::EmulatorContext { state, .. }] = model.records.as_slice() {
+            model.counts = state.starts_with(COUNTS);
+        }
+        model
+    }
+
+    fn save(&mut self) -> &[LibxlRecord] {
+        self.saves += 1;
+        if self.counts
+            && let [LibxlRecord::EmulatorContext { state, .. }] = self.records.as_mut_slice()
+        {
+            state.truncate(COUNTS.len());
+            state.extend(self.saves.to_le_bytes());
+        }
+        &self.records
+    }
+}
+
 /// A checkpoint that is complete at this end.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Complete {
@@ -39,7 +89,7 @@ pub(super) struct Complete {
 pub(super) struct Protector<'a> {
     pub(super) direct: DirectToolstack<'a>,
     pub(super) libxl: LibxlWriter<&'a Stream<'a>>,
-    pub(super) emulators: Vec<LibxlRecord>,
+    pub(super) emulators: DeviceModel,
     /// What the receiver says; `None` where there is none.
     pub(super) from: Option<&'a File>,
     pub(super) interrupt: Interrupt,
@@ -99,7 +149,7 @@ impl Protector<'_> {
     pub(super) fn end_of_checkpoint(&mut self) -> Result<(), ToolstackError> {
         const WHAT: &str = "ending a checkpoint";
         self.libxl.begin_checkpoint();
-        for record in &self.emulators {
+        for record in self.emulators.save() {
             let written = self.libxl.write(record);
             written.map_err(|e| ToolstackError::new(WHAT, e))?;
         }
