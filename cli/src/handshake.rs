@@ -169,6 +169,51 @@ pub(crate) fn outcome(from: &File, patience: Patience<'_>) -> Result<Outcome> {
     }
 }
 
+/// The same where the other end may have said something else before: `heard` of it has been
+/// read, and its last words are what counts. It hangs up behind them.
+///
+/// # Errors
+///
+/// As [`outcome`].
+pub(crate) fn outcome_behind(
+    heard: Vec<u8>,
+    from: &File,
+    patience: Patience<'_>,
+) -> Result<Outcome> {
+    /// Of what comes before them, so much is kept.
+    const KEPT: usize = 1 << 16;
+    let mut all = heard;
+    let mut room = [0; 4096];
+    loop {
+        let n = match patience
+            .wait_readable(from)
+            .and_then(|()| (&*from).read(&mut room))
+        {
+            Ok(0) => break,
+            Ok(n) => n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+            // What has come by now is all that will.
+            Err(error) => {
+                tracing::debug!(%error, "the other end said no more");
+                break;
+            }
+        };
+        all.extend_from_slice(&room[..n]);
+        all.drain(..all.len().saturating_sub(KEPT));
+    }
+    let report = Message::Report.octets();
+    let Some(at) = all.windows(report.len()).rposition(|w| w == report) else {
+        bail!("the other end did not say what became of its copy");
+    };
+    let go = Message::Go.octets();
+    match &all[at + report.len()..] {
+        [0, ..] => Ok(Outcome::Runs),
+        [status, rest @ ..] if rest.starts_with(go) => Ok(Outcome::GivenBack { status: *status }),
+        _ => bail!("the other end failed, and did not say that its copy is gone"),
+    }
+}
+
 /// How long to wait for what the other end says.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Patience<'a> {

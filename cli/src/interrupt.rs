@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::process;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, OnceLock};
 use std::thread;
@@ -25,8 +25,8 @@ const KILLED: i32 = 128 + 2;
 /// milliseconds.
 const LOOK: u16 = 50;
 
-/// How long work that is broken off in good order may take for it, before it is cut off: a
-/// slow connection has a record or a buffer to carry before.
+/// How long a connection may carry nothing at all before work that is broken off in good order
+/// is cut off: a slow one has a record or a buffer to carry before.
 const GRACE: Duration = Duration::from_secs(30);
 
 /// Whether somebody asked to stop.
@@ -39,6 +39,8 @@ pub(crate) struct Interrupt {
     /// Said to whoever asks at a time when nothing can be stopped.
     deaf: Arc<OnceLock<String>>,
     told: Arc<AtomicBool>,
+    /// How often something has been carried.
+    moved: Arc<AtomicU64>,
 }
 
 impl Interrupt {
@@ -69,6 +71,7 @@ impl Interrupt {
             graceful: Arc::default(),
             deaf: Arc::default(),
             told: Arc::default(),
+            moved: Arc::default(),
         };
         let asked = interrupt.clone();
         thread::Builder::new()
@@ -91,9 +94,9 @@ impl Interrupt {
         if !self.graceful.load(Ordering::Relaxed) {
             self.cut.cancel();
         } else {
-            let cut = self.cut.clone();
+            let (cut, moved) = (self.cut.clone(), Arc::clone(&self.moved));
             let late = thread::Builder::new().spawn(move || {
-                thread::sleep(GRACE);
+                until_still(&moved, || thread::sleep(GRACE));
                 cut.cancel();
             });
             if late.is_err() {
@@ -118,9 +121,15 @@ impl Interrupt {
     }
 
     /// The token for whoever must not be cut off in the midst of something: set when
-    /// somebody asks to stop, or, once [`Interrupt::takes_its_time`], a moment later.
+    /// somebody asks to stop, or, once [`Interrupt::takes_its_time`], when the connection has
+    /// carried nothing for a moment after that.
     pub(crate) fn cut(&self) -> &Cancel {
         &self.cut
+    }
+
+    /// The connection has carried something: it is worth waiting for.
+    pub(crate) fn moved(&self) {
+        self.moved.fetch_add(1, Ordering::Relaxed);
     }
 
     /// From now on there is an order in which to break off.
@@ -199,6 +208,19 @@ impl Interrupt {
     }
 }
 
+/// Wait as long as something moves from one end of a wait to the other.
+fn until_still(moved: &AtomicU64, mut wait: impl FnMut()) {
+    let mut before = moved.load(Ordering::Relaxed);
+    loop {
+        wait();
+        let now = moved.load(Ordering::Relaxed);
+        if now == before {
+            return;
+        }
+        before = now;
+    }
+}
+
 /// Whether there is something to read, or nothing will come any more; a look at it takes
 /// no longer than `most`.
 pub(crate) fn readable_within(fd: Option<&File>, most: Duration) -> io::Result<bool> {
@@ -210,5 +232,23 @@ pub(crate) fn readable_within(fd: Option<&File>, most: Duration) -> io::Result<b
         Ok(0) | Err(Errno::EINTR) => Ok(false),
         Ok(_) => Ok(true),
         Err(errno) => Err(errno.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_moves_is_waited_for() {
+        let moved = AtomicU64::new(7);
+        let mut waits = 0;
+        until_still(&moved, || {
+            waits += 1;
+            if waits < 4 {
+                moved.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        assert_eq!(waits, 4);
     }
 }

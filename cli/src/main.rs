@@ -9,6 +9,7 @@
 mod args;
 mod backend;
 mod cmd;
+mod colo;
 mod config;
 mod exit;
 mod feed;

@@ -32,8 +32,10 @@ const CHILD_PATIENCE: Duration = Duration::from_secs(2);
 const IDLE: u32 = 10;
 const INTERVAL: u32 = 5;
 const PROBES: u32 = 4;
-/// And when octets that were sent are not acknowledged, in milliseconds.
-const UNACKNOWLEDGED: u32 = 30_000;
+/// And when octets that were sent are not acknowledged, in milliseconds: by a sender, which
+/// the kernel tells nothing of whether the other end is away or merely reads nothing, because
+/// it has a checkpoint to apply, say; and by a receiver, which sends a few octets.
+const UNACKNOWLEDGED: [u32; 2] = [120_000, 30_000];
 
 /// A connection to the other end.
 #[derive(Debug)]
@@ -105,19 +107,19 @@ impl Link {
             Endpoint::Tcp(address) => {
                 let name = format!("tcp:{address}");
                 let stream = interrupt.wait_for(move || TcpStream::connect(address))?;
-                Self::tcp(stream, name)?
+                Self::tcp(stream, name, UNACKNOWLEDGED[0])?
             }
         })
     }
 
-    fn tcp(stream: TcpStream, name: String) -> Result<Self> {
+    fn tcp(stream: TcpStream, name: String, unacknowledged: u32) -> Result<Self> {
         // Short messages that are waited for, and a peer that may vanish in silence.
         stream.set_nodelay(true)?;
         setsockopt(&stream, sockopt::KeepAlive, &true)?;
         setsockopt(&stream, sockopt::TcpKeepIdle, &IDLE)?;
         setsockopt(&stream, sockopt::TcpKeepInterval, &INTERVAL)?;
         setsockopt(&stream, sockopt::TcpKeepCount, &PROBES)?;
-        setsockopt(&stream, sockopt::TcpUserTimeout, &UNACKNOWLEDGED)?;
+        setsockopt(&stream, sockopt::TcpUserTimeout, &unacknowledged)?;
         Self::socket(stream.into(), name)
     }
 
@@ -283,8 +285,32 @@ impl Listener {
             Socket::Tcp(listener) => {
                 interrupt.wait_readable(&listener)?;
                 let (stream, peer) = listener.accept()?;
-                Link::tcp(stream, format!("tcp:{peer}"))
+                Link::tcp(stream, format!("tcp:{peer}"), UNACKNOWLEDGED[1])
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use nix::sys::socket::getsockopt;
+
+    use super::*;
+
+    #[test]
+    fn a_receiver_is_given_longer_to_read_than_a_sender() {
+        let interrupt = Interrupt::catch().unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let waiting = Listener {
+            socket: Socket::Tcp(listener),
+            name: String::new(),
+        };
+        let sender = Link::connect(&Endpoint::Tcp(address), &interrupt).unwrap();
+        let receiver = waiting.accept(&interrupt).unwrap();
+        let timeout = |link: &Link| getsockopt(&link.to, sockopt::TcpUserTimeout).unwrap();
+        assert_eq!((timeout(&sender), timeout(&receiver)), (120_000, 30_000));
     }
 }

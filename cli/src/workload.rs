@@ -25,6 +25,13 @@ pub(crate) fn spec(args: &WorkloadArgs, seed: u64) -> Option<WorkloadSpec> {
     })
 }
 
+/// A guest that writes to so many pages a second.
+pub(crate) fn at_rate(pages: u32) -> WorkloadSpec {
+    /// Another one than that of a domain that `xsr mock` makes.
+    const SEED: u64 = 0xc010;
+    WorkloadSpec::writes(SEED, pages, WORKING_SET_PAGES)
+}
+
 /// Keep with a domain what it does; `None`: nothing, from now on. Tried first, so that
 /// what cannot be done is said now and not by the next save.
 pub(crate) fn store(host: &MockHost, domid: DomId, spec: Option<&WorkloadSpec>) -> Result<()> {

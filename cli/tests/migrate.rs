@@ -431,10 +431,10 @@ fn what_cannot_be_is_said_before_anything_is_sent() {
     ] {
         run(migrate.iter().chain(&option)).code(64).stderr_has(why);
     }
-    for option in ["--colo", "--userspace-colo-proxy", "--coloft-script=x"] {
+    for option in ["--userspace-colo-proxy", "--coloft-script=x"] {
         run(["migrate-receive", &backend(&hosts.there), option])
             .code(64)
-            .stderr_has("Remus");
+            .stderr_has("--colo");
     }
     run(["mock", "pause", "web", "--host", arg(&hosts.here)]).code(0);
     run(migrate).code(1).stderr_has("paused");

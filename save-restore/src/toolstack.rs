@@ -242,12 +242,13 @@ pub trait ColoRestoreToolstack: CheckpointRestoreToolstack {
     /// The restore fails; what runs is the toolstack's to stop.
     fn postcopy(&mut self) -> Result<Turn, ToolstackError>;
 
-    /// Wait until the primary wants a new checkpoint (C: `wait_checkpoint`).
+    /// Wait until the primary wants a new checkpoint (C: `wait_checkpoint`). It may say so
+    /// in the stream, which nobody else reads meanwhile.
     ///
     /// # Errors
     ///
     /// As [`ColoRestoreToolstack::postcopy`].
-    fn wait_checkpoint(&mut self) -> Result<Turn, ToolstackError>;
+    fn wait_checkpoint(&mut self) -> Result<Arrival, ToolstackError>;
 
     /// Suspend the guest (C: `suspend`). When this returns it does not write any more.
     ///

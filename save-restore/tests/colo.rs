@@ -148,11 +148,11 @@ impl ColoRestoreToolstack for Secondary<'_> {
         Ok(Turn::Done)
     }
 
-    fn wait_checkpoint(&mut self) -> Result<Turn, ToolstackError> {
+    fn wait_checkpoint(&mut self) -> Result<Arrival, ToolstackError> {
         self.log.push("wait");
         Ok(match self.new.recv() {
-            Ok(()) => Turn::Done,
-            Err(_) => Turn::Lost,
+            Ok(()) => Arrival::Whole { octets: 0 },
+            Err(_) => Arrival::Lost,
         })
     }
 

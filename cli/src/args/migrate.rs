@@ -100,7 +100,8 @@ pub(crate) struct ConnectionArgs {
 ///
 /// Run by `xsr migrate` or `xl migrate` on the other host, through ssh; then it speaks
 /// with it on stdin and stdout. With --listen it waits for one migration, takes it and
-/// ends. With -r it is the other end of `xsr remus` or `xl remus`. Nobody is asked for a password and nothing is encrypted there: keep such a
+/// ends. With -r it is the other end of `xsr remus` or `xl remus`, with
+/// --colo that of `remus -c`. Nobody is asked for a password and nothing is encrypted there: keep such a
 /// socket where only those can reach it who may.
 ///
 /// On a Xen host, `xl migrate-receive` does it, with xsr-save-helper.
@@ -118,15 +119,27 @@ pub(crate) struct ReceiveArgs {
     pub(crate) listen: Option<Endpoint>,
     /// Stand by for a domain that `remus` protects: run its last checkpoint once the other
     /// host is lost
-    #[arg(short = 'r')]
+    #[arg(short = 'r', group = "standing_by", conflicts_with = "colo")]
     pub(crate) remus: bool,
-    /// With -r: keep so much of a checkpoint in memory until it is complete, and what is
-    /// more in a temporary file [default: 64M]
-    #[arg(long, value_name = "SIZE", requires = "remus")]
+    /// The same for `remus -c`: the domain runs here, too, and each checkpoint makes it what
+    /// it is there
+    #[arg(long, group = "standing_by")]
+    pub(crate) colo: bool,
+    /// With --colo: have a mock guest write to so many pages a second here
+    #[arg(
+        long,
+        value_name = "PAGES",
+        requires = "colo",
+        value_parser = clap::value_parser!(u32).range(1..)
+    )]
+    pub(crate) dirty_rate: Option<u32>,
+    /// With -r or --colo: keep so much of a checkpoint in memory until it is complete, and
+    /// what is more in a temporary file [default: 64M]
+    #[arg(long, value_name = "SIZE", requires = "standing_by")]
     pub(crate) checkpoint_memory: Option<MemorySize>,
-    /// With -r: let that file have no more than this [default: all of the domain's memory,
-    /// and 64M]
-    #[arg(long, value_name = "SIZE", requires = "remus")]
+    /// With -r or --colo: let that file have no more than this [default: all of the domain's
+    /// memory, and 64M]
+    #[arg(long, value_name = "SIZE", requires = "standing_by")]
     pub(crate) checkpoint_file: Option<MemorySize>,
     #[command(flatten)]
     pub(crate) threads: ThreadsArg,
@@ -146,14 +159,11 @@ pub(crate) struct ReceiveArgs {
     /// Of xl: say more, as -v
     #[arg(short = 'd', hide = true)]
     pub(crate) debug: bool,
-    /// Of xl, refused: COLO
-    #[arg(long, hide = true)]
-    pub(crate) colo: bool,
-    /// Of xl, refused: COLO
-    #[arg(long, hide = true, value_name = "SCRIPT")]
+    /// Of xl: what compares what both guests send out, which a mock guest does not
+    #[arg(long, hide = true, value_name = "SCRIPT", requires = "colo")]
     pub(crate) coloft_script: Option<OsString>,
-    /// Of xl, refused: COLO
-    #[arg(long, hide = true)]
+    /// Of xl: the same in a process
+    #[arg(long, hide = true, requires = "colo")]
     pub(crate) userspace_colo_proxy: bool,
 }
 

@@ -2,8 +2,6 @@
 //!
 //! C implementation: `main_remus` in `tools/xl/xl_migrate.c`, whose options these are.
 
-use std::ffi::OsString;
-
 use clap::{Args, ValueEnum};
 
 use super::{BackendArg, ConnectionArgs, MemorySize, ProgressArg, ThreadsArg};
@@ -21,7 +19,7 @@ use super::{BackendArg, ConnectionArgs, MemorySize, ProgressArg, ThreadsArg};
 /// this end stand still instead.
 ///
 /// A mock guest has no network and no disks whose output would have to wait for the
-/// checkpoint. On a Xen host, `xl remus` does it, with xsr-save-helper: all of its options
+/// checkpoint, or be compared (-c). On a Xen host, `xl remus` does it, with xsr-save-helper: all of its options
 /// pass, and those that it has not are refused.
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -31,9 +29,14 @@ Examples:
   xsr remus --backend mock:/tmp/lab -i 50 web unix:/tmp/remus.sock
   xsr remus --backend mock:/tmp/lab -F -b --epochs 10 --stats web nobody")]
 pub(crate) struct RemusArgs {
-    /// Milliseconds from one checkpoint to the next, while the domain runs
-    #[arg(short = 'i', value_name = "MS", default_value = "200")]
-    pub(crate) interval: u32,
+    /// Milliseconds from one checkpoint to the next, while the domain runs [default: 200; with
+    /// -c 5000]
+    #[arg(short = 'i', value_name = "MS")]
+    pub(crate) interval: Option<u32>,
+    /// COLO: the domain runs on HOST, too (`xsr migrate-receive --colo`), and each checkpoint
+    /// makes it what it is here. HVM and PVH
+    #[arg(short = 'c')]
+    pub(crate) colo: bool,
     /// Send checkpoints to /dev/null: HOST is not reached. Needs -F
     #[arg(short = 'b')]
     pub(crate) blackhole: bool,
@@ -78,11 +81,8 @@ pub(crate) struct RemusArgs {
     pub(crate) uncompressed: bool,
     /// Of xl: the script that holds back what the domain sends
     #[arg(short = 'N', value_name = "SCRIPT", hide = true)]
-    pub(crate) network_script: Option<OsString>,
-    /// Of xl, refused: COLO
-    #[arg(short = 'c', hide = true)]
-    pub(crate) colo: bool,
-    /// Of xl, refused: COLO
+    pub(crate) network_script: Option<String>,
+    /// Of xl: compare in a process what both guests send out
     #[arg(short = 'p', hide = true)]
     pub(crate) userspace_colo_proxy: bool,
     /// Name or number of the domain

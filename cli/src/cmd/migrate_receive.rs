@@ -15,7 +15,7 @@ use xsr_xen_backend::mock::MockHost;
 use crate::args::ReceiveArgs;
 use crate::backend;
 use crate::cmd::restore::{About, Image, Made, Named, superpages};
-use crate::exit::{self, BadUsage, Code, Migration};
+use crate::exit::{self, Code, Migration};
 use crate::file::Input;
 use crate::handshake::{self, Message};
 use crate::interrupt::Interrupt;
@@ -46,16 +46,13 @@ struct Report<'a> {
 /// Whatever fails before the sender has let go of its own, the domain here is destroyed.
 /// After that it runs here, or is destroyed and given back.
 pub(crate) fn run(args: &ReceiveArgs, terminal: &Terminal) -> Result<Code> {
-    if args.colo || args.coloft_script.is_some() || args.userspace_colo_proxy {
-        let why = "this version receives migrations and Remus (-r), no COLO (--colo)";
-        return Err(Error::new(BadUsage(why.to_owned())));
-    }
+    let standing_by = args.remus || args.colo;
     // What the sender has started shares its terminal, and the sender shows progress.
     let shown = match args.listen {
         Some(_) => terminal.clone(),
         None => terminal.without_progress(),
     };
-    let mut watch = match args.remus {
+    let mut watch = match standing_by {
         false => Watch::start(&shown, args.progress, "receiving")?,
         // A session that breaks off is what it stands by for.
         true => Watch::start_with(
@@ -89,7 +86,7 @@ fn receive(args: &ReceiveArgs, terminal: &Terminal, watch: &mut Watch) -> Result
         to: &link.to,
     };
     let input = Input::of_connection(link.from, from);
-    if args.remus {
+    if args.remus || args.colo {
         return receiver.stand_by(&input, watch, started);
     }
     let About { name, domid, stats } = receiver.receive(&input, watch)?;

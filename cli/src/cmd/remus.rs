@@ -8,6 +8,7 @@
 //! C implementation: `main_remus` in `tools/xl/xl_migrate.c`,
 //! `tools/libs/light/libxl_remus.c`.
 
+mod colo;
 mod report;
 mod stream;
 mod toolstack;
@@ -20,17 +21,19 @@ use anyhow::{Context as _, Error, Result};
 use xsr_save_restore::save::precopy::XenPolicy;
 use xsr_save_restore::save::{BUFFER_OCTETS, CheckpointedStats, Checkpoints, save_checkpointed};
 use xsr_save_restore::toolstack::DirectToolstack;
-use xsr_save_restore::{SaveError, SaveOptions};
+use xsr_save_restore::{SaveError, SaveOptions, save_colo};
 use xsr_xen_backend::mock::MockHost;
 use xsr_xen_backend::{DomId, Domain, Host, ShutdownReason};
 
+use self::colo::Ear;
 use self::report::Teller;
 use self::stream::Stream;
-use self::toolstack::{Complete, Protector, Stop};
+use self::toolstack::{Complete, DeviceModel, Protector, Stop};
 use crate::args::{OnLoss, RemusArgs};
 use crate::backend;
 use crate::cmd::migrate::{AWAY, can_suspend};
 use crate::cmd::save::{Job, name_of};
+use crate::colo::Hearing;
 use crate::exit::{self, BadUsage, Code, Migration};
 use crate::handshake::{self, Message, Outcome, Patience};
 use crate::terminal::Terminal;
@@ -40,6 +43,9 @@ use crate::workload;
 
 /// How long the other end may take to say what becomes of its copy.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long whoever reads `--stats` may take where there is a failure to be told.
+const STATS_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Protect a domain.
 ///
@@ -55,14 +61,41 @@ pub(crate) fn run(args: &RemusArgs, terminal: &Terminal) -> Result<Code> {
 /// What xl refuses, and what it has that this has not.
 fn refuse(args: &RemusArgs) -> Result<()> {
     let unprotected = args.blackhole || args.no_network_buffer || args.no_disk_buffer;
-    let why = if args.colo || args.userspace_colo_proxy {
-        "-c, -p: this version has Remus, no COLO"
+    let why = if args.userspace_colo_proxy && !args.colo {
+        "-p is for COLO: add -c"
+    } else if args.colo && (unprotected || args.buffer.is_some() || args.no_buffer) {
+        "-b, -n, -d, --buffer and --no-buffer are for Remus: drop -c"
     } else if unprotected && !args.allow_unsafe {
         "-b, -n and -d do not protect the domain: add -F if that is what you want"
     } else {
         return Ok(());
     };
     Err(Error::new(BadUsage(why.to_owned())))
+}
+
+/// How long the domain runs from one checkpoint to the next, as xl has it.
+fn interval(milliseconds: Option<u32>, colo: bool) -> Duration {
+    Duration::from_millis(match (milliseconds, colo) {
+        (None | Some(0), false) => 200,
+        (None | Some(0), true) => 5000,
+        (Some(milliseconds), _) => milliseconds.into(),
+    })
+}
+
+/// What the receiver is told, in xl's words.
+fn receiver_options(args: &RemusArgs) -> Vec<&str> {
+    let mut options = match (args.colo, &args.network_script) {
+        (false, _) => vec!["-r"],
+        (true, None) => vec!["--colo"],
+        (true, Some(script)) => vec!["--colo", "--coloft-script", script],
+    };
+    if args.userspace_colo_proxy {
+        options.push("--userspace-colo-proxy");
+    }
+    if args.connection.no_wait {
+        options.push("-e");
+    }
+    options
 }
 
 fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<Code> {
@@ -77,21 +110,30 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
     };
     can_suspend(primary.domain).with_context(|| format!("protecting {}", primary.name))?;
     let _working = workload::start(&host, domid)?;
-    let mut teller = Teller::new(args, terminal, primary.name, domid);
+    let mut teller = Teller::new(args, terminal, primary.name, domid)?;
     let mut link = match args.blackhole {
         true => None,
         false => {
-            let options: &[&str] = match args.connection.no_wait {
-                true => &["-r", "-e"],
-                false => &["-r"],
-            };
             let interrupt = watch.interrupt();
-            let link = Link::to_receiver(&args.connection, &args.host, options, interrupt)
-                .and_then(|link| Message::Banner.expect(&link.from, interrupt).map(|()| link));
-            Some(link.map_err(|error| match error.is::<BadUsage>() {
-                true => error,
-                false => primary.ended(End::Failed(error), Fate::Here, 0, "", None),
-            })?)
+            let options = receiver_options(args);
+            let reached = Link::to_receiver(&args.connection, &args.host, &options, interrupt)
+                .map_err(|error| (error, String::new()))
+                .and_then(|link| match Message::Banner.expect(&link.from, interrupt) {
+                    Ok(()) => Ok(link),
+                    Err(error) => Err((error, hang_up(link))),
+                });
+            match reached {
+                Ok(link) => Some(link),
+                Err((error, _)) if error.is::<BadUsage>() => return Err(error),
+                Err(_) if interrupt.cancel().is_cancelled() => {
+                    teller.done(&End::Asked, &CheckpointedStats::default(), 0)?;
+                    return Ok(Code::Fine);
+                }
+                Err((error, hung_up)) => {
+                    let end = End::Failed(error);
+                    return Err(primary.ended(end, Fate::Here, 0, &hung_up, None));
+                }
+            }
         }
     };
     watch.step("banner");
@@ -101,6 +143,7 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
         lost,
         stats,
         stream_octets,
+        heard,
     } = primary.send(link.as_ref(), watch, &mut teller)?;
     watch.clear();
     // Before anybody is waited for: from now on the other end may run the domain.
@@ -113,7 +156,10 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
         Some(link) => {
             let outcome = link.say_no_more().and_then(|()| {
                 let patience = Patience::Until(Instant::now() + PATIENCE);
-                handshake::outcome(&link.from, patience)
+                match heard {
+                    None => handshake::outcome(&link.from, patience),
+                    Some(heard) => handshake::outcome_behind(heard, &link.from, patience),
+                }
             });
             match outcome {
                 Ok(Outcome::Runs) => Fate::There,
@@ -135,18 +181,24 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
         }
         _ => None,
     };
-    let hung_up = link.map(|link| {
-        let peer = link.name.clone();
-        let ended = link.hang_up();
-        let ended = ended.unwrap_or_else(|error| Some(error.to_string()));
-        ended.map_or_else(String::new, |ended| format!(" (`{peer}` {ended})"))
-    });
+    let hung_up = link.map(hang_up);
     if let (End::Asked | End::Enough, Fate::Here) = (&end, fate) {
         teller.done(&end, &stats, stream_octets)?;
         return Ok(Code::Fine);
     }
     let hung_up = hung_up.unwrap_or_default();
+    if let Err(error) = teller.printed(Some(STATS_PATIENCE)) {
+        tracing::warn!(%error, "--stats");
+    }
     Err(primary.ended(end, fate, complete, &hung_up, stopped))
+}
+
+/// Hang up; what became of the command at the other end, in words to be put behind others.
+fn hang_up(link: Link) -> String {
+    let peer = link.name.clone();
+    let ended = link.hang_up();
+    let ended = ended.unwrap_or_else(|error| Some(error.to_string()));
+    ended.map_or_else(String::new, |ended| format!(" (`{peer}` {ended})"))
 }
 
 /// What protecting a domain came to, at this end.
@@ -158,6 +210,8 @@ struct Protected {
     lost: bool,
     stats: CheckpointedStats,
     stream_octets: u64,
+    /// Under COLO, what the other end has said since its last whole word.
+    heard: Option<Vec<u8>>,
 }
 
 /// Why it came to its end.
@@ -199,7 +253,9 @@ impl Primary<'_> {
         let null = File::options().write(true).open("/dev/null");
         let null = null.context("/dev/null")?;
         let interrupt = watch.interrupt().clone();
-        let stream = Stream::new(link.map_or(&null, |link| &link.to), interrupt.cut().clone())?;
+        let cut = interrupt.cut().clone();
+        let to = link.map_or(&null, |link| &link.to);
+        let stream = Stream::new(to, interrupt.clone())?;
         let job = Job {
             host: self.host,
             domid: self.domid,
@@ -222,33 +278,55 @@ impl Primary<'_> {
         let mut protector = Protector {
             direct: DirectToolstack(self.domain),
             libxl: job.begin(&stream)?,
-            emulators: backend::emulators(self.host, self.domid)?,
+            emulators: DeviceModel::of(
+                self.domain.info()?.kind,
+                backend::emulators(self.host, self.domid)?,
+            ),
             from: link.map(|link| &link.from),
             interrupt,
-            interval: Duration::from_millis(match self.args.interval {
-                // As xl has it.
-                0 => 200,
-                milliseconds => milliseconds.into(),
-            }),
+            interval: interval(self.args.interval, self.args.colo),
             epochs: self.args.epochs,
             observe: &mut observe,
-            asked: Instant::now(),
             complete: 0,
             stop: None,
         };
-        let how = Checkpoints {
-            policy: &mut XenPolicy,
-            buffer_octets: self.buffer_octets(),
+        let mut progress = |progress: &_| watch.borrow_mut().progress(progress);
+        let xen = self.host.xen_version()?;
+        let mut policy = XenPolicy;
+        let (result, secondary) = match link {
+            Some(link) if self.args.colo => {
+                let ear = Ear::new(Hearing::new(&link.from, cut)?);
+                let mut primary = colo::Primary::new(&mut protector, &stream, &ear);
+                let result = save_colo(
+                    self.domain,
+                    xen,
+                    &mut primary,
+                    &mut &stream,
+                    &mut &ear,
+                    &job.options,
+                    &mut policy,
+                    &mut progress,
+                );
+                let place = primary.place();
+                (result, Some((place, ear.into_rest())))
+            }
+            _ => {
+                let how = Checkpoints {
+                    policy: &mut policy,
+                    buffer_octets: self.buffer_octets(),
+                };
+                let result = save_checkpointed(
+                    self.domain,
+                    xen,
+                    &mut protector,
+                    &mut &stream,
+                    &job.options,
+                    how,
+                    &mut progress,
+                );
+                (result, None)
+            }
         };
-        let result = save_checkpointed(
-            self.domain,
-            self.host.xen_version()?,
-            &mut protector,
-            &mut &stream,
-            &job.options,
-            how,
-            &mut |progress| watch.borrow_mut().progress(progress),
-        );
         let (complete, stop) = (protector.complete, protector.stop);
         let (end, stats) = match (result, stop) {
             (Ok(stats), Some(Stop::Enough)) => (End::Enough, stats),
@@ -261,7 +339,11 @@ impl Primary<'_> {
         // A domain that does not run here had better run there.
         let asleep = self.is_asleep();
         if link.is_some() && complete > 0 && !lost && !asleep {
-            match handshake::withdraw(&mut &stream) {
+            let withdrawn = match &secondary {
+                None => handshake::withdraw(&mut &stream),
+                Some((place, _)) => place.withdraw(&stream),
+            };
+            match withdrawn {
                 Ok(()) => watch.borrow_mut().step("withdrawn"),
                 Err(error) => {
                     tracing::info!(%error, "the domain could not be taken back");
@@ -275,6 +357,7 @@ impl Primary<'_> {
             lost,
             stats,
             stream_octets: stream.octets(),
+            heard: secondary.map(|(_, heard)| heard),
         })
     }
 
@@ -389,5 +472,20 @@ impl Primary<'_> {
         let info = self.domain.info();
         // Where nobody can tell, the other end had better have it.
         info.map_or(true, |info| info.shutdown == Some(ShutdownReason::Suspend))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn intervals_are_xls() {
+        let milliseconds = |given, colo| interval(given, colo).as_millis();
+        assert_eq!(milliseconds(None, false), 200);
+        assert_eq!(milliseconds(Some(0), false), 200);
+        assert_eq!(milliseconds(Some(1), false), 1);
+        assert_eq!(milliseconds(None, true), 5000);
+        assert_eq!(milliseconds(Some(20), true), 20);
     }
 }

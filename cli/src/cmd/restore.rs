@@ -4,6 +4,7 @@
 //! C implementation: `create_domain` in `tools/xl/xl_vmcontrol.c`.
 
 pub(crate) mod checkpoints;
+mod colo;
 mod direct;
 mod source;
 

@@ -202,7 +202,15 @@ impl ColoToolstack for Libxl<'_> {
     }
 }
 
-/// What a secondary's libxl says of the primary.
+/// What libxl has read of the stream itself it does not say.
+fn arrival(turn: Result<Turn, ToolstackError>) -> Result<Arrival, ToolstackError> {
+    Ok(match turn? {
+        Turn::Done => Arrival::Whole { octets: 0 },
+        Turn::Lost => Arrival::Lost,
+    })
+}
+
+/// What libxl says of the sender.
 fn turn(what: &'static str, answer: io::Result<i32>) -> Result<Turn, ToolstackError> {
     match answer.map_err(|e| ToolstackError::new(what, e))? {
         1 => Ok(Turn::Done),
@@ -223,9 +231,9 @@ impl ColoRestoreToolstack for Libxl<'_> {
         Ok(turn)
     }
 
-    fn wait_checkpoint(&mut self) -> Result<Turn, ToolstackError> {
+    fn wait_checkpoint(&mut self) -> Result<Arrival, ToolstackError> {
         self.expect(WAIT, number::WAIT_CHECKPOINT)?;
-        turn(WAIT, self.wire.wait_checkpoint())
+        arrival(turn(WAIT, self.wire.wait_checkpoint()))
     }
 
     fn suspend(&mut self) -> Result<Turn, ToolstackError> {
@@ -245,12 +253,7 @@ impl CheckpointRestoreToolstack for Libxl<'_> {
     /// not say: places that are named behind them count what libxc reads.
     fn checkpoint(&mut self, _offset: u64) -> Result<Arrival, ToolstackError> {
         self.expect(CHECKPOINT, number::CHECKPOINT)?;
-        let answer = self.wire.checkpoint();
-        match answer.map_err(|e| ToolstackError::new(CHECKPOINT, e))? {
-            1 => Ok(Arrival::Whole { octets: 0 }),
-            2 => Ok(Arrival::Lost),
-            answer => Err(failed(CHECKPOINT, answer)),
-        }
+        arrival(turn(CHECKPOINT, self.wire.checkpoint()))
     }
 }
 

@@ -17,7 +17,7 @@ use crate::restore::crew::Hands;
 use crate::restore::spool::Tap;
 use crate::restore::{Guest, RestoreOptions, Restored, Run, Stop, go_on};
 use crate::source::PageSource;
-use crate::toolstack::{ColoRestoreToolstack, ToolstackError, Turn};
+use crate::toolstack::{Arrival, ColoRestoreToolstack, ToolstackError, Turn};
 
 /// Restore a stream of COLO checkpoints into a domain that has just been created, as the
 /// secondary: each is applied when it is complete, the guest runs, and before the next the
@@ -65,7 +65,7 @@ impl<T: ColoRestoreToolstack + ?Sized> Run<'_, '_, T> {
             so_far.checkpoints += 1;
             let restored: Restored = self.end(hands)?;
             go_on(self.progress.begin(Phase::Checkpoint, None))?;
-            let came = match self.turn()? {
+            let came = match self.turn(&mut reader)? {
                 Turn::Lost => Came::ToolstackLost,
                 Turn::Done => {
                     let list = self.dirty_list()?;
@@ -84,12 +84,16 @@ impl<T: ColoRestoreToolstack + ?Sized> Run<'_, '_, T> {
     }
 
     /// The guest's turn: it runs until the primary wants a checkpoint.
-    fn turn(&mut self) -> Result<Turn, ToolstackError> {
+    fn turn<S: PageSource>(
+        &mut self,
+        reader: &mut RecordReader<Tap<S>>,
+    ) -> Result<Turn, ToolstackError> {
         if self.toolstack.postcopy()? == Turn::Lost {
             return Ok(Turn::Lost);
         }
-        if self.toolstack.wait_checkpoint()? == Turn::Lost {
-            return Ok(Turn::Lost);
+        match self.toolstack.wait_checkpoint()? {
+            Arrival::Whole { octets } => reader.advance(octets),
+            Arrival::Lost => return Ok(Turn::Lost),
         }
         self.toolstack.suspend()
     }

@@ -1,5 +1,6 @@
 //! `xsr migrate-receive -r`: the other end of Remus. The domain is kept at the last
-//! checkpoint that is complete, and runs once the sender is lost.
+//! checkpoint that is complete, and runs once the sender is lost. With `--colo` it runs from
+//! the first checkpoint on, and is made the sender's again by each.
 //!
 //! What the sender may still hear is that this end runs the domain, or that it has none any
 //! more: the words of a migration's end. (xl says nothing, and listens to nothing.)
@@ -7,6 +8,7 @@
 //! C implementation: `migrate_receive` in `tools/xl/xl_migrate.c`, for
 //! `LIBXL_CHECKPOINTED_STREAM_REMUS`.
 
+use std::cell::RefCell;
 use std::time::Instant;
 
 use anyhow::{Error, Result};
@@ -15,7 +17,7 @@ use xsr_save_restore::restore::checkpoint::CheckpointOptions;
 use xsr_xen_backend::DomId;
 
 use super::{Receiver, failed};
-use crate::cmd::restore::checkpoints::Survival;
+use crate::cmd::restore::checkpoints::{StandBy, Survival};
 use crate::cmd::restore::{About, Image};
 use crate::exit::{self, Code, LeftBehind, Withdrawn};
 use crate::file::Input;
@@ -23,6 +25,7 @@ use crate::handshake::{self, Message};
 use crate::stdout::Results;
 use crate::text::size;
 use crate::watch::Watch;
+use crate::workload;
 
 /// What `--json` prints (docs/json.md).
 #[derive(Debug, Serialize)]
@@ -56,17 +59,29 @@ impl Receiver<'_> {
         watch.step("banner");
         let cancel = watch.interrupt().cancel().clone();
         let mut name = String::new();
+        let keep = self.keep();
+        let ready = |name: &str| {
+            terminal.say(&format!(
+                "migrate-receive: the first checkpoint of {name} is complete"
+            ));
+        };
+        let watching = RefCell::new(&mut *watch);
         let made = Image::open_migration(input, cancel).and_then(|image| {
             name = image.name().to_owned();
             terminal.say(&format!("migrate-receive: standing by for {name}"));
-            let ready = || {
-                terminal.say(&format!(
-                    "migrate-receive: the first checkpoint of {name} is complete"
-                ));
+            let how = StandBy {
+                input,
+                host: self.host,
+                threads: args.threads.threads,
+                keep: &keep,
+                watch: &watching,
+                first: &ready,
             };
-            let keep = self.keep();
-            let threads = args.threads.threads;
-            image.stand_by(input, self.host, threads, &keep, watch, &ready)
+            if !args.colo {
+                return image.stand_by(&how);
+            }
+            let work = args.dirty_rate.map(workload::at_rate);
+            image.run_beside(&how, self.to, work)
         });
         let (made, survival) = made.map_err(|error| self.not_taken_over(&name, &error))?;
         let Survival {
@@ -84,9 +99,10 @@ impl Receiver<'_> {
         if let Err(error) = self.host.rename(made.domid(), made.name()) {
             tracing::error!(%error, "{name} keeps its other name");
         }
-        let unpaused = match args.paused {
-            true => Ok(()),
-            false => made.unpause(),
+        let unpaused = match (args.paused, args.colo) {
+            (true, false) => Ok(()),
+            (false, false) => made.unpause(),
+            (paused, true) => made.run_alone(paused),
         };
         // From here on the domain stays: it may be all there is.
         let about = made.keep();

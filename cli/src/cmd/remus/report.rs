@@ -1,9 +1,11 @@
 //! What `xsr remus` says of checkpoints, to people and programs.
 
-use std::io::Write as _;
-use std::time::Instant;
+use std::io::{self, Write as _};
+use std::sync::mpsc::{self, SyncSender};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use serde::Serialize;
 use xsr_save_restore::save::CheckpointedStats;
 use xsr_xen_backend::DomId;
@@ -45,6 +47,64 @@ struct Report<'a> {
     seconds: f64,
 }
 
+/// Lines that wait for their reader at most.
+const WAITING: usize = 256;
+
+/// Prints lines on a thread of its own: who reads them slowly, or not at all, holds up no
+/// checkpoint. What is too much for them is not printed.
+#[derive(Debug)]
+struct Printer {
+    lines: SyncSender<String>,
+    thread: JoinHandle<Result<()>>,
+    dropped: u64,
+}
+
+impl Printer {
+    fn start() -> io::Result<Self> {
+        let (lines, waiting) = mpsc::sync_channel::<String>(WAITING);
+        let thread = thread::Builder::new()
+            .name("stats".to_owned())
+            .spawn(move || {
+                for line in waiting {
+                    let mut out = Results::new();
+                    writeln!(out, "{line}")?;
+                    out.finish()?;
+                }
+                Ok(())
+            })?;
+        Ok(Self {
+            lines,
+            thread,
+            dropped: 0,
+        })
+    }
+
+    fn print(&mut self, line: String) {
+        // One that has failed says why in the end.
+        if self.lines.try_send(line).is_err() {
+            self.dropped += 1;
+        }
+    }
+
+    /// Wait until all is printed, but not for ever where there is something else to say; how
+    /// many lines were not.
+    fn finish(self, patience: Option<Duration>) -> Result<u64> {
+        drop(self.lines);
+        if let Some(patience) = patience {
+            let until = Instant::now() + patience;
+            while !self.thread.is_finished() {
+                if Instant::now() >= until {
+                    anyhow::bail!("nobody reads it");
+                }
+                thread::sleep(Duration::from_millis(5));
+            }
+        }
+        let printed = self.thread.join();
+        printed.map_err(|_| anyhow::anyhow!("the thread that prints panicked"))??;
+        Ok(self.dropped)
+    }
+}
+
 /// Says what happens.
 pub(super) struct Teller<'a> {
     args: &'a RemusArgs,
@@ -57,6 +117,8 @@ pub(super) struct Teller<'a> {
     pause: f64,
     longest_pause: f64,
     longest_checkpoint: f64,
+    /// With `--stats`.
+    printer: Option<Printer>,
 }
 
 impl<'a> Teller<'a> {
@@ -65,8 +127,8 @@ impl<'a> Teller<'a> {
         terminal: &'a Terminal,
         name: &'a str,
         domid: DomId,
-    ) -> Self {
-        Self {
+    ) -> Result<Self> {
+        Ok(Self {
             args,
             terminal,
             name,
@@ -77,7 +139,8 @@ impl<'a> Teller<'a> {
             pause: 0.0,
             longest_pause: 0.0,
             longest_checkpoint: 0.0,
-        }
+            printer: args.stats.then(Printer::start).transpose()?,
+        })
     }
 
     /// A checkpoint is complete.
@@ -96,20 +159,17 @@ impl<'a> Teller<'a> {
         self.pause += line.pause_seconds;
         self.longest_pause = self.longest_pause.max(line.pause_seconds);
         self.longest_checkpoint = self.longest_checkpoint.max(line.checkpoint_seconds);
-        if self.args.stats {
-            let mut out = Results::new();
-            match self.args.json {
-                true => out.json_line(&line)?,
-                false => writeln!(
-                    out,
+        if let Some(printer) = &mut self.printer {
+            printer.print(match self.args.json {
+                true => serde_json::to_string(&line).context("making JSON")?,
+                false => format!(
                     "checkpoint {}: {}, paused {:.1} ms, complete after {:.1} ms",
                     line.checkpoint,
                     Count(line.dirty_pages, "dirty page"),
                     line.pause_seconds * 1000.0,
                     line.checkpoint_seconds * 1000.0,
-                )?,
-            }
-            out.finish()?;
+                ),
+            });
         }
         if epoch.number == 1 {
             let (name, host) = (self.name, &self.args.host);
@@ -121,9 +181,24 @@ impl<'a> Teller<'a> {
         Ok(())
     }
 
+    /// Wait until all lines of `--stats` are printed; at most so long.
+    ///
+    /// # Errors
+    ///
+    /// They cannot be, or are not by then.
+    pub(super) fn printed(&mut self, patience: Option<Duration>) -> Result<()> {
+        let printer = self.printer.take();
+        let dropped = printer.map_or(Ok(0), |printer| printer.finish(patience))?;
+        if dropped > 0 {
+            let lines = Count(dropped, "line");
+            tracing::warn!("{lines} of --stats were read too slowly, and not printed");
+        }
+        Ok(())
+    }
+
     /// It has ended in good order.
     pub(super) fn done(
-        &self,
+        &mut self,
         end: &End,
         stats: &CheckpointedStats,
         stream_octets: u64,
@@ -136,6 +211,7 @@ impl<'a> Teller<'a> {
             size(stream_octets),
             self.longest_pause * 1000.0,
         ));
+        self.printed(None)?;
         if self.args.json {
             let report = Report {
                 name,

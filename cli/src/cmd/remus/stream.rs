@@ -5,25 +5,30 @@ use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::io::{self, Write};
 
-use xsr_save_restore::progress::Cancel;
 use xsr_save_restore::sink::PageSink;
 use xsr_xen_backend::Gather;
 
 use crate::cmd::save::sink::ImageSink;
+use crate::interrupt::Interrupt;
+
+/// Octets that are written at a time.
+const PIECE: usize = 256 << 10;
 
 /// A stream, and whether all that was written to it has gone out.
 #[derive(Debug)]
 pub(super) struct Stream<'a> {
     sink: RefCell<ImageSink<'a>>,
     failed: Cell<bool>,
+    interrupt: Interrupt,
 }
 
 impl<'a> Stream<'a> {
-    /// Write to where the file stands, until somebody cancels.
-    pub(super) fn new(file: &'a File, cancel: Cancel) -> io::Result<Self> {
+    /// Write to where the file stands, until somebody cuts it off.
+    pub(super) fn new(file: &'a File, interrupt: Interrupt) -> io::Result<Self> {
         Ok(Self {
-            sink: RefCell::new(ImageSink::new(file, cancel)?),
+            sink: RefCell::new(ImageSink::new(file, interrupt.cut().clone())?),
             failed: Cell::new(false),
+            interrupt,
         })
     }
 
@@ -39,13 +44,19 @@ impl<'a> Stream<'a> {
     }
 
     fn look<T>(&self, result: io::Result<T>) -> io::Result<T> {
-        result.inspect_err(|_| self.failed.set(true))
+        match &result {
+            Ok(_) => self.interrupt.moved(),
+            Err(_) => self.failed.set(true),
+        }
+        result
     }
 }
 
 impl Write for &Stream<'_> {
     fn write(&mut self, octets: &[u8]) -> io::Result<usize> {
-        self.look(self.sink.borrow_mut().write(octets))
+        // In pieces, so that a slow connection is seen to move.
+        let piece = &octets[..octets.len().min(PIECE)];
+        self.look(self.sink.borrow_mut().write(piece))
     }
 
     fn flush(&mut self) -> io::Result<()> {

@@ -7,10 +7,12 @@ use std::fs::File;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use xsr_format::wrapper::libxl::{LibxlRecord, LibxlWriter};
+use xsr_format::wrapper::libxl::{EmulatorId, EmulatorInstance, LibxlRecord, LibxlWriter};
 use xsr_save_restore::toolstack::{
     CheckpointToolstack, DirectToolstack, Epoch, NextEpoch, SaveToolstack, ToolstackError,
 };
+
+use xsr_xen_backend::GuestKind;
 
 use super::stream::Stream;
 use crate::interrupt::Interrupt;
@@ -26,6 +28,54 @@ pub(super) enum Stop {
     Receiver,
 }
 
+/// What the device model of a domain has in each checkpoint.
+#[derive(Debug)]
+pub(super) struct DeviceModel {
+    records: Vec<LibxlRecord>,
+    /// Whether it is one of the mock machine's, which counts how often it was saved. What is
+    /// kept of a real one is what it had when the domain was made.
+    counts: bool,
+    saves: u64,
+}
+
+/// What the state of a mock device model begins with. The count follows, of 8 octets.
+const COUNTS: &[u8] = b"xsr mock device model: ";
+
+impl DeviceModel {
+    /// With what is kept of it; an HVM guest that has none gets one of the mock machine's.
+    pub(super) fn of(kind: GuestKind, records: Vec<LibxlRecord>) -> Self {
+        let mut model = Self {
+            records,
+            counts: false,
+            saves: 0,
+        };
+        if kind == GuestKind::Hvm && model.records.is_empty() {
+            model.records.push(LibxlRecord::EmulatorContext {
+                emulator: EmulatorInstance {
+                    id: EmulatorId::QemuUpstream,
+                    index: 0,
+                },
+                state: COUNTS.to_vec(),
+            });
+        }
+        if let [LibxlRecord::EmulatorContext { state, .. }] = model.records.as_slice() {
+            model.counts = state.starts_with(COUNTS);
+        }
+        model
+    }
+
+    fn save(&mut self) -> &[LibxlRecord] {
+        self.saves += 1;
+        if self.counts
+            && let [LibxlRecord::EmulatorContext { state, .. }] = self.records.as_mut_slice()
+        {
+            state.truncate(COUNTS.len());
+            state.extend(self.saves.to_le_bytes());
+        }
+        &self.records
+    }
+}
+
 /// A checkpoint that is complete at this end.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Complete {
@@ -39,7 +89,7 @@ pub(super) struct Complete {
 pub(super) struct Protector<'a> {
     pub(super) direct: DirectToolstack<'a>,
     pub(super) libxl: LibxlWriter<&'a Stream<'a>>,
-    pub(super) emulators: Vec<LibxlRecord>,
+    pub(super) emulators: DeviceModel,
     /// What the receiver says; `None` where there is none.
     pub(super) from: Option<&'a File>,
     pub(super) interrupt: Interrupt,
@@ -47,8 +97,6 @@ pub(super) struct Protector<'a> {
     /// How many checkpoints to take, if not for ever.
     pub(super) epochs: Option<u64>,
     pub(super) observe: &'a mut dyn FnMut(&Complete) -> Result<()>,
-    /// When the guest was asked to suspend.
-    pub(super) asked: Instant,
     /// Checkpoints whose last octet has been written.
     pub(super) complete: u64,
     pub(super) stop: Option<Stop>,
@@ -65,7 +113,6 @@ impl std::fmt::Debug for Protector<'_> {
 
 impl SaveToolstack for Protector<'_> {
     fn suspend(&mut self) -> Result<(), ToolstackError> {
-        self.asked = Instant::now();
         self.direct.suspend()
     }
 
@@ -86,9 +133,23 @@ impl CheckpointToolstack for Protector<'_> {
     /// The libxl layer's records, then the interval. Nobody acknowledges a checkpoint of
     /// Remus: that it is written is all that there is to know.
     fn checkpoint(&mut self, epoch: &Epoch) -> Result<NextEpoch, ToolstackError> {
+        self.end_of_checkpoint()?;
+        self.tell(*epoch)?;
+        let stop = self.wait();
+        self.stop = stop.map_err(|e| ToolstackError::new("waiting for the next checkpoint", e))?;
+        Ok(match self.stop {
+            None => NextEpoch::Continue,
+            Some(_) => NextEpoch::Finish,
+        })
+    }
+}
+
+impl Protector<'_> {
+    /// The libxl layer's part of a checkpoint.
+    pub(super) fn end_of_checkpoint(&mut self) -> Result<(), ToolstackError> {
         const WHAT: &str = "ending a checkpoint";
         self.libxl.begin_checkpoint();
-        for record in &self.emulators {
+        for record in self.emulators.save() {
             let written = self.libxl.write(record);
             written.map_err(|e| ToolstackError::new(WHAT, e))?;
         }
@@ -99,22 +160,20 @@ impl CheckpointToolstack for Protector<'_> {
         let written = self.libxl.write(&LibxlRecord::CheckpointEnd);
         written.map_err(|e| ToolstackError::new(WHAT, e))?;
         self.complete += 1;
-        let complete = Complete {
-            epoch: *epoch,
-            after: self.asked.elapsed(),
-        };
-        (self.observe)(&complete).map_err(|e| ToolstackError::new("saying what was done", e))?;
-        self.stop = self.wait().map_err(|e| ToolstackError::new(WHAT, e))?;
-        Ok(match self.stop {
-            None => NextEpoch::Continue,
-            Some(_) => NextEpoch::Finish,
-        })
+        Ok(())
     }
-}
 
-impl Protector<'_> {
+    /// A checkpoint is complete: say so.
+    pub(super) fn tell(&mut self, epoch: Epoch) -> Result<(), ToolstackError> {
+        let complete = Complete {
+            epoch,
+            after: epoch.asked.elapsed(),
+        };
+        (self.observe)(&complete).map_err(|e| ToolstackError::new("saying what was done", e))
+    }
+
     /// Wait for the next checkpoint; what ends the wait before that, and the protection.
-    fn wait(&self) -> std::io::Result<Option<Stop>> {
+    pub(super) fn wait(&self) -> std::io::Result<Option<Stop>> {
         if self.epochs.is_some_and(|enough| self.complete >= enough) {
             return Ok(Some(Stop::Enough));
         }

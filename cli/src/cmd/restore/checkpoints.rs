@@ -12,16 +12,17 @@ use xsr_format::error::ReadErrorCause;
 use xsr_format::frame::Gfn;
 use xsr_format::walk::Around;
 use xsr_format::wrapper::libxl::{LibxlError, LibxlRecord};
-use xsr_save_restore::restore::checkpoint::{CheckpointOptions, Ending, is_loss};
-use xsr_save_restore::restore_checkpointed;
+use xsr_save_restore::restore::checkpoint::{CheckpointOptions, Ending, Survivor, is_loss};
 use xsr_save_restore::toolstack::{
     Arrival, CheckpointRestoreToolstack, DirectToolstack, MissingStaticData, RestoreToolstack,
     ToolstackError,
 };
+use xsr_save_restore::{RestoreError, restore_checkpointed};
 use xsr_xen_backend::mock::MockHost;
+use xsr_xen_backend::{DomId, Domain};
 
 use super::source::ImageSource;
-use super::{INCOMING, Image, Made, Named, of_emulator};
+use super::{About, INCOMING, Image, Made, Named, of_emulator};
 use crate::backend;
 use crate::exit::{self, LeftBehind, Withdrawn};
 use crate::file::Input;
@@ -41,84 +42,72 @@ pub(crate) struct Survival {
     pub(crate) why: String,
 }
 
+/// How a domain is kept.
+pub(crate) struct StandBy<'a, 'w> {
+    /// What the stream comes from.
+    pub(crate) input: &'a Input,
+    pub(crate) host: &'w MockHost,
+    pub(crate) threads: Option<NonZeroUsize>,
+    pub(crate) keep: &'w CheckpointOptions,
+    pub(crate) watch: &'w RefCell<&'w mut Watch>,
+    /// Called with its name when it can take over for the first time.
+    pub(crate) first: &'w dyn Fn(&str),
+}
+
 impl<'a> Image<'a> {
     /// Make the domain and keep it at the last checkpoint that is complete, until the
-    /// sender is lost. It is paused then, and was all the time. `first` is called when it
-    /// can take over for the first time.
+    /// sender is lost. It is paused then, and was all the time.
     ///
     /// # Errors
     ///
     /// Also when the sender takes the domain back ([`Withdrawn`]). The domain is destroyed.
-    pub(crate) fn stand_by(
-        self,
-        input: &'a Input,
-        host: &MockHost,
-        threads: Option<NonZeroUsize>,
-        keep: &CheckpointOptions,
-        watch: &mut Watch,
-        first: &dyn Fn(),
-    ) -> Result<(Made, Survival)> {
-        let mut made = self.plan.make(host, Named::Incoming)?;
-        let options = made.options(threads)?;
+    pub(crate) fn stand_by(self, how: &StandBy<'a, '_>) -> Result<(Made, Survival)> {
+        let made = self.plan.make(how.host, Named::Incoming)?;
+        let options = made.options(how.threads)?;
         let domain = made.domain.as_ref();
-        let cancel = watch.interrupt().cancel().clone();
-        let watch = RefCell::new(watch);
-        let mut standby = Standby {
-            direct: DirectToolstack(domain),
-            around: self.around,
-            source: ImageSource::new(&input.file, cancel)?,
-            emulators: Vec::new(),
-            withdrawn: false,
-            whole: &|| {
-                watch.borrow_mut().step("checkpoint");
-                first();
-            },
-            any: false,
-        };
+        let mut standby = Standby::new(how, domain, made.about.clone(), self.around)?;
         let result = restore_checkpointed(
             domain,
             self.reader,
             &mut standby,
             &options,
-            keep,
-            &mut |progress| watch.borrow_mut().progress(progress),
+            how.keep,
+            &mut |progress| how.watch.borrow_mut().progress(progress),
         );
-        let Standby {
-            emulators,
-            withdrawn,
-            ..
-        } = standby;
-        let survivor = match result {
-            Err(_) if withdrawn => return Err(given_up(made, Error::new(Withdrawn))),
-            Err(error) => return Err(given_up(made, error.into())),
-            Ok(survivor) if survivor.checkpoints == 0 => {
-                let why =
-                    "the sender sent a plain migration: run migrate-receive without -r for it";
-                return Err(given_up(made, Error::msg(why)));
-            }
-            Ok(survivor) => survivor,
-        };
-        made.about.stats = survivor.restored.stats;
-        // It may be all there is of the domain: nothing destroys it any more.
-        if let Err(error) = backend::store_emulators(host, made.about.domid, &emulators) {
-            let cause = exit::words(error.chain());
-            tracing::error!("the emulators' state of the last checkpoint is lost: {cause}");
-        }
-        let survival = Survival {
-            checkpoint: survivor.checkpoints,
-            most_kept_octets: survivor.most_kept_octets,
-            most_spilt_octets: survivor.most_spilt_octets,
-            why: match survivor.ending {
-                Ending::Ended(_) => "the sender ended the stream".to_owned(),
-                Ending::SourceLost(error) => error.to_string(),
-                Ending::BackChannelLost(error) => error.to_string(),
-                Ending::ToolstackLost => {
-                    "the stream broke off in the end of a checkpoint".to_owned()
-                }
-            },
-        };
-        Ok((made, survival))
+        let withdrawn = standby.withdrawn;
+        drop(standby);
+        outcome(made, result, withdrawn)
     }
+}
+
+/// The domain that is the last checkpoint; if there is none, there is no domain.
+pub(super) fn outcome<S>(
+    mut made: Made,
+    result: Result<Survivor<S>, RestoreError>,
+    withdrawn: bool,
+) -> Result<(Made, Survival)> {
+    let survivor = match result {
+        Err(_) if withdrawn => return Err(given_up(made, Error::new(Withdrawn))),
+        Err(error) => return Err(given_up(made, error.into())),
+        Ok(survivor) if survivor.checkpoints == 0 => {
+            let why = "the sender sent a plain migration: run migrate-receive without -r for it";
+            return Err(given_up(made, Error::msg(why)));
+        }
+        Ok(survivor) => survivor,
+    };
+    made.about.stats = survivor.restored.stats;
+    let survival = Survival {
+        checkpoint: survivor.checkpoints,
+        most_kept_octets: survivor.most_kept_octets,
+        most_spilt_octets: survivor.most_spilt_octets,
+        why: match survivor.ending {
+            Ending::Ended(_) => "the sender ended the stream".to_owned(),
+            Ending::SourceLost(error) => error.to_string(),
+            Ending::BackChannelLost(error) => error.to_string(),
+            Ending::ToolstackLost => "the stream broke off in the end of a checkpoint".to_owned(),
+        },
+    };
+    Ok((made, survival))
 }
 
 /// There is no domain to be had for `error`: destroy what there is, and say so if it cannot be.
@@ -137,21 +126,64 @@ fn given_up(made: Made, error: Error) -> Error {
 }
 
 /// The toolstack of such a domain.
-struct Standby<'a, 'd> {
+pub(super) struct Standby<'a, 'd, 'w> {
     direct: DirectToolstack<'d>,
     around: Around<ImageSource<'a>>,
     /// The same descriptor that the engine reads from, for what is not its own.
-    source: ImageSource<'a>,
-    /// What the emulators have in the last checkpoint that is whole.
+    pub(super) source: ImageSource<'a>,
+    host: &'w MockHost,
+    domid: DomId,
+    /// What the emulators have in the last checkpoint that is whole: it is kept with the
+    /// domain.
     emulators: Vec<LibxlRecord>,
     /// Whether the sender has taken the domain back.
-    withdrawn: bool,
-    /// Called when the first checkpoint is whole.
-    whole: &'d dyn Fn(),
+    pub(super) withdrawn: bool,
+    watch: &'w RefCell<&'w mut Watch>,
+    /// Called with the domain's name when the first checkpoint is whole.
+    first: &'w dyn Fn(&str),
+    name: String,
     any: bool,
 }
 
-impl RestoreToolstack for Standby<'_, '_> {
+impl<'a, 'd, 'w> Standby<'a, 'd, 'w> {
+    pub(super) fn new(
+        how: &StandBy<'a, 'w>,
+        domain: &'d dyn Domain,
+        About { domid, name, .. }: About,
+        around: Around<ImageSource<'a>>,
+    ) -> Result<Self> {
+        let cancel = how.watch.borrow().interrupt().cancel().clone();
+        Ok(Self {
+            direct: DirectToolstack(domain),
+            around,
+            source: ImageSource::new(&how.input.file, cancel)?,
+            host: how.host,
+            domid,
+            emulators: Vec::new(),
+            withdrawn: false,
+            watch: how.watch,
+            first: how.first,
+            name,
+            any: false,
+        })
+    }
+
+    /// Keep what the emulators have with the domain: a checkpoint counts when that is done,
+    /// and the domain needs nothing more when the sender is lost.
+    fn keep_emulators(&mut self, records: Vec<LibxlRecord>) -> Result<(), ToolstackError> {
+        let emulators: Vec<LibxlRecord> = records.into_iter().filter(of_emulator).collect();
+        if emulators != self.emulators {
+            let stored = backend::store_emulators(self.host, self.domid, &emulators);
+            stored.map_err(|error| {
+                ToolstackError::new("keeping the emulators' state of a checkpoint", error)
+            })?;
+            self.emulators = emulators;
+        }
+        Ok(())
+    }
+}
+
+impl RestoreToolstack for Standby<'_, '_, '_> {
     fn static_data_done(&mut self, missing: MissingStaticData) -> Result<(), ToolstackError> {
         self.direct.static_data_done(missing)
     }
@@ -165,13 +197,14 @@ impl RestoreToolstack for Standby<'_, '_> {
     }
 }
 
-impl CheckpointRestoreToolstack for Standby<'_, '_> {
+impl CheckpointRestoreToolstack for Standby<'_, '_, '_> {
     fn checkpoint(&mut self, offset: u64) -> Result<Arrival, ToolstackError> {
         match self.around.checkpoint(&mut self.source, offset) {
             Ok((records, octets)) => {
-                self.emulators = records.into_iter().filter(of_emulator).collect();
+                self.keep_emulators(records)?;
                 if !std::mem::replace(&mut self.any, true) {
-                    (self.whole)();
+                    self.watch.borrow_mut().step("checkpoint");
+                    (self.first)(&self.name);
                 }
                 Ok(Arrival::Whole { octets })
             }

@@ -1,0 +1,182 @@
+//! What a primary of COLO asks between two checkpoints: as under Remus, and the secondary
+//! has a say.
+//!
+//! C implementation: `tools/libs/light/libxl_colo_save.c`. What it does for networks and
+//! disks (colo-proxy, replication) has nothing to do here: a mock guest has neither.
+
+use std::cell::RefCell;
+use std::io::{self, Read};
+use std::time::{Duration, Instant};
+
+use xsr_format::wrapper::libxl::CheckpointState;
+use xsr_save_restore::back_channel::BackChannel;
+use xsr_save_restore::toolstack::{
+    CheckpointToolstack, ColoToolstack, Epoch, NextEpoch, SaveToolstack, ToolstackError,
+};
+
+use super::stream::Stream;
+use super::toolstack::{Protector, Stop};
+use crate::colo::{self, Hearing};
+
+/// Where the secondary is, as far as its primary knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// It has not had all of a checkpoint.
+    Nothing,
+    /// It runs, and waits for a word.
+    Waits,
+    /// It waits for the records of a checkpoint.
+    Reads,
+    /// It has a checkpoint, and takes no word before it has said that it runs.
+    Applies,
+}
+
+/// The toolstack of such a domain.
+pub(super) struct Primary<'p, 'a> {
+    protector: &'p mut Protector<'a>,
+    stream: &'p Stream<'a>,
+    hearing: &'p Ear<'a>,
+    place: Place,
+    /// The checkpoint that the secondary applies.
+    epoch: Option<Epoch>,
+}
+
+impl std::fmt::Debug for Primary<'_, '_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Primary")
+            .field("place", &self.place)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What the engine and this toolstack hear in turn.
+#[derive(Debug)]
+pub(super) struct Ear<'a>(RefCell<Hearing<'a>>);
+
+impl<'a> Ear<'a> {
+    pub(super) fn new(hearing: Hearing<'a>) -> Self {
+        Self(RefCell::new(hearing))
+    }
+
+    /// What came since the last whole word.
+    pub(super) fn into_rest(self) -> Vec<u8> {
+        self.0.into_inner().into_rest()
+    }
+}
+
+impl Read for &Ear<'_> {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        self.0.borrow_mut().read(room)
+    }
+}
+
+impl BackChannel for &Ear<'_> {
+    fn has_more_within(&mut self, time: Duration) -> io::Result<bool> {
+        self.0.borrow_mut().has_more_within(time)
+    }
+}
+
+impl Place {
+    /// Take the domain back.
+    ///
+    /// # Errors
+    ///
+    /// The other end may go on with its own.
+    pub(super) fn withdraw(self, mut to: &Stream<'_>) -> io::Result<()> {
+        match self {
+            Self::Waits => colo::withdraw(&mut to),
+            Self::Reads => colo::withdraw_within(&mut to),
+            Self::Nothing | Self::Applies => Err(io::Error::other(
+                "the other end is in the midst of a checkpoint",
+            )),
+        }
+    }
+}
+
+impl<'p, 'a> Primary<'p, 'a> {
+    pub(super) fn new(
+        protector: &'p mut Protector<'a>,
+        stream: &'p Stream<'a>,
+        hearing: &'p Ear<'a>,
+    ) -> Self {
+        Self {
+            protector,
+            stream,
+            hearing,
+            place: Place::Nothing,
+            epoch: None,
+        }
+    }
+
+    fn hear(&self, what: &'static str, state: CheckpointState) -> Result<(), ToolstackError> {
+        let heard = self.hearing.0.borrow_mut().expect(state);
+        heard.map_err(|error| ToolstackError::new(what, error))
+    }
+
+    /// Where the secondary is.
+    pub(super) fn place(&self) -> Place {
+        self.place
+    }
+}
+
+impl SaveToolstack for Primary<'_, '_> {
+    fn suspend(&mut self) -> Result<(), ToolstackError> {
+        self.protector.suspend()?;
+        match self.place {
+            Place::Reads => self.hear("suspending the secondary", CheckpointState::Suspended),
+            _ => Ok(()),
+        }
+    }
+
+    fn resume(&mut self) -> Result<(), ToolstackError> {
+        self.protector.resume()
+    }
+
+    fn switch_qemu_logdirty(&mut self, on: bool) -> Result<(), ToolstackError> {
+        self.protector.switch_qemu_logdirty(on)
+    }
+}
+
+impl CheckpointToolstack for Primary<'_, '_> {
+    /// The secondary says that it has the checkpoint, and then that it runs.
+    fn postcopy(&mut self) -> Result<(), ToolstackError> {
+        const WHAT: &str = "letting the guest run at both ends";
+        self.hear(WHAT, CheckpointState::Ready)?;
+        self.protector.postcopy()?;
+        let ran = Instant::now();
+        self.hear(WHAT, CheckpointState::Resumed)?;
+        self.place = Place::Waits;
+        let Some(mut epoch) = self.epoch.take() else {
+            return Err(ToolstackError::new(WHAT, "no checkpoint has been sent"));
+        };
+        epoch.suspended_for = ran.duration_since(epoch.asked);
+        self.protector.tell(epoch)
+    }
+
+    fn checkpoint(&mut self, epoch: &Epoch) -> Result<NextEpoch, ToolstackError> {
+        self.place = Place::Applies;
+        self.epoch = Some(*epoch);
+        self.protector.end_of_checkpoint()?;
+        Ok(NextEpoch::Continue)
+    }
+}
+
+impl ColoToolstack for Primary<'_, '_> {
+    /// What the two guests send out is compared by nobody here: a checkpoint comes when the
+    /// interval is over.
+    fn wait_checkpoint(&mut self) -> Result<NextEpoch, ToolstackError> {
+        const WHAT: &str = "asking for a new checkpoint";
+        let stop = self.protector.wait();
+        self.protector.stop = stop.map_err(|e| ToolstackError::new(WHAT, e))?;
+        if let Some(stop) = self.protector.stop {
+            if stop == Stop::Receiver {
+                self.place = Place::Nothing;
+            }
+            return Ok(NextEpoch::Finish);
+        }
+        self.place = Place::Reads;
+        let mut stream = self.stream;
+        colo::send(&mut stream, CheckpointState::New).map_err(|e| ToolstackError::new(WHAT, e))?;
+        Ok(NextEpoch::Continue)
+    }
+}

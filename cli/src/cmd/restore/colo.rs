@@ -1,0 +1,210 @@
+//! A domain that is the secondary of COLO: it runs here, too, and each checkpoint makes it
+//! what it is at the primary.
+//!
+//! C implementation: `tools/libs/light/libxl_colo_restore.c`. Networks and disks, which it
+//! compares and replicates, a mock guest has not.
+
+use std::fs::File;
+use std::io::{self, Read as _};
+
+use anyhow::{Context as _, Result};
+use xsr_format::error::{DecodeError, ReadError, ReadErrorCause};
+use xsr_format::frame::Gfn;
+use xsr_format::wrapper::libxl::CheckpointState;
+use xsr_save_restore::progress::Cancelled;
+use xsr_save_restore::sink::FdSink;
+use xsr_save_restore::toolstack::{
+    Arrival, CheckpointRestoreToolstack, ColoRestoreToolstack, MissingStaticData, RestoreToolstack,
+    ToolstackError, Turn,
+};
+use xsr_save_restore::{RestoreError, restore_colo};
+use xsr_xen_backend::mock::{BackgroundWorkload, MockHost, WorkloadSpec};
+use xsr_xen_backend::{DomId, Domain, ShutdownReason};
+
+use super::checkpoints::{StandBy, Standby, Survival, outcome};
+use super::{Image, Made, Named};
+use crate::colo::{self, STATE_OCTETS, Said};
+
+impl<'a> Image<'a> {
+    /// Make the domain and have it run from checkpoint to checkpoint, until the primary is
+    /// lost. It is as it was at that moment then: running, suspended, or at its first
+    /// checkpoint and paused ([`Made::run_alone`]). `back`: where the primary is told
+    /// something; `work`: what a mock guest does here.
+    ///
+    /// # Errors
+    ///
+    /// As [`Image::stand_by`].
+    pub(crate) fn run_beside(
+        self,
+        how: &StandBy<'a, '_>,
+        back: &File,
+        work: Option<WorkloadSpec>,
+    ) -> Result<(Made, Survival)> {
+        let made = self.plan.make(how.host, Named::Incoming)?;
+        let options = made.options(how.threads)?;
+        let domain = made.domain.as_ref();
+        let cancel = how.watch.borrow().interrupt().cancel().clone();
+        let mut secondary = Secondary {
+            standby: Standby::new(how, domain, made.about.clone(), self.around)?,
+            domain,
+            back: FdSink::cancellable(back, cancel.clone())?,
+            host: how.host,
+            domid: made.about.domid,
+            work,
+            working: None,
+            ran: false,
+        };
+        let mut list = FdSink::cancellable(back, cancel)?;
+        let result = restore_colo(
+            domain,
+            self.reader,
+            &mut secondary,
+            &mut list,
+            &options,
+            how.keep,
+            &mut |progress| how.watch.borrow_mut().progress(progress),
+        );
+        let Secondary {
+            standby, working, ..
+        } = secondary;
+        let withdrawn = standby.withdrawn
+            || matches!(
+                &result,
+                Err(RestoreError::Stream(ReadError {
+                    cause: ReadErrorCause::Decode(DecodeError::UnknownMandatory {
+                        kind: colo::WITHDRAWAL_RECORD
+                    }),
+                    ..
+                }))
+            );
+        drop((standby, working));
+        outcome(made, result, withdrawn)
+    }
+}
+
+impl Made {
+    /// Let a secondary run on that is the only one now, or stand still.
+    ///
+    /// # Errors
+    ///
+    /// It cannot; it is as it was.
+    pub(crate) fn run_alone(&self, paused: bool) -> Result<()> {
+        let domain = self.domain.as_ref();
+        if let Err(error) = domain.disable_log_dirty() {
+            tracing::warn!(%error, "its dirty pages are still logged");
+        }
+        let info = domain.info()?;
+        match (paused, info.paused) {
+            (true, false) => domain.pause().context("pausing the domain")?,
+            (false, true) => domain.unpause().context("unpausing the domain")?,
+            _ => {}
+        }
+        if info.shutdown == Some(ShutdownReason::Suspend) {
+            domain.resume().context("letting the domain run on")?;
+        }
+        Ok(())
+    }
+}
+
+/// The toolstack of such a domain.
+struct Secondary<'a, 'd, 'w, 'b> {
+    standby: Standby<'a, 'd, 'w>,
+    domain: &'d dyn Domain,
+    back: FdSink<&'b File>,
+    host: &'w MockHost,
+    domid: DomId,
+    work: Option<WorkloadSpec>,
+    working: Option<BackgroundWorkload>,
+    /// Whether it has run.
+    ran: bool,
+}
+
+impl Secondary<'_, '_, '_, '_> {
+    /// Tell the primary how far this end is.
+    fn tell(&mut self, what: &'static str, state: CheckpointState) -> Result<Turn, ToolstackError> {
+        match colo::send(&mut self.back, state) {
+            Ok(()) => Ok(Turn::Done),
+            Err(error) if Cancelled::is(&error) => Err(ToolstackError::new(what, error)),
+            Err(error) => {
+                tracing::info!(%error, "the primary takes nothing any more");
+                Ok(Turn::Lost)
+            }
+        }
+    }
+}
+
+impl RestoreToolstack for Secondary<'_, '_, '_, '_> {
+    fn static_data_done(&mut self, missing: MissingStaticData) -> Result<(), ToolstackError> {
+        self.standby.static_data_done(missing)
+    }
+
+    fn restore_results(
+        &mut self,
+        store_gfn: Option<Gfn>,
+        console_gfn: Option<Gfn>,
+    ) -> Result<(), ToolstackError> {
+        self.standby.restore_results(store_gfn, console_gfn)
+    }
+}
+
+impl CheckpointRestoreToolstack for Secondary<'_, '_, '_, '_> {
+    fn checkpoint(&mut self, offset: u64) -> Result<Arrival, ToolstackError> {
+        self.standby.checkpoint(offset)
+    }
+}
+
+impl ColoRestoreToolstack for Secondary<'_, '_, '_, '_> {
+    fn postcopy(&mut self) -> Result<Turn, ToolstackError> {
+        const WHAT: &str = "letting the secondary run";
+        let failed = |error| ToolstackError::new(WHAT, error);
+        if self.tell(WHAT, CheckpointState::Ready)? == Turn::Lost {
+            return Ok(Turn::Lost);
+        }
+        if std::mem::replace(&mut self.ran, true) {
+            self.domain.resume().map_err(failed)?;
+        } else {
+            self.domain.enable_log_dirty().map_err(failed)?;
+            self.domain.unpause().map_err(failed)?;
+            if let Some(spec) = self.work.take() {
+                let work = self.host.workload(self.domid, &spec);
+                let work = work.map_err(|error| ToolstackError::new(WHAT, error))?;
+                self.working = Some(work.run_in_background());
+            }
+        }
+        self.tell(WHAT, CheckpointState::Resumed)
+    }
+
+    fn wait_checkpoint(&mut self) -> Result<Arrival, ToolstackError> {
+        const WHAT: &str = "waiting for a checkpoint";
+        let mut octets = [0; STATE_OCTETS];
+        match self.standby.source.read_exact(&mut octets) {
+            Ok(()) => {}
+            Err(error) if Cancelled::is(&error) => return Err(ToolstackError::new(WHAT, error)),
+            Err(error) => {
+                tracing::info!(%error, "the primary says nothing any more");
+                return Ok(Arrival::Lost);
+            }
+        }
+        match colo::said(octets) {
+            Said::State(CheckpointState::New) => Ok(Arrival::Whole {
+                octets: STATE_OCTETS as u64,
+            }),
+            Said::Withdrawn => {
+                self.standby.withdrawn = true;
+                let why = io::Error::other("the primary has taken the domain back");
+                Err(ToolstackError::new(WHAT, why))
+            }
+            Said::State(_) | Said::Nonsense => Err(ToolstackError::new(
+                WHAT,
+                format!("the primary said {:?}", octets.escape_ascii().to_string()),
+            )),
+        }
+    }
+
+    fn suspend(&mut self) -> Result<Turn, ToolstackError> {
+        const WHAT: &str = "suspending the secondary";
+        let suspended = self.domain.suspend();
+        suspended.map_err(|error| ToolstackError::new(WHAT, error))?;
+        self.tell(WHAT, CheckpointState::Suspended)
+    }
+}
