@@ -90,6 +90,10 @@ pub struct HostConfig {
     /// machine.
     #[serde(default)]
     pub stepped: Option<Stepped>,
+    /// A pfn whose frame cannot be mapped (EINVAL) though every domain that has it is told
+    /// that it is there: for a look at what a caller does then.
+    #[serde(default)]
+    pub unmappable: Option<u64>,
 }
 
 /// Work that is done in steps.
@@ -123,6 +127,7 @@ impl Default for HostConfig {
             },
             shadow_paging: shadow_paging(),
             stepped: None,
+            unmappable: None,
         }
     }
 }

@@ -117,10 +117,26 @@ impl Helpers {
         domid: DomId,
         stream: impl Into<Stdio>,
     ) -> io::Result<Run> {
+        self.save_watched(whose, host, domid, stream, |_| {})
+    }
+
+    /// As [`Helpers::save`]; `started` is told the helper's number among processes.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub(crate) fn save_watched(
+        &self,
+        whose: Whose,
+        host: &Path,
+        domid: DomId,
+        stream: impl Into<Stdio>,
+        started: impl FnOnce(u32),
+    ) -> io::Result<Run> {
         let arguments = format!("--save-domain 7 -1 {} 0 {SAVE_CALLBACKS} 0", domid.0);
-        play(self.start(whose, host, stream, &arguments, "")?, || {
-            Ok(true)
-        })
+        let child = self.start(whose, host, stream, &arguments, "")?;
+        started(child.id());
+        play(child, || Ok(true))
     }
 
     /// Save a domain that runs on, and suspend it when asked; or answer that it could
@@ -170,13 +186,29 @@ impl Helpers {
         empty: &Empty,
         stream: impl Into<Stdio>,
     ) -> io::Result<Run> {
+        self.restore_watched(whose, host, empty, stream, |_| {})
+    }
+
+    /// As [`Helpers::restore`]; `started` is told the helper's number among processes.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub(crate) fn restore_watched(
+        &self,
+        whose: Whose,
+        host: &Path,
+        empty: &Empty,
+        stream: impl Into<Stdio>,
+        started: impl FnOnce(u32),
+    ) -> io::Result<Run> {
         let arguments = format!(
             "--restore-domain 7 -1 {} {} 0 {} 0 {RESTORE_CALLBACKS} 0",
             empty.domid.0, empty.store, empty.console
         );
-        play(self.start(whose, host, stream, &arguments, "")?, || {
-            Ok(true)
-        })
+        let child = self.start(whose, host, stream, &arguments, "")?;
+        started(child.id());
+        play(child, || Ok(true))
     }
 }
 
@@ -295,16 +327,25 @@ pub(crate) fn with_working_guest(
     mib: u64,
     stepped: Option<Stepped>,
 ) -> Result<DomId, MockError> {
-    let spec = GuestSpec {
-        width,
-        vcpus: 2,
-        ..GuestSpec::new("peer", kind, mib)
-    };
     let config = HostConfig {
         stepped,
         ..config(mib)
     };
-    MockHost::create(dir, &config)?.create_guest(&spec)
+    guest_on(&MockHost::create(dir, &config)?, kind, width, mib)
+}
+
+/// As [`with_guest`], on a machine that is there.
+pub(crate) fn guest_on(
+    host: &MockHost,
+    kind: GuestKind,
+    width: u8,
+    mib: u64,
+) -> Result<DomId, MockError> {
+    host.create_guest(&GuestSpec {
+        width,
+        vcpus: 2,
+        ..GuestSpec::new("peer", kind, mib)
+    })
 }
 
 /// A domain that has nothing yet, and its ports for xenstore and console.
@@ -345,7 +386,8 @@ pub(crate) fn empty_on(
     })
 }
 
-fn config(mib: u64) -> HostConfig {
+/// A machine with room for two guests of so many MiB.
+pub(crate) fn config(mib: u64) -> HostConfig {
     HostConfig {
         memory_pages: (mib << 8) * 2 + 16384,
         ..HostConfig::default()

@@ -11,6 +11,8 @@
 mod colo;
 #[path = "../driver/mod.rs"]
 mod driver;
+#[path = "equality/failures.rs"]
+mod failures;
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -321,84 +323,4 @@ fn pvh_live() {
 #[test]
 fn hvm_live() {
     equal_live(GuestKind::Hvm, 8);
-}
-
-/// A guest that does not suspend: the same octets so far, the same messages, and it runs
-/// on without a log.
-#[test]
-fn a_guest_that_does_not_suspend_fails_both_alike() {
-    let Some(helpers) = helpers() else { return };
-    for (kind, width) in [(GuestKind::Pv, 8), (GuestKind::Hvm, 8)] {
-        let scratch = tempfile::tempdir().unwrap();
-        let [stock, ours] = [Whose::Stock, Whose::OursByCalls].map(|whose| {
-            let dir = scratch.path().join(format!("{whose:?}"));
-            let domid = working(&dir, kind, width);
-            let path = scratch.path().join("image");
-            let stream = File::create(&path).unwrap();
-            let run = helpers
-                .save_live(whose, &dir, domid, stream, false)
-                .unwrap();
-            let host = MockHost::open(&dir).unwrap();
-            let info = host.domain(domid).unwrap().info().unwrap();
-            let result = run.result().map(|(result, _)| result);
-            assert_eq!(
-                (result, run.code),
-                (Some(-1), Some(0)),
-                "{whose:?}: {run:#?}"
-            );
-            let logged = host.is_log_dirty(domid).unwrap();
-            assert_eq!((info.shutdown, logged), (None, false), "{whose:?}");
-            (run.numbers(), fs::read(&path).unwrap())
-        });
-        assert_eq!(stock.0, ours.0, "{kind:?}: what libxl is asked");
-        assert_same(&stock.1, &ours.1);
-    }
-}
-
-/// A disk that is full: the same errno, the same messages, and the guest as it was.
-#[test]
-fn a_sink_without_room_fails_both_alike() {
-    let Some(helpers) = helpers() else { return };
-    for (kind, width) in [(GuestKind::Pv, 8), (GuestKind::Pv, 4), (GuestKind::Pvh, 8)] {
-        let scratch = tempfile::tempdir().unwrap();
-        let [stock, ours] = [Whose::Stock, Whose::Ours].map(|whose| {
-            let dir = scratch.path().join(format!("{whose:?}"));
-            let domid = driver::with_guest(&dir, kind, width, MIB).unwrap();
-            if whose == Whose::Stock {
-                let host = MockHost::open(&dir).unwrap();
-                host.domain(domid).unwrap().suspend().unwrap();
-            }
-            let full = File::options().write(true).open("/dev/full").unwrap();
-            let run = helpers.save(whose, &dir, domid, full).unwrap();
-            let host = MockHost::open(&dir).unwrap();
-            let logged = host.is_log_dirty(domid).unwrap();
-            (run.result(), run.code, logged)
-        });
-        assert_eq!(stock, ours, "{kind:?}");
-        assert_eq!(stock, (Some((-1, 28)), Some(0), false), "{kind:?}");
-    }
-}
-
-/// A stream that ends too early: both fail, and say so in the same messages.
-#[test]
-fn a_stream_that_is_cut_fails_both() {
-    let Some(helpers) = helpers() else { return };
-    let scratch = tempfile::tempdir().unwrap();
-    let source = scratch.path().join("source");
-    let domid = driver::with_guest(&source, GuestKind::Pvh, 8, MIB).unwrap();
-    let image = save(&helpers, Whose::Ours, &source, domid);
-    for cut in [30, 100, image.len() / 2, image.len() - 8] {
-        let [stock, ours] = [Whose::Stock, Whose::Ours].map(|whose| {
-            let dir = scratch.path().join(format!("{whose:?}-{cut}"));
-            let empty = driver::empty(&dir, GuestKind::Pvh, 8, MIB).unwrap();
-            let path = scratch.path().join("cut");
-            fs::write(&path, &image[..cut]).unwrap();
-            let stream = File::options().read(true).write(true).open(&path).unwrap();
-            let run = helpers.restore(whose, &dir, &empty, stream).unwrap();
-            let result = run.result().map(|(result, _)| result);
-            (result, run.code, run.numbers())
-        });
-        assert_eq!(stock, ours, "cut at {cut}");
-        assert_eq!((stock.0, stock.1), (Some(-1), Some(0)), "cut at {cut}");
-    }
 }

@@ -116,9 +116,21 @@ impl MockDomain {
         Some((mfn, self.machine.frames.owned(mfn, self.dom.domid)?))
     }
 
+    /// The pfn of a frame, of which it is also known how it is called.
+    fn pfn_of(&self, gfn: Gfn, mfn: Mfn) -> Option<u64> {
+        match self.dom.kind.is_translated() {
+            true => Some(gfn.0),
+            false => self.machine.m2p(mfn),
+        }
+    }
+
     /// The machine frame behind `gfn`, to be mapped with `access`.
     pub(super) fn map_one(&self, gfn: Gfn, access: Access) -> Result<Mfn, Errno> {
         let (mfn, frame) = self.resolve(gfn).ok_or(Errno::EINVAL)?;
+        let unmappable = self.machine.config.unmappable;
+        if unmappable.is_some() && unmappable == self.pfn_of(gfn, mfn) {
+            return Err(Errno::EINVAL);
+        }
         if access == Access::Write
             && !self.dom.kind.is_translated()
             && frame.used_as != FrameUse::Writable
