@@ -30,8 +30,28 @@ pub(crate) const CHECKPOINT: u32 = 0xe;
 pub(crate) struct Primary<'a> {
     domain: &'a dyn Domain,
     kind: GuestKind,
-    work: Workload,
+    pub(crate) work: Workload,
     epoch: u8,
+}
+
+/// One of a guest that runs.
+pub(crate) fn primary<'a>(
+    from: &MockHost,
+    domid: DomId,
+    domain: &'a dyn Domain,
+    kind: GuestKind,
+) -> Primary<'a> {
+    let work = WorkloadSpec {
+        table_permille: 100,
+        balloon_permille: 50,
+        ..WorkloadSpec::writes(7, 1, 300)
+    };
+    Primary {
+        domain,
+        kind,
+        work: from.workload(domid, &work).unwrap(),
+        epoch: 0,
+    }
 }
 
 pub(crate) fn refused(error: impl std::error::Error + Send + Sync + 'static) -> ToolstackError {
@@ -104,17 +124,7 @@ pub(crate) fn protect(spec: &GuestSpec) -> Vec<u8> {
     let from = host(300);
     let domid = from.create_guest(spec).unwrap();
     let domain = from.domain(domid).unwrap();
-    let work = WorkloadSpec {
-        table_permille: 100,
-        balloon_permille: 50,
-        ..WorkloadSpec::writes(7, 1, 300)
-    };
-    let mut primary = Primary {
-        domain: domain.as_ref(),
-        kind: spec.kind,
-        work: from.workload(domid, &work).unwrap(),
-        epoch: 0,
-    };
+    let mut primary = primary(&from, domid, domain.as_ref(), spec.kind);
     let mut sink = CopySink(Vec::new());
     save_checkpointed(
         domain.as_ref(),
