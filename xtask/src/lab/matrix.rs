@@ -28,6 +28,11 @@ fails, too, when it leaves a dirty log that is on, a domain (also a dead one tha
 holds), a mapping, an event channel of dom0, a process or a xenstore node behind, or when a
 process of dom0 dies of a signal that nobody sent.
 
+Remus: `xl remus -F -n -d -i 300 -s \"\" GUEST \"xl migrate-receive -r\"` on one host, without
+buffers for network and disk. After six checkpoints the sender's xl and helper are stopped where
+they are, its guest is destroyed, and they are killed: the receiver takes over, and the guest has
+to go on with the round behind one of the last three checkpoints, once, with its memory intact.
+
 Debian builds its hypervisor without shadow paging, which the dirty log of a PV guest needs,
 and without 32-bit PV guests. Scenarios with either (32-bit PV, live migration and Remus of PV)
 run on a hypervisor built with both, marked *s*: from the source that is named under
