@@ -71,8 +71,8 @@ struct MatrixArgs {
     /// Debian suites
     #[arg(long = "suite", value_name = "SUITE", default_values = ["bookworm", "trixie"])]
     suites: Vec<String>,
-    /// Give up on a suite after so many seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 3600)]
+    /// Give up on a boot after so many seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 7200)]
     limit: u64,
 }
 

@@ -346,6 +346,23 @@ void second_main(void)
     }
 }
 
+#ifdef __x86_64__
+/* As firmware does, by its local APIC: it starts at f000:0000, in bios.S. */
+static void wake_second(void)
+{
+    volatile u32 *apic = (void *)0xfee00000ul;
+    apic[0x310 / 4] = 2 << 24;                  /* to its APIC ID */
+    apic[0x300 / 4] = 0x4500;                   /* INIT */
+    poll(0, 0, 50000000);
+    apic[0x310 / 4] = 2 << 24;
+    apic[0x300 / 4] = 0x46f0;                   /* start at page 0xf0 */
+    for (int tries = 0; tries < 200 && !second_rounds; tries++)
+        poll(0, 0, 50000000);
+    if (second_rounds)
+        vcpus = 2;
+}
+#endif
+
 static void start_second(void)
 {
 #ifdef __x86_64__
@@ -382,6 +399,10 @@ static void start_second(void)
         regs[12] = cr4;
         regs[13] = low;                         /* efer */
         result = hypercall(VCPU_OP, 0, 1, (word)hvm, 0);
+        if (result == -17) {                    /* EEXIST: hvmloader had it up, and halted it */
+            wake_second();
+            return;
+        }
     }
 #else
     /* struct vcpu_guest_context of a 32-bit guest. */

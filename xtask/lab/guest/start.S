@@ -38,7 +38,7 @@
 
 #ifdef __x86_64__
         NOTE 18, .long pvh_start                /* PHYS32_ENTRY */
-        .globl pvh_start                        /* for bios.S */
+        .globl pvh_start, second_flat           /* for bios.S */
 
 pv_start:                                       /* rsi: start_info */
         cld
@@ -46,6 +46,22 @@ pv_start:                                       /* rsi: start_info */
         movq    %rsi, %rdi
         call    guest_main
         ud2
+
+        .macro LONG_MODE there
+        movl    $table_top, %eax
+        movl    %eax, %cr3
+        movl    $0x20, %eax                     /* PAE */
+        movl    %eax, %cr4
+        movl    $0xc0000080, %ecx               /* EFER: long mode */
+        rdmsr
+        orl     $0x100, %eax
+        wrmsr
+        movl    %cr0, %eax
+        orl     $0x80000001, %eax               /* paging, protection */
+        movl    %eax, %cr0
+        lgdt    gdt_pointer
+        ljmp    $8, $\there
+        .endm
 
         .code32
 pvh_start:                                      /* flat segments, no paging */
@@ -65,19 +81,7 @@ pvh_start:                                      /* flat segments, no paging */
         addl    $0x1000, %eax
         loop    2b
         movl    $table_1g + 3, table_top
-        movl    $table_top, %eax
-        movl    %eax, %cr3
-        movl    $0x20, %eax                     /* PAE */
-        movl    %eax, %cr4
-        movl    $0xc0000080, %ecx               /* EFER: long mode */
-        rdmsr
-        orl     $0x100, %eax
-        wrmsr
-        movl    %cr0, %eax
-        orl     $0x80000001, %eax               /* paging, protection */
-        movl    %eax, %cr0
-        lgdt    gdt_pointer
-        ljmp    $8, $3f
+        LONG_MODE 3f
         .code64
 3:      movl    $16, %eax
         movl    %eax, %ds
@@ -88,6 +92,15 @@ pvh_start:                                      /* flat segments, no paging */
         call    guest_main
         ud2
 
+        .code32
+second_flat:                                    /* the second vcpu, when firmware starts it */
+        LONG_MODE 4f
+        .code64
+4:      movl    $16, %eax
+        movl    %eax, %ds
+        movl    %eax, %es
+        movl    %eax, %ss
+        movq    $second_stack, %rsp
 second_start:                                   /* the second vcpu; its rsp is set */
         cld
         call    second_main

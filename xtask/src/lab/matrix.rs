@@ -28,8 +28,13 @@ fails, too, when it leaves a dirty log that is on, a domain (also a dead one tha
 holds), a mapping, an event channel of dom0, a process or a xenstore node behind, or when a
 process of dom0 dies of a signal that nobody sent.
 
+Remus: `xl remus -F -n -d -i 300 -s \"\" GUEST \"xl migrate-receive -r\"` on one host, without
+buffers for network and disk. After six checkpoints the sender's xl and helper are stopped where
+they are, its guest is destroyed, and they are killed: the receiver takes over, and the guest has
+to go on with the round behind one of the last three checkpoints, once, with its memory intact.
+
 Debian builds its hypervisor without shadow paging, which the dirty log of a PV guest needs,
-and without 32-bit PV guests. Scenarios with either (32-bit PV, live migration of PV)
+and without 32-bit PV guests. Scenarios with either (32-bit PV, live migration and Remus of PV)
 run on a hypervisor built with both, marked *s*: from the source that is named under
 \"Versions\", the newest source package of the suite that the archive holds or what it was given
 (`lab build --shadow --source`). The toolstack is Debian's.
@@ -40,7 +45,7 @@ run on a hypervisor built with both, marked *s*: from the source that is named u
 | pv32, pv32x2 | 32-bit PV, 1 and 2 vcpus |
 | pvh, pvh2 | PVH, 1 and 2 vcpus |
 | hvm, hvm2 | HVM without PV drivers, in SeaBIOS, 1 and 2 vcpus, with qemu as its device model |
-| hvmpv | HVM that counts and suspends by itself (its firmware is the guest), 1 vcpu, likewise |
+| hvmpv, hvmpv2 | HVM that counts and suspends by itself (its firmware is the guest), 1 and 2 vcpus, likewise |
 ";
 
 /// What nobody has to look for in the tables.
@@ -54,7 +59,8 @@ const MISSING: &str = "
 - A Xen newer than 4.20: on 2026-11-25 no suite of Debian had one (sid had 4.20.4). For that of
   4.20 marked *s*, the archive listed the source package and did not hold it; it was built of
   upstream's release.
-- Remus and COLO.
+- Remus with buffers for network and disk (`xl remus` was given `-F -n -d`): the lab's guests have
+  neither. COLO.
 ";
 
 /// Run all scenarios on each suite's Xen, then [`report`].
