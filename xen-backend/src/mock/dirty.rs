@@ -211,3 +211,60 @@ impl MockHost {
         Ok(domain.look("log_dirty", |_| Ok(domain.dom.dirty.lock().is_some()))?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+    use crate::DomainControl as _;
+    use crate::mock::{GuestSpec, HostConfig, Stepped, WorkloadSpec};
+
+    /// Pages that are dirty when the log is read after `time`, when the guest has suspended
+    /// after as long again, and when it has been asleep for as long.
+    fn dirty_after(operations: Option<u64>, time: Duration) -> [u64; 3] {
+        let config = HostConfig {
+            stepped: Some(Stepped {
+                work: WorkloadSpec::writes(1, 1_000_000, 100_000),
+                operations,
+            }),
+            ..HostConfig::default()
+        };
+        let host = MockHost::ephemeral(&config).unwrap();
+        let spec = GuestSpec::new("steps", GuestKind::Pvh, 64);
+        let domain = host.mock_domain(host.create_guest(&spec).unwrap()).unwrap();
+        domain.enable_log_dirty().unwrap();
+        let mut bitmap = DirtyBitmap::new(64 << 8);
+        let wait = || {
+            let begun = Instant::now();
+            while begun.elapsed() < time {
+                std::hint::spin_loop();
+            }
+        };
+        let mut read = |how| {
+            domain.read_dirty(how, &mut bitmap).unwrap();
+            bitmap.count()
+        };
+        wait();
+        let first = read(DirtyRead::Clean);
+        wait();
+        domain.suspend().unwrap();
+        let suspended = read(DirtyRead::Peek);
+        wait();
+        [first, suspended, read(DirtyRead::CleanFinal)]
+    }
+
+    #[test]
+    fn timed_steps_are_what_a_rate_makes_of_the_time_and_counted_ones_are_not() {
+        let [first, suspended, asleep] = dirty_after(None, Duration::from_millis(5));
+        // At least 5000 writes to 16384 pages, some of them twice.
+        assert!(first >= 4000, "{first}");
+        assert!(suspended >= 4000, "{suspended}");
+        assert_eq!(suspended, asleep);
+        assert_eq!(dirty_after(Some(0), Duration::from_millis(5)), [0; 3]);
+        let [first, suspended, asleep] = dirty_after(Some(64), Duration::ZERO);
+        assert!((50..=64).contains(&first), "{first}");
+        assert!((50..=64).contains(&suspended), "{suspended}");
+        assert_eq!(suspended, asleep);
+    }
+}

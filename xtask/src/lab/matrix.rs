@@ -22,8 +22,10 @@ in `docs/interop.json`: a real Xen
 with Debian's kernel and toolstack, under qemu's software emulation. A scenario is a kind
 and a guest; a guest counts, checks a memory pattern and rewritten pages every round, and
 has to go on doing so. The HVM guests that sit in their BIOS have to be there, and their memory
-to be what it was: a restore leaves them paused, the stock helper saves them again, and the two
-images are compared. A scenario
+to be what it was: where `xl` itself restores or migrates them, they are left paused, the stock
+helper saves them again, and the two images are compared. That, the search for processes that
+died, and a SIGTERM that is sure to come in the midst of a restore (`broken`) are in runs whose
+commit is named; older ones did without. A scenario
 fails, too, when it leaves a dirty log that is on, a domain (also a dead one that a mapping
 holds), a mapping, an event channel of dom0, a process or a xenstore node behind, or when a
 process of dom0 dies of a signal that nobody sent.

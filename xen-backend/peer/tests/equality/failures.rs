@@ -164,7 +164,8 @@ fn memory_that_is_not_to_be_had_fails_both_alike() {
             assert_failed(&run, &format!("{kind:?}, {whose:?}"));
             let info = MockHost::open(&dir).unwrap();
             let info = info.domain(empty.domid).unwrap().info().unwrap();
-            assert!(info.tot_pages <= info.max_pages);
+            // It came to what it may have, but for less than a superpage.
+            assert!(info.tot_pages + 512 > info.max_pages, "{info:?}");
             (outcome(&run), info.shutdown)
         });
         assert_eq!(stock, ours, "{kind:?}");
