@@ -24,6 +24,8 @@ use xsr_format::wrapper::libxl::{CheckpointState, LibxlRecordKind};
 use xsr_save_restore::back_channel::{BackChannel, FdBackChannel};
 use xsr_save_restore::progress::Cancel;
 
+use crate::handshake;
+
 /// Octets of a CHECKPOINT_STATE.
 pub(crate) const STATE_OCTETS: usize = 16;
 
@@ -76,13 +78,7 @@ pub(crate) fn withdraw_within(to: &mut impl Write) -> io::Result<()> {
         CHECKPOINT,
         LibxlRecordKind::CHECKPOINT_END.0,
     ];
-    // Three records without a body.
-    let octets: Vec<u8> = kinds
-        .into_iter()
-        .flat_map(|kind| u64::from(kind).to_le_bytes())
-        .collect();
-    to.write_all(&octets)?;
-    to.flush()
+    handshake::without_bodies(to, kinds)
 }
 
 /// What a CHECKPOINT_STATE says.

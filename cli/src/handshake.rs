@@ -137,13 +137,17 @@ pub(crate) const WITHDRAWAL: [u32; 2] = [0x7fff_ffff, 0xe];
 pub(crate) fn withdraw(to: &mut impl Write) -> io::Result<()> {
     const CHECKPOINT: u32 = 0xe;
     const CHECKPOINT_END: u32 = 4;
-    let kinds = [CHECKPOINT, WITHDRAWAL[0], CHECKPOINT_END];
-    // Three records without a body.
-    let octets: Vec<u8> = kinds
-        .into_iter()
-        .flat_map(|kind| u64::from(kind).to_le_bytes())
-        .collect();
-    to.write_all(&octets)?;
+    without_bodies(to, [CHECKPOINT, WITHDRAWAL[0], CHECKPOINT_END])
+}
+
+/// Write records without a body, of these kinds.
+///
+/// # Errors
+///
+/// What the sink says.
+pub(crate) fn without_bodies(to: &mut impl Write, kinds: [u32; 3]) -> io::Result<()> {
+    let heads = kinds.map(|kind| u64::from(kind).to_le_bytes());
+    to.write_all(heads.as_flattened())?;
     to.flush()
 }
 

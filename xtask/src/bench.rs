@@ -18,6 +18,7 @@ use clap::Args;
 
 use crate::bench::measure::{Usage, measure};
 use crate::command::Invocation;
+use crate::spread::Spread;
 use crate::workspace;
 
 /// Measure throughput and memory, beside plain copies of the same octets
@@ -98,22 +99,16 @@ impl Row {
         }
     }
 
+    fn spread(&self, figure: impl Fn(&Usage) -> f64) -> Spread {
+        Spread::of(self.used.iter().map(figure))
+    }
+
     fn median(&self, figure: impl Fn(&Usage) -> f64) -> f64 {
-        let mut figures: Vec<f64> = self.used.iter().map(figure).collect();
-        figures.sort_by(f64::total_cmp);
-        figures.get(figures.len() / 2).copied().unwrap_or(f64::NAN)
+        self.spread(figure).median
     }
 
     fn seconds(&self) -> f64 {
         self.median(|usage| usage.seconds)
-    }
-
-    fn range(&self) -> (f64, f64) {
-        let fold = |pick: fn(f64, f64) -> f64, start| {
-            let seconds = self.used.iter().map(|usage| usage.seconds);
-            seconds.fold(start, pick)
-        };
-        (fold(f64::min, f64::INFINITY), fold(f64::max, 0.0))
     }
 }
 
@@ -283,7 +278,11 @@ fn table(out: &mut String, kind: &str, octets: u64, rows: &[Row]) -> Result<()> 
     )?;
     writeln!(out, "|---|---|---|---|---|---|---|")?;
     for row in rows {
-        let (low, high) = row.range();
+        let Spread {
+            least: low,
+            most: high,
+            ..
+        } = row.spread(|usage| usage.seconds);
         let limit = row.limit.and_then(|limit| rows.get(limit));
         let share = limit.map_or_else(String::new, |limit| {
             format!("{:.0} %", 100.0 * limit.seconds() / row.seconds())

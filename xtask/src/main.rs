@@ -17,6 +17,7 @@ mod fuzz;
 mod lab;
 mod lint;
 mod peer;
+mod spread;
 mod stages;
 mod test;
 mod tidy;

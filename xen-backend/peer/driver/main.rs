@@ -8,11 +8,12 @@
 //! `xsr-peer-run restore WHOSE DIR KIND MIB WAY IMAGE` has an image restored on a machine
 //! made for it. `xsr-peer-run make DIR KIND MIB RATE PAGES` makes a guest that, while it is
 //! migrated, writes to RATE pages a second, of PAGES, and `xsr-peer-run migrate WHOSE DIR KIND
-//! MIB WAY` has it migrated to a machine made for it, live. KIND is `pv`, `pv32`, `pvh` or `hvm`, WAY `null`, `pipe`, `file` or `tcp`,
-//! WHOSE `stock`, `ours`, `direct` (ours, without hypercalls), or `cat`: then the same
-//! octets are moved by `cat`, to FILE or, for a restore, into a file that
-//! is there. What is behind
-//! `--` is put before the command of the helper.
+//! MIB WAY` has it migrated to a machine made for it, live.
+//!
+//! KIND is `pv`, `pv32`, `pvh` or `hvm`, WAY `null`, `pipe`, `file` or `tcp`, WHOSE `stock`,
+//! `ours`, `direct` (ours, without hypercalls), or `cat`: then the same octets are moved by
+//! `cat`, to FILE or, for a restore, into a file that is there. What is behind `--` is put
+//! before the command of the helper.
 
 #![allow(
     clippy::print_stdout,

@@ -32,9 +32,6 @@ pub(crate) const LARGEST_INFO: usize = 128;
 
 /// Octets of a 64-bit `vcpu_guest_context`; a 32-bit one is smaller.
 pub(crate) const VCPU_CONTEXT: usize = size_of::<sys::vcpu_guest_context>();
-/// Octets of `mmuext_op`: command, first argument (here the frame), second argument.
-pub(crate) const MMUEXT_OP: usize = size_of::<sys::mmuext_op>();
-
 /// What stands here by itself is what the bindings have, those of every interface.
 const _: () = {
     assert!(DOMCTL_HEADER + BODY == size_of::<sys::xen_domctl>());
@@ -47,6 +44,9 @@ const _: () = {
     assert!(size_of::<v17::xen_domctl_getdomaininfo>() <= LARGEST_INFO);
     assert!(size_of::<v18::xen_domctl_getdomaininfo>() <= LARGEST_INFO);
 };
+
+/// Octets of `mmuext_op`: command, first argument (here the frame), second argument.
+pub(crate) const MMUEXT_OP: usize = size_of::<sys::mmuext_op>();
 /// Those commands of it that take no more than a frame.
 const PINS: [u32; 4] = [
     sys::MMUEXT_PIN_L1_TABLE,

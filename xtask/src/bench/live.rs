@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
 use crate::command::Invocation;
+use crate::spread::Spread;
 
 /// One measurement, as the benchmark prints it.
 #[derive(Clone, Debug, Deserialize)]
@@ -90,25 +91,6 @@ fn parse(text: &str) -> Result<(Vec<Migration>, Vec<Transfer>)> {
     Ok((migrations, transfers))
 }
 
-/// Median, least and most of some figures.
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct Spread {
-    median: f64,
-    least: f64,
-    most: f64,
-}
-
-fn spread(figures: impl Iterator<Item = f64>) -> Spread {
-    let mut figures: Vec<f64> = figures.collect();
-    figures.sort_by(f64::total_cmp);
-    let at = |index: usize| figures.get(index).copied().unwrap_or(f64::NAN);
-    Spread {
-        median: at(figures.len() / 2),
-        least: at(0),
-        most: at(figures.len().saturating_sub(1)),
-    }
-}
-
 fn transfer_table(transfers: &[Transfer]) -> Result<String> {
     let mut groups: BTreeMap<(&str, &str, u32), Vec<&Transfer>> = BTreeMap::new();
     for transfer in transfers {
@@ -122,8 +104,8 @@ fn transfer_table(transfers: &[Transfer]) -> Result<String> {
     )?;
     writeln!(table, "|---|---|---|---|---|---|")?;
     for ((guest, what, threads), group) in groups {
-        let time = spread(group.iter().map(|transfer| transfer.ms));
-        let rate = spread(
+        let time = Spread::of(group.iter().map(|transfer| transfer.ms));
+        let rate = Spread::of(
             group
                 .iter()
                 .map(|transfer| transfer.octets / transfer.ms * 1000.0 / f64::from(1 << 30)),
@@ -159,7 +141,7 @@ fn migration_tables(migrations: &[Migration], target_ms: u64) -> Result<String> 
     )?;
     writeln!(table, "|---|---|---|---|---|---|---|---|---|")?;
     for ((guest, policy, _), group) in groups(migrations) {
-        let of = |figure: fn(&Migration) -> f64| spread(group.iter().map(|m| figure(m)));
+        let of = |figure: fn(&Migration) -> f64| Spread::of(group.iter().map(|m| figure(m)));
         let rate = of(|m| m.dirty_pages_per_second);
         let share = of(|m| 100.0 * m.dirty_pages_per_second / m.pages_per_second);
         let (down, total) = (of(|m| m.downtime_ms), of(|m| m.total_ms));
@@ -210,10 +192,10 @@ fn points(migrations: &[Migration]) -> Vec<plot::Series> {
     let mut series: Vec<plot::Series> = Vec::new();
     for ((guest, policy, _), group) in groups(migrations) {
         let name = format!("{guest}, {policy}");
-        let rate = spread(group.iter().map(|m| m.dirty_pages_per_second)).median;
+        let rate = Spread::of(group.iter().map(|m| m.dirty_pages_per_second)).median;
         let point = plot::Point {
             rate,
-            downtime: spread(group.iter().map(|m| m.downtime_ms)),
+            downtime: Spread::of(group.iter().map(|m| m.downtime_ms)),
         };
         match series.last_mut().filter(|last| last.name == name) {
             Some(last) => last.points.push(point),

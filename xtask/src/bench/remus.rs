@@ -16,6 +16,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde::Deserialize;
 
 use crate::command::Invocation;
+use crate::spread::Spread;
 
 /// Pages that the guest writes, a second.
 const RATES: [u32; 4] = [1_000, 10_000, 50_000, 200_000];
@@ -34,14 +35,6 @@ struct Checkpoint {
     dirty_pages: f64,
     pause_seconds: f64,
     checkpoint_seconds: f64,
-}
-
-/// Median and most.
-fn spread(of: &[Checkpoint], figure: impl Fn(&Checkpoint) -> f64) -> (f64, f64) {
-    let mut figures: Vec<f64> = of.iter().map(figure).collect();
-    figures.sort_by(f64::total_cmp);
-    let at = |index: usize| figures.get(index).copied().unwrap_or(f64::NAN);
-    (at(figures.len() / 2), at(figures.len().saturating_sub(1)))
 }
 
 /// Measure; the table in Markdown.
@@ -63,24 +56,28 @@ pub(super) fn run(xsr: &Path, scratch: &Path, memory: u64) -> Result<String> {
                 eprintln!("network {network:?}, {rate} pages/s, buffer {buffer}");
                 make(xsr, &host, memory, rate)?;
                 let checkpoints = protect(xsr, scratch, network, buffer)?;
-                let (pause, longest) = spread(&checkpoints, |c| c.pause_seconds * 1000.0);
-                let (complete, _) = spread(&checkpoints, |c| c.checkpoint_seconds * 1000.0);
-                let (dirty, _) = spread(&checkpoints, |c| c.dirty_pages);
+                let of =
+                    |figure: fn(&Checkpoint) -> f64| Spread::of(checkpoints.iter().map(figure));
+                let pause = of(|c| c.pause_seconds * 1000.0);
+                let complete = of(|c| c.checkpoint_seconds * 1000.0).median;
+                let dirty = of(|c| c.dirty_pages).median;
                 let paused: f64 = checkpoints.iter().map(|c| c.pause_seconds).sum();
-                let of: f64 = checkpoints
+                let all: f64 = checkpoints
                     .iter()
                     .map(|c| c.checkpoint_seconds + f64::from(INTERVAL) / 1000.0)
                     .sum();
                 writeln!(
                     report,
-                    "| {} | {rate} | {} | {dirty:.0} | {pause:.1} | {longest:.1} | {complete:.1} | {:.1} % |",
+                    "| {} | {rate} | {} | {dirty:.0} | {:.1} | {:.1} | {complete:.1} | {:.1} % |",
                     if network.is_some() {
                         "1 Gbit/s"
                     } else {
                         "socket"
                     },
                     if buffer { "64 MiB" } else { "none" },
-                    100.0 * paused / of,
+                    pause.median,
+                    pause.most,
+                    100.0 * paused / all,
                 )?;
             }
         }

@@ -8,6 +8,8 @@ use anyhow::{Context, Result};
 use super::build::Lab;
 use super::share::Share;
 
+use crate::spread::Spread;
+
 /// How the files begin that dom0 writes, one for each guest.
 const PREFIX: &str = "measures-";
 
@@ -107,18 +109,12 @@ impl Figures {
                 text,
                 "| {guest} | {mode} | {helper} | {} | {:.2} | {:.2} | {peak} |",
                 each.join(" "),
-                median(runs.iter().map(|r| r.seconds)),
-                median(runs.iter().map(|r| r.busy)),
+                Spread::of(runs.iter().map(|r| r.seconds)).median,
+                Spread::of(runs.iter().map(|r| r.busy)).median,
             )?;
         }
         Ok(Some(text))
     }
-}
-
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -95,15 +95,6 @@ pub(super) const CONTENDERS: [Contender; 4] = [
     },
 ];
 
-/// Least, median and most.
-pub(super) fn spread(figures: impl Iterator<Item = f64>) -> [f64; 3] {
-    let mut figures: Vec<f64> = figures.collect();
-    figures.sort_by(f64::total_cmp);
-    let at = |index: usize| figures.get(index).copied().unwrap_or(f64::NAN);
-    let last = figures.len().saturating_sub(1);
-    [0, figures.len() / 2, last].map(at)
-}
-
 /// Build, time, and print.
 ///
 /// # Errors

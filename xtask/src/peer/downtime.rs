@@ -11,8 +11,9 @@ use std::fs;
 use anyhow::{Context, Result};
 use serde::Deserialize;
 
-use super::bench::{CONTENDERS, Runner, spread};
+use super::bench::{CONTENDERS, Runner};
 use super::plot::Group;
+use crate::spread::Spread;
 
 /// Dirty rates, pages a second: each page of the working set is as likely as any other.
 const RATES: [u32; 3] = [10_000, 50_000, 200_000];
@@ -36,9 +37,9 @@ pub(super) struct Row {
 }
 
 impl Row {
-    /// Least, median and most of one figure, in ms.
-    fn ms(&self, who: usize, figure: impl Fn(&Took) -> f64) -> [f64; 3] {
-        spread(self.took[who].iter().map(|took| figure(took) * 1000.0))
+    /// One figure, in ms.
+    fn ms(&self, who: usize, figure: impl Fn(&Took) -> f64) -> Spread {
+        Spread::of(self.took[who].iter().map(|took| figure(took) * 1000.0))
     }
 
     pub(super) fn group(&self) -> Group {
@@ -111,11 +112,16 @@ pub(super) fn table(out: &mut String, rows: &[Row]) -> Result<()> {
     for row in rows {
         write!(out, "| {} | {} |", row.kind, row.rate)?;
         let downtimes = WHO.map(|who| row.ms(who, |took| took.downtime));
-        for [least, median, most] in downtimes {
+        for Spread {
+            least,
+            median,
+            most,
+        } in downtimes
+        {
             write!(out, " {median:.1} ({least:.1}–{most:.1}) |")?;
         }
-        let [stock, one, two] = downtimes.map(|[_, median, _]| median);
-        let all = WHO.map(|who| row.ms(who, |took| took.seconds)[1] / 1000.0);
+        let [stock, one, two] = downtimes.map(|downtime| downtime.median);
+        let all = WHO.map(|who| row.ms(who, |took| took.seconds).median / 1000.0);
         writeln!(
             out,
             " {:.2} | {:.2} | {:.2}, {:.2}, {:.2} |",
@@ -155,6 +161,7 @@ mod tests {
         assert!(text.contains(expected), "{text}");
         let group = row.group();
         assert_eq!(group.name, "pv: 7 pages/s");
-        assert_eq!(group.bars[2], ("ours, 2 threads", [1.0, 2.0, 3.0]));
+        let spread = Spread::of([1.0, 2.0, 3.0]);
+        assert_eq!(group.bars[2], ("ours, 2 threads", spread));
     }
 }

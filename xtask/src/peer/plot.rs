@@ -3,6 +3,8 @@
 
 use std::fmt::Write as _;
 
+use crate::spread::Spread;
+
 const LEFT: f64 = 190.0;
 const WIDTH: f64 = 860.0;
 const BAR: f64 = 9.0;
@@ -10,12 +12,11 @@ const GAP: f64 = 12.0;
 const TOP: f64 = 44.0;
 const COLOURS: [&str; 4] = ["#c8553d", "#7fb2d6", "#1b6ca8", "#aaaaaa"];
 
-/// One task: its name, and least, median and most of each contender, in the order of the
-/// colours.
+/// One task: its name, and what it took each contender, in the order of the colours.
 #[derive(Debug)]
 pub(super) struct Group {
     pub(super) name: String,
-    pub(super) bars: Vec<(&'static str, [f64; 3])>,
+    pub(super) bars: Vec<(&'static str, Spread)>,
 }
 
 /// The plot.
@@ -29,7 +30,7 @@ fn draw(svg: &mut String, title: &str, unit: &str, groups: &[Group]) -> std::fmt
     let bars: f64 = groups.iter().map(|group| count(group.bars.len())).sum();
     let height = TOP + bars * BAR + count(groups.len()) * GAP + 40.0;
     let figures = groups.iter().flat_map(|group| &group.bars);
-    let most = figures.fold(1.0, |most: f64, (_, [.., figure])| most.max(*figure));
+    let most = figures.fold(1.0, |most: f64, (_, figure)| most.max(figure.most));
     let most = most.ceil();
     let scale = (WIDTH - LEFT - 20.0) / most;
     writeln!(
@@ -64,7 +65,12 @@ fn draw(svg: &mut String, title: &str, unit: &str, groups: &[Group]) -> std::fmt
             svg,
             r#"<text x="{x}" y="{middle:.1}" text-anchor="end">{name}</text>"#
         )?;
-        for ((contender, [least, median, most]), colour) in bars.iter().zip(COLOURS) {
+        for ((contender, spread), colour) in bars.iter().zip(COLOURS) {
+            let Spread {
+                least,
+                median,
+                most,
+            } = spread;
             let length = median * scale;
             writeln!(
                 svg,

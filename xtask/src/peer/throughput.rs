@@ -8,9 +8,10 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use serde::Deserialize;
 
-use super::bench::{CONTENDERS, Contender, Runner, spread};
+use super::bench::{CONTENDERS, Contender, Runner};
 use super::plot::Group;
 use crate::command::Invocation;
+use crate::spread::Spread;
 
 /// What one run took, as `xsr-peer-run` prints it.
 #[derive(Clone, Copy, Debug, Deserialize)]
@@ -26,6 +27,7 @@ struct Took {
 const STOCK: usize = 0;
 const OURS: usize = 2;
 const CAT: usize = 3;
+
 /// One task in one way: what it took each contender in each round.
 #[derive(Debug, Default)]
 struct Row {
@@ -37,20 +39,16 @@ struct Row {
 
 impl Row {
     fn median(&self, contender: usize, figure: impl Fn(&Took) -> f64) -> f64 {
-        spread(self.took[contender].iter().map(figure))[1]
+        Spread::of(self.took[contender].iter().map(figure)).median
     }
 
-    /// Least, median and most seconds.
-    fn seconds(&self, contender: usize) -> [f64; 3] {
-        spread(self.took[contender].iter().map(|took| took.seconds))
+    fn seconds(&self, contender: usize) -> Spread {
+        Spread::of(self.took[contender].iter().map(|took| took.seconds))
     }
 
     /// The same as GiB/s, for a plot.
     fn group(&self, kind: &str, gib: f64) -> Group {
-        let rates = |n| {
-            let [least, median, most] = self.seconds(n);
-            [most, median, least].map(|seconds| gib / seconds)
-        };
+        let rates = |n: usize| Spread::of(self.took[n].iter().map(|took| gib / took.seconds));
         let contenders = CONTENDERS.iter().enumerate();
         Group {
             name: format!("{kind}: {}", self.what),
@@ -106,14 +104,6 @@ impl Bench<'_> {
         self.runner.dir.join("guest.image")
     }
 
-    fn task<A: AsRef<OsStr>>(
-        &self,
-        threads: &str,
-        words: impl IntoIterator<Item = A>,
-    ) -> Result<String> {
-        self.runner.task(threads, words)
-    }
-
     /// One run; `under`: a command that it runs under.
     fn one(&self, what: What, way: &str, contender: Contender, under: &[&OsStr]) -> Result<Took> {
         let (guest, new) = (self.guest(), self.runner.dir.join("new"));
@@ -126,7 +116,8 @@ impl Bench<'_> {
                 "stock" => "suspend",
                 _ => "resume",
             };
-            self.task("1", [OsStr::new(state), guest.as_os_str()])?;
+            self.runner
+                .task("1", [OsStr::new(state), guest.as_os_str()])?;
         }
         let mut words = vec![
             OsStr::new(what.name()),
@@ -141,7 +132,7 @@ impl Bench<'_> {
             words.push(OsStr::new("--"));
             words.extend(under);
         }
-        let said = self.task(contender.threads, words)?;
+        let said = self.runner.task(contender.threads, words)?;
         if new.is_dir() {
             fs::remove_dir_all(&new)?;
         } else if new.exists() {
@@ -171,8 +162,9 @@ impl Bench<'_> {
             self.kind.as_ref(),
             self.memory.as_ref(),
         ];
-        self.task("1", words)?;
-        self.task("1", ["suspend".as_ref(), guest.as_os_str()])?;
+        self.runner.task("1", words)?;
+        self.runner
+            .task("1", ["suspend".as_ref(), guest.as_os_str()])?;
         let image = self.image();
         let mut words = vec!["save", "stock"]
             .into_iter()
@@ -180,7 +172,7 @@ impl Bench<'_> {
             .collect::<Vec<_>>();
         words.extend([guest.as_os_str(), self.kind.as_ref(), self.memory.as_ref()]);
         words.extend(["file".as_ref(), image.as_os_str()]);
-        self.task("1", words)?;
+        self.runner.task("1", words)?;
         let mib = u32::try_from(fs::metadata(&image)?.len() >> 20)?;
 
         let mut rows = Vec::new();
@@ -271,10 +263,14 @@ pub(super) fn table(out: &mut String, report: &Report) -> Result<()> {
     for row in rows {
         write!(out, "| {} |", row.what)?;
         for contender in 0..CONTENDERS.len() {
-            let [least, median, most] = row.seconds(contender);
+            let Spread {
+                least,
+                median,
+                most,
+            } = row.seconds(contender);
             write!(out, " {median:.3} ({least:.3}–{most:.3}) |")?;
         }
-        let [stock, one, two, cat] = [0, 1, 2, 3].map(|n| row.seconds(n)[1]);
+        let [stock, one, two, cat] = [0, 1, 2, 3].map(|n| row.seconds(n).median);
         writeln!(
             out,
             " {:.2} × | {:.2} × | {:.0} % |",
@@ -342,7 +338,8 @@ mod tests {
         };
         let Group { name, bars } = row.group("pv", 10.0);
         assert_eq!(name, "pv: save to pipe");
-        assert_eq!(bars[2], ("ours, 2 threads", [10.0 / 9.0, 4.0, 10.0]));
+        let spread = Spread::of([10.0 / 9.0, 4.0, 10.0]);
+        assert_eq!(bars[2], ("ours, 2 threads", spread));
         let report = Report {
             kind: "pv".to_owned(),
             gib: 10.0,

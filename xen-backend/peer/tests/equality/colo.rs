@@ -38,9 +38,8 @@ fn pair(kind: GuestKind, from: Whose, to: Whose) {
     let domid = driver::with_working_guest(&here, kind, 8, MIB, stepped(from, 1)).unwrap();
     keep(&here, domid, 1);
     let config = HostConfig {
-        memory_pages: (MIB << 8) * 2 + 16384,
         stepped: stepped(to, 2),
-        ..HostConfig::default()
+        ..driver::config(MIB)
     };
     let host = MockHost::create(&there, &config).unwrap();
     let empty = driver::empty_on(&host, kind, 8, MIB).unwrap();

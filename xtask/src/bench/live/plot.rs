@@ -4,7 +4,7 @@
 
 use std::fmt::Write as _;
 
-use super::Spread;
+use crate::spread::Spread;
 
 /// A line of the plot.
 #[derive(Debug)]
