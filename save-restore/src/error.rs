@@ -176,7 +176,7 @@ pub enum SaveError {
     Map(#[from] MapError),
     /// A callback failed.
     #[error(transparent)]
-    Toolstack(#[from] ToolstackError),
+    Toolstack(ToolstackError),
     /// The guest's state is not what can be saved.
     #[error(transparent)]
     Guest(#[from] GuestError),
@@ -228,6 +228,16 @@ impl From<BackChannelError> for SaveError {
         match &error {
             BackChannelError::Io(io) if Cancelled::is(io) => Self::Aborted,
             _ => Self::BackChannel(error),
+        }
+    }
+}
+
+impl From<ToolstackError> for SaveError {
+    /// A callback that waits for the other end is told to stop as a sink is.
+    fn from(error: ToolstackError) -> Self {
+        match error.cause.downcast_ref::<io::Error>() {
+            Some(cause) if Cancelled::is(cause) => Self::Aborted,
+            _ => Self::Toolstack(error),
         }
     }
 }
@@ -397,5 +407,19 @@ impl RestoreError {
             | Self::Checkpointed => true,
             _ => false,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_callback_that_was_told_to_stop_aborts_and_another_has_failed() {
+        let failed = |cause| SaveError::from(ToolstackError::new("waiting", cause));
+        let told = failed(io::Error::other(Cancelled));
+        assert!(matches!(told, SaveError::Aborted), "{told:?}");
+        let broken = failed(io::ErrorKind::BrokenPipe.into());
+        assert!(matches!(broken, SaveError::Toolstack(_)), "{broken:?}");
     }
 }

@@ -559,6 +559,14 @@ impl Made {
         self.about.domid
     }
 
+    /// Whether it is paused, now if not before.
+    fn stands_still(&self) -> bool {
+        match self.domain.info() {
+            Ok(info) if info.paused => true,
+            _ => self.domain.pause().is_ok(),
+        }
+    }
+
     /// The domain goes.
     ///
     /// # Errors

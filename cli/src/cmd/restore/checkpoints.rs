@@ -112,10 +112,12 @@ pub(super) fn outcome<S>(
 
 /// There is no domain to be had for `error`: destroy what there is, and say so if it cannot be.
 fn given_up(made: Made, error: Error) -> Error {
-    let left = format!(
-        "{}{INCOMING} is left here, paused; it must not run: destroy it by hand",
-        made.name()
-    );
+    // A secondary of COLO may run: if it stays, it had better stand still.
+    let how = match made.stands_still() {
+        true => "is left here, paused; it must not run: destroy it by hand",
+        false => "is left here and may be running: destroy it by hand, now",
+    };
+    let left = format!("{}{INCOMING} {how}", made.name());
     match made.destroy() {
         Ok(()) => error,
         Err(cause) => {
@@ -252,6 +254,17 @@ mod tests {
         domain.destroy().expect("it goes");
         let error = given_up(made, Error::new(Withdrawn));
         assert!(error.is::<Withdrawn>() && error.is::<LeftBehind>());
-        assert!(exit::words(error.chain()).contains("web--incoming is left here"));
+        let said = exit::words(error.chain());
+        assert!(
+            said.contains("web--incoming is left here and may be"),
+            "{said}"
+        );
+        // One that runs is stopped before.
+        let (domid, made) = make();
+        let domain = host.domain(domid).expect("the domain");
+        domain.unpause().expect("it is let run");
+        assert!(!domain.info().expect("what it is").paused);
+        assert!(made.stands_still() && made.stands_still());
+        assert!(domain.info().expect("what it is").paused);
     }
 }

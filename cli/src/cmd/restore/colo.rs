@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::io::{self, Read as _};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use xsr_format::error::{DecodeError, ReadError, ReadErrorCause};
 use xsr_format::frame::Gfn;
 use xsr_format::wrapper::libxl::CheckpointState;
@@ -87,19 +87,23 @@ impl Made {
     ///
     /// # Errors
     ///
-    /// It cannot; it is as it was.
+    /// It cannot, as one that has shut down by itself; it is as it was.
     pub(crate) fn run_alone(&self, paused: bool) -> Result<()> {
         let domain = self.domain.as_ref();
         if let Err(error) = domain.disable_log_dirty() {
             tracing::warn!(%error, "its dirty pages are still logged");
         }
         let info = domain.info()?;
+        let suspended = info.shutdown == Some(ShutdownReason::Suspend);
+        if let Some(reason) = info.shutdown.filter(|_| !suspended) {
+            bail!("it has shut down by itself ({reason:?})");
+        }
         match (paused, info.paused) {
             (true, false) => domain.pause().context("pausing the domain")?,
             (false, true) => domain.unpause().context("unpausing the domain")?,
             _ => {}
         }
-        if info.shutdown == Some(ShutdownReason::Suspend) {
+        if suspended {
             domain.resume().context("letting the domain run on")?;
         }
         Ok(())
