@@ -26,6 +26,8 @@ const SUSPENDED: u32 = 1;
 const READY: u32 = 2;
 const RESUMED: u32 = 3;
 const WITHDRAWAL: u32 = 0x7fff_ffff;
+/// What a secondary says that has a checkpoint.
+const RUNS: [u32; 2] = [READY, RESUMED];
 
 /// A CHECKPOINT_STATE, as libxl writes it.
 fn state(id: u32) -> Vec<u8> {
@@ -183,8 +185,15 @@ fn the_receiver_is_told_what_xls_is() {
 }
 
 /// Which checkpoints a sender has in its stream, what it says between them, and how it
-/// takes its domain back: with a secondary whose dirty pages are `pages`.
-fn heard(stream: &mut UnixStream, mut to: UnixStream, checkpoints: usize, pages: &[u64]) {
+/// takes its domain back: with a secondary whose dirty pages are `pages`, and which answers
+/// `last` to the last checkpoint.
+fn heard(
+    stream: &mut UnixStream,
+    mut to: UnixStream,
+    checkpoints: usize,
+    pages: &[u64],
+    last: &[u32],
+) {
     to.write_all(BANNER).unwrap();
     let mut walk = Walk::open(stream, ReadOptions::default()).unwrap();
     let mut number = 0;
@@ -200,8 +209,12 @@ fn heard(stream: &mut UnixStream, mut to: UnixStream, checkpoints: usize, pages:
         match record {
             Some(LibxlRecord::CheckpointEnd) => {
                 number += 1;
-                to.write_all(&[state(READY), state(RESUMED)].concat())
-                    .unwrap();
+                let states = match number == checkpoints {
+                    true => last,
+                    false => &RUNS[..],
+                };
+                let states: Vec<u8> = states.iter().copied().flat_map(state).collect();
+                to.write_all(&states).unwrap();
             }
             Some(LibxlRecord::CheckpointState(new)) => {
                 assert_eq!(new.value(), NEW);
@@ -226,11 +239,11 @@ fn the_stream_is_libxls_and_its_last_word_makes_xls_secondary_fail() {
         let (mut from, _) = listener.accept().unwrap();
         let mut to = from.try_clone().unwrap();
         if code == 0 {
-            heard(&mut from, to.try_clone().unwrap(), 3, pages);
+            heard(&mut from, to.try_clone().unwrap(), 3, pages, &RUNS);
             hear(&mut from, &state(WITHDRAWAL));
         } else {
             // A list that is none: the secondary waits for the second checkpoint.
-            heard(&mut from, to.try_clone().unwrap(), 1, pages);
+            heard(&mut from, to.try_clone().unwrap(), 1, pages, &RUNS);
             hear(&mut from, &state(NEW));
             let mut list = state(SUSPENDED);
             list.extend([0xf, 8].iter().flat_map(|word: &u32| word.to_le_bytes()));
@@ -254,6 +267,31 @@ fn the_stream_is_libxls_and_its_last_word_makes_xls_secondary_fail() {
         if code == 1 {
             assert!(sent.stderr.contains("names pfn"), "{sent:?}");
         }
+        assert_eq!(hosts.domains()[0], ["web running"]);
+    }
+}
+
+/// A secondary that is applying a checkpoint hears it once it runs.
+#[test]
+fn a_domain_is_taken_back_from_a_secondary_that_applies() {
+    for last in [&[SUSPENDED][..], &[READY, NEW]] {
+        let hosts = Hosts::with("pvh", &[]);
+        let socket = hosts.path("socket");
+        let listener = listen(&socket);
+        let sender = sender(&hosts, &socket, &NONE);
+        let (mut from, _) = listener.accept().unwrap();
+        let mut to = from.try_clone().unwrap();
+        heard(&mut from, to.try_clone().unwrap(), 2, &[5], last);
+        hear(&mut from, &state(WITHDRAWAL));
+        // It gets so far first.
+        let runs: Vec<u8> = RUNS.into_iter().flat_map(state).collect();
+        to.write_all(&[&runs, REPORT, &[1], GO].concat()).unwrap();
+        drop(to);
+        from.read_to_end(&mut Vec::new()).unwrap();
+        drop(from);
+        let sent = sender.end();
+        assert_eq!(sent.code, 1, "{sent:?}");
+        assert!(sent.stderr.contains("web runs on here"), "{sent:?}");
         assert_eq!(hosts.domains()[0], ["web running"]);
     }
 }

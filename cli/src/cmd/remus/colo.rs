@@ -21,13 +21,13 @@ use crate::colo::{self, Hearing};
 /// Where the secondary is, as far as its primary knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Place {
-    /// It has not had all of a checkpoint.
+    /// It has not had all of the first checkpoint, or is in the midst of libxl's part of one.
     Nothing,
     /// It runs, and waits for a word.
     Waits,
     /// It waits for the records of a checkpoint.
     Reads,
-    /// It has a checkpoint, and takes no word before it has said that it runs.
+    /// It has a checkpoint, and waits for a word once it has said that it runs.
     Applies,
 }
 
@@ -84,9 +84,9 @@ impl Place {
     /// The other end may go on with its own.
     pub(super) fn withdraw(self, mut to: &Stream<'_>) -> io::Result<()> {
         match self {
-            Self::Waits => colo::withdraw(&mut to),
+            Self::Waits | Self::Applies => colo::withdraw(&mut to),
             Self::Reads => colo::withdraw_within(&mut to),
-            Self::Nothing | Self::Applies => Err(io::Error::other(
+            Self::Nothing => Err(io::Error::other(
                 "the other end is in the midst of a checkpoint",
             )),
         }
@@ -154,9 +154,10 @@ impl CheckpointToolstack for Primary<'_, '_> {
     }
 
     fn checkpoint(&mut self, epoch: &Epoch) -> Result<NextEpoch, ToolstackError> {
-        self.place = Place::Applies;
+        self.place = Place::Nothing;
         self.epoch = Some(*epoch);
         self.protector.end_of_checkpoint()?;
+        self.place = Place::Applies;
         Ok(NextEpoch::Continue)
     }
 }
