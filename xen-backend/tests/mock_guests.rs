@@ -148,6 +148,22 @@ fn pv_guests_have_tables_of_every_level() {
 }
 
 #[test]
+fn a_pv_guest_may_have_more_processes_than_one_hypercall_pins() {
+    let spec = GuestSpec {
+        processes: 1030,
+        ..GuestSpec::new("many", GuestKind::Pv, 1030)
+    };
+    let host = MockHost::ephemeral(&HostConfig {
+        memory_pages: spec.memory_mib * 256 + (1 << 14),
+        ..HostConfig::default()
+    })
+    .unwrap();
+    let domid = host.create_guest(&spec).unwrap();
+    let pinned = PageType::L4TAB_PINNED.name();
+    assert!(host.show(domid).unwrap().page_types[pinned] > 1030);
+}
+
+#[test]
 fn translated_guests_have_memory_where_libxl_puts_it() {
     for (kind, holes) in [(GuestKind::Hvm, 0xa0..0xc0), (GuestKind::Pvh, 0..0)] {
         let host = host();

@@ -13,7 +13,7 @@
 //! KIND is `pv`, `pv32`, `pvh` or `hvm`, WAY `null`, `pipe`, `file` or `tcp`, WHOSE `stock`,
 //! `ours`, `direct` (ours, without hypercalls), or `cat`: then the same octets are moved by
 //! `cat`, to FILE or, for a restore, into a file that is there. What is behind `--` is put
-//! before the command of the helper.
+//! before the command of the helper, or of both.
 
 #![allow(
     clippy::print_stdout,
@@ -343,7 +343,7 @@ fn restore(
 }
 
 /// Have the guest go to a machine beside its own.
-fn migrate(name: &str, guest: &Guest, way: &str) -> Result<Migrated, Failure> {
+fn migrate(name: &str, guest: &Guest, way: &str, under: &[String]) -> Result<Migrated, Failure> {
     let whose = whose(name)?.ok_or("cat migrates nobody")?;
     let ends = match way {
         "pipe" => {
@@ -363,7 +363,7 @@ fn migrate(name: &str, guest: &Guest, way: &str) -> Result<Migrated, Failure> {
         to: &there.dir,
         empty: there.empty()?,
     };
-    let (helpers, _) = helpers(&guest.dir, &[])?;
+    let (helpers, _) = helpers(&guest.dir, under)?;
     let migrated = helpers.migrate(whose, machines, ends)?;
     fs::remove_dir_all(&there.dir)?;
     Ok(migrated)
@@ -399,7 +399,8 @@ fn main() -> Result<(), Failure> {
             return Guest::parse(dir, kind, mib)?.make(Some(work));
         }
         ["migrate", whose, dir, kind, mib, way] => {
-            let Migrated { all, downtime } = migrate(whose, &Guest::parse(dir, kind, mib)?, way)?;
+            let guest = Guest::parse(dir, kind, mib)?;
+            let Migrated { all, downtime } = migrate(whose, &guest, way, under)?;
             let [all, downtime] = [all, downtime].map(|time| time.as_secs_f64());
             println!(r#"{{"seconds":{all},"downtime":{downtime}}}"#);
             return Ok(());

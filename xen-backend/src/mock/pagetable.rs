@@ -11,13 +11,14 @@
 //! this says EINVAL, as the trait promises.
 
 use nix::errno::Errno;
-use xsr_format::frame::{Mfn, PAGE_SIZE, Page};
+use xsr_format::frame::{Mfn, Page};
 
 use super::dirty::DirtyLog;
 use super::frames::{Frame, FrameUse};
 use super::machine::{COMPAT_M2P, Machine, XEN_TABLES};
 use super::state::Dom;
 use crate::DomId;
+use crate::pages::ENTRIES_PER_TABLE;
 
 pub(super) const PRESENT: u64 = 1 << 0;
 pub(super) const RW: u64 = 1 << 1;
@@ -265,9 +266,10 @@ impl<'a> Tables<'a> {
         }
         self.fill_xen_slots(mfn, level, pae_xen_l2, &mut new);
         // Only what changes is written: the rest of the page may be mapped.
-        for (index, (old, new)) in old.chunks_exact(8).zip(new.chunks_exact(8)).enumerate() {
-            if old != new {
-                self.machine.write_frames(mfn, index * 8, new)?;
+        for index in 0..ENTRIES_PER_TABLE {
+            let value = entry(&new, index);
+            if value != entry(&old, index) {
+                self.machine.store_word(mfn, index, value);
             }
         }
         Ok(())
@@ -424,7 +426,7 @@ impl<'a> Tables<'a> {
                     set(index, frame.0 << 12 | PRESENT | RW | ACCESSED | DIRTY | NX);
                 }
             }
-            3 if self.pae => (4..PAGE_SIZE / 8).for_each(|index| set(index, 0)),
+            3 if self.pae => (4..ENTRIES_PER_TABLE).for_each(|index| set(index, 0)),
             2 if pae_xen_l2 => {
                 // The compat m2p holds a u32 per frame, mapped 2 MiB at a time.
                 let slots = (self.machine.frames.len() * 4).div_ceil(2 << 20);

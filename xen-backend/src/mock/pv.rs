@@ -19,7 +19,7 @@ use crate::error::BackendError;
 use crate::{GuestKind, M2p, PvGuest, VcpuBlob};
 
 /// Most pins at a time.
-const MAX_PIN_BATCH: usize = 1024;
+pub(super) const MAX_PIN_BATCH: usize = 1024;
 
 /// Octets of `xen_domctl_ext_vcpucontext` as the mock (and Xen) gives it.
 const EXTENDED_SIZE: usize = 64;

@@ -204,7 +204,9 @@ impl Workload {
         self.keep = present.len().div_ceil(2);
         self.present = present;
         self.absent = absent;
-        if let Some(view) = &self.pv {
+        // Who only writes to pages has no need to know where they are mapped.
+        let moves = self.spec.table_permille > 0 || self.spec.balloon_permille > 0;
+        if let Some(view) = self.pv.as_ref().filter(|_| moves) {
             view.find_mappings(&self.domain, &mut self.present);
         }
         Ok(())

@@ -18,6 +18,7 @@ use crate::error::BackendError;
 use crate::mock::domain::MockDomain;
 use crate::mock::layout::{SharedInfoLayout, StartInfoLayout, VcpuLayout, write_word};
 use crate::mock::pagetable::{ACCESSED, DIRTY, NX, PRESENT, RW, USER, XEN_L2_SLOTS};
+use crate::mock::pv::MAX_PIN_BATCH;
 use crate::{DomId, DomainControl, PvGuest, RingGrant, TscInfo, X86Platform};
 
 const START_INFO: u64 = 16;
@@ -386,6 +387,8 @@ impl Build<'_> {
             .iter()
             .filter_map(|(level, pfn)| Some((*level, Mfn(self.mfn(*pfn)?))))
             .collect();
-        self.domain.pin_tables(&pins)
+        // As many at a time as one hypercall takes.
+        pins.chunks(MAX_PIN_BATCH)
+            .try_for_each(|batch| self.domain.pin_tables(batch))
     }
 }
