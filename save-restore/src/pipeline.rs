@@ -13,6 +13,13 @@ use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 /// threads than that have work at once.
 pub(crate) const IN_FLIGHT: usize = 8;
 
+/// Items in flight with so many threads that prepare: for each the one it is at and one
+/// that is ready, one that is being consumed and one that has been. More of them were no
+/// faster, and each keeps a batch of the guest's pages mapped.
+fn in_flight(preparing: usize) -> usize {
+    (2 * preparing + 2).min(IN_FLIGHT)
+}
+
 /// How many threads to work with: what was asked for, or what the machine has.
 pub(crate) fn threads(asked: Option<NonZeroUsize>) -> NonZeroUsize {
     asked
@@ -34,7 +41,8 @@ pub(crate) fn pool(threads: NonZeroUsize, most: usize) -> Option<rayon::ThreadPo
 }
 
 /// Prepare each of `items` on `pool` and consume the results on this thread, in order,
-/// with at most [`IN_FLIGHT`] of them taken from `items` and not consumed yet. What has
+/// with at most [`IN_FLIGHT`] of them taken from `items` and not consumed yet (fewer where
+/// few threads prepare). What has
 /// been consumed is dropped on the pool, before the next one is prepared. Without a pool
 /// everything happens here, one after the other.
 ///
@@ -60,15 +68,16 @@ where
     let Some(pool) = pool else {
         return items.try_for_each(|item| consume(&prepare(item)?));
     };
+    let most = in_flight(pool.current_num_threads());
     // What waits behind a failure is not begun.
     let failed = AtomicBool::new(false);
     // Consumed, and not dropped yet.
     let spent: Mutex<Vec<T>> = Mutex::default();
     let (prepare, failed, spent) = (&prepare, &failed, &spent);
     pool.in_place_scope_fifo(|scope| {
-        let mut queue = VecDeque::with_capacity(IN_FLIGHT);
+        let mut queue = VecDeque::with_capacity(most);
         loop {
-            for item in items.by_ref().take(IN_FLIGHT - queue.len()) {
+            for item in items.by_ref().take(most - queue.len()) {
                 let (done, ready) = mpsc::sync_channel(1);
                 queue.push_back(ready);
                 scope.spawn_fifo(move |_| {
@@ -188,17 +197,22 @@ mod tests {
 
     #[test]
     fn what_is_in_flight_is_bounded_and_the_bound_is_reached() {
-        let (taken, consumed, most) = (AtomicUsize::new(0), AtomicUsize::new(0), &mut 0);
-        let items = (0..100).inspect(|_| {
-            let taken = taken.fetch_add(1, Ordering::Relaxed) + 1;
-            *most = (*most).max(taken - consumed.load(Ordering::Relaxed));
-        });
-        let consume = |_: &i32| {
-            consumed.fetch_add(1, Ordering::Relaxed);
-            Ok::<(), ()>(())
-        };
-        assert_eq!(ordered(pool_of(2).as_ref(), items, Ok, consume), Ok(()));
-        assert_eq!(*most, IN_FLIGHT);
+        for (threads, bound) in [(2, 4), (3, 6), (4, IN_FLIGHT), (16, IN_FLIGHT)] {
+            let (taken, consumed, most) = (AtomicUsize::new(0), AtomicUsize::new(0), &mut 0);
+            let items = (0..100).inspect(|_| {
+                let taken = taken.fetch_add(1, Ordering::Relaxed) + 1;
+                *most = (*most).max(taken - consumed.load(Ordering::Relaxed));
+            });
+            let consume = |_: &i32| {
+                consumed.fetch_add(1, Ordering::Relaxed);
+                Ok::<(), ()>(())
+            };
+            assert_eq!(
+                ordered(pool_of(threads).as_ref(), items, Ok, consume),
+                Ok(())
+            );
+            assert_eq!(*most, bound, "{threads} threads");
+        }
     }
 
     #[test]

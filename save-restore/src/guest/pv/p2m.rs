@@ -245,6 +245,7 @@ impl NewP2m {
     ) -> Result<(), RestoreError> {
         const BATCH: usize = 1024;
         let fpp = entries_per_frame(info);
+        let mut contents = Box::new([0; PAGE_SIZE]);
         for (batch, leaves) in frames.chunks(BATCH).enumerate() {
             let gfns: Vec<Gfn> = leaves
                 .iter()
@@ -257,7 +258,10 @@ impl NewP2m {
             let pages = domain.map(&gfns, Access::Write)?.all_mapped()?;
             for (i, page) in pages.iter() {
                 let first = (batch * BATCH + i) as u64 * fpp;
-                let mut contents = page.to_page();
+                if first + fpp - 1 > max_pfn.0 {
+                    // What is behind the last pfn stays as it is.
+                    page.copy_to(&mut contents);
+                }
                 self.fill_leaf(info, first, max_pfn, &mut contents);
                 page.copy_from(&contents);
             }
