@@ -4,9 +4,11 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::thread;
 
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use xsr_xen_backend::DomId;
@@ -29,6 +31,9 @@ const RESTORE: u32 = 1 << SUSPEND
 /// libxl's empty record of type 4.
 const CHECKPOINT_END: [u8; 8] = [4, 0, 0, 0, 0, 0, 0, 0];
 
+/// How long one libxl waits for the other, in ms.
+const PATIENCE: u16 = 60_000;
+
 /// What a CHECKPOINT_STATE says.
 const NEW: u8 = 0;
 const SVM_SUSPENDED: u8 = 1;
@@ -41,8 +46,14 @@ fn state(id: u8) -> [u8; 16] {
     record
 }
 
-fn expect<const N: usize>(mut from: impl Read, record: [u8; N]) -> io::Result<()> {
+/// Take a record, within [`PATIENCE`]: at the other end of a FIFO that is held open in both
+/// directions nobody hangs up.
+fn expect<const N: usize>(mut from: impl Read + AsFd, record: [u8; N]) -> io::Result<()> {
     let mut got = [0; N];
+    let mut ready = [PollFd::new(from.as_fd(), PollFlags::POLLIN)];
+    if poll(&mut ready, PATIENCE)? == 0 {
+        return Err(io::Error::other(format!("nothing came, not {record:02x?}")));
+    }
     from.read_exact(&mut got)?;
     match got == record {
         true => Ok(()),
