@@ -232,12 +232,11 @@ impl<'a> Tables<'a> {
     /// Look at each entry of a table, take the references it stands for, and
     /// complete it. On failure nothing of it is held.
     fn look(&self, mfn: Mfn, level: u8, pae_xen_l2: bool) -> Result<(), Errno> {
-        let old = self.machine.read_frame(mfn)?;
-        let mut new = old.clone();
-        let mut held = Vec::new();
+        let page = self.machine.read_frame(mfn)?;
+        let mut held = Vec::with_capacity(ENTRIES_PER_TABLE);
         let mut result = Ok(());
         for index in self.guest_slots(level, pae_xen_l2) {
-            let value = entry(&old, index);
+            let value = entry(&page, index);
             let needed = self.pae && level == 3 && index == 3;
             if value & PRESENT == 0 {
                 if needed {
@@ -250,28 +249,26 @@ impl<'a> Tables<'a> {
             if result.is_err() {
                 break;
             }
-            held.push(value);
-            super::layout::write_word(
-                new.as_mut_slice(),
-                index * 8,
-                8,
-                self.complete(level, value),
-            );
+            held.push((index, value));
         }
         if let Err(errno) = result {
-            for value in held {
+            for (_, value) in held {
                 self.put_entry(mfn, level, value)?;
             }
             return Err(errno);
         }
-        self.fill_xen_slots(mfn, level, pae_xen_l2, &mut new);
         // Only what changes is written: the rest of the page may be mapped.
-        for index in 0..ENTRIES_PER_TABLE {
-            let value = entry(&new, index);
-            if value != entry(&old, index) {
-                self.machine.store_word(mfn, index, value);
+        let set = |index, old, new| {
+            if new != old {
+                self.machine.store_word(mfn, index, new);
             }
+        };
+        for (index, value) in held {
+            set(index, value, self.complete(level, value));
         }
+        self.xen_slots(mfn, level, pae_xen_l2, |index, value| {
+            set(index, entry(&page, index), value);
+        });
         Ok(())
     }
 
@@ -285,14 +282,14 @@ impl<'a> Tables<'a> {
             return Err(Errno::EINVAL);
         }
         let mfn = entry_mfn(value);
+        if level == 1 && value & RW != 0 {
+            return self.get(mfn, FrameUse::Writable);
+        }
         if self.machine.frames.owned(mfn, self.domid).is_none() {
             return Err(Errno::EINVAL);
         }
         if level == 1 {
-            return match value & RW {
-                0 => Ok(()),
-                _ => self.get(mfn, FrameUse::Writable),
-            };
+            return Ok(());
         }
         let taken = self.get_use(
             mfn,
@@ -412,10 +409,8 @@ impl<'a> Tables<'a> {
         }
     }
 
-    fn fill_xen_slots(&self, mfn: Mfn, level: u8, pae_xen_l2: bool, page: &mut Page) {
-        let mut set = |index: usize, value: u64| {
-            super::layout::write_word(page.as_mut_slice(), index * 8, 8, value);
-        };
+    /// What Xen has in the slots of a table that are its own.
+    fn xen_slots(&self, mfn: Mfn, level: u8, pae_xen_l2: bool, set: impl Fn(usize, u64)) {
         match level {
             4 => {
                 for (n, index) in (0_u64..).zip(XEN_L4_SLOTS) {
