@@ -125,8 +125,8 @@ pub(crate) enum Command {
 /// (five passes, or fewer than 50 pages left), or a target: any of --max-downtime,
 /// --timeout and --on-timeout sets one.
 ///
-/// On a Xen host, `xl save` does it, with xsr-save-helper: all of its options pass, and
-/// those that it has not are refused. With --direct, no xl is needed: the domain is asked
+/// On a Xen host, `xl save` does it, with xsr-save-helper: all of its options pass,
+/// --threads is for the helper, what else xl has not is refused. With --direct, no xl is needed: the domain is asked
 /// to suspend, saved to a bare libxc stream, and resumed or destroyed.
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -173,8 +173,8 @@ pub(crate) struct SaveArgs {
 /// --type, --vcpus and --memory must say it. Where restoring fails, the domain that was
 /// being built is destroyed.
 ///
-/// On a Xen host, `xl restore` does it, with xsr-save-helper: all of its options pass, and
-/// those that it has not are refused. With --direct, no xl is needed: the domain is made
+/// On a Xen host, `xl restore` does it, with xsr-save-helper: all of its options pass,
+/// --threads is for the helper, what else xl has not is refused. With --direct, no xl is needed: the domain is made
 /// here, and connected to xenstore and its console; nothing else is.
 #[derive(Debug, Args)]
 #[command(after_help = "\

@@ -9,6 +9,7 @@
 //! `main_remus` in `tools/xl`; `LIBXL_SAVE_HELPER` in `tools/libs/light/libxl_save_callout.c`.
 
 pub(crate) mod child;
+mod setting;
 #[cfg(test)]
 mod tests;
 
@@ -22,6 +23,7 @@ use std::process::ExitStatus;
 use anyhow::{Context as _, Error, Result, anyhow, bail};
 use clap::CommandFactory as _;
 
+use self::setting::Setting;
 use crate::args::{Backend, Cli};
 use crate::exit::{BadUsage, Code};
 
@@ -46,6 +48,8 @@ struct Call {
     arguments: Vec<OsString>,
     /// Whether a domain is made: it is a restore, or the receiving end of a migration.
     restores: bool,
+    /// Options that are for our helper.
+    settings: Vec<Setting>,
     /// Options that xl has not.
     refused: Vec<String>,
     /// How much more to say on stderr.
@@ -96,6 +100,7 @@ impl Xl {
     pub(crate) fn run(self) -> Result<Code> {
         let Call {
             arguments,
+            settings,
             refused,
             restores,
             ..
@@ -108,6 +113,7 @@ impl Xl {
             );
             return Err(Error::new(BadUsage(why)));
         }
+        settings.iter().try_for_each(Setting::check)?;
         let xl = program("xl").context(
             "there is no `xl` on PATH: install Xen's tools (Debian: xen-utils-common), or give \
              --direct (save and restore without libxl; see --help)",
@@ -115,7 +121,8 @@ impl Xl {
         let helper = helper()?;
         tracing::info!(xl = %xl.display(), helper = %helper.display(), ?arguments, "running xl");
         let xl = [xl.into_os_string()].into_iter().chain(arguments);
-        code_of(child::run(xl, &helper, restores)?)
+        let settings = settings.into_iter().map(Setting::variable);
+        code_of(child::run(xl, &helper, settings, restores)?)
     }
 }
 
@@ -144,6 +151,7 @@ impl Call {
         let mut call = Self {
             backend: Backend::Auto,
             arguments: Vec::new(),
+            settings: Vec::new(),
             refused: Vec::new(),
             restores: matches!(name, "restore" | "migrate-receive"),
             verbose: 0,
@@ -180,8 +188,14 @@ impl Call {
                 "--checkpoint" => call.arguments.push("-c".into()),
                 "--paused" => call.arguments.push("-p".into()),
                 _ if call.message(argument) => {}
-                _ if is_own(own, name, option) => call.refused.push(option.to_owned()),
-                _ => call.arguments.push(argument.clone()),
+                _ => match Setting::of(own, option) {
+                    Some(setting) => call.settings.push(setting(match value {
+                        Some(value) => value.into(),
+                        None => rest.next()?.clone(),
+                    })),
+                    None if is_own(own, name, option) => call.refused.push(option.to_owned()),
+                    None => call.arguments.push(argument.clone()),
+                },
             }
         }
         if let Some(backend) = backend {

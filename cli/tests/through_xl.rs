@@ -142,6 +142,33 @@ fn arguments_environment_and_descriptors_are_xls() {
 }
 
 #[test]
+fn what_xl_has_no_option_for_reaches_the_helper_in_its_environment() {
+    let _alone = alone();
+    let dir = scratch();
+    script(
+        dir.path(),
+        "#!/bin/sh\necho \"$* $XSR_THREADS/$XSR_MAX_DOWNTIME/$XSR_TIMEOUT/$XSR_ON_TIMEOUT\"\n",
+    );
+    let target = ["--max-downtime", "50", "--timeout=9", "--on-timeout=cancel"];
+    let words = ["migrate", "--threads", "3"].into_iter().chain(target);
+    let words: Vec<&str> = words.chain(["-C", "x", "web", "h"]).collect();
+    ran(beside(dir.path(), &words))
+        .code(0)
+        .stdout_has("migrate -C x web h 3/50/9/cancel\n");
+    for (bad, why) in [
+        (
+            "--max-downtime=soon",
+            "invalid value 'soon' for '--max-downtime <MS>'",
+        ),
+        ("--on-timeout=wait", "[possible values: stop-copy, cancel]"),
+        ("--threads=0", "invalid value '0' for '--threads <N>'"),
+    ] {
+        let words = ["migrate", bad, "web", "h"];
+        ran(beside(dir.path(), &words)).code(64).stderr_has(why);
+    }
+}
+
+#[test]
 fn exit_codes_are_ours() {
     let _alone = alone();
     for (xls, ours) in [(0, 0), (1, 1), (2, 64), (3, 1), (255, 1)] {

@@ -23,13 +23,16 @@ use super::{BackendArg, MemorySize, ProgressArg, TargetArgs, ThreadsArg};
 /// suspended, as DOMAIN--migratedaway; what to do is printed, and in docs/migration.md.
 /// The exit code is 3.
 ///
-/// On a Xen host, `xl migrate` does it, with xsr-save-helper: all of its options pass, and
-/// those that it has not are refused. It runs `xl migrate-receive` on the other host;
-/// `-s '' DOMAIN 'ssh HOST xsr migrate-receive'` runs another command.
+/// On a Xen host, `xl migrate` does it, with xsr-save-helper: all of its options pass;
+/// --threads, --max-downtime, --timeout and --on-timeout are for the helper, which without the
+/// last three suspends the domain by Xen's own rule (after five passes, or with fewer than 50
+/// dirty pages); what else xl has not is refused. It runs `xl migrate-receive` on the other
+/// host; `-s '' DOMAIN 'ssh HOST xsr migrate-receive'` runs another command.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   xsr migrate web other.example.org        on a Xen host
+  xsr migrate --max-downtime 100 --on-timeout cancel web other.example.org
   xsr migrate --backend mock:/tmp/lab web other.example.org
   xsr migrate --backend mock:/tmp/lab --max-downtime 50 web other.example.org
   xsr migrate --backend mock:/tmp/lab web unix:/tmp/migrate.sock

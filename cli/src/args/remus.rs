@@ -19,8 +19,8 @@ use super::{BackendArg, ConnectionArgs, MemorySize, ProgressArg, ThreadsArg};
 /// this end stand still instead.
 ///
 /// A mock guest has no network and no disks whose output would have to wait for the
-/// checkpoint, or be compared (-c). On a Xen host, `xl remus` does it, with xsr-save-helper: all of its options
-/// pass, and those that it has not are refused.
+/// checkpoint, or be compared (-c). On a Xen host, `xl remus` does it, with xsr-save-helper: all of its
+/// options pass, --threads is for the helper, what else xl has not is refused.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:

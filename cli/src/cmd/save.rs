@@ -223,26 +223,19 @@ impl Ending<'_> {
     }
 }
 
-/// How long a domain may stand still at the end of a live save, in milliseconds, where
-/// nobody says: what other hypervisors allow, and most programs do not notice.
-const MAX_DOWNTIME_MS: u32 = 300;
-
-/// How long the passes over the memory of a running domain may take, in seconds, where
-/// nobody says.
-const TIMEOUT_S: u32 = 300;
-
 /// The policy with the target that the command line gives.
 pub(crate) fn target_policy(args: &TargetArgs) -> Box<dyn PrecopyPolicy> {
-    let milliseconds = args.max_downtime.unwrap_or(MAX_DOWNTIME_MS);
-    let seconds = args.timeout.unwrap_or(TIMEOUT_S);
-    Box::new(TargetPolicy {
-        max_downtime: Duration::from_millis(milliseconds.into()),
-        timeout: Some(Duration::from_secs(seconds.into())),
-        on_timeout: match args.on_timeout {
-            None | Some(OnTimeoutArg::StopCopy) => OnTimeout::StopAndCopy,
-            Some(OnTimeoutArg::Cancel) => OnTimeout::Cancel,
-        },
-    })
+    let mut policy = TargetPolicy::default();
+    if let Some(milliseconds) = args.max_downtime {
+        policy.max_downtime = Duration::from_millis(milliseconds.into());
+    }
+    if let Some(seconds) = args.timeout {
+        policy.timeout = Some(Duration::from_secs(seconds.into()));
+    }
+    if args.on_timeout == Some(OnTimeoutArg::Cancel) {
+        policy.on_timeout = OnTimeout::Cancel;
+    }
+    Box::new(policy)
 }
 
 /// How to save a domain that runs.

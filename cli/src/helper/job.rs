@@ -2,7 +2,6 @@
 
 use std::error::Error as StdError;
 use std::io;
-use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -15,7 +14,6 @@ use xsr_format::frame::Gfn;
 use xsr_format::read::{ReadOptions, RecordReader};
 use xsr_save_restore::back_channel::FdBackChannel;
 use xsr_save_restore::restore::checkpoint::CheckpointOptions;
-use xsr_save_restore::save::precopy::XenPolicy;
 use xsr_save_restore::save::{BUFFER_OCTETS, Checkpoints};
 use xsr_save_restore::sink::FdSink;
 use xsr_save_restore::source::FdSource;
@@ -24,6 +22,7 @@ use xsr_xen_backend::mock::MockHost;
 use xsr_xen_backend::{BackendError, DomId, Domain, Host, MapError, XenHost};
 
 use crate::args::{Args, RestoreArgs, SaveArgs, StreamType};
+use crate::environment;
 use crate::progress::Steps;
 use crate::signals;
 use crate::toolstack::{Libxl, MockGuest};
@@ -32,8 +31,6 @@ use crate::wire::Wire;
 /// The hypervisor to work on, for tests: `mock:DIR`, or `mock-xen:DIR`, which is the same
 /// machine asked by hypercalls. Not set: the Xen this runs on.
 const BACKEND: &str = "XSR_BACKEND";
-/// How many threads to work with. Not set: as many as there are processors.
-const THREADS: &str = "XSR_THREADS";
 
 /// How it ended, as libxl is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -170,19 +167,6 @@ fn back_channel(what: &str, fd: i32) -> Result<OwnedFd> {
     inherited(fd).with_context(|| format!("{what}, the back-channel"))
 }
 
-fn threads() -> Result<Option<NonZeroUsize>> {
-    match std::env::var(THREADS) {
-        Ok(number) => {
-            let number = number.parse();
-            Ok(Some(number.with_context(|| {
-                format!("{THREADS} is no number of threads")
-            })?))
-        }
-        Err(std::env::VarError::NotPresent) => Ok(None),
-        Err(error) => Err(anyhow!("{THREADS}: {error}")),
-    }
-}
-
 fn save(args: &SaveArgs, wire: &Wire, backend: &Backend) -> Result<()> {
     let cancel = wire.cancel();
     let mut sink = FdSink::cancellable(inherited(args.io_fd)?, cancel.clone())?;
@@ -200,11 +184,11 @@ fn save(args: &SaveArgs, wire: &Wire, backend: &Backend) -> Result<()> {
     let mut steps = Steps::new(wire, args.stream);
     let xen = backend.host.xen_version()?;
     let options = SaveOptions {
-        threads: threads()?,
+        threads: environment::threads()?,
     };
-    let mut policy = XenPolicy;
+    let mut policy = environment::policy()?;
     let live = Live {
-        policy: &mut policy,
+        policy: &mut *policy,
         verify: args.debug,
     };
     let mut on_progress = |progress: &_| steps.event(progress);
@@ -297,7 +281,7 @@ fn restore(args: &RestoreArgs, wire: &Wire, backend: &Backend) -> Result<()> {
         store_domid: args.store_domid,
         console_port: args.console_port,
         console_domid: args.console_domid,
-        threads: threads()?,
+        threads: environment::threads()?,
     };
     let mut on_progress = |_: &_| match wire.lost() {
         Some(_) => ControlFlow::Break(()),

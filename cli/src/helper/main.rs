@@ -13,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod environment;
 mod job;
 mod log;
 mod progress;

@@ -97,11 +97,12 @@ fn signals() -> Result<SigSet> {
     Ok(signals)
 }
 
-/// Run xl to its end, with `helper` as its save helper. To be called before there are other
-/// threads.
+/// Run xl to its end, with `helper` as its save helper, which finds `settings` in its
+/// environment. To be called before there are other threads.
 pub(super) fn run(
     xl: impl IntoIterator<Item = OsString>,
     helper: &Path,
+    settings: impl IntoIterator<Item = (&'static str, OsString)>,
     restores: bool,
 ) -> Result<ExitStatus> {
     let signals = signals()?;
@@ -111,6 +112,7 @@ pub(super) fn run(
     let began = scratch.path().join("began");
     let mut command = deaf(xl, restores);
     command.env(HELPER_VARIABLE, helper).env(BEGAN, &began);
+    command.envs(settings);
     // The helper has its own meaning for it.
     command.env_remove(BACKEND_VARIABLE);
     let mut child = command.spawn().context("starting xl")?;

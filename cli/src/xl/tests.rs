@@ -58,10 +58,46 @@ fn what_is_for_xsr_is_taken_out() {
 }
 
 #[test]
+fn what_is_for_the_helper_is_set() {
+    let set = |words: &[&str]| {
+        let call = call(words).unwrap();
+        assert!(call.refused.is_empty(), "{call:?}");
+        let good = call.settings.iter().all(|setting| setting.check().is_ok());
+        let settings = call.settings.into_iter().map(Setting::variable);
+        let settings: Vec<_> = settings
+            .map(|(name, value)| format!("{name}={}", value.to_str().unwrap()))
+            .collect();
+        (settings.join(" "), good)
+    };
+    for words in [
+        ["migrate", "--max-downtime", "50", "--threads=3", "web", "h"].as_slice(),
+        &["migrate", "web", "h", "--max-downtime=50", "--threads", "3"],
+    ] {
+        assert_eq!(passed(words), ["migrate", "web", "h"]);
+        let expected = "XSR_MAX_DOWNTIME=50 XSR_THREADS=3".to_owned();
+        assert_eq!(set(words), (expected, true));
+    }
+    let words = ["migrate", "--timeout=9", "--on-timeout=cancel", "web", "h"];
+    let expected = "XSR_TIMEOUT=9 XSR_ON_TIMEOUT=cancel".to_owned();
+    assert_eq!(set(&words), (expected, true));
+    for command in COMMANDS {
+        let (settings, good) = set(&[command, "--threads=1", "x"]);
+        assert_eq!(
+            (settings.as_str(), good),
+            ("XSR_THREADS=1", true),
+            "{command}"
+        );
+    }
+    for bad in ["--threads=0", "--max-downtime=soon", "--on-timeout=wait"] {
+        assert!(!set(&["migrate", bad, "web", "h"]).1, "{bad}");
+    }
+}
+
+#[test]
 fn what_xl_has_not_is_refused() {
     for (words, refused) in [
         (["save", "--live", "web", "f"].as_slice(), "--live"),
-        (&["save", "--threads=2", "web", "f"], "--threads"),
+        (&["save", "--max-downtime=2", "web", "f"], "--max-downtime"),
         (&["restore", "--json", "f"], "--json"),
         (&["migrate", "--no-live", "web", "h"], "--no-live"),
         (&["migrate", "--receiver=x", "web", "h"], "--receiver"),

@@ -113,6 +113,18 @@ pub struct TargetPolicy {
     pub on_timeout: OnTimeout,
 }
 
+/// 300 ms, which is what other hypervisors allow and most programs do not notice; after five
+/// minutes the rest is sent however long it takes.
+impl Default for TargetPolicy {
+    fn default() -> Self {
+        Self {
+            max_downtime: Duration::from_millis(300),
+            timeout: Some(Duration::from_secs(300)),
+            on_timeout: OnTimeout::StopAndCopy,
+        }
+    }
+}
+
 impl TargetPolicy {
     /// Whether the rest may be sent with the guest suspended.
     fn fits(&self, stats: &PrecopyStats) -> bool {

@@ -1,0 +1,76 @@
+//! What libxl does not say and its environment does: whoever starts the toolstack may set it.
+//! `xsr migrate` does for its options, on a Xen host.
+
+use std::env::{self, VarError};
+use std::num::NonZeroUsize;
+use std::str::FromStr;
+use std::time::Duration;
+
+use anyhow::{Result, anyhow, bail};
+use xsr_save_restore::save::precopy::{OnTimeout, PrecopyPolicy, TargetPolicy, XenPolicy};
+
+/// How many threads to work with. Not set: as many as there are processors.
+const THREADS: &str = "XSR_THREADS";
+/// Suspend a domain that is saved live once the rest can be sent in so many milliseconds.
+const MAX_DOWNTIME: &str = "XSR_MAX_DOWNTIME";
+/// Begin no pass over its memory after so many seconds.
+const TIMEOUT: &str = "XSR_TIMEOUT";
+/// What to do then: `stop-copy` or `cancel`.
+const ON_TIMEOUT: &str = "XSR_ON_TIMEOUT";
+
+/// A variable, if it is set.
+fn variable(name: &'static str) -> Result<Option<String>> {
+    match env::var(name) {
+        Ok(value) => Ok(Some(value)),
+        Err(VarError::NotPresent) => Ok(None),
+        Err(error) => Err(anyhow!("{name}: {error}")),
+    }
+}
+
+/// A number of `what`.
+fn number<T: FromStr>(name: &'static str, what: &str) -> Result<Option<T>> {
+    let Some(value) = variable(name)? else {
+        return Ok(None);
+    };
+    match value.parse() {
+        Ok(number) => Ok(Some(number)),
+        Err(_) => Err(anyhow!("{name} is {value:?}, expected a number of {what}")),
+    }
+}
+
+/// How many threads to work with, if anybody says.
+pub(crate) fn threads() -> Result<Option<NonZeroUsize>> {
+    number(THREADS, "threads")
+}
+
+/// When to suspend a domain that is saved live: by Xen's own rule, or as the environment says.
+pub(crate) fn policy() -> Result<Box<dyn PrecopyPolicy>> {
+    let milliseconds = number::<u32>(MAX_DOWNTIME, "milliseconds")?;
+    let seconds = number::<u32>(TIMEOUT, "seconds")?;
+    let on_timeout = match variable(ON_TIMEOUT)?.as_deref() {
+        None => None,
+        Some("stop-copy") => Some(OnTimeout::StopAndCopy),
+        Some("cancel") => Some(OnTimeout::Cancel),
+        Some(other) => bail!("{ON_TIMEOUT} is {other:?}, expected stop-copy or cancel"),
+    };
+    if (milliseconds, seconds, on_timeout) == (None, None, None) {
+        return Ok(Box::new(XenPolicy));
+    }
+    let mut policy = TargetPolicy::default();
+    if let Some(milliseconds) = milliseconds {
+        policy.max_downtime = Duration::from_millis(milliseconds.into());
+    }
+    if let Some(seconds) = seconds {
+        policy.timeout = Some(Duration::from_secs(seconds.into()));
+    }
+    if let Some(on_timeout) = on_timeout {
+        policy.on_timeout = on_timeout;
+    }
+    tracing::info!(
+        max_downtime = ?policy.max_downtime,
+        timeout = ?policy.timeout,
+        on_timeout = ?policy.on_timeout,
+        "suspending the domain by the environment's target"
+    );
+    Ok(Box::new(policy))
+}

@@ -1,0 +1,78 @@
+//! Options of ours that are for our save helper, where xl does the work: they reach it in the
+//! environment (docs/toolstacks.md).
+
+use std::ffi::OsString;
+
+use anyhow::{Error, Result};
+
+use super::COMMANDS;
+use crate::exit::BadUsage;
+
+/// What our helper takes from its environment, since xl and libxl know nothing of it: options
+/// of ours, the variables, and the commands that have them.
+const SETTINGS: [(&str, &str, &[&str]); 4] = [
+    ("threads", "XSR_THREADS", &COMMANDS),
+    ("max-downtime", "XSR_MAX_DOWNTIME", &["migrate"]),
+    ("timeout", "XSR_TIMEOUT", &["migrate"]),
+    ("on-timeout", "XSR_ON_TIMEOUT", &["migrate"]),
+];
+
+/// One of them, for one command.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Setting {
+    /// The option, as clap knows it.
+    option: clap::Arg,
+    variable: &'static str,
+    value: OsString,
+}
+
+impl Setting {
+    /// The option `option` of `command`, where it is a setting: what makes one of its value.
+    pub(super) fn of(
+        command: &clap::Command,
+        option: &str,
+    ) -> Option<impl FnOnce(OsString) -> Self + use<>> {
+        let name = option.strip_prefix("--")?;
+        let own = |(setting, _, of): &&(&str, _, &[&str])| {
+            *setting == name && of.contains(&command.get_name())
+        };
+        let (_, variable, _) = SETTINGS.iter().find(own)?;
+        let mut options = command.get_arguments();
+        let option = options.find(|a| a.get_long() == Some(name))?.clone();
+        Some(|value| Self {
+            option,
+            variable,
+            value,
+        })
+    }
+
+    /// The variable and its value.
+    pub(super) fn variable(self) -> (&'static str, OsString) {
+        (self.variable, self.value)
+    }
+
+    /// Whether the value is one.
+    ///
+    /// # Errors
+    ///
+    /// What clap says of it.
+    pub(super) fn check(&self) -> Result<()> {
+        let mut option = OsString::from("--");
+        option.push(self.option.get_long().unwrap_or_default());
+        option.push("=");
+        option.push(&self.value);
+        let command = clap::Command::new("xsr").arg(self.option.clone());
+        match command.try_get_matches_from([OsString::from("xsr"), option]) {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                let text = error.render().to_string();
+                // What is wrong and what would be right; usage is xl's here.
+                let lines = text.lines().map(str::trim);
+                let lines: Vec<&str> = lines.take_while(|line| !line.is_empty()).collect();
+                let why = lines.join(" ");
+                let why = why.strip_prefix("error: ").unwrap_or(&why);
+                Err(Error::new(BadUsage(why.to_owned())))
+            }
+        }
+    }
+}
