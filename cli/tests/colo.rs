@@ -5,9 +5,11 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 use common::migration::{BANNER, Cut, GO, Hosts, REPORT, Running, hear, listen};
 use common::{arg, backend, run};
@@ -41,8 +43,12 @@ fn state(id: u32) -> Vec<u8> {
 fn sender(hosts: &Hosts, socket: &Path, options: &[&str]) -> Running {
     let to = format!("unix:{}", socket.display());
     let backend = backend(&hosts.here);
-    let args = ["remus", "-c", "-i", "20", &backend, "web", &to];
-    Running::start(args.iter().chain(options))
+    let interval = match options {
+        ["-i", ..] => &[][..],
+        _ => &["-i", "20"],
+    };
+    let args = ["remus", "-c", &backend, "web", &to];
+    Running::start(args.iter().chain(interval).chain(options))
 }
 
 /// Both ends, with a checkpoint complete at the second.
@@ -160,6 +166,8 @@ fn a_pv_guest_and_what_xl_refuses_is_refused() {
         run(["remus", "-c", "-F", option, &here, "web", "nobody"]).code(64);
     }
     run(["remus", "-p", &here, "web", "nobody"]).code(64);
+    let timeout = ["--answer-timeout", "5"];
+    run(["remus", &here, "web", "nobody"].iter().chain(&timeout)).code(64);
     run(["migrate-receive", "-r", "--colo"]).code(64);
     run(["migrate-receive", "--dirty-rate", "5"]).code(64);
 }
@@ -185,8 +193,8 @@ fn the_receiver_is_told_what_xls_is() {
 }
 
 /// Which checkpoints a sender has in its stream, what it says between them, and how it
-/// takes its domain back: with a secondary whose dirty pages are `pages`, and which answers
-/// `last` to the last checkpoint.
+/// takes its domain back: with a secondary whose dirty pages are `pages`, which come in the
+/// checkpoint behind, and which answers `last` to the last checkpoint.
 fn heard(
     stream: &mut UnixStream,
     mut to: UnixStream,
@@ -197,10 +205,15 @@ fn heard(
     to.write_all(BANNER).unwrap();
     let mut walk = Walk::open(stream, ReadOptions::default()).unwrap();
     let mut number = 0;
+    let mut came = BTreeSet::new();
     while number < checkpoints {
         let mut record = None;
         if let Some(step) = walk.next_step().unwrap() {
             match step.content {
+                Content::PageData(body) => {
+                    let whole = body.entries().iter().filter(|e| e.page_type.has_data());
+                    came.extend(whole.map(|entry| entry.pfn.0));
+                }
                 Content::LibxlRecord(libxl) => record = Some(libxl),
                 Content::Record(libxc) => assert_ne!(libxc.kind, RecordKind::END),
                 _ => {}
@@ -209,6 +222,11 @@ fn heard(
         match record {
             Some(LibxlRecord::CheckpointEnd) => {
                 number += 1;
+                if number > 1 {
+                    // It does nothing itself.
+                    assert_eq!(came, pages.iter().copied().collect());
+                }
+                came.clear();
                 let states = match number == checkpoints {
                     true => last,
                     false => &RUNS[..],
@@ -249,12 +267,7 @@ fn the_stream_is_libxls_and_its_last_word_makes_xls_secondary_fail() {
             list.extend([0xf, 8].iter().flat_map(|word: &u32| word.to_le_bytes()));
             list.extend(pages[0].to_le_bytes());
             to.write_all(&list).unwrap();
-            let kinds = [0x7fff_ffff, 0xe, 4];
-            let withdrawal: Vec<u8> = kinds
-                .iter()
-                .flat_map(|kind: &u64| kind.to_le_bytes())
-                .collect();
-            hear(&mut from, &withdrawal);
+            hear(&mut from, &withdrawal_within());
         }
         to.write_all(&[REPORT, &[1], GO].concat()).unwrap();
         drop(to);
@@ -268,6 +281,94 @@ fn the_stream_is_libxls_and_its_last_word_makes_xls_secondary_fail() {
             assert!(sent.stderr.contains("names pfn"), "{sent:?}");
         }
         assert_eq!(hosts.domains()[0], ["web running"]);
+    }
+}
+
+/// What a primary says that takes its domain back from a secondary that waits for a
+/// checkpoint's records.
+fn withdrawal_within() -> Vec<u8> {
+    let kinds = [0x7fff_ffff, 0xe, 4];
+    let records = kinds.iter().flat_map(|kind: &u64| kind.to_le_bytes());
+    records.collect()
+}
+
+#[test]
+fn a_secondary_that_does_not_answer_is_given_up_and_the_domain_runs_on() {
+    let hosts = Hosts::with("pvh", &[]);
+    let socket = hosts.path("socket");
+    // It never has the checkpoint; it never runs; it does not suspend; it names no pages.
+    for (checkpoints, last, said) in [
+        (1, &[][..], None),
+        (2, &[READY], None),
+        (1, &RUNS, Some(vec![])),
+        (2, &RUNS, Some(state(SUSPENDED))),
+    ] {
+        let listener = listen(&socket);
+        let sender = sender(&hosts, &socket, &["--answer-timeout", "1"]);
+        let (mut from, _) = listener.accept().unwrap();
+        std::fs::remove_file(&socket).unwrap();
+        // So that a sender that waits for ever is a failure.
+        from.set_read_timeout(Some(Duration::from_secs(60)))
+            .unwrap();
+        let mut to = from.try_clone().unwrap();
+        heard(&mut from, to.try_clone().unwrap(), checkpoints, &[5], last);
+        match said {
+            None => hear(&mut from, &state(WITHDRAWAL)),
+            Some(said) => {
+                hear(&mut from, &state(NEW));
+                to.write_all(&said).unwrap();
+                hear(&mut from, &withdrawal_within());
+            }
+        }
+        to.write_all(&[REPORT, &[1], GO].concat()).unwrap();
+        drop((from, to));
+        let sent = sender.end().code(1);
+        assert!(sent.stderr.contains("has not answered in 1 s"), "{sent:?}");
+        assert_eq!(hosts.domains()[0], ["web running"], "{sent:?}");
+    }
+}
+
+#[test]
+fn what_a_secondary_that_fails_says_is_heard_wherever_it_says_it() {
+    let hosts = Hosts::with("pvh", &[]);
+    let socket = hosts.path("socket");
+    // In the place of each of its words, and while it has nothing to say.
+    for (last, said) in [
+        (&[][..], None),
+        (&[READY], None),
+        (&RUNS, Some(vec![])),
+        (&RUNS, Some(state(SUSPENDED))),
+        (&RUNS, None),
+    ] {
+        let listener = listen(&socket);
+        let interval: &[&str] = match (last, &said) {
+            (&[READY, RESUMED], None) => &["-i", "4000000000"],
+            _ => &[],
+        };
+        let sender = sender(&hosts, &socket, interval);
+        let (mut from, _) = listener.accept().unwrap();
+        std::fs::remove_file(&socket).unwrap();
+        let mut to = from.try_clone().unwrap();
+        heard(
+            &mut from,
+            to.try_clone().unwrap(),
+            2 - interval.len() / 2,
+            &[5],
+            last,
+        );
+        if let Some(said) = said {
+            hear(&mut from, &state(NEW));
+            to.write_all(&said).unwrap();
+        }
+        to.write_all(&[REPORT, &[7], GO].concat()).unwrap();
+        drop((from, to));
+        let sent = sender.end().code(1);
+        assert!(
+            sent.stderr.contains("the other end has failed (status 7)"),
+            "{sent:?}"
+        );
+        assert!(!sent.stderr.contains("where it had to say"), "{sent:?}");
+        assert_eq!(hosts.domains()[0], ["web running"], "{sent:?}");
     }
 }
 
@@ -300,7 +401,8 @@ fn a_domain_is_taken_back_from_a_secondary_that_applies() {
 fn a_connection_that_is_cut_anywhere_leaves_a_domain_that_runs_and_says_where() {
     let hosts = Hosts::with("pvh", &[]);
     let (at, to) = (hosts.path("at"), hosts.path("to"));
-    let receiver = hosts.receiver(&to, &["--colo"]);
+    let secondary = ["--colo", "--dirty-rate", "20000"];
+    let receiver = hosts.receiver(&to, &secondary);
     let proxy = Cut::NEVER.run(&at, &to);
     sender(&hosts, &at, &["--epochs", "1"]).end().code(0);
     assert_eq!(receiver.end().code, 1);
@@ -321,16 +423,26 @@ fn a_connection_that_is_cut_anywhere_leaves_a_domain_that_runs_and_says_where() 
     ]
     .map(|forth| (forth, u64::MAX))
     .into_iter()
-    .chain([0, 1, 15, 16, 17, 32, 33, 50, 56].map(|back| (u64::MAX, banner + back)));
+    // Three words, then the list: its header, and the first pages that the secondary wrote.
+    .chain(
+        [0, 1, 15, 16, 17, 32, 33, 50, 48, 53, 56, 57, 63, 64, 85]
+            .map(|back| (u64::MAX, banner + back)),
+    );
     for (forth, back) in cuts {
-        let receiver = hosts.receiver(&to, &["--colo"]);
+        let receiver = hosts.receiver(&to, &secondary);
         let proxy = Cut { forth, back }.run(&at, &to);
-        let sent = sender(&hosts, &at, &[]).end();
+        // Long enough for the secondary to write.
+        let sent = sender(&hosts, &at, &["-i", "100"]).end();
         let received = receiver.end();
         proxy.join().unwrap();
         let domains = hosts.domains();
         let what = format!("cut after {forth}, {back}: {domains:?}\n{sent:?}\n{received:?}");
         assert!(!what.contains("panicked"), "{what}");
+        assert_eq!(
+            sent.stderr.contains("reading the back-channel failed"),
+            (banner + 48..u64::MAX).contains(&back),
+            "{what}"
+        );
         assert_eq!(domains[0], ["web running"], "{what}");
         assert_eq!(received.code == 0, domains[1] == ["web running"], "{what}");
         if received.code == 0 {
@@ -343,7 +455,7 @@ fn a_connection_that_is_cut_anywhere_leaves_a_domain_that_runs_and_says_where() 
         there.push(received.code == 0);
     }
     // Three that cut it before there is a checkpoint.
-    let mut expected = [true; 16];
+    let mut expected = [true; 22];
     (expected[0], expected[1], expected[7]) = (false, false, false);
     assert_eq!(there, expected);
 }

@@ -44,6 +44,9 @@ use crate::workload;
 /// How long the other end may take to say what becomes of its copy.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// How long the secondary may take to answer, as libxl gives a guest to suspend.
+const ANSWER: Duration = Duration::from_secs(60);
+
 /// How long whoever reads `--stats` may take where there is a failure to be told.
 const STATS_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -138,7 +141,7 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
     };
     watch.step("banner");
     let Protected {
-        end,
+        mut end,
         complete,
         lost,
         stats,
@@ -163,7 +166,12 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
             });
             match outcome {
                 Ok(Outcome::Runs) => Fate::There,
-                Ok(Outcome::GivenBack { .. }) => Fate::Here,
+                Ok(Outcome::GivenBack { status }) => {
+                    if matches!(end, End::Receiver) {
+                        end = End::Failed(Error::msg(handshake::status_words(status)));
+                    }
+                    Fate::Here
+                }
                 // It never had all of a checkpoint.
                 Err(_) if complete == 0 => Fate::Here,
                 Err(error) => {
@@ -253,9 +261,8 @@ impl Primary<'_> {
         let null = File::options().write(true).open("/dev/null");
         let null = null.context("/dev/null")?;
         let interrupt = watch.interrupt().clone();
-        let cut = interrupt.cut().clone();
         let to = link.map_or(&null, |link| &link.to);
-        let stream = Stream::new(to, interrupt.clone())?;
+        let stream = Stream::new(to, &interrupt)?;
         let job = Job {
             host: self.host,
             domid: self.domid,
@@ -283,7 +290,7 @@ impl Primary<'_> {
                 backend::emulators(self.host, self.domid)?,
             ),
             from: link.map(|link| &link.from),
-            interrupt,
+            interrupt: interrupt.clone(),
             interval: interval(self.args.interval, self.args.colo),
             epochs: self.args.epochs,
             observe: &mut observe,
@@ -295,7 +302,12 @@ impl Primary<'_> {
         let mut policy = XenPolicy;
         let (result, secondary) = match link {
             Some(link) if self.args.colo => {
-                let ear = Ear::new(Hearing::new(&link.from, cut)?);
+                let patience = self
+                    .args
+                    .answer_timeout
+                    .map_or(ANSWER, |seconds| Duration::from_secs(seconds.into()));
+                let hearing = Hearing::new(&link.from, interrupt.clone(), patience)?;
+                let ear = Ear::new(hearing);
                 let mut primary = colo::Primary::new(&mut protector, &stream, &ear);
                 let result = save_colo(
                     self.domain,
@@ -308,7 +320,8 @@ impl Primary<'_> {
                     &mut progress,
                 );
                 let place = primary.place();
-                (result, Some((place, ear.into_rest())))
+                let said = result.as_ref().err().and_then(|_| ear.given_up());
+                (result, Some((place, said, ear.into_rest())))
             }
             _ => {
                 let how = Checkpoints {
@@ -328,20 +341,29 @@ impl Primary<'_> {
             }
         };
         let (complete, stop) = (protector.complete, protector.stop);
+        let (secondary, said, heard) = match secondary {
+            Some((place, said, heard)) => (Some(place), said, Some(heard)),
+            None => (None, None, None),
+        };
         let (end, stats) = match (result, stop) {
             (Ok(stats), Some(Stop::Enough)) => (End::Enough, stats),
             (Ok(stats), Some(Stop::Receiver)) => (End::Receiver, stats),
             (Ok(stats), _) => (End::Asked, stats),
             (Err(SaveError::Aborted), _) => (End::Asked, CheckpointedStats::default()),
-            (Err(error), _) => (End::Failed(error.into()), CheckpointedStats::default()),
+            (Err(error), _) => {
+                let error = said.map_or_else(|| error.into(), Error::from);
+                (End::Failed(error), CheckpointedStats::default())
+            }
         };
         let mut lost = stream.failed() || matches!(end, End::Receiver);
         // A domain that does not run here had better run there.
         let asleep = self.is_asleep();
         if link.is_some() && complete > 0 && !lost && !asleep {
-            let withdrawn = match &secondary {
+            // One that takes nothing any more is not waited for.
+            interrupt.cut_when_still();
+            let withdrawn = match secondary {
                 None => handshake::withdraw(&mut &stream),
-                Some((place, _)) => place.withdraw(&stream),
+                Some(place) => place.withdraw(&stream),
             };
             match withdrawn {
                 Ok(()) => watch.borrow_mut().step("withdrawn"),
@@ -357,7 +379,7 @@ impl Primary<'_> {
             lost,
             stats,
             stream_octets: stream.octets(),
-            heard: secondary.map(|(_, heard)| heard),
+            heard,
         })
     }
 

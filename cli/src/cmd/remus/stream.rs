@@ -11,24 +11,20 @@ use xsr_xen_backend::Gather;
 use crate::cmd::save::sink::ImageSink;
 use crate::interrupt::Interrupt;
 
-/// Octets that are written at a time.
-const PIECE: usize = 256 << 10;
-
 /// A stream, and whether all that was written to it has gone out.
 #[derive(Debug)]
 pub(super) struct Stream<'a> {
     sink: RefCell<ImageSink<'a>>,
     failed: Cell<bool>,
-    interrupt: Interrupt,
 }
 
 impl<'a> Stream<'a> {
-    /// Write to where the file stands, until somebody cuts it off.
-    pub(super) fn new(file: &'a File, interrupt: Interrupt) -> io::Result<Self> {
+    /// Write to where the file stands, until somebody cuts it off, who is shown what moves.
+    pub(super) fn new(file: &'a File, interrupt: &Interrupt) -> io::Result<Self> {
+        let (cut, carried) = (interrupt.cut().clone(), interrupt.carried());
         Ok(Self {
-            sink: RefCell::new(ImageSink::new(file, interrupt.cut().clone())?),
+            sink: RefCell::new(ImageSink::counting_in(file, cut, carried)?),
             failed: Cell::new(false),
-            interrupt,
         })
     }
 
@@ -44,9 +40,8 @@ impl<'a> Stream<'a> {
     }
 
     fn look<T>(&self, result: io::Result<T>) -> io::Result<T> {
-        match &result {
-            Ok(_) => self.interrupt.moved(),
-            Err(_) => self.failed.set(true),
+        if result.is_err() {
+            self.failed.set(true);
         }
         result
     }
@@ -54,9 +49,7 @@ impl<'a> Stream<'a> {
 
 impl Write for &Stream<'_> {
     fn write(&mut self, octets: &[u8]) -> io::Result<usize> {
-        // In pieces, so that a slow connection is seen to move.
-        let piece = &octets[..octets.len().min(PIECE)];
-        self.look(self.sink.borrow_mut().write(piece))
+        self.look(self.sink.borrow_mut().write(octets))
     }
 
     fn flush(&mut self) -> io::Result<()> {
