@@ -285,6 +285,7 @@ impl Primary<'_> {
         let mut protector = Protector {
             direct: DirectToolstack(self.domain),
             libxl: job.begin(&stream)?,
+            stream: &stream,
             emulators: DeviceModel::of(
                 self.domain.info()?.kind,
                 backend::emulators(self.host, self.domid)?,

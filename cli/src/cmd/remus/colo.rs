@@ -114,6 +114,7 @@ impl<'p, 'a> Primary<'p, 'a> {
     }
 
     fn hear(&self, what: &'static str, state: CheckpointState) -> Result<(), ToolstackError> {
+        self.stream.waits();
         let heard = self.hearing.0.borrow_mut().expect(state);
         heard.map_err(|error| ToolstackError::new(what, error))
     }
