@@ -13,8 +13,8 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use self::images::{CatArgs, ConvertArgs, EditArgs, ExportArgs};
 pub(crate) use self::migrate::{ConnectionArgs, Endpoint, MigrateArgs, ReceiveArgs};
 pub(crate) use self::mock::{
-    MockArgs, MockCommand, MockCreateArgs, MockDomainArgs, MockKind, MockListArgs, MockRenameArgs,
-    MockShowArgs, MockWorkloadArgs, WorkloadArgs,
+    MockArgs, MockCommand, MockCreateArgs, MockDomainArgs, MockEnd, MockKind, MockListArgs,
+    MockRenameArgs, MockShowArgs, MockWorkloadArgs, WorkloadArgs,
 };
 pub(crate) use self::remus::{OnLoss, RemusArgs};
 

@@ -122,6 +122,26 @@ pub(crate) fn report_failed(to: &File) -> Result<()> {
     send_status(to, FAILED)
 }
 
+/// Where in what the other end has said its report begins, if it has begun one: the words that
+/// begin no other message suffice.
+pub(crate) fn report_in(said: &[u8]) -> Option<usize> {
+    let begin = &Message::Report.octets()[..8];
+    said.windows(begin.len()).rposition(|w| w == begin)
+}
+
+/// The status in a report, if it has come so far.
+pub(crate) fn status(report: &[u8]) -> Option<u8> {
+    report.get(Message::Report.octets().len()).copied()
+}
+
+/// What a status says, for people.
+pub(crate) fn status_words(status: u8) -> String {
+    match status {
+        0 => "the other end runs the domain".to_owned(),
+        _ => format!("the other end has failed (status {status}); what it printed says why"),
+    }
+}
+
 /// Types of libxl records that come in the place of a checkpoint's when the sender of
 /// checkpoints takes its domain back: none that anybody knows, and a CHECKPOINT of the libxc
 /// layer, which follows one where a checkpoint was broken off behind it.

@@ -39,8 +39,8 @@ pub(crate) struct Interrupt {
     /// Said to whoever asks at a time when nothing can be stopped.
     deaf: Arc<OnceLock<String>>,
     told: Arc<AtomicBool>,
-    /// How often something has been carried.
-    moved: Arc<AtomicU64>,
+    /// How much the connection has carried: octets written and heard.
+    carried: Arc<AtomicU64>,
 }
 
 impl Interrupt {
@@ -71,7 +71,7 @@ impl Interrupt {
             graceful: Arc::default(),
             deaf: Arc::default(),
             told: Arc::default(),
-            moved: Arc::default(),
+            carried: Arc::default(),
         };
         let asked = interrupt.clone();
         thread::Builder::new()
@@ -91,17 +91,9 @@ impl Interrupt {
             process::exit(KILLED);
         }
         self.cancel.cancel();
-        if !self.graceful.load(Ordering::Relaxed) {
-            self.cut.cancel();
-        } else {
-            let (cut, moved) = (self.cut.clone(), Arc::clone(&self.moved));
-            let late = thread::Builder::new().spawn(move || {
-                until_still(&moved, || thread::sleep(GRACE));
-                cut.cancel();
-            });
-            if late.is_err() {
-                self.cut.cancel();
-            }
+        match self.graceful.load(Ordering::Relaxed) {
+            true => self.cut_when_still(),
+            false => self.cut.cancel(),
         }
         if let Some(why) = self.deaf.get() {
             tracing::warn!("{why}");
@@ -127,9 +119,28 @@ impl Interrupt {
         &self.cut
     }
 
-    /// The connection has carried something: it is worth waiting for.
-    pub(crate) fn moved(&self) {
-        self.moved.fetch_add(1, Ordering::Relaxed);
+    /// Where what the connection carries is counted: as long as that grows it is worth
+    /// waiting for.
+    pub(crate) fn carried(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.carried)
+    }
+
+    /// The connection has carried so many octets that nobody else counts.
+    pub(crate) fn has_carried(&self, octets: usize) {
+        self.carried.fetch_add(octets as u64, Ordering::Relaxed);
+    }
+
+    /// The work is being broken off: the connection is cut once it has carried nothing for a
+    /// moment.
+    pub(crate) fn cut_when_still(&self) {
+        let (cut, carried) = (self.cut.clone(), self.carried());
+        let late = thread::Builder::new().spawn(move || {
+            until_still(&carried, || thread::sleep(GRACE));
+            cut.cancel();
+        });
+        if late.is_err() {
+            self.cut.cancel();
+        }
     }
 
     /// From now on there is an order in which to break off.
@@ -208,12 +219,12 @@ impl Interrupt {
     }
 }
 
-/// Wait as long as something moves from one end of a wait to the other.
-fn until_still(moved: &AtomicU64, mut wait: impl FnMut()) {
-    let mut before = moved.load(Ordering::Relaxed);
+/// Wait as long as something is carried from one end of a wait to the other.
+fn until_still(carried: &AtomicU64, mut wait: impl FnMut()) {
+    let mut before = carried.load(Ordering::Relaxed);
     loop {
         wait();
-        let now = moved.load(Ordering::Relaxed);
+        let now = carried.load(Ordering::Relaxed);
         if now == before {
             return;
         }
@@ -241,12 +252,12 @@ mod tests {
 
     #[test]
     fn what_moves_is_waited_for() {
-        let moved = AtomicU64::new(7);
+        let carried = AtomicU64::new(7);
         let mut waits = 0;
-        until_still(&moved, || {
+        until_still(&carried, || {
             waits += 1;
             if waits < 4 {
-                moved.fetch_add(1, Ordering::Relaxed);
+                carried.fetch_add(1, Ordering::Relaxed);
             }
         });
         assert_eq!(waits, 4);

@@ -32,10 +32,39 @@ const CHILD_PATIENCE: Duration = Duration::from_secs(2);
 const IDLE: u32 = 10;
 const INTERVAL: u32 = 5;
 const PROBES: u32 = 4;
-/// And when octets that were sent are not acknowledged, in milliseconds: by a sender, which
-/// the kernel tells nothing of whether the other end is away or merely reads nothing, because
-/// it has a checkpoint to apply, say; and by a receiver, which sends a few octets.
-const UNACKNOWLEDGED: [u32; 2] = [120_000, 30_000];
+/// What an end does that counts a TCP connection as lost on which octets stay unacknowledged for
+/// too long. Linux takes that time for the one on which nothing is heard, too, whatever
+/// `PROBES` says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Silence {
+    /// It sends much, and the kernel says nothing of whether the other end is away or merely
+    /// reads nothing, because it has a checkpoint to apply, say.
+    Sending,
+    /// It waits, and has sent a few octets at most.
+    Waiting,
+}
+
+impl Silence {
+    const fn milliseconds(self) -> u32 {
+        match self {
+            Self::Sending => 120_000,
+            Self::Waiting => 30_000,
+        }
+    }
+
+    /// From now on that is what this end does. Nothing is done where the connection is not TCP's
+    /// to watch.
+    pub(crate) fn bear(self, connection: impl AsFd) {
+        match setsockopt(
+            &connection.as_fd(),
+            sockopt::TcpUserTimeout,
+            &self.milliseconds(),
+        ) {
+            Ok(()) | Err(Errno::ENOTSOCK | Errno::EOPNOTSUPP | Errno::ENOPROTOOPT) => {}
+            Err(errno) => tracing::warn!(%errno, "how long to bear silence could not be set"),
+        }
+    }
+}
 
 /// A connection to the other end.
 #[derive(Debug)]
@@ -107,19 +136,19 @@ impl Link {
             Endpoint::Tcp(address) => {
                 let name = format!("tcp:{address}");
                 let stream = interrupt.wait_for(move || TcpStream::connect(address))?;
-                Self::tcp(stream, name, UNACKNOWLEDGED[0])?
+                Self::tcp(stream, name)?
             }
         })
     }
 
-    fn tcp(stream: TcpStream, name: String, unacknowledged: u32) -> Result<Self> {
+    fn tcp(stream: TcpStream, name: String) -> Result<Self> {
         // Short messages that are waited for, and a peer that may vanish in silence.
         stream.set_nodelay(true)?;
         setsockopt(&stream, sockopt::KeepAlive, &true)?;
         setsockopt(&stream, sockopt::TcpKeepIdle, &IDLE)?;
         setsockopt(&stream, sockopt::TcpKeepInterval, &INTERVAL)?;
         setsockopt(&stream, sockopt::TcpKeepCount, &PROBES)?;
-        setsockopt(&stream, sockopt::TcpUserTimeout, &unacknowledged)?;
+        Silence::Waiting.bear(&stream);
         Self::socket(stream.into(), name)
     }
 
@@ -285,7 +314,7 @@ impl Listener {
             Socket::Tcp(listener) => {
                 interrupt.wait_readable(&listener)?;
                 let (stream, peer) = listener.accept()?;
-                Link::tcp(stream, format!("tcp:{peer}"), UNACKNOWLEDGED[1])
+                Link::tcp(stream, format!("tcp:{peer}"))
             }
         }
     }
@@ -300,7 +329,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_receiver_is_given_longer_to_read_than_a_sender() {
+    fn a_receiver_is_given_longer_to_read_what_is_sent_than_to_answer() {
         let interrupt = Interrupt::catch().unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
@@ -311,6 +340,15 @@ mod tests {
         let sender = Link::connect(&Endpoint::Tcp(address), &interrupt).unwrap();
         let receiver = waiting.accept(&interrupt).unwrap();
         let timeout = |link: &Link| getsockopt(&link.to, sockopt::TcpUserTimeout).unwrap();
-        assert_eq!((timeout(&sender), timeout(&receiver)), (120_000, 30_000));
+        assert_eq!((timeout(&sender), timeout(&receiver)), (30_000, 30_000));
+        Silence::Sending.bear(&sender.to);
+        assert_eq!(timeout(&sender), 120_000);
+        Silence::Waiting.bear(&sender.to);
+        assert_eq!(timeout(&sender), 30_000);
+        // Neither is anything to a pipe or another socket.
+        let (unix, _other) = UnixStream::pair().unwrap();
+        let (pipe, _end) = io::pipe().unwrap();
+        Silence::Sending.bear(&unix);
+        Silence::Sending.bear(&pipe);
     }
 }

@@ -2,10 +2,10 @@
 //! the command, which stands in for the machine's processors.
 
 use anyhow::{Context as _, Result};
-use xsr_xen_backend::DomId;
-use xsr_xen_backend::mock::{BackgroundWorkload, MockHost, WorkloadSpec};
+use xsr_xen_backend::mock::{BackgroundWorkload, MockHost, WorkloadEnd, WorkloadSpec};
+use xsr_xen_backend::{DomId, ShutdownReason};
 
-use crate::args::WorkloadArgs;
+use crate::args::{MockEnd, WorkloadArgs};
 
 /// Under which name it is kept with the domain.
 const WORKLOAD: &str = "mock-workload";
@@ -21,6 +21,14 @@ pub(crate) fn spec(args: &WorkloadArgs, seed: u64) -> Option<WorkloadSpec> {
     Some(WorkloadSpec {
         table_permille: args.page_tables,
         balloon_permille: args.balloon,
+        end: args.shut_down.map(|how| WorkloadEnd {
+            after: args.after,
+            reason: match how {
+                MockEnd::Poweroff => ShutdownReason::Poweroff,
+                MockEnd::Reboot => ShutdownReason::Reboot,
+                MockEnd::Crash => ShutdownReason::Crash,
+            },
+        }),
         ..WorkloadSpec::writes(seed, args.dirty_rate?, working_set)
     })
 }

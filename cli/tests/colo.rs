@@ -4,45 +4,28 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
+#[path = "colo/primary.rs"]
+mod primary;
 
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use common::migration::{BANNER, Cut, GO, Hosts, REPORT, Running, hear, listen};
+use common::migration::{BANNER, Cut, Hosts, Running};
 use common::{arg, backend, run};
 use nix::sys::signal::Signal;
-use xsr_format::read::ReadOptions;
-use xsr_format::record::RecordKind;
-use xsr_format::walk::{Content, Walk};
-use xsr_format::wrapper::libxl::LibxlRecord;
 
 const NONE: [&str; 0] = [];
 const BUSY: [&str; 4] = ["--dirty-rate", "20000", "--working-set", "4M"];
-
-/// What a CHECKPOINT_STATE says, and what it says when a primary takes its domain back.
-const NEW: u32 = 0;
-const SUSPENDED: u32 = 1;
-const READY: u32 = 2;
-const RESUMED: u32 = 3;
-const WITHDRAWAL: u32 = 0x7fff_ffff;
-/// What a secondary says that has a checkpoint.
-const RUNS: [u32; 2] = [READY, RESUMED];
-
-/// A CHECKPOINT_STATE, as libxl writes it.
-fn state(id: u32) -> Vec<u8> {
-    [5, 4, id, 0]
-        .iter()
-        .flat_map(|word| word.to_le_bytes())
-        .collect()
-}
 
 /// `xsr remus -c` of `web`, to a socket.
 fn sender(hosts: &Hosts, socket: &Path, options: &[&str]) -> Running {
     let to = format!("unix:{}", socket.display());
     let backend = backend(&hosts.here);
-    let args = ["remus", "-c", "-i", "20", &backend, "web", &to];
-    Running::start(args.iter().chain(options))
+    let interval = match options {
+        ["-i", ..] => &[][..],
+        _ => &["-i", "20"],
+    };
+    let args = ["remus", "-c", &backend, "web", &to];
+    Running::start(args.iter().chain(interval).chain(options))
 }
 
 /// Both ends, with a checkpoint complete at the second.
@@ -160,6 +143,8 @@ fn a_pv_guest_and_what_xl_refuses_is_refused() {
         run(["remus", "-c", "-F", option, &here, "web", "nobody"]).code(64);
     }
     run(["remus", "-p", &here, "web", "nobody"]).code(64);
+    let timeout = ["--answer-timeout", "5"];
+    run(["remus", &here, "web", "nobody"].iter().chain(&timeout)).code(64);
     run(["migrate-receive", "-r", "--colo"]).code(64);
     run(["migrate-receive", "--dirty-rate", "5"]).code(64);
 }
@@ -184,123 +169,23 @@ fn the_receiver_is_told_what_xls_is() {
     }
 }
 
-/// Which checkpoints a sender has in its stream, what it says between them, and how it
-/// takes its domain back: with a secondary whose dirty pages are `pages`, and which answers
-/// `last` to the last checkpoint.
-fn heard(
-    stream: &mut UnixStream,
-    mut to: UnixStream,
-    checkpoints: usize,
-    pages: &[u64],
-    last: &[u32],
-) {
-    to.write_all(BANNER).unwrap();
-    let mut walk = Walk::open(stream, ReadOptions::default()).unwrap();
-    let mut number = 0;
-    while number < checkpoints {
-        let mut record = None;
-        if let Some(step) = walk.next_step().unwrap() {
-            match step.content {
-                Content::LibxlRecord(libxl) => record = Some(libxl),
-                Content::Record(libxc) => assert_ne!(libxc.kind, RecordKind::END),
-                _ => {}
-            }
-        }
-        match record {
-            Some(LibxlRecord::CheckpointEnd) => {
-                number += 1;
-                let states = match number == checkpoints {
-                    true => last,
-                    false => &RUNS[..],
-                };
-                let states: Vec<u8> = states.iter().copied().flat_map(state).collect();
-                to.write_all(&states).unwrap();
-            }
-            Some(LibxlRecord::CheckpointState(new)) => {
-                assert_eq!(new.value(), NEW);
-                let mut list = state(SUSPENDED);
-                list.extend(0xf_u32.to_le_bytes());
-                list.extend(u32::try_from(8 * pages.len()).unwrap().to_le_bytes());
-                list.extend(pages.iter().flat_map(|pfn| pfn.to_le_bytes()));
-                to.write_all(&list).unwrap();
-            }
-            _ => {}
-        }
-    }
-}
-
 #[test]
-fn the_stream_is_libxls_and_its_last_word_makes_xls_secondary_fail() {
-    for (pages, code) in [(&[5_u64, 700][..], 0), (&[1 << 40], 1)] {
-        let hosts = Hosts::with("pvh", &[]);
-        let socket = hosts.path("socket");
-        let listener = listen(&socket);
-        let sender = sender(&hosts, &socket, &["--epochs", "3"]);
-        let (mut from, _) = listener.accept().unwrap();
-        let mut to = from.try_clone().unwrap();
-        if code == 0 {
-            heard(&mut from, to.try_clone().unwrap(), 3, pages, &RUNS);
-            hear(&mut from, &state(WITHDRAWAL));
-        } else {
-            // A list that is none: the secondary waits for the second checkpoint.
-            heard(&mut from, to.try_clone().unwrap(), 1, pages, &RUNS);
-            hear(&mut from, &state(NEW));
-            let mut list = state(SUSPENDED);
-            list.extend([0xf, 8].iter().flat_map(|word: &u32| word.to_le_bytes()));
-            list.extend(pages[0].to_le_bytes());
-            to.write_all(&list).unwrap();
-            let kinds = [0x7fff_ffff, 0xe, 4];
-            let withdrawal: Vec<u8> = kinds
-                .iter()
-                .flat_map(|kind: &u64| kind.to_le_bytes())
-                .collect();
-            hear(&mut from, &withdrawal);
-        }
-        to.write_all(&[REPORT, &[1], GO].concat()).unwrap();
-        drop(to);
-        let mut rest = Vec::new();
-        from.read_to_end(&mut rest).unwrap();
-        assert_eq!(rest, b"");
-        drop(from);
-        let sent = sender.end();
-        assert_eq!(sent.code, code, "{sent:?}");
-        if code == 1 {
-            assert!(sent.stderr.contains("names pfn"), "{sent:?}");
-        }
-        assert_eq!(hosts.domains()[0], ["web running"]);
-    }
-}
-
-/// A secondary that is applying a checkpoint hears it once it runs.
-#[test]
-fn a_domain_is_taken_back_from_a_secondary_that_applies() {
-    for last in [&[SUSPENDED][..], &[READY, NEW]] {
-        let hosts = Hosts::with("pvh", &[]);
-        let socket = hosts.path("socket");
-        let listener = listen(&socket);
-        let sender = sender(&hosts, &socket, &NONE);
-        let (mut from, _) = listener.accept().unwrap();
-        let mut to = from.try_clone().unwrap();
-        heard(&mut from, to.try_clone().unwrap(), 2, &[5], last);
-        hear(&mut from, &state(WITHDRAWAL));
-        // It gets so far first.
-        let runs: Vec<u8> = RUNS.into_iter().flat_map(state).collect();
-        to.write_all(&[&runs, REPORT, &[1], GO].concat()).unwrap();
-        drop(to);
-        from.read_to_end(&mut Vec::new()).unwrap();
-        drop(from);
-        let sent = sender.end();
-        assert_eq!(sent.code, 1, "{sent:?}");
-        assert!(sent.stderr.contains("web runs on here"), "{sent:?}");
-        assert_eq!(hosts.domains()[0], ["web running"]);
-    }
+fn a_guest_that_shuts_down_by_itself_ends_the_protection_where_it_is() {
+    let end = ["--shut-down", "crash", "--after", "20000"];
+    let hosts = Hosts::with("pvh", &[&BUSY[..], &end].concat());
+    let [sender, receiver] = protected(&hosts, &[], &[]);
+    let said = "web has shut down (crash) here";
+    sender.end().code(1).stderr_has(said);
+    assert_eq!(receiver.end().code, 1);
+    assert_eq!(hosts.domains(), [vec!["web shutdown".to_owned()], vec![]]);
 }
 
 #[test]
 fn a_connection_that_is_cut_anywhere_leaves_a_domain_that_runs_and_says_where() {
     let hosts = Hosts::with("pvh", &[]);
     let (at, to) = (hosts.path("at"), hosts.path("to"));
-    let receiver = hosts.receiver(&to, &["--colo"]);
+    let secondary = ["--colo", "--dirty-rate", "20000"];
+    let receiver = hosts.receiver(&to, &secondary);
     let proxy = Cut::NEVER.run(&at, &to);
     sender(&hosts, &at, &["--epochs", "1"]).end().code(0);
     assert_eq!(receiver.end().code, 1);
@@ -321,11 +206,17 @@ fn a_connection_that_is_cut_anywhere_leaves_a_domain_that_runs_and_says_where() 
     ]
     .map(|forth| (forth, u64::MAX))
     .into_iter()
-    .chain([0, 1, 15, 16, 17, 32, 33, 50, 56].map(|back| (u64::MAX, banner + back)));
-    for (forth, back) in cuts {
-        let receiver = hosts.receiver(&to, &["--colo"]);
+    // Three words, then the list: its header, and the first pages that the secondary wrote.
+    .chain(
+        [0, 1, 15, 16, 17, 32, 33, 50, 48, 53, 56, 57, 63, 64, 85]
+            .map(|back| (u64::MAX, banner + back)),
+    );
+    // Where the secondary runs next, and whether its list was cut.
+    let cut = |forth, back| {
+        let receiver = hosts.receiver(&to, &secondary);
         let proxy = Cut { forth, back }.run(&at, &to);
-        let sent = sender(&hosts, &at, &[]).end();
+        // Long enough for the secondary to write.
+        let sent = sender(&hosts, &at, &["-i", "100"]).end();
         let received = receiver.end();
         proxy.join().unwrap();
         let domains = hosts.domains();
@@ -340,10 +231,24 @@ fn a_connection_that_is_cut_anywhere_leaves_a_domain_that_runs_and_says_where() 
             assert_eq!(domains[1], NONE, "{what}");
             assert!([1, 3].contains(&sent.code), "{what}");
         }
-        there.push(received.code == 0);
+        let list = sent.stderr.contains("reading the back-channel failed");
+        (received.code == 0, list)
+    };
+    for (forth, back) in cuts {
+        let in_list = (banner + 48..u64::MAX).contains(&back);
+        // A secondary that was given no processor has written less by then.
+        let mut turns = 0;
+        there.push(loop {
+            let (runs, list) = cut(forth, back);
+            if list == in_list {
+                break runs;
+            }
+            turns += 1;
+            assert!(in_list && turns < 10, "{back}: never in a list");
+        });
     }
     // Three that cut it before there is a checkpoint.
-    let mut expected = [true; 16];
+    let mut expected = [true; 22];
     (expected[0], expected[1], expected[7]) = (false, false, false);
     assert_eq!(there, expected);
 }

@@ -8,13 +8,15 @@ mod colo;
 mod common;
 #[path = "helper/remus.rs"]
 mod remus;
+#[path = "helper/restore.rs"]
+mod restore;
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 
-use common::{image, layers, scratch};
+use common::scratch;
 use nix::errno::Errno;
 use nix::sys::signal::{self, Signal};
 use nix::unistd::Pid;
@@ -322,90 +324,6 @@ fn a_live_save_counts_its_passes() {
     words.dedup();
     assert_eq!(words[..2], ["Start of stream", "Frames iteration 0"]);
     assert!(words.contains(&"Frames verify"), "{words:?}");
-}
-
-/// An image that a real Xen wrote, without the layers around its libxc stream.
-fn libxc_stream(name: &str) -> Vec<u8> {
-    let octets = fs::read(image(name)).unwrap();
-    let (_, start, end) = layers(&octets);
-    octets[start..end].to_vec()
-}
-
-fn restore_args(domid: DomId, ports: (u32, u32)) -> String {
-    let (store, console) = ports;
-    format!(
-        "--restore-domain 7 -1 {} {store} 0 {console} 0 {RESTORE_CALLBACKS} 0",
-        domid.0
-    )
-}
-
-/// A host with a domain that has nothing yet; its ports for xenstore and console.
-fn empty(dir: &Path, kind: GuestKind) -> (PathBuf, DomId, (u32, u32)) {
-    let path = dir.join("host");
-    let host = MockHost::create(&path, &HostConfig::default()).unwrap();
-    let domid = host.create_domain(kind, 1, 4096).unwrap();
-    let domain = host.domain(domid).unwrap();
-    let ports = (
-        domain.alloc_unbound_port(DomId(0)).unwrap(),
-        domain.alloc_unbound_port(DomId(0)).unwrap(),
-    );
-    (path, domid, ports)
-}
-
-#[test]
-fn a_restore_says_where_the_rings_are_and_leaves_the_rest_of_the_stream_alone() {
-    for (name, kind) in [("tpv", GuestKind::Pv), ("tpvh", GuestKind::Pvh)] {
-        let dir = scratch();
-        let (path, domid, ports) = empty(dir.path(), kind);
-        // libxl reads on behind END: not an octet of that may be gone.
-        let file = dir.path().join("stream");
-        let mut octets = libxc_stream(name);
-        let end = octets.len() as u64;
-        octets.extend([0x5a; 100]);
-        fs::write(&file, octets).unwrap();
-        let mut ours = fs::File::options()
-            .read(true)
-            .write(true)
-            .open(&file)
-            .unwrap();
-        let theirs = ours.try_clone().unwrap();
-        let run = play(start(&path, &restore_args(domid, ports), theirs), fine);
-        assert_eq!(run.completed(), (0, Errno::from_raw(0)), "{run:?}");
-        assert_eq!(run.numbers(), [STATIC_DATA_DONE, RESTORE_RESULTS, COMPLETE]);
-        assert_eq!(run.asked[0].1, [0; 4], "nothing is missing");
-        let mut rings = Arguments(&run.asked[1].1);
-        let (store, console) = (rings.u64(), rings.u64());
-        assert!(store != 0 && console != 0 && store != console);
-        run.logged(5, "Found x86");
-        run.logged(
-            5,
-            &format!("XenStore: mfn {store:#x}, dom 0, evt {}", ports.0),
-        );
-        let mut rest = Vec::new();
-        let at = std::io::Seek::stream_position(&mut ours).unwrap();
-        ours.read_to_end(&mut rest).unwrap();
-        assert_eq!((at, rest), (end, vec![0x5a; 100]));
-    }
-}
-
-#[test]
-fn a_bad_stream_fails_the_restore_with_einval() {
-    let dir = scratch();
-    let (path, domid, ports) = empty(dir.path(), GuestKind::Pv);
-    let file = dir.path().join("stream");
-    let mut octets = libxc_stream("tpv");
-    octets.truncate(octets.len() / 2);
-    fs::write(&file, octets).unwrap();
-    let stream = fs::File::options()
-        .read(true)
-        .write(true)
-        .open(&file)
-        .unwrap();
-    let run = play(start(&path, &restore_args(domid, ports), stream), fine);
-    assert_eq!(run.completed(), (-1, Errno::EINVAL));
-    // libxl takes an end without results for a helper that crashed.
-    assert_eq!(run.asked[1], (RESTORE_RESULTS, vec![0; 16]));
-    run.logged(8, "restore failed");
 }
 
 #[test]

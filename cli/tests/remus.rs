@@ -4,6 +4,8 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
+#[path = "remus/failing.rs"]
+mod failing;
 
 use std::fs::{self, File};
 use std::io::{Read, Write};

@@ -14,8 +14,10 @@
 
 use std::io::{self, Read};
 use std::os::fd::AsFd;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use thiserror::Error;
 use xsr_format::frame::Pfn;
@@ -28,15 +30,16 @@ use crate::progress::Cancel;
 /// How long to look for octets that should not be there. They come in one piece with what
 /// was before them.
 const LOOK: Duration = Duration::from_millis(100);
+const PAUSE: Duration = Duration::from_millis(1);
 
 /// The primary's end of a back-channel.
 pub trait BackChannel: Read {
-    /// Whether there is something to read within that time.
+    /// The next 8 octets, if they come within that time; they stay where they are.
     ///
     /// # Errors
     ///
     /// What the descriptor says.
-    fn has_more_within(&mut self, time: Duration) -> io::Result<bool>;
+    fn look_ahead(&mut self, time: Duration) -> io::Result<Option<[u8; 8]>>;
 }
 
 /// A descriptor as a back-channel. Not an octet is taken from it that was not asked for.
@@ -67,12 +70,31 @@ impl<F: AsFd> Read for FdBackChannel<F> {
 }
 
 impl<F: AsFd> BackChannel for FdBackChannel<F> {
-    fn has_more_within(&mut self, time: Duration) -> io::Result<bool> {
-        let milliseconds = u16::try_from(time.as_millis()).unwrap_or(u16::MAX);
-        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
-        poll(&mut fds, PollTimeout::from(milliseconds))?;
-        let said = fds[0].revents().unwrap_or(PollFlags::empty());
-        Ok(said.contains(PollFlags::POLLIN))
+    /// Of a socket or a pipe; nothing is seen of anything else.
+    fn look_ahead(&mut self, time: Duration) -> io::Result<Option<[u8; 8]>> {
+        let until = Instant::now() + time;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let milliseconds = u16::try_from(left.as_millis()).unwrap_or(u16::MAX);
+            let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut fds, PollTimeout::from(milliseconds)) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+            let mut octets = [0; 8];
+            match self.0.peek(&mut octets) {
+                Ok(8) => return Ok(Some(octets)),
+                Ok(0) => return Ok(None),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
+            }
+            if left.is_zero() {
+                return Ok(None);
+            }
+            // Some are there, so that poll(2) does not wait for the others.
+            thread::sleep(PAUSE.min(left));
+        }
     }
 }
 
@@ -147,14 +169,17 @@ pub(crate) fn merge(
         .chunks_exact(8)
         .filter_map(|pfn| Some(Pfn(u64::from_le_bytes(pfn.try_into().ok()?))))
         .peekable();
-    // Nothing else comes before the checkpoint that answers this list. An empty one loses no
-    // page, and the guest, which is suspended, does not wait for what may not come.
+    // Behind a header of 16 octets the last pfn is left, or, of an empty list, the header's
+    // own zero. What else may stand here, before the checkpoint that answers the list, is an
+    // end that gives up, in words that are no pfn of any guest. An empty list loses no page,
+    // and the guest, which is suspended, does not wait for what may not come.
     let look = match pfns.peek() {
         None => Some(Duration::ZERO),
         Some(first) => (first.0 == 0).then_some(LOOK),
     };
     if let Some(look) = look
-        && back.has_more_within(look)?
+        && let Some(octets) = back.look_ahead(look)?
+        && u64::from_le_bytes(octets) < dirty.pfns()
     {
         return Err(BackChannelError::LongHeader { number });
     }
@@ -173,18 +198,41 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
     use std::io::Write;
+    use std::os::unix::net::UnixStream;
 
     use xsr_format::write::dirty_pfn_list;
 
     use super::*;
 
+    /// Over a pipe and over a socket, which says the same; what is left is still there.
+    fn merged_of(octets: &[u8], left: &[u8]) -> Result<Vec<u64>, BackChannelError> {
+        fn over(
+            from: impl AsFd + Read,
+            mut to: impl Write,
+            octets: &[u8],
+            left: &[u8],
+        ) -> Result<Vec<u64>, BackChannelError> {
+            to.write_all(octets).unwrap();
+            to.write_all(left).unwrap();
+            drop(to);
+            let mut dirty = DirtyBitmap::new(100);
+            let mut back = FdBackChannel::new(from);
+            merge(&mut back, 3, &mut dirty)?;
+            let mut rest = Vec::new();
+            back.read_to_end(&mut rest).unwrap();
+            assert_eq!(rest, left);
+            Ok(dirty.iter().map(|pfn| pfn.0).collect())
+        }
+        let (from, to) = io::pipe().unwrap();
+        let by_pipe = over(from, to, octets, left);
+        let (from, to) = UnixStream::pair().unwrap();
+        let by_socket = over(from, to, octets, left);
+        assert_eq!(format!("{by_pipe:?}"), format!("{by_socket:?}"));
+        by_socket
+    }
+
     fn merged(octets: &[u8]) -> Result<Vec<u64>, BackChannelError> {
-        let (from, mut to) = io::pipe().unwrap();
-        to.write_all(octets).unwrap();
-        drop(to);
-        let mut dirty = DirtyBitmap::new(100);
-        merge(&mut FdBackChannel::new(from), 3, &mut dirty)?;
-        Ok(dirty.iter().map(|pfn| pfn.0).collect())
+        merged_of(octets, &[])
     }
 
     fn list(pfns: &[u64]) -> Vec<u8> {
@@ -203,6 +251,21 @@ mod tests {
     fn a_list_of_the_specification_is_merged() {
         for pfns in [&[][..], &[0], &[0, 1], &[5, 99]] {
             assert_eq!(merged(&list(pfns)).unwrap(), pfns);
+        }
+    }
+
+    #[test]
+    fn what_stands_behind_a_list_is_no_long_header() {
+        let said: [&[u8]; 3] = [
+            b"my copy unpause results are as follows\0\x01",
+            // A CHECKPOINT_STATE, and part of anything.
+            &[5, 0, 0, 0, 4, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0],
+            &[0; 7],
+        ];
+        for left in said {
+            for pfns in [&[][..], &[0], &[0, 1], &[5, 99]] {
+                assert_eq!(merged_of(&list(pfns), left).unwrap(), pfns, "{left:?}");
+            }
         }
     }
 

@@ -15,13 +15,14 @@
 //! The last row is for files and block devices, which do not wait for anybody. A
 //! terminal is there too: nobody saves to one.
 
-use std::io;
+use std::io::{self, Read as _};
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, open};
+use nix::fcntl::{OFlag, SpliceFFlags, open, tee};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, recv};
 use nix::sys::stat::{Mode, SFlag, fstat};
 use xsr_xen_backend::WriteCall;
 
@@ -116,15 +117,15 @@ impl<F: AsFd> Descriptor<F> {
     }
 
     /// Have `write` called until it has done something: with the descriptor and the
-    /// call that it is to be done with.
+    /// call that it is to be done with. Its answer: the octets that were taken.
     ///
     /// # Errors
     ///
     /// [`Cancelled`]; what `write` says but EINTR and EAGAIN.
     pub(crate) fn write(
         &self,
-        mut write: impl FnMut(BorrowedFd<'_>, WriteCall) -> io::Result<()>,
-    ) -> io::Result<()> {
+        mut write: impl FnMut(BorrowedFd<'_>, WriteCall) -> io::Result<usize>,
+    ) -> io::Result<usize> {
         loop {
             self.check()?;
             let result = match &self.way {
@@ -163,6 +164,31 @@ impl<F: AsFd> Descriptor<F> {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.wait(PollFlags::POLLIN)?,
                 result => return result,
+            }
+        }
+    }
+
+    /// What is there to be read, of a socket or a pipe, without taking or waiting for it: how
+    /// many octets of it fit, or are there; 0 at the end, and where there is no such look.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says, EAGAIN where nothing is there.
+    pub(crate) fn peek(&self, room: &mut [u8]) -> io::Result<usize> {
+        let fd = self.fd.as_fd();
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        match recv(fd.as_raw_fd(), room, flags) {
+            Err(Errno::ENOTSOCK) => {}
+            result => return Ok(result?),
+        }
+        let (mut copy, copied) = io::pipe()?;
+        match tee(fd, &copied, room.len(), SpliceFFlags::SPLICE_F_NONBLOCK) {
+            // Not a pipe.
+            Err(Errno::EINVAL) => Ok(0),
+            Err(errno) => Err(errno.into()),
+            Ok(n) => {
+                copy.read_exact(&mut room[..n])?;
+                Ok(n)
             }
         }
     }

@@ -20,6 +20,7 @@ fn a_guest_that_has_worked_arrives_as_it_left() {
             working_set: 500,
             table_permille: 300,
             balloon_permille: 200,
+            end: None,
         };
         let mut workload = old.workload(domid, &work).unwrap();
         assert_eq!(workload.step(2000).unwrap(), 2000);

@@ -65,7 +65,7 @@ pub use self::face::peer;
 pub use self::grants::GrantEntry;
 pub use self::guest::{GuestSpec, P2mStyle};
 pub use self::summary::{DomainReport, DomainState, DomainSummary};
-pub use self::workload::{BackgroundWorkload, Workload, WorkloadCounts, WorkloadSpec};
+pub use self::workload::{BackgroundWorkload, Workload, WorkloadCounts, WorkloadEnd, WorkloadSpec};
 
 /// Most vcpus a domain can have.
 const MAX_VCPUS: u32 = 128;

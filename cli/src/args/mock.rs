@@ -161,6 +161,29 @@ pub(crate) struct WorkloadArgs {
         help_heading = WORKLOAD
     )]
     pub(crate) balloon: u16,
+    /// Shut down by itself in the end
+    #[arg(long, value_name = "REASON", requires = "dirty_rate", help_heading = WORKLOAD)]
+    pub(crate) shut_down: Option<MockEnd>,
+    /// After so many operations
+    #[arg(
+        long,
+        value_name = "N",
+        requires = "shut_down",
+        default_value_t = 10_000,
+        help_heading = WORKLOAD
+    )]
+    pub(crate) after: u64,
+}
+
+/// How a mock guest shuts down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum MockEnd {
+    /// It switches itself off
+    Poweroff,
+    /// It wants to be started again
+    Reboot,
+    /// Its kernel has given up
+    Crash,
 }
 
 /// Which mock machine.

@@ -24,7 +24,7 @@ use crate::exit::{self, BadUsage, Code, Migration};
 use crate::handshake::{self, Message, Outcome, Patience};
 use crate::stdout::Results;
 use crate::terminal::Terminal;
-use crate::transport::Link;
+use crate::transport::{Link, Silence};
 use crate::watch::Watch;
 use crate::workload;
 
@@ -199,7 +199,9 @@ impl Sender<'_> {
             verify: self.args.debug,
         });
         // As long as `written` is there, returning resumes the domain.
+        Silence::Sending.bear(&link.to);
         let written = job.write(&mut toolstack, &link.to, live, watch)?;
+        Silence::Waiting.bear(&link.to);
         let memory = MemoryReport::of(&written);
         watch.step("sent");
         Message::Ready.expect(&link.from, &interrupt)?;

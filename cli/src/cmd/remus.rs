@@ -9,6 +9,7 @@
 //! `tools/libs/light/libxl_remus.c`.
 
 mod colo;
+mod fate;
 mod report;
 mod stream;
 mod toolstack;
@@ -23,18 +24,19 @@ use xsr_save_restore::save::{BUFFER_OCTETS, CheckpointedStats, Checkpoints, save
 use xsr_save_restore::toolstack::DirectToolstack;
 use xsr_save_restore::{SaveError, SaveOptions, save_colo};
 use xsr_xen_backend::mock::MockHost;
-use xsr_xen_backend::{DomId, Domain, Host, ShutdownReason};
+use xsr_xen_backend::{DomId, Domain, Host};
 
 use self::colo::Ear;
+use self::fate::{End, Fate};
 use self::report::Teller;
 use self::stream::Stream;
 use self::toolstack::{Complete, DeviceModel, Protector, Stop};
 use crate::args::{OnLoss, RemusArgs};
 use crate::backend;
-use crate::cmd::migrate::{AWAY, can_suspend};
+use crate::cmd::migrate::can_suspend;
 use crate::cmd::save::{Job, name_of};
 use crate::colo::Hearing;
-use crate::exit::{self, BadUsage, Code, Migration};
+use crate::exit::{BadUsage, Code};
 use crate::handshake::{self, Message, Outcome, Patience};
 use crate::terminal::Terminal;
 use crate::transport::Link;
@@ -43,6 +45,9 @@ use crate::workload;
 
 /// How long the other end may take to say what becomes of its copy.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long the secondary may take to answer, as libxl gives a guest to suspend.
+const ANSWER: Duration = Duration::from_secs(60);
 
 /// How long whoever reads `--stats` may take where there is a failure to be told.
 const STATS_PATIENCE: Duration = Duration::from_secs(2);
@@ -138,7 +143,7 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
     };
     watch.step("banner");
     let Protected {
-        end,
+        mut end,
         complete,
         lost,
         stats,
@@ -148,8 +153,9 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
     watch.clear();
     // Before anybody is waited for: from now on the other end may run the domain.
     let stands_still = lost && complete > 0 && args.on_loss == OnLoss::Pause;
-    if stands_still {
-        primary.pause()?;
+    if stands_still && let Err(error) = primary.pause() {
+        // It is tried once more, and said, where nobody can know in the end.
+        tracing::warn!(%error, "the domain could not be paused yet");
     }
     let fate = match &mut link {
         None => Fate::Here,
@@ -163,7 +169,12 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
             });
             match outcome {
                 Ok(Outcome::Runs) => Fate::There,
-                Ok(Outcome::GivenBack { .. }) => Fate::Here,
+                Ok(Outcome::GivenBack { status }) => {
+                    if matches!(end, End::Receiver) {
+                        end = End::Failed(Error::msg(handshake::status_words(status)));
+                    }
+                    Fate::Here
+                }
                 // It never had all of a checkpoint.
                 Err(_) if complete == 0 => Fate::Here,
                 Err(error) => {
@@ -176,7 +187,9 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
     let stopped = match fate {
         Fate::There => Some(primary.stop()),
         Fate::Here if stands_still => {
-            primary.domain.unpause().context("unpausing the domain")?;
+            let unpaused = primary.domain.unpause();
+            let name = primary.name;
+            unpaused.with_context(|| format!("{name} runs nowhere else: unpausing it"))?;
             None
         }
         _ => None,
@@ -214,24 +227,6 @@ struct Protected {
     heard: Option<Vec<u8>>,
 }
 
-/// Why it came to its end.
-#[derive(Debug)]
-enum End {
-    Asked,
-    Enough,
-    /// The receiver hung up, or said something.
-    Receiver,
-    Failed(Error),
-}
-
-/// Who has the domain.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fate {
-    Here,
-    There,
-    Unknown,
-}
-
 /// The domain that is protected.
 struct Primary<'a> {
     args: &'a RemusArgs,
@@ -253,9 +248,8 @@ impl Primary<'_> {
         let null = File::options().write(true).open("/dev/null");
         let null = null.context("/dev/null")?;
         let interrupt = watch.interrupt().clone();
-        let cut = interrupt.cut().clone();
         let to = link.map_or(&null, |link| &link.to);
-        let stream = Stream::new(to, interrupt.clone())?;
+        let stream = Stream::new(to, &interrupt)?;
         let job = Job {
             host: self.host,
             domid: self.domid,
@@ -278,12 +272,13 @@ impl Primary<'_> {
         let mut protector = Protector {
             direct: DirectToolstack(self.domain),
             libxl: job.begin(&stream)?,
+            stream: &stream,
             emulators: DeviceModel::of(
                 self.domain.info()?.kind,
                 backend::emulators(self.host, self.domid)?,
             ),
             from: link.map(|link| &link.from),
-            interrupt,
+            interrupt: interrupt.clone(),
             interval: interval(self.args.interval, self.args.colo),
             epochs: self.args.epochs,
             observe: &mut observe,
@@ -295,7 +290,12 @@ impl Primary<'_> {
         let mut policy = XenPolicy;
         let (result, secondary) = match link {
             Some(link) if self.args.colo => {
-                let ear = Ear::new(Hearing::new(&link.from, cut)?);
+                let patience = self
+                    .args
+                    .answer_timeout
+                    .map_or(ANSWER, |seconds| Duration::from_secs(seconds.into()));
+                let hearing = Hearing::new(&link.from, interrupt.clone(), patience)?;
+                let ear = Ear::new(hearing);
                 let mut primary = colo::Primary::new(&mut protector, &stream, &ear);
                 let result = save_colo(
                     self.domain,
@@ -308,7 +308,8 @@ impl Primary<'_> {
                     &mut progress,
                 );
                 let place = primary.place();
-                (result, Some((place, ear.into_rest())))
+                let said = result.as_ref().err().and_then(|_| ear.given_up());
+                (result, Some((place, said, ear.into_rest())))
             }
             _ => {
                 let how = Checkpoints {
@@ -328,20 +329,29 @@ impl Primary<'_> {
             }
         };
         let (complete, stop) = (protector.complete, protector.stop);
+        let (secondary, said, heard) = match secondary {
+            Some((place, said, heard)) => (Some(place), said, Some(heard)),
+            None => (None, None, None),
+        };
         let (end, stats) = match (result, stop) {
             (Ok(stats), Some(Stop::Enough)) => (End::Enough, stats),
             (Ok(stats), Some(Stop::Receiver)) => (End::Receiver, stats),
             (Ok(stats), _) => (End::Asked, stats),
             (Err(SaveError::Aborted), _) => (End::Asked, CheckpointedStats::default()),
-            (Err(error), _) => (End::Failed(error.into()), CheckpointedStats::default()),
+            (Err(error), _) => {
+                let error = said.map_or_else(|| error.into(), Error::from);
+                (End::Failed(error), CheckpointedStats::default())
+            }
         };
         let mut lost = stream.failed() || matches!(end, End::Receiver);
         // A domain that does not run here had better run there.
         let asleep = self.is_asleep();
         if link.is_some() && complete > 0 && !lost && !asleep {
-            let withdrawn = match &secondary {
+            // One that takes nothing any more is not waited for.
+            interrupt.cut_when_still();
+            let withdrawn = match secondary {
                 None => handshake::withdraw(&mut &stream),
-                Some((place, _)) => place.withdraw(&stream),
+                Some(place) => place.withdraw(&stream),
             };
             match withdrawn {
                 Ok(()) => watch.borrow_mut().step("withdrawn"),
@@ -357,7 +367,7 @@ impl Primary<'_> {
             lost,
             stats,
             stream_octets: stream.octets(),
-            heard: secondary.map(|(_, heard)| heard),
+            heard,
         })
     }
 
@@ -367,111 +377,6 @@ impl Primary<'_> {
             (false, None) => BUFFER_OCTETS,
             (false, Some(size)) => usize::try_from(size.kib << 10).unwrap_or(usize::MAX),
         }
-    }
-
-    /// Have the domain be where it is to be, and say what happened, and what to do.
-    fn ended(
-        &self,
-        end: End,
-        fate: Fate,
-        complete: u64,
-        hung_up: &str,
-        stopped: Option<Result<()>>,
-    ) -> Error {
-        let (name, host) = (self.name, &self.args.host);
-        let cause = match &end {
-            End::Asked => "interrupted".to_owned(),
-            End::Enough => "that was the last checkpoint".to_owned(),
-            End::Receiver => "the other end hung up".to_owned(),
-            End::Failed(error) => exit::words(error.chain()),
-        };
-        let begin = format!("protecting {name} on {host}: {cause}{hung_up}");
-        let command = |verb: &str, rest: &str| {
-            backend::domain_command(&self.args.backend.backend, verb, rest)
-        };
-        let asleep = self.is_asleep();
-        let words = match fate {
-            Fate::Here if asleep => format!(
-                "{begin}; {name} is suspended here, and runs nowhere else: `{}`",
-                command("resume", name)
-            ),
-            Fate::Here => format!("{begin}; {name} runs on here, unprotected"),
-            Fate::There => {
-                let away = format!("{name}{AWAY}");
-                let stopped = match stopped.unwrap_or_else(|| self.stop()) {
-                    Ok(()) => format!("here it does not run any more, as {away}"),
-                    Err(error) => format!(
-                        "here it could not be stopped ({}), AND MUST BE",
-                        exit::words(error.chain())
-                    ),
-                };
-                format!(
-                    "{begin}; {host} runs {name} since it lost this end, from a checkpoint on; \
-                     {stopped}: `{}`",
-                    command("destroy", &away)
-                )
-            }
-            Fate::Unknown => {
-                let here = match (self.args.on_loss, asleep) {
-                    (OnLoss::Run, false) => "Here it runs on, unprotected".to_owned(),
-                    (OnLoss::Run, true) => "Here it is suspended".to_owned(),
-                    (OnLoss::Pause, _) => match self.pause() {
-                        Ok(()) => "Here it is paused".to_owned(),
-                        Err(error) => format!("Here it could not be paused ({error})"),
-                    },
-                };
-                let mut then: Vec<String> = Vec::new();
-                if asleep {
-                    then.push(command("resume", name));
-                }
-                if self.args.on_loss == OnLoss::Pause {
-                    then.push(command("unpause", name));
-                }
-                let then = match then.as_slice() {
-                    [] => "there is nothing else to do".to_owned(),
-                    commands => format!("let it run on here:\n    {}", commands.join("\n    ")),
-                };
-                format!(
-                    "{begin}\n\
-                     {host} may have lost this end as this end has lost it, and then it runs \
-                     {name} there, from checkpoint {complete} at the latest. {here}. It must \
-                     never run at both ends: look at the other one, once its migrate-receive \
-                     has ended.\n\
-                     If {name} is there, two of them have one life: destroy one. What is here \
-                     goes with:\n    {}\n\
-                     If it is not there, or as {name}--incoming, destroy that there; {then}",
-                    command("destroy", name),
-                )
-            }
-        };
-        Error::new(Migration {
-            words,
-            undecided: fate == Fate::Unknown,
-        })
-    }
-
-    /// The other end runs the domain: this one must not.
-    fn stop(&self) -> Result<()> {
-        self.pause()?;
-        self.host
-            .rename(self.domid, &format!("{}{AWAY}", self.name))
-            .context("renaming it")
-    }
-
-    /// Have the domain stand still, once.
-    fn pause(&self) -> Result<()> {
-        match self.domain.info() {
-            Ok(info) if info.paused => Ok(()),
-            _ => self.domain.pause().context("pausing it"),
-        }
-    }
-
-    /// Whether the domain is suspended, and so runs nowhere unless somebody resumes it. One
-    /// that has shut down otherwise has come to its end here.
-    fn is_asleep(&self) -> bool {
-        let info = self.domain.info();
-        // Where nobody can tell, the other end had better have it.
-        info.map_or(true, |info| info.shutdown == Some(ShutdownReason::Suspend))
     }
 }
 

@@ -6,6 +6,7 @@
 pub(crate) mod checkpoints;
 mod colo;
 mod direct;
+mod made;
 mod source;
 
 use std::io::{Seek, SeekFrom};
@@ -22,18 +23,18 @@ use xsr_format::record::{Body, RecordKind};
 use xsr_format::walk::{Around, Content, Walk};
 use xsr_format::wrapper::libxl::LibxlRecord;
 use xsr_format::wrapper::xl::XlHeader;
-use xsr_save_restore::RestoreOptions;
 use xsr_save_restore::progress::Cancel;
 use xsr_save_restore::restore::RestoreStats;
 use xsr_save_restore::toolstack::DirectToolstack;
 use xsr_xen_backend::mock::MockHost;
-use xsr_xen_backend::{DomId, Domain, GuestKind, Host};
+use xsr_xen_backend::{DomId, GuestKind, Host};
 
+pub(crate) use self::made::{About, Made};
 use self::source::ImageSource;
 use crate::args::{RestoreArgs, RestoreKind};
 use crate::backend;
 use crate::config::{self, Config};
-use crate::exit::{BadImage, BadUsage, Code};
+use crate::exit::{BadImage, BadUsage, Code, LeftBehind};
 use crate::file::Input;
 use crate::image::{Event, Reading};
 use crate::page_map::{PageMap, runs_of};
@@ -41,9 +42,6 @@ use crate::stdout::Results;
 use crate::terminal::Terminal;
 use crate::text::{Count, size};
 use crate::watch::Watch;
-
-/// The control domain: the other end of the xenstore and console rings.
-const DOM0: DomId = DomId(0);
 
 /// What `--json` prints (docs/json.md).
 #[derive(Debug, Serialize)]
@@ -444,15 +442,21 @@ impl Plan {
         let domid = host
             .create_domain(self.kind, self.vcpus, self.max_pages)
             .with_context(|| format!("making {name}"))?;
-        let made = Made::new(host.domain(domid)?, domid, name);
-        match host.rename(domid, &at_first) {
+        let domain = host.domain(domid).map_err(|error| {
+            let left = format!("{domid}, made for {name}, is left here: destroy it by hand");
+            Error::new(error).context(LeftBehind(left))
+        })?;
+        let made = Made::new(domain, domid, name);
+        let named = match host.rename(domid, &at_first) {
             Err(e) if !self.name_is_given => {
-                return Err(Error::new(e).context("give the domain a name with --name"));
+                Err(Error::new(e).context("give the domain a name with --name"))
             }
-            result => result?,
+            result => result.map_err(Error::from),
+        };
+        match named.and_then(|()| backend::store_config(host, domid, &self.json)) {
+            Ok(()) => Ok(made),
+            Err(error) => Err(made.given_up(error)),
         }
-        backend::store_config(host, domid, &self.json)?;
-        Ok(made)
     }
 }
 
@@ -514,105 +518,6 @@ impl Survey {
                 "{other}: this version restores x86 PV and HVM"
             ))),
             None => Err(bad("there is no libxc stream in it")),
-        }
-    }
-}
-
-/// A domain that has been made. Destroyed on drop, unless it is kept.
-pub(crate) struct Made {
-    domain: Box<dyn Domain>,
-    about: About,
-    keep: bool,
-}
-
-/// What there is to say of a domain that has been made.
-#[derive(Clone, Debug)]
-pub(crate) struct About {
-    pub(crate) name: String,
-    pub(crate) domid: DomId,
-    /// What the restore took.
-    pub(crate) stats: RestoreStats,
-}
-
-impl Made {
-    /// A domain that has been created just now, and has nothing yet.
-    fn new(domain: Box<dyn Domain>, domid: DomId, name: &str) -> Self {
-        let about = About {
-            name: name.to_owned(),
-            domid,
-            stats: RestoreStats::default(),
-        };
-        Self {
-            domain,
-            about,
-            keep: false,
-        }
-    }
-
-    /// The name that the domain has, or will have.
-    pub(crate) fn name(&self) -> &str {
-        &self.about.name
-    }
-
-    /// The domain's number.
-    pub(crate) fn domid(&self) -> DomId {
-        self.about.domid
-    }
-
-    /// Whether it is paused, now if not before.
-    fn stands_still(&self) -> bool {
-        match self.domain.info() {
-            Ok(info) if info.paused => true,
-            _ => self.domain.pause().is_ok(),
-        }
-    }
-
-    /// The domain goes.
-    ///
-    /// # Errors
-    ///
-    /// It could not be destroyed, and is still there.
-    pub(crate) fn destroy(mut self) -> Result<()> {
-        self.keep = true;
-        let name = &self.about.name;
-        self.domain
-            .destroy()
-            .with_context(|| format!("destroying {name}"))
-    }
-
-    /// How it is to be restored: with event channels for the control domain.
-    fn options(&self, threads: Option<NonZeroUsize>) -> Result<RestoreOptions> {
-        Ok(RestoreOptions {
-            store_port: self.domain.alloc_unbound_port(DOM0)?,
-            store_domid: DOM0,
-            console_port: self.domain.alloc_unbound_port(DOM0)?,
-            console_domid: DOM0,
-            threads,
-        })
-    }
-
-    /// Let the domain run.
-    pub(crate) fn unpause(&self) -> Result<()> {
-        self.domain
-            .unpause()
-            .with_context(|| format!("unpausing {}", self.about.name))
-    }
-
-    /// The domain stays.
-    pub(crate) fn keep(mut self) -> About {
-        self.keep = true;
-        self.about.clone()
-    }
-}
-
-impl Drop for Made {
-    fn drop(&mut self) {
-        if self.keep {
-            return;
-        }
-        if let Err(error) = self.domain.destroy() {
-            let name = &self.about.name;
-            tracing::error!(%error, name, "the domain could not be destroyed: destroy it by hand");
         }
     }
 }

@@ -8,6 +8,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, Stdio};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{self, Signal};
 use nix::unistd::Pid;
@@ -98,6 +99,22 @@ impl Hosts {
     }
 }
 
+/// Wait until it is so, and no longer than half a minute.
+#[track_caller]
+pub(crate) fn until(what: &str, mut is: impl FnMut() -> bool) {
+    let late = Instant::now() + Duration::from_secs(30);
+    while !is() {
+        assert!(Instant::now() < late, "waited for: {what}");
+        std::thread::yield_now();
+    }
+}
+
+/// Where a host keeps its only domain.
+pub(crate) fn domain_dir(host: &Path) -> PathBuf {
+    let mut domains = host.join("domains").read_dir().unwrap();
+    domains.next().unwrap().unwrap().path()
+}
+
 /// What a host has, as `name state`.
 pub(crate) fn domains(host: &Path) -> Vec<String> {
     let list = run(["mock", "list", "--json", "--host", arg(host)]).code(0);
@@ -155,14 +172,12 @@ impl Running {
     /// Until it has a thread of that name.
     pub(crate) fn until_thread(&self, name: &str) {
         let tasks = format!("/proc/{}/task", self.child.id());
-        let until = std::time::Instant::now() + std::time::Duration::from_secs(30);
-        while !std::fs::read_dir(&tasks).unwrap().any(|task| {
-            std::fs::read_to_string(task.unwrap().path().join("comm"))
-                .is_ok_and(|comm| comm.trim_end() == name)
-        }) {
-            assert!(std::time::Instant::now() < until, "no thread {name}");
-            std::thread::yield_now();
-        }
+        until(name, || {
+            fs::read_dir(&tasks).unwrap().any(|task| {
+                fs::read_to_string(task.unwrap().path().join("comm"))
+                    .is_ok_and(|comm| comm.trim_end() == name)
+            })
+        });
     }
 
     pub(crate) fn signal(&self, signal: Signal) {

@@ -6,6 +6,7 @@
 use std::ops::Range;
 use std::time::Instant;
 
+use nix::errno::Errno;
 use xsr_format::frame::{PAGE_SIZE, Pfn};
 use xsr_xen_backend::{BackendError, DirtyBitmap, DirtyRead, Domain};
 
@@ -32,11 +33,19 @@ impl<'a> Logging<'a> {
         }
         Ok(logging)
     }
+
+    /// Switch it off. It is off with a domain that somebody has destroyed meanwhile.
+    fn off(&self) -> Result<(), BackendError> {
+        match self.0.disable_log_dirty() {
+            Err(error) if error.errno == Errno::ESRCH => Ok(()),
+            result => result,
+        }
+    }
 }
 
 impl Drop for Logging<'_> {
     fn drop(&mut self) {
-        if let Err(error) = self.0.disable_log_dirty() {
+        if let Err(error) = self.off() {
             tracing::warn!(%error, "the dirty log could not be switched off: the guest runs slower than it could");
         }
     }
@@ -190,5 +199,27 @@ impl Run<'_, '_> {
         let rest = (memory.dirty.iter(), memory.dirty.count());
         self.send(guest, out, Phase::StopAndCopy, rest, None)?;
         Ok(stopped)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use xsr_xen_backend::mock::{HostConfig, MockHost};
+    use xsr_xen_backend::{GuestKind, Host as _};
+
+    use super::*;
+
+    #[test]
+    fn a_domain_that_is_gone_logs_nothing_and_one_that_is_there_is_asked() {
+        let host = MockHost::ephemeral(&HostConfig::default()).unwrap();
+        let domid = host.create_domain(GuestKind::Pvh, 1, 256).unwrap();
+        let domain = host.domain(domid).unwrap();
+        let logging = Logging::start(domain.as_ref()).unwrap();
+        logging.off().unwrap();
+        domain.destroy().unwrap();
+        assert_eq!(domain.disable_log_dirty().unwrap_err().errno, Errno::ESRCH);
+        logging.off().unwrap();
     }
 }

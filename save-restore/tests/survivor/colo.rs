@@ -26,37 +26,60 @@ use super::common::*;
 use super::kit::*;
 
 /// Takes checkpoints of a guest that works between them.
-struct Here<'a>(Primary<'a>, usize);
+struct Here<'a> {
+    primary: Primary<'a>,
+    host: &'a MockHost,
+    domid: DomId,
+    domain: &'a dyn Domain,
+    /// What it is at each.
+    at: Vec<Is>,
+}
+
+/// What a guest is at a checkpoint: its memory, its vcpus and devices.
+struct Is(MemoryDigest, Vec<u8>);
+
+impl Is {
+    fn of(host: &MockHost, domid: DomId, domain: &dyn Domain) -> Self {
+        let memory = host.memory_digest(domid).unwrap();
+        Self(memory, domain.hvm_context().unwrap())
+    }
+
+    #[track_caller]
+    fn same(&self, other: &Self, what: &str) {
+        assert_eq!(self.0.differences(&other.0), [], "{what}");
+        assert!(self.1 == other.1, "{what}");
+    }
+}
 
 impl SaveToolstack for Here<'_> {
     fn suspend(&mut self) -> Result<(), ToolstackError> {
-        self.0.suspend()
+        self.primary.suspend()
     }
 
     fn resume(&mut self) -> Result<(), ToolstackError> {
-        self.0.resume()
+        self.primary.resume()
     }
 
     fn switch_qemu_logdirty(&mut self, on: bool) -> Result<(), ToolstackError> {
-        self.0.switch_qemu_logdirty(on)
+        self.primary.switch_qemu_logdirty(on)
     }
 }
 
 impl CheckpointToolstack for Here<'_> {
     fn postcopy(&mut self) -> Result<(), ToolstackError> {
-        self.0.resume()
+        self.primary.resume()
     }
 
     fn checkpoint(&mut self, _: &Epoch) -> Result<NextEpoch, ToolstackError> {
+        self.at.push(Is::of(self.host, self.domid, self.domain));
         Ok(NextEpoch::Continue)
     }
 }
 
 impl ColoToolstack for Here<'_> {
     fn wait_checkpoint(&mut self) -> Result<NextEpoch, ToolstackError> {
-        self.0.work.step(200).map_err(refused)?;
-        self.1 += 1;
-        Ok(match self.1 == EPOCHS {
+        self.primary.work.step(200).map_err(refused)?;
+        Ok(match self.at.len() == EPOCHS {
             true => NextEpoch::Finish,
             false => NextEpoch::Continue,
         })
@@ -70,7 +93,9 @@ struct There<'a> {
     domain: &'a dyn Domain,
     work: Option<Workload>,
     checkpoints: usize,
-    /// What it has whenever it is suspended.
+    /// What it is when a checkpoint has been applied, and what it has whenever it is
+    /// suspended.
+    at: Vec<Is>,
     left: Vec<MemoryDigest>,
 }
 
@@ -93,6 +118,7 @@ impl CheckpointRestoreToolstack for There<'_> {
 
 impl ColoRestoreToolstack for There<'_> {
     fn postcopy(&mut self) -> Result<Turn, ToolstackError> {
+        self.at.push(Is::of(self.host, self.domid, self.domain));
         match &mut self.work {
             Some(_) => self.domain.resume().map_err(refused)?,
             work => {
@@ -126,6 +152,7 @@ struct Left {
     checkpoints: usize,
     /// Checkpoints and how it ended.
     result: Result<(u64, &'static str), RestoreError>,
+    at: Vec<Is>,
     left: Vec<MemoryDigest>,
     /// What it is in the end, if it may run: memory, and everything else.
     state: Option<(MemoryDigest, Records)>,
@@ -154,6 +181,7 @@ fn beside(
         domain: domain.as_ref(),
         work: None,
         checkpoints: 0,
+        at: Vec::new(),
         left: Vec::new(),
     };
     let reader = RecordReader::new(CopySource(source), ReadOptions::default());
@@ -172,6 +200,7 @@ fn beside(
     assert_eq!(to.mapped_pages(), 0);
     let There {
         checkpoints,
+        at,
         left,
         work,
         ..
@@ -198,6 +227,7 @@ fn beside(
     Left {
         checkpoints,
         result,
+        at,
         left,
         state,
     }
@@ -244,7 +274,13 @@ fn a_primary_that_is_cut_off_anywhere_leaves_the_secondary_as_it_was() {
         let shape = (kind, 2048 + 256);
         let domid = from.create_guest(&GuestSpec::new("web", kind, 8)).unwrap();
         let domain = from.domain(domid).unwrap();
-        let mut here = Here(primary(&from, domid, domain.as_ref(), kind), 0);
+        let mut here = Here {
+            primary: primary(&from, domid, domain.as_ref(), kind),
+            host: &from,
+            domid,
+            domain: domain.as_ref(),
+            at: Vec::new(),
+        };
         let (stream_from, stream_to) = io::pipe().unwrap();
         let (back_from, mut back_to) = io::pipe().unwrap();
         let (stream, whole) = std::thread::scope(|scope| {
@@ -270,6 +306,14 @@ fn a_primary_that_is_cut_off_anywhere_leaves_the_secondary_as_it_was() {
             (sent.join().unwrap(), whole)
         });
         assert_eq!(whole.left.len(), EPOCHS);
+        // Every checkpoint made it the primary.
+        let as_the_primary = |left: &Left, what: &str| {
+            for (applied, sent) in left.at.iter().zip(&here.at) {
+                applied.same(sent, what);
+            }
+        };
+        assert_eq!((here.at.len(), whole.at.len()), (EPOCHS, EPOCHS));
+        as_the_primary(&whole, "both ends");
         for pair in whole.left.windows(2) {
             assert_ne!(pair[0].differences(&pair[1]), [], "{kind:?}");
         }
@@ -302,7 +346,8 @@ fn a_primary_that_is_cut_off_anywhere_leaves_the_secondary_as_it_was() {
             };
             runs += 1;
             let last = complete.iter().filter(|end| **end <= at).count();
-            assert_eq!(left.checkpoints, last, "{what}");
+            assert_eq!((left.checkpoints, left.at.len()), (last, last), "{what}");
+            as_the_primary(&left, &what);
             if last == 0 {
                 assert!(
                     matches!(left.result, Err(RestoreError::Stream(_))),
@@ -320,6 +365,8 @@ fn a_primary_that_is_cut_off_anywhere_leaves_the_secondary_as_it_was() {
             let what = format!("{kind:?}: {lists} lists");
             let left = beside(&to, shape, &stream[..], &mut Lists(lists), &in_memory(0));
             runs += 1;
+            assert_eq!(left.at.len(), lists + 1, "{what}");
+            as_the_primary(&left, &what);
             let ending = (lists as u64 + 1, "back-channel");
             assert_eq!(left.result.unwrap(), ending, "{what}");
             let (memory, records) = left.state.unwrap();

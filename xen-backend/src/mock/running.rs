@@ -1,5 +1,5 @@
 //! What a running guest can do to its memory, with what the hypervisor does about
-//! it. The caller holds the domain's state, and the guest runs.
+//! it. The caller holds the domain's state, and the guest runs, but where it is said.
 //!
 //! C implementation: `guest_remove_page` and `populate_physmap` in
 //! `xen/common/memory.c`, `paging_mark_dirty` in `xen/arch/x86/mm/paging.c`.
@@ -9,6 +9,8 @@ use xsr_format::frame::{Gfn, Mfn};
 
 use super::domain::MockDomain;
 use super::state::State;
+use crate::ShutdownReason;
+use crate::error::BackendError;
 
 impl MockDomain {
     /// Whether the guest executes.
@@ -16,6 +18,18 @@ impl MockDomain {
         let record = &state.record;
         let awake = record.vcpus.iter().any(|vcpu| vcpu.online);
         record.pauses == 0 && record.shutdown.is_none() && awake
+    }
+
+    /// The guest shuts down (`SCHEDOP_shutdown`). Whether it did: it may not execute. The
+    /// caller does not hold its state.
+    pub(super) fn shut_down(&self, reason: ShutdownReason) -> Result<bool, BackendError> {
+        self.change("shutdown", |state| {
+            let runs = Self::runs(state);
+            if runs {
+                state.record.shutdown = Some(reason);
+            }
+            Ok(runs)
+        })
     }
 
     /// A frame of a PV guest's has been written by the guest.

@@ -26,7 +26,7 @@ use super::random::{SplitMix64, mix};
 use super::state::State;
 use crate::error::BackendError;
 use crate::pages::ENTRIES_PER_TABLE;
-use crate::{DomId, GuestKind};
+use crate::{DomId, GuestKind, ShutdownReason};
 
 pub use self::background::BackgroundWorkload;
 
@@ -51,6 +51,18 @@ pub struct WorkloadSpec {
     pub table_permille: u16,
     /// Of 1000 operations, how many give a page back or take one.
     pub balloon_permille: u16,
+    /// How the guest shuts down by itself, if it does.
+    #[serde(default)]
+    pub end: Option<WorkloadEnd>,
+}
+
+/// A guest's own end: it asks Xen to shut it down (`SCHEDOP_shutdown`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkloadEnd {
+    /// Operations that it does before.
+    pub after: u64,
+    /// What it tells Xen. It does not suspend without being asked.
+    pub reason: ShutdownReason,
 }
 
 impl WorkloadSpec {
@@ -62,6 +74,7 @@ impl WorkloadSpec {
             working_set,
             table_permille: 0,
             balloon_permille: 0,
+            end: None,
         }
     }
 
@@ -72,6 +85,8 @@ impl WorkloadSpec {
             "a workload needs a page to work on"
         } else if self.rate == 0 {
             "a workload does something each second"
+        } else if (self.end).is_some_and(|end| end.reason == ShutdownReason::Suspend) {
+            "a guest suspends when it is asked to, and not by itself"
         } else {
             return Ok(());
         };
@@ -244,7 +259,7 @@ impl Workload {
     }
 
     /// Do `operations` operations now, on this thread. Says how many were done:
-    /// fewer, or none, where the guest does not run.
+    /// fewer, or none, where the guest does not run, or shuts down.
     ///
     /// # Errors
     ///
@@ -253,8 +268,18 @@ impl Workload {
     pub fn step(&mut self, operations: u64) -> Result<u64, BackendError> {
         let mut done = 0;
         while done < operations {
-            let batch = BATCH.min(operations - done);
+            let mut batch = BATCH.min(operations - done);
             let domain = self.domain.clone();
+            if let Some(end) = self.spec.end {
+                batch = batch.min(end.after.saturating_sub(self.counts.operations()));
+                if batch == 0 {
+                    if domain.shut_down(end.reason)? {
+                        // Whoever resumes it finds it at work as before.
+                        self.spec.end = None;
+                    }
+                    break;
+                }
+            }
             let ran = domain.look("workload", |state| {
                 if !MockDomain::runs(state) {
                     return Ok(false);

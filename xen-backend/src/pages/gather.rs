@@ -192,16 +192,16 @@ impl Unwritten<'_> {
         self.first == self.iovecs.len()
     }
 
-    /// Write with one call, as much as the kernel takes.
+    /// Write with one call, as much as the kernel takes: so many octets.
     ///
     /// # Errors
     ///
     /// What the call says, EINTR and EAGAIN included: then nothing has been written.
     /// EFAULT when a page of the guest went away. `WriteZero` when the descriptor
     /// takes nothing without an error.
-    pub fn write_some(&mut self, fd: BorrowedFd<'_>, call: WriteCall) -> io::Result<()> {
+    pub fn write_some(&mut self, fd: BorrowedFd<'_>, call: WriteCall) -> io::Result<usize> {
         if self.is_empty() {
-            return Ok(());
+            return Ok(0);
         }
         let rest = &self.iovecs[self.first..];
         let rest = &rest[..rest.len().min(MAX_IOVECS)];
@@ -217,8 +217,9 @@ impl Unwritten<'_> {
         match Errno::result(n)? {
             0 => Err(io::ErrorKind::WriteZero.into()),
             n => {
-                self.advance(n.unsigned_abs());
-                Ok(())
+                let n = n.unsigned_abs();
+                self.advance(n);
+                Ok(n)
             }
         }
     }
@@ -294,7 +295,7 @@ mod tests {
         while !rest.is_empty() {
             match rest.write_some(fd, call) {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => std::thread::yield_now(),
-                result => result?,
+                result => _ = result?,
             }
         }
         Ok(())

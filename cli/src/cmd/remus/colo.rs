@@ -58,6 +58,11 @@ impl<'a> Ear<'a> {
         Self(RefCell::new(hearing))
     }
 
+    /// What the other end has said in the place of what it had to, if it has given up.
+    pub(super) fn given_up(&self) -> Option<io::Error> {
+        self.0.borrow_mut().given_up()
+    }
+
     /// What came since the last whole word.
     pub(super) fn into_rest(self) -> Vec<u8> {
         self.0.into_inner().into_rest()
@@ -71,8 +76,8 @@ impl Read for &Ear<'_> {
 }
 
 impl BackChannel for &Ear<'_> {
-    fn has_more_within(&mut self, time: Duration) -> io::Result<bool> {
-        self.0.borrow_mut().has_more_within(time)
+    fn look_ahead(&mut self, time: Duration) -> io::Result<Option<[u8; 8]>> {
+        self.0.borrow_mut().look_ahead(time)
     }
 }
 
@@ -109,6 +114,7 @@ impl<'p, 'a> Primary<'p, 'a> {
     }
 
     fn hear(&self, what: &'static str, state: CheckpointState) -> Result<(), ToolstackError> {
+        self.stream.waits();
         let heard = self.hearing.0.borrow_mut().expect(state);
         heard.map_err(|error| ToolstackError::new(what, error))
     }

@@ -10,25 +10,26 @@ use xsr_xen_backend::Gather;
 
 use crate::cmd::save::sink::ImageSink;
 use crate::interrupt::Interrupt;
-
-/// Octets that are written at a time.
-const PIECE: usize = 256 << 10;
+use crate::transport::Silence;
 
 /// A stream, and whether all that was written to it has gone out.
 #[derive(Debug)]
 pub(super) struct Stream<'a> {
     sink: RefCell<ImageSink<'a>>,
     failed: Cell<bool>,
-    interrupt: Interrupt,
+    file: &'a File,
+    silence: Cell<Silence>,
 }
 
 impl<'a> Stream<'a> {
-    /// Write to where the file stands, until somebody cuts it off.
-    pub(super) fn new(file: &'a File, interrupt: Interrupt) -> io::Result<Self> {
+    /// Write to where the file stands, until somebody cuts it off, who is shown what moves.
+    pub(super) fn new(file: &'a File, interrupt: &Interrupt) -> io::Result<Self> {
+        let (cut, carried) = (interrupt.cut().clone(), interrupt.carried());
         Ok(Self {
-            sink: RefCell::new(ImageSink::new(file, interrupt.cut().clone())?),
+            sink: RefCell::new(ImageSink::counting_in(file, cut, carried)?),
             failed: Cell::new(false),
-            interrupt,
+            file,
+            silence: Cell::new(Silence::Waiting),
         })
     }
 
@@ -43,10 +44,21 @@ impl<'a> Stream<'a> {
         self.failed.get()
     }
 
+    /// What was sent is complete, and the other end is waited for, until something is written
+    /// again.
+    pub(super) fn waits(&self) {
+        self.now(Silence::Waiting);
+    }
+
+    fn now(&self, silence: Silence) {
+        if self.silence.replace(silence) != silence {
+            silence.bear(self.file);
+        }
+    }
+
     fn look<T>(&self, result: io::Result<T>) -> io::Result<T> {
-        match &result {
-            Ok(_) => self.interrupt.moved(),
-            Err(_) => self.failed.set(true),
+        if result.is_err() {
+            self.failed.set(true);
         }
         result
     }
@@ -54,9 +66,8 @@ impl<'a> Stream<'a> {
 
 impl Write for &Stream<'_> {
     fn write(&mut self, octets: &[u8]) -> io::Result<usize> {
-        // In pieces, so that a slow connection is seen to move.
-        let piece = &octets[..octets.len().min(PIECE)];
-        self.look(self.sink.borrow_mut().write(piece))
+        self.now(Silence::Sending);
+        self.look(self.sink.borrow_mut().write(octets))
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -66,6 +77,36 @@ impl Write for &Stream<'_> {
 
 impl PageSink for &Stream<'_> {
     fn write_gather(&mut self, list: &Gather<'_>) -> io::Result<()> {
+        self.now(Silence::Sending);
         self.look(self.sink.borrow_mut().write_gather(list))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::OwnedFd;
+
+    use nix::sys::socket::{getsockopt, sockopt};
+
+    use super::*;
+
+    #[test]
+    fn silence_is_borne_for_longer_while_something_is_sent() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let file = File::from(OwnedFd::from(socket));
+        let stream = Stream::new(&file, &Interrupt::catch().unwrap()).unwrap();
+        let seconds = || getsockopt(&file, sockopt::TcpUserTimeout).unwrap() / 1000;
+        for _ in 0..2 {
+            (&stream).write_all(b"a checkpoint").unwrap();
+            assert_eq!(seconds(), 120);
+            stream.waits();
+            assert_eq!(seconds(), 30);
+        }
+        (&stream).write_gather(&Gather::new()).unwrap();
+        assert_eq!(seconds(), 120);
     }
 }

@@ -89,6 +89,8 @@ pub(super) struct Complete {
 pub(super) struct Protector<'a> {
     pub(super) direct: DirectToolstack<'a>,
     pub(super) libxl: LibxlWriter<&'a Stream<'a>>,
+    /// Where that writes to.
+    pub(super) stream: &'a Stream<'a>,
     pub(super) emulators: DeviceModel,
     /// What the receiver says; `None` where there is none.
     pub(super) from: Option<&'a File>,
@@ -177,6 +179,7 @@ impl Protector<'_> {
         if self.epochs.is_some_and(|enough| self.complete >= enough) {
             return Ok(Some(Stop::Enough));
         }
+        self.stream.waits();
         let due = Instant::now() + self.interval;
         Ok(match self.interrupt.readable_by(self.from, due)? {
             true => Some(Stop::Receiver),

@@ -22,9 +22,9 @@ use xsr_xen_backend::mock::MockHost;
 use xsr_xen_backend::{DomId, Domain};
 
 use super::source::ImageSource;
-use super::{About, INCOMING, Image, Made, Named, of_emulator};
+use super::{About, Image, Made, Named, of_emulator};
 use crate::backend;
-use crate::exit::{self, LeftBehind, Withdrawn};
+use crate::exit::Withdrawn;
 use crate::file::Input;
 use crate::handshake;
 use crate::watch::Watch;
@@ -63,37 +63,41 @@ impl<'a> Image<'a> {
     /// Also when the sender takes the domain back ([`Withdrawn`]). The domain is destroyed.
     pub(crate) fn stand_by(self, how: &StandBy<'a, '_>) -> Result<(Made, Survival)> {
         let made = self.plan.make(how.host, Named::Incoming)?;
-        let options = made.options(how.threads)?;
-        let domain = made.domain.as_ref();
-        let mut standby = Standby::new(how, domain, made.about.clone(), self.around)?;
-        let result = restore_checkpointed(
-            domain,
-            self.reader,
-            &mut standby,
-            &options,
-            how.keep,
-            &mut |progress| how.watch.borrow_mut().progress(progress),
-        );
-        let withdrawn = standby.withdrawn;
-        drop(standby);
-        outcome(made, result, withdrawn)
+        outcome(made, |made| {
+            let options = made.options(how.threads)?;
+            let domain = made.domain.as_ref();
+            let mut standby = Standby::new(how, domain, made.about.clone(), self.around)?;
+            let result = restore_checkpointed(
+                domain,
+                self.reader,
+                &mut standby,
+                &options,
+                how.keep,
+                &mut |progress| how.watch.borrow_mut().progress(progress),
+            );
+            Ok((result, standby.withdrawn))
+        })
     }
 }
 
-/// The domain that is the last checkpoint; if there is none, there is no domain.
+/// What `keep` came to, and whether the sender has taken the domain back.
+type Kept<S> = Result<(Result<Survivor<S>, RestoreError>, bool)>;
+
+/// The domain that is the last checkpoint, as `keep` keeps it; if there is none, there is no
+/// domain, or it is said that there is.
 pub(super) fn outcome<S>(
     mut made: Made,
-    result: Result<Survivor<S>, RestoreError>,
-    withdrawn: bool,
+    keep: impl FnOnce(&Made) -> Kept<S>,
 ) -> Result<(Made, Survival)> {
-    let survivor = match result {
-        Err(_) if withdrawn => return Err(given_up(made, Error::new(Withdrawn))),
-        Err(error) => return Err(given_up(made, error.into())),
-        Ok(survivor) if survivor.checkpoints == 0 => {
+    let survivor = match keep(&made) {
+        Err(error) => return Err(made.given_up(error)),
+        Ok((Err(_), true)) => return Err(made.given_up(Error::new(Withdrawn))),
+        Ok((Err(error), false)) => return Err(made.given_up(error.into())),
+        Ok((Ok(survivor), _)) if survivor.checkpoints == 0 => {
             let why = "the sender sent a plain migration: run migrate-receive without -r for it";
-            return Err(given_up(made, Error::msg(why)));
+            return Err(made.given_up(Error::msg(why)));
         }
-        Ok(survivor) => survivor,
+        Ok((Ok(survivor), _)) => survivor,
     };
     made.about.stats = survivor.restored.stats;
     let survival = Survival {
@@ -108,23 +112,6 @@ pub(super) fn outcome<S>(
         },
     };
     Ok((made, survival))
-}
-
-/// There is no domain to be had for `error`: destroy what there is, and say so if it cannot be.
-fn given_up(made: Made, error: Error) -> Error {
-    // A secondary of COLO may run: if it stays, it had better stand still.
-    let how = match made.stands_still() {
-        true => "is left here, paused; it must not run: destroy it by hand",
-        false => "is left here and may be running: destroy it by hand, now",
-    };
-    let left = format!("{}{INCOMING} {how}", made.name());
-    match made.destroy() {
-        Ok(()) => error,
-        Err(cause) => {
-            tracing::error!("{}", exit::words(cause.chain()));
-            error.context(LeftBehind(left))
-        }
-    }
 }
 
 /// The toolstack of such a domain.
@@ -232,6 +219,7 @@ mod tests {
     use xsr_xen_backend::{GuestKind, Host as _};
 
     use super::*;
+    use crate::exit::{self, LeftBehind};
 
     /// A copy that cannot be destroyed is not said to be gone.
     #[test]
@@ -245,20 +233,30 @@ mod tests {
             (domid, Made::new(domain, domid, "web"))
         };
         let (domid, made) = make();
-        let error = given_up(made, Error::new(Withdrawn));
+        let error = made.given_up(Error::new(Withdrawn));
         assert!(error.is::<Withdrawn>() && !error.is::<LeftBehind>());
         assert!(host.domain(domid).is_err());
         // Somebody else has destroyed it, or the host refuses: nobody knows.
         let (domid, made) = make();
         let domain = host.domain(domid).expect("the domain");
         domain.destroy().expect("it goes");
-        let error = given_up(made, Error::new(Withdrawn));
+        let error = made.given_up(Error::new(Withdrawn));
         assert!(error.is::<Withdrawn>() && error.is::<LeftBehind>());
         let said = exit::words(error.chain());
         assert!(
-            said.contains("web--incoming is left here and may be"),
+            said.contains(&format!("{domid}, made for web, is left here and may be")),
             "{said}"
         );
+        // The same where the restore did not even begin.
+        let (domid, made) = make();
+        let domain = host.domain(domid).expect("the domain");
+        let began = outcome::<()>(made, |made| {
+            domain.destroy().expect("it goes");
+            made.options(None)?;
+            unreachable!("it has no ports")
+        });
+        let error = began.err().expect("there is no domain");
+        assert!(error.is::<LeftBehind>());
         // One that runs is stopped before.
         let (domid, made) = make();
         let domain = host.domain(domid).expect("the domain");

@@ -41,44 +41,42 @@ impl<'a> Image<'a> {
         work: Option<WorkloadSpec>,
     ) -> Result<(Made, Survival)> {
         let made = self.plan.make(how.host, Named::Incoming)?;
-        let options = made.options(how.threads)?;
-        let domain = made.domain.as_ref();
-        let cancel = how.watch.borrow().interrupt().cancel().clone();
-        let mut secondary = Secondary {
-            standby: Standby::new(how, domain, made.about.clone(), self.around)?,
-            domain,
-            back: FdSink::cancellable(back, cancel.clone())?,
-            host: how.host,
-            domid: made.about.domid,
-            work,
-            working: None,
-            ran: false,
-        };
-        let mut list = FdSink::cancellable(back, cancel)?;
-        let result = restore_colo(
-            domain,
-            self.reader,
-            &mut secondary,
-            &mut list,
-            &options,
-            how.keep,
-            &mut |progress| how.watch.borrow_mut().progress(progress),
-        );
-        let Secondary {
-            standby, working, ..
-        } = secondary;
-        let withdrawn = standby.withdrawn
-            || matches!(
-                &result,
-                Err(RestoreError::Stream(ReadError {
-                    cause: ReadErrorCause::Decode(DecodeError::UnknownMandatory {
-                        kind: colo::WITHDRAWAL_RECORD
-                    }),
-                    ..
-                }))
+        outcome(made, |made| {
+            let options = made.options(how.threads)?;
+            let domain = made.domain.as_ref();
+            let cancel = how.watch.borrow().interrupt().cancel().clone();
+            let mut secondary = Secondary {
+                standby: Standby::new(how, domain, made.about.clone(), self.around)?,
+                domain,
+                back: FdSink::cancellable(back, cancel.clone())?,
+                host: how.host,
+                domid: made.about.domid,
+                work,
+                working: None,
+                ran: false,
+            };
+            let mut list = FdSink::cancellable(back, cancel)?;
+            let result = restore_colo(
+                domain,
+                self.reader,
+                &mut secondary,
+                &mut list,
+                &options,
+                how.keep,
+                &mut |progress| how.watch.borrow_mut().progress(progress),
             );
-        drop((standby, working));
-        outcome(made, result, withdrawn)
+            let withdrawn = secondary.standby.withdrawn
+                || matches!(
+                    &result,
+                    Err(RestoreError::Stream(ReadError {
+                        cause: ReadErrorCause::Decode(DecodeError::UnknownMandatory {
+                            kind: colo::WITHDRAWAL_RECORD
+                        }),
+                        ..
+                    }))
+                );
+            Ok((result, withdrawn))
+        })
     }
 }
 

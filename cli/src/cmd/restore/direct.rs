@@ -5,11 +5,10 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 use nix::errno::Errno;
-use xsr_save_restore::RestoreOptions;
 use xsr_save_restore::toolstack::DirectToolstack;
 use xsr_xen_backend::{DomId, GuestKind, Host as _, Ring, XenHost};
 
-use super::{About, DOM0, Image, Made, Overrides, Plan, bad, report};
+use super::{About, Image, Made, Overrides, Plan, bad, report};
 use crate::args::RestoreArgs;
 use crate::backend;
 use crate::exit::Code;
@@ -118,13 +117,7 @@ fn build<'h>(
         },
     };
     let domain = built.made.domain.as_ref();
-    let options = RestoreOptions {
-        store_port: domain.alloc_unbound_port(DOM0)?,
-        store_domid: DOM0,
-        console_port: domain.alloc_unbound_port(DOM0)?,
-        console_domid: DOM0,
-        threads: args.threads.threads,
-    };
+    let options = built.made.options(args.threads.threads)?;
     let (restored, source) = xsr_save_restore::restore(
         domain,
         image.reader,

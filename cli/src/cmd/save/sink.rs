@@ -2,6 +2,8 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use xsr_save_restore::progress::Cancel;
 use xsr_save_restore::sink::{FdSink, PageSink};
@@ -21,6 +23,17 @@ impl<'a> ImageSink<'a> {
             sink: FdSink::cancellable(file, cancel)?,
             octets: 0,
         })
+    }
+
+    /// The same, with the octets counted there as they go out.
+    pub(crate) fn counting_in(
+        file: &'a File,
+        cancel: Cancel,
+        carried: Arc<AtomicU64>,
+    ) -> io::Result<Self> {
+        let Self { sink, octets } = Self::new(file, cancel)?;
+        let sink = sink.count_in(carried);
+        Ok(Self { sink, octets })
     }
 
     /// Octets written so far.

@@ -55,6 +55,7 @@ fn churn(seed: u64) -> WorkloadSpec {
         working_set: 500,
         table_permille: 300,
         balloon_permille: 200,
+        end: None,
     }
 }
 
@@ -322,6 +323,41 @@ fn wait(mut done: impl FnMut() -> bool) {
         );
         std::thread::yield_now();
     }
+}
+
+#[test]
+fn a_guest_shuts_down_by_itself_once_it_has_done_so_much() {
+    let host = host(1);
+    for spec in specs() {
+        let (domid, domain) = made(&host, &spec);
+        for reason in [ShutdownReason::Poweroff, ShutdownReason::Crash] {
+            let end = Some(WorkloadEnd { after: 100, reason });
+            let work = WorkloadSpec { end, ..churn(1) };
+            let mut work = host.workload(domid, &work).expect("a workload");
+            // It does nothing while it does not run, and so has no end.
+            domain.pause().expect("it runs");
+            assert_eq!(work.step(1000).expect("there"), 0);
+            assert_eq!(domain.info().expect("there").shutdown, None);
+            domain.unpause().expect("it is paused");
+            assert_eq!(work.step(1000).expect("there"), 100);
+            assert_eq!(domain.info().expect("there").shutdown, Some(reason));
+            assert_eq!(work.step(1000).expect("there"), 0);
+            // Once.
+            domain.resume().expect("it is down");
+            assert_eq!(work.step(1000).expect("there"), 1000);
+        }
+        domain.destroy().expect("there");
+    }
+    let suspends = WorkloadSpec {
+        end: Some(WorkloadEnd {
+            after: 0,
+            reason: ShutdownReason::Suspend,
+        }),
+        ..churn(1)
+    };
+    let (domid, _) = made(&host, &specs()[0]);
+    let refused = host.workload(domid, &suspends);
+    assert!(matches!(refused, Err(MockError::BadSpec(_))));
 }
 
 #[test]

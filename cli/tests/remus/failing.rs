@@ -1,0 +1,143 @@
+//! Something fails at one end of Remus, or comes to its end there, while the other is well.
+
+use std::net::Shutdown;
+use std::path::PathBuf;
+
+use super::*;
+use common::migration::{GO, domain_dir, until};
+
+/// How a mock machine's disk refuses a file: what it is written to first is a directory.
+fn refuse(file: &Path) -> PathBuf {
+    let mut name = file.file_name().unwrap().to_owned();
+    name.push(".new");
+    let instead = file.with_file_name(name);
+    // The machine may just be writing it.
+    until("a place for a directory", || {
+        fs::create_dir(&instead).is_ok()
+    });
+    instead
+}
+
+#[test]
+fn a_guest_that_shuts_down_by_itself_ends_the_protection_where_it_is() {
+    for (kind, how) in [("pv", "poweroff"), ("hvm", "reboot"), ("pvh", "crash")] {
+        let end = ["--shut-down", how, "--after", "20000"];
+        let hosts = Hosts::with(kind, &[&BUSY[..], &end].concat());
+        let [sender, receiver] = protected(&hosts, &[]);
+        let sent = sender.end().code(1);
+        let said = format!("web has shut down ({how}) here");
+        assert!(sent.stderr.contains(&said), "{sent:?}");
+        receiver
+            .end()
+            .code(1)
+            .stderr_has("the sender has ended the protection, and keeps");
+        assert_eq!(hosts.domains(), [vec!["web shutdown".to_owned()], vec![]]);
+    }
+}
+
+#[test]
+fn a_domain_stands_still_before_anybody_is_waited_for() {
+    let given_back = [&[1], GO].concat();
+    for (outcome, code, left) in [
+        (&given_back[..], 1, "web running"),
+        (&[0], 1, "web--migratedaway paused"),
+        (&[], 3, "web paused"),
+    ] {
+        let hosts = Hosts::with("pvh", &[]);
+        let socket = hosts.path("socket");
+        let listener = listen(&socket);
+        let mut sender = sender(&hosts, &socket, &["--on-loss", "pause"]);
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.write_all(BANNER).unwrap();
+        let mut from = stream.try_clone().unwrap();
+        let reader = std::thread::spawn(move || from.read_to_end(&mut Vec::new()).unwrap());
+        sender.line("is protected by");
+        // It has begun to say something: nobody knows what yet.
+        stream.write_all(&REPORT[..1]).unwrap();
+        let state = domain_dir(&hosts.here).join("state.json");
+        until("the domain paused", || {
+            let state = fs::read(&state).unwrap();
+            let state: serde_json::Value = serde_json::from_slice(&state).unwrap();
+            state["pauses"] == 1
+        });
+        stream.write_all(&REPORT[1..]).unwrap();
+        stream.write_all(outcome).unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        let sent = sender.end();
+        reader.join().unwrap();
+        assert_eq!(sent.code, code, "{sent:?}");
+        assert_eq!(hosts.domains()[0], [left], "{sent:?}");
+    }
+}
+
+/// The first checkpoint does not count then, and there is no domain.
+#[test]
+fn emulators_that_cannot_be_kept_at_first_leave_the_domain_at_the_sender() {
+    let hosts = Hosts::with("hvm", &[]);
+    let stream = stream(&hosts, "1");
+    let end = ends(&stream, "hvm")[0];
+    let mut receiver = Command::new(env!("CARGO_BIN_EXE_xsr"))
+        .args(["migrate-receive", "-r", "-q", &backend(&hosts.there)])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(File::create(hosts.path("stderr")).unwrap())
+        .spawn()
+        .unwrap();
+    let mut to = receiver.stdin.take().unwrap();
+    let mut from = receiver.stdout.take().unwrap();
+    hear(&mut from, BANNER);
+    to.write_all(&stream[..end - 1]).unwrap();
+    let config = || domain_dir(&hosts.there).join("blobs/userdata-libxl-json");
+    until("a domain there", || {
+        hosts.there.join("domains").read_dir().unwrap().count() > 0 && config().exists()
+    });
+    refuse(&config().with_file_name("userdata-libxl-emulators"));
+    to.write_all(&stream[end - 1..end]).unwrap();
+    hear(&mut from, &[REPORT, &[1], GO].concat());
+    assert_eq!(receiver.wait().unwrap().code(), Some(1));
+    let said = fs::read_to_string(hosts.path("stderr")).unwrap();
+    assert!(said.contains("keeping the emulators' state"), "{said}");
+    assert_eq!(hosts.domains(), [vec!["web running".to_owned()], vec![]]);
+}
+
+#[test]
+fn emulators_that_cannot_be_kept_later_leave_the_domain_at_the_sender_alone_or_it_is_said() {
+    for destroyed in [true, false] {
+        let hosts = Hosts::with("hvm", &[]);
+        let [before, after] = ["before", "after"].map(|name| hosts.path(name));
+        fs::write(&before, hosts.image()).unwrap();
+        let [sender, receiver] = protected(&hosts, &[]);
+        let dir = domain_dir(&hosts.there);
+        // Nor can the copy be destroyed, where what is left of one like it cannot be removed.
+        let dead = dir.with_extension("dead");
+        if !destroyed {
+            fs::write(&dead, b"").unwrap();
+        }
+        let refused = refuse(&dir.join("blobs/userdata-libxl-emulators"));
+        let sent = sender.end();
+        let received = receiver.end().code(1);
+        assert!(
+            received.stderr.contains("keeping the emulators' state"),
+            "{received:?}"
+        );
+        let left: &[String] = if destroyed {
+            assert_eq!(sent.code, 1, "{sent:?}");
+            assert!(
+                sent.stderr.contains("the other end has failed (status 1)"),
+                "{sent:?}"
+            );
+            &[]
+        } else {
+            fs::remove_file(dead).unwrap();
+            fs::remove_dir(refused).unwrap();
+            assert_eq!(sent.code, 3, "{sent:?}");
+            let said = "made for web, is left here, paused";
+            assert!(received.stderr.contains(said), "{received:?}");
+            &["web--incoming paused".to_owned()]
+        };
+        assert_eq!(hosts.domains()[1], left);
+        assert_eq!(hosts.domains()[0], ["web running"]);
+        fs::write(&after, hosts.image()).unwrap();
+        run(["diff", arg(&before), arg(&after)]).code(0);
+    }
+}
