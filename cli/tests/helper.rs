@@ -113,7 +113,12 @@ fn start(host: &Path, args: &str, stream: impl Into<Stdio>) -> Child {
 
 /// The same, with other descriptors that `sh` is told to open.
 fn start_with(host: &Path, args: &str, stream: impl Into<Stdio>, others: &str) -> Child {
-    Command::new("sh")
+    command(host, args, stream, others).spawn().unwrap()
+}
+
+fn command(host: &Path, args: &str, stream: impl Into<Stdio>, others: &str) -> Command {
+    let mut command = Command::new("sh");
+    command
         .args([
             "-c",
             &format!("exec \"$0\" \"$@\" 7>&2 2>/dev/null {others}"),
@@ -123,9 +128,8 @@ fn start_with(host: &Path, args: &str, stream: impl Into<Stdio>, others: &str) -
         .env("XSR_BACKEND", format!("mock:{}", host.display()))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
-        .stderr(stream)
-        .spawn()
-        .unwrap()
+        .stderr(stream);
+    command
 }
 
 /// Play libxl until the helper ends: `answer` says what to answer to a message that
