@@ -331,6 +331,39 @@ fn a_live_save_counts_its_passes() {
 }
 
 #[test]
+fn a_live_save_has_the_target_of_its_environment() {
+    let dir = scratch();
+    let (path, domid) = host(dir.path(), GuestKind::Pvh, 8);
+    let save = |variables: &[(&str, &str)]| {
+        let file = File::create(dir.path().join("s")).unwrap();
+        let mut command = command(&path, &save_args(domid, 1), file, "");
+        command.envs(variables.iter().copied());
+        let run = play(command.spawn().unwrap(), fine);
+        let host = MockHost::open(&path).unwrap();
+        (run, host.show(domid).unwrap().shutdown)
+    };
+    // Time is up before the first pass.
+    let (run, reason) = save(&[("XSR_TIMEOUT", "0"), ("XSR_ON_TIMEOUT", "cancel")]);
+    assert_eq!(run.completed(), (-1, Errno::ETIMEDOUT));
+    run.logged(8, "save failed: ");
+    assert!(!run.numbers().contains(&SUSPEND), "{run:?}");
+    assert_eq!(reason, None);
+    for (variable, value) in [
+        ("XSR_MAX_DOWNTIME", "soon"),
+        ("XSR_ON_TIMEOUT", "wait"),
+        ("XSR_THREADS", "0"),
+    ] {
+        let (run, reason) = save(&[(variable, value)]);
+        assert_eq!(run.completed().0, -1);
+        run.logged(8, &format!("{variable} is {value:?}, expected"));
+        assert_eq!((run.numbers().len(), reason), (1, None));
+    }
+    let (run, reason) = save(&[("XSR_TIMEOUT", "0")]);
+    assert_eq!(run.completed(), (0, Errno::from_raw(0)));
+    assert!(reason.is_some(), "{run:?}");
+}
+
+#[test]
 fn a_guest_that_libxl_cannot_suspend_fails_the_save() {
     let dir = scratch();
     let (path, domid) = host(dir.path(), GuestKind::Hvm, 8);

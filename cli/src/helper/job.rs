@@ -17,7 +17,7 @@ use xsr_save_restore::restore::checkpoint::CheckpointOptions;
 use xsr_save_restore::save::{BUFFER_OCTETS, Checkpoints};
 use xsr_save_restore::sink::FdSink;
 use xsr_save_restore::source::FdSource;
-use xsr_save_restore::{Live, RestoreOptions, Restored, SaveOptions};
+use xsr_save_restore::{Live, RestoreOptions, Restored, SaveError, SaveOptions};
 use xsr_xen_backend::mock::MockHost;
 use xsr_xen_backend::{BackendError, DomId, Domain, Host, MapError, XenHost};
 
@@ -374,10 +374,10 @@ fn errno_of(error: &(dyn StdError + 'static)) -> Errno {
         {
             return Errno::from_raw(raw);
         }
-        if let Some(error) = error.downcast_ref::<xsr_save_restore::SaveError>()
-            && matches!(error, xsr_save_restore::SaveError::Aborted)
-        {
-            return Errno::ECANCELED;
+        match error.downcast_ref::<SaveError>() {
+            Some(SaveError::Aborted) => return Errno::ECANCELED,
+            Some(SaveError::PolicyAborted { .. }) => return Errno::ETIMEDOUT,
+            _ => {}
         }
         if let Some(error) = error.downcast_ref::<xsr_save_restore::RestoreError>()
             && error.is_bad_image()
@@ -391,8 +391,6 @@ fn errno_of(error: &(dyn StdError + 'static)) -> Errno {
 
 #[cfg(test)]
 mod tests {
-    use xsr_save_restore::SaveError;
-
     use super::*;
 
     #[test]
