@@ -202,13 +202,16 @@ impl Link {
         Ok(())
     }
 
-    /// Hang up. What the command at the other end came to, if there was one and it
-    /// failed; no longer than a moment is waited for it.
-    pub(crate) fn hang_up(self) -> Result<Option<String>> {
+    /// Hang up. What the command at the other end came to, if there was one and it failed, in
+    /// words to be put behind others; no longer than a moment is waited for it.
+    pub(crate) fn hang_up(self) -> String {
         drop((self.to, self.from));
-        let Some(mut child) = self.child else {
-            return Ok(None);
-        };
+        let ended = self.child.map_or(Ok(None), Self::outlive);
+        let ended = ended.unwrap_or_else(|error| Some(error.to_string()));
+        ended.map_or_else(String::new, |ended| format!(" (`{}` {ended})", self.name))
+    }
+
+    fn outlive(mut child: Child) -> Result<Option<String>> {
         let until = Instant::now() + CHILD_PATIENCE;
         loop {
             match child.try_wait().context("waiting for the command")? {

@@ -175,17 +175,33 @@ fn run<'a>(
     live: Option<Live<'_>>,
     progress: &mut OnProgress<'_>,
 ) -> Result<Saved<'a>, SaveError> {
+    let (suspended, stats, ()) =
+        with_guest(domain, toolstack, options, progress, |run, suspended| {
+            run.phases(xen, suspended, sink, live)
+        })?;
+    Ok(Saved { stats, suspended })
+}
+
+/// Do `phases` with a guest whose device model marks pages meanwhile; when they fail, the guest
+/// runs on.
+fn with_guest<'a, T: SaveToolstack + ?Sized, O>(
+    domain: &dyn Domain,
+    toolstack: &'a mut T,
+    options: &SaveOptions,
+    progress: &mut OnProgress<'_>,
+    phases: impl FnOnce(&mut Run<'_, '_>, &mut Suspended<'a, T>) -> Result<O, SaveError>,
+) -> Result<(Suspended<'a, T>, SaveStats, O), SaveError> {
     let mut suspended = Suspended::new(toolstack);
     let info = domain.info()?;
     if info.kind.is_translated() {
         suspended.logging_on()?;
     }
     let mut run = Run::new(domain, &info, options, progress);
-    let result = run.phases(xen, &mut suspended, sink, live);
+    let result = phases(&mut run, &mut suspended);
     let stats = run.stats;
     suspended.logging_off();
     match result {
-        Ok(()) => Ok(Saved { stats, suspended }),
+        Ok(out) => Ok((suspended, stats, out)),
         Err(cause) => Err(give_back(&mut suspended, cause)),
     }
 }

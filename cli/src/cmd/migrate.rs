@@ -102,13 +102,8 @@ fn migrate(args: &MigrateArgs, terminal: &Terminal, watch: &mut Watch) -> Result
     let sent = sender.send(&link, watch);
     watch.clear();
     drop(working);
-    let peer = link.name.clone();
-    let ended = link.hang_up();
-    let Sent { memory, downtime } = sent.map_err(|failure| {
-        let ended = ended.unwrap_or_else(|error| Some(error.to_string()));
-        let ended = ended.map_or_else(String::new, |ended| format!(" (`{peer}` {ended})"));
-        sender.failed(failure, &ended)
-    })?;
+    let hung_up = link.hang_up();
+    let Sent { memory, downtime } = sent.map_err(|failure| sender.failed(failure, &hung_up))?;
     let (seconds, downtime) = (started.elapsed().as_secs_f64(), downtime.as_secs_f64());
     terminal.note(&format!(
         "{} migrated to {}: {memory}, {seconds:.1} s, of which it stood still {:.0} ms",

@@ -125,7 +125,7 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
                 .map_err(|error| (error, String::new()))
                 .and_then(|link| match Message::Banner.expect(&link.from, interrupt) {
                     Ok(()) => Ok(link),
-                    Err(error) => Err((error, hang_up(link))),
+                    Err(error) => Err((error, link.hang_up())),
                 });
             match reached {
                 Ok(link) => Some(link),
@@ -194,7 +194,7 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
         }
         _ => None,
     };
-    let hung_up = link.map(hang_up);
+    let hung_up = link.map(Link::hang_up);
     if let (End::Asked | End::Enough, Fate::Here) = (&end, fate) {
         teller.done(&end, &stats, stream_octets)?;
         return Ok(Code::Fine);
@@ -204,14 +204,6 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
         tracing::warn!(%error, "--stats");
     }
     Err(primary.ended(end, fate, complete, &hung_up, stopped))
-}
-
-/// Hang up; what became of the command at the other end, in words to be put behind others.
-fn hang_up(link: Link) -> String {
-    let peer = link.name.clone();
-    let ended = link.hang_up();
-    let ended = ended.unwrap_or_else(|error| Some(error.to_string()));
-    ended.map_or_else(String::new, |ended| format!(" (`{peer}` {ended})"))
 }
 
 /// What protecting a domain came to, at this end.

@@ -215,20 +215,27 @@ fn what_a_secondary_that_fails_says_is_heard_wherever_it_says_it() {
 #[test]
 fn a_domain_that_cannot_be_resumed_is_said_to_be_suspended() {
     let given_back = [REPORT, &[1], GO].concat();
-    for (said, code, words) in [
+    for (on_loss, said, code, words) in [
         // It is killed.
-        (&[][..], 3, "Here it is suspended"),
+        ("run", &[][..], 3, "Here it is suspended"),
+        ("pause", &[], 3, "Here it could not be paused"),
         (
+            "run",
             &given_back,
             1,
             "web is suspended here, and runs nowhere else",
         ),
-        (&[REPORT, &[0]].concat(), 1, "here it could not be stopped"),
+        (
+            "run",
+            &[REPORT, &[0]].concat(),
+            1,
+            "here it could not be stopped",
+        ),
     ] {
         let hosts = Hosts::with("pvh", &[]);
         let socket = hosts.path("socket");
         let listener = listen(&socket);
-        let sender = sender(&hosts, &socket, &NONE);
+        let sender = sender(&hosts, &socket, &["--on-loss", on_loss]);
         let (mut from, _) = listener.accept().unwrap();
         let mut to = from.try_clone().unwrap();
         heard(&mut from, to.try_clone().unwrap(), 2, &[5], &[]);

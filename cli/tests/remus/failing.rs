@@ -54,12 +54,7 @@ fn a_domain_stands_still_before_anybody_is_waited_for() {
         sender.line("is protected by");
         // It has begun to say something: nobody knows what yet.
         stream.write_all(&REPORT[..1]).unwrap();
-        let state = domain_dir(&hosts.here).join("state.json");
-        until("the domain paused", || {
-            let state = fs::read(&state).unwrap();
-            let state: serde_json::Value = serde_json::from_slice(&state).unwrap();
-            state["pauses"] == 1
-        });
+        until("the domain paused", || state(&hosts.here)["pauses"] == 1);
         stream.write_all(&REPORT[1..]).unwrap();
         stream.write_all(outcome).unwrap();
         stream.shutdown(Shutdown::Write).unwrap();
@@ -67,6 +62,60 @@ fn a_domain_stands_still_before_anybody_is_waited_for() {
         reader.join().unwrap();
         assert_eq!(sent.code, code, "{sent:?}");
         assert_eq!(hosts.domains()[0], [left], "{sent:?}");
+    }
+}
+
+/// What a mock host keeps of its only domain.
+fn state(host: &Path) -> serde_json::Value {
+    let state = fs::read(domain_dir(host).join("state.json")).unwrap();
+    serde_json::from_slice(&state).unwrap()
+}
+
+#[test]
+fn a_domain_that_cannot_be_resumed_when_its_receiver_is_lost_is_said_to_be_suspended() {
+    for (on_loss, words) in [
+        ("run", "Here it is suspended"),
+        ("pause", "Here it could not be paused"),
+    ] {
+        let hosts = Hosts::with("pvh", &["--dirty-rate", "200000", "--working-set", "4M"]);
+        let socket = hosts.path("socket");
+        let listener = listen(&socket);
+        let options = ["--no-buffer", "--on-loss", on_loss];
+        let sender = sender(&hosts, &socket, &options);
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.write_all(BANNER).unwrap();
+        let mut walk = Walk::open(&stream, ReadOptions::default()).unwrap();
+        loop {
+            let step = walk.next_step().unwrap().unwrap();
+            if matches!(
+                step.content,
+                Content::LibxlRecord(LibxlRecord::CheckpointEnd)
+            ) {
+                break;
+            }
+        }
+        // Nobody reads the next one, which is larger than a socket holds; then the machine's
+        // disk takes nothing, and whatever it is by then, it stays.
+        let mut refused = None;
+        until("the domain suspended for good", || {
+            let suspended = || state(&hosts.here)["shutdown"] == "suspend";
+            if !suspended() {
+                return false;
+            }
+            let instead = refuse(&domain_dir(&hosts.here).join("state.json"));
+            if !suspended() {
+                fs::remove_dir(instead).unwrap();
+                return false;
+            }
+            refused = Some(instead);
+            true
+        });
+        drop(stream);
+        let sent = sender.end();
+        assert_eq!(sent.code, 3, "{sent:?}");
+        assert!(sent.stderr.contains(words), "{sent:?}");
+        fs::remove_dir(refused.unwrap()).unwrap();
+        assert_eq!(hosts.domains()[0], ["web suspended"], "{sent:?}");
     }
 }
 

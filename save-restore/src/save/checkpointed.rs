@@ -15,7 +15,7 @@ use crate::save::buffer::{EpochBuffer, Hold};
 use crate::save::live::LiveMemory;
 use crate::save::precopy::PrecopyPolicy;
 use crate::save::suspended::Suspended;
-use crate::save::{Run, SaveOptions, SaveStats, give_back, guest_pages};
+use crate::save::{Run, SaveOptions, SaveStats, guest_pages, with_guest};
 use crate::sink::PageSink;
 use crate::toolstack::{CheckpointToolstack, Epoch, NextEpoch};
 
@@ -81,24 +81,17 @@ pub fn save_checkpointed(
     how: Checkpoints<'_>,
     progress: &mut OnProgress<'_>,
 ) -> Result<CheckpointedStats, SaveError> {
-    let mut suspended = Suspended::new(toolstack);
-    let info = domain.info()?;
-    if info.kind.is_translated() {
-        suspended.logging_on()?;
-    }
-    let mut run = Run::new(domain, &info, options, progress);
     let hold = Hold::new(how.buffer_octets);
     let mut buffer = EpochBuffer::new(sink, &hold);
-    let result = run.epochs(xen, &mut suspended, &mut buffer, &hold, how.policy);
-    let stream = run.stats;
-    suspended.logging_off();
+    let result = with_guest(domain, toolstack, options, progress, |run, suspended| {
+        run.epochs(xen, suspended, &mut buffer, &hold, how.policy)
+    });
     match result {
-        Ok(checkpoints) => Ok(CheckpointedStats {
+        Ok((_, stream, checkpoints)) => Ok(CheckpointedStats {
             stream,
             checkpoints,
         }),
         Err(cause) => {
-            let cause = give_back(&mut suspended, cause);
             // Who stops it does not wait for what is kept, which is whole records.
             if !matches!(cause, SaveError::Stream(_) | SaveError::Aborted)
                 && let Err(error) = buffer.flush()
@@ -111,7 +104,7 @@ pub fn save_checkpointed(
     }
 }
 
-impl Run<'_, '_> {
+impl<'r> Run<'r, '_> {
     /// How many checkpoints were taken until the toolstack said that it is enough.
     fn epochs<T: CheckpointToolstack + ?Sized>(
         &mut self,
@@ -121,11 +114,8 @@ impl Run<'_, '_> {
         hold: &Hold,
         policy: &mut dyn PrecopyPolicy,
     ) -> Result<u64, SaveError> {
-        let (mut guest, mut out) = self.head(xen, sink)?;
+        let (mut guest, mut out, mut memory) = self.first_copy(xen, sink, policy)?;
         let guest = guest.as_mut();
-        // One log for all epochs: a write between two of them is in the next.
-        let mut memory = LiveMemory::start(self.domain, guest_pages(guest))?;
-        self.precopy(guest, &mut out, &mut memory, policy)?;
         let mut number = 0;
         loop {
             number += 1;
@@ -145,6 +135,20 @@ impl Run<'_, '_> {
                 return Ok(number);
             }
         }
+    }
+
+    /// Send all memory while the guest runs, with one log for all epochs behind it: a write
+    /// between two of them is in the next.
+    pub(super) fn first_copy<'s>(
+        &mut self,
+        xen: XenVersion,
+        sink: &'s mut dyn PageSink,
+        policy: &mut dyn PrecopyPolicy,
+    ) -> Result<(Box<dyn GuestSave + 'r>, Out<'s>, LiveMemory<'r>), SaveError> {
+        let (mut guest, mut out) = self.head(xen, sink)?;
+        let mut memory = LiveMemory::start(self.domain, guest_pages(guest.as_ref()))?;
+        self.precopy(guest.as_mut(), &mut out, &mut memory, policy)?;
+        Ok((guest, out, memory))
     }
 
     /// Suspend the guest and write one checkpoint, its CHECKPOINT record the last.

@@ -12,10 +12,9 @@ use crate::back_channel::{self, BackChannel};
 use crate::error::SaveError;
 use crate::progress::{OnProgress, Phase};
 use crate::save::checkpointed::CheckpointedStats;
-use crate::save::live::LiveMemory;
 use crate::save::precopy::PrecopyPolicy;
 use crate::save::suspended::Suspended;
-use crate::save::{Run, SaveOptions, give_back, guest_pages};
+use crate::save::{Run, SaveOptions, with_guest};
 use crate::sink::PageSink;
 use crate::toolstack::{ColoToolstack, NextEpoch};
 
@@ -45,23 +44,20 @@ pub fn save_colo(
     policy: &mut dyn PrecopyPolicy,
     progress: &mut OnProgress<'_>,
 ) -> Result<CheckpointedStats, SaveError> {
-    let mut suspended = Suspended::new(toolstack);
-    let info = domain.info()?;
-    if !info.kind.is_translated() {
-        return Err(SaveError::ColoGuest);
-    }
-    suspended.logging_on()?;
-    let mut run = Run::new(domain, &info, options, progress);
-    let result = run.both(xen, &mut suspended, sink, back, policy);
-    let stream = run.stats;
-    suspended.logging_off();
-    match result {
-        Ok(checkpoints) => Ok(CheckpointedStats {
-            stream,
-            checkpoints,
-        }),
-        Err(cause) => Err(give_back(&mut suspended, cause)),
-    }
+    let (_, stream, checkpoints) = with_guest(
+        domain,
+        toolstack,
+        options,
+        progress,
+        |run, suspended| match run.kind.is_translated() {
+            true => run.both(xen, suspended, sink, back, policy),
+            false => Err(SaveError::ColoGuest),
+        },
+    )?;
+    Ok(CheckpointedStats {
+        stream,
+        checkpoints,
+    })
 }
 
 impl Run<'_, '_> {
@@ -73,10 +69,8 @@ impl Run<'_, '_> {
         back: &mut dyn BackChannel,
         policy: &mut dyn PrecopyPolicy,
     ) -> Result<u64, SaveError> {
-        let (mut guest, mut out) = self.head(xen, sink)?;
+        let (mut guest, mut out, mut memory) = self.first_copy(xen, sink, policy)?;
         let guest = guest.as_mut();
-        let mut memory = LiveMemory::start(self.domain, guest_pages(guest))?;
-        self.precopy(guest, &mut out, &mut memory, policy)?;
         let mut number = 0;
         loop {
             let mut besides = |dirty: &mut DirtyBitmap| match number {

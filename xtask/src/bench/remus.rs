@@ -1,6 +1,7 @@
 //! The pause per checkpoint of `xsr remus`, and what it costs, against the dirty rate: to a
 //! receiver on the same machine, over a socket as it is and over one that is as slow as a
-//! network, with the checkpoint buffer and without.
+//! network, with the checkpoint buffer and without; and the same of COLO, whose secondary
+//! writes as much.
 
 use std::fmt::Write as _;
 use std::io::{Read, Write};
@@ -37,7 +38,16 @@ struct Checkpoint {
     checkpoint_seconds: f64,
 }
 
-/// Measure; the table in Markdown.
+/// What a domain is protected by.
+#[derive(Clone, Copy, Debug)]
+enum By {
+    /// Remus, with the checkpoint buffer or without.
+    Remus { buffer: bool },
+    /// COLO; so many pages a second are written by the secondary.
+    Colo { rate: u32 },
+}
+
+/// Measure; the tables in Markdown.
 ///
 /// # Errors
 ///
@@ -55,34 +65,55 @@ pub(super) fn run(xsr: &Path, scratch: &Path, memory: u64) -> Result<String> {
             for buffer in [true, false] {
                 eprintln!("network {network:?}, {rate} pages/s, buffer {buffer}");
                 make(xsr, &host, memory, rate)?;
-                let checkpoints = protect(xsr, scratch, network, buffer)?;
-                let of =
-                    |figure: fn(&Checkpoint) -> f64| Spread::of(checkpoints.iter().map(figure));
-                let pause = of(|c| c.pause_seconds * 1000.0);
-                let complete = of(|c| c.checkpoint_seconds * 1000.0).median;
-                let dirty = of(|c| c.dirty_pages).median;
-                let paused: f64 = checkpoints.iter().map(|c| c.pause_seconds).sum();
-                let all: f64 = checkpoints
-                    .iter()
-                    .map(|c| c.checkpoint_seconds + f64::from(INTERVAL) / 1000.0)
-                    .sum();
-                writeln!(
-                    report,
-                    "| {} | {rate} | {} | {dirty:.0} | {:.1} | {:.1} | {complete:.1} | {:.1} % |",
-                    if network.is_some() {
-                        "1 Gbit/s"
-                    } else {
-                        "socket"
-                    },
-                    if buffer { "64 MiB" } else { "none" },
-                    pause.median,
-                    pause.most,
-                    100.0 * paused / all,
-                )?;
+                let checkpoints = protect(xsr, scratch, network, By::Remus { buffer })?;
+                let connection = connection(network);
+                let buffer = if buffer { "64 MiB" } else { "none" };
+                let figures = figures(&checkpoints);
+                writeln!(report, "| {connection} | {rate} | {buffer} | {figures} |")?;
             }
         }
     }
+    report.push_str(
+        "\nCOLO, the secondary at the same dirty rate, in 16 MiB\n\n\
+         | connection | dirty rate, pages/s | dirty pages of both | pause ms, median | most | \
+         both run after ms, median | stands still |\n|---|---|---|---|---|---|---|\n",
+    );
+    for network in [None, Some(NETWORK)] {
+        for rate in RATES {
+            eprintln!("COLO, network {network:?}, {rate} pages/s");
+            make(xsr, &host, memory, rate)?;
+            let checkpoints = protect(xsr, scratch, network, By::Colo { rate })?;
+            let (connection, figures) = (connection(network), figures(&checkpoints));
+            writeln!(report, "| {connection} | {rate} | {figures} |")?;
+        }
+    }
     Ok(report)
+}
+
+fn connection(network: Option<u32>) -> &'static str {
+    match network {
+        Some(_) => "1 Gbit/s",
+        None => "socket",
+    }
+}
+
+/// The last columns of either table.
+fn figures(checkpoints: &[Checkpoint]) -> String {
+    let of = |figure: fn(&Checkpoint) -> f64| Spread::of(checkpoints.iter().map(figure));
+    let pause = of(|c| c.pause_seconds * 1000.0);
+    let complete = of(|c| c.checkpoint_seconds * 1000.0).median;
+    let dirty = of(|c| c.dirty_pages).median;
+    let paused: f64 = checkpoints.iter().map(|c| c.pause_seconds).sum();
+    let all: f64 = checkpoints
+        .iter()
+        .map(|c| c.checkpoint_seconds + f64::from(INTERVAL) / 1000.0)
+        .sum();
+    format!(
+        "{dirty:.0} | {:.1} | {:.1} | {complete:.1} | {:.1} %",
+        pause.median,
+        pause.most,
+        100.0 * paused / all,
+    )
 }
 
 /// A fresh domain that writes so many pages a second.
@@ -107,12 +138,7 @@ fn remove(dir: &Path) -> Result<()> {
 }
 
 /// One run; its checkpoints but the first.
-fn protect(
-    xsr: &Path,
-    scratch: &Path,
-    network: Option<u32>,
-    buffer: bool,
-) -> Result<Vec<Checkpoint>> {
+fn protect(xsr: &Path, scratch: &Path, network: Option<u32>, by: By) -> Result<Vec<Checkpoint>> {
     let (there, socket, near) = (
         scratch.join("b"),
         scratch.join("socket"),
@@ -122,7 +148,12 @@ fn protect(
     let backend = |dir: &Path| format!("mock:{}", dir.display());
     let at = |socket: &Path| format!("unix:{}", socket.display());
     let mut receiver = Command::new(xsr)
-        .args(["--quiet", "migrate-receive", "-r", "--backend"])
+        .args(["--quiet", "migrate-receive"])
+        .args(match by {
+            By::Remus { .. } => vec!["-r".to_owned()],
+            By::Colo { rate } => vec!["--colo".to_owned(), format!("--dirty-rate={rate}")],
+        })
+        .arg("--backend")
         .args([backend(&there), "--listen".to_owned(), at(&socket)])
         .stderr(Stdio::null())
         .spawn()
@@ -150,7 +181,11 @@ fn protect(
         .arg(backend(&scratch.join("a")))
         .args(["-i", &INTERVAL.to_string()])
         .args(["--epochs", &CHECKPOINTS.to_string()])
-        .args(if buffer { None } else { Some("--no-buffer") })
+        .args(match by {
+            By::Remus { buffer: true } => None,
+            By::Remus { buffer: false } => Some("--no-buffer"),
+            By::Colo { .. } => Some("-c"),
+        })
         .args(["guest", &at(to)])
         .stderr(Stdio::inherit())
         .output()
