@@ -183,6 +183,8 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     more("remus_ours_ours", "pvh"),
     more("remus_ours_ours", "pvh2"),
     more("remus_alone", "pvh"),
+    more("through_xl_remus", "pvh"),
+    more("through_xl_remus", "hvmpv"),
     more("remus_stock_stock", "hvmpv"),
     more("remus_ours_ours", "hvmpv"),
     shadow("remus_stock_stock", "pv"),
@@ -276,6 +278,10 @@ const KINDS: &[(&str, &str)] = &[
     (
         "through_xl_migrate",
         "live xsr migrate to the same host, by way of xl, xsr at both ends",
+    ),
+    (
+        "through_xl_remus",
+        "xsr remus to the same host, by way of xl, xsr at both ends; the sender dies, the receiver takes over",
     ),
     (
         "through_xl_cancel",
