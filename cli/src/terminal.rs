@@ -38,6 +38,9 @@ impl Terminal {
             .with_ansi(false)
             .with_target(false)
             .without_time()
+            // It would say so with eprintln!, which panics where stderr is closed, as it is
+            // for a receiver whose sender is lost: the guest that takes over would go with it.
+            .log_internal_errors(false)
             .init();
         Self {
             watched: is_terminal && !quiet,
@@ -75,6 +78,11 @@ impl Terminal {
         if !self.quiet {
             line(text);
         }
+    }
+
+    /// Whether a person watches.
+    pub(crate) fn is_watched(&self) -> bool {
+        self.watched
     }
 
     /// A progress bar; hidden where nobody watches, gone when dropped.

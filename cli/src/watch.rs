@@ -17,7 +17,8 @@ use xsr_save_restore::progress::{Phase, Progress};
 use crate::args::ProgressArg;
 use crate::exit::{self, BadUsage, Code};
 use crate::interrupt::Interrupt;
-use crate::terminal::{Bar, Terminal};
+use crate::painter::Painter;
+use crate::terminal::Terminal;
 
 /// The shortest time between two lines that say the same of other numbers.
 const BETWEEN: Duration = Duration::from_millis(100);
@@ -100,7 +101,9 @@ fn phase_name(phase: Phase) -> &'static str {
 pub(crate) struct Watch {
     what: &'static str,
     terminal: Terminal,
-    bar: Option<Bar>,
+    painter: Option<Painter>,
+    /// The terminal has taken nothing when it should have: nothing more is drawn.
+    stalled: bool,
     octets_total: Option<u64>,
     lines: Option<Lines>,
     interrupt: Interrupt,
@@ -128,7 +131,8 @@ impl Watch {
         Ok(Self {
             what,
             terminal: terminal.clone(),
-            bar: None,
+            painter: None,
+            stalled: false,
             octets_total: None,
             // First of all: later the number may be that of a file of our own.
             lines: arg.progress_fd.map(Lines::open).transpose()?,
@@ -159,10 +163,12 @@ impl Watch {
         if progress.phase == Phase::Suspend {
             self.suspended.get_or_insert_with(Instant::now);
         }
-        let bar = self
-            .bar
-            .get_or_insert_with(|| self.terminal.progress(self.what));
-        bar.progress(progress, self.octets_total);
+        if self.painter.is_none() && !self.stalled {
+            self.painter = Painter::start(&self.terminal, self.what);
+        }
+        if let Some(painter) = &self.painter {
+            painter.show(progress, self.octets_total);
+        }
         if let Some(lines) = &mut self.lines {
             lines.progress(progress);
         }
@@ -185,7 +191,9 @@ impl Watch {
 
     /// No bar, for now.
     pub(crate) fn clear(&mut self) {
-        self.bar = None;
+        if let Some(painter) = self.painter.take() {
+            self.stalled |= !painter.clear();
+        }
     }
 
     /// The command has ended; `result` goes through.

@@ -1,6 +1,7 @@
 //! What the libraries log, as lines in libxl's own log: it decides what is shown.
 
 use std::fmt::{self, Write as _};
+use std::io::{self, Write as _};
 use std::sync::Arc;
 
 use tracing::field::{Field, Visit};
@@ -14,6 +15,12 @@ use crate::wire::{Level, Wire};
 /// Send what is logged from now on, by any thread, to libxl.
 pub(crate) fn install(wire: &Arc<Wire>) {
     Registry::default().with(ToLibxl(Arc::clone(wire))).init();
+}
+
+/// A line on stderr. That may be closed, too: then there is nobody left to tell, and the work
+/// goes on (`eprintln!` would panic).
+pub(crate) fn say(text: impl fmt::Display) {
+    writeln!(io::stderr(), "xsr-save-helper: {text}").ok();
 }
 
 struct ToLibxl(Arc<Wire>);
@@ -43,7 +50,7 @@ impl<S: Subscriber> Layer<S> for ToLibxl {
         let text = line.message + &line.fields;
         if let Err(error) = self.0.log(level, &text) {
             // libxl has gone; stderr may still go somewhere.
-            eprintln!("xsr-save-helper: {text} (libxl does not hear: {error})");
+            say(format_args!("{text} (libxl does not hear: {error})"));
         }
     }
 }

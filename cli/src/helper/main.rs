@@ -40,7 +40,7 @@ fn main() -> ExitCode {
     let args = match Args::parse(std::env::args().skip(1)) {
         Ok(args) => args,
         Err(error) => {
-            eprintln!("xsr-save-helper: {error}\n{}", args::USAGE);
+            log::say(format_args!("{error}\n{}", args::USAGE));
             return FAILED.into();
         }
     };
@@ -65,7 +65,7 @@ fn announce() {
     if let Some(path) = std::env::var_os(BEGAN)
         && let Err(error) = std::fs::write(&path, [])
     {
-        eprintln!("xsr-save-helper: {}: {error}", path.display());
+        log::say(format_args!("{}: {error}", path.display()));
     }
 }
 
@@ -74,6 +74,6 @@ fn complete(wire: &Wire, outcome: &Outcome) {
     tracing::debug!("complete r={} errno={}", outcome.retval, outcome.errno);
     if let Err(error) = wire.complete(outcome.retval, outcome.errno) {
         // `Wire::lost` has it, and with it the exit code.
-        eprintln!("xsr-save-helper: {error}");
+        log::say(error);
     }
 }

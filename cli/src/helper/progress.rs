@@ -9,6 +9,7 @@ use std::ops::ControlFlow;
 use xsr_save_restore::progress::{Phase, Progress};
 
 use crate::args::StreamType;
+use crate::log;
 use crate::wire::Wire;
 
 /// Octets of contents from one step to the next.
@@ -45,7 +46,7 @@ impl<'w> Steps<'w> {
     fn step(&self, what: &str, done: u64, total: u64) {
         // A libxl that does not hear is noted by the wire, and stops the work.
         if let Err(error) = self.wire.progress(what, done, total) {
-            eprintln!("xsr-save-helper: {what}: {error}");
+            log::say(format_args!("{what}: {error}"));
         }
     }
 

@@ -185,6 +185,11 @@ impl Running {
         signal::kill(pid, signal).unwrap();
     }
 
+    /// Nobody reads any more what it says: it cannot write to stderr from now on.
+    pub(crate) fn unheard(self) -> Child {
+        self.child
+    }
+
     /// Kill it, and see it dead.
     pub(crate) fn kill(mut self) {
         self.signal(Signal::SIGKILL);
