@@ -279,18 +279,20 @@ impl Face {
         Ok(0)
     }
 
-    /// `mmuext_op` of pins only: three words each, of which the first is the command and
-    /// the second the frame.
+    /// `mmuext_op` of pins only: three words each. The command is half of the first, whose
+    /// other half is padding that may hold anything; the second is the frame.
     fn mmuext_op(&self, [ops, count, done, domid, _]: [u64; 5]) -> Result<u64, Errno> {
         let domid = u16::try_from(domid).map_err(|_| Errno::ESRCH)?;
         let domain = self.domain(domid)?;
         for n in 0..count {
-            let [cmd, mfn, _]: [u64; 3] = self.load(ops + n * 24)?;
-            let level = match u32::try_from(cmd) {
-                Ok(sys::MMUEXT_PIN_L1_TABLE) => 1,
-                Ok(sys::MMUEXT_PIN_L2_TABLE) => 2,
-                Ok(sys::MMUEXT_PIN_L3_TABLE) => 3,
-                Ok(sys::MMUEXT_PIN_L4_TABLE) => 4,
+            let place = ops + n * 24;
+            let [cmd, _]: [u32; 2] = self.load(place)?;
+            let mfn: u64 = self.load(place + 8)?;
+            let level = match cmd {
+                sys::MMUEXT_PIN_L1_TABLE => 1,
+                sys::MMUEXT_PIN_L2_TABLE => 2,
+                sys::MMUEXT_PIN_L3_TABLE => 3,
+                sys::MMUEXT_PIN_L4_TABLE => 4,
                 _ => return Err(Errno::ENOSYS),
             };
             let pinned = domain.pin_tables(&[(level, xsr_format::frame::Mfn(mfn))]);

@@ -512,3 +512,23 @@ fn each_call_of_a_multicall_has_its_own_answer() {
     let answered: [[u64; 8]; 5] = face.load(place).unwrap();
     assert_eq!(answered[0][1], 4 << 16 | 17);
 }
+
+#[test]
+fn what_stands_in_the_padding_of_a_pin_is_not_looked_at() {
+    let machine = machine(17);
+    let face = Face::new(&machine);
+    let domid = guest(&machine, GuestKind::Pv);
+    let buffer = face.buffers.take(24);
+    let pin = |command: u32, padding: u32| {
+        let op = [u64::from(padding) << 32 | u64::from(command), u64::MAX, 0];
+        face.save(buffer.address(), &op).unwrap();
+        let arguments = [buffer.address(), 1, 0, domid.0.into(), 0];
+        face.answer(sys::__HYPERVISOR_mmuext_op, arguments)
+    };
+    for padding in [0, 0x7ffd] {
+        // No such frame; no such command.
+        let wanted = (Err(Errno::EINVAL), Err(Errno::ENOSYS));
+        let got = (pin(sys::MMUEXT_PIN_L4_TABLE, padding), pin(99, padding));
+        assert_eq!(got, wanted, "{padding:#x}");
+    }
+}
