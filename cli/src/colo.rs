@@ -215,8 +215,8 @@ impl Read for Hearing<'_> {
 }
 
 impl BackChannel for Hearing<'_> {
-    fn look_ahead(&mut self, time: Duration) -> io::Result<Option<[u8; 8]>> {
-        self.channel.look_ahead(time)
+    fn look_ahead(&mut self) -> io::Result<Option<[u8; 8]>> {
+        self.channel.look_ahead()
     }
 }
 

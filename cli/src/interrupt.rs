@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::process;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, OnceLock};
 use std::thread;
@@ -16,7 +16,7 @@ use anyhow::Context as _;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
-use xsr_save_restore::progress::Cancel;
+use xsr_save_restore::progress::{Cancel, Cancelled};
 
 /// What a shell shows for a process that SIGINT killed.
 const KILLED: i32 = 128 + 2;
@@ -91,6 +91,8 @@ impl Interrupt {
             process::exit(KILLED);
         }
         self.cancel.cancel();
+        // See `takes_its_time`.
+        fence(Ordering::SeqCst);
         match self.graceful.load(Ordering::Relaxed) {
             true => self.cut_when_still(),
             false => self.cut.cancel(),
@@ -144,8 +146,20 @@ impl Interrupt {
     }
 
     /// From now on there is an order in which to break off.
-    pub(crate) fn takes_its_time(&self) {
+    ///
+    /// # Errors
+    ///
+    /// [`Cancelled`]: somebody has asked to stop before, and what they have had cut off may be
+    /// cut at any moment from now on: nothing may be begun that wants that order.
+    pub(crate) fn takes_its_time(&self) -> io::Result<()> {
         self.graceful.store(true, Ordering::Relaxed);
+        // Whoever asks says so, and then looks at what was stored here; this end does it the
+        // other way round: one of the two sees what the other has done.
+        fence(Ordering::SeqCst);
+        match self.cancel.is_cancelled() {
+            true => Err(io::Error::other(Cancelled)),
+            false => Ok(()),
+        }
     }
 
     /// Wait until there is something to read, or nothing will come any more (true), or
@@ -261,5 +275,14 @@ mod tests {
             }
         });
         assert_eq!(waits, 4);
+    }
+
+    #[test]
+    fn who_has_been_asked_to_stop_begins_nothing_that_takes_its_time() {
+        let interrupt = Interrupt::catch().unwrap();
+        interrupt.takes_its_time().unwrap();
+        interrupt.cancel().cancel();
+        let error = interrupt.takes_its_time().unwrap_err();
+        assert!(Cancelled::is(&error), "{error}");
     }
 }

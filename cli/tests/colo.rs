@@ -143,7 +143,7 @@ fn a_pv_guest_and_what_xl_refuses_is_refused() {
         run(["remus", "-c", "-F", option, &here, "web", "nobody"]).code(64);
     }
     run(["remus", "-p", &here, "web", "nobody"]).code(64);
-    let timeout = ["--answer-timeout", "5"];
+    let timeout = ["--answer-timeout", "0"];
     run(["remus", &here, "web", "nobody"].iter().chain(&timeout)).code(64);
     run(["migrate-receive", "-r", "--colo"]).code(64);
     run(["migrate-receive", "--dirty-rate", "5"]).code(64);

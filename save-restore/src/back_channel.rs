@@ -5,8 +5,10 @@
 //! that the specification gives. Xen 4.18 and later send a structure of 16 octets in its
 //! place (commit efe8de1f91): header, and 8 octets more, zero, of a pointer. Whoever takes
 //! them for pfns reads pfn 0, misses the last pfn, and finds it where the next record
-//! should be. Here that is an error, and no secondary goes on with a page that it should
-//! have lost.
+//! should be. Here that is an error: what stands behind such a list is looked at, behind the
+//! list and again before the checkpoint that answers it is complete. What comes later still is
+//! no word that the secondary has to say then. The guest, which is suspended, does not wait for
+//! what may not come.
 //!
 //! Specification: libxc migration stream, "CHECKPOINT_DIRTY_PFN_LIST". C implementation:
 //! `xg_sr_save.c:colo_merge_secondary_dirty_bitmap`,
@@ -14,11 +16,7 @@
 
 use std::io::{self, Read};
 use std::os::fd::AsFd;
-use std::thread;
-use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use thiserror::Error;
 use xsr_format::frame::Pfn;
 use xsr_format::record::{MAX_BODY, RecordKind};
@@ -27,19 +25,14 @@ use xsr_xen_backend::DirtyBitmap;
 use crate::descriptor::Descriptor;
 use crate::progress::Cancel;
 
-/// How long to look for octets that should not be there. They come in one piece with what
-/// was before them.
-const LOOK: Duration = Duration::from_millis(100);
-const PAUSE: Duration = Duration::from_millis(1);
-
 /// The primary's end of a back-channel.
 pub trait BackChannel: Read {
-    /// The next 8 octets, if they come within that time; they stay where they are.
+    /// The next 8 octets, if they are there; they stay where they are. Nothing is waited for.
     ///
     /// # Errors
     ///
     /// What the descriptor says.
-    fn look_ahead(&mut self, time: Duration) -> io::Result<Option<[u8; 8]>>;
+    fn look_ahead(&mut self) -> io::Result<Option<[u8; 8]>>;
 }
 
 /// A descriptor as a back-channel. Not an octet is taken from it that was not asked for.
@@ -71,29 +64,13 @@ impl<F: AsFd> Read for FdBackChannel<F> {
 
 impl<F: AsFd> BackChannel for FdBackChannel<F> {
     /// Of a socket or a pipe; nothing is seen of anything else.
-    fn look_ahead(&mut self, time: Duration) -> io::Result<Option<[u8; 8]>> {
-        let until = Instant::now() + time;
-        loop {
-            let left = until.saturating_duration_since(Instant::now());
-            let milliseconds = u16::try_from(left.as_millis()).unwrap_or(u16::MAX);
-            let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
-            match poll(&mut fds, PollTimeout::from(milliseconds)) {
-                Ok(_) | Err(Errno::EINTR) => {}
-                Err(errno) => return Err(errno.into()),
-            }
-            let mut octets = [0; 8];
-            match self.0.peek(&mut octets) {
-                Ok(8) => return Ok(Some(octets)),
-                Ok(0) => return Ok(None),
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Err(error),
-            }
-            if left.is_zero() {
-                return Ok(None);
-            }
-            // Some are there, so that poll(2) does not wait for the others.
-            thread::sleep(PAUSE.min(left));
+    fn look_ahead(&mut self) -> io::Result<Option<[u8; 8]>> {
+        let mut octets = [0; 8];
+        match self.0.peek(&mut octets) {
+            Ok(8) => Ok(Some(octets)),
+            Ok(_) => Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(error) => Err(error),
         }
     }
 }
@@ -143,12 +120,42 @@ pub enum BackChannelError {
     },
 }
 
+/// What may stand behind a list that has been read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Behind {
+    number: u64,
+    /// Pfns that the guest has.
+    pfns: u64,
+    /// Whether the list looks like one whose header has 16 octets.
+    suspect: bool,
+}
+
+impl Behind {
+    /// Look whether the last pfn of the list is still there. What else may stand here, before the
+    /// checkpoint that answers the list, is an end that gives up, in words that are no pfn of any
+    /// guest.
+    ///
+    /// # Errors
+    ///
+    /// It is; what the descriptor says.
+    pub(crate) fn look(self, back: &mut dyn BackChannel) -> Result<(), BackChannelError> {
+        if self.suspect
+            && let Some(octets) = back.look_ahead()?
+            && u64::from_le_bytes(octets) < self.pfns
+        {
+            let number = self.number;
+            return Err(BackChannelError::LongHeader { number });
+        }
+        Ok(())
+    }
+}
+
 /// Read list `number` (from 0) and mark its pages in `dirty`.
 pub(crate) fn merge(
     back: &mut dyn BackChannel,
     number: u64,
     dirty: &mut DirtyBitmap,
-) -> Result<(), BackChannelError> {
+) -> Result<Behind, BackChannelError> {
     let mut header = [0; 8];
     back.read_exact(&mut header)?;
     let word = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|octet| header[at + octet]));
@@ -170,19 +177,13 @@ pub(crate) fn merge(
         .filter_map(|pfn| Some(Pfn(u64::from_le_bytes(pfn.try_into().ok()?))))
         .peekable();
     // Behind a header of 16 octets the last pfn is left, or, of an empty list, the header's
-    // own zero. What else may stand here, before the checkpoint that answers the list, is an
-    // end that gives up, in words that are no pfn of any guest. An empty list loses no page,
-    // and the guest, which is suspended, does not wait for what may not come.
-    let look = match pfns.peek() {
-        None => Some(Duration::ZERO),
-        Some(first) => (first.0 == 0).then_some(LOOK),
+    // own zero.
+    let behind = Behind {
+        number,
+        pfns: dirty.pfns(),
+        suspect: pfns.peek().is_none_or(|first| first.0 == 0),
     };
-    if let Some(look) = look
-        && let Some(octets) = back.look_ahead(look)?
-        && u64::from_le_bytes(octets) < dirty.pfns()
-    {
-        return Err(BackChannelError::LongHeader { number });
-    }
+    behind.look(back)?;
     for pfn in pfns {
         if pfn.0 >= dirty.pfns() {
             let pfns = dirty.pfns();
@@ -190,7 +191,7 @@ pub(crate) fn merge(
         }
         dirty.set(pfn);
     }
-    Ok(())
+    Ok(behind)
 }
 
 #[cfg(test)]
@@ -273,6 +274,26 @@ mod tests {
     fn a_header_of_16_octets_is_found_out_at_once() {
         for pfns in [&[][..], &[0], &[7], &[7, 8, 99]] {
             let error = merged(&long(pfns)).unwrap_err();
+            let found = matches!(error, BackChannelError::LongHeader { number: 3 });
+            assert!(found, "{pfns:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_header_of_16_octets_is_found_out_before_the_checkpoint_and_not_waited_for() {
+        for pfns in [&[][..], &[0], &[7], &[7, 8, 99]] {
+            let octets = long(pfns);
+            let (list, left) = octets.split_at(octets.len() - 8);
+            let (from, mut to) = UnixStream::pair().unwrap();
+            to.write_all(list).unwrap();
+            let mut back = FdBackChannel::new(from);
+            let behind = merge(&mut back, 3, &mut DirtyBitmap::new(100)).unwrap();
+            behind.look(&mut back).unwrap();
+            // Part of it is nothing yet.
+            to.write_all(&left[..5]).unwrap();
+            behind.look(&mut back).unwrap();
+            to.write_all(&left[5..]).unwrap();
+            let error = behind.look(&mut back).unwrap_err();
             let found = matches!(error, BackChannelError::LongHeader { number: 3 });
             assert!(found, "{pfns:?}: {error}");
         }

@@ -18,6 +18,7 @@
 use std::io::{self, Read as _};
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, SpliceFFlags, open, tee};
@@ -39,6 +40,8 @@ const PIPE_BUF: NonZeroUsize = NonZeroUsize::new(4096).expect("not zero");
 pub(crate) struct Descriptor<F> {
     fd: F,
     way: Way,
+    /// How long a write waits for an end that takes nothing at all.
+    patience: Option<Duration>,
 }
 
 /// How calls are kept from blocking.
@@ -71,8 +74,11 @@ impl<F: AsFd> AsFd for Descriptor<F> {
 impl<F: AsFd> Descriptor<F> {
     /// Waits for as long as it takes.
     pub(crate) fn blocking(fd: F) -> Self {
-        let way = Way::Blocking;
-        Self { fd, way }
+        Self {
+            fd,
+            way: Way::Blocking,
+            patience: None,
+        }
     }
 
     /// Waits until `cancel` says no. `writing`: it will be written to.
@@ -84,7 +90,17 @@ impl<F: AsFd> Descriptor<F> {
             SFlag::S_IFIFO => Way::Pipe(cancel, None),
             _ => Way::Never(cancel),
         };
-        Ok(Self { fd, way })
+        Ok(Self {
+            fd,
+            way,
+            patience: None,
+        })
+    }
+
+    /// Have a write fail (`TimedOut`) that has waited for so long without an octet being taken;
+    /// where calls may block, they do all the same.
+    pub(crate) fn give_up_after(&mut self, patience: Duration) {
+        self.patience = Some(patience);
     }
 
     /// Who may say stop.
@@ -100,17 +116,21 @@ impl<F: AsFd> Descriptor<F> {
         }
     }
 
-    /// Wait until a call will do something, if only fail.
-    fn wait(&self, what: PollFlags) -> io::Result<()> {
-        let timeout = match self.way.cancel() {
-            Some(_) => PollTimeout::from(LOOK_EVERY_MS),
-            None => PollTimeout::NONE,
+    /// Wait until a call will do something, if only fail (true), or until that time, if there
+    /// is one (false).
+    fn wait(&self, what: PollFlags, until: Option<Instant>) -> io::Result<bool> {
+        let timeout = match (self.way.cancel(), until) {
+            (None, None) => PollTimeout::NONE,
+            _ => PollTimeout::from(LOOK_EVERY_MS),
         };
         loop {
             self.check()?;
+            if until.is_some_and(|until| Instant::now() >= until) {
+                return Ok(false);
+            }
             match poll(&mut [PollFd::new(self.fd.as_fd(), what)], timeout) {
                 Ok(0) | Err(Errno::EINTR) => {}
-                Ok(_) => return Ok(()),
+                Ok(_) => return Ok(true),
                 Err(errno) => return Err(errno.into()),
             }
         }
@@ -121,28 +141,51 @@ impl<F: AsFd> Descriptor<F> {
     ///
     /// # Errors
     ///
-    /// [`Cancelled`]; what `write` says but EINTR and EAGAIN.
+    /// [`Cancelled`]; nothing was taken for too long; what `write` says but EINTR and EAGAIN.
     pub(crate) fn write(
         &self,
         mut write: impl FnMut(BorrowedFd<'_>, WriteCall) -> io::Result<usize>,
     ) -> io::Result<usize> {
+        // From the first time that there was no room; every octet that is taken is another call.
+        let mut until = None;
+        let mut room = || {
+            if let Some(patience) = self.patience {
+                until.get_or_insert_with(|| Instant::now() + patience);
+            }
+            self.wait(PollFlags::POLLOUT, until)
+        };
+        let mut ready = true;
         loop {
             self.check()?;
             let result = match &self.way {
                 Way::Blocking | Way::Never(_) => write(self.fd.as_fd(), WriteCall::Writev),
                 Way::Socket(_) => write(self.fd.as_fd(), WriteCall::SendDontWait),
                 Way::Pipe(_, Some(own)) => write(own.as_fd(), WriteCall::Writev),
-                Way::Pipe(_, None) => {
-                    self.wait(PollFlags::POLLOUT)?;
-                    write(self.fd.as_fd(), WriteCall::AtMost(PIPE_BUF))
-                }
+                Way::Pipe(_, None) => match room()? {
+                    true => write(self.fd.as_fd(), WriteCall::AtMost(PIPE_BUF)),
+                    false => return Err(self.stalled()),
+                },
             };
             match result {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.wait(PollFlags::POLLOUT)?,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    // poll(2) wants more room in a socket than a write does: one that is read
+                    // slowly has been tried once more in the end.
+                    if !ready {
+                        return Err(self.stalled());
+                    }
+                    ready = room()?;
+                }
                 result => return result,
             }
         }
+    }
+
+    /// Nothing was taken for as long as may be.
+    fn stalled(&self) -> io::Error {
+        let seconds = self.patience.unwrap_or_default().as_secs_f64();
+        let why = format!("the other end has taken nothing for {seconds} s");
+        io::Error::new(io::ErrorKind::TimedOut, why)
     }
 
     /// Have `read` called until it has read something, or the end; its answer.
@@ -158,11 +201,15 @@ impl<F: AsFd> Descriptor<F> {
             match &self.way {
                 Way::Blocking => {}
                 Way::Never(_) => self.check()?,
-                Way::Socket(_) | Way::Pipe(..) => self.wait(PollFlags::POLLIN)?,
+                Way::Socket(_) | Way::Pipe(..) => {
+                    self.wait(PollFlags::POLLIN, None)?;
+                }
             }
             match read(self.fd.as_fd()) {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.wait(PollFlags::POLLIN)?,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    self.wait(PollFlags::POLLIN, None)?;
+                }
                 result => return result,
             }
         }
@@ -239,6 +286,7 @@ mod tests {
         let once = Descriptor {
             fd: OwnedFd::from(once_in),
             way: Way::Pipe(cancel.clone(), None),
+            patience: None,
         };
         [
             (again, pipe_out.into()),
@@ -304,6 +352,43 @@ mod tests {
             assert!(Cancelled::is(&result.unwrap_err()));
             // The promise is 100 ms; a machine under load may add its own.
             assert!(took < Duration::from_secs(2), "{took:?}");
+        }
+    }
+
+    #[test]
+    fn a_write_ends_when_nothing_is_taken_for_too_long() {
+        let octets = pattern(1 << 20);
+        for (mut writer, reader) in writers(&Cancel::new()) {
+            writer.give_up_after(Duration::from_millis(50));
+            let error = write_all(&writer, &octets).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
+            let said = "the other end has taken nothing for 0.05 s";
+            assert_eq!(error.to_string(), said);
+            drop(reader);
+        }
+    }
+
+    #[test]
+    fn what_has_less_room_than_poll_wants_is_written_to_once_more() {
+        for (mut writer, _reader) in writers(&Cancel::new()) {
+            writer.give_up_after(Duration::from_millis(1));
+            // It is full.
+            write_all(&writer, &pattern(1 << 20)).unwrap_err();
+            if matches!(writer.way, Way::Pipe(_, None)) {
+                // A write would block there.
+                continue;
+            }
+            for (takes, expected) in [(2, Ok(7)), (3, Err(io::ErrorKind::TimedOut))] {
+                let mut calls = 0;
+                let written = writer.write(|_, _| {
+                    calls += 1;
+                    match calls == takes {
+                        true => Ok(7),
+                        false => Err(io::ErrorKind::WouldBlock.into()),
+                    }
+                });
+                assert_eq!(written.map_err(|error| error.kind()), expected);
+            }
         }
     }
 

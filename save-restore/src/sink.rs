@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use xsr_xen_backend::Gather;
 
@@ -60,6 +61,14 @@ impl<F: AsFd> FdSink<F> {
     /// them: whoever looks sees that something moves while a long write goes on.
     pub fn count_in(mut self, carried: Arc<AtomicU64>) -> Self {
         self.carried = carried;
+        self
+    }
+
+    /// Have a write fail, with `TimedOut`, once it has waited for so long without an octet being
+    /// taken: the other end may be there and read nothing. Only of a sink that is
+    /// [`cancellable`](Self::cancellable): the writes of others block.
+    pub fn give_up_after(mut self, patience: Duration) -> Self {
+        self.descriptor.give_up_after(patience);
         self
     }
 

@@ -52,15 +52,11 @@ pub(crate) struct RemusArgs {
     /// What to do when HOST is lost
     #[arg(long, value_name = "WHAT", default_value = "run")]
     pub(crate) on_loss: OnLoss,
-    /// With -c: give HOST so many seconds to say that it has a checkpoint, that it runs it, that
-    /// it is suspended and what it has written; then take the domain back. While HOST does the
-    /// first or the last the domain is suspended here, too [default: 60]
-    #[arg(
-        long,
-        value_name = "S",
-        requires = "colo",
-        value_parser = clap::value_parser!(u32).range(1..)
-    )]
+    /// HOST is lost when it has taken nothing of a checkpoint for so many seconds: the domain may
+    /// be suspended meanwhile. With -c, also give it so long to say that it has the checkpoint,
+    /// that it runs it, that it is suspended and what it has written; then take the domain back
+    /// [default: 60]
+    #[arg(long, value_name = "S", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) answer_timeout: Option<u32>,
     /// End after so many checkpoints; the domain runs on here
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]

@@ -43,10 +43,12 @@ use crate::transport::Link;
 use crate::watch::Watch;
 use crate::workload;
 
-/// How long the other end may take to say what becomes of its copy.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long the other end may take to say what becomes of its copy when the connection is lost:
+/// what it has said by then is on its way.
+const LAST_WORDS: Duration = Duration::from_secs(10);
 
-/// How long the secondary may take to answer, as libxl gives a guest to suspend.
+/// How long the other end may take to answer, and read nothing, as libxl gives a guest to
+/// suspend.
 const ANSWER: Duration = Duration::from_secs(60);
 
 /// How long whoever reads `--stats` may take where there is a failure to be told.
@@ -85,6 +87,15 @@ fn interval(milliseconds: Option<u32>, colo: bool) -> Duration {
         (None | Some(0), true) => 5000,
         (Some(milliseconds), _) => milliseconds.into(),
     })
+}
+
+/// How long to wait for what becomes of the copy at the other end: one that is to give the domain
+/// back may have a checkpoint to apply before it hears that.
+fn last_words(lost: bool, answer: Duration) -> Duration {
+    match lost {
+        true => answer.min(LAST_WORDS),
+        false => answer,
+    }
 }
 
 /// What the receiver is told, in xl's words.
@@ -161,7 +172,7 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
         None => Fate::Here,
         Some(link) => {
             let outcome = link.say_no_more().and_then(|()| {
-                let patience = Patience::Until(Instant::now() + PATIENCE);
+                let patience = Patience::Until(Instant::now() + last_words(lost, primary.answer()));
                 match heard {
                     None => handshake::outcome(&link.from, patience),
                     Some(heard) => handshake::outcome_behind(heard, &link.from, patience),
@@ -241,7 +252,7 @@ impl Primary<'_> {
         let null = null.context("/dev/null")?;
         let interrupt = watch.interrupt().clone();
         let to = link.map_or(&null, |link| &link.to);
-        let stream = Stream::new(to, &interrupt)?;
+        let stream = Stream::new(to, &interrupt, self.answer())?;
         let job = Job {
             host: self.host,
             domid: self.domid,
@@ -282,11 +293,7 @@ impl Primary<'_> {
         let mut policy = XenPolicy;
         let (result, secondary) = match link {
             Some(link) if self.args.colo => {
-                let patience = self
-                    .args
-                    .answer_timeout
-                    .map_or(ANSWER, |seconds| Duration::from_secs(seconds.into()));
-                let hearing = Hearing::new(&link.from, interrupt.clone(), patience)?;
+                let hearing = Hearing::new(&link.from, interrupt.clone(), self.answer())?;
                 let ear = Ear::new(hearing);
                 let mut primary = colo::Primary::new(&mut protector, &stream, &ear);
                 let result = save_colo(
@@ -363,6 +370,12 @@ impl Primary<'_> {
         })
     }
 
+    /// How long the other end is waited for.
+    fn answer(&self) -> Duration {
+        let seconds = self.args.answer_timeout;
+        seconds.map_or(ANSWER, |seconds| Duration::from_secs(seconds.into()))
+    }
+
     fn buffer_octets(&self) -> usize {
         match (self.args.no_buffer, self.args.buffer) {
             (true, _) => 0,
@@ -375,6 +388,14 @@ impl Primary<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_lives_is_given_the_time_to_apply_a_checkpoint() {
+        assert_eq!(last_words(false, ANSWER), ANSWER);
+        assert_eq!(last_words(true, ANSWER), LAST_WORDS);
+        let second = Duration::from_secs(1);
+        assert_eq!(last_words(true, second), second);
+    }
 
     #[test]
     fn intervals_are_xls() {

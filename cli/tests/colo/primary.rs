@@ -167,6 +167,56 @@ fn a_secondary_that_does_not_answer_is_given_up_and_the_domain_runs_on() {
     }
 }
 
+/// It has been told to destroy its copy, and nobody knows whether it has heard that.
+#[test]
+fn a_secondary_that_never_answers_is_lost_by_on_loss() {
+    for (on_loss, left) in [("run", "web running"), ("pause", "web paused")] {
+        let hosts = Hosts::with("pvh", &[]);
+        let socket = hosts.path("socket");
+        let listener = listen(&socket);
+        let options = ["--answer-timeout", "1", "--on-loss", on_loss];
+        let mut sender = sender(&hosts, &socket, &options);
+        let (mut from, _) = listener.accept().unwrap();
+        let to = from.try_clone().unwrap();
+        heard(&mut from, to, 1, &[5], &[]);
+        hear(&mut from, &state(WITHDRAWAL));
+        sender.until_its_end();
+        let sent = sender.end().code(3);
+        assert!(sent.stderr.contains("has not answered in 1 s"), "{sent:?}");
+        assert_eq!(hosts.domains()[0], [left], "{sent:?}");
+    }
+}
+
+/// In the midst of a checkpoint, with the domain suspended.
+#[test]
+fn a_secondary_that_reads_nothing_any_more_is_lost_and_the_domain_runs_on() {
+    for (on_loss, left) in [("run", "web running"), ("pause", "web paused")] {
+        let hosts = Hosts::with("pvh", &[]);
+        let socket = hosts.path("socket");
+        let listener = listen(&socket);
+        let options = ["--answer-timeout", "1", "--on-loss", on_loss];
+        let mut sender = sender(&hosts, &socket, &options);
+        let (mut from, _) = listener.accept().unwrap();
+        let mut to = from.try_clone().unwrap();
+        heard(&mut from, to.try_clone().unwrap(), 1, &[], &RUNS);
+        hear(&mut from, &state(NEW));
+        // More than a socket holds.
+        let mut list = state(SUSPENDED);
+        list.extend(
+            [0xf, 8 * 2000]
+                .iter()
+                .flat_map(|word: &u32| word.to_le_bytes()),
+        );
+        list.extend((0..2000_u64).flat_map(u64::to_le_bytes));
+        to.write_all(&list).unwrap();
+        sender.until_its_end();
+        let sent = sender.end().code(3);
+        let said = "the other end has taken nothing for 1 s";
+        assert!(sent.stderr.contains(said), "{sent:?}");
+        assert_eq!(hosts.domains()[0], [left], "{sent:?}");
+    }
+}
+
 #[test]
 fn what_a_secondary_that_fails_says_is_heard_wherever_it_says_it() {
     let hosts = Hosts::with("pvh", &[]);

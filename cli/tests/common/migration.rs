@@ -196,6 +196,12 @@ impl Running {
         self.child.wait().unwrap();
     }
 
+    /// Until it has ended, and no longer than half a minute.
+    #[track_caller]
+    pub(crate) fn until_its_end(&mut self) {
+        until("its end", || self.child.try_wait().unwrap().is_some());
+    }
+
     /// Wait for its end.
     pub(crate) fn end(mut self) -> Ran {
         let mut stdout = String::new();

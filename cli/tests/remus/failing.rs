@@ -71,6 +71,48 @@ fn state(host: &Path) -> serde_json::Value {
     serde_json::from_slice(&state).unwrap()
 }
 
+/// Read to the end of the first checkpoint, and not an octet further.
+fn read_checkpoint(stream: impl Read) {
+    let mut walk = Walk::open(stream, ReadOptions::default()).unwrap();
+    loop {
+        let step = walk.next_step().unwrap().unwrap();
+        if matches!(
+            step.content,
+            Content::LibxlRecord(LibxlRecord::CheckpointEnd)
+        ) {
+            break;
+        }
+    }
+}
+
+/// In the midst of a checkpoint of which it has had a part: with the domain suspended, or when
+/// it runs on and what was kept is sent.
+#[test]
+fn a_receiver_that_reads_nothing_any_more_is_lost_and_the_domain_runs_on() {
+    for (buffer, on_loss, left) in [
+        ("--no-buffer", "run", "web running"),
+        ("--no-buffer", "pause", "web paused"),
+        ("--buffer=64M", "run", "web running"),
+        ("--buffer=64M", "pause", "web paused"),
+    ] {
+        let hosts = Hosts::with("pvh", &["--dirty-rate", "200000", "--working-set", "4M"]);
+        let socket = hosts.path("socket");
+        let listener = listen(&socket);
+        let options = [buffer, "--on-loss", on_loss, "--answer-timeout", "1"];
+        let mut sender = sender(&hosts, &socket, &options);
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.write_all(BANNER).unwrap();
+        read_checkpoint(&stream);
+        // It hangs, and its end of the connection stays as it is.
+        sender.until_its_end();
+        let sent = sender.end();
+        assert_eq!(sent.code, 3, "{sent:?}");
+        let said = "the other end has taken nothing for 1 s";
+        assert!(sent.stderr.contains(said), "{sent:?}");
+        assert_eq!(hosts.domains()[0], [left], "{buffer}: {sent:?}");
+    }
+}
+
 #[test]
 fn a_domain_that_cannot_be_resumed_when_its_receiver_is_lost_is_said_to_be_suspended() {
     for (on_loss, words) in [
@@ -84,16 +126,7 @@ fn a_domain_that_cannot_be_resumed_when_its_receiver_is_lost_is_said_to_be_suspe
         let sender = sender(&hosts, &socket, &options);
         let (mut stream, _) = listener.accept().unwrap();
         stream.write_all(BANNER).unwrap();
-        let mut walk = Walk::open(&stream, ReadOptions::default()).unwrap();
-        loop {
-            let step = walk.next_step().unwrap().unwrap();
-            if matches!(
-                step.content,
-                Content::LibxlRecord(LibxlRecord::CheckpointEnd)
-            ) {
-                break;
-            }
-        }
+        read_checkpoint(&stream);
         // Nobody reads the next one, which is larger than a socket holds; then the machine's
         // disk takes nothing, and whatever it is by then, it stays.
         let mut refused = None;

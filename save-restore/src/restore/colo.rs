@@ -100,10 +100,19 @@ impl<T: ColoRestoreToolstack + ?Sized> Run<'_, '_, T> {
 
     /// Which pages are no longer those of the last checkpoint, for the primary.
     fn dirty_list(&mut self) -> Result<Vec<u8>, RestoreError> {
-        let pfns = self.domain.maximum_gfn()?.map_or(0, |last| last.0 + 1);
+        let failed = |cause: Box<dyn std::error::Error + Send + Sync>| {
+            RestoreError::BackChannel(io::Error::other(cause))
+        };
+        // An empty list would say that the guest has written nothing.
+        let Some(last) = self.domain.maximum_gfn()? else {
+            return Err(failed(
+                "the hypervisor says that the guest has no page".into(),
+            ));
+        };
+        let pfns = last.0 + 1;
         let mut dirty = DirtyBitmap::new(pfns);
         self.domain.read_dirty(DirtyRead::Clean, &mut dirty)?;
         let pfns: Vec<Pfn> = dirty.iter().collect();
-        dirty_pfn_list(&pfns).map_err(|e| RestoreError::BackChannel(io::Error::other(e)))
+        dirty_pfn_list(&pfns).map_err(|error| failed(error.into()))
     }
 }

@@ -124,6 +124,7 @@ impl<'r> Run<'r, '_> {
                 self.epoch(number, guest, &mut out, suspended, &mut memory, &mut |_| {
                     Ok(())
                 })?;
+            out.checkpoint()?;
             let asked = epoch.asked;
             suspended.postcopy(self.domain)?;
             epoch.suspended_for = asked.elapsed();
@@ -151,7 +152,7 @@ impl<'r> Run<'r, '_> {
         Ok((guest, out, memory))
     }
 
-    /// Suspend the guest and write one checkpoint, its CHECKPOINT record the last.
+    /// Suspend the guest and write one checkpoint, but for the CHECKPOINT record behind it.
     pub(super) fn epoch<T: CheckpointToolstack + ?Sized>(
         &mut self,
         number: u64,
@@ -165,7 +166,6 @@ impl<'r> Run<'r, '_> {
         let asked = self.stop_and_copy(guest, out, suspended, memory, besides)?;
         self.report(Phase::Tail)?;
         guest.end_of_checkpoint(out)?;
-        out.checkpoint()?;
         Ok(Epoch {
             number,
             pfns: self.stats.pfns - before.pfns,

@@ -73,10 +73,13 @@ impl Run<'_, '_> {
         let guest = guest.as_mut();
         let mut number = 0;
         loop {
-            let mut besides = |dirty: &mut DirtyBitmap| match number {
-                // The secondary has not run yet.
-                0 => Ok(()),
-                _ => Ok(back_channel::merge(back, number - 1, dirty)?),
+            let mut behind = None;
+            let mut besides = |dirty: &mut DirtyBitmap| {
+                // Before the first one the secondary has not run yet.
+                if number > 0 {
+                    behind = Some(back_channel::merge(back, number - 1, dirty)?);
+                }
+                Ok(())
             };
             let epoch = self.epoch(
                 number + 1,
@@ -86,6 +89,10 @@ impl Run<'_, '_> {
                 &mut memory,
                 &mut besides,
             )?;
+            if let Some(behind) = behind {
+                behind.look(back)?;
+            }
+            out.checkpoint()?;
             number += 1;
             out.sink_mut().flush()?;
             if suspended.checkpoint(&epoch)? == NextEpoch::Finish {

@@ -165,6 +165,8 @@ pub(crate) struct Faulty {
     trace: Mutex<Vec<Call>>,
     struck: Mutex<Option<Struck>>,
     before_map: Option<Box<dyn Fn() + Send + Sync>>,
+    /// It does not say which is its largest gfn.
+    has_no_page: bool,
 }
 
 impl Faulty {
@@ -186,6 +188,7 @@ impl Faulty {
             trace: Mutex::default(),
             struck: Mutex::default(),
             before_map: None,
+            has_no_page: false,
         }
     }
 
@@ -194,6 +197,14 @@ impl Faulty {
     pub(crate) fn meddled(inner: Box<dyn Domain>, act: impl Fn() + Send + Sync + 'static) -> Self {
         Self {
             before_map: Some(Box::new(act)),
+            ..Self::watching(inner)
+        }
+    }
+
+    /// No call fails, but the domain is said to have no page.
+    pub(crate) fn without_pages(inner: Box<dyn Domain>) -> Self {
+        Self {
+            has_no_page: true,
             ..Self::watching(inner)
         }
     }
@@ -293,7 +304,8 @@ impl DomainControl for Faulty {
 
 impl GuestMemory for Faulty {
     fn maximum_gfn(&self) -> Result<Option<Gfn>, BackendError> {
-        self.call("maximum_gfn", |d| d.maximum_gfn())
+        let largest = self.call("maximum_gfn", |d| d.maximum_gfn());
+        largest.map(|gfn| gfn.filter(|_| !self.has_no_page))
     }
     fn page_types(&self, gfns: &[Gfn], out: &mut [PageType]) -> Result<(), BackendError> {
         let turn = self.turn("page_types", gfns.len());

@@ -22,6 +22,7 @@ use xsr_save_restore::{RestoreError, restore_colo, save_colo};
 use xsr_xen_backend::mock::{GuestSpec, MemoryDigest, MockHost, Workload, WorkloadSpec};
 use xsr_xen_backend::{DomId, Domain, GuestKind, Host};
 
+use super::common::faulty::Faulty;
 use super::common::*;
 use super::kit::*;
 
@@ -167,6 +168,17 @@ fn beside(
 ) -> Left {
     let domid = to.create_domain(kind, 1, pages).unwrap();
     let domain = to.domain(domid).unwrap();
+    beside_in(to, (domid, domain.as_ref()), source, back, keep)
+}
+
+/// In a domain that has just been created.
+fn beside_in(
+    to: &MockHost,
+    (domid, domain): (DomId, &dyn Domain),
+    source: impl Read,
+    back: &mut dyn Write,
+    keep: &CheckpointOptions,
+) -> Left {
     let [store_port, console_port] = [(); 2].map(|()| domain.alloc_unbound_port(DomId(0)).unwrap());
     let options_there = RestoreOptions {
         store_port,
@@ -178,7 +190,7 @@ fn beside(
     let mut there = There {
         host: to,
         domid,
-        domain: domain.as_ref(),
+        domain,
         work: None,
         checkpoints: 0,
         at: Vec::new(),
@@ -375,4 +387,21 @@ fn a_primary_that_is_cut_off_anywhere_leaves_the_secondary_as_it_was() {
         }
     }
     eprintln!("{runs} primaries were cut off");
+}
+
+/// Its pages would be taken for unwritten.
+#[test]
+fn a_secondary_that_cannot_name_its_pages_gives_up() {
+    let spec = &guests()[3];
+    let stream = protect(spec);
+    let (kind, vcpus, pages) = shape(&plain(&stream, 1), spec.kind, spec.vcpus);
+    let to = host(312);
+    let domid = to.create_domain(kind, vcpus, pages + 256).unwrap();
+    let domain = Faulty::without_pages(to.domain(domid).unwrap());
+    let mut back = Vec::new();
+    let left = beside_in(&to, (domid, &domain), &stream[..], &mut back, &in_memory(0));
+    let error = left.result.unwrap_err();
+    assert!(matches!(error, RestoreError::BackChannel(_)), "{error}");
+    assert!(error.to_string().contains("has no page"), "{error}");
+    assert_eq!((left.at.len(), back), (1, Vec::new()));
 }

@@ -6,7 +6,7 @@
 
 use std::cell::RefCell;
 use std::io::{self, Read};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use xsr_format::wrapper::libxl::CheckpointState;
 use xsr_save_restore::back_channel::BackChannel;
@@ -76,8 +76,8 @@ impl Read for &Ear<'_> {
 }
 
 impl BackChannel for &Ear<'_> {
-    fn look_ahead(&mut self, time: Duration) -> io::Result<Option<[u8; 8]>> {
-        self.0.borrow_mut().look_ahead(time)
+    fn look_ahead(&mut self) -> io::Result<Option<[u8; 8]>> {
+        self.0.borrow_mut().look_ahead()
     }
 }
 

@@ -4,7 +4,8 @@
 //! docs/migration.md has the table.
 
 use anyhow::{Context as _, Error, Result};
-use xsr_xen_backend::ShutdownReason;
+use nix::errno::Errno;
+use xsr_xen_backend::{BackendError, DomainInfo, ShutdownReason};
 
 use super::Primary;
 use crate::args::OnLoss;
@@ -51,11 +52,10 @@ impl Primary<'_> {
         let command = |verb: &str, rest: &str| {
             backend::domain_command(&self.args.backend.backend, verb, rest)
         };
-        let asleep = self.is_asleep();
-        let down = self.domain.info().ok().and_then(|info| info.shutdown);
-        let over = down
-            .filter(|_| !asleep)
-            .map(|reason| format!("has shut down ({reason:?})").to_lowercase());
+        let info = self.domain.info();
+        let (asleep, over) = (asleep(&info), over(&info));
+        // Of one that is gone there is nothing to stop.
+        let gone = over.is_some() && info.is_err();
         let words = match fate {
             Fate::Here if asleep => format!(
                 "{begin}; {name} is suspended here, and runs nowhere else: `{}`",
@@ -68,6 +68,7 @@ impl Primary<'_> {
             Fate::There => {
                 let away = format!("{name}{AWAY}");
                 let stopped = match stopped.unwrap_or_else(|| self.stop()) {
+                    Err(_) if gone => "here it has been destroyed".to_owned(),
                     Ok(()) => format!("here it does not run any more, as {away}"),
                     Err(error) => format!(
                         "here it could not be stopped ({}), AND MUST BE",
@@ -82,6 +83,7 @@ impl Primary<'_> {
             }
             Fate::Unknown => {
                 let here = match (self.args.on_loss, asleep) {
+                    _ if gone => "Here it has been destroyed".to_owned(),
                     (OnLoss::Run, false) => match &over {
                         Some(over) => format!("Here it {over}"),
                         None => "Here it runs on, unprotected".to_owned(),
@@ -96,7 +98,7 @@ impl Primary<'_> {
                 if asleep {
                     then.push(command("resume", name));
                 }
-                if self.args.on_loss == OnLoss::Pause {
+                if self.args.on_loss == OnLoss::Pause && !gone {
                     then.push(command("unpause", name));
                 }
                 let then = match then.as_slice() {
@@ -141,8 +143,60 @@ impl Primary<'_> {
     /// Whether the domain is suspended, and so runs nowhere unless somebody resumes it. One
     /// that has shut down otherwise has come to its end here.
     pub(super) fn is_asleep(&self) -> bool {
-        let info = self.domain.info();
-        // Where nobody can tell, the other end had better have it.
-        info.map_or(true, |info| info.shutdown == Some(ShutdownReason::Suspend))
+        asleep(&self.domain.info())
+    }
+}
+
+/// Whether that is a domain that is suspended. One that is gone has been destroyed, on purpose:
+/// the other end is not to bring it back. Where nobody can tell, it had better have it.
+fn asleep(info: &Result<DomainInfo, BackendError>) -> bool {
+    match info {
+        Ok(info) => info.shutdown == Some(ShutdownReason::Suspend),
+        Err(error) => error.errno != Errno::ESRCH,
+    }
+}
+
+/// How a domain has come to its end here, if it has.
+fn over(info: &Result<DomainInfo, BackendError>) -> Option<String> {
+    match info {
+        Ok(info) => match info.shutdown {
+            None | Some(ShutdownReason::Suspend) => None,
+            Some(reason) => Some(format!("has shut down ({reason:?})").to_lowercase()),
+        },
+        Err(error) => (error.errno == Errno::ESRCH).then(|| "has been destroyed".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use xsr_xen_backend::mock::{GuestSpec, MockHost};
+    use xsr_xen_backend::{DomId, GuestKind, Host as _};
+
+    use super::*;
+
+    #[test]
+    fn what_has_come_to_its_end_is_not_asleep() {
+        let host = MockHost::ephemeral(&Default::default()).unwrap();
+        let domid = host.create_guest(&GuestSpec::new("web", GuestKind::Pvh, 8));
+        let info = host.domain(domid.unwrap()).unwrap().info().unwrap();
+        let down = |shutdown| {
+            let info = info.clone();
+            Ok(DomainInfo { shutdown, ..info })
+        };
+        let failed = |errno| Err(BackendError::domain("getdomaininfo", DomId(1), errno));
+        let shut_down = Some("has shut down (crash)".to_owned());
+        for (info, expected) in [
+            (down(None), (false, None)),
+            (down(Some(ShutdownReason::Suspend)), (true, None)),
+            (down(Some(ShutdownReason::Crash)), (false, shut_down)),
+            (
+                failed(Errno::ESRCH),
+                (false, Some("has been destroyed".to_owned())),
+            ),
+            // Nobody can tell.
+            (failed(Errno::EPERM), (true, None)),
+        ] {
+            assert_eq!((asleep(&info), over(&info)), expected, "{info:?}");
+        }
     }
 }

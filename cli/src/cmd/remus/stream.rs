@@ -4,6 +4,7 @@
 use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::io::{self, Write};
+use std::time::Duration;
 
 use xsr_save_restore::sink::PageSink;
 use xsr_xen_backend::Gather;
@@ -22,11 +23,16 @@ pub(super) struct Stream<'a> {
 }
 
 impl<'a> Stream<'a> {
-    /// Write to where the file stands, until somebody cuts it off, who is shown what moves.
-    pub(super) fn new(file: &'a File, interrupt: &Interrupt) -> io::Result<Self> {
+    /// Write to where the file stands, until somebody cuts it off, who is shown what moves, or
+    /// until nothing of it has been taken for so long: the guest may be suspended meanwhile.
+    pub(super) fn new(
+        file: &'a File,
+        interrupt: &Interrupt,
+        patience: Duration,
+    ) -> io::Result<Self> {
         let (cut, carried) = (interrupt.cut().clone(), interrupt.carried());
         Ok(Self {
-            sink: RefCell::new(ImageSink::counting_in(file, cut, carried)?),
+            sink: RefCell::new(ImageSink::watched(file, cut, carried, patience)?),
             failed: Cell::new(false),
             file,
             silence: Cell::new(Silence::Waiting),
@@ -98,7 +104,8 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let file = File::from(OwnedFd::from(socket));
-        let stream = Stream::new(&file, &Interrupt::catch().unwrap()).unwrap();
+        let patience = Duration::from_secs(60);
+        let stream = Stream::new(&file, &Interrupt::catch().unwrap(), patience).unwrap();
         let seconds = || getsockopt(&file, sockopt::TcpUserTimeout).unwrap() / 1000;
         for _ in 0..2 {
             (&stream).write_all(b"a checkpoint").unwrap();

@@ -157,7 +157,8 @@ impl Protector<'_> {
         }
         if self.complete == 0 {
             // The other end can take over from here on, and is to be told not to.
-            self.interrupt.takes_its_time();
+            let asked = self.interrupt.takes_its_time();
+            asked.map_err(|e| ToolstackError::new(WHAT, e))?;
         }
         let written = self.libxl.write(&LibxlRecord::CheckpointEnd);
         written.map_err(|e| ToolstackError::new(WHAT, e))?;

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 
 use xsr_save_restore::progress::Cancel;
 use xsr_save_restore::sink::{FdSink, PageSink};
@@ -25,14 +26,16 @@ impl<'a> ImageSink<'a> {
         })
     }
 
-    /// The same, with the octets counted there as they go out.
-    pub(crate) fn counting_in(
+    /// The same, with the octets counted there as they go out, and until it has taken none for
+    /// so long.
+    pub(crate) fn watched(
         file: &'a File,
         cancel: Cancel,
         carried: Arc<AtomicU64>,
+        patience: Duration,
     ) -> io::Result<Self> {
         let Self { sink, octets } = Self::new(file, cancel)?;
-        let sink = sink.count_in(carried);
+        let sink = sink.count_in(carried).give_up_after(patience);
         Ok(Self { sink, octets })
     }
 
