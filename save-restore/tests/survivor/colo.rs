@@ -330,9 +330,7 @@ fn a_primary_that_is_cut_off_anywhere_leaves_the_secondary_as_it_was() {
             assert_ne!(pair[0].differences(&pair[1]), [], "{kind:?}");
         }
         let records = record_offsets(&stream);
-        let complete: Vec<usize> = (records.iter().filter(|(_, kind, _)| *kind == CHECKPOINT))
-            .map(|(at, _, octets)| at + octets)
-            .collect();
+        let complete = ends(&stream);
         assert_eq!(complete.len(), EPOCHS, "{kind:?}");
         // What is not memory, as a cut right behind each checkpoint leaves it.
         let expected: Vec<_> = complete

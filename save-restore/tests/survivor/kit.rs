@@ -1,9 +1,11 @@
 //! Both ends of a stream of checkpoints: a primary whose guest changes in every way from
 //! one to the next, and a secondary with a disk.
 
+use std::cell::RefCell;
 use std::io::{self, Read};
 use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
+use std::rc::Rc;
 
 use crate::common::*;
 use xsr_format::frame::Gfn;
@@ -119,6 +121,67 @@ pub(crate) fn disk_writes(epoch: u64) -> Vec<(u64, u64)> {
         .collect()
 }
 
+/// Disk writes that have come and wait for their checkpoint.
+pub(crate) type Buffered = Rc<RefCell<Vec<(u64, u64)>>>;
+
+/// A stream beside which the disk writes come: those of an epoch in the course of its octets,
+/// the last with the last of them.
+pub(crate) struct WithDisk<R> {
+    stream: R,
+    octets: usize,
+    /// Behind how many octets each comes, the last first.
+    writes: Vec<(usize, (u64, u64))>,
+    buffered: Buffered,
+}
+
+impl<R> WithDisk<R> {
+    /// `ends` are the octets at which each checkpoint is complete.
+    pub(crate) fn new(stream: R, ends: &[usize], buffered: &Buffered) -> Self {
+        Self {
+            stream,
+            octets: 0,
+            writes: all_writes(ends).rev().collect(),
+            buffered: Rc::clone(buffered),
+        }
+    }
+}
+
+/// All disk writes of a stream whose checkpoints end there, and behind how many octets.
+pub(crate) fn all_writes(
+    ends: &[usize],
+) -> impl DoubleEndedIterator<Item = (usize, (u64, u64))> + use<> {
+    let mut begin = 0;
+    let mut writes = Vec::new();
+    for (epoch, end) in (1..).zip(ends) {
+        let epoch = disk_writes(epoch);
+        let count = epoch.len();
+        let at = |n: usize| begin + (end - begin) * n / count;
+        writes.extend((1..).map(at).zip(epoch));
+        begin = *end;
+    }
+    writes.into_iter()
+}
+
+impl<R: Read> Read for WithDisk<R> {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        let octets = self.stream.read(room)?;
+        self.octets += octets;
+        let come = |write: &mut (usize, _)| write.0 <= self.octets;
+        let mut buffered = self.buffered.borrow_mut();
+        while let Some((_, write)) = self.writes.pop_if(come) {
+            buffered.push(write);
+        }
+        Ok(octets)
+    }
+}
+
+/// At which octets the checkpoints of a stream are complete.
+pub(crate) fn ends(stream: &[u8]) -> Vec<usize> {
+    let records = record_offsets(stream);
+    let checkpoints = records.iter().filter(|(_, kind, _)| *kind == CHECKPOINT);
+    checkpoints.map(|(at, _, octets)| at + octets).collect()
+}
+
 /// A stream of checkpoints.
 pub(crate) fn protect(spec: &GuestSpec) -> Vec<u8> {
     let from = host(300);
@@ -211,10 +274,9 @@ pub(crate) struct Secondary {
     pub(crate) lost_at: Option<u64>,
     pub(crate) fails_at: Option<u64>,
     pub(crate) results: u32,
-    /// Its disk, and what the sender's host has sent of disk writes for a checkpoint that
-    /// is not complete.
+    /// Its disk, and what has come of disk writes for a checkpoint that is not complete.
     pub(crate) disk: Disk,
-    pub(crate) buffered: Vec<(u64, u64)>,
+    pub(crate) buffered: Buffered,
 }
 
 impl RestoreToolstack for Secondary {
@@ -231,7 +293,6 @@ impl RestoreToolstack for Secondary {
 impl CheckpointRestoreToolstack for Secondary {
     fn checkpoint(&mut self, _: u64) -> Result<Arrival, ToolstackError> {
         let number = self.checkpoints + 1;
-        self.buffered.extend(disk_writes(number));
         if self.lost_at == Some(number) {
             return Ok(Arrival::Lost);
         }
@@ -239,7 +300,7 @@ impl CheckpointRestoreToolstack for Secondary {
             return Err(ToolstackError::new("a callback", "no"));
         }
         self.checkpoints = number;
-        self.disk.extend(self.buffered.drain(..));
+        self.disk.extend(self.buffered.borrow_mut().drain(..));
         Ok(Arrival::Whole { octets: 0 })
     }
 }

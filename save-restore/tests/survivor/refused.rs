@@ -77,7 +77,13 @@ fn the_toolstack_decides_whether_a_checkpoint_counts() {
             lost_at: Some(lost),
             ..Secondary::default()
         };
-        let (domid, result) = survive(&to, shape, stream.as_slice(), &mut secondary, &keep);
+        let buffered = Buffered::clone(&secondary.buffered);
+        let source = WithDisk::new(stream.as_slice(), &ends(&stream), &buffered);
+        let (domid, result) = survive(&to, shape, source, &mut secondary, &keep);
+        // All writes of the last epoch have come, and none of them is on the disk.
+        let disk: Disk = (1..lost).flat_map(disk_writes).collect();
+        assert_eq!(secondary.disk, disk);
+        assert_eq!(*buffered.borrow(), disk_writes(lost));
         if lost == 1 {
             assert!(matches!(result, Err(RestoreError::NoCheckpoint)));
             continue;
