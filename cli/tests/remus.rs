@@ -12,7 +12,7 @@ use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use common::migration::{BANNER, Cut, Hosts, REPORT, Running, hear, listen};
+use common::migration::{BANNER, Cut, Hosts, REPORT, Running, hear, listen, until};
 use common::{arg, backend, create, run};
 use nix::sys::signal::Signal;
 use xsr_format::read::ReadOptions;
@@ -97,6 +97,41 @@ fn a_sender_that_is_killed_leaves_its_last_checkpoint_running() {
             ),
             "{differences}"
         );
+    }
+}
+
+/// Of a guest that writes, whatever had come when it happened.
+#[test]
+fn a_sender_that_is_killed_leaves_the_last_checkpoint_that_had_come() {
+    for kind in ["pv", "hvm", "pvh"] {
+        let hosts = Hosts::with(kind, &BUSY);
+        let file = hosts.path("stream");
+        // All that the receiver gets is kept.
+        let there = backend(&hosts.there);
+        let xsr = env!("CARGO_BIN_EXE_xsr");
+        let receiver = format!("tee {} | {xsr} migrate-receive -r {there}", arg(&file));
+        let here = backend(&hosts.here);
+        let mut sender = Running::start(["remus", "-i", "5", &here, "-s", "", "web", &receiver]);
+        sender.line("first checkpoint");
+        until("some checkpoints more", || {
+            ends(&fs::read(&file).unwrap(), kind).len() > 3
+        });
+        sender.signal(Signal::SIGKILL);
+        sender.line("goes on here from checkpoint");
+        // Its receiver has its stderr, and ends last.
+        assert!(!sender.end().stderr.contains("panicked"));
+        assert_eq!(hosts.domains()[1], ["web running"], "{kind}");
+        let [left, expected] = ["left", "expected"].map(|name| hosts.path(name));
+        run(["save", &there, "web", arg(&left)]).code(0);
+        let stream = fs::read(&file).unwrap();
+        let ends = ends(&stream, kind);
+        let mut images = Vec::new();
+        for end in &ends[ends.len() - 2..] {
+            assert_eq!(survivor(&hosts, &stream[..*end], &expected), 0, "{kind}");
+            images.push(fs::read(&expected).unwrap());
+        }
+        run(["diff", arg(&expected), arg(&left)]).code(0);
+        assert!(images[0] != images[1], "{kind}: the last two are the same");
     }
 }
 

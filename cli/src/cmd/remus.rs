@@ -27,7 +27,7 @@ use xsr_xen_backend::mock::MockHost;
 use xsr_xen_backend::{DomId, Domain, Host};
 
 use self::colo::Ear;
-use self::fate::{End, Fate};
+use self::fate::{End, Fate, Here};
 use self::report::Teller;
 use self::stream::Stream;
 use self::toolstack::{Complete, DeviceModel, Protector, Stop};
@@ -197,7 +197,7 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
     };
     let stopped = match fate {
         Fate::There => Some(primary.stop()),
-        Fate::Here if stands_still => {
+        Fate::Here if stands_still && primary.here() != Here::Gone => {
             let unpaused = primary.domain.unpause();
             let name = primary.name;
             unpaused.with_context(|| format!("{name} runs nowhere else: unpausing it"))?;
@@ -206,7 +206,9 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
         _ => None,
     };
     let hung_up = link.map(Link::hang_up);
-    if let (End::Asked | End::Enough, Fate::Here) = (&end, fate) {
+    if let (End::Asked | End::Enough, Fate::Here) = (&end, fate)
+        && !matches!(primary.here(), Here::Over(_) | Here::Gone)
+    {
         teller.done(&end, &stats, stream_octets)?;
         return Ok(Code::Fine);
     }
@@ -343,9 +345,7 @@ impl Primary<'_> {
             }
         };
         let mut lost = stream.failed() || matches!(end, End::Receiver);
-        // A domain that does not run here had better run there.
-        let asleep = self.is_asleep();
-        if link.is_some() && complete > 0 && !lost && !asleep {
+        if link.is_some() && complete > 0 && !lost && self.here().is_taken_back() {
             // One that takes nothing any more is not waited for.
             interrupt.cut_when_still();
             let withdrawn = match secondary {

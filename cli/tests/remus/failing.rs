@@ -4,7 +4,7 @@ use std::net::Shutdown;
 use std::path::PathBuf;
 
 use super::*;
-use common::migration::{GO, domain_dir, until};
+use common::migration::{GO, domain_dir};
 
 /// How a mock machine's disk refuses a file: what it is written to first is a directory.
 fn refuse(file: &Path) -> PathBuf {

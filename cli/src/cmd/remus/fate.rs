@@ -31,6 +31,40 @@ pub(super) enum Fate {
     Unknown,
 }
 
+/// What a domain does here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Here {
+    Runs,
+    /// It is suspended, and so runs nowhere unless somebody resumes it.
+    Asleep,
+    /// It has come to its end by itself.
+    Over(ShutdownReason),
+    /// Somebody has destroyed it.
+    Gone,
+    /// Nobody can tell.
+    Unknown,
+}
+
+impl Here {
+    fn of(info: &Result<DomainInfo, BackendError>) -> Self {
+        match info {
+            Ok(info) => match info.shutdown {
+                None => Self::Runs,
+                Some(ShutdownReason::Suspend) => Self::Asleep,
+                Some(reason) => Self::Over(reason),
+            },
+            Err(error) if error.errno == Errno::ESRCH => Self::Gone,
+            Err(_) => Self::Unknown,
+        }
+    }
+
+    /// Whether the other end is to run no copy of it. A domain that does not run here had better
+    /// run there, unless somebody wanted it to be gone, or it has ended itself.
+    pub(super) fn is_taken_back(self) -> bool {
+        !matches!(self, Self::Asleep | Self::Unknown)
+    }
+}
+
 impl Primary<'_> {
     /// Have the domain be where it is to be, and say what happened, and what to do.
     pub(super) fn ended(
@@ -42,6 +76,10 @@ impl Primary<'_> {
         stopped: Option<Result<()>>,
     ) -> Error {
         let (name, host) = (self.name, &self.args.host);
+        let here = self.here();
+        if here == Here::Gone {
+            return self.gone(fate, complete, hung_up);
+        }
         let cause = match &end {
             End::Asked => "interrupted".to_owned(),
             End::Enough => "that was the last checkpoint".to_owned(),
@@ -52,10 +90,11 @@ impl Primary<'_> {
         let command = |verb: &str, rest: &str| {
             backend::domain_command(&self.args.backend.backend, verb, rest)
         };
-        let info = self.domain.info();
-        let (asleep, over) = (asleep(&info), over(&info));
-        // Of one that is gone there is nothing to stop.
-        let gone = over.is_some() && info.is_err();
+        let asleep = !here.is_taken_back();
+        let over = match here {
+            Here::Over(reason) => Some(format!("has shut down ({reason:?})").to_lowercase()),
+            _ => None,
+        };
         let words = match fate {
             Fate::Here if asleep => format!(
                 "{begin}; {name} is suspended here, and runs nowhere else: `{}`",
@@ -68,7 +107,6 @@ impl Primary<'_> {
             Fate::There => {
                 let away = format!("{name}{AWAY}");
                 let stopped = match stopped.unwrap_or_else(|| self.stop()) {
-                    Err(_) if gone => "here it has been destroyed".to_owned(),
                     Ok(()) => format!("here it does not run any more, as {away}"),
                     Err(error) => format!(
                         "here it could not be stopped ({}), AND MUST BE",
@@ -83,7 +121,6 @@ impl Primary<'_> {
             }
             Fate::Unknown => {
                 let here = match (self.args.on_loss, asleep) {
-                    _ if gone => "Here it has been destroyed".to_owned(),
                     (OnLoss::Run, false) => match &over {
                         Some(over) => format!("Here it {over}"),
                         None => "Here it runs on, unprotected".to_owned(),
@@ -98,7 +135,7 @@ impl Primary<'_> {
                 if asleep {
                     then.push(command("resume", name));
                 }
-                if self.args.on_loss == OnLoss::Pause && !gone {
+                if self.args.on_loss == OnLoss::Pause {
                     then.push(command("unpause", name));
                 }
                 let then = match then.as_slice() {
@@ -124,9 +161,34 @@ impl Primary<'_> {
         })
     }
 
+    /// The domain has been destroyed, on purpose: what failed for that is no news.
+    fn gone(&self, fate: Fate, complete: u64, hung_up: &str) -> Error {
+        let (name, host) = (self.name, &self.args.host);
+        let there = match fate {
+            Fate::Here => "it runs nowhere else".to_owned(),
+            Fate::There => format!(
+                "{host} runs {name} since it lost this end, from a checkpoint on: destroy that, too"
+            ),
+            Fate::Unknown => format!(
+                "{host} may have lost this end, and then it runs {name} there, from checkpoint \
+                 {complete} at the latest: look, once its migrate-receive has ended, and destroy \
+                 {name} or {name}--incoming there"
+            ),
+        };
+        Error::new(Migration {
+            words: format!(
+                "protecting {name} on {host}: {name} has been destroyed here{hung_up}; {there}"
+            ),
+            undecided: fate == Fate::Unknown,
+        })
+    }
+
     /// The other end runs the domain: this one must not.
     pub(super) fn stop(&self) -> Result<()> {
         self.pause()?;
+        if self.here() == Here::Gone {
+            return Ok(());
+        }
         self.host
             .rename(self.domid, &format!("{}{AWAY}", self.name))
             .context("renaming it")
@@ -136,67 +198,93 @@ impl Primary<'_> {
     pub(super) fn pause(&self) -> Result<()> {
         match self.domain.info() {
             Ok(info) if info.paused => Ok(()),
+            Err(error) if error.errno == Errno::ESRCH => Ok(()),
             _ => self.domain.pause().context("pausing it"),
         }
     }
 
-    /// Whether the domain is suspended, and so runs nowhere unless somebody resumes it. One
-    /// that has shut down otherwise has come to its end here.
-    pub(super) fn is_asleep(&self) -> bool {
-        asleep(&self.domain.info())
-    }
-}
-
-/// Whether that is a domain that is suspended. One that is gone has been destroyed, on purpose:
-/// the other end is not to bring it back. Where nobody can tell, it had better have it.
-fn asleep(info: &Result<DomainInfo, BackendError>) -> bool {
-    match info {
-        Ok(info) => info.shutdown == Some(ShutdownReason::Suspend),
-        Err(error) => error.errno != Errno::ESRCH,
-    }
-}
-
-/// How a domain has come to its end here, if it has.
-fn over(info: &Result<DomainInfo, BackendError>) -> Option<String> {
-    match info {
-        Ok(info) => match info.shutdown {
-            None | Some(ShutdownReason::Suspend) => None,
-            Some(reason) => Some(format!("has shut down ({reason:?})").to_lowercase()),
-        },
-        Err(error) => (error.errno == Errno::ESRCH).then(|| "has been destroyed".to_owned()),
+    /// What the domain does here.
+    pub(super) fn here(&self) -> Here {
+        Here::of(&self.domain.info())
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use xsr_xen_backend::mock::{GuestSpec, MockHost};
+    use clap::Parser as _;
+    use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
     use xsr_xen_backend::{DomId, GuestKind, Host as _};
 
     use super::*;
+    use crate::args::{Cli, Command};
 
     #[test]
-    fn what_has_come_to_its_end_is_not_asleep() {
-        let host = MockHost::ephemeral(&Default::default()).unwrap();
-        let domid = host.create_guest(&GuestSpec::new("web", GuestKind::Pvh, 8));
-        let info = host.domain(domid.unwrap()).unwrap().info().unwrap();
+    fn what_may_have_to_run_at_the_other_end_is_not_taken_back() {
+        let host = MockHost::ephemeral(&HostConfig::default()).expect("a machine");
+        let spec = GuestSpec::new("web", GuestKind::Pvh, 8);
+        let domid = host.create_guest(&spec).expect("a guest");
+        let domain = host.domain(domid).expect("the domain");
+        let info = domain.info().expect("what it is");
         let down = |shutdown| {
             let info = info.clone();
             Ok(DomainInfo { shutdown, ..info })
         };
         let failed = |errno| Err(BackendError::domain("getdomaininfo", DomId(1), errno));
-        let shut_down = Some("has shut down (crash)".to_owned());
-        for (info, expected) in [
-            (down(None), (false, None)),
-            (down(Some(ShutdownReason::Suspend)), (true, None)),
-            (down(Some(ShutdownReason::Crash)), (false, shut_down)),
-            (
-                failed(Errno::ESRCH),
-                (false, Some("has been destroyed".to_owned())),
-            ),
-            // Nobody can tell.
-            (failed(Errno::EPERM), (true, None)),
+        let crash = ShutdownReason::Crash;
+        for (info, here, taken_back) in [
+            (down(None), Here::Runs, true),
+            (down(Some(ShutdownReason::Suspend)), Here::Asleep, false),
+            (down(Some(crash)), Here::Over(crash), true),
+            (failed(Errno::ESRCH), Here::Gone, true),
+            (failed(Errno::EPERM), Here::Unknown, false),
         ] {
-            assert_eq!((asleep(&info), over(&info)), expected, "{info:?}");
+            assert_eq!(Here::of(&info), here);
+            assert_eq!(here.is_taken_back(), taken_back, "{here:?}");
+        }
+    }
+
+    #[test]
+    fn a_domain_that_somebody_has_destroyed_is_taken_back_and_said_to_be_gone() {
+        let host = MockHost::ephemeral(&HostConfig::default()).expect("a machine");
+        let spec = GuestSpec::new("web", GuestKind::Pvh, 8);
+        let domid = host.create_guest(&spec).expect("a guest");
+        let domain = host.domain(domid).expect("the domain");
+        let cli = Cli::parse_from(["xsr", "remus", "--on-loss", "pause", "web", "other"]);
+        let Command::Remus(args) = &cli.command else {
+            unreachable!("it is remus")
+        };
+        let primary = Primary {
+            args,
+            host: &host,
+            domid,
+            domain: domain.as_ref(),
+            name: "web",
+        };
+        domain.destroy().expect("it goes");
+        assert_eq!(primary.here(), Here::Gone);
+        primary.pause().expect("it stands still");
+        primary.stop().expect("it does not run");
+        for (fate, undecided, said) in [
+            (Fate::Here, false, "here; it runs nowhere else"),
+            (
+                Fate::There,
+                false,
+                "here; other runs web since it lost this end",
+            ),
+            (Fate::Unknown, true, "here; other may have lost this end"),
+        ] {
+            let end = End::Failed(Error::msg("it is still suspended: resume it by hand"));
+            let stopped = (fate == Fate::There).then(|| primary.stop());
+            let error = primary.ended(end, fate, 7, "", stopped);
+            let migration = error.downcast::<Migration>().expect("what became of it");
+            assert_eq!(migration.undecided, undecided);
+            let words = &migration.words;
+            assert!(words.contains("web has been destroyed"), "{words}");
+            assert!(words.contains(said), "{words}");
+            assert!(
+                !words.contains("by hand") && !words.contains("xsr mock"),
+                "{words}"
+            );
         }
     }
 }

@@ -189,3 +189,68 @@ impl Protector<'_> {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use std::io::{self, Read as _};
+    use std::os::fd::OwnedFd;
+
+    use xsr_save_restore::{SaveError, SaveOptions};
+    use xsr_xen_backend::Host as _;
+    use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
+
+    use super::*;
+    use crate::cmd::save::Job;
+
+    /// A signal that comes in between would cut the connection with nobody told.
+    #[test]
+    fn who_is_asked_to_stop_before_the_first_checkpoint_is_whole_does_not_complete_it() {
+        let host = MockHost::ephemeral(&HostConfig::default()).unwrap();
+        let guest = GuestSpec::new("web", GuestKind::Pvh, 8);
+        let domid = host.create_guest(&guest).unwrap();
+        let domain = host.domain(domid).unwrap();
+        let job = Job {
+            host: &host,
+            domid,
+            domain: domain.as_ref(),
+            options: SaveOptions::default(),
+        };
+        let interrupt = Interrupt::catch().unwrap();
+        for asked in [false, true] {
+            let (mut from, to) = io::pipe().unwrap();
+            let to = File::from(OwnedFd::from(to));
+            let (ended, complete) = {
+                let stream = Stream::new(&to, &interrupt, Duration::from_secs(60)).unwrap();
+                let mut protector = Protector {
+                    direct: DirectToolstack(domain.as_ref()),
+                    libxl: job.begin(&stream).unwrap(),
+                    stream: &stream,
+                    emulators: DeviceModel::of(GuestKind::Pvh, Vec::new()),
+                    from: None,
+                    interrupt: interrupt.clone(),
+                    interval: Duration::ZERO,
+                    epochs: None,
+                    observe: &mut |_| Ok(()),
+                    complete: 0,
+                    stop: None,
+                };
+                if asked {
+                    interrupt.cancel().cancel();
+                }
+                let ended = protector.end_of_checkpoint();
+                (ended, protector.complete)
+            };
+            drop(to);
+            let mut octets = Vec::new();
+            from.read_to_end(&mut octets).unwrap();
+            let whole = octets.ends_with(&[4, 0, 0, 0, 0, 0, 0, 0]);
+            assert_eq!((whole, complete), (!asked, u64::from(!asked)));
+            match ended {
+                Ok(()) => assert!(!asked),
+                Err(error) => assert!(matches!(SaveError::from(error), SaveError::Aborted)),
+            }
+        }
+    }
+}
