@@ -23,6 +23,7 @@ pub mod pages;
 )]
 mod privcmd;
 mod sys;
+mod uuid;
 mod xen;
 mod xenstore;
 
@@ -35,6 +36,7 @@ pub use error::{BackendError, MapError};
 pub use log_dirty::{DirtyBitmap, DirtyRead, DirtyStats, LogDirty};
 pub use nix::errno::Errno;
 pub use pages::{Access, ForeignPage, ForeignPages, Gather, Unwritten, WriteCall};
+pub use uuid::{BadUuid, Uuid};
 pub use xen::{OpenError, Ring, XenHost};
 
 /// A domain's number, 0–0x7fef; 0 is the control domain.
@@ -98,6 +100,8 @@ pub enum ShutdownReason {
 pub struct DomainInfo {
     /// The domain's number.
     pub domid: DomId,
+    /// The UUID that its toolstack gave it; [`Uuid::NIL`] if it has none.
+    pub uuid: Uuid,
     /// PV, HVM or PVH.
     pub kind: GuestKind,
     /// Set once the domain has shut down.
@@ -204,6 +208,38 @@ impl M2p {
     }
 }
 
+/// A domain to be made by [`Host::create`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct NewDomain {
+    /// PV, HVM or PVH.
+    pub kind: GuestKind,
+    /// Vcpus it can have.
+    pub vcpus: u32,
+    /// Pages it may have.
+    pub max_pages: u64,
+    /// Its UUID; [`Uuid::NIL`] for none.
+    pub uuid: Uuid,
+}
+
+impl NewDomain {
+    /// A domain with nothing special about it, and without a UUID.
+    pub const fn new(kind: GuestKind, vcpus: u32, max_pages: u64) -> Self {
+        Self {
+            kind,
+            vcpus,
+            max_pages,
+            uuid: Uuid::NIL,
+        }
+    }
+
+    /// The same, with this UUID.
+    pub const fn uuid(mut self, uuid: Uuid) -> Self {
+        self.uuid = uuid;
+        self
+    }
+}
+
 /// The machine as a whole.
 pub trait Host: Send + Sync {
     /// The hypervisor's version.
@@ -215,17 +251,23 @@ pub trait Host: Send + Sync {
     /// A handle on one domain. Fails with ESRCH where there is none.
     fn domain(&self, domid: DomId) -> Result<Box<dyn Domain>, BackendError>;
 
-    /// Make a new, paused domain without memory, with `vcpus` vcpus and room for
-    /// `max_pages` pages, and say its number. A PV domain starts out 64 bits wide.
+    /// Makes a new, paused domain without memory and returns its number. A PV domain
+    /// starts out 64 bits wide.
     ///
     /// EINVAL for zero vcpus or more than 128 (PV: 32 is what shared_info holds,
     /// more need the guest's help); ENOMEM when the host is full.
+    fn create(&self, new: &NewDomain) -> Result<DomId, BackendError>;
+
+    /// [`Host::create`] for a domain without a UUID, with `vcpus` vcpus and room for
+    /// `max_pages` pages.
     fn create_domain(
         &self,
         kind: GuestKind,
         vcpus: u32,
         max_pages: u64,
-    ) -> Result<DomId, BackendError>;
+    ) -> Result<DomId, BackendError> {
+        self.create(&NewDomain::new(kind, vcpus, max_pages))
+    }
 }
 
 /// A domain's life.

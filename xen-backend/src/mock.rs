@@ -56,7 +56,7 @@ use self::machine::Machine;
 use self::state::{CPUID_LEAVES, HVM_CONTEXT, POLICY_MSRS, Record, USERDATA, Vcpu};
 use self::store::{FORMAT, Store};
 use crate::error::BackendError;
-use crate::{DomId, Domain, DomainControl, DomainInfo, GuestKind, Host, TscInfo, XenVersion};
+use crate::{DomId, Domain, DomainControl, DomainInfo, Host, NewDomain, TscInfo, XenVersion};
 
 pub use self::digest::{MemoryDigest, PageDigest};
 pub use self::error::MockError;
@@ -350,12 +350,13 @@ impl Host for MockHost {
         Ok(Box::new(self.mock_domain(domid)?))
     }
 
-    fn create_domain(
-        &self,
-        kind: GuestKind,
-        vcpus: u32,
-        max_pages: u64,
-    ) -> Result<DomId, BackendError> {
+    fn create(&self, new: &NewDomain) -> Result<DomId, BackendError> {
+        let &NewDomain {
+            kind,
+            vcpus,
+            max_pages,
+            uuid,
+        } = new;
         const OP: &str = "createdomain";
         if !(1..=MAX_VCPUS).contains(&vcpus) {
             return Err(BackendError::host(OP, Errno::EINVAL));
@@ -375,6 +376,7 @@ impl Host for MockHost {
                 let record = Record {
                     domid,
                     name: format!("domain-{}", domid.0),
+                    uuid,
                     kind,
                     width: 8,
                     max_pages,

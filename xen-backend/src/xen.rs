@@ -30,7 +30,7 @@ use crate::error::BackendError;
 use crate::privcmd::{Hypercalls, Privcmd};
 use crate::sys::common as sys;
 use crate::xenstore::Xenstore;
-use crate::{DomId, Domain, DomainInfo, GuestKind, Host, XenVersion};
+use crate::{DomId, Domain, DomainInfo, GuestKind, Host, NewDomain, XenVersion};
 
 pub use self::direct::Ring;
 pub use self::open::OpenError;
@@ -178,12 +178,7 @@ impl Host for XenHost {
         }))
     }
 
-    fn create_domain(
-        &self,
-        kind: GuestKind,
-        vcpus: u32,
-        max_pages: u64,
-    ) -> Result<DomId, BackendError> {
-        create::create(&self.shared.calls, kind, vcpus, max_pages)
+    fn create(&self, new: &NewDomain) -> Result<DomId, BackendError> {
+        create::create(&self.shared.calls, new)
     }
 }

@@ -4,10 +4,11 @@ use nix::errno::Errno;
 
 use super::kit::{self, Guest};
 use super::{Check, Violation, ensure, equal, fails};
-use crate::{DomId, GuestKind, Host, ShutdownReason};
+use crate::{DomId, GuestKind, Host, NewDomain, ShutdownReason, Uuid};
 
 pub(super) const CHECKS: &[(&str, Check)] = &[
     ("a new domain is paused, empty and listed", new_domain),
+    ("a new domain has the UUID it was given", uuid),
     ("a domain that is not there is ESRCH", absent_domain),
     ("zero vcpus or too many are EINVAL", vcpu_bounds),
     ("a destroyed domain is gone, for old handles too", destroyed),
@@ -44,6 +45,28 @@ fn new_domain(host: &dyn Host) -> Result<(), Violation> {
         )?;
     }
     ensure(host.xen_version()?.major >= 4, "version")
+}
+
+fn uuid(host: &dyn Host) -> Result<(), Violation> {
+    for (kind, first) in KINDS.into_iter().zip([0, 1, 0x80]) {
+        let mut uuid = Uuid(*b"\0contract of xsr");
+        uuid.0[0] = first;
+        let guest = Guest::of(host, &NewDomain::new(kind, 1, 1).uuid(uuid))?;
+        equal(&guest.info()?.uuid, &uuid, "UUID")?;
+        let listed = host.domains()?;
+        let listed = listed.iter().find(|info| info.domid == guest.domid);
+        equal(
+            &listed.map(|info| info.uuid),
+            &Some(uuid),
+            "UUID in the list",
+        )?;
+    }
+    let guest = Guest::new(host, GuestKind::Pvh, 1, 1)?;
+    equal(
+        &guest.info()?.uuid,
+        &Uuid::NIL,
+        "UUID of a domain without one",
+    )
 }
 
 fn absent_domain(host: &dyn Host) -> Result<(), Violation> {

@@ -5,7 +5,7 @@ use std::ops::Deref;
 use xsr_format::frame::{Gfn, Mfn, PageType, Pfn};
 
 use super::Violation;
-use crate::{Access, BackendError, DomId, Domain, GuestKind, Host};
+use crate::{Access, BackendError, DomId, Domain, GuestKind, Host, NewDomain};
 
 pub(super) const PRESENT: u64 = 1;
 pub(super) const RW: u64 = 1 << 1;
@@ -46,7 +46,12 @@ impl Guest {
         vcpus: u32,
         max_pages: u64,
     ) -> Result<Self, BackendError> {
-        let domid = host.create_domain(kind, vcpus, max_pages)?;
+        Self::of(host, &NewDomain::new(kind, vcpus, max_pages))
+    }
+
+    /// A new domain as `new` says.
+    pub(super) fn of(host: &dyn Host, new: &NewDomain) -> Result<Self, BackendError> {
+        let domid = host.create(new)?;
         let domain = host.domain(domid)?;
         Ok(Self { domain, domid })
     }

@@ -92,6 +92,7 @@ impl MockDomain {
         let record = &state.record;
         DomainInfo {
             domid: record.domid,
+            uuid: record.uuid,
             kind: record.kind,
             shutdown: record.shutdown,
             paused: record.pauses > 0,

@@ -15,7 +15,7 @@ use super::domain::MockDomain;
 use super::error::MockError;
 use super::random::{SplitMix64, mix};
 use crate::error::BackendError;
-use crate::{DomId, GuestKind, GuestMemory, Host};
+use crate::{DomId, GuestKind, GuestMemory, Host, NewDomain, Uuid};
 
 pub(super) use hvm::SPECIAL_PAGES;
 
@@ -40,6 +40,9 @@ pub enum P2mStyle {
 pub struct GuestSpec {
     /// Its name.
     pub name: String,
+    /// Its UUID; nil for none.
+    #[serde(default)]
+    pub uuid: Uuid,
     /// PV, HVM or PVH.
     pub kind: GuestKind,
     /// PV: octets in its word, 8 or 4.
@@ -66,6 +69,7 @@ impl GuestSpec {
     pub fn new(name: impl Into<String>, kind: GuestKind, memory_mib: u64) -> Self {
         Self {
             name: name.into(),
+            uuid: Uuid::NIL,
             kind,
             width: 8,
             memory_mib,
@@ -119,7 +123,8 @@ impl MockHost {
         spec.check()?;
         self.check_new_name(&spec.name)?;
         let max_pages = spec.pages() + SLACK_PAGES;
-        let domid = self.create_domain(spec.kind, spec.vcpus, max_pages)?;
+        let new = NewDomain::new(spec.kind, spec.vcpus, max_pages).uuid(spec.uuid);
+        let domid = self.create(&new)?;
         let built = self.build(domid, spec);
         if built.is_err() {
             self.domain(domid)?.destroy()?;

@@ -11,7 +11,7 @@ use xsr_format::frame::{Gfn, Mfn};
 use super::dirty::DirtyLog;
 use super::memory::Words;
 use super::workload::Workload;
-use crate::{DomId, GuestKind, ShutdownReason, TscInfo};
+use crate::{DomId, GuestKind, ShutdownReason, TscInfo, Uuid};
 
 /// A PV vcpu that has been given its context.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +35,8 @@ pub(super) struct Vcpu {
 pub(super) struct Record {
     pub(super) domid: DomId,
     pub(super) name: String,
+    #[serde(default)]
+    pub(super) uuid: Uuid,
     pub(super) kind: GuestKind,
     /// Octets in the guest's word.
     pub(super) width: u8,

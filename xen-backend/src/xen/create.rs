@@ -10,7 +10,7 @@ use super::calls::{self, Calls};
 use super::interface::Create;
 use super::sys;
 use crate::error::BackendError;
-use crate::{DomId, GuestKind};
+use crate::{DomId, GuestKind, NewDomain};
 
 /// Most vcpus a domain can have.
 const MAX_VCPUS: u32 = 128;
@@ -23,19 +23,14 @@ const DOMID_ANY: u16 = 0x7ff5;
 const PAGE_KIB: u64 = 4;
 
 /// Make a domain. What was made of it is destroyed again where a step fails.
-pub(super) fn create(
-    calls: &Calls,
-    kind: GuestKind,
-    vcpus: u32,
-    max_pages: u64,
-) -> Result<DomId, BackendError> {
+pub(super) fn create(calls: &Calls, new: &NewDomain) -> Result<DomId, BackendError> {
     const OP: &str = "createdomain";
     let host = |errno| BackendError::host(OP, errno);
-    if !(1..=MAX_VCPUS).contains(&vcpus) {
+    if !(1..=MAX_VCPUS).contains(&new.vcpus) {
         return Err(host(Errno::EINVAL));
     }
-    let domid = createdomain(calls, kind, vcpus).map_err(host)?;
-    if let Err(error) = furnish(calls, domid, kind, vcpus, max_pages) {
+    let domid = createdomain(calls, new).map_err(host)?;
+    if let Err(error) = furnish(calls, domid, new) {
         if let Err(errno) = calls.plain_domctl(sys::XEN_DOMCTL_destroydomain, domid) {
             tracing::error!(%domid, %errno, "a domain half made is left behind");
         }
@@ -44,8 +39,8 @@ pub(super) fn create(
     Ok(domid)
 }
 
-fn createdomain(calls: &Calls, kind: GuestKind, vcpus: u32) -> Result<DomId, Errno> {
-    let emulation = match kind {
+fn createdomain(calls: &Calls, new: &NewDomain) -> Result<DomId, Errno> {
+    let emulation = match new.kind {
         GuestKind::Pv => 0,
         GuestKind::Pvh => sys::XEN_X86_EMU_LAPIC,
         // What only the control domain has.
@@ -54,16 +49,17 @@ fn createdomain(calls: &Calls, kind: GuestKind, vcpus: u32) -> Result<DomId, Err
     let ask = |flags| {
         let create = Create {
             flags,
-            vcpus,
+            vcpus: new.vcpus,
             max_evtchn_port: MAX_PORT,
             emulation,
+            handle: new.uuid.0,
         };
         let body = (calls.interface.encode_create)(&create);
         let (version, cmd) = (calls.interface.domctl, sys::XEN_DOMCTL_createdomain);
         let (domid, _) = calls::domctl(&*calls.raw, version, cmd, DOMID_ANY, &body, &mut [])?;
         Ok(DomId(domid))
     };
-    if kind == GuestKind::Pv {
+    if new.kind == GuestKind::Pv {
         return ask(0);
     }
     match ask(sys::XEN_DOMCTL_CDF_hvm | sys::XEN_DOMCTL_CDF_hap) {
@@ -74,13 +70,13 @@ fn createdomain(calls: &Calls, kind: GuestKind, vcpus: u32) -> Result<DomId, Err
 }
 
 /// Give the domain its vcpus, its limit, and room for tables that Xen keeps of it.
-fn furnish(
-    calls: &Calls,
-    domid: DomId,
-    kind: GuestKind,
-    vcpus: u32,
-    max_pages: u64,
-) -> Result<(), BackendError> {
+fn furnish(calls: &Calls, domid: DomId, new: &NewDomain) -> Result<(), BackendError> {
+    let &NewDomain {
+        kind,
+        vcpus,
+        max_pages,
+        ..
+    } = new;
     let fail = |op| move |errno| BackendError::domain(op, domid, errno);
     let max = sys::xen_domctl_max_vcpus { max: vcpus };
     calls

@@ -18,7 +18,7 @@
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use crate::sys::{common as sys, v12, v13, v14, v15, v16, v17, v18};
-use crate::{DomId, DomainInfo, GuestKind, ShutdownReason};
+use crate::{DomId, DomainInfo, GuestKind, ShutdownReason, Uuid};
 use xsr_format::frame::Gfn;
 
 /// The versions of the domctl and the sysctl interface that a Xen 4.`minor` has; above
@@ -48,6 +48,8 @@ pub(crate) struct Create {
     pub(crate) max_evtchn_port: u32,
     /// `XEN_X86_EMU_*`.
     pub(crate) emulation: u32,
+    /// The UUID.
+    pub(crate) handle: [u8; 16],
 }
 
 /// What `getdomaininfo` says, as far as anything here looks at it.
@@ -62,6 +64,8 @@ pub(crate) struct Info {
     pub(crate) max_vcpu_id: u32,
     /// `XEN_X86_EMU_*`.
     pub(crate) emulation: u32,
+    /// The UUID.
+    pub(crate) handle: [u8; 16],
 }
 
 /// One version of the interface.
@@ -117,6 +121,7 @@ macro_rules! interface {
                     shared_info_frame: info.shared_info_frame,
                     max_vcpu_id: info.max_vcpu_id,
                     emulation: info.arch_config.emulation_flags,
+                    handle: info.handle,
                 })
             },
             encode_info: |info| {
@@ -128,6 +133,7 @@ macro_rules! interface {
                 out.shared_info_frame = info.shared_info_frame;
                 out.max_vcpu_id = info.max_vcpu_id;
                 out.arch_config.emulation_flags = info.emulation;
+                out.handle = info.handle;
                 out.as_bytes().to_vec()
             },
             encode_create: |create| {
@@ -138,6 +144,7 @@ macro_rules! interface {
                 out.max_grant_frames = DEFAULT_LIMIT;
                 out.max_maptrack_frames = DEFAULT_LIMIT;
                 out.arch.emulation_flags = create.emulation;
+                out.handle = create.handle;
                 interface!(@encode $grants, out);
                 out.as_bytes().to_vec()
             },
@@ -149,6 +156,7 @@ macro_rules! interface {
                     vcpus: create.max_vcpus,
                     max_evtchn_port: create.max_evtchn_port,
                     emulation: create.arch.emulation_flags,
+                    handle: create.handle,
                 })
             },
         }
@@ -185,6 +193,7 @@ impl Info {
         let reason = (self.flags >> sys::XEN_DOMINF_shutdownshift) & sys::XEN_DOMINF_shutdownmask;
         DomainInfo {
             domid: DomId(self.domid),
+            uuid: Uuid(self.handle),
             kind: match (has(sys::XEN_DOMINF_hvm_guest), self.emulation) {
                 (false, _) => GuestKind::Pv,
                 // A guest for which Xen emulates no more than this has no device model.

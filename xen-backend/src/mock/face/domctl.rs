@@ -12,7 +12,7 @@ use crate::mock::domain::MockDomain;
 use crate::xen::interface::Info;
 use crate::{
     CpuPolicy, DirtyBitmap, DirtyRead, DomId, DomainControl, DomainInfo, GuestKind, GuestMemory,
-    Host, HvmGuest, LogDirty, PvGuest, ShutdownReason, TscInfo, X86Platform,
+    Host, HvmGuest, LogDirty, NewDomain, PvGuest, ShutdownReason, TscInfo, Uuid, X86Platform,
 };
 
 /// KiB in a page.
@@ -111,9 +111,8 @@ impl Face {
             (true, emulation) if emulation == device_model => GuestKind::Hvm,
             _ => return Err(Errno::EINVAL),
         };
-        self.host
-            .create_domain(kind, create.vcpus, 0)
-            .map_err(errno)
+        let new = NewDomain::new(kind, create.vcpus, 0).uuid(Uuid(create.handle));
+        self.host.create(&new).map_err(errno)
     }
 
     fn info_of_next(&self, domid: u16) -> Result<Vec<u8>, Errno> {
@@ -145,6 +144,7 @@ impl Face {
                 shared_info_frame: 0,
                 max_vcpu_id: 0,
                 emulation: 0,
+                handle: [0; 16],
             },
             _ => info(&self.domain(domid)?.info().map_err(errno)?),
         };
@@ -182,6 +182,7 @@ fn info(info: &DomainInfo) -> Info {
             GuestKind::Pvh => sys::XEN_X86_EMU_LAPIC,
             GuestKind::Hvm => sys::XEN_X86_EMU_ALL & !sys::XEN_X86_EMU_VPCI,
         },
+        handle: info.uuid.0,
     }
 }
 

@@ -433,6 +433,7 @@ fn a_structure_means_the_same_taken_apart_as_put_together() {
             shared_info_frame: 1 << 35,
             max_vcpu_id: 3,
             emulation: sys::XEN_X86_EMU_LAPIC,
+            handle: *b"0123456789abcdef",
         };
         let octets = (interface.encode_info)(&info);
         assert_eq!(octets.len(), interface.info_octets);
@@ -450,6 +451,7 @@ fn a_structure_means_the_same_taken_apart_as_put_together() {
             vcpus: 5,
             max_evtchn_port: 1023,
             emulation: 1,
+            handle: *b"fedcba9876543210",
         };
         let octets = (interface.encode_create)(&create);
         assert_eq!((interface.decode_create)(&octets), Some(create));
