@@ -23,6 +23,7 @@ use xsr_format::record::{MAX_BODY, RecordKind};
 use xsr_xen_backend::DirtyBitmap;
 
 use crate::descriptor::Descriptor;
+use crate::migrate::messages::{PfnListError, PfnListHead};
 use crate::progress::Cancel;
 
 /// The primary's end of a back-channel.
@@ -158,24 +159,20 @@ pub(crate) fn merge(
 ) -> Result<Behind, BackChannelError> {
     let mut header = [0; 8];
     back.read_exact(&mut header)?;
-    let word = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|octet| header[at + octet]));
-    let (kind, octets) = (RecordKind(word(0)), word(4));
-    if kind != RecordKind::CHECKPOINT_DIRTY_PFN_LIST {
-        return Err(BackChannelError::Kind { number, kind });
-    }
-    if octets > MAX_BODY || !octets.is_multiple_of(8) {
-        return Err(BackChannelError::Length { number, octets });
-    }
+    let octets = match PfnListHead::decode(header) {
+        Ok(head) => head.body_bytes,
+        Err(PfnListError::Kind(kind)) => return Err(BackChannelError::Kind { number, kind }),
+        Err(PfnListError::Length(octets)) => {
+            return Err(BackChannelError::Length { number, octets });
+        }
+    };
     // No more is allocated than comes.
     let mut body = Vec::new();
     let length = u64::from(octets);
     if (&mut *back).take(length).read_to_end(&mut body)? as u64 != length {
         return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
     }
-    let mut pfns = body
-        .chunks_exact(8)
-        .filter_map(|pfn| Some(Pfn(u64::from_le_bytes(pfn.try_into().ok()?))))
-        .peekable();
+    let mut pfns = PfnListHead::pfns(&body).peekable();
     // Behind a header of 16 octets the last pfn is left, or, of an empty list, the header's
     // own zero.
     let behind = Behind {

@@ -13,6 +13,7 @@ mod bitmap;
 mod descriptor;
 pub mod error;
 mod guest;
+pub mod migrate;
 mod pipeline;
 pub mod progress;
 pub mod restore;

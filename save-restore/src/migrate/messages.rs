@@ -1,0 +1,562 @@
+//! The migration protocol: every byte that either end says beside the image itself.
+//!
+//! The words are those of `xl migrate`, `xl remus` and `xl migrate-receive`, so that either end
+//! may be an xl. What travels as *image* is what `xl save` writes: xl header, libxl stream, and
+//! in it the libxc stream. Nothing reads ahead: each read takes the bytes of one message and no
+//! more, because the image follows on the same connection.
+//!
+//! # Plain migration
+//!
+//! ```text
+//!  sender                                   receiver
+//!            ◄── Banner ────────────────────
+//!            ──► image ─────────────────────►  makes the domain, paused
+//!            ◄── Ready ─────────────────────
+//!  renames
+//!            ──► Go ────────────────────────►  renames, unpauses
+//!            ◄── Report, Status 0 ──────────
+//!  destroys
+//!                      or, if the receiver failed after Ready,
+//!            ◄── Report, Status ≠ 0 ────────
+//!                                              destroys its copy
+//!            ◄── Go ────────────────────────
+//!  resumes
+//! ```
+//!
+//! # Remus
+//!
+//! ```text
+//!  sender                                   receiver
+//!            ◄── Banner ────────────────────
+//!            ──► image ─────────────────────►  makes the domain, paused
+//!            ──► CHECKPOINT (libxc) ────────►
+//!            ──► emulators (libxl) ─────────►
+//!            ──► CHECKPOINT_END (libxl) ────►  this checkpoint is complete
+//!            ──► changed pages … CHECKPOINT_END ►  and so on
+//!
+//!                      the sender takes its domain back
+//!            ──► Withdrawal::Remus, end of the stream ►  destroys its copy
+//!            ◄── Report, Status ≠ 0, Go ────
+//!                      or the receiver lost the sender, and took over
+//!            ◄── Report, Status 0 ──────────
+//! ```
+//!
+//! xl's receiver says nothing after the banner, and xl's sender reads nothing: Remus has no
+//! acknowledgement. Our receiver adds the last two arrows, which an xl sender does not read.
+//!
+//! # COLO
+//!
+//! ```text
+//!  primary                                  secondary
+//!            ◄── Banner ────────────────────
+//!            ──► image … CHECKPOINT_END ────►  applies the checkpoint
+//!            ◄── CHECKPOINT_STATE ready ────
+//!  resumes                                     runs
+//!            ◄── CHECKPOINT_STATE resumed ──
+//!            ──► CHECKPOINT_STATE new ──────►
+//!  suspends                                    suspends
+//!            ◄── CHECKPOINT_STATE suspended ─
+//!            ◄── CHECKPOINT_DIRTY_PFN_LIST ──
+//!            ──► changed pages … CHECKPOINT_END ►  and so on
+//!
+//!                      the primary takes its domain back
+//!            ──► Withdrawal::ColoBetween or ColoWithin ►  destroys its copy
+//! ```
+//!
+//! There is no specification of the fixed words. C implementation: `tools/xl/xl.h`,
+//! `tools/xl/xl_migrate.c`. CHECKPOINT_END and CHECKPOINT_STATE: libxl migration stream,
+//! `tools/libs/light/libxl_sr_stream_format.h`. CHECKPOINT_DIRTY_PFN_LIST: libxc migration
+//! stream, `tools/libs/guest/xg_sr_restore.c:send_checkpoint_dirty_pfn_list`.
+//!
+//! ```
+//! use xsr_save_restore::migrate::messages::{Message, Outcome, Status};
+//!
+//! let mut said = Vec::new();
+//! Message::Report.write(&mut said)?;
+//! Status::SUCCESS.write(&mut said)?;
+//! assert_eq!(Outcome::read(&mut said.as_slice())?, Outcome::Runs);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+use std::io::{self, Read, Write};
+
+use thiserror::Error;
+use xsr_format::frame::Pfn;
+use xsr_format::record::{MAX_BODY, RecordKind};
+use xsr_format::wrapper::libxl::{CheckpointState, LibxlRecordKind};
+
+/// A message of fixed words. All except the banner end in NUL.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Message {
+    /// The receiver is ready for the image.
+    Banner,
+    /// The receiver has all of the image, and asks whether it may run the domain.
+    Ready,
+    /// The end that had the domain lets go of it: the sender to the receiver, or a receiver that
+    /// failed and has destroyed its copy to the sender.
+    Go,
+    /// The receiver reports. A [`Status`] follows.
+    Report,
+}
+
+impl Message {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Banner, Self::Ready, Self::Go, Self::Report];
+
+    /// What goes over the connection.
+    pub const fn bytes(self) -> &'static [u8] {
+        match self {
+            Self::Banner => b"xl migration receiver ready, send binary domain data.\n",
+            Self::Ready => b"domain received, ready to unpause\0",
+            Self::Go => b"domain is yours, you are cleared to unpause\0",
+            Self::Report => b"my copy unpause results are as follows\0",
+        }
+    }
+
+    /// What error messages call it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Banner => "banner",
+            Self::Ready => "\"ready\"",
+            Self::Go => "\"go\"",
+            Self::Report => "report",
+        }
+    }
+
+    /// Write the message.
+    ///
+    /// # Errors
+    ///
+    /// Returns the writer's error. The last byte of the message has not been taken then, so the
+    /// other end cannot act on it.
+    pub fn write(self, mut to: impl Write) -> Result<(), MessageError> {
+        let expected = self.name();
+        let written = to.write_all(self.bytes()).and_then(|()| to.flush());
+        written.map_err(|cause| MessageError::Sending { expected, cause })
+    }
+
+    /// Read the message, and not a byte of what follows it.
+    ///
+    /// # Errors
+    ///
+    /// The other end said something else, which is found out at the first byte that differs;
+    /// hung up before or in the message; or the reader failed.
+    pub fn read(self, mut from: impl Read) -> Result<(), MessageError> {
+        let (words, expected) = (self.bytes(), self.name());
+        let mut room = [0; 64];
+        let room = &mut room[..words.len()];
+        let mut filled = 0;
+        while filled < words.len() {
+            let n = match from.read(&mut room[filled..]) {
+                Ok(0) if filled == 0 => return Err(MessageError::HungUp { expected }),
+                Ok(0) => return Err(MessageError::CutShort { expected }),
+                Ok(n) => n,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(cause) => return Err(MessageError::Waiting { expected, cause }),
+            };
+            filled += n;
+            if !words.starts_with(&room[..filled]) {
+                let got = room[..filled].to_vec();
+                return Err(MessageError::Other { expected, got });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Why a message could not be sent or received.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum MessageError {
+    /// Writing failed: the other end does not have all of the message.
+    #[error("sending the {expected}")]
+    Sending {
+        /// The message.
+        expected: &'static str,
+        /// What the connection says.
+        #[source]
+        cause: io::Error,
+    },
+    /// Reading failed.
+    #[error("waiting for the {expected}")]
+    Waiting {
+        /// The message.
+        expected: &'static str,
+        /// What the connection says.
+        #[source]
+        cause: io::Error,
+    },
+    /// The end of the stream came before the first byte.
+    #[error("the other end hung up where its {expected} was expected")]
+    HungUp {
+        /// The message.
+        expected: &'static str,
+    },
+    /// The end of the stream came before the last byte.
+    #[error("the other end hung up inside its {expected}")]
+    CutShort {
+        /// The message.
+        expected: &'static str,
+    },
+    /// Other bytes came.
+    #[error("the other end said \"{}\" where its {expected} was expected", got.escape_ascii())]
+    Other {
+        /// The message.
+        expected: &'static str,
+        /// What came, no longer than the message.
+        got: Vec<u8>,
+    },
+    /// The receiver failed, and did not say that its copy is gone.
+    #[error("the other end failed (status {status}), and did not say that its copy is gone")]
+    NotGivenBack {
+        /// What it reported.
+        status: u8,
+        /// What came in the place of [`Message::Go`].
+        #[source]
+        cause: Box<MessageError>,
+    },
+    /// The end of the conversation has no report in it.
+    #[error("the other end did not say what became of its copy")]
+    NoReport,
+    /// A record that is not the expected one.
+    #[error("the other end sent {got}, expected {expected}")]
+    Record {
+        /// The record.
+        expected: &'static str,
+        /// What came.
+        got: String,
+    },
+}
+
+/// What a receiver reports after [`Message::Report`]: 0 if the domain runs there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Status(pub u8);
+
+impl Status {
+    /// The receiver runs the domain.
+    pub const SUCCESS: Self = Self(0);
+    /// The receiver does not run it. xl sends a libxl error code in its place; a sender looks
+    /// only at whether it is 0.
+    pub const FAILED: Self = Self(1);
+
+    /// Write it.
+    ///
+    /// # Errors
+    ///
+    /// Returns the writer's error.
+    pub fn write(self, mut to: impl Write) -> Result<(), MessageError> {
+        let expected = "status";
+        let written = to.write_all(&[self.0]).and_then(|()| to.flush());
+        written.map_err(|cause| MessageError::Sending { expected, cause })
+    }
+
+    /// Read it.
+    ///
+    /// # Errors
+    ///
+    /// The other end hung up; the reader failed.
+    pub fn read(mut from: impl Read) -> Result<Self, MessageError> {
+        let expected = "status";
+        let mut status = [0];
+        from.read_exact(&mut status).map_err(|cause| {
+            if cause.kind() == io::ErrorKind::UnexpectedEof {
+                MessageError::HungUp { expected }
+            } else {
+                MessageError::Waiting { expected, cause }
+            }
+        })?;
+        Ok(Self(status[0]))
+    }
+}
+
+/// Which end has the domain, by the receiver's own words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The receiver runs it.
+    Runs,
+    /// The sender: the receiver failed, and has destroyed its copy.
+    GivenBack {
+        /// Not 0.
+        status: u8,
+    },
+}
+
+impl Outcome {
+    /// Read what a sender hears after [`Message::Go`].
+    ///
+    /// # Errors
+    ///
+    /// It is unknown whether the receiver runs the domain.
+    pub fn read(mut from: impl Read) -> Result<Self, MessageError> {
+        Message::Report.read(&mut from)?;
+        match Status::read(&mut from)? {
+            Status::SUCCESS => Ok(Self::Runs),
+            Status(status) => {
+                Message::Go
+                    .read(&mut from)
+                    .map_err(|cause| MessageError::NotGivenBack {
+                        status,
+                        cause: Box::new(cause),
+                    })?;
+                Ok(Self::GivenBack { status })
+            }
+        }
+    }
+}
+
+/// The last bytes that an end has said: a receiver's report may be among what a sender that
+/// breaks off did not read as anything else.
+///
+/// Memory is bounded by [`Self::KEPT`], however much is said.
+#[derive(Clone, Debug, Default)]
+pub struct LastWords(Vec<u8>);
+
+impl LastWords {
+    /// Bytes that are kept.
+    pub const KEPT: usize = 1 << 16;
+
+    /// Bytes of a report that suffice to recognise it: no other message begins with them.
+    const RECOGNISED: usize = 8;
+
+    /// Add what has come.
+    pub fn push(&mut self, bytes: &[u8]) {
+        let bytes = &bytes[bytes.len().saturating_sub(Self::KEPT)..];
+        let excess = (self.0.len() + bytes.len()).saturating_sub(Self::KEPT);
+        self.0.drain(..excess);
+        self.0.extend_from_slice(bytes);
+    }
+
+    /// Forget all: what has come was understood.
+    pub fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    /// What is kept.
+    pub fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// Whether a report has begun. One that has begun is worth waiting for.
+    pub fn report_began(&self) -> bool {
+        self.report().is_some()
+    }
+
+    /// The status in the report, if it has come.
+    pub fn status(&self) -> Option<Status> {
+        let status = self.report()?.get(Message::Report.bytes().len())?;
+        Some(Status(*status))
+    }
+
+    /// The last report, from its first byte on.
+    fn report(&self) -> Option<&[u8]> {
+        let begin = &Message::Report.bytes()[..Self::RECOGNISED];
+        let at = self.0.windows(begin.len()).rposition(|w| w == begin)?;
+        self.0.get(at..)
+    }
+
+    /// Which end has the domain, once nothing more will come.
+    ///
+    /// # Errors
+    ///
+    /// No whole report is there, or one of a failure that does not give the domain back.
+    pub fn outcome(&self) -> Result<Outcome, MessageError> {
+        let mut said = self.report().ok_or(MessageError::NoReport)?;
+        Outcome::read(&mut said)
+    }
+}
+
+/// How a sender of checkpoints takes its domain back, so that the receiver does not run the last
+/// checkpoint when this end hangs up. xl has no word for that. These are checkpoints that no
+/// receiver can apply: an xl fails at them and destroys its copy, as ours does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Withdrawal {
+    /// Under Remus, between two checkpoints: a CHECKPOINT, a libxl record of type 0x7fffffff,
+    /// a CHECKPOINT_END.
+    Remus,
+    /// Under COLO, while the secondary waits for a CHECKPOINT_STATE: one with the id 0x7fffffff.
+    ColoBetween,
+    /// Under COLO, while the secondary waits for a checkpoint's records: a libxc record of type
+    /// 0x7fffffff, a CHECKPOINT, a CHECKPOINT_END.
+    ColoWithin,
+}
+
+impl Withdrawal {
+    /// The type or id that no receiver knows, and that none may skip.
+    pub const UNKNOWN: u32 = 0x7fff_ffff;
+
+    /// What goes over the connection.
+    pub fn bytes(self) -> Vec<u8> {
+        const CHECKPOINT: u32 = RecordKind::CHECKPOINT.0;
+        const CHECKPOINT_END: u32 = LibxlRecordKind::CHECKPOINT_END.0;
+        let kinds = match self {
+            Self::Remus => [CHECKPOINT, Self::UNKNOWN, CHECKPOINT_END],
+            Self::ColoWithin => [Self::UNKNOWN, CHECKPOINT, CHECKPOINT_END],
+            Self::ColoBetween => return ColoWord::record(Self::UNKNOWN).to_vec(),
+        };
+        // Records without a body: the type, and a length of 0.
+        let heads = kinds.map(|kind| u64::from(kind).to_le_bytes());
+        heads.as_flattened().to_vec()
+    }
+
+    /// Write it.
+    ///
+    /// # Errors
+    ///
+    /// Returns the writer's error. The receiver may run its copy then.
+    pub fn write(self, mut to: impl Write) -> io::Result<()> {
+        to.write_all(&self.bytes())?;
+        to.flush()
+    }
+
+    /// Whether a libxl record of this type, in the end of a checkpoint, is a withdrawal. A
+    /// CHECKPOINT of the libxc layer is read there if the sender broke a checkpoint off just
+    /// after another.
+    pub const fn is_libxl_record(kind: u32) -> bool {
+        kind == Self::UNKNOWN || kind == RecordKind::CHECKPOINT.0
+    }
+
+    /// Whether a libxc record of this type is a withdrawal.
+    pub const fn is_libxc_record(kind: u32) -> bool {
+        kind == Self::UNKNOWN
+    }
+}
+
+/// A CHECKPOINT_STATE of COLO, or the primary's withdrawal in its place.
+///
+/// | bytes | field |
+/// |---|---|
+/// | 0–3 | type, 5, little endian |
+/// | 4–7 | length of the body: 4 as libxl writes it, or 8 as the specification has it |
+/// | 8–11 | id |
+/// | 12–15 | zero |
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ColoWord {
+    /// How far an end is.
+    State(CheckpointState),
+    /// The primary takes the domain back ([`Withdrawal::ColoBetween`]).
+    Withdrawn,
+}
+
+impl ColoWord {
+    /// Length on the wire.
+    pub const BYTES: usize = 16;
+
+    fn record(id: u32) -> [u8; Self::BYTES] {
+        let mut record = [0; Self::BYTES];
+        let words = [LibxlRecordKind::CHECKPOINT_STATE.0, 4, id];
+        for (place, word) in record.chunks_exact_mut(4).zip(words) {
+            place.copy_from_slice(&word.to_le_bytes());
+        }
+        record
+    }
+
+    /// As libxl writes it.
+    pub fn encode(self) -> [u8; Self::BYTES] {
+        Self::record(match self {
+            Self::State(state) => state.value(),
+            Self::Withdrawn => Withdrawal::UNKNOWN,
+        })
+    }
+
+    /// Understand a record.
+    ///
+    /// # Errors
+    ///
+    /// It is not a CHECKPOINT_STATE with a known id.
+    pub fn decode(record: [u8; Self::BYTES]) -> Result<Self, MessageError> {
+        let word = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|i| record[at + i]));
+        let known = match (word(0), word(4), word(8), word(12)) {
+            (5, 4 | 8, Withdrawal::UNKNOWN, 0) => Some(Self::Withdrawn),
+            (5, 4 | 8, id, 0) => CheckpointState::from_value(id).map(Self::State),
+            _ => None,
+        };
+        known.ok_or_else(|| MessageError::Record {
+            expected: "CHECKPOINT_STATE",
+            got: format!("\"{}\"", record.escape_ascii()),
+        })
+    }
+
+    /// Write it.
+    ///
+    /// # Errors
+    ///
+    /// Returns the writer's error.
+    pub fn write(self, mut to: impl Write) -> io::Result<()> {
+        to.write_all(&self.encode())?;
+        to.flush()
+    }
+
+    /// Read one, and not a byte of what follows it.
+    ///
+    /// # Errors
+    ///
+    /// The other end hung up, or sent something else; the reader failed.
+    pub fn read(mut from: impl Read) -> Result<Self, MessageError> {
+        let expected = "CHECKPOINT_STATE";
+        let mut record = [0; Self::BYTES];
+        from.read_exact(&mut record).map_err(|cause| {
+            if cause.kind() == io::ErrorKind::UnexpectedEof {
+                MessageError::HungUp { expected }
+            } else {
+                MessageError::Waiting { expected, cause }
+            }
+        })?;
+        Self::decode(record)
+    }
+}
+
+/// The head of COLO's CHECKPOINT_DIRTY_PFN_LIST. The pfns follow, 8 bytes each;
+/// [`xsr_format::write::dirty_pfn_list`] encodes the whole record.
+///
+/// | bytes | field |
+/// |---|---|
+/// | 0–3 | type, 0xf, little endian |
+/// | 4–7 | length of the body |
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PfnListHead {
+    /// How many bytes follow: a multiple of 8, no more than a record may have.
+    pub body_bytes: u32,
+}
+
+/// A record that is not a list of pfns.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum PfnListError {
+    /// Another type.
+    #[error("the record is {0}, expected CHECKPOINT_DIRTY_PFN_LIST")]
+    Kind(RecordKind),
+    /// A length that no list has.
+    #[error("the record has {0} bytes, expected a multiple of 8, at most {MAX_BODY}")]
+    Length(u32),
+}
+
+impl PfnListHead {
+    /// Length on the wire.
+    pub const BYTES: usize = 8;
+
+    /// Understand a head.
+    ///
+    /// # Errors
+    ///
+    /// Another type, or a length that no list has.
+    pub fn decode(head: [u8; Self::BYTES]) -> Result<Self, PfnListError> {
+        let word = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|i| head[at + i]));
+        let (kind, body_bytes) = (RecordKind(word(0)), word(4));
+        if kind != RecordKind::CHECKPOINT_DIRTY_PFN_LIST {
+            return Err(PfnListError::Kind(kind));
+        }
+        if body_bytes > MAX_BODY || !body_bytes.is_multiple_of(8) {
+            return Err(PfnListError::Length(body_bytes));
+        }
+        Ok(Self { body_bytes })
+    }
+
+    /// The pfns of a body.
+    pub fn pfns(body: &[u8]) -> impl ExactSizeIterator<Item = Pfn> {
+        let (pfns, _) = body.as_chunks::<8>();
+        pfns.iter().map(|pfn| Pfn(u64::from_le_bytes(*pfn)))
+    }
+}
+
+#[cfg(test)]
+#[path = "messages/tests.rs"]
+mod tests;

@@ -1,0 +1,263 @@
+//! Each message against the bytes that Xen's tools say, written out here a second time; each cut
+//! short at every byte, and each with every byte changed.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use proptest::prelude::*;
+
+use super::*;
+
+/// The words as they stand in `xl.h`, with the NUL of each C string that `sizeof` counts. The
+/// banner is sent without its NUL.
+const WORDS: [(Message, &[u8], usize); 4] = [
+    (
+        Message::Banner,
+        b"xl migration receiver ready, send binary domain data.\x0a",
+        54,
+    ),
+    (Message::Ready, b"domain received, ready to unpause\x00", 34),
+    (
+        Message::Go,
+        b"domain is yours, you are cleared to unpause\x00",
+        44,
+    ),
+    (
+        Message::Report,
+        b"my copy unpause results are as follows\x00",
+        39,
+    ),
+];
+
+/// Gives one byte at a time, and fails the test when it is asked for more than there is.
+struct Trickle<'a>(&'a [u8]);
+
+impl Read for Trickle<'_> {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        let n = room.len().min(1);
+        (&mut self.0).read(&mut room[..n])
+    }
+}
+
+#[test]
+fn the_fixed_words_are_those_of_xl() {
+    assert_eq!(WORDS.map(|(message, ..)| message), Message::ALL);
+    for (message, bytes, length) in WORDS {
+        let mut said = Vec::new();
+        message.write(&mut said).unwrap();
+        assert_eq!((said.as_slice(), said.len()), (bytes, length));
+        // What follows is for others.
+        said.extend(b"LibxlFmt");
+        let mut whole = said.as_slice();
+        message.read(&mut whole).unwrap();
+        assert_eq!(whole, b"LibxlFmt");
+        let mut slow = Trickle(&said);
+        message.read(&mut slow).unwrap();
+        assert_eq!(slow.0, b"LibxlFmt");
+    }
+}
+
+#[test]
+fn a_message_that_is_cut_short_or_changed_is_no_message() {
+    for (message, bytes, _) in WORDS {
+        for end in 0..bytes.len() {
+            let error = message.read(&bytes[..end]).unwrap_err();
+            let name = message.name();
+            let expected = match end {
+                0 => format!("the other end hung up where its {name} was expected"),
+                _ => format!("the other end hung up inside its {name}"),
+            };
+            assert_eq!(error.to_string(), expected);
+        }
+        for at in 0..bytes.len() {
+            let mut other = bytes.to_vec();
+            other[at] ^= 0x20;
+            // It is found out at the byte that differs, without waiting for the rest.
+            let error = message.read(Trickle(&other[..=at])).unwrap_err();
+            let MessageError::Other { got, .. } = error else {
+                panic!("{error}")
+            };
+            assert_eq!(got, other[..=at]);
+        }
+        for other in Message::ALL {
+            assert_eq!(message.read(other.bytes()).is_ok(), message == other);
+        }
+    }
+}
+
+#[test]
+fn what_came_in_the_place_of_a_message_is_bounded_and_escaped() {
+    let shell = [b"\x1b[2Jlogin: ".as_slice(), &[b'a'; 4096]].concat();
+    let error = Message::Banner.read(shell.as_slice()).unwrap_err();
+    let words = error.to_string();
+    assert!(words.contains("\\x1b[2Jlogin: aaa"), "{words}");
+    assert!(words.len() < 200 && !words.contains('\x1b'), "{words}");
+}
+
+#[test]
+fn an_outcome_is_a_report_its_status_and_what_gives_back() {
+    let report = Message::Report.bytes();
+    let go = Message::Go.bytes();
+    let said = |status: u8, rest: &[u8]| [report, &[status], rest].concat();
+    let read = |said: &[u8]| Outcome::read(said);
+    assert_eq!(read(&said(0, b"")).unwrap(), Outcome::Runs);
+    for status in 1..=255 {
+        let back = said(status, go);
+        assert_eq!(read(&back).unwrap(), Outcome::GivenBack { status });
+        // All but its last byte is nothing.
+        let error = read(&back[..back.len() - 1]).unwrap_err();
+        assert!(matches!(error, MessageError::NotGivenBack { status: s, .. } if s == status));
+    }
+    for end in 0..=report.len() {
+        read(&said(0, b"")[..end]).unwrap_err();
+    }
+    let error = read(report).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the other end hung up where its status was expected"
+    );
+}
+
+#[test]
+fn last_words_are_found_behind_whatever_else_was_said() {
+    let report = Message::Report.bytes();
+    let go = Message::Go.bytes();
+    let of = |pieces: &[&[u8]]| {
+        let mut words = LastWords::default();
+        for piece in pieces {
+            words.push(piece);
+        }
+        words
+    };
+    let list = vec![0xf; 3 * LastWords::KEPT];
+    let words = of(&[&list, report, &[0]]);
+    assert_eq!(words.bytes().len(), LastWords::KEPT);
+    assert_eq!(words.outcome().unwrap(), Outcome::Runs);
+    let words = of(&[&list, report, &[7], go]);
+    assert_eq!(words.outcome().unwrap(), Outcome::GivenBack { status: 7 });
+    assert_eq!(words.status(), Some(Status(7)));
+    // A report that has only begun is known, and decides nothing.
+    let words = of(&[&report[..8]]);
+    assert!(words.report_began() && words.status().is_none());
+    words.outcome().unwrap_err();
+    let words = of(&[&report[..7]]);
+    assert!(!words.report_began());
+    assert!(matches!(words.outcome(), Err(MessageError::NoReport)));
+    let words = of(&[report, &[7], &go[..go.len() - 1]]);
+    words.outcome().unwrap_err();
+}
+
+#[test]
+fn withdrawals_are_records_that_nobody_can_apply() {
+    let unknown: &[u8] = &[0xff, 0xff, 0xff, 0x7f];
+    let none = &[0; 4];
+    let checkpoint = &[0xe, 0, 0, 0];
+    let end = &[4, 0, 0, 0];
+    for (withdrawal, bytes) in [
+        (
+            Withdrawal::Remus,
+            [checkpoint, none, unknown, none, end, none].concat(),
+        ),
+        (
+            Withdrawal::ColoWithin,
+            [unknown, none, checkpoint, none, end, none].concat(),
+        ),
+        (
+            Withdrawal::ColoBetween,
+            [&[5, 0, 0, 0], end, unknown, none].concat(),
+        ),
+    ] {
+        let mut said = Vec::new();
+        withdrawal.write(&mut said).unwrap();
+        assert_eq!(said, bytes, "{withdrawal:?}");
+    }
+    // Bit 31 would let a receiver skip them.
+    assert!(!RecordKind(Withdrawal::UNKNOWN).is_optional());
+    assert!(!LibxlRecordKind(Withdrawal::UNKNOWN).is_optional());
+    assert!(LibxlRecordKind(Withdrawal::UNKNOWN).name().is_none());
+    for kind in 0..=5 {
+        assert!(!Withdrawal::is_libxl_record(kind) && !Withdrawal::is_libxc_record(kind));
+    }
+    assert!(Withdrawal::is_libxl_record(0xe) && !Withdrawal::is_libxc_record(0xe));
+    assert!(Withdrawal::is_libxl_record(0x7fff_ffff) && Withdrawal::is_libxc_record(0x7fff_ffff));
+}
+
+#[test]
+fn states_of_colo_are_the_records_of_libxl() {
+    use CheckpointState::{New, Ready, Resumed, Suspended};
+    for (word, id) in [
+        (ColoWord::State(New), [0, 0, 0, 0]),
+        (ColoWord::State(Suspended), [1, 0, 0, 0]),
+        (ColoWord::State(Ready), [2, 0, 0, 0]),
+        (ColoWord::State(Resumed), [3, 0, 0, 0]),
+        (ColoWord::Withdrawn, [0xff, 0xff, 0xff, 0x7f]),
+    ] {
+        let bytes = [[5, 0, 0, 0], [4, 0, 0, 0], id, [0; 4]].concat();
+        let mut said = Vec::new();
+        word.write(&mut said).unwrap();
+        assert_eq!(said, bytes);
+        // The specification's length, too.
+        for length in [4, 8] {
+            let mut record: [u8; 16] = bytes.as_slice().try_into().unwrap();
+            record[4] = length;
+            assert_eq!(ColoWord::decode(record).unwrap(), word);
+        }
+        for end in 0..bytes.len() {
+            ColoWord::read(&bytes[..end]).unwrap_err();
+        }
+        for (at, byte) in [
+            (0, 6),
+            (3, 1),
+            (4, 5),
+            (7, 1),
+            (8, 4),
+            (11, 1),
+            (12, 1),
+            (15, 1),
+        ] {
+            let mut record: [u8; 16] = bytes.as_slice().try_into().unwrap();
+            record[at] = byte;
+            ColoWord::decode(record).unwrap_err();
+        }
+    }
+}
+
+#[test]
+fn the_head_of_a_list_is_strict_and_bounded() {
+    let list = xsr_format::write::dirty_pfn_list(&[Pfn(7), Pfn(1 << 40)]).unwrap();
+    let (head, body) = list.split_at(8);
+    assert_eq!(head, [0xf, 0, 0, 0, 16, 0, 0, 0]);
+    let head = PfnListHead::decode(head.try_into().unwrap()).unwrap();
+    assert_eq!(head.body_bytes, 16);
+    let pfns: Vec<Pfn> = PfnListHead::pfns(body).collect();
+    assert_eq!(pfns, [Pfn(7), Pfn(1 << 40)]);
+    let decode = |kind: u32, length: u32| {
+        let head = [kind.to_le_bytes(), length.to_le_bytes()].concat();
+        PfnListHead::decode(head.try_into().unwrap())
+    };
+    assert_eq!(decode(0xe, 8), Err(PfnListError::Kind(RecordKind(0xe))));
+    assert_eq!(decode(0xf, 12), Err(PfnListError::Length(12)));
+    let most = MAX_BODY & !7;
+    decode(0xf, most).unwrap();
+    assert_eq!(decode(0xf, most + 8), Err(PfnListError::Length(most + 8)));
+    assert_eq!(decode(0xf, u32::MAX), Err(PfnListError::Length(u32::MAX)));
+}
+
+proptest! {
+    /// Hostile bytes: no panic, nothing but the exact words is taken for them, and no more is
+    /// read than a message has.
+    #[test]
+    fn anything_else_is_refused(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+        for message in Message::ALL {
+            let mut rest = bytes.as_slice();
+            let read = message.read(&mut rest);
+            prop_assert_eq!(read.is_ok(), bytes.starts_with(message.bytes()));
+            prop_assert!(bytes.len() - rest.len() <= message.bytes().len());
+        }
+        if let Ok(word) = ColoWord::read(bytes.as_slice()) {
+            prop_assert_eq!(&word.encode()[8..], &bytes[8..16]);
+        }
+        let mut words = LastWords::default();
+        words.push(&bytes);
+        prop_assert!(words.outcome().is_err());
+    }
+}
