@@ -7,7 +7,7 @@ mod diff;
 mod edit;
 mod export;
 mod inspect;
-mod migrate;
+pub(crate) mod migrate;
 mod migrate_receive;
 mod mock;
 mod remus;

@@ -19,6 +19,8 @@ pub(crate) enum Code {
     Undecided,
     /// 64: the command line is wrong (`EX_USAGE` of sysexits).
     Usage,
+    /// 130: a signal ended the process at once, and whatever it had in hand stays as it is.
+    EndedAtOnce,
 }
 
 impl Code {
@@ -30,6 +32,8 @@ impl Code {
             Self::BadImage => 2,
             Self::Undecided => 3,
             Self::Usage => 64,
+            // What a shell shows for a process that SIGINT has ended.
+            Self::EndedAtOnce => 128 + 2,
         }
     }
 }

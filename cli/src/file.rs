@@ -14,6 +14,7 @@ use tempfile::NamedTempFile;
 
 use crate::exit::BadUsage;
 use crate::feed::{self, Feed};
+use crate::left::Left;
 use crate::peel;
 
 /// What stands for stdin or stdout.
@@ -204,6 +205,8 @@ enum Place {
     Temporary {
         path: tempfile::TempPath,
         to: PathBuf,
+        /// Removed by a signal, too.
+        left: Left,
     },
     /// A pipe, a device, or stdout: what is written is written.
     Straight,
@@ -249,15 +252,17 @@ impl Output {
         prefix.push(name);
         prefix.push(".");
         // Readable by the owner alone: the image holds all of the guest's memory.
-        let temporary = tempfile::Builder::new()
-            .prefix(&prefix)
-            .suffix(".partial")
-            .tempfile_in(directory(&to))
+        let make = || {
+            let mut temporary = tempfile::Builder::new();
+            let temporary = temporary.prefix(&prefix).suffix(".partial");
+            temporary.tempfile_in(directory(&to))
+        };
+        let (left, temporary) = Left::file(&to, make, NamedTempFile::path)
             .context("making a temporary file beside it")?;
         let (file, path) = NamedTempFile::into_parts(temporary);
         Ok(Self {
             file,
-            place: Place::Temporary { path, to },
+            place: Place::Temporary { path, to, left },
         })
     }
 
@@ -268,7 +273,7 @@ impl Output {
 
     /// The image is complete: make it durable and give it its name.
     pub(crate) fn finish(self) -> anyhow::Result<()> {
-        let Place::Temporary { path, to } = self.place else {
+        let Place::Temporary { path, to, left } = self.place else {
             return match self.file.sync_all() {
                 // A pipe or a terminal keeps nothing.
                 Err(e) if e.kind() == io::ErrorKind::InvalidInput => Ok(()),
@@ -277,7 +282,9 @@ impl Output {
         };
         let name = || to.display().to_string();
         self.file.sync_all().with_context(name)?;
-        path.persist(&to).map_err(|e| e.error).with_context(name)?;
+        left.settle(|| path.persist(&to))
+            .map_err(|e| e.error)
+            .with_context(name)?;
         // The name is durable once the directory is.
         File::open(directory(&to))
             .and_then(|dir| dir.sync_all())

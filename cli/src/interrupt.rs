@@ -1,25 +1,23 @@
-//! SIGINT, SIGTERM and SIGHUP (a session that breaks off) while a domain is being saved,
-//! restored or migrated: the work is broken off in good order, so that the guest runs on
-//! and nothing half-made stays. A second signal ends the process where it stands.
+//! A request to stop, by a signal, while a domain is being saved, restored or migrated: the work
+//! is broken off in good order, so that the guest runs on and nothing half made stays.
+//! `interrupt/signals.rs` has the signals, `left.rs` what would be left.
+
+mod signals;
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::process;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{SigSet, Signal};
 use xsr_save_restore::progress::{Cancel, Cancelled};
 
-/// What a shell shows for a process that SIGINT killed.
-const KILLED: i32 = 128 + 2;
+pub(crate) use self::signals::{Ask, Requests, not_ignored, say};
 
 /// How long a wait goes on before it looks whether somebody asked to stop, in
 /// milliseconds.
@@ -29,6 +27,20 @@ const LOOK: u16 = 50;
 /// is cut off: a slow one has a record or a buffer to carry before.
 const GRACE: Duration = Duration::from_secs(30);
 
+/// That of this process.
+static PROCESS: OnceLock<Interrupt> = OnceLock::new();
+
+/// Have the signals ask this process to stop, from now on. To be called first of all: another
+/// thread would get them instead.
+///
+/// # Errors
+///
+/// The signals could not be blocked, or there is no thread to wait for them.
+pub(crate) fn listen() -> anyhow::Result<()> {
+    let interrupt = PROCESS.get_or_init(Interrupt::new).clone();
+    signals::listen(interrupt)
+}
+
 /// Whether somebody asked to stop.
 #[derive(Clone, Debug)]
 pub(crate) struct Interrupt {
@@ -36,60 +48,51 @@ pub(crate) struct Interrupt {
     cut: Cancel,
     /// Whether there is an order in which to break off that takes a moment.
     graceful: Arc<AtomicBool>,
-    /// Said to whoever asks at a time when nothing can be stopped.
+    /// Why nothing can be stopped any more.
     deaf: Arc<OnceLock<String>>,
-    told: Arc<AtomicBool>,
+    /// Whether SIGHUP does nothing.
+    without_hangup: Arc<AtomicBool>,
     /// How much the connection has carried: octets written and heard.
     carried: Arc<AtomicU64>,
 }
 
 impl Interrupt {
-    /// Catch the signals from now on. To be called before there are other
-    /// threads, which would get them instead.
-    pub(crate) fn catch() -> anyhow::Result<Self> {
-        Self::catch_and_ignore(None)
-    }
-
-    /// The same, but that a session may break off: SIGHUP does nothing.
-    pub(crate) fn catch_without_hangup() -> anyhow::Result<Self> {
-        Self::catch_and_ignore(Some(Signal::SIGHUP))
-    }
-
-    fn catch_and_ignore(ignored: Option<Signal>) -> anyhow::Result<Self> {
-        let mut signals = SigSet::empty();
-        signals.add(Signal::SIGINT);
-        signals.add(Signal::SIGTERM);
-        signals.add(Signal::SIGHUP);
-        signals.thread_block().context("blocking signals")?;
-        if let Some(signal) = ignored {
-            // It stays blocked, and nobody waits for it.
-            signals.remove(signal);
-        }
-        let interrupt = Self {
+    /// One that no signal sets.
+    fn new() -> Self {
+        Self {
             cancel: Cancel::new(),
             cut: Cancel::new(),
             graceful: Arc::default(),
             deaf: Arc::default(),
-            told: Arc::default(),
+            without_hangup: Arc::default(),
             carried: Arc::default(),
-        };
-        let asked = interrupt.clone();
-        thread::Builder::new()
-            .name("signals".to_owned())
-            .spawn(move || {
-                // `wait` fails for an invalid set only.
-                while signals.wait().is_ok() {
-                    asked.signal();
-                }
-            })
-            .context("starting the signal thread")?;
+        }
+    }
+
+    /// What the signals ask of this process.
+    pub(crate) fn of_process() -> anyhow::Result<Self> {
+        Ok(PROCESS.get_or_init(Self::new).clone())
+    }
+
+    /// The same, and a session may break off: SIGHUP does nothing.
+    pub(crate) fn catch_without_hangup() -> anyhow::Result<Self> {
+        let interrupt = Self::of_process()?;
+        interrupt.without_hangup.store(true, Ordering::Relaxed);
         Ok(interrupt)
     }
 
-    fn signal(&self) {
-        if self.told.swap(true, Ordering::Relaxed) {
-            process::exit(KILLED);
-        }
+    /// One for a test, which sets it itself.
+    #[cfg(test)]
+    pub(crate) fn catch() -> anyhow::Result<Self> {
+        Ok(Self::new())
+    }
+
+    fn ignores_hangup(&self) -> bool {
+        self.without_hangup.load(Ordering::Relaxed)
+    }
+
+    /// A signal has asked, for the first time.
+    fn asked(&self) {
         self.cancel.cancel();
         // See `takes_its_time`.
         fence(Ordering::SeqCst);
@@ -97,16 +100,23 @@ impl Interrupt {
             true => self.cut_when_still(),
             false => self.cut.cancel(),
         }
-        if let Some(why) = self.deaf.get() {
-            tracing::warn!("{why}");
+    }
+
+    /// What to tell the user who has asked.
+    fn announcement(&self) -> String {
+        match self.deaf.get() {
+            None => "interrupting: ending in good order".to_owned(),
+            Some(why) => format!("too late to interrupt: {why}"),
         }
     }
 
-    /// From now on nothing can be broken off: who asks is told `why`. Who has asked
-    /// already was not heard, and a second signal still ends the process.
+    /// From now on nothing can be broken off, because of `why`: whoever asks is told, and so is
+    /// whoever has asked already and was not heard.
     pub(crate) fn too_late(&self, why: String) {
         // The first reason stays: nothing comes after it that could be stopped.
-        self.deaf.get_or_init(|| why);
+        if self.deaf.set(why).is_ok() && self.cancel.is_cancelled() {
+            say(&self.announcement());
+        }
     }
 
     /// The token, for whoever waits.

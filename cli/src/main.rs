@@ -17,6 +17,7 @@ mod file;
 mod handshake;
 mod image;
 mod interrupt;
+mod left;
 mod page_map;
 mod painter;
 mod peel;
@@ -39,18 +40,31 @@ use crate::xl::Messages;
 fn main() -> ExitCode {
     let name = std::env::args_os().next();
     let name = name.as_deref().map(Path::new).and_then(Path::file_name);
-    if name.is_some_and(|name| name == cmd::convert::script::NAME) {
-        return cmd::convert::script::main();
-    }
     if name.is_some_and(|name| name == xl::child::NAME) {
         Terminal::new(0, false).error(&xl::child::become_it());
         return exit::Code::Failed.into();
     }
-    if let Some(xl) = xl::Xl::asked() {
+    let is_script = name.is_some_and(|name| name == cmd::convert::script::NAME);
+    if !is_script && let Some(xl) = xl::Xl::asked() {
         let Messages { verbose, quiet } = xl.messages();
         let terminal = Terminal::new(verbose, quiet);
         return ended(xl.run(), &terminal);
     }
+    // Before there is a second thread.
+    if let Err(error) = interrupt::listen() {
+        Terminal::new(0, false).error(&error);
+        return exit::Code::Failed.into();
+    }
+    let code = match is_script {
+        true => cmd::convert::script::main(),
+        false => command(),
+    };
+    left::over();
+    code
+}
+
+/// Do what the command line asks.
+fn command() -> ExitCode {
     let cli = match args::Cli::try_parse() {
         Ok(cli) => cli,
         Err(e) => return exit::command_line(&e).into(),

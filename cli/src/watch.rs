@@ -17,6 +17,7 @@ use xsr_save_restore::progress::{Phase, Progress};
 use crate::args::ProgressArg;
 use crate::exit::{self, BadUsage, Code};
 use crate::interrupt::Interrupt;
+use crate::left;
 use crate::painter::Painter;
 use crate::terminal::Terminal;
 
@@ -118,16 +119,17 @@ impl Watch {
     ///
     /// `--progress-fd` names no descriptor that can be written to.
     pub(crate) fn start(terminal: &Terminal, arg: ProgressArg, what: &'static str) -> Result<Self> {
-        Self::start_with(terminal, arg, what, Interrupt::catch)
+        Self::start_with(terminal, arg, what, Interrupt::of_process)
     }
 
-    /// The same, with those signals that `catch` catches.
+    /// The same, with the signals that `catch` knows.
     pub(crate) fn start_with(
         terminal: &Terminal,
         arg: ProgressArg,
         what: &'static str,
         catch: impl FnOnce() -> Result<Interrupt>,
     ) -> Result<Self> {
+        left::writes();
         Ok(Self {
             what,
             terminal: terminal.clone(),

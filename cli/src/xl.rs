@@ -122,7 +122,12 @@ impl Xl {
         tracing::info!(xl = %xl.display(), helper = %helper.display(), ?arguments, "running xl");
         let xl = [xl.into_os_string()].into_iter().chain(arguments);
         let settings = settings.into_iter().map(Setting::variable);
-        code_of(child::run(xl, &helper, settings, restores)?)
+        let ended = child::run(xl, &helper, settings, restores)?;
+        if ended.killed {
+            child::say_what_is_left();
+            return Ok(Code::EndedAtOnce);
+        }
+        code_of(ended.status)
     }
 }
 

@@ -214,6 +214,11 @@ impl MockHost {
         &self.machine.config
     }
 
+    /// The directory that it is kept in; `None` for one in memory.
+    pub fn directory(&self) -> Option<&Path> {
+        self.machine.store.path()
+    }
+
     /// Frames that nobody has.
     pub fn free_pages(&self) -> u64 {
         self.machine.free_pages()

@@ -20,6 +20,7 @@ use crate::args::ProgressArg;
 use crate::exit::Code;
 use crate::file::{Input, Output};
 use crate::image::Reading;
+use crate::left::Left;
 use crate::stdout::Results;
 use crate::terminal::Terminal;
 use crate::text::size;
@@ -80,6 +81,7 @@ pub(crate) fn run(terminal: &Terminal) -> Result<Code> {
     let watch = Watch::start(terminal, no_lines, "making")?;
     let started = Instant::now();
     let place = scratch()?;
+    Left::directory(place.path()).until_the_end();
     let mut demo = Demo {
         one: host(&place.path().join("one"), 1)?,
         other: host(&place.path().join("other"), 2)?,

@@ -22,6 +22,7 @@ use crate::backend;
 use crate::cmd::save::{Job, LiveSave, MemoryReport, name_of, target_policy};
 use crate::exit::{self, BadUsage, Code, Migration};
 use crate::handshake::{self, Message, Outcome, Patience};
+use crate::left;
 use crate::stdout::Results;
 use crate::terminal::Terminal;
 use crate::transport::{Link, Silence};
@@ -84,6 +85,11 @@ fn migrate(args: &MigrateArgs, terminal: &Terminal, watch: &mut Watch) -> Result
         domain: &*host.domain(domid)?,
         name: &name_of(&host, domid),
     };
+    let to = Some(left::guest::Sent {
+        host: args.host.clone(),
+        protected: false,
+    });
+    left::guest::leaving(&host, domid, sender.name, &args.backend.backend, to);
     let migrating = || format!("migrating {}", sender.name);
     can_suspend(sender.domain).with_context(migrating)?;
     let working = workload::start(&host, domid)?;
@@ -207,8 +213,7 @@ impl Sender<'_> {
         // From here on nothing resumes it but what the other end says.
         written.saved.keep_suspended();
         interrupt.too_late(format!(
-            "{} has been told to run {}: waiting for its report; a second signal ends this \
-             without it, see docs/migration.md",
+            "{} has been told to run {}: waiting for its report, see docs/migration.md",
             self.args.host, self.name
         ));
         if let Err(error) = Message::Go.send(&link.to) {

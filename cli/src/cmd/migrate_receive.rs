@@ -19,6 +19,7 @@ use crate::exit::{self, Code, Migration};
 use crate::file::Input;
 use crate::handshake::{self, Message};
 use crate::interrupt::Interrupt;
+use crate::left::Left;
 use crate::stdout::Results;
 use crate::terminal::Terminal;
 use crate::text::size;
@@ -67,6 +68,8 @@ pub(crate) fn run(args: &ReceiveArgs, terminal: &Terminal) -> Result<Code> {
 }
 
 fn receive(args: &ReceiveArgs, terminal: &Terminal, watch: &mut Watch) -> Result<Code> {
+    // The sender hears how it ends, and a socket goes.
+    Left::work().until_the_end();
     // Before anybody is let send a domain that there is no host for.
     let host = backend::open_or_create(&args.backend.backend)?;
     let mut link = match &args.listen {

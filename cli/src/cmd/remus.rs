@@ -38,6 +38,7 @@ use crate::cmd::save::{Job, name_of};
 use crate::colo::Hearing;
 use crate::exit::{BadUsage, Code};
 use crate::handshake::{self, Message, Outcome, Patience};
+use crate::left;
 use crate::terminal::Terminal;
 use crate::transport::Link;
 use crate::watch::Watch;
@@ -124,6 +125,11 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
         domain: &*host.domain(domid)?,
         name: &name_of(&host, domid),
     };
+    let to = (!args.blackhole).then(|| left::guest::Sent {
+        host: args.host.clone(),
+        protected: true,
+    });
+    left::guest::leaving(&host, domid, primary.name, &args.backend.backend, to);
     can_suspend(primary.domain).with_context(|| format!("protecting {}", primary.name))?;
     let _working = workload::start(&host, domid)?;
     let mut teller = Teller::new(args, terminal, primary.name, domid)?;

@@ -37,6 +37,7 @@ use crate::backend;
 use crate::config::{self, Config};
 use crate::exit::{BadImage, BadUsage, Code, LeftBehind};
 use crate::file::Input;
+use crate::left;
 use crate::stdout::Results;
 use crate::terminal::Terminal;
 use crate::text::{Count, size};
@@ -416,14 +417,16 @@ impl Plan {
                  that the sender still has its own, then destroy this one"
             )));
         }
+        let (left, number) = left::guest::arriving(host, name);
         let domid = host
             .create_domain(self.kind, self.vcpus, self.max_pages)
             .with_context(|| format!("making {name}"))?;
+        number.get_or_init(|| domid);
         let domain = host.domain(domid).map_err(|error| {
             let left = format!("{domid}, made for {name}, is left here: destroy it by hand");
             Error::new(error).context(LeftBehind(left))
         })?;
-        let made = Made::new(domain, domid, name);
+        let made = Made::new(domain, domid, name, left);
         let named = match host.rename(domid, &at_first) {
             Err(e) if !self.name_is_given => {
                 Err(Error::new(e).context("give the domain a name with --name"))

@@ -19,7 +19,7 @@ use xsr_format::wrapper::xl::XlHeader;
 use xsr_save_restore::progress::OnProgress;
 use xsr_save_restore::save::precopy::{OnTimeout, PrecopyPolicy, TargetPolicy, XenPolicy};
 use xsr_save_restore::toolstack::DirectToolstack;
-use xsr_save_restore::{Live, SaveOptions, Saved};
+use xsr_save_restore::{Live, SaveError, SaveOptions, Saved};
 use xsr_xen_backend::mock::MockHost;
 use xsr_xen_backend::{DomId, Domain, Host};
 
@@ -29,6 +29,7 @@ use crate::backend::{self, LIBXL_HEADER};
 use crate::config;
 use crate::exit::{BadUsage, Code};
 use crate::file::Output;
+use crate::left;
 use crate::stdout::Results;
 use crate::terminal::Terminal;
 use crate::text::{Count, size};
@@ -120,6 +121,8 @@ fn save(
     let name = name_of(&host, domid);
     let domain = host.domain(domid)?;
     let output = Output::create(&args.file)?;
+    // From here on a signal breaks off in good order.
+    left::guest::leaving(&host, domid, &name, &args.backend.backend, None);
     let _working = workload::start(&host, domid)?;
     let mut toolstack = DirectToolstack(&*domain);
     let job = Job {
@@ -142,6 +145,9 @@ fn save(
         )
         .with_context(|| format!("saving {name}"))?;
     watch.clear();
+    if watch.interrupt().cancel().is_cancelled() {
+        return Err(SaveError::Aborted).with_context(|| format!("saving {name}"));
+    }
     output.finish()?;
     let ending = Ending {
         args,

@@ -1,11 +1,12 @@
 //! A command that runs in our place: it has our stdin, stdout and stderr, and gets the
 //! signals that we get.
 //!
-//! What asks to stop is not for xl while its save helper is at work: xl would end where it
+//! A request to stop is not for xl while its save helper is at work: xl would end where it
 //! stands, and leave a guest behind that is suspended, or half a domain. The helper gets
 //! SIGTERM then; libxl breaks the work off for it, and has the guest run on or destroys what
 //! was being restored. Once the helper of a save or migration has ended xl is left alone
-//! altogether: what it still does is to wake the guest or to destroy it.
+//! altogether: what it still does is to wake the guest or to destroy it. Further signals are
+//! the same request, until the user insists (`interrupt/signals.rs`): then xl is killed.
 //!
 //! So that what a terminal, a `timeout` or a service manager sends to a whole process group
 //! does not reach xl either, it begins with those signals ignored: with SIGINT and SIGHUP
@@ -24,6 +25,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus};
+use std::time::Instant;
 
 use anyhow::{Context as _, Error, Result};
 use nix::errno::Errno;
@@ -33,6 +35,7 @@ use nix::unistd::Pid;
 use rustix::process::{PidfdFlags, pidfd_open, pidfd_send_signal};
 
 use super::{BACKEND_VARIABLE, HELPER, HELPER_VARIABLE};
+use crate::interrupt::{Ask, Requests, not_ignored, say};
 
 /// Signals that are meant for whoever does the work.
 const PASSED_ON: [Signal; 6] = [
@@ -85,16 +88,26 @@ pub(crate) fn become_it() -> Error {
 
 /// Those that are read here: of the child's end, too; none that is ignored.
 fn signals() -> Result<SigSet> {
-    let status = fs::read_to_string("/proc/self/status").context("reading signals")?;
-    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-    let ignored = ignored.context("/proc/self/status has no SigIgn")?;
-    let bit = |signal: Signal| 1_u64 << (signal as u32 - 1);
-    let mut signals: SigSet = (PASSED_ON.into_iter())
-        .filter(|signal| ignored & bit(*signal) == 0)
-        .collect();
+    let mut signals = not_ignored(&PASSED_ON)?;
     signals.add(Signal::SIGCHLD);
     Ok(signals)
+}
+
+/// How xl ended.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ended {
+    pub(super) status: ExitStatus,
+    /// Whether it was killed because the user insisted.
+    pub(super) killed: bool,
+}
+
+/// Whether xl has something to do before it ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stopping {
+    /// It puts right what has begun.
+    InOrder,
+    /// It has been ended.
+    Ended,
 }
 
 /// Run xl to its end, with `helper` as its save helper, which finds `settings` in its
@@ -104,7 +117,7 @@ pub(super) fn run(
     helper: &Path,
     settings: impl IntoIterator<Item = (&'static str, OsString)>,
     restores: bool,
-) -> Result<ExitStatus> {
+) -> Result<Ended> {
     let signals = signals()?;
     signals.thread_block().context("blocking signals")?;
     let arrived = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC)?;
@@ -123,11 +136,13 @@ pub(super) fn run(
 fn wait(
     child: &mut Child,
     arrived: &SignalFd,
-    stop: &dyn Fn(Pid) -> Result<()>,
-) -> Result<ExitStatus> {
+    stop: &dyn Fn(Pid) -> Result<Stopping>,
+) -> Result<Ended> {
+    let mut requests = Requests::default();
+    let mut killed = false;
     loop {
         if let Some(status) = child.try_wait()? {
-            return Ok(status);
+            return Ok(Ended { status, killed });
         }
         let signal = match arrived.read_signal() {
             Ok(Some(signal)) => signal,
@@ -141,37 +156,65 @@ fn wait(
         }
         // It has not been waited for, so that the number is still its own.
         let pid = Pid::from_raw(i32::try_from(child.id())?);
-        let passed_on = match STOP.contains(&signal_is) {
-            true => stop(pid),
-            false if signal.ssi_code == SI_KERNEL => Ok(()),
-            false => signal::kill(pid, signal_is).map_err(Error::new),
-        };
-        passed_on.with_context(|| format!("passing {signal_is} on"))?;
+        let passing = || format!("passing {signal_is} on");
+        if !STOP.contains(&signal_is) {
+            if signal.ssi_code != SI_KERNEL {
+                signal::kill(pid, signal_is).with_context(passing)?;
+            }
+            continue;
+        }
+        match requests.hear(signal_is, Instant::now()) {
+            Ask::First => {
+                if stop(pid).with_context(passing)? == Stopping::InOrder {
+                    requests.announce("interrupting: xl ends in good order");
+                }
+            }
+            Ask::Same => {}
+            Ask::Insists => {
+                signal::kill(pid, Signal::SIGKILL).with_context(passing)?;
+                killed = true;
+            }
+        }
     }
+}
+
+/// What is left when xl has been killed.
+pub(super) fn say_what_is_left() {
+    say(
+        "ended at once: xl has been killed. The domain may be suspended here (migrated: as \
+         NAME--migratedaway), half made (NAME--incoming, or paused), or gone: see `xl list`. An \
+         image that was being written is not complete",
+    );
 }
 
 /// Have xl's save helper break its work off; have xl end, where none has begun, or where it
 /// has restored and stays for the domain's end.
-fn stop(xl: Pid, restores: bool, began: &Path) -> Result<()> {
+fn stop(xl: Pid, restores: bool, began: &Path) -> Result<Stopping> {
     match helper_of(xl) {
         Some(helper) => {
             tracing::info!("asking {HELPER} to stop");
             match pidfd_send_signal(&helper, rustix::process::Signal::TERM) {
                 // It has just ended: there is nothing to break off.
-                Err(rustix::io::Errno::SRCH) => Ok(()),
-                sent => Ok(sent?),
+                Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(Stopping::InOrder),
+                Err(errno) => Err(errno.into()),
             }
         }
-        None if restores => Ok(signal::kill(xl, Signal::SIGTERM)?),
+        None if restores => {
+            signal::kill(xl, Signal::SIGTERM)?;
+            Ok(Stopping::InOrder)
+        }
         None if began.exists() => {
             tracing::warn!(
                 "the save helper has ended, and xl does what is left to be done for the \
                  domain: that cannot be broken off"
             );
-            Ok(())
+            Ok(Stopping::InOrder)
         }
         // It does not hear SIGTERM. xl has no handler for that: it is the same to it.
-        None => Ok(signal::kill(xl, Signal::SIGKILL)?),
+        None => {
+            signal::kill(xl, Signal::SIGKILL)?;
+            Ok(Stopping::Ended)
+        }
     }
 }
 

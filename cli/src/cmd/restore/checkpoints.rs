@@ -220,6 +220,7 @@ mod tests {
 
     use super::*;
     use crate::exit::{self, LeftBehind};
+    use crate::left::Left;
 
     /// A copy that cannot be destroyed is not said to be gone.
     #[test]
@@ -230,7 +231,7 @@ mod tests {
                 .create_domain(GuestKind::Pvh, 1, 256)
                 .expect("a domain");
             let domain = host.domain(domid).expect("the domain");
-            (domid, Made::new(domain, domid, "web"))
+            (domid, Made::new(domain, domid, "web", Left::work()))
         };
         let (domid, made) = make();
         let error = made.given_up(Error::new(Withdrawn));

@@ -13,6 +13,7 @@ use crate::args::RestoreArgs;
 use crate::backend;
 use crate::exit::Code;
 use crate::file::Input;
+use crate::left;
 use crate::terminal::Terminal;
 use crate::watch::Watch;
 
@@ -105,17 +106,20 @@ fn build<'h>(
     let plan = &image.plan;
     refuse(plan, host)?;
     let name = plan.name.clone();
+    let (left, handle) = left::guest::direct(&name, true);
     let domid = host
         .create_domain(plan.kind, plan.vcpus, plan.max_pages)
         .with_context(|| format!("making {name}"))?;
+    let (domain, again) = (host.domain(domid)?, host.domain(domid)?);
     let mut built = Built {
-        made: Made::new(host.domain(domid)?, domid, &name),
+        made: Made::new(domain, domid, &name, left),
         nodes: Nodes {
             host,
             domid,
             keep: false,
         },
     };
+    handle.get_or_init(|| again);
     let domain = built.made.domain.as_ref();
     let options = built.made.options(args.threads.threads)?;
     let (restored, source) = xsr_save_restore::restore(

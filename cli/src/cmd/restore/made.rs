@@ -11,6 +11,7 @@ use xsr_save_restore::restore::RestoreStats;
 use xsr_xen_backend::{DomId, Domain};
 
 use crate::exit::{self, LeftBehind};
+use crate::left::Left;
 
 /// The control domain: the other end of the xenstore and console rings.
 const DOM0: DomId = DomId(0);
@@ -20,6 +21,8 @@ pub(crate) struct Made {
     pub(super) domain: Box<dyn Domain>,
     pub(super) about: About,
     keep: bool,
+    /// As long as the domain is there and must not stay.
+    left: Option<Left>,
 }
 
 /// What there is to say of a domain that has been made.
@@ -32,8 +35,8 @@ pub(crate) struct About {
 }
 
 impl Made {
-    /// A domain that has been created just now, and has nothing yet.
-    pub(super) fn new(domain: Box<dyn Domain>, domid: DomId, name: &str) -> Self {
+    /// A domain that has been created just now, and has nothing yet. `left` was there before it.
+    pub(super) fn new(domain: Box<dyn Domain>, domid: DomId, name: &str, left: Left) -> Self {
         let about = About {
             name: name.to_owned(),
             domid,
@@ -43,6 +46,7 @@ impl Made {
             domain,
             about,
             keep: false,
+            left: Some(left),
         }
     }
 
@@ -116,6 +120,10 @@ impl Made {
     /// The domain stays.
     pub(crate) fn keep(mut self) -> About {
         self.keep = true;
+        if let Some(left) = self.left.take() {
+            // What is said about the domain is the last thing to be done.
+            left.until_the_end();
+        }
         self.about.clone()
     }
 }

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail};
 use xsr_save_restore::progress::OnProgress;
 use xsr_save_restore::save::precopy::PrecopyPolicy;
 use xsr_save_restore::toolstack::DirectToolstack;
-use xsr_save_restore::{Live, SaveOptions};
+use xsr_save_restore::{Live, SaveError, SaveOptions};
 use xsr_xen_backend::{GuestKind, Host as _};
 
 use super::{Ending, ImageSink, Written};
@@ -18,6 +18,7 @@ use crate::args::SaveArgs;
 use crate::backend;
 use crate::exit::Code;
 use crate::file::Output;
+use crate::left;
 use crate::terminal::Terminal;
 use crate::watch::Watch;
 
@@ -40,6 +41,11 @@ pub(super) fn save(
     }
     let xen = host.xen_version()?;
     let output = Output::create(&args.file)?;
+    // From here on a signal breaks off in good order.
+    let (left, handle) = left::guest::direct(&name, false);
+    handle.get_or_init(|| domain);
+    left.until_the_end();
+    let domain = host.domain(domid)?;
     let mut sink = ImageSink::new(output.file(), watch.interrupt().cancel().clone())?;
     let mut toolstack = DirectToolstack(&*domain);
     let options = SaveOptions {
@@ -71,6 +77,9 @@ pub(super) fn save(
     };
     let octets = sink.octets();
     watch.clear();
+    if watch.interrupt().cancel().is_cancelled() {
+        return Err(SaveError::Aborted).with_context(saving);
+    }
     output.finish()?;
     let ending = Ending {
         args,
