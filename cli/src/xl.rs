@@ -280,8 +280,8 @@ fn helper() -> Result<PathBuf> {
         .ok_or_else(|| {
             let place = own.parent().unwrap_or(&own).display();
             anyhow!(
-                "there is no {HELPER}, neither in {place} nor on PATH: put it beside xsr (both \
-                 are built and packed together)"
+                "there is no {HELPER}, neither in {place} nor on PATH: put it beside xsr (in a \
+                 checkout: cargo build -p {HELPER})"
             )
         })
 }

@@ -44,7 +44,8 @@ fn script(dir: &Path, text: &str) -> PathBuf {
 
 /// `xsr`, without what the environment could make of it.
 fn xsr(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_xsr"));
+    installed("xsr-save-helper");
+    let mut command = Command::new(installed("xsr"));
     command.args(arguments).env_remove("XSR_LOG");
     command
 }
@@ -96,8 +97,23 @@ fn through_env(option: &str, command: Command) -> Command {
     env
 }
 
-fn helper() -> PathBuf {
-    Path::new(env!("CARGO_BIN_EXE_xsr-save-helper")).to_owned()
+/// `xsr` or `xsr-save-helper` in a directory where both are, as after an installation. The
+/// helper is a package of its own, and xl is a script that does not start it.
+fn installed(program: &str) -> PathBuf {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("installed");
+    fs::create_dir_all(&dir).unwrap();
+    // Other tests do the same at this moment: each renames a file that is whole.
+    let new = tempfile::tempdir_in(&dir).unwrap();
+    let (new, to) = (new.path().join(program), dir.join(program));
+    match program {
+        "xsr" => fs::hard_link(env!("CARGO_BIN_EXE_xsr"), &new).unwrap(),
+        _ => {
+            fs::write(&new, "#!/bin/sh\nexit 1\n").unwrap();
+            fs::set_permissions(&new, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+    }
+    fs::rename(new, &to).unwrap();
+    to
 }
 
 #[test]
@@ -123,6 +139,7 @@ fn arguments_environment_and_descriptors_are_xls() {
             "[migrate-receive]\n[-e]\n",
         ),
     ] {
+        let helper = installed("xsr-save-helper");
         let mut command = beside(dir.path(), given);
         let mut child = command
             .stdin(Stdio::piped())
@@ -133,7 +150,7 @@ fn arguments_environment_and_descriptors_are_xls() {
         child.stdin.take().unwrap().write_all(b"octets\n").unwrap();
         let out = child.wait_with_output().unwrap();
         assert_eq!(out.status.code(), Some(0));
-        let helper = helper().canonicalize().unwrap();
+        let helper = helper.canonicalize().unwrap();
         let expected = format!("{xls}helper={} backend=none\noctets\n", helper.display());
         assert_eq!(String::from_utf8(out.stdout).unwrap(), expected);
         let stderr = String::from_utf8(out.stderr).unwrap();
@@ -376,7 +393,11 @@ fn what_is_missing_or_not_xls_is_said() {
         .code(1)
         .stderr_has("there is no xsr-save-helper");
     // One on PATH will do.
-    std::os::unix::fs::symlink(helper(), dir.path().join("xsr-save-helper")).unwrap();
+    std::os::unix::fs::symlink(
+        installed("xsr-save-helper"),
+        dir.path().join("xsr-save-helper"),
+    )
+    .unwrap();
     let mut command = Command::new(&alone);
     command.args(["save", "--backend", "xen", "web", "f"]);
     command.env("PATH", format!("{}:/usr/bin:/bin", dir.path().display()));

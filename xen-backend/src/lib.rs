@@ -14,6 +14,7 @@
 pub mod contract;
 pub mod error;
 mod log_dirty;
+#[cfg(feature = "mock")]
 pub mod mock;
 #[allow(unsafe_code, reason = "one of the rooms for it: mapped foreign pages")]
 pub mod pages;
@@ -29,6 +30,7 @@ mod xenstore;
 
 use std::fmt;
 
+#[cfg(feature = "mock")]
 use serde::{Deserialize, Serialize};
 use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE, PageType, Pfn};
 
@@ -40,7 +42,8 @@ pub use uuid::{BadUuid, Uuid};
 pub use xen::{OpenError, Ring, XenHost};
 
 /// A domain's number, 0–0x7fef; 0 is the control domain.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(feature = "mock", derive(Serialize, Deserialize))]
 pub struct DomId(pub u16);
 
 impl fmt::Display for DomId {
@@ -50,7 +53,8 @@ impl fmt::Display for DomId {
 }
 
 /// The version of the hypervisor, as the domain header of an image states it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "mock", derive(Serialize, Deserialize))]
 pub struct XenVersion {
     /// 4 for Xen 4.17.
     pub major: u16,
@@ -59,8 +63,9 @@ pub struct XenVersion {
 }
 
 /// How a guest is virtualised.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "mock", derive(Serialize, Deserialize))]
+#[cfg_attr(feature = "mock", serde(rename_all = "lowercase"))]
 pub enum GuestKind {
     /// Paravirtualised: the guest maintains its own page tables and p2m.
     Pv,
@@ -78,8 +83,9 @@ impl GuestKind {
 }
 
 /// Why a domain shut down (`SHUTDOWN_*` in `xen/include/public/sched.h`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "mock", derive(Serialize, Deserialize))]
+#[cfg_attr(feature = "mock", serde(rename_all = "lowercase"))]
 pub enum ShutdownReason {
     /// 0
     Poweroff,
@@ -134,7 +140,8 @@ pub enum VcpuBlob {
 }
 
 /// A domain's TSC, as X86_TSC_INFO holds it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "mock", derive(Serialize, Deserialize))]
 pub struct TscInfo {
     /// 0 default, 1 always emulate, 2 never emulate. 3 was pvrdtscp
     /// once.

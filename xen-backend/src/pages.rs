@@ -97,6 +97,7 @@ impl ForeignPages {
     }
 
     /// These pages, counted in `counter` until they are unmapped.
+    #[cfg(feature = "mock")]
     pub(crate) fn counted_by(mut self, counter: &Arc<AtomicUsize>) -> Self {
         counter.fetch_add(self.count, Ordering::Relaxed);
         self.counter = Some(Arc::clone(counter));

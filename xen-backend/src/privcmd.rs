@@ -24,7 +24,9 @@ use xsr_format::frame::Gfn;
 use crate::DomId;
 use crate::pages::{Access, ForeignPages};
 
-pub(crate) use buffer::{CallBuffer, Elsewhere};
+pub(crate) use buffer::CallBuffer;
+#[cfg(feature = "mock")]
+pub(crate) use buffer::Elsewhere;
 pub(crate) use call::Call;
 pub(crate) use device::Privcmd;
 

@@ -7,6 +7,7 @@ use crate::command::Invocation;
 use crate::deny;
 use crate::dist;
 use crate::fuzz;
+use crate::helper;
 use crate::lab;
 use crate::lint;
 use crate::peer;
@@ -19,6 +20,7 @@ pub(crate) fn stages(stages: &mut Stages) {
     lint::stages(stages);
     deny::stages(stages);
     stages.run("doc", lint::doc);
+    stages.run("shipped helper", helper::stage);
     stages.run("peer tools", peer::stage);
     stages.run("test", tests);
     stages.run("lab smoke", lab::stage);

@@ -14,6 +14,7 @@ mod command;
 mod deny;
 mod dist;
 mod fuzz;
+mod helper;
 mod lab;
 mod lint;
 mod peer;

@@ -2,20 +2,20 @@
 
 #![allow(
     dead_code,
+    unused_imports,
     clippy::unwrap_used,
     reason = "no test uses all of it; a test fails by panicking"
 )]
 
+pub(crate) mod images;
 pub(crate) mod migration;
 
-use std::fs::{self, File};
-use std::io;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use assert_cmd::Command;
-use tempfile::TempDir;
-use xsr_format::read::ReadOptions;
-use xsr_format::walk::{Content, Walk};
+
+pub(crate) use images::{decompress, image, images, layers, scratch};
 
 /// The command, without what the environment could make of it.
 pub(crate) fn xsr<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> Command {
@@ -76,48 +76,9 @@ impl Ran {
     }
 }
 
-/// A directory for a test, gone afterwards.
-pub(crate) fn scratch() -> TempDir {
-    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
-}
-
 /// A path as an argument.
 pub(crate) fn arg(path: &Path) -> &str {
     path.to_str().unwrap()
-}
-
-/// The directory with the images of tiny guests that a real Xen wrote, decompressed:
-/// `4.17-{tpv,tpvh}{,-live}.save`.
-pub(crate) fn images() -> PathBuf {
-    let to = Path::new(env!("CARGO_TARGET_TMPDIR")).join("images");
-    fs::create_dir_all(&to).unwrap();
-    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("../format/tests/images");
-    for entry in fs::read_dir(from).unwrap() {
-        let path = entry.unwrap().path();
-        if path.extension().is_some_and(|extension| extension == "zst") {
-            decompress(&path, &to);
-        }
-    }
-    to
-}
-
-/// One of [`images`].
-pub(crate) fn image(name: &str) -> PathBuf {
-    images().join(format!("4.17-{name}.save"))
-}
-
-/// Decompress a file into a directory, unless it is there; where it is then.
-pub(crate) fn decompress(path: &Path, directory: &Path) -> PathBuf {
-    let to = directory.join(path.file_stem().unwrap());
-    if !to.exists() {
-        // Other tests do the same at this moment: each renames a file that is whole.
-        let mut whole = tempfile::NamedTempFile::new_in(directory).unwrap();
-        let compressed = File::open(path).unwrap();
-        let mut octets = ruzstd::decoding::StreamingDecoder::new(compressed).unwrap();
-        io::copy(&mut octets, &mut whole).unwrap();
-        whole.persist(&to).unwrap();
-    }
-    to
 }
 
 /// The images that `XSR_IMAGES` names, or those beside the workspace, decompressed
@@ -136,23 +97,6 @@ pub(crate) fn real_images(directory: &Path) -> Vec<PathBuf> {
         .collect();
     paths.sort();
     paths
-}
-
-/// Where the libxl stream and the libxc stream of an image of xl begin, and where the
-/// libxc stream ends.
-pub(crate) fn layers(image: &[u8]) -> (usize, usize, usize) {
-    let mut walk = Walk::open(image, ReadOptions::default()).unwrap();
-    let (mut libxl, mut libxc, mut end) = (0, 0, 0);
-    while let Some(step) = walk.next_step().unwrap() {
-        let offset = usize::try_from(step.position.offset).unwrap();
-        match step.content {
-            Content::LibxlHeader(_) => libxl = offset,
-            Content::Headers(..) => libxc = offset,
-            Content::Record(record) => end = offset + 8 + record.raw.len().next_multiple_of(8),
-            _ => {}
-        }
-    }
-    (libxl, libxc, end)
 }
 
 /// Make a mock host with one domain, `web`.

@@ -31,14 +31,17 @@ const COMPLETE: u16 = 10;
 const SAVE_CALLBACKS: u32 = 1 << SUSPEND | 1 << LOGDIRTY;
 const RESTORE_CALLBACKS: u32 = 1 << STATIC_DATA_DONE;
 
+/// Names the machine to `xsr-save-helper-mock`.
+const TEST_BACKEND: &str = "XSR_HELPER_TEST_BACKEND";
+
 /// Whose engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Whose {
     /// Debian's `libxl-save-helper`.
     Stock,
-    /// `xsr-save-helper`, which asks the machine directly.
+    /// `xsr-save-helper-mock`, which asks the machine directly.
     Ours,
-    /// `xsr-save-helper`, which asks the machine by hypercalls, as stock does.
+    /// `xsr-save-helper-mock`, which asks the machine by hypercalls, as stock does.
     OursByCalls,
 }
 
@@ -90,10 +93,10 @@ impl Helpers {
                 .arg(&self.stock)
                 .env("LD_LIBRARY_PATH", &self.libraries)
                 .env("XSR_PEER_HOST", host),
-            Whose::Ours => command.arg(&self.ours).env("XSR_BACKEND", backend("mock:")),
+            Whose::Ours => command.arg(&self.ours).env(TEST_BACKEND, backend("mock:")),
             Whose::OursByCalls => command
                 .arg(&self.ours)
-                .env("XSR_BACKEND", backend("mock-xen:")),
+                .env(TEST_BACKEND, backend("mock-xen:")),
         };
         command
             .envs(self.environment.iter().map(|(name, value)| (name, value)))

@@ -130,6 +130,10 @@ enum Memory {
     /// Pages of this process, for the hypervisor of this machine.
     Ours(Buffer),
     /// What another hypervisor reaches. Where it is says nothing of this process.
+    #[cfg_attr(
+        not(feature = "mock"),
+        expect(dead_code, reason = "for the mock machine")
+    )]
     Elsewhere(Box<dyn Elsewhere>),
 }
 
@@ -150,6 +154,7 @@ pub(crate) trait Elsewhere: fmt::Debug + Send {
 
 impl CallBuffer {
     /// One that this machine's hypervisor is never told of.
+    #[cfg(feature = "mock")]
     pub(crate) fn elsewhere(memory: Box<dyn Elsewhere>) -> Self {
         Self(Memory::Elsewhere(memory))
     }

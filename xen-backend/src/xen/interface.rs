@@ -79,11 +79,19 @@ pub(crate) struct Interface {
     /// Takes such a structure apart; `None` for fewer octets.
     pub(crate) decode_info: fn(&[u8]) -> Option<Info>,
     /// Makes one, as a hypervisor does.
+    #[cfg_attr(
+        not(feature = "mock"),
+        expect(dead_code, reason = "for the mock machine")
+    )]
     pub(crate) encode_info: fn(&Info) -> Vec<u8>,
     /// Makes a `xen_domctl_createdomain`.
     pub(crate) encode_create: fn(&Create) -> Vec<u8>,
     /// Takes one apart, as a hypervisor does; `None` for fewer octets, or where a grant
     /// version is named and is none.
+    #[cfg_attr(
+        not(feature = "mock"),
+        expect(dead_code, reason = "for the mock machine")
+    )]
     pub(crate) decode_create: fn(&[u8]) -> Option<Create>,
 }
 

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use super::build::{Lab, executable, source};
 use super::scenario::Scenario;
 use crate::command::Invocation;
+use crate::helper;
 use crate::workspace;
 
 /// Static binaries run in the dom0 of every suite.
@@ -120,15 +121,17 @@ impl Share {
 
     fn binaries(&self, release: bool) -> Result<()> {
         let profile = if release { "release" } else { "dev" };
-        Invocation::cargo()
-            .env("RUSTFLAGS", "-C target-feature=+crt-static")
-            .args(["build", "--package", "xsr", "--bins", "--locked"])
-            .args(["--target", TARGET, "--profile", profile])
-            .run()?;
+        let command = Invocation::cargo().args(["build", "--package", "xsr", "--locked"]);
+        for build in [command, helper::build()] {
+            build
+                .env("RUSTFLAGS", "-C target-feature=+crt-static")
+                .args(["--target", TARGET, "--profile", profile])
+                .run()?;
+        }
         let dir = if release { "release" } else { "debug" };
         let built = workspace::root().join("target").join(TARGET).join(dir);
         self.put(&built.join("xsr"), "xsr")?;
-        self.put(&built.join("xsr-save-helper"), "xsr-save-helper")
+        self.put(&built.join(helper::NAME), helper::NAME)
     }
 
     /// Have these scenarios run.

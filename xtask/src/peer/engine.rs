@@ -17,6 +17,8 @@ const PACKAGES: [&str; 4] = [
     "libxentoolcore1",
 ];
 const HELPER: &str = "usr/lib/xen-4.17/bin/libxl-save-helper";
+/// Ours, on the mock machine.
+const HELPER_ON_MOCK: &str = "xsr-save-helper-mock";
 const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
 const ENGINE: &str = "usr/lib/x86_64-linux-gnu/libxenguest.so.4.17";
 
@@ -85,15 +87,17 @@ pub(super) fn build(packages: &Path) -> Result<[(&'static str, OsString); 3]> {
             "build",
             "--release",
             "-p",
-            "xsr",
-            "--bin",
             "xsr-save-helper",
+            "--features",
+            "test-backend",
+            "--bin",
+            HELPER_ON_MOCK,
         ])
         .run()?;
     Ok([
         ("XSR_PEER_HELPER", packages.join(HELPER).into()),
         ("XSR_PEER_LIBRARIES", path),
-        ("XSR_PEER_OURS", release().join("xsr-save-helper").into()),
+        ("XSR_PEER_OURS", release().join(HELPER_ON_MOCK).into()),
     ])
 }
 
@@ -117,9 +121,7 @@ pub(super) fn runner() -> Result<PathBuf> {
 }
 
 fn release() -> PathBuf {
-    let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
-    let target = target.unwrap_or_else(|| workspace::root().join("target"));
-    target.join("release")
+    workspace::target().join("release")
 }
 
 /// Build the libraries that stand in for Xen's; the directory with them.

@@ -5,18 +5,21 @@
 
 #[path = "helper/colo.rs"]
 mod colo;
-mod common;
+#[path = "../../tests/common/images.rs"]
+mod images;
 #[path = "helper/remus.rs"]
 mod remus;
 #[path = "helper/restore.rs"]
 mod restore;
+#[path = "helper/shipped.rs"]
+mod shipped;
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 
-use common::scratch;
+use images::scratch;
 use nix::errno::Errno;
 use nix::sys::signal::{self, Signal};
 use nix::unistd::Pid;
@@ -117,18 +120,28 @@ fn start_with(host: &Path, args: &str, stream: impl Into<Stdio>, others: &str) -
 }
 
 fn command(host: &Path, args: &str, stream: impl Into<Stdio>, others: &str) -> Command {
+    let mut command = started(env!("CARGO_BIN_EXE_xsr-save-helper-mock"), args, others);
+    command
+        .env(
+            "XSR_HELPER_TEST_BACKEND",
+            format!("mock:{}", host.display()),
+        )
+        .stderr(stream);
+    command
+}
+
+/// A program as libxl starts it; what is its stderr at first becomes its descriptor 7.
+fn started(program: &str, args: &str, others: &str) -> Command {
     let mut command = Command::new("sh");
     command
         .args([
             "-c",
             &format!("exec \"$0\" \"$@\" 7>&2 2>/dev/null {others}"),
         ])
-        .arg(env!("CARGO_BIN_EXE_xsr-save-helper"))
+        .arg(program)
         .args(args.split(' '))
-        .env("XSR_BACKEND", format!("mock:{}", host.display()))
         .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(stream);
+        .stdout(Stdio::piped());
     command
 }
 

@@ -2,16 +2,15 @@
 
 use std::io;
 
-use anyhow::Result;
 use xsr_format::frame::Gfn;
 use xsr_save_restore::toolstack::{
     Arrival, CheckpointRestoreToolstack, CheckpointToolstack, ColoRestoreToolstack, ColoToolstack,
     Epoch, MissingStaticData, NextEpoch, RestoreToolstack, SaveToolstack, ToolstackError, Turn,
 };
-use xsr_xen_backend::mock::{MockError, MockHost, Workload, WorkloadSpec};
-use xsr_xen_backend::{BackendError, DomId, Domain};
+use xsr_xen_backend::DomId;
 
 use crate::args::Callbacks;
+use crate::backend::StandIn;
 use crate::wire::{Wire, number};
 
 /// libxl, at the other end of the wire.
@@ -19,81 +18,8 @@ pub(crate) struct Libxl<'w> {
     pub(crate) wire: &'w Wire,
     pub(crate) callbacks: Callbacks,
     pub(crate) domid: DomId,
-    /// A domain of the mock machine.
-    pub(crate) mock: Option<MockGuest<'w>>,
-}
-
-/// A domain of the mock machine, which nobody but this process can suspend, resume and
-/// have work: done as soon as libxl says that it is.
-pub(crate) struct MockGuest<'d> {
-    domain: &'d dyn Domain,
-    /// What `xsr mock` keeps with it.
-    work: Option<Workload>,
-    /// A secondary of COLO can only begin to work when there is a guest.
-    spec: Option<(MockHost, DomId, WorkloadSpec)>,
-    /// Whether it has run: of a domain that is restored it has not at first.
-    ran: bool,
-}
-
-/// Operations of a mock guest from one checkpoint to the next.
-const OPERATIONS: u64 = 100;
-
-impl<'d> MockGuest<'d> {
-    /// The domain, and the work that is kept with it under the name `mock-workload`.
-    /// `ran`: whether there is a guest in it.
-    pub(crate) fn of(
-        host: &MockHost,
-        domid: DomId,
-        domain: &'d dyn Domain,
-        ran: bool,
-    ) -> Result<Self> {
-        let kept = host.userdata_get(domid, "mock-workload")?;
-        let kept = kept.filter(|octets| !octets.is_empty());
-        let spec: Option<WorkloadSpec> = kept
-            .map(|octets| serde_json::from_slice(&octets))
-            .transpose()?;
-        let mut guest = Self {
-            domain,
-            work: None,
-            spec: spec.map(|spec| (host.clone(), domid, spec)),
-            ran,
-        };
-        if ran {
-            guest.begin()?;
-        }
-        Ok(guest)
-    }
-
-    fn begin(&mut self) -> Result<(), MockError> {
-        if let Some((host, domid, spec)) = self.spec.take() {
-            self.work = Some(host.workload(domid, &spec)?);
-        }
-        Ok(())
-    }
-
-    fn suspend(&self) -> Result<(), ToolstackError> {
-        let suspended = self.domain.suspend();
-        suspended.map_err(|e| ToolstackError::new("suspending the mock guest", e))
-    }
-
-    /// What libxl has done when it says that the guest runs.
-    fn run_on(&mut self) -> Result<(), ToolstackError> {
-        let failed = |e: BackendError| ToolstackError::new("having the mock guest run on", e);
-        match std::mem::replace(&mut self.ran, true) {
-            true => self.domain.resume().map_err(failed)?,
-            // libxl's part of the first checkpoint of COLO.
-            false => {
-                self.domain.enable_log_dirty().map_err(failed)?;
-                self.domain.unpause().map_err(failed)?;
-                let begun = self.begin();
-                begun.map_err(|e| ToolstackError::new("having the mock guest work", e))?;
-            }
-        }
-        match &mut self.work {
-            Some(work) => work.step(OPERATIONS).map(drop).map_err(failed),
-            None => Ok(()),
-        }
-    }
+    /// What a domain needs that libxl cannot suspend and resume itself. On Xen: nothing.
+    pub(crate) guest: Option<Box<dyn StandIn + 'w>>,
 }
 
 impl std::fmt::Debug for Libxl<'_> {
@@ -138,7 +64,7 @@ impl SaveToolstack for Libxl<'_> {
         const WHAT: &str = "suspending the guest";
         self.expect(WHAT, number::SUSPEND)?;
         check(WHAT, self.wire.suspend(), |answer| answer != 0)?;
-        match &self.mock {
+        match &self.guest {
             Some(guest) => guest.suspend(),
             None => Ok(()),
         }
@@ -167,7 +93,7 @@ impl CheckpointToolstack for Libxl<'_> {
         const WHAT: &str = "letting the guest run on behind a checkpoint";
         self.expect(WHAT, number::POSTCOPY)?;
         check(WHAT, self.wire.postcopy(), |answer| answer > 0)?;
-        match &mut self.mock {
+        match &mut self.guest {
             Some(guest) => guest.run_on(),
             None => Ok(()),
         }
@@ -224,7 +150,7 @@ impl ColoRestoreToolstack for Libxl<'_> {
         const WHAT: &str = "letting the secondary run";
         self.expect(WHAT, number::POSTCOPY)?;
         let turn = turn(WHAT, self.wire.postcopy())?;
-        match &mut self.mock {
+        match &mut self.guest {
             Some(guest) if turn == Turn::Done => guest.run_on()?,
             _ => {}
         }
@@ -240,7 +166,7 @@ impl ColoRestoreToolstack for Libxl<'_> {
         const WHAT: &str = "suspending the secondary";
         self.expect(WHAT, number::SUSPEND)?;
         let turn = turn(WHAT, self.wire.suspend())?;
-        match &self.mock {
+        match &self.guest {
             Some(guest) if turn == Turn::Done => guest.suspend()?,
             _ => {}
         }

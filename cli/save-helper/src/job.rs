@@ -4,9 +4,8 @@ use std::error::Error as StdError;
 use std::io;
 use std::ops::ControlFlow;
 use std::os::fd::OwnedFd;
-use std::path::Path;
 
-use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use nix::errno::Errno;
 use rustix::pipe::{fcntl_getpipe_size, fcntl_setpipe_size};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
@@ -18,19 +17,15 @@ use xsr_save_restore::save::{BUFFER_OCTETS, Checkpoints};
 use xsr_save_restore::sink::FdSink;
 use xsr_save_restore::source::FdSource;
 use xsr_save_restore::{Live, RestoreOptions, Restored, SaveError, SaveOptions};
-use xsr_xen_backend::mock::MockHost;
-use xsr_xen_backend::{BackendError, DomId, Domain, Host, MapError, XenHost};
+use xsr_xen_backend::{BackendError, MapError};
 
 use crate::args::{Args, RestoreArgs, SaveArgs, StreamType};
+use crate::backend::Backend;
 use crate::environment;
 use crate::progress::Steps;
 use crate::signals;
-use crate::toolstack::{Libxl, MockGuest};
+use crate::toolstack::Libxl;
 use crate::wire::Wire;
-
-/// The hypervisor to work on, for tests: `mock:DIR`, or `mock-xen:DIR`, which is the same
-/// machine asked by hypercalls. Not set: the Xen this runs on.
-const BACKEND: &str = "XSR_BACKEND";
 
 /// How it ended, as libxl is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,17 +42,22 @@ pub(crate) struct Outcome {
 ///
 /// It could not even begin: no hypervisor, no such descriptor. A save or restore that
 /// fails is an [`Outcome`].
-pub(crate) fn run(args: &Args, wire: &Wire) -> Result<Outcome> {
+pub(crate) fn run(
+    args: &Args,
+    wire: &Wire,
+    open: fn() -> Result<Box<dyn Backend>>,
+) -> Result<Outcome> {
     // Before anything starts a thread.
     match args {
         Args::Save(_) => signals::cancel_on_signals(wire.cancel()),
         Args::Restore(_) => signals::end_on_sigterm(),
     }
     .context("setting up signals")?;
-    let backend = Backend::open()?;
+    let backend = open()?;
+    let backend = backend.as_ref();
     let result = match args {
-        Args::Save(args) => save(args, wire, &backend),
-        Args::Restore(args) => restore(args, wire, &backend),
+        Args::Save(args) => save(args, wire, backend),
+        Args::Restore(args) => restore(args, wire, backend),
     };
     if let (Args::Restore(_), Err(_)) = (args, &result) {
         // libxl wants to hear of the rings before it hears of the end, whatever it is.
@@ -76,52 +76,6 @@ pub(crate) fn run(args: &Args, wire: &Wire) -> Result<Outcome> {
             }
         }
     })
-}
-
-/// A hypervisor.
-struct Backend {
-    host: Box<dyn Host>,
-    /// The mock machine behind it, where it is one.
-    mock: Option<MockHost>,
-}
-
-impl Backend {
-    fn open() -> Result<Self> {
-        match std::env::var(BACKEND) {
-            Ok(name) => {
-                let (how, dir) = name.split_once(':').unwrap_or_default();
-                ensure!(
-                    matches!(how, "mock" | "mock-xen"),
-                    "{BACKEND} is {name:?}, expected mock:DIR or mock-xen:DIR"
-                );
-                let mock = MockHost::open(Path::new(dir))?;
-                let host: Box<dyn Host> = match how {
-                    "mock" => Box::new(mock.clone()),
-                    _ => Box::new(mock.as_xen()?),
-                };
-                let mock = Some(mock);
-                Ok(Self { host, mock })
-            }
-            Err(std::env::VarError::NotPresent) => Ok(Self {
-                host: Box::new(XenHost::open()?),
-                mock: None,
-            }),
-            Err(error) => Err(anyhow!("{BACKEND}: {error}")),
-        }
-    }
-
-    /// What libxl cannot do to a domain of the mock machine.
-    /// `ran`: whether there is a guest in it.
-    fn mock<'d>(
-        &self,
-        domid: DomId,
-        domain: &'d dyn Domain,
-        ran: bool,
-    ) -> Result<Option<MockGuest<'d>>> {
-        let mock = self.mock.as_ref();
-        mock.map(|host| MockGuest::of(host, domid, domain, ran))
-            .transpose()
-    }
 }
 
 /// A descriptor that whoever started us left open for us.
@@ -167,10 +121,10 @@ fn back_channel(what: &str, fd: i32) -> Result<OwnedFd> {
     inherited(fd).with_context(|| format!("{what}, the back-channel"))
 }
 
-fn save(args: &SaveArgs, wire: &Wire, backend: &Backend) -> Result<()> {
+fn save(args: &SaveArgs, wire: &Wire, backend: &dyn Backend) -> Result<()> {
     let cancel = wire.cancel();
     let mut sink = FdSink::cancellable(inherited(args.io_fd)?, cancel.clone())?;
-    let domain = backend.host.domain(args.domid)?;
+    let domain = backend.host().domain(args.domid)?;
     let domain = domain.as_ref();
     let kind = domain.info()?.kind;
     let type_name = if kind.is_translated() { "HVM" } else { "PV" };
@@ -179,10 +133,10 @@ fn save(args: &SaveArgs, wire: &Wire, backend: &Backend) -> Result<()> {
         wire,
         callbacks: args.callbacks,
         domid: args.domid,
-        mock: backend.mock(args.domid, domain, true)?,
+        guest: backend.stand_in(args.domid, domain, true)?,
     };
     let mut steps = Steps::new(wire, args.stream);
-    let xen = backend.host.xen_version()?;
+    let xen = backend.host().xen_version()?;
     let options = SaveOptions {
         threads: environment::threads()?,
     };
@@ -252,9 +206,9 @@ fn save(args: &SaveArgs, wire: &Wire, backend: &Backend) -> Result<()> {
     Ok(())
 }
 
-fn restore(args: &RestoreArgs, wire: &Wire, backend: &Backend) -> Result<()> {
+fn restore(args: &RestoreArgs, wire: &Wire, backend: &dyn Backend) -> Result<()> {
     let source = FdSource::new(inherited(args.io_fd)?);
-    let domain = backend.host.domain(args.domid)?;
+    let domain = backend.host().domain(args.domid)?;
     let reader = RecordReader::new(source, ReadOptions::default())?;
     let header = reader.domain();
     tracing::info!(
@@ -271,8 +225,8 @@ fn restore(args: &RestoreArgs, wire: &Wire, backend: &Backend) -> Result<()> {
         callbacks: args.callbacks,
         domid: args.domid,
         // Nobody has to do anything to another domain that is restored.
-        mock: match colo {
-            true => backend.mock(args.domid, domain, false)?,
+        guest: match colo {
+            true => backend.stand_in(args.domid, domain, false)?,
             false => None,
         },
     };
@@ -391,6 +345,8 @@ fn errno_of(error: &(dyn StdError + 'static)) -> Errno {
 
 #[cfg(test)]
 mod tests {
+    use anyhow::anyhow;
+
     use super::*;
 
     #[test]

@@ -2,7 +2,7 @@
 //! that is bad.
 
 use super::*;
-use common::{image, layers};
+use images::{image, layers};
 
 /// An image that a real Xen wrote, without the layers around its libxc stream.
 fn libxc_stream(name: &str) -> Vec<u8> {

@@ -7,12 +7,36 @@ use std::str::FromStr;
 
 use xsr_xen_backend::DomId;
 
-/// For people, who have no business here.
+/// What libxl calls it with.
 pub(crate) const USAGE: &str = "\
 usage: xsr-save-helper --save-domain IO_FD RECV_FD DOMID FLAGS CBFLAGS STREAM_TYPE
        xsr-save-helper --restore-domain IO_FD SEND_BACK_FD DOMID STORE_PORT STORE_DOMID
                        CONSOLE_PORT CONSOLE_DOMID CBFLAGS STREAM_TYPE
-libxl starts it, where LIBXL_SAVE_HELPER is set to its path.";
+       xsr-save-helper --help | --version
+libxl starts it where LIBXL_SAVE_HELPER is set to its path.";
+
+/// The environment, for `--help`.
+const ENVIRONMENT: &str = "\
+Stands in for Xen's libxl-save-helper: xl and libvirt save, restore and migrate domains with
+xsr's engine then, for example:
+
+  LIBXL_SAVE_HELPER=/usr/bin/xsr-save-helper xl save web web.save
+
+Environment:
+  XSR_THREADS       how many threads to work with (default: as many as there are processors)
+  XSR_MAX_DOWNTIME  suspend a domain that is saved live once the rest can be sent in so many
+                    milliseconds
+  XSR_TIMEOUT       begin no pass over its memory after so many seconds
+  XSR_ON_TIMEOUT    what to do then: stop-copy (default) or cancel";
+
+/// What the arguments ask for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Asked {
+    /// A save or a restore.
+    Of(Args),
+    /// Text for a person.
+    Say(String),
+}
 
 /// What is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,15 +130,22 @@ impl Args {
     /// # Errors
     ///
     /// In words.
-    pub(crate) fn parse(words: impl Iterator<Item = String>) -> Result<Self, String> {
+    pub(crate) fn parse(words: impl Iterator<Item = String>) -> Result<Asked, String> {
         let words: Vec<String> = words.collect();
         let Some((mode, numbers)) = words.split_first() else {
             return Err("--save-domain or --restore-domain is missing".to_owned());
         };
-        match (mode.as_str(), numbers) {
+        let args = match (mode.as_str(), numbers) {
+            ("--help" | "-h", []) => {
+                return Ok(Asked::Say(format!("{USAGE}\n\n{ENVIRONMENT}")));
+            }
+            ("--version" | "-V", []) => {
+                let version = env!("CARGO_PKG_VERSION");
+                return Ok(Asked::Say(format!("xsr-save-helper {version}")));
+            }
             ("--save-domain", [io, recv, domid, flags, callbacks, stream]) => {
                 let flags: u32 = number("FLAGS", flags)?;
-                Ok(Self::Save(SaveArgs {
+                Self::Save(SaveArgs {
                     io_fd: number("IO_FD", io)?,
                     recv_fd: number("RECV_FD", recv)?,
                     domid: DomId(number("DOMID", domid)?),
@@ -122,7 +153,7 @@ impl Args {
                     debug: flags & DEBUG != 0,
                     callbacks: Callbacks(number("CBFLAGS", callbacks)?),
                     stream: stream_type(stream)?,
-                }))
+                })
             }
             (
                 "--restore-domain",
@@ -137,7 +168,7 @@ impl Args {
                     callbacks,
                     stream,
                 ],
-            ) => Ok(Self::Restore(RestoreArgs {
+            ) => Self::Restore(RestoreArgs {
                 io_fd: number("IO_FD", io)?,
                 send_back_fd: number("SEND_BACK_FD", back)?,
                 domid: DomId(number("DOMID", domid)?),
@@ -147,12 +178,13 @@ impl Args {
                 console_domid: DomId(number("CONSOLE_DOMID", console_domid)?),
                 callbacks: Callbacks(number("CBFLAGS", callbacks)?),
                 stream: stream_type(stream)?,
-            })),
+            }),
             ("--save-domain" | "--restore-domain", _) => {
-                Err(format!("{} arguments behind {mode}", numbers.len()))
+                return Err(format!("{} arguments after {mode}", numbers.len()));
             }
-            _ => Err(format!("{mode}: no such mode")),
-        }
+            _ => return Err(format!("{mode}: no such mode")),
+        };
+        Ok(Asked::Of(args))
     }
 }
 
@@ -176,7 +208,7 @@ fn stream_type(word: &str) -> Result<StreamType, String> {
 mod tests {
     use super::*;
 
-    fn parse(line: &str) -> Result<Args, String> {
+    fn parse(line: &str) -> Result<Asked, String> {
         Args::parse(line.split(' ').map(str::to_owned))
     }
 
@@ -192,7 +224,7 @@ mod tests {
             stream: StreamType::Plain,
         };
         let parsed = parse("--save-domain 7 -1 12 1 136 0");
-        assert_eq!(parsed, Ok(Args::Save(expected)));
+        assert_eq!(parsed, Ok(Asked::Of(Args::Save(expected))));
     }
 
     #[test]
@@ -209,14 +241,15 @@ mod tests {
             stream: StreamType::Remus,
         };
         let parsed = parse("--restore-domain 8 9 3 1 0 2 5 256 1");
-        assert_eq!(parsed, Ok(Args::Restore(expected)));
+        assert_eq!(parsed, Ok(Asked::Of(Args::Restore(expected))));
     }
 
     #[test]
     fn what_libxl_never_says_is_refused() {
         for line in [
             "",
-            "--help",
+            "--help 7",
+            "--version --help",
             "--save-domain",
             "--save-domain 7 -1 12 1 136",
             "--save-domain 7 -1 12 1 136 0 0",
@@ -226,6 +259,25 @@ mod tests {
             "--restore-domain 7 -1 12 1 136 0",
         ] {
             assert!(parse(line).is_err(), "{line} was taken");
+        }
+    }
+
+    #[test]
+    fn a_person_gets_an_answer() {
+        for (word, text) in [
+            ("--help", "XSR_THREADS"),
+            ("-h", "usage: xsr-save-helper --save-domain"),
+            (
+                "--version",
+                concat!("xsr-save-helper ", env!("CARGO_PKG_VERSION")),
+            ),
+            ("-V", "xsr-save-helper"),
+        ] {
+            let said = parse(word);
+            assert!(
+                matches!(&said, Ok(Asked::Say(said)) if said.contains(text)),
+                "{word}: {said:?}"
+            );
         }
     }
 
