@@ -26,11 +26,14 @@ fn main() -> ExitCode {
         Err(error) => eprintln!("error: {error}"),
     }
     let chosen = |name: &str| wanted.is_empty() || wanted.iter().any(|part| name.contains(part));
-    let report = contract::run_some(&host, chosen);
+    let mut report = contract::run_some(&host, chosen);
+    let kept = contract::run_domain_store(&host, chosen);
+    let checks = report.checks + kept.checks;
+    report.failures.extend(kept.failures);
     for failure in &report.failures {
         eprintln!("FAILED {failure}");
     }
-    eprintln!("{} checks, {} failed", report.checks, report.failures.len());
+    eprintln!("{checks} checks, {} failed", report.failures.len());
     match report.failures.is_empty() {
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,

@@ -8,6 +8,7 @@
 //! never made, and ETIMEDOUT of a running guest that does not answer.
 
 mod control;
+mod domain_store;
 mod hvm;
 mod kit;
 mod log_dirty;
@@ -21,6 +22,8 @@ mod tests;
 use std::fmt;
 
 use nix::errno::Errno;
+
+pub use domain_store::{domain_store_names, run_domain_store};
 
 use crate::{BackendError, Host};
 

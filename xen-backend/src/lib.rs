@@ -12,6 +12,7 @@
 
 #[cfg(any(test, feature = "contract"))]
 pub mod contract;
+pub mod domain_store;
 pub mod error;
 mod log_dirty;
 #[cfg(feature = "mock")]

@@ -19,6 +19,7 @@ mod before;
 mod digest;
 mod dirty;
 mod domain;
+mod domain_store;
 mod error;
 pub(crate) mod face;
 mod frames;
@@ -380,7 +381,7 @@ impl Host for MockHost {
                 }
                 let record = Record {
                     domid,
-                    name: format!("domain-{}", domid.0),
+                    name: domain_store::default_name(domid),
                     uuid,
                     kind,
                     width: 8,

@@ -10,9 +10,11 @@ mod calls;
 mod control;
 mod create;
 mod direct;
+mod domain_store;
 pub(crate) mod grants;
 mod hvm;
 pub(crate) mod interface;
+mod libxl_files;
 mod log_dirty;
 mod memory;
 mod open;
@@ -26,6 +28,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use nix::errno::Errno;
 
 use self::calls::Calls;
+pub(crate) use self::libxl_files::LibxlFiles;
 use crate::error::BackendError;
 use crate::privcmd::{Hypercalls, Privcmd};
 use crate::sys::common as sys;
@@ -54,6 +57,8 @@ struct Shared {
     calls: Calls,
     store: Box<dyn Xenstore>,
     version: XenVersion,
+    /// What libxl keeps of its domains.
+    libxl_files: LibxlFiles,
     /// Domains whose log of dirty pages was enabled through this host. Xen does not
     /// say whether a log is on, and reads one that is off as empty.
     logged: Mutex<BTreeSet<DomId>>,
@@ -75,13 +80,22 @@ impl XenHost {
     pub fn open() -> Result<Self, OpenError> {
         let hypervisor = open::device()?;
         let store = crate::xenstore::Sockets::default();
-        Self::over(Arc::new(hypervisor), Box::new(store))
+        let files = LibxlFiles::of_this_machine();
+        Self::with_files(Arc::new(hypervisor), Box::new(store), files)
     }
 
-    /// The hypervisor behind `raw`.
+    /// The hypervisor behind `raw`, on which there is no libxl.
     pub(crate) fn over(
         raw: Arc<dyn Hypercalls>,
         store: Box<dyn Xenstore>,
+    ) -> Result<Self, OpenError> {
+        Self::with_files(raw, store, LibxlFiles::none())
+    }
+
+    pub(crate) fn with_files(
+        raw: Arc<dyn Hypercalls>,
+        store: Box<dyn Xenstore>,
+        libxl_files: LibxlFiles,
     ) -> Result<Self, OpenError> {
         let (calls, version) = open::probe(raw)?;
         tracing::debug!(
@@ -94,6 +108,7 @@ impl XenHost {
                 calls,
                 store,
                 version,
+                libxl_files,
                 logged: Mutex::default(),
             }),
         })

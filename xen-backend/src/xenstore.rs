@@ -54,6 +54,21 @@ impl StoreError {
     }
 }
 
+/// What a transaction is to do. `Ok(false)` abandons its changes without an error.
+pub(crate) type Work<'w> = dyn FnMut(&mut dyn Nodes) -> Result<bool, StoreError> + 'w;
+
+/// The nodes of the store inside a transaction.
+pub(crate) trait Nodes {
+    /// The value of a node; `None` if there is none.
+    fn read(&mut self, path: &str) -> Result<Option<Vec<u8>>, StoreError>;
+
+    /// Sets the value of a node, and makes it if there is none.
+    fn write(&mut self, path: &str, value: &[u8]) -> Result<(), StoreError>;
+
+    /// Removes a node and all below it; does nothing if there is none.
+    fn remove(&mut self, path: &str) -> Result<(), StoreError>;
+}
+
 /// A xenstore.
 pub(crate) trait Xenstore: fmt::Debug + Send + Sync {
     /// The value of a node; `None` where there is none.
@@ -65,6 +80,15 @@ pub(crate) trait Xenstore: fmt::Debug + Send + Sync {
     /// Replace `old` by `new` at a node, whoever else is at it; false, and nothing
     /// done, where the node has another value.
     fn exchange(&self, path: &str, old: &[u8], new: &[u8]) -> Result<bool, StoreError>;
+
+    /// The names of the nodes directly below `path`; none if there is no such node.
+    /// E2BIG if they do not fit into one message of 4096 bytes.
+    fn list(&self, path: &str) -> Result<Vec<String>, StoreError>;
+
+    /// Runs `work` in a transaction: the other clients of the store see all of its
+    /// changes or none. `work` may run several times, because a transaction that
+    /// conflicts with another is made anew. If `work` fails, nothing has changed.
+    fn transaction(&self, work: &mut Work<'_>) -> Result<(), StoreError>;
 
     /// Remove a node and all below it; nothing where there is none.
     fn remove(&self, path: &str) -> Result<(), StoreError>;

@@ -20,6 +20,37 @@ fn assert_holds(host: &MockHost) {
     assert_eq!(host.free_pages(), free, "nothing is left behind");
 }
 
+fn assert_store_holds(store: &dyn crate::domain_store::DomainStore) {
+    let report = run_domain_store(store, |_| true);
+    let failures: Vec<String> = report.failures.iter().map(ToString::to_string).collect();
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+    assert_eq!(report.checks, domain_store_names().count());
+    assert!(
+        store.list().expect("a list").is_empty(),
+        "no domain is left behind"
+    );
+}
+
+#[test]
+fn the_mock_is_a_domain_store() {
+    assert_store_holds(&MockHost::ephemeral(&small(32)).expect("a host"));
+    let dir = tempfile::tempdir().expect("a directory");
+    assert_store_holds(&MockHost::create(dir.path(), &small(32)).expect("a host"));
+    assert_store_holds(&MockHost::open(dir.path()).expect("the host"));
+}
+
+#[test]
+fn a_real_xen_is_a_domain_store_in_every_version_of_the_interface() {
+    for minor in 14..=22 {
+        let config = HostConfig {
+            xen_version: crate::XenVersion { major: 4, minor },
+            ..small(32)
+        };
+        let machine = MockHost::ephemeral(&config).expect("a host");
+        assert_store_holds(&machine.as_xen().expect("a Xen"));
+    }
+}
+
 #[test]
 fn the_mock_in_memory_keeps_the_contract() {
     for max_run in [1, 32, 512] {

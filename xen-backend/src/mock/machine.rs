@@ -58,6 +58,8 @@ pub(super) struct Machine {
     allocator: Mutex<Allocator>,
     domains: RwLock<BTreeMap<DomId, Arc<Dom>>>,
     next_domid: Mutex<u16>,
+    /// Held while a domain is given a name.
+    pub(super) names: Mutex<()>,
 }
 
 fn words(store: &Store, name: &str, len: usize) -> Result<Words, MockError> {
@@ -152,6 +154,7 @@ impl Machine {
             allocator: Mutex::new(allocator),
             domains: RwLock::new(domains),
             next_domid: Mutex::new(next_domid),
+            names: Mutex::default(),
         })
     }
 

@@ -11,6 +11,7 @@ use xsr_format::frame::{Gfn, Mfn};
 use super::dirty::DirtyLog;
 use super::memory::Words;
 use super::workload::Workload;
+use crate::domain_store::LockHolder;
 use crate::{DomId, GuestKind, ShutdownReason, TscInfo, Uuid};
 
 /// A PV vcpu that has been given its context.
@@ -97,6 +98,8 @@ pub(super) struct Dom {
     pub(super) dirty: DirtyLog,
     /// Work done in steps, while its writes are logged, and when that was last done.
     pub(super) stepped: Mutex<Option<(Workload, Instant)>>,
+    /// Who has the lock of the domain.
+    pub(super) holder: Mutex<Option<LockHolder>>,
     state: Mutex<State>,
 }
 
@@ -117,6 +120,7 @@ impl Dom {
             gone: AtomicBool::new(false),
             dirty: DirtyLog::default(),
             stepped: Mutex::new(None),
+            holder: Mutex::new(None),
             state: Mutex::new(State { record, blobs }),
         }
     }

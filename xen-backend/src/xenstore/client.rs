@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use xsr_format::frame::Gfn;
 
 use super::wire::{Message, errno_of, kind};
-use super::{StoreError, Xenstore};
+use super::{Nodes, StoreError, Work, Xenstore};
 use crate::DomId;
 
 /// Where xenstored listens.
@@ -101,16 +101,16 @@ impl Xenstore for Sockets {
         self.with(|connection| connection.exchange(path, old, new))
     }
 
+    fn list(&self, path: &str) -> Result<Vec<String>, StoreError> {
+        self.with(|connection| connection.list(path))
+    }
+
+    fn transaction(&self, work: &mut Work<'_>) -> Result<(), StoreError> {
+        self.with(|connection| connection.transaction(work))
+    }
+
     fn remove(&self, path: &str) -> Result<(), StoreError> {
-        self.with(
-            |connection| match connection.order("rm", path, kind::RM, &[]) {
-                Err(StoreError::Refused {
-                    errno: Errno::ENOENT,
-                    ..
-                }) => Ok(()),
-                result => result,
-            },
-        )
+        self.with(|connection| connection.remove(0, path))
     }
 
     fn let_have(&self, path: &str, domid: DomId, owner: bool) -> Result<(), StoreError> {
@@ -119,13 +119,15 @@ impl Xenstore for Sockets {
             true => vec![format!("n{}", domid.0)],
             false => vec!["n0".to_owned(), format!("r{}", domid.0)],
         };
-        self.with(|connection| connection.order("set_perms", path, kind::SET_PERMS, &permissions))
+        self.with(|connection| {
+            connection.order(0, "set_perms", path, kind::SET_PERMS, &permissions)
+        })
     }
 
     fn introduce(&self, domid: DomId, frame: Gfn, port: u32) -> Result<(), StoreError> {
         let more = [frame.0.to_string(), port.to_string()];
         let domid = domid.0.to_string();
-        self.with(|connection| connection.order("introduce", &domid, kind::INTRODUCE, &more))
+        self.with(|connection| connection.order(0, "introduce", &domid, kind::INTRODUCE, &more))
     }
 }
 
@@ -197,6 +199,7 @@ impl Connection {
     /// Something that is done or refused: `what`, and more words for it.
     fn order(
         &mut self,
+        transaction: u32,
         op: &'static str,
         what: &str,
         kind: u32,
@@ -206,31 +209,64 @@ impl Connection {
         for word in more {
             payload.extend(terminated(word));
         }
-        match self.ask(kind, 0, payload)? {
+        match self.ask(kind, transaction, payload)? {
             Ok(_) => Ok(()),
             Err(errno) => Err(refused(op, what, errno)),
         }
     }
 
+    fn remove(&mut self, transaction: u32, path: &str) -> Result<(), StoreError> {
+        match self.order(transaction, "rm", path, kind::RM, &[]) {
+            Err(StoreError::Refused {
+                errno: Errno::ENOENT,
+                ..
+            }) => Ok(()),
+            result => result,
+        }
+    }
+
+    fn list(&mut self, path: &str) -> Result<Vec<String>, StoreError> {
+        match self.ask(kind::DIRECTORY, 0, terminated(path))? {
+            // Each name ends with a zero.
+            Ok(names) => Ok(names
+                .split(|byte| *byte == 0)
+                .filter(|name| !name.is_empty())
+                .map(|name| String::from_utf8_lossy(name).into_owned())
+                .collect()),
+            Err(Errno::ENOENT) => Ok(Vec::new()),
+            Err(errno) => Err(refused("directory", path, errno)),
+        }
+    }
+
     fn exchange(&mut self, path: &str, old: &[u8], new: &[u8]) -> Result<bool, StoreError> {
+        let mut exchanged = false;
+        self.transaction(&mut |nodes| {
+            exchanged = nodes.read(path)?.as_deref() == Some(old);
+            if exchanged {
+                nodes.write(path, new)?;
+            }
+            Ok(exchanged)
+        })?;
+        Ok(exchanged)
+    }
+
+    fn transaction(&mut self, work: &mut Work<'_>) -> Result<(), StoreError> {
+        /// What the transaction is about, for messages.
+        const WHAT: &str = "a transaction";
         for _ in 0..ATTEMPTS {
-            let transaction = self.start(path)?;
-            let fits = match self.read(transaction, path) {
-                Ok(value) => value.as_deref() == Some(old),
-                Err(error) => return Err(self.give_up(transaction, path, error)),
+            let number = self.start(WHAT)?;
+            let commit = match work(&mut Transaction {
+                connection: self,
+                number,
+            }) {
+                Ok(commit) => commit,
+                Err(error) => return Err(self.give_up(number, WHAT, error)),
             };
-            if fits && let Err(error) = self.write(transaction, path, new) {
-                return Err(self.give_up(transaction, path, error));
-            }
-            if !fits {
-                self.end(transaction, path, false)?;
-                return Ok(false);
-            }
-            if self.end(transaction, path, true)? {
-                return Ok(true);
+            if self.end(number, WHAT, commit)? {
+                return Ok(());
             }
         }
-        Err(refused("transaction", path, Errno::EAGAIN))
+        Err(refused("commit", WHAT, Errno::EAGAIN))
     }
 
     fn start(&mut self, path: &str) -> Result<u32, StoreError> {
@@ -263,6 +299,26 @@ impl Connection {
             Err(StoreError::Connection(broken)) => StoreError::Connection(broken),
             Err(_) => error,
         }
+    }
+}
+
+/// A transaction under way.
+struct Transaction<'c> {
+    connection: &'c mut Connection,
+    number: u32,
+}
+
+impl Nodes for Transaction<'_> {
+    fn read(&mut self, path: &str) -> Result<Option<Vec<u8>>, StoreError> {
+        self.connection.read(self.number, path)
+    }
+
+    fn write(&mut self, path: &str, value: &[u8]) -> Result<(), StoreError> {
+        self.connection.write(self.number, path, value)
+    }
+
+    fn remove(&mut self, path: &str) -> Result<(), StoreError> {
+        self.connection.remove(self.number, path)
     }
 }
 

@@ -36,6 +36,17 @@ fn serve(conflicts: usize) -> (Sockets, JoinHandle<Nodes>) {
             assert_eq!(transaction != 0, open.contains_key(&transaction));
             let place = open.get_mut(&transaction).unwrap_or(&mut nodes);
             let answer: Result<Vec<u8>, &[u8]> = match kind {
+                1 => {
+                    let below = [&path, b"/".as_slice()].concat();
+                    let names = place
+                        .keys()
+                        .filter_map(|node| node.strip_prefix(&below[..]));
+                    let names = names.map(|name| [name, b"\0"].concat());
+                    match names.collect::<Vec<_>>().concat() {
+                        names if names.is_empty() => Err(b"ENOENT\0"),
+                        names => Ok(names),
+                    }
+                }
                 2 => place.get(&path).cloned().ok_or(b"ENOENT\0"),
                 11 if path == b"/forbidden" => Err(b"EACCES\0"),
                 11 => {
@@ -124,6 +135,50 @@ fn a_value_is_exchanged_only_for_what_it_was() {
     let nodes = server.join().unwrap();
     assert_eq!(nodes.len(), 1);
     assert_eq!(nodes[b"/a".as_slice()], b"");
+}
+
+#[test]
+fn a_transaction_that_meets_another_is_made_anew_and_one_that_fails_leaves_nothing() {
+    let (store, server) = serve(2);
+    let mut runs = 0;
+    store
+        .transaction(&mut |nodes| {
+            runs += 1;
+            assert_eq!(nodes.read("/a")?.unwrap(), b"suspend");
+            assert_eq!(nodes.read("/b")?, None);
+            nodes.write("/b", b"7")?;
+            nodes.remove("/a")?;
+            nodes.remove("/missing")?;
+            Ok(true)
+        })
+        .unwrap();
+    assert_eq!(runs, 3);
+    store
+        .transaction(&mut |nodes| {
+            nodes.write("/c", b"7")?;
+            Ok(false)
+        })
+        .unwrap();
+    let refused = store.transaction(&mut |nodes| {
+        nodes.write("/c", b"7")?;
+        nodes.write("/forbidden", b"7")?;
+        Ok(true)
+    });
+    assert_eq!(refused.unwrap_err().errno(), Errno::EACCES);
+    drop(store);
+    let nodes = server.join().unwrap();
+    assert_eq!(nodes.keys().collect::<Vec<_>>(), [b"/b"]);
+}
+
+#[test]
+fn nodes_are_listed_by_name() {
+    let (store, server) = serve(0);
+    assert!(store.list("/d").unwrap().is_empty());
+    store.write("/d/vbd", b"").unwrap();
+    store.write("/d/vif", b"").unwrap();
+    assert_eq!(store.list("/d").unwrap(), ["vbd", "vif"]);
+    drop(store);
+    server.join().unwrap();
 }
 
 #[test]

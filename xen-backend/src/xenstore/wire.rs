@@ -15,6 +15,7 @@ use nix::errno::Errno;
 
 /// What is asked or answered (`enum xsd_sockmsg_type`).
 pub(super) mod kind {
+    pub(in super::super) const DIRECTORY: u32 = 1;
     pub(in super::super) const READ: u32 = 2;
     pub(in super::super) const TRANSACTION_START: u32 = 6;
     pub(in super::super) const TRANSACTION_END: u32 = 7;

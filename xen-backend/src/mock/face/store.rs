@@ -3,13 +3,15 @@
 //! C implementation: `tools/xenstore/xenstored_core.c`; in a guest, Linux's
 //! `drivers/xen/manage.c`.
 
+use std::collections::BTreeMap;
+
 use nix::errno::Errno;
 use xsr_format::frame::Gfn;
 
 use super::Face;
 use crate::GuestMemory as _;
 use crate::pages::Access;
-use crate::xenstore::{StoreError, Xenstore};
+use crate::xenstore::{Nodes, StoreError, Work, Xenstore};
 use crate::{DomId, DomainControl};
 
 impl Xenstore for Face {
@@ -46,12 +48,31 @@ impl Xenstore for Face {
         }
     }
 
-    fn remove(&self, path: &str) -> Result<(), StoreError> {
+    fn list(&self, path: &str) -> Result<Vec<String>, StoreError> {
         let below = format!("{path}/");
+        let state = self.state();
+        let nodes = state.nodes.range(below.clone()..);
+        let mut names: Vec<String> = nodes
+            .map_while(|(node, _)| node.strip_prefix(&below))
+            .filter_map(|rest| rest.split('/').next())
+            .map(str::to_owned)
+            .collect();
+        names.dedup();
+        Ok(names)
+    }
+
+    fn transaction(&self, work: &mut Work<'_>) -> Result<(), StoreError> {
+        // Nothing else happens to the store meanwhile.
         let mut state = self.state();
-        state
-            .nodes
-            .retain(|node, _| node != path && !node.starts_with(&below));
+        let mut changed = Changed(state.nodes.clone());
+        if work(&mut changed)? {
+            state.nodes = changed.0;
+        }
+        Ok(())
+    }
+
+    fn remove(&self, path: &str) -> Result<(), StoreError> {
+        remove(&mut self.state().nodes, path);
         Ok(())
     }
 
@@ -78,6 +99,31 @@ impl Xenstore for Face {
         self.state().store_rings.insert(domid.0, (frame.0, port));
         Ok(())
     }
+}
+
+/// The nodes as a transaction has them.
+struct Changed(BTreeMap<String, Vec<u8>>);
+
+impl Nodes for Changed {
+    fn read(&mut self, path: &str) -> Result<Option<Vec<u8>>, StoreError> {
+        Ok(self.0.get(path).cloned())
+    }
+
+    fn write(&mut self, path: &str, value: &[u8]) -> Result<(), StoreError> {
+        self.0.insert(path.to_owned(), value.to_vec());
+        Ok(())
+    }
+
+    fn remove(&mut self, path: &str) -> Result<(), StoreError> {
+        remove(&mut self.0, path);
+        Ok(())
+    }
+}
+
+/// Removes a node and all below it.
+fn remove(nodes: &mut BTreeMap<String, Vec<u8>>, path: &str) {
+    let below = format!("{path}/");
+    nodes.retain(|node, _| node != path && !node.starts_with(&below));
 }
 
 fn refused(op: &'static str, domid: DomId, errno: Errno) -> StoreError {

@@ -1,0 +1,355 @@
+//! Domain store: what a toolstack keeps with a domain beyond what the hypervisor knows.
+//! Its name, its configuration, the records of its emulators, a lock, and its life in
+//! xenstore from `introduce` to `destroy`.
+//!
+//! The number of a domain is reused once the domain is gone. Therefore every method takes
+//! a [`DomainRef`], which names the number *and* the UUID, and fails with
+//! [`DomainStoreError::Replaced`] if the number now belongs to a domain with another UUID.
+//! There is no call in Xen that compares the UUID and acts in one step, so that a domain
+//! which is destroyed and replaced between the comparison and the action is not noticed.
+//! Domains without a UUID ([`Uuid::NIL`]) cannot be told apart at all.
+//!
+//! C implementation: `tools/libs/light/libxl_{dom,domain,internal}.c`.
+
+mod error;
+mod lock;
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use nix::errno::Errno;
+
+use crate::{DomId, Domain, DomainInfo, Host, Ring, Uuid};
+
+pub use error::{Blame, DomainStoreError};
+pub(crate) use lock::Process;
+pub use lock::{DomainLock, LockHolder};
+
+/// One domain: its number, and the UUID that tells it from an earlier or later domain
+/// with the same number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DomainRef {
+    /// The number.
+    pub domid: DomId,
+    /// The UUID.
+    pub uuid: Uuid,
+}
+
+impl fmt::Display for DomainRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.uuid.is_nil() {
+            true => write!(f, "{}", self.domid),
+            false => write!(f, "{} (UUID {})", self.domid, self.uuid),
+        }
+    }
+}
+
+impl From<&DomainInfo> for DomainRef {
+    fn from(info: &DomainInfo) -> Self {
+        Self {
+            domid: info.domid,
+            uuid: info.uuid,
+        }
+    }
+}
+
+/// A domain in the list of a [`DomainStore`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListedDomain {
+    /// What the hypervisor tells of it.
+    pub info: DomainInfo,
+    /// Its name, if it has been given one.
+    pub name: Option<String>,
+}
+
+impl ListedDomain {
+    /// The domain.
+    pub fn domain(&self) -> DomainRef {
+        DomainRef::from(&self.info)
+    }
+}
+
+/// A domain's configuration, as its toolstack wrote it (libxl: JSON).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Configuration {
+    /// The configuration itself; the store does not look into it.
+    pub bytes: Vec<u8>,
+    /// Who keeps it.
+    pub keeper: ConfigurationKeeper,
+}
+
+/// Who keeps a domain's configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ConfigurationKeeper {
+    /// This store: it was put there with [`DomainStore::set_configuration`].
+    Store,
+    /// libxl, in this file. The store reads it and never writes it.
+    Libxl(PathBuf),
+}
+
+/// What [`DomainStore::introduce`] makes known about a domain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Introduction<'a> {
+    /// The domain's name.
+    pub name: &'a str,
+    /// The ring of xenstore.
+    pub store: Ring,
+    /// The ring of the console, if the domain has one.
+    pub console: Option<Ring>,
+}
+
+/// What [`DomainStore::destroy`] has achieved.
+#[must_use = "a domain that is still dying has not released its memory"]
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Destroyed {
+    /// Whether the hypervisor has released the domain.
+    pub outcome: DestroyOutcome,
+    /// What is left of the domain outside the hypervisor, for libxl or an administrator
+    /// to remove. Empty for a domain that was not made by libxl.
+    pub left_behind: Vec<LeftBehind>,
+}
+
+/// Whether a destroyed domain is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DestroyOutcome {
+    /// The domain does not exist any more; its memory is free.
+    Gone,
+    /// The time-out has passed. The domain will never run again, but some of its memory
+    /// is still in use: it is mapped by another domain or process.
+    StillDying,
+}
+
+/// Something that stays behind of a domain which libxl made.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum LeftBehind {
+    /// A file of libxl's.
+    File(PathBuf),
+    /// A process that served the domain: its device model.
+    Process {
+        /// Its process number.
+        pid: u32,
+        /// The node of xenstore that names it.
+        node: String,
+    },
+    /// A device, as libxl's node for it in xenstore. Its backend is still connected and its
+    /// hotplug script has not run. The nodes of such a domain are left for libxl.
+    Device(String),
+}
+
+impl fmt::Display for LeftBehind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(path) => write!(f, "file {}", path.display()),
+            Self::Process { pid, node } => write!(f, "process {pid} ({node})"),
+            Self::Device(node) => write!(f, "device {node}"),
+        }
+    }
+}
+
+/// What a toolstack keeps with its domains.
+///
+/// Every method that takes a [`DomainRef`] fails with [`DomainStoreError::Gone`] if the
+/// domain does not exist, and with [`DomainStoreError::Replaced`] if its number belongs to
+/// another domain. Only these and further errors are listed below.
+///
+/// The mock machine is a store, and so is a real Xen, where everything is kept in
+/// xenstore. libxl's files are read, and never written.
+///
+/// ```
+/// use std::time::Duration;
+/// use xsr_xen_backend::domain_store::{DestroyOutcome, DomainStore, DomainStoreError};
+/// use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
+/// use xsr_xen_backend::GuestKind;
+///
+/// let host = MockHost::ephemeral(&HostConfig::default())?;
+/// host.create_guest(&GuestSpec::new("web", GuestKind::Pvh, 8))?;
+/// let store: &dyn DomainStore = &host;
+///
+/// let web = store.find("web")?;
+/// let lock = store.lock(web, "example")?;
+/// store.set_configuration(web, b"{}")?;
+/// store.rename(web, "web", "web-old")?;
+/// // The name is not the one that the caller believes it to be.
+/// let error = store.rename(web, "web", "web-new").unwrap_err();
+/// assert!(matches!(error, DomainStoreError::WrongName { .. }));
+///
+/// let destroyed = store.destroy(web, Duration::from_secs(5))?;
+/// assert_eq!(destroyed.outcome, DestroyOutcome::Gone);
+/// assert!(matches!(store.name(web), Err(DomainStoreError::Gone { .. })));
+/// drop(lock);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub trait DomainStore: Host {
+    /// Every domain except the control domain, in ascending order of their numbers.
+    ///
+    /// # Errors
+    ///
+    /// [`DomainStoreError::Storage`] if a name cannot be read.
+    fn list(&self) -> Result<Vec<ListedDomain>, DomainStoreError>;
+
+    /// The domain with this number or name. As `xl` does it, text that consists of digits
+    /// is a number. Only if no domain has that number is it looked for as a name.
+    ///
+    /// # Errors
+    ///
+    /// [`DomainStoreError::NotFound`]; as [`DomainStore::list`].
+    fn find(&self, name_or_number: &str) -> Result<DomainRef, DomainStoreError> {
+        let domains = self.list()?;
+        let digits = name_or_number.bytes().all(|byte| byte.is_ascii_digit());
+        let number = name_or_number.parse().ok().map(DomId);
+        let number = number.filter(|_| digits);
+        let by_number = domains
+            .iter()
+            .find(|listed| Some(listed.info.domid) == number);
+        by_number
+            .or_else(|| {
+                let named = |listed: &&ListedDomain| listed.name.as_deref() == Some(name_or_number);
+                domains.iter().find(named)
+            })
+            .map(ListedDomain::domain)
+            .ok_or_else(|| DomainStoreError::NotFound {
+                name: name_or_number.to_owned(),
+            })
+    }
+
+    /// What the hypervisor tells of this domain, after it has been compared with the UUID.
+    ///
+    /// # Errors
+    ///
+    /// [`DomainStoreError::Gone`] also for a domain that is being destroyed.
+    fn check(&self, domain: DomainRef) -> Result<DomainInfo, DomainStoreError> {
+        let info = self.look_up(domain)?;
+        match info.dying {
+            true => Err(DomainStoreError::Gone { domain }),
+            false => Ok(info),
+        }
+    }
+
+    /// As [`DomainStore::check`], for domains that are being destroyed, too.
+    ///
+    /// # Errors
+    ///
+    /// No others.
+    fn look_up(&self, domain: DomainRef) -> Result<DomainInfo, DomainStoreError> {
+        let info = self
+            .domain(domain.domid)
+            .and_then(|handle| handle.info())
+            .map_err(|error| match error.errno {
+                Errno::ESRCH => DomainStoreError::Gone { domain },
+                _ => error.into(),
+            })?;
+        match info.uuid == domain.uuid {
+            true => Ok(info),
+            false => Err(DomainStoreError::Replaced {
+                domain,
+                found: info.uuid,
+            }),
+        }
+    }
+
+    /// A handle on the domain for the engine, after its UUID has been compared. The handle
+    /// itself knows the number only.
+    ///
+    /// # Errors
+    ///
+    /// No others.
+    fn open(&self, domain: DomainRef) -> Result<Box<dyn Domain>, DomainStoreError> {
+        self.check(domain)?;
+        Ok(self.domain(domain.domid)?)
+    }
+
+    /// The domain's name; `None` if it has not been given one.
+    ///
+    /// # Errors
+    ///
+    /// [`DomainStoreError::Storage`].
+    fn name(&self, domain: DomainRef) -> Result<Option<String>, DomainStoreError>;
+
+    /// Renames the domain from `from` to `to`. The comparison with `from` and with the names
+    /// of all other domains is one step with the change.
+    ///
+    /// # Errors
+    ///
+    /// [`DomainStoreError::WrongName`] if the domain is not named `from`,
+    /// [`DomainStoreError::NameTaken`] if another domain is named `to`,
+    /// [`DomainStoreError::BadName`] if no domain may be named so, and
+    /// [`DomainStoreError::Storage`]. The name is unchanged then.
+    fn rename(&self, domain: DomainRef, from: &str, to: &str) -> Result<(), DomainStoreError>;
+
+    /// The domain's configuration; `None` if nothing keeps one.
+    ///
+    /// # Errors
+    ///
+    /// [`DomainStoreError::Storage`].
+    fn configuration(&self, domain: DomainRef) -> Result<Option<Configuration>, DomainStoreError>;
+
+    /// Keeps a configuration with the domain, in the place of the one that the store kept
+    /// before. If libxl has a configuration of the domain, that one still takes precedence.
+    ///
+    /// # Errors
+    ///
+    /// [`DomainStoreError::TooLarge`] and [`DomainStoreError::Storage`]. The earlier
+    /// configuration is still kept then.
+    fn set_configuration(&self, domain: DomainRef, bytes: &[u8]) -> Result<(), DomainStoreError>;
+
+    /// The records of the domain's emulators that [`DomainStore::set_emulators`] keeps;
+    /// `None` if there are none.
+    ///
+    /// # Errors
+    ///
+    /// [`DomainStoreError::Storage`].
+    fn emulators(&self, domain: DomainRef) -> Result<Option<Vec<u8>>, DomainStoreError>;
+
+    /// Keeps the records of the domain's emulators, in the place of earlier ones.
+    ///
+    /// # Errors
+    ///
+    /// [`DomainStoreError::TooLarge`] and [`DomainStoreError::Storage`]. The earlier records
+    /// are still kept then.
+    fn set_emulators(&self, domain: DomainRef, bytes: &[u8]) -> Result<(), DomainStoreError>;
+
+    /// Makes a new domain known: gives it its name, and connects xenstore and its console
+    /// to its rings.
+    ///
+    /// # Errors
+    ///
+    /// [`DomainStoreError::BadName`] and [`DomainStoreError::NameTaken`], before anything
+    /// is done. [`DomainStoreError::Storage`] and [`DomainStoreError::Backend`], after which
+    /// the domain has to be [forgotten](DomainStore::forget).
+    fn introduce(
+        &self,
+        domain: DomainRef,
+        introduction: &Introduction<'_>,
+    ) -> Result<(), DomainStoreError>;
+
+    /// Removes all that the store keeps with the domain. The domain itself stays, without a
+    /// name. For a domain that was introduced and cannot be used after all.
+    ///
+    /// # Errors
+    ///
+    /// [`DomainStoreError::Storage`]; some of it may have been removed then.
+    fn forget(&self, domain: DomainRef) -> Result<(), DomainStoreError>;
+
+    /// Destroys the domain, removes what the store keeps with it, and waits until the
+    /// hypervisor has released it, at most for `timeout`. Files, processes and devices of
+    /// libxl's are not touched; [`Destroyed::left_behind`] names them.
+    ///
+    /// # Errors
+    ///
+    /// [`DomainStoreError::Backend`], and the domain is as it was.
+    /// [`DomainStoreError::Storage`]: what the store keeps could not be read, and the domain
+    /// is as it was; or it could not be removed, and the domain is destroyed
+    /// ([`DomainStore::check`] tells which).
+    fn destroy(&self, domain: DomainRef, timeout: Duration) -> Result<Destroyed, DomainStoreError>;
+
+    /// Takes the lock of the domain for `command`, until the returned value is dropped.
+    /// A lock whose process has ended is free. It does not keep anybody from calling the
+    /// other methods: those who work on a domain for longer take it first.
+    ///
+    /// # Errors
+    ///
+    /// [`DomainStoreError::Locked`] names the process and the command that have it.
+    /// [`DomainStoreError::Storage`].
+    fn lock(&self, domain: DomainRef, command: &str) -> Result<DomainLock, DomainStoreError>;
+}

@@ -1,0 +1,253 @@
+//! The lock of a domain: who has it, and whether that process still runs.
+//!
+//! A lock that is kept where it outlives its process (xenstore) is one line of text:
+//!
+//! | word | holds |
+//! |---|---|
+//! | 1 | the process number |
+//! | 2 | when the process started, in clock ticks since boot (field 22 of `/proc/PID/stat`) |
+//! | 3 | the kernel's boot id |
+//! | 4 | the process's namespace of process numbers |
+//! | rest | the command |
+
+use std::fmt;
+use std::fs;
+use std::path::Path;
+
+/// The process that has a lock.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LockHolder {
+    /// Its process number.
+    pub pid: u32,
+    /// What it said that it is doing.
+    pub command: String,
+}
+
+impl LockHolder {
+    /// This process.
+    pub(crate) fn this(command: &str) -> Self {
+        Self {
+            pid: std::process::id(),
+            command: printable(command),
+        }
+    }
+}
+
+impl fmt::Display for LockHolder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "process {} ({})", self.pid, self.command)
+    }
+}
+
+/// Longest command that is kept, in characters.
+const LONGEST_COMMAND: usize = 200;
+
+/// A command as one line that a terminal can show.
+fn printable(command: &str) -> String {
+    let shown = |c: char| match c.is_control() {
+        true => ' ',
+        false => c,
+    };
+    command.chars().take(LONGEST_COMMAND).map(shown).collect()
+}
+
+/// The lock of a domain. Dropping it gives the lock back.
+#[must_use = "the lock is given back when this is dropped"]
+pub struct DomainLock {
+    release: Option<Box<dyn FnOnce() + Send>>,
+}
+
+impl DomainLock {
+    /// A lock that `release` gives back.
+    pub(crate) fn new(release: impl FnOnce() + Send + 'static) -> Self {
+        Self {
+            release: Some(Box::new(release)),
+        }
+    }
+}
+
+impl fmt::Debug for DomainLock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DomainLock").finish_non_exhaustive()
+    }
+}
+
+impl Drop for DomainLock {
+    fn drop(&mut self) {
+        if let Some(release) = self.release.take() {
+            release();
+        }
+    }
+}
+
+/// A process, told from all others of this machine, earlier ones included.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Process {
+    pub(crate) holder: LockHolder,
+    started: String,
+    boot: String,
+    namespace: String,
+}
+
+/// Where the kernel tells of processes.
+const PROC: &str = "/proc";
+/// What stands for a word that could not be found out.
+const UNKNOWN: &str = "?";
+
+impl Process {
+    /// This process.
+    pub(crate) fn this(command: &str) -> Self {
+        let holder = LockHolder::this(command);
+        let proc = Path::new(PROC);
+        let known = |word: Option<String>| word.unwrap_or_else(|| UNKNOWN.to_owned());
+        Self {
+            started: known(started(proc, holder.pid)),
+            boot: known(boot(proc)),
+            namespace: known(namespace(proc)),
+            holder,
+        }
+    }
+
+    /// As text.
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let Self {
+            holder,
+            started,
+            boot,
+            namespace,
+        } = self;
+        let LockHolder { pid, command } = holder;
+        format!("{pid} {started} {boot} {namespace} {command}").into_bytes()
+    }
+
+    /// From text; `None` if it is not what [`Process::encode`] writes.
+    pub(crate) fn decode(text: &[u8]) -> Option<Self> {
+        let text = std::str::from_utf8(text).ok()?;
+        let mut words = text.splitn(5, ' ');
+        let pid = words.next()?.parse().ok()?;
+        let [started, boot, namespace] = [words.next()?, words.next()?, words.next()?];
+        Some(Self {
+            holder: LockHolder {
+                pid,
+                command: printable(words.next()?),
+            },
+            started: started.to_owned(),
+            boot: boot.to_owned(),
+            namespace: namespace.to_owned(),
+        })
+    }
+
+    /// Whether the process has surely ended. A process of another namespace cannot be
+    /// looked for, and is taken to run.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.has_ended_by(Path::new(PROC))
+    }
+
+    fn has_ended_by(&self, proc: &Path) -> bool {
+        let differs =
+            |was: &str, now: Option<String>| was != UNKNOWN && now.is_some_and(|now| now != was);
+        if differs(&self.boot, boot(proc)) {
+            return true;
+        }
+        if self.namespace == UNKNOWN || namespace(proc).as_deref() != Some(&self.namespace) {
+            return false;
+        }
+        match started(proc, self.holder.pid) {
+            Some(now) => differs(&self.started, Some(now)),
+            None => !proc.join(self.holder.pid.to_string()).exists(),
+        }
+    }
+}
+
+fn boot(proc: &Path) -> Option<String> {
+    let id = fs::read_to_string(proc.join("sys/kernel/random/boot_id")).ok()?;
+    Some(id.trim().to_owned()).filter(|id| !id.is_empty() && !id.contains(' '))
+}
+
+fn namespace(proc: &Path) -> Option<String> {
+    let link = fs::read_link(proc.join("self/ns/pid")).ok()?;
+    link.to_str().map(str::to_owned)
+}
+
+/// When a process started. The second field of its line, its name, may contain anything, and
+/// ends at the last parenthesis.
+fn started(proc: &Path, pid: u32) -> Option<String> {
+    /// Fields from the one after the name to this one.
+    const START: usize = 22 - 3;
+    let stat = fs::read(proc.join(pid.to_string()).join("stat")).ok()?;
+    let stat = String::from_utf8_lossy(&stat).into_owned();
+    let (_, fields) = stat.rsplit_once(')')?;
+    // A zombie holds nothing any more.
+    let mut fields = fields.split_ascii_whitespace();
+    let state = fields.next()?;
+    match state {
+        "Z" | "X" => Some("ended".to_owned()),
+        _ => fields.nth(START - 1).map(str::to_owned),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A `/proc` with a process 7 that is named by whoever wants to confuse.
+    fn proc() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        let make = |path: &str, text: &str| {
+            let path = dir.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        make("sys/kernel/random/boot_id", "boot-1\n");
+        make(
+            "7/stat",
+            "7 (a ) 1 2) S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 4711 20 21\n",
+        );
+        fs::create_dir_all(dir.path().join("self/ns")).unwrap();
+        std::os::unix::fs::symlink("pid:[1]", dir.path().join("self/ns/pid")).unwrap();
+        dir
+    }
+
+    fn process(text: &str) -> Process {
+        Process::decode(text.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn a_process_is_told_from_a_later_one_with_its_number() {
+        let dir = proc();
+        assert_eq!(started(dir.path(), 7).as_deref(), Some("4711"));
+        let ended = |text| process(text).has_ended_by(dir.path());
+        assert!(!ended("7 4711 boot-1 pid:[1] xsr save web"), "it runs");
+        assert!(
+            ended("7 4710 boot-1 pid:[1] xsr save web"),
+            "another's number"
+        );
+        assert!(ended("8 4711 boot-1 pid:[1] xsr save web"), "not there");
+        assert!(
+            ended("7 4711 boot-0 pid:[1] xsr save web"),
+            "before the boot"
+        );
+        // What cannot be known is taken to run.
+        assert!(!ended("8 4711 boot-1 pid:[2] xsr save web"));
+        assert!(!ended("7 ? ? ? xsr save web"));
+        fs::write(dir.path().join("7/stat"), "7 (xsr) Z 1 2").unwrap();
+        assert!(ended("7 4711 boot-1 pid:[1] xsr save web"), "a zombie");
+    }
+
+    #[test]
+    fn this_process_runs_and_reads_back_as_itself() {
+        let this = Process::this("xsr save\n\x1b[31mweb");
+        assert!(!this.has_ended());
+        assert_eq!(this.holder.pid, std::process::id());
+        assert_eq!(this.holder.command, "xsr save  [31mweb");
+        assert_eq!(Process::decode(&this.encode()), Some(this));
+    }
+
+    #[test]
+    fn what_is_not_a_process_is_none() {
+        for text in ["", "7", "x 1 2 3 4", "7 1 2 3", "-7 1 2 3 4"] {
+            assert_eq!(Process::decode(text.as_bytes()), None, "{text:?}");
+        }
+        assert_eq!(Process::decode(b"7 1 2 3 \xff"), None);
+    }
+}

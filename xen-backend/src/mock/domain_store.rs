@@ -1,0 +1,237 @@
+//! The mock machine as a domain store: names in the domains' records, the rest as their user
+//! data.
+//!
+//! Locks are kept in memory: only one process at a time has the machine open, so that another
+//! process has no way to the domains at all.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use nix::errno::Errno;
+
+use super::domain::MockDomain;
+use super::error::MockError;
+use super::state::USERDATA;
+use super::{MockHost, check_name};
+use crate::domain_store::{
+    Configuration, ConfigurationKeeper, DestroyOutcome, Destroyed, DomainLock, DomainRef,
+    DomainStore, DomainStoreError, Introduction, ListedDomain, LockHolder,
+};
+use crate::error::BackendError;
+use crate::{DomId, DomainControl};
+
+/// The key of the configuration, libxl's name for it.
+const CONFIGURATION: &str = "libxl-json";
+/// The key of the emulators' records.
+const EMULATORS: &str = "libxl-emulators";
+
+/// The name that the machine shows for a domain which was not given one.
+pub(super) fn default_name(domid: DomId) -> String {
+    format!("domain-{}", domid.0)
+}
+
+impl MockHost {
+    /// A handle on a domain whose UUID has been compared.
+    fn named(&self, domain: DomainRef) -> Result<MockDomain, DomainStoreError> {
+        self.check(domain)?;
+        self.mock_domain(domain.domid).map_err(gone(domain))
+    }
+
+    /// While it is held, no name changes through this store.
+    fn names(&self) -> MutexGuard<'_, ()> {
+        let names = self.machine.names.lock();
+        names.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a domain other than this may be named `name`.
+    fn check_free(&self, domain: DomainRef, name: &str) -> Result<(), DomainStoreError> {
+        let taken = DomainStore::list(self)?.into_iter().find(|listed| {
+            listed.name.as_deref() == Some(name) && listed.info.domid != domain.domid
+        });
+        match taken {
+            Some(listed) => Err(DomainStoreError::NameTaken {
+                name: name.to_owned(),
+                by: listed.domain(),
+            }),
+            None => Ok(()),
+        }
+    }
+
+    fn get(&self, domain: DomainRef, key: &str) -> Result<Option<Vec<u8>>, DomainStoreError> {
+        self.named(domain)?;
+        self.userdata_get(domain.domid, key)
+            .map_err(failed("reading the user data", domain))
+    }
+
+    fn put(&self, domain: DomainRef, key: &str, bytes: &[u8]) -> Result<(), DomainStoreError> {
+        self.named(domain)?;
+        self.userdata_store(domain.domid, key, bytes)
+            .map_err(failed("keeping the user data", domain))
+    }
+
+    fn set_name(&self, domain: DomainRef, name: &str) -> Result<(), DomainStoreError> {
+        check_name(name).map_err(|_| bad_name(name))?;
+        let _names = self.names();
+        self.check_free(domain, name)?;
+        let doing = "keeping the name";
+        self.named(domain)?
+            .change("rename", |state| {
+                name.clone_into(&mut state.record.name);
+                Ok(())
+            })
+            .map_err(|error| failed(doing, domain)(error.into()))
+    }
+}
+
+fn gone(domain: DomainRef) -> impl Fn(BackendError) -> DomainStoreError {
+    move |error| match error.errno {
+        Errno::ESRCH => DomainStoreError::Gone { domain },
+        _ => error.into(),
+    }
+}
+
+fn failed(doing: &'static str, domain: DomainRef) -> impl Fn(MockError) -> DomainStoreError {
+    move |error| match error {
+        MockError::Backend(error) if error.errno == Errno::ESRCH => gone(domain)(error),
+        other => DomainStoreError::storage(doing, domain.domid)(other),
+    }
+}
+
+fn bad_name(name: &str) -> DomainStoreError {
+    DomainStoreError::BadName {
+        name: name.to_owned(),
+        rule: "a name on a mock machine has at most 64 letters, digits, `-`, `_`, `.` and `+`, \
+               and does not consist of digits alone",
+    }
+}
+
+impl DomainStore for MockHost {
+    fn list(&self) -> Result<Vec<ListedDomain>, DomainStoreError> {
+        let mut listed = Vec::new();
+        for dom in self.machine.all_domains() {
+            let machine = Arc::clone(&self.machine);
+            let domain = MockDomain { machine, dom };
+            let info = match domain.info() {
+                Ok(info) => info,
+                // Destroyed since.
+                Err(error) if error.errno == Errno::ESRCH => continue,
+                Err(error) => return Err(error.into()),
+            };
+            let name = domain.dom.lock().record.name.clone();
+            let name = Some(name).filter(|name| *name != default_name(info.domid));
+            listed.push(ListedDomain { info, name });
+        }
+        Ok(listed)
+    }
+
+    fn name(&self, domain: DomainRef) -> Result<Option<String>, DomainStoreError> {
+        let name = self
+            .named(domain)?
+            .look("name", |state| Ok(state.record.name.clone()))
+            .map_err(gone(domain))?;
+        Ok(Some(name).filter(|name| *name != default_name(domain.domid)))
+    }
+
+    fn rename(&self, domain: DomainRef, from: &str, to: &str) -> Result<(), DomainStoreError> {
+        check_name(to).map_err(|_| bad_name(to))?;
+        let _names = self.names();
+        let found = self.name(domain)?;
+        if found.as_deref() != Some(from) {
+            return Err(DomainStoreError::WrongName {
+                domain,
+                expected: from.to_owned(),
+                found,
+            });
+        }
+        self.check_free(domain, to)?;
+        let doing = "keeping the name";
+        self.named(domain)?
+            .change("rename", |state| {
+                to.clone_into(&mut state.record.name);
+                Ok(())
+            })
+            .map_err(|error| failed(doing, domain)(error.into()))
+    }
+
+    fn configuration(&self, domain: DomainRef) -> Result<Option<Configuration>, DomainStoreError> {
+        let bytes = self.get(domain, CONFIGURATION)?;
+        Ok(bytes.map(|bytes| Configuration {
+            bytes,
+            keeper: ConfigurationKeeper::Store,
+        }))
+    }
+
+    fn set_configuration(&self, domain: DomainRef, bytes: &[u8]) -> Result<(), DomainStoreError> {
+        self.put(domain, CONFIGURATION, bytes)
+    }
+
+    fn emulators(&self, domain: DomainRef) -> Result<Option<Vec<u8>>, DomainStoreError> {
+        self.get(domain, EMULATORS)
+    }
+
+    fn set_emulators(&self, domain: DomainRef, bytes: &[u8]) -> Result<(), DomainStoreError> {
+        self.put(domain, EMULATORS, bytes)
+    }
+
+    fn introduce(
+        &self,
+        domain: DomainRef,
+        introduction: &Introduction<'_>,
+    ) -> Result<(), DomainStoreError> {
+        // There is no xenstore and no console that the rings could be connected to.
+        self.set_name(domain, introduction.name)
+    }
+
+    fn forget(&self, domain: DomainRef) -> Result<(), DomainStoreError> {
+        let mock = self.named(domain)?;
+        let keys: BTreeSet<String> = mock
+            .look("userdata", |state| {
+                let names = state.blobs.keys();
+                Ok(names
+                    .filter(|name| name.starts_with(USERDATA))
+                    .cloned()
+                    .collect())
+            })
+            .map_err(gone(domain))?;
+        let doing = "removing the user data";
+        let mut state = mock.dom.lock();
+        for key in keys {
+            let removed = self.machine.store.remove_blob(domain.domid, &key);
+            removed.map_err(failed(doing, domain))?;
+            state.blobs.remove(&key);
+        }
+        drop(state);
+        mock.change("rename", |state| {
+            state.record.name = default_name(domain.domid);
+            Ok(())
+        })
+        .map_err(|error| failed(doing, domain)(error.into()))
+    }
+
+    fn destroy(&self, domain: DomainRef, _: Duration) -> Result<Destroyed, DomainStoreError> {
+        let mock = self.named(domain)?;
+        // All that is kept with it goes at the same time.
+        mock.destroy().map_err(gone(domain))?;
+        Ok(Destroyed {
+            outcome: DestroyOutcome::Gone,
+            left_behind: Vec::new(),
+        })
+    }
+
+    fn lock(&self, domain: DomainRef, command: &str) -> Result<DomainLock, DomainStoreError> {
+        let dom = self.named(domain)?.dom;
+        let mut holder = dom.holder.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(holder) = &*holder {
+            return Err(DomainStoreError::Locked {
+                domain,
+                holder: holder.clone(),
+            });
+        }
+        *holder = Some(LockHolder::this(command));
+        drop(holder);
+        Ok(DomainLock::new(move || {
+            *dom.holder.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        }))
+    }
+}

@@ -1,0 +1,318 @@
+//! What only a store that is kept in xenstore, beside libxl, can show: domains that libxl
+//! made, locks across processes, writers that die half-way.
+
+use std::fs;
+use std::path::Path;
+use std::sync::atomic::AtomicUsize;
+
+use xsr_format::frame::Gfn;
+
+use super::*;
+use crate::mock::face::Face;
+use crate::mock::{HostConfig, MockHost};
+use crate::xen::LibxlFiles;
+use crate::xenstore::{Work, Xenstore};
+use crate::{GuestKind, NewDomain, Ring, Uuid};
+
+/// A domain of libxl's on a Xen, with libxl's files below `root`.
+struct OfLibxl {
+    face: Face,
+    host: XenHost,
+    domain: DomainRef,
+    root: tempfile::TempDir,
+}
+
+impl OfLibxl {
+    fn store(&self) -> &dyn DomainStore {
+        &self.host
+    }
+}
+
+fn host(face: &Face, root: &Path) -> XenHost {
+    let (hypercalls, store) = (Arc::new(face.clone()), Box::new(face.clone()));
+    XenHost::with_files(hypercalls, store, LibxlFiles::below(root)).unwrap()
+}
+
+fn of_libxl() -> OfLibxl {
+    let config = HostConfig {
+        memory_pages: 1 << 13,
+        ..HostConfig::default()
+    };
+    let face = Face::new(&MockHost::ephemeral(&config).unwrap());
+    let root = tempfile::tempdir().unwrap();
+    let host = host(&face, root.path());
+    let new = NewDomain::new(GuestKind::Pvh, 1, 4).uuid(Uuid([0x11; 16]));
+    let domain = DomainRef {
+        domid: host.create(&new).unwrap(),
+        uuid: new.uuid,
+    };
+    let n = domain.domid.0;
+    let vm = format!("/vm/{}", domain.uuid);
+    let nodes = [
+        (format!("/local/domain/{n}/name"), "web".to_owned()),
+        (format!("/local/domain/{n}/vm"), vm.clone()),
+        (format!("{vm}/name"), "web".to_owned()),
+        (format!("/libxl/{n}/type"), "pvh".to_owned()),
+        (format!("/libxl/{n}/device/console/0/state"), "1".to_owned()),
+    ];
+    for (path, value) in nodes {
+        face.write(&path, value.as_bytes()).unwrap();
+    }
+    let lib = root.path().join("var/lib/xen");
+    fs::create_dir_all(&lib).unwrap();
+    let json = lib.join(format!("userdata-d.{n}.{}.libxl-json", domain.uuid));
+    fs::write(json, "{ \"libxl\": 1 }").unwrap();
+    OfLibxl {
+        face,
+        host,
+        domain,
+        root,
+    }
+}
+
+fn read(face: &Face, path: &str) -> Option<String> {
+    text(face.read(path).unwrap())
+}
+
+#[test]
+fn what_libxl_leaves_of_a_domain_is_named_and_not_touched() {
+    let made = of_libxl();
+    let n = made.domain.domid.0;
+    let devices = ["vbd/51712", "vif/0"].map(|device| format!("/libxl/{n}/device/{device}"));
+    for device in &devices {
+        made.face.write(&format!("{device}/state"), b"4").unwrap();
+    }
+    let pid = format!("/local/domain/{n}/image/device-model-pid");
+    made.face.write(&pid, b"4711").unwrap();
+    made.host.set_configuration(made.domain, b"ours").unwrap();
+    let destroyed = made.host.destroy(made.domain, Duration::ZERO).unwrap();
+    let lib = made.root.path().join("var/lib/xen");
+    let file = lib.join(format!("userdata-d.{n}.{}.libxl-json", made.domain.uuid));
+    let mut expected = vec![
+        LeftBehind::File(file.clone()),
+        LeftBehind::Process {
+            pid: 4711,
+            node: pid.clone(),
+        },
+    ];
+    expected.extend(devices.clone().map(LeftBehind::Device));
+    assert_eq!(destroyed.left_behind, expected);
+    assert_eq!(destroyed.outcome, DestroyOutcome::Gone);
+    assert!(file.exists());
+    assert_eq!(read(&made.face, &pid).as_deref(), Some("4711"));
+    assert_eq!(made.face.list(&devices[0]).unwrap(), ["state"]);
+    assert!(made.face.list(OURS).unwrap().is_empty(), "ours is gone");
+}
+
+#[test]
+fn a_domain_of_libxl_without_devices_leaves_no_node() {
+    let made = of_libxl();
+    let destroyed = made.host.destroy(made.domain, Duration::ZERO).unwrap();
+    assert!(matches!(&destroyed.left_behind[..], [LeftBehind::File(_)]));
+    for tree in ["/local/domain", "/vm", "/libxl", OURS] {
+        assert!(made.face.list(tree).unwrap().is_empty(), "{tree}");
+    }
+}
+
+#[test]
+fn the_configuration_of_libxl_comes_first_and_is_never_written() {
+    let made = of_libxl();
+    let get = || made.host.configuration(made.domain).unwrap().unwrap();
+    let its = get();
+    let ConfigurationKeeper::Libxl(path) = &its.keeper else {
+        panic!("{its:?}");
+    };
+    assert_eq!(its.bytes, b"{ \"libxl\": 1 }");
+    made.host.set_configuration(made.domain, b"ours").unwrap();
+    assert_eq!(get(), its);
+    let destroyed = made.host.destroy(made.domain, Duration::ZERO).unwrap();
+    assert_eq!(destroyed.left_behind.len(), 1);
+    assert_eq!(fs::read(path).unwrap(), its.bytes);
+}
+
+#[test]
+fn a_rename_reaches_the_second_place_of_the_name() {
+    let made = of_libxl();
+    made.host.rename(made.domain, "web", "db").unwrap();
+    let second = format!("/vm/{}/name", made.domain.uuid);
+    assert_eq!(read(&made.face, &second).as_deref(), Some("db"));
+    assert_eq!(made.store().find("db").unwrap(), made.domain);
+}
+
+#[test]
+fn a_lock_holds_across_handles_and_ends_with_its_process() {
+    let made = of_libxl();
+    let other = host(&made.face, made.root.path());
+    let path = ours(made.domain, "lock");
+    let lock = made.host.lock(made.domain, "xsr save web").unwrap();
+    let refused = other.lock(made.domain, "xsr destroy web").unwrap_err();
+    let pid = std::process::id();
+    assert_eq!(
+        refused.to_string(),
+        format!(
+            "{} is in use by process {pid} (xsr save web); wait until it ends",
+            made.domain
+        )
+    );
+    let value = made.face.read(&path).unwrap().unwrap();
+    drop(lock);
+    assert_eq!(read(&made.face, &path), None);
+    // As a process of an earlier boot, or nonsense, would have left it.
+    let this = String::from_utf8(value).unwrap();
+    let mut words: Vec<&str> = this.splitn(5, ' ').collect();
+    words[2] = "00000000-another-boot";
+    for stale in [words.join(" "), "nonsense".to_owned()] {
+        made.face.write(&path, stale.as_bytes()).unwrap();
+        let lock = other.lock(made.domain, "xsr destroy web").unwrap();
+        // That of the dead process is not given back by anybody.
+        assert!(
+            read(&made.face, &path)
+                .unwrap()
+                .ends_with("xsr destroy web")
+        );
+        drop(lock);
+    }
+}
+
+#[test]
+fn what_an_earlier_domain_with_the_number_left_is_removed_when_a_new_one_comes() {
+    let made = of_libxl();
+    let before = DomainRef {
+        uuid: Uuid([0x22; 16]),
+        ..made.domain
+    };
+    made.face
+        .write(&ours(before, "lock"), b"1 ? ? ? x")
+        .unwrap();
+    let handle = made.host.open(made.domain).unwrap();
+    handle.populate(0, &mut [Gfn(0), Gfn(1)]).unwrap();
+    let introduction = Introduction {
+        name: "new",
+        store: Ring {
+            frame: Gfn(1),
+            port: handle.alloc_unbound_port(DomId(0)).unwrap(),
+        },
+        console: None,
+    };
+    made.store().introduce(made.domain, &introduction).unwrap();
+    assert!(made.face.list(OURS).unwrap().is_empty());
+    assert_eq!(
+        made.store().name(made.domain).unwrap().as_deref(),
+        Some("new")
+    );
+}
+
+/// A store whose changes fail from one of them on: all, or only that one.
+#[derive(Debug)]
+struct Failing {
+    face: Face,
+    changes: Arc<AtomicUsize>,
+    bad: usize,
+    once: bool,
+}
+
+impl Failing {
+    fn change(&self) -> Result<(), StoreError> {
+        let n = self.changes.fetch_add(1, Ordering::Relaxed);
+        match n == self.bad || n > self.bad && !self.once {
+            true => Err(StoreError::Connection(Errno::EPIPE.into())),
+            false => Ok(()),
+        }
+    }
+}
+
+impl Xenstore for Failing {
+    fn read(&self, path: &str) -> Result<Option<Vec<u8>>, StoreError> {
+        self.face.read(path)
+    }
+
+    fn write(&self, path: &str, value: &[u8]) -> Result<(), StoreError> {
+        self.change()?;
+        self.face.write(path, value)
+    }
+
+    fn exchange(&self, path: &str, old: &[u8], new: &[u8]) -> Result<bool, StoreError> {
+        self.change()?;
+        self.face.exchange(path, old, new)
+    }
+
+    fn list(&self, path: &str) -> Result<Vec<String>, StoreError> {
+        self.face.list(path)
+    }
+
+    fn transaction(&self, work: &mut Work<'_>) -> Result<(), StoreError> {
+        self.change()?;
+        self.face.transaction(work)
+    }
+
+    fn remove(&self, path: &str) -> Result<(), StoreError> {
+        self.change()?;
+        self.face.remove(path)
+    }
+
+    fn let_have(&self, path: &str, domid: DomId, owner: bool) -> Result<(), StoreError> {
+        self.change()?;
+        self.face.let_have(path, domid, owner)
+    }
+
+    fn introduce(&self, domid: DomId, frame: Gfn, port: u32) -> Result<(), StoreError> {
+        self.change()?;
+        self.face.introduce(domid, frame, port)
+    }
+}
+
+#[test]
+fn a_writer_that_dies_leaves_the_old_configuration_or_the_new_one() {
+    let (old, new) = (vec![1; 2 * PIECE], vec![2; 3 * PIECE + 1]);
+    for once in [true, false] {
+        let mut succeeded = false;
+        for bad in 0.. {
+            let made = of_libxl();
+            // Not libxl's: ours is what is looked at.
+            fs::remove_dir_all(made.root.path().join("var")).unwrap();
+            made.host.set_configuration(made.domain, &old).unwrap();
+            let changes = Arc::new(AtomicUsize::new(0));
+            let failing = Failing {
+                face: made.face.clone(),
+                changes: Arc::clone(&changes),
+                bad,
+                once,
+            };
+            let hypercalls = Arc::new(made.face.clone());
+            let writer = XenHost::over(hypercalls, Box::new(failing)).unwrap();
+            let result = writer.set_configuration(made.domain, &new);
+            let kept = made.host.configuration(made.domain).unwrap().unwrap();
+            match &result {
+                Ok(()) => assert!(kept.bytes == new, "change {bad}"),
+                Err(_) => assert!(kept.bytes == old, "change {bad}"),
+            }
+            if result.is_err() && once {
+                let below = format!("{OURS}/{}/{}", made.domain.domid.0, made.domain.uuid);
+                assert_eq!(made.face.list(&below).unwrap().len(), 2, "no piece is left");
+            }
+            if changes.load(Ordering::Relaxed) <= bad {
+                succeeded = result.is_ok();
+                break;
+            }
+        }
+        assert!(succeeded);
+    }
+}
+
+#[test]
+fn a_domain_that_stays_is_waited_for_until_the_time_is_up_and_no_longer() {
+    let mut looks = 0;
+    let outcome = wait_until_gone(Duration::ZERO, || {
+        looks += 1;
+        Ok(false)
+    });
+    assert_eq!((outcome, looks), (Ok(DestroyOutcome::StillDying), 1));
+    let outcome = wait_until_gone(Duration::from_secs(60), || {
+        looks += 1;
+        Ok(looks == 4)
+    });
+    assert_eq!(outcome, Ok(DestroyOutcome::Gone));
+    let error = BackendError::host("getdomaininfo", Errno::EPERM);
+    let failed = wait_until_gone(Duration::from_secs(60), || Err(error.clone()));
+    assert_eq!(failed, Err(error));
+}
