@@ -146,6 +146,9 @@ pub(crate) struct SaveArgs {
     /// Save while the domain runs
     #[arg(long)]
     pub(crate) live: bool,
+    /// Save even where there is too little room for the image
+    #[arg(long)]
+    pub(crate) force: bool,
     /// On a Xen host: without xl and libxl, to a bare libxc stream (PV and PVH)
     #[arg(long)]
     pub(crate) direct: bool,

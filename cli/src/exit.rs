@@ -1,7 +1,7 @@
 //! Exit codes: what they are, and which failure gets which. Decided here alone.
 
-use std::fmt;
 use std::process::ExitCode;
+use std::{fmt, io};
 
 use xsr_format::error::{ReadError, ReadErrorCause};
 use xsr_save_restore::RestoreError;
@@ -110,8 +110,79 @@ impl fmt::Display for BadUsage {
 
 impl std::error::Error for BadUsage {}
 
+/// Stdout could not be written. Inside an [`io::Error`], which may surface anywhere.
+#[derive(Debug)]
+pub(crate) struct Stdout(pub(crate) io::Error);
+
+impl fmt::Display for Stdout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "stdout: {}", self.0)
+    }
+}
+
+impl std::error::Error for Stdout {}
+
+/// An output that could not be written: the input is not to blame.
+#[derive(Debug)]
+pub(crate) struct WriteFailed {
+    /// The output, as a person calls it.
+    pub(crate) output: String,
+    pub(crate) error: io::Error,
+}
+
+impl fmt::Display for WriteFailed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "writing {}: {}", self.output, self.error)
+    }
+}
+
+impl std::error::Error for WriteFailed {}
+
+/// A failure, and what has become of the guest and of the file that was being written.
+#[derive(Debug)]
+pub(crate) struct Aftermath {
+    error: anyhow::Error,
+    /// `web runs on, no file was written`
+    after: String,
+}
+
+impl Aftermath {
+    /// Add it to a failure.
+    pub(crate) fn of(error: anyhow::Error, after: String) -> anyhow::Error {
+        match after.is_empty() {
+            true => error,
+            false => anyhow::Error::new(Self { error, after }),
+        }
+    }
+}
+
+impl fmt::Display for Aftermath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}; {}", words(self.error.chain()), self.after)
+    }
+}
+
+// It has no source: its words have all of them.
+impl std::error::Error for Aftermath {}
+
+/// The failure alone, without what became of the guest and of the file.
+fn failure(error: &anyhow::Error) -> &anyhow::Error {
+    match error.downcast_ref::<Aftermath>() {
+        Some(after) => failure(&after.error),
+        None => error,
+    }
+}
+
+/// Whether the failure is that a pipe is no longer read, into which an image went: the reader
+/// (`| head`) has what it wanted, or says itself why it ended. Nothing is to be said then.
+pub(crate) fn is_silent(error: &anyhow::Error) -> bool {
+    let failed = failure(error).downcast_ref::<WriteFailed>();
+    failed.is_some_and(|failed| failed.error.kind() == io::ErrorKind::BrokenPipe)
+}
+
 /// The code for a failure: who is to blame decides.
 pub(crate) fn code_of(error: &anyhow::Error) -> Code {
+    let error = failure(error);
     for cause in error.chain() {
         if cause.is::<BadUsage>() {
             return Code::Usage;
@@ -161,7 +232,7 @@ pub(crate) fn advice(error: &anyhow::Error) -> Option<&'static str> {
 
 /// Whether what was read ended where it must not.
 pub(crate) fn ends_early(error: &anyhow::Error) -> bool {
-    let found = error.chain().find_map(|cause| {
+    let found = failure(error).chain().find_map(|cause| {
         cause
             .downcast_ref::<ReadError>()
             .or_else(|| match cause.downcast_ref() {
@@ -212,5 +283,30 @@ mod tests {
         assert_eq!(code_of(&bad), Code::BadImage);
         let usage = anyhow::Error::new(BadUsage("no".to_owned())).context("x");
         assert_eq!(code_of(&usage), Code::Usage);
+    }
+
+    #[test]
+    fn what_became_of_the_file_is_said_last_and_changes_no_code() {
+        let bad = anyhow::Error::new(BadImage("odd".to_owned())).context("converting a");
+        let error = Aftermath::of(bad, "no file was written".to_owned());
+        let error = error.context("outermost");
+        assert_eq!(code_of(&error), Code::BadImage);
+        assert_eq!(
+            words(error.chain()),
+            "outermost: converting a: odd; no file was written"
+        );
+        assert!(!is_silent(&error));
+    }
+
+    #[test]
+    fn a_pipe_that_is_no_longer_read_needs_no_words() {
+        let failed = |kind: io::ErrorKind| {
+            let output = "stdout".to_owned();
+            let error = kind.into();
+            let failed = anyhow::Error::new(WriteFailed { output, error });
+            Aftermath::of(failed, "the image there is incomplete".to_owned())
+        };
+        assert!(is_silent(&failed(io::ErrorKind::BrokenPipe)));
+        assert!(!is_silent(&failed(io::ErrorKind::StorageFull)));
     }
 }

@@ -1,8 +1,7 @@
-//! Images as files: where one is read from, and how one is written so that it is
-//! there whole or not at all.
+//! Where an image is read from: a file, a pipe, or stdin, with what stands around it taken off.
 
 use std::ffi::OsStr;
-use std::fs::{self, File, OpenOptions};
+use std::fs::File;
 use std::io::{self, IsTerminal, Seek};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
@@ -10,15 +9,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use nix::fcntl::{FcntlArg, fcntl};
-use tempfile::NamedTempFile;
 
 use crate::exit::BadUsage;
 use crate::feed::{self, Feed};
-use crate::left::Left;
 use crate::peel;
+use crate::text::shown_path;
 
 /// What stands for stdin or stdout.
-fn is_dash(path: &Path) -> bool {
+pub(crate) fn is_dash(path: &Path) -> bool {
     path.as_os_str() == OsStr::new("-")
 }
 
@@ -57,7 +55,7 @@ impl Input {
             let file = stdin.as_fd().try_clone_to_owned().context("stdin")?.into();
             return Self::plain(file, "stdin".to_owned());
         }
-        let name = path.display().to_string();
+        let name = shown_path(path);
         let file = File::open(path).with_context(|| name.clone())?;
         let mut input = Self::plain(file, name)?;
         input.path = input.length.is_some().then(|| path.to_owned());
@@ -192,130 +190,11 @@ impl Input {
     }
 }
 
-/// An image that is being written.
-#[derive(Debug)]
-pub(crate) struct Output {
-    file: File,
-    place: Place,
-}
-
-#[derive(Debug)]
-enum Place {
-    /// Under a temporary name in the directory it will stand in; removed on drop.
-    Temporary {
-        path: tempfile::TempPath,
-        to: PathBuf,
-        /// Removed by a signal, too.
-        left: Left,
-    },
-    /// A pipe, a device, or stdout: what is written is written.
-    Straight,
-}
-
-impl Output {
-    /// Get ready to write to `path`; `-` is stdout.
-    pub(crate) fn create(path: &Path) -> anyhow::Result<Self> {
-        if is_dash(path) {
-            let stdout = io::stdout();
-            if stdout.is_terminal() {
-                return Err(anyhow::Error::new(BadUsage(
-                    "stdout is a terminal: an image would garble it; name a file".to_owned(),
-                )));
-            }
-            let file = stdout.as_fd().try_clone_to_owned().context("stdout")?;
-            return Self::straight(file.into());
-        }
-        Self::create_at(path).with_context(|| path.display().to_string())
-    }
-
-    fn straight(file: File) -> anyhow::Result<Self> {
-        if file.metadata()?.file_type().is_fifo() {
-            widen(&file);
-        }
-        let place = Place::Straight;
-        Ok(Self { file, place })
-    }
-
-    fn create_at(path: &Path) -> anyhow::Result<Self> {
-        let to = match fs::metadata(path) {
-            Ok(found) if found.is_dir() => bail!("is a directory"),
-            Ok(found) if is_stream(found.file_type()) || is_descriptor(path) => {
-                return Self::straight(OpenOptions::new().write(true).open(path)?);
-            }
-            // What a link points to is replaced, not the link.
-            Ok(_) => fs::canonicalize(path)?,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => path.to_owned(),
-            Err(e) => return Err(e.into()),
-        };
-        let name = to.file_name().context("names no file")?;
-        let mut prefix = OsStr::new(".").to_owned();
-        prefix.push(name);
-        prefix.push(".");
-        // Readable by the owner alone: the image holds all of the guest's memory.
-        let make = || {
-            let mut temporary = tempfile::Builder::new();
-            let temporary = temporary.prefix(&prefix).suffix(".partial");
-            temporary.tempfile_in(directory(&to))
-        };
-        let (left, temporary) = Left::file(&to, make, NamedTempFile::path)
-            .context("making a temporary file beside it")?;
-        let (file, path) = NamedTempFile::into_parts(temporary);
-        Ok(Self {
-            file,
-            place: Place::Temporary { path, to, left },
-        })
-    }
-
-    /// What to write to.
-    pub(crate) fn file(&self) -> &File {
-        &self.file
-    }
-
-    /// The image is complete: make it durable and give it its name.
-    pub(crate) fn finish(self) -> anyhow::Result<()> {
-        let Place::Temporary { path, to, left } = self.place else {
-            return match self.file.sync_all() {
-                // A pipe or a terminal keeps nothing.
-                Err(e) if e.kind() == io::ErrorKind::InvalidInput => Ok(()),
-                other => other.context("making the image durable"),
-            };
-        };
-        let name = || to.display().to_string();
-        self.file.sync_all().with_context(name)?;
-        left.settle(|| path.persist(&to))
-            .map_err(|e| e.error)
-            .with_context(name)?;
-        // The name is durable once the directory is.
-        File::open(directory(&to))
-            .and_then(|dir| dir.sync_all())
-            .with_context(name)
-    }
-}
-
 /// Let a pipe hold more than the 64 KiB it begins with: fewer turns between the two
 /// processes. Where that is not allowed, it stays as it is.
 pub(crate) fn widen(pipe: &File) {
     const OCTETS: i32 = 1 << 20;
     if let Err(error) = fcntl(pipe, FcntlArg::F_SETPIPE_SZ(OCTETS)) {
         tracing::debug!(%error, "the pipe keeps its size");
-    }
-}
-
-fn is_stream(kind: fs::FileType) -> bool {
-    kind.is_fifo() || kind.is_char_device() || kind.is_block_device() || kind.is_socket()
-}
-
-/// Whether the path is a name for an open descriptor (`/dev/stdout`, `/dev/fd/3`):
-/// who gave it wants the descriptor written, not a file replaced.
-fn is_descriptor(path: &Path) -> bool {
-    ["/dev/stdout", "/dev/stderr", "/dev/fd", "/proc"]
-        .iter()
-        .any(|name| path.starts_with(name))
-}
-
-fn directory(file: &Path) -> &Path {
-    match file.parent() {
-        Some(parent) if parent != Path::new("") => parent,
-        _ => Path::new("."),
     }
 }

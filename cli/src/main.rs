@@ -18,6 +18,7 @@ mod handshake;
 mod image;
 mod interrupt;
 mod left;
+mod output;
 mod page_map;
 mod painter;
 mod peel;

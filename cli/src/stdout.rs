@@ -1,11 +1,18 @@
-//! Results, which go to stdout. Whoever reads them may stop reading (`| head`): that
-//! is no failure, and changes neither what is done nor the exit code. What is left to
-//! say is not said.
+//! Results, which go to stdout: text and JSON. A reader that stops reading (`| head`) is no
+//! failure, and changes neither what is done nor the exit code: the rest is not written.
+//!
+//! No character that a terminal would obey leaves this file: text is escaped as it is written
+//! (except its line ends), and JSON has such characters as `\u` sequences, so that it stays
+//! complete.
 
 use std::io::{self, BufWriter, StdoutLock, Write};
 
-use anyhow::Context as _;
 use serde::Serialize;
+use serde_json::ser::{CompactFormatter, Formatter, PrettyFormatter, Serializer};
+
+use crate::exit::Stdout;
+use crate::terminal::Terminal;
+use crate::text::{escaped, is_unfit};
 
 /// Results on their way to stdout.
 #[derive(Debug)]
@@ -21,25 +28,27 @@ struct Reader {
 }
 
 impl Reader {
-    /// The result, but that nobody reads any more.
+    /// The result, unless it is that nobody reads any more.
     fn unless_gone<T>(&mut self, result: io::Result<T>, instead: T) -> io::Result<T> {
         match result {
             Err(e) if e.kind() == io::ErrorKind::BrokenPipe => {
                 self.gone = true;
                 Ok(instead)
             }
-            result => result,
+            // Names stdout: the error may surface far from here.
+            Err(e) => Err(io::Error::new(e.kind(), Stdout(e))),
+            Ok(value) => Ok(value),
         }
     }
 }
 
 impl Write for Reader {
-    fn write(&mut self, octets: &[u8]) -> io::Result<usize> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if self.gone {
-            return Ok(octets.len());
+            return Ok(bytes.len());
         }
-        let result = self.out.write(octets);
-        self.unless_gone(result, octets.len())
+        let result = self.out.write(bytes);
+        self.unless_gone(result, bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -55,24 +64,38 @@ impl Results {
     /// Take stdout.
     pub(crate) fn new() -> Self {
         Self {
-            out: BufWriter::new(Reader {
-                out: io::stdout().lock(),
-                gone: false,
-            }),
+            out: BufWriter::with_capacity(
+                1 << 16,
+                Reader {
+                    out: io::stdout().lock(),
+                    gone: false,
+                },
+            ),
         }
     }
 
     /// One JSON document, over several lines.
     pub(crate) fn json(&mut self, document: &impl Serialize) -> anyhow::Result<()> {
-        let text = serde_json::to_string_pretty(document).context("making JSON")?;
-        writeln!(self, "{text}")?;
-        Ok(())
+        self.document(document, Escaping(PrettyFormatter::new()))
     }
 
     /// One JSON document on one line.
     pub(crate) fn json_line(&mut self, document: &impl Serialize) -> anyhow::Result<()> {
-        let text = serde_json::to_string(document).context("making JSON")?;
-        writeln!(self, "{text}")?;
+        self.document(document, Escaping(CompactFormatter))
+    }
+
+    /// Written as it is made: a document may be as large as an image lets it be.
+    fn document(
+        &mut self,
+        document: &impl Serialize,
+        formatter: impl Formatter,
+    ) -> anyhow::Result<()> {
+        let mut serializer = Serializer::with_formatter(&mut self.out, formatter);
+        document
+            .serialize(&mut serializer)
+            // An error of stdout is itself, not one of JSON.
+            .map_err(io::Error::from)?;
+        self.out.write_all(b"\n")?;
         Ok(())
     }
 
@@ -83,12 +106,120 @@ impl Results {
     }
 }
 
+/// Text. Each call has whole characters, as `write!` makes them.
 impl Write for Results {
-    fn write(&mut self, octets: &[u8]) -> io::Result<usize> {
-        self.out.write(octets)
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.write_all(bytes)?;
+        Ok(bytes.len())
+    }
+
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let plain = |byte: &u8| matches!(byte, b' '..=b'~' | b'\n');
+        if bytes.iter().all(plain) {
+            return self.out.write_all(bytes);
+        }
+        let text = String::from_utf8_lossy(bytes);
+        let text = escaped(&text, |c| c != '\n' && is_unfit(c));
+        self.out.write_all(text.as_bytes())
     }
 
     fn flush(&mut self) -> io::Result<()> {
         self.out.flush()
+    }
+}
+
+/// Report what has been done, where the work was something else than the report. It may have
+/// changed a domain or a host, so that stdout that cannot be written is no failure of it: that
+/// is said on stderr, with `done`.
+pub(crate) fn report(terminal: &Terminal, done: &str, document: &impl Serialize) {
+    let mut out = Results::new();
+    if let Err(error) = out.json(document).and_then(|()| out.finish()) {
+        unreported(terminal, done, &error);
+    }
+}
+
+/// Something is done, and the report of it could not be written.
+pub(crate) fn unreported(terminal: &Terminal, done: &str, error: &anyhow::Error) {
+    let why = crate::exit::words(error.chain());
+    terminal.always(&format!(
+        "xsr: {done}; the report could not be written: {why}"
+    ));
+}
+
+/// A formatter whose strings have no character that a terminal would obey.
+struct Escaping<F>(F);
+
+/// The methods that the two formatters have of their own, passed on.
+macro_rules! pass_on {
+    ($($name:ident($($argument:ident: $kind:ty),*);)*) => {
+        $(fn $name<W: ?Sized + Write>(&mut self, out: &mut W $(, $argument: $kind)*) -> io::Result<()> {
+            self.0.$name(out $(, $argument)*)
+        })*
+    };
+}
+
+impl<F: Formatter> Formatter for Escaping<F> {
+    pass_on! {
+        begin_array();
+        end_array();
+        begin_array_value(first: bool);
+        end_array_value();
+        begin_object();
+        end_object();
+        begin_object_key(first: bool);
+        end_object_key();
+        begin_object_value();
+        end_object_value();
+    }
+
+    fn write_string_fragment<W: ?Sized + Write>(
+        &mut self,
+        out: &mut W,
+        fragment: &str,
+    ) -> io::Result<()> {
+        let mut rest = fragment;
+        while let Some((at, c)) = rest.char_indices().find(|(_, c)| is_unfit(*c)) {
+            let (head, tail) = rest.split_at(at);
+            out.write_all(head.as_bytes())?;
+            // All of them are below U+FFFF.
+            write!(out, "\\u{:04x}", u32::from(c))?;
+            rest = &tail[c.len_utf8()..];
+        }
+        out.write_all(rest.as_bytes())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_is_complete_and_fit_for_a_terminal() {
+        let name = "a\u{1b}\n\u{7f}\u{9b}\u{202e}é\"\\";
+        let document = serde_json::json!({ name: [name, 1, {}], "empty": [] });
+        for pretty in [true, false] {
+            let mut out = Vec::new();
+            let written = match pretty {
+                true => document.serialize(&mut Serializer::with_formatter(
+                    &mut out,
+                    Escaping(PrettyFormatter::new()),
+                )),
+                false => document.serialize(&mut Serializer::with_formatter(
+                    &mut out,
+                    Escaping(CompactFormatter),
+                )),
+            };
+            written.unwrap();
+            let text = String::from_utf8(out).unwrap();
+            assert!(!text.chars().any(|c| c != '\n' && is_unfit(c)), "{text:?}");
+            assert!(text.contains(r"\u001b\n\u007f\u009b\u202eé"), "{text}");
+            let plain = match pretty {
+                true => serde_json::to_string_pretty(&document).unwrap(),
+                false => document.to_string(),
+            };
+            assert_eq!(text.lines().count(), plain.lines().count());
+            let back: serde_json::Value = serde_json::from_str(&text).unwrap();
+            assert_eq!(back, document);
+        }
     }
 }

@@ -9,7 +9,7 @@ use tracing_subscriber::EnvFilter;
 use xsr_save_restore::progress::{Phase, Progress};
 
 use crate::exit;
-use crate::text::size;
+use crate::text::{escaped, is_unfit, shown, size};
 
 /// Stderr, and how much it may carry.
 #[derive(Clone, Debug)]
@@ -30,11 +30,20 @@ impl Terminal {
             (false, 2) => "debug",
             (false, _) => "trace",
         };
-        let filter = EnvFilter::try_from_env("XSR_LOG").unwrap_or_else(|_| EnvFilter::new(level));
+        let asked = std::env::var_os("XSR_LOG").filter(|asked| !asked.is_empty());
+        let asked = asked.map(|asked| {
+            let asked = asked.to_string_lossy();
+            EnvFilter::try_new(&*asked).map_err(|error| format!("{asked:?}: {error}"))
+        });
+        let (filter, wrong) = match asked {
+            Some(Ok(filter)) => (filter, None),
+            Some(Err(wrong)) => (EnvFilter::new(level), Some(wrong)),
+            None => (EnvFilter::new(level), None),
+        };
         let is_terminal = io::stderr().is_terminal();
         tracing_subscriber::fmt()
             .with_env_filter(filter)
-            .with_writer(io::stderr)
+            .with_writer(|| Escaping(io::stderr()))
             .with_ansi(false)
             .with_target(false)
             .without_time()
@@ -42,10 +51,14 @@ impl Terminal {
             // for a receiver whose sender is lost: the guest that takes over would go with it.
             .log_internal_errors(false)
             .init();
-        Self {
+        let terminal = Self {
             watched: is_terminal && !quiet,
             quiet,
+        };
+        if let Some(wrong) = wrong {
+            terminal.always(&format!("xsr: XSR_LOG is ignored: {wrong}"));
         }
+        terminal
     }
 
     /// The same, but without progress: somebody else shows it there.
@@ -58,6 +71,9 @@ impl Terminal {
 
     /// Say why the command failed.
     pub(crate) fn error(&self, error: &anyhow::Error) {
+        if exit::is_silent(error) {
+            return;
+        }
         let words = exit::words(error.chain());
         match exit::advice(error) {
             Some(advice) => line(&format!("xsr: {words}; {advice}")),
@@ -78,6 +94,11 @@ impl Terminal {
         if !self.quiet {
             line(text);
         }
+    }
+
+    /// Say something that must be heard even by who has asked for quiet.
+    pub(crate) fn always(&self, text: &str) {
+        line(text);
     }
 
     /// Whether a person watches.
@@ -176,9 +197,59 @@ fn set_template(bar: &ProgressBar, template: &str) {
     }
 }
 
-/// A line on stderr. Where even that fails there is nobody left to tell.
+/// The longest message, in bytes: what is longer has text from outside in it that nobody wants
+/// to read.
+const LONGEST: usize = 16 << 10;
+
+/// A message on stderr, which may have several lines. Where even that fails there is nobody
+/// left to tell.
 fn line(text: &str) {
+    let mut end = text.len().min(LONGEST);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    let (text, cut) = text.split_at(end);
+    let mut text = fit(text);
+    if !cut.is_empty() {
+        text.push_str(&format!("… ({} more bytes)", cut.len()));
+    }
     if let Err(e) = writeln!(io::stderr(), "{text}") {
         tracing::debug!(error = %e, "stderr was closed");
+    }
+}
+
+/// Text with all escaped that a terminal would obey, except line ends.
+fn fit(text: &str) -> String {
+    escaped(text, |c| c != '\n' && is_unfit(c))
+}
+
+/// A writer of lines of a log, each whole.
+#[derive(Debug)]
+struct Escaping<W>(W);
+
+impl<W: Write> Write for Escaping<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let text = String::from_utf8_lossy(bytes);
+        let text = shown(text.strip_suffix('\n').unwrap_or(&text));
+        self.0.write_all(format!("{text}\n").as_bytes())?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_has_nothing_that_a_terminal_obeys() {
+        let mut out = Escaping(Vec::new());
+        out.write_all("WARN web\u{1b}]0;x\u{7}\nERROR\u{9b}\n".as_bytes())
+            .unwrap();
+        let text = String::from_utf8(out.0).unwrap();
+        assert_eq!(text, "WARN web\\u{1b}]0;x\\u{7}\\nERROR\\u{9b}\n");
     }
 }

@@ -1,6 +1,13 @@
-//! Wording that several commands share: numbers, sizes, ranges.
+//! Wording that several commands share: numbers, sizes, ranges, and text from outside that a
+//! terminal may show.
 
-use std::fmt;
+use std::ffi::OsStr;
+use std::fmt::{self, Write as _};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+
+/// The longest name of a domain, in characters, that a message repeats whole.
+const LONGEST_NAME: usize = 100;
 
 /// A number with its noun, in the right number: `1 leaf`, `59 leaves`.
 #[derive(Clone, Copy, Debug)]
@@ -33,7 +40,7 @@ pub(crate) fn pfn_range(first: u64, last: u64) -> String {
     }
 }
 
-/// A size as a person reads it: `4.0 MiB`. Exact octets below 1 KiB.
+/// A size as a person reads it: `4.0 MiB`. Exact bytes below 1 KiB.
 pub(crate) fn size(octets: u64) -> String {
     const UNITS: [(u32, &str); 4] = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
     for (shift, unit) in UNITS {
@@ -43,7 +50,62 @@ pub(crate) fn size(octets: u64) -> String {
             return format!("{}.{} {unit}", tenths / 10, tenths % 10);
         }
     }
-    Count(octets, "octet").to_string()
+    Count(octets, "byte").to_string()
+}
+
+/// Whether a terminal would obey this character, or show the text around it in another order:
+/// C0 and C1 controls, DEL, line separators, bidirectional controls.
+pub(crate) fn is_unfit(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}'
+            | '\u{2066}'..='\u{2069}')
+}
+
+/// Text from outside (a name, a key, a value), with everything escaped that a terminal would
+/// obey.
+pub(crate) fn shown(text: &str) -> String {
+    escaped(text, is_unfit)
+}
+
+/// The same, with those characters escaped that `unfit` says.
+pub(crate) fn escaped(text: &str, unfit: impl Fn(char) -> bool) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match unfit(c) {
+            // `\n`, `\u{1b}`.
+            true => out.extend(c.escape_default()),
+            false => out.push(c),
+        }
+    }
+    out
+}
+
+/// The name of a domain, from an image or a peer, for a message: escaped, and cut if it is long.
+pub(crate) fn shown_name(name: &str) -> String {
+    match name.char_indices().nth(LONGEST_NAME) {
+        None => shown(name),
+        Some((at, _)) => {
+            let (head, tail) = name.split_at(at);
+            format!("{}… ({} more bytes)", shown(head), tail.len())
+        }
+    }
+}
+
+/// A path for a message: what is no UTF-8 as `\xff`, controls escaped.
+pub(crate) fn shown_path(path: &Path) -> String {
+    shown_os(path.as_os_str())
+}
+
+fn shown_os(text: &OsStr) -> String {
+    let mut out = String::new();
+    for chunk in text.as_bytes().utf8_chunks() {
+        out.push_str(&shown(chunk.valid()));
+        for byte in chunk.invalid() {
+            // Writing to a String does not fail.
+            write!(out, "\\x{byte:02x}").unwrap_or_default();
+        }
+    }
+    out
 }
 
 #[cfg(test)]
@@ -52,13 +114,36 @@ mod tests {
 
     #[test]
     fn sizes_and_counts_read_well() {
-        assert_eq!(size(0), "0 octets");
-        assert_eq!(size(1), "1 octet");
+        assert_eq!(size(0), "0 bytes");
+        assert_eq!(size(1), "1 byte");
         assert_eq!(size(4096), "4.0 KiB");
         assert_eq!(size(4_214_183), "4.0 MiB");
         assert_eq!(size(u64::MAX), "16777215.9 TiB");
         assert_eq!(Count(52_usize, "leaf").to_string(), "52 leaves");
         assert_eq!(Count(3, "pass").to_string(), "3 passes");
         assert_eq!(pfn_range(5, 5), "0x5");
+    }
+
+    #[test]
+    fn nothing_from_outside_is_obeyed_by_a_terminal() {
+        assert_eq!(shown("web-1 é ž 日本 \\"), "web-1 é ž 日本 \\");
+        let hostile = "a\u{1b}[31m\n\r\t\u{7f}\u{9b}2J\u{202e}\u{2066}\u{200f}";
+        assert_eq!(
+            shown(hostile),
+            r"a\u{1b}[31m\n\r\t\u{7f}\u{9b}2J\u{202e}\u{2066}\u{200f}"
+        );
+        let path = Path::new(OsStr::from_bytes(b"a\xff\n\x9bb.save"));
+        assert_eq!(shown_path(path), r"a\xff\n\x9bb.save");
+    }
+
+    #[test]
+    fn a_long_name_is_cut() {
+        assert_eq!(shown_name(&"é".repeat(100)), "é".repeat(100));
+        let long = "\n".repeat(1 << 20);
+        let shown = shown_name(&long);
+        assert_eq!(
+            shown,
+            format!("{}… (1048476 more bytes)", r"\n".repeat(100))
+        );
     }
 }

@@ -38,6 +38,8 @@ pub(crate) struct ConvertArgs {
     /// Print what was done as JSON (docs/json.md)
     #[arg(long)]
     pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) overwrite: OverwriteArg,
     /// Where the converted image goes; `-` is stdout
     #[arg(short, long, value_name = "OUT")]
     pub(crate) output: PathBuf,
@@ -127,9 +129,9 @@ pub(crate) enum ScriptFormat {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  xsr export guest.save guest.core && crash vmlinux guest.core
-  xsr export --format gdb guest.save guest.gdb && gdb vmlinux guest.gdb -ex bt
-  xsr export --format raw --sparse guest.save guest.mem")]
+  xsr export guest.save -o guest.core && crash vmlinux guest.core
+  xsr export --format gdb guest.save -o guest.gdb && gdb vmlinux guest.gdb -ex bt
+  xsr export --format raw --sparse guest.save -o guest.mem")]
 pub(crate) struct ExportArgs {
     /// What to make
     #[arg(long, value_name = "FORMAT", default_value = "elf")]
@@ -147,10 +149,28 @@ pub(crate) struct ExportArgs {
     /// Tolerate reserved fields that are not zero
     #[arg(long)]
     pub(crate) lenient: bool,
+    #[command(flatten)]
+    pub(crate) overwrite: OverwriteArg,
+    /// Where the memory goes; `-` is stdout
+    #[arg(short, long, value_name = "OUT")]
+    pub(crate) output: Option<PathBuf>,
     /// The image
     pub(crate) file: PathBuf,
-    /// Where the memory goes; `-` is stdout
-    pub(crate) output: PathBuf,
+    /// The same as --output OUT
+    #[arg(
+        value_name = "OUT",
+        conflicts_with = "output",
+        required_unless_present = "output"
+    )]
+    pub(crate) out: Option<PathBuf>,
+}
+
+/// What becomes of a file that is there already.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct OverwriteArg {
+    /// Replace OUT if it is there already
+    #[arg(short, long)]
+    pub(crate) force: bool,
 }
 
 /// How memory is written.
@@ -192,6 +212,8 @@ pub(crate) struct EditArgs {
     /// Tolerate reserved fields that are not zero
     #[arg(long)]
     pub(crate) lenient: bool,
+    #[command(flatten)]
+    pub(crate) overwrite: OverwriteArg,
     /// Where the changed image goes; `-` is stdout
     #[arg(short, long, value_name = "OUT")]
     pub(crate) output: PathBuf,
@@ -218,7 +240,7 @@ fn optional_record(text: &str) -> Result<(u32, PathBuf), String> {
     }
 }
 
-/// Write an image to stdout without what stands around it
+/// Write an image without what stands around it, to stdout or a file
 ///
 /// Compressions, the headers of xl, libvirt and xapi go; the stream inside stays as it is,
 /// octet for octet. (A legacy stream, which nobody reads any more, is converted.)
@@ -226,8 +248,13 @@ fn optional_record(text: &str) -> Result<(u32, PathBuf), String> {
 #[command(after_help = "\
 Examples:
   xsr cat guest.save | verify-stream-v2
-  xsr cat --layer libxl guest.save.zst | wc -c")]
+  xsr cat --layer libxl guest.save.zst -o guest.libxl")]
 pub(crate) struct CatArgs {
+    /// Where the stream goes; `-` is stdout
+    #[arg(short, long, value_name = "OUT", default_value = "-")]
+    pub(crate) output: PathBuf,
+    #[command(flatten)]
+    pub(crate) overwrite: OverwriteArg,
     /// Down to which layer: the stream of libxc, that of libxl, or all that xl wrote
     #[arg(long, value_name = "LAYER", default_value = "libxc")]
     pub(crate) layer: ConvertTo,

@@ -1,11 +1,10 @@
-//! `xsr cat`: the stream inside an image, to stdout, octet for octet.
+//! `xsr cat`: the stream inside an image, byte for byte.
 //!
 //! The stream is read and checked as it goes through, because that is how its end is found.
 
 use std::cell::RefCell;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::path::Path;
 use std::rc::Rc;
 
 use anyhow::{Context as _, Error, Result};
@@ -17,7 +16,8 @@ use xsr_format::walk::{Content, Walk};
 use super::convert::layer_of;
 use crate::args::images::CatArgs;
 use crate::exit::{BadUsage, Code};
-use crate::file::{Input, Output};
+use crate::file::Input;
+use crate::output::{Existing, Output, Plan, Sink};
 
 /// A file, and what has been read from it since somebody looked.
 pub(super) struct Heard<'f> {
@@ -52,18 +52,26 @@ impl Read for Heard<'_> {
     }
 }
 
-/// Write the stream inside an image to stdout.
+/// Write the stream inside an image.
 pub(crate) fn run(args: &CatArgs) -> Result<Code> {
-    let input = Input::open(&args.file, args.lenient)?;
-    let output = Output::create(Path::new("-"))?;
-    let octets = cat(args, &input, &mut output.file())
-        .map_err(|error| input.blame(error))
-        .with_context(|| input.name.clone())?;
-    input.finish(octets).with_context(|| input.name.clone())?;
+    let input = Input::open_as_it_is(&args.file)?;
+    let output = Output::open(&Plan {
+        path: &args.output,
+        inputs: &[&args.file],
+        existing: Existing::forced(args.overwrite.force),
+        only_copy: false,
+    })?;
+    let input = input.unwrapped(args.lenient)?;
+    output.fill(|sink| {
+        let octets = cat(args, &input, sink)
+            .map_err(|error| input.blame(error))
+            .with_context(|| input.name.clone())?;
+        input.finish(octets).with_context(|| input.name.clone())
+    })?;
     Ok(Code::Fine)
 }
 
-fn cat(args: &CatArgs, input: &Input, sink: &mut &File) -> Result<u64> {
+fn cat(args: &CatArgs, input: &Input, sink: &mut Sink<'_>) -> Result<u64> {
     let options = ReadOptions {
         lenient: args.lenient,
         offset: 0,
@@ -88,12 +96,12 @@ fn cat(args: &CatArgs, input: &Input, sink: &mut &File) -> Result<u64> {
         };
         let octets = heard.take();
         if layer <= wanted {
-            sink.write_all(&octets).context("writing to stdout")?;
+            sink.write_all(&octets)?;
         }
         if let Content::PageData(mut body) = step.content {
             let pages = body.pages_left();
             let copied = body.with_source(pages, |source, octets| {
-                let copied = io::copy(&mut source.file.take(octets), sink)?;
+                let copied = sink.copy(source.file, octets)?;
                 match copied == octets {
                     true => Ok(()),
                     false => Err(io::ErrorKind::UnexpectedEof.into()),
@@ -102,6 +110,5 @@ fn cat(args: &CatArgs, input: &Input, sink: &mut &File) -> Result<u64> {
             copied?;
         }
     }
-    sink.flush()?;
     Ok(walk.offset())
 }

@@ -10,7 +10,7 @@
 pub(crate) mod script;
 
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, Seek, SeekFrom, Write};
 use std::time::Instant;
 
 use anyhow::{Context as _, Error, Result};
@@ -29,9 +29,10 @@ use xsr_format::wrapper::xl::XlHeader;
 use crate::args::images::{ConvertArgs, ConvertTo, LegacyGuestArg, WidthArg};
 use crate::exit::{BadImage, Code};
 use crate::feed;
-use crate::file::{Input, Output};
+use crate::file::Input;
+use crate::output::{Existing, Output, Plan, Sink};
 use crate::peel;
-use crate::stdout::Results;
+use crate::stdout::report;
 use crate::terminal::Terminal;
 use crate::text::size;
 
@@ -56,36 +57,41 @@ pub(crate) fn run(args: &ConvertArgs, terminal: &Terminal) -> Result<Code> {
         None => None,
     };
     let input = Input::open_as_it_is(&args.file)?;
-    let output = Output::create(&args.output)?;
-    let mut sink = Counted {
-        file: output.file(),
-        octets: 0,
-    };
-    let done = convert(args, input, config.as_ref(), &mut sink)
-        .with_context(|| format!("converting {}", args.file.display()))?;
-    let octets = sink.octets;
-    output.finish()?;
+    let mut inputs = vec![args.file.as_path()];
+    inputs.extend(args.config.as_deref());
+    let output = Output::open(&Plan {
+        path: &args.output,
+        inputs: &inputs,
+        existing: Existing::forced(args.overwrite.force),
+        only_copy: false,
+    })?;
+    output.check_json(args.json)?;
+    let from = input.name.clone();
+    let (done, octets) = output.fill(|sink| {
+        convert(args, input, config.as_ref(), sink).with_context(|| format!("converting {from}"))
+    })?;
     let seconds = started.elapsed().as_secs_f64();
     let to = match done.to {
         Layer::Libxc => "libxc",
         Layer::Libxl => "libxl",
         Layer::Xl => "xl",
     };
-    let name = args.file.display().to_string();
-    terminal.note(&format!(
-        "{name} converted to a {to} image: {} in {seconds:.1} s",
-        size(octets)
-    ));
+    let what = match done.to {
+        Layer::Libxc => "a libxc stream",
+        Layer::Libxl => "a libxl stream",
+        Layer::Xl => "an xl image",
+    };
+    let words = format!("{from} converted to {what}");
+    terminal.note(&format!("{words}: {} in {seconds:.1} s", size(octets)));
     if args.json {
-        let mut out = Results::new();
-        out.json(&Report {
-            file: &name,
+        let document = Report {
+            file: &args.file.display().to_string(),
             to,
             legacy: done.legacy,
             octets,
             seconds,
-        })?;
-        out.finish()?;
+        };
+        report(terminal, &words, &document);
     }
     Ok(Code::Fine)
 }
@@ -135,7 +141,7 @@ fn convert(
     args: &ConvertArgs,
     mut input: Input,
     config: Option<&XlHeader>,
-    sink: &mut Counted<'_>,
+    sink: &mut Sink<'_>,
 ) -> Result<Done> {
     let seekable = input.length.is_some();
     let prefix = feed::peek(&input.file, seekable)?;
@@ -169,7 +175,7 @@ fn modern(
     args: &ConvertArgs,
     input: &Input,
     config: Option<&XlHeader>,
-    sink: &mut Counted<'_>,
+    sink: &mut Sink<'_>,
 ) -> Result<Done> {
     let options = ReadOptions {
         lenient: args.lenient,
@@ -217,7 +223,7 @@ fn convert_legacy(
     args: &ConvertArgs,
     input: &mut Input,
     header: Option<&XlHeader>,
-    sink: &mut Counted<'_>,
+    sink: &mut Sink<'_>,
 ) -> Result<Done> {
     let own = match header {
         Some(_) => Layer::Xl,
@@ -272,16 +278,15 @@ fn convert_legacy(
 }
 
 /// Copy all that is converted to the sink.
-fn pour(converted: &mut Converted<&File>, sink: &mut Counted<'_>) -> Result<()> {
+fn pour(converted: &mut Converted<&File>, sink: &mut Sink<'_>) -> Result<()> {
     loop {
         match converted.next_part()? {
             None => break,
-            Some(Part::Octets(octets)) => sink.write_all(octets).context("writing")?,
+            Some(Part::Octets(octets)) => sink.write_all(octets)?,
             Some(Part::Through(_)) => {
                 let mut failed = None;
                 converted.with_source(|source, octets| {
                     copy_octets(source, octets, sink).or_else(|e| {
-                        // Who failed, source or sink, is not told: say what was being done.
                         failed = Some(e);
                         Ok(octets)
                     })
@@ -292,32 +297,10 @@ fn pour(converted: &mut Converted<&File>, sink: &mut Counted<'_>) -> Result<()> 
             }
         }
     }
-    sink.flush()?;
     Ok(())
 }
 
-/// A file, and how many octets were written to it.
-pub(crate) struct Counted<'f> {
-    file: &'f File,
-    octets: u64,
-}
-
-impl Write for Counted<'_> {
-    fn write(&mut self, octets: &[u8]) -> io::Result<usize> {
-        let n = self.file.write(octets)?;
-        self.octets += n as u64;
-        Ok(n)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.file.flush()
-    }
-}
-
 /// From file to file, by the kernel where it can.
-fn copy_octets(source: &mut &File, octets: u64, sink: &mut Counted<'_>) -> io::Result<u64> {
-    let source: &File = source;
-    let copied = io::copy(&mut source.take(octets), &mut sink.file)?;
-    sink.octets += copied;
-    Ok(copied)
+fn copy_octets(source: &mut &File, octets: u64, sink: &mut Sink<'_>) -> io::Result<u64> {
+    sink.copy(source, octets)
 }

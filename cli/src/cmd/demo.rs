@@ -18,9 +18,10 @@ use xsr_xen_backend::{DomId, GuestKind, Host};
 use super::{diff, mock, restore, save};
 use crate::args::ProgressArg;
 use crate::exit::Code;
-use crate::file::{Input, Output};
+use crate::file::Input;
 use crate::image::Reading;
 use crate::left::Left;
+use crate::output::{Existing, Output, Plan};
 use crate::stdout::Results;
 use crate::terminal::Terminal;
 use crate::text::size;
@@ -268,7 +269,12 @@ impl Demo<'_> {
     /// Save a domain, which is gone afterwards; how many octets of pages it had.
     fn save(&mut self, host: &MockHost, domid: DomId, to: &Path) -> Result<u64> {
         let domain = host.domain(domid)?;
-        let output = Output::create(to)?;
+        let output = Output::open(&Plan {
+            path: to,
+            inputs: &[],
+            existing: Existing::Replace,
+            only_copy: true,
+        })?;
         let mut toolstack = DirectToolstack(&*domain);
         let job = save::Job {
             host,

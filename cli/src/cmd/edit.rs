@@ -1,8 +1,7 @@
 //! `xsr edit`: the configuration in an image of xl replaced, optional records dropped or
 //! added. The guest's memory and state go through octet for octet.
 
-use std::fs::File;
-use std::io::{self, Read, Write as _};
+use std::io::{self, Write as _};
 
 use anyhow::{Context as _, Error, Result};
 use serde_json::Value;
@@ -18,22 +17,35 @@ use super::cat::Heard;
 use crate::args::images::EditArgs;
 use crate::config::Config;
 use crate::exit::{BadImage, BadUsage, Code};
-use crate::file::{Input, Output};
+use crate::file::Input;
+use crate::output::{Existing, Output, Plan, Sink};
 use crate::terminal::Terminal;
+use crate::text::Count;
 
 /// Edit an image.
 pub(crate) fn run(args: &EditArgs, terminal: &Terminal) -> Result<Code> {
-    let input = Input::open(&args.file, args.lenient)?;
-    let output = Output::create(&args.output)?;
-    let changed = edit(args, &input, &mut output.file())
-        .map_err(|error| input.blame(error))
-        .with_context(|| format!("editing {}", input.name))?;
-    output.finish()?;
-    terminal.note(&format!("{}: {changed}", args.output.display()));
+    let input = Input::open_as_it_is(&args.file)?;
+    let mut inputs = vec![args.file.as_path()];
+    inputs.extend(args.config.as_deref());
+    inputs.extend(args.add.iter().map(|(_, path)| path.as_path()));
+    let output = Output::open(&Plan {
+        path: &args.output,
+        inputs: &inputs,
+        existing: Existing::forced(args.overwrite.force),
+        only_copy: false,
+    })?;
+    let name = output.name().to_owned();
+    let input = input.unwrapped(args.lenient)?;
+    let (changed, _) = output.fill(|sink| {
+        edit(args, &input, sink)
+            .map_err(|error| input.blame(error))
+            .with_context(|| format!("editing {}", input.name))
+    })?;
+    terminal.note(&format!("{name}: {changed}"));
     Ok(Code::Fine)
 }
 
-fn edit(args: &EditArgs, input: &Input, sink: &mut &File) -> Result<String> {
+fn edit(args: &EditArgs, input: &Input, sink: &mut Sink<'_>) -> Result<String> {
     let options = ReadOptions {
         lenient: args.lenient,
         offset: 0,
@@ -81,7 +93,7 @@ fn edit(args: &EditArgs, input: &Input, sink: &mut &File) -> Result<String> {
                 sink.write_all(&octets)?;
                 let pages = body.pages_left();
                 body.with_source(pages, |source, octets| {
-                    let copied = io::copy(&mut source.file().take(octets), sink)?;
+                    let copied = sink.copy(source.file(), octets)?;
                     match copied == octets {
                         true => Ok(()),
                         false => Err(io::ErrorKind::UnexpectedEof.into()),
@@ -92,13 +104,13 @@ fn edit(args: &EditArgs, input: &Input, sink: &mut &File) -> Result<String> {
         }
     }
     input.finish(walk.offset())?;
-    sink.flush()?;
     let absent = !args.drop.is_empty() && dropped == 0;
     if absent {
         tracing::warn!("the image has no optional record of a type that was to be dropped");
     }
     Ok(format!(
-        "{dropped} optional records dropped, {} added{}",
+        "{} dropped, {} added{}",
+        Count(dropped, "optional record"),
         args.add.len(),
         match wants_header {
             true => ", configuration changed",

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufWriter, Read as _, Seek as _, SeekFrom, Write};
 use std::os::unix::fs::FileExt as _;
+use std::path::Path;
 
 use anyhow::{Context as _, Error, Result, bail};
 use xsr_format::core_dump::{CoreDump, vcpu_context_of_hvm};
@@ -20,8 +21,9 @@ use xsr_format::record::{Body, RecordKind};
 
 use crate::args::images::{ExportArgs, ExportFormat};
 use crate::exit::{BadUsage, Code};
-use crate::file::{Input, Output};
+use crate::file::Input;
 use crate::image::{Event, Reading};
+use crate::output::{Existing, Output, Plan, Sink};
 use crate::page_map::{PageMap, Run, runs_of};
 use crate::terminal::Terminal;
 use crate::text::size;
@@ -46,6 +48,14 @@ pub(crate) fn run(args: &ExportArgs, terminal: &Terminal) -> Result<Code> {
     if args.vcpu.is_some() && args.format != ExportFormat::Gdb {
         return usage("--vcpu is for --format gdb: the others are not of one address space");
     }
+    // Looked at before anything is read, and most of all before an image is unwrapped.
+    let output = Output::open(&Plan {
+        path: (args.output.as_deref().or(args.out.as_deref())).unwrap_or(Path::new("-")),
+        inputs: &[&args.file],
+        existing: Existing::forced(args.overwrite.force),
+        only_copy: false,
+    })?;
+    let name = output.name().to_owned();
     let input = Input::open_seekable(&args.file, args.lenient)?;
     input.seekable("export reads an image twice")?;
     let mut contents = Contents::default();
@@ -57,19 +67,19 @@ pub(crate) fn run(args: &ExportArgs, terminal: &Terminal) -> Result<Code> {
         contents.event(event);
         Ok(())
     })?;
-    let output = Output::create(&args.output)?;
-    let written = match args.format {
-        ExportFormat::Elf => contents.elf(&input.file, output.file()),
-        ExportFormat::Gdb => contents.gdb(&input.file, output.file(), args.vcpu.unwrap_or(0)),
-        ExportFormat::Raw => contents.raw(&input.file, output.file(), args.sparse),
-    }
-    .with_context(|| format!("exporting {}", input.name))?;
-    output.finish()?;
+    let (written, _) = output.fill(|sink| {
+        match args.format {
+            ExportFormat::Elf => contents.elf(&input.file, sink),
+            ExportFormat::Gdb => contents.gdb(&input.file, sink, args.vcpu.unwrap_or(0)),
+            ExportFormat::Raw => contents.raw(&input.file, sink, args.sparse),
+        }
+        .with_context(|| format!("exporting {}", input.name))
+    })?;
     terminal.note(&format!(
         "{} of memory of {} exported to {}",
         size(contents.pages() * PAGE),
         input.name,
-        args.output.display(),
+        name,
     ));
     tracing::debug!(written, "octets");
     Ok(Code::Fine)
@@ -131,7 +141,7 @@ impl Contents {
     }
 
     /// As an ELF core; octets written.
-    fn elf(&self, image: &File, out: &File) -> Result<u64> {
+    fn elf(&self, image: &File, out: &mut Sink<'_>) -> Result<u64> {
         let mut core = self.core.clone();
         core.pages = self.pages();
         core.vcpus = match core.hvm {
@@ -140,7 +150,7 @@ impl Contents {
                 .collect(),
             false => self.vcpus.values().cloned().collect(),
         };
-        let mut head = BufWriter::new(out);
+        let mut head = BufWriter::new(&mut *out);
         head.write_all(&core.head())?;
         for run in self.runs() {
             for pfn in run.first..=run.last {
@@ -157,7 +167,7 @@ impl Contents {
     }
 
     /// As a core for gdb; octets written.
-    fn gdb(&self, image: &File, mut out: &File, view: u32) -> Result<u64> {
+    fn gdb(&self, image: &File, out: &mut Sink<'_>, view: u32) -> Result<u64> {
         let vcpus: Vec<Vcpu> = match self.core.hvm {
             true => self.hvm_vcpus.clone(),
             false if self.core.bits_32 => bail!(
@@ -181,7 +191,8 @@ impl Contents {
     }
 
     /// As physical memory: each page at its own address.
-    fn raw(&self, image: &File, mut out: &File, sparse: bool) -> Result<u64> {
+    fn raw(&self, image: &File, out: &mut Sink<'_>, sparse: bool) -> Result<u64> {
+        let sparse = sparse && out.takes_holes();
         let mut at = 0;
         for run in self.runs() {
             gap(out, run.first * PAGE - at, sparse)?;
@@ -199,9 +210,8 @@ impl Contents {
             .map_or(0, |run| (run.last + 1) * PAGE);
         gap(out, end - at, sparse)?;
         if sparse {
-            out.set_len(end).context("a sparse file")?;
+            out.file().set_len(end).context("a sparse file")?;
         }
-        out.flush()?;
         Ok(end)
     }
 }
@@ -228,9 +238,9 @@ fn paging_of_hvm(cpu: &[u8]) -> Paging {
 }
 
 /// Copy a part of the image.
-fn copy(mut image: &File, offset: u64, octets: u64, mut out: &File) -> Result<()> {
+fn copy(mut image: &File, offset: u64, octets: u64, out: &mut Sink<'_>) -> Result<()> {
     image.seek(SeekFrom::Start(offset))?;
-    let copied = io::copy(&mut image.take(octets), &mut out)?;
+    let copied = out.copy(image, octets)?;
     match copied == octets {
         true => Ok(()),
         false => Err(Error::from(io::Error::from(io::ErrorKind::UnexpectedEof))),
@@ -238,12 +248,13 @@ fn copy(mut image: &File, offset: u64, octets: u64, mut out: &File) -> Result<()
 }
 
 /// So many octets of nothing.
-fn gap(mut out: &File, octets: u64, sparse: bool) -> Result<()> {
+fn gap(out: &mut Sink<'_>, octets: u64, sparse: bool) -> Result<()> {
     match (octets, sparse) {
         (0, _) => {}
         (_, true) => {
             let by = i64::try_from(octets).context("a gap")?;
-            out.seek(SeekFrom::Current(by))
+            out.file()
+                .seek(SeekFrom::Current(by))
                 .context("--sparse wants a file that can be sought in")?;
         }
         (_, false) => {
@@ -256,7 +267,7 @@ fn gap(mut out: &File, octets: u64, sparse: bool) -> Result<()> {
 }
 
 /// Copy a run, and leave out the pages that hold nothing but zeros.
-fn without_zeros(image: &File, run: Run, mut out: &File) -> Result<()> {
+fn without_zeros(image: &File, run: Run, out: &mut Sink<'_>) -> Result<()> {
     let mut room = vec![0; usize::try_from(STEP * PAGE)?];
     let mut first = run.first;
     while first <= run.last {

@@ -23,7 +23,7 @@ use crate::cmd::save::{Job, LiveSave, MemoryReport, name_of, target_policy};
 use crate::exit::{self, BadUsage, Code, Migration};
 use crate::handshake::{self, Message, Outcome, Patience};
 use crate::left;
-use crate::stdout::Results;
+use crate::stdout;
 use crate::terminal::Terminal;
 use crate::transport::{Link, Silence};
 use crate::watch::Watch;
@@ -118,8 +118,7 @@ fn migrate(args: &MigrateArgs, terminal: &Terminal, watch: &mut Watch) -> Result
         downtime * 1000.0
     ));
     if args.json {
-        let mut out = Results::new();
-        out.json(&Report {
+        let document = Report {
             name: sender.name,
             domid,
             domain: "migrated",
@@ -127,8 +126,12 @@ fn migrate(args: &MigrateArgs, terminal: &Terminal, watch: &mut Watch) -> Result
             memory,
             downtime_seconds: downtime,
             seconds,
-        })?;
-        out.finish()?;
+        };
+        stdout::report(
+            terminal,
+            &format!("{} migrated to {}", sender.name, args.host),
+            &document,
+        );
     }
     Ok(Code::Fine)
 }

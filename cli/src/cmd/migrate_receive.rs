@@ -20,7 +20,7 @@ use crate::file::Input;
 use crate::handshake::{self, Message};
 use crate::interrupt::Interrupt;
 use crate::left::Left;
-use crate::stdout::Results;
+use crate::stdout;
 use crate::terminal::Terminal;
 use crate::text::size;
 use crate::transport::{Link, Listener};
@@ -103,8 +103,7 @@ fn receive(args: &ReceiveArgs, terminal: &Terminal, watch: &mut Watch) -> Result
         superpages(&stats),
     ));
     if args.json {
-        let mut out = Results::new();
-        out.json(&Report {
+        let document = Report {
             name: &name,
             domid,
             domain,
@@ -115,8 +114,8 @@ fn receive(args: &ReceiveArgs, terminal: &Terminal, watch: &mut Watch) -> Result
             superpages_2mib: stats.superpages_2mib,
             verify_mismatches: stats.verify_mismatches,
             seconds,
-        })?;
-        out.finish()?;
+        };
+        stdout::report(terminal, &format!("{name} is {domain}"), &document);
     }
     Ok(Code::Fine)
 }

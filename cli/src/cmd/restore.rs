@@ -38,7 +38,7 @@ use crate::config::{self, Config};
 use crate::exit::{BadImage, BadUsage, Code, LeftBehind};
 use crate::file::Input;
 use crate::left;
-use crate::stdout::Results;
+use crate::stdout;
 use crate::terminal::Terminal;
 use crate::text::{Count, size};
 use crate::watch::Watch;
@@ -111,8 +111,7 @@ fn report(
         superpages(&stats),
     ));
     if args.json {
-        let mut out = Results::new();
-        out.json(&Report {
+        let document = Report {
             name: &name,
             domid,
             domain: fate,
@@ -121,8 +120,12 @@ fn report(
             superpages_1gib: stats.superpages_1gib,
             superpages_2mib: stats.superpages_2mib,
             seconds,
-        })?;
-        out.finish()?;
+        };
+        stdout::report(
+            terminal,
+            &format!("{name} restored; it is {fate}"),
+            &document,
+        );
     }
     Ok(())
 }

@@ -11,7 +11,7 @@ use std::fs::File;
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Error, Result};
 use serde::Serialize;
 use xsr_format::frame::PAGE_SIZE;
 use xsr_format::wrapper::libxl::{LibxlRecord, LibxlWriter};
@@ -21,18 +21,18 @@ use xsr_save_restore::save::precopy::{OnTimeout, PrecopyPolicy, TargetPolicy, Xe
 use xsr_save_restore::toolstack::DirectToolstack;
 use xsr_save_restore::{Live, SaveError, SaveOptions, Saved};
 use xsr_xen_backend::mock::MockHost;
-use xsr_xen_backend::{DomId, Domain, Host};
+use xsr_xen_backend::{DomId, Domain, DomainInfo, Host, ShutdownReason};
 
 use self::sink::ImageSink;
 use crate::args::{OnTimeoutArg, SaveArgs, TargetArgs};
 use crate::backend::{self, LIBXL_HEADER};
 use crate::config;
-use crate::exit::{BadUsage, Code};
-use crate::file::Output;
+use crate::exit::{Aftermath, BadUsage, Code};
 use crate::left;
-use crate::stdout::Results;
+use crate::output::{Existing, Output, Plan};
+use crate::stdout::report;
 use crate::terminal::Terminal;
-use crate::text::{Count, size};
+use crate::text::{Count, shown_name, shown_path, size};
 use crate::watch::Watch;
 use crate::workload;
 
@@ -89,10 +89,6 @@ impl fmt::Display for MemoryReport {
 /// Until the image is complete and has its name, whatever fails leaves the domain
 /// running and no file. After that, a failure is reported, and the image stays.
 pub(crate) fn run(args: &SaveArgs, terminal: &Terminal) -> Result<Code> {
-    if args.json && args.file.as_os_str() == "-" {
-        let why = "--json and the image would both go to stdout: give a file";
-        return Err(anyhow::Error::new(BadUsage(why.to_owned())));
-    }
     let live = args.live.then(|| match args.target.is_given() {
         true => target_policy(&args.target),
         false => Box::new(XenPolicy),
@@ -120,7 +116,8 @@ fn save(
     let domid = host.find(&args.domain)?;
     let name = name_of(&host, domid);
     let domain = host.domain(domid)?;
-    let output = Output::create(&args.file)?;
+    let output = output(args, &*domain)?;
+    let after = aftermath(&name, &*domain, &output);
     // From here on a signal breaks off in good order.
     left::guest::leaving(&host, domid, &name, &args.backend.backend, None);
     let _working = workload::start(&host, domid)?;
@@ -143,12 +140,18 @@ fn save(
             }),
             watch,
         )
-        .with_context(|| format!("saving {name}"))?;
+        .with_context(|| format!("saving {name} to {}", output.name()))
+        .map_err(&after)?;
     watch.clear();
     if watch.interrupt().cancel().is_cancelled() {
-        return Err(SaveError::Aborted).with_context(|| format!("saving {name}"));
+        drop(written);
+        let aborted = Error::new(SaveError::Aborted).context(format!("saving {name}"));
+        return Err(after(aborted));
     }
-    output.finish()?;
+    if let Err(error) = output.finish() {
+        drop(written);
+        return Err(after(error));
+    }
     let ending = Ending {
         args,
         terminal,
@@ -159,6 +162,48 @@ fn save(
     };
     ending.conclude(written, watch)?;
     Ok(Code::Fine)
+}
+
+/// Where the image goes, once it is sure that it would not be lost there.
+fn output(args: &SaveArgs, domain: &dyn Domain) -> Result<Output> {
+    let output = Output::open(&Plan {
+        path: &args.file,
+        inputs: &[],
+        existing: Existing::Replace,
+        only_copy: !args.checkpoint && !args.paused,
+    })?;
+    output.check_json(args.json)?;
+    if !args.force {
+        output.check_room(least_bytes(&domain.info()?))?;
+    }
+    Ok(output)
+}
+
+/// As many bytes as an image of the domain will have at least: the contents of its pages. A
+/// sixteenth is left for pages that the domain gives back meanwhile, and for those of the
+/// toolstack, which are not in an image.
+fn least_bytes(domain: &DomainInfo) -> u64 {
+    let bytes = domain.tot_pages.saturating_mul(PAGE_SIZE as u64);
+    bytes - bytes / 16
+}
+
+/// Adds to a failure of a save what became of the domain and of the file.
+fn aftermath<'a>(
+    name: &'a str,
+    domain: &'a dyn Domain,
+    output: &Output,
+) -> impl Fn(Error) -> Error + use<'a> {
+    let file = output.aftermath();
+    move |error| {
+        let fate = match domain.info() {
+            Ok(info) if info.paused => "stays paused",
+            Ok(info) if info.shutdown.is_none() => "runs on",
+            Ok(info) if info.shutdown == Some(ShutdownReason::Suspend) => "is left suspended",
+            // It has gone away, or shut down: the error says so.
+            _ => return Aftermath::of(error, file.clone()),
+        };
+        Aftermath::of(error, format!("{} {fate}, {file}", shown_name(name)))
+    }
 }
 
 /// A save whose image is complete and has its name.
@@ -204,7 +249,10 @@ impl Ending<'_> {
             }
         };
         let elapsed = started.elapsed();
-        let file = args.file.display().to_string();
+        let file = match args.file.as_os_str() == "-" {
+            true => "stdout".to_owned(),
+            false => shown_path(&args.file),
+        };
         let stood = downtime.map_or_else(String::new, |time| {
             format!(", of which it stood still {} ms", time.as_millis())
         });
@@ -213,17 +261,17 @@ impl Ending<'_> {
             elapsed.as_secs_f64()
         ));
         if args.json {
-            let mut out = Results::new();
-            out.json(&Report {
+            let done = format!("{} saved to {file}; the domain is {fate}", shown_name(name));
+            let document = Report {
                 name,
                 domid,
                 domain: fate,
-                file,
+                file: args.file.display().to_string(),
                 memory,
                 downtime_seconds: downtime.map(|time| time.as_secs_f64()),
                 seconds: elapsed.as_secs_f64(),
-            })?;
-            out.finish()?;
+            };
+            report(terminal, &done, &document);
         }
         Ok(())
     }

@@ -8,6 +8,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Seek as _, SeekFrom, Write as _};
 use std::os::fd::AsFd as _;
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
@@ -16,9 +17,10 @@ use xsr_format::legacy::{Checkpoints, Converted, LegacyOptions, LegacyReader, Ta
 use xsr_format::read::ReadOptions;
 use xsr_format::wrapper::xl::XlHeader;
 
-use super::{Counted, pour};
+use super::pour;
 use crate::args::images::{ScriptArgs, ScriptFormat};
 use crate::exit::{self, Code};
+use crate::output::{Existing, Output, Plan, Sink};
 use crate::terminal::Terminal;
 
 /// The name under which this runs.
@@ -47,18 +49,28 @@ pub(crate) fn main() -> ExitCode {
 
 fn run(args: &ScriptArgs) -> Result<()> {
     let input = open(&args.input, OpenOptions::new().read(true)).context("the input")?;
-    let output = open(
-        &args.output,
-        OpenOptions::new().write(true).create(true).truncate(true),
-    )
-    .context("the output")?;
-    let mut sink = Counted {
-        file: &output,
-        octets: 0,
+    let output = match args.output.parse::<u32>() {
+        Ok(number) => {
+            let file = inherited(number, OpenOptions::new().write(true));
+            let file = file.with_context(|| format!("descriptor {number}"));
+            file.map(|file| Output::of_descriptor(file, format!("descriptor {number}")))
+        }
+        Err(_) => Output::open(&Plan {
+            path: Path::new(&args.output),
+            inputs: &[Path::new(&args.input)],
+            existing: Existing::Replace,
+            only_copy: false,
+        }),
     };
+    let output = output.context("the output")?;
+    let ((), _) = output.fill(|sink| convert(args, &input, sink))?;
+    Ok(())
+}
+
+fn convert(args: &ScriptArgs, mut input: &File, sink: &mut Sink<'_>) -> Result<()> {
     let mut offset = 0;
     if args.xl {
-        let header = XlHeader::read(&input, ReadOptions::default())?;
+        let header = XlHeader::read(&mut input, ReadOptions::default())?;
         offset = header.octets();
         let header = match args.format {
             ScriptFormat::Libxc => header,
@@ -80,9 +92,9 @@ fn run(args: &ScriptArgs) -> Result<()> {
         },
         ScriptFormat::Libxl => Target::Libxl,
     };
-    let reader = LegacyReader::new(&input, options)?;
+    let reader = LegacyReader::new(input, options)?;
     let mut converted = Converted::new(reader, target, None)?;
-    pour(&mut converted, &mut sink)?;
+    pour(&mut converted, sink)?;
     crate::peel::warn_of(converted.summary());
     Ok(())
 }

@@ -22,7 +22,7 @@ use crate::cmd::restore::{About, Image};
 use crate::exit::{self, Code, LeftBehind, Withdrawn};
 use crate::file::Input;
 use crate::handshake::{self, Message};
-use crate::stdout::Results;
+use crate::stdout;
 use crate::text::size;
 use crate::watch::Watch;
 use crate::workload;
@@ -173,8 +173,7 @@ impl Receiver<'_> {
             survival.checkpoint,
         ));
         if self.args.json {
-            let mut out = Results::new();
-            out.json(&Report {
+            let document = Report {
                 name,
                 domid: *domid,
                 domain,
@@ -185,8 +184,8 @@ impl Receiver<'_> {
                 pages: stats.pages,
                 page_data_octets,
                 seconds: started.elapsed().as_secs_f64(),
-            })?;
-            out.finish()?;
+            };
+            stdout::report(self.terminal, &format!("{name} is {domain}"), &document);
         }
         Ok(())
     }

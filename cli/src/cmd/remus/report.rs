@@ -13,7 +13,7 @@ use xsr_xen_backend::DomId;
 use super::End;
 use super::toolstack::Complete;
 use crate::args::RemusArgs;
-use crate::stdout::Results;
+use crate::stdout::{self, Results};
 use crate::terminal::Terminal;
 use crate::text::{Count, size};
 
@@ -211,7 +211,10 @@ impl<'a> Teller<'a> {
             size(stream_octets),
             self.longest_pause * 1000.0,
         ));
-        self.printed(None)?;
+        let done = format!("{name} runs on here, unprotected");
+        if let Err(error) = self.printed(None) {
+            stdout::unreported(self.terminal, &done, &error);
+        }
         if self.args.json {
             let report = Report {
                 name,
@@ -231,11 +234,13 @@ impl<'a> Teller<'a> {
                 seconds: self.started.elapsed().as_secs_f64(),
             };
             let mut out = Results::new();
-            match self.args.stats {
-                true => out.json_line(&report)?,
-                false => out.json(&report)?,
+            let written = match self.args.stats {
+                true => out.json_line(&report),
+                false => out.json(&report),
+            };
+            if let Err(error) = written.and_then(|()| out.finish()) {
+                stdout::unreported(self.terminal, &done, &error);
             }
-            out.finish()?;
         }
         Ok(())
     }

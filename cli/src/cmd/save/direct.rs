@@ -17,7 +17,6 @@ use super::{Ending, ImageSink, Written};
 use crate::args::SaveArgs;
 use crate::backend;
 use crate::exit::Code;
-use crate::file::Output;
 use crate::left;
 use crate::terminal::Terminal;
 use crate::watch::Watch;
@@ -40,23 +39,25 @@ pub(super) fn save(
         bail!("{name} has a device model, which is libxl's to save: drop --direct");
     }
     let xen = host.xen_version()?;
-    let output = Output::create(&args.file)?;
+    let output = super::output(args, &*domain)?;
     // From here on a signal breaks off in good order.
     let (left, handle) = left::guest::direct(&name, false);
     handle.get_or_init(|| domain);
     left.until_the_end();
     let domain = host.domain(domid)?;
+    let after = super::aftermath(&name, &*domain, &output);
     let mut sink = ImageSink::new(output.file(), watch.interrupt().cancel().clone())?;
     let mut toolstack = DirectToolstack(&*domain);
     let options = SaveOptions {
         threads: args.threads.threads,
     };
     let progress: &mut OnProgress<'_> = &mut |progress| watch.progress(progress);
-    let saving = || format!("saving {name}");
+    let saving = || format!("saving {name} to {}", output.name());
     let saved = match live {
         None => {
             xsr_save_restore::save(&*domain, xen, &mut toolstack, &mut sink, &options, progress)
-                .with_context(saving)?
+                .with_context(saving)
+                .map_err(&after)?
         }
         Some(mut policy) => {
             let live = Live {
@@ -72,15 +73,21 @@ pub(super) fn save(
                 live,
                 progress,
             )
-            .with_context(saving)?
+            .with_context(saving)
+            .map_err(&after)?
         }
     };
     let octets = sink.octets();
     watch.clear();
     if watch.interrupt().cancel().is_cancelled() {
-        return Err(SaveError::Aborted).with_context(saving);
+        drop(saved);
+        let aborted = anyhow::Error::new(SaveError::Aborted).context(format!("saving {name}"));
+        return Err(after(aborted));
     }
-    output.finish()?;
+    if let Err(error) = output.finish() {
+        drop(saved);
+        return Err(after(error));
+    }
     let ending = Ending {
         args,
         terminal,

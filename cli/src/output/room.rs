@@ -1,0 +1,87 @@
+//! Whether there is room for an image, looked at before a guest is suspended for it.
+//!
+//! Only where the answer is sure: file systems that compress, share or reserve blocks say little
+//! about what they will take, and get a warning at most.
+
+use std::fs::File;
+use std::io::{Seek as _, SeekFrom};
+use std::os::unix::fs::FileTypeExt as _;
+use std::path::Path;
+
+use anyhow::{Result, bail};
+use nix::sys::resource::{Resource, getrlimit};
+use nix::unistd::geteuid;
+use rustix::fs::{StatVfs, fstatfs, fstatvfs};
+
+use crate::text::{shown_path, size};
+
+/// File systems on which a byte written takes a byte: ext2 to ext4, XFS, JFS, FAT, exFAT, tmpfs.
+const PLAIN: [i64; 6] = [
+    0xef53,
+    0x5846_5342,
+    0x3153_464a,
+    0x4d44,
+    0x2011_bab0,
+    0x0102_1994,
+];
+
+/// Refuse where so many bytes certainly do not fit. `directory`: of a new file.
+pub(super) fn check(file: &File, directory: Option<&Path>, bytes: u64) -> Result<()> {
+    let found = file.metadata()?;
+    if found.file_type().is_block_device() {
+        let mut device = file;
+        let at = device.stream_position()?;
+        let length = device.seek(SeekFrom::End(0))?;
+        device.seek(SeekFrom::Start(at))?;
+        return match length.saturating_sub(at) < bytes {
+            true => too_little("the device", length.saturating_sub(at), bytes),
+            false => Ok(()),
+        };
+    }
+    if !found.is_file() {
+        return Ok(());
+    }
+    let (limit, _) = getrlimit(Resource::RLIMIT_FSIZE)?;
+    if limit < bytes {
+        return too_little("the limit for a file's length (`ulimit -f`)", limit, bytes);
+    }
+    // Without an answer there is nothing to refuse.
+    let (Ok(kind), Ok(room)) = (fstatfs(file), fstatvfs(file)) else {
+        return Ok(());
+    };
+    let Some(free) = free(&room).filter(|free| *free < bytes) else {
+        return Ok(());
+    };
+    let place = directory.map_or_else(|| "its file system".to_owned(), shown_path);
+    let plain = i64::try_from(kind.f_type).is_ok_and(|kind| PLAIN.contains(&kind));
+    if plain {
+        return too_little(&place, free, bytes);
+    }
+    tracing::warn!(
+        "{place} has {} free, and the image will have {} at least",
+        size(free),
+        size(bytes)
+    );
+    Ok(())
+}
+
+/// Bytes that this process may still take; `None` where there is no limit.
+fn free(room: &StatVfs) -> Option<u64> {
+    if room.f_blocks == 0 {
+        return None;
+    }
+    let blocks = match geteuid().is_root() {
+        true => room.f_bfree,
+        false => room.f_bavail,
+    };
+    blocks.checked_mul(room.f_frsize)
+}
+
+fn too_little(place: &str, free: u64, bytes: u64) -> Result<()> {
+    bail!(
+        "{place} has {} free, and the image will have {} at least: make room, or try all the \
+         same with --force",
+        size(free),
+        size(bytes)
+    )
+}
