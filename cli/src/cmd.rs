@@ -12,7 +12,7 @@ mod migrate_receive;
 mod mock;
 mod remus;
 mod restore;
-mod save;
+pub(crate) mod save;
 mod verify;
 
 use crate::args::Command;

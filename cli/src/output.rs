@@ -19,6 +19,7 @@ use anyhow::{Context as _, Error, Result, bail};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::{major, minor};
 
+use self::leftover::Temporary;
 use self::path::Found;
 use crate::exit::{Aftermath, BadUsage, WriteFailed};
 use crate::file::{is_dash, widen};
@@ -97,10 +98,21 @@ impl Output {
             false => shown_path(plan.path),
         };
         let named = name.clone();
-        Self::open_as(plan, name).context(named)
+        Self::open_as(plan, name, Temporary::Ours).context(named)
     }
 
-    fn open_as(plan: &Plan<'_>, name: String) -> Result<Self> {
+    /// The same, for a file that xl writes.
+    ///
+    /// # Errors
+    ///
+    /// As [`Output::open`].
+    pub(crate) fn open_for_xl(plan: &Plan<'_>) -> Result<Self> {
+        let name = shown_path(plan.path);
+        let named = name.clone();
+        Self::open_as(plan, name, Temporary::Xls).context(named)
+    }
+
+    fn open_as(plan: &Plan<'_>, name: String, whose: Temporary) -> Result<Self> {
         if is_dash(plan.path) {
             let file = io::stdout().as_fd().try_clone_to_owned()?.into();
             return Self::descriptor(plan, file, name);
@@ -140,7 +152,7 @@ impl Output {
                 return Self::straight(file, name);
             }
         }
-        let (left, file, temporary) = leftover::temporary(&path)?;
+        let (left, file, temporary) = leftover::temporary(&path, whose)?;
         let place = Place::Temporary {
             path: temporary,
             left,
@@ -263,6 +275,53 @@ impl Output {
         done.map_err(|error| Aftermath::of(error, after))
     }
 
+    /// Its temporary name, if it has one.
+    pub(crate) fn temporary(&self) -> Option<&Path> {
+        match &self.place {
+            Place::Temporary { path, .. } => Some(path),
+            Place::Straight => None,
+        }
+    }
+
+    /// Leave what there is under its temporary name; which that is.
+    ///
+    /// # Errors
+    ///
+    /// It has none.
+    pub(crate) fn keep(self) -> Result<PathBuf> {
+        match self.place {
+            Place::Temporary { path, .. } => Ok(path.keep()?),
+            Place::Straight => bail!("{} has no temporary name", self.name),
+        }
+    }
+
+    /// As [`Output::finish`], of what must not be lost: where it cannot get its name, it stays
+    /// under the temporary one.
+    ///
+    /// # Errors
+    ///
+    /// What failed, and where the file is.
+    pub(crate) fn finish_or_keep(self) -> Result<(), Kept> {
+        let Place::Temporary { path, to, .. } = self.place else {
+            return Ok(());
+        };
+        let kept = |error, at: &Path| Kept {
+            error,
+            at: at.to_owned(),
+        };
+        if let Err(error) = self.file.sync_all() {
+            let at = path.keep().map_err(|e| kept(e.error, &e.path))?;
+            return Err(kept(error, &at));
+        }
+        if let Err(failed) = path.persist(&to) {
+            let at = failed.path.keep().map_err(|e| kept(e.error, &e.path))?;
+            return Err(kept(failed.error, &at));
+        }
+        File::open(path::directory(&to))
+            .and_then(|dir| dir.sync_all())
+            .map_err(|error| kept(error, &to))
+    }
+
     /// The output is complete: make it durable and give it its name.
     ///
     /// # Errors
@@ -290,6 +349,14 @@ impl Output {
         }
         Ok(())
     }
+}
+
+/// A complete file that could not be given its name.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    pub(crate) error: io::Error,
+    /// Where it is.
+    pub(crate) at: PathBuf,
 }
 
 /// Whether the output is something that the command reads.
@@ -333,7 +400,10 @@ const MEMORY_DEVICES: u64 = 1;
 /// Whether a guest would be given up for a device that keeps nothing.
 fn check_device(plan: &Plan<'_>, output: &Metadata) -> Result<()> {
     let device = output.rdev();
-    let lost = output.file_type().is_char_device() && major(device) == MEMORY_DEVICES;
+    // Writing to /dev/full fails, so that nothing is lost for it.
+    let lost = output.file_type().is_char_device()
+        && major(device) == MEMORY_DEVICES
+        && minor(device) != 7;
     if !lost || !plan.only_copy {
         return Ok(());
     }

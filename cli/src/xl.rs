@@ -9,6 +9,7 @@
 //! `main_remus` in `tools/xl`; `LIBXL_SAVE_HELPER` in `tools/libs/light/libxl_save_callout.c`.
 
 pub(crate) mod child;
+mod save;
 mod setting;
 #[cfg(test)]
 mod tests;
@@ -52,6 +53,8 @@ struct Call {
     settings: Vec<Setting>,
     /// Options that xl has not.
     refused: Vec<String>,
+    /// Of a save: what the command line says of its file.
+    file: Option<save::Words>,
     /// How much more to say on stderr.
     verbose: u8,
     quiet: bool,
@@ -99,10 +102,11 @@ impl Xl {
     /// xl or the helper is not there, an option is none of xl's; a signal ended xl.
     pub(crate) fn run(self) -> Result<Code> {
         let Call {
-            arguments,
+            mut arguments,
             settings,
             refused,
             restores,
+            file,
             ..
         } = self.0;
         if !refused.is_empty() {
@@ -119,15 +123,26 @@ impl Xl {
              --direct (save and restore without libxl; see --help)",
         )?;
         let helper = helper()?;
+        let target = match &file {
+            Some(words) => save::Target::prepare(words, &mut arguments)?,
+            None => None,
+        };
         tracing::info!(xl = %xl.display(), helper = %helper.display(), ?arguments, "running xl");
         let xl = [xl.into_os_string()].into_iter().chain(arguments);
         let settings = settings.into_iter().map(Setting::variable);
-        let ended = child::run(xl, &helper, settings, restores)?;
-        if ended.killed {
-            child::say_what_is_left();
-            return Ok(Code::EndedAtOnce);
+        let ended = child::run(xl, &helper, settings, restores);
+        let succeeded = ended.as_ref().is_ok_and(|ended| ended.status.success());
+        let code = match ended {
+            Ok(ended) if ended.killed => {
+                child::say_what_is_left();
+                Ok(Code::EndedAtOnce)
+            }
+            ended => ended.and_then(|ended| code_of(ended.status)),
+        };
+        match target {
+            Some(target) => target.finish(code, succeeded),
+            None => code,
         }
-        code_of(ended.status)
     }
 }
 
@@ -159,6 +174,7 @@ impl Call {
             settings: Vec::new(),
             refused: Vec::new(),
             restores: matches!(name, "restore" | "migrate-receive"),
+            file: (name == "save").then(save::Words::default),
             verbose: 0,
             quiet: false,
         };
@@ -180,9 +196,9 @@ impl Call {
                 None => (text, None),
             };
             match option {
-                "--" => {
-                    call.arguments.extend(rest.by_ref().cloned());
-                }
+                "--" => rest
+                    .by_ref()
+                    .for_each(|argument| call.push(argument, false)),
                 "-h" | "--help" | "--direct" => return None,
                 "--backend" => {
                     backend = Some(match value {
@@ -190,8 +206,11 @@ impl Call {
                         None => rest.next()?.clone(),
                     });
                 }
-                "--checkpoint" => call.arguments.push("-c".into()),
-                "--paused" => call.arguments.push("-p".into()),
+                "--checkpoint" => call.push("-c".as_ref(), true),
+                "--paused" => call.push("-p".as_ref(), true),
+                "--force" if call.file.is_some() => {
+                    call.file.get_or_insert_default().force = true;
+                }
                 _ if call.message(argument) => {}
                 _ => match Setting::of(own, option) {
                     Some(setting) => call.settings.push(setting(match value {
@@ -199,7 +218,7 @@ impl Call {
                         None => rest.next()?.clone(),
                     })),
                     None if is_own(own, name, option) => call.refused.push(option.to_owned()),
-                    None => call.arguments.push(argument.clone()),
+                    None => call.push(argument, true),
                 },
             }
         }
@@ -208,9 +227,23 @@ impl Call {
             call.backend = backend.to_str()?.parse().ok()?;
         }
         let verbose = (0..call.verbose).map(|_| "-v".into());
-        let arguments = before.into_iter().chain(verbose).chain([name.into()]);
+        let arguments: Vec<OsString> = (before.into_iter())
+            .chain(verbose)
+            .chain([name.into()])
+            .collect();
+        for position in call.file.iter_mut().flat_map(|file| &mut file.positions) {
+            *position += arguments.len();
+        }
         call.arguments.splice(..0, arguments);
         Some(call)
+    }
+
+    /// An argument that xl gets.
+    fn push(&mut self, argument: &OsStr, may_be_option: bool) {
+        if let Some(file) = &mut self.file {
+            file.see(argument, self.arguments.len(), may_be_option);
+        }
+        self.arguments.push(argument.to_owned());
     }
 
     /// Take an option that says how much is to be said.

@@ -48,7 +48,7 @@ fn every_version_and_byte_order_becomes_version_3_little_endian() {
             for big in [false, true] {
                 let octets = make(version, big).octets();
                 fs::write(&source, &octets).unwrap();
-                run(["convert", arg(&source), "-o", arg(&out)]).code(0);
+                run(["convert", "-f", arg(&source), "-o", arg(&out)]).code(0);
                 let what = format!("{kind}, version {version}, big endian: {big}");
                 let got = fs::read(&out).unwrap();
                 assert!(got == expected(version, make, before_end), "{what}");
@@ -131,7 +131,7 @@ fn what_stands_around_a_stream_is_exchanged_for_any_layer() {
     for (name, octets) in wrapped {
         fs::write(&source, octets).unwrap();
         for to in ["libxc", "libxl", "xl"] {
-            run(["convert", "--to", to, arg(&source), "-o", arg(&out)]).code(0);
+            run(["convert", "-f", "--to", to, arg(&source), "-o", arg(&out)]).code(0);
             run(["verify", arg(&out)])
                 .code(0)
                 .stdout_has(&format!("{to} image"));

@@ -103,7 +103,7 @@ fn every_kind_of_legacy_image_keeps_its_memory() {
         if generate(&legacy, &options).is_none() {
             return;
         }
-        let mut args = vec!["convert", arg(&legacy), "-o", arg(&out)];
+        let mut args = vec!["convert", arg(&legacy), "-f", "-o", arg(&out)];
         if line.contains("no-extended-info") {
             // Nothing in such a stream says what it holds.
             args.extend(["--guest", "pv", "--width", "32"]);
@@ -142,7 +142,7 @@ fn a_legacy_image_without_pages_is_refused() {
         if generate(&legacy, &options).is_none() {
             return;
         }
-        run(["convert", arg(&legacy), "-o", arg(&out)])
+        run(["convert", "-f", arg(&legacy), "-o", arg(&out)])
             .code(2)
             .stderr_has("the pages end, and none has come");
         assert!(!out.exists());
@@ -431,14 +431,23 @@ fn layers_are_put_on_and_taken_off() {
                 "xl" => plain.clone(),
                 other => at(other),
             };
-            run(["convert", "--to", to, arg(&source), "-o", arg(&at(to))]).code(0);
+            run([
+                "convert",
+                "-f",
+                "--to",
+                to,
+                arg(&source),
+                "-o",
+                arg(&at(to)),
+            ])
+            .code(0);
             run(["verify", arg(&at(to))])
                 .code(0)
                 .stdout_has(&format!("{to} image"));
             assert!(memory(&at(to)) == memory(&plain), "{name}: {from} to {to}");
         }
         // A version 3 image of Xen, converted to what it is, does not change.
-        run(["convert", arg(&plain), "-o", arg(&at("same"))]).code(0);
+        run(["convert", "-f", arg(&plain), "-o", arg(&at("same"))]).code(0);
         // (What a live save leaves behind the end is no part of it.)
         let same = fs::read(at("same")).unwrap();
         assert!(fs::read(&plain).unwrap().starts_with(&same));
@@ -480,7 +489,7 @@ fn a_legacy_stream_in_xapis_records_is_read() {
             .stdout_has("inside: xapi");
         let warned = ran.stderr.contains("of transcendent memory left out");
         assert_eq!(warned, line.contains("--tmem"), "{ran:?}");
-        run(["convert", arg(&wrapped), "-o", arg(&out)]).code(0);
+        run(["convert", "-f", arg(&wrapped), "-o", arg(&out)]).code(0);
         assert!(memory(&out) == expected(&json), "{line}: other memory");
         for cut in [xapi.len() - 8, xapi.len() / 2, 60] {
             fs::write(&wrapped, &xapi[..cut]).unwrap();

@@ -102,7 +102,7 @@ fn a_core_has_its_sections_and_the_pages_in_order() {
         let saved = fs::read(image(name)).unwrap();
         let (pages, _) = last_pages(&saved);
         let path = dir.path().join("core");
-        run(["export", option, arg(&image(name)), arg(&path)]).code(0);
+        run(["export", "-f", option, arg(&image(name)), arg(&path)]).code(0);
         let core = fs::read(&path).unwrap();
         assert_eq!(&core[..5], b"\x7fELF\x02");
         // Section headers: e_shoff, e_shnum, e_shstrndx of the ELF-64 header.
@@ -183,7 +183,15 @@ fn a_core_for_gdb_has_the_memory_where_the_guest_has_it() {
         let saved = fs::read(image(name)).unwrap();
         let (pages, _) = last_pages(&saved);
         let path = dir.path().join("core");
-        run(["export", "--format", "gdb", arg(&image(name)), arg(&path)]).code(0);
+        run([
+            "export",
+            "-f",
+            "--format",
+            "gdb",
+            arg(&image(name)),
+            arg(&path),
+        ])
+        .code(0);
         let core = fs::read(&path).unwrap();
         let pieces = pieces(&core);
         assert!(!pieces.is_empty());

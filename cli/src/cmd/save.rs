@@ -182,7 +182,7 @@ fn output(args: &SaveArgs, domain: &dyn Domain) -> Result<Output> {
 /// As many bytes as an image of the domain will have at least: the contents of its pages. A
 /// sixteenth is left for pages that the domain gives back meanwhile, and for those of the
 /// toolstack, which are not in an image.
-fn least_bytes(domain: &DomainInfo) -> u64 {
+pub(crate) fn least_bytes(domain: &DomainInfo) -> u64 {
     let bytes = domain.tot_pages.saturating_mul(PAGE_SIZE as u64);
     bytes - bytes / 16
 }

@@ -8,7 +8,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context as _, Result, bail};
 use nix::fcntl::OFlag;
@@ -20,7 +20,25 @@ use super::path::directory;
 use crate::left::Left;
 use crate::text::shown_path;
 
-const SUFFIX: &str = ".partial";
+/// Who writes a temporary file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Temporary {
+    /// This process: a file that is left has a guest that runs.
+    Ours,
+    /// xl, which goes on when this process is killed, and destroys the guest: a file that is
+    /// left may be all that there is of it.
+    Xls,
+}
+
+impl Temporary {
+    fn suffix(self) -> &'static str {
+        match self {
+            Self::Ours => ".partial",
+            Self::Xls => ".xl-partial",
+        }
+    }
+}
+
 /// Characters between the name and the suffix that make a temporary name unique.
 const RANDOM: usize = 6;
 /// How often another command may take the new file for a left-over one.
@@ -37,14 +55,14 @@ fn prefix(to: &Path) -> Option<OsString> {
 /// A new temporary file beside the one that it will become: `.NAME.XXXXXX.partial`, for its
 /// owner alone, because it holds all of a guest's memory. Those that were left behind for the
 /// same name are removed.
-pub(super) fn temporary(to: &Path) -> Result<(Left, File, TempPath)> {
+pub(super) fn temporary(to: &Path, whose: Temporary) -> Result<(Left, File, TempPath)> {
     let prefix = prefix(to).context("names no file")?;
-    remove_left(to, &prefix);
+    look_for_left(to, &prefix);
     for _ in 0..TRIES {
         let make = || {
             tempfile::Builder::new()
                 .prefix(&prefix)
-                .suffix(SUFFIX)
+                .suffix(whose.suffix())
                 .rand_bytes(RANDOM)
                 .tempfile_in(directory(to))
         };
@@ -63,12 +81,22 @@ pub(super) fn temporary(to: &Path) -> Result<(Left, File, TempPath)> {
 }
 
 /// Remove what killed commands have left for this name. Where that fails, it stays.
-fn remove_left(to: &Path, prefix: &OsStr) {
+fn look_for_left(to: &Path, prefix: &OsStr) {
     let Ok(entries) = fs::read_dir(directory(to)) else {
         return;
     };
     for entry in entries.flatten() {
-        if is_temporary(&entry.file_name(), prefix)
+        let name = entry.file_name();
+        let xls = is_temporary(&name, prefix, Temporary::Xls);
+        let xls = xls.then(|| is_unlocked(&entry.path())).flatten();
+        if xls.is_some_and(|(_, bytes)| bytes > 0) {
+            tracing::warn!(
+                "{}: a save through xl that was killed has left it; if `xsr verify` says that it \
+                 is good, it may be all that there is of its domain",
+                shown_path(&entry.path())
+            );
+        }
+        if is_temporary(&name, prefix, Temporary::Ours)
             && let Some(bytes) = remove_unlocked(&entry.path())
         {
             tracing::info!(
@@ -80,18 +108,18 @@ fn remove_left(to: &Path, prefix: &OsStr) {
     }
 }
 
-fn is_temporary(name: &OsStr, prefix: &OsStr) -> bool {
+fn is_temporary(name: &OsStr, prefix: &OsStr, whose: Temporary) -> bool {
     let middle = name
         .as_bytes()
         .strip_prefix(prefix.as_bytes())
-        .and_then(|rest| rest.strip_suffix(SUFFIX.as_bytes()));
+        .and_then(|rest| rest.strip_suffix(whose.suffix().as_bytes()));
     middle.is_some_and(|middle| {
         middle.len() == RANDOM && middle.iter().all(u8::is_ascii_alphanumeric)
     })
 }
 
-/// Remove a file of the caller's that nobody has locked; its length.
-fn remove_unlocked(path: &PathBuf) -> Option<u64> {
+/// A file of the caller's that nobody has locked: locked, and its length.
+fn is_unlocked(path: &Path) -> Option<(File, u64)> {
     let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
     let file = OpenOptions::new()
         .read(true)
@@ -108,6 +136,12 @@ fn remove_unlocked(path: &PathBuf) -> Option<u64> {
     if (named.dev(), named.ino()) != (found.dev(), found.ino()) {
         return None;
     }
+    Some((file, found.len()))
+}
+
+/// Remove a file of the caller's that nobody has locked; its length.
+fn remove_unlocked(path: &Path) -> Option<u64> {
+    let (_locked, bytes) = is_unlocked(path)?;
     fs::remove_file(path).ok()?;
-    Some(found.len())
+    Some(bytes)
 }
