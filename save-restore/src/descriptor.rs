@@ -44,6 +44,40 @@ pub(crate) struct Descriptor<F> {
     patience: Option<Duration>,
 }
 
+/// How long one call may wait.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limit<'a> {
+    /// Without a byte going through.
+    pub(crate) idle: Option<Duration>,
+    /// Until this time, whatever goes through.
+    pub(crate) until: Option<Instant>,
+    /// Beside the descriptor's own token.
+    pub(crate) cancel: Option<&'a Cancel>,
+    /// When the wait began.
+    pub(crate) began: Instant,
+}
+
+impl Limit<'_> {
+    /// As long as it takes, or until nothing has gone through for so long.
+    fn idle(idle: Option<Duration>) -> Self {
+        Self {
+            idle,
+            until: None,
+            cancel: None,
+            began: Instant::now(),
+        }
+    }
+
+    /// The time at which a wait ends that began to be one just now.
+    fn ends(&self) -> Option<Instant> {
+        let idle = self.idle.and_then(|idle| Instant::now().checked_add(idle));
+        match (idle, self.until) {
+            (Some(idle), Some(until)) => Some(idle.min(until)),
+            (idle, until) => idle.or(until),
+        }
+    }
+}
+
 /// How calls are kept from blocking.
 #[derive(Debug)]
 enum Way {
@@ -116,15 +150,23 @@ impl<F: AsFd> Descriptor<F> {
         }
     }
 
+    /// As [`Self::check`], and for the token of one call.
+    fn check_both(&self, limit: &Limit<'_>) -> io::Result<()> {
+        if limit.cancel.is_some_and(Cancel::is_cancelled) {
+            return Err(io::Error::other(Cancelled));
+        }
+        self.check()
+    }
+
     /// Wait until a call will do something, if only fail (true), or until that time, if there
     /// is one (false).
-    fn wait(&self, what: PollFlags, until: Option<Instant>) -> io::Result<bool> {
+    fn wait(&self, what: PollFlags, until: Option<Instant>, limit: &Limit<'_>) -> io::Result<bool> {
         let timeout = match (self.way.cancel(), until) {
             (None, None) => PollTimeout::NONE,
             _ => PollTimeout::from(LOOK_EVERY_MS),
         };
         loop {
-            self.check()?;
+            self.check_both(limit)?;
             if until.is_some_and(|until| Instant::now() >= until) {
                 return Ok(false);
             }
@@ -144,26 +186,37 @@ impl<F: AsFd> Descriptor<F> {
     /// [`Cancelled`]; nothing was taken for too long; what `write` says but EINTR and EAGAIN.
     pub(crate) fn write(
         &self,
+        write: impl FnMut(BorrowedFd<'_>, WriteCall) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        self.write_within(&Limit::idle(self.patience), write)
+    }
+
+    /// As [`Self::write`], for no longer than a limit of its own.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::write`].
+    pub(crate) fn write_within(
+        &self,
+        limit: &Limit<'_>,
         mut write: impl FnMut(BorrowedFd<'_>, WriteCall) -> io::Result<usize>,
     ) -> io::Result<usize> {
         // From the first time that there was no room; every octet that is taken is another call.
         let mut until = None;
         let mut room = || {
-            if let Some(patience) = self.patience {
-                until.get_or_insert_with(|| Instant::now() + patience);
-            }
-            self.wait(PollFlags::POLLOUT, until)
+            let until = *until.get_or_insert_with(|| limit.ends());
+            self.wait(PollFlags::POLLOUT, until, limit)
         };
         let mut ready = true;
         loop {
-            self.check()?;
+            self.check_both(limit)?;
             let result = match &self.way {
                 Way::Blocking | Way::Never(_) => write(self.fd.as_fd(), WriteCall::Writev),
                 Way::Socket(_) => write(self.fd.as_fd(), WriteCall::SendDontWait),
                 Way::Pipe(_, Some(own)) => write(own.as_fd(), WriteCall::Writev),
                 Way::Pipe(_, None) => match room()? {
                     true => write(self.fd.as_fd(), WriteCall::AtMost(PIPE_BUF)),
-                    false => return Err(self.stalled()),
+                    false => return Err(stalled(limit)),
                 },
             };
             match result {
@@ -172,20 +225,13 @@ impl<F: AsFd> Descriptor<F> {
                     // poll(2) wants more room in a socket than a write does: one that is read
                     // slowly has been tried once more in the end.
                     if !ready {
-                        return Err(self.stalled());
+                        return Err(stalled(limit));
                     }
                     ready = room()?;
                 }
                 result => return result,
             }
         }
-    }
-
-    /// Nothing was taken for as long as may be.
-    fn stalled(&self) -> io::Error {
-        let seconds = self.patience.unwrap_or_default().as_secs_f64();
-        let why = format!("the other end has taken nothing for {seconds} s");
-        io::Error::new(io::ErrorKind::TimedOut, why)
     }
 
     /// Have `read` called until it has read something, or the end; its answer.
@@ -195,21 +241,38 @@ impl<F: AsFd> Descriptor<F> {
     /// [`Cancelled`]; what `read` says but EINTR and EAGAIN.
     pub(crate) fn read(
         &self,
+        read: impl FnMut(BorrowedFd<'_>) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        self.read_within(&Limit::idle(None), read)
+    }
+
+    /// As [`Self::read`], for no longer than a limit of its own.
+    ///
+    /// # Errors
+    ///
+    /// `TimedOut` without an errno: nothing has come for as long as may be. As [`Self::read`].
+    pub(crate) fn read_within(
+        &self,
+        limit: &Limit<'_>,
         mut read: impl FnMut(BorrowedFd<'_>) -> io::Result<usize>,
     ) -> io::Result<usize> {
+        let until = limit.ends();
+        let come = || match self.wait(PollFlags::POLLIN, until, limit)? {
+            true => Ok(()),
+            false => {
+                let why = "the other end has said nothing for too long";
+                Err(io::Error::new(io::ErrorKind::TimedOut, why))
+            }
+        };
         loop {
             match &self.way {
                 Way::Blocking => {}
-                Way::Never(_) => self.check()?,
-                Way::Socket(_) | Way::Pipe(..) => {
-                    self.wait(PollFlags::POLLIN, None)?;
-                }
+                Way::Never(_) => self.check_both(limit)?,
+                Way::Socket(_) | Way::Pipe(..) => come()?,
             }
             match read(self.fd.as_fd()) {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    self.wait(PollFlags::POLLIN, None)?;
-                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => come()?,
                 result => return result,
             }
         }
@@ -239,6 +302,14 @@ impl<F: AsFd> Descriptor<F> {
             }
         }
     }
+}
+
+/// Nothing was taken for as long as may be.
+fn stalled(limit: &Limit<'_>) -> io::Error {
+    let waited = limit.idle.unwrap_or_else(|| limit.began.elapsed());
+    let seconds = waited.as_secs_f64();
+    let why = format!("the other end has taken nothing for {seconds} s");
+    io::Error::new(io::ErrorKind::TimedOut, why)
 }
 
 /// The writing end of a pipe, opened once more: another open file, whose O_NONBLOCK

@@ -1,0 +1,340 @@
+//! The connection between two hosts, as a trait: an ordered byte stream in two directions.
+//!
+//! [`PipeConnection`] is a pair of descriptors (a command's stdin and stdout), [`UnixConnection`]
+//! and [`TcpConnection`] are sockets; [`super::testing`] has one in memory with faults at every
+//! call. [`ConnectionReader`] and [`ConnectionWriter`] make of a connection what the engine and
+//! the [messages](super::messages) read from and write to.
+//!
+//! What every implementation promises, and [`super::testing::contract`] checks:
+//!
+//! - Bytes arrive in order, all of them, each once. A read takes no more than its room.
+//! - A call waits as its [`Wait`] says: until a time-out, or until another thread cancels it. The
+//!   connection can be used after either, with another `Wait`; what had been taken by then stays
+//!   taken.
+//! - A peer that closed its end in order ([`Received::Closed`]) can be told from a connection
+//!   that is lost ([`ConnectionError::Lost`]), as far as the transport can tell.
+//! - Nothing above needs a descriptor. Where there is one, pages of a guest go from and to its
+//!   memory without a copy.
+//!
+//! ```
+//! use std::time::Duration;
+//! use xsr_save_restore::migrate::connection::{
+//!     Connection as _, ConnectionReader, ConnectionWriter, Received, UnixConnection, Wait,
+//! };
+//! use xsr_save_restore::migrate::messages::Message;
+//!
+//! let (here, there) = std::os::unix::net::UnixStream::pair()?;
+//! let mut receiver = UnixConnection::new(there)?;
+//! let sender = UnixConnection::new(here)?;
+//!
+//! let wait = Wait::forever().at_most(Duration::from_secs(10));
+//! Message::Banner.write(ConnectionWriter::new(&receiver, wait))?;
+//! Message::Banner.read(ConnectionReader::new(&sender, wait)?)?;
+//!
+//! receiver.finish_writing()?;
+//! assert_eq!(sender.read(&mut [0; 16], &wait)?, Received::Closed);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod adapter;
+mod fd;
+mod pipe;
+mod tcp;
+mod unix;
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
+
+use thiserror::Error;
+use xsr_xen_backend::Gather;
+
+use crate::progress::{Cancel, Cancelled};
+
+pub(super) use adapter::copy_gather;
+pub use adapter::{ConnectionReader, ConnectionWriter};
+pub use pipe::PipeConnection;
+pub use tcp::TcpConnection;
+pub use unix::UnixConnection;
+
+/// A connection to the other end of a migration.
+///
+/// Dropping it closes it in order: what was written still arrives. A socket that is dropped while
+/// something that has arrived was not read is reset instead, and the peer may lose what it has
+/// not read yet: read to [`Received::Closed`] first.
+pub trait Connection: fmt::Debug + Send + Sync {
+    /// Read what has come: at least a byte, at most `room`.
+    ///
+    /// # Errors
+    ///
+    /// The connection is lost, or the wait ended first. Nothing has been taken then.
+    fn read(&self, room: &mut [u8], wait: &Wait<'_>) -> Result<Received, ConnectionError>;
+
+    /// The first bytes of what has come, which stay where they are: how many of them were put
+    /// into `room`. Nothing is waited for. 0 also at the end of the stream.
+    ///
+    /// # Errors
+    ///
+    /// The connection is lost.
+    fn peek(&self, room: &mut [u8]) -> Result<usize, ConnectionError>;
+
+    /// Write some of `bytes`: how many were taken, at least one if there are any.
+    ///
+    /// # Errors
+    ///
+    /// The connection is lost, the peer reads no more, or the wait ended first. Nothing has been
+    /// taken then.
+    fn write(&self, bytes: &[u8], wait: &Wait<'_>) -> Result<usize, ConnectionError>;
+
+    /// Write a list of bytes and pages of a guest, all of it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::write`]; an unknown part has been taken then.
+    fn write_gather(&self, list: &Gather<'_>, wait: &Wait<'_>) -> Result<(), ConnectionError>;
+
+    /// Say that nothing more will be written. The peer reads to the end of what was, and what it
+    /// still says can be read. A second call does nothing.
+    ///
+    /// # Errors
+    ///
+    /// The operating system refuses. A connection that is already lost needs no end, and is not
+    /// an error.
+    fn finish_writing(&mut self) -> Result<(), ConnectionError>;
+
+    /// Where what was written has got to, as far as the transport knows.
+    fn delivery(&self) -> Delivery;
+
+    /// Have the transport itself treat the connection as lost when nothing has been heard of the
+    /// peer's host for so long: whether it can. A pipe cannot; a Unix socket need not.
+    ///
+    /// # Errors
+    ///
+    /// The operating system refuses.
+    fn give_up_on_silence(&self, limit: Duration) -> Result<bool, ConnectionError>;
+
+    /// Who is at the other end.
+    fn peer(&self) -> Peer;
+
+    /// Time since the connection was made, on the clock that its waits go by.
+    fn clock(&self) -> Duration;
+
+    /// What the peer's bytes are read from, if that is a descriptor.
+    fn read_fd(&self) -> Option<BorrowedFd<'_>>;
+}
+
+impl<C: Connection + ?Sized> Connection for Box<C> {
+    fn read(&self, room: &mut [u8], wait: &Wait<'_>) -> Result<Received, ConnectionError> {
+        (**self).read(room, wait)
+    }
+
+    fn peek(&self, room: &mut [u8]) -> Result<usize, ConnectionError> {
+        (**self).peek(room)
+    }
+
+    fn write(&self, bytes: &[u8], wait: &Wait<'_>) -> Result<usize, ConnectionError> {
+        (**self).write(bytes, wait)
+    }
+
+    fn write_gather(&self, list: &Gather<'_>, wait: &Wait<'_>) -> Result<(), ConnectionError> {
+        (**self).write_gather(list, wait)
+    }
+
+    fn finish_writing(&mut self) -> Result<(), ConnectionError> {
+        (**self).finish_writing()
+    }
+
+    fn delivery(&self) -> Delivery {
+        (**self).delivery()
+    }
+
+    fn give_up_on_silence(&self, limit: Duration) -> Result<bool, ConnectionError> {
+        (**self).give_up_on_silence(limit)
+    }
+
+    fn peer(&self) -> Peer {
+        (**self).peer()
+    }
+
+    fn clock(&self) -> Duration {
+        (**self).clock()
+    }
+
+    fn read_fd(&self) -> Option<BorrowedFd<'_>> {
+        (**self).read_fd()
+    }
+}
+
+/// How long one call on a connection may wait.
+///
+/// ```
+/// use std::time::Duration;
+/// use xsr_save_restore::migrate::connection::Wait;
+/// use xsr_save_restore::progress::Cancel;
+///
+/// let cancel = Cancel::new();
+/// let wait = Wait::forever()
+///     .idle(Duration::from_secs(60))
+///     .at_most(Duration::from_secs(600))
+///     .unless(&cancel);
+/// # let _ = wait;
+/// ```
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Wait<'a> {
+    pub(crate) idle: Option<Duration>,
+    pub(crate) at_most: Option<Duration>,
+    pub(crate) cancel: Option<&'a Cancel>,
+}
+
+impl<'a> Wait<'a> {
+    /// For as long as it takes.
+    pub const fn forever() -> Self {
+        Self {
+            idle: None,
+            at_most: None,
+            cancel: None,
+        }
+    }
+
+    /// No longer than this without a byte going through. Each byte starts it again.
+    pub const fn idle(self, limit: Duration) -> Self {
+        Self {
+            idle: Some(limit),
+            ..self
+        }
+    }
+
+    /// No longer than this, whatever goes through.
+    pub const fn at_most(self, limit: Duration) -> Self {
+        Self {
+            at_most: Some(limit),
+            ..self
+        }
+    }
+
+    /// Until another thread cancels. The call then ends within a fraction of 100 ms.
+    pub const fn unless(self, cancel: &'a Cancel) -> Self {
+        Self {
+            cancel: Some(cancel),
+            ..self
+        }
+    }
+
+    /// Fails if it has been cancelled.
+    pub(crate) fn check(&self) -> Result<(), ConnectionError> {
+        if self.cancel.is_some_and(Cancel::is_cancelled) {
+            Err(ConnectionError::Cancelled)
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// What a read came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Received {
+    /// So many bytes, at least one.
+    Bytes(usize),
+    /// The peer has closed its end in order, and all that it had written has been read.
+    ///
+    /// On a pipe from a command it is the command that closed it: ssh does that as well when its
+    /// own connection is lost. Its exit code says which it was.
+    Closed,
+}
+
+/// Why a call on a connection failed.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ConnectionError {
+    /// The transport says that the peer cannot be reached any more, or the peer's end ended
+    /// without closing it in order (a reset).
+    #[error("the connection is lost")]
+    Lost(#[source] io::Error),
+    /// The peer reads no more. Whether its end was closed in order is not known.
+    #[error("the other end reads no more")]
+    NotRead(#[source] io::Error),
+    /// The [`Wait`] is over, and the peer may still be there.
+    #[error("the other end {} for {} s", if *writing { "has taken nothing" } else { "has said nothing" }, waited.as_secs_f64())]
+    TimedOut {
+        /// Whether a write was waited for.
+        writing: bool,
+        /// How long.
+        waited: Duration,
+    },
+    /// Another thread asked to stop.
+    #[error("cancelled")]
+    Cancelled,
+    /// Nothing is wrong with the connection: the operating system refused the call.
+    #[error("using the connection")]
+    Local(#[source] io::Error),
+}
+
+impl ConnectionError {
+    /// The connection error that an adapter put into an [`io::Error`].
+    pub fn of(error: &io::Error) -> Option<&Self> {
+        error.get_ref()?.downcast_ref()
+    }
+}
+
+impl From<ConnectionError> for io::Error {
+    /// With the kind that the engine goes by; [`Cancelled`] where that is the reason.
+    fn from(error: ConnectionError) -> Self {
+        let kind = match &error {
+            ConnectionError::Cancelled => return Self::other(Cancelled),
+            ConnectionError::TimedOut { .. } => io::ErrorKind::TimedOut,
+            ConnectionError::Lost(cause)
+            | ConnectionError::NotRead(cause)
+            | ConnectionError::Local(cause) => cause.kind(),
+        };
+        Self::new(kind, error)
+    }
+}
+
+/// Where what was written has got to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Delivery {
+    /// The transport cannot tell.
+    Unknown,
+    /// Some of it is still at this host, or on its way.
+    Pending,
+    /// The kernel of the peer's host has acknowledged all of it. The peer may not have read it.
+    AtPeerHost,
+    /// The process at the other end of the descriptor has read all of it. With a command such as
+    /// ssh that process is the command, not the engine on the other host.
+    Read,
+}
+
+/// Who is at the other end of a connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Peer {
+    /// A process of this host, as it was when it connected (SO_PEERCRED).
+    Process {
+        /// Its number.
+        pid: i32,
+        /// Its user.
+        uid: u32,
+        /// Its group.
+        gid: u32,
+    },
+    /// A host. Who sent from that address is not proved by it.
+    Address(SocketAddr),
+    /// A command, or something else that only has a name.
+    Named(String),
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Process { pid, uid, .. } => write!(f, "process {pid} of user {uid}"),
+            Self::Address(address) => write!(f, "tcp:{address}"),
+            Self::Named(name) => f.write_str(name),
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "connection/tests.rs"]
+mod tests;

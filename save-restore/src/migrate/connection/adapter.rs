@@ -1,0 +1,246 @@
+//! A connection as what the engine reads a stream from and writes one to.
+
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
+
+use xsr_format::frame::PAGE_SIZE;
+use xsr_xen_backend::{ForeignPages, Gather};
+
+use super::fd::{Limit, failed};
+use super::{Connection, ConnectionError, Received, Wait};
+use crate::back_channel::BackChannel;
+use crate::descriptor::Descriptor;
+use crate::progress::Cancel;
+use crate::sink::PageSink;
+use crate::source::{Extent, LookAhead, PageSource};
+
+/// How long the calls of an adapter may wait: each as `each` says, and together until a time on
+/// the connection's clock.
+#[derive(Clone, Copy, Debug)]
+struct Waits<'a> {
+    each: Wait<'a>,
+    until: Option<Duration>,
+}
+
+impl<'a> Waits<'a> {
+    /// How long the next call may wait.
+    fn next(self, connection: &dyn Connection) -> Wait<'a> {
+        let Some(until) = self.until else {
+            return self.each;
+        };
+        let left = until.saturating_sub(connection.clock());
+        let limit = self.each.at_most.map_or(left, |limit| limit.min(left));
+        self.each.at_most(limit)
+    }
+}
+
+/// Reads from a connection. Takes no byte that it was not asked for.
+///
+/// Errors are [`io::Error`]s that hold a [`ConnectionError`], or
+/// [`Cancelled`](crate::progress::Cancelled).
+pub struct ConnectionReader<'a> {
+    connection: &'a dyn Connection,
+    waits: Waits<'a>,
+    /// From which pages go straight into the guest's memory.
+    direct: Option<Descriptor<BorrowedFd<'a>>>,
+}
+
+impl fmt::Debug for ConnectionReader<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ConnectionReader")
+            .field("connection", &self.connection)
+            .field("waits", &self.waits)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<'a> ConnectionReader<'a> {
+    /// Each read waits as `wait` says.
+    ///
+    /// # Errors
+    ///
+    /// The descriptor's type could not be determined.
+    pub fn new(connection: &'a dyn Connection, wait: Wait<'a>) -> io::Result<Self> {
+        let direct = match connection.read_fd() {
+            Some(fd) => Some(Descriptor::cancellable(fd, Cancel::new(), false)?),
+            None => None,
+        };
+        Ok(Self {
+            connection,
+            waits: Waits {
+                each: wait,
+                until: None,
+            },
+            direct,
+        })
+    }
+
+    /// All reads together are to take no longer than this, from now on. A peer that says a byte
+    /// now and then cannot make a message last for ever.
+    pub fn within(mut self, limit: Duration) -> Self {
+        self.waits.until = Some(self.connection.clock().saturating_add(limit));
+        self
+    }
+}
+
+impl Read for ConnectionReader<'_> {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        if room.is_empty() {
+            return Ok(0);
+        }
+        let wait = self.waits.next(self.connection);
+        Ok(match self.connection.read(room, &wait)? {
+            Received::Bytes(n) => n,
+            Received::Closed => 0,
+        })
+    }
+}
+
+impl PageSource for ConnectionReader<'_> {
+    fn read_pages(&mut self, pages: &ForeignPages, range: Range<usize>) -> io::Result<()> {
+        let Some(direct) = &self.direct else {
+            let mut page = [0; PAGE_SIZE];
+            for index in range {
+                self.read_exact(&mut page)?;
+                let place = pages.page(index).expect("the caller mapped it");
+                place.copy_from(&page);
+            }
+            return Ok(());
+        };
+        let mut at = range.start * PAGE_SIZE;
+        let end = range.end * PAGE_SIZE;
+        while at < end {
+            let limit = Limit::of(&self.waits.next(self.connection));
+            let read = direct.read_within(&limit, |fd| pages.read_some_from(fd, at..end));
+            match read.map_err(|error| failed(error, false, &limit))? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                n => at += n,
+            }
+        }
+        Ok(())
+    }
+
+    fn take_extent(&mut self, _: u64) -> io::Result<Option<Extent>> {
+        Ok(None)
+    }
+
+    fn look_ahead(&mut self) -> io::Result<Option<LookAhead>> {
+        Ok(None)
+    }
+}
+
+impl BackChannel for ConnectionReader<'_> {
+    fn look_ahead(&mut self) -> io::Result<Option<[u8; 8]>> {
+        let mut bytes = [0; 8];
+        let n = self.connection.peek(&mut bytes)?;
+        Ok((n == bytes.len()).then_some(bytes))
+    }
+}
+
+/// Writes to a connection.
+///
+/// Errors are as [`ConnectionReader`]'s.
+#[derive(Clone, Copy)]
+pub struct ConnectionWriter<'a> {
+    connection: &'a dyn Connection,
+    waits: Waits<'a>,
+}
+
+impl fmt::Debug for ConnectionWriter<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ConnectionWriter")
+            .field("connection", &self.connection)
+            .field("waits", &self.waits)
+            .finish()
+    }
+}
+
+impl<'a> ConnectionWriter<'a> {
+    /// Each write waits as `wait` says.
+    pub fn new(connection: &'a dyn Connection, wait: Wait<'a>) -> Self {
+        Self {
+            connection,
+            waits: Waits {
+                each: wait,
+                until: None,
+            },
+        }
+    }
+
+    /// All writes together are to take no longer than this, from now on.
+    pub fn within(mut self, limit: Duration) -> Self {
+        self.waits.until = Some(self.connection.clock().saturating_add(limit));
+        self
+    }
+}
+
+impl Write for ConnectionWriter<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if bytes.is_empty() {
+            return Ok(0);
+        }
+        let wait = self.waits.next(self.connection);
+        Ok(self.connection.write(bytes, &wait)?)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl PageSink for ConnectionWriter<'_> {
+    fn write_gather(&mut self, list: &Gather<'_>) -> io::Result<()> {
+        let wait = self.waits.next(self.connection);
+        Ok(self.connection.write_gather(list, &wait)?)
+    }
+}
+
+/// Writes a list through [`Connection::write`], for connections that are not a descriptor.
+///
+/// # Errors
+///
+/// As [`Connection::write`].
+pub(crate) fn copy_gather(
+    connection: &dyn Connection,
+    list: &Gather<'_>,
+    wait: &Wait<'_>,
+) -> Result<(), ConnectionError> {
+    /// Keeps the error as it was.
+    struct Out<'a> {
+        connection: &'a dyn Connection,
+        waits: Waits<'a>,
+        error: Option<ConnectionError>,
+    }
+    impl Write for Out<'_> {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let wait = self.waits.next(self.connection);
+            self.connection.write(bytes, &wait).map_err(|error| {
+                self.error = Some(error);
+                io::Error::other("see the error that is kept")
+            })
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let until = wait.at_most.map(|limit| connection.clock() + limit);
+    let mut out = Out {
+        connection,
+        waits: Waits {
+            each: Wait {
+                at_most: None,
+                ..*wait
+            },
+            until,
+        },
+        error: None,
+    };
+    match list.copy_to(&mut out) {
+        Ok(()) => Ok(()),
+        Err(error) => Err(out.error.unwrap_or(ConnectionError::Local(error))),
+    }
+}

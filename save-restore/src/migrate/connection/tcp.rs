@@ -1,0 +1,190 @@
+//! A connection over TCP, and when it counts as lost.
+
+use std::fs;
+use std::io;
+use std::net::TcpStream;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::stat::fstat;
+use xsr_xen_backend::Gather;
+
+use super::fd::Descriptors;
+use super::unix::finish;
+use super::{Connection, ConnectionError, Delivery, Peer, Received, Wait};
+
+/// An idle connection is probed after so many seconds, then `PROBES` times, `INTERVAL` seconds
+/// apart, and then it is lost.
+const IDLE: u32 = 10;
+const INTERVAL: u32 = 5;
+const PROBES: u32 = 4;
+
+/// A TCP connection. A host that is gone without a word is noticed after
+/// [`Self::SILENCE_WAITING`] at first; see [`Connection::give_up_on_silence`].
+#[derive(Debug)]
+pub struct TcpConnection {
+    descriptors: Descriptors,
+    peer: Peer,
+}
+
+impl TcpConnection {
+    /// What an end should bear that waits for an answer, and has sent little.
+    pub const SILENCE_WAITING: Duration = Duration::from_secs(30);
+
+    /// What an end should bear that sends much. Linux cannot tell a host that is gone from a peer
+    /// that reads nothing, as a receiver does that applies a checkpoint.
+    pub const SILENCE_SENDING: Duration = Duration::from_secs(120);
+
+    /// Over a socket that is connected.
+    ///
+    /// # Errors
+    ///
+    /// The operating system refuses an option, or does not know the peer's address any more.
+    pub fn new(stream: TcpStream) -> io::Result<Self> {
+        let peer = Peer::Address(stream.peer_addr()?);
+        // Short messages are waited for.
+        stream.set_nodelay(true)?;
+        setsockopt(&stream, sockopt::KeepAlive, &true)?;
+        setsockopt(&stream, sockopt::TcpKeepIdle, &IDLE)?;
+        setsockopt(&stream, sockopt::TcpKeepInterval, &INTERVAL)?;
+        setsockopt(&stream, sockopt::TcpKeepCount, &PROBES)?;
+        let to = OwnedFd::from(stream);
+        let connection = Self {
+            descriptors: Descriptors::new(to.try_clone()?, to)?,
+            peer,
+        };
+        connection.bear(Self::SILENCE_WAITING)?;
+        Ok(connection)
+    }
+
+    fn bear(&self, limit: Duration) -> io::Result<()> {
+        let milliseconds = u32::try_from(limit.as_millis()).unwrap_or(u32::MAX);
+        // 0 would be the kernel's default.
+        let milliseconds = milliseconds.max(1);
+        let socket = self.descriptors.from().as_fd();
+        Ok(setsockopt(&socket, sockopt::TcpUserTimeout, &milliseconds)?)
+    }
+}
+
+/// Bytes that a TCP socket has sent or is to send, and that the peer's kernel has not
+/// acknowledged: `tx_queue` in /proc/net/tcp, where the socket is the one with this inode.
+fn unacknowledged(table: &str, inode: u64) -> Option<u64> {
+    table.lines().skip(1).find_map(|line| {
+        let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+        if fields.get(9)?.parse() != Ok(inode) {
+            return None;
+        }
+        let (queued, _) = fields.get(4)?.split_once(':')?;
+        u64::from_str_radix(queued, 16).ok()
+    })
+}
+
+impl Connection for TcpConnection {
+    fn read(&self, room: &mut [u8], wait: &Wait<'_>) -> Result<Received, ConnectionError> {
+        self.descriptors.read(room, wait)
+    }
+
+    fn peek(&self, room: &mut [u8]) -> Result<usize, ConnectionError> {
+        self.descriptors.peek(room)
+    }
+
+    fn write(&self, bytes: &[u8], wait: &Wait<'_>) -> Result<usize, ConnectionError> {
+        self.descriptors.write(bytes, wait)
+    }
+
+    fn write_gather(&self, list: &Gather<'_>, wait: &Wait<'_>) -> Result<(), ConnectionError> {
+        self.descriptors.write_gather(list, wait)
+    }
+
+    fn finish_writing(&mut self) -> Result<(), ConnectionError> {
+        finish(&self.descriptors)?;
+        self.descriptors.close_writing();
+        Ok(())
+    }
+
+    /// From the kernel's table of this network namespace: meant for the few moments at which it
+    /// decides something.
+    fn delivery(&self) -> Delivery {
+        let Ok(stat) = fstat(self.descriptors.from()) else {
+            return Delivery::Unknown;
+        };
+        let tables = ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"];
+        let queued = tables.into_iter().find_map(|path| {
+            let table = fs::read_to_string(path).ok()?;
+            unacknowledged(&table, stat.st_ino)
+        });
+        match queued {
+            None => Delivery::Unknown,
+            Some(0) => Delivery::AtPeerHost,
+            Some(_) => Delivery::Pending,
+        }
+    }
+
+    /// TCP_USER_TIMEOUT. Linux takes it for an idle connection, too, whatever the number of
+    /// probes says.
+    fn give_up_on_silence(&self, limit: Duration) -> Result<bool, ConnectionError> {
+        self.bear(limit).map_err(ConnectionError::Local)?;
+        Ok(true)
+    }
+
+    fn peer(&self) -> Peer {
+        self.peer.clone()
+    }
+
+    fn clock(&self) -> Duration {
+        self.descriptors.clock()
+    }
+
+    fn read_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.descriptors.from().as_fd())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use std::net::TcpListener;
+
+    use nix::sys::socket::getsockopt;
+
+    use super::*;
+
+    #[test]
+    fn silence_is_borne_for_as_long_as_was_asked() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let connection = TcpConnection::new(stream).unwrap();
+        let timeout = || {
+            let socket = connection.read_fd().unwrap();
+            getsockopt(&socket, sockopt::TcpUserTimeout).unwrap()
+        };
+        assert_eq!(timeout(), 30_000);
+        for (limit, milliseconds) in [
+            (TcpConnection::SILENCE_SENDING, 120_000),
+            (Duration::ZERO, 1),
+            (TcpConnection::SILENCE_WAITING, 30_000),
+        ] {
+            assert!(connection.give_up_on_silence(limit).unwrap());
+            assert_eq!(timeout(), milliseconds);
+        }
+        let socket = connection.read_fd().unwrap();
+        assert_eq!(getsockopt(&socket, sockopt::TcpKeepIdle).unwrap(), IDLE);
+        assert_eq!(getsockopt(&socket, sockopt::TcpKeepCount).unwrap(), PROBES);
+    }
+
+    #[test]
+    fn what_is_unacknowledged_is_read_from_the_line_of_the_socket() {
+        let table = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   \
+                     uid  timeout inode\n   \
+                     0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     \
+                     0        0 26612 1 0 100 0 0 10 0\n   \
+                     1: 0100007F:1F90 0100007F:8B2C 01 0000001A:00000003 01:00000014 00000000     \
+                     0        0 31337 2 0 20 4 30 10 -1\n";
+        assert_eq!(unacknowledged(table, 26612), Some(0));
+        assert_eq!(unacknowledged(table, 31337), Some(26));
+        assert_eq!(unacknowledged(table, 1), None);
+        assert_eq!(unacknowledged("", 1), None);
+    }
+}
