@@ -2,6 +2,7 @@
 //!
 //! C implementation: `xg_sr_save.c`.
 
+mod balloon;
 mod batch;
 mod buffer;
 mod checkpointed;
@@ -26,6 +27,7 @@ use crate::guest::pv::PvSave;
 use crate::guest::{GuestSave, Out};
 use crate::pipeline;
 use crate::progress::{OnProgress, Phase, Reporter};
+use crate::save::balloon::Balloon;
 use crate::save::batch::Batch;
 use crate::save::precopy::PrecopyPolicy;
 use crate::save::suspended::Suspended;
@@ -220,6 +222,15 @@ fn give_back<T: SaveToolstack + ?Sized>(
     }
 }
 
+/// Where it is noted what becomes of the pfns that are sent.
+#[derive(Default)]
+struct Notes<'a> {
+    /// The guest runs: those that cannot be sent for that reason. `None`: it is suspended.
+    deferred: Option<&'a mut DirtyBitmap>,
+    /// Which of them are absent, where it has to be found out whether they stay so.
+    balloon: Option<&'a mut Balloon>,
+}
+
 struct Run<'r, 'p> {
     domain: &'r dyn Domain,
     kind: GuestKind,
@@ -287,7 +298,7 @@ impl<'r> Run<'r, '_> {
                     guest.start_of_stream(&mut out)?;
                 }
                 let all = (all_pages(guest), guest_pages(guest));
-                self.send(guest, &mut out, Phase::Pages, all, None)?;
+                self.send(guest, &mut out, Phase::Pages, all, Notes::default())?;
                 stopped
             }
             Some(live) => self.live(guest, &mut out, suspended, live)?,
@@ -311,18 +322,17 @@ impl<'r> Run<'r, '_> {
         Ok(asked)
     }
 
-    /// Send pfns (so many, ascending) in batches. `deferred`: the guest runs; what
-    /// cannot be sent for that reason is noted there. `None`: it is suspended.
+    /// Send pfns (so many, ascending) in batches.
     fn send(
         &mut self,
         guest: &dyn GuestSave,
         out: &mut Out<'_>,
         phase: Phase,
         (pfns, total): (impl Iterator<Item = Pfn>, u64),
-        mut deferred: Option<&mut DirtyBitmap>,
+        mut notes: Notes<'_>,
     ) -> Result<(), SaveError> {
         let domain = self.domain;
-        let running = deferred.is_some();
+        let running = notes.deferred.is_some();
         let octets = total.saturating_mul(PAGE_SIZE as u64).min(self.memory);
         go_on(self.progress.begin(phase, Some((total, octets))))?;
         pipeline::ordered(
@@ -331,10 +341,14 @@ impl<'r> Run<'r, '_> {
             |pfns| Batch::prepare(domain, guest, &pfns, running),
             |batch| {
                 batch.write(*out.sink_mut())?;
-                if let Some(deferred) = &mut deferred {
+                if let Some(deferred) = &mut notes.deferred {
                     for pfn in batch.deferred() {
                         deferred.set(*pfn);
                     }
+                }
+                if let Some(balloon) = &mut notes.balloon {
+                    balloon.sent(batch.entries());
+                    balloon.look(domain)?;
                 }
                 self.stats.pfns += batch.pfns();
                 self.stats.pages += batch.pages();

@@ -68,6 +68,13 @@ impl DirtyBitmap {
         self.words[word] |= bit;
     }
 
+    /// Take `pfn` out of the set.
+    pub fn clear(&mut self, pfn: Pfn) {
+        if let Some((word, bit)) = self.place(pfn) {
+            self.words[word] &= !bit;
+        }
+    }
+
     /// Empty the set.
     pub fn clear_all(&mut self) {
         self.words.fill(0);
@@ -186,11 +193,23 @@ pub trait LogDirty: Send + Sync {
 
     /// Fill `out`, whose size is the caller's choice, with the pages the guest wrote
     /// since the last read that forgot. `out` should have room for every pfn of the
-    /// guest: pages it cannot hold may be forgotten too. EINVAL when the log is off,
-    /// and for [`DirtyRead::CleanFinal`] while the domain runs (neither paused nor
+    /// guest: pages it cannot hold may be forgotten too. Another process may have switched
+    /// the log on. EINVAL when the log is off, and for [`DirtyRead::CleanFinal`] while the domain runs (neither paused nor
     /// shut down).
     fn read_dirty(&self, how: DirtyRead, out: &mut DirtyBitmap)
     -> Result<DirtyStats, BackendError>;
+
+    /// Whether the log tells of a page that a translated guest takes (balloon up) while it
+    /// is logged. Where it does not, the guest's writes to such a page are not logged
+    /// either, until the log has been read with [`DirtyRead::forgets`]: the caller has to
+    /// find these pages itself.
+    ///
+    /// Xen does so since commit 98fccdf0ac (4.22.0, 4.21.1, 4.20.3, 4.19.5). `false`,
+    /// which an implementation that does not know answers, costs the caller time and
+    /// loses nothing.
+    fn logs_new_pages(&self) -> Result<bool, BackendError> {
+        Ok(false)
+    }
 }
 
 #[cfg(test)]
@@ -225,6 +244,8 @@ mod tests {
             prop_assert!((0..500).all(|pfn| bitmap.contains(Pfn(pfn)) == a.contains(&pfn)));
             bitmap.merge(&of(300, &b));
             prop_assert_eq!(members(&bitmap), a.union(&b).copied().collect::<Vec<_>>());
+            b.iter().chain([&pfns]).for_each(|pfn| bitmap.clear(Pfn(*pfn)));
+            prop_assert_eq!(members(&bitmap), a.difference(&b).copied().collect::<Vec<_>>());
             bitmap.set_all();
             prop_assert_eq!(members(&bitmap), (0..pfns).collect::<Vec<_>>());
             prop_assert_eq!(bitmap.count(), pfns);

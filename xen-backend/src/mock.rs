@@ -87,6 +87,11 @@ pub struct HostConfig {
     /// cannot be logged.
     #[serde(default = "shadow_paging")]
     pub shadow_paging: bool,
+    /// Whether the dirty log tells of pages that a translated guest takes, as it does from
+    /// Xen 4.22.0, 4.21.1, 4.20.3 and 4.19.5 on. Before, it does not, nor of what the guest
+    /// writes to such a page until the log is read. Later versions than 4.21 always do.
+    #[serde(default)]
+    pub logs_new_pages: bool,
     /// What guests do while their writes are logged, in steps, whichever program has the
     /// machine.
     #[serde(default)]
@@ -127,8 +132,26 @@ impl Default for HostConfig {
                 minor: 17,
             },
             shadow_paging: shadow_paging(),
+            logs_new_pages: false,
             stepped: None,
             unmappable: None,
+        }
+    }
+}
+
+impl HostConfig {
+    /// See [`HostConfig::logs_new_pages`].
+    fn logs_new_pages(&self) -> bool {
+        let XenVersion { major, minor } = self.xen_version;
+        self.logs_new_pages || (major, minor) > (4, 21)
+    }
+
+    /// What follows major and minor in the number of the release that it says it is: the
+    /// first of the branch, or a late one.
+    fn point_release(&self) -> &'static str {
+        match self.logs_new_pages {
+            true => ".9",
+            false => ".0",
         }
     }
 }

@@ -20,6 +20,7 @@ mod memory;
 mod open;
 mod platform;
 mod pv;
+mod release;
 mod suspend;
 use std::collections::BTreeSet;
 use std::sync::atomic::AtomicU64;
@@ -29,8 +30,9 @@ use nix::errno::Errno;
 
 use self::calls::Calls;
 pub(crate) use self::libxl_files::LibxlFiles;
+use self::release::Quirks;
 use crate::error::BackendError;
-use crate::privcmd::{Hypercalls, Privcmd};
+use crate::privcmd::{CallBuffer, Hypercalls, Privcmd};
 use crate::sys::common as sys;
 use crate::xenstore::Xenstore;
 use crate::{DomId, Domain, DomainInfo, GuestKind, Host, NewDomain, XenVersion};
@@ -59,8 +61,10 @@ struct Shared {
     version: XenVersion,
     /// What libxl keeps of its domains.
     libxl_files: LibxlFiles,
-    /// Domains whose log of dirty pages was enabled through this host. Xen does not
-    /// say whether a log is on, and reads one that is off as empty.
+    /// What sets this release of Xen apart from others of its version.
+    quirks: Quirks,
+    /// Domains whose log of dirty pages is known to be on. Xen does not say whether a log
+    /// is on, and reads one that is off as empty.
     logged: Mutex<BTreeSet<DomId>>,
 }
 
@@ -98,8 +102,10 @@ impl XenHost {
         libxl_files: LibxlFiles,
     ) -> Result<Self, OpenError> {
         let (calls, version) = open::probe(raw)?;
+        let extra = calls.extra_version();
+        let quirks = Quirks::of(version, &extra);
         tracing::debug!(
-            xen = %format_args!("{}.{}", version.major, version.minor),
+            xen = %format_args!("{}.{}{extra}", version.major, version.minor),
             domctl = %format_args!("{:#x}", calls.interface.domctl),
             "hypervisor"
         );
@@ -109,6 +115,7 @@ impl XenHost {
                 store,
                 version,
                 libxl_files,
+                quirks,
                 logged: Mutex::default(),
             }),
         })
@@ -128,6 +135,8 @@ struct XenDomain {
     kind: GuestKind,
     /// Vcpus it is known to have, at least.
     vcpus: AtomicU64,
+    /// What the dirty log is read into, kept from one read to the next.
+    log: Mutex<Option<CallBuffer>>,
 }
 
 impl XenDomain {
@@ -190,6 +199,7 @@ impl Host for XenHost {
             domid,
             kind: info.kind,
             vcpus: AtomicU64::new(0),
+            log: Mutex::default(),
         }))
     }
 

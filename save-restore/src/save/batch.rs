@@ -13,7 +13,7 @@ use crate::sink::PageSink;
 /// A PAGE_DATA record, ready to be written.
 pub(super) struct Batch {
     head: Vec<u8>,
-    pfns: u64,
+    entries: Vec<PageEntry>,
     /// The pages that have data, mapped; `None` where no page has.
     mapped: Option<ForeignPages>,
     /// Pages that are not sent as they are mapped: index among the mapped ones,
@@ -86,7 +86,7 @@ impl Batch {
         }
         let mut batch = Self {
             head: Vec::new(),
-            pfns: entries.len() as u64,
+            entries: Vec::new(),
             mapped: None,
             special: Vec::new(),
             deferred,
@@ -96,6 +96,7 @@ impl Batch {
             batch.map(domain, guest, &mut entries, &with_data, running)?;
         }
         batch.head = page_data_head(&entries)?;
+        batch.entries = entries;
         Ok(batch)
     }
 
@@ -145,7 +146,12 @@ impl Batch {
 
     /// pfns in the batch.
     pub(super) fn pfns(&self) -> u64 {
-        self.pfns
+        self.entries.len() as u64
+    }
+
+    /// What the stream says of each of them.
+    pub(super) fn entries(&self) -> &[PageEntry] {
+        &self.entries
     }
 
     /// Pages in the batch that have data.

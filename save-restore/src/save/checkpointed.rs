@@ -15,7 +15,7 @@ use crate::save::buffer::{EpochBuffer, Hold};
 use crate::save::live::LiveMemory;
 use crate::save::precopy::PrecopyPolicy;
 use crate::save::suspended::Suspended;
-use crate::save::{Run, SaveOptions, SaveStats, guest_pages, with_guest};
+use crate::save::{Run, SaveOptions, SaveStats, with_guest};
 use crate::sink::PageSink;
 use crate::toolstack::{CheckpointToolstack, Epoch, NextEpoch};
 
@@ -147,7 +147,7 @@ impl<'r> Run<'r, '_> {
         policy: &mut dyn PrecopyPolicy,
     ) -> Result<(Box<dyn GuestSave + 'r>, Out<'s>, LiveMemory<'r>), SaveError> {
         let (mut guest, mut out) = self.head(xen, sink)?;
-        let mut memory = LiveMemory::start(self.domain, guest_pages(guest.as_ref()))?;
+        let mut memory = self.log(guest.as_ref())?;
         self.precopy(guest.as_mut(), &mut out, &mut memory, policy)?;
         Ok((guest, out, memory))
     }

@@ -13,9 +13,10 @@ use xsr_xen_backend::{BackendError, DirtyBitmap, DirtyRead, Domain};
 use crate::error::SaveError;
 use crate::guest::{GuestSave, Out};
 use crate::progress::Phase;
+use crate::save::balloon::{self, Balloon};
 use crate::save::precopy::{Meter, PrecopyDecision, PrecopyPolicy};
 use crate::save::suspended::Suspended;
-use crate::save::{Live, Run, all_pages, guest_pages};
+use crate::save::{Live, Notes, Run, all_pages, guest_pages};
 use crate::toolstack::SaveToolstack;
 
 /// The dirty log, on. Off again on drop.
@@ -60,11 +61,17 @@ pub(super) struct LiveMemory<'a> {
     deferred: DirtyBitmap,
     /// pfns that the guest has got since the last pass, which the log may not tell of.
     grown: Range<u64>,
+    /// Pages that it gives back or takes within its memory; `None` where the log tells.
+    balloon: Option<Balloon>,
 }
 
 impl<'a> LiveMemory<'a> {
     /// Log from now on; all of it is to be sent.
-    pub(super) fn start(domain: &'a dyn Domain, pfns: u64) -> Result<Self, BackendError> {
+    pub(super) fn start(
+        domain: &'a dyn Domain,
+        translated: bool,
+        pfns: u64,
+    ) -> Result<Self, BackendError> {
         let mut dirty = DirtyBitmap::new(pfns);
         dirty.set_all();
         Ok(Self {
@@ -72,17 +79,17 @@ impl<'a> LiveMemory<'a> {
             dirty,
             deferred: DirtyBitmap::new(pfns),
             grown: pfns..pfns,
+            balloon: Balloon::of(domain, translated, pfns)?,
         })
     }
 
     /// There are `pfns` now.
     fn grow(&mut self, pfns: u64) {
         for set in [&mut self.dirty, &mut self.deferred] {
-            if set.pfns() < pfns {
-                let mut larger = DirtyBitmap::new(pfns);
-                larger.merge(set);
-                *set = larger;
-            }
+            balloon::grow(set, pfns);
+        }
+        if let Some(balloon) = &mut self.balloon {
+            balloon.grow(pfns);
         }
         self.grown.end = self.grown.end.max(pfns);
     }
@@ -96,7 +103,7 @@ impl<'a> LiveMemory<'a> {
     }
 }
 
-impl Run<'_, '_> {
+impl<'r> Run<'r, '_> {
     /// Send memory while the guest runs, suspend it, send the rest; when it was asked
     /// to suspend.
     pub(super) fn live<T: SaveToolstack + ?Sized>(
@@ -106,16 +113,21 @@ impl Run<'_, '_> {
         suspended: &mut Suspended<'_, T>,
         live: Live<'_>,
     ) -> Result<Instant, SaveError> {
-        let mut memory = LiveMemory::start(self.domain, guest_pages(guest))?;
+        let mut memory = self.log(guest)?;
         self.precopy(guest, out, &mut memory, live.policy)?;
         let none = &mut |_: &mut DirtyBitmap| Ok(());
         let stopped = self.stop_and_copy(guest, out, suspended, &mut memory, none)?;
         if live.verify {
             out.verify()?;
             let all = (all_pages(guest), guest_pages(guest));
-            self.send(guest, out, Phase::Verify, all, None)?;
+            self.send(guest, out, Phase::Verify, all, Notes::default())?;
         }
         Ok(stopped)
+    }
+
+    /// Log what the guest writes from now on.
+    pub(super) fn log(&self, guest: &dyn GuestSave) -> Result<LiveMemory<'r>, BackendError> {
+        LiveMemory::start(self.domain, self.kind.is_translated(), guest_pages(guest))
     }
 
     /// Follow a guest that moves what says where its memory is.
@@ -151,8 +163,11 @@ impl Run<'_, '_> {
                 meter.begin();
                 if count > 0 {
                     let pass = (memory.dirty.iter(), count);
-                    let deferred = Some(&mut memory.deferred);
-                    self.send(guest, out, Phase::Precopy, pass, deferred)?;
+                    let notes = Notes {
+                        deferred: Some(&mut memory.deferred),
+                        balloon: memory.balloon.as_mut(),
+                    };
+                    self.send(guest, out, Phase::Precopy, pass, notes)?;
                 }
                 self.follow(guest, out, memory, true)?;
                 // One over nothing counts too: a policy that waits for a number of
@@ -174,6 +189,9 @@ impl Run<'_, '_> {
                 }
             }
             memory.read(self.domain, DirtyRead::Clean)?;
+            if let Some(balloon) = &mut memory.balloon {
+                self.settle(balloon, &mut memory.dirty, false)?;
+            }
             meter.dirty(memory.dirty.count());
             self.progress.precopy(meter.stats());
         }
@@ -189,15 +207,25 @@ impl Run<'_, '_> {
         memory: &mut LiveMemory<'_>,
         besides: &mut dyn FnMut(&mut DirtyBitmap) -> Result<(), SaveError>,
     ) -> Result<Instant, SaveError> {
+        if let Some(balloon) = &mut memory.balloon {
+            balloon.look(self.domain)?;
+        }
         let stopped = self.suspend(suspended)?;
         self.follow(guest, out, memory, false)?;
         memory.read(self.domain, DirtyRead::CleanFinal)?;
         self.stats.deferred += memory.deferred.count();
         memory.dirty.merge(&memory.deferred);
         memory.deferred.clear_all();
+        if let Some(balloon) = &mut memory.balloon {
+            self.settle(balloon, &mut memory.dirty, true)?;
+        }
         besides(&mut memory.dirty)?;
         let rest = (memory.dirty.iter(), memory.dirty.count());
-        self.send(guest, out, Phase::StopAndCopy, rest, None)?;
+        let notes = Notes {
+            deferred: None,
+            balloon: memory.balloon.as_mut(),
+        };
+        self.send(guest, out, Phase::StopAndCopy, rest, notes)?;
         Ok(stopped)
     }
 }

@@ -377,6 +377,9 @@ impl LogDirty for Faulty {
     ) -> Result<DirtyStats, BackendError> {
         self.call("read_dirty", |d| d.read_dirty(how, out))
     }
+    fn logs_new_pages(&self) -> Result<bool, BackendError> {
+        self.call("logs_new_pages", |d| d.logs_new_pages())
+    }
 }
 
 impl X86Platform for Faulty {

@@ -2,12 +2,15 @@
 //!
 //! Off at first. What writes on the guest's behalf marks the page: its stores, page
 //! tables that the hypervisor changes for it, tables that come into or go out of
-//! use. Foreign mappings mark nothing, and neither does the physmap: a page that an
-//! HVM guest gives back or takes is not logged for that.
+//! use. Foreign mappings mark nothing. Whether the physmap does depends on the Xen that
+//! is mocked ([`HostConfig::logs_new_pages`](super::HostConfig)): an older one says nothing
+//! of a page that a translated guest takes, and has it mapped writable, so that nothing
+//! tells of the guest's writes to it until the log is read.
 //!
 //! C implementation: `xen/arch/x86/mm/paging.c`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -31,6 +34,21 @@ struct Log {
     /// By pfn / [`LEAF_PFNS`].
     leaves: BTreeMap<u64, Box<[u64; LEAF_WORDS]>>,
     dirty_count: u64,
+    /// Pfns that have got a page since the log was last read: writes to them do not fault.
+    fresh: BTreeSet<u64>,
+}
+
+impl Log {
+    fn mark(&mut self, pfn: u64) {
+        let leaf = self.leaves.entry(pfn / LEAF_PFNS);
+        let leaf = leaf.or_insert_with(|| Box::new([0; LEAF_WORDS]));
+        let within = pfn % LEAF_PFNS;
+        let bit = 1 << (within % 64);
+        let word = usize::try_from(within / 64).expect("less than the leaf's words");
+        let word = &mut leaf[word];
+        self.dirty_count += u64::from(*word & bit == 0);
+        *word |= bit;
+    }
 }
 
 /// A domain's log: `None` while it is off. Locked after the domain's state.
@@ -61,15 +79,20 @@ impl DirtyLog {
     /// The guest has written `pfn`. Comes after the write, so that who forgets the
     /// mark in between reads what was written.
     pub(super) fn mark(&self, pfn: u64) {
+        if let Some(log) = &mut *self.lock()
+            && !log.fresh.contains(&pfn)
+        {
+            log.mark(pfn);
+        }
+    }
+
+    /// A translated guest has got pages at `pfns`; `logs`: the hypervisor marks them.
+    pub(super) fn added(&self, pfns: Range<u64>, logs: bool) {
         if let Some(log) = &mut *self.lock() {
-            let leaf = log.leaves.entry(pfn / LEAF_PFNS);
-            let leaf = leaf.or_insert_with(|| Box::new([0; LEAF_WORDS]));
-            let within = pfn % LEAF_PFNS;
-            let bit = 1 << (within % 64);
-            let word = usize::try_from(within / 64).expect("less than the leaf's words");
-            let word = &mut leaf[word];
-            log.dirty_count += u64::from(*word & bit == 0);
-            *word |= bit;
+            if logs {
+                pfns.clone().for_each(|pfn| log.mark(pfn));
+            }
+            log.fresh.extend(pfns);
         }
     }
 
@@ -87,6 +110,7 @@ impl DirtyLog {
         if forget {
             log.leaves.retain(|n, _| n * LEAF_PFNS >= pfns);
             log.dirty_count = 0;
+            log.fresh.clear();
         }
         Ok(count)
     }
@@ -157,6 +181,10 @@ impl LogDirty for MockDomain {
             self.step()?;
         }
         Ok(stats)
+    }
+
+    fn logs_new_pages(&self) -> Result<bool, BackendError> {
+        Ok(self.machine.config.logs_new_pages())
     }
 }
 

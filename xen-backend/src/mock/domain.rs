@@ -172,6 +172,10 @@ impl MockDomain {
                 false => machine.set_m2p(mfn, pfn),
             }
         }
+        if translated {
+            let logs = machine.config.logs_new_pages();
+            self.dom.dirty.added(first..end, logs);
+        }
         if !translated {
             *gfn = Gfn(mfn.0);
         }

@@ -37,7 +37,7 @@ use super::MockHost;
 use super::domain::MockDomain;
 use crate::error::BackendError;
 use crate::pages::{Access, ForeignPages};
-use crate::privcmd::call::GRANT_TABLE_OP;
+use crate::privcmd::call::{EXTRA_VERSION, GRANT_TABLE_OP};
 use crate::privcmd::{Call, CallBuffer, FrameMapping, Hypercalls, Resource};
 use crate::sys::common as sys;
 use crate::xen::interface::{INTERFACES, Interface, versions};
@@ -324,6 +324,13 @@ impl Face {
             sys::__HYPERVISOR_xen_version if first == u64::from(sys::XENVER_version) => {
                 let version = self.host.config().xen_version;
                 Ok(u64::from(version.major) << 16 | u64::from(version.minor))
+            }
+            sys::__HYPERVISOR_xen_version if first == u64::from(sys::XENVER_extraversion) => {
+                let mut text = [0; EXTRA_VERSION];
+                let release = self.host.config().point_release();
+                text[..release.len()].copy_from_slice(release.as_bytes());
+                self.save(second, &text)?;
+                Ok(0)
             }
             _ => Err(Errno::ENOSYS),
         }

@@ -45,6 +45,9 @@ const _: () = {
     assert!(size_of::<v18::xen_domctl_getdomaininfo>() <= LARGEST_INFO);
 };
 
+/// Bytes of `xen_extraversion_t`, a string that ends with a zero.
+pub(crate) const EXTRA_VERSION: usize = 16;
+
 /// Octets of `mmuext_op`: command, first argument (here the frame), second argument.
 pub(crate) const MMUEXT_OP: usize = size_of::<sys::mmuext_op>();
 /// Those commands of it that take no more than a frame.
@@ -164,6 +167,7 @@ fn of_domctl(cmd: u32) -> Option<&'static [Pointer]> {
         | sys::XEN_DOMCTL_get_ext_vcpucontext
         | sys::XEN_DOMCTL_set_ext_vcpucontext
         | sys::XEN_DOMCTL_gettscinfo
+        | sys::XEN_DOMCTL_settimeoffset
         | sys::XEN_DOMCTL_settscinfo => &[],
         sys::XEN_DOMCTL_getvcpucontext | sys::XEN_DOMCTL_setvcpucontext => &CONTEXT,
         sys::XEN_DOMCTL_getpageframeinfo3 => &TYPES,
@@ -222,6 +226,7 @@ fn of_operation(number: u32, cmd: u32) -> Option<(usize, &'static [Pointer])> {
             sys::__HYPERVISOR_memory_op,
             sys::XENMEM_machphys_mfn_list | sys::XENMEM_machphys_compat_mfn_list,
         ) => (size_of::<m2p>(), &M2P),
+        (sys::__HYPERVISOR_xen_version, sys::XENVER_extraversion) => (EXTRA_VERSION, &[]),
         (sys::__HYPERVISOR_memory_op, sys::XENMEM_maximum_gpfn) => (size_of::<u16>(), &[]),
         (sys::__HYPERVISOR_memory_op, XENMEM_ADD_TO_PHYSMAP) => {
             (size_of::<sys::xen_add_to_physmap>(), &[])

@@ -162,6 +162,11 @@ pub struct xen_domctl_max_vcpus {
 }
 #[repr(C)]
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
+pub struct xen_domctl_settimeoffset {
+    pub time_offset_seconds: i64,
+}
+#[repr(C)]
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
 pub struct xen_domctl_hvmcontext {
     pub size: u32,
     pub __bindgen_padding_0: [u8; 4usize],
@@ -312,6 +317,7 @@ pub const XEN_DOMCTL_setvcpucontext: u32 = 12;
 pub const XEN_DOMCTL_getvcpucontext: u32 = 13;
 pub const XEN_DOMCTL_getvcpuinfo: u32 = 14;
 pub const XEN_DOMCTL_max_vcpus: u32 = 15;
+pub const XEN_DOMCTL_settimeoffset: u32 = 24;
 pub const XEN_DOMCTL_resumedomain: u32 = 27;
 pub const XEN_DOMCTL_gethvmcontext: u32 = 33;
 pub const XEN_DOMCTL_sethvmcontext: u32 = 34;
@@ -330,6 +336,7 @@ pub const XEN_DOMCTL_get_cpu_policy: u32 = 82;
 pub const XEN_DOMCTL_set_cpu_policy: u32 = 83;
 pub const XEN_SYSCTL_getdomaininfolist: u32 = 6;
 pub const XENVER_version: u32 = 0;
+pub const XENVER_extraversion: u32 = 1;
 pub const SCHEDOP_remote_shutdown: u32 = 4;
 pub const SHUTDOWN_poweroff: u32 = 0;
 pub const SHUTDOWN_reboot: u32 = 1;
@@ -340,6 +347,7 @@ pub const SHUTDOWN_soft_reset: u32 = 5;
 pub const HVMOP_set_param: u32 = 0;
 pub const HVMOP_get_param: u32 = 1;
 pub const HVM_PARAM_CALLBACK_IRQ: u32 = 0;
+pub const HVM_PARAM_TIMER_MODE: u32 = 10;
 const _: () = {
     ["Size of vcpu_guest_context"][::core::mem::size_of::<vcpu_guest_context>() - 5168usize];
     ["Alignment of vcpu_guest_context"][::core::mem::align_of::<vcpu_guest_context>() - 8usize];
@@ -528,6 +536,14 @@ const _: () = {
     ["Alignment of xen_domctl_max_vcpus"][::core::mem::align_of::<xen_domctl_max_vcpus>() - 4usize];
     ["Offset of field: xen_domctl_max_vcpus::max"]
         [::core::mem::offset_of!(xen_domctl_max_vcpus, max) - 0usize];
+};
+const _: () = {
+    ["Size of xen_domctl_settimeoffset"]
+        [::core::mem::size_of::<xen_domctl_settimeoffset>() - 8usize];
+    ["Alignment of xen_domctl_settimeoffset"]
+        [::core::mem::align_of::<xen_domctl_settimeoffset>() - 8usize];
+    ["Offset of field: xen_domctl_settimeoffset::time_offset_seconds"]
+        [::core::mem::offset_of!(xen_domctl_settimeoffset, time_offset_seconds) - 0usize];
 };
 const _: () = {
     ["Size of xen_domctl_hvmcontext"][::core::mem::size_of::<xen_domctl_hvmcontext>() - 16usize];

@@ -9,7 +9,7 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 
 use super::interface::Interface;
 use super::sys;
-use crate::privcmd::call::{LARGEST_INFO, Named};
+use crate::privcmd::call::{EXTRA_VERSION, LARGEST_INFO, Named};
 use crate::privcmd::{Call, CallBuffer, Hypercalls};
 use crate::{DomId, DomainInfo};
 
@@ -77,6 +77,22 @@ impl Calls {
         let mut out = T::new_zeroed();
         buffer.read(0, out.as_mut_bytes());
         Ok((returned, out))
+    }
+
+    /// What follows major and minor in the number of the release (".4" of 4.17.4); empty
+    /// where the hypervisor does not say.
+    pub(super) fn extra_version(&self) -> String {
+        let (number, cmd) = (sys::__HYPERVISOR_xen_version, sys::XENVER_extraversion);
+        match self.with_struct(number, cmd, &[0_u8; EXTRA_VERSION]) {
+            Ok((_, text)) => {
+                let text = text.split(|byte| *byte == 0).next().unwrap_or_default();
+                String::from_utf8_lossy(text).into_owned()
+            }
+            Err(errno) => {
+                tracing::debug!(%errno, "the hypervisor does not say which release it is");
+                String::new()
+            }
+        }
     }
 
     /// A domctl on a domain, with the member of the union that it takes.

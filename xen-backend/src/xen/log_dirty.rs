@@ -1,17 +1,20 @@
 //! The log of pages that a guest writes.
 //!
 //! Xen reads a log that is off as an empty one, and a final read of a running domain as
-//! any other; both would lose pages, so both are refused here. So is an answer for fewer pages
+//! any other. Both would lose pages, so both are refused here. So is an answer for fewer pages
 //! than were asked for.
 //!
 //! C implementation: `xc_shadow_control`, `xc_logdirty_control` in
 //! `tools/libs/ctrl/xc_domain.c`; in Xen, `xen/arch/x86/mm/paging.c`.
+
+use std::sync::PoisonError;
 
 use nix::errno::Errno;
 use zerocopy::FromZeros;
 
 use super::{XenDomain, sys};
 use crate::error::BackendError;
+use crate::privcmd::CallBuffer;
 use crate::{DirtyBitmap, DirtyRead, DirtyStats, DomainControl, LogDirty};
 
 const OP: &str = "shadow_op";
@@ -24,6 +27,28 @@ impl XenDomain {
             .domctl(sys::XEN_DOMCTL_shadow_op, self.domid, &body)
             .map(drop)
             .map_err(|errno| self.fail(OP, errno))
+    }
+}
+
+impl XenDomain {
+    /// Whether the log is on, whichever process switched it on: libxl does so for the
+    /// secondary of COLO, and its helper reads it. The one call that tells is the one that
+    /// would switch it on; Xen refuses it where the log is on.
+    fn log_is_on(&self) -> Result<bool, BackendError> {
+        if self.shared.logged().contains(&self.domid) {
+            return Ok(true);
+        }
+        match self.shadow_op(sys::XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY) {
+            Err(error) if error.errno == Errno::EINVAL => {
+                self.shared.logged().insert(self.domid);
+                Ok(true)
+            }
+            Err(error) => Err(error),
+            Ok(()) => {
+                self.disable_log_dirty()?;
+                Ok(false)
+            }
+        }
     }
 }
 
@@ -53,12 +78,18 @@ impl LogDirty for XenDomain {
         let fail = |errno| self.fail(OP, errno);
         let info = self.info()?;
         let runs = !info.paused && info.shutdown.is_none();
-        if !self.shared.logged().contains(&self.domid) || (how == DirtyRead::CleanFinal && runs) {
+        if (how == DirtyRead::CleanFinal && runs) || !self.log_is_on()? {
             return Err(fail(Errno::EINVAL));
         }
-        let words = out.words();
-        // One word more than there may be: a buffer has at least one octet.
-        let mut buffer = self.calls().raw.buffer(words * 8 + 8).map_err(fail)?;
+        // One word more than there may be: a buffer has at least one byte.
+        let bytes = out.words() * 8 + 8;
+        let mut kept = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        let buffer = match kept.take().filter(|buffer| buffer.len() >= bytes) {
+            Some(buffer) => buffer,
+            None => self.calls().raw.buffer(bytes).map_err(fail)?,
+        };
+        // What a call that failed has left in it, the next call overwrites.
+        let buffer = kept.insert(buffer);
         let mut body = sys::xen_domctl_shadow_op::new_zeroed();
         (body.op, body.mode) = match how {
             DirtyRead::Clean => (sys::XEN_DOMCTL_SHADOW_OP_CLEAN, 0),
@@ -69,7 +100,7 @@ impl LogDirty for XenDomain {
             ),
         };
         body.pages = out.pfns();
-        let (cmd, named) = (sys::XEN_DOMCTL_shadow_op, &mut [&mut buffer]);
+        let (cmd, named) = (sys::XEN_DOMCTL_shadow_op, &mut [&mut *buffer]);
         let answer = self
             .calls()
             .domctl_naming(cmd, self.domid, &body, named)
@@ -80,16 +111,32 @@ impl LogDirty for XenDomain {
             tracing::error!(%domid, asked, answered, "the dirty log is not whole");
             return Err(fail(Errno::EIO));
         }
-        let octets = super::Calls::contents(&buffer, words * 8);
-        let (octets, _) = octets.as_chunks::<8>();
-        let bits: Vec<u64> = octets
-            .iter()
-            .map(|word| u64::from_le_bytes(*word))
-            .collect();
-        out.copy_words(0, &bits);
+        take_words(buffer, out);
         Ok(DirtyStats {
             dirty_count: answer.stats.dirty_count.into(),
             fault_count: answer.stats.fault_count.into(),
         })
+    }
+
+    fn logs_new_pages(&self) -> Result<bool, BackendError> {
+        Ok(self.shared.quirks.logs_new_pages)
+    }
+}
+
+/// Words of the log that are copied at a time.
+const AT_ONCE: usize = 512;
+
+/// Fill `out` with the bits that the buffer holds.
+fn take_words(buffer: &CallBuffer, out: &mut DirtyBitmap) {
+    let mut bytes = [0; AT_ONCE * 8];
+    for first in (0..out.words()).step_by(AT_ONCE) {
+        let count = AT_ONCE.min(out.words() - first);
+        buffer.read(first * 8, &mut bytes[..count * 8]);
+        let (chunks, _) = bytes[..count * 8].as_chunks::<8>();
+        let mut words = [0; AT_ONCE];
+        for (word, chunk) in words.iter_mut().zip(chunks) {
+            *word = u64::from_le_bytes(*chunk);
+        }
+        out.copy_words(first as u64 * 64, &words[..count]);
     }
 }
