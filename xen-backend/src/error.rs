@@ -1,5 +1,7 @@
 //! What a backend answers when a call fails: the operation, the domain, the errno
-//! that Xen (or the mock in its place) gave.
+//! that Xen (or the mock in its place) gave, and what else it said.
+
+use std::fmt;
 
 use nix::errno::Errno;
 use thiserror::Error;
@@ -9,7 +11,11 @@ use crate::DomId;
 
 /// A call on the hypervisor that failed as a whole.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
-#[error("{op} failed for {}: {errno}", domid.map_or_else(|| "the host".to_owned(), |d| d.to_string()))]
+#[error(
+    "{op} failed for {}: {errno}{}",
+    domid.map_or_else(|| "the host".to_owned(), |d| d.to_string()),
+    detail.as_ref().map_or_else(String::new, |detail| format!(" ({detail})"))
+)]
 pub struct BackendError {
     /// The operation, by Xen's name for it (`populate_physmap`, `getdomaininfo`, …).
     pub op: &'static str,
@@ -17,6 +23,57 @@ pub struct BackendError {
     pub domid: Option<DomId>,
     /// What Xen answered.
     pub errno: Errno,
+    /// What is known of the reason beyond that.
+    pub detail: Option<Box<Detail>>,
+}
+
+/// Why a call failed, as far as the errno does not say it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Detail {
+    /// The entry of a CPU policy that the hypervisor does not accept.
+    PolicyEntry(PolicyEntry),
+    /// In words.
+    Text(String),
+}
+
+/// An entry of a CPU policy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PolicyEntry {
+    /// A leaf of CPUID.
+    Leaf {
+        /// Its number.
+        leaf: u32,
+        /// Its subleaf; `None` for a leaf that has none.
+        subleaf: Option<u32>,
+    },
+    /// A model-specific register.
+    Msr(u32),
+}
+
+impl fmt::Display for PolicyEntry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Leaf {
+                leaf,
+                subleaf: Some(subleaf),
+            } => write!(f, "CPUID leaf {leaf:#x}, subleaf {subleaf:#x}"),
+            Self::Leaf {
+                leaf,
+                subleaf: None,
+            } => write!(f, "CPUID leaf {leaf:#x}"),
+            Self::Msr(index) => write!(f, "MSR {index:#x}"),
+        }
+    }
+}
+
+impl fmt::Display for Detail {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PolicyEntry(entry) => write!(f, "because of {entry}"),
+            Self::Text(text) => f.write_str(text),
+        }
+    }
 }
 
 impl BackendError {
@@ -26,6 +83,7 @@ impl BackendError {
             op,
             domid: Some(domid),
             errno,
+            detail: None,
         }
     }
 
@@ -35,7 +93,21 @@ impl BackendError {
             op,
             domid: None,
             errno,
+            detail: None,
         }
+    }
+
+    /// The same, with what is known of the reason.
+    #[must_use]
+    pub fn because(mut self, detail: Detail) -> Self {
+        self.detail = Some(Box::new(detail));
+        self
+    }
+
+    /// The same, with the reason in words.
+    #[must_use]
+    pub fn explained(self, text: impl Into<String>) -> Self {
+        self.because(Detail::Text(text.into()))
     }
 }
 

@@ -35,7 +35,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE, PageType, Pfn};
 
-pub use error::{BackendError, MapError};
+pub use error::{BackendError, Detail, MapError, PolicyEntry};
 pub use log_dirty::{DirtyBitmap, DirtyRead, DirtyStats, LogDirty};
 pub use nix::errno::Errno;
 pub use pages::{Access, ForeignPage, ForeignPages, Gather, Unwritten, WriteCall};
@@ -77,6 +77,23 @@ pub enum GuestKind {
 }
 
 impl GuestKind {
+    /// Most vcpus that a domain of this kind can have (`MAX_VIRT_CPUS`, `HVM_MAX_VCPUS`).
+    pub const fn max_vcpus(self) -> u32 {
+        match self {
+            Self::Pv => 8192,
+            Self::Hvm | Self::Pvh => 128,
+        }
+    }
+
+    /// As people write it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Pv => "PV",
+            Self::Hvm => "HVM",
+            Self::Pvh => "PVH",
+        }
+    }
+
     /// Whether Xen translates the guest's frames (HVM and PVH).
     pub const fn is_translated(self) -> bool {
         matches!(self, Self::Hvm | Self::Pvh)
@@ -228,6 +245,58 @@ pub struct NewDomain {
     pub max_pages: u64,
     /// Its UUID; [`Uuid::NIL`] for none.
     pub uuid: Uuid,
+    /// What it is allowed to do and have.
+    pub settings: DomainSettings,
+}
+
+/// What a toolstack sets of a domain before it first runs, and an image's libxc stream does
+/// not hold. The default is libxl's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct DomainSettings {
+    /// Largest number of an event channel.
+    pub max_event_port: u32,
+    /// Frames of its grant table; what the hypervisor allows, if `None`.
+    pub max_grant_frames: Option<u32>,
+    /// Frames of the table of grants that it has mapped, likewise.
+    pub max_maptrack_frames: Option<u32>,
+    /// The largest version of grant tables that it may use.
+    pub max_grant_version: u8,
+    /// Its security label (FLASK), as a number; 0 for the default.
+    pub ssidref: u32,
+    /// Reads of registers that Xen does not know give zero, instead of a fault.
+    pub msr_relaxed: bool,
+    /// The pool of processors that it runs in.
+    pub cpupool: u32,
+    /// Translated guests: what becomes of timer ticks that it misses
+    /// (`HVM_PARAM_TIMER_MODE`).
+    pub timer_mode: u8,
+    /// Its wall clock, in seconds ahead of the host's.
+    pub time_offset_seconds: i64,
+}
+
+impl DomainSettings {
+    /// Missed ticks are dropped (`HVMPTM_no_delay_for_missed_ticks`).
+    pub const NO_DELAY_FOR_MISSED_TICKS: u8 = 1;
+
+    /// What libxl gives a domain of which nothing else is said.
+    pub const DEFAULT: Self = Self {
+        max_event_port: 1023,
+        max_grant_frames: None,
+        max_maptrack_frames: None,
+        max_grant_version: 1,
+        ssidref: 0,
+        msr_relaxed: false,
+        cpupool: 0,
+        timer_mode: Self::NO_DELAY_FOR_MISSED_TICKS,
+        time_offset_seconds: 0,
+    };
+}
+
+impl Default for DomainSettings {
+    fn default() -> Self {
+        Self::DEFAULT
+    }
 }
 
 impl NewDomain {
@@ -238,6 +307,7 @@ impl NewDomain {
             vcpus,
             max_pages,
             uuid: Uuid::NIL,
+            settings: DomainSettings::DEFAULT,
         }
     }
 
@@ -245,6 +315,26 @@ impl NewDomain {
     pub const fn uuid(mut self, uuid: Uuid) -> Self {
         self.uuid = uuid;
         self
+    }
+
+    /// The same, with these settings.
+    #[must_use]
+    pub fn settings(mut self, settings: DomainSettings) -> Self {
+        self.settings = settings;
+        self
+    }
+
+    /// EINVAL where no domain of this kind can have so many vcpus.
+    pub(crate) fn check_vcpus(&self, op: &'static str) -> Result<(), BackendError> {
+        let most = self.kind.max_vcpus();
+        match (1..=most).contains(&self.vcpus) {
+            true => Ok(()),
+            false => Err(BackendError::host(op, Errno::EINVAL).explained(format!(
+                "{} vcpus: a {} domain has between 1 and {most}",
+                self.vcpus,
+                self.kind.name()
+            ))),
+        }
     }
 }
 
@@ -262,8 +352,8 @@ pub trait Host: Send + Sync {
     /// Makes a new, paused domain without memory and returns its number. A PV domain
     /// starts out 64 bits wide.
     ///
-    /// EINVAL for zero vcpus or more than 128 (PV: 32 is what shared_info holds,
-    /// more need the guest's help); ENOMEM when the host is full.
+    /// EINVAL for zero vcpus or more than [`GuestKind::max_vcpus`]; ENOMEM when the host is
+    /// full; EOPNOTSUPP for a setting that this version of the hypervisor does not have.
     fn create(&self, new: &NewDomain) -> Result<DomId, BackendError>;
 
     /// [`Host::create`] for a domain without a UUID, with `vcpus` vcpus and room for
@@ -383,7 +473,8 @@ pub trait X86Platform: Send + Sync {
     fn cpu_policy(&self) -> Result<CpuPolicy, BackendError>;
 
     /// Set the CPU policy; an empty half is left alone. EINVAL for lengths that are
-    /// no multiple of an entry or for a policy the machine cannot offer; EEXIST once
+    /// no multiple of an entry. EINVAL, ERANGE or EOVERFLOW for a policy that the machine
+    /// cannot offer, with the entry that is to blame ([`Detail::PolicyEntry`]); EEXIST once
     /// the domain has been unpaused.
     fn set_cpu_policy(&self, policy: &CpuPolicy) -> Result<(), BackendError>;
 

@@ -194,7 +194,8 @@ pub trait LogDirty: Send + Sync {
     /// Fill `out`, whose size is the caller's choice, with the pages the guest wrote
     /// since the last read that forgot. `out` should have room for every pfn of the
     /// guest: pages it cannot hold may be forgotten too. Another process may have switched
-    /// the log on. EINVAL when the log is off, and for [`DirtyRead::CleanFinal`] while the domain runs (neither paused nor
+    /// the log on. EINVAL when the log is off, when something holds it to whom
+    /// [`LogDirty::enable_log_dirty`] was refused, and for [`DirtyRead::CleanFinal`] while the domain runs (neither paused nor
     /// shut down).
     fn read_dirty(&self, how: DirtyRead, out: &mut DirtyBitmap)
     -> Result<DirtyStats, BackendError>;

@@ -57,7 +57,9 @@ use self::machine::Machine;
 use self::state::{CPUID_LEAVES, HVM_CONTEXT, POLICY_MSRS, Record, USERDATA, Vcpu};
 use self::store::{FORMAT, Store};
 use crate::error::BackendError;
-use crate::{DomId, Domain, DomainControl, DomainInfo, Host, NewDomain, TscInfo, XenVersion};
+use crate::{
+    DomId, Domain, DomainControl, DomainInfo, DomainSettings, Host, NewDomain, TscInfo, XenVersion,
+};
 
 pub use self::digest::{MemoryDigest, PageDigest};
 pub use self::error::MockError;
@@ -67,9 +69,6 @@ pub use self::grants::GrantEntry;
 pub use self::guest::{GuestSpec, P2mStyle};
 pub use self::summary::{DomainReport, DomainState, DomainSummary};
 pub use self::workload::{BackgroundWorkload, Workload, WorkloadCounts, WorkloadEnd, WorkloadSpec};
-
-/// Most vcpus a domain can have.
-const MAX_VCPUS: u32 = 128;
 
 /// What kind of machine to mock.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -333,6 +332,16 @@ impl MockHost {
         Ok(domain.look("userdata", |state| Ok(state.blobs.get(&name).cloned()))?)
     }
 
+    /// What a domain was given when it was made.
+    ///
+    /// # Errors
+    ///
+    /// ESRCH.
+    pub fn settings(&self, domid: DomId) -> Result<DomainSettings, MockError> {
+        let domain = self.mock_domain(domid)?;
+        Ok(domain.look("settings", |state| Ok(state.record.settings.clone()))?)
+    }
+
     /// The reserved grant entries of a domain: console and xenstore.
     ///
     /// # Errors
@@ -385,10 +394,13 @@ impl Host for MockHost {
             vcpus,
             max_pages,
             uuid,
+            ref settings,
         } = new;
         const OP: &str = "createdomain";
-        if !(1..=MAX_VCPUS).contains(&vcpus) {
-            return Err(BackendError::host(OP, Errno::EINVAL));
+        new.check_vcpus(OP)?;
+        let mut hvm_params = vec![0; platform::HVM_PARAMS];
+        if kind.is_translated() {
+            hvm_params[platform::param::TIMER_MODE as usize] = settings.timer_mode.into();
         }
         let made = self
             .machine
@@ -421,13 +433,15 @@ impl Host for MockHost {
                         khz: platform::HOST_KHZ,
                         ..TscInfo::default()
                     },
-                    hvm_params: vec![0; platform::HVM_PARAMS],
+                    hvm_params,
+                    settings: settings.clone(),
                 };
                 (record, blobs)
             });
         match made {
             Ok(Some(dom)) => Ok(dom.domid),
-            Ok(None) => Err(BackendError::host(OP, Errno::ENOMEM)),
+            Ok(None) => Err(BackendError::host(OP, Errno::ENOMEM)
+                .explained("the mock host has no memory for another domain")),
             Err(error) => Err(BackendError::host(OP, domain::storage_errno(&error))),
         }
     }

@@ -22,8 +22,8 @@ mod platform;
 mod pv;
 mod release;
 mod suspend;
-use std::collections::BTreeSet;
-use std::sync::atomic::AtomicU64;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::errno::Errno;
@@ -37,6 +37,7 @@ use crate::sys::common as sys;
 use crate::xenstore::Xenstore;
 use crate::{DomId, Domain, DomainInfo, GuestKind, Host, NewDomain, XenVersion};
 
+pub(crate) use self::create::MSR_RELAXED;
 pub use self::direct::Ring;
 pub use self::open::OpenError;
 
@@ -63,15 +64,24 @@ struct Shared {
     libxl_files: LibxlFiles,
     /// What sets this release of Xen apart from others of its version.
     quirks: Quirks,
-    /// Domains whose log of dirty pages is known to be on. Xen does not say whether a log
-    /// is on, and reads one that is off as empty.
-    logged: Mutex<BTreeSet<DomId>>,
+    /// Logs of dirty pages of which something is known. Xen does not say whether a log is
+    /// on, and reads one that is off as empty.
+    logs: Mutex<BTreeMap<DomId, Log>>,
+}
+
+/// What is known of a domain's log of dirty pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Log {
+    /// It is on.
+    On,
+    /// It was asked for here, and refused: something else holds it.
+    Held,
 }
 
 impl Shared {
-    fn logged(&self) -> std::sync::MutexGuard<'_, BTreeSet<DomId>> {
-        // A set is whole at any time.
-        self.logged.lock().unwrap_or_else(PoisonError::into_inner)
+    fn logs(&self) -> std::sync::MutexGuard<'_, BTreeMap<DomId, Log>> {
+        // A map is whole at any time.
+        self.logs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -116,7 +126,7 @@ impl XenHost {
                 version,
                 libxl_files,
                 quirks,
-                logged: Mutex::default(),
+                logs: Mutex::default(),
             }),
         })
     }
@@ -137,6 +147,8 @@ struct XenDomain {
     vcpus: AtomicU64,
     /// What the dirty log is read into, kept from one read to the next.
     log: Mutex<Option<CallBuffer>>,
+    /// Whether it has been said that this Xen loses registers.
+    warned: AtomicBool,
 }
 
 impl XenDomain {
@@ -200,6 +212,7 @@ impl Host for XenHost {
             kind: info.kind,
             vcpus: AtomicU64::new(0),
             log: Mutex::default(),
+            warned: AtomicBool::new(false),
         }))
     }
 

@@ -74,9 +74,11 @@ fn absent_domain(host: &dyn Host) -> Result<(), Violation> {
 }
 
 fn vcpu_bounds(host: &dyn Host) -> Result<(), Violation> {
-    for vcpus in [0, 129, u32::MAX] {
-        let made = host.create_domain(GuestKind::Pv, vcpus, 1);
-        fails(made, Errno::EINVAL, "create_domain")?;
+    for kind in KINDS {
+        for vcpus in [0, kind.max_vcpus() + 1, u32::MAX] {
+            let made = host.create_domain(kind, vcpus, 1);
+            fails(made, Errno::EINVAL, "create_domain")?;
+        }
     }
     equal(
         &Guest::new(host, GuestKind::Hvm, 128, 1)?

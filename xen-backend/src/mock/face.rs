@@ -108,6 +108,8 @@ struct State {
     nodes: BTreeMap<String, Vec<u8>>,
     /// Rings that xenstore is connected to, by domain: frame and event channel.
     store_rings: BTreeMap<u16, (u64, u32)>,
+    /// Domains of which xenstored has announced that they shut down.
+    announced: BTreeSet<u16>,
     /// Grant tables that have a place among the frames of their guests: domain, gfn.
     tables: BTreeSet<(u16, u64)>,
     /// Frames that are paged out: how often they will be found so.

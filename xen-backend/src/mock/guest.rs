@@ -89,11 +89,12 @@ impl GuestSpec {
 
     fn check(&self) -> Result<(), MockError> {
         let pv = self.kind == GuestKind::Pv;
-        let most_vcpus = if pv { 32 } else { 128 };
+        let most_vcpus = self.kind.max_vcpus();
         let problem = if !(4..=512 << 10).contains(&self.memory_mib) {
             "memory is between 4 MiB and 512 GiB".to_owned()
         } else if !(1..=most_vcpus).contains(&self.vcpus) {
-            format!("this kind of guest has between 1 and {most_vcpus} vcpus")
+            let (vcpus, kind) = (self.vcpus, self.kind.name());
+            format!("{vcpus} vcpus: a {kind} guest has between 1 and {most_vcpus}")
         } else if self.offline_vcpus >= self.vcpus {
             "one vcpu at least must be online".to_owned()
         } else if !(self.width == 8 || pv && self.width == 4) {

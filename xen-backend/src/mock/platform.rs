@@ -11,7 +11,7 @@ use super::hvm_context;
 use super::policy;
 use super::state::{CPUID_LEAVES, HVM_CONTEXT, POLICY_MSRS};
 use crate::error::BackendError;
-use crate::{CpuPolicy, HvmGuest, RingGrant, TscInfo, X86Platform};
+use crate::{CpuPolicy, Detail, HvmGuest, RingGrant, TscInfo, X86Platform};
 
 /// The machine's clock: what a guest gets that asks for none of its own.
 pub(super) const HOST_KHZ: u32 = 2_596_120;
@@ -30,7 +30,7 @@ pub(super) mod param {
     pub(in super::super) const IOREQ_PFN: u32 = 5;
     pub(in super::super) const BUFIOREQ_PFN: u32 = 6;
     pub(super) const VIRIDIAN: u32 = 9;
-    pub(super) const TIMER_MODE: u32 = 10;
+    pub(in super::super) const TIMER_MODE: u32 = 10;
     pub(in super::super) const IDENT_PT: u32 = 12;
     pub(super) const ACPI_S_STATE: u32 = 14;
     pub(super) const VM86_TSS: u32 = 15;
@@ -120,17 +120,25 @@ impl X86Platform for MockDomain {
     }
 
     fn set_cpu_policy(&self, policy: &CpuPolicy) -> Result<(), BackendError> {
-        self.change("set_cpu_policy", |state| {
+        let mut blamed = None;
+        let set = self.change("set_cpu_policy", |state| {
             if state.record.has_run {
                 return Err(Errno::EEXIST);
             }
-            policy::check(policy)?;
+            if let Err((errno, entry)) = policy::check(self.dom.kind, policy) {
+                blamed = entry;
+                return Err(errno);
+            }
             for (name, half) in [(CPUID_LEAVES, &policy.leaves), (POLICY_MSRS, &policy.msrs)] {
                 if !half.is_empty() {
                     self.put_blob(state, name, half.clone())?;
                 }
             }
             Ok(())
+        });
+        set.map_err(|error| match blamed {
+            Some(entry) => error.because(Detail::PolicyEntry(entry)),
+            None => error,
         })
     }
 

@@ -6,7 +6,7 @@
 use nix::errno::Errno;
 
 use super::layout::read_word;
-use crate::{CpuPolicy, GuestKind};
+use crate::{CpuPolicy, GuestKind, PolicyEntry};
 
 /// Octets in a CPUID leaf of a policy.
 const LEAF: usize = 24;
@@ -19,6 +19,8 @@ const NO_SUBLEAF: u32 = u32::MAX;
 const MAX_BASIC: u32 = 0x1f;
 /// Largest extended leaf the machine offers.
 const MAX_EXTENDED: u32 = 0x8000_0021;
+/// Largest subleaf of leaf 7 the machine offers.
+const MAX_FEATURES: u32 = 2;
 /// MSRs a policy may hold: MSR_INTEL_PLATFORM_INFO and MSR_ARCH_CAPABILITIES.
 const KNOWN_MSRS: [u32; 2] = [0xce, 0x10a];
 
@@ -122,32 +124,86 @@ fn word(octets: &[u8], offset: usize) -> u32 {
     u32::try_from(read_word(octets, offset, 4)).unwrap_or(u32::MAX)
 }
 
-/// Whether the machine can offer `policy`: EINVAL where it cannot.
-pub(super) fn check(policy: &CpuPolicy) -> Result<(), Errno> {
+/// Largest subleaf of the leaves that have some: caches, features, topology, extended state
+/// (`CPUID_GUEST_NR_*` of Xen).
+const fn subleaves(leaf: u32) -> Option<u32> {
+    match leaf {
+        4 => Some(5),
+        7 => Some(2),
+        0xb => Some(1),
+        0xd => Some(62),
+        _ => None,
+    }
+}
+
+/// CPUID faulting, the one bit of MSR_INTEL_PLATFORM_INFO that a guest may see.
+const CPUID_FAULTING: u64 = 1 << 31;
+
+/// Whether the machine can offer `policy` to a guest of this kind. As Xen: ERANGE for a leaf
+/// or register that a policy has no place for, EOVERFLOW for a value that it has no room for,
+/// EINVAL for one that the processor does not have; and the entry that is to blame.
+pub(super) fn check(
+    kind: GuestKind,
+    policy: &CpuPolicy,
+) -> Result<(), (Errno, Option<PolicyEntry>)> {
     if !policy.leaves.len().is_multiple_of(LEAF) || !policy.msrs.len().is_multiple_of(MSR) {
-        return Err(Errno::EINVAL);
+        return Err((Errno::EINVAL, None));
     }
-    for leaf in policy.leaves.chunks_exact(LEAF) {
-        let (index, eax) = (word(leaf, 0), word(leaf, 8));
-        let fits = match index {
-            0 => eax <= MAX_BASIC,
-            0x8000_0000 => eax <= MAX_EXTENDED,
-            _ => {
-                index <= MAX_BASIC
-                    || (0x4000_0000..=0x4000_01ff).contains(&index)
-                    || (0x8000_0000..=MAX_EXTENDED).contains(&index)
-            }
+    let mut highest = [0; 3];
+    for entry in policy.leaves.chunks_exact(LEAF) {
+        let (leaf, subleaf, eax) = (word(entry, 0), word(entry, 4), word(entry, 8));
+        let known = match leaf {
+            0..=MAX_BASIC => match subleaves(leaf) {
+                Some(most) => subleaf <= most,
+                None => subleaf == NO_SUBLEAF,
+            },
+            0x4000_0000 | 0x4000_0100 | 0x8000_0000..=MAX_EXTENDED => subleaf == NO_SUBLEAF,
+            _ => false,
         };
-        if !fits {
-            return Err(Errno::EINVAL);
+        if !known {
+            let subleaf = Some(subleaf).filter(|subleaf| *subleaf != NO_SUBLEAF);
+            return Err((Errno::ERANGE, Some(PolicyEntry::Leaf { leaf, subleaf })));
+        }
+        match (leaf, subleaf) {
+            (0, _) => highest[0] = eax,
+            (7, 0) => highest[1] = eax,
+            (0x8000_0000, _) => highest[2] = eax,
+            _ => {}
         }
     }
+    let mut faulting = false;
     for msr in policy.msrs.chunks_exact(MSR) {
-        if !KNOWN_MSRS.contains(&word(msr, 0)) || word(msr, 4) != 0 {
-            return Err(Errno::EINVAL);
+        let (index, flags) = (word(msr, 0), word(msr, 4));
+        let value = u64::from(word(msr, 8)) | u64::from(word(msr, 12)) << 32;
+        let errno = match index {
+            _ if flags != 0 => Errno::EINVAL,
+            _ if !KNOWN_MSRS.contains(&index) => Errno::ERANGE,
+            // Xen keeps 32 bits of it.
+            0xce if value > u64::from(u32::MAX) => Errno::EOVERFLOW,
+            0xce if value & !CPUID_FAULTING != 0 => Errno::EINVAL,
+            0xce => {
+                faulting = value != 0;
+                continue;
+            }
+            _ => continue,
+        };
+        return Err((errno, Some(PolicyEntry::Msr(index))));
+    }
+    // Then what Xen compares with the most that it can offer to such a guest.
+    let leaf = |leaf, subleaf| Some(PolicyEntry::Leaf { leaf, subleaf });
+    for (highest, most, entry) in [
+        (highest[0], MAX_BASIC, leaf(0, None)),
+        (highest[1], MAX_FEATURES, leaf(7, Some(0))),
+        (highest[2], MAX_EXTENDED, leaf(0x8000_0000, None)),
+    ] {
+        if highest > most {
+            return Err((Errno::EINVAL, entry));
         }
     }
-    Ok(())
+    match faulting && !kind.is_translated() {
+        true => Err((Errno::EINVAL, Some(PolicyEntry::Msr(0xce)))),
+        false => Ok(()),
+    }
 }
 
 #[cfg(test)]
@@ -159,7 +215,7 @@ mod tests {
         for kind in [GuestKind::Pv, GuestKind::Hvm, GuestKind::Pvh] {
             let policy = default_policy(kind);
             assert!(policy.leaves.len() / LEAF > 40);
-            assert_eq!(check(&policy), Ok(()));
+            assert_eq!(check(kind, &policy), Ok(()));
         }
     }
 
@@ -167,6 +223,38 @@ mod tests {
     fn a_leaf_above_the_machine_is_refused() {
         let mut policy = default_policy(GuestKind::Hvm);
         policy.leaves[8] = 0x30;
-        assert_eq!(check(&policy), Err(Errno::EINVAL));
+        let leaf = PolicyEntry::Leaf {
+            leaf: 0,
+            subleaf: None,
+        };
+        let blamed = Err((Errno::EINVAL, Some(leaf)));
+        assert_eq!(check(GuestKind::Hvm, &policy), blamed);
+    }
+
+    #[test]
+    fn a_register_is_blamed_for_what_it_is() {
+        let policy = |index: u32, flags: u32, value: u64| {
+            let mut msrs = index.to_le_bytes().to_vec();
+            msrs.extend(flags.to_le_bytes());
+            msrs.extend(value.to_le_bytes());
+            CpuPolicy {
+                leaves: Vec::new(),
+                msrs,
+            }
+        };
+        for (index, flags, value, errno) in [
+            (0xdead, 0, 0, Errno::ERANGE),
+            (0xce, 1, 0, Errno::EINVAL),
+            (0xce, 0, 1 << 40, Errno::EOVERFLOW),
+            (0xce, 0, 1 << 31, Errno::EINVAL),
+        ] {
+            let refused = check(GuestKind::Pv, &policy(index, flags, value)).unwrap_err();
+            assert_eq!(
+                refused,
+                (errno, Some(PolicyEntry::Msr(index))),
+                "{value:#x}"
+            );
+        }
+        assert_eq!(check(GuestKind::Pvh, &policy(0xce, 0, 1 << 31)), Ok(()));
     }
 }

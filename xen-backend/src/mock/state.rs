@@ -12,7 +12,7 @@ use super::dirty::DirtyLog;
 use super::memory::Words;
 use super::workload::Workload;
 use crate::domain_store::LockHolder;
-use crate::{DomId, GuestKind, ShutdownReason, TscInfo, Uuid};
+use crate::{DomId, DomainSettings, GuestKind, ShutdownReason, TscInfo, Uuid};
 
 /// A PV vcpu that has been given its context.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,6 +59,9 @@ pub(super) struct Record {
     pub(super) tsc: TscInfo,
     /// Translated: HVM parameters by index.
     pub(super) hvm_params: Vec<u64>,
+    /// What it was given when it was made.
+    #[serde(default)]
+    pub(super) settings: DomainSettings,
 }
 
 impl Record {

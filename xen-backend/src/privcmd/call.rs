@@ -45,6 +45,11 @@ const _: () = {
     assert!(size_of::<v18::xen_domctl_getdomaininfo>() <= LARGEST_INFO);
 };
 
+/// `XENMEM_get_vnumainfo`, and the bytes of its `vnuma_topology_info`: domain and padding of 2
+/// each, three numbers of 4, three addresses, which are left out.
+pub(crate) const XENMEM_GET_VNUMAINFO: u32 = 26;
+pub(crate) const VNUMA_INFO: usize = 2 + 2 + 3 * 4 + 3 * 8;
+
 /// Bytes of `xen_extraversion_t`, a string that ends with a zero.
 pub(crate) const EXTRA_VERSION: usize = 16;
 
@@ -228,6 +233,7 @@ fn of_operation(number: u32, cmd: u32) -> Option<(usize, &'static [Pointer])> {
         ) => (size_of::<m2p>(), &M2P),
         (sys::__HYPERVISOR_xen_version, sys::XENVER_extraversion) => (EXTRA_VERSION, &[]),
         (sys::__HYPERVISOR_memory_op, sys::XENMEM_maximum_gpfn) => (size_of::<u16>(), &[]),
+        (sys::__HYPERVISOR_memory_op, XENMEM_GET_VNUMAINFO) => (VNUMA_INFO, &[]),
         (sys::__HYPERVISOR_memory_op, XENMEM_ADD_TO_PHYSMAP) => {
             (size_of::<sys::xen_add_to_physmap>(), &[])
         }

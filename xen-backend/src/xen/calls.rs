@@ -9,7 +9,7 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 
 use super::interface::Interface;
 use super::sys;
-use crate::privcmd::call::{EXTRA_VERSION, LARGEST_INFO, Named};
+use crate::privcmd::call::{EXTRA_VERSION, LARGEST_INFO, Named, VNUMA_INFO, XENMEM_GET_VNUMAINFO};
 use crate::privcmd::{Call, CallBuffer, Hypercalls};
 use crate::{DomId, DomainInfo};
 
@@ -39,16 +39,34 @@ pub(super) fn domctl(
     body: &[u8],
     named: Named<'_, '_>,
 ) -> Result<(u16, [u8; BODY]), Errno> {
+    let mut buffer = domctl_buffer(raw, version, cmd, domid, body)?;
+    raw.hypercall(Call::domctl(&mut buffer, named)?)?;
+    let mut domid = [0; 2];
+    buffer.read(8, &mut domid);
+    Ok((u16::from_ne_bytes(domid), body_of(&buffer)))
+}
+
+/// A domctl, to be made.
+fn domctl_buffer(
+    raw: &dyn Hypercalls,
+    version: u32,
+    cmd: u32,
+    domid: u16,
+    body: &[u8],
+) -> Result<CallBuffer, Errno> {
     let mut buffer = raw.buffer(DOMCTL_HEADER + BODY)?;
     buffer.write(0, &cmd.to_ne_bytes());
     buffer.write(4, &version.to_ne_bytes());
     buffer.write(8, &domid.to_ne_bytes());
     buffer.write(DOMCTL_HEADER, body);
-    raw.hypercall(Call::domctl(&mut buffer, named)?)?;
-    let (mut domid, mut body) = ([0; 2], [0; BODY]);
-    buffer.read(8, &mut domid);
+    Ok(buffer)
+}
+
+/// The union of a domctl.
+fn body_of(buffer: &CallBuffer) -> [u8; BODY] {
+    let mut body = [0; BODY];
     buffer.read(DOMCTL_HEADER, &mut body);
-    Ok((u16::from_ne_bytes(domid), body))
+    body
 }
 
 impl Calls {
@@ -95,6 +113,20 @@ impl Calls {
         }
     }
 
+    /// Whether a domain has been told of NUMA nodes of its own.
+    pub(super) fn has_vnuma(&self, domid: DomId) -> Result<bool, Errno> {
+        let mut ask = [0_u8; VNUMA_INFO];
+        let [low, high] = domid.0.to_ne_bytes();
+        (ask[0], ask[1]) = (low, high);
+        let number = sys::__HYPERVISOR_memory_op;
+        // Without room for it, Xen says how much there is, and that it has no room.
+        match self.with_struct(number, XENMEM_GET_VNUMAINFO, &ask) {
+            Ok(_) | Err(Errno::ENOBUFS) => Ok(true),
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => Ok(false),
+            Err(errno) => Err(errno),
+        }
+    }
+
     /// A domctl on a domain, with the member of the union that it takes.
     pub(super) fn domctl<T: FromBytes + IntoBytes + Immutable>(
         &self,
@@ -117,6 +149,30 @@ impl Calls {
         let (_, out) = domctl(&*self.raw, version, cmd, domid.0, body.as_bytes(), named)?;
         let (out, _) = T::read_from_prefix(&out).map_err(|_| Errno::EINVAL)?;
         Ok(out)
+    }
+
+    /// As [`Calls::domctl_naming`], of one in whose member Xen says why it refuses: that
+    /// comes with the errno.
+    pub(super) fn domctl_telling<T: FromBytes + IntoBytes + Immutable>(
+        &self,
+        cmd: u32,
+        domid: DomId,
+        body: &T,
+        named: Named<'_, '_>,
+    ) -> Result<T, (Errno, Option<T>)> {
+        let early = |errno| (errno, None);
+        let (raw, version) = (&*self.raw, self.interface.domctl);
+        let mut buffer =
+            domctl_buffer(raw, version, cmd, domid.0, body.as_bytes()).map_err(early)?;
+        let call = Call::domctl(&mut buffer, named).map_err(early)?;
+        let result = raw.hypercall(call);
+        let body = body_of(&buffer);
+        let out = T::read_from_prefix(&body).ok().map(|(out, _)| out);
+        match (result, out) {
+            (Ok(_), Some(out)) => Ok(out),
+            (Ok(_), None) => Err((Errno::EINVAL, None)),
+            (Err(errno), out) => Err((errno, out)),
+        }
     }
 
     /// A domctl that takes nothing.

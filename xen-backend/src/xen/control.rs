@@ -3,6 +3,7 @@
 //! C implementation: `tools/libs/ctrl/{xc_domain,xc_evtchn}.c`,
 //! `tools/libs/guest/xg_resume.c`.
 
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -43,6 +44,9 @@ impl XenDomain {
                 8
             }
         };
+        if width == 8 {
+            self.warn_of_lost_registers("resuming it");
+        }
         let (octets, eax) = match width {
             4 => (CONTEXT_32, EAX_32),
             _ => (CONTEXT_64, EAX_64),
@@ -59,6 +63,26 @@ impl XenDomain {
             .map_err(fail("setvcpucontext"))
     }
 
+    /// C xenstored announces a domain's shutdown once, and not again before it has been told
+    /// that the domain was resumed: xl's next save of the guest would wait in vain, and its
+    /// next poweroff go unnoticed.
+    fn tell_store_that_it_runs(&self) {
+        match self.shared.store.resumed(self.domid) {
+            Ok(()) => {}
+            // A domain that was never introduced to it.
+            Err(error) if matches!(error.errno(), Errno::ENOENT | Errno::EINVAL) => {}
+            Err(error) => {
+                let domid = self.domid;
+                tracing::warn!(
+                    %error,
+                    %domid,
+                    "the guest runs, but xenstored does not know: xl will not notice when it \
+                     next shuts down"
+                );
+            }
+        }
+    }
+
     /// Wait until the hypervisor has let go of the domain, for a moment.
     fn wait_until_gone(&self) {
         let start = Instant::now();
@@ -69,6 +93,19 @@ impl XenDomain {
             }
         }
         tracing::debug!(domid = %self.domid, "destroyed, but somebody still has pages of it");
+    }
+}
+
+impl XenDomain {
+    /// On a Xen that loses registers with a vcpu's context: say so, once for each handle.
+    pub(super) fn warn_of_lost_registers(&self, doing: &str) {
+        if self.shared.quirks.loses_registers && !self.warned.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                domid = %self.domid,
+                "Xen 4.21.0 and 4.21.1 lose the registers r8 to r15 of a vcpu's context: {doing} \
+                 zeroes them in the guest, which may crash; update Xen to 4.21.2"
+            );
+        }
     }
 }
 
@@ -125,14 +162,16 @@ impl DomainControl for XenDomain {
         }
         self.calls()
             .plain_domctl(sys::XEN_DOMCTL_resumedomain, self.domid)
-            .map_err(|errno| self.fail(OP, errno))
+            .map_err(|errno| self.fail(OP, errno))?;
+        self.tell_store_that_it_runs();
+        Ok(())
     }
 
     fn destroy(&self) -> Result<(), BackendError> {
         self.calls()
             .plain_domctl(sys::XEN_DOMCTL_destroydomain, self.domid)
             .map_err(|errno| self.fail("destroydomain", errno))?;
-        self.shared.logged().remove(&self.domid);
+        self.shared.logs().remove(&self.domid);
         self.wait_until_gone();
         Ok(())
     }

@@ -7,29 +7,27 @@ use nix::errno::Errno;
 use zerocopy::FromZeros;
 
 use super::calls::{self, Calls};
-use super::interface::Create;
+use super::interface::{Create, DEFAULT_LIMIT};
 use super::sys;
 use crate::error::BackendError;
 use crate::{DomId, GuestKind, NewDomain};
 
-/// Most vcpus a domain can have.
-const MAX_VCPUS: u32 = 128;
-/// Largest event channel, as xl has it by default.
-const MAX_PORT: u32 = 1023;
 /// Lets Xen choose the number (`DOMID_ANY`). From 4.22 on nothing else does: 0, too, is
 /// the number of one domain there, which exists. Older ones take any reserved number so.
 const DOMID_ANY: u16 = 0x7ff5;
 /// KiB in a page.
 const PAGE_KIB: u64 = 4;
 
+const OP: &str = "createdomain";
+
+/// Reads of unknown registers give zero (`XEN_X86_MSR_RELAXED`).
+pub(crate) const MSR_RELAXED: u32 = 1;
+
 /// Make a domain. What was made of it is destroyed again where a step fails.
 pub(super) fn create(calls: &Calls, new: &NewDomain) -> Result<DomId, BackendError> {
-    const OP: &str = "createdomain";
-    let host = |errno| BackendError::host(OP, errno);
-    if !(1..=MAX_VCPUS).contains(&new.vcpus) {
-        return Err(host(Errno::EINVAL));
-    }
-    let domid = createdomain(calls, new).map_err(host)?;
+    new.check_vcpus(OP)?;
+    let create = body(calls, new)?;
+    let domid = createdomain(calls, new.kind, create)?;
     if let Err(error) = furnish(calls, domid, new) {
         if let Err(errno) = calls.plain_domctl(sys::XEN_DOMCTL_destroydomain, domid) {
             tracing::error!(%domid, %errno, "a domain half made is left behind");
@@ -39,37 +37,90 @@ pub(super) fn create(calls: &Calls, new: &NewDomain) -> Result<DomId, BackendErr
     Ok(domid)
 }
 
-fn createdomain(calls: &Calls, new: &NewDomain) -> Result<DomId, Errno> {
-    let emulation = match new.kind {
-        GuestKind::Pv => 0,
-        GuestKind::Pvh => sys::XEN_X86_EMU_LAPIC,
-        // What only the control domain has.
-        GuestKind::Hvm => sys::XEN_X86_EMU_ALL & !sys::XEN_X86_EMU_VPCI,
+/// What is asked for, but for the flags. EOPNOTSUPP where this version of Xen cannot be
+/// asked for it.
+fn body(calls: &Calls, new: &NewDomain) -> Result<Create, BackendError> {
+    let settings = &new.settings;
+    let interface = calls.interface;
+    for (wanted, has, what) in [
+        (
+            settings.msr_relaxed,
+            interface.has_misc_flags,
+            "msr_relaxed (from Xen 4.15 on)",
+        ),
+        (
+            settings.max_grant_version != 1,
+            interface.has_grant_version,
+            "max_grant_version (from Xen 4.16 on)",
+        ),
+        (
+            settings.cpupool != 0,
+            interface.has_cpupool,
+            "a pool of processors (from Xen 4.17 on)",
+        ),
+    ] {
+        if wanted && !has {
+            let why = format!("this Xen cannot be asked for {what} when a domain is made");
+            return Err(BackendError::host(OP, Errno::EOPNOTSUPP).explained(why));
+        }
+    }
+    let limit = |frames: Option<u32>| match frames {
+        None => Ok(DEFAULT_LIMIT),
+        Some(frames) => i32::try_from(frames)
+            .map_err(|_| BackendError::host(OP, Errno::EINVAL).explained("too many grant frames")),
     };
+    Ok(Create {
+        flags: 0,
+        vcpus: new.vcpus,
+        max_evtchn_port: settings.max_event_port,
+        emulation: match new.kind {
+            GuestKind::Pv => 0,
+            GuestKind::Pvh => sys::XEN_X86_EMU_LAPIC,
+            // What only the control domain has.
+            GuestKind::Hvm => sys::XEN_X86_EMU_ALL & !sys::XEN_X86_EMU_VPCI,
+        },
+        handle: new.uuid.0,
+        ssidref: settings.ssidref,
+        max_grant_frames: limit(settings.max_grant_frames)?,
+        max_maptrack_frames: limit(settings.max_maptrack_frames)?,
+        grant_version: settings.max_grant_version.into(),
+        misc_flags: if settings.msr_relaxed { MSR_RELAXED } else { 0 },
+        cpupool: settings.cpupool,
+    })
+}
+
+fn createdomain(calls: &Calls, kind: GuestKind, create: Create) -> Result<DomId, BackendError> {
     let ask = |flags| {
-        let create = Create {
-            flags,
-            vcpus: new.vcpus,
-            max_evtchn_port: MAX_PORT,
-            emulation,
-            handle: new.uuid.0,
-        };
-        let body = (calls.interface.encode_create)(&create);
+        let body = (calls.interface.encode_create)(&Create { flags, ..create });
         let (version, cmd) = (calls.interface.domctl, sys::XEN_DOMCTL_createdomain);
         let (domid, _) = calls::domctl(&*calls.raw, version, cmd, DOMID_ANY, &body, &mut [])?;
         Ok(DomId(domid))
     };
-    if new.kind == GuestKind::Pv {
-        return ask(0);
-    }
-    match ask(sys::XEN_DOMCTL_CDF_hvm | sys::XEN_DOMCTL_CDF_hap) {
-        // Processors without nested paging: shadows, then.
-        Err(Errno::EINVAL) => ask(sys::XEN_DOMCTL_CDF_hvm),
-        made => made,
-    }
+    let made = match kind {
+        GuestKind::Pv => ask(0),
+        GuestKind::Hvm | GuestKind::Pvh => {
+            match ask(sys::XEN_DOMCTL_CDF_hvm | sys::XEN_DOMCTL_CDF_hap) {
+                // Processors without nested paging: shadows, then.
+                Err(Errno::EINVAL) => ask(sys::XEN_DOMCTL_CDF_hvm),
+                made => made,
+            }
+        }
+    };
+    made.map_err(|errno| {
+        let error = BackendError::host(OP, errno);
+        match errno {
+            Errno::ENOMEM => error.explained("Xen has no memory for another domain"),
+            Errno::EINVAL | Errno::EOPNOTSUPP => error.explained(format!(
+                "a {} domain with {} vcpus; `xl dmesg` says what Xen does not like",
+                kind.name(),
+                create.vcpus
+            )),
+            _ => error,
+        }
+    })
 }
 
-/// Give the domain its vcpus, its limit, and room for tables that Xen keeps of it.
+/// Give the domain its vcpus, its limit, room for tables that Xen keeps of it, and its clock.
 fn furnish(calls: &Calls, domid: DomId, new: &NewDomain) -> Result<(), BackendError> {
     let &NewDomain {
         kind,
@@ -95,6 +146,22 @@ fn furnish(calls: &Calls, domid: DomId, new: &NewDomain) -> Result<(), BackendEr
     calls
         .domctl(sys::XEN_DOMCTL_max_mem, domid, &max)
         .map_err(fail("max_mem"))?;
+    if kind.is_translated() {
+        let mut param = sys::xen_hvm_param::new_zeroed();
+        (param.domid, param.index) = (domid.0, sys::HVM_PARAM_TIMER_MODE);
+        param.value = new.settings.timer_mode.into();
+        calls
+            .with_struct(sys::__HYPERVISOR_hvm_op, sys::HVMOP_set_param, &param)
+            .map_err(fail("set_param"))?;
+    }
+    if new.settings.time_offset_seconds != 0 {
+        let offset = sys::xen_domctl_settimeoffset {
+            time_offset_seconds: new.settings.time_offset_seconds,
+        };
+        calls
+            .domctl(sys::XEN_DOMCTL_settimeoffset, domid, &offset)
+            .map_err(fail("settimeoffset"))?;
+    }
     Ok(())
 }
 

@@ -7,6 +7,8 @@
 //! C implementation: `libxl__domain_make` in `tools/libs/light/libxl_create.c`,
 //! `libxl__device_console_add` in `libxl_console.c`.
 
+use std::collections::BTreeSet;
+
 use nix::errno::Errno;
 use xsr_format::frame::Gfn;
 
@@ -85,6 +87,35 @@ impl XenHost {
             .map(|info| info.domid)
             .find(|domid| name.parse() == Ok(domid.0))
             .ok_or_else(|| BackendError::host("find", Errno::ESRCH))
+    }
+
+    /// What a domain has that a save without libxl does not save: its devices, as libxl and
+    /// the guest know them (`vbd/51712`), and vNUMA. Its console is none of them.
+    ///
+    /// # Errors
+    ///
+    /// As [`XenHost::name`]; ESRCH.
+    pub fn devices(&self, domid: DomId) -> Result<Vec<String>, BackendError> {
+        let fail = failed("devices", domid);
+        let xenstore = &*self.shared.store;
+        let mut found = BTreeSet::new();
+        let kept = format!("/libxl/{}/device", domid.0);
+        for (place, none) in [(node(domid, "/device"), "suspend"), (kept, "console")] {
+            for class in xenstore.list(&place).map_err(&fail)? {
+                if class == none {
+                    continue;
+                }
+                let devices = xenstore.list(&format!("{place}/{class}"));
+                let devices = devices.map_err(&fail)?;
+                found.extend(devices.iter().map(|device| format!("{class}/{device}")));
+            }
+        }
+        let mut found: Vec<String> = found.into_iter().collect();
+        let vnuma = self.shared.calls.has_vnuma(domid);
+        if vnuma.map_err(|errno| BackendError::domain("get_vnumainfo", domid, errno))? {
+            found.push("vNUMA".to_owned());
+        }
+        Ok(found)
     }
 
     /// Give a domain its name and its nodes, and connect xenstore and console to its

@@ -50,6 +50,18 @@ pub(crate) struct Create {
     pub(crate) emulation: u32,
     /// The UUID.
     pub(crate) handle: [u8; 16],
+    /// Security label.
+    pub(crate) ssidref: u32,
+    /// Negative: what the hypervisor allows.
+    pub(crate) max_grant_frames: i32,
+    /// Likewise.
+    pub(crate) max_maptrack_frames: i32,
+    /// Largest version of grant tables, from 0x14 on; older ones have no say in it.
+    pub(crate) grant_version: u32,
+    /// `XEN_X86_MSR_RELAXED`, from 0x13 on.
+    pub(crate) misc_flags: u32,
+    /// From 0x15 on.
+    pub(crate) cpupool: u32,
 }
 
 /// What `getdomaininfo` says, as far as anything here looks at it.
@@ -93,6 +105,12 @@ pub(crate) struct Interface {
         expect(dead_code, reason = "for the mock machine")
     )]
     pub(crate) decode_create: fn(&[u8]) -> Option<Create>,
+    /// Whether `createdomain` has [`Create::misc_flags`].
+    pub(crate) has_misc_flags: bool,
+    /// Whether it has [`Create::grant_version`].
+    pub(crate) has_grant_version: bool,
+    /// Whether it has [`Create::cpupool`].
+    pub(crate) has_cpupool: bool,
 }
 
 impl std::fmt::Debug for Interface {
@@ -105,16 +123,16 @@ impl std::fmt::Debug for Interface {
 const NO_VCPU: u32 = u32::MAX;
 
 /// "As many as the hypervisor allows."
-const DEFAULT_LIMIT: i32 = -1;
+pub(crate) const DEFAULT_LIMIT: i32 = -1;
 
-/// The largest version of grant tables that a guest may use, where the interface has a
+/// The largest version of grant tables that a guest may use, where the interface has no
 /// say in it: 1, which every hypervisor has. A guest that used the second version asks
 /// for it anew after it has been resumed.
-const GRANT_VERSION: u32 = 1;
+pub(crate) const GRANT_VERSION: u32 = 1;
 
 /// An entry of the table: the module of the bindings, what else its domctl has.
 macro_rules! interface {
-    ($module:ident, $sysctl:expr, grant_opts: $grants:tt) => {
+    ($module:ident, $sysctl:expr, misc: $misc:tt, grants: $grants:tt, pool: $pool:tt) => {
         Interface {
             domctl: $module::XEN_DOMCTL_INTERFACE_VERSION,
             sysctl: &$sysctl,
@@ -149,49 +167,69 @@ macro_rules! interface {
                 out.flags = create.flags;
                 out.max_vcpus = create.vcpus;
                 out.max_evtchn_port = create.max_evtchn_port;
-                out.max_grant_frames = DEFAULT_LIMIT;
-                out.max_maptrack_frames = DEFAULT_LIMIT;
+                out.max_grant_frames = create.max_grant_frames;
+                out.max_maptrack_frames = create.max_maptrack_frames;
                 out.arch.emulation_flags = create.emulation;
                 out.handle = create.handle;
-                interface!(@encode $grants, out);
+                out.ssidref = create.ssidref;
+                interface!(@encode_misc $misc, out, create);
+                interface!(@encode_grants $grants, out, create);
+                interface!(@encode_pool $pool, out, create);
                 out.as_bytes().to_vec()
             },
             decode_create: |octets| {
                 let (create, _) = $module::xen_domctl_createdomain::read_from_prefix(octets).ok()?;
-                interface!(@decode $grants, create);
                 Some(Create {
                     flags: create.flags,
                     vcpus: create.max_vcpus,
                     max_evtchn_port: create.max_evtchn_port,
                     emulation: create.arch.emulation_flags,
                     handle: create.handle,
+                    ssidref: create.ssidref,
+                    max_grant_frames: create.max_grant_frames,
+                    max_maptrack_frames: create.max_maptrack_frames,
+                    grant_version: interface!(@grants $grants, create),
+                    misc_flags: interface!(@misc $misc, create),
+                    cpupool: interface!(@pool $pool, create),
                 })
             },
+            has_misc_flags: $misc,
+            has_grant_version: $grants,
+            has_cpupool: $pool,
         }
     };
-    (@encode true, $out:ident) => { $out.grant_opts = GRANT_VERSION };
-    (@encode false, $out:ident) => {};
-    (@decode true, $create:ident) => {
-        if !(1..=2).contains(&$create.grant_opts) {
-            return None;
+    (@encode_grants true, $out:ident, $create:ident) => { $out.grant_opts = $create.grant_version };
+    (@encode_grants false, $out:ident, $create:ident) => {};
+    (@encode_misc true, $out:ident, $create:ident) => { $out.arch.misc_flags = $create.misc_flags };
+    (@encode_misc false, $out:ident, $create:ident) => {};
+    (@encode_pool true, $out:ident, $create:ident) => { $out.cpupool_id = $create.cpupool };
+    (@encode_pool false, $out:ident, $create:ident) => {};
+    (@grants true, $create:ident) => {
+        match $create.grant_opts {
+            version @ 1..=2 => version,
+            _ => return None,
         }
     };
-    (@decode false, $create:ident) => {};
+    (@grants false, $create:ident) => { GRANT_VERSION };
+    (@misc true, $create:ident) => { $create.arch.misc_flags };
+    (@misc false, $create:ident) => { 0 };
+    (@pool true, $create:ident) => { $create.cpupool_id };
+    (@pool false, $create:ident) => { 0 };
 }
 
 /// All versions, newest first: the order in which they are tried.
 pub(crate) static INTERFACES: [Interface; 7] = [
-    interface!(v18, [v18::XEN_SYSCTL_INTERFACE_VERSION], grant_opts: true),
+    interface!(v18, [v18::XEN_SYSCTL_INTERFACE_VERSION], misc: true, grants: true, pool: true),
     interface!(
         v17,
         [v17::XEN_SYSCTL_INTERFACE_VERSION, v18::XEN_SYSCTL_INTERFACE_VERSION],
-        grant_opts: true
+        misc: true, grants: true, pool: true
     ),
-    interface!(v16, [v16::XEN_SYSCTL_INTERFACE_VERSION], grant_opts: true),
-    interface!(v15, [v15::XEN_SYSCTL_INTERFACE_VERSION], grant_opts: true),
-    interface!(v14, [v14::XEN_SYSCTL_INTERFACE_VERSION], grant_opts: true),
-    interface!(v13, [v13::XEN_SYSCTL_INTERFACE_VERSION], grant_opts: false),
-    interface!(v12, [v12::XEN_SYSCTL_INTERFACE_VERSION], grant_opts: false),
+    interface!(v16, [v16::XEN_SYSCTL_INTERFACE_VERSION], misc: true, grants: true, pool: true),
+    interface!(v15, [v15::XEN_SYSCTL_INTERFACE_VERSION], misc: true, grants: true, pool: true),
+    interface!(v14, [v14::XEN_SYSCTL_INTERFACE_VERSION], misc: true, grants: true, pool: false),
+    interface!(v13, [v13::XEN_SYSCTL_INTERFACE_VERSION], misc: true, grants: false, pool: false),
+    interface!(v12, [v12::XEN_SYSCTL_INTERFACE_VERSION], misc: false, grants: false, pool: false),
 ];
 
 impl Info {

@@ -12,7 +12,7 @@ use std::sync::PoisonError;
 use nix::errno::Errno;
 use zerocopy::FromZeros;
 
-use super::{XenDomain, sys};
+use super::{Log, XenDomain, sys};
 use crate::error::BackendError;
 use crate::privcmd::CallBuffer;
 use crate::{DirtyBitmap, DirtyRead, DirtyStats, DomainControl, LogDirty};
@@ -35,12 +35,15 @@ impl XenDomain {
     /// secondary of COLO, and its helper reads it. The one call that tells is the one that
     /// would switch it on; Xen refuses it where the log is on.
     fn log_is_on(&self) -> Result<bool, BackendError> {
-        if self.shared.logged().contains(&self.domid) {
-            return Ok(true);
+        match self.shared.logs().get(&self.domid) {
+            Some(Log::On) => return Ok(true),
+            // It may be one of a few pages only, those of a screen.
+            Some(Log::Held) => return Ok(false),
+            None => {}
         }
         match self.shadow_op(sys::XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY) {
             Err(error) if error.errno == Errno::EINVAL => {
-                self.shared.logged().insert(self.domid);
+                self.shared.logs().insert(self.domid, Log::On);
                 Ok(true)
             }
             Err(error) => Err(error),
@@ -54,9 +57,16 @@ impl XenDomain {
 
 impl LogDirty for XenDomain {
     fn enable_log_dirty(&self) -> Result<(), BackendError> {
-        self.shadow_op(sys::XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY)?;
-        self.shared.logged().insert(self.domid);
-        Ok(())
+        let result = self.shadow_op(sys::XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY);
+        let mut logs = self.shared.logs();
+        match &result {
+            Ok(()) => logs.insert(self.domid, Log::On),
+            Err(error) if error.errno == Errno::EINVAL && logs.get(&self.domid).is_none() => {
+                logs.insert(self.domid, Log::Held)
+            }
+            Err(_) => None,
+        };
+        result
     }
 
     fn disable_log_dirty(&self) -> Result<(), BackendError> {
@@ -66,7 +76,7 @@ impl LogDirty for XenDomain {
             Err(error) if matches!(error.errno, Errno::EINVAL | Errno::EOPNOTSUPP) => {}
             result => result?,
         }
-        self.shared.logged().remove(&self.domid);
+        self.shared.logs().remove(&self.domid);
         Ok(())
     }
 

@@ -10,7 +10,7 @@ use zerocopy::FromZeros;
 use super::calls::Calls;
 use super::{XenDomain, sys};
 use crate::error::BackendError;
-use crate::{CpuPolicy, RingGrant, TscInfo, X86Platform};
+use crate::{CpuPolicy, Detail, PolicyEntry, RingGrant, TscInfo, X86Platform};
 
 /// Octets of a CPUID leaf and of an MSR in a policy.
 const LEAF: usize = size_of::<sys::xen_cpuid_leaf>();
@@ -52,20 +52,38 @@ impl XenDomain {
         })
     }
 
-    fn set_policy(&self, policy: &CpuPolicy) -> Result<(), Errno> {
+    /// The errno comes with the entry that Xen says is to blame.
+    fn set_policy(&self, policy: &CpuPolicy) -> Result<(), (Errno, Option<PolicyEntry>)> {
+        let early = |errno| (errno, None);
         let mut body = sys::xen_domctl_cpu_policy::new_zeroed();
-        body.nr_leaves = entries(&policy.leaves, LEAF)?;
-        body.nr_msrs = entries(&policy.msrs, MSR)?;
-        let mut leaves = self.calls().filled(&policy.leaves)?;
-        let mut msrs = self.calls().filled(&policy.msrs)?;
+        body.nr_leaves = entries(&policy.leaves, LEAF).map_err(early)?;
+        body.nr_msrs = entries(&policy.msrs, MSR).map_err(early)?;
+        // What Xen leaves there where it blames nothing.
+        (body.err_leaf, body.err_subleaf, body.err_msr) = (NOTHING, NOTHING, NOTHING);
+        let mut leaves = self.calls().filled(&policy.leaves).map_err(early)?;
+        let mut msrs = self.calls().filled(&policy.msrs).map_err(early)?;
         let (cmd, named) = (
             sys::XEN_DOMCTL_set_cpu_policy,
             &mut [&mut leaves, &mut msrs],
         );
         self.calls()
-            .domctl_naming(cmd, self.domid, &body, named)
+            .domctl_telling(cmd, self.domid, &body, named)
             .map(drop)
+            .map_err(|(errno, told)| (errno, told.and_then(|told| blamed(&told))))
     }
+}
+
+/// "Nothing", as an index of a leaf or a register; for a subleaf also "the leaf has none".
+const NOTHING: u32 = u32::MAX;
+
+/// The entry that Xen has put into the structure.
+fn blamed(told: &sys::xen_domctl_cpu_policy) -> Option<PolicyEntry> {
+    let some = |index: u32| (index != NOTHING).then_some(index);
+    let leaf = some(told.err_leaf).map(|leaf| PolicyEntry::Leaf {
+        leaf,
+        subleaf: some(told.err_subleaf),
+    });
+    leaf.or_else(|| some(told.err_msr).map(PolicyEntry::Msr))
 }
 
 impl X86Platform for XenDomain {
@@ -80,8 +98,13 @@ impl X86Platform for XenDomain {
     }
 
     fn set_cpu_policy(&self, policy: &CpuPolicy) -> Result<(), BackendError> {
-        self.set_policy(policy)
-            .map_err(|errno| self.fail("set_cpu_policy", errno))
+        self.set_policy(policy).map_err(|(errno, entry)| {
+            let error = self.fail("set_cpu_policy", errno);
+            match entry {
+                Some(entry) => error.because(Detail::PolicyEntry(entry)),
+                None => error,
+            }
+        })
     }
 
     fn tsc_info(&self) -> Result<TscInfo, BackendError> {

@@ -122,7 +122,8 @@ impl XenDomain {
             .calls()
             .domctl(sys::XEN_DOMCTL_getvcpuextstate, self.domid, &body)?;
         let octets = usize::try_from(body.size).map_err(|_| Errno::EINVAL)?;
-        if octets == 0 {
+        // Without features (a host without XSAVE) there is no area, only its head.
+        if octets == 0 || body.xfeature_mask == 0 {
             return Ok(Vec::new());
         }
         let mut buffer = self.calls().raw.buffer(octets)?;
@@ -246,7 +247,13 @@ impl PvGuest for XenDomain {
         self.pv_or(op, Errno::EINVAL)?;
         self.vcpu_exists(vcpu)
             .and_then(|()| match blob {
-                VcpuBlob::Basic => self.get_context(vcpu, self.context_octets()?),
+                VcpuBlob::Basic => {
+                    let octets = self.context_octets()?;
+                    if octets == CONTEXT_64 {
+                        self.warn_of_lost_registers("saving it");
+                    }
+                    self.get_context(vcpu, octets)
+                }
                 VcpuBlob::Extended => self.extended(vcpu),
                 VcpuBlob::Xsave => self.xsave(vcpu),
                 VcpuBlob::Msrs => self.msrs(vcpu),

@@ -124,6 +124,15 @@ impl Xenstore for Sockets {
         })
     }
 
+    fn list(&self, path: &str) -> Result<Vec<String>, StoreError> {
+        self.with(|connection| connection.list(path))
+    }
+
+    fn resumed(&self, domid: DomId) -> Result<(), StoreError> {
+        let domid = domid.0.to_string();
+        self.with(|connection| connection.order("resume", &domid, kind::RESUME, &[]))
+    }
+
     fn introduce(&self, domid: DomId, frame: Gfn, port: u32) -> Result<(), StoreError> {
         let more = [frame.0.to_string(), port.to_string()];
         let domid = domid.0.to_string();
@@ -185,6 +194,20 @@ impl Connection {
             Err(Errno::ENOENT) => Ok(None),
             Err(errno) => Err(refused("read", path, errno)),
         }
+    }
+
+    fn list(&mut self, path: &str) -> Result<Vec<String>, StoreError> {
+        let names = match self.ask(kind::DIRECTORY, 0, terminated(path))? {
+            Ok(names) => names,
+            Err(Errno::ENOENT) => return Ok(Vec::new()),
+            Err(errno) => return Err(refused("list", path, errno)),
+        };
+        let names = names
+            .split(|byte| *byte == 0)
+            .filter(|name| !name.is_empty());
+        Ok(names
+            .map(|name| String::from_utf8_lossy(name).into_owned())
+            .collect())
     }
 
     fn write(&mut self, transaction: u32, path: &str, value: &[u8]) -> Result<(), StoreError> {

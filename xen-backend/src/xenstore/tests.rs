@@ -53,9 +53,11 @@ fn serve(conflicts: usize) -> (Sockets, JoinHandle<Nodes>) {
                     place.insert(path, value);
                     Ok(b"OK\0".to_vec())
                 }
-                8 | 13 | 14 if path == b"/missing" => Err(b"ENOENT\0"),
+                1 | 8 | 13 | 14 if path == b"/missing" => Err(b"ENOENT\0"),
+                1 => Ok(b"vbd\0suspend\0".to_vec()),
+                18 if path == b"9" => Err(b"ENOENT\0"),
                 // Kept as they came, for the tests to look at.
-                8 | 14 => {
+                8 | 14 | 18 => {
                     let key = [format!("{kind}:").as_bytes(), &path].concat();
                     place.insert(key, value);
                     Ok(b"OK\0".to_vec())
@@ -232,14 +234,19 @@ fn nodes_go_are_lent_and_rings_are_introduced() {
     store.let_have("/b", DomId(5), false).unwrap();
     store.let_have("/c", DomId(5), true).unwrap();
     store.introduce(DomId(5), Gfn(0x1234), 7).unwrap();
+    store.resumed(DomId(5)).unwrap();
+    assert_eq!(store.resumed(DomId(9)).unwrap_err().errno(), Errno::ENOENT);
+    assert_eq!(store.list("/d").unwrap(), ["vbd", "suspend"]);
+    assert!(store.list("/missing").unwrap().is_empty());
     let refused = store.let_have("/missing", DomId(5), true).unwrap_err();
     assert_eq!(refused.errno(), Errno::ENOENT);
     drop(store);
     let nodes = server.join().unwrap();
-    let expected: [(&[u8], &[u8]); 3] = [
+    let expected: [(&[u8], &[u8]); 4] = [
         (b"14:/b", b"n0\0r5\0"),
         (b"14:/c", b"n5\0"),
         (b"8:5", b"4660\x007\0"),
+        (b"18:5", b""),
     ];
     let expected = expected.map(|(path, value)| (path.to_vec(), value.to_vec()));
     assert_eq!(nodes, Nodes::from(expected));

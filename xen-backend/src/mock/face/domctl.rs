@@ -9,10 +9,12 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 
 use super::{BODY, DOMCTL_HEADER, Face, errno, sys};
 use crate::mock::domain::MockDomain;
+use crate::xen::MSR_RELAXED;
 use crate::xen::interface::Info;
 use crate::{
-    CpuPolicy, DirtyBitmap, DirtyRead, DomId, DomainControl, DomainInfo, GuestKind, GuestMemory,
-    Host, HvmGuest, LogDirty, NewDomain, PvGuest, ShutdownReason, TscInfo, Uuid, X86Platform,
+    CpuPolicy, Detail, DirtyBitmap, DirtyRead, DomId, DomainControl, DomainInfo, DomainSettings,
+    GuestKind, GuestMemory, Host, HvmGuest, LogDirty, NewDomain, PolicyEntry, PvGuest,
+    ShutdownReason, TscInfo, Uuid, X86Platform,
 };
 
 /// KiB in a page.
@@ -111,7 +113,22 @@ impl Face {
             (true, emulation) if emulation == device_model => GuestKind::Hvm,
             _ => return Err(Errno::EINVAL),
         };
-        let new = NewDomain::new(kind, create.vcpus, 0).uuid(Uuid(create.handle));
+        let frames = |frames: i32| u32::try_from(frames).ok();
+        let settings = DomainSettings {
+            max_event_port: create.max_evtchn_port,
+            max_grant_frames: frames(create.max_grant_frames),
+            max_maptrack_frames: frames(create.max_maptrack_frames),
+            max_grant_version: u8::try_from(create.grant_version).map_err(|_| Errno::EINVAL)?,
+            ssidref: create.ssidref,
+            msr_relaxed: create.misc_flags & MSR_RELAXED != 0,
+            cpupool: create.cpupool,
+            // As Xen makes it; the toolstack says otherwise, or does not.
+            timer_mode: 0,
+            time_offset_seconds: 0,
+        };
+        let new = NewDomain::new(kind, create.vcpus, 0)
+            .uuid(Uuid(create.handle))
+            .settings(settings);
         self.host.create(&new).map_err(errno)
     }
 
@@ -237,6 +254,13 @@ impl Domctl<'_> {
                     khz: body.gtsc_khz,
                     nsec: body.elapsed_nsec,
                     incarnation: body.incarnation,
+                }))
+            }
+            sys::XEN_DOMCTL_settimeoffset => {
+                let body: sys::xen_domctl_settimeoffset = self.load()?;
+                done(domain.change("settimeoffset", |state| {
+                    state.record.settings.time_offset_seconds = body.time_offset_seconds;
+                    Ok(())
                 }))
             }
             sys::XEN_DOMCTL_get_address_size => {
@@ -373,10 +397,23 @@ impl Domctl<'_> {
         let body: sys::xen_domctl_cpu_policy = self.load()?;
         let leaf = size_of::<sys::xen_cpuid_leaf>() as u64;
         let msr = size_of::<sys::xen_msr_entry>() as u64;
-        done(self.domain.set_cpu_policy(&CpuPolicy {
+        let set = self.domain.set_cpu_policy(&CpuPolicy {
             leaves: self.octets(body.leaves, u64::from(body.nr_leaves) * leaf)?,
             msrs: self.octets(body.msrs, u64::from(body.nr_msrs) * msr)?,
-        }))
+        });
+        if let Err(error) = &set {
+            const NOTHING: u32 = u32::MAX;
+            let mut told = sys::xen_domctl_cpu_policy { ..body };
+            (told.err_leaf, told.err_subleaf, told.err_msr) = match error.detail.as_deref() {
+                Some(Detail::PolicyEntry(PolicyEntry::Leaf { leaf, subleaf })) => {
+                    (*leaf, subleaf.unwrap_or(NOTHING), NOTHING)
+                }
+                Some(Detail::PolicyEntry(PolicyEntry::Msr(index))) => (NOTHING, NOTHING, *index),
+                _ => (NOTHING, NOTHING, NOTHING),
+            };
+            self.save(&told)?;
+        }
+        done(set)
     }
 
     fn hvm_context(&self) -> Result<u64, Errno> {

@@ -9,7 +9,9 @@ use zerocopy::IntoBytes;
 use super::{Face, errno, sys};
 use crate::GuestMemory;
 use crate::mock::machine::COMPAT_M2P;
-use crate::privcmd::call::{XENMEM_ADD_TO_PHYSMAP, XENMEM_REMOVE_FROM_PHYSMAP};
+use crate::privcmd::call::{
+    XENMEM_ADD_TO_PHYSMAP, XENMEM_GET_VNUMAINFO, XENMEM_REMOVE_FROM_PHYSMAP,
+};
 
 /// Where the frames of the m2p are: behind all that a guest could have.
 pub(super) const M2P_FRAMES: u64 = 1 << 40;
@@ -37,6 +39,12 @@ impl Face {
             sys::XENMEM_machphys_compat_mfn_list => self.list(address, &[COMPAT_M2P.0]),
             sys::XENMEM_populate_physmap | sys::XENMEM_decrease_reservation => {
                 self.reservation(cmd, address)
+            }
+            // The machine's guests have none.
+            XENMEM_GET_VNUMAINFO => {
+                let domid: u16 = self.load(address)?;
+                self.domain(domid)?;
+                Err(Errno::EOPNOTSUPP)
             }
             XENMEM_ADD_TO_PHYSMAP => self.add_to_physmap(address),
             XENMEM_REMOVE_FROM_PHYSMAP => self.remove_from_physmap(address),

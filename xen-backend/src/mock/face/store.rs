@@ -3,7 +3,7 @@
 //! C implementation: `tools/xenstore/xenstored_core.c`; in a guest, Linux's
 //! `drivers/xen/manage.c`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use nix::errno::Errno;
 use xsr_format::frame::Gfn;
@@ -76,6 +76,27 @@ impl Xenstore for Face {
         Ok(())
     }
 
+    fn list(&self, path: &str) -> Result<Vec<String>, StoreError> {
+        let below = format!("{path}/");
+        let names = self
+            .state()
+            .nodes
+            .keys()
+            .filter_map(|node| {
+                let name = node.strip_prefix(&below)?.split('/').next()?;
+                Some(name.to_owned())
+            })
+            .collect::<BTreeSet<String>>();
+        Ok(names.into_iter().collect())
+    }
+
+    fn resumed(&self, domid: DomId) -> Result<(), StoreError> {
+        self.domain(domid.0)
+            .map_err(|_| refused("resume", domid, Errno::ENOENT))?;
+        self.state().announced.remove(&domid.0);
+        Ok(())
+    }
+
     fn let_have(&self, path: &str, domid: DomId, _owner: bool) -> Result<(), StoreError> {
         // Guests of the machine read nothing: whether there is a node is all there is to it.
         let below = format!("{path}/");
@@ -131,5 +152,17 @@ fn refused(op: &'static str, domid: DomId, errno: Errno) -> StoreError {
         op,
         path: domid.to_string(),
         errno,
+    }
+}
+
+#[cfg(test)]
+impl Face {
+    /// Whether the store announces, when it looks now, that the domain has shut down
+    /// (`@releaseDomain`): once, and not again before it has been told that it runs on.
+    pub(super) fn announces_shutdown(&self, domid: DomId) -> bool {
+        let down = self
+            .domain(domid.0)
+            .is_ok_and(|domain| domain.info().is_ok_and(|info| info.shutdown.is_some()));
+        down && self.state().announced.insert(domid.0)
     }
 }
