@@ -97,9 +97,6 @@ pub(crate) trait Xenstore: fmt::Debug + Send + Sync {
     /// `owner`, to do with it as it likes.
     fn let_have(&self, path: &str, domid: DomId, owner: bool) -> Result<(), StoreError>;
 
-    /// The names of the nodes directly below a node; none where it does not exist.
-    fn list(&self, path: &str) -> Result<Vec<String>, StoreError>;
-
     /// Tell the store that a domain runs on after it has shut down: it takes note of the
     /// next shutdown only then. ENOENT or EINVAL from a store that does not know the domain.
     fn resumed(&self, domid: DomId) -> Result<(), StoreError>;

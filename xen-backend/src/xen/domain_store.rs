@@ -421,7 +421,7 @@ impl DomainStore for XenHost {
                 }
             }
         }
-        self.shared.logged().remove(&domid);
+        self.shared.logs().remove(&domid);
         self.remove_nodes(domid, &left_behind)?;
         let outcome = wait_until_gone(left(), || self.is_gone(domain))?;
         Ok(Destroyed {

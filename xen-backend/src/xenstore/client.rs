@@ -124,13 +124,9 @@ impl Xenstore for Sockets {
         })
     }
 
-    fn list(&self, path: &str) -> Result<Vec<String>, StoreError> {
-        self.with(|connection| connection.list(path))
-    }
-
     fn resumed(&self, domid: DomId) -> Result<(), StoreError> {
         let domid = domid.0.to_string();
-        self.with(|connection| connection.order("resume", &domid, kind::RESUME, &[]))
+        self.with(|connection| connection.order(0, "resume", &domid, kind::RESUME, &[]))
     }
 
     fn introduce(&self, domid: DomId, frame: Gfn, port: u32) -> Result<(), StoreError> {
@@ -245,19 +241,6 @@ impl Connection {
                 ..
             }) => Ok(()),
             result => result,
-        }
-    }
-
-    fn list(&mut self, path: &str) -> Result<Vec<String>, StoreError> {
-        match self.ask(kind::DIRECTORY, 0, terminated(path))? {
-            // Each name ends with a zero.
-            Ok(names) => Ok(names
-                .split(|byte| *byte == 0)
-                .filter(|name| !name.is_empty())
-                .map(|name| String::from_utf8_lossy(name).into_owned())
-                .collect()),
-            Err(Errno::ENOENT) => Ok(Vec::new()),
-            Err(errno) => Err(refused("directory", path, errno)),
         }
     }
 

@@ -22,7 +22,6 @@ pub(super) mod kind {
     pub(in super::super) const INTRODUCE: u32 = 8;
     pub(in super::super) const WRITE: u32 = 11;
     pub(in super::super) const RM: u32 = 13;
-    pub(in super::super) const DIRECTORY: u32 = 1;
     pub(in super::super) const SET_PERMS: u32 = 14;
     pub(in super::super) const RESUME: u32 = 18;
     pub(super) const WATCH_EVENT: u32 = 15;

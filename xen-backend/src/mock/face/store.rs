@@ -3,7 +3,7 @@
 //! C implementation: `tools/xenstore/xenstored_core.c`; in a guest, Linux's
 //! `drivers/xen/manage.c`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use nix::errno::Errno;
 use xsr_format::frame::Gfn;
@@ -74,20 +74,6 @@ impl Xenstore for Face {
     fn remove(&self, path: &str) -> Result<(), StoreError> {
         remove(&mut self.state().nodes, path);
         Ok(())
-    }
-
-    fn list(&self, path: &str) -> Result<Vec<String>, StoreError> {
-        let below = format!("{path}/");
-        let names = self
-            .state()
-            .nodes
-            .keys()
-            .filter_map(|node| {
-                let name = node.strip_prefix(&below)?.split('/').next()?;
-                Some(name.to_owned())
-            })
-            .collect::<BTreeSet<String>>();
-        Ok(names.into_iter().collect())
     }
 
     fn resumed(&self, domid: DomId) -> Result<(), StoreError> {

@@ -255,6 +255,11 @@ impl Xenstore for Failing {
         self.face.let_have(path, domid, owner)
     }
 
+    fn resumed(&self, domid: DomId) -> Result<(), StoreError> {
+        self.change()?;
+        self.face.resumed(domid)
+    }
+
     fn introduce(&self, domid: DomId, frame: Gfn, port: u32) -> Result<(), StoreError> {
         self.change()?;
         self.face.introduce(domid, frame, port)
