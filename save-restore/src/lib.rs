@@ -20,6 +20,7 @@ pub mod restore;
 pub mod save;
 pub mod sink;
 pub mod source;
+pub mod storage;
 pub mod toolstack;
 
 pub use error::{RestoreError, SaveError};

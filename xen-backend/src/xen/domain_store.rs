@@ -215,6 +215,23 @@ impl XenHost {
         }
     }
 
+    /// Has the hypervisor destroy the domain. It wants to be called again where there is much to
+    /// release, which it is while there is time `left`.
+    fn kill(&self, domain: DomainRef, left: impl Fn() -> Duration) -> Result<(), DomainStoreError> {
+        let domid = domain.domid;
+        loop {
+            let calls = &self.shared.calls;
+            match calls.plain_domctl(sys::XEN_DOMCTL_destroydomain, domid) {
+                Err(Errno::EAGAIN | Errno::EINTR) if !left().is_zero() => {}
+                Ok(()) | Err(Errno::EAGAIN | Errno::EINTR) => return Ok(()),
+                Err(Errno::ESRCH) => return Err(DomainStoreError::Gone { domain }),
+                Err(errno) => {
+                    return Err(BackendError::domain("destroydomain", domid, errno).into());
+                }
+            }
+        }
+    }
+
     /// The domain except `domain` that has the name.
     fn taken(
         &self,
@@ -405,21 +422,8 @@ impl DomainStore for XenHost {
         let left_behind = left_behind.map_err(failed("looking for devices", domid))?;
         let start = Instant::now();
         let left = || timeout.saturating_sub(start.elapsed());
-        let destroy = || {
-            let calls = &self.shared.calls;
-            calls.plain_domctl(sys::XEN_DOMCTL_destroydomain, domid)
-        };
-        while !info.dying {
-            match destroy() {
-                Ok(()) => break,
-                // It wants to be called again: there was much to release.
-                Err(Errno::EAGAIN | Errno::EINTR) if !left().is_zero() => {}
-                Err(Errno::EAGAIN | Errno::EINTR) => break,
-                Err(Errno::ESRCH) => return Err(DomainStoreError::Gone { domain }),
-                Err(errno) => {
-                    return Err(BackendError::domain("destroydomain", domid, errno).into());
-                }
-            }
+        if !info.dying {
+            self.kill(domain, left)?;
         }
         self.shared.logs().remove(&domid);
         self.remove_nodes(domid, &left_behind)?;

@@ -1,0 +1,52 @@
+//! The steps of writing a file, each of which a test can make fail.
+
+use std::fmt;
+use std::io;
+
+/// One call on the system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Step {
+    /// The temporary file is made.
+    Make,
+    /// It is locked.
+    Lock,
+    /// Bytes are written.
+    Write,
+    /// A hole is made.
+    Punch,
+    /// Its length is set.
+    SetLength,
+    /// A range of another file is shared.
+    Clone,
+    /// What was written is made durable.
+    Sync,
+    /// It gets its name.
+    Rename,
+    /// The directory is made durable.
+    SyncDirectory,
+    /// It is removed.
+    Remove,
+}
+
+/// What comes before each step.
+pub(super) trait Steps: fmt::Debug + Send + Sync {
+    /// An error takes the place of the step.
+    fn before(&self, step: Step) -> io::Result<()>;
+
+    /// How many of so many bytes one write takes.
+    fn most(&self, bytes: usize) -> usize;
+}
+
+/// Every step is made.
+#[derive(Debug)]
+pub(super) struct NoFaults;
+
+impl Steps for NoFaults {
+    fn before(&self, _: Step) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn most(&self, bytes: usize) -> usize {
+        bytes
+    }
+}

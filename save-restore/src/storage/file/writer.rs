@@ -1,0 +1,320 @@
+//! Writing a file under a temporary name.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::ops::Range;
+use std::os::fd::{AsFd as _, BorrowedFd};
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::{
+    CWD, FallocateFlags, RenameFlags, copy_file_range, fallocate, ioctl_ficlone, renameat_with,
+};
+use rustix::io::Errno;
+use xsr_format::frame::PAGE_SIZE;
+
+use super::leftover::Temporary;
+use super::steps::{Step, Steps};
+use super::{directory, sync_directory};
+use crate::storage::{
+    Create, Durability, Existing, Shape, StorageError, StorageReader, StorageWriter,
+};
+
+/// What a range that is shared has to be a multiple of.
+const BLOCK: u64 = PAGE_SIZE as u64;
+
+/// A file that is being written.
+#[derive(Debug)]
+pub struct FileWriter {
+    /// `None` once it has its name.
+    temporary: Option<Temporary>,
+    to: PathBuf,
+    create: Create,
+    name: String,
+    steps: Arc<dyn Steps>,
+}
+
+impl FileWriter {
+    pub(super) fn new(
+        temporary: Temporary,
+        to: PathBuf,
+        create: &Create,
+        name: String,
+        steps: Arc<dyn Steps>,
+    ) -> Self {
+        Self {
+            temporary: Some(temporary),
+            to,
+            create: *create,
+            name,
+            steps,
+        }
+    }
+
+    fn file(&self) -> io::Result<&File> {
+        let temporary = self.temporary.as_ref();
+        let file = temporary.map(|temporary| &temporary.file);
+        file.ok_or_else(|| io::ErrorKind::BrokenPipe.into())
+    }
+
+    fn slots(&self) -> Result<&File, StorageError> {
+        if self.create.shape == Shape::Stream {
+            return Err(StorageError::Unsupported {
+                name: self.name.clone(),
+                what: "was created as a stream, which is written from its start to its end",
+            });
+        }
+        self.file().map_err(StorageError::io("writing", &self.name))
+    }
+
+    /// Gives the file its name, in one step.
+    fn rename(&self, from: &Path) -> io::Result<()> {
+        self.steps.before(Step::Rename)?;
+        if self.create.existing == Existing::Replace {
+            return fs::rename(from, &self.to);
+        }
+        match renameat_with(CWD, from, CWD, &self.to, RenameFlags::NOREPLACE) {
+            // A file system that cannot: a second name can be given without replacing, too.
+            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
+                fs::hard_link(from, &self.to)?;
+                fs::remove_file(from)
+            }
+            result => Ok(result?),
+        }
+    }
+}
+
+/// A range of zeros, written.
+fn write_zeros(file: &File, range: Range<u64>) -> io::Result<()> {
+    let zeros = [0; 1 << 16];
+    let mut at = range.start;
+    while at < range.end {
+        let left = usize::try_from(range.end - at).unwrap_or(usize::MAX);
+        let n = left.min(zeros.len());
+        file.write_all_at(&zeros[..n], at)?;
+        at += n as u64;
+    }
+    Ok(())
+}
+
+impl Write for FileWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.steps.before(Step::Write)?;
+        let most = self.steps.most(bytes.len());
+        let mut file = self.file()?;
+        file.write(&bytes[..most])
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl StorageWriter for FileWriter {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn shape(&self) -> Shape {
+        self.create.shape
+    }
+
+    fn is_straight(&self) -> bool {
+        false
+    }
+
+    fn write_all_at(&self, bytes: &[u8], offset: u64) -> Result<(), StorageError> {
+        let file = self.slots()?;
+        let write = || -> io::Result<()> {
+            let mut done = 0;
+            while done < bytes.len() {
+                self.steps.before(Step::Write)?;
+                let most = self.steps.most(bytes.len() - done);
+                let at = offset
+                    .checked_add(done as u64)
+                    .ok_or(io::ErrorKind::FileTooLarge)?;
+                match file.write_at(&bytes[done..done + most], at) {
+                    Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                    Ok(n) => done += n,
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            Ok(())
+        };
+        write().map_err(StorageError::io("writing", &self.name))
+    }
+
+    fn punch(&self, range: Range<u64>) -> Result<(), StorageError> {
+        let file = self.slots()?;
+        let punch = || -> io::Result<()> {
+            self.steps.before(Step::Punch)?;
+            // What lies after the end is a hole already.
+            let range = range.start..range.end.min(file.metadata()?.len());
+            if range.is_empty() {
+                return Ok(());
+            }
+            let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            match fallocate(file, how, range.start, range.end - range.start) {
+                Err(Errno::OPNOTSUPP | Errno::NOSYS) => write_zeros(file, range),
+                result => Ok(result?),
+            }
+        };
+        punch().map_err(StorageError::io("writing", &self.name))
+    }
+
+    fn set_length(&self, length: u64) -> Result<(), StorageError> {
+        let file = self.slots()?;
+        self.steps
+            .before(Step::SetLength)
+            .and_then(|()| file.set_len(length))
+            .map_err(StorageError::io("writing", &self.name))
+    }
+
+    fn clone_range(
+        &self,
+        base: &dyn StorageReader,
+        range: Range<u64>,
+        to: u64,
+    ) -> Result<(), StorageError> {
+        let file = self.slots()?;
+        let cannot = |what| {
+            let name = self.name.clone();
+            Err(StorageError::Unsupported { name, what })
+        };
+        let Some(source) = base.descriptor() else {
+            return cannot("cannot share room with an image that is not a file");
+        };
+        if range.end > base.length() || range.start > range.end {
+            return Err(StorageError::Truncated {
+                name: base.name(),
+                offset: base.length(),
+                missing: usize::try_from(range.end.saturating_sub(base.length()))
+                    .unwrap_or(usize::MAX),
+            });
+        }
+        let aligned = |offset: u64| offset.is_multiple_of(BLOCK);
+        if !aligned(range.start)
+            || !aligned(to)
+            || !(aligned(range.end) || range.end == base.length())
+        {
+            return cannot("can share only ranges that are multiples of 4096 bytes");
+        }
+        match self.shares_room(source) {
+            Ok(true) => {}
+            Ok(false) => {
+                return cannot(
+                    "is on a file system that cannot share room between files (XFS with \
+                     reflinks and Btrfs can), or on another one than the image to share with",
+                );
+            }
+            Err(error) => return Err(StorageError::io("writing", &self.name)(error)),
+        }
+        let share = || -> io::Result<()> {
+            self.steps.before(Step::Clone)?;
+            let (mut from, mut to) = (range.start, to);
+            while from < range.end {
+                let left = usize::try_from(range.end - from).unwrap_or(usize::MAX);
+                // Where the kernel can share, as was found out, this shares.
+                match copy_file_range(source, Some(&mut from), file, Some(&mut to), left) {
+                    Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                    Ok(_) | Err(Errno::INTR) => {}
+                    Err(errno) => return Err(errno.into()),
+                }
+            }
+            Ok(())
+        };
+        share().map_err(StorageError::io(
+            "sharing the room of another image with",
+            &self.name,
+        ))
+    }
+
+    fn sync(&self) -> Result<(), StorageError> {
+        let sync = || -> io::Result<()> {
+            self.steps.before(Step::Sync)?;
+            self.file()?.sync_data()
+        };
+        sync().map_err(StorageError::io("syncing", &self.name))
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        self.file().ok().map(|file| file.as_fd())
+    }
+
+    fn commit(mut self: Box<Self>, durability: Durability) -> Result<(), StorageError> {
+        if durability == Durability::Durable {
+            self.sync()?;
+        }
+        let Some(mut temporary) = self.temporary.take() else {
+            return Err(StorageError::io("writing", &self.name)(
+                io::ErrorKind::BrokenPipe,
+            ));
+        };
+        let mut renamed = Ok(());
+        let mut rename = || renamed = self.rename(&temporary.path);
+        match temporary.registered.take() {
+            Some(registered) => registered.settle(&mut rename),
+            None => rename(),
+        }
+        if let Err(error) = renamed {
+            temporary.remove(&*self.steps);
+            let name = self.name.clone();
+            return Err(match error.kind() {
+                io::ErrorKind::AlreadyExists => StorageError::Exists { name },
+                _ => StorageError::io("naming", name)(error),
+            });
+        }
+        if durability == Durability::Process {
+            return Ok(());
+        }
+        sync_directory(directory(&self.to), &*self.steps).map_err(|source| {
+            StorageError::NotDurable {
+                name: self.name.clone(),
+                source,
+            }
+        })
+    }
+}
+
+impl FileWriter {
+    /// Whether the file can share room with this one: they are on one file system, and that can.
+    /// Tried with two files of one block, because what shares (`copy_file_range`) copies where
+    /// it cannot.
+    fn shares_room(&self, source: BorrowedFd<'_>) -> io::Result<bool> {
+        let at = directory(&self.to);
+        let ours = rustix::fs::fstat(self.file()?)?;
+        let same_device = rustix::fs::fstat(source)?.st_dev == ours.st_dev;
+        let to = tempfile::tempfile_in(at)?;
+        let shared = if same_device {
+            let from = tempfile::tempfile_in(at)?;
+            from.write_all_at(&[1; PAGE_SIZE], 0)?;
+            ioctl_ficlone(&to, &from)
+        } else {
+            // Another subvolume, perhaps, which the image itself tells.
+            ioctl_ficlone(&to, source)
+        };
+        match shared {
+            Ok(()) => Ok(true),
+            Err(Errno::OPNOTSUPP | Errno::NOTTY | Errno::INVAL | Errno::XDEV | Errno::NOSYS) => {
+                Ok(false)
+            }
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// The temporary name; `None` once the file has its own.
+    pub fn temporary(&self) -> Option<&Path> {
+        let temporary = self.temporary.as_ref();
+        temporary.map(|temporary| temporary.path.as_path())
+    }
+}
+
+impl Drop for FileWriter {
+    fn drop(&mut self) {
+        if let Some(temporary) = self.temporary.take() {
+            temporary.remove(&*self.steps);
+        }
+    }
+}
