@@ -17,9 +17,13 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
+use xsr_save_restore::pace::Pace;
+use xsr_save_restore::progress::Cancel;
+use xsr_save_restore::sink::FdSink;
 
 use crate::interrupt::{Interrupt, readable_within};
 
@@ -60,9 +64,10 @@ impl Message {
     ///
     /// # Errors
     ///
-    /// What the descriptor says. The other end cannot have got all of it then.
-    pub(crate) fn send(self, mut to: &File) -> Result<()> {
-        to.write_all(self.octets())
+    /// The descriptor's; the other end takes nothing for as long as `limit`. It cannot have got
+    /// all of it then.
+    pub(crate) fn send(self, to: &File, limit: Duration) -> Result<()> {
+        write_within(to, self.octets(), limit)
             .with_context(|| format!("sending the {}", self.name()))
     }
 
@@ -70,15 +75,17 @@ impl Message {
     ///
     /// # Errors
     ///
-    /// The other end hangs up, or says something else; somebody interrupts.
-    pub(crate) fn expect(self, from: &File, interrupt: &Interrupt) -> Result<()> {
-        self.hear(from, Patience::Interrupt(interrupt))
+    /// The other end hangs up, says something else, or has not said all of it after `limit`;
+    /// the user interrupts.
+    pub(crate) fn expect(self, from: &File, interrupt: &Interrupt, limit: Duration) -> Result<()> {
+        self.hear(from, Patience::within(interrupt, limit))
     }
 
     fn hear(self, from: &File, patience: Patience<'_>) -> Result<()> {
         let expected = self.octets();
         let mut got = vec![0; expected.len()];
         let n = fill(from, &mut got, patience)
+            .map_err(|error| patience.words(error))
             .with_context(|| format!("waiting for the {}", self.name()))?;
         let got = &got[..n];
         match (got == expected, expected.starts_with(got)) {
@@ -103,8 +110,14 @@ impl Message {
 }
 
 /// What the receiver says at the end, behind [`Message::Report`].
-fn send_status(mut to: &File, status: u8) -> Result<()> {
-    to.write_all(&[status]).context("sending the status")
+fn send_status(to: &File, status: u8, limit: Duration) -> Result<()> {
+    write_within(to, &[status], limit).context("sending the status")
+}
+
+/// Write all of it. The other end may take nothing for so long.
+fn write_within(to: &File, bytes: &[u8], limit: Duration) -> io::Result<()> {
+    let sink = FdSink::cancellable(to, Cancel::new())?;
+    sink.keep_pace(Arc::new(Pace::new(limit))).write_all(bytes)
 }
 
 /// The status octet of a receiver that has failed. xl's is a libxl error; a sender looks
@@ -112,14 +125,15 @@ fn send_status(mut to: &File, status: u8) -> Result<()> {
 const FAILED: u8 = 1;
 
 /// Say that the domain runs here.
-pub(crate) fn report_running(to: &File) -> Result<()> {
-    Message::Report.send(to).and_then(|()| send_status(to, 0))
+pub(crate) fn report_running(to: &File, limit: Duration) -> Result<()> {
+    Message::Report.send(to, limit)?;
+    send_status(to, 0, limit)
 }
 
 /// Say that it does not run here; [`Message::Go`] then gives it back.
-pub(crate) fn report_failed(to: &File) -> Result<()> {
-    Message::Report.send(to)?;
-    send_status(to, FAILED)
+pub(crate) fn report_failed(to: &File, limit: Duration) -> Result<()> {
+    Message::Report.send(to, limit)?;
+    send_status(to, FAILED, limit)
 }
 
 /// Where in what the other end has said its report begins, if it has begun one: the words that
@@ -179,7 +193,8 @@ pub(crate) fn without_bodies(to: &mut impl Write, kinds: [u32; 3]) -> io::Result
 pub(crate) fn outcome(from: &File, patience: Patience<'_>) -> Result<Outcome> {
     Message::Report.hear(from, patience)?;
     let mut status = [0];
-    if fill(from, &mut status, patience).context("waiting for the status")? == 0 {
+    let filled = fill(from, &mut status, patience).map_err(|error| patience.words(error));
+    if filled.context("waiting for the status")? == 0 {
         bail!("the other end hung up where its status was expected");
     }
     match status {
@@ -241,16 +256,35 @@ pub(crate) fn outcome_behind(
 /// How long to wait for what the other end says.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Patience<'a> {
-    /// Until somebody asks to stop.
-    Interrupt(&'a Interrupt),
+    /// Until the user asks to stop, and until then: the limit after which that is.
+    Within(&'a Interrupt, Option<Instant>, Duration),
     /// Until then.
     Until(Instant),
 }
 
-impl Patience<'_> {
+impl<'a> Patience<'a> {
+    /// From now on for so long.
+    pub(crate) fn within(interrupt: &'a Interrupt, limit: Duration) -> Self {
+        Self::Within(interrupt, Instant::now().checked_add(limit), limit)
+    }
+
+    /// What an error of a wait is, for people.
+    fn words(self, error: io::Error) -> io::Error {
+        match self {
+            Self::Within(_, _, limit) if error.kind() == io::ErrorKind::TimedOut => {
+                let seconds = limit.as_secs_f64();
+                let why = format!("the other end has not answered in {seconds} s");
+                io::Error::new(error.kind(), why)
+            }
+            _ => error,
+        }
+    }
+
     fn wait_readable(self, from: &File) -> io::Result<()> {
         let until = match self {
-            Self::Interrupt(interrupt) => return interrupt.wait_readable(from),
+            Self::Within(interrupt, until, _) => {
+                return interrupt.wait_readable_until(from, until);
+            }
             Self::Until(until) => until,
         };
         loop {

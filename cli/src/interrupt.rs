@@ -195,9 +195,10 @@ impl Interrupt {
     ///
     /// # Errors
     ///
-    /// `Interrupted` when somebody asks to stop; what the call says.
+    /// `Interrupted` when the user asks to stop; `TimedOut` after `limit`; the call's own.
     pub(crate) fn wait_for<T: Send + 'static>(
         &self,
+        limit: Duration,
         call: impl FnOnce() -> io::Result<T> + Send + 'static,
     ) -> io::Result<T> {
         let (done, answer) = mpsc::sync_channel(1);
@@ -208,7 +209,12 @@ impl Interrupt {
                     tracing::debug!("connected, but nobody waits for it any more");
                 }
             })?;
+        let until = Instant::now().checked_add(limit);
         loop {
+            if until.is_some_and(|until| Instant::now() >= until) {
+                let why = format!("it has not answered in {} s", limit.as_secs_f64());
+                return Err(io::Error::new(io::ErrorKind::TimedOut, why));
+            }
             if self.cancel.is_cancelled() {
                 return Err(io::Error::new(io::ErrorKind::Interrupted, "cancelled"));
             }
@@ -229,7 +235,23 @@ impl Interrupt {
     ///
     /// `Interrupted` when somebody asks to stop; what poll says.
     pub(crate) fn wait_readable(&self, fd: impl AsFd) -> io::Result<()> {
+        self.wait_readable_until(fd, None)
+    }
+
+    /// The same, and no longer than until a time.
+    ///
+    /// # Errors
+    ///
+    /// The same; `TimedOut` when it is that time.
+    pub(crate) fn wait_readable_until(
+        &self,
+        fd: impl AsFd,
+        until: Option<Instant>,
+    ) -> io::Result<()> {
         loop {
+            if until.is_some_and(|until| Instant::now() >= until) {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
             if self.deaf.get().is_none() && self.cancel.is_cancelled() {
                 return Err(io::Error::new(io::ErrorKind::Interrupted, "cancelled"));
             }

@@ -85,12 +85,13 @@ impl Link {
         host: &str,
         options: &[&str],
         interrupt: &Interrupt,
+        limit: Duration,
     ) -> Result<Self> {
         if args.ssh == "ssh" && ["unix:", "tcp:"].iter().any(|p| host.starts_with(p)) {
             let endpoint: Endpoint = host
                 .parse()
                 .map_err(|e| Error::new(BadUsage(format!("{host}: {e}"))))?;
-            return Self::connect(&endpoint, interrupt).with_context(|| {
+            return Self::connect(&endpoint, interrupt, limit).with_context(|| {
                 let all: String = options.iter().map(|option| format!(" {option}")).collect();
                 format!("{host}: is `xsr migrate-receive{all} --listen` running?")
             });
@@ -126,16 +127,16 @@ impl Link {
         })
     }
 
-    fn connect(endpoint: &Endpoint, interrupt: &Interrupt) -> Result<Self> {
+    fn connect(endpoint: &Endpoint, interrupt: &Interrupt, limit: Duration) -> Result<Self> {
         Ok(match endpoint.clone() {
             Endpoint::Unix(path) => {
                 let name = format!("unix:{}", path.display());
-                let stream = interrupt.wait_for(move || UnixStream::connect(path))?;
+                let stream = interrupt.wait_for(limit, move || UnixStream::connect(path))?;
                 Self::socket(stream.into(), name)?
             }
             Endpoint::Tcp(address) => {
                 let name = format!("tcp:{address}");
-                let stream = interrupt.wait_for(move || TcpStream::connect(address))?;
+                let stream = interrupt.wait_for(limit, move || TcpStream::connect(address))?;
                 Self::tcp(stream, name)?
             }
         })
@@ -340,7 +341,8 @@ mod tests {
             socket: Socket::Tcp(listener),
             name: String::new(),
         };
-        let sender = Link::connect(&Endpoint::Tcp(address), &interrupt).unwrap();
+        let sender =
+            Link::connect(&Endpoint::Tcp(address), &interrupt, Duration::from_secs(60)).unwrap();
         let receiver = waiting.accept(&interrupt).unwrap();
         let timeout = |link: &Link| getsockopt(&link.to, sockopt::TcpUserTimeout).unwrap();
         assert_eq!((timeout(&sender), timeout(&receiver)), (30_000, 30_000));

@@ -4,6 +4,8 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
+#[path = "handshake/silent.rs"]
+mod silent;
 
 use std::io::{Read, Write};
 use std::net::Shutdown;

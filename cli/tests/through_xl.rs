@@ -107,8 +107,9 @@ fn installed(program: &str) -> PathBuf {
     let (new, to) = (new.path().join(program), dir.join(program));
     match program {
         "xsr" => fs::hard_link(env!("CARGO_BIN_EXE_xsr"), &new).unwrap(),
+        // As one that xl has started and that has ended.
         _ => {
-            fs::write(&new, "#!/bin/sh\nexit 1\n").unwrap();
+            fs::write(&new, "#!/bin/sh\n: > \"$XSR_HELPER_BEGAN\"\nexit 255\n").unwrap();
             fs::set_permissions(&new, fs::Permissions::from_mode(0o755)).unwrap();
         }
     }
@@ -291,7 +292,6 @@ fn behind_its_helper_nothing_stops_xl() {
         let dir = scratch();
         script(
             dir.path(),
-            // The real helper, which finds that it has been asked for nothing.
             "#!/bin/sh\n$LIBXL_SAVE_HELPER </dev/null >/dev/null 2>&1\n\
              echo helper ended\nread line\necho resumed $line\nexit 1\n",
         );

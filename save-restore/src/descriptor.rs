@@ -18,6 +18,7 @@
 use std::io::{self, Read as _};
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -27,6 +28,7 @@ use nix::sys::socket::{MsgFlags, recv};
 use nix::sys::stat::{Mode, SFlag, fstat};
 use xsr_xen_backend::WriteCall;
 
+use crate::pace::{Pace, ReadLimit};
 use crate::progress::{Cancel, Cancelled};
 
 /// How long a wait may last before the token is looked at again, in milliseconds.
@@ -40,8 +42,10 @@ const PIPE_BUF: NonZeroUsize = NonZeroUsize::new(4096).expect("not zero");
 pub(crate) struct Descriptor<F> {
     fd: F,
     way: Way,
-    /// How long a write waits for an end that takes nothing at all.
-    patience: Option<Duration>,
+    /// How fast an end has to take what is written.
+    pace: Option<Arc<Pace>>,
+    /// How long an end may send nothing.
+    read_limit: Option<Arc<ReadLimit>>,
 }
 
 /// How long one call may wait.
@@ -111,7 +115,8 @@ impl<F: AsFd> Descriptor<F> {
         Self {
             fd,
             way: Way::Blocking,
-            patience: None,
+            pace: None,
+            read_limit: None,
         }
     }
 
@@ -127,14 +132,21 @@ impl<F: AsFd> Descriptor<F> {
         Ok(Self {
             fd,
             way,
-            patience: None,
+            pace: None,
+            read_limit: None,
         })
     }
 
-    /// Have a write fail (`TimedOut`) that has waited for so long without an octet being taken;
-    /// where calls may block, they do all the same.
-    pub(crate) fn give_up_after(&mut self, patience: Duration) {
-        self.patience = Some(patience);
+    /// Have a write fail (`TimedOut`) when the other end breaks these rules. Calls that may
+    /// block do so all the same.
+    pub(crate) fn keep_pace(&mut self, pace: Arc<Pace>) {
+        self.pace = Some(pace);
+    }
+
+    /// Have a read fail (`TimedOut`) when the other end sends nothing for too long. Calls that
+    /// may block do so all the same.
+    pub(crate) fn limit_reads(&mut self, limit: Arc<ReadLimit>) {
+        self.read_limit = Some(limit);
     }
 
     /// Who may say stop.
@@ -158,16 +170,21 @@ impl<F: AsFd> Descriptor<F> {
         self.check()
     }
 
-    /// Wait until a call will do something, if only fail (true), or until that time, if there
-    /// is one (false).
-    fn wait(&self, what: PollFlags, until: Option<Instant>, limit: &Limit<'_>) -> io::Result<bool> {
-        let timeout = match (self.way.cancel(), until) {
+    /// Wait until a call will do something, if only fail (true), or until it is time to give
+    /// up, if there is such a time (false).
+    fn wait(
+        &self,
+        what: PollFlags,
+        due: &dyn Fn() -> Option<Instant>,
+        limit: &Limit<'_>,
+    ) -> io::Result<bool> {
+        let timeout = match (self.way.cancel(), due()) {
             (None, None) => PollTimeout::NONE,
             _ => PollTimeout::from(LOOK_EVERY_MS),
         };
         loop {
             self.check_both(limit)?;
-            if until.is_some_and(|until| Instant::now() >= until) {
+            if due().is_some_and(|due| Instant::now() >= due) {
                 return Ok(false);
             }
             match poll(&mut [PollFd::new(self.fd.as_fd(), what)], timeout) {
@@ -188,7 +205,10 @@ impl<F: AsFd> Descriptor<F> {
         &self,
         write: impl FnMut(BorrowedFd<'_>, WriteCall) -> io::Result<usize>,
     ) -> io::Result<usize> {
-        self.write_within(&Limit::idle(self.patience), write)
+        self.write_within(
+            &Limit::idle(self.pace.as_deref().map(Pace::patience)),
+            write,
+        )
     }
 
     /// As [`Self::write`], for no longer than a limit of its own.
@@ -201,22 +221,32 @@ impl<F: AsFd> Descriptor<F> {
         limit: &Limit<'_>,
         mut write: impl FnMut(BorrowedFd<'_>, WriteCall) -> io::Result<usize>,
     ) -> io::Result<usize> {
-        // From the first time that there was no room; every octet that is taken is another call.
+        // From the first time that there was no room: once bytes are taken, another call begins.
         let mut until = None;
         let mut room = || {
             let until = *until.get_or_insert_with(|| limit.ends());
-            self.wait(PollFlags::POLLOUT, until, limit)
+            let pace = self.pace.as_deref();
+            let due = || {
+                [until, pace.and_then(Pace::due)]
+                    .into_iter()
+                    .flatten()
+                    .min()
+            };
+            self.wait(PollFlags::POLLOUT, &due, limit)
         };
         let mut ready = true;
         loop {
             self.check_both(limit)?;
+            if self.overdue() {
+                return Err(self.stalled(limit));
+            }
             let result = match &self.way {
                 Way::Blocking | Way::Never(_) => write(self.fd.as_fd(), WriteCall::Writev),
                 Way::Socket(_) => write(self.fd.as_fd(), WriteCall::SendDontWait),
                 Way::Pipe(_, Some(own)) => write(own.as_fd(), WriteCall::Writev),
                 Way::Pipe(_, None) => match room()? {
                     true => write(self.fd.as_fd(), WriteCall::AtMost(PIPE_BUF)),
-                    false => return Err(stalled(limit)),
+                    false => return Err(self.stalled(limit)),
                 },
             };
             match result {
@@ -225,12 +255,36 @@ impl<F: AsFd> Descriptor<F> {
                     // poll(2) wants more room in a socket than a write does: one that is read
                     // slowly has been tried once more in the end.
                     if !ready {
-                        return Err(stalled(limit));
+                        return Err(self.stalled(limit));
                     }
                     ready = room()?;
                 }
-                result => return result,
+                result => {
+                    if let (Some(pace), Ok(n)) = (&self.pace, &result) {
+                        pace.took(*n as u64);
+                    }
+                    return result;
+                }
             }
+        }
+    }
+
+    /// Whether the other end has taken too little of what it was sent while a guest is
+    /// suspended. (A descriptor that never waits has no other end.)
+    fn overdue(&self) -> bool {
+        let pace = match self.way {
+            Way::Blocking | Way::Never(_) => None,
+            Way::Socket(_) | Way::Pipe(..) => self.pace.as_deref(),
+        };
+        let due = pace.and_then(Pace::due);
+        due.is_some_and(|due| Instant::now() >= due)
+    }
+
+    /// The other end has taken too little.
+    fn stalled(&self, limit: &Limit<'_>) -> io::Error {
+        match &self.pace {
+            Some(pace) => pace.broken(),
+            None => stalled(limit),
         }
     }
 
@@ -238,7 +292,8 @@ impl<F: AsFd> Descriptor<F> {
     ///
     /// # Errors
     ///
-    /// [`Cancelled`]; what `read` says but EINTR and EAGAIN.
+    /// [`Cancelled`]; the other end sends nothing for too long; what `read` says except EINTR and
+    /// EAGAIN.
     pub(crate) fn read(
         &self,
         read: impl FnMut(BorrowedFd<'_>) -> io::Result<usize>,
@@ -257,12 +312,20 @@ impl<F: AsFd> Descriptor<F> {
         mut read: impl FnMut(BorrowedFd<'_>) -> io::Result<usize>,
     ) -> io::Result<usize> {
         let until = limit.ends();
-        let come = || match self.wait(PollFlags::POLLIN, until, limit)? {
+        let reads = self.read_limit.as_deref();
+        let due = || {
+            let silent = reads.and_then(|reads| reads.due(limit.began));
+            [until, silent].into_iter().flatten().min()
+        };
+        let come = || match self.wait(PollFlags::POLLIN, &due, limit)? {
             true => Ok(()),
-            false => {
-                let why = "the other end has said nothing for too long";
-                Err(io::Error::new(io::ErrorKind::TimedOut, why))
-            }
+            false => match reads {
+                Some(reads) => Err(reads.broken()),
+                None => {
+                    let why = "the other end has said nothing for too long";
+                    Err(io::Error::new(io::ErrorKind::TimedOut, why))
+                }
+            },
         };
         loop {
             match &self.way {
@@ -326,6 +389,7 @@ fn reopen(fd: BorrowedFd<'_>) -> Option<OwnedFd> {
 mod tests {
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
+    use std::sync::mpsc::RecvTimeoutError;
     use std::thread;
     use std::time::{Duration, Instant};
 
@@ -357,7 +421,8 @@ mod tests {
         let once = Descriptor {
             fd: OwnedFd::from(once_in),
             way: Way::Pipe(cancel.clone(), None),
-            patience: None,
+            pace: None,
+            read_limit: None,
         };
         [
             (again, pipe_out.into()),
@@ -430,7 +495,7 @@ mod tests {
     fn a_write_ends_when_nothing_is_taken_for_too_long() {
         let octets = pattern(1 << 20);
         for (mut writer, reader) in writers(&Cancel::new()) {
-            writer.give_up_after(Duration::from_millis(50));
+            writer.keep_pace(Arc::new(Pace::new(Duration::from_millis(50))));
             let error = write_all(&writer, &octets).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
             let said = "the other end has taken nothing for 0.05 s";
@@ -439,10 +504,59 @@ mod tests {
         }
     }
 
+    /// A reader that takes a little now and then never takes nothing for as long as may be.
+    #[test]
+    fn a_write_ends_when_too_little_is_taken_of_a_suspended_guest() {
+        let octets = pattern(4 << 20);
+        for (mut writer, reader) in writers(&Cancel::new()) {
+            let pace = Arc::new(Pace::new(Duration::from_millis(200)));
+            pace.suspended();
+            writer.keep_pace(pace);
+            let (given_up, ended) = std::sync::mpsc::channel::<()>();
+            thread::scope(|scope| {
+                scope.spawn(move || {
+                    let mut reader = std::fs::File::from(reader);
+                    let mut room = [0; 8192];
+                    // A quarter of what is asked for.
+                    let tick = Duration::from_millis(30);
+                    while ended.recv_timeout(tick) == Err(RecvTimeoutError::Timeout) {
+                        reader.read_exact(&mut room).unwrap();
+                    }
+                });
+                let error = write_all(&writer, &octets).unwrap_err();
+                drop(given_up);
+                let said = error.to_string();
+                assert!(said.contains("too slowly"), "{said}");
+            });
+        }
+    }
+
+    #[test]
+    fn a_read_ends_when_nothing_comes_for_too_long_unless_the_limit_is_lifted() {
+        let (pipe, pipe_in) = io::pipe().unwrap();
+        let (socket, socket_in) = UnixStream::pair().unwrap();
+        let ends = [
+            (OwnedFd::from(pipe), OwnedFd::from(pipe_in)),
+            (OwnedFd::from(socket), OwnedFd::from(socket_in)),
+        ];
+        for (fd, other) in ends {
+            let limit = Arc::new(ReadLimit::new(Duration::from_millis(50)));
+            let source = FdSource::cancellable(fd, Cancel::new()).unwrap();
+            let mut source = source.give_up_after(Arc::clone(&limit));
+            let error = source.read(&mut [0; 10]).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+            let said = "the other end has sent nothing for 0.05 s";
+            assert_eq!(error.to_string(), said);
+            limit.lift();
+            std::fs::File::from(other).write_all(b"more").unwrap();
+            assert_eq!(source.read(&mut [0; 10]).unwrap(), 4);
+        }
+    }
+
     #[test]
     fn what_has_less_room_than_poll_wants_is_written_to_once_more() {
         for (mut writer, _reader) in writers(&Cancel::new()) {
-            writer.give_up_after(Duration::from_millis(1));
+            writer.keep_pace(Arc::new(Pace::new(Duration::from_millis(1))));
             // It is full.
             write_all(&writer, &pattern(1 << 20)).unwrap_err();
             if matches!(writer.way, Way::Pipe(_, None)) {

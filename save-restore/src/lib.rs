@@ -14,6 +14,7 @@ mod descriptor;
 pub mod error;
 mod guest;
 pub mod migrate;
+pub mod pace;
 mod pipeline;
 pub mod progress;
 pub mod restore;

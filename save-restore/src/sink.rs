@@ -5,11 +5,11 @@ use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 
 use xsr_xen_backend::Gather;
 
 use crate::descriptor::Descriptor;
+use crate::pace::Pace;
 use crate::progress::Cancel;
 
 /// Takes a stream.
@@ -64,11 +64,11 @@ impl<F: AsFd> FdSink<F> {
         self
     }
 
-    /// Have a write fail, with `TimedOut`, once it has waited for so long without an octet being
-    /// taken: the other end may be there and read nothing. Only of a sink that is
-    /// [`cancellable`](Self::cancellable): the writes of others block.
-    pub fn give_up_after(mut self, patience: Duration) -> Self {
-        self.descriptor.give_up_after(patience);
+    /// Have a write fail, with `TimedOut`, once the other end has broken these rules: it may be
+    /// there and read nothing. Only of a sink that is [`cancellable`](Self::cancellable): the
+    /// writes of others block.
+    pub fn keep_pace(mut self, pace: Arc<Pace>) -> Self {
+        self.descriptor.keep_pace(pace);
         self
     }
 

@@ -52,6 +52,15 @@ pub(crate) struct MigrateArgs {
     pub(crate) debug: bool,
     #[command(flatten)]
     pub(crate) target: TargetArgs,
+    /// Give HOST up when it has not answered, or has taken nothing, for so many seconds; while the
+    /// domain is suspended HOST also has to take 1 MiB/s on average after that time
+    #[arg(
+        long,
+        value_name = "S",
+        default_value_t = 60,
+        value_parser = clap::value_parser!(u32).range(1..)
+    )]
+    pub(crate) answer_timeout: u32,
     #[command(flatten)]
     pub(crate) threads: ThreadsArg,
     #[command(flatten)]
@@ -144,6 +153,15 @@ pub(crate) struct ReceiveArgs {
     /// memory, and 64M]
     #[arg(long, value_name = "SIZE", requires = "standing_by")]
     pub(crate) checkpoint_file: Option<MemorySize>,
+    /// Give the sender up, and destroy what is here, when it has sent nothing for so many seconds;
+    /// with -r or --colo until the first checkpoint is complete
+    #[arg(
+        long,
+        value_name = "S",
+        default_value_t = 300,
+        value_parser = clap::value_parser!(u32).range(1..)
+    )]
+    pub(crate) answer_timeout: u32,
     #[command(flatten)]
     pub(crate) threads: ThreadsArg,
     #[command(flatten)]

@@ -283,7 +283,7 @@ impl Demo<'_> {
             options: SaveOptions::default(),
         };
         self.watch.now("saving");
-        let written = job.write(&mut toolstack, output.file(), None, &mut self.watch)?;
+        let written = job.write(&mut toolstack, output.file(), None, None, &mut self.watch)?;
         self.watch.clear();
         output.finish()?;
         let octets = written.saved.stats().pages * 4096;

@@ -8,12 +8,14 @@
 //!
 //! C implementation: `migrate_domain` in `tools/xl/xl_migrate.c`.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Error, Result, anyhow, bail};
 use serde::Serialize;
 use xsr_save_restore::SaveOptions;
-use xsr_save_restore::toolstack::{DirectToolstack, SaveToolstack as _};
+use xsr_save_restore::pace::Pace;
+use xsr_save_restore::toolstack::{DirectToolstack, SaveToolstack, ToolstackError};
 use xsr_xen_backend::mock::MockHost;
 use xsr_xen_backend::{DomId, Domain, Host, ShutdownReason};
 
@@ -100,7 +102,8 @@ fn migrate(args: &MigrateArgs, terminal: &Terminal, watch: &mut Watch) -> Result
     ];
     let options = options.into_iter().filter_map(|(on, o)| on.then_some(o));
     let options: Vec<&str> = options.collect();
-    let link = Link::to_receiver(&args.connection, &args.host, &options, watch.interrupt())
+    let (interrupt, limit) = (watch.interrupt(), sender.answer());
+    let link = Link::to_receiver(&args.connection, &args.host, &options, interrupt, limit)
         .map_err(|error| match error.is::<BadUsage>() {
             true => error,
             false => sender.failed(Failure::Here(error), ""),
@@ -174,6 +177,31 @@ impl From<Error> for Failure {
     }
 }
 
+/// The domain's toolstack: the other end has to take what it is sent at a pace from the moment
+/// that the domain is suspended.
+#[derive(Debug)]
+struct Paced<'a> {
+    direct: DirectToolstack<'a>,
+    pace: Arc<Pace>,
+}
+
+impl SaveToolstack for Paced<'_> {
+    fn suspend(&mut self) -> Result<(), ToolstackError> {
+        self.direct.suspend()?;
+        self.pace.suspended();
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), ToolstackError> {
+        self.pace.resumed();
+        self.direct.resume()
+    }
+
+    fn switch_qemu_logdirty(&mut self, on: bool) -> Result<(), ToolstackError> {
+        self.direct.switch_qemu_logdirty(on)
+    }
+}
+
 /// One migration, at this end.
 struct Sender<'a> {
     args: &'a MigrateArgs,
@@ -187,9 +215,14 @@ impl Sender<'_> {
     /// All that the two ends say to each other.
     fn send(&self, link: &Link, watch: &mut Watch) -> Result<Sent, Failure> {
         let interrupt = watch.interrupt().clone();
-        Message::Banner.expect(&link.from, &interrupt)?;
+        let limit = self.answer();
+        Message::Banner.expect(&link.from, &interrupt, limit)?;
         watch.step("banner");
-        let mut toolstack = DirectToolstack(self.domain);
+        let pace = Arc::new(Pace::new(limit));
+        let mut toolstack = Paced {
+            direct: DirectToolstack(self.domain),
+            pace: Arc::clone(&pace),
+        };
         let job = Job {
             host: self.host,
             domid: self.domid,
@@ -204,11 +237,11 @@ impl Sender<'_> {
         });
         // As long as `written` is there, returning resumes the domain.
         Silence::Sending.bear(&link.to);
-        let written = job.write(&mut toolstack, &link.to, live, watch)?;
+        let written = job.write(&mut toolstack, &link.to, live, Some(&pace), watch)?;
         Silence::Waiting.bear(&link.to);
         let memory = MemoryReport::of(&written);
         watch.step("sent");
-        Message::Ready.expect(&link.from, &interrupt)?;
+        Message::Ready.expect(&link.from, &interrupt, limit)?;
         watch.step("ready");
         self.host
             .rename(self.domid, &self.away())
@@ -219,13 +252,13 @@ impl Sender<'_> {
             "{} has been told to run {}: waiting for its report, see docs/migration.md",
             self.args.host, self.name
         ));
-        if let Err(error) = Message::Go.send(&link.to) {
+        if let Err(error) = Message::Go.send(&link.to, limit) {
             // Then some of it never left this process, and a receiver that has not read
             // all of it runs nothing.
             return Err(self.taken_back(error));
         }
         watch.step("go");
-        match handshake::outcome(&link.from, Patience::Interrupt(&interrupt))
+        match handshake::outcome(&link.from, Patience::within(&interrupt, limit))
             .map_err(Failure::Undecided)?
         {
             Outcome::Runs => {
@@ -245,6 +278,11 @@ impl Sender<'_> {
                 Err(self.taken_back(anyhow!("{why} (status {status})")))
             }
         }
+    }
+
+    /// How long the other end is waited for.
+    fn answer(&self) -> Duration {
+        Duration::from_secs(self.args.answer_timeout.into())
     }
 
     fn away(&self) -> String {

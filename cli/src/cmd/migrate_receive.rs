@@ -5,10 +5,12 @@
 
 mod stand_by;
 
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Error, Result};
 use serde::Serialize;
+use xsr_save_restore::pace::ReadLimit;
 use xsr_xen_backend::DomId;
 use xsr_xen_backend::mock::MockHost;
 
@@ -141,10 +143,13 @@ impl Receiver<'_> {
                 "receiving a domain: {cause}{broke}; the sender keeps it"
             ))
         };
-        Message::Banner.send(self.to).map_err(sender_has_it)?;
+        Message::Banner
+            .send(self.to, self.answer())
+            .map_err(sender_has_it)?;
         watch.step("banner");
         let cancel = watch.interrupt().cancel().clone();
-        let made = Image::open_migration(input, cancel)
+        let limit = self.read_limit();
+        let made = Image::open_migration(input, cancel, &limit)
             .and_then(|image| {
                 self.terminal
                     .say(&format!("migrate-receive: receiving {}", image.name()));
@@ -152,10 +157,12 @@ impl Receiver<'_> {
             })
             .map_err(sender_has_it)?;
         watch.step("received");
-        Message::Ready.send(self.to).map_err(sender_has_it)?;
+        Message::Ready
+            .send(self.to, self.answer())
+            .map_err(sender_has_it)?;
         watch.step("ready");
         let interrupt = watch.interrupt();
-        if let Err(error) = Message::Go.expect(&input.file, interrupt) {
+        if let Err(error) = Message::Go.expect(&input.file, interrupt, self.answer()) {
             return Err(self.give_back(made, &error));
         }
         interrupt.too_late("the sender has let go of the domain: it is being started".to_owned());
@@ -165,7 +172,7 @@ impl Receiver<'_> {
         }
         // The domain is here now, whatever becomes of what is said about it.
         let about = made.keep();
-        if let Err(error) = handshake::report_running(self.to) {
+        if let Err(error) = handshake::report_running(self.to, self.answer()) {
             let (name, cause) = (&about.name, exit::words(error.chain()));
             return Err(failed(format!(
                 "{name} has been received and started here, but the sender could not be told: \
@@ -174,6 +181,16 @@ impl Receiver<'_> {
         }
         watch.step("report");
         Ok(about)
+    }
+
+    /// How long the sender is waited for.
+    fn answer(&self) -> Duration {
+        Duration::from_secs(self.args.answer_timeout.into())
+    }
+
+    /// How long it may send nothing in the image.
+    fn read_limit(&self) -> Arc<ReadLimit> {
+        Arc::new(ReadLimit::new(self.answer()))
     }
 
     /// Give the domain its name and let it run.
@@ -191,13 +208,13 @@ impl Receiver<'_> {
     fn give_back(&self, made: Made, error: &Error) -> Error {
         let name = made.name().to_owned();
         let mut words = format!("receiving {name}: {}", exit::words(error.chain()));
-        let told = handshake::report_failed(self.to);
+        let told = handshake::report_failed(self.to, self.answer());
         if let Err(error) = made.destroy() {
             let cause = exit::words(error.chain());
             words = format!("{words}; it is paused here and must not run: {cause}");
             return failed(words);
         }
-        match told.and_then(|()| Message::Go.send(self.to)) {
+        match told.and_then(|()| Message::Go.send(self.to, self.answer())) {
             Ok(()) => failed(format!("{words}; the sender has it back")),
             Err(error) => {
                 let cause = exit::words(error.chain());

@@ -138,12 +138,16 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
         false => {
             let interrupt = watch.interrupt();
             let options = receiver_options(args);
-            let reached = Link::to_receiver(&args.connection, &args.host, &options, interrupt)
-                .map_err(|error| (error, String::new()))
-                .and_then(|link| match Message::Banner.expect(&link.from, interrupt) {
-                    Ok(()) => Ok(link),
-                    Err(error) => Err((error, link.hang_up())),
-                });
+            let answer = primary.answer();
+            let reached =
+                Link::to_receiver(&args.connection, &args.host, &options, interrupt, answer)
+                    .map_err(|error| (error, String::new()))
+                    .and_then(
+                        |link| match Message::Banner.expect(&link.from, interrupt, answer) {
+                            Ok(()) => Ok(link),
+                            Err(error) => Err((error, link.hang_up())),
+                        },
+                    );
             match reached {
                 Ok(link) => Some(link),
                 Err((error, _)) if error.is::<BadUsage>() => return Err(error),

@@ -13,6 +13,7 @@ mod survey;
 use std::io::{Seek, SeekFrom};
 use std::num::NonZeroUsize;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context as _, Error, Result};
@@ -22,6 +23,7 @@ use xsr_format::read::{ReadOptions, RecordReader};
 use xsr_format::walk::{Around, Content, Walk};
 use xsr_format::wrapper::libxl::LibxlRecord;
 use xsr_format::wrapper::xl::XlHeader;
+use xsr_save_restore::pace::ReadLimit;
 use xsr_save_restore::progress::Cancel;
 use xsr_save_restore::restore::RestoreStats;
 use xsr_save_restore::toolstack::DirectToolstack;
@@ -249,8 +251,12 @@ impl<'a> Image<'a> {
     }
 
     /// As [`Image::open`], of a stream that must have a configuration.
-    pub(crate) fn open_migration(input: &'a Input, cancel: Cancel) -> Result<Self> {
-        let source = ImageSource::new(&input.file, cancel)?;
+    pub(crate) fn open_migration(
+        input: &'a Input,
+        cancel: Cancel,
+        limit: &Arc<ReadLimit>,
+    ) -> Result<Self> {
+        let source = ImageSource::limited(&input.file, cancel, limit)?;
         let walk = Walk::open(source, ReadOptions::default())?;
         let (reader, around) = walk.into_libxc()?;
         let header = around

@@ -9,6 +9,7 @@ pub(crate) mod sink;
 use std::fmt;
 use std::fs::File;
 use std::io::Write;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Error, Result};
@@ -16,9 +17,10 @@ use serde::Serialize;
 use xsr_format::frame::PAGE_SIZE;
 use xsr_format::wrapper::libxl::{LibxlRecord, LibxlWriter};
 use xsr_format::wrapper::xl::XlHeader;
+use xsr_save_restore::pace::Pace;
 use xsr_save_restore::progress::OnProgress;
 use xsr_save_restore::save::precopy::{OnTimeout, PrecopyPolicy, TargetPolicy, XenPolicy};
-use xsr_save_restore::toolstack::DirectToolstack;
+use xsr_save_restore::toolstack::{DirectToolstack, SaveToolstack};
 use xsr_save_restore::{Live, SaveError, SaveOptions, Saved};
 use xsr_xen_backend::mock::MockHost;
 use xsr_xen_backend::{DomId, Domain, DomainInfo, Host, ShutdownReason};
@@ -138,6 +140,7 @@ fn save(
                 policy,
                 verify: false,
             }),
+            None,
             watch,
         )
         .with_context(|| format!("saving {name} to {}", output.name()))
@@ -334,16 +337,21 @@ impl Job<'_> {
 
     /// Write what xl writes: its header with the configuration, the libxl stream, the
     /// libxc stream inside, the emulators' records. The domain is suspended
-    /// afterwards, and runs on when the answer is dropped.
+    /// afterwards, and runs on when the answer is dropped. A peer that reads it keeps `pace`.
     pub(crate) fn write<'t>(
         &self,
-        toolstack: &'t mut DirectToolstack<'_>,
+        toolstack: &'t mut dyn SaveToolstack,
         file: &File,
         live: Option<LiveSave>,
+        pace: Option<&Arc<Pace>>,
         watch: &mut Watch,
     ) -> Result<Written<'t>> {
         let emulators = backend::emulators(self.host, self.domid)?;
-        let sink = ImageSink::new(file, watch.interrupt().cancel().clone())?;
+        let cancel = watch.interrupt().cancel().clone();
+        let sink = match pace {
+            None => ImageSink::new(file, cancel)?,
+            Some(pace) => ImageSink::paced(file, cancel, Arc::clone(pace))?,
+        };
         let mut libxl = self.begin(sink)?;
         let (domain, xen, options) = (self.domain, self.host.xen_version()?, &self.options);
         let progress: &mut OnProgress<'_> = &mut |progress| watch.progress(progress);

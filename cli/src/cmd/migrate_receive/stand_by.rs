@@ -52,25 +52,31 @@ impl Receiver<'_> {
         started: Instant,
     ) -> Result<Code> {
         let (args, terminal) = (self.args, self.terminal);
-        Message::Banner.send(self.to).map_err(|error| {
-            let cause = exit::words(error.chain());
-            failed(format!("standing by: {cause}; the sender keeps its domain"))
-        })?;
+        Message::Banner
+            .send(self.to, self.answer())
+            .map_err(|error| {
+                let cause = exit::words(error.chain());
+                failed(format!("standing by: {cause}; the sender keeps its domain"))
+            })?;
         watch.step("banner");
         let cancel = watch.interrupt().cancel().clone();
         let mut name = String::new();
         let keep = self.keep();
+        let limit = self.read_limit();
         let ready = |name: &str| {
+            // A sender may be silent between two checkpoints for as long as it likes.
+            limit.lift();
             terminal.say(&format!(
                 "migrate-receive: the first checkpoint of {name} is complete"
             ));
         };
         let watching = RefCell::new(&mut *watch);
-        let made = Image::open_migration(input, cancel).and_then(|image| {
+        let made = Image::open_migration(input, cancel, &limit).and_then(|image| {
             name = image.name().to_owned();
             terminal.say(&format!("migrate-receive: standing by for {name}"));
             let how = StandBy {
                 input,
+                limit: &limit,
                 host: self.host,
                 threads: args.threads.threads,
                 keep: &keep,
@@ -113,7 +119,7 @@ impl Receiver<'_> {
             )));
         }
         watch.step("took_over");
-        if let Err(error) = handshake::report_running(self.to) {
+        if let Err(error) = handshake::report_running(self.to, self.answer()) {
             tracing::debug!(%error, "the sender is lost indeed");
         }
         self.report(input, &about, &survival, started)?;
@@ -133,10 +139,10 @@ impl Receiver<'_> {
     /// There is no domain here, and the sender may know.
     fn not_taken_over(&self, name: &str, error: &Error) -> Error {
         let left = error.is::<LeftBehind>();
-        let told = handshake::report_failed(self.to).and_then(|()| match left {
+        let told = handshake::report_failed(self.to, self.answer()).and_then(|()| match left {
             // As long as there is a copy the sender does not hear that there is none.
             true => Ok(()),
-            false => Message::Go.send(self.to),
+            false => Message::Go.send(self.to, self.answer()),
         });
         if let Err(error) = told {
             tracing::debug!(%error, "the sender could not be told");

@@ -4,8 +4,10 @@
 use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::io::{self, Write};
+use std::sync::Arc;
 use std::time::Duration;
 
+use xsr_save_restore::pace::Pace;
 use xsr_save_restore::sink::PageSink;
 use xsr_xen_backend::Gather;
 
@@ -20,23 +22,33 @@ pub(super) struct Stream<'a> {
     failed: Cell<bool>,
     file: &'a File,
     silence: Cell<Silence>,
+    pace: Arc<Pace>,
 }
 
 impl<'a> Stream<'a> {
     /// Write to where the file stands, until somebody cuts it off, who is shown what moves, or
-    /// until nothing of it has been taken for so long: the guest may be suspended meanwhile.
+    /// until the other end takes too little of it: nothing for so long, or, while the guest is
+    /// suspended, less than [`Pace`] says.
     pub(super) fn new(
         file: &'a File,
         interrupt: &Interrupt,
         patience: Duration,
     ) -> io::Result<Self> {
         let (cut, carried) = (interrupt.cut().clone(), interrupt.carried());
+        let pace = Arc::new(Pace::new(patience));
+        let sink = ImageSink::watched(file, cut, carried, Arc::clone(&pace))?;
         Ok(Self {
-            sink: RefCell::new(ImageSink::watched(file, cut, carried, patience)?),
+            sink: RefCell::new(sink),
             failed: Cell::new(false),
             file,
             silence: Cell::new(Silence::Waiting),
+            pace,
         })
+    }
+
+    /// What the other end has to keep, told when the guest is suspended and when it runs on.
+    pub(super) fn pace(&self) -> &Pace {
+        &self.pace
     }
 
     /// Octets written so far.

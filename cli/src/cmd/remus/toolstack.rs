@@ -115,10 +115,13 @@ impl std::fmt::Debug for Protector<'_> {
 
 impl SaveToolstack for Protector<'_> {
     fn suspend(&mut self) -> Result<(), ToolstackError> {
-        self.direct.suspend()
+        self.direct.suspend()?;
+        self.stream.pace().suspended();
+        Ok(())
     }
 
     fn resume(&mut self) -> Result<(), ToolstackError> {
+        self.stream.pace().resumed();
         self.direct.resume()
     }
 
@@ -129,6 +132,7 @@ impl SaveToolstack for Protector<'_> {
 
 impl CheckpointToolstack for Protector<'_> {
     fn postcopy(&mut self) -> Result<(), ToolstackError> {
+        self.stream.pace().resumed();
         self.direct.resume()
     }
 

@@ -6,12 +6,14 @@
 
 use std::cell::RefCell;
 use std::num::NonZeroUsize;
+use std::sync::Arc;
 
 use anyhow::{Error, Result};
 use xsr_format::error::ReadErrorCause;
 use xsr_format::frame::Gfn;
 use xsr_format::walk::Around;
 use xsr_format::wrapper::libxl::{LibxlError, LibxlRecord};
+use xsr_save_restore::pace::ReadLimit;
 use xsr_save_restore::restore::checkpoint::{CheckpointOptions, Ending, Survivor, is_loss};
 use xsr_save_restore::toolstack::{
     Arrival, CheckpointRestoreToolstack, DirectToolstack, MissingStaticData, RestoreToolstack,
@@ -46,6 +48,8 @@ pub(crate) struct Survival {
 pub(crate) struct StandBy<'a, 'w> {
     /// What the stream comes from.
     pub(crate) input: &'a Input,
+    /// How long the sender may send nothing; lifted by `first`.
+    pub(crate) limit: &'w Arc<ReadLimit>,
     pub(crate) host: &'w MockHost,
     pub(crate) threads: Option<NonZeroUsize>,
     pub(crate) keep: &'w CheckpointOptions,
@@ -145,7 +149,7 @@ impl<'a, 'd, 'w> Standby<'a, 'd, 'w> {
         Ok(Self {
             direct: DirectToolstack(domain),
             around,
-            source: ImageSource::new(&how.input.file, cancel)?,
+            source: ImageSource::limited(&how.input.file, cancel, how.limit)?,
             host: how.host,
             domid,
             emulators: Vec::new(),

@@ -4,8 +4,10 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::ops::Range;
+use std::sync::Arc;
 
 use xsr_format::frame::PAGE_SIZE;
+use xsr_save_restore::pace::ReadLimit;
 use xsr_save_restore::progress::Cancel;
 use xsr_save_restore::source::{Extent, FdSource, LookAhead, PageSource};
 use xsr_xen_backend::ForeignPages;
@@ -24,6 +26,17 @@ impl<'a> ImageSource<'a> {
             source: FdSource::cancellable(file, cancel)?,
             offset: 0,
         })
+    }
+
+    /// The same, and until the other end has sent nothing for too long.
+    pub(crate) fn limited(
+        file: &'a File,
+        cancel: Cancel,
+        limit: &Arc<ReadLimit>,
+    ) -> io::Result<Self> {
+        let Self { source, offset } = Self::new(file, cancel)?;
+        let source = source.give_up_after(Arc::clone(limit));
+        Ok(Self { source, offset })
     }
 
     /// Octets read so far.

@@ -4,8 +4,8 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::time::Duration;
 
+use xsr_save_restore::pace::Pace;
 use xsr_save_restore::progress::Cancel;
 use xsr_save_restore::sink::{FdSink, PageSink};
 use xsr_xen_backend::Gather;
@@ -26,16 +26,22 @@ impl<'a> ImageSink<'a> {
         })
     }
 
-    /// The same, with the octets counted there as they go out, and until it has taken none for
-    /// so long.
+    /// The same, to a peer that has to keep this pace.
+    pub(crate) fn paced(file: &'a File, cancel: Cancel, pace: Arc<Pace>) -> io::Result<Self> {
+        let Self { sink, octets } = Self::new(file, cancel)?;
+        let sink = sink.keep_pace(pace);
+        Ok(Self { sink, octets })
+    }
+
+    /// The same, with the bytes counted there as they go out.
     pub(crate) fn watched(
         file: &'a File,
         cancel: Cancel,
         carried: Arc<AtomicU64>,
-        patience: Duration,
+        pace: Arc<Pace>,
     ) -> io::Result<Self> {
-        let Self { sink, octets } = Self::new(file, cancel)?;
-        let sink = sink.count_in(carried).give_up_after(patience);
+        let Self { sink, octets } = Self::paced(file, cancel, pace)?;
+        let sink = sink.count_in(carried);
         Ok(Self { sink, octets })
     }
 
