@@ -10,21 +10,30 @@
 //! | `Xen saved domain, xl format\n \0 \r` | xl |
 //! | `libvirt-xml\n \0 \r` | libvirt |
 //! | `XenSavedDomv2-\n` | xapi |
+//! | `XenSavedDomain\n` | xapi, before XenServer 6.5 |
+//! | `LinuxGuestRecord` | xend |
 //! | `LibxlFmt` | libxl stream |
 //! | FF × 8, `XENF` | libxc stream |
 //! | a compressor's magic | compressed |
+//! | another program's magic | that: see [`foreign`] |
 //! | possible legacy words | legacy stream |
 
 use std::fmt;
 
+use self::foreign::Foreign;
 use crate::legacy::detect::{self as legacy, LegacyStart};
-use crate::wrapper::{libvirt, xapi, xl};
+use crate::wrapper::{libvirt, xapi, xend, xl};
 
-/// How many octets to peek at: with so many (or all there are, of a shorter file)
-/// the answer is final. More are not looked at.
+pub mod foreign;
+
+/// How many bytes to peek at: with so many (or all there are, of a shorter file) the answer
+/// is final for everything that can be read. To name what cannot, look at
+/// [`foreign::ENOUGH`].
 pub const ENOUGH: usize = 32;
 
 const LIBXL: &[u8] = b"LibxlFmt";
+const LIBXL_WITH_VERSION: &[u8] = b"LibxlFmt\0\0\0\x02";
+const LZ4_LEGACY: &[u8] = b"\x02\x21\x4c\x18";
 const LIBXC: &[u8] = b"\xff\xff\xff\xff\xff\xff\xff\xffXENF";
 
 /// What a file is.
@@ -37,6 +46,10 @@ pub enum Detected {
     Libvirt,
     /// A suspend image of xapi.
     Xapi,
+    /// A suspend image of xapi as XenServer had it before 6.5.
+    XapiLegacy,
+    /// A file of `xm save`.
+    Xend,
     /// A libxl stream, version 2.
     Libxl,
     /// A libxc stream, version 2 or 3.
@@ -45,6 +58,8 @@ pub enum Detected {
     Legacy(LegacyStart),
     /// Something compressed.
     Compressed(Compression),
+    /// Something else, which has a name.
+    Foreign(Foreign),
     /// Nothing: the file is empty.
     Empty,
     /// None of these.
@@ -69,7 +84,7 @@ pub enum Compression {
 impl Compression {
     const ALL: [Self; 5] = [Self::Gzip, Self::Zstd, Self::Xz, Self::Lz4, Self::Bzip2];
 
-    /// The first octets of such a file.
+    /// The first bytes of such a file.
     const fn magic(self) -> &'static [u8] {
         match self {
             Self::Gzip => b"\x1f\x8b\x08",
@@ -77,6 +92,47 @@ impl Compression {
             Self::Xz => b"\xfd7zXZ\0",
             Self::Lz4 => b"\x04\x22\x4d\x18",
             Self::Bzip2 => b"BZh",
+        }
+    }
+
+    /// How a file begins that is compressed in this way.
+    fn begins(self, prefix: &[u8]) -> bool {
+        if !prefix.starts_with(self.magic()) {
+            return false;
+        }
+        match (self, prefix.get(3..)) {
+            // Three of the flags' bits are reserved.
+            (Self::Gzip, Some([flags, ..])) => flags & 0xe0 == 0,
+            // A digit, and the mark of a block or of the end; a short file has less of it.
+            (Self::Bzip2, Some([level, rest @ ..])) => {
+                let rest = rest.get(..6).unwrap_or(rest);
+                let marks = [b"1AY&SY", b"\x17rE8P\x90"];
+                level.is_ascii_digit() && marks.iter().any(|mark| mark.starts_with(rest))
+            }
+            _ => true,
+        }
+    }
+
+    /// Frames that zstd and lz4 pass over have the same magic; what follows them decides.
+    fn behind_skippable(mut prefix: &[u8]) -> Option<Self> {
+        loop {
+            let (head, rest) = prefix.split_first_chunk::<8>()?;
+            let [kind, 0x2a, 0x4d, 0x18, length @ ..] = head else {
+                return None;
+            };
+            if kind & 0xf0 != 0x50 {
+                return None;
+            }
+            let length = usize::try_from(u32::from_le_bytes(*length)).ok()?;
+            prefix = match rest.get(length..) {
+                Some(rest) if !rest.is_empty() => rest,
+                // Zstd's reader finds out.
+                _ => return Some(Self::Zstd),
+            };
+            let next = [Self::Zstd, Self::Lz4];
+            if let Some(found) = next.into_iter().find(|found| found.begins(prefix)) {
+                return Some(found);
+            }
         }
     }
 
@@ -116,6 +172,8 @@ pub fn detect(prefix: &[u8]) -> Detected {
         (xl::MAGIC.as_slice(), Detected::Xl),
         (libvirt::MAGIC.as_slice(), Detected::Libvirt),
         (xapi::MAGIC.as_slice(), Detected::Xapi),
+        (xapi::LEGACY_MAGIC.as_slice(), Detected::XapiLegacy),
+        (xend::MAGIC.as_slice(), Detected::Xend),
         (LIBXL, Detected::Libxl),
         (LIBXC, Detected::Libxc),
     ];
@@ -125,17 +183,46 @@ pub fn detect(prefix: &[u8]) -> Detected {
         }
     }
     for compression in Compression::ALL {
-        if prefix.starts_with(compression.magic()) {
+        if compression.begins(prefix) {
             return Detected::Compressed(compression);
         }
     }
-    match prefix.first_chunk() {
-        Some(first) => match legacy::detect(*first) {
-            Ok(start) => Detected::Legacy(start),
-            Err(_) => Detected::Unknown,
-        },
-        None => Detected::Unknown,
+    if let Some(compression) = Compression::behind_skippable(prefix) {
+        return Detected::Compressed(compression);
     }
+    // LZ4's old format, which has frames without a header.
+    if prefix.starts_with(LZ4_LEGACY) {
+        return Detected::Compressed(Compression::Lz4);
+    }
+    if let Some(foreign) = foreign::by_its_start(prefix) {
+        return Detected::Foreign(foreign);
+    }
+    match legacy::detect_in(prefix) {
+        Some(start) => Detected::Legacy(start),
+        None => match foreign::by_the_rest(prefix) {
+            Some(foreign) => Detected::Foreign(foreign),
+            None => Detected::Unknown,
+        },
+    }
+}
+
+/// The first image in something that begins otherwise: where its magic is, and which. Legacy
+/// streams have none and are not found, nor is what is compressed.
+pub fn find(octets: &[u8]) -> Option<(usize, Detected)> {
+    let magics = [
+        (xl::MAGIC.as_slice(), Detected::Xl),
+        (libvirt::MAGIC.as_slice(), Detected::Libvirt),
+        (xapi::MAGIC.as_slice(), Detected::Xapi),
+        (xapi::LEGACY_MAGIC.as_slice(), Detected::XapiLegacy),
+        (xend::MAGIC.as_slice(), Detected::Xend),
+        (LIBXL_WITH_VERSION, Detected::Libxl),
+        (LIBXC, Detected::Libxc),
+    ];
+    (0..octets.len()).find_map(|at| {
+        let rest = octets.get(at..)?;
+        let (_, what) = magics.iter().find(|(magic, _)| rest.starts_with(magic))?;
+        Some((at, *what))
+    })
 }
 
 impl Detected {
@@ -160,6 +247,14 @@ impl fmt::Display for Detected {
                 "suspend image of xapi (xe resumes it; a libxc stream is inside, which xsr cat \
                  takes out)",
             ),
+            Self::XapiLegacy => f.write_str(
+                "suspend image of XenServer before 6.5 (a legacy stream is inside, which xsr \
+                 convert reads)",
+            ),
+            Self::Xend => f.write_str(
+                "domain saved by xend, with xm save (a legacy stream is inside, which xsr convert \
+                 reads)",
+            ),
             Self::Legacy(start) => write!(
                 f,
                 "legacy libxc stream of {:#x} frames, written by a {} (xsr convert, or Xen's \
@@ -171,10 +266,10 @@ impl fmt::Display for Detected {
                 "compressed with {compression} (decompress it first: {} FILE | …)",
                 compression.command()
             ),
-            Self::Empty => f.write_str("empty file"),
+            Self::Foreign(foreign) => write!(f, "it is {foreign}"),
+            Self::Empty => f.write_str("the file is empty"),
             Self::Unknown => f.write_str(
-                "neither a saved domain nor anything one is wrapped in (or damaged in its \
-                 first octets)",
+                "it begins like nothing that is known here (or it is damaged in its first bytes)",
             ),
         }
     }

@@ -16,6 +16,7 @@ use crate::record::RecordKind;
 use crate::wrapper::libvirt::LibvirtError;
 use crate::wrapper::libxl::{LibxlError, LibxlRecordKind};
 use crate::wrapper::xapi::{XapiError, XapiKind};
+use crate::wrapper::xend::XendError;
 use crate::wrapper::xl::XlError;
 
 /// What length a rule asks for.
@@ -259,6 +260,8 @@ pub enum Place {
         /// Its kind, once its header has been read.
         kind: Option<XapiKind>,
     },
+    /// The header of a file that xend wrote.
+    XendHeader,
     /// What a legacy stream begins with: sizes, extended info, the p2m.
     LegacyHead,
     /// A chunk of a legacy stream.
@@ -290,6 +293,7 @@ impl fmt::Display for Place {
             Self::LibvirtHeader => f.write_str("libvirt header"),
             Self::XapiRecord { kind: None } => f.write_str("xapi image"),
             Self::XapiRecord { kind: Some(kind) } => write!(f, "xapi record {kind}"),
+            Self::XendHeader => f.write_str("xend header"),
             Self::LegacyHead => f.write_str("legacy stream, head"),
             Self::LegacyChunk {
                 index,
@@ -362,6 +366,9 @@ pub enum ReadErrorCause {
     /// The octets break a rule of xapi's images.
     #[error("{0}")]
     Xapi(#[from] XapiError),
+    /// The bytes break a rule of xend's header.
+    #[error("{0}")]
+    Xend(#[from] XendError),
     /// The octets break a rule of the legacy stream.
     #[error("{0}")]
     Legacy(#[from] LegacyError),
@@ -369,7 +376,7 @@ pub enum ReadErrorCause {
     #[error("{0}")]
     Xl(#[from] XlError),
     /// It is, or holds, something else than an image of today.
-    #[error("this is no saved domain that can be read: {0}")]
+    #[error("not a saved domain that can be read: {0}")]
     Unreadable(Detected),
     /// Octets follow where the file should end.
     #[error("octets follow the last record: something was appended to the image")]

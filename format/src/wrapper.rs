@@ -18,6 +18,7 @@ use thiserror::Error;
 pub mod libvirt;
 pub mod libxl;
 pub mod xapi;
+pub mod xend;
 pub mod xl;
 
 use libxl::{LibxlError, LibxlRecordKind};

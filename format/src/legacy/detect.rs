@@ -69,6 +69,16 @@ pub enum ToolstackWidth {
     Bits64,
 }
 
+impl ToolstackWidth {
+    /// Bytes in a word.
+    pub(crate) const fn octets(self) -> usize {
+        match self {
+            Self::Bits32 => 4,
+            Self::Bits64 => 8,
+        }
+    }
+}
+
 impl fmt::Display for ToolstackWidth {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -137,6 +147,99 @@ pub fn detect(first: [u8; OCTETS]) -> Result<LegacyStart, LegacyDetectError> {
     })
 }
 
+/// Whether some bytes, the more the better, are the start of a legacy stream: by its first
+/// eight, and by whether what follows can follow them. Streams are told from other files with
+/// it, which have numbers in their first bytes, too.
+///
+/// | next | looked at |
+/// |---|---|
+/// | extended info | its length, and the name of its first block |
+/// | a batch | its entries: type, pfn below the guest's size, in ascending order |
+/// | another chunk | nothing |
+/// | frames of the p2m | whether the first is one of the guest's |
+pub fn detect_in(prefix: &[u8]) -> Option<LegacyStart> {
+    let start = detect(*prefix.first_chunk()?).ok()?;
+    let rest = prefix.get(start.width.octets()..)?;
+    can_follow(start, rest).then_some(start)
+}
+
+/// Whether these bytes can stand behind the size of such a stream. What is cut off is taken
+/// for good.
+fn can_follow(start: LegacyStart, rest: &[u8]) -> bool {
+    /// The contexts of a vcpu, and some blocks that are not known.
+    const MAX_EXTENDED_INFO: u32 = 1 << 20;
+    let word = |at: usize| {
+        let end = at.checked_add(4)?;
+        Some(u32::from_le_bytes(rest.get(at..end)?.try_into().ok()?))
+    };
+    let long = start.width.octets();
+    let Some(first) = word(0) else {
+        return true;
+    };
+    match first {
+        u32::MAX => {
+            let upper = match start.width {
+                ToolstackWidth::Bits32 => None,
+                ToolstackWidth::Bits64 => word(4),
+            };
+            let length = word(long).unwrap_or(0);
+            let name_at = long.saturating_add(4);
+            let name = match length {
+                0 => &[],
+                _ => rest.get(name_at..).unwrap_or_default(),
+            };
+            let name = name.get(..4).unwrap_or(name);
+            upper.is_none_or(|upper| upper == u32::MAX)
+                && length <= MAX_EXTENDED_INFO
+                && name.iter().all(u8::is_ascii_graphic)
+        }
+        1..=MAX_BATCH => {
+            let entries = rest.get(4..).unwrap_or_default().chunks_exact(long);
+            let count = usize::try_from(first).unwrap_or(0);
+            // Savers went through the pfns from the lowest up.
+            let mut lowest = 0;
+            entries.take(count).all(|entry| {
+                let Some(pfn) = can_be_entry(entry, start.p2m_size) else {
+                    return false;
+                };
+                let ascends = pfn.is_none_or(|pfn| pfn >= lowest);
+                lowest = pfn.map_or(lowest, |pfn| pfn.saturating_add(1));
+                ascends
+            })
+        }
+        // The end of a stream without a page.
+        0 => false,
+        // Another chunk.
+        0xffff_ffec.. => true,
+        // Frames of the p2m: a PV guest without extended info (Xen 3.0).
+        frame => {
+            let upper = match start.width {
+                ToolstackWidth::Bits32 => None,
+                ToolstackWidth::Bits64 => word(4),
+            };
+            frame < start.p2m_size && upper.is_none_or(|upper| upper == 0)
+        }
+    }
+}
+
+/// Whether this can be an entry of a batch: a type in the upper four bits of the lower word,
+/// the pfn below it. If so, the pfn; an entry without meaning has none.
+fn can_be_entry(entry: &[u8], p2m_size: u32) -> Option<Option<u32>> {
+    const FILLER: u32 = 0xf000_0000;
+    let (low, high) = entry.split_first_chunk()?;
+    let low = u32::from_le_bytes(*low);
+    let pfn = low & MAX_P2M_SIZE;
+    // Types 5 to 8 do not exist.
+    let is_type = !(5..=8).contains(&(low >> 28));
+    let is_filler = low == FILLER;
+    let possible = is_type && high.iter().all(|octet| *octet == 0);
+    match (possible, is_filler) {
+        (false, _) => None,
+        (true, true) => Some(None),
+        (true, false) => (pfn < p2m_size).then_some(Some(pfn)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
@@ -182,6 +285,47 @@ mod tests {
             for next in [0, 1, u32::MAX] {
                 assert_eq!(found(size, next), impossible(size, next));
             }
+        }
+    }
+
+    fn start_of(words: &[u32]) -> Vec<u8> {
+        words.iter().flat_map(|word| word.to_le_bytes()).collect()
+    }
+
+    #[test]
+    fn what_cannot_follow_the_size_is_no_legacy_stream() {
+        let good: [&[u32]; 8] = [
+            // 64-bit toolstack: a batch of two; extended info; a chunk; frames of the p2m.
+            &[0x1000, 0, 2, 0x10, 0, 0xf000_0fff, 0],
+            &[0x1000, 0, u32::MAX, u32::MAX, 8 + 0x1430, 0x7570_6376],
+            &[0x1000, 0, 0xffff_fff9, 1, 2, 3],
+            &[0x1000, 0, 0xfff, 0, 7, 0],
+            // 32-bit toolstack: a batch that goes on beyond what is there; extended info.
+            &[0x1000, 1024, 0x10, 0x9000_0020, 0xf000_0000],
+            &[0x1000, u32::MAX, 8 + 0xaf0, 0x7570_6376],
+            &[0x1000, u32::MAX, 0],
+            // Cut off.
+            &[0x1000, 0],
+        ];
+        for words in good {
+            assert!(detect_in(&start_of(words)).is_some(), "{words:x?}");
+        }
+        let bad: [&[u32]; 10] = [
+            // Text in UTF-32.
+            &[0xfeff, 0x31, 0xd, 0xa, 0x30, 0x30],
+            &[0x1000, 0, 0, 0, 0],
+            &[0x1000, 0, 0x1000, 0],
+            &[0x1000, 0, 0xfff, 1],
+            // A zip archive (a pfn far beyond the guest), whose magic is asked for before.
+            &[0x0403_4b50, 20, 0x0da8_0008, 0x5c00_2fd9],
+            &[0x1000, 0, 2, 0x10, 1],
+            &[0x1000, 0, 2, 0x1000, 0],
+            &[0x1000, 0, 1, 0x5000_0001, 0],
+            &[0x1000, 0, u32::MAX, 0, 8 + 0x1430, 0x7570_6376],
+            &[0x1000, u32::MAX, 12, 0x0101_0101],
+        ];
+        for words in bad {
+            assert_eq!(detect_in(&start_of(words)), None, "{words:x?}");
         }
     }
 

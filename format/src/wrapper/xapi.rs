@@ -11,27 +11,43 @@
 //! | End_of_image | END |
 //! | others (Xenops, Demu, Varstored, …) | nothing; they are counted |
 //!
+//! XenServer before 6.5 had an older form (`XenSavedDomain`): a legacy stream without records
+//! around it, and of an HVM guest the device model's state behind it.
+//!
 //! There is no specification. Implementation: `ocaml/xenopsd/lib/suspend_image.ml` of
-//! xen-api; numbers are little endian.
+//! xen-api; numbers are little endian. The older form: `suspend` in `ocaml/xenops/domain.ml`
+//! as of XenServer 6.2; its one number is big endian.
 
-use std::fmt;
 use std::io::{self, Read};
 
-use thiserror::Error;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::libxl::{LibxlHeader, LibxlRecordKind, MAX_BODY};
 use crate::byte_order::ByteOrder;
-use crate::error::{Place, ReadError, ReadErrorCause};
+use crate::error::{Place, Position, ReadError, ReadErrorCause};
 use crate::image::{DomainHeader, ImageHeader, WireImageHeader};
 use crate::legacy::convert::Summary;
-use crate::legacy::{Checkpoints, Converted, LegacyOptions, LegacyReader, Target};
+use crate::legacy::{Checkpoints, Converted, LegacyGuest, LegacyOptions, LegacyReader, Target};
 use crate::record::{RecordKind, WireRecordHeader, padding};
 use crate::source::{fill, fill_behind, fill_growing};
 use crate::wire::{U32, U64};
 
+mod kind;
+
+pub use kind::{XapiError, XapiKind, XapiRecord};
+
 /// The first octets of such a file.
 pub const MAGIC: [u8; 15] = *b"XenSavedDomv2-\n";
+
+/// The first bytes of an image of XenServer before 6.5: a legacy stream follows, of an HVM
+/// guest then [`LEGACY_QEMU_MAGIC`], a big-endian length, and the device model's state.
+pub const LEGACY_MAGIC: [u8; 15] = *b"XenSavedDomain\n";
+
+/// What stands before the device model's state in an image of XenServer before 6.5.
+pub const LEGACY_QEMU_MAGIC: [u8; 22] = *b"QemuDeviceModelRecord\n";
+
+/// The longest Xenops record that is kept to be shown.
+const MAX_DESCRIPTION: u64 = 1 << 20;
 
 /// The longest record that is read, other than the libxc stream.
 const MAX_RECORD: u64 = MAX_BODY as u64 - 8;
@@ -49,104 +65,6 @@ struct WireXapiHeader {
     length: U64,
 }
 
-/// The type of a record.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub struct XapiKind(pub u64);
-
-impl XapiKind {
-    /// What xenopsd keeps: time, word size, the VM.
-    pub const XENOPS: Self = Self(0x000f);
-    /// A libxc stream.
-    pub const LIBXC: Self = Self(0x00f0);
-    /// A legacy libxc stream.
-    pub const LIBXC_LEGACY: Self = Self(0x00f2);
-    /// State of qemu traditional.
-    pub const QEMU_TRAD: Self = Self(0x0f00);
-    /// State of qemu.
-    pub const QEMU_XEN: Self = Self(0x0f01);
-    /// The end.
-    pub const END_OF_IMAGE: Self = Self(0xffff);
-
-    /// The name, as xenopsd has it; `None` for what it does not define.
-    pub const fn name(self) -> Option<&'static str> {
-        Some(match self.0 {
-            0x000f => "Xenops",
-            0x00f0 => "Libxc",
-            0x00f1 => "Libxl",
-            0x00f2 => "Libxc_legacy",
-            0x0f00 => "Qemu_trad",
-            0x0f01 => "Qemu_xen",
-            0x0f10 => "Demu",
-            0x0f11 => "Varstored",
-            0x0f12 => "Swtpm0",
-            0x0f13 => "Swtpm",
-            0xffff => "End_of_image",
-            _ => return None,
-        })
-    }
-}
-
-impl fmt::Display for XapiKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.name() {
-            Some(name) => f.write_str(name),
-            None => write!(f, "unknown type {:#x}", self.0),
-        }
-    }
-}
-
-impl fmt::Debug for XapiKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "XapiKind({:#x}, {self})", self.0)
-    }
-}
-
-/// A rule of xapi's images that some octets break.
-#[derive(Clone, Debug, Error, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum XapiError {
-    /// The first octets are not xapi's.
-    #[error("magic is {:?}, expected {:?}", got.escape_ascii().to_string(), MAGIC.escape_ascii().to_string())]
-    Magic {
-        /// What came.
-        got: [u8; 15],
-    },
-    /// A record of no known type.
-    #[error("record has {kind}; a newer xapi made this image, or it is damaged")]
-    Unknown {
-        /// Its type.
-        kind: XapiKind,
-    },
-    /// A body that is longer than any is.
-    #[error("{kind} has {got} octets, expected at most {MAX_RECORD}")]
-    TooLong {
-        /// Of what.
-        kind: XapiKind,
-        /// What came.
-        got: u64,
-    },
-    /// A second libxc stream.
-    #[error("{kind} although a libxc stream came before")]
-    Repeated {
-        /// The record.
-        kind: XapiKind,
-    },
-    /// No libxc stream.
-    #[error("End_of_image although no libxc stream has come: there is no guest in this image")]
-    Incomplete,
-}
-
-/// A record that was read, or that begins.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct XapiRecord {
-    /// Its type.
-    pub kind: XapiKind,
-    /// Where it begins.
-    pub offset: u64,
-    /// Length of the body, as its header says.
-    pub length: u64,
-}
-
 /// An image of xapi, read as a libxl stream.
 #[derive(Debug)]
 pub struct XapiSource<R> {
@@ -157,10 +75,17 @@ pub struct XapiSource<R> {
     at: usize,
     /// Octets that go through.
     through: u64,
+    /// The structure of the inner stream that they belong to, and its number.
+    inner: Position,
+    inner_index: u64,
     stage: Stage,
     records: Vec<XapiRecord>,
     libxc_seen: bool,
     legacy: Option<Summary>,
+    /// The first record, if it is Xenops.
+    description: Option<Vec<u8>>,
+    /// Whether it is an image of XenServer before 6.5.
+    old: bool,
 }
 
 /// Where octets come from.
@@ -188,6 +113,8 @@ enum Stage {
     Records,
     LegacyStart,
     Legacy,
+    /// Behind the legacy stream of an HVM guest, before XenServer 6.5.
+    LegacyQemu,
     LibxcHeaders,
     Libxc(ByteOrder),
     Done,
@@ -205,7 +132,7 @@ impl<R: Read> XapiSource<R> {
         let mut magic = [0; MAGIC.len()];
         fill_behind(known, &mut source, &mut magic)
             .and_then(|()| match magic {
-                MAGIC => Ok(()),
+                MAGIC | LEGACY_MAGIC => Ok(()),
                 got => Err(XapiError::Magic { got }.into()),
             })
             .map_err(|cause| ReadError::at(Place::XapiRecord { kind: None }, 0, cause))?;
@@ -213,18 +140,44 @@ impl<R: Read> XapiSource<R> {
             order: ByteOrder::Little,
             legacy_converted: false,
         };
-        Ok(Self {
+        let mut image = Self {
             source: Inner::Plain(source),
             lenient: false,
             offset: MAGIC.len() as u64,
             ready: header.encode().as_bytes().to_vec(),
             at: 0,
             through: 0,
+            inner: Position {
+                place: Place::DomainHeader,
+                offset: 0,
+            },
+            inner_index: 0,
             stage: Stage::Records,
             records: Vec::new(),
             libxc_seen: false,
             legacy: None,
-        })
+            description: None,
+            old: magic == LEGACY_MAGIC,
+        };
+        if image.old {
+            image.libxl_header(LibxlRecordKind::LIBXC_CONTEXT, 0);
+            image.libxc_seen = true;
+            image.stage = Stage::LegacyStart;
+        }
+        Ok(image)
+    }
+
+    /// Read the first record, which says what domain it is: what xenopsd keeps of it, an
+    /// s-expression. `None` where the first record is another.
+    ///
+    /// # Errors
+    ///
+    /// The source failed or ended, or a rule is broken.
+    pub fn description(&mut self) -> Result<Option<&[u8]>, ReadError> {
+        if self.records.is_empty() && self.stage == Stage::Records {
+            self.go_on()?;
+        }
+        Ok(self.description.as_deref())
     }
 
     /// Tolerate reserved fields that are not zero in a legacy stream. (Other streams go
@@ -251,14 +204,15 @@ impl<R: Read> XapiSource<R> {
             Stage::Records => self.records.len(),
             _ => self.records.len().saturating_sub(1),
         };
-        let offset = self.offset;
-        let result = match self.stage {
+        let (offset, stage) = (self.offset, self.stage);
+        let result = match stage {
             Stage::Records => self.record(),
             Stage::LibxcHeaders => self.libxc_headers(),
             Stage::Libxc(order) => self.libxc_record(order),
             Stage::LegacyStart => return self.legacy_start().map(|()| true),
             // It is read where all that goes through is.
             Stage::Legacy => Ok(()),
+            Stage::LegacyQemu => self.legacy_qemu(),
             Stage::Done => return Ok(false),
             Stage::Failed => Err(ReadErrorCause::Io(io::Error::other(
                 "the image failed earlier and cannot be followed",
@@ -271,7 +225,15 @@ impl<R: Read> XapiSource<R> {
                 self.ready.clear();
                 self.at = 0;
                 let kind = self.records.get(known).map(|record| record.kind);
-                Err(ReadError::at(Place::XapiRecord { kind }, offset, cause))
+                let place = match stage {
+                    Stage::LibxcHeaders => Place::ImageHeader,
+                    Stage::Libxc(_) => Place::Record {
+                        index: self.inner_index,
+                        kind: None,
+                    },
+                    _ => Place::XapiRecord { kind },
+                };
+                Err(ReadError::at(place, offset, cause))
             }
         }
     }
@@ -339,8 +301,18 @@ impl<R: Read> XapiSource<R> {
         let emulator = match kind {
             XapiKind::QEMU_TRAD => 1,
             XapiKind::QEMU_XEN => 2,
+            XapiKind::XENOPS if self.records.len() == 1 && length <= MAX_DESCRIPTION => {
+                self.description = Some(body);
+                return Ok(());
+            }
             _ => return Ok(()),
         };
+        self.emulator(emulator, length, body);
+        Ok(())
+    }
+
+    /// An EMULATOR_CONTEXT with this state.
+    fn emulator(&mut self, emulator: u32, length: u64, mut body: Vec<u8>) {
         // Limited to far below u32::MAX.
         let octets = u32::try_from(length).unwrap_or(u32::MAX).saturating_add(8);
         self.libxl_header(LibxlRecordKind::EMULATOR_CONTEXT, octets);
@@ -351,7 +323,33 @@ impl<R: Read> XapiSource<R> {
         self.ready.append(&mut body);
         let pad = usize::try_from(padding(length)).unwrap_or(0);
         self.ready.resize(self.ready.len().saturating_add(pad), 0);
+    }
+
+    /// The device model's state, as XenServer before 6.5 wrote it, and the end.
+    fn legacy_qemu(&mut self) -> Result<(), ReadErrorCause> {
+        let mut magic = [0; LEGACY_QEMU_MAGIC.len()];
+        self.fill(&mut magic)?;
+        if magic != LEGACY_QEMU_MAGIC {
+            return Err(XapiError::LegacyQemu { got: magic }.into());
+        }
+        let mut length = [0; 4];
+        self.fill(&mut length)?;
+        let length = u64::from(u32::from_be_bytes(length));
+        let kind = XapiKind::QEMU_TRAD;
+        if length > MAX_RECORD {
+            return Err(XapiError::TooLong { kind, got: length }.into());
+        }
+        let mut body = Vec::new();
+        fill_growing(&mut self.source, &mut body, length)?;
+        self.offset = self.offset.saturating_add(length);
+        self.emulator(1, length, body);
+        self.old_end();
         Ok(())
+    }
+
+    fn old_end(&mut self) {
+        self.libxl_header(LibxlRecordKind::END, 0);
+        self.stage = Stage::Done;
     }
 
     /// Put the converter before the source. The emulator's state is in a record of its own.
@@ -378,15 +376,21 @@ impl<R: Read> XapiSource<R> {
 
     /// The legacy stream is over: the source goes on with records.
     fn legacy_end(&mut self) {
+        let mut is_hvm = false;
         match std::mem::replace(&mut self.source, Inner::Lost) {
             Inner::Legacy(converted) => {
+                is_hvm = converted.reader().guest() == LegacyGuest::Hvm;
                 self.offset = converted.reader().offset();
                 self.legacy = Some(converted.summary().clone());
                 self.source = Inner::Plain(converted.into_source());
             }
             other => self.source = other,
         }
-        self.stage = Stage::Records;
+        match (self.old, is_hvm) {
+            (false, _) => self.stage = Stage::Records,
+            (true, true) => self.stage = Stage::LegacyQemu,
+            (true, false) => self.old_end(),
+        }
     }
 
     fn libxc_headers(&mut self) -> Result<(), ReadErrorCause> {
@@ -396,13 +400,24 @@ impl<R: Read> XapiSource<R> {
         // Lenient: whoever reads the stream judges it.
         let order = ImageHeader::decode(&image, true)?.order;
         self.through = DomainHeader::OCTETS as u64;
+        self.inner = Position {
+            place: Place::DomainHeader,
+            offset: self.offset,
+        };
         self.stage = Stage::Libxc(order);
         Ok(())
     }
 
     fn libxc_record(&mut self, order: ByteOrder) -> Result<(), ReadErrorCause> {
+        let offset = self.offset;
         let mut wire = WireRecordHeader::new_zeroed();
         self.fill(wire.as_mut_bytes())?;
+        let place = Place::Record {
+            index: self.inner_index,
+            kind: Some(RecordKind(wire.kind.get(order))),
+        };
+        self.inner = Position { place, offset };
+        self.inner_index = self.inner_index.saturating_add(1);
         self.ready.extend_from_slice(wire.as_bytes());
         let length = u64::from(wire.length.get(order));
         self.through = length.saturating_add(padding(length));
@@ -450,9 +465,8 @@ impl<R: Read> Read for XapiSource<R> {
                     self.stage = Stage::Failed;
                     let needed = std::mem::take(&mut self.through);
                     let cause = ReadErrorCause::Truncated { needed };
-                    let kind = Some(XapiKind::LIBXC);
-                    let error = ReadError::at(Place::XapiRecord { kind }, self.offset, cause);
-                    return Err(io::Error::other(error));
+                    let position = self.inner;
+                    return Err(io::Error::other(ReadError { position, cause }));
                 }
                 self.through = self.through.saturating_sub(n as u64);
                 self.offset = self.offset.saturating_add(n as u64);

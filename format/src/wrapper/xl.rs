@@ -248,6 +248,31 @@ impl XlHeader {
         }
     }
 
+    /// This header with the text of an xl configuration file in the place of its configuration;
+    /// what it has besides stays. xl of every version reads it.
+    ///
+    /// # Errors
+    ///
+    /// More than [`MAX_OPTIONAL_DATA`].
+    pub fn with_text(&self, text: &str) -> Result<Self, XlError> {
+        let tail = self.optional_tail();
+        let length = text.len().saturating_add(CONFIG_LENGTH_OCTETS);
+        let length = length.saturating_add(tail.len());
+        let Some(config_field) = u32::try_from(text.len())
+            .ok()
+            .filter(|_| length <= MAX_OPTIONAL_DATA as usize)
+        else {
+            return Err(too_long(length as u64));
+        };
+        let config_field = U32::new(config_field, self.order);
+        let optional_data = [config_field.as_bytes(), text.as_bytes(), tail].concat();
+        Ok(Self {
+            mandatory_flags: self.mandatory_flags & !FLAG_JSON,
+            optional_data,
+            ..*self
+        })
+    }
+
     /// This header for a libxl stream version 2 behind it, its fields little endian: what xl
     /// writes today.
     pub fn for_version_2(&self) -> Self {

@@ -1,0 +1,446 @@
+//! What a file is that is not a saved domain: cores, disks, archives, the images of other
+//! virtual machines, text. So that the message can name it, and say what to do with it.
+//!
+//! A name is given only where a whole magic matches; two bytes are never enough for what
+//! stands at the start. What has its magic further in (a partition table, a file system) is
+//! asked for last, because page contents may look like that by chance.
+
+use std::fmt;
+
+/// How many bytes the names need: the magic that stands furthest in is that of btrfs.
+pub const ENOUGH: usize = 0x1_0048;
+
+/// How far a magic is looked for in a file that begins with something else.
+pub const SEARCHED: usize = 1 << 20;
+
+/// Something that is not a saved domain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Foreign {
+    /// What it is, with its article.
+    pub name: &'static str,
+    /// What can be done with it; empty where there is nothing to say.
+    pub remedy: &'static str,
+}
+
+impl fmt::Display for Foreign {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name)?;
+        match self.remedy {
+            "" => Ok(()),
+            remedy => write!(f, ": {remedy}"),
+        }
+    }
+}
+
+/// Magic, what it is, what to do with it.
+type Known = (usize, &'static [u8], &'static str, &'static str);
+
+const CORE: &str = "it holds memory, but not the state that a restore needs; crash, volatility3 \
+                    and gdb open it";
+const KVM: &str = "only KVM restores it (virsh restore)";
+const DISK: &str = "if a suspend image is on it, take that out first";
+const QEMU_IMG: &str = "it is a disk, not a saved domain; qemu-img shows and converts it";
+const UNPACK: &str = "unpack it first; the saved domain may be in it";
+const MEMORY: &str =
+    "it holds memory, but not the state that a restore needs; volatility3 opens it";
+const VHD: &str = "if it is a suspend VDI of xapi, make it raw first: qemu-img convert -f vpc -O raw \
+                   FILE OUT";
+
+/// What names itself in its first bytes.
+const AT_START: &[Known] = &[
+    (0, b"QFI\xfb", "a qcow2 disk image", QEMU_IMG),
+    (0, b"QED\0", "a QED disk image", QEMU_IMG),
+    (0, b"KDMV", "a VMDK disk image", QEMU_IMG),
+    (0, b"COWD", "a VMDK disk image", QEMU_IMG),
+    (
+        0,
+        b"# Disk DescriptorFile",
+        "the descriptor of a VMDK disk image",
+        QEMU_IMG,
+    ),
+    (
+        0,
+        b"<<< Oracle V",
+        "a VDI disk image of VirtualBox",
+        QEMU_IMG,
+    ),
+    (0, b"<<< Sun ", "a VDI disk image of VirtualBox", QEMU_IMG),
+    (
+        0,
+        b"<<< innotek ",
+        "a VDI disk image of VirtualBox",
+        QEMU_IMG,
+    ),
+    (
+        0,
+        b"<<< QEMU VM Virtual Disk Image >>>",
+        "a VDI disk image",
+        QEMU_IMG,
+    ),
+    (0, b"conectix", "a VHD disk image", VHD),
+    (0, b"vhdxfile", "a VHDX disk image", QEMU_IMG),
+    (
+        0,
+        b"WithoutFreeSpace",
+        "a disk image of Parallels",
+        QEMU_IMG,
+    ),
+    (
+        0,
+        b"WithouFreSpacExt",
+        "a disk image of Parallels",
+        QEMU_IMG,
+    ),
+    (
+        0,
+        b"LibvirtQemudSave",
+        "a domain saved by libvirt's QEMU driver",
+        KVM,
+    ),
+    (
+        0,
+        b"LibvirtQemudPart",
+        "a save of libvirt's QEMU driver that was never completed",
+        "save the domain again",
+    ),
+    (0, b"QEVM\0\0\0\x02", "a migration stream of qemu", KVM),
+    (0, b"QEVM\0\0\0\x03", "a migration stream of qemu", KVM),
+    (
+        0,
+        b"QemuDeviceModelRecord",
+        "the state of a device model",
+        "the guest's memory is missing",
+    ),
+    (
+        0,
+        b"ova.xml\0",
+        "an XVA",
+        "xe vm-import imports it; a suspend image in it is cut into pieces",
+    ),
+    (0, b"PK\x03\x04", "a zip archive", UNPACK),
+    (0, b"PK\x05\x06", "an empty zip archive", ""),
+    (0, b"PK\x07\x08", "a zip archive", UNPACK),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", UNPACK),
+    (0, b"Rar!\x1a\x07", "a rar archive", UNPACK),
+    (0, b"MSCF\0\0\0\0", "a cabinet archive", UNPACK),
+    (0, b"070701", "a cpio archive", UNPACK),
+    (0, b"070702", "a cpio archive", UNPACK),
+    (0, b"070707", "a cpio archive", UNPACK),
+    (0, b"!<arch>\n", "an ar archive (a .deb is one)", ""),
+    (0, b"\xed\xab\xee\xdb", "an rpm package", ""),
+    (
+        0,
+        b"LZIP\x01",
+        "data compressed with lzip",
+        "decompress it first: lzip -dc FILE | …",
+    ),
+    (
+        0,
+        b"LZIP\0",
+        "data compressed with lzip",
+        "decompress it first: lzip -dc FILE | …",
+    ),
+    (
+        0,
+        b"\x89LZO\0\r\n\x1a\n",
+        "data compressed with lzop",
+        "decompress it first: lzop -dc FILE | …",
+    ),
+    (
+        0,
+        b"\xff\x06\0\0sNaPpY",
+        "data compressed with snappy",
+        "decompress it first: snzip -dc FILE | …",
+    ),
+    (
+        0,
+        b"\x1f\x9d\x90",
+        "data of compress (.Z)",
+        "decompress it first: gzip -dc FILE | …",
+    ),
+    (0, b"hibr", "a hibernation file of Windows", MEMORY),
+    (0, b"HIBR", "a hibernation file of Windows", MEMORY),
+    (0, b"wake", "a hibernation file of Windows", MEMORY),
+    (0, b"WAKE", "a hibernation file of Windows", MEMORY),
+    (0, b"RSTR", "a hibernation file of Windows", MEMORY),
+    (
+        0,
+        b"MDMP\x93\xa7",
+        "a minidump of Windows",
+        "WinDbg opens it",
+    ),
+    (0, b"PAGEDUMP", "a crash dump of Windows (32-bit)", MEMORY),
+    (0, b"PAGEDU64", "a crash dump of Windows (64-bit)", MEMORY),
+    (0, b"EMiL\x01\0\0\0", "a memory dump of LiME", MEMORY),
+    (0, b"AVML\x02\0\0\0", "a memory dump of AVML", MEMORY),
+    (0, b"KDUMP   ", "a kdump of Linux", CORE),
+    (0, b"DISKDUMP", "a diskdump of Linux", CORE),
+    (
+        0,
+        b"makedumpfile\0",
+        "a flattened kdump of Linux",
+        "makedumpfile -R makes a dump of it",
+    ),
+    (
+        0,
+        b"\x7fVirtualBox SavedState V",
+        "a saved state of VirtualBox",
+        "only VirtualBox reads it",
+    ),
+    (
+        0,
+        b"\xd0\xbe\xd2\xbe",
+        "a suspended state or snapshot of VMware",
+        MEMORY,
+    ),
+    (
+        0,
+        b"\xd1\xba\xd1\xba",
+        "a suspended state or snapshot of VMware",
+        MEMORY,
+    ),
+    (
+        0,
+        b"\xd2\xbe\xd2\xbe",
+        "a suspended state or snapshot of VMware",
+        MEMORY,
+    ),
+    (
+        0,
+        b"\xd3\xbe\xd3\xbe",
+        "a suspended state or snapshot of VMware",
+        MEMORY,
+    ),
+    (
+        0,
+        b"\xed\xeb\x0f\xf0",
+        "a core of `xm dump-core` of Xen 3.0 (PV)",
+        CORE,
+    ),
+    (
+        0,
+        b"\xee\xeb\x0f\xf0",
+        "a core of `xm dump-core` of Xen 3.0 (HVM)",
+        CORE,
+    ),
+    (
+        0,
+        b"\x53\xff\0\xf0\x53\xff\0\xf0",
+        "raw physical memory of a PC",
+        MEMORY,
+    ),
+    (
+        0,
+        b"<?xml ",
+        "an XML document",
+        "the saved domain is in another file",
+    ),
+    (0, b"<!DOCTYPE", "a document in HTML or XML", ""),
+    (0, b"hsqs", "a squashfs file system", DISK),
+    (0, b"XFSB\0\0", "an XFS file system", DISK),
+    (
+        0,
+        b"LUKS\xba\xbe",
+        "an encrypted volume (LUKS)",
+        "open it first: cryptsetup open",
+    ),
+    (
+        0,
+        b"version https://git-lfs.github.com/spec/v1",
+        "a pointer of Git LFS",
+        "fetch the file that it stands for: git lfs pull",
+    ),
+    (0, b"MZ", "a program of Windows or DOS", ""),
+    (0, b"%PDF-", "a PDF document", ""),
+    (0, b"\x89PNG\r\n\x1a\n", "a PNG picture", ""),
+    (0, b"\xff\xd8\xff", "a JPEG picture", ""),
+    (0, b"SQLite format 3\0", "an SQLite database", ""),
+    (0, b"#!", "a script", ""),
+];
+
+/// What has its magic further in.
+const FURTHER_IN: &[Known] = &[
+    (
+        257,
+        b"ustar",
+        "a tar archive",
+        "take the saved domain out of it first: tar -xf FILE",
+    ),
+    (0x40, b"\x7f\x10\xda\xbe", "a VDI disk image", QEMU_IMG),
+    (512, b"LABELONE", "a physical volume of LVM", DISK),
+    (0, b"LABELONE", "a physical volume of LVM", DISK),
+    (512, b"EFI PART", "a disk with partitions (GPT)", DISK),
+    (4096, b"EFI PART", "a disk with partitions (GPT)", DISK),
+    (3, b"NTFS    ", "an NTFS file system", DISK),
+    (0x36, b"FAT1", "a FAT file system", DISK),
+    (0x52, b"FAT32   ", "a FAT file system", DISK),
+    (0x8001, b"CD001", "a CD or DVD image (ISO 9660)", DISK),
+    (0x8001, b"BEA01", "a DVD image (UDF)", DISK),
+    (0x1_0040, b"_BHRfS_M", "a btrfs file system", DISK),
+    (4086, b"SWAPSPACE2", "a swap area of Linux", ""),
+    (4086, b"S1SUSPEND", "a hibernation image of Linux", MEMORY),
+    (4086, b"LINHIB0001", "a hibernation image of Linux", MEMORY),
+];
+
+fn has(prefix: &[u8], at: usize, magic: &[u8]) -> bool {
+    prefix.get(at..).is_some_and(|rest| rest.starts_with(magic))
+}
+
+fn known(table: &[Known], prefix: &[u8]) -> Option<Foreign> {
+    table
+        .iter()
+        .find(|(at, magic, ..)| has(prefix, *at, magic))
+        .map(|(_, _, name, remedy)| Foreign { name, remedy })
+}
+
+/// What names itself in its first bytes.
+pub(super) fn by_its_start(prefix: &[u8]) -> Option<Foreign> {
+    elf(prefix).or_else(|| known(AT_START, prefix))
+}
+
+/// What is known by something further in, or by looking like text.
+pub(super) fn by_the_rest(prefix: &[u8]) -> Option<Foreign> {
+    known(FURTHER_IN, prefix)
+        .or_else(|| partitions(prefix))
+        .or_else(|| ext(prefix))
+        .or_else(|| lzma(prefix))
+        .or_else(|| zlib(prefix))
+        .or_else(|| text(prefix))
+}
+
+/// What the last 512 bytes of a file say: a VHD of fixed size has its magic there alone.
+pub fn by_its_end(last: &[u8]) -> Option<Foreign> {
+    last.starts_with(b"conectix").then_some(Foreign {
+        name: "a VHD disk image",
+        remedy: VHD,
+    })
+}
+
+/// An ELF file: the layout tells who makes such ones.
+fn elf(prefix: &[u8]) -> Option<Foreign> {
+    const CORE_TYPE: u16 = 4;
+    if !prefix.starts_with(b"\x7fELF") {
+        return None;
+    }
+    let word = |at: usize| {
+        let end = at.checked_add(2)?;
+        let word: [u8; 2] = prefix.get(at..end)?.try_into().ok()?;
+        Some(match prefix.get(5) {
+            Some(2) => u16::from_be_bytes(word),
+            _ => u16::from_le_bytes(word),
+        })
+    };
+    let headers = match prefix.get(4) {
+        Some(1) => word(44),
+        _ => word(56),
+    };
+    let (name, remedy) = match (word(16), headers) {
+        (Some(CORE_TYPE), Some(0)) => (
+            "an ELF core of a guest, as `xsr export` and `xl dump-core` write them",
+            CORE,
+        ),
+        (Some(CORE_TYPE), _) => (
+            "an ELF core with program headers, as `xsr export --format gdb`, `virsh dump` and \
+             kdump write them",
+            CORE,
+        ),
+        _ => ("an ELF program, library or object", ""),
+    };
+    Some(Foreign { name, remedy })
+}
+
+/// A boot sector: its mark, and entries of which each is used or empty.
+fn partitions(prefix: &[u8]) -> Option<Foreign> {
+    const ENTRIES: usize = 446;
+    const OCTETS: usize = 16;
+    let table = prefix.get(ENTRIES..510)?;
+    let marked = has(prefix, 510, b"\x55\xaa");
+    let possible = table
+        .chunks_exact(OCTETS)
+        .all(|entry| matches!(entry.first(), Some(0 | 0x80)));
+    (marked && possible).then_some(Foreign {
+        name: "a disk with a boot sector (MBR)",
+        remedy: DISK,
+    })
+}
+
+/// The superblock of ext2, 3 or 4: its magic has two bytes, so its neighbours are asked, too.
+fn ext(prefix: &[u8]) -> Option<Foreign> {
+    const SUPERBLOCK: usize = 1024;
+    let block = prefix.get(SUPERBLOCK..)?;
+    let small = |at: usize, most: u8| {
+        let value = block.get(at).copied().unwrap_or(u8::MAX);
+        let end = at.saturating_add(4);
+        let rest = block.get(at.saturating_add(1)..end).unwrap_or(b"\xff");
+        value <= most && rest.iter().all(|octet| *octet == 0)
+    };
+    // s_magic, s_log_block_size, s_first_data_block, s_rev_level.
+    let found = has(block, 0x38, b"\x53\xef") && small(24, 6) && small(20, 1) && small(76, 1);
+    found.then_some(Foreign {
+        name: "an ext2, ext3 or ext4 file system",
+        remedy: DISK,
+    })
+}
+
+/// The old format of lzma has no magic: properties, size of the dictionary, size.
+fn lzma(prefix: &[u8]) -> Option<Foreign> {
+    let (head, size) = prefix.get(..13)?.split_at(5);
+    let (properties, dictionary) = head.split_first()?;
+    let dictionary = u32::from_le_bytes(dictionary.try_into().ok()?);
+    let size = u64::from_le_bytes(size.try_into().ok()?);
+    let possible = *properties == 0x5d
+        && dictionary >= 1 << 12
+        && dictionary.count_ones() <= 2
+        && (size == u64::MAX || (1..1 << 45).contains(&size));
+    possible.then_some(Foreign {
+        name: "data compressed with lzma",
+        remedy: "decompress it first: xz -dc --format=lzma FILE | …",
+    })
+}
+
+/// zlib has a checksum of five bits for its magic: only the usual settings are taken for it.
+fn zlib(prefix: &[u8]) -> Option<Foreign> {
+    let found = [b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda"]
+        .iter()
+        .any(|magic| prefix.starts_with(*magic));
+    // The type of the first block: 0, 1 or 2.
+    let possible = prefix
+        .get(2)
+        .is_some_and(|octet| octet >> 1 & 3 != 3 && *octet != 0);
+    (found && possible).then_some(Foreign {
+        name: "data compressed with zlib, by its first two bytes",
+        remedy: "decompress it first: pigz -dcz < FILE | …",
+    })
+}
+
+/// Text, and of which kind.
+fn text(prefix: &[u8]) -> Option<Foreign> {
+    const LOOKED_AT: usize = 4096;
+    let looked_at = prefix.get(..LOOKED_AT).unwrap_or(prefix);
+    let start = looked_at.trim_ascii_start();
+    let printable = |octet: &u8| matches!(octet, b'\t' | b'\n' | b'\r' | 0x20..=0x7e | 0x80..);
+    if start.is_empty() || !looked_at.iter().all(printable) {
+        return None;
+    }
+    // Of whatever character set: most of it is ASCII.
+    let ascii = looked_at.iter().filter(|octet| octet.is_ascii()).count();
+    if ascii < looked_at.len().div_ceil(2) {
+        return None;
+    }
+    let (name, remedy) = match start {
+        [b'<', ..] => (
+            "an XML document",
+            "the saved domain is in another file (virsh keeps both in one)",
+        ),
+        [b'{' | b'[', ..] => (
+            "JSON",
+            "a configuration goes beside an image: --config FILE",
+        ),
+        [b'(', ..] => (
+            "an s-expression, as xend kept configurations",
+            "the saved domain is in another file",
+        ),
+        _ => ("text", "a configuration of xl goes beside an image"),
+    };
+    Some(Foreign { name, remedy })
+}
