@@ -186,7 +186,9 @@ Examples:
   xsr restore --direct --name web web.libxc
   xsr restore --backend mock:/tmp/lab web.save
   zstd -dc web.save.zst | xsr restore --backend mock:/tmp/lab -p -
+  xsr restore --backend mock:/tmp/lab --name web2 web.save    beside web
   xsr restore --backend mock:/tmp/lab --name web --vcpus 2 --memory 256M bare.libxc")]
+#[command(allow_missing_positional = true)]
 pub(crate) struct RestoreArgs {
     /// Leave the domain paused
     #[arg(short = 'p', long)]
@@ -201,16 +203,17 @@ pub(crate) struct RestoreArgs {
     /// Tolerate reserved fields that are not zero
     #[arg(long)]
     pub(crate) lenient: bool,
-    /// For an image without configuration: the domain's name [default: that of FILE]
+    /// The domain's name; if the image says another, the domain is a clone and gets a new
+    /// UUID, too [default: what the image says, or that of FILE]
     #[arg(long)]
     pub(crate) name: Option<String>,
-    /// For an image without configuration: kind of guest [default: found in the image]
+    /// For an image without libxl's configuration: kind of guest [default: found in the image]
     #[arg(long = "type", value_name = "TYPE")]
     pub(crate) kind: Option<RestoreKind>,
-    /// For an image without configuration: vcpus [default: found in the image]
+    /// For an image without libxl's configuration: vcpus [default: found in the image]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) vcpus: Option<u32>,
-    /// For an image without configuration: memory [default: found in the image]
+    /// For an image without libxl's configuration: memory [default: found in the image]
     #[arg(long, value_name = "SIZE")]
     pub(crate) memory: Option<MemorySize>,
     #[command(flatten)]
@@ -218,6 +221,24 @@ pub(crate) struct RestoreArgs {
     /// Print what was done as JSON (docs/json.md)
     #[arg(long)]
     pub(crate) json: bool,
+    /// Taken as xl takes it, without effect on a mock machine: do not wait for the domain's end
+    #[arg(short = 'e')]
+    pub(crate) no_monitor: bool,
+    /// Likewise: debugging messages of xl
+    #[arg(short = 'd')]
+    pub(crate) debug: bool,
+    /// Likewise: stay in the foreground
+    #[arg(short = 'F')]
+    pub(crate) foreground: bool,
+    /// Likewise: attach to the domain's screen
+    #[arg(short = 'V', long)]
+    pub(crate) vncviewer: bool,
+    /// Likewise, and hand it the password
+    #[arg(short = 'A', long)]
+    pub(crate) vncviewer_autopass: bool,
+    /// The configuration that counts in the place of the image's, libxl's JSON or xl's own
+    /// format
+    pub(crate) config: Option<PathBuf>,
     /// The image; `-` is stdin
     pub(crate) file: PathBuf,
 }

@@ -3,10 +3,16 @@
 //!
 //! C implementation: `libxl_domain_config` in `tools/libs/light/libxl_types.idl`.
 
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::path::Path;
+
+use anyhow::Error;
 use serde_json::Value;
 use xsr_xen_backend::GuestKind;
 
-use crate::exit::BadImage;
+use crate::exit::{BadImage, BadUsage};
+use crate::origin::Origin;
 
 /// What a configuration says of the domain to build.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,7 +40,7 @@ impl Config {
     pub(crate) fn parse(json: &str) -> Result<Self, BadImage> {
         let bad = |what: String| BadImage(format!("the domain's configuration {what}"));
         let value: Value =
-            serde_json::from_str(json).map_err(|e| bad(format!("is no JSON: {e}")))?;
+            serde_json::from_str(json).map_err(|e| bad(format!("is not valid JSON: {e}")))?;
         let text = |at: &str| Some(value.pointer(at)?.as_str()?.to_owned());
         let number = |at: &str| value.pointer(at).and_then(Value::as_u64);
         let missing = |what: &str| bad(format!("has no {what}; xl would refuse it too"));
@@ -129,15 +135,23 @@ pub(crate) fn make(name: &str, uuid: &str, kind: GuestKind, vcpus: u32, memory_k
 /// The configuration with another name for the domain; octet for octet the same where
 /// it has that name.
 pub(crate) fn renamed(json: &str, name: &str) -> Result<String, BadImage> {
-    if Config::parse(json)?.name == name {
-        return Ok(json.to_owned());
+    match Config::parse(json)?.name == name {
+        true => Ok(json.to_owned()),
+        false => with(json, &[("/c_info/name", name)]),
     }
-    let bad = |e| BadImage(format!("the domain's configuration is no JSON: {e}"));
-    let mut value: Value = serde_json::from_str(json).map_err(bad)?;
-    if let Some(place) = value.pointer_mut("/c_info/name") {
-        *place = Value::from(name);
+}
+
+/// The configuration with other values at some places, which it may not have had.
+pub(crate) fn with(json: &str, values: &[(&str, &str)]) -> Result<String, BadImage> {
+    let bad = |e| BadImage(format!("the domain's configuration is not valid JSON: {e}"));
+    let mut document: Value = serde_json::from_str(json).map_err(bad)?;
+    for (at, value) in values {
+        let (parent, key) = at.rsplit_once('/').unwrap_or(("", at));
+        if let Some(Value::Object(parent)) = document.pointer_mut(parent) {
+            parent.insert(key.to_owned(), Value::from(*value));
+        }
     }
-    serde_json::to_string_pretty(&value).map_err(bad)
+    serde_json::to_string_pretty(&document).map_err(bad)
 }
 
 /// An UUID that is always the same for a name and a seed (of RFC 9562's version 8,
@@ -150,10 +164,76 @@ pub(crate) fn uuid(name: &str, seed: u64) -> String {
         hash = hash.wrapping_mul(0x0100_0000_0000_0000_0000_013b);
     }
     let hash = hash & !(0xf << 76) | 0x8 << 76;
-    let hash = hash & !(0x3 << 62) | 0x2 << 62;
-    let digits = format!("{hash:032x}");
+    dashed(hash)
+}
+
+/// A number as a UUID of RFC 9562's variant.
+fn dashed(number: u128) -> String {
+    let number = number & !(0x3 << 62) | 0x2 << 62;
+    let digits = format!("{number:032x}");
     let parts = [(0, 8), (8, 12), (12, 16), (16, 20), (20, 32)];
     parts.map(|(from, to)| &digits[from..to]).join("-")
+}
+
+/// Whether a text is a UUID as libxl reads one: 8, 4, 4, 4 and 12 hexadecimal digits. C
+/// implementation: `uuid_parse` of libuuid, behind `libxl_uuid_from_string`.
+pub(crate) fn is_uuid(text: &str) -> bool {
+    text.len() == 36
+        && text.bytes().enumerate().all(|(at, byte)| match at {
+            8 | 13 | 18 | 23 => byte == b'-',
+            _ => byte.is_ascii_hexdigit(),
+        })
+}
+
+/// A UUID that nothing else has.
+pub(crate) fn new_uuid() -> io::Result<String> {
+    let mut octets = [0; 16];
+    File::open("/dev/urandom")?.read_exact(&mut octets)?;
+    let number = u128::from_le_bytes(octets);
+    // RFC 9562's version 4.
+    Ok(dashed(number & !(0xf << 76) | 0x4 << 76))
+}
+
+/// What is wrong with a name for a domain, or `None`. Xen takes any text; this refuses what a
+/// domain cannot be created or found with:
+///
+/// | name | why not |
+/// |---|---|
+/// | empty | nothing finds the domain by it |
+/// | all digits | xl takes it for a domain's number (`libxl_domain_qualifier_to_domid`) |
+/// | with `/` | xl and libxl name log files after the domain (`libxl_create_logfile`) |
+/// | with control characters | it goes to terminals and into log files |
+/// | long | so that `qemu-dm-NAME.log` is a file name |
+pub(crate) fn wrong_with_name(name: &str) -> Option<&'static str> {
+    const MOST: usize = 240;
+    if name.is_empty() {
+        Some("it is empty")
+    } else if name.bytes().all(|byte| byte.is_ascii_digit()) {
+        Some("xl takes digits alone for a domain's number")
+    } else if name.contains('/') {
+        Some("xl names log files after the domain, so there can be no / in it")
+    } else if name.chars().any(char::is_control) {
+        Some("it has control characters")
+    } else if name.len() > MOST {
+        Some("it has more than 240 bytes")
+    } else {
+        None
+    }
+}
+
+/// The error for a file that should hold libxl's configuration and does not: the file is to
+/// blame, not the image.
+pub(crate) fn not_libxls(path: &Path, text: &str, why: &BadImage) -> Error {
+    let is_xls = !text.trim_start().starts_with('{') && Origin::of_text(text).error.is_none();
+    let instead = match is_xls {
+        true => "it is in xl's own format, and libxl's JSON is wanted here",
+        false => "libxl's JSON is wanted here",
+    };
+    let what = why.0.replace("the domain's configuration", "it");
+    Error::new(BadUsage(format!(
+        "{}: {what}; {instead}: xsr cat --layer config IMAGE writes that of an image",
+        path.display()
+    )))
 }
 
 /// What libxl calls a kind of guest.
@@ -189,6 +269,43 @@ mod tests {
     }
 
     #[test]
+    fn a_clone_has_its_own_uuid_and_keeps_the_rest() {
+        let json = make("web", "0-1", GuestKind::Pv, 1, 4096);
+        let uuid = new_uuid().expect("there is /dev/urandom");
+        assert!(is_uuid(&uuid), "{uuid}");
+        assert_ne!(uuid, new_uuid().expect("there is /dev/urandom"));
+        let values = [("/c_info/name", "db"), ("/c_info/uuid", uuid.as_str())];
+        let clone = with(&json, &values).expect("it is well-formed");
+        let config = Config::parse(&clone).expect("it is well-formed");
+        assert_eq!((config.name.as_str(), config.uuid), ("db", Some(uuid)));
+        assert_eq!(config.max_memory_kib, 4096);
+    }
+
+    #[test]
+    fn names_that_xl_can_work_with_are_good() {
+        for name in ["web", "my web", "a.b+c_d-1", "é", "42a", "-x"] {
+            assert_eq!(wrong_with_name(name), None, "{name}");
+        }
+        let long = "x".repeat(241);
+        for name in ["", "42", "a/b", "esc\u{1b}[31m", "a\nb", "\u{9b}", &long] {
+            assert!(wrong_with_name(name).is_some(), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn uuids_are_those_that_libuuid_reads() {
+        assert!(is_uuid("6f18a89f-849d-4334-8633-5976CBCDE14C"));
+        for bad in [
+            "",
+            "foo",
+            "6f18a89f849d433486335976cbcde14c",
+            "6f18a89f-849d-4334-8633-5976cbcde14g",
+        ] {
+            assert!(!is_uuid(bad), "{bad}");
+        }
+    }
+
+    #[test]
     fn an_uuid_has_the_right_form_and_depends_on_its_seed() {
         let one = uuid("web", 1);
         assert_eq!(one.len(), 36);
@@ -202,7 +319,7 @@ mod tests {
     #[test]
     fn each_thing_that_is_missing_is_named() {
         let cases = [
-            ("{", "no JSON"),
+            ("{", "not valid JSON"),
             (r#"{"c_info":{"name":"x"}}"#, "c_info.type"),
             (r#"{"c_info":{"type":"arm"}}"#, "\"arm\""),
             (

@@ -12,9 +12,12 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Error, Result};
 use nix::fcntl::{SpliceFFlags, tee};
+use xsr_format::error::ReadError;
+use xsr_save_restore::RestoreError;
 
 use crate::file::widen;
-use crate::peel::{self, Peeled, Source, TELLING};
+use crate::origin::Origin;
+use crate::peel::{self, Found, Peeled, Source, TELLING};
 
 /// Octets that are moved at once.
 const STEP: usize = 256 << 10;
@@ -27,8 +30,12 @@ pub(crate) struct Feed {
     stop: Arc<AtomicBool>,
     /// What was taken off, outermost first.
     pub(crate) layers: Vec<String>,
-    /// The XML that libvirt kept with it.
-    pub(crate) libvirt_xml: Option<Vec<u8>>,
+    /// What another toolstack kept with it.
+    pub(crate) origin: Option<Origin>,
+    /// What is found while it is read.
+    pub(crate) found: Found,
+    /// Bytes before the image.
+    before: u64,
 }
 
 impl Feed {
@@ -37,7 +44,9 @@ impl Feed {
         let Peeled {
             mut source,
             layers,
-            libvirt,
+            origin,
+            found,
+            before,
         } = peel::peel(source, lenient)?;
         let (from, to) = nix::unistd::pipe().context("making a pipe")?;
         let (from, mut to) = (File::from(from), File::from(to));
@@ -52,7 +61,9 @@ impl Feed {
             thread: Mutex::new(Some(thread)),
             stop,
             layers,
-            libvirt_xml: libvirt.map(|header| header.xml().to_vec()),
+            origin,
+            found,
+            before,
         };
         Ok((from, feed))
     }
@@ -80,13 +91,19 @@ impl Feed {
         self.join().map(|()| behind)
     }
 
-    /// Reading the image failed with `error`: was that the thread's fault?
-    pub(crate) fn blame(&self, pipe: &File, error: Error) -> Error {
+    /// Reading the image failed with `error`: was that the thread's fault? If not, its place is
+    /// made that in what the innermost compression holds: the file, if there is none.
+    pub(crate) fn blame(&self, pipe: &File, mut error: Error) -> Error {
         self.stop.store(true, Ordering::Relaxed);
-        match self.finish(pipe) {
-            Ok(_) => error,
-            Err(why) => why,
+        if let Err(why) = self.finish(pipe) {
+            return why;
         }
+        if let Some(error) = error.downcast_mut::<ReadError>() {
+            error.position.offset += self.before;
+        } else if let Some(RestoreError::Stream(error)) = error.downcast_mut() {
+            error.position.offset += self.before;
+        }
+        error
     }
 
     fn join(&self) -> Result<()> {

@@ -2,17 +2,18 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{self, IsTerminal, Seek};
+use std::io::{self, IsTerminal, Seek, SeekFrom};
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileExt as _, FileTypeExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use nix::fcntl::{FcntlArg, fcntl};
 
-use crate::exit::BadUsage;
+use crate::exit::{BadImage, BadUsage};
 use crate::feed::{self, Feed};
-use crate::peel;
+use crate::origin::Origin;
+use crate::peel::{self, LeftOut};
 use crate::text::shown_path;
 
 /// What stands for stdin or stdout.
@@ -84,7 +85,10 @@ impl Input {
         let prefix =
             feed::peek(&self.file, self.length.is_some()).with_context(|| self.name.clone())?;
         if !peel::is_wrapped(&prefix) {
-            return Ok(self);
+            return match peel::is_foreign(&prefix) {
+                true => Err(self.foreign().context(self.name)),
+                false => Ok(self),
+            };
         }
         let Self {
             file, name, path, ..
@@ -104,9 +108,44 @@ impl Input {
         self.feed.as_ref().map_or(&[], |feed| &feed.layers)
     }
 
-    /// The XML that libvirt kept with the image.
-    pub(crate) fn libvirt_xml(&self) -> Option<&[u8]> {
-        self.feed.as_ref()?.libvirt_xml.as_deref()
+    /// What another toolstack kept with the image.
+    pub(crate) fn origin(&self) -> Option<&Origin> {
+        self.feed.as_ref()?.origin.as_ref()
+    }
+
+    /// State beside the image that it has no place for: once it has been read to its end.
+    pub(crate) fn left_out(&self) -> Vec<LeftOut> {
+        self.feed
+            .as_ref()
+            .map_or_else(Vec::new, |feed| feed.found.left_out())
+    }
+
+    /// What was noticed in the layers around the image: once it has been read to its end.
+    pub(crate) fn notes(&self) -> Vec<String> {
+        self.feed
+            .as_ref()
+            .map_or_else(Vec::new, |feed| feed.found.notes())
+    }
+
+    /// The error for what is no image: what it is instead.
+    fn foreign(&self) -> anyhow::Error {
+        const END: u64 = 512;
+        let mut last = [0; END as usize];
+        let at = self.length.and_then(|length| length.checked_sub(END));
+        if let Some(at) = at
+            && self.file.read_exact_at(&mut last, at).is_ok()
+            && let Some(foreign) = peel::by_its_end(&last)
+        {
+            let why = format!("not a saved Xen domain: it is {foreign}");
+            return anyhow::Error::new(BadImage(why));
+        }
+        match self.file.try_clone() {
+            Ok(file) => {
+                let mut source: peel::Source = Box::new(file);
+                peel::unreadable(&mut source, None)
+            }
+            Err(error) => error.into(),
+        }
     }
 
     /// The image has been read to its end: whether what stood around it is good to its end,
@@ -146,7 +185,16 @@ impl Input {
         if metadata.file_type().is_fifo() {
             widen(&file);
         }
-        let length = match metadata.is_file() && file.stream_position()? == 0 {
+        let is_block_device = metadata.file_type().is_block_device();
+        let has_length = metadata.is_file() || is_block_device;
+        let length = match has_length && file.stream_position()? == 0 {
+            // Of a device, the metadata say 0.
+            true if is_block_device => {
+                let end = file.seek(SeekFrom::End(0));
+                let length = end.with_context(|| name.clone())?;
+                file.rewind().with_context(|| name.clone())?;
+                Some(length)
+            }
             true => Some(metadata.len()),
             false => None,
         };

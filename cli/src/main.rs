@@ -18,6 +18,7 @@ mod handshake;
 mod image;
 mod interrupt;
 mod left;
+mod origin;
 mod output;
 mod page_map;
 mod painter;

@@ -7,21 +7,31 @@
 //! layers.
 
 mod compression;
+mod foreign;
+mod packed;
+mod zstd;
 
 use std::io::{self, Cursor, Read};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context as _, Error, Result};
+use serde::Serialize;
 use xsr_format::detect::{Detected, detect};
-use xsr_format::error::ReadError;
+use xsr_format::error::{Place, Position, ReadError, ReadErrorCause};
 use xsr_format::legacy::convert::Summary;
-use xsr_format::legacy::{Converted, LegacyOptions, LegacyReader, Target};
+use xsr_format::legacy::{Converted, LegacyGuest, LegacyOptions, LegacyReader, Target};
 use xsr_format::read::ReadOptions;
 use xsr_format::wrapper::libvirt::LibvirtHeader;
-use xsr_format::wrapper::xapi::XapiSource;
+use xsr_format::wrapper::xapi::{XapiKind, XapiSource};
+use xsr_format::wrapper::xend::XendHeader;
 use xsr_format::wrapper::xl::XlHeader;
+use xsr_xen_backend::GuestKind;
 
+use self::compression::Notes;
 pub(crate) use self::compression::is_damage;
+pub(crate) use self::foreign::{by_its_end, unreadable};
 use crate::exit::BadImage;
+use crate::origin::Origin;
 use crate::text::Count;
 
 /// How many layers there may be around an image.
@@ -38,15 +48,60 @@ pub(crate) struct Peeled {
     pub(crate) source: Source,
     /// What was taken off, outermost first; nothing for a plain image.
     pub(crate) layers: Vec<String>,
-    /// The XML of libvirt, if that was around it.
-    pub(crate) libvirt: Option<LibvirtHeader>,
+    /// What another toolstack kept with it.
+    pub(crate) origin: Option<Origin>,
+    /// What is found while the image is read.
+    pub(crate) found: Found,
+    /// Bytes before the image, in what the innermost compression holds.
+    pub(crate) before: u64,
+}
+
+/// What is found in the layers while the image is read through them; complete once it is over.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Found {
+    /// State that the image inside has no place for.
+    left_out: Arc<Mutex<Vec<LeftOut>>>,
+    notes: Notes,
+}
+
+/// A piece of state that the image inside has no place for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct LeftOut {
+    /// Its record in the image that it was in.
+    pub(crate) record: String,
+    /// What it is, in words.
+    pub(crate) what: &'static str,
+    pub(crate) offset: u64,
+    pub(crate) bytes: u64,
+}
+
+impl Found {
+    /// State that was left out so far.
+    pub(crate) fn left_out(&self) -> Vec<LeftOut> {
+        self.left_out
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// What was noticed so far.
+    pub(crate) fn notes(&self) -> Vec<String> {
+        self.notes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
 }
 
 /// Whether something that begins with these octets ([`TELLING`], or all there are) has
 /// anything to be taken off.
 pub(crate) fn is_wrapped(prefix: &[u8]) -> bool {
     match detect(prefix) {
-        Detected::Libxl | Detected::Libxc | Detected::Empty | Detected::Unknown => false,
+        Detected::Libxl
+        | Detected::Libxc
+        | Detected::Empty
+        | Detected::Foreign(_)
+        | Detected::Unknown => false,
         // Behind xl's header may be a legacy stream. A header that is cut off is plain.
         Detected::Xl => prefix.get(32..40).is_some_and(|fields| {
             let flags = match fields {
@@ -60,14 +115,28 @@ pub(crate) fn is_wrapped(prefix: &[u8]) -> bool {
     }
 }
 
+/// Whether something that begins so is no image at all.
+pub(crate) fn is_foreign(prefix: &[u8]) -> bool {
+    matches!(
+        detect(prefix),
+        Detected::Empty | Detected::Foreign(_) | Detected::Unknown
+    )
+}
+
 /// Take off all that stands around an image.
 ///
 /// # Errors
 ///
-/// The source failed; a layer is damaged, or cannot be taken off.
+/// The source failed; a layer is damaged, or cannot be taken off; what is inside is no image.
 pub(crate) fn peel(mut source: Source, lenient: bool) -> Result<Peeled> {
-    let mut layers = Vec::new();
-    let mut libvirt = None;
+    let mut layers: Vec<String> = Vec::new();
+    let mut origin = None;
+    let mut before = 0;
+    let found = Found::default();
+    let mut legacy = LegacyOptions {
+        lenient,
+        ..LegacyOptions::default()
+    };
     let options = ReadOptions { lenient, offset: 0 };
     loop {
         let mut prefix = Vec::new();
@@ -77,14 +146,27 @@ pub(crate) fn peel(mut source: Source, lenient: bool) -> Result<Peeled> {
             .read_to_end(&mut prefix)
             .map_err(unwrapped)?;
         let detected = detect(&prefix);
+        let foreign = is_foreign(&prefix);
         let wrapped = is_wrapped(&prefix);
+        if prefix.is_empty()
+            && let Some(layer) = layers.last()
+        {
+            return Err(nothing_behind(layer, before));
+        }
         let mut rest: Source = Box::new(Cursor::new(prefix).chain(source));
+        if foreign {
+            let inside = layers.last().map(|layer| (String::as_str(layer), before));
+            return Err(unreadable(&mut rest, inside));
+        }
+        let done = |source, layers, origin, found, before| Peeled {
+            source,
+            layers,
+            origin,
+            found,
+            before,
+        };
         if !wrapped {
-            return Ok(Peeled {
-                source: rest,
-                layers,
-                libvirt,
-            });
+            return Ok(done(rest, layers, origin, found, before));
         }
         if layers.len() == MAX_DEPTH {
             let what = layers.join(", ");
@@ -92,44 +174,123 @@ pub(crate) fn peel(mut source: Source, lenient: bool) -> Result<Peeled> {
                 "there are more than {MAX_DEPTH} layers around it: {what}"
             )));
         }
+        legacy.offset = before;
         match detected {
             Detected::Compressed(compression) => {
                 layers.push(compression.to_string());
-                source = compression::decompressed(compression, rest)?;
+                source = compression::decompressed(compression, rest, &found.notes)?;
+                before = 0;
             }
             Detected::Libvirt => {
                 let header = LibvirtHeader::read(&mut rest, options)?;
                 layers.push("libvirt".to_owned());
-                libvirt = Some(header);
+                before += header.octets();
+                origin = Some(Origin::of_libvirt(header.xml()));
                 source = rest;
             }
-            Detected::Xapi => {
-                layers.push("xapi".to_owned());
-                let xapi = XapiSource::behind(&[], rest)?.lenient(lenient);
-                return Ok(Peeled {
-                    source: Box::new(Noted(xapi, XapiSource::legacy)),
-                    layers,
-                    libvirt,
+            Detected::Xend => {
+                let header = XendHeader::read(&mut rest)?;
+                layers.push("xend".to_owned());
+                legacy.offset = before + header.bytes();
+                let own = Origin::of_xend(header.config());
+                // Nothing in a stream of Xen 3.0 says what it holds.
+                legacy.guest = own.kind.map(legacy_guest);
+                let converted = converted(rest, legacy, &mut layers)?;
+                return Ok(done(converted, layers, Some(own), found, before));
+            }
+            Detected::Xapi | Detected::XapiLegacy => {
+                let name = match detected {
+                    Detected::XapiLegacy => "xapi (XenServer before 6.5)",
+                    _ => "xapi",
+                };
+                layers.push(name.to_owned());
+                let mut xapi = XapiSource::behind(&[], rest)?.lenient(lenient);
+                if let Some(record) = xapi.description()? {
+                    origin = Some(Origin::of_xapi(record));
+                }
+                let left_out = Arc::clone(&found.left_out);
+                let source = Box::new(Xapi {
+                    source: Noted(xapi, XapiSource::legacy),
+                    left_out,
+                    seen: 0,
                 });
+                return Ok(done(source, layers, origin, found, before));
             }
             Detected::Xl => {
                 let header = XlHeader::read(&mut rest, options)?;
-                let legacy = converted(rest, header.octets(), lenient, &mut layers)?;
+                legacy.offset = before + header.octets();
+                let converted = converted(rest, legacy, &mut layers)?;
                 let header = Cursor::new(header.for_version_2().encode());
-                return Ok(Peeled {
-                    source: Box::new(header.chain(legacy)),
-                    layers,
-                    libvirt,
-                });
+                let source = Box::new(header.chain(converted));
+                return Ok(done(source, layers, origin, found, before));
             }
             _ => {
-                return Ok(Peeled {
-                    source: converted(rest, 0, lenient, &mut layers)?,
-                    layers,
-                    libvirt,
-                });
+                let converted = converted(rest, legacy, &mut layers)?;
+                return Ok(done(converted, layers, origin, found, before));
             }
         }
+    }
+}
+
+/// What a legacy stream of such a guest holds.
+fn legacy_guest(kind: GuestKind) -> LegacyGuest {
+    match kind {
+        GuestKind::Pv => LegacyGuest::Pv,
+        GuestKind::Hvm | GuestKind::Pvh => LegacyGuest::Hvm,
+    }
+}
+
+/// The file ends behind a layer.
+fn nothing_behind(layer: &str, before: u64) -> Error {
+    /// The shortest that could follow: the header of a libxl stream.
+    const NEEDED: u64 = 16;
+    let what = match before {
+        0 => format!("nothing is inside its {layer} data"),
+        before => format!("the file ends behind the {layer} header (byte {before})"),
+    };
+    let position = Position {
+        place: Place::LibxlHeader,
+        offset: before,
+    };
+    let cause = ReadErrorCause::Truncated { needed: NEEDED };
+    Error::new(ReadError { position, cause }).context(what)
+}
+
+/// Says what of xapi's records has no place in the stream that they are read as.
+struct Xapi {
+    source: Noted<XapiSource<Source>>,
+    left_out: Arc<Mutex<Vec<LeftOut>>>,
+    /// Records that have been looked at.
+    seen: usize,
+}
+
+impl Read for Xapi {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        let result = self.source.read(room);
+        let records = self.source.0.records();
+        if let Some(new) = records.get(self.seen..).filter(|new| !new.is_empty()) {
+            let without_place = new.iter().filter_map(|record| {
+                let what = match record.kind {
+                    XapiKind::DEMU => "state of a virtual GPU",
+                    XapiKind::VARSTORED => "UEFI variables",
+                    XapiKind::SWTPM | XapiKind::SWTPM0 => "state of a virtual TPM",
+                    XapiKind::LIBXL => "a libxl record",
+                    _ => return None,
+                };
+                Some(LeftOut {
+                    record: record.kind.to_string(),
+                    what,
+                    offset: record.offset,
+                    bytes: record.length,
+                })
+            });
+            self.left_out
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .extend(without_place);
+            self.seen = records.len();
+        }
+        result
     }
 }
 
@@ -138,21 +299,14 @@ fn bad(what: String) -> Error {
 }
 
 /// A legacy stream as a libxl stream of today.
-fn converted(
-    source: Source,
-    offset: u64,
-    lenient: bool,
-    layers: &mut Vec<String>,
-) -> Result<Source> {
-    let options = LegacyOptions {
-        lenient,
-        offset,
-        ..LegacyOptions::default()
-    };
+fn converted(source: Source, options: LegacyOptions, layers: &mut Vec<String>) -> Result<Source> {
     let reader = LegacyReader::new(source, options)?;
     layers.push(format!(
-        "legacy stream of an {} guest, written by a {}",
-        reader.guest(),
+        "legacy stream of {} guest, written by a {}",
+        match reader.guest() {
+            LegacyGuest::Pv => "a PV",
+            LegacyGuest::Hvm => "an HVM",
+        },
         reader.start().width
     ));
     let spool = tempfile::tempfile().context("making a temporary file for checkpoints")?;

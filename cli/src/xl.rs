@@ -110,11 +110,16 @@ impl Xl {
             ..
         } = self.0;
         if !refused.is_empty() {
-            let why = format!(
+            let mut why = format!(
                 "{} is not an option of xl, which does this on a Xen host: drop it, or give \
                  --direct (save and restore without libxl; see --help)",
                 refused.join(", ")
             );
+            if restores && refused.iter().any(|option| option == "--name") {
+                why.push_str(
+                    "; another name is given with: xsr edit --name NAME --uuid UUID FILE -o NEW",
+                );
+            }
             return Err(Error::new(BadUsage(why)));
         }
         settings.iter().try_for_each(Setting::check)?;
@@ -278,6 +283,7 @@ fn is_own(command: &clap::Command, name: &str, option: &str) -> bool {
     };
     // What both have.
     let shared: &[&str] = match name {
+        "restore" => &["vncviewer", "vncviewer-autopass"],
         "migrate" => &["live", "debug"],
         "migrate-receive" => &["colo", "coloft-script", "userspace-colo-proxy"],
         _ => &[],

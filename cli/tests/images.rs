@@ -86,7 +86,7 @@ fn what_is_no_image_says_what_it_is() {
     run(["verify", arg(&text)])
         .code(2)
         .stdout_has("BAD")
-        .stdout_has("no saved domain");
+        .stdout_has("not a saved Xen domain: it is text");
     // What says zstd and is not.
     let magic = dir.path().join("magic");
     fs::write(

@@ -191,16 +191,17 @@ pub(crate) enum ExportFormat {
 #[command(after_help = "\
 Examples:
   xsr edit --name web2 web.save -o web2.save
+  xsr cat --layer config web.save > new.json
   xsr edit --config new.json web.save -o web2.save
   xsr edit --drop 0x80000001 --add 0x80000002:note.bin web.save -o web2.save")]
 pub(crate) struct EditArgs {
-    /// The domain's name
+    /// The domain's name: not digits alone, without / and control characters
     #[arg(long)]
     pub(crate) name: Option<String>,
     /// The domain's UUID
     #[arg(long)]
     pub(crate) uuid: Option<String>,
-    /// All of the configuration: libxl's JSON, in a file
+    /// All of the configuration: libxl's JSON, in a file (xsr cat --layer config has it)
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
     /// Drop the optional records of this type (bit 31 set)
@@ -240,6 +241,20 @@ fn optional_record(text: &str) -> Result<(u32, PathBuf), String> {
     }
 }
 
+/// What of an image to write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CatLayer {
+    /// The stream of libxc
+    Libxc,
+    /// The stream of libxl
+    Libxl,
+    /// All that xl wrote
+    Xl,
+    /// The configuration alone: JSON or text of xl, XML of libvirt, what xend or xapi kept
+    #[value(alias = "xml", alias = "json")]
+    Config,
+}
+
 /// Write an image without what stands around it, to stdout or a file
 ///
 /// Compressions, the headers of xl, libvirt and xapi go; the stream inside stays as it is,
@@ -248,16 +263,18 @@ fn optional_record(text: &str) -> Result<(u32, PathBuf), String> {
 #[command(after_help = "\
 Examples:
   xsr cat guest.save | verify-stream-v2
-  xsr cat --layer libxl guest.save.zst -o guest.libxl")]
+  xsr cat --layer libxl guest.save.zst -o guest.libxl
+  xsr cat --layer config guest.save | jq .c_info.name
+  xsr cat --layer xml virsh.save > guest.xml")]
 pub(crate) struct CatArgs {
     /// Where the stream goes; `-` is stdout
     #[arg(short, long, value_name = "OUT", default_value = "-")]
     pub(crate) output: PathBuf,
     #[command(flatten)]
     pub(crate) overwrite: OverwriteArg,
-    /// Down to which layer: the stream of libxc, that of libxl, or all that xl wrote
+    /// What to write
     #[arg(long, value_name = "LAYER", default_value = "libxc")]
-    pub(crate) layer: ConvertTo,
+    pub(crate) layer: CatLayer,
     /// Tolerate reserved fields that are not zero
     #[arg(long)]
     pub(crate) lenient: bool,

@@ -12,9 +12,9 @@ use xsr_format::detect::Detected;
 use xsr_format::read::ReadOptions;
 use xsr_format::transcode::Layer;
 use xsr_format::walk::{Content, Walk};
+use xsr_format::wrapper::xl::XlHeader;
 
-use super::convert::layer_of;
-use crate::args::images::CatArgs;
+use crate::args::images::{CatArgs, CatLayer};
 use crate::exit::{BadUsage, Code};
 use crate::file::Input;
 use crate::output::{Existing, Output, Plan, Sink};
@@ -62,8 +62,17 @@ pub(crate) fn run(args: &CatArgs) -> Result<Code> {
         only_copy: false,
     })?;
     let input = input.unwrapped(args.lenient)?;
+    let layer = match args.layer {
+        CatLayer::Libxc => Layer::Libxc,
+        CatLayer::Libxl => Layer::Libxl,
+        CatLayer::Xl => Layer::Xl,
+        CatLayer::Config => {
+            output.fill(|sink| configuration(args, &input, sink))?;
+            return Ok(Code::Fine);
+        }
+    };
     output.fill(|sink| {
-        let octets = cat(args, &input, sink)
+        let octets = cat(args, layer, &input, sink)
             .map_err(|error| input.blame(error))
             .with_context(|| input.name.clone())?;
         input.finish(octets).with_context(|| input.name.clone())
@@ -71,12 +80,47 @@ pub(crate) fn run(args: &CatArgs) -> Result<Code> {
     Ok(Code::Fine)
 }
 
-fn cat(args: &CatArgs, input: &Input, sink: &mut Sink<'_>) -> Result<u64> {
+/// Write the configuration that is kept with an image, as it stands there: libvirt's XML,
+/// xend's or xapi's s-expression, xl's JSON or text.
+fn configuration(args: &CatArgs, input: &Input, sink: &mut Sink<'_>) -> Result<()> {
+    let mut text = match input.origin() {
+        Some(origin) => origin.text.clone().into_bytes(),
+        None => {
+            let options = ReadOptions {
+                lenient: args.lenient,
+                offset: 0,
+            };
+            let mut walk = Walk::open(&input.file, options)
+                .map_err(|error| input.blame(error.into()))
+                .with_context(|| input.name.clone())?;
+            let header = match walk.detected() {
+                Detected::Xl => {
+                    let first = walk.next_step().map(drop);
+                    first.with_context(|| input.name.clone())?;
+                    walk.xl()
+                }
+                _ => None,
+            };
+            match header.and_then(XlHeader::config) {
+                Some(config) => config.strip_suffix(&[0]).unwrap_or(config).to_vec(),
+                None => {
+                    let why = format!("{}: there is no configuration in it", input.name);
+                    return Err(Error::new(BadUsage(why)));
+                }
+            }
+        }
+    };
+    if !text.ends_with(b"\n") {
+        text.push(b'\n');
+    }
+    Ok(sink.write_all(&text)?)
+}
+
+fn cat(args: &CatArgs, wanted: Layer, input: &Input, sink: &mut Sink<'_>) -> Result<u64> {
     let options = ReadOptions {
         lenient: args.lenient,
         offset: 0,
     };
-    let wanted = layer_of(args.layer);
     let (source, heard) = Heard::new(&input.file);
     let mut walk = Walk::open(source, options)?;
     let has = match walk.detected() {

@@ -27,11 +27,12 @@ use xsr_format::walk::Walk;
 use xsr_format::wrapper::xl::XlHeader;
 
 use crate::args::images::{ConvertArgs, ConvertTo, LegacyGuestArg, WidthArg};
-use crate::exit::{BadImage, Code};
+use crate::exit::{BadImage, BadUsage, Code};
 use crate::feed;
 use crate::file::Input;
+use crate::origin;
 use crate::output::{Existing, Output, Plan, Sink};
-use crate::peel;
+use crate::peel::{self, LeftOut};
 use crate::stdout::report;
 use crate::terminal::Terminal;
 use crate::text::size;
@@ -47,6 +48,12 @@ struct Report<'a> {
     /// Octets written.
     octets: u64,
     seconds: f64,
+    /// State that came with the image and is not in what was written.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    left_out: Vec<LeftOut>,
+    /// What else is worth knowing.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    warnings: Vec<String>,
 }
 
 /// Convert an image.
@@ -90,6 +97,8 @@ pub(crate) fn run(args: &ConvertArgs, terminal: &Terminal) -> Result<Code> {
             legacy: done.legacy,
             octets,
             seconds,
+            left_out: done.left_out,
+            warnings: done.warnings,
         };
         report(terminal, &words, &document);
     }
@@ -117,15 +126,18 @@ impl From<LegacyGuestArg> for LegacyGuest {
 struct Done {
     to: Layer,
     legacy: bool,
+    left_out: Vec<LeftOut>,
+    warnings: Vec<String>,
 }
 
 /// xl's header with the configuration in a file.
 fn config_header(path: &std::path::Path) -> Result<XlHeader> {
     let name = || path.display().to_string();
     let json = std::fs::read_to_string(path).with_context(name)?;
-    crate::config::Config::parse(json.trim_end_matches('\0')).with_context(name)?;
+    let parsed = crate::config::Config::parse(json.trim_end_matches('\0'));
+    parsed.map_err(|e| crate::config::not_libxls(path, &json, &e))?;
     XlHeader::new(json.trim_end_matches('\0'))
-        .map_err(|e| Error::new(BadImage(e.to_string())))
+        .map_err(|e| Error::new(BadUsage(e.to_string())))
         .with_context(name)
 }
 
@@ -167,7 +179,10 @@ fn convert(
 
 /// Whether these octets are certainly not the start of a legacy stream.
 fn is_modern(prefix: &[u8]) -> bool {
-    !matches!(detect(prefix), Detected::Legacy(_) | Detected::Unknown)
+    !matches!(
+        detect(prefix),
+        Detected::Legacy(_) | Detected::Foreign(_) | Detected::Unknown
+    )
 }
 
 /// An image of version 2 or 3.
@@ -210,7 +225,17 @@ fn modern(
             summary.dropped
         );
     }
-    Ok(Done { to, legacy: false })
+    let mut warnings = input.notes();
+    warnings.extend(origin::losses(input, to == Layer::Xl));
+    for warning in &warnings {
+        tracing::warn!("{warning}");
+    }
+    Ok(Done {
+        to,
+        legacy: false,
+        left_out: input.left_out(),
+        warnings,
+    })
 }
 
 /// An xl header for an image that has none: what `xsr restore` would take for it.
@@ -274,7 +299,12 @@ fn convert_legacy(
     let mut converted = Converted::new(reader, target, spool)?;
     pour(&mut converted, sink)?;
     peel::warn_of(converted.summary());
-    Ok(Done { to, legacy: true })
+    Ok(Done {
+        to,
+        legacy: true,
+        left_out: Vec::new(),
+        warnings: Vec::new(),
+    })
 }
 
 /// Copy all that is converted to the sink.

@@ -2,6 +2,7 @@
 //! added. The guest's memory and state go through octet for octet.
 
 use std::io::{self, Write as _};
+use std::path::Path;
 
 use anyhow::{Context as _, Error, Result};
 use serde_json::Value;
@@ -15,15 +16,17 @@ use xsr_format::wrapper::xl::XlHeader;
 
 use super::cat::Heard;
 use crate::args::images::EditArgs;
-use crate::config::Config;
+use crate::config::{self, Config};
 use crate::exit::{BadImage, BadUsage, Code};
 use crate::file::Input;
+use crate::origin::{self, Origin, with_setting};
 use crate::output::{Existing, Output, Plan, Sink};
 use crate::terminal::Terminal;
 use crate::text::Count;
 
 /// Edit an image.
 pub(crate) fn run(args: &EditArgs, terminal: &Terminal) -> Result<Code> {
+    check(args)?;
     let input = Input::open_as_it_is(&args.file)?;
     let mut inputs = vec![args.file.as_path()];
     inputs.extend(args.config.as_deref());
@@ -55,8 +58,8 @@ fn edit(args: &EditArgs, input: &Input, sink: &mut Sink<'_>) -> Result<String> {
     let (source, heard) = Heard::new(&input.file);
     let mut walk = Walk::open(source, options)?;
     if wants_header && walk.detected() != Detected::Xl {
-        let why = "the image has no xl header, in which name, uuid and configuration are: \
-                   convert --to xl puts one around it";
+        let why = "the image has no xl header, in which name, UUID and configuration are: \
+                   xsr convert --to xl puts one around it";
         return Err(Error::new(BadUsage(why.to_owned())));
     }
     let mut dropped = 0_u64;
@@ -104,6 +107,7 @@ fn edit(args: &EditArgs, input: &Input, sink: &mut Sink<'_>) -> Result<String> {
         }
     }
     input.finish(walk.offset())?;
+    origin::warn_of_losses(input, walk.detected() == Detected::Xl);
     let absent = !args.drop.is_empty() && dropped == 0;
     if absent {
         tracing::warn!("the image has no optional record of a type that was to be dropped");
@@ -117,6 +121,35 @@ fn edit(args: &EditArgs, input: &Input, sink: &mut Sink<'_>) -> Result<String> {
             false => "",
         }
     ))
+}
+
+/// What is wrong with the command line: a name or UUID that no domain can have, a file that
+/// is no configuration.
+fn check(args: &EditArgs) -> Result<()> {
+    let usage = |why: String| Err(Error::new(BadUsage(why)));
+    if let Some(name) = &args.name
+        && let Some(why) = config::wrong_with_name(name)
+    {
+        return usage(format!("--name {name:?}: {why}"));
+    }
+    if let Some(uuid) = &args.uuid
+        && !config::is_uuid(uuid)
+    {
+        return usage(format!(
+            "--uuid {uuid:?}: expected 8, 4, 4, 4 and 12 hexadecimal digits with - between them"
+        ));
+    }
+    if let Some(path) = &args.config {
+        let text = configuration(path)?;
+        Config::parse(&text).map_err(|e| config::not_libxls(path, &text, &e))?;
+    }
+    Ok(())
+}
+
+/// The text of a configuration in a file.
+fn configuration(path: &Path) -> Result<String> {
+    let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    Ok(text.trim_end_matches('\0').to_owned())
 }
 
 /// The records to be added to the libxc stream, little endian, padded.
@@ -137,12 +170,11 @@ fn additions(args: &EditArgs) -> Result<Vec<u8>> {
 fn edited(args: &EditArgs, header: &XlHeader) -> Result<XlHeader> {
     let bad = |what: &str| Error::new(BadImage(what.to_owned()));
     let mut json = match &args.config {
-        Some(path) => std::fs::read_to_string(path).with_context(|| path.display().to_string())?,
-        None => header
-            .json()
-            .map_err(|e| bad(&e.to_string()))?
-            .ok_or_else(|| bad("there is no JSON configuration in the xl header"))?
-            .to_owned(),
+        Some(path) => configuration(path)?,
+        None => match header.json().map_err(|e| bad(&e.to_string()))? {
+            Some(json) => json.to_owned(),
+            None => return edited_text(args, header),
+        },
     };
     for (key, value) in [("name", &args.name), ("uuid", &args.uuid)] {
         if let Some(value) = value {
@@ -151,6 +183,27 @@ fn edited(args: &EditArgs, header: &XlHeader) -> Result<XlHeader> {
     }
     Config::parse(&json)?;
     header.with_json(&json).map_err(|e| bad(&e.to_string()))
+}
+
+/// The same of a header with the text of xl of Xen 4.1 to 4.4.
+fn edited_text(args: &EditArgs, header: &XlHeader) -> Result<XlHeader> {
+    let bad = |what: &str| Error::new(BadImage(what.to_owned()));
+    let Some(origin) = Origin::of_xl(header) else {
+        return Err(bad(
+            "there is no configuration in the xl header: give one with --config",
+        ));
+    };
+    if let Some(why) = &origin.error {
+        let what = format!("the configuration in the xl header could not be understood: {why}");
+        return Err(bad(&what));
+    }
+    let mut text = origin.text;
+    for (key, value) in [("name", &args.name), ("uuid", &args.uuid)] {
+        if let Some(value) = value {
+            text = with_setting(&text, key, value);
+        }
+    }
+    header.with_text(&text).map_err(|e| bad(&e.to_string()))
 }
 
 /// The text with another value for a key of `c_info`. The rest of it stays as it is,

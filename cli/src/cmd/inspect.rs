@@ -28,6 +28,7 @@ use crate::config::{self, Config};
 use crate::exit::{self, Code};
 use crate::file::Input;
 use crate::image::{self, At, Event, Reading};
+use crate::origin::Origin;
 use crate::page_map::{PageMap, runs_of};
 use crate::stdout::Results;
 use crate::terminal::Terminal;
@@ -47,13 +48,17 @@ pub(crate) fn run(args: &InspectArgs, terminal: &Terminal) -> Result<Code> {
         if args.fields {
             inspection.start_info(&input)?;
         }
-        input.finish(octets).map(|_| octets)
+        let behind = input.finish(octets).with_context(|| input.name.clone())?;
+        inspection.report.trailing_octets = behind.unwrap_or(0);
+        Ok(octets)
     });
     let (mut report, any) = inspection.finish();
     report.layers = input.layers().to_vec();
-    report.libvirt_xml = input
-        .libvirt_xml()
-        .map(|xml| String::from_utf8_lossy(xml).into_owned());
+    if let Some(origin) = input.origin() {
+        report.said_by(origin);
+    }
+    report.left_out = input.left_out();
+    report.notes = input.notes();
     let code = match end {
         Ok(octets) => {
             report.octets = octets;
@@ -129,6 +134,9 @@ impl Inspection {
             config_octets: header.config().map_or(0, <[u8]>::len),
             config: json.and_then(|json| serde_json::from_str(json).ok()),
         });
+        if let Some(origin) = Origin::of_xl(header) {
+            self.report.said_by(&origin);
+        }
         // What xl itself would not accept is still worth inspecting.
         if let Some(config) = json.and_then(|json| Config::parse(json).ok()) {
             let guest = &mut self.report.guest;

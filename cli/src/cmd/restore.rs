@@ -7,39 +7,36 @@ pub(crate) mod checkpoints;
 mod colo;
 mod direct;
 mod made;
+mod plan;
 mod source;
 mod survey;
 
-use std::io::{Seek, SeekFrom};
 use std::num::NonZeroUsize;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context as _, Error, Result};
 use serde::Serialize;
-use xsr_format::image::GuestType;
 use xsr_format::read::{ReadOptions, RecordReader};
 use xsr_format::walk::{Around, Content, Walk};
 use xsr_format::wrapper::libxl::LibxlRecord;
-use xsr_format::wrapper::xl::XlHeader;
 use xsr_save_restore::pace::ReadLimit;
 use xsr_save_restore::progress::Cancel;
 use xsr_save_restore::restore::RestoreStats;
 use xsr_save_restore::toolstack::DirectToolstack;
+use xsr_xen_backend::DomId;
 use xsr_xen_backend::mock::MockHost;
-use xsr_xen_backend::{DomId, GuestKind, Host};
 
 pub(crate) use self::made::{About, Made};
+use self::plan::Plan;
+pub(crate) use self::plan::{Overrides, config_for};
 use self::source::ImageSource;
-use self::survey::Survey;
-pub(crate) use self::survey::config_for;
-use crate::args::{RestoreArgs, RestoreKind};
+use crate::args::RestoreArgs;
 use crate::backend;
-use crate::config::{self, Config};
-use crate::exit::{BadImage, BadUsage, Code, LeftBehind};
+use crate::exit::{BadImage, Code};
 use crate::file::Input;
-use crate::left;
+use crate::origin;
+use crate::peel::LeftOut;
 use crate::stdout;
 use crate::terminal::Terminal;
 use crate::text::{Count, size};
@@ -57,6 +54,9 @@ struct Report<'a> {
     superpages_1gib: u64,
     superpages_2mib: u64,
     seconds: f64,
+    /// State that came with the image and was not restored.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    left_out: Vec<LeftOut>,
 }
 
 /// Restore a domain. Whatever fails, the domain is destroyed again.
@@ -77,10 +77,12 @@ fn restore(args: &RestoreArgs, terminal: &Terminal, watch: &mut Watch) -> Result
     let restoring = || format!("restoring {}", input.name);
     // The image first: one that cannot be restored makes no host.
     let cancel = watch.interrupt().cancel().clone();
-    let image = Image::open(&input, args.lenient, &Overrides::from(args), cancel)
+    let overrides = Overrides::of(args)?;
+    let image = Image::open(&input, args.lenient, &overrides, cancel)
         .map_err(|error| input.blame(error))
         .with_context(restoring)?;
     let host = backend::open_or_create(&args.backend.backend)?;
+    let new_uuid = image.new_uuid();
     let made = image
         .build(&host, Named::AsItSays, args.threads.threads, watch)
         .and_then(|made| input.finish(0).map(|_| made))
@@ -91,7 +93,13 @@ fn restore(args: &RestoreArgs, terminal: &Terminal, watch: &mut Watch) -> Result
     }
     watch.clear();
     // From here on the domain lives, whatever becomes of what is said about it.
-    report(args, terminal, &input, made.keep(), started)?;
+    let about = made.keep();
+    origin::warn_of_losses(&input, true);
+    if let Some(uuid) = new_uuid {
+        let name = &about.name;
+        terminal.note(&format!("{name} is a clone: it has a new UUID, {uuid}"));
+    }
+    report(args, terminal, &input, about, started)?;
     Ok(Code::Fine)
 }
 
@@ -122,6 +130,7 @@ fn report(
             superpages_1gib: stats.superpages_1gib,
             superpages_2mib: stats.superpages_2mib,
             seconds,
+            left_out: input.left_out(),
         };
         stdout::report(
             terminal,
@@ -140,65 +149,6 @@ pub(crate) fn superpages(stats: &RestoreStats) -> String {
         0 => small.to_string(),
         _ => format!("{gibs}, {small}"),
     }
-}
-
-/// What the command line says of a domain whose image does not.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Overrides {
-    name: Option<String>,
-    kind: Option<GuestKind>,
-    vcpus: Option<u32>,
-    memory_kib: Option<u64>,
-    /// What to call a domain that has no name at all.
-    fallback: String,
-}
-
-impl Overrides {
-    /// Which of them were given, as options.
-    fn given(&self) -> Vec<&'static str> {
-        [
-            ("--name", self.name.is_some()),
-            ("--type", self.kind.is_some()),
-            ("--vcpus", self.vcpus.is_some()),
-            ("--memory", self.memory_kib.is_some()),
-        ]
-        .into_iter()
-        .filter_map(|(option, given)| given.then_some(option))
-        .collect()
-    }
-}
-
-impl From<&RestoreArgs> for Overrides {
-    fn from(args: &RestoreArgs) -> Self {
-        let stem = args
-            .file
-            .file_stem()
-            .filter(|_| args.file != Path::new("-"));
-        let fallback = stem.map(|stem| stem.to_string_lossy().into_owned());
-        Self {
-            name: args.name.clone(),
-            kind: args.kind.map(|kind| match kind {
-                RestoreKind::Pv => GuestKind::Pv,
-                RestoreKind::Hvm => GuestKind::Hvm,
-                RestoreKind::Pvh => GuestKind::Pvh,
-            }),
-            vcpus: args.vcpus,
-            memory_kib: args.memory.map(|memory| memory.kib),
-            fallback: fallback.unwrap_or_else(|| "restored".to_owned()),
-        }
-    }
-}
-
-/// What to build, and the configuration to keep with it.
-#[derive(Debug)]
-struct Plan {
-    json: String,
-    name: String,
-    kind: GuestKind,
-    vcpus: u32,
-    max_pages: u64,
-    /// Whether the name is the image's own, and not to be chosen.
-    name_is_given: bool,
 }
 
 /// What a domain is called while it is being built.
@@ -233,16 +183,14 @@ impl<'a> Image<'a> {
         let source = ImageSource::new(&input.file, cancel)?;
         let walk = Walk::open(source, options)?;
         let (reader, around) = walk.into_libxc()?;
-        let plan = match around.xl() {
-            Some(header) => Plan::from_header(header, overrides)?,
-            None => Plan::made_up(
-                input,
-                lenient,
-                overrides,
-                reader.offset(),
-                reader.domain().guest_type,
-            )?,
-        };
+        let plan = Plan::of(
+            input,
+            around.xl(),
+            overrides,
+            lenient,
+            reader.offset(),
+            reader.domain().guest_type,
+        )?;
         Ok(Self {
             reader,
             around,
@@ -262,7 +210,14 @@ impl<'a> Image<'a> {
         let header = around
             .xl()
             .ok_or_else(|| bad("the sender sent no xl header, and so no configuration"))?;
-        let plan = Plan::from_header(header, &Overrides::default())?;
+        let plan = Plan::of(
+            input,
+            Some(header),
+            &Overrides::default(),
+            false,
+            reader.offset(),
+            reader.domain().guest_type,
+        )?;
         Ok(Self {
             reader,
             around,
@@ -273,6 +228,11 @@ impl<'a> Image<'a> {
     /// The name that the domain will have.
     pub(crate) fn name(&self) -> &str {
         &self.plan.name
+    }
+
+    /// The UUID that was made for it because it has another name than its image says.
+    pub(crate) fn new_uuid(&self) -> Option<String> {
+        self.plan.new_uuid.clone()
     }
 
     /// Make the domain and fill it. It is paused then.
@@ -324,129 +284,6 @@ fn of_emulator(record: &LibxlRecord) -> bool {
         record,
         LibxlRecord::EmulatorXenstoreData { .. } | LibxlRecord::EmulatorContext { .. }
     )
-}
-
-impl Plan {
-    /// What the configuration in xl's header asks for.
-    fn from_header(header: &XlHeader, overrides: &Overrides) -> Result<Self> {
-        if !overrides.given().is_empty() {
-            let why = "the image has a configuration, which says name, type, vcpus and memory; \
-                       --name, --type, --vcpus and --memory are for images without";
-            return Err(Error::new(BadUsage(why.to_owned())));
-        }
-        let json = header.json().map_err(|e| bad(&e.to_string()))?;
-        let json = json.ok_or_else(|| bad("there is no JSON configuration in the xl header"))?;
-        let config = Config::parse(json)?;
-        Ok(Self {
-            json: json.to_owned(),
-            max_pages: config.max_pages(),
-            name: config.name,
-            kind: config.kind,
-            vcpus: config.vcpus,
-            name_is_given: true,
-        })
-    }
-
-    /// A plan for an image without configuration: from the command line, and what
-    /// that leaves open from the image, read once more for it. The file stands at
-    /// `offset` before and after.
-    fn made_up(
-        input: &Input,
-        lenient: bool,
-        overrides: &Overrides,
-        offset: u64,
-        guest_type: GuestType,
-    ) -> Result<Self> {
-        let Overrides {
-            kind,
-            vcpus,
-            memory_kib,
-            ..
-        } = *overrides;
-        let (kind, vcpus, memory_kib) = match (kind, vcpus, memory_kib) {
-            (Some(kind), Some(vcpus), Some(memory_kib)) => (kind, vcpus, memory_kib),
-            _ if !input.is_repeatable() => {
-                let why = "the image has no configuration, so it is read twice to find out what \
-                           the domain needs: give it as a file, or say --type, --vcpus and \
-                           --memory";
-                return Err(Error::new(BadUsage(why.to_owned())));
-            }
-            _ => {
-                let found = Survey::of(&input.again()?, lenient)?;
-                if input.length.is_some() {
-                    let mut file = &input.file;
-                    file.seek(SeekFrom::Start(offset))?;
-                }
-                (
-                    kind.map_or_else(|| found.kind(), Ok)?,
-                    vcpus.unwrap_or(found.vcpus.max(1)),
-                    memory_kib.unwrap_or(found.memory.populated() * 4),
-                )
-            }
-        };
-        let is_pv = guest_type == GuestType::X86_PV;
-        if is_pv != (kind == GuestKind::Pv) {
-            let why = format!(
-                "--type {}: the image is of an {guest_type} guest",
-                config::kind_name(kind)
-            );
-            return Err(Error::new(BadUsage(why)));
-        }
-        let name = overrides.name.as_ref().unwrap_or(&overrides.fallback);
-        Ok(Self {
-            json: config::make(name, &config::uuid(name, 0), kind, vcpus, memory_kib),
-            name: name.clone(),
-            kind,
-            vcpus,
-            max_pages: config::max_pages(memory_kib),
-            name_is_given: false,
-        })
-    }
-
-    /// Make the domain: paused, without memory.
-    fn make(&self, host: &MockHost, named: Named) -> Result<Made> {
-        let name = &self.name;
-        if host.find(name).is_ok() {
-            let another = match (named, self.name_is_given) {
-                (_, false) => "give this one another with --name",
-                (Named::AsItSays, true) => "destroy it first, or restore on another host",
-                (Named::Incoming, true) => "destroy or rename it first, or migrate elsewhere",
-            };
-            return Err(Error::msg(format!(
-                "a domain named {name:?} exists already; {another}"
-            )));
-        }
-        let at_first = match named {
-            Named::AsItSays => name.clone(),
-            Named::Incoming => format!("{name}{INCOMING}"),
-        };
-        if named == Named::Incoming && host.find(&at_first).is_ok() {
-            return Err(Error::msg(format!(
-                "a domain named {at_first:?} exists: a migration that broke off left it; see \
-                 that the sender still has its own, then destroy this one"
-            )));
-        }
-        let (left, number) = left::guest::arriving(host, name);
-        let domid = host
-            .create_domain(self.kind, self.vcpus, self.max_pages)
-            .with_context(|| format!("making {name}"))?;
-        number.get_or_init(|| domid);
-        let domain = host.domain(domid).map_err(|error| {
-            let left = format!("{domid}, made for {name}, is left here: destroy it by hand");
-            Error::new(error).context(LeftBehind(left))
-        })?;
-        let made = Made::new(domain, domid, name, left);
-        let named = match host.rename(domid, &at_first) {
-            Err(e) if !self.name_is_given => {
-                Err(Error::new(e).context("give the domain a name with --name"))
-            }
-            result => result.map_err(Error::from),
-        };
-        match named.and_then(|()| backend::store_config(host, domid, &self.json)) {
-            Ok(()) => Ok(made),
-            Err(error) => Err(made.given_up(error)),
-        }
-    }
 }
 
 fn bad(what: &str) -> Error {

@@ -13,6 +13,7 @@ use crate::args::VerifyArgs;
 use crate::exit::{self, Code};
 use crate::file::Input;
 use crate::image::{Event, Reading};
+use crate::origin;
 use crate::stdout::Results;
 use crate::terminal::Terminal;
 use crate::text::{Count, size};
@@ -81,6 +82,9 @@ struct Verdict {
     /// Octets that follow the image in the file, and that nobody reads.
     #[serde(skip_serializing_if = "is_zero")]
     trailing_octets: u64,
+    /// What was noticed that does not make the image bad.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    warnings: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<String>,
     /// Where the structure begins that is bad.
@@ -109,6 +113,8 @@ fn verify(path: &Path, reading: Reading, verdict: &mut Verdict) -> Result<()> {
         .finish(octets)
         .with_context(|| input.name.clone())?
         .unwrap_or(0);
+    verdict.warnings = input.notes();
+    verdict.warnings.extend(origin::left_out(&input));
     Ok(())
 }
 
@@ -181,6 +187,9 @@ impl Verdict {
         if self.trailing_octets > 0 {
             let octets = Count(self.trailing_octets, "octet");
             write!(out, " ({octets} behind the end are not part of it)")?;
+        }
+        for warning in &self.warnings {
+            write!(out, "; {warning}")?;
         }
         writeln!(out)?;
         Ok(())

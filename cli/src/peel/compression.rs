@@ -1,55 +1,118 @@
-//! Compressed files, decompressed as they are read. However large the contents claim to be,
-//! no more memory is taken than a window of the compressor: [`MAX_WINDOW`] at most.
+//! Compressed files, decompressed as they are read, and judged as gzip, zstd, lz4 and xz judge
+//! them: several frames one after the other, frames to be passed over, and padding are good.
+//! However large the contents claim to be, no more memory is taken than a window of the
+//! compressor: [`MAX_WINDOW`] at most.
+//!
+//! | what follows the last frame | gzip | zstd, lz4 | xz |
+//! |---|---|---|---|
+//! | another frame | read | read | read |
+//! | zeros up to the end | padding | padding | padding, of a multiple of 4 |
+//! | anything else | ignored, with a warning | damaged | damaged |
+//!
+//! (zstd and lz4 do not take padding. It is what a block device has behind a file.)
 
 use std::fmt;
-use std::io::{self, BufRead, BufReader, ErrorKind, Read};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::io::{self, BufRead as _, ErrorKind, Read};
+use std::mem;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Error, Result};
-use flate2::bufread::MultiGzDecoder;
+use flate2::bufread::GzDecoder;
 use lz4_flex::frame::FrameDecoder as Lz4Decoder;
 use lzma_rust2::XzReader;
-use ruzstd::decoding::errors::{FrameDecoderError, ReadFrameHeaderError};
-use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
 use xsr_format::detect::Compression;
 
 use super::Source;
+use super::packed::{Packed, Progress};
+use super::zstd::ZstdFrame;
 use crate::exit::BadImage;
+use crate::text::Count;
 
 /// The largest window that is allowed: what `xz -9` and `zstd --ultra -22` use (64 and
 /// 128 MiB).
-const MAX_WINDOW: u64 = 128 << 20;
+pub(super) const MAX_WINDOW: u64 = 128 << 20;
 
-/// A source of which it is known whether it failed itself.
-struct Watched {
-    source: Source,
-    failed: Arc<AtomicBool>,
+/// How far padding is looked at. A block device may have no end of it.
+const MAX_PADDING: u64 = 16 << 20;
+
+/// What was noticed on the way, for whoever reads the image.
+pub(crate) type Notes = Arc<Mutex<Vec<String>>>;
+
+/// Add a note.
+pub(super) fn note(notes: &Notes, text: String) {
+    notes
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .push(text);
 }
 
-impl Read for Watched {
-    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
-        let result = self.source.read(room);
-        if let Err(e) = &result
-            && e.kind() != ErrorKind::Interrupted
-        {
-            self.failed.store(true, Ordering::Relaxed);
-        }
-        result
-    }
+/// What is wrong with compressed data.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Wrong {
+    Truncated,
+    Checksum,
+    Window,
+    Dictionary,
+    Behind,
+    XzPadding,
+    Data,
 }
 
 /// What a decompressor does not like.
 #[derive(Debug)]
 struct Damage {
     compression: Compression,
-    why: String,
+    wrong: Wrong,
+    /// Compressed bytes that had been used.
+    at: u64,
 }
 
 impl fmt::Display for Damage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { compression, why } = self;
-        write!(f, "its {compression} data are damaged or cut off: {why}")
+        let Self {
+            compression,
+            wrong,
+            at,
+        } = self;
+        match wrong {
+            Wrong::Truncated => write!(
+                f,
+                "its {compression} data end too early, at byte {at:#x}; the file is truncated: \
+                 copy it again from where it came"
+            ),
+            Wrong::Checksum => write!(
+                f,
+                "a checksum of its {compression} data is wrong, before byte {at:#x}; the file is \
+                 damaged: copy it again from where it came"
+            ),
+            Wrong::Window => write!(
+                f,
+                "its {compression} data want more than {} MiB of memory: decompress it first: {} \
+                 FILE | …",
+                MAX_WINDOW >> 20,
+                compression.command()
+            ),
+            Wrong::Dictionary => write!(
+                f,
+                "its {compression} data were compressed with a dictionary: decompress it first, \
+                 with that"
+            ),
+            Wrong::Behind => write!(
+                f,
+                "what follows its {compression} data, at byte {at:#x}, is neither {compression} \
+                 data nor padding; the file is damaged, or something was appended to it"
+            ),
+            Wrong::XzPadding => write!(
+                f,
+                "the padding behind its xz data, up to byte {at:#x}, is no multiple of 4 bytes; \
+                 the file is truncated or damaged"
+            ),
+            Wrong::Data => write!(
+                f,
+                "its {compression} data are damaged, before byte {at:#x}: copy it again from \
+                 where it came"
+            ),
+        }
     }
 }
 
@@ -62,142 +125,313 @@ pub(crate) fn is_damage(error: &io::Error) -> bool {
         .is_some_and(<dyn std::error::Error + Send + Sync>::is::<Damage>)
 }
 
-/// Tells failures of the source from damage.
-struct Judged<D> {
-    decoder: D,
-    failed: Arc<AtomicBool>,
-    compression: Compression,
-}
-
-impl<D: Read> Read for Judged<D> {
-    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
-        match self.decoder.read(room) {
-            Err(e) if e.kind() == ErrorKind::Interrupted => Err(e),
-            Err(e) if self.failed.load(Ordering::Relaxed) => Err(e),
-            Err(e) => Err(io::Error::new(
-                ErrorKind::InvalidData,
-                Damage {
-                    compression: self.compression,
-                    why: e.to_string(),
-                },
-            )),
-            other => other,
-        }
-    }
-}
-
 /// What is in a compressed source.
 ///
 /// # Errors
 ///
 /// A compression that is not read here.
-pub(super) fn decompressed(compression: Compression, source: Source) -> Result<Source> {
-    let failed = Arc::new(AtomicBool::new(false));
-    let watched = BufReader::with_capacity(
-        256 << 10,
-        Watched {
-            source,
-            failed: Arc::clone(&failed),
-        },
-    );
-    let decoder: Source = match compression {
-        Compression::Gzip => Box::new(MultiGzDecoder::new(watched)),
-        Compression::Zstd => Box::new(ZstdFrames::new(watched)),
-        Compression::Lz4 => Box::new(Lz4Decoder::new(watched)),
-        Compression::Xz => {
-            let kib = u32::try_from(MAX_WINDOW >> 10).unwrap_or(u32::MAX);
-            Box::new(XzReader::new_mem_limit(watched, true, kib))
-        }
-        Compression::Bzip2 => {
-            let command = compression.command();
-            return Err(Error::new(BadImage(format!(
-                "compressed with {compression}, which neither libvirt's xl driver nor xapi \
-                 offers; decompress it first: {command} FILE | …"
-            ))));
-        }
-    };
-    Ok(Box::new(Judged {
-        decoder,
-        failed,
+pub(super) fn decompressed(
+    compression: Compression,
+    source: Source,
+    notes: &Notes,
+) -> Result<Source> {
+    if compression == Compression::Bzip2 {
+        let command = compression.command();
+        return Err(Error::new(BadImage(format!(
+            "compressed with {compression}, which neither libvirt's xl driver nor xapi offers; \
+             decompress it first: {command} FILE | …"
+        ))));
+    }
+    let (packed, progress) = Packed::new(source);
+    Ok(Box::new(Frames {
         compression,
+        progress,
+        notes: Arc::clone(notes),
+        now: Now::Between(packed),
+        any: false,
     }))
 }
 
-/// Frames of zstd, one behind the other, and those between that decoders skip.
-struct ZstdFrames {
-    source: BufReader<Watched>,
-    decoder: Box<FrameDecoder>,
-    in_frame: bool,
+/// Frames of one compression, one behind the other.
+struct Frames {
+    compression: Compression,
+    progress: Arc<Progress>,
+    notes: Notes,
+    now: Now,
+    /// Whether a frame has been read.
+    any: bool,
 }
 
-impl ZstdFrames {
-    fn new(source: BufReader<Watched>) -> Self {
-        let mut decoder = Box::new(FrameDecoder::new());
-        decoder.set_max_window_size(MAX_WINDOW);
-        Self {
-            source,
-            decoder,
-            in_frame: false,
+/// Where the reading stands.
+enum Now {
+    Between(Packed),
+    Gzip(GzDecoder<Packed>),
+    Zstd(ZstdFrame),
+    Lz4(Box<Lz4Decoder<Packed>>),
+    Lz4Legacy(Lz4Legacy),
+    Xz(Box<XzReader<Packed>>),
+    Over,
+}
+
+impl Now {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Gzip(frame) => frame.read(room),
+            Self::Zstd(frame) => frame.read(room),
+            Self::Lz4(frame) => frame.read(room),
+            Self::Lz4Legacy(frame) => frame.read(room),
+            Self::Xz(frame) => frame.read(room),
+            Self::Between(_) | Self::Over => Ok(0),
         }
     }
 
-    /// Begin the next frame; `false` where there is none.
-    fn next_frame(&mut self) -> io::Result<bool> {
+    /// Behind a frame.
+    fn behind(self) -> Self {
+        Self::Between(match self {
+            Self::Gzip(frame) => frame.into_inner(),
+            Self::Zstd(frame) => frame.into_inner(),
+            Self::Lz4(frame) => frame.into_inner(),
+            Self::Lz4Legacy(frame) => frame.packed,
+            Self::Xz(frame) => frame.into_inner(),
+            Self::Between(packed) => packed,
+            Self::Over => return Self::Over,
+        })
+    }
+}
+
+const ZSTD: [u8; 4] = *b"\x28\xb5\x2f\xfd";
+const LZ4: [u8; 4] = *b"\x04\x22\x4d\x18";
+const LZ4_LEGACY: [u8; 4] = *b"\x02\x21\x4c\x18";
+const XZ: &[u8] = b"\xfd7zXZ\0";
+/// Of the first byte of a frame to be passed over, the upper half.
+const SKIPPED: [u8; 3] = *b"\x2a\x4d\x18";
+
+impl Frames {
+    fn damage(&self, wrong: Wrong) -> io::Error {
+        let damage = Damage {
+            compression: self.compression,
+            wrong,
+            at: self.progress.used(),
+        };
+        io::Error::new(ErrorKind::InvalidData, damage)
+    }
+
+    /// What an error of a decompressor means.
+    fn judged(&self, error: io::Error) -> io::Error {
+        if error.kind() == ErrorKind::Interrupted || self.progress.failed() || is_damage(&error) {
+            return error;
+        }
+        let text = error.to_string().to_ascii_lowercase();
+        let says = |words: &[&str]| words.iter().any(|word| text.contains(word));
+        self.damage(match error.kind() {
+            ErrorKind::OutOfMemory => Wrong::Window,
+            ErrorKind::UnexpectedEof => Wrong::Truncated,
+            _ if self.progress.ran_out() => Wrong::Truncated,
+            _ if says(&["window_size is too big", "window_size bigger"]) => Wrong::Window,
+            _ if says(&["dictionary", "dictnotprovided"]) => Wrong::Dictionary,
+            _ if says(&["checksum", "crc"]) => Wrong::Checksum,
+            _ => Wrong::Data,
+        })
+    }
+
+    /// Begin the next frame, or end.
+    fn begin(&mut self, mut packed: Packed) -> io::Result<Now> {
         loop {
-            if self.source.fill_buf()?.is_empty() {
-                return Ok(false);
+            let head = packed.peek(8)?;
+            if head.is_empty() {
+                return Ok(Now::Over);
             }
-            match self.decoder.reset(&mut self.source) {
-                Ok(()) => return Ok(true),
-                Err(FrameDecoderError::ReadFrameHeaderError(ReadFrameHeaderError::SkipFrame {
-                    length,
-                    ..
-                })) => {
-                    let octets = u64::from(length);
-                    let skipped =
-                        io::copy(&mut self.source.by_ref().take(octets), &mut io::sink())?;
-                    if skipped < octets {
-                        return Err(ErrorKind::UnexpectedEof.into());
-                    }
+            let begins = |magic: &[u8]| head.starts_with(magic);
+            match self.compression {
+                Compression::Gzip if begins(b"\x1f\x8b") => {
+                    return Ok(Now::Gzip(GzDecoder::new(packed)));
                 }
-                Err(e) => return Err(io::Error::other(e.to_string())),
+                Compression::Xz if begins(XZ) => {
+                    let kib = u32::try_from(MAX_WINDOW >> 10).unwrap_or(u32::MAX);
+                    let frame = XzReader::new_mem_limit(packed, false, kib);
+                    return Ok(Now::Xz(Box::new(frame)));
+                }
+                Compression::Zstd | Compression::Lz4 => match head.first_chunk::<4>() {
+                    Some(&ZSTD) => return Ok(Now::Zstd(ZstdFrame::begin(packed)?)),
+                    Some(&LZ4) => return Ok(Now::Lz4(Box::new(Lz4Decoder::new(packed)))),
+                    Some(&LZ4_LEGACY) => {
+                        packed.consume(4);
+                        return Ok(Now::Lz4Legacy(Lz4Legacy::new(packed)));
+                    }
+                    Some([0x50..=0x5f, rest @ ..]) if *rest == SKIPPED => {
+                        self.skip(&mut packed)?;
+                        continue;
+                    }
+                    Some(_) => {}
+                    // A magic that is cut off.
+                    None if [ZSTD, LZ4].iter().any(|magic| magic.starts_with(head)) => {
+                        return Err(self.damage(Wrong::Truncated));
+                    }
+                    None => {}
+                },
+                Compression::Xz if head.len() < XZ.len() && XZ.starts_with(head) => {
+                    return Err(self.damage(Wrong::Truncated));
+                }
+                _ => {}
             }
+            return match self.any {
+                true => self.behind_the_last(packed),
+                false => Err(self.damage(Wrong::Data)),
+            };
         }
     }
 
-    /// The frame is over: is it what was compressed?
-    fn check(&self) -> io::Result<()> {
-        let expected = self.decoder.get_checksum_from_data();
-        match expected.is_none() || expected == self.decoder.get_calculated_checksum() {
-            true => Ok(()),
-            false => Err(io::Error::other("the checksum of a frame is wrong")),
+    /// Pass over a frame of zstd or lz4 that says so.
+    fn skip(&mut self, packed: &mut Packed) -> io::Result<()> {
+        let length = match packed.peek(8)? {
+            [_, _, _, _, length @ ..] => length.first_chunk().copied(),
+            _ => None,
+        };
+        let whole = match length {
+            Some(length) => packed.skip(8 + u64::from(u32::from_le_bytes(length)))?,
+            None => false,
+        };
+        match whole {
+            true => {
+                self.any = true;
+                Ok(())
+            }
+            false => Err(self.damage(Wrong::Truncated)),
+        }
+    }
+
+    /// Padding, or what is none.
+    fn behind_the_last(&mut self, mut packed: Packed) -> io::Result<Now> {
+        let start = self.progress.used();
+        let compression = self.compression;
+        let mut zeros = 0_u64;
+        let what = loop {
+            let bytes = packed.peek(1)?;
+            if bytes.is_empty() || zeros > MAX_PADDING {
+                break None;
+            }
+            let count = bytes.iter().take_while(|byte| **byte == 0).count();
+            let more = bytes.len() > count;
+            packed.consume(count);
+            zeros += count as u64;
+            if more {
+                break Some(());
+            }
+        };
+        match (compression, what) {
+            (Compression::Xz, _) if zeros % 4 != 0 && zeros <= MAX_PADDING => {
+                return Err(self.damage(Wrong::XzPadding));
+            }
+            (Compression::Xz, Some(())) if zeros > 0 && packed.peek(6)?.starts_with(XZ) => {
+                return Ok(Now::Between(packed));
+            }
+            (Compression::Gzip, Some(())) => {
+                let text = format!(
+                    "what follows the gzip data, at byte {start:#x}, is no gzip data and is \
+                     ignored, as gzip does"
+                );
+                note(&self.notes, text);
+            }
+            (_, Some(())) => return Err(self.damage(Wrong::Behind)),
+            (_, None) => {
+                let bytes = Count(zeros, "byte");
+                let more = if zeros > MAX_PADDING { " or more" } else { "" };
+                let text = format!("{bytes}{more} of zeros behind the {compression} data");
+                note(&self.notes, text);
+            }
+        }
+        Ok(Now::Over)
+    }
+
+    fn next(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match mem::replace(&mut self.now, Now::Over) {
+                Now::Over => return Ok(0),
+                Now::Between(packed) => self.now = self.begin(packed)?,
+                mut frame => match frame.read(room)? {
+                    0 => {
+                        self.any = true;
+                        self.now = frame.behind();
+                    }
+                    n => {
+                        self.now = frame;
+                        return Ok(n);
+                    }
+                },
+            }
         }
     }
 }
 
-impl Read for ZstdFrames {
+impl Read for Frames {
     fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
         if room.is_empty() {
             return Ok(0);
         }
-        loop {
-            if !self.in_frame {
-                if !self.next_frame()? {
-                    return Ok(0);
-                }
-                self.in_frame = true;
-            }
-            if self.decoder.can_collect() > 0 {
-                return self.decoder.read(room);
-            }
-            if self.decoder.is_finished() {
-                self.check()?;
-                self.in_frame = false;
-                continue;
-            }
-            self.decoder
-                .decode_blocks(&mut self.source, BlockDecodingStrategy::UptoBlocks(1))
-                .map_err(|e| io::Error::other(e.to_string()))?;
+        self.next(room).map_err(|e| self.judged(e))
+    }
+}
+
+/// LZ4's old format (`lz4 -l`, the kernel's): blocks of 8 MiB without checksums, up to the end
+/// or to the magic of another frame.
+struct Lz4Legacy {
+    packed: Packed,
+    block: Vec<u8>,
+    at: usize,
+}
+
+impl Lz4Legacy {
+    const BLOCK: usize = 8 << 20;
+    /// The longest that a block can become by being compressed.
+    const MOST: usize = Self::BLOCK + Self::BLOCK / 255 + 16;
+
+    fn new(packed: Packed) -> Self {
+        Self {
+            packed,
+            block: Vec::new(),
+            at: 0,
         }
+    }
+
+    /// The next block; whether there is one.
+    fn more(&mut self) -> io::Result<bool> {
+        let Some(length) = self.packed.peek(4)?.first_chunk::<4>().copied() else {
+            return match self.packed.peek(1)? {
+                [] => Ok(false),
+                _ => Err(ErrorKind::UnexpectedEof.into()),
+            };
+        };
+        let length = usize::try_from(u32::from_le_bytes(length)).unwrap_or(usize::MAX);
+        // A magic, or padding.
+        if length > Self::MOST || length == 0 {
+            return Ok(false);
+        }
+        self.packed.consume(4);
+        let mut packed = Vec::new();
+        let mut source = self.packed.by_ref().take(length as u64);
+        if source.read_to_end(&mut packed)? < length {
+            return Err(ErrorKind::UnexpectedEof.into());
+        }
+        self.block.resize(Self::BLOCK, 0);
+        let n = lz4_flex::block::decompress_into(&packed, &mut self.block)
+            .map_err(|e| io::Error::other(e.to_string()))?;
+        self.block.truncate(n);
+        self.at = 0;
+        Ok(true)
+    }
+}
+
+impl Read for Lz4Legacy {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        while self.at == self.block.len() {
+            if !self.more()? {
+                return Ok(0);
+            }
+        }
+        let ready = &self.block[self.at..];
+        let n = ready.len().min(room.len());
+        room[..n].copy_from_slice(&ready[..n]);
+        self.at += n;
+        Ok(n)
     }
 }

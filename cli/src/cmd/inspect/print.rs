@@ -26,6 +26,7 @@ pub(crate) fn print(report: &Report, out: &mut dyn Write) -> io::Result<()> {
     }
     headers(report, out)?;
     guest(report, out)?;
+    origin(report, out)?;
     records(&report.records, out)?;
     context(report, out)?;
     params(report, out)?;
@@ -37,9 +38,16 @@ fn headers(report: &Report, out: &mut dyn Write) -> io::Result<()> {
     for layer in &report.layers {
         writeln!(out, "  around  {layer}")?;
     }
-    if let Some(xml) = &report.libvirt_xml {
-        let octets = Count(xml.len(), "octet");
-        writeln!(out, "  libvirt XML of {octets}")?;
+    for note in &report.notes {
+        writeln!(out, "  note    {note}")?;
+    }
+    for left in &report.left_out {
+        let (record, what, at) = (&left.record, left.what, left.offset);
+        let bytes = Count(left.bytes, "byte");
+        writeln!(
+            out,
+            "  beside  {record}: {what}, {bytes} at {at:#x}; no image of xl has a place for it"
+        )?;
     }
     if let Some(xl) = &report.xl {
         let json = match (xl.config_octets, xl.mandatory_flags & 1) {
@@ -95,7 +103,12 @@ fn guest(report: &Report, out: &mut dyn Write) -> io::Result<()> {
             .map_or_else(String::new, |b| format!(", {b}-bit"));
         writeln!(out, "  kind    {}{bits}", kind.to_uppercase())?;
     }
-    writeln!(out, "  vcpus   {}", guest.vcpus)?;
+    match guest.max_vcpus {
+        Some(max) if max != guest.vcpus => {
+            writeln!(out, "  vcpus   {}, configured {max}", guest.vcpus)?;
+        }
+        _ => writeln!(out, "  vcpus   {}", guest.vcpus)?,
+    }
     let pages = &report.pages;
     write!(out, "  memory  {} in ", size(guest.populated_kib << 10))?;
     write!(out, "{}", Count(pages.populated, "page"))?;
@@ -110,6 +123,26 @@ fn guest(report: &Report, out: &mut dyn Write) -> io::Result<()> {
             write!(out, "{separator} {} {}", fact.pages, fact.name)?;
         }
         writeln!(out)?;
+    }
+    Ok(())
+}
+
+/// What another toolstack says of the domain.
+fn origin(report: &Report, out: &mut dyn Write) -> io::Result<()> {
+    let Some(origin) = &report.origin else {
+        return Ok(());
+    };
+    let bytes = Count(origin.text.len(), "byte");
+    let words = origin.words();
+    writeln!(
+        out,
+        "\nSaid by {words} ({bytes}; xsr cat --layer config writes it)"
+    )?;
+    if let Some(why) = &origin.error {
+        writeln!(out, "  could not be understood: it {}", why.escape_debug())?;
+    }
+    for device in &origin.devices {
+        writeln!(out, "  device  {}", device.escape_debug())?;
     }
     Ok(())
 }

@@ -5,6 +5,9 @@ use serde::Serialize;
 
 use super::facts::{Facts, TypeFact};
 use super::named::Named;
+use crate::config;
+use crate::origin::Origin;
+use crate::peel::LeftOut;
 
 /// An image.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -20,6 +23,18 @@ pub(crate) struct Report {
     /// The XML that libvirt keeps with the image.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) libvirt_xml: Option<String>,
+    /// What a toolstack other than today's xl says of the domain.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) origin: Option<Origin>,
+    /// State beside the image that no image of xl has a place for.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) left_out: Vec<LeftOut>,
+    /// What was noticed in what stands around the image.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) notes: Vec<String>,
+    /// Octets of the file behind the image, which nobody reads.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub(crate) trailing_octets: u64,
     /// The xl header, where there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) xl: Option<XlReport>,
@@ -47,6 +62,35 @@ pub(crate) struct Report {
     /// Why reading ended early: the image is bad, and this document incomplete.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) error: Option<String>,
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde asks for a reference"
+)]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
+}
+
+impl Report {
+    /// Take over what another toolstack says of the domain. (Of its kind, what the stream says
+    /// counts, which knows no PVH.)
+    pub(crate) fn said_by(&mut self, origin: &Origin) {
+        let guest = &mut self.guest;
+        guest.name = guest.name.take().or_else(|| origin.name.clone());
+        guest.uuid = guest.uuid.take().or_else(|| origin.uuid.clone());
+        guest.max_memory_kib = guest.max_memory_kib.or(origin.max_memory_kib);
+        guest.max_vcpus = guest.max_vcpus.or(origin.vcpus);
+        let said = origin.kind.map(config::kind_name);
+        guest.kind = match (guest.kind, said) {
+            (None, said) | (Some("hvm"), said @ Some("pvh")) => said,
+            (kind, _) => kind,
+        };
+        if origin.toolstack == "libvirt" {
+            self.libvirt_xml = Some(origin.text.clone());
+        }
+        self.origin = Some(origin.clone());
+    }
 }
 
 /// The xl header.
@@ -93,6 +137,9 @@ pub(crate) struct Guest {
     pub(crate) bits: Option<u8>,
     /// Vcpus with state in the image.
     pub(crate) vcpus: u32,
+    /// Vcpus that another toolstack's configuration gives it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) max_vcpus: Option<u32>,
     /// Most memory the configuration allows, in KiB.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) max_memory_kib: Option<u64>,

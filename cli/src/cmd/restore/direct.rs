@@ -26,7 +26,7 @@ pub(super) fn restore(args: &RestoreArgs, terminal: &Terminal, watch: &mut Watch
     watch.expect_octets(input.length);
     let restoring = || format!("restoring {}", input.name);
     let cancel = watch.interrupt().cancel().clone();
-    let built = Image::open(&input, args.lenient, &Overrides::from(args), cancel)
+    let built = Image::open(&input, args.lenient, &Overrides::of(args)?, cancel)
         .and_then(|image| build(image, &host, args, watch))
         .and_then(|built| input.finish(0).map(|_| built))
         .map_err(|error| input.blame(error))

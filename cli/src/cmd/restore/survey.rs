@@ -2,9 +2,7 @@
 //!
 //! C implementation: none; xl restores nothing without a configuration.
 
-use std::path::Path;
-
-use anyhow::{Error, Result};
+use anyhow::Result;
 use xsr_format::fields::hvm::{HvmContext, HvmRecordKind};
 use xsr_format::image::GuestType;
 use xsr_format::record::{Body, RecordKind};
@@ -12,38 +10,14 @@ use xsr_format::wrapper::libxl::LibxlRecord;
 use xsr_xen_backend::GuestKind;
 
 use super::bad;
-use crate::config;
-use crate::exit::BadUsage;
 use crate::file::Input;
 use crate::image::{Event, Reading};
 use crate::page_map::{PageMap, runs_of};
 
-/// The configuration that a restore would make for an image that has none. The image is
-/// read for it.
-pub(crate) fn config_for(input: &Input, file: &Path, lenient: bool) -> Result<String> {
-    if !input.is_repeatable() {
-        let why = "the image has no configuration and is read twice, to find out what the \
-                   domain needs: give it as a file, or a configuration with --config";
-        return Err(Error::new(BadUsage(why.to_owned())));
-    }
-    let found = Survey::of(&input.again()?.unwrapped(lenient)?, lenient)?;
-    let name = file.file_stem().unwrap_or_default().to_string_lossy();
-    let kind = found.kind()?;
-    let memory_kib = found.memory.populated() * 4;
-    let uuid = config::uuid(&name, 0);
-    Ok(config::make(
-        &name,
-        &uuid,
-        kind,
-        found.vcpus.max(1),
-        memory_kib,
-    ))
-}
-
 /// What an image shows of the domain that it needs.
 #[derive(Debug, Default)]
 pub(super) struct Survey {
-    guest_type: Option<GuestType>,
+    pub(super) guest_type: Option<GuestType>,
     pub(super) vcpus: u32,
     pub(super) memory: PageMap,
     /// Whether an emulator has state in it, which PVH guests have not.

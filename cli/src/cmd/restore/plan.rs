@@ -1,0 +1,397 @@
+//! What domain to make for an image: its configuration's, or what the command line, another
+//! toolstack and the image itself say, in this order.
+//!
+//! | from | name, UUID | kind, vcpus, memory |
+//! |---|---|---|
+//! | libxl's JSON in xl's header, or `--config` | there; `--name` is another, and makes a new UUID | there |
+//! | anything else | `--name`, libvirt's XML, xend's s-expression, xapi's record, xl's old text, the file's name | the options, the same, the image |
+//!
+//! C implementation: `create_domain` in `tools/xl/xl_vmcontrol.c`.
+
+use std::io::{Seek, SeekFrom};
+use std::path::Path;
+
+use anyhow::{Context as _, Error, Result};
+use xsr_format::image::GuestType;
+use xsr_format::wrapper::xl::XlHeader;
+use xsr_xen_backend::mock::MockHost;
+use xsr_xen_backend::{GuestKind, Host};
+
+use super::made::Made;
+use super::survey::Survey;
+use super::{INCOMING, Named, bad};
+use crate::args::{RestoreArgs, RestoreKind};
+use crate::backend;
+use crate::config::{self, Config};
+use crate::exit::{BadUsage, LeftBehind};
+use crate::file::Input;
+use crate::left;
+use crate::origin::Origin;
+
+/// What the command line says of a domain.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Overrides {
+    name: Option<String>,
+    kind: Option<GuestKind>,
+    vcpus: Option<u32>,
+    memory_kib: Option<u64>,
+    /// The configuration that counts in the place of the image's.
+    config: Option<Given>,
+    /// What to call a domain that has no name at all.
+    fallback: String,
+}
+
+/// A configuration from a file.
+#[derive(Clone, Debug)]
+enum Given {
+    Json(String),
+    Text(Origin),
+}
+
+impl Overrides {
+    /// Which of those were given, as options, that a configuration has the last word on.
+    fn given(&self) -> Vec<&'static str> {
+        [
+            ("--type", self.kind.is_some()),
+            ("--vcpus", self.vcpus.is_some()),
+            ("--memory", self.memory_kib.is_some()),
+        ]
+        .into_iter()
+        .filter_map(|(option, given)| given.then_some(option))
+        .collect()
+    }
+
+    /// For an image that is named after its file if nothing else says its name.
+    pub(super) fn named_after(file: &Path) -> Self {
+        let stem = file.file_stem().filter(|_| file != Path::new("-"));
+        let fallback = stem.map(|stem| stem.to_string_lossy().into_owned());
+        Self {
+            fallback: fallback.unwrap_or_else(|| "restored".to_owned()),
+            ..Self::default()
+        }
+    }
+
+    /// What a command line says.
+    ///
+    /// # Errors
+    ///
+    /// A name that no domain can have; a configuration that cannot be read.
+    pub(crate) fn of(args: &RestoreArgs) -> Result<Self> {
+        if let Some(name) = &args.name
+            && let Some(why) = config::wrong_with_name(name)
+        {
+            return Err(Error::new(BadUsage(format!("--name {name:?}: {why}"))));
+        }
+        let config = match &args.config {
+            Some(path) => Some(given(path)?),
+            None => None,
+        };
+        Ok(Self {
+            name: args.name.clone(),
+            kind: args.kind.map(|kind| match kind {
+                RestoreKind::Pv => GuestKind::Pv,
+                RestoreKind::Hvm => GuestKind::Hvm,
+                RestoreKind::Pvh => GuestKind::Pvh,
+            }),
+            vcpus: args.vcpus,
+            memory_kib: args.memory.map(|memory| memory.kib),
+            config,
+            ..Self::named_after(&args.file)
+        })
+    }
+}
+
+/// The configuration in a file: libxl's JSON, or xl's own format, as `xl restore` takes it.
+fn given(path: &Path) -> Result<Given> {
+    let name = path.display();
+    let text = std::fs::read_to_string(path).with_context(|| name.to_string())?;
+    let text = text.trim_end_matches('\0');
+    if text.trim_start().starts_with('{') {
+        Config::parse(text).map_err(|e| Error::new(BadUsage(format!("{name}: {e}"))))?;
+        return Ok(Given::Json(text.to_owned()));
+    }
+    let origin = Origin::of_text(text);
+    match &origin.error {
+        Some(why) => {
+            let why = format!("{name}: neither libxl's JSON nor a configuration of xl: {why}");
+            Err(Error::new(BadUsage(why)))
+        }
+        None => Ok(Given::Text(origin)),
+    }
+}
+
+/// What to build, and the configuration to keep with it.
+#[derive(Debug)]
+pub(super) struct Plan {
+    pub(super) json: String,
+    pub(super) name: String,
+    pub(super) kind: GuestKind,
+    pub(super) vcpus: u32,
+    pub(super) max_pages: u64,
+    /// The UUID that was made for it because it has another name than its image says.
+    pub(super) new_uuid: Option<String>,
+    /// Whether the name is that of the file, for want of another.
+    name_is_made_up: bool,
+}
+
+/// What is known of a domain without libxl's configuration.
+struct Known {
+    name: String,
+    name_is_made_up: bool,
+    uuid: String,
+    new_uuid: Option<String>,
+    kind: GuestKind,
+    vcpus: u32,
+    memory_kib: u64,
+}
+
+impl Known {
+    fn json(&self) -> String {
+        config::make(
+            &self.name,
+            &self.uuid,
+            self.kind,
+            self.vcpus,
+            self.memory_kib,
+        )
+    }
+
+    /// From the command line, another toolstack, and what that leaves open from the image:
+    /// `survey` reads it for that; `None` where it cannot be read for that.
+    fn find_out(
+        overrides: &Overrides,
+        origin: Option<&Origin>,
+        survey: Option<&mut dyn FnMut() -> Result<Survey>>,
+    ) -> Result<Self> {
+        let none = Origin::default();
+        let said = origin.unwrap_or(&none);
+        let kind = overrides.kind.or(said.kind);
+        let vcpus = overrides.vcpus.or(said.vcpus);
+        let memory_kib = overrides.memory_kib.or(said.max_memory_kib);
+        // The memory that other toolstacks name is without that of an HVM guest's screen.
+        let is_short = kind == Some(GuestKind::Hvm) && overrides.memory_kib.is_none();
+        let (kind, vcpus, memory_kib) = match (kind, vcpus, memory_kib, survey) {
+            (Some(kind), Some(vcpus), Some(memory_kib), survey)
+                if survey.is_none() || !is_short =>
+            {
+                (kind, vcpus, memory_kib)
+            }
+            (.., None) => {
+                let why = "the image has no configuration, so it is read twice to find out what \
+                           the domain needs: give it as a file, or say --type, --vcpus and \
+                           --memory (to convert: give a configuration with --config)";
+                return Err(Error::new(BadUsage(why.to_owned())));
+            }
+            (kind, vcpus, memory_kib, Some(survey)) => {
+                let found = survey()?;
+                let held = found.memory.populated().saturating_mul(4);
+                (
+                    kind.map_or_else(|| found.kind(), Ok)?,
+                    vcpus.unwrap_or(found.vcpus.max(1)),
+                    memory_kib.map_or(held, |kib| match is_short {
+                        true => kib.max(held),
+                        false => kib,
+                    }),
+                )
+            }
+        };
+        let is_clone =
+            matches!((&overrides.name, &said.name), (Some(new), Some(old)) if new != old);
+        let name_is_made_up = overrides.name.is_none() && said.name.is_none();
+        let name = overrides.name.as_ref().or(said.name.as_ref());
+        let name = name.unwrap_or(&overrides.fallback).clone();
+        let new_uuid = match is_clone {
+            true => Some(config::new_uuid().context("making a UUID")?),
+            false => None,
+        };
+        let uuid = new_uuid.clone().or_else(|| said.uuid.clone());
+        Ok(Self {
+            uuid: uuid.unwrap_or_else(|| config::uuid(&name, 0)),
+            name,
+            name_is_made_up,
+            new_uuid,
+            kind,
+            vcpus,
+            memory_kib,
+        })
+    }
+}
+
+/// The configuration that a restore would make for an image that has none of libxl's. The
+/// image is read for it where nothing else says enough.
+pub(crate) fn config_for(input: &Input, file: &Path, lenient: bool) -> Result<String> {
+    let overrides = Overrides::named_after(file);
+    let mut survey = || Survey::of(&input.again()?.unwrapped(lenient)?, lenient);
+    let survey: Option<&mut dyn FnMut() -> Result<Survey>> = match input.is_repeatable() {
+        true => Some(&mut survey),
+        false => None,
+    };
+    Ok(Known::find_out(&overrides, input.origin(), survey)?.json())
+}
+
+impl Plan {
+    /// What an image asks for, whose header, if it has one, has been read. The file stands at
+    /// `offset` before and after.
+    pub(super) fn of(
+        input: &Input,
+        header: Option<&XlHeader>,
+        overrides: &Overrides,
+        lenient: bool,
+        offset: u64,
+        guest_type: GuestType,
+    ) -> Result<Self> {
+        match &overrides.config {
+            Some(Given::Json(json)) => return Self::from_json(json, overrides),
+            Some(Given::Text(origin)) => {
+                return Self::made_up(input, Some(origin), overrides, lenient, offset, guest_type);
+            }
+            None => {}
+        }
+        let Some(header) = header else {
+            let origin = input.origin();
+            return Self::made_up(input, origin, overrides, lenient, offset, guest_type);
+        };
+        if let Some(json) = header.json().map_err(|e| bad(&e.to_string()))? {
+            return Self::from_json(json, overrides);
+        }
+        let origin = Origin::of_xl(header);
+        if let Some(Origin {
+            error: Some(why), ..
+        }) = &origin
+        {
+            tracing::warn!("the configuration in the xl header could not be understood: {why}");
+        }
+        Self::made_up(
+            input,
+            origin.as_ref(),
+            overrides,
+            lenient,
+            offset,
+            guest_type,
+        )
+    }
+
+    /// What a configuration of libxl asks for.
+    fn from_json(json: &str, overrides: &Overrides) -> Result<Self> {
+        let given = overrides.given();
+        if !given.is_empty() {
+            let why = format!(
+                "the image has a configuration, which says type, vcpus and memory, and {} is for \
+                 images without: xsr edit --config changes it, restore --config takes another",
+                given.join(", ")
+            );
+            return Err(Error::new(BadUsage(why)));
+        }
+        let config = Config::parse(json)?;
+        let mut plan = Self {
+            json: json.to_owned(),
+            max_pages: config.max_pages(),
+            name: config.name,
+            kind: config.kind,
+            vcpus: config.vcpus,
+            new_uuid: None,
+            name_is_made_up: false,
+        };
+        if let Some(name) = overrides.name.as_ref().filter(|name| **name != plan.name) {
+            let uuid = config::new_uuid().context("making a UUID")?;
+            let values = [("/c_info/name", name.as_str()), ("/c_info/uuid", &uuid)];
+            plan.json = config::with(json, &values)?;
+            plan.name.clone_from(name);
+            plan.new_uuid = Some(uuid);
+        }
+        Ok(plan)
+    }
+
+    /// A plan for an image without libxl's configuration.
+    fn made_up(
+        input: &Input,
+        origin: Option<&Origin>,
+        overrides: &Overrides,
+        lenient: bool,
+        offset: u64,
+        guest_type: GuestType,
+    ) -> Result<Self> {
+        let mut survey = || {
+            let found = Survey::of(&input.again()?, lenient)?;
+            if input.length.is_some() {
+                let mut file = &input.file;
+                file.seek(SeekFrom::Start(offset))?;
+            }
+            Ok(found)
+        };
+        let survey: Option<&mut dyn FnMut() -> Result<Survey>> = match input.is_repeatable() {
+            true => Some(&mut survey),
+            false => None,
+        };
+        let known = Known::find_out(overrides, origin, survey)?;
+        let is_pv = guest_type == GuestType::X86_PV;
+        if is_pv != (known.kind == GuestKind::Pv) {
+            let kind = config::kind_name(known.kind);
+            return Err(match (overrides.kind, origin) {
+                (None, Some(origin)) => bad(&format!(
+                    "{} says that the guest is {kind}, but the image is of an {guest_type} guest; \
+                     --type overrides it",
+                    origin.words()
+                )),
+                _ => Error::new(BadUsage(format!(
+                    "--type {kind}: the image is of an {guest_type} guest"
+                ))),
+            });
+        }
+        Ok(Self {
+            json: known.json(),
+            name: known.name,
+            kind: known.kind,
+            vcpus: known.vcpus,
+            max_pages: config::max_pages(known.memory_kib),
+            new_uuid: known.new_uuid,
+            name_is_made_up: known.name_is_made_up,
+        })
+    }
+
+    /// Make the domain: paused, without memory.
+    pub(super) fn make(&self, host: &MockHost, named: Named) -> Result<Made> {
+        let name = &self.name;
+        if host.find(name).is_ok() {
+            let another = match named {
+                Named::AsItSays if self.name_is_made_up => "give this one another with --name",
+                Named::AsItSays => {
+                    "give this one another with --name (it gets a new UUID, too; xsr edit --name \
+                     makes an image that keeps its UUID), destroy the other first, or restore on \
+                     another host"
+                }
+                Named::Incoming => "destroy or rename it first, or migrate elsewhere",
+            };
+            return Err(Error::msg(format!(
+                "a domain named {name:?} exists already; {another}"
+            )));
+        }
+        let at_first = match named {
+            Named::AsItSays => name.clone(),
+            Named::Incoming => format!("{name}{INCOMING}"),
+        };
+        if named == Named::Incoming && host.find(&at_first).is_ok() {
+            return Err(Error::msg(format!(
+                "a domain named {at_first:?} exists: a migration that broke off left it; see \
+                 that the sender still has its own, then destroy this one"
+            )));
+        }
+        let (left, number) = left::guest::arriving(host, name);
+        let domid = host
+            .create_domain(self.kind, self.vcpus, self.max_pages)
+            .with_context(|| format!("making {name}"))?;
+        number.get_or_init(|| domid);
+        let domain = host.domain(domid).map_err(|error| {
+            let left = format!("{domid}, made for {name}, is left here: destroy it by hand");
+            Error::new(error).context(LeftBehind(left))
+        })?;
+        let made = Made::new(domain, domid, name, left);
+        let named = host
+            .rename(domid, &at_first)
+            .map_err(|e| Error::new(e).context("give the domain a name with --name"));
+        match named.and_then(|()| backend::store_config(host, domid, &self.json)) {
+            Ok(()) => Ok(made),
+            Err(error) => Err(made.given_up(error)),
+        }
+    }
+}

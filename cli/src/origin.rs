@@ -1,0 +1,234 @@
+//! What a toolstack other than today's xl says of a domain, beside its image: libvirt's XML,
+//! xend's s-expression, what xenopsd keeps, the text that xl of Xen 4.1 to 4.4 kept.
+//!
+//! Name, UUID, kind, vcpus and memory are taken from there; devices are named, because no
+//! container that is written here can hold them in another toolstack's words.
+
+mod sxp;
+mod xl_text;
+mod xml;
+
+use serde::Serialize;
+use xsr_format::wrapper::xl::{FLAG_JSON, XlHeader};
+use xsr_xen_backend::GuestKind;
+
+pub(crate) use self::xl_text::with_setting;
+use crate::config;
+use crate::file::Input;
+use crate::peel::LeftOut;
+use crate::text::Count;
+
+/// The most devices that are named.
+const MAX_DEVICES: usize = 64;
+/// The longest value that is taken over: a name, a device.
+const MAX_VALUE: usize = 256;
+
+/// What another toolstack says of a domain.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub(crate) struct Origin {
+    /// Whose words they are: `libvirt`, `xend`, `xapi` or `xl`.
+    pub(crate) toolstack: &'static str,
+    /// What they are: `xml`, `sxp` or `xl.cfg`.
+    pub(crate) format: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) name: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) uuid: Option<String>,
+    #[serde(serialize_with = "kind_word", skip_serializing_if = "Option::is_none")]
+    pub(crate) kind: Option<GuestKind>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) vcpus: Option<u32>,
+    /// Most memory the domain may have.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) max_memory_kib: Option<u64>,
+    /// Devices, which are not carried over; at most 64.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) devices: Vec<String>,
+    /// All of it.
+    pub(crate) text: String,
+    /// Why it could not be understood.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) error: Option<String>,
+}
+
+#[expect(clippy::ref_option, reason = "serde passes a reference to the field")]
+fn kind_word<S: serde::Serializer>(kind: &Option<GuestKind>, to: S) -> Result<S::Ok, S::Error> {
+    match kind {
+        Some(kind) => to.serialize_str(config::kind_name(*kind)),
+        None => to.serialize_none(),
+    }
+}
+
+impl Origin {
+    fn new(toolstack: &'static str, format: &'static str, text: &[u8]) -> Self {
+        let text = text.strip_suffix(&[0]).unwrap_or(text);
+        Self {
+            toolstack,
+            format,
+            text: String::from_utf8_lossy(text).into_owned(),
+            ..Self::default()
+        }
+    }
+
+    /// What libvirt keeps.
+    pub(crate) fn of_libvirt(xml: &[u8]) -> Self {
+        let mut origin = Self::new("libvirt", "xml", xml);
+        let text = std::mem::take(&mut origin.text);
+        origin.understood(xml::read(&text));
+        origin.text = text;
+        origin
+    }
+
+    /// What xend kept.
+    pub(crate) fn of_xend(config: &[u8]) -> Self {
+        let mut origin = Self::new("xend", "sxp", config);
+        let text = std::mem::take(&mut origin.text);
+        origin.understood(sxp::read_xend(&text));
+        origin.text = text;
+        origin
+    }
+
+    /// What xenopsd keeps. (Of an older one, that is the time alone.)
+    pub(crate) fn of_xapi(record: &[u8]) -> Self {
+        let mut origin = Self::new("xapi", "sxp", record);
+        let text = std::mem::take(&mut origin.text);
+        origin.understood(sxp::read_xapi(&text));
+        origin.text = text;
+        origin
+    }
+
+    /// The text in xl's header, where it holds no JSON; `None` where it does, or holds nothing.
+    pub(crate) fn of_xl(header: &XlHeader) -> Option<Self> {
+        if header.mandatory_flags() & FLAG_JSON != 0 {
+            return None;
+        }
+        let mut origin = Self::new("xl", "xl.cfg", header.config()?);
+        let text = std::mem::take(&mut origin.text);
+        origin.understood(xl_text::read(&text));
+        origin.text = text;
+        Some(origin)
+    }
+
+    /// A configuration in xl's own format, from a file.
+    pub(crate) fn of_text(text: &str) -> Self {
+        let mut origin = Self::new("xl", "xl.cfg", text.as_bytes());
+        origin.understood(xl_text::read(text));
+        origin
+    }
+
+    /// Take over what was found in the text.
+    fn understood(&mut self, found: Result<Found, String>) {
+        match found {
+            Ok(found) => {
+                self.name = found.name.filter(|name| !name.is_empty());
+                self.uuid = found.uuid.filter(|uuid| config::is_uuid(uuid));
+                self.kind = found.kind;
+                self.vcpus = found.vcpus.filter(|vcpus| *vcpus > 0);
+                self.max_memory_kib = found.max_memory_kib.filter(|kib| *kib > 0);
+                self.devices = found.devices;
+            }
+            Err(why) => self.error = Some(why),
+        }
+    }
+
+    /// What a person is told of the devices: nothing, if there are none.
+    pub(crate) fn devices_in_words(&self) -> Option<String> {
+        const NAMED: usize = 8;
+        if self.devices.is_empty() {
+            return None;
+        }
+        let named = self.devices.iter().take(NAMED).cloned();
+        let mut words: Vec<String> = named.collect();
+        if self.devices.len() > NAMED {
+            words.push("…".to_owned());
+        }
+        let devices = Count(self.devices.len(), "device");
+        Some(format!("{devices} ({})", words.join(", ")))
+    }
+
+    /// Where it comes from, in words.
+    pub(crate) fn words(&self) -> &'static str {
+        match self.toolstack {
+            "libvirt" => "libvirt's XML",
+            "xend" => "xend's configuration",
+            "xapi" => "xapi's record",
+            _ => "the configuration in the xl header",
+        }
+    }
+}
+
+/// Say in the log what of an image is not in what was made of it: state that has no place
+/// there, and what another toolstack said of the domain. `has_config` is whether it has a
+/// configuration, and so name and UUID.
+pub(crate) fn warn_of_losses(input: &Input, has_config: bool) {
+    for loss in losses(input, has_config) {
+        tracing::warn!("{loss}");
+    }
+}
+
+/// The same, as texts.
+pub(crate) fn losses(input: &Input, has_config: bool) -> Vec<String> {
+    let mut out = left_out(input);
+    let Some(origin) = input.origin() else {
+        return out;
+    };
+    let words = origin.words();
+    if let Some(why) = &origin.error {
+        out.push(format!("{words} could not be understood: it {why}"));
+    }
+    if !has_config && (origin.name.is_some() || origin.uuid.is_some()) {
+        out.push(format!(
+            "not carried over: name and UUID of {words}, for which a bare stream has no place; \
+             --to xl keeps them"
+        ));
+    }
+    if let Some(devices) = origin.devices_in_words() {
+        out.push(format!(
+            "not carried over: {devices} of {words}; xsr cat --layer config writes all of it"
+        ));
+    }
+    out
+}
+
+/// State that no image of xl has a place for, each piece in words.
+pub(crate) fn left_out(input: &Input) -> Vec<String> {
+    let words = |left: LeftOut| {
+        let (record, what, at) = (&left.record, left.what, left.offset);
+        let bytes = Count(left.bytes, "byte");
+        format!(
+            "{record} ({what}, {bytes} at byte {at:#x}) is left out: no image of xl has a place \
+             for it"
+        )
+    };
+    input.left_out().into_iter().map(words).collect()
+}
+
+/// What a text says.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Found {
+    name: Option<String>,
+    uuid: Option<String>,
+    kind: Option<GuestKind>,
+    vcpus: Option<u32>,
+    max_memory_kib: Option<u64>,
+    devices: Vec<String>,
+}
+
+impl Found {
+    /// Name a device.
+    fn device(&mut self, words: &[&str]) {
+        if self.devices.len() < MAX_DEVICES {
+            let words: Vec<&str> = words.iter().copied().filter(|w| !w.is_empty()).collect();
+            self.devices.push(shortened(&words.join(" ")));
+        }
+    }
+}
+
+/// A value, not longer than is shown, and without what would move a terminal's cursor.
+fn shortened(text: &str) -> String {
+    let plain: String = text.chars().filter(|c| !c.is_control()).collect();
+    match plain.char_indices().nth(MAX_VALUE) {
+        Some((at, _)) => format!("{}…", &plain[..at]),
+        None => plain,
+    }
+}

@@ -1,0 +1,250 @@
+//! s-expressions: what xend kept, and what xenopsd keeps.
+//!
+//! Implementations: `tools/python/xen/xend/sxp.py` and `XendConfig.py` as of Xen 4.4;
+//! `Xenops_record` in `ocaml/xenopsd/lib/suspend_image.ml` and `Vm.t` in
+//! `ocaml/xapi-idl/xen/xenops_types.ml` of xen-api.
+
+use std::iter::Peekable;
+use std::str::Chars;
+
+use xsr_xen_backend::GuestKind;
+
+use super::Found;
+
+/// How deep lists may be nested.
+const MAX_DEPTH: usize = 64;
+
+/// An atom or a list.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Sxp {
+    Atom(String),
+    List(Vec<Sxp>),
+}
+
+impl Sxp {
+    /// Read the first expression of a text.
+    fn parse(text: &str) -> Result<Self, String> {
+        let mut open: Vec<Vec<Self>> = Vec::new();
+        let mut chars = text.chars().peekable();
+        while let Some(c) = chars.next() {
+            let atom = match c {
+                c if c.is_whitespace() => continue,
+                '(' => {
+                    if open.len() >= MAX_DEPTH {
+                        return Err(format!("is nested more than {MAX_DEPTH} deep"));
+                    }
+                    open.push(Vec::new());
+                    continue;
+                }
+                ')' => Self::List(open.pop().ok_or("closes a list that was not opened")?),
+                '"' | '\'' => Self::Atom(quoted(&mut chars, c)?),
+                c => Self::Atom(bare(&mut chars, c)),
+            };
+            match open.last_mut() {
+                Some(list) => list.push(atom),
+                None => return Ok(atom),
+            }
+        }
+        Err("ends inside a list".to_owned())
+    }
+
+    fn atom(&self) -> Option<&str> {
+        match self {
+            Self::Atom(text) => Some(text),
+            Self::List(_) => None,
+        }
+    }
+
+    fn list(&self) -> &[Self] {
+        match self {
+            Self::List(list) => list,
+            Self::Atom(_) => &[],
+        }
+    }
+
+    /// The head of a list.
+    fn head(&self) -> Option<&str> {
+        self.list().first()?.atom()
+    }
+
+    /// The lists in this one that begin with a name.
+    fn children<'s>(&'s self, name: &'static str) -> impl Iterator<Item = &'s Self> {
+        let children = self.list().iter();
+        children.filter(move |child| child.head() == Some(name))
+    }
+
+    /// What stands behind the name in the first such list.
+    fn value(&self, name: &str) -> Option<&Self> {
+        let mut lists = self.list().iter();
+        lists.find(|list| list.head() == Some(name))?.list().get(1)
+    }
+
+    fn text(&self, name: &str) -> Option<String> {
+        Some(self.value(name)?.atom()?.to_owned())
+    }
+
+    fn number<T: std::str::FromStr>(&self, name: &str) -> Option<T> {
+        self.value(name)?.atom()?.parse().ok()
+    }
+}
+
+fn bare(chars: &mut Peekable<Chars<'_>>, first: char) -> String {
+    let mut text = String::from(first);
+    while let Some(c) = chars.next_if(|c| !c.is_whitespace() && !matches!(c, '(' | ')')) {
+        text.push(c);
+    }
+    text
+}
+
+/// A string, up to the quote that it began with. Python and OCaml write the same escapes, but
+/// for numbers: those of Python are octal, those of OCaml decimal. What has one is kept as it
+/// is written.
+fn quoted(chars: &mut Peekable<Chars<'_>>, quote: char) -> Result<String, String> {
+    let mut text = String::new();
+    while let Some(c) = chars.next() {
+        match c {
+            c if c == quote => return Ok(text),
+            '\\' => match chars.next() {
+                Some('n') => text.push('\n'),
+                Some('t') => text.push('\t'),
+                Some('r') => text.push('\r'),
+                // OCaml breaks long strings: the line and the blanks go.
+                Some('\n') => while chars.next_if(|c| matches!(c, ' ' | '\t')).is_some() {},
+                Some(c @ ('\\' | '"' | '\'' | ' ')) => text.push(c),
+                Some(c) => text.extend(['\\', c]),
+                None => break,
+            },
+            c => text.push(c),
+        }
+    }
+    Err("ends inside a string".to_owned())
+}
+
+/// What xend says of a domain.
+pub(super) fn read_xend(text: &str) -> Result<Found, String> {
+    let domain = Sxp::parse(text)?;
+    if !matches!(domain.head(), Some("domain" | "vm")) {
+        return Err("is no (domain …)".to_owned());
+    }
+    // Both in MiB. The domain may have the larger.
+    let memory = ["maxmem", "memory"].map(|name| domain.number::<u64>(name).unwrap_or(0));
+    let mut found = Found {
+        name: domain.text("name"),
+        uuid: domain.text("uuid").map(|uuid| dashed(&uuid)),
+        kind: match domain.value("image").and_then(Sxp::head) {
+            Some("linux") => Some(GuestKind::Pv),
+            Some("hvm") => Some(GuestKind::Hvm),
+            _ => None,
+        },
+        vcpus: domain.number("vcpus"),
+        max_memory_kib: memory[0].max(memory[1]).checked_mul(1024),
+        devices: Vec::new(),
+    };
+    for device in domain.children("device") {
+        let Some(about) = device.list().get(1) else {
+            continue;
+        };
+        let of = |names: &[&str]| {
+            let mut values = names.iter().filter_map(|name| about.text(name));
+            values.next().unwrap_or_default()
+        };
+        let (target, source) = (of(&["dev", "mac", "type"]), of(&["uname", "bridge"]));
+        found.device(&[about.head().unwrap_or_default(), &target, &source]);
+    }
+    Ok(found)
+}
+
+/// What xenopsd says of a domain: in its record, the VM as a string that is an s-expression.
+pub(super) fn read_xapi(text: &str) -> Result<Found, String> {
+    let record = Sxp::parse(text)?;
+    let Some(vm) = record.text("vm_str") else {
+        return Ok(Found::default());
+    };
+    // Of other versions it is something else; then it says nothing here.
+    let Ok(vm) = Sxp::parse(&vm) else {
+        return Ok(Found::default());
+    };
+    let kind = vm.value("ty").and_then(|ty| ty.head().or(ty.atom()));
+    let bytes: Option<u64> = vm.number("memory_static_max");
+    Ok(Found {
+        name: vm.text("name"),
+        uuid: vm.text("id"),
+        kind: match kind {
+            Some("HVM") => Some(GuestKind::Hvm),
+            Some("PV") => Some(GuestKind::Pv),
+            Some("PVH" | "PVinPVH") => Some(GuestKind::Pvh),
+            _ => None,
+        },
+        vcpus: vm.number("vcpu_max"),
+        max_memory_kib: bytes.map(|bytes| bytes.div_ceil(1024)),
+        devices: Vec::new(),
+    })
+}
+
+/// A UUID as it is written today. (xend of Xen 3.0 had none of the dashes.)
+fn dashed(uuid: &str) -> String {
+    let all_digits = uuid.len() == 32 && uuid.bytes().all(|b| b.is_ascii_hexdigit());
+    match all_digits {
+        true => [(0, 8), (8, 12), (12, 16), (16, 20), (20, 32)]
+            .map(|(from, to)| &uuid[from..to])
+            .join("-"),
+        false => uuid.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const XEND: &str = "(domain (domid 3) (uuid 1f2e3d4c-0000-1111-2222-333344445555) \
+        (bootloader_args ) (vcpus 2) (name 'a \\'b\\'') (memory 256) (maxmem 512) \
+        (image (linux (kernel /boot/vmlinuz) (args \"root=/dev/sda1 ro\"))) (status 2) \
+        (device (vif (bridge xenbr0) (mac 00:16:3e:00:00:01))) \
+        (device (vbd (uname phy:vg/disk) (dev sda1:disk) (mode w))))";
+
+    #[test]
+    fn xends_configuration_says_what_the_domain_is() {
+        let found = read_xend(XEND).expect("it is well-formed");
+        assert_eq!(found.name.as_deref(), Some("a 'b'"));
+        let uuid = "1f2e3d4c-0000-1111-2222-333344445555";
+        assert_eq!(found.uuid.as_deref(), Some(uuid));
+        assert_eq!(found.kind, Some(GuestKind::Pv));
+        assert_eq!(
+            (found.vcpus, found.max_memory_kib),
+            (Some(2), Some(512 << 10))
+        );
+        let devices = ["vif 00:16:3e:00:00:01 xenbr0", "vbd sda1:disk phy:vg/disk"];
+        assert_eq!(found.devices, devices);
+    }
+
+    #[test]
+    fn a_uuid_without_dashes_gets_them() {
+        let found = read_xend("(domain (uuid 1f2e3d4c000011112222333344445555))").expect("good");
+        let uuid = "1f2e3d4c-0000-1111-2222-333344445555";
+        assert_eq!(found.uuid.as_deref(), Some(uuid));
+    }
+
+    #[test]
+    fn xenopsds_record_says_what_the_domain_is() {
+        let record = r#"((time 20200101T00:00:00Z)(word_size 64)(vm_str "((id 6f18a89f-849d-4334-8633-5976cbcde14c)(name \"my vm\")(ty (HVM ((hap true))))(memory_static_max 268435456)(vcpu_max 4)(vcpus 2))")(xs_subtree ()))"#;
+        let found = read_xapi(record).expect("it is well-formed");
+        assert_eq!(found.name.as_deref(), Some("my vm"));
+        assert_eq!(found.kind, Some(GuestKind::Hvm));
+        assert_eq!(
+            (found.vcpus, found.max_memory_kib),
+            (Some(4), Some(262_144))
+        );
+        let other = "((time x)(word_size 64)(vm_str(<methodResponse>))(xs_subtree()))";
+        assert_eq!(read_xapi(other), Ok(Found::default()));
+    }
+
+    #[test]
+    fn what_is_cut_off_or_too_deep_is_refused() {
+        for (end, _) in XEND.char_indices() {
+            assert!(read_xend(&XEND[..end]).is_err(), "{end}");
+        }
+        for text in ["", ")", "(a)", &"(".repeat(100_000), "(domain 'x\\"] {
+            assert!(read_xend(text).is_err(), "{text:.20}");
+        }
+    }
+}

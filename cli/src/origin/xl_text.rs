@@ -1,0 +1,248 @@
+//! The text of a configuration of xl, as images of Xen 4.1 to 4.4 hold it: settings, one a
+//! line, of strings, numbers and lists.
+//!
+//! Manual: xl.cfg(5). C implementation: `libxlu_cfg_l.l`, `libxlu_cfg_y.y` and
+//! `parse_config_data` in `xl_cmdimpl.c` as of Xen 4.4. Where a name is set twice, the later
+//! setting counts.
+
+use std::collections::BTreeMap;
+
+use xsr_xen_backend::GuestKind;
+
+use super::{Found, shortened};
+
+/// The value of a setting.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Value {
+    Text(String),
+    List(Vec<String>),
+}
+
+/// A piece of the text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Token {
+    Word(String),
+    Text(String),
+    Sign(char),
+    Line,
+}
+
+/// Cut a text into pieces.
+fn tokens(text: &str) -> Result<Vec<(usize, Token)>, String> {
+    let mut out = Vec::new();
+    let mut line = 1;
+    let mut chars = text.chars().peekable();
+    while let Some(c) = chars.next() {
+        let token = match c {
+            ' ' | '\t' | '\r' | '\0' => continue,
+            '\n' => Token::Line,
+            '#' => {
+                while chars.next_if(|c| *c != '\n').is_some() {}
+                continue;
+            }
+            ',' | '[' | ']' | '=' | ';' => Token::Sign(c),
+            '\'' | '"' => {
+                let mut value = String::new();
+                loop {
+                    match chars.next() {
+                        Some(end) if end == c => break,
+                        Some('\\') => value.push(escaped(&mut chars)),
+                        Some('\n') | None => {
+                            return Err(format!("line {line}: a string has no end"));
+                        }
+                        Some(other) => value.push(other),
+                    }
+                }
+                Token::Text(value)
+            }
+            c if c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.') => {
+                let mut word = String::from(c);
+                let goes_on = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.');
+                while let Some(c) = chars.next_if(goes_on) {
+                    word.push(c);
+                }
+                Token::Word(word)
+            }
+            // Newer ones append to lists.
+            '+' if chars.peek() == Some(&'=') => continue,
+            c => return Err(format!("line {line}: {c:?} is not expected")),
+        };
+        let is_line = token == Token::Line;
+        out.push((line, token));
+        line += usize::from(is_line);
+    }
+    Ok(out)
+}
+
+/// What stands behind a backslash.
+fn escaped(chars: &mut std::iter::Peekable<std::str::Chars<'_>>) -> char {
+    match chars.next() {
+        Some('a') => '\u{7}',
+        Some('b') => '\u{8}',
+        Some('f') => '\u{c}',
+        Some('n') => '\n',
+        Some('r') => '\r',
+        Some('t') => '\t',
+        Some('v') => '\u{b}',
+        Some('x') => {
+            let mut number = 0;
+            for _ in 0..2 {
+                let digit = chars.next_if(char::is_ascii_hexdigit);
+                number = digit
+                    .and_then(|c| c.to_digit(16))
+                    .map_or(number, |digit| number * 16 + digit);
+            }
+            char::from_u32(number).unwrap_or('\u{fffd}')
+        }
+        Some(c) => c,
+        None => '\\',
+    }
+}
+
+/// All settings of a text.
+fn settings(text: &str) -> Result<BTreeMap<String, Value>, String> {
+    let tokens = tokens(text)?;
+    let mut tokens = tokens.into_iter().peekable();
+    let mut out = BTreeMap::new();
+    while let Some((line, token)) = tokens.next() {
+        let wrong = |what: &str| Err(format!("line {line}: expected {what}"));
+        let name = match token {
+            Token::Line | Token::Sign(';') => continue,
+            Token::Word(name) => name,
+            _ => return wrong("the name of a setting"),
+        };
+        if tokens.next().map(|(_, token)| token) != Some(Token::Sign('=')) {
+            return wrong(&format!("'=' behind {:?}", shortened(&name)));
+        }
+        let value = match tokens.next().map(|(_, token)| token) {
+            Some(Token::Text(text) | Token::Word(text)) => Value::Text(text),
+            Some(Token::Sign('[')) => {
+                let mut list = Vec::new();
+                // Newer ones have lists in lists; nothing of them is needed.
+                let mut depth = 1;
+                while depth > 0 {
+                    match tokens.next().map(|(_, token)| token) {
+                        Some(Token::Text(text) | Token::Word(text)) => list.push(text),
+                        Some(Token::Sign('[')) => depth += 1,
+                        Some(Token::Sign(']')) => depth -= 1,
+                        Some(Token::Line | Token::Sign(',')) => {}
+                        _ => return wrong("a list that ends with ']'"),
+                    }
+                }
+                Value::List(list)
+            }
+            _ => return wrong("a string, a number or a list"),
+        };
+        match tokens.next().map(|(_, token)| token) {
+            None | Some(Token::Line | Token::Sign(';')) => {}
+            Some(_) => return wrong("the end of the line behind a value"),
+        }
+        out.insert(name, value);
+    }
+    Ok(out)
+}
+
+/// What a configuration says of the domain.
+pub(super) fn read(text: &str) -> Result<Found, String> {
+    let settings = settings(text)?;
+    let get = |name: &str| match settings.get(name) {
+        Some(Value::Text(text)) => Some(text.as_str()),
+        _ => None,
+    };
+    let number = |name: &str| {
+        let text = get(name)?;
+        match text.strip_prefix("0x") {
+            Some(digits) => u64::from_str_radix(digits, 16).ok(),
+            None => text.parse::<u64>().ok(),
+        }
+    };
+    // "type" came with Xen 4.10; before that there were "builder" and, in 4.4, "pvh".
+    let kind = match (get("type"), get("builder"), get("pvh")) {
+        (Some("hvm"), ..) | (None, Some("hvm"), _) => GuestKind::Hvm,
+        (Some("pvh"), ..) => GuestKind::Pvh,
+        _ => GuestKind::Pv,
+    };
+    let max = number("maxmem").or_else(|| number("memory"));
+    let vcpus = number("maxvcpus").or_else(|| number("vcpus")).unwrap_or(1);
+    let mut found = Found {
+        name: get("name").map(str::to_owned),
+        uuid: get("uuid").map(str::to_owned),
+        kind: Some(kind),
+        vcpus: u32::try_from(vcpus).ok(),
+        max_memory_kib: max.and_then(|mib| mib.checked_mul(1024)),
+        devices: Vec::new(),
+    };
+    for kind in ["disk", "vif", "pci", "vfb", "vtpm", "usbdev", "channel"] {
+        if let Some(Value::List(list)) = settings.get(kind) {
+            for device in list {
+                found.device(&[kind, device]);
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// The text with another value for a setting: a line behind it, because the later one counts.
+pub(crate) fn with_setting(text: &str, name: &str, value: &str) -> String {
+    let mut quoted = String::new();
+    for c in value.chars() {
+        if matches!(c, '"' | '\\') {
+            quoted.push('\\');
+        }
+        quoted.push(c);
+    }
+    let text = text.trim_end_matches(['\n', '\0']);
+    format!("{text}\n{name} = \"{quoted}\"\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXT: &str = "# made by hand\nname = \"old\"; builder='hvm'\n\
+        memory = 512\nmaxmem=0x300 # hexadecimal\nvcpus = 2\nmaxvcpus = 4\n\
+        uuid = '6f18a89f-849d-4334-8633-5976cbcde14c'\n\
+        disk = [ 'phy:/dev/vg/a,xvda,w',\n  \"file:/b \\\"c\\\".iso,hdc:cdrom,r\", ]\n\
+        vif = ['mac=00:16:3e:00:00:01, bridge=xenbr0']\nname = 'new'\n";
+
+    #[test]
+    fn xls_text_says_what_the_domain_is() {
+        let found = read(TEXT).expect("it is well-formed");
+        assert_eq!(found.name.as_deref(), Some("new"), "the later one counts");
+        assert_eq!(found.kind, Some(GuestKind::Hvm));
+        assert_eq!(
+            (found.vcpus, found.max_memory_kib),
+            (Some(4), Some(768 << 10))
+        );
+        assert_eq!(found.devices.len(), 3);
+        assert_eq!(found.devices[1], "disk file:/b \"c\".iso,hdc:cdrom,r");
+    }
+
+    #[test]
+    fn a_guest_without_a_builder_is_pv_and_has_one_vcpu() {
+        let found = read("name='x'\nbuilder = \"generic\"\nmemory=4").expect("good");
+        assert_eq!((found.kind, found.vcpus), (Some(GuestKind::Pv), Some(1)));
+    }
+
+    #[test]
+    fn a_setting_can_be_added_whatever_is_in_it() {
+        let name = "a \"b\" \\ c";
+        let text = with_setting(TEXT, "name", name);
+        assert_eq!(read(&text).expect("good").name.as_deref(), Some(name));
+    }
+
+    #[test]
+    fn what_xl_would_not_read_is_refused_with_its_line() {
+        for (text, line) in [
+            ("name = 'x", "line 1"),
+            ("\n\nname", "line 3"),
+            ("a = [ 'x'\n", "line 1"),
+            ("a = 1 2", "line 1"),
+            ("\n{\"c_info\": 1}", "line 2"),
+            ("= 3", "line 1"),
+        ] {
+            let error = read(text).expect_err(text);
+            assert!(error.contains(line), "{text:?}: {error}");
+        }
+    }
+}

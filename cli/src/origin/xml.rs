@@ -1,0 +1,329 @@
+//! What is needed of libvirt's XML: a reader of tags, attributes and text, without entities of
+//! the document's own and without recursion.
+//!
+//! Documentation: <https://libvirt.org/formatdomain.html>. C implementation:
+//! `virDomainDefFormat` in libvirt's `src/conf/domain_conf.c`.
+
+use xsr_xen_backend::GuestKind;
+
+use super::Found;
+
+/// How deep elements may be nested.
+const MAX_DEPTH: usize = 64;
+
+/// A piece of a document.
+#[derive(Debug, PartialEq, Eq)]
+enum Piece<'x> {
+    Start {
+        name: &'x str,
+        attributes: &'x str,
+        empty: bool,
+    },
+    End,
+    Text(&'x str),
+}
+
+/// Reads a document piece by piece; comments, declarations and processing instructions are
+/// passed over.
+struct Pieces<'x>(&'x str);
+
+impl<'x> Pieces<'x> {
+    fn next(&mut self) -> Result<Option<Piece<'x>>, String> {
+        loop {
+            let text = self.0;
+            if text.is_empty() {
+                return Ok(None);
+            }
+            let Some(tag) = text.strip_prefix('<') else {
+                let end = text.find('<').unwrap_or(text.len());
+                self.0 = &text[end..];
+                return Ok(Some(Piece::Text(&text[..end])));
+            };
+            if let Some(rest) = tag.strip_prefix("!--") {
+                self.0 = behind(rest, "-->")?.1;
+            } else if let Some(rest) = tag.strip_prefix("![CDATA[") {
+                let (inside, rest) = behind(rest, "]]>")?;
+                self.0 = rest;
+                return Ok(Some(Piece::Text(inside)));
+            } else if let Some(rest) = tag.strip_prefix('?') {
+                self.0 = behind(rest, "?>")?.1;
+            } else if tag.starts_with('!') {
+                return Err("has a document type, which libvirt's XML has not".to_owned());
+            } else if let Some(rest) = tag.strip_prefix('/') {
+                self.0 = behind(rest, ">")?.1;
+                return Ok(Some(Piece::End));
+            } else {
+                let end = end_of_tag(tag).ok_or("ends inside a tag")?;
+                self.0 = &tag[end + 1..];
+                let inside = &tag[..end];
+                let (inside, empty) = match inside.strip_suffix('/') {
+                    Some(inside) => (inside, true),
+                    None => (inside, false),
+                };
+                let (name, attributes) = inside
+                    .split_once(|c: char| c.is_ascii_whitespace())
+                    .unwrap_or((inside, ""));
+                return Ok(Some(Piece::Start {
+                    name,
+                    attributes,
+                    empty,
+                }));
+            }
+        }
+    }
+}
+
+fn behind<'x>(text: &'x str, end: &str) -> Result<(&'x str, &'x str), String> {
+    text.split_once(end)
+        .ok_or_else(|| format!("ends before a {end:?}"))
+}
+
+/// Where a tag ends: at a `>` that is in no attribute's value.
+fn end_of_tag(tag: &str) -> Option<usize> {
+    let mut quote = None;
+    for (at, c) in tag.char_indices() {
+        match (quote, c) {
+            (None, '>') => return Some(at),
+            (None, '"' | '\'') => quote = Some(c),
+            (Some(open), c) if c == open => quote = None,
+            _ => {}
+        }
+    }
+    None
+}
+
+/// The value of an attribute.
+fn attribute(attributes: &str, wanted: &str) -> Option<String> {
+    let mut rest = attributes.trim_start();
+    while let Some((name, behind)) = rest.split_once('=') {
+        let behind = behind.trim_start();
+        let quote = behind.chars().next().filter(|c| matches!(c, '"' | '\''))?;
+        let (value, behind) = behind[1..].split_once(quote)?;
+        if name.trim() == wanted {
+            return Some(plain(value));
+        }
+        rest = behind.trim_start();
+    }
+    None
+}
+
+/// A text with its entities undone.
+fn plain(text: &str) -> String {
+    let mut out = String::new();
+    let mut rest = text;
+    while let Some((before, behind)) = rest.split_once('&') {
+        out.push_str(before);
+        let Some((entity, behind)) = behind.split_once(';') else {
+            out.push('&');
+            rest = behind;
+            continue;
+        };
+        let number = match entity.strip_prefix('#') {
+            Some(digits) => match digits.strip_prefix('x') {
+                Some(digits) => u32::from_str_radix(digits, 16).ok(),
+                None => digits.parse().ok(),
+            },
+            None => None,
+        };
+        match (entity, number.and_then(char::from_u32)) {
+            ("lt", _) => out.push('<'),
+            ("gt", _) => out.push('>'),
+            ("amp", _) => out.push('&'),
+            ("quot", _) => out.push('"'),
+            ("apos", _) => out.push('\''),
+            (_, Some(c)) => out.push(c),
+            (entity, None) => out.push_str(&format!("&{entity};")),
+        }
+        rest = behind;
+    }
+    out.push_str(rest);
+    out
+}
+
+/// A device while it is being read.
+#[derive(Default)]
+struct Device {
+    kind: String,
+    of: String,
+    source: String,
+    target: String,
+}
+
+/// What a domain's XML says.
+pub(super) fn read(text: &str) -> Result<Found, String> {
+    let mut pieces = Pieces(text);
+    let mut found = Found::default();
+    let mut path: Vec<&str> = Vec::new();
+    let mut unit = String::new();
+    let mut words = String::new();
+    let mut device = None;
+    let mut any = false;
+    while let Some(piece) = pieces.next()? {
+        match piece {
+            Piece::Start {
+                name,
+                attributes,
+                empty,
+            } => {
+                if path.len() >= MAX_DEPTH {
+                    return Err(format!("is nested more than {MAX_DEPTH} deep"));
+                }
+                any |= path.is_empty() && name == "domain";
+                words.clear();
+                path.push(name);
+                match path[..] {
+                    ["domain", "memory"] => {
+                        unit = attribute(attributes, "unit").unwrap_or_default();
+                    }
+                    ["domain", "devices", kind] => {
+                        device = Some(Device {
+                            kind: kind.to_owned(),
+                            of: attribute(attributes, "type").unwrap_or_default(),
+                            ..Device::default()
+                        });
+                    }
+                    ["domain", "devices", _, part] => {
+                        if let Some(device) = &mut device {
+                            part_of(device, part, attributes);
+                        }
+                    }
+                    _ => {}
+                }
+                if empty {
+                    closed(&path, "", &unit, &mut found, &mut device);
+                    path.pop();
+                }
+            }
+            Piece::Text(text) => words.push_str(text),
+            Piece::End => {
+                closed(&path, &words, &unit, &mut found, &mut device);
+                words.clear();
+                if path.pop().is_none() {
+                    return Err("ends an element that was not begun".to_owned());
+                }
+            }
+        }
+    }
+    match (any, path.last()) {
+        (true, None) => Ok(found),
+        (true, Some(open)) => Err(format!("ends inside <{open}>")),
+        (false, _) => Err("has no <domain>".to_owned()),
+    }
+}
+
+/// What tells one device from another.
+fn part_of(device: &mut Device, part: &str, attributes: &str) {
+    let first = |names: &[&str]| {
+        let mut values = names.iter().filter_map(|name| attribute(attributes, name));
+        values.next().unwrap_or_default()
+    };
+    match part {
+        "source" => device.source = first(&["file", "dev", "bridge", "network", "name", "path"]),
+        "target" => device.target = first(&["dev", "type"]),
+        "mac" => device.target = first(&["address"]),
+        _ => {}
+    }
+}
+
+/// An element has ended.
+fn closed(path: &[&str], words: &str, unit: &str, found: &mut Found, device: &mut Option<Device>) {
+    let words = plain(words.trim());
+    match path {
+        ["domain", "name"] => found.name = Some(words),
+        ["domain", "uuid"] => found.uuid = Some(words),
+        ["domain", "vcpu"] => found.vcpus = words.parse().ok(),
+        ["domain", "memory"] => found.max_memory_kib = memory(&words, unit),
+        ["domain", "os", "type"] => {
+            found.kind = match words.as_str() {
+                "xen" | "linux" => Some(GuestKind::Pv),
+                "xenpvh" => Some(GuestKind::Pvh),
+                "hvm" => Some(GuestKind::Hvm),
+                _ => None,
+            };
+        }
+        ["domain", "devices", _] => {
+            if let Some(device) = device.take()
+                && device.kind != "emulator"
+            {
+                found.device(&[&device.kind, &device.of, &device.target, &device.source]);
+            }
+        }
+        _ => {}
+    }
+}
+
+/// An amount of memory in KiB; libvirt's unit is KiB unless it says another.
+fn memory(words: &str, unit: &str) -> Option<u64> {
+    let number: u64 = words.parse().ok()?;
+    let bytes = match unit {
+        "b" | "bytes" => 1,
+        "KB" => 1000,
+        "MB" => 1_000_000,
+        "M" | "MiB" => 1 << 20,
+        "GB" => 1_000_000_000,
+        "G" | "GiB" => 1 << 30,
+        "TB" => 1_000_000_000_000,
+        "T" | "TiB" => 1 << 40,
+        _ => 1 << 10,
+    };
+    Some(number.checked_mul(bytes)?.div_ceil(1024))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const XML: &str = "<!-- kept by libvirt -->\n<domain type='xen' id='3'>
+  <name>a &amp; b</name> <uuid>6f18a89f-849d-4334-8633-5976cbcde14c</uuid>
+  <memory unit='MiB'>8</memory><currentMemory unit='KiB'>4096</currentMemory>
+  <vcpu placement='static' current='1'>2</vcpu>
+  <os><type arch='x86_64' machine='xenfv'>hvm</type><loader>x</loader></os>
+  <metadata><a:x xmlns:a='u'><name>no</name></a:x></metadata>
+  <devices>
+    <emulator>/usr/bin/qemu</emulator>
+    <disk type='file' device='disk'><source file='/a>b.img'/><target dev='xvda' bus='xen'/></disk>
+    <interface type='bridge'><mac address='00:16:3e:00:00:01'/><source bridge=\"br0\"/></interface>
+    <video/>
+  </devices>
+</domain>
+";
+
+    #[test]
+    fn libvirts_xml_says_what_the_domain_is() {
+        let found = read(XML).expect("it is well-formed");
+        assert_eq!(found.name.as_deref(), Some("a & b"));
+        let uuid = "6f18a89f-849d-4334-8633-5976cbcde14c";
+        assert_eq!(found.uuid.as_deref(), Some(uuid));
+        assert_eq!(found.kind, Some(GuestKind::Hvm));
+        assert_eq!((found.vcpus, found.max_memory_kib), (Some(2), Some(8192)));
+        let devices = [
+            "disk file xvda /a>b.img",
+            "interface bridge 00:16:3e:00:00:01 br0",
+            "video",
+        ];
+        assert_eq!(found.devices, devices);
+    }
+
+    #[test]
+    fn a_document_that_is_cut_off_is_no_panic() {
+        for (end, _) in XML.char_indices() {
+            let cut = XML[..end].trim_end();
+            assert!(cut.is_empty() || read(cut).is_err(), "{end}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_domain_is_refused() {
+        let deep = "<domain>".repeat(1000);
+        for text in [
+            "",
+            "x",
+            "<volume/>",
+            "<!DOCTYPE x>",
+            "<domain></domain></x>",
+            &deep,
+        ] {
+            assert!(read(text).is_err(), "{text:.20}");
+        }
+    }
+}

@@ -1,0 +1,97 @@
+//! What to say of a file that is no saved domain.
+
+use std::io::Read;
+
+use anyhow::Error;
+use xsr_format::detect::foreign::{self, Foreign, SEARCHED};
+use xsr_format::detect::{Detected, detect, find};
+use xsr_format::error::{Place, Position, ReadError, ReadErrorCause};
+
+use super::{Source, bad, unwrapped};
+
+/// The error for what begins like no image: what it is instead, and whether an image begins
+/// further in. `inside` is the layer around it, and where in that it begins.
+pub(crate) fn unreadable(source: &mut Source, inside: Option<(&str, u64)>) -> Error {
+    let mut start = Vec::new();
+    let read = source
+        .by_ref()
+        .take(SEARCHED as u64)
+        .read_to_end(&mut start);
+    if let Err(error) = read {
+        return unwrapped(error);
+    }
+    let detected = detect(&start);
+    if start.is_empty() || (inside.is_none() && is_cut_magic(detected)) {
+        let position = Position {
+            place: Place::Start,
+            offset: 0,
+        };
+        let cause = ReadErrorCause::Unreadable(detected);
+        return Error::new(ReadError { position, cause });
+    }
+    let zeros = start.iter().take_while(|byte| **byte == 0).count();
+    let what = match detected {
+        Detected::Foreign(foreign) => format!("it is {foreign}"),
+        _ if zeros == start.len() && zeros < SEARCHED => format!(
+            "it holds only zeros, {zeros} of them: its contents were lost (a power failure does \
+             that), or never written"
+        ),
+        _ if zeros == start.len() => format!(
+            "it begins with {zeros} zeros or more: its contents were lost (a power failure does \
+             that), or never written"
+        ),
+        _ => {
+            let begins = start.get(..8).unwrap_or(&start).escape_ascii();
+            format!(
+                "it begins with \"{begins}\", as nothing does that is known here; it is damaged \
+                 in its first bytes, encrypted, or something else"
+            )
+        }
+    };
+    let place = match inside {
+        Some((layer, 0)) => format!("inside its {layer} data: "),
+        Some((layer, before)) => format!("behind the {layer} header, at byte {before}: "),
+        None => String::new(),
+    };
+    let further_in = match (find(&start), inside) {
+        (Some((at, image)), None) => format!(
+            "; {} begins at byte {at}: if what stands before it does not belong to it, cut that \
+             off (tail -c +{} FILE)",
+            image_name(image),
+            at + 1
+        ),
+        (Some((at, image)), Some((layer, before))) => {
+            let at = before.saturating_add(at as u64);
+            let of = if before == 0 {
+                " of what is inside"
+            } else {
+                ""
+            };
+            let name = image_name(image);
+            format!("; {name} begins at byte {at}{of}: what {layer} has before it is damaged")
+        }
+        (None, _) => String::new(),
+    };
+    bad(format!("{place}not a saved Xen domain: {what}{further_in}"))
+}
+
+/// Whether it is something that can be read, but for being cut off.
+fn is_cut_magic(detected: Detected) -> bool {
+    !matches!(detected, Detected::Foreign(_) | Detected::Unknown)
+}
+
+fn image_name(image: Detected) -> &'static str {
+    match image {
+        Detected::Xl => "an image of xl",
+        Detected::Libvirt => "an image of libvirt",
+        Detected::Xapi | Detected::XapiLegacy => "a suspend image of xapi",
+        Detected::Xend => "an image of xend",
+        Detected::Libxl => "a libxl stream",
+        _ => "a libxc stream",
+    }
+}
+
+/// What the end of a file says, where the start says nothing.
+pub(crate) fn by_its_end(last: &[u8]) -> Option<Foreign> {
+    foreign::by_its_end(last)
+}

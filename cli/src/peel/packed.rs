@@ -1,0 +1,119 @@
+//! Compressed bytes as the decompressors take them: buffered, counted, and with a record of
+//! whether they ran out or the source failed.
+
+use std::io::{self, BufRead, ErrorKind, Read};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use super::Source;
+
+/// Bytes that are read at once.
+const STEP: usize = 256 << 10;
+
+/// How far the compressed bytes have been used, and how they ended.
+#[derive(Debug, Default)]
+pub(super) struct Progress {
+    used: AtomicU64,
+    ran_out: AtomicBool,
+    failed: AtomicBool,
+}
+
+impl Progress {
+    /// Compressed bytes that were used.
+    pub(super) fn used(&self) -> u64 {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    /// Whether a decompressor asked for more than there was.
+    pub(super) fn ran_out(&self) -> bool {
+        self.ran_out.load(Ordering::Relaxed)
+    }
+
+    /// Whether the source failed, which is no fault of its contents.
+    pub(super) fn failed(&self) -> bool {
+        self.failed.load(Ordering::Relaxed)
+    }
+}
+
+/// Compressed bytes.
+pub(super) struct Packed {
+    source: Source,
+    progress: Arc<Progress>,
+    room: Vec<u8>,
+    from: usize,
+    to: usize,
+}
+
+impl Packed {
+    pub(super) fn new(source: Source) -> (Self, Arc<Progress>) {
+        let progress = Arc::new(Progress::default());
+        let packed = Self {
+            source,
+            progress: Arc::clone(&progress),
+            room: vec![0; STEP],
+            from: 0,
+            to: 0,
+        };
+        (packed, progress)
+    }
+
+    /// The next bytes, at least so many unless fewer are left. They are not used up.
+    pub(super) fn peek(&mut self, count: usize) -> io::Result<&[u8]> {
+        while self.to - self.from < count && self.more()? {}
+        Ok(&self.room[self.from..self.to])
+    }
+
+    /// Read more behind what there is; whether there was any.
+    fn more(&mut self) -> io::Result<bool> {
+        self.room.copy_within(self.from..self.to, 0);
+        self.to -= self.from;
+        self.from = 0;
+        if self.to == self.room.len() {
+            return Ok(false);
+        }
+        loop {
+            match self.source.read(&mut self.room[self.to..]) {
+                Ok(n) => {
+                    self.to += n;
+                    return Ok(n > 0);
+                }
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => {
+                    self.progress.failed.store(true, Ordering::Relaxed);
+                    return Err(e);
+                }
+            }
+        }
+    }
+
+    /// Pass over so many bytes; whether there were so many.
+    pub(super) fn skip(&mut self, count: u64) -> io::Result<bool> {
+        Ok(io::copy(&mut self.by_ref().take(count), &mut io::sink())? == count)
+    }
+}
+
+impl Read for Packed {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        let ready = self.fill_buf()?;
+        let n = ready.len().min(room.len());
+        room[..n].copy_from_slice(&ready[..n]);
+        self.consume(n);
+        Ok(n)
+    }
+}
+
+impl BufRead for Packed {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        if self.from == self.to && !self.more()? {
+            self.progress.ran_out.store(true, Ordering::Relaxed);
+        }
+        Ok(&self.room[self.from..self.to])
+    }
+
+    fn consume(&mut self, count: usize) {
+        let count = count.min(self.to - self.from);
+        self.from += count;
+        let used = count as u64;
+        self.progress.used.fetch_add(used, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,59 @@
+//! One frame of zstd, its checksum looked at.
+
+use std::io::{self, Read};
+
+use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
+
+use super::compression::MAX_WINDOW;
+use super::packed::Packed;
+
+/// A frame.
+pub(super) struct ZstdFrame {
+    packed: Packed,
+    decoder: Box<FrameDecoder>,
+}
+
+impl ZstdFrame {
+    /// Read the header of a frame.
+    pub(super) fn begin(mut packed: Packed) -> io::Result<Self> {
+        let mut decoder = Box::new(FrameDecoder::new());
+        decoder.set_max_window_size(MAX_WINDOW);
+        decoder.reset(&mut packed).map_err(error)?;
+        Ok(Self { packed, decoder })
+    }
+
+    /// What follows the frame.
+    pub(super) fn into_inner(self) -> Packed {
+        self.packed
+    }
+
+    /// The frame is over: is it what was compressed?
+    fn check(&self) -> io::Result<()> {
+        let expected = self.decoder.get_checksum_from_data();
+        match expected.is_none() || expected == self.decoder.get_calculated_checksum() {
+            true => Ok(()),
+            false => Err(io::Error::other("checksum")),
+        }
+    }
+}
+
+fn error(error: impl std::fmt::Display) -> io::Error {
+    // Its words are for whoever wrote the decoder; they are not shown.
+    io::Error::other(error.to_string())
+}
+
+impl Read for ZstdFrame {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        loop {
+            if self.decoder.can_collect() > 0 {
+                return self.decoder.read(room);
+            }
+            if self.decoder.is_finished() {
+                return self.check().map(|()| 0);
+            }
+            self.decoder
+                .decode_blocks(&mut self.packed, BlockDecodingStrategy::UptoBlocks(1))
+                .map_err(error)?;
+        }
+    }
+}
