@@ -41,13 +41,22 @@ pub(crate) struct Feed {
 impl Feed {
     /// Take off what stands around the image in `source`; the pipe to read it from.
     pub(crate) fn start(source: Source, lenient: bool) -> Result<(File, Self)> {
+        Self::of(peel::peel(source, lenient)?)
+    }
+
+    /// The same of a connection, on which nothing behind the image is read.
+    pub(crate) fn start_migration(source: Source) -> Result<(File, Self)> {
+        Self::of(peel::peel_migration(source)?)
+    }
+
+    fn of(peeled: Peeled) -> Result<(File, Self)> {
         let Peeled {
             mut source,
             layers,
             origin,
             found,
             before,
-        } = peel::peel(source, lenient)?;
+        } = peeled;
         let (from, to) = nix::unistd::pipe().context("making a pipe")?;
         let (from, mut to) = (File::from(from), File::from(to));
         widen(&from);

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use nix::fcntl::{FcntlArg, fcntl};
+use xsr_format::wrapper::vhd::{self, Vhd, VhdError};
 
 use crate::exit::{BadImage, BadUsage};
 use crate::feed::{self, Feed};
@@ -84,6 +85,9 @@ impl Input {
     pub(crate) fn unwrapped(self, lenient: bool) -> anyhow::Result<Self> {
         let prefix =
             feed::peek(&self.file, self.length.is_some()).with_context(|| self.name.clone())?;
+        if prefix.starts_with(&vhd::MAGIC) && self.length.is_some() {
+            return self.out_of_a_vhd(lenient);
+        }
         if !peel::is_wrapped(&prefix) {
             return match peel::is_foreign(&prefix) {
                 true => Err(self.foreign().context(self.name)),
@@ -94,6 +98,34 @@ impl Input {
             file, name, path, ..
         } = self;
         let (file, feed) = Feed::start(Box::new(file), lenient).with_context(|| name.clone())?;
+        Ok(Self {
+            file,
+            name,
+            length: None,
+            path,
+            feed: Some(feed),
+        })
+    }
+
+    /// The image on the disk in a dynamic VHD, as xapi exports suspend VDIs.
+    fn out_of_a_vhd(self, lenient: bool) -> anyhow::Result<Self> {
+        let name = || self.name.clone();
+        let own = self.file.try_clone().with_context(name)?;
+        let disk = match Vhd::open(own) {
+            Ok(disk) => disk,
+            Err(VhdError::Io(error)) if error.kind() != io::ErrorKind::UnexpectedEof => {
+                return Err(anyhow::Error::new(error).context(name()));
+            }
+            Err(error) => {
+                (&self.file).rewind().with_context(name)?;
+                let why = format!("it cannot be read as a VHD ({error})");
+                return Err(self.foreign().context(why).context(name()));
+            }
+        };
+        let Self { name, path, .. } = self;
+        let (file, mut feed) =
+            Feed::start(Box::new(disk), lenient).with_context(|| name.clone())?;
+        feed.layers.insert(0, "VHD".to_owned());
         Ok(Self {
             file,
             name,
@@ -175,6 +207,16 @@ impl Input {
             path: None,
             feed: None,
         }
+    }
+
+    /// An image that comes over a connection in the legacy form (Xen 4.5 and before), converted
+    /// as it is read: `source` is the connection from its first byte of the image on.
+    pub(crate) fn converted_from(source: peel::Source, name: &str) -> anyhow::Result<Self> {
+        let (file, feed) = Feed::start_migration(source)?;
+        Ok(Self {
+            feed: Some(feed),
+            ..Self::of_connection(file, name.to_owned())
+        })
     }
 
     fn plain(mut file: File, name: String) -> anyhow::Result<Self> {

@@ -19,7 +19,9 @@ use serde::Serialize;
 use xsr_format::detect::{Detected, detect};
 use xsr_format::error::{Place, Position, ReadError, ReadErrorCause};
 use xsr_format::legacy::convert::Summary;
-use xsr_format::legacy::{Converted, LegacyGuest, LegacyOptions, LegacyReader, Target};
+use xsr_format::legacy::{
+    Checkpoints, Converted, LegacyGuest, LegacyOptions, LegacyReader, Target,
+};
 use xsr_format::read::ReadOptions;
 use xsr_format::wrapper::libvirt::LibvirtHeader;
 use xsr_format::wrapper::xapi::{XapiKind, XapiSource};
@@ -128,13 +130,24 @@ pub(crate) fn is_foreign(prefix: &[u8]) -> bool {
 /// # Errors
 ///
 /// The source failed; a layer is damaged, or cannot be taken off; what is inside is no image.
-pub(crate) fn peel(mut source: Source, lenient: bool) -> Result<Peeled> {
+pub(crate) fn peel(source: Source, lenient: bool) -> Result<Peeled> {
+    peel_up_to(source, lenient, Checkpoints::All)
+}
+
+/// The same of what comes over a connection on which the sender goes on to speak: of a legacy
+/// stream, not a byte behind the first checkpoint is read.
+pub(crate) fn peel_migration(source: Source) -> Result<Peeled> {
+    peel_up_to(source, false, Checkpoints::UpTo(1))
+}
+
+fn peel_up_to(mut source: Source, lenient: bool, checkpoints: Checkpoints) -> Result<Peeled> {
     let mut layers: Vec<String> = Vec::new();
     let mut origin = None;
     let mut before = 0;
     let found = Found::default();
     let mut legacy = LegacyOptions {
         lenient,
+        checkpoints,
         ..LegacyOptions::default()
     };
     let options = ReadOptions { lenient, offset: 0 };

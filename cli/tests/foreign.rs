@@ -7,6 +7,8 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
+#[path = "foreign/files.rs"]
+mod files;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -301,6 +303,40 @@ fn the_text_of_old_xl_is_a_configuration() {
     run(["verify", arg(&new)]).code(0);
 }
 
+/// A sender of Xen 4.5 or before writes the legacy form: it is converted on the way, and nothing
+/// of what the sender says behind it is lost.
+#[test]
+fn a_domain_of_an_old_sender_is_received() {
+    let dir = scratch();
+    let (from, old) = (image("tpv"), dir.path().join("old"));
+    let text = format!("name = \"old\"\nmemory = 4\nuuid = '{UUID}'\n");
+    for (qemu, last) in [("none", "--batch=512"), ("none", "--no-last-checkpoint")] {
+        let options = ["--from", arg(&from), "--xl", &text, "--qemu", qemu, last];
+        if tool("legacy_image.py", &options, &old).is_none() {
+            return;
+        }
+        let host = dir.path().join(last);
+        let mut receive = xsr(["migrate-receive", &backend(&host)]);
+        let go = b"domain is yours, you are cleared to unpause\0".to_vec();
+        receive.write_stdin([fs::read(&old).unwrap(), go].concat());
+        ran(receive).code(0).stdout_has("results are as follows");
+        assert_eq!(kept_uuid(&host, "old"), UUID);
+        // Cut off, the sender keeps it.
+        let host = dir.path().join(format!("{last}-cut"));
+        let mut receive = xsr(["migrate-receive", &backend(&host)]);
+        let mut cut = fs::read(&old).unwrap();
+        cut.truncate(cut.len() - 100);
+        receive.write_stdin(cut);
+        ran(receive).code(1).stderr_has("the sender keeps it");
+        assert!(
+            MockHost::open(&host)
+                .unwrap()
+                .find("old--incoming")
+                .is_err()
+        );
+    }
+}
+
 /// Another name makes a clone; so does xl's way, a configuration before the image. The options
 /// that xl has are taken.
 #[test]
@@ -401,155 +437,28 @@ fn edit_refuses_what_nobody_could_restore() {
     run(["restore", &backend(&dir.path().join("host")), arg(&out)]).code(0);
 }
 
-/// A file that is no saved domain is named.
+/// A suspend VDI as it is exported, in a dynamic VHD; one that cannot be read is named.
 #[test]
-fn what_is_no_image_is_named() {
+fn an_image_in_a_vhd_is_read() {
     let dir = scratch();
-    let path = dir.path().join("file");
-    let at = |offset: usize, magic: &[u8]| {
-        let mut octets = vec![0; offset + magic.len() + 600];
-        octets[offset..offset + magic.len()].copy_from_slice(magic);
-        octets
-    };
-    let image = fs::read(image("tpv")).unwrap();
-    let zip = b"PK\x03\x04\x14\0\0\0\x08\0\xa8\x0d\xd9\x2f\0\x5c".to_vec();
-    let cases: [(Vec<u8>, &str); 22] = [
-        (
-            at(0, b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x04\0"),
-            "ELF core",
-        ),
-        (at(0, b"QFI\xfb\0\0\0\x03"), "qcow2"),
-        (at(0, b"KDMV\x01\0\0\0"), "VMDK"),
-        (at(0, b"QEVM\0\0\0\x03"), "qemu"),
-        (at(0, b"vhdxfile"), "VHDX"),
-        (at(600, b"conectix"), "only"),
-        (at(0, b"LibvirtQemudSave\x02\0\0\0"), "QEMU driver"),
-        (at(257, b"ustar"), "tar archive"),
-        (at(0, b"ova.xml\0"), "XVA"),
-        (zip, "zip archive"),
-        (at(0, b"PAGEDU64"), "Windows"),
-        (at(0, b"EMiL\x01\0\0\0"), "LiME"),
-        (at(0, b"KDUMP   \x06\0\0\0"), "kdump"),
-        (at(0, b"BZh91AY&SY"), "bzip2 -dc"),
-        (at(510, b"\x55\xaa"), "MBR"),
-        (at(0x8001, b"CD001"), "ISO 9660"),
-        (b"<domain type='xen'/>".to_vec(), "XML"),
-        (b"{\"a\": 1}\n".to_vec(), "JSON"),
-        (vec![0; 65536], "only zeros, 65536"),
-        ([vec![7; 512], image.clone()].concat(), "begins at byte 512"),
-        ([vec![0; 700_000], image].concat(), "tail -c +700001"),
-        (b"BZhello".to_vec(), "text"),
-    ];
-    for (octets, name) in cases {
-        // The last case of a VHD has its magic at the very end.
-        let octets = match name {
-            "only" => [vec![1; 4096], b"conectix".to_vec(), vec![0; 504]].concat(),
-            _ => octets,
-        };
-        let name = if name == "only" { "VHD" } else { name };
-        fs::write(&path, &octets).unwrap();
-        run(["verify", arg(&path)])
-            .code(2)
-            .stdout_has("BAD")
-            .stdout_has(name);
-        let mut piped = xsr(["inspect", "-"]);
-        piped.write_stdin(octets);
-        let piped = ran(piped).code(2);
-        if name != "VHD" {
-            piped.stderr_has(name);
-        }
+    let at = |name: &str| dir.path().join(name);
+    let (suspend, disk) = (at("suspend"), at("disk.vhd"));
+    let libxc = layer(&dir, "tpv", "libxc");
+    let options = ["xapi", arg(&libxc), "--name", "my-vm"];
+    if tool("foreign_image.py", &options, &suspend).is_none() {
+        return;
     }
-}
-
-/// Compressed files, as their own tools judge them.
-#[test]
-fn compressed_files_are_judged_as_their_tools_judge_them() {
-    let dir = scratch();
-    let path = dir.path().join("file");
-    let octets = fs::read(image("tpv")).unwrap();
-    let (first, second) = octets.split_at(octets.len() / 3);
-    let gzip = |octets: &[u8]| {
-        use std::io::Write as _;
-        let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-        out.write_all(octets).unwrap();
-        out.finish().unwrap()
-    };
-    let lz4 = |octets: &[u8]| {
-        use std::io::Write as _;
-        let mut out = lz4_flex::frame::FrameEncoder::new(Vec::new());
-        out.write_all(octets).unwrap();
-        out.finish().unwrap()
-    };
-    let zstd = |octets: &[u8]| {
-        let level = ruzstd::encoding::CompressionLevel::Fastest;
-        ruzstd::encoding::compress_to_vec(octets, level)
-    };
-    // LZ4's old format: blocks of 8 MiB at most, each with its length.
-    let lz4_legacy = |octets: &[u8]| {
-        let block = lz4_flex::block::compress(octets);
-        let length = u32::try_from(block.len()).unwrap().to_le_bytes();
-        [b"\x02\x21\x4c\x18".as_slice(), &length, &block].concat()
-    };
-    let skipped = b"\x50\x2a\x4d\x18\x03\0\0\0abc".as_slice();
-    let zeros = [0; 5000].as_slice();
-    let (g, l, z) = (gzip(&octets), lz4(&octets), zstd(&octets));
-    let good: Vec<(&str, Vec<u8>)> = vec![
-        ("two gzip members", [gzip(first), gzip(second)].concat()),
-        ("padded gzip", [&g, zeros].concat()),
-        ("gzip and garbage", [&g, b"garbage".as_slice()].concat()),
-        ("two lz4 frames", [lz4(first), lz4(second)].concat()),
-        (
-            "lz4 skipped",
-            [skipped, &lz4(first), skipped, &lz4(second), skipped].concat(),
-        ),
-        ("lz4 with an empty frame", [lz4(b""), l.clone()].concat()),
-        ("padded lz4", [&l, zeros].concat()),
-        ("old lz4", lz4_legacy(&octets)),
-        ("old lz4 and new", [lz4_legacy(first), lz4(second)].concat()),
-        ("two zstd frames", [zstd(first), zstd(second)].concat()),
-        (
-            "zstd skipped",
-            [skipped, &zstd(first), skipped, &zstd(second)].concat(),
-        ),
-        ("padded zstd", [&z, zeros].concat()),
-    ];
-    for (name, file) in good {
-        fs::write(&path, &file).unwrap();
-        let ran = run(["verify", arg(&path)]);
-        assert_eq!(ran.code, 0, "{name}: {ran:?}");
-        let cat = xsr(["cat", "--layer", "xl", arg(&path)]).output().unwrap();
-        assert!(cat.stdout == octets, "{name}: other octets");
-        if name.contains("padded") {
-            ran.stdout_has("5000 bytes of zeros");
-        } else if name.contains("garbage") {
-            ran.stdout_has("is ignored, as gzip does");
-        }
-    }
-    for (name, file) in [("gzip", &g), ("lz4", &l), ("zstd", &z)] {
-        fs::write(&path, &file[..file.len() / 2]).unwrap();
-        for command in ["verify", "inspect"] {
-            let ran = run([command, arg(&path)]).code(2);
-            let said = ran.stdout + &ran.stderr;
-            for word in [arg(&path), "truncated", "copy it again", "at byte 0x"] {
-                assert!(said.contains(word), "{name}: no {word:?} in {said}");
-            }
-        }
-        let mut flipped = file.clone();
-        let at = flipped.len() - 6;
-        flipped[at] ^= 0x10;
-        fs::write(&path, flipped).unwrap();
-        // An lz4 frame need not have a checksum: then the image inside is bad.
-        run(["verify", arg(&path)]).code(2).stdout_has("BAD");
-        if name != "gzip" {
-            fs::write(&path, [file, b"garbage".as_slice()].concat()).unwrap();
-            run(["verify", arg(&path)])
-                .code(2)
-                .stdout_has(&format!("neither {name} data nor padding"));
-        }
-    }
-    let mut flipped = g;
-    let at = flipped.len() - 6;
-    flipped[at] ^= 0x10;
-    fs::write(&path, flipped).unwrap();
-    run(["verify", arg(&path)]).code(2).stdout_has("checksum");
+    tool("foreign_image.py", &["vhd", arg(&suspend)], &disk).unwrap();
+    run(["verify", arg(&disk)])
+        .code(0)
+        .stdout_has("inside: VHD, xapi");
+    let host = at("host");
+    run(["restore", &backend(&host), arg(&disk)]).code(0);
+    assert_eq!(kept_uuid(&host, "my-vm"), UUID);
+    let mut octets = fs::read(&disk).unwrap();
+    octets[600] ^= 1;
+    fs::write(&disk, octets).unwrap();
+    run(["verify", arg(&disk)])
+        .code(2)
+        .stdout_has("qemu-img convert -f vpc");
 }

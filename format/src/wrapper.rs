@@ -17,6 +17,7 @@ use thiserror::Error;
 
 pub mod libvirt;
 pub mod libxl;
+pub mod vhd;
 pub mod xapi;
 pub mod xend;
 pub mod xl;

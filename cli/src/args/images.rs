@@ -10,7 +10,7 @@ use clap::{Args, Parser, ValueEnum};
 /// Convert an image to today's form: version 3, little endian
 ///
 /// Reads everything: legacy images (Xen 4.5 and earlier), version 2, big endian, images of
-/// libvirt and xapi, compressed ones. It is a filter too: `-` is stdin and stdout. Under
+/// libvirt, xapi and xend, compressed ones. It is a filter too: `-` is stdin and stdout. Under
 /// the name convert-legacy-stream it takes the arguments of Xen's script of that name.
 #[derive(Debug, Args)]
 #[command(after_help = "\

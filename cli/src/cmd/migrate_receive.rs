@@ -16,7 +16,7 @@ use xsr_xen_backend::mock::MockHost;
 
 use crate::args::ReceiveArgs;
 use crate::backend;
-use crate::cmd::restore::{About, Image, Made, Named, superpages};
+use crate::cmd::restore::{About, Image, Made, Named, of_old_sender, superpages};
 use crate::exit::{self, Code, Migration};
 use crate::file::Input;
 use crate::handshake::{self, Message};
@@ -149,13 +149,21 @@ impl Receiver<'_> {
         watch.step("banner");
         let cancel = watch.interrupt().cancel().clone();
         let limit = self.read_limit();
-        let made = Image::open_migration(input, cancel, &limit)
+        let (converted, known) =
+            of_old_sender(input, cancel.clone(), &limit).map_err(sender_has_it)?;
+        let image = converted.as_ref().unwrap_or(input);
+        let made = Image::open_migration_behind(known, image, cancel, &limit)
             .and_then(|image| {
                 self.terminal
                     .say(&format!("migrate-receive: receiving {}", image.name()));
                 image.build(self.host, Named::Incoming, self.args.threads.threads, watch)
             })
-            .map_err(sender_has_it)?;
+            .and_then(|made| match &converted {
+                // What converts it has read all of it, and nothing of what follows.
+                Some(converted) => converted.finish(0).map(|_| made),
+                None => Ok(made),
+            })
+            .map_err(|error| sender_has_it(image.blame(error)))?;
         watch.step("received");
         Message::Ready
             .send(self.to, self.answer())

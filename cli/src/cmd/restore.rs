@@ -31,6 +31,7 @@ pub(crate) use self::made::{About, Made};
 use self::plan::Plan;
 pub(crate) use self::plan::{Overrides, config_for};
 use self::source::ImageSource;
+pub(crate) use self::source::of_old_sender;
 use crate::args::RestoreArgs;
 use crate::backend;
 use crate::exit::{BadImage, Code};
@@ -204,7 +205,17 @@ impl<'a> Image<'a> {
         cancel: Cancel,
         limit: &Arc<ReadLimit>,
     ) -> Result<Self> {
-        let source = ImageSource::limited(&input.file, cancel, limit)?;
+        Self::open_migration_behind(Vec::new(), input, cancel, limit)
+    }
+
+    /// The same, where these octets of it have been read already.
+    pub(crate) fn open_migration_behind(
+        known: Vec<u8>,
+        input: &'a Input,
+        cancel: Cancel,
+        limit: &Arc<ReadLimit>,
+    ) -> Result<Self> {
+        let source = ImageSource::limited(&input.file, cancel, limit)?.behind(known);
         let walk = Walk::open(source, ReadOptions::default())?;
         let (reader, around) = walk.into_libxc()?;
         let header = around

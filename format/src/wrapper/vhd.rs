@@ -1,0 +1,269 @@
+//! A dynamic VHD, the form in which xapi exports suspend VDIs: read as the disk that it holds.
+//!
+//! | where | what |
+//! |---|---|
+//! | byte 0 | copy of the footer: `conectix`, big-endian fields, a checksum |
+//! | where the footer says | header: `cxsparse`, where the table is, how large blocks are |
+//! | where the header says | table: for each block the sector where it is, or ones for zeros |
+//! | each block | a bitmap of its sectors, whole sectors long, then the sectors |
+//!
+//! A disk of fixed size needs no reader: it begins with its contents. One that keeps differences
+//! to another cannot be read without that.
+//!
+//! Specification: Virtual Hard Disk Image Format Specification 1.0.
+
+use std::io::{self, Read, Seek, SeekFrom};
+
+use thiserror::Error;
+
+/// The first bytes of a dynamic VHD.
+pub const MAGIC: [u8; 8] = *b"conectix";
+
+const HEADER_MAGIC: [u8; 8] = *b"cxsparse";
+const SECTOR: u64 = 512;
+const DYNAMIC: u32 = 3;
+const DIFFERENCING: u32 = 4;
+/// The largest block that is read; all have 2 MiB.
+const MAX_BLOCK: u32 = 256 << 20;
+/// The most blocks: with 2 MiB each the largest disk, 2 TiB.
+const MAX_BLOCKS: u32 = 1 << 20;
+
+/// What is wrong with a VHD.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum VhdError {
+    /// The source failed, or ended.
+    #[error("reading failed: {0}")]
+    Io(#[from] io::Error),
+    /// It does not begin as a dynamic one does.
+    #[error("it is a VHD of type {0}, expected 3 (dynamic)")]
+    Type(u32),
+    /// It holds differences to another.
+    #[error("it is a differencing VHD, which cannot be read without its parent")]
+    Differencing,
+    /// A structure whose magic or checksum is wrong.
+    #[error("its {what} is damaged: the {why} is wrong")]
+    Damaged {
+        /// Which structure.
+        what: &'static str,
+        /// Magic or checksum.
+        why: &'static str,
+    },
+    /// A number that no VHD has.
+    #[error("its header says {what} {got}, expected at most {max}")]
+    TooLarge {
+        /// Of what.
+        what: &'static str,
+        /// What came.
+        got: u32,
+        /// The limit.
+        max: u32,
+    },
+}
+
+/// The disk in a dynamic VHD.
+#[derive(Debug)]
+pub struct Vhd<R> {
+    source: R,
+    /// Of each block the sector where it is.
+    table: Vec<u32>,
+    block_bytes: u64,
+    bitmap_bytes: u64,
+    size: u64,
+    at: u64,
+}
+
+fn number(bytes: &[u8], at: usize) -> u32 {
+    let end = at.saturating_add(4);
+    let word = bytes.get(at..end).and_then(|word| word.try_into().ok());
+    word.map_or(0, u32::from_be_bytes)
+}
+
+fn long(bytes: &[u8], at: usize) -> u64 {
+    let low = number(bytes, at.saturating_add(4));
+    u64::from(number(bytes, at)) << 32 | u64::from(low)
+}
+
+/// Whether the checksum at `at` is that of the other bytes.
+fn is_whole(bytes: &[u8], at: usize) -> bool {
+    let others = bytes
+        .iter()
+        .enumerate()
+        .filter(|(i, _)| !(at..at.saturating_add(4)).contains(i));
+    let sum = others.fold(0_u32, |sum, (_, byte)| sum.wrapping_add(u32::from(*byte)));
+    !sum == number(bytes, at)
+}
+
+impl<R: Read + Seek> Vhd<R> {
+    /// Read the footer's copy, the header and the table.
+    ///
+    /// # Errors
+    ///
+    /// [`VhdError`]
+    pub fn open(mut source: R) -> Result<Self, VhdError> {
+        let damaged = |what, why| Err(VhdError::Damaged { what, why });
+        let mut footer = [0; 512];
+        source.seek(SeekFrom::Start(0))?;
+        source.read_exact(&mut footer)?;
+        if !footer.starts_with(&MAGIC) {
+            return damaged("footer", "magic");
+        }
+        if !is_whole(&footer, 64) {
+            return damaged("footer", "checksum");
+        }
+        match number(&footer, 60) {
+            DYNAMIC => {}
+            DIFFERENCING => return Err(VhdError::Differencing),
+            other => return Err(VhdError::Type(other)),
+        }
+        let mut header = [0; 1024];
+        source.seek(SeekFrom::Start(long(&footer, 16)))?;
+        source.read_exact(&mut header)?;
+        if !header.starts_with(&HEADER_MAGIC) {
+            return damaged("header", "magic");
+        }
+        if !is_whole(&header, 36) {
+            return damaged("header", "checksum");
+        }
+        let (blocks, block) = (number(&header, 28), number(&header, 32));
+        let limits = [
+            ("a number of blocks of", blocks, MAX_BLOCKS),
+            ("a block size of", block, MAX_BLOCK),
+        ];
+        for (what, got, max) in limits {
+            if got > max || (what.ends_with("size of") && got < 4096) {
+                return Err(VhdError::TooLarge { what, got, max });
+            }
+        }
+        source.seek(SeekFrom::Start(long(&header, 16)))?;
+        let mut table = Vec::new();
+        for _ in 0..blocks {
+            let mut entry = [0; 4];
+            source.read_exact(&mut entry)?;
+            table.push(u32::from_be_bytes(entry));
+        }
+        let block_bytes = u64::from(block);
+        let bitmap_bits = block_bytes.div_ceil(SECTOR);
+        Ok(Self {
+            source,
+            table,
+            block_bytes,
+            bitmap_bytes: bitmap_bits.div_ceil(8).next_multiple_of(SECTOR),
+            size: long(&footer, 48),
+            at: 0,
+        })
+    }
+}
+
+impl<R: Read + Seek> Read for Vhd<R> {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        const UNUSED: u32 = u32::MAX;
+        let (block, within) = match (
+            self.at.checked_div(self.block_bytes),
+            self.at.checked_rem(self.block_bytes),
+        ) {
+            (Some(block), Some(within)) => (block, within),
+            _ => return Ok(0),
+        };
+        let entry = usize::try_from(block)
+            .ok()
+            .and_then(|block| self.table.get(block));
+        let (Some(entry), true) = (entry.copied(), self.at < self.size) else {
+            return Ok(0);
+        };
+        let left = self
+            .block_bytes
+            .saturating_sub(within)
+            .min(self.size.saturating_sub(self.at));
+        let most = usize::try_from(left).unwrap_or(usize::MAX).min(room.len());
+        let (room, _) = room.split_at_mut(most);
+        let n = match entry {
+            UNUSED => {
+                room.fill(0);
+                most
+            }
+            sector => {
+                let start = u64::from(sector)
+                    .saturating_mul(SECTOR)
+                    .saturating_add(self.bitmap_bytes)
+                    .saturating_add(within);
+                self.source.seek(SeekFrom::Start(start))?;
+                self.source.read(room)?
+            }
+        };
+        self.at = self.at.saturating_add(n as u64);
+        Ok(n)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(
+        clippy::unwrap_used,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        reason = "a test fails by panicking"
+    )]
+
+    use std::io::Cursor;
+
+    use super::*;
+
+    fn summed(mut bytes: Vec<u8>, at: usize) -> Vec<u8> {
+        let sum = bytes.iter().fold(0_u32, |sum, byte| sum + u32::from(*byte));
+        bytes[at..at + 4].copy_from_slice(&(!sum).to_be_bytes());
+        bytes
+    }
+
+    /// Three blocks of 4 KiB: the second stands before the first, the third is not there.
+    fn disk(kind: u32) -> Vec<u8> {
+        let mut footer = vec![0; 512];
+        footer[..8].copy_from_slice(&MAGIC);
+        footer[16..24].copy_from_slice(&512_u64.to_be_bytes());
+        footer[48..56].copy_from_slice(&10_000_u64.to_be_bytes());
+        footer[60..64].copy_from_slice(&kind.to_be_bytes());
+        let mut header = vec![0; 1024];
+        header[..8].copy_from_slice(&HEADER_MAGIC);
+        header[16..24].copy_from_slice(&1536_u64.to_be_bytes());
+        header[28..32].copy_from_slice(&3_u32.to_be_bytes());
+        header[32..36].copy_from_slice(&4096_u32.to_be_bytes());
+        let mut table: Vec<u8> = [13_u32, 4, u32::MAX].map(u32::to_be_bytes).concat();
+        table.resize(512, 0xff);
+        let block = |byte| [vec![0xff; 512], vec![byte; 4096]].concat();
+        [
+            summed(footer, 64),
+            summed(header, 36),
+            table,
+            block(2),
+            block(1),
+        ]
+        .concat()
+    }
+
+    #[test]
+    fn blocks_are_read_in_the_order_of_the_table() {
+        let mut contents = Vec::new();
+        let mut disk = Vhd::open(Cursor::new(disk(DYNAMIC))).unwrap();
+        disk.read_to_end(&mut contents).unwrap();
+        let expected = [vec![1; 4096], vec![2; 4096], vec![0; 10_000 - 8192]].concat();
+        assert!(contents == expected);
+    }
+
+    #[test]
+    fn what_is_no_dynamic_vhd_is_refused() {
+        let open = |disk: Vec<u8>| Vhd::open(Cursor::new(disk)).err().unwrap();
+        assert!(matches!(open(disk(4)), VhdError::Differencing));
+        assert!(matches!(open(disk(2)), VhdError::Type(2)));
+        for at in [20, 530] {
+            let mut disk = disk(DYNAMIC);
+            disk[at] ^= 1;
+            assert!(matches!(open(disk), VhdError::Damaged { .. }), "{at}");
+        }
+        for end in [0, 100, 600, 1540] {
+            assert!(matches!(
+                open(disk(DYNAMIC)[..end].to_vec()),
+                VhdError::Io(_)
+            ));
+        }
+    }
+}
