@@ -211,7 +211,7 @@ pub(crate) struct RestoreArgs {
     #[arg(long = "type", value_name = "TYPE")]
     pub(crate) kind: Option<RestoreKind>,
     /// For an image without libxl's configuration: vcpus [default: found in the image]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=8192))]
     pub(crate) vcpus: Option<u32>,
     /// For an image without libxl's configuration: memory [default: found in the image]
     #[arg(long, value_name = "SIZE")]

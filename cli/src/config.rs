@@ -9,6 +9,7 @@ use std::path::Path;
 
 use anyhow::Error;
 use serde_json::Value;
+use xsr_format::guest_image::{MAX_HVM_VCPUS, MAX_PV_VCPUS};
 use xsr_xen_backend::GuestKind;
 
 use crate::exit::{BadImage, BadUsage};
@@ -56,12 +57,17 @@ impl Config {
             }
             None => return Err(missing("c_info.type")),
         };
+        let most = most_vcpus(kind);
         let vcpus = match number("/b_info/max_vcpus") {
             None => 1,
             Some(vcpus) => u32::try_from(vcpus)
                 .ok()
-                .filter(|vcpus| *vcpus > 0)
-                .ok_or_else(|| bad(format!("has b_info.max_vcpus {vcpus}, expected 1 or more")))?,
+                .filter(|vcpus| (1..=most).contains(vcpus))
+                .ok_or_else(|| {
+                    bad(format!(
+                        "has b_info.max_vcpus {vcpus}, expected 1 to {most}"
+                    ))
+                })?,
         };
         Ok(Self {
             name: text("/c_info/name")
@@ -79,6 +85,14 @@ impl Config {
     /// How many pages the domain may have.
     pub(crate) fn max_pages(&self) -> u64 {
         max_pages(self.max_memory_kib.saturating_add(self.video_memory_kib))
+    }
+}
+
+/// Most vcpus that Xen lets a domain of a kind have.
+pub(crate) fn most_vcpus(kind: GuestKind) -> u32 {
+    match kind {
+        GuestKind::Pv => MAX_PV_VCPUS,
+        GuestKind::Hvm | GuestKind::Pvh => MAX_HVM_VCPUS,
     }
 }
 

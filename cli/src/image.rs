@@ -10,6 +10,7 @@ use anyhow::Context as _;
 use xsr_format::error::Place;
 use xsr_format::fields::{self, pv};
 use xsr_format::frame::Pfn;
+use xsr_format::guest_image::GuestImage;
 use xsr_format::image::{DomainHeader, ImageHeader};
 use xsr_format::read::ReadOptions;
 use xsr_format::record::Record;
@@ -57,13 +58,13 @@ impl At {
     }
 }
 
-/// The page of start_info: vcpu 0 of a suspended PV guest holds its pfn in edx. `context`
-/// is that vcpu's, the blob of X86_PV_VCPU_BASIC.
-pub(crate) fn start_info(context: &[u8], info: PvInfo) -> Option<Pfn> {
-    let (layout, name) = match info {
+/// The page of start_info: vcpu 0 of a suspended PV guest holds its pfn in edx.
+pub(crate) fn start_info(guest: &GuestImage) -> Option<Pfn> {
+    let (layout, name) = match guest.pv_info()? {
         PvInfo::Bits64 => (&pv::VCPU_CONTEXT_64, "user_regs.rdx"),
         PvInfo::Bits32 => (&pv::VCPU_CONTEXT_32, "user_regs.edx"),
     };
+    let context = &guest.vcpus().get(&0)?.basic;
     let field = fields::fields(layout, context).find(|field| field.name == name)?;
     match field.value {
         fields::Value::Hex(pfn) => Some(Pfn(pfn)),
@@ -81,33 +82,74 @@ pub(crate) struct Reading {
 /// What is told of each event.
 type Visitor<'v> = &'v mut dyn FnMut(Event<'_>) -> anyhow::Result<()>;
 
+/// An image that has been walked, or as much of it as is good.
+#[derive(Debug)]
+pub(crate) struct Walked {
+    /// What its records say of the guest; `None` if it ended before the libxc stream.
+    pub(crate) guest: Option<GuestImage>,
+    /// How many bytes it has.
+    pub(crate) bytes: u64,
+}
+
 impl Reading {
-    /// Walk an image to its end; how many octets it has, up to there.
+    /// Walk an image to its end.
     ///
     /// # Errors
     ///
     /// The image is bad, cannot be read, or `visit` failed.
-    pub(crate) fn over(self, input: &Input, visit: Visitor<'_>) -> anyhow::Result<u64> {
+    pub(crate) fn over(self, input: &Input, visit: Visitor<'_>) -> anyhow::Result<Walked> {
+        let mut walked = Walked {
+            guest: None,
+            bytes: 0,
+        };
+        self.walk(input, visit, &mut walked)?;
+        Ok(walked)
+    }
+
+    /// As [`Reading::over`]; `walked` gets what there is also where the image turns out to be
+    /// bad.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Reading::over`].
+    pub(crate) fn walk(
+        self,
+        input: &Input,
+        visit: Visitor<'_>,
+        walked: &mut Walked,
+    ) -> anyhow::Result<()> {
         let options = ReadOptions {
             lenient: self.lenient,
             offset: 0,
         };
         let file = &input.file;
-        let octets = match input.length {
+        let result = match input.length {
             Some(_) => Walk::open_seeking(file, options)
                 .map_err(anyhow::Error::new)
-                .and_then(|walk| steps(walk, visit)),
+                .and_then(|mut walk| steps(&mut walk, visit, walked)),
             None => Walk::open(file, options)
                 .map_err(anyhow::Error::new)
-                .and_then(|walk| steps(walk, visit)),
+                .and_then(|mut walk| steps(&mut walk, visit, walked)),
         };
-        octets
+        result
             .map_err(|error| input.blame(error))
             .with_context(|| input.name.clone())
     }
 }
 
-fn steps<R: Read>(mut walk: Walk<R>, visit: Visitor<'_>) -> anyhow::Result<u64> {
+/// Walk on to the end.
+fn steps<R: Read>(
+    walk: &mut Walk<R>,
+    visit: Visitor<'_>,
+    walked: &mut Walked,
+) -> anyhow::Result<()> {
+    let result = each_step(walk, visit);
+    walked.bytes = walk.offset();
+    walked.guest = walk.take_guest();
+    result
+}
+
+fn each_step<R: Read>(walk: &mut Walk<R>, visit: Visitor<'_>) -> anyhow::Result<()> {
     while let Some(Step { position, content }) = walk.next_step()? {
         let at = |length: u64| At {
             index: match position.place {
@@ -132,7 +174,7 @@ fn steps<R: Read>(mut walk: Walk<R>, visit: Visitor<'_>) -> anyhow::Result<u64> 
             }
         }
     }
-    Ok(walk.offset())
+    Ok(())
 }
 
 /// Octets of a libxl record's body.

@@ -27,6 +27,7 @@ mod stdout;
 mod terminal;
 mod text;
 mod transport;
+mod verdict;
 mod watch;
 mod workload;
 mod xl;

@@ -7,6 +7,7 @@ use std::io;
 use thiserror::Error;
 
 use crate::detect::Detected;
+use crate::fields::hvm::FieldError;
 use crate::frame::{PageType, Pfn};
 use crate::image::Version;
 use crate::legacy::chunk::Marker;
@@ -196,6 +197,69 @@ pub enum DecodeError {
         /// Last pfn.
         end: u32,
     },
+    /// X86_PV_P2M_FRAMES that leaves a part of the p2m without frames.
+    #[error(
+        "X86_PV_P2M_FRAMES: it begins at pfn {start}, but only the first {known} p2m frames have come before it"
+    )]
+    P2mGap {
+        /// Its first pfn.
+        start: Pfn,
+        /// How many frames of the p2m are known.
+        known: u64,
+    },
+    /// A frame of the p2m that would have to hold two different contents.
+    #[error(
+        "X86_PV_P2M_FRAMES: frames {first} and {second} of the p2m are both at pfn {pfn}, and at least one of them has to hold pages of the guest"
+    )]
+    P2mLeafShared {
+        /// Where both are.
+        pfn: Pfn,
+        /// Index of one of them.
+        first: u64,
+        /// Index of the other.
+        second: u64,
+    },
+    /// A pfn that no x86 guest can have.
+    #[error(
+        "PAGE_DATA: entry {index} has pfn {pfn}, beyond 0xffffffffff, the last that any x86 guest can have"
+    )]
+    PfnRange {
+        /// Which entry, from 0.
+        index: u64,
+        /// Its pfn.
+        pfn: Pfn,
+    },
+    /// A vcpu that no guest of this type can have.
+    #[error("{kind}: the vcpu is {vcpu}, expected at most {max}")]
+    VcpuNumber {
+        /// The record.
+        kind: RecordKind,
+        /// What came.
+        vcpu: u32,
+        /// The highest number.
+        max: u32,
+    },
+    /// A parameter that no Xen knows.
+    #[error("HVM_PARAMS: there is no parameter {index:#x}")]
+    HvmParamIndex {
+        /// What came.
+        index: u64,
+    },
+    /// More state than a restorer keeps.
+    #[error("the vcpus have more than {max} bytes of state, which is more than a restore keeps")]
+    StateTooLong {
+        /// The limit.
+        max: u64,
+    },
+    /// More optional records than a reader counts.
+    #[error("there are more than {max} optional records; Xen writes none")]
+    TooManyOptional {
+        /// The limit.
+        max: u32,
+    },
+    /// An HVM context that Xen could not read.
+    #[error(transparent)]
+    HvmContext(#[from] FieldError),
     /// A record that is out of place.
     #[error(transparent)]
     Order(#[from] OrderError),

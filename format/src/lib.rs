@@ -17,6 +17,7 @@ pub mod detect;
 pub mod error;
 pub mod fields;
 pub mod frame;
+pub mod guest_image;
 pub mod image;
 pub mod legacy;
 pub mod order;

@@ -78,6 +78,15 @@ pub enum OrderError {
     },
 }
 
+// A kind without a bit in `Order::seen` would be forgotten as soon as it has come.
+const _: () = {
+    let mut rest = RecordKind::ALL;
+    while let [kind, others @ ..] = rest {
+        assert!(kind.0 < u32::BITS, "Order::seen needs a wider set");
+        rest = others;
+    }
+};
+
 /// The state machine.
 #[derive(Clone, Debug)]
 pub struct Order {
@@ -118,6 +127,7 @@ impl Order {
         self.max_pfn
     }
 
+    /// The bit of a kind in `seen`. Every kind that has a name has one: see below.
     const fn bit(kind: RecordKind) -> u32 {
         // Kinds without a bit (unknown optional ones) are not asked about.
         match 1_u32.checked_shl(kind.0) {

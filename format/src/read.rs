@@ -211,9 +211,11 @@ impl<R: Read> RecordReader<R> {
     }
 
     /// As [`RecordReader::next_record`], with where the record begins.
-    pub(crate) fn next_record_at(
-        &mut self,
-    ) -> Result<Option<(Position, Incoming<'_, R>)>, ReadError> {
+    ///
+    /// # Errors
+    ///
+    /// As for [`RecordReader::next_record`].
+    pub fn next_record_at(&mut self) -> Result<Option<(Position, Incoming<'_, R>)>, ReadError> {
         match self.state {
             State::Records => {}
             State::Ended => return Ok(None),

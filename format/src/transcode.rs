@@ -12,7 +12,6 @@
 use std::io::{self, Read, Write};
 
 use thiserror::Error;
-use zerocopy::IntoBytes;
 
 use crate::byte_order::ByteOrder;
 use crate::error::{ReadError, WriteError};
@@ -23,7 +22,6 @@ use crate::record::hvm::HvmParam;
 use crate::record::pv::PvInfo;
 use crate::record::{Body, MAX_BATCH, Record};
 use crate::walk::{Content, Walk};
-use crate::wire::{U32, U64};
 use crate::wrapper::WrapperWriteError;
 use crate::wrapper::libxl::{LibxlHeader, LibxlRecord, LibxlWriter};
 use crate::wrapper::xl::XlHeader;
@@ -290,30 +288,13 @@ impl<W: Write> Transcoder<'_, W> {
             }
             Body::StaticDataEnd => self.libxc()?.static_data_end()?,
             Body::CpuidPolicy(policy) => {
-                let mut leaves = Vec::new();
-                for leaf in policy.iter() {
-                    for word in [
-                        leaf.leaf,
-                        leaf.subleaf,
-                        leaf.eax,
-                        leaf.ebx,
-                        leaf.ecx,
-                        leaf.edx,
-                    ] {
-                        leaves.extend_from_slice(U32::new(word, ByteOrder::Little).as_bytes());
-                    }
-                }
+                let leaves = policy.iter().map(|leaf| leaf.encode(ByteOrder::Little));
+                let leaves: Vec<u8> = leaves.flatten().collect();
                 self.libxc()?.cpuid_policy(&leaves)?;
             }
             Body::MsrPolicy(policy) => {
-                let mut entries = Vec::new();
-                for entry in policy.iter() {
-                    for word in [entry.index, entry.flags] {
-                        entries.extend_from_slice(U32::new(word, ByteOrder::Little).as_bytes());
-                    }
-                    let value = U64::new(entry.value, ByteOrder::Little);
-                    entries.extend_from_slice(value.as_bytes());
-                }
+                let entries = policy.iter().map(|msr| msr.encode(ByteOrder::Little));
+                let entries: Vec<u8> = entries.flatten().collect();
                 self.libxc()?.msr_policy(&entries)?;
             }
             // Not in a stream, or nobody knows what is in it.

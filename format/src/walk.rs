@@ -27,6 +27,7 @@ use zerocopy::IntoBytes;
 
 use crate::detect::{Detected, detect};
 use crate::error::{Place, Position, ReadError, ReadErrorCause};
+use crate::guest_image::GuestImage;
 use crate::image::{DomainHeader, GuestType, ImageHeader};
 use crate::read::{Incoming, PageDataBody, ReadOptions, RecordReader};
 use crate::record::{Record, RecordKind, WireRecordHeader};
@@ -70,6 +71,7 @@ pub struct Walk<R> {
     detected: Detected,
     xl: Option<XlHeader>,
     libxl: Option<LibxlState>,
+    guest: Option<GuestImage>,
     held: Held<R>,
     next: Next,
 }
@@ -136,6 +138,7 @@ impl<R: Read> Walk<R> {
             detected,
             xl: None,
             libxl: None,
+            guest: None,
             held: Held::Source(source, options.offset, known),
             next,
         })
@@ -154,6 +157,17 @@ impl<R: Read> Walk<R> {
     /// The libxl header, once it has been a step.
     pub fn libxl(&self) -> Option<LibxlHeader> {
         self.libxl.as_ref().map(LibxlState::header)
+    }
+
+    /// What the records of the libxc stream have said of the guest up to now, from the step of
+    /// its headers on. Records taken over with [`Walk::into_libxc`] are not in it.
+    pub fn guest(&self) -> Option<&GuestImage> {
+        self.guest.as_ref()
+    }
+
+    /// As [`Walk::guest`], for callers that keep it.
+    pub fn take_guest(&mut self) -> Option<GuestImage> {
+        self.guest.take()
     }
 
     /// The libxc layer, from the step of its headers to that of its END: for its
@@ -185,8 +199,9 @@ impl<R: Read> Walk<R> {
     ///
     /// # Errors
     ///
-    /// The source failed, the file is truncated, or a rule is broken; where, the error
-    /// says. After an error there is no going on.
+    /// The source failed, the file is truncated, or a rule is broken, those of
+    /// [`GuestImage::apply`] among them; the error says where. After an error there is no
+    /// going on.
     pub fn next_step(&mut self) -> Result<Option<Step<'_, R>>, ReadError> {
         // Overwritten by whatever succeeds.
         match mem::replace(&mut self.next, Next::Failed) {
@@ -293,6 +308,7 @@ impl<R: Read> Walk<R> {
         let options = self.options_at(start);
         let reader = RecordReader::behind(&known, source, options, self.skip)?;
         let content = Content::Headers(reader.image(), reader.domain());
+        self.guest = Some(GuestImage::new(reader.domain().guest_type));
         self.held = Held::Libxc(reader);
         self.next = Next::LibxcRecord;
         let position = Position {
@@ -311,6 +327,15 @@ impl<R: Read> Walk<R> {
         let Some((position, incoming)) = reader.next_record_at()? else {
             return Err(gone);
         };
+        let applied = match (&mut self.guest, &incoming) {
+            (Some(guest), Incoming::PageData(body)) => guest.apply_pages(body.entries().iter()),
+            (Some(guest), Incoming::Record(record)) => guest.apply(record),
+            (None, _) => Ok(()),
+        };
+        if let Err(e) = applied {
+            let cause = e.into();
+            return Err(ReadError { position, cause });
+        }
         self.next = Next::LibxcRecord;
         let content = match incoming {
             Incoming::PageData(body) => Content::PageData(body),

@@ -404,6 +404,7 @@ impl RestoreError {
             Self::Guest(_)
             | Self::ByteOrder { .. }
             | Self::PfnRange { .. }
+            | Self::Vcpu { .. }
             | Self::Checkpointed => true,
             _ => false,
         }

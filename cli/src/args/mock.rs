@@ -55,7 +55,7 @@ pub(crate) struct MockCreateArgs {
     #[arg(long, value_name = "SIZE", default_value = "256M")]
     pub(crate) memory: MemorySize,
     /// Virtual CPUs
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=8192))]
     pub(crate) vcpus: u32,
     /// What the pattern in its memory grows from
     #[arg(long, value_name = "N", default_value_t = 1)]

@@ -15,9 +15,9 @@ use anyhow::{Context as _, Error, Result, bail};
 use xsr_format::core_dump::{CoreDump, vcpu_context_of_hvm};
 use xsr_format::fields::hvm::{HvmContext, HvmRecordKind};
 use xsr_format::frame::PAGE_SIZE;
+use xsr_format::guest_image::GuestImage;
 use xsr_format::image::GuestType;
 use xsr_format::record::pv::PvInfo;
-use xsr_format::record::{Body, RecordKind};
 
 use crate::args::images::{ExportArgs, ExportFormat};
 use crate::exit::{BadUsage, Code};
@@ -63,10 +63,11 @@ pub(crate) fn run(args: &ExportArgs, terminal: &Terminal) -> Result<Code> {
     let reading = Reading {
         lenient: args.lenient,
     };
-    reading.over(&input, &mut |event| {
+    let walked = reading.over(&input, &mut |event| {
         contents.event(event);
         Ok(())
     })?;
+    contents.take_guest(walked.guest.as_ref());
     let (written, _) = output.fill(|sink| {
         match args.format {
             ExportFormat::Elf => contents.elf(&input.file, sink),
@@ -108,27 +109,34 @@ impl Contents {
                     self.map.insert(run);
                 }
             }
-            Event::Record(_, record) => match record.body {
-                Body::PvInfo(info) => self.core.bits_32 = info == PvInfo::Bits32,
-                Body::SharedInfo(page) => self.core.shared_info = page.to_vec(),
-                Body::Vcpu(vcpu) if record.kind == RecordKind::X86_PV_VCPU_BASIC => {
-                    self.vcpus.insert(vcpu.vcpu, vcpu.state.to_vec());
-                }
-                Body::HvmContext(context) => {
-                    self.hvm_vcpus = HvmContext::new(context)
-                        .filter_map(Result::ok)
-                        .filter(|record| record.kind == HvmRecordKind::CPU)
-                        .map(|record| Vcpu {
-                            number: record.instance.into(),
-                            context: vcpu_context_of_hvm(record.body),
-                            paging: paging_of_hvm(record.body),
-                        })
-                        .collect();
-                }
-                _ => {}
-            },
-            _ => {}
+            Event::Xl(_) | Event::Libxl(_) | Event::LibxlRecord(..) | Event::Record(..) => {}
         }
+    }
+
+    /// Take what the records say of the guest.
+    fn take_guest(&mut self, guest: Option<&GuestImage>) {
+        let Some(guest) = guest else { return };
+        self.core.bits_32 = guest.pv_info() == Some(PvInfo::Bits32);
+        self.core.shared_info = guest
+            .shared_info()
+            .map_or_else(Vec::new, |page| page.to_vec());
+        let basic = guest
+            .vcpus()
+            .iter()
+            .filter(|(_, vcpu)| !vcpu.basic.is_empty());
+        self.vcpus = basic
+            .map(|(number, vcpu)| (*number, vcpu.basic.clone()))
+            .collect();
+        // The context has been checked: each vcpu comes once, and there are at most 128.
+        self.hvm_vcpus = HvmContext::new(guest.hvm_context())
+            .map_while(Result::ok)
+            .filter(|record| record.kind == HvmRecordKind::CPU)
+            .map(|record| Vcpu {
+                number: record.instance.into(),
+                context: vcpu_context_of_hvm(record.body),
+                paging: paging_of_hvm(record.body),
+            })
+            .collect();
     }
 
     /// The pages that have contents, ascending.

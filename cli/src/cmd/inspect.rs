@@ -10,8 +10,9 @@ use std::os::unix::fs::FileExt as _;
 
 use anyhow::{Context as _, Result};
 use xsr_format::byte_order::ByteOrder;
-use xsr_format::fields::hvm::{HvmContext, HvmRecordKind, param_name};
+use xsr_format::fields::hvm::{HvmContext, param_name};
 use xsr_format::frame::{PAGE_SIZE, Pfn};
+use xsr_format::guest_image::GuestImage;
 use xsr_format::image::{DomainHeader, GuestType, ImageHeader};
 use xsr_format::record::page_data::Entries;
 use xsr_format::record::pv::PvInfo;
@@ -25,13 +26,18 @@ use self::report::{
 };
 use crate::args::InspectArgs;
 use crate::config::{self, Config};
-use crate::exit::{self, Code};
+use crate::exit::{self, BadImage, Code};
 use crate::file::Input;
-use crate::image::{self, At, Event, Reading};
+use crate::image::{self, At, Event, Reading, Walked};
 use crate::origin::Origin;
 use crate::page_map::{PageMap, runs_of};
 use crate::stdout::Results;
 use crate::terminal::Terminal;
+use crate::verdict::{self, Warning};
+
+/// A configuration of more bytes is shown as its length alone: no domain has such a one, and
+/// small JSON can be large when it is laid out.
+const MOST_SHOWN: usize = 100 << 10;
 
 /// Inspect one image. Of a bad one, what could be read is shown before the error.
 pub(crate) fn run(args: &InspectArgs, terminal: &Terminal) -> Result<Code> {
@@ -40,18 +46,23 @@ pub(crate) fn run(args: &InspectArgs, terminal: &Terminal) -> Result<Code> {
         lenient: args.lenient,
     };
     let mut inspection = Inspection::new(&input.name, args.pages, args.fields);
-    let end = reading.over(&input, &mut |event| {
+    let mut walked = Walked {
+        guest: None,
+        bytes: 0,
+    };
+    let mut visit = |event: Event<'_>| {
         inspection.event(event);
         Ok(())
-    });
-    let end = end.and_then(|octets| {
+    };
+    let end = reading.walk(&input, &mut visit, &mut walked);
+    inspection.take_guest(walked.guest.as_ref());
+    let end = end.and_then(|()| {
         if args.fields {
             inspection.start_info(&input)?;
         }
-        let behind = input.finish(octets).with_context(|| input.name.clone())?;
-        inspection.report.trailing_octets = behind.unwrap_or(0);
-        Ok(octets)
+        (input.finish(walked.bytes)).with_context(|| input.name.clone())
     });
+    let verdict = inspection.verdict(walked.guest.as_ref());
     let (mut report, any) = inspection.finish();
     report.layers = input.layers().to_vec();
     if let Some(origin) = input.origin() {
@@ -59,9 +70,17 @@ pub(crate) fn run(args: &InspectArgs, terminal: &Terminal) -> Result<Code> {
     }
     report.left_out = input.left_out();
     report.notes = input.notes();
+    let end = end.and_then(|trailing| {
+        let warnings = verdict.with_context(|| input.name.clone())?;
+        Ok((trailing, warnings))
+    });
     let code = match end {
-        Ok(octets) => {
-            report.octets = octets;
+        Ok((trailing, warnings)) => {
+            report.octets = walked.bytes;
+            report.trailing_octets = trailing.unwrap_or(0);
+            let behind = verdict::trailing(&input, walked.bytes, report.trailing_octets);
+            let warnings = warnings.into_iter().chain(behind);
+            report.warnings = warnings.map(|warning| warning.0).collect();
             Code::Fine
         }
         Err(e) if !any => return Err(e),
@@ -95,6 +114,10 @@ struct Inspection {
     start_info: Option<Pfn>,
     /// Whether anything came.
     any: bool,
+    /// What makes the image bad besides the rules of the format, found first.
+    bad: Option<String>,
+    config: Option<Config>,
+    headers: Option<(ImageHeader, DomainHeader)>,
 }
 
 impl Inspection {
@@ -110,6 +133,9 @@ impl Inspection {
             map: PageMap::default(),
             start_info: None,
             any: false,
+            bad: None,
+            config: None,
+            headers: None,
         }
     }
 
@@ -132,18 +158,25 @@ impl Inspection {
             mandatory_flags: header.mandatory_flags(),
             optional_flags: header.optional_flags(),
             config_octets: header.config().map_or(0, <[u8]>::len),
-            config: json.and_then(|json| serde_json::from_str(json).ok()),
+            config: json
+                .filter(|json| json.len() <= MOST_SHOWN)
+                .and_then(|json| serde_json::from_str(json).ok()),
         });
         if let Some(origin) = Origin::of_xl(header) {
             self.report.said_by(&origin);
         }
-        // What xl itself would not accept is still worth inspecting.
-        if let Some(config) = json.and_then(|json| Config::parse(json).ok()) {
-            let guest = &mut self.report.guest;
-            guest.name = Some(config.name);
-            guest.uuid = config.uuid;
-            guest.kind = Some(config::kind_name(config.kind));
-            guest.max_memory_kib = Some(config.max_memory_kib);
+        match verdict::config_of(header) {
+            Ok(Some((_, config))) => {
+                let guest = &mut self.report.guest;
+                guest.name = Some(config.name.clone());
+                guest.uuid.clone_from(&config.uuid);
+                guest.kind = Some(config::kind_name(config.kind));
+                guest.max_memory_kib = Some(config.max_memory_kib);
+                self.config = Some(config);
+            }
+            Ok(None) => {}
+            // What a restore would refuse is still worth inspecting.
+            Err(bad) => self.bad = Some(bad.0),
         }
     }
 
@@ -156,6 +189,7 @@ impl Inspection {
     }
 
     fn libxc(&mut self, image: ImageHeader, domain: DomainHeader) {
+        self.headers = Some((image, domain));
         self.report.libxc = Some(LibxcReport {
             version: image.version.number(),
             byte_order: order(image.order),
@@ -204,28 +238,11 @@ impl Inspection {
                 self.report.guest.bits = Some(info.width() * 8);
                 self.info = info;
             }
-            Body::Vcpu(vcpu) if record.kind == RecordKind::X86_PV_VCPU_BASIC => {
-                let vcpus = &mut self.report.guest.vcpus;
-                *vcpus = (*vcpus).max(vcpu.vcpu.saturating_add(1));
-                if vcpu.vcpu == 0 {
-                    self.start_info = image::start_info(vcpu.state, self.info);
-                }
-            }
             Body::HvmContext(context) => {
                 self.hvm_context(context);
                 facts = Facts::HvmContext {
                     entries: self.report.hvm_context.len(),
                 };
-            }
-            Body::HvmParams(params) => {
-                self.report.hvm_params = params
-                    .iter()
-                    .map(|param| Param {
-                        index: param.index,
-                        name: param_name(param.index),
-                        value: param.value,
-                    })
-                    .collect();
             }
             _ => {}
         }
@@ -235,6 +252,34 @@ impl Inspection {
                 .extend(named::of_record(record, self.info));
         }
         self.row("libxc", at, kind_name(record.kind), facts);
+    }
+
+    /// What a restore would say: warnings, or what makes it refuse the image.
+    fn verdict(&self, guest: Option<&GuestImage>) -> Result<Vec<Warning>, BadImage> {
+        if let Some(bad) = &self.bad {
+            return Err(BadImage(bad.clone()));
+        }
+        let (Some((image, domain)), Some(guest)) = (self.headers, guest) else {
+            return Ok(Vec::new());
+        };
+        let kind = self.config.as_ref().map(|config| config.kind);
+        verdict::check_headers(image, domain, kind)?;
+        verdict::check_guest(guest, self.map.populated(), self.config.as_ref())?;
+        Ok(verdict::warnings(image, guest))
+    }
+
+    /// Take what all records together say of the guest.
+    fn take_guest(&mut self, guest: Option<&GuestImage>) {
+        let Some(guest) = guest else { return };
+        self.report.guest.vcpus = guest.vcpu_numbers().map(|_| 1).sum();
+        self.report.hvm_params = (guest.hvm_params().iter())
+            .map(|param| Param {
+                index: param.index,
+                name: param_name(param.index),
+                value: param.value,
+            })
+            .collect();
+        self.start_info = image::start_info(guest);
     }
 
     fn hvm_context(&mut self, context: &[u8]) {
@@ -251,8 +296,6 @@ impl Inspection {
                 Err(e) => tracing::warn!("{e}; what comes behind is left out"),
             }
         }
-        let vcpus = entries.iter().filter(|e| e.code == HvmRecordKind::CPU.0);
-        self.report.guest.vcpus = u32::try_from(vcpus.count()).unwrap_or(u32::MAX);
         self.report.hvm_context = entries;
     }
 

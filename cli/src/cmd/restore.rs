@@ -192,6 +192,7 @@ impl<'a> Image<'a> {
             reader.offset(),
             reader.domain().guest_type,
         )?;
+        plan.check(reader.image(), reader.domain())?;
         Ok(Self {
             reader,
             around,
@@ -229,6 +230,7 @@ impl<'a> Image<'a> {
             reader.offset(),
             reader.domain().guest_type,
         )?;
+        plan.check(reader.image(), reader.domain())?;
         Ok(Self {
             reader,
             around,

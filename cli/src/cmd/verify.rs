@@ -1,4 +1,5 @@
-//! `xsr verify`: does an image keep the format's rules? One line for each file.
+//! `xsr verify`: would a restore take an image? One line for each file, and one for each
+//! warning.
 //!
 //! Page contents have no rules, so those of a file are passed over unread.
 
@@ -8,15 +9,19 @@ use std::path::Path;
 use anyhow::{Context as _, Error, Result};
 use serde::Serialize;
 use xsr_format::error::ReadError;
+use xsr_format::image::ImageHeader;
 
 use crate::args::VerifyArgs;
+use crate::config::Config;
 use crate::exit::{self, Code};
 use crate::file::Input;
 use crate::image::{Event, Reading};
 use crate::origin;
+use crate::page_map::{PageMap, runs_of};
 use crate::stdout::Results;
 use crate::terminal::Terminal;
 use crate::text::{Count, size};
+use crate::verdict;
 
 /// Verify each file; the worst code counts.
 pub(crate) fn run(args: &VerifyArgs, terminal: &Terminal) -> Result<Code> {
@@ -82,8 +87,7 @@ struct Verdict {
     /// Octets that follow the image in the file, and that nobody reads.
     #[serde(skip_serializing_if = "is_zero")]
     trailing_octets: u64,
-    /// What was noticed that does not make the image bad.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    /// What is odd about an image that is good.
     warnings: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<String>,
@@ -103,10 +107,13 @@ fn is_zero(number: &u64) -> bool {
 fn verify(path: &Path, reading: Reading, verdict: &mut Verdict) -> Result<()> {
     let input = Input::open(path, reading.lenient)?;
     verdict.file.clone_from(&input.name);
-    let octets = reading.over(&input, &mut |event| {
+    let mut facts = Facts::default();
+    let walked = reading.over(&input, &mut |event| {
+        facts.event(&event)?;
         verdict.event(&event);
         Ok(())
     })?;
+    let octets = walked.bytes;
     verdict.octets = octets;
     verdict.layers = input.layers().to_vec();
     verdict.trailing_octets = input
@@ -115,7 +122,51 @@ fn verify(path: &Path, reading: Reading, verdict: &mut Verdict) -> Result<()> {
         .unwrap_or(0);
     verdict.warnings = input.notes();
     verdict.warnings.extend(origin::left_out(&input));
+    let Facts {
+        config,
+        image,
+        pages,
+    } = facts;
+    if let (Some(image), Some(guest)) = (image, &walked.guest) {
+        verdict::check_guest(guest, pages.populated(), config.as_ref())
+            .with_context(|| input.name.clone())?;
+        let warnings = verdict::warnings(image, guest).into_iter();
+        verdict.warnings.extend(warnings.map(|warning| warning.0));
+    }
+    let trailing = verdict::trailing(&input, octets, verdict.trailing_octets);
+    verdict.warnings.extend(trailing.map(|warning| warning.0));
     Ok(())
+}
+
+/// What the verdict depends on besides the rules of the format.
+#[derive(Debug, Default)]
+struct Facts {
+    config: Option<Config>,
+    image: Option<ImageHeader>,
+    pages: PageMap,
+}
+
+impl Facts {
+    /// Take note of what an event says; what makes the image bad is an error.
+    fn event(&mut self, event: &Event<'_>) -> Result<()> {
+        match event {
+            Event::Xl(header) => {
+                self.config = verdict::config_of(header)?.map(|(_, config)| config);
+            }
+            Event::Libxc(image, domain) => {
+                let kind = self.config.as_ref().map(|config| config.kind);
+                verdict::check_headers(*image, *domain, kind)?;
+                self.image = Some(*image);
+            }
+            Event::Pages(at, entries) => {
+                for run in runs_of(entries.iter(), at.page_data(*entries)) {
+                    self.pages.insert(run);
+                }
+            }
+            Event::Libxl(_) | Event::LibxlRecord(..) | Event::Record(..) => {}
+        }
+        Ok(())
+    }
 }
 
 impl Verdict {
@@ -155,8 +206,10 @@ impl Verdict {
             Code::BadImage => "bad",
             _ => "unreadable",
         };
-        // The chain begins with the file's name, which the line has already.
-        let mut text = exit::words(error.chain().skip(1));
+        // The chain begins with the file's name, which the line has already; where it is the
+        // error's own, the error is all there is.
+        let skipped = usize::from(error.chain().nth(1).is_some());
+        let mut text = exit::words(error.chain().skip(skipped));
         if let Some(advice) = exit::advice(error) {
             text = format!("{text}; {advice}");
         }
@@ -184,14 +237,10 @@ impl Verdict {
         if !self.layers.is_empty() {
             write!(out, ", inside: {}", self.layers.join(", "))?;
         }
-        if self.trailing_octets > 0 {
-            let octets = Count(self.trailing_octets, "octet");
-            write!(out, " ({octets} behind the end are not part of it)")?;
-        }
-        for warning in &self.warnings {
-            write!(out, "; {warning}")?;
-        }
         writeln!(out)?;
+        for warning in &self.warnings {
+            writeln!(out, "  warning: {warning}")?;
+        }
         Ok(())
     }
 }

@@ -14,7 +14,7 @@
 //! `xen/include/public/arch-x86/hvm/save.h`, `xen/include/public/hvm/params.h`;
 //! `hvm_load` in `xen/arch/x86/hvm/save.c`.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::fmt;
 
 use thiserror::Error;
@@ -86,6 +86,159 @@ pub enum FieldError {
         /// How many.
         octets: usize,
     },
+    /// A context that does not begin with HEADER, or with one that Xen refuses.
+    #[error("HVM context: it begins with {kind} of {length} bytes, expected HEADER of 24")]
+    NoHeader {
+        /// The first record.
+        kind: HvmRecordKind,
+        /// Bytes in its body.
+        length: usize,
+    },
+    /// A HEADER with another magic number or version.
+    #[error(
+        "HVM context: HEADER has magic {magic:#010x} and version {version}, expected 0x54381286 and 1"
+    )]
+    HeaderFields {
+        /// The magic number.
+        magic: u32,
+        /// The version.
+        version: u32,
+    },
+    /// A vcpu that no HVM guest can have.
+    #[error(
+        "HVM context: {kind} (instance {instance}) at byte {offset:#x}: an HVM guest has vcpus 0 to 127"
+    )]
+    VcpuNumber {
+        /// The record.
+        kind: HvmRecordKind,
+        /// What it says.
+        instance: u16,
+        /// Where it begins.
+        offset: usize,
+    },
+    /// The same state twice.
+    #[error("HVM context: {kind} (instance {instance}) comes twice, again at byte {offset:#x}")]
+    Twice {
+        /// The record.
+        kind: HvmRecordKind,
+        /// Which of its kind.
+        instance: u16,
+        /// Where the second begins.
+        offset: usize,
+    },
+    /// A CPU record without all registers.
+    #[error(
+        "HVM context: CPU (instance {instance}) at byte {offset:#x} has {length} bytes, expected at least {CPU_LEAST}"
+    )]
+    CpuTooShort {
+        /// Which vcpu.
+        instance: u16,
+        /// Where it begins.
+        offset: usize,
+        /// Bytes in its body.
+        length: usize,
+    },
+}
+
+/// Bytes of a CPU record up to and with the last register that is read from it, EFER. Xen takes
+/// shorter bodies than its own and fills them up with zeros, so that records of older versions
+/// can be read.
+pub const CPU_LEAST: usize = 1000;
+
+/// Most vcpus of an HVM guest: Xen's `HVM_MAX_VCPUS`.
+const MAX_VCPUS: u16 = 128;
+
+/// What an HVM context holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ContextFacts {
+    /// The vcpus that have a CPU record, in the order of the context.
+    pub cpus: Vec<u16>,
+    /// Kinds that this crate has no name for: a Xen that does not know them either refuses the
+    /// context.
+    pub unknown: Vec<HvmRecordKind>,
+    /// What is odd about its end, which Xen does not look at.
+    pub odd_end: Option<FieldError>,
+}
+
+/// Check the framing of an HVM context as Xen does before it loads one, and that each vcpu can
+/// exist and comes once.
+///
+/// # Errors
+///
+/// The rule that is broken. What follows END, and the length of END, Xen does not look at.
+pub fn check_context(context: &[u8]) -> Result<ContextFacts, FieldError> {
+    let mut facts = ContextFacts::default();
+    let mut seen = HashSet::new();
+    for record in HvmContext::new(context) {
+        let record = match record {
+            Ok(record) => record,
+            Err(e @ (FieldError::EndNotEmpty { .. } | FieldError::AfterEnd { .. })) => {
+                facts.odd_end = Some(e);
+                break;
+            }
+            Err(e) => return Err(e),
+        };
+        let HvmRecord {
+            kind,
+            instance,
+            offset,
+            body,
+        } = record;
+        let length = body.len();
+        if offset == 0 {
+            check_header(kind, body)?;
+        }
+        if kind.is_of_vcpu() && instance >= MAX_VCPUS {
+            return Err(FieldError::VcpuNumber {
+                kind,
+                instance,
+                offset,
+            });
+        }
+        if !seen.insert((kind, instance)) {
+            return Err(FieldError::Twice {
+                kind,
+                instance,
+                offset,
+            });
+        }
+        if kind == HvmRecordKind::CPU {
+            if length < CPU_LEAST {
+                return Err(FieldError::CpuTooShort {
+                    instance,
+                    offset,
+                    length,
+                });
+            }
+            facts.cpus.push(instance);
+        }
+        if kind.name().is_none() && facts.unknown.last() != Some(&kind) {
+            facts.unknown.push(kind);
+        }
+    }
+    if seen.is_empty() {
+        // Nothing but END.
+        let (kind, length) = (HvmRecordKind::END, 0);
+        return Err(FieldError::NoHeader { kind, length });
+    }
+    Ok(facts)
+}
+
+fn check_header(kind: HvmRecordKind, body: &[u8]) -> Result<(), FieldError> {
+    const MAGIC: u32 = 0x5438_1286;
+    const VERSION: u32 = 1;
+    const LE: ByteOrder = ByteOrder::Little;
+    let length = body.len();
+    let no_header = FieldError::NoHeader { kind, length };
+    if kind != HvmRecordKind::HEADER || length != layouts::HEADER.octets {
+        return Err(no_header);
+    }
+    let (fields, _) = <[U32; 2]>::ref_from_prefix(body).map_err(|_| no_header)?;
+    let [magic, version] = fields.map(|field| field.get(LE));
+    if (magic, version) != (MAGIC, VERSION) {
+        return Err(FieldError::HeaderFields { magic, version });
+    }
+    Ok(())
 }
 
 /// The type of a record in an HVM context. Open: every value can be represented.
@@ -166,6 +319,24 @@ impl HvmRecordKind {
             Self::CPU_MSR => &layouts::CPU_MSR,
             _ => return None,
         })
+    }
+}
+
+impl HvmRecordKind {
+    /// Whether the instance of such a record is the number of a vcpu.
+    pub const fn is_of_vcpu(self) -> bool {
+        matches!(
+            self,
+            Self::CPU
+                | Self::LAPIC
+                | Self::LAPIC_REGS
+                | Self::MTRR
+                | Self::CPU_XSAVE
+                | Self::VIRIDIAN_VCPU
+                | Self::VMCE_VCPU
+                | Self::TSC_ADJUST
+                | Self::CPU_MSR
+        )
     }
 }
 

@@ -97,6 +97,22 @@ pub struct CpuidLeaf {
     pub edx: u32,
 }
 
+impl CpuidLeaf {
+    /// The leaf as the stream has it.
+    pub fn encode(self, order: ByteOrder) -> [u8; CpuidPolicy::LEAF_OCTETS] {
+        let Self {
+            leaf,
+            subleaf,
+            eax,
+            ebx,
+            ecx,
+            edx,
+        } = self;
+        let fields = [leaf, subleaf, eax, ebx, ecx, edx];
+        zerocopy::transmute!(WireCpuidLeaf(fields.map(|field| U32::new(field, order))))
+    }
+}
+
 /// X86_CPUID_POLICY: one or more leaves.
 #[derive(Clone, Copy, Debug)]
 pub struct CpuidPolicy<'a> {
@@ -160,6 +176,22 @@ pub struct MsrEntry {
     pub flags: u32,
     /// Its value.
     pub value: u64,
+}
+
+impl MsrEntry {
+    /// The entry as the stream has it.
+    pub fn encode(self, order: ByteOrder) -> [u8; MsrPolicy::ENTRY_OCTETS] {
+        let Self {
+            index,
+            flags,
+            value,
+        } = self;
+        zerocopy::transmute!(WireMsr {
+            index: U32::new(index, order),
+            flags: U32::new(flags, order),
+            value: U64::new(value, order),
+        })
+    }
 }
 
 /// X86_MSR_POLICY: one or more MSRs.

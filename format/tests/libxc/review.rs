@@ -34,7 +34,7 @@ fn reserved_and_padding_fields_are_zero_or_refused() {
     field(record(PAGE_DATA) + 12..record(PAGE_DATA) + 16);
     field(record(PAGE_DATA) + 22..record(PAGE_DATA) + 23); // pfn bits 48–55, see below
     field(record(TSC_INFO) + 28..record(TSC_INFO) + 32);
-    field(record(HVM_CONTEXT) + 45..record(HVM_CONTEXT) + 48); // padding
+    field(record(HVM_CONTEXT) + 1101..record(HVM_CONTEXT) + 1104); // padding
     field(record(HVM_PARAMS) + 12..record(HVM_PARAMS) + 16);
     bits.extend((1..8).map(|bit| (17, 1 << bit))); // image options 1–7
     let expected = lenient(&good);

@@ -367,14 +367,14 @@ fn padding_of_records() {
     let stream = hvm();
     let index = index_of(&stream, HVM_CONTEXT);
     let body = stream.records[index].body.len();
-    assert_eq!(body, 37);
+    assert_eq!(body % 8, 5);
     for pad in 0..3 {
         let mut raw = stream.octets();
         raw[stream.offsets()[index] + 8 + body + pad] = 0xa5;
         let expected = D::ReservedNotZero {
             structure: "record",
             field: "padding after the body",
-            at: 8 + 37,
+            at: 8 + body as u64,
             got: 0xa5 << (16 - 8 * pad),
         };
         in_record_of(&raw, &stream, index, expected);

@@ -231,10 +231,28 @@ impl Stream {
             .pages(&[(0, 0), (1, 0), (2, 0xf)])
             .pages(&[(0xfeffc, 0), (0xfefff, 0xf)])
             .tsc()
-            .with(HVM_CONTEXT, |o| o.fill(0x33, 37))
+            .with(HVM_CONTEXT, |o| o.bytes(&hvm_context()))
             .params(&[(1, 0xfeffc), (2, 5)])
             .empty(END)
     }
+}
+
+/// A context that Xen could read: HEADER, CPU of vcpu 0, PCI_IRQ, END. Always little endian.
+/// Its length is no multiple of 8.
+pub(crate) fn hvm_context() -> Vec<u8> {
+    let entry = |o: Octets, kind: u16, body: &[u8]| {
+        let length = u32::try_from(body.len()).unwrap();
+        o.u16(kind).u16(0).u32(length).bytes(body)
+    };
+    let header = Octets::new(false)
+        .u32(0x5438_1286)
+        .u32(1)
+        .fill(0, 16)
+        .octets;
+    let context = entry(Octets::new(false), 1, &header);
+    let context = entry(context, 2, &[0x33; 1032]);
+    let context = entry(context, 7, &[0; 5]);
+    entry(context, 0, &[]).octets
 }
 
 pub(crate) fn headers(version: u32, guest: u32, big: bool) -> Vec<u8> {

@@ -7,9 +7,9 @@ use anyhow::Result;
 use serde_json::Value;
 use xsr_format::fields::hvm::{HvmDifference, HvmRecord, HvmRecordKind, diff_contexts, param_name};
 use xsr_format::fields::{self, FieldDifference, Layout, pv};
-use xsr_format::frame::Page;
 use xsr_format::record::RecordKind;
 use xsr_format::record::pv::PvInfo;
+use xsr_format::record::x86::CpuidLeaf;
 use xsr_format::wrapper::libxl::{EmulatorInstance, LibxlRecord};
 
 use super::difference::{Difference, Section, What};
@@ -58,25 +58,6 @@ impl Found {
         let show = |octets: &[u8]| Some(fields::Value::Octets(&octets[alike..]).to_string());
         let (a, b) = (show(a), show(b));
         self.push(section, What::Field { field, a, b });
-    }
-
-    /// Every value of two maps that is not the same.
-    fn maps<K: Ord + Copy, V: PartialEq + Copy + Display>(
-        &mut self,
-        section: Section,
-        a: &BTreeMap<K, V>,
-        b: &BTreeMap<K, V>,
-        name: impl Fn(K) -> String,
-    ) {
-        let keys: BTreeSet<K> = a.keys().chain(b.keys()).copied().collect();
-        for key in keys {
-            self.field(
-                section,
-                name(key),
-                a.get(&key).copied(),
-                b.get(&key).copied(),
-            );
-        }
     }
 
     /// Two blobs of one layout; names get a prefix.
@@ -363,13 +344,20 @@ fn emulators(a: &Image, b: &Image, found: &mut Found) {
 
 fn cpu_policy(a: &Image, b: &Image, found: &mut Found) {
     const S: Section = Section::CpuPolicy;
-    let leaves: BTreeSet<_> = a.cpuid.keys().chain(b.cpuid.keys()).collect();
-    for key in leaves {
+    let leaves = |image: &Image| -> BTreeMap<(u32, u32), CpuidLeaf> {
+        let leaves = image.guest.cpuid().iter();
+        leaves
+            .map(|leaf| ((leaf.leaf, leaf.subleaf), *leaf))
+            .collect()
+    };
+    let (leaves_a, leaves_b) = (leaves(a), leaves(b));
+    let keys: BTreeSet<_> = leaves_a.keys().chain(leaves_b.keys()).collect();
+    for key in keys {
         let name = match *key {
             (leaf, u32::MAX) => format!("CPUID {leaf:#x}"),
             (leaf, subleaf) => format!("CPUID {leaf:#x}.{subleaf:#x}"),
         };
-        let (a, b) = (a.cpuid.get(key), b.cpuid.get(key));
+        let (a, b) = (leaves_a.get(key), leaves_b.get(key));
         let register = |found: &mut Found, register: &str, a: Option<u32>, b: Option<u32>| {
             let hex = |value: Option<u32>| value.map(|value| hex(value.into()));
             found.field(S, format!("{name} {register}"), hex(a), hex(b));
@@ -379,8 +367,14 @@ fn cpu_policy(a: &Image, b: &Image, found: &mut Found) {
         register(found, "ecx", a.map(|l| l.ecx), b.map(|l| l.ecx));
         register(found, "edx", a.map(|l| l.edx), b.map(|l| l.edx));
     }
-    let msrs: BTreeSet<_> = a.msrs.keys().chain(b.msrs.keys()).collect();
-    for index in msrs {
+    let msrs = |image: &Image| -> BTreeMap<u32, (u32, u64)> {
+        let msrs = image.guest.msrs().iter();
+        msrs.map(|msr| (msr.index, (msr.flags, msr.value)))
+            .collect()
+    };
+    let (msrs_a, msrs_b) = (msrs(a), msrs(b));
+    let indices: BTreeSet<_> = msrs_a.keys().chain(msrs_b.keys()).collect();
+    for index in indices {
         let value = |msrs: &BTreeMap<u32, (u32, u64)>| {
             msrs.get(index).map(|(flags, value)| match flags {
                 0 => hex(*value),
@@ -388,13 +382,13 @@ fn cpu_policy(a: &Image, b: &Image, found: &mut Found) {
             })
         };
         let name = format!("MSR {index:#x}");
-        found.field(S, name, value(&a.msrs), value(&b.msrs));
+        found.field(S, name, value(&msrs_a), value(&msrs_b));
     }
 }
 
 fn tsc(a: &Image, b: &Image, found: &mut Found) {
     const S: Section = Section::Tsc;
-    if let (Some(a), Some(b)) = (a.tsc, b.tsc) {
+    if let (Some(a), Some(b)) = (a.guest.tsc(), b.guest.tsc()) {
         found.field(S, "mode", Some(a.mode), Some(b.mode));
         found.field(S, "khz", Some(a.khz), Some(b.khz));
         found.field(S, "nsec", Some(a.nsec), Some(b.nsec));
@@ -405,13 +399,21 @@ fn tsc(a: &Image, b: &Image, found: &mut Found) {
 fn p2m(a: &Image, b: &Image, found: &mut Found) {
     const S: Section = Section::P2m;
     let width = |pv: Option<PvInfo>| pv.map(|pv| u32::from(pv.width()) * 8);
-    found.field(S, "guest bits", width(a.pv), width(b.pv));
-    if let (Some(a), Some(b)) = (&a.p2m, &b.p2m) {
-        found.field(S, "first pfn", Some(a.first), Some(b.first));
-        found.field(S, "last pfn", Some(a.last), Some(b.last));
-        let frames: BTreeMap<usize, _> = a.frames.iter().copied().enumerate().collect();
-        let others: BTreeMap<usize, _> = b.frames.iter().copied().enumerate().collect();
-        found.maps(S, &frames, &others, |i| format!("p2m_frames[{i}]"));
+    found.field(
+        S,
+        "guest bits",
+        width(a.guest.pv_info()),
+        width(b.guest.pv_info()),
+    );
+    if let (Some(a), Some(b)) = (a.guest.p2m(), b.guest.p2m()) {
+        found.field(S, "first pfn", Some(a.first_pfn), Some(b.first_pfn));
+        found.field(S, "last pfn", Some(a.max_pfn), Some(b.max_pfn));
+        for index in 0..a.frames.len().max(b.frames.len()) {
+            let (a, b) = (a.frames.get(index), b.frames.get(index));
+            if a != b {
+                found.field(S, format!("p2m_frames[{index}]"), a, b);
+            }
+        }
     }
 }
 
@@ -421,7 +423,7 @@ fn start_info(a: &Image, b: &Image, found: &mut Found) -> Result<()> {
     };
     // Another pfn shows as another edx of vcpu 0.
     if let (Some(page_a), Some(page_b)) = (a.page(pfn_a)?, b.page(pfn_b)?) {
-        let layout = match a.pv {
+        let layout = match a.guest.pv_info() {
             Some(PvInfo::Bits32) => &pv::START_INFO_32,
             _ => &pv::START_INFO_64,
         };
@@ -432,23 +434,28 @@ fn start_info(a: &Image, b: &Image, found: &mut Found) -> Result<()> {
 }
 
 fn shared_info(a: &Image, b: &Image, found: &mut Found) {
-    let layout = match a.pv {
+    let layout = match a.guest.pv_info() {
         Some(PvInfo::Bits32) => &pv::SHARED_INFO_32,
         _ => &pv::SHARED_INFO_64,
     };
-    if let (Some(page_a), Some(page_b)) = (&a.shared_info, &b.shared_info) {
-        let (page_a, page_b): (&Page, &Page) = (page_a, page_b);
+    if let (Some(page_a), Some(page_b)) = (a.guest.shared_info(), b.guest.shared_info()) {
         found.blobs(Section::SharedInfo, "", layout, page_a, page_b);
     }
 }
 
 fn vcpus(a: &Image, b: &Image, found: &mut Found) {
-    let bits = a.pv;
-    for ((vcpu, kind), state_a) in &a.vcpus {
-        let Some(state_b) = b.vcpus.get(&(*vcpu, *kind)) else {
-            continue; // The list of records says so.
-        };
-        let (part, layout) = match (*kind, bits) {
+    let bits = a.guest.pv_info();
+    let pairs = (a.guest.vcpus().iter())
+        .filter_map(|(number, a)| Some((number, a, b.guest.vcpus().get(number)?)));
+    let blobs = pairs.flat_map(|(number, a, b)| {
+        let both = a
+            .blobs()
+            .filter_map(|(kind, a)| Some((kind, a, b.blob(kind)?)));
+        both.map(move |(kind, a, b)| (number, kind, a, b))
+    });
+    // Where only one has a blob, the list of records says so.
+    for (vcpu, kind, state_a, state_b) in blobs.filter(|(.., b)| !b.is_empty()) {
+        let (part, layout) = match (kind, bits) {
             (RecordKind::X86_PV_VCPU_BASIC, Some(PvInfo::Bits32)) => ("", &pv::VCPU_CONTEXT_32),
             (RecordKind::X86_PV_VCPU_BASIC, _) => ("", &pv::VCPU_CONTEXT_64),
             (RecordKind::X86_PV_VCPU_EXTENDED, _) => ("extended ", &pv::VCPU_EXTENDED),
@@ -462,7 +469,8 @@ fn vcpus(a: &Image, b: &Image, found: &mut Found) {
 
 fn hvm(a: &Image, b: &Image, found: &mut Found) {
     const S: Section = Section::HvmContext;
-    if let (Some(context_a), Some(context_b)) = (&a.hvm_context, &b.hvm_context) {
+    let (context_a, context_b) = (a.guest.hvm_context(), b.guest.hvm_context());
+    if !context_a.is_empty() && !context_b.is_empty() {
         match diff_contexts(context_a, context_b) {
             Ok(differences) => {
                 for difference in &differences {
@@ -476,10 +484,11 @@ fn hvm(a: &Image, b: &Image, found: &mut Found) {
             }
         }
     }
-    let hex_values = |params: &BTreeMap<u64, u64>| -> BTreeMap<u64, String> {
-        params.iter().map(|(i, value)| (*i, hex(*value))).collect()
+    let hex_values = |image: &Image| -> BTreeMap<u64, String> {
+        let params = image.guest.hvm_params().iter();
+        params.map(|p| (p.index, hex(p.value))).collect()
     };
-    let (params_a, params_b) = (hex_values(&a.hvm_params), hex_values(&b.hvm_params));
+    let (params_a, params_b) = (hex_values(a), hex_values(b));
     let indices: BTreeSet<u64> = params_a.keys().chain(params_b.keys()).copied().collect();
     for index in indices {
         let name = param_name(index).map_or_else(|| format!("parameter {index}"), str::to_owned);

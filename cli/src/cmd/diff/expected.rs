@@ -83,12 +83,12 @@ impl Expected {
     pub(crate) fn new(a: &Image, b: &Image) -> Self {
         let mut pages = BTreeMap::new();
         for image in [a, b] {
-            for frame in image.p2m.iter().flat_map(|p2m| &p2m.frames) {
+            for frame in image.guest.p2m().iter().flat_map(|p2m| &p2m.frames) {
                 pages.insert(frame.0, P2M);
             }
-            for (index, pfn) in &image.hvm_params {
-                if param_name(*index).is_some_and(|name| CLEARED.contains(&name)) {
-                    pages.insert(*pfn, RING);
+            for param in image.guest.hvm_params() {
+                if param_name(param.index).is_some_and(|name| CLEARED.contains(&name)) {
+                    pages.insert(param.value, RING);
                 }
             }
         }

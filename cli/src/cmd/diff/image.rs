@@ -1,13 +1,10 @@
 //! One image, as far as a comparison needs it: everything but page contents, which
 //! stay in the file.
 
-use std::collections::BTreeMap;
-
 use anyhow::{Context as _, Result};
 use xsr_format::frame::{PAGE_SIZE, Page, Pfn};
-use xsr_format::image::{DomainHeader, ImageHeader};
-use xsr_format::record::pv::PvInfo;
-use xsr_format::record::x86::{CpuidLeaf, TscInfo};
+use xsr_format::guest_image::GuestImage;
+use xsr_format::image::{DomainHeader, GuestType, ImageHeader};
 use xsr_format::record::{Body, Record, RecordKind};
 use xsr_format::wrapper::libxl::{LibxlHeader, LibxlRecord};
 use xsr_format::wrapper::xl::XlHeader;
@@ -17,7 +14,7 @@ use crate::file::Input;
 use crate::image::{self, Event, Reading};
 use crate::page_map::{PageMap, runs_of};
 
-/// An image. Of what comes more than once in a stream, the last counts.
+/// An image.
 #[derive(Debug)]
 pub(crate) struct Image {
     pub(crate) input: Input,
@@ -27,31 +24,11 @@ pub(crate) struct Image {
     /// What records there are, in order; PAGE_DATA in a row is one.
     pub(crate) sequence: Vec<String>,
     pub(crate) map: PageMap,
-    pub(crate) pv: Option<PvInfo>,
-    pub(crate) p2m: Option<P2m>,
-    pub(crate) shared_info: Option<Box<Page>>,
-    /// By kind and vcpu.
-    pub(crate) vcpus: BTreeMap<(u32, RecordKind), Vec<u8>>,
-    pub(crate) tsc: Option<TscInfo>,
-    /// By leaf and subleaf.
-    pub(crate) cpuid: BTreeMap<(u32, u32), CpuidLeaf>,
-    /// Values by index.
-    /// Flags and value by index.
-    pub(crate) msrs: BTreeMap<u32, (u32, u64)>,
-    pub(crate) hvm_context: Option<Vec<u8>>,
-    /// Values by index.
-    pub(crate) hvm_params: BTreeMap<u64, u64>,
+    /// What its records say of the guest.
+    pub(crate) guest: GuestImage,
     /// Records whose body has no fields: optional ones, by name.
     pub(crate) other: Vec<(String, Vec<u8>)>,
     pub(crate) emulators: Vec<LibxlRecord>,
-}
-
-/// X86_PV_P2M_FRAMES: the last pfn, and where the guest keeps the table.
-#[derive(Debug)]
-pub(crate) struct P2m {
-    pub(crate) first: Pfn,
-    pub(crate) last: Pfn,
-    pub(crate) frames: Vec<Pfn>,
 }
 
 impl Image {
@@ -65,23 +42,19 @@ impl Image {
             libxc: None,
             sequence: Vec::new(),
             map: PageMap::default(),
-            pv: None,
-            p2m: None,
-            shared_info: None,
-            vcpus: BTreeMap::new(),
-            tsc: None,
-            cpuid: BTreeMap::new(),
-            msrs: BTreeMap::new(),
-            hvm_context: None,
-            hvm_params: BTreeMap::new(),
+            // Replaced by that of the stream, which every good image has.
+            guest: GuestImage::new(GuestType(0)),
             other: Vec::new(),
             emulators: Vec::new(),
         };
         let input = image.input.again()?;
-        reading.over(&input, &mut |event| {
+        let walked = reading.over(&input, &mut |event| {
             image.event(event);
             Ok(())
         })?;
+        if let Some(guest) = walked.guest {
+            image.guest = guest;
+        }
         Ok(image)
     }
 
@@ -118,47 +91,24 @@ impl Image {
     fn record(&mut self, record: &Record<'_>) {
         let mut name = record.kind.to_string();
         match record.body {
-            Body::PvInfo(info) => self.pv = Some(info),
-            Body::P2mFrames(p2m) => {
-                let (first, frames) = match self.p2m.take() {
-                    // A guest that grew sends the frames of the new part alone.
-                    Some(before) => {
-                        let frames = before.frames.into_iter().chain(p2m.frames());
-                        (before.first, frames.collect())
-                    }
-                    None => (p2m.start, p2m.frames().collect()),
-                };
-                self.p2m = Some(P2m {
-                    first,
-                    last: p2m.end,
-                    frames,
-                });
-            }
-            Body::Vcpu(vcpu) => {
-                name = format!("{name} of vcpu {}", vcpu.vcpu);
-                let key = (vcpu.vcpu, record.kind);
-                self.vcpus.insert(key, vcpu.state.to_vec());
-            }
-            Body::SharedInfo(page) => self.shared_info = Some(Box::new(*page)),
-            Body::TscInfo(tsc) => self.tsc = Some(tsc),
-            Body::HvmContext(context) => self.hvm_context = Some(context.to_vec()),
-            Body::HvmParams(params) => {
-                self.hvm_params = params.iter().map(|p| (p.index, p.value)).collect();
-            }
-            Body::CpuidPolicy(policy) => {
-                let leaves = policy.iter().map(|leaf| ((leaf.leaf, leaf.subleaf), leaf));
-                self.cpuid = leaves.collect();
-            }
-            Body::MsrPolicy(policy) => {
-                self.msrs = policy
-                    .iter()
-                    .map(|msr| (msr.index, (msr.flags, msr.value)))
-                    .collect();
-            }
-            Body::Optional(body) | Body::Toolstack(body) => {
-                self.other.push((name.clone(), body.to_vec()));
-            }
-            _ => {}
+            Body::Vcpu(vcpu) => name = format!("{name} of vcpu {}", vcpu.vcpu),
+            Body::Optional(body) => self.other.push((name.clone(), body.to_vec())),
+            // What these say is in `guest`.
+            Body::PvInfo(_)
+            | Body::P2mFrames(_)
+            | Body::SharedInfo(_)
+            | Body::TscInfo(_)
+            | Body::HvmContext(_)
+            | Body::HvmParams(_)
+            | Body::CpuidPolicy(_)
+            | Body::MsrPolicy(_) => {}
+            // These are only there, or not in a stream at all.
+            Body::End
+            | Body::Verify
+            | Body::Checkpoint
+            | Body::StaticDataEnd
+            | Body::Toolstack(_)
+            | Body::DirtyPfns(_) => {}
         }
         self.sequence.push(name);
     }
@@ -171,10 +121,9 @@ impl Image {
         }
     }
 
-    /// The page of start_info: vcpu 0 of a suspended PV guest holds its pfn in edx.
+    /// The page of start_info of a PV guest.
     pub(crate) fn start_info(&self) -> Option<Pfn> {
-        let context = self.vcpus.get(&(0, RecordKind::X86_PV_VCPU_BASIC))?;
-        image::start_info(context, self.pv?)
+        image::start_info(&self.guest)
     }
 
     /// The contents of a page, if the image has any.

@@ -20,9 +20,15 @@ pub(crate) fn print(report: &Report, out: &mut dyn Write) -> io::Result<()> {
     if report.octets > 0 {
         write!(out, ", {}", size(report.octets))?;
     }
-    match report.error {
-        Some(_) => writeln!(out, ", BAD: this is what could be read of it")?,
+    match &report.error {
+        Some(error) => {
+            writeln!(out, ", BAD: this is what could be read of it")?;
+            writeln!(out, "  error: {error}")?;
+        }
         None => writeln!(out)?,
+    }
+    for warning in &report.warnings {
+        writeln!(out, "  warning: {warning}")?;
     }
     headers(report, out)?;
     guest(report, out)?;

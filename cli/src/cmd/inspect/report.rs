@@ -59,7 +59,10 @@ pub(crate) struct Report {
     /// What is in the blobs, where asked for.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) fields: Vec<Named>,
-    /// Why reading ended early: the image is bad, and this document incomplete.
+    /// What is odd about the image, as for `verify`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) warnings: Vec<String>,
+    /// Why the image is bad. Where reading ended early, this document is incomplete: the image is bad, and this document incomplete.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) error: Option<String>,
 }

@@ -12,7 +12,7 @@ use std::io::{Seek, SeekFrom};
 use std::path::Path;
 
 use anyhow::{Context as _, Error, Result};
-use xsr_format::image::GuestType;
+use xsr_format::image::{DomainHeader, GuestType, ImageHeader};
 use xsr_format::wrapper::xl::XlHeader;
 use xsr_xen_backend::mock::MockHost;
 use xsr_xen_backend::{GuestKind, Host};
@@ -27,6 +27,7 @@ use crate::exit::{BadUsage, LeftBehind};
 use crate::file::Input;
 use crate::left;
 use crate::origin::Origin;
+use crate::verdict;
 
 /// What the command line says of a domain.
 #[derive(Clone, Debug, Default)]
@@ -324,6 +325,18 @@ impl Plan {
             false => None,
         };
         let known = Known::find_out(overrides, origin, survey)?;
+        let most = config::most_vcpus(known.kind);
+        if known.vcpus > most {
+            let (vcpus, kind) = (known.vcpus, config::kind_name(known.kind));
+            return Err(match overrides.vcpus {
+                Some(_) => Error::new(BadUsage(format!(
+                    "--vcpus {vcpus}: a {kind} guest has at most {most}"
+                ))),
+                None => bad(&format!(
+                    "the guest has {vcpus} vcpus, but a {kind} guest has at most {most}"
+                )),
+            });
+        }
         let is_pv = guest_type == GuestType::X86_PV;
         if is_pv != (known.kind == GuestKind::Pv) {
             let kind = config::kind_name(known.kind);
@@ -347,6 +360,12 @@ impl Plan {
             new_uuid: known.new_uuid,
             name_is_made_up: known.name_is_made_up,
         })
+    }
+
+    /// Whether the domain can take a stream with these headers.
+    pub(super) fn check(&self, image: ImageHeader, domain: DomainHeader) -> Result<()> {
+        verdict::check_name(&self.name)?;
+        Ok(verdict::check_headers(image, domain, Some(self.kind))?)
     }
 
     /// Make the domain: paused, without memory.

@@ -3,9 +3,7 @@
 //! C implementation: none; xl restores nothing without a configuration.
 
 use anyhow::Result;
-use xsr_format::fields::hvm::{HvmContext, HvmRecordKind};
 use xsr_format::image::GuestType;
-use xsr_format::record::{Body, RecordKind};
 use xsr_format::wrapper::libxl::LibxlRecord;
 use xsr_xen_backend::GuestKind;
 
@@ -27,34 +25,25 @@ pub(super) struct Survey {
 impl Survey {
     pub(super) fn of(input: &Input, lenient: bool) -> Result<Self> {
         let mut survey = Self::default();
-        Reading { lenient }.over(input, &mut |event| {
+        let walked = Reading { lenient }.over(input, &mut |event| {
             survey.event(event);
             Ok(())
         })?;
+        if let Some(guest) = walked.guest {
+            survey.guest_type = Some(guest.guest_type());
+            survey.vcpus = guest.vcpus_needed();
+        }
         Ok(survey)
     }
 
     fn event(&mut self, event: Event<'_>) {
         match event {
-            Event::Libxc(_, domain) => self.guest_type = Some(domain.guest_type),
             Event::LibxlRecord(_, LibxlRecord::EmulatorContext { .. }) => self.emulated = true,
             Event::Pages(at, entries) => {
                 for run in runs_of(entries.iter(), at.page_data(entries)) {
                     self.memory.insert(run);
                 }
             }
-            Event::Record(_, record) => match record.body {
-                Body::Vcpu(vcpu) if record.kind == RecordKind::X86_PV_VCPU_BASIC => {
-                    self.vcpus = self.vcpus.max(vcpu.vcpu.saturating_add(1));
-                }
-                Body::HvmContext(context) => {
-                    let cpus = HvmContext::new(context)
-                        .filter_map(Result::ok)
-                        .filter(|record| record.kind == HvmRecordKind::CPU);
-                    self.vcpus = u32::try_from(cpus.count()).unwrap_or(u32::MAX);
-                }
-                _ => {}
-            },
             _ => {}
         }
     }
