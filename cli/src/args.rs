@@ -11,6 +11,7 @@ use std::str::FromStr;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 use self::images::{CatArgs, ConvertArgs, EditArgs, ExportArgs};
+pub(crate) use self::machine::{Backend, BackendArg, MockHostArg, VARIABLE};
 pub(crate) use self::migrate::{ConnectionArgs, Endpoint, MigrateArgs, ReceiveArgs};
 pub(crate) use self::mock::{
     MockArgs, MockCommand, MockCreateArgs, MockDomainArgs, MockEnd, MockKind, MockListArgs,
@@ -21,6 +22,8 @@ pub(crate) use self::remus::{OnLoss, RemusArgs};
 // Named, because `xtask` includes this file from another place.
 #[path = "args/images.rs"]
 pub(crate) mod images;
+#[path = "args/machine.rs"]
+mod machine;
 #[path = "args/migrate.rs"]
 mod migrate;
 #[path = "args/mock.rs"]
@@ -47,7 +50,7 @@ Exit codes:
 
 const ENVIRONMENT: &str = "\
 Environment:
-  XSR_BACKEND  the hypervisor, where --backend is not given
+  XSR_BACKEND  the hypervisor, where neither --backend nor --host is given
   XSR_LOG      what goes to the log on stderr, say `debug` or `xsr_save_restore=trace`";
 
 const MAIN_EXAMPLES: &str = "\
@@ -326,48 +329,6 @@ pub(crate) struct DiffArgs {
 /// Needs no Xen and no privileges. Leaves nothing behind.
 #[derive(Debug, Args)]
 pub(crate) struct DemoArgs {}
-
-/// Which hypervisor.
-#[derive(Debug, Args)]
-pub(crate) struct BackendArg {
-    /// The hypervisor: `auto`, `xen` (the one this runs on, through xl) or `mock:DIR`
-    #[arg(
-        long,
-        value_name = "BACKEND",
-        env = "XSR_BACKEND",
-        default_value = "auto",
-        hide_env_values = true
-    )]
-    pub(crate) backend: Backend,
-}
-
-/// A hypervisor, by name.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Backend {
-    /// The Xen this runs on.
-    Auto,
-    /// The Xen this runs on, and nothing else.
-    Xen,
-    /// The mock machine in this directory.
-    Mock(PathBuf),
-    /// The same, reached by hypercalls as a Xen is: for tests of --direct.
-    MockXen(PathBuf),
-}
-
-impl FromStr for Backend {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text.split_once(':') {
-            None if text == "auto" => Ok(Self::Auto),
-            None if text == "xen" => Ok(Self::Xen),
-            Some(("mock", "")) => Err("mock: wants a directory behind the colon".to_owned()),
-            Some(("mock", dir)) => Ok(Self::Mock(PathBuf::from(dir))),
-            Some(("mock-xen", dir)) if !dir.is_empty() => Ok(Self::MockXen(PathBuf::from(dir))),
-            _ => Err("expected `auto`, `xen` or `mock:DIR`".to_owned()),
-        }
-    }
-}
 
 const TARGET: &str = "When to suspend the domain";
 

@@ -28,7 +28,7 @@ pub(crate) fn run(command: Command, terminal: &Terminal) -> anyhow::Result<Code>
         Command::Convert(args) => convert::run(&args, terminal),
         Command::Export(args) => export::run(&args, terminal),
         Command::Edit(args) => edit::run(&args, terminal),
-        Command::Cat(args) => cat::run(&args),
+        Command::Cat(args) => cat::run(&args, terminal),
         Command::Save(args) => save::run(&args, terminal),
         Command::Restore(args) => restore::run(&args, terminal),
         Command::Migrate(args) => migrate::run(&args, terminal),

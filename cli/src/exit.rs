@@ -6,6 +6,8 @@ use std::{fmt, io};
 use xsr_format::error::{ReadError, ReadErrorCause};
 use xsr_save_restore::RestoreError;
 
+use crate::text::shown;
+
 /// What the command says to who started it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Code {
@@ -208,12 +210,18 @@ pub(crate) fn code_of(error: &anyhow::Error) -> Code {
 }
 
 /// A failure in words: from what was being done down to its cause. Some errors name
-/// their cause themselves; it is not said twice.
+/// their cause themselves; it is not said twice. Names and texts from outside are in them, so
+/// that nothing stays in them that a terminal would obey.
 pub(crate) fn words<'e>(
     causes: impl Iterator<Item = &'e (dyn std::error::Error + 'static)>,
 ) -> String {
     let mut words = String::new();
-    for cause in causes.map(ToString::to_string) {
+    for cause in causes {
+        let cause = match cause.is::<Migration>() {
+            // It has commands to be typed, each on a line.
+            true => cause.to_string(),
+            false => shown(&cause.to_string()),
+        };
         if words.is_empty() {
             words = cause;
         } else if !words.ends_with(&cause) {
@@ -273,6 +281,12 @@ mod tests {
             .context("saving web");
         let expected = "saving web: cannot read host.json: disk on fire";
         assert_eq!(words(error.chain()), expected);
+    }
+
+    #[test]
+    fn a_name_in_a_failure_makes_no_line_of_its_own() {
+        let error = anyhow::Error::msg("gone\u{1b}[2J").context("a\nb.save: good");
+        assert_eq!(words(error.chain()), r"a\nb.save: good: gone\u{1b}[2J");
     }
 
     #[test]

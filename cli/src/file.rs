@@ -14,8 +14,9 @@ use xsr_format::wrapper::vhd::{self, Vhd, VhdError};
 use crate::exit::{BadImage, BadUsage};
 use crate::feed::{self, Feed};
 use crate::origin::Origin;
+use crate::painter::Follower;
 use crate::peel::{self, LeftOut};
-use crate::text::shown_path;
+use crate::terminal::Terminal;
 
 /// What stands for stdin or stdout.
 pub(crate) fn is_dash(path: &Path) -> bool {
@@ -27,7 +28,7 @@ pub(crate) fn is_dash(path: &Path) -> bool {
 pub(crate) struct Input {
     /// What to read from. Never buffered: others read on where a reader stopped.
     pub(crate) file: File,
-    /// What a person calls it.
+    /// What a person calls it. As it is: text that is shown has to escape it.
     pub(crate) name: String,
     /// Its length in octets, for a file that can be sought in and stands at its start;
     /// `None` for a pipe, and for what somebody has read a part of.
@@ -36,6 +37,8 @@ pub(crate) struct Input {
     path: Option<PathBuf>,
     /// Who takes off what stands around it, if anything does.
     feed: Option<Feed>,
+    /// The file that is read for it, and its length, where it is not `file` itself.
+    outer: Option<(File, u64)>,
 }
 
 impl Input {
@@ -57,7 +60,7 @@ impl Input {
             let file = stdin.as_fd().try_clone_to_owned().context("stdin")?.into();
             return Self::plain(file, "stdin".to_owned());
         }
-        let name = shown_path(path);
+        let name = path.display().to_string();
         let file = File::open(path).with_context(|| name.clone())?;
         let mut input = Self::plain(file, name)?;
         input.path = input.length.is_some().then(|| path.to_owned());
@@ -94,6 +97,9 @@ impl Input {
                 false => Ok(self),
             };
         }
+        let outer = self
+            .length
+            .and_then(|length| Some((self.file.try_clone().ok()?, length)));
         let Self {
             file, name, path, ..
         } = self;
@@ -104,6 +110,7 @@ impl Input {
             length: None,
             path,
             feed: Some(feed),
+            outer,
         })
     }
 
@@ -132,7 +139,18 @@ impl Input {
             length: None,
             path,
             feed: Some(feed),
+            outer: None,
         })
+    }
+
+    /// Show how far reading it is, for as long as the answer is there.
+    pub(crate) fn follow(&self, terminal: &Terminal, what: &'static str) -> Option<Follower> {
+        let (file, length) = match (&self.outer, self.length) {
+            (Some((file, length)), _) => (file, *length),
+            (None, Some(length)) => (&self.file, length),
+            (None, None) => return None,
+        };
+        Follower::start(terminal, what, file, Some(length))
     }
 
     /// What was taken off, outermost first.
@@ -206,6 +224,7 @@ impl Input {
             length: None,
             path: None,
             feed: None,
+            outer: None,
         }
     }
 
@@ -246,6 +265,7 @@ impl Input {
             length,
             path: None,
             feed: None,
+            outer: None,
         })
     }
 
@@ -268,6 +288,7 @@ impl Input {
             length: self.length,
             path: self.path.clone(),
             feed: None,
+            outer: None,
         })
     }
 

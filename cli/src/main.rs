@@ -68,7 +68,7 @@ fn main() -> ExitCode {
 
 /// Do what the command line asks.
 fn command() -> ExitCode {
-    let cli = match args::Cli::try_parse() {
+    let cli = match args::Cli::try_parse().and_then(args::Cli::settle) {
         Ok(cli) => cli,
         Err(e) => return exit::command_line(&e).into(),
     };

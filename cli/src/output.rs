@@ -24,6 +24,8 @@ use self::path::Found;
 use crate::exit::{Aftermath, BadUsage, WriteFailed};
 use crate::file::{is_dash, widen};
 use crate::left::Left;
+use crate::painter::Follower;
+use crate::terminal::Terminal;
 use crate::text::shown_path;
 
 /// Where a command is to write, and what it may overwrite for that.
@@ -199,6 +201,17 @@ impl Output {
     /// What a person calls it.
     pub(crate) fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Show how far writing it is, for as long as the answer is there; `total` bytes, if that is
+    /// known.
+    pub(crate) fn follow(
+        &self,
+        terminal: &Terminal,
+        what: &'static str,
+        total: Option<u64>,
+    ) -> Option<Follower> {
+        Follower::start(terminal, what, &self.file, total)
     }
 
     /// Whether it goes where results go, too.

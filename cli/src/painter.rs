@@ -1,6 +1,8 @@
 //! A progress bar that a thread of its own draws: a terminal that takes nothing (Ctrl-S, an ssh
 //! session that stalls) must not hold up the engine, whose guest may stand still.
 
+use std::fs::File;
+use std::io::Seek as _;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -15,7 +17,7 @@ const PATIENCE: Duration = Duration::from_millis(200);
 /// What is to be drawn.
 #[derive(Debug, Default)]
 struct State {
-    /// The latest news, and the octets of the image that is read.
+    /// The latest news, and the bytes of the image that is read.
     news: Option<(Progress, Option<u64>)>,
     /// No more will come.
     over: bool,
@@ -78,13 +80,7 @@ impl Painter {
 
     /// Have the bar go. Whether it has: if not, its terminal takes nothing.
     pub(crate) fn clear(self) -> bool {
-        self.shared.change(|state| state.over = true);
-        let (state, _) = self
-            .shared
-            .changed
-            .wait_timeout_while(self.shared.lock(), PATIENCE, |state| !state.gone)
-            .unwrap_or_else(PoisonError::into_inner);
-        state.gone
+        self.shared.end()
     }
 }
 
@@ -103,5 +99,86 @@ fn draw(terminal: &Terminal, what: &'static str, shared: &Shared) {
             Some((progress, octets_total)) => bar.progress(&progress, octets_total),
             None => return,
         }
+    }
+}
+
+/// How long work takes before it gets a bar, where nothing but a file says how far it is.
+const BEFORE: Duration = Duration::from_secs(1);
+
+/// Between two looks at such a file.
+const BETWEEN: Duration = Duration::from_millis(100);
+
+/// A bar for work that goes once through a file: it is as far as the file's position is. The work
+/// knows nothing of it. Gone when dropped.
+#[derive(Debug)]
+pub(crate) struct Follower {
+    shared: Arc<Shared>,
+}
+
+impl Follower {
+    /// Follow what is read from a file, or written to it, on from where it stands; `total` bytes
+    /// of it, if that is known. `None` where nobody watches, or the file has no position.
+    pub(crate) fn start(
+        terminal: &Terminal,
+        what: &'static str,
+        file: &File,
+        total: Option<u64>,
+    ) -> Option<Self> {
+        if !terminal.is_watched() {
+            return None;
+        }
+        // The same open file: its position is that of the one that is worked on.
+        let mut file = file.try_clone().ok()?;
+        let from = file.stream_position().ok()?;
+        let shared = Arc::<Shared>::default();
+        let (terminal, theirs) = (terminal.clone(), Arc::clone(&shared));
+        let started = thread::Builder::new()
+            .name("xsr-painter".to_owned())
+            .spawn(move || {
+                if !theirs.is_over_within(BEFORE) {
+                    let bar = terminal.progress(what);
+                    while let Ok(at) = file.stream_position() {
+                        bar.octets(at.saturating_sub(from), total);
+                        if theirs.is_over_within(BETWEEN) {
+                            break;
+                        }
+                    }
+                }
+                theirs.change(|state| state.gone = true);
+            });
+        match started {
+            Ok(_) => Some(Self { shared }),
+            Err(error) => {
+                tracing::info!(%error, "no thread for a progress bar");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        self.shared.end();
+    }
+}
+
+impl Shared {
+    /// Whether it is over, or becomes so within a time.
+    fn is_over_within(&self, time: Duration) -> bool {
+        let (state, _) = self
+            .changed
+            .wait_timeout_while(self.lock(), time, |state| !state.over)
+            .unwrap_or_else(PoisonError::into_inner);
+        state.over
+    }
+
+    /// Have the bar go. Whether it has: if not, its terminal takes nothing.
+    fn end(&self) -> bool {
+        self.change(|state| state.over = true);
+        let (state, _) = self
+            .changed
+            .wait_timeout_while(self.lock(), PATIENCE, |state| !state.gone)
+            .unwrap_or_else(PoisonError::into_inner);
+        state.gone
     }
 }

@@ -1,8 +1,9 @@
 //! What goes to stderr: errors, notes, the log, and progress bars where a person
 //! watches.
 
+use std::cmp::Ordering;
 use std::io::{self, IsTerminal, Write};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 use tracing_subscriber::EnvFilter;
@@ -84,7 +85,7 @@ impl Terminal {
     /// Say something to the person who watches; nothing where nobody does.
     pub(crate) fn note(&self, text: &str) {
         if self.watched {
-            line(text);
+            line(&shown(text));
         }
     }
 
@@ -92,13 +93,13 @@ impl Terminal {
     /// the other end of a connection.
     pub(crate) fn say(&self, text: &str) {
         if !self.quiet {
-            line(text);
+            line(&shown(text));
         }
     }
 
     /// Say something that must be heard even by who has asked for quiet.
     pub(crate) fn always(&self, text: &str) {
-        line(text);
+        line(&shown(text));
     }
 
     /// Whether a person watches.
@@ -112,89 +113,157 @@ impl Terminal {
             true => ProgressBar::no_length(),
             false => ProgressBar::hidden(),
         };
-        let bar = bar.with_prefix(what).with_finish(ProgressFinish::AndClear);
-        set_template(&bar, "{prefix:>10} {msg}");
+        let bar = bar.with_finish(ProgressFinish::AndClear);
+        // The template is written here, and tried by a test.
+        if let Ok(style) = ProgressStyle::with_template("{wide_msg}") {
+            bar.set_style(style);
+        }
         Bar {
             bar,
+            what,
             started: Instant::now(),
         }
     }
 }
 
-/// A progress bar.
+/// A progress bar: one line that is never wider than the terminal.
 #[derive(Debug)]
 pub(crate) struct Bar {
     bar: ProgressBar,
+    what: &'static str,
     started: Instant,
 }
 
 impl Bar {
-    /// So much is done of `total` (0 if that is not known).
-    pub(crate) fn show(&self, done: u64, total: u64) {
-        if self.bar.is_hidden() || done == 0 {
-            return;
-        }
-        if total > 0 && self.bar.length() != Some(total) {
-            self.bar.set_length(total);
-            set_template(&self.bar, "{prefix:>10} [{bar:32}] {percent:>3}% {msg}");
-        }
-        self.bar.set_position(done);
+    /// So much is done of `total`, in steps that are no bytes.
+    pub(crate) fn steps(&self, done: u64, total: u64) {
+        self.draw(done, Some(total), &[]);
     }
 
-    /// So many octets are done of `total`.
-    pub(crate) fn octets(&self, done: u64, total: u64) {
-        self.show(done, total);
-        self.bar.set_message(self.volume(done));
-    }
-
-    /// So many octets, and how quickly they came.
-    fn volume(&self, octets: u64) -> String {
+    /// So many bytes are done of `total`.
+    pub(crate) fn octets(&self, done: u64, total: Option<u64>) {
         let milliseconds = self.started.elapsed().as_millis().max(1);
-        let average = u128::from(octets) * 1000 / milliseconds;
+        let average = u128::from(done) * 1000 / milliseconds;
         let average = u64::try_from(average).unwrap_or(u64::MAX);
-        format!("{}, {}/s", size(octets), size(average))
+        let left = total.and_then(|total| total.saturating_sub(done).checked_div(average));
+        let left = left.map(Duration::from_secs);
+        self.draw(done, total, &volume("", done, average, left));
     }
 
     /// So far is the engine. `octets_total`: of an image that is read, since its stream
     /// does not say how much there is.
     pub(crate) fn progress(&self, progress: &Progress, octets_total: Option<u64>) {
-        if self.bar.is_hidden() {
-            return;
-        }
-        match (progress.pages_total, octets_total) {
-            (Some(total), _) => self.show(progress.pages_done, total),
-            (None, Some(total)) => self.show(progress.octets, total),
-            (None, None) => self.show(progress.octets, 0),
-        }
-        self.bar.set_message(self.words(progress));
+        let (done, total) = match progress.octets_total {
+            Some(total) => (progress.octets_done, Some(total)),
+            None => (progress.octets, octets_total),
+        };
+        // A pass is done once all its pages are, however few of them had contents.
+        let done = match (progress.pass_is_complete(), total) {
+            (true, Some(total)) => total,
+            _ => done,
+        };
+        self.draw(done, total, &words(progress, octets_total));
     }
 
-    fn words(&self, progress: &Progress) -> String {
-        let mut words = self.volume(progress.octets);
-        match progress.phase {
-            Phase::Precopy => {
-                words = format!("pass {}: {words}", progress.iteration + 1);
-                if progress.dirty_count.is_some() {
-                    let rate = progress.dirty_pages_per_second;
-                    words = format!("{words}, writes {rate:.0} pages/s");
-                }
-                if let Some(downtime) = progress.estimated_downtime {
-                    words = format!("{words}, would stand {} ms", downtime.as_millis());
-                }
-            }
-            Phase::StopAndCopy => words = format!("suspended: {words}"),
-            Phase::Verify => words = format!("sent again: {words}"),
-            _ => {}
+    fn draw(&self, done: u64, total: Option<u64>, words: &[String]) {
+        if !self.bar.is_hidden() {
+            let line = compose(width(), self.what, done, total, words);
+            self.bar.set_message(line);
         }
-        words
     }
 }
 
-fn set_template(bar: &ProgressBar, template: &str) {
-    // The templates are written here, and tried by a test.
-    if let Ok(style) = ProgressStyle::with_template(template) {
-        bar.set_style(style.progress_chars("=> "));
+/// Columns of the terminal; 80 where it does not say.
+fn width() -> usize {
+    match rustix::termios::tcgetwinsize(io::stderr()) {
+        Ok(size) if size.ws_col > 0 => size.ws_col.into(),
+        _ => 80,
     }
+}
+
+/// What is done: how much, how quickly, and how much longer. The first has `label` before it.
+fn volume(label: &str, bytes: u64, per_second: u64, left: Option<Duration>) -> Vec<String> {
+    let mut words = vec![format!("{label}{}", size(bytes))];
+    if per_second > 0 {
+        words.push(format!("{}/s", size(per_second)));
+        words.extend(left.map(|left| match left.as_secs() {
+            seconds @ 0..60 => format!("{} s left", seconds.max(1)),
+            seconds @ 60..3600 => format!("{} min left", seconds.div_ceil(60)),
+            seconds => format!("{} h {} min left", seconds / 3600, seconds % 3600 / 60),
+        }));
+    }
+    words
+}
+
+fn words(progress: &Progress, octets_total: Option<u64>) -> Vec<String> {
+    let label = match progress.phase {
+        Phase::Precopy => format!("pass {}: ", progress.iteration + 1),
+        Phase::StopAndCopy => "suspended: ".to_owned(),
+        Phase::Verify => "sent again: ".to_owned(),
+        _ => String::new(),
+    };
+    // A rate has no use for its fraction.
+    let rate = Duration::try_from_secs_f64(progress.octets_per_second);
+    let rate = rate.map_or(0, |rate| rate.as_secs());
+    let left = progress.estimated_time.or_else(|| {
+        let left = octets_total?.saturating_sub(progress.octets);
+        left.checked_div(rate).map(Duration::from_secs)
+    });
+    let mut words = volume(&label, progress.octets, rate, left);
+    if progress.phase == Phase::Precopy {
+        if let Some(downtime) = progress.estimated_downtime {
+            words.push(format!("pause {} ms", downtime.as_millis()));
+        }
+        if progress.dirty_count.is_some() {
+            words.push(format!(
+                "{:.0} pages/s written",
+                progress.dirty_pages_per_second
+            ));
+        }
+    }
+    words
+}
+
+/// One line of fewer columns than the terminal has: `words` as far as they fit, the first ones
+/// first.
+fn compose(width: usize, what: &str, done: u64, total: Option<u64>, words: &[String]) -> String {
+    let room = width.saturating_sub(1);
+    let mut line = match width {
+        60.. => format!("{what:>10}"),
+        _ => what.to_owned(),
+    };
+    if let Some(total) = total.filter(|total| *total > 0) {
+        let cells = match width {
+            100.. => 32,
+            70.. => 16,
+            60.. => 10,
+            _ => 0,
+        };
+        if cells > 0 {
+            let full = u128::from(done.min(total)) * cells / u128::from(total);
+            let full = usize::try_from(full).unwrap_or_default();
+            let cells = usize::try_from(cells).unwrap_or_default();
+            let bar: String = (0..cells)
+                .map(|cell| match cell.cmp(&full) {
+                    Ordering::Less => '=',
+                    Ordering::Equal => '>',
+                    Ordering::Greater => ' ',
+                })
+                .collect();
+            line.push_str(&format!(" [{bar}]"));
+        }
+        let percent = u128::from(done.min(total)) * 100 / u128::from(total);
+        line.push_str(&format!(" {percent:>3}%"));
+    }
+    for (index, word) in words.iter().enumerate() {
+        let separator = if index == 0 { " " } else { ", " };
+        if line.chars().count() + separator.len() + word.chars().count() > room {
+            break;
+        }
+        line.push_str(separator);
+        line.push_str(word);
+    }
+    line.chars().take(room).collect()
 }
 
 /// The longest message, in bytes: what is longer has text from outside in it that nobody wants
@@ -243,6 +312,31 @@ impl<W: Write> Write for Escaping<W> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_line_of_progress_fits_every_terminal_and_says_the_most_important_first() {
+        let left = Some(Duration::from_secs(725));
+        let mut words = volume("pass 12: ", 3 << 40, 900 << 20, left);
+        words.extend(["pause 123456 ms", "1234567 pages/s written"].map(str::to_owned));
+        for width in 0..=140 {
+            let line = compose(width, "restoring", 45, Some(100), &words);
+            assert!(line.chars().count() < width.max(1), "{width}: {line:?}");
+        }
+        let at = |width| compose(width, "saving", 45, Some(100), &words);
+        assert_eq!(at(40), "saving  45% pass 12: 3.0 TiB");
+        assert_eq!(
+            at(60),
+            "    saving [====>     ]  45% pass 12: 3.0 TiB, 900.0 MiB/s"
+        );
+        assert_eq!(
+            at(80),
+            "    saving [=======>        ]  45% pass 12: 3.0 TiB, 900.0 MiB/s, 13 min left"
+        );
+        assert!(at(120).contains("900.0 MiB/s, 13 min left, pause 123456 ms"));
+        assert_eq!(compose(80, "x", 7, None, &[]), "         x");
+        let full = compose(80, "saving", 100, Some(100), &[]);
+        assert_eq!(full, "    saving [================] 100%");
+    }
 
     #[test]
     fn a_log_has_nothing_that_a_terminal_obeys() {

@@ -8,6 +8,8 @@ use std::path::Path;
 
 /// The longest name of a domain, in characters, that a message repeats whole.
 const LONGEST_NAME: usize = 100;
+/// The same of a value in a report.
+const LONGEST_VALUE: usize = 200;
 
 /// A number with its noun, in the right number: `1 leaf`, `59 leaves`.
 #[derive(Clone, Copy, Debug)]
@@ -82,13 +84,22 @@ pub(crate) fn escaped(text: &str, unfit: impl Fn(char) -> bool) -> String {
 
 /// The name of a domain, from an image or a peer, for a message: escaped, and cut if it is long.
 pub(crate) fn shown_name(name: &str) -> String {
-    match name.char_indices().nth(LONGEST_NAME) {
-        None => shown(name),
+    cut(name, LONGEST_NAME)
+}
+
+fn cut(text: &str, longest: usize) -> String {
+    match text.char_indices().nth(longest) {
+        None => shown(text),
         Some((at, _)) => {
-            let (head, tail) = name.split_at(at);
+            let (head, tail) = text.split_at(at);
             format!("{}… ({} more bytes)", shown(head), tail.len())
         }
     }
+}
+
+/// A value from an image, for a line of a report: escaped, and cut if it is long.
+pub(crate) fn shown_value(value: &str) -> String {
+    cut(value, LONGEST_VALUE)
 }
 
 /// A path for a message: what is no UTF-8 as `\xff`, controls escaped.

@@ -16,8 +16,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Error, Result, bail};
 use nix::errno::Errno;
-use nix::sys::socket::{Shutdown, setsockopt, shutdown, sockopt};
+use nix::sys::socket::{Shutdown, getsockopt, setsockopt, shutdown, sockopt};
 use nix::sys::stat::{Mode, umask};
+use nix::unistd::geteuid;
 
 use crate::args::{ConnectionArgs, Endpoint};
 use crate::exit::BadUsage;
@@ -66,6 +67,21 @@ impl Silence {
     }
 }
 
+/// Whether a domain may be given to whoever listens at a socket's path: in a directory that
+/// others can write to, they may have been there first.
+fn check_listener(connection: &File) -> Result<()> {
+    let peer = getsockopt(connection, sockopt::PeerCredentials)?;
+    match peer.uid() {
+        0 => Ok(()),
+        uid if uid == geteuid().as_raw() => Ok(()),
+        uid => bail!(
+            "a process of another user listens there (uid {uid}, process {}), and is given no \
+             domain: put the socket into a directory of your own",
+            peer.pid()
+        ),
+    }
+}
+
 /// A connection to the other end.
 #[derive(Debug)]
 pub(crate) struct Link {
@@ -91,10 +107,14 @@ impl Link {
             let endpoint: Endpoint = host
                 .parse()
                 .map_err(|e| Error::new(BadUsage(format!("{host}: {e}"))))?;
-            return Self::connect(&endpoint, interrupt, limit).with_context(|| {
+            let link = Self::connect(&endpoint, interrupt, limit).with_context(|| {
                 let all: String = options.iter().map(|option| format!(" {option}")).collect();
                 format!("{host}: is `xsr migrate-receive{all} --listen` running?")
-            });
+            })?;
+            if matches!(endpoint, Endpoint::Unix(_)) {
+                check_listener(&link.to).with_context(|| host.to_owned())?;
+            }
+            return Ok(link);
         }
         if host.starts_with('-') && !args.ssh.is_empty() {
             let why = format!("HOST {host:?} would be an option of {}", args.ssh);

@@ -25,7 +25,7 @@ use anyhow::{Context as _, Error, Result, anyhow, bail};
 use clap::CommandFactory as _;
 
 use self::setting::Setting;
-use crate::args::{Backend, Cli};
+use crate::args::{Backend, Cli, VARIABLE as BACKEND_VARIABLE};
 use crate::exit::{BadUsage, Code};
 
 /// The commands that xl does, too.
@@ -34,8 +34,6 @@ const COMMANDS: [&str; 5] = ["save", "restore", "migrate", "migrate-receive", "r
 const HELPER_VARIABLE: &str = "LIBXL_SAVE_HELPER";
 /// Our helper.
 const HELPER: &str = "xsr-save-helper";
-/// Which hypervisor, where the command line does not say.
-const BACKEND_VARIABLE: &str = "XSR_BACKEND";
 /// Where a control domain reaches the hypervisor.
 const PRIVCMD: [&str; 2] = ["/dev/xen/privcmd", "/proc/xen/privcmd"];
 /// What xl exits with when its command line is wrong.
@@ -76,7 +74,7 @@ impl Xl {
     /// Xen that this machine runs. `None` is for the command line of xsr itself.
     pub(crate) fn asked() -> Option<Self> {
         let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
-        let from_environment = std::env::var_os(BACKEND_VARIABLE);
+        let from_environment = std::env::var_os(BACKEND_VARIABLE).filter(|name| !name.is_empty());
         let call = Call::of(&arguments, from_environment.as_deref())?;
         let through_xl = match call.backend {
             Backend::Xen => true,
@@ -210,6 +208,14 @@ impl Call {
                         Some(value) => value.into(),
                         None => rest.next()?.clone(),
                     });
+                }
+                "--host" => {
+                    let mut mock = OsString::from("mock:");
+                    mock.push(match value {
+                        Some(value) => value.as_ref(),
+                        None => rest.next()?.as_os_str(),
+                    });
+                    backend = Some(mock);
                 }
                 "--checkpoint" => call.push("-c".as_ref(), true),
                 "--paused" => call.push("-p".as_ref(), true),

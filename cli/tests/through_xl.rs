@@ -124,8 +124,8 @@ fn arguments_environment_and_descriptors_are_xls() {
     script(dir.path(), SAYS);
     for (given, xls) in [
         (
-            ["save", "-c", "-p", "web", "a b.save"].as_slice(),
-            "[save]\n[-c]\n[-p]\n[web]\n[a b.save]\n",
+            ["save", "-c", "-p", "web", "/dev/null"].as_slice(),
+            "[save]\n[-c]\n[-p]\n[web]\n[/dev/null]\n",
         ),
         (
             &["restore", "-p", "-e", "web.save"],
@@ -192,11 +192,11 @@ fn exit_codes_are_ours() {
     for (xls, ours) in [(0, 0), (1, 1), (2, 64), (3, 1), (255, 1)] {
         let dir = scratch();
         script(dir.path(), &format!("#!/bin/sh\nexit {xls}\n"));
-        ran(beside(dir.path(), &["save", "web", "f"])).code(ours);
+        ran(beside(dir.path(), &["save", "web", "-"])).code(ours);
     }
     let dir = scratch();
     script(dir.path(), "#!/bin/sh\nkill -KILL $$\n");
-    ran(beside(dir.path(), &["save", "web", "f"]))
+    ran(beside(dir.path(), &["save", "web", "-"]))
         .code(1)
         .stderr_has("xl was ended: signal: 9");
 }
@@ -216,7 +216,7 @@ fn signals_reach_xl() {
             dir.path(),
             &format!("#!/bin/sh\ntrap 'echo got {name}; exit 0' {name}\necho ready\nread line\n"),
         );
-        let (mut child, held, mut lines) = ready(beside(dir.path(), &[asked, "web", "f"]));
+        let (mut child, held, mut lines) = ready(beside(dir.path(), &[asked, "web", "-"]));
         // It has xl, and so it has blocked what it passes on.
         let pid = Pid::from_raw(child.id().try_into().unwrap());
         kill(pid, signal).unwrap();
@@ -246,7 +246,7 @@ fn what_asks_to_stop_reaches_the_helper_and_not_xl() {
                 helper.display()
             ),
         );
-        let command = hearing(beside(dir.path(), &["save", "web", "f"]));
+        let command = hearing(beside(dir.path(), &["save", "web", "-"]));
         let (mut child, held, lines) = ready(command);
         let pid = Pid::from_raw(child.id().try_into().unwrap());
         kill(pid, asked).unwrap();
@@ -270,7 +270,7 @@ fn xl_does_not_hear_the_keys_of_the_terminal() {
         ("restore", true),
         ("migrate-receive", true),
     ] {
-        let command = hearing(beside(dir.path(), &[asked, "web", "f"]));
+        let command = hearing(beside(dir.path(), &[asked, "web", "-"]));
         let about = ran(command).code(0).stdout;
         let mask = |name: &str| {
             let line = about.lines().find_map(|line| line.strip_prefix(name));
@@ -295,7 +295,7 @@ fn behind_its_helper_nothing_stops_xl() {
             "#!/bin/sh\n$LIBXL_SAVE_HELPER </dev/null >/dev/null 2>&1\n\
              echo helper ended\nread line\necho resumed $line\nexit 1\n",
         );
-        let mut command = hearing(beside(dir.path(), &["save", "web", "f"]));
+        let mut command = hearing(beside(dir.path(), &["save", "web", "-"]));
         // A process group of its own, as a shell makes one for a job.
         let mut child = std::os::unix::process::CommandExt::process_group(&mut command, 0)
             .stdin(Stdio::piped())
@@ -328,7 +328,7 @@ fn what_was_ignored_before_stays_ignored() {
     let _alone = alone();
     let dir = scratch();
     script(dir.path(), "#!/bin/sh\necho ready\nread line\necho $line\n");
-    let command = beside(dir.path(), &["save", "a", "f"]);
+    let command = beside(dir.path(), &["save", "a", "-"]);
     let (mut child, mut held, mut lines) = ready(through_env("--ignore-signal=HUP", command));
     kill(
         Pid::from_raw(child.id().try_into().unwrap()),
@@ -348,7 +348,7 @@ fn a_signal_that_comes_early_leaves_no_xl_alone() {
     for turn in 0..60 {
         let dir = scratch();
         script(dir.path(), "#!/bin/sh\nread line\n");
-        let mut command = beside(dir.path(), &["save", "web", "f"]);
+        let mut command = beside(dir.path(), &["save", "web", "-"]);
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -376,7 +376,7 @@ fn a_signal_that_comes_early_leaves_no_xl_alone() {
 fn what_is_missing_or_not_xls_is_said() {
     let _alone = alone();
     let dir = scratch();
-    let mut command = xsr(&["save", "--backend", "xen", "web", "f"]);
+    let mut command = xsr(&["save", "--backend", "xen", "web", "-"]);
     command.env("PATH", dir.path());
     ran(command).code(1).stderr_has("there is no `xl` on PATH");
     script(dir.path(), SAYS);
@@ -387,7 +387,7 @@ fn what_is_missing_or_not_xls_is_said() {
     let alone = dir.path().join("xsr");
     fs::copy(env!("CARGO_BIN_EXE_xsr"), &alone).unwrap();
     let mut command = Command::new(&alone);
-    command.args(["save", "--backend", "xen", "web", "f"]);
+    command.args(["save", "--backend", "xen", "web", "-"]);
     command.env("PATH", dir.path());
     ran(command)
         .code(1)
@@ -399,7 +399,7 @@ fn what_is_missing_or_not_xls_is_said() {
     )
     .unwrap();
     let mut command = Command::new(&alone);
-    command.args(["save", "--backend", "xen", "web", "f"]);
+    command.args(["save", "--backend", "xen", "web", "-"]);
     command.env("PATH", format!("{}:/usr/bin:/bin", dir.path().display()));
     command.stdin(Stdio::null());
     ran(command).code(0).stdout_has("/xsr-save-helper backend=");
@@ -417,4 +417,102 @@ fn other_commands_and_other_machines_are_not_xls() {
     let saving = ["save", "--backend", &mock, "web", "f"];
     let none = ran(beside(dir.path(), &saving)).code(1);
     assert!(!none.stderr.contains("xl was"), "{}", none.stderr);
+}
+
+/// xl truncates FILE before anything is sure: it gets another one, which is renamed once xl has
+/// succeeded.
+#[test]
+fn the_file_of_a_save_is_whole_or_as_it_was() {
+    let _alone = alone();
+    let dir = scratch();
+    let file = dir.path().join("web.save");
+    let at = file.to_str().unwrap();
+    let partial = || {
+        let names = fs::read_dir(dir.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name());
+        names
+            .filter(|name| name.to_string_lossy().contains("partial"))
+            .count()
+    };
+    // As xl opens it.
+    let writes = |what: &str, code: i32| {
+        format!(
+            "#!/bin/sh\nfor file; do true; done\n[ \"$file\" = conf ] && eval file=\\${{$(($#-1))}}\n\
+             umask 022; {what} > \"$file\"; stat -c %a \"$file\"; exit {code}\n"
+        )
+    };
+    fs::write(&file, "old").unwrap();
+    script(dir.path(), &writes("echo half", 1));
+    ran(beside(dir.path(), &["save", "web", at]))
+        .code(1)
+        .stdout_has("600\n")
+        .stderr_has("web.save is as it was before");
+    assert_eq!((fs::read(&file).unwrap(), partial()), (b"old".to_vec(), 0));
+    for arguments in [
+        ["save", "web", at].as_slice(),
+        &["save", "-c", "web", at],
+        &["save", "web", at, "conf"],
+        &["save", "--force", "--checkpoint", "web", at, "conf"],
+        &["-v", "save", "--", "web", at],
+    ] {
+        script(dir.path(), &writes("echo whole", 0));
+        fs::write(&file, "old").unwrap();
+        ran(beside(dir.path(), arguments))
+            .code(0)
+            .stdout_has("600\n");
+        assert_eq!(fs::read(&file).unwrap(), b"whole\n", "{arguments:?}");
+        assert_eq!(partial(), 0);
+        let mode = fs::metadata(&file).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+    }
+    // Killed after it had written all: it may have destroyed the domain.
+    let image = common::image("tpv");
+    let all = format!("cat {}", image.display());
+    script(
+        dir.path(),
+        &writes(&all, 0).replace("exit 0", "kill -KILL $$"),
+    );
+    ran(beside(dir.path(), &["save", "web", at]))
+        .code(1)
+        .stderr_has("xl failed after the image was complete: it is ");
+    assert_eq!(fs::read(&file).unwrap(), b"whole\n");
+    assert_eq!(partial(), 1);
+    // It is not taken for rubbish by the next.
+    script(dir.path(), &writes("echo next", 0));
+    ran(beside(dir.path(), &["save", "web", at]))
+        .code(0)
+        .stderr_has("may be all that there is of its domain");
+    assert_eq!(partial(), 1);
+    // xl that writes nothing has saved nothing, whatever it says.
+    script(dir.path(), "#!/bin/sh\nexit 0\n");
+    ran(beside(dir.path(), &["save", "web", at]))
+        .code(1)
+        .stderr_has("has written nothing");
+    assert_eq!(fs::read(&file).unwrap(), b"next\n");
+}
+
+#[test]
+fn pipes_and_devices_are_xls_to_write_but_no_domain_is_given_up_for_nothing() {
+    let _alone = alone();
+    let dir = scratch();
+    script(dir.path(), SAYS);
+    for (keeps, to, code, says) in [
+        ("-c", "/dev/null", 0, "[/dev/null]"),
+        ("-p", "/dev/null", 0, "[/dev/null]"),
+        ("-v", "/dev/null", 64, ""),
+        ("-c", "-", 0, "[/dev/stdout]"),
+        ("-v", "-", 0, "[/dev/stdout]"),
+    ] {
+        let mut command = beside(dir.path(), &["save", keeps, "web", to]);
+        command.stdin(Stdio::null());
+        ran(command).code(code).stdout_has(says);
+    }
+    let mut command = beside(dir.path(), &["save", "web", "-"]);
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    let out = command.output().unwrap();
+    assert_eq!(out.status.code(), Some(64), "{out:?}");
 }

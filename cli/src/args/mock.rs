@@ -1,10 +1,8 @@
 //! The command line of `xsr mock`.
 
-use std::path::PathBuf;
-
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::MemorySize;
+use super::{MemorySize, MockHostArg};
 
 /// Make and look after the domains of a mock machine
 ///
@@ -184,14 +182,6 @@ pub(crate) enum MockEnd {
     Reboot,
     /// Its kernel has given up
     Crash,
-}
-
-/// Which mock machine.
-#[derive(Debug, Args)]
-pub(crate) struct MockHostArg {
-    /// The directory that is the mock machine
-    #[arg(long, value_name = "DIR")]
-    pub(crate) host: PathBuf,
 }
 
 /// The kinds of guest that the mock machine makes.

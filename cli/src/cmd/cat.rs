@@ -18,6 +18,7 @@ use crate::args::images::{CatArgs, CatLayer};
 use crate::exit::{BadUsage, Code};
 use crate::file::Input;
 use crate::output::{Existing, Output, Plan, Sink};
+use crate::terminal::Terminal;
 
 /// A file, and what has been read from it since somebody looked.
 pub(super) struct Heard<'f> {
@@ -53,7 +54,7 @@ impl Read for Heard<'_> {
 }
 
 /// Write the stream inside an image.
-pub(crate) fn run(args: &CatArgs) -> Result<Code> {
+pub(crate) fn run(args: &CatArgs, terminal: &Terminal) -> Result<Code> {
     let input = Input::open_as_it_is(&args.file)?;
     let output = Output::open(&Plan {
         path: &args.output,
@@ -71,6 +72,7 @@ pub(crate) fn run(args: &CatArgs) -> Result<Code> {
             return Ok(Code::Fine);
         }
     };
+    let _bar = input.follow(terminal, "copying");
     output.fill(|sink| {
         let octets = cat(args, layer, &input, sink)
             .map_err(|error| input.blame(error))

@@ -59,10 +59,6 @@ struct Report<'a> {
 /// Convert an image.
 pub(crate) fn run(args: &ConvertArgs, terminal: &Terminal) -> Result<Code> {
     let started = Instant::now();
-    let config = match &args.config {
-        Some(path) => Some(config_header(path)?),
-        None => None,
-    };
     let input = Input::open_as_it_is(&args.file)?;
     let mut inputs = vec![args.file.as_path()];
     inputs.extend(args.config.as_deref());
@@ -73,10 +69,19 @@ pub(crate) fn run(args: &ConvertArgs, terminal: &Terminal) -> Result<Code> {
         only_copy: false,
     })?;
     output.check_json(args.json)?;
+    let config = match &args.config {
+        Some(path) => Some(config_header(path)?),
+        None => None,
+    };
     let from = input.name.clone();
+    let bar = match input.follow(terminal, "converting") {
+        None => output.follow(terminal, "converting", None),
+        bar => bar,
+    };
     let (done, octets) = output.fill(|sink| {
         convert(args, input, config.as_ref(), sink).with_context(|| format!("converting {from}"))
     })?;
+    drop(bar);
     let seconds = started.elapsed().as_secs_f64();
     let to = match done.to {
         Layer::Libxc => "libxc",

@@ -220,7 +220,7 @@ impl Demo<'_> {
                 seed: i,
                 ..GuestSpec::new(guest.name, guest.kind, guest.memory_mib)
             };
-            bar.show(i, GUESTS.len() as u64);
+            bar.steps(i, GUESTS.len() as u64);
             made.push(mock::create_guest(&self.one, &spec)?);
             if self.watch.interrupt().cancel().is_cancelled() {
                 bail!("interrupted");

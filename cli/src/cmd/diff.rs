@@ -105,7 +105,7 @@ fn compare(a: &Image, b: &Image, after_restore: bool, terminal: &Terminal) -> Re
     let mut done = 0;
     let pages = pages::compare(a.pages(), b.pages(), &mut |octets| {
         done += 2 * octets;
-        bar.octets(done, total);
+        bar.octets(done, Some(total));
     })
     .with_context(|| format!("comparing {} and {}", a.input.name, b.input.name))?;
     drop(bar);

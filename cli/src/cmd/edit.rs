@@ -39,11 +39,13 @@ pub(crate) fn run(args: &EditArgs, terminal: &Terminal) -> Result<Code> {
     })?;
     let name = output.name().to_owned();
     let input = input.unwrapped(args.lenient)?;
+    let bar = input.follow(terminal, "editing");
     let (changed, _) = output.fill(|sink| {
         edit(args, &input, sink)
             .map_err(|error| input.blame(error))
             .with_context(|| format!("editing {}", input.name))
     })?;
+    drop(bar);
     terminal.note(&format!("{name}: {changed}"));
     Ok(Code::Fine)
 }

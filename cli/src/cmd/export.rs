@@ -68,6 +68,7 @@ pub(crate) fn run(args: &ExportArgs, terminal: &Terminal) -> Result<Code> {
         Ok(())
     })?;
     contents.take_guest(walked.guest.as_ref());
+    let bar = output.follow(terminal, "exporting", Some(contents.pages() * PAGE));
     let (written, _) = output.fill(|sink| {
         match args.format {
             ExportFormat::Elf => contents.elf(&input.file, sink),
@@ -76,6 +77,7 @@ pub(crate) fn run(args: &ExportArgs, terminal: &Terminal) -> Result<Code> {
         }
         .with_context(|| format!("exporting {}", input.name))
     })?;
+    drop(bar);
     terminal.note(&format!(
         "{} of memory of {} exported to {}",
         size(contents.pages() * PAGE),

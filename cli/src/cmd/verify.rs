@@ -20,7 +20,7 @@ use crate::origin;
 use crate::page_map::{PageMap, runs_of};
 use crate::stdout::Results;
 use crate::terminal::Terminal;
-use crate::text::{Count, size};
+use crate::text::{Count, shown, size};
 use crate::verdict;
 
 /// Verify each file; the worst code counts.
@@ -32,7 +32,7 @@ pub(crate) fn run(args: &VerifyArgs, terminal: &Terminal) -> Result<Code> {
     let mut worst = Code::Fine;
     for path in &args.files {
         let mut verdict = Verdict::new(path);
-        let code = match verify(path, reading, &mut verdict) {
+        let code = match verify(path, reading, &mut verdict, terminal) {
             Ok(()) => Code::Fine,
             Err(e) => {
                 let code = exit::code_of(&e);
@@ -104,9 +104,10 @@ fn is_zero(number: &u64) -> bool {
     *number == 0
 }
 
-fn verify(path: &Path, reading: Reading, verdict: &mut Verdict) -> Result<()> {
+fn verify(path: &Path, reading: Reading, verdict: &mut Verdict, terminal: &Terminal) -> Result<()> {
     let input = Input::open(path, reading.lenient)?;
     verdict.file.clone_from(&input.name);
+    let _bar = input.follow(terminal, "verifying");
     let mut facts = Facts::default();
     let walked = reading.over(&input, &mut |event| {
         facts.event(&event)?;
@@ -221,10 +222,10 @@ impl Verdict {
 
     fn print(&self, out: &mut dyn Write) -> Result<()> {
         if let Some(error) = &self.error {
-            writeln!(out, "{}: BAD: {error}", self.file)?;
+            writeln!(out, "{}: BAD: {error}", shown(&self.file))?;
             return Ok(());
         }
-        write!(out, "{}: good", self.file)?;
+        write!(out, "{}: good", shown(&self.file))?;
         if let (Some(layer), Some(guest)) = (self.layer, &self.guest_type) {
             write!(out, ", {layer} image of an {guest} guest")?;
         }

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 
 use super::difference::{Difference, Section, What};
 use super::expected::without_indices;
-use crate::text::{Count, pfn_range};
+use crate::text::{Count, pfn_range, shown, shown_value};
 
 /// Most lines of one part.
 const MOST: usize = 24;
@@ -32,7 +32,7 @@ pub(crate) fn print(summary: &Summary<'_>, out: &mut dyn Write) -> io::Result<()
         writeln!(out, "expected after a restore")?;
         print_expected(&expected, out)?;
     }
-    let (a, b) = (summary.a, summary.b);
+    let (a, b) = (shown(summary.a), shown(summary.b));
     let compared = Count(summary.pages_compared, "page");
     match (real.len(), expected.len()) {
         (0, 0) => writeln!(out, "{a} and {b} do not differ ({compared} compared)"),
@@ -135,7 +135,7 @@ fn pages(group: &[&Difference]) -> u64 {
 
 fn name(what: &What) -> String {
     match what {
-        What::Field { field, .. } => field.clone(),
+        What::Field { field, .. } => shown_value(field),
         What::Types {
             first_pfn,
             last_pfn,
@@ -151,7 +151,10 @@ fn name(what: &What) -> String {
 fn values(what: &What) -> String {
     match what {
         What::Field { a, b, .. } => {
-            let value = |value: &Option<String>| value.clone().unwrap_or_else(|| "absent".into());
+            let value = |value: &Option<String>| {
+                let shown = value.as_deref().map(shown_value);
+                shown.unwrap_or_else(|| "absent".into())
+            };
             format!("{} → {}", value(a), value(b))
         }
         What::Types { a, b, .. } => {

@@ -6,7 +6,7 @@ use xsr_format::record::RecordKind;
 
 use super::facts::Facts;
 use super::report::{Report, Row};
-use crate::text::{Count, hex, pfn_range, size};
+use crate::text::{Count, hex, pfn_range, shown, shown_value, size};
 
 /// Print a report.
 pub(crate) fn print(report: &Report, out: &mut dyn Write) -> io::Result<()> {
@@ -16,7 +16,7 @@ pub(crate) fn print(report: &Report, out: &mut dyn Write) -> io::Result<()> {
         (None, None, Some(_)) => "libxc stream",
         (None, None, None) => "no image",
     };
-    write!(out, "{}: {what}", report.file)?;
+    write!(out, "{}: {what}", shown(&report.file))?;
     if report.octets > 0 {
         write!(out, ", {}", size(report.octets))?;
     }
@@ -98,10 +98,10 @@ fn guest(report: &Report, out: &mut dyn Write) -> io::Result<()> {
     let guest = &report.guest;
     writeln!(out, "\nGuest")?;
     if let Some(name) = &guest.name {
-        writeln!(out, "  name    {}", name.escape_debug())?;
+        writeln!(out, "  name    {}", shown_value(name))?;
     }
     if let Some(uuid) = &guest.uuid {
-        writeln!(out, "  uuid    {}", uuid.escape_debug())?;
+        writeln!(out, "  uuid    {}", shown_value(uuid))?;
     }
     if let Some(kind) = guest.kind {
         let bits = guest
