@@ -117,11 +117,37 @@ pub(crate) enum Command {
     Demo(DemoArgs),
 }
 
+impl Command {
+    /// Whether its results are to be JSON.
+    pub(crate) fn json(&self) -> bool {
+        match self {
+            Self::Save(args) => args.json,
+            Self::Restore(args) => args.json,
+            Self::Migrate(args) => args.json,
+            Self::MigrateReceive(args) => args.json,
+            Self::Remus(args) => args.json,
+            Self::Inspect(args) => args.json,
+            Self::Verify(args) => args.json,
+            Self::Diff(args) => args.json,
+            Self::Convert(args) => args.json,
+            Self::Export(args) => args.json,
+            Self::Edit(args) => args.json,
+            Self::Mock(args) => match &args.command {
+                MockCommand::List(args) => args.json,
+                MockCommand::Show(args) => args.json,
+                _ => false,
+            },
+            Self::Cat(_) | Self::Demo(_) => false,
+        }
+    }
+}
+
 /// Save a domain to an image, as `xl save` does
 ///
 /// Afterwards the domain is gone, unless -c or -p keeps it. FILE appears when it is
 /// complete, under a temporary name until then; where saving fails, the domain runs
-/// on and no file is left. `-`, a pipe or a device is written straight.
+/// on and a file of that name is as it was. `-`, a pipe or a device is written straight, but
+/// no domain is given up for /dev/null or a stdout that is closed.
 ///
 /// With --live the domain runs while its memory is written, and again what it wrote
 /// meanwhile; it stands still for the rest only. When that is, Xen's rule decides

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 use std::{fmt, io};
 
+use nix::errno::Errno;
 use xsr_format::error::{ReadError, ReadErrorCause};
 use xsr_save_restore::RestoreError;
 
@@ -118,7 +119,10 @@ pub(crate) struct Stdout(pub(crate) io::Error);
 
 impl fmt::Display for Stdout {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "stdout: {}", self.0)
+        match self.0.raw_os_error() {
+            Some(errno) if errno == Errno::EBADF as i32 => f.write_str("stdout is closed"),
+            _ => write!(f, "stdout: {}", self.0),
+        }
     }
 }
 

@@ -73,7 +73,12 @@ fn command() -> ExitCode {
         Err(e) => return exit::command_line(&e).into(),
     };
     let terminal = Terminal::new(cli.global.verbose, cli.global.quiet);
-    ended(cmd::run(cli.command, &terminal), &terminal)
+    let json = cli.command.json();
+    let result = cmd::run(cli.command, &terminal);
+    if json && let Err(error) = &result {
+        stdout::failure(error);
+    }
+    ended(result, &terminal)
 }
 
 /// Say what failed, and with which code.

@@ -99,6 +99,20 @@ impl Output {
             true => "stdout".to_owned(),
             false => shown_path(plan.path),
         };
+        if is_dash(plan.path) && xsr_stdio::stdout_was_closed() {
+            // What is open there now is the /dev/null of Rust's runtime.
+            match (plan.only_copy, plan.inputs) {
+                (true, _) => {
+                    return refuse(
+                        "stdout is closed: the domain would be destroyed and its image lost; -c \
+                         or -p keeps the domain",
+                    );
+                }
+                // A save after which the domain is still there.
+                (false, []) => {}
+                (false, _) => bail!("stdout is closed"),
+            }
+        }
         let named = name.clone();
         Self::open_as(plan, name, Temporary::Ours).context(named)
     }
@@ -421,7 +435,7 @@ fn check_device(plan: &Plan<'_>, output: &Metadata) -> Result<()> {
         return Ok(());
     }
     let what = match (minor(device), is_dash(plan.path)) {
-        (3, true) => "is closed, or is /dev/null,",
+        (3, true) => "is /dev/null,",
         (3, false) => "is /dev/null,",
         _ => "is a device",
     };

@@ -7,10 +7,11 @@
 
 use std::io::{self, BufWriter, StdoutLock, Write};
 
+use nix::errno::Errno;
 use serde::Serialize;
 use serde_json::ser::{CompactFormatter, Formatter, PrettyFormatter, Serializer};
 
-use crate::exit::Stdout;
+use crate::exit::{self, Stdout};
 use crate::terminal::Terminal;
 use crate::text::{escaped, is_unfit};
 
@@ -46,6 +47,10 @@ impl Write for Reader {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if self.gone {
             return Ok(bytes.len());
+        }
+        if xsr_stdio::stdout_was_closed() {
+            // What is open there now is the /dev/null of Rust's runtime.
+            return self.unless_gone(Err(Errno::EBADF.into()), bytes.len());
         }
         let result = self.out.write(bytes);
         self.unless_gone(result, bytes.len())
@@ -138,9 +143,32 @@ pub(crate) fn report(terminal: &Terminal, done: &str, document: &impl Serialize)
     }
 }
 
+/// What `--json` prints of a command that failed and has no document of its own (docs/json.md).
+#[derive(Debug, Serialize)]
+struct Failure {
+    error: String,
+    exit_code: u8,
+}
+
+/// Print the document of a failure. A wrong command line has none.
+pub(crate) fn failure(error: &anyhow::Error) {
+    let code = exit::code_of(error);
+    if code == exit::Code::Usage {
+        return;
+    }
+    let mut out = Results::new();
+    let document = Failure {
+        error: exit::words(error.chain()),
+        exit_code: code.number(),
+    };
+    if let Err(error) = out.json(&document).and_then(|()| out.finish()) {
+        tracing::debug!("{error}");
+    }
+}
+
 /// Something is done, and the report of it could not be written.
 pub(crate) fn unreported(terminal: &Terminal, done: &str, error: &anyhow::Error) {
-    let why = crate::exit::words(error.chain());
+    let why = exit::words(error.chain());
     terminal.always(&format!(
         "xsr: {done}; the report could not be written: {why}"
     ));

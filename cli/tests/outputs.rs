@@ -147,7 +147,7 @@ fn no_guest_is_given_up_for_an_output_that_keeps_nothing() {
     let save = format!("$X save {} web", backend(&host));
     for (to, why) in [
         ("/dev/null", "/dev/null: is /dev/null, which keeps nothing"),
-        ("- >&-", "stdout: is closed"),
+        ("- >&-", "stdout is closed"),
         ("- > /dev/null", "/dev/null"),
         ("/dev/stdout >&-", "keeps nothing"),
         ("/dev/stdout > /dev/null", "keeps nothing"),
@@ -168,6 +168,27 @@ fn no_guest_is_given_up_for_an_output_that_keeps_nothing() {
         sh(dir.path(), &format!("{save} {option} {to}")).code(0);
         run(["mock", "destroy", "--host", arg(&host), "web"]).code(0);
         common::create(&host, "web", "pv");
+    }
+    // A report that goes nowhere is one that fails, unless it is meant to go nowhere, as by
+    // `subprocess.DEVNULL` of Python, which is open for reading, too.
+    run([
+        "save",
+        &backend(&host),
+        "-c",
+        "web",
+        arg(&dir.path().join("a.save")),
+    ])
+    .code(0);
+    for command in [
+        "cat a.save",
+        "inspect a.save",
+        "verify a.save",
+        "diff a.save a.save",
+    ] {
+        let ran = sh(dir.path(), &format!("$X {command} >&-")).code(1);
+        assert_eq!(ran.stderr, "xsr: stdout is closed\n", "{command}");
+        sh(dir.path(), &format!("$X {command} > /dev/null")).code(0);
+        sh(dir.path(), &format!("$X {command} <> /dev/null >&0")).code(0);
     }
     // Appended to what there is, where that is asked for.
     fs::write(dir.path().join("log"), "12345678").unwrap();

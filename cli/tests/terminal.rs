@@ -62,6 +62,97 @@ fn a_person_sees_progress_and_what_was_done() {
     assert_eq!(code, 0, "{shown}");
 }
 
+/// What a terminal of so many columns shows, line by line as a program redraws it.
+fn drawn(
+    columns: u16,
+    args: &[&str],
+    input: impl FnOnce(Option<std::process::ChildStdin>),
+) -> Vec<String> {
+    let size = nix::pty::Winsize {
+        ws_row: 24,
+        ws_col: columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    let pty = openpty(Some(&size), None).unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_xsr"))
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::from(pty.slave))
+        .spawn()
+        .unwrap();
+    let mut terminal = File::from(pty.master);
+    let reader = thread::spawn(move || {
+        let mut shown = Vec::new();
+        let mut room = [0; 4096];
+        while let Ok(n @ 1..) = terminal.read(&mut room) {
+            shown.extend_from_slice(&room[..n]);
+        }
+        String::from_utf8_lossy(&shown).into_owned()
+    });
+    input(child.stdin.take());
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    let shown = reader.join().unwrap();
+    // Nothing but carriage returns and whole lines: no escape sequence moves up.
+    assert!(!shown.contains("\u{1b}[1A"), "{shown:?}");
+    let lines = shown
+        .split(['\r', '\n'])
+        .map(|line| line.replace("\u{1b}[2K", ""));
+    lines.filter(|line| !line.trim().is_empty()).collect()
+}
+
+#[test]
+fn progress_is_by_bytes_and_fits_the_terminal() {
+    for columns in [40, 60, 80, 120] {
+        let dir = scratch();
+        // Its pages end at 0xff000, whatever there is of them.
+        let host = host_with("pvh", dir.path());
+        let workload = ["mock", "workload", "web", "--dirty-rate", "50000", "--host"];
+        run(workload.iter().chain(&[arg(&host)])).code(0);
+        let image = dir.path().join("a.save");
+        let lines = drawn(
+            columns,
+            &["save", "--live", "-c", &backend(&host), "web", arg(&image)],
+            drop,
+        );
+        let bars: Vec<_> = lines.iter().filter(|line| line.contains('%')).collect();
+        assert!(!bars.is_empty(), "{lines:?}");
+        for line in bars {
+            assert!(line.chars().count() < columns.into(), "{columns}: {line:?}");
+        }
+        assert!(lines.iter().any(|line| line.contains("100%")), "{lines:?}");
+    }
+}
+
+/// Work that goes through a file has a bar once it takes more than a second: here it waits for
+/// its input until the terminal has shown one.
+#[test]
+fn a_conversion_that_takes_long_shows_how_far_it_is() {
+    let dir = scratch();
+    let out = dir.path().join("o.save");
+    let whole = std::fs::read(common::image("tpv")).unwrap();
+    let lines = drawn(80, &["convert", "-", "-o", arg(&out)], |stdin| {
+        let mut stdin = stdin.unwrap();
+        stdin.write_all(&whole[..2 << 20]).unwrap();
+        // Longer than the second that it waits before it draws.
+        let (_ending, ended) = std::sync::mpsc::channel::<()>();
+        let waited = ended.recv_timeout(std::time::Duration::from_millis(1400));
+        assert!(waited.is_err());
+        stdin.write_all(&whole[2 << 20..]).unwrap();
+    });
+    assert!(
+        lines
+            .iter()
+            .any(|line| line.contains("converting") && line.contains("MiB")),
+        "{lines:?}"
+    );
+    assert!(
+        lines.iter().all(|line| line.chars().count() < 80),
+        "{lines:?}"
+    );
+}
+
 #[test]
 fn q_is_quiet_there_too() {
     let dir = scratch();

@@ -149,6 +149,9 @@ pub(crate) struct ExportArgs {
     /// Tolerate reserved fields that are not zero
     #[arg(long)]
     pub(crate) lenient: bool,
+    /// Print what was done as JSON (docs/json.md)
+    #[arg(long)]
+    pub(crate) json: bool,
     #[command(flatten)]
     pub(crate) overwrite: OverwriteArg,
     /// Where the memory goes; `-` is stdout
@@ -213,6 +216,9 @@ pub(crate) struct EditArgs {
     /// Tolerate reserved fields that are not zero
     #[arg(long)]
     pub(crate) lenient: bool,
+    /// Print what was done as JSON (docs/json.md)
+    #[arg(long)]
+    pub(crate) json: bool,
     #[command(flatten)]
     pub(crate) overwrite: OverwriteArg,
     /// Where the changed image goes; `-` is stdout

@@ -5,6 +5,7 @@ use std::io::{self, Write as _};
 use std::path::Path;
 
 use anyhow::{Context as _, Error, Result};
+use serde::Serialize;
 use serde_json::Value;
 use xsr_format::byte_order::ByteOrder;
 use xsr_format::detect::Detected;
@@ -21,6 +22,7 @@ use crate::exit::{BadImage, BadUsage, Code};
 use crate::file::Input;
 use crate::origin::{self, Origin, with_setting};
 use crate::output::{Existing, Output, Plan, Sink};
+use crate::stdout::report;
 use crate::terminal::Terminal;
 use crate::text::Count;
 
@@ -37,26 +39,62 @@ pub(crate) fn run(args: &EditArgs, terminal: &Terminal) -> Result<Code> {
         existing: Existing::forced(args.overwrite.force),
         only_copy: false,
     })?;
+    output.check_json(args.json)?;
     let name = output.name().to_owned();
     let input = input.unwrapped(args.lenient)?;
     let bar = input.follow(terminal, "editing");
-    let (changed, _) = output.fill(|sink| {
+    let (dropped, octets) = output.fill(|sink| {
         edit(args, &input, sink)
             .map_err(|error| input.blame(error))
             .with_context(|| format!("editing {}", input.name))
     })?;
     drop(bar);
-    terminal.note(&format!("{name}: {changed}"));
+    let done = format!(
+        "{name}: {} dropped, {} added{}",
+        Count(dropped, "optional record"),
+        args.add.len(),
+        match changes_configuration(args) {
+            true => ", configuration changed",
+            false => "",
+        }
+    );
+    terminal.note(&done);
+    if args.json {
+        let document = Report {
+            file: &input.name,
+            dropped,
+            added: args.add.len(),
+            configuration_changed: changes_configuration(args),
+            octets,
+        };
+        report(terminal, &done, &document);
+    }
     Ok(Code::Fine)
 }
 
-fn edit(args: &EditArgs, input: &Input, sink: &mut Sink<'_>) -> Result<String> {
+/// What `--json` prints (docs/json.md).
+#[derive(Debug, Serialize)]
+struct Report<'a> {
+    file: &'a str,
+    /// Optional records that were dropped, and added.
+    dropped: u64,
+    added: usize,
+    configuration_changed: bool,
+    octets: u64,
+}
+
+fn changes_configuration(args: &EditArgs) -> bool {
+    args.name.is_some() || args.uuid.is_some() || args.config.is_some()
+}
+
+/// Write the edited image; how many records were dropped.
+fn edit(args: &EditArgs, input: &Input, sink: &mut Sink<'_>) -> Result<u64> {
     let options = ReadOptions {
         lenient: args.lenient,
         offset: 0,
     };
     let additions = additions(args)?;
-    let wants_header = args.name.is_some() || args.uuid.is_some() || args.config.is_some();
+    let wants_header = changes_configuration(args);
     let (source, heard) = Heard::new(&input.file);
     let mut walk = Walk::open(source, options)?;
     if wants_header && walk.detected() != Detected::Xl {
@@ -114,15 +152,7 @@ fn edit(args: &EditArgs, input: &Input, sink: &mut Sink<'_>) -> Result<String> {
     if absent {
         tracing::warn!("the image has no optional record of a type that was to be dropped");
     }
-    Ok(format!(
-        "{} dropped, {} added{}",
-        Count(dropped, "optional record"),
-        args.add.len(),
-        match wants_header {
-            true => ", configuration changed",
-            false => "",
-        }
-    ))
+    Ok(dropped)
 }
 
 /// What is wrong with the command line: a name or UUID that no domain can have, a file that

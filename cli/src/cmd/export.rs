@@ -10,8 +10,11 @@ use std::fs::File;
 use std::io::{self, BufWriter, Read as _, Seek as _, SeekFrom, Write};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
+use std::time::Instant;
 
 use anyhow::{Context as _, Error, Result, bail};
+use clap::ValueEnum as _;
+use serde::Serialize;
 use xsr_format::core_dump::{CoreDump, vcpu_context_of_hvm};
 use xsr_format::fields::hvm::{HvmContext, HvmRecordKind};
 use xsr_format::frame::PAGE_SIZE;
@@ -25,6 +28,7 @@ use crate::file::Input;
 use crate::image::{Event, Reading};
 use crate::output::{Existing, Output, Plan, Sink};
 use crate::page_map::{PageMap, Run, runs_of};
+use crate::stdout::report;
 use crate::terminal::Terminal;
 use crate::text::size;
 
@@ -55,6 +59,7 @@ pub(crate) fn run(args: &ExportArgs, terminal: &Terminal) -> Result<Code> {
         existing: Existing::forced(args.overwrite.force),
         only_copy: false,
     })?;
+    output.check_json(args.json)?;
     let name = output.name().to_owned();
     let input = Input::open_seekable(&args.file, args.lenient)?;
     input.seekable("export reads an image twice")?;
@@ -69,6 +74,7 @@ pub(crate) fn run(args: &ExportArgs, terminal: &Terminal) -> Result<Code> {
     })?;
     contents.take_guest(walked.guest.as_ref());
     let bar = output.follow(terminal, "exporting", Some(contents.pages() * PAGE));
+    let started = Instant::now();
     let (written, _) = output.fill(|sink| {
         match args.format {
             ExportFormat::Elf => contents.elf(&input.file, sink),
@@ -78,14 +84,38 @@ pub(crate) fn run(args: &ExportArgs, terminal: &Terminal) -> Result<Code> {
         .with_context(|| format!("exporting {}", input.name))
     })?;
     drop(bar);
-    terminal.note(&format!(
-        "{} of memory of {} exported to {}",
-        size(contents.pages() * PAGE),
+    let pages = contents.pages();
+    let done = format!(
+        "{} of memory of {} exported to {name}",
+        size(pages * PAGE),
         input.name,
-        name,
-    ));
+    );
+    terminal.note(&done);
+    if args.json {
+        let document = Report {
+            file: &input.name,
+            format: args
+                .format
+                .to_possible_value()
+                .map_or_else(String::new, |value| value.get_name().to_owned()),
+            pages,
+            octets: written,
+            seconds: started.elapsed().as_secs_f64(),
+        };
+        report(terminal, &done, &document);
+    }
     tracing::debug!(written, "octets");
     Ok(Code::Fine)
+}
+
+/// What `--json` prints (docs/json.md).
+#[derive(Debug, Serialize)]
+struct Report<'a> {
+    file: &'a str,
+    format: String,
+    pages: u64,
+    octets: u64,
+    seconds: f64,
 }
 
 /// What of an image goes into an export.

@@ -6,14 +6,20 @@ use crate::workspace::Package;
 use super::Findings;
 
 /// Each package, and which of ours it may depend on.
-const ALLOWED: [(&str, &[&str]); 7] = [
+const ALLOWED: [(&str, &[&str]); 8] = [
     ("xsr-format", &[]),
     ("xsr-xen-backend", &["xsr-format"]),
     ("xsr-peer", &["xsr-format", "xsr-xen-backend"]),
     ("xsr-save-restore", &["xsr-format", "xsr-xen-backend"]),
+    ("xsr-stdio", &[]),
     (
         "xsr",
-        &["xsr-format", "xsr-xen-backend", "xsr-save-restore"],
+        &[
+            "xsr-format",
+            "xsr-xen-backend",
+            "xsr-save-restore",
+            "xsr-stdio",
+        ],
     ),
     (
         "xsr-save-helper",
