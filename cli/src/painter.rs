@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::Seek as _;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use xsr_save_restore::progress::Progress;
 
@@ -130,13 +130,14 @@ impl Follower {
         // The same open file: its position is that of the one that is worked on.
         let mut file = file.try_clone().ok()?;
         let from = file.stream_position().ok()?;
+        let began = Instant::now();
         let shared = Arc::<Shared>::default();
         let (terminal, theirs) = (terminal.clone(), Arc::clone(&shared));
         let started = thread::Builder::new()
             .name("xsr-painter".to_owned())
             .spawn(move || {
                 if !theirs.is_over_within(BEFORE) {
-                    let bar = terminal.progress(what);
+                    let bar = terminal.progress(what).since(began);
                     while let Ok(at) = file.stream_position() {
                         bar.octets(at.saturating_sub(from), total);
                         if theirs.is_over_within(BETWEEN) {

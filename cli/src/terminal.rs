@@ -115,7 +115,7 @@ impl Terminal {
         };
         let bar = bar.with_finish(ProgressFinish::AndClear);
         // The template is written here, and tried by a test.
-        if let Ok(style) = ProgressStyle::with_template("{wide_msg}") {
+        if let Ok(style) = ProgressStyle::with_template("{msg}") {
             bar.set_style(style);
         }
         Bar {
@@ -135,6 +135,11 @@ pub(crate) struct Bar {
 }
 
 impl Bar {
+    /// The same, of work that began before it had a bar.
+    pub(crate) fn since(self, started: Instant) -> Self {
+        Self { started, ..self }
+    }
+
     /// So much is done of `total`, in steps that are no bytes.
     pub(crate) fn steps(&self, done: u64, total: u64) {
         self.draw(done, Some(total), &[]);
