@@ -19,6 +19,8 @@ use anyhow::{Context as _, Error, Result, bail};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::{major, minor};
 
+use xsr_xen_backend::mock::phase;
+
 use self::leftover::Temporary;
 use self::path::Found;
 use crate::exit::{Aftermath, BadUsage, WriteFailed};
@@ -169,6 +171,7 @@ impl Output {
             }
         }
         let (left, file, temporary) = leftover::temporary(&path, whose)?;
+        phase("output-made");
         let place = Place::Temporary {
             path: temporary,
             left,
@@ -367,8 +370,10 @@ impl Output {
         };
         synced.map_err(failed)?;
         if let Place::Temporary { path, to, left, .. } = place {
+            phase("output-complete");
             left.settle(|| path.persist(&to))
                 .map_err(|e| failed(e.error))?;
+            phase("output-named");
             // The name is durable once the directory is.
             File::open(path::directory(&to))
                 .and_then(|dir| dir.sync_all())

@@ -13,6 +13,7 @@ use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
 use xsr_save_restore::progress::{Phase, Progress};
+use xsr_xen_backend::mock::phase;
 
 use crate::args::ProgressArg;
 use crate::exit::{self, BadUsage, Code};
@@ -162,6 +163,7 @@ impl Watch {
 
     /// The engine says how far it is.
     pub(crate) fn progress(&mut self, progress: &Progress) -> ControlFlow<()> {
+        phase(phase_name(progress.phase));
         if progress.phase == Phase::Suspend {
             self.suspended.get_or_insert_with(Instant::now);
         }
@@ -185,6 +187,7 @@ impl Watch {
     /// A step that is none of the engine's.
     pub(crate) fn step(&mut self, step: &'static str) {
         self.clear();
+        phase(step);
         tracing::info!("{step}");
         if let Some(lines) = &mut self.lines {
             lines.always("step", About::Step { step });

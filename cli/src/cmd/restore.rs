@@ -20,6 +20,7 @@ use serde::Serialize;
 use xsr_format::read::{ReadOptions, RecordReader};
 use xsr_format::walk::{Around, Content, Walk};
 use xsr_format::wrapper::libxl::LibxlRecord;
+use xsr_save_restore::RestoreError;
 use xsr_save_restore::pace::ReadLimit;
 use xsr_save_restore::progress::Cancel;
 use xsr_save_restore::restore::RestoreStats;
@@ -89,6 +90,9 @@ fn restore(args: &RestoreArgs, terminal: &Terminal, watch: &mut Watch) -> Result
         .and_then(|made| input.finish(0).map(|_| made))
         .map_err(|error| input.blame(error))
         .with_context(restoring)?;
+    if watch.interrupt().cancel().is_cancelled() {
+        return Err(made.given_up(RestoreError::Aborted.into())).with_context(restoring);
+    }
     if !args.paused {
         made.unpause()?;
     }

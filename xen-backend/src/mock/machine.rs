@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -17,8 +17,10 @@ use xsr_format::frame::{Mfn, PAGE_SIZE, Page};
 
 use super::HostConfig;
 use super::allocator::{Allocator, BLOCK_FRAMES, BLOCK_LEN};
+use super::control::Control;
 use super::error::MockError;
 use super::frames::{Frame, FrameUse, Frames};
+use super::guest::Stop;
 use super::memory::Words;
 use super::state::{Dom, MAX_PFNS, Record};
 use super::store::{FORMAT, HostRecord, Store};
@@ -40,6 +42,11 @@ const DOMID_FIRST_RESERVED: u16 = 0x7ff0;
 /// The machine.
 #[derive(Debug)]
 pub(super) struct Machine {
+    /// Other processes reach the machine through it. First of all, so that it goes before the
+    /// lock in `store` does.
+    pub(super) control: OnceLock<Control>,
+    /// Whether a guest that is being made is not wanted any more.
+    pub(super) stop: Stop,
     pub(super) store: Store,
     pub(super) config: HostConfig,
     pub(super) memory: File,
@@ -141,6 +148,8 @@ impl Machine {
         }
         let allocator = Allocator::new(taken, config.seed, config.max_run as usize);
         Ok(Self {
+            control: OnceLock::new(),
+            stop: Stop::default(),
             store,
             config,
             memory,

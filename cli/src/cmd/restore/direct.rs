@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 use nix::errno::Errno;
+use xsr_save_restore::RestoreError;
 use xsr_save_restore::toolstack::DirectToolstack;
 use xsr_xen_backend::{DomId, GuestKind, Host as _, Ring, XenHost};
 
@@ -31,6 +32,9 @@ pub(super) fn restore(args: &RestoreArgs, terminal: &Terminal, watch: &mut Watch
         .and_then(|built| input.finish(0).map(|_| built))
         .map_err(|error| input.blame(error))
         .with_context(restoring)?;
+    if watch.interrupt().cancel().is_cancelled() {
+        return Err(RestoreError::Aborted).with_context(restoring);
+    }
     if !args.paused {
         built.made.unpause()?;
     }
