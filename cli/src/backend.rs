@@ -14,7 +14,7 @@ use crate::args::Backend;
 use crate::exit::BadUsage;
 
 /// Under which name libxl, too, keeps a domain's configuration.
-const CONFIG: &str = "libxl-json";
+pub(crate) const CONFIG: &str = "libxl-json";
 /// The emulator records of the image a domain came from.
 const EMULATORS: &str = "libxl-emulators";
 

@@ -30,6 +30,8 @@ enum Thing {
     File { temporary: PathBuf, to: PathBuf },
     /// A directory that is to go, with all that is in it.
     Directory(PathBuf),
+    /// A file that is complete, and has its name.
+    Complete(PathBuf),
     /// Work that has to be broken off in good order.
     Work(Arc<Describe>),
 }
@@ -126,12 +128,23 @@ impl Left {
         std::mem::forget(self);
     }
 
-    /// Do what makes the thing stay, and take it off the list. No signal ends the process in
-    /// between.
-    pub(crate) fn settle<T>(self, keep: impl FnOnce() -> T) -> T {
+    /// Do what makes a file stay. No signal ends the process in between.
+    ///
+    /// # Errors
+    ///
+    /// Those of `keep`.
+    pub(crate) fn settle<T, E>(self, keep: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
         let mut things = things();
         let kept = keep();
-        things.retain(|(number, _)| *number != self.number);
+        let found = things.iter_mut().find(|(number, _)| *number == self.number);
+        if let (Ok(_), Some((_, thing))) = (&kept, found)
+            && let Thing::File { to, .. } = thing
+        {
+            *thing = Thing::Complete(std::mem::take(to));
+            drop(things);
+            self.until_the_end();
+            return kept;
+        }
         drop(things);
         kept
     }
@@ -209,6 +222,7 @@ fn removed(things: &[(u64, Thing)]) -> Vec<String> {
                     said.push(format!("{} is left behind ({error})", path.display()));
                 }
             }
+            Thing::Complete(path) => said.push(format!("{} is complete", path.display())),
             Thing::Work(_) => {}
         }
     }
@@ -226,6 +240,7 @@ pub(crate) fn describe() -> (Vec<String>, bool) {
                 said.push(format!("{temporary} is not complete: remove it"));
             }
             Thing::Directory(path) => said.push(format!("{} is left: remove it", path.display())),
+            Thing::Complete(path) => said.push(format!("{} is complete", path.display())),
             Thing::Work(describe) => match ask(describe) {
                 Some(Some(state)) => {
                     undecided |= state.undecided;
@@ -286,7 +301,7 @@ mod tests {
         fs::write(&partial, b"x").expect("a file");
         file.settle(|| fs::rename(&partial, &whole))
             .expect("a name");
-        assert!(!within(&removed(&things()), "whole"));
+        assert!(within(&removed(&things()), "whole is complete"));
         assert!(whole.exists());
     }
 

@@ -8,7 +8,7 @@ use xsr_xen_backend::{DomId, ShutdownReason};
 use crate::args::{MockEnd, WorkloadArgs};
 
 /// Under which name it is kept with the domain.
-const WORKLOAD: &str = "mock-workload";
+pub(crate) const WORKLOAD: &str = "mock-workload";
 
 /// Pages a guest writes to that has not been told: 16 MiB.
 const WORKING_SET_PAGES: u64 = 4096;
@@ -56,7 +56,11 @@ pub(crate) fn store(host: &MockHost, domid: DomId, spec: Option<&WorkloadSpec>) 
 
 /// What a domain does.
 pub(crate) fn of(host: &MockHost, domid: DomId) -> Result<Option<WorkloadSpec>> {
-    let kept = host.userdata_get(domid, WORKLOAD)?;
+    read(host.userdata_get(domid, WORKLOAD)?)
+}
+
+/// What is kept with a domain, as what it does.
+pub(crate) fn read(kept: Option<Vec<u8>>) -> Result<Option<WorkloadSpec>> {
     kept.filter(|octets| !octets.is_empty())
         .map(|octets| serde_json::from_slice(&octets))
         .transpose()

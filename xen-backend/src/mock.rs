@@ -66,7 +66,7 @@ use crate::{
     DomId, Domain, DomainControl, DomainInfo, DomainSettings, Host, NewDomain, TscInfo, XenVersion,
 };
 
-pub use self::control::{Beside, Reached};
+pub use self::control::Reached;
 pub use self::digest::{MemoryDigest, PageDigest};
 pub use self::error::MockError;
 #[cfg(feature = "peer")]

@@ -13,9 +13,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Error, Result, anyhow, bail};
 use serde::Serialize;
-use xsr_save_restore::SaveOptions;
 use xsr_save_restore::pace::Pace;
 use xsr_save_restore::toolstack::{DirectToolstack, SaveToolstack, ToolstackError};
+use xsr_save_restore::{SaveError, SaveOptions};
 use xsr_xen_backend::mock::MockHost;
 use xsr_xen_backend::{DomId, Domain, Host, ShutdownReason};
 
@@ -243,6 +243,9 @@ impl Sender<'_> {
         watch.step("sent");
         Message::Ready.expect(&link.from, &interrupt, limit)?;
         watch.step("ready");
+        if interrupt.cancel().is_cancelled() {
+            return Err(Failure::Here(SaveError::Aborted.into()));
+        }
         self.host
             .rename(self.domid, &self.away())
             .context("renaming the domain before the other end is told to run it")?;

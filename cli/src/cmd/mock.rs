@@ -2,12 +2,12 @@
 
 use std::io::Write;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Error, Result};
 use xsr_format::frame::PAGE_SIZE;
 use xsr_xen_backend::mock::{
-    DomainReport, DomainState, DomainSummary, GuestSpec, MockHost, WorkloadSpec,
+    DomainReport, DomainState, DomainSummary, GuestSpec, MockError, MockHost, Reached, WorkloadSpec,
 };
-use xsr_xen_backend::{BackendError, DomId, Domain, GuestKind, Host};
+use xsr_xen_backend::{DomId, GuestKind, Host};
 
 use crate::args::{
     Backend, MockCommand, MockCreateArgs, MockDomainArgs, MockKind, MockListArgs, MockRenameArgs,
@@ -16,6 +16,8 @@ use crate::args::{
 use crate::backend;
 use crate::config;
 use crate::exit::{BadUsage, Code};
+use crate::interrupt::Interrupt;
+use crate::left::{self, Left};
 use crate::stdout::Results;
 use crate::terminal::Terminal;
 use crate::text::{hex, size};
@@ -28,9 +30,9 @@ pub(crate) fn run(command: &MockCommand, terminal: &Terminal) -> Result<Code> {
         MockCommand::List(args) => list(args)?,
         MockCommand::Show(args) => show(args)?,
         MockCommand::Workload(args) => set_workload(args)?,
-        MockCommand::Pause(args) => change(args, "pausing", |domain| domain.pause())?,
-        MockCommand::Unpause(args) => change(args, "unpausing", |domain| domain.unpause())?,
-        MockCommand::Resume(args) => change(args, "resuming", |domain| domain.resume())?,
+        MockCommand::Pause(args) => change(args, "pausing", Reached::pause)?,
+        MockCommand::Unpause(args) => change(args, "unpausing", Reached::unpause)?,
+        MockCommand::Resume(args) => change(args, "resuming", Reached::resume)?,
         MockCommand::Rename(args) => rename(args)?,
         MockCommand::Destroy(args) => destroy(args, terminal)?,
     }
@@ -55,12 +57,28 @@ fn create(args: &MockCreateArgs, terminal: &Terminal) -> Result<()> {
         seed: args.seed,
         ..GuestSpec::new(&args.name, kind, kib >> 10)
     };
+    // A signal is heard where the guest is being filled. What is half made is destroyed.
+    let interrupt = Interrupt::of_process()?;
+    let working = Left::work();
     let host = backend::open_or_create(&Backend::Mock(args.host.host.clone()))?;
-    let domid = create_guest(&host, &spec)?;
+    left::guest::making(&host, &args.name).until_the_end();
+    drop(working);
+    let cancel = interrupt.cancel().clone();
+    host.stop_making_when(move || cancel.is_cancelled());
+    let interrupted = || Error::msg(format!("making {}: interrupted", args.name));
+    let domid =
+        create_guest(&host, &spec).map_err(|error| match interrupt.cancel().is_cancelled() {
+            true => interrupted(),
+            false => error,
+        })?;
     let workload = workload::spec(&args.workload, args.seed);
     if let Err(error) = workload::store(&host, domid, workload.as_ref()) {
         host.domain(domid)?.destroy()?;
         return Err(error);
+    }
+    if interrupt.cancel().is_cancelled() {
+        host.domain(domid)?.destroy()?;
+        return Err(interrupted());
     }
     terminal.note(&format!(
         "{} is {domid} of {}",
@@ -86,8 +104,7 @@ pub(crate) fn create_guest(host: &MockHost, spec: &GuestSpec) -> Result<DomId> {
 }
 
 fn list(args: &MockListArgs) -> Result<()> {
-    let host = MockHost::open(&args.host.host)?;
-    let domains = host.list();
+    let domains = MockHost::reach(&args.host.host)?.list()?;
     let mut out = Results::new();
     if args.json {
         out.json(&domains)?;
@@ -130,10 +147,9 @@ fn state(state: DomainState) -> &'static str {
 }
 
 fn show(args: &MockShowArgs) -> Result<()> {
-    let host = MockHost::open(&args.host.host)?;
-    let domid = host.find(&args.domain)?;
-    let report = host.show(domid)?;
-    let workload = workload::of(&host, domid)?;
+    let host = MockHost::reach(&args.host.host)?;
+    let report = host.show(&args.domain)?;
+    let workload = workload::read(host.userdata_get(&args.domain, workload::WORKLOAD)?)?;
     let mut out = Results::new();
     match args.json {
         true => out.json(&report)?,
@@ -200,15 +216,14 @@ fn set_workload(args: &MockWorkloadArgs) -> Result<()> {
 fn change(
     args: &MockDomainArgs,
     what: &str,
-    change: impl Fn(&dyn Domain) -> Result<(), BackendError>,
+    change: impl Fn(&Reached, &str) -> Result<(), MockError>,
 ) -> Result<()> {
-    let host = MockHost::open(&args.host.host)?;
-    let domain = host.domain(host.find(&args.domain)?)?;
-    change(&*domain).with_context(|| {
-        let now = domain.info().ok().map(|info| match info.shutdown {
+    let host = MockHost::reach(&args.host.host)?;
+    change(&host, &args.domain).with_context(|| {
+        let report = host.show(&args.domain).ok();
+        let now = report.map(|report| match report.shutdown {
             Some(reason) => format!("shut down ({reason:?})").to_lowercase(),
-            None if info.paused => "paused".to_owned(),
-            None => "running".to_owned(),
+            None => state(report.summary.state).to_owned(),
         });
         format!(
             "{what} {}, which is {}",
@@ -219,20 +234,23 @@ fn change(
 }
 
 fn rename(args: &MockRenameArgs) -> Result<()> {
-    let host = MockHost::open(&args.host.host)?;
-    let domid = host.find(&args.domain)?;
-    host.rename(domid, &args.name)?;
-    match backend::config(&host, domid)? {
-        None => Ok(()),
-        Some(json) => backend::store_config(&host, domid, &config::renamed(&json, &args.name)?),
-    }
+    let host = MockHost::reach(&args.host.host)?;
+    host.rename(&args.domain, &args.name)?;
+    let name = match args.domain.parse::<u16>() {
+        // It goes by its number as before.
+        Ok(_) => &args.domain,
+        Err(_) => &args.name,
+    };
+    let kept = host.userdata_get(name, backend::CONFIG)?;
+    let Some(json) = kept.map(String::from_utf8).transpose()? else {
+        return Ok(());
+    };
+    let json = config::renamed(&json, &args.name)?;
+    Ok(host.userdata_store(name, backend::CONFIG, json.as_bytes())?)
 }
 
 fn destroy(args: &MockDomainArgs, terminal: &Terminal) -> Result<()> {
-    let host = MockHost::open(&args.host.host)?;
-    let domid = host.find(&args.domain)?;
-    let domain = host.domain(domid)?;
-    domain.destroy()?;
+    MockHost::reach(&args.host.host)?.destroy(&args.domain)?;
     terminal.note(&format!("{} is gone", args.domain));
     Ok(())
 }

@@ -163,6 +163,15 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
         }
     };
     watch.step("banner");
+    let sent = match primary.send(link.as_ref(), watch, &mut teller) {
+        // Before there was anything to take back.
+        Err(_) if watch.interrupt().cancel().is_cancelled() => {
+            drop(link.map(Link::hang_up));
+            teller.done(&End::Asked, &CheckpointedStats::default(), 0)?;
+            return Ok(Code::Fine);
+        }
+        sent => sent?,
+    };
     let Protected {
         mut end,
         complete,
@@ -170,7 +179,7 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
         stats,
         stream_octets,
         heard,
-    } = primary.send(link.as_ref(), watch, &mut teller)?;
+    } = sent;
     watch.clear();
     // Before anybody is waited for: from now on the other end may run the domain.
     let stands_still = lost && complete > 0 && args.on_loss == OnLoss::Pause;

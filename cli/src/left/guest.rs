@@ -96,18 +96,36 @@ pub(crate) fn arriving(host: &MockHost, name: &str) -> (Left, Arc<OnceLock<DomId
         let domains = host.list();
         let now = domains.iter().find(|domain| domain.domid == domid)?;
         let called = &now.name;
-        let place = host.directory();
-        let place = place.map_or_else(String::new, |dir| format!("mock:{}", dir.display()));
+        let dir = host.directory();
+        let dir = dir.map_or_else(|| "memory".into(), |dir| dir.display().to_string());
         Some(State::plain(match now.state {
-            DomainState::Running => format!("{called} runs here, as {domid} of {place}"),
+            DomainState::Running => format!("{called} runs here, as {domid} of mock:{dir}"),
             _ => format!(
-                "{called}, made for {name}, is left half made as {domid} of {place}, and must not \
-                 run: `xsr mock destroy --host {} {domid}`",
-                place.trim_start_matches("mock:")
+                "{called}, made for {name}, is left half made as {domid} of mock:{dir}, and must \
+                 not run: `xsr mock destroy --host {dir} {}`",
+                domid.0
             ),
         }))
     });
     (left, number)
+}
+
+/// A guest that is about to be made on a mock machine, by this process alone.
+pub(crate) fn making(host: &MockHost, name: &str) -> Left {
+    let (host, name) = (host.clone(), name.to_owned());
+    let before: Vec<DomId> = host.list().iter().map(|domain| domain.domid).collect();
+    Left::guest(move || {
+        let domains = host.list();
+        let now = domains
+            .iter()
+            .find(|domain| !before.contains(&domain.domid))?;
+        let domid = now.domid;
+        let dir = host.directory()?.display();
+        Some(State::plain(format!(
+            "{name} is left half made, as {domid}: `xsr mock destroy --host {dir} {}`",
+            domid.0
+        )))
+    })
 }
 
 /// A domain of a real host, which is saved or has been `made`, once there is a handle on it.

@@ -9,6 +9,7 @@
 
 pub(crate) mod images;
 pub(crate) mod migration;
+pub(crate) mod phases;
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -168,19 +168,16 @@ fn answer(host: &MockHost, request: Request) -> Result<Answer, MockError> {
     Ok(Answer::Done)
 }
 
-/// A host that this process has open, or that another one answers for.
+/// A host that this process has open, or that another one works on and answers for.
 #[derive(Debug)]
-pub enum Reached {
+pub struct Reached(Whose);
+
+#[derive(Debug)]
+enum Whose {
     /// It is open here.
     Here(MockHost),
-    /// Another process works on it.
-    Beside(Beside),
-}
-
-/// A host that another process has open, and answers for.
-#[derive(Debug)]
-pub struct Beside {
-    dir: PathBuf,
+    /// Another process has it open.
+    Beside(PathBuf),
 }
 
 impl MockHost {
@@ -193,11 +190,10 @@ impl MockHost {
         let mut tries = 0;
         loop {
             match Self::open(dir) {
-                Ok(host) => return Ok(Reached::Here(host)),
+                Ok(host) => return Ok(Reached(Whose::Here(host))),
                 Err(in_use @ MockError::InUse { .. }) => {
                     if connect(dir)?.is_some() {
-                        let dir = dir.to_owned();
-                        return Ok(Reached::Beside(Beside { dir }));
+                        return Ok(Reached(Whose::Beside(dir.to_owned())));
                     }
                     // It is opening the host, or ending.
                     tries += 1;
@@ -226,28 +222,41 @@ fn connect(dir: &Path) -> Result<Option<UnixStream>, MockError> {
     }
 }
 
-impl Beside {
-    fn ask(&self, request: &Request) -> Result<Answer, MockError> {
-        let path = self.dir.join(SOCKET);
-        let Some(socket) = connect(&self.dir)? else {
-            let ended = io::Error::from(ErrorKind::ConnectionRefused);
-            return Err(MockError::io("connect to", path)(ended));
-        };
-        let answer = (|| {
-            socket.set_read_timeout(Some(ANSWER_WAIT))?;
-            socket.set_write_timeout(Some(ANSWER_WAIT))?;
-            send(&socket, request)?;
-            let mut line = Vec::new();
-            BufReader::new(&socket).read_until(b'\n', &mut line)?;
-            Ok(serde_json::from_slice(&line)?)
-        })();
-        match answer.map_err(MockError::io("ask", path))? {
-            Answer::Failed(why) => Err(MockError::Answered(why)),
-            answer => Ok(answer),
+/// Ask the process that has the host in `dir` open.
+fn ask(dir: &Path, request: &Request) -> Result<Answer, MockError> {
+    let path = dir.join(SOCKET);
+    let Some(socket) = connect(dir)? else {
+        let ended = io::Error::from(ErrorKind::ConnectionRefused);
+        return Err(MockError::io("connect to", path)(ended));
+    };
+    let answer = (|| {
+        socket.set_read_timeout(Some(ANSWER_WAIT))?;
+        socket.set_write_timeout(Some(ANSWER_WAIT))?;
+        send(&socket, request)?;
+        let mut line = Vec::new();
+        BufReader::new(&socket).read_until(b'\n', &mut line)?;
+        Ok(serde_json::from_slice(&line)?)
+    })();
+    match answer.map_err(MockError::io("ask", path))? {
+        Answer::Failed(why) => Err(MockError::Answered(why)),
+        answer => Ok(answer),
+    }
+}
+
+impl Reached {
+    /// Whether another process has the host open.
+    pub fn is_beside(&self) -> bool {
+        matches!(self.0, Whose::Beside(_))
+    }
+
+    fn ask(&self, request: Request) -> Result<Answer, MockError> {
+        match &self.0 {
+            Whose::Here(host) => answer(host, request),
+            Whose::Beside(dir) => ask(dir, &request),
         }
     }
 
-    fn order(&self, request: &Request) -> Result<(), MockError> {
+    fn order(&self, request: Request) -> Result<(), MockError> {
         match self.ask(request)? {
             Answer::Done => Ok(()),
             other => Err(unexpected(&other)),
@@ -260,7 +269,7 @@ impl Beside {
     ///
     /// The other process does not answer.
     pub fn list(&self) -> Result<Vec<DomainSummary>, MockError> {
-        match self.ask(&Request::List)? {
+        match self.ask(Request::List)? {
             Answer::Domains(domains) => Ok(domains),
             other => Err(unexpected(&other)),
         }
@@ -272,7 +281,7 @@ impl Beside {
     ///
     /// There is no such domain; the other process does not answer.
     pub fn show(&self, domain: &str) -> Result<DomainReport, MockError> {
-        match self.ask(&Request::Show(domain.to_owned()))? {
+        match self.ask(Request::Show(domain.to_owned()))? {
             Answer::Report(report) => Ok(*report),
             other => Err(unexpected(&other)),
         }
@@ -284,7 +293,7 @@ impl Beside {
     ///
     /// There is no such domain; the other process does not answer.
     pub fn userdata_get(&self, domain: &str, key: &str) -> Result<Option<Vec<u8>>, MockError> {
-        match self.ask(&Request::Userdata(domain.to_owned(), key.to_owned()))? {
+        match self.ask(Request::Userdata(domain.to_owned(), key.to_owned()))? {
             Answer::Userdata(data) => Ok(data),
             other => Err(unexpected(&other)),
         }
@@ -297,7 +306,7 @@ impl Beside {
     /// As [`MockHost::userdata_store`]; the other process does not answer.
     pub fn userdata_store(&self, domain: &str, key: &str, data: &[u8]) -> Result<(), MockError> {
         let (domain, key) = (domain.to_owned(), key.to_owned());
-        self.order(&Request::StoreUserdata(domain, key, data.to_vec()))
+        self.order(Request::StoreUserdata(domain, key, data.to_vec()))
     }
 
     /// Destroy a domain. Whoever works on it finds that it is gone.
@@ -306,34 +315,34 @@ impl Beside {
     ///
     /// The hypervisor's; the other process does not answer.
     pub fn destroy(&self, domain: &str) -> Result<(), MockError> {
-        self.order(&Request::Destroy(domain.to_owned()))
+        self.order(Request::Destroy(domain.to_owned()))
     }
 
     /// Pause a domain.
     ///
     /// # Errors
     ///
-    /// As [`Beside::destroy`].
+    /// As [`Reached::destroy`].
     pub fn pause(&self, domain: &str) -> Result<(), MockError> {
-        self.order(&Request::Pause(domain.to_owned()))
+        self.order(Request::Pause(domain.to_owned()))
     }
 
     /// Undo one pause of a domain.
     ///
     /// # Errors
     ///
-    /// As [`Beside::destroy`].
+    /// As [`Reached::destroy`].
     pub fn unpause(&self, domain: &str) -> Result<(), MockError> {
-        self.order(&Request::Unpause(domain.to_owned()))
+        self.order(Request::Unpause(domain.to_owned()))
     }
 
     /// Resume a suspended domain.
     ///
     /// # Errors
     ///
-    /// As [`Beside::destroy`].
+    /// As [`Reached::destroy`].
     pub fn resume(&self, domain: &str) -> Result<(), MockError> {
-        self.order(&Request::Resume(domain.to_owned()))
+        self.order(Request::Resume(domain.to_owned()))
     }
 
     /// Give a domain another name.
@@ -342,7 +351,7 @@ impl Beside {
     ///
     /// As [`MockHost::rename`]; the other process does not answer.
     pub fn rename(&self, domain: &str, name: &str) -> Result<(), MockError> {
-        self.order(&Request::Rename(domain.to_owned(), name.to_owned()))
+        self.order(Request::Rename(domain.to_owned(), name.to_owned()))
     }
 }
 
@@ -372,9 +381,8 @@ mod tests {
             .expect("a guest");
         let domain = host.domain(domid).expect("the domain");
         // The lock belongs to the open file: this is another process to it.
-        let Reached::Beside(beside) = MockHost::reach(&dir).expect("reached") else {
-            panic!("it was not in use");
-        };
+        let beside = MockHost::reach(&dir).expect("reached");
+        assert!(beside.is_beside());
         assert_eq!(beside.list().expect("a list"), host.list());
         assert_eq!(beside.show("web").expect("a report").summary.domid, domid);
         beside.pause("1").expect("paused");
@@ -397,7 +405,7 @@ mod tests {
         assert_eq!(domain.info().expect_err("gone").errno, Errno::ESRCH);
         drop((host, domain));
         assert!(!dir.join(SOCKET).exists());
-        assert!(matches!(MockHost::reach(&dir), Ok(Reached::Here(_))));
+        assert!(!MockHost::reach(&dir).expect("opened").is_beside());
     }
 
     #[test]
@@ -411,8 +419,6 @@ mod tests {
         drop(MockHost::create(&dir, &config).expect("a host"));
         // What a killed process leaves.
         drop(UnixListener::bind(dir.join(SOCKET)).expect("a socket"));
-        let Ok(Reached::Here(_host)) = MockHost::reach(&dir) else {
-            panic!("it is not in use");
-        };
+        assert!(!MockHost::reach(&dir).expect("opened").is_beside());
     }
 }
