@@ -46,7 +46,8 @@ Exit codes:
   1   the operation failed; for diff: there are differences
   2   the image is bad (damaged, truncated, or not an image)
   3   migrate, remus: nobody knows at this end whether the domain runs at the other
-  64  the command line is wrong";
+  64  the command line is wrong
+  130 ended at once, because the user insisted (docs/signals.md)";
 
 const ENVIRONMENT: &str = "\
 Environment:

@@ -257,6 +257,75 @@ fn what_asks_to_stop_reaches_the_helper_and_not_xl() {
     }
 }
 
+/// A terminal that is closed sends SIGHUP twice. The second must not end an xl that destroys what
+/// its helper has not restored.
+#[test]
+fn a_second_signal_leaves_xl_its_time() {
+    let _alone = alone();
+    for asked in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        let dir = scratch();
+        let helper = dir.path().join("xsr-save-helper");
+        let xl = script(
+            dir.path(),
+            "#!/bin/sh\ntrap 'echo told; exit 3' TERM\necho ready\nread line\n",
+        );
+        fs::rename(xl, &helper).unwrap();
+        script(
+            dir.path(),
+            &format!(
+                "#!/bin/sh\ntrap 'echo xl hears' TERM\n{}\necho helper $?\nread line\n\
+                 echo destroyed $line\nexit 1\n",
+                helper.display()
+            ),
+        );
+        let command = hearing(beside(dir.path(), &["restore", "f"]));
+        let (mut child, mut held, mut lines) = ready(command);
+        let pid = Pid::from_raw(child.id().try_into().unwrap());
+        kill(pid, asked).unwrap();
+        assert_eq!(lines.next().unwrap().unwrap(), "told", "{asked}");
+        assert_eq!(lines.next().unwrap().unwrap(), "helper 3", "{asked}");
+        for again in [asked, Signal::SIGHUP, Signal::SIGTERM] {
+            kill(pid, again).unwrap();
+        }
+        held.write_all(b"it\n").unwrap();
+        assert_eq!(lines.next().unwrap().unwrap(), "destroyed it", "{asked}");
+        assert_eq!(child.wait().unwrap().code(), Some(1));
+    }
+}
+
+/// SIGINT or SIGTERM a second after the announcement is meant.
+#[test]
+fn who_insists_ends_xl_and_is_told_what_that_may_leave() {
+    let _alone = alone();
+    let dir = scratch();
+    script(
+        dir.path(),
+        "#!/bin/sh\n$LIBXL_SAVE_HELPER </dev/null >/dev/null 2>&1\n\
+         echo helper ended\nread line\nexit 1\n",
+    );
+    let mut child = hearing(beside(dir.path(), &["save", "web", "f"]))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let held = child.stdin.take().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let mut said = BufReader::new(child.stderr.take().unwrap()).lines();
+    assert_eq!(lines.next().unwrap().unwrap(), "helper ended");
+    let pid = Pid::from_raw(child.id().try_into().unwrap());
+    kill(pid, Signal::SIGTERM).unwrap();
+    while !said.next().unwrap().unwrap().contains("press Ctrl-C again") {}
+    // The time that has to pass.
+    std::thread::sleep(std::time::Duration::from_millis(1100));
+    kill(pid, Signal::SIGHUP).unwrap();
+    kill(pid, Signal::SIGINT).unwrap();
+    let left = said.next().unwrap().unwrap();
+    assert!(left.contains("ended at once: xl has been killed"), "{left}");
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    drop(held);
+}
+
 /// What the terminal sends to all of its processes leaves xl alone.
 #[test]
 fn xl_does_not_hear_the_keys_of_the_terminal() {
@@ -308,14 +377,13 @@ fn behind_its_helper_nothing_stops_xl() {
         let mut said = BufReader::new(child.stderr.take().unwrap()).lines();
         assert_eq!(lines.next().unwrap().unwrap(), "helper ended");
         let pid = Pid::from_raw(child.id().try_into().unwrap());
-        for to_all in [false, true] {
-            match to_all {
-                true => killpg(pid, asked).unwrap(),
-                false => kill(pid, asked).unwrap(),
-            }
-            let line = said.next().unwrap().unwrap();
-            assert!(line.contains("cannot be broken off"), "{asked}: {line}");
-        }
+        kill(pid, asked).unwrap();
+        let line = said.next().unwrap().unwrap();
+        assert!(line.contains("cannot be broken off"), "{asked}: {line}");
+        let line = said.next().unwrap().unwrap();
+        assert!(line.contains("press Ctrl-C again"), "{asked}: {line}");
+        // The same request.
+        killpg(pid, asked).unwrap();
         held.write_all(b"it\n").unwrap();
         assert_eq!(lines.next().unwrap().unwrap(), "resumed it");
         assert_eq!(child.wait().unwrap().code(), Some(1));

@@ -13,6 +13,8 @@ mod remus;
 mod restore;
 #[path = "helper/shipped.rs"]
 mod shipped;
+#[path = "helper/signals.rs"]
+mod signals;
 
 use std::fs::{self, File};
 use std::io::{Read, Write};

@@ -438,9 +438,32 @@ impl Machine {
         offset: usize,
         octets: &[u8],
     ) -> Result<(), Errno> {
-        self.memory
-            .write_all_at(octets, first.0 * PAGE_SIZE as u64 + offset as u64)
+        let at = first.0 * PAGE_SIZE as u64 + offset as u64;
+        match self
+            .memory
+            .write_all_at(octets, at)
             .map_err(|e| io_errno(&e))
+        {
+            // A limit on the size of files is none on that of memory.
+            Err(Errno::EFBIG) => {
+                self.store_octets(usize::try_from(at).map_err(|_| Errno::EFBIG)?, octets);
+                Ok(())
+            }
+            written => written,
+        }
+    }
+
+    /// Store octets where the memory is mapped, word by word.
+    fn store_octets(&self, mut at: usize, mut octets: &[u8]) {
+        const WORD: usize = size_of::<u64>();
+        while !octets.is_empty() {
+            let (index, within) = (at / WORD, at % WORD);
+            let (now, rest) = octets.split_at(octets.len().min(WORD - within));
+            let mut word = self.memory_words.get(index).to_ne_bytes();
+            word[within..within + now.len()].copy_from_slice(now);
+            self.memory_words.set(index, u64::from_ne_bytes(word));
+            (at, octets) = (at + now.len(), rest);
+        }
     }
 }
 

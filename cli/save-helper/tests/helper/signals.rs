@@ -1,0 +1,181 @@
+//! Signals at each phase of a save, and ignored ones.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::net::UnixListener;
+use std::thread;
+use std::time::Duration;
+
+use super::*;
+
+/// Have the helper, which announces its phases to `listener`, get `signals` at the `nth` time
+/// (from 1) that it comes to `phase`, the second one a little later. It goes on when it has heard
+/// them.
+fn at_phase(
+    listener: UnixListener,
+    helper: Pid,
+    phase: &'static str,
+    signals: [Signal; 2],
+    gap: Duration,
+) -> thread::JoinHandle<bool> {
+    thread::spawn(move || {
+        let (mut socket, _) = listener.accept().unwrap();
+        let lines = BufReader::new(socket.try_clone().unwrap()).lines();
+        let mut sent = false;
+        for line in lines.map_while(Result::ok) {
+            if line.starts_with(phase) && !std::mem::replace(&mut sent, true) {
+                signal::kill(helper, signals[0]).unwrap();
+                thread::sleep(gap);
+                // It may have ended.
+                signal::kill(helper, signals[1]).unwrap_or_default();
+                until_heard(helper);
+            }
+            if socket.write_all(b"\n").is_err() {
+                break;
+            }
+        }
+        sent
+    })
+}
+
+/// Until no signal is pending for the process any more.
+fn until_heard(helper: Pid) {
+    loop {
+        let Ok(status) = fs::read_to_string(format!("/proc/{helper}/status")) else {
+            return;
+        };
+        let pending = status.lines().find_map(|line| line.strip_prefix("ShdPnd:"));
+        if pending.is_none_or(|mask| mask.trim().chars().all(|c| c == '0')) {
+            return;
+        }
+        thread::yield_now();
+    }
+}
+
+fn phases(command: &mut Command, dir: &Path, n: usize) -> UnixListener {
+    let path = dir.join(format!("phases-{n}"));
+    command.env("XSR_MOCK_PHASES", &path);
+    UnixListener::bind(path).unwrap()
+}
+
+#[test]
+fn two_signals_at_any_phase_of_a_save_break_it_off_in_good_order() {
+    let dir = scratch();
+    let (path, domid) = host(dir.path(), GuestKind::Pvh, 8);
+    let ask = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
+    let pairs = ask.into_iter().flat_map(|a| ask.map(|b| [a, b]));
+    let mut pairs = pairs.collect::<Vec<_>>().into_iter().cycle();
+    let mut n = 0;
+    for (live, phase) in [
+        (1, "log-dirty-on"),
+        (1, "map"),
+        (1, "read-dirty"),
+        (1, "suspending"),
+        (1, "suspended"),
+        (0, "map"),
+        (0, "suspended"),
+    ] {
+        for milliseconds in [0, 10, 50] {
+            n += 1;
+            let signals = pairs.next().unwrap();
+            let at = format!("live {live}, {phase}, {signals:?} {milliseconds} ms apart");
+            let stream = File::create(dir.path().join("s")).unwrap();
+            let mut command = command(&path, &save_args(domid, live), stream, "");
+            let listener = phases(&mut command, dir.path(), n);
+            let child = command.spawn().unwrap();
+            let pid = Pid::from_raw(child.id().cast_signed());
+            let gap = Duration::from_millis(milliseconds);
+            let asking = at_phase(listener, pid, phase, signals, gap);
+            let run = play(child, fine);
+            assert!(asking.join().unwrap(), "{at}");
+            assert_eq!(run.completed(), (-1, Errno::ECANCELED), "{at}: {run:?}");
+            let numbers = run.numbers();
+            if live == 1 {
+                // The device model's log is off again.
+                let logs = numbers.iter().filter(|number| **number == LOGDIRTY);
+                assert_eq!(logs.count(), 2, "{at}: {run:?}");
+            }
+            let host = MockHost::open(&path).unwrap();
+            let domain = host.domain(domid).unwrap();
+            // A suspended one is libxl's to resume.
+            if domain.info().unwrap().shutdown.is_some() {
+                domain.resume().unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn a_save_leaves_ignored_signals_ignored() {
+    let dir = scratch();
+    let (path, domid) = host(dir.path(), GuestKind::Pvh, 8);
+    let args = format!(
+        "--ignore-signal=HUP --ignore-signal=INT {} {}",
+        env!("CARGO_BIN_EXE_xsr-save-helper-mock"),
+        save_args(domid, 0)
+    );
+    let mut command = started("env", &args, "");
+    command.env(
+        "XSR_HELPER_TEST_BACKEND",
+        format!("mock:{}", path.display()),
+    );
+    command.stderr(File::create(dir.path().join("s")).unwrap());
+    let listener = phases(&mut command, dir.path(), 1);
+    let child = command.spawn().unwrap();
+    let pid = Pid::from_raw(child.id().cast_signed());
+    let signals = [Signal::SIGHUP, Signal::SIGINT];
+    let asking = at_phase(listener, pid, "suspended", signals, Duration::ZERO);
+    let run = play(child, fine);
+    assert!(asking.join().unwrap());
+    assert_eq!(run.completed(), (0, Errno::from_raw(0)), "{run:?}");
+}
+
+#[test]
+fn sigterm_is_heard_though_it_was_ignored() {
+    let dir = scratch();
+    let (path, domid) = host(dir.path(), GuestKind::Pvh, 8);
+    let helper = |args: &str, n: usize| {
+        let helper = env!("CARGO_BIN_EXE_xsr-save-helper-mock");
+        let mut command = started("env", &format!("--ignore-signal=TERM {helper} {args}"), "");
+        command.env(
+            "XSR_HELPER_TEST_BACKEND",
+            format!("mock:{}", path.display()),
+        );
+        let listener = phases(&mut command, dir.path(), n);
+        (command, listener)
+    };
+    let stream = dir.path().join("s");
+    let signals = [Signal::SIGTERM; 2];
+    let (mut command, listener) = helper(&save_args(domid, 0), 1);
+    let child = command
+        .stderr(File::create(&stream).unwrap())
+        .spawn()
+        .unwrap();
+    let pid = Pid::from_raw(child.id().cast_signed());
+    let asking = at_phase(listener, pid, "suspended", signals, Duration::ZERO);
+    assert_eq!(play(child, fine).completed(), (-1, Errno::ECANCELED));
+    assert!(asking.join().unwrap());
+    // And a restore ends.
+    let host = MockHost::open(&path).unwrap();
+    host.domain(domid).unwrap().resume().unwrap();
+    drop(host);
+    let saved = start(&path, &save_args(domid, 0), File::create(&stream).unwrap());
+    assert_eq!(play(saved, fine).completed(), (0, Errno::from_raw(0)));
+    let host = MockHost::open(&path).unwrap();
+    let to = host.create_domain(GuestKind::Pvh, 2, 8192).unwrap();
+    drop(host);
+    let args = format!(
+        "--restore-domain 7 -1 {} 1 0 2 0 {RESTORE_CALLBACKS} 0",
+        to.0
+    );
+    let (mut command, listener) = helper(&args, 2);
+    let child = command
+        .stderr(File::open(&stream).unwrap())
+        .spawn()
+        .unwrap();
+    let pid = Pid::from_raw(child.id().cast_signed());
+    let asking = at_phase(listener, pid, "populate", signals, Duration::ZERO);
+    let run = play(child, fine);
+    assert!(asking.join().unwrap());
+    assert_eq!(run.code, Some(255), "{run:?}");
+}
