@@ -331,9 +331,8 @@ fn a_host_is_open_once() {
     run(["save", &backend(&host), "web", arg(&image)])
         .code(1)
         .stderr_has("in use");
-    run(["mock", "list", "--host", arg(&host)])
-        .code(1)
-        .stderr_has("in use");
+    // It can be looked at all the same.
+    assert_eq!(state(&host, "web").as_deref(), Some("running"));
     drop(held);
     assert_eq!(files(dir.path()), Vec::<String>::new());
     assert_eq!(state(&host, "web").as_deref(), Some("running"));

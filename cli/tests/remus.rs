@@ -453,8 +453,9 @@ fn a_receiver_that_never_gets_to_its_banner() {
         .code(1)
         .stderr_has("ended with exit code 7");
     // Until somebody has enough of it.
-    let sender = Running::start(["remus", &here, "-s", "", "web", "cat > /dev/null"]);
-    sender.until_thread("signals");
+    let command = "echo begun >&2; cat > /dev/null";
+    let mut sender = Running::start(["remus", &here, "-s", "", "web", command]);
+    sender.line("begun");
     sender.signal(Signal::SIGTERM);
     sender.end().code(0);
     assert_eq!(hosts.domains()[0], ["web running"]);

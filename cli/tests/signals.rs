@@ -697,7 +697,7 @@ fn a_file_that_may_not_grow_is_an_error_and_no_signal() {
     let out = hosts.path("out");
     let here = backend(&hosts.here);
     for args in [
-        vec!["save", &here, "web", arg(&out)],
+        vec!["save", "--force", &here, "web", arg(&out)],
         vec!["convert", "--to", "libxl", arg(&image), "-o", arg(&out)],
         vec!["edit", "--name", "mail", arg(&image), "-o", arg(&out)],
         vec!["export", arg(&image), arg(&out)],

@@ -24,7 +24,7 @@ use crate::backend;
 use crate::cmd::save::{Job, LiveSave, MemoryReport, name_of, target_policy};
 use crate::exit::{self, BadUsage, Code, Migration};
 use crate::handshake::{self, Message, Outcome, Patience};
-use crate::left;
+use crate::left::{self, Left};
 use crate::stdout;
 use crate::terminal::Terminal;
 use crate::transport::{Link, Silence};
@@ -78,6 +78,7 @@ fn refuse(args: &MigrateArgs) -> Result<()> {
 
 fn migrate(args: &MigrateArgs, terminal: &Terminal, watch: &mut Watch) -> Result<Code> {
     let started = Instant::now();
+    Left::work().until_the_end();
     let host = backend::open(&args.backend.backend)?;
     let domid = host.find(&args.domain)?;
     let sender = Sender {

@@ -38,7 +38,7 @@ use crate::cmd::save::{Job, name_of};
 use crate::colo::Hearing;
 use crate::exit::{BadUsage, Code};
 use crate::handshake::{self, Message, Outcome, Patience};
-use crate::left;
+use crate::left::{self, Left};
 use crate::terminal::Terminal;
 use crate::transport::Link;
 use crate::watch::Watch;
@@ -116,6 +116,7 @@ fn receiver_options(args: &RemusArgs) -> Vec<&str> {
 }
 
 fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<Code> {
+    Left::work().until_the_end();
     let host = backend::open(&args.backend.backend)?;
     let domid = host.find(&args.domain)?;
     let primary = Primary {

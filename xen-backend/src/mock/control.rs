@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::MockError;
 use super::machine::Machine;
+use super::phases;
 use super::place::Place;
 use super::{DomainReport, DomainSummary, MockHost};
 use crate::Host as _;
@@ -88,6 +89,7 @@ impl Control {
         thread::Builder::new()
             .name("mock control".to_owned())
             .spawn(move || {
+                phases::not_on_this_thread();
                 if let Err(error) = serve(&listener, &watched, &machine) {
                     tracing::warn!(%error, "the mock host answers no other process any more");
                 }
