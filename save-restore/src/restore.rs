@@ -332,8 +332,10 @@ impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
                 "pages differ from what was sent for verification"
             );
         }
+        let progress = &mut self.progress;
+        let mut ask = || go_on(progress.advance(0, 0));
         match &self.pages.guest {
-            Guest::Pv(pv) => pv.complete(&self.image, self.domain, self.options),
+            Guest::Pv(pv) => pv.complete(&self.image, self.domain, self.options, &mut ask),
             Guest::Hvm => hvm::complete(&self.image, self.domain, self.options),
         }
     }

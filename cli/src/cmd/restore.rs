@@ -8,6 +8,7 @@ mod colo;
 mod direct;
 mod made;
 mod plan;
+mod settings;
 mod source;
 mod survey;
 

@@ -10,6 +10,7 @@ use xsr_format::record::hvm::HvmParam;
 use xsr_xen_backend::{Access, Domain, Errno, ForeignPage, RingGrant};
 
 use crate::error::{GuestError, RestoreError, SaveError};
+use crate::guest::refused::suspect_of_context;
 use crate::guest::{GuestSave, Out, x86};
 use crate::restore::RestoreOptions;
 
@@ -172,7 +173,20 @@ pub(crate) fn complete(
     }
     domain.set_hvm_param(param::STORE_EVTCHN, u64::from(options.store_port))?;
     domain.set_hvm_param(param::CONSOLE_EVTCHN, u64::from(options.console_port))?;
-    domain.set_hvm_context(image.hvm_context())?;
+    let context = image.hvm_context();
+    domain
+        .set_hvm_context(context)
+        .map_err(|cause| match cause.errno {
+            Errno::ESRCH | Errno::EPERM | Errno::EACCES | Errno::ENOMEM => cause.into(),
+            _ => {
+                let last = domain.info().ok().map(|info| info.max_vcpu_id);
+                RestoreError::HvmContext {
+                    bytes: context.len(),
+                    reason: suspect_of_context(context, last),
+                    cause,
+                }
+            }
+        })?;
     domain.seed_grants(
         RingGrant {
             gfn: console,

@@ -3,13 +3,13 @@
 
 use std::time::Instant;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use nix::errno::Errno;
 use xsr_save_restore::RestoreError;
 use xsr_save_restore::toolstack::DirectToolstack;
-use xsr_xen_backend::{DomId, GuestKind, Host as _, Ring, XenHost};
+use xsr_xen_backend::{DomId, GuestKind, Host as _, NewDomain, Ring, XenHost};
 
-use super::{About, Image, Made, Overrides, Plan, bad, report};
+use super::{About, Image, Made, Overrides, Plan, bad, report, settings};
 use crate::args::RestoreArgs;
 use crate::backend;
 use crate::exit::Code;
@@ -77,8 +77,8 @@ impl Built<'_> {
     }
 }
 
-/// What is not for this way of restoring.
-fn refuse(plan: &Plan, host: &XenHost) -> Result<()> {
+/// The domain to be made; an error for what is not for this way of restoring.
+fn refuse(plan: &Plan, host: &XenHost) -> Result<NewDomain> {
     let name = &plan.name;
     if plan.kind == GuestKind::Hvm {
         bail!("{name} needs a device model, which is libxl's to start: drop --direct");
@@ -93,11 +93,17 @@ fn refuse(plan: &Plan, host: &XenHost) -> Result<()> {
         let devices = devices.join(", ");
         bail!("{name} has {devices}, and devices are libxl's to connect: drop --direct");
     }
+    let (uuid, settings) = settings::of(&config).map_err(|refused| {
+        let refused = refused.join(", ");
+        anyhow!("{name} has {refused} in its configuration, which --direct cannot give it: drop --direct")
+    })?;
     match host.find(name) {
         Ok(_) => bail!("a domain named {name:?} exists already; destroy or rename it first"),
-        Err(error) if error.errno == Errno::ESRCH => Ok(()),
-        Err(error) => Err(error.into()),
+        Err(error) if error.errno == Errno::ESRCH => {}
+        Err(error) => return Err(error.into()),
     }
+    let new = NewDomain::new(plan.kind, plan.vcpus, plan.max_pages);
+    Ok(new.uuid(uuid).settings(settings))
 }
 
 /// Make the domain, fill it, connect its rings. It is paused then.
@@ -108,11 +114,11 @@ fn build<'h>(
     watch: &mut Watch,
 ) -> Result<Built<'h>> {
     let plan = &image.plan;
-    refuse(plan, host)?;
+    let new = refuse(plan, host)?;
     let name = plan.name.clone();
     let (left, handle) = left::guest::direct(&name, true);
     let domid = host
-        .create_domain(plan.kind, plan.vcpus, plan.max_pages)
+        .create(&new)
         .with_context(|| format!("making {name}"))?;
     let (domain, again) = (host.domain(domid)?, host.domain(domid)?);
     let mut built = Built {

@@ -1,8 +1,8 @@
 //! `xsr save --direct`: without libxl. The hypervisor and xenstore are asked themselves,
 //! and what is written is a bare libxc stream.
 //!
-//! Nobody waits for the devices of the guest, and a device model is not saved: guests with
-//! one are refused.
+//! Nothing waits for the devices of the guest, and a device model is not saved. A guest with a
+//! device model is refused; so is one with other devices, unless the domain stays.
 
 use std::time::Instant;
 
@@ -37,6 +37,19 @@ pub(super) fn save(
     let domain = host.domain(domid)?;
     if domain.info()?.kind == GuestKind::Hvm {
         bail!("{name} has a device model, which is libxl's to save: drop --direct");
+    }
+    let devices = host
+        .devices(domid)
+        .with_context(|| format!("looking whether {name} has devices"))?;
+    if !devices.is_empty() {
+        let devices = devices.join(", ");
+        if !args.paused && !args.checkpoint {
+            bail!(
+                "{name} has {devices}, which is libxl's to save and to take down: drop --direct, \
+                 or keep the domain (-c or -p) and have an image of its memory alone"
+            );
+        }
+        tracing::warn!("the image will hold nothing of {devices} of {name}");
     }
     let xen = host.xen_version()?;
     let output = super::output(args, &*domain)?;

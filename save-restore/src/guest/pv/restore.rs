@@ -4,11 +4,12 @@
 
 use xsr_format::frame::{Gfn, Mfn, PAGE_SHIFT, Page, Pfn};
 use xsr_format::guest_image::GuestImage;
-use xsr_format::record::MAX_BATCH;
 use xsr_format::record::pv::PvInfo;
-use xsr_xen_backend::{Access, Domain, ForeignPages, RingGrant};
+use xsr_format::record::{MAX_BATCH, RecordKind};
+use xsr_xen_backend::{Access, BackendError, Domain, Errno, ForeignPages, RingGrant, VcpuBlob};
 
 use crate::error::{GuestError, RestoreError};
+use crate::guest::pv::blame;
 use crate::guest::pv::layout::{Field, cr3_to_frame, frame_to_cr3, shared_info, start_info, vcpu};
 use crate::guest::pv::p2m::SharedP2m;
 use crate::guest::pv::{VCPU_RECORDS, gdt_frames, guest_info};
@@ -56,6 +57,39 @@ impl PvRestore {
         self.max_pfn = max_pfn;
     }
 
+    /// The state of a vcpu was refused because of `cause`: what of it may be wrong.
+    fn vcpu_refused(
+        &self,
+        domain: &dyn Domain,
+        vcpu: u32,
+        kind: RecordKind,
+        state: &[u8],
+        cause: BackendError,
+    ) -> RestoreError {
+        if matches!(
+            cause.errno,
+            Errno::ESRCH | Errno::EPERM | Errno::EACCES | Errno::ENOMEM
+        ) {
+            return cause.into();
+        }
+        if kind == RecordKind::X86_PV_VCPU_BASIC {
+            let cr3 = vcpu::ctrlreg(3).get(self.info, state);
+            let root = Pfn(cr3_to_frame(self.info, cr3));
+            match blame::table(domain, &self.p2m.read(), self.info, vcpu, root) {
+                Ok(None) => {}
+                Ok(Some(error)) => return error.into(),
+                Err(error) => tracing::debug!(%error, "the page tables could not be looked at"),
+            }
+        }
+        RestoreError::VcpuState {
+            vcpu,
+            kind,
+            bytes: state.len(),
+            reason: String::new(),
+            cause,
+        }
+    }
+
     /// Apply all that was kept: shared_info, vcpus (with start_info), pins, the p2m,
     /// the grants; in Xen's order, in which page tables validate before the p2m is
     /// written. Says where the store and console rings are.
@@ -64,33 +98,36 @@ impl PvRestore {
         image: &GuestImage,
         domain: &dyn Domain,
         options: &RestoreOptions,
+        go_on: &mut dyn FnMut() -> Result<(), RestoreError>,
     ) -> Result<(Option<Gfn>, Option<Gfn>), RestoreError> {
         if let Some(page) = image.shared_info() {
             self.merge_shared_info(domain, page)?;
         }
         let mut rings = (None, None);
         for (&id, vcpu) in image.vcpus() {
+            go_on()?;
             for (blob, kind) in &VCPU_RECORDS {
                 let Some(state) = vcpu.blob(*kind).filter(|state| !state.is_empty()) else {
                     continue;
                 };
-                if *blob == xsr_xen_backend::VcpuBlob::Basic {
+                let set = if *blob == VcpuBlob::Basic {
                     let mut context = state.to_vec();
                     if id == 0 {
                         rings = self.start_info(domain, &mut context, options)?;
                     }
                     self.localise_context(id, &mut context)?;
-                    domain.set_vcpu_state(id, *blob, &context)?;
+                    domain.set_vcpu_state(id, *blob, &context)
                 } else {
-                    domain.set_vcpu_state(id, *blob, state)?;
-                }
+                    domain.set_vcpu_state(id, *blob, state)
+                };
+                set.map_err(|cause| self.vcpu_refused(domain, id, *kind, state, cause))?;
             }
         }
-        self.pin_tables(domain)?;
+        self.pin_tables(domain, go_on)?;
         let frames = image.p2m().map_or(&[][..], |p2m| &p2m.frames);
         self.p2m
             .read()
-            .write_back(domain, self.info, frames, self.max_pfn)?;
+            .write_back(domain, self.info, frames, self.max_pfn, go_on)?;
         let (store, console) = rings;
         if let Some(console) = console {
             x86::disconnect_console(domain, console)?;
@@ -222,7 +259,11 @@ impl PvRestore {
 
     /// Pin every table that was pinned, ascending by pfn, as many at a time as Xen's
     /// own restorer asks for.
-    fn pin_tables(&self, domain: &dyn Domain) -> Result<(), RestoreError> {
+    fn pin_tables(
+        &self,
+        domain: &dyn Domain,
+        go_on: &mut dyn FnMut() -> Result<(), RestoreError>,
+    ) -> Result<(), RestoreError> {
         let tables: Vec<(u8, Mfn)> = self
             .p2m
             .read()
@@ -237,6 +278,7 @@ impl PvRestore {
             })
             .collect::<Result<_, _>>()?;
         for batch in tables.chunks(MAX_BATCH) {
+            go_on()?;
             domain.pin_tables(batch)?;
         }
         Ok(())
