@@ -185,24 +185,41 @@ pub(crate) fn without_bodies(to: &mut impl Write, kinds: [u32; 3]) -> io::Result
     to.flush()
 }
 
-/// What a sender that has let go of its domain hears.
+/// What a sender that has let go of its domain hears first: the report, and its status.
 ///
 /// # Errors
 ///
 /// Whether the receiver runs the domain cannot be known.
-pub(crate) fn outcome(from: &File, patience: Patience<'_>) -> Result<Outcome> {
+pub(crate) fn report(from: &File, patience: Patience<'_>) -> Result<u8> {
     Message::Report.hear(from, patience)?;
     let mut status = [0];
     let filled = fill(from, &mut status, patience).map_err(|error| patience.words(error));
     if filled.context("waiting for the status")? == 0 {
         bail!("the other end hung up where its status was expected");
     }
-    match status {
-        [0] => Ok(Outcome::Runs),
-        [status] => {
-            Message::Go
-                .hear(from, patience)
-                .with_context(|| format!("the other end failed (status {status})"))?;
+    Ok(status[0])
+}
+
+/// What it hears after a report of failure.
+///
+/// # Errors
+///
+/// The receiver did not say that its copy is gone.
+pub(crate) fn given_back(from: &File, patience: Patience<'_>, status: u8) -> Result<()> {
+    let heard = Message::Go.hear(from, patience);
+    heard.with_context(|| format!("the other end failed (status {status})"))
+}
+
+/// Both.
+///
+/// # Errors
+///
+/// As [`report`] and [`given_back`].
+pub(crate) fn outcome(from: &File, patience: Patience<'_>) -> Result<Outcome> {
+    match report(from, patience)? {
+        0 => Ok(Outcome::Runs),
+        status => {
+            given_back(from, patience, status)?;
             Ok(Outcome::GivenBack { status })
         }
     }

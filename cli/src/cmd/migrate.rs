@@ -4,7 +4,8 @@
 //! At every moment one end at most may run the domain. Until "go" is sent it is this
 //! one; once the receiver has read it, the receiver. Between the two, and until the
 //! report, the domain is suspended here and nothing but the report decides:
-//! docs/migration.md has the table.
+//! docs/migration.md has the table. What is done next is decided by
+//! [`xsr_save_restore::migrate::ownership::plain::Sender`]; here it is done.
 //!
 //! C implementation: `migrate_domain` in `tools/xl/xl_migrate.c`.
 
@@ -13,6 +14,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Error, Result, anyhow, bail};
 use serde::Serialize;
+use xsr_save_restore::migrate::ownership::plain::{self, SenderAction, SenderEnd, SenderEvent};
+use xsr_save_restore::migrate::ownership::{Admission, Found, Refusal};
 use xsr_save_restore::pace::Pace;
 use xsr_save_restore::toolstack::{DirectToolstack, SaveToolstack, ToolstackError};
 use xsr_save_restore::{SaveError, SaveOptions};
@@ -21,9 +24,10 @@ use xsr_xen_backend::{DomId, Domain, Host, ShutdownReason};
 
 use crate::args::MigrateArgs;
 use crate::backend;
-use crate::cmd::save::{Job, LiveSave, MemoryReport, name_of, target_policy};
+use crate::cmd::save::{Job, LiveSave, MemoryReport, Written, name_of, target_policy};
 use crate::exit::{self, BadUsage, Code, Migration};
-use crate::handshake::{self, Message, Outcome, Patience};
+use crate::handshake::{self, Message, Patience};
+use crate::interrupt::Interrupt;
 use crate::left::{self, Left};
 use crate::stdout;
 use crate::terminal::Terminal;
@@ -144,13 +148,23 @@ fn migrate(args: &MigrateArgs, terminal: &Terminal, watch: &mut Watch) -> Result
 /// there: better said before than after.
 pub(crate) fn can_suspend(domain: &dyn Domain) -> Result<()> {
     let info = domain.info()?;
-    match info.shutdown {
-        None if info.paused => bail!("it is paused, and a paused domain cannot suspend"),
-        None => Ok(()),
-        Some(ShutdownReason::Suspend) => {
+    let found = match info.shutdown {
+        None if info.paused => Found::Paused,
+        None => Found::Running,
+        Some(ShutdownReason::Suspend) => Found::Suspended,
+        Some(_) => Found::Over,
+    };
+    match Admission::default().admit(false, found) {
+        Ok(()) => Ok(()),
+        Err(Refusal::Busy) => bail!("another command works on it"),
+        Err(Refusal::Paused) => bail!("it is paused, and a paused domain cannot suspend"),
+        Err(Refusal::Suspended) => {
             bail!("it is suspended: by a save or migration that is under way or was killed")
         }
-        Some(reason) => bail!("it has shut down ({reason:?})"),
+        Err(Refusal::Over) => bail!(
+            "it has shut down ({:?})",
+            info.shutdown.unwrap_or(ShutdownReason::Poweroff)
+        ),
     }
 }
 
@@ -169,13 +183,6 @@ enum Failure {
     Undecided(Error),
     /// It does, and the domain here could not be destroyed.
     There(Error),
-}
-
-impl From<Error> for Failure {
-    /// What fails in passing does so while the domain is still here.
-    fn from(error: Error) -> Self {
-        Self::Here(error)
-    }
 }
 
 /// The domain's toolstack: the other end has to take what it is sent at a pace from the moment
@@ -215,71 +222,49 @@ struct Sender<'a> {
 impl Sender<'_> {
     /// All that the two ends say to each other.
     fn send(&self, link: &Link, watch: &mut Watch) -> Result<Sent, Failure> {
-        let interrupt = watch.interrupt().clone();
-        let limit = self.answer();
-        Message::Banner.expect(&link.from, &interrupt, limit)?;
-        watch.step("banner");
-        let pace = Arc::new(Pace::new(limit));
+        let pace = Arc::new(Pace::new(self.answer()));
         let mut toolstack = Paced {
             direct: DirectToolstack(self.domain),
             pace: Arc::clone(&pace),
         };
-        let job = Job {
-            host: self.host,
-            domid: self.domid,
-            domain: self.domain,
-            options: SaveOptions {
-                threads: self.args.threads.threads,
-            },
+        let mut course = Course {
+            sender: self,
+            link,
+            interrupt: watch.interrupt().clone(),
+            watch,
+            pace,
+            toolstack: Some(&mut toolstack),
+            written: None,
+            let_go: false,
+            status: 0,
+            memory: None,
+            downtime: Duration::ZERO,
+            causes: Vec::new(),
         };
-        let live = (!self.args.no_live).then(|| LiveSave {
-            policy: target_policy(&self.args.target),
-            verify: self.args.debug,
-        });
-        // As long as `written` is there, returning resumes the domain.
-        Silence::Sending.bear(&link.to);
-        let written = job.write(&mut toolstack, &link.to, live, Some(&pace), watch)?;
-        Silence::Waiting.bear(&link.to);
-        let memory = MemoryReport::of(&written);
-        watch.step("sent");
-        Message::Ready.expect(&link.from, &interrupt, limit)?;
-        watch.step("ready");
-        if interrupt.cancel().is_cancelled() {
-            return Err(Failure::Here(SaveError::Aborted.into()));
-        }
-        self.host
-            .rename(self.domid, &self.away())
-            .context("renaming the domain before the other end is told to run it")?;
-        // From here on nothing resumes it but what the other end says.
-        written.saved.keep_suspended();
-        interrupt.too_late(format!(
-            "{} has been told to run {}: waiting for its report, see docs/migration.md",
-            self.args.host, self.name
-        ));
-        if let Err(error) = Message::Go.send(&link.to, limit) {
-            // Then some of it never left this process, and a receiver that has not read
-            // all of it runs nothing.
-            return Err(self.taken_back(error));
-        }
-        watch.step("go");
-        match handshake::outcome(&link.from, Patience::within(&interrupt, limit))
-            .map_err(Failure::Undecided)?
-        {
-            Outcome::Runs => {
-                watch.step("report");
-                let downtime = watch.suspended().map(|then| then.elapsed());
-                self.domain
-                    .destroy()
-                    .map_err(|error| Failure::There(error.into()))?;
-                Ok(Sent {
-                    memory,
-                    downtime: downtime.unwrap_or_default(),
-                })
-            }
-            Outcome::GivenBack { status } => {
-                watch.step("given_back");
-                let why = "the other end could not run it, and has destroyed its copy";
-                Err(self.taken_back(anyhow!("{why} (status {status})")))
+        let end = plain::Sender::new().drive(|action| course.perform(action));
+        let Course {
+            memory,
+            downtime,
+            causes,
+            ..
+        } = course;
+        let mut causes = causes.into_iter();
+        let why = match (causes.next(), causes.next()) {
+            // The first is why, the second what is to be done about it.
+            (Some(why), Some(then)) => anyhow!(
+                "{}; and then: {}",
+                exit::words(why.chain()),
+                exit::words(then.chain())
+            ),
+            (Some(why), None) => why,
+            (None, _) => Error::msg("it was given up"),
+        };
+        match (end, memory) {
+            (SenderEnd::Moved, Some(memory)) => Ok(Sent { memory, downtime }),
+            (SenderEnd::MovedNotDestroyed | SenderEnd::Moved, _) => Err(Failure::There(why)),
+            (SenderEnd::Undecided, _) => Err(Failure::Undecided(why)),
+            (SenderEnd::Here | SenderEnd::HereSuspended | SenderEnd::GuestGone, _) => {
+                Err(Failure::Here(why))
             }
         }
     }
@@ -291,19 +276,6 @@ impl Sender<'_> {
 
     fn away(&self) -> String {
         format!("{}{AWAY}", self.name)
-    }
-
-    /// `cause` has left the domain to this end, which takes it back. Where that fails,
-    /// too, both are said: the first is why, the second what is to be done.
-    fn taken_back(&self, cause: Error) -> Failure {
-        Failure::Here(match self.take_back() {
-            Ok(()) => cause,
-            Err(error) => anyhow!(
-                "{}; and then: {}",
-                exit::words(cause.chain()),
-                exit::words(error.chain())
-            ),
-        })
     }
 
     /// The domain is here, and runs on under its name.
@@ -355,5 +327,145 @@ impl Sender<'_> {
             ),
         };
         Error::new(Migration { words, undecided })
+    }
+}
+
+/// A migration that is under way: what the machine asks for, done.
+struct Course<'c, 't, 'd> {
+    sender: &'c Sender<'c>,
+    link: &'c Link,
+    watch: &'c mut Watch,
+    interrupt: Interrupt,
+    pace: Arc<Pace>,
+    toolstack: Option<&'t mut Paced<'d>>,
+    /// The image has been written. Dropping this resumes the domain.
+    written: Option<Written<'t>>,
+    /// Nothing resumes the domain but [`Sender::take_back`].
+    let_go: bool,
+    /// What the other end has reported.
+    status: u8,
+    memory: Option<MemoryReport>,
+    downtime: Duration,
+    /// What failed, in order.
+    causes: Vec<Error>,
+}
+
+impl Course<'_, '_, '_> {
+    /// Do it, and say what came of it.
+    fn perform(&mut self, action: SenderAction) -> SenderEvent {
+        match self.attempt(action) {
+            Ok(event) => event,
+            Err(cause) => {
+                let event = match action {
+                    SenderAction::AwaitBanner
+                    | SenderAction::AwaitReady
+                    | SenderAction::SayGo
+                    | SenderAction::AwaitReport
+                    | SenderAction::AwaitGivenBack => SenderEvent::PeerLost,
+                    _ => SenderEvent::Failed,
+                };
+                self.causes.push(cause);
+                event
+            }
+        }
+    }
+
+    fn attempt(&mut self, action: SenderAction) -> Result<SenderEvent> {
+        let (sender, link, limit) = (self.sender, self.link, self.sender.answer());
+        match action {
+            SenderAction::AwaitBanner => {
+                Message::Banner.expect(&link.from, &self.interrupt, limit)?;
+                self.watch.step("banner");
+            }
+            SenderAction::SendImage => self.send_image()?,
+            SenderAction::AwaitReady => {
+                Message::Ready.expect(&link.from, &self.interrupt, limit)?;
+                self.watch.step("ready");
+            }
+            SenderAction::RenameAway => {
+                // One that was asked to stop once "ready" had been heard has been asked in time.
+                if self.interrupt.cancel().is_cancelled() {
+                    return Err(SaveError::Aborted.into());
+                }
+                sender
+                    .host
+                    .rename(sender.domid, &sender.away())
+                    .context("renaming the domain before the other end is told to run it")?;
+                // From here on nothing resumes it but what the other end says.
+                if let Some(written) = self.written.take() {
+                    written.saved.keep_suspended();
+                }
+                self.let_go = true;
+                self.interrupt.too_late(format!(
+                    "{} has been told to run {}: waiting for its report, see docs/migration.md",
+                    sender.args.host, sender.name
+                ));
+            }
+            SenderAction::SayGo => {
+                Message::Go.send(&link.to, limit)?;
+                self.watch.step("go");
+            }
+            SenderAction::AwaitReport => {
+                let patience = Patience::within(&self.interrupt, limit);
+                self.status = handshake::report(&link.from, patience)?;
+                if self.status == 0 {
+                    self.watch.step("report");
+                    let suspended = self.watch.suspended();
+                    self.downtime = suspended.map(|then| then.elapsed()).unwrap_or_default();
+                }
+                return Ok(SenderEvent::Reported(self.status));
+            }
+            SenderAction::AwaitGivenBack => {
+                let patience = Patience::within(&self.interrupt, limit);
+                handshake::given_back(&link.from, patience, self.status)?;
+                self.watch.step("given_back");
+                let why = "the other end could not run it, and has destroyed its copy";
+                self.causes.push(anyhow!("{why} (status {})", self.status));
+            }
+            SenderAction::Destroy => sender.domain.destroy()?,
+            SenderAction::TakeBack => {
+                // That resumes it, if it is suspended.
+                drop(self.written.take());
+                if self.let_go {
+                    sender.take_back()?;
+                }
+                if let Ok(info) = sender.domain.info()
+                    && info.shutdown.is_some()
+                {
+                    return Ok(match info.shutdown {
+                        Some(ShutdownReason::Suspend) => SenderEvent::Failed,
+                        _ => SenderEvent::GuestGone,
+                    });
+                }
+            }
+            SenderAction::End(_) => {}
+        }
+        Ok(SenderEvent::Done)
+    }
+
+    /// Afterwards the domain is suspended, and dropping `written` resumes it.
+    fn send_image(&mut self) -> Result<()> {
+        let sender = self.sender;
+        let job = Job {
+            host: sender.host,
+            domid: sender.domid,
+            domain: sender.domain,
+            options: SaveOptions {
+                threads: sender.args.threads.threads,
+            },
+        };
+        let live = (!sender.args.no_live).then(|| LiveSave {
+            policy: target_policy(&sender.args.target),
+            verify: sender.args.debug,
+        });
+        let toolstack = self.toolstack.take().context("the image is sent once")?;
+        let (to, pace) = (&self.link.to, Some(&self.pace));
+        Silence::Sending.bear(to);
+        let written = job.write(toolstack, to, live, pace, self.watch)?;
+        Silence::Waiting.bear(to);
+        self.memory = Some(MemoryReport::of(&written));
+        self.written = Some(written);
+        self.watch.step("sent");
+        Ok(())
     }
 }

@@ -1,5 +1,6 @@
 //! `xsr migrate-receive`: what `xl migrate-receive` does. A domain is received under
-//! another name, paused, and runs once the sender has let go of it.
+//! another name, paused, and runs once the sender has let go of it. What is done next is decided
+//! by [`xsr_save_restore::migrate::ownership::plain::Receiver`]; here it is done.
 //!
 //! C implementation: `migrate_receive` in `tools/xl/xl_migrate.c`.
 
@@ -10,6 +11,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Error, Result};
 use serde::Serialize;
+use xsr_save_restore::migrate::ownership::plain::{
+    self, ReceiverAction, ReceiverEnd, ReceiverEvent,
+};
 use xsr_save_restore::pace::ReadLimit;
 use xsr_xen_backend::DomId;
 use xsr_xen_backend::mock::MockHost;
@@ -133,62 +137,20 @@ struct Receiver<'a> {
 impl Receiver<'_> {
     /// All that the two ends say to each other.
     fn receive(&self, input: &Input, watch: &mut Watch) -> Result<About> {
-        let sender_has_it = |error: Error| {
-            let cause = exit::words(error.chain());
-            let broke = match exit::ends_early(&error) {
-                true => ", but the sender hung up or the connection broke",
-                false => "",
-            };
-            failed(format!(
-                "receiving a domain: {cause}{broke}; the sender keeps it"
-            ))
+        let mut course = Course {
+            receiver: self,
+            input,
+            watch,
+            made: None,
+            name: String::new(),
+            about: None,
+            ready_said: false,
+            causes: Vec::new(),
+            untold: None,
+            left: None,
         };
-        Message::Banner
-            .send(self.to, self.answer())
-            .map_err(sender_has_it)?;
-        watch.step("banner");
-        let cancel = watch.interrupt().cancel().clone();
-        let limit = self.read_limit();
-        let (converted, known) =
-            of_old_sender(input, cancel.clone(), &limit).map_err(sender_has_it)?;
-        let image = converted.as_ref().unwrap_or(input);
-        let made = Image::open_migration_behind(known, image, cancel, &limit)
-            .and_then(|image| {
-                self.terminal
-                    .say(&format!("migrate-receive: receiving {}", image.name()));
-                image.build(self.host, Named::Incoming, self.args.threads.threads, watch)
-            })
-            .and_then(|made| match &converted {
-                // What converts it has read all of it, and nothing of what follows.
-                Some(converted) => converted.finish(0).map(|_| made),
-                None => Ok(made),
-            })
-            .map_err(|error| sender_has_it(image.blame(error)))?;
-        watch.step("received");
-        Message::Ready
-            .send(self.to, self.answer())
-            .map_err(sender_has_it)?;
-        watch.step("ready");
-        let interrupt = watch.interrupt();
-        if let Err(error) = Message::Go.expect(&input.file, interrupt, self.answer()) {
-            return Err(self.give_back(made, &error));
-        }
-        interrupt.too_late("the sender has let go of the domain: it is being started".to_owned());
-        watch.step("go");
-        if let Err(error) = self.start(&made) {
-            return Err(self.give_back(made, &error));
-        }
-        // The domain is here now, whatever becomes of what is said about it.
-        let about = made.keep();
-        if let Err(error) = handshake::report_running(self.to, self.answer()) {
-            let (name, cause) = (&about.name, exit::words(error.chain()));
-            return Err(failed(format!(
-                "{name} has been received and started here, but the sender could not be told: \
-                 {cause}; destroy what it has left, {name}--migratedaway"
-            )));
-        }
-        watch.step("report");
-        Ok(about)
+        let end = plain::Receiver::new().drive(|action| course.perform(action));
+        course.ended(end)
     }
 
     /// How long the sender is waited for.
@@ -200,37 +162,171 @@ impl Receiver<'_> {
     fn read_limit(&self) -> Arc<ReadLimit> {
         Arc::new(ReadLimit::new(self.answer()))
     }
+}
 
-    /// Give the domain its name and let it run.
-    fn start(&self, made: &Made) -> Result<()> {
-        self.host
-            .rename(made.domid(), made.name())
-            .context("giving the domain its name")?;
-        match self.args.paused {
-            true => Ok(()),
-            false => made.unpause(),
+/// A migration that is under way: what the machine asks for, done.
+struct Course<'c> {
+    receiver: &'c Receiver<'c>,
+    input: &'c Input,
+    watch: &'c mut Watch,
+    /// Until it is kept. Dropping it destroys the domain.
+    made: Option<Made>,
+    name: String,
+    about: Option<About>,
+    ready_said: bool,
+    /// What failed first, and then.
+    causes: Vec<Error>,
+    /// The sender could not be told.
+    untold: Option<Error>,
+    /// The domain could not be destroyed.
+    left: Option<Error>,
+}
+
+impl Course<'_> {
+    /// Do it, and say what came of it.
+    fn perform(&mut self, action: ReceiverAction) -> ReceiverEvent {
+        let Err(error) = self.attempt(action) else {
+            return ReceiverEvent::Done;
+        };
+        match action {
+            ReceiverAction::SayRuns | ReceiverAction::SayFailed | ReceiverAction::GiveBack => {
+                self.untold.get_or_insert(error);
+                ReceiverEvent::PeerLost
+            }
+            ReceiverAction::Destroy => {
+                self.left = Some(error);
+                ReceiverEvent::Failed
+            }
+            ReceiverAction::SayBanner | ReceiverAction::SayReady | ReceiverAction::AwaitGo => {
+                self.causes.push(error);
+                ReceiverEvent::PeerLost
+            }
+            _ => {
+                self.causes.push(error);
+                ReceiverEvent::Failed
+            }
         }
     }
 
-    /// Destroy the domain, and let the sender have its own back.
-    fn give_back(&self, made: Made, error: &Error) -> Error {
-        let name = made.name().to_owned();
-        let mut words = format!("receiving {name}: {}", exit::words(error.chain()));
-        let told = handshake::report_failed(self.to, self.answer());
-        if let Err(error) = made.destroy() {
-            let cause = exit::words(error.chain());
-            words = format!("{words}; it is paused here and must not run: {cause}");
-            return failed(words);
-        }
-        match told.and_then(|()| Message::Go.send(self.to, self.answer())) {
-            Ok(()) => failed(format!("{words}; the sender has it back")),
-            Err(error) => {
-                let cause = exit::words(error.chain());
-                failed(format!(
-                    "{words}; it is destroyed here, and the sender could not be told ({cause})"
-                ))
+    fn attempt(&mut self, action: ReceiverAction) -> Result<()> {
+        let Receiver { args, host, to, .. } = *self.receiver;
+        let limit = self.receiver.answer();
+        match action {
+            ReceiverAction::SayBanner => {
+                Message::Banner.send(to, limit)?;
+                self.watch.step("banner");
             }
+            ReceiverAction::Receive => {
+                let made = self.receive_image()?;
+                made.name().clone_into(&mut self.name);
+                self.made = Some(made);
+                self.watch.step("received");
+            }
+            ReceiverAction::SayReady => {
+                Message::Ready.send(to, limit)?;
+                self.ready_said = true;
+                self.watch.step("ready");
+            }
+            ReceiverAction::AwaitGo => {
+                let interrupt = self.watch.interrupt();
+                Message::Go.expect(&self.input.file, interrupt, limit)?;
+                interrupt.too_late(
+                    "the sender has let go of the domain: it is being started".to_owned(),
+                );
+                self.watch.step("go");
+            }
+            ReceiverAction::RenameIn => {
+                let made = self.made()?;
+                host.rename(made.domid(), made.name())
+                    .context("giving the domain its name")?;
+            }
+            ReceiverAction::Run => {
+                if !args.paused {
+                    self.made()?.unpause()?;
+                }
+                // The domain is here now, whatever becomes of what is said about it.
+                self.about = self.made.take().map(Made::keep);
+            }
+            ReceiverAction::SayRuns => {
+                handshake::report_running(to, limit)?;
+                self.watch.step("report");
+            }
+            ReceiverAction::SayFailed => handshake::report_failed(to, limit)?,
+            ReceiverAction::Destroy => {
+                if let Some(made) = self.made.take() {
+                    made.destroy()?;
+                }
+            }
+            ReceiverAction::GiveBack => Message::Go.send(to, limit)?,
+            ReceiverAction::End(_) => {}
         }
+        Ok(())
+    }
+
+    /// The domain, paused, with all of the image.
+    fn receive_image(&mut self) -> Result<Made> {
+        let Receiver {
+            args,
+            host,
+            terminal,
+            ..
+        } = *self.receiver;
+        let cancel = self.watch.interrupt().cancel().clone();
+        let limit = self.receiver.read_limit();
+        let (converted, known) = of_old_sender(self.input, cancel.clone(), &limit)?;
+        let image = converted.as_ref().unwrap_or(self.input);
+        Image::open_migration_behind(known, image, cancel, &limit)
+            .and_then(|image| {
+                terminal.say(&format!("migrate-receive: receiving {}", image.name()));
+                image.build(host, Named::Incoming, args.threads.threads, self.watch)
+            })
+            .and_then(|made| match &converted {
+                // What converts it has read all of it, and nothing of what follows.
+                Some(converted) => converted.finish(0).map(|_| made),
+                None => Ok(made),
+            })
+            .map_err(|error| image.blame(error))
+    }
+
+    fn made(&self) -> Result<&Made> {
+        self.made.as_ref().context("no domain was made")
+    }
+
+    /// What it came to, in words.
+    fn ended(self, end: ReceiverEnd) -> Result<About> {
+        let words = |error: Option<&Error>| {
+            error.map_or_else(String::new, |error| exit::words(error.chain()))
+        };
+        let (name, first) = (&self.name, self.causes.first());
+        let cause = words(first);
+        let untold = words(self.untold.as_ref());
+        let kept = if self.ready_said {
+            format!("receiving {name}: {cause}")
+        } else {
+            let broke = match first.is_some_and(exit::ends_early) {
+                true => ", but the sender hung up or the connection broke",
+                false => "",
+            };
+            format!("receiving a domain: {cause}{broke}; the sender keeps it")
+        };
+        Err(failed(match (end, self.about) {
+            (ReceiverEnd::Runs { told: true }, Some(about)) => return Ok(about),
+            (ReceiverEnd::Runs { .. }, _) => format!(
+                "{name} has been received and started here, but the sender could not be told: \
+                 {untold}; destroy what it has left, {name}--migratedaway"
+            ),
+            (ReceiverEnd::LeftPaused, _) => format!(
+                "{kept}; it is paused here and must not run: {}",
+                words(self.left.as_ref())
+            ),
+            (ReceiverEnd::Destroyed { .. }, _) if !self.ready_said => kept,
+            (ReceiverEnd::Destroyed { given_back: true }, _) => {
+                format!("{kept}; the sender has it back")
+            }
+            (ReceiverEnd::Destroyed { given_back: false }, _) => {
+                format!("{kept}; it is destroyed here, and the sender could not be told ({untold})")
+            }
+        }))
     }
 }
 
