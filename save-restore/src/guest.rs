@@ -2,7 +2,6 @@
 
 pub(crate) mod hvm;
 pub(crate) mod pv;
-pub(crate) mod refused;
 pub(crate) mod x86;
 
 use xsr_format::frame::{Gfn, Page, PageEntry, PageType, Pfn};

@@ -46,7 +46,6 @@ pub struct ConnectionReader<'a> {
     waits: Waits<'a>,
     /// From which pages go straight into the guest's memory.
     direct: Option<Descriptor<BorrowedFd<'a>>>,
-    bytes: u64,
 }
 
 impl fmt::Debug for ConnectionReader<'_> {
@@ -76,13 +75,7 @@ impl<'a> ConnectionReader<'a> {
                 until: None,
             },
             direct,
-            bytes: 0,
         })
-    }
-
-    /// How many bytes have been read.
-    pub const fn bytes_read(&self) -> u64 {
-        self.bytes
     }
 
     /// All reads together are to take no longer than this, from now on. A peer that says a byte
@@ -100,10 +93,7 @@ impl Read for ConnectionReader<'_> {
         }
         let wait = self.waits.next(self.connection);
         Ok(match self.connection.read(room, &wait)? {
-            Received::Bytes(n) => {
-                self.bytes += n as u64;
-                n
-            }
+            Received::Bytes(n) => n,
             Received::Closed => 0,
         })
     }
@@ -127,10 +117,7 @@ impl PageSource for ConnectionReader<'_> {
             let read = direct.read_within(&limit, |fd| pages.read_some_from(fd, at..end));
             match read.map_err(|error| failed(error, false, &limit))? {
                 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                n => {
-                    self.bytes += n as u64;
-                    at += n;
-                }
+                n => at += n,
             }
         }
         Ok(())
