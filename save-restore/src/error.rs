@@ -11,6 +11,7 @@ use xsr_format::record::RecordKind;
 use xsr_xen_backend::{BackendError, GuestKind, MapError, ShutdownReason};
 
 use crate::back_channel::BackChannelError;
+use crate::guest::refused::PolicyRefused;
 use crate::progress::Cancelled;
 use crate::toolstack::ToolstackError;
 
@@ -29,6 +30,11 @@ pub enum GuestError {
         "the domain is still suspended after a checkpoint, although the toolstack says that it runs"
     )]
     StillSuspended,
+    /// The domain runs, although it suspended for this save.
+    #[error(
+        "the domain was resumed while it was being saved, by another program: what was written is of no use; save it again"
+    )]
+    ResumedMeanwhile,
     /// The domain was down before the save asked it to suspend.
     #[error(
         "the domain is already shut down ({reason:?}), by somebody else: if no other save of it is under way, resume or destroy it first"
@@ -118,6 +124,32 @@ pub enum GuestError {
         level: u8,
         /// How many the guest has.
         levels: u8,
+    },
+    /// A page table of the image that no hypervisor accepts.
+    #[error(
+        "vcpu {vcpu}: level-{level} entry {index} of the page table at pfn {pfn} refers to {target}"
+    )]
+    Table {
+        /// The vcpu whose tables these are.
+        vcpu: u32,
+        /// The page table.
+        pfn: Pfn,
+        /// Its level, 1–4.
+        level: u8,
+        /// The entry, 0–511.
+        index: usize,
+        /// What the entry refers to, and what is wrong with that.
+        target: String,
+    },
+    /// A leaf of the p2m serves for several ranges of pfns, and there are pages in them.
+    #[error(
+        "X86_PV_P2M_FRAMES names pfn {leaf} for entry {entry} and for an earlier one, and the guest has pages in that range: a leaf with pages can stand in one place only"
+    )]
+    SharedLeaf {
+        /// The leaf.
+        leaf: Pfn,
+        /// The entry of the record.
+        entry: usize,
     },
     /// A field that names a frame which cannot be what it is used for.
     #[error("{field} names frame {frame:#x}: {why}")]
@@ -324,7 +356,34 @@ pub enum RestoreError {
         /// Its frame.
         gfn: Gfn,
     },
-    /// The hypervisor refused a call.
+    /// The hypervisor refused the CPU policy of the image.
+    #[error(transparent)]
+    CpuPolicy(Box<PolicyRefused>),
+    /// The hypervisor refused the state of a vcpu.
+    #[error("{kind} of vcpu {vcpu} ({bytes} bytes) was refused{}: {cause}", if reason.is_empty() { String::new() } else { format!(" ({reason})") })]
+    VcpuState {
+        /// The vcpu.
+        vcpu: u32,
+        /// The record.
+        kind: RecordKind,
+        /// How much state it holds.
+        bytes: usize,
+        /// What may be the reason; empty where nothing is known.
+        reason: String,
+        /// What the hypervisor says.
+        cause: BackendError,
+    },
+    /// The hypervisor refused the state of an HVM guest's vcpus and devices.
+    #[error("HVM_CONTEXT ({bytes} bytes) was refused: {reason} (see `xl dmesg`): {cause}")]
+    HvmContext {
+        /// How large it is.
+        bytes: usize,
+        /// Which record may be the reason.
+        reason: String,
+        /// What the hypervisor says.
+        cause: BackendError,
+    },
+    /// The hypervisor refused the call.
     #[error(transparent)]
     Backend(#[from] BackendError),
     /// A frame could not be mapped.
@@ -404,6 +463,7 @@ impl RestoreError {
             Self::Guest(_)
             | Self::ByteOrder { .. }
             | Self::PfnRange { .. }
+            | Self::Vcpu { .. }
             | Self::Checkpointed => true,
             _ => false,
         }

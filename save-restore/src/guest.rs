@@ -2,6 +2,7 @@
 
 pub(crate) mod hvm;
 pub(crate) mod pv;
+pub(crate) mod refused;
 pub(crate) mod x86;
 
 use xsr_format::frame::{Gfn, Page, PageEntry, PageType, Pfn};

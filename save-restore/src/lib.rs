@@ -29,3 +29,7 @@ pub use restore::checkpoint::restore_checkpointed;
 pub use restore::colo::restore_colo;
 pub use restore::{RestoreOptions, Restored, restore};
 pub use save::{Live, SaveOptions, Saved, save, save_checkpointed, save_colo, save_live};
+
+// An example is a module of the tests, and names this package as any user does.
+#[cfg(test)]
+extern crate self as xsr_save_restore;

@@ -1,14 +1,23 @@
-//! Two hosts: what a sender and a receiver say to each other, and over what.
+//! Migration: two hosts, what they say to each other, and which of them has the domain.
 //!
+//! - [`send`], [`receive`]: a migration from its beginning to its end. The caller brings a
+//!   connection and a domain.
+//! - [`ownership`]: which host has the domain, at each moment and after each failure, as state
+//!   machines that a test explores exhaustively. `send` and `receive` do what they say.
 //! - [`messages`]: every byte that either end says, for a plain migration, Remus and COLO.
 //! - [`connection`]: what they say it over, as a trait; pipes, Unix sockets and TCP.
-//! - [`ownership`]: which host has the domain, at each moment and after each failure, as state
-//!   machines that a test explores exhaustively.
 //! - [`testing`]: a connection in memory with faults at every call, and the contract that every
 //!   connection keeps.
+//!
+//! `examples/migrate.rs` is a toolstack that migrates a domain between two mock machines.
 
 pub mod connection;
 pub mod messages;
 pub mod ownership;
+pub mod receive;
+pub mod send;
 #[doc(hidden)]
 pub mod testing;
+
+#[cfg(test)]
+mod tests;

@@ -15,14 +15,16 @@ use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
 
 use xsr_format::byte_order::ByteOrder;
+use xsr_format::error::{DecodeError, Position, ReadError};
 use xsr_format::frame::{Gfn, PAGE_SIZE, Pfn};
+use xsr_format::guest_image::{self, GuestImage};
 use xsr_format::image::GuestType;
 use xsr_format::read::{Incoming, RecordReader};
 use xsr_format::record::{Body, Record, RecordKind};
 use xsr_xen_backend::{CpuPolicy, DomId, Domain, GuestKind};
 
 use crate::error::RestoreError;
-use crate::guest::hvm::HvmRestore;
+use crate::guest::hvm;
 use crate::guest::pv::restore::PvRestore;
 use crate::guest::x86;
 use crate::pipeline;
@@ -35,7 +37,7 @@ use crate::source::{LookAhead, PageSource};
 use crate::toolstack::RestoreToolstack;
 
 /// The last pfn that any x86 guest can have: 52 bits of address.
-const MAX_PFN: Pfn = Pfn((1 << 40) - 1);
+const MAX_PFN: Pfn = guest_image::MAX_X86_PFN;
 
 /// How to restore, and into what.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,11 +89,11 @@ pub struct Restored {
     pub stats: RestoreStats,
 }
 
-/// What differs by guest type, with all that is kept until END.
+/// What differs by guest type. What the stream says of the guest is in [`Run::image`].
 #[derive(Debug)]
 pub(crate) enum Guest {
     Pv(Box<PvRestore>),
-    Hvm(HvmRestore),
+    Hvm,
 }
 
 /// Restore a libxc stream into a domain that has just been created: paused, with no
@@ -165,9 +167,11 @@ struct Run<'r, 'p, T: RestoreToolstack + ?Sized> {
     toolstack: &'r mut T,
     options: &'r RestoreOptions,
     progress: Reporter<'r, 'p>,
-    policy: CpuPolicy,
+    /// The domain's last vcpu.
+    max_vcpu_id: u32,
+    /// What the records have said, kept until END.
+    image: GuestImage,
     static_data_done: bool,
-    tsc: Option<xsr_format::record::x86::TscInfo>,
     pages: PageRestore<'r>,
 }
 
@@ -188,12 +192,8 @@ impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
         }
         let image = reader.domain().guest_type;
         let guest = match (image, info.kind) {
-            (GuestType::X86_PV, GuestKind::Pv) => {
-                Guest::Pv(Box::new(PvRestore::new(info.max_vcpu_id)))
-            }
-            (GuestType::X86_HVM, GuestKind::Hvm | GuestKind::Pvh) => {
-                Guest::Hvm(HvmRestore::default())
-            }
+            (GuestType::X86_PV, GuestKind::Pv) => Guest::Pv(Box::new(PvRestore::new())),
+            (GuestType::X86_HVM, GuestKind::Hvm | GuestKind::Pvh) => Guest::Hvm,
             (image, domain) => return Err(RestoreError::GuestType { image, domain }),
         };
         let plan = ahead.map(|ahead| Plan::of(ahead, info.max_pages));
@@ -202,9 +202,9 @@ impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
             toolstack,
             options,
             progress: Reporter::new(progress),
-            policy: CpuPolicy::default(),
+            max_vcpu_id: info.max_vcpu_id,
+            image: GuestImage::new(image),
             static_data_done: false,
-            tsc: None,
             pages: PageRestore::new(domain, guest, plan),
         })
     }
@@ -216,9 +216,11 @@ impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
         hands: &Hands<'_, '_>,
     ) -> Result<Stop, RestoreError> {
         let mut memory = false;
-        while let Some(incoming) = reader.next_record()? {
+        while let Some((position, incoming)) = reader.next_record_at()? {
             match incoming {
                 Incoming::PageData(body) => {
+                    let applied = self.image.apply_pages(body.entries().iter());
+                    applied.map_err(|cause| bad(position, cause))?;
                     // A v2 stream does not say where static data ends.
                     if !self.static_data_done {
                         self.static_data()?;
@@ -233,6 +235,8 @@ impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
                     go_on(self.progress.advance(pfns, pages * PAGE_SIZE as u64))?;
                 }
                 Incoming::Record(record) => {
+                    let applied = self.image.apply(&record);
+                    applied.map_err(|cause| bad(position, cause))?;
                     match record.kind {
                         // What is compared is all there.
                         RecordKind::VERIFY => hands.crew.finish()?,
@@ -260,17 +264,17 @@ impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
         })
     }
 
+    /// What a record asks for at once. What it says is in the image already.
     fn record(&mut self, record: &Record<'_>) -> Result<(), RestoreError> {
         match record.body {
-            Body::CpuidPolicy(_) => self.policy.leaves = record.raw.to_vec(),
-            Body::MsrPolicy(_) => self.policy.msrs = record.raw.to_vec(),
             Body::StaticDataEnd => self.static_data()?,
-            Body::P2mFrames(frames) => {
+            Body::P2mFrames(_) => {
+                // A version 2 stream does not say where static data ends.
                 if !self.static_data_done {
                     self.static_data()?;
                 }
-                if let Guest::Pv(pv) = &mut self.pages.guest {
-                    pv.p2m_frames(&frames)?;
+                if let (Guest::Pv(pv), Some(p2m)) = (&mut self.pages.guest, self.image.p2m()) {
+                    pv.set_max_pfn(p2m.max_pfn);
                 }
             }
             Body::PvInfo(info) => {
@@ -278,31 +282,25 @@ impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
                     pv.pv_info(self.domain, info)?;
                 }
             }
-            Body::SharedInfo(page) => {
-                if let Guest::Pv(pv) = &mut self.pages.guest {
-                    pv.shared_info(page);
+            Body::Vcpu(_) | Body::HvmContext(_) => {
+                let max = self.max_vcpu_id;
+                let last = self.image.vcpus().keys().last().copied();
+                let last = last.max(self.image.vcpus_needed().checked_sub(1));
+                if let Some(vcpu) = last.filter(|vcpu| *vcpu > max) {
+                    let kind = record.kind;
+                    return Err(RestoreError::Vcpu { kind, vcpu, max });
                 }
             }
-            Body::Vcpu(state) => {
-                if let Guest::Pv(pv) = &mut self.pages.guest {
-                    pv.vcpu_state(record.kind, &state)?;
-                }
-            }
-            Body::HvmContext(context) => {
-                if let Guest::Hvm(hvm) = &mut self.pages.guest {
-                    hvm.context(context);
-                }
-            }
-            Body::HvmParams(params) => {
-                if let Guest::Hvm(hvm) = &mut self.pages.guest {
-                    hvm.params(params.iter())?;
-                }
-            }
-            Body::TscInfo(tsc) => self.tsc = Some(tsc),
             Body::Verify => self.pages.verify = true,
             Body::Optional(_) => {
                 tracing::info!(kind = %record.kind, "skipped an optional record");
             }
+            // Applied when the stream, or its checkpoint, has ended.
+            Body::CpuidPolicy(_)
+            | Body::MsrPolicy(_)
+            | Body::SharedInfo(_)
+            | Body::HvmParams(_)
+            | Body::TscInfo(_) => {}
             // END and CHECKPOINT end the loop; the reader lets none of the others through.
             Body::End | Body::Checkpoint | Body::Toolstack(_) | Body::DirtyPfns(_) => {}
         }
@@ -311,7 +309,13 @@ impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
 
     /// Static data is complete: set the domain up with it, before any memory.
     fn static_data(&mut self) -> Result<(), RestoreError> {
-        let missing = x86::set_cpu_policy(self.domain, &self.policy)?;
+        let leaves = self.image.cpuid().iter();
+        let msrs = self.image.msrs().iter();
+        let policy = CpuPolicy {
+            leaves: leaves.flat_map(|leaf| leaf.encode(LITTLE)).collect(),
+            msrs: msrs.flat_map(|msr| msr.encode(LITTLE)).collect(),
+        };
+        let missing = x86::set_cpu_policy(self.domain, &policy)?;
         self.toolstack.static_data_done(missing)?;
         self.static_data_done = true;
         Ok(())
@@ -319,7 +323,7 @@ impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
 
     /// The stream has ended: apply what was kept.
     fn complete(&mut self) -> Result<(Option<Gfn>, Option<Gfn>), RestoreError> {
-        if let Some(tsc) = self.tsc {
+        if let Some(tsc) = self.image.tsc() {
             x86::set_tsc_info(self.domain, tsc)?;
         }
         if self.pages.stats.verify_mismatches > 0 {
@@ -328,11 +332,22 @@ impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
                 "pages differ from what was sent for verification"
             );
         }
+        let progress = &mut self.progress;
+        let mut ask = || go_on(progress.advance(0, 0));
         match &self.pages.guest {
-            Guest::Pv(pv) => pv.complete(self.domain, self.options),
-            Guest::Hvm(hvm) => hvm.complete(self.domain, self.options),
+            Guest::Pv(pv) => pv.complete(&self.image, self.domain, self.options, &mut ask),
+            Guest::Hvm => hvm::complete(&self.image, self.domain, self.options),
         }
     }
+}
+
+/// What Xen takes a CPU policy in.
+const LITTLE: ByteOrder = ByteOrder::Little;
+
+/// A record that breaks a rule together with those before it.
+fn bad(position: Position, cause: DecodeError) -> RestoreError {
+    let cause = cause.into();
+    ReadError { position, cause }.into()
 }
 
 fn go_on(told: ControlFlow<()>) -> Result<(), RestoreError> {

@@ -19,9 +19,9 @@ use xsr_format::frame::{PAGE_SIZE, Pfn};
 use xsr_format::image::DomainHeader;
 use xsr_format::record::MAX_BATCH;
 use xsr_format::write::RecordWriter;
-use xsr_xen_backend::{DirtyBitmap, Domain, DomainInfo, GuestKind, XenVersion};
+use xsr_xen_backend::{DirtyBitmap, Domain, DomainInfo, GuestKind, ShutdownReason, XenVersion};
 
-use crate::error::SaveError;
+use crate::error::{GuestError, SaveError};
 use crate::guest::hvm::HvmSave;
 use crate::guest::pv::PvSave;
 use crate::guest::{GuestSave, Out};
@@ -306,6 +306,7 @@ impl<'r> Run<'r, '_> {
 
         self.report(Phase::Tail)?;
         guest.end_of_checkpoint(&mut out)?;
+        self.still_suspended()?;
         out.end()?;
         self.stats.suspended_for = stopped.elapsed();
         Ok(())
@@ -357,6 +358,16 @@ impl<'r> Run<'r, '_> {
                 go_on(self.progress.advance(batch.pfns(), octets))
             },
         )
+    }
+
+    /// Nothing has resumed the guest since it was asked to suspend: what has been written
+    /// would be neither what it was nor what it is.
+    fn still_suspended(&self) -> Result<(), SaveError> {
+        match self.domain.info()?.shutdown {
+            Some(ShutdownReason::Suspend) => Ok(()),
+            None => Err(GuestError::ResumedMeanwhile.into()),
+            Some(reason) => Err(GuestError::AlreadyDown { reason }.into()),
+        }
     }
 
     fn report(&mut self, phase: Phase) -> Result<(), SaveError> {

@@ -298,10 +298,14 @@ impl RestoreToolstack for DirectToolstack<'_> {
     fn static_data_done(&mut self, missing: MissingStaticData) -> Result<(), ToolstackError> {
         // Xen gave the domain its default policy when it was created.
         if missing.cpuid || missing.msr {
+            let what = match (missing.cpuid, missing.msr) {
+                (true, true) => "no CPUID policy and no MSR policy",
+                (true, false) => "no CPUID policy",
+                _ => "no MSR policy",
+            };
             tracing::warn!(
-                cpuid = missing.cpuid,
-                msr = missing.msr,
-                "the image holds no CPU policy (Xen before 4.14 wrote it); the guest gets this host's default"
+                "the image holds {what} (Xen before 4.14 wrote none): the guest gets what this \
+                 host gives a new guest, and may miss features that it uses"
             );
         }
         Ok(())

@@ -2,7 +2,8 @@
 //! semantics and errno.
 //!
 //! A [`MockHost`] is a directory, so that its domains outlive the command that
-//! made them; only one process at a time has it open. Nothing executes: a
+//! made them; only one process at a time has it open, and answers for it
+//! ([`MockHost::reach`]). Nothing executes: a
 //! "running" guest is one that would. What a suspending guest does itself (put
 //! pfns into start_info, call the hypervisor) the mock does in its stead. A
 //! [`Workload`] makes it write while it runs, in this process.
@@ -16,6 +17,7 @@
 
 mod allocator;
 mod before;
+mod control;
 mod digest;
 mod dirty;
 mod domain;
@@ -32,6 +34,8 @@ mod machine;
 mod memory;
 mod p2m;
 mod pagetable;
+mod phases;
+mod place;
 mod platform;
 mod policy;
 mod pv;
@@ -44,7 +48,6 @@ mod wake;
 mod workload;
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -52,21 +55,25 @@ use std::sync::atomic::Ordering;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
+use self::control::Control;
 use self::domain::MockDomain;
 use self::machine::Machine;
+use self::place::Place;
 use self::state::{CPUID_LEAVES, HVM_CONTEXT, POLICY_MSRS, Record, USERDATA, Vcpu};
-use self::store::{FORMAT, Store};
+use self::store::{DOMAINS, FORMAT, HOST, Store};
 use crate::error::BackendError;
 use crate::{
     DomId, Domain, DomainControl, DomainInfo, DomainSettings, Host, NewDomain, TscInfo, XenVersion,
 };
 
+pub use self::control::Reached;
 pub use self::digest::{MemoryDigest, PageDigest};
 pub use self::error::MockError;
 #[cfg(feature = "peer")]
 pub use self::face::peer;
 pub use self::grants::GrantEntry;
 pub use self::guest::{GuestSpec, P2mStyle};
+pub use self::phases::phase;
 pub use self::summary::{DomainReport, DomainState, DomainSummary};
 pub use self::workload::{BackgroundWorkload, Workload, WorkloadCounts, WorkloadEnd, WorkloadSpec};
 
@@ -162,28 +169,36 @@ pub struct MockHost {
 }
 
 impl MockHost {
-    fn new(machine: Machine) -> Self {
-        Self {
-            machine: Arc::new(machine),
+    /// A host whose directory, if it has one, other processes can reach it by.
+    fn new(machine: Machine) -> Result<Self, MockError> {
+        let machine = Arc::new(machine);
+        if let Some(path) = machine.store.path() {
+            let gone = || MockError::NotAHost {
+                path: path.to_owned(),
+            };
+            let place = Place::open(path)?.ok_or_else(gone)?;
+            let control = Control::start(&machine, place)?;
+            machine.control.get_or_init(|| control);
         }
+        Ok(Self { machine })
     }
 
     /// Make a host in `dir`, which is empty or is made.
     ///
     /// # Errors
     ///
-    /// [`MockError::Occupied`] where something is there; I/O errors.
+    /// [`MockError::Occupied`] where something is there; [`MockError::Unsafe`] where it is not
+    /// the caller's alone; I/O errors.
     pub fn create(dir: &Path, config: &HostConfig) -> Result<Self, MockError> {
-        let domains = dir.join("domains");
-        fs::create_dir_all(dir).map_err(MockError::io("create", dir))?;
-        let mut entries = fs::read_dir(dir).map_err(MockError::io("read", dir))?;
-        if entries.next().is_some() {
+        let place = Place::create(dir)?;
+        if !place.is_empty()? {
             return Err(MockError::Occupied {
                 path: dir.to_owned(),
             });
         }
-        fs::create_dir(&domains).map_err(MockError::io("create", &domains))?;
-        Machine::create(Store::lock(dir)?, config.clone()).map(Self::new)
+        place.make(DOMAINS)?;
+        let machine = Machine::create(Store::lock(place)?, config.clone());
+        machine.and_then(Self::new)
     }
 
     /// Open the host in `dir`.
@@ -191,15 +206,17 @@ impl MockHost {
     /// # Errors
     ///
     /// [`MockError::NotAHost`] where there is none, [`MockError::InUse`] where
-    /// another process has it open, [`MockError::Damaged`]; I/O errors.
+    /// another process has it open, [`MockError::Unsafe`] where it is not the caller's alone,
+    /// [`MockError::Damaged`]; I/O errors.
     pub fn open(dir: &Path) -> Result<Self, MockError> {
         let not_a_host = || MockError::NotAHost {
             path: dir.to_owned(),
         };
-        if !dir.join("host.json").is_file() {
+        let place = Place::open(dir)?.ok_or_else(not_a_host)?;
+        if place.read(HOST)?.is_none() {
             return Err(not_a_host());
         }
-        let store = Store::lock(dir)?;
+        let store = Store::lock(place)?;
         let host = store.load_host()?.ok_or_else(not_a_host)?;
         if host.format != FORMAT {
             return Err(MockError::BadSpec(format!(
@@ -208,7 +225,7 @@ impl MockHost {
                 host.format
             )));
         }
-        Machine::open(store, host).map(Self::new)
+        Machine::open(store, host).and_then(Self::new)
     }
 
     /// Open the host in `dir`, or make one there.
@@ -229,7 +246,7 @@ impl MockHost {
     ///
     /// [`MockError::BadSpec`] for a machine too small or too large; I/O errors.
     pub fn ephemeral(config: &HostConfig) -> Result<Self, MockError> {
-        Machine::create(Store::in_memory(), config.clone()).map(Self::new)
+        Machine::create(Store::in_memory(), config.clone()).and_then(Self::new)
     }
 
     /// What kind of machine it is.
@@ -240,6 +257,11 @@ impl MockHost {
     /// The directory that it is kept in; `None` for one in memory.
     pub fn directory(&self) -> Option<&Path> {
         self.machine.store.path()
+    }
+
+    /// Give up making a guest ([`MockHost::create_guest`], EINTR) once `stop` says so.
+    pub fn stop_making_when(&self, stop: impl Fn() -> bool + Send + Sync + 'static) {
+        self.machine.stop.set(stop);
     }
 
     /// Frames that nobody has.
@@ -304,6 +326,7 @@ impl MockHost {
             name.clone_into(&mut state.record.name);
             Ok(())
         })?;
+        phase("renamed");
         Ok(())
     }
 
@@ -318,6 +341,7 @@ impl MockHost {
         domain.change("userdata", |state| {
             domain.put_blob(state, &format!("{USERDATA}{key}"), data.to_vec())
         })?;
+        phase("userdata");
         Ok(())
     }
 
@@ -439,7 +463,10 @@ impl Host for MockHost {
                 (record, blobs)
             });
         match made {
-            Ok(Some(dom)) => Ok(dom.domid),
+            Ok(Some(dom)) => {
+                phase("created");
+                Ok(dom.domid)
+            }
             Ok(None) => Err(BackendError::host(OP, Errno::ENOMEM)
                 .explained("the mock host has no memory for another domain")),
             Err(error) => Err(BackendError::host(OP, domain::storage_errno(&error))),

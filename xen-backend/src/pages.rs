@@ -1,8 +1,12 @@
 //! Mapped foreign pages.
 //!
 //! The memory here belongs to a guest that may be running: it can change between
-//! any two reads. So no reference to it is ever formed, reads and writes are
-//! volatile, and each page-table entry is read once.
+//! any two reads. So no reference to it is ever formed, except as an atomic, and each
+//! page-table entry is read once. Words of a page that can be written are read and written
+//! as relaxed atomics: two threads that have the same page, or this process and the guest,
+//! race without a data race. A page that is mapped for reading only is read with volatile
+//! reads, because an atomic has to be valid for writes: nothing in this process can write
+//! through such a mapping.
 //!
 //! C implementation: `xenforeignmemory_map`.
 
@@ -15,7 +19,7 @@ use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use nix::errno::Errno;
 use nix::libc;
@@ -48,11 +52,12 @@ pub struct ForeignPages {
     counter: Option<Arc<AtomicUsize>>,
 }
 
-// SAFETY: the mapping belongs to this value alone and is reached only through
-// raw volatile accesses, which are as valid on one thread as on another.
+// SAFETY: the mapping belongs to this value alone, and is as valid on one thread as on
+// another.
 unsafe impl Send for ForeignPages {}
-// SAFETY: as for `Send`; two threads that write one page race as the guest itself
-// does, through volatile accesses, and no reference observes it.
+// SAFETY: what a shared borrow allows is, for a mapping that can be written, atomic loads
+// and stores, and system calls that have the kernel access it; for one that cannot, reads,
+// which nothing in this process can conflict with. Neither is a data race.
 unsafe impl Sync for ForeignPages {}
 
 impl ForeignPages {
@@ -316,14 +321,29 @@ impl ForeignPage<'_> {
         unsafe { self.ptr.cast::<u64>().add(index) }
     }
 
+    /// The word at `index` as an atomic. Panics where the page is mapped for reading only.
+    fn atomic(&self, index: usize) -> &AtomicU64 {
+        assert!(self.access == Access::Write, "page is mapped read-only");
+        let word = self.word(index);
+        // SAFETY: `word` is inside a page that is mapped for reading and writing for as long
+        // as this borrow of the mapping lives, and 8-aligned, since pages are page-aligned.
+        // Everything in this process that accesses a word of such a page does so here,
+        // atomically and as a whole; the guest and the kernel are other agents, whose
+        // accesses are not Rust's.
+        unsafe { AtomicU64::from_ptr(word.as_ptr()) }
+    }
+
     /// The 64-bit word at `index` (0–511), read once, little endian.
     ///
     /// # Panics
     ///
     /// When `index` is 512 or more.
     pub fn read_entry(self, index: usize) -> u64 {
+        if self.access == Access::Write {
+            return u64::from_le(self.atomic(index).load(Ordering::Relaxed));
+        }
         // SAFETY: `word` is inside a mapped page and 8-aligned, since pages are
-        // page-aligned.
+        // page-aligned. Nothing in this process writes through this mapping.
         u64::from_le(unsafe { self.word(index).read_volatile() })
     }
 
@@ -338,9 +358,7 @@ impl ForeignPage<'_> {
     ///
     /// When `index` is 512 or more, or the page is mapped for reading only.
     pub fn write_entry(self, index: usize, value: u64) {
-        assert!(self.access == Access::Write, "page is mapped read-only");
-        // SAFETY: `word` is inside a page mapped for writing, and 8-aligned.
-        unsafe { self.word(index).write_volatile(value.to_le()) }
+        self.atomic(index).store(value.to_le(), Ordering::Relaxed);
     }
 
     /// Copy the page out.

@@ -4,11 +4,13 @@
 //! C implementation: `xg_sr_save_x86_hvm.c`, `xg_sr_restore_x86_hvm.c`.
 
 use xsr_format::frame::{Gfn, Page, PageEntry, PageType, Pfn};
+use xsr_format::guest_image::GuestImage;
 use xsr_format::image::GuestType;
 use xsr_format::record::hvm::HvmParam;
 use xsr_xen_backend::{Access, Domain, Errno, ForeignPage, RingGrant};
 
 use crate::error::{GuestError, RestoreError, SaveError};
+use crate::guest::refused::suspect_of_context;
 use crate::guest::{GuestSave, Out, x86};
 use crate::restore::RestoreOptions;
 
@@ -33,9 +35,6 @@ mod param {
     pub(super) const X87_FIP_WIDTH: u32 = 36;
     pub(super) const VM86_TSS_SIZED: u32 = 37;
     pub(super) const MCA_CAP: u32 = 38;
-
-    /// No parameter has an index this high, in any Xen so far (4.22 has 39).
-    pub(super) const LIMIT: u32 = 256;
 
     /// The parameters a stream holds, in the order Xen writes them.
     pub(super) const SAVED: [u32; 16] = [
@@ -140,82 +139,65 @@ impl GuestSave for HvmSave<'_> {
     }
 }
 
-/// What a stream said of a translated guest, kept until END.
-#[derive(Debug, Default)]
-pub(crate) struct HvmRestore {
-    context: Vec<u8>,
-    /// Index and value, in the order they first came.
-    params: Vec<(u32, u64)>,
-}
-
-impl HvmRestore {
-    pub(crate) fn context(&mut self, context: &[u8]) {
-        self.context = context.to_vec();
-    }
-
-    /// A later record overrides an earlier one, parameter by parameter.
-    pub(crate) fn params(
-        &mut self,
-        params: impl Iterator<Item = HvmParam>,
-    ) -> Result<(), GuestError> {
-        for HvmParam { index, value } in params {
-            let index = u32::try_from(index)
-                .ok()
-                .filter(|index| *index < param::LIMIT)
-                .ok_or(GuestError::HvmParam { index })?;
-            match self.params.iter_mut().find(|(known, _)| *known == index) {
-                Some((_, known)) => *known = value,
-                None => self.params.push((index, value)),
-            }
+/// Apply what a stream said of a translated guest: params first, since they decide what the context may hold; then
+/// the rings' event channels, the context, the grants.
+///
+/// The pages of xenstore, console and ioreq rings are cleared: what the old
+/// host's backends left in them means nothing here.
+pub(crate) fn complete(
+    image: &GuestImage,
+    domain: &dyn Domain,
+    options: &RestoreOptions,
+) -> Result<(Option<Gfn>, Option<Gfn>), RestoreError> {
+    let (mut store, mut console) = (None, None);
+    for &HvmParam { index, value } in image.hvm_params() {
+        // The fold takes no index beyond those that Xen has.
+        let index = u32::try_from(index).map_err(|_| GuestError::HvmParam { index })?;
+        match index {
+            param::STORE_PFN => store = Some(Gfn(value)),
+            param::CONSOLE_PFN => console = Some(Gfn(value)),
+            // Once told the toolstack how to make CPUID; obsolete.
+            param::PAE_ENABLED => continue,
+            _ => {}
         }
-        Ok(())
-    }
-
-    /// Apply it: params first, since they decide what the context may hold; then
-    /// the rings' event channels, the context, the grants.
-    ///
-    /// The pages of xenstore, console and ioreq rings are cleared: what the old
-    /// host's backends left in them means nothing here.
-    pub(crate) fn complete(
-        &self,
-        domain: &dyn Domain,
-        options: &RestoreOptions,
-    ) -> Result<(Option<Gfn>, Option<Gfn>), RestoreError> {
-        let (mut store, mut console) = (None, None);
-        for &(index, value) in &self.params {
-            match index {
-                param::STORE_PFN => store = Some(Gfn(value)),
-                param::CONSOLE_PFN => console = Some(Gfn(value)),
-                // Once told the toolstack how to make CPUID; obsolete.
-                param::PAE_ENABLED => continue,
-                _ => {}
-            }
-            if matches!(
-                index,
-                param::STORE_PFN | param::CONSOLE_PFN | param::IOREQ_PFN | param::BUFIOREQ_PFN
-            ) {
-                clear_page(domain, Gfn(value))?;
-            }
-            if index == param::CONSOLE_PFN {
-                x86::disconnect_console(domain, Gfn(value))?;
-            }
-            domain.set_hvm_param(index, value)?;
+        if matches!(
+            index,
+            param::STORE_PFN | param::CONSOLE_PFN | param::IOREQ_PFN | param::BUFIOREQ_PFN
+        ) {
+            clear_page(domain, Gfn(value))?;
         }
-        domain.set_hvm_param(param::STORE_EVTCHN, u64::from(options.store_port))?;
-        domain.set_hvm_param(param::CONSOLE_EVTCHN, u64::from(options.console_port))?;
-        domain.set_hvm_context(&self.context)?;
-        domain.seed_grants(
-            RingGrant {
-                gfn: console,
-                backend: options.console_domid,
-            },
-            RingGrant {
-                gfn: store,
-                backend: options.store_domid,
-            },
-        )?;
-        Ok((store, console))
+        if index == param::CONSOLE_PFN {
+            x86::disconnect_console(domain, Gfn(value))?;
+        }
+        domain.set_hvm_param(index, value)?;
     }
+    domain.set_hvm_param(param::STORE_EVTCHN, u64::from(options.store_port))?;
+    domain.set_hvm_param(param::CONSOLE_EVTCHN, u64::from(options.console_port))?;
+    let context = image.hvm_context();
+    domain
+        .set_hvm_context(context)
+        .map_err(|cause| match cause.errno {
+            Errno::ESRCH | Errno::EPERM | Errno::EACCES | Errno::ENOMEM => cause.into(),
+            _ => {
+                let last = domain.info().ok().map(|info| info.max_vcpu_id);
+                RestoreError::HvmContext {
+                    bytes: context.len(),
+                    reason: suspect_of_context(context, last),
+                    cause,
+                }
+            }
+        })?;
+    domain.seed_grants(
+        RingGrant {
+            gfn: console,
+            backend: options.console_domid,
+        },
+        RingGrant {
+            gfn: store,
+            backend: options.store_domid,
+        },
+    )?;
+    Ok((store, console))
 }
 
 /// Clear one page. A frame that is not there is no error: Xen does not look either,

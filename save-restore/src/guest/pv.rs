@@ -4,6 +4,7 @@
 //! C implementation: `xg_sr_common_x86_pv.c`, `xg_sr_save_x86_pv.c`,
 //! `xg_sr_restore_x86_pv.c`.
 
+pub(crate) mod blame;
 pub(crate) mod layout;
 pub(crate) mod p2m;
 pub(crate) mod pagetable;

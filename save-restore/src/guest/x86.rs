@@ -4,10 +4,11 @@
 
 use xsr_format::frame::Gfn;
 use xsr_format::record::x86::TscInfo;
-use xsr_xen_backend::{Access, CpuPolicy, Domain, TscInfo as DomainTsc};
+use xsr_xen_backend::{Access, CpuPolicy, Domain, Errno, TscInfo as DomainTsc};
 
 use crate::error::{RestoreError, SaveError};
 use crate::guest::Out;
+use crate::guest::refused::PolicyRefused;
 use crate::toolstack::MissingStaticData;
 
 /// X86_CPUID_POLICY and X86_MSR_POLICY.
@@ -50,7 +51,15 @@ pub(crate) fn set_cpu_policy(
         msr: policy.msrs.is_empty(),
     };
     if !(missing.cpuid && missing.msr) {
-        domain.set_cpu_policy(policy)?;
+        domain
+            .set_cpu_policy(policy)
+            .map_err(|cause| match cause.errno {
+                // Of the policy itself; E2BIG: it has more entries than any.
+                Errno::EINVAL | Errno::ERANGE | Errno::EOVERFLOW | Errno::E2BIG => {
+                    RestoreError::CpuPolicy(Box::new(PolicyRefused::new(domain, policy, cause)))
+                }
+                _ => cause.into(),
+            })?;
     }
     Ok(missing)
 }

@@ -85,7 +85,8 @@ pub trait Connection: fmt::Debug + Send + Sync {
     /// # Errors
     ///
     /// The connection is lost, the peer reads no more, or the wait ended first. Nothing has been
-    /// taken then.
+    /// taken then, and nothing of it will ever arrive: a sender whose "go" failed lets its domain
+    /// run on, and a connection that delivered it all the same would let it run twice.
     fn write(&self, bytes: &[u8], wait: &Wait<'_>) -> Result<usize, ConnectionError>;
 
     /// Write a list of bytes and pages of a guest, all of it.

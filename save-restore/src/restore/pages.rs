@@ -40,7 +40,7 @@ impl<'r> PageRestore<'r> {
     pub(super) fn new(domain: &'r dyn Domain, guest: Guest, plan: Option<Plan>) -> Self {
         let p2m = match &guest {
             Guest::Pv(pv) => Some(pv.p2m.clone()),
-            Guest::Hvm(_) => None,
+            Guest::Hvm => None,
         };
         Self {
             domain,
@@ -143,7 +143,7 @@ impl<'r> PageRestore<'r> {
             ..
         } = self;
         let released = match guest {
-            Guest::Hvm(_) => populated.release_absent(*domain, |pfn| Gfn(pfn.0), |_| {})?,
+            Guest::Hvm => populated.release_absent(*domain, |pfn| Gfn(pfn.0), |_| {})?,
             Guest::Pv(pv) => {
                 let mut gone = Vec::new();
                 let p2m = pv.p2m.read();
@@ -162,7 +162,7 @@ impl<'r> PageRestore<'r> {
     /// The frames of pages that have memory.
     fn gfns(&self, entries: &[PageEntry]) -> Vec<Gfn> {
         match &self.guest {
-            Guest::Hvm(_) => entries.iter().map(|entry| Gfn(entry.pfn.0)).collect(),
+            Guest::Hvm => entries.iter().map(|entry| Gfn(entry.pfn.0)).collect(),
             Guest::Pv(pv) => {
                 let p2m = pv.p2m.read();
                 let gfn = |entry: &PageEntry| p2m.mfn(entry.pfn).map_or(Gfn::INVALID, |m| Gfn(m.0));
@@ -252,7 +252,7 @@ impl<'r> PageRestore<'r> {
     fn populate_named(&mut self, entry: &PageEntry, table: &Page) -> Result<(), RestoreError> {
         let max_pfn = match &self.guest {
             Guest::Pv(pv) => pv.max_pfn(),
-            Guest::Hvm(_) => return Ok(()),
+            Guest::Hvm => return Ok(()),
         };
         let named: Vec<Pfn> = pagetable::frames_needed(table).collect();
         if named.iter().any(|pfn| *pfn > max_pfn) {

@@ -126,7 +126,11 @@ impl Batch {
             let normalised = match normalised {
                 // Caught in the middle of a change, most likely: it will have settled
                 // when the guest is suspended.
-                Err(GuestError::Pte { .. }) if running => None,
+                Err(
+                    GuestError::Pte { .. }
+                    | GuestError::Superpage { .. }
+                    | GuestError::TableLevel { .. },
+                ) if running => None,
                 other => other?,
             };
             let special = match normalised {

@@ -166,6 +166,7 @@ impl<'r> Run<'r, '_> {
         let asked = self.stop_and_copy(guest, out, suspended, memory, besides)?;
         self.report(Phase::Tail)?;
         guest.end_of_checkpoint(out)?;
+        self.still_suspended()?;
         Ok(Epoch {
             number,
             pfns: self.stats.pfns - before.pfns,

@@ -13,7 +13,6 @@ mod common;
 
 mod calls;
 mod cancel;
-mod storage;
 mod streams;
 
 use std::collections::BTreeSet;

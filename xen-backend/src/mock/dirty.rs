@@ -19,6 +19,7 @@ use nix::errno::Errno;
 use super::MockHost;
 use super::domain::MockDomain;
 use super::error::MockError;
+use super::phases::phase;
 use super::workload::Workload;
 use crate::error::BackendError;
 use crate::{DirtyBitmap, DirtyRead, DirtyStats, DomId, GuestKind, LogDirty};
@@ -136,7 +137,9 @@ impl LogDirty for MockDomain {
             let work = work.inspect_err(|_| self.dom.dirty.disable())?;
             *self.stepped() = Some((work, Instant::now()));
         }
-        self.step()
+        self.step()?;
+        phase("log-dirty-on");
+        Ok(())
     }
 
     fn disable_log_dirty(&self) -> Result<(), BackendError> {
@@ -159,6 +162,7 @@ impl LogDirty for MockDomain {
             DirtyRead::Peek => "logdirty_peek",
             DirtyRead::Clean | DirtyRead::CleanFinal => "logdirty_clean",
         };
+        phase("read-dirty");
         self.catch_up()?;
         // With the state held, the guest stands still, as Xen has it.
         let stats = self.look(op, |state| {

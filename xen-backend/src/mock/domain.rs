@@ -14,6 +14,7 @@ use super::error::MockError;
 use super::frames::{Frame, FrameUse};
 use super::machine::Machine;
 use super::memory;
+use super::phases::phase;
 use super::state::{Dom, MAX_PFNS, State};
 use crate::error::{BackendError, MapError};
 use crate::pages::{Access, ForeignPages};
@@ -211,7 +212,9 @@ impl DomainControl for MockDomain {
         self.change("pausedomain", |state| {
             state.record.pauses = state.record.pauses.checked_add(1).ok_or(Errno::EUSERS)?;
             Ok(())
-        })
+        })?;
+        phase("paused");
+        Ok(())
     }
 
     fn unpause(&self) -> Result<(), BackendError> {
@@ -225,10 +228,13 @@ impl DomainControl for MockDomain {
             }
             state.record.pauses = pauses;
             Ok(())
-        })
+        })?;
+        phase("unpaused");
+        Ok(())
     }
 
     fn suspend(&self) -> Result<(), BackendError> {
+        phase("suspending");
         self.catch_up()?;
         self.change("suspend", |state| {
             if state.record.shutdown.is_some() {
@@ -241,7 +247,9 @@ impl DomainControl for MockDomain {
             self.suspend_guest(state)?;
             state.record.shutdown = Some(ShutdownReason::Suspend);
             Ok(())
-        })
+        })?;
+        phase("suspended");
+        Ok(())
     }
 
     fn resume(&self) -> Result<(), BackendError> {
@@ -253,15 +261,20 @@ impl DomainControl for MockDomain {
             }
             state.record.shutdown = None;
             Ok(())
-        })
+        })?;
+        phase("resumed");
+        Ok(())
     }
 
     fn destroy(&self) -> Result<(), BackendError> {
         const OP: &str = "destroydomain";
         self.alive().map_err(|errno| self.fail(OP, errno))?;
+        phase("destroying");
         self.machine
             .remove_domain(&self.dom)
-            .map_err(|error| self.fail(OP, storage_errno(&error)))
+            .map_err(|error| self.fail(OP, storage_errno(&error)))?;
+        phase("destroyed");
+        Ok(())
     }
 
     fn alloc_unbound_port(&self, _remote: DomId) -> Result<u32, BackendError> {
@@ -304,6 +317,7 @@ impl GuestMemory for MockDomain {
     }
 
     fn map(&self, gfns: &[Gfn], access: Access) -> Result<ForeignPages, BackendError> {
+        phase("map");
         self.alive()
             .and_then(|()| {
                 memory::map_frames(&self.machine.memory, gfns, access, |_, gfn| {
@@ -316,6 +330,7 @@ impl GuestMemory for MockDomain {
 
     fn write_pages(&self, gfns: &[Gfn], contents: &[u8]) -> Result<Vec<MapError>, BackendError> {
         const OP: &str = "write_pages";
+        phase("write");
         self.alive().map_err(|errno| self.fail(OP, errno))?;
         if contents.len() != gfns.len() * PAGE_SIZE {
             return Err(self.fail(OP, Errno::EINVAL));
@@ -353,6 +368,7 @@ impl GuestMemory for MockDomain {
 
     fn populate(&self, order: u8, frames: &mut [Gfn]) -> Result<usize, BackendError> {
         const OP: &str = "populate_physmap";
+        phase("populate");
         self.look(OP, |state| {
             if !matches!(order, 0 | 9 | 18) {
                 return Err(Errno::EINVAL);

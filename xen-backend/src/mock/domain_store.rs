@@ -1,8 +1,8 @@
 //! The mock machine as a domain store: names in the domains' records, the rest as their user
 //! data.
 //!
-//! Locks are kept in memory: only one process at a time has the machine open, so that another
-//! process has no way to the domains at all.
+//! Locks are kept in memory: only one process at a time has the machine open. Another process
+//! can only ask it to look at a domain or to change its state (`control.rs`), which heeds no lock.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, MutexGuard, PoisonError};

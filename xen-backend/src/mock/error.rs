@@ -28,6 +28,17 @@ pub enum MockError {
         /// The process, or "unknown".
         holder: String,
     },
+    /// A directory or file that somebody else may have put there.
+    #[error("{}: {why}", path.display())]
+    Unsafe {
+        /// The directory or file.
+        path: PathBuf,
+        /// What is wrong with it, and what to do.
+        why: String,
+    },
+    /// What the process that has the host open says.
+    #[error("{0}")]
+    Answered(String),
     /// There is no host in that directory.
     #[error("{} is no mock host; make one with `xsr mock create`", path.display())]
     NotAHost {

@@ -5,8 +5,10 @@ mod hvm;
 mod pv;
 mod tables;
 
-use std::thread;
+use std::sync::OnceLock;
+use std::{fmt, thread};
 
+use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE};
 
@@ -112,6 +114,29 @@ impl GuestSpec {
     }
 }
 
+/// Whether a guest that is being made is not wanted any more.
+#[derive(Default)]
+pub(super) struct Stop(OnceLock<Box<dyn Fn() -> bool + Send + Sync>>);
+
+impl Stop {
+    pub(super) fn set(&self, stop: impl Fn() -> bool + Send + Sync + 'static) {
+        self.0.get_or_init(|| Box::new(stop));
+    }
+
+    fn check(&self, domain: &MockDomain) -> Result<(), BackendError> {
+        match self.0.get().is_some_and(|stop| stop()) {
+            true => Err(domain.fail("create_guest", Errno::EINTR)),
+            false => Ok(()),
+        }
+    }
+}
+
+impl fmt::Debug for Stop {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Stop").finish_non_exhaustive()
+    }
+}
+
 impl MockHost {
     /// Make a guest that is running.
     ///
@@ -147,8 +172,9 @@ impl MockHost {
 /// Populate `extents`, all of them.
 fn populate(domain: &MockDomain, order: u8, extents: &mut [Gfn]) -> Result<(), BackendError> {
     for batch in extents.chunks_mut(POPULATE_BATCH) {
+        domain.machine.stop.check(domain)?;
         if domain.populate(order, batch)? < batch.len() {
-            return Err(domain.fail("populate_physmap", nix::errno::Errno::ENOMEM));
+            return Err(domain.fail("populate_physmap", Errno::ENOMEM));
         }
     }
     Ok(())
@@ -202,6 +228,7 @@ fn fill_share(domain: &MockDomain, seed: u64, pages: &[(u64, Mfn)]) -> Result<()
         .chunk_by(|a, b| a.1.0 + 1 == b.1.0)
         .flat_map(|run| run.chunks(MOST))
     {
+        domain.machine.stop.check(domain)?;
         // Pages of the run that are not zero, written together.
         let mut start = 0;
         let mut len = 0;

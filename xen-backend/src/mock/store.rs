@@ -19,11 +19,14 @@
 //! | `domains/N/state.json` | [`super::state::Record`] |
 //! | `domains/N/p2m` | translated guests: mfn + 1 per pfn, 0 where there is none |
 //! | `domains/N/blobs/NAME` | contexts, policy and user data, as they are |
+//!
+//! These files hold the memory of guests. They are their owner's alone, and [`super::place`]
+//! opens them without following a link.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Seek, Write};
+use std::fs::File;
+use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -34,6 +37,7 @@ use serde::{Deserialize, Serialize};
 
 use super::HostConfig;
 use super::error::MockError;
+use super::place::{How, NEW, Place};
 use super::state::Record;
 use crate::DomId;
 
@@ -50,6 +54,14 @@ pub(super) struct HostRecord {
 /// The layout that this program reads and writes.
 pub(super) const FORMAT: u32 = 2;
 
+/// The host's own state.
+pub(super) const HOST: &str = "host.json";
+/// Where the domains are.
+pub(super) const DOMAINS: &str = "domains";
+/// A domain's state, in its directory.
+const STATE: &str = "state.json";
+/// Where a domain's blobs are.
+const BLOBS: &str = "blobs";
 /// What the name of a forgotten domain's directory ends with.
 const DEAD: &str = "dead";
 
@@ -64,7 +76,7 @@ pub(super) struct Store {
 
 #[derive(Debug)]
 struct Dir {
-    path: PathBuf,
+    place: Place,
     /// Held while the host is open.
     _lock: Flock<File>,
 }
@@ -74,16 +86,6 @@ struct Dir {
 pub(super) struct Saved {
     pub(super) record: Record,
     pub(super) blobs: BTreeMap<String, Vec<u8>>,
-}
-
-/// Put `octets` at `path` in one go: a reader, or whoever comes after a process that
-/// died, finds the old file or the new one. It is not forced to the disk.
-fn replace_file(path: &Path, octets: &[u8]) -> Result<(), MockError> {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(".new");
-    let temporary = path.with_file_name(name);
-    fs::write(&temporary, octets).map_err(MockError::io("write", &temporary))?;
-    fs::rename(&temporary, path).map_err(MockError::io("rename", &temporary))
 }
 
 fn parse<T: for<'de> Deserialize<'de>>(path: &Path, octets: &[u8]) -> Result<T, MockError> {
@@ -111,16 +113,11 @@ impl Store {
         }
     }
 
-    /// Take the directory `path`, which exists, for this process.
-    pub(super) fn lock(path: &Path) -> Result<Self, MockError> {
-        let lock_path = path.join("lock");
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&lock_path)
-            .map_err(MockError::io("open", &lock_path))?;
+    /// Take a directory for this process.
+    pub(super) fn lock(place: Place) -> Result<Self, MockError> {
+        const LOCK: &str = "lock";
+        let file = place.file(LOCK, How::Write)?;
+        let lock_path = place.path().join(LOCK);
         let mut lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => lock,
             Err((mut file, Errno::EAGAIN)) => {
@@ -129,7 +126,7 @@ impl Store {
                     .map_err(MockError::io("read", &lock_path))?;
                 let holder = holder.trim();
                 return Err(MockError::InUse {
-                    path: path.to_owned(),
+                    path: place.path().to_owned(),
                     holder: if holder.is_empty() { "unknown" } else { holder }.to_owned(),
                 });
             }
@@ -142,22 +139,23 @@ impl Store {
         })()
         .map_err(MockError::io("write", &lock_path))?;
         Ok(Self {
-            dir: Some(Dir {
-                path: path.to_owned(),
-                _lock: lock,
-            }),
+            dir: Some(Dir { place, _lock: lock }),
             files: Mutex::default(),
         })
     }
 
     /// The directory, if there is one.
     pub(super) fn path(&self) -> Option<&Path> {
-        self.dir.as_ref().map(|dir| dir.path.as_path())
+        self.place().map(Place::path)
+    }
+
+    fn place(&self) -> Option<&Place> {
+        self.dir.as_ref().map(|dir| &dir.place)
     }
 
     /// A big file of the host's, made if it is not there.
     pub(super) fn file(&self, name: &str) -> Result<File, MockError> {
-        match self.path() {
+        match self.place() {
             None => {
                 let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
                 let file = match files.entry(name.to_owned()) {
@@ -170,74 +168,69 @@ impl Store {
                 };
                 file.try_clone().map_err(MockError::io("open", name))
             }
-            Some(path) => {
-                let path = path.join(name);
-                OpenOptions::new()
-                    .read(true)
-                    .write(true)
-                    .create(true)
-                    .truncate(false)
-                    .open(&path)
-                    .map_err(MockError::io("open", &path))
-            }
+            Some(place) => match name.rsplit_once('/') {
+                None => place.file(name, How::Write),
+                Some((dir, name)) => place.within(dir)?.file(name, How::Write),
+            },
         }
     }
 
     /// What `host.json` holds; `None` where there is none.
     pub(super) fn load_host(&self) -> Result<Option<HostRecord>, MockError> {
-        let Some(dir) = self.path() else {
+        let Some(place) = self.place() else {
             return Ok(None);
         };
-        let path = dir.join("host.json");
-        match fs::read(&path) {
-            Ok(octets) => parse(&path, &octets).map(Some),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(e) => Err(MockError::io("read", &path)(e)),
+        match place.read(HOST)? {
+            Some(octets) => parse(&place.path().join(HOST), &octets).map(Some),
+            None => Ok(None),
         }
     }
 
     /// Write `host.json`.
     pub(super) fn save_host(&self, host: &HostRecord) -> Result<(), MockError> {
-        match self.path() {
+        match self.place() {
             None => Ok(()),
-            Some(dir) => replace_file(&dir.join("host.json"), &encode(host)?),
+            Some(place) => place.replace(HOST, &encode(host)?),
         }
     }
 
-    fn domain_dir(&self, domid: DomId) -> Option<PathBuf> {
-        Some(self.path()?.join("domains").join(domid.0.to_string()))
+    /// Where the domains are.
+    fn domains(&self) -> Result<Option<Place>, MockError> {
+        self.place().map(|place| place.within(DOMAINS)).transpose()
+    }
+
+    fn domain(&self, domid: DomId) -> Result<Option<Place>, MockError> {
+        self.place()
+            .map(|place| place.within(&format!("{DOMAINS}/{}", domid.0)))
+            .transpose()
     }
 
     /// Make room for a new domain.
     pub(super) fn add_domain(&self, domid: DomId) -> Result<(), MockError> {
-        let Some(dir) = self.domain_dir(domid) else {
+        let Some(domains) = self.domains()? else {
             return Ok(());
         };
-        let blobs = dir.join("blobs");
-        fs::create_dir_all(&blobs).map_err(MockError::io("create", &blobs))
+        domains.make(&domid.0.to_string())?.make(BLOBS)?;
+        Ok(())
     }
 
     /// Forget a domain: its directory gets a name that is no domain's.
     pub(super) fn forget_domain(&self, domid: DomId) -> Result<(), MockError> {
         // Of an earlier domain with this number, where that could not be removed.
         self.clear_forgotten(domid)?;
-        let Some(dir) = self.domain_dir(domid) else {
+        let Some(domains) = self.domains()? else {
             let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
             files.remove(&Self::p2m_name(domid));
             return Ok(());
         };
-        fs::rename(&dir, dir.with_extension(DEAD)).map_err(MockError::io("rename", &dir))
+        domains.rename(&domid.0.to_string(), &dead(domid))
     }
 
     /// Remove what is left of a forgotten domain, if anything is.
     pub(super) fn clear_forgotten(&self, domid: DomId) -> Result<(), MockError> {
-        let Some(dir) = self.domain_dir(domid) else {
-            return Ok(());
-        };
-        let dead = dir.with_extension(DEAD);
-        match fs::remove_dir_all(&dead) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-            result => result.map_err(MockError::io("remove", &dead)),
+        match self.domains()? {
+            None => Ok(()),
+            Some(domains) => domains.remove_all(&dead(domid)),
         }
     }
 
@@ -248,77 +241,70 @@ impl Store {
 
     /// Write the small state of a domain.
     pub(super) fn save_record(&self, record: &Record) -> Result<(), MockError> {
-        match self.domain_dir(record.domid) {
+        match self.domain(record.domid)? {
             None => Ok(()),
-            Some(dir) => replace_file(&dir.join("state.json"), &encode(record)?),
+            Some(domain) => domain.replace(STATE, &encode(record)?),
         }
     }
 
     /// Write one blob of a domain.
     pub(super) fn save_blob(&self, domid: DomId, name: &str, blob: &[u8]) -> Result<(), MockError> {
-        match self.domain_dir(domid) {
+        match self.domain(domid)? {
             None => Ok(()),
-            Some(dir) => replace_file(&dir.join("blobs").join(name), blob),
+            Some(domain) => domain.within(BLOBS)?.replace(name, blob),
         }
     }
 
     /// Remove one blob of a domain, if it is there.
     pub(super) fn remove_blob(&self, domid: DomId, name: &str) -> Result<(), MockError> {
-        let Some(dir) = self.domain_dir(domid) else {
-            return Ok(());
-        };
-        let path = dir.join("blobs").join(name);
-        match fs::remove_file(&path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-            result => result.map_err(MockError::io("remove", &path)),
+        match self.domain(domid)? {
+            None => Ok(()),
+            Some(domain) => domain.within(BLOBS)?.remove(name),
         }
     }
 
     /// Every domain there is. What is half-made or half-removed is removed; whether
     /// there was any comes second: frames may still be called its own.
     pub(super) fn load_domains(&self) -> Result<(Vec<Saved>, bool), MockError> {
-        let Some(path) = self.path() else {
+        let Some(domains) = self.domains()? else {
             return Ok((Vec::new(), false));
         };
         let mut leftovers = false;
-        let domains = path.join("domains");
         let mut saved = Vec::new();
-        for entry in fs::read_dir(&domains).map_err(MockError::io("read", &domains))? {
-            let dir = entry.map_err(MockError::io("read", &domains))?.path();
-            let state = dir.join("state.json");
-            let record: Record = match fs::read(&state) {
-                Ok(octets) if dir.extension().is_none() => parse(&state, &octets)?,
-                Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                    return Err(MockError::io("read", &state)(e));
-                }
-                _ => {
-                    fs::remove_dir_all(&dir).map_err(MockError::io("remove", &dir))?;
-                    leftovers = true;
-                    continue;
-                }
+        for name in domains.names()? {
+            let whole = Path::new(&name).extension().is_none();
+            let domain = domains.within(&name)?;
+            let state = match whole {
+                true => domain.read(STATE)?,
+                false => None,
+            };
+            let Some(state) = state else {
+                domains.remove_all(&name)?;
+                leftovers = true;
+                continue;
             };
             saved.push(Saved {
-                record,
-                blobs: load_blobs(&dir.join("blobs"))?,
+                record: parse(&domain.path().join(STATE), &state)?,
+                blobs: load_blobs(&domain.within(BLOBS)?)?,
             });
         }
         Ok((saved, leftovers))
     }
 }
 
-fn load_blobs(dir: &Path) -> Result<BTreeMap<String, Vec<u8>>, MockError> {
-    let mut blobs = BTreeMap::new();
-    for entry in fs::read_dir(dir).map_err(MockError::io("read", dir))? {
-        let path = entry.map_err(MockError::io("read", dir))?.path();
-        let Some(name) = path.file_name().and_then(|name| name.to_str()) else {
-            continue;
-        };
-        if path.extension().is_some_and(|e| e == "new") {
-            fs::remove_file(&path).map_err(MockError::io("remove", &path))?;
-            continue;
+/// What the directory of a forgotten domain is called.
+fn dead(domid: DomId) -> String {
+    format!("{}.{DEAD}", domid.0)
+}
+
+fn load_blobs(blobs: &Place) -> Result<BTreeMap<String, Vec<u8>>, MockError> {
+    let mut loaded = BTreeMap::new();
+    for name in blobs.names()? {
+        if Path::new(&name).extension().is_some_and(|e| e == NEW) {
+            blobs.remove(&name)?;
+        } else if let Some(blob) = blobs.read(&name)? {
+            loaded.insert(name, blob);
         }
-        let blob = fs::read(&path).map_err(MockError::io("read", &path))?;
-        blobs.insert(name.to_owned(), blob);
     }
-    Ok(blobs)
+    Ok(loaded)
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use serde::Serialize;
+use serde::{Deserialize, Deserializer, Serialize};
 use xsr_format::frame::{Gfn, PageType};
 
 use super::MockHost;
@@ -14,7 +14,7 @@ use crate::error::BackendError;
 use crate::{DomId, GuestKind, GuestMemory, ShutdownReason, TscInfo};
 
 /// Whether a domain runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DomainState {
     /// It would, if the mock executed anything.
@@ -39,7 +39,7 @@ impl DomainState {
 }
 
 /// A line of a list of domains.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DomainSummary {
     /// Its number.
     pub domid: DomId,
@@ -56,7 +56,7 @@ pub struct DomainSummary {
 }
 
 /// All there is to tell of a domain.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DomainReport {
     /// What a list says.
     #[serde(flatten)]
@@ -80,6 +80,7 @@ pub struct DomainReport {
     /// How many pages of each type it has.
     pub page_types: BTreeMap<String, u64>,
     /// HVM parameters that were set, by number.
+    #[serde(deserialize_with = "by_number")]
     pub hvm_params: BTreeMap<u32, u64>,
     /// Reserved grant entries: console and xenstore.
     pub grants: [Option<GrantEntry>; 2],
@@ -87,6 +88,16 @@ pub struct DomainReport {
     pub blobs: BTreeMap<String, usize>,
     /// Octets of user data by key.
     pub userdata: BTreeMap<String, usize>,
+}
+
+/// Keys of JSON are text, and serde makes no numbers of them in what is flattened.
+fn by_number<'de, D: Deserializer<'de>>(from: D) -> Result<BTreeMap<u32, u64>, D::Error> {
+    let named = BTreeMap::<String, u64>::deserialize(from)?;
+    let numbered = named.into_iter().map(|(key, value)| {
+        let number = key.parse().map_err(serde::de::Error::custom)?;
+        Ok((number, value))
+    });
+    numbered.collect()
 }
 
 impl MockDomain {

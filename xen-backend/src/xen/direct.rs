@@ -144,6 +144,17 @@ impl XenHost {
             ("/store/port", store.port.to_string()),
             ("/store/ring-ref", store.frame.0.to_string()),
         ];
+        let uuid = self.domain(domid)?.info()?.uuid;
+        let vm = format!("/vm/{uuid}");
+        if !uuid.is_nil() {
+            values.push(("/vm", vm.clone()));
+            for (key, value) in [("uuid", uuid.to_string()), ("name", name.to_owned())] {
+                xenstore
+                    .write(&format!("{vm}/{key}"), value.as_bytes())
+                    .map_err(&fail)?;
+            }
+            xenstore.let_have(&vm, domid, false).map_err(&fail)?;
+        }
         values.extend(GUESTS.map(|path| (path, String::new())));
         if let Some(console) = console {
             values.extend([

@@ -412,9 +412,7 @@ impl DomainStore for XenHost {
 
     fn forget(&self, domain: DomainRef) -> Result<(), DomainStoreError> {
         self.check(domain)?;
-        let left = self.shared.left_behind(domain);
-        let left = left.map_err(failed("looking for devices", domain.domid))?;
-        self.remove_nodes(domain.domid, &left)
+        self.remove_nodes(domain.domid, &[])
     }
 
     fn destroy(&self, domain: DomainRef, timeout: Duration) -> Result<Destroyed, DomainStoreError> {

@@ -10,6 +10,7 @@
 
 mod find;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE, Page, PageType, Pfn};
@@ -141,6 +142,8 @@ struct Chunk {
 #[derive(Default)]
 pub(crate) struct NewP2m {
     chunks: Vec<Option<Box<Chunk>>>,
+    /// Frames that were given back, and whose they were.
+    released: BTreeMap<Mfn, Pfn>,
 }
 
 /// The p2m of a guest that is being restored, which one thread fills while others look
@@ -208,7 +211,36 @@ impl NewP2m {
 
     /// `pfn` has given its frame back.
     pub(crate) fn clear_mfn(&mut self, pfn: Pfn) {
+        if let Some(mfn) = self.mfn(pfn) {
+            self.released.insert(mfn, pfn);
+        }
         self.set_mfn(pfn, Mfn::INVALID);
+    }
+
+    /// Whose frame `mfn` was, if it was given back.
+    pub(crate) fn released(&self, mfn: Mfn) -> Option<Pfn> {
+        self.released.get(&mfn).copied()
+    }
+
+    /// Whether any pfn from `first` on, of `count`, has a frame.
+    fn holds_any(&self, first: u64, count: u64) -> bool {
+        let mut pfn = first;
+        let end = first.saturating_add(count);
+        while pfn < end {
+            let (chunk, at) = Self::place(Pfn(pfn));
+            let next = ((chunk + 1) * CHUNK) as u64;
+            if let Some(Some(chunk)) = self.chunks.get(chunk) {
+                let until = usize::try_from(end.min(next) - pfn).map_or(CHUNK, |n| at + n);
+                if chunk.mfns[at..until.min(CHUNK)]
+                    .iter()
+                    .any(|mfn| *mfn != Mfn::INVALID.0)
+                {
+                    return true;
+                }
+            }
+            pfn = next;
+        }
+        false
     }
 
     /// Note what the stream says of `pfn`. Where it has no memory, and nothing near it
@@ -236,28 +268,49 @@ impl NewP2m {
 
     /// Write the p2m into the guest's own, whose leaves are at the pfns `frames`,
     /// for the pfns `0..=max_pfn`. What of the last leaf is beyond stays as it is.
+    ///
+    /// One leaf may stand for several ranges in which the guest has no page, as Linux's
+    /// page of missing entries does: it is written once.
+    ///
+    /// `go_on` is asked after each batch.
     pub(crate) fn write_back(
         &self,
         domain: &dyn Domain,
         info: PvInfo,
         frames: &[Pfn],
         max_pfn: Pfn,
+        go_on: &mut dyn FnMut() -> Result<(), RestoreError>,
     ) -> Result<(), RestoreError> {
         const BATCH: usize = 1024;
         let fpp = entries_per_frame(info);
         let mut contents = Box::new([0; PAGE_SIZE]);
+        let (mut written, mut in_use) = (BTreeSet::new(), BTreeSet::new());
         for (batch, leaves) in frames.chunks(BATCH).enumerate() {
-            let gfns: Vec<Gfn> = leaves
-                .iter()
-                .enumerate()
-                .map(|(i, pfn)| {
-                    let leaf = batch * BATCH + i;
-                    self.ordinary_frame(*pfn, || format!("X86_PV_P2M_FRAMES entry {leaf}"))
-                })
-                .collect::<Result<_, _>>()?;
+            go_on()?;
+            let mut due: Vec<(usize, Gfn)> = Vec::with_capacity(leaves.len());
+            for (entry, pfn) in (batch * BATCH..).zip(leaves) {
+                let first = entry as u64 * fpp;
+                let used = self.holds_any(first, fpp);
+                let again = !written.insert(*pfn);
+                if again && (used || in_use.contains(pfn)) {
+                    return Err(GuestError::SharedLeaf { leaf: *pfn, entry }.into());
+                }
+                if used {
+                    in_use.insert(*pfn);
+                }
+                if again {
+                    continue;
+                }
+                let name = || format!("X86_PV_P2M_FRAMES entry {entry}");
+                due.push((entry, self.ordinary_frame(*pfn, name)?));
+            }
+            if due.is_empty() {
+                continue;
+            }
+            let gfns: Vec<Gfn> = due.iter().map(|(_, gfn)| *gfn).collect();
             let pages = domain.map(&gfns, Access::Write)?.all_mapped()?;
-            for (i, page) in pages.iter() {
-                let first = (batch * BATCH + i) as u64 * fpp;
+            for ((_, page), (entry, _)) in pages.iter().zip(&due) {
+                let first = *entry as u64 * fpp;
                 if first + fpp - 1 > max_pfn.0 {
                     // What is behind the last pfn stays as it is.
                     page.copy_to(&mut contents);

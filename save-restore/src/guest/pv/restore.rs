@@ -1,47 +1,35 @@
-//! What a stream says of a PV guest, kept until END, and its way into the domain.
+//! What a stream says of a PV guest, on its way into the domain.
 //!
 //! C implementation: `xg_sr_restore_x86_pv.c`.
 
-use std::collections::BTreeMap;
-
 use xsr_format::frame::{Gfn, Mfn, PAGE_SHIFT, Page, Pfn};
-use xsr_format::record::pv::{P2mFrames, PvInfo, VcpuState};
+use xsr_format::guest_image::GuestImage;
+use xsr_format::record::pv::PvInfo;
 use xsr_format::record::{MAX_BATCH, RecordKind};
-use xsr_xen_backend::{Access, Domain, ForeignPages, RingGrant};
+use xsr_xen_backend::{Access, BackendError, Domain, Errno, ForeignPages, RingGrant, VcpuBlob};
 
 use crate::error::{GuestError, RestoreError};
+use crate::guest::pv::blame;
 use crate::guest::pv::layout::{Field, cr3_to_frame, frame_to_cr3, shared_info, start_info, vcpu};
 use crate::guest::pv::p2m::SharedP2m;
 use crate::guest::pv::{VCPU_RECORDS, gdt_frames, guest_info};
 use crate::guest::x86;
 use crate::restore::RestoreOptions;
 
-/// Blobs of one vcpu, in the order of [`VCPU_RECORDS`]; empty where none came.
-type VcpuBlobs = [Vec<u8>; VCPU_RECORDS.len()];
-
 /// The restore side.
 #[derive(Debug)]
 pub(crate) struct PvRestore {
     info: PvInfo,
     max_pfn: Pfn,
-    /// pfns of the p2m's leaves.
-    frames: Vec<Pfn>,
     pub(crate) p2m: SharedP2m,
-    shared_info: Option<Box<Page>>,
-    vcpus: BTreeMap<u32, VcpuBlobs>,
-    max_vcpu_id: u32,
 }
 
 impl PvRestore {
-    pub(crate) fn new(max_vcpu_id: u32) -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             info: PvInfo::Bits64,
             max_pfn: Pfn(0),
-            frames: Vec::new(),
             p2m: SharedP2m::default(),
-            shared_info: None,
-            vcpus: BTreeMap::new(),
-            max_vcpu_id,
         }
     }
 
@@ -64,52 +52,42 @@ impl PvRestore {
         Ok(())
     }
 
-    /// X86_PV_P2M_FRAMES. A guest that grew sends more of them, each behind what is
-    /// known: a gap would be a p2m without frames for it.
-    pub(crate) fn p2m_frames(&mut self, record: &P2mFrames<'_>) -> Result<(), GuestError> {
-        let first = usize::try_from(record.first_frame).unwrap_or(usize::MAX);
-        if first > self.frames.len() {
-            return Err(GuestError::P2m {
-                what: "the first pfn of X86_PV_P2M_FRAMES, before which frames are missing,",
-                value: record.start.0,
-            });
-        }
-        self.max_pfn = self.max_pfn.max(record.end);
-        let end = first + record.frames().len();
-        if self.frames.len() < end {
-            self.frames.resize(end, Pfn::INVALID);
-        }
-        for (slot, pfn) in self.frames[first..end].iter_mut().zip(record.frames()) {
-            *slot = pfn;
-        }
-        Ok(())
+    /// X86_PV_P2M_FRAMES has announced pfns up to this one.
+    pub(crate) fn set_max_pfn(&mut self, max_pfn: Pfn) {
+        self.max_pfn = max_pfn;
     }
 
-    /// SHARED_INFO.
-    pub(crate) fn shared_info(&mut self, page: &Page) {
-        self.shared_info = Some(Box::new(*page));
-    }
-
-    /// X86_PV_VCPU_*. An empty blob means nothing (erratum 1).
-    pub(crate) fn vcpu_state(
-        &mut self,
+    /// The state of a vcpu was refused because of `cause`: what of it may be wrong.
+    fn vcpu_refused(
+        &self,
+        domain: &dyn Domain,
+        vcpu: u32,
         kind: RecordKind,
-        record: &VcpuState<'_>,
-    ) -> Result<(), RestoreError> {
-        if record.state.is_empty() {
-            return Ok(());
+        state: &[u8],
+        cause: BackendError,
+    ) -> RestoreError {
+        if matches!(
+            cause.errno,
+            Errno::ESRCH | Errno::EPERM | Errno::EACCES | Errno::ENOMEM
+        ) {
+            return cause.into();
         }
-        let (vcpu, max) = (record.vcpu, self.max_vcpu_id);
-        if vcpu > max {
-            return Err(RestoreError::Vcpu { kind, vcpu, max });
-        }
-        let blobs = self.vcpus.entry(vcpu).or_default();
-        for ((_, record_kind), blob) in VCPU_RECORDS.iter().zip(blobs) {
-            if *record_kind == kind {
-                *blob = record.state.to_vec();
+        if kind == RecordKind::X86_PV_VCPU_BASIC {
+            let cr3 = vcpu::ctrlreg(3).get(self.info, state);
+            let root = Pfn(cr3_to_frame(self.info, cr3));
+            match blame::table(domain, &self.p2m.read(), self.info, vcpu, root) {
+                Ok(None) => {}
+                Ok(Some(error)) => return error.into(),
+                Err(error) => tracing::debug!(%error, "the page tables could not be looked at"),
             }
         }
-        Ok(())
+        RestoreError::VcpuState {
+            vcpu,
+            kind,
+            bytes: state.len(),
+            reason: String::new(),
+            cause,
+        }
     }
 
     /// Apply all that was kept: shared_info, vcpus (with start_info), pins, the p2m,
@@ -117,34 +95,39 @@ impl PvRestore {
     /// written. Says where the store and console rings are.
     pub(crate) fn complete(
         &self,
+        image: &GuestImage,
         domain: &dyn Domain,
         options: &RestoreOptions,
+        go_on: &mut dyn FnMut() -> Result<(), RestoreError>,
     ) -> Result<(Option<Gfn>, Option<Gfn>), RestoreError> {
-        if let Some(page) = &self.shared_info {
+        if let Some(page) = image.shared_info() {
             self.merge_shared_info(domain, page)?;
         }
         let mut rings = (None, None);
-        for (&id, blobs) in &self.vcpus {
-            for ((blob, _), state) in VCPU_RECORDS.iter().zip(blobs) {
-                if state.is_empty() {
+        for (&id, vcpu) in image.vcpus() {
+            go_on()?;
+            for (blob, kind) in &VCPU_RECORDS {
+                let Some(state) = vcpu.blob(*kind).filter(|state| !state.is_empty()) else {
                     continue;
-                }
-                if *blob == xsr_xen_backend::VcpuBlob::Basic {
-                    let mut context = state.clone();
+                };
+                let set = if *blob == VcpuBlob::Basic {
+                    let mut context = state.to_vec();
                     if id == 0 {
                         rings = self.start_info(domain, &mut context, options)?;
                     }
                     self.localise_context(id, &mut context)?;
-                    domain.set_vcpu_state(id, *blob, &context)?;
+                    domain.set_vcpu_state(id, *blob, &context)
                 } else {
-                    domain.set_vcpu_state(id, *blob, state)?;
-                }
+                    domain.set_vcpu_state(id, *blob, state)
+                };
+                set.map_err(|cause| self.vcpu_refused(domain, id, *kind, state, cause))?;
             }
         }
-        self.pin_tables(domain)?;
+        self.pin_tables(domain, go_on)?;
+        let frames = image.p2m().map_or(&[][..], |p2m| &p2m.frames);
         self.p2m
             .read()
-            .write_back(domain, self.info, &self.frames, self.max_pfn)?;
+            .write_back(domain, self.info, frames, self.max_pfn, go_on)?;
         let (store, console) = rings;
         if let Some(console) = console {
             x86::disconnect_console(domain, console)?;
@@ -276,7 +259,11 @@ impl PvRestore {
 
     /// Pin every table that was pinned, ascending by pfn, as many at a time as Xen's
     /// own restorer asks for.
-    fn pin_tables(&self, domain: &dyn Domain) -> Result<(), RestoreError> {
+    fn pin_tables(
+        &self,
+        domain: &dyn Domain,
+        go_on: &mut dyn FnMut() -> Result<(), RestoreError>,
+    ) -> Result<(), RestoreError> {
         let tables: Vec<(u8, Mfn)> = self
             .p2m
             .read()
@@ -291,6 +278,7 @@ impl PvRestore {
             })
             .collect::<Result<_, _>>()?;
         for batch in tables.chunks(MAX_BATCH) {
+            go_on()?;
             domain.pin_tables(batch)?;
         }
         Ok(())

@@ -46,6 +46,7 @@ pub struct ConnectionReader<'a> {
     waits: Waits<'a>,
     /// From which pages go straight into the guest's memory.
     direct: Option<Descriptor<BorrowedFd<'a>>>,
+    bytes: u64,
 }
 
 impl fmt::Debug for ConnectionReader<'_> {
@@ -75,7 +76,13 @@ impl<'a> ConnectionReader<'a> {
                 until: None,
             },
             direct,
+            bytes: 0,
         })
+    }
+
+    /// How many bytes have been read.
+    pub const fn bytes_read(&self) -> u64 {
+        self.bytes
     }
 
     /// All reads together are to take no longer than this, from now on. A peer that says a byte
@@ -93,7 +100,10 @@ impl Read for ConnectionReader<'_> {
         }
         let wait = self.waits.next(self.connection);
         Ok(match self.connection.read(room, &wait)? {
-            Received::Bytes(n) => n,
+            Received::Bytes(n) => {
+                self.bytes += n as u64;
+                n
+            }
             Received::Closed => 0,
         })
     }
@@ -117,7 +127,10 @@ impl PageSource for ConnectionReader<'_> {
             let read = direct.read_within(&limit, |fd| pages.read_some_from(fd, at..end));
             match read.map_err(|error| failed(error, false, &limit))? {
                 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                n => at += n,
+                n => {
+                    self.bytes += n as u64;
+                    at += n;
+                }
             }
         }
         Ok(())

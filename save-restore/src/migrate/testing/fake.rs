@@ -15,9 +15,15 @@ use crate::migrate::connection::{
 /// What goes wrong at a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// The connection is lost, for both ends. What had been written still arrives; of what this
-    /// call writes, so many bytes do.
+    /// The connection is lost, for both ends, when the call has carried so many bytes. What had
+    /// been written before still arrives. The call fails if it carried none.
     Lose {
+        /// Bytes of this call that are taken, and arrive.
+        taken: usize,
+    },
+    /// The connection is lost on the way: the call takes its bytes as ever, and so many of them
+    /// arrive.
+    Cut {
         /// Bytes of this call that arrive.
         arrive: usize,
     },
@@ -52,9 +58,10 @@ pub struct Faulty {
 /// use xsr_save_restore::migrate::testing::{FakeConnection, Fault, Faulty};
 ///
 /// let (here, there) = FakeConnection::pair_in_one_thread(1 << 16);
-/// here.fail(Faulty { call: 1, fault: Fault::Lose { arrive: 2 } });
+/// here.fail(Faulty { call: 1, fault: Fault::Cut { arrive: 2 } });
 /// here.write(b"whole", &Wait::forever())?;
-/// assert!(matches!(here.write(b"cut short", &Wait::forever()), Err(ConnectionError::Lost(_))));
+/// here.write(b"cut short", &Wait::forever())?;
+/// assert!(matches!(here.write(b"more", &Wait::forever()), Err(ConnectionError::Lost(_))));
 ///
 /// let mut room = [0; 16];
 /// there.read(&mut room, &Wait::forever())?;
@@ -105,8 +112,10 @@ struct State {
 
 #[derive(Debug, Default)]
 struct End {
-    /// Bytes on their way here, and when they arrive.
-    inbox: VecDeque<(Duration, u8)>,
+    /// Bytes on their way here, and when they arrive. No piece is empty.
+    inbox: VecDeque<(Duration, VecDeque<u8>)>,
+    /// How many they are.
+    queued: usize,
     /// What it waits for, if it waits: a byte or room, and until when.
     waits: Option<(Waiting, Option<Duration>)>,
     /// It has said that it writes no more.
@@ -138,7 +147,7 @@ impl State {
                     Some((arrives, _)) => *arrives <= self.now,
                     None => peer.finished || peer.gone,
                 },
-                _ => peer.gone || peer.inbox.len() < capacity,
+                _ => peer.gone || peer.queued < capacity,
             }
     }
 }
@@ -299,9 +308,10 @@ impl FakeConnection {
                     state.lost = true;
                     for end in &mut state.ends {
                         end.inbox.clear();
+                        end.queued = 0;
                     }
                 }
-                Fault::Lose { .. } if !writing => state.lost = true,
+                Fault::Lose { .. } | Fault::Cut { .. } if !writing => state.lost = true,
                 _ => {}
             }
         }
@@ -336,16 +346,22 @@ impl Connection for FakeConnection {
             });
         }
         let most = Self::shortened(&faults, room.len());
-        let inbox = &mut state.ends[self.end].inbox;
+        let end = &mut state.ends[self.end];
         let mut n = 0;
         while n < most
-            && let Some((arrives, byte)) = inbox.front()
+            && let Some((arrives, bytes)) = end.inbox.front_mut()
             && *arrives <= now
         {
-            room[n] = *byte;
-            n += 1;
-            inbox.pop_front();
+            let step = bytes.len().min(most - n);
+            for (place, byte) in room[n..n + step].iter_mut().zip(bytes.drain(..step)) {
+                *place = byte;
+            }
+            if bytes.is_empty() {
+                end.inbox.pop_front();
+            }
+            n += step;
         }
+        end.queued -= n;
         let result = match n {
             0 if state.lost => Err(lost()),
             0 => Ok(Received::Closed),
@@ -360,7 +376,7 @@ impl Connection for FakeConnection {
         let here = state.ends[self.end].inbox.iter();
         let here = here.take_while(|(arrives, _)| *arrives <= state.now);
         let mut n = 0;
-        for ((_, byte), place) in here.zip(room) {
+        for (byte, place) in here.flat_map(|(_, bytes)| bytes).zip(room) {
             *place = *byte;
             n += 1;
         }
@@ -397,22 +413,34 @@ impl Connection for FakeConnection {
             Fault::Late(time) => Some(*time),
             _ => None,
         });
-        let lose = faults.iter().find_map(|fault| match fault {
-            Fault::Lose { arrive } => Some(*arrive),
+        let fault = |of: fn(&Fault) -> Option<usize>| faults.iter().find_map(of);
+        let taken = fault(|fault| match fault {
+            Fault::Lose { taken } => Some(*taken),
             _ => None,
         });
-        let inbox = &mut state.ends[1 - self.end].inbox;
-        let room = self.shared.capacity.saturating_sub(inbox.len());
+        let arrive = fault(|fault| match fault {
+            Fault::Cut { arrive } => Some(*arrive),
+            _ => None,
+        });
+        let peer = &mut state.ends[1 - self.end];
+        let room = self.shared.capacity.saturating_sub(peer.queued);
         let n = Self::shortened(&faults, bytes.len().min(room));
+        let n = taken.map_or(n, |taken| taken.min(n));
         // Bytes arrive in order: none before those that are late.
-        let arrives = (now + late.unwrap_or_default()).max(inbox.back().map_or(now, |last| last.0));
-        let arrive = lose.map_or(n, |arrive| arrive.min(n));
-        inbox.extend(bytes[..arrive].iter().map(|byte| (arrives, *byte)));
-        state.lost |= lose.is_some();
+        let last = peer.inbox.back().map_or(now, |last| last.0);
+        let arrives = (now + late.unwrap_or_default()).max(last);
+        let lost_here = taken.is_some() || arrive.is_some();
+        let arrive = arrive.map_or(n, |arrive| arrive.min(n));
+        if arrive > 0 {
+            let bytes = bytes[..arrive].iter().copied().collect();
+            peer.inbox.push_back((arrives, bytes));
+            peer.queued += arrive;
+        }
+        state.lost |= lost_here;
         self.shared.changed.notify_all();
-        match lose {
-            Some(_) => Err(lost()),
-            None => Ok(n),
+        match n {
+            0 => Err(lost()),
+            n => Ok(n),
         }
     }
 

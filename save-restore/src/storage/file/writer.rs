@@ -17,7 +17,6 @@ use xsr_format::frame::PAGE_SIZE;
 use super::leftover::Temporary;
 use super::steps::{Step, Steps};
 use super::{directory, sync_directory};
-use crate::storage::error::shown;
 use crate::storage::{
     Create, Durability, Existing, Shape, StorageError, StorageReader, StorageWriter,
 };
@@ -79,10 +78,7 @@ impl FileWriter {
             // A file system that cannot: a second name can be given without replacing, too.
             Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
                 fs::hard_link(from, &self.to)?;
-                if let Err(error) = fs::remove_file(from) {
-                    tracing::warn!("{} stays: {error}", shown(from));
-                }
-                Ok(())
+                fs::remove_file(from)
             }
             result => Ok(result?),
         }

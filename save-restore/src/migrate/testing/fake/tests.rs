@@ -65,7 +65,11 @@ fn every_call_can_fail_and_time_passes_only_where_both_wait() {
     for (end, calls) in calls.into_iter().enumerate() {
         for call in 0..calls {
             let with = |fault| conversation(Some((end, Faulty { call, fault })));
-            for fault in [Fault::Lose { arrive: 0 }, Fault::Vanish] {
+            for fault in [
+                Fault::Lose { taken: 0 },
+                Fault::Lose { taken: 1 },
+                Fault::Vanish,
+            ] {
                 let (heard, ..) = with(fault);
                 assert!(heard[0].len() + heard[1].len() < 6, "{fault:?} at {call}");
             }

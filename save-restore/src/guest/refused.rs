@@ -1,0 +1,348 @@
+//! Why the hypervisor refuses a guest's state, told as a person needs it: what the image
+//! has, what this host has, and which entry of which record is to blame.
+//!
+//! C implementation: none that goes as far; `xg_sr_common_x86.c` prints leaf, subleaf and
+//! register of a CPU policy.
+
+use std::fmt;
+
+use xsr_format::fields::hvm::{HvmContext, HvmRecordKind};
+use xsr_format::fields::x86::{Register, arch_capabilities, features, leaf_name, msr_name};
+use xsr_xen_backend::{BackendError, CpuPolicy, Detail, Domain, PolicyEntry};
+
+/// Bytes of a leaf and of a register in a policy.
+const LEAF: usize = 24;
+const MSR: usize = 16;
+/// "The leaf has no subleaves."
+const NO_SUBLEAF: u32 = u32::MAX;
+/// Registers, in the order of a leaf.
+const REGISTERS: [Register; 4] = [Register::Eax, Register::Ebx, Register::Ecx, Register::Edx];
+/// MSR_ARCH_CAPABILITIES.
+const ARCH_CAPABILITIES: u32 = 0x10a;
+/// MSR_INTEL_PLATFORM_INFO, and the one bit of it that a guest may see.
+const PLATFORM_INFO: u32 = 0xce;
+const CPUID_FAULTING: u64 = 1 << 31;
+/// Leaves that hold the processor's name.
+const BRAND: [u32; 3] = [0x8000_0002, 0x8000_0003, 0x8000_0004];
+/// More names than this are counted only.
+const MOST_NAMES: usize = 12;
+
+/// A CPU policy that the hypervisor does not accept.
+#[derive(Debug)]
+pub struct PolicyRefused {
+    /// What the hypervisor answered, with the entry that it blames.
+    pub cause: BackendError,
+    image: CpuPolicy,
+    /// What a new guest gets on this host; `None` where it could not be asked.
+    host: Option<CpuPolicy>,
+}
+
+impl PolicyRefused {
+    /// `image` was refused with `cause`.
+    pub(crate) fn new(domain: &dyn Domain, image: &CpuPolicy, cause: BackendError) -> Self {
+        Self {
+            cause,
+            image: image.clone(),
+            // It has not been changed.
+            host: domain.cpu_policy().ok(),
+        }
+    }
+
+    /// The entry of the policy that the hypervisor blames, where it blames one.
+    pub fn entry(&self) -> Option<PolicyEntry> {
+        match self.cause.detail.as_deref() {
+            Some(Detail::PolicyEntry(entry)) => Some(*entry),
+            _ => None,
+        }
+    }
+
+    /// Features that the image has and the host has not.
+    fn missing_features(&self) -> Vec<String> {
+        let Some(host) = &self.host else {
+            return Vec::new();
+        };
+        let mut names = Vec::new();
+        for (leaf, subleaf, image) in leaves(&self.image) {
+            let here = find_leaf(host, leaf, subleaf).unwrap_or_default();
+            for (register, (image, here)) in REGISTERS.iter().zip(image.iter().zip(here)) {
+                let subleaf = if subleaf == NO_SUBLEAF { 0 } else { subleaf };
+                names.extend(
+                    features(leaf, subleaf, *register, image & !here)
+                        .into_iter()
+                        .flatten(),
+                );
+            }
+        }
+        names
+    }
+}
+
+fn word(bytes: &[u8], at: usize) -> u32 {
+    bytes
+        .get(at..at + 4)
+        .and_then(|bytes| bytes.try_into().ok())
+        .map_or(0, u32::from_le_bytes)
+}
+
+/// Leaf, subleaf, and the four registers.
+fn leaves(policy: &CpuPolicy) -> impl Iterator<Item = (u32, u32, [u32; 4])> {
+    policy.leaves.chunks_exact(LEAF).map(|entry| {
+        let register = |n: usize| word(entry, 8 + 4 * n);
+        let registers = [register(0), register(1), register(2), register(3)];
+        (word(entry, 0), word(entry, 4), registers)
+    })
+}
+
+fn find_leaf(policy: &CpuPolicy, leaf: u32, subleaf: u32) -> Option<[u32; 4]> {
+    leaves(policy)
+        .find(|(l, s, _)| (*l, *s) == (leaf, subleaf))
+        .map(|(.., registers)| registers)
+}
+
+fn find_msr(policy: &CpuPolicy, index: u32) -> Option<(u32, u64)> {
+    policy
+        .msrs
+        .chunks_exact(MSR)
+        .find(|entry| word(entry, 0) == index)
+        .map(|entry| {
+            let value = u64::from(word(entry, 8)) | u64::from(word(entry, 12)) << 32;
+            (word(entry, 4), value)
+        })
+}
+
+/// The name of the processor that a policy describes.
+fn brand(policy: &CpuPolicy) -> Option<String> {
+    let mut bytes = Vec::new();
+    for leaf in BRAND {
+        for register in find_leaf(policy, leaf, NO_SUBLEAF)? {
+            bytes.extend(register.to_le_bytes());
+        }
+    }
+    let text = String::from_utf8_lossy(&bytes);
+    let text = text.trim_matches(|c: char| c == '\0' || c.is_whitespace());
+    let plain: String = text.chars().filter(|c| !c.is_control()).collect();
+    (!plain.is_empty()).then_some(plain)
+}
+
+struct Leaf(Option<[u32; 4]>);
+
+impl fmt::Display for Leaf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            None => f.write_str("nothing there"),
+            Some([a, b, c, d]) => {
+                write!(f, "eax {a:#010x} ebx {b:#010x} ecx {c:#010x} edx {d:#010x}")
+            }
+        }
+    }
+}
+
+struct Msr(Option<(u32, u64)>);
+
+impl fmt::Display for Msr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            None => f.write_str("nothing there"),
+            Some((0, value)) => write!(f, "{value:#018x}"),
+            Some((flags, value)) => write!(f, "{value:#018x} with flags {flags:#x}"),
+        }
+    }
+}
+
+/// At most so many names, and how many more.
+fn list(names: &[String]) -> String {
+    let shown = &names[..names.len().min(MOST_NAMES)];
+    let more = match names.len() - shown.len() {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    shown.join(", ") + &more
+}
+
+impl fmt::Display for PolicyRefused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("this host cannot give the guest the CPU that the image describes: ")?;
+        let entry = self.entry();
+        match entry {
+            Some(PolicyEntry::Leaf { leaf, subleaf }) => {
+                let name = leaf_name(leaf).map_or_else(String::new, |name| format!(" ({name})"));
+                let at = subleaf.unwrap_or(NO_SUBLEAF);
+                write!(
+                    f,
+                    "Xen refuses {}{name}, where the image has {}",
+                    PolicyEntry::Leaf { leaf, subleaf },
+                    Leaf(find_leaf(&self.image, leaf, at)),
+                )?;
+                if let Some(host) = &self.host {
+                    write!(f, " and this host {}", Leaf(find_leaf(host, leaf, at)))?;
+                }
+            }
+            Some(PolicyEntry::Msr(index)) => {
+                let name = msr_name(index).map_or_else(String::new, |name| format!(" ({name})"));
+                let image = find_msr(&self.image, index);
+                write!(
+                    f,
+                    "Xen refuses MSR {index:#x}{name}, where the image has {}",
+                    Msr(image)
+                )?;
+                let here = self.host.as_ref().map(|host| find_msr(host, index));
+                if let Some(here) = here {
+                    write!(f, " and this host {}", Msr(here))?;
+                }
+                let value = |msr: Option<(u32, u64)>| msr.map_or(0, |(_, value)| value);
+                let lacks = value(image) & !value(here.flatten());
+                let names: Vec<String> = match index {
+                    ARCH_CAPABILITIES => arch_capabilities(lacks).collect(),
+                    PLATFORM_INFO if lacks & CPUID_FAULTING != 0 => {
+                        vec!["cpuid-faulting".to_owned()]
+                    }
+                    _ => Vec::new(),
+                };
+                if !names.is_empty() {
+                    write!(f, "; it lacks {}", list(&names))?;
+                }
+            }
+            None => f.write_str("Xen does not say which part of it")?,
+        }
+        let missing = self.missing_features();
+        if !missing.is_empty() {
+            write!(
+                f,
+                "; features that the image has and guests here do not get: {}",
+                list(&missing)
+            )?;
+        }
+        let here = self.host.as_ref().and_then(brand);
+        match (brand(&self.image), here) {
+            (Some(image), Some(here)) if image != here => write!(
+                f,
+                ". The image comes from another CPU: \"{image}\", this host has \"{here}\""
+            )?,
+            _ => f.write_str(". The image comes from another CPU or another Xen")?,
+        }
+        write!(
+            f,
+            "; restore it on a host like the one that it comes from ({})",
+            self.cause
+        )
+    }
+}
+
+impl std::error::Error for PolicyRefused {}
+
+/// Records of an HVM context that belong to a vcpu: each has the vcpu's number.
+const OF_A_VCPU: [HvmRecordKind; 9] = [
+    HvmRecordKind::CPU,
+    HvmRecordKind::LAPIC,
+    HvmRecordKind::LAPIC_REGS,
+    HvmRecordKind::MTRR,
+    HvmRecordKind::CPU_XSAVE,
+    HvmRecordKind::VIRIDIAN_VCPU,
+    HvmRecordKind::VMCE_VCPU,
+    HvmRecordKind::TSC_ADJUST,
+    HvmRecordKind::CPU_MSR,
+];
+
+/// What in an HVM context that was refused may be the reason, for a domain whose last vcpu
+/// is `max_vcpu_id`.
+pub(crate) fn suspect_of_context(context: &[u8], max_vcpu_id: Option<u32>) -> String {
+    let records = match HvmContext::records(context) {
+        Ok(records) => records,
+        // It says what of what.
+        Err(error) => return error.to_string(),
+    };
+    for record in &records {
+        let (kind, instance) = (record.kind, record.instance);
+        if kind.name().is_none() {
+            return format!("{kind} (instance {instance}) is a record that is not known");
+        }
+        if let Some(last) = max_vcpu_id
+            && OF_A_VCPU.contains(&kind)
+            && u32::from(instance) > last
+        {
+            return format!(
+                "{kind} (instance {instance}) is of a vcpu that the domain does not have, its last is {last}"
+            );
+        }
+    }
+    format!(
+        "which of its {} records, the hypervisor tells in its own log only",
+        records.len()
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use xsr_xen_backend::mock::{HostConfig, MockHost};
+    use xsr_xen_backend::{GuestKind, Host as _};
+
+    use super::*;
+
+    fn refused(change: impl FnOnce(&mut CpuPolicy)) -> PolicyRefused {
+        let host = MockHost::ephemeral(&HostConfig::default()).unwrap();
+        let domid = host.create_domain(GuestKind::Pvh, 1, 16).unwrap();
+        let domain = host.as_xen().unwrap().domain(domid).unwrap();
+        let mut policy = domain.cpu_policy().unwrap();
+        change(&mut policy);
+        let cause = domain.set_cpu_policy(&policy).unwrap_err();
+        PolicyRefused::new(domain.as_ref(), &policy, cause)
+    }
+
+    #[test]
+    fn a_register_is_named_with_both_values() {
+        let refused = refused(|policy| policy.msrs[..4].copy_from_slice(&0xdead_u32.to_le_bytes()));
+        assert_eq!(refused.entry(), Some(PolicyEntry::Msr(0xdead)));
+        let text = refused.to_string();
+        for part in [
+            "MSR 0xdead, where the image has 0x0000000080000000 and this host nothing there",
+            "another CPU",
+            "ERANGE",
+        ] {
+            assert!(text.contains(part), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_leaf_is_named_with_both_values_and_the_features_that_are_missing() {
+        let refused = refused(|policy| {
+            for entry in policy.leaves.chunks_exact_mut(LEAF) {
+                match word(entry, 0) {
+                    0 => entry[8] = 0x30,
+                    // avx512f.
+                    7 => entry[14] |= 1,
+                    0x8000_0002 => entry[8..12].copy_from_slice(b"Real"),
+                    _ => {}
+                }
+            }
+        });
+        let text = refused.to_string();
+        for part in [
+            "CPUID leaf 0x0 (highest basic leaf and vendor), where the image has eax 0x00000030",
+            "and this host eax 0x0000000d",
+            "guests here do not get: avx512f",
+            "\"Real x86 processor of the xsr project\", this host has \"Mock x86",
+        ] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+    }
+
+    #[test]
+    fn a_record_of_a_vcpu_that_is_not_there_is_suspected() {
+        let host = MockHost::ephemeral(&HostConfig::default()).unwrap();
+        let domid = host.create_domain(GuestKind::Pvh, 3, 16).unwrap();
+        let context = host.domain(domid).unwrap().hvm_context().unwrap();
+        let fine = suspect_of_context(&context, Some(2));
+        assert!(fine.contains("in its own log only"), "{fine}");
+        let mut record = vec![2, 0, 200, 0, 0, 0, 0, 0];
+        record.extend_from_slice(&[0; 8]);
+        let vcpu = suspect_of_context(&record, Some(2));
+        assert!(
+            vcpu.contains("CPU (instance 200)") && vcpu.contains("its last is 2"),
+            "{vcpu}"
+        );
+        let cut = suspect_of_context(&context[..context.len() - 9], Some(2));
+        assert!(cut.contains("octets"), "{cut}");
+    }
+}

@@ -1,0 +1,276 @@
+//! Migrations of a mock domain, with a fault at every call of either end.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::thread;
+use std::time::Duration;
+
+use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
+use xsr_xen_backend::{DomId, GuestKind, Host as _};
+
+use super::ownership::plain::{ReceiverAction, ReceiverEnd, SenderAction, SenderEnd};
+use super::receive::{Arrived, ReceiveRequest};
+use super::send::{SendRequest, Sent};
+use super::testing::{FakeConnection, Fault, Faulty};
+use crate::progress::Cancel;
+
+#[path = "../../examples/migrate.rs"]
+#[allow(dead_code, unreachable_pub, reason = "it is a program of its own, too")]
+mod example;
+
+#[test]
+fn the_example_migrates_a_domain() {
+    example::main().unwrap();
+}
+
+/// What the domain does on a machine: whether it runs, if it is there.
+fn runs(host: &MockHost, name: &str) -> Option<bool> {
+    let info = host.domain(host.find(name).ok()?).unwrap().info().unwrap();
+    Some(!info.paused && info.shutdown.is_none())
+}
+
+struct Migration {
+    here: MockHost,
+    there: MockHost,
+    sent: Sent,
+    arrived: Arrived,
+    calls: [u64; 2],
+    /// Calls that each end had made when it began each of its actions.
+    sender: Vec<(u64, SenderAction)>,
+    receiver: Vec<(u64, ReceiverAction)>,
+}
+
+/// Migrate a domain with a fault at one end.
+fn migrate(fault: Option<(usize, Faulty)>) -> Migration {
+    let host = || MockHost::ephemeral(&HostConfig::default()).unwrap();
+    let (here, there) = (host(), host());
+    let guest = GuestSpec::new("web", GuestKind::Pvh, 4);
+    let domid = here.create_guest(&guest).unwrap();
+    let (sender, receiver) = FakeConnection::pair(1 << 20);
+    if let Some((end, faulty)) = fault {
+        [&sender, &receiver][end].fail(faulty);
+    }
+    let mut said = Vec::new();
+    let mut heard = Vec::new();
+    let (first, second) = thread::scope(|scope| {
+        let (here, there) = (&here, &there);
+        let (said, heard) = (&mut said, &mut heard);
+        let receiving = scope.spawn(move || {
+            let mut coming = example::Coming {
+                host: there,
+                domid: None,
+            };
+            let mut observe = |action| heard.push((receiver.calls(), action));
+            let request = ReceiveRequest::new().observe(&mut observe);
+            (request.run(&receiver, &mut coming), receiver.calls())
+        });
+        let sending = scope.spawn(move || {
+            let mut leaving = example::Leaving { host: here, domid };
+            let mut observe = |action| said.push((sender.calls(), action));
+            let request = SendRequest::new().observe(&mut observe);
+            (request.run(&sender, &mut leaving), sender.calls())
+        });
+        (sending.join().unwrap(), receiving.join().unwrap())
+    });
+    Migration {
+        here,
+        there,
+        sent: first.0,
+        arrived: second.0,
+        calls: [first.1, second.1],
+        sender: said,
+        receiver: heard,
+    }
+}
+
+/// Check that the domain is where both ends say, and runs there alone.
+fn check(migration: &Migration, what: &str) {
+    let Migration {
+        here,
+        there,
+        sent,
+        arrived,
+        ..
+    } = migration;
+    let state = (
+        runs(here, "web"),
+        runs(here, "web--migratedaway"),
+        runs(there, "web"),
+        runs(there, "web--incoming"),
+    );
+    let ends = (sent.end, arrived.end);
+    let expected = match ends {
+        (SenderEnd::Moved, ReceiverEnd::Runs { .. }) => (None, None, Some(true), None),
+        (SenderEnd::Here, ReceiverEnd::Destroyed { .. }) => (Some(true), None, None, None),
+        (SenderEnd::Undecided, ReceiverEnd::Runs { .. }) => (None, Some(false), Some(true), None),
+        (SenderEnd::Undecided, ReceiverEnd::Destroyed { .. }) => (None, Some(false), None, None),
+        _ => panic!("{what}: {ends:?}, {:?} {:?}", sent.causes, arrived.causes),
+    };
+    assert_eq!(state, expected, "{what}: {ends:?}");
+    let undecided = sent.end == SenderEnd::Undecided;
+    assert_eq!(undecided, here.find("web--migratedaway").is_ok(), "{what}");
+    assert_eq!(sent.end == SenderEnd::Moved, sent.causes.is_empty());
+}
+
+#[test]
+fn a_fault_at_any_call_leaves_the_domain_where_both_ends_say() {
+    let whole = migrate(None);
+    check(&whole, "no fault");
+    assert_eq!(whole.sent.end, SenderEnd::Moved);
+    let long = Duration::from_secs(3600);
+    // What goes over before "ready" and after the image's first bytes is alike: some of it.
+    let tails = [
+        whole
+            .sender
+            .iter()
+            .find(|(_, a)| *a == SenderAction::AwaitReady)
+            .unwrap()
+            .0,
+        whole
+            .receiver
+            .iter()
+            .find(|(_, a)| *a == ReceiverAction::SayReady)
+            .unwrap()
+            .0,
+    ];
+    let mut ends = std::collections::BTreeSet::new();
+    for (end, (calls, tail)) in whole.calls.into_iter().zip(tails).enumerate() {
+        for call in [0, 1, tail / 2].into_iter().chain(tail - 2..calls) {
+            for fault in [
+                Fault::Lose { taken: 0 },
+                Fault::Lose { taken: 43 },
+                // "Go" leaves whole, and all but its last byte arrives, or it arrives.
+                Fault::Cut { arrive: 43 },
+                Fault::Cut { arrive: 1 << 20 },
+                Fault::Vanish,
+                Fault::Stall(long),
+                Fault::Late(long),
+                Fault::Short(1),
+            ] {
+                let image = (2..tail - 2).contains(&call);
+                if image && !matches!(fault, Fault::Lose { taken: 43 } | Fault::Stall(_)) {
+                    continue;
+                }
+                let migration = migrate(Some((end, Faulty { call, fault })));
+                check(
+                    &migration,
+                    &format!("{fault:?} at call {call} of end {end}"),
+                );
+                ends.insert(format!("{:?}", migration.sent.end));
+            }
+        }
+    }
+    // The search says that these can be; here each of them was.
+    let ends = Vec::from_iter(&ends);
+    assert_eq!(ends, ["Here", "Moved", "Undecided"]);
+}
+
+#[test]
+fn who_asks_to_stop_before_go_keeps_the_domain_and_after_it_is_not_heard() {
+    for at in [
+        SenderAction::AwaitBanner,
+        SenderAction::SendImage,
+        SenderAction::AwaitReady,
+        SenderAction::SayGo,
+        SenderAction::AwaitReport,
+    ] {
+        let host = || MockHost::ephemeral(&HostConfig::default()).unwrap();
+        let (here, there) = (host(), host());
+        let guest = GuestSpec::new("web", GuestKind::Pvh, 4);
+        let domid = here.create_guest(&guest).unwrap();
+        let (sender, receiver) = FakeConnection::pair(1 << 20);
+        let cancel = Cancel::new();
+        let (sent, arrived) = thread::scope(|scope| {
+            let (here, there, cancel) = (&here, &there, &cancel);
+            let receiving = scope.spawn(move || {
+                let mut coming = example::Coming {
+                    host: there,
+                    domid: None,
+                };
+                ReceiveRequest::new().run(&receiver, &mut coming)
+            });
+            let sending = scope.spawn(move || {
+                let mut observe = |action| {
+                    if action == at {
+                        cancel.cancel();
+                    }
+                };
+                let request = SendRequest::new().cancel(cancel).observe(&mut observe);
+                request.run(&sender, &mut example::Leaving { host: here, domid })
+            });
+            (sending.join().unwrap(), receiving.join().unwrap())
+        });
+        let too_late = matches!(at, SenderAction::SayGo | SenderAction::AwaitReport);
+        let (end, runs_here) = match too_late {
+            true => (SenderEnd::Moved, None),
+            false => (SenderEnd::Here, Some(true)),
+        };
+        assert_eq!(sent.end, end, "{at:?}: {:?}, {arrived:?}", sent.causes);
+        assert_eq!(runs(&here, "web"), runs_here, "{at:?}");
+        assert_eq!(runs(&there, "web"), too_late.then_some(true), "{at:?}");
+    }
+}
+
+/// A toolstack that panics is no reason to leave the domain suspended, or a copy of it.
+#[test]
+fn a_panic_takes_the_domain_back() {
+    use super::connection::{ConnectionReader, ConnectionWriter};
+    use super::receive::Arriving;
+    use super::send::{BoxError, Departing, TakenBack};
+
+    #[derive(Default)]
+    struct Panics {
+        undone: bool,
+    }
+    impl Departing for Panics {
+        fn send_image(&mut self, _: &mut ConnectionWriter<'_>) -> Result<(), BoxError> {
+            panic!("a bug")
+        }
+        fn rename_away(&mut self) -> Result<(), BoxError> {
+            Ok(())
+        }
+        fn take_back(&mut self) -> Result<TakenBack, BoxError> {
+            self.undone = true;
+            Ok(TakenBack::Runs)
+        }
+        fn destroy(&mut self) -> Result<(), BoxError> {
+            Ok(())
+        }
+    }
+    impl Arriving for Panics {
+        fn receive_image(&mut self, _: &mut ConnectionReader<'_>) -> Result<(), BoxError> {
+            panic!("a bug")
+        }
+        fn take_name(&mut self) -> Result<(), BoxError> {
+            Ok(())
+        }
+        fn run(&mut self) -> Result<(), BoxError> {
+            Ok(())
+        }
+        fn destroy(&mut self) -> Result<(), BoxError> {
+            self.undone = true;
+            Ok(())
+        }
+    }
+    let (here, there) = FakeConnection::pair_in_one_thread(1 << 16);
+    let (mut sender, mut receiver) = (Panics::default(), Panics::default());
+    let receive = || ReceiveRequest::new().run(&there, &mut receiver).end;
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(receive)).unwrap_err();
+    let send = || SendRequest::new().run(&here, &mut sender).end;
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(send)).unwrap_err();
+    assert!(sender.undone && receiver.undone);
+}
+
+/// A number that a failed migration must not use up.
+#[test]
+fn nothing_is_left_of_a_receiver_that_gives_back() {
+    let migration = migrate(Some((
+        0,
+        Faulty {
+            call: 1,
+            fault: Fault::Lose { taken: 0 },
+        },
+    )));
+    assert_eq!(migration.sent.end, SenderEnd::Here);
+    assert!(migration.there.domain(DomId(1)).is_err());
+}
