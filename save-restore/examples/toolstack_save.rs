@@ -12,7 +12,6 @@
 #![allow(clippy::print_stdout, reason = "an example talks to whoever runs it")]
 
 use std::error::Error;
-use std::fs::File;
 use std::path::Path;
 use std::thread;
 use std::time::Duration;
@@ -20,10 +19,13 @@ use std::time::Duration;
 use xsr_save_restore::progress::{Cancel, Progress};
 use xsr_save_restore::save::precopy::{PrecopyDecision, PrecopyPolicy, PrecopyStats};
 use xsr_save_restore::sink::FdSink;
+use xsr_save_restore::storage::file::FileStorage;
+use xsr_save_restore::storage::{Create, Durability, Storage as _};
 use xsr_save_restore::toolstack::{SaveToolstack, ToolstackError};
 use xsr_save_restore::{Live, SaveOptions};
+use xsr_xen_backend::domain_store::{DestroyOutcome, DomainStore};
 use xsr_xen_backend::mock::MockHost;
-use xsr_xen_backend::{DomId, Domain, Host, XenHost};
+use xsr_xen_backend::{Domain, XenHost};
 
 /// Goes on for as long as each pass leaves fewer pages dirty than the one before.
 #[derive(Debug, Default)]
@@ -68,20 +70,19 @@ impl SaveToolstack for Toolstack<'_> {
 
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let (host, domain, file, seconds) = match &args[..] {
-        [host, domain, file] => (host, domain, file, 3600),
-        [host, domain, file, seconds] => (host, domain, file, seconds.parse()?),
+    let (host, name, file, seconds) = match &args[..] {
+        [host, name, file] => (host, name, file, 3600),
+        [host, name, file, seconds] => (host, name, file, seconds.parse()?),
         _ => return Err("usage: toolstack_save HOST DOMAIN FILE [SECONDS]".into()),
     };
-    let (host, domid): (Box<dyn Host>, DomId) = match host.as_str() {
-        "xen" => (Box::new(XenHost::open()?), DomId(domain.parse()?)),
-        dir => {
-            let mock = MockHost::open(Path::new(dir))?;
-            let domid = mock.find(domain)?;
-            (Box::new(mock), domid)
-        }
+    let host: Box<dyn DomainStore> = match host.as_str() {
+        "xen" => Box::new(XenHost::open()?),
+        directory => Box::new(MockHost::open(Path::new(directory))?),
     };
-    let domain = host.domain(domid)?;
+    let which = host.find(name)?;
+    // Another command of this program that is given the same domain is told who has it.
+    let _lock = host.lock(which, "toolstack_save")?;
+    let domain = host.open(which)?;
 
     // Any thread may cancel, at any time: here one that looks at the clock.
     let cancel = Cancel::new();
@@ -91,8 +92,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         limit.cancel();
     });
 
-    let stream = File::create(file)?;
-    let mut sink = FdSink::cancellable(&stream, cancel.clone())?;
+    let (storage, image) = FileStorage::at(Path::new(file))?;
+    let writer = storage.create(&image, &Create::stream())?;
+    let descriptor = writer.descriptor().ok_or("a file has a descriptor")?;
+    let mut sink = FdSink::cancellable(descriptor, cancel.clone())?;
     let mut toolstack = Toolstack {
         domain: domain.as_ref(),
     };
@@ -122,10 +125,17 @@ fn main() -> Result<(), Box<dyn Error>> {
         &mut on_progress,
     );
     let saved = saved.inspect_err(|_| println!("the guest runs on"))?;
-    // While `saved` lives, the guest can still be resumed: should this fail, it is.
-    stream.sync_all()?;
+    // While `saved` lives, the guest can still be resumed: should this fail, it is, and there
+    // is no new image.
+    writer.commit(Durability::Durable)?;
     println!("suspended for {:?}", saved.stats().suspended_for);
     saved.keep_suspended();
-    domain.destroy()?;
+    let destroyed = host.destroy(which, Duration::from_secs(10))?;
+    if destroyed.outcome == DestroyOutcome::StillDying {
+        println!("{which} is destroyed; some of its memory is still in use");
+    }
+    for left in destroyed.left_behind {
+        println!("left behind: {left}");
+    }
     Ok(())
 }

@@ -324,7 +324,8 @@ pub trait DomainStore: Host {
     ) -> Result<(), DomainStoreError>;
 
     /// Removes all that the store keeps with the domain. The domain itself stays, without a
-    /// name. For a domain that was introduced and cannot be used after all.
+    /// name. For a domain that was introduced and cannot be used after all. The nodes of a
+    /// domain that libxl has connected to devices, its name among them, stay for libxl.
     ///
     /// # Errors
     ///

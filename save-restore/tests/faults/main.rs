@@ -13,6 +13,7 @@ mod common;
 
 mod calls;
 mod cancel;
+mod storage;
 mod streams;
 
 use std::collections::BTreeSet;

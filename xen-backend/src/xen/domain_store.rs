@@ -412,7 +412,9 @@ impl DomainStore for XenHost {
 
     fn forget(&self, domain: DomainRef) -> Result<(), DomainStoreError> {
         self.check(domain)?;
-        self.remove_nodes(domain.domid, &[])
+        let left = self.shared.left_behind(domain);
+        let left = left.map_err(failed("looking for devices", domain.domid))?;
+        self.remove_nodes(domain.domid, &left)
     }
 
     fn destroy(&self, domain: DomainRef, timeout: Duration) -> Result<Destroyed, DomainStoreError> {

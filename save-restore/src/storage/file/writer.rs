@@ -17,6 +17,7 @@ use xsr_format::frame::PAGE_SIZE;
 use super::leftover::Temporary;
 use super::steps::{Step, Steps};
 use super::{directory, sync_directory};
+use crate::storage::error::shown;
 use crate::storage::{
     Create, Durability, Existing, Shape, StorageError, StorageReader, StorageWriter,
 };
@@ -78,7 +79,10 @@ impl FileWriter {
             // A file system that cannot: a second name can be given without replacing, too.
             Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
                 fs::hard_link(from, &self.to)?;
-                fs::remove_file(from)
+                if let Err(error) = fs::remove_file(from) {
+                    tracing::warn!("{} stays: {error}", shown(from));
+                }
+                Ok(())
             }
             result => Ok(result?),
         }

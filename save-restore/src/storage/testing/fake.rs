@@ -46,10 +46,14 @@ struct Image {
 
 impl Image {
     fn write(&mut self, bytes: &[u8], offset: u64) {
-        for (byte, at) in bytes.iter().zip(offset..) {
+        let mut done = 0;
+        while done < bytes.len() {
+            let at = offset + done as u64;
+            let n = (bytes.len() - done).min(PAGE_SIZE - within(at));
             let block = self.blocks.entry(at / BLOCK);
             let block = block.or_insert_with(|| vec![0; PAGE_SIZE]);
-            block[within(at)] = *byte;
+            block[within(at)..within(at) + n].copy_from_slice(&bytes[done..done + n]);
+            done += n;
         }
         self.length = self.length.max(offset + bytes.len() as u64);
     }
@@ -59,22 +63,32 @@ impl Image {
         let most = usize::try_from(left)
             .unwrap_or(usize::MAX)
             .min(buffer.len());
-        for (byte, at) in buffer[..most].iter_mut().zip(offset..) {
-            let block = self.blocks.get(&(at / BLOCK));
-            *byte = block.map_or(0, |block| block[within(at)]);
+        let mut done = 0;
+        while done < most {
+            let at = offset + done as u64;
+            let n = (most - done).min(PAGE_SIZE - within(at));
+            let room = &mut buffer[done..done + n];
+            match self.blocks.get(&(at / BLOCK)) {
+                Some(block) => room.copy_from_slice(&block[within(at)..within(at) + n]),
+                None => room.fill(0),
+            }
+            done += n;
         }
         most
     }
 
     fn punch(&mut self, range: Range<u64>) {
         let end = range.end.min(self.length);
-        for at in range.start..end {
-            if let Some(block) = self.blocks.get_mut(&(at / BLOCK)) {
-                block[within(at)] = 0;
+        let mut at = range.start;
+        while at < end {
+            let next = (at / BLOCK + 1) * BLOCK;
+            if at.is_multiple_of(BLOCK) && next <= end {
+                self.blocks.remove(&(at / BLOCK));
+            } else if let Some(block) = self.blocks.get_mut(&(at / BLOCK)) {
+                let last = within(next.min(end) - 1);
+                block[within(at)..=last].fill(0);
             }
-        }
-        for block in range.start.div_ceil(BLOCK)..end / BLOCK {
-            self.blocks.remove(&block);
+            at = next;
         }
     }
 

@@ -85,6 +85,10 @@ fn what_libxl_leaves_of_a_domain_is_named_and_not_touched() {
     let pid = format!("/local/domain/{n}/image/device-model-pid");
     made.face.write(&pid, b"4711").unwrap();
     made.host.set_configuration(made.domain, b"ours").unwrap();
+    made.store().forget(made.domain).unwrap();
+    assert_eq!(read(&made.face, &pid).as_deref(), Some("4711"));
+    assert!(made.face.list(OURS).unwrap().is_empty(), "ours is gone");
+    made.host.set_configuration(made.domain, b"ours").unwrap();
     let destroyed = made.host.destroy(made.domain, Duration::ZERO).unwrap();
     let lib = made.root.path().join("var/lib/xen");
     let file = lib.join(format!("userdata-d.{n}.{}.libxl-json", made.domain.uuid));
