@@ -53,6 +53,12 @@ class Guest:
         self.physmap = []           # (phys_offset, start_addr, size, name)
 
 
+def hvm_context(noise):
+    """The shortest context that Xen takes: HEADER, here with noise in it, and END."""
+    header = struct.pack("<II", 0x54381286, 1) + noise[:16]
+    return struct.pack("<HHI", 1, 0, len(header)) + header + struct.pack("<HHI", 0, 0, 0)
+
+
 def seeded(kind, seed, pages, vcpus, xsave):
     """A guest made from a seed. Its contents mean nothing."""
     rng = random.Random(f"{kind}/{seed}")
@@ -78,7 +84,7 @@ def seeded(kind, seed, pages, vcpus, xsave):
     guest.shared_info = rng.randbytes(PAGE)
     if hvm:
         guest.params = {index: rng.randrange(1, 1 << 40) for index in (*PARAM_CHUNKS, *MAGIC)}
-        guest.context = rng.randbytes(rng.randrange(100, 3000))
+        guest.context = hvm_context(rng.randbytes(rng.randrange(100, 3000)))
         guest.qemu = b"QEVM" + rng.randbytes(rng.randrange(1, 5000))
         guest.physmap = [(0xF0000000, 0xE0000000 + i * 0x1000, 0x800000, f"vga.{'v' * i}ram")
                          for i in range(rng.randrange(0, 4))]

@@ -180,7 +180,7 @@ impl Input {
     /// The error for what is no image: what it is instead.
     fn foreign(&self) -> anyhow::Error {
         const END: u64 = 512;
-        let mut last = [0; END as usize];
+        let mut last = [0; 512];
         let at = self.length.and_then(|length| length.checked_sub(END));
         if let Some(at) = at
             && self.file.read_exact_at(&mut last, at).is_ok()

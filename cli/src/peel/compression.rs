@@ -319,7 +319,7 @@ impl Frames {
             }
         };
         match (compression, what) {
-            (Compression::Xz, _) if zeros % 4 != 0 && zeros <= MAX_PADDING => {
+            (Compression::Xz, _) if !zeros.is_multiple_of(4) && zeros <= MAX_PADDING => {
                 return Err(self.damage(Wrong::XzPadding));
             }
             (Compression::Xz, Some(())) if zeros > 0 && packed.peek(6)?.starts_with(XZ) => {

@@ -60,15 +60,14 @@ pub(crate) fn unreadable(source: &mut Source, inside: Option<(&str, u64)>) -> Er
             image_name(image),
             at + 1
         ),
+        (Some((at, image)), Some((_, 0))) => {
+            let name = image_name(image);
+            format!("; {name} begins at byte {at} of what is inside")
+        }
         (Some((at, image)), Some((layer, before))) => {
             let at = before.saturating_add(at as u64);
-            let of = if before == 0 {
-                " of what is inside"
-            } else {
-                ""
-            };
             let name = image_name(image);
-            format!("; {name} begins at byte {at}{of}: what {layer} has before it is damaged")
+            format!("; {name} begins at byte {at}: what {layer} has before it is damaged")
         }
         (None, _) => String::new(),
     };
