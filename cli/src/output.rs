@@ -479,6 +479,11 @@ impl Sink<'_> {
         self.is_new
     }
 
+    /// Whether writing to it has failed.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.failed.is_some()
+    }
+
     fn remember<T>(&mut self, result: io::Result<T>) -> io::Result<T> {
         if let Err(error) = &result {
             self.failed.get_or_insert_with(|| copy_of(error));

@@ -39,7 +39,18 @@ pub enum Layer {
 }
 
 /// Moves so many octets, or as many as there are, from a source to a sink; says how many.
-pub type CopyOctets<R, W> = fn(&mut R, u64, &mut W) -> io::Result<u64>;
+pub type CopyOctets<R, W> = fn(&mut R, u64, &mut W) -> Result<u64, CopyError>;
+
+/// Which end of a copy failed.
+#[derive(Debug, Error)]
+pub enum CopyError {
+    /// The source could not be read.
+    #[error("reading failed: {0}")]
+    Read(#[source] io::Error),
+    /// The sink could not be written.
+    #[error("writing failed: {0}")]
+    Write(#[source] io::Error),
+}
 
 /// What was carried over, and what could not be.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -229,16 +240,27 @@ impl<W: Write> Transcoder<'_, W> {
             self.octets(&head)?;
             let pages = batch.iter().filter(|e| e.page_type.has_data()).count() as u64;
             let sink = &mut *self.sink;
-            body.with_source(pages, |source, octets| {
+            let mut failed = None;
+            let copied = body.with_source(pages, |source, octets| {
                 let mut left = octets;
                 while left > 0 {
-                    match copy(source, left, sink)? {
-                        0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                        n => left = left.saturating_sub(n),
+                    match copy(source, left, sink) {
+                        Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                        Ok(n) => left = left.saturating_sub(n),
+                        Err(CopyError::Read(error)) => return Err(error),
+                        Err(CopyError::Write(error)) => {
+                            failed = Some(error);
+                            return Err(io::ErrorKind::Other.into());
+                        }
                     }
                 }
                 Ok(())
-            })?;
+            });
+            // The reader takes any failure for one of its source.
+            if let Some(error) = failed {
+                return Err(TranscodeError::Write(error));
+            }
+            copied?;
         }
         Ok(())
     }

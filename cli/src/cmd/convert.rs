@@ -10,7 +10,7 @@
 pub(crate) mod script;
 
 use std::fs::File;
-use std::io::{self, Seek, SeekFrom, Write};
+use std::io::{Seek, SeekFrom, Write};
 use std::time::Instant;
 
 use anyhow::{Context as _, Error, Result};
@@ -22,7 +22,7 @@ use xsr_format::legacy::{
     Checkpoints, Converted, LegacyGuest, LegacyOptions, LegacyReader, Target,
 };
 use xsr_format::read::ReadOptions;
-use xsr_format::transcode::{Layer, transcode};
+use xsr_format::transcode::{CopyError, Layer, transcode};
 use xsr_format::walk::Walk;
 use xsr_format::wrapper::xl::XlHeader;
 
@@ -336,6 +336,10 @@ fn pour(converted: &mut Converted<&File>, sink: &mut Sink<'_>) -> Result<()> {
 }
 
 /// From file to file, by the kernel where it can.
-fn copy_octets(source: &mut &File, octets: u64, sink: &mut Sink<'_>) -> io::Result<u64> {
-    sink.copy(source, octets)
+fn copy_octets(source: &mut &File, octets: u64, sink: &mut Sink<'_>) -> Result<u64, CopyError> {
+    let copied = sink.copy(source, octets);
+    copied.map_err(|error| match sink.has_failed() {
+        true => CopyError::Write(error),
+        false => CopyError::Read(error),
+    })
 }
