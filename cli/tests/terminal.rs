@@ -96,9 +96,10 @@ fn drawn(
     let shown = reader.join().unwrap();
     // Nothing but carriage returns and whole lines: no escape sequence moves up.
     assert!(!shown.contains("\u{1b}[1A"), "{shown:?}");
+    // A line is padded with spaces up to the terminal's width.
     let lines = shown
         .split(['\r', '\n'])
-        .map(|line| line.replace("\u{1b}[2K", ""));
+        .map(|line| line.replace("\u{1b}[2K", "").trim_end().to_owned());
     lines.filter(|line| !line.trim().is_empty()).collect()
 }
 
