@@ -99,13 +99,15 @@ Example:
   cargo xtask peer-tools && cargo xtask test")]
     PeerTools,
     Peer(peer::PeerArgs),
-    /// Make man pages and shell completions
+    /// Build what is released: static binaries, a Debian package, a tarball
     ///
-    /// Writes target/dist/man and target/dist/completions, from the definition of the
-    /// command line.
+    /// Writes target/dist: the binaries with man pages, shell completions, documents and
+    /// licences as they are installed (root/), a tarball that unpacks over /, and, where
+    /// dpkg-deb is installed, a .deb. The binaries are then run with nothing around them.
     #[command(after_help = "\
 Examples:
   cargo xtask dist
+  apt install ./target/dist/xsr_0.1.0_amd64.deb
   man target/dist/man/xsr-save.1")]
     Dist,
     /// Do all that continuous integration does
