@@ -27,6 +27,7 @@ use clap::{Args, Subcommand};
 use crate::lab::build::Lab;
 use crate::lab::results::Results;
 use crate::lab::scenario::{SCENARIOS, Scenario};
+use crate::lab::share::Role;
 use crate::stages::Outcome;
 
 /// The suite of the oldest Xen in the lab.
@@ -41,6 +42,7 @@ Examples:
   cargo xtask lab run                         the smoke scenarios
   cargo xtask lab run pvh                     all scenarios of one guest
   cargo xtask lab run --suite trixie stock    one kind of scenario, on another Xen
+  cargo xtask lab run two_xsr --to trixie     between two hosts, from 4.17 to 4.20
   cargo xtask lab matrix                      everything, on every Xen; docs/interop.md
   cargo xtask lab list                        what there is
 
@@ -103,6 +105,12 @@ struct RunArgs {
     /// Restore the images of this directory, too (NAME.save.zst, as xl wrote them)
     #[arg(long, value_name = "DIR")]
     images: Option<PathBuf>,
+    /// Suite of the second host, for scenarios between two [default: as --suite]
+    #[arg(long, value_name = "SUITE")]
+    to: Option<String>,
+    /// Features of the second host's processor, added (+NAME) or taken away (-NAME)
+    #[arg(long, value_name = "FEATURES", allow_hyphen_values = true)]
+    to_cpu: Option<String>,
     /// Give up after so many seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 1800)]
     limit: u64,
@@ -157,6 +165,8 @@ pub(crate) fn stage() -> Result<Outcome> {
         },
         release: false,
         images: None,
+        to: None,
+        to_cpu: None,
         limit: 480,
         scenarios: Vec::new(),
     })?;
@@ -183,6 +193,8 @@ fn run_scenarios(args: &RunArgs) -> Result<()> {
         release: args.release,
         images: &images,
         shadow_images: &shadow_images,
+        to: args.to.as_deref().unwrap_or(&args.build.suite),
+        to_cpu: args.to_cpu.as_deref().unwrap_or_default(),
         limit: args.limit,
     };
     let results = boots.run(&lab, &wanted)?;
@@ -199,6 +211,10 @@ struct Boots<'a> {
     images: &'a [PathBuf],
     /// Those whose guests need the hypervisor that [`shadow`] builds.
     shadow_images: &'a [PathBuf],
+    /// The suite of the second host, for scenarios that need one.
+    to: &'a str,
+    /// Features of its processor, as qemu wants them: `-aes,-avx`.
+    to_cpu: &'a str,
     /// Of each boot, in seconds.
     limit: u64,
 }
@@ -211,8 +227,10 @@ impl Boots<'_> {
     ///
     /// A boot does not get as far as the first scenario, or something cannot be built.
     fn run(&self, lab: &Lab, wanted: &[Scenario]) -> Result<Results> {
+        let (between, alone): (Vec<Scenario>, Vec<Scenario>) =
+            wanted.iter().partition(|scenario| scenario.two);
         let (special, usual): (Vec<Scenario>, Vec<Scenario>) =
-            wanted.iter().partition(|scenario| scenario.shadow);
+            alone.into_iter().partition(|scenario| scenario.shadow);
         let mut all = Results::default();
         if !usual.is_empty() || !self.images.is_empty() {
             let share = share::Share::prepare(lab, &lab.file("xen"), self.release)?;
@@ -231,23 +249,65 @@ impl Boots<'_> {
             }
             all.rows.extend(self.boot(lab, &share)?.rows);
         }
+        let (special, usual): (Vec<Scenario>, Vec<Scenario>) =
+            between.into_iter().partition(|scenario| scenario.shadow);
+        for scenarios in [usual, special] {
+            if !scenarios.is_empty() {
+                all.rows.extend(self.boot_two(lab, &scenarios)?.rows);
+            }
+        }
         Ok(all)
+    }
+
+    /// Boot two hosts with a network between them. All scenarios need the same hypervisors.
+    fn boot_two(&self, lab: &Lab, scenarios: &[Scenario]) -> Result<Results> {
+        let other = Lab::build(self.to)?;
+        let hypervisor = |lab: &Lab, suite: &str| match scenarios.iter().any(|s| s.shadow) {
+            true => shadow::build(lab, suite),
+            false => Ok(lab.file("xen")),
+        };
+        let common = lab.file("common");
+        build::clear(&common)?;
+        std::fs::create_dir_all(&common)?;
+        let near = hypervisor(lab, self.suite)?;
+        let near = share::Share::of_two(lab, &near, self.release, Role::Near, &common)?;
+        near.scenarios(scenarios)?;
+        let far = hypervisor(&other, self.to)?;
+        let far = share::Share::of_two(&other, &far, self.release, Role::Far, &common)?;
+        let processor = match self.to_cpu {
+            "" => String::new(),
+            features => format!(",{}", qemu::features(features)?),
+        };
+        let far = qemu::Far {
+            lab: &other,
+            share: &far,
+            processor: &processor,
+        };
+        let booted = qemu::boot(lab, &near, Some(&far), self.limit);
+        let results = self.ended(&near, booted)?;
+        let to = format!("{}{}", self.to, self.to_cpu);
+        results.note(lab, near.commit.as_deref(), Some(&to))?;
+        Ok(results)
     }
 
     /// A scenario that does not end is one of the results.
     fn boot(&self, lab: &Lab, share: &share::Share) -> Result<Results> {
-        let booted = qemu::boot(lab, share, self.limit);
-        let results = match (Results::read(share), booted) {
-            (Ok(results), Ok(())) => results,
-            (Ok(results), Err(error)) => {
-                eprintln!("{}: {error:#}", self.suite);
-                results
-            }
-            (Err(_), Err(error)) | (Err(error), Ok(())) => return Err(error),
-        };
-        results.note(lab, share.commit.as_deref())?;
+        let booted = qemu::boot(lab, share, None, self.limit);
+        let results = self.ended(share, booted)?;
+        results.note(lab, share.commit.as_deref(), None)?;
         figures::keep(lab, share)?;
         Ok(results)
+    }
+
+    fn ended(&self, share: &share::Share, booted: Result<()>) -> Result<Results> {
+        match (Results::read(share), booted) {
+            (Ok(results), Ok(())) => Ok(results),
+            (Ok(results), Err(error)) => {
+                eprintln!("{}: {error:#}", self.suite);
+                Ok(results)
+            }
+            (Err(_), Err(error)) | (Err(error), Ok(())) => Err(error),
+        }
     }
 }
 

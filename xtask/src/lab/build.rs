@@ -15,7 +15,7 @@ use crate::command::Invocation;
 use crate::workspace;
 
 /// Raised when what is built changes, so that a lab of an older recipe is not used.
-const RECIPE: &str = "1";
+const RECIPE: &str = "2";
 
 /// Programs of this machine that building and booting need, and Debian's packages
 /// that have them.
@@ -34,7 +34,7 @@ pub(super) const PROGRAMS: &[(&str, &str)] = &[
 ];
 
 /// What dom0 loads; their dependencies come along.
-const MODULES: [&str; 15] = [
+const MODULES: [&str; 17] = [
     "virtio_pci",
     "virtio_blk",
     "crc32c_generic",
@@ -50,6 +50,8 @@ const MODULES: [&str; 15] = [
     "xenfs",
     "xen-blkback",
     "virtio_console",
+    "virtio_net",
+    "nbd",
 ];
 
 /// A lab that can be booted.
@@ -162,6 +164,11 @@ impl Lab {
             "util-linux",
             "kmod",
             "zstd",
+            // Between two hosts.
+            "openssh-client",
+            "openssh-server",
+            "nbd-client",
+            "nbd-server",
         ];
         let archives = apt.download(&packages.map(str::to_owned))?;
 
@@ -309,6 +316,7 @@ impl Lab {
             "tmp",
             "mnt/in",
             "mnt/out",
+            "mnt/common",
             "root",
             "var/log/xen",
             "var/lib/xen",
@@ -317,8 +325,15 @@ impl Lab {
             std::fs::create_dir_all(root.join(dir))?;
         }
         symlink("../run", root.join("var/run"))?;
-        std::fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/bash\n")?;
-        std::fs::write(root.join("etc/group"), "root:x:0:\n")?;
+        std::fs::write(
+            root.join("etc/passwd"),
+            "root:x:0:0:root:/root:/bin/bash\nsshd:x:100:65534::/run/sshd:/bin/false\n",
+        )?;
+        std::fs::write(root.join("etc/group"), "root:x:0:\nnogroup:x:65534:\n")?;
+        std::fs::write(
+            root.join("etc/hosts"),
+            "127.0.0.1 localhost\n192.0.2.1 near\n192.0.2.2 far\n",
+        )?;
         let shell = root.join("usr/bin/sh");
         if shell.symlink_metadata().is_err() {
             symlink("bash", shell)?;

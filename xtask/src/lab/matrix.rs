@@ -9,6 +9,7 @@ use super::Boots;
 use super::build::Lab;
 use super::figures::Figures;
 use super::record::{Record, Suite};
+use super::results::TO;
 use super::scenario::{SCENARIOS, Scenario};
 use super::shadow;
 use crate::workspace;
@@ -79,6 +80,11 @@ pub(super) fn run(suites: &[String], limit: u64) -> Result<()> {
             bad.push(format!("{suite}: {error:#}"));
         }
     }
+    for pair in suites.windows(2) {
+        if let Err(error) = run_between(&pair[0], &pair[1], limit, &mut bad) {
+            bad.push(format!("{} to {}: {error:#}", pair[0], pair[1]));
+        }
+    }
     report()?;
     match &bad[..] {
         [] => Ok(()),
@@ -116,6 +122,8 @@ fn run_suite(suite: &str, limit: u64, older: &mut Images, bad: &mut Vec<String>)
         release: false,
         images: &older.usual,
         shadow_images,
+        to: suite,
+        to_cpu: "",
         limit,
     };
     let results = boots.run(&lab, &wanted)?;
@@ -128,6 +136,26 @@ fn run_suite(suite: &str, limit: u64, older: &mut Images, bad: &mut Vec<String>)
     ] {
         // Nothing is there where no image was written.
         known.extend(Some(lab.file(out)).filter(|dir| dir.is_dir()));
+    }
+    Ok(())
+}
+
+/// Move guests from one suite's Xen to that of another.
+fn run_between(from: &str, to: &str, limit: u64, bad: &mut Vec<String>) -> Result<()> {
+    let lab = Lab::build(from)?;
+    let mut wanted = scenarios();
+    wanted.retain(|scenario| scenario.two);
+    let boots = Boots {
+        suite: from,
+        release: false,
+        images: &[],
+        shadow_images: &[],
+        to,
+        to_cpu: "",
+        limit,
+    };
+    if let Err(error) = boots.run(&lab, &wanted)?.verdict(&lab) {
+        bad.push(format!("{from} to {to}: {error:#}"));
     }
     Ok(())
 }
@@ -169,7 +197,7 @@ fn document(record: &Record) -> Result<String> {
     text.push_str(" what it is |\n|---|");
     text.push_str(&"---|".repeat(columns.len() + 1));
     text.push('\n');
-    for scenario in scenarios() {
+    for scenario in scenarios().iter().filter(|scenario| !scenario.two) {
         let mark = if scenario.shadow { " *s*" } else { "" };
         write!(text, "| {}{mark} |", scenario.name())?;
         for (_, column) in &columns {
@@ -178,6 +206,7 @@ fn document(record: &Record) -> Result<String> {
         }
         writeln!(text, " {} |", scenario.about())?;
     }
+    between_hosts(&mut text, &columns)?;
     restored_images(&mut text, &columns)?;
     for (_, column) in &columns {
         if let Some(table) = Figures::of(&column.measures).table()? {
@@ -201,6 +230,42 @@ fn document(record: &Record) -> Result<String> {
     }
     text.push_str(MISSING);
     Ok(text)
+}
+
+/// What ran between two hosts.
+fn between_hosts(text: &mut String, columns: &[(&str, &Suite)]) -> Result<()> {
+    text.push_str(
+        "\n## Between two hosts\n\nTwo Xens in two machines, with a network, ssh and a shared disk \
+         between them. A guest moves live\nfrom the first to the second, counts on there, and \
+         moves back if the Xens are the same. Features that the second\nprocessor lacks stand behind its suite.\n\n\
+         | scenario | from | to | | what it is |\n|---|---|---|---|---|\n",
+    );
+    for scenario in scenarios().iter().filter(|scenario| scenario.two) {
+        let mark = if scenario.shadow { " *s*" } else { "" };
+        let name = scenario.name();
+        let mut ran = false;
+        for (suite, column) in columns {
+            for (noted, note) in &column.scenarios.0 {
+                if let Some((_, to)) = noted.split_once(TO).filter(|(of, _)| *of == name) {
+                    writeln!(
+                        text,
+                        "| {name}{mark} | {}, {suite} | {to} | {note} | {} |",
+                        column.xen,
+                        scenario.about()
+                    )?;
+                    ran = true;
+                }
+            }
+        }
+        if !ran {
+            writeln!(
+                text,
+                "| {name}{mark} | | | not run | {} |",
+                scenario.about()
+            )?;
+        }
+    }
+    Ok(())
 }
 
 /// Images that a lab was given: those of an older Xen.

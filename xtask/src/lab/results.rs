@@ -92,13 +92,17 @@ impl Results {
     }
 
     /// Note them with the lab, each in place of what was noted of the scenario before, and
-    /// with the `commit` of the code that ran.
-    pub(super) fn note(&self, lab: &Lab, commit: Option<&str>) -> Result<()> {
+    /// with the `commit` of the code that ran. `to` names the second host, where there is one.
+    pub(super) fn note(&self, lab: &Lab, commit: Option<&str>, to: Option<&str>) -> Result<()> {
         let date = Invocation::new("date").args(["-u", "+%F"]).capture()?;
         let mut notes = Notes::read(lab)?;
         for row in &self.rows {
             let note = row.note(commit, date.trim());
-            notes.0.insert(row.name.clone(), note);
+            let name = match to {
+                None => row.name.clone(),
+                Some(to) => format!("{}{TO}{to}", row.name),
+            };
+            notes.0.insert(name, note);
         }
         notes.write(lab)
     }
@@ -125,7 +129,11 @@ impl Results {
     }
 }
 
-/// How each scenario ended the last time it ran in a lab: `KIND/GUEST`, and in words.
+/// Stands between a scenario of two hosts and the suite of the second, in a note's name.
+pub(super) const TO: char = '>';
+
+/// How each scenario ended the last time it ran in a lab: `KIND/GUEST`, and in words. Of two
+/// hosts, `KIND/GUEST>SUITE`, with the suite of the other.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Notes(pub(super) BTreeMap<String, String>);
 

@@ -12,6 +12,8 @@ pub(super) struct Scenario {
     pub(super) smoke: bool,
     /// Whether it needs the hypervisor that [`super::shadow`] builds.
     pub(super) shadow: bool,
+    /// Whether it needs a second host.
+    pub(super) two: bool,
 }
 
 const fn smoke(kind: &'static str, guest: &'static str) -> Scenario {
@@ -20,6 +22,7 @@ const fn smoke(kind: &'static str, guest: &'static str) -> Scenario {
         guest,
         smoke: true,
         shadow: false,
+        two: false,
     }
 }
 
@@ -29,6 +32,7 @@ const fn more(kind: &'static str, guest: &'static str) -> Scenario {
         guest,
         smoke: false,
         shadow: false,
+        two: false,
     }
 }
 
@@ -38,6 +42,23 @@ const fn shadow(kind: &'static str, guest: &'static str) -> Scenario {
         guest,
         smoke: false,
         shadow: true,
+        two: false,
+    }
+}
+
+/// Between two hosts, each with a Xen of its own.
+const fn two(kind: &'static str, guest: &'static str) -> Scenario {
+    Scenario {
+        two: true,
+        ..more(kind, guest)
+    }
+}
+
+/// The same, on hypervisors that [`super::shadow`] builds.
+const fn two_shadow(kind: &'static str, guest: &'static str) -> Scenario {
+    Scenario {
+        two: true,
+        ..shadow(kind, guest)
     }
 }
 
@@ -192,6 +213,20 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     shadow("remus_stock_ours", "pv"),
     shadow("remus_ours_ours", "pv"),
     shadow("remus_ours_ours", "pv32"),
+    two("two_hosts", "none"),
+    two("two_stock_stock", "pvh"),
+    two("two_ours_stock", "pvh"),
+    two("two_stock_ours", "pvh"),
+    two("two_ours_ours", "pvh"),
+    two("two_ours_ours", "pvh2"),
+    two("two_stock_stock", "hvmpv"),
+    two("two_ours_ours", "hvmpv"),
+    two("two_xsr", "pvh"),
+    two("two_xsr", "hvmpv"),
+    two_shadow("two_stock_stock", "pv"),
+    two_shadow("two_ours_ours", "pv"),
+    two_shadow("two_ours_ours", "pv32"),
+    two_shadow("two_xsr", "pv"),
     more("pairs", "pvh64m"),
     more("pairs", "pv64m"),
 ];
@@ -284,6 +319,21 @@ const KINDS: &[(&str, &str)] = &[
         "xsr remus to the same host, by way of xl, xsr at both ends; the sender dies, the receiver takes over",
     ),
     (
+        "two_hosts",
+        "the network, ssh in both directions and the shared disk between two hosts",
+    ),
+    (
+        "two_stock_stock",
+        "live xl migrate to another host over ssh and back, stock helpers",
+    ),
+    ("two_ours_stock", "the same, our helper on this host"),
+    ("two_stock_ours", "the same, our helper on the other host"),
+    ("two_ours_ours", "the same, our helper on both hosts"),
+    (
+        "two_xsr",
+        "live xsr migrate to another host over ssh and back, by way of xl",
+    ),
+    (
         "through_xl_cancel",
         "SIGINT to xsr in the middle of a save and of a live migration: the guest counts on",
     ),
@@ -316,7 +366,9 @@ mod tests {
 
     #[test]
     fn every_kind_is_described_and_is_a_function_in_dom0() {
-        let script = std::fs::read_to_string(source("dom0/scenarios")).unwrap();
+        let script = ["dom0/scenarios", "dom0/two-hosts"]
+            .map(|file| std::fs::read_to_string(source(file)).unwrap())
+            .concat();
         for scenario in SCENARIOS {
             assert!(!scenario.about().is_empty(), "{}", scenario.name());
             let function = format!("\n{}() {{", scenario.kind);

@@ -47,19 +47,55 @@ pub(super) struct Share {
     pub(super) input: PathBuf,
     /// What it writes.
     pub(super) output: PathBuf,
+    /// What two hosts both see and write: how they find each other, and when all is over.
+    pub(super) common: Option<PathBuf>,
     /// The commit of what runs there, as [`workspace::commit`] has it.
     pub(super) commit: Option<String>,
+}
+
+/// Which of two hosts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    /// The one on which the scenarios run.
+    Near,
+    /// The other, to which guests are moved.
+    Far,
 }
 
 impl Share {
     /// Build our binaries and the guests and lay them out for a boot of the lab's
     /// `hypervisor`. Each hypervisor has a directory of logs.
     pub(super) fn prepare(lab: &Lab, hypervisor: &Path, release: bool) -> Result<Self> {
+        Self::make(lab, hypervisor, release, "")
+    }
+
+    /// The same for one of two hosts, which meet in the directory `common`. Each has
+    /// directories of its own, also where both are of one lab.
+    pub(super) fn of_two(
+        lab: &Lab,
+        hypervisor: &Path,
+        release: bool,
+        role: Role,
+        common: &Path,
+    ) -> Result<Self> {
+        let name = match role {
+            Role::Near => "near",
+            Role::Far => "far",
+        };
+        let mut share = Self::make(lab, hypervisor, release, &format!("-{name}"))?;
+        std::fs::write(share.input.join("role"), name)?;
+        share.common = Some(common.to_owned());
+        Ok(share)
+    }
+
+    fn make(lab: &Lab, hypervisor: &Path, release: bool, suffix: &str) -> Result<Self> {
         let name = hypervisor.file_name().unwrap_or_default().to_string_lossy();
+        let output = format!("{}{suffix}", name.replacen("xen", "out", 1));
         let share = Self {
             hypervisor: hypervisor.to_owned(),
-            input: lab.file("in"),
-            output: lab.file(&name.replacen("xen", "out", 1)),
+            input: lab.file(&format!("in{suffix}")),
+            output: lab.file(&output),
+            common: None,
             commit: workspace::commit(),
         };
         for dir in [&share.input, &share.output] {
@@ -68,7 +104,14 @@ impl Share {
             }
             std::fs::create_dir_all(dir)?;
         }
-        for script in ["start", "lib", "scenarios", "play-libxl", "measure-helper"] {
+        for script in [
+            "start",
+            "lib",
+            "scenarios",
+            "two-hosts",
+            "play-libxl",
+            "measure-helper",
+        ] {
             share.put(&source("dom0").join(script), script)?;
             executable(&share.input.join(script))?;
         }
