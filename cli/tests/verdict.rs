@@ -354,3 +354,103 @@ fn what_is_odd_is_a_warning() {
         .stdout_has("unknown type 99")
         .stdout_has("no HVM_PARAMS");
 }
+
+/// Where a file is cut off, every command says how many bytes the record still needs.
+#[test]
+fn every_command_counts_the_same_missing_bytes() {
+    let octets = fs::read(image("tpv")).unwrap();
+    let (_, libxc, _) = layers(&octets);
+    let word = |at: usize| u32::from_le_bytes(octets[at..at + 4].try_into().unwrap());
+    // Where PAGE_DATA and the vcpu's registers begin, and how long they are.
+    let mut places = Vec::new();
+    let mut at = libxc + 40;
+    while word(at) != END {
+        let length = 8 + (word(at + 4) as usize).next_multiple_of(8);
+        if [1, 4].contains(&word(at)) {
+            places.push((at, length));
+        }
+        at += length;
+    }
+    let dir = scratch();
+    let good = image("tpv");
+    for (at, length) in places {
+        for cut in [10, 30, 2000, length / 2 + 77, length - 1] {
+            if cut >= length {
+                continue;
+            }
+            let file = path(dir.path(), "cut");
+            fs::write(&file, &octets[..at + cut]).unwrap();
+            let words = format!("{} octets more were expected", length - cut);
+            let (host, out) = (dir.path().join("host"), dir.path().join("out"));
+            let host = backend(&host);
+            run(["verify", arg(&file)]).code(2).stdout_has(&words);
+            let says = |args: &[&str]| drop(run(args).code(2).stderr_has(&words));
+            says(&["inspect", arg(&file)]);
+            says(&["convert", "--to", "libxc", arg(&file), "-o", arg(&out)]);
+            says(&["edit", "--name", "other", arg(&file), "-o", arg(&out)]);
+            says(&["cat", arg(&file)]);
+            says(&["restore", &host, arg(&file)]);
+            says(&["restore", &host, "--threads", "1", arg(&file)]);
+            says(&["diff", arg(&good), arg(&file)]);
+            says(&["export", arg(&file), "-o", arg(&out)]);
+        }
+    }
+}
+
+/// Records that a restore keeps are bounded all together.
+#[test]
+fn emulators_records_are_bounded() {
+    let dir = scratch();
+    let file = path(dir.path(), "emulators");
+    let octets = fs::read(image("tpvh")).unwrap();
+    let (.., end) = layers(&octets);
+    let mut out = octets[..end].to_vec();
+    let mut body = [2_u32.to_le_bytes(), 0_u32.to_le_bytes()].concat();
+    body.resize(40 << 20, 0);
+    for _ in 0..4 {
+        out.extend(record(3, &body));
+    }
+    out.extend(record(0, &[]));
+    fs::write(&file, out).unwrap();
+    both_say(&file, "more than a restore keeps");
+}
+
+#[test]
+fn raw_memory_has_holes_unless_asked_otherwise() {
+    use std::os::unix::fs::MetadataExt as _;
+    let dir = scratch();
+    let raw = dir.path().join("raw");
+    run([
+        "export",
+        "--format",
+        "raw",
+        arg(&image("tpvh")),
+        "-o",
+        arg(&raw),
+    ])
+    .code(0);
+    let made = fs::metadata(&raw).unwrap();
+    assert!(
+        made.len() > 0xf000_0000 && made.blocks() * 512 < 64 << 20,
+        "{made:?}"
+    );
+    // One page far beyond all others: with zeros that would be terabytes.
+    let far = path(dir.path(), "far");
+    changed("tpvh", &far, |records| {
+        let at = find(records, 1);
+        let entry = 1_u64 << 36;
+        records[at].1[8..16].copy_from_slice(&entry.to_le_bytes());
+    });
+    run([
+        "export",
+        "--format",
+        "raw",
+        "--no-sparse",
+        arg(&far),
+        "--force",
+        "-o",
+        arg(&raw),
+    ])
+    .code(1)
+    .stderr_has("probably damaged");
+}

@@ -5,10 +5,12 @@
 //! Specification: libxc migration stream, "Headers" and "Records".
 
 use crate::error::{DecodeError, Length, Reserved};
-use crate::frame::WirePageEntry;
+use crate::frame::{PAGE_SIZE, WirePageEntry};
 use crate::image::{DomainHeader, ImageHeader, WireDomainHeader, WireImageHeader};
 use crate::order::Order;
 use crate::record::page_data::{Entries, WirePageDataHead};
+use crate::record::pv::{PvInfo, WirePvInfo, WireVcpuHead, vcpu_state_length};
+use crate::record::x86::{CpuidPolicy, MsrPolicy, WireTscInfo};
 use crate::record::{Body, Context, MAX_BODY, Record, RecordKind, WireRecordHeader};
 
 /// What both the streaming and the in-memory reader know of a stream.
@@ -63,6 +65,7 @@ impl Decoder {
             return Err(DecodeError::UnknownMandatory { kind: kind.0 });
         }
         self.order.admit(kind)?;
+        self.check_length(kind, length)?;
         if kind == RecordKind::PAGE_DATA && (length as usize) < WirePageDataHead::OCTETS {
             return Err(DecodeError::BodyLength {
                 expected: Length::AtLeast(WirePageDataHead::OCTETS as u64),
@@ -70,6 +73,46 @@ impl Decoder {
             });
         }
         Ok(length)
+    }
+
+    /// Check a length against what its kind allows, before the body is read: a wrong length is
+    /// not a file that ends too early. What depends on the body is checked with it.
+    fn check_length(&self, kind: RecordKind, got: u32) -> Result<(), DecodeError> {
+        use RecordKind as K;
+        let info = self.order.guest_width().and_then(PvInfo::from_width);
+        let expected = match kind {
+            K::END | K::VERIFY | K::CHECKPOINT | K::STATIC_DATA_END => Length::Exactly(0),
+            K::X86_PV_INFO => Length::Exactly(size_of::<WirePvInfo>() as u64),
+            K::SHARED_INFO => Length::Exactly(PAGE_SIZE as u64),
+            K::X86_TSC_INFO => Length::Exactly(size_of::<WireTscInfo>() as u64),
+            K::X86_CPUID_POLICY => Length::MultipleOf(CpuidPolicy::LEAF_OCTETS as u64),
+            K::X86_MSR_POLICY => Length::MultipleOf(MsrPolicy::ENTRY_OCTETS as u64),
+            // All pfns that 32 bits can name.
+            K::X86_PV_P2M_FRAMES => Length::AtMost(MAX_P2M_BODY),
+            K::X86_PV_VCPU_BASIC
+            | K::X86_PV_VCPU_EXTENDED
+            | K::X86_PV_VCPU_XSAVE
+            | K::X86_PV_VCPU_MSRS => {
+                let state = (got as usize).checked_sub(size_of::<WireVcpuHead>());
+                return match (state.filter(|state| *state > 0), info) {
+                    (Some(state), Some(info)) => match vcpu_state_length(kind, info, state) {
+                        Some(expected) => Err(DecodeError::BlobLength {
+                            kind,
+                            expected,
+                            got: state as u64,
+                        }),
+                        None => Ok(()),
+                    },
+                    _ => Ok(()),
+                };
+            }
+            _ => return Ok(()),
+        };
+        let got = u64::from(got);
+        match expected.holds(got) {
+            true => Ok(()),
+            false => Err(DecodeError::BodyLength { expected, got }),
+        }
     }
 
     /// Decode the body of any record but PAGE_DATA, and take note of it.
@@ -108,5 +151,8 @@ pub(crate) fn as_number(pad: &[u8]) -> u64 {
     pad.iter()
         .fold(0, |number, octet| number << 8 | u64::from(*octet))
 }
+
+/// The longest X86_PV_P2M_FRAMES: its head and a frame for each 512 pfns of 32 bits.
+const MAX_P2M_BODY: u64 = 8 + (8 << 23);
 
 pub(crate) const WIRE_HEADER: u64 = size_of::<WireRecordHeader>() as u64;

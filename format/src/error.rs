@@ -35,6 +35,22 @@ pub enum Length {
     HeadAndMultipleOf(u64, u64),
 }
 
+impl Length {
+    /// Whether a length is one of these.
+    pub const fn holds(self, got: u64) -> bool {
+        match self {
+            Self::Exactly(n) => got == n,
+            Self::AtLeast(n) => got >= n,
+            Self::AtMost(n) => got <= n,
+            Self::MultipleOf(n) => got > 0 && got.is_multiple_of(n),
+            Self::HeadAndMultipleOf(head, n) => match got.checked_sub(head) {
+                Some(rest) => rest.is_multiple_of(n),
+                None => false,
+            },
+        }
+    }
+}
+
 impl fmt::Display for Length {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -413,7 +429,7 @@ pub enum ReadErrorCause {
     #[error("reading failed: {0}")]
     Io(#[source] io::Error),
     /// The stream ends too early.
-    #[error("stream ends inside it: {needed} octets more were expected")]
+    #[error("stream ends inside it: {needed} octets more were expected{}", plausibly(*needed))]
     Truncated {
         /// Octets that were still to come for this structure.
         needed: u64,
@@ -475,6 +491,16 @@ impl ReadError {
                 .is_some_and(Self::is_bad_image),
             _ => true,
         }
+    }
+}
+
+/// No honest record lacks so much: the longest that Xen writes has a batch of 1024 pages.
+const IMPLAUSIBLE: u64 = 32 << 20;
+
+fn plausibly(needed: u64) -> &'static str {
+    match needed > IMPLAUSIBLE {
+        true => " (that is implausible: its length is probably wrong)",
+        false => "",
     }
 }
 

@@ -19,6 +19,7 @@ use crate::frame::{PAGE_SIZE, Page, WirePageEntry};
 use crate::image::{DomainHeader, ImageHeader, WireDomainHeader, WireImageHeader};
 use crate::record::page_data::{Entries, WirePageDataHead};
 use crate::record::{Record, RecordKind, WireRecordHeader, padding};
+pub use crate::source::EndedAfter;
 use crate::source::{Skip, fill, fill_behind, fill_growing, skip_by_reading, skip_by_seeking};
 
 /// How to read.
@@ -306,12 +307,18 @@ impl<R: Read> RecordReader<R> {
 
     fn page_data_head(&mut self, length: u32) -> Result<u64, ReadError> {
         let mut head = WirePageDataHead::new_zeroed();
-        fill(&mut self.source, head.as_mut_bytes()).map_err(|cause| self.failed(cause))?;
+        // A stream that is cut off lacks all of the record, padding included.
+        let whole = u64::from(length).saturating_add(padding(u64::from(length)));
+        let rest = whole.saturating_sub(WirePageDataHead::OCTETS as u64);
+        fill(&mut self.source, head.as_mut_bytes())
+            .map_err(|cause| self.failed(cause.truncated_before(rest)))?;
         self.advance(WirePageDataHead::OCTETS as u64);
         let octets = head
             .entry_octets(length, self.decoder.context())
             .map_err(|e| self.failed(e))?;
-        self.fill_body(octets).map_err(|cause| self.failed(cause))?;
+        let rest = rest.saturating_sub(octets);
+        self.fill_body(octets)
+            .map_err(|cause| self.failed(cause.truncated_before(rest)))?;
         self.advance(octets);
         let wire = <[WirePageEntry]>::ref_from_bytes(&self.body).unwrap_or_default();
         let checked = self.decoder.entries(wire, length).map(|(_, pages)| pages);
@@ -420,8 +427,8 @@ impl<R: Read> PageDataBody<'_, R> {
     ///
     /// # Errors
     ///
-    /// What `read` says; `UnexpectedEof` is reported as a truncated stream, which
-    /// lacks at most all the octets that were left before the call.
+    /// What `read` says; `UnexpectedEof` is reported as a truncated stream. It lacks all bytes
+    /// that were left before the call, minus those of an [`EndedAfter`] inside the error.
     pub fn with_source<T>(
         &mut self,
         pages: u64,
@@ -437,7 +444,9 @@ impl<R: Read> PageDataBody<'_, R> {
                 Ok(value)
             }
             Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
-                let needed = self.reader.pending;
+                let ended = e.get_ref().and_then(|e| e.downcast_ref::<EndedAfter>());
+                let read = ended.map_or(0, |ended| ended.0);
+                let needed = self.reader.pending.saturating_sub(read);
                 Err(self.reader.failed(ReadErrorCause::Truncated { needed }))
             }
             Err(e) => Err(self.reader.failed(ReadErrorCause::Io(e))),

@@ -179,9 +179,14 @@ impl<'a> SliceReader<'a> {
     }
 
     fn page_data(&mut self, length: u32) -> Result<SliceRecord<'a>, ReadErrorCause> {
-        let head = take_as::<WirePageDataHead>(&mut self.rest)?;
+        // A stream that is cut off lacks all of the record, padding included.
+        let whole = u64::from(length).saturating_add(padding(u64::from(length)));
+        let rest = whole.saturating_sub(WirePageDataHead::OCTETS as u64);
+        let head = take_as::<WirePageDataHead>(&mut self.rest);
+        let head = head.map_err(|cause| cause.truncated_before(rest))?;
         let octets = head.entry_octets(length, self.decoder.context())?;
-        let raw = take(&mut self.rest, octets)?;
+        let rest = rest.saturating_sub(octets);
+        let raw = take(&mut self.rest, octets).map_err(|cause| cause.truncated_before(rest))?;
         let wire = <[WirePageEntry]>::ref_from_bytes(raw).unwrap_or_default();
         let (entries, pages) = self.decoder.entries(wire, length)?;
         let raw = take(&mut self.rest, pages.saturating_mul(PAGE_SIZE as u64))?;

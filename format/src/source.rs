@@ -1,9 +1,29 @@
 //! How readers take octets from a source: exactly as many as they need, however the
 //! source hands them out.
 
+use std::fmt;
 use std::io::{self, Read, Seek, SeekFrom};
 
 use crate::error::ReadErrorCause;
+
+/// A source that ended after so many bytes of what it was asked for. As the inner error of an
+/// [`io::ErrorKind::UnexpectedEof`], it says how many are missing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EndedAfter(pub u64);
+
+impl fmt::Display for EndedAfter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the source ended after {} bytes", self.0)
+    }
+}
+
+impl std::error::Error for EndedAfter {}
+
+impl From<EndedAfter> for io::Error {
+    fn from(ended: EndedAfter) -> Self {
+        Self::new(io::ErrorKind::UnexpectedEof, ended)
+    }
+}
 
 /// Moves a source on by some octets; says how many it could.
 pub(crate) type Skip<R> = fn(&mut R, u64, &mut Vec<u8>) -> io::Result<u64>;

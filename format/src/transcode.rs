@@ -17,7 +17,7 @@ use crate::byte_order::ByteOrder;
 use crate::error::{ReadError, WriteError};
 use crate::frame::Pfn;
 use crate::image::{DomainHeader, Version};
-use crate::read::PageDataBody;
+use crate::read::{EndedAfter, PageDataBody};
 use crate::record::hvm::HvmParam;
 use crate::record::pv::PvInfo;
 use crate::record::{Body, MAX_BATCH, Record};
@@ -245,7 +245,7 @@ impl<W: Write> Transcoder<'_, W> {
                 let mut left = octets;
                 while left > 0 {
                     match copy(source, left, sink) {
-                        Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                        Ok(0) => return Err(EndedAfter(octets.saturating_sub(left)).into()),
                         Ok(n) => left = left.saturating_sub(n),
                         Err(CopyError::Read(error)) => return Err(error),
                         Err(CopyError::Write(error)) => {

@@ -72,6 +72,8 @@ pub struct Walk<R> {
     xl: Option<XlHeader>,
     libxl: Option<LibxlState>,
     guest: Option<GuestImage>,
+    /// Bytes of libxl records that a restorer keeps.
+    kept: u64,
     held: Held<R>,
     next: Next,
 }
@@ -139,6 +141,7 @@ impl<R: Read> Walk<R> {
             xl: None,
             libxl: None,
             guest: None,
+            kept: 0,
             held: Held::Source(source, options.offset, known),
             next,
         })
@@ -294,6 +297,12 @@ impl<R: Read> Walk<R> {
         let result = state.next_record(&known, &mut source);
         self.held = Held::Source(source, state.offset, Vec::new());
         let (position, record) = result?;
+        self.kept = (self.kept).saturating_add(self.offset().saturating_sub(offset));
+        // Each may be as long as that; a restorer keeps all of them.
+        if self.kept > u64::from(MAX_BODY) {
+            let cause = LibxlError::RecordsTooLong { max: MAX_BODY }.into();
+            return Err(ReadError { position, cause });
+        }
         self.next = match record {
             LibxlRecord::LibxcContext => Next::LibxcHeaders,
             LibxlRecord::End => Next::Nothing,

@@ -349,10 +349,7 @@ impl<'r> Run<'r, '_> {
                 }
                 if let Some(balloon) = &mut notes.balloon {
                     balloon.sent(batch.entries());
-                    // Batches of a hole take no time.
-                    if batch.pages() > 0 {
-                        balloon.look(domain)?;
-                    }
+                    balloon.look(domain)?;
                 }
                 self.stats.pfns += batch.pfns();
                 self.stats.pages += batch.pages();

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use xsr_format::frame::PAGE_SIZE;
 use xsr_format::image::{DomainHeader, ImageHeader};
+use xsr_format::read::EndedAfter;
 use xsr_xen_backend::ForeignPages;
 
 use crate::descriptor::Descriptor;
@@ -239,7 +240,10 @@ impl<F: AsFd> PageSource for FdSource<F> {
                 .descriptor
                 .read(|fd| pages.read_some_from(fd, at..end))?
             {
-                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                0 => {
+                    let read = at - range.start * PAGE_SIZE;
+                    return Err(EndedAfter(read as u64).into());
+                }
                 n => at += n,
             }
         }

@@ -131,14 +131,17 @@ pub(crate) enum ScriptFormat {
 Examples:
   xsr export guest.save -o guest.core && crash vmlinux guest.core
   xsr export --format gdb guest.save -o guest.gdb && gdb vmlinux guest.gdb -ex bt
-  xsr export --format raw --sparse guest.save -o guest.mem")]
+  xsr export --format raw guest.save -o guest.mem")]
 pub(crate) struct ExportArgs {
     /// What to make
     #[arg(long, value_name = "FORMAT", default_value = "elf")]
     pub(crate) format: ExportFormat,
-    /// For raw: leave holes where there is no page, or one of zeros
-    #[arg(long)]
+    /// For raw: leave holes where there is no page, or one of zeros [default for a file]
+    #[arg(long, overrides_with = "no_sparse")]
     pub(crate) sparse: bool,
+    /// For raw: write zeros where there is no page
+    #[arg(long)]
+    pub(crate) no_sparse: bool,
     /// For elf of a PV guest: list pfns alone, as of a translated guest; volatility3 wants
     /// that, crash the list of pfns and gmfns that is written otherwise
     #[arg(long)]

@@ -9,7 +9,7 @@ use std::rc::Rc;
 
 use anyhow::{Context as _, Error, Result};
 use xsr_format::detect::Detected;
-use xsr_format::read::ReadOptions;
+use xsr_format::read::{EndedAfter, ReadOptions};
 use xsr_format::transcode::Layer;
 use xsr_format::walk::{Content, Walk};
 use xsr_format::wrapper::xl::XlHeader;
@@ -150,7 +150,7 @@ fn cat(args: &CatArgs, wanted: Layer, input: &Input, sink: &mut Sink<'_>) -> Res
                 let copied = sink.copy(source.file, octets)?;
                 match copied == octets {
                     true => Ok(()),
-                    false => Err(io::ErrorKind::UnexpectedEof.into()),
+                    false => Err(EndedAfter(copied).into()),
                 }
             });
             copied?;

@@ -22,7 +22,7 @@ use xsr_format::legacy::{
     Checkpoints, Converted, LegacyGuest, LegacyOptions, LegacyReader, Target,
 };
 use xsr_format::read::ReadOptions;
-use xsr_format::transcode::{CopyError, Layer, transcode};
+use xsr_format::transcode::{CopyError, Layer, TranscodeError, transcode};
 use xsr_format::walk::Walk;
 use xsr_format::wrapper::xl::XlHeader;
 
@@ -221,7 +221,11 @@ fn modern(
         }
         (config, ..) => config,
     };
-    let summary = transcode(&mut walk, sink, to, config, copy_octets)?;
+    let summary = transcode(&mut walk, sink, to, config, copy_octets).map_err(|e| match e {
+        // As itself, so that its code and advice are those of a bad image.
+        TranscodeError::Read(e) => Error::new(e),
+        other => Error::new(other),
+    })?;
     input.finish(walk.offset())?;
     if summary.dropped > 0 {
         tracing::warn!(

@@ -1,7 +1,7 @@
 //! `xsr edit`: the configuration in an image of xl replaced, optional records dropped or
 //! added. The guest's memory and state go through octet for octet.
 
-use std::io::{self, Write as _};
+use std::io::Write as _;
 use std::path::Path;
 
 use anyhow::{Context as _, Error, Result};
@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde_json::Value;
 use xsr_format::byte_order::ByteOrder;
 use xsr_format::detect::Detected;
-use xsr_format::read::ReadOptions;
+use xsr_format::read::{EndedAfter, ReadOptions};
 use xsr_format::record::RecordKind;
 use xsr_format::walk::{Content, Walk};
 use xsr_format::wrapper::libxl::LibxlRecord;
@@ -139,7 +139,7 @@ fn edit(args: &EditArgs, input: &Input, sink: &mut Sink<'_>) -> Result<u64> {
                     let copied = sink.copy(source.file(), octets)?;
                     match copied == octets {
                         true => Ok(()),
-                        false => Err(io::ErrorKind::UnexpectedEof.into()),
+                        false => Err(EndedAfter(copied).into()),
                     }
                 })?;
             }

@@ -37,14 +37,16 @@ mod gdb;
 use gdb::{Paging, Vcpu};
 
 const PAGE: u64 = PAGE_SIZE as u64;
+/// Zeros that raw memory may hold beside four times the guest's memory: holes for devices.
+const MOST_ZEROS: u64 = 8 << 30;
 /// Pages that are moved at once.
 const STEP: u64 = 256;
 
 /// Export a guest's memory.
 pub(crate) fn run(args: &ExportArgs, terminal: &Terminal) -> Result<Code> {
     let usage = |why: &str| Err(Error::new(BadUsage(why.to_owned())));
-    if args.sparse && args.format != ExportFormat::Raw {
-        return usage("--sparse is for --format raw: a core has no holes");
+    if (args.sparse || args.no_sparse) && args.format != ExportFormat::Raw {
+        return usage("--sparse and --no-sparse are for --format raw: a core has no holes");
     }
     if args.pfn_list && args.format != ExportFormat::Elf {
         return usage("--pfn-list is for --format elf: the others have no list of pages");
@@ -79,7 +81,7 @@ pub(crate) fn run(args: &ExportArgs, terminal: &Terminal) -> Result<Code> {
         match args.format {
             ExportFormat::Elf => contents.elf(&input.file, sink),
             ExportFormat::Gdb => contents.gdb(&input.file, sink, args.vcpu.unwrap_or(0)),
-            ExportFormat::Raw => contents.raw(&input.file, sink, args.sparse),
+            ExportFormat::Raw => contents.raw(&input.file, sink, !args.no_sparse),
         }
         .with_context(|| format!("exporting {}", input.name))
     })?;
@@ -233,6 +235,25 @@ impl Contents {
     /// As physical memory: each page at its own address.
     fn raw(&self, image: &File, out: &mut Sink<'_>, sparse: bool) -> Result<u64> {
         let sparse = sparse && out.takes_holes();
+        // Pages without contents behind the last are part of the guest's memory. The format has
+        // no pfn beyond 2^40, so no address wraps.
+        let end = self
+            .map
+            .runs()
+            .last()
+            .map_or(0, |run| (run.last + 1) * PAGE);
+        let held = self.pages() * PAGE;
+        if end - held > MOST_ZEROS + 4 * held {
+            let (end, held) = (size(end), size(held));
+            let why = format!(
+                "the guest's last page is at {end}, but it has only {held} of memory: the image is \
+                 probably damaged"
+            );
+            match sparse {
+                true => tracing::warn!("{why}"),
+                false => bail!("{why}; a file with holes (without --no-sparse) takes little room"),
+            }
+        }
         let mut at = 0;
         for run in self.runs() {
             gap(out, run.first * PAGE - at, sparse)?;
@@ -242,12 +263,6 @@ impl Contents {
             }
             at = (run.last + 1) * PAGE;
         }
-        // Pages without contents behind the last are part of the guest's memory.
-        let end = self
-            .map
-            .runs()
-            .last()
-            .map_or(0, |run| (run.last + 1) * PAGE);
         gap(out, end - at, sparse)?;
         if sparse {
             out.file().set_len(end).context("a sparse file")?;
@@ -295,7 +310,7 @@ fn gap(out: &mut Sink<'_>, octets: u64, sparse: bool) -> Result<()> {
             let by = i64::try_from(octets).context("a gap")?;
             out.file()
                 .seek(SeekFrom::Current(by))
-                .context("--sparse wants a file that can be sought in")?;
+                .context("leaving a hole in the file")?;
         }
         (_, false) => {
             let mut zeros = BufWriter::with_capacity(1 << 20, out);

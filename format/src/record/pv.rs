@@ -215,6 +215,9 @@ pub const fn vcpu_basic_octets(info: PvInfo) -> usize {
     }
 }
 
+/// The longest XSAVE area that is taken; that of a processor with AMX has 11 KiB.
+const MAX_XSAVE: usize = 1 << 20;
+
 /// What length a blob of this kind must have, its head not counted; empty ones,
 /// which erratum 1 tolerates, aside.
 pub(crate) fn vcpu_state_length(kind: RecordKind, info: PvInfo, len: usize) -> Option<Length> {
@@ -223,6 +226,7 @@ pub(crate) fn vcpu_state_length(kind: RecordKind, info: PvInfo, len: usize) -> O
         RecordKind::X86_PV_VCPU_BASIC if len != basic => Some(Length::Exactly(basic as u64)),
         RecordKind::X86_PV_VCPU_EXTENDED if len > 128 => Some(Length::AtMost(128)),
         RecordKind::X86_PV_VCPU_XSAVE if len < 16 => Some(Length::AtLeast(16)),
+        RecordKind::X86_PV_VCPU_XSAVE if len > MAX_XSAVE => Some(Length::AtMost(MAX_XSAVE as u64)),
         RecordKind::X86_PV_VCPU_MSRS if !len.is_multiple_of(16) => Some(Length::MultipleOf(16)),
         _ => None,
     }

@@ -170,6 +170,14 @@ pub enum LibxlError {
         /// The limit.
         max: u32,
     },
+    /// The records around the libxc stream are longer, all together, than any are.
+    #[error(
+        "the records up to here have more than {max} bytes, which is more than a restore keeps"
+    )]
+    RecordsTooLong {
+        /// The limit.
+        max: u32,
+    },
     /// A body of the wrong length for its kind.
     #[error("body length is {got}, expected {expected}")]
     BodyLength {

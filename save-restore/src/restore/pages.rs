@@ -6,11 +6,11 @@
 //!
 //! C implementation: `xg_sr_restore.c:process_page_data`.
 
+use std::io::{self, Read};
 use std::ops::Range;
 
-use xsr_format::error::{ReadError, ReadErrorCause};
 use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE, Page, PageEntry, Pfn};
-use xsr_format::read::PageDataBody;
+use xsr_format::read::{EndedAfter, PageDataBody};
 use xsr_xen_backend::{Access, Domain, ForeignPages};
 
 use crate::error::RestoreError;
@@ -108,9 +108,7 @@ impl<'r> PageRestore<'r> {
                 self.piece(entries, gfns, &mut body, hands)?;
             } else {
                 let pages = self.domain.map(&gfns, Access::Write)?.all_mapped()?;
-                let left = body.pages_left();
-                self.fill(entries, &pages, &mut body)
-                    .map_err(|error| lacks_at_most(error, left))?;
+                self.fill(entries, &pages, &mut body)?;
                 hands.unmap(pages);
             }
             self.stats.pages += entries.len() as u64;
@@ -187,7 +185,7 @@ impl<'r> PageRestore<'r> {
                 return Ok(Contents::Extent(extent));
             }
             let mut buffer = hands.crew.buffer(entries.len() * PAGE_SIZE);
-            source.read_exact(&mut buffer)?;
+            read_whole(source, &mut buffer)?;
             Ok(Contents::Octets(buffer))
         })?;
         for (index, entry) in entries.iter().enumerate() {
@@ -281,15 +279,16 @@ impl<'r> PageRestore<'r> {
     }
 }
 
-/// A stream that ends in the midst of a piece lacks what was left before it, at most:
-/// however far it was read.
-fn lacks_at_most(mut error: RestoreError, pages: u64) -> RestoreError {
-    if let RestoreError::Stream(ReadError {
-        cause: ReadErrorCause::Truncated { needed },
-        ..
-    }) = &mut error
-    {
-        *needed = pages * PAGE_SIZE as u64;
+/// Fill `room`. Where the source ends before, the error says how far it came.
+fn read_whole(source: &mut impl Read, room: &mut [u8]) -> io::Result<()> {
+    let mut at = 0;
+    while at < room.len() {
+        match source.read(&mut room[at..]) {
+            Ok(0) => return Err(EndedAfter(at as u64).into()),
+            Ok(n) => at += n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
     }
-    error
+    Ok(())
 }

@@ -266,22 +266,24 @@ fn records(a: &Image, b: &Image, found: &mut Found) {
             found.field(S, name, counts_a.get(name), counts_b.get(name));
         }
     }
-    // Those whose contents nobody here understands: of each name the first with the
-    // first, the second with the second.
-    for name in a
-        .other
-        .iter()
-        .map(|(name, _)| name)
-        .collect::<BTreeSet<_>>()
-    {
-        let bodies = |image: &'_ Image| -> Vec<Vec<u8>> {
-            let same = image.other.iter().filter(|(other, _)| other == name);
-            same.map(|(_, body)| body.clone()).collect()
-        };
-        for (body_a, body_b) in bodies(a).iter().zip(&bodies(b)) {
+    // Records whose contents are unknown: of each name the first with the first, the second with
+    // the second.
+    let (others_a, others_b) = (by_name(a), by_name(b));
+    for (name, bodies) in others_a {
+        let others = others_b.get(name).into_iter().flatten();
+        for (body_a, body_b) in bodies.into_iter().zip(others) {
             found.octets(S, name, body_a, body_b);
         }
     }
+}
+
+/// The bodies of optional records, in order, for each name.
+fn by_name(image: &Image) -> BTreeMap<&str, Vec<&[u8]>> {
+    let mut bodies: BTreeMap<&str, Vec<&[u8]>> = BTreeMap::new();
+    for (name, body) in &image.other {
+        bodies.entry(name).or_default().push(body);
+    }
+    bodies
 }
 
 fn emulators(a: &Image, b: &Image, found: &mut Found) {

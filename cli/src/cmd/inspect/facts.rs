@@ -196,7 +196,15 @@ impl Facts {
             Body::DirtyPfns(list) => Self::DirtyPfns {
                 pfns: list.iter().len(),
             },
-            _ => Self::None {},
+            // The entries of a context are counted as they are listed.
+            Body::HvmContext(_)
+            | Body::End
+            | Body::SharedInfo(_)
+            | Body::Toolstack(_)
+            | Body::Verify
+            | Body::Checkpoint
+            | Body::StaticDataEnd
+            | Body::Optional(_) => Self::None {},
         }
     }
 }

@@ -165,7 +165,17 @@ pub(super) fn of_record(record: &Record<'_>, info: PvInfo) -> Vec<Named> {
                 .collect();
             vec![Named::new(kind.to_string(), None, fields)]
         }
-        _ => Vec::new(),
+        // Their row has all that they say.
+        Body::End
+        | Body::PvInfo(_)
+        | Body::P2mFrames(_)
+        | Body::TscInfo(_)
+        | Body::Toolstack(_)
+        | Body::Verify
+        | Body::Checkpoint
+        | Body::DirtyPfns(_)
+        | Body::StaticDataEnd
+        | Body::Optional(_) => Vec::new(),
     }
 }
 
