@@ -10,6 +10,7 @@ mod args;
 mod backend;
 mod cmd;
 mod colo;
+mod condition;
 mod config;
 mod exit;
 mod feed;

@@ -486,3 +486,74 @@ fn a_connect_that_nobody_answers_is_interrupted() {
     assert_eq!(ended.code, 1, "{ended:?}");
     assert_eq!(hosts.domains(), [vec!["web running".to_owned()], vec![]]);
 }
+
+/// However far the migration or save is; the guest is left as it is, under its name.
+#[test]
+fn a_guest_that_goes_away_is_said_to_have_gone() {
+    for (kind, how) in [("pv", "poweroff"), ("pvh", "crash"), ("hvm", "reboot")] {
+        // It writes faster than any target allows, and ends before the time is up.
+        let busy = ["--dirty-rate", "20000", "--shut-down", how, "--after"];
+        for after in ["1", "3000"] {
+            for live in [&[][..], &["--no-live"]] {
+                let hosts = Hosts::with(kind, &[&busy[..], &[after]].concat());
+                let socket = hosts.path("socket");
+                let receiver = hosts.receiver(&socket, &[]);
+                let target = match live {
+                    [] => &["--max-downtime", "1", "--timeout", "20"][..],
+                    _ => &[],
+                };
+                let sent = hosts.sender(&socket, &[live, target].concat()).end();
+                receiver.end().code(i32::from(sent.code != 0));
+                // It may have been suspended before its time was up.
+                if after != "1" && sent.code == 0 {
+                    continue;
+                }
+                let said = format!("web has shut down ({how}) here");
+                assert!(sent.stderr.contains(&said), "{sent:?}");
+                for wrong in [
+                    "resume", "somebody", "Poweroff", "Crash", "Reboot", "runs on",
+                ] {
+                    assert!(!sent.stderr.contains(wrong), "{sent:?}");
+                }
+                sent.code(1);
+                assert_eq!(hosts.domains(), [vec!["web shutdown".to_owned()], vec![]]);
+                // And so it is said of it from now on.
+                let here = backend(&hosts.here);
+                let image = hosts.path("image");
+                let why = format!("it has shut down ({how})");
+                for command in ["migrate", "remus"] {
+                    let to = format!("unix:{}", socket.display());
+                    run([command, &here, "web", &to]).code(1).stderr_has(&why);
+                }
+                run(["save", &here, "web", arg(&image)])
+                    .code(1)
+                    .stderr_has(&why);
+                assert!(!image.exists());
+                run(["mock", "resume", "--host", arg(&hosts.here), "web"])
+                    .code(1)
+                    .stderr_has("cannot run on");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_domain_that_cannot_suspend_is_refused_in_those_words() {
+    let hosts = Hosts::with("pvh", &[]);
+    let (here, image) = (backend(&hosts.here), hosts.path("image"));
+    let mock = |verb: &str| run(["mock", verb, "--host", arg(&hosts.here), "web"]);
+    let save = || run(["save", &here, "web", arg(&image)]);
+    mock("resume").code(1).stderr_has("it runs");
+    mock("unpause").code(1).stderr_has("it is not paused");
+    mock("pause").code(0);
+    mock("resume")
+        .code(1)
+        .stderr_has("it is paused, not suspended");
+    save()
+        .code(1)
+        .stderr_has("it is paused")
+        .stderr_has("xsr mock unpause");
+    assert!(!image.exists());
+    mock("unpause").code(0);
+    save().code(0);
+}

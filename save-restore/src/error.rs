@@ -35,14 +35,20 @@ pub enum GuestError {
         "the domain was resumed while it was being saved, by another program: what was written is of no use; save it again"
     )]
     ResumedMeanwhile,
-    /// The domain was down before the save asked it to suspend.
+    /// The domain was suspended before the save asked it to suspend.
     #[error(
-        "the domain is already shut down ({reason:?}), by somebody else: if no other save of it is under way, resume or destroy it first"
+        "the domain is suspended already: by another save or migration of it that is under way, or by one that was killed; after the latter resume it first"
     )]
-    AlreadyDown {
-        /// Why it is down.
+    AlreadySuspended,
+    /// The guest has ended by itself. It is left as it is.
+    #[error("the guest has shut down ({reason}) and cannot be saved any more")]
+    ShutDown {
+        /// For which other reason than to be saved.
         reason: ShutdownReason,
     },
+    /// The domain was destroyed by another command.
+    #[error("the domain has been destroyed while it was being saved")]
+    Destroyed,
     /// A PV guest's word is neither 4 nor 8 octets.
     #[error("the guest's width is {width} octets, expected 4 or 8")]
     Width {

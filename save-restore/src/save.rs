@@ -204,15 +204,32 @@ fn with_guest<'a, T: SaveToolstack + ?Sized, O>(
     suspended.logging_off();
     match result {
         Ok(out) => Ok((suspended, stats, out)),
-        Err(cause) => Err(give_back(&mut suspended, cause)),
+        Err(cause) => Err(give_back(domain, &mut suspended, cause)),
     }
 }
 
-/// The save has failed because of `cause`: resume the guest, if it is suspended.
+/// The save has failed because of `cause`: resume the guest, if it is suspended. One that has
+/// gone away is left as it is, and that is the cause of whatever a call on it has failed with.
 fn give_back<T: SaveToolstack + ?Sized>(
+    domain: &dyn Domain,
     suspended: &mut Suspended<'_, T>,
     cause: SaveError,
 ) -> SaveError {
+    if let Some(gone) = suspended::gone(domain) {
+        suspended.let_go();
+        let of_the_guest = matches!(
+            cause,
+            SaveError::Backend(_)
+                | SaveError::Map(_)
+                | SaveError::Toolstack(_)
+                | SaveError::Guest(_)
+        );
+        if of_the_guest {
+            tracing::debug!(error = %cause, "the guest has gone away");
+            return gone.into();
+        }
+        return cause;
+    }
     match suspended.resume() {
         Ok(()) => cause,
         Err(resume) => SaveError::NotResumed {
@@ -366,7 +383,7 @@ impl<'r> Run<'r, '_> {
         match self.domain.info()?.shutdown {
             Some(ShutdownReason::Suspend) => Ok(()),
             None => Err(GuestError::ResumedMeanwhile.into()),
-            Some(reason) => Err(GuestError::AlreadyDown { reason }.into()),
+            Some(reason) => Err(GuestError::ShutDown { reason }.into()),
         }
     }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use xsr_format::frame::Gfn;
-use xsr_xen_backend::{BackendError, Domain};
+use xsr_xen_backend::{BackendError, Domain, ShutdownReason};
 
 /// A callback that failed.
 #[derive(Debug, Error)]
@@ -275,11 +275,26 @@ fn backend(what: &'static str) -> impl Fn(BackendError) -> ToolstackError {
 
 impl SaveToolstack for DirectToolstack<'_> {
     fn suspend(&mut self) -> Result<(), ToolstackError> {
-        self.0.suspend().map_err(backend("suspending the guest"))
+        const WHAT: &str = "suspending the guest";
+        self.0.suspend().map_err(|error| match self.0.info() {
+            Ok(info) if info.paused && info.shutdown.is_none() => ToolstackError::new(
+                WHAT,
+                "it is paused, and a paused domain cannot suspend: unpause it first",
+            ),
+            _ => ToolstackError::new(WHAT, error),
+        })
     }
 
     fn resume(&mut self) -> Result<(), ToolstackError> {
-        self.0.resume().map_err(backend("resuming the guest"))
+        const WHAT: &str = "resuming the guest";
+        // Xen would have a guest run on that has crashed or switched itself off.
+        match self.0.info().map_err(backend(WHAT))?.shutdown {
+            None | Some(ShutdownReason::Suspend) => self.0.resume().map_err(backend(WHAT)),
+            Some(reason) => {
+                let why = format!("it has shut down ({reason}), and is left as it is");
+                Err(ToolstackError::new(WHAT, why))
+            }
+        }
     }
 
     fn switch_qemu_logdirty(&mut self, _on: bool) -> Result<(), ToolstackError> {

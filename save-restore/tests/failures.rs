@@ -12,15 +12,17 @@ use std::ops::ControlFlow;
 use common::*;
 use xsr_format::frame::Gfn;
 use xsr_format::read::{ReadOptions, RecordReader};
-use xsr_save_restore::progress::Phase;
+use xsr_save_restore::error::GuestError;
+use xsr_save_restore::progress::{Phase, Progress};
+use xsr_save_restore::save::precopy::XenPolicy;
 use xsr_save_restore::sink::CopySink;
 use xsr_save_restore::source::CopySource;
 use xsr_save_restore::toolstack::{
     DirectToolstack, MissingStaticData, RestoreToolstack, SaveToolstack, ToolstackError,
 };
-use xsr_save_restore::{RestoreError, RestoreOptions, SaveError, restore, save};
-use xsr_xen_backend::mock::{GuestSpec, MockHost};
-use xsr_xen_backend::{DomId, Domain, GuestKind, Host};
+use xsr_save_restore::{Live, RestoreError, RestoreOptions, SaveError, restore, save, save_live};
+use xsr_xen_backend::mock::{GuestSpec, MockHost, WorkloadEnd, WorkloadSpec};
+use xsr_xen_backend::{DomId, Domain, GuestKind, Host, ShutdownReason};
 
 /// Small guests: every call of a save and a restore can be made to fail in turn.
 fn small() -> Vec<GuestSpec> {
@@ -215,7 +217,7 @@ fn a_guest_that_somebody_else_has_suspended_is_left_alone() {
     host.domain(domid).unwrap().suspend().unwrap();
     let (result, log) = save_with(&host, domid, "", usize::MAX);
     let error = result.unwrap_err();
-    assert!(error.to_string().contains("already shut down"), "{error}");
+    assert!(error.to_string().contains("suspended already"), "{error}");
     assert_eq!(log, [""; 0]);
     assert!(
         host.domain(domid)
@@ -225,6 +227,129 @@ fn a_guest_that_somebody_else_has_suspended_is_left_alone() {
             .shutdown
             .is_some()
     );
+}
+
+/// How a guest goes away while it is being saved.
+#[derive(Clone, Copy, Debug)]
+enum Goes {
+    ShutsDown(ShutdownReason),
+    Destroyed,
+}
+
+/// A save, live or not, over either face of the machine, of a guest that goes away when the save
+/// gets to a phase; its error.
+fn save_of_one_that_goes(
+    spec: &GuestSpec,
+    (live, by_calls): (bool, bool),
+    when: Phase,
+    goes: Goes,
+) -> (MockHost, DomId, SaveError) {
+    let mock = host(41);
+    let domid = mock.create_guest(spec).unwrap();
+    let face: Box<dyn Host> = match by_calls {
+        true => Box::new(mock.as_xen().unwrap()),
+        false => Box::new(mock.clone()),
+    };
+    let domain = face.domain(domid).unwrap();
+    let mut went = false;
+    let mut progress = |progress: &Progress| {
+        if progress.phase == when && !std::mem::replace(&mut went, true) {
+            match goes {
+                Goes::Destroyed => mock.domain(domid).unwrap().destroy().unwrap(),
+                Goes::ShutsDown(reason) => {
+                    let mut work = WorkloadSpec::writes(1, 1000, 16);
+                    work.end = Some(WorkloadEnd { after: 0, reason });
+                    mock.workload(domid, &work).unwrap().step(1).unwrap();
+                }
+            }
+        }
+        ControlFlow::Continue(())
+    };
+    let (xen, options) = (mock.xen_version().unwrap(), options(2));
+    let mut toolstack = DirectToolstack(domain.as_ref());
+    let mut sink = CopySink(Vec::new());
+    let result = match live {
+        false => save(
+            domain.as_ref(),
+            xen,
+            &mut toolstack,
+            &mut sink,
+            &options,
+            &mut progress,
+        ),
+        true => save_live(
+            domain.as_ref(),
+            xen,
+            &mut toolstack,
+            &mut sink,
+            &options,
+            Live {
+                policy: &mut XenPolicy,
+                verify: false,
+            },
+            &mut progress,
+        ),
+    };
+    let error = result.map(drop).unwrap_err();
+    assert!(went, "{when:?} was never reached");
+    (mock, domid, error)
+}
+
+#[test]
+fn a_guest_that_goes_away_is_said_to_have_gone_and_is_left_as_it_is() {
+    let reasons = [
+        ShutdownReason::Poweroff,
+        ShutdownReason::Reboot,
+        ShutdownReason::Crash,
+    ];
+    let specs = [
+        GuestSpec::new("pv", GuestKind::Pv, 8),
+        GuestSpec::new("pvh", GuestKind::Pvh, 8),
+    ];
+    for (at, spec) in specs.iter().enumerate() {
+        for by_calls in [false, true] {
+            let shut_down = [
+                (false, Phase::Setup),
+                (false, Phase::Suspend),
+                (true, Phase::Setup),
+                (true, Phase::Precopy),
+                (true, Phase::Suspend),
+            ];
+            for (n, (live, when)) in shut_down.into_iter().enumerate() {
+                let reason = reasons[(n + at) % reasons.len()];
+                let how = (live, by_calls);
+                let went = save_of_one_that_goes(spec, how, when, Goes::ShutsDown(reason));
+                let (mock, domid, error) = went;
+                let what = format!("{spec:?} {how:?} {when:?}: {error}");
+                assert!(
+                    matches!(&error, SaveError::Guest(GuestError::ShutDown { reason: said })
+                        if *said == reason),
+                    "{what}"
+                );
+                let said = format!("has shut down ({reason})");
+                assert!(error.to_string().contains(&said), "{what}");
+                let info = mock.domain(domid).unwrap().info().unwrap();
+                assert_eq!(info.shutdown, Some(reason), "{what}");
+            }
+            let destroyed = [
+                (false, Phase::Setup),
+                (false, Phase::Suspend),
+                (false, Phase::Pages),
+                (false, Phase::Tail),
+                (true, Phase::Precopy),
+                (true, Phase::StopAndCopy),
+            ];
+            for (live, when) in destroyed {
+                let how = (live, by_calls);
+                let (_, _, error) = save_of_one_that_goes(spec, how, when, Goes::Destroyed);
+                let what = format!("{spec:?} {how:?} {when:?}: {error}");
+                assert!(
+                    matches!(&error, SaveError::Guest(GuestError::Destroyed)),
+                    "{what}"
+                );
+            }
+        }
+    }
 }
 
 #[test]

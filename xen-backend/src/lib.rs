@@ -119,6 +119,20 @@ pub enum ShutdownReason {
     SoftReset,
 }
 
+impl fmt::Display for ShutdownReason {
+    /// In Xen's words.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Poweroff => "poweroff",
+            Self::Reboot => "reboot",
+            Self::Suspend => "suspend",
+            Self::Crash => "crash",
+            Self::Watchdog => "watchdog",
+            Self::SoftReset => "soft reset",
+        })
+    }
+}
+
 /// What `getdomaininfo` tells.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DomainInfo {

@@ -15,16 +15,16 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Error, Result, anyhow, bail};
 use serde::Serialize;
 use xsr_save_restore::migrate::ownership::plain::{self, SenderAction, SenderEnd, SenderEvent};
-use xsr_save_restore::migrate::ownership::{Admission, Found, Refusal};
 use xsr_save_restore::pace::Pace;
 use xsr_save_restore::toolstack::{DirectToolstack, SaveToolstack, ToolstackError};
 use xsr_save_restore::{SaveError, SaveOptions};
 use xsr_xen_backend::mock::MockHost;
-use xsr_xen_backend::{DomId, Domain, Host, ShutdownReason};
+use xsr_xen_backend::{DomId, Domain, Errno, Host};
 
-use crate::args::MigrateArgs;
+use crate::args::{Backend, MigrateArgs};
 use crate::backend;
 use crate::cmd::save::{Job, LiveSave, MemoryReport, Written, name_of, target_policy};
+use crate::condition::Condition;
 use crate::exit::{self, BadUsage, Code, Migration};
 use crate::handshake::{self, Message, Patience};
 use crate::interrupt::Interrupt;
@@ -98,7 +98,7 @@ fn migrate(args: &MigrateArgs, terminal: &Terminal, watch: &mut Watch) -> Result
     });
     left::guest::leaving(&host, domid, sender.name, &args.backend.backend, to);
     let migrating = || format!("migrating {}", sender.name);
-    can_suspend(sender.domain).with_context(migrating)?;
+    can_suspend(sender.domain, sender.name, &args.backend.backend).with_context(migrating)?;
     let working = workload::start(&host, domid)?;
     let options = [
         (args.connection.no_wait, "-e"),
@@ -144,27 +144,11 @@ fn migrate(args: &MigrateArgs, terminal: &Terminal, watch: &mut Watch) -> Result
     Ok(Code::Fine)
 }
 
-/// A domain that does not run now cannot be asked to suspend once its memory is over
-/// there: better said before than after.
-pub(crate) fn can_suspend(domain: &dyn Domain) -> Result<()> {
-    let info = domain.info()?;
-    let found = match info.shutdown {
-        None if info.paused => Found::Paused,
-        None => Found::Running,
-        Some(ShutdownReason::Suspend) => Found::Suspended,
-        Some(_) => Found::Over,
-    };
-    match Admission::default().admit(false, found) {
-        Ok(()) => Ok(()),
-        Err(Refusal::Busy) => bail!("another command works on it"),
-        Err(Refusal::Paused) => bail!("it is paused, and a paused domain cannot suspend"),
-        Err(Refusal::Suspended) => {
-            bail!("it is suspended: by a save or migration that is under way or was killed")
-        }
-        Err(Refusal::Over) => bail!(
-            "it has shut down ({:?})",
-            info.shutdown.unwrap_or(ShutdownReason::Poweroff)
-        ),
+/// Refuse a domain that cannot be asked to suspend now.
+pub(crate) fn can_suspend(domain: &dyn Domain, name: &str, backend: &Backend) -> Result<()> {
+    match Condition::of(domain).refusal(name, backend) {
+        None => Ok(()),
+        Some(why) => bail!("{why}"),
     }
 }
 
@@ -283,7 +267,11 @@ impl Sender<'_> {
         self.host
             .rename(self.domid, self.name)
             .context("giving the domain its name back")?;
-        Ok(DirectToolstack(self.domain).resume()?)
+        match Condition::of(self.domain) {
+            // It is left as it is, and what it is is said.
+            Condition::Down(_) | Condition::Gone => Ok(()),
+            _ => Ok(DirectToolstack(self.domain).resume()?),
+        }
     }
 
     /// A failure in words: what happened, who has the domain, what to do.
@@ -298,16 +286,15 @@ impl Sender<'_> {
         let cause = exit::words(error.chain());
         let begin = format!("migrating {name} to {host}: {cause}{ended}");
         let words = match failure {
-            Failure::Here(_) => match self.domain.info() {
-                Ok(info) if info.shutdown.is_none() => format!("{begin}; {name} runs on here"),
-                _ => {
-                    let now = name_of(self.host, self.domid);
-                    format!(
-                        "{begin}; {now} is still suspended here, and runs nowhere else: `{}`",
-                        here("resume", &now)
-                    )
-                }
-            },
+            Failure::Here(_) => {
+                let now = name_of(self.host, self.domid);
+                // A domain that is gone has no name any more.
+                let now = match Condition::of(self.domain) {
+                    Condition::Gone => Condition::Gone.after_failure(name, backend),
+                    condition => condition.after_failure(&now, backend),
+                };
+                format!("{begin}; {now}")
+            }
             Failure::There(_) => format!(
                 "{begin}; {name} runs at the other end, and {away} here must not run again: `{}`",
                 here("destroy", &away)
@@ -422,21 +409,24 @@ impl Course<'_, '_, '_> {
                 let why = "the other end could not run it, and has destroyed its copy";
                 self.causes.push(anyhow!("{why} (status {})", self.status));
             }
-            SenderAction::Destroy => sender.domain.destroy()?,
+            SenderAction::Destroy => match sender.domain.destroy() {
+                // Another command has destroyed it, which is what was to be done.
+                Err(error) if error.errno == Errno::ESRCH => {}
+                destroyed => destroyed?,
+            },
             SenderAction::TakeBack => {
                 // That resumes it, if it is suspended.
                 drop(self.written.take());
                 if self.let_go {
                     sender.take_back()?;
                 }
-                if let Ok(info) = sender.domain.info()
-                    && info.shutdown.is_some()
-                {
-                    return Ok(match info.shutdown {
-                        Some(ShutdownReason::Suspend) => SenderEvent::Failed,
-                        _ => SenderEvent::GuestGone,
-                    });
-                }
+                return Ok(match Condition::of(sender.domain) {
+                    Condition::Suspended => SenderEvent::Failed,
+                    Condition::Down(_) | Condition::Gone => SenderEvent::GuestGone,
+                    Condition::Runs | Condition::Paused | Condition::Unknown(_) => {
+                        SenderEvent::Done
+                    }
+                });
             }
             SenderAction::End(_) => {}
         }

@@ -277,7 +277,10 @@ impl Course<'_> {
         let image = converted.as_ref().unwrap_or(self.input);
         Image::open_migration_behind(known, image, cancel, &limit)
             .and_then(|image| {
-                terminal.say(&format!("migrate-receive: receiving {}", image.name()));
+                terminal.say(&format!(
+                    "migrate-receive: receiving {}",
+                    crate::text::shown_name(image.name())
+                ));
                 image.build(host, Named::Incoming, args.threads.threads, self.watch)
             })
             .and_then(|made| match &converted {

@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use anyhow::{Context as _, Error, Result};
+use anyhow::{Context as _, Error, Result, bail};
 use xsr_format::frame::PAGE_SIZE;
 use xsr_xen_backend::mock::{
     DomainReport, DomainState, DomainSummary, GuestSpec, MockError, MockHost, Reached, WorkloadSpec,
@@ -219,10 +219,13 @@ fn change(
     change: impl Fn(&Reached, &str) -> Result<(), MockError>,
 ) -> Result<()> {
     let host = MockHost::reach(&args.host.host)?;
+    if let Ok(report) = host.show(&args.domain) {
+        possible(what, &report).with_context(|| format!("{what} {}", args.domain))?;
+    }
     change(&host, &args.domain).with_context(|| {
         let report = host.show(&args.domain).ok();
         let now = report.map(|report| match report.shutdown {
-            Some(reason) => format!("shut down ({reason:?})").to_lowercase(),
+            Some(reason) => format!("shut down ({reason})"),
             None => state(report.summary.state).to_owned(),
         });
         format!(
@@ -231,6 +234,23 @@ fn change(
             now.as_deref().unwrap_or("gone")
         )
     })
+}
+
+/// Refuse what the domain's condition does not allow, in its words rather than an errno.
+fn possible(what: &str, report: &DomainReport) -> Result<()> {
+    match (what, report.summary.state, report.shutdown) {
+        ("resuming", DomainState::Shutdown, Some(reason)) => {
+            bail!("it has shut down ({reason}), and cannot run on: destroy it, or make it anew")
+        }
+        ("resuming", DomainState::Running, _) => {
+            bail!("it runs: only a suspended domain is resumed")
+        }
+        ("resuming", DomainState::Paused, None) => {
+            bail!("it is paused, not suspended: unpause it")
+        }
+        ("unpausing", DomainState::Running, _) => bail!("it is not paused: it runs"),
+        _ => Ok(()),
+    }
 }
 
 fn rename(args: &MockRenameArgs) -> Result<()> {

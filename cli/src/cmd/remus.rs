@@ -131,7 +131,8 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
         protected: true,
     });
     left::guest::leaving(&host, domid, primary.name, &args.backend.backend, to);
-    can_suspend(primary.domain).with_context(|| format!("protecting {}", primary.name))?;
+    can_suspend(primary.domain, primary.name, &args.backend.backend)
+        .with_context(|| format!("protecting {}", primary.name))?;
     let _working = workload::start(&host, domid)?;
     let mut teller = Teller::new(args, terminal, primary.name, domid)?;
     let mut link = match args.blackhole {

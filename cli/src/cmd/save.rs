@@ -23,11 +23,13 @@ use xsr_save_restore::save::precopy::{OnTimeout, PrecopyPolicy, TargetPolicy, Xe
 use xsr_save_restore::toolstack::{DirectToolstack, SaveToolstack};
 use xsr_save_restore::{Live, SaveError, SaveOptions, Saved};
 use xsr_xen_backend::mock::MockHost;
-use xsr_xen_backend::{DomId, Domain, DomainInfo, Host, ShutdownReason};
+use xsr_xen_backend::{DomId, Domain, DomainInfo, Host};
 
 use self::sink::ImageSink;
 use crate::args::{OnTimeoutArg, SaveArgs, TargetArgs};
 use crate::backend::{self, LIBXL_HEADER};
+use crate::cmd::migrate::can_suspend;
+use crate::condition::Condition;
 use crate::config;
 use crate::exit::{Aftermath, BadUsage, Code};
 use crate::left;
@@ -118,6 +120,8 @@ fn save(
     let domid = host.find(&args.domain)?;
     let name = name_of(&host, domid);
     let domain = host.domain(domid)?;
+    can_suspend(&*domain, &name, &args.backend.backend)
+        .with_context(|| format!("saving {}", shown_name(&name)))?;
     let output = output(args, &*domain)?;
     let after = aftermath(&name, &*domain, &output);
     // From here on a signal breaks off in good order.
@@ -198,12 +202,13 @@ fn aftermath<'a>(
 ) -> impl Fn(Error) -> Error + use<'a> {
     let file = output.aftermath();
     move |error| {
-        let fate = match domain.info() {
-            Ok(info) if info.paused => "stays paused",
-            Ok(info) if info.shutdown.is_none() => "runs on",
-            Ok(info) if info.shutdown == Some(ShutdownReason::Suspend) => "is left suspended",
-            // It has gone away, or shut down: the error says so.
-            _ => return Aftermath::of(error, file.clone()),
+        let fate = match Condition::of(domain) {
+            Condition::Paused => "stays paused",
+            Condition::Runs => "runs on",
+            Condition::Suspended => "is left suspended",
+            Condition::Down(_) => "is left shut down: start it anew, or destroy it",
+            Condition::Gone => "is gone",
+            Condition::Unknown(_) => return Aftermath::of(error, file.clone()),
         };
         Aftermath::of(error, format!("{} {fate}, {file}", shown_name(name)))
     }

@@ -2,12 +2,26 @@
 //!
 //! C implementation: `xg_sr_save.c:suspend_domain`.
 
-use xsr_xen_backend::{Domain, DomainInfo, ShutdownReason};
+use xsr_xen_backend::{Domain, DomainInfo, Errno, ShutdownReason};
 
 use crate::error::{GuestError, SaveError};
 use crate::toolstack::{
     CheckpointToolstack, ColoToolstack, Epoch, NextEpoch, SaveToolstack, ToolstackError,
 };
+
+/// Why the guest will not go on, if it has gone away: it has shut down by itself, or its domain
+/// was destroyed.
+pub(super) fn gone(domain: &dyn Domain) -> Option<GuestError> {
+    match domain.info() {
+        Ok(info) if info.dying => Some(GuestError::Destroyed),
+        Ok(info) => match info.shutdown {
+            None | Some(ShutdownReason::Suspend) => None,
+            Some(reason) => Some(GuestError::ShutDown { reason }),
+        },
+        Err(error) if error.errno == Errno::ESRCH => Some(GuestError::Destroyed),
+        Err(_) => None,
+    }
+}
 
 /// What a save has changed of the domain, undone on drop: the device model's
 /// log-dirty mode goes off, and the guest is resumed once it has been suspended.
@@ -40,9 +54,11 @@ impl<'a, T: SaveToolstack + ?Sized> Suspended<'a, T> {
     ///
     /// It is down already, for which nothing is done; it does not suspend.
     pub(super) fn suspend(&mut self, domain: &dyn Domain) -> Result<(), SaveError> {
-        if let Some(reason) = domain.info()?.shutdown {
+        match domain.info()?.shutdown {
+            None => {}
             // Not our doing, and not ours to undo.
-            return Err(GuestError::AlreadyDown { reason }.into());
+            Some(ShutdownReason::Suspend) => return Err(GuestError::AlreadySuspended.into()),
+            Some(reason) => return Err(GuestError::ShutDown { reason }.into()),
         }
         let result = self.toolstack.suspend();
         let info = domain.info();
@@ -54,13 +70,14 @@ impl<'a, T: SaveToolstack + ?Sized> Suspended<'a, T> {
         self.active = true;
         match info?.shutdown {
             Some(ShutdownReason::Suspend) => Ok(()),
-            other => {
-                // Whatever this is, it is not asleep: there is nothing to undo.
+            // Whatever this is, it is not asleep: there is nothing to undo.
+            Some(reason) => {
                 self.active = false;
-                let state = match other {
-                    None => "no shutdown".to_owned(),
-                    Some(reason) => format!("shutdown for {reason:?}").to_lowercase(),
-                };
+                Err(GuestError::ShutDown { reason }.into())
+            }
+            None => {
+                self.active = false;
+                let state = "no shutdown".to_owned();
                 Err(GuestError::NotSuspended { state }.into())
             }
         }
@@ -133,7 +150,7 @@ impl<T: SaveToolstack + ?Sized> Drop for Suspended<'_, T> {
     fn drop(&mut self) {
         self.logging_off();
         if let Err(error) = self.resume() {
-            tracing::error!(%error, "the domain could not be resumed and is still suspended");
+            tracing::error!(%error, "the domain could not be resumed");
         }
     }
 }

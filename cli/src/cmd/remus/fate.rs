@@ -92,7 +92,7 @@ impl Primary<'_> {
         };
         let asleep = !here.is_taken_back();
         let over = match here {
-            Here::Over(reason) => Some(format!("has shut down ({reason:?})").to_lowercase()),
+            Here::Over(reason) => Some(format!("has shut down ({reason})")),
             _ => None,
         };
         let words = match fate {

@@ -94,7 +94,7 @@ impl Made {
         let info = domain.info()?;
         let suspended = info.shutdown == Some(ShutdownReason::Suspend);
         if let Some(reason) = info.shutdown.filter(|_| !suspended) {
-            bail!("it has shut down by itself ({reason:?})");
+            bail!("it has shut down by itself ({reason})");
         }
         match (paused, info.paused) {
             (true, false) => domain.pause().context("pausing the domain")?,

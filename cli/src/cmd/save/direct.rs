@@ -16,6 +16,7 @@ use xsr_xen_backend::{GuestKind, Host as _};
 use super::{Ending, ImageSink, Written};
 use crate::args::SaveArgs;
 use crate::backend;
+use crate::cmd::migrate::can_suspend;
 use crate::exit::Code;
 use crate::left;
 use crate::terminal::Terminal;
@@ -52,6 +53,8 @@ pub(super) fn save(
         tracing::warn!("the image will hold nothing of {devices} of {name}");
     }
     let xen = host.xen_version()?;
+    can_suspend(&*domain, &name, &args.backend.backend)
+        .with_context(|| format!("saving {name}"))?;
     let output = super::output(args, &*domain)?;
     // From here on a signal breaks off in good order.
     let (left, handle) = left::guest::direct(&name, false);

@@ -1,0 +1,139 @@
+//! What a domain does now, in words: whether it can be saved or sent, and what has become of it
+//! after a failure.
+
+use nix::errno::Errno;
+use xsr_xen_backend::{BackendError, Domain, DomainInfo, ShutdownReason};
+
+use crate::args::Backend;
+use crate::backend::domain_command;
+
+/// What a domain does now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Condition {
+    Runs,
+    Paused,
+    /// It waits for a resume.
+    Suspended,
+    /// It has ended by itself, for another reason than to be saved.
+    Down(ShutdownReason),
+    /// It has been destroyed, or is being destroyed.
+    Gone,
+    /// The hypervisor does not say.
+    Unknown(BackendError),
+}
+
+impl Condition {
+    /// Ask the hypervisor.
+    pub(crate) fn of(domain: &dyn Domain) -> Self {
+        Self::from_info(domain.info())
+    }
+
+    fn from_info(info: Result<DomainInfo, BackendError>) -> Self {
+        match info {
+            Ok(info) if info.dying => Self::Gone,
+            Ok(info) => match info.shutdown {
+                None if info.paused => Self::Paused,
+                None => Self::Runs,
+                Some(ShutdownReason::Suspend) => Self::Suspended,
+                Some(reason) => Self::Down(reason),
+            },
+            Err(error) if error.errno == Errno::ESRCH => Self::Gone,
+            Err(error) => Self::Unknown(error),
+        }
+    }
+
+    /// Why the domain cannot be asked to suspend, and what to do; `None` if it can. Better said
+    /// before its memory is sent than after.
+    pub(crate) fn refusal(&self, name: &str, backend: &Backend) -> Option<String> {
+        let command = |verb: &str| domain_command(backend, verb, name);
+        Some(match self {
+            Self::Runs | Self::Unknown(_) => return None,
+            Self::Paused => format!(
+                "it is paused, and a paused domain cannot suspend: first `{}`",
+                command("unpause")
+            ),
+            Self::Suspended => format!(
+                "it is suspended already: by a save or migration that is under way, or by one \
+                 that was killed; after the latter `{}`",
+                command("resume")
+            ),
+            Self::Down(reason) => format!(
+                "it has shut down ({reason}): start it anew, or destroy what is left of it: `{}`",
+                command("destroy")
+            ),
+            Self::Gone => "it has been destroyed".to_owned(),
+        })
+    }
+
+    /// What has become of the domain `name`, which a command has failed to move away, and what
+    /// to do. It runs nowhere else.
+    pub(crate) fn after_failure(&self, name: &str, backend: &Backend) -> String {
+        let command = |verb: &str| domain_command(backend, verb, name);
+        match self {
+            Self::Runs => format!("{name} runs on here"),
+            Self::Paused => format!("{name} is paused here"),
+            Self::Suspended => format!(
+                "{name} is still suspended here, and runs nowhere else: `{}`",
+                command("resume")
+            ),
+            Self::Down(reason) => format!(
+                "{name} has shut down ({reason}) here: start it anew, or destroy what is left of \
+                 it: `{}`",
+                command("destroy")
+            ),
+            Self::Gone => format!("{name} has been destroyed here, and runs nowhere"),
+            Self::Unknown(error) => {
+                format!("what {name} does here could not be found out ({error})")
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
+    use xsr_xen_backend::{DomId, GuestKind, Host as _};
+
+    use super::*;
+
+    #[test]
+    fn only_what_sleeps_is_to_be_resumed() {
+        let host = MockHost::ephemeral(&HostConfig::default()).expect("a machine");
+        let spec = GuestSpec::new("web", GuestKind::Pvh, 8);
+        let domid = host.create_guest(&spec).expect("a guest");
+        let domain = host.domain(domid).expect("the domain");
+        let info = domain.info().expect("what it is");
+        let down = |shutdown| {
+            let info = info.clone();
+            Condition::from_info(Ok(DomainInfo { shutdown, ..info }))
+        };
+        let failed = |errno| {
+            let error = BackendError::domain("getdomaininfo", DomId(1), errno);
+            Condition::from_info(Err(error))
+        };
+        let backend = Backend::Mock("a".into());
+        let dying = Condition::from_info(Ok(DomainInfo {
+            dying: true,
+            ..info.clone()
+        }));
+        for (condition, said) in [
+            (down(None), "web runs on here"),
+            (down(Some(ShutdownReason::Suspend)), "`xsr mock resume"),
+            (down(Some(ShutdownReason::Poweroff)), "shut down (poweroff)"),
+            (down(Some(ShutdownReason::SoftReset)), "(soft reset)"),
+            (failed(Errno::ESRCH), "has been destroyed"),
+            (dying, "has been destroyed"),
+            (failed(Errno::EPERM), "EPERM"),
+        ] {
+            let words = condition.after_failure("web", &backend);
+            assert!(words.contains(said), "{words}");
+            let resumed = [Some(words), condition.refusal("web", &backend)]
+                .into_iter()
+                .flatten()
+                .any(|words| words.contains("resume"));
+            assert_eq!(resumed, condition == Condition::Suspended, "{condition:?}");
+            let runs = matches!(condition, Condition::Runs | Condition::Unknown(_));
+            assert_eq!(condition.refusal("web", &backend).is_none(), runs);
+        }
+    }
+}
