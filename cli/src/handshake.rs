@@ -26,6 +26,7 @@ use xsr_save_restore::progress::Cancel;
 use xsr_save_restore::sink::FdSink;
 
 use crate::interrupt::{Interrupt, readable_within};
+use crate::text::shown;
 
 /// What one end says: fixed octets each. All but the banner end in NUL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,6 +96,10 @@ impl Message {
                 self.name()
             ),
             (false, true) => bail!("the other end hung up inside its {}", self.name()),
+            (false, false) if got.starts_with(WHY) => {
+                let why = why(got.to_vec(), from).unwrap_or_default();
+                bail!("the other end has failed: {why}")
+            }
             (false, false) => bail!(
                 "the other end said {:?}{} where its {} was expected",
                 got.escape_ascii().to_string(),
@@ -107,6 +112,46 @@ impl Message {
             ),
         }
     }
+}
+
+/// What begins the reason of a receiver that fails, over a socket: to either kind of sender
+/// these are not the words that it expects, so the migration has failed.
+const WHY: &[u8] = b"xsr: failed: ";
+/// A reason is no longer than this, with what begins it.
+const LONGEST_WHY: usize = 1024;
+/// How long a reason is waited for, and may take to be written: the other end hangs up after it.
+const WHY_WAIT: Duration = Duration::from_secs(1);
+
+/// Say why this end fails, as the last thing that is said. One line, escaped and bounded.
+pub(crate) fn say_why(to: &File, why: &str) {
+    let mut line = WHY.to_vec();
+    line.extend(shown(why).bytes().take(LONGEST_WHY - WHY.len() - 1));
+    line.push(b'\n');
+    if let Err(error) = write_within(to, &line, WHY_WAIT) {
+        tracing::debug!(%error, "the other end could not be told why");
+    }
+}
+
+/// What the other end of a socket has said last, if that is why it has failed: `said` of it has
+/// been read already.
+pub(crate) fn why(mut said: Vec<u8>, mut from: &File) -> Option<String> {
+    let patience = Patience::Until(Instant::now() + WHY_WAIT);
+    let mut room = [0; LONGEST_WHY];
+    while said.len() < LONGEST_WHY && !said.ends_with(b"\n") {
+        match patience
+            .wait_readable(from)
+            .and_then(|()| from.read(&mut room[said.len()..]))
+        {
+            Ok(0) | Err(_) => break,
+            Ok(n) => {
+                let at = said.len();
+                said.extend_from_slice(&room[at..at + n]);
+            }
+        }
+    }
+    let text = String::from_utf8_lossy(said.strip_prefix(WHY)?);
+    // Whatever it begins with, it comes from outside.
+    Some(shown(text.trim_end()))
 }
 
 /// What the receiver says at the end, behind [`Message::Report`].

@@ -209,6 +209,11 @@ impl Link {
         })
     }
 
+    /// Whether the two ends share no stderr: a command's goes to the user beside this one's.
+    pub(crate) fn is_socket(&self) -> bool {
+        self.child.is_none()
+    }
+
     /// Say nothing more; what the other end still says can be heard.
     pub(crate) fn say_no_more(&mut self) -> Result<()> {
         match shutdown(self.to.as_raw_fd(), Shutdown::Write) {

@@ -296,10 +296,16 @@ fn receive_from(hosts: &Hosts, image: &[u8], options: &[&str]) -> (Running, Unix
     (receiver, peer)
 }
 
-/// All that is left to hear.
+/// All that is left to hear, without the reason of a failure, which comes last.
 fn rest(mut peer: UnixStream) -> Vec<u8> {
+    const WHY: &[u8] = b"xsr: failed: ";
     let mut rest = Vec::new();
     peer.read_to_end(&mut rest).unwrap();
+    let why = rest.windows(WHY.len()).position(|words| words == WHY);
+    if let Some(at) = why {
+        assert!(rest.ends_with(b"\n") && rest.len() - at <= 1024);
+        rest.truncate(at);
+    }
     rest
 }
 

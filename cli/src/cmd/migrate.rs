@@ -116,6 +116,15 @@ fn migrate(args: &MigrateArgs, terminal: &Terminal, watch: &mut Watch) -> Result
     let sent = sender.send(&link, watch);
     watch.clear();
     drop(working);
+    let sent = sent.map_err(|failure| match failure {
+        Failure::Here(error) if link.is_socket() => {
+            Failure::Here(match handshake::why(Vec::new(), &link.from) {
+                None => error,
+                Some(why) => error.context(format!("the other end has failed: {why}")),
+            })
+        }
+        failure => failure,
+    });
     let hung_up = link.hang_up();
     let Sent { memory, downtime } = sent.map_err(|failure| sender.failed(failure, &hung_up))?;
     let (seconds, downtime) = (started.elapsed().as_secs_f64(), downtime.as_secs_f64());

@@ -28,7 +28,7 @@ use crate::interrupt::Interrupt;
 use crate::left::Left;
 use crate::stdout;
 use crate::terminal::Terminal;
-use crate::text::size;
+use crate::text::{shown_name, size};
 use crate::transport::{Link, Listener};
 use crate::watch::Watch;
 
@@ -151,6 +151,13 @@ impl Receiver<'_> {
         };
         let end = plain::Receiver::new().drive(|action| course.perform(action));
         course.ended(end)
+    }
+
+    /// Tell the sender why, where it does not see this end's stderr.
+    fn tell_why(&self, cause: &str) {
+        if self.args.listen.is_some() {
+            handshake::say_why(self.to, cause);
+        }
     }
 
     /// How long the sender is waited for.
@@ -279,7 +286,7 @@ impl Course<'_> {
             .and_then(|image| {
                 terminal.say(&format!(
                     "migrate-receive: receiving {}",
-                    crate::text::shown_name(image.name())
+                    shown_name(image.name())
                 ));
                 image.build(host, Named::Incoming, args.threads.threads, self.watch)
             })
@@ -303,6 +310,10 @@ impl Course<'_> {
         let (name, first) = (&self.name, self.causes.first());
         let cause = words(first);
         let untold = words(self.untold.as_ref());
+        // Where the sender keeps its domain, or has it back, and does not see this end's stderr.
+        if matches!(end, ReceiverEnd::Destroyed { .. }) {
+            self.receiver.tell_why(&cause);
+        }
         let kept = if self.ready_said {
             format!("receiving {name}: {cause}")
         } else {

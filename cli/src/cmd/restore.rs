@@ -42,7 +42,7 @@ use crate::origin;
 use crate::peel::LeftOut;
 use crate::stdout;
 use crate::terminal::Terminal;
-use crate::text::{Count, size};
+use crate::text::{Count, shown_name, size};
 use crate::watch::Watch;
 
 /// What `--json` prints (docs/json.md).
@@ -177,6 +177,9 @@ pub(crate) struct Image<'a> {
     plan: Plan,
 }
 
+/// The longest name that a peer may give its domain, in bytes.
+const LONGEST_NAME: usize = 1024;
+
 impl<'a> Image<'a> {
     /// Read the headers, and find out what the domain needs.
     pub(crate) fn open(
@@ -236,6 +239,14 @@ impl<'a> Image<'a> {
             reader.domain().guest_type,
         )?;
         plan.check(reader.image(), reader.domain())?;
+        // Before it is shown to anybody.
+        if plan.name.len() > LONGEST_NAME || plan.name.contains(char::is_control) {
+            let name = shown_name(&plan.name);
+            return Err(bad(&format!(
+                "the sender names its domain {name}: a name has at most {LONGEST_NAME} bytes and \
+                 no control characters"
+            )));
+        }
         Ok(Self {
             reader,
             around,

@@ -204,3 +204,21 @@ fn a_client_that_says_nothing_does_not_keep_a_listening_receiver() {
         .stderr_has("the sender keeps it");
     drop(client);
 }
+
+#[test]
+fn a_receivers_reason_reaches_the_sender_over_a_socket() {
+    let hosts = Hosts::with("pvh", &[]);
+    let args = ["mock", "create", "web", "--memory", "8M"];
+    run(args.iter().chain(&["--host", arg(&hosts.there)])).code(0);
+    let socket = hosts.path("socket");
+    for live in [&[][..], &["--no-live"]] {
+        let receiver = hosts.receiver(&socket, &[]);
+        let sent = hosts.sender(&socket, live).end();
+        receiver.end().code(1);
+        assert_eq!(hosts.domains(), [HERE, HERE], "{sent:?}");
+        sent.code(1)
+            .stderr_has("the other end has failed: ")
+            .stderr_has("exists already")
+            .stderr_has("web runs on here");
+    }
+}
