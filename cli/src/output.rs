@@ -170,6 +170,9 @@ impl Output {
                 return Self::straight(file, name);
             }
         }
+        if matches!(whose, Temporary::Xls) {
+            crate::xl::child::hold_signals()?;
+        }
         let (left, file, temporary) = leftover::temporary(&path, whose)?;
         phase("output-made");
         let place = Place::Temporary {

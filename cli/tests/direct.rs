@@ -126,3 +126,44 @@ fn what_needs_libxl_is_refused() {
     .stderr_has("needs a device model");
     assert!(domains(&other).is_empty());
 }
+
+/// What libxl sets at every restore comes out of the configuration; what `--direct` cannot set
+/// is refused by name.
+#[test]
+fn a_domain_gets_what_its_configuration_says() {
+    const CONFIG: &str = "libxl-json";
+    let dir = scratch();
+    let host = host_with("pvh", dir.path());
+    let plain = format!("mock:{}", host.display());
+    let domid = only(&host).domid;
+    let (good, bad) = (dir.path().join("good.save"), dir.path().join("bad.save"));
+    let configure = |old: &str, new: &str| {
+        let machine = MockHost::open(&host).unwrap();
+        let config = machine.userdata_get(domid, CONFIG).unwrap().unwrap();
+        let config = String::from_utf8(config).unwrap();
+        assert!(config.contains(old), "{config}");
+        let config = config.replacen(old, new, 1);
+        machine
+            .userdata_store(domid, CONFIG, config.as_bytes())
+            .unwrap();
+        config
+    };
+    let claim = "\"claim_mode\": \"True\",";
+    let more = format!("{claim} \"timer_mode\": \"one_missed_tick_pending\",");
+    let config = configure(claim, &format!("{more} \"rtc_timeoffset\": 60,"));
+    run(["save", "--backend", &plain, "-c", "web", arg(&good)]).code(0);
+    configure(claim, &format!("{claim} \"nested_hvm\": \"True\","));
+    run(["save", "--backend", &plain, "-c", "web", arg(&bad)]).code(0);
+    let other = dir.path().join("other");
+    let restore =
+        |image: &Path| run(["restore", "--direct", "--backend", &xen(&other), arg(image)]);
+    restore(&bad).code(1).stderr_has("b_info.nested_hvm");
+    assert!(domains(&other).is_empty());
+    restore(&good).code(0);
+    let info = only(&other);
+    assert!(config.contains(&info.uuid.to_string()), "{}", info.uuid);
+    let machine = MockHost::open(&other).unwrap();
+    assert_eq!(machine.domain(info.domid).unwrap().hvm_param(10), Ok(3));
+    let settings = machine.settings(info.domid).unwrap();
+    assert_eq!(settings.time_offset_seconds, 60);
+}

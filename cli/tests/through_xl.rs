@@ -361,7 +361,7 @@ fn behind_its_helper_nothing_stops_xl() {
         let dir = scratch();
         script(
             dir.path(),
-            "#!/bin/sh\n$LIBXL_SAVE_HELPER </dev/null >/dev/null 2>&1\n\
+            "#!/bin/sh\n$LIBXL_SAVE_HELPER --save-domain 99 -1 1 0 0 0 </dev/null >/dev/null 2>&1\n\
              echo helper ended\nread line\necho resumed $line\nexit 1\n",
         );
         let mut command = hearing(beside(dir.path(), &["save", "web", "-"]));

@@ -102,6 +102,8 @@ struct Secondary<'a> {
     host: &'a MockHost,
     domid: DomId,
     domain: &'a dyn Domain,
+    /// The same domain in another process, libxl's, which switches the log on.
+    libxl: &'a dyn Domain,
     work: Option<Workload>,
     new: Receiver<()>,
     loaded: Sender<()>,
@@ -136,7 +138,7 @@ impl ColoRestoreToolstack for Secondary<'_> {
         match &mut self.work {
             Some(_) => self.domain.resume().map_err(refused)?,
             work => {
-                self.domain.enable_log_dirty().map_err(refused)?;
+                self.libxl.enable_log_dirty().map_err(refused)?;
                 self.domain.unpause().map_err(refused)?;
                 // It does something else than the one it came from.
                 let spec = WorkloadSpec::writes(99, 1, 300);
@@ -195,7 +197,8 @@ fn each_checkpoint_makes_the_secondary_the_primary_again() {
         let ((new, asked), (loaded, done)) = (channel(), channel());
         let mut sender = primary(&from, domid, domain.as_ref(), Some((new, done)));
         let there = to.create_domain(kind, 1, 2048 + 256).unwrap();
-        let domain_there = to.domain(there).unwrap();
+        let domain_there = to.as_xen().unwrap().domain(there).unwrap();
+        let libxl_there = to.as_xen().unwrap().domain(there).unwrap();
         let port = || domain_there.alloc_unbound_port(DomId(0)).unwrap();
         let options_there = RestoreOptions {
             store_port: port(),
@@ -208,6 +211,7 @@ fn each_checkpoint_makes_the_secondary_the_primary_again() {
             host: &to,
             domid: there,
             domain: domain_there.as_ref(),
+            libxl: libxl_there.as_ref(),
             work: None,
             new: asked,
             loaded,

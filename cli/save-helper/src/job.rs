@@ -16,7 +16,7 @@ use xsr_save_restore::restore::checkpoint::CheckpointOptions;
 use xsr_save_restore::save::{BUFFER_OCTETS, Checkpoints};
 use xsr_save_restore::sink::FdSink;
 use xsr_save_restore::source::FdSource;
-use xsr_save_restore::{Live, RestoreOptions, Restored, SaveError, SaveOptions};
+use xsr_save_restore::{Live, RestoreError, RestoreOptions, Restored, SaveError, SaveOptions};
 use xsr_xen_backend::{BackendError, MapError};
 
 use crate::args::{Args, RestoreArgs, SaveArgs, StreamType};
@@ -333,10 +333,14 @@ fn errno_of(error: &(dyn StdError + 'static)) -> Errno {
             Some(SaveError::PolicyAborted { .. }) => return Errno::ETIMEDOUT,
             _ => {}
         }
-        if let Some(error) = error.downcast_ref::<xsr_save_restore::RestoreError>()
-            && error.is_bad_image()
-        {
-            return Errno::EINVAL;
+        match error.downcast_ref::<RestoreError>() {
+            Some(RestoreError::NoMemory { .. }) => return Errno::ENOMEM,
+            Some(RestoreError::CpuPolicy(refused)) => return refused.cause.errno,
+            Some(
+                RestoreError::VcpuState { cause, .. } | RestoreError::HvmContext { cause, .. },
+            ) => return cause.errno,
+            Some(error) if error.is_bad_image() => return Errno::EINVAL,
+            _ => {}
         }
         cause = error.source();
     }
@@ -358,6 +362,12 @@ mod tests {
         let error = anyhow::Error::new(SaveError::from(raw)).context("saving");
         assert_eq!(errno_of(error.as_ref()), Errno::ENOSPC);
         assert_eq!(errno_of(&SaveError::Aborted), Errno::ECANCELED);
+        let full = RestoreError::NoMemory {
+            pfn: xsr_format::frame::Pfn(7),
+            tot_pages: 1,
+            max_pages: 2,
+        };
+        assert_eq!(errno_of(&full), Errno::ENOMEM);
         assert_eq!(errno_of(anyhow!("no idea").as_ref()), Errno::EIO);
     }
 }

@@ -93,6 +93,12 @@ fn signals() -> Result<SigSet> {
     Ok(signals)
 }
 
+/// Have no signal end this process until [`run`] reads them: it has made a file that must not
+/// stay. To be called before there are other threads.
+pub(crate) fn hold_signals() -> Result<()> {
+    signals()?.thread_block().context("blocking signals")
+}
+
 /// How xl ended.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Ended {

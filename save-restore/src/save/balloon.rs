@@ -8,7 +8,7 @@
 //!
 //! What can be observed is the number of the guest's pages, and which pfns have one:
 //!
-//! - while the guest runs, its number of pages is looked at after each batch. If it has
+//! - while the guest runs, its number of pages is looked at after each batch with pages. If it has
 //!   changed when the log has been read, the pfns that the stream has as absent are asked for
 //!   again (the others, too, if pages were given back), and those that have changed are sent
 //!   again;

@@ -32,10 +32,12 @@ use xsr_xen_backend::mock::{GuestSpec, P2mStyle};
 use xsr_xen_backend::mock::{HostConfig, MockHost};
 use xsr_xen_backend::{DomId, Domain, GuestKind, Host};
 
-/// A host of its own, with frames scattered by `seed`.
+/// A host of its own, with frames scattered by `seed`. Its dirty log tells of new pages, as
+/// today's does; `balloon.rs` has hosts whose log does not.
 pub(crate) fn host(seed: u64) -> MockHost {
     let config = HostConfig {
         seed,
+        logs_new_pages: true,
         ..HostConfig::default()
     };
     MockHost::ephemeral(&config).unwrap()
