@@ -53,8 +53,7 @@ pub(super) fn check(file: &File, directory: Option<&Path>, bytes: u64) -> Result
         return Ok(());
     };
     let place = directory.map_or_else(|| "its file system".to_owned(), shown_path);
-    let plain = i64::try_from(kind.f_type).is_ok_and(|kind| PLAIN.contains(&kind));
-    if plain {
+    if PLAIN.contains(&kind.f_type) {
         return too_little(&place, free, bytes);
     }
     tracing::warn!(

@@ -355,8 +355,9 @@ impl Build<'_> {
         let vcpu = VcpuLayout::of(self.spec.width);
         let mut page = [0; PAGE_SIZE];
         page[layout.evtchn_mask..][..layout.evtchn_mask_octets].fill(0xff);
-        // vcpu_info: events masked; version and rate of the clock.
-        for n in 0..self.spec.vcpus as usize {
+        // vcpu_info: events masked; version and rate of the clock. The page has room for 32
+        // (Xen's XEN_LEGACY_MAX_VCPUS); further vcpus register a page of their own.
+        for n in 0..self.spec.vcpus.min(32) as usize {
             page[n * 64 + 1] = 1;
             write_word(&mut page, n * 64 + 32, 4, 2);
             write_word(&mut page, n * 64 + 56, 4, 0xc53e_2d08);

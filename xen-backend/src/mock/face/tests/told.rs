@@ -58,13 +58,15 @@ fn a_domain_is_made_with_what_libxl_sets_at_every_restore() {
         let domain = host.domain(domid).unwrap();
         // No delay for missed ticks.
         assert_eq!(domain.hvm_param(10), Ok(1), "4.{minor}");
-        let mut settings = DomainSettings::default();
-        settings.max_event_port = 4095;
-        settings.max_grant_frames = Some(64);
-        settings.max_maptrack_frames = Some(128);
-        settings.ssidref = 9;
-        settings.timer_mode = 2;
-        settings.time_offset_seconds = -3600;
+        let mut settings = DomainSettings {
+            max_event_port: 4095,
+            max_grant_frames: Some(64),
+            max_maptrack_frames: Some(128),
+            ssidref: 9,
+            timer_mode: 2,
+            time_offset_seconds: -3600,
+            ..DomainSettings::default()
+        };
         let new = NewDomain::new(GuestKind::Hvm, 1, 16).settings(settings.clone());
         let domid = host.create(&new).unwrap();
         let kept = machine.settings(domid).unwrap();
