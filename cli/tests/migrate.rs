@@ -6,10 +6,11 @@
 mod common;
 
 use std::fs;
+use std::io::{self, Write as _};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 
-use common::migration::{BANNER, Cut, GO, Hosts, READY, REPORT, Running};
+use common::migration::{BANNER, Cut, GO, Hosts, READY, REPORT, Running, domains, listen, until};
 use common::{arg, backend, create, host_with, run, scratch};
 use nix::sys::signal::Signal;
 use nix::sys::socket::Backlog;
@@ -487,52 +488,47 @@ fn a_connect_that_nobody_answers_is_interrupted() {
     assert_eq!(hosts.domains(), [vec!["web running".to_owned()], vec![]]);
 }
 
-/// However far the migration or save is; the guest is left as it is, under its name.
+/// It goes away while the receiver's banner is waited for: the save's own phases are the
+/// engine's tests. The guest is left as it is, under its name.
 #[test]
 fn a_guest_that_goes_away_is_said_to_have_gone() {
     for (kind, how) in [("pv", "poweroff"), ("pvh", "crash"), ("hvm", "reboot")] {
-        // It writes faster than any target allows, and ends before the time is up.
-        let busy = ["--dirty-rate", "20000", "--shut-down", how, "--after"];
-        for after in ["1", "3000"] {
-            for live in [&[][..], &["--no-live"]] {
-                let hosts = Hosts::with(kind, &[&busy[..], &[after]].concat());
-                let socket = hosts.path("socket");
-                let receiver = hosts.receiver(&socket, &[]);
-                let target = match live {
-                    [] => &["--max-downtime", "1", "--timeout", "20"][..],
-                    _ => &[],
-                };
-                let sent = hosts.sender(&socket, &[live, target].concat()).end();
-                receiver.end().code(i32::from(sent.code != 0));
-                // It may have been suspended before its time was up.
-                if after != "1" && sent.code == 0 {
-                    continue;
-                }
-                let said = format!("web has shut down ({how}) here");
-                assert!(sent.stderr.contains(&said), "{sent:?}");
-                for wrong in [
-                    "resume", "somebody", "Poweroff", "Crash", "Reboot", "runs on",
-                ] {
-                    assert!(!sent.stderr.contains(wrong), "{sent:?}");
-                }
-                sent.code(1);
-                assert_eq!(hosts.domains(), [vec!["web shutdown".to_owned()], vec![]]);
-                // And so it is said of it from now on.
-                let here = backend(&hosts.here);
-                let image = hosts.path("image");
-                let why = format!("it has shut down ({how})");
-                for command in ["migrate", "remus"] {
-                    let to = format!("unix:{}", socket.display());
-                    run([command, &here, "web", &to]).code(1).stderr_has(&why);
-                }
-                run(["save", &here, "web", arg(&image)])
-                    .code(1)
-                    .stderr_has(&why);
-                assert!(!image.exists());
-                run(["mock", "resume", "--host", arg(&hosts.here), "web"])
-                    .code(1)
-                    .stderr_has("cannot run on");
+        let ends = ["--dirty-rate", "20000", "--shut-down", how, "--after", "1"];
+        for live in [&[][..], &["--no-live"]] {
+            let hosts = Hosts::with(kind, &ends);
+            let socket = hosts.path("socket");
+            let listener = listen(&socket);
+            let sender = hosts.sender(&socket, live);
+            let (mut peer, _) = listener.accept().unwrap();
+            fs::remove_file(&socket).unwrap();
+            until("its end", || domains(&hosts.here) == ["web shutdown"]);
+            peer.write_all(BANNER).unwrap();
+            io::copy(&mut peer, &mut io::sink()).unwrap();
+            let sent = sender.end();
+            let said = format!("web has shut down ({how}) here");
+            assert!(sent.stderr.contains(&said), "{sent:?}");
+            for wrong in [
+                "resume", "somebody", "Poweroff", "Crash", "Reboot", "runs on",
+            ] {
+                assert!(!sent.stderr.contains(wrong), "{sent:?}");
             }
+            sent.code(1);
+            assert_eq!(hosts.domains(), [vec!["web shutdown".to_owned()], vec![]]);
+            // And so it is said of it from now on.
+            let here = backend(&hosts.here);
+            let image = hosts.path("image");
+            let why = format!("it has shut down ({how})");
+            for command in ["migrate", "remus"] {
+                let to = format!("unix:{}", socket.display());
+                run([command, &here, "web", &to]).code(1).stderr_has(&why);
+            }
+            run(["save", &here, "web", arg(&image)])
+                .code(1)
+                .stderr_has(&why);
+            assert!(!image.exists());
+            run(["mock", "resume", "--host", arg(&hosts.here), "web"])
+                .code(1)
+                .stderr_has("cannot run on");
         }
     }
 }
