@@ -11,11 +11,15 @@
  *   - looks for a request in control/shutdown of xenstore, and suspends or stops.
  * The second vcpu counts, and checks pages of its own.
  *
+ * A guest without PV page tables whose name is "balloon" also gives pages back to Xen and takes
+ * them again: see breathe().
+ *
  * The lines (the lab's scripts wait for them):
  *   guest: up KIND vcpus N
  *   guest: round N ok second M
  *   guest: round N BAD WHAT PAGE
  *   guest: resumed | guest: cancelled
+ *   guest: wallclock N     (when Xen started, in seconds, as this guest is told)
  *
  * Interfaces: xen/include/public/{xen,sched,vcpu,event_channel,memory}.h,
  * io/{console,xs_wire}.h, hvm/{params,hvm_vcpu}.h.
@@ -35,6 +39,8 @@ typedef unsigned long word;                     /* 4 octets in a 32-bit guest */
 enum {
     PATTERN_PAGES = 128,
     WORK_PAGES = 64,
+    BALLOON_PAGES = 32,
+    BALLOON_STEP = 4,                           /* pages that move in a round */
     DOMID_SELF = 0x7ff0,
 };
 
@@ -104,6 +110,10 @@ static PAGE_ALIGNED word p2m_top[WORDS_PER_PAGE];
 static PAGE_ALIGNED word pattern[PATTERN_PAGES][WORDS_PER_PAGE];
 static PAGE_ALIGNED volatile word work[WORK_PAGES][WORDS_PER_PAGE];
 static PAGE_ALIGNED volatile word second_work[8][WORDS_PER_PAGE];
+static PAGE_ALIGNED volatile word balloon[BALLOON_PAGES][WORDS_PER_PAGE];
+/* For each of them the round in which it was taken; 0: it is with Xen. */
+static word balloon_taken[BALLOON_PAGES];
+static int balloons;
 
 static int pv, vcpus = 1;
 static struct start_info *si;
@@ -272,6 +282,13 @@ static void put_number(word n)
     put(p);
 }
 
+static void put_wallclock(void)
+{
+    put("guest: wallclock ");
+    put_number(shared.wallclock[1]);            /* after its version */
+    put("\n");
+}
+
 /* ---- xenstore: one request at a time ---------------------------------------- */
 
 static void store_send(const void *octets, u32 count)
@@ -425,6 +442,42 @@ static void start_second(void)
         vcpus = 2;
 }
 
+/* ---- memory given back and taken again ---------------------------------------- */
+
+static word pattern_at(word page, word i) { return (page << 16 | i) * 2654435761u + 1; }
+
+struct reservation { word frames, count; u32 order, flags; u16 domid; };
+
+/* 1: give the frame of page number `page` back; 6: take one for it. What Xen did: 1, or not. */
+static long reserve(u32 operation, word page)
+{
+    word frame = (word)balloon[page] / PAGE_SIZE;
+    struct reservation r = { (word)&frame, 1, 0, 0, DOMID_SELF };
+    return hypercall(MEMORY_OP, operation, (word)&r, 0, 0);
+}
+
+/* BALLOON_STEP pages in turn: one that is with Xen is taken and written, once; one that is here
+ * is given back. So each is away for as many rounds as it is here. */
+static void breathe(word round)
+{
+    for (word n = 0; n < BALLOON_STEP; n++) {
+        word page = (round * BALLOON_STEP + n) % BALLOON_PAGES;
+        if (balloon_taken[page]) {
+            balloon_taken[page] = 0;
+            if (reserve(1, page) != 1)
+                put(" BAD give ");
+            continue;
+        }
+        if (reserve(6, page) != 1) {
+            put(" BAD take ");
+            continue;
+        }
+        for (word i = 0; i < WORDS_PER_PAGE; i++)
+            balloon[page][i] = pattern_at(round + page, i);
+        balloon_taken[page] = round;
+    }
+}
+
 /* ---- suspend ---------------------------------------------------------------- */
 
 static void stop(u32 reason)
@@ -448,11 +501,10 @@ static void stop(u32 reason)
     attach();
     park = 0;
     put(cancelled ? "guest: cancelled\n" : "guest: resumed\n");
+    put_wallclock();
 }
 
 /* ---- rounds ----------------------------------------------------------------- */
-
-static word pattern_at(word page, word i) { return (page << 16 | i) * 2654435761u + 1; }
 
 static void check(word round)
 {
@@ -480,6 +532,7 @@ static void check(word round)
 void guest_main(struct start_info *info)
 {
     static const char key[] = "control/shutdown";
+    static const char name[] = "name";
     static char value[32];
 
     si = info;
@@ -508,6 +561,12 @@ void guest_main(struct start_info *info)
     put(" vcpus ");
     put_number(vcpus);
     put("\n");
+    put_wallclock();
+    if (!pv && store_ask(2, name, sizeof name, value, sizeof value) == 2)
+        balloons = same(value, "balloon");
+    for (word page = 0; balloons && page < BALLOON_PAGES; page++)
+        if (reserve(1, page) != 1)
+            put("guest: BAD give\n");
 
     for (word round = 0;;) {
         round++;
@@ -515,6 +574,8 @@ void guest_main(struct start_info *info)
             work[round % WORK_PAGES][i] = pattern_at(round, i);
         put("guest: round ");
         put_number(round);
+        if (balloons)
+            breathe(round);
         check(round);
         put("\n");
         if (store_ask(2, key, sizeof key, value, sizeof value) == 2 && value[0]) {

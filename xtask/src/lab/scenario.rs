@@ -160,6 +160,13 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     more("through_xl_migrate", "hvm"),
     more("through_xl_migrate", "hvmpv"),
     more("through_xl_cancel", "pvh"),
+    more("direct_resume", "pv"),
+    more("direct_resume", "pvh"),
+    more("direct_settings", "pv"),
+    more("direct_settings", "pvh"),
+    more("balloon_live", "balloon"),
+    more("gone_guest", "pvh"),
+    more("save_kept", "pvh"),
     shadow("stock", "pv32"),
     shadow("stock", "pv32x2"),
     shadow("ours_stock", "pv32"),
@@ -334,6 +341,26 @@ const KINDS: &[(&str, &str)] = &[
         "live xsr migrate to another host over ssh and back, by way of xl",
     ),
     (
+        "direct_resume",
+        "xsr save --direct -c, then xl save, then a poweroff: xenstored reports both",
+    ),
+    (
+        "direct_settings",
+        "xsr restore --direct of libxl's image sets what xl restore sets: UUID, timer mode, clock",
+    ),
+    (
+        "balloon_live",
+        "a guest that gives pages back and takes them again during a live migration, with our helper",
+    ),
+    (
+        "gone_guest",
+        "a guest is destroyed, powers off or crashes during a save and a live migration: so it is said",
+    ),
+    (
+        "save_kept",
+        "a save through xl that fails leaves the old file, one that succeeds replaces it, mode 0600",
+    ),
+    (
         "through_xl_cancel",
         "SIGINT to xsr in the middle of a save and of a live migration: the guest counts on",
     ),
@@ -366,7 +393,7 @@ mod tests {
 
     #[test]
     fn every_kind_is_described_and_is_a_function_in_dom0() {
-        let script = ["dom0/scenarios", "dom0/two-hosts"]
+        let script = ["dom0/scenarios", "dom0/findings", "dom0/two-hosts"]
             .map(|file| std::fs::read_to_string(source(file)).unwrap())
             .concat();
         for scenario in SCENARIOS {

@@ -108,6 +108,7 @@ impl Share {
             "start",
             "lib",
             "scenarios",
+            "findings",
             "two-hosts",
             "play-libxl",
             "measure-helper",
