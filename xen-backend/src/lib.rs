@@ -265,7 +265,8 @@ pub struct NewDomain {
 
 /// What a toolstack sets of a domain before it first runs, and an image's libxc stream does
 /// not hold. The default is libxl's.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "mock", derive(Serialize, Deserialize))]
 #[non_exhaustive]
 pub struct DomainSettings {
     /// Largest number of an event channel.

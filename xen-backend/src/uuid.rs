@@ -6,6 +6,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+#[cfg(feature = "mock")]
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -22,8 +23,12 @@ use thiserror::Error;
 /// assert!(!uuid.is_nil());
 /// # Ok::<(), xsr_xen_backend::BadUuid>(())
 /// ```
-#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(into = "String", try_from = "String")]
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(
+    feature = "mock",
+    derive(Serialize, Deserialize),
+    serde(into = "String", try_from = "String")
+)]
 pub struct Uuid(pub [u8; 16]);
 
 impl Uuid {

@@ -37,6 +37,7 @@ use crate::sys::common as sys;
 use crate::xenstore::Xenstore;
 use crate::{DomId, Domain, DomainInfo, GuestKind, Host, NewDomain, XenVersion};
 
+#[cfg(feature = "mock")]
 pub(crate) use self::create::MSR_RELAXED;
 pub use self::direct::Ring;
 pub use self::open::OpenError;
@@ -99,6 +100,7 @@ impl XenHost {
     }
 
     /// The hypervisor behind `raw`, on which there is no libxl.
+    #[cfg(feature = "mock")]
     pub(crate) fn over(
         raw: Arc<dyn Hypercalls>,
         store: Box<dyn Xenstore>,

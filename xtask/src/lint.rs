@@ -5,6 +5,7 @@ use anyhow::Result;
 
 use crate::command::Invocation;
 use crate::fuzz;
+use crate::helper;
 use crate::stages::{Outcome, Stages};
 use crate::tidy;
 
@@ -29,6 +30,11 @@ fn fmt() -> Result<Outcome> {
 fn clippy() -> Result<Outcome> {
     Invocation::cargo()
         .args(["clippy", "--workspace", "--all-targets", "--locked"])
+        .args(["--", "--deny", "warnings"])
+        .run()?;
+    // The shipped helper by itself: the libraries without the mock machine.
+    Invocation::cargo()
+        .args(["clippy", "--package", helper::NAME, "--locked"])
         .args(["--", "--deny", "warnings"])
         .run()?;
     Ok(Outcome::Done)

@@ -39,6 +39,7 @@ impl LibxlFiles {
     }
 
     /// There are none: behind the hypervisor is a mock machine.
+    #[cfg(feature = "mock")]
     pub(super) const fn none() -> Self {
         Self(None)
     }
