@@ -1,12 +1,14 @@
 //! `xsr edit`: the configuration in an image of xl replaced, optional records dropped or
 //! added. The guest's memory and state go through octet for octet.
 
+use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::path::Path;
 
 use anyhow::{Context as _, Error, Result};
 use serde::Serialize;
 use serde_json::Value;
+use serde_json::value::RawValue;
 use xsr_format::byte_order::ByteOrder;
 use xsr_format::detect::Detected;
 use xsr_format::read::{EndedAfter, ReadOptions};
@@ -241,35 +243,67 @@ fn edited_text(args: &EditArgs, header: &XlHeader) -> Result<XlHeader> {
 /// The text with another value for a key of `c_info`. The rest of it stays as it is,
 /// because libxl has an order for its keys.
 fn replaced(json: &str, key: &str, value: &str) -> Result<String> {
-    let document: Value = serde_json::from_str(json).context("the configuration")?;
-    let old = document
-        .pointer(&format!("/c_info/{key}"))
-        .and_then(Value::as_str)
-        .with_context(|| format!("the configuration has no c_info.{key}"))?;
-    let quoted = |text: &str| Value::from(text).to_string();
-    let wanted = format!("\"{key}\"");
-    // The first key of this name with this value: c_info comes first in libxl's order.
-    let mut from = 0;
-    while let Some(at) = json[from..].find(&wanted) {
-        let behind = from + at + wanted.len();
-        let rest = json[behind..].trim_start();
-        if let Some(rest) = rest.strip_prefix(':') {
-            let rest = rest.trim_start();
-            let start = json.len() - rest.len();
-            let mut values = serde_json::Deserializer::from_str(rest).into_iter::<Value>();
-            let found = values.next().and_then(Result::ok);
-            if found.as_ref().and_then(Value::as_str) == Some(old) {
-                let end = start + values.byte_offset();
-                let text = format!("{}{}{}", &json[..start], quoted(value), &json[end..]);
-                let changed: Value = serde_json::from_str(&text).context("the configuration")?;
-                if changed.pointer(&format!("/c_info/{key}")) == Some(&Value::from(value)) {
-                    return Ok(text);
-                }
-            }
-        }
-        from = behind;
+    // Where a key comes twice, the last is what every other command goes by.
+    type Members<'j> = BTreeMap<String, &'j RawValue>;
+    let missing = || format!("the configuration has no c_info.{key}");
+    let members: Members<'_> = serde_json::from_str(json).context("the configuration")?;
+    let c_info = members.get("c_info").with_context(missing)?.get();
+    let members: Members<'_> = serde_json::from_str(c_info).context("c_info")?;
+    let old = members.get(key).with_context(missing)?.get();
+    if !old.starts_with('"') {
+        return Err(Error::msg(missing()));
     }
-    Err(Error::msg(format!(
-        "c_info.{key} cannot be found in the text"
-    )))
+    // `old` borrows from `json`: the difference of their addresses is where it is.
+    let start = old.as_ptr().addr() - json.as_ptr().addr();
+    let end = start + old.len();
+    Ok(format!(
+        "{}{}{}",
+        &json[..start],
+        Value::from(value),
+        &json[end..]
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    #[test]
+    fn only_the_value_in_c_info_is_replaced() {
+        let json = r#"{"a":[{"name":"web"}], "name" : "web",
+            "c_info" : { "x":{"name":"web"}, "name" : "w\u0065b" , "uuid":"u"},"b":{"name":"web"}}"#;
+        let expected = r#"{"a":[{"name":"web"}], "name" : "web",
+            "c_info" : { "x":{"name":"web"}, "name" : "d\"b" , "uuid":"u"},"b":{"name":"web"}}"#;
+        assert_eq!(replaced(json, "name", "d\"b").unwrap(), expected);
+    }
+
+    #[test]
+    fn the_last_of_two_keys_is_the_one_that_counts() {
+        let json = r#"{"c_info":{"name":"a"},"c_info":{"name":"b","name":"c"}}"#;
+        let expected = r#"{"c_info":{"name":"a"},"c_info":{"name":"b","name":"new"}}"#;
+        assert_eq!(replaced(json, "name", "new").unwrap(), expected);
+    }
+
+    #[test]
+    fn a_name_that_is_missing_or_no_text_is_said() {
+        for json in ["{}", r#"{"c_info":{}}"#, r#"{"c_info":{"name":1}}"#] {
+            let error = format!("{:#}", replaced(json, "name", "new").unwrap_err());
+            assert!(error.contains("no c_info.name"), "{json}: {error}");
+        }
+    }
+
+    /// The longest configuration that is looked into, full of the key's name. It used to take
+    /// time in the square of their number: minutes, for these.
+    #[test]
+    fn many_of_the_key_take_no_longer() {
+        let decoys = vec![r#"{"name":"evil"}"#; 60_000].join(",");
+        let json = format!(r#"{{"a":[{decoys}],"c_info":{{"name":"evil"}}}}"#);
+        let before = Instant::now();
+        let new = replaced(&json, "name", "good").unwrap();
+        assert!(new.ends_with(r#""c_info":{"name":"good"}}"#));
+        let took = before.elapsed();
+        assert!(took < Duration::from_secs(10), "{took:?}");
+    }
 }
