@@ -10,6 +10,7 @@ use std::path::Path;
 use anyhow::Error;
 use serde_json::Value;
 use xsr_format::guest_image::{MAX_HVM_VCPUS, MAX_PV_VCPUS};
+use xsr_format::wrapper::xl::check_config_length;
 use xsr_xen_backend::GuestKind;
 
 use crate::exit::{BadImage, BadUsage};
@@ -38,7 +39,13 @@ const SLACK_KIB: u64 = 1024;
 
 impl Config {
     /// Read a configuration.
+    ///
+    /// # Errors
+    ///
+    /// It is longer than [`xsr_format::wrapper::xl::MAX_CONFIG`], which bounds the memory that
+    /// its JSON takes; it is not JSON; or it does not say what a domain needs.
     pub(crate) fn parse(json: &str) -> Result<Self, BadImage> {
+        check_config_length(json.len()).map_err(|e| BadImage(e.to_string()))?;
         let bad = |what: String| BadImage(format!("the domain's configuration {what}"));
         let value: Value =
             serde_json::from_str(json).map_err(|e| bad(format!("is not valid JSON: {e}")))?;

@@ -102,7 +102,14 @@ impl Origin {
         if header.mandatory_flags() & FLAG_JSON != 0 {
             return None;
         }
-        let mut origin = Self::new("xl", "xl.cfg", header.config()?);
+        let config = header.config()?;
+        if let Err(error) = header.json() {
+            return Some(Self {
+                error: Some(error.to_string()),
+                ..Self::new("xl", "xl.cfg", &[])
+            });
+        }
+        let mut origin = Self::new("xl", "xl.cfg", config);
         let text = std::mem::take(&mut origin.text);
         origin.understood(xl_text::read(&text));
         origin.text = text;

@@ -31,6 +31,10 @@ const BYTE_ORDER_MARK: u32 = 0x0102_0304;
 /// configuration has some hundreds of octets for each device and vcpu.
 pub const MAX_OPTIONAL_DATA: u32 = 16 << 20;
 
+/// The longest configuration that is looked into or written, without the NUL. xl has no limit
+/// of its own, but what a configuration says takes much more memory than its text does.
+pub const MAX_CONFIG: u32 = 1 << 20;
+
 /// Mandatory flag: the configuration is JSON (libxl's), not an xl configuration file.
 pub const FLAG_JSON: u32 = 1 << 0;
 /// Mandatory flag: a libxl stream version 2 follows, not a legacy stream.
@@ -123,6 +127,14 @@ pub enum XlError {
         /// Where the first NUL is.
         first_nul: Option<u64>,
     },
+    /// A configuration that is longer than any domain's.
+    #[error("the domain's configuration has {got} bytes, expected at most {max}")]
+    ConfigTooLong {
+        /// Its length.
+        got: u64,
+        /// The limit.
+        max: u32,
+    },
     /// A JSON configuration that is no UTF-8.
     #[error("JSON configuration is not UTF-8 from octet {valid_up_to} on")]
     ConfigNotUtf8 {
@@ -150,8 +162,9 @@ impl XlHeader {
     ///
     /// # Errors
     ///
-    /// A configuration with a NUL in it, or longer than [`MAX_OPTIONAL_DATA`].
+    /// A configuration with a NUL in it, or longer than [`MAX_CONFIG`].
     pub fn new(json: &str) -> Result<Self, XlError> {
+        check_config_length(json.len())?;
         let config_length = json.len().saturating_add(1);
         let length = config_length.saturating_add(CONFIG_LENGTH_OCTETS);
         let Some(config_field) = u32::try_from(config_length)
@@ -237,7 +250,7 @@ impl XlHeader {
     ///
     /// # Errors
     ///
-    /// As [`XlHeader::new`].
+    /// As [`XlHeader::new`], or more than [`MAX_OPTIONAL_DATA`] in all.
     pub fn with_json(&self, json: &str) -> Result<Self, XlError> {
         let mut header = Self::new(json)?;
         header.optional_data.extend_from_slice(self.optional_tail());
@@ -253,8 +266,9 @@ impl XlHeader {
     ///
     /// # Errors
     ///
-    /// More than [`MAX_OPTIONAL_DATA`].
+    /// A text longer than [`MAX_CONFIG`], or more than [`MAX_OPTIONAL_DATA`] in all.
     pub fn with_text(&self, text: &str) -> Result<Self, XlError> {
+        check_config_length(text.len())?;
         let tail = self.optional_tail();
         let length = text.len().saturating_add(CONFIG_LENGTH_OCTETS);
         let length = length.saturating_add(tail.len());
@@ -337,15 +351,16 @@ impl XlHeader {
     ///
     /// # Errors
     ///
-    /// It is not UTF-8.
+    /// It is longer than [`MAX_CONFIG`], whatever it is, or JSON and not UTF-8.
     pub fn json(&self) -> Result<Option<&str>, XlError> {
-        if self.mandatory_flags & FLAG_JSON == 0 {
-            return Ok(None);
-        }
         let Some(config) = self.config() else {
             return Ok(None);
         };
         let text = config.strip_suffix(&[0]).unwrap_or(config);
+        check_config_length(text.len())?;
+        if self.mandatory_flags & FLAG_JSON == 0 {
+            return Ok(None);
+        }
         match std::str::from_utf8(text) {
             Ok(json) => Ok(Some(json)),
             Err(e) => Err(XlError::ConfigNotUtf8 {
@@ -385,6 +400,21 @@ impl XlHeader {
             });
         }
         Ok(())
+    }
+}
+
+/// Whether a configuration of so many bytes, without the NUL, is one that is looked into.
+///
+/// # Errors
+///
+/// It is longer than [`MAX_CONFIG`].
+pub fn check_config_length(bytes: usize) -> Result<(), XlError> {
+    match bytes <= MAX_CONFIG as usize {
+        true => Ok(()),
+        false => Err(XlError::ConfigTooLong {
+            got: bytes as u64,
+            max: MAX_CONFIG,
+        }),
     }
 }
 

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use xsr_format::byte_order::ByteOrder;
 use xsr_format::read::ReadOptions;
 use xsr_format::wrapper::xl::{
-    FLAG_JSON, FLAG_STREAM_V2, MAGIC, MAX_OPTIONAL_DATA, XlError, XlHeader,
+    FLAG_JSON, FLAG_STREAM_V2, MAGIC, MAX_CONFIG, MAX_OPTIONAL_DATA, XlError, XlHeader,
 };
 
 use crate::failure::{Cause, Failure};
@@ -298,14 +298,25 @@ fn optional_data_behind_the_configuration_are_kept() {
 }
 
 #[test]
-fn a_configuration_longer_than_the_limit_is_not_written() {
-    let max = MAX_OPTIONAL_DATA;
-    let fits = " ".repeat(max as usize - 5);
+fn a_configuration_longer_than_the_limit_is_neither_written_nor_looked_into() {
+    let max = MAX_CONFIG;
+    let fits = " ".repeat(max as usize);
     let header = XlHeader::new(&fits).unwrap();
     assert_eq!(read(&header.encode(), STRICT).unwrap(), header);
+    assert_eq!(header.json().unwrap(), Some(fits.as_str()));
     let got = u64::from(max) + 1;
-    let error = XlHeader::new(&(fits + " ")).unwrap_err();
-    assert_eq!(error, XlError::OptionalDataTooLong { got, max });
+    let error = XlError::ConfigTooLong { got, max };
+    let longer = fits + " ";
+    assert_eq!(XlHeader::new(&longer).unwrap_err(), error);
+    assert_eq!(header.with_text(&longer).unwrap_err(), error);
+    // Of JSON (flags 3) and of xl's own text (flags 2) the header can be read: inspect shows it.
+    let config = [longer.as_bytes(), &[0]].concat();
+    for flags in [3, 2] {
+        let data = with_length(max + 2, &config);
+        let header = read(&self::header(ByteOrder::Little, flags, 0, &data), STRICT).unwrap();
+        assert_eq!(header.config(), Some(config.as_slice()));
+        assert_eq!(header.json().unwrap_err(), error);
+    }
 }
 
 #[test]

@@ -11,6 +11,7 @@ use xsr_format::record::RecordKind;
 use xsr_format::record::pv::PvInfo;
 use xsr_format::record::x86::CpuidLeaf;
 use xsr_format::wrapper::libxl::{EmulatorInstance, LibxlRecord};
+use xsr_format::wrapper::xl::XlHeader;
 
 use super::difference::{Difference, Section, What};
 use super::image::Image;
@@ -207,11 +208,14 @@ fn config(a: &Image, b: &Image, found: &mut Found) {
     let (Some(a), Some(b)) = (&a.xl, &b.xl) else {
         return; // The headers say already that one has no xl header.
     };
-    let json = |xl: &xsr_format::wrapper::xl::XlHeader| -> Option<Value> {
-        serde_json::from_str(xl.json().ok()??).ok()
-    };
+    let json = |xl: &XlHeader| -> Option<Value> { serde_json::from_str(xl.json().ok()??).ok() };
     match (json(a), json(b)) {
         (Some(a), Some(b)) => json_values("", &a, &b, found),
+        // Too long to be looked into, or not UTF-8: the bytes are all there is to say.
+        _ if a.json().is_err() || b.json().is_err() => {
+            let bytes = |xl: &XlHeader| xl.config().unwrap_or_default().to_vec();
+            found.octets(Section::Config, "text", &bytes(a), &bytes(b));
+        }
         _ => {
             let text = |config: Option<&[u8]>| config.map(|text| text.escape_ascii().to_string());
             let (a, b) = (text(a.config()), text(b.config()));
