@@ -273,6 +273,12 @@ pub enum DecodeError {
         /// The limit.
         max: u32,
     },
+    /// More records than any guest has.
+    #[error("there are more than {max} records other than PAGE_DATA; no guest has so many")]
+    TooManyRecords {
+        /// The limit.
+        max: u32,
+    },
     /// An HVM context that Xen could not read.
     #[error(transparent)]
     HvmContext(#[from] FieldError),
@@ -461,6 +467,9 @@ pub enum ReadErrorCause {
     /// Octets follow where the file should end.
     #[error("octets follow the last record: something was appended to the image")]
     Trailing,
+    /// What cannot be: a mistake in xsr, and neither the image's nor the source's fault.
+    #[error("{0}: this is a bug in xsr, please report it")]
+    Bug(&'static str),
 }
 
 impl ReadError {
@@ -489,6 +498,7 @@ impl ReadError {
                 .get_ref()
                 .and_then(|inner| inner.downcast_ref::<Self>())
                 .is_some_and(Self::is_bad_image),
+            ReadErrorCause::Bug(_) => false,
             _ => true,
         }
     }
@@ -530,4 +540,25 @@ pub enum WriteError {
         /// The rule.
         cause: DecodeError,
     },
+    /// What cannot be: a mistake in xsr.
+    #[error("{0}: this is a bug in xsr, please report it")]
+    Bug(&'static str),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bug_is_said_to_be_one_and_the_image_is_not_blamed() {
+        let error = ReadError::at(Place::XlHeader, 0, ReadErrorCause::Bug("a body got lost"));
+        assert!(!error.is_bad_image());
+        let words = [
+            error.to_string(),
+            WriteError::Bug("a length wrapped").to_string(),
+        ];
+        for words in words {
+            assert!(words.contains("a bug in xsr, please report it"), "{words}");
+        }
+    }
 }

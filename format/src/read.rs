@@ -251,10 +251,11 @@ impl<R: Read> RecordReader<R> {
         self.fill_body(octets).map_err(|cause| self.failed(cause))?;
         self.advance(octets);
         let position = self.position();
-        let (raw, pad) = self
-            .body
-            .split_at_checked(length as usize)
-            .unwrap_or_default();
+        let Some((raw, pad)) = self.body.split_at_checked(length as usize) else {
+            self.state = State::Failed;
+            let cause = ReadErrorCause::Bug("a record's body is shorter than its length");
+            return Err(ReadError { position, cause });
+        };
         match self.decoder.body(kind, raw, pad) {
             Ok(record) => {
                 if kind == RecordKind::END {
@@ -320,7 +321,10 @@ impl<R: Read> RecordReader<R> {
         self.fill_body(octets)
             .map_err(|cause| self.failed(cause.truncated_before(rest)))?;
         self.advance(octets);
-        let wire = <[WirePageEntry]>::ref_from_bytes(&self.body).unwrap_or_default();
+        let Ok(wire) = <[WirePageEntry]>::ref_from_bytes(&self.body) else {
+            let bug = "page entries are not of eight bytes each";
+            return Err(self.failed(ReadErrorCause::Bug(bug)));
+        };
         let checked = self.decoder.entries(wire, length).map(|(_, pages)| pages);
         let pages = checked.map_err(|e| self.failed(e))?;
         self.pending = pages.saturating_mul(PAGE_SIZE as u64);
@@ -379,6 +383,7 @@ pub struct PageDataBody<'r, R> {
 impl<R: Read> PageDataBody<'_, R> {
     /// The entries, in the order of the stream.
     pub fn entries(&self) -> Entries<'_> {
+        // `page_data_head` has read this very body as entries, or failed.
         let wire = <[WirePageEntry]>::ref_from_bytes(&self.reader.body).unwrap_or_default();
         Entries::trusted(wire, self.reader.decoder.context())
     }

@@ -172,7 +172,11 @@ impl<'a> SliceReader<'a> {
         }
         let octets = u64::from(length);
         let body = take(&mut self.rest, octets.saturating_add(padding(octets)))?;
-        let (raw, pad) = body.split_at_checked(length as usize).unwrap_or_default();
+        let Some((raw, pad)) = body.split_at_checked(length as usize) else {
+            return Err(ReadErrorCause::Bug(
+                "a record's body is shorter than its length",
+            ));
+        };
         let record = self.decoder.body(kind, raw, pad)?;
         self.over = kind == RecordKind::END;
         Ok(SliceRecord::Record(record))
@@ -187,10 +191,12 @@ impl<'a> SliceReader<'a> {
         let octets = head.entry_octets(length, self.decoder.context())?;
         let rest = rest.saturating_sub(octets);
         let raw = take(&mut self.rest, octets).map_err(|cause| cause.truncated_before(rest))?;
-        let wire = <[WirePageEntry]>::ref_from_bytes(raw).unwrap_or_default();
+        let wire = <[WirePageEntry]>::ref_from_bytes(raw)
+            .map_err(|_| ReadErrorCause::Bug("page entries are not of eight bytes each"))?;
         let (entries, pages) = self.decoder.entries(wire, length)?;
         let raw = take(&mut self.rest, pages.saturating_mul(PAGE_SIZE as u64))?;
-        let pages = <[Page]>::ref_from_bytes(raw).unwrap_or_default();
+        let pages = <[Page]>::ref_from_bytes(raw)
+            .map_err(|_| ReadErrorCause::Bug("page data are not whole pages"))?;
         Ok(SliceRecord::PageData(PageData { entries, pages }))
     }
 }

@@ -100,7 +100,10 @@ pub(crate) fn skip_by_reading<R: Read>(
     let mut left = octets;
     while left > 0 {
         let step = usize::try_from(left).unwrap_or(STEP).min(STEP);
-        let room = scratch.get_mut(..step).unwrap_or_default();
+        let Some(room) = scratch.get_mut(..step) else {
+            let bug = ReadErrorCause::Bug("the room for skipped bytes is too small");
+            return Err(io::Error::other(bug));
+        };
         match source.read(room) {
             Ok(0) => break,
             Ok(n) if n > step => return Err(broken_source()),

@@ -87,7 +87,7 @@ impl From<WriteError> for TranscodeError {
     fn from(error: WriteError) -> Self {
         match error {
             WriteError::Io(e) => Self::Write(e),
-            other @ WriteError::Encode { .. } => Self::Record(other),
+            other => Self::Record(other),
         }
     }
 }
@@ -284,8 +284,12 @@ impl<W: Write> Transcoder<'_, W> {
                 self.static_data_ends()?;
                 let pfns: Vec<Pfn> = frames.frames().collect();
                 // Of 32 bits in the stream.
-                let [start, end] =
-                    [frames.start, frames.end].map(|pfn| u32::try_from(pfn.0).unwrap_or(u32::MAX));
+                let narrow = |pfn: Pfn| {
+                    u32::try_from(pfn.0).map_err(|_| {
+                        WriteError::Bug("a pfn of X86_PV_P2M_FRAMES has more than 32 bits")
+                    })
+                };
+                let (start, end) = (narrow(frames.start)?, narrow(frames.end)?);
                 self.libxc()?.p2m_frames(info, start, end, &pfns)?;
             }
             Body::Vcpu(vcpu) => {

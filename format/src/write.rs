@@ -69,11 +69,13 @@ pub fn page_data_head(entries: &[PageEntry]) -> Result<Vec<u8>, WriteError> {
         pages = pages.saturating_add(u64::from(entry.page_type.has_data()));
     }
     // At most 8 + 8 · 1024 + 4096 · 1024: far below u32::MAX and MAX_BODY.
-    let count = u32::try_from(entries.len()).unwrap_or(u32::MAX);
-    let length = count
+    let length = (entries.len() as u64)
         .saturating_mul(8)
         .saturating_add(8)
-        .saturating_add(u32::try_from(pages.saturating_mul(4096)).unwrap_or(u32::MAX));
+        .saturating_add(pages.saturating_mul(4096));
+    let (Ok(count), Ok(length)) = (u32::try_from(entries.len()), u32::try_from(length)) else {
+        return Err(WriteError::Bug("PAGE_DATA of one batch is too long"));
+    };
     let mut out = Vec::with_capacity(entries.len().saturating_mul(8).saturating_add(16));
     out.extend_from_slice(header(KIND, length).as_bytes());
     out.extend_from_slice(WirePageDataHead::new(count, ORDER).as_bytes());
