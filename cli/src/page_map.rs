@@ -56,6 +56,34 @@ impl Run {
     }
 }
 
+/// A run without its first pfn, which is its key in [`PageMap`]: a third less than a [`Run`],
+/// because an image can hold millions.
+#[derive(Clone, Copy, Debug)]
+struct Rest {
+    last: u64,
+    /// The offset, and the type in the lowest four bits.
+    place: u64,
+}
+
+impl Rest {
+    fn of(run: &Run) -> Self {
+        Self {
+            last: run.last,
+            place: run.offset << 4 | u64::from(run.page_type.nibble()),
+        }
+    }
+
+    fn behind(self, first: u64) -> Run {
+        let [nibble, ..] = self.place.to_le_bytes();
+        Run {
+            first,
+            last: self.last,
+            page_type: PageType::from_nibble(nibble & 0xf),
+            offset: self.place >> 4,
+        }
+    }
+}
+
 /// The runs of one batch of entries, whose page data begins at `offset`.
 pub(crate) fn runs_of(
     entries: impl Iterator<Item = PageEntry>,
@@ -87,7 +115,7 @@ pub(crate) fn runs_of(
 #[derive(Clone, Debug, Default)]
 pub(crate) struct PageMap {
     /// By first pfn; runs do not overlap.
-    runs: BTreeMap<u64, Run>,
+    runs: BTreeMap<u64, Rest>,
 }
 
 impl PageMap {
@@ -96,19 +124,34 @@ impl PageMap {
     pub(crate) fn insert(&mut self, run: Run) {
         self.clear(run.first..=run.last);
         let mut run = run;
-        if let Some((_, before)) = self.runs.range(..run.first).next_back()
+        if let Some((first, before)) = self.runs.range(..run.first).next_back()
+            && let before = before.behind(*first)
             && before.goes_on_with(&run)
         {
             run.first = before.first;
             run.offset = before.offset;
         }
-        if let Some(behind) = self.runs.get(&(run.last + 1)).copied()
+        if let Some(behind) = self.runs.get(&(run.last + 1))
+            && let behind = behind.behind(run.last + 1)
             && run.goes_on_with(&behind)
         {
             self.runs.remove(&behind.first);
             run.last = behind.last;
         }
-        self.runs.insert(run.first, run);
+        self.put(run);
+    }
+
+    /// As [`PageMap::insert`], for a caller that asks only for [`PageMap::populated`]: pages without
+    /// memory are forgotten, so that an image of nothing but those takes none.
+    pub(crate) fn insert_populated(&mut self, run: Run) {
+        match run.page_type.is_populated() {
+            true => self.insert(run),
+            false => self.clear(run.first..=run.last),
+        }
+    }
+
+    fn put(&mut self, run: Run) {
+        self.runs.insert(run.first, Rest::of(&run));
     }
 
     /// Forget a range.
@@ -117,17 +160,14 @@ impl PageMap {
         if let Some(before) = self.run_at(first)
             && before.first < first
         {
-            self.runs
-                .insert(before.first, before.part(before.first, first - 1));
-            self.runs.insert(first, before.part(first, before.last));
+            self.put(before.part(before.first, first - 1));
+            self.put(before.part(first, before.last));
         }
         if let Some(behind) = self.run_at(last)
             && behind.last > last
         {
-            self.runs
-                .insert(behind.first, behind.part(behind.first, last));
-            self.runs
-                .insert(last + 1, behind.part(last + 1, behind.last));
+            self.put(behind.part(behind.first, last));
+            self.put(behind.part(last + 1, behind.last));
         }
         let covered: Vec<u64> = self.runs.range(first..=last).map(|(at, _)| *at).collect();
         for at in covered {
@@ -137,8 +177,8 @@ impl PageMap {
 
     /// The run that holds `pfn`.
     fn run_at(&self, pfn: u64) -> Option<Run> {
-        let (_, run) = self.runs.range(..=pfn).next_back()?;
-        (run.last >= pfn).then_some(*run)
+        let (first, run) = self.runs.range(..=pfn).next_back()?;
+        (run.last >= pfn).then(|| run.behind(*first))
     }
 
     /// The type of a page and where its contents are.
@@ -149,7 +189,7 @@ impl PageMap {
 
     /// All runs, ascending.
     pub(crate) fn runs(&self) -> impl Iterator<Item = Run> {
-        self.runs.values().copied()
+        self.runs.iter().map(|(first, run)| run.behind(*first))
     }
 
     /// How many pfns have the type, for each type that occurs.
@@ -262,6 +302,20 @@ mod tests {
         let populated = plain.values().filter(|(t, _)| t.is_populated()).count();
         assert_eq!(map.populated(), populated as u64);
         assert_eq!(map.get(Pfn(1 << 40)), None);
+    }
+
+    #[test]
+    fn pages_without_memory_are_forgotten_by_those_who_count_memory() {
+        let (mut all, mut some) = (PageMap::default(), PageMap::default());
+        let batches = [&[(1, N), (2, N), (3, X), (9, X)][..], &[(2, X), (9, T)]];
+        for batch in batches {
+            for run in runs_of(entries(batch), 0) {
+                all.insert(run);
+                some.insert_populated(run);
+            }
+        }
+        assert_eq!((all.populated(), some.populated()), (2, 2));
+        assert_eq!(some.runs().count(), 2);
     }
 
     #[test]

@@ -415,6 +415,156 @@ fn emulators_records_are_bounded() {
     both_say(&file, "more than a restore keeps");
 }
 
+/// Records are few, however short they are: what is kept for each is longer than it is.
+#[test]
+fn tiny_records_are_bounded_in_number() {
+    let dir = scratch();
+    let file = path(dir.path(), "tiny");
+    let tsc = (8, vec![0; 24]);
+    changed("tpvh", &file, |records| {
+        let at = find(records, HVM_PARAMS);
+        records.splice(at..at, std::iter::repeat_n(tsc.clone(), 1 << 17));
+    });
+    let words = "more than 131072 records other than PAGE_DATA";
+    both_say(&file, words);
+    run(["inspect", arg(&file)]).code(2).stderr_has(words);
+    run(["diff", arg(&file), arg(&file)])
+        .code(2)
+        .stderr_has(words);
+
+    changed("tpvh", &file, |records| {
+        let at = find(records, HVM_CONTEXT);
+        let mut list = entries(&records[at].1);
+        let end = list.pop().unwrap();
+        let unknown = (0..=u16::MAX).map(|instance| entry(0x7000, instance, &[]));
+        list.extend(unknown);
+        list.push(end);
+        records[at].1 = list.concat();
+    });
+    both_say(&file, "expected at most 65536 entries");
+
+    // Of eight bytes each, around the libxc stream.
+    let octets = fs::read(image("tpvh")).unwrap();
+    let (.., end) = layers(&octets);
+    let mut out = octets[..end].to_vec();
+    out.extend(record(0x8000_0001, &[]).repeat(300_000));
+    out.extend(record(0, &[]));
+    fs::write(&file, out).unwrap();
+    both_say(&file, "more than a restore keeps");
+}
+
+/// `diff` keeps the bytes of optional records, because nothing is known of them but those: some.
+#[test]
+fn optional_records_of_many_bytes_are_good_and_not_compared() {
+    let dir = scratch();
+    let file = path(dir.path(), "long");
+    changed("tpvh", &file, |records| {
+        let at = find(records, HVM_PARAMS);
+        let body = vec![0; 20 << 20];
+        records.splice(at..at, std::iter::repeat_n((0x8000_0001, body), 2));
+    });
+    run(["verify", arg(&file)]).code(0);
+    run(["diff", arg(&file), arg(&file)])
+        .code(1)
+        .stderr_has("too many bytes in optional records");
+}
+
+/// A configuration of more than 1 MiB is bad for each command that goes by it, and takes no
+/// memory of its own; `edit --config` mends the image.
+#[test]
+fn a_configuration_longer_than_any_is_bad_and_takes_no_memory() {
+    let dir = scratch();
+    let (file, out, json) = (
+        path(dir.path(), "long"),
+        path(dir.path(), "out"),
+        dir.path().join("json"),
+    );
+    let octets = fs::read(image("tpvh")).unwrap();
+    let (libxl, ..) = layers(&octets);
+    let good = octets[52..libxl].strip_suffix(&[0]).unwrap();
+    fs::write(&json, good).unwrap();
+    let with = |config: &[u8]| {
+        let length = u32::try_from(config.len()).unwrap();
+        let mut out = octets[..44].to_vec();
+        out.extend((length + 4).to_le_bytes());
+        out.extend(length.to_le_bytes());
+        out.extend(config);
+        out.extend(&octets[libxl..]);
+        fs::write(&file, out).unwrap();
+    };
+    let padded = |length: usize, item: &str| {
+        let text = std::str::from_utf8(good).unwrap().trim_end();
+        let mut config = text.strip_suffix('}').unwrap().as_bytes().to_vec();
+        config.extend(br#","x":["#);
+        while config.len() + item.len() + 3 < length {
+            config.extend(item.as_bytes());
+            config.push(b',');
+        }
+        config.extend(b"0]");
+        config.resize(length - 1, b' ');
+        config.extend(b"}\0");
+        config
+    };
+    // The longest, of what takes the most memory for its length.
+    with(&padded(1 << 20, r#"{"":0}"#));
+    let limited = |args: &[&str]| {
+        let output = std::process::Command::new("sh")
+            .args(["-c", r#"ulimit -v 524288; exec "$@""#, "sh"])
+            .arg(env!("CARGO_BIN_EXE_xsr"))
+            .args(args)
+            .output()
+            .unwrap();
+        let text = [output.stdout, output.stderr].concat();
+        let text = String::from_utf8_lossy(&text).into_owned();
+        (output.status.code(), text)
+    };
+    let (code, text) = limited(&["verify", arg(&file)]);
+    assert_eq!(code, Some(0), "{text}");
+    let (code, text) = limited(&["edit", "--name", "other", arg(&file), "-o", arg(&out)]);
+    assert_eq!(code, Some(0), "{text}");
+
+    let words = "configuration has 1048577 bytes, expected at most 1048576";
+    with(&[&padded((1 << 20) + 1, "0")[..1 << 20], b" \0"].concat());
+    both_say(&file, words);
+    with(&padded(15 << 20, "[0]"));
+    let host = backend(&dir.path().join("host"));
+    let words = "bytes, expected at most 1048576";
+    for args in [
+        &["verify", arg(&file)][..],
+        &["inspect", arg(&file)],
+        &["inspect", "--json", arg(&file)],
+        &["restore", &host, arg(&file)],
+        &[
+            "edit",
+            "--force",
+            "--name",
+            "other",
+            arg(&file),
+            "-o",
+            arg(&out),
+        ],
+    ] {
+        let (code, text) = limited(args);
+        assert_eq!(code, Some(2), "{args:?}: {text}");
+        assert!(text.contains(words), "{args:?}: {text}");
+        assert!(text.len() < 100_000, "{args:?}");
+    }
+    let (_, text) = limited(&["diff", arg(&image("tpvh")), arg(&file)]);
+    assert!(!text.contains("alloc"), "{text}");
+    let edited = [
+        "edit",
+        "--force",
+        "--config",
+        arg(&json),
+        arg(&file),
+        "-o",
+        arg(&out),
+    ];
+    run(edited).code(0);
+    assert_eq!(fs::read(&out).unwrap().len(), octets.len());
+    run(["verify", arg(&out)]).code(0);
+}
+
 #[test]
 fn raw_memory_has_holes_unless_asked_otherwise() {
     use std::os::unix::fs::MetadataExt as _;

@@ -40,6 +40,9 @@ pub const HVM_PARAM_LIMIT: u64 = 256;
 pub const MAX_STATE: u64 = 128 << 20;
 /// Most optional records between two checkpoints. Xen writes none.
 pub const MAX_OPTIONAL: u32 = 1 << 16;
+/// Most records between two checkpoints, those with pages excepted. A guest of 8192 vcpus has
+/// some 32 thousand.
+pub const MAX_RECORDS: u32 = 1 << 17;
 
 /// The blobs of one PV vcpu; empty where none has come.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -124,6 +127,8 @@ pub struct GuestImage {
     /// Optional records since the last checkpoint.
     optional: u32,
     optional_in_all: u64,
+    /// Records since the last checkpoint, those with pages excepted.
+    records: u32,
     /// Bit n: a page of the range that p2m leaf n translates has had memory.
     populated_leaves: Vec<u64>,
 }
@@ -149,6 +154,7 @@ impl GuestImage {
             checkpoints: 0,
             optional: 0,
             optional_in_all: 0,
+            records: 0,
             populated_leaves: Vec::new(),
         }
     }
@@ -160,6 +166,10 @@ impl GuestImage {
     /// The rule that the record breaks together with those before it. The image is as it was
     /// then, or has part of the record.
     pub fn apply(&mut self, record: &Record<'_>) -> Result<(), DecodeError> {
+        self.records = self.records.saturating_add(1);
+        if self.records > MAX_RECORDS {
+            return Err(DecodeError::TooManyRecords { max: MAX_RECORDS });
+        }
         // No `_`: whoever adds a record decides here what it means.
         match record.body {
             Body::End => self.complete()?,
@@ -167,6 +177,7 @@ impl GuestImage {
                 self.complete()?;
                 self.checkpoints = self.checkpoints.saturating_add(1);
                 self.optional = 0;
+                self.records = 0;
             }
             Body::PvInfo(info) => self.pv_info = Some(info),
             Body::P2mFrames(frames) => self.p2m_frames(&frames)?,

@@ -36,6 +36,10 @@ use crate::wrapper::libxl::read::LibxlState;
 use crate::wrapper::libxl::{LibxlError, LibxlHeader, LibxlRecord, LibxlRecordKind, MAX_BODY};
 use crate::wrapper::xl::XlHeader;
 
+/// What a record of the libxl stream counts at least towards the bytes that are kept: one of
+/// eight bytes takes more memory than that.
+const LEAST_KEPT: u64 = 512;
+
 /// One thing that a file holds, and where.
 #[derive(Debug)]
 pub struct Step<'w, R> {
@@ -297,7 +301,8 @@ impl<R: Read> Walk<R> {
         let result = state.next_record(&known, &mut source);
         self.held = Held::Source(source, state.offset, Vec::new());
         let (position, record) = result?;
-        self.kept = (self.kept).saturating_add(self.offset().saturating_sub(offset));
+        let bytes = self.offset().saturating_sub(offset).max(LEAST_KEPT);
+        self.kept = self.kept.saturating_add(bytes);
         // Each may be as long as that; a restorer keeps all of them.
         if self.kept > u64::from(MAX_BODY) {
             let cause = LibxlError::RecordsTooLong { max: MAX_BODY }.into();
@@ -542,7 +547,8 @@ impl<R: Read> Around<R> {
                 LibxlRecord::Optional { .. } => {}
                 record => {
                     // Each may be as long as that; a sender that repeats them is out of order.
-                    kept = kept.saturating_add(state.offset.saturating_sub(begins));
+                    let bytes = state.offset.saturating_sub(begins).max(LEAST_KEPT);
+                    kept = kept.saturating_add(bytes);
                     if kept > u64::from(MAX_BODY) {
                         let cause = LibxlError::CheckpointTooLong { max: MAX_BODY }.into();
                         return Err(ReadError { position, cause });

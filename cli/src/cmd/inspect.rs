@@ -39,6 +39,12 @@ use crate::verdict::{self, Warning};
 /// small JSON can be large when it is laid out.
 const MOST_SHOWN: usize = 100 << 10;
 
+/// Most rows, and most runs of pages in them, that are listed; what comes after is counted.
+const MOST_ROWS: usize = 1 << 18;
+const MOST_RUNS: usize = 1 << 20;
+/// The fields of the blobs are named in so many rows from the first.
+const MOST_NAMED: usize = 1 << 15;
+
 /// Inspect one image. Of a bad one, what could be read is shown before the error.
 pub(crate) fn run(args: &InspectArgs, terminal: &Terminal) -> Result<Code> {
     let input = Input::open(&args.file, args.lenient)?;
@@ -105,6 +111,8 @@ struct Inspection {
     report: Report,
     /// List every page entry.
     list: bool,
+    /// Runs that have been listed.
+    listed: usize,
     /// Name every field of the blobs.
     fields: bool,
     /// Of a PV guest, its width.
@@ -128,6 +136,7 @@ impl Inspection {
                 ..Report::default()
             },
             list,
+            listed: 0,
             fields,
             info: PvInfo::Bits64,
             map: PageMap::default(),
@@ -210,6 +219,10 @@ impl Inspection {
     }
 
     fn row(&mut self, stream: &'static str, at: At, kind: String, facts: Facts) {
+        if self.report.records.len() >= MOST_ROWS {
+            self.report.records_left_out += 1;
+            return;
+        }
         self.report.records.push(Row {
             stream,
             index: at.index,
@@ -225,7 +238,7 @@ impl Inspection {
         let name = kind
             .name()
             .map_or_else(|| crate::text::hex(u64::from(kind.0)), str::to_owned);
-        if self.fields {
+        if self.fields && self.report.records.len() < MOST_NAMED {
             self.report.fields.extend(named::of_libxl(record));
         }
         self.row("libxl", at, name, Facts::of_libxl(record));
@@ -246,7 +259,7 @@ impl Inspection {
             }
             _ => {}
         }
-        if self.fields {
+        if self.fields && self.report.records.len() < MOST_NAMED {
             self.report
                 .fields
                 .extend(named::of_record(record, self.info));
@@ -326,10 +339,12 @@ impl Inspection {
         for run in runs_of(entries.iter(), at.page_data(entries)) {
             self.map.insert(run);
         }
-        let facts = PageFacts::new(entries, self.list);
-        if !self.list
+        let facts = PageFacts::new(entries, self.list && self.listed < MOST_RUNS);
+        self.listed += facts.runs.as_ref().map_or(0, Vec::len);
+        if facts.runs.is_none()
             && let Some(row) = self.report.records.last_mut()
             && let Facts::Pages(before) = &mut row.facts
+            && self.report.records_left_out == 0
         {
             before.join(&facts);
             row.octets += at.length;

@@ -44,6 +44,14 @@ const _: () = assert!(size_of::<WireDescriptor>() == 8);
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FieldError {
+    /// More entries than any context has.
+    #[error(
+        "HVM context: another entry at octet {offset:#x}, expected at most {MAX_ENTRIES} entries"
+    )]
+    TooManyEntries {
+        /// Where it is.
+        offset: usize,
+    },
     /// The context ends without its END record.
     #[error(
         "HVM context: {left} octets are left at octet {offset:#x}, expected at least 8: the context has no END"
@@ -148,6 +156,9 @@ pub const CPU_LEAST: usize = 1000;
 /// Most vcpus of an HVM guest: Xen's `HVM_MAX_VCPUS`.
 const MAX_VCPUS: u16 = 128;
 
+/// Most entries of an HVM context. Xen writes some dozen for each vcpu and a few dozen more.
+pub const MAX_ENTRIES: usize = 1 << 16;
+
 /// What an HVM context holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ContextFacts {
@@ -185,6 +196,9 @@ pub fn check_context(context: &[u8]) -> Result<ContextFacts, FieldError> {
             body,
         } = record;
         let length = body.len();
+        if seen.len() >= MAX_ENTRIES {
+            return Err(FieldError::TooManyEntries { offset });
+        }
         if offset == 0 {
             check_header(kind, body)?;
         }

@@ -1,7 +1,7 @@
 //! One image, as far as a comparison needs it: everything but page contents, which
 //! stay in the file.
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Error, Result};
 use xsr_format::frame::{PAGE_SIZE, Page, Pfn};
 use xsr_format::guest_image::GuestImage;
 use xsr_format::image::{DomainHeader, GuestType, ImageHeader};
@@ -13,6 +13,13 @@ use super::pages::Pages;
 use crate::file::Input;
 use crate::image::{self, Event, Reading};
 use crate::page_map::{PageMap, runs_of};
+
+/// Most records of an image that is compared; PAGE_DATA in a row is one.
+const MOST_RECORDS: usize = 1 << 19;
+/// Most bytes in its optional records.
+const MOST_OTHER: usize = 32 << 20;
+/// Most bytes in records of emulators: what a restore keeps, and what they are in a checkpoint.
+const MOST_EMULATORS: u64 = 128 << 20;
 
 /// An image.
 #[derive(Debug)]
@@ -28,7 +35,11 @@ pub(crate) struct Image {
     pub(crate) guest: GuestImage,
     /// Records whose body has no fields: optional ones, by name.
     pub(crate) other: Vec<(String, Vec<u8>)>,
+    /// How long they are all together.
+    other_bytes: usize,
     pub(crate) emulators: Vec<LibxlRecord>,
+    /// How long they are all together.
+    emulator_bytes: u64,
 }
 
 impl Image {
@@ -45,12 +56,14 @@ impl Image {
             // Replaced by that of the stream, which every good image has.
             guest: GuestImage::new(GuestType(0)),
             other: Vec::new(),
+            other_bytes: 0,
             emulators: Vec::new(),
+            emulator_bytes: 0,
         };
         let input = image.input.again()?;
         let walked = reading.over(&input, &mut |event| {
             image.event(event);
-            Ok(())
+            image.check_size()
         })?;
         if let Some(guest) = walked.guest {
             image.guest = guest;
@@ -58,12 +71,27 @@ impl Image {
         Ok(image)
     }
 
+    /// Whether what is held of the image is little enough. An image that a restore takes is,
+    /// unless it has optional records of many bytes or a great many checkpoints.
+    fn check_size(&self) -> Result<()> {
+        let what = match () {
+            () if self.sequence.len() > MOST_RECORDS => "records",
+            () if self.emulator_bytes > MOST_EMULATORS => "bytes in emulators' records",
+            () if self.other_bytes > MOST_OTHER => "bytes in optional records",
+            () => return Ok(()),
+        };
+        let name = &self.input.name;
+        Err(Error::msg(format!(
+            "{name}: too many {what} to be compared"
+        )))
+    }
+
     fn event(&mut self, event: Event<'_>) {
         match event {
             Event::Xl(header) => self.xl = Some(header.clone()),
             Event::Libxl(header) => self.libxl = Some(header),
             Event::Libxc(image, domain) => self.libxc = Some((image, domain)),
-            Event::LibxlRecord(_, record) => {
+            Event::LibxlRecord(at, record) => {
                 self.sequence.push(format!("libxl {}", record.kind()));
                 let is_state = matches!(
                     record,
@@ -72,7 +100,10 @@ impl Image {
                         | LibxlRecord::Optional { .. }
                 );
                 if is_state {
-                    self.emulators.push(record.clone());
+                    self.emulator_bytes += at.length;
+                    if self.emulator_bytes <= MOST_EMULATORS {
+                        self.emulators.push(record.clone());
+                    }
                 }
             }
             Event::Pages(at, entries) => {
@@ -92,7 +123,12 @@ impl Image {
         let mut name = record.kind.to_string();
         match record.body {
             Body::Vcpu(vcpu) => name = format!("{name} of vcpu {}", vcpu.vcpu),
-            Body::Optional(body) => self.other.push((name.clone(), body.to_vec())),
+            Body::Optional(body) => {
+                self.other_bytes += body.len();
+                if self.other_bytes <= MOST_OTHER {
+                    self.other.push((name.clone(), body.to_vec()));
+                }
+            }
             // What these say is in `guest`.
             Body::PvInfo(_)
             | Body::P2mFrames(_)

@@ -34,6 +34,10 @@ pub(crate) fn print(report: &Report, out: &mut dyn Write) -> io::Result<()> {
     guest(report, out)?;
     origin(report, out)?;
     records(&report.records, out)?;
+    if report.records_left_out > 0 {
+        let more = Count(report.records_left_out, "more record");
+        writeln!(out, "  {more}, left out")?;
+    }
     context(report, out)?;
     params(report, out)?;
     fields(report, out)

@@ -48,6 +48,9 @@ pub(crate) struct Report {
     pub(crate) guest: Guest,
     /// The records of all streams, in the order of the file.
     pub(crate) records: Vec<Row>,
+    /// Records behind the last of those.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub(crate) records_left_out: u64,
     /// The pages, by what the stream says of each last.
     pub(crate) pages: PagesReport,
     /// Entries of HVM_CONTEXT.
@@ -62,7 +65,7 @@ pub(crate) struct Report {
     /// What is odd about the image, as for `verify`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) warnings: Vec<String>,
-    /// Why the image is bad. Where reading ended early, this document is incomplete: the image is bad, and this document incomplete.
+    /// Why the image is bad. Where reading ended early, this document is incomplete.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) error: Option<String>,
 }

@@ -41,7 +41,7 @@ impl Survey {
             Event::LibxlRecord(_, LibxlRecord::EmulatorContext { .. }) => self.emulated = true,
             Event::Pages(at, entries) => {
                 for run in runs_of(entries.iter(), at.page_data(entries)) {
-                    self.memory.insert(run);
+                    self.memory.insert_populated(run);
                 }
             }
             _ => {}
