@@ -365,11 +365,7 @@ impl<'r> Run<'r, '_> {
                     }
                 }
                 if let Some(balloon) = &mut notes.balloon {
-                    balloon.sent(batch.entries());
-                    // Batches of a hole take no time.
-                    if batch.pages() > 0 {
-                        balloon.look(domain)?;
-                    }
+                    balloon.sent(domain, batch.entries(), batch.pages() > 0)?;
                 }
                 self.stats.pfns += batch.pfns();
                 self.stats.pages += batch.pages();

@@ -202,7 +202,9 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
             match outcome {
                 Ok(Outcome::Runs) => Fate::There,
                 Ok(Outcome::GivenBack { status }) => {
-                    if matches!(end, End::Receiver) {
+                    // A receiver that fails closes the connection first: a write that fails
+                    // then says less than its status.
+                    if matches!(end, End::Receiver) || lost && matches!(end, End::Failed(_)) {
                         end = End::Failed(Error::msg(handshake::status_words(status)));
                     }
                     Fate::Here

@@ -13,7 +13,7 @@ use xsr_xen_backend::{BackendError, DirtyBitmap, DirtyRead, Domain};
 use crate::error::SaveError;
 use crate::guest::{GuestSave, Out};
 use crate::progress::Phase;
-use crate::save::balloon::{self, Balloon};
+use crate::save::balloon::{self, Balloon, Besides};
 use crate::save::precopy::{Meter, PrecopyDecision, PrecopyPolicy};
 use crate::save::suspended::Suspended;
 use crate::save::{Live, Notes, Run, all_pages, guest_pages};
@@ -74,12 +74,14 @@ impl<'a> LiveMemory<'a> {
     ) -> Result<Self, BackendError> {
         let mut dirty = DirtyBitmap::new(pfns);
         dirty.set_all();
+        // Its pages are counted before: what it takes after that is seen.
+        let balloon = Balloon::of(domain, translated, pfns)?;
         Ok(Self {
             _logging: Logging::start(domain)?,
             dirty,
             deferred: DirtyBitmap::new(pfns),
             grown: pfns..pfns,
-            balloon: Balloon::of(domain, translated, pfns)?,
+            balloon,
         })
     }
 
@@ -126,8 +128,29 @@ impl<'r> Run<'r, '_> {
     }
 
     /// Log what the guest writes from now on.
-    pub(super) fn log(&self, guest: &dyn GuestSave) -> Result<LiveMemory<'r>, BackendError> {
-        LiveMemory::start(self.domain, self.kind.is_translated(), guest_pages(guest))
+    pub(super) fn log(&mut self, guest: &dyn GuestSave) -> Result<LiveMemory<'r>, SaveError> {
+        let translated = self.kind.is_translated();
+        let mut memory = LiveMemory::start(self.domain, translated, guest_pages(guest))?;
+        if let Some(balloon) = &mut memory.balloon {
+            self.first_look(balloon)?;
+        }
+        Ok(memory)
+    }
+
+    /// Read the log: what is to be sent next, and what the log does not tell of.
+    fn read(
+        &mut self,
+        memory: &mut LiveMemory<'_>,
+        how: DirtyRead,
+        suspended: bool,
+    ) -> Result<(), SaveError> {
+        let besides = match &mut memory.balloon {
+            Some(balloon) => self.settle(balloon, suspended)?,
+            None => Besides::Nothing,
+        };
+        memory.read(self.domain, how)?;
+        besides.mark(&mut memory.dirty);
+        Ok(())
     }
 
     /// Follow a guest that moves what says where its memory is.
@@ -188,10 +211,7 @@ impl<'r> Run<'r, '_> {
                     return Err(SaveError::PolicyAborted { iterations });
                 }
             }
-            memory.read(self.domain, DirtyRead::Clean)?;
-            if let Some(balloon) = &mut memory.balloon {
-                self.settle(balloon, &mut memory.dirty, false)?;
-            }
+            self.read(memory, DirtyRead::Clean, false)?;
             meter.dirty(memory.dirty.count());
             self.progress.precopy(meter.stats());
         }
@@ -212,13 +232,10 @@ impl<'r> Run<'r, '_> {
         }
         let stopped = self.suspend(suspended)?;
         self.follow(guest, out, memory, false)?;
-        memory.read(self.domain, DirtyRead::CleanFinal)?;
+        self.read(memory, DirtyRead::CleanFinal, true)?;
         self.stats.deferred += memory.deferred.count();
         memory.dirty.merge(&memory.deferred);
         memory.deferred.clear_all();
-        if let Some(balloon) = &mut memory.balloon {
-            self.settle(balloon, &mut memory.dirty, true)?;
-        }
         besides(&mut memory.dirty)?;
         let rest = (memory.dirty.iter(), memory.dirty.count());
         let notes = Notes {
