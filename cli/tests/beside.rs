@@ -36,7 +36,7 @@ fn what_another_command_works_on_is_listed_shown_and_changed() {
     mock(&["unpause", "mail"], &host).code(0);
     mock(&["resume", "mail"], &host)
         .code(1)
-        .stderr_has("which is running");
+        .stderr_has("it runs");
     mock(&["rename", "mail", "post"], &host).code(0);
     mock(&["destroy", "mail"], &host)
         .code(1)

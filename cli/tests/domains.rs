@@ -413,8 +413,10 @@ fn a_mock_domain_can_be_made_shown_and_destroyed() {
         "x",
         "--host",
         arg(&host),
+        "--type",
+        "pvh",
         "--vcpus",
-        "1000",
+        "129",
     ])
     .code(1);
     run(["mock", "create", "a/b", "--host", arg(&host)])
@@ -444,7 +446,7 @@ fn a_suspended_domain_can_be_resumed_and_others_cannot() {
     let mock = |args: &[&str]| run(["mock"].iter().chain(args).chain(&["--host", arg(&host)]));
     mock(&["resume", "web"])
         .code(1)
-        .stderr_has("web, which is running");
+        .stderr_has("resuming web: it runs");
     mock(&["unpause", "web"]).code(1).stderr_has("running");
     mock(&["pause", "web"]).code(0);
     assert_eq!(state(&host, "web").as_deref(), Some("paused"));
