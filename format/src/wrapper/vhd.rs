@@ -5,7 +5,7 @@
 //! | byte 0 | copy of the footer: `conectix`, big-endian fields, a checksum |
 //! | where the footer says | header: `cxsparse`, where the table is, how large blocks are |
 //! | where the header says | table: for each block the sector where it is, or ones for zeros |
-//! | each block | a bitmap of its sectors, whole sectors long, then the sectors |
+//! | each block | a bitmap of its sectors, whole sectors long, then the sectors: a sector whose bit is 0 reads as zeros |
 //!
 //! A disk of fixed size needs no reader: it begins with its contents. One that keeps differences
 //! to another cannot be read without that.
@@ -71,6 +71,8 @@ pub struct Vhd<R> {
     bitmap_bytes: u64,
     size: u64,
     at: u64,
+    /// The bitmap that was read last, and the sector where its block begins.
+    bitmap: (u32, Vec<u8>),
 }
 
 fn number(bytes: &[u8], at: usize) -> u32 {
@@ -151,13 +153,42 @@ impl<R: Read + Seek> Vhd<R> {
             bitmap_bytes: bitmap_bits.div_ceil(8).next_multiple_of(SECTOR),
             size: long(&footer, 48),
             at: 0,
+            bitmap: (UNUSED, Vec::new()),
         })
+    }
+
+    /// Whether the sector at byte `within` of the block was written, and for how many bytes from
+    /// there the same is true.
+    fn is_written(&mut self, block: u32, within: u64) -> io::Result<(bool, u64)> {
+        if self.bitmap.0 != block {
+            let start = u64::from(block).saturating_mul(SECTOR);
+            self.source.seek(SeekFrom::Start(start))?;
+            // At most as long as MAX_BLOCK needs: 64 KiB.
+            let mut bits = vec![0; usize::try_from(self.bitmap_bytes).unwrap_or(0)];
+            self.source.read_exact(&mut bits)?;
+            self.bitmap = (block, bits);
+        }
+        let bit = |sector: u64| {
+            let byte = usize::try_from(sector >> 3).ok();
+            let byte = byte.and_then(|at| self.bitmap.1.get(at));
+            byte.is_some_and(|byte| {
+                byte & 0x80_u8.rotate_right(u32::try_from(sector & 7).unwrap_or(0)) != 0
+            })
+        };
+        let first = within.checked_div(SECTOR).unwrap_or(0);
+        let end = self.block_bytes.div_ceil(SECTOR);
+        let written = bit(first);
+        let other = (first..end).find(|sector| bit(*sector) != written);
+        let until = other.unwrap_or(end).saturating_mul(SECTOR);
+        Ok((written, until.saturating_sub(within)))
     }
 }
 
+/// What the table has for a block that was never written.
+const UNUSED: u32 = u32::MAX;
+
 impl<R: Read + Seek> Read for Vhd<R> {
     fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
-        const UNUSED: u32 = u32::MAX;
         let (block, within) = match (
             self.at.checked_div(self.block_bytes),
             self.at.checked_rem(self.block_bytes),
@@ -171,19 +202,27 @@ impl<R: Read + Seek> Read for Vhd<R> {
         let (Some(entry), true) = (entry.copied(), self.at < self.size) else {
             return Ok(0);
         };
+        if room.is_empty() {
+            return Ok(0);
+        }
+        let (written, alike) = match entry {
+            UNUSED => (false, self.block_bytes),
+            sector => self.is_written(sector, within)?,
+        };
         let left = self
             .block_bytes
             .saturating_sub(within)
-            .min(self.size.saturating_sub(self.at));
+            .min(self.size.saturating_sub(self.at))
+            .min(alike);
         let most = usize::try_from(left).unwrap_or(usize::MAX).min(room.len());
         let (room, _) = room.split_at_mut(most);
-        let n = match entry {
-            UNUSED => {
+        let n = match written {
+            false => {
                 room.fill(0);
                 most
             }
-            sector => {
-                let start = u64::from(sector)
+            true => {
+                let start = u64::from(entry)
                     .saturating_mul(SECTOR)
                     .saturating_add(self.bitmap_bytes)
                     .saturating_add(within);
@@ -247,6 +286,32 @@ mod tests {
         disk.read_to_end(&mut contents).unwrap();
         let expected = [vec![1; 4096], vec![2; 4096], vec![0; 10_000 - 8192]].concat();
         assert!(contents == expected);
+    }
+
+    #[test]
+    fn a_sector_whose_bit_is_clear_reads_as_zeros() {
+        let mut disk = disk(DYNAMIC);
+        // Of the first block sectors 0, 3, 4 and 7, of the second all.
+        let (first, second) = (13 * 512, 4 * 512);
+        disk[first] = 0b0110_0110;
+        disk[second..second + 512].fill(0);
+        let mut expected = Vec::new();
+        for byte in [0, 1, 1, 0, 0, 1, 1, 0] {
+            expected.extend([byte; 512]);
+        }
+        expected.resize(10_000, 0);
+        // However it is read.
+        for step in [1, 511, 513, 100_000] {
+            let mut open = Vhd::open(Cursor::new(disk.clone())).unwrap();
+            let (mut contents, mut room) = (Vec::new(), vec![7; step]);
+            loop {
+                match open.read(&mut room).unwrap() {
+                    0 => break,
+                    n => contents.extend_from_slice(&room[..n]),
+                }
+            }
+            assert!(contents == expected, "{step}");
+        }
     }
 
     #[test]
