@@ -195,6 +195,12 @@ pub enum DecodeError {
         /// The last pfn of the p2m.
         max: Pfn,
     },
+    /// X86_TSC_INFO with a mode that no Xen has.
+    #[error("X86_TSC_INFO: the mode is {got}, expected at most 3")]
+    TscMode {
+        /// What came.
+        got: u32,
+    },
     /// A width and a number of levels that no guest has together.
     #[error(
         "X86_PV_INFO: width {width} with {levels} page-table levels, expected 4 with 3 or 8 with 4"

@@ -46,6 +46,9 @@ pub struct TscInfo {
 }
 
 impl TscInfo {
+    /// The last mode that Xen has had.
+    const MAX_MODE: u32 = 3;
+
     pub(crate) fn decode(body: &[u8], context: Context) -> Result<Self, DecodeError> {
         let order = context.order;
         let wire = whole::<WireTscInfo>(body)?;
@@ -54,8 +57,12 @@ impl TscInfo {
             structure: "X86_TSC_INFO",
         }
         .zero("reserved octets", 20, u64::from(wire.reserved.get(order)))?;
+        let mode = wire.mode.get(order);
+        if mode > Self::MAX_MODE {
+            return Err(DecodeError::TscMode { got: mode });
+        }
         Ok(Self {
-            mode: wire.mode.get(order),
+            mode,
             khz: wire.khz.get(order),
             nsec: wire.nsec.get(order),
             incarnation: wire.incarnation.get(order),
