@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -15,7 +15,9 @@ use nix::fcntl::{SpliceFFlags, tee};
 use xsr_format::error::ReadError;
 use xsr_save_restore::RestoreError;
 
+use crate::exit::{self, Code};
 use crate::file::widen;
+use crate::interrupt::Interrupt;
 use crate::origin::Origin;
 use crate::peel::{self, Found, Peeled, Source, TELLING};
 
@@ -36,6 +38,27 @@ pub(crate) struct Feed {
     pub(crate) found: Found,
     /// Bytes before the image.
     before: u64,
+    /// Whether a compression was taken off: its checksum may come at its end.
+    is_compressed: bool,
+    /// What was found behind the image.
+    behind: Mutex<Behind>,
+}
+
+/// What stands behind the end of an image.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Behind {
+    /// How many bytes.
+    pub(crate) bytes: u64,
+    /// The first of them, [`TELLING`] at most.
+    pub(crate) start: Vec<u8>,
+}
+
+impl Behind {
+    fn add(&mut self, bytes: &[u8]) {
+        let wanted = TELLING.saturating_sub(self.start.len()).min(bytes.len());
+        self.start.extend_from_slice(&bytes[..wanted]);
+        self.bytes += bytes.len() as u64;
+    }
 }
 
 impl Feed {
@@ -56,7 +79,9 @@ impl Feed {
             origin,
             found,
             before,
+            packed,
         } = peeled;
+        let is_compressed = !packed.is_empty();
         let (from, to) = nix::unistd::pipe().context("making a pipe")?;
         let (from, mut to) = (File::from(from), File::from(to));
         widen(&from);
@@ -64,7 +89,14 @@ impl Feed {
         let stopped = Arc::clone(&stop);
         let thread = std::thread::Builder::new()
             .name("feed".to_owned())
-            .spawn(move || pump(&mut source, &mut to, &stopped))
+            .spawn(move || {
+                let pumped = pump(&mut source, &mut to, &stopped);
+                // A compression that turns out to be damaged is why what is inside is bad.
+                match pumped {
+                    Err(error) if exit::code_of(&error) != Code::BadImage => Err(error),
+                    pumped => peel::drain(&packed, &stopped).and(pumped),
+                }
+            })
             .context("starting a thread")?;
         let feed = Self {
             thread: Mutex::new(Some(thread)),
@@ -73,39 +105,72 @@ impl Feed {
             origin,
             found,
             before,
+            is_compressed,
+            behind: Mutex::default(),
         };
         Ok((from, feed))
     }
 
-    /// The reader has come to the end of the image: is the rest of what was wrapped around it
-    /// good, too? How many octets are behind the image, counted up to [`STEP`].
+    /// The reader has come to the end of the image: reads what follows to the end of the file and
+    /// throws it away, because the checksum of a compression comes last. What is behind the image.
     ///
     /// # Errors
     ///
-    /// What the thread stumbled over.
-    pub(crate) fn finish(&self, mut pipe: &File) -> Result<u64> {
+    /// What the thread stumbled over; a signal asked to stop.
+    pub(crate) fn finish(&self, mut pipe: &File) -> Result<Behind> {
+        let interrupt = Interrupt::of_process()?;
         let mut room = vec![0; 64 << 10];
-        let mut behind = 0_u64;
         loop {
+            let waited = interrupt.wait_readable(pipe);
+            if let Err(error) = waited {
+                self.stop();
+                return Err(match error.kind() {
+                    io::ErrorKind::Interrupted => RestoreError::Aborted.into(),
+                    _ => error.into(),
+                });
+            }
             match pipe.read(&mut room) {
                 Ok(0) => break,
-                Ok(n) => behind += n as u64,
+                Ok(n) => self.behind().add(&room[..n]),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(e.into()),
             }
-            if behind > STEP as u64 {
-                self.stop.store(true, Ordering::Relaxed);
-            }
         }
-        self.join().map(|()| behind)
+        self.join()?;
+        Ok(self.behind().clone())
     }
 
-    /// Reading the image failed with `error`: was that the thread's fault? If not, its place is
-    /// made that in what the innermost compression holds: the file, if there is none.
-    pub(crate) fn blame(&self, pipe: &File, mut error: Error) -> Error {
+    fn behind(&self) -> MutexGuard<'_, Behind> {
+        self.behind.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many bytes stand before the image in the file, where nothing but a header was taken
+    /// off; `None` where what is read is not what the file has.
+    pub(crate) fn header_bytes(&self) -> Option<u64> {
+        (self.layers == ["libvirt"]).then_some(self.before)
+    }
+
+    /// No more is wanted than what has been read.
+    pub(crate) fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
-        if let Err(why) = self.finish(pipe) {
-            return why;
+    }
+
+    /// Reading the image failed with `error`: was that the thread's fault, or that of damaged
+    /// compressed data, which may show at their end only? If not, its place is made that in what
+    /// the innermost compression holds: the file, if there is none.
+    pub(crate) fn blame(&self, pipe: &File, mut error: Error) -> Error {
+        if self.is_over() {
+            return error;
+        }
+        let is_bad_image = exit::code_of(&error) == Code::BadImage;
+        if !is_bad_image || !self.is_compressed {
+            self.stop();
+        }
+        match self.finish(pipe) {
+            Err(why) if is_bad_image || exit::code_of(&why) == Code::BadImage => return why,
+            // The command failed by itself, or a signal has asked to stop.
+            Err(_) => return error,
+            Ok(_) => {}
         }
         if let Some(error) = error.downcast_mut::<ReadError>() {
             error.position.offset += self.before;
@@ -113,6 +178,12 @@ impl Feed {
             error.position.offset += self.before;
         }
         error
+    }
+
+    /// Whether the thread has ended, and what it stumbled over has been said.
+    fn is_over(&self) -> bool {
+        let thread = self.thread.lock();
+        thread.unwrap_or_else(PoisonError::into_inner).is_none()
     }
 
     fn join(&self) -> Result<()> {

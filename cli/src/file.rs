@@ -12,10 +12,10 @@ use nix::fcntl::{FcntlArg, fcntl};
 use xsr_format::wrapper::vhd::{self, Vhd, VhdError};
 
 use crate::exit::{BadImage, BadUsage};
-use crate::feed::{self, Feed};
+use crate::feed::{self, Behind, Feed};
 use crate::origin::Origin;
 use crate::painter::Follower;
-use crate::peel::{self, LeftOut};
+use crate::peel::{self, LeftOut, TELLING};
 use crate::terminal::Terminal;
 
 /// What stands for stdin or stdout.
@@ -198,14 +198,31 @@ impl Input {
         }
     }
 
-    /// The image has been read to its end: whether what stood around it is good to its end,
-    /// too. How many octets are behind the image, if that is known.
-    pub(crate) fn finish(&self, octets: u64) -> anyhow::Result<Option<u64>> {
-        match (&self.feed, self.length) {
-            (Some(feed), _) => feed.finish(&self.file).map(Some),
-            (None, Some(length)) => Ok(Some(length.saturating_sub(octets))),
-            (None, None) => Ok(None),
+    /// The image of `bytes` bytes has been read to its end: whether what stood around it is good
+    /// to its end, too. What is behind the image, if that is known.
+    pub(crate) fn finish(&self, bytes: u64) -> anyhow::Result<Option<Behind>> {
+        let header = self.feed.as_ref().map(Feed::header_bytes);
+        let (file, length, end) = match (header, &self.outer, self.length) {
+            (Some(Some(header)), Some((file, length)), _) => (file, *length, header + bytes),
+            (Some(_), ..) => {
+                let feed = self.feed.as_ref();
+                return feed.map(|feed| feed.finish(&self.file)).transpose();
+            }
+            (None, _, Some(length)) => (&self.file, length, bytes),
+            (None, _, None) => return Ok(None),
+        };
+        // Where only a header was taken off, nothing that follows the image has to be read.
+        if let Some(feed) = &self.feed {
+            feed.stop();
+            feed.finish(&self.file)?;
         }
+        let mut start = vec![0; TELLING];
+        let read = file.read_at(&mut start, end).unwrap_or(0);
+        start.truncate(read);
+        Ok(Some(Behind {
+            bytes: length.saturating_sub(end),
+            start,
+        }))
     }
 
     /// Reading the image failed: with this, or because what stood around it is bad.

@@ -163,7 +163,7 @@ fn each_step<R: Read>(walk: &mut Walk<R>, visit: Visitor<'_>) -> anyhow::Result<
             Content::XlHeader(header) => visit(Event::Xl(header))?,
             Content::LibxlHeader(header) => visit(Event::Libxl(header))?,
             Content::LibxlRecord(record) => {
-                visit(Event::LibxlRecord(at(body_length(&record)), &record))?;
+                visit(Event::LibxlRecord(at(record.body_bytes()), &record))?;
             }
             Content::Headers(image, domain) => visit(Event::Libxc(image, domain))?,
             Content::PageData(body) => {
@@ -175,16 +175,4 @@ fn each_step<R: Read>(walk: &mut Walk<R>, visit: Visitor<'_>) -> anyhow::Result<
         }
     }
     Ok(())
-}
-
-/// Octets of a libxl record's body.
-fn body_length(record: &LibxlRecord) -> u64 {
-    let octets = match record {
-        LibxlRecord::End | LibxlRecord::LibxcContext | LibxlRecord::CheckpointEnd => 0,
-        LibxlRecord::EmulatorXenstoreData { data, .. } => 8 + data.as_octets().len(),
-        LibxlRecord::EmulatorContext { state, .. } => 8 + state.len(),
-        LibxlRecord::CheckpointState(_) => 8,
-        LibxlRecord::Optional { body, .. } => body.len(),
-    };
-    octets as u64
 }

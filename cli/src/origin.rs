@@ -175,7 +175,7 @@ pub(crate) fn warn_of_losses(input: &Input, has_config: bool) {
 
 /// The same, as texts.
 pub(crate) fn losses(input: &Input, has_config: bool) -> Vec<String> {
-    let mut out = left_out(input);
+    let mut out = left_out(input, has_config);
     let Some(origin) = input.origin() else {
         return out;
     };
@@ -197,14 +197,17 @@ pub(crate) fn losses(input: &Input, has_config: bool) -> Vec<String> {
     out
 }
 
-/// State that no image of xl has a place for, each piece in words.
-pub(crate) fn left_out(input: &Input) -> Vec<String> {
+/// State that has no place in an image of xl, or in a bare stream, each piece in words.
+pub(crate) fn left_out(input: &Input, has_config: bool) -> Vec<String> {
+    let target = match has_config {
+        true => "no image of xl",
+        false => "no bare stream",
+    };
     let words = |left: LeftOut| {
         let (record, what, at) = (&left.record, left.what, left.offset);
         let bytes = Count(left.bytes, "byte");
         format!(
-            "{record} ({what}, {bytes} at byte {at:#x}) is left out: no image of xl has a place \
-             for it"
+            "{record} ({what}, {bytes} at byte {at:#x}) is left out: {target} has a place for it"
         )
     };
     input.left_out().into_iter().map(words).collect()

@@ -12,6 +12,7 @@ mod packed;
 mod zstd;
 
 use std::io::{self, Cursor, Read};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context as _, Error, Result};
@@ -56,6 +57,41 @@ pub(crate) struct Peeled {
     pub(crate) found: Found,
     /// Bytes before the image, in what the innermost compression holds.
     pub(crate) before: u64,
+    /// What the compressions hold, outermost first: to be read on to its end, where its
+    /// checksum may be.
+    pub(crate) packed: Vec<Unpacked>,
+}
+
+/// What a compression holds. It can be read on where a layer inside has stopped.
+#[derive(Clone)]
+pub(crate) struct Unpacked(Arc<Mutex<Source>>);
+
+impl Read for Unpacked {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        let mut source = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        source.read(room)
+    }
+}
+
+/// Read to the end of compressed data and throw it away, the innermost first.
+///
+/// # Errors
+///
+/// They are damaged, or could not be read.
+pub(crate) fn drain(packed: &[Unpacked], stop: &AtomicBool) -> Result<()> {
+    let mut room = vec![0; 64 << 10];
+    for packed in packed.iter().rev() {
+        let mut packed = packed.clone();
+        while !stop.load(Ordering::Relaxed) {
+            match packed.read(&mut room) {
+                Ok(0) => break,
+                Ok(_) => {}
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(unwrapped(e)),
+            }
+        }
+    }
+    Ok(())
 }
 
 /// What is found in the layers while the image is read through them; complete once it is over.
@@ -145,6 +181,7 @@ fn peel_up_to(mut source: Source, lenient: bool, checkpoints: Checkpoints) -> Re
     let mut origin = None;
     let mut before = 0;
     let found = Found::default();
+    let mut packed: Vec<Unpacked> = Vec::new();
     let mut legacy = LegacyOptions {
         lenient,
         checkpoints,
@@ -171,15 +208,16 @@ fn peel_up_to(mut source: Source, lenient: bool, checkpoints: Checkpoints) -> Re
             let inside = layers.last().map(|layer| (String::as_str(layer), before));
             return Err(unreadable(&mut rest, inside));
         }
-        let done = |source, layers, origin, found, before| Peeled {
+        let done = |source, layers, origin, found, before, packed| Peeled {
             source,
             layers,
             origin,
             found,
             before,
+            packed,
         };
         if !wrapped {
-            return Ok(done(rest, layers, origin, found, before));
+            return Ok(done(rest, layers, origin, found, before, packed));
         }
         if layers.len() == MAX_DEPTH {
             let what = layers.join(", ");
@@ -191,7 +229,10 @@ fn peel_up_to(mut source: Source, lenient: bool, checkpoints: Checkpoints) -> Re
         match detected {
             Detected::Compressed(compression) => {
                 layers.push(compression.to_string());
-                source = compression::decompressed(compression, rest, &found.notes)?;
+                let inside = compression::decompressed(compression, rest, &found.notes)?;
+                let inside = Unpacked(Arc::new(Mutex::new(inside)));
+                packed.push(inside.clone());
+                source = Box::new(inside);
                 before = 0;
             }
             Detected::Libvirt => {
@@ -209,7 +250,7 @@ fn peel_up_to(mut source: Source, lenient: bool, checkpoints: Checkpoints) -> Re
                 // Nothing in a stream of Xen 3.0 says what it holds.
                 legacy.guest = own.kind.map(legacy_guest);
                 let converted = converted(rest, legacy, &mut layers)?;
-                return Ok(done(converted, layers, Some(own), found, before));
+                return Ok(done(converted, layers, Some(own), found, before, packed));
             }
             Detected::Xapi | Detected::XapiLegacy => {
                 let name = match detected {
@@ -227,7 +268,7 @@ fn peel_up_to(mut source: Source, lenient: bool, checkpoints: Checkpoints) -> Re
                     left_out,
                     seen: 0,
                 });
-                return Ok(done(source, layers, origin, found, before));
+                return Ok(done(source, layers, origin, found, before, packed));
             }
             Detected::Xl => {
                 let header = XlHeader::read(&mut rest, options)?;
@@ -235,11 +276,11 @@ fn peel_up_to(mut source: Source, lenient: bool, checkpoints: Checkpoints) -> Re
                 let converted = converted(rest, legacy, &mut layers)?;
                 let header = Cursor::new(header.for_version_2().encode());
                 let source = Box::new(header.chain(converted));
-                return Ok(done(source, layers, origin, found, before));
+                return Ok(done(source, layers, origin, found, before, packed));
             }
             _ => {
                 let converted = converted(rest, legacy, &mut layers)?;
-                return Ok(done(converted, layers, origin, found, before));
+                return Ok(done(converted, layers, origin, found, before, packed));
             }
         }
     }

@@ -2,7 +2,6 @@
 //! same, before there is a host.
 
 use std::fmt;
-use std::os::unix::fs::FileExt as _;
 
 use xsr_format::byte_order::ByteOrder;
 use xsr_format::detect::{Detected, detect};
@@ -10,12 +9,12 @@ use xsr_format::guest_image::GuestImage;
 use xsr_format::image::{DomainHeader, GuestType, ImageHeader, Version};
 use xsr_format::record::RecordKind;
 use xsr_format::wrapper::xl::XlHeader;
+use xsr_save_restore::RestoreError;
 use xsr_xen_backend::GuestKind;
 
 use crate::config::{self, Config};
 use crate::exit::BadImage;
-use crate::file::Input;
-use crate::peel::TELLING;
+use crate::feed::Behind;
 use crate::text::Count;
 
 /// libxl's configuration in an xl header; `None` where that has none, or one in xl's own format,
@@ -112,22 +111,36 @@ pub(crate) fn check_guest(
     let Some(config) = config else {
         return Ok(());
     };
-    let needed = guest.vcpus_needed();
-    if needed > config.vcpus {
-        return Err(BadImage(format!(
-            "the stream has the state of vcpu {}, but the configuration has only {}",
-            needed.saturating_sub(1),
-            Count(config.vcpus, "vcpu")
-        )));
+    if let Some(last) = guest.vcpus_needed().checked_sub(1) {
+        let wrong = check_vcpu(RecordKind::HVM_CONTEXT, last, config);
+        wrong.map_err(|e| BadImage(e.to_string()))?;
     }
-    let most = config.max_pages();
-    if pages > most {
-        return Err(BadImage(format!(
-            "the guest has {}, but its configuration allows {most}",
-            Count(pages, "page")
-        )));
+    match config.max_pages() {
+        most if pages > most => Err(too_many_pages(pages, most)),
+        _ => Ok(()),
     }
-    Ok(())
+}
+
+/// Whether the domain of the configuration has the vcpu that a record is for: as a restore finds
+/// it out, when the record comes.
+///
+/// # Errors
+///
+/// It has not.
+pub(crate) fn check_vcpu(kind: RecordKind, vcpu: u32, config: &Config) -> Result<(), RestoreError> {
+    let max = config.vcpus.saturating_sub(1);
+    match vcpu > max {
+        true => Err(RestoreError::Vcpu { kind, vcpu, max }),
+        false => Ok(()),
+    }
+}
+
+/// What is said of a guest of `pages` pages whose configuration allows `most`.
+pub(crate) fn too_many_pages(pages: u64, most: u64) -> BadImage {
+    let pages = Count(pages, "page");
+    BadImage(format!(
+        "the guest has {pages}, but its configuration allows {most}"
+    ))
 }
 
 /// Something odd about an image that a restore takes.
@@ -176,18 +189,13 @@ pub(crate) fn warnings(image: ImageHeader, guest: &GuestImage) -> Vec<Warning> {
     out
 }
 
-/// What is behind the end of an image of `bytes` bytes: nothing reads it.
-pub(crate) fn trailing(input: &Input, bytes: u64, trailing: u64) -> Option<Warning> {
-    if trailing == 0 {
+/// What is behind the end of an image of `bytes` bytes: no reader looks at it.
+pub(crate) fn trailing(bytes: u64, behind: &Behind) -> Option<Warning> {
+    if behind.bytes == 0 {
         return None;
     }
-    let count = Count(trailing, "byte");
-    let mut start = [0; TELLING];
-    let read = match input.length {
-        Some(_) => input.file.read_at(&mut start, bytes).unwrap_or(0),
-        None => 0,
-    };
-    let what = match detect(start.get(..read).unwrap_or_default()) {
+    let count = Count(behind.bytes, "byte");
+    let what = match detect(&behind.start) {
         Detected::Xl | Detected::Libxl | Detected::Libxc => ", and begin like another image",
         _ => "",
     };

@@ -15,7 +15,7 @@ use std::io::Write;
 use std::path::Path;
 
 use build::{Rec, STATIC_DATA_END, Stream};
-use common::{arg, image, layers, run, scratch, xsr};
+use common::{arg, backend, image, layers, run, scratch, xsr};
 
 /// As version 3, little endian, has it.
 fn expected(version: u32, make: &dyn Fn(u32, bool) -> Stream, before_end: usize) -> Vec<u8> {
@@ -158,4 +158,100 @@ fn a_damaged_xz_file_is_bad() {
     flipped[good.len() / 2] ^= 0x40;
     fs::write(&source, &flipped).unwrap();
     run(["verify", arg(&source)]).code(2).stdout_has("BAD");
+}
+
+/// Compressed data are read to their end, however much is behind the image: their checksum
+/// comes there, and so does a truncation. The bytes behind the image are counted exactly.
+#[test]
+fn compressed_data_are_judged_to_their_end() {
+    let dir = scratch();
+    let (source, host) = (dir.path().join("source"), dir.path().join("host"));
+    let plain = fs::read(image("tpv")).unwrap();
+    let (libxl, libxc, end) = layers(&plain);
+    let zstd = |bytes: &[u8]| {
+        ruzstd::encoding::compress_to_vec(bytes, ruzstd::encoding::CompressionLevel::Fastest)
+    };
+    let lz4 = |bytes: &[u8]| {
+        let info = lz4_flex::frame::FrameInfo::new().content_checksum(true);
+        let mut out = lz4_flex::frame::FrameEncoder::with_frame_info(info, Vec::new());
+        out.write_all(bytes).unwrap();
+        out.finish().unwrap()
+    };
+    // More than any buffer holds, and not to be compressed to nothing.
+    let mut noise = 1_u32;
+    let mut behind = vec![0; 2_100_000];
+    for byte in &mut behind {
+        noise = noise.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        *byte = noise.to_be_bytes()[0];
+    }
+    let long = [plain.clone(), behind.clone()].concat();
+    let twice = [plain.clone(), plain.clone()].concat();
+    let of_libvirt = [libvirt(&plain[libxl..]), behind.clone()].concat();
+    // What is around the stream ends before the compressed data do.
+    let of_xapi = [xapi(&plain[libxc..end]), behind.clone()].concat();
+    let cases: [(&str, Vec<u8>, Option<usize>); 7] = [
+        ("gzip", gzip(&long), Some(behind.len())),
+        ("zstd", zstd(&long), Some(behind.len())),
+        ("lz4", lz4(&long), Some(behind.len())),
+        ("xz", xz(&long), Some(behind.len())),
+        ("two images in gzip", gzip(&twice), Some(plain.len())),
+        ("libvirt in gzip", gzip(&of_libvirt), Some(behind.len())),
+        ("xapi in gzip in zstd", zstd(&gzip(&of_xapi)), None),
+    ];
+    for (name, file, count) in cases {
+        fs::write(&source, &file).unwrap();
+        let verdict = run(["verify", "--json", arg(&source)]).code(0).json();
+        let inspected = run(["inspect", "--json", arg(&source)]).code(0).json();
+        if let Some(count) = count {
+            assert_eq!(verdict["trailing_octets"], count, "{name}");
+            assert_eq!(inspected["trailing_octets"], count, "{name}");
+            let warnings = verdict["warnings"].to_string();
+            let another = name.starts_with("two");
+            assert_eq!(warnings.contains("like another image"), another, "{name}");
+        }
+        let mut flipped = file.clone();
+        let at = flipped.len() - 6;
+        flipped[at] ^= 0x10;
+        let cut = &file[..file.len() - 3];
+        for bad in [flipped.as_slice(), cut] {
+            fs::write(&source, bad).unwrap();
+            run(["verify", arg(&source)]).code(2).stdout_has("data");
+            let mut piped = xsr(["verify", "-"]);
+            piped.write_stdin(bad);
+            common::ran(piped).code(2).stdout_has("data");
+            run(["restore", &backend(&host), "--name", "bad", arg(&source)]).code(2);
+            assert!(common::state(&host, "bad").is_none(), "{name}");
+        }
+    }
+    // Behind a header that is not compressed, without reading it.
+    fs::write(&source, of_libvirt).unwrap();
+    let verdict = run(["verify", "--json", arg(&source)]).code(0).json();
+    assert_eq!(verdict["trailing_octets"], behind.len());
+}
+
+/// Damage inside compressed data shows in the image first; their checksum tells whose it is.
+#[test]
+fn damaged_compressed_data_are_blamed_before_the_image() {
+    let dir = scratch();
+    let source = dir.path().join("source");
+    let plain = fs::read(image("tpvh")).unwrap();
+    let (libxl, libxc, _) = layers(&plain);
+    let mut damaged = plain.clone();
+    // The type of the first record of the libxc stream, behind its two headers.
+    damaged[libxc + 40] ^= 0x40;
+    let whole = [damaged.clone(), vec![7; 1 << 20]].concat();
+    assert!(libxl < libxc);
+    let mut file = gzip(&whole);
+    fs::write(&source, &file).unwrap();
+    let said = run(["verify", arg(&source)]).code(2).stdout;
+    assert!(!said.contains("gzip data"), "{said}");
+    // The checksum is that of other data.
+    let at = file.len() - 8;
+    file[at] ^= 1;
+    fs::write(&source, &file).unwrap();
+    for command in ["verify", "inspect"] {
+        let ran = run([command, arg(&source)]).code(2);
+        let said = ran.stdout + &ran.stderr;
+        assert!(said.contains("a checksum of its gzip data"), "{said}");
+    }
 }

@@ -23,7 +23,7 @@ use crate::record::pv::PvInfo;
 use crate::record::{Body, MAX_BATCH, Record};
 use crate::walk::{Content, Walk};
 use crate::wrapper::WrapperWriteError;
-use crate::wrapper::libxl::{LibxlHeader, LibxlRecord, LibxlWriter};
+use crate::wrapper::libxl::{LibxlHeader, LibxlRecord, LibxlRecordKind, LibxlWriter};
 use crate::wrapper::xl::XlHeader;
 use crate::write::{RecordWriter, page_data_head};
 
@@ -53,7 +53,7 @@ pub enum CopyError {
 }
 
 /// What was carried over, and what could not be.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Summary {
     /// Records of the libxc stream.
     pub records: u64,
@@ -61,6 +61,22 @@ pub struct Summary {
     pub entries: u64,
     /// Records of the libxl stream, for which a bare libxc stream has no place.
     pub dropped: u64,
+    /// The first of those, [`MAX_NAMED`] at most.
+    pub named: Vec<Dropped>,
+}
+
+/// How many records that were left out are named.
+pub const MAX_NAMED: usize = 64;
+
+/// A record of the libxl stream that was left out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Dropped {
+    /// Its kind.
+    pub kind: LibxlRecordKind,
+    /// Byte of the image at which it begins.
+    pub offset: u64,
+    /// Length of its body in bytes.
+    pub bytes: u64,
 }
 
 /// Why a stream could not be converted.
@@ -123,6 +139,7 @@ pub fn transcode<R: Read, W: Write>(
         implied_end: false,
         info: PvInfo::Bits64,
         own_libxl: false,
+        at: 0,
         summary: Summary::default(),
     };
     let mut xl_written = false;
@@ -136,6 +153,7 @@ pub fn transcode<R: Read, W: Write>(
             out.octets(&header.for_version_2().encode())?;
             xl_written = true;
         }
+        out.at = step.position.offset;
         match step.content {
             Content::XlHeader(_) => {}
             Content::LibxlHeader(header) => out.libxl_header(header.legacy_converted)?,
@@ -159,6 +177,8 @@ struct Transcoder<'s, W> {
     info: PvInfo,
     /// The source has no libxl stream, so this one is made here.
     own_libxl: bool,
+    /// Byte of the source at which the record begins that is being converted.
+    at: u64,
     summary: Summary,
 }
 
@@ -194,7 +214,16 @@ impl<W: Write> Transcoder<'_, W> {
         match &mut self.libxl {
             Some(libxl) => libxl.write(record)?,
             None if matches!(record, LibxlRecord::End | LibxlRecord::LibxcContext) => {}
-            None => self.summary.dropped = self.summary.dropped.saturating_add(1),
+            None => {
+                self.summary.dropped = self.summary.dropped.saturating_add(1);
+                if self.summary.named.len() < MAX_NAMED {
+                    self.summary.named.push(Dropped {
+                        kind: record.kind(),
+                        offset: self.at,
+                        bytes: record.body_bytes(),
+                    });
+                }
+            }
         }
         self.deliver()
     }

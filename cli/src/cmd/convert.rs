@@ -22,8 +22,9 @@ use xsr_format::legacy::{
     Checkpoints, Converted, LegacyGuest, LegacyOptions, LegacyReader, Target,
 };
 use xsr_format::read::ReadOptions;
-use xsr_format::transcode::{CopyError, Layer, TranscodeError, transcode};
+use xsr_format::transcode::{CopyError, Dropped, Layer, Summary, TranscodeError, transcode};
 use xsr_format::walk::Walk;
+use xsr_format::wrapper::libxl::LibxlRecordKind;
 use xsr_format::wrapper::xl::XlHeader;
 
 use crate::args::images::{ConvertArgs, ConvertTo, LegacyGuestArg, WidthArg};
@@ -35,7 +36,7 @@ use crate::output::{Existing, Output, Plan, Sink};
 use crate::peel::{self, LeftOut};
 use crate::stdout::report;
 use crate::terminal::Terminal;
-use crate::text::size;
+use crate::text::{Count, size};
 
 /// What `--json` prints (docs/json.md).
 #[derive(Debug, Serialize)]
@@ -227,23 +228,53 @@ fn modern(
         other => Error::new(other),
     })?;
     input.finish(walk.offset())?;
-    if summary.dropped > 0 {
-        tracing::warn!(
-            "{} records of emulators left out, for which a libxc stream has no place: --to libxl \
-             keeps them",
-            summary.dropped
-        );
-    }
     let mut warnings = input.notes();
+    warnings.extend(without_place(&summary));
     warnings.extend(origin::losses(input, to == Layer::Xl));
     for warning in &warnings {
         tracing::warn!("{warning}");
     }
+    let dropped = summary.named.iter().map(left_out);
     Ok(Done {
         to,
         legacy: false,
-        left_out: input.left_out(),
+        left_out: input.left_out().into_iter().chain(dropped).collect(),
         warnings,
+    })
+}
+
+/// What a record of a libxl stream holds, which was left out.
+fn left_out(dropped: &Dropped) -> LeftOut {
+    LeftOut {
+        record: dropped.kind.to_string(),
+        what: match dropped.kind {
+            LibxlRecordKind::EMULATOR_CONTEXT => "state of an emulator",
+            LibxlRecordKind::EMULATOR_XENSTORE_DATA => "xenstore keys of an emulator",
+            _ => "a record of the libxl stream",
+        },
+        offset: dropped.offset,
+        bytes: dropped.bytes,
+    }
+}
+
+/// The records of a libxl stream that were left out, in words.
+fn without_place(summary: &Summary) -> Option<String> {
+    const NAMED: usize = 8;
+    let named = summary.named.iter().take(NAMED).map(|dropped| {
+        let left = left_out(dropped);
+        let (bytes, at) = (Count(left.bytes, "byte"), left.offset);
+        format!("{} ({}, {bytes} at byte {at:#x})", left.record, left.what)
+    });
+    let mut named: Vec<String> = named.collect();
+    if summary.dropped > NAMED as u64 {
+        named.push("…".to_owned());
+    }
+    (summary.dropped > 0).then(|| {
+        format!(
+            "{} left out, for which a libxc stream has no place: {}; --to libxl keeps them",
+            Count(summary.dropped, "record"),
+            named.join(", ")
+        )
     })
 }
 

@@ -83,8 +83,9 @@ pub(crate) fn run(args: &InspectArgs, terminal: &Terminal) -> Result<Code> {
     let code = match end {
         Ok((trailing, warnings)) => {
             report.octets = walked.bytes;
-            report.trailing_octets = trailing.unwrap_or(0);
-            let behind = verdict::trailing(&input, walked.bytes, report.trailing_octets);
+            let behind = trailing.unwrap_or_default();
+            report.trailing_octets = behind.bytes;
+            let behind = verdict::trailing(walked.bytes, &behind);
             let warnings = warnings.into_iter().chain(behind);
             report.warnings = warnings.map(|warning| warning.0).collect();
             Code::Fine

@@ -34,6 +34,7 @@ use self::plan::Plan;
 pub(crate) use self::plan::{Overrides, config_for};
 use self::source::ImageSource;
 pub(crate) use self::source::of_old_sender;
+use self::survey::Survey;
 use crate::args::RestoreArgs;
 use crate::backend;
 use crate::exit::{BadImage, Code};
@@ -43,6 +44,7 @@ use crate::peel::LeftOut;
 use crate::stdout;
 use crate::terminal::Terminal;
 use crate::text::{Count, shown_name, size};
+use crate::verdict;
 use crate::watch::Watch;
 
 /// What `--json` prints (docs/json.md).
@@ -89,7 +91,7 @@ fn restore(args: &RestoreArgs, terminal: &Terminal, watch: &mut Watch) -> Result
     let made = image
         .build(&host, Named::AsItSays, args.threads.threads, watch)
         .and_then(|made| input.finish(0).map(|_| made))
-        .map_err(|error| input.blame(error))
+        .map_err(|error| too_small(&input, args.lenient, input.blame(error)))
         .with_context(restoring)?;
     if watch.interrupt().cancel().is_cancelled() {
         return Err(made.given_up(RestoreError::Aborted.into())).with_context(restoring);
@@ -107,6 +109,30 @@ fn restore(args: &RestoreArgs, terminal: &Terminal, watch: &mut Watch) -> Result
     }
     report(args, terminal, &input, about, started)?;
     Ok(Code::Fine)
+}
+
+/// Filling the domain failed: if it is because the configuration allows less memory than the guest
+/// has, the words are those of `xsr verify`, and the image is to blame.
+fn too_small(input: &Input, lenient: bool, error: Error) -> Error {
+    let most = match error.downcast_ref() {
+        Some(RestoreError::NoMemory {
+            tot_pages,
+            max_pages,
+            ..
+        }) if tot_pages >= max_pages => *max_pages,
+        _ => return error,
+    };
+    let again = || Survey::of(&input.again()?.unwrapped(lenient)?, lenient);
+    let words = match input.is_repeatable().then(again) {
+        Some(Ok(found)) if found.memory.populated() > most => {
+            verdict::too_many_pages(found.memory.populated(), most)
+        }
+        Some(_) => return error,
+        None => BadImage(format!(
+            "the guest has more pages than the {most} that its configuration allows"
+        )),
+    };
+    Error::new(words)
 }
 
 /// Say what was done.

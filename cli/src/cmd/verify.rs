@@ -10,6 +10,7 @@ use anyhow::{Context as _, Error, Result};
 use serde::Serialize;
 use xsr_format::error::ReadError;
 use xsr_format::image::ImageHeader;
+use xsr_format::record::Body;
 
 use crate::args::VerifyArgs;
 use crate::config::Config;
@@ -117,12 +118,11 @@ fn verify(path: &Path, reading: Reading, verdict: &mut Verdict, terminal: &Termi
     let octets = walked.bytes;
     verdict.octets = octets;
     verdict.layers = input.layers().to_vec();
-    verdict.trailing_octets = input
-        .finish(octets)
-        .with_context(|| input.name.clone())?
-        .unwrap_or(0);
+    let behind = input.finish(octets).with_context(|| input.name.clone())?;
+    let behind = behind.unwrap_or_default();
+    verdict.trailing_octets = behind.bytes;
     verdict.warnings = input.notes();
-    verdict.warnings.extend(origin::left_out(&input));
+    verdict.warnings.extend(origin::left_out(&input, true));
     let Facts {
         config,
         image,
@@ -134,7 +134,7 @@ fn verify(path: &Path, reading: Reading, verdict: &mut Verdict, terminal: &Termi
         let warnings = verdict::warnings(image, guest).into_iter();
         verdict.warnings.extend(warnings.map(|warning| warning.0));
     }
-    let trailing = verdict::trailing(&input, octets, verdict.trailing_octets);
+    let trailing = verdict::trailing(octets, &behind);
     verdict.warnings.extend(trailing.map(|warning| warning.0));
     Ok(())
 }
@@ -164,7 +164,12 @@ impl Facts {
                     self.pages.insert_populated(run);
                 }
             }
-            Event::Libxl(_) | Event::LibxlRecord(..) | Event::Record(..) => {}
+            Event::Record(_, record) => {
+                if let (Body::Vcpu(vcpu), Some(config)) = (&record.body, &self.config) {
+                    verdict::check_vcpu(record.kind, vcpu.vcpu, config)?;
+                }
+            }
+            Event::Libxl(_) | Event::LibxlRecord(..) => {}
         }
         Ok(())
     }

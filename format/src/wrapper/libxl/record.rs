@@ -307,6 +307,19 @@ pub enum LibxlRecord {
 }
 
 impl LibxlRecord {
+    /// How many bytes its body has, without padding.
+    pub fn body_bytes(&self) -> u64 {
+        const WHOSE: u64 = 8;
+        let with_emulator = |length: usize| WHOSE.saturating_add(length as u64);
+        match self {
+            Self::End | Self::LibxcContext | Self::CheckpointEnd => 0,
+            Self::EmulatorXenstoreData { data, .. } => with_emulator(data.as_octets().len()),
+            Self::EmulatorContext { state, .. } => with_emulator(state.len()),
+            Self::CheckpointState(_) => 8,
+            Self::Optional { body, .. } => body.len() as u64,
+        }
+    }
+
     /// The type.
     pub const fn kind(&self) -> LibxlRecordKind {
         match self {
