@@ -61,6 +61,7 @@ impl Input {
             return Self::plain(file, "stdin".to_owned());
         }
         let name = path.display().to_string();
+        crate::output::check_input(path).with_context(|| name.clone())?;
         let file = File::open(path).with_context(|| name.clone())?;
         let mut input = Self::plain(file, name)?;
         input.path = input.length.is_some().then(|| path.to_owned());

@@ -23,6 +23,7 @@ use xsr_xen_backend::mock::phase;
 
 use self::leftover::Temporary;
 use self::path::Found;
+pub(crate) use self::path::{check_input, inherited};
 use crate::exit::{Aftermath, BadUsage, WriteFailed};
 use crate::file::{is_dash, widen};
 use crate::left::Left;
@@ -101,19 +102,8 @@ impl Output {
             true => "stdout".to_owned(),
             false => shown_path(plan.path),
         };
-        if is_dash(plan.path) && xsr_stdio::stdout_was_closed() {
-            // What is open there now is the /dev/null of Rust's runtime.
-            match (plan.only_copy, plan.inputs) {
-                (true, _) => {
-                    return refuse(
-                        "stdout is closed: the domain would be destroyed and its image lost; -c \
-                         or -p keeps the domain",
-                    );
-                }
-                // A save after which the domain is still there.
-                (false, []) => {}
-                (false, _) => bail!("stdout is closed"),
-            }
+        if is_dash(plan.path) {
+            check_stdout(plan)?;
         }
         let named = name.clone();
         Self::open_as(plan, name, Temporary::Ours).context(named)
@@ -136,7 +126,12 @@ impl Output {
             return Self::descriptor(plan, file, name);
         }
         let path = match path::find(plan.path)? {
-            Found::Descriptor(file) => return Self::descriptor(plan, file, name),
+            Found::Descriptor(file, number) => {
+                if number == 1 {
+                    check_stdout(plan)?;
+                }
+                return Self::descriptor(plan, file, name);
+            }
             Found::Path(path) => path,
         };
         let found = match fs::symlink_metadata(&path) {
@@ -392,6 +387,23 @@ pub(crate) struct Kept {
     pub(crate) error: io::Error,
     /// Where it is.
     pub(crate) at: PathBuf,
+}
+
+/// Whether stdout was closed when the command began. What is open there now is the `/dev/null` of
+/// Rust's runtime.
+fn check_stdout(plan: &Plan<'_>) -> Result<()> {
+    if !xsr_stdio::stdout_was_closed() {
+        return Ok(());
+    }
+    match (plan.only_copy, plan.inputs) {
+        (true, _) => refuse(
+            "stdout is closed: the domain would be destroyed and its image lost; -c or -p keeps \
+             the domain",
+        ),
+        // A save after which the domain is still there.
+        (false, []) => Ok(()),
+        (false, _) => bail!("stdout is closed"),
+    }
 }
 
 /// Whether the output is something that the command reads.

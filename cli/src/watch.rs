@@ -235,6 +235,8 @@ struct Lines {
 
 impl Lines {
     fn open(fd: u32) -> Result<Self> {
+        crate::output::inherited(fd)
+            .map_err(|e| Error::new(BadUsage(format!("--progress-fd {fd}: {e}"))))?;
         // A description of our own, so that whoever has the descriptor too can keep it
         // blocking.
         let out = OpenOptions::new()

@@ -21,6 +21,12 @@ fn refused(plan: &Plan<'_>) -> String {
     crate::exit::words(error.chain())
 }
 
+/// The number of a descriptor, which becomes as an inherited one is.
+fn handed_on(file: &File) -> i32 {
+    fcntl(file, FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty())).unwrap();
+    std::os::fd::AsRawFd::as_raw_fd(file)
+}
+
 fn names(dir: &Path) -> Vec<String> {
     let entries = fs::read_dir(dir).unwrap().map(Result::unwrap);
     let mut names: Vec<_> = entries
@@ -40,7 +46,7 @@ fn an_output_that_is_its_own_input_is_refused_by_every_name() {
     symlink(at("soft"), at("softer")).unwrap();
     fs::create_dir(at("d")).unwrap();
     let held = File::open(at("a")).unwrap();
-    let descriptor = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&held));
+    let descriptor = format!("/proc/self/fd/{}", handed_on(&held));
     let input = at("a");
     for force in [Existing::Refuse, Existing::Replace] {
         for name in ["a", "hard", "soft", "softer", "d/../a", "./d/.././a"] {
@@ -62,7 +68,7 @@ fn an_output_that_is_its_own_input_is_refused_by_every_name() {
         .write(true)
         .open(&input)
         .unwrap();
-    let descriptor = format!("/dev/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&both));
+    let descriptor = format!("/dev/fd/{}", handed_on(&both));
     let why = refused(&plan(Path::new(&descriptor), &[&input]));
     assert!(why.contains("is the same file as the input"), "{why}");
     assert_eq!(fs::read(&input).unwrap(), b"precious");
@@ -173,7 +179,7 @@ fn a_guest_is_not_given_up_for_what_keeps_nothing() {
     }
     // By the name of a descriptor, too.
     let held = OpenOptions::new().write(true).open("/dev/null").unwrap();
-    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&held));
+    let path = format!("/proc/self/fd/{}", handed_on(&held));
     let why = refused(&Plan {
         only_copy: true,
         ..plan(Path::new(&path), &[])
@@ -185,7 +191,7 @@ fn a_guest_is_not_given_up_for_what_keeps_nothing() {
 fn a_descriptor_by_name_is_written_where_it_stands() {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(b"before ").unwrap();
-    let path = format!("/dev/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
+    let path = format!("/dev/fd/{}", handed_on(&file));
     let output = Output::open(&plan(Path::new(&path), &[])).unwrap();
     output.fill(|sink| Ok(sink.write_all(b"middle ")?)).unwrap();
     file.write_all(b"after").unwrap();
@@ -204,7 +210,7 @@ fn a_file_opened_for_appending_is_appended_to() {
     let mut source = tempfile::tempfile().unwrap();
     source.write_all(b"image").unwrap();
     source.rewind().unwrap();
-    let name = format!("/dev/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&log));
+    let name = format!("/dev/fd/{}", handed_on(&log));
     let output = Output::open(&plan(Path::new(&name), &[])).unwrap();
     output
         .fill(|sink| {
@@ -294,4 +300,79 @@ fn links_and_pipes_of_other_users_are_not_followed() {
         }
     }
     assert_eq!(fs::read(at("victim")).unwrap(), b"precious");
+}
+
+#[test]
+fn a_descriptor_that_was_not_inherited_has_no_name() {
+    let file = tempfile::tempfile().unwrap();
+    let number = std::os::fd::AsRawFd::as_raw_fd(&file);
+    let own = std::process::id();
+    let names = [
+        format!("/dev/fd/{number}"),
+        format!("/proc/self/fd/{number}"),
+        format!("/proc/{own}/fd/{number}"),
+        format!("/proc/thread-self/fd/{number}"),
+        format!("/proc/{own}/task/{own}/fd/{number}"),
+        format!("/proc/self/root/proc/self/fd/{number}"),
+        "/dev/fd/9999".to_owned(),
+    ];
+    for name in &names {
+        let path = Path::new(name);
+        let error = Output::open(&plan(path, &[])).expect_err("it was taken");
+        assert_eq!(format!("{error:#}"), format!("{name}: is not open"));
+        let error = check_input(path).expect_err("it was taken");
+        assert_eq!(error.to_string(), "is not open");
+    }
+    handed_on(&file);
+    for name in &names[..6] {
+        Output::open(&plan(Path::new(name), &[])).unwrap();
+        check_input(Path::new(name)).unwrap();
+    }
+}
+
+#[test]
+fn a_file_below_proc_is_an_ordinary_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("a");
+    fs::write(&file, "precious").unwrap();
+    let below = |process: &str| {
+        let file = file.strip_prefix("/").unwrap();
+        Path::new("/proc").join(process).join("root").join(file)
+    };
+    for process in ["self", "thread-self", &std::process::id().to_string()] {
+        let path = below(process);
+        let why = refused(&plan(&path, &[]));
+        assert!(why.contains("exists already"), "{why}");
+        let replace = Plan {
+            existing: Existing::Replace,
+            ..plan(&path, &[])
+        };
+        let output = Output::open(&replace).unwrap();
+        assert_eq!(fs::read(&file).unwrap(), b"precious");
+        drop(output);
+    }
+    assert_eq!(names(dir.path()), ["a"]);
+    let link = Path::new("/proc/self/ns/net");
+    let error = Output::open(&plan(link, &[])).unwrap_err();
+    assert!(
+        format!("{error:#}").contains("has no name outside /proc"),
+        "{error:#}"
+    );
+}
+
+#[test]
+fn a_path_with_a_slash_at_its_end_is_no_file() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("a"), "precious").unwrap();
+    symlink("new/", dir.path().join("link")).unwrap();
+    for name in ["new/", "a/", "new/.", "a/.", "new//", "link"] {
+        let path = dir.path().join(name);
+        let error = Output::open(&plan(&path, &[])).expect_err(name);
+        let words = format!("{error:#}");
+        assert!(
+            words.ends_with(&format!("{name}: is not a directory")),
+            "{words}"
+        );
+    }
+    assert_eq!(names(dir.path()), ["a", "link"]);
 }

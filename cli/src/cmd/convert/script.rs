@@ -116,6 +116,7 @@ fn inherited(number: u32, options: &OpenOptions) -> Result<File> {
         2 => return Ok(io::stderr().as_fd().try_clone_to_owned()?.into()),
         _ => {}
     }
+    crate::output::inherited(number)?;
     let path = format!("/proc/self/fd/{number}");
     let mut options = options.clone();
     let mut file = options.create(false).truncate(false).open(path)?;
