@@ -70,23 +70,24 @@ impl XenHost {
         Ok(name.map(|name| String::from_utf8_lossy(&name).into_owned()))
     }
 
-    /// The domain of this name or number, of those that are there.
+    /// The domain of this number or name, of those that are there. As libxl does, take a number
+    /// first.
     ///
     /// # Errors
     ///
     /// ESRCH where there is none; as [`XenHost::name`].
     pub fn find(&self, name: &str) -> Result<DomId, BackendError> {
         let domains = self.domains()?;
+        let numbered = domains.iter().find(|info| name.parse() == Ok(info.domid.0));
+        if let Some(info) = numbered {
+            return Ok(info.domid);
+        }
         for info in &domains {
             if self.name(info.domid)?.as_deref() == Some(name) {
                 return Ok(info.domid);
             }
         }
-        domains
-            .into_iter()
-            .map(|info| info.domid)
-            .find(|domid| name.parse() == Ok(domid.0))
-            .ok_or_else(|| BackendError::host("find", Errno::ESRCH))
+        Err(BackendError::host("find", Errno::ESRCH))
     }
 
     /// What a domain has that a save without libxl does not save: its devices, as libxl and

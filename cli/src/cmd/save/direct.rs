@@ -53,7 +53,8 @@ pub(super) fn save(
         tracing::warn!("the image will hold nothing of {devices} of {name}");
     }
     let xen = host.xen_version()?;
-    can_suspend(&*domain, &name, &args.backend.backend)
+    // The name may be one that is made up for the messages.
+    can_suspend(&*domain, &domid.0.to_string(), &args.backend.backend)
         .with_context(|| format!("saving {name}"))?;
     let output = super::output(args, &*domain)?;
     // From here on a signal breaks off in good order.
