@@ -90,9 +90,9 @@ fn legacy_streams_are_what_is_left_if_possible() {
             b"\x00\x80\x00\x00\x00\x04\x00\x00",
             legacy(ToolstackWidth::Bits32, 0x8000),
         ),
-        // Too short to tell; text; all ones without XENF; zeros.
+        // Too short to tell; no magic of anything; all ones without XENF; zeros.
         (b"\x00\x80\x00\x00\x00\x00\x00", Detected::Unknown),
-        (b"#!/bin/sh\n", Detected::Unknown),
+        (b"\x9d\x81sh\xf0\x0a\x9b\x80", Detected::Unknown),
         (b"\xff\xff\xff\xff\xff\xff\xff\xffXENG", Detected::Unknown),
         (&[0; 64], Detected::Unknown),
         (b"", Detected::Empty),
@@ -112,7 +112,7 @@ fn what_is_recognised_but_not_read_says_what_to_do() {
             &["legacy", "0x8000", "64-bit", "convert-legacy-stream"],
         ),
         (b"", &["empty"]),
-        (b"hello, world", &["neither"]),
+        (b"hello, world", &["text"]),
     ] {
         let text = detect(octets).to_string();
         for word in words {

@@ -43,6 +43,17 @@ pub(crate) fn host(seed: u64) -> MockHost {
     MockHost::ephemeral(&config).unwrap()
 }
 
+/// The same, but that its dirty log does not tell of new pages.
+#[allow(dead_code, reason = "not every test has a guest that balloons")]
+pub(crate) fn host_with_an_older_log(seed: u64) -> MockHost {
+    let config = HostConfig {
+        seed,
+        logs_new_pages: false,
+        ..HostConfig::default()
+    };
+    MockHost::ephemeral(&config).unwrap()
+}
+
 /// One guest of every kind.
 pub(crate) fn specs() -> Vec<GuestSpec> {
     let spec = |name: &str, kind, memory| GuestSpec::new(name, kind, memory);

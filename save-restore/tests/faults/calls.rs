@@ -2,6 +2,7 @@
 
 use std::io;
 
+use xsr_save_restore::error::GuestError;
 use xsr_save_restore::sink::CopySink;
 use xsr_save_restore::source::CopySource;
 use xsr_save_restore::{RestoreError, SaveError};
@@ -198,6 +199,11 @@ fn a_restore_reports_every_call_that_fails_and_leaves_a_domain_to_destroy() {
                     Ok(_) => assert!(restore_survives(fault, &spec, call), "{what}: no error"),
                     Err(RestoreError::Backend(error)) => check(Some(error), None, None),
                     Err(RestoreError::Map(error)) => check(None, Some(error), None),
+                    Err(RestoreError::CpuPolicy(error)) => check(Some(&error.cause), None, None),
+                    Err(
+                        RestoreError::VcpuState { cause, .. }
+                        | RestoreError::HvmContext { cause, .. },
+                    ) => check(Some(cause), None, None),
                     Err(RestoreError::NoMemory { pfn, .. }) => check(None, None, Some(pfn.0)),
                     Err(RestoreError::NotReleased { gfn, .. }) => check(None, None, Some(gfn.0)),
                     Err(other) => panic!("{what}: {other}"),
@@ -226,8 +232,7 @@ fn a_domain_that_is_destroyed_meanwhile_ends_the_save() {
             let gone = |error: &SaveError| match error {
                 SaveError::Backend(error) => error.errno == Errno::ESRCH,
                 SaveError::Toolstack(error) => error.to_string().contains("ESRCH"),
-                // The mock's mappings show at once what becomes of a frame.
-                SaveError::Guest(_) => spec.kind == GuestKind::Pv,
+                SaveError::Guest(GuestError::Destroyed) => true,
                 _ => false,
             };
             match &error {

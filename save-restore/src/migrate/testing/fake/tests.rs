@@ -71,7 +71,9 @@ fn every_call_can_fail_and_time_passes_only_where_both_wait() {
                 Fault::Vanish,
             ] {
                 let (heard, ..) = with(fault);
-                assert!(heard[0].len() + heard[1].len() < 6, "{fault:?} at {call}");
+                // The last call of an end is to hear that the other one has hung up.
+                let lost = heard[0].len() + heard[1].len() < 6;
+                assert!(lost || call + 1 == calls, "{fault:?} at {call}");
             }
             // Late is not never.
             for fault in [Fault::Stall(Duration::from_secs(9)), Fault::Short(1)] {
