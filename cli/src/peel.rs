@@ -201,7 +201,12 @@ fn peel_up_to(mut source: Source, lenient: bool, checkpoints: Checkpoints) -> Re
         if prefix.is_empty()
             && let Some(layer) = layers.last()
         {
-            return Err(nothing_behind(layer, before));
+            return Err(match before {
+                0 => bad(format!(
+                    "its {layer} data hold nothing: the file was empty when it was compressed"
+                )),
+                before => nothing_behind(layer, before),
+            });
         }
         let mut rest: Source = Box::new(Cursor::new(prefix).chain(source));
         if foreign {
@@ -298,10 +303,7 @@ fn legacy_guest(kind: GuestKind) -> LegacyGuest {
 fn nothing_behind(layer: &str, before: u64) -> Error {
     /// The shortest that could follow: the header of a libxl stream.
     const NEEDED: u64 = 16;
-    let what = match before {
-        0 => format!("nothing is inside its {layer} data"),
-        before => format!("the file ends behind the {layer} header (byte {before})"),
-    };
+    let what = format!("the file ends behind the {layer} header (byte {before})");
     let position = Position {
         place: Place::LibxlHeader,
         offset: before,

@@ -30,6 +30,7 @@ pub(crate) fn unreadable(source: &mut Source, inside: Option<(&str, u64)>) -> Er
         return Error::new(ReadError { position, cause });
     }
     let zeros = start.iter().take_while(|byte| **byte == 0).count();
+    let ones = start.iter().take_while(|byte| **byte == 0xff).count();
     let what = match detected {
         Detected::Foreign(foreign) => format!("it is {foreign}"),
         _ if zeros == start.len() && zeros < SEARCHED => format!(
@@ -39,6 +40,15 @@ pub(crate) fn unreadable(source: &mut Source, inside: Option<(&str, u64)>) -> Er
         _ if zeros == start.len() => format!(
             "it begins with {zeros} zeros or more: its contents were lost (a power failure does \
              that), or never written"
+        ),
+        _ if ones == start.len() => format!(
+            "it begins with {ones} bytes of 0xff{}, as erased flash memory does: its contents were \
+             lost, or never written",
+            if ones < SEARCHED {
+                " and has no other"
+            } else {
+                ""
+            }
         ),
         _ => {
             let begins = start.get(..8).unwrap_or(&start).escape_ascii();
@@ -53,7 +63,10 @@ pub(crate) fn unreadable(source: &mut Source, inside: Option<(&str, u64)>) -> Er
         Some((layer, before)) => format!("behind the {layer} header, at byte {before}: "),
         None => String::new(),
     };
-    let further_in = match (find(&start), inside) {
+    // What an archive holds has to be unpacked, not cut out.
+    let is_archive = matches!(detected, Detected::Foreign(foreign) if foreign.is_archive());
+    let found = find(&start).filter(|_| !is_archive);
+    let further_in = match (found, inside) {
         (Some((at, image)), None) => format!(
             "; {} begins at byte {at}: if what stands before it does not belong to it, cut that \
              off (tail -c +{} FILE)",

@@ -16,7 +16,7 @@ fn what_is_no_image_is_named() {
     };
     let image = fs::read(image("tpv")).unwrap();
     let zip = b"PK\x03\x04\x14\0\0\0\x08\0\xa8\x0d\xd9\x2f\0\x5c".to_vec();
-    let cases: [(Vec<u8>, &str); 22] = [
+    let cases: [(Vec<u8>, &str); 28] = [
         (
             at(0, b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x04\0"),
             "ELF core",
@@ -39,6 +39,18 @@ fn what_is_no_image_is_named() {
         (b"<domain type='xen'/>".to_vec(), "XML"),
         (b"{\"a\": 1}\n".to_vec(), "JSON"),
         (vec![0; 65536], "only zeros, 65536"),
+        ("QUJD".repeat(20).into_bytes(), "base64 -d"),
+        (vec![0xff; 65536], "65536 bytes of 0xff"),
+        (b"age-encryption.org/v1\n-> X25519".to_vec(), "age -d"),
+        (
+            b"-----BEGIN AGE ENCRYPTED FILE-----\nYWdl".to_vec(),
+            "age -d",
+        ),
+        (b"-----BEGIN PGP MESSAGE-----\n\nhQ".to_vec(), "gpg -d"),
+        (
+            b"Salted__\x01\x02\x03\x04\x05\x06\x07\x08".to_vec(),
+            "openssl enc -d",
+        ),
         ([vec![7; 512], image.clone()].concat(), "begins at byte 512"),
         ([vec![0; 700_000], image].concat(), "tail -c +700001"),
         (b"BZhello".to_vec(), "text"),

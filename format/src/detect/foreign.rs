@@ -22,6 +22,13 @@ pub struct Foreign {
     pub remedy: &'static str,
 }
 
+impl Foreign {
+    /// Whether files are packed into it: what is found further in is a part of one.
+    pub fn is_archive(&self) -> bool {
+        self.name.ends_with("archive")
+    }
+}
+
 impl fmt::Display for Foreign {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name)?;
@@ -41,6 +48,8 @@ const KVM: &str = "only KVM restores it (virsh restore)";
 const DISK: &str = "if a suspend image is on it, take that out first";
 const QEMU_IMG: &str = "it is a disk, not a saved domain; qemu-img shows and converts it";
 const UNPACK: &str = "unpack it first; the saved domain may be in it";
+const AGE: &str = "decrypt it first: age -d FILE | …";
+const PGP: &str = "decrypt it first: gpg -d FILE | …";
 const MEMORY: &str =
     "it holds memory, but not the state that a restore needs; volatility3 opens it";
 const VHD: &str = "if it is a suspend VDI of xapi, make it raw first: qemu-img convert -f vpc -O raw \
@@ -246,6 +255,31 @@ const AT_START: &[Known] = &[
     ),
     (
         0,
+        b"age-encryption.org/v1",
+        "a file encrypted with age",
+        AGE,
+    ),
+    (
+        0,
+        b"-----BEGIN AGE ENCRYPTED FILE-----",
+        "a file encrypted with age",
+        AGE,
+    ),
+    (0, b"-----BEGIN PGP ", "a file armoured by PGP", PGP),
+    (
+        0,
+        b"Salted__",
+        "a file encrypted with openssl enc",
+        "decrypt it first: openssl enc -d",
+    ),
+    (
+        0,
+        b"U2FsdGVkX1",
+        "a file encrypted with openssl enc -a",
+        "decrypt it first: openssl enc -d -a",
+    ),
+    (
+        0,
         b"version https://git-lfs.github.com/spec/v1",
         "a pointer of Git LFS",
         "fetch the file that it stands for: git lfs pull",
@@ -413,6 +447,18 @@ fn zlib(prefix: &[u8]) -> Option<Foreign> {
     })
 }
 
+/// Lines of one length, of base64's alphabet alone.
+fn is_base64(text: &[u8]) -> bool {
+    const SHORTEST: usize = 60;
+    let digit = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'/' | b'=');
+    let lines = text.split(|byte| *byte == b'\n');
+    let mut lines = lines.map(|line| line.strip_suffix(b"\r").unwrap_or(line));
+    let first = lines.next().unwrap_or_default();
+    first.len() >= SHORTEST
+        && first.iter().all(digit)
+        && lines.all(|line| line.len() <= first.len() && line.iter().all(digit))
+}
+
 /// Text, and of which kind.
 fn text(prefix: &[u8]) -> Option<Foreign> {
     const LOOKED_AT: usize = 4096;
@@ -440,6 +486,7 @@ fn text(prefix: &[u8]) -> Option<Foreign> {
             "an s-expression, as xend kept configurations",
             "the saved domain is in another file",
         ),
+        _ if is_base64(start) => ("base64 text", "decode it first: base64 -d FILE | …"),
         _ => ("text", "a configuration of xl goes beside an image"),
     };
     Some(Foreign { name, remedy })
