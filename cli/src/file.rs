@@ -2,13 +2,15 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{self, IsTerminal, Seek, SeekFrom};
+use std::io::{self, IsTerminal, Read, Seek, SeekFrom, Write as _};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt as _, FileTypeExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use nix::fcntl::{FcntlArg, fcntl};
+use xsr_format::read::ReadOptions;
+use xsr_format::walk::Walk;
 use xsr_format::wrapper::vhd::{self, Vhd, VhdError};
 
 use crate::exit::{BadImage, BadUsage};
@@ -77,7 +79,20 @@ impl Input {
         };
         let name = || input.name.clone();
         let mut file = tempfile::tempfile().with_context(name)?;
-        io::copy(&mut &input.file, &mut file).with_context(name)?;
+        // Judged as it is copied: of a bad image, no more is kept than what comes before the
+        // broken rule.
+        let source = Tee {
+            from: &input.file,
+            to: &file,
+        };
+        let options = ReadOptions { lenient, offset: 0 };
+        Walk::open(source, options)
+            .and_then(|mut walk| {
+                while walk.next_step()?.is_some() {}
+                Ok(())
+            })
+            .map_err(|error| input.blame(error.into()))
+            .with_context(name)?;
         feed.finish(&input.file).with_context(name)?;
         file.rewind().with_context(name)?;
         let layers = feed.layers.join(", ");
@@ -316,6 +331,21 @@ impl Input {
             let why = format!("{}: {why}; give it as a file", self.name);
             anyhow::Error::new(BadUsage(why))
         })
+    }
+}
+
+/// Keeps in a file what is read.
+struct Tee<'f> {
+    from: &'f File,
+    to: &'f File,
+}
+
+impl Read for Tee<'_> {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        let n = self.from.read(room)?;
+        let kept = self.to.write_all(&room[..n]);
+        kept.map_err(|e| io::Error::new(e.kind(), format!("writing a temporary file: {e}")))?;
+        Ok(n)
     }
 }
 
