@@ -164,12 +164,21 @@ pub(crate) fn renamed(json: &str, name: &str) -> Result<String, BadImage> {
 
 /// The configuration with other values at some places, which it may not have had.
 pub(crate) fn with(json: &str, values: &[(&str, &str)]) -> Result<String, BadImage> {
+    let values = values.iter().map(|(at, value)| (*at, Value::from(*value)));
+    with_values(json, values)
+}
+
+/// The same, with values of any type.
+pub(crate) fn with_values<'a>(
+    json: &str,
+    values: impl IntoIterator<Item = (&'a str, Value)>,
+) -> Result<String, BadImage> {
     let bad = |e| BadImage(format!("the domain's configuration is not valid JSON: {e}"));
     let mut document: Value = serde_json::from_str(json).map_err(bad)?;
     for (at, value) in values {
         let (parent, key) = at.rsplit_once('/').unwrap_or(("", at));
         if let Some(Value::Object(parent)) = document.pointer_mut(parent) {
-            parent.insert(key.to_owned(), Value::from(*value));
+            parent.insert(key.to_owned(), value);
         }
     }
     serde_json::to_string_pretty(&document).map_err(bad)

@@ -1,7 +1,8 @@
 //! What a toolstack other than today's xl says of a domain, beside its image: libvirt's XML,
 //! xend's s-expression, what xenopsd keeps, the text that xl of Xen 4.1 to 4.4 kept.
 //!
-//! Name, UUID, kind, vcpus and memory are taken from there; devices are named, because no
+//! Name, UUID, kind, vcpus, memory and what xl has as well (the clock, what is done with a guest
+//! that has ended) are taken from there; devices and other settings are named, because no
 //! container that is written here can hold them in another toolstack's words.
 
 mod sxp;
@@ -9,6 +10,7 @@ mod xl_text;
 mod xml;
 
 use serde::Serialize;
+use serde_json::Value;
 use xsr_format::wrapper::xl::{FLAG_JSON, XlHeader};
 use xsr_xen_backend::GuestKind;
 
@@ -18,7 +20,7 @@ use crate::file::Input;
 use crate::peel::LeftOut;
 use crate::text::Count;
 
-/// The most devices that are named.
+/// The most devices, and the most settings, that are named.
 const MAX_DEVICES: usize = 64;
 /// The longest value that is taken over: a name, a device.
 const MAX_VALUE: usize = 256;
@@ -44,6 +46,12 @@ pub(crate) struct Origin {
     /// Devices, which are not carried over; at most 64.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) devices: Vec<String>,
+    /// Other settings that are not carried over; at most 64.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) settings: Vec<String>,
+    /// Settings that libxl's configuration has, too: where they are in it.
+    #[serde(skip)]
+    pub(crate) carried: Vec<(&'static str, Value)>,
     /// All of it.
     pub(crate) text: String,
     /// Why it could not be understood.
@@ -133,24 +141,27 @@ impl Origin {
                 self.vcpus = found.vcpus.filter(|vcpus| *vcpus > 0);
                 self.max_memory_kib = found.max_memory_kib.filter(|kib| *kib > 0);
                 self.devices = found.devices;
+                self.settings = found.settings;
+                self.carried = found.carried;
             }
             Err(why) => self.error = Some(why),
         }
     }
 
-    /// What a person is told of the devices: nothing, if there are none.
-    pub(crate) fn devices_in_words(&self) -> Option<String> {
+    /// What a person is told of the devices and settings that are not carried over: nothing, if
+    /// there are none.
+    pub(crate) fn not_carried_in_words(&self) -> Vec<String> {
         const NAMED: usize = 8;
-        if self.devices.is_empty() {
-            return None;
-        }
-        let named = self.devices.iter().take(NAMED).cloned();
-        let mut words: Vec<String> = named.collect();
-        if self.devices.len() > NAMED {
-            words.push("…".to_owned());
-        }
-        let devices = Count(self.devices.len(), "device");
-        Some(format!("{devices} ({})", words.join(", ")))
+        let lists = [(&self.devices, "device"), (&self.settings, "setting")];
+        let lists = lists.into_iter().filter(|(list, _)| !list.is_empty());
+        let words = lists.map(|(list, what)| {
+            let mut words: Vec<&str> = list.iter().take(NAMED).map(String::as_str).collect();
+            if list.len() > NAMED {
+                words.push("…");
+            }
+            format!("{} ({})", Count(list.len(), what), words.join(", "))
+        });
+        words.collect()
     }
 
     /// Where it comes from, in words.
@@ -189,9 +200,9 @@ pub(crate) fn losses(input: &Input, has_config: bool) -> Vec<String> {
              --to xl keeps them"
         ));
     }
-    if let Some(devices) = origin.devices_in_words() {
+    for what in origin.not_carried_in_words() {
         out.push(format!(
-            "not carried over: {devices} of {words}; xsr cat --layer config writes all of it"
+            "not carried over: {what} of {words}; xsr cat --layer config writes all of it"
         ));
     }
     out
@@ -222,9 +233,26 @@ struct Found {
     vcpus: Option<u32>,
     max_memory_kib: Option<u64>,
     devices: Vec<String>,
+    settings: Vec<String>,
+    carried: Vec<(&'static str, Value)>,
 }
 
 impl Found {
+    /// Name a setting that is not carried over.
+    fn setting(&mut self, words: &[&str]) {
+        if self.settings.len() < MAX_DEVICES {
+            let words = words.iter().flat_map(|words| words.split_whitespace());
+            let words: Vec<&str> = words.collect();
+            self.settings.push(shortened(&words.join(" ")));
+        }
+    }
+
+    /// A setting that libxl's configuration has, too; the later one counts.
+    fn carry(&mut self, at: &'static str, value: Value) {
+        self.carried.retain(|(other, _)| *other != at);
+        self.carried.push((at, value));
+    }
+
     /// Name a device.
     fn device(&mut self, words: &[&str]) {
         if self.devices.len() < MAX_DEVICES {

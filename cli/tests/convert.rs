@@ -77,7 +77,12 @@ fn gzip(octets: &[u8]) -> Vec<u8> {
 }
 
 fn libvirt(libxl: &[u8]) -> Vec<u8> {
-    let xml = b"<domain type='xen'><name>tpvh</name></domain>\0";
+    libvirt_with("<domain type='xen'><name>tpvh</name></domain>", libxl)
+}
+
+/// An image of libvirt with this XML.
+fn libvirt_with(xml: &str, libxl: &[u8]) -> Vec<u8> {
+    let xml = [xml.as_bytes(), b"\0"].concat();
     let mut out = b"libvirt-xml\n \0 \r".to_vec();
     out.extend(2_u32.to_le_bytes());
     out.extend(u32::try_from(xml.len()).unwrap().to_le_bytes());
@@ -254,4 +259,87 @@ fn damaged_compressed_data_are_blamed_before_the_image() {
         let said = ran.stdout + &ran.stderr;
         assert!(said.contains("a checksum of its gzip data"), "{said}");
     }
+}
+
+/// What libvirt says of a domain beside its devices is carried over or named. Where it cannot be
+/// understood, no name and no UUID are made up.
+#[test]
+fn libvirts_settings_are_carried_over_named_or_refused() {
+    let dir = scratch();
+    let (source, out) = (dir.path().join("source"), dir.path().join("out"));
+    let host = backend(&dir.path().join("host"));
+    let plain = fs::read(image("tpv")).unwrap();
+    let (libxl, ..) = layers(&plain);
+    let xml = "<!DOCTYPE domain><domain type='xen'><name>web</name><cpu mode='host-model'/>
+        <clock offset='variable' adjustment='3600' basis='utc'/>
+        <on_poweroff>preserve</on_poweroff><on_reboot>destroy</on_reboot></domain>";
+    fs::write(&source, libvirt_with(xml, &plain[libxl..])).unwrap();
+    let convert = [
+        "convert",
+        "--json",
+        "--to",
+        "xl",
+        arg(&source),
+        "-o",
+        arg(&out),
+    ];
+    let ran = run(convert).code(0).stderr_has("cpu mode='host-model'");
+    let warnings = ran.json()["warnings"].to_string();
+    assert!(warnings.contains("cpu mode='host-model'"), "{warnings}");
+    let config = run(["cat", "--layer", "config", arg(&out)]).code(0).stdout;
+    let config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    assert_eq!(config["c_info"]["name"], "web");
+    assert_eq!(config["b_info"]["rtc_timeoffset"], 3600);
+    assert_eq!(config["on_poweroff"], "preserve");
+    assert_eq!(config["on_reboot"], "destroy");
+    let origin = run(["inspect", "--json", arg(&source)]).code(0).json();
+    assert_eq!(origin["origin"]["settings"][0], "cpu mode='host-model'");
+
+    let deep = format!("<domain>{}", "<a>".repeat(100));
+    for xml in ["<!DOCTYPE domain [<!ENTITY a 'b'>]><domain/>", &deep] {
+        fs::write(&source, libvirt_with(xml, &plain[libxl..])).unwrap();
+        let convert = ["convert", "-f", "--to", "xl", arg(&source), "-o", arg(&out)];
+        run(convert).code(2).stderr_has("--config");
+        run(["restore", &host, arg(&source)])
+            .code(2)
+            .stderr_has("--name");
+        // What needs no name is converted.
+        let convert = [
+            "convert",
+            "-f",
+            "--to",
+            "libxl",
+            arg(&source),
+            "-o",
+            arg(&out),
+        ];
+        run(convert).code(0).stderr_has("could not be understood");
+    }
+    run(["restore", &host, "--name", "mine", arg(&source)])
+        .code(0)
+        .stderr_has("new UUID");
+}
+
+/// A compressed image that is bad is judged while it is copied, with the words of verify.
+#[test]
+fn a_bad_image_in_compressed_data_is_judged_as_it_is_copied() {
+    let dir = scratch();
+    let source = dir.path().join("source");
+    let mut plain = fs::read(image("tpv")).unwrap();
+    let (_, libxc, _) = layers(&plain);
+    plain[libxc + 40] ^= 0x40;
+    fs::write(&source, gzip(&plain)).unwrap();
+    let verdict = run(["verify", arg(&source)]).code(2).stdout;
+    let words = verdict
+        .trim_end()
+        .split(": BAD: ")
+        .nth(1)
+        .unwrap()
+        .to_owned();
+    run(["diff", arg(&source), arg(&source)])
+        .code(2)
+        .stderr_has(&words);
+    fs::write(&source, gzip(b"")).unwrap();
+    let verdict = run(["verify", arg(&source)]).code(2);
+    assert!(!verdict.stdout.contains("truncated"), "{verdict:?}");
 }

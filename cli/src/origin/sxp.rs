@@ -139,6 +139,7 @@ pub(super) fn read_xend(text: &str) -> Result<Found, String> {
         vcpus: domain.number("vcpus"),
         max_memory_kib: memory[0].max(memory[1]).checked_mul(1024),
         devices: Vec::new(),
+        ..Found::default()
     };
     for device in domain.children("device") {
         let Some(about) = device.list().get(1) else {
@@ -178,6 +179,7 @@ pub(super) fn read_xapi(text: &str) -> Result<Found, String> {
         vcpus: vm.number("vcpu_max"),
         max_memory_kib: bytes.map(|bytes| bytes.div_ceil(1024)),
         devices: Vec::new(),
+        ..Found::default()
     })
 }
 

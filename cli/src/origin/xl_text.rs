@@ -171,6 +171,7 @@ pub(super) fn read(text: &str) -> Result<Found, String> {
         vcpus: u32::try_from(vcpus).ok(),
         max_memory_kib: max.and_then(|mib| mib.checked_mul(1024)),
         devices: Vec::new(),
+        ..Found::default()
     };
     for kind in ["disk", "vif", "pci", "vfb", "vtpm", "usbdev", "channel"] {
         if let Some(Value::List(list)) = settings.get(kind) {

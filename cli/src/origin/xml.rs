@@ -47,8 +47,15 @@ impl<'x> Pieces<'x> {
                 return Ok(Some(Piece::Text(inside)));
             } else if let Some(rest) = tag.strip_prefix('?') {
                 self.0 = behind(rest, "?>")?.1;
+            } else if let Some(declaration) = tag.strip_prefix("!DOCTYPE") {
+                // One that only names a definition changes nothing; entities would.
+                let end = end_of_tag(declaration).ok_or("ends inside a document type")?;
+                if declaration[..end].contains('[') {
+                    return Err("has a document type with declarations of its own".to_owned());
+                }
+                self.0 = &declaration[end + 1..];
             } else if tag.starts_with('!') {
-                return Err("has a document type, which libvirt's XML has not".to_owned());
+                return Err("has a declaration outside a document type".to_owned());
             } else if let Some(rest) = tag.strip_prefix('/') {
                 self.0 = behind(rest, ">")?.1;
                 return Ok(Some(Piece::End));
@@ -172,7 +179,15 @@ pub(super) fn read(text: &str) -> Result<Found, String> {
                 words.clear();
                 path.push(name);
                 match path[..] {
-                    ["domain", "memory"] => {
+                    ["domain", "clock"] => clock(attributes, &mut found),
+                    ["domain", part] if !is_understood(part) => {
+                        found.setting(&[part, attributes]);
+                    }
+                    ["domain", "clock", part] => found.setting(&["clock", part, attributes]),
+                    ["domain", "os", part] if part != "type" => {
+                        found.setting(&["os", part, attributes]);
+                    }
+                    ["domain", "memory" | "currentMemory"] => {
                         unit = attribute(attributes, "unit").unwrap_or_default();
                     }
                     ["domain", "devices", kind] => {
@@ -211,6 +226,55 @@ pub(super) fn read(text: &str) -> Result<Found, String> {
     }
 }
 
+/// Whether something is taken over of an element of `<domain>`, or said when it ends.
+fn is_understood(element: &str) -> bool {
+    matches!(
+        element,
+        "name"
+            | "uuid"
+            | "vcpu"
+            | "memory"
+            | "currentMemory"
+            | "os"
+            | "devices"
+            | "on_poweroff"
+            | "on_reboot"
+            | "on_crash"
+    )
+}
+
+/// The guest's clock, as libxl's configuration has it. C: `libxlMakeDomBuildInfo` in libvirt's
+/// `src/libxl/libxl_conf.c`.
+fn clock(attributes: &str, found: &mut Found) {
+    let value = |name| attribute(attributes, name);
+    let local = |word: Option<String>| word.as_deref() == Some("localtime");
+    let shift = value("adjustment").and_then(|text| text.parse::<i32>().ok());
+    match (value("offset").as_deref(), shift) {
+        (None | Some("utc"), _) => {}
+        (Some("localtime"), _) => found.carry("/b_info/localtime", "True".into()),
+        (Some("variable"), Some(shift)) => {
+            found.carry("/b_info/rtc_timeoffset", shift.into());
+            if local(value("basis")) {
+                found.carry("/b_info/localtime", "True".into());
+            }
+        }
+        _ => found.setting(&["clock", attributes]),
+    }
+}
+
+/// What libxl calls what libvirt wants done with a guest that has ended.
+fn action(word: &str) -> Option<&'static str> {
+    Some(match word {
+        "destroy" => "destroy",
+        "restart" => "restart",
+        "preserve" => "preserve",
+        "rename-restart" => "restart_rename",
+        "coredump-destroy" => "coredump_destroy",
+        "coredump-restart" => "coredump_restart",
+        _ => return None,
+    })
+}
+
 /// What tells one device from another.
 fn part_of(device: &mut Device, part: &str, attributes: &str) {
     let first = |names: &[&str]| {
@@ -233,6 +297,17 @@ fn closed(path: &[&str], words: &str, unit: &str, found: &mut Found, device: &mu
         ["domain", "uuid"] => found.uuid = Some(words),
         ["domain", "vcpu"] => found.vcpus = words.parse().ok(),
         ["domain", "memory"] => found.max_memory_kib = memory(&words, unit),
+        ["domain", "currentMemory"] if memory(&words, unit) != found.max_memory_kib => {
+            found.setting(&["currentMemory", &words, unit]);
+        }
+        ["domain", event @ ("on_poweroff" | "on_reboot" | "on_crash")] => {
+            match (*event, action(&words)) {
+                ("on_poweroff", Some(action)) => found.carry("/on_poweroff", action.into()),
+                ("on_reboot", Some(action)) => found.carry("/on_reboot", action.into()),
+                (_, Some(action)) => found.carry("/on_crash", action.into()),
+                (event, None) => found.setting(&[event, &words]),
+            }
+        }
         ["domain", "os", "type"] => {
             found.kind = match words.as_str() {
                 "xen" | "linux" => Some(GuestKind::Pv),
@@ -302,6 +377,37 @@ mod tests {
             "video",
         ];
         assert_eq!(found.devices, devices);
+        let settings = ["currentMemory 4096 KiB", "os loader", "metadata"];
+        assert_eq!(found.settings, settings);
+    }
+
+    #[test]
+    fn settings_are_carried_over_or_named() {
+        let text = "<!DOCTYPE domain SYSTEM 'a>b'><domain><name>a</name>
+            <description>x</description><cpu mode='host-model'><topology sockets='1'/></cpu>
+            <clock offset='variable' adjustment='-3600' basis='localtime'><timer name='tsc'/></clock>
+            <on_poweroff>preserve</on_poweroff><on_reboot>rename-restart</on_reboot>
+            <on_crash>pause</on_crash></domain>";
+        let found = read(text).expect("it is well-formed");
+        let carried: Vec<(&str, String)> = (found.carried.iter())
+            .map(|(at, value)| (*at, value.to_string()))
+            .collect();
+        let expected = [
+            ("/b_info/rtc_timeoffset", "-3600"),
+            ("/b_info/localtime", "\"True\""),
+            ("/on_poweroff", "\"preserve\""),
+            ("/on_reboot", "\"restart_rename\""),
+        ];
+        assert_eq!(carried, expected.map(|(at, value)| (at, value.to_owned())));
+        let settings = [
+            "description",
+            "cpu mode='host-model'",
+            "clock timer name='tsc'",
+            "on_crash pause",
+        ];
+        assert_eq!(found.settings, settings);
+        let declares = "<!DOCTYPE domain [<!ENTITY a 'b'>]><domain/>";
+        assert!(read(declares).is_err());
     }
 
     #[test]

@@ -154,6 +154,9 @@ fn origin(report: &Report, out: &mut dyn Write) -> io::Result<()> {
     for device in &origin.devices {
         writeln!(out, "  device  {}", device.escape_debug())?;
     }
+    for setting in &origin.settings {
+        writeln!(out, "  not carried over: {}", setting.escape_debug())?;
+    }
     Ok(())
 }
 

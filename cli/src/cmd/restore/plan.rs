@@ -40,6 +40,8 @@ pub(crate) struct Overrides {
     config: Option<Given>,
     /// What to call a domain that has no name at all.
     fallback: String,
+    /// Whether no domain is made, but an image of xl.
+    is_conversion: bool,
 }
 
 /// A configuration from a file.
@@ -144,17 +146,18 @@ struct Known {
     kind: GuestKind,
     vcpus: u32,
     memory_kib: u64,
+    /// Other settings, and where libxl's configuration has them.
+    carried: Vec<(&'static str, serde_json::Value)>,
 }
 
 impl Known {
-    fn json(&self) -> String {
-        config::make(
-            &self.name,
-            &self.uuid,
-            self.kind,
-            self.vcpus,
-            self.memory_kib,
-        )
+    fn json(self) -> Result<String> {
+        let Self { name, uuid, .. } = &self;
+        let json = config::make(name, uuid, self.kind, self.vcpus, self.memory_kib);
+        match self.carried.is_empty() {
+            true => Ok(json),
+            false => Ok(config::with_values(&json, self.carried)?),
+        }
     }
 
     /// From the command line, another toolstack, and what that leaves open from the image:
@@ -166,6 +169,20 @@ impl Known {
     ) -> Result<Self> {
         let none = Origin::default();
         let said = origin.unwrap_or(&none);
+        if let (Some(why), None) = (&said.error, &overrides.name) {
+            let advice = match overrides.is_conversion {
+                true => "give a configuration with --config",
+                false => {
+                    "give a name with --name (the domain gets a new UUID), or a configuration \
+                     with --config"
+                }
+            };
+            return Err(bad(&format!(
+                "{} could not be understood: it {why}; so the domain's name and UUID are unknown: \
+                 {advice}",
+                said.words()
+            )));
+        }
         let kind = overrides.kind.or(said.kind);
         let vcpus = overrides.vcpus.or(said.vcpus);
         let memory_kib = overrides.memory_kib.or(said.max_memory_kib);
@@ -201,7 +218,7 @@ impl Known {
         let name_is_made_up = overrides.name.is_none() && said.name.is_none();
         let name = overrides.name.as_ref().or(said.name.as_ref());
         let name = name.unwrap_or(&overrides.fallback).clone();
-        let new_uuid = match is_clone {
+        let new_uuid = match is_clone || said.error.is_some() {
             true => Some(config::new_uuid().context("making a UUID")?),
             false => None,
         };
@@ -214,6 +231,7 @@ impl Known {
             kind,
             vcpus,
             memory_kib,
+            carried: said.carried.clone(),
         })
     }
 }
@@ -221,13 +239,16 @@ impl Known {
 /// The configuration that a restore would make for an image that has none of libxl's. The
 /// image is read for it where nothing else says enough.
 pub(crate) fn config_for(input: &Input, file: &Path, lenient: bool) -> Result<String> {
-    let overrides = Overrides::named_after(file);
+    let overrides = Overrides {
+        is_conversion: true,
+        ..Overrides::named_after(file)
+    };
     let mut survey = || Survey::of(&input.again()?.unwrapped(lenient)?, lenient);
     let survey: Option<&mut dyn FnMut() -> Result<Survey>> = match input.is_repeatable() {
         true => Some(&mut survey),
         false => None,
     };
-    Ok(Known::find_out(&overrides, input.origin(), survey)?.json())
+    Known::find_out(&overrides, input.origin(), survey)?.json()
 }
 
 impl Plan {
@@ -352,13 +373,13 @@ impl Plan {
             });
         }
         Ok(Self {
-            json: known.json(),
-            name: known.name,
+            name: known.name.clone(),
             kind: known.kind,
             vcpus: known.vcpus,
             max_pages: config::max_pages(known.memory_kib),
-            new_uuid: known.new_uuid,
+            new_uuid: known.new_uuid.clone(),
             name_is_made_up: known.name_is_made_up,
+            json: known.json()?,
         })
     }
 
