@@ -169,6 +169,19 @@ fn write_within(to: &File, bytes: &[u8], limit: Duration) -> io::Result<()> {
 /// only whether it is 0.
 const FAILED: u8 = 1;
 
+/// Check that the receiver says nothing more before it has been told to go: what it says then
+/// cannot be an answer, and the domain would be destroyed here on its word.
+///
+/// # Errors
+///
+/// Something waits to be read, or the receiver has hung up.
+pub(crate) fn nothing_waits(from: &File) -> Result<()> {
+    if readable_within(Some(from), Duration::ZERO)? {
+        bail!("the other end has hung up or said more than it was asked, before it was told to go");
+    }
+    Ok(())
+}
+
 /// Say that the domain runs here.
 pub(crate) fn report_running(to: &File, limit: Duration) -> Result<()> {
     Message::Report.send(to, limit)?;

@@ -315,9 +315,7 @@ fn libvirts_settings_are_carried_over_named_or_refused() {
         ];
         run(convert).code(0).stderr_has("could not be understood");
     }
-    run(["restore", &host, "--name", "mine", arg(&source)])
-        .code(0)
-        .stderr_has("new UUID");
+    run(["restore", &host, "--name", "mine", arg(&source)]).code(0);
 }
 
 /// A compressed image that is bad is judged while it is copied, with the words of verify.

@@ -447,7 +447,9 @@ fn a_suspended_domain_can_be_resumed_and_others_cannot() {
     mock(&["resume", "web"])
         .code(1)
         .stderr_has("resuming web: it runs");
-    mock(&["unpause", "web"]).code(1).stderr_has("running");
+    mock(&["unpause", "web"])
+        .code(1)
+        .stderr_has("unpausing web: it is not paused: it runs");
     mock(&["pause", "web"]).code(0);
     assert_eq!(state(&host, "web").as_deref(), Some("paused"));
     mock(&["unpause", "web"]).code(0);

@@ -128,6 +128,18 @@ fn until_go_whatever_the_receiver_does_leaves_the_domain_running_here() {
     }
 }
 
+/// What the receiver says before it can have been told to go is no answer to that.
+#[test]
+fn a_report_before_go_leaves_the_domain_running_here() {
+    let hosts = Hosts::with("pvh", &[]);
+    let early = [READY, REPORT, &[0]].concat();
+    let sent = send_to(&hosts, &[Octets(BANNER), HearImage, Octets(&early)]);
+    assert_eq!(hosts.domains()[0], HERE, "{sent:?}");
+    sent.code(1)
+        .stderr_has("before it was told to go")
+        .stderr_has("web runs on here");
+}
+
 #[test]
 fn a_domain_that_cannot_be_taken_back_does_not_hide_why_it_was_given_back() {
     let hosts = Hosts::with("pvh", &[]);

@@ -398,6 +398,7 @@ impl Course<'_, '_, '_> {
                 ));
             }
             SenderAction::SayGo => {
+                handshake::nothing_waits(&link.from)?;
                 Message::Go.send(&link.to, limit)?;
                 self.watch.step("go");
             }
