@@ -149,7 +149,7 @@ fn no_guest_is_given_up_for_an_output_that_keeps_nothing() {
         ("/dev/null", "/dev/null: is /dev/null, which keeps nothing"),
         ("- >&-", "stdout is closed"),
         ("- > /dev/null", "/dev/null"),
-        ("/dev/stdout >&-", "keeps nothing"),
+        ("/dev/stdout >&-", "stdout is closed"),
         ("/dev/stdout > /dev/null", "keeps nothing"),
         ("/dev/fd/5 5> /dev/null", "keeps nothing"),
         ("/dev/zero", "keeps nothing"),
