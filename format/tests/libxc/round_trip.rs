@@ -179,7 +179,8 @@ fn entry() -> impl Strategy<Value = (u64, u8)> {
 fn item() -> impl Strategy<Value = Item> {
     prop_oneof![
         prop::collection::vec(entry(), 1..6).prop_map(Item::Batch),
-        (any::<[u32; 3]>(), any::<u64>()).prop_map(|(words, nsec)| Item::Tsc(words, nsec)),
+        (0..4_u32, any::<[u32; 2]>(), any::<u64>())
+            .prop_map(|(mode, [khz, n], nsec)| Item::Tsc([mode, khz, n], nsec)),
         blob().prop_map(Item::Context),
         prop::collection::vec(any::<(u64, u64)>(), 1..5).prop_map(Item::Params),
         (any::<u32>(), blob()).prop_map(|(kind, body)| Item::Optional(kind | 1 << 31, body)),

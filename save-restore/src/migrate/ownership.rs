@@ -13,7 +13,7 @@
 //!   `--on-loss` says.
 //! - [`Admission`]: which command may begin to work on a domain at all.
 //!
-//! Each rule that a guarantee hangs on is a [`Guard`]. A test breaks each of them, and the search
+//! Each rule that a guarantee hangs on is a `Guard`. A test breaks each of them, and the search
 //! finds the domain that is lost or doubled then.
 //!
 //! The tables of `docs/migration.md` say the same to people.
