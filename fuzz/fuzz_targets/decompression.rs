@@ -30,6 +30,14 @@ mod exit {
 
 #[path = "../../cli/src/peel/compression.rs"]
 mod compression;
+#[allow(dead_code, reason = "the command uses all of it")]
+#[path = "../../cli/src/peel/packed.rs"]
+mod packed;
+#[allow(dead_code, reason = "the command uses all of it")]
+#[path = "../../cli/src/text.rs"]
+mod text;
+#[path = "../../cli/src/peel/zstd.rs"]
+mod zstd;
 
 /// Of what comes out, so many octets are looked at: a bomb has no end.
 const LIMIT: u64 = 4 << 20;
@@ -38,7 +46,7 @@ const LIMIT: u64 = 4 << 20;
 fn out_of(compression: Compression, octets: &[u8], step: usize) -> (Vec<u8>, Option<String>) {
     let mut out = Vec::new();
     let source: Source = Box::new(Cursor::new(octets.to_vec()));
-    let decoder = match compression::decompressed(compression, source) {
+    let decoder = match compression::decompressed(compression, source, &compression::Notes::default()) {
         Ok(decoder) => decoder,
         Err(e) => return (out, Some(e.to_string())),
     };
