@@ -46,6 +46,10 @@ pub(crate) struct Overrides {
 
 /// A configuration from a file.
 #[derive(Clone, Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one for each run of the command"
+)]
 enum Given {
     Json(String),
     Text(Origin),
