@@ -46,10 +46,11 @@ const LIMIT: u64 = 4 << 20;
 fn out_of(compression: Compression, octets: &[u8], step: usize) -> (Vec<u8>, Option<String>) {
     let mut out = Vec::new();
     let source: Source = Box::new(Cursor::new(octets.to_vec()));
-    let decoder = match compression::decompressed(compression, source, &compression::Notes::default()) {
-        Ok(decoder) => decoder,
-        Err(e) => return (out, Some(e.to_string())),
-    };
+    let decoder =
+        match compression::decompressed(compression, source, &compression::Notes::default()) {
+            Ok(decoder) => decoder,
+            Err(e) => return (out, Some(e.to_string())),
+        };
     let mut decoder = decoder.take(LIMIT);
     let mut room = vec![0; step];
     let error = loop {
