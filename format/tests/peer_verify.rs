@@ -23,7 +23,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use support::build::{
-    CHECKPOINT, END, HVM, HVM_CONTEXT, Octets, PAGE_DATA, PV, Rec, SHARED_INFO, Stream, record,
+    CHECKPOINT, END, HVM, HVM_CONTEXT, HVM_PARAMS, Octets, PAGE_DATA, PV, Rec, SHARED_INFO, Stream,
+    TSC_INFO, record,
 };
 use support::images;
 use support::mutate::{Piece, cut_down, mutant, pieces};
@@ -177,6 +178,12 @@ fn explanation(ours: &Ours, theirs: &Verdict) -> Option<&'static str> {
             DecodeError::BodyLength { .. } if is_p2m(&error_kind(ours)) => "p2m-frames",
             DecodeError::BlobLength { .. } => "vcpu-blob",
             DecodeError::PageBeyondP2m { .. } => "beyond-p2m",
+            DecodeError::P2mGap { .. } | DecodeError::P2mLeafShared { .. } => "p2m-frames",
+            DecodeError::PfnRange { .. } => "pfn-range",
+            DecodeError::TscMode { .. } => "tsc-mode",
+            DecodeError::VcpuNumber { .. } => "vcpu-number",
+            DecodeError::HvmParamIndex { .. } => "hvm-params",
+            DecodeError::HvmContext(_) => "hvm-context",
             DecodeError::BodyTooLong { .. } => "too-long",
             _ => return None,
         },
@@ -357,6 +364,17 @@ fn known_disagreements() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         stream.octets()
     };
     let beyond = Stream::new(3, PV, false).pages(&[(8, 0xf)]);
+    let mut vcpu = pv();
+    vcpu.find(4).body[..4].copy_from_slice(&8192_u32.to_le_bytes());
+    let mut params = hvm();
+    params.find(HVM_PARAMS).body[8..16].copy_from_slice(&256_u64.to_le_bytes());
+    let mut state = hvm();
+    state.find(HVM_CONTEXT).body[8] ^= 1;
+    let mut tsc = hvm();
+    tsc.find(TSC_INFO).body[..4].copy_from_slice(&4_u32.to_le_bytes());
+    let mut unnameable = hvm();
+    let pages = unnameable.find(PAGE_DATA);
+    pages.body[8..16].copy_from_slice(&(1_u64 << 40).to_le_bytes());
     let mut far = pv();
     let at = far.kinds().iter().position(|k| *k == PAGE_DATA).unwrap();
     far.records.insert(at, beyond.records[0].clone());
@@ -404,6 +422,11 @@ fn known_disagreements() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         ("vcpu-blob", "libxc", blob(4, 8 + 0x1428)),
         ("vcpu-blob", "libxc", blob(6, 8 + 15)),
         ("beyond-p2m", "libxc", far.octets()),
+        ("pfn-range", "libxc", unnameable.octets()),
+        ("tsc-mode", "libxc", tsc.octets()),
+        ("vcpu-number", "libxc", vcpu.octets()),
+        ("hvm-params", "libxc", params.octets()),
+        ("hvm-context", "libxc", state.octets()),
         ("libxl-order", "libxl", libxl(&[(0, &[])])),
         (
             "libxl-order",
