@@ -5,6 +5,7 @@ use std::fmt;
 
 use xsr_format::byte_order::ByteOrder;
 use xsr_format::detect::{Detected, detect};
+use xsr_format::fields::hvm::param_name;
 use xsr_format::guest_image::GuestImage;
 use xsr_format::image::{DomainHeader, GuestType, ImageHeader, Version};
 use xsr_format::record::RecordKind;
@@ -168,6 +169,14 @@ pub(crate) fn warnings(image: ImageHeader, guest: &GuestImage) -> Vec<Warning> {
             warn(format!(
                 "there is no {}: the guest gets no xenstore and no console",
                 RecordKind::HVM_PARAMS
+            ));
+        }
+        let params = guest.hvm_params().iter();
+        for param in params.filter(|param| param_name(param.index).is_none()) {
+            warn(format!(
+                "{}: parameter {:#x} is unknown to this version of xsr; a Xen that does not know it refuses the image",
+                RecordKind::HVM_PARAMS,
+                param.index
             ));
         }
         let facts = guest.context_facts();

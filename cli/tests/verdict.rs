@@ -355,6 +355,28 @@ fn what_is_odd_is_a_warning() {
         .stdout_has("no HVM_PARAMS");
 }
 
+/// A refused parameter is named by the restore, and `verify` warns of it.
+#[test]
+fn an_unknown_hvm_parameter_is_named() {
+    let dir = scratch();
+    let file = path(dir.path(), "param");
+    changed("tpvh", &file, |records| {
+        let at = find(records, HVM_PARAMS);
+        let body = &mut records[at].1;
+        let count = u32::from_le_bytes(body[..4].try_into().unwrap());
+        body[..4].copy_from_slice(&(count + 1).to_le_bytes());
+        body.extend(200_u64.to_le_bytes());
+        body.extend(7_u64.to_le_bytes());
+    });
+    run(["verify", arg(&file)])
+        .code(0)
+        .stdout_has("HVM_PARAMS: parameter 0xc8 is unknown");
+    let host = dir.path().join("host");
+    run(["restore", &backend(&host), arg(&file)])
+        .code(1)
+        .stderr_has("HVM_PARAMS: parameter 0xc8 (unknown) was refused with the value 0x7");
+}
+
 /// Where a file is cut off, every command says how many bytes the record still needs.
 #[test]
 fn every_command_counts_the_same_missing_bytes() {

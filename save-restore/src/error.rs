@@ -379,6 +379,30 @@ pub enum RestoreError {
         /// What the hypervisor says.
         cause: BackendError,
     },
+    /// The hypervisor refused a parameter of an HVM guest.
+    #[error(
+        "HVM_PARAMS: parameter {index:#x} ({name}) was refused with the value {value:#x}: {cause}"
+    )]
+    HvmParam {
+        /// Its index, `HVM_PARAM_*` of `xen/include/public/hvm/params.h`.
+        index: u32,
+        /// Its name there, or that this version of xsr has none for it.
+        name: &'static str,
+        /// The value that the image holds.
+        value: u64,
+        /// The hypervisor's answer.
+        cause: BackendError,
+    },
+    /// The hypervisor refused the guest's time stamp counter.
+    #[error("X86_TSC_INFO: mode {mode}, {khz} kHz was refused: {cause}")]
+    TscInfo {
+        /// The image's TSC mode.
+        mode: u32,
+        /// The image's frequency.
+        khz: u32,
+        /// The hypervisor's answer.
+        cause: BackendError,
+    },
     /// The hypervisor refused the state of an HVM guest's vcpus and devices.
     #[error("HVM_CONTEXT ({bytes} bytes) was refused: {reason} (see `xl dmesg`): {cause}")]
     HvmContext {

@@ -337,7 +337,10 @@ fn errno_of(error: &(dyn StdError + 'static)) -> Errno {
             Some(RestoreError::NoMemory { .. }) => return Errno::ENOMEM,
             Some(RestoreError::CpuPolicy(refused)) => return refused.cause.errno,
             Some(
-                RestoreError::VcpuState { cause, .. } | RestoreError::HvmContext { cause, .. },
+                RestoreError::VcpuState { cause, .. }
+                | RestoreError::HvmContext { cause, .. }
+                | RestoreError::HvmParam { cause, .. }
+                | RestoreError::TscInfo { cause, .. },
             ) => return cause.errno,
             Some(error) if error.is_bad_image() => return Errno::EINVAL,
             _ => {}

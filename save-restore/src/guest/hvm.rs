@@ -3,6 +3,7 @@
 //!
 //! C implementation: `xg_sr_save_x86_hvm.c`, `xg_sr_restore_x86_hvm.c`.
 
+use xsr_format::fields::hvm::param_name;
 use xsr_format::frame::{Gfn, Page, PageEntry, PageType, Pfn};
 use xsr_format::guest_image::GuestImage;
 use xsr_format::image::GuestType;
@@ -169,7 +170,18 @@ pub(crate) fn complete(
         if index == param::CONSOLE_PFN {
             x86::disconnect_console(domain, Gfn(value))?;
         }
-        domain.set_hvm_param(index, value)?;
+        domain
+            .set_hvm_param(index, value)
+            .map_err(|cause| match cause.errno {
+                // Of the parameter itself.
+                Errno::EINVAL | Errno::EEXIST | Errno::ERANGE => RestoreError::HvmParam {
+                    index,
+                    name: param_name(u64::from(index)).unwrap_or("unknown"),
+                    value,
+                    cause,
+                },
+                _ => cause.into(),
+            })?;
     }
     domain.set_hvm_param(param::STORE_EVTCHN, u64::from(options.store_port))?;
     domain.set_hvm_param(param::CONSOLE_EVTCHN, u64::from(options.console_port))?;

@@ -33,12 +33,19 @@ pub(crate) fn write_tsc_info(domain: &dyn Domain, out: &mut Out<'_>) -> Result<(
 
 /// Set the TSC as a stream says.
 pub(crate) fn set_tsc_info(domain: &dyn Domain, tsc: TscInfo) -> Result<(), RestoreError> {
-    Ok(domain.set_tsc_info(&DomainTsc {
-        mode: tsc.mode,
-        khz: tsc.khz,
+    let TscInfo { mode, khz, .. } = tsc;
+    let info = DomainTsc {
+        mode,
+        khz,
         nsec: tsc.nsec,
         incarnation: tsc.incarnation,
-    })?)
+    };
+    domain
+        .set_tsc_info(&info)
+        .map_err(|cause| match cause.errno {
+            Errno::EINVAL | Errno::EOPNOTSUPP => RestoreError::TscInfo { mode, khz, cause },
+            _ => cause.into(),
+        })
 }
 
 /// Set the CPU policy as a stream says; what of it the stream did not hold.
