@@ -1,22 +1,30 @@
-//! Which hypervisor a command works on, and what a toolstack keeps with a domain
-//! there: its configuration and the records of its emulators.
+//! The hypervisor that a command works on, by the name that the command line gives it, and
+//! what a toolstack keeps with a domain there: configuration and emulators' records.
+//!
+//! This is the one file that knows which hypervisors there are. Every other sees a
+//! [`DomainStore`].
 
+use std::fmt;
+use std::ops::Deref;
 use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use xsr_format::byte_order::ByteOrder;
 use xsr_format::read::ReadOptions;
 use xsr_format::wrapper::libxl::{LibxlHeader, LibxlReader, LibxlRecord, LibxlWriter};
+use xsr_xen_backend::domain_store::{
+    DestroyOutcome, Destroyed, DomainLock, DomainRef, DomainStore, DomainStoreError,
+};
 use xsr_xen_backend::mock::{HostConfig, MockError, MockHost};
 use xsr_xen_backend::{DomId, OpenError, XenHost};
 
 use crate::args::Backend;
 use crate::exit::BadUsage;
 
-/// Under which name libxl, too, keeps a domain's configuration.
+/// Under which name libxl keeps a domain's configuration, and a mock machine, too.
 pub(crate) const CONFIG: &str = "libxl-json";
-/// The emulator records of the image a domain came from.
-const EMULATORS: &str = "libxl-emulators";
 
 /// What libxl streams are written with.
 pub(crate) const LIBXL_HEADER: LibxlHeader = LibxlHeader {
@@ -24,33 +32,127 @@ pub(crate) const LIBXL_HEADER: LibxlHeader = LibxlHeader {
     legacy_converted: false,
 };
 
-/// Open the host that has the domain to work on.
-pub(crate) fn open(backend: &Backend) -> Result<MockHost> {
-    Ok(MockHost::open(directory(backend)?)?)
+/// How long a destroyed domain may take to release its memory before the command goes on.
+const DESTROY_WAIT: Duration = Duration::from_secs(5);
+
+/// The hypervisor that a command works on. Clones are handles on the same one.
+#[derive(Clone)]
+pub(crate) struct Hypervisor {
+    backend: Backend,
+    store: Arc<dyn DomainStore>,
+    /// The mock machine below it, whose guests run only as long as this process runs them.
+    mock: Option<MockHost>,
 }
 
-/// Open the host that a domain is to be made on; a mock machine is made where there
-/// is none yet.
-pub(crate) fn open_or_create(backend: &Backend) -> Result<MockHost> {
-    match MockHost::open_or_create(directory(backend)?, &HostConfig::default()) {
+impl fmt::Debug for Hypervisor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { backend, .. } = self;
+        f.debug_struct("Hypervisor")
+            .field("backend", backend)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Deref for Hypervisor {
+    type Target = dyn DomainStore;
+
+    fn deref(&self) -> &Self::Target {
+        &*self.store
+    }
+}
+
+impl From<MockHost> for Hypervisor {
+    fn from(mock: MockHost) -> Self {
+        let directory = mock.directory().unwrap_or(Path::new("memory"));
+        Self {
+            backend: Backend::Mock(directory.to_owned()),
+            store: Arc::new(mock.clone()),
+            mock: Some(mock),
+        }
+    }
+}
+
+impl Hypervisor {
+    /// Opens the hypervisor that has the domain to work on.
+    ///
+    /// # Errors
+    ///
+    /// There is none, or this program works on it only through `xl` or with `--direct`.
+    pub(crate) fn open(backend: &Backend) -> Result<Self> {
+        Ok(MockHost::open(directory(backend)?)?.into())
+    }
+
+    /// Opens the hypervisor that a domain is to be made on. Makes a mock machine if there is
+    /// none yet.
+    ///
+    /// # Errors
+    ///
+    /// As [`Hypervisor::open`].
+    pub(crate) fn open_or_create(backend: &Backend) -> Result<Self> {
+        Ok(mock_machine(directory(backend)?)?.into())
+    }
+
+    /// Opens the hypervisor to work on without libxl (`--direct`).
+    ///
+    /// # Errors
+    ///
+    /// There is none, or it is not a Xen.
+    pub(crate) fn direct(backend: &Backend) -> Result<Self> {
+        let (store, mock) = match backend {
+            Backend::Auto | Backend::Xen => (XenHost::open()?, None),
+            Backend::MockXen(dir) => {
+                let mock = MockHost::open_or_create(dir, &HostConfig::default())?;
+                (mock.as_xen()?, Some(mock))
+            }
+            Backend::Mock(_) => {
+                let why = "--direct is for a Xen host: a mock machine has no xl to do without";
+                return Err(anyhow::Error::new(BadUsage(why.to_owned())));
+            }
+        };
+        Ok(Self {
+            backend: backend.clone(),
+            store: Arc::new(store),
+            mock,
+        })
+    }
+
+    /// The name by which the command line calls it.
+    pub(crate) fn backend(&self) -> &Backend {
+        &self.backend
+    }
+
+    /// The mock machine below it, if it is one.
+    pub(crate) fn mock(&self) -> Option<&MockHost> {
+        self.mock.as_ref()
+    }
+
+    /// Whether its guests have rings that connect them to xenstore and a console.
+    pub(crate) fn has_rings(&self) -> bool {
+        !matches!(self.backend, Backend::Mock(_))
+    }
+
+    /// A domain of it, for messages: `domain 3 of mock:DIR`.
+    pub(crate) fn place_of(&self, domid: DomId) -> String {
+        match &self.backend {
+            Backend::Auto | Backend::Xen => domid.to_string(),
+            Backend::Mock(dir) | Backend::MockXen(dir) => {
+                format!("{domid} of mock:{}", dir.display())
+            }
+        }
+    }
+}
+
+/// The mock machine in a directory. It is made if it is not there.
+///
+/// # Errors
+///
+/// Something else is in the directory; another process has the machine open.
+pub(crate) fn mock_machine(directory: &Path) -> Result<MockHost> {
+    match MockHost::open_or_create(directory, &HostConfig::default()) {
         Err(e @ MockError::Occupied { .. }) => {
             bail!("{e}, and is no mock machine; name another directory")
         }
         other => Ok(other?),
-    }
-}
-
-/// Open the hypervisor to work on without a toolstack (`--direct`).
-pub(crate) fn hypervisor(backend: &Backend) -> Result<XenHost> {
-    match backend {
-        Backend::Auto | Backend::Xen => Ok(XenHost::open()?),
-        Backend::MockXen(dir) => {
-            Ok(MockHost::open_or_create(dir, &HostConfig::default())?.as_xen()?)
-        }
-        Backend::Mock(_) => {
-            let why = "--direct is for a Xen host: a mock machine has no xl to do without";
-            Err(anyhow::Error::new(BadUsage(why.to_owned())))
-        }
     }
 }
 
@@ -91,25 +193,110 @@ pub(crate) fn domain_command(backend: &Backend, verb: &str, rest: &str) -> Strin
     }
 }
 
+/// A domain that a command has found by what the command line calls it.
+#[derive(Debug)]
+pub(crate) struct Found {
+    pub(crate) domain: DomainRef,
+    /// Its name, or one that is made of its number.
+    pub(crate) name: String,
+    /// Held as long as the command works on it.
+    pub(crate) lock: DomainLock,
+}
+
+impl Found {
+    /// Finds a domain, and locks it for `command`, which is the name of a command of ours.
+    ///
+    /// # Errors
+    ///
+    /// There is no such domain; another command works on it; the store cannot be read.
+    pub(crate) fn find(host: &dyn DomainStore, called: &str, command: &str) -> Result<Self> {
+        let domain = host.find(called)?;
+        let lock = host.lock(domain, &format!("xsr {command} {called}"))?;
+        let name = name_of(host, domain)?;
+        Ok(Self { domain, name, lock })
+    }
+
+    /// Refuses a domain without a name: one that is sent away is renamed before the other end
+    /// is told to run it.
+    ///
+    /// # Errors
+    ///
+    /// It has none, and how it gets one.
+    pub(crate) fn must_have_name(&self, host: &dyn DomainStore, backend: &Backend) -> Result<()> {
+        let domain = self.domain;
+        if host.name(domain)?.is_some() {
+            return Ok(());
+        }
+        let number = domain.domid.0;
+        bail!(
+            "{domain} has no name, by which it is told from its copy on the other host: first `{}`",
+            domain_command(backend, "rename", &format!("{number} NAME"))
+        )
+    }
+}
+
+/// The name of a domain, or one that is made of its number.
+///
+/// # Errors
+///
+/// The domain is gone; the store cannot be read.
+pub(crate) fn name_of(
+    host: &dyn DomainStore,
+    domain: DomainRef,
+) -> Result<String, DomainStoreError> {
+    let name = host.name(domain)?;
+    Ok(name.unwrap_or_else(|| format!("domain-{}", domain.domid.0)))
+}
+
+/// Destroys a domain, and tells the user what stays behind of it.
+///
+/// # Errors
+///
+/// The domain is still there, or is another's by now.
+pub(crate) fn destroy(
+    host: &dyn DomainStore,
+    domain: DomainRef,
+    name: &str,
+) -> Result<(), DomainStoreError> {
+    let Destroyed {
+        outcome,
+        left_behind,
+    } = host.destroy(domain, DESTROY_WAIT)?;
+    if outcome == DestroyOutcome::StillDying {
+        tracing::warn!(
+            "{name} is destroyed, but some of its memory is still in use: another domain or \
+             process has it mapped"
+        );
+    }
+    if !left_behind.is_empty() {
+        let left: Vec<String> = left_behind.iter().map(ToString::to_string).collect();
+        tracing::warn!("what libxl keeps of {name} stays: {}", left.join(", "));
+    }
+    Ok(())
+}
+
 /// Keep the configuration with a domain.
-pub(crate) fn store_config(host: &MockHost, domid: DomId, json: &str) -> Result<()> {
-    host.userdata_store(domid, CONFIG, json.as_bytes())
-        .context("keeping the configuration")
+pub(crate) fn store_config(host: &dyn DomainStore, domain: DomainRef, json: &str) -> Result<()> {
+    Ok(host.set_configuration(domain, json.as_bytes())?)
 }
 
 /// The configuration kept with a domain.
-pub(crate) fn config(host: &MockHost, domid: DomId) -> Result<Option<String>> {
-    host.userdata_get(domid, CONFIG)?
-        .map(String::from_utf8)
-        .transpose()
-        .context("the configuration kept with the domain")
+pub(crate) fn config(host: &dyn DomainStore, domain: DomainRef) -> Result<Option<String>> {
+    let Some(kept) = host.configuration(domain)? else {
+        return Ok(None);
+    };
+    let mut json =
+        String::from_utf8(kept.bytes).context("the configuration kept with the domain")?;
+    // libxl writes the NUL that ends its string.
+    json.truncate(json.trim_end_matches('\0').len());
+    Ok(Some(json))
 }
 
 /// Keep emulator records with a domain: as a libxl stream that has no libxc stream
 /// in it.
 pub(crate) fn store_emulators(
-    host: &MockHost,
-    domid: DomId,
+    host: &dyn DomainStore,
+    domain: DomainRef,
     records: &[LibxlRecord],
 ) -> Result<()> {
     if records.is_empty() {
@@ -121,14 +308,13 @@ pub(crate) fn store_emulators(
         stream.write(record)?;
     }
     stream.write(&LibxlRecord::End)?;
-    host.userdata_store(domid, EMULATORS, &stream.into_sink())
-        .context("keeping the emulator records")
+    Ok(host.set_emulators(domain, &stream.into_sink())?)
 }
 
 /// The emulator records kept with a domain.
-pub(crate) fn emulators(host: &MockHost, domid: DomId) -> Result<Vec<LibxlRecord>> {
+pub(crate) fn emulators(host: &dyn DomainStore, domain: DomainRef) -> Result<Vec<LibxlRecord>> {
     let mut records = Vec::new();
-    if let Some(kept) = host.userdata_get(domid, EMULATORS)? {
+    if let Some(kept) = host.emulators(domain)? {
         // What is wrong with it is wrong with the host, not with an image.
         let bad = |e| anyhow::anyhow!("the emulator records kept with the domain: {e}");
         let mut stream = LibxlReader::new(kept.as_slice(), ReadOptions::default()).map_err(bad)?;
@@ -139,4 +325,64 @@ pub(crate) fn emulators(host: &MockHost, domid: DomId) -> Result<Vec<LibxlRecord
         }
     }
     Ok(records)
+}
+
+#[cfg(test)]
+mod tests {
+    use xsr_xen_backend::GuestKind;
+    use xsr_xen_backend::mock::GuestSpec;
+
+    use super::*;
+
+    #[test]
+    fn a_domain_that_a_command_works_on_is_refused_to_the_next() {
+        let mock = MockHost::ephemeral(&HostConfig::default()).expect("a machine");
+        let spec = GuestSpec::new("web", GuestKind::Pvh, 8);
+        mock.create_guest(&spec).expect("a guest");
+        for host in [
+            Arc::new(mock.clone()) as Arc<dyn DomainStore>,
+            Arc::new(mock.as_xen().expect("a Xen")),
+        ] {
+            let number = host.domains().expect("the domains")[0].domid.0.to_string();
+            let found = Found::find(&*host, &number, "migrate").expect("the domain");
+            let error = Found::find(&*host, &number, "save").expect_err("a second command");
+            let said = format!(
+                "in use by process {} (xsr migrate {number})",
+                std::process::id()
+            );
+            assert!(error.to_string().contains(&said), "{error}");
+            drop(found);
+            Found::find(&*host, &number, "save").expect("the domain");
+        }
+    }
+
+    #[test]
+    fn a_domain_without_a_name_is_not_sent_away() {
+        let mock = MockHost::ephemeral(&HostConfig::default()).expect("a machine");
+        let host = Hypervisor::from(mock);
+        let new = xsr_xen_backend::NewDomain::new(GuestKind::Pvh, 1, 16);
+        let number = host.create(&new).expect("a domain").0.to_string();
+        let found = Found::find(&*host, &number, "migrate").expect("the domain");
+        assert_eq!(found.name, format!("domain-{number}"));
+        let backend = Backend::Xen;
+        let error = found.must_have_name(&*host, &backend).expect_err("no name");
+        let said = format!("first `xl rename {number} NAME`");
+        assert!(error.to_string().contains(&said), "{error}");
+        host.give_name(found.domain, "web").expect("a name");
+        found.must_have_name(&*host, &backend).expect("it has one");
+    }
+
+    #[test]
+    fn the_nul_that_ends_a_configuration_of_libxl_is_not_part_of_it() {
+        let mock = MockHost::ephemeral(&HostConfig::default()).expect("a machine");
+        let new = xsr_xen_backend::NewDomain::new(GuestKind::Pvh, 1, 16);
+        let host = Hypervisor::from(mock);
+        let which = DomainRef {
+            domid: host.create(&new).expect("a domain"),
+            uuid: new.uuid,
+        };
+        assert_eq!(config(&*host, which).expect("read"), None);
+        host.set_configuration(which, b"{}\0").expect("kept");
+        assert_eq!(config(&*host, which).expect("read").as_deref(), Some("{}"));
+    }
 }

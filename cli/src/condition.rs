@@ -2,6 +2,7 @@
 //! after a failure.
 
 use nix::errno::Errno;
+use xsr_xen_backend::domain_store::{Blame, DomainRef, DomainStore, DomainStoreError};
 use xsr_xen_backend::{BackendError, Domain, DomainInfo, ShutdownReason};
 
 use crate::args::Backend;
@@ -26,6 +27,19 @@ impl Condition {
     /// Ask the hypervisor.
     pub(crate) fn of(domain: &dyn Domain) -> Self {
         Self::from_info(domain.info())
+    }
+
+    /// Ask the hypervisor, after the domain has been told from a later one with its number.
+    pub(crate) fn in_store(host: &dyn DomainStore, domain: DomainRef) -> Self {
+        match host.look_up(domain) {
+            Ok(info) => Self::from_info(Ok(info)),
+            Err(DomainStoreError::Backend(error)) => Self::from_info(Err(error)),
+            Err(error) if error.blame() == Blame::Domain => Self::Gone,
+            Err(error) => Self::Unknown(
+                BackendError::domain("getdomaininfo", domain.domid, Errno::EIO)
+                    .explained(error.to_string()),
+            ),
+        }
     }
 
     fn from_info(info: Result<DomainInfo, BackendError>) -> Self {

@@ -1,11 +1,13 @@
 //! What a mock guest does while a command works on it: kept with the domain, and run by
-//! the command, which stands in for the machine's processors.
+//! the command, which stands in for the machine's processors. The guests of a real Xen run by
+//! themselves.
 
 use anyhow::{Context as _, Result};
-use xsr_xen_backend::mock::{BackgroundWorkload, MockHost, WorkloadEnd, WorkloadSpec};
+use xsr_xen_backend::mock::{BackgroundWorkload, WorkloadEnd, WorkloadSpec};
 use xsr_xen_backend::{DomId, ShutdownReason};
 
 use crate::args::{MockEnd, WorkloadArgs};
+use crate::backend::Hypervisor;
 
 /// Under which name it is kept with the domain.
 pub(crate) const WORKLOAD: &str = "mock-workload";
@@ -42,21 +44,19 @@ pub(crate) fn at_rate(pages: u32) -> WorkloadSpec {
 
 /// Keep with a domain what it does; `None`: nothing, from now on. Tried first, so that
 /// what cannot be done is said now and not by the next save.
-pub(crate) fn store(host: &MockHost, domid: DomId, spec: Option<&WorkloadSpec>) -> Result<()> {
+pub(crate) fn store(host: &Hypervisor, domid: DomId, spec: Option<&WorkloadSpec>) -> Result<()> {
+    let Some(mock) = host.mock() else {
+        return Ok(());
+    };
     let octets = match spec {
         None => Vec::new(),
         Some(spec) => {
-            host.workload(domid, spec)
+            mock.workload(domid, spec)
                 .context("what the domain is to do")?;
             serde_json::to_vec(spec).context("making JSON")?
         }
     };
-    Ok(host.userdata_store(domid, WORKLOAD, &octets)?)
-}
-
-/// What a domain does.
-pub(crate) fn of(host: &MockHost, domid: DomId) -> Result<Option<WorkloadSpec>> {
-    read(host.userdata_get(domid, WORKLOAD)?)
+    Ok(mock.userdata_store(domid, WORKLOAD, &octets)?)
 }
 
 /// What is kept with a domain, as what it does.
@@ -67,13 +67,31 @@ pub(crate) fn read(kept: Option<Vec<u8>>) -> Result<Option<WorkloadSpec>> {
         .context("the workload kept with the domain")
 }
 
-/// Have the domain do it, for as long as the answer lives and the domain runs.
-pub(crate) fn start(host: &MockHost, domid: DomId) -> Result<Option<BackgroundWorkload>> {
-    let Some(spec) = of(host, domid)? else {
+/// Have the domain do what is kept with it, for as long as the answer lives and the domain
+/// runs. `None` if it does nothing, or runs by itself.
+pub(crate) fn start(host: &Hypervisor, domid: DomId) -> Result<Option<BackgroundWorkload>> {
+    let kept = match host.mock() {
+        Some(mock) => mock.userdata_get(domid, WORKLOAD)?,
+        None => None,
+    };
+    match read(kept)? {
+        Some(spec) => run(host, domid, &spec),
+        None => Ok(None),
+    }
+}
+
+/// Have the domain do this, for as long as the answer lives and the domain runs. `None` if it
+/// runs by itself.
+pub(crate) fn run(
+    host: &Hypervisor,
+    domid: DomId,
+    spec: &WorkloadSpec,
+) -> Result<Option<BackgroundWorkload>> {
+    let Some(mock) = host.mock() else {
         return Ok(None);
     };
-    let workload = host
-        .workload(domid, &spec)
+    let workload = mock
+        .workload(domid, spec)
         .context("starting the workload")?;
     Ok(Some(workload.run_in_background()))
 }

@@ -26,6 +26,14 @@ fn what_another_command_works_on_is_listed_shown_and_changed() {
     let args = ["remus", "-F", "-b", "-i", "1", &to, "web", "nobody"];
     let mut protecting = staged(dir.path(), args);
     assert!(protecting.hold("checkpoint", 2));
+    let refused = format!("in use by process {} (xsr remus -F -b", protecting.pid());
+    for second in [
+        ["save", &to, "web", arg(&dir.path().join("web.save"))],
+        ["migrate", &to, "web", "nobody"],
+        ["remus", &to, "web", "nobody"],
+    ] {
+        run(second).code(1).stderr_has(&refused);
+    }
     let list = mock(&["list"], &host).code(0);
     list.stdout_has("web").stdout_has("mail");
     let show = mock(&["show", "mail"], &host).code(0);

@@ -82,7 +82,7 @@ fn what_fails_leaves_the_guest_running_or_none() {
     assert!(!info.paused && info.shutdown.is_none(), "it runs on");
     run(save.iter().copied().chain(["no-such", arg(&image)]))
         .code(1)
-        .stderr_has("looking for no-such");
+        .stderr_has("there is no domain \"no-such\"");
     run(save.iter().copied().chain(["-c", &number, arg(&image)])).code(0);
     // An image that ends too early, at some places.
     let octets = fs::read(&image).unwrap();

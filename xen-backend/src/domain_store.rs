@@ -266,6 +266,15 @@ pub trait DomainStore: Host {
     /// [`DomainStoreError::Storage`].
     fn name(&self, domain: DomainRef) -> Result<Option<String>, DomainStoreError>;
 
+    /// Gives a new domain its first name. Until it is introduced, nothing but the name is known
+    /// of it.
+    ///
+    /// # Errors
+    ///
+    /// [`DomainStoreError::WrongName`] if the domain has a name already, and as
+    /// [`DomainStore::rename`].
+    fn give_name(&self, domain: DomainRef, name: &str) -> Result<(), DomainStoreError>;
+
     /// Renames the domain from `from` to `to`. The comparison with `from` and with the names
     /// of all other domains is one step with the change.
     ///
@@ -309,8 +318,17 @@ pub trait DomainStore: Host {
     /// are still kept then.
     fn set_emulators(&self, domain: DomainRef, bytes: &[u8]) -> Result<(), DomainStoreError>;
 
-    /// Makes a new domain known: gives it its name, and connects xenstore and its console
-    /// to its rings.
+    /// What the domain has that a save by this store's hypervisor alone does not save: its
+    /// devices, as libxl and the guest know them (`vbd/51712`), and vNUMA. The console is not
+    /// listed.
+    ///
+    /// # Errors
+    ///
+    /// [`DomainStoreError::Backend`] and [`DomainStoreError::Storage`].
+    fn devices(&self, domain: DomainRef) -> Result<Vec<String>, DomainStoreError>;
+
+    /// Makes a new domain known: gives it its name if it has not been given one, and connects xenstore and its console
+    /// to its rings. Its lock, and what has been kept with it before, stay.
     ///
     /// # Errors
     ///
@@ -323,9 +341,10 @@ pub trait DomainStore: Host {
         introduction: &Introduction<'_>,
     ) -> Result<(), DomainStoreError>;
 
-    /// Removes all that the store keeps with the domain. The domain itself stays, without a
-    /// name. For a domain that was introduced and cannot be used after all. The nodes of a
-    /// domain that libxl has connected to devices, its name among them, stay for libxl.
+    /// Removes everything that the store keeps with the domain, except the lock, which stays
+    /// with its holder. The domain itself stays, without a name. For a domain that was
+    /// introduced and cannot be used after all. The nodes of a domain that libxl has connected
+    /// to devices, its name among them, stay for libxl.
     ///
     /// # Errors
     ///
@@ -345,8 +364,8 @@ pub trait DomainStore: Host {
     fn destroy(&self, domain: DomainRef, timeout: Duration) -> Result<Destroyed, DomainStoreError>;
 
     /// Takes the lock of the domain for `command`, until the returned value is dropped.
-    /// A lock whose process has ended is free. It does not keep anybody from calling the
-    /// other methods: those who work on a domain for longer take it first.
+    /// A lock whose process has ended is free. The lock does not stop other callers from
+    /// calling the other methods: a command that works on a domain for longer takes it first.
     ///
     /// # Errors
     ///

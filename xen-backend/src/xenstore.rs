@@ -65,6 +65,9 @@ pub(crate) trait Nodes {
     /// Sets the value of a node, and makes it if there is none.
     fn write(&mut self, path: &str, value: &[u8]) -> Result<(), StoreError>;
 
+    /// The names of the nodes directly below `path`; none if there is no such node.
+    fn list(&mut self, path: &str) -> Result<Vec<String>, StoreError>;
+
     /// Removes a node and all below it; does nothing if there is none.
     fn remove(&mut self, path: &str) -> Result<(), StoreError>;
 }

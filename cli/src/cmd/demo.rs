@@ -12,11 +12,13 @@ use nix::sys::statvfs::statvfs;
 use tempfile::TempDir;
 use xsr_save_restore::SaveOptions;
 use xsr_save_restore::toolstack::DirectToolstack;
+use xsr_xen_backend::domain_store::DomainRef;
 use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
-use xsr_xen_backend::{DomId, GuestKind, Host};
+use xsr_xen_backend::{DomId, GuestKind};
 
 use super::{diff, mock, restore, save};
 use crate::args::ProgressArg;
+use crate::backend::{self, Hypervisor};
 use crate::exit::Code;
 use crate::file::Input;
 use crate::image::Reading;
@@ -85,7 +87,7 @@ pub(crate) fn run(terminal: &Terminal) -> Result<Code> {
     Left::directory(place.path()).until_the_end();
     let mut demo = Demo {
         one: host(&place.path().join("one"), 1)?,
-        other: host(&place.path().join("other"), 2)?,
+        other: host(&place.path().join("other"), 2)?.into(),
         dir: place.path(),
         terminal,
         watch,
@@ -181,7 +183,7 @@ fn host(dir: &Path, seed: u64) -> Result<MockHost> {
 /// The machines, and where the images go.
 struct Demo<'a> {
     one: MockHost,
-    other: MockHost,
+    other: Hypervisor,
     dir: &'a Path,
     terminal: &'a Terminal,
     watch: Watch,
@@ -235,7 +237,8 @@ impl Demo<'_> {
         let image = self.dir.join(format!("{name}.save"));
         let again = self.dir.join(format!("{name}.again.save"));
         let started = Instant::now();
-        let octets = self.save(&self.one.clone(), domid, &image)?;
+        let one = Hypervisor::from(self.one.clone());
+        let octets = self.save(&one, domid, &image)?;
         let save = started.elapsed();
 
         let started = Instant::now();
@@ -267,8 +270,9 @@ impl Demo<'_> {
     }
 
     /// Save a domain, which is gone afterwards; how many octets of pages it had.
-    fn save(&mut self, host: &MockHost, domid: DomId, to: &Path) -> Result<u64> {
+    fn save(&mut self, host: &Hypervisor, domid: DomId, to: &Path) -> Result<u64> {
         let domain = host.domain(domid)?;
+        let which = DomainRef::from(&domain.info()?);
         let output = Output::open(&Plan {
             path: to,
             inputs: &[],
@@ -277,9 +281,10 @@ impl Demo<'_> {
         })?;
         let mut toolstack = DirectToolstack(&*domain);
         let job = save::Job {
-            host,
-            domid,
+            host: &**host,
+            which,
             domain: &*domain,
+            form: save::Form::Xl,
             options: SaveOptions::default(),
         };
         self.watch.now("saving");
@@ -288,7 +293,7 @@ impl Demo<'_> {
         output.finish()?;
         let octets = written.saved.stats().pages * 4096;
         written.saved.keep_suspended();
-        domain.destroy()?;
+        backend::destroy(&**host, which, "the domain")?;
         Ok(octets)
     }
 

@@ -18,12 +18,12 @@ use xsr_save_restore::migrate::ownership::plain::{self, SenderAction, SenderEnd,
 use xsr_save_restore::pace::Pace;
 use xsr_save_restore::toolstack::{DirectToolstack, SaveToolstack, ToolstackError};
 use xsr_save_restore::{SaveError, SaveOptions};
-use xsr_xen_backend::mock::MockHost;
-use xsr_xen_backend::{DomId, Domain, Errno, Host};
+use xsr_xen_backend::domain_store::{DomainRef, DomainStore, DomainStoreError};
+use xsr_xen_backend::{DomId, Domain};
 
 use crate::args::{Backend, MigrateArgs};
-use crate::backend;
-use crate::cmd::save::{Job, LiveSave, MemoryReport, Written, name_of, target_policy};
+use crate::backend::{self, Found, Hypervisor, name_of};
+use crate::cmd::save::{Form, Job, LiveSave, MemoryReport, Written, target_policy};
 use crate::condition::Condition;
 use crate::exit::{self, BadUsage, Code, Migration};
 use crate::handshake::{self, Message, Patience};
@@ -83,23 +83,24 @@ fn refuse(args: &MigrateArgs) -> Result<()> {
 fn migrate(args: &MigrateArgs, terminal: &Terminal, watch: &mut Watch) -> Result<Code> {
     let started = Instant::now();
     Left::work().until_the_end();
-    let host = backend::open(&args.backend.backend)?;
-    let domid = host.find(&args.domain)?;
+    let host = Hypervisor::open(&args.backend.backend)?;
+    let found = Found::find(&*host, &args.domain, "migrate")?;
+    found.must_have_name(&*host, &args.backend.backend)?;
     let sender = Sender {
         args,
-        host: &host,
-        domid,
-        domain: &*host.domain(domid)?,
-        name: &name_of(&host, domid),
+        host: &*host,
+        which: found.domain,
+        domain: &*host.open(found.domain)?,
+        name: &found.name,
     };
     let to = Some(left::guest::Sent {
         host: args.host.clone(),
         protected: false,
     });
-    left::guest::leaving(&host, domid, sender.name, &args.backend.backend, to);
+    left::guest::leaving(&host, found.domain, sender.name, to);
     let migrating = || format!("migrating {}", sender.name);
     can_suspend(sender.domain, sender.name, &args.backend.backend).with_context(migrating)?;
-    let working = workload::start(&host, domid)?;
+    let working = workload::start(&host, found.domain.domid)?;
     let options = [
         (args.connection.no_wait, "-e"),
         (args.debug, "-d"),
@@ -137,7 +138,7 @@ fn migrate(args: &MigrateArgs, terminal: &Terminal, watch: &mut Watch) -> Result
     if args.json {
         let document = Report {
             name: sender.name,
-            domid,
+            domid: found.domain.domid,
             domain: "migrated",
             host: &args.host,
             memory,
@@ -206,8 +207,8 @@ impl SaveToolstack for Paced<'_> {
 /// One migration, at this end.
 struct Sender<'a> {
     args: &'a MigrateArgs,
-    host: &'a MockHost,
-    domid: DomId,
+    host: &'a dyn DomainStore,
+    which: DomainRef,
     domain: &'a dyn Domain,
     name: &'a str,
 }
@@ -271,15 +272,21 @@ impl Sender<'_> {
         format!("{}{AWAY}", self.name)
     }
 
-    /// The domain is here, and runs on under its name.
+    /// The domain is here, and runs on under its name; if it cannot have its name back, it runs
+    /// on under the other.
     fn take_back(&self) -> Result<()> {
-        self.host
-            .rename(self.domid, self.name)
-            .context("giving the domain its name back")?;
-        match Condition::of(self.domain) {
+        let renamed = self.host.rename(self.which, &self.away(), self.name);
+        let resumed = match Condition::of(self.domain) {
+            Condition::Gone => return Ok(()),
             // It is left as it is, and what it is is said.
-            Condition::Down(_) | Condition::Gone => Ok(()),
-            _ => Ok(DirectToolstack(self.domain).resume()?),
+            Condition::Down(_) => Ok(()),
+            _ => DirectToolstack(self.domain).resume(),
+        };
+        let renamed = renamed.context("giving the domain its name back");
+        match (renamed, resumed) {
+            (Ok(()), resumed) => Ok(resumed?),
+            (renamed, Ok(())) => renamed,
+            (Err(name), Err(error)) => Err(Error::new(error).context(exit::words(name.chain()))),
         }
     }
 
@@ -296,11 +303,11 @@ impl Sender<'_> {
         let begin = format!("migrating {name} to {host}: {cause}{ended}");
         let words = match failure {
             Failure::Here(_) => {
-                let now = name_of(self.host, self.domid);
+                let now = name_of(self.host, self.which);
                 // A domain that is gone has no name any more.
                 let now = match Condition::of(self.domain) {
                     Condition::Gone => Condition::Gone.after_failure(name, backend),
-                    condition => condition.after_failure(&now, backend),
+                    condition => condition.after_failure(now.as_deref().unwrap_or(name), backend),
                 };
                 format!("{begin}; {now}")
             }
@@ -385,7 +392,7 @@ impl Course<'_, '_, '_> {
                 }
                 sender
                     .host
-                    .rename(sender.domid, &sender.away())
+                    .rename(sender.which, sender.name, &sender.away())
                     .context("renaming the domain before the other end is told to run it")?;
                 // From here on nothing resumes it but what the other end says.
                 if let Some(written) = self.written.take() {
@@ -419,11 +426,13 @@ impl Course<'_, '_, '_> {
                 let why = "the other end could not run it, and has destroyed its copy";
                 self.causes.push(anyhow!("{why} (status {})", self.status));
             }
-            SenderAction::Destroy => match sender.domain.destroy() {
-                // Another command has destroyed it, which is what was to be done.
-                Err(error) if error.errno == Errno::ESRCH => {}
-                destroyed => destroyed?,
-            },
+            SenderAction::Destroy => {
+                match backend::destroy(sender.host, sender.which, sender.name) {
+                    // Another command has destroyed it, which is what was to be done.
+                    Err(DomainStoreError::Gone { .. } | DomainStoreError::Replaced { .. }) => {}
+                    destroyed => destroyed?,
+                }
+            }
             SenderAction::TakeBack => {
                 // That resumes it, if it is suspended.
                 drop(self.written.take());
@@ -448,8 +457,9 @@ impl Course<'_, '_, '_> {
         let sender = self.sender;
         let job = Job {
             host: sender.host,
-            domid: sender.domid,
+            which: sender.which,
             domain: sender.domain,
+            form: Form::Xl,
             options: SaveOptions {
                 threads: sender.args.threads.threads,
             },

@@ -16,10 +16,9 @@ use xsr_save_restore::migrate::ownership::plain::{
 };
 use xsr_save_restore::pace::ReadLimit;
 use xsr_xen_backend::DomId;
-use xsr_xen_backend::mock::MockHost;
 
 use crate::args::ReceiveArgs;
-use crate::backend;
+use crate::backend::Hypervisor;
 use crate::cmd::restore::{About, Image, Made, Named, of_old_sender, superpages};
 use crate::exit::{self, Code, Migration};
 use crate::file::Input;
@@ -77,7 +76,7 @@ fn receive(args: &ReceiveArgs, terminal: &Terminal, watch: &mut Watch) -> Result
     // The sender hears how it ends, and a socket goes.
     Left::work().until_the_end();
     // Before anybody is let send a domain that there is no host for.
-    let host = backend::open_or_create(&args.backend.backend)?;
+    let host = Hypervisor::open_or_create(&args.backend.backend)?;
     let mut link = match &args.listen {
         None => Link::stdio()?,
         Some(endpoint) => {
@@ -129,7 +128,7 @@ fn receive(args: &ReceiveArgs, terminal: &Terminal, watch: &mut Watch) -> Result
 /// One migration, at this end.
 struct Receiver<'a> {
     args: &'a ReceiveArgs,
-    host: &'a MockHost,
+    host: &'a Hypervisor,
     terminal: &'a Terminal,
     to: &'a std::fs::File,
 }
@@ -216,7 +215,7 @@ impl Course<'_> {
     }
 
     fn attempt(&mut self, action: ReceiverAction) -> Result<()> {
-        let Receiver { args, host, to, .. } = *self.receiver;
+        let Receiver { args, to, .. } = *self.receiver;
         let limit = self.receiver.answer();
         match action {
             ReceiverAction::SayBanner => {
@@ -242,11 +241,7 @@ impl Course<'_> {
                 );
                 self.watch.step("go");
             }
-            ReceiverAction::RenameIn => {
-                let made = self.made()?;
-                host.rename(made.domid(), made.name())
-                    .context("giving the domain its name")?;
-            }
+            ReceiverAction::RenameIn => self.made()?.rename_in()?,
             ReceiverAction::Run => {
                 if !args.paused {
                     self.made()?.unpause()?;

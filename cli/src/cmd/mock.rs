@@ -4,16 +4,17 @@ use std::io::Write;
 
 use anyhow::{Context as _, Error, Result, bail};
 use xsr_format::frame::PAGE_SIZE;
+use xsr_xen_backend::domain_store::DomainRef;
 use xsr_xen_backend::mock::{
     DomainReport, DomainState, DomainSummary, GuestSpec, MockError, MockHost, Reached, WorkloadSpec,
 };
 use xsr_xen_backend::{DomId, GuestKind, Host};
 
 use crate::args::{
-    Backend, MockCommand, MockCreateArgs, MockDomainArgs, MockKind, MockListArgs, MockRenameArgs,
+    MockCommand, MockCreateArgs, MockDomainArgs, MockKind, MockListArgs, MockRenameArgs,
     MockShowArgs, MockWorkloadArgs,
 };
-use crate::backend;
+use crate::backend::{self, Hypervisor};
 use crate::config;
 use crate::exit::{BadUsage, Code};
 use crate::interrupt::Interrupt;
@@ -60,14 +61,15 @@ fn create(args: &MockCreateArgs, terminal: &Terminal) -> Result<()> {
     // A signal is heard where the guest is being filled. What is half made is destroyed.
     let interrupt = Interrupt::of_process()?;
     let working = Left::work();
-    let host = backend::open_or_create(&Backend::Mock(args.host.host.clone()))?;
+    let mock = backend::mock_machine(&args.host.host)?;
+    let host = Hypervisor::from(mock.clone());
     left::guest::making(&host, &args.name).until_the_end();
     drop(working);
     let cancel = interrupt.cancel().clone();
-    host.stop_making_when(move || cancel.is_cancelled());
+    mock.stop_making_when(move || cancel.is_cancelled());
     let interrupted = || Error::msg(format!("making {}: interrupted", args.name));
     let domid =
-        create_guest(&host, &spec).map_err(|error| match interrupt.cancel().is_cancelled() {
+        create_guest(&mock, &spec).map_err(|error| match interrupt.cancel().is_cancelled() {
             true => interrupted(),
             false => error,
         })?;
@@ -91,12 +93,20 @@ fn create(args: &MockCreateArgs, terminal: &Terminal) -> Result<()> {
 /// Make a guest with a configuration as xl would have it.
 pub(crate) fn create_guest(host: &MockHost, spec: &GuestSpec) -> Result<DomId> {
     let name = &spec.name;
-    let domid = host
-        .create_guest(spec)
-        .with_context(|| format!("making {name}"))?;
     let uuid = config::uuid(name, spec.seed);
     let json = config::make(name, &uuid, spec.kind, spec.vcpus, spec.memory_mib << 10);
-    let kept = backend::store_config(host, domid, &json);
+    let spec = GuestSpec {
+        uuid: uuid.parse().context("making a UUID")?,
+        ..spec.clone()
+    };
+    let domid = host
+        .create_guest(&spec)
+        .with_context(|| format!("making {name}"))?;
+    let domain = DomainRef {
+        domid,
+        uuid: spec.uuid,
+    };
+    let kept = backend::store_config(host, domain, &json);
     if kept.is_err() {
         host.domain(domid)?.destroy()?;
     }
@@ -205,8 +215,9 @@ fn print(
 }
 
 fn set_workload(args: &MockWorkloadArgs) -> Result<()> {
-    let host = MockHost::open(&args.host.host)?;
-    let domid = host.find(&args.domain)?;
+    let mock = MockHost::open(&args.host.host)?;
+    let domid = mock.find(&args.domain)?;
+    let host = Hypervisor::from(mock);
     // What it is made from need not be said: the domain itself was made from a seed.
     let spec = workload::spec(&args.workload, u64::from(domid.0));
     workload::store(&host, domid, spec.as_ref())

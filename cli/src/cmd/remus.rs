@@ -23,8 +23,8 @@ use xsr_save_restore::save::precopy::XenPolicy;
 use xsr_save_restore::save::{BUFFER_OCTETS, CheckpointedStats, Checkpoints, save_checkpointed};
 use xsr_save_restore::toolstack::DirectToolstack;
 use xsr_save_restore::{SaveError, SaveOptions, save_colo};
-use xsr_xen_backend::mock::MockHost;
-use xsr_xen_backend::{DomId, Domain, Host};
+use xsr_xen_backend::Domain;
+use xsr_xen_backend::domain_store::{DomainRef, DomainStore};
 
 use self::colo::Ear;
 use self::fate::{End, Fate, Here};
@@ -32,9 +32,9 @@ use self::report::Teller;
 use self::stream::Stream;
 use self::toolstack::{Complete, DeviceModel, Protector, Stop};
 use crate::args::{OnLoss, RemusArgs};
-use crate::backend;
+use crate::backend::{self, Found, Hypervisor};
 use crate::cmd::migrate::can_suspend;
-use crate::cmd::save::{Job, name_of};
+use crate::cmd::save::{Form, Job};
 use crate::colo::Hearing;
 use crate::exit::{BadUsage, Code};
 use crate::handshake::{self, Message, Outcome, Patience};
@@ -117,20 +117,22 @@ fn receiver_options(args: &RemusArgs) -> Vec<&str> {
 
 fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<Code> {
     Left::work().until_the_end();
-    let host = backend::open(&args.backend.backend)?;
-    let domid = host.find(&args.domain)?;
+    let host = Hypervisor::open(&args.backend.backend)?;
+    let found = Found::find(&*host, &args.domain, "remus")?;
+    found.must_have_name(&*host, &args.backend.backend)?;
+    let domid = found.domain.domid;
     let primary = Primary {
         args,
-        host: &host,
-        domid,
-        domain: &*host.domain(domid)?,
-        name: &name_of(&host, domid),
+        host: &*host,
+        which: found.domain,
+        domain: &*host.open(found.domain)?,
+        name: &found.name,
     };
     let to = (!args.blackhole).then(|| left::guest::Sent {
         host: args.host.clone(),
         protected: true,
     });
-    left::guest::leaving(&host, domid, primary.name, &args.backend.backend, to);
+    left::guest::leaving(&host, found.domain, primary.name, to);
     can_suspend(primary.domain, primary.name, &args.backend.backend)
         .with_context(|| format!("protecting {}", primary.name))?;
     let _working = workload::start(&host, domid)?;
@@ -258,8 +260,8 @@ struct Protected {
 /// The domain that is protected.
 struct Primary<'a> {
     args: &'a RemusArgs,
-    host: &'a MockHost,
-    domid: DomId,
+    host: &'a dyn DomainStore,
+    which: DomainRef,
     domain: &'a dyn Domain,
     name: &'a str,
 }
@@ -280,8 +282,9 @@ impl Primary<'_> {
         let stream = Stream::new(to, &interrupt, self.answer())?;
         let job = Job {
             host: self.host,
-            domid: self.domid,
+            which: self.which,
             domain: self.domain,
+            form: Form::Xl,
             options: SaveOptions {
                 threads: self.args.threads.threads,
             },
@@ -303,7 +306,7 @@ impl Primary<'_> {
             stream: &stream,
             emulators: DeviceModel::of(
                 self.domain.info()?.kind,
-                backend::emulators(self.host, self.domid)?,
+                backend::emulators(self.host, self.which)?,
             ),
             from: link.map(|link| &link.from),
             interrupt: interrupt.clone(),

@@ -27,7 +27,6 @@ use xsr_save_restore::progress::Cancel;
 use xsr_save_restore::restore::RestoreStats;
 use xsr_save_restore::toolstack::DirectToolstack;
 use xsr_xen_backend::DomId;
-use xsr_xen_backend::mock::MockHost;
 
 pub(crate) use self::made::{About, Made};
 use self::plan::Plan;
@@ -36,7 +35,7 @@ use self::source::ImageSource;
 pub(crate) use self::source::of_old_sender;
 use self::survey::Survey;
 use crate::args::RestoreArgs;
-use crate::backend;
+use crate::backend::{self, Hypervisor};
 use crate::exit::{BadImage, Code};
 use crate::file::Input;
 use crate::origin;
@@ -72,21 +71,32 @@ pub(crate) fn run(args: &RestoreArgs, terminal: &Terminal) -> Result<Code> {
 }
 
 fn restore(args: &RestoreArgs, terminal: &Terminal, watch: &mut Watch) -> Result<Code> {
-    if args.direct {
-        return direct::restore(args, terminal, watch);
-    }
     let started = Instant::now();
+    let backend = &args.backend.backend;
     let input = Input::open(&args.file, args.lenient)?;
-    backend::check(&args.backend.backend)?;
+    let direct = match args.direct {
+        true => Some(Hypervisor::direct(backend)?),
+        false => {
+            backend::check(backend)?;
+            None
+        }
+    };
     watch.expect_octets(input.length);
     let restoring = || format!("restoring {}", input.name);
     // The image first: one that cannot be restored makes no host.
     let cancel = watch.interrupt().cancel().clone();
     let overrides = Overrides::of(args)?;
-    let image = Image::open(&input, args.lenient, &overrides, cancel)
+    let mut image = Image::open(&input, args.lenient, &overrides, cancel)
         .map_err(|error| input.blame(error))
         .with_context(restoring)?;
-    let host = backend::open_or_create(&args.backend.backend)?;
+    let host = match direct {
+        Some(host) => {
+            let checked = direct::check(&mut image.plan);
+            checked.with_context(restoring)?;
+            host
+        }
+        None => Hypervisor::open_or_create(backend)?,
+    };
     let new_uuid = image.new_uuid();
     let made = image
         .build(&host, Named::AsItSays, args.threads.threads, watch)
@@ -293,7 +303,7 @@ impl<'a> Image<'a> {
     /// Make the domain and fill it. It is paused then.
     pub(crate) fn build(
         self,
-        host: &MockHost,
+        host: &Hypervisor,
         named: Named,
         threads: Option<NonZeroUsize>,
         watch: &mut Watch,
@@ -317,7 +327,6 @@ impl<'a> Image<'a> {
             &options,
             &mut |progress| watch.progress(progress),
         )?;
-        made.about.stats = restored.stats;
         let offset = source.offset();
         let mut walk = self.around.resume(source, offset);
         while let Some(step) = walk.next_step()? {
@@ -328,7 +337,8 @@ impl<'a> Image<'a> {
                 emulators.push(record);
             }
         }
-        backend::store_emulators(host, made.about.domid, &emulators)?;
+        backend::store_emulators(made.store(), made.which(), &emulators)?;
+        made.connect(&restored)?;
         Ok(made)
     }
 }

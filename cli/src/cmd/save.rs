@@ -22,12 +22,12 @@ use xsr_save_restore::progress::OnProgress;
 use xsr_save_restore::save::precopy::{OnTimeout, PrecopyPolicy, TargetPolicy, XenPolicy};
 use xsr_save_restore::toolstack::{DirectToolstack, SaveToolstack};
 use xsr_save_restore::{Live, SaveError, SaveOptions, Saved};
-use xsr_xen_backend::mock::MockHost;
-use xsr_xen_backend::{DomId, Domain, DomainInfo, Host};
+use xsr_xen_backend::domain_store::{DomainRef, DomainStore};
+use xsr_xen_backend::{DomId, Domain, DomainInfo};
 
 use self::sink::ImageSink;
 use crate::args::{OnTimeoutArg, SaveArgs, TargetArgs};
-use crate::backend::{self, LIBXL_HEADER};
+use crate::backend::{self, Found, Hypervisor, LIBXL_HEADER, name_of};
 use crate::cmd::migrate::can_suspend;
 use crate::condition::Condition;
 use crate::config;
@@ -112,26 +112,37 @@ fn save(
     terminal: &Terminal,
     watch: &mut Watch,
 ) -> Result<Code> {
-    if args.direct {
-        return direct::save(args, live, terminal, watch);
-    }
     let started = Instant::now();
-    let host = backend::open(&args.backend.backend)?;
-    let domid = host.find(&args.domain)?;
-    let name = name_of(&host, domid);
-    let domain = host.domain(domid)?;
-    can_suspend(&*domain, &name, &args.backend.backend)
+    let backend = &args.backend.backend;
+    let host = match args.direct {
+        true => Hypervisor::direct(backend)?,
+        false => Hypervisor::open(backend)?,
+    };
+    let Found {
+        domain: which,
+        name,
+        lock: _lock,
+    } = Found::find(&*host, &args.domain, "save")?;
+    let domain = host.open(which)?;
+    if args.direct {
+        direct::refuse(args, &*host, which, &name)?;
+    }
+    can_suspend(&*domain, &name, backend)
         .with_context(|| format!("saving {}", shown_name(&name)))?;
     let output = output(args, &*domain)?;
     let after = aftermath(&name, &*domain, &output);
     // From here on a signal breaks off in good order.
-    left::guest::leaving(&host, domid, &name, &args.backend.backend, None);
-    let _working = workload::start(&host, domid)?;
+    left::guest::leaving(&host, which, &name, None);
+    let _working = workload::start(&host, which.domid)?;
     let mut toolstack = DirectToolstack(&*domain);
     let job = Job {
-        host: &host,
-        domid,
+        host: &*host,
+        which,
         domain: &*domain,
+        form: match args.direct {
+            true => Form::Bare,
+            false => Form::Xl,
+        },
         options: SaveOptions {
             threads: args.threads.threads,
         },
@@ -164,7 +175,8 @@ fn save(
         terminal,
         started,
         name: &name,
-        domid,
+        host: &*host,
+        which,
         domain: &*domain,
     };
     ending.conclude(written, watch)?;
@@ -220,7 +232,8 @@ struct Ending<'a> {
     terminal: &'a Terminal,
     started: Instant,
     name: &'a str,
-    domid: DomId,
+    host: &'a dyn DomainStore,
+    which: DomainRef,
     domain: &'a dyn Domain,
 }
 
@@ -232,7 +245,8 @@ impl Ending<'_> {
             terminal,
             started,
             name,
-            domid,
+            host,
+            which,
             domain,
         } = *self;
         let memory = MemoryReport::of(&written);
@@ -250,8 +264,7 @@ impl Ending<'_> {
             }
             (false, false) => {
                 written.saved.keep_suspended();
-                domain
-                    .destroy()
+                backend::destroy(host, which, name)
                     .with_context(|| format!("the image is complete, but {name} is still there"))?;
                 "destroyed"
             }
@@ -272,7 +285,7 @@ impl Ending<'_> {
             let done = format!("{} saved to {file}; the domain is {fate}", shown_name(name));
             let document = Report {
                 name,
-                domid,
+                domid: which.domid,
                 domain: fate,
                 file: args.file.display().to_string(),
                 memory,
@@ -308,12 +321,22 @@ pub(crate) struct LiveSave {
     pub(crate) verify: bool,
 }
 
+/// What is written around the libxc stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// What xl writes: its header with the configuration, the libxl stream.
+    Xl,
+    /// Nothing.
+    Bare,
+}
+
 /// What to save.
 #[derive(Clone, Copy)]
 pub(crate) struct Job<'a> {
-    pub(crate) host: &'a MockHost,
-    pub(crate) domid: DomId,
+    pub(crate) host: &'a dyn DomainStore,
+    pub(crate) which: DomainRef,
     pub(crate) domain: &'a dyn Domain,
+    pub(crate) form: Form,
     pub(crate) options: SaveOptions,
 }
 
@@ -330,9 +353,9 @@ impl Job<'_> {
     /// Write what stands before the libxc stream: xl's header with the configuration, and
     /// the beginning of the libxl stream.
     pub(crate) fn begin<S: Write>(&self, mut sink: S) -> Result<LibxlWriter<S>> {
-        let json = match backend::config(self.host, self.domid)? {
+        let json = match backend::config(self.host, self.which)? {
             Some(json) => json,
-            None => made_up_config(self.host, self.domid, self.domain)?,
+            None => self.made_up_config()?,
         };
         XlHeader::new(&json)?.write(&mut sink)?;
         let mut libxl = LibxlWriter::new(sink, LIBXL_HEADER)?;
@@ -340,9 +363,8 @@ impl Job<'_> {
         Ok(libxl)
     }
 
-    /// Write what xl writes: its header with the configuration, the libxl stream, the
-    /// libxc stream inside, the emulators' records. The domain is suspended
-    /// afterwards, and runs on when the answer is dropped. A peer that reads it keeps `pace`.
+    /// Write the image. The domain is suspended afterwards, and runs on when the answer is
+    /// dropped. A peer that reads it keeps `pace`.
     pub(crate) fn write<'t>(
         &self,
         toolstack: &'t mut dyn SaveToolstack,
@@ -351,17 +373,38 @@ impl Job<'_> {
         pace: Option<&Arc<Pace>>,
         watch: &mut Watch,
     ) -> Result<Written<'t>> {
-        let emulators = backend::emulators(self.host, self.domid)?;
         let cancel = watch.interrupt().cancel().clone();
-        let sink = match pace {
+        let mut sink = match pace {
             None => ImageSink::new(file, cancel)?,
             Some(pace) => ImageSink::paced(file, cancel, Arc::clone(pace))?,
         };
+        if self.form == Form::Bare {
+            let saved = self.run(toolstack, &mut sink, live, watch)?;
+            let octets = sink.octets();
+            return Ok(Written { saved, octets });
+        }
+        let emulators = backend::emulators(self.host, self.which)?;
         let mut libxl = self.begin(sink)?;
+        let saved = self.run(toolstack, libxl.sink_mut(), live, watch)?;
+        for record in &emulators {
+            libxl.write(record)?;
+        }
+        libxl.write(&LibxlRecord::End)?;
+        let octets = libxl.into_sink().octets();
+        Ok(Written { saved, octets })
+    }
+
+    /// Write the libxc stream.
+    fn run<'t>(
+        &self,
+        toolstack: &'t mut dyn SaveToolstack,
+        sink: &mut ImageSink<'_>,
+        live: Option<LiveSave>,
+        watch: &mut Watch,
+    ) -> Result<Saved<'t>> {
         let (domain, xen, options) = (self.domain, self.host.xen_version()?, &self.options);
         let progress: &mut OnProgress<'_> = &mut |progress| watch.progress(progress);
-        let sink = libxl.sink_mut();
-        let saved = match live {
+        Ok(match live {
             None => xsr_save_restore::save(domain, xen, toolstack, sink, options, progress)?,
             Some(mut live) => {
                 let live = Live {
@@ -370,34 +413,18 @@ impl Job<'_> {
                 };
                 xsr_save_restore::save_live(domain, xen, toolstack, sink, options, live, progress)?
             }
-        };
-        for record in &emulators {
-            libxl.write(record)?;
-        }
-        libxl.write(&LibxlRecord::End)?;
-        let octets = libxl.into_sink().octets();
-        Ok(Written { saved, octets })
+        })
     }
-}
 
-/// A configuration for a domain that has none.
-fn made_up_config(host: &MockHost, domid: DomId, domain: &dyn Domain) -> Result<String> {
-    let info = domain.info()?;
-    let name = name_of(host, domid);
-    let vcpus = info.max_vcpu_id + 1;
-    let kib = info.tot_pages * 4;
-    Ok(config::make(
-        &name,
-        &config::uuid(&name, 0),
-        info.kind,
-        vcpus,
-        kib,
-    ))
-}
-
-/// The name of a domain.
-pub(crate) fn name_of(host: &MockHost, domid: DomId) -> String {
-    let domains = host.list();
-    let found = domains.into_iter().find(|domain| domain.domid == domid);
-    found.map_or_else(|| domid.to_string(), |domain| domain.name)
+    /// A configuration for a domain that has none.
+    fn made_up_config(&self) -> Result<String> {
+        let info = self.domain.info()?;
+        let name = name_of(self.host, self.which)?;
+        let uuid = match info.uuid.is_nil() {
+            true => config::uuid(&name, 0),
+            false => info.uuid.to_string(),
+        };
+        let (vcpus, kib) = (info.max_vcpu_id + 1, info.tot_pages * 4);
+        Ok(config::make(&name, &uuid, info.kind, vcpus, kib))
+    }
 }

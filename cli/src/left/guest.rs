@@ -3,29 +3,38 @@
 
 use std::sync::{Arc, OnceLock};
 
-use xsr_xen_backend::mock::{DomainState, DomainSummary, MockHost};
-use xsr_xen_backend::{DomId, Domain, ShutdownReason};
+use xsr_xen_backend::DomId;
+use xsr_xen_backend::domain_store::{DomainRef, DomainStore};
 
 use super::{Left, State};
 use crate::args::Backend;
-use crate::backend::domain_command;
+use crate::backend::{Hypervisor, domain_command, name_of};
 use crate::cmd::migrate::AWAY;
+use crate::condition::Condition;
 
-/// A domain of a mock machine that is saved, or sent to `to`. Until the command is over.
-pub(crate) fn leaving(
-    host: &MockHost,
-    domid: DomId,
-    name: &str,
-    backend: &Backend,
-    to: Option<Sent>,
-) {
-    let (host, name, backend) = (host.clone(), name.to_owned(), backend.clone());
+/// A domain that is saved, or sent to `to`. Until the command is over.
+pub(crate) fn leaving(host: &Hypervisor, domain: DomainRef, name: &str, to: Option<Sent>) {
+    let (host, name) = (host.clone(), name.to_owned());
     let describe = move || {
-        let domains = host.list();
-        let now = domains.iter().find(|domain| domain.domid == domid);
-        Some(left(now, &name, &backend, to.as_ref()))
+        let now = Now::of(&*host, domain, &name);
+        Some(left(&now, &name, host.backend(), to.as_ref()))
     };
     Left::guest(describe).until_the_end();
+}
+
+/// What a domain does at this moment, and its name.
+struct Now {
+    condition: Condition,
+    called: String,
+}
+
+impl Now {
+    fn of(host: &dyn DomainStore, domain: DomainRef, name: &str) -> Self {
+        Self {
+            condition: Condition::in_store(host, domain),
+            called: name_of(host, domain).unwrap_or_else(|_| name.to_owned()),
+        }
+    }
 }
 
 /// Where a domain is being sent.
@@ -37,22 +46,34 @@ pub(crate) struct Sent {
     pub(crate) protected: bool,
 }
 
-fn left(now: Option<&DomainSummary>, name: &str, backend: &Backend, to: Option<&Sent>) -> State {
-    let Some(now) = now else {
-        return State::plain(format!("{name} is gone here"));
-    };
+fn left(now: &Now, name: &str, backend: &Backend, to: Option<&Sent>) -> State {
     let command = |verb: &str, rest: &str| domain_command(backend, verb, rest);
-    let called = &now.name;
-    let how = match now.state {
-        DomainState::Running => "runs",
-        DomainState::Paused => "is paused",
-        DomainState::Suspended => "is suspended",
-        DomainState::Shutdown => "has shut down",
-    };
-    let resume = match now.state {
-        DomainState::Suspended => format!(": `{}`", command("resume", name)),
-        DomainState::Paused => format!(": `{}`", command("unpause", name)),
-        DomainState::Running | DomainState::Shutdown => String::new(),
+    let called = &now.called;
+    let (how, then) = match &now.condition {
+        Condition::Gone => return State::plain(format!("{name} is gone here")),
+        Condition::Unknown(error) => (
+            format!("is in a state here that could not be found out ({error})"),
+            String::new(),
+        ),
+        Condition::Runs => ("runs here".to_owned(), String::new()),
+        Condition::Paused => (
+            "is paused here".to_owned(),
+            format!(": `{}`", command("unpause", name)),
+        ),
+        Condition::Suspended => (
+            "is suspended here".to_owned(),
+            match backend {
+                Backend::Mock(_) | Backend::MockXen(_) => {
+                    format!(": `{}`", command("resume", name))
+                }
+                // xl does not resume a domain that it has not suspended.
+                Backend::Auto | Backend::Xen => format!(
+                    "; restore it from an image, or `{}` and start it anew",
+                    command("destroy", called)
+                ),
+            },
+        ),
+        Condition::Down(_) => ("has shut down here".to_owned(), String::new()),
     };
     match to {
         Some(Sent {
@@ -60,7 +81,7 @@ fn left(now: Option<&DomainSummary>, name: &str, backend: &Backend, to: Option<&
             protected: false,
         }) if called.ends_with(AWAY) => State {
             words: format!(
-                "{name} {how} here, as {called}; {host} had been told to run it, and may: look \
+                "{name} {how}, as {called}; {host} had been told to run it, and may: look \
                  there, once its migrate-receive has ended. If {name} is there, `{}`. If not, \
                  `{}` && `{}`",
                 command("destroy", called),
@@ -74,88 +95,60 @@ fn left(now: Option<&DomainSummary>, name: &str, backend: &Backend, to: Option<&
             protected: true,
         }) => State {
             words: format!(
-                "{called} {how} here, unprotected{resume}; {host} runs it too if it has had a \
+                "{called} {how}, unprotected{then}; {host} runs it too if it has had a \
                  checkpoint: it must never run at both ends, so destroy one"
             ),
             undecided: true,
         },
-        Some(Sent { host, .. }) => State::plain(format!(
-            "{called} {how} here{resume}; it does not run on {host}"
-        )),
-        None => State::plain(format!("{called} {how} here{resume}")),
+        Some(Sent { host, .. }) => {
+            State::plain(format!("{called} {how}{then}; it does not run on {host}"))
+        }
+        None => State::plain(format!("{called} {how}{then}")),
     }
 }
 
-/// A domain of a mock machine that is about to be made for `name`. Tell the second value its
-/// number once it has one; drop the first when the domain is destroyed.
-pub(crate) fn arriving(host: &MockHost, name: &str) -> (Left, Arc<OnceLock<DomId>>) {
-    let number = Arc::new(OnceLock::new());
-    let (made, host, name) = (Arc::clone(&number), host.clone(), name.to_owned());
+/// A domain that is about to be made for `name`. Set the second value once there is a domain;
+/// drop the first when it is destroyed.
+pub(crate) fn arriving(host: &Hypervisor, name: &str) -> (Left, Arc<OnceLock<DomainRef>>) {
+    let domain = Arc::new(OnceLock::new());
+    let (made, host, name) = (Arc::clone(&domain), host.clone(), name.to_owned());
     let left = Left::guest(move || {
-        let domid = *made.get()?;
-        let domains = host.list();
-        let now = domains.iter().find(|domain| domain.domid == domid)?;
-        let called = &now.name;
-        let dir = host.directory();
-        let dir = dir.map_or_else(|| "memory".into(), |dir| dir.display().to_string());
-        Some(State::plain(match now.state {
-            DomainState::Running => format!("{called} runs here, as {domid} of mock:{dir}"),
-            _ => format!(
-                "{called}, made for {name}, is left half made as {domid} of mock:{dir}, and must \
-                 not run: `xsr mock destroy --host {dir} {}`",
-                domid.0
-            ),
-        }))
+        let domain: DomainRef = *made.get()?;
+        let Now { condition, called } = Now::of(&*host, domain, &name);
+        let place = host.place_of(domain.domid);
+        match condition {
+            Condition::Gone => None,
+            Condition::Runs => Some(State::plain(format!("{called} runs here, as {place}"))),
+            _ => Some(State::plain(format!(
+                "{called}, made for {name}, is left half made as {place}, and must not run: `{}`",
+                domain_command(host.backend(), "destroy", &domain.domid.0.to_string())
+            ))),
+        }
     });
-    (left, number)
+    (left, domain)
 }
 
 /// A guest that is about to be made on a mock machine, by this process alone.
-pub(crate) fn making(host: &MockHost, name: &str) -> Left {
+pub(crate) fn making(host: &Hypervisor, name: &str) -> Left {
+    let numbers = |host: &Hypervisor| {
+        let domains = host.domains().unwrap_or_default();
+        domains.into_iter().map(|info| info.domid)
+    };
+    let before: Vec<DomId> = numbers(host).collect();
     let (host, name) = (host.clone(), name.to_owned());
-    let before: Vec<DomId> = host.list().iter().map(|domain| domain.domid).collect();
     Left::guest(move || {
-        let domains = host.list();
-        let now = domains
-            .iter()
-            .find(|domain| !before.contains(&domain.domid))?;
-        let domid = now.domid;
-        let dir = host.directory()?.display();
+        let domid = numbers(&host).find(|domid| !before.contains(domid))?;
         Some(State::plain(format!(
-            "{name} is left half made, as {domid}: `xsr mock destroy --host {dir} {}`",
-            domid.0
+            "{name} is left half made, as {domid}: `{}`",
+            domain_command(host.backend(), "destroy", &domid.0.to_string())
         )))
     })
 }
 
-/// A domain of a real host, which is saved or has been `made`, once there is a handle on it.
-pub(crate) fn direct(name: &str, made: bool) -> (Left, Arc<OnceLock<Box<dyn Domain>>>) {
-    let handle: Arc<OnceLock<Box<dyn Domain>>> = Arc::new(OnceLock::new());
-    let (domain, name) = (Arc::clone(&handle), name.to_owned());
-    let left = Left::guest(move || {
-        let info = domain.get()?.info();
-        let how = match &info {
-            Ok(info) if info.shutdown == Some(ShutdownReason::Suspend) => "is suspended",
-            Ok(info) if info.shutdown.is_some() => "has shut down",
-            Ok(info) if info.paused => "is paused",
-            Ok(_) => "runs",
-            Err(_) => "is gone, or cannot be asked",
-        };
-        let then = match (made, how) {
-            (_, "runs") | (false, "is paused" | "has shut down") => "",
-            (true, _) => "; it is half made and must not run: `xl destroy` it",
-            (false, _) => "; restore it from an image, or `xl destroy` it and start it anew",
-        };
-        Some(State::plain(format!("{name} {how} here{then}")))
-    });
-    (left, handle)
-}
-
 #[cfg(test)]
 mod tests {
-    use xsr_xen_backend::GuestKind;
-    use xsr_xen_backend::Host as _;
-    use xsr_xen_backend::mock::{GuestSpec, HostConfig};
+    use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
+    use xsr_xen_backend::{GuestKind, NewDomain};
 
     use super::*;
 
@@ -163,17 +156,16 @@ mod tests {
     fn a_guest_is_described_as_it_is() {
         let host = MockHost::ephemeral(&HostConfig::default()).expect("a machine");
         let guest = GuestSpec::new("web", GuestKind::Pvh, 8);
-        let domid = host.create_guest(&guest).expect("a guest");
-        let domain = host.domain(domid).expect("the domain");
+        host.create_guest(&guest).expect("a guest");
+        let host = Hypervisor::from(host);
+        let web = host.find("web").expect("the domain");
+        let domain = host.open(web).expect("the domain");
         let backend = Backend::Mock("/lab".into());
         let sent = |protected| Sent {
             host: "b".to_owned(),
             protected,
         };
-        let state = |to: Option<&Sent>| {
-            let domains = host.list();
-            left(domains.first(), "web", &backend, to)
-        };
+        let state = |to: Option<&Sent>| left(&Now::of(&*host, web, "web"), "web", &backend, to);
         assert_eq!(state(None), State::plain("web runs here"));
         domain.suspend().expect("suspended");
         let resume = "web is suspended here: `xsr mock resume --host /lab web`";
@@ -183,7 +175,8 @@ mod tests {
             !said.undecided && said.words.starts_with(resume),
             "{said:?}"
         );
-        host.rename(domid, &format!("web{AWAY}")).expect("renamed");
+        let away = format!("web{AWAY}");
+        host.rename(web, "web", &away).expect("renamed");
         let said = state(Some(&sent(false)));
         assert!(said.undecided, "{said:?}");
         for part in [
@@ -201,12 +194,15 @@ mod tests {
     #[test]
     fn a_domain_that_is_being_made_is_described_once_it_has_a_number() {
         let host = MockHost::ephemeral(&HostConfig::default()).expect("a machine");
-        let (left, number) = arriving(&host, "web");
+        let host = Hypervisor::from(host);
+        let (left, domain) = arriving(&host, "web");
         assert!(super::super::is_work());
-        let domid = host
-            .create_domain(GuestKind::Pvh, 1, 2048)
-            .expect("a domain");
-        number.set(domid).expect("a number");
+        let new = NewDomain::new(GuestKind::Pvh, 1, 2048);
+        let made = DomainRef {
+            domid: host.create(&new).expect("a domain"),
+            uuid: new.uuid,
+        };
+        domain.set(made).expect("a domain");
         let (said, _) = super::super::describe();
         assert!(
             said.iter()

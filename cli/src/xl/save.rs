@@ -15,8 +15,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Error, Result, bail};
 use xsr_format::read::ReadOptions;
 use xsr_format::walk::{Content, Walk};
-use xsr_xen_backend::{Host as _, XenHost};
 
+use crate::args::Backend;
+use crate::backend::Hypervisor;
 use crate::exit::{Aftermath, BadUsage, WriteFailed};
 use crate::file::is_dash;
 use crate::output::{Existing, Kept, Output, Plan};
@@ -195,8 +196,7 @@ fn is_whole(file: &std::fs::File) -> Result<bool> {
 
 /// As many bytes as the domain's image will have at least, where this process can ask.
 fn least_bytes(domain: &str) -> Option<u64> {
-    let host = XenHost::open().ok()?;
-    let domid = host.find(domain).ok()?;
-    let info = host.domain(domid).ok()?.info().ok()?;
+    let host = Hypervisor::direct(&Backend::Xen).ok()?;
+    let info = host.check(host.find(domain).ok()?).ok()?;
     Some(crate::cmd::save::least_bytes(&info))
 }

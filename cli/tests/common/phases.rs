@@ -127,6 +127,11 @@ impl Staged {
         }
     }
 
+    /// Its process number.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Send a signal, to all of its process group or to it alone.
     pub(crate) fn signal(&self, signal: Signal, group: bool) {
         let pid = Pid::from_raw(i32::try_from(self.child.id()).unwrap());

@@ -21,6 +21,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("a domain is found by its number and by its name", find),
     ("a number that is another domain's now is noticed", replaced),
     ("a domain that is gone is named so by every method", gone),
+    ("a domain is given its first name once", first_name),
     ("a rename happens only from the name that was given", rename),
     ("of two renames to one name one succeeds", rename_race),
     (
@@ -29,7 +30,12 @@ const CHECKS: &[(&str, Check)] = &[
     ),
     ("a configuration is kept byte for byte", configuration),
     ("the emulators' records are kept beside it", emulators),
+    (
+        "a domain is introduced with what was kept before, under its lock",
+        introduce_locked,
+    ),
     ("nothing is kept of a domain that is forgotten", forget),
+    ("a domain that is forgotten stays locked", forget_locked),
     ("nothing is kept of a domain that is destroyed", destroy),
     ("a lock names the process and command that have it", lock),
     (
@@ -213,10 +219,12 @@ fn every_method(
         },
         console: None,
     };
-    let all: [(&str, Result<(), DomainStoreError>); 11] = [
+    let all: [(&str, Result<(), DomainStoreError>); 13] = [
         ("check", store.check(domain).map(drop)),
         ("open", store.open(domain).map(drop)),
         ("name", store.name(domain).map(drop)),
+        ("give_name", store.give_name(domain, &full("b"))),
+        ("devices", store.devices(domain).map(drop)),
         ("rename", store.rename(domain, &full("a"), &full("b"))),
         ("configuration", store.configuration(domain).map(drop)),
         ("set_configuration", store.set_configuration(domain, b"{}")),
@@ -269,6 +277,34 @@ fn gone(store: &dyn DomainStore) -> Result<(), Violation> {
     every_method(store, guest.domain, is)
 }
 
+/// As a receiver does it: the domain is named before it has memory, renamed, and introduced.
+fn first_name(store: &dyn DomainStore) -> Result<(), Violation> {
+    let [a, b] = ["a", "b"].map(full);
+    let guest = Guest::new(store, 1)?;
+    let other = Guest::named(store, 2, "b")?;
+    let taken = |error: &DomainStoreError| {
+        matches!(error, DomainStoreError::NameTaken { name, by }
+            if *name == b && *by == other.domain)
+    };
+    let named = store.give_name(guest.domain, &b);
+    fails(named, Blame::Request, taken, "another's name")?;
+    equal(&guest.name()?, &None, "name")?;
+    store.give_name(guest.domain, &a)?;
+    equal(&store.find(&a)?, &guest.domain, "by name")?;
+    let wrong = |error: &DomainStoreError| {
+        matches!(error, DomainStoreError::WrongName { expected: None, found, .. }
+            if found.as_ref() == Some(&a))
+    };
+    let named = store.give_name(guest.domain, &full("c"));
+    fails(named, Blame::Request, wrong, "a second first name")?;
+    equal(&store.devices(guest.domain)?, &Vec::new(), "devices")?;
+    store.rename(guest.domain, &a, &full("c"))?;
+    guest.introduce("c")?;
+    equal(&guest.name()?, &Some(full("c")), "name")?;
+    store.forget(guest.domain)?;
+    equal(&guest.name()?, &None, "name after it was forgotten")
+}
+
 fn rename(store: &dyn DomainStore) -> Result<(), Violation> {
     let [a, b, c] = ["a", "b", "c"].map(full);
     let guest = Guest::named(store, 1, "a")?;
@@ -278,7 +314,7 @@ fn rename(store: &dyn DomainStore) -> Result<(), Violation> {
     equal(&guest.name()?.as_ref(), &Some(&c), "name")?;
     let wrong = |error: &DomainStoreError| {
         matches!(error, DomainStoreError::WrongName { expected, found, .. }
-            if *expected == a && found.as_ref() == Some(&c))
+            if expected.as_ref() == Some(&a) && found.as_ref() == Some(&c))
     };
     let renamed = store.rename(guest.domain, &a, &full("d"));
     fails(renamed, Blame::Request, wrong, "from another name")?;
@@ -407,6 +443,44 @@ fn emulators(store: &dyn DomainStore) -> Result<(), Violation> {
     equal(&kept, &Some(b"configuration".to_vec()), "configuration")
 }
 
+/// As a restore does it: the domain is locked and configured before it has a name.
+fn introduce_locked(store: &dyn DomainStore) -> Result<(), Violation> {
+    let guest = Guest::new(store, 1)?;
+    let lock = store.lock(guest.domain, "restoring")?;
+    store.set_configuration(guest.domain, b"configuration")?;
+    store.set_emulators(guest.domain, b"records")?;
+    guest.introduce("introduced")?;
+    equal(&guest.name()?, &Some(full("introduced")), "name")?;
+    let kept = store.configuration(guest.domain)?;
+    let kept = kept.map(|kept| kept.bytes);
+    equal(&kept, &Some(b"configuration".to_vec()), "configuration")?;
+    let kept = store.emulators(guest.domain)?;
+    equal(&kept, &Some(b"records".to_vec()), "emulators")?;
+    is_locked(store, guest.domain, "after it was introduced")?;
+    drop(lock);
+    store.lock(guest.domain, "another").map(drop)?;
+    Ok(())
+}
+
+fn forget_locked(store: &dyn DomainStore) -> Result<(), Violation> {
+    let guest = Guest::named(store, 1, "forgotten")?;
+    store.set_configuration(guest.domain, b"configuration")?;
+    let lock = store.lock(guest.domain, "giving up")?;
+    store.forget(guest.domain)?;
+    equal(&store.configuration(guest.domain)?, &None, "configuration")?;
+    is_locked(store, guest.domain, "after it was forgotten")?;
+    drop(lock);
+    store.lock(guest.domain, "another").map(drop)?;
+    store.forget(guest.domain)?;
+    Ok(())
+}
+
+/// Another command does not get the lock.
+fn is_locked(store: &dyn DomainStore, domain: DomainRef, what: &str) -> Result<(), Violation> {
+    let is = |error: &DomainStoreError| matches!(error, DomainStoreError::Locked { .. });
+    fails(store.lock(domain, "another"), Blame::Domain, is, what)
+}
+
 fn forget(store: &dyn DomainStore) -> Result<(), Violation> {
     let guest = Guest::named(store, 1, "forgotten")?;
     let handle = store.open(guest.domain)?;
@@ -469,9 +543,7 @@ fn lock_and_rename(store: &dyn DomainStore) -> Result<(), Violation> {
     drop(store.lock(b.domain, "second")?);
     store.rename(a.domain, &full("locked-1"), &full("locked-3"))?;
     store.set_configuration(a.domain, b"configuration")?;
-    let is = |error: &DomainStoreError| matches!(error, DomainStoreError::Locked { .. });
-    let second = store.lock(a.domain, "second");
-    fails(second, Blame::Domain, is, "after a rename")?;
+    is_locked(store, a.domain, "after a rename")?;
     drop(lock);
     store.lock(a.domain, "second").map(drop)?;
     Ok(())

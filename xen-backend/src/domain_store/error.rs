@@ -47,15 +47,12 @@ pub enum DomainStoreError {
         found: Uuid,
     },
     /// The domain is not named as the caller believed.
-    #[error("{domain} is named {}, not {expected:?}", match found {
-        Some(found) => format!("{found:?}"),
-        None => "nothing".to_owned(),
-    })]
+    #[error("{domain} {}, not {}", is_named(found), named(expected))]
     WrongName {
         /// The domain.
         domain: DomainRef,
-        /// The name that the caller gave.
-        expected: String,
+        /// The name that the caller gave; `None` if the domain was to have none yet.
+        expected: Option<String>,
         /// The name it has.
         found: Option<String>,
     },
@@ -108,6 +105,20 @@ pub enum DomainStoreError {
         /// Why it failed.
         source: Box<dyn StdError + Send + Sync>,
     },
+}
+
+fn is_named(name: &Option<String>) -> String {
+    match name {
+        Some(name) => format!("is named {name:?}"),
+        None => "has no name".to_owned(),
+    }
+}
+
+fn named(name: &Option<String>) -> String {
+    match name {
+        Some(name) => format!("{name:?}"),
+        None => "nameless".to_owned(),
+    }
 }
 
 impl DomainStoreError {

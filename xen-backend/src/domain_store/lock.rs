@@ -31,6 +31,30 @@ impl LockHolder {
             command: printable(command),
         }
     }
+
+    /// This process, by the command line that it was started with.
+    #[cfg(feature = "mock")]
+    pub(crate) fn by_command_line() -> Self {
+        let mut words: Vec<String> = std::env::args_os()
+            .map(|word| word.to_string_lossy().into_owned())
+            .collect();
+        if let Some(program) = words.first_mut()
+            && let Some((_, name)) = program.rsplit_once('/')
+        {
+            *program = name.to_owned();
+        }
+        Self::this(&words.join(" "))
+    }
+
+    /// From text; `None` if it is not `PID COMMAND`.
+    #[cfg(feature = "mock")]
+    pub(crate) fn decode(text: &str) -> Option<Self> {
+        let (pid, command) = text.trim_end().split_once(' ')?;
+        Some(Self {
+            pid: pid.parse().ok()?,
+            command: printable(command),
+        })
+    }
 }
 
 impl fmt::Display for LockHolder {

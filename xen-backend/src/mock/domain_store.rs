@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use super::domain::MockDomain;
 use super::error::MockError;
 use super::state::USERDATA;
-use super::{MockHost, check_name};
+use super::{MockHost, check_name, phase};
 use crate::domain_store::{
     Configuration, ConfigurationKeeper, DestroyOutcome, Destroyed, DomainLock, DomainRef,
     DomainStore, DomainStoreError, Introduction, ListedDomain, LockHolder,
@@ -70,14 +70,21 @@ impl MockHost {
             .map_err(failed("keeping the user data", domain))
     }
 
-    fn set_name(&self, domain: DomainRef, name: &str) -> Result<(), DomainStoreError> {
-        check_name(name).map_err(|_| bad_name(name))?;
+    /// Names the domain `to` if `from` says that it may, which is told its name.
+    fn set_name(
+        &self,
+        domain: DomainRef,
+        to: &str,
+        from: impl FnOnce(Option<String>) -> Result<(), DomainStoreError>,
+    ) -> Result<(), DomainStoreError> {
+        check_name(to).map_err(|_| bad_name(to))?;
         let _names = self.names();
-        self.check_free(domain, name)?;
+        from(self.name(domain)?)?;
+        self.check_free(domain, to)?;
         let doing = "keeping the name";
         self.named(domain)?
             .change("rename", |state| {
-                name.clone_into(&mut state.record.name);
+                to.clone_into(&mut state.record.name);
                 Ok(())
             })
             .map_err(|error| failed(doing, domain)(error.into()))
@@ -95,6 +102,22 @@ fn failed(doing: &'static str, domain: DomainRef) -> impl Fn(MockError) -> Domai
     move |error| match error {
         MockError::Backend(error) if error.errno == Errno::ESRCH => gone(domain)(error),
         other => DomainStoreError::storage(doing, domain.domid)(other),
+    }
+}
+
+/// An error if the name that was `found` is another than the caller believes.
+fn wrong_name(
+    domain: DomainRef,
+    expected: Option<&str>,
+    found: Option<String>,
+) -> Result<(), DomainStoreError> {
+    match found.as_deref() == expected {
+        true => Ok(()),
+        false => Err(DomainStoreError::WrongName {
+            domain,
+            expected: expected.map(str::to_owned),
+            found,
+        }),
     }
 }
 
@@ -133,25 +156,16 @@ impl DomainStore for MockHost {
         Ok(Some(name).filter(|name| *name != default_name(domain.domid)))
     }
 
+    fn give_name(&self, domain: DomainRef, name: &str) -> Result<(), DomainStoreError> {
+        self.set_name(domain, name, |found| wrong_name(domain, None, found))?;
+        phase("renamed");
+        Ok(())
+    }
+
     fn rename(&self, domain: DomainRef, from: &str, to: &str) -> Result<(), DomainStoreError> {
-        check_name(to).map_err(|_| bad_name(to))?;
-        let _names = self.names();
-        let found = self.name(domain)?;
-        if found.as_deref() != Some(from) {
-            return Err(DomainStoreError::WrongName {
-                domain,
-                expected: from.to_owned(),
-                found,
-            });
-        }
-        self.check_free(domain, to)?;
-        let doing = "keeping the name";
-        self.named(domain)?
-            .change("rename", |state| {
-                to.clone_into(&mut state.record.name);
-                Ok(())
-            })
-            .map_err(|error| failed(doing, domain)(error.into()))
+        self.set_name(domain, to, |found| wrong_name(domain, Some(from), found))?;
+        phase("renamed");
+        Ok(())
     }
 
     fn configuration(&self, domain: DomainRef) -> Result<Option<Configuration>, DomainStoreError> {
@@ -174,13 +188,18 @@ impl DomainStore for MockHost {
         self.put(domain, EMULATORS, bytes)
     }
 
+    fn devices(&self, domain: DomainRef) -> Result<Vec<String>, DomainStoreError> {
+        // Its guests have none, except an emulator's records, which it keeps.
+        self.named(domain).map(|_| Vec::new())
+    }
+
     fn introduce(
         &self,
         domain: DomainRef,
         introduction: &Introduction<'_>,
     ) -> Result<(), DomainStoreError> {
         // There is no xenstore and no console that the rings could be connected to.
-        self.set_name(domain, introduction.name)
+        self.set_name(domain, introduction.name, |_| Ok(()))
     }
 
     fn forget(&self, domain: DomainRef) -> Result<(), DomainStoreError> {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use crate::domain_store::LockHolder;
 use crate::error::BackendError;
 
 /// A failure of the mock host.
@@ -21,12 +22,16 @@ pub enum MockError {
         source: io::Error,
     },
     /// Another process has the host open.
-    #[error("mock host {} is in use by process {holder}; wait for it to end", path.display())]
+    #[error("mock host {} is in use by {}; wait until it ends", path.display(), match holder {
+        Some(holder) => holder.to_string(),
+        None => "another process".to_owned(),
+    })]
     InUse {
         /// The host's directory.
         path: PathBuf,
-        /// The process, or "unknown".
-        holder: String,
+        /// The process, by the command line that it was started with; `None` if it has not said
+        /// so yet.
+        holder: Option<LockHolder>,
     },
     /// A directory or file that somebody else may have put there.
     #[error("{}: {why}", path.display())]

@@ -7,7 +7,7 @@
 //!
 //! | path | holds |
 //! |---|---|
-//! | `lock` | the process that has the host open |
+//! | `lock` | the process that has the host open: its number and its command line |
 //! | `host.json` | [`HostRecord`] |
 //! | `memory` | frame `n` at offset `n * 4096` |
 //! | `frames` | the frame table ([`super::frames`]) |
@@ -40,6 +40,7 @@ use super::error::MockError;
 use super::place::{How, NEW, Place};
 use super::state::Record;
 use crate::DomId;
+use crate::domain_store::LockHolder;
 
 /// What `host.json` holds.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -124,10 +125,9 @@ impl Store {
                 let mut holder = String::new();
                 file.read_to_string(&mut holder)
                     .map_err(MockError::io("read", &lock_path))?;
-                let holder = holder.trim();
                 return Err(MockError::InUse {
                     path: place.path().to_owned(),
-                    holder: if holder.is_empty() { "unknown" } else { holder }.to_owned(),
+                    holder: LockHolder::decode(&holder),
                 });
             }
             Err((_, errno)) => return Err(MockError::io("lock", &lock_path)(errno.into())),
@@ -135,7 +135,8 @@ impl Store {
         (|| {
             lock.set_len(0)?;
             lock.rewind()?;
-            writeln!(lock, "{}", std::process::id())
+            let LockHolder { pid, command } = LockHolder::by_command_line();
+            writeln!(lock, "{pid} {command}")
         })()
         .map_err(MockError::io("write", &lock_path))?;
         Ok(Self {

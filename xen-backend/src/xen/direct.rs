@@ -9,7 +9,6 @@
 
 use std::collections::BTreeSet;
 
-use nix::errno::Errno;
 use xsr_format::frame::Gfn;
 
 use super::XenHost;
@@ -59,44 +58,13 @@ fn failed(op: &'static str, domid: DomId) -> impl Fn(StoreError) -> BackendError
 }
 
 impl XenHost {
-    /// The name that a domain has in xenstore; `None` where it has none.
+    /// What a domain has that a save without libxl does not save: see
+    /// [`DomainStore::devices`](crate::domain_store::DomainStore::devices).
     ///
     /// # Errors
     ///
-    /// The store cannot be reached (ENOTCONN), or refuses.
-    pub fn name(&self, domid: DomId) -> Result<Option<String>, BackendError> {
-        let name = self.shared.store.read(&node(domid, "/name"));
-        let name = name.map_err(failed("name", domid))?;
-        Ok(name.map(|name| String::from_utf8_lossy(&name).into_owned()))
-    }
-
-    /// The domain of this number or name, of those that are there. As libxl does, take a number
-    /// first.
-    ///
-    /// # Errors
-    ///
-    /// ESRCH where there is none; as [`XenHost::name`].
-    pub fn find(&self, name: &str) -> Result<DomId, BackendError> {
-        let domains = self.domains()?;
-        let numbered = domains.iter().find(|info| name.parse() == Ok(info.domid.0));
-        if let Some(info) = numbered {
-            return Ok(info.domid);
-        }
-        for info in &domains {
-            if self.name(info.domid)?.as_deref() == Some(name) {
-                return Ok(info.domid);
-            }
-        }
-        Err(BackendError::host("find", Errno::ESRCH))
-    }
-
-    /// What a domain has that a save without libxl does not save: its devices, as libxl and
-    /// the guest know them (`vbd/51712`), and vNUMA. Its console is none of them.
-    ///
-    /// # Errors
-    ///
-    /// As [`XenHost::name`]; ESRCH.
-    pub fn devices(&self, domid: DomId) -> Result<Vec<String>, BackendError> {
+    /// xenstore cannot be reached (ENOTCONN), or refuses; ESRCH.
+    pub(crate) fn devices_of(&self, domid: DomId) -> Result<Vec<String>, BackendError> {
         let fail = failed("devices", domid);
         let xenstore = &*self.shared.store;
         let mut found = BTreeSet::new();
@@ -124,8 +92,8 @@ impl XenHost {
     ///
     /// # Errors
     ///
-    /// What the store refuses. Some nodes may be there then: [`XenHost::forget`] them.
-    pub fn introduce(
+    /// What xenstore refuses. Some nodes may be there then: [`XenHost::remove_nodes_of`] them.
+    pub(crate) fn connect(
         &self,
         domid: DomId,
         name: &str,
@@ -185,14 +153,14 @@ impl XenHost {
             .map_err(&fail)
     }
 
-    /// Take what a domain had in xenstore away: what [`XenHost::introduce`] made, and what
-    /// libxl keeps there of one that it made and that has no device but its console. xenstore lets go of its ring by itself once
-    /// the domain is destroyed.
+    /// Removes what a domain has in xenstore: what [`XenHost::connect`] made, and what libxl
+    /// keeps there of a domain that it made and that has no device but its console. xenstore
+    /// lets go of the domain's ring by itself once the domain is destroyed.
     ///
     /// # Errors
     ///
-    /// The store cannot be reached (ENOTCONN), or refuses.
-    pub fn forget(&self, domid: DomId) -> Result<(), BackendError> {
+    /// xenstore cannot be reached (ENOTCONN), or refuses.
+    pub(crate) fn remove_nodes_of(&self, domid: DomId) -> Result<(), BackendError> {
         let fail = failed("forget", domid);
         let xenstore = &*self.shared.store;
         let kept = xenstore.read(&node(domid, "/vm")).map_err(&fail)?;

@@ -56,9 +56,24 @@ fn tree(domid: DomId) -> String {
     format!("{OURS}/{}", domid.0)
 }
 
+/// Our tree for a domain.
+fn tree_of(domain: DomainRef) -> String {
+    format!("{OURS}/{}/{}", domain.domid.0, domain.uuid)
+}
+
 /// Our node of a domain.
 fn ours(domain: DomainRef, name: &str) -> String {
-    format!("{OURS}/{}/{}/{name}", domain.domid.0, domain.uuid)
+    format!("{}/{name}", tree_of(domain))
+}
+
+/// Removes the nodes above a domain's values if there are no values left.
+fn remove_if_empty(nodes: &mut dyn Nodes, domain: DomainRef) -> Result<(), StoreError> {
+    for path in [tree_of(domain), tree(domain.domid)] {
+        if nodes.list(&path)?.is_empty() {
+            nodes.remove(&path)?;
+        }
+    }
+    Ok(())
 }
 
 fn failed(doing: &'static str, domid: DomId) -> impl Fn(StoreError) -> DomainStoreError {
@@ -80,6 +95,14 @@ fn check_name(name: &str) -> Result<(), DomainStoreError> {
 
 fn text(value: Option<Vec<u8>>) -> Option<String> {
     value.map(|name| String::from_utf8_lossy(&name).into_owned())
+}
+
+/// What the name of a domain has to be before it is changed.
+#[derive(Clone, Copy, Debug)]
+enum Expected<'a> {
+    /// This one, or none at all.
+    Name(Option<&'a str>),
+    Anything,
 }
 
 impl Shared {
@@ -147,6 +170,30 @@ impl Shared {
             }
         }
         written
+    }
+
+    /// Removes what is kept with the domain, except what `stays`, and everything that is kept of
+    /// earlier domains with its number, which another program has destroyed.
+    fn remove_except(
+        &self,
+        domain: DomainRef,
+        stays: impl Fn(&str) -> bool,
+    ) -> Result<(), StoreError> {
+        let (all, own) = (tree(domain.domid), domain.uuid.to_string());
+        self.store.transaction(&mut |nodes| {
+            for uuid in nodes.list(&all)? {
+                if uuid != own {
+                    nodes.remove(&format!("{all}/{uuid}"))?;
+                }
+            }
+            for name in nodes.list(&tree_of(domain))? {
+                if !stays(&name) {
+                    nodes.remove(&ours(domain, &name))?;
+                }
+            }
+            remove_if_empty(nodes, domain)?;
+            Ok(true)
+        })
     }
 
     /// Our tree is for the control domain's eyes: what is made below it inherits that.
@@ -249,34 +296,71 @@ impl XenHost {
         Ok(None)
     }
 
-    /// The part of a rename that is one transaction.
-    fn rename_in(
+    /// Names the domain `to`, in one step with the look at its present name, which `from` tells,
+    /// and at the names of others.
+    fn change_name(
+        &self,
+        domain: DomainRef,
+        from: Expected<'_>,
+        to: &str,
+    ) -> Result<(), DomainStoreError> {
+        check_name(to)?;
+        self.check(domain)?;
+        let others = self.domains()?;
+        let mut refused = None;
+        let changed = self.shared.store.transaction(&mut |nodes| {
+            refused = self.refuse_name(nodes, domain, &others, (from, to))?;
+            if refused.is_none() {
+                nodes.write(&node(domain.domid, "/name"), to.as_bytes())?;
+                let second = format!("/vm/{}/name", domain.uuid);
+                if nodes.read(&second)?.is_some() {
+                    nodes.write(&second, to.as_bytes())?;
+                }
+            }
+            Ok(refused.is_none())
+        });
+        changed.map_err(failed("changing the name", domain.domid))?;
+        refused.map_or(Ok(()), Err)
+    }
+
+    /// Why the domain may not be named `to`.
+    fn refuse_name(
         &self,
         nodes: &mut dyn Nodes,
         domain: DomainRef,
         others: &[DomainInfo],
-        (from, to): (&str, &str),
-    ) -> Result<Result<(), DomainStoreError>, StoreError> {
-        let path = node(domain.domid, "/name");
-        let found = text(nodes.read(&path)?).filter(|name| !name.is_empty());
-        if found.as_deref() != Some(from) {
-            let expected = from.to_owned();
-            return Ok(Err(DomainStoreError::WrongName {
-                domain,
-                expected,
-                found,
-            }));
+        (from, to): (Expected<'_>, &str),
+    ) -> Result<Option<DomainStoreError>, StoreError> {
+        if let Expected::Name(expected) = from {
+            let found = text(nodes.read(&node(domain.domid, "/name"))?);
+            let found = found.filter(|name| !name.is_empty());
+            if found.as_deref() != expected {
+                return Ok(Some(DomainStoreError::WrongName {
+                    domain,
+                    expected: expected.map(str::to_owned),
+                    found,
+                }));
+            }
         }
-        if let Some(by) = self.taken(nodes, domain, others, to)? {
-            let name = to.to_owned();
-            return Ok(Err(DomainStoreError::NameTaken { name, by }));
+        let taken = self.taken(nodes, domain, others, to)?;
+        Ok(taken.map(|by| DomainStoreError::NameTaken {
+            name: to.to_owned(),
+            by,
+        }))
+    }
+
+    /// Removes what is kept of domains that another program has destroyed. Numbers are not
+    /// reused before all have been.
+    fn remove_of_destroyed(&self) -> Result<(), StoreError> {
+        for number in self.shared.store.list(OURS)? {
+            let Ok(domid) = number.parse().map(DomId) else {
+                continue;
+            };
+            if self.shared.calls.info(domid) == Err(Errno::ESRCH) {
+                self.shared.store.remove(&tree(domid))?;
+            }
         }
-        nodes.write(&path, to.as_bytes())?;
-        let other = format!("/vm/{}/name", domain.uuid);
-        if nodes.read(&other)?.is_some() {
-            nodes.write(&other, to.as_bytes())?;
-        }
-        Ok(Ok(()))
+        Ok(())
     }
 
     fn keep(
@@ -299,17 +383,16 @@ impl XenHost {
         put.map_err(failed("keeping the user data", domain.domid))
     }
 
-    /// Removes the domain's nodes, and, unless devices are left for libxl, libxl's.
+    /// Removes what libxl, or [`XenHost::connect`], has written of the domain, unless devices
+    /// are left for libxl.
     fn remove_nodes(&self, domid: DomId, left: &[LeftBehind]) -> Result<(), DomainStoreError> {
-        let removed = self.shared.store.remove(&tree(domid));
-        removed.map_err(failed("removing the nodes", domid))?;
         let devices = left
             .iter()
             .any(|left| matches!(left, LeftBehind::Device(_)));
         match devices {
             true => Ok(()),
             false => self
-                .forget(domid)
+                .remove_nodes_of(domid)
                 .map_err(|error| DomainStoreError::storage("removing the nodes", domid)(error)),
         }
     }
@@ -317,6 +400,7 @@ impl XenHost {
 
 const CONFIGURATION: &str = "configuration";
 const EMULATORS: &str = "emulators";
+const LOCK: &str = "lock";
 
 impl DomainStore for XenHost {
     fn list(&self) -> Result<Vec<ListedDomain>, DomainStoreError> {
@@ -333,17 +417,12 @@ impl DomainStore for XenHost {
         self.shared.name_of(domain.domid)
     }
 
+    fn give_name(&self, domain: DomainRef, name: &str) -> Result<(), DomainStoreError> {
+        self.change_name(domain, Expected::Name(None), name)
+    }
+
     fn rename(&self, domain: DomainRef, from: &str, to: &str) -> Result<(), DomainStoreError> {
-        check_name(to)?;
-        self.check(domain)?;
-        let others = self.domains()?;
-        let mut outcome = Ok(());
-        let renamed = self.shared.store.transaction(&mut |nodes| {
-            outcome = self.rename_in(nodes, domain, &others, (from, to))?;
-            Ok(outcome.is_ok())
-        });
-        renamed.map_err(failed("changing the name", domain.domid))?;
-        outcome
+        self.change_name(domain, Expected::Name(Some(from)), to)
     }
 
     fn configuration(&self, domain: DomainRef) -> Result<Option<Configuration>, DomainStoreError> {
@@ -376,6 +455,11 @@ impl DomainStore for XenHost {
         self.keep(domain, EMULATORS, "state of the emulators", bytes)
     }
 
+    fn devices(&self, domain: DomainRef) -> Result<Vec<String>, DomainStoreError> {
+        self.check(domain)?;
+        Ok(self.devices_of(domain.domid)?)
+    }
+
     fn introduce(
         &self,
         domain: DomainRef,
@@ -386,34 +470,19 @@ impl DomainStore for XenHost {
             store,
             console,
         } = introduction;
-        let domid = domain.domid;
-        check_name(name)?;
-        self.check(domain)?;
-        // Of an earlier domain with this number, if that was destroyed by others.
-        let stale = self.shared.store.remove(&tree(domid));
-        stale.map_err(failed("removing old nodes", domid))?;
-        let others = self.domains()?;
-        // The name is given in one step with the look whether it is free.
-        let mut by = None;
-        let named = self.shared.store.transaction(&mut |nodes| {
-            by = self.taken(nodes, domain, &others, name)?;
-            if by.is_none() {
-                nodes.write(&node(domid, "/name"), name.as_bytes())?;
-            }
-            Ok(by.is_none())
-        });
-        named.map_err(failed("giving the name", domid))?;
-        if let Some(by) = by {
-            let name = name.to_owned();
-            return Err(DomainStoreError::NameTaken { name, by });
-        }
-        Ok(self.introduce(domid, name, store, console)?)
+        self.change_name(domain, Expected::Anything, name)?;
+        // The caller may have locked and configured the domain before it introduces it.
+        let stale = self.shared.remove_except(domain, |_| true);
+        stale.map_err(failed("removing old nodes", domain.domid))?;
+        Ok(self.connect(domain.domid, name, store, console)?)
     }
 
     fn forget(&self, domain: DomainRef) -> Result<(), DomainStoreError> {
         self.check(domain)?;
         let left = self.shared.left_behind(domain);
         let left = left.map_err(failed("looking for devices", domain.domid))?;
+        let removed = self.shared.remove_except(domain, |name| name == LOCK);
+        removed.map_err(failed("removing the nodes", domain.domid))?;
         self.remove_nodes(domain.domid, &left)
     }
 
@@ -428,6 +497,8 @@ impl DomainStore for XenHost {
             self.kill(domain, left)?;
         }
         self.shared.logs().remove(&domid);
+        let removed = self.shared.store.remove(&tree(domid));
+        removed.map_err(failed("removing the nodes", domid))?;
         self.remove_nodes(domid, &left_behind)?;
         let outcome = wait_until_gone(left(), || self.is_gone(domain))?;
         Ok(Destroyed {
@@ -441,7 +512,10 @@ impl DomainStore for XenHost {
         self.check(domain)?;
         let tree = self.shared.own_the_tree();
         tree.map_err(failed(DOING, domain.domid))?;
-        let (path, this) = (ours(domain, "lock"), Process::this(command).encode());
+        if let Err(error) = self.remove_of_destroyed() {
+            tracing::debug!(%error, "what is kept of destroyed domains stays in xenstore");
+        }
+        let (path, this) = (ours(domain, LOCK), Process::this(command).encode());
         let mut holder = None;
         let taken = self.shared.store.transaction(&mut |nodes| {
             holder = nodes
@@ -465,6 +539,7 @@ impl DomainStore for XenHost {
                 let ours = nodes.read(&path)?.as_deref() == Some(&this);
                 if ours {
                     nodes.remove(&path)?;
+                    remove_if_empty(nodes, domain)?;
                 }
                 Ok(ours)
             });

@@ -102,7 +102,7 @@ impl Xenstore for Sockets {
     }
 
     fn list(&self, path: &str) -> Result<Vec<String>, StoreError> {
-        self.with(|connection| connection.list(path))
+        self.with(|connection| connection.list(0, path))
     }
 
     fn transaction(&self, work: &mut Work<'_>) -> Result<(), StoreError> {
@@ -192,8 +192,8 @@ impl Connection {
         }
     }
 
-    fn list(&mut self, path: &str) -> Result<Vec<String>, StoreError> {
-        let names = match self.ask(kind::DIRECTORY, 0, terminated(path))? {
+    fn list(&mut self, transaction: u32, path: &str) -> Result<Vec<String>, StoreError> {
+        let names = match self.ask(kind::DIRECTORY, transaction, terminated(path))? {
             Ok(names) => names,
             Err(Errno::ENOENT) => return Ok(Vec::new()),
             Err(errno) => return Err(refused("list", path, errno)),
@@ -321,6 +321,10 @@ impl Nodes for Transaction<'_> {
 
     fn write(&mut self, path: &str, value: &[u8]) -> Result<(), StoreError> {
         self.connection.write(self.number, path, value)
+    }
+
+    fn list(&mut self, path: &str) -> Result<Vec<String>, StoreError> {
+        self.connection.list(self.number, path)
     }
 
     fn remove(&mut self, path: &str) -> Result<(), StoreError> {

@@ -102,8 +102,9 @@ impl Receiver<'_> {
              checkpoint {checkpoint}"
         ));
         // As xl: it matters more that it runs than what it is called.
-        if let Err(error) = self.host.rename(made.domid(), made.name()) {
-            tracing::error!(%error, "{name} keeps its other name");
+        if let Err(error) = made.rename_in() {
+            let error = exit::words(error.chain());
+            tracing::error!(error, "{name} keeps its other name");
         }
         let unpaused = match (args.paused, args.colo) {
             (true, false) => Ok(()),

@@ -190,7 +190,7 @@ impl Primary<'_> {
             return Ok(());
         }
         self.host
-            .rename(self.domid, &format!("{}{AWAY}", self.name))
+            .rename(self.which, self.name, &format!("{}{AWAY}", self.name))
             .context("renaming it")
     }
 
@@ -212,6 +212,7 @@ impl Primary<'_> {
 #[cfg(test)]
 mod tests {
     use clap::Parser as _;
+    use xsr_xen_backend::domain_store::DomainStore;
     use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
     use xsr_xen_backend::{DomId, GuestKind, Host as _};
 
@@ -249,6 +250,7 @@ mod tests {
         let spec = GuestSpec::new("web", GuestKind::Pvh, 8);
         let domid = host.create_guest(&spec).expect("a guest");
         let domain = host.domain(domid).expect("the domain");
+        let which = DomainStore::find(&host, "web").expect("the domain");
         let cli = Cli::parse_from(["xsr", "remus", "--on-loss", "pause", "web", "other"]);
         let Command::Remus(args) = &cli.command else {
             unreachable!("it is remus")
@@ -256,7 +258,7 @@ mod tests {
         let primary = Primary {
             args,
             host: &host,
-            domid,
+            which,
             domain: domain.as_ref(),
             name: "web",
         };

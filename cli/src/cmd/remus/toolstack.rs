@@ -203,10 +203,11 @@ mod tests {
 
     use xsr_save_restore::{SaveError, SaveOptions};
     use xsr_xen_backend::Host as _;
+    use xsr_xen_backend::domain_store::DomainRef;
     use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
 
     use super::*;
-    use crate::cmd::save::Job;
+    use crate::cmd::save::{Form, Job};
 
     /// A signal that comes in between would cut the connection with nobody told.
     #[test]
@@ -217,8 +218,9 @@ mod tests {
         let domain = host.domain(domid).unwrap();
         let job = Job {
             host: &host,
-            domid,
+            which: DomainRef::from(&domain.info().unwrap()),
             domain: domain.as_ref(),
+            form: Form::Xl,
             options: SaveOptions::default(),
         };
         let interrupt = Interrupt::catch().unwrap();

@@ -20,12 +20,10 @@ use xsr_save_restore::toolstack::{
     ToolstackError,
 };
 use xsr_save_restore::{RestoreError, restore_checkpointed};
-use xsr_xen_backend::mock::MockHost;
-use xsr_xen_backend::{DomId, Domain};
 
 use super::source::ImageSource;
-use super::{About, Image, Made, Named, of_emulator};
-use crate::backend;
+use super::{Image, Made, Named, of_emulator};
+use crate::backend::{self, Hypervisor};
 use crate::exit::Withdrawn;
 use crate::file::Input;
 use crate::handshake;
@@ -50,7 +48,7 @@ pub(crate) struct StandBy<'a, 'w> {
     pub(crate) input: &'a Input,
     /// How long the sender may send nothing; lifted by `first`.
     pub(crate) limit: &'w Arc<ReadLimit>,
-    pub(crate) host: &'w MockHost,
+    pub(crate) host: &'w Hypervisor,
     pub(crate) threads: Option<NonZeroUsize>,
     pub(crate) keep: &'w CheckpointOptions,
     pub(crate) watch: &'w RefCell<&'w mut Watch>,
@@ -70,7 +68,7 @@ impl<'a> Image<'a> {
         outcome(made, |made| {
             let options = made.options(how.threads)?;
             let domain = made.domain.as_ref();
-            let mut standby = Standby::new(how, domain, made.about.clone(), self.around)?;
+            let mut standby = Standby::new(how, made, self.around)?;
             let result = restore_checkpointed(
                 domain,
                 self.reader,
@@ -103,7 +101,9 @@ pub(super) fn outcome<S>(
         }
         Ok((Ok(survivor), _)) => survivor,
     };
-    made.about.stats = survivor.restored.stats;
+    if let Err(error) = made.connect(&survivor.restored) {
+        return Err(made.given_up(error));
+    }
     let survival = Survival {
         checkpoint: survivor.checkpoints,
         most_kept_octets: survivor.most_kept_octets,
@@ -124,8 +124,7 @@ pub(super) struct Standby<'a, 'd, 'w> {
     around: Around<ImageSource<'a>>,
     /// The same descriptor that the engine reads from, for what is not its own.
     pub(super) source: ImageSource<'a>,
-    host: &'w MockHost,
-    domid: DomId,
+    made: &'d Made,
     /// What the emulators have in the last checkpoint that is whole: it is kept with the
     /// domain.
     emulators: Vec<LibxlRecord>,
@@ -134,29 +133,25 @@ pub(super) struct Standby<'a, 'd, 'w> {
     watch: &'w RefCell<&'w mut Watch>,
     /// Called with the domain's name when the first checkpoint is whole.
     first: &'w dyn Fn(&str),
-    name: String,
     any: bool,
 }
 
 impl<'a, 'd, 'w> Standby<'a, 'd, 'w> {
     pub(super) fn new(
         how: &StandBy<'a, 'w>,
-        domain: &'d dyn Domain,
-        About { domid, name, .. }: About,
+        made: &'d Made,
         around: Around<ImageSource<'a>>,
     ) -> Result<Self> {
         let cancel = how.watch.borrow().interrupt().cancel().clone();
         Ok(Self {
-            direct: DirectToolstack(domain),
+            direct: DirectToolstack(made.domain.as_ref()),
             around,
             source: ImageSource::limited(&how.input.file, cancel, how.limit)?,
-            host: how.host,
-            domid,
+            made,
             emulators: Vec::new(),
             withdrawn: false,
             watch: how.watch,
             first: how.first,
-            name,
             any: false,
         })
     }
@@ -166,7 +161,8 @@ impl<'a, 'd, 'w> Standby<'a, 'd, 'w> {
     fn keep_emulators(&mut self, records: Vec<LibxlRecord>) -> Result<(), ToolstackError> {
         let emulators: Vec<LibxlRecord> = records.into_iter().filter(of_emulator).collect();
         if emulators != self.emulators {
-            let stored = backend::store_emulators(self.host, self.domid, &emulators);
+            let (store, which) = (self.made.store(), self.made.which());
+            let stored = backend::store_emulators(store, which, &emulators);
             stored.map_err(|error| {
                 ToolstackError::new("keeping the emulators' state of a checkpoint", error)
             })?;
@@ -197,7 +193,7 @@ impl CheckpointRestoreToolstack for Standby<'_, '_, '_> {
                 self.keep_emulators(records)?;
                 if !std::mem::replace(&mut self.any, true) {
                     self.watch.borrow_mut().step("checkpoint");
-                    (self.first)(&self.name);
+                    (self.first)(self.made.name());
                 }
                 Ok(Arrival::Whole { octets })
             }
@@ -219,8 +215,9 @@ impl CheckpointRestoreToolstack for Standby<'_, '_, '_> {
 
 #[cfg(test)]
 mod tests {
-    use xsr_xen_backend::mock::HostConfig;
-    use xsr_xen_backend::{GuestKind, Host as _};
+    use xsr_xen_backend::domain_store::DomainRef;
+    use xsr_xen_backend::mock::{HostConfig, MockHost};
+    use xsr_xen_backend::{Errno, GuestKind, NewDomain};
 
     use super::*;
     use crate::exit::{self, LeftBehind};
@@ -229,39 +226,28 @@ mod tests {
     /// A copy that cannot be destroyed is not said to be gone.
     #[test]
     fn what_is_given_up_is_destroyed_or_said_to_be_left() {
-        let host = MockHost::ephemeral(&HostConfig::default()).expect("a machine");
+        let dir = tempfile::tempdir().expect("a directory");
+        let mock = MockHost::create(dir.path(), &HostConfig::default()).expect("a machine");
+        let host = Hypervisor::from(mock);
         let make = || {
-            let domid = host
-                .create_domain(GuestKind::Pvh, 1, 256)
-                .expect("a domain");
-            let domain = host.domain(domid).expect("the domain");
-            (domid, Made::new(domain, domid, "web", Left::work()))
+            let new = NewDomain::new(GuestKind::Pvh, 1, 256);
+            let domid = host.create(&new).expect("a domain");
+            let which = DomainRef {
+                domid,
+                uuid: new.uuid,
+            };
+            let made = Made::new(&host, which, "web", Left::work()).expect("the domain");
+            (domid, made)
         };
         let (domid, made) = make();
         let error = made.given_up(Error::new(Withdrawn));
         assert!(error.is::<Withdrawn>() && !error.is::<LeftBehind>());
         assert!(host.domain(domid).is_err());
-        // Somebody else has destroyed it, or the host refuses: nobody knows.
+        // Another command has destroyed it.
         let (domid, made) = make();
-        let domain = host.domain(domid).expect("the domain");
-        domain.destroy().expect("it goes");
+        host.domain(domid).expect("it").destroy().expect("it goes");
         let error = made.given_up(Error::new(Withdrawn));
-        assert!(error.is::<Withdrawn>() && error.is::<LeftBehind>());
-        let said = exit::words(error.chain());
-        assert!(
-            said.contains(&format!("{domid}, made for web, is left here and may be")),
-            "{said}"
-        );
-        // The same where the restore did not even begin.
-        let (domid, made) = make();
-        let domain = host.domain(domid).expect("the domain");
-        let began = outcome::<()>(made, |made| {
-            domain.destroy().expect("it goes");
-            made.options(None)?;
-            unreachable!("it has no ports")
-        });
-        let error = began.err().expect("there is no domain");
-        assert!(error.is::<LeftBehind>());
+        assert!(error.is::<Withdrawn>() && !error.is::<LeftBehind>());
         // One that runs is stopped before.
         let (domid, made) = make();
         let domain = host.domain(domid).expect("the domain");
@@ -269,5 +255,22 @@ mod tests {
         assert!(!domain.info().expect("what it is").paused);
         assert!(made.stands_still() && made.stands_still());
         assert!(domain.info().expect("what it is").paused);
+        // The same where the restore did not even begin.
+        let began = outcome::<()>(made, |_| Err(Error::msg("it has no ports")));
+        let error = began.err().expect("there is no domain");
+        assert!(!error.is::<LeftBehind>());
+        let gone = host.domain(domid).map(drop).expect_err("it is gone");
+        assert_eq!(gone.errno, Errno::ESRCH);
+        // The machine refuses: it cannot write what becomes of the domain.
+        let (domid, made) = make();
+        let domains = dir.path().join("domains");
+        std::fs::rename(&domains, dir.path().join("elsewhere")).expect("another name");
+        let error = made.given_up(Error::new(Withdrawn));
+        assert!(error.is::<Withdrawn>() && error.is::<LeftBehind>());
+        let said = exit::words(error.chain());
+        assert!(
+            said.contains(&format!("{domid}, made for web, is left here")),
+            "{said}"
+        );
     }
 }

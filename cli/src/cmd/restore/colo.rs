@@ -18,12 +18,14 @@ use xsr_save_restore::toolstack::{
     ToolstackError, Turn,
 };
 use xsr_save_restore::{RestoreError, restore_colo};
-use xsr_xen_backend::mock::{BackgroundWorkload, MockHost, WorkloadSpec};
+use xsr_xen_backend::mock::{BackgroundWorkload, WorkloadSpec};
 use xsr_xen_backend::{DomId, Domain, ShutdownReason};
 
 use super::checkpoints::{StandBy, Standby, Survival, outcome};
 use super::{Image, Made, Named};
+use crate::backend::Hypervisor;
 use crate::colo::{self, STATE_OCTETS, Said};
+use crate::workload;
 
 impl<'a> Image<'a> {
     /// Make the domain and have it run from checkpoint to checkpoint, until the primary is
@@ -46,11 +48,11 @@ impl<'a> Image<'a> {
             let domain = made.domain.as_ref();
             let cancel = how.watch.borrow().interrupt().cancel().clone();
             let mut secondary = Secondary {
-                standby: Standby::new(how, domain, made.about.clone(), self.around)?,
+                standby: Standby::new(how, made, self.around)?,
                 domain,
                 back: FdSink::cancellable(back, cancel.clone())?,
                 host: how.host,
-                domid: made.about.domid,
+                domid: made.domid(),
                 work,
                 working: None,
                 ran: false,
@@ -113,7 +115,7 @@ struct Secondary<'a, 'd, 'w, 'b> {
     standby: Standby<'a, 'd, 'w>,
     domain: &'d dyn Domain,
     back: FdSink<&'b File>,
-    host: &'w MockHost,
+    host: &'w Hypervisor,
     domid: DomId,
     work: Option<WorkloadSpec>,
     working: Option<BackgroundWorkload>,
@@ -168,9 +170,8 @@ impl ColoRestoreToolstack for Secondary<'_, '_, '_, '_> {
             self.domain.enable_log_dirty().map_err(failed)?;
             self.domain.unpause().map_err(failed)?;
             if let Some(spec) = self.work.take() {
-                let work = self.host.workload(self.domid, &spec);
-                let work = work.map_err(|error| ToolstackError::new(WHAT, error))?;
-                self.working = Some(work.run_in_background());
+                let work = workload::run(self.host, self.domid, &spec);
+                self.working = work.map_err(|error| ToolstackError::new(WHAT, error))?;
             }
         }
         self.tell(WHAT, CheckpointState::Resumed)

@@ -1,15 +1,21 @@
-//! A domain that has been made for an image, until somebody keeps it.
+//! A domain that has been made for an image, until the command keeps it.
 //!
 //! C implementation: `domcreate_complete` in `tools/libs/light/libxl_create.c`, which destroys
 //! what could not be completed.
 
+use std::cell::OnceCell;
 use std::num::NonZeroUsize;
 
 use anyhow::{Context as _, Error, Result};
-use xsr_save_restore::RestoreOptions;
 use xsr_save_restore::restore::RestoreStats;
-use xsr_xen_backend::{DomId, Domain};
+use xsr_save_restore::{RestoreOptions, Restored};
+use xsr_xen_backend::domain_store::{
+    DomainLock, DomainRef, DomainStore, DomainStoreError, Introduction,
+};
+use xsr_xen_backend::{DomId, Domain, Ring};
 
+use super::{INCOMING, Named, bad};
+use crate::backend::{self, Hypervisor, name_of};
 use crate::exit::{self, LeftBehind};
 use crate::left::Left;
 
@@ -18,11 +24,17 @@ const DOM0: DomId = DomId(0);
 
 /// A domain that has been made. Destroyed on drop, unless it is kept.
 pub(crate) struct Made {
+    host: Hypervisor,
+    which: DomainRef,
     pub(super) domain: Box<dyn Domain>,
     pub(super) about: About,
+    /// The domain's event channels for xenstore and console.
+    ports: OnceCell<[u32; 2]>,
     keep: bool,
     /// As long as the domain is there and must not stay.
     left: Option<Left>,
+    /// As long as the command works on the domain.
+    lock: Option<DomainLock>,
 }
 
 /// What there is to say of a domain that has been made.
@@ -36,18 +48,54 @@ pub(crate) struct About {
 
 impl Made {
     /// A domain that has been created just now, and has nothing yet. `left` was there before it.
-    pub(super) fn new(domain: Box<dyn Domain>, domid: DomId, name: &str, left: Left) -> Self {
+    ///
+    /// # Errors
+    ///
+    /// [`LeftBehind`]: there is no handle on it, and it stays.
+    pub(super) fn new(host: &Hypervisor, which: DomainRef, name: &str, left: Left) -> Result<Self> {
+        let domid = which.domid;
+        let domain = host.open(which).map_err(|error| {
+            let left = format!("{domid}, made for {name}, is left here: destroy it by hand");
+            Error::new(error).context(LeftBehind(left))
+        })?;
         let about = About {
             name: name.to_owned(),
             domid,
             stats: RestoreStats::default(),
         };
-        Self {
+        Ok(Self {
+            host: host.clone(),
+            which,
             domain,
             about,
+            ports: OnceCell::new(),
             keep: false,
             left: Some(left),
-        }
+            lock: None,
+        })
+    }
+
+    /// Locks the domain, and keeps its first name and its configuration with it.
+    pub(super) fn begin(&mut self, named: Named, json: &str) -> Result<()> {
+        let (host, which, name) = (&self.host, self.which, &self.about.name);
+        let (command, at_first) = match named {
+            Named::AsItSays => ("restore", name.clone()),
+            Named::Incoming => ("migrate-receive", format!("{name}{INCOMING}")),
+        };
+        self.lock = Some(host.lock(which, &format!("xsr {command} {name}"))?);
+        host.give_name(which, &at_first)
+            .context("give the domain a name with --name")?;
+        backend::store_config(&**host, which, json)
+    }
+
+    /// What keeps the domain.
+    pub(super) fn store(&self) -> &dyn DomainStore {
+        &*self.host
+    }
+
+    /// The domain, told from a later one with its number.
+    pub(super) fn which(&self) -> DomainRef {
+        self.which
     }
 
     /// The name that the domain has, or will have.
@@ -58,6 +106,20 @@ impl Made {
     /// The domain's number.
     pub(crate) fn domid(&self) -> DomId {
         self.about.domid
+    }
+
+    /// Gives a domain that was received its own name.
+    ///
+    /// # Errors
+    ///
+    /// Another domain has that name by now; the store refuses. The domain has the name that it
+    /// had.
+    pub(crate) fn rename_in(&self) -> Result<()> {
+        let name = &self.about.name;
+        let incoming = format!("{name}{INCOMING}");
+        self.host
+            .rename(self.which, &incoming, name)
+            .context("giving the domain its name")
     }
 
     /// Whether it is paused, now if not before.
@@ -76,9 +138,15 @@ impl Made {
     pub(crate) fn destroy(mut self) -> Result<()> {
         self.keep = true;
         let name = &self.about.name;
-        self.domain
-            .destroy()
-            .with_context(|| format!("destroying {name}"))
+        self.end().with_context(|| format!("destroying {name}"))
+    }
+
+    fn end(&self) -> Result<(), DomainStoreError> {
+        match backend::destroy(&*self.host, self.which, &self.about.name) {
+            // Another command was faster.
+            Err(DomainStoreError::Gone { .. } | DomainStoreError::Replaced { .. }) => Ok(()),
+            ended => ended,
+        }
     }
 
     /// There is no domain to be had for `error`: destroy what there is, and say so if it cannot
@@ -101,13 +169,50 @@ impl Made {
 
     /// How it is to be restored: with event channels for the control domain.
     pub(super) fn options(&self, threads: Option<NonZeroUsize>) -> Result<RestoreOptions> {
+        let [store_port, console_port] = match self.ports.get() {
+            Some(ports) => *ports,
+            None => {
+                let port = || self.domain.alloc_unbound_port(DOM0);
+                let ports = [port()?, port()?];
+                *self.ports.get_or_init(|| ports)
+            }
+        };
         Ok(RestoreOptions {
-            store_port: self.domain.alloc_unbound_port(DOM0)?,
+            store_port,
             store_domid: DOM0,
-            console_port: self.domain.alloc_unbound_port(DOM0)?,
+            console_port,
             console_domid: DOM0,
             threads,
         })
+    }
+
+    /// Connects xenstore and console to the rings of the guest that has been restored.
+    ///
+    /// # Errors
+    ///
+    /// The image names no xenstore ring, without which the guest cannot be asked to suspend; the
+    /// store refuses.
+    pub(super) fn connect(&mut self, restored: &Restored) -> Result<()> {
+        self.about.stats = restored.stats;
+        if !self.host.has_rings() {
+            return Ok(());
+        }
+        let options = self.options(None)?;
+        let store = restored.store_gfn.ok_or_else(|| {
+            bad("the image names no xenstore ring, without which nothing can be asked of the guest")
+        })?;
+        let ring = |frame, port| Ring { frame, port };
+        let name = name_of(&*self.host, self.which)?;
+        let introduction = Introduction {
+            name: &name,
+            store: ring(store, options.store_port),
+            console: restored
+                .console_gfn
+                .map(|gfn| ring(gfn, options.console_port)),
+        };
+        self.host
+            .introduce(self.which, &introduction)
+            .context("connecting xenstore and console")
     }
 
     /// Let the domain run.
@@ -133,7 +238,7 @@ impl Drop for Made {
         if self.keep {
             return;
         }
-        if let Err(error) = self.domain.destroy() {
+        if let Err(error) = self.end() {
             let name = &self.about.name;
             tracing::error!(%error, name, "the domain could not be destroyed: destroy it by hand");
         }

@@ -14,16 +14,16 @@ use std::path::Path;
 use anyhow::{Context as _, Error, Result};
 use xsr_format::image::{DomainHeader, GuestType, ImageHeader};
 use xsr_format::wrapper::xl::XlHeader;
-use xsr_xen_backend::mock::MockHost;
-use xsr_xen_backend::{GuestKind, Host};
+use xsr_xen_backend::domain_store::{DomainRef, DomainStore};
+use xsr_xen_backend::{DomainSettings, GuestKind, NewDomain, Uuid};
 
 use super::made::Made;
 use super::survey::Survey;
 use super::{INCOMING, Named, bad};
 use crate::args::{RestoreArgs, RestoreKind};
-use crate::backend;
+use crate::backend::Hypervisor;
 use crate::config::{self, Config};
-use crate::exit::{BadUsage, LeftBehind};
+use crate::exit::BadUsage;
 use crate::file::Input;
 use crate::left;
 use crate::origin::Origin;
@@ -135,10 +135,26 @@ pub(super) struct Plan {
     pub(super) kind: GuestKind,
     pub(super) vcpus: u32,
     pub(super) max_pages: u64,
+    /// [`Uuid::NIL`] if the configuration has none that can be read.
+    pub(super) uuid: Uuid,
+    pub(super) settings: DomainSettings,
     /// The UUID that was made for it because it has another name than its image says.
     pub(super) new_uuid: Option<String>,
     /// Whether the name is that of the file, for want of another.
     name_is_made_up: bool,
+}
+
+/// Whether a domain has this name. Names are not numbers here ([`DomainStore::find`]).
+fn is_taken(host: &dyn DomainStore, name: &str) -> Result<bool> {
+    let domains = host.list()?;
+    Ok(domains
+        .iter()
+        .any(|listed| listed.name.as_deref() == Some(name)))
+}
+
+/// The UUID that a configuration gives its domain.
+fn uuid_in(text: Option<&str>) -> Uuid {
+    text.and_then(|text| text.parse().ok()).unwrap_or(Uuid::NIL)
 }
 
 /// What is known of a domain without libxl's configuration.
@@ -315,6 +331,8 @@ impl Plan {
             name: config.name,
             kind: config.kind,
             vcpus: config.vcpus,
+            uuid: uuid_in(config.uuid.as_deref()),
+            settings: DomainSettings::default(),
             new_uuid: None,
             name_is_made_up: false,
         };
@@ -323,6 +341,7 @@ impl Plan {
             let values = [("/c_info/name", name.as_str()), ("/c_info/uuid", &uuid)];
             plan.json = config::with(json, &values)?;
             plan.name.clone_from(name);
+            plan.uuid = uuid_in(Some(&uuid));
             plan.new_uuid = Some(uuid);
         }
         Ok(plan)
@@ -381,6 +400,8 @@ impl Plan {
             kind: known.kind,
             vcpus: known.vcpus,
             max_pages: config::max_pages(known.memory_kib),
+            uuid: uuid_in(Some(&known.uuid)),
+            settings: DomainSettings::default(),
             new_uuid: known.new_uuid.clone(),
             name_is_made_up: known.name_is_made_up,
             json: known.json()?,
@@ -394,9 +415,9 @@ impl Plan {
     }
 
     /// Make the domain: paused, without memory.
-    pub(super) fn make(&self, host: &MockHost, named: Named) -> Result<Made> {
+    pub(super) fn make(&self, host: &Hypervisor, named: Named) -> Result<Made> {
         let name = &self.name;
-        if host.find(name).is_ok() {
+        if is_taken(&**host, name)? {
             let another = match named {
                 Named::AsItSays if self.name_is_made_up => "give this one another with --name",
                 Named::AsItSays => {
@@ -410,30 +431,26 @@ impl Plan {
                 "a domain named {name:?} exists already; {another}"
             )));
         }
-        let at_first = match named {
-            Named::AsItSays => name.clone(),
-            Named::Incoming => format!("{name}{INCOMING}"),
-        };
-        if named == Named::Incoming && host.find(&at_first).is_ok() {
-            return Err(Error::msg(format!(
-                "a domain named {at_first:?} exists: a migration that broke off left it; see \
-                 that the sender still has its own, then destroy this one"
-            )));
+        if named == Named::Incoming {
+            let incoming = format!("{name}{INCOMING}");
+            if is_taken(&**host, &incoming)? {
+                return Err(Error::msg(format!(
+                    "a domain named {incoming:?} exists: a migration that broke off left it; see \
+                     that the sender still has its own, then destroy this one"
+                )));
+            }
         }
-        let (left, number) = left::guest::arriving(host, name);
+        let new = NewDomain::new(self.kind, self.vcpus, self.max_pages)
+            .uuid(self.uuid)
+            .settings(self.settings.clone());
+        let (left, known) = left::guest::arriving(host, name);
         let domid = host
-            .create_domain(self.kind, self.vcpus, self.max_pages)
+            .create(&new)
             .with_context(|| format!("making {name}"))?;
-        number.get_or_init(|| domid);
-        let domain = host.domain(domid).map_err(|error| {
-            let left = format!("{domid}, made for {name}, is left here: destroy it by hand");
-            Error::new(error).context(LeftBehind(left))
-        })?;
-        let made = Made::new(domain, domid, name, left);
-        let named = host
-            .rename(domid, &at_first)
-            .map_err(|e| Error::new(e).context("give the domain a name with --name"));
-        match named.and_then(|()| backend::store_config(host, domid, &self.json)) {
+        let uuid = self.uuid;
+        let which = *known.get_or_init(|| DomainRef { domid, uuid });
+        let mut made = Made::new(host, which, name, left)?;
+        match made.begin(named, &self.json) {
             Ok(()) => Ok(made),
             Err(error) => Err(made.given_up(error)),
         }

@@ -49,16 +49,7 @@ impl Xenstore for Face {
     }
 
     fn list(&self, path: &str) -> Result<Vec<String>, StoreError> {
-        let below = format!("{path}/");
-        let state = self.state();
-        let nodes = state.nodes.range(below.clone()..);
-        let mut names: Vec<String> = nodes
-            .map_while(|(node, _)| node.strip_prefix(&below))
-            .filter_map(|rest| rest.split('/').next())
-            .map(str::to_owned)
-            .collect();
-        names.dedup();
-        Ok(names)
+        Ok(list(&self.state().nodes, path))
     }
 
     fn transaction(&self, work: &mut Work<'_>) -> Result<(), StoreError> {
@@ -121,10 +112,27 @@ impl Nodes for Changed {
         Ok(())
     }
 
+    fn list(&mut self, path: &str) -> Result<Vec<String>, StoreError> {
+        Ok(list(&self.0, path))
+    }
+
     fn remove(&mut self, path: &str) -> Result<(), StoreError> {
         remove(&mut self.0, path);
         Ok(())
     }
+}
+
+/// The names of the nodes directly below `path`.
+fn list(nodes: &BTreeMap<String, Vec<u8>>, path: &str) -> Vec<String> {
+    let below = format!("{path}/");
+    let mut names: Vec<String> = nodes
+        .range(below.clone()..)
+        .map_while(|(node, _)| node.strip_prefix(&below))
+        .filter_map(|rest| rest.split('/').next())
+        .map(str::to_owned)
+        .collect();
+    names.dedup();
+    names
 }
 
 /// Removes a node and all below it.

@@ -312,9 +312,9 @@ fn nothing_of_a_domain_that_is_forgotten_stays_in_xenstore() {
         whole.contains("/12/") || whole.contains("/u12/") || value == b"/vm/u12"
     });
     let other: BTreeMap<String, Vec<u8>> = other.collect();
-    host.forget(DomId(1)).unwrap();
+    host.remove_nodes_of(DomId(1)).unwrap();
     assert_eq!(nodes(&face), other);
-    host.forget(DomId(12)).unwrap();
+    host.remove_nodes_of(DomId(12)).unwrap();
     assert_eq!(nodes(&face), before);
 }
 

@@ -134,6 +134,25 @@ fn the_configuration_of_libxl_comes_first_and_is_never_written() {
     assert_eq!(fs::read(path).unwrap(), its.bytes);
 }
 
+/// xl knows nothing of what is ours.
+#[test]
+fn what_is_kept_of_a_domain_that_xl_destroyed_is_removed_by_the_next_command() {
+    let made = of_libxl();
+    made.host.set_configuration(made.domain, b"ours").unwrap();
+    let new = NewDomain::new(GuestKind::Pvh, 1, 4).uuid(Uuid([0x33; 16]));
+    let next = DomainRef {
+        domid: made.host.create(&new).unwrap(),
+        uuid: new.uuid,
+    };
+    made.host.open(made.domain).unwrap().destroy().unwrap();
+    let kept = tree_of(made.domain);
+    assert!(!made.face.list(&kept).unwrap().is_empty());
+    let lock = made.host.lock(next, "xsr save next").unwrap();
+    assert!(made.face.list(&kept).unwrap().is_empty());
+    drop(lock);
+    assert!(made.face.list(OURS).unwrap().is_empty());
+}
+
 #[test]
 fn a_rename_reaches_the_second_place_of_the_name() {
     let made = of_libxl();
@@ -199,6 +218,12 @@ fn what_an_earlier_domain_with_the_number_left_is_removed_when_a_new_one_comes()
         console: None,
     };
     made.store().introduce(made.domain, &introduction).unwrap();
+    assert!(made.face.list(OURS).unwrap().is_empty());
+    made.face.write(&ours(before, "emulators"), b"7").unwrap();
+    let lock = made.host.lock(made.domain, "xsr restore").unwrap();
+    made.store().introduce(made.domain, &introduction).unwrap();
+    assert_eq!(made.face.list(&tree_of(made.domain)).unwrap(), [LOCK]);
+    drop(lock);
     assert!(made.face.list(OURS).unwrap().is_empty());
     assert_eq!(
         made.store().name(made.domain).unwrap().as_deref(),

@@ -151,10 +151,13 @@ fn devices_are_found_where_libxl_and_the_guest_have_them() {
     let write = |path: &str| face.write(path, b"").unwrap();
     write("/local/domain/1/device/suspend/event-channel");
     write("/libxl/1/device/console/0/backend");
-    assert_eq!(host.devices(domid), Ok(Vec::new()));
+    assert_eq!(host.devices_of(domid), Ok(Vec::new()));
     write("/local/domain/1/device/vif/0/mac");
     write("/libxl/1/device/vif/0/backend");
     write("/libxl/1/device/9pfs/1");
     write("/local/domain/1/device/pci/0/dev-0");
-    assert_eq!(host.devices(domid).unwrap(), ["9pfs/1", "pci/0", "vif/0"]);
+    assert_eq!(
+        host.devices_of(domid).unwrap(),
+        ["9pfs/1", "pci/0", "vif/0"]
+    );
 }
