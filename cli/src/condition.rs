@@ -2,6 +2,7 @@
 //! after a failure.
 
 use nix::errno::Errno;
+use xsr_save_restore::migrate::ownership::protect::Here;
 use xsr_xen_backend::domain_store::{Blame, DomainRef, DomainStore, DomainStoreError};
 use xsr_xen_backend::{BackendError, Domain, DomainInfo, ShutdownReason};
 
@@ -53,6 +54,17 @@ impl Condition {
             },
             Err(error) if error.errno == Errno::ESRCH => Self::Gone,
             Err(error) => Self::Unknown(error),
+        }
+    }
+
+    /// What a protection goes by that has come to its end.
+    pub(crate) fn here(&self) -> Here {
+        match self {
+            Self::Runs | Self::Paused => Here::Runs,
+            Self::Suspended => Here::Suspended,
+            Self::Down(_) => Here::Over,
+            Self::Gone => Here::Gone,
+            Self::Unknown(_) => Here::Unknown,
         }
     }
 
@@ -139,6 +151,9 @@ mod tests {
             (dying, "has been destroyed"),
             (failed(Errno::EPERM), "EPERM"),
         ] {
+            // What may have to run at the other end is not taken back.
+            let may_run_there = matches!(condition, Condition::Suspended | Condition::Unknown(_));
+            assert_eq!(condition.here().is_taken_back(), !may_run_there);
             let words = condition.after_failure("web", &backend);
             assert!(words.contains(said), "{words}");
             let resumed = [Some(words), condition.refusal("web", &backend)]

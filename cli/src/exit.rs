@@ -6,6 +6,7 @@ use std::{fmt, io};
 use nix::errno::Errno;
 use xsr_format::error::{ReadError, ReadErrorCause};
 use xsr_save_restore::RestoreError;
+use xsr_save_restore::migrate::BoxError;
 
 use crate::text::shown;
 
@@ -235,6 +236,22 @@ pub(crate) fn words<'e>(
     words
 }
 
+/// The same of an error of a library.
+pub(crate) fn words_of(error: &(dyn std::error::Error + 'static)) -> String {
+    words(causes(error))
+}
+
+fn causes<'e>(
+    error: &'e (dyn std::error::Error + 'static),
+) -> impl Iterator<Item = &'e (dyn std::error::Error + 'static)> {
+    std::iter::successors(Some(error), |error| error.source())
+}
+
+/// A failure for a library to hand back, whose causes can still be looked at.
+pub(crate) fn boxed(error: anyhow::Error) -> BoxError {
+    error.reallocate_into_boxed_dyn_error_without_backtrace()
+}
+
 /// What to do about a failure, where that is not said already.
 pub(crate) fn advice(error: &anyhow::Error) -> Option<&'static str> {
     ends_early(error).then_some(
@@ -244,7 +261,18 @@ pub(crate) fn advice(error: &anyhow::Error) -> Option<&'static str> {
 
 /// Whether what was read ended where it must not.
 pub(crate) fn ends_early(error: &anyhow::Error) -> bool {
-    let found = failure(error).chain().find_map(|cause| {
+    any_ends_early(failure(error).chain())
+}
+
+/// The same of an error of a library.
+pub(crate) fn ends_early_of(error: &(dyn std::error::Error + 'static)) -> bool {
+    any_ends_early(causes(error))
+}
+
+fn any_ends_early<'e>(
+    mut causes: impl Iterator<Item = &'e (dyn std::error::Error + 'static)>,
+) -> bool {
+    let found = causes.find_map(|cause| {
         cause
             .downcast_ref::<ReadError>()
             .or_else(|| match cause.downcast_ref() {

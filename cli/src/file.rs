@@ -249,25 +249,17 @@ impl Input {
         }
     }
 
-    /// What comes over a connection, as it is.
-    pub(crate) fn of_connection(file: File, name: String) -> Self {
-        Self {
-            file,
-            name,
-            length: None,
-            path: None,
-            feed: None,
-            outer: None,
-        }
-    }
-
     /// An image that comes over a connection in the legacy form (Xen 4.5 and before), converted
     /// as it is read: `source` is the connection from its first byte of the image on.
     pub(crate) fn converted_from(source: peel::Source, name: &str) -> anyhow::Result<Self> {
         let (file, feed) = Feed::start_migration(source)?;
         Ok(Self {
+            file,
+            name: name.to_owned(),
+            length: None,
+            path: None,
             feed: Some(feed),
-            ..Self::of_connection(file, name.to_owned())
+            outer: None,
         })
     }
 

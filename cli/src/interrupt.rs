@@ -4,7 +4,6 @@
 
 mod signals;
 
-use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
@@ -133,19 +132,14 @@ impl Interrupt {
 
     /// Where what the connection carries is counted: as long as that grows it is worth
     /// waiting for.
-    pub(crate) fn carried(&self) -> Arc<AtomicU64> {
-        Arc::clone(&self.carried)
-    }
-
-    /// The connection has carried so many octets that nobody else counts.
-    pub(crate) fn has_carried(&self, octets: usize) {
-        self.carried.fetch_add(octets as u64, Ordering::Relaxed);
+    pub(crate) fn carried(&self) -> &AtomicU64 {
+        &self.carried
     }
 
     /// The work is being broken off: the connection is cut once it has carried nothing for a
     /// moment.
     pub(crate) fn cut_when_still(&self) {
-        let (cut, carried) = (self.cut.clone(), self.carried());
+        let (cut, carried) = (self.cut.clone(), Arc::clone(&self.carried));
         let late = thread::Builder::new().spawn(move || {
             until_still(&carried, || thread::sleep(GRACE));
             cut.cancel();
@@ -172,21 +166,15 @@ impl Interrupt {
         }
     }
 
-    /// Wait until there is something to read, or nothing will come any more (true), or
-    /// until a time has come or somebody asks to stop (false).
-    ///
-    /// # Errors
-    ///
-    /// What poll says.
-    pub(crate) fn readable_by(&self, fd: Option<&File>, by: Instant) -> io::Result<bool> {
-        loop {
-            let left = by.saturating_duration_since(Instant::now());
-            if left.is_zero() || self.cancel.is_cancelled() {
-                return Ok(false);
+    /// Wait for so long, or until the user asks to stop.
+    pub(crate) fn pause(&self, time: Duration) {
+        let until = Instant::now() + time;
+        while !self.cancel.is_cancelled() {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
             }
-            if readable_within(fd, left)? {
-                return Ok(true);
-            }
+            thread::sleep(left.min(Duration::from_millis(LOOK.into())));
         }
     }
 
@@ -235,23 +223,7 @@ impl Interrupt {
     ///
     /// `Interrupted` when somebody asks to stop; what poll says.
     pub(crate) fn wait_readable(&self, fd: impl AsFd) -> io::Result<()> {
-        self.wait_readable_until(fd, None)
-    }
-
-    /// The same, and no longer than until a time.
-    ///
-    /// # Errors
-    ///
-    /// The same; `TimedOut` when it is that time.
-    pub(crate) fn wait_readable_until(
-        &self,
-        fd: impl AsFd,
-        until: Option<Instant>,
-    ) -> io::Result<()> {
         loop {
-            if until.is_some_and(|until| Instant::now() >= until) {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
             if self.deaf.get().is_none() && self.cancel.is_cancelled() {
                 return Err(io::Error::new(io::ErrorKind::Interrupted, "cancelled"));
             }
@@ -275,20 +247,6 @@ fn until_still(carried: &AtomicU64, mut wait: impl FnMut()) {
             return;
         }
         before = now;
-    }
-}
-
-/// Whether there is something to read, or nothing will come any more; a look at it takes
-/// no longer than `most`.
-pub(crate) fn readable_within(fd: Option<&File>, most: Duration) -> io::Result<bool> {
-    let most = u16::try_from(most.as_millis()).unwrap_or(u16::MAX);
-    // What is left of a millisecond is not worth another turn.
-    let timeout = PollTimeout::from(most.clamp(1, LOOK));
-    let mut fds = Vec::from_iter(fd.map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
-    match poll(&mut fds, timeout) {
-        Ok(0) | Err(Errno::EINTR) => Ok(false),
-        Ok(_) => Ok(true),
-        Err(errno) => Err(errno.into()),
     }
 }
 

@@ -15,7 +15,6 @@ mod config;
 mod exit;
 mod feed;
 mod file;
-mod handshake;
 mod image;
 mod interrupt;
 mod left;

@@ -7,7 +7,7 @@
 use std::fs::{self, File};
 use std::io::{self, IsTerminal as _};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -15,10 +15,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Error, Result, bail};
-use nix::errno::Errno;
-use nix::sys::socket::{Shutdown, getsockopt, setsockopt, shutdown, sockopt};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::geteuid;
+use xsr_save_restore::migrate::connection::{
+    Connection, ConnectionReader, Peer, PipeConnection, TcpConnection, UnixConnection, Wait,
+};
+use xsr_save_restore::migrate::messages::Reason;
 
 use crate::args::{ConnectionArgs, Endpoint};
 use crate::exit::BadUsage;
@@ -28,68 +30,23 @@ use crate::interrupt::Interrupt;
 /// How long a command may take to end once nobody speaks with it any more. As xl.
 const CHILD_PATIENCE: Duration = Duration::from_secs(2);
 
-/// When a TCP connection counts as lost on which nothing is heard: probed after
-/// `IDLE` seconds, then `PROBES` times `INTERVAL` seconds apart.
-const IDLE: u32 = 10;
-const INTERVAL: u32 = 5;
-const PROBES: u32 = 4;
-/// What an end does that counts a TCP connection as lost on which octets stay unacknowledged for
-/// too long. Linux takes that time for the one on which nothing is heard, too, whatever
-/// `PROBES` says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Silence {
-    /// It sends much, and the kernel says nothing of whether the other end is away or merely
-    /// reads nothing, because it has a checkpoint to apply, say.
-    Sending,
-    /// It waits, and has sent a few octets at most.
-    Waiting,
-}
-
-impl Silence {
-    const fn milliseconds(self) -> u32 {
-        match self {
-            Self::Sending => 120_000,
-            Self::Waiting => 30_000,
-        }
-    }
-
-    /// From now on that is what this end does. Nothing is done where the connection is not TCP's
-    /// to watch.
-    pub(crate) fn bear(self, connection: impl AsFd) {
-        match setsockopt(
-            &connection.as_fd(),
-            sockopt::TcpUserTimeout,
-            &self.milliseconds(),
-        ) {
-            Ok(()) | Err(Errno::ENOTSOCK | Errno::EOPNOTSUPP | Errno::ENOPROTOOPT) => {}
-            Err(errno) => tracing::warn!(%errno, "how long to bear silence could not be set"),
-        }
-    }
-}
-
-/// Whether a domain may be given to whoever listens at a socket's path: in a directory that
-/// others can write to, they may have been there first.
-fn check_listener(connection: &File) -> Result<()> {
-    let peer = getsockopt(connection, sockopt::PeerCredentials)?;
-    match peer.uid() {
-        0 => Ok(()),
-        uid if uid == geteuid().as_raw() => Ok(()),
-        uid => bail!(
-            "a process of another user listens there (uid {uid}, process {}), and is given no \
-             domain: put the socket into a directory of your own",
-            peer.pid()
+/// Whether a domain may be given to the process that listens at a socket's path: in a directory
+/// that others can write to, another user's may have been there first.
+fn check_listener(peer: &Peer) -> Result<()> {
+    match peer {
+        Peer::Process { pid, uid, .. } if *uid != 0 && *uid != geteuid().as_raw() => bail!(
+            "a process of another user listens there (uid {uid}, process {pid}), and is given no \
+             domain: put the socket into a directory of your own"
         ),
+        _ => Ok(()),
     }
 }
 
 /// A connection to the other end.
 #[derive(Debug)]
 pub(crate) struct Link {
-    /// To the other end.
-    pub(crate) to: File,
-    /// From there.
-    pub(crate) from: File,
-    /// Who is there, for people.
+    pub(crate) connection: Box<dyn Connection>,
+    /// What the other end is called.
     pub(crate) name: String,
     child: Option<Child>,
 }
@@ -111,9 +68,7 @@ impl Link {
                 let all: String = options.iter().map(|option| format!(" {option}")).collect();
                 format!("{host}: is `xsr migrate-receive{all} --listen` running?")
             })?;
-            if matches!(endpoint, Endpoint::Unix(_)) {
-                check_listener(&link.to).with_context(|| host.to_owned())?;
-            }
+            check_listener(&link.connection.peer()).with_context(|| host.to_owned())?;
             return Ok(link);
         }
         if host.starts_with('-') && !args.ssh.is_empty() {
@@ -139,9 +94,9 @@ impl Link {
         let (to, from) = pipes.context("the pipes to sh")?;
         let to = File::from(OwnedFd::from(to));
         file::widen(&to);
+        let connection = PipeConnection::new(from.into(), to.into(), rune);
         Ok(Self {
-            to,
-            from: OwnedFd::from(from).into(),
+            connection: Box::new(connection.context("the pipes to sh")?),
             name: rune.to_owned(),
             child: Some(child),
         })
@@ -152,7 +107,7 @@ impl Link {
             Endpoint::Unix(path) => {
                 let name = format!("unix:{}", path.display());
                 let stream = interrupt.wait_for(limit, move || UnixStream::connect(path))?;
-                Self::socket(stream.into(), name)?
+                Self::unix(stream, name)?
             }
             Endpoint::Tcp(address) => {
                 let name = format!("tcp:{address}");
@@ -162,24 +117,22 @@ impl Link {
         })
     }
 
-    fn tcp(stream: TcpStream, name: String) -> Result<Self> {
-        // Short messages that are waited for, and a peer that may vanish in silence.
-        stream.set_nodelay(true)?;
-        setsockopt(&stream, sockopt::KeepAlive, &true)?;
-        setsockopt(&stream, sockopt::TcpKeepIdle, &IDLE)?;
-        setsockopt(&stream, sockopt::TcpKeepInterval, &INTERVAL)?;
-        setsockopt(&stream, sockopt::TcpKeepCount, &PROBES)?;
-        Silence::Waiting.bear(&stream);
-        Self::socket(stream.into(), name)
+    fn unix(stream: UnixStream, name: String) -> Result<Self> {
+        let connection = UnixConnection::new(stream).context("the socket")?;
+        Ok(Self::socket(Box::new(connection), name))
     }
 
-    fn socket(socket: OwnedFd, name: String) -> Result<Self> {
-        Ok(Self {
-            from: socket.try_clone().context("the socket")?.into(),
-            to: socket.into(),
+    fn tcp(stream: TcpStream, name: String) -> Result<Self> {
+        let connection = TcpConnection::new(stream).context("the socket")?;
+        Ok(Self::socket(Box::new(connection), name))
+    }
+
+    fn socket(connection: Box<dyn Connection>, name: String) -> Self {
+        Self {
+            connection,
             name,
             child: None,
-        })
+        }
     }
 
     /// The stdin and stdout of this process. Nothing else can write to stdout after
@@ -201,37 +154,30 @@ impl Link {
         let nothing = File::open("/dev/null").context("/dev/null")?;
         nix::unistd::dup2_stdin(nothing).context("stdin")?;
         file::widen(&from);
+        let connection = PipeConnection::new(from.into(), to.into(), "stdin");
         Ok(Self {
-            to,
-            from,
+            connection: Box::new(connection.context("stdin and stdout")?),
             name: "stdin".to_owned(),
             child: None,
         })
     }
 
-    /// Whether the two ends share no stderr: a command's goes to the user beside this one's.
-    pub(crate) fn is_socket(&self) -> bool {
-        self.child.is_none()
-    }
-
-    /// Say nothing more; what the other end still says can be heard.
-    pub(crate) fn say_no_more(&mut self) -> Result<()> {
-        match shutdown(self.to.as_raw_fd(), Shutdown::Write) {
-            // A pipe ends when it is closed; a connection that is lost needs no end.
-            Ok(()) | Err(Errno::ENOTSOCK | Errno::ENOTCONN) => {}
-            Err(errno) => return Err(errno).context("ending the connection"),
+    /// Why the other end failed, if it says so as its last words. One that was started by a
+    /// command says it to the user, on the stderr that both ends have.
+    pub(crate) fn reason(&self) -> Option<String> {
+        /// How long they are waited for: the other end hangs up after them.
+        const WAIT: Duration = Duration::from_secs(1);
+        if self.child.is_some() {
+            return None;
         }
-        self.to = File::options()
-            .write(true)
-            .open("/dev/null")
-            .context("/dev/null")?;
-        Ok(())
+        let reader = ConnectionReader::new(&*self.connection, Wait::forever()).ok()?;
+        Reason::read(&[], reader.within(WAIT))
     }
 
     /// Hang up. What the command at the other end came to, if there was one and it failed, in
     /// words to be put behind others; no longer than a moment is waited for it.
     pub(crate) fn hang_up(self) -> String {
-        drop((self.to, self.from));
+        drop(self.connection);
         let ended = self.child.map_or(Ok(None), Self::outlive);
         let ended = ended.unwrap_or_else(|error| Some(error.to_string()));
         ended.map_or_else(String::new, |ended| format!(" (`{}` {ended})", self.name))
@@ -338,7 +284,7 @@ impl Listener {
             Socket::Unix(listener, _file) => {
                 interrupt.wait_readable(&listener)?;
                 let (stream, _) = listener.accept()?;
-                Link::socket(stream.into(), self.name)
+                Link::unix(stream, self.name)
             }
             Socket::Tcp(listener) => {
                 interrupt.wait_readable(&listener)?;
@@ -346,39 +292,5 @@ impl Listener {
                 Link::tcp(stream, format!("tcp:{peer}"))
             }
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-
-    use nix::sys::socket::getsockopt;
-
-    use super::*;
-
-    #[test]
-    fn a_receiver_is_given_longer_to_read_what_is_sent_than_to_answer() {
-        let interrupt = Interrupt::catch().unwrap();
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        let waiting = Listener {
-            socket: Socket::Tcp(listener),
-            name: String::new(),
-        };
-        let sender =
-            Link::connect(&Endpoint::Tcp(address), &interrupt, Duration::from_secs(60)).unwrap();
-        let receiver = waiting.accept(&interrupt).unwrap();
-        let timeout = |link: &Link| getsockopt(&link.to, sockopt::TcpUserTimeout).unwrap();
-        assert_eq!((timeout(&sender), timeout(&receiver)), (30_000, 30_000));
-        Silence::Sending.bear(&sender.to);
-        assert_eq!(timeout(&sender), 120_000);
-        Silence::Waiting.bear(&sender.to);
-        assert_eq!(timeout(&sender), 30_000);
-        // Neither is anything to a pipe or another socket.
-        let (unix, _other) = UnixStream::pair().unwrap();
-        let (pipe, _end) = io::pipe().unwrap();
-        Silence::Sending.bear(&unix);
-        Silence::Sending.bear(&pipe);
     }
 }

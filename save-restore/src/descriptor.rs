@@ -18,7 +18,6 @@
 use std::io::{self, Read as _};
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -28,7 +27,7 @@ use nix::sys::socket::{MsgFlags, recv};
 use nix::sys::stat::{Mode, SFlag, fstat};
 use xsr_xen_backend::WriteCall;
 
-use crate::pace::{Pace, ReadLimit};
+use crate::pace::{Overdue, Pace, ReadLimit};
 use crate::progress::{Cancel, Cancelled};
 
 /// How long a wait may last before the token is looked at again, in milliseconds.
@@ -42,10 +41,6 @@ const PIPE_BUF: NonZeroUsize = NonZeroUsize::new(4096).expect("not zero");
 pub(crate) struct Descriptor<F> {
     fd: F,
     way: Way,
-    /// How fast an end has to take what is written.
-    pace: Option<Arc<Pace>>,
-    /// How long an end may send nothing.
-    read_limit: Option<Arc<ReadLimit>>,
 }
 
 /// How long one call may wait.
@@ -53,31 +48,68 @@ pub(crate) struct Descriptor<F> {
 pub(crate) struct Limit<'a> {
     /// Without a byte going through.
     pub(crate) idle: Option<Duration>,
-    /// Until this time, whatever goes through.
-    pub(crate) until: Option<Instant>,
+    /// Since it began, whatever goes through.
+    pub(crate) at_most: Option<Duration>,
     /// Beside the descriptor's own token.
     pub(crate) cancel: Option<&'a Cancel>,
+    /// How fast an end has to take what is written.
+    pub(crate) pace: Option<&'a Pace>,
+    /// How long an end may send nothing.
+    pub(crate) silence: Option<&'a ReadLimit>,
     /// When the wait began.
     pub(crate) began: Instant,
 }
 
 impl Limit<'_> {
-    /// As long as it takes, or until nothing has gone through for so long.
-    fn idle(idle: Option<Duration>) -> Self {
+    /// As long as it takes.
+    fn none() -> Self {
         Self {
-            idle,
-            until: None,
+            idle: None,
+            at_most: None,
             cancel: None,
+            pace: None,
+            silence: None,
             began: Instant::now(),
         }
     }
 
-    /// The time at which a wait ends that began to be one just now.
-    fn ends(&self) -> Option<Instant> {
-        let idle = self.idle.and_then(|idle| Instant::now().checked_add(idle));
-        match (idle, self.until) {
-            (Some(idle), Some(until)) => Some(idle.min(until)),
-            (idle, until) => idle.or(until),
+    /// The time at which it ends, whatever goes through.
+    fn until(&self) -> Option<Instant> {
+        self.began.checked_add(self.at_most?)
+    }
+
+    /// The time at which a wait ends that began to be one at `since`, for a read or a write.
+    fn ends(&self, since: Instant, writing: bool) -> Option<Instant> {
+        let after = |limit: Option<Duration>| since.checked_add(limit?);
+        let pace = self.pace.filter(|_| writing);
+        let silence = self.silence.filter(|_| !writing);
+        [
+            self.until(),
+            after(self.idle),
+            after(pace.map(Pace::patience)),
+            pace.and_then(Pace::due),
+            after(silence.and_then(ReadLimit::limit)),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+    }
+
+    /// What the other end has reached, when one of them has come.
+    fn reached(&self, writing: bool) -> Overdue {
+        if let (true, Some(pace)) = (writing, self.pace) {
+            return pace.broken();
+        }
+        let at_most = self
+            .until()
+            .filter(|until| Instant::now() >= *until)
+            .and(self.at_most);
+        let silence = self.silence.and_then(ReadLimit::limit);
+        let idle = self.idle.or(silence).unwrap_or_default();
+        match (writing, at_most) {
+            (true, at_most) => Overdue::NothingTaken(at_most.unwrap_or(idle)),
+            (false, Some(limit)) => Overdue::NoAnswer(limit),
+            (false, None) => Overdue::NothingSent(idle),
         }
     }
 }
@@ -115,8 +147,6 @@ impl<F: AsFd> Descriptor<F> {
         Self {
             fd,
             way: Way::Blocking,
-            pace: None,
-            read_limit: None,
         }
     }
 
@@ -129,24 +159,7 @@ impl<F: AsFd> Descriptor<F> {
             SFlag::S_IFIFO => Way::Pipe(cancel, None),
             _ => Way::Never(cancel),
         };
-        Ok(Self {
-            fd,
-            way,
-            pace: None,
-            read_limit: None,
-        })
-    }
-
-    /// Have a write fail (`TimedOut`) when the other end breaks these rules. Calls that may
-    /// block do so all the same.
-    pub(crate) fn keep_pace(&mut self, pace: Arc<Pace>) {
-        self.pace = Some(pace);
-    }
-
-    /// Have a read fail (`TimedOut`) when the other end sends nothing for too long. Calls that
-    /// may block do so all the same.
-    pub(crate) fn limit_reads(&mut self, limit: Arc<ReadLimit>) {
-        self.read_limit = Some(limit);
+        Ok(Self { fd, way })
     }
 
     /// Who may say stop.
@@ -171,23 +184,28 @@ impl<F: AsFd> Descriptor<F> {
     }
 
     /// Wait until a call will do something, if only fail (true), or until it is time to give
-    /// up, if there is such a time (false).
+    /// up, if there is such a time (false). There is always one look.
     fn wait(
         &self,
         what: PollFlags,
         due: &dyn Fn() -> Option<Instant>,
         limit: &Limit<'_>,
     ) -> io::Result<bool> {
-        let timeout = match (self.way.cancel(), due()) {
-            (None, None) => PollTimeout::NONE,
-            _ => PollTimeout::from(LOOK_EVERY_MS),
-        };
         loop {
             self.check_both(limit)?;
-            if due().is_some_and(|due| Instant::now() >= due) {
-                return Ok(false);
-            }
+            let left = due().map(|due| due.saturating_duration_since(Instant::now()));
+            let timeout = match (self.way.cancel(), left) {
+                (None, None) => PollTimeout::NONE,
+                (_, left) => {
+                    // A part of a millisecond is waited for, too.
+                    let left = left.map_or(u128::MAX, |left| left.as_micros().div_ceil(1000));
+                    PollTimeout::from(
+                        u8::try_from(left).map_or(LOOK_EVERY_MS, |left| left.min(LOOK_EVERY_MS)),
+                    )
+                }
+            };
             match poll(&mut [PollFd::new(self.fd.as_fd(), what)], timeout) {
+                Ok(0) if left.is_some_and(|left| left.is_zero()) => return Ok(false),
                 Ok(0) | Err(Errno::EINTR) => {}
                 Ok(_) => return Ok(true),
                 Err(errno) => return Err(errno.into()),
@@ -200,15 +218,12 @@ impl<F: AsFd> Descriptor<F> {
     ///
     /// # Errors
     ///
-    /// [`Cancelled`]; nothing was taken for too long; what `write` says but EINTR and EAGAIN.
+    /// [`Cancelled`]; what `write` says except EINTR and EAGAIN.
     pub(crate) fn write(
         &self,
         write: impl FnMut(BorrowedFd<'_>, WriteCall) -> io::Result<usize>,
     ) -> io::Result<usize> {
-        self.write_within(
-            &Limit::idle(self.pace.as_deref().map(Pace::patience)),
-            write,
-        )
+        self.write_within(&Limit::none(), write)
     }
 
     /// As [`Self::write`], for no longer than a limit of its own.
@@ -222,23 +237,16 @@ impl<F: AsFd> Descriptor<F> {
         mut write: impl FnMut(BorrowedFd<'_>, WriteCall) -> io::Result<usize>,
     ) -> io::Result<usize> {
         // From the first time that there was no room: once bytes are taken, another call begins.
-        let mut until = None;
+        let mut since = None;
         let mut room = || {
-            let until = *until.get_or_insert_with(|| limit.ends());
-            let pace = self.pace.as_deref();
-            let due = || {
-                [until, pace.and_then(Pace::due)]
-                    .into_iter()
-                    .flatten()
-                    .min()
-            };
-            self.wait(PollFlags::POLLOUT, &due, limit)
+            let since = *since.get_or_insert_with(Instant::now);
+            self.wait(PollFlags::POLLOUT, &|| limit.ends(since, true), limit)
         };
         let mut ready = true;
         loop {
             self.check_both(limit)?;
-            if self.overdue() {
-                return Err(self.stalled(limit));
+            if self.overdue(limit) {
+                return Err(limit.reached(true).into());
             }
             let result = match &self.way {
                 Way::Blocking | Way::Never(_) => write(self.fd.as_fd(), WriteCall::Writev),
@@ -246,7 +254,7 @@ impl<F: AsFd> Descriptor<F> {
                 Way::Pipe(_, Some(own)) => write(own.as_fd(), WriteCall::Writev),
                 Way::Pipe(_, None) => match room()? {
                     true => write(self.fd.as_fd(), WriteCall::AtMost(PIPE_BUF)),
-                    false => return Err(self.stalled(limit)),
+                    false => return Err(limit.reached(true).into()),
                 },
             };
             match result {
@@ -255,12 +263,12 @@ impl<F: AsFd> Descriptor<F> {
                     // poll(2) wants more room in a socket than a write does: one that is read
                     // slowly has been tried once more in the end.
                     if !ready {
-                        return Err(self.stalled(limit));
+                        return Err(limit.reached(true).into());
                     }
                     ready = room()?;
                 }
                 result => {
-                    if let (Some(pace), Ok(n)) = (&self.pace, &result) {
+                    if let (Some(pace), Ok(n)) = (limit.pace, &result) {
                         pace.took(*n as u64);
                     }
                     return result;
@@ -271,61 +279,41 @@ impl<F: AsFd> Descriptor<F> {
 
     /// Whether the other end has taken too little of what it was sent while a guest is
     /// suspended. (A descriptor that never waits has no other end.)
-    fn overdue(&self) -> bool {
+    fn overdue(&self, limit: &Limit<'_>) -> bool {
         let pace = match self.way {
             Way::Blocking | Way::Never(_) => None,
-            Way::Socket(_) | Way::Pipe(..) => self.pace.as_deref(),
+            Way::Socket(_) | Way::Pipe(..) => limit.pace,
         };
         let due = pace.and_then(Pace::due);
         due.is_some_and(|due| Instant::now() >= due)
-    }
-
-    /// The other end has taken too little.
-    fn stalled(&self, limit: &Limit<'_>) -> io::Error {
-        match &self.pace {
-            Some(pace) => pace.broken(),
-            None => stalled(limit),
-        }
     }
 
     /// Have `read` called until it has read something, or the end; its answer.
     ///
     /// # Errors
     ///
-    /// [`Cancelled`]; the other end sends nothing for too long; what `read` says except EINTR and
-    /// EAGAIN.
+    /// [`Cancelled`]; what `read` says except EINTR and EAGAIN.
     pub(crate) fn read(
         &self,
         read: impl FnMut(BorrowedFd<'_>) -> io::Result<usize>,
     ) -> io::Result<usize> {
-        self.read_within(&Limit::idle(None), read)
+        self.read_within(&Limit::none(), read)
     }
 
     /// As [`Self::read`], for no longer than a limit of its own.
     ///
     /// # Errors
     ///
-    /// `TimedOut` without an errno: nothing has come for as long as may be. As [`Self::read`].
+    /// An [`Overdue`]; as [`Self::read`].
     pub(crate) fn read_within(
         &self,
         limit: &Limit<'_>,
         mut read: impl FnMut(BorrowedFd<'_>) -> io::Result<usize>,
     ) -> io::Result<usize> {
-        let until = limit.ends();
-        let reads = self.read_limit.as_deref();
-        let due = || {
-            let silent = reads.and_then(|reads| reads.due(limit.began));
-            [until, silent].into_iter().flatten().min()
-        };
+        let due = || limit.ends(limit.began, false);
         let come = || match self.wait(PollFlags::POLLIN, &due, limit)? {
             true => Ok(()),
-            false => match reads {
-                Some(reads) => Err(reads.broken()),
-                None => {
-                    let why = "the other end has said nothing for too long";
-                    Err(io::Error::new(io::ErrorKind::TimedOut, why))
-                }
-            },
+            false => Err(io::Error::from(limit.reached(false))),
         };
         loop {
             match &self.way {
@@ -367,14 +355,6 @@ impl<F: AsFd> Descriptor<F> {
     }
 }
 
-/// Nothing was taken for as long as may be.
-fn stalled(limit: &Limit<'_>) -> io::Error {
-    let waited = limit.idle.unwrap_or_else(|| limit.began.elapsed());
-    let seconds = waited.as_secs_f64();
-    let why = format!("the other end has taken nothing for {seconds} s");
-    io::Error::new(io::ErrorKind::TimedOut, why)
-}
-
 /// The writing end of a pipe, opened once more: another open file, whose O_NONBLOCK
 /// nobody shares.
 fn reopen(fd: BorrowedFd<'_>) -> Option<OwnedFd> {
@@ -401,13 +381,29 @@ mod tests {
     use crate::source::FdSource;
 
     fn write_all<F: AsFd>(descriptor: &Descriptor<F>, octets: &[u8]) -> io::Result<()> {
+        write_all_within(&Limit::none(), descriptor, octets)
+    }
+
+    fn write_all_within<F: AsFd>(
+        limit: &Limit<'_>,
+        descriptor: &Descriptor<F>,
+        octets: &[u8],
+    ) -> io::Result<()> {
         let mut list = Gather::new();
         list.push(octets);
         let mut rest = list.unwritten();
         while !rest.is_empty() {
-            descriptor.write(|fd, call| rest.write_some(fd, call))?;
+            descriptor.write_within(limit, |fd, call| rest.write_some(fd, call))?;
         }
         Ok(())
+    }
+
+    /// What an other end has to keep to.
+    fn paced(pace: &Pace) -> Limit<'_> {
+        Limit {
+            pace: Some(pace),
+            ..Limit::none()
+        }
     }
 
     /// Every kind of writing end: a pipe both ways, a socket.
@@ -421,8 +417,6 @@ mod tests {
         let once = Descriptor {
             fd: OwnedFd::from(once_in),
             way: Way::Pipe(cancel.clone(), None),
-            pace: None,
-            read_limit: None,
         };
         [
             (again, pipe_out.into()),
@@ -494,9 +488,9 @@ mod tests {
     #[test]
     fn a_write_ends_when_nothing_is_taken_for_too_long() {
         let octets = pattern(1 << 20);
-        for (mut writer, reader) in writers(&Cancel::new()) {
-            writer.keep_pace(Arc::new(Pace::new(Duration::from_millis(50))));
-            let error = write_all(&writer, &octets).unwrap_err();
+        for (writer, reader) in writers(&Cancel::new()) {
+            let pace = Pace::new(Duration::from_millis(50));
+            let error = write_all_within(&paced(&pace), &writer, &octets).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
             let said = "the other end has taken nothing for 0.05 s";
             assert_eq!(error.to_string(), said);
@@ -508,10 +502,9 @@ mod tests {
     #[test]
     fn a_write_ends_when_too_little_is_taken_of_a_suspended_guest() {
         let octets = pattern(4 << 20);
-        for (mut writer, reader) in writers(&Cancel::new()) {
-            let pace = Arc::new(Pace::new(Duration::from_millis(200)));
+        for (writer, reader) in writers(&Cancel::new()) {
+            let pace = Pace::new(Duration::from_millis(200));
             pace.suspended();
-            writer.keep_pace(pace);
             let (given_up, ended) = std::sync::mpsc::channel::<()>();
             thread::scope(|scope| {
                 scope.spawn(move || {
@@ -523,7 +516,7 @@ mod tests {
                         reader.read_exact(&mut room).unwrap();
                     }
                 });
-                let error = write_all(&writer, &octets).unwrap_err();
+                let error = write_all_within(&paced(&pace), &writer, &octets).unwrap_err();
                 drop(given_up);
                 let said = error.to_string();
                 assert!(said.contains("too slowly"), "{said}");
@@ -540,32 +533,39 @@ mod tests {
             (OwnedFd::from(socket), OwnedFd::from(socket_in)),
         ];
         for (fd, other) in ends {
-            let limit = Arc::new(ReadLimit::new(Duration::from_millis(50)));
-            let source = FdSource::cancellable(fd, Cancel::new()).unwrap();
-            let mut source = source.give_up_after(Arc::clone(&limit));
-            let error = source.read(&mut [0; 10]).unwrap_err();
+            let silence = ReadLimit::new(Duration::from_millis(50));
+            let limit = Limit {
+                silence: Some(&silence),
+                ..Limit::none()
+            };
+            let source = Descriptor::cancellable(fd, Cancel::new(), false).unwrap();
+            let mut room = [0; 10];
+            let mut read =
+                || source.read_within(&limit, |fd| Ok(nix::unistd::read(fd, &mut room)?));
+            let error = read().unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::TimedOut);
             let said = "the other end has sent nothing for 0.05 s";
             assert_eq!(error.to_string(), said);
-            limit.lift();
+            silence.lift();
             std::fs::File::from(other).write_all(b"more").unwrap();
-            assert_eq!(source.read(&mut [0; 10]).unwrap(), 4);
+            assert_eq!(read().unwrap(), 4);
         }
     }
 
     #[test]
     fn what_has_less_room_than_poll_wants_is_written_to_once_more() {
-        for (mut writer, _reader) in writers(&Cancel::new()) {
-            writer.keep_pace(Arc::new(Pace::new(Duration::from_millis(1))));
+        for (writer, _reader) in writers(&Cancel::new()) {
+            let pace = Pace::new(Duration::from_millis(1));
+            let limit = paced(&pace);
             // It is full.
-            write_all(&writer, &pattern(1 << 20)).unwrap_err();
+            write_all_within(&limit, &writer, &pattern(1 << 20)).unwrap_err();
             if matches!(writer.way, Way::Pipe(_, None)) {
                 // A write would block there.
                 continue;
             }
             for (takes, expected) in [(2, Ok(7)), (3, Err(io::ErrorKind::TimedOut))] {
                 let mut calls = 0;
-                let written = writer.write(|_, _| {
+                let written = writer.write_within(&limit, |_, _| {
                     calls += 1;
                     match calls == takes {
                         true => Ok(7),

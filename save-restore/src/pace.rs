@@ -14,6 +14,44 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use thiserror::Error;
+
+/// A limit that a peer has reached, in words for people. An [`io::Error`] of the kind `TimedOut`
+/// holds it.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Overdue {
+    /// The peer has taken nothing for so long, or not all of a message.
+    #[error("the other end has taken nothing for {} s", .0.as_secs_f64())]
+    NothingTaken(Duration),
+    /// The peer takes bytes, and too few of them while a guest is suspended.
+    #[error(
+        "the other end takes what it is sent too slowly: {bytes} bytes in {} s, and the domain is \
+         suspended meanwhile (at least 1 MiB/s after {} s)",
+        waited.as_secs(), patience.as_secs_f64()
+    )]
+    TooLittleTaken {
+        /// What it has taken since the guest was suspended.
+        bytes: u64,
+        /// How long that is ago.
+        waited: Duration,
+        /// From when on [`Pace::BYTES_PER_SECOND`] is asked for.
+        patience: Duration,
+    },
+    /// The peer has sent nothing for so long.
+    #[error("the other end has sent nothing for {} s", .0.as_secs_f64())]
+    NothingSent(Duration),
+    /// The peer has not sent all of an answer in this time.
+    #[error("the other end has not answered in {} s", .0.as_secs_f64())]
+    NoAnswer(Duration),
+}
+
+impl From<Overdue> for io::Error {
+    fn from(overdue: Overdue) -> Self {
+        Self::new(io::ErrorKind::TimedOut, overdue)
+    }
+}
+
 /// How fast a peer has to take what it is sent.
 #[derive(Debug)]
 pub struct Pace {
@@ -81,22 +119,17 @@ impl Pace {
         suspension.since.checked_add(self.patience + earned)
     }
 
-    /// The peer has broken one of the rules.
-    pub(crate) fn broken(&self) -> io::Error {
+    /// Which of the rules the peer has broken.
+    pub(crate) fn broken(&self) -> Overdue {
         let overdue = self.due().is_some_and(|due| Instant::now() >= due);
-        let why = match (overdue, *self.lock()) {
-            (true, Some(Suspension { since, taken })) => format!(
-                "the other end takes what it is sent too slowly: {taken} bytes in {} s, and the \
-                 domain is suspended meanwhile (at least 1 MiB/s after {} s)",
-                since.elapsed().as_secs(),
-                self.patience.as_secs_f64()
-            ),
-            _ => format!(
-                "the other end has taken nothing for {} s",
-                self.patience.as_secs_f64()
-            ),
-        };
-        io::Error::new(io::ErrorKind::TimedOut, why)
+        match (overdue, *self.lock()) {
+            (true, Some(Suspension { since, taken })) => Overdue::TooLittleTaken {
+                bytes: taken,
+                waited: since.elapsed(),
+                patience: self.patience,
+            },
+            _ => Overdue::NothingTaken(self.patience),
+        }
     }
 }
 
@@ -119,23 +152,12 @@ impl ReadLimit {
         self.0.store(Self::LIFTED, Ordering::Relaxed);
     }
 
-    fn limit(&self) -> Option<Duration> {
+    /// How long a read may wait now; `None` once it has been lifted.
+    pub(crate) fn limit(&self) -> Option<Duration> {
         match self.0.load(Ordering::Relaxed) {
             Self::LIFTED => None,
             milliseconds => Some(Duration::from_millis(milliseconds)),
         }
-    }
-
-    /// When a read that began then is given up.
-    pub(crate) fn due(&self, began: Instant) -> Option<Instant> {
-        began.checked_add(self.limit()?)
-    }
-
-    /// The peer has been silent for too long.
-    pub(crate) fn broken(&self) -> io::Error {
-        let seconds = self.limit().unwrap_or_default().as_secs_f64();
-        let why = format!("the other end has sent nothing for {seconds} s");
-        io::Error::new(io::ErrorKind::TimedOut, why)
     }
 }
 

@@ -3,13 +3,10 @@
 
 use std::io::{self, Write};
 use std::os::fd::AsFd;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use xsr_xen_backend::Gather;
 
 use crate::descriptor::Descriptor;
-use crate::pace::Pace;
 use crate::progress::Cancel;
 
 /// Takes a stream.
@@ -28,14 +25,14 @@ pub trait PageSink: Write {
 #[derive(Debug)]
 pub struct FdSink<F> {
     descriptor: Descriptor<F>,
-    /// Octets that the kernel has taken.
-    carried: Arc<AtomicU64>,
 }
 
 impl<F: AsFd> FdSink<F> {
     /// Waits for a descriptor that is full for as long as it takes.
     pub fn new(fd: F) -> Self {
-        Self::over(Descriptor::blocking(fd))
+        Self {
+            descriptor: Descriptor::blocking(fd),
+        }
     }
 
     /// Stops waiting when `cancel` says so, within a fraction of 100 ms: a write then
@@ -46,39 +43,15 @@ impl<F: AsFd> FdSink<F> {
     ///
     /// The descriptor is none that can be asked what it is.
     pub fn cancellable(fd: F, cancel: Cancel) -> io::Result<Self> {
-        Ok(Self::over(Descriptor::cancellable(fd, cancel, true)?))
-    }
-
-    fn over(descriptor: Descriptor<F>) -> Self {
-        let carried = Arc::default();
-        Self {
-            descriptor,
-            carried,
-        }
-    }
-
-    /// Have the octets that are written counted there, each time that the kernel takes some of
-    /// them: whoever looks sees that something moves while a long write goes on.
-    pub fn count_in(mut self, carried: Arc<AtomicU64>) -> Self {
-        self.carried = carried;
-        self
-    }
-
-    /// Have a write fail, with `TimedOut`, once the other end has broken these rules: it may be
-    /// there and read nothing. Only of a sink that is [`cancellable`](Self::cancellable): the
-    /// writes of others block.
-    pub fn keep_pace(mut self, pace: Arc<Pace>) -> Self {
-        self.descriptor.keep_pace(pace);
-        self
+        let descriptor = Descriptor::cancellable(fd, cancel, true)?;
+        Ok(Self { descriptor })
     }
 
     fn write_all_of(&self, list: &Gather<'_>) -> io::Result<()> {
         let mut rest = list.unwritten();
         while !rest.is_empty() {
-            let n = self
-                .descriptor
+            self.descriptor
                 .write(|fd, call| rest.write_some(fd, call))?;
-            self.carried.fetch_add(n as u64, Ordering::Relaxed);
         }
         Ok(())
     }
@@ -127,41 +100,5 @@ impl<W: Write> PageSink for CopySink<W> {
 impl<S: PageSink + ?Sized> PageSink for &mut S {
     fn write_gather(&mut self, list: &Gather<'_>) -> io::Result<()> {
         (**self).write_gather(list)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-
-    use std::io::Read as _;
-    use std::os::unix::net::UnixStream;
-
-    use super::*;
-
-    #[test]
-    fn a_long_write_is_seen_to_move_before_it_ends() {
-        let octets = vec![7; 8 << 20];
-        let (mut reader, writer) = UnixStream::pair().unwrap();
-        let carried = Arc::new(AtomicU64::new(0));
-        let sink = FdSink::cancellable(writer, Cancel::new()).unwrap();
-        let mut sink = sink.count_in(Arc::clone(&carried));
-        std::thread::scope(|scope| {
-            let octets = &octets;
-            let writing = scope.spawn(move || {
-                let mut list = Gather::new();
-                list.push(octets);
-                sink.write_gather(&list).unwrap();
-            });
-            // What is in the socket by now is part of one list, of which most is still to come.
-            reader.read_exact(&mut vec![0; 4 << 20]).unwrap();
-            while carried.load(Ordering::Relaxed) < 4 << 20 {
-                assert!(!writing.is_finished());
-                std::thread::yield_now();
-            }
-            assert!(carried.load(Ordering::Relaxed) < 8 << 20);
-            reader.read_exact(&mut vec![0; 4 << 20]).unwrap();
-        });
-        assert_eq!(carried.load(Ordering::Relaxed), 8 << 20);
     }
 }

@@ -15,7 +15,6 @@ use xsr_format::read::EndedAfter;
 use xsr_xen_backend::ForeignPages;
 
 use crate::descriptor::Descriptor;
-use crate::pace::ReadLimit;
 use crate::progress::{Cancel, Cancelled};
 
 /// Gives a stream.
@@ -208,13 +207,6 @@ impl<F: AsFd> FdSource<F> {
     /// The descriptor is none that can be asked what it is.
     pub fn cancellable(fd: F, cancel: Cancel) -> io::Result<Self> {
         Ok(Self::over(Descriptor::cancellable(fd, cancel, false)?))
-    }
-
-    /// Have a read fail, with `TimedOut`, once nothing has come for so long. Only of a source that
-    /// is [`cancellable`](Self::cancellable): the reads of others block.
-    pub fn give_up_after(mut self, limit: Arc<ReadLimit>) -> Self {
-        self.descriptor.limit_reads(limit);
-        self
     }
 
     fn over(descriptor: Descriptor<F>) -> Self {

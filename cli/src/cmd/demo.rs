@@ -11,6 +11,7 @@ use anyhow::{Context as _, Result, bail};
 use nix::sys::statvfs::statvfs;
 use tempfile::TempDir;
 use xsr_save_restore::SaveOptions;
+use xsr_save_restore::sink::FdSink;
 use xsr_save_restore::toolstack::DirectToolstack;
 use xsr_xen_backend::domain_store::DomainRef;
 use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
@@ -288,7 +289,9 @@ impl Demo<'_> {
             options: SaveOptions::default(),
         };
         self.watch.now("saving");
-        let written = job.write(&mut toolstack, output.file(), None, None, &mut self.watch)?;
+        let cancel = self.watch.interrupt().cancel().clone();
+        let sink = FdSink::cancellable(output.file(), cancel)?;
+        let written = job.write(&mut toolstack, sink, None, &mut self.watch)?;
         self.watch.clear();
         output.finish()?;
         let octets = written.saved.stats().pages * 4096;

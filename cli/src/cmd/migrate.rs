@@ -4,20 +4,23 @@
 //! At every moment one end at most may run the domain. Until "go" is sent it is this
 //! one; once the receiver has read it, the receiver. Between the two, and until the
 //! report, the domain is suspended here and nothing but the report decides:
-//! docs/migration.md has the table. What is done next is decided by
-//! [`xsr_save_restore::migrate::ownership::plain::Sender`]; here it is done.
+//! docs/migration.md has the table. [`SendRequest`] sees to that; here is what it does to the
+//! domain, and what the user is told.
 //!
 //! C implementation: `migrate_domain` in `tools/xl/xl_migrate.c`.
 
-use std::sync::Arc;
+use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Error, Result, anyhow, bail};
+use anyhow::{Context as _, Error, Result, bail};
 use serde::Serialize;
-use xsr_save_restore::migrate::ownership::plain::{self, SenderAction, SenderEnd, SenderEvent};
+use xsr_save_restore::SaveOptions;
+use xsr_save_restore::migrate::connection::{Connection, ConnectionWriter};
+use xsr_save_restore::migrate::ownership::plain::SenderEnd;
+use xsr_save_restore::migrate::send::{self, Departing, SendRequest, TakenBack};
+use xsr_save_restore::migrate::{BoxError, Event, Step};
 use xsr_save_restore::pace::Pace;
 use xsr_save_restore::toolstack::{DirectToolstack, SaveToolstack, ToolstackError};
-use xsr_save_restore::{SaveError, SaveOptions};
 use xsr_xen_backend::domain_store::{DomainRef, DomainStore, DomainStoreError};
 use xsr_xen_backend::{DomId, Domain};
 
@@ -26,12 +29,10 @@ use crate::backend::{self, Found, Hypervisor, name_of};
 use crate::cmd::save::{Form, Job, LiveSave, MemoryReport, Written, target_policy};
 use crate::condition::Condition;
 use crate::exit::{self, BadUsage, Code, Migration};
-use crate::handshake::{self, Message, Patience};
-use crate::interrupt::Interrupt;
 use crate::left::{self, Left};
 use crate::stdout;
 use crate::terminal::Terminal;
-use crate::transport::{Link, Silence};
+use crate::transport::Link;
 use crate::watch::Watch;
 use crate::workload;
 
@@ -112,18 +113,16 @@ fn migrate(args: &MigrateArgs, terminal: &Terminal, watch: &mut Watch) -> Result
     let link = Link::to_receiver(&args.connection, &args.host, &options, interrupt, limit)
         .map_err(|error| match error.is::<BadUsage>() {
             true => error,
-            false => sender.failed(Failure::Here(error), ""),
+            false => sender.failed(Failure::Here(exit::words(error.chain())), ""),
         })?;
-    let sent = sender.send(&link, watch);
+    let sent = sender.send(&*link.connection, watch);
     watch.clear();
     drop(working);
     let sent = sent.map_err(|failure| match failure {
-        Failure::Here(error) if link.is_socket() => {
-            Failure::Here(match handshake::why(Vec::new(), &link.from) {
-                None => error,
-                Some(why) => error.context(format!("the other end has failed: {why}")),
-            })
-        }
+        Failure::Here(cause) => Failure::Here(match link.reason() {
+            None => cause,
+            Some(why) => format!("the other end has failed: {why}: {cause}"),
+        }),
         failure => failure,
     });
     let hung_up = link.hang_up();
@@ -169,14 +168,14 @@ struct Sent {
     downtime: Duration,
 }
 
-/// What it came to if not, and who has the domain.
+/// What it came to if not, and which end has the domain.
 enum Failure {
     /// The other end does not run the domain, and will not.
-    Here(Error),
-    /// It was told to, and nobody knows.
-    Undecided(Error),
+    Here(String),
+    /// It was told to, and it is unknown whether it does.
+    Undecided(String),
     /// It does, and the domain here could not be destroyed.
-    There(Error),
+    There(String),
 }
 
 /// The domain's toolstack: the other end has to take what it is sent at a pace from the moment
@@ -184,7 +183,7 @@ enum Failure {
 #[derive(Debug)]
 struct Paced<'a> {
     direct: DirectToolstack<'a>,
-    pace: Arc<Pace>,
+    pace: &'a Pace,
 }
 
 impl SaveToolstack for Paced<'_> {
@@ -215,43 +214,45 @@ struct Sender<'a> {
 
 impl Sender<'_> {
     /// All that the two ends say to each other.
-    fn send(&self, link: &Link, watch: &mut Watch) -> Result<Sent, Failure> {
-        let pace = Arc::new(Pace::new(self.answer()));
+    fn send(&self, connection: &dyn Connection, watch: &mut Watch) -> Result<Sent, Failure> {
+        let interrupt = watch.interrupt().clone();
+        let pace = Pace::new(self.answer());
         let mut toolstack = Paced {
             direct: DirectToolstack(self.domain),
-            pace: Arc::clone(&pace),
+            pace: &pace,
         };
-        let mut course = Course {
+        let watch = RefCell::new(watch);
+        let mut downtime = Duration::ZERO;
+        let mut observe = |event: Event| {
+            let Event::Done(step) = event else { return };
+            let mut watch = watch.borrow_mut();
+            watch.step(step.name());
+            if step == Step::Report {
+                let suspended = watch.suspended();
+                downtime = suspended.map(|then| then.elapsed()).unwrap_or_default();
+            }
+        };
+        let mut leaving = Leaving {
             sender: self,
-            link,
-            interrupt: watch.interrupt().clone(),
-            watch,
-            pace,
+            watch: &watch,
             toolstack: Some(&mut toolstack),
             written: None,
             let_go: false,
-            status: 0,
             memory: None,
-            downtime: Duration::ZERO,
-            causes: Vec::new(),
         };
-        let end = plain::Sender::new().drive(|action| course.perform(action));
-        let Course {
-            memory,
-            downtime,
-            causes,
-            ..
-        } = course;
-        let mut causes = causes.into_iter();
+        let send::Sent { end, causes } = SendRequest::new()
+            .answer_timeout(self.answer())
+            .pace(&pace)
+            .cancel(interrupt.cancel())
+            .observer(&mut observe)
+            .run(connection, &mut leaving);
+        let memory = leaving.memory;
+        let mut causes = causes.iter().map(|cause| exit::words_of(&*cause.error));
         let why = match (causes.next(), causes.next()) {
             // The first is why, the second what is to be done about it.
-            (Some(why), Some(then)) => anyhow!(
-                "{}; and then: {}",
-                exit::words(why.chain()),
-                exit::words(then.chain())
-            ),
+            (Some(why), Some(then)) => format!("{why}; and then: {then}"),
             (Some(why), None) => why,
-            (None, _) => Error::msg("it was given up"),
+            (None, _) => "it was given up".to_owned(),
         };
         match (end, memory) {
             (SenderEnd::Moved, Some(memory)) => Ok(Sent { memory, downtime }),
@@ -295,11 +296,10 @@ impl Sender<'_> {
         let (name, host, away) = (self.name, &self.args.host, self.away());
         let backend = &self.args.backend.backend;
         let here = |verb: &str, rest: &str| backend::domain_command(backend, verb, rest);
-        let (error, undecided) = match &failure {
-            Failure::Undecided(error) => (error, true),
-            Failure::Here(error) | Failure::There(error) => (error, false),
+        let (cause, undecided) = match &failure {
+            Failure::Undecided(cause) => (cause, true),
+            Failure::Here(cause) | Failure::There(cause) => (cause, false),
         };
-        let cause = exit::words(error.chain());
         let begin = format!("migrating {name} to {host}: {cause}{ended}");
         let words = match failure {
             Failure::Here(_) => {
@@ -333,127 +333,67 @@ impl Sender<'_> {
     }
 }
 
-/// A migration that is under way: what the machine asks for, done.
-struct Course<'c, 't, 'd> {
-    sender: &'c Sender<'c>,
-    link: &'c Link,
-    watch: &'c mut Watch,
-    interrupt: Interrupt,
-    pace: Arc<Pace>,
+/// The domain on its way.
+struct Leaving<'l, 't, 'd, 'w> {
+    sender: &'l Sender<'l>,
+    watch: &'l RefCell<&'w mut Watch>,
     toolstack: Option<&'t mut Paced<'d>>,
     /// The image has been written. Dropping this resumes the domain.
     written: Option<Written<'t>>,
     /// Nothing resumes the domain but [`Sender::take_back`].
     let_go: bool,
-    /// What the other end has reported.
-    status: u8,
     memory: Option<MemoryReport>,
-    downtime: Duration,
-    /// What failed, in order.
-    causes: Vec<Error>,
 }
 
-impl Course<'_, '_, '_> {
-    /// Do it, and say what came of it.
-    fn perform(&mut self, action: SenderAction) -> SenderEvent {
-        match self.attempt(action) {
-            Ok(event) => event,
-            Err(cause) => {
-                let event = match action {
-                    SenderAction::AwaitBanner
-                    | SenderAction::AwaitReady
-                    | SenderAction::SayGo
-                    | SenderAction::AwaitReport
-                    | SenderAction::AwaitGivenBack => SenderEvent::PeerLost,
-                    _ => SenderEvent::Failed,
-                };
-                self.causes.push(cause);
-                event
-            }
+impl Departing for Leaving<'_, '_, '_, '_> {
+    fn send_image(&mut self, to: &mut ConnectionWriter<'_>) -> Result<(), BoxError> {
+        self.send(to).map_err(exit::boxed)
+    }
+
+    fn rename_away(&mut self) -> Result<(), BoxError> {
+        let sender = self.sender;
+        sender
+            .host
+            .rename(sender.which, sender.name, &sender.away())
+            .context("renaming the domain before the other end is told to run it")?;
+        // From here on nothing resumes it but what the other end says.
+        if let Some(written) = self.written.take() {
+            written.saved.keep_suspended();
+        }
+        self.let_go = true;
+        self.watch.borrow().interrupt().too_late(format!(
+            "{} has been told to run {}: waiting for its report, see docs/migration.md",
+            sender.args.host, sender.name
+        ));
+        Ok(())
+    }
+
+    fn take_back(&mut self) -> Result<TakenBack, BoxError> {
+        // That resumes it, if it is suspended.
+        drop(self.written.take());
+        if self.let_go {
+            self.sender.take_back()?;
+        }
+        match Condition::of(self.sender.domain) {
+            Condition::Suspended => Err("it is still suspended".into()),
+            Condition::Down(_) | Condition::Gone => Ok(TakenBack::Gone),
+            Condition::Runs | Condition::Paused | Condition::Unknown(_) => Ok(TakenBack::Runs),
         }
     }
 
-    fn attempt(&mut self, action: SenderAction) -> Result<SenderEvent> {
-        let (sender, link, limit) = (self.sender, self.link, self.sender.answer());
-        match action {
-            SenderAction::AwaitBanner => {
-                Message::Banner.expect(&link.from, &self.interrupt, limit)?;
-                self.watch.step("banner");
-            }
-            SenderAction::SendImage => self.send_image()?,
-            SenderAction::AwaitReady => {
-                Message::Ready.expect(&link.from, &self.interrupt, limit)?;
-                self.watch.step("ready");
-            }
-            SenderAction::RenameAway => {
-                // One that was asked to stop once "ready" had been heard has been asked in time.
-                if self.interrupt.cancel().is_cancelled() {
-                    return Err(SaveError::Aborted.into());
-                }
-                sender
-                    .host
-                    .rename(sender.which, sender.name, &sender.away())
-                    .context("renaming the domain before the other end is told to run it")?;
-                // From here on nothing resumes it but what the other end says.
-                if let Some(written) = self.written.take() {
-                    written.saved.keep_suspended();
-                }
-                self.let_go = true;
-                self.interrupt.too_late(format!(
-                    "{} has been told to run {}: waiting for its report, see docs/migration.md",
-                    sender.args.host, sender.name
-                ));
-            }
-            SenderAction::SayGo => {
-                handshake::nothing_waits(&link.from)?;
-                Message::Go.send(&link.to, limit)?;
-                self.watch.step("go");
-            }
-            SenderAction::AwaitReport => {
-                let patience = Patience::within(&self.interrupt, limit);
-                self.status = handshake::report(&link.from, patience)?;
-                if self.status == 0 {
-                    self.watch.step("report");
-                    let suspended = self.watch.suspended();
-                    self.downtime = suspended.map(|then| then.elapsed()).unwrap_or_default();
-                }
-                return Ok(SenderEvent::Reported(self.status));
-            }
-            SenderAction::AwaitGivenBack => {
-                let patience = Patience::within(&self.interrupt, limit);
-                handshake::given_back(&link.from, patience, self.status)?;
-                self.watch.step("given_back");
-                let why = "the other end could not run it, and has destroyed its copy";
-                self.causes.push(anyhow!("{why} (status {})", self.status));
-            }
-            SenderAction::Destroy => {
-                match backend::destroy(sender.host, sender.which, sender.name) {
-                    // Another command has destroyed it, which is what was to be done.
-                    Err(DomainStoreError::Gone { .. } | DomainStoreError::Replaced { .. }) => {}
-                    destroyed => destroyed?,
-                }
-            }
-            SenderAction::TakeBack => {
-                // That resumes it, if it is suspended.
-                drop(self.written.take());
-                if self.let_go {
-                    sender.take_back()?;
-                }
-                return Ok(match Condition::of(sender.domain) {
-                    Condition::Suspended => SenderEvent::Failed,
-                    Condition::Down(_) | Condition::Gone => SenderEvent::GuestGone,
-                    Condition::Runs | Condition::Paused | Condition::Unknown(_) => {
-                        SenderEvent::Done
-                    }
-                });
-            }
-            SenderAction::End(_) => {}
+    fn destroy(&mut self) -> Result<(), BoxError> {
+        let sender = self.sender;
+        match backend::destroy(sender.host, sender.which, sender.name) {
+            // Another command has destroyed it, which is what was to be done.
+            Err(DomainStoreError::Gone { .. } | DomainStoreError::Replaced { .. }) => Ok(()),
+            destroyed => Ok(destroyed?),
         }
-        Ok(SenderEvent::Done)
     }
+}
 
+impl Leaving<'_, '_, '_, '_> {
     /// Afterwards the domain is suspended, and dropping `written` resumes it.
-    fn send_image(&mut self) -> Result<()> {
+    fn send(&mut self, to: &mut ConnectionWriter<'_>) -> Result<()> {
         let sender = self.sender;
         let job = Job {
             host: sender.host,
@@ -469,13 +409,9 @@ impl Course<'_, '_, '_> {
             verify: sender.args.debug,
         });
         let toolstack = self.toolstack.take().context("the image is sent once")?;
-        let (to, pace) = (&self.link.to, Some(&self.pace));
-        Silence::Sending.bear(to);
-        let written = job.write(toolstack, to, live, pace, self.watch)?;
-        Silence::Waiting.bear(to);
+        let written = job.write(toolstack, to, live, &mut self.watch.borrow_mut())?;
         self.memory = Some(MemoryReport::of(&written));
         self.written = Some(written);
-        self.watch.step("sent");
         Ok(())
     }
 }

@@ -1,28 +1,28 @@
 //! `xsr migrate-receive`: what `xl migrate-receive` does. A domain is received under
-//! another name, paused, and runs once the sender has let go of it. What is done next is decided
-//! by [`xsr_save_restore::migrate::ownership::plain::Receiver`]; here it is done.
+//! another name, paused, and runs once the sender has let go of it. [`ReceiveRequest`] sees to
+//! that; here is what it does to the domain, and what the user is told.
 //!
 //! C implementation: `migrate_receive` in `tools/xl/xl_migrate.c`.
 
 mod stand_by;
 
+use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Error, Result};
 use serde::Serialize;
-use xsr_save_restore::migrate::ownership::plain::{
-    self, ReceiverAction, ReceiverEnd, ReceiverEvent,
-};
-use xsr_save_restore::pace::ReadLimit;
+use xsr_save_restore::migrate::connection::{Connection, ConnectionReader, ConnectionWriter, Wait};
+use xsr_save_restore::migrate::messages::Reason;
+use xsr_save_restore::migrate::ownership::plain::{ReceiverAction, ReceiverEnd};
+use xsr_save_restore::migrate::receive::{Arrived, Arriving, ReceiveRequest};
+use xsr_save_restore::migrate::{BoxError, Cause, Event, Step};
 use xsr_xen_backend::DomId;
 
 use crate::args::ReceiveArgs;
 use crate::backend::Hypervisor;
-use crate::cmd::restore::{About, Image, Made, Named, of_old_sender, superpages};
+use crate::cmd::restore::{About, Image, ImageSource, Made, Named, of_old_sender, superpages};
 use crate::exit::{self, Code, Migration};
-use crate::file::Input;
-use crate::handshake::{self, Message};
 use crate::interrupt::Interrupt;
 use crate::left::Left;
 use crate::stdout;
@@ -77,7 +77,7 @@ fn receive(args: &ReceiveArgs, terminal: &Terminal, watch: &mut Watch) -> Result
     Left::work().until_the_end();
     // Before anybody is let send a domain that there is no host for.
     let host = Hypervisor::open_or_create(&args.backend.backend)?;
-    let mut link = match &args.listen {
+    let link = match &args.listen {
         None => Link::stdio()?,
         Some(endpoint) => {
             let listener = Listener::bind(endpoint)?;
@@ -86,18 +86,17 @@ fn receive(args: &ReceiveArgs, terminal: &Terminal, watch: &mut Watch) -> Result
         }
     };
     let started = Instant::now();
-    let from = std::mem::take(&mut link.name);
     let receiver = Receiver {
         args,
         host: &host,
         terminal,
-        to: &link.to,
+        from: link.name,
+        connection: link.connection.into(),
     };
-    let input = Input::of_connection(link.from, from);
     if args.remus || args.colo {
-        return receiver.stand_by(&input, watch, started);
+        return receiver.stand_by(watch, started);
     }
-    let About { name, domid, stats } = receiver.receive(&input, watch)?;
+    let About { name, domid, stats } = receiver.receive(watch)?;
     watch.clear();
     let domain = if args.paused { "paused" } else { "running" };
     let seconds = started.elapsed().as_secs_f64();
@@ -112,7 +111,7 @@ fn receive(args: &ReceiveArgs, terminal: &Terminal, watch: &mut Watch) -> Result
             name: &name,
             domid,
             domain,
-            from: &input.name,
+            from: &receiver.from,
             pages: stats.pages,
             page_data_octets,
             superpages_1gib: stats.superpages_1gib,
@@ -130,167 +129,139 @@ struct Receiver<'a> {
     args: &'a ReceiveArgs,
     host: &'a Hypervisor,
     terminal: &'a Terminal,
-    to: &'a std::fs::File,
+    /// What the sender is called.
+    from: String,
+    connection: Arc<dyn Connection>,
 }
 
 impl Receiver<'_> {
     /// All that the two ends say to each other.
-    fn receive(&self, input: &Input, watch: &mut Watch) -> Result<About> {
-        let mut course = Course {
+    fn receive(&self, watch: &mut Watch) -> Result<About> {
+        let interrupt = watch.interrupt().clone();
+        let watch = RefCell::new(watch);
+        let ready_said = Cell::new(false);
+        let mut observe = |event: Event| {
+            let Event::Done(step) = event else { return };
+            if step == Step::Go {
+                let why = "the sender has let go of the domain: it is being started";
+                interrupt.too_late(why.to_owned());
+            }
+            ready_said.set(ready_said.get() || step == Step::Ready);
+            watch.borrow_mut().step(step.name());
+        };
+        let mut coming = Coming {
             receiver: self,
-            input,
-            watch,
+            watch: &watch,
             made: None,
             name: String::new(),
             about: None,
-            ready_said: false,
-            causes: Vec::new(),
-            untold: None,
-            left: None,
         };
-        let end = plain::Receiver::new().drive(|action| course.perform(action));
-        course.ended(end)
+        let arrived = ReceiveRequest::new()
+            .idle_timeout(self.answer())
+            .go_timeout(self.answer())
+            .cancel(interrupt.cancel())
+            .observer(&mut observe)
+            .run(&*self.connection, &mut coming);
+        coming.ended(arrived, ready_said.get())
     }
 
     /// Tell the sender why, where it does not see this end's stderr.
     fn tell_why(&self, cause: &str) {
-        if self.args.listen.is_some() {
-            handshake::say_why(self.to, cause);
+        /// How long the sender may take nothing of it.
+        const WAIT: Duration = Duration::from_secs(1);
+        if self.args.listen.is_none() {
+            return;
         }
+        if let Err(error) = Reason::write(cause, self.writer().within(WAIT)) {
+            tracing::debug!(%error, "the other end could not be told why");
+        }
+    }
+
+    /// What the sender is told something through.
+    fn writer(&self) -> ConnectionWriter<'_> {
+        ConnectionWriter::new(&*self.connection, Wait::forever()).within(self.answer())
     }
 
     /// How long the sender is waited for.
     fn answer(&self) -> Duration {
         Duration::from_secs(self.args.answer_timeout.into())
     }
-
-    /// How long it may send nothing in the image.
-    fn read_limit(&self) -> Arc<ReadLimit> {
-        Arc::new(ReadLimit::new(self.answer()))
-    }
 }
 
-/// A migration that is under way: what the machine asks for, done.
-struct Course<'c> {
+/// The domain that comes.
+struct Coming<'c, 'w> {
     receiver: &'c Receiver<'c>,
-    input: &'c Input,
-    watch: &'c mut Watch,
+    watch: &'c RefCell<&'w mut Watch>,
     /// Until it is kept. Dropping it destroys the domain.
     made: Option<Made>,
     name: String,
     about: Option<About>,
-    ready_said: bool,
-    /// What failed first, and then.
-    causes: Vec<Error>,
-    /// The sender could not be told.
-    untold: Option<Error>,
-    /// The domain could not be destroyed.
-    left: Option<Error>,
 }
 
-impl Course<'_> {
-    /// Do it, and say what came of it.
-    fn perform(&mut self, action: ReceiverAction) -> ReceiverEvent {
-        let Err(error) = self.attempt(action) else {
-            return ReceiverEvent::Done;
-        };
-        match action {
-            ReceiverAction::SayRuns | ReceiverAction::SayFailed | ReceiverAction::GiveBack => {
-                self.untold.get_or_insert(error);
-                ReceiverEvent::PeerLost
-            }
-            ReceiverAction::Destroy => {
-                self.left = Some(error);
-                ReceiverEvent::Failed
-            }
-            ReceiverAction::SayBanner | ReceiverAction::SayReady | ReceiverAction::AwaitGo => {
-                self.causes.push(error);
-                ReceiverEvent::PeerLost
-            }
-            _ => {
-                self.causes.push(error);
-                ReceiverEvent::Failed
-            }
-        }
+impl Arriving for Coming<'_, '_> {
+    fn receive_image(&mut self, from: &mut ConnectionReader<'_>) -> Result<(), BoxError> {
+        self.receive(from).map_err(exit::boxed)
     }
 
-    fn attempt(&mut self, action: ReceiverAction) -> Result<()> {
-        let Receiver { args, to, .. } = *self.receiver;
-        let limit = self.receiver.answer();
-        match action {
-            ReceiverAction::SayBanner => {
-                Message::Banner.send(to, limit)?;
-                self.watch.step("banner");
-            }
-            ReceiverAction::Receive => {
-                let made = self.receive_image()?;
-                made.name().clone_into(&mut self.name);
-                self.made = Some(made);
-                self.watch.step("received");
-            }
-            ReceiverAction::SayReady => {
-                Message::Ready.send(to, limit)?;
-                self.ready_said = true;
-                self.watch.step("ready");
-            }
-            ReceiverAction::AwaitGo => {
-                let interrupt = self.watch.interrupt();
-                Message::Go.expect(&self.input.file, interrupt, limit)?;
-                interrupt.too_late(
-                    "the sender has let go of the domain: it is being started".to_owned(),
-                );
-                self.watch.step("go");
-            }
-            ReceiverAction::RenameIn => self.made()?.rename_in()?,
-            ReceiverAction::Run => {
-                if !args.paused {
-                    self.made()?.unpause()?;
-                }
-                // The domain is here now, whatever becomes of what is said about it.
-                self.about = self.made.take().map(Made::keep);
-            }
-            ReceiverAction::SayRuns => {
-                handshake::report_running(to, limit)?;
-                self.watch.step("report");
-            }
-            ReceiverAction::SayFailed => handshake::report_failed(to, limit)?,
-            ReceiverAction::Destroy => {
-                if let Some(made) = self.made.take() {
-                    made.destroy()?;
-                }
-            }
-            ReceiverAction::GiveBack => Message::Go.send(to, limit)?,
-            ReceiverAction::End(_) => {}
+    fn take_name(&mut self) -> Result<(), BoxError> {
+        Ok(self.made()?.rename_in()?)
+    }
+
+    fn run(&mut self) -> Result<(), BoxError> {
+        if !self.receiver.args.paused {
+            self.made()?.unpause()?;
         }
+        // The domain is here now, whatever becomes of what is said about it.
+        self.about = self.made.take().map(Made::keep);
         Ok(())
     }
 
+    fn destroy(&mut self) -> Result<(), BoxError> {
+        if let Some(made) = self.made.take() {
+            made.destroy()?;
+        }
+        Ok(())
+    }
+}
+
+impl Coming<'_, '_> {
     /// The domain, paused, with all of the image.
-    fn receive_image(&mut self) -> Result<Made> {
+    fn receive(&mut self, from: &mut ConnectionReader<'_>) -> Result<()> {
         let Receiver {
             args,
             host,
             terminal,
-            ..
-        } = *self.receiver;
-        let cancel = self.watch.interrupt().cancel().clone();
-        let limit = self.receiver.read_limit();
-        let (converted, known) = of_old_sender(self.input, cancel.clone(), &limit)?;
-        let image = converted.as_ref().unwrap_or(self.input);
-        Image::open_migration_behind(known, image, cancel, &limit)
+            connection,
+            from: name,
+        } = self.receiver;
+        let cancel = self.watch.borrow().interrupt().cancel().clone();
+        let idle = self.receiver.answer();
+        let (converted, known) = of_old_sender(connection, from, name, cancel.clone(), idle)?;
+        let source = match &converted {
+            Some(converted) => ImageSource::new(&converted.file, cancel)?,
+            None => ImageSource::over(from).behind(known),
+        };
+        let made = Image::open_migration(source)
             .and_then(|image| {
                 terminal.say(&format!(
                     "migrate-receive: receiving {}",
                     shown_name(image.name())
                 ));
-                image.build(host, Named::Incoming, args.threads.threads, self.watch)
+                let mut watch = self.watch.borrow_mut();
+                image.build(host, Named::Incoming, args.threads.threads, &mut watch)
             })
             .and_then(|made| match &converted {
                 // What converts it has read all of it, and nothing of what follows.
                 Some(converted) => converted.finish(0).map(|_| made),
                 None => Ok(made),
             })
-            .map_err(|error| image.blame(error))
+            .map_err(|error| match &converted {
+                Some(converted) => converted.blame(error),
+                None => error,
+            })?;
+        made.name().clone_into(&mut self.name);
+        self.made = Some(made);
+        Ok(())
     }
 
     fn made(&self) -> Result<&Made> {
@@ -298,27 +269,37 @@ impl Course<'_> {
     }
 
     /// What it came to, in words.
-    fn ended(self, end: ReceiverEnd) -> Result<About> {
-        let words = |error: Option<&Error>| {
-            error.map_or_else(String::new, |error| exit::words(error.chain()))
+    fn ended(self, arrived: Arrived, ready_said: bool) -> Result<About> {
+        use ReceiverAction as A;
+        let (mut first, mut untold, mut left) = (None, None, None);
+        for Cause { action, error } in arrived.causes {
+            let why = match action {
+                A::SayRuns | A::SayFailed | A::GiveBack => &mut untold,
+                A::Destroy => &mut left,
+                _ => &mut first,
+            };
+            why.get_or_insert(error);
+        }
+        let words = |error: Option<&BoxError>| {
+            error.map_or_else(String::new, |error| exit::words_of(&**error))
         };
-        let (name, first) = (&self.name, self.causes.first());
+        let (name, first) = (&self.name, first.as_ref());
         let cause = words(first);
-        let untold = words(self.untold.as_ref());
+        let untold = words(untold.as_ref());
         // Where the sender keeps its domain, or has it back, and does not see this end's stderr.
-        if matches!(end, ReceiverEnd::Destroyed { .. }) {
+        if matches!(arrived.end, ReceiverEnd::Destroyed { .. }) {
             self.receiver.tell_why(&cause);
         }
-        let kept = if self.ready_said {
+        let kept = if ready_said {
             format!("receiving {name}: {cause}")
         } else {
-            let broke = match first.is_some_and(exit::ends_early) {
+            let broke = match first.is_some_and(|error| exit::ends_early_of(&**error)) {
                 true => ", but the sender hung up or the connection broke",
                 false => "",
             };
             format!("receiving a domain: {cause}{broke}; the sender keeps it")
         };
-        Err(failed(match (end, self.about) {
+        Err(failed(match (arrived.end, self.about) {
             (ReceiverEnd::Runs { told: true }, Some(about)) => return Ok(about),
             (ReceiverEnd::Runs { .. }, _) => format!(
                 "{name} has been received and started here, but the sender could not be told: \
@@ -326,9 +307,9 @@ impl Course<'_> {
             ),
             (ReceiverEnd::LeftPaused, _) => format!(
                 "{kept}; it is paused here and must not run: {}",
-                words(self.left.as_ref())
+                words(left.as_ref())
             ),
-            (ReceiverEnd::Destroyed { .. }, _) if !self.ready_said => kept,
+            (ReceiverEnd::Destroyed { .. }, _) if !ready_said => kept,
             (ReceiverEnd::Destroyed { given_back: true }, _) => {
                 format!("{kept}; the sender has it back")
             }

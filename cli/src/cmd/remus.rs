@@ -2,7 +2,7 @@
 //! was a moment ago, to run on there when this host is lost.
 //!
 //! Who has the domain in the end: the other end runs its copy when the connection breaks
-//! off, unless it has been told to forget it ([`handshake::withdraw`]). So this end lets
+//! off, unless it has been told to forget it ([`Withdrawal`]). So this end lets
 //! the domain run only where nothing else is known; docs/migration.md has the table.
 //!
 //! C implementation: `main_remus` in `tools/xl/xl_migrate.c`,
@@ -16,37 +16,42 @@ mod toolstack;
 
 use std::cell::RefCell;
 use std::fs::File;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, Error, Result};
+use xsr_save_restore::migrate::connection::{Connection, Wait};
+use xsr_save_restore::migrate::messages::{LastWords, Outcome, Withdrawal};
+use xsr_save_restore::migrate::ownership::protect::{
+    self, Fate, Here, ProtectorAction, ProtectorEnd, Why,
+};
+use xsr_save_restore::migrate::protect::{Ended, ProtectRequest, Protected, Protection};
+use xsr_save_restore::migrate::{BoxError, Event, Observer, Step};
+use xsr_save_restore::pace::Pace;
 use xsr_save_restore::save::precopy::XenPolicy;
 use xsr_save_restore::save::{BUFFER_OCTETS, CheckpointedStats, Checkpoints, save_checkpointed};
 use xsr_save_restore::toolstack::DirectToolstack;
 use xsr_save_restore::{SaveError, SaveOptions, save_colo};
-use xsr_xen_backend::Domain;
 use xsr_xen_backend::domain_store::{DomainRef, DomainStore};
+use xsr_xen_backend::{Domain, Errno};
 
 use self::colo::Ear;
-use self::fate::{End, Fate, Here};
+use self::fate::{Aftermath, End};
 use self::report::Teller;
 use self::stream::Stream;
 use self::toolstack::{Complete, DeviceModel, Protector, Stop};
 use crate::args::{OnLoss, RemusArgs};
 use crate::backend::{self, Found, Hypervisor};
-use crate::cmd::migrate::can_suspend;
+use crate::cmd::migrate::{AWAY, can_suspend};
 use crate::cmd::save::{Form, Job};
 use crate::colo::Hearing;
-use crate::exit::{BadUsage, Code};
-use crate::handshake::{self, Message, Outcome, Patience};
+use crate::condition::Condition;
+use crate::exit::{self, BadUsage, Code};
+use crate::interrupt::Interrupt;
 use crate::left::{self, Left};
 use crate::terminal::Terminal;
 use crate::transport::Link;
 use crate::watch::Watch;
 use crate::workload;
-
-/// How long the other end may take to say what becomes of its copy when the connection is lost:
-/// what it has said by then is on its way.
-const LAST_WORDS: Duration = Duration::from_secs(10);
 
 /// How long the other end may take to answer, and read nothing, as libxl gives a guest to
 /// suspend.
@@ -90,15 +95,6 @@ fn interval(milliseconds: Option<u32>, colo: bool) -> Duration {
     })
 }
 
-/// How long to wait for what becomes of the copy at the other end: one that is to give the domain
-/// back may have a checkpoint to apply before it hears that.
-fn last_words(lost: bool, answer: Duration) -> Duration {
-    match lost {
-        true => answer.min(LAST_WORDS),
-        false => answer,
-    }
-}
-
 /// What the receiver is told, in xl's words.
 fn receiver_options(args: &RemusArgs) -> Vec<&str> {
     let mut options = match (args.colo, &args.network_script) {
@@ -137,124 +133,119 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
         .with_context(|| format!("protecting {}", primary.name))?;
     let _working = workload::start(&host, domid)?;
     let mut teller = Teller::new(args, terminal, primary.name, domid)?;
-    let mut link = match args.blackhole {
-        true => None,
-        false => {
-            let interrupt = watch.interrupt();
-            let options = receiver_options(args);
-            let answer = primary.answer();
-            let reached =
-                Link::to_receiver(&args.connection, &args.host, &options, interrupt, answer)
-                    .map_err(|error| (error, String::new()))
-                    .and_then(
-                        |link| match Message::Banner.expect(&link.from, interrupt, answer) {
-                            Ok(()) => Ok(link),
-                            Err(error) => Err((error, link.hang_up())),
-                        },
-                    );
-            match reached {
-                Ok(link) => Some(link),
-                Err((error, _)) if error.is::<BadUsage>() => return Err(error),
-                Err(_) if interrupt.cancel().is_cancelled() => {
-                    teller.done(&End::Asked, &CheckpointedStats::default(), 0)?;
-                    return Ok(Code::Fine);
-                }
-                Err((error, hung_up)) => {
-                    let end = End::Failed(error);
-                    return Err(primary.ended(end, Fate::Here, 0, &hung_up, None));
-                }
+    let interrupt = watch.interrupt().clone();
+    let answer = primary.answer();
+    let mut link = None;
+    if !args.blackhole {
+        let options = receiver_options(args);
+        let reached = Link::to_receiver(&args.connection, &args.host, &options, &interrupt, answer);
+        link = match reached {
+            Ok(link) => Some(link),
+            Err(error) if error.is::<BadUsage>() => return Err(error),
+            Err(_) if interrupt.cancel().is_cancelled() => {
+                teller.done(&End::Asked, &CheckpointedStats::default(), 0)?;
+                return Ok(Code::Fine);
             }
-        }
+            Err(error) => {
+                return Err(primary.ended(&Aftermath {
+                    end: End::Failed(error),
+                    fate: Fate::Here,
+                    complete: 0,
+                    hung_up: "",
+                    causes: &[],
+                }));
+            }
+        };
+    }
+    let pace = Pace::new(answer);
+    let wait = Wait::forever()
+        .unless(interrupt.cut())
+        .counting(interrupt.carried());
+    let watch = RefCell::new(watch);
+    let mut protecting = Protecting {
+        primary: &primary,
+        watch: &watch,
+        teller: &mut teller,
+        interrupt: &interrupt,
+        pace: &pace,
+        wait,
+        end: End::Asked,
+        complete: 0,
+        lost: false,
+        stats: CheckpointedStats::default(),
+        stream_octets: 0,
     };
-    watch.step("banner");
-    let sent = match primary.send(link.as_ref(), watch, &mut teller) {
-        // Before there was anything to take back.
-        Err(_) if watch.interrupt().cancel().is_cancelled() => {
-            drop(link.map(Link::hang_up));
-            teller.done(&End::Asked, &CheckpointedStats::default(), 0)?;
-            return Ok(Code::Fine);
-        }
-        sent => sent?,
+    let mut observe = |event: Event| match event {
+        // One that takes nothing any more is not waited for.
+        Event::Protecting(ProtectorAction::Withdraw) => interrupt.cut_when_still(),
+        Event::Protecting(ProtectorAction::AwaitLastWords { .. }) => watch.borrow_mut().clear(),
+        Event::Done(step) => watch.borrow_mut().step(step.name()),
+        _ => {}
     };
-    let Protected {
-        mut end,
+    let Protection {
+        end,
+        outcome,
+        causes,
+    } = match &mut link {
+        Some(link) => ProtectRequest::new(match args.on_loss {
+            OnLoss::Run => protect::OnLoss::Run,
+            OnLoss::Pause => protect::OnLoss::Pause,
+        })
+        .answer_timeout(answer)
+        .sending(wait.keeping(&pace))
+        .cancel(interrupt.cancel())
+        .observer(&mut observe)
+        .run(&mut *link.connection, &mut protecting),
+        None => protecting.to_nothing(&mut observe),
+    };
+    let Protecting {
+        end: mut why,
         complete,
         lost,
         stats,
         stream_octets,
-        heard,
-    } = sent;
-    watch.clear();
-    // Before anybody is waited for: from now on the other end may run the domain.
-    let stands_still = lost && complete > 0 && args.on_loss == OnLoss::Pause;
-    if stands_still && let Err(error) = primary.pause() {
-        // It is tried once more, and said, where nobody can know in the end.
-        tracing::warn!(%error, "the domain could not be paused yet");
-    }
-    let fate = match &mut link {
-        None => Fate::Here,
-        Some(link) => {
-            let outcome = link.say_no_more().and_then(|()| {
-                let patience = Patience::Until(Instant::now() + last_words(lost, primary.answer()));
-                match heard {
-                    None => handshake::outcome(&link.from, patience),
-                    Some(heard) => handshake::outcome_behind(heard, &link.from, patience),
-                }
-            });
-            match outcome {
-                Ok(Outcome::Runs) => Fate::There,
-                Ok(Outcome::GivenBack { status }) => {
-                    // A receiver that fails closes the connection first: a write that fails
-                    // then says less than its status.
-                    if matches!(end, End::Receiver) || lost && matches!(end, End::Failed(_)) {
-                        end = End::Failed(Error::msg(handshake::status_words(status)));
-                    }
-                    Fate::Here
-                }
-                // It never had all of a checkpoint.
-                Err(_) if complete == 0 => Fate::Here,
-                Err(error) => {
-                    tracing::info!(%error, lost, "nothing is known of the other end");
-                    Fate::Unknown
-                }
-            }
-        }
-    };
-    let stopped = match fate {
-        Fate::There => Some(primary.stop()),
-        Fate::Here if stands_still && primary.here() != Here::Gone => {
-            let unpaused = primary.domain.unpause();
-            let name = primary.name;
-            unpaused.with_context(|| format!("{name} runs nowhere else: unpausing it"))?;
-            None
-        }
-        _ => None,
-    };
-    let hung_up = link.map(Link::hang_up);
-    if let (End::Asked | End::Enough, Fate::Here) = (&end, fate)
-        && !matches!(primary.here(), Here::Over(_) | Here::Gone)
+        ..
+    } = protecting;
+    watch.borrow_mut().clear();
+    let mut causes = causes;
+    if let Some(at) = causes
+        .iter()
+        .position(|cause| cause.action == ProtectorAction::AwaitBanner)
+        && end.why != Why::Asked
     {
-        teller.done(&end, &stats, stream_octets)?;
+        why = End::Failed(Error::from_boxed(causes.remove(at).error));
+    }
+    let lost = lost
+        || causes
+            .iter()
+            .any(|cause| cause.action == ProtectorAction::Withdraw);
+    // A receiver that fails closes the connection first: a write that fails then says less than
+    // its status.
+    if let Some(outcome @ Outcome::GivenBack { .. }) = outcome
+        && (matches!(why, End::Receiver) || lost && matches!(why, End::Failed(_)))
+    {
+        why = End::Failed(Error::msg(outcome));
+    }
+    for cause in &causes {
+        let (action, why) = (cause.action, exit::words_of(&*cause.error));
+        tracing::info!(?action, why, "it could not be done");
+    }
+    let hung_up = link.map(Link::hang_up).unwrap_or_default();
+    let here = Condition::of(primary.domain).here();
+    if end.is_success() && !matches!(here, Here::Over | Here::Gone) {
+        teller.done(&why, &stats, stream_octets)?;
         return Ok(Code::Fine);
     }
-    let hung_up = hung_up.unwrap_or_default();
     if let Err(error) = teller.printed(Some(STATS_PATIENCE)) {
         tracing::warn!(%error, "--stats");
     }
-    Err(primary.ended(end, fate, complete, &hung_up, stopped))
-}
-
-/// What protecting a domain came to, at this end.
-struct Protected {
-    end: End,
-    /// Checkpoints that the other end can have.
-    complete: u64,
-    /// Whether the connection is lost.
-    lost: bool,
-    stats: CheckpointedStats,
-    stream_octets: u64,
-    /// Under COLO, what the other end has said since its last whole word.
-    heard: Option<Vec<u8>>,
+    Err(primary.ended(&Aftermath {
+        end: why,
+        fate: end.fate,
+        complete,
+        hung_up: &hung_up,
+        causes: &causes,
+    }))
 }
 
 /// The domain that is protected.
@@ -267,133 +258,33 @@ struct Primary<'a> {
 }
 
 impl Primary<'_> {
-    /// Send checkpoints for as long as it goes well and nobody asks to stop. Then take the
-    /// domain back, as far as the connection still carries that.
-    fn send(
-        &self,
-        link: Option<&Link>,
-        watch: &mut Watch,
-        teller: &mut Teller<'_>,
-    ) -> Result<Protected> {
-        let null = File::options().write(true).open("/dev/null");
-        let null = null.context("/dev/null")?;
-        let interrupt = watch.interrupt().clone();
-        let to = link.map_or(&null, |link| &link.to);
-        let stream = Stream::new(to, &interrupt, self.answer())?;
-        let job = Job {
-            host: self.host,
-            which: self.which,
-            domain: self.domain,
-            form: Form::Xl,
-            options: SaveOptions {
-                threads: self.args.threads.threads,
-            },
-        };
-        let watch = RefCell::new(watch);
-        let mut observe = |complete: &Complete| {
-            let mut watch = watch.borrow_mut();
-            if complete.epoch.number == 1 {
-                watch.step("protected");
-            }
-            if self.args.stats {
-                watch.clear();
-            }
-            teller.checkpoint(complete)
-        };
-        let mut protector = Protector {
-            direct: DirectToolstack(self.domain),
-            libxl: job.begin(&stream)?,
-            stream: &stream,
-            emulators: DeviceModel::of(
-                self.domain.info()?.kind,
-                backend::emulators(self.host, self.which)?,
-            ),
-            from: link.map(|link| &link.from),
-            interrupt: interrupt.clone(),
-            interval: interval(self.args.interval, self.args.colo),
-            epochs: self.args.epochs,
-            observe: &mut observe,
-            complete: 0,
-            stop: None,
-        };
-        let mut progress = |progress: &_| watch.borrow_mut().progress(progress);
-        let xen = self.host.xen_version()?;
-        let mut policy = XenPolicy;
-        let (result, secondary) = match link {
-            Some(link) if self.args.colo => {
-                let hearing = Hearing::new(&link.from, interrupt.clone(), self.answer())?;
-                let ear = Ear::new(hearing);
-                let mut primary = colo::Primary::new(&mut protector, &stream, &ear);
-                let result = save_colo(
-                    self.domain,
-                    xen,
-                    &mut primary,
-                    &mut &stream,
-                    &mut &ear,
-                    &job.options,
-                    &mut policy,
-                    &mut progress,
-                );
-                let place = primary.place();
-                let said = result.as_ref().err().and_then(|_| ear.given_up());
-                (result, Some((place, said, ear.into_rest())))
-            }
-            _ => {
-                let how = Checkpoints {
-                    policy: &mut policy,
-                    buffer_octets: self.buffer_octets(),
-                };
-                let result = save_checkpointed(
-                    self.domain,
-                    xen,
-                    &mut protector,
-                    &mut &stream,
-                    &job.options,
-                    how,
-                    &mut progress,
-                );
-                (result, None)
-            }
-        };
-        let (complete, stop) = (protector.complete, protector.stop);
-        let (secondary, said, heard) = match secondary {
-            Some((place, said, heard)) => (Some(place), said, Some(heard)),
-            None => (None, None, None),
-        };
-        let (end, stats) = match (result, stop) {
-            (Ok(stats), Some(Stop::Enough)) => (End::Enough, stats),
-            (Ok(stats), Some(Stop::Receiver)) => (End::Receiver, stats),
-            (Ok(stats), _) => (End::Asked, stats),
-            (Err(SaveError::Aborted), _) => (End::Asked, CheckpointedStats::default()),
-            (Err(error), _) => {
-                let error = said.map_or_else(|| error.into(), Error::from);
-                (End::Failed(error), CheckpointedStats::default())
-            }
-        };
-        let mut lost = stream.failed() || matches!(end, End::Receiver);
-        if link.is_some() && complete > 0 && !lost && self.here().is_taken_back() {
-            // One that takes nothing any more is not waited for.
-            interrupt.cut_when_still();
-            let withdrawn = match secondary {
-                None => handshake::withdraw(&mut &stream),
-                Some(place) => place.withdraw(&stream),
-            };
-            match withdrawn {
-                Ok(()) => watch.borrow_mut().step("withdrawn"),
-                Err(error) => {
-                    tracing::info!(%error, "the domain could not be taken back");
-                    lost = true;
-                }
-            }
+    /// Have the domain stand still, once.
+    fn pause(&self) -> Result<()> {
+        match self.domain.info() {
+            // A hypervisor counts: once more would have to be undone once more.
+            Ok(info) if info.paused => Ok(()),
+            Err(error) if error.errno == Errno::ESRCH => Ok(()),
+            _ => self.domain.pause().context("pausing it"),
         }
-        Ok(Protected {
-            end,
-            complete,
-            lost,
-            stats,
-            stream_octets: stream.octets(),
-            heard,
-        })
+    }
+
+    /// Let it run on.
+    fn unpause(&self) -> Result<()> {
+        match Condition::of(self.domain) {
+            Condition::Gone => Ok(()),
+            _ => self.domain.unpause().context("unpausing it"),
+        }
+    }
+
+    /// The other end runs the domain: this one must not.
+    fn stop(&self) -> Result<()> {
+        self.pause()?;
+        if Condition::of(self.domain) == Condition::Gone {
+            return Ok(());
+        }
+        self.host
+            .rename(self.which, self.name, &format!("{}{AWAY}", self.name))
+            .context("renaming it")
     }
 
     /// How long the other end is waited for.
@@ -411,17 +302,215 @@ impl Primary<'_> {
     }
 }
 
+/// The domain, while it is protected.
+struct Protecting<'a, 'w, 't> {
+    primary: &'a Primary<'a>,
+    watch: &'a RefCell<&'w mut Watch>,
+    teller: &'a mut Teller<'t>,
+    interrupt: &'a Interrupt,
+    pace: &'a Pace,
+    wait: Wait<'a>,
+    /// Why it came to its end.
+    end: End,
+    /// Checkpoints that the other end can have.
+    complete: u64,
+    /// Whether the connection is lost.
+    lost: bool,
+    stats: CheckpointedStats,
+    stream_octets: u64,
+}
+
+impl Protected for Protecting<'_, '_, '_> {
+    fn protect(&mut self, connection: &dyn Connection, complete: &mut dyn FnMut()) -> Ended {
+        let stream = Stream::new(connection, self.wait.keeping(self.pace));
+        self.send(&stream, Some(connection), complete)
+    }
+
+    fn pause(&mut self) -> Result<(), BoxError> {
+        Ok(self.primary.pause()?)
+    }
+
+    fn unpause(&mut self) -> Result<(), BoxError> {
+        Ok(self.primary.unpause()?)
+    }
+
+    fn stop(&mut self) -> Result<(), BoxError> {
+        Ok(self.primary.stop()?)
+    }
+}
+
+impl Protecting<'_, '_, '_> {
+    /// Without another end: what it would cost.
+    fn to_nothing(&mut self, observer: &mut dyn Observer) -> Protection {
+        observer.observe(Event::Done(Step::Banner));
+        let mut first = true;
+        let mut complete = || {
+            if std::mem::take(&mut first) {
+                observer.observe(Event::Done(Step::Protected));
+            }
+        };
+        let ended = match File::options().write(true).open("/dev/null") {
+            Ok(null) => self.send(&Stream::to_nothing(&null), None, &mut complete),
+            Err(error) => self.ended(
+                Err(Error::new(error).context("/dev/null")),
+                false,
+                None,
+                LastWords::default(),
+            ),
+        };
+        Protection {
+            end: ProtectorEnd {
+                fate: Fate::Here,
+                why: ended.why,
+                here: ended.here,
+            },
+            outcome: None,
+            causes: Vec::new(),
+        }
+    }
+
+    /// Send checkpoints for as long as all goes well and the user does not ask to stop.
+    fn send(
+        &mut self,
+        stream: &Stream<'_>,
+        connection: Option<&dyn Connection>,
+        complete: &mut dyn FnMut(),
+    ) -> Ended {
+        let mut heard = LastWords::default();
+        let mut withdrawal = Some(Withdrawal::Remus);
+        let sent = self.checkpoints(stream, connection, complete, &mut withdrawal, &mut heard);
+        self.stream_octets = stream.octets();
+        self.ended(sent, stream.failed(), withdrawal, heard)
+    }
+
+    fn ended(
+        &mut self,
+        sent: Result<(End, CheckpointedStats)>,
+        failed: bool,
+        withdrawal: Option<Withdrawal>,
+        heard: LastWords,
+    ) -> Ended {
+        (self.end, self.stats) = match sent {
+            Ok(sent) => sent,
+            // Before there was anything to take back.
+            Err(_) if self.interrupt.cancel().is_cancelled() && self.complete == 0 => {
+                (End::Asked, CheckpointedStats::default())
+            }
+            Err(error) => (End::Failed(error), CheckpointedStats::default()),
+        };
+        self.lost = failed || matches!(self.end, End::Receiver);
+        Ended {
+            why: self.end.why(),
+            lost: self.lost,
+            here: Condition::of(self.primary.domain).here(),
+            withdrawal,
+            heard,
+        }
+    }
+
+    /// Why there is no other checkpoint, and what there is to say of those that were.
+    fn checkpoints(
+        &mut self,
+        stream: &Stream<'_>,
+        connection: Option<&dyn Connection>,
+        completed: &mut dyn FnMut(),
+        withdrawal: &mut Option<Withdrawal>,
+        heard: &mut LastWords,
+    ) -> Result<(End, CheckpointedStats)> {
+        let Primary {
+            args,
+            host,
+            which,
+            domain,
+            ..
+        } = *self.primary;
+        let job = Job {
+            host,
+            which,
+            domain,
+            form: Form::Xl,
+            options: SaveOptions {
+                threads: args.threads.threads,
+            },
+        };
+        let (watch, teller) = (self.watch, &mut *self.teller);
+        let mut observe = |complete: &Complete| {
+            if args.stats {
+                watch.borrow_mut().clear();
+            }
+            teller.checkpoint(complete)
+        };
+        let mut protector = Protector {
+            direct: DirectToolstack(domain),
+            libxl: job.begin(stream)?,
+            stream,
+            emulators: DeviceModel::of(domain.info()?.kind, backend::emulators(host, which)?),
+            pace: self.pace,
+            from: connection,
+            heard: LastWords::default(),
+            interrupt: self.interrupt.clone(),
+            interval: interval(args.interval, args.colo),
+            epochs: args.epochs,
+            observe: &mut observe,
+            completed,
+            complete: 0,
+            stop: None,
+        };
+        let mut progress = |progress: &_| watch.borrow_mut().progress(progress);
+        let xen = host.xen_version()?;
+        let mut policy = XenPolicy;
+        let (result, said) = match connection {
+            Some(connection) if args.colo => {
+                let hearing = Hearing::new(connection, self.wait, self.primary.answer())?;
+                let ear = Ear::new(hearing);
+                let mut primary = colo::Primary::new(&mut protector, stream, &ear);
+                let result = save_colo(
+                    domain,
+                    xen,
+                    &mut primary,
+                    &mut &*stream,
+                    &mut &ear,
+                    &job.options,
+                    &mut policy,
+                    &mut progress,
+                );
+                *withdrawal = primary.place().withdrawal();
+                let said = result.as_ref().err().and_then(|_| ear.given_up());
+                *heard = ear.into_rest();
+                (result, said)
+            }
+            _ => {
+                let how = Checkpoints {
+                    policy: &mut policy,
+                    buffer_octets: self.primary.buffer_octets(),
+                };
+                let result = save_checkpointed(
+                    domain,
+                    xen,
+                    &mut protector,
+                    &mut &*stream,
+                    &job.options,
+                    how,
+                    &mut progress,
+                );
+                (result, None)
+            }
+        };
+        heard.push(protector.heard.bytes());
+        self.complete = protector.complete;
+        match (result, protector.stop) {
+            (Ok(stats), Some(Stop::Enough)) => Ok((End::Enough, stats)),
+            (Ok(stats), Some(Stop::Receiver)) => Ok((End::Receiver, stats)),
+            (Ok(stats), _) => Ok((End::Asked, stats)),
+            (Err(SaveError::Aborted), _) => Ok((End::Asked, CheckpointedStats::default())),
+            (Err(error), _) => Err(said.map_or_else(|| error.into(), Error::from)),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn who_lives_is_given_the_time_to_apply_a_checkpoint() {
-        assert_eq!(last_words(false, ANSWER), ANSWER);
-        assert_eq!(last_words(true, ANSWER), LAST_WORDS);
-        let second = Duration::from_secs(1);
-        assert_eq!(last_words(true, second), second);
-    }
 
     #[test]
     fn intervals_are_xls() {

@@ -13,7 +13,6 @@ mod source;
 mod survey;
 
 use std::num::NonZeroUsize;
-use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context as _, Error, Result};
@@ -22,7 +21,6 @@ use xsr_format::read::{ReadOptions, RecordReader};
 use xsr_format::walk::{Around, Content, Walk};
 use xsr_format::wrapper::libxl::LibxlRecord;
 use xsr_save_restore::RestoreError;
-use xsr_save_restore::pace::ReadLimit;
 use xsr_save_restore::progress::Cancel;
 use xsr_save_restore::restore::RestoreStats;
 use xsr_save_restore::toolstack::DirectToolstack;
@@ -31,8 +29,7 @@ use xsr_xen_backend::DomId;
 pub(crate) use self::made::{About, Made};
 use self::plan::Plan;
 pub(crate) use self::plan::{Overrides, config_for};
-use self::source::ImageSource;
-pub(crate) use self::source::of_old_sender;
+pub(crate) use self::source::{ImageSource, of_old_sender};
 use self::survey::Survey;
 use crate::args::RestoreArgs;
 use crate::backend::{self, Hypervisor};
@@ -229,7 +226,7 @@ impl<'a> Image<'a> {
         let walk = Walk::open(source, options)?;
         let (reader, around) = walk.into_libxc()?;
         let plan = Plan::of(
-            input,
+            Some(input),
             around.xl(),
             overrides,
             lenient,
@@ -244,30 +241,15 @@ impl<'a> Image<'a> {
         })
     }
 
-    /// As [`Image::open`], of a stream that must have a configuration.
-    pub(crate) fn open_migration(
-        input: &'a Input,
-        cancel: Cancel,
-        limit: &Arc<ReadLimit>,
-    ) -> Result<Self> {
-        Self::open_migration_behind(Vec::new(), input, cancel, limit)
-    }
-
-    /// The same, where these octets of it have been read already.
-    pub(crate) fn open_migration_behind(
-        known: Vec<u8>,
-        input: &'a Input,
-        cancel: Cancel,
-        limit: &Arc<ReadLimit>,
-    ) -> Result<Self> {
-        let source = ImageSource::limited(&input.file, cancel, limit)?.behind(known);
+    /// Read the headers of what a sender sends, and find out what the domain needs.
+    pub(crate) fn open_migration(source: ImageSource<'a>) -> Result<Self> {
         let walk = Walk::open(source, ReadOptions::default())?;
         let (reader, around) = walk.into_libxc()?;
         let header = around
             .xl()
             .ok_or_else(|| bad("the sender sent no xl header, and so no configuration"))?;
         let plan = Plan::of(
-            input,
+            None,
             Some(header),
             &Overrides::default(),
             false,

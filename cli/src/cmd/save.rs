@@ -7,9 +7,7 @@ mod direct;
 pub(crate) mod sink;
 
 use std::fmt;
-use std::fs::File;
 use std::io::Write;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Error, Result};
@@ -17,9 +15,9 @@ use serde::Serialize;
 use xsr_format::frame::PAGE_SIZE;
 use xsr_format::wrapper::libxl::{LibxlRecord, LibxlWriter};
 use xsr_format::wrapper::xl::XlHeader;
-use xsr_save_restore::pace::Pace;
 use xsr_save_restore::progress::OnProgress;
 use xsr_save_restore::save::precopy::{OnTimeout, PrecopyPolicy, TargetPolicy, XenPolicy};
+use xsr_save_restore::sink::{FdSink, PageSink};
 use xsr_save_restore::toolstack::{DirectToolstack, SaveToolstack};
 use xsr_save_restore::{Live, SaveError, SaveOptions, Saved};
 use xsr_xen_backend::domain_store::{DomainRef, DomainStore};
@@ -150,12 +148,11 @@ fn save(
     let written = job
         .write(
             &mut toolstack,
-            output.file(),
+            FdSink::cancellable(output.file(), watch.interrupt().cancel().clone())?,
             live.map(|policy| LiveSave {
                 policy,
                 verify: false,
             }),
-            None,
             watch,
         )
         .with_context(|| format!("saving {name} to {}", output.name()))
@@ -364,20 +361,15 @@ impl Job<'_> {
     }
 
     /// Write the image. The domain is suspended afterwards, and runs on when the answer is
-    /// dropped. A peer that reads it keeps `pace`.
+    /// dropped.
     pub(crate) fn write<'t>(
         &self,
         toolstack: &'t mut dyn SaveToolstack,
-        file: &File,
+        sink: impl PageSink,
         live: Option<LiveSave>,
-        pace: Option<&Arc<Pace>>,
         watch: &mut Watch,
     ) -> Result<Written<'t>> {
-        let cancel = watch.interrupt().cancel().clone();
-        let mut sink = match pace {
-            None => ImageSink::new(file, cancel)?,
-            Some(pace) => ImageSink::paced(file, cancel, Arc::clone(pace))?,
-        };
+        let mut sink = ImageSink::new(sink);
         if self.form == Form::Bare {
             let saved = self.run(toolstack, &mut sink, live, watch)?;
             let octets = sink.octets();
@@ -398,7 +390,7 @@ impl Job<'_> {
     fn run<'t>(
         &self,
         toolstack: &'t mut dyn SaveToolstack,
-        sink: &mut ImageSink<'_>,
+        sink: &mut dyn PageSink,
         live: Option<LiveSave>,
         watch: &mut Watch,
     ) -> Result<Saved<'t>> {

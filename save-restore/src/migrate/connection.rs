@@ -46,15 +46,18 @@ use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use thiserror::Error;
 use xsr_xen_backend::Gather;
 
+use crate::pace::{Overdue, Pace, ReadLimit};
 use crate::progress::{Cancel, Cancelled};
 
 pub(super) use adapter::copy_gather;
 pub use adapter::{ConnectionReader, ConnectionWriter};
+pub use fd::{FdConnection, Transport};
 pub use pipe::PipeConnection;
 pub use tcp::TcpConnection;
 pub use unix::UnixConnection;
@@ -187,6 +190,9 @@ pub struct Wait<'a> {
     pub(crate) idle: Option<Duration>,
     pub(crate) at_most: Option<Duration>,
     pub(crate) cancel: Option<&'a Cancel>,
+    pub(crate) pace: Option<&'a Pace>,
+    pub(crate) silence: Option<&'a ReadLimit>,
+    pub(crate) carried: Option<&'a AtomicU64>,
 }
 
 impl<'a> Wait<'a> {
@@ -196,6 +202,9 @@ impl<'a> Wait<'a> {
             idle: None,
             at_most: None,
             cancel: None,
+            pace: None,
+            silence: None,
+            carried: None,
         }
     }
 
@@ -220,6 +229,38 @@ impl<'a> Wait<'a> {
         Self {
             cancel: Some(cancel),
             ..self
+        }
+    }
+
+    /// What is written has to be taken at this pace.
+    pub const fn keeping(self, pace: &'a Pace) -> Self {
+        Self {
+            pace: Some(pace),
+            ..self
+        }
+    }
+
+    /// A read waits no longer than this for its first byte. It can be lifted meanwhile.
+    pub const fn silent_for(self, limit: &'a ReadLimit) -> Self {
+        Self {
+            silence: Some(limit),
+            ..self
+        }
+    }
+
+    /// The bytes that a call carries, in either direction, are added there as they go: another
+    /// thread sees that something moves while a long write goes on.
+    pub const fn counting(self, carried: &'a AtomicU64) -> Self {
+        Self {
+            carried: Some(carried),
+            ..self
+        }
+    }
+
+    /// So many bytes more have been carried.
+    pub(crate) fn count(&self, bytes: usize) {
+        if let Some(carried) = self.carried {
+            carried.fetch_add(bytes as u64, Ordering::Relaxed);
         }
     }
 
@@ -257,13 +298,8 @@ pub enum ConnectionError {
     #[error("the other end reads no more")]
     NotRead(#[source] io::Error),
     /// The [`Wait`] is over, and the peer may still be there.
-    #[error("the other end {} for {} s", if *writing { "has taken nothing" } else { "has said nothing" }, waited.as_secs_f64())]
-    TimedOut {
-        /// Whether a write was waited for.
-        writing: bool,
-        /// How long.
-        waited: Duration,
-    },
+    #[error(transparent)]
+    TimedOut(Overdue),
     /// Another thread asked to stop.
     #[error("cancelled")]
     Cancelled,
@@ -284,7 +320,7 @@ impl From<ConnectionError> for io::Error {
     fn from(error: ConnectionError) -> Self {
         let kind = match &error {
             ConnectionError::Cancelled => return Self::other(Cancelled),
-            ConnectionError::TimedOut { .. } => io::ErrorKind::TimedOut,
+            ConnectionError::TimedOut(_) => io::ErrorKind::TimedOut,
             ConnectionError::Lost(cause)
             | ConnectionError::NotRead(cause)
             | ConnectionError::Local(cause) => cause.kind(),

@@ -78,12 +78,17 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+use std::fmt;
 use std::io::{self, Read, Write};
 
 use thiserror::Error;
 use xsr_format::frame::Pfn;
 use xsr_format::record::{MAX_BODY, RecordKind};
 use xsr_format::wrapper::libxl::{CheckpointState, LibxlRecordKind};
+
+mod last_words;
+
+pub use last_words::LastWords;
 
 /// A message of fixed words. All except the banner end in NUL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,29 +144,115 @@ impl Message {
     ///
     /// # Errors
     ///
-    /// The other end said something else, which is found out at the first byte that differs;
-    /// hung up before or in the message; or the reader failed.
+    /// The other end said something else, or why it failed ([`Reason`]); hung up before or in the
+    /// message; or the reader failed.
     pub fn read(self, mut from: impl Read) -> Result<(), MessageError> {
         let (words, expected) = (self.bytes(), self.name());
         let mut room = [0; 64];
         let room = &mut room[..words.len()];
         let mut filled = 0;
-        while filled < words.len() {
-            let n = match from.read(&mut room[filled..]) {
-                Ok(0) if filled == 0 => return Err(MessageError::HungUp { expected }),
-                Ok(0) => return Err(MessageError::CutShort { expected }),
-                Ok(n) => n,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+        let mut hung_up = false;
+        while filled < words.len() && !hung_up {
+            match from.read(&mut room[filled..]) {
+                Ok(0) => hung_up = true,
+                Ok(n) => filled += n,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // What was said says more than why there is no more of it.
+                Err(_) if !words.starts_with(&room[..filled]) => break,
                 Err(cause) => return Err(MessageError::Waiting { expected, cause }),
-            };
-            filled += n;
-            if !words.starts_with(&room[..filled]) {
-                let got = room[..filled].to_vec();
-                return Err(MessageError::Other { expected, got });
             }
         }
-        Ok(())
+        let got = &room[..filled];
+        if got == words {
+            return Ok(());
+        }
+        Err(if got.is_empty() {
+            MessageError::HungUp { expected }
+        } else if words.starts_with(got) {
+            MessageError::CutShort { expected }
+        } else if let Some(why) = Reason::read(got, from) {
+            MessageError::PeerFailed { why }
+        } else {
+            let got = got.to_vec();
+            MessageError::Other {
+                expected,
+                got,
+                hung_up,
+            }
+        })
     }
+}
+
+/// Why a receiver fails, as its last words over a socket, where the sender does not see its
+/// stderr. To either kind of sender these are not the words that it expects, so that the
+/// migration has failed; ours tells the user.
+///
+/// One line: `xsr: failed: `, the reason, a line feed.
+///
+/// ```
+/// use xsr_save_restore::migrate::messages::{Message, MessageError, Reason};
+///
+/// let mut said = Vec::new();
+/// Reason::write("no memory", &mut said)?;
+/// let error = Message::Ready.read(said.as_slice()).unwrap_err();
+/// assert!(matches!(error, MessageError::PeerFailed { why } if why == "no memory"));
+/// # Ok::<(), std::io::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug)]
+pub struct Reason;
+
+impl Reason {
+    const BEGIN: &[u8] = b"xsr: failed: ";
+
+    /// Bytes of a line at most.
+    pub const LONGEST: usize = 1024;
+
+    /// Write one. Control characters are escaped, and what is too long is cut off.
+    ///
+    /// # Errors
+    ///
+    /// Returns the writer's error.
+    pub fn write(why: &str, mut to: impl Write) -> io::Result<()> {
+        let mut line = Self::BEGIN.to_vec();
+        let room = Self::LONGEST - Self::BEGIN.len() - 1;
+        line.extend(on_one_line(why).bytes().take(room));
+        line.push(b'\n');
+        to.write_all(&line)?;
+        to.flush()
+    }
+
+    /// The reason in what the other end says, of which `said` has been read: to the end of its
+    /// line, or until nothing more comes. `None` if it is not a reason.
+    pub fn read(said: &[u8], mut from: impl Read) -> Option<String> {
+        let mut line = said.to_vec();
+        let mut byte = [0];
+        let may_be = |line: &[u8]| {
+            let known = line.len().min(Self::BEGIN.len());
+            line.len() < Self::LONGEST && line[..known] == Self::BEGIN[..known]
+        };
+        while may_be(&line) && !line.ends_with(b"\n") {
+            match from.read(&mut byte) {
+                Ok(1..) => line.extend(byte),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(0) | Err(_) => break,
+            }
+        }
+        let why = String::from_utf8_lossy(line.strip_prefix(Self::BEGIN)?);
+        Some(on_one_line(why.trim_end()))
+    }
+}
+
+/// With control characters escaped: the text comes from outside, or goes there.
+fn on_one_line(text: &str) -> String {
+    let mut line = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() {
+            line.extend(c.escape_default());
+        } else {
+            line.push(c);
+        }
+    }
+    line
 }
 
 /// Why a message could not be sent or received.
@@ -199,12 +290,27 @@ pub enum MessageError {
         expected: &'static str,
     },
     /// Other bytes came.
-    #[error("the other end said \"{}\" where its {expected} was expected", got.escape_ascii())]
+    #[error(
+        "the other end said \"{}\"{} where its {expected} was expected",
+        got.escape_ascii(),
+        if *hung_up { ", then hung up," } else { "" }
+    )]
     Other {
         /// The message.
         expected: &'static str,
         /// What came, no longer than the message.
         got: Vec<u8>,
+        /// Whether the stream ended before it was as long.
+        hung_up: bool,
+    },
+    /// The receiver was to say nothing before it is told to go.
+    #[error("the other end has hung up or said more than it was asked, before it was told to go")]
+    TooEarly,
+    /// The receiver says why it failed.
+    #[error("the other end has failed: {why}")]
+    PeerFailed {
+        /// In its words; one line.
+        why: String,
     },
     /// The receiver failed, and did not say that its copy is gone.
     #[error("the other end failed (status {status}), and did not say that its copy is gone")]
@@ -304,64 +410,15 @@ impl Outcome {
     }
 }
 
-/// The last bytes that an end has said: a receiver's report may be among what a sender that
-/// breaks off did not read as anything else.
-///
-/// Memory is bounded by [`Self::KEPT`], however much is said.
-#[derive(Clone, Debug, Default)]
-pub struct LastWords(Vec<u8>);
-
-impl LastWords {
-    /// Bytes that are kept.
-    pub const KEPT: usize = 1 << 16;
-
-    /// Bytes of a report that suffice to recognise it: no other message begins with them.
-    const RECOGNISED: usize = 8;
-
-    /// Add what has come.
-    pub fn push(&mut self, bytes: &[u8]) {
-        let bytes = &bytes[bytes.len().saturating_sub(Self::KEPT)..];
-        let excess = (self.0.len() + bytes.len()).saturating_sub(Self::KEPT);
-        self.0.drain(..excess);
-        self.0.extend_from_slice(bytes);
-    }
-
-    /// Forget all: what has come was understood.
-    pub fn clear(&mut self) {
-        self.0.clear();
-    }
-
-    /// What is kept.
-    pub fn bytes(&self) -> &[u8] {
-        &self.0
-    }
-
-    /// Whether a report has begun. One that has begun is worth waiting for.
-    pub fn report_began(&self) -> bool {
-        self.report().is_some()
-    }
-
-    /// The status in the report, if it has come.
-    pub fn status(&self) -> Option<Status> {
-        let status = self.report()?.get(Message::Report.bytes().len())?;
-        Some(Status(*status))
-    }
-
-    /// The last report, from its first byte on.
-    fn report(&self) -> Option<&[u8]> {
-        let begin = &Message::Report.bytes()[..Self::RECOGNISED];
-        let at = self.0.windows(begin.len()).rposition(|w| w == begin)?;
-        self.0.get(at..)
-    }
-
-    /// Which end has the domain, once nothing more will come.
-    ///
-    /// # Errors
-    ///
-    /// No whole report is there, or one of a failure that does not give the domain back.
-    pub fn outcome(&self) -> Result<Outcome, MessageError> {
-        let mut said = self.report().ok_or(MessageError::NoReport)?;
-        Outcome::read(&mut said)
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Runs => f.write_str("the other end runs the domain"),
+            Self::GivenBack { status } => write!(
+                f,
+                "the other end has failed (status {status}); what it printed says why"
+            ),
+        }
     }
 }
 

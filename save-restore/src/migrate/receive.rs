@@ -7,14 +7,14 @@
 //! C implementation: `tools/xl/xl_migrate.c:migrate_receive`.
 
 use std::fmt;
-use std::io;
 use std::time::Duration;
 
-use super::connection::{Connection, ConnectionError, ConnectionReader, ConnectionWriter, Wait};
+use super::connection::{Connection, ConnectionReader};
+use super::drive::{BoxError, Cause, OnPanic, Talk, Trouble};
 use super::messages::{Message, MessageError, Status};
+use super::observe::{Event, Observer, Step};
 use super::ownership::plain::{Receiver, ReceiverAction, ReceiverEnd, ReceiverEvent};
-use super::send::BoxError;
-use crate::progress::{Cancel, Cancelled};
+use crate::progress::Cancel;
 
 /// A domain that is to arrive, as its toolstack sees it.
 pub trait Arriving {
@@ -53,7 +53,7 @@ pub struct ReceiveRequest<'a> {
     idle: Duration,
     go: Duration,
     cancel: Option<&'a Cancel>,
-    observe: Option<&'a mut dyn FnMut(ReceiverAction)>,
+    observer: Option<&'a mut dyn Observer>,
 }
 
 impl fmt::Debug for ReceiveRequest<'_> {
@@ -79,7 +79,7 @@ impl<'a> ReceiveRequest<'a> {
             idle: Duration::from_secs(600),
             go: Duration::from_secs(120),
             cancel: None,
-            observe: None,
+            observer: None,
         }
     }
 
@@ -97,17 +97,17 @@ impl<'a> ReceiveRequest<'a> {
         self
     }
 
-    /// Who may ask to stop. Once "go" was heard, it is too late.
+    /// The token by which another thread asks to stop. Once "go" was heard, it is too late.
     #[must_use]
     pub const fn cancel(mut self, cancel: &'a Cancel) -> Self {
         self.cancel = Some(cancel);
         self
     }
 
-    /// Called before each action.
+    /// What hears of each action and step.
     #[must_use]
-    pub fn observe(mut self, observe: &'a mut dyn FnMut(ReceiverAction)) -> Self {
-        self.observe = Some(observe);
+    pub fn observer(mut self, observer: &'a mut dyn Observer) -> Self {
+        self.observer = Some(observer);
         self
     }
 
@@ -117,126 +117,112 @@ impl<'a> ReceiveRequest<'a> {
     pub fn run(mut self, connection: &dyn Connection, domain: &mut dyn Arriving) -> Arrived {
         let mut machine = Receiver::new();
         let mut causes = Vec::new();
-        let mut guard = Destroy {
+        let mut guard = OnPanic {
             domain,
             armed: true,
+            undo: |domain| {
+                if let Err(error) = domain.destroy() {
+                    let what = "the domain could not be destroyed: destroy it by hand";
+                    tracing::error!(error, "{what}");
+                }
+            },
+        };
+        let receiving = Receiving {
+            talk: Talk {
+                connection,
+                answer: self.idle,
+                cancel: self.cancel,
+            },
+            go: self.go,
         };
         loop {
             let action = machine.action();
-            if let Some(observe) = &mut self.observe {
-                observe(action);
+            if let Some(observer) = &mut self.observer {
+                observer.observe(Event::Receiving(action));
             }
             guard.armed = !machine.has_it();
             if let ReceiverAction::End(end) = action {
                 guard.armed = false;
                 return Arrived { end, causes };
             }
-            let event = match self.perform(action, connection, guard.domain) {
-                Ok(()) => ReceiverEvent::Done,
-                Err((event, cause)) => {
-                    causes.push(cause);
-                    event
+            let event = match receiving.perform(action, guard.domain) {
+                Ok(()) => {
+                    if let (Some(observer), Some(step)) = (&mut self.observer, step(action)) {
+                        observer.observe(Event::Done(step));
+                    }
+                    ReceiverEvent::Done
+                }
+                Err((trouble, error)) => {
+                    causes.push(Cause { action, error });
+                    trouble.into()
                 }
             };
             machine.on(event);
         }
     }
+}
 
+/// What is behind the receiver once this is done.
+fn step(action: ReceiverAction) -> Option<Step> {
+    match action {
+        ReceiverAction::SayBanner => Some(Step::Banner),
+        ReceiverAction::Receive => Some(Step::Received),
+        ReceiverAction::SayReady => Some(Step::Ready),
+        ReceiverAction::AwaitGo => Some(Step::Go),
+        ReceiverAction::SayRuns => Some(Step::Report),
+        _ => None,
+    }
+}
+
+/// A migration that is under way: what the machine asks for, done.
+struct Receiving<'a> {
+    talk: Talk<'a>,
+    go: Duration,
+}
+
+impl Receiving<'_> {
     fn perform(
         &self,
         action: ReceiverAction,
-        connection: &dyn Connection,
         domain: &mut dyn Arriving,
-    ) -> Result<(), (ReceiverEvent, BoxError)> {
-        let failed = |cause: BoxError| (ReceiverEvent::Failed, cause);
-        let heard = |error: MessageError| (of_message(&error), BoxError::from(error));
-        let deaf = Wait::forever().idle(self.idle);
-        let asked = match self.cancel {
-            Some(cancel) => deaf.unless(cancel),
-            None => deaf,
-        };
-        let reader = || {
-            let reader = ConnectionReader::new(connection, asked);
-            reader.map_err(|error| failed(error.into()))
-        };
-        let report = |status: Status| {
-            let mut writer = ConnectionWriter::new(connection, deaf).within(self.idle);
-            Message::Report.write(&mut writer)?;
-            status.write(&mut writer)
-        };
-        let say = |message: Message, wait| {
-            message.write(ConnectionWriter::new(connection, wait).within(self.idle))
-        };
+    ) -> Result<(), (Trouble, BoxError)> {
+        let talk = self.talk;
+        let failed = |error: BoxError| (Trouble::Failed, error);
+        let heard = |error: MessageError| (Trouble::of_message(&error), BoxError::from(error));
         match action {
-            ReceiverAction::SayBanner => say(Message::Banner, asked).map_err(heard),
+            ReceiverAction::SayBanner => talk.say(Message::Banner, talk.asked()).map_err(heard),
             ReceiverAction::Receive => {
-                let mut reader = reader()?;
+                let wait = talk.asked().idle(talk.answer);
+                let reader = ConnectionReader::new(talk.connection, wait);
+                let mut reader = reader.map_err(|error| failed(error.into()))?;
                 let received = domain.receive_image(&mut reader);
-                received.map_err(|cause| (of_image(&*cause), cause))
+                received.map_err(|error| (Trouble::of_image(&*error), error))
             }
-            ReceiverAction::SayReady => say(Message::Ready, asked).map_err(heard),
+            ReceiverAction::SayReady => talk.say(Message::Ready, talk.asked()).map_err(heard),
             ReceiverAction::AwaitGo => {
-                let reader = reader()?.within(self.go);
-                Message::Go.read(reader).map_err(heard)
+                let answer = self.go;
+                let talk = Talk { answer, ..talk };
+                talk.hear(Message::Go, talk.asked()).map_err(heard)
             }
             ReceiverAction::RenameIn => domain.take_name().map_err(failed),
             ReceiverAction::Run => domain.run().map_err(failed),
-            ReceiverAction::SayRuns => report(Status::SUCCESS).map_err(heard),
-            ReceiverAction::SayFailed => report(Status::FAILED).map_err(heard),
+            ReceiverAction::SayRuns => talk.report(Status::SUCCESS).map_err(heard),
+            ReceiverAction::SayFailed => talk.report(Status::FAILED).map_err(heard),
             ReceiverAction::Destroy => domain.destroy().map_err(failed),
-            ReceiverAction::GiveBack => say(Message::Go, deaf).map_err(heard),
+            // No signal breaks off what says where the domain is.
+            ReceiverAction::GiveBack => talk.say(Message::Go, talk.deaf()).map_err(heard),
             ReceiverAction::End(_) => Ok(()),
         }
     }
 }
 
-/// What a failed message tells the machine.
-fn of_message(error: &MessageError) -> ReceiverEvent {
-    match error {
-        MessageError::Sending { cause, .. } | MessageError::Waiting { cause, .. } => of_io(cause),
-        _ => ReceiverEvent::PeerLost,
-    }
-}
-
-fn of_io(error: &io::Error) -> ReceiverEvent {
-    if Cancelled::is(error) {
-        return ReceiverEvent::Signal;
-    }
-    match ConnectionError::of(error) {
-        Some(ConnectionError::TimedOut { .. }) => ReceiverEvent::TimedOut,
-        Some(ConnectionError::Local(_)) => ReceiverEvent::Failed,
-        _ => ReceiverEvent::PeerLost,
-    }
-}
-
-/// What a failed image tells the machine: all of these destroy the domain here.
-fn of_image(mut error: &(dyn std::error::Error + 'static)) -> ReceiverEvent {
-    loop {
-        if let Some(io) = error.downcast_ref::<io::Error>() {
-            return of_io(io);
-        }
-        match error.source() {
-            Some(source) => error = source,
-            None => return ReceiverEvent::Failed,
-        }
-    }
-}
-
-/// Destroys the domain when a panic comes between.
-struct Destroy<'d> {
-    domain: &'d mut dyn Arriving,
-    armed: bool,
-}
-
-impl Drop for Destroy<'_> {
-    fn drop(&mut self) {
-        if self.armed
-            && let Err(error) = self.domain.destroy()
-        {
-            tracing::error!(
-                error,
-                "the domain could not be destroyed: destroy it by hand"
-            );
+impl From<Trouble> for ReceiverEvent {
+    fn from(trouble: Trouble) -> Self {
+        match trouble {
+            Trouble::PeerLost => Self::PeerLost,
+            Trouble::TimedOut => Self::TimedOut,
+            Trouble::Signal => Self::Signal,
+            Trouble::Failed => Self::Failed,
         }
     }
 }
@@ -247,5 +233,5 @@ pub struct Arrived {
     /// Which host has the domain.
     pub end: ReceiverEnd,
     /// What went wrong, in order: the first is why it ended so.
-    pub causes: Vec<BoxError>,
+    pub causes: Vec<Cause<ReceiverAction>>,
 }

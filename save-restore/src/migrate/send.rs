@@ -7,17 +7,16 @@
 //! C implementation: `tools/xl/xl_migrate.c:migrate_domain`.
 
 use std::fmt;
-use std::io;
 use std::time::Duration;
 
-use super::connection::{Connection, ConnectionError, ConnectionReader, ConnectionWriter, Wait};
+use super::connection::{Connection, ConnectionWriter, TcpConnection};
+use super::drive::{BoxError, Cause, OnPanic, Talk, Trouble};
 use super::messages::{Message, MessageError, Status};
+use super::observe::{Event, Observer, Step};
 use super::ownership::plain::{Sender, SenderAction, SenderEnd, SenderEvent};
 use crate::error::SaveError;
-use crate::progress::{Cancel, Cancelled};
-
-/// An error of the caller's own.
-pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+use crate::pace::Pace;
+use crate::progress::Cancel;
 
 /// A domain that is to leave, as its toolstack sees it.
 ///
@@ -67,8 +66,9 @@ pub enum TakenBack {
 pub struct SendRequest<'a> {
     answer: Duration,
     idle: Duration,
+    pace: Option<&'a Pace>,
     cancel: Option<&'a Cancel>,
-    observe: Option<&'a mut dyn FnMut(SenderAction)>,
+    observer: Option<&'a mut dyn Observer>,
 }
 
 impl fmt::Debug for SendRequest<'_> {
@@ -76,6 +76,7 @@ impl fmt::Debug for SendRequest<'_> {
         f.debug_struct("SendRequest")
             .field("answer", &self.answer)
             .field("idle", &self.idle)
+            .field("pace", &self.pace)
             .finish_non_exhaustive()
     }
 }
@@ -92,8 +93,9 @@ impl<'a> SendRequest<'a> {
         Self {
             answer: Duration::from_secs(60),
             idle: Duration::from_secs(60),
+            pace: None,
             cancel: None,
-            observe: None,
+            observer: None,
         }
     }
 
@@ -111,17 +113,26 @@ impl<'a> SendRequest<'a> {
         self
     }
 
-    /// Who may ask to stop. Once the domain has been let go of, it is too late.
+    /// How fast the receiver has to take the image, in the place of [`Self::idle_timeout`]. The
+    /// domain's toolstack tells the pace when the domain is suspended and when it runs on.
+    #[must_use]
+    pub const fn pace(mut self, pace: &'a Pace) -> Self {
+        self.pace = Some(pace);
+        self
+    }
+
+    /// The token by which another thread asks to stop. Once the domain has been let go of, it is
+    /// too late.
     #[must_use]
     pub const fn cancel(mut self, cancel: &'a Cancel) -> Self {
         self.cancel = Some(cancel);
         self
     }
 
-    /// Called before each action.
+    /// What hears of each action and step.
     #[must_use]
-    pub fn observe(mut self, observe: &'a mut dyn FnMut(SenderAction)) -> Self {
-        self.observe = Some(observe);
+    pub fn observer(mut self, observer: &'a mut dyn Observer) -> Self {
+        self.observer = Some(observer);
         self
     }
 
@@ -131,14 +142,29 @@ impl<'a> SendRequest<'a> {
     pub fn run(mut self, connection: &dyn Connection, domain: &mut dyn Departing) -> Sent {
         let mut machine = Sender::new();
         let mut causes = Vec::new();
-        let mut guard = TakeBack {
+        let mut guard = OnPanic {
             domain,
             armed: true,
+            undo: |domain| {
+                if let Err(error) = domain.take_back() {
+                    tracing::error!(error, "the domain is still suspended: resume it by hand");
+                }
+            },
+        };
+        let mut sending = Sending {
+            talk: Talk {
+                connection,
+                answer: self.answer,
+                cancel: self.cancel,
+            },
+            pace: self.pace,
+            idle: self.idle,
+            status: 0,
         };
         loop {
             let action = machine.action();
-            if let Some(observe) = &mut self.observe {
-                observe(action);
+            if let Some(observer) = &mut self.observer {
+                observer.observe(Event::Sending(action));
             }
             // As soon as it begins to be said, nothing but the machine takes the domain back.
             guard.armed = !machine.has_let_go();
@@ -146,126 +172,130 @@ impl<'a> SendRequest<'a> {
                 guard.armed = false;
                 return Sent { end, causes };
             }
-            let event = match self.perform(action, connection, guard.domain) {
-                Ok(event) => event,
-                Err((event, cause)) => {
-                    causes.push(cause);
-                    event
-                }
-            };
+            let (event, error) = sending.perform(action, guard.domain);
+            causes.extend(error.map(|error| Cause { action, error }));
+            if let (Some(observer), Some(step)) = (&mut self.observer, step(action, event)) {
+                observer.observe(Event::Done(step));
+            }
             machine.on(event);
         }
     }
+}
 
+/// What is behind the sender once this came of an action.
+fn step(action: SenderAction, event: SenderEvent) -> Option<Step> {
+    match (action, event) {
+        (SenderAction::AwaitBanner, SenderEvent::Done) => Some(Step::Banner),
+        (SenderAction::SendImage, SenderEvent::Done) => Some(Step::Sent),
+        (SenderAction::AwaitReady, SenderEvent::Done) => Some(Step::Ready),
+        (SenderAction::SayGo, SenderEvent::Done) => Some(Step::Go),
+        (SenderAction::AwaitReport, SenderEvent::Reported(0)) => Some(Step::Report),
+        (SenderAction::AwaitGivenBack, SenderEvent::Done) => Some(Step::GivenBack),
+        _ => None,
+    }
+}
+
+/// A migration that is under way: what the machine asks for, done.
+struct Sending<'a> {
+    talk: Talk<'a>,
+    pace: Option<&'a Pace>,
+    idle: Duration,
+    /// What the receiver has reported.
+    status: u8,
+}
+
+impl Sending<'_> {
+    /// Do it. What came of it, and why, if that is a failure.
     fn perform(
-        &self,
+        &mut self,
         action: SenderAction,
-        connection: &dyn Connection,
         domain: &mut dyn Departing,
-    ) -> Result<SenderEvent, (SenderEvent, BoxError)> {
-        let failed = |cause: BoxError| (SenderEvent::Failed, cause);
-        let heard = |error: MessageError| (of_message(&error), BoxError::from(error));
-        let done = SenderEvent::Done;
-        // A signal is not heard once the domain has been let go of.
-        let deaf = Wait::forever();
-        let asked = match self.cancel {
-            Some(cancel) => deaf.unless(cancel),
-            None => deaf,
+    ) -> (SenderEvent, Option<BoxError>) {
+        let talk = self.talk;
+        let heard = |result: Result<(), MessageError>| match result {
+            Ok(()) => (SenderEvent::Done, None),
+            Err(error) => {
+                let event = Trouble::of_message(&error).into();
+                (event, Some(error.into()))
+            }
         };
-        let reader = |wait| {
-            let reader = ConnectionReader::new(connection, wait);
-            let reader = reader.map_err(|error| failed(error.into()))?;
-            Ok(reader.within(self.answer))
+        let done = |result: Result<(), BoxError>| match result {
+            Ok(()) => (SenderEvent::Done, None),
+            Err(error) => (SenderEvent::Failed, Some(error)),
         };
         match action {
-            SenderAction::AwaitBanner => {
-                Message::Banner.read(reader(asked)?).map_err(heard)?;
-            }
+            SenderAction::AwaitBanner => heard(talk.hear(Message::Banner, talk.asked())),
             SenderAction::SendImage => {
-                let mut writer = ConnectionWriter::new(connection, asked.idle(self.idle));
-                domain
-                    .send_image(&mut writer)
-                    .map_err(|cause| (of_image(&*cause), cause))?;
-            }
-            SenderAction::AwaitReady => {
-                Message::Ready.read(reader(asked)?).map_err(heard)?;
-            }
-            SenderAction::RenameAway => domain.rename_away().map_err(failed)?,
-            SenderAction::SayGo => {
-                let writer = ConnectionWriter::new(connection, deaf).within(self.answer);
-                Message::Go.write(writer).map_err(heard)?;
-            }
-            SenderAction::AwaitReport => {
-                let mut reader = reader(deaf)?;
-                Message::Report.read(&mut reader).map_err(heard)?;
-                let Status(status) = Status::read(&mut reader).map_err(heard)?;
-                if status != 0 {
-                    let why = format!("the other end could not run it (status {status})");
-                    return Err((SenderEvent::Reported(status), why.into()));
+                let wait = match self.pace {
+                    Some(pace) => talk.asked().keeping(pace),
+                    None => talk.asked().idle(self.idle),
+                };
+                talk.bear(TcpConnection::SILENCE_SENDING);
+                let sent = domain.send_image(&mut ConnectionWriter::new(talk.connection, wait));
+                talk.bear(TcpConnection::SILENCE_WAITING);
+                match sent {
+                    Ok(()) => (SenderEvent::Done, None),
+                    Err(error) => (Trouble::of_image(&*error).into(), Some(error)),
                 }
-                return Ok(SenderEvent::Reported(0));
             }
-            SenderAction::AwaitGivenBack => {
-                Message::Go.read(reader(deaf)?).map_err(heard)?;
+            SenderAction::AwaitReady => heard(talk.hear(Message::Ready, talk.asked())),
+            // A request to stop that comes once "ready" has been heard is in time.
+            SenderAction::RenameAway if talk.is_asked() => {
+                (SenderEvent::Signal, Some(SaveError::Aborted.into()))
             }
-            SenderAction::Destroy => domain.destroy().map_err(failed)?,
-            SenderAction::TakeBack => match domain.take_back().map_err(failed)? {
-                TakenBack::Runs => {}
-                TakenBack::Gone => return Ok(SenderEvent::GuestGone),
+            SenderAction::RenameAway => done(domain.rename_away()),
+            // No signal breaks it off.
+            SenderAction::SayGo => heard(
+                talk.nothing_waits()
+                    .and_then(|()| talk.say(Message::Go, talk.deaf())),
+            ),
+            SenderAction::AwaitReport => match self.report() {
+                Ok(Status(status)) => (SenderEvent::Reported(status), None),
+                Err(error) => heard(Err(error)),
             },
-            SenderAction::End(_) => {}
-        }
-        Ok(done)
-    }
-}
-
-/// What a failed message tells the machine.
-fn of_message(error: &MessageError) -> SenderEvent {
-    match error {
-        MessageError::Sending { cause, .. } | MessageError::Waiting { cause, .. } => of_io(cause),
-        _ => SenderEvent::PeerLost,
-    }
-}
-
-fn of_io(error: &io::Error) -> SenderEvent {
-    if Cancelled::is(error) {
-        return SenderEvent::Signal;
-    }
-    match ConnectionError::of(error) {
-        Some(ConnectionError::TimedOut { .. }) => SenderEvent::TimedOut,
-        Some(ConnectionError::Local(_)) => SenderEvent::Failed,
-        _ => SenderEvent::PeerLost,
-    }
-}
-
-/// What a failed image tells the machine: all of these leave the domain here.
-fn of_image(mut error: &(dyn std::error::Error + 'static)) -> SenderEvent {
-    loop {
-        if let Some(io) = error.downcast_ref::<io::Error>() {
-            return of_io(io);
-        }
-        if let Some(SaveError::Aborted) = error.downcast_ref::<SaveError>() {
-            return SenderEvent::Signal;
-        }
-        match error.source() {
-            Some(source) => error = source,
-            None => return SenderEvent::Failed,
+            SenderAction::AwaitGivenBack => {
+                let status = self.status;
+                match talk.hear(Message::Go, talk.deaf()) {
+                    Ok(()) => {
+                        let why = format!(
+                            "the other end could not run it, and has destroyed its copy (status \
+                             {status})"
+                        );
+                        (SenderEvent::Done, Some(why.into()))
+                    }
+                    Err(cause) => heard(Err(MessageError::NotGivenBack {
+                        status,
+                        cause: Box::new(cause),
+                    })),
+                }
+            }
+            SenderAction::Destroy => done(domain.destroy()),
+            SenderAction::TakeBack => match domain.take_back() {
+                Ok(TakenBack::Gone) => (SenderEvent::GuestGone, None),
+                taken => done(taken.map(|_| ())),
+            },
+            SenderAction::End(_) => (SenderEvent::Done, None),
         }
     }
+
+    /// The report and its status, in the time of one answer.
+    fn report(&mut self) -> Result<Status, MessageError> {
+        let talk = self.talk;
+        let mut reader = talk.reader(Message::Report.name(), talk.deaf())?;
+        Message::Report.read(&mut reader)?;
+        let status = Status::read(&mut reader)?;
+        self.status = status.0;
+        Ok(status)
+    }
 }
 
-/// Takes the domain back when a panic comes between.
-struct TakeBack<'d> {
-    domain: &'d mut dyn Departing,
-    armed: bool,
-}
-
-impl Drop for TakeBack<'_> {
-    fn drop(&mut self) {
-        if self.armed
-            && let Err(error) = self.domain.take_back()
-        {
-            tracing::error!(error, "the domain is still suspended: resume it by hand");
+impl From<Trouble> for SenderEvent {
+    fn from(trouble: Trouble) -> Self {
+        match trouble {
+            Trouble::PeerLost => Self::PeerLost,
+            Trouble::TimedOut => Self::TimedOut,
+            Trouble::Signal => Self::Signal,
+            Trouble::Failed => Self::Failed,
         }
     }
 }
@@ -276,5 +306,5 @@ pub struct Sent {
     /// Which host has the domain.
     pub end: SenderEnd,
     /// What went wrong, in order: the first is why it ended so.
-    pub causes: Vec<BoxError>,
+    pub causes: Vec<Cause<SenderAction>>,
 }

@@ -8,11 +8,14 @@ use std::time::Duration;
 use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
 use xsr_xen_backend::{DomId, GuestKind, Host as _};
 
+use super::Event;
 use super::ownership::plain::{ReceiverAction, ReceiverEnd, SenderAction, SenderEnd};
 use super::receive::{Arrived, ReceiveRequest};
 use super::send::{SendRequest, Sent};
 use super::testing::{FakeConnection, Fault, Faulty};
 use crate::progress::Cancel;
+
+mod checkpoints;
 
 #[path = "../../examples/migrate.rs"]
 #[allow(dead_code, unreachable_pub, reason = "it is a program of its own, too")]
@@ -60,14 +63,22 @@ fn migrate(fault: Option<(usize, Faulty)>) -> Migration {
                 host: there,
                 domid: None,
             };
-            let mut observe = |action| heard.push((receiver.calls(), action));
-            let request = ReceiveRequest::new().observe(&mut observe);
+            let mut observe = |event: Event| {
+                if let Event::Receiving(action) = event {
+                    heard.push((receiver.calls(), action));
+                }
+            };
+            let request = ReceiveRequest::new().observer(&mut observe);
             (request.run(&receiver, &mut coming), receiver.calls())
         });
         let sending = scope.spawn(move || {
             let mut leaving = example::Leaving { host: here, domid };
-            let mut observe = |action| said.push((sender.calls(), action));
-            let request = SendRequest::new().observe(&mut observe);
+            let mut observe = |event: Event| {
+                if let Event::Sending(action) = event {
+                    said.push((sender.calls(), action));
+                }
+            };
+            let request = SendRequest::new().observer(&mut observe);
             (request.run(&sender, &mut leaving), sender.calls())
         });
         (sending.join().unwrap(), receiving.join().unwrap())
@@ -171,6 +182,7 @@ fn who_asks_to_stop_before_go_keeps_the_domain_and_after_it_is_not_heard() {
         SenderAction::AwaitBanner,
         SenderAction::SendImage,
         SenderAction::AwaitReady,
+        SenderAction::RenameAway,
         SenderAction::SayGo,
         SenderAction::AwaitReport,
     ] {
@@ -190,12 +202,12 @@ fn who_asks_to_stop_before_go_keeps_the_domain_and_after_it_is_not_heard() {
                 ReceiveRequest::new().run(&receiver, &mut coming)
             });
             let sending = scope.spawn(move || {
-                let mut observe = |action| {
-                    if action == at {
+                let mut observe = |event: Event| {
+                    if event == Event::Sending(at) {
                         cancel.cancel();
                     }
                 };
-                let request = SendRequest::new().cancel(cancel).observe(&mut observe);
+                let request = SendRequest::new().cancel(cancel).observer(&mut observe);
                 request.run(&sender, &mut example::Leaving { host: here, domid })
             });
             (sending.join().unwrap(), receiving.join().unwrap())
@@ -214,9 +226,10 @@ fn who_asks_to_stop_before_go_keeps_the_domain_and_after_it_is_not_heard() {
 /// A toolstack that panics is no reason to leave the domain suspended, or a copy of it.
 #[test]
 fn a_panic_takes_the_domain_back() {
+    use super::BoxError;
     use super::connection::{ConnectionReader, ConnectionWriter};
     use super::receive::Arriving;
-    use super::send::{BoxError, Departing, TakenBack};
+    use super::send::{Departing, TakenBack};
 
     #[derive(Default)]
     struct Panics {
@@ -259,6 +272,57 @@ fn a_panic_takes_the_domain_back() {
     let send = || SendRequest::new().run(&here, &mut sender).end;
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(send)).unwrap_err();
     assert!(sender.undone && receiver.undone);
+}
+
+/// A receiver may be away, or have much to do: TCP does not tell.
+#[test]
+fn a_receiver_is_given_longer_to_take_the_image_than_to_answer() {
+    use std::io::Write as _;
+    use std::net::{TcpListener, TcpStream};
+
+    use nix::sys::socket::{getsockopt, sockopt};
+
+    use super::BoxError;
+    use super::connection::{Connection as _, ConnectionWriter, TcpConnection};
+    use super::messages::Message;
+    use super::send::{Departing, TakenBack};
+
+    struct Looks<'c> {
+        connection: &'c TcpConnection,
+        seen: u32,
+    }
+    fn seconds(connection: &TcpConnection) -> u32 {
+        let socket = connection.read_fd().unwrap();
+        getsockopt(&socket, sockopt::TcpUserTimeout).unwrap() / 1000
+    }
+    impl Departing for Looks<'_> {
+        fn send_image(&mut self, _: &mut ConnectionWriter<'_>) -> Result<(), BoxError> {
+            self.seen = seconds(self.connection);
+            Err("that was all".into())
+        }
+        fn rename_away(&mut self) -> Result<(), BoxError> {
+            unreachable!("it has no image")
+        }
+        fn take_back(&mut self) -> Result<TakenBack, BoxError> {
+            Ok(TakenBack::Runs)
+        }
+        fn destroy(&mut self) -> Result<(), BoxError> {
+            unreachable!("it has not moved")
+        }
+    }
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (mut peer, _) = listener.accept().unwrap();
+    peer.write_all(Message::Banner.bytes()).unwrap();
+    let connection = TcpConnection::new(socket).unwrap();
+    assert_eq!(seconds(&connection), 30);
+    let mut looks = Looks {
+        connection: &connection,
+        seen: 0,
+    };
+    let sent = SendRequest::new().run(&connection, &mut looks);
+    assert_eq!(sent.end, SenderEnd::Here, "{:?}", sent.causes);
+    assert_eq!((looks.seen, seconds(&connection)), (120, 30));
 }
 
 /// A number that a failed migration must not use up.

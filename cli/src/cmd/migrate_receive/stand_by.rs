@@ -11,17 +11,21 @@
 use std::cell::RefCell;
 use std::time::Instant;
 
-use anyhow::{Error, Result};
+use anyhow::{Context as _, Error, Result};
 use serde::Serialize;
+use xsr_save_restore::migrate::connection::{Connection, ConnectionReader, Wait};
+use xsr_save_restore::migrate::ownership::protect::{StandbyAction, StandbyEnd};
+use xsr_save_restore::migrate::standby::{Kept, KeptUntil, StandbyRequest, StoodBy};
+use xsr_save_restore::migrate::{BoxError, Event};
+use xsr_save_restore::pace::ReadLimit;
 use xsr_save_restore::restore::checkpoint::CheckpointOptions;
 use xsr_xen_backend::DomId;
 
 use super::{Receiver, failed};
 use crate::cmd::restore::checkpoints::{StandBy, Survival};
-use crate::cmd::restore::{About, Image};
-use crate::exit::{self, Code, LeftBehind, Withdrawn};
-use crate::file::Input;
-use crate::handshake::{self, Message};
+use crate::cmd::restore::{About, Image, ImageSource, Made};
+use crate::exit::{self, Code, Withdrawn};
+use crate::interrupt::Interrupt;
 use crate::stdout;
 use crate::text::size;
 use crate::watch::Watch;
@@ -45,86 +49,56 @@ struct Report<'a> {
 
 impl Receiver<'_> {
     /// Keep checkpoints until the sender is lost; then run the last.
-    pub(super) fn stand_by(
-        &self,
-        input: &Input,
-        watch: &mut Watch,
-        started: Instant,
-    ) -> Result<Code> {
-        let (args, terminal) = (self.args, self.terminal);
-        Message::Banner
-            .send(self.to, self.answer())
-            .map_err(|error| {
-                let cause = exit::words(error.chain());
-                failed(format!("standing by: {cause}; the sender keeps its domain"))
-            })?;
-        watch.step("banner");
-        let cancel = watch.interrupt().cancel().clone();
-        let mut name = String::new();
-        let keep = self.keep();
-        let limit = self.read_limit();
-        let ready = |name: &str| {
-            // A sender may be silent between two checkpoints for as long as it likes.
-            limit.lift();
-            terminal.say(&format!(
-                "migrate-receive: the first checkpoint of {name} is complete"
-            ));
-        };
-        let watching = RefCell::new(&mut *watch);
-        let made = Image::open_migration(input, cancel, &limit).and_then(|image| {
-            name = image.name().to_owned();
-            terminal.say(&format!("migrate-receive: standing by for {name}"));
-            let how = StandBy {
-                input,
-                limit: &limit,
-                host: self.host,
-                threads: args.threads.threads,
-                keep: &keep,
-                watch: &watching,
-                first: &ready,
-            };
-            if !args.colo {
-                return image.stand_by(&how);
+    pub(super) fn stand_by(&self, watch: &mut Watch, started: Instant) -> Result<Code> {
+        let interrupt = watch.interrupt().clone();
+        let watch = RefCell::new(watch);
+        let mut observe = |event: Event| {
+            if let Event::Done(step) = event {
+                watch.borrow_mut().step(step.name());
             }
-            let work = args.dirty_rate.map(workload::at_rate);
-            image.run_beside(&how, self.to, work)
-        });
-        let (made, survival) = made.map_err(|error| self.not_taken_over(&name, &error))?;
-        let Survival {
-            checkpoint, why, ..
-        } = &survival;
-        watch.clear();
-        watch
-            .interrupt()
-            .too_late(format!("the sender is lost: {name} is being started here"));
-        terminal.say(&format!(
-            "migrate-receive: the sender of {name} is lost ({why}); it goes on here from \
-             checkpoint {checkpoint}"
-        ));
-        // As xl: it matters more that it runs than what it is called.
-        if let Err(error) = made.rename_in() {
-            let error = exit::words(error.chain());
-            tracing::error!(error, "{name} keeps its other name");
-        }
-        let unpaused = match (args.paused, args.colo) {
-            (true, false) => Ok(()),
-            (false, false) => made.unpause(),
-            (paused, true) => made.run_alone(paused),
         };
-        // From here on the domain stays: it may be all there is.
-        let about = made.keep();
-        if let Err(error) = unpaused {
-            let cause = exit::words(error.chain());
-            return Err(failed(format!(
-                "{name} is here, as checkpoint {checkpoint}, and could not be run: {cause}"
-            )));
+        let mut standing = StandingBy {
+            receiver: self,
+            watch: &watch,
+            interrupt: &interrupt,
+            name: String::new(),
+            made: None,
+            came_to: None,
+            about: None,
+        };
+        let StoodBy { end, causes } = StandbyRequest::new()
+            .answer_timeout(self.answer())
+            .observer(&mut observe)
+            .run(&*self.connection, &mut standing);
+        let why = |action: StandbyAction| {
+            let cause = causes.iter().find(|cause| cause.action == action);
+            cause.map_or_else(String::new, |cause| exit::words_of(&*cause.error))
+        };
+        let StandingBy {
+            name,
+            came_to,
+            about,
+            ..
+        } = standing;
+        match (end, came_to, about) {
+            (StandbyEnd::Runs, Some(Ok(survival)), Some(about)) => {
+                self.report(&about, &survival, started);
+                Ok(Code::Fine)
+            }
+            (StandbyEnd::CouldNotRun, Some(Ok(survival)), _) => Err(failed(format!(
+                "{name} is here, as checkpoint {}, and could not be run: {}",
+                survival.checkpoint,
+                why(StandbyAction::Run)
+            ))),
+            (_, Some(Err(error)), _) => {
+                let left = (end == StandbyEnd::LeftBehind).then(|| why(StandbyAction::Destroy));
+                Err(not_taken_over(&name, &error, left))
+            }
+            (..) => Err(failed(format!(
+                "standing by: {}; the sender keeps its domain",
+                why(StandbyAction::SayBanner)
+            ))),
         }
-        watch.step("took_over");
-        if let Err(error) = handshake::report_running(self.to, self.answer()) {
-            tracing::debug!(%error, "the sender is lost indeed");
-        }
-        self.report(input, &about, &survival, started)?;
-        Ok(Code::Fine)
     }
 
     fn keep(&self) -> CheckpointOptions {
@@ -137,36 +111,7 @@ impl Receiver<'_> {
         keep
     }
 
-    /// There is no domain here, and the sender may know.
-    fn not_taken_over(&self, name: &str, error: &Error) -> Error {
-        let left = error.is::<LeftBehind>();
-        let told = handshake::report_failed(self.to, self.answer()).and_then(|()| match left {
-            // As long as there is a copy the sender does not hear that there is none.
-            true => Ok(()),
-            false => Message::Go.send(self.to, self.answer()),
-        });
-        if let Err(error) = told {
-            tracing::debug!(%error, "the sender could not be told");
-        }
-        let cause = exit::words(error.chain());
-        let of = match name {
-            "" => String::new(),
-            name => format!(" for {name}"),
-        };
-        failed(match error.is::<Withdrawn>() {
-            _ if left => format!("standing by{of}: {cause}"),
-            true => format!("standing by{of}: {cause}, and keeps the domain; there is none here"),
-            false => format!("standing by{of}: {cause}; it does not run here"),
-        })
-    }
-
-    fn report(
-        &self,
-        input: &Input,
-        about: &About,
-        survival: &Survival,
-        started: Instant,
-    ) -> Result<()> {
+    fn report(&self, about: &About, survival: &Survival, started: Instant) {
         let About { name, domid, stats } = about;
         let domain = if self.args.paused {
             "paused"
@@ -184,7 +129,7 @@ impl Receiver<'_> {
                 name,
                 domid: *domid,
                 domain,
-                from: &input.name,
+                from: &self.from,
                 checkpoint: survival.checkpoint,
                 most_kept_octets: survival.most_kept_octets,
                 most_spilt_octets: survival.most_spilt_octets,
@@ -194,6 +139,135 @@ impl Receiver<'_> {
             };
             stdout::report(self.terminal, &format!("{name} is {domain}"), &document);
         }
-        Ok(())
+    }
+}
+
+/// There is no domain here for `error`, except for what `left` says.
+fn not_taken_over(name: &str, error: &Error, left: Option<String>) -> Error {
+    let cause = exit::words(error.chain());
+    let of = match name {
+        "" => String::new(),
+        name => format!(" for {name}"),
+    };
+    failed(match (left, error.is::<Withdrawn>()) {
+        (Some(left), _) => format!("standing by{of}: {left}: {cause}"),
+        (None, true) => {
+            format!("standing by{of}: {cause}, and keeps the domain; there is none here")
+        }
+        (None, false) => format!("standing by{of}: {cause}; it does not run here"),
+    })
+}
+
+/// The domain that is kept.
+struct StandingBy<'s, 'w> {
+    receiver: &'s Receiver<'s>,
+    watch: &'s RefCell<&'w mut Watch>,
+    interrupt: &'s Interrupt,
+    name: String,
+    /// Until it is kept. Dropping it destroys the domain.
+    made: Option<Made>,
+    /// What keeping it came to.
+    came_to: Option<Result<Survival>>,
+    about: Option<About>,
+}
+
+impl StandingBy<'_, '_> {
+    fn keep_checkpoints(
+        &mut self,
+        connection: &dyn Connection,
+        complete: &mut dyn FnMut(),
+    ) -> Result<Survival> {
+        let Receiver { args, terminal, .. } = *self.receiver;
+        let (watch, keep) = (self.watch, self.receiver.keep());
+        let limit = ReadLimit::new(self.receiver.answer());
+        let wait = Wait::forever()
+            .unless(self.interrupt.cancel())
+            .silent_for(&limit);
+        let complete = RefCell::new(complete);
+        let first = |name: &str| {
+            // A sender may be silent between two checkpoints for as long as it likes.
+            limit.lift();
+            (complete.borrow_mut())();
+            terminal.say(&format!(
+                "migrate-receive: the first checkpoint of {name} is complete"
+            ));
+        };
+        let reader = ConnectionReader::new(connection, wait)?;
+        let image = Image::open_migration(ImageSource::over(reader))?;
+        image.name().clone_into(&mut self.name);
+        terminal.say(&format!("migrate-receive: standing by for {}", self.name));
+        let how = StandBy {
+            connection,
+            wait,
+            host: self.receiver.host,
+            threads: args.threads.threads,
+            keep: &keep,
+            progress: &|progress| watch.borrow_mut().progress(progress),
+            first: &first,
+        };
+        if !args.colo {
+            return image.stand_by(&how, &mut self.made);
+        }
+        let work = args.dirty_rate.map(workload::at_rate);
+        image.run_beside(&how, work, &mut self.made)
+    }
+
+    fn made(&self) -> Result<&Made> {
+        self.made.as_ref().context("no domain was made")
+    }
+}
+
+impl Kept for StandingBy<'_, '_> {
+    fn keep(&mut self, connection: &dyn Connection, complete: &mut dyn FnMut()) -> KeptUntil {
+        let came_to = self.keep_checkpoints(connection, complete);
+        let until = match &came_to {
+            Ok(_) => KeptUntil::Lost,
+            Err(error) if error.is::<Withdrawn>() => KeptUntil::Withdrawn,
+            Err(_) => KeptUntil::Failed,
+        };
+        self.came_to = Some(came_to);
+        until
+    }
+
+    fn take_name(&mut self) -> Result<(), BoxError> {
+        let name = &self.name;
+        self.watch.borrow_mut().clear();
+        self.interrupt
+            .too_late(format!("the sender is lost: {name} is being started here"));
+        if let Some(Ok(Survival {
+            checkpoint, why, ..
+        })) = &self.came_to
+        {
+            self.receiver.terminal.say(&format!(
+                "migrate-receive: the sender of {name} is lost ({why}); it goes on here from \
+                 checkpoint {checkpoint}"
+            ));
+        }
+        let made = self.made()?;
+        // As xl: it matters more that it runs than what it is called.
+        Ok(made.rename_in().inspect_err(|error| {
+            let error = exit::words(error.chain());
+            tracing::error!(error, "{name} keeps its other name");
+        })?)
+    }
+
+    fn run(&mut self) -> Result<(), BoxError> {
+        let args = self.receiver.args;
+        let made = self.made()?;
+        let ran = match (args.paused, args.colo) {
+            (true, false) => Ok(()),
+            (false, false) => made.unpause(),
+            (paused, true) => made.run_alone(paused),
+        };
+        // From here on the domain stays: it may be all there is.
+        self.about = self.made.take().map(Made::keep);
+        Ok(ran?)
+    }
+
+    fn destroy(&mut self) -> Result<(), BoxError> {
+        match self.made.take() {
+            Some(made) => made.give_up().map_err(|left| left.0.into()),
+            None => Ok(()),
+        }
     }
 }

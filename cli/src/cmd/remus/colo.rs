@@ -10,13 +10,14 @@ use std::time::Instant;
 
 use xsr_format::wrapper::libxl::CheckpointState;
 use xsr_save_restore::back_channel::BackChannel;
+use xsr_save_restore::migrate::messages::{ColoWord, LastWords, Withdrawal};
 use xsr_save_restore::toolstack::{
     CheckpointToolstack, ColoToolstack, Epoch, NextEpoch, SaveToolstack, ToolstackError,
 };
 
 use super::stream::Stream;
 use super::toolstack::{Protector, Stop};
-use crate::colo::{self, Hearing};
+use crate::colo::Hearing;
 
 /// Where the secondary is, as far as its primary knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,7 +65,7 @@ impl<'a> Ear<'a> {
     }
 
     /// What came since the last whole word.
-    pub(super) fn into_rest(self) -> Vec<u8> {
+    pub(super) fn into_rest(self) -> LastWords {
         self.0.into_inner().into_rest()
     }
 }
@@ -82,18 +83,12 @@ impl BackChannel for &Ear<'_> {
 }
 
 impl Place {
-    /// Take the domain back.
-    ///
-    /// # Errors
-    ///
-    /// The other end may go on with its own.
-    pub(super) fn withdraw(self, mut to: &Stream<'_>) -> io::Result<()> {
+    /// What takes the domain back there, if anything does.
+    pub(super) fn withdrawal(self) -> Option<Withdrawal> {
         match self {
-            Self::Waits | Self::Applies => colo::withdraw(&mut to),
-            Self::Reads => colo::withdraw_within(&mut to),
-            Self::Nothing => Err(io::Error::other(
-                "the other end is in the midst of a checkpoint",
-            )),
+            Self::Waits | Self::Applies => Some(Withdrawal::ColoBetween),
+            Self::Reads => Some(Withdrawal::ColoWithin),
+            Self::Nothing => None,
         }
     }
 }
@@ -183,7 +178,8 @@ impl ColoToolstack for Primary<'_, '_> {
         }
         self.place = Place::Reads;
         let mut stream = self.stream;
-        colo::send(&mut stream, CheckpointState::New).map_err(|e| ToolstackError::new(WHAT, e))?;
+        let asked = ColoWord::State(CheckpointState::New).write(&mut stream);
+        asked.map_err(|e| ToolstackError::new(WHAT, e))?;
         Ok(NextEpoch::Continue)
     }
 }

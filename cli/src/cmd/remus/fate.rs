@@ -1,16 +1,16 @@
-//! Who has a protected domain in the end: it is put where it is to be, and what happened, and
-//! what is to be done about it, is said.
+//! What a protection came to, in words: what happened, where the domain is, and what to do.
 //!
 //! docs/migration.md has the table.
 
-use anyhow::{Context as _, Error, Result};
-use nix::errno::Errno;
-use xsr_xen_backend::{BackendError, DomainInfo, ShutdownReason};
+use anyhow::Error;
+use xsr_save_restore::migrate::Cause;
+use xsr_save_restore::migrate::ownership::protect::{Fate, Here, ProtectorAction, Why};
 
 use super::Primary;
 use crate::args::OnLoss;
 use crate::backend;
 use crate::cmd::migrate::AWAY;
+use crate::condition::Condition;
 use crate::exit::{self, Migration};
 
 /// Why it came to its end.
@@ -23,64 +23,52 @@ pub(super) enum End {
     Failed(Error),
 }
 
-/// Who has the domain.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Fate {
-    Here,
-    There,
-    Unknown,
-}
-
-/// What a domain does here.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Here {
-    Runs,
-    /// It is suspended, and so runs nowhere unless somebody resumes it.
-    Asleep,
-    /// It has come to its end by itself.
-    Over(ShutdownReason),
-    /// Somebody has destroyed it.
-    Gone,
-    /// Nobody can tell.
-    Unknown,
-}
-
-impl Here {
-    fn of(info: &Result<DomainInfo, BackendError>) -> Self {
-        match info {
-            Ok(info) => match info.shutdown {
-                None => Self::Runs,
-                Some(ShutdownReason::Suspend) => Self::Asleep,
-                Some(reason) => Self::Over(reason),
-            },
-            Err(error) if error.errno == Errno::ESRCH => Self::Gone,
-            Err(_) => Self::Unknown,
+impl End {
+    pub(super) fn why(&self) -> Why {
+        match self {
+            Self::Asked | Self::Enough => Why::Asked,
+            Self::Receiver => Why::Receiver,
+            Self::Failed(_) => Why::Failed,
         }
     }
+}
 
-    /// Whether the other end is to run no copy of it. A domain that does not run here had better
-    /// run there, unless somebody wanted it to be gone, or it has ended itself.
-    pub(super) fn is_taken_back(self) -> bool {
-        !matches!(self, Self::Asleep | Self::Unknown)
+/// What is known of a protection that has not ended as was asked.
+pub(super) struct Aftermath<'a> {
+    pub(super) end: End,
+    pub(super) fate: Fate,
+    /// Checkpoints that the other end can have.
+    pub(super) complete: u64,
+    /// What the command at the other end came to.
+    pub(super) hung_up: &'a str,
+    /// What could not be done to the domain.
+    pub(super) causes: &'a [Cause<ProtectorAction>],
+}
+
+impl Aftermath<'_> {
+    /// Why the last attempt at something failed, if it did.
+    fn failure(&self, action: ProtectorAction) -> Option<String> {
+        let cause = self.causes.iter().rfind(|cause| cause.action == action);
+        cause.map(|cause| exit::words_of(&*cause.error))
     }
 }
 
 impl Primary<'_> {
-    /// Have the domain be where it is to be, and say what happened, and what to do.
-    pub(super) fn ended(
-        &self,
-        end: End,
-        fate: Fate,
-        complete: u64,
-        hung_up: &str,
-        stopped: Option<Result<()>>,
-    ) -> Error {
+    /// What happened, where the domain is, and what to do.
+    pub(super) fn ended(&self, after: &Aftermath<'_>) -> Error {
         let (name, host) = (self.name, &self.args.host);
-        let here = self.here();
-        if here == Here::Gone {
-            return self.gone(fate, complete, hung_up);
+        let Aftermath {
+            end,
+            fate,
+            complete,
+            hung_up,
+            ..
+        } = after;
+        let condition = Condition::of(self.domain);
+        if condition == Condition::Gone {
+            return self.gone(after);
         }
-        let cause = match &end {
+        let cause = match end {
             End::Asked => "interrupted".to_owned(),
             End::Enough => "that was the last checkpoint".to_owned(),
             End::Receiver => "the other end hung up".to_owned(),
@@ -90,9 +78,9 @@ impl Primary<'_> {
         let command = |verb: &str, rest: &str| {
             backend::domain_command(&self.args.backend.backend, verb, rest)
         };
-        let asleep = !here.is_taken_back();
-        let over = match here {
-            Here::Over(reason) => Some(format!("has shut down ({reason})")),
+        let asleep = matches!(condition.here(), Here::Suspended | Here::Unknown);
+        let over = match condition {
+            Condition::Down(reason) => Some(format!("has shut down ({reason})")),
             _ => None,
         };
         let words = match fate {
@@ -100,18 +88,19 @@ impl Primary<'_> {
                 "{begin}; {name} is suspended here, and runs nowhere else: `{}`",
                 command("resume", name)
             ),
-            Fate::Here => match &over {
-                Some(over) => format!("{begin}; {name} {over} here"),
-                None => format!("{begin}; {name} runs on here, unprotected"),
+            Fate::Here => match (&over, after.failure(ProtectorAction::Unpause)) {
+                (_, Some(why)) => format!(
+                    "{begin}; {name} is paused here, and runs nowhere else: {why}: `{}`",
+                    command("unpause", name)
+                ),
+                (Some(over), None) => format!("{begin}; {name} {over} here"),
+                (None, None) => format!("{begin}; {name} runs on here, unprotected"),
             },
             Fate::There => {
                 let away = format!("{name}{AWAY}");
-                let stopped = match stopped.unwrap_or_else(|| self.stop()) {
-                    Ok(()) => format!("here it does not run any more, as {away}"),
-                    Err(error) => format!(
-                        "here it could not be stopped ({}), AND MUST BE",
-                        exit::words(error.chain())
-                    ),
+                let stopped = match after.failure(ProtectorAction::Stop) {
+                    None => format!("here it does not run any more, as {away}"),
+                    Some(why) => format!("here it could not be stopped ({why}), AND MUST BE"),
                 };
                 format!(
                     "{begin}; {host} runs {name} since it lost this end, from a checkpoint on; \
@@ -126,9 +115,11 @@ impl Primary<'_> {
                         None => "Here it runs on, unprotected".to_owned(),
                     },
                     (OnLoss::Run, true) => "Here it is suspended".to_owned(),
-                    (OnLoss::Pause, _) => match self.pause() {
-                        Ok(()) => "Here it is paused".to_owned(),
-                        Err(error) => format!("Here it could not be paused ({error})"),
+                    (OnLoss::Pause, _) => match after.failure(ProtectorAction::Pause) {
+                        Some(why) if condition != Condition::Paused => {
+                            format!("Here it could not be paused ({why})")
+                        }
+                        _ => "Here it is paused".to_owned(),
                     },
                 };
                 let mut then: Vec<String> = Vec::new();
@@ -157,13 +148,19 @@ impl Primary<'_> {
         };
         Error::new(Migration {
             words,
-            undecided: fate == Fate::Unknown,
+            undecided: *fate == Fate::Unknown,
         })
     }
 
     /// The domain has been destroyed, on purpose: what failed for that is no news.
-    fn gone(&self, fate: Fate, complete: u64, hung_up: &str) -> Error {
+    fn gone(&self, after: &Aftermath<'_>) -> Error {
         let (name, host) = (self.name, &self.args.host);
+        let Aftermath {
+            fate,
+            complete,
+            hung_up,
+            ..
+        } = after;
         let there = match fate {
             Fate::Here => "it runs nowhere else".to_owned(),
             Fate::There => format!(
@@ -179,33 +176,8 @@ impl Primary<'_> {
             words: format!(
                 "protecting {name} on {host}: {name} has been destroyed here{hung_up}; {there}"
             ),
-            undecided: fate == Fate::Unknown,
+            undecided: *fate == Fate::Unknown,
         })
-    }
-
-    /// The other end runs the domain: this one must not.
-    pub(super) fn stop(&self) -> Result<()> {
-        self.pause()?;
-        if self.here() == Here::Gone {
-            return Ok(());
-        }
-        self.host
-            .rename(self.which, self.name, &format!("{}{AWAY}", self.name))
-            .context("renaming it")
-    }
-
-    /// Have the domain stand still, once.
-    pub(super) fn pause(&self) -> Result<()> {
-        match self.domain.info() {
-            Ok(info) if info.paused => Ok(()),
-            Err(error) if error.errno == Errno::ESRCH => Ok(()),
-            _ => self.domain.pause().context("pausing it"),
-        }
-    }
-
-    /// What the domain does here.
-    pub(super) fn here(&self) -> Here {
-        Here::of(&self.domain.info())
     }
 }
 
@@ -214,35 +186,10 @@ mod tests {
     use clap::Parser as _;
     use xsr_xen_backend::domain_store::DomainStore;
     use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
-    use xsr_xen_backend::{DomId, GuestKind, Host as _};
+    use xsr_xen_backend::{GuestKind, Host as _};
 
     use super::*;
     use crate::args::{Cli, Command};
-
-    #[test]
-    fn what_may_have_to_run_at_the_other_end_is_not_taken_back() {
-        let host = MockHost::ephemeral(&HostConfig::default()).expect("a machine");
-        let spec = GuestSpec::new("web", GuestKind::Pvh, 8);
-        let domid = host.create_guest(&spec).expect("a guest");
-        let domain = host.domain(domid).expect("the domain");
-        let info = domain.info().expect("what it is");
-        let down = |shutdown| {
-            let info = info.clone();
-            Ok(DomainInfo { shutdown, ..info })
-        };
-        let failed = |errno| Err(BackendError::domain("getdomaininfo", DomId(1), errno));
-        let crash = ShutdownReason::Crash;
-        for (info, here, taken_back) in [
-            (down(None), Here::Runs, true),
-            (down(Some(ShutdownReason::Suspend)), Here::Asleep, false),
-            (down(Some(crash)), Here::Over(crash), true),
-            (failed(Errno::ESRCH), Here::Gone, true),
-            (failed(Errno::EPERM), Here::Unknown, false),
-        ] {
-            assert_eq!(Here::of(&info), here);
-            assert_eq!(here.is_taken_back(), taken_back, "{here:?}");
-        }
-    }
 
     #[test]
     fn a_domain_that_somebody_has_destroyed_is_taken_back_and_said_to_be_gone() {
@@ -263,8 +210,9 @@ mod tests {
             name: "web",
         };
         domain.destroy().expect("it goes");
-        assert_eq!(primary.here(), Here::Gone);
-        primary.pause().expect("it stands still");
+        assert_eq!(Condition::of(primary.domain), Condition::Gone);
+        primary.pause().expect("it does not run");
+        primary.unpause().expect("there is nothing to be done");
         primary.stop().expect("it does not run");
         for (fate, undecided, said) in [
             (Fate::Here, false, "here; it runs nowhere else"),
@@ -276,8 +224,13 @@ mod tests {
             (Fate::Unknown, true, "here; other may have lost this end"),
         ] {
             let end = End::Failed(Error::msg("it is still suspended: resume it by hand"));
-            let stopped = (fate == Fate::There).then(|| primary.stop());
-            let error = primary.ended(end, fate, 7, "", stopped);
+            let error = primary.ended(&Aftermath {
+                end,
+                fate,
+                complete: 7,
+                hung_up: "",
+                causes: &[],
+            });
             let migration = error.downcast::<Migration>().expect("what became of it");
             assert_eq!(migration.undecided, undecided);
             let words = &migration.words;

@@ -1,63 +1,61 @@
-//! Where the stream of a protected domain goes: one descriptor, to which the engine and
+//! Where the stream of a protected domain goes: one connection, to which the engine and
 //! the libxl layer around it write in turn.
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, Write};
-use std::sync::Arc;
 use std::time::Duration;
 
-use xsr_save_restore::pace::Pace;
-use xsr_save_restore::sink::PageSink;
+use xsr_save_restore::migrate::connection::{Connection, ConnectionWriter, TcpConnection, Wait};
+use xsr_save_restore::sink::{FdSink, PageSink};
 use xsr_xen_backend::Gather;
-
-use crate::cmd::save::sink::ImageSink;
-use crate::interrupt::Interrupt;
-use crate::transport::Silence;
 
 /// A stream, and whether all that was written to it has gone out.
 #[derive(Debug)]
 pub(super) struct Stream<'a> {
-    sink: RefCell<ImageSink<'a>>,
+    to: To<'a>,
+    octets: Cell<u64>,
     failed: Cell<bool>,
-    file: &'a File,
-    silence: Cell<Silence>,
-    pace: Arc<Pace>,
+    /// How long silence is borne now.
+    silence: Cell<Duration>,
+}
+
+/// Where it goes.
+#[derive(Clone, Copy, Debug)]
+enum To<'a> {
+    Connection(&'a dyn Connection, ConnectionWriter<'a>),
+    /// Where nothing is kept.
+    Null(&'a File),
 }
 
 impl<'a> Stream<'a> {
-    /// Write to where the file stands, until somebody cuts it off, who is shown what moves, or
-    /// until the other end takes too little of it: nothing for so long, or, while the guest is
-    /// suspended, less than [`Pace`] says.
-    pub(super) fn new(
-        file: &'a File,
-        interrupt: &Interrupt,
-        patience: Duration,
-    ) -> io::Result<Self> {
-        let (cut, carried) = (interrupt.cut().clone(), interrupt.carried());
-        let pace = Arc::new(Pace::new(patience));
-        let sink = ImageSink::watched(file, cut, carried, Arc::clone(&pace))?;
-        Ok(Self {
-            sink: RefCell::new(sink),
+    /// Write to a connection, for as long as each write may wait.
+    pub(super) fn new(connection: &'a dyn Connection, wait: Wait<'a>) -> Self {
+        let writer = ConnectionWriter::new(connection, wait);
+        Self::over(To::Connection(connection, writer))
+    }
+
+    /// Write to where nothing is kept.
+    pub(super) fn to_nothing(null: &'a File) -> Self {
+        Self::over(To::Null(null))
+    }
+
+    fn over(to: To<'a>) -> Self {
+        Self {
+            to,
+            octets: Cell::new(0),
             failed: Cell::new(false),
-            file,
-            silence: Cell::new(Silence::Waiting),
-            pace,
-        })
+            silence: Cell::new(TcpConnection::SILENCE_WAITING),
+        }
     }
 
-    /// What the other end has to keep, told when the guest is suspended and when it runs on.
-    pub(super) fn pace(&self) -> &Pace {
-        &self.pace
-    }
-
-    /// Octets written so far.
+    /// Bytes written so far.
     pub(super) fn octets(&self) -> u64 {
-        self.sink.borrow().octets()
+        self.octets.get()
     }
 
     /// Whether a write has failed: the other end has no more than a part of it, and nothing
-    /// can be written behind that.
+    /// can be written after that.
     pub(super) fn failed(&self) -> bool {
         self.failed.get()
     }
@@ -65,38 +63,50 @@ impl<'a> Stream<'a> {
     /// What was sent is complete, and the other end is waited for, until something is written
     /// again.
     pub(super) fn waits(&self) {
-        self.now(Silence::Waiting);
+        self.bear(TcpConnection::SILENCE_WAITING);
     }
 
-    fn now(&self, silence: Silence) {
-        if self.silence.replace(silence) != silence {
-            silence.bear(self.file);
+    fn bear(&self, silence: Duration) {
+        if self.silence.replace(silence) != silence
+            && let To::Connection(connection, _) = self.to
+            && let Err(error) = connection.give_up_on_silence(silence)
+        {
+            tracing::warn!(%error, "how long to bear silence could not be set");
         }
     }
 
-    fn look<T>(&self, result: io::Result<T>) -> io::Result<T> {
-        if result.is_err() {
-            self.failed.set(true);
+    /// Write, and keep in mind what came of it.
+    fn write_with(
+        &self,
+        write: impl FnOnce(&mut dyn PageSink) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        self.bear(TcpConnection::SILENCE_SENDING);
+        let written = match self.to {
+            To::Connection(_, mut writer) => write(&mut writer),
+            To::Null(null) => write(&mut FdSink::new(null)),
+        };
+        match &written {
+            Ok(n) => self.octets.set(self.octets.get() + *n as u64),
+            Err(_) => self.failed.set(true),
         }
-        result
+        written
     }
 }
 
 impl Write for &Stream<'_> {
     fn write(&mut self, octets: &[u8]) -> io::Result<usize> {
-        self.now(Silence::Sending);
-        self.look(self.sink.borrow_mut().write(octets))
+        self.write_with(|sink| sink.write(octets))
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.look(self.sink.borrow_mut().flush())
+        Ok(())
     }
 }
 
 impl PageSink for &Stream<'_> {
     fn write_gather(&mut self, list: &Gather<'_>) -> io::Result<()> {
-        self.now(Silence::Sending);
-        self.look(self.sink.borrow_mut().write_gather(list))
+        let written = self.write_with(|sink| sink.write_gather(list).map(|()| list.len()));
+        written.map(|_| ())
     }
 }
 
@@ -105,7 +115,6 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
     use std::net::{TcpListener, TcpStream};
-    use std::os::fd::OwnedFd;
 
     use nix::sys::socket::{getsockopt, sockopt};
 
@@ -115,10 +124,12 @@ mod tests {
     fn silence_is_borne_for_longer_while_something_is_sent() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let file = File::from(OwnedFd::from(socket));
-        let patience = Duration::from_secs(60);
-        let stream = Stream::new(&file, &Interrupt::catch().unwrap(), patience).unwrap();
-        let seconds = || getsockopt(&file, sockopt::TcpUserTimeout).unwrap() / 1000;
+        let connection = TcpConnection::new(socket).unwrap();
+        let stream = Stream::new(&connection, Wait::forever());
+        let seconds = || {
+            let socket = connection.read_fd().unwrap();
+            getsockopt(&socket, sockopt::TcpUserTimeout).unwrap() / 1000
+        };
         for _ in 0..2 {
             (&stream).write_all(b"a checkpoint").unwrap();
             assert_eq!(seconds(), 120);
@@ -127,5 +138,6 @@ mod tests {
         }
         (&stream).write_gather(&Gather::new()).unwrap();
         assert_eq!(seconds(), 120);
+        assert_eq!(stream.octets(), 24);
     }
 }

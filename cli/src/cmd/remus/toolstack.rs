@@ -3,11 +3,14 @@
 //! C implementation: `tools/libs/light/libxl_remus.c`, `libxl_stream_write.c`
 //! (`libxl__stream_write_start_checkpoint`).
 
-use std::fs::File;
-use std::time::{Duration, Instant};
+use std::io;
+use std::time::Duration;
 
 use anyhow::Result;
 use xsr_format::wrapper::libxl::{EmulatorId, EmulatorInstance, LibxlRecord, LibxlWriter};
+use xsr_save_restore::migrate::connection::{Connection, ConnectionError, Received, Wait};
+use xsr_save_restore::migrate::messages::LastWords;
+use xsr_save_restore::pace::Pace;
 use xsr_save_restore::toolstack::{
     CheckpointToolstack, DirectToolstack, Epoch, NextEpoch, SaveToolstack, ToolstackError,
 };
@@ -92,13 +95,19 @@ pub(super) struct Protector<'a> {
     /// Where that writes to.
     pub(super) stream: &'a Stream<'a>,
     pub(super) emulators: DeviceModel,
-    /// What the receiver says; `None` where there is none.
-    pub(super) from: Option<&'a File>,
+    /// What the other end has to keep, told when the guest is suspended and when it runs on.
+    pub(super) pace: &'a Pace,
+    /// What the receiver says comes over it; `None` where there is none.
+    pub(super) from: Option<&'a dyn Connection>,
+    /// What it has said in the place of nothing.
+    pub(super) heard: LastWords,
     pub(super) interrupt: Interrupt,
     pub(super) interval: Duration,
     /// How many checkpoints to take, if not for ever.
     pub(super) epochs: Option<u64>,
     pub(super) observe: &'a mut dyn FnMut(&Complete) -> Result<()>,
+    /// Called when the last byte of a checkpoint has been written.
+    pub(super) completed: &'a mut dyn FnMut(),
     /// Checkpoints whose last octet has been written.
     pub(super) complete: u64,
     pub(super) stop: Option<Stop>,
@@ -116,12 +125,12 @@ impl std::fmt::Debug for Protector<'_> {
 impl SaveToolstack for Protector<'_> {
     fn suspend(&mut self) -> Result<(), ToolstackError> {
         self.direct.suspend()?;
-        self.stream.pace().suspended();
+        self.pace.suspended();
         Ok(())
     }
 
     fn resume(&mut self) -> Result<(), ToolstackError> {
-        self.stream.pace().resumed();
+        self.pace.resumed();
         self.direct.resume()
     }
 
@@ -132,7 +141,7 @@ impl SaveToolstack for Protector<'_> {
 
 impl CheckpointToolstack for Protector<'_> {
     fn postcopy(&mut self) -> Result<(), ToolstackError> {
-        self.stream.pace().resumed();
+        self.pace.resumed();
         self.direct.resume()
     }
 
@@ -167,6 +176,7 @@ impl Protector<'_> {
         let written = self.libxl.write(&LibxlRecord::CheckpointEnd);
         written.map_err(|e| ToolstackError::new(WHAT, e))?;
         self.complete += 1;
+        (self.completed)();
         Ok(())
     }
 
@@ -180,17 +190,28 @@ impl Protector<'_> {
     }
 
     /// Wait for the next checkpoint; what ends the wait before that, and the protection.
-    pub(super) fn wait(&self) -> std::io::Result<Option<Stop>> {
+    pub(super) fn wait(&mut self) -> io::Result<Option<Stop>> {
         if self.epochs.is_some_and(|enough| self.complete >= enough) {
             return Ok(Some(Stop::Enough));
         }
         self.stream.waits();
-        let due = Instant::now() + self.interval;
-        Ok(match self.interrupt.readable_by(self.from, due)? {
-            true => Some(Stop::Receiver),
-            false if self.interrupt.cancel().is_cancelled() => Some(Stop::Asked),
-            false => None,
-        })
+        let cancel = self.interrupt.cancel();
+        let Some(connection) = self.from else {
+            self.interrupt.pause(self.interval);
+            return Ok(cancel.is_cancelled().then_some(Stop::Asked));
+        };
+        let mut byte = [0];
+        let wait = Wait::forever().at_most(self.interval).unless(cancel);
+        match connection.read(&mut byte, &wait) {
+            Err(ConnectionError::TimedOut(_)) => Ok(None),
+            Err(ConnectionError::Cancelled) => Ok(Some(Stop::Asked)),
+            Err(error @ ConnectionError::Local(_)) => Err(error.into()),
+            Ok(Received::Bytes(_)) => {
+                self.heard.push(&byte);
+                Ok(Some(Stop::Receiver))
+            }
+            Ok(Received::Closed) | Err(_) => Ok(Some(Stop::Receiver)),
+        }
     }
 }
 
@@ -198,9 +219,11 @@ impl Protector<'_> {
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-    use std::io::{self, Read as _};
+    use std::fs::File;
+    use std::io::Read as _;
     use std::os::fd::OwnedFd;
 
+    use xsr_save_restore::migrate::connection::PipeConnection;
     use xsr_save_restore::{SaveError, SaveOptions};
     use xsr_xen_backend::Host as _;
     use xsr_xen_backend::domain_store::DomainRef;
@@ -226,19 +249,24 @@ mod tests {
         let interrupt = Interrupt::catch().unwrap();
         for asked in [false, true] {
             let (mut from, to) = io::pipe().unwrap();
-            let to = File::from(OwnedFd::from(to));
+            let nothing = File::open("/dev/null").unwrap();
+            let to = PipeConnection::new(nothing.into(), OwnedFd::from(to), "there").unwrap();
+            let pace = Pace::new(Duration::from_secs(60));
             let (ended, complete) = {
-                let stream = Stream::new(&to, &interrupt, Duration::from_secs(60)).unwrap();
+                let stream = Stream::new(&to, Wait::forever().keeping(&pace));
                 let mut protector = Protector {
                     direct: DirectToolstack(domain.as_ref()),
                     libxl: job.begin(&stream).unwrap(),
                     stream: &stream,
                     emulators: DeviceModel::of(GuestKind::Pvh, Vec::new()),
+                    pace: &pace,
                     from: None,
+                    heard: LastWords::default(),
                     interrupt: interrupt.clone(),
                     interval: Duration::ZERO,
                     epochs: None,
                     observe: &mut |_| Ok(()),
+                    completed: &mut || {},
                     complete: 0,
                     stop: None,
                 };

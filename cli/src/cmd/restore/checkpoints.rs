@@ -4,16 +4,17 @@
 //! C implementation: `libxl_stream_read.c`: what it does between a CHECKPOINT of the libxc
 //! layer and its own CHECKPOINT_END.
 
-use std::cell::RefCell;
 use std::num::NonZeroUsize;
-use std::sync::Arc;
+use std::ops::ControlFlow;
 
-use anyhow::{Error, Result};
+use anyhow::{Error, Result, bail};
 use xsr_format::error::ReadErrorCause;
 use xsr_format::frame::Gfn;
 use xsr_format::walk::Around;
 use xsr_format::wrapper::libxl::{LibxlError, LibxlRecord};
-use xsr_save_restore::pace::ReadLimit;
+use xsr_save_restore::migrate::connection::{Connection, ConnectionReader, Wait};
+use xsr_save_restore::migrate::messages::Withdrawal;
+use xsr_save_restore::progress::Progress;
 use xsr_save_restore::restore::checkpoint::{CheckpointOptions, Ending, Survivor, is_loss};
 use xsr_save_restore::toolstack::{
     Arrival, CheckpointRestoreToolstack, DirectToolstack, MissingStaticData, RestoreToolstack,
@@ -25,9 +26,6 @@ use super::source::ImageSource;
 use super::{Image, Made, Named, of_emulator};
 use crate::backend::{self, Hypervisor};
 use crate::exit::Withdrawn;
-use crate::file::Input;
-use crate::handshake;
-use crate::watch::Watch;
 
 /// What a domain that took over came from.
 #[derive(Clone, Debug)]
@@ -44,67 +42,64 @@ pub(crate) struct Survival {
 
 /// How a domain is kept.
 pub(crate) struct StandBy<'a, 'w> {
-    /// What the stream comes from.
-    pub(crate) input: &'a Input,
-    /// How long the sender may send nothing; lifted by `first`.
-    pub(crate) limit: &'w Arc<ReadLimit>,
+    /// What the stream comes over.
+    pub(crate) connection: &'a dyn Connection,
+    /// How long to wait for it.
+    pub(crate) wait: Wait<'a>,
     pub(crate) host: &'w Hypervisor,
     pub(crate) threads: Option<NonZeroUsize>,
     pub(crate) keep: &'w CheckpointOptions,
-    pub(crate) watch: &'w RefCell<&'w mut Watch>,
+    /// What is told how far it is.
+    pub(crate) progress: &'w dyn Fn(&Progress) -> ControlFlow<()>,
     /// Called with its name when it can take over for the first time.
     pub(crate) first: &'w dyn Fn(&str),
 }
 
 impl<'a> Image<'a> {
-    /// Make the domain and keep it at the last checkpoint that is complete, until the
-    /// sender is lost. It is paused then, and was all the time.
+    /// Make the domain, and keep it at the last checkpoint that is complete, until the sender is
+    /// lost. It is paused then, and was all the time. `made` is the domain, also after a failure.
     ///
     /// # Errors
     ///
-    /// Also when the sender takes the domain back ([`Withdrawn`]). The domain is destroyed.
-    pub(crate) fn stand_by(self, how: &StandBy<'a, '_>) -> Result<(Made, Survival)> {
-        let made = self.plan.make(how.host, Named::Incoming)?;
-        outcome(made, |made| {
-            let options = made.options(how.threads)?;
-            let domain = made.domain.as_ref();
-            let mut standby = Standby::new(how, made, self.around)?;
-            let result = restore_checkpointed(
-                domain,
-                self.reader,
-                &mut standby,
-                &options,
-                how.keep,
-                &mut |progress| how.watch.borrow_mut().progress(progress),
-            );
-            Ok((result, standby.withdrawn))
-        })
+    /// Also when the sender takes the domain back ([`Withdrawn`]). The domain is of no use then.
+    pub(crate) fn stand_by(
+        self,
+        how: &StandBy<'a, '_>,
+        made: &mut Option<Made>,
+    ) -> Result<Survival> {
+        let made = made.insert(self.plan.make(how.host, Named::Incoming)?);
+        let options = made.options(how.threads)?;
+        let domain = made.domain.as_ref();
+        let mut standby = Standby::new(how, made, self.around)?;
+        let result = restore_checkpointed(
+            domain,
+            self.reader,
+            &mut standby,
+            &options,
+            how.keep,
+            &mut |progress| (how.progress)(progress),
+        );
+        let withdrawn = standby.withdrawn;
+        survival(made, result, withdrawn)
     }
 }
 
-/// What `keep` came to, and whether the sender has taken the domain back.
-type Kept<S> = Result<(Result<Survivor<S>, RestoreError>, bool)>;
-
-/// The domain that is the last checkpoint, as `keep` keeps it; if there is none, there is no
-/// domain, or it is said that there is.
-pub(super) fn outcome<S>(
-    mut made: Made,
-    keep: impl FnOnce(&Made) -> Kept<S>,
-) -> Result<(Made, Survival)> {
-    let survivor = match keep(&made) {
-        Err(error) => return Err(made.given_up(error)),
-        Ok((Err(_), true)) => return Err(made.given_up(Error::new(Withdrawn))),
-        Ok((Err(error), false)) => return Err(made.given_up(error.into())),
-        Ok((Ok(survivor), _)) if survivor.checkpoints == 0 => {
-            let why = "the sender sent a plain migration: run migrate-receive without -r for it";
-            return Err(made.given_up(Error::msg(why)));
+/// What keeping a domain came to: `withdrawn`, if the sender has taken it back.
+pub(super) fn survival<S>(
+    made: &mut Made,
+    result: Result<Survivor<S>, RestoreError>,
+    withdrawn: bool,
+) -> Result<Survival> {
+    let survivor = match result {
+        Err(_) if withdrawn => return Err(Error::new(Withdrawn)),
+        Err(error) => return Err(error.into()),
+        Ok(survivor) if survivor.checkpoints == 0 => {
+            bail!("the sender sent a plain migration: run migrate-receive without -r for it")
         }
-        Ok((Ok(survivor), _)) => survivor,
+        Ok(survivor) => survivor,
     };
-    if let Err(error) = made.connect(&survivor.restored) {
-        return Err(made.given_up(error));
-    }
-    let survival = Survival {
+    made.connect(&survivor.restored)?;
+    Ok(Survival {
         checkpoint: survivor.checkpoints,
         most_kept_octets: survivor.most_kept_octets,
         most_spilt_octets: survivor.most_spilt_octets,
@@ -114,15 +109,14 @@ pub(super) fn outcome<S>(
             Ending::BackChannelLost(error) => error.to_string(),
             Ending::ToolstackLost => "the stream broke off in the end of a checkpoint".to_owned(),
         },
-    };
-    Ok((made, survival))
+    })
 }
 
 /// The toolstack of such a domain.
 pub(super) struct Standby<'a, 'd, 'w> {
     direct: DirectToolstack<'d>,
     around: Around<ImageSource<'a>>,
-    /// The same descriptor that the engine reads from, for what is not its own.
+    /// The connection that the engine reads from, for what is not its own.
     pub(super) source: ImageSource<'a>,
     made: &'d Made,
     /// What the emulators have in the last checkpoint that is whole: it is kept with the
@@ -130,7 +124,6 @@ pub(super) struct Standby<'a, 'd, 'w> {
     emulators: Vec<LibxlRecord>,
     /// Whether the sender has taken the domain back.
     pub(super) withdrawn: bool,
-    watch: &'w RefCell<&'w mut Watch>,
     /// Called with the domain's name when the first checkpoint is whole.
     first: &'w dyn Fn(&str),
     any: bool,
@@ -142,15 +135,14 @@ impl<'a, 'd, 'w> Standby<'a, 'd, 'w> {
         made: &'d Made,
         around: Around<ImageSource<'a>>,
     ) -> Result<Self> {
-        let cancel = how.watch.borrow().interrupt().cancel().clone();
+        let reader = ConnectionReader::new(how.connection, how.wait)?;
         Ok(Self {
             direct: DirectToolstack(made.domain.as_ref()),
             around,
-            source: ImageSource::limited(&how.input.file, cancel, how.limit)?,
+            source: ImageSource::over(reader),
             made,
             emulators: Vec::new(),
             withdrawn: false,
-            watch: how.watch,
             first: how.first,
             any: false,
         })
@@ -192,7 +184,6 @@ impl CheckpointRestoreToolstack for Standby<'_, '_, '_> {
             Ok((records, octets)) => {
                 self.keep_emulators(records)?;
                 if !std::mem::replace(&mut self.any, true) {
-                    self.watch.borrow_mut().step("checkpoint");
                     (self.first)(self.made.name());
                 }
                 Ok(Arrival::Whole { octets })
@@ -202,7 +193,7 @@ impl CheckpointRestoreToolstack for Standby<'_, '_, '_> {
                 self.withdrawn = matches!(
                     &error.cause,
                     ReadErrorCause::Libxl(LibxlError::UnknownMandatory { kind })
-                        if handshake::WITHDRAWAL.contains(kind)
+                        if Withdrawal::is_libxl_record(*kind)
                 );
                 Err(ToolstackError::new(
                     "reading the end of a checkpoint",
@@ -217,7 +208,7 @@ impl CheckpointRestoreToolstack for Standby<'_, '_, '_> {
 mod tests {
     use xsr_xen_backend::domain_store::DomainRef;
     use xsr_xen_backend::mock::{HostConfig, MockHost};
-    use xsr_xen_backend::{Errno, GuestKind, NewDomain};
+    use xsr_xen_backend::{GuestKind, NewDomain};
 
     use super::*;
     use crate::exit::{self, LeftBehind};
@@ -255,12 +246,6 @@ mod tests {
         assert!(!domain.info().expect("what it is").paused);
         assert!(made.stands_still() && made.stands_still());
         assert!(domain.info().expect("what it is").paused);
-        // The same where the restore did not even begin.
-        let began = outcome::<()>(made, |_| Err(Error::msg("it has no ports")));
-        let error = began.err().expect("there is no domain");
-        assert!(!error.is::<LeftBehind>());
-        let gone = host.domain(domid).map(drop).expect_err("it is gone");
-        assert_eq!(gone.errno, Errno::ESRCH);
         // The machine refuses: it cannot write what becomes of the domain.
         let (domid, made) = make();
         let domains = dir.path().join("domains");

@@ -4,15 +4,15 @@
 //! C implementation: `tools/libs/light/libxl_colo_restore.c`. Networks and disks, which it
 //! compares and replicates, a mock guest has not.
 
-use std::fs::File;
-use std::io::{self, Read as _};
+use std::io;
 
 use anyhow::{Context as _, Result, bail};
-use xsr_format::error::{DecodeError, ReadError, ReadErrorCause};
+use xsr_format::error::{DecodeError, ReadErrorCause};
 use xsr_format::frame::Gfn;
 use xsr_format::wrapper::libxl::CheckpointState;
+use xsr_save_restore::migrate::connection::ConnectionWriter;
+use xsr_save_restore::migrate::messages::{ColoWord, MessageError, Withdrawal};
 use xsr_save_restore::progress::Cancelled;
-use xsr_save_restore::sink::FdSink;
 use xsr_save_restore::toolstack::{
     Arrival, CheckpointRestoreToolstack, ColoRestoreToolstack, MissingStaticData, RestoreToolstack,
     ToolstackError, Turn,
@@ -21,17 +21,15 @@ use xsr_save_restore::{RestoreError, restore_colo};
 use xsr_xen_backend::mock::{BackgroundWorkload, WorkloadSpec};
 use xsr_xen_backend::{DomId, Domain, ShutdownReason};
 
-use super::checkpoints::{StandBy, Standby, Survival, outcome};
+use super::checkpoints::{StandBy, Standby, Survival, survival};
 use super::{Image, Made, Named};
 use crate::backend::Hypervisor;
-use crate::colo::{self, STATE_OCTETS, Said};
 use crate::workload;
 
 impl<'a> Image<'a> {
     /// Make the domain and have it run from checkpoint to checkpoint, until the primary is
     /// lost. It is as it was at that moment then: running, suspended, or at its first
-    /// checkpoint and paused ([`Made::run_alone`]). `back`: where the primary is told
-    /// something; `work`: what a mock guest does here.
+    /// checkpoint and paused ([`Made::run_alone`]). `work`: what a mock guest does here.
     ///
     /// # Errors
     ///
@@ -39,46 +37,40 @@ impl<'a> Image<'a> {
     pub(crate) fn run_beside(
         self,
         how: &StandBy<'a, '_>,
-        back: &File,
         work: Option<WorkloadSpec>,
-    ) -> Result<(Made, Survival)> {
-        let made = self.plan.make(how.host, Named::Incoming)?;
-        outcome(made, |made| {
-            let options = made.options(how.threads)?;
-            let domain = made.domain.as_ref();
-            let cancel = how.watch.borrow().interrupt().cancel().clone();
-            let mut secondary = Secondary {
-                standby: Standby::new(how, made, self.around)?,
-                domain,
-                back: FdSink::cancellable(back, cancel.clone())?,
-                host: how.host,
-                domid: made.domid(),
-                work,
-                working: None,
-                ran: false,
-            };
-            let mut list = FdSink::cancellable(back, cancel)?;
-            let result = restore_colo(
-                domain,
-                self.reader,
-                &mut secondary,
-                &mut list,
-                &options,
-                how.keep,
-                &mut |progress| how.watch.borrow_mut().progress(progress),
-            );
-            let withdrawn = secondary.standby.withdrawn
-                || matches!(
-                    &result,
-                    Err(RestoreError::Stream(ReadError {
-                        cause: ReadErrorCause::Decode(DecodeError::UnknownMandatory {
-                            kind: colo::WITHDRAWAL_RECORD
-                        }),
-                        ..
-                    }))
-                );
-            Ok((result, withdrawn))
-        })
+        made: &mut Option<Made>,
+    ) -> Result<Survival> {
+        let made = made.insert(self.plan.make(how.host, Named::Incoming)?);
+        let options = made.options(how.threads)?;
+        let domain = made.domain.as_ref();
+        let mut back = ConnectionWriter::new(how.connection, how.wait);
+        let mut secondary = Secondary {
+            standby: Standby::new(how, made, self.around)?,
+            domain,
+            back,
+            host: how.host,
+            domid: made.domid(),
+            work,
+            working: None,
+            ran: false,
+        };
+        let result = restore_colo(
+            domain,
+            self.reader,
+            &mut secondary,
+            &mut back,
+            &options,
+            how.keep,
+            &mut |progress| (how.progress)(progress),
+        );
+        let mut withdrawn = secondary.standby.withdrawn;
+        drop(secondary);
+        if let Err(RestoreError::Stream(error)) = &result
+            && let ReadErrorCause::Decode(DecodeError::UnknownMandatory { kind }) = &error.cause
+        {
+            withdrawn |= Withdrawal::is_libxc_record(*kind);
+        }
+        survival(made, result, withdrawn)
     }
 }
 
@@ -111,10 +103,10 @@ impl Made {
 }
 
 /// The toolstack of such a domain.
-struct Secondary<'a, 'd, 'w, 'b> {
+struct Secondary<'a, 'd, 'w> {
     standby: Standby<'a, 'd, 'w>,
     domain: &'d dyn Domain,
-    back: FdSink<&'b File>,
+    back: ConnectionWriter<'a>,
     host: &'w Hypervisor,
     domid: DomId,
     work: Option<WorkloadSpec>,
@@ -123,10 +115,10 @@ struct Secondary<'a, 'd, 'w, 'b> {
     ran: bool,
 }
 
-impl Secondary<'_, '_, '_, '_> {
+impl Secondary<'_, '_, '_> {
     /// Tell the primary how far this end is.
     fn tell(&mut self, what: &'static str, state: CheckpointState) -> Result<Turn, ToolstackError> {
-        match colo::send(&mut self.back, state) {
+        match ColoWord::State(state).write(self.back) {
             Ok(()) => Ok(Turn::Done),
             Err(error) if Cancelled::is(&error) => Err(ToolstackError::new(what, error)),
             Err(error) => {
@@ -137,7 +129,7 @@ impl Secondary<'_, '_, '_, '_> {
     }
 }
 
-impl RestoreToolstack for Secondary<'_, '_, '_, '_> {
+impl RestoreToolstack for Secondary<'_, '_, '_> {
     fn static_data_done(&mut self, missing: MissingStaticData) -> Result<(), ToolstackError> {
         self.standby.static_data_done(missing)
     }
@@ -151,13 +143,13 @@ impl RestoreToolstack for Secondary<'_, '_, '_, '_> {
     }
 }
 
-impl CheckpointRestoreToolstack for Secondary<'_, '_, '_, '_> {
+impl CheckpointRestoreToolstack for Secondary<'_, '_, '_> {
     fn checkpoint(&mut self, offset: u64) -> Result<Arrival, ToolstackError> {
         self.standby.checkpoint(offset)
     }
 }
 
-impl ColoRestoreToolstack for Secondary<'_, '_, '_, '_> {
+impl ColoRestoreToolstack for Secondary<'_, '_, '_> {
     fn postcopy(&mut self) -> Result<Turn, ToolstackError> {
         const WHAT: &str = "letting the secondary run";
         let failed = |error| ToolstackError::new(WHAT, error);
@@ -179,28 +171,27 @@ impl ColoRestoreToolstack for Secondary<'_, '_, '_, '_> {
 
     fn wait_checkpoint(&mut self) -> Result<Arrival, ToolstackError> {
         const WHAT: &str = "waiting for a checkpoint";
-        let mut octets = [0; STATE_OCTETS];
-        match self.standby.source.read_exact(&mut octets) {
-            Ok(()) => {}
-            Err(error) if Cancelled::is(&error) => return Err(ToolstackError::new(WHAT, error)),
-            Err(error) => {
-                tracing::info!(%error, "the primary says nothing any more");
-                return Ok(Arrival::Lost);
-            }
-        }
-        match colo::said(octets) {
-            Said::State(CheckpointState::New) => Ok(Arrival::Whole {
-                octets: STATE_OCTETS as u64,
+        match ColoWord::read(&mut self.standby.source) {
+            Ok(ColoWord::State(CheckpointState::New)) => Ok(Arrival::Whole {
+                octets: ColoWord::BYTES as u64,
             }),
-            Said::Withdrawn => {
+            Ok(ColoWord::Withdrawn) => {
                 self.standby.withdrawn = true;
                 let why = io::Error::other("the primary has taken the domain back");
                 Err(ToolstackError::new(WHAT, why))
             }
-            Said::State(_) | Said::Nonsense => Err(ToolstackError::new(
+            Ok(ColoWord::State(state)) => Err(ToolstackError::new(
                 WHAT,
-                format!("the primary said {:?}", octets.escape_ascii().to_string()),
+                format!("the primary said {state:?}, expected New"),
             )),
+            Err(MessageError::Waiting { cause, .. }) if Cancelled::is(&cause) => {
+                Err(ToolstackError::new(WHAT, cause))
+            }
+            Err(error @ MessageError::Record { .. }) => Err(ToolstackError::new(WHAT, error)),
+            Err(error) => {
+                tracing::info!(%error, "the primary says nothing any more");
+                Ok(Arrival::Lost)
+            }
         }
     }
 

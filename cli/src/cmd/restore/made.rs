@@ -152,19 +152,28 @@ impl Made {
     /// There is no domain to be had for `error`: destroy what there is, and say so if it cannot
     /// be.
     pub(super) fn given_up(self, error: Error) -> Error {
+        match self.give_up() {
+            Ok(()) => error,
+            Err(left) => error.context(left),
+        }
+    }
+
+    /// There is no domain to be had: destroy what there is.
+    ///
+    /// # Errors
+    ///
+    /// It could not be destroyed.
+    pub(crate) fn give_up(self) -> Result<(), LeftBehind> {
         // A secondary of COLO may run: if it stays, it had better stand still.
         let how = match self.stands_still() {
             true => "is left here, paused; it must not run: destroy it by hand",
             false => "is left here and may be running: destroy it by hand, now",
         };
         let left = format!("{}, made for {}, {how}", self.domid(), self.name());
-        match self.destroy() {
-            Ok(()) => error,
-            Err(cause) => {
-                tracing::error!("{}", exit::words(cause.chain()));
-                error.context(LeftBehind(left))
-            }
-        }
+        self.destroy().map_err(|cause| {
+            tracing::error!("{}", exit::words(cause.chain()));
+            LeftBehind(left)
+        })
     }
 
     /// How it is to be restored: with event channels for the control domain.

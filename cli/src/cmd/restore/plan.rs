@@ -272,10 +272,10 @@ pub(crate) fn config_for(input: &Input, file: &Path, lenient: bool) -> Result<St
 }
 
 impl Plan {
-    /// What an image asks for, whose header, if it has one, has been read. The file stands at
-    /// `offset` before and after.
+    /// What an image asks for, whose header, if it has one, has been read. The file, if it comes
+    /// from one, stands at `offset` before and after.
     pub(super) fn of(
-        input: &Input,
+        input: Option<&Input>,
         header: Option<&XlHeader>,
         overrides: &Overrides,
         lenient: bool,
@@ -290,7 +290,7 @@ impl Plan {
             None => {}
         }
         let Some(header) = header else {
-            let origin = input.origin();
+            let origin = input.and_then(Input::origin);
             return Self::made_up(input, origin, overrides, lenient, offset, guest_type);
         };
         if let Some(json) = header.json().map_err(|e| bad(&e.to_string()))? {
@@ -349,25 +349,26 @@ impl Plan {
 
     /// A plan for an image without libxl's configuration.
     fn made_up(
-        input: &Input,
+        input: Option<&Input>,
         origin: Option<&Origin>,
         overrides: &Overrides,
         lenient: bool,
         offset: u64,
         guest_type: GuestType,
     ) -> Result<Self> {
-        let mut survey = || {
-            let found = Survey::of(&input.again()?, lenient)?;
-            if input.length.is_some() {
-                let mut file = &input.file;
-                file.seek(SeekFrom::Start(offset))?;
+        let mut survey = input.filter(|input| input.is_repeatable()).map(|input| {
+            move || {
+                let found = Survey::of(&input.again()?, lenient)?;
+                if input.length.is_some() {
+                    let mut file = &input.file;
+                    file.seek(SeekFrom::Start(offset))?;
+                }
+                Ok(found)
             }
-            Ok(found)
-        };
-        let survey: Option<&mut dyn FnMut() -> Result<Survey>> = match input.is_repeatable() {
-            true => Some(&mut survey),
-            false => None,
-        };
+        });
+        let survey = survey
+            .as_mut()
+            .map(|survey| survey as &mut dyn FnMut() -> Result<Survey>);
         let known = Known::find_out(overrides, origin, survey)?;
         let most = config::most_vcpus(known.kind);
         if known.vcpus > most {

@@ -1,15 +1,15 @@
-//! What a restore reads from: a file descriptor, with a count of what has been read
-//! from it.
+//! What a restore reads from, with a count of what has been read from it.
 
 use std::fs::File;
 use std::io::{self, Cursor, Read};
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Result;
 use xsr_format::detect::{Detected, detect};
 use xsr_format::frame::PAGE_SIZE;
-use xsr_save_restore::pace::ReadLimit;
+use xsr_save_restore::migrate::connection::{Connection, Received, Wait};
 use xsr_save_restore::progress::Cancel;
 use xsr_save_restore::source::{Extent, FdSource, LookAhead, PageSource};
 use xsr_xen_backend::ForeignPages;
@@ -17,45 +17,55 @@ use xsr_xen_backend::ForeignPages;
 use crate::file::Input;
 use crate::peel;
 
-/// An image from its first octet on.
-#[derive(Debug)]
+/// An image from its first byte on.
 pub(crate) struct ImageSource<'a> {
-    source: FdSource<&'a File>,
+    source: Box<dyn PageSource + 'a>,
     offset: u64,
     /// What has been read before, to see what comes.
     known: Cursor<Vec<u8>>,
 }
 
 impl<'a> ImageSource<'a> {
-    /// Read from where the file stands, until somebody cancels.
+    /// Read from where the file stands, until the user cancels.
     pub(crate) fn new(file: &'a File, cancel: Cancel) -> io::Result<Self> {
-        Ok(Self {
-            source: FdSource::cancellable(file, cancel)?,
-            offset: 0,
-            known: Cursor::default(),
-        })
+        Ok(Self::over(FdSource::cancellable(file, cancel)?))
     }
 
-    /// The same, where these octets of the image have been read already.
+    /// Read from something else.
+    pub(crate) fn over(source: impl PageSource + 'a) -> Self {
+        Self {
+            source: Box::new(source),
+            offset: 0,
+            known: Cursor::default(),
+        }
+    }
+
+    /// The same, where these bytes of the image have been read already.
     pub(crate) fn behind(self, known: Vec<u8>) -> Self {
         let known = Cursor::new(known);
         Self { known, ..self }
     }
 
-    /// The same, and until the other end has sent nothing for too long.
-    pub(crate) fn limited(
-        file: &'a File,
-        cancel: Cancel,
-        limit: &Arc<ReadLimit>,
-    ) -> io::Result<Self> {
-        let new = Self::new(file, cancel)?;
-        let source = new.source.give_up_after(Arc::clone(limit));
-        Ok(Self { source, ..new })
-    }
-
-    /// Octets read so far.
+    /// Bytes read so far.
     pub(crate) fn offset(&self) -> u64 {
         self.offset
+    }
+}
+
+/// A connection that a thread of its own reads from.
+struct OwnReader {
+    connection: Arc<dyn Connection>,
+    cancel: Cancel,
+    idle: Duration,
+}
+
+impl Read for OwnReader {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        let wait = Wait::forever().unless(&self.cancel).idle(self.idle);
+        Ok(match self.connection.read(room, &wait)? {
+            Received::Bytes(n) => n,
+            Received::Closed => 0,
+        })
     }
 }
 
@@ -66,22 +76,23 @@ impl<'a> ImageSource<'a> {
 ///
 /// The sender says nothing for too long, or hangs up; the stream is bad.
 pub(crate) fn of_old_sender(
-    input: &Input,
+    connection: &Arc<dyn Connection>,
+    from: &mut impl Read,
+    name: &str,
     cancel: Cancel,
-    limit: &Arc<ReadLimit>,
+    idle: Duration,
 ) -> Result<(Option<Input>, Vec<u8>)> {
     let mut known = Vec::new();
-    let own = input.file.try_clone()?;
-    let mut source = FdSource::cancellable(own, cancel)?.give_up_after(Arc::clone(limit));
-    source
-        .by_ref()
-        .take(peel::TELLING as u64)
-        .read_to_end(&mut known)?;
+    from.take(peel::TELLING as u64).read_to_end(&mut known)?;
     if detect(&known) != Detected::Xl || !peel::is_wrapped(&known) {
         return Ok((None, known));
     }
-    let whole = Cursor::new(known).chain(source);
-    let converted = Input::converted_from(Box::new(whole), &input.name)?;
+    let whole = Cursor::new(known).chain(OwnReader {
+        connection: Arc::clone(connection),
+        cancel,
+        idle,
+    });
+    let converted = Input::converted_from(Box::new(whole), name)?;
     Ok((Some(converted), Vec::new()))
 }
 

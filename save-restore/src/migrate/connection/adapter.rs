@@ -7,12 +7,14 @@ use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use xsr_format::frame::PAGE_SIZE;
+use xsr_format::read::EndedAfter;
 use xsr_xen_backend::{ForeignPages, Gather};
 
 use super::fd::{Limit, failed};
 use super::{Connection, ConnectionError, Received, Wait};
 use crate::back_channel::BackChannel;
 use crate::descriptor::Descriptor;
+use crate::pace::Overdue;
 use crate::progress::Cancel;
 use crate::sink::PageSink;
 use crate::source::{Extent, LookAhead, PageSource};
@@ -22,18 +24,42 @@ use crate::source::{Extent, LookAhead, PageSource};
 #[derive(Clone, Copy, Debug)]
 struct Waits<'a> {
     each: Wait<'a>,
-    until: Option<Duration>,
+    /// From when on, and for how long.
+    within: Option<(Duration, Duration)>,
 }
 
 impl<'a> Waits<'a> {
     /// How long the next call may wait.
     fn next(self, connection: &dyn Connection) -> Wait<'a> {
-        let Some(until) = self.until else {
+        let Some((since, limit)) = self.within else {
             return self.each;
         };
-        let left = until.saturating_sub(connection.clock());
+        let left = since
+            .saturating_add(limit)
+            .saturating_sub(connection.clock());
         let limit = self.each.at_most.map_or(left, |limit| limit.min(left));
         self.each.at_most(limit)
+    }
+
+    /// All calls together are to take no longer than this, from now on.
+    fn within(&mut self, limit: Duration, connection: &dyn Connection) {
+        self.within = Some((connection.clock(), limit));
+    }
+
+    /// The error of a call, which names the limit of all of them where that was reached.
+    fn words(self, error: ConnectionError) -> ConnectionError {
+        use ConnectionError::TimedOut;
+        match (error, self.within) {
+            (TimedOut(Overdue::NoAnswer(_)), Some((_, limit))) => {
+                TimedOut(Overdue::NoAnswer(limit))
+            }
+            (TimedOut(Overdue::NothingTaken(of_call)), Some((_, limit)))
+                if self.each.idle != Some(of_call) =>
+            {
+                TimedOut(Overdue::NothingTaken(limit))
+            }
+            (error, _) => error,
+        }
     }
 }
 
@@ -73,7 +99,7 @@ impl<'a> ConnectionReader<'a> {
             connection,
             waits: Waits {
                 each: wait,
-                until: None,
+                within: None,
             },
             direct,
             bytes: 0,
@@ -88,8 +114,13 @@ impl<'a> ConnectionReader<'a> {
     /// All reads together are to take no longer than this, from now on. A peer that says a byte
     /// now and then cannot make a message last for ever.
     pub fn within(mut self, limit: Duration) -> Self {
-        self.waits.until = Some(self.connection.clock().saturating_add(limit));
+        self.restart(limit);
         self
+    }
+
+    /// As [`Self::within`], in the place of the limit before: another message begins.
+    pub fn restart(&mut self, limit: Duration) {
+        self.waits.within(limit, self.connection);
     }
 }
 
@@ -99,7 +130,8 @@ impl Read for ConnectionReader<'_> {
             return Ok(0);
         }
         let wait = self.waits.next(self.connection);
-        Ok(match self.connection.read(room, &wait)? {
+        let read = self.connection.read(room, &wait);
+        Ok(match read.map_err(|error| self.waits.words(error))? {
             Received::Bytes(n) => {
                 self.bytes += n as u64;
                 n
@@ -123,11 +155,16 @@ impl PageSource for ConnectionReader<'_> {
         let mut at = range.start * PAGE_SIZE;
         let end = range.end * PAGE_SIZE;
         while at < end {
-            let limit = Limit::of(&self.waits.next(self.connection));
+            let wait = self.waits.next(self.connection);
+            let limit = Limit::of(&wait);
             let read = direct.read_within(&limit, |fd| pages.read_some_from(fd, at..end));
-            match read.map_err(|error| failed(error, false, &limit))? {
-                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            match read.map_err(|error| self.waits.words(failed(error, false)))? {
+                0 => {
+                    let read = at - range.start * PAGE_SIZE;
+                    return Err(EndedAfter(read as u64).into());
+                }
                 n => {
+                    wait.count(n);
                     self.bytes += n as u64;
                     at += n;
                 }
@@ -178,14 +215,14 @@ impl<'a> ConnectionWriter<'a> {
             connection,
             waits: Waits {
                 each: wait,
-                until: None,
+                within: None,
             },
         }
     }
 
     /// All writes together are to take no longer than this, from now on.
     pub fn within(mut self, limit: Duration) -> Self {
-        self.waits.until = Some(self.connection.clock().saturating_add(limit));
+        self.waits.within(limit, self.connection);
         self
     }
 }
@@ -196,7 +233,8 @@ impl Write for ConnectionWriter<'_> {
             return Ok(0);
         }
         let wait = self.waits.next(self.connection);
-        Ok(self.connection.write(bytes, &wait)?)
+        let written = self.connection.write(bytes, &wait);
+        Ok(written.map_err(|error| self.waits.words(error))?)
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -207,7 +245,8 @@ impl Write for ConnectionWriter<'_> {
 impl PageSink for ConnectionWriter<'_> {
     fn write_gather(&mut self, list: &Gather<'_>) -> io::Result<()> {
         let wait = self.waits.next(self.connection);
-        Ok(self.connection.write_gather(list, &wait)?)
+        let written = self.connection.write_gather(list, &wait);
+        Ok(written.map_err(|error| self.waits.words(error))?)
     }
 }
 
@@ -231,7 +270,7 @@ pub(crate) fn copy_gather(
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
             let wait = self.waits.next(self.connection);
             self.connection.write(bytes, &wait).map_err(|error| {
-                self.error = Some(error);
+                self.error = Some(self.waits.words(error));
                 io::Error::other("see the error that is kept")
             })
         }
@@ -240,7 +279,7 @@ pub(crate) fn copy_gather(
             Ok(())
         }
     }
-    let until = wait.at_most.map(|limit| connection.clock() + limit);
+    let within = wait.at_most.map(|limit| (connection.clock(), limit));
     let mut out = Out {
         connection,
         waits: Waits {
@@ -248,7 +287,7 @@ pub(crate) fn copy_gather(
                 at_most: None,
                 ..*wait
             },
-            until,
+            within,
         },
         error: None,
     };

@@ -1,13 +1,16 @@
-//! What connections over descriptors share: how a call waits, and what an errno means.
+//! What connections over descriptors share: how a call waits, what an errno means, and most of
+//! [`Connection`].
 
+use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::sys::socket::{Shutdown, shutdown};
 use xsr_xen_backend::Gather;
 
-use super::{ConnectionError, Received, Wait};
+use super::{Connection, ConnectionError, Delivery, Peer, Received, Wait};
 use crate::descriptor::Descriptor;
 pub(super) use crate::descriptor::Limit;
 use crate::progress::{Cancel, Cancelled};
@@ -15,19 +18,86 @@ use crate::progress::{Cancel, Cancelled};
 impl<'a> Limit<'a> {
     /// What a wait says, from now on.
     pub(super) fn of(wait: &Wait<'a>) -> Self {
-        let began = Instant::now();
         Self {
             idle: wait.idle,
-            until: wait.at_most.and_then(|limit| began.checked_add(limit)),
+            at_most: wait.at_most,
             cancel: wait.cancel,
-            began,
+            pace: wait.pace,
+            silence: wait.silence,
+            began: Instant::now(),
         }
+    }
+}
+
+/// A connection over one descriptor or two: pipes, a Unix socket, a TCP connection.
+#[derive(Debug)]
+pub struct FdConnection<T> {
+    pub(super) descriptors: Descriptors,
+    pub(super) transport: T,
+}
+
+/// What differs between connections over descriptors.
+pub trait Transport: fmt::Debug + Send + Sync {
+    /// As [`Connection::delivery`].
+    fn delivery(&self, descriptors: &Descriptors) -> Delivery;
+
+    /// As [`Connection::give_up_on_silence`].
+    ///
+    /// # Errors
+    ///
+    /// The operating system refuses.
+    fn give_up_on_silence(&self, descriptors: &Descriptors, limit: Duration) -> io::Result<bool>;
+
+    /// As [`Connection::peer`].
+    fn peer(&self) -> Peer;
+}
+
+impl<T: Transport> Connection for FdConnection<T> {
+    fn read(&self, room: &mut [u8], wait: &Wait<'_>) -> Result<Received, ConnectionError> {
+        self.descriptors.read(room, wait)
+    }
+
+    fn peek(&self, room: &mut [u8]) -> Result<usize, ConnectionError> {
+        self.descriptors.peek(room)
+    }
+
+    fn write(&self, bytes: &[u8], wait: &Wait<'_>) -> Result<usize, ConnectionError> {
+        self.descriptors.write(bytes, wait)
+    }
+
+    fn write_gather(&self, list: &Gather<'_>, wait: &Wait<'_>) -> Result<(), ConnectionError> {
+        self.descriptors.write_gather(list, wait)
+    }
+
+    fn finish_writing(&mut self) -> Result<(), ConnectionError> {
+        self.descriptors.finish_writing()
+    }
+
+    fn delivery(&self) -> Delivery {
+        self.transport.delivery(&self.descriptors)
+    }
+
+    fn give_up_on_silence(&self, limit: Duration) -> Result<bool, ConnectionError> {
+        let done = self.transport.give_up_on_silence(&self.descriptors, limit);
+        done.map_err(ConnectionError::Local)
+    }
+
+    fn peer(&self) -> Peer {
+        self.transport.peer()
+    }
+
+    fn clock(&self) -> Duration {
+        self.descriptors.made.elapsed()
+    }
+
+    fn read_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.descriptors.from.as_fd())
     }
 }
 
 /// One or two descriptors.
 #[derive(Debug)]
-pub(super) struct Descriptors {
+pub struct Descriptors {
     from: Descriptor<OwnedFd>,
     /// `None` once nothing more will be written.
     to: Option<Descriptor<OwnedFd>>,
@@ -44,6 +114,7 @@ impl Descriptors {
         })
     }
 
+    /// What is read from.
     pub(super) fn from(&self) -> &impl AsFd {
         &self.from
     }
@@ -53,37 +124,39 @@ impl Descriptors {
         self.to.as_ref()
     }
 
-    /// Write nothing more: a pipe ends when it is closed.
-    pub(super) fn close_writing(&mut self) {
-        self.to = None;
+    /// Write nothing more.
+    fn finish_writing(&mut self) -> Result<(), ConnectionError> {
+        let Some(to) = self.to.take() else {
+            return Ok(());
+        };
+        match shutdown(to.as_fd().as_raw_fd(), Shutdown::Write) {
+            // A pipe ends when it is closed; a socket that is lost has come to its end.
+            Ok(()) | Err(Errno::ENOTSOCK | Errno::ENOTCONN) => Ok(()),
+            Err(errno) => Err(ConnectionError::Local(errno.into())),
+        }
     }
 
-    pub(super) fn clock(&self) -> Duration {
-        self.made.elapsed()
-    }
-
-    pub(super) fn read(
-        &self,
-        room: &mut [u8],
-        wait: &Wait<'_>,
-    ) -> Result<Received, ConnectionError> {
+    fn read(&self, room: &mut [u8], wait: &Wait<'_>) -> Result<Received, ConnectionError> {
         if room.is_empty() {
             return Ok(Received::Bytes(0));
         }
         let limit = Limit::of(wait);
-        let read = |fd: std::os::fd::BorrowedFd<'_>| Ok(nix::unistd::read(fd, room)?);
+        let read = |fd: BorrowedFd<'_>| Ok(nix::unistd::read(fd, room)?);
         match self.from.read_within(&limit, read) {
             Ok(0) => Ok(Received::Closed),
-            Ok(n) => Ok(Received::Bytes(n)),
-            Err(error) => Err(failed(error, false, &limit)),
+            Ok(n) => {
+                wait.count(n);
+                Ok(Received::Bytes(n))
+            }
+            Err(error) => Err(failed(error, false)),
         }
     }
 
-    pub(super) fn peek(&self, room: &mut [u8]) -> Result<usize, ConnectionError> {
+    fn peek(&self, room: &mut [u8]) -> Result<usize, ConnectionError> {
         match self.from.peek(room) {
             Ok(n) => Ok(n.min(room.len())),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
-            Err(error) => Err(failed(error, false, &Limit::of(&Wait::forever()))),
+            Err(error) => Err(failed(error, false)),
         }
     }
 
@@ -94,7 +167,7 @@ impl Descriptors {
         })
     }
 
-    pub(super) fn write(&self, bytes: &[u8], wait: &Wait<'_>) -> Result<usize, ConnectionError> {
+    fn write(&self, bytes: &[u8], wait: &Wait<'_>) -> Result<usize, ConnectionError> {
         let writer = self.writer()?;
         if bytes.is_empty() {
             return Ok(0);
@@ -104,38 +177,33 @@ impl Descriptors {
         let mut rest = list.unwritten();
         let limit = Limit::of(wait);
         let written = writer.write_within(&limit, |fd, call| rest.write_some(fd, call));
-        written.map_err(|error| failed(error, true, &limit))
+        let written = written.map_err(|error| failed(error, true))?;
+        wait.count(written);
+        Ok(written)
     }
 
-    pub(super) fn write_gather(
-        &self,
-        list: &Gather<'_>,
-        wait: &Wait<'_>,
-    ) -> Result<(), ConnectionError> {
+    fn write_gather(&self, list: &Gather<'_>, wait: &Wait<'_>) -> Result<(), ConnectionError> {
         let writer = self.writer()?;
         let mut rest = list.unwritten();
-        let mut limit = Limit::of(wait);
+        let limit = Limit::of(wait);
         while !rest.is_empty() {
             let written = writer.write_within(&limit, |fd, call| rest.write_some(fd, call));
-            written.map_err(|error| failed(error, true, &limit))?;
-            limit.began = Instant::now();
+            wait.count(written.map_err(|error| failed(error, true))?);
         }
         Ok(())
     }
 }
 
 /// What a failed call says of the connection.
-pub(super) fn failed(error: io::Error, writing: bool, limit: &Limit<'_>) -> ConnectionError {
+pub(super) fn failed(error: io::Error, writing: bool) -> ConnectionError {
     if Cancelled::is(&error) {
         return ConnectionError::Cancelled;
     }
     let Some(errno) = error.raw_os_error().map(Errno::from_raw) else {
-        // Only a wait that is over has no errno.
-        return if error.kind() == io::ErrorKind::TimedOut {
-            let waited = limit.began.elapsed();
-            ConnectionError::TimedOut { writing, waited }
-        } else {
-            ConnectionError::Local(error)
+        let overdue = error.get_ref().and_then(|why| why.downcast_ref());
+        return match overdue {
+            Some(overdue) => ConnectionError::TimedOut(*overdue),
+            None => ConnectionError::Local(error),
         };
     };
     match errno {

@@ -3,13 +3,11 @@
 //! C implementation: `tools/xl/xl_migrate.c:create_migration_child`.
 
 use std::io;
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use xsr_xen_backend::Gather;
-
-use super::fd::Descriptors;
-use super::{Connection, ConnectionError, Delivery, Peer, Received, Wait};
+use super::fd::{Descriptors, FdConnection, Transport};
+use super::{Delivery, Peer};
 
 /// A pair of descriptors, one for each direction.
 ///
@@ -28,9 +26,11 @@ use super::{Connection, ConnectionError, Delivery, Peer, Received, Wait};
 /// assert!(cat.wait()?.success());
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
+pub type PipeConnection = FdConnection<Pipe>;
+
+/// What there is to know of two pipes.
 #[derive(Debug)]
-pub struct PipeConnection {
-    descriptors: Descriptors,
+pub struct Pipe {
     name: String,
 }
 
@@ -45,36 +45,15 @@ impl PipeConnection {
     pub fn new(from: OwnedFd, to: OwnedFd, name: impl Into<String>) -> io::Result<Self> {
         Ok(Self {
             descriptors: Descriptors::new(from, to)?,
-            name: name.into(),
+            transport: Pipe { name: name.into() },
         })
     }
 }
 
-impl Connection for PipeConnection {
-    fn read(&self, room: &mut [u8], wait: &Wait<'_>) -> Result<Received, ConnectionError> {
-        self.descriptors.read(room, wait)
-    }
-
-    fn peek(&self, room: &mut [u8]) -> Result<usize, ConnectionError> {
-        self.descriptors.peek(room)
-    }
-
-    fn write(&self, bytes: &[u8], wait: &Wait<'_>) -> Result<usize, ConnectionError> {
-        self.descriptors.write(bytes, wait)
-    }
-
-    fn write_gather(&self, list: &Gather<'_>, wait: &Wait<'_>) -> Result<(), ConnectionError> {
-        self.descriptors.write_gather(list, wait)
-    }
-
-    fn finish_writing(&mut self) -> Result<(), ConnectionError> {
-        self.descriptors.close_writing();
-        Ok(())
-    }
-
+impl Transport for Pipe {
     /// What is in the pipe is known at both of its ends, as long as this one is open.
-    fn delivery(&self) -> Delivery {
-        let Some(to) = self.descriptors.to() else {
+    fn delivery(&self, descriptors: &Descriptors) -> Delivery {
+        let Some(to) = descriptors.to() else {
             return Delivery::Unknown;
         };
         match rustix::io::ioctl_fionread(to) {
@@ -84,19 +63,11 @@ impl Connection for PipeConnection {
         }
     }
 
-    fn give_up_on_silence(&self, _: Duration) -> Result<bool, ConnectionError> {
+    fn give_up_on_silence(&self, _: &Descriptors, _: Duration) -> io::Result<bool> {
         Ok(false)
     }
 
     fn peer(&self) -> Peer {
         Peer::Named(self.name.clone())
-    }
-
-    fn clock(&self) -> Duration {
-        self.descriptors.clock()
-    }
-
-    fn read_fd(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.descriptors.from().as_fd())
     }
 }

@@ -3,16 +3,14 @@
 use std::fs;
 use std::io;
 use std::net::TcpStream;
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::stat::fstat;
-use xsr_xen_backend::Gather;
 
-use super::fd::Descriptors;
-use super::unix::finish;
-use super::{Connection, ConnectionError, Delivery, Peer, Received, Wait};
+use super::fd::{Descriptors, FdConnection, Transport};
+use super::{Delivery, Peer};
 
 /// An idle connection is probed after so many seconds, then `PROBES` times, `INTERVAL` seconds
 /// apart, and then it is lost.
@@ -21,10 +19,12 @@ const INTERVAL: u32 = 5;
 const PROBES: u32 = 4;
 
 /// A TCP connection. A host that is gone without a word is noticed after
-/// [`Self::SILENCE_WAITING`] at first; see [`Connection::give_up_on_silence`].
+/// [`Self::SILENCE_WAITING`] at first; see [`give_up_on_silence`](super::Connection::give_up_on_silence).
+pub type TcpConnection = FdConnection<Tcp>;
+
+/// What there is to know of a TCP connection.
 #[derive(Debug)]
-pub struct TcpConnection {
-    descriptors: Descriptors,
+pub struct Tcp {
     peer: Peer,
 }
 
@@ -50,20 +50,13 @@ impl TcpConnection {
         setsockopt(&stream, sockopt::TcpKeepInterval, &INTERVAL)?;
         setsockopt(&stream, sockopt::TcpKeepCount, &PROBES)?;
         let to = OwnedFd::from(stream);
-        let connection = Self {
-            descriptors: Descriptors::new(to.try_clone()?, to)?,
-            peer,
-        };
-        connection.bear(Self::SILENCE_WAITING)?;
-        Ok(connection)
-    }
-
-    fn bear(&self, limit: Duration) -> io::Result<()> {
-        let milliseconds = u32::try_from(limit.as_millis()).unwrap_or(u32::MAX);
-        // 0 would be the kernel's default.
-        let milliseconds = milliseconds.max(1);
-        let socket = self.descriptors.from().as_fd();
-        Ok(setsockopt(&socket, sockopt::TcpUserTimeout, &milliseconds)?)
+        let descriptors = Descriptors::new(to.try_clone()?, to)?;
+        let transport = Tcp { peer };
+        transport.give_up_on_silence(&descriptors, Self::SILENCE_WAITING)?;
+        Ok(Self {
+            descriptors,
+            transport,
+        })
     }
 }
 
@@ -80,33 +73,11 @@ fn unacknowledged(table: &str, inode: u64) -> Option<u64> {
     })
 }
 
-impl Connection for TcpConnection {
-    fn read(&self, room: &mut [u8], wait: &Wait<'_>) -> Result<Received, ConnectionError> {
-        self.descriptors.read(room, wait)
-    }
-
-    fn peek(&self, room: &mut [u8]) -> Result<usize, ConnectionError> {
-        self.descriptors.peek(room)
-    }
-
-    fn write(&self, bytes: &[u8], wait: &Wait<'_>) -> Result<usize, ConnectionError> {
-        self.descriptors.write(bytes, wait)
-    }
-
-    fn write_gather(&self, list: &Gather<'_>, wait: &Wait<'_>) -> Result<(), ConnectionError> {
-        self.descriptors.write_gather(list, wait)
-    }
-
-    fn finish_writing(&mut self) -> Result<(), ConnectionError> {
-        finish(&self.descriptors)?;
-        self.descriptors.close_writing();
-        Ok(())
-    }
-
+impl Transport for Tcp {
     /// From the kernel's table of this network namespace: meant for the few moments at which it
     /// decides something.
-    fn delivery(&self) -> Delivery {
-        let Ok(stat) = fstat(self.descriptors.from()) else {
+    fn delivery(&self, descriptors: &Descriptors) -> Delivery {
+        let Ok(stat) = fstat(descriptors.from()) else {
             return Delivery::Unknown;
         };
         let tables = ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"];
@@ -123,21 +94,17 @@ impl Connection for TcpConnection {
 
     /// TCP_USER_TIMEOUT. Linux takes it for an idle connection, too, whatever the number of
     /// probes says.
-    fn give_up_on_silence(&self, limit: Duration) -> Result<bool, ConnectionError> {
-        self.bear(limit).map_err(ConnectionError::Local)?;
+    fn give_up_on_silence(&self, descriptors: &Descriptors, limit: Duration) -> io::Result<bool> {
+        let milliseconds = u32::try_from(limit.as_millis()).unwrap_or(u32::MAX);
+        // 0 would be the kernel's default.
+        let milliseconds = milliseconds.max(1);
+        let socket = descriptors.from().as_fd();
+        setsockopt(&socket, sockopt::TcpUserTimeout, &milliseconds)?;
         Ok(true)
     }
 
     fn peer(&self) -> Peer {
         self.peer.clone()
-    }
-
-    fn clock(&self) -> Duration {
-        self.descriptors.clock()
-    }
-
-    fn read_fd(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.descriptors.from().as_fd())
     }
 }
 
@@ -150,6 +117,7 @@ mod tests {
     use nix::sys::socket::getsockopt;
 
     use super::*;
+    use crate::migrate::connection::Connection as _;
 
     #[test]
     fn silence_is_borne_for_as_long_as_was_asked() {

@@ -56,6 +56,37 @@ fn tcp_keeps_the_contract() {
 }
 
 #[test]
+fn a_long_write_is_seen_to_move_before_it_ends() {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    const MIB: usize = 1 << 20;
+    for (here, there) in [boxed(pipes()), boxed(unix()), boxed(tcp())] {
+        let bytes = vec![7; 32 * MIB];
+        let carried = AtomicU64::new(0);
+        let now = || carried.load(Ordering::Relaxed);
+        let mut reader = ConnectionReader::new(&there, Wait::forever()).unwrap();
+        std::thread::scope(|scope| {
+            let (here, bytes, carried) = (&here, &bytes, &carried);
+            let writing = scope.spawn(move || {
+                let mut list = Gather::new();
+                list.push(bytes);
+                let wait = Wait::forever().counting(carried);
+                here.write_gather(&list, &wait).unwrap();
+            });
+            // What is under way by now is part of one list, of which most is still to come.
+            reader.read_exact(&mut vec![0; 4 * MIB]).unwrap();
+            while now() < 4 * MIB as u64 {
+                assert!(!writing.is_finished());
+                std::thread::yield_now();
+            }
+            assert!(now() < 32 * MIB as u64);
+            reader.read_exact(&mut vec![0; 28 * MIB]).unwrap();
+        });
+        assert_eq!(now(), 32 * MIB as u64);
+    }
+}
+
+#[test]
 fn an_end_that_did_not_read_all_is_lost_and_not_closed() {
     for (here, there) in [boxed(unix()), boxed(tcp())] {
         let forever = Wait::forever();

@@ -1,21 +1,21 @@
 //! A connection over a Unix socket.
 
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use nix::errno::Errno;
-use nix::sys::socket::{Shutdown, getsockopt, shutdown, sockopt};
-use xsr_xen_backend::Gather;
+use nix::sys::socket::{getsockopt, sockopt};
 
-use super::fd::Descriptors;
-use super::{Connection, ConnectionError, Delivery, Peer, Received, Wait};
+use super::fd::{Descriptors, FdConnection, Transport};
+use super::{Delivery, Peer};
 
 /// A stream socket of this host.
+pub type UnixConnection = FdConnection<Unix>;
+
+/// What there is to know of a Unix socket.
 #[derive(Debug)]
-pub struct UnixConnection {
-    descriptors: Descriptors,
+pub struct Unix {
     peer: Peer,
 }
 
@@ -30,68 +30,28 @@ impl UnixConnection {
         let to = OwnedFd::from(stream);
         Ok(Self {
             descriptors: Descriptors::new(to.try_clone()?, to)?,
-            peer: Peer::Process {
-                pid: credentials.pid(),
-                uid: credentials.uid(),
-                gid: credentials.gid(),
+            transport: Unix {
+                peer: Peer::Process {
+                    pid: credentials.pid(),
+                    uid: credentials.uid(),
+                    gid: credentials.gid(),
+                },
             },
         })
     }
 }
 
-/// Shut down the writing half of a socket.
-pub(super) fn finish(descriptors: &Descriptors) -> Result<(), ConnectionError> {
-    let Some(to) = descriptors.to() else {
-        return Ok(());
-    };
-    match shutdown(to.as_fd().as_raw_fd(), Shutdown::Write) {
-        // One that is lost has come to its end.
-        Ok(()) | Err(Errno::ENOTCONN) => Ok(()),
-        Err(errno) => Err(ConnectionError::Local(errno.into())),
-    }
-}
-
-impl Connection for UnixConnection {
-    fn read(&self, room: &mut [u8], wait: &Wait<'_>) -> Result<Received, ConnectionError> {
-        self.descriptors.read(room, wait)
-    }
-
-    fn peek(&self, room: &mut [u8]) -> Result<usize, ConnectionError> {
-        self.descriptors.peek(room)
-    }
-
-    fn write(&self, bytes: &[u8], wait: &Wait<'_>) -> Result<usize, ConnectionError> {
-        self.descriptors.write(bytes, wait)
-    }
-
-    fn write_gather(&self, list: &Gather<'_>, wait: &Wait<'_>) -> Result<(), ConnectionError> {
-        self.descriptors.write_gather(list, wait)
-    }
-
-    fn finish_writing(&mut self) -> Result<(), ConnectionError> {
-        finish(&self.descriptors)?;
-        self.descriptors.close_writing();
-        Ok(())
-    }
-
+impl Transport for Unix {
     /// The kernel counts what was not read (SIOCOUTQ), but there is no safe call that asks it.
-    fn delivery(&self) -> Delivery {
+    fn delivery(&self, _: &Descriptors) -> Delivery {
         Delivery::Unknown
     }
 
-    fn give_up_on_silence(&self, _: Duration) -> Result<bool, ConnectionError> {
+    fn give_up_on_silence(&self, _: &Descriptors, _: Duration) -> io::Result<bool> {
         Ok(false)
     }
 
     fn peer(&self) -> Peer {
         self.peer.clone()
-    }
-
-    fn clock(&self) -> Duration {
-        self.descriptors.clock()
-    }
-
-    fn read_fd(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.descriptors.from().as_fd())
     }
 }

@@ -38,6 +38,18 @@ impl Read for Trickle<'_> {
     }
 }
 
+/// Fails where the other end would hang up.
+struct Breaks<'a>(Trickle<'a>);
+
+impl Read for Breaks<'_> {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        match self.0.read(room)? {
+            0 => Err(io::ErrorKind::ConnectionReset.into()),
+            n => Ok(n),
+        }
+    }
+}
+
 #[test]
 fn the_fixed_words_are_those_of_xl() {
     assert_eq!(WORDS.map(|(message, ..)| message), Message::ALL);
@@ -71,12 +83,18 @@ fn a_message_that_is_cut_short_or_changed_is_no_message() {
         for at in 0..bytes.len() {
             let mut other = bytes.to_vec();
             other[at] ^= 0x20;
-            // It is found out at the byte that differs, without waiting for the rest.
             let error = message.read(Trickle(&other[..=at])).unwrap_err();
-            let MessageError::Other { got, .. } = error else {
+            let MessageError::Other { got, hung_up, .. } = &error else {
                 panic!("{error}")
             };
-            assert_eq!(got, other[..=at]);
+            assert_eq!(got, &other[..=at]);
+            // Whether it hung up is known where more was expected.
+            assert_eq!(*hung_up, at + 1 < bytes.len());
+            assert_eq!(error.to_string().contains(", then hung up,"), *hung_up);
+            // What came says more than why the rest did not.
+            let broken = Breaks(Trickle(&other[..=at]));
+            let error = message.read(broken).unwrap_err();
+            assert!(matches!(error, MessageError::Other { .. }), "{error:?}");
         }
         for other in Message::ALL {
             assert_eq!(message.read(other.bytes()).is_ok(), message == other);
@@ -91,6 +109,37 @@ fn what_came_in_the_place_of_a_message_is_bounded_and_escaped() {
     let words = error.to_string();
     assert!(words.contains("\\x1b[2Jlogin: aaa"), "{words}");
     assert!(words.len() < 200 && !words.contains('\x1b'), "{words}");
+}
+
+#[test]
+fn a_receiver_that_fails_says_why_in_the_place_of_any_message() {
+    let mut said = Vec::new();
+    Reason::write("no\nmemory\x1b[2J", &mut said).unwrap();
+    assert_eq!(said, b"xsr: failed: no\\nmemory\\u{1b}[2J\n");
+    for message in Message::ALL {
+        let error = message.read(Trickle(&said)).unwrap_err();
+        let words = "the other end has failed: no\\nmemory\\u{1b}[2J";
+        assert_eq!(error.to_string(), words);
+    }
+    // What has been read of it before, and where it ends early.
+    for at in 0..said.len() {
+        let why = Reason::read(&said[..at], &said[at..]).unwrap();
+        assert_eq!(why, "no\\nmemory\\u{1b}[2J");
+        let cut = Reason::read(b"", Breaks(Trickle(&said[..at])));
+        assert_eq!(cut.is_some(), at >= Reason::BEGIN.len());
+    }
+    // No longer than it may be, whatever its length.
+    let mut long = Vec::new();
+    Reason::write(&"x".repeat(5000), &mut long).unwrap();
+    assert_eq!((long.len(), long.last()), (Reason::LONGEST, Some(&b'\n')));
+    let endless = [Reason::BEGIN, &[b'y'; 5000]].concat();
+    let why = Reason::read(b"", endless.as_slice()).unwrap();
+    assert_eq!(why.len(), Reason::LONGEST - Reason::BEGIN.len());
+    // Hostile bytes do not reach a terminal.
+    let hostile = [Reason::BEGIN, b"\x1b]0;\xff\n"].concat();
+    let why = Reason::read(b"", hostile.as_slice()).unwrap();
+    assert_eq!(why, "\\u{1b}]0;\u{fffd}");
+    assert_eq!(Reason::read(b"", &b"xsr: fine\n"[..]), None);
 }
 
 #[test]
@@ -144,6 +193,26 @@ fn last_words_are_found_behind_whatever_else_was_said() {
     assert!(matches!(words.outcome(), Err(MessageError::NoReport)));
     let words = of(&[report, &[7], &go[..go.len() - 1]]);
     words.outcome().unwrap_err();
+    // What is still to come is heard out, and what broke off says no more than what came.
+    for (said, outcome) in [
+        ([report, &[0], b"and more"].concat(), Some(Outcome::Runs)),
+        (
+            [report, &[7], go].concat(),
+            Some(Outcome::GivenBack { status: 7 }),
+        ),
+        ([report, &[7]].concat(), None),
+        (report.to_vec(), None),
+        (Vec::new(), None),
+    ] {
+        for at in 0..=said.len().min(50) {
+            let mut words = of(&[b"state", &said[..at]]);
+            let heard = words.hear_out(Trickle(&said[at..]));
+            assert_eq!(heard.ok(), outcome, "{said:?} {at}");
+            let mut words = of(&[&said[..at]]);
+            let heard = words.hear_out(Breaks(Trickle(&said[at..])));
+            assert_eq!(heard.ok(), outcome, "{said:?} {at}");
+        }
+    }
 }
 
 #[test]

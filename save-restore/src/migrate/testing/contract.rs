@@ -1,6 +1,7 @@
 //! What every connection does, as checks.
 
 use std::io::{Read as _, Write as _};
+use std::sync::atomic::AtomicU64;
 use std::thread;
 use std::time::Duration;
 
@@ -10,6 +11,7 @@ use crate::back_channel::BackChannel as _;
 use crate::migrate::connection::{
     Connection, ConnectionError, ConnectionReader, ConnectionWriter, Delivery, Received, Wait,
 };
+use crate::pace::{Overdue, ReadLimit};
 use crate::progress::Cancel;
 
 /// The two ends of a connection.
@@ -29,6 +31,7 @@ const MUCH: usize = 32 << 20;
 pub fn contract(make: &dyn Fn() -> Pair) {
     both_directions(make());
     no_more_than_was_asked_for(make());
+    no_wait(make());
     a_long_list(make());
     half_close(make());
     dropped(make());
@@ -97,6 +100,23 @@ fn no_more_than_was_asked_for((here, there): Pair) {
     assert_eq!(got, b"0123456789");
 }
 
+/// What has come, and nothing is waited for.
+fn no_wait((here, there): Pair) {
+    let wait = Wait::forever().at_most(Duration::ZERO);
+    let error = there.read(&mut [0; 4], &wait).expect_err("nothing came");
+    assert!(matches!(error, ConnectionError::TimedOut(_)), "{error:?}");
+    let carried = AtomicU64::new(0);
+    let count = Wait::forever().counting(&carried);
+    assert_eq!(here.write(b"here", &count).expect("there is room"), 4);
+    while there.peek(&mut [0; 4]).expect("a look") < 4 {
+        thread::yield_now();
+    }
+    let read = there.read(&mut [0; 4], &wait.counting(&carried));
+    assert_eq!(read.expect("what came"), Received::Bytes(4));
+    let carried = carried.into_inner();
+    assert_eq!(carried, 8, "bytes are counted in both directions");
+}
+
 fn a_long_list((mut here, there): Pair) {
     let bytes = pattern(3 << 20);
     let arrived = thread::scope(|scope| {
@@ -146,12 +166,23 @@ fn a_read_that_times_out((here, there): Pair) {
     for wait in [Wait::forever().idle(SHORT), Wait::forever().at_most(SHORT)] {
         let before = there.clock();
         let error = there.read(&mut [0; 4], &wait).expect_err("a time-out");
-        assert!(
-            matches!(error, ConnectionError::TimedOut { writing: false, waited } if waited >= SHORT),
-            "{error:?}"
-        );
+        let ConnectionError::TimedOut(overdue) = error else {
+            panic!("{error:?}")
+        };
+        let expected = match wait.idle {
+            Some(limit) => Overdue::NothingSent(limit),
+            None => Overdue::NoAnswer(SHORT),
+        };
+        assert_eq!(overdue, expected, "the limit that was reached is named");
         assert!(there.clock() - before >= SHORT, "its time has passed");
     }
+    let silence = ReadLimit::new(SHORT);
+    let wait = Wait::forever().silent_for(&silence);
+    let error = there.read(&mut [0; 4], &wait).expect_err("a time-out");
+    assert!(
+        matches!(error, ConnectionError::TimedOut(Overdue::NothingSent(_))),
+        "{error:?}"
+    );
     write_all(&here, b"late");
     let mut room = [0; 4];
     let read = there.read(&mut room, &Wait::forever().idle(SHORT));
@@ -165,7 +196,7 @@ fn a_write_that_times_out((here, there): Pair) {
     let error = here.write_gather(&list, &Wait::forever().idle(SHORT));
     let error = error.expect_err("nothing is read");
     assert!(
-        matches!(error, ConnectionError::TimedOut { writing: true, waited } if waited >= SHORT),
+        matches!(error, ConnectionError::TimedOut(Overdue::NothingTaken(limit)) if limit == SHORT),
         "{error:?}"
     );
     let error = loop {
@@ -175,7 +206,7 @@ fn a_write_that_times_out((here, there): Pair) {
         }
     };
     assert!(
-        matches!(error, ConnectionError::TimedOut { writing: true, .. }),
+        matches!(error, ConnectionError::TimedOut(Overdue::NothingTaken(_))),
         "{error:?}"
     );
     // What was taken arrives, and the connection is usable.
@@ -194,9 +225,9 @@ fn limits_of_several_calls((here, there): Pair) {
     assert!(
         matches!(
             ConnectionError::of(&error),
-            Some(ConnectionError::TimedOut { .. })
+            Some(ConnectionError::TimedOut(Overdue::NoAnswer(SHORT)))
         ),
-        "{error:?}"
+        "the limit of all calls is named: {error:?}"
     );
     let bytes = pattern(MUCH);
     let mut list = Gather::new();

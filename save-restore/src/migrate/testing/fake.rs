@@ -11,6 +11,7 @@ use xsr_xen_backend::Gather;
 use crate::migrate::connection::{
     Connection, ConnectionError, Delivery, Peer, Received, Wait, copy_gather,
 };
+use crate::pace::{Overdue, Pace, ReadLimit};
 
 /// What goes wrong at a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +57,7 @@ pub struct Faulty {
 /// use std::time::Duration;
 /// use xsr_save_restore::migrate::connection::{Connection as _, ConnectionError, Wait};
 /// use xsr_save_restore::migrate::testing::{FakeConnection, Fault, Faulty};
+/// use xsr_save_restore::pace::Overdue;
 ///
 /// let (here, there) = FakeConnection::pair_in_one_thread(1 << 16);
 /// here.fail(Faulty { call: 1, fault: Fault::Cut { arrive: 2 } });
@@ -72,7 +74,7 @@ pub struct Faulty {
 /// let (here, _there) = FakeConnection::pair_in_one_thread(1 << 16);
 /// let minute = Duration::from_secs(60);
 /// let error = here.read(&mut room, &Wait::forever().idle(minute)).unwrap_err();
-/// assert!(matches!(error, ConnectionError::TimedOut { writing: false, waited } if waited == minute));
+/// assert!(matches!(error, ConnectionError::TimedOut(Overdue::NothingSent(s)) if s == minute));
 /// assert_eq!(here.clock(), minute);
 /// # Ok::<(), ConnectionError>(())
 /// ```
@@ -157,6 +159,38 @@ type Call<'s> = (MutexGuard<'s, State>, Vec<Fault>, Option<Duration>);
 
 fn lost() -> ConnectionError {
     ConnectionError::Lost(io::ErrorKind::ConnectionReset.into())
+}
+
+/// How long a call may wait on the clock of the connection, and what the other end has reached
+/// then. Of a [`Pace`](crate::pace::Pace) that is its patience: the rest goes by another clock.
+fn limit(wait: &Wait<'_>, writing: bool) -> Option<(Duration, Overdue)> {
+    let silence = if writing {
+        wait.pace.map(Pace::patience)
+    } else {
+        wait.silence.and_then(ReadLimit::limit)
+    };
+    let idle = wait.idle.into_iter().chain(silence).min().map(|limit| {
+        let overdue = if writing {
+            Overdue::NothingTaken(limit)
+        } else {
+            Overdue::NothingSent(limit)
+        };
+        (limit, overdue)
+    });
+    let at_most = wait.at_most.map(|limit| {
+        let overdue = if writing {
+            Overdue::NothingTaken(limit)
+        } else {
+            Overdue::NoAnswer(limit)
+        };
+        (limit, overdue)
+    });
+    idle.into_iter().chain(at_most).min_by_key(|limit| limit.0)
+}
+
+fn timed_out(wait: &Wait<'_>, writing: bool) -> ConnectionError {
+    let overdue = limit(wait, writing).map(|(_, overdue)| overdue);
+    ConnectionError::TimedOut(overdue.unwrap_or(Overdue::NoAnswer(Duration::ZERO)))
 }
 
 impl FakeConnection {
@@ -284,10 +318,7 @@ impl FakeConnection {
         wait.check()?;
         let mut state = self.state();
         let began = state.now;
-        let limit = match (wait.idle, wait.at_most) {
-            (Some(idle), Some(at_most)) => Some(idle.min(at_most)),
-            (idle, at_most) => idle.or(at_most),
-        };
+        let limit = limit(wait, writing).map(|(limit, _)| limit);
         let until = limit.map(|limit| began.saturating_add(limit));
         let faults = self.call(&mut state);
         for fault in &faults {
@@ -298,10 +329,7 @@ impl FakeConnection {
                     let to = until.map_or(end, |until| until.min(end));
                     (state, _) = self.wait(state, Waiting::Time, Some(to), wait)?;
                     if over {
-                        return Err(ConnectionError::TimedOut {
-                            writing,
-                            waited: state.now - began,
-                        });
+                        return Err(timed_out(wait, writing));
                     }
                 }
                 Fault::Vanish => {
@@ -335,15 +363,10 @@ impl Connection for FakeConnection {
             return Ok(Received::Bytes(0));
         }
         let (state, faults, until) = self.begin(wait, false)?;
-        let began = state.now;
         let (mut state, ready) = self.wait(state, Waiting::Byte, until, wait)?;
         let now = state.now;
         if !ready {
-            let waited = now - began;
-            return Err(ConnectionError::TimedOut {
-                writing: false,
-                waited,
-            });
+            return Err(timed_out(wait, false));
         }
         let most = Self::shortened(&faults, room.len());
         let end = &mut state.ends[self.end];
@@ -367,6 +390,7 @@ impl Connection for FakeConnection {
             0 => Ok(Received::Closed),
             n => Ok(Received::Bytes(n)),
         };
+        wait.count(n);
         self.shared.changed.notify_all();
         result
     }
@@ -392,7 +416,6 @@ impl Connection for FakeConnection {
             return Ok(0);
         }
         let (state, faults, until) = self.begin(wait, true)?;
-        let began = state.now;
         let (mut state, ready) = self.wait(state, Waiting::Room, until, wait)?;
         let now = state.now;
         if state.lost {
@@ -403,11 +426,7 @@ impl Connection for FakeConnection {
             return Err(ConnectionError::NotRead(why));
         }
         if !ready {
-            let waited = now - began;
-            return Err(ConnectionError::TimedOut {
-                writing: true,
-                waited,
-            });
+            return Err(timed_out(wait, true));
         }
         let late = faults.iter().find_map(|fault| match fault {
             Fault::Late(time) => Some(*time),
@@ -438,6 +457,7 @@ impl Connection for FakeConnection {
         }
         state.lost |= lost_here;
         self.shared.changed.notify_all();
+        wait.count(n);
         match n {
             0 => Err(lost()),
             n => Ok(n),

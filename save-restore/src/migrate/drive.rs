@@ -1,0 +1,176 @@
+//! What the drivers of a migration's machines share: how an end speaks and listens, what a failure
+//! tells a machine, and what is undone when a panic comes between.
+
+use std::io;
+use std::time::Duration;
+
+use super::connection::{Connection, ConnectionError, ConnectionReader, ConnectionWriter, Wait};
+use super::messages::{Message, MessageError, Reason, Status};
+use crate::error::{RestoreError, SaveError};
+use crate::progress::{Cancel, Cancelled};
+
+/// An error of the caller's own.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// What went wrong.
+#[derive(Debug)]
+pub struct Cause<A> {
+    /// What was to be done.
+    pub action: A,
+    /// Why it was not.
+    pub error: BoxError,
+}
+
+/// What a failure tells a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Trouble {
+    PeerLost,
+    TimedOut,
+    Signal,
+    Failed,
+}
+
+impl Trouble {
+    /// Of a message that was not said or heard.
+    pub(super) fn of_message(error: &MessageError) -> Self {
+        match error {
+            MessageError::Sending { cause, .. } | MessageError::Waiting { cause, .. } => {
+                Self::of_io(cause)
+            }
+            MessageError::NotGivenBack { cause, .. } => Self::of_message(cause),
+            _ => Self::PeerLost,
+        }
+    }
+
+    fn of_io(error: &io::Error) -> Self {
+        if Cancelled::is(error) {
+            return Self::Signal;
+        }
+        match ConnectionError::of(error) {
+            Some(ConnectionError::TimedOut(_)) => Self::TimedOut,
+            Some(ConnectionError::Local(_)) => Self::Failed,
+            _ => Self::PeerLost,
+        }
+    }
+
+    /// Of an image that was not written or read. All of these leave the domain at the sender.
+    pub(super) fn of_image(mut error: &(dyn std::error::Error + 'static)) -> Self {
+        loop {
+            if let Some(io) = error.downcast_ref::<io::Error>() {
+                return Self::of_io(io);
+            }
+            if let Some(SaveError::Aborted) = error.downcast_ref() {
+                return Self::Signal;
+            }
+            if let Some(RestoreError::Aborted) = error.downcast_ref() {
+                return Self::Signal;
+            }
+            match error.source() {
+                Some(source) => error = source,
+                None => return Self::Failed,
+            }
+        }
+    }
+}
+
+/// One end of the conversation.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Talk<'a> {
+    pub(super) connection: &'a dyn Connection,
+    /// How long the other end may take for each message, all of it.
+    pub(super) answer: Duration,
+    pub(super) cancel: Option<&'a Cancel>,
+}
+
+impl<'a> Talk<'a> {
+    /// Until someone asks to stop.
+    pub(super) fn asked(&self) -> Wait<'a> {
+        match self.cancel {
+            Some(cancel) => Wait::forever().unless(cancel),
+            None => Wait::forever(),
+        }
+    }
+
+    /// Whether someone has asked to stop.
+    pub(super) fn is_asked(&self) -> bool {
+        self.cancel.is_some_and(Cancel::is_cancelled)
+    }
+
+    /// Whatever is asked.
+    pub(super) const fn deaf(&self) -> Wait<'a> {
+        Wait::forever()
+    }
+
+    /// What a message is read from.
+    pub(super) fn reader(
+        &self,
+        expected: &'static str,
+        wait: Wait<'a>,
+    ) -> Result<ConnectionReader<'a>, MessageError> {
+        let reader = ConnectionReader::new(self.connection, wait);
+        let reader = reader.map_err(|cause| MessageError::Waiting { expected, cause })?;
+        Ok(reader.within(self.answer))
+    }
+
+    /// What a message is written to.
+    pub(super) fn writer(&self, wait: Wait<'a>) -> ConnectionWriter<'a> {
+        ConnectionWriter::new(self.connection, wait).within(self.answer)
+    }
+
+    pub(super) fn hear(&self, message: Message, wait: Wait<'a>) -> Result<(), MessageError> {
+        message.read(self.reader(message.name(), wait)?)
+    }
+
+    pub(super) fn say(&self, message: Message, wait: Wait<'a>) -> Result<(), MessageError> {
+        message.write(self.writer(wait))
+    }
+
+    /// Say the report.
+    pub(super) fn report(&self, status: Status) -> Result<(), MessageError> {
+        let mut writer = self.writer(self.deaf());
+        Message::Report.write(&mut writer)?;
+        status.write(&mut writer)
+    }
+
+    /// Check that the other end has nothing to say before it is told to go: what it says then
+    /// cannot be an answer, and the domain would be destroyed here on its word.
+    pub(super) fn nothing_waits(&self) -> Result<(), MessageError> {
+        let mut byte = [0];
+        let now = Wait::forever().at_most(Duration::ZERO);
+        match self.connection.read(&mut byte, &now) {
+            Err(ConnectionError::TimedOut(_)) => Ok(()),
+            Ok(super::connection::Received::Bytes(_)) => {
+                let expected = Message::Go.name();
+                let why = Reason::read(&byte, self.reader(expected, self.asked())?);
+                Err(
+                    why.map_or(MessageError::TooEarly, |why| MessageError::PeerFailed {
+                        why,
+                    }),
+                )
+            }
+            Ok(super::connection::Received::Closed) | Err(_) => Err(MessageError::TooEarly),
+        }
+    }
+
+    /// Have the transport bear this silence of the other host from now on.
+    pub(super) fn bear(&self, limit: Duration) {
+        if let Err(error) = self.connection.give_up_on_silence(limit) {
+            tracing::warn!(%error, "how long to bear silence could not be set");
+        }
+    }
+}
+
+/// Undoes something to a domain when a panic comes between.
+pub(super) struct OnPanic<'d, D: ?Sized> {
+    pub(super) domain: &'d mut D,
+    pub(super) armed: bool,
+    pub(super) undo: fn(&mut D),
+}
+
+impl<D: ?Sized> Drop for OnPanic<'_, D> {
+    fn drop(&mut self) {
+        if self.armed {
+            (self.undo)(self.domain);
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! A report among whatever else an end has said.
+
+use std::io::{self, Read};
+
+use super::{Message, MessageError, Outcome, Status};
+
+/// The last bytes that an end has said: a receiver's report may be among what a sender that
+/// breaks off did not read as anything else.
+///
+/// Memory is bounded by [`Self::KEPT`], however much is said.
+#[derive(Clone, Debug, Default)]
+pub struct LastWords(Vec<u8>);
+
+impl LastWords {
+    /// Bytes that are kept.
+    pub const KEPT: usize = 1 << 16;
+
+    /// Bytes of a report that suffice to recognise it: no other message begins with them.
+    const RECOGNISED: usize = 8;
+
+    /// Add what has come.
+    pub fn push(&mut self, bytes: &[u8]) {
+        let bytes = &bytes[bytes.len().saturating_sub(Self::KEPT)..];
+        let excess = (self.0.len() + bytes.len()).saturating_sub(Self::KEPT);
+        self.0.drain(..excess);
+        self.0.extend_from_slice(bytes);
+    }
+
+    /// Add what still comes, until it says which end has the domain, the other end hangs up or
+    /// the reader fails.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::outcome`]. What the reader says tells no more than that.
+    pub fn hear_out(&mut self, mut from: impl Read) -> Result<Outcome, MessageError> {
+        let mut room = [0; 4096];
+        loop {
+            let outcome = self.outcome();
+            if outcome.is_ok() {
+                return outcome;
+            }
+            match from.read(&mut room) {
+                Ok(0) => return outcome,
+                Ok(n) => self.push(&room[..n]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    tracing::debug!(%error, "the other end said no more");
+                    return outcome;
+                }
+            }
+        }
+    }
+
+    /// Forget all: what has come was understood.
+    pub fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    /// What is kept.
+    pub fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// Whether a report has begun. One that has begun is worth waiting for.
+    pub fn report_began(&self) -> bool {
+        self.report().is_some()
+    }
+
+    /// The status in the report, if it has come.
+    pub fn status(&self) -> Option<Status> {
+        let status = self.report()?.get(Message::Report.bytes().len())?;
+        Some(Status(*status))
+    }
+
+    /// The last report, from its first byte on.
+    fn report(&self) -> Option<&[u8]> {
+        let begin = &Message::Report.bytes()[..Self::RECOGNISED];
+        let at = self.0.windows(begin.len()).rposition(|w| w == begin)?;
+        self.0.get(at..)
+    }
+
+    /// Which end has the domain, once nothing more will come.
+    ///
+    /// # Errors
+    ///
+    /// No whole report is there, or one of a failure that does not give the domain back.
+    pub fn outcome(&self) -> Result<Outcome, MessageError> {
+        let mut said = self.report().ok_or(MessageError::NoReport)?;
+        Outcome::read(&mut said)
+    }
+}

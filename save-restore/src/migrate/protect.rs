@@ -1,0 +1,312 @@
+//! The sender of checkpoints, for Remus and COLO: a connection, the messages and the machine that
+//! decides, put together.
+//!
+//! The caller brings the domain, as a [`Protected`]; [`ProtectRequest::run`] does the rest. The
+//! other end is a [`StandbyRequest`](super::standby::StandbyRequest).
+//!
+//! C implementation: `tools/xl/xl_migrate.c:main_remus`.
+
+use std::fmt;
+use std::time::Duration;
+
+use super::connection::{Connection, ConnectionReader, ConnectionWriter, Wait};
+use super::drive::{BoxError, Cause, Talk, Trouble};
+use super::messages::{LastWords, Message, MessageError, Outcome, Withdrawal};
+use super::observe::{Event, Observer, Step};
+use super::ownership::protect::{
+    Here, OnLoss, Protector, ProtectorAction, ProtectorEnd, ProtectorEvent, Why,
+};
+use crate::progress::Cancel;
+
+/// A domain that is protected, as its toolstack sees it.
+///
+/// Which of these is called, and when, is decided by
+/// [`ownership::protect::Protector`](super::ownership::protect::Protector).
+pub trait Protected {
+    /// Send the image, and then checkpoint after checkpoint, until there is to be no other.
+    /// `complete` is to be called each time that the last byte of one has been written.
+    fn protect(&mut self, connection: &dyn Connection, complete: &mut dyn FnMut()) -> Ended;
+
+    /// Pause the domain, once. Nothing is to be done where it was destroyed.
+    ///
+    /// # Errors
+    ///
+    /// It is not paused.
+    fn pause(&mut self) -> Result<(), BoxError>;
+
+    /// Let the domain run on that was paused. Nothing is to be done where it was destroyed.
+    ///
+    /// # Errors
+    ///
+    /// It is still paused, and runs nowhere.
+    fn unpause(&mut self) -> Result<(), BoxError>;
+
+    /// Pause the domain, which runs at the other end, and give it the name of one that has moved.
+    ///
+    /// # Errors
+    ///
+    /// It may run at both ends.
+    fn stop(&mut self) -> Result<(), BoxError>;
+}
+
+/// How a protection came to its end.
+#[derive(Debug)]
+pub struct Ended {
+    /// Why.
+    pub why: Why,
+    /// Whether the other end has no more than a part of what was sent, or no end any more.
+    pub lost: bool,
+    /// What the domain does here now.
+    pub here: Here,
+    /// What takes the domain back at this place of the stream. `None` where nothing does: in the
+    /// middle of the libxl layer's part of a checkpoint, under COLO.
+    pub withdrawal: Option<Withdrawal>,
+    /// What the other end has said that was not understood as anything else.
+    pub heard: LastWords,
+}
+
+/// How to protect a domain.
+pub struct ProtectRequest<'a> {
+    answer: Duration,
+    on_loss: OnLoss,
+    cancel: Option<&'a Cancel>,
+    sending: Wait<'a>,
+    observer: Option<&'a mut dyn Observer>,
+}
+
+impl fmt::Debug for ProtectRequest<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ProtectRequest")
+            .field("answer", &self.answer)
+            .field("on_loss", &self.on_loss)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<'a> ProtectRequest<'a> {
+    /// How long the other end may take, at most, to say what becomes of its copy when the
+    /// connection is lost: what it has said by then is on its way.
+    pub const LAST_WORDS: Duration = Duration::from_secs(10);
+
+    /// With a minute for each answer.
+    pub const fn new(on_loss: OnLoss) -> Self {
+        Self {
+            answer: Duration::from_secs(60),
+            on_loss,
+            cancel: None,
+            sending: Wait::forever().idle(Duration::from_secs(60)),
+            observer: None,
+        }
+    }
+
+    /// How long the other end may take for its banner, and to say that it has destroyed its copy:
+    /// it may have a checkpoint to apply before it hears that.
+    #[must_use]
+    pub const fn answer_timeout(mut self, limit: Duration) -> Self {
+        self.answer = limit;
+        self
+    }
+
+    /// How long each write of what takes the domain back may wait.
+    #[must_use]
+    pub const fn sending(mut self, wait: Wait<'a>) -> Self {
+        self.sending = wait;
+        self
+    }
+
+    /// The token by which another thread asks to stop while the banner is waited for. After that
+    /// [`Protected::protect`] comes to its end.
+    #[must_use]
+    pub const fn cancel(mut self, cancel: &'a Cancel) -> Self {
+        self.cancel = Some(cancel);
+        self
+    }
+
+    /// What hears of each action and step.
+    #[must_use]
+    pub fn observer(mut self, observer: &'a mut dyn Observer) -> Self {
+        self.observer = Some(observer);
+        self
+    }
+
+    /// How long last words are waited for.
+    fn last_words(&self, lost: bool) -> Duration {
+        if lost {
+            self.answer.min(Self::LAST_WORDS)
+        } else {
+            self.answer
+        }
+    }
+
+    /// Protect the domain, until it is clear where it is.
+    pub fn run(
+        mut self,
+        connection: &mut dyn Connection,
+        domain: &mut dyn Protected,
+    ) -> Protection {
+        let mut machine = Protector::new(self.on_loss);
+        let mut protection = Protecting::default();
+        loop {
+            let action = machine.action();
+            self.observe(Event::Protecting(action));
+            if let ProtectorAction::End(end) = action {
+                return Protection {
+                    end,
+                    outcome: protection.outcome,
+                    causes: protection.causes,
+                };
+            }
+            let event = match action {
+                ProtectorAction::Protect => {
+                    let mut complete = || {
+                        if !machine.is_complete() {
+                            self.observe(Event::Done(Step::Protected));
+                        }
+                        machine.on(ProtectorEvent::Complete);
+                    };
+                    let ended = domain.protect(&*connection, &mut complete);
+                    protection.withdrawal = ended.withdrawal;
+                    protection.heard = ended.heard;
+                    ProtectorEvent::Ended {
+                        why: ended.why,
+                        lost: ended.lost,
+                        here: ended.here,
+                    }
+                }
+                action => match protection.perform(&self, action, connection, domain) {
+                    Ok(event) => event,
+                    Err((event, error)) => {
+                        protection.causes.push(Cause { action, error });
+                        event
+                    }
+                },
+            };
+            match (action, event) {
+                (ProtectorAction::AwaitBanner, ProtectorEvent::Done) => {
+                    self.observe(Event::Done(Step::Banner));
+                }
+                (ProtectorAction::Withdraw, ProtectorEvent::Done) => {
+                    self.observe(Event::Done(Step::Withdrawn));
+                }
+                _ => {}
+            }
+            machine.on(event);
+        }
+    }
+
+    fn observe(&mut self, event: Event) {
+        if let Some(observer) = &mut self.observer {
+            observer.observe(event);
+        }
+    }
+}
+
+/// A protection that is under way.
+#[derive(Default)]
+struct Protecting {
+    withdrawal: Option<Withdrawal>,
+    heard: LastWords,
+    outcome: Option<Outcome>,
+    causes: Vec<Cause<ProtectorAction>>,
+}
+
+impl Protecting {
+    /// Do it, and say what came of it.
+    fn perform(
+        &mut self,
+        request: &ProtectRequest<'_>,
+        action: ProtectorAction,
+        connection: &mut dyn Connection,
+        domain: &mut dyn Protected,
+    ) -> Result<ProtectorEvent, (ProtectorEvent, BoxError)> {
+        let failed = |error: BoxError| (ProtectorEvent::Failed, error);
+        match action {
+            ProtectorAction::AwaitBanner => {
+                let talk = Talk {
+                    connection: &*connection,
+                    answer: request.answer,
+                    cancel: request.cancel,
+                };
+                let heard = talk.hear(Message::Banner, talk.asked());
+                heard.map_err(|error| (Trouble::of_message(&error).into(), error.into()))?;
+            }
+            ProtectorAction::Withdraw => {
+                let why = "the other end is in the middle of a checkpoint";
+                let withdrawal = self.withdrawal.ok_or_else(|| failed(why.into()))?;
+                let writer = ConnectionWriter::new(&*connection, request.sending);
+                withdrawal
+                    .write(writer)
+                    .map_err(|error| failed(error.into()))?;
+            }
+            ProtectorAction::AwaitLastWords { lost } => {
+                return match self.last_words(connection, request.last_words(lost)) {
+                    Ok(outcome) => {
+                        self.outcome = Some(outcome);
+                        Ok(match outcome {
+                            Outcome::Runs => ProtectorEvent::RunsThere,
+                            Outcome::GivenBack { .. } => ProtectorEvent::GivenBack,
+                        })
+                    }
+                    Err(error) => Err((ProtectorEvent::Nothing, error.into())),
+                };
+            }
+            ProtectorAction::Pause => domain.pause().map_err(failed)?,
+            ProtectorAction::Unpause => domain.unpause().map_err(failed)?,
+            ProtectorAction::Stop => domain.stop().map_err(failed)?,
+            ProtectorAction::Protect | ProtectorAction::End(_) => {}
+        }
+        Ok(ProtectorEvent::Done)
+    }
+
+    /// Say nothing more, and hear what becomes of the copy.
+    fn last_words(
+        &mut self,
+        connection: &mut dyn Connection,
+        patience: Duration,
+    ) -> Result<Outcome, MessageError> {
+        let expected = Message::Report.name();
+        let waiting = |cause| MessageError::Waiting { expected, cause };
+        connection
+            .finish_writing()
+            .map_err(|error| waiting(error.into()))?;
+        let reader = ConnectionReader::new(&*connection, Wait::forever()).map_err(waiting)?;
+        self.heard.hear_out(reader.within(patience))
+    }
+}
+
+impl From<Trouble> for ProtectorEvent {
+    fn from(trouble: Trouble) -> Self {
+        match trouble {
+            Trouble::PeerLost | Trouble::TimedOut => Self::Nothing,
+            Trouble::Signal => Self::Signal,
+            Trouble::Failed => Self::Failed,
+        }
+    }
+}
+
+/// What protecting a domain came to.
+#[derive(Debug)]
+pub struct Protection {
+    /// Which host has the domain.
+    pub end: ProtectorEnd,
+    /// What the other end has said of its copy.
+    pub outcome: Option<Outcome>,
+    /// What went wrong, in order, except in [`Protected::protect`].
+    pub causes: Vec<Cause<ProtectorAction>>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_that_lives_is_given_the_time_to_apply_a_checkpoint() {
+        let minute = Duration::from_secs(60);
+        let request = ProtectRequest::new(OnLoss::Run);
+        assert_eq!(request.last_words(false), minute);
+        assert_eq!(request.last_words(true), ProtectRequest::LAST_WORDS);
+        let second = Duration::from_secs(1);
+        let request = request.answer_timeout(second);
+        assert_eq!(request.last_words(true), second);
+    }
+}
