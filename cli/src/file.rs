@@ -12,6 +12,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 use xsr_format::read::ReadOptions;
 use xsr_format::walk::Walk;
 use xsr_format::wrapper::vhd::{self, Vhd, VhdError};
+use xsr_save_restore::storage::file::check_readable;
 
 use crate::exit::{BadImage, BadUsage};
 use crate::feed::{self, Behind, Feed};
@@ -63,7 +64,7 @@ impl Input {
             return Self::plain(file, "stdin".to_owned());
         }
         let name = path.display().to_string();
-        crate::output::check_input(path).with_context(|| name.clone())?;
+        check_readable(path)?;
         let file = File::open(path).with_context(|| name.clone())?;
         let mut input = Self::plain(file, name)?;
         input.path = input.length.is_some().then(|| path.to_owned());

@@ -14,11 +14,14 @@
 pub(crate) mod guest;
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::Duration;
+
+use xsr_save_restore::storage::file::{Cleanup, Registered};
 
 /// How long a guest may take to say how it is, before the process ends without it.
 const DESCRIBE_WAIT: Duration = Duration::from_secs(1);
@@ -147,6 +150,27 @@ impl Left {
         }
         drop(things);
         kept
+    }
+}
+
+/// The files under temporary names: each is on the list while it has one.
+#[derive(Debug)]
+pub(crate) struct Files;
+
+impl Cleanup for Files {
+    fn while_making(
+        &self,
+        to: &Path,
+        make: &mut dyn FnMut() -> io::Result<PathBuf>,
+    ) -> io::Result<Box<dyn Registered>> {
+        let (left, _) = Left::file(to, make, |path| path)?;
+        Ok(Box::new(left))
+    }
+}
+
+impl Registered for Left {
+    fn settle(self: Box<Self>, keep: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()> {
+        Self::settle(*self, keep)
     }
 }
 

@@ -1,32 +1,28 @@
 //! Where an image, a core or an export is written to.
 //!
-//! A file appears whole or not at all: it is written under a temporary name beside its own, made
-//! durable, and renamed. Pipes, devices and stdout are written straight. An output is looked at
-//! before any work begins: whether it would overwrite what the command reads, or a file that is
-//! there; whether it is somebody else's link or pipe; whether it keeps anything at all.
+//! How a file is written is [`FileStorage`]'s to know: under a temporary name, and whole or not
+//! at all. What a command may write is decided here, before any work begins: whether it would
+//! overwrite what the command reads, or a file that is there; whether it keeps anything at all.
 
-mod leftover;
-mod path;
 mod room;
 
-use std::fs::{self, File, Metadata, OpenOptions};
+use std::fs::{self, File, Metadata};
 use std::io::{self, IsTerminal as _, Read as _, Seek as _, Write};
 use std::os::fd::AsFd as _;
-use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context as _, Error, Result, bail};
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::{major, minor};
-
+use xsr_save_restore::storage::file::{Begun, FileStorage, Target};
+use xsr_save_restore::storage::pipe::StraightWriter;
+use xsr_save_restore::storage::{Create, Durability, StorageError, StorageWriter};
 use xsr_xen_backend::mock::phase;
 
-use self::leftover::Temporary;
-use self::path::Found;
-pub(crate) use self::path::{check_input, inherited};
 use crate::exit::{Aftermath, BadUsage, WriteFailed};
-use crate::file::{is_dash, widen};
-use crate::left::Left;
+use crate::file::is_dash;
+use crate::left;
 use crate::painter::Follower;
 use crate::terminal::Terminal;
 use crate::text::shown_path;
@@ -63,32 +59,51 @@ impl Existing {
     }
 }
 
+impl From<Existing> for xsr_save_restore::storage::Existing {
+    fn from(existing: Existing) -> Self {
+        match existing {
+            Existing::Replace => Self::Replace,
+            Existing::Refuse => Self::Refuse,
+        }
+    }
+}
+
 /// Something that is being written.
 #[derive(Debug)]
 pub(crate) struct Output {
+    writer: Begun,
+    /// The writer's open file, for what writes pages from where they are mapped.
     file: File,
     /// What a person calls it.
     name: String,
-    place: Place,
+    /// Of a file: the directory that it will stand in.
+    directory: Option<PathBuf>,
+    /// Of a file: whether there is one of its name.
+    replaces: bool,
 }
 
-#[derive(Debug)]
-enum Place {
-    /// Under a temporary name in the directory it will stand in; removed on drop.
-    Temporary {
-        path: tempfile::TempPath,
-        to: PathBuf,
-        /// Removed by a signal, too.
-        left: Left,
-        /// Whether there is a file of its name.
-        replaces: bool,
-    },
-    /// A pipe, a device, or stdout: what is written is written.
-    Straight,
+/// Which program writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum By {
+    Us,
+    Xl,
 }
 
 fn refuse<T>(why: &str) -> Result<T> {
     Err(Error::new(BadUsage(why.to_owned())))
+}
+
+/// A failure of the storage, for a context that names the output.
+fn unnamed(error: StorageError) -> Error {
+    match error {
+        StorageError::Refused { why, .. } => Error::new(BadUsage(why)),
+        StorageError::Exists { .. } => {
+            Error::new(BadUsage("exists already: --force replaces it".to_owned()))
+        }
+        StorageError::Unsupported { what, .. } => Error::msg(what),
+        StorageError::Io { doing, source, .. } => Error::new(source).context(format!("{doing} it")),
+        other => Error::new(other),
+    }
 }
 
 impl Output {
@@ -106,7 +121,7 @@ impl Output {
             check_stdout(plan)?;
         }
         let named = name.clone();
-        Self::open_as(plan, name, Temporary::Ours).context(named)
+        Self::open_as(plan, name, By::Us).context(named)
     }
 
     /// The same, for a file that xl writes.
@@ -117,95 +132,84 @@ impl Output {
     pub(crate) fn open_for_xl(plan: &Plan<'_>) -> Result<Self> {
         let name = shown_path(plan.path);
         let named = name.clone();
-        Self::open_as(plan, name, Temporary::Xls).context(named)
+        Self::open_as(plan, name, By::Xl).context(named)
     }
 
-    fn open_as(plan: &Plan<'_>, name: String, whose: Temporary) -> Result<Self> {
-        if is_dash(plan.path) {
-            let file = io::stdout().as_fd().try_clone_to_owned()?.into();
-            return Self::descriptor(plan, file, name);
+    fn open_as(plan: &Plan<'_>, name: String, by: By) -> Result<Self> {
+        let target = match is_dash(plan.path) {
+            true => Target::of_descriptor(io::stdout().as_fd().try_clone_to_owned()?.into(), "-"),
+            false => Target::find(plan.path),
+        };
+        let target = target.map_err(unnamed)?;
+        if target.descriptor() == Some(1) {
+            check_stdout(plan)?;
         }
-        let path = match path::find(plan.path)? {
-            Found::Descriptor(file, number) => {
-                if number == 1 {
-                    check_stdout(plan)?;
-                }
-                return Self::descriptor(plan, file, name);
-            }
-            Found::Path(path) => path,
-        };
-        let found = match fs::symlink_metadata(&path) {
-            Ok(found) => Some(found),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => None,
-            Err(e) => return Err(e.into()),
-        };
-        if let Some(found) = &found {
+        if let Some(found) = target.found() {
             check_inputs(plan, found)?;
-            let kind = found.file_type();
-            if kind.is_dir() {
-                bail!("is a directory");
-            }
-            let replaced = kind.is_file() || kind.is_block_device();
-            if replaced && plan.existing == Existing::Refuse {
-                return refuse("exists already: --force replaces it");
-            }
-            if kind.is_fifo() || kind.is_socket() {
-                path::check_owner(found)?;
-            }
-            if !kind.is_file() {
-                check_device(plan, found)?;
-                let file = OpenOptions::new()
-                    .write(true)
-                    .custom_flags(OFlag::O_NOFOLLOW.bits())
-                    .open(&path)?;
-                let opened = file.metadata()?;
-                if (opened.dev(), opened.ino()) != (found.dev(), found.ino()) {
-                    bail!("another file has just taken its place");
-                }
-                return Self::straight(file, name);
-            }
+            check_device(plan, found)?;
         }
-        if matches!(whose, Temporary::Xls) {
-            crate::xl::child::hold_signals()?;
-        }
-        let (left, file, temporary) = leftover::temporary(&path, whose)?;
-        phase("output-made");
-        let place = Place::Temporary {
-            path: temporary,
-            left,
-            to: path,
-            replaces: found.is_some(),
+        let replaces = target.found().is_some();
+        let directory = match target.path() {
+            Some(path) => path.parent().unwrap_or(Path::new("/")).to_owned(),
+            None => PathBuf::new(),
         };
-        Ok(Self { file, name, place })
+        let mut storage = FileStorage::new(&directory).cleanup(Arc::new(left::Files));
+        if by == By::Xl {
+            storage = storage.written_by_another();
+            let is_file = |found: &Metadata| found.file_type().is_file();
+            if target.path().is_some() && target.found().is_none_or(is_file) {
+                crate::xl::child::hold_signals()?;
+            }
+        }
+        for (path, bytes) in target.left_by_another() {
+            if bytes > 0 {
+                tracing::warn!(
+                    "{}: a save through xl that was killed has left it; if `xsr verify` says that \
+                     it is good, it may be all that there is of its domain",
+                    shown_path(&path)
+                );
+            }
+        }
+        let create = Create::stream().existing(plan.existing.into());
+        match storage.write(target, &create).map_err(unnamed)? {
+            Begun::File(writer) => {
+                phase("output-made");
+                Ok(Self {
+                    file: file_of(&writer)?,
+                    writer: Begun::File(writer),
+                    name,
+                    directory: Some(directory),
+                    replaces,
+                })
+            }
+            Begun::Straight(writer) => {
+                let output = Self::straight(writer, name)?;
+                match output.file.is_terminal() {
+                    true => refuse("is a terminal, which an image would garble: name a file"),
+                    false => Ok(output),
+                }
+            }
+        }
     }
 
-    /// What this process has open already.
-    fn descriptor(plan: &Plan<'_>, file: File, name: String) -> Result<Self> {
-        let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?);
-        if flags & OFlag::O_ACCMODE == OFlag::O_RDONLY {
-            return refuse("is not open for writing");
-        }
-        let found = file.metadata()?;
-        check_inputs(plan, &found)?;
-        check_device(plan, &found)?;
-        Self::straight(file, name)
-    }
-
-    fn straight(file: File, name: String) -> Result<Self> {
-        if file.is_terminal() {
-            return refuse("is a terminal, which an image would garble: name a file");
-        }
-        if file.metadata()?.file_type().is_fifo() {
-            widen(&file);
-        }
-        let place = Place::Straight;
-        Ok(Self { file, name, place })
+    fn straight(writer: StraightWriter, name: String) -> Result<Self> {
+        Ok(Self {
+            file: file_of(&writer)?,
+            writer: Begun::Straight(writer),
+            name,
+            directory: None,
+            replaces: false,
+        })
     }
 
     /// A descriptor that this process was given, for whatever it is.
-    pub(crate) fn of_descriptor(file: File, name: String) -> Self {
-        let place = Place::Straight;
-        Self { file, name, place }
+    ///
+    /// # Errors
+    ///
+    /// It cannot be looked at.
+    pub(crate) fn of_descriptor(file: File, name: String) -> Result<Self> {
+        let writer = StraightWriter::new(file, &name).map_err(unnamed)?;
+        Self::straight(writer, name)
     }
 
     /// What to write to.
@@ -255,10 +259,10 @@ impl Output {
 
     /// What there is under its name when the work fails.
     pub(crate) fn aftermath(&self) -> String {
-        match &self.place {
-            Place::Temporary { replaces: true, .. } => format!("{} is as it was before", self.name),
-            Place::Temporary { .. } => "no file was written".to_owned(),
-            Place::Straight => format!("what {} got is incomplete", self.name),
+        match &self.writer {
+            Begun::File(_) if self.replaces => format!("{} is as it was before", self.name),
+            Begun::File(_) => "no file was written".to_owned(),
+            Begun::Straight(_) => format!("what {} got is incomplete", self.name),
         }
     }
 
@@ -268,10 +272,7 @@ impl Output {
     ///
     /// The output, what it needs and what is free.
     pub(crate) fn check_room(&self, bytes: u64) -> Result<()> {
-        let directory = match &self.place {
-            Place::Temporary { to, .. } => Some(path::directory(to)),
-            Place::Straight => None,
-        };
+        let directory = self.directory.as_deref();
         room::check(&self.file, directory, bytes).with_context(|| self.name.clone())
     }
 
@@ -283,19 +284,25 @@ impl Output {
     /// What the work says; [`WriteFailed`] if it was the output that failed, whatever the work
     /// took it for. Either says what there is under the output's name.
     pub(crate) fn fill<T>(self, work: impl FnOnce(&mut Sink<'_>) -> Result<T>) -> Result<(T, u64)> {
+        let after = self.aftermath();
+        let mut this = self;
+        let (is_new, writer): (bool, &mut dyn StorageWriter) = match &mut this.writer {
+            Begun::File(writer) => (true, writer),
+            Begun::Straight(writer) => (false, writer),
+        };
         let mut sink = Sink {
-            file: &self.file,
+            writer,
+            file: &this.file,
             bytes: 0,
             failed: None,
-            is_new: matches!(self.place, Place::Temporary { .. }),
+            is_new,
         };
         let done = work(&mut sink);
         let (bytes, failed) = (sink.bytes, sink.failed);
-        let after = self.aftermath();
         let done = match (done, failed) {
-            (Ok(done), _) => self.finish().map(|()| (done, bytes)),
+            (Ok(done), _) => this.finish().map(|()| (done, bytes)),
             (Err(_), Some(error)) => Err(Error::new(WriteFailed {
-                output: self.name.clone(),
+                output: this.name.clone(),
                 error,
             })),
             (Err(error), None) => Err(error),
@@ -305,9 +312,9 @@ impl Output {
 
     /// Its temporary name, if it has one.
     pub(crate) fn temporary(&self) -> Option<&Path> {
-        match &self.place {
-            Place::Temporary { path, .. } => Some(path),
-            Place::Straight => None,
+        match &self.writer {
+            Begun::File(writer) => writer.temporary(),
+            Begun::Straight(_) => None,
         }
     }
 
@@ -317,10 +324,11 @@ impl Output {
     ///
     /// It has none.
     pub(crate) fn keep(self) -> Result<PathBuf> {
-        match self.place {
-            Place::Temporary { path, .. } => Ok(path.keep()?),
-            Place::Straight => bail!("{} has no temporary name", self.name),
-        }
+        let kept = match self.writer {
+            Begun::File(mut writer) => writer.keep(),
+            Begun::Straight(_) => None,
+        };
+        kept.with_context(|| format!("{} has no temporary name", self.name))
     }
 
     /// As [`Output::finish`], of what must not be lost: where it cannot get its name, it stays
@@ -330,24 +338,14 @@ impl Output {
     ///
     /// What failed, and where the file is.
     pub(crate) fn finish_or_keep(self) -> Result<(), Kept> {
-        let Place::Temporary { path, to, .. } = self.place else {
+        let Begun::File(writer) = self.writer else {
             return Ok(());
         };
-        let kept = |error, at: &Path| Kept {
-            error,
-            at: at.to_owned(),
-        };
-        if let Err(error) = self.file.sync_all() {
-            let at = path.keep().map_err(|e| kept(e.error, &e.path))?;
-            return Err(kept(error, &at));
-        }
-        if let Err(failed) = path.persist(&to) {
-            let at = failed.path.keep().map_err(|e| kept(e.error, &e.path))?;
-            return Err(kept(failed.error, &at));
-        }
-        File::open(path::directory(&to))
-            .and_then(|dir| dir.sync_all())
-            .map_err(|error| kept(error, &to))
+        let kept = writer.commit_or_keep(Durability::Durable);
+        kept.map_err(|kept| Kept {
+            error: io_error(kept.error),
+            at: kept.at,
+        })
     }
 
     /// The output is complete: make it durable and give it its name.
@@ -356,28 +354,43 @@ impl Output {
     ///
     /// [`WriteFailed`]: an existing file of its name is as it was.
     pub(crate) fn finish(self) -> Result<()> {
-        let Self { file, name, place } = self;
-        let failed = |error| {
-            let output = name.clone();
-            Error::new(WriteFailed { output, error })
+        let Self { writer, name, .. } = self;
+        let committed = match writer {
+            Begun::File(writer) => {
+                phase("output-complete");
+                let committed = Box::new(writer).commit(Durability::Durable);
+                if committed.is_ok() {
+                    phase("output-named");
+                }
+                committed
+            }
+            Begun::Straight(writer) => Box::new(writer).commit(Durability::Durable),
         };
-        let synced = match file.sync_all() {
-            // A pipe or a terminal keeps nothing.
-            Err(e) if e.kind() == io::ErrorKind::InvalidInput => Ok(()),
-            other => other,
-        };
-        synced.map_err(failed)?;
-        if let Place::Temporary { path, to, left, .. } = place {
-            phase("output-complete");
-            left.settle(|| path.persist(&to))
-                .map_err(|e| failed(e.error))?;
-            phase("output-named");
-            // The name is durable once the directory is.
-            File::open(path::directory(&to))
-                .and_then(|dir| dir.sync_all())
-                .map_err(failed)?;
-        }
-        Ok(())
+        committed.map_err(|error: StorageError| {
+            let error = io_error(error);
+            Error::new(WriteFailed {
+                output: name,
+                error,
+            })
+        })
+    }
+}
+
+/// The open file that a writer writes to.
+fn file_of(writer: &dyn StorageWriter) -> io::Result<File> {
+    let file = writer.descriptor().ok_or(io::ErrorKind::Unsupported)?;
+    Ok(file.try_clone_to_owned()?.into())
+}
+
+/// What the system said.
+fn io_error(error: StorageError) -> io::Error {
+    match error {
+        StorageError::Io { source, .. } | StorageError::NotDurable { source, .. } => source,
+        StorageError::Exists { .. } => io::Error::new(
+            io::ErrorKind::AlreadyExists,
+            "another file has just got its name: --force replaces it",
+        ),
+        other => io::Error::other(other),
     }
 }
 
@@ -468,6 +481,8 @@ fn check_device(plan: &Plan<'_>, output: &Metadata) -> Result<()> {
 /// Writes to an output, counts, and remembers what failed.
 #[derive(Debug)]
 pub(crate) struct Sink<'o> {
+    writer: &'o mut dyn StorageWriter,
+    /// Its open file.
     file: &'o File,
     bytes: u64,
     failed: Option<io::Error>,
@@ -532,8 +547,7 @@ fn reads(mut source: &File) -> bool {
 
 impl Write for Sink<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut file = self.file;
-        let result = file.write(bytes);
+        let result = self.writer.write(bytes);
         let n = match result {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => return Err(e),
             result => self.remember(result)?,

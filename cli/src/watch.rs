@@ -13,6 +13,7 @@ use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
 use xsr_save_restore::progress::{Phase, Progress};
+use xsr_save_restore::storage::file::Inherited;
 use xsr_xen_backend::mock::phase;
 
 use crate::args::ProgressArg;
@@ -235,8 +236,7 @@ struct Lines {
 
 impl Lines {
     fn open(fd: u32) -> Result<Self> {
-        crate::output::inherited(fd)
-            .map_err(|e| Error::new(BadUsage(format!("--progress-fd {fd}: {e}"))))?;
+        Inherited::of(fd).map_err(|e| Error::new(BadUsage(format!("--progress-fd {fd}: {e}"))))?;
         // A description of our own, so that whoever has the descriptor too can keep it
         // blocking.
         let out = OpenOptions::new()

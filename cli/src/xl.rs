@@ -13,6 +13,7 @@ mod save;
 mod setting;
 #[cfg(test)]
 mod tests;
+mod words;
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -25,6 +26,7 @@ use anyhow::{Context as _, Error, Result, anyhow, bail};
 use clap::CommandFactory as _;
 
 use self::setting::Setting;
+use self::words::Words;
 use crate::args::{Backend, Cli, VARIABLE as BACKEND_VARIABLE};
 use crate::exit::{BadUsage, Code};
 
@@ -51,8 +53,9 @@ struct Call {
     settings: Vec<Setting>,
     /// Options that xl has not.
     refused: Vec<String>,
-    /// Of a save: what the command line says of its file.
-    file: Option<save::Words>,
+    /// Of a command that works on a domain: what the command line says of it, and of the file
+    /// of a save.
+    words: Option<Words>,
     /// How much more to say on stderr.
     verbose: u8,
     quiet: bool,
@@ -104,7 +107,7 @@ impl Xl {
             settings,
             refused,
             restores,
-            file,
+            words,
             ..
         } = self.0;
         if !refused.is_empty() {
@@ -126,9 +129,13 @@ impl Xl {
              --direct (save and restore without libxl; see --help)",
         )?;
         let helper = helper()?;
-        let target = match &file {
-            Some(words) => save::Target::prepare(words, &mut arguments)?,
+        let lock = match &words {
+            Some(words) => words.lock(&arguments)?,
             None => None,
+        };
+        let target = match &words {
+            Some(words) if words.command == "save" => save::Target::prepare(words, &mut arguments)?,
+            _ => None,
         };
         tracing::info!(xl = %xl.display(), helper = %helper.display(), ?arguments, "running xl");
         let xl = [xl.into_os_string()].into_iter().chain(arguments);
@@ -142,6 +149,7 @@ impl Xl {
             }
             ended => ended.and_then(|ended| code_of(ended.status)),
         };
+        drop(lock);
         match target {
             Some(target) => target.finish(code, succeeded),
             None => code,
@@ -177,7 +185,7 @@ impl Call {
             settings: Vec::new(),
             refused: Vec::new(),
             restores: matches!(name, "restore" | "migrate-receive"),
-            file: (name == "save").then(save::Words::default),
+            words: Words::of(name),
             verbose: 0,
             quiet: false,
         };
@@ -219,8 +227,10 @@ impl Call {
                 }
                 "--checkpoint" => call.push("-c".as_ref(), true),
                 "--paused" => call.push("-p".as_ref(), true),
-                "--force" if call.file.is_some() => {
-                    call.file.get_or_insert_default().force = true;
+                "--force" if name == "save" => {
+                    if let Some(words) = &mut call.words {
+                        words.force = true;
+                    }
                 }
                 _ if call.message(argument) => {}
                 _ => match Setting::of(own, option) {
@@ -242,7 +252,7 @@ impl Call {
             .chain(verbose)
             .chain([name.into()])
             .collect();
-        for position in call.file.iter_mut().flat_map(|file| &mut file.positions) {
+        for position in call.words.iter_mut().flat_map(|words| &mut words.positions) {
             *position += arguments.len();
         }
         call.arguments.splice(..0, arguments);
@@ -251,8 +261,8 @@ impl Call {
 
     /// An argument that xl gets.
     fn push(&mut self, argument: &OsStr, may_be_option: bool) {
-        if let Some(file) = &mut self.file {
-            file.see(argument, self.arguments.len(), may_be_option);
+        if let Some(words) = &mut self.words {
+            words.see(argument, self.arguments.len(), may_be_option);
         }
         self.arguments.push(argument.to_owned());
     }

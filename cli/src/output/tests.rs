@@ -2,6 +2,10 @@
 
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 
+use std::fs::OpenOptions;
+
+use xsr_save_restore::storage::file::check_readable;
+
 use super::*;
 
 fn plan<'p>(path: &'p Path, inputs: &'p [&'p Path]) -> Plan<'p> {
@@ -23,7 +27,7 @@ fn refused(plan: &Plan<'_>) -> String {
 
 /// The number of a descriptor, which becomes as an inherited one is.
 fn handed_on(file: &File) -> i32 {
-    fcntl(file, FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty())).unwrap();
+    rustix::io::fcntl_setfd(file, rustix::io::FdFlags::empty()).unwrap();
     std::os::fd::AsRawFd::as_raw_fd(file)
 }
 
@@ -242,11 +246,21 @@ fn what_a_killed_command_left_is_removed_and_what_is_in_use_is_not() {
     let first = Output::open(&plan(&path, &[])).unwrap();
     assert!(!at(".a.save.AbC123.partial").exists());
     let second = Output::open(&plan(&path, &[])).unwrap();
-    // Both are in use.
-    assert_eq!(names(dir.path()).len(), kept.len() + 3);
+    let replace = Plan {
+        existing: Existing::Replace,
+        ..plan(&path, &[])
+    };
+    let third = Output::open(&replace).unwrap();
+    // All are in use.
+    assert_eq!(names(dir.path()).len(), kept.len() + 4);
     first.fill(|sink| Ok(sink.write_all(b"1")?)).unwrap();
-    second.fill(|sink| Ok(sink.write_all(b"2")?)).unwrap();
-    assert_eq!(fs::read(&path).unwrap(), b"2");
+    // What has come since is not replaced unasked.
+    let late = second.fill(|sink| Ok(sink.write_all(b"2")?)).unwrap_err();
+    let words = crate::exit::words(late.chain());
+    assert!(words.contains("--force replaces it"), "{words}");
+    assert_eq!(fs::read(&path).unwrap(), b"1");
+    third.fill(|sink| Ok(sink.write_all(b"3")?)).unwrap();
+    assert_eq!(fs::read(&path).unwrap(), b"3");
     assert_eq!(names(dir.path()).len(), kept.len() + 2);
 }
 
@@ -259,7 +273,7 @@ fn room_is_refused_only_where_it_is_surely_missing() {
     // A pipe has room for everything.
     let (_reader, writer) = io::pipe().unwrap();
     let writer = File::from(std::os::fd::OwnedFd::from(writer));
-    let pipe = Output::of_descriptor(writer, "pipe".to_owned());
+    let pipe = Output::of_descriptor(writer, "pipe".to_owned()).unwrap();
     pipe.check_room(u64::MAX).unwrap();
 }
 
@@ -320,13 +334,13 @@ fn a_descriptor_that_was_not_inherited_has_no_name() {
         let path = Path::new(name);
         let error = Output::open(&plan(path, &[])).expect_err("it was taken");
         assert_eq!(format!("{error:#}"), format!("{name}: is not open"));
-        let error = check_input(path).expect_err("it was taken");
-        assert_eq!(error.to_string(), "is not open");
+        let error = check_readable(path).expect_err("it was taken");
+        assert_eq!(error.to_string(), format!("{name} is not open"));
     }
     handed_on(&file);
     for name in &names[..6] {
         Output::open(&plan(Path::new(name), &[])).unwrap();
-        check_input(Path::new(name)).unwrap();
+        check_readable(Path::new(name)).unwrap();
     }
 }
 

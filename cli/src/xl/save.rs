@@ -16,36 +16,13 @@ use anyhow::{Error, Result, bail};
 use xsr_format::read::ReadOptions;
 use xsr_format::walk::{Content, Walk};
 
+use super::words::Words;
 use crate::args::Backend;
 use crate::backend::Hypervisor;
 use crate::exit::{Aftermath, BadUsage, WriteFailed};
 use crate::file::is_dash;
 use crate::output::{Existing, Kept, Output, Plan};
 use crate::text::shown_path;
-
-/// What a command line says of the file.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Words {
-    /// Where DOMAIN and FILE stand among xl's arguments.
-    pub(super) positions: Vec<usize>,
-    /// The domain stays (`-c`, `-p`).
-    pub(super) keeps: bool,
-    /// `--force` was given, which xl has not.
-    pub(super) force: bool,
-}
-
-impl Words {
-    /// Take note of an argument that xl gets.
-    pub(super) fn see(&mut self, argument: &std::ffi::OsStr, position: usize, may_be_option: bool) {
-        let text = argument.to_str().unwrap_or_default();
-        match text.strip_prefix('-') {
-            Some(letters) if may_be_option && !letters.is_empty() => {
-                self.keeps |= !letters.starts_with('-') && letters.contains(['c', 'p']);
-            }
-            _ => self.positions.push(position),
-        }
-    }
-}
 
 /// Where xl is to write.
 #[derive(Debug)]

@@ -36,6 +36,27 @@ fn xls_flags_pass() {
     }
 }
 
+/// The domain is locked by its name, which an option's value is not to be taken for.
+#[test]
+fn the_domain_is_found_among_the_options() {
+    for words in [
+        ["save", "-c", "web", "f"].as_slice(),
+        &[
+            "-v", "migrate", "-s", "ssh -v", "-C", "x.cfg", "-D", "web", "h",
+        ],
+        &["migrate", "-s", "", "--live", "web", "h"],
+        &["migrate", "-eC", "x", "-sssh", "web", "h"],
+        &["remus", "-Fi", "50", "-N", "x", "-s", "ssh", "web", "h"],
+        &["remus", "-i50", "-ub", "--", "web", "h"],
+    ] {
+        let call = call(words).unwrap();
+        let positions = call.words.unwrap().positions;
+        let domain = call.arguments[positions[0]].to_str();
+        assert_eq!(domain, Some("web"), "{words:?}");
+    }
+    assert_eq!(call(&["restore", "f"]).unwrap().words, None);
+}
+
 #[test]
 fn what_is_for_xsr_is_taken_out() {
     let plain = ["save", "-c", "web", "f"];

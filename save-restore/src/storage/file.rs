@@ -24,7 +24,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nix::fcntl::OFlag;
+use rustix::fs::OFlags;
 
+use self::leftover::WrittenBy;
 use self::path::Followed;
 use self::steps::{NoFaults, Step, Steps};
 use super::error::shown;
@@ -34,8 +36,9 @@ use super::{
     StorageWriter,
 };
 
+pub use path::{Inherited, check_readable};
 pub use reader::FileReader;
-pub use writer::FileWriter;
+pub use writer::{FileWriter, Kept};
 
 /// Removes temporary files when a signal ends the program.
 ///
@@ -59,16 +62,169 @@ pub trait Cleanup: std::fmt::Debug + Send + Sync {
 
 /// A temporary file that a [`Cleanup`] knows of. Dropping it says that the file is gone.
 pub trait Registered: std::fmt::Debug + Send + Sync {
-    /// Calls `keep`, after which the file is not temporary any more.
-    fn settle(self: Box<Self>, keep: &mut dyn FnMut());
+    /// Calls `keep`, after which the file is not temporary any more, unless that fails.
+    ///
+    /// # Errors
+    ///
+    /// Those of `keep`.
+    fn settle(self: Box<Self>, keep: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()>;
 }
 
 /// The files of a directory. See [the module](self) for how they are written.
 #[derive(Clone, Debug)]
 pub struct FileStorage {
     directory: PathBuf,
+    written_by: WrittenBy,
     cleanup: Option<Arc<dyn Cleanup>>,
     steps: Arc<dyn Steps>,
+}
+
+/// What a path to write to leads to: looked at, and not written yet.
+///
+/// It is what lies between the name that a user gives and [`FileStorage::write`]: a command can
+/// refuse what would be lost, as the file that it reads.
+///
+/// ```
+/// use xsr_save_restore::storage::file::Target;
+///
+/// let directory = tempfile::tempdir()?;
+/// let path = directory.path().join("web.save");
+/// assert!(Target::find(&path)?.found().is_none());
+/// std::fs::write(&path, "an image")?;
+/// let target = Target::find(&path)?;
+/// assert_eq!(target.found().map(|found| found.len()), Some(8));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct Target {
+    /// What a person calls it.
+    name: String,
+    place: Place,
+}
+
+#[derive(Debug)]
+enum Place {
+    Descriptor {
+        file: File,
+        number: Option<u32>,
+        found: Metadata,
+    },
+    Path {
+        path: PathBuf,
+        found: Option<Metadata>,
+    },
+}
+
+impl Target {
+    /// Follows a path.
+    ///
+    /// # Errors
+    ///
+    /// [`StorageError::Refused`]: another user may have put a link or a pipe there.
+    /// [`StorageError::Unsupported`]: nothing can be written there. [`StorageError::Io`].
+    pub fn find(path: &Path) -> Result<Self, StorageError> {
+        let name = shown(path);
+        let path = match path::follow(path, &name)? {
+            Followed::Descriptor(file, number) => {
+                let this = Self::of_descriptor(file, name)?;
+                return Ok(this.numbered(number));
+            }
+            Followed::Path(path) => path,
+        };
+        let found = match fs::symlink_metadata(&path) {
+            Ok(found) => Some(found),
+            Err(error) if not_found(&error) => None,
+            Err(error) => return Err(StorageError::io("looking at", name)(error)),
+        };
+        if let Some(found) = &found {
+            let kind = found.file_type();
+            if kind.is_dir() {
+                let what = "is a directory";
+                return Err(StorageError::Unsupported { name, what });
+            }
+            if kind.is_fifo() || kind.is_socket() {
+                path::check_owner(found, &name)?;
+            }
+        }
+        let place = Place::Path { path, found };
+        Ok(Self { name, place })
+    }
+
+    /// A descriptor, which is written from where it stands.
+    ///
+    /// # Errors
+    ///
+    /// [`StorageError::Refused`] if it was not opened for writing; [`StorageError::Io`].
+    pub fn of_descriptor(file: File, name: impl Into<String>) -> Result<Self, StorageError> {
+        let name = name.into();
+        let flags = rustix::fs::fcntl_getfl(&file);
+        let flags = flags.map_err(StorageError::io("looking at", &name))?;
+        if flags & OFlags::ACCMODE == OFlags::RDONLY {
+            let why = "is not open for writing".to_owned();
+            return Err(StorageError::Refused { name, why });
+        }
+        let found = file.metadata();
+        let found = found.map_err(StorageError::io("looking at", &name))?;
+        let place = Place::Descriptor {
+            file,
+            number: None,
+            found,
+        };
+        Ok(Self { name, place })
+    }
+
+    fn numbered(mut self, own: u32) -> Self {
+        if let Place::Descriptor { number, .. } = &mut self.place {
+            *number = Some(own);
+        }
+        self
+    }
+
+    /// What a person calls it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What is there; `None` if there is nothing yet.
+    pub fn found(&self) -> Option<&Metadata> {
+        match &self.place {
+            Place::Descriptor { found, .. } => Some(found),
+            Place::Path { found, .. } => found.as_ref(),
+        }
+    }
+
+    /// The number of the descriptor of this process that the path names, if it names one.
+    pub fn descriptor(&self) -> Option<u32> {
+        match &self.place {
+            Place::Descriptor { number, .. } => *number,
+            Place::Path { .. } => None,
+        }
+    }
+
+    /// The path without links; `None` for a descriptor.
+    pub fn path(&self) -> Option<&Path> {
+        match &self.place {
+            Place::Descriptor { .. } => None,
+            Place::Path { path, .. } => Some(path),
+        }
+    }
+
+    /// Files for this path that another program was to write, and that are not in use: paths and
+    /// lengths. Such a file may be all that there is of a guest.
+    pub fn left_by_another(&self) -> Vec<(PathBuf, u64)> {
+        self.path()
+            .map(leftover::left_by_another)
+            .unwrap_or_default()
+    }
+}
+
+/// What [`FileStorage::write`] has begun.
+#[derive(Debug)]
+pub enum Begun {
+    /// A file, under its temporary name.
+    File(FileWriter),
+    /// A pipe or a device, which is written straight.
+    Straight(StraightWriter),
 }
 
 impl FileStorage {
@@ -76,6 +232,7 @@ impl FileStorage {
     pub fn new(directory: impl Into<PathBuf>) -> Self {
         Self {
             directory: directory.into(),
+            written_by: WrittenBy::Us,
             cleanup: None,
             steps: Arc::new(NoFaults),
         }
@@ -101,6 +258,14 @@ impl FileStorage {
         Ok((Self::new(directory(path)), name))
     }
 
+    /// Has another program write the files, which goes on when this process is killed. Their
+    /// temporary names end in `.xl-partial`, and are never removed as those of killed processes:
+    /// such a file may be all that there is of a guest.
+    pub const fn written_by_another(mut self) -> Self {
+        self.written_by = WrittenBy::Another;
+        self
+    }
+
     /// Has temporary files registered there while they exist.
     pub fn cleanup(mut self, cleanup: Arc<dyn Cleanup>) -> Self {
         self.cleanup = Some(cleanup);
@@ -117,25 +282,45 @@ impl FileStorage {
         self.directory.join(name.as_os_str())
     }
 
-    fn straight(
-        file: File,
-        create: &Create,
-        name: String,
-    ) -> Result<Box<dyn StorageWriter>, StorageError> {
+    /// Starts to write what a path leads to, wherever that is: [`Storage::create`] does so for
+    /// the names of its directory.
+    ///
+    /// # Errors
+    ///
+    /// As [`Storage::create`].
+    pub fn write(&self, target: Target, create: &Create) -> Result<Begun, StorageError> {
+        let Target { name, place } = target;
+        let (path, found) = match place {
+            Place::Descriptor { file, .. } => return Self::straight(file, create, name),
+            Place::Path { path, found } => (path, found),
+        };
+        let Some(found) = found else {
+            return self.temporary(path, create, name).map(Begun::File);
+        };
+        let kind = found.file_type();
+        let replaced = kind.is_file() || kind.is_block_device();
+        if replaced && create.existing == Existing::Refuse {
+            return Err(StorageError::Exists { name });
+        }
+        if kind.is_file() {
+            return self.temporary(path, create, name).map(Begun::File);
+        }
+        let file = Self::open_special(&path, &found, &name)?;
+        Self::straight(file, create, name)
+    }
+
+    fn straight(file: File, create: &Create, name: String) -> Result<Begun, StorageError> {
         if create.shape == Shape::Slots {
             return Err(StorageError::Unsupported {
                 name,
                 what: "is not a regular file, and can only be written from its start to its end",
             });
         }
-        Ok(Box::new(StraightWriter::new(file, name)?))
+        StraightWriter::new(file, name).map(Begun::Straight)
     }
 
     /// Opens what is there and is not a regular file.
     fn open_special(path: &Path, found: &Metadata, name: &str) -> Result<File, StorageError> {
-        if found.file_type().is_fifo() || found.file_type().is_socket() {
-            path::check_owner(found, name)?;
-        }
         let open = || -> io::Result<File> {
             let file = OpenOptions::new()
                 .write(true)
@@ -158,7 +343,8 @@ impl FileStorage {
         create: &Create,
         name: String,
     ) -> Result<FileWriter, StorageError> {
-        let made = leftover::temporary(&to, self.cleanup.as_deref(), &*self.steps)
+        let cleanup = self.cleanup.as_deref();
+        let made = leftover::temporary(&to, self.written_by, cleanup, &*self.steps)
             .map_err(StorageError::io("making a temporary file for", &name))?;
         Ok(FileWriter::new(
             made,
@@ -188,32 +374,11 @@ impl Storage for FileStorage {
         name: &StorageName,
         create: &Create,
     ) -> Result<Box<dyn StorageWriter>, StorageError> {
-        let path = self.path(name);
-        let name = shown(&path);
-        let path = match path::follow(&path, &name)? {
-            Followed::Descriptor(file) => return Self::straight(file, create, name),
-            Followed::Path(path) => path,
-        };
-        match fs::symlink_metadata(&path) {
-            Err(error) if not_found(&error) => {}
-            Err(error) => return Err(StorageError::io("looking at", name)(error)),
-            Ok(found) => {
-                let kind = found.file_type();
-                if kind.is_dir() {
-                    let error = io::Error::from(io::ErrorKind::IsADirectory);
-                    return Err(StorageError::io("writing", name)(error));
-                }
-                let replaced = kind.is_file() || kind.is_block_device();
-                if replaced && create.existing == Existing::Refuse {
-                    return Err(StorageError::Exists { name });
-                }
-                if !kind.is_file() {
-                    let file = Self::open_special(&path, &found, &name)?;
-                    return Self::straight(file, create, name);
-                }
-            }
-        }
-        Ok(Box::new(self.temporary(path, create, name)?))
+        let target = Target::find(&self.path(name))?;
+        Ok(match self.write(target, create)? {
+            Begun::File(writer) => Box::new(writer),
+            Begun::Straight(writer) => Box::new(writer),
+        })
     }
 
     fn open(&self, name: &StorageName) -> Result<Opened, StorageError> {

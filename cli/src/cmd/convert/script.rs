@@ -16,6 +16,7 @@ use clap::Parser as _;
 use xsr_format::legacy::{Checkpoints, Converted, LegacyOptions, LegacyReader, Target};
 use xsr_format::read::ReadOptions;
 use xsr_format::wrapper::xl::XlHeader;
+use xsr_save_restore::storage::file::Inherited;
 
 use super::pour;
 use crate::args::images::{ScriptArgs, ScriptFormat};
@@ -53,7 +54,7 @@ fn run(args: &ScriptArgs) -> Result<()> {
         Ok(number) => {
             let file = inherited(number, OpenOptions::new().write(true));
             let file = file.with_context(|| format!("descriptor {number}"));
-            file.map(|file| Output::of_descriptor(file, format!("descriptor {number}")))
+            file.and_then(|file| Output::of_descriptor(file, format!("descriptor {number}")))
         }
         Err(_) => Output::open(&Plan {
             path: Path::new(&args.output),
@@ -116,7 +117,7 @@ fn inherited(number: u32, options: &OpenOptions) -> Result<File> {
         2 => return Ok(io::stderr().as_fd().try_clone_to_owned()?.into()),
         _ => {}
     }
-    crate::output::inherited(number)?;
+    Inherited::of(number)?;
     let path = format!("/proc/self/fd/{number}");
     let mut options = options.clone();
     let mut file = options.create(false).truncate(false).open(path)?;

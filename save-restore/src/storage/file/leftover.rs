@@ -1,8 +1,8 @@
 //! Temporary files, and those that a killed process has left behind.
 //!
-//! A temporary file is locked (`flock`) while it is in use. One that nobody has locked is
-//! removed by the next writer of the same name; otherwise a job that is killed each night would
-//! fill the disk.
+//! A temporary file is locked (`flock`) while it is in use. One that is not locked is removed by
+//! the next writer of the same name; otherwise a job that is killed each night would fill the
+//! disk.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
@@ -20,8 +20,9 @@ use super::steps::{Step, Steps};
 use super::{Cleanup, Registered, directory};
 use crate::storage::error::shown;
 
-/// What a temporary name ends with.
+/// What a temporary name ends with: the second is that of a file which another program writes.
 const SUFFIX: &str = ".partial";
+const FOREIGN_SUFFIX: &str = ".xl-partial";
 /// Characters before it that make the name unique.
 const RANDOM: usize = 6;
 /// Bytes of the image's name in it: with the rest it must not be longer than a name may be.
@@ -38,6 +39,25 @@ pub(super) struct Temporary {
     pub(super) registered: Option<Box<dyn Registered>>,
 }
 
+/// Which program writes a temporary file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum WrittenBy {
+    /// This process: a file that it leaves behind has a guest that still runs.
+    Us,
+    /// Another program, which goes on when this process is killed. A file that is left behind may
+    /// be all that there is of a guest: it is never removed.
+    Another,
+}
+
+impl WrittenBy {
+    fn suffix(self) -> &'static str {
+        match self {
+            Self::Us => SUFFIX,
+            Self::Another => FOREIGN_SUFFIX,
+        }
+    }
+}
+
 /// `.NAME.`
 fn prefix(to: &Path) -> io::Result<OsString> {
     let name = to.file_name().ok_or(io::ErrorKind::InvalidInput)?;
@@ -50,6 +70,7 @@ fn prefix(to: &Path) -> io::Result<OsString> {
 /// for the same name have been removed.
 pub(super) fn temporary(
     to: &Path,
+    by: WrittenBy,
     cleanup: Option<&dyn Cleanup>,
     steps: &dyn Steps,
 ) -> io::Result<Temporary> {
@@ -61,7 +82,7 @@ pub(super) fn temporary(
             steps.before(Step::Make)?;
             let made = tempfile::Builder::new()
                 .prefix(&prefix)
-                .suffix(SUFFIX)
+                .suffix(by.suffix())
                 .rand_bytes(RANDOM)
                 .tempfile_in(directory(to))?;
             let (made, path) = NamedTempFile::keep(made)?;
@@ -126,13 +147,13 @@ fn remove_left_behind(directory: &Path, prefix: &OsStr, steps: &dyn Steps) {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     for entry in entries {
         let path = entry.path();
-        if is_of(&entry.file_name(), prefix)
+        if is_of(&entry.file_name(), prefix, SUFFIX)
             && let Some((_locked, bytes)) = unlocked(&path)
             && steps.before(Step::Remove).is_ok()
             && fs::remove_file(&path).is_ok()
         {
             tracing::info!(
-                "{}: removed, {bytes} bytes that a killed process has left",
+                "{}: removed, {bytes} bytes that a killed command has left",
                 shown(&path)
             );
         }
@@ -144,19 +165,35 @@ fn is_unique_part(part: &[u8]) -> bool {
     part.len() == RANDOM && part.iter().all(u8::is_ascii_alphanumeric)
 }
 
-fn is_of(name: &OsStr, prefix: &OsStr) -> bool {
+fn is_of(name: &OsStr, prefix: &OsStr, suffix: &str) -> bool {
     name.as_bytes()
         .strip_prefix(prefix.as_bytes())
-        .and_then(|rest| rest.strip_suffix(SUFFIX.as_bytes()))
+        .and_then(|rest| rest.strip_suffix(suffix.as_bytes()))
         .is_some_and(is_unique_part)
+}
+
+/// The files that another program was to write for this name and that are not in use: paths
+/// and lengths.
+pub(super) fn left_by_another(to: &Path) -> Vec<(PathBuf, u64)> {
+    let Ok(prefix) = prefix(to) else {
+        return Vec::new();
+    };
+    let entries = fs::read_dir(directory(to)).into_iter().flatten().flatten();
+    entries
+        .filter(|entry| is_of(&entry.file_name(), &prefix, FOREIGN_SUFFIX))
+        .filter_map(|entry| {
+            let (_locked, bytes) = unlocked(&entry.path())?;
+            Some((entry.path(), bytes))
+        })
+        .collect()
 }
 
 /// Whether a file has the temporary name of any image.
 pub(super) fn is_temporary(name: &OsStr) -> bool {
-    let name = name
-        .as_bytes()
-        .strip_prefix(b".")
-        .and_then(|rest| rest.strip_suffix(SUFFIX.as_bytes()));
+    let name = name.as_bytes().strip_prefix(b".").and_then(|rest| {
+        let own = rest.strip_suffix(SUFFIX.as_bytes());
+        own.or_else(|| rest.strip_suffix(FOREIGN_SUFFIX.as_bytes()))
+    });
     name.and_then(|name| name.rsplit(|byte| *byte == b'.').next())
         .is_some_and(is_unique_part)
 }

@@ -3,15 +3,19 @@
 //! rules as `fs.protected_symlinks` and `fs.protected_fifos`, but not everywhere, and the second
 //! only for a writer that would create the file.
 //!
-//! A path that names an open descriptor (`/dev/stdout`, `/dev/fd/3`) becomes that descriptor,
-//! with its position: it is to be written, not opened a second time.
+//! A path that names an inherited descriptor (`/dev/stdout`, `/dev/fd/3`) becomes that
+//! descriptor, with its position: it is to be written, not opened a second time. A descriptor
+//! that this process opened itself has no such name: it may be the memory of the guest.
 
 use std::ffi::OsString;
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io;
+use std::os::fd::AsFd as _;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Component, Path, PathBuf};
 
+use nix::fcntl::OFlag;
 use nix::unistd::geteuid;
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 
@@ -24,57 +28,262 @@ const MOST_LINKS: usize = 40;
 /// What a path leads to.
 #[derive(Debug)]
 pub(super) enum Followed {
-    /// An open file of this process.
-    Descriptor(File),
+    /// An inherited descriptor of this process, and its number.
+    Descriptor(File, u32),
     /// A path without links. There may be nothing there yet.
     Path(PathBuf),
 }
 
+/// What a path leads to, not yet opened.
+enum Led {
+    /// The number of a descriptor of this process, and its path.
+    Descriptor(u32, PathBuf),
+    Path(PathBuf),
+}
+
+/// Where a path stops that cannot be followed.
+struct Walk<'n> {
+    /// What a person calls the path.
+    name: &'n str,
+    /// Whether links that other users made are refused.
+    checks: bool,
+}
+
 /// Follows a path. `name` is what a person calls it.
 pub(super) fn follow(path: &Path, name: &str) -> Result<Followed, StorageError> {
-    let failed = || StorageError::io("following the path", name);
-    let path = std::path::absolute(path).map_err(failed())?;
-    // Components still to be followed, the next one last.
-    let mut left = components(&path);
-    let mut done = PathBuf::from("/");
-    let mut links = 0;
-    // Of the directory that `done` is.
-    let mut directory = fs::symlink_metadata("/").map_err(failed())?;
-    while let Some(part) = left.pop() {
-        if part == ".." {
-            done.pop();
-            directory = fs::symlink_metadata(&done).map_err(failed())?;
-            continue;
+    let walk = Walk { name, checks: true };
+    match walk.follow(path)? {
+        Led::Path(path) => Ok(Followed::Path(path)),
+        Led::Descriptor(number, path) => {
+            let taken = walk.take(number, &path)?;
+            Ok(Followed::Descriptor(taken, number))
         }
-        let next = done.join(&part);
-        if next == Path::new("/proc") {
-            return process(&rest(next, left)).map_err(failed());
-        }
-        let found = match fs::symlink_metadata(&next) {
-            Ok(found) => found,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Ok(Followed::Path(rest(next, left)));
-            }
-            Err(error) => return Err(failed()(error)),
-        };
-        if !found.is_symlink() {
-            done = next;
-            directory = found;
-            continue;
-        }
-        check_link(&next, name, &found, &directory, left.is_empty())?;
-        links += 1;
-        if links > MOST_LINKS {
-            return Err(failed()(io::Error::from(rustix::io::Errno::LOOP)));
-        }
-        let target = fs::read_link(&next).map_err(failed())?;
-        if target.is_absolute() {
-            done = PathBuf::from("/");
-            directory = fs::symlink_metadata("/").map_err(failed())?;
-        }
-        left.extend(components(&target));
     }
-    Ok(Followed::Path(done))
+}
+
+/// Refuses to read a path that names a descriptor which this process did not inherit.
+///
+/// ```
+/// use std::os::fd::AsRawFd as _;
+/// use std::path::Path;
+/// use xsr_save_restore::storage::file::check_readable;
+///
+/// check_readable(Path::new("/etc/hostname"))?;
+/// check_readable(Path::new("/dev/stdin"))?;
+/// let own = std::fs::File::open("/dev/null")?;
+/// let name = format!("/dev/fd/{}", own.as_raw_fd());
+/// assert!(check_readable(Path::new(&name)).is_err());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// # Errors
+///
+/// [`StorageError::Unsupported`]: the descriptor is not open, or this process opened it.
+pub fn check_readable(path: &Path) -> Result<(), StorageError> {
+    let walk = Walk {
+        name: &shown(path),
+        checks: false,
+    };
+    match walk.follow(path) {
+        Ok(Led::Descriptor(number, _)) => walk.inherited(number).map(drop),
+        // Opening it tells what is wrong with it.
+        Ok(Led::Path(_)) | Err(_) => Ok(()),
+    }
+}
+
+/// How a descriptor was opened that this process was started with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Inherited {
+    /// Whether it can be read.
+    pub readable: bool,
+    /// Whether it can be written.
+    pub writable: bool,
+}
+
+impl Inherited {
+    /// How descriptor `number` was opened. A descriptor that this process opened itself is
+    /// closed on exec, which an inherited one cannot be.
+    ///
+    /// # Errors
+    ///
+    /// [`StorageError::Unsupported`]: it is not open, or this process opened it.
+    pub fn of(number: u32) -> Result<Self, StorageError> {
+        let name = format!("descriptor {number}");
+        let walk = Walk {
+            name: &name,
+            checks: false,
+        };
+        let flags = walk.inherited(number)?;
+        let access = flags & OFlag::O_ACCMODE;
+        Ok(Self {
+            readable: access != OFlag::O_WRONLY,
+            writable: access != OFlag::O_RDONLY,
+        })
+    }
+}
+
+/// Whether a path ends in a slash or a dot, and so can name a directory only.
+fn names_directory(path: &Path) -> bool {
+    let bytes = path.as_os_str().as_bytes();
+    bytes.ends_with(b"/") || bytes.ends_with(b"/.")
+}
+
+impl Walk<'_> {
+    fn cannot<T>(&self, what: &'static str) -> Result<T, StorageError> {
+        let name = self.name.to_owned();
+        Err(StorageError::Unsupported { name, what })
+    }
+
+    fn refuse<T>(&self, why: String) -> Result<T, StorageError> {
+        let name = self.name.to_owned();
+        Err(StorageError::Refused { name, why })
+    }
+
+    fn look(&self, path: &Path) -> Result<Metadata, StorageError> {
+        fs::symlink_metadata(path).map_err(self.failed())
+    }
+
+    fn failed(&self) -> impl FnOnce(io::Error) -> StorageError {
+        StorageError::io("following the path", self.name)
+    }
+
+    fn follow(&self, path: &Path) -> Result<Led, StorageError> {
+        let mut directory_only = names_directory(path);
+        let path = std::path::absolute(path).map_err(self.failed())?;
+        // Components still to be followed, the next one last.
+        let mut left = components(&path);
+        let mut done = PathBuf::from("/");
+        let mut links = 0;
+        // Of the directory that `done` is.
+        let mut directory = self.look(Path::new("/"))?;
+        while let Some(part) = left.pop() {
+            if part == ".." {
+                done.pop();
+                directory = self.look(&done)?;
+                continue;
+            }
+            let next = done.join(&part);
+            if left.is_empty()
+                && let Some(number) = own_descriptor(&next)
+            {
+                return Ok(Led::Descriptor(number, next));
+            }
+            let found = match fs::symlink_metadata(&next) {
+                Ok(found) => found,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    if directory_only {
+                        return self.cannot("is not a directory");
+                    }
+                    return Ok(Led::Path(rest(next, left)));
+                }
+                Err(error) => return Err(self.failed()(error)),
+            };
+            if !found.is_symlink() {
+                done = next;
+                directory = found;
+                continue;
+            }
+            if self.checks {
+                self.check_link(&next, &found, &directory, left.is_empty())?;
+            }
+            links += 1;
+            if links > MOST_LINKS {
+                return self.cannot("has too many symbolic links");
+            }
+            let target = fs::read_link(&next).map_err(self.failed())?;
+            self.check_magic(&next, &target)?;
+            directory_only |= left.is_empty() && names_directory(&target);
+            if target.is_absolute() {
+                done = PathBuf::from("/");
+                directory = self.look(Path::new("/"))?;
+            }
+            left.extend(components(&target));
+        }
+        if directory_only && !directory.is_dir() {
+            return self.cannot("is not a directory");
+        }
+        Ok(Led::Path(done))
+    }
+
+    /// The flags of a descriptor that this process was started with.
+    fn inherited(&self, number: u32) -> Result<OFlag, StorageError> {
+        const NOT_OPEN: &str = "is not open";
+        let Ok(info) = fs::read_to_string(format!("/proc/self/fdinfo/{number}")) else {
+            return self.cannot(NOT_OPEN);
+        };
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
+        let flags = flags.and_then(|flags| i32::from_str_radix(flags.trim(), 8).ok());
+        match flags.map(OFlag::from_bits_retain) {
+            None => self.cannot("cannot be used: the kernel does not tell how it was opened"),
+            Some(flags) if flags.contains(OFlag::O_CLOEXEC) => self.cannot(NOT_OPEN),
+            Some(flags) => Ok(flags),
+        }
+    }
+
+    /// A descriptor that this process was started with.
+    fn take(&self, number: u32, path: &Path) -> Result<File, StorageError> {
+        let flags = self.inherited(number)?;
+        let standard = match number {
+            0 => Some(io::stdin().as_fd().try_clone_to_owned()),
+            1 => Some(io::stdout().as_fd().try_clone_to_owned()),
+            2 => Some(io::stderr().as_fd().try_clone_to_owned()),
+            _ => None,
+        };
+        if let Some(file) = standard {
+            return Ok(file.map_err(self.failed())?.into());
+        }
+        let Ok(raw) = i32::try_from(number) else {
+            return self.cannot("is not open");
+        };
+        let opened = pidfd_open(getpid(), PidfdFlags::empty())
+            .and_then(|own| pidfd_getfd(own, raw, PidfdGetfdFlags::empty()));
+        if let Ok(file) = opened {
+            return Ok(file.into());
+        }
+        // Where that is not allowed: what has no position may be opened a second time.
+        let is_file = fs::metadata(path).map_err(self.failed())?.is_file();
+        if is_file || flags & OFlag::O_ACCMODE == OFlag::O_RDONLY {
+            return self.cannot("cannot be written: name the file, or redirect stdout to it");
+        }
+        let opened = OpenOptions::new().write(true).open(path);
+        opened.map_err(self.failed())
+    }
+
+    /// Refuses a link of `/proc` that leads to what its text does not name: a pipe or a removed
+    /// file of another process, the root of a container. (The kernel follows such a link by
+    /// itself.)
+    fn check_magic(&self, link: &Path, target: &Path) -> Result<(), StorageError> {
+        if !link.starts_with("/proc") {
+            return Ok(());
+        }
+        let target = link.parent().unwrap_or(link).join(target);
+        let led = fs::metadata(link).map_err(self.failed())?;
+        match fs::metadata(target) {
+            Ok(named) if (named.dev(), named.ino()) == (led.dev(), led.ino()) => Ok(()),
+            _ => self.cannot("leads to what has no name outside /proc"),
+        }
+    }
+
+    /// `last`: the link stands where the file is to be, so that following it has another file
+    /// replaced.
+    fn check_link(
+        &self,
+        path: &Path,
+        link: &Metadata,
+        directory: &Metadata,
+        last: bool,
+    ) -> Result<(), StorageError> {
+        let of_the_directory = link.uid() == directory.uid();
+        if is_trusted(link) || !last && (!is_shared(directory) || of_the_directory) {
+            return Ok(());
+        }
+        self.refuse(format!(
+            "leads through {}, a link of another user (uid {}), which is not followed: name the \
+             file itself",
+            shown(path),
+            link.uid()
+        ))
+    }
 }
 
 /// The components of a path, the last one first.
@@ -93,31 +302,17 @@ fn rest(path: PathBuf, left: Vec<OsString>) -> PathBuf {
         .fold(path, |path, name| path.join(name))
 }
 
-/// A path below `/proc`, which may name a descriptor of this process.
-fn process(path: &Path) -> io::Result<Followed> {
-    let again = || {
-        let file = OpenOptions::new().write(true).open(path)?;
-        Ok(Followed::Descriptor(file))
-    };
-    let below = path.strip_prefix("/proc").unwrap_or(path);
+/// The number of the descriptor of this process that a path without links names.
+fn own_descriptor(path: &Path) -> Option<u32> {
+    let below = path.strip_prefix("/proc").ok()?;
     let parts: Vec<_> = below.iter().filter_map(|part| part.to_str()).collect();
-    let own = std::process::id().to_string();
-    let number = match parts[..] {
-        [process, "fd", number] if ["self", "thread-self", &own].contains(&process) => number,
-        ["self" | "thread-self", "task", _, "fd", number] => number,
-        _ => return again(),
+    let (process, number) = match parts[..] {
+        [process, "fd", number] | [process, "task", _, "fd", number] => (process, number),
+        _ => return None,
     };
-    let Ok(number) = number.parse() else {
-        return Err(io::ErrorKind::NotFound.into());
-    };
-    let opened = pidfd_open(getpid(), PidfdFlags::empty())
-        .and_then(|own| pidfd_getfd(own, number, PidfdGetfdFlags::empty()));
-    match opened {
-        Ok(file) => Ok(Followed::Descriptor(file.into())),
-        Err(rustix::io::Errno::BADF) => Err(rustix::io::Errno::BADF.into()),
-        // Where that is not allowed: at least the same file.
-        Err(_) => again(),
-    }
+    // A thread has the descriptors of its process.
+    let is_own = Path::new("/proc/self/task").join(process).exists();
+    is_own.then(|| number.parse().ok()).flatten()
 }
 
 /// Whether its owner is a user whom the caller has to trust anyway.
@@ -130,40 +325,14 @@ fn is_shared(directory: &Metadata) -> bool {
     directory.mode() & 0o1022 != 0
 }
 
-/// `last`: the link stands where the file is to be, so that following it has another file
-/// replaced.
-fn check_link(
-    path: &Path,
-    name: &str,
-    link: &Metadata,
-    directory: &Metadata,
-    last: bool,
-) -> Result<(), StorageError> {
-    let of_the_directory = link.uid() == directory.uid();
-    if is_trusted(link) || !last && (!is_shared(directory) || of_the_directory) {
-        return Ok(());
-    }
-    Err(StorageError::Refused {
-        name: name.to_owned(),
-        why: format!(
-            "leads through {}, a link of another user (uid {}), which is not followed: name the \
-             file itself",
-            shown(path),
-            link.uid()
-        ),
-    })
-}
-
 /// Whether a pipe or socket may be written to: the guest's memory is for its owner.
 pub(super) fn check_owner(found: &Metadata, name: &str) -> Result<(), StorageError> {
     if is_trusted(found) {
         return Ok(());
     }
-    Err(StorageError::Refused {
-        name: name.to_owned(),
-        why: format!(
-            "is a pipe or socket of another user (uid {}): redirect stdout to it if that is meant",
-            found.uid()
-        ),
-    })
+    let walk = Walk { name, checks: true };
+    walk.refuse(format!(
+        "is a pipe or socket of another user (uid {}): redirect stdout to it if that is meant",
+        found.uid()
+    ))
 }

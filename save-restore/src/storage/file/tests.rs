@@ -204,6 +204,36 @@ fn what_is_in_use_or_is_not_a_temporary_file_stays() {
     assert_eq!(names(directory.path()), Vec::from_iter(expected));
 }
 
+/// xl goes on when this process is killed, and destroys the guest.
+#[test]
+fn what_another_program_wrote_is_told_and_never_removed() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    fs::write(at(".a.AbC123.xl-partial"), "left").unwrap();
+    fs::write(at(".a.Locked.xl-partial"), "in use").unwrap();
+    let locked = File::open(at(".a.Locked.xl-partial")).unwrap();
+    flock(&locked, FlockOperation::LockExclusive).unwrap();
+    let storage = FileStorage::new(directory.path()).written_by_another();
+    let target = Target::find(&at("a")).unwrap();
+    let left = target.left_by_another();
+    assert_eq!(left, [(at(".a.AbC123.xl-partial"), 4)]);
+    let Begun::File(mut writer) = storage.write(target, &Create::stream()).unwrap() else {
+        panic!("it is a file");
+    };
+    let temporary = writer.temporary().unwrap().to_owned();
+    assert!(temporary.to_str().unwrap().ends_with(".xl-partial"));
+    writer.write_all(b"image").unwrap();
+    // It cannot get its name, and must not be lost.
+    fs::create_dir(at("a")).unwrap();
+    let kept = writer.commit_or_keep(Durability::Durable).unwrap_err();
+    assert_eq!(kept.at, temporary);
+    assert_eq!(fs::read(&temporary).unwrap(), b"image");
+    assert_eq!(storage.list().unwrap(), [], "none is an image");
+    fs::remove_dir(at("a")).unwrap();
+    put(&storage, &name("a"), b"new").unwrap();
+    assert!(temporary.exists() && at(".a.AbC123.xl-partial").exists());
+}
+
 #[test]
 fn the_target_of_a_link_is_replaced_and_not_the_link() {
     let directory = tempfile::tempdir().unwrap();
@@ -223,7 +253,10 @@ fn the_target_of_a_link_is_replaced_and_not_the_link() {
     symlink("y", at("x")).unwrap();
     symlink("x", at("y")).unwrap();
     let error = put(&storage, &name("x"), b"new").unwrap_err();
-    assert!(matches!(error, StorageError::Io { .. }), "{error:?}");
+    assert!(
+        matches!(error, StorageError::Unsupported { .. }),
+        "{error:?}"
+    );
 }
 
 #[test]
@@ -302,6 +335,11 @@ fn pipes_are_written_straight_and_read_once() {
 fn a_descriptor_by_name_is_written_where_it_stands() {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(b"before ").unwrap();
+    let path = format!("/dev/fd/{}", file.as_raw_fd());
+    let error = Target::find(Path::new(&path)).unwrap_err();
+    assert_eq!(error.to_string(), format!("{path} is not open"));
+    // As one that was inherited.
+    rustix::io::fcntl_setfd(&file, rustix::io::FdFlags::empty()).unwrap();
     for path in [
         format!("/dev/fd/{}", file.as_raw_fd()),
         format!("/proc/self/fd/{}", file.as_raw_fd()),
@@ -318,7 +356,10 @@ fn a_descriptor_by_name_is_written_where_it_stands() {
         &name("999999"),
         b"nowhere",
     );
-    assert!(matches!(error, Err(StorageError::Io { .. })), "{error:?}");
+    assert!(
+        matches!(error, Err(StorageError::Unsupported { .. })),
+        "{error:?}"
+    );
 }
 
 #[test]
@@ -329,7 +370,7 @@ fn directories_are_neither_written_nor_read_nor_removed() {
     let d = name("d");
     assert!(matches!(
         put(&storage, &d, b""),
-        Err(StorageError::Io { .. })
+        Err(StorageError::Unsupported { .. })
     ));
     assert!(matches!(storage.open(&d), Err(StorageError::Io { .. })));
     let removed = storage.remove(&d);
@@ -420,11 +461,12 @@ impl Cleanup for Told {
 struct Entry(Told, PathBuf);
 
 impl Registered for Entry {
-    fn settle(self: Box<Self>, keep: &mut dyn FnMut()) {
+    fn settle(self: Box<Self>, keep: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()> {
         assert!(self.1.exists());
-        keep();
+        keep()?;
         assert!(!self.1.exists());
         self.0.tell("kept".to_owned());
+        Ok(())
     }
 }
 

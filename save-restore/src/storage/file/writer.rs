@@ -248,37 +248,7 @@ impl StorageWriter for FileWriter {
     }
 
     fn commit(mut self: Box<Self>, durability: Durability) -> Result<(), StorageError> {
-        if durability == Durability::Durable {
-            self.sync()?;
-        }
-        let Some(mut temporary) = self.temporary.take() else {
-            return Err(StorageError::io("writing", &self.name)(
-                io::ErrorKind::BrokenPipe,
-            ));
-        };
-        let mut renamed = Ok(());
-        let mut rename = || renamed = self.rename(&temporary.path);
-        match temporary.registered.take() {
-            Some(registered) => registered.settle(&mut rename),
-            None => rename(),
-        }
-        if let Err(error) = renamed {
-            temporary.remove(&*self.steps);
-            let name = self.name.clone();
-            return Err(match error.kind() {
-                io::ErrorKind::AlreadyExists => StorageError::Exists { name },
-                _ => StorageError::io("naming", name)(error),
-            });
-        }
-        if durability == Durability::Process {
-            return Ok(());
-        }
-        sync_directory(directory(&self.to), &*self.steps).map_err(|source| {
-            StorageError::NotDurable {
-                name: self.name.clone(),
-                source,
-            }
-        })
+        self.give_name(durability)
     }
 }
 
@@ -308,11 +278,73 @@ impl FileWriter {
         }
     }
 
+    /// Makes the file visible, in one step. If that fails, it still has its temporary name.
+    fn give_name(&mut self, durability: Durability) -> Result<(), StorageError> {
+        if durability == Durability::Durable {
+            self.sync()?;
+        }
+        let Some(mut temporary) = self.temporary.take() else {
+            let error = io::ErrorKind::BrokenPipe;
+            return Err(StorageError::io("writing", &self.name)(error));
+        };
+        let mut rename = || self.rename(&temporary.path);
+        let renamed = match temporary.registered.take() {
+            Some(registered) => registered.settle(&mut rename),
+            None => rename(),
+        };
+        if let Err(error) = renamed {
+            self.temporary = Some(temporary);
+            let name = self.name.clone();
+            return Err(match error.kind() {
+                io::ErrorKind::AlreadyExists => StorageError::Exists { name },
+                _ => StorageError::io("naming", name)(error),
+            });
+        }
+        if durability == Durability::Process {
+            return Ok(());
+        }
+        sync_directory(directory(&self.to), &*self.steps).map_err(|source| {
+            StorageError::NotDurable {
+                name: self.name.clone(),
+                source,
+            }
+        })
+    }
+
+    /// As [`StorageWriter::commit`], of what must not be lost: a file that cannot get its name
+    /// keeps its temporary one.
+    ///
+    /// # Errors
+    ///
+    /// What failed, and where the file is.
+    pub fn commit_or_keep(mut self, durability: Durability) -> Result<(), Box<Kept>> {
+        self.give_name(durability).map_err(|error| {
+            let at = self.keep().unwrap_or_else(|| self.to.clone());
+            Box::new(Kept { error, at })
+        })
+    }
+
+    /// Leaves what there is under the temporary name, and says which that is; `None` if it has
+    /// its own.
+    pub fn keep(&mut self) -> Option<PathBuf> {
+        let kept = self.temporary.take()?;
+        Some(kept.path)
+    }
+
     /// The temporary name; `None` once the file has its own.
     pub fn temporary(&self) -> Option<&Path> {
         let temporary = self.temporary.as_ref();
         temporary.map(|temporary| temporary.path.as_path())
     }
+}
+
+/// A complete file that could not be given its name.
+#[derive(Debug)]
+pub struct Kept {
+    /// What failed.
+    pub error: StorageError,
+    /// Where the file is.
+    pub at: PathBuf,
 }
 
 impl Drop for FileWriter {
