@@ -37,7 +37,7 @@ use crate::watch::Watch;
 use crate::workload;
 
 /// What the name of a domain ends with that the other end has been told to run. As xl.
-pub(crate) const AWAY: &str = "--migratedaway";
+pub(crate) const MIGRATED_AWAY_SUFFIX: &str = "--migratedaway";
 
 /// What `--json` prints (docs/json.md).
 #[derive(Debug, Serialize)]
@@ -270,7 +270,7 @@ impl Sender<'_> {
     }
 
     fn away(&self) -> String {
-        format!("{}{AWAY}", self.name)
+        format!("{}{MIGRATED_AWAY_SUFFIX}", self.name)
     }
 
     /// The domain is here, and runs on under its name; if it cannot have its name back, it runs

@@ -41,7 +41,7 @@ use self::stream::Stream;
 use self::toolstack::{Complete, DeviceModel, Protector, Stop};
 use crate::args::{OnLoss, RemusArgs};
 use crate::backend::{self, Found, Hypervisor};
-use crate::cmd::migrate::{AWAY, can_suspend};
+use crate::cmd::migrate::{MIGRATED_AWAY_SUFFIX, can_suspend};
 use crate::cmd::save::{Form, Job};
 use crate::colo::Hearing;
 use crate::condition::Condition;
@@ -283,7 +283,11 @@ impl Primary<'_> {
             return Ok(());
         }
         self.host
-            .rename(self.which, self.name, &format!("{}{AWAY}", self.name))
+            .rename(
+                self.which,
+                self.name,
+                &format!("{}{MIGRATED_AWAY_SUFFIX}", self.name),
+            )
             .context("renaming it")
     }
 

@@ -9,7 +9,7 @@ use xsr_xen_backend::domain_store::{DomainRef, DomainStore};
 use super::{Left, State};
 use crate::args::Backend;
 use crate::backend::{Hypervisor, domain_command, name_of};
-use crate::cmd::migrate::AWAY;
+use crate::cmd::migrate::MIGRATED_AWAY_SUFFIX;
 use crate::condition::Condition;
 
 /// A domain that is saved, or sent to `to`. Until the command is over.
@@ -79,7 +79,7 @@ fn left(now: &Now, name: &str, backend: &Backend, to: Option<&Sent>) -> State {
         Some(Sent {
             host,
             protected: false,
-        }) if called.ends_with(AWAY) => State {
+        }) if called.ends_with(MIGRATED_AWAY_SUFFIX) => State {
             words: format!(
                 "{name} {how}, as {called}; {host} had been told to run it, and may: look \
                  there, once its migrate-receive has ended. If {name} is there, `{}`. If not, \
@@ -175,7 +175,7 @@ mod tests {
             !said.undecided && said.words.starts_with(resume),
             "{said:?}"
         );
-        let away = format!("web{AWAY}");
+        let away = format!("web{MIGRATED_AWAY_SUFFIX}");
         host.rename(web, "web", &away).expect("renamed");
         let said = state(Some(&sent(false)));
         assert!(said.undecided, "{said:?}");

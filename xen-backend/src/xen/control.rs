@@ -18,7 +18,7 @@ use crate::{
 
 /// How long a destroyed domain may stay in Xen's list before we no longer wait for it
 /// to go: as long as somebody has a page of it mapped, it does.
-const BURIAL: Duration = Duration::from_millis(500);
+const DESTROY_WAIT: Duration = Duration::from_millis(500);
 
 /// What a suspend returns to the guest that was cancelled.
 const SUSPEND_CANCELLED: u32 = 1;
@@ -86,7 +86,7 @@ impl XenDomain {
     /// Wait until the hypervisor has let go of the domain, for a moment.
     fn wait_until_gone(&self) {
         let start = Instant::now();
-        while start.elapsed() < BURIAL {
+        while start.elapsed() < DESTROY_WAIT {
             match self.calls().info(self.domid) {
                 Ok(_) => std::thread::sleep(Duration::from_millis(1)),
                 Err(_) => return,

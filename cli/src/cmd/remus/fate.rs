@@ -9,7 +9,7 @@ use xsr_save_restore::migrate::ownership::protect::{Fate, Here, ProtectorAction,
 use super::Primary;
 use crate::args::OnLoss;
 use crate::backend;
-use crate::cmd::migrate::AWAY;
+use crate::cmd::migrate::MIGRATED_AWAY_SUFFIX;
 use crate::condition::Condition;
 use crate::exit::{self, Migration};
 
@@ -97,7 +97,7 @@ impl Primary<'_> {
                 (None, None) => format!("{begin}; {name} runs on here, unprotected"),
             },
             Fate::There => {
-                let away = format!("{name}{AWAY}");
+                let away = format!("{name}{MIGRATED_AWAY_SUFFIX}");
                 let stopped = match after.failure(ProtectorAction::Stop) {
                     None => format!("here it does not run any more, as {away}"),
                     Some(why) => format!("here it could not be stopped ({why}), AND MUST BE"),
