@@ -4,11 +4,14 @@
 use std::ffi::OsStr;
 use std::fmt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 
 use anyhow::{Context, Result, bail};
 
 use crate::workspace;
+
+/// What ends a program that takes too long.
+const TIMEOUT: &str = "timeout";
 
 /// A program to run, in the root of the workspace unless told otherwise.
 #[derive(Debug)]
@@ -22,6 +25,24 @@ impl Invocation {
         let mut command = Command::new(program);
         command.current_dir(workspace::root()).stdin(Stdio::null());
         Self { command }
+    }
+
+    /// Run `program`, and end it when it takes longer than `seconds` (by coreutils' `timeout`).
+    pub(crate) fn limited(seconds: u32, program: impl AsRef<OsStr>) -> Self {
+        Self::new(TIMEOUT)
+            .arg("--kill-after=10")
+            .arg(seconds.to_string())
+            .arg(program)
+    }
+
+    /// How it ended, in words.
+    fn ending(&self, status: ExitStatus) -> String {
+        let limited = self.command.get_program() == TIMEOUT;
+        match (limited, status.code()) {
+            // 137: it ended of the SIGKILL only.
+            (true, Some(124 | 137)) => "took too long, and was ended".to_owned(),
+            _ => format!("failed: {status}"),
+        }
     }
 
     /// Run the cargo that runs this task.
@@ -61,7 +82,7 @@ impl Invocation {
             .status()
             .with_context(|| format!("cannot start `{self}`"))?;
         if !status.success() {
-            bail!("`{self}` failed: {status}");
+            bail!("`{self}` {}", self.ending(status));
         }
         Ok(())
     }
@@ -79,7 +100,8 @@ impl Invocation {
             .with_context(|| format!("cannot start `{self}`"))?;
         if !output.status.success() {
             let said = String::from_utf8_lossy(&output.stderr);
-            bail!("`{self}` failed: {}\n{}", output.status, said.trim_end());
+            let ending = self.ending(output.status);
+            bail!("`{self}` {ending}\n{}", said.trim_end());
         }
         String::from_utf8(output.stdout).with_context(|| format!("`{self}` wrote no UTF-8"))
     }
@@ -162,6 +184,16 @@ mod tests {
             .to_string();
         assert!(error.contains("sh -c"), "{error}");
         assert!(error.contains('3') && error.contains("why"), "{error}");
+    }
+
+    #[test]
+    fn a_program_that_takes_too_long_is_ended() {
+        let said = |command: Invocation| command.run().unwrap_err().to_string();
+        let error = said(Invocation::limited(1, "sleep").arg("600"));
+        assert!(error.contains("sleep 600` took too long"), "{error}");
+        let error = said(Invocation::limited(600, "sh").args(["-c", "exit 3"]));
+        assert!(error.contains("failed: exit status: 3"), "{error}");
+        assert!(Invocation::limited(600, "true").run().is_ok());
     }
 
     #[test]

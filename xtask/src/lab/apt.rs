@@ -15,6 +15,11 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Suites that are never released, and so get no updates from elsewhere.
 const ROLLING: [&str; 2] = ["sid", "unstable"];
 
+/// How long apt may take, in seconds: to read what it has, to fetch lists, to fetch packages.
+const READING: u32 = 60;
+pub(super) const LISTS: u32 = 300;
+pub(super) const PACKAGES: u32 = 1200;
+
 /// An apt with state of its own.
 #[derive(Debug)]
 pub(super) struct Apt {
@@ -39,11 +44,13 @@ impl Apt {
         let apt = Self {
             dir: dir.to_owned(),
         };
-        apt.program("apt-get").args(["-qq", "update"]).run()?;
+        apt.program(LISTS, "apt-get")
+            .args(["-qq", "update"])
+            .run()?;
         Ok(apt)
     }
 
-    fn program(&self, name: &str) -> Invocation {
+    fn program(&self, seconds: u32, name: &str) -> Invocation {
         let dir = self.dir.display();
         let options = [
             format!("Dir::State={dir}/state"),
@@ -55,15 +62,19 @@ impl Apt {
             format!("Dir::Etc::preferencesparts={dir}/none"),
             "APT::Sandbox::User=root".to_owned(),
             "APT::Install-Recommends=false".to_owned(),
+            // A server that has stalled.
+            "Acquire::http::Timeout=60".to_owned(),
+            "Acquire::https::Timeout=60".to_owned(),
+            "Acquire::Retries=2".to_owned(),
         ];
         let flagged = options.into_iter().flat_map(|o| ["-o".to_owned(), o]);
-        Invocation::new(name).args(flagged)
+        Invocation::limited(seconds, name).args(flagged)
     }
 
     /// Names of the packages that begin with `prefix`.
     pub(super) fn names(&self, prefix: &str) -> Result<Vec<String>> {
         let listed = self
-            .program("apt-cache")
+            .program(READING, "apt-cache")
             .args(["pkgnames", prefix])
             .capture()?;
         Ok(listed.lines().map(str::to_owned).collect())
@@ -76,7 +87,7 @@ impl Apt {
         for old in debs(&archives)? {
             std::fs::remove_file(old)?;
         }
-        self.program("apt-get")
+        self.program(PACKAGES, "apt-get")
             .args(["-qq", "install", "--yes", "--download-only"])
             .args(packages)
             .run()?;
@@ -88,7 +99,7 @@ impl Apt {
     /// Download the source of a package; the path of upstream's archive.
     pub(super) fn source(&self, package: &str) -> Result<PathBuf> {
         let shown = self
-            .program("apt-cache")
+            .program(READING, "apt-cache")
             .args(["showsrc", package])
             .capture()?;
         // The newest first; an archive may list one that it does not hold.
@@ -97,7 +108,7 @@ impl Apt {
             .chain(others.map(|version| format!("{package}={version}")));
         for source in wanted {
             let fetched = self
-                .program("apt-get")
+                .program(PACKAGES, "apt-get")
                 .args(["-qq", "source", "--download-only"])
                 .arg(&source)
                 .current_dir(&self.dir)
@@ -132,7 +143,7 @@ fn debs(dir: &Path) -> Result<Vec<PathBuf>> {
 
 /// Source lines for `suite`, from the archives that this machine's apt knows.
 fn sources(kind: &str, suite: &str) -> Result<String> {
-    let known = Invocation::new("apt-get")
+    let known = Invocation::limited(READING, "apt-get")
         .args(["indextargets", "--format", "$(REPO_URI) $(RELEASE)"])
         .args(["Created-By: Packages", "Origin: Debian"])
         .capture()

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 
+use super::apt;
 use crate::command::Invocation;
 
 /// Fail if one of `programs` (and Debian's package that has it) is missing.
@@ -27,7 +28,7 @@ pub(super) fn install(programs: &[(&str, &str)]) -> Result<()> {
         return need(programs);
     }
     let attempt = || {
-        Invocation::new("apt-get")
+        Invocation::limited(apt::PACKAGES, "apt-get")
             .env("DEBIAN_FRONTEND", "noninteractive")
             .args(["-qq", "install", "--yes", "--no-install-recommends"])
             .args(&missing)
@@ -35,7 +36,9 @@ pub(super) fn install(programs: &[(&str, &str)]) -> Result<()> {
     };
     if attempt().is_err() {
         // No package lists yet, or the archive has moved on since they were fetched.
-        Invocation::new("apt-get").args(["-qq", "update"]).run()?;
+        Invocation::limited(apt::LISTS, "apt-get")
+            .args(["-qq", "update"])
+            .run()?;
         attempt()?;
     }
     need(programs)

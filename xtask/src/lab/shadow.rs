@@ -23,6 +23,9 @@ pub(super) const PROGRAMS: &[(&str, &str)] = &[
 /// What is asked for; all else as upstream has it.
 const CONFIG: &str = "CONFIG_DEBUG=n\nCONFIG_SHADOW_PAGING=y\nCONFIG_PV32=y\n";
 
+/// How long a hypervisor may take to build, in seconds.
+const BUILDING: u32 = 3600;
+
 /// The file of the lab that has the version of the source.
 const VERSION: &str = "xen-shadow.version";
 
@@ -102,7 +105,7 @@ pub(super) fn build_of(lab: &Lab, archive: &Path) -> Result<PathBuf> {
 fn make(tree: &Path, target: &str, log: &Path) -> Result<()> {
     let file = std::fs::File::create(log)?;
     let jobs = std::thread::available_parallelism().map_or(1, usize::from);
-    let status = Invocation::new("make")
+    let status = Invocation::limited(BUILDING, "make")
         .arg(format!("-j{jobs}"))
         .arg("-C")
         .arg(tree.join("xen"))
