@@ -11,8 +11,8 @@
  *   - looks for a request in control/shutdown of xenstore, and suspends or stops.
  * The second vcpu counts, and checks pages of its own.
  *
- * A guest without PV page tables whose name is "balloon" also gives pages back to Xen and takes
- * them again: see breathe().
+ * A guest without PV page tables whose name is "balloon" or "balloonhvm" also gives pages back to
+ * Xen and takes them again: see breathe().
  *
  * The lines (the lab's scripts wait for them):
  *   guest: up KIND vcpus N
@@ -563,7 +563,7 @@ void guest_main(struct start_info *info)
     put("\n");
     put_wallclock();
     if (!pv && store_ask(2, name, sizeof name, value, sizeof value) == 2)
-        balloons = same(value, "balloon");
+        balloons = same(value, "balloon") || same(value, "balloonhvm");
     for (word page = 0; balloons && page < BALLOON_PAGES; page++)
         if (reserve(1, page) != 1)
             put("guest: BAD give\n");

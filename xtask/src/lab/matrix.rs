@@ -47,7 +47,7 @@ run on a hypervisor built with both, marked *s*: from the source that is named u
 | pv, pv2 | 64-bit PV, 1 and 2 vcpus |
 | pv32, pv32x2 | 32-bit PV, 1 and 2 vcpus |
 | pvh, pvh2 | PVH, 1 and 2 vcpus |
-| balloon | PVH that gives pages back to Xen and takes them again, all the time |
+| balloon, balloonhvm | PVH, and HVM as hvmpv, that gives pages back to Xen and takes them again, all the time |
 | hvm, hvm2 | HVM without PV drivers, in SeaBIOS, 1 and 2 vcpus, with qemu as its device model |
 | hvmpv, hvmpv2 | HVM that counts and suspends by itself (its firmware is the guest), 1 and 2 vcpus, likewise |
 ";

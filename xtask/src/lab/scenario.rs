@@ -165,6 +165,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     more("direct_settings", "pv"),
     more("direct_settings", "pvh"),
     more("balloon_live", "balloon"),
+    more("balloon_live", "balloonhvm"),
     more("gone_guest", "pvh"),
     more("save_kept", "pvh"),
     shadow("stock", "pv32"),
@@ -230,6 +231,8 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     two("two_ours_ours", "hvmpv"),
     two("two_xsr", "pvh"),
     two("two_xsr", "hvmpv"),
+    two("two_direct", "pv"),
+    two("two_direct", "pvh"),
     two_shadow("two_stock_stock", "pv"),
     two_shadow("two_ours_ours", "pv"),
     two_shadow("two_ours_ours", "pv32"),
@@ -339,6 +342,10 @@ const KINDS: &[(&str, &str)] = &[
     (
         "two_xsr",
         "live xsr migrate to another host over ssh and back, by way of xl",
+    ),
+    (
+        "two_direct",
+        "xsr save --direct to xsr restore --direct on another host over ssh, and back",
     ),
     (
         "direct_resume",
