@@ -2,9 +2,11 @@
 //! xend's s-expression, what xenopsd keeps, the text that xl of Xen 4.1 to 4.4 kept.
 //!
 //! Name, UUID, kind, vcpus, memory and what xl has as well (the clock, what is done with a guest
-//! that has ended) are taken from there; devices and other settings are named, because no
-//! container that is written here can hold them in another toolstack's words.
+//! that has ended, what a guest is started from) are taken from there; devices and other settings
+//! are named, because no container that is written here can hold them in another toolstack's
+//! words.
 
+mod settings;
 mod sxp;
 mod xl_text;
 mod xml;
@@ -14,6 +16,7 @@ use serde_json::Value;
 use xsr_format::wrapper::xl::{FLAG_JSON, XlHeader};
 use xsr_xen_backend::GuestKind;
 
+pub(crate) use self::settings::TIMER_MODES;
 pub(crate) use self::xl_text::with_setting;
 use crate::config;
 use crate::file::Input;

@@ -9,7 +9,47 @@ use std::str::Chars;
 
 use xsr_xen_backend::GuestKind;
 
-use super::Found;
+use super::{Found, settings};
+
+/// What xend keeps of a domain and is no setting of it, or is read here itself; of an image's
+/// part, too.
+const NO_SETTINGS: [&str; 27] = [
+    "domid",
+    "uuid",
+    "name",
+    "vcpus",
+    "online_vcpus",
+    "vcpu_avail",
+    "VCPUs_live",
+    "VCPUs_max",
+    "memory",
+    "maxmem",
+    "memory_static_min",
+    "memory_static_max",
+    "memory_dynamic_min",
+    "memory_dynamic_max",
+    "image",
+    "device",
+    "status",
+    "state",
+    "shutdown_reason",
+    "start_time",
+    "cpu_time",
+    "up_time",
+    "store_mfn",
+    "console_mfn",
+    "is_control_domain",
+    "is_a_template",
+    "notes",
+];
+/// Settings as xend writes them where nothing was asked for.
+const UNASKED: [(&str, &str); 5] = [
+    ("on_xend_start", "ignore"),
+    ("on_xend_stop", "ignore"),
+    ("pool_name", "Pool-0"),
+    ("cpu_weight", "256"),
+    ("cpu_cap", "0"),
+];
 
 /// How deep lists may be nested.
 const MAX_DEPTH: usize = 64;
@@ -52,6 +92,17 @@ impl Sxp {
         match self {
             Self::Atom(text) => Some(text),
             Self::List(_) => None,
+        }
+    }
+
+    /// All its atoms.
+    fn words(&self) -> String {
+        match self {
+            Self::Atom(text) => text.clone(),
+            Self::List(list) => {
+                let words: Vec<String> = list.iter().map(Self::words).collect();
+                words.join(" ").trim().to_owned()
+            }
         }
     }
 
@@ -141,6 +192,10 @@ pub(super) fn read_xend(text: &str) -> Result<Found, String> {
         devices: Vec::new(),
         ..Found::default()
     };
+    take_settings(&domain, &mut found);
+    if let Some(image) = domain.value("image") {
+        take_settings(image, &mut found);
+    }
     for device in domain.children("device") {
         let Some(about) = device.list().get(1) else {
             continue;
@@ -155,6 +210,40 @@ pub(super) fn read_xend(text: &str) -> Result<Found, String> {
     Ok(found)
 }
 
+/// Settings: lists of a name and a value.
+fn take_settings(of: &Sxp, found: &mut Found) {
+    let kind = found.kind;
+    for setting in of.list() {
+        let (Some(name), Some(value)) = (setting.head(), setting.list().get(1)) else {
+            continue;
+        };
+        let value = value.words();
+        if NO_SETTINGS.contains(&name) || UNASKED.contains(&(name, value.as_str())) {
+            continue;
+        }
+        // xl has another name for it.
+        let name = match name {
+            "args" => "cmdline",
+            name => name,
+        };
+        settings::take(found, kind, name, &value);
+    }
+}
+
+/// What xenopsd does with a guest that has ended, as libxl does it.
+fn xapis_action(actions: &Sxp) -> Option<&'static str> {
+    let actions: Vec<&str> = actions.list().iter().filter_map(Sxp::atom).collect();
+    Some(match actions[..] {
+        ["Shutdown"] => "destroy",
+        ["Start"] => "restart",
+        ["Pause"] => "preserve",
+        ["Coredump", "Shutdown"] => "coredump_destroy",
+        ["Coredump", "Start"] => "coredump_restart",
+        ["Softreboot"] => "soft_reset",
+        _ => return None,
+    })
+}
+
 /// What xenopsd says of a domain: in its record, the VM as a string that is an s-expression.
 pub(super) fn read_xapi(text: &str) -> Result<Found, String> {
     let record = Sxp::parse(text)?;
@@ -167,7 +256,7 @@ pub(super) fn read_xapi(text: &str) -> Result<Found, String> {
     };
     let kind = vm.value("ty").and_then(|ty| ty.head().or(ty.atom()));
     let bytes: Option<u64> = vm.number("memory_static_max");
-    Ok(Found {
+    let mut found = Found {
         name: vm.text("name"),
         uuid: vm.text("id"),
         kind: match kind {
@@ -180,7 +269,22 @@ pub(super) fn read_xapi(text: &str) -> Result<Found, String> {
         max_memory_kib: bytes.map(|bytes| bytes.div_ceil(1024)),
         devices: Vec::new(),
         ..Found::default()
-    })
+    };
+    for (event, at) in [
+        ("on_shutdown", "/on_poweroff"),
+        ("on_reboot", "/on_reboot"),
+        ("on_crash", "/on_crash"),
+        ("on_softreboot", "/on_soft_reset"),
+    ] {
+        let Some(actions) = vm.value(event) else {
+            continue;
+        };
+        match xapis_action(actions) {
+            Some(action) => found.carry(at, action.into()),
+            None => found.setting(&[event, &actions.words()]),
+        }
+    }
+    Ok(found)
 }
 
 /// A UUID as it is written today. (xend of Xen 3.0 had none of the dashes.)
@@ -217,6 +321,38 @@ mod tests {
         );
         let devices = ["vif 00:16:3e:00:00:01 xenbr0", "vbd sda1:disk phy:vg/disk"];
         assert_eq!(found.devices, devices);
+        let carried: [(&str, serde_json::Value); 2] = [
+            ("/b_info/kernel", "/boot/vmlinuz".into()),
+            ("/b_info/cmdline", "root=/dev/sda1 ro".into()),
+        ];
+        assert_eq!(found.carried, carried);
+        assert!(found.settings.is_empty(), "{:?}", found.settings);
+    }
+
+    #[test]
+    fn what_xend_does_when_a_guest_ends_is_carried_and_other_settings_are_named() {
+        let text = "(domain (name x) (on_poweroff preserve) (on_reboot rename-restart) \
+            (on_crash coredump_and_destroy) (on_xend_start ignore) (on_xend_stop suspend) \
+            (shadow_memory 8) (cpus ((0 1) ())) (cpu_weight 512) (pool_name Pool-0) \
+            (image (hvm (kernel ) (hpet 1) (rtc_timeoffset 3600) (device_model /usr/qemu-dm) \
+            (cpuid ()) (notes (a b)))))";
+        let found = read_xend(text).expect("it is well-formed");
+        let carried: [(&str, serde_json::Value); 7] = [
+            ("/on_poweroff", "preserve".into()),
+            ("/on_reboot", "restart_rename".into()),
+            ("/on_crash", "coredump_destroy".into()),
+            ("/b_info/shadow_memkb", 8192.into()),
+            ("/b_info/sched_params/weight", 512.into()),
+            ("/b_info/type.hvm/hpet", "True".into()),
+            ("/b_info/rtc_timeoffset", 3600.into()),
+        ];
+        assert_eq!(found.carried, carried);
+        let named = [
+            "on_xend_stop suspend",
+            "cpus 0 1",
+            "device_model /usr/qemu-dm",
+        ];
+        assert_eq!(found.settings, named);
     }
 
     #[test]
@@ -236,6 +372,17 @@ mod tests {
             (found.vcpus, found.max_memory_kib),
             (Some(4), Some(262_144))
         );
+        let record = record.replace(
+            "(vcpus 2)",
+            "(on_crash (Coredump Start))(on_reboot (Start))(on_shutdown (Shutdown Pause))",
+        );
+        let found = read_xapi(&record).expect("it is well-formed");
+        let carried: [(&str, serde_json::Value); 2] = [
+            ("/on_reboot", "restart".into()),
+            ("/on_crash", "coredump_restart".into()),
+        ];
+        assert_eq!(found.carried, carried);
+        assert_eq!(found.settings, ["on_shutdown Shutdown Pause"]);
         let other = "((time x)(word_size 64)(vm_str(<methodResponse>))(xs_subtree()))";
         assert_eq!(read_xapi(other), Ok(Found::default()));
     }

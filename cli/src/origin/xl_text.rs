@@ -9,7 +9,15 @@ use std::collections::BTreeMap;
 
 use xsr_xen_backend::GuestKind;
 
-use super::{Found, shortened};
+use super::{Found, settings, shortened};
+
+/// Lists of devices.
+const DEVICES: [&str; 7] = ["disk", "vif", "pci", "vfb", "vtpm", "usbdev", "channel"];
+/// What is read here itself.
+const READ: [&str; 11] = [
+    "name", "uuid", "type", "builder", "pvh", "memory", "maxmem", "vcpus", "maxvcpus", "root",
+    "extra",
+];
 
 /// The value of a setting.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -100,7 +108,7 @@ fn escaped(chars: &mut std::iter::Peekable<std::str::Chars<'_>>) -> char {
 }
 
 /// All settings of a text.
-fn settings(text: &str) -> Result<BTreeMap<String, Value>, String> {
+fn all_of(text: &str) -> Result<BTreeMap<String, Value>, String> {
     let tokens = tokens(text)?;
     let mut tokens = tokens.into_iter().peekable();
     let mut out = BTreeMap::new();
@@ -144,8 +152,8 @@ fn settings(text: &str) -> Result<BTreeMap<String, Value>, String> {
 
 /// What a configuration says of the domain.
 pub(super) fn read(text: &str) -> Result<Found, String> {
-    let settings = settings(text)?;
-    let get = |name: &str| match settings.get(name) {
+    let all = all_of(text)?;
+    let get = |name: &str| match all.get(name) {
         Some(Value::Text(text)) => Some(text.as_str()),
         _ => None,
     };
@@ -173,12 +181,26 @@ pub(super) fn read(text: &str) -> Result<Found, String> {
         devices: Vec::new(),
         ..Found::default()
     };
-    for kind in ["disk", "vif", "pci", "vfb", "vtpm", "usbdev", "channel"] {
-        if let Some(Value::List(list)) = settings.get(kind) {
-            for device in list {
-                found.device(&[kind, device]);
+    for (name, value) in &all {
+        match value {
+            Value::List(list) if DEVICES.contains(&name.as_str()) => {
+                for device in list {
+                    found.device(&[name, device]);
+                }
             }
+            Value::List(list) => found.setting(&[name, &list.join(" ")]),
+            Value::Text(_) if READ.contains(&name.as_str()) => {}
+            Value::Text(text) => settings::take(&mut found, Some(kind), name, text),
         }
+    }
+    // Both are of the kernel's command line.
+    let command_line = [
+        get("root").map(|root| format!("root={root}")),
+        get("extra").map(str::to_owned),
+    ];
+    let command_line: Vec<String> = command_line.into_iter().flatten().collect();
+    if !command_line.is_empty() && kind != GuestKind::Hvm {
+        settings::take(&mut found, Some(kind), "cmdline", &command_line.join(" "));
     }
     Ok(found)
 }
@@ -217,6 +239,28 @@ mod tests {
         );
         assert_eq!(found.devices.len(), 3);
         assert_eq!(found.devices[1], "disk file:/b \"c\".iso,hdc:cdrom,r");
+        assert!(found.settings.is_empty() && found.carried.is_empty());
+    }
+
+    #[test]
+    fn other_settings_are_carried_or_named() {
+        let text = "name='x'\nmemory=64\nkernel='/boot/k'\nroot='/dev/xvda1 ro'\n\
+            extra='quiet'\non_crash='preserve'\non_reboot=\"destroy\"\ncpus=['0', '2']\n\
+            vncpasswd='secret'\ncpuid='host,tm=0'\n";
+        let found = read(text).expect("it is well-formed");
+        let mut carried = found.carried;
+        carried.sort_by_key(|(at, _)| *at);
+        let expected: [(&str, serde_json::Value); 4] = [
+            ("/b_info/cmdline", "root=/dev/xvda1 ro quiet".into()),
+            ("/b_info/kernel", "/boot/k".into()),
+            ("/on_crash", "preserve".into()),
+            ("/on_reboot", "destroy".into()),
+        ];
+        assert_eq!(carried, expected);
+        assert_eq!(
+            found.settings,
+            ["cpuid host,tm=0", "cpus 0 2", "vncpasswd secret"]
+        );
     }
 
     #[test]

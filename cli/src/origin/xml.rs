@@ -6,7 +6,7 @@
 
 use xsr_xen_backend::GuestKind;
 
-use super::Found;
+use super::{Found, settings};
 
 /// How deep elements may be nested.
 const MAX_DEPTH: usize = 64;
@@ -262,19 +262,6 @@ fn clock(attributes: &str, found: &mut Found) {
     }
 }
 
-/// What libxl calls what libvirt wants done with a guest that has ended.
-fn action(word: &str) -> Option<&'static str> {
-    Some(match word {
-        "destroy" => "destroy",
-        "restart" => "restart",
-        "preserve" => "preserve",
-        "rename-restart" => "restart_rename",
-        "coredump-destroy" => "coredump_destroy",
-        "coredump-restart" => "coredump_restart",
-        _ => return None,
-    })
-}
-
 /// What tells one device from another.
 fn part_of(device: &mut Device, part: &str, attributes: &str) {
     let first = |names: &[&str]| {
@@ -301,7 +288,7 @@ fn closed(path: &[&str], words: &str, unit: &str, found: &mut Found, device: &mu
             found.setting(&["currentMemory", &words, unit]);
         }
         ["domain", event @ ("on_poweroff" | "on_reboot" | "on_crash")] => {
-            match (*event, action(&words)) {
+            match (*event, settings::action(&words)) {
                 ("on_poweroff", Some(action)) => found.carry("/on_poweroff", action.into()),
                 ("on_reboot", Some(action)) => found.carry("/on_reboot", action.into()),
                 (_, Some(action)) => found.carry("/on_crash", action.into()),
