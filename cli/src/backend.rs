@@ -21,7 +21,7 @@ use xsr_xen_backend::mock::{HostConfig, MockError, MockHost};
 use xsr_xen_backend::{DomId, OpenError, XenHost};
 
 use crate::args::Backend;
-use crate::exit::BadUsage;
+use crate::exit::{self, BadUsage};
 
 /// Under which name libxl keeps a domain's configuration, and a mock machine, too.
 pub(crate) const CONFIG: &str = "libxl-json";
@@ -258,10 +258,19 @@ pub(crate) fn destroy(
     domain: DomainRef,
     name: &str,
 ) -> Result<(), DomainStoreError> {
+    let destroyed = match host.destroy(domain, DESTROY_WAIT) {
+        // What the store kept of it is left, and the error names it.
+        Err(error @ DomainStoreError::Storage { .. }) if is_destroyed(host, domain) => {
+            let error = anyhow::Error::new(error);
+            tracing::warn!("{name} is destroyed, but {}", exit::words(error.chain()));
+            return Ok(());
+        }
+        destroyed => destroyed?,
+    };
     let Destroyed {
         outcome,
         left_behind,
-    } = host.destroy(domain, DESTROY_WAIT)?;
+    } = destroyed;
     if outcome == DestroyOutcome::StillDying {
         tracing::warn!(
             "{name} is destroyed, but some of its memory is still in use: another domain or \
@@ -273,6 +282,14 @@ pub(crate) fn destroy(
         tracing::warn!("what libxl keeps of {name} stays: {}", left.join(", "));
     }
     Ok(())
+}
+
+/// Whether a domain is not there any more, or about to go.
+fn is_destroyed(host: &dyn DomainStore, domain: DomainRef) -> bool {
+    match host.check(domain) {
+        Ok(info) => info.dying,
+        Err(error) => matches!(error, DomainStoreError::Gone { .. }),
+    }
 }
 
 /// Keep the configuration with a domain.

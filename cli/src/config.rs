@@ -110,6 +110,29 @@ pub(crate) fn max_pages(kib: u64) -> u64 {
 
 /// The configuration xl would keep for a domain it made.
 pub(crate) fn make(name: &str, uuid: &str, kind: GuestKind, vcpus: u32, memory_kib: u64) -> String {
+    text(name, uuid, kind, vcpus, memory_kib, "False")
+}
+
+/// The same for a domain that another Xen made, which may let its guests read registers that
+/// are not there: as `libxl_domain_create_restore`, where the image does not say.
+pub(crate) fn make_for_image(
+    name: &str,
+    uuid: &str,
+    kind: GuestKind,
+    vcpus: u32,
+    memory_kib: u64,
+) -> String {
+    text(name, uuid, kind, vcpus, memory_kib, "True")
+}
+
+fn text(
+    name: &str,
+    uuid: &str,
+    kind: GuestKind,
+    vcpus: u32,
+    memory_kib: u64,
+    msr_relaxed: &str,
+) -> String {
     let kind = kind_name(kind);
     let avail: Vec<u32> = (0..vcpus).collect();
     // `json!` sorts its keys; libxl has an order, which a reader of images is used to.
@@ -142,7 +165,7 @@ pub(crate) fn make(name: &str, uuid: &str, kind: GuestKind, vcpus: u32, memory_k
 
         }},
         "arch_x86": {{
-            "msr_relaxed": "False"
+            "msr_relaxed": "{msr_relaxed}"
         }}
     }},
     "on_reboot": "restart",

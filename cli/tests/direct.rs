@@ -127,6 +127,77 @@ fn what_needs_libxl_is_refused() {
     assert!(domains(&other).is_empty());
 }
 
+/// A stream as Xen before 4.14 wrote it: of version 2, without CPU policies.
+fn of_an_older_xen(stream: &[u8]) -> Vec<u8> {
+    const STATIC_DATA: [u32; 3] = [0x10, 0x11, 0x12];
+    let (headers, mut rest) = stream.split_at(24 + 16);
+    let mut out = headers.to_vec();
+    assert_eq!(out[12..16], 3_u32.to_be_bytes());
+    out[12..16].copy_from_slice(&2_u32.to_be_bytes());
+    while !rest.is_empty() {
+        let word = |at: usize| u32::from_le_bytes(rest[at..at + 4].try_into().unwrap());
+        let (kind, length) = (word(0), usize::try_from(word(4)).unwrap());
+        let (record, more) = rest.split_at(8 + length.next_multiple_of(8));
+        if !STATIC_DATA.contains(&kind) {
+            out.extend_from_slice(record);
+        }
+        rest = more;
+    }
+    out
+}
+
+/// As libxl: the features that a guest of Xen 4.13 had, and what changes them in the
+/// configuration. A guest that would see another processor is not restored.
+#[test]
+fn a_guest_of_an_older_xen_keeps_its_features() {
+    let dir = scratch();
+    let host = host_with("pvh", dir.path());
+    let at = |name: &str| dir.path().join(name);
+    let (new, old) = (at("new.libxc"), at("old.libxc"));
+    let save = ["save", "--direct", "--backend", &*xen(&host), "-c"];
+    run(save.into_iter().chain([&*number(&host), arg(&new)])).code(0);
+    fs::write(&old, of_an_older_xen(&fs::read(&new).unwrap())).unwrap();
+    run(["verify", arg(&old)]).code(0);
+    let restore =
+        |to: &Path, image: &Path| run(["restore", "--direct", "--backend", &xen(to), arg(image)]);
+    let policy = |host: &Path| {
+        let domid = only(host).domid;
+        let domain = MockHost::open(host).unwrap().domain(domid).unwrap();
+        domain.cpu_policy().unwrap().leaves
+    };
+    let other = at("other");
+    restore(&other, &old).code(0).stderr_has("no CPU policy");
+    let is_beyond = |leaf: &&[u8]| leaf[..4] == 0x8000_001d_u32.to_le_bytes();
+    assert!(policy(&host).chunks(24).any(|leaf| is_beyond(&leaf)));
+    let found = policy(&other);
+    assert!(!found.chunks(24).any(|leaf| is_beyond(&leaf)));
+    let features = found
+        .chunks(24)
+        .find(|leaf| leaf[0] == 7 && leaf[1..8] == [0; 7]);
+    // HLE, RTM and MPX, which the host has and gives no new guest.
+    assert_eq!(features.unwrap()[12] & 1 << 4, 1 << 4);
+    assert_eq!(features.unwrap()[13] & (1 << 3 | 1 << 6), 1 << 3 | 1 << 6);
+    // With a configuration that takes a feature away.
+    let (json, image) = (at("config.json"), at("old.save"));
+    let domid = only(&host).domid;
+    let config = MockHost::open(&host).unwrap();
+    let config = config.userdata_get(domid, "libxl-json");
+    let config = String::from_utf8(config.unwrap().unwrap()).unwrap();
+    let cpuid = "\"claim_mode\": \"True\", \"cpuid\": [{ \"leaf\": 1, \"ecx\": \"0xxx\" }],";
+    let config = config.replacen("\"claim_mode\": \"True\",", cpuid, 1);
+    fs::write(&json, config).unwrap();
+    let third = at("third");
+    for (stream, code) in [(&old, 1), (&new, 0)] {
+        let convert = ["convert", "--force", "--to", "xl", "--config", arg(&json)];
+        run(convert.into_iter().chain([arg(stream), "-o", arg(&image)])).code(0);
+        let restored = restore(&third, &image).code(code);
+        if code == 1 {
+            restored.stderr_has("b_info.cpuid");
+            assert!(domains(&third).is_empty());
+        }
+    }
+}
+
 /// What libxl sets at every restore comes out of the configuration; what `--direct` cannot set
 /// is refused by name.
 #[test]
@@ -166,4 +237,6 @@ fn a_domain_gets_what_its_configuration_says() {
     assert_eq!(machine.domain(info.domid).unwrap().hvm_param(10), Ok(3));
     let settings = machine.settings(info.domid).unwrap();
     assert_eq!(settings.time_offset_seconds, 60);
+    assert!(!settings.msr_relaxed, "its configuration says so");
+    assert_eq!(settings.max_grant_version, Some(2));
 }

@@ -1,6 +1,7 @@
 //! What differs by guest type: PV on one side, HVM and PVH on the other.
 
 pub(crate) mod hvm;
+pub(crate) mod older_policy;
 pub(crate) mod pv;
 pub(crate) mod refused;
 pub(crate) mod x86;

@@ -10,6 +10,8 @@ use thiserror::Error;
 use xsr_format::frame::Gfn;
 use xsr_xen_backend::{BackendError, Domain, ShutdownReason};
 
+use crate::guest::older_policy;
+
 /// A callback that failed.
 #[derive(Debug, Error)]
 #[error("{what}: {cause}")]
@@ -311,17 +313,14 @@ impl CheckpointRestoreToolstack for DirectToolstack<'_> {
 
 impl RestoreToolstack for DirectToolstack<'_> {
     fn static_data_done(&mut self, missing: MissingStaticData) -> Result<(), ToolstackError> {
-        // Xen gave the domain its default policy when it was created.
-        if missing.cpuid || missing.msr {
-            let what = match (missing.cpuid, missing.msr) {
-                (true, true) => "no CPUID policy and no MSR policy",
-                (true, false) => "no CPUID policy",
-                _ => "no MSR policy",
-            };
+        // Without the MSRs it keeps Xen's default, which libxl leaves it, too.
+        if missing.cpuid {
             tracing::warn!(
-                "the image holds {what} (Xen before 4.14 wrote none): the guest gets what this \
-                 host gives a new guest, and may miss features that it uses"
+                "the image holds no CPU policy (Xen before 4.14 wrote none): the guest gets this \
+                 host's default, with what Xen 4.13 would have given it besides (RDRAND, HLE, RTM, \
+                 MPX); of another processor's features, it may miss some"
             );
+            older_policy::set(self.0).map_err(backend("setting the CPU policy"))?;
         }
         Ok(())
     }

@@ -97,6 +97,22 @@ pub struct Introduction<'a> {
     pub store: Ring,
     /// The ring of the console, if the domain has one.
     pub console: Option<Ring>,
+    /// What its kernel is told of its memory and its vcpus, if anything.
+    pub extent: Option<&'a Extent>,
+}
+
+/// How much memory a domain is to use, and which of its vcpus: what a balloon driver and the
+/// hotplug of processors go by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// The most memory that it may ever have, in KiB (`memory/static-max`).
+    pub max_memory_kib: u64,
+    /// The memory that it is to have now, in KiB (`memory/target`).
+    pub target_memory_kib: u64,
+    /// Memory of its screen, in KiB (`memory/videoram`).
+    pub video_memory_kib: u64,
+    /// Whether each of its vcpus is to be used (`cpu/N/availability`).
+    pub vcpus_online: Vec<bool>,
 }
 
 /// What [`DomainStore::destroy`] has achieved.

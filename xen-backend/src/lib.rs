@@ -275,12 +275,17 @@ pub struct DomainSettings {
     pub max_grant_frames: Option<u32>,
     /// Frames of the table of grants that it has mapped, likewise.
     pub max_maptrack_frames: Option<u32>,
-    /// The largest version of grant tables that it may use.
-    pub max_grant_version: u8,
+    /// The largest version of grant tables that it may use; the largest that the hypervisor
+    /// has, if `None`.
+    pub max_grant_version: Option<u8>,
     /// Its security label (FLASK), as a number; 0 for the default.
     pub ssidref: u32,
-    /// Reads of registers that Xen does not know give zero, instead of a fault.
+    /// Reads of registers that Xen does not know give zero, instead of a fault. Xen 4.14 does
+    /// so always.
     pub msr_relaxed: bool,
+    /// Translated guests: memory for the tables that Xen keeps of them, in KiB; what libxl
+    /// reckons, if `None`.
+    pub paging_kib: Option<u64>,
     /// The pool of processors that it runs in.
     pub cpupool: u32,
     /// Translated guests: what becomes of timer ticks that it misses
@@ -299,9 +304,10 @@ impl DomainSettings {
         max_event_port: 1023,
         max_grant_frames: None,
         max_maptrack_frames: None,
-        max_grant_version: 1,
+        max_grant_version: None,
         ssidref: 0,
         msr_relaxed: false,
+        paging_kib: None,
         cpupool: 0,
         timer_mode: Self::NO_DELAY_FOR_MISSED_TICKS,
         time_offset_seconds: 0,
@@ -486,6 +492,10 @@ pub trait GuestMemory: Send + Sync {
 pub trait X86Platform: Send + Sync {
     /// The CPU policy (`XEN_DOMCTL_get_cpu_policy`).
     fn cpu_policy(&self) -> Result<CpuPolicy, BackendError>;
+
+    /// The policy of the host's processors (`XEN_SYSCTL_get_cpu_policy`): what they can do,
+    /// not what a guest may be given of it.
+    fn host_cpu_policy(&self) -> Result<CpuPolicy, BackendError>;
 
     /// Set the CPU policy; an empty half is left alone. EINVAL for lengths that are
     /// no multiple of an entry. EINVAL, ERANGE or EOVERFLOW for a policy that the machine

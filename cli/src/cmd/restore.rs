@@ -301,7 +301,10 @@ impl<'a> Image<'a> {
             .collect();
         let options = made.options(threads)?;
         let domain = made.domain.as_ref();
-        let mut toolstack = DirectToolstack(domain);
+        let mut toolstack = direct::Toolstack {
+            direct: DirectToolstack(domain),
+            changes_cpuid: self.plan.changes_cpuid,
+        };
         let (restored, source) = xsr_save_restore::restore(
             domain,
             self.reader,

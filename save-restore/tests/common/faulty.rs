@@ -386,6 +386,9 @@ impl X86Platform for Faulty {
     fn cpu_policy(&self) -> Result<CpuPolicy, BackendError> {
         self.call("cpu_policy", |d| d.cpu_policy())
     }
+    fn host_cpu_policy(&self) -> Result<CpuPolicy, BackendError> {
+        self.call("host_cpu_policy", |d| d.host_cpu_policy())
+    }
     fn set_cpu_policy(&self, policy: &CpuPolicy) -> Result<(), BackendError> {
         self.call("set_cpu_policy", |d| d.set_cpu_policy(policy))
     }

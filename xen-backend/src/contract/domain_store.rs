@@ -149,6 +149,7 @@ impl<'s> Guest<'s> {
                     port,
                 },
                 console: None,
+                extent: None,
             },
         )
     }
@@ -218,6 +219,7 @@ fn every_method(
             port: 1,
         },
         console: None,
+        extent: None,
     };
     let all: [(&str, Result<(), DomainStoreError>); 13] = [
         ("check", store.check(domain).map(drop)),

@@ -13,6 +13,10 @@ pub(super) const CHECKS: &[(&str, Check)] = &[
         policy_round_trip,
     ),
     ("an empty half of a policy is left alone", half_policies),
+    (
+        "the host has a policy, with vendor and features",
+        host_policy,
+    ),
     ("a policy with half an entry is EINVAL", cut_policies),
     ("a policy beyond the machine is EINVAL", impossible_policy),
     ("a policy cannot change once a vcpu has run", late_policy),
@@ -52,6 +56,18 @@ fn half_policies(host: &dyn Host) -> Result<(), Violation> {
     };
     guest.set_cpu_policy(&leaves)?;
     equal(&guest.cpu_policy()?, &policy, "policy")
+}
+
+fn host_policy(host: &dyn Host) -> Result<(), Violation> {
+    for kind in KINDS {
+        let policy = Guest::new(host, kind, 1, 1)?.host_cpu_policy()?;
+        for leaf in [0_u32, 1] {
+            let mut leaves = policy.leaves.chunks_exact(24);
+            let found = leaves.any(|octets| octets.starts_with(&leaf.to_le_bytes()));
+            ensure(found, "a leaf that every processor has")?;
+        }
+    }
+    Ok(())
 }
 
 fn cut_policies(host: &dyn Host) -> Result<(), Violation> {

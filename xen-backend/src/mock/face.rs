@@ -35,6 +35,7 @@ use zerocopy::{FromBytes, IntoBytes};
 use self::buffers::Buffers;
 use super::MockHost;
 use super::domain::MockDomain;
+use super::policy;
 use crate::error::BackendError;
 use crate::pages::{Access, ForeignPages};
 use crate::privcmd::call::{EXTRA_VERSION, GRANT_TABLE_OP};
@@ -51,8 +52,6 @@ const BODY: usize = 128;
 
 /// `__HYPERVISOR_multicall`, which our own backend has no need of.
 const MULTICALL: u32 = 13;
-/// `XEN_SYSCTL_get_cpu_policy`, which our own backend has no need of.
-const SYSCTL_GET_CPU_POLICY: u32 = 29;
 /// More entries than a policy of any domain has.
 const MAX_LEAVES: u32 = 128;
 const MAX_MSRS: u32 = 16;
@@ -70,6 +69,10 @@ pub(crate) struct Obstacles {
     pub(crate) no_tables: bool,
     /// The dirty log is told of one page less than was asked for.
     pub(crate) short_log: bool,
+    /// The processors have no nested paging.
+    pub(crate) no_nested_paging: bool,
+    /// Grant tables are of the first version for all (`gnttab=max-ver:1`).
+    pub(crate) first_grants_only: bool,
 }
 
 /// The machine, seen as a hypervisor.
@@ -193,17 +196,7 @@ impl Face {
         let place = address + SYSCTL_HEADER;
         match cmd {
             sys::XEN_SYSCTL_getdomaininfolist => {}
-            // Sizes only, for which a caller leaves the buffers out.
-            SYSCTL_GET_CPU_POLICY => {
-                let [index, _, _, rest, leaves, _, msrs, _]: [u32; 8] = self.load(place)?;
-                return match (leaves, msrs) {
-                    (0, 0) => {
-                        self.save(place, &[index, MAX_LEAVES, MAX_MSRS, rest])?;
-                        Ok(0)
-                    }
-                    _ => Err(Errno::ENOSYS),
-                };
-            }
+            sys::XEN_SYSCTL_get_cpu_policy => return self.system_policy(place),
             _ => return Err(Errno::ENOSYS),
         }
         let mut list: sys::xen_sysctl_getdomaininfolist = self.load(place)?;
@@ -219,6 +212,33 @@ impl Face {
         self.buffers.write(list.buffer, &octets)?;
         list.num_domains = found;
         self.save(place, &list)?;
+        Ok(0)
+    }
+
+    /// Sizes, for which a caller leaves the buffers out; or the host's policy.
+    fn system_policy(&self, place: u64) -> Result<u64, Errno> {
+        let mut body: sys::xen_sysctl_cpu_policy = self.load(place)?;
+        if (body.leaves, body.msrs) == (0, 0) {
+            (body.nr_leaves, body.nr_msrs) = (MAX_LEAVES, MAX_MSRS);
+        } else if body.index == sys::XEN_SYSCTL_cpu_policy_host {
+            let policy = policy::host_policy();
+            let leaf = size_of::<sys::xen_cpuid_leaf>();
+            let msr = size_of::<sys::xen_msr_entry>();
+            for (octets, size, room, buffer) in [
+                (&policy.leaves, leaf, &mut body.nr_leaves, body.leaves),
+                (&policy.msrs, msr, &mut body.nr_msrs, body.msrs),
+            ] {
+                let entries = u32::try_from(octets.len() / size).map_err(|_| Errno::EINVAL)?;
+                if *room < entries {
+                    return Err(Errno::ENOBUFS);
+                }
+                *room = entries;
+                self.buffers.write(buffer, octets)?;
+            }
+        } else {
+            return Err(Errno::ENOSYS);
+        }
+        self.save(place, &body)?;
         Ok(0)
     }
 

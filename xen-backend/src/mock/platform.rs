@@ -119,6 +119,10 @@ impl X86Platform for MockDomain {
         })
     }
 
+    fn host_cpu_policy(&self) -> Result<CpuPolicy, BackendError> {
+        self.look("host_cpu_policy", |_| Ok(policy::host_policy()))
+    }
+
     fn set_cpu_policy(&self, policy: &CpuPolicy) -> Result<(), BackendError> {
         let mut blamed = None;
         let set = self.change("set_cpu_policy", |state| {

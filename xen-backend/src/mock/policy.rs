@@ -120,6 +120,27 @@ pub(super) fn default_policy(kind: GuestKind) -> CpuPolicy {
     CpuPolicy { leaves, msrs }
 }
 
+/// What the machine's processors can do: more than what a guest is given that does not ask.
+pub(super) fn host_policy() -> CpuPolicy {
+    let mut policy = default_policy(GuestKind::Hvm);
+    for entry in policy.leaves.chunks_exact_mut(LEAF) {
+        // Register, from eax on, and bits.
+        let (register, bits) = match (word(entry, 0), word(entry, 4)) {
+            // VMX; RDRAND is there already.
+            (1, _) => (2, 1 << 5),
+            // HLE, RTM and MPX.
+            (7, 0) => (1, 1 << 4 | 1 << 11 | 1 << 14),
+            // CMP_LEGACY and SVM.
+            (0x8000_0001, _) => (2, 1 << 1 | 1 << 2),
+            _ => continue,
+        };
+        let at = 8 + 4 * register;
+        let value: u32 = word(entry, at) | bits;
+        entry[at..at + 4].copy_from_slice(&value.to_le_bytes());
+    }
+    policy
+}
+
 fn word(octets: &[u8], offset: usize) -> u32 {
     u32::try_from(read_word(octets, offset, 4)).unwrap_or(u32::MAX)
 }

@@ -187,14 +187,32 @@ fn of_domctl(cmd: u32) -> Option<&'static [Pointer]> {
 
 /// The addresses in the body of a sysctl; `None` for one that is not made.
 fn of_sysctl(cmd: u32) -> Option<&'static [Pointer]> {
-    use sys::xen_sysctl_getdomaininfolist as list;
+    use sys::{xen_sysctl_cpu_policy as policy, xen_sysctl_getdomaininfolist as list};
     const LIST: [Pointer; 1] = [counted(
         offset_of!(list, buffer),
         offset_of!(list, max_domains),
         4,
         LARGEST_INFO,
     )];
-    (cmd == sys::XEN_SYSCTL_getdomaininfolist).then_some(&LIST)
+    const POLICY: [Pointer; 2] = [
+        counted(
+            offset_of!(policy, leaves),
+            offset_of!(policy, nr_leaves),
+            4,
+            size_of::<sys::xen_cpuid_leaf>(),
+        ),
+        counted(
+            offset_of!(policy, msrs),
+            offset_of!(policy, nr_msrs),
+            4,
+            size_of::<sys::xen_msr_entry>(),
+        ),
+    ];
+    match cmd {
+        sys::XEN_SYSCTL_getdomaininfolist => Some(&LIST),
+        sys::XEN_SYSCTL_get_cpu_policy => Some(&POLICY),
+        _ => None,
+    }
 }
 
 /// The structure that a command of another hypercall takes: its octets, and the addresses

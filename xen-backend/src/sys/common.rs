@@ -238,6 +238,16 @@ pub struct xen_sysctl_getdomaininfolist {
     pub __bindgen_padding_1: [u8; 4usize],
 }
 #[repr(C)]
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
+pub struct xen_sysctl_cpu_policy {
+    pub index: u32,
+    pub nr_leaves: u32,
+    pub nr_msrs: u32,
+    pub _rsvd: u32,
+    pub leaves: __guest_handle_xen_cpuid_leaf_t,
+    pub msrs: __guest_handle_xen_msr_entry_t,
+}
+#[repr(C)]
 #[repr(align(8))]
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
 pub struct xen_sysctl {
@@ -334,7 +344,9 @@ pub const XEN_DOMCTL_get_vcpu_msrs: u32 = 72;
 pub const XEN_DOMCTL_set_vcpu_msrs: u32 = 73;
 pub const XEN_DOMCTL_get_cpu_policy: u32 = 82;
 pub const XEN_DOMCTL_set_cpu_policy: u32 = 83;
+pub const XEN_SYSCTL_cpu_policy_host: u32 = 1;
 pub const XEN_SYSCTL_getdomaininfolist: u32 = 6;
+pub const XEN_SYSCTL_get_cpu_policy: u32 = 29;
 pub const XENVER_version: u32 = 0;
 pub const XENVER_extraversion: u32 = 1;
 pub const SCHEDOP_remote_shutdown: u32 = 4;
@@ -645,6 +657,23 @@ const _: () = {
         [::core::mem::offset_of!(xen_sysctl_getdomaininfolist, buffer) - 8usize];
     ["Offset of field: xen_sysctl_getdomaininfolist::num_domains"]
         [::core::mem::offset_of!(xen_sysctl_getdomaininfolist, num_domains) - 16usize];
+};
+const _: () = {
+    ["Size of xen_sysctl_cpu_policy"][::core::mem::size_of::<xen_sysctl_cpu_policy>() - 32usize];
+    ["Alignment of xen_sysctl_cpu_policy"]
+        [::core::mem::align_of::<xen_sysctl_cpu_policy>() - 8usize];
+    ["Offset of field: xen_sysctl_cpu_policy::index"]
+        [::core::mem::offset_of!(xen_sysctl_cpu_policy, index) - 0usize];
+    ["Offset of field: xen_sysctl_cpu_policy::nr_leaves"]
+        [::core::mem::offset_of!(xen_sysctl_cpu_policy, nr_leaves) - 4usize];
+    ["Offset of field: xen_sysctl_cpu_policy::nr_msrs"]
+        [::core::mem::offset_of!(xen_sysctl_cpu_policy, nr_msrs) - 8usize];
+    ["Offset of field: xen_sysctl_cpu_policy::_rsvd"]
+        [::core::mem::offset_of!(xen_sysctl_cpu_policy, _rsvd) - 12usize];
+    ["Offset of field: xen_sysctl_cpu_policy::leaves"]
+        [::core::mem::offset_of!(xen_sysctl_cpu_policy, leaves) - 16usize];
+    ["Offset of field: xen_sysctl_cpu_policy::msrs"]
+        [::core::mem::offset_of!(xen_sysctl_cpu_policy, msrs) - 24usize];
 };
 const _: () = {
     ["Size of xen_sysctl"][::core::mem::size_of::<xen_sysctl>() - 136usize];

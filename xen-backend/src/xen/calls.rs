@@ -220,19 +220,9 @@ impl Calls {
         let mut body = sys::xen_sysctl_getdomaininfolist::new_zeroed();
         body.first_domain = first;
         body.max_domains = max;
-        let mut result = Err(Errno::EACCES);
-        for version in self.interface.sysctl {
-            result = self.sysctl(
-                *version,
-                sys::XEN_SYSCTL_getdomaininfolist,
-                &body,
-                &mut [&mut list],
-            );
-            if !matches!(result, Err(Errno::EACCES)) {
-                break;
-            }
-        }
-        let found = usize::try_from(result?.num_domains).map_err(|_| Errno::EINVAL)?;
+        let cmd = sys::XEN_SYSCTL_getdomaininfolist;
+        let answer = self.sysctl(cmd, &body, &mut [&mut list])?;
+        let found = usize::try_from(answer.num_domains).map_err(|_| Errno::EINVAL)?;
         let infos = Self::contents(&list, found.min(room) * octets);
         let infos = infos.chunks_exact(octets);
         infos
@@ -241,7 +231,24 @@ impl Calls {
             .ok_or(Errno::EINVAL)
     }
 
-    fn sysctl<T: FromBytes + IntoBytes + Immutable>(
+    /// A sysctl, by the version of its interface that this Xen speaks.
+    pub(super) fn sysctl<T: FromBytes + IntoBytes + Immutable>(
+        &self,
+        cmd: u32,
+        body: &T,
+        named: Named<'_, '_>,
+    ) -> Result<T, Errno> {
+        let mut result = Err(Errno::EACCES);
+        for version in self.interface.sysctl {
+            result = self.sysctl_by(*version, cmd, body, &mut *named);
+            if !matches!(result, Err(Errno::EACCES)) {
+                break;
+            }
+        }
+        result
+    }
+
+    fn sysctl_by<T: FromBytes + IntoBytes + Immutable>(
         &self,
         version: u32,
         cmd: u32,

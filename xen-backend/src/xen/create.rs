@@ -18,6 +18,9 @@ const DOMID_ANY: u16 = 0x7ff5;
 /// KiB in a page.
 const PAGE_KIB: u64 = 4;
 
+/// The largest version of grant tables that there is.
+const NEWEST_GRANT_VERSION: u8 = 2;
+
 const OP: &str = "createdomain";
 
 /// Reads of unknown registers give zero (`XEN_X86_MSR_RELAXED`).
@@ -27,7 +30,7 @@ pub(crate) const MSR_RELAXED: u32 = 1;
 pub(super) fn create(calls: &Calls, new: &NewDomain) -> Result<DomId, BackendError> {
     new.check_vcpus(OP)?;
     let create = body(calls, new)?;
-    let domid = createdomain(calls, new.kind, create)?;
+    let domid = createdomain(calls, new, create)?;
     if let Err(error) = furnish(calls, domid, new) {
         if let Err(errno) = calls.plain_domctl(sys::XEN_DOMCTL_destroydomain, domid) {
             tracing::error!(%domid, %errno, "a domain half made is left behind");
@@ -37,19 +40,17 @@ pub(super) fn create(calls: &Calls, new: &NewDomain) -> Result<DomId, BackendErr
     Ok(domid)
 }
 
-/// What is asked for, but for the flags. EOPNOTSUPP where this version of Xen cannot be
-/// asked for it.
+/// What is asked for, except the flags and the version of grant tables. EOPNOTSUPP where this
+/// version of Xen cannot be asked for it.
 fn body(calls: &Calls, new: &NewDomain) -> Result<Create, BackendError> {
     let settings = &new.settings;
     let interface = calls.interface;
     for (wanted, has, what) in [
         (
-            settings.msr_relaxed,
-            interface.has_misc_flags,
-            "msr_relaxed (from Xen 4.15 on)",
-        ),
-        (
-            settings.max_grant_version != 1,
+            // The largest there is, it has by itself.
+            settings
+                .max_grant_version
+                .is_some_and(|version| version < NEWEST_GRANT_VERSION),
             interface.has_grant_version,
             "max_grant_version (from Xen 4.16 on)",
         ),
@@ -83,30 +84,46 @@ fn body(calls: &Calls, new: &NewDomain) -> Result<Create, BackendError> {
         ssidref: settings.ssidref,
         max_grant_frames: limit(settings.max_grant_frames)?,
         max_maptrack_frames: limit(settings.max_maptrack_frames)?,
-        grant_version: settings.max_grant_version.into(),
+        grant_version: 0,
+        // Without the flags, every domain is so.
         misc_flags: if settings.msr_relaxed { MSR_RELAXED } else { 0 },
         cpupool: settings.cpupool,
     })
 }
 
-fn createdomain(calls: &Calls, kind: GuestKind, create: Create) -> Result<DomId, BackendError> {
-    let ask = |flags| {
-        let body = (calls.interface.encode_create)(&Create { flags, ..create });
+fn createdomain(calls: &Calls, new: &NewDomain, create: Create) -> Result<DomId, BackendError> {
+    let kind = new.kind;
+    // Best first: each but the last may be more than this hypervisor has (EINVAL).
+    let flags: &[u32] = match kind {
+        GuestKind::Pv => &[0],
+        // Processors without nested paging: shadows, then.
+        GuestKind::Hvm | GuestKind::Pvh => &[
+            sys::XEN_DOMCTL_CDF_hvm | sys::XEN_DOMCTL_CDF_hap,
+            sys::XEN_DOMCTL_CDF_hvm,
+        ],
+    };
+    let versions: &[u8] = match new.settings.max_grant_version {
+        Some(version) => &[version],
+        None if calls.interface.has_grant_version => &[NEWEST_GRANT_VERSION, 1],
+        None => &[0],
+    };
+    let mut made = Err(Errno::EINVAL);
+    for (flags, version) in flags
+        .iter()
+        .flat_map(|flags| versions.iter().map(move |version| (*flags, *version)))
+    {
+        let body = (calls.interface.encode_create)(&Create {
+            flags,
+            grant_version: version.into(),
+            ..create
+        });
         let (version, cmd) = (calls.interface.domctl, sys::XEN_DOMCTL_createdomain);
-        let (domid, _) = calls::domctl(&*calls.raw, version, cmd, DOMID_ANY, &body, &mut [])?;
-        Ok(DomId(domid))
-    };
-    let made = match kind {
-        GuestKind::Pv => ask(0),
-        GuestKind::Hvm | GuestKind::Pvh => {
-            match ask(sys::XEN_DOMCTL_CDF_hvm | sys::XEN_DOMCTL_CDF_hap) {
-                // Processors without nested paging: shadows, then.
-                Err(Errno::EINVAL) => ask(sys::XEN_DOMCTL_CDF_hvm),
-                made => made,
-            }
+        made = calls::domctl(&*calls.raw, version, cmd, DOMID_ANY, &body, &mut []);
+        if !matches!(made, Err(Errno::EINVAL)) {
+            break;
         }
-    };
-    made.map_err(|errno| {
+    }
+    made.map(|(domid, _)| DomId(domid)).map_err(|errno| {
         let error = BackendError::host(OP, errno);
         match errno {
             Errno::ENOMEM => error.explained("Xen has no memory for another domain"),
@@ -137,7 +154,12 @@ fn furnish(calls: &Calls, domid: DomId, new: &NewDomain) -> Result<(), BackendEr
     if kind.is_translated() {
         let mut allocation = sys::xen_domctl_shadow_op::new_zeroed();
         allocation.op = sys::XEN_DOMCTL_SHADOW_OP_SET_ALLOCATION;
-        allocation.mb = table_mib(vcpus, max_memkb);
+        allocation.mb = match new.settings.paging_kib {
+            Some(kib) => u32::try_from(kib.div_ceil(1024)).map_err(|_| {
+                fail("shadow_op")(Errno::EINVAL).explained("too much shadow memory")
+            })?,
+            None => table_mib(vcpus, max_memkb),
+        };
         calls
             .domctl(sys::XEN_DOMCTL_shadow_op, domid, &allocation)
             .map_err(fail("shadow_op"))?;

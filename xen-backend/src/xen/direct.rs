@@ -12,6 +12,7 @@ use std::collections::BTreeSet;
 use xsr_format::frame::Gfn;
 
 use super::XenHost;
+use crate::domain_store::{Extent, Introduction};
 use crate::error::BackendError;
 use crate::xenstore::StoreError;
 use crate::{DomId, Host as _};
@@ -23,9 +24,12 @@ const CONSOLE_LIMIT: &str = "1048576";
 /// has.
 const CONSOLES: &str = "/local/domain/0/backend/console";
 
-/// What the guest may read, and what is its own.
-const LENT: [&str; 4] = ["", "/control", "/device", "/console"];
-const GUESTS: [&str; 9] = [
+/// The directories of a domain that it may read. What is written there later inherits that.
+const GUEST_READABLE_DIRS: [&str; 7] = [
+    "", "/control", "/device", "/console", "/cpu", "/memory", "/store",
+];
+/// The nodes that are the domain's own.
+const GUEST_OWNED_NODES: [&str; 9] = [
     "/control/shutdown",
     "/control/feature-poweroff",
     "/control/feature-reboot",
@@ -48,6 +52,25 @@ pub struct Ring {
 
 fn node(domid: DomId, name: &str) -> String {
     format!("/local/domain/{}{name}", domid.0)
+}
+
+/// The nodes of an extent (C: `libxl__build_post`).
+fn nodes_of(extent: &Extent) -> Vec<(String, String)> {
+    let memory = [
+        ("static-max", extent.max_memory_kib),
+        ("target", extent.target_memory_kib),
+        ("videoram", extent.video_memory_kib),
+    ];
+    let memory = memory.map(|(what, kib)| (format!("/memory/{what}"), kib.to_string()));
+    let vcpus = extent
+        .vcpus_online
+        .iter()
+        .enumerate()
+        .map(|(vcpu, online)| {
+            let word = if *online { "online" } else { "offline" };
+            (format!("/cpu/{vcpu}/availability"), word.to_owned())
+        });
+    memory.into_iter().chain(vcpus).collect()
 }
 
 fn failed(op: &'static str, domid: DomId) -> impl Fn(StoreError) -> BackendError {
@@ -96,12 +119,28 @@ impl XenHost {
     pub(crate) fn connect(
         &self,
         domid: DomId,
-        name: &str,
-        store: Ring,
-        console: Option<Ring>,
+        introduction: &Introduction<'_>,
     ) -> Result<(), BackendError> {
+        let &Introduction {
+            name,
+            store,
+            console,
+            extent,
+        } = introduction;
         let fail = failed("introduce", domid);
         let xenstore = &*self.shared.store;
+        let readable = GUEST_READABLE_DIRS.iter().filter(|path| match **path {
+            "/console" => console.is_some(),
+            "/cpu" | "/memory" => extent.is_some(),
+            _ => true,
+        });
+        let owned = GUEST_OWNED_NODES.iter().map(|path| (path, true));
+        // Before the values: those below inherit it.
+        for (path, owner) in readable.map(|path| (path, false)).chain(owned) {
+            let path = node(domid, path);
+            xenstore.write(&path, b"").map_err(&fail)?;
+            xenstore.let_have(&path, domid, owner).map_err(&fail)?;
+        }
         let mut values = vec![
             ("/name", name.to_owned()),
             ("/domid", domid.0.to_string()),
@@ -124,7 +163,6 @@ impl XenHost {
             }
             xenstore.let_have(&vm, domid, false).map_err(&fail)?;
         }
-        values.extend(GUESTS.map(|path| (path, String::new())));
         if let Some(console) = console {
             values.extend([
                 ("/console/type", "xenconsoled".to_owned()),
@@ -134,20 +172,18 @@ impl XenHost {
                 ("/console/ring-ref", console.frame.0.to_string()),
             ]);
         }
-        for (path, value) in values {
+        let values = values
+            .into_iter()
+            .map(|(path, value)| (path.to_owned(), value));
+        for (path, value) in values.chain(extent.into_iter().flat_map(nodes_of)) {
             xenstore
-                .write(&node(domid, path), value.as_bytes())
+                .write(&node(domid, &path), value.as_bytes())
                 .map_err(&fail)?;
         }
-        let lent = LENT
-            .iter()
-            .filter(|path| console.is_some() || **path != "/console");
-        let lent = lent.map(|path| (path, false));
-        for (path, owner) in lent.chain(GUESTS.iter().map(|path| (path, true))) {
-            xenstore
-                .let_have(&node(domid, path), domid, owner)
-                .map_err(&fail)?;
-        }
+        // It may have been named before its directory was made readable.
+        xenstore
+            .let_have(&node(domid, "/name"), domid, false)
+            .map_err(&fail)?;
         xenstore
             .introduce(domid, store.frame, store.port)
             .map_err(&fail)
@@ -159,20 +195,39 @@ impl XenHost {
     ///
     /// # Errors
     ///
-    /// xenstore cannot be reached (ENOTCONN), or refuses.
+    /// xenstore cannot be reached (ENOTCONN), or refuses. All the rest is removed; the error
+    /// names what is left.
     pub(crate) fn remove_nodes_of(&self, domid: DomId) -> Result<(), BackendError> {
-        let fail = failed("forget", domid);
         let xenstore = &*self.shared.store;
-        let kept = xenstore.read(&node(domid, "/vm")).map_err(&fail)?;
-        let kept = kept.and_then(|path| String::from_utf8(path).ok());
-        if let Some(path) = kept.filter(|path| path.starts_with("/vm/")) {
-            xenstore.remove(&path).map_err(&fail)?;
+        let mut first = None;
+        let mut left = Vec::new();
+        let mut paths = vec![
+            format!("/libxl/{}", domid.0),
+            format!("{CONSOLES}/{}", domid.0),
+            node(domid, ""),
+        ];
+        match xenstore.read(&node(domid, "/vm")) {
+            Ok(path) => {
+                let path = path.and_then(|path| String::from_utf8(path).ok());
+                paths.extend(path.filter(|path| path.starts_with("/vm/")));
+            }
+            Err(error) => first = Some(error),
         }
-        for kept in ["/libxl", CONSOLES] {
-            xenstore
-                .remove(&format!("{kept}/{}", domid.0))
-                .map_err(&fail)?;
+        for path in paths {
+            if let Err(error) = xenstore.remove(&path) {
+                first.get_or_insert(error);
+                left.push(path);
+            }
         }
-        xenstore.remove(&node(domid, "")).map_err(&fail)
+        match first {
+            None => Ok(()),
+            Some(error) => Err(failed("forget", domid)(error).explained(format!(
+                "left in xenstore: {}; xenstore-rm removes it",
+                match left.is_empty() {
+                    true => "perhaps a node below /vm".to_owned(),
+                    false => left.join(" "),
+                }
+            ))),
+        }
     }
 }

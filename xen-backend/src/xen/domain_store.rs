@@ -465,16 +465,11 @@ impl DomainStore for XenHost {
         domain: DomainRef,
         introduction: &Introduction<'_>,
     ) -> Result<(), DomainStoreError> {
-        let &Introduction {
-            name,
-            store,
-            console,
-        } = introduction;
-        self.change_name(domain, Expected::Anything, name)?;
+        self.change_name(domain, Expected::Anything, introduction.name)?;
         // The caller may have locked and configured the domain before it introduces it.
         let stale = self.shared.remove_except(domain, |_| true);
         stale.map_err(failed("removing old nodes", domain.domid))?;
-        Ok(self.connect(domain.domid, name, store, console)?)
+        Ok(self.connect(domain.domid, introduction)?)
     }
 
     fn forget(&self, domain: DomainRef) -> Result<(), DomainStoreError> {

@@ -56,7 +56,8 @@ pub(crate) struct Create {
     pub(crate) max_grant_frames: i32,
     /// Likewise.
     pub(crate) max_maptrack_frames: i32,
-    /// Largest version of grant tables, from 0x14 on; older ones have no say in it.
+    /// Largest version of grant tables, from 0x14 on; 0 before, where the hypervisor's command
+    /// line says it.
     pub(crate) grant_version: u32,
     /// `XEN_X86_MSR_RELAXED`, from 0x13 on.
     pub(crate) misc_flags: u32,
@@ -105,9 +106,7 @@ pub(crate) struct Interface {
         expect(dead_code, reason = "for the mock machine")
     )]
     pub(crate) decode_create: fn(&[u8]) -> Option<Create>,
-    /// Whether `createdomain` has [`Create::misc_flags`].
-    pub(crate) has_misc_flags: bool,
-    /// Whether it has [`Create::grant_version`].
+    /// Whether `createdomain` has [`Create::grant_version`].
     pub(crate) has_grant_version: bool,
     /// Whether it has [`Create::cpupool`].
     pub(crate) has_cpupool: bool,
@@ -124,11 +123,6 @@ const NO_VCPU: u32 = u32::MAX;
 
 /// "As many as the hypervisor allows."
 pub(crate) const DEFAULT_LIMIT: i32 = -1;
-
-/// The largest version of grant tables that a guest may use, where the interface has no
-/// say in it: 1, which every hypervisor has. A guest that used the second version asks
-/// for it anew after it has been resumed.
-pub(crate) const GRANT_VERSION: u32 = 1;
 
 /// An entry of the table: the module of the bindings, what else its domctl has.
 macro_rules! interface {
@@ -193,7 +187,6 @@ macro_rules! interface {
                     cpupool: interface!(@pool $pool, create),
                 })
             },
-            has_misc_flags: $misc,
             has_grant_version: $grants,
             has_cpupool: $pool,
         }
@@ -210,7 +203,7 @@ macro_rules! interface {
             _ => return None,
         }
     };
-    (@grants false, $create:ident) => { GRANT_VERSION };
+    (@grants false, $create:ident) => { 0 };
     (@misc true, $create:ident) => { $create.arch.misc_flags };
     (@misc false, $create:ident) => { 0 };
     (@pool true, $create:ident) => { $create.cpupool_id };

@@ -34,6 +34,11 @@ impl XenDomain {
     /// Whether the log is on, whichever process switched it on: libxl does so for the
     /// secondary of COLO, and its helper reads it. The one call that tells is the one that
     /// would switch it on; Xen refuses it where the log is on.
+    ///
+    /// Xen refuses it (EINVAL) in two other cases, which cannot be told from this one: where the
+    /// log is of a screen's few pages only, and where the domain has a device passed through. A
+    /// caller that has not switched the log on itself has to know that its toolstack has. COLO
+    /// does: libxl switches it on and fails where it cannot, and refuses passed-through devices.
     fn log_is_on(&self) -> Result<bool, BackendError> {
         match self.shared.logs().get(&self.domid) {
             Some(Log::On) => return Ok(true),

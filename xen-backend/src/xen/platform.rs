@@ -31,21 +31,50 @@ fn entries(octets: &[u8], size: usize) -> Result<u32, Errno> {
     }
 }
 
+/// Whose policy.
+#[derive(Clone, Copy)]
+enum Whose {
+    Domain,
+    Host,
+}
+
 impl XenDomain {
-    /// The policy, if it fits into `room` entries of either kind: ENOBUFS otherwise.
-    fn policy_of(&self, room: u32) -> Result<CpuPolicy, Errno> {
+    /// A policy of whatever length.
+    fn policy(&self, whose: Whose, op: &'static str) -> Result<CpuPolicy, BackendError> {
+        let mut room = FIRST_ROOM;
+        loop {
+            match self.policy_within(room, whose) {
+                Err(Errno::ENOBUFS) if room < LARGEST_ROOM => room *= 2,
+                result => return result.map_err(|errno| self.fail(op, errno)),
+            }
+        }
+    }
+
+    /// A policy, if it fits into `room` entries of either kind: ENOBUFS otherwise.
+    fn policy_within(&self, room: u32, whose: Whose) -> Result<CpuPolicy, Errno> {
         let count = usize::try_from(room).map_err(|_| Errno::EINVAL)?;
         let mut leaves = self.calls().raw.buffer(count * LEAF)?;
         let mut msrs = self.calls().raw.buffer(count * MSR)?;
-        let mut body = sys::xen_domctl_cpu_policy::new_zeroed();
-        (body.nr_leaves, body.nr_msrs) = (room, room);
-        let (cmd, named) = (
-            sys::XEN_DOMCTL_get_cpu_policy,
-            &mut [&mut leaves, &mut msrs],
-        );
-        let got = self.calls().domctl_naming(cmd, self.domid, &body, named)?;
+        let named = &mut [&mut leaves, &mut msrs];
+        let (nr_leaves, nr_msrs) = match whose {
+            Whose::Domain => {
+                let mut body = sys::xen_domctl_cpu_policy::new_zeroed();
+                (body.nr_leaves, body.nr_msrs) = (room, room);
+                let cmd = sys::XEN_DOMCTL_get_cpu_policy;
+                let got = self.calls().domctl_naming(cmd, self.domid, &body, named)?;
+                (got.nr_leaves, got.nr_msrs)
+            }
+            Whose::Host => {
+                let mut body = sys::xen_sysctl_cpu_policy::new_zeroed();
+                body.index = sys::XEN_SYSCTL_cpu_policy_host;
+                (body.nr_leaves, body.nr_msrs) = (room, room);
+                let cmd = sys::XEN_SYSCTL_get_cpu_policy;
+                let got = self.calls().sysctl(cmd, &body, named)?;
+                (got.nr_leaves, got.nr_msrs)
+            }
+        };
         let len = |entries: u32, size| usize::try_from(entries.min(room)).map(|n| n * size);
-        let (nr_leaves, nr_msrs) = (len(got.nr_leaves, LEAF), len(got.nr_msrs, MSR));
+        let (nr_leaves, nr_msrs) = (len(nr_leaves, LEAF), len(nr_msrs, MSR));
         Ok(CpuPolicy {
             leaves: Calls::contents(&leaves, nr_leaves.map_err(|_| Errno::EINVAL)?),
             msrs: Calls::contents(&msrs, nr_msrs.map_err(|_| Errno::EINVAL)?),
@@ -88,13 +117,11 @@ fn blamed(told: &sys::xen_domctl_cpu_policy) -> Option<PolicyEntry> {
 
 impl X86Platform for XenDomain {
     fn cpu_policy(&self) -> Result<CpuPolicy, BackendError> {
-        let mut room = FIRST_ROOM;
-        loop {
-            match self.policy_of(room) {
-                Err(Errno::ENOBUFS) if room < LARGEST_ROOM => room *= 2,
-                result => return result.map_err(|errno| self.fail("get_cpu_policy", errno)),
-            }
-        }
+        self.policy(Whose::Domain, "get_cpu_policy")
+    }
+
+    fn host_cpu_policy(&self) -> Result<CpuPolicy, BackendError> {
+        self.policy(Whose::Host, "host_cpu_policy")
     }
 
     fn set_cpu_policy(&self, policy: &CpuPolicy) -> Result<(), BackendError> {

@@ -2,6 +2,10 @@
 //! without devices.
 
 use anyhow::{Result, anyhow, bail};
+use xsr_format::frame::Gfn;
+use xsr_save_restore::toolstack::{
+    DirectToolstack, MissingStaticData, RestoreToolstack, ToolstackError,
+};
 use xsr_xen_backend::GuestKind;
 
 use super::{Plan, bad, settings};
@@ -26,11 +30,41 @@ pub(super) fn check(plan: &mut Plan) -> Result<()> {
         let devices = devices.join(", ");
         bail!("{name} has {devices}, and devices are libxl's to connect: drop --direct");
     }
-    let (uuid, settings) = settings::of(&config).map_err(|refused| {
+    let said = settings::of(&config, plan.vcpus).map_err(|refused| {
         let refused = refused.join(", ");
         anyhow!("{name} has {refused} in its configuration, which --direct cannot give it: drop --direct")
     })?;
-    plan.uuid = uuid;
-    plan.settings = settings;
+    plan.uuid = said.uuid;
+    plan.settings = said.settings;
+    plan.extent = Some(said.extent);
+    plan.changes_cpuid = said.changes_cpuid;
     Ok(())
+}
+
+/// No toolstack, except where the configuration says something that the stream does not hold.
+pub(super) struct Toolstack<'a> {
+    pub(super) direct: DirectToolstack<'a>,
+    /// Whether the configuration changes what the guest sees of the processor.
+    pub(super) changes_cpuid: bool,
+}
+
+impl RestoreToolstack for Toolstack<'_> {
+    fn static_data_done(&mut self, missing: MissingStaticData) -> Result<(), ToolstackError> {
+        if missing.cpuid && self.changes_cpuid {
+            return Err(ToolstackError::new(
+                "setting the CPU policy",
+                "the image holds none, and its configuration has b_info.cpuid, which --direct \
+                 cannot apply: drop --direct",
+            ));
+        }
+        self.direct.static_data_done(missing)
+    }
+
+    fn restore_results(
+        &mut self,
+        store_gfn: Option<Gfn>,
+        console_gfn: Option<Gfn>,
+    ) -> Result<(), ToolstackError> {
+        self.direct.restore_results(store_gfn, console_gfn)
+    }
 }

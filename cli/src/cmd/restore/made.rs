@@ -10,7 +10,7 @@ use anyhow::{Context as _, Error, Result};
 use xsr_save_restore::restore::RestoreStats;
 use xsr_save_restore::{RestoreOptions, Restored};
 use xsr_xen_backend::domain_store::{
-    DomainLock, DomainRef, DomainStore, DomainStoreError, Introduction,
+    DomainLock, DomainRef, DomainStore, DomainStoreError, Extent, Introduction,
 };
 use xsr_xen_backend::{DomId, Domain, Ring};
 
@@ -28,6 +28,8 @@ pub(crate) struct Made {
     which: DomainRef,
     pub(super) domain: Box<dyn Domain>,
     pub(super) about: About,
+    /// What its kernel is told of its memory and vcpus.
+    pub(super) extent: Option<Extent>,
     /// The domain's event channels for xenstore and console.
     ports: OnceCell<[u32; 2]>,
     keep: bool,
@@ -68,6 +70,7 @@ impl Made {
             which,
             domain,
             about,
+            extent: None,
             ports: OnceCell::new(),
             keep: false,
             left: Some(left),
@@ -218,6 +221,7 @@ impl Made {
             console: restored
                 .console_gfn
                 .map(|gfn| ring(gfn, options.console_port)),
+            extent: self.extent.as_ref(),
         };
         self.host
             .introduce(self.which, &introduction)

@@ -14,7 +14,7 @@ use std::path::Path;
 use anyhow::{Context as _, Error, Result};
 use xsr_format::image::{DomainHeader, GuestType, ImageHeader};
 use xsr_format::wrapper::xl::XlHeader;
-use xsr_xen_backend::domain_store::{DomainRef, DomainStore};
+use xsr_xen_backend::domain_store::{DomainRef, DomainStore, Extent};
 use xsr_xen_backend::{DomainSettings, GuestKind, NewDomain, Uuid};
 
 use super::made::Made;
@@ -138,6 +138,11 @@ pub(super) struct Plan {
     /// [`Uuid::NIL`] if the configuration has none that can be read.
     pub(super) uuid: Uuid,
     pub(super) settings: DomainSettings,
+    /// What its kernel is told of its memory and vcpus, if this is what tells it.
+    pub(super) extent: Option<Extent>,
+    /// Whether the configuration changes what the guest sees of the processor, and this is what
+    /// has to do so.
+    pub(super) changes_cpuid: bool,
     /// The UUID that was made for it because it has another name than its image says.
     pub(super) new_uuid: Option<String>,
     /// Whether the name is that of the file, for want of another.
@@ -173,7 +178,7 @@ struct Known {
 impl Known {
     fn json(self) -> Result<String> {
         let Self { name, uuid, .. } = &self;
-        let json = config::make(name, uuid, self.kind, self.vcpus, self.memory_kib);
+        let json = config::make_for_image(name, uuid, self.kind, self.vcpus, self.memory_kib);
         match self.carried.is_empty() {
             true => Ok(json),
             false => Ok(config::with_values(&json, self.carried)?),
@@ -333,6 +338,8 @@ impl Plan {
             vcpus: config.vcpus,
             uuid: uuid_in(config.uuid.as_deref()),
             settings: DomainSettings::default(),
+            extent: None,
+            changes_cpuid: false,
             new_uuid: None,
             name_is_made_up: false,
         };
@@ -403,6 +410,8 @@ impl Plan {
             max_pages: config::max_pages(known.memory_kib),
             uuid: uuid_in(Some(&known.uuid)),
             settings: DomainSettings::default(),
+            extent: None,
+            changes_cpuid: false,
             new_uuid: known.new_uuid.clone(),
             name_is_made_up: known.name_is_made_up,
             json: known.json()?,
@@ -451,6 +460,7 @@ impl Plan {
         let uuid = self.uuid;
         let which = *known.get_or_init(|| DomainRef { domid, uuid });
         let mut made = Made::new(host, which, name, left)?;
+        made.extent = self.extent.clone();
         match made.begin(named, &self.json) {
             Ok(()) => Ok(made),
             Err(error) => Err(made.given_up(error)),

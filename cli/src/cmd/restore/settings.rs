@@ -6,7 +6,10 @@
 //! `libxl_types.idl`.
 
 use serde_json::{Map, Value};
+use xsr_xen_backend::domain_store::Extent;
 use xsr_xen_backend::{DomainSettings, Uuid};
+
+use crate::origin::TIMER_MODES;
 
 /// Keys of `c_info` that a restore has no use for, or that are read elsewhere.
 const FINE_CREATE: &[&str] = &["type", "name", "uuid", "domid", "run_hotplug_scripts"];
@@ -18,7 +21,6 @@ const FINE_BUILD: &[&str] = &[
     "max_memkb",
     "target_memkb",
     "video_memkb",
-    "shadow_memkb",
     "iommu_memkb",
     "tsc_mode",
     "disable_migrate",
@@ -42,19 +44,26 @@ const FINE_BUILD: &[&str] = &[
 ];
 /// A number that stands for "not set" (`LIBXL_MAX_GRANT_DEFAULT`, `~0U`).
 const UNSET: u64 = u32::MAX as u64;
-/// The names of timer modes, by their number (`libxl_timer_mode`).
-const TIMER_MODES: [&str; 4] = [
-    "delay_for_missed_ticks",
-    "no_delay_for_missed_ticks",
-    "no_missed_ticks_pending",
-    "one_missed_tick_pending",
-];
 
-/// The settings of the domain that `config` describes, and its UUID; otherwise the names of
-/// those that cannot be given to it without libxl.
-pub(super) fn of(config: &Value) -> Result<(Uuid, DomainSettings), Vec<String>> {
+/// What a configuration says of a domain, and its stream does not.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Said {
+    pub(super) uuid: Uuid,
+    pub(super) settings: DomainSettings,
+    pub(super) extent: Extent,
+    /// Whether it changes what the guest sees of the processor, which a stream with a CPU policy
+    /// holds itself.
+    pub(super) changes_cpuid: bool,
+}
+
+/// What `config` says of a domain of `vcpus`; otherwise the names of the settings that cannot be
+/// given to it without libxl.
+pub(super) fn of(config: &Value, vcpus: u32) -> Result<Said, Vec<String>> {
+    // As `libxl_domain_create_restore`, for guests of a Xen that knows no other way.
+    let mut settings = DomainSettings::default();
+    settings.msr_relaxed = true;
     let mut reader = Reader {
-        settings: DomainSettings::default(),
+        settings,
         refused: Vec::new(),
     };
     let uuid = config.pointer("/c_info/uuid").and_then(Value::as_str);
@@ -69,8 +78,42 @@ pub(super) fn of(config: &Value) -> Result<(Uuid, DomainSettings), Vec<String>> 
     reader.create(members(config, "c_info"));
     reader.build(members(config, "b_info"));
     match reader.refused.is_empty() {
-        true => Ok((uuid, reader.settings)),
+        true => Ok(Said {
+            uuid,
+            settings: reader.settings,
+            extent: extent(config, vcpus),
+            changes_cpuid: config
+                .pointer("/b_info/cpuid")
+                .is_some_and(|cpuid| !says_nothing(cpuid)),
+        }),
         false => Err(reader.refused),
+    }
+}
+
+/// An amount of memory that is set, of `b_info`.
+fn kib(config: &Value, key: &str) -> Option<u64> {
+    let value = config.get("b_info")?.get(key)?.as_u64()?;
+    // `LIBXL_MEMKB_DEFAULT`
+    (value != u64::MAX).then_some(value)
+}
+
+/// C: `libxl__build_post`.
+fn extent(config: &Value, vcpus: u32) -> Extent {
+    let max_memory_kib = kib(config, "max_memkb").unwrap_or(0);
+    let video_memory_kib = kib(config, "video_memkb").unwrap_or(0);
+    let target = kib(config, "target_memkb").unwrap_or(max_memory_kib);
+    let online = config
+        .pointer("/b_info/avail_vcpus")
+        .and_then(Value::as_array);
+    let is_online = |vcpu: u32| match online {
+        Some(list) => list.contains(&Value::from(vcpu)),
+        None => true,
+    };
+    Extent {
+        max_memory_kib,
+        target_memory_kib: target.saturating_sub(video_memory_kib),
+        video_memory_kib,
+        vcpus_online: (0..vcpus).map(is_online).collect(),
     }
 }
 
@@ -182,9 +225,14 @@ impl Reader {
                 }
                 "max_grant_version" => match number(value) {
                     Ok(None) => {}
-                    Ok(Some(1)) => self.settings.max_grant_version = 1,
-                    Ok(Some(2)) => self.settings.max_grant_version = 2,
+                    Ok(Some(1)) => self.settings.max_grant_version = Some(1),
+                    Ok(Some(2)) => self.settings.max_grant_version = Some(2),
                     _ => self.refused.push(name),
+                },
+                "shadow_memkb" => match value.as_u64() {
+                    Some(u64::MAX) => {}
+                    Some(kib) => self.settings.paging_kib = Some(kib),
+                    None => self.refuse_unless(says_nothing(value), name),
                 },
                 "event_channels" => self.take(name, value, |settings, n| {
                     if n > 0 {
@@ -201,7 +249,10 @@ impl Reader {
                 "arch_x86" => {
                     for (key, value) in value.as_object().into_iter().flatten() {
                         match key.as_str() {
+                            "msr_relaxed" if value.as_str() == Some("<default>") => {}
                             "msr_relaxed" => self.settings.msr_relaxed = says_yes(value),
+                            // Of a guest with a device model.
+                            "hvm_pirq" => {}
                             _ => self.refuse_unless(says_nothing(value), format!("{name}.{key}")),
                         }
                     }
@@ -274,9 +325,53 @@ mod tests {
 
     #[test]
     fn what_xl_keeps_of_a_plain_domain_is_taken() {
-        let (uuid, settings) = of(&config(json!({}), json!({}))).unwrap();
-        assert_eq!(uuid.to_string(), "d143c265-76a6-4a72-8293-ec4d31492d92");
-        assert_eq!(settings, DomainSettings::default());
+        let said = of(&config(json!({}), json!({})), 2).unwrap();
+        assert_eq!(
+            said.uuid.to_string(),
+            "d143c265-76a6-4a72-8293-ec4d31492d92"
+        );
+        assert_eq!(said.settings, DomainSettings::default());
+        let expected = Extent {
+            max_memory_kib: 1 << 20,
+            target_memory_kib: 1 << 20,
+            video_memory_kib: 0,
+            vcpus_online: vec![true; 2],
+        };
+        assert_eq!(said.extent, expected);
+        assert!(!said.changes_cpuid);
+    }
+
+    #[test]
+    fn what_a_guest_is_told_of_its_memory_and_vcpus_is_libxls() {
+        let b_info = json!({
+            "target_memkb": 65536, "video_memkb": 4096, "avail_vcpus": [0, 2],
+            "cpuid": [{ "leaf": 1, "ecx": "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx0" }],
+            "shadow_memkb": u64::MAX,
+        });
+        let said = of(&config(b_info, json!({})), 3).unwrap();
+        let expected = Extent {
+            max_memory_kib: 1 << 20,
+            target_memory_kib: 61440,
+            video_memory_kib: 4096,
+            vcpus_online: vec![true, false, true],
+        };
+        assert_eq!(said.extent, expected);
+        assert!(said.changes_cpuid);
+        assert_eq!(said.settings.paging_kib, None);
+    }
+
+    /// As `libxl_domain_create_restore` has it.
+    #[test]
+    fn a_guest_of_a_xen_that_does_not_say_reads_unknown_registers() {
+        for (value, expected) in [
+            (json!({}), true),
+            (json!({ "msr_relaxed": "<default>" }), true),
+            (json!({ "msr_relaxed": "True" }), true),
+            (json!({ "msr_relaxed": "False", "hvm_pirq": "True" }), false),
+        ] {
+            let config = config(json!({ "arch_x86": value }), json!({}));
+            assert_eq!(of(&config, 1).unwrap().settings.msr_relaxed, expected);
+        }
     }
 
     #[test]
@@ -285,14 +380,16 @@ mod tests {
             "rtc_timeoffset": 4_294_963_696_u32, "max_grant_frames": 64,
             "max_maptrack_frames": 4_294_967_295_u32, "max_grant_version": 2,
             "event_channels": 4095, "timer_mode": "no_missed_ticks_pending",
+            "shadow_memkb": 9000,
             "arch_x86": { "msr_relaxed": "True" },
         });
         let c_info = json!({ "ssidref": 5, "poolid": 1, "pool_name": "Pool-0" });
-        let (_, settings) = of(&config(b_info, c_info)).unwrap();
+        let settings = of(&config(b_info, c_info), 2).unwrap().settings;
         let mut expected = DomainSettings::default();
         expected.time_offset_seconds = -3600;
         expected.max_grant_frames = Some(64);
-        expected.max_grant_version = 2;
+        expected.max_grant_version = Some(2);
+        expected.paging_kib = Some(9000);
         expected.max_event_port = 4095;
         expected.timer_mode = 2;
         expected.msr_relaxed = true;
@@ -333,7 +430,8 @@ mod tests {
             ),
             (json!({ "something_new": 1 }), "b_info.something_new"),
         ] {
-            assert_eq!(of(&config(b_info, json!({}))), Err(vec![name.to_owned()]));
+            let refused = of(&config(b_info, json!({})), 2);
+            assert_eq!(refused, Err(vec![name.to_owned()]));
         }
         for (c_info, name) in [
             (json!({ "passthrough": "sync_pt" }), "c_info.passthrough"),
@@ -341,7 +439,8 @@ mod tests {
             (json!({ "pool_name": "mine" }), "c_info.pool_name"),
             (json!({ "uuid": "no" }), "c_info.uuid"),
         ] {
-            assert_eq!(of(&config(json!({}), c_info)), Err(vec![name.to_owned()]));
+            let refused = of(&config(json!({}), c_info), 2);
+            assert_eq!(refused, Err(vec![name.to_owned()]));
         }
     }
 }

@@ -108,6 +108,11 @@ impl Face {
         let device_model = sys::XEN_X86_EMU_ALL & !sys::XEN_X86_EMU_VPCI;
         let kind = match (translated, create.emulation) {
             _ if create.flags & !known != 0 => return Err(Errno::EINVAL),
+            _ if create.flags & sys::XEN_DOMCTL_CDF_hap != 0
+                && self.state().obstacles.no_nested_paging =>
+            {
+                return Err(Errno::EINVAL);
+            }
             (false, 0) => GuestKind::Pv,
             (true, sys::XEN_X86_EMU_LAPIC) => GuestKind::Pvh,
             (true, emulation) if emulation == device_model => GuestKind::Hvm,
@@ -118,13 +123,19 @@ impl Face {
             max_event_port: create.max_evtchn_port,
             max_grant_frames: frames(create.max_grant_frames),
             max_maptrack_frames: frames(create.max_maptrack_frames),
-            max_grant_version: u8::try_from(create.grant_version).map_err(|_| Errno::EINVAL)?,
+            max_grant_version: match u8::try_from(create.grant_version) {
+                Ok(2) if self.state().obstacles.first_grants_only => return Err(Errno::EINVAL),
+                Ok(0) => None,
+                Ok(version) => Some(version),
+                Err(_) => return Err(Errno::EINVAL),
+            },
             ssidref: create.ssidref,
             msr_relaxed: create.misc_flags & MSR_RELAXED != 0,
             cpupool: create.cpupool,
             // As Xen makes it; the toolstack says otherwise, or does not.
             timer_mode: 0,
             time_offset_seconds: 0,
+            paging_kib: None,
         };
         let new = NewDomain::new(kind, create.vcpus, 0)
             .uuid(Uuid(create.handle))

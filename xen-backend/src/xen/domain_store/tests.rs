@@ -8,6 +8,7 @@ use std::sync::atomic::AtomicUsize;
 use xsr_format::frame::Gfn;
 
 use super::*;
+use crate::domain_store::Extent;
 use crate::mock::face::Face;
 use crate::mock::{HostConfig, MockHost};
 use crate::xen::LibxlFiles;
@@ -216,6 +217,7 @@ fn what_an_earlier_domain_with_the_number_left_is_removed_when_a_new_one_comes()
             port: handle.alloc_unbound_port(DomId(0)).unwrap(),
         },
         console: None,
+        extent: None,
     };
     made.store().introduce(made.domain, &introduction).unwrap();
     assert!(made.face.list(OURS).unwrap().is_empty());
@@ -229,6 +231,72 @@ fn what_an_earlier_domain_with_the_number_left_is_removed_when_a_new_one_comes()
         made.store().name(made.domain).unwrap().as_deref(),
         Some("new")
     );
+}
+
+#[test]
+fn a_guest_is_told_of_its_memory_and_its_vcpus() {
+    let made = of_libxl();
+    let handle = made.host.open(made.domain).unwrap();
+    handle.populate(0, &mut [Gfn(0), Gfn(1)]).unwrap();
+    let extent = Extent {
+        max_memory_kib: 65536,
+        target_memory_kib: 32768,
+        video_memory_kib: 0,
+        vcpus_online: vec![true, false],
+    };
+    let introduction = Introduction {
+        name: "new",
+        store: Ring {
+            frame: Gfn(1),
+            port: handle.alloc_unbound_port(DomId(0)).unwrap(),
+        },
+        console: None,
+        extent: Some(&extent),
+    };
+    let below = format!("/local/domain/{}", made.domain.domid.0);
+    let has = |node: &str| read(&made.face, &format!("{below}/{node}"));
+    made.store().introduce(made.domain, &introduction).unwrap();
+    for (node, value) in [
+        ("memory/static-max", "65536"),
+        ("memory/target", "32768"),
+        ("memory/videoram", "0"),
+        ("cpu/0/availability", "online"),
+        ("cpu/1/availability", "offline"),
+        ("name", "new"),
+    ] {
+        assert_eq!(has(node).as_deref(), Some(value), "{node}");
+    }
+    assert_eq!(has("control/shutdown").as_deref(), Some(""));
+}
+
+#[test]
+fn what_is_left_in_xenstore_is_named_and_the_rest_is_removed() {
+    let uuid = "11111111-1111-1111-1111-111111111111";
+    for bad in 0..4 {
+        let made = of_libxl();
+        let domid = made.domain.domid;
+        let failing = Failing {
+            face: made.face.clone(),
+            changes: Arc::default(),
+            bad,
+            once: true,
+        };
+        let host = XenHost::over(Arc::new(made.face.clone()), Box::new(failing)).unwrap();
+        let n = domid.0;
+        let paths = [
+            format!("/libxl/{n}"),
+            format!("/local/domain/0/backend/console/{n}"),
+            format!("/local/domain/{n}"),
+            format!("/vm/{uuid}"),
+        ];
+        let error = host.remove_nodes_of(domid).unwrap_err().to_string();
+        let left = format!("left in xenstore: {}; xenstore-rm", paths[bad]);
+        assert!(error.contains(&left), "{error}");
+        for (at, path) in paths.iter().enumerate().filter(|(at, _)| *at != 1) {
+            let there = !made.face.list(path).unwrap().is_empty();
+            assert_eq!(there, at == bad, "{path}");
+        }
+    }
 }
 
 /// A store whose changes fail from one of them on: all, or only that one.

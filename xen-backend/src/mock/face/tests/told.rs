@@ -53,7 +53,8 @@ fn xenstored_announces_the_shutdown_of_a_guest_that_was_resumed_before() {
 fn a_domain_is_made_with_what_libxl_sets_at_every_restore() {
     for minor in 14..=22 {
         let machine = machine(minor);
-        let host = machine.as_xen().unwrap();
+        let face = Face::new(&machine);
+        let host = xen(&face);
         let domid = host.create_domain(GuestKind::Pvh, 1, 16).unwrap();
         let domain = host.domain(domid).unwrap();
         // No delay for missed ticks.
@@ -65,15 +66,28 @@ fn a_domain_is_made_with_what_libxl_sets_at_every_restore() {
             ssidref: 9,
             timer_mode: 2,
             time_offset_seconds: -3600,
+            msr_relaxed: true,
+            paging_kib: Some(9 * 1024 + 1),
             ..DomainSettings::default()
         };
         let new = NewDomain::new(GuestKind::Hvm, 1, 16).settings(settings.clone());
         let domid = host.create(&new).unwrap();
         let kept = machine.settings(domid).unwrap();
-        // The timer mode is a parameter.
+        // The timer mode is a parameter, the tables' memory Xen's own.
         assert_eq!(kept.timer_mode, 0);
         settings.timer_mode = 0;
-        assert_eq!(kept, settings);
+        let kib = settings.paging_kib.take().unwrap();
+        // All that the hypervisor has, where it is asked.
+        let grants = (minor >= 16).then_some(2);
+        assert_eq!(kept.max_grant_version, grants);
+        let made = DomainSettings {
+            max_grant_version: grants,
+            msr_relaxed: minor >= 15,
+            ..settings.clone()
+        };
+        assert_eq!(kept, made);
+        let mib = face.state().allocations[&domid.0];
+        assert_eq!(u64::from(mib), kib.div_ceil(1024));
         assert_eq!(host.domain(domid).unwrap().hvm_param(10), Ok(2));
         settings.cpupool = 2;
         let new = new.settings(settings);
@@ -87,6 +101,45 @@ fn a_domain_is_made_with_what_libxl_sets_at_every_restore() {
                 assert!(error.to_string().contains("pool of processors"), "{error}");
             }
         }
+    }
+}
+
+#[test]
+fn a_domain_gets_what_its_configuration_wants_or_what_the_hypervisor_has() {
+    let machine = machine(17);
+    let face = Face::new(&machine);
+    let make = |wanted| {
+        let settings = DomainSettings {
+            max_grant_version: wanted,
+            ..DomainSettings::default()
+        };
+        let new = NewDomain::new(GuestKind::Pvh, 1, 16).settings(settings);
+        let made = xen(&face).create(&new);
+        made.map(|domid| machine.settings(domid).unwrap().max_grant_version)
+    };
+    assert_eq!(make(None), Ok(Some(2)));
+    assert_eq!(make(Some(1)), Ok(Some(1)));
+    face.state().obstacles.no_nested_paging = true;
+    assert_eq!(make(None), Ok(Some(2)));
+    face.state().obstacles.first_grants_only = true;
+    assert_eq!(make(None), Ok(Some(1)));
+    face.state().obstacles.no_nested_paging = false;
+    assert_eq!(make(None), Ok(Some(1)));
+    assert_eq!(make(Some(2)).unwrap_err().errno, Errno::EINVAL);
+}
+
+/// The limit to the first version would be lost on a Xen that cannot be told.
+#[test]
+fn a_limit_that_the_hypervisor_cannot_be_told_is_refused() {
+    for (wanted, fine) in [(None, true), (Some(2), true), (Some(1), false)] {
+        let settings = DomainSettings {
+            max_grant_version: wanted,
+            msr_relaxed: true,
+            ..DomainSettings::default()
+        };
+        let new = NewDomain::new(GuestKind::Pv, 1, 16).settings(settings);
+        let made = machine(14).as_xen().unwrap().create(&new);
+        assert_eq!(made.is_ok(), fine, "{wanted:?}");
     }
 }
 
