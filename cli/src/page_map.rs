@@ -2,12 +2,17 @@
 //! contents are. A pfn may come many times in a stream; the last word counts.
 //!
 //! Neighbours are kept as one run, so that the map of an ordinary image is small
-//! whatever the size of the guest.
+//! whatever the size of the guest; and runs are packed, so that the map of an image made to be
+//! large takes eight bytes for each page that the image holds.
 
 use std::collections::BTreeMap;
-use std::ops::RangeInclusive;
 
 use xsr_format::frame::{PAGE_SIZE, PageEntry, PageType, Pfn};
+
+use self::block::Block;
+use crate::exit::BadImage;
+
+mod block;
 
 const PAGE: u64 = PAGE_SIZE as u64;
 
@@ -56,34 +61,6 @@ impl Run {
     }
 }
 
-/// A run without its first pfn, which is its key in [`PageMap`]: a third less than a [`Run`],
-/// because an image can hold millions.
-#[derive(Clone, Copy, Debug)]
-struct Rest {
-    last: u64,
-    /// The offset, and the type in the lowest four bits.
-    place: u64,
-}
-
-impl Rest {
-    fn of(run: &Run) -> Self {
-        Self {
-            last: run.last,
-            place: run.offset << 4 | u64::from(run.page_type.nibble()),
-        }
-    }
-
-    fn behind(self, first: u64) -> Run {
-        let [nibble, ..] = self.place.to_le_bytes();
-        Run {
-            first,
-            last: self.last,
-            page_type: PageType::from_nibble(nibble & 0xf),
-            offset: self.place >> 4,
-        }
-    }
-}
-
 /// The runs of one batch of entries, whose page data begins at `offset`.
 pub(crate) fn runs_of(
     entries: impl Iterator<Item = PageEntry>,
@@ -111,74 +88,114 @@ pub(crate) fn runs_of(
     })
 }
 
-/// Every pfn an image mentions, as [`Run`]s.
-#[derive(Clone, Debug, Default)]
+/// Bytes that all maps of a command may take for pages that the image does not hold: those
+/// without contents.
+const MOST_WITHOUT_CONTENTS: u64 = 64 << 20;
+/// Bytes that a block takes beside its runs: its place in the map, and what the allocator needs.
+const BLOCK: u64 = 96;
+
+/// Every pfn an image mentions, as [`Run`]s: at most eight bytes for each page with contents,
+/// and [`MOST_WITHOUT_CONTENTS`] for all others.
+#[derive(Clone, Debug)]
 pub(crate) struct PageMap {
-    /// By first pfn; runs do not overlap.
-    runs: BTreeMap<u64, Rest>,
+    /// By the first pfn of a block's range, which goes on to that of the next. Pfn 0 is in the
+    /// range of the first. No run is in two ranges.
+    blocks: BTreeMap<u64, Block>,
+    /// Bytes in all blocks.
+    bytes: u64,
+    /// Pages with contents that have come.
+    pages: u64,
+    /// Bytes that all others may take.
+    without_contents: u64,
+}
+
+impl Default for PageMap {
+    fn default() -> Self {
+        Self {
+            blocks: BTreeMap::new(),
+            bytes: 0,
+            pages: 0,
+            without_contents: MOST_WITHOUT_CONTENTS,
+        }
+    }
 }
 
 impl PageMap {
     /// Take note of what the stream says now; earlier words on the same pfns are
     /// forgotten.
-    pub(crate) fn insert(&mut self, run: Run) {
-        self.clear(run.first..=run.last);
-        let mut run = run;
-        if let Some((first, before)) = self.runs.range(..run.first).next_back()
-            && let before = before.behind(*first)
-            && before.goes_on_with(&run)
-        {
-            run.first = before.first;
-            run.offset = before.offset;
+    ///
+    /// # Errors
+    ///
+    /// So many pfns without contents are so scattered that they cannot be kept.
+    pub(crate) fn insert(&mut self, run: Run) -> Result<(), BadImage> {
+        if run.page_type.has_data() {
+            self.pages += run.pages();
         }
-        if let Some(behind) = self.runs.get(&(run.last + 1))
-            && let behind = behind.behind(run.last + 1)
-            && run.goes_on_with(&behind)
-        {
-            self.runs.remove(&behind.first);
-            run.last = behind.last;
+        self.replace((run.first, run.last), Some(run));
+        let taken = self.bytes + BLOCK * self.blocks.len() as u64;
+        match taken <= 8 * self.pages + self.without_contents {
+            true => Ok(()),
+            false => Err(BadImage(
+                "it names too many single pfns without contents (XTAB, XALLOC, BROKEN): no guest \
+                 has memory with so many holes"
+                    .to_owned(),
+            )),
         }
-        self.put(run);
     }
 
     /// As [`PageMap::insert`], for a caller that asks only for [`PageMap::populated`]: pages without
     /// memory are forgotten, so that an image of nothing but those takes none.
-    pub(crate) fn insert_populated(&mut self, run: Run) {
-        match run.page_type.is_populated() {
-            true => self.insert(run),
-            false => self.clear(run.first..=run.last),
+    ///
+    /// # Errors
+    ///
+    /// As for [`PageMap::insert`].
+    pub(crate) fn insert_populated(&mut self, run: Run) -> Result<(), BadImage> {
+        if !run.page_type.is_populated() {
+            self.replace((run.first, run.last), None);
+            return Ok(());
+        }
+        self.insert(run)
+    }
+
+    /// Forget a range, and put `run`, which is that range, in its place.
+    fn replace(&mut self, (first, last): (u64, u64), run: Option<Run>) {
+        // The run gets into the block of its first pfn, whose range then reaches over all of it.
+        while first < last
+            && let Some((&key, _)) = self.blocks.range(first + 1..=last).next_back()
+            && let Some(mut block) = self.blocks.remove(&key)
+        {
+            self.bytes -= block.len() as u64;
+            self.put(last + 1, block.split_behind(key, last));
+        }
+        let before = self.blocks.range_mut(..=first).next_back();
+        let (key, block) = match before {
+            Some((key, block)) => (*key, block),
+            None => (0, self.blocks.entry(0).or_default()),
+        };
+        let bytes = block.len() as u64;
+        block.replace(key, (first, last), run);
+        let split = block.too_full(key, first).map(|last| {
+            let behind = block.split_behind(key, last);
+            (last + 1, behind)
+        });
+        self.bytes = self.bytes - bytes + block.len() as u64;
+        if let Some((key, behind)) = split {
+            self.put(key, behind);
         }
     }
 
-    fn put(&mut self, run: Run) {
-        self.runs.insert(run.first, Rest::of(&run));
-    }
-
-    /// Forget a range.
-    fn clear(&mut self, range: RangeInclusive<u64>) {
-        let (first, last) = range.into_inner();
-        if let Some(before) = self.run_at(first)
-            && before.first < first
-        {
-            self.put(before.part(before.first, first - 1));
-            self.put(before.part(first, before.last));
-        }
-        if let Some(behind) = self.run_at(last)
-            && behind.last > last
-        {
-            self.put(behind.part(behind.first, last));
-            self.put(behind.part(last + 1, behind.last));
-        }
-        let covered: Vec<u64> = self.runs.range(first..=last).map(|(at, _)| *at).collect();
-        for at in covered {
-            self.runs.remove(&at);
+    fn put(&mut self, key: u64, block: Block) {
+        if !block.is_empty() {
+            self.bytes += block.len() as u64;
+            self.blocks.insert(key, block);
         }
     }
 
     /// The run that holds `pfn`.
     fn run_at(&self, pfn: u64) -> Option<Run> {
-        let (first, run) = self.runs.range(..=pfn).next_back()?;
-        (run.last >= pfn).then(|| run.behind(*first))
+        let (key, block) = self.blocks.range(..=pfn).next_back()?;
+        let run = block.runs(*key).find(|run| run.last >= pfn)?;
+        (run.first <= pfn).then_some(run)
     }
 
     /// The type of a page and where its contents are.
@@ -187,9 +204,18 @@ impl PageMap {
         Some((run.page_type, run.offset_of(pfn.0)))
     }
 
-    /// All runs, ascending.
+    /// All runs, ascending; neighbours that go on as one are one.
     pub(crate) fn runs(&self) -> impl Iterator<Item = Run> {
-        self.runs.iter().map(|(first, run)| run.behind(*first))
+        let mut runs = (self.blocks.iter())
+            .flat_map(|(key, block)| block.runs(*key))
+            .peekable();
+        std::iter::from_fn(move || {
+            let mut run = runs.next()?;
+            while let Some(next) = runs.next_if(|next| run.goes_on_with(next)) {
+                run.last = next.last;
+            }
+            Some(run)
+        })
     }
 
     /// How many pfns have the type, for each type that occurs.
@@ -261,47 +287,121 @@ mod tests {
         assert_eq!(runs[3].offset_of(10), Some(0x4000));
     }
 
-    /// Against a plain map from pfn to what was said last, for batches that overlap
-    /// in every way.
-    #[test]
-    fn the_last_word_counts() {
+    /// Numbers that look random, below a bound.
+    fn random() -> impl FnMut(u64) -> u64 {
         let mut state = 1_u64;
-        let mut random = move |below: u64| {
+        move |below: u64| {
             state = state
                 .wrapping_mul(6_364_136_223_846_793_005)
                 .wrapping_add(1);
             (state >> 33) % below
-        };
-        let mut map = PageMap::default();
-        let mut plain: BTreeMap<u64, (PageType, Option<u64>)> = BTreeMap::new();
-        for round in 0..2000 {
-            let first = random(60);
-            let page_type = [N, T, X][usize::try_from(random(3)).unwrap_or(0)];
-            let batch: Vec<(u64, PageType)> = (first..=first + random(12))
-                .map(|pfn| (pfn, if random(8) == 0 { X } else { page_type }))
-                .collect();
-            let mut at = round << 20;
-            for &(pfn, page_type) in &batch {
-                let data = page_type.has_data();
-                plain.insert(pfn, (page_type, data.then_some(at)));
-                at += PAGE * u64::from(data);
-            }
-            for run in runs_of(entries(&batch), round << 20) {
-                map.insert(run);
-            }
-            let got: BTreeMap<u64, _> = map
-                .runs()
-                .flat_map(|run| {
-                    (run.first..=run.last)
-                        .map(move |pfn| (pfn, (run.page_type, run.offset_of(pfn))))
-                })
-                .collect();
-            assert_eq!(got, plain, "round {round}");
         }
-        assert_eq!(map.counts().total(), plain.len() as u64);
-        let populated = plain.values().filter(|(t, _)| t.is_populated()).count();
-        assert_eq!(map.populated(), populated as u64);
-        assert_eq!(map.get(Pfn(1 << 40)), None);
+    }
+
+    /// Against a plain map from pfn to what was said last, for batches that overlap
+    /// in every way: in a few pfns, and in many blocks of them.
+    #[test]
+    fn the_last_word_counts() {
+        for (pfns, most, compare_each) in [(60, 12, 1), (12_000, 12, 500), (12_000, 3000, 500)] {
+            let mut random = random();
+            let mut map = PageMap::default();
+            let mut plain: BTreeMap<u64, (PageType, Option<u64>)> = BTreeMap::new();
+            for round in 0..4000 {
+                let first = random(pfns);
+                // A long batch now and then: it takes whole blocks away.
+                let most = if round % 50 == 0 { most } else { most.min(12) };
+                let page_type = [N, T, X][usize::try_from(random(3)).unwrap_or(0)];
+                let batch: Vec<(u64, PageType)> = (first..=first + random(most))
+                    .map(|pfn| (pfn, if random(8) == 0 { X } else { page_type }))
+                    .collect();
+                let mut at = round << 32;
+                for &(pfn, page_type) in &batch {
+                    let data = page_type.has_data();
+                    plain.insert(pfn, (page_type, data.then_some(at)));
+                    at += PAGE * u64::from(data);
+                }
+                for run in runs_of(entries(&batch), round << 32) {
+                    map.insert(run).expect("few pages");
+                }
+                if round % 7 == 0 {
+                    let (first, last) = (random(pfns), random(pfns / 8));
+                    let last = first + last;
+                    map.replace((first, last), None);
+                    plain.retain(|pfn, _| !(first..=last).contains(pfn));
+                }
+                if round % compare_each != 0 {
+                    continue;
+                }
+                let got: BTreeMap<u64, _> = map
+                    .runs()
+                    .flat_map(|run| {
+                        (run.first..=run.last)
+                            .map(move |pfn| (pfn, (run.page_type, run.offset_of(pfn))))
+                    })
+                    .collect();
+                assert_eq!(got, plain, "round {round}");
+                let pfn = random(pfns);
+                assert_eq!(map.get(Pfn(pfn)), plain.get(&pfn).copied());
+                let bytes: usize = map.blocks.values().map(Block::len).sum();
+                assert_eq!(map.bytes, bytes as u64);
+            }
+            assert_eq!(map.counts().total(), plain.len() as u64);
+            let populated = plain.values().filter(|(t, _)| t.is_populated()).count();
+            assert_eq!(map.populated(), populated as u64);
+            assert_eq!(map.get(Pfn(1 << 40)), None);
+        }
+    }
+
+    /// Pages of one record each, whose offsets follow no order, in as wide a range as x86 has:
+    /// what they take, with what a map and an allocator need for a block.
+    #[test]
+    fn scattered_pages_take_eight_bytes() {
+        const PAGES: u64 = 1 << 16;
+        // So few in so wide a range have four bytes of pfn each; a map has room for those.
+        for (pfns, bytes) in [(2 * PAGES, 8), (1 << 40, 10)] {
+            let mut random = random();
+            let mut map = PageMap::default();
+            for _ in 0..PAGES {
+                let pfn = random(1 << 20) * (pfns >> 20).max(1) + random(pfns.min(1 << 20));
+                let run = Run {
+                    first: pfn % pfns,
+                    last: pfn % pfns,
+                    page_type: N,
+                    offset: random(PAGES) * 4120,
+                };
+                map.insert(run).expect("pages with contents");
+            }
+            let held: usize = (map.blocks.values())
+                .map(|block| block.capacity() + usize::try_from(BLOCK).unwrap_or(0))
+                .sum();
+            let pages = map.counts().total();
+            assert!(held as u64 <= bytes * pages, "{held} for {pages}");
+        }
+    }
+
+    #[test]
+    fn pages_that_are_not_there_take_a_bounded_amount() {
+        let mut map = PageMap {
+            without_contents: 1 << 20,
+            ..PageMap::default()
+        };
+        let hole = |pfn: u64, page_type| Run {
+            first: pfn,
+            last: pfn,
+            page_type,
+            offset: 0,
+        };
+        // Of a stretch of memory every second page is missing: two bytes each.
+        for pfn in 0..1 << 17 {
+            map.insert(hole(2 * pfn, X)).expect("not too many");
+        }
+        assert!(map.bytes < 3 << 17, "{}", map.bytes);
+        let refused = (0..1 << 40)
+            .step_by(1 << 15)
+            .position(|pfn| map.insert(hole(pfn, PageType::XALLOC)).is_err());
+        assert!(refused.is_some_and(|pages| pages > 1 << 16), "{refused:?}");
+        let all = map.bytes + BLOCK * map.blocks.len() as u64;
+        assert!(all <= (1 << 20) + 1024, "{all}");
     }
 
     #[test]
@@ -310,8 +410,8 @@ mod tests {
         let batches = [&[(1, N), (2, N), (3, X), (9, X)][..], &[(2, X), (9, T)]];
         for batch in batches {
             for run in runs_of(entries(batch), 0) {
-                all.insert(run);
-                some.insert_populated(run);
+                all.insert(run).expect("few pages");
+                some.insert_populated(run).expect("few pages");
             }
         }
         assert_eq!((all.populated(), some.populated()), (2, 2));
@@ -327,7 +427,8 @@ mod tests {
                 last: first,
                 page_type: N,
                 offset,
-            });
+            })
+            .expect("few pages");
         }
         assert_eq!(map.runs().count(), 1);
     }

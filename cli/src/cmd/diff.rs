@@ -17,7 +17,7 @@ use anyhow::{Context as _, Result};
 use serde::Serialize;
 
 use self::compare::Found;
-use self::difference::Difference;
+use self::difference::{Difference, LeftOut};
 use self::expected::Expected;
 use self::image::Image;
 use crate::args::DiffArgs;
@@ -36,6 +36,9 @@ struct Report<'a> {
     differ: bool,
     pages_compared: u64,
     differences: &'a [Difference],
+    /// What there is beyond those.
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    left_out: &'a [LeftOut],
 }
 
 /// Compare two images.
@@ -56,12 +59,14 @@ pub(crate) fn run(args: &DiffArgs, terminal: &Terminal) -> Result<Code> {
             differ,
             pages_compared: comparison.pages_compared,
             differences,
+            left_out: &comparison.left_out,
         })?;
     } else {
         let summary = print::Summary {
             a: &a.input.name,
             b: &b.input.name,
             differences,
+            left_out: &comparison.left_out,
             pages_compared: comparison.pages_compared,
         };
         print::print(&summary, &mut out)?;
@@ -85,6 +90,7 @@ pub(crate) fn files(a: &Path, b: &Path, terminal: &Terminal) -> Result<Compariso
 #[derive(Debug)]
 pub(crate) struct Comparison {
     differences: Vec<Difference>,
+    left_out: Vec<LeftOut>,
     /// Pages whose contents were compared.
     pub(crate) pages_compared: u64,
 }
@@ -93,31 +99,34 @@ impl Comparison {
     /// Whether anything differs that is not expected.
     pub(crate) fn differ(&self) -> bool {
         self.differences.iter().any(|d| d.expected.is_none())
+            || self.left_out.iter().any(|l| l.expected.is_none())
     }
 }
 
 /// Compare two images; with `after_restore`, what a restore rewrites is expected.
 fn compare(a: &Image, b: &Image, after_restore: bool, terminal: &Terminal) -> Result<Comparison> {
-    let mut found = Found::default();
+    let mut found = Found::new(after_restore.then(|| Expected::new(a, b)));
     compare::compare(a, b, &mut found)?;
     let total = 2 * 4096 * a.map.populated().min(b.map.populated());
     let bar = terminal.progress("comparing");
     let mut done = 0;
-    let pages = pages::compare(a.pages(), b.pages(), &mut |octets| {
-        done += 2 * octets;
-        bar.octets(done, Some(total));
-    })
+    let start_info = a.start_info().filter(|pfn| Some(*pfn) == b.start_info());
+    let start_info = start_info.map(|pfn| pfn.0);
+    let pages_compared = pages::compare(
+        a.pages(),
+        b.pages(),
+        &mut |octets| {
+            done += 2 * octets;
+            bar.octets(done, Some(total));
+        },
+        &mut |difference| compare::page(difference, start_info, &mut found),
+    )
     .with_context(|| format!("comparing {} and {}", a.input.name, b.input.name))?;
     drop(bar);
-    let start_info = a.start_info().filter(|pfn| Some(*pfn) == b.start_info());
-    compare::pages(&pages, start_info.map(|pfn| pfn.0), &mut found);
-    let mut differences = found.0;
-    differences.sort_by_key(|d| d.section);
-    if after_restore {
-        differences = Expected::new(a, b).mark(differences);
-    }
+    let (differences, left_out) = found.finish();
     Ok(Comparison {
         differences,
-        pages_compared: pages.compared,
+        left_out,
+        pages_compared,
     })
 }

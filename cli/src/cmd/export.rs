@@ -23,7 +23,7 @@ use xsr_format::image::GuestType;
 use xsr_format::record::pv::PvInfo;
 
 use crate::args::images::{ExportArgs, ExportFormat};
-use crate::exit::{BadUsage, Code};
+use crate::exit::{BadImage, BadUsage, Code};
 use crate::file::Input;
 use crate::image::{Event, Reading};
 use crate::output::{Existing, Output, Plan, Sink};
@@ -71,7 +71,7 @@ pub(crate) fn run(args: &ExportArgs, terminal: &Terminal) -> Result<Code> {
         lenient: args.lenient,
     };
     let walked = reading.over(&input, &mut |event| {
-        contents.event(event);
+        contents.event(event)?;
         Ok(())
     })?;
     contents.take_guest(walked.guest.as_ref());
@@ -132,7 +132,7 @@ struct Contents {
 }
 
 impl Contents {
-    fn event(&mut self, event: Event<'_>) {
+    fn event(&mut self, event: Event<'_>) -> Result<(), BadImage> {
         match event {
             Event::Libxc(_, domain) => {
                 self.core.hvm = domain.guest_type == GuestType::X86_HVM;
@@ -140,11 +140,12 @@ impl Contents {
             }
             Event::Pages(at, entries) => {
                 for run in runs_of(entries.iter(), at.page_data(entries)) {
-                    self.map.insert(run);
+                    self.map.insert(run)?;
                 }
             }
             Event::Xl(_) | Event::Libxl(_) | Event::LibxlRecord(..) | Event::Record(..) => {}
         }
+        Ok(())
     }
 
     /// Take what the records say of the guest.

@@ -57,7 +57,7 @@ pub(crate) fn run(args: &InspectArgs, terminal: &Terminal) -> Result<Code> {
         bytes: 0,
     };
     let mut visit = |event: Event<'_>| {
-        inspection.event(event);
+        inspection.event(event)?;
         Ok(())
     };
     let end = reading.walk(&input, &mut visit, &mut walked);
@@ -149,7 +149,7 @@ impl Inspection {
         }
     }
 
-    fn event(&mut self, event: Event<'_>) {
+    fn event(&mut self, event: Event<'_>) -> Result<(), BadImage> {
         self.any = true;
         match event {
             Event::Xl(header) => self.xl(header),
@@ -157,8 +157,9 @@ impl Inspection {
             Event::Libxc(image, domain) => self.libxc(image, domain),
             Event::LibxlRecord(at, record) => self.libxl_record(at, record),
             Event::Record(at, record) => self.record(at, record),
-            Event::Pages(at, entries) => self.pages(at, entries),
+            Event::Pages(at, entries) => self.pages(at, entries)?,
         }
+        Ok(())
     }
 
     fn xl(&mut self, header: &XlHeader) {
@@ -336,9 +337,9 @@ impl Inspection {
         Ok(())
     }
 
-    fn pages(&mut self, at: At, entries: Entries<'_>) {
+    fn pages(&mut self, at: At, entries: Entries<'_>) -> Result<(), BadImage> {
         for run in runs_of(entries.iter(), at.page_data(entries)) {
-            self.map.insert(run);
+            self.map.insert(run)?;
         }
         let facts = PageFacts::new(entries, self.list && self.listed < MOST_RUNS);
         self.listed += facts.runs.as_ref().map_or(0, Vec::len);
@@ -349,10 +350,11 @@ impl Inspection {
         {
             before.join(&facts);
             row.octets += at.length;
-            return;
+            return Ok(());
         }
         let kind = kind_name(RecordKind::PAGE_DATA);
         self.row("libxc", at, kind, Facts::Pages(facts));
+        Ok(())
     }
 
     /// The report, and whether there is anything in it.

@@ -161,7 +161,7 @@ impl Facts {
             }
             Event::Pages(at, entries) => {
                 for run in runs_of(entries.iter(), at.page_data(*entries)) {
-                    self.pages.insert_populated(run);
+                    self.pages.insert_populated(run)?;
                 }
             }
             Event::Record(_, record) => {

@@ -13,22 +13,86 @@ use xsr_format::record::x86::CpuidLeaf;
 use xsr_format::wrapper::libxl::{EmulatorInstance, LibxlRecord};
 use xsr_format::wrapper::xl::XlHeader;
 
-use super::difference::{Difference, Section, What};
+use super::difference::{Difference, LeftOut, Section, What};
+use super::expected::Expected;
 use super::image::Image;
-use super::pages::{PageDiffs, Side};
+use super::pages::{PageDiff, Side};
 use crate::text::{Count, hex};
+
+/// Most differences of one part that are listed; what comes after is counted.
+const MOST_LISTED: usize = 1 << 16;
 
 /// Differences as they are found.
 #[derive(Debug, Default)]
-pub(crate) struct Found(pub(crate) Vec<Difference>);
+pub(crate) struct Found {
+    /// What a restore rewrites, where that is expected.
+    expected: Option<Expected>,
+    listed: Vec<Difference>,
+    left_out: Vec<LeftOut>,
+    /// How many of each part are listed, those that are expected apart.
+    counts: BTreeMap<(Section, bool), usize>,
+}
 
 impl Found {
+    /// Nothing yet; with `expected`, what is expected will be marked.
+    pub(crate) fn new(expected: Option<Expected>) -> Self {
+        Self {
+            expected,
+            ..Self::default()
+        }
+    }
+
+    /// The differences by part, and how many more there are.
+    pub(crate) fn finish(mut self) -> (Vec<Difference>, Vec<LeftOut>) {
+        self.listed.sort_by_key(|difference| difference.section);
+        self.left_out.sort_by_key(|left_out| left_out.section);
+        (self.listed, self.left_out)
+    }
+
     fn push(&mut self, section: Section, what: What) {
-        self.0.push(Difference {
+        let difference = Difference {
             section,
             what,
             expected: None,
-        });
+        };
+        match &self.expected {
+            None => self.keep(difference),
+            Some(expected) => {
+                for part in expected.mark(difference) {
+                    self.keep(part);
+                }
+            }
+        }
+    }
+
+    fn keep(&mut self, difference: Difference) {
+        let part = (difference.section, difference.expected.is_some());
+        let count = self.counts.entry(part).or_default();
+        if *count < MOST_LISTED {
+            *count += 1;
+            self.listed.push(difference);
+            return;
+        }
+        let Difference {
+            section,
+            what,
+            expected,
+        } = difference;
+        let pages = what.pages().unwrap_or(0);
+        let same =
+            |left_out: &&mut LeftOut| (left_out.section, left_out.expected) == (section, expected);
+        match self.left_out.iter_mut().find(same) {
+            Some(left_out) => {
+                left_out.differences += 1;
+                left_out.pages += pages;
+            }
+            None => self.left_out.push(LeftOut {
+                section,
+                differences: 1,
+                pages,
+                expected,
+            }),
+        }
     }
 
     /// Something with a name, unless it is the same.
@@ -105,36 +169,35 @@ pub(crate) fn compare(a: &Image, b: &Image, found: &mut Found) -> Result<()> {
     Ok(())
 }
 
-/// What [`super::pages::compare`] found. The start_info page has been compared field
-/// by field, if it is the same page in both.
-pub(crate) fn pages(diffs: &PageDiffs, start_info: Option<u64>, found: &mut Found) {
-    for only in &diffs.only_in {
-        let (a, b) = match only.side {
-            Side::A => (Some(only.page_type), None),
-            Side::B => (None, Some(only.page_type)),
-        };
-        let (first_pfn, last_pfn) = (only.first, only.last);
-        found.push(
-            Section::Pfns,
-            What::Types {
+/// A difference that [`super::pages::compare`] found. The start_info page has been compared
+/// field by field, if it is the same page in both.
+pub(crate) fn page(diff: PageDiff, start_info: Option<u64>, found: &mut Found) {
+    let (first, last) = match diff {
+        PageDiff::OnlyIn(only) => {
+            let (a, b) = match only.side {
+                Side::A => (Some(only.page_type), None),
+                Side::B => (None, Some(only.page_type)),
+            };
+            let (first_pfn, last_pfn) = (only.first, only.last);
+            let what = What::Types {
                 first_pfn,
                 last_pfn,
                 a,
                 b,
-            },
-        );
-    }
-    for differs in &diffs.types {
-        found.push(
-            Section::PageTypes,
-            What::Types {
+            };
+            return found.push(Section::Pfns, what);
+        }
+        PageDiff::Types(differs) => {
+            let what = What::Types {
                 first_pfn: differs.first,
                 last_pfn: differs.last,
                 a: Some(differs.a),
                 b: Some(differs.b),
-            },
-        );
-    }
+            };
+            return found.push(Section::PageTypes, what);
+        }
+        PageDiff::Contents(first, last) => (first, last),
+    };
     let mut contents = |first_pfn: u64, last_pfn: u64| {
         if first_pfn <= last_pfn {
             let what = What::Contents {
@@ -144,15 +207,13 @@ pub(crate) fn pages(diffs: &PageDiffs, start_info: Option<u64>, found: &mut Foun
             found.push(Section::PageContents, what);
         }
     };
-    for &(first, last) in &diffs.contents {
-        match start_info.filter(|pfn| (first..=last).contains(pfn)) {
-            None => contents(first, last),
-            Some(pfn) => {
-                if pfn > first {
-                    contents(first, pfn - 1);
-                }
-                contents(pfn + 1, last);
+    match start_info.filter(|pfn| (first..=last).contains(pfn)) {
+        None => contents(first, last),
+        Some(pfn) => {
+            if pfn > first {
+                contents(first, pfn - 1);
             }
+            contents(pfn + 1, last);
         }
     }
 }

@@ -73,6 +73,18 @@ pub(crate) struct Difference {
     pub(crate) expected: Option<&'static str>,
 }
 
+/// Differences of one part beyond those that are listed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct LeftOut {
+    pub(crate) section: Section,
+    pub(crate) differences: u64,
+    /// Pages that they are about.
+    pub(crate) pages: u64,
+    /// As for a [`Difference`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) expected: Option<&'static str>,
+}
+
 /// What differs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(untagged)]

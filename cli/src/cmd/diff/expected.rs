@@ -72,7 +72,9 @@ const CLEARED: &[&str] = &["STORE_PFN", "CONSOLE_PFN", "IOREQ_PFN", "BUFIOREQ_PF
 /// What is expected between two images.
 #[derive(Debug)]
 pub(crate) struct Expected {
-    /// Pages with other contents.
+    /// Pages of the p2m that either image holds, ascending.
+    p2m: Vec<u64>,
+    /// Other pages with other contents.
     pages: BTreeMap<u64, &'static str>,
     /// No page of either image is populated from here on.
     unpopulated_from: u64,
@@ -81,11 +83,9 @@ pub(crate) struct Expected {
 impl Expected {
     /// What is expected where `b` was saved from a domain restored from `a`.
     pub(crate) fn new(a: &Image, b: &Image) -> Self {
-        let mut pages = BTreeMap::new();
+        let (mut p2m, mut pages) = (Vec::new(), BTreeMap::new());
         for image in [a, b] {
-            for frame in image.guest.p2m().iter().flat_map(|p2m| &p2m.frames) {
-                pages.insert(frame.0, P2M);
-            }
+            p2m.append(&mut p2m_pages(image));
             for param in image.guest.hvm_params() {
                 if param_name(param.index).is_some_and(|name| CLEARED.contains(&name)) {
                     pages.insert(param.value, RING);
@@ -96,30 +96,43 @@ impl Expected {
             let populated = image.map.runs().filter(|run| run.page_type.is_populated());
             populated.last().map_or(0, |run| run.last + 1)
         };
+        p2m.sort_unstable();
+        p2m.dedup();
         Self {
+            p2m,
             pages,
             unpopulated_from: end(a).max(end(b)),
         }
     }
 
+    /// The first page from `first` to `last` with other contents, and why.
+    fn next_page(&self, first: u64, last: u64) -> Option<(u64, &'static str)> {
+        let at = self.p2m.partition_point(|pfn| *pfn < first);
+        let p2m = self.p2m.get(at).filter(|pfn| **pfn <= last);
+        let other = self.pages.range(first..=last).next();
+        match (p2m, other) {
+            (Some(p2m), Some((other, reason))) if other <= p2m => Some((*other, reason)),
+            (Some(p2m), _) => Some((*p2m, P2M)),
+            (None, other) => other.map(|(pfn, reason)| (*pfn, *reason)),
+        }
+    }
+
     /// Mark what is expected. A range that is only in part is split.
-    pub(crate) fn mark(&self, differences: Vec<Difference>) -> Vec<Difference> {
-        let mut out = Vec::with_capacity(differences.len());
-        for difference in differences {
-            match difference.what {
-                What::Field { ref field, .. } => {
-                    let expected = field_reason(difference.section, field);
-                    out.push(Difference {
-                        expected,
-                        ..difference
-                    });
-                }
-                What::Contents {
-                    first_pfn,
-                    last_pfn,
-                } => self.mark_contents(first_pfn, last_pfn, &difference, &mut out),
-                What::Types { .. } => self.mark_types(difference, &mut out),
+    pub(crate) fn mark(&self, difference: Difference) -> Vec<Difference> {
+        let mut out = Vec::with_capacity(1);
+        match difference.what {
+            What::Field { ref field, .. } => {
+                let expected = field_reason(difference.section, field);
+                out.push(Difference {
+                    expected,
+                    ..difference
+                });
             }
+            What::Contents {
+                first_pfn,
+                last_pfn,
+            } => self.mark_contents(first_pfn, last_pfn, &difference, &mut out),
+            What::Types { .. } => self.mark_types(difference, &mut out),
         }
         out
     }
@@ -142,16 +155,14 @@ impl Expected {
             });
         };
         let mut at = first;
-        let mut expected = self.pages.range(first..=last).peekable();
-        while let Some((&pfn, &reason)) = expected.next() {
+        while at <= last
+            && let Some((pfn, reason)) = self.next_page(at, last)
+        {
             if pfn > at {
                 push(at, pfn - 1, None);
             }
             let mut end = pfn;
-            while expected
-                .next_if(|(next, r)| **next == end + 1 && **r == reason)
-                .is_some()
-            {
+            while end < last && self.next_page(end + 1, end + 1) == Some((end + 1, reason)) {
                 end += 1;
             }
             push(pfn, end, Some(reason));
@@ -194,6 +205,24 @@ impl Expected {
     }
 }
 
+/// The pages of an image's p2m of which it has contents, ascending.
+fn p2m_pages(image: &Image) -> Vec<u64> {
+    let frames = image.guest.p2m().into_iter().flat_map(|p2m| &p2m.frames);
+    let mut frames: Vec<u64> = frames.map(|pfn| pfn.0).collect();
+    frames.sort_unstable();
+    frames.dedup();
+    let mut runs = image.map.runs().filter(|run| run.page_type.has_data());
+    let mut run = runs.next();
+    frames.retain(|pfn| {
+        while run.is_some_and(|run| run.last < *pfn) {
+            run = runs.next();
+        }
+        run.is_some_and(|run| run.first <= *pfn)
+    });
+    frames.shrink_to_fit();
+    frames
+}
+
 fn field_reason(section: Section, field: &str) -> Option<&'static str> {
     let field = without_indices(field);
     FIELDS
@@ -221,7 +250,8 @@ mod tests {
 
     fn expected() -> Expected {
         Expected {
-            pages: BTreeMap::from([(5, P2M), (6, P2M), (8, RING)]),
+            p2m: vec![5, 6],
+            pages: BTreeMap::from([(8, RING)]),
             unpopulated_from: 100,
         }
     }
@@ -240,7 +270,7 @@ mod tests {
             first_pfn: 3,
             last_pfn: 9,
         };
-        let marked = expected().mark(vec![difference(Section::PageContents, what)]);
+        let marked = expected().mark(difference(Section::PageContents, what));
         let got: Vec<_> = marked
             .iter()
             .map(|d| match d.what {
@@ -273,7 +303,7 @@ mod tests {
                 b: None,
             };
             expected()
-                .mark(vec![difference(Section::Pfns, what)])
+                .mark(difference(Section::Pfns, what))
                 .iter()
                 .map(|d| d.expected.is_some())
                 .collect::<Vec<_>>()

@@ -10,6 +10,7 @@ use xsr_format::wrapper::libxl::{LibxlHeader, LibxlRecord};
 use xsr_format::wrapper::xl::XlHeader;
 
 use super::pages::Pages;
+use crate::exit::BadImage;
 use crate::file::Input;
 use crate::image::{self, Event, Reading};
 use crate::page_map::{PageMap, runs_of};
@@ -18,8 +19,8 @@ use crate::page_map::{PageMap, runs_of};
 const MOST_RECORDS: usize = 1 << 19;
 /// Most bytes in its optional records.
 const MOST_OTHER: usize = 32 << 20;
-/// Most bytes in records of emulators: what a restore keeps, and what they are in a checkpoint.
-const MOST_EMULATORS: u64 = 128 << 20;
+/// Most bytes in records of emulators: two images are held at once. QEMU's have less than 1 MiB.
+const MOST_EMULATORS: u64 = 32 << 20;
 
 /// An image.
 #[derive(Debug)]
@@ -62,7 +63,7 @@ impl Image {
         };
         let input = image.input.again()?;
         let walked = reading.over(&input, &mut |event| {
-            image.event(event);
+            image.event(event)?;
             image.check_size()
         })?;
         if let Some(guest) = walked.guest {
@@ -86,7 +87,7 @@ impl Image {
         )))
     }
 
-    fn event(&mut self, event: Event<'_>) {
+    fn event(&mut self, event: Event<'_>) -> Result<(), BadImage> {
         match event {
             Event::Xl(header) => self.xl = Some(header.clone()),
             Event::Libxl(header) => self.libxl = Some(header),
@@ -112,11 +113,12 @@ impl Image {
                     self.sequence.push(name);
                 }
                 for run in runs_of(entries.iter(), at.page_data(entries)) {
-                    self.map.insert(run);
+                    self.map.insert(run)?;
                 }
             }
             Event::Record(_, record) => self.record(record),
         }
+        Ok(())
     }
 
     fn record(&mut self, record: &Record<'_>) {

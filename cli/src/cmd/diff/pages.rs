@@ -39,17 +39,15 @@ pub(crate) struct TypeDiff {
     pub(crate) b: PageType,
 }
 
-/// All that differs.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct PageDiffs {
-    /// Mentioned on one side only, ascending.
-    pub(crate) only_in: Vec<OnlyIn>,
-    /// Of another type, ascending.
-    pub(crate) types: Vec<TypeDiff>,
-    /// Ranges of pfns with other contents, ascending.
-    pub(crate) contents: Vec<(u64, u64)>,
-    /// Pages whose contents were compared.
-    pub(crate) compared: u64,
+/// A difference between the pages of two images.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PageDiff {
+    /// Mentioned on one side only.
+    OnlyIn(OnlyIn),
+    /// Of another type.
+    Types(TypeDiff),
+    /// First and last of pfns with other contents.
+    Contents(u64, u64),
 }
 
 /// An image, as far as its pages go.
@@ -101,13 +99,21 @@ fn segments(a: &PageMap, b: &PageMap) -> impl Iterator<Item = Segment> {
 }
 
 /// Compare the pages of two images; `progress` is told how many octets of each were
-/// read.
+/// read, and `found` each difference: those of one kind in ascending order, neighbours as one.
+/// How many pages were compared.
 pub(crate) fn compare(
     a: Pages<'_>,
     b: Pages<'_>,
     progress: &mut dyn FnMut(u64),
-) -> io::Result<PageDiffs> {
-    let mut diffs = PageDiffs::default();
+    found: &mut dyn FnMut(PageDiff),
+) -> io::Result<u64> {
+    let mut joined = Joined {
+        only_in: None,
+        types: None,
+        contents: None,
+        found,
+    };
+    let mut compared = 0;
     let mut contents = Contents::new();
     for Segment {
         first,
@@ -116,65 +122,99 @@ pub(crate) fn compare(
         b: run_b,
     } in segments(a.map, b.map)
     {
+        let only_in = |side, run: Run| OnlyIn {
+            first,
+            last,
+            side,
+            page_type: run.page_type,
+        };
         let (run_a, run_b) = match (run_a, run_b) {
             (Some(run_a), Some(run_b)) => (run_a, run_b),
             (Some(run), None) => {
-                diffs.push_only_in(first, last, Side::A, run.page_type);
+                joined.only_in(only_in(Side::A, run));
                 continue;
             }
             (None, Some(run)) => {
-                diffs.push_only_in(first, last, Side::B, run.page_type);
+                joined.only_in(only_in(Side::B, run));
                 continue;
             }
             (None, None) => continue,
         };
         if run_a.page_type != run_b.page_type {
-            diffs.push_type(first, last, run_a.page_type, run_b.page_type);
+            let (a, b) = (run_a.page_type, run_b.page_type);
+            joined.types(TypeDiff { first, last, a, b });
         }
         if let (Some(at_a), Some(at_b)) = (run_a.offset_of(first), run_b.offset_of(first)) {
             let pages = last - first + 1;
-            diffs.compared += pages;
+            compared += pages;
             contents.compare((a.file, at_a), (b.file, at_b), pages, progress, |page| {
-                push_pfn(&mut diffs.contents, first + page);
+                joined.contents(first + page);
             })?;
         }
     }
-    Ok(diffs)
+    joined.finish();
+    Ok(compared)
 }
 
-fn push_pfn(ranges: &mut Vec<(u64, u64)>, pfn: u64) {
-    match ranges.last_mut() {
-        Some((_, last)) if *last + 1 == pfn => *last = pfn,
-        _ => ranges.push((pfn, pfn)),
-    }
+/// Joins neighbouring differences of one kind before it tells them.
+struct Joined<'f> {
+    only_in: Option<OnlyIn>,
+    types: Option<TypeDiff>,
+    contents: Option<(u64, u64)>,
+    found: &'f mut dyn FnMut(PageDiff),
 }
 
-impl PageDiffs {
-    fn push_only_in(&mut self, first: u64, last: u64, side: Side, page_type: PageType) {
-        if let Some(before) = self.only_in.last_mut()
-            && before.last + 1 == first
-            && (before.side, before.page_type) == (side, page_type)
-        {
-            before.last = last;
-            return;
+impl Joined<'_> {
+    fn only_in(&mut self, next: OnlyIn) {
+        match &mut self.only_in {
+            Some(before)
+                if before.last + 1 == next.first
+                    && (before.side, before.page_type) == (next.side, next.page_type) =>
+            {
+                before.last = next.last;
+            }
+            slot => {
+                if let Some(before) = slot.replace(next) {
+                    (self.found)(PageDiff::OnlyIn(before));
+                }
+            }
         }
-        self.only_in.push(OnlyIn {
-            first,
-            last,
-            side,
-            page_type,
-        });
     }
 
-    fn push_type(&mut self, first: u64, last: u64, a: PageType, b: PageType) {
-        if let Some(before) = self.types.last_mut()
-            && before.last + 1 == first
-            && (before.a, before.b) == (a, b)
-        {
-            before.last = last;
-            return;
+    fn types(&mut self, next: TypeDiff) {
+        match &mut self.types {
+            Some(before)
+                if before.last + 1 == next.first && (before.a, before.b) == (next.a, next.b) =>
+            {
+                before.last = next.last;
+            }
+            slot => {
+                if let Some(before) = slot.replace(next) {
+                    (self.found)(PageDiff::Types(before));
+                }
+            }
         }
-        self.types.push(TypeDiff { first, last, a, b });
+    }
+
+    fn contents(&mut self, pfn: u64) {
+        match &mut self.contents {
+            Some((_, last)) if *last + 1 == pfn => *last = pfn,
+            slot => {
+                if let Some((first, last)) = slot.replace((pfn, pfn)) {
+                    (self.found)(PageDiff::Contents(first, last));
+                }
+            }
+        }
+    }
+
+    fn finish(self) {
+        let only_in = self.only_in.map(PageDiff::OnlyIn);
+        let types = self.types.map(PageDiff::Types);
+        let contents = self.contents;
+        let contents = contents.map(|(first, last)| PageDiff::Contents(first, last));
+        for last in [only_in, types, contents].into_iter().flatten() {
+            (self.found)(last);
+        }
     }
 }
 
@@ -250,13 +290,23 @@ mod tests {
                 last: pfn,
                 page_type,
                 offset,
-            });
+            })
+            .expect("few pages");
             if page_type.has_data() {
                 file.write_all(&[fill; PAGE_SIZE]).expect("writing");
                 offset += PAGE_SIZE as u64;
             }
         }
         (file, map)
+    }
+
+    /// All that differs.
+    #[derive(Debug, Default, PartialEq, Eq)]
+    struct PageDiffs {
+        only_in: Vec<OnlyIn>,
+        types: Vec<TypeDiff>,
+        contents: Vec<(u64, u64)>,
+        compared: u64,
     }
 
     fn diff(a: &[(u64, PageType, u8)], b: &[(u64, PageType, u8)]) -> PageDiffs {
@@ -269,7 +319,14 @@ mod tests {
             map: &map_b,
             file: &file_b,
         };
-        compare(a, b, &mut |_| ()).expect("both files can be read")
+        let mut diffs = PageDiffs::default();
+        let compared = compare(a, b, &mut |_| (), &mut |found| match found {
+            PageDiff::OnlyIn(only) => diffs.only_in.push(only),
+            PageDiff::Types(types) => diffs.types.push(types),
+            PageDiff::Contents(first, last) => diffs.contents.push((first, last)),
+        });
+        diffs.compared = compared.expect("both files can be read");
+        diffs
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use std::io::{self, Write};
 
-use super::difference::{Difference, Section, What};
+use super::difference::{Difference, LeftOut, Section, What};
 use super::expected::without_indices;
 use crate::text::{Count, pfn_range, shown, shown_value};
 
@@ -16,6 +16,7 @@ pub(crate) struct Summary<'a> {
     pub(crate) a: &'a str,
     pub(crate) b: &'a str,
     pub(crate) differences: &'a [Difference],
+    pub(crate) left_out: &'a [LeftOut],
     pub(crate) pages_compared: u64,
 }
 
@@ -26,15 +27,17 @@ pub(crate) fn print(summary: &Summary<'_>, out: &mut dyn Write) -> io::Result<()
         .iter()
         .partition(|d| d.expected.is_some());
     for group in real.chunk_by(|a, b| a.section == b.section) {
-        print_group(group, out)?;
+        print_group(group, summary.left_out, out)?;
     }
     if !expected.is_empty() {
         writeln!(out, "expected after a restore")?;
-        print_expected(&expected, out)?;
+        print_expected(&expected, summary.left_out, out)?;
     }
     let (a, b) = (shown(summary.a), shown(summary.b));
     let compared = Count(summary.pages_compared, "page");
-    match (real.len(), expected.len()) {
+    let unlisted = summary.left_out.iter().filter(|l| l.expected.is_none());
+    let unlisted: u64 = unlisted.map(|l| l.differences).sum();
+    match (real.len() as u64 + unlisted, expected.len()) {
         (0, 0) => writeln!(out, "{a} and {b} do not differ ({compared} compared)"),
         (0, _) => writeln!(
             out,
@@ -48,11 +51,12 @@ pub(crate) fn print(summary: &Summary<'_>, out: &mut dyn Write) -> io::Result<()
     }
 }
 
-fn print_group(group: &[&Difference], out: &mut dyn Write) -> io::Result<()> {
+fn print_group(group: &[&Difference], left_out: &[LeftOut], out: &mut dyn Write) -> io::Result<()> {
     let Some(section) = group.first().map(|d| d.section) else {
         return Ok(());
     };
-    match pages(group) {
+    let (unlisted, unlisted_pages) = unlisted(left_out, section, None);
+    match pages(group) + unlisted_pages {
         0 => writeln!(out, "{}", section.title())?,
         pages => writeln!(out, "{}: {}", section.title(), Count(pages, "page"))?,
     }
@@ -67,14 +71,21 @@ fn print_group(group: &[&Difference], out: &mut dyn Write) -> io::Result<()> {
         let line = format!("  {name:<width$}  {values}");
         writeln!(out, "{}", line.trim_end())?;
     }
-    if let Some(more) = group.len().checked_sub(MOST).filter(|more| *more > 0) {
-        writeln!(out, "  … and {more} more (--json has all of them)")?;
+    let more = group.len().saturating_sub(MOST) as u64 + unlisted;
+    match unlisted {
+        _ if more == 0 => {}
+        0 => writeln!(out, "  … and {more} more (--json has all of them)")?,
+        _ => writeln!(out, "  … and {more} more (--json has {})", group.len())?,
     }
     Ok(())
 }
 
 /// Expected differences by reason: how much, and where.
-fn print_expected(expected: &[&Difference], out: &mut dyn Write) -> io::Result<()> {
+fn print_expected(
+    expected: &[&Difference],
+    left_out: &[LeftOut],
+    out: &mut dyn Write,
+) -> io::Result<()> {
     let mut groups: Vec<(Section, &str, Vec<&Difference>)> = Vec::new();
     for difference in expected {
         let reason = difference.expected.unwrap_or_default();
@@ -87,8 +98,9 @@ fn print_expected(expected: &[&Difference], out: &mut dyn Write) -> io::Result<(
         }
     }
     for (section, reason, group) in groups {
-        let names = names(&group);
-        match pages(&group) {
+        let (unlisted, unlisted_pages) = unlisted(left_out, section, Some(reason));
+        let names = names(&group, unlisted);
+        match pages(&group) + unlisted_pages {
             0 => writeln!(out, "  {} {names}", section.title())?,
             pages => {
                 let pages = Count(pages, "page");
@@ -101,7 +113,7 @@ fn print_expected(expected: &[&Difference], out: &mut dyn Write) -> io::Result<(
 }
 
 /// What a group is about: fields once for all their indices, the first few ranges.
-fn names(group: &[&Difference]) -> String {
+fn names(group: &[&Difference], unlisted: u64) -> String {
     const SHOWN: usize = 6;
     let mut names: Vec<(String, usize)> = Vec::new();
     for difference in group {
@@ -114,7 +126,7 @@ fn names(group: &[&Difference]) -> String {
             _ => names.push((name, 1)),
         }
     }
-    let more = names.len().saturating_sub(SHOWN);
+    let more = names.len().saturating_sub(SHOWN) as u64 + unlisted;
     let mut shown: Vec<String> = names
         .into_iter()
         .take(SHOWN)
@@ -127,6 +139,13 @@ fn names(group: &[&Difference]) -> String {
         shown.push(format!("and {more} more"));
     }
     shown.join(", ")
+}
+
+/// Differences of a part that are not listed, and the pages that they are about.
+fn unlisted(left_out: &[LeftOut], section: Section, expected: Option<&str>) -> (u64, u64) {
+    let same = |l: &&LeftOut| l.section == section && l.expected == expected;
+    let left_out = left_out.iter().find(same);
+    left_out.map_or((0, 0), |l| (l.differences, l.pages))
 }
 
 fn pages(group: &[&Difference]) -> u64 {

@@ -472,7 +472,8 @@ mod tests {
             last: 7,
             page_type: PageType::NOTAB,
             offset: 0,
-        });
+        })
+        .expect("few pages");
         (file, map)
     }
 

@@ -8,6 +8,7 @@ use xsr_format::wrapper::libxl::LibxlRecord;
 use xsr_xen_backend::GuestKind;
 
 use super::bad;
+use crate::exit::BadImage;
 use crate::file::Input;
 use crate::image::{Event, Reading};
 use crate::page_map::{PageMap, runs_of};
@@ -26,7 +27,7 @@ impl Survey {
     pub(super) fn of(input: &Input, lenient: bool) -> Result<Self> {
         let mut survey = Self::default();
         let walked = Reading { lenient }.over(input, &mut |event| {
-            survey.event(event);
+            survey.event(event)?;
             Ok(())
         })?;
         if let Some(guest) = walked.guest {
@@ -36,16 +37,17 @@ impl Survey {
         Ok(survey)
     }
 
-    fn event(&mut self, event: Event<'_>) {
+    fn event(&mut self, event: Event<'_>) -> Result<(), BadImage> {
         match event {
             Event::LibxlRecord(_, LibxlRecord::EmulatorContext { .. }) => self.emulated = true,
             Event::Pages(at, entries) => {
                 for run in runs_of(entries.iter(), at.page_data(entries)) {
-                    self.memory.insert_populated(run);
+                    self.memory.insert_populated(run)?;
                 }
             }
             _ => {}
         }
+        Ok(())
     }
 
     pub(super) fn kind(&self) -> Result<GuestKind> {
