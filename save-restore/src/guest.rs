@@ -17,6 +17,9 @@ use crate::sink::PageSink;
 /// Where the records of a save go.
 pub(crate) type Out<'s> = RecordWriter<&'s mut dyn PageSink>;
 
+/// Asked again and again in work that goes over a guest's tables: an error ends it.
+pub(crate) type GoOn<'g> = dyn FnMut() -> Result<(), SaveError> + 'g;
+
 /// The guest's side of a save (C: `struct xc_sr_save_ops`).
 pub(crate) trait GuestSave: Sync {
     /// What the domain header says.
@@ -48,13 +51,14 @@ pub(crate) trait GuestSave: Sync {
     /// asked after each pass, and again when the guest is suspended. `true`: what
     /// [`GuestSave::start_of_stream`] writes has changed and must be written again, and
     /// [`GuestSave::max_pfn`] may be larger. While the guest is `running`, one that is
-    /// caught in the midst of it is let go on: it will have settled at the next look.
+    /// caught in the midst of it is let go on: it will have settled at the next look. `go_on` is
+    /// asked after each batch of what is looked at.
     ///
     /// # Errors
     ///
     /// It cannot be followed: it has fewer leaves of p2m than before, which a stream has
     /// no way to say; or it has suspended in the midst of changing them.
-    fn check_vm_state(&mut self, running: bool) -> Result<bool, SaveError>;
+    fn check_vm_state(&mut self, running: bool, go_on: &mut GoOn<'_>) -> Result<bool, SaveError>;
 
     /// Records after memory, of a guest that has suspended.
     fn end_of_checkpoint(&self, out: &mut Out<'_>) -> Result<(), SaveError>;

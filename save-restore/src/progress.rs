@@ -47,12 +47,12 @@ pub struct Progress {
     pub iteration: u32,
     /// pfns dealt with in this pass.
     pub pages_done: u64,
-    /// pfns there are in it; `None` in a restore: a stream does not say.
+    /// pfns there are in it; `None` in a restore: a stream does not say; and while the engine
+    /// looks at the guest's tables, which is not part of a pass.
     pub pages_total: Option<u64>,
     /// Octets of page contents that have gone through in this pass.
     pub octets_done: u64,
-    /// How many it can be at most (a pfn may have no contents); `None` where
-    /// [`Progress::pages_total`] is.
+    /// How many it can be at most (a pfn may have no contents); `None` in a restore.
     pub octets_total: Option<u64>,
     /// Octets of page contents that have gone through in all passes.
     pub octets: u64,
@@ -227,6 +227,15 @@ impl<'r, 'p> Reporter<'r, 'p> {
         self.tell()
     }
 
+    /// Whether to go on, in work that is not part of the pass before: that is not told once more
+    /// as complete.
+    pub(crate) fn ask(&mut self) -> ControlFlow<()> {
+        let pages_total = self.now.pages_total.take();
+        let told = self.tell();
+        self.now.pages_total = pages_total;
+        told
+    }
+
     fn tell(&mut self) -> ControlFlow<()> {
         let now = Instant::now();
         self.now.elapsed = now - self.begun;
@@ -267,7 +276,7 @@ mod tests {
         let mut tell = |progress: &Progress| {
             seen.push(*progress);
             match seen.len() {
-                4 => ControlFlow::Break(()),
+                5 => ControlFlow::Break(()),
                 _ => ControlFlow::Continue(()),
             }
         };
@@ -289,19 +298,21 @@ mod tests {
             elapsed: Duration::from_secs(1),
         };
         reporter.precopy(&stats);
+        assert!(reporter.ask().is_continue());
         assert!(
             reporter
                 .begin(Phase::Precopy, Some((3, 12_288)))
                 .is_continue()
         );
         assert!(reporter.begin(Phase::Suspend, None).is_break());
-        let [first, complete, second, suspend] = seen[..] else {
+        let [first, complete, asked, second, suspend] = seen[..] else {
             panic!("{seen:?}");
         };
         assert_eq!(
             (first.estimated_time, first.pass_is_complete()),
             (None, false)
         );
+        assert!(!asked.pass_is_complete() && asked.octets_done == 4096);
         assert!(complete.pass_is_complete() && complete.estimated_time.is_some());
         assert_eq!((complete.octets_done, complete.octets), (4096, 4096));
         assert_eq!((second.octets_done, second.octets), (0, 4096));

@@ -254,7 +254,9 @@ impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
     fn end(&mut self, hands: &Hands<'_, '_>) -> Result<Restored, RestoreError> {
         hands.crew.finish()?;
         go_on(self.progress.begin(Phase::Tail, None))?;
-        self.pages.release_absent()?;
+        let progress = &mut self.progress;
+        let mut ask = || go_on(progress.ask());
+        self.pages.release_absent(&mut ask)?;
         let (store_gfn, console_gfn) = self.complete()?;
         self.toolstack.restore_results(store_gfn, console_gfn)?;
         Ok(Restored {
@@ -333,7 +335,7 @@ impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
             );
         }
         let progress = &mut self.progress;
-        let mut ask = || go_on(progress.advance(0, 0));
+        let mut ask = || go_on(progress.ask());
         match &self.pages.guest {
             Guest::Pv(pv) => pv.complete(&self.image, self.domain, self.options, &mut ask),
             Guest::Hvm => hvm::complete(&self.image, self.domain, self.options),

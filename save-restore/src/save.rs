@@ -286,7 +286,7 @@ impl<'r> Run<'r, '_> {
         sink: &'s mut dyn PageSink,
     ) -> Result<(Box<dyn GuestSave + 'r>, Out<'s>), SaveError> {
         self.report(Phase::Setup)?;
-        let guest = setup(self.domain, self.kind)?;
+        let guest = self.setup()?;
         let domain_header = DomainHeader {
             guest_type: guest.guest_type(),
             xen_major: u32::from(xen.major),
@@ -311,7 +311,7 @@ impl<'r> Run<'r, '_> {
         let stopped = match live {
             None => {
                 let stopped = self.suspend(suspended)?;
-                if guest.check_vm_state(false)? {
+                if self.check_vm_state(guest, false)? {
                     guest.start_of_stream(&mut out)?;
                 }
                 let all = (all_pages(guest), guest_pages(guest));
@@ -386,6 +386,25 @@ impl<'r> Run<'r, '_> {
         }
     }
 
+    /// Map a guest's tables. Nothing of the guest changes.
+    fn setup(&mut self) -> Result<Box<dyn GuestSave + 'r>, SaveError> {
+        let (domain, progress) = (self.domain, &mut self.progress);
+        Ok(match self.kind.is_translated() {
+            true => Box::new(HvmSave::new(domain)?),
+            false => Box::new(PvSave::new(domain, &mut || go_on(progress.ask()))?),
+        })
+    }
+
+    /// As [`GuestSave::check_vm_state`].
+    fn check_vm_state(
+        &mut self,
+        guest: &mut dyn GuestSave,
+        running: bool,
+    ) -> Result<bool, SaveError> {
+        let progress = &mut self.progress;
+        guest.check_vm_state(running, &mut || go_on(progress.ask()))
+    }
+
     fn report(&mut self, phase: Phase) -> Result<(), SaveError> {
         go_on(self.progress.begin(phase, None))
     }
@@ -413,13 +432,5 @@ fn batches(mut pfns: impl Iterator<Item = Pfn>) -> impl Iterator<Item = Vec<Pfn>
     std::iter::from_fn(move || {
         let batch: Vec<Pfn> = pfns.by_ref().take(MAX_BATCH).collect();
         (!batch.is_empty()).then_some(batch)
-    })
-}
-
-/// Map a guest's tables. Nothing of the guest changes.
-fn setup(domain: &dyn Domain, kind: GuestKind) -> Result<Box<dyn GuestSave + '_>, SaveError> {
-    Ok(match kind.is_translated() {
-        true => Box::new(HvmSave::new(domain)?),
-        false => Box::new(PvSave::new(domain)?),
     })
 }

@@ -30,7 +30,6 @@ fn host(seed: u64) -> MockHost {
     let config = HostConfig {
         seed,
         memory_pages: 64 << 8,
-        logs_new_pages: true,
         ..HostConfig::default()
     };
     MockHost::ephemeral(&config).unwrap()
@@ -55,19 +54,6 @@ fn guests() -> [GuestSpec; 4] {
             ..GuestSpec::new("pvh", GuestKind::Pvh, 6)
         },
     ]
-}
-
-/// What a guest does. What a translated one gives back and takes has tests of its own
-/// (`balloon.rs`): the log does not tell of pages that are gone.
-fn work_of(host: &MockHost, domid: DomId) -> WorkloadSpec {
-    let info = host.domain(domid).unwrap().info().unwrap();
-    match info.kind.is_translated() {
-        true => WorkloadSpec {
-            balloon_permille: 0,
-            ..WORK
-        },
-        false => WORK,
-    }
 }
 
 /// Writes, page tables that change, pages that come and go.
@@ -101,10 +87,7 @@ fn save(
 
 /// A guest at work, which gets something done in every pass, however short that is.
 fn save_at_work(host: &MockHost, domid: DomId, threads: usize, sink: &mut dyn PageSink) {
-    let work = host
-        .workload(domid, &work_of(host, domid))
-        .unwrap()
-        .run_in_background();
+    let work = host.workload(domid, &WORK).unwrap().run_in_background();
     let mut seen = 0;
     let mut wait = |progress: &Progress| {
         // What was done before the log was on does not count, nor what was under way then.
@@ -125,9 +108,7 @@ fn save_at_work(host: &MockHost, domid: DomId, threads: usize, sink: &mut dyn Pa
     let stats = save(host, domid, threads, sink, &mut wait);
     let counts = work.stop().unwrap().counts();
     assert!(stats.iterations >= 2, "{stats:?}");
-    assert!(counts.writes > 0);
-    let balloons = work_of(host, domid).balloon_permille > 0;
-    assert_eq!(counts.given_back + counts.taken > 0, balloons);
+    assert!(counts.writes > 0 && counts.given_back + counts.taken > 0);
 }
 
 /// One cell: a guest goes from one host to another while it works.
@@ -149,10 +130,7 @@ impl Cell<'_> {
         assert_eq!([self.from, self.to].map(MockHost::mapped_pages), [0, 0]);
         // It works on over there.
         self.to.domain(arrived).unwrap().unpause().unwrap();
-        let mut work = self
-            .to
-            .workload(arrived, &work_of(self.to, arrived))
-            .unwrap();
+        let mut work = self.to.workload(arrived, &WORK).unwrap();
         assert_eq!(work.step(200).unwrap(), 200, "{what}");
         self.from.domain(made).unwrap().destroy().unwrap();
         self.to.domain(arrived).unwrap().destroy().unwrap();
@@ -261,7 +239,7 @@ fn a_stepped_guest_gives_the_same_octets_whatever_takes_them_and_with_any_thread
         let octets = |way: &str, threads| {
             let host = host(52);
             let domid = host.create_guest(spec).unwrap();
-            let mut work = host.workload(domid, &work_of(&host, domid)).unwrap();
+            let mut work = host.workload(domid, &WORK).unwrap();
             let mut step = |progress: &Progress| {
                 if progress.phase == Phase::Precopy && progress.pass_is_complete() {
                     work.step(150).unwrap();

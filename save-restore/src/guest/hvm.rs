@@ -12,7 +12,7 @@ use xsr_xen_backend::{Access, Domain, Errno, ForeignPage, RingGrant};
 
 use crate::error::{GuestError, RestoreError, SaveError};
 use crate::guest::refused::suspect_of_context;
-use crate::guest::{GuestSave, Out, x86};
+use crate::guest::{GoOn, GuestSave, Out, x86};
 use crate::restore::RestoreOptions;
 
 /// `HVM_PARAM_*` of `xen/include/public/hvm/params.h`.
@@ -115,7 +115,7 @@ impl GuestSave for HvmSave<'_> {
     }
 
     /// Memory may have been added at the end.
-    fn check_vm_state(&mut self, _running: bool) -> Result<bool, SaveError> {
+    fn check_vm_state(&mut self, _: bool, _: &mut GoOn<'_>) -> Result<bool, SaveError> {
         let now = max_pfn(self.domain)?;
         let grown = now > self.max_pfn;
         self.max_pfn = self.max_pfn.max(now);

@@ -19,7 +19,7 @@ use xsr_xen_backend::{Access, Domain, ForeignPage, ForeignPages, M2p, VcpuBlob};
 use crate::error::{GuestError, SaveError};
 use crate::guest::pv::layout::{cr3_to_frame, frame_to_cr3, shared_info, vcpu};
 use crate::guest::pv::p2m::P2m;
-use crate::guest::{GuestSave, Out, x86};
+use crate::guest::{GoOn, GuestSave, Out, x86};
 
 /// A guest's width as Xen says.
 pub(crate) fn guest_info(
@@ -50,13 +50,13 @@ pub(crate) struct PvSave<'a> {
 }
 
 impl<'a> PvSave<'a> {
-    pub(crate) fn new(domain: &'a dyn Domain) -> Result<Self, SaveError> {
+    pub(crate) fn new(domain: &'a dyn Domain, go_on: &mut GoOn<'_>) -> Result<Self, SaveError> {
         let info = guest_info(domain)??;
         let m2p = domain.m2p()?;
         let frame = domain.info()?.shared_info_frame;
         let shared_info = domain.map(&[frame], Access::Read)?.all_mapped()?;
         let shared = shared_info.page(0).expect("mapped").to_page();
-        let p2m = P2m::find(domain, &m2p, info, &shared)?;
+        let p2m = P2m::find(domain, &m2p, info, &shared, go_on)?;
         tracing::debug!(
             width = info.width(),
             max_pfn = %p2m.max_pfn(),
@@ -198,7 +198,7 @@ impl GuestSave for PvSave<'_> {
     /// correction. What was looked up in the meantime, [`GuestSave::confirms`] has
     /// judged. (Xen's saver gives up when `p2m_generation` has changed, and does not
     /// see what else may.)
-    fn check_vm_state(&mut self, running: bool) -> Result<bool, SaveError> {
+    fn check_vm_state(&mut self, running: bool, go_on: &mut GoOn<'_>) -> Result<bool, SaveError> {
         let shared = self.shared_info.page(0).expect("mapped").to_page();
         // Odd while the guest is changing what maps its p2m list.
         let generation = shared_info::P2M_GENERATION.get(self.info, shared.as_slice());
@@ -209,7 +209,7 @@ impl GuestSave for PvSave<'_> {
                 false => Err(GuestError::P2mUnsettled { generation }.into()),
             };
         }
-        let p2m = match self.p2m.find_again(self.domain, &self.m2p, &shared) {
+        let p2m = match (self.p2m).find_again(self.domain, &self.m2p, &shared, go_on) {
             Ok(None) => return Ok(false),
             Ok(Some(p2m)) => p2m,
             Err(error @ (SaveError::Guest(_) | SaveError::Map(_))) if running => {

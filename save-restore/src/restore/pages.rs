@@ -133,7 +133,10 @@ impl<'r> PageRestore<'r> {
 
     /// The stream has ended: give back the pages that the guest gave back while it was
     /// being saved, so that it has those it had when it suspended.
-    pub(super) fn release_absent(&mut self) -> Result<(), RestoreError> {
+    pub(super) fn release_absent(
+        &mut self,
+        go_on: &mut dyn FnMut() -> Result<(), RestoreError>,
+    ) -> Result<(), RestoreError> {
         let Self {
             domain,
             guest,
@@ -141,12 +144,13 @@ impl<'r> PageRestore<'r> {
             ..
         } = self;
         let released = match guest {
-            Guest::Hvm => populated.release_absent(*domain, |pfn| Gfn(pfn.0), |_| {})?,
+            Guest::Hvm => populated.release_absent(*domain, |pfn| Gfn(pfn.0), |_| {}, go_on)?,
             Guest::Pv(pv) => {
                 let mut gone = Vec::new();
                 let p2m = pv.p2m.read();
                 let frame = |pfn| p2m.mfn(pfn).map_or(Gfn::INVALID, |mfn| Gfn(mfn.0));
-                let released = populated.release_absent(*domain, frame, |pfn| gone.push(pfn))?;
+                let released =
+                    populated.release_absent(*domain, frame, |pfn| gone.push(pfn), go_on)?;
                 drop(p2m);
                 let mut p2m = pv.p2m.write();
                 gone.into_iter().for_each(|pfn| p2m.clear_mfn(pfn));

@@ -66,15 +66,17 @@ impl Populated {
     /// word. Says how many pages that were.
     ///
     /// `frame` knows the frame of each pfn that has memory; `gone` is told of each
-    /// that has none any more.
+    /// that has none any more. `go_on` is asked before each batch.
     pub(super) fn release_absent(
         &mut self,
         domain: &dyn Domain,
         frame: impl Fn(Pfn) -> Gfn,
         mut gone: impl FnMut(Pfn),
+        go_on: &mut dyn FnMut() -> Result<(), RestoreError>,
     ) -> Result<u64, RestoreError> {
         let pfns: Vec<Pfn> = self.pfns.common(&self.absent).collect();
         for pfns in pfns.chunks(RELEASE_BATCH) {
+            go_on()?;
             let gfns: Vec<Gfn> = pfns.iter().map(|pfn| frame(*pfn)).collect();
             let done = domain.release(&gfns)?;
             if let (Some(pfn), Some(gfn)) = (pfns.get(done), gfns.get(done)) {

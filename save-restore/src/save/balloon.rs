@@ -275,7 +275,7 @@ impl Run<'_, '_> {
             |changed| {
                 all.extend(changed);
                 count.batch(domain, false)?;
-                go_on(self.progress.advance(0, 0))
+                go_on(self.progress.ask())
             },
         )?;
         for pfn in &all {

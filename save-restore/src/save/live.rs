@@ -161,7 +161,7 @@ impl<'r> Run<'r, '_> {
         memory: &mut LiveMemory<'_>,
         running: bool,
     ) -> Result<(), SaveError> {
-        if guest.check_vm_state(running)? {
+        if self.check_vm_state(guest, running)? {
             guest.start_of_stream(out)?;
             memory.grow(guest_pages(guest));
         }

@@ -19,14 +19,58 @@ use xsr_xen_backend::{Access, Domain, ForeignPages, M2p};
 
 use self::find::Place;
 use crate::error::{GuestError, RestoreError, SaveError};
+use crate::guest::GoOn;
 
 /// Entries of the p2m in one frame: 512 or 1024.
 pub(crate) const fn entries_per_frame(info: PvInfo) -> u64 {
     PAGE_SIZE as u64 / info.width() as u64
 }
 
+/// Frames that are mapped and asked for at once.
+const BATCH: usize = 1024;
+
+/// Frames of a guest's tables, mapped a batch at a time and read as if they stood one behind the
+/// other. A guest says how many there are: up to eight million.
+#[derive(Debug)]
+struct Tables(Vec<ForeignPages>);
+
+impl Tables {
+    /// Map frames; `go_on` is asked before each batch.
+    fn map(domain: &dyn Domain, mfns: &[u64], go_on: &mut GoOn<'_>) -> Result<Self, SaveError> {
+        let mut tables = Vec::with_capacity(mfns.len().div_ceil(BATCH));
+        for mfns in mfns.chunks(BATCH) {
+            go_on()?;
+            let gfns: Vec<Gfn> = mfns.iter().copied().map(Gfn).collect();
+            tables.push(domain.map(&gfns, Access::Read)?.all_mapped()?);
+        }
+        Ok(Self(tables))
+    }
+
+    /// The 64-bit word at `index`.
+    fn read_u64(&self, index: usize) -> Option<u64> {
+        const WORDS: usize = BATCH * PAGE_SIZE / 8;
+        self.0.get(index / WORDS)?.read_u64(index % WORDS)
+    }
+}
+
+/// What `of` says of each, in order; `go_on` is asked before each batch.
+fn each<T>(
+    items: impl Iterator<Item = T>,
+    go_on: &mut GoOn<'_>,
+    mut of: impl FnMut(T) -> Result<u64, SaveError>,
+) -> Result<Vec<u64>, SaveError> {
+    let mut all = Vec::with_capacity(items.size_hint().0);
+    for item in items {
+        if all.len().is_multiple_of(BATCH) {
+            go_on()?;
+        }
+        all.push(of(item)?);
+    }
+    Ok(all)
+}
+
 /// Word `index` (of the guest's width) from the first of some pages on.
-fn word(pages: &ForeignPages, info: PvInfo, index: u64) -> Option<u64> {
+fn word(pages: &Tables, info: PvInfo, index: u64) -> Option<u64> {
     match info {
         PvInfo::Bits64 => pages.read_u64(usize::try_from(index).ok()?),
         PvInfo::Bits32 => {
@@ -42,11 +86,6 @@ fn word(pages: &ForeignPages, info: PvInfo, index: u64) -> Option<u64> {
     }
 }
 
-fn map(domain: &dyn Domain, mfns: &[u64]) -> Result<ForeignPages, SaveError> {
-    let gfns: Vec<Gfn> = mfns.iter().copied().map(Gfn).collect();
-    Ok(domain.map(&gfns, Access::Read)?.all_mapped()?)
-}
-
 fn bad(what: &'static str, value: u64) -> SaveError {
     GuestError::P2m { what, value }.into()
 }
@@ -54,7 +93,7 @@ fn bad(what: &'static str, value: u64) -> SaveError {
 /// The p2m of a guest that is being saved, mapped.
 #[derive(Debug)]
 pub(crate) struct P2m {
-    leaves: ForeignPages,
+    leaves: Tables,
     place: Place,
     /// pfns of the leaves, in order.
     pub(crate) frames: Vec<Pfn>,
@@ -62,14 +101,17 @@ pub(crate) struct P2m {
 }
 
 impl P2m {
-    /// Find and map the p2m by what `shared` (the shared_info page) says.
+    /// Find and map the p2m by what `shared` (the shared_info page) says. `go_on` is asked after
+    /// each batch.
     pub(crate) fn find(
         domain: &dyn Domain,
         m2p: &M2p,
         info: PvInfo,
         shared: &Page,
+        go_on: &mut GoOn<'_>,
     ) -> Result<Self, SaveError> {
-        Self::map(domain, m2p, info, Place::find(domain, m2p, info, shared)?)
+        let place = Place::find(domain, m2p, info, shared, go_on)?;
+        Self::map(domain, m2p, info, place, go_on)
     }
 
     /// The p2m by what `shared` says now; `None` where nothing has changed.
@@ -78,31 +120,37 @@ impl P2m {
         domain: &dyn Domain,
         m2p: &M2p,
         shared: &Page,
+        go_on: &mut GoOn<'_>,
     ) -> Result<Option<Self>, SaveError> {
-        let place = Place::find(domain, m2p, self.info, shared)?;
+        let place = Place::find(domain, m2p, self.info, shared, go_on)?;
         match place == self.place {
             true => Ok(None),
-            false => Self::map(domain, m2p, self.info, place).map(Some),
+            false => Self::map(domain, m2p, self.info, place, go_on).map(Some),
         }
     }
 
-    fn map(domain: &dyn Domain, m2p: &M2p, info: PvInfo, place: Place) -> Result<Self, SaveError> {
+    fn map(
+        domain: &dyn Domain,
+        m2p: &M2p,
+        info: PvInfo,
+        place: Place,
+        go_on: &mut GoOn<'_>,
+    ) -> Result<Self, SaveError> {
         let mut p2m = Self {
-            leaves: map(domain, &place.leaves)?,
+            leaves: Tables::map(domain, &place.leaves, go_on)?,
             place,
             frames: Vec::new(),
             info,
         };
-        let pfn_of = |mfn: &u64| {
-            let pfn = p2m.pfn(m2p, Mfn(*mfn));
-            pfn.ok_or_else(|| bad("a frame of the p2m itself", *mfn))
-        };
-        p2m.frames = p2m
-            .place
-            .leaves
-            .iter()
-            .map(pfn_of)
-            .collect::<Result<_, _>>()?;
+        let mut frames = Vec::with_capacity(p2m.place.leaves.len());
+        for mfns in p2m.place.leaves.chunks(BATCH) {
+            go_on()?;
+            for mfn in mfns {
+                let pfn = p2m.pfn(m2p, Mfn(*mfn));
+                frames.push(pfn.ok_or_else(|| bad("a frame of the p2m itself", *mfn))?);
+            }
+        }
+        p2m.frames = frames;
         Ok(p2m)
     }
 
@@ -281,7 +329,6 @@ impl NewP2m {
         max_pfn: Pfn,
         go_on: &mut dyn FnMut() -> Result<(), RestoreError>,
     ) -> Result<(), RestoreError> {
-        const BATCH: usize = 1024;
         let fpp = entries_per_frame(info);
         let mut contents = Box::new([0; PAGE_SIZE]);
         let (mut written, mut in_use) = (BTreeSet::new(), BTreeSet::new());

@@ -7,8 +7,9 @@ use xsr_format::frame::{PAGE_SIZE, Page, Pfn};
 use xsr_format::record::pv::PvInfo;
 use xsr_xen_backend::{Domain, M2p};
 
-use super::{bad, entries_per_frame, map, word};
+use super::{Tables, bad, each, entries_per_frame, word};
 use crate::error::{GuestError, SaveError};
+use crate::guest::GoOn;
 use crate::guest::pv::layout::{cr3_to_frame, shared_info};
 use crate::guest::pv::pagetable::pte_frame;
 
@@ -22,12 +23,13 @@ pub(super) struct Place {
 }
 
 impl Place {
-    /// Find it by what `shared` (the shared_info page) says.
+    /// Find it by what `shared` (the shared_info page) says. `go_on` is asked after each batch.
     pub(super) fn find(
         domain: &dyn Domain,
         m2p: &M2p,
         info: PvInfo,
         shared: &Page,
+        go_on: &mut GoOn<'_>,
     ) -> Result<Self, SaveError> {
         let end = shared_info::MAX_PFN.get(info, shared);
         let Some(max_pfn) = end.checked_sub(1).map(Pfn) else {
@@ -43,8 +45,8 @@ impl Place {
             max_pfn,
         };
         let (max_pfn, leaves) = match shared_info::P2M_CR3.get(info, shared) {
-            0 => finder.tree(shared_info::FRAME_LIST_LIST.get(info, shared))?,
-            cr3 => finder.list(cr3, shared_info::P2M_VADDR.get(info, shared))?,
+            0 => finder.tree(shared_info::FRAME_LIST_LIST.get(info, shared), go_on)?,
+            cr3 => finder.list(cr3, shared_info::P2M_VADDR.get(info, shared), go_on)?,
         };
         Ok(Self { max_pfn, leaves })
     }
@@ -78,7 +80,7 @@ impl Finder<'_> {
     /// Trailing entries of the top that are all the same cannot be real: sharing
     /// would not survive the migration. They stand for "nothing here", and the
     /// guest is taken to end there.
-    fn tree(&self, top: u64) -> Result<(Pfn, Vec<u64>), SaveError> {
+    fn tree(&self, top: u64, go_on: &mut GoOn<'_>) -> Result<(Pfn, Vec<u64>), SaveError> {
         let fpp = entries_per_frame(self.info);
         let tops = self.max_pfn.0 / (fpp * fpp) + 1;
         if tops > fpp {
@@ -88,29 +90,30 @@ impl Finder<'_> {
             ));
         }
         let top = self.check("shared_info's pfn_to_mfn_frame_list_list", top)?;
-        let page = map(self.domain, &[top])?;
-        let mids: Vec<u64> = (0..tops)
-            .map(|i| {
-                let mfn = word(&page, self.info, i).unwrap_or(0);
-                self.check("an entry of the p2m frame list list", mfn)
-            })
-            .collect::<Result<_, _>>()?;
+        let page = Tables::map(self.domain, &[top], go_on)?;
+        let mids = each(0..tops, go_on, |i| {
+            let mfn = word(&page, self.info, i).unwrap_or(0);
+            self.check("an entry of the p2m frame list list", mfn)
+        })?;
         let mut max_pfn = self.max_pfn;
         let last_distinct = last_distinct(&mids);
         max_pfn = max_pfn.min(Pfn((last_distinct + 1) * fpp * fpp - 1));
         let used = usize::try_from(max_pfn.0 / (fpp * fpp) + 1).unwrap_or(usize::MAX);
-        let page = map(self.domain, &mids[..used.min(mids.len())])?;
-        let leaves = (0..=max_pfn.0 / fpp)
-            .map(|i| {
-                let mfn = word(&page, self.info, i).unwrap_or(0);
-                self.check("an entry of the p2m frame list", mfn)
-            })
-            .collect::<Result<_, _>>()?;
+        let page = Tables::map(self.domain, &mids[..used.min(mids.len())], go_on)?;
+        let leaves = each(0..=max_pfn.0 / fpp, go_on, |i| {
+            let mfn = word(&page, self.info, i).unwrap_or(0);
+            self.check("an entry of the p2m frame list", mfn)
+        })?;
         Ok((max_pfn, leaves))
     }
 
     /// The leaves of a linear list at `vaddr` in the address space of `cr3`.
-    fn list(&self, cr3: u64, vaddr: u64) -> Result<(Pfn, Vec<u64>), SaveError> {
+    fn list(
+        &self,
+        cr3: u64,
+        vaddr: u64,
+        go_on: &mut GoOn<'_>,
+    ) -> Result<(Pfn, Vec<u64>), SaveError> {
         let info = self.info;
         let fpp = entries_per_frame(info);
         let mut max_pfn = self.max_pfn;
@@ -136,18 +139,16 @@ impl Finder<'_> {
             let shift = 3 + 9 * u32::from(level);
             let first = ((vaddr & translated) - base) >> shift;
             let last = ((end_vaddr & translated) - base) >> shift;
-            let pages = map(self.domain, &tables)?;
-            let next: Vec<u64> = (first..=last)
-                .map(|i| {
-                    let pte = pages
-                        .read_u64(usize::try_from(i).unwrap_or(usize::MAX))
-                        .unwrap_or(0);
-                    self.check(
-                        "a page-table entry on the way to the p2m list",
-                        pte_frame(pte),
-                    )
-                })
-                .collect::<Result<_, _>>()?;
+            let pages = Tables::map(self.domain, &tables, go_on)?;
+            let next = each(first..=last, go_on, |i| {
+                let pte = pages
+                    .read_u64(usize::try_from(i).unwrap_or(usize::MAX))
+                    .unwrap_or(0);
+                self.check(
+                    "a page-table entry on the way to the p2m list",
+                    pte_frame(pte),
+                )
+            })?;
             if level == 2 {
                 // As for the tree: trailing entries that are all the same name one
                 // table of nothing. Where every entry is the same there is nothing
