@@ -274,6 +274,40 @@ impl<F: AsFd> PageSource for FdSource<F> {
     }
 }
 
+/// Fill `room`. Where the source ends before, the error says how far it came.
+pub(crate) fn read_whole(source: &mut impl Read, room: &mut [u8]) -> io::Result<()> {
+    let mut at = 0;
+    while at < room.len() {
+        match source.read(&mut room[at..]) {
+            Ok(0) => return Err(EndedAfter(at as u64).into()),
+            Ok(n) => at += n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+/// As [`PageSource::read_pages`], through a page of our own.
+pub(crate) fn copy_pages(
+    source: &mut impl Read,
+    pages: &ForeignPages,
+    range: Range<usize>,
+) -> io::Result<()> {
+    let mut page = [0; PAGE_SIZE];
+    for (done, index) in range.enumerate() {
+        read_whole(source, &mut page).map_err(|error| {
+            match error.get_ref().and_then(|e| e.downcast_ref::<EndedAfter>()) {
+                Some(EndedAfter(at)) => EndedAfter((done * PAGE_SIZE) as u64 + at).into(),
+                None => error,
+            }
+        })?;
+        let place = pages.page(index).expect("the caller mapped it");
+        place.copy_from(&page);
+    }
+    Ok(())
+}
+
 /// Anything that gives octets: pages are copied once.
 #[derive(Debug)]
 pub struct CopySource<R>(pub R);
@@ -286,15 +320,7 @@ impl<R: Read> Read for CopySource<R> {
 
 impl<R: Read> PageSource for CopySource<R> {
     fn read_pages(&mut self, pages: &ForeignPages, range: Range<usize>) -> io::Result<()> {
-        let mut page = [0; PAGE_SIZE];
-        for index in range {
-            self.0.read_exact(&mut page)?;
-            pages
-                .page(index)
-                .expect("caller mapped it")
-                .copy_from(&page);
-        }
-        Ok(())
+        copy_pages(&mut self.0, pages, range)
     }
 
     fn take_extent(&mut self, _: u64) -> io::Result<Option<Extent>> {

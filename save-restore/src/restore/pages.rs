@@ -6,11 +6,10 @@
 //!
 //! C implementation: `xg_sr_restore.c:process_page_data`.
 
-use std::io::{self, Read};
 use std::ops::Range;
 
 use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE, Page, PageEntry, Pfn};
-use xsr_format::read::{EndedAfter, PageDataBody};
+use xsr_format::read::PageDataBody;
 use xsr_xen_backend::{Access, Domain, ForeignPages};
 
 use crate::error::RestoreError;
@@ -20,7 +19,7 @@ use crate::restore::crew::Hands;
 use crate::restore::place::{Contents, Piece, Placer, read_failed};
 use crate::restore::populate::Populated;
 use crate::restore::{Guest, MAX_PFN, RestoreStats};
-use crate::source::PageSource;
+use crate::source::{PageSource, read_whole};
 
 /// Most pages that are mapped at a time to be compared.
 const COMPARED: usize = 1024;
@@ -68,29 +67,31 @@ impl<'r> PageRestore<'r> {
         mut body: PageDataBody<'_, S>,
         hands: &Hands<'_, '_>,
     ) -> Result<(), RestoreError> {
-        let entries: Vec<PageEntry> = body.entries().iter().collect();
-        if let Some(entry) = entries.iter().find(|entry| entry.pfn > MAX_PFN) {
+        // A record may have sixteen million entries, but no more of those with contents than it has
+        // room for: only these are kept.
+        if let Some(entry) = (body.entries().iter()).find(|entry| entry.pfn > MAX_PFN) {
             return Err(RestoreError::PfnRange {
                 pfn: entry.pfn,
                 max: MAX_PFN,
             });
         }
+        let entries = body.entries();
         let with_memory = entries.iter().filter(|e| e.page_type.is_populated());
         self.populate(with_memory.map(|entry| entry.pfn))?;
         let tables = matches!(self.guest, Guest::Pv(_));
-        for entry in &entries {
-            self.populated.note(*entry, tables);
+        for entry in entries.iter() {
+            self.populated.note(entry, tables);
         }
         if let Guest::Pv(pv) = &mut self.guest {
             let mut p2m = pv.p2m.write();
-            for entry in &entries {
+            for entry in entries.iter() {
                 p2m.set_page_type(entry.pfn, entry.page_type);
             }
         }
         self.stats.pfns += entries.len() as u64;
 
-        let mut with_data = entries;
-        with_data.retain(|entry| entry.page_type.has_data());
+        let with_data = entries.iter().filter(|entry| entry.page_type.has_data());
+        let with_data: Vec<PageEntry> = with_data.collect();
         // With one thread, or where octets must be read in order, those that are mapped
         // are best read straight into the mapping.
         let pieces = self.placer.writes()
@@ -281,18 +282,4 @@ impl<'r> PageRestore<'r> {
         }
         Ok(())
     }
-}
-
-/// Fill `room`. Where the source ends before, the error says how far it came.
-fn read_whole(source: &mut impl Read, room: &mut [u8]) -> io::Result<()> {
-    let mut at = 0;
-    while at < room.len() {
-        match source.read(&mut room[at..]) {
-            Ok(0) => return Err(EndedAfter(at as u64).into()),
-            Ok(n) => at += n,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(())
 }

@@ -10,12 +10,11 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
-use xsr_format::frame::PAGE_SIZE;
 use xsr_xen_backend::ForeignPages;
 
 use crate::error::RestoreError;
 use crate::restore::checkpoint::CheckpointOptions;
-use crate::source::{Extent, LookAhead, PageSource};
+use crate::source::{Extent, LookAhead, PageSource, copy_pages};
 
 /// Octets in order: written first, then read.
 #[derive(Debug)]
@@ -122,18 +121,6 @@ impl PageSource for Spool {
     fn look_ahead(&mut self) -> io::Result<Option<LookAhead>> {
         Ok(None)
     }
-}
-
-fn copy_pages(source: &mut impl Read, pages: &ForeignPages, range: Range<usize>) -> io::Result<()> {
-    let mut page = [0; PAGE_SIZE];
-    for index in range {
-        source.read_exact(&mut page)?;
-        pages
-            .page(index)
-            .expect("caller mapped it")
-            .copy_from(&page);
-    }
-    Ok(())
 }
 
 /// A source, of which everything that is read is kept too, once that is asked for.

@@ -17,7 +17,7 @@ use crate::descriptor::Descriptor;
 use crate::pace::Overdue;
 use crate::progress::Cancel;
 use crate::sink::PageSink;
-use crate::source::{Extent, LookAhead, PageSource};
+use crate::source::{Extent, LookAhead, PageSource, copy_pages};
 
 /// How long the calls of an adapter may wait: each as `each` says, and together until a time on
 /// the connection's clock.
@@ -144,13 +144,7 @@ impl Read for ConnectionReader<'_> {
 impl PageSource for ConnectionReader<'_> {
     fn read_pages(&mut self, pages: &ForeignPages, range: Range<usize>) -> io::Result<()> {
         let Some(direct) = &self.direct else {
-            let mut page = [0; PAGE_SIZE];
-            for index in range {
-                self.read_exact(&mut page)?;
-                let place = pages.page(index).expect("the caller mapped it");
-                place.copy_from(&page);
-            }
-            return Ok(());
+            return copy_pages(self, pages, range);
         };
         let mut at = range.start * PAGE_SIZE;
         let end = range.end * PAGE_SIZE;
