@@ -85,6 +85,10 @@ impl Decoder {
             K::X86_PV_INFO => Length::Exactly(size_of::<WirePvInfo>() as u64),
             K::SHARED_INFO => Length::Exactly(PAGE_SIZE as u64),
             K::X86_TSC_INFO => Length::Exactly(size_of::<WireTscInfo>() as u64),
+            K::X86_CPUID_POLICY | K::X86_MSR_POLICY | K::HVM_PARAMS if got > MAX_SMALL_BODY => {
+                Length::AtMost(u64::from(MAX_SMALL_BODY))
+            }
+            K::HVM_CONTEXT => Length::AtMost(MAX_HVM_CONTEXT),
             K::X86_CPUID_POLICY => Length::MultipleOf(CpuidPolicy::LEAF_OCTETS as u64),
             K::X86_MSR_POLICY => Length::MultipleOf(MsrPolicy::ENTRY_OCTETS as u64),
             // All pfns that 32 bits can name.
@@ -151,6 +155,12 @@ pub(crate) fn as_number(pad: &[u8]) -> u64 {
     pad.iter()
         .fold(0, |number, octet| number << 8 | u64::from(*octet))
 }
+
+/// The longest HVM_CONTEXT. Xen's is some 20 KiB for each vcpu, of which there may be 128.
+pub(crate) const MAX_HVM_CONTEXT: u64 = 16 << 20;
+
+/// The longest X86_CPUID_POLICY, X86_MSR_POLICY and HVM_PARAMS. Xen's are some KiB.
+const MAX_SMALL_BODY: u32 = 1 << 20;
 
 /// The longest X86_PV_P2M_FRAMES: its head and a frame for each 512 pfns of 32 bits.
 const MAX_P2M_BODY: u64 = 8 + (8 << 23);

@@ -251,6 +251,16 @@ pub enum DecodeError {
         /// Its pfn.
         pfn: Pfn,
     },
+    /// A frame of the p2m that no x86 guest can have.
+    #[error(
+        "X86_PV_P2M_FRAMES: frame {index} is pfn {pfn}, beyond 0xffffffffff, the last that any x86 guest can have"
+    )]
+    P2mFrameRange {
+        /// Which frame, from 0.
+        index: u64,
+        /// Its pfn.
+        pfn: Pfn,
+    },
     /// A vcpu that no guest of this type can have.
     #[error("{kind}: the vcpu is {vcpu}, expected at most {max}")]
     VcpuNumber {

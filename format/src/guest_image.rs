@@ -36,8 +36,9 @@ pub const MAX_HVM_VCPUS: u32 = 128;
 pub const MAX_X86_PFN: Pfn = Pfn((1 << 40) - 1);
 /// No HVM parameter has an index this high, in any Xen so far (4.22 has 39).
 pub const HVM_PARAM_LIMIT: u64 = 256;
-/// Most bytes of state that a restorer has to keep until END: what one record may have.
-pub const MAX_STATE: u64 = 128 << 20;
+/// Most bytes of state of all vcpus, which a restorer has to keep until END: 8 KiB for each of
+/// [`MAX_PV_VCPUS`].
+pub const MAX_STATE: u64 = 64 << 20;
 /// Most optional records between two checkpoints. Xen writes none.
 pub const MAX_OPTIONAL: u32 = 1 << 16;
 /// Most records between two checkpoints, those with pages excepted. A guest of 8192 vcpus has
@@ -250,9 +251,11 @@ impl GuestImage {
         }
     }
 
-    fn is_populated(&self, leaf: usize) -> bool {
-        let word = self.populated_leaves.get(leaf >> 6).copied().unwrap_or(0);
-        word >> (leaf & 63) & 1 == 1
+    fn is_populated(&self, leaf: u64) -> bool {
+        let word = usize::try_from(leaf >> 6).ok();
+        // Beyond what has been noted, no page has memory.
+        let word = word.and_then(|word| self.populated_leaves.get(word));
+        word.is_some_and(|word| word >> (leaf & 63) & 1 == 1)
     }
 
     fn p2m_frames(&mut self, record: &P2mFrames<'_>) -> Result<(), DecodeError> {
@@ -327,27 +330,39 @@ impl GuestImage {
         let Some(table) = &self.p2m else {
             return Ok(());
         };
-        // pfns of leaves that are named for a range with memory, and for which.
-        let mut used: Vec<(Pfn, usize)> = (table.frames.iter().copied().zip(0..))
-            .filter(|(_, leaf)| self.is_populated(*leaf))
-            .collect();
-        used.sort_unstable();
-        let shared = |pfn: Pfn, first: usize, second: usize| DecodeError::P2mLeafShared {
-            pfn,
-            first: first.min(second) as u64,
-            second: first.max(second) as u64,
-        };
-        for (before, after) in used.iter().zip(used.iter().skip(1)) {
-            if before.0 == after.0 {
-                return Err(shared(before.0, before.1, after.1));
+        // pfns of leaves that are named for a range with memory, and for which: eight bytes for
+        // each, since there may be as many as pages.
+        const LEAF_BITS: u32 = 24;
+        const LEAVES: u64 = 1 << LEAF_BITS;
+        let mut used: Vec<u64> = Vec::new();
+        for (leaf, pfn) in (0_u64..).zip(&table.frames) {
+            if self.is_populated(leaf) {
+                if *pfn > MAX_X86_PFN || leaf >= LEAVES {
+                    let index = leaf;
+                    return Err(DecodeError::P2mFrameRange { index, pfn: *pfn });
+                }
+                used.push(pfn.0 << LEAF_BITS | leaf);
             }
         }
-        for (leaf, pfn) in table.frames.iter().enumerate() {
+        used.sort_unstable();
+        let unpacked = |used: u64| (Pfn(used >> LEAF_BITS), used & (LEAVES.wrapping_sub(1)));
+        let shared = |pfn: Pfn, first: u64, second: u64| DecodeError::P2mLeafShared {
+            pfn,
+            first: first.min(second),
+            second: first.max(second),
+        };
+        for (before, after) in used.iter().zip(used.iter().skip(1)) {
+            let ((pfn, first), (other, second)) = (unpacked(*before), unpacked(*after));
+            if pfn == other {
+                return Err(shared(pfn, first, second));
+            }
+        }
+        for (leaf, pfn) in (0_u64..).zip(&table.frames) {
             if !self.is_populated(leaf)
-                && let Ok(at) = used.binary_search_by_key(pfn, |(pfn, _)| *pfn)
-                && let Some((_, other)) = used.get(at)
+                && let Ok(at) = used.binary_search_by_key(pfn, |used| unpacked(*used).0)
+                && let Some(used) = used.get(at)
             {
-                return Err(shared(*pfn, leaf, *other));
+                return Err(shared(*pfn, leaf, unpacked(*used).1));
             }
         }
         Ok(())

@@ -22,6 +22,9 @@ use crate::record::{Record, RecordKind, WireRecordHeader, padding};
 pub use crate::source::EndedAfter;
 use crate::source::{Skip, fill, fill_behind, fill_growing, skip_by_reading, skip_by_seeking};
 
+/// Bytes of a body whose room is kept for the next.
+const KEPT_BODY: usize = 1 << 20;
+
 /// How to read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ReadOptions {
@@ -228,6 +231,9 @@ impl<R: Read> RecordReader<R> {
         let header = self.peek()?;
         self.header = None;
         self.advance(WIRE_HEADER);
+        if self.body.capacity() > KEPT_BODY {
+            self.body = Vec::new();
+        }
         let index = self.index;
         let kind = self.decoder.kind(&header);
         self.current.place = Place::Record {

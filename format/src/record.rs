@@ -136,6 +136,20 @@ pub const fn padding(length: u64) -> u64 {
     length.wrapping_neg() & 7
 }
 
+/// The octets that pad a body of this length: zeros.
+pub(crate) const fn zeros(length: u64) -> &'static [u8] {
+    match padding(length) {
+        1 => &[0; 1],
+        2 => &[0; 2],
+        3 => &[0; 3],
+        4 => &[0; 4],
+        5 => &[0; 5],
+        6 => &[0; 6],
+        7 => &[0; 7],
+        _ => &[],
+    }
+}
+
 /// Any record but PAGE_DATA, decoded.
 #[derive(Clone, Copy, Debug)]
 pub struct Record<'a> {

@@ -577,7 +577,7 @@ impl<R: Read> Around<R> {
 fn first_octets(source: &mut impl Read) -> Result<Vec<u8>, ReadErrorCause> {
     let mut octets = [0; TELLING];
     let read = read_up_to(source, &mut octets).map_err(ReadErrorCause::Io)?;
-    Ok(octets.get(..read).unwrap_or_default().to_vec())
+    Ok(octets.into_iter().take(read).collect())
 }
 
 /// Fill `room` as far as the source goes.

@@ -1,7 +1,7 @@
 //! Writing a libxc stream, version 3, little endian: what Xen's own saver writes.
 //!
-//! Each record goes to the sink in one piece (PAGE_DATA in two: what describes the
-//! pages, then the pages), padded with zeros.
+//! Each record goes to the sink in one piece, unless it is a long one (PAGE_DATA in two: what
+//! describes the pages, then the pages), padded with zeros.
 //!
 //! Specification: libxc migration stream. C implementation:
 //! `xg_sr_common.c:write_split_record`, `xg_sr_save.c:write_headers`.
@@ -18,10 +18,12 @@ use crate::record::hvm::{HvmParam, WireHvmParam, WireHvmParamsHead};
 use crate::record::page_data::WirePageDataHead;
 use crate::record::pv::{PvInfo, WireP2mHead, WireVcpuHead, p2m_frame_count, vcpu_state_length};
 use crate::record::x86::{CpuidPolicy, MsrPolicy, TscInfo};
-use crate::record::{MAX_BATCH, MAX_BODY, RecordKind, WireRecordHeader, padding};
+use crate::record::{MAX_BATCH, MAX_BODY, RecordKind, WireRecordHeader, zeros};
 use crate::wire::{U32, U64};
 
 const ORDER: ByteOrder = ByteOrder::Little;
+/// Octets of a body that are copied to write the record in one piece.
+const MAX_COPIED: usize = 64 << 10;
 
 fn encode(kind: RecordKind, cause: DecodeError) -> WriteError {
     WriteError::Encode { kind, cause }
@@ -142,15 +144,22 @@ impl<W: Write> RecordWriter<W> {
             .ok()
             .filter(|length| *length <= MAX_BODY)
             .ok_or_else(|| length_error(kind, Length::AtMost(u64::from(MAX_BODY)), octets))?;
+        let header = header(kind, length);
+        let pad = zeros(u64::from(length));
+        if octets > MAX_COPIED {
+            self.sink.write_all(header.as_bytes())?;
+            for part in parts {
+                self.sink.write_all(part)?;
+            }
+            self.sink.write_all(pad)?;
+            return Ok(());
+        }
         self.scratch.clear();
-        self.scratch
-            .extend_from_slice(header(kind, length).as_bytes());
+        self.scratch.extend_from_slice(header.as_bytes());
         for part in parts {
             self.scratch.extend_from_slice(part);
         }
-        let pad = usize::try_from(padding(u64::from(length))).unwrap_or(0);
-        self.scratch
-            .resize(self.scratch.len().saturating_add(pad), 0);
+        self.scratch.extend_from_slice(pad);
         self.sink.write_all(&self.scratch)?;
         Ok(())
     }

@@ -53,10 +53,8 @@ impl fmt::Display for FieldDifference<'_> {
 /// layout: fields, then octets in no field, then the length.
 pub fn diff<'a>(layout: &Layout, a: &'a [u8], b: &'a [u8]) -> Vec<FieldDifference<'a>> {
     let common = a.len().min(b.len());
-    let (a_common, b_common) = (
-        a.get(..common).unwrap_or_default(),
-        b.get(..common).unwrap_or_default(),
-    );
+    let (a_common, _) = a.split_at(common);
+    let (b_common, _) = b.split_at(common);
     let mut out = Vec::new();
     if a_common != b_common {
         let a_fields = with_ranges(layout, a_common);
@@ -104,11 +102,10 @@ fn differing<'a>(gap: Range<usize>, a: &'a [u8], b: &'a [u8], out: &mut Vec<Fiel
         match (differs, run) {
             (true, None) => run = Some(at),
             (false, Some(offset)) => {
-                out.push(FieldDifference::Octets {
-                    offset,
-                    a: a.get(offset..at).unwrap_or_default(),
-                    b: b.get(offset..at).unwrap_or_default(),
-                });
+                // Both as long as the gap goes: the layout has been laid over both.
+                if let (Some(a), Some(b)) = (a.get(offset..at), b.get(offset..at)) {
+                    out.push(FieldDifference::Octets { offset, a, b });
+                }
                 run = None;
             }
             _ => {}

@@ -124,7 +124,9 @@ pub fn decode(
             left = behind;
         } else {
             let base = base.ok_or(LegacyError::NoBase { pfn })?;
-            room.copy_from_slice(base.get(at..end).unwrap_or_default());
+            for (to, from) in room.iter_mut().zip(base.iter().skip(at)) {
+                *to = *from;
+            }
             left = behind;
         }
         at = end;

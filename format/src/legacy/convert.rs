@@ -437,14 +437,14 @@ impl<R: Read> Converted<R> {
     }
 
     fn unspool(&mut self, left: u64) -> Result<(), Failure> {
-        const STEP: u64 = 1 << 20;
-        let step = left.min(STEP);
-        let mut octets = vec![0; usize::try_from(step).unwrap_or(0)];
+        const STEP: usize = 1 << 20;
+        let step = usize::try_from(left).unwrap_or(STEP).min(STEP);
+        let mut octets = vec![0; step];
         if let Some(spool) = &mut self.spool {
             spool.read_exact(&mut octets).map_err(ReadErrorCause::Io)?;
         }
         self.ready.extend_from_slice(&octets);
-        let left = left.saturating_sub(step);
+        let left = left.saturating_sub(step as u64);
         self.stage = Stage::Unspooling(left);
         if left == 0 {
             self.stage = Stage::Pieces;
@@ -482,7 +482,11 @@ impl<R: Read> Converted<R> {
         // What belongs to no complete checkpoint.
         self.writer.sink_mut().clear();
         self.stage = Stage::Done;
-        let tail = self.complete.take().unwrap_or_default();
+        let Some(tail) = self.complete.take() else {
+            return Err(ReadErrorCause::Bug(
+                "the stream is over and no checkpoint is complete",
+            ));
+        };
         tail.write(&mut self.writer, self.reader.pv_info())?;
         self.collect();
         match (self.target, &mut self.libxl) {

@@ -438,14 +438,14 @@ impl<R: Read> LegacyReader<R> {
 
     /// So many octets; memory grows as they arrive.
     fn blob(&mut self, octets: u64) -> Result<Vec<u8>, ReadErrorCause> {
-        const STEP: u64 = 1 << 20;
+        const STEP: usize = 1 << 20;
         let mut blob = Vec::new();
         let mut left = octets;
         while left > 0 {
-            let step = left.min(STEP);
-            left = left.saturating_sub(step);
+            let step = usize::try_from(left).unwrap_or(STEP).min(STEP);
+            left = left.saturating_sub(step as u64);
             let at = blob.len();
-            blob.resize(at.saturating_add(usize::try_from(step).unwrap_or(0)), 0);
+            blob.resize(at.saturating_add(step), 0);
             let (_, room) = blob.split_at_mut(at);
             self.fill(room)
                 .map_err(|cause| cause.truncated_before(left))?;

@@ -101,8 +101,8 @@ impl<'s, R: Read> Passing<'s, R> {
         // A negative number of pages is none, to the restorer too.
         let pages = i32::from_le_bytes(self.take()?);
         self.take::<16>()?;
-        let shift = (flags >> PAGE_SIZE_SHIFT & PAGE_SIZE_MASK).saturating_add(12);
-        let page = 1_u64.checked_shl(shift).unwrap_or(0);
+        // 4 KiB to 128 MiB.
+        let page = 4096_u64 << (flags >> PAGE_SIZE_SHIFT & PAGE_SIZE_MASK);
         for _ in 0..pages {
             if self.take::<24>()? == NO_OBJECT {
                 break;

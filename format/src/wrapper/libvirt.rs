@@ -75,7 +75,10 @@ pub enum LibvirtError {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LibvirtHeader {
     version: u32,
+    /// With what ends it.
     xml: Vec<u8>,
+    /// How long that is.
+    xml_length: u32,
 }
 
 impl LibvirtHeader {
@@ -88,13 +91,20 @@ impl LibvirtHeader {
     ///
     /// XML that is too long.
     pub fn new(xml: &str) -> Result<Self, LibvirtError> {
-        let octets = u32::try_from(xml.len().saturating_add(1)).unwrap_or(u32::MAX);
-        if octets > MAX_XML {
-            return Err(LibvirtError::XmlLength { got: octets });
-        }
+        let octets = xml.len().saturating_add(1);
+        let xml_length = match u32::try_from(octets) {
+            Ok(length) if length <= MAX_XML => length,
+            Ok(got) => return Err(LibvirtError::XmlLength { got }),
+            // As much too long as the field can say.
+            Err(_) => return Err(LibvirtError::XmlLength { got: u32::MAX }),
+        };
         let mut xml = xml.as_bytes().to_vec();
         xml.push(0);
-        Ok(Self { version: 2, xml })
+        Ok(Self {
+            version: 2,
+            xml,
+            xml_length,
+        })
     }
 
     /// Read the header from the start of a file: exactly its octets.
@@ -150,7 +160,11 @@ impl LibvirtHeader {
         }
         let mut xml = Vec::new();
         fill_growing(source, &mut xml, u64::from(length))?;
-        Ok(Self { version, xml })
+        Ok(Self {
+            version,
+            xml,
+            xml_length: length,
+        })
     }
 
     /// The octets of the header, as it was read or made; reserved octets are zero.
@@ -158,9 +172,7 @@ impl LibvirtHeader {
         const LE: ByteOrder = ByteOrder::Little;
         let mut wire = WireLibvirt::new_zeroed();
         wire.version = U32::new(self.version, LE);
-        // Both ways to make one limit it.
-        let length = u32::try_from(self.xml.len()).unwrap_or(u32::MAX);
-        wire.xml_length = U32::new(length, LE);
+        wire.xml_length = U32::new(self.xml_length, LE);
         [&MAGIC, wire.as_bytes(), &self.xml].concat()
     }
 

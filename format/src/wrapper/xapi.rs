@@ -28,7 +28,7 @@ use crate::error::{Place, Position, ReadError, ReadErrorCause};
 use crate::image::{DomainHeader, ImageHeader, WireImageHeader};
 use crate::legacy::convert::Summary;
 use crate::legacy::{Checkpoints, Converted, LegacyGuest, LegacyOptions, LegacyReader, Target};
-use crate::record::{RecordKind, WireRecordHeader, padding};
+use crate::record::{RecordKind, WireRecordHeader, padding, zeros};
 use crate::source::{fill, fill_behind, fill_growing};
 use crate::wire::{U32, U64};
 
@@ -292,9 +292,7 @@ impl<R: Read> XapiSource<R> {
 
     /// A record other than a stream.
     fn blob(&mut self, kind: XapiKind, length: u64) -> Result<(), ReadErrorCause> {
-        if length > MAX_RECORD {
-            return Err(XapiError::TooLong { kind, got: length }.into());
-        }
+        let octets = checked_length(kind, length)?;
         let mut body = Vec::new();
         fill_growing(&mut self.source, &mut body, length)?;
         self.offset = self.offset.saturating_add(length);
@@ -307,22 +305,19 @@ impl<R: Read> XapiSource<R> {
             }
             _ => return Ok(()),
         };
-        self.emulator(emulator, length, body);
+        self.emulator(emulator, octets, body);
         Ok(())
     }
 
-    /// An EMULATOR_CONTEXT with this state.
-    fn emulator(&mut self, emulator: u32, length: u64, mut body: Vec<u8>) {
-        // Limited to far below u32::MAX.
-        let octets = u32::try_from(length).unwrap_or(u32::MAX).saturating_add(8);
-        self.libxl_header(LibxlRecordKind::EMULATOR_CONTEXT, octets);
+    /// An EMULATOR_CONTEXT with this state, of so many octets ([`MAX_RECORD`] at most).
+    fn emulator(&mut self, emulator: u32, octets: u32, mut body: Vec<u8>) {
+        self.libxl_header(LibxlRecordKind::EMULATOR_CONTEXT, octets.saturating_add(8));
         for word in [emulator, 0] {
             let word = U32::new(word, ByteOrder::Little);
             self.ready.extend_from_slice(word.as_bytes());
         }
         self.ready.append(&mut body);
-        let pad = usize::try_from(padding(length)).unwrap_or(0);
-        self.ready.resize(self.ready.len().saturating_add(pad), 0);
+        self.ready.extend_from_slice(zeros(u64::from(octets)));
     }
 
     /// The device model's state, as XenServer before 6.5 wrote it, and the end.
@@ -336,13 +331,11 @@ impl<R: Read> XapiSource<R> {
         self.fill(&mut length)?;
         let length = u64::from(u32::from_be_bytes(length));
         let kind = XapiKind::QEMU_TRAD;
-        if length > MAX_RECORD {
-            return Err(XapiError::TooLong { kind, got: length }.into());
-        }
+        let octets = checked_length(kind, length)?;
         let mut body = Vec::new();
         fill_growing(&mut self.source, &mut body, length)?;
         self.offset = self.offset.saturating_add(length);
-        self.emulator(1, length, body);
+        self.emulator(1, octets, body);
         self.old_end();
         Ok(())
     }
@@ -425,6 +418,14 @@ impl<R: Read> XapiSource<R> {
             self.stage = Stage::Records;
         }
         Ok(())
+    }
+}
+
+/// The length of a record that is taken into memory.
+fn checked_length(kind: XapiKind, length: u64) -> Result<u32, XapiError> {
+    match u32::try_from(length) {
+        Ok(octets) if length <= MAX_RECORD => Ok(octets),
+        _ => Err(XapiError::TooLong { kind, got: length }),
     }
 }
 

@@ -151,6 +151,8 @@ pub struct XlHeader {
     optional_flags: u32,
     /// As in the file; checked to hold the configuration it announces.
     optional_data: Vec<u8>,
+    /// How long that is: at most [`MAX_OPTIONAL_DATA`].
+    optional_length: u32,
 }
 
 impl XlHeader {
@@ -165,22 +167,14 @@ impl XlHeader {
     /// A configuration with a NUL in it, or longer than [`MAX_CONFIG`].
     pub fn new(json: &str) -> Result<Self, XlError> {
         check_config_length(json.len())?;
-        let config_length = json.len().saturating_add(1);
-        let length = config_length.saturating_add(CONFIG_LENGTH_OCTETS);
-        let Some(config_field) = u32::try_from(config_length)
-            .ok()
-            .filter(|_| length <= MAX_OPTIONAL_DATA as usize)
-        else {
-            return Err(too_long(length as u64));
-        };
-        let mut optional_data = Vec::with_capacity(length);
-        optional_data.extend_from_slice(U32::new(config_field, ByteOrder::Little).as_bytes());
-        optional_data.extend_from_slice(json.as_bytes());
-        optional_data.push(0);
+        let config_length = optional_length(json.len().saturating_add(1))?;
+        let config_field = U32::new(config_length, ByteOrder::Little);
+        let optional_data = [config_field.as_bytes(), json.as_bytes(), &[0]].concat();
         let header = Self {
             order: ByteOrder::Little,
             mandatory_flags: KNOWN_FLAGS,
             optional_flags: 0,
+            optional_length: optional_length(optional_data.len())?,
             optional_data,
         };
         header.check_optional_data()?;
@@ -213,6 +207,7 @@ impl XlHeader {
             mandatory_flags,
             optional_flags,
             optional_data: Vec::new(),
+            optional_length: length,
         };
         fill_growing(source, &mut header.optional_data, u64::from(length))
             .and_then(|()| Ok(header.check_optional_data()?))
@@ -236,11 +231,7 @@ impl XlHeader {
             byte_order: U32::new(BYTE_ORDER_MARK, self.order),
             mandatory_flags: U32::new(self.mandatory_flags, self.order),
             optional_flags: U32::new(self.optional_flags, self.order),
-            // Both ways to make a header limit it to MAX_OPTIONAL_DATA.
-            optional_data_length: U32::new(
-                u32::try_from(self.optional_data.len()).unwrap_or(u32::MAX),
-                self.order,
-            ),
+            optional_data_length: U32::new(self.optional_length, self.order),
         };
         [&MAGIC, fields.as_bytes(), &self.optional_data].concat()
     }
@@ -255,10 +246,8 @@ impl XlHeader {
         let mut header = Self::new(json)?;
         header.optional_data.extend_from_slice(self.optional_tail());
         header.optional_flags = self.optional_flags;
-        match header.optional_data.len() > MAX_OPTIONAL_DATA as usize {
-            true => Err(too_long(header.optional_data.len() as u64)),
-            false => Ok(header),
-        }
+        header.optional_length = optional_length(header.optional_data.len())?;
+        Ok(header)
     }
 
     /// This header with the text of an xl configuration file in the place of its configuration;
@@ -270,18 +259,11 @@ impl XlHeader {
     pub fn with_text(&self, text: &str) -> Result<Self, XlError> {
         check_config_length(text.len())?;
         let tail = self.optional_tail();
-        let length = text.len().saturating_add(CONFIG_LENGTH_OCTETS);
-        let length = length.saturating_add(tail.len());
-        let Some(config_field) = u32::try_from(text.len())
-            .ok()
-            .filter(|_| length <= MAX_OPTIONAL_DATA as usize)
-        else {
-            return Err(too_long(length as u64));
-        };
-        let config_field = U32::new(config_field, self.order);
+        let config_field = U32::new(optional_length(text.len())?, self.order);
         let optional_data = [config_field.as_bytes(), text.as_bytes(), tail].concat();
         Ok(Self {
             mandatory_flags: self.mandatory_flags & !FLAG_JSON,
+            optional_length: optional_length(optional_data.len())?,
             optional_data,
             ..*self
         })
@@ -416,6 +398,13 @@ pub fn check_config_length(bytes: usize) -> Result<(), XlError> {
             max: MAX_CONFIG,
         }),
     }
+}
+
+/// The length of optional data, or a part of it, as the header has it.
+fn optional_length(bytes: usize) -> Result<u32, XlError> {
+    let length = u32::try_from(bytes).ok();
+    let length = length.filter(|length| *length <= MAX_OPTIONAL_DATA);
+    length.ok_or_else(|| too_long(bytes as u64))
 }
 
 fn too_long(got: u64) -> XlError {

@@ -66,7 +66,8 @@ impl Assembly {
             let Some(used) = decode(rest, pfn, self.cache.get(pfn), &mut page)? else {
                 break;
             };
-            rest = rest.get(used..).unwrap_or_default();
+            let (_, behind) = rest.split_at(used);
+            rest = behind;
             if remembered {
                 self.cache.put(pfn, &page);
             }

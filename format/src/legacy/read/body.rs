@@ -192,10 +192,8 @@ fn no_duplicates(entries: &[PageEntry]) -> Result<(), LegacyError> {
     }
     let mut pfns: Vec<Pfn> = entries.iter().map(|entry| entry.pfn).collect();
     pfns.sort_unstable();
-    match pfns.windows(2).find(|pair| pair.first() == pair.last()) {
-        Some(pair) => Err(LegacyError::DuplicatePfn {
-            pfn: pair.first().copied().unwrap_or_default(),
-        }),
+    match pfns.iter().zip(pfns.iter().skip(1)).find(|(a, b)| a == b) {
+        Some((pfn, _)) => Err(LegacyError::DuplicatePfn { pfn: *pfn }),
         None => Ok(()),
     }
 }

@@ -41,7 +41,7 @@ impl<R: Read> LegacyReader<R> {
             source,
             skip,
             options,
-            known: first.get(width_octets..).unwrap_or_default().to_vec(),
+            known: first.into_iter().skip(width_octets).collect(),
             offset: offset.saturating_add(width_octets as u64),
             start,
             guest: LegacyGuest::Hvm,

@@ -4,6 +4,7 @@
 //! `tools/libxc/xc_domain_restore.c` (Xen 4.5).
 
 use super::{Item, LegacyError, LegacyReader, Read, ReadErrorCause, State};
+use crate::decoder::MAX_HVM_CONTEXT;
 use crate::frame::PAGE_SIZE;
 use crate::legacy::items::{QemuRecord, Vcpu};
 use crate::record::MAX_BODY;
@@ -30,7 +31,9 @@ impl<R: Read> LegacyReader<R> {
     }
 
     pub(super) fn vcpu(&mut self, index: usize) -> Result<Item, ReadErrorCause> {
-        let vcpu = self.vcpus.get(index).copied().unwrap_or(0);
+        let Some(vcpu) = self.vcpus.get(index).copied() else {
+            return Err(ReadErrorCause::Bug("a vcpu is read that was not announced"));
+        };
         let basic = match self.pv_info().width() {
             8 => 0x1430,
             _ => 0xaf0,
@@ -87,7 +90,7 @@ impl<R: Read> LegacyReader<R> {
 
     pub(super) fn hvm_context(&mut self) -> Result<Item, ReadErrorCause> {
         let octets = u64::from(self.u32()?);
-        Self::range("length of the HVM context", octets, 1, MAX_BLOB)?;
+        Self::range("length of the HVM context", octets, 1, MAX_HVM_CONTEXT)?;
         let context = self.blob(octets)?;
         self.state = match self.options.device_model {
             true => State::Qemu,

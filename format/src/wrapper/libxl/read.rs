@@ -15,7 +15,7 @@ use super::{
 use crate::decoder::as_number;
 use crate::error::{Place, Position, ReadError, ReadErrorCause};
 use crate::read::ReadOptions;
-use crate::record::padding;
+use crate::record::{padding, zeros};
 use crate::source::{fill, fill_behind, fill_growing};
 
 /// What reading a libxl stream has to remember, apart from the source: that is handed
@@ -109,7 +109,7 @@ impl LibxlState {
         fill_growing(source, &mut body, length)
             .map_err(|cause| cause.truncated_before(pad_length))?;
         let mut pad = [0; 8];
-        let (room, _) = pad.split_at_mut(usize::try_from(pad_length).unwrap_or(0));
+        let (room, _) = pad.split_at_mut(zeros(length).len());
         fill(source, room)?;
         let at = length.saturating_add(size_of::<WireLibxlRecordHeader>() as u64);
         self.offset = self.offset.saturating_add(at).saturating_add(pad_length);

@@ -335,14 +335,17 @@ impl LibxlRecord {
 
     /// Check what a record's header says, so that a bad one is refused before its
     /// octets are waited for.
-    pub(super) fn check_header(kind: LibxlRecordKind, length: u64) -> Result<(), LibxlError> {
+    pub(super) fn check_header(kind: LibxlRecordKind, length: u64) -> Result<u32, LibxlError> {
         use LibxlRecordKind as Kind;
-        if length > u64::from(MAX_BODY) {
-            return Err(LibxlError::BodyTooLong {
-                got: length,
-                max: MAX_BODY,
-            });
-        }
+        let field = match u32::try_from(length) {
+            Ok(field) if field <= MAX_BODY => field,
+            _ => {
+                return Err(LibxlError::BodyTooLong {
+                    got: length,
+                    max: MAX_BODY,
+                });
+            }
+        };
         let (good, expected) = match kind {
             Kind::END | Kind::LIBXC_CONTEXT | Kind::CHECKPOINT_END => (length == 0, "0"),
             Kind::EMULATOR_XENSTORE_DATA | Kind::EMULATOR_CONTEXT => (length >= 8, EMULATOR_LENGTH),
@@ -350,11 +353,11 @@ impl LibxlRecord {
                 matches!(length, 4 | 8),
                 "8 octets, or 4 as libxl writes them",
             ),
-            kind if kind.is_optional() => return Ok(()),
+            kind if kind.is_optional() => return Ok(field),
             kind => return Err(LibxlError::UnknownMandatory { kind: kind.0 }),
         };
         match good {
-            true => Ok(()),
+            true => Ok(field),
             false => Err(LibxlError::BodyLength {
                 expected,
                 got: length,

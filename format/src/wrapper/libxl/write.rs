@@ -8,7 +8,7 @@ use zerocopy::IntoBytes;
 
 use super::record::WireLibxlRecordHeader;
 use super::{LibxlError, LibxlHeader, LibxlOrder, LibxlRecord};
-use crate::record::padding;
+use crate::record::zeros;
 use crate::wire::U32;
 use crate::wrapper::WrapperWriteError;
 
@@ -69,10 +69,9 @@ impl<W: Write> LibxlWriter<W> {
             kind: U32::new(kind.0, order),
             length: U32::new(length, order),
         };
-        let pad = usize::try_from(padding(u64::from(length))).unwrap_or(0);
         self.sink.write_all(&[header.as_bytes(), words].concat())?;
         self.sink.write_all(rest)?;
-        self.sink.write_all([0; 8].get(..pad).unwrap_or_default())?;
+        self.sink.write_all(zeros(u64::from(length)))?;
         Ok(())
     }
 
@@ -84,9 +83,8 @@ impl<W: Write> LibxlWriter<W> {
         {
             return Err(LibxlError::UnknownMandatory { kind: kind.0 });
         }
-        LibxlRecord::check_header(kind, length as u64)?;
+        let length = LibxlRecord::check_header(kind, length as u64)?;
         self.order.admit(kind)?;
-        // What passed the check is far below u32::MAX.
-        Ok(u32::try_from(length).unwrap_or(u32::MAX))
+        Ok(length)
     }
 }
