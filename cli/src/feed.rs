@@ -19,7 +19,7 @@ use crate::exit::{self, Code};
 use crate::file::widen;
 use crate::interrupt::Interrupt;
 use crate::origin::Origin;
-use crate::peel::{self, Found, Peeled, Source, TELLING};
+use crate::peel::{self, Found, Peeled, Source, TELLING, Used};
 
 /// Octets that are moved at once.
 const STEP: usize = 256 << 10;
@@ -40,6 +40,8 @@ pub(crate) struct Feed {
     before: u64,
     /// Whether a compression was taken off: its checksum may come at its end.
     is_compressed: bool,
+    /// How far the outermost compression has been used.
+    pub(crate) used: Option<Used>,
     /// What was found behind the image.
     behind: Mutex<Behind>,
 }
@@ -80,6 +82,7 @@ impl Feed {
             found,
             before,
             packed,
+            used,
         } = peeled;
         let is_compressed = !packed.is_empty();
         let (from, to) = nix::unistd::pipe().context("making a pipe")?;
@@ -106,6 +109,7 @@ impl Feed {
             found,
             before,
             is_compressed,
+            used,
             behind: Mutex::default(),
         };
         Ok((from, feed))

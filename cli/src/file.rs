@@ -167,7 +167,14 @@ impl Input {
             (None, Some(length)) => (&self.file, length),
             (None, None) => return None,
         };
-        Follower::start(terminal, what, file, Some(length))
+        // A decompressor reads far ahead of the work: of a small file all at once.
+        match self.feed.as_ref().and_then(|feed| feed.used.clone()) {
+            Some(used) => {
+                let position = move || Some(used.position());
+                Follower::start_at(terminal, what, position, Some(length))
+            }
+            None => Follower::start(terminal, what, file, Some(length)),
+        }
     }
 
     /// What was taken off, outermost first.

@@ -130,6 +130,20 @@ impl Follower {
         // The same open file: its position is that of the one that is worked on.
         let mut file = file.try_clone().ok()?;
         let from = file.stream_position().ok()?;
+        let position = move || Some(file.stream_position().ok()?.saturating_sub(from));
+        Self::start_at(terminal, what, position, total)
+    }
+
+    /// As [`Follower::start`], for work that is as far as `position` says, until that is `None`.
+    pub(crate) fn start_at(
+        terminal: &Terminal,
+        what: &'static str,
+        mut position: impl FnMut() -> Option<u64> + Send + 'static,
+        total: Option<u64>,
+    ) -> Option<Self> {
+        if !terminal.is_watched() {
+            return None;
+        }
         let began = Instant::now();
         let shared = Arc::<Shared>::default();
         let (terminal, theirs) = (terminal.clone(), Arc::clone(&shared));
@@ -138,8 +152,8 @@ impl Follower {
             .spawn(move || {
                 if !theirs.is_over_within(BEFORE) {
                     let bar = terminal.progress(what).since(began);
-                    while let Ok(at) = file.stream_position() {
-                        bar.octets(at.saturating_sub(from), total);
+                    while let Some(at) = position() {
+                        bar.octets(unfinished(at, total), total);
                         if theirs.is_over_within(BETWEEN) {
                             break;
                         }
@@ -155,6 +169,11 @@ impl Follower {
             }
         }
     }
+}
+
+/// How far work is that goes on: what has been read is not all done.
+fn unfinished(at: u64, total: Option<u64>) -> u64 {
+    total.map_or(at, |total| at.min(total.saturating_sub(1)))
 }
 
 impl Drop for Follower {
@@ -181,5 +200,18 @@ impl Shared {
             .wait_timeout_while(self.lock(), PATIENCE, |state| !state.gone)
             .unwrap_or_else(PoisonError::into_inner);
         state.gone
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn work_that_goes_on_is_not_all_done() {
+        assert_eq!(unfinished(3, None), 3);
+        assert_eq!(unfinished(3, Some(100)), 3);
+        assert_eq!(unfinished(100, Some(100)), 99);
+        assert_eq!(unfinished(0, Some(0)), 0);
     }
 }

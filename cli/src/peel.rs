@@ -60,6 +60,23 @@ pub(crate) struct Peeled {
     /// What the compressions hold, outermost first: to be read on to its end, where its
     /// checksum may be.
     pub(crate) packed: Vec<Unpacked>,
+    /// How far the outermost compression has been used.
+    pub(crate) used: Option<Used>,
+}
+
+/// How far compressed data have been used: what a decompressor has read ahead is not.
+#[derive(Clone, Debug)]
+pub(crate) struct Used {
+    /// Bytes before them in the file.
+    before: u64,
+    progress: Arc<packed::Progress>,
+}
+
+impl Used {
+    /// The position in the file.
+    pub(crate) fn position(&self) -> u64 {
+        self.before + self.progress.used()
+    }
 }
 
 /// What a compression holds. It can be read on where a layer inside has stopped.
@@ -182,6 +199,7 @@ fn peel_up_to(mut source: Source, lenient: bool, checkpoints: Checkpoints) -> Re
     let mut before = 0;
     let found = Found::default();
     let mut packed: Vec<Unpacked> = Vec::new();
+    let mut used: Option<Used> = None;
     let mut legacy = LegacyOptions {
         lenient,
         checkpoints,
@@ -213,16 +231,17 @@ fn peel_up_to(mut source: Source, lenient: bool, checkpoints: Checkpoints) -> Re
             let inside = layers.last().map(|layer| (String::as_str(layer), before));
             return Err(unreadable(&mut rest, inside));
         }
-        let done = |source, layers, origin, found, before, packed| Peeled {
+        let done = |source, layers, origin, found, before, packed, used| Peeled {
             source,
             layers,
             origin,
             found,
             before,
             packed,
+            used,
         };
         if !wrapped {
-            return Ok(done(rest, layers, origin, found, before, packed));
+            return Ok(done(rest, layers, origin, found, before, packed, used));
         }
         if layers.len() == MAX_DEPTH {
             let what = layers.join(", ");
@@ -234,7 +253,9 @@ fn peel_up_to(mut source: Source, lenient: bool, checkpoints: Checkpoints) -> Re
         match detected {
             Detected::Compressed(compression) => {
                 layers.push(compression.to_string());
-                let inside = compression::decompressed(compression, rest, &found.notes)?;
+                let notes = &found.notes;
+                let (inside, progress) = compression::decompressed(compression, rest, notes)?;
+                used.get_or_insert(Used { before, progress });
                 let inside = Unpacked(Arc::new(Mutex::new(inside)));
                 packed.push(inside.clone());
                 source = Box::new(inside);
@@ -255,7 +276,15 @@ fn peel_up_to(mut source: Source, lenient: bool, checkpoints: Checkpoints) -> Re
                 // Nothing in a stream of Xen 3.0 says what it holds.
                 legacy.guest = own.kind.map(legacy_guest);
                 let converted = converted(rest, legacy, &mut layers)?;
-                return Ok(done(converted, layers, Some(own), found, before, packed));
+                return Ok(done(
+                    converted,
+                    layers,
+                    Some(own),
+                    found,
+                    before,
+                    packed,
+                    used,
+                ));
             }
             Detected::Xapi | Detected::XapiLegacy => {
                 let name = match detected {
@@ -273,7 +302,7 @@ fn peel_up_to(mut source: Source, lenient: bool, checkpoints: Checkpoints) -> Re
                     left_out,
                     seen: 0,
                 });
-                return Ok(done(source, layers, origin, found, before, packed));
+                return Ok(done(source, layers, origin, found, before, packed, used));
             }
             Detected::Xl => {
                 let header = XlHeader::read(&mut rest, options)?;
@@ -281,11 +310,11 @@ fn peel_up_to(mut source: Source, lenient: bool, checkpoints: Checkpoints) -> Re
                 let converted = converted(rest, legacy, &mut layers)?;
                 let header = Cursor::new(header.for_version_2().encode());
                 let source = Box::new(header.chain(converted));
-                return Ok(done(source, layers, origin, found, before, packed));
+                return Ok(done(source, layers, origin, found, before, packed, used));
             }
             _ => {
                 let converted = converted(rest, legacy, &mut layers)?;
-                return Ok(done(converted, layers, origin, found, before, packed));
+                return Ok(done(converted, layers, origin, found, before, packed, used));
             }
         }
     }
@@ -433,5 +462,33 @@ pub(crate) fn unwrapped(error: io::Error) -> Error {
         bad(error.to_string())
     } else {
         Error::new(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    /// A small file of a large image is read at once, and used bit by bit.
+    #[test]
+    fn what_a_decompressor_has_read_ahead_is_not_used() {
+        // The head of a libxc stream, and zeros.
+        let mut image = vec![0xff; 8];
+        image.extend_from_slice(b"XENF\0\0\0\x03");
+        image.resize(64 << 20, 0);
+        let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        packed.write_all(&image).expect("memory");
+        let packed = packed.finish().expect("memory");
+        let length = packed.len() as u64;
+        let mut peeled = peel(Box::new(Cursor::new(packed)), false).expect("a stream");
+        let used = peeled.used.clone().expect("a compression");
+        let mut half = (&mut peeled.source).take(32 << 20);
+        io::copy(&mut half, &mut io::sink()).expect("gzip");
+        let at = used.position();
+        assert!(at > length / 3 && at < length * 2 / 3, "{at} of {length}");
+        io::copy(&mut peeled.source, &mut io::sink()).expect("gzip");
+        assert_eq!(used.position(), length);
     }
 }

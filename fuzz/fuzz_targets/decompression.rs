@@ -48,7 +48,7 @@ fn out_of(compression: Compression, octets: &[u8], step: usize) -> (Vec<u8>, Opt
     let source: Source = Box::new(Cursor::new(octets.to_vec()));
     let decoder =
         match compression::decompressed(compression, source, &compression::Notes::default()) {
-            Ok(decoder) => decoder,
+            Ok((decoder, _)) => decoder,
             Err(e) => return (out, Some(e.to_string())),
         };
     let mut decoder = decoder.take(LIMIT);

@@ -125,7 +125,7 @@ pub(crate) fn is_damage(error: &io::Error) -> bool {
         .is_some_and(<dyn std::error::Error + Send + Sync>::is::<Damage>)
 }
 
-/// What is in a compressed source.
+/// What is in a compressed source, and how far that has been used.
 ///
 /// # Errors
 ///
@@ -134,7 +134,7 @@ pub(super) fn decompressed(
     compression: Compression,
     source: Source,
     notes: &Notes,
-) -> Result<Source> {
+) -> Result<(Source, Arc<Progress>)> {
     if compression == Compression::Bzip2 {
         let command = compression.command();
         return Err(Error::new(BadImage(format!(
@@ -143,13 +143,14 @@ pub(super) fn decompressed(
         ))));
     }
     let (packed, progress) = Packed::new(source);
-    Ok(Box::new(Frames {
+    let frames = Frames {
         compression,
-        progress,
+        progress: Arc::clone(&progress),
         notes: Arc::clone(notes),
         now: Now::Between(packed),
         any: false,
-    }))
+    };
+    Ok((Box::new(frames), progress))
 }
 
 /// Frames of one compression, one behind the other.
