@@ -261,11 +261,12 @@ impl<W: Write> Transcoder<'_, W> {
         self.static_data_ends()?;
         self.deliver()?;
         self.summary.records = self.summary.records.saturating_add(1);
-        let entries: Vec<_> = body.entries().iter().collect();
-        self.summary.entries = self.summary.entries.saturating_add(entries.len() as u64);
+        let entries = body.entries().len();
+        self.summary.entries = self.summary.entries.saturating_add(entries as u64);
         // A reader takes larger batches than a writer may write.
-        for batch in entries.chunks(MAX_BATCH) {
-            let head = page_data_head(batch)?;
+        for at in (0..entries).step_by(MAX_BATCH) {
+            let batch: Vec<_> = body.entries().part(at, MAX_BATCH).iter().collect();
+            let head = page_data_head(&batch)?;
             self.octets(&head)?;
             let pages = batch.iter().filter(|e| e.page_type.has_data()).count() as u64;
             let sink = &mut *self.sink;
@@ -311,6 +312,11 @@ impl<W: Write> Transcoder<'_, W> {
             }
             Body::P2mFrames(frames) => {
                 self.static_data_ends()?;
+                if frames.is_little_endian() {
+                    // As it would be written: it may be 64 MiB long.
+                    self.libxc()?.record(kind, &[raw])?;
+                    return self.deliver();
+                }
                 let pfns: Vec<Pfn> = frames.frames().collect();
                 // Of 32 bits in the stream.
                 let narrow = |pfn: Pfn| {

@@ -146,6 +146,13 @@ impl<'a> Entries<'a> {
         self.wire.is_empty()
     }
 
+    /// The entries from the one at `from` on, `most` at most.
+    pub(crate) fn part(self, from: usize, most: usize) -> Self {
+        let (_, rest) = self.wire.split_at(from.min(self.wire.len()));
+        let (wire, _) = rest.split_at(most.min(rest.len()));
+        Self { wire, ..self }
+    }
+
     /// The entries, in the order of the stream.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = PageEntry> + 'a {
         let order = self.order;

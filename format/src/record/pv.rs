@@ -177,6 +177,11 @@ impl<'a> P2mFrames<'a> {
         })
     }
 
+    /// Whether the body is as a writer of today writes it.
+    pub(crate) fn is_little_endian(&self) -> bool {
+        self.order == ByteOrder::Little
+    }
+
     /// The pfns of the p2m's frames, in order.
     pub fn frames(&self) -> impl ExactSizeIterator<Item = Pfn> + 'a {
         let order = self.order;
