@@ -10,57 +10,123 @@ const PFNS_PER_CHUNK: u64 = 64 * WORDS as u64;
 /// Words that stand for 512 pfns: 2 MiB.
 const RUN_WORDS: usize = 8;
 
-/// A set of pfns. Takes 4 KiB for each 32768 pfns of which one is in the set
-/// (1/32768 of the memory they stand for), however large the pfns are.
+/// Most pfns of a chunk that are a list: twice as many bytes.
+const MOST_LISTED: usize = 512;
+
+/// Which of 32768 pfns are in the set.
+#[derive(Clone, Debug)]
+enum Chunk {
+    /// These, ascending.
+    Few(Vec<u16>),
+    /// Those whose bit is set.
+    Many(Box<[u64; WORDS]>),
+}
+
+impl Chunk {
+    fn contains(&self, at: u16) -> bool {
+        match self {
+            Self::Few(list) => list.binary_search(&at).is_ok(),
+            Self::Many(words) => words[usize::from(at / 64)] >> (at % 64) & 1 == 1,
+        }
+    }
+
+    /// Put one in; whether it is new.
+    fn insert(&mut self, at: u16) -> bool {
+        match self {
+            Self::Few(list) => match list.binary_search(&at) {
+                Ok(_) => false,
+                Err(_) if list.len() == MOST_LISTED => {
+                    let mut words = self.words();
+                    words[usize::from(at / 64)] |= 1 << (at % 64);
+                    *self = Self::Many(words);
+                    true
+                }
+                Err(place) => {
+                    list.insert(place, at);
+                    true
+                }
+            },
+            Self::Many(words) => {
+                let word = &mut words[usize::from(at / 64)];
+                let new = *word >> (at % 64) & 1 == 0;
+                *word |= 1 << (at % 64);
+                new
+            }
+        }
+    }
+
+    fn remove(&mut self, at: u16) {
+        match self {
+            Self::Few(list) => {
+                if let Ok(place) = list.binary_search(&at) {
+                    list.remove(place);
+                }
+            }
+            Self::Many(words) => words[usize::from(at / 64)] &= !(1 << (at % 64)),
+        }
+    }
+
+    /// As bits.
+    fn words(&self) -> Box<[u64; WORDS]> {
+        match self {
+            Self::Few(list) => {
+                let mut words = Box::new([0; WORDS]);
+                for at in list {
+                    words[usize::from(at / 64)] |= 1 << (at % 64);
+                }
+                words
+            }
+            Self::Many(words) => words.clone(),
+        }
+    }
+}
+
+/// A set of pfns. Takes 4 KiB at most for each 32768 pfns of which one is in the set
+/// (1/32768 of the memory they stand for), and some hundred bytes where there are few,
+/// however large the pfns are.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct PfnBitmap {
-    chunks: BTreeMap<u64, Box<[u64; WORDS]>>,
+    chunks: BTreeMap<u64, Chunk>,
     /// A chunk that was looked for last and is not there: streams name a million absent pfns
     /// in a row.
     missing: Option<u64>,
 }
 
 impl PfnBitmap {
-    fn place(pfn: Pfn) -> (u64, usize, u64) {
-        let word = (pfn.0 % PFNS_PER_CHUNK) / 64;
-        let word = usize::try_from(word).expect("below 512");
-        (pfn.0 / PFNS_PER_CHUNK, word, 1 << (pfn.0 % 64))
+    fn place(pfn: Pfn) -> (u64, u16) {
+        let at = u16::try_from(pfn.0 % PFNS_PER_CHUNK).expect("below 32768");
+        (pfn.0 / PFNS_PER_CHUNK, at)
     }
 
     /// Put `pfn` in; whether it was not there before.
     pub(crate) fn insert(&mut self, pfn: Pfn) -> bool {
-        let (chunk, word, bit) = Self::place(pfn);
+        let (chunk, at) = Self::place(pfn);
         if self.missing == Some(chunk) {
             self.missing = None;
         }
-        let chunk = self
-            .chunks
-            .entry(chunk)
-            .or_insert_with(|| Box::new([0; WORDS]));
-        let new = chunk[word] & bit == 0;
-        chunk[word] |= bit;
-        new
+        let chunk = self.chunks.entry(chunk);
+        chunk.or_insert_with(|| Chunk::Few(Vec::new())).insert(at)
     }
 
     /// Take `pfn` out.
     pub(crate) fn remove(&mut self, pfn: Pfn) {
-        let (chunk, word, bit) = Self::place(pfn);
+        let (chunk, at) = Self::place(pfn);
         if self.missing == Some(chunk) {
             return;
         }
         match self.chunks.get_mut(&chunk) {
-            Some(chunk) => chunk[word] &= !bit,
+            Some(chunk) => chunk.remove(at),
             None => self.missing = Some(chunk),
         }
     }
 
     /// As [`PfnBitmap::contains`], quicker for many in a row that are not there.
     pub(crate) fn finds(&mut self, pfn: Pfn) -> bool {
-        let (chunk, word, bit) = Self::place(pfn);
+        let (chunk, at) = Self::place(pfn);
         if self.missing == Some(chunk) {
             return false;
         }
-        let found = self.chunks.get(&chunk).map(|chunk| chunk[word] & bit != 0);
+        let found = self.chunks.get(&chunk).map(|chunk| chunk.contains(at));
         if found.is_none() {
             self.missing = Some(chunk);
         }
@@ -69,18 +135,26 @@ impl PfnBitmap {
 
     /// Whether `pfn` is in the set.
     pub(crate) fn contains(&self, pfn: Pfn) -> bool {
-        let (chunk, word, bit) = Self::place(pfn);
+        let (chunk, at) = Self::place(pfn);
         let chunk = self.chunks.get(&chunk);
-        chunk.is_some_and(|chunk| chunk[word] & bit != 0)
+        chunk.is_some_and(|chunk| chunk.contains(at))
     }
 
     /// The first pfns of the runs of 512 pfns, aligned, that are in the set whole;
     /// ascending.
     pub(crate) fn whole_runs(&self) -> impl Iterator<Item = Pfn> + '_ {
-        self.chunks.iter().flat_map(|(number, chunk)| {
-            let runs = (0_u64..).zip(chunk.chunks_exact(RUN_WORDS));
+        let chunks = self.chunks.iter();
+        // A run more than fills a list, or is all of it.
+        let many = chunks.filter(|(_, chunk)| match chunk {
+            Chunk::Few(list) => list.len() == MOST_LISTED,
+            Chunk::Many(_) => true,
+        });
+        many.flat_map(|(number, chunk)| {
+            let words = chunk.words();
+            let runs = (0_u64..).zip(words.chunks_exact(RUN_WORDS));
             let whole = runs.filter(|(_, words)| words.iter().all(|word| *word == u64::MAX));
-            whole.map(move |(run, _)| Pfn(number * PFNS_PER_CHUNK + run * 64 * RUN_WORDS as u64))
+            let pfn = |(run, _)| Pfn(number * PFNS_PER_CHUNK + run * 64 * RUN_WORDS as u64);
+            whole.map(pfn).collect::<Vec<_>>()
         })
     }
 
@@ -89,7 +163,8 @@ impl PfnBitmap {
         self.chunks.iter().flat_map(move |(number, chunk)| {
             let theirs = other.chunks.get(number);
             let words = theirs.into_iter().flat_map(move |theirs| {
-                let both = chunk.iter().zip(theirs.iter());
+                let (ours, theirs) = (chunk.words(), theirs.words());
+                let both = ours.into_iter().zip(theirs.into_iter());
                 (0_u64..).zip(both.map(|(one, other)| one & other))
             });
             words.flat_map(move |(word, bits)| {
@@ -114,6 +189,24 @@ mod tests {
             assert!(!set.insert(Pfn(pfn)));
         }
         assert_eq!(set.chunks.len(), 3, "0–32767, 32768–65535, the last");
+    }
+
+    #[test]
+    fn few_and_many_are_one_set() {
+        let mut set = PfnBitmap::default();
+        let pfns = || (0..3 * MOST_LISTED as u64).map(|n| Pfn(n * 21 % 32_768));
+        for (pfn, before) in pfns().zip(0..) {
+            assert!(!set.contains(pfn) && set.insert(pfn) && !set.insert(pfn));
+            let listed = matches!(set.chunks[&0], Chunk::Few(_));
+            assert_eq!(listed, before < MOST_LISTED, "{before}");
+            assert!(pfns().take(before + 1).all(|pfn| set.contains(pfn)));
+        }
+        let one = Pfn(PFNS_PER_CHUNK + 7);
+        set.insert(one);
+        set.remove(one);
+        assert!(!set.contains(one) && !set.finds(one));
+        let all = set.common(&set).count();
+        assert_eq!(all, 3 * MOST_LISTED);
     }
 
     #[test]

@@ -35,6 +35,9 @@ pub(super) struct PageRestore<'r> {
     pub(super) verify: bool,
 }
 
+/// Pages that get memory at once: as many as a record has room for the contents of.
+const POPULATED: usize = 1 << 15;
+
 impl<'r> PageRestore<'r> {
     pub(super) fn new(domain: &'r dyn Domain, guest: Guest, plan: Option<Plan>) -> Self {
         let p2m = match &guest {
@@ -76,8 +79,13 @@ impl<'r> PageRestore<'r> {
             });
         }
         let entries = body.entries();
-        let with_memory = entries.iter().filter(|e| e.page_type.is_populated());
-        self.populate(with_memory.map(|entry| entry.pfn))?;
+        {
+            let with_memory = entries.iter().filter(|e| e.page_type.is_populated());
+            let mut with_memory = with_memory.map(|entry| entry.pfn).peekable();
+            while with_memory.peek().is_some() {
+                self.populate(with_memory.by_ref().take(POPULATED))?;
+            }
+        }
         let tables = matches!(self.guest, Guest::Pv(_));
         for entry in entries.iter() {
             self.populated.note(entry, tables);

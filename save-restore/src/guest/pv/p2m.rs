@@ -176,7 +176,9 @@ impl P2m {
     }
 }
 
-const CHUNK: usize = 4096;
+/// As many as a leaf of a 64-bit guest's p2m has, which an image has to hold for each range with
+/// memory.
+const CHUNK: usize = 512;
 
 struct Chunk {
     mfns: [u64; CHUNK],
