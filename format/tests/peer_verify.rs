@@ -179,7 +179,7 @@ fn explanation(ours: &Ours, theirs: &Verdict) -> Option<&'static str> {
             DecodeError::BlobLength { .. } => "vcpu-blob",
             DecodeError::PageBeyondP2m { .. } => "beyond-p2m",
             DecodeError::P2mGap { .. } | DecodeError::P2mLeafShared { .. } => "p2m-frames",
-            DecodeError::PfnRange { .. } => "pfn-range",
+            DecodeError::PfnRange { .. } | DecodeError::P2mFrameRange { .. } => "pfn-range",
             DecodeError::TscMode { .. } => "tsc-mode",
             DecodeError::VcpuNumber { .. } => "vcpu-number",
             DecodeError::HvmParamIndex { .. } => "hvm-params",
