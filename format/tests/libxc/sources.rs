@@ -214,7 +214,7 @@ fn hostile_lengths_with_bounded_memory() {
     let begin = stream.octets();
     let at = begin.len();
     let max: u32 = 128 << 20;
-    for kind in [HVM_CONTEXT, 0x8000_0000] {
+    for (kind, max) in [(HVM_CONTEXT, 16 << 20), (0x8000_0000, max)] {
         let guest = if kind == HVM_CONTEXT { HVM } else { PV };
         let mut octets = match guest {
             PV => begin.clone(),
