@@ -4,7 +4,9 @@
 use std::io;
 use std::time::Duration;
 
-use super::connection::{Connection, ConnectionError, ConnectionReader, ConnectionWriter, Wait};
+use super::connection::{
+    Connection, ConnectionError, ConnectionReader, ConnectionWriter, Received, Wait,
+};
 use super::messages::{Message, MessageError, Reason, Status};
 use crate::error::{RestoreError, SaveError};
 use crate::progress::{Cancel, Cancelled};
@@ -139,7 +141,7 @@ impl<'a> Talk<'a> {
         let now = Wait::forever().at_most(Duration::ZERO);
         match self.connection.read(&mut byte, &now) {
             Err(ConnectionError::TimedOut(_)) => Ok(()),
-            Ok(super::connection::Received::Bytes(_)) => {
+            Ok(Received::Bytes(_)) => {
                 let expected = Message::Go.name();
                 let why = Reason::read(&byte, self.reader(expected, self.asked())?);
                 Err(
@@ -148,7 +150,7 @@ impl<'a> Talk<'a> {
                     }),
                 )
             }
-            Ok(super::connection::Received::Closed) | Err(_) => Err(MessageError::TooEarly),
+            Ok(Received::Closed) | Err(_) => Err(MessageError::TooEarly),
         }
     }
 

@@ -42,7 +42,7 @@ pub enum Event {
     Protecting(ProtectorAction),
     /// The standby of a domain is about to do this.
     StandingBy(StandbyAction),
-    /// A step of the protocol is behind this end.
+    /// This end has done a step of the protocol.
     Done(Step),
 }
 

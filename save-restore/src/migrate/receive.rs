@@ -162,7 +162,7 @@ impl<'a> ReceiveRequest<'a> {
     }
 }
 
-/// What is behind the receiver once this is done.
+/// The step that the receiver has done with this action.
 fn step(action: ReceiverAction) -> Option<Step> {
     match action {
         ReceiverAction::SayBanner => Some(Step::Banner),

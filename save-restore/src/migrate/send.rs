@@ -182,7 +182,7 @@ impl<'a> SendRequest<'a> {
     }
 }
 
-/// What is behind the sender once this came of an action.
+/// The step that the sender has done when this came of an action.
 fn step(action: SenderAction, event: SenderEvent) -> Option<Step> {
     match (action, event) {
         (SenderAction::AwaitBanner, SenderEvent::Done) => Some(Step::Banner),
