@@ -196,7 +196,7 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
         .cancel(interrupt.cancel())
         .observer(&mut observe)
         .run(&mut *link.connection, &mut protecting),
-        None => protecting.to_nothing(&mut observe),
+        None => protecting.without_receiver(&mut observe),
     };
     let Protecting {
         end: mut why,
@@ -345,7 +345,7 @@ impl Protected for Protecting<'_, '_, '_> {
 
 impl Protecting<'_, '_, '_> {
     /// Without another end: what it would cost.
-    fn to_nothing(&mut self, observer: &mut dyn Observer) -> Protection {
+    fn without_receiver(&mut self, observer: &mut dyn Observer) -> Protection {
         observer.observe(Event::Done(Step::Banner));
         let mut first = true;
         let mut complete = || {
