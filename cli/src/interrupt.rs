@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use xsr_save_restore::progress::{Cancel, Cancelled};
 
-pub(crate) use self::signals::{Ask, Requests, not_ignored, say};
+pub(crate) use self::signals::{Ask, Requests, say};
 
 /// How long a wait goes on before it looks whether somebody asked to stop, in
 /// milliseconds.

@@ -10,7 +10,7 @@ use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -26,6 +26,7 @@ use crate::args::{ConnectionArgs, Endpoint};
 use crate::exit::BadUsage;
 use crate::file;
 use crate::interrupt::Interrupt;
+use crate::xl::child;
 
 /// How long a command may take to end once nobody speaks with it any more. As xl.
 const CHILD_PATIENCE: Duration = Duration::from_secs(2);
@@ -83,9 +84,7 @@ impl Link {
         // What interrupts this program, from the keyboard or with all of its process group,
         // must not cut its connection: there is an order in which things end.
         // (None is blocked in the child: cli/tests/migrate.rs has a look.)
-        let script = format!("trap '' INT HUP TERM; {rune}");
-        let mut child = Command::new("sh")
-            .args(["-c", &script])
+        let mut child = child::deaf(rune, false)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()

@@ -66,7 +66,7 @@ fn beside(dir: &Path, arguments: &[&str]) -> Command {
 /// A command whose signals are as a terminal's shell leaves them, whatever the test run was
 /// begun with.
 fn hearing(command: Command) -> Command {
-    through_env("--default-signal=INT,HUP,TERM", command)
+    through_env("--default-signal=INT,HUP,TERM,QUIT", command)
 }
 
 /// Start a command; what it says, once that is "ready", and its stdin.
@@ -201,27 +201,34 @@ fn exit_codes_are_ours() {
         .stderr_has("xl was ended: signal: 9");
 }
 
+/// Where no helper is at work. Every signal that would end xl.
 #[test]
 fn signals_reach_xl() {
     let _alone = alone();
-    for (asked, signal, name) in [
-        // Not those that a test run in the background ignores, for sh ignores them too.
-        ("restore", Signal::SIGTERM, "TERM"),
-        ("restore", Signal::SIGUSR1, "USR1"),
-        ("save", Signal::SIGUSR1, "USR1"),
+    for (asked, number, said) in [
+        ("restore", 15, Some("got TERM")),
+        ("restore", 10, Some("got TERM")),
+        ("restore", 16, Some("got TERM")),
+        ("restore", 40, Some("got TERM")),
+        // It has not begun, and is killed.
+        ("save", 10, None),
+        ("save", 40, None),
     ] {
         let dir = scratch();
         // It ends when the signal comes, or when nobody holds its stdin any more.
-        script(
-            dir.path(),
-            &format!("#!/bin/sh\ntrap 'echo got {name}; exit 0' {name}\necho ready\nread line\n"),
-        );
+        let text = "#!/bin/sh\ntrap 'echo got TERM; exit 0' TERM\necho ready\nread line\n";
+        script(dir.path(), text);
         let (mut child, held, mut lines) = ready(beside(dir.path(), &[asked, "web", "-"]));
-        // It has xl, and so it has blocked what it passes on.
-        let pid = Pid::from_raw(child.id().try_into().unwrap());
-        kill(pid, signal).unwrap();
-        assert_eq!(lines.next().unwrap().unwrap(), format!("got {name}"));
-        assert_eq!(child.wait().unwrap().code(), Some(0));
+        // It has xl, and so it has blocked what it hears.
+        common::signal_number(child.id(), number);
+        let line = lines.next().map(Result::unwrap);
+        assert_eq!(line.as_deref(), said, "{asked}, {number}");
+        let code = i32::from(said.is_none());
+        assert_eq!(
+            child.wait().unwrap().code(),
+            Some(code),
+            "{asked}, {number}"
+        );
         drop(held);
     }
 }
@@ -230,7 +237,8 @@ fn signals_reach_xl() {
 #[test]
 fn what_asks_to_stop_reaches_the_helper_and_not_xl() {
     let _alone = alone();
-    for asked in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+    // SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGALRM, SIGSTKFLT and a real-time signal.
+    for asked in [2, 15, 1, 3, 14, 16, 40] {
         let dir = scratch();
         let helper = dir.path().join("xsr-save-helper");
         let xl = script(
@@ -248,8 +256,7 @@ fn what_asks_to_stop_reaches_the_helper_and_not_xl() {
         );
         let command = hearing(beside(dir.path(), &["save", "web", "-"]));
         let (mut child, held, lines) = ready(command);
-        let pid = Pid::from_raw(child.id().try_into().unwrap());
-        kill(pid, asked).unwrap();
+        common::signal_number(child.id(), asked);
         let said: Vec<String> = lines.map(Result::unwrap).collect();
         assert_eq!(said, ["told", "helper 3"], "{asked}");
         assert_eq!(child.wait().unwrap().code(), Some(1));
@@ -347,7 +354,10 @@ fn xl_does_not_hear_the_keys_of_the_terminal() {
         };
         let ignored = |signal: Signal| mask("SigIgn:") >> (signal as u32 - 1) & 1 == 1;
         assert_eq!(mask("SigBlk:"), 0);
-        assert!(ignored(Signal::SIGINT) && ignored(Signal::SIGHUP));
+        let keys = [Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT];
+        assert!(keys.into_iter().all(ignored), "{asked}");
+        // A real-time one, of those that are sent to process groups.
+        assert_eq!(mask("SigIgn:") >> 39 & 1 == 1, !hears_term, "{asked}");
         assert_eq!(ignored(Signal::SIGTERM), !hears_term, "{asked}");
     }
 }

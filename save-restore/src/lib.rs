@@ -19,6 +19,7 @@ mod pipeline;
 pub mod progress;
 pub mod restore;
 pub mod save;
+pub mod signals;
 pub mod sink;
 pub mod source;
 pub mod storage;

@@ -2,7 +2,7 @@
 //!
 //! | signal | means |
 //! |---|---|
-//! | the first of those in [`ASK`] | stop, in good order |
+//! | the first of those that end a process ([`EndingSignals`]) | stop, in good order |
 //! | any further one | the same request |
 //! | SIGINT or SIGTERM, [`INSIST_AFTER`] after the user was told so | stop at once, whatever that leaves |
 //!
@@ -25,26 +25,11 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal, raise};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::stat::{major, minor};
+use xsr_save_restore::signals::{EndingSignals, SignalNumber};
 
 use super::{Interrupt, LOOK};
 use crate::exit::Code;
 use crate::left;
-
-/// Signals that end a process which does not expect them.
-const ASK: [Signal; 12] = [
-    Signal::SIGHUP,
-    Signal::SIGINT,
-    Signal::SIGTERM,
-    Signal::SIGQUIT,
-    Signal::SIGUSR1,
-    Signal::SIGUSR2,
-    Signal::SIGALRM,
-    Signal::SIGVTALRM,
-    Signal::SIGPROF,
-    Signal::SIGXCPU,
-    Signal::SIGIO,
-    Signal::SIGPWR,
-];
 
 /// How long after it was told the user is taken at their word.
 pub(crate) const INSIST_AFTER: Duration = Duration::from_secs(1);
@@ -80,8 +65,8 @@ pub(crate) struct Requests {
 
 impl Requests {
     /// `signal` has come.
-    pub(crate) fn hear(&mut self, signal: Signal, now: Instant) -> Ask {
-        let insists = matches!(signal, Signal::SIGINT | Signal::SIGTERM)
+    pub(crate) fn hear(&mut self, signal: SignalNumber, now: Instant) -> Ask {
+        let insists = matches!(signal.named(), Some(Signal::SIGINT | Signal::SIGTERM))
             && self
                 .announced
                 .is_some_and(|then| now.saturating_duration_since(then) >= INSIST_AFTER);
@@ -101,36 +86,20 @@ impl Requests {
     }
 }
 
-/// Those of `signals` that were not ignored when this process began.
-pub(crate) fn not_ignored(signals: &[Signal]) -> Result<SigSet> {
-    let status = fs::read_to_string("/proc/self/status").context("reading signals")?;
-    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-    let ignored = ignored.context("/proc/self/status has no SigIgn")?;
-    let bit = |signal: Signal| 1_u64 << (signal as u32 - 1);
-    Ok(signals
-        .iter()
-        .copied()
-        .filter(|signal| ignored & bit(*signal) == 0)
-        .collect())
-}
-
 /// From now on the signals do to this process what `interrupt` makes of them. To be called before
 /// there are other threads, which would get them instead.
 ///
 /// A file that may not grow any further (`ulimit -f`) is an error of the write from now on, and
 /// no signal.
 pub(super) fn listen(interrupt: Interrupt) -> Result<()> {
-    let signals = not_ignored(&ASK)?;
-    let mut blocked = signals;
-    blocked.add(Signal::SIGXFSZ);
-    blocked.thread_block().context("blocking signals")?;
+    let ending = EndingSignals::of_process().context("reading signals")?;
+    ending.set().thread_block().context("blocking signals")?;
     let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
-    let arrived = SignalFd::with_flags(&signals, flags).context("waiting for signals")?;
+    let arrived = SignalFd::with_flags(&ending.set(), flags).context("waiting for signals")?;
     thread::Builder::new()
         .name("signals".to_owned())
         .spawn(move || {
-            if let Err(errno) = answer(&interrupt, &arrived) {
+            if let Err(errno) = answer(&interrupt, &arrived, ending) {
                 tracing::error!(%errno, "signals are not heard any more");
             }
         })
@@ -138,9 +107,10 @@ pub(super) fn listen(interrupt: Interrupt) -> Result<()> {
     Ok(())
 }
 
-fn answer(interrupt: &Interrupt, arrived: &SignalFd) -> nix::Result<()> {
+fn answer(interrupt: &Interrupt, arrived: &SignalFd, ending: EndingSignals) -> nix::Result<()> {
+    let hangup = SignalNumber::from(Signal::SIGHUP);
     let mut requests = Requests::default();
-    let mut first = Signal::SIGTERM;
+    let mut first = SignalNumber::from(Signal::SIGTERM);
     // Since when there is no work any more that would have to be broken off in good order.
     let mut idle: Option<Instant> = None;
     loop {
@@ -156,7 +126,8 @@ fn answer(interrupt: &Interrupt, arrived: &SignalFd) -> nix::Result<()> {
             Err(errno) => return Err(errno),
         }
         while let Some(signal) = next(arrived)? {
-            if left::is_over() || signal == Signal::SIGHUP && interrupt.ignores_hangup() {
+            let unheard = signal == hangup && interrupt.ignores_hangup();
+            if left::is_over() || unheard || !ending.ask(signal) {
                 continue;
             }
             match requests.hear(signal, Instant::now()) {
@@ -179,14 +150,11 @@ fn answer(interrupt: &Interrupt, arrived: &SignalFd) -> nix::Result<()> {
 }
 
 /// The next signal that has come, if any has.
-fn next(arrived: &SignalFd) -> nix::Result<Option<Signal>> {
+fn next(arrived: &SignalFd) -> nix::Result<Option<SignalNumber>> {
     loop {
         match arrived.read_signal() {
             Ok(None) => return Ok(None),
-            Ok(Some(info)) => {
-                let number = i32::try_from(info.ssi_signo).unwrap_or_default();
-                return Signal::try_from(number).map(Some);
-            }
+            Ok(Some(info)) => return Ok(Some(SignalNumber::new(info.ssi_signo))),
             Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno),
         }
@@ -195,14 +163,21 @@ fn next(arrived: &SignalFd) -> nix::Result<Option<Signal>> {
 
 /// Nothing has to be put right: end, as if nobody had waited for the signal; a command that
 /// writes says what it has not written.
-fn end_at_once(signal: Signal, said: &[String]) {
+fn end_at_once(signal: SignalNumber, said: &[String]) {
     if !left::is_writer() {
-        let mut this = SigSet::empty();
-        this.add(signal);
         // What this process was started for is gone with it, and its parent sees the signal.
-        if this.thread_unblock().is_ok() && raise(signal).is_ok() {
-            process::exit(Code::EndedAtOnce.number().into());
+        if let Some(signal) = signal.named()
+            && SigSet::from(signal).thread_unblock().is_ok()
+        {
+            // Rust's runtime has a handler for SIGSEGV and SIGBUS, which the first one removes.
+            for _ in 0..2 {
+                if let Err(errno) = raise(signal) {
+                    tracing::debug!(%errno, "raising {signal}");
+                }
+            }
         }
+        // As a shell has it.
+        process::exit(i32::try_from(128 + signal.get()).unwrap_or(i32::MAX));
     }
     let said = match said {
         [] => String::new(),
@@ -269,18 +244,20 @@ mod tests {
     fn only_a_late_sigint_or_sigterm_insists() {
         let begun = Instant::now();
         let after = |milliseconds| begun + Duration::from_millis(milliseconds);
-        for first in [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM] {
+        let stop = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM].map(SignalNumber::from);
+        let [_, sigint, sigterm] = stop;
+        for first in stop {
             let mut requests = Requests::default();
             assert_eq!(requests.hear(first, begun), Ask::First);
             // Nothing has been announced: there is no hard way out.
-            assert_eq!(requests.hear(Signal::SIGINT, after(5000)), Ask::Same);
+            assert_eq!(requests.hear(sigint, after(5000)), Ask::Same);
             requests.announced = Some(after(5000));
-            for signal in [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM] {
+            for signal in stop {
                 assert_eq!(requests.hear(signal, after(5000)), Ask::Same);
                 assert_eq!(requests.hear(signal, after(5999)), Ask::Same);
             }
-            for signal in ASK {
-                let insists = matches!(signal, Signal::SIGINT | Signal::SIGTERM);
+            for signal in (1..=64).map(SignalNumber::new) {
+                let insists = signal == sigint || signal == sigterm;
                 let expected = if insists { Ask::Insists } else { Ask::Same };
                 assert_eq!(requests.hear(signal, after(6000)), expected, "{signal}");
             }
@@ -294,6 +271,6 @@ mod tests {
             announced: None,
         };
         let late = Instant::now() + Duration::from_secs(3600);
-        assert_eq!(requests.hear(Signal::SIGTERM, late), Ask::First);
+        assert_eq!(requests.hear(Signal::SIGTERM.into(), late), Ask::First);
     }
 }

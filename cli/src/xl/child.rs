@@ -9,15 +9,15 @@
 //! the same request, until the user insists (`interrupt/signals.rs`): then xl is killed.
 //!
 //! So that what a terminal, a `timeout` or a service manager sends to a whole process group
-//! does not reach xl either, it begins with those signals ignored: with SIGINT and SIGHUP
-//! always, with SIGTERM where it leaves nothing running that should hear it, which is where
-//! it restores nothing.
+//! does not reach xl either, it begins with those signals ignored: those of a terminal always,
+//! the others where it leaves nothing running that should hear them, which is where it restores
+//! nothing.
 //!
-//! Signals are blocked here before there is a child, so that none can end this process and
-//! leave the child to itself. A child begins with what its parent blocks, and nothing safe
-//! lets it begin otherwise: so the child is this program under another name, which unblocks
-//! them and then becomes the command. A signal that was ignored when this process began, by
-//! `nohup` say, stays ignored.
+//! Every signal that would end a process ([`EndingSignals`]) is blocked here before there is a
+//! child, so that none can end this process and leave the child to itself. A child begins with
+//! what its parent blocks, and nothing safe lets it begin otherwise: so the child is this program
+//! under another name, which unblocks them and then becomes the command. A signal that was
+//! ignored when this process began, by `nohup` say, stays ignored.
 
 use std::ffi::OsString;
 use std::fs;
@@ -33,26 +33,10 @@ use nix::sys::signal::{self, SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::Pid;
 use rustix::process::{PidfdFlags, pidfd_open, pidfd_send_signal};
+use xsr_save_restore::signals::{EndingSignals, SignalNumber, sent_to_groups};
 
 use super::{BACKEND_VARIABLE, HELPER, HELPER_VARIABLE};
-use crate::interrupt::{Ask, Requests, not_ignored, say};
-
-/// Signals that are meant for whoever does the work.
-const PASSED_ON: [Signal; 6] = [
-    Signal::SIGINT,
-    Signal::SIGTERM,
-    Signal::SIGHUP,
-    Signal::SIGQUIT,
-    Signal::SIGUSR1,
-    Signal::SIGUSR2,
-];
-
-/// Those of them that ask to stop.
-const STOP: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
-
-/// `si_code` of a signal that the kernel sends, say for a key of the terminal. All of
-/// the terminal's foreground processes get such a one, the child too.
-const SI_KERNEL: i32 = 0x80;
+use crate::interrupt::{Ask, Requests, say};
 
 /// Names the file that our helper makes when it begins: that one has run.
 pub(crate) const BEGAN: &str = "XSR_HELPER_BEGAN";
@@ -60,16 +44,17 @@ pub(crate) const BEGAN: &str = "XSR_HELPER_BEGAN";
 /// The name under which this program becomes the command that its arguments are.
 pub(crate) const NAME: &str = "xsr-becomes";
 
-/// This program, to become `command`, which does not hear what asks to stop; of a restore's,
-/// SIGTERM is left to it.
-fn deaf(command: impl IntoIterator<Item = OsString>, restores: bool) -> Command {
-    let script = match restores {
-        true => "trap '' INT HUP; exec \"$@\"",
-        false => "trap '' INT HUP TERM; exec \"$@\"",
+/// This program, to become `sh` with a script and its arguments: a child begins with what its
+/// parent blocks, and this one with nothing blocked. It ignores the signals that are sent to
+/// process groups; of those, where `restores`, only what the keys and the end of a terminal send.
+pub(crate) fn deaf(script: &str, restores: bool) -> Command {
+    let ignored = match restores {
+        true => "INT HUP QUIT".to_owned(),
+        false => Vec::from_iter(sent_to_groups().map(|number| number.to_string())).join(" "),
     };
     let mut child = Command::new("/proc/self/exe");
-    child.arg0(NAME).args(["sh", "-c", script, "sh"]);
-    child.args(command);
+    let script = format!("trap '' {ignored}; {script}");
+    child.arg0(NAME).args(["sh", "-c", &script, "sh"]);
     child
 }
 
@@ -86,17 +71,19 @@ pub(crate) fn become_it() -> Error {
     Error::new(error).context(format!("starting {}", program.display()))
 }
 
-/// Those that are read here: of the child's end, too; none that is ignored.
-fn signals() -> Result<SigSet> {
-    let mut signals = not_ignored(&PASSED_ON)?;
+/// Those that are read here: of the child's end, too.
+fn signals(ending: EndingSignals) -> SigSet {
+    let mut signals = ending.set();
     signals.add(Signal::SIGCHLD);
-    Ok(signals)
+    signals
 }
 
 /// Have no signal end this process until [`run`] reads them: it has made a file that must not
 /// stay. To be called before there are other threads.
 pub(crate) fn hold_signals() -> Result<()> {
-    signals()?.thread_block().context("blocking signals")
+    let ending = EndingSignals::of_process().context("reading signals")?;
+    let blocked = signals(ending).thread_block();
+    blocked.context("blocking signals")
 }
 
 /// How xl ended.
@@ -124,24 +111,27 @@ pub(super) fn run(
     settings: impl IntoIterator<Item = (&'static str, OsString)>,
     restores: bool,
 ) -> Result<Ended> {
-    let signals = signals()?;
+    let ending = EndingSignals::of_process().context("reading signals")?;
+    let signals = signals(ending);
     signals.thread_block().context("blocking signals")?;
     let arrived = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC)?;
     let scratch = tempfile::tempdir().context("making a temporary directory")?;
     let began = scratch.path().join("began");
-    let mut command = deaf(xl, restores);
+    let mut command = deaf("exec \"$@\"", restores);
+    command.args(xl);
     command.env(HELPER_VARIABLE, helper).env(BEGAN, &began);
     command.envs(settings);
     // The helper has its own meaning for it.
     command.env_remove(BACKEND_VARIABLE);
     let mut child = command.spawn().context("starting xl")?;
     let stop = |xl| stop(xl, restores, &began);
-    wait(&mut child, &arrived, &stop).context("waiting for xl")
+    wait(&mut child, &arrived, ending, &stop).context("waiting for xl")
 }
 
 fn wait(
     child: &mut Child,
     arrived: &SignalFd,
+    ending: EndingSignals,
     stop: &dyn Fn(Pid) -> Result<Stopping>,
 ) -> Result<Ended> {
     let mut requests = Requests::default();
@@ -155,21 +145,15 @@ fn wait(
             Ok(None) | Err(Errno::EINTR) => continue,
             Err(errno) => return Err(errno.into()),
         };
-        let number = i32::try_from(signal.ssi_signo).unwrap_or_default();
-        let signal_is = Signal::try_from(number)?;
-        if signal_is == Signal::SIGCHLD {
+        let signal = SignalNumber::new(signal.ssi_signo);
+        // The child's end is none.
+        if !ending.ask(signal) {
             continue;
         }
         // It has not been waited for, so that the number is still its own.
         let pid = Pid::from_raw(i32::try_from(child.id())?);
-        let passing = || format!("passing {signal_is} on");
-        if !STOP.contains(&signal_is) {
-            if signal.ssi_code != SI_KERNEL {
-                signal::kill(pid, signal_is).with_context(passing)?;
-            }
-            continue;
-        }
-        match requests.hear(signal_is, Instant::now()) {
+        let passing = || format!("passing {signal} on");
+        match requests.hear(signal, Instant::now()) {
             Ask::First => {
                 if stop(pid).with_context(passing)? == Stopping::InOrder {
                     requests.announce("interrupting: xl ends in good order");

@@ -185,6 +185,10 @@ impl Running {
         signal::kill(pid, signal).unwrap();
     }
 
+    pub(crate) fn signal_number(&self, number: u32) {
+        super::signal_number(self.child.id(), number);
+    }
+
     /// Nobody reads any more what it says: it cannot write to stderr from now on.
     pub(crate) fn unheard(self) -> Child {
         self.child

@@ -77,6 +77,16 @@ impl Ran {
     }
 }
 
+/// Send a process a signal by its number: real-time signals have no name.
+pub(crate) fn signal_number(process: u32, number: u32) {
+    let [number, process] = [number, process].map(|n| n.to_string());
+    let script = "kill -$0 $1";
+    let kill = std::process::Command::new("sh")
+        .args(["-c", script, &number, &process])
+        .status();
+    assert!(kill.unwrap().success(), "signal {number}");
+}
+
 /// A path as an argument.
 pub(crate) fn arg(path: &Path) -> &str {
     path.to_str().unwrap()

@@ -142,6 +142,11 @@ impl Staged {
         }
     }
 
+    /// The same, by its number, to it alone.
+    pub(crate) fn signal_number(&self, number: u32) {
+        super::signal_number(self.child.id(), number);
+    }
+
     /// Until stderr has said `word`, or nothing more comes. The line.
     pub(crate) fn until_said(&mut self, word: &str) -> Option<String> {
         loop {

@@ -9,7 +9,7 @@ fn what_was_ignored_stays_ignored() {
     let file = hosts.path("web.save");
     let here = backend(&hosts.here);
     let mut command = std::process::Command::new("sh");
-    command.args(["-c", "trap '' HUP INT QUIT; exec \"$@\"", "sh"]);
+    command.args(["-c", "trap '' HUP INT QUIT 40; exec \"$@\"", "sh"]);
     command.arg(env!("CARGO_BIN_EXE_xsr"));
     command.args(["save", &here, "-c", "web", arg(&file)]);
     let mut command = staged_command(hosts.dir.path(), command);
@@ -17,10 +17,49 @@ fn what_was_ignored_stays_ignored() {
     for signal in [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT] {
         command.signal(signal, false);
     }
+    command.signal_number(40);
     let (ran, _) = command.end();
     assert_eq!(ran.stderr, "");
     ran.code(0);
     assert!(file.exists());
+}
+
+/// Those that Rust has no name for, and those that say that a process has crashed, too.
+#[test]
+fn every_signal_that_ends_a_process_is_a_request() {
+    let hosts = Hosts::with("pvh", &[]);
+    let file = hosts.path("web.save");
+    let here = backend(&hosts.here);
+    let standard = [
+        1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 14, 15, 16, 24, 26, 27, 29, 30, 31,
+    ];
+    for number in standard.into_iter().chain([34, 40, 64]) {
+        let mut command = staged(hosts.dir.path(), ["save", &here, "web", arg(&file)]);
+        assert!(command.hold("suspended", 1));
+        command.signal_number(number);
+        command.until_said("interrupting").unwrap();
+        let (ran, _) = command.end();
+        assert_eq!(ran.code, 1, "signal {number}: {ran:?}");
+        no_force(&ran, &format!("signal {number}"));
+        assert!(has(&domains(&hosts.here), "web running"), "signal {number}");
+        assert!(!file.exists() && partial_files(hosts.dir.path()).is_empty());
+    }
+}
+
+/// Nothing has to be put right.
+#[test]
+fn a_command_that_writes_nothing_ends_by_the_signal() {
+    let hosts = Hosts::with("pvh", &[]);
+    let fifo = hosts.path("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    // 128 + N: a real-time signal cannot be raised.
+    for (number, code) in [(15, -1), (11, -1), (16, -1), (40, 128 + 40)] {
+        let command = Running::start(["verify", arg(&fifo)]);
+        command.until_thread("signals");
+        command.signal_number(number);
+        let ran = command.end();
+        assert_eq!(ran.code, code, "signal {number}: {ran:?}");
+    }
 }
 
 #[test]

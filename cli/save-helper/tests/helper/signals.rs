@@ -105,6 +105,45 @@ fn two_signals_at_any_phase_of_a_save_break_it_off_in_good_order() {
     }
 }
 
+/// SIGSTKFLT, SIGABRT, real-time signals: none leaves a dirty log on.
+#[test]
+fn every_signal_that_would_end_a_save_breaks_it_off() {
+    let dir = scratch();
+    let (path, domid) = host(dir.path(), GuestKind::Pvh, 8);
+    for (n, number) in [16, 6, 14, 34, 64].into_iter().enumerate() {
+        let stream = File::create(dir.path().join("s")).unwrap();
+        let mut command = command(&path, &save_args(domid, 1), stream, "");
+        let listener = phases(&mut command, dir.path(), n);
+        let child = command.spawn().unwrap();
+        let pid = Pid::from_raw(child.id().cast_signed());
+        let asking = thread::spawn(move || {
+            let (mut socket, _) = listener.accept().unwrap();
+            let lines = BufReader::new(socket.try_clone().unwrap()).lines();
+            for line in lines.map_while(Result::ok) {
+                if line.starts_with("log-dirty-on") {
+                    let kill = format!("kill -{number} {pid}");
+                    assert!(
+                        Command::new("sh")
+                            .args(["-c", &kill])
+                            .status()
+                            .unwrap()
+                            .success()
+                    );
+                    until_heard(pid);
+                }
+                if socket.write_all(b"\n").is_err() {
+                    break;
+                }
+            }
+        });
+        let run = play(child, fine);
+        asking.join().unwrap();
+        assert_eq!(run.completed(), (-1, Errno::ECANCELED), "{number}: {run:?}");
+        let logs = run.numbers().iter().filter(|is| **is == LOGDIRTY).count();
+        assert_eq!(logs, 2, "{number}: {run:?}");
+    }
+}
+
 #[test]
 fn a_save_leaves_ignored_signals_ignored() {
     let dir = scratch();
