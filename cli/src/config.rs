@@ -11,7 +11,7 @@ use anyhow::Error;
 use serde_json::Value;
 use xsr_format::guest_image::{MAX_HVM_VCPUS, MAX_PV_VCPUS};
 use xsr_format::wrapper::xl::check_config_length;
-use xsr_xen_backend::GuestKind;
+use xsr_xen_backend::{GuestKind, Uuid};
 
 use crate::exit::{BadImage, BadUsage};
 use crate::origin::Origin;
@@ -228,14 +228,18 @@ fn dashed(number: u128) -> String {
     parts.map(|(from, to)| &digits[from..to]).join("-")
 }
 
-/// Whether a text is a UUID as libxl reads one: 8, 4, 4, 4 and 12 hexadecimal digits. C
-/// implementation: `uuid_parse` of libuuid, behind `libxl_uuid_from_string`.
-pub(crate) fn is_uuid(text: &str) -> bool {
-    text.len() == 36
-        && text.bytes().enumerate().all(|(at, byte)| match at {
-            8 | 13 | 18 | 23 => byte == b'-',
-            _ => byte.is_ascii_hexdigit(),
-        })
+/// What is wrong with a text as the UUID of a domain, or `None`. libxl reads 8, 4, 4, 4 and 12
+/// hexadecimal digits. It takes the null UUID, too, and then writes over `/vm/UUID` of the control
+/// domain in xenstore.
+///
+/// C implementation: `uuid_parse` of libuuid, called by `libxl_uuid_from_string`;
+/// `libxl__domain_make`.
+pub(crate) fn wrong_with_uuid(text: &str) -> Option<&'static str> {
+    match text.parse::<Uuid>() {
+        Ok(uuid) if uuid.is_nil() => Some("it is the UUID of the control domain"),
+        Ok(_) => None,
+        Err(_) => Some("expected 8, 4, 4, 4 and 12 hexadecimal digits with - between them"),
+    }
 }
 
 /// A UUID that nothing else has.
@@ -254,6 +258,7 @@ pub(crate) fn new_uuid() -> io::Result<String> {
 /// |---|---|
 /// | empty | nothing finds the domain by it |
 /// | all digits | xl takes it for a domain's number (`libxl_domain_qualifier_to_domid`) |
+/// | `Domain-0` | names are unique, and every host has a domain of this name (`libxl__domain_rename`) |
 /// | with `/` | xl and libxl name log files after the domain (`libxl_create_logfile`) |
 /// | with control characters | it goes to terminals and into log files |
 /// | long | so that `qemu-dm-NAME.log` is a file name |
@@ -263,6 +268,8 @@ pub(crate) fn wrong_with_name(name: &str) -> Option<&'static str> {
         Some("it is empty")
     } else if name.bytes().all(|byte| byte.is_ascii_digit()) {
         Some("xl takes digits alone for a domain's number")
+    } else if name == "Domain-0" {
+        Some("it is the name of the control domain")
     } else if name.contains('/') {
         Some("xl names log files after the domain, so there can be no / in it")
     } else if name.chars().any(char::is_control) {
@@ -325,7 +332,7 @@ mod tests {
     fn a_clone_has_its_own_uuid_and_keeps_the_rest() {
         let json = make("web", "0-1", GuestKind::Pv, 1, 4096);
         let uuid = new_uuid().expect("there is /dev/urandom");
-        assert!(is_uuid(&uuid), "{uuid}");
+        assert_eq!(wrong_with_uuid(&uuid), None, "{uuid}");
         assert_ne!(uuid, new_uuid().expect("there is /dev/urandom"));
         let values = [("/c_info/name", "db"), ("/c_info/uuid", uuid.as_str())];
         let clone = with(&json, &values).expect("it is well-formed");
@@ -340,21 +347,32 @@ mod tests {
             assert_eq!(wrong_with_name(name), None, "{name}");
         }
         let long = "x".repeat(241);
-        for name in ["", "42", "a/b", "esc\u{1b}[31m", "a\nb", "\u{9b}", &long] {
+        for name in [
+            "",
+            "42",
+            "Domain-0",
+            "a/b",
+            "esc\u{1b}[31m",
+            "a\nb",
+            "\u{9b}",
+            &long,
+        ] {
             assert!(wrong_with_name(name).is_some(), "{name:?}");
         }
     }
 
     #[test]
     fn uuids_are_those_that_libuuid_reads() {
-        assert!(is_uuid("6f18a89f-849d-4334-8633-5976CBCDE14C"));
+        let good = wrong_with_uuid("6f18a89f-849d-4334-8633-5976CBCDE14C");
+        assert_eq!(good, None);
         for bad in [
             "",
             "foo",
             "6f18a89f849d433486335976cbcde14c",
             "6f18a89f-849d-4334-8633-5976cbcde14g",
+            "00000000-0000-0000-0000-000000000000",
         ] {
-            assert!(!is_uuid(bad), "{bad}");
+            assert!(wrong_with_uuid(bad).is_some(), "{bad}");
         }
     }
 

@@ -139,7 +139,9 @@ impl Origin {
         match found {
             Ok(found) => {
                 self.name = found.name.filter(|name| !name.is_empty());
-                self.uuid = found.uuid.filter(|uuid| config::is_uuid(uuid));
+                self.uuid = found
+                    .uuid
+                    .filter(|uuid| config::wrong_with_uuid(uuid).is_none());
                 self.kind = found.kind;
                 self.vcpus = found.vcpus.filter(|vcpus| *vcpus > 0);
                 self.max_memory_kib = found.max_memory_kib.filter(|kib| *kib > 0);

@@ -375,7 +375,9 @@ fn edit_refuses_what_nobody_could_restore() {
     for (option, value) in [
         ("--uuid", "foo"),
         ("--uuid", "1f2e3d4c00001111222233334444555"),
+        ("--uuid", "00000000-0000-0000-0000-000000000000"),
         ("--name", ""),
+        ("--name", "Domain-0"),
         ("--name", "42"),
         ("--name", "a/b"),
         ("--name", "esc\u{1b}[31m"),

@@ -54,6 +54,14 @@ impl From<&DomainInfo> for DomainRef {
     }
 }
 
+/// The number that `text` is: one that consists of digits alone, as for xl.
+///
+/// C implementation: `libxl_domain_qualifier_to_domid` in `tools/libs/light/libxl_utils.c`.
+pub(crate) fn number(text: &str) -> Option<DomId> {
+    let digits = text.bytes().all(|byte| byte.is_ascii_digit());
+    text.parse().ok().map(DomId).filter(|_| digits)
+}
+
 /// A domain in the list of a [`DomainStore`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ListedDomain {
@@ -212,9 +220,7 @@ pub trait DomainStore: Host {
     /// [`DomainStoreError::NotFound`]; as [`DomainStore::list`].
     fn find(&self, name_or_number: &str) -> Result<DomainRef, DomainStoreError> {
         let domains = self.list()?;
-        let digits = name_or_number.bytes().all(|byte| byte.is_ascii_digit());
-        let number = name_or_number.parse().ok().map(DomId);
-        let number = number.filter(|_| digits);
+        let number = number(name_or_number);
         let by_number = domains
             .iter()
             .find(|listed| Some(listed.info.domid) == number);

@@ -284,17 +284,20 @@ impl MockHost {
         })
     }
 
-    /// The domain with this name, or this number.
+    /// The domain with this number or name. As for xl, digits alone are a number.
     ///
     /// # Errors
     ///
     /// [`MockError::NoSuchDomain`].
     pub fn find(&self, name_or_id: &str) -> Result<DomId, MockError> {
-        let number = name_or_id.parse().ok().map(DomId);
-        self.machine
-            .all_domains()
-            .into_iter()
-            .find(|dom| Some(dom.domid) == number || dom.lock().record.name == name_or_id)
+        let number = crate::domain_store::number(name_or_id);
+        let domains = self.machine.all_domains();
+        domains
+            .iter()
+            .find(|dom| match number {
+                Some(number) => dom.domid == number,
+                None => dom.lock().record.name == name_or_id,
+            })
             .map(|dom| dom.domid)
             .ok_or_else(|| MockError::NoSuchDomain {
                 name: name_or_id.to_owned(),
@@ -377,11 +380,14 @@ impl MockHost {
     }
 }
 
+/// What the control domain is called on every host of Xen, which no other domain can be.
+const CONTROL_DOMAIN: &str = "Domain-0";
+
 /// Whether `name` can be that of a domain or of user data.
 fn check_name(name: &str) -> Result<(), MockError> {
     let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '+');
     let digits_only = name.chars().all(|c| c.is_ascii_digit());
-    if digits_only || name.len() > 64 || !name.chars().all(good) {
+    if digits_only || name == CONTROL_DOMAIN || name.len() > 64 || !name.chars().all(good) {
         return Err(MockError::BadName {
             name: name.to_owned(),
         });

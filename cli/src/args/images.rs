@@ -201,10 +201,10 @@ Examples:
   xsr edit --config new.json web.save -o web2.save
   xsr edit --drop 0x80000001 --add 0x80000002:note.bin web.save -o web2.save")]
 pub(crate) struct EditArgs {
-    /// The domain's name: not digits alone, without / and control characters
+    /// The domain's name: not digits alone, not Domain-0, without / and control characters
     #[arg(long)]
     pub(crate) name: Option<String>,
-    /// The domain's UUID
+    /// The domain's UUID: not the null one, which is the control domain's
     #[arg(long)]
     pub(crate) uuid: Option<String>,
     /// All of the configuration: libxl's JSON, in a file (xsr cat --layer config has it)

@@ -167,15 +167,22 @@ fn check(args: &EditArgs) -> Result<()> {
         return usage(format!("--name {name:?}: {why}"));
     }
     if let Some(uuid) = &args.uuid
-        && !config::is_uuid(uuid)
+        && let Some(why) = config::wrong_with_uuid(uuid)
     {
-        return usage(format!(
-            "--uuid {uuid:?}: expected 8, 4, 4, 4 and 12 hexadecimal digits with - between them"
-        ));
+        return usage(format!("--uuid {uuid:?}: {why}"));
     }
     if let Some(path) = &args.config {
         let text = configuration(path)?;
-        Config::parse(&text).map_err(|e| config::not_libxls(path, &text, &e))?;
+        let config = Config::parse(&text).map_err(|e| config::not_libxls(path, &text, &e))?;
+        let name = args.name.is_none().then_some(&config.name);
+        let name = name.and_then(|name| Some((name, config::wrong_with_name(name)?)));
+        let uuid = config.uuid.as_ref().filter(|_| args.uuid.is_none());
+        let uuid = uuid.and_then(|uuid| Some((uuid, config::wrong_with_uuid(uuid)?)));
+        for (key, wrong) in [("name", name), ("uuid", uuid)] {
+            if let Some((value, why)) = wrong {
+                return usage(format!("{}: c_info.{key} {value:?}: {why}", path.display()));
+            }
+        }
     }
     Ok(())
 }

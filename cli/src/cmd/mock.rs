@@ -267,10 +267,10 @@ fn possible(what: &str, report: &DomainReport) -> Result<()> {
 fn rename(args: &MockRenameArgs) -> Result<()> {
     let host = MockHost::reach(&args.host.host)?;
     host.rename(&args.domain, &args.name)?;
-    let name = match args.domain.parse::<u16>() {
+    let name = match args.domain.bytes().all(|byte| byte.is_ascii_digit()) {
         // It goes by its number as before.
-        Ok(_) => &args.domain,
-        Err(_) => &args.name,
+        true => &args.domain,
+        false => &args.name,
     };
     let kept = host.userdata_get(name, backend::CONFIG)?;
     let Some(json) = kept.map(String::from_utf8).transpose()? else {

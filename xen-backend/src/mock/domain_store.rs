@@ -125,7 +125,7 @@ fn bad_name(name: &str) -> DomainStoreError {
     DomainStoreError::BadName {
         name: name.to_owned(),
         rule: "a name on a mock machine has at most 64 letters, digits, `-`, `_`, `.` and `+`, \
-               and does not consist of digits alone",
+               does not consist of digits alone and is not Domain-0",
     }
 }
 

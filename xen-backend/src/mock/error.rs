@@ -78,7 +78,7 @@ pub enum MockError {
     },
     /// Not a name a domain or a piece of user data can have.
     #[error(
-        "{name:?} is no good name: letters, digits, `-`, `_`, `.` and `+`, at most 64, not all digits"
+        "{name:?} is no good name: letters, digits, `-`, `_`, `.` and `+`, at most 64, not all digits, not Domain-0"
     )]
     BadName {
         /// The name.
