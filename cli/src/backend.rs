@@ -17,7 +17,7 @@ use xsr_format::wrapper::libxl::{LibxlHeader, LibxlReader, LibxlRecord, LibxlWri
 use xsr_xen_backend::domain_store::{
     DestroyOutcome, Destroyed, DomainLock, DomainRef, DomainStore, DomainStoreError,
 };
-use xsr_xen_backend::mock::{HostConfig, MockError, MockHost};
+use xsr_xen_backend::mock::{HostConfig, MockError, MockHost, Reached};
 use xsr_xen_backend::{DomId, OpenError, XenHost};
 
 use crate::args::Backend;
@@ -148,7 +148,24 @@ impl Hypervisor {
 ///
 /// Something else is in the directory; another process has the machine open.
 pub(crate) fn mock_machine(directory: &Path) -> Result<MockHost> {
+    opened(MockHost::open_or_create(directory, &HostConfig::default()))
+}
+
+/// Opens the mock machine in a directory, makes it if it is not there, or reaches the command that
+/// has it open.
+///
+/// # Errors
+///
+/// Something else is in the directory; that command does not answer.
+pub(crate) fn reach_or_create(directory: &Path) -> Result<Reached> {
     match MockHost::open_or_create(directory, &HostConfig::default()) {
+        Err(MockError::InUse { .. }) => Ok(MockHost::reach(directory)?),
+        other => Ok(opened(other)?.into()),
+    }
+}
+
+fn opened(host: Result<MockHost, MockError>) -> Result<MockHost> {
+    match host {
         Err(e @ MockError::Occupied { .. }) => {
             bail!("{e}, and is no mock machine; name another directory")
         }

@@ -36,6 +36,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
+use xsr_xen_backend::mock::finish_answers;
 
 use crate::terminal::Terminal;
 use crate::xl::Messages;
@@ -63,6 +64,7 @@ fn main() -> ExitCode {
         false => command(),
     };
     left::over();
+    finish_answers();
     code
 }
 

@@ -51,12 +51,19 @@ pub(crate) fn store(host: &Hypervisor, domid: DomId, spec: Option<&WorkloadSpec>
     let octets = match spec {
         None => Vec::new(),
         Some(spec) => {
-            mock.workload(domid, spec)
-                .context("what the domain is to do")?;
-            serde_json::to_vec(spec).context("making JSON")?
+            mock.workload(domid, spec).context(TRYING)?;
+            record(spec)?
         }
     };
     Ok(mock.userdata_store(domid, WORKLOAD, &octets)?)
+}
+
+/// What is being done where a domain cannot do it.
+pub(crate) const TRYING: &str = "what the domain is to do";
+
+/// As it is kept with a domain.
+pub(crate) fn record(spec: &WorkloadSpec) -> Result<Vec<u8>> {
+    serde_json::to_vec(spec).context("making JSON")
 }
 
 /// What is kept with a domain, as what it does.

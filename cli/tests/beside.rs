@@ -57,6 +57,86 @@ fn what_another_command_works_on_is_listed_shown_and_changed() {
     ran.code(1).stderr_has("destroyed");
 }
 
+/// The other command makes it, and goes on.
+#[test]
+fn a_domain_is_made_and_told_what_to_do_beside_another_command() {
+    let dir = scratch();
+    let host = dir.path().join("host");
+    create(&host, "web", "pvh");
+    let to = backend(&host);
+    let args = [
+        "remus", "-F", "-b", "-i", "1", "--epochs", "4", &to, "web", "x",
+    ];
+    let mut protecting = staged(dir.path(), args);
+    assert!(protecting.hold("checkpoint", 2));
+    let guest = ["create", "mail", "--memory", "16M", "--dirty-rate", "100"];
+    mock(&guest, &host).code(0);
+    mock(&guest, &host).code(1).stderr_has("exists already");
+    mock(&["create", "much", "--memory", "900G"], &host).code(1);
+    mock(&["workload", "mail", "--dirty-rate", "7"], &host).code(0);
+    mock(&["workload", "post"], &host)
+        .code(1)
+        .stderr_has("no domain");
+    let show = mock(&["show", "mail"], &host).code(0);
+    show.stdout_has("writes   7 pages").stdout_has("libxl-json");
+    protecting.end().0.code(0);
+    // Both are whole, and outlive both commands.
+    for name in ["web", "mail"] {
+        assert_eq!(state(&host, name).as_deref(), Some("running"));
+        let file = dir.path().join(name);
+        run(["save", &to, name, arg(&file)]).code(0);
+        run(["verify", arg(&file)]).code(0);
+    }
+}
+
+/// A command that ends answers first, or the other finds out by itself.
+#[test]
+fn a_command_that_ends_leaves_no_other_without_an_answer() {
+    let hosts = Hosts::with("pvh", &[]);
+    create(&hosts.here, "mail", "pvh");
+    let file = hosts.path("web.save");
+    let to = backend(&hosts.here);
+    for turn in 0..12_u32 {
+        let mut saving = staged(hosts.dir.path(), ["save", &to, "-c", "web", arg(&file)]);
+        assert!(saving.hold("resumed", 1));
+        std::thread::scope(|scope| {
+            let here = &hosts.here;
+            let asking = scope.spawn(move || {
+                let name = format!("mail{turn}");
+                let create = ["create", &name, "--memory", "8M"];
+                for what in [
+                    &["list"][..],
+                    &create,
+                    &["pause", "mail"],
+                    &["unpause", "mail"],
+                ] {
+                    mock(what, here).code(0);
+                }
+                mock(&["destroy", &name], here).code(0);
+            });
+            saving.end().0.code(0);
+            asking.join().unwrap();
+        });
+    }
+    assert_eq!(state(&hosts.here, "mail").as_deref(), Some("running"));
+}
+
+/// Whatever had it resumed: it is not said to be suspended.
+#[test]
+fn a_domain_that_another_program_has_resumed_is_said_to_run_on() {
+    let hosts = Hosts::with("pv", &[]);
+    let file = hosts.path("web.save");
+    let to = backend(&hosts.here);
+    let mut saving = staged(hosts.dir.path(), ["save", &to, "web", arg(&file)]);
+    assert!(saving.hold("suspended", 1));
+    mock(&["resume", "web"], &hosts.here).code(0);
+    let (ran, _) = saving.end();
+    let ran = ran.code(1).stderr_has("web runs on");
+    assert!(!ran.stderr.contains("suspended: resume"), "{ran:?}");
+    assert!(!file.exists());
+    assert_eq!(state(&hosts.here, "web").as_deref(), Some("running"));
+}
+
 #[test]
 fn a_domain_that_is_destroyed_beside_its_save_is_gone() {
     let hosts = Hosts::with("pv", &[]);

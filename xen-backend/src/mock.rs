@@ -66,7 +66,7 @@ use crate::{
     DomId, Domain, DomainControl, DomainInfo, DomainSettings, Host, NewDomain, TscInfo, XenVersion,
 };
 
-pub use self::control::Reached;
+pub use self::control::{Reached, finish_answers};
 pub use self::digest::{MemoryDigest, PageDigest};
 pub use self::error::MockError;
 #[cfg(feature = "peer")]
@@ -324,6 +324,7 @@ impl MockHost {
         if domain.look("rename", |state| Ok(state.record.name == name))? {
             return Ok(());
         }
+        let _names = self.machine.names.lock();
         self.check_new_name(name)?;
         domain.change("rename", |state| {
             name.clone_into(&mut state.record.name);

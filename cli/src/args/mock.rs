@@ -111,7 +111,8 @@ pub(crate) struct MockRenameArgs {
 /// Nothing runs on a mock machine between two commands. While one saves or migrates a
 /// domain, the domain writes to its memory as it was told here. Without --dirty-rate
 /// it does nothing. What was said stays with the machine: a domain that is restored or
-/// migrated elsewhere does nothing there until it is told to.
+/// migrated elsewhere does nothing there until it is told to. A command that is at work on the
+/// domain now goes on as it began.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:

@@ -61,7 +61,14 @@ fn create(args: &MockCreateArgs, terminal: &Terminal) -> Result<()> {
     // A signal is heard where the guest is being filled. What is half made is destroyed.
     let interrupt = Interrupt::of_process()?;
     let working = Left::work();
-    let mock = backend::mock_machine(&args.host.host)?;
+    let reached = backend::reach_or_create(&args.host.host)?;
+    let workload = workload::spec(&args.workload, args.seed);
+    let Some(mock) = reached.here() else {
+        // The other command destroys what this one does not wait for.
+        drop(working);
+        let domid = create_beside(&reached, &spec, workload.as_ref())?;
+        return made(args, domid, terminal);
+    };
     let host = Hypervisor::from(mock.clone());
     left::guest::making(&host, &args.name).until_the_end();
     drop(working);
@@ -69,11 +76,10 @@ fn create(args: &MockCreateArgs, terminal: &Terminal) -> Result<()> {
     mock.stop_making_when(move || cancel.is_cancelled());
     let interrupted = || Error::msg(format!("making {}: interrupted", args.name));
     let domid =
-        create_guest(&mock, &spec).map_err(|error| match interrupt.cancel().is_cancelled() {
+        create_guest(mock, &spec).map_err(|error| match interrupt.cancel().is_cancelled() {
             true => interrupted(),
             false => error,
         })?;
-    let workload = workload::spec(&args.workload, args.seed);
     if let Err(error) = workload::store(&host, domid, workload.as_ref()) {
         host.domain(domid)?.destroy()?;
         return Err(error);
@@ -82,6 +88,11 @@ fn create(args: &MockCreateArgs, terminal: &Terminal) -> Result<()> {
         host.domain(domid)?.destroy()?;
         return Err(interrupted());
     }
+    made(args, domid, terminal)
+}
+
+/// Say what was made.
+fn made(args: &MockCreateArgs, domid: DomId, terminal: &Terminal) -> Result<()> {
     terminal.note(&format!(
         "{} is {domid} of {}",
         args.name,
@@ -90,15 +101,38 @@ fn create(args: &MockCreateArgs, terminal: &Terminal) -> Result<()> {
     Ok(())
 }
 
-/// Make a guest with a configuration as xl would have it.
-pub(crate) fn create_guest(host: &MockHost, spec: &GuestSpec) -> Result<DomId> {
-    let name = &spec.name;
-    let uuid = config::uuid(name, spec.seed);
-    let json = config::make(name, &uuid, spec.kind, spec.vcpus, spec.memory_mib << 10);
+/// Have the command that has the host open make a guest.
+fn create_beside(
+    host: &Reached,
+    spec: &GuestSpec,
+    workload: Option<&WorkloadSpec>,
+) -> Result<DomId> {
+    let (spec, json) = whole(spec)?;
+    let mut userdata = vec![(backend::CONFIG.to_owned(), json.into_bytes())];
+    if let Some(workload) = workload {
+        let kept = workload::WORKLOAD.to_owned();
+        userdata.push((kept, workload::record(workload)?));
+    }
+    host.create_guest(&spec, workload, &userdata)
+        .with_context(|| format!("making {}", spec.name))
+}
+
+/// The guest with its UUID, and a configuration as xl would have it.
+fn whole(spec: &GuestSpec) -> Result<(GuestSpec, String)> {
+    let uuid = config::uuid(&spec.name, spec.seed);
+    let (vcpus, kib) = (spec.vcpus, spec.memory_mib << 10);
+    let json = config::make(&spec.name, &uuid, spec.kind, vcpus, kib);
     let spec = GuestSpec {
         uuid: uuid.parse().context("making a UUID")?,
         ..spec.clone()
     };
+    Ok((spec, json))
+}
+
+/// Make a guest with a configuration.
+pub(crate) fn create_guest(host: &MockHost, spec: &GuestSpec) -> Result<DomId> {
+    let name = &spec.name;
+    let (spec, json) = whole(spec)?;
     let domid = host
         .create_guest(&spec)
         .with_context(|| format!("making {name}"))?;
@@ -215,12 +249,19 @@ fn print(
 }
 
 fn set_workload(args: &MockWorkloadArgs) -> Result<()> {
-    let mock = MockHost::open(&args.host.host)?;
-    let domid = mock.find(&args.domain)?;
-    let host = Hypervisor::from(mock);
+    let host = MockHost::reach(&args.host.host)?;
+    let domid = host.show(&args.domain)?.summary.domid;
     // What it is made from need not be said: the domain itself was made from a seed.
     let spec = workload::spec(&args.workload, u64::from(domid.0));
-    workload::store(&host, domid, spec.as_ref())
+    let record = match &spec {
+        None => Vec::new(),
+        Some(spec) => {
+            host.try_workload(&args.domain, spec)
+                .context(workload::TRYING)?;
+            workload::record(spec)?
+        }
+    };
+    Ok(host.userdata_store(&args.domain, workload::WORKLOAD, &record)?)
 }
 
 /// Do one thing to one domain.

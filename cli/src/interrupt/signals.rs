@@ -26,6 +26,7 @@ use nix::sys::signal::{SigSet, Signal, raise};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::stat::{major, minor};
 use xsr_save_restore::signals::{EndingSignals, SignalNumber};
+use xsr_xen_backend::mock::finish_answers;
 
 use super::{Interrupt, LOOK};
 use crate::exit::Code;
@@ -177,14 +178,19 @@ fn end_at_once(signal: SignalNumber, said: &[String]) {
             }
         }
         // As a shell has it.
-        process::exit(i32::try_from(128 + signal.get()).unwrap_or(i32::MAX));
+        end(i32::try_from(128 + signal.get()).unwrap_or(i32::MAX));
     }
     let said = match said {
         [] => String::new(),
         said => format!("; {}", said.join("; ")),
     };
     say(&format!("interrupted by {signal}{said}"));
-    process::exit(Code::Failed.number().into());
+    end(Code::Failed.number().into());
+}
+
+fn end(code: i32) -> ! {
+    finish_answers();
+    process::exit(code)
 }
 
 /// The hard way out.
@@ -199,7 +205,7 @@ fn end_where_it_stands() {
         true => Code::Undecided,
         false => Code::EndedAtOnce,
     };
-    process::exit(code.number().into());
+    end(code.number().into());
 }
 
 /// Write a line to stderr, whoever else writes there at this moment. Whether it was written: no

@@ -3,15 +3,20 @@
 //!
 //! One request and one answer for each connection, a line of JSON each. The directory is its
 //! owner's alone, and with it the socket.
+//!
+//! A request that has begun is done and answered before the process ends ([`finish_answers`]). A
+//! connection that is closed without an answer was not heard: the client asks again, and opens the
+//! host itself where no process has it open any more.
 
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Weak};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock, TryLockError, Weak};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use std::{fs, io::ErrorKind};
 
 use nix::errno::Errno;
@@ -22,8 +27,8 @@ use super::error::MockError;
 use super::machine::Machine;
 use super::phases;
 use super::place::Place;
-use super::{DomainReport, DomainSummary, MockHost};
-use crate::Host as _;
+use super::{DomainReport, DomainSummary, GuestSpec, MockHost, WorkloadSpec};
+use crate::{DomId, Host as _};
 
 /// The socket, in the host's directory.
 const SOCKET: &str = "control";
@@ -34,12 +39,46 @@ const ANSWER_WAIT: Duration = Duration::from_secs(10);
 /// How often a client tries to find the host open or free, and how long it waits in between.
 const TRIES: u32 = 50;
 const BETWEEN_TRIES: Duration = Duration::from_millis(10);
+/// How long a process that is about to end takes for the requests that it has begun.
+const FINISH_WAIT: Duration = Duration::from_secs(2);
+
+/// Read-locked while a request is done and answered; write-locked, for good, by a process that is
+/// about to end.
+static ANSWERING: RwLock<()> = RwLock::new(());
+/// Whether this process is about to end.
+static ENDING: AtomicBool = AtomicBool::new(false);
+
+/// Have the requests of other processes answered that have begun, and begin none from now on. To
+/// be called before a process ends that has a mock host open: an answer that is cut off tells the
+/// other process nothing.
+pub fn finish_answers() {
+    ENDING.store(true, Ordering::Relaxed);
+    let until = Instant::now() + FINISH_WAIT;
+    loop {
+        match ANSWERING.try_write() {
+            Ok(guard) => return std::mem::forget(guard),
+            Err(TryLockError::Poisoned(guard)) => return std::mem::forget(guard),
+            // One that is stuck, or a client that does not read.
+            Err(TryLockError::WouldBlock) if Instant::now() >= until => return,
+            Err(TryLockError::WouldBlock) => thread::sleep(Duration::from_millis(1)),
+        }
+    }
+}
+
+/// Whether the process is about to end: a guest that is being made for another is given up.
+pub(super) fn is_ending() -> bool {
+    ENDING.load(Ordering::Relaxed)
+}
 
 /// What can be asked. A domain is named or numbered.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 enum Request {
     List,
     Show(String),
+    /// Make a guest that can do this work, with these user data.
+    Create(Box<GuestSpec>, Option<WorkloadSpec>, Vec<(String, Vec<u8>)>),
+    /// Try whether a domain can do this work.
+    TryWorkload(String, WorkloadSpec),
     Destroy(String),
     Pause(String),
     Unpause(String),
@@ -54,6 +93,7 @@ enum Answer {
     Domains(Vec<DomainSummary>),
     Report(Box<DomainReport>),
     Userdata(Option<Vec<u8>>),
+    Made(DomId),
     Done,
     Failed(String),
 }
@@ -115,28 +155,54 @@ fn serve(listener: &UnixListener, watched: &UnixStream, machine: &Weak<Machine>)
             return Ok(());
         }
         let (client, _) = listener.accept()?;
-        let Some(machine) = machine.upgrade() else {
-            return Ok(());
-        };
-        // One that asks nothing, or reads nothing, holds up the others, but not for long.
-        if let Err(error) = attend(&client, &MockHost { machine }) {
-            tracing::debug!(%error, "a request to the mock host");
+        // One that asks nothing, reads nothing or asks for much holds up no other.
+        let machine = Weak::clone(machine);
+        let attending = thread::Builder::new().spawn(move || {
+            phases::not_on_this_thread();
+            if let Err(error) = attend(&client, &machine) {
+                tracing::debug!(%error, "a request to the mock host");
+            }
+        });
+        if let Err(error) = attending {
+            tracing::debug!(%error, "no thread for a request to the mock host");
         }
     }
 }
 
-fn attend(client: &UnixStream, host: &MockHost) -> io::Result<()> {
+fn attend(client: &UnixStream, machine: &Weak<Machine>) -> io::Result<()> {
     client.set_read_timeout(Some(ANSWER_WAIT))?;
     client.set_write_timeout(Some(ANSWER_WAIT))?;
     let mut line = Vec::new();
     BufReader::new(client.take(MOST)).read_until(b'\n', &mut line)?;
-    let answer = match serde_json::from_slice(&line) {
-        Ok(request) => {
-            answer(host, request).unwrap_or_else(|error| Answer::Failed(error.to_string()))
-        }
-        Err(error) => Answer::Failed(error.to_string()),
+    if line.is_empty() {
+        // It looked whether the host answers.
+        return Ok(());
+    }
+    let _answering = ANSWERING.read().unwrap_or_else(PoisonError::into_inner);
+    // The client hears no answer, and asks again.
+    let Some(machine) = machine.upgrade() else {
+        return Ok(());
     };
-    send(client, &answer)
+    let host = MockHost { machine };
+    let answer = match serde_json::from_slice(&line) {
+        Ok(request) => answer(&host, request),
+        Err(error) => Err(MockError::Answered(error.to_string())),
+    };
+    let answer = match answer {
+        // It was given up: whoever has the host next makes it.
+        Err(MockError::Backend(error)) if error.errno == Errno::EINTR && is_ending() => {
+            return Ok(());
+        }
+        answer => answer.unwrap_or_else(|error| Answer::Failed(error.to_string())),
+    };
+    let sent = send(client, &answer);
+    if let (Err(_), Answer::Made(domid)) = (&sent, &answer) {
+        // The client was interrupted.
+        host.domain(*domid)
+            .and_then(|domain| domain.destroy())
+            .map_err(io::Error::other)?;
+    }
+    sent
 }
 
 fn send(mut to: &UnixStream, what: &impl Serialize) -> io::Result<()> {
@@ -161,6 +227,12 @@ fn answer(host: &MockHost, request: Request) -> Result<Answer, MockError> {
         Request::StoreUserdata(name, key, data) => {
             host.userdata_store(host.find(&name)?, &key, &data)?;
         }
+        Request::Create(spec, work, userdata) => {
+            return create(host, &spec, work.as_ref(), &userdata).map(Answer::Made);
+        }
+        Request::TryWorkload(name, spec) => {
+            host.workload(host.find(&name)?, &spec)?;
+        }
         Request::Destroy(name) => domain(&name)?.destroy()?,
         Request::Pause(name) => domain(&name)?.pause()?,
         Request::Unpause(name) => domain(&name)?.unpause()?,
@@ -168,6 +240,29 @@ fn answer(host: &MockHost, request: Request) -> Result<Answer, MockError> {
         Request::Rename(name, to) => host.rename(host.find(&name)?, &to)?,
     }
     Ok(Answer::Done)
+}
+
+/// Make a guest with what is kept with it, or nothing.
+fn create(
+    host: &MockHost,
+    spec: &GuestSpec,
+    work: Option<&WorkloadSpec>,
+    userdata: &[(String, Vec<u8>)],
+) -> Result<DomId, MockError> {
+    let domid = host.create_guest(spec)?;
+    let finished = (|| {
+        if let Some(work) = work {
+            host.workload(domid, work)?;
+        }
+        for (key, data) in userdata {
+            host.userdata_store(domid, key, data)?;
+        }
+        Ok(())
+    })();
+    if finished.is_err() {
+        host.domain(domid)?.destroy()?;
+    }
+    finished.map(|()| domid)
 }
 
 /// A host that this process has open, or that another one works on and answers for.
@@ -224,33 +319,73 @@ fn connect(dir: &Path) -> Result<Option<UnixStream>, MockError> {
     }
 }
 
-/// Ask the process that has the host in `dir` open.
-fn ask(dir: &Path, request: &Request) -> Result<Answer, MockError> {
-    let path = dir.join(SOCKET);
+/// Ask the process that has the host in `dir` open; `None` where it ends, or has ended, and has
+/// not answered.
+fn ask_once(dir: &Path, request: &Request) -> Result<Option<Answer>, MockError> {
     let Some(socket) = connect(dir)? else {
-        let ended = io::Error::from(ErrorKind::ConnectionRefused);
-        return Err(MockError::io("connect to", path)(ended));
+        return Ok(None);
     };
-    let answer = (|| {
-        socket.set_read_timeout(Some(ANSWER_WAIT))?;
+    let asked: io::Result<_> = (|| {
+        // A guest of any size may be asked for.
+        let patience = match request {
+            Request::Create(..) => None,
+            _ => Some(ANSWER_WAIT),
+        };
+        socket.set_read_timeout(patience)?;
         socket.set_write_timeout(Some(ANSWER_WAIT))?;
         send(&socket, request)?;
         let mut line = Vec::new();
         BufReader::new(&socket).read_until(b'\n', &mut line)?;
-        Ok(serde_json::from_slice(&line)?)
+        match line.ends_with(b"\n") {
+            true => Ok(Some(serde_json::from_slice(&line)?)),
+            false => Ok(None),
+        }
     })();
-    match answer.map_err(MockError::io("ask", path))? {
-        Answer::Failed(why) => Err(MockError::Answered(why)),
-        answer => Ok(answer),
+    match asked {
+        Ok(Some(Answer::Failed(why))) => Err(MockError::Answered(why)),
+        Err(error)
+            if matches!(
+                error.kind(),
+                ErrorKind::BrokenPipe | ErrorKind::ConnectionReset
+            ) =>
+        {
+            Ok(None)
+        }
+        asked => asked.map_err(MockError::io("ask", dir.join(SOCKET))),
+    }
+}
+
+/// Ask whichever process has the host in `dir` open; this one, where no other has.
+fn ask(dir: &Path, request: &Request) -> Result<Answer, MockError> {
+    let mut cut_off = 0;
+    loop {
+        let answer = match MockHost::reach(dir)?.0 {
+            Whose::Here(host) => answer(&host, request.clone()).map(Some),
+            Whose::Beside(_) => ask_once(dir, request),
+        };
+        match (request, answer) {
+            (_, Ok(Some(answer))) => return Ok(answer),
+            // A process that was killed may have been at it.
+            (Request::Destroy(_), Err(MockError::NoSuchDomain { .. })) if cut_off > 0 => {
+                return Ok(Answer::Done);
+            }
+            (_, Err(error)) => return Err(error),
+            (_, Ok(None)) if cut_off < TRIES => cut_off += 1,
+            (_, Ok(None)) => {
+                let never = io::Error::from(ErrorKind::UnexpectedEof);
+                return Err(MockError::io("ask", dir.join(SOCKET))(never));
+            }
+        }
+    }
+}
+
+impl From<MockHost> for Reached {
+    fn from(host: MockHost) -> Self {
+        Self(Whose::Here(host))
     }
 }
 
 impl Reached {
-    /// Whether another process has the host open.
-    pub fn is_beside(&self) -> bool {
-        matches!(self.0, Whose::Beside(_))
-    }
-
     fn ask(&self, request: Request) -> Result<Answer, MockError> {
         match &self.0 {
             Whose::Here(host) => answer(host, request),
@@ -263,6 +398,43 @@ impl Reached {
             Answer::Done => Ok(()),
             other => Err(unexpected(&other)),
         }
+    }
+
+    /// The host, where this process has it open.
+    pub fn here(&self) -> Option<&MockHost> {
+        match &self.0 {
+            Whose::Here(host) => Some(host),
+            Whose::Beside(_) => None,
+        }
+    }
+
+    /// Make a guest that can do `work`, with these user data (keys and values). If this process
+    /// ends meanwhile, the process that has the host open destroys it.
+    ///
+    /// # Errors
+    ///
+    /// As [`MockHost::create_guest`], [`MockHost::workload`] and [`MockHost::userdata_store`]; the
+    /// other process does not answer.
+    pub fn create_guest(
+        &self,
+        spec: &GuestSpec,
+        work: Option<&WorkloadSpec>,
+        userdata: &[(String, Vec<u8>)],
+    ) -> Result<DomId, MockError> {
+        let spec = Box::new(spec.clone());
+        match self.ask(Request::Create(spec, work.cloned(), userdata.to_vec()))? {
+            Answer::Made(domid) => Ok(domid),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Try whether a domain can do this work.
+    ///
+    /// # Errors
+    ///
+    /// As [`MockHost::workload`]; the other process does not answer.
+    pub fn try_workload(&self, domain: &str, spec: &WorkloadSpec) -> Result<(), MockError> {
+        self.order(Request::TryWorkload(domain.to_owned(), spec.clone()))
     }
 
     /// Every domain, ascending.
@@ -364,63 +536,4 @@ fn unexpected(answer: &Answer) -> MockError {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::{DomainState, GuestSpec, HostConfig};
-    use super::*;
-    use crate::GuestKind;
-
-    #[test]
-    fn a_host_that_is_open_elsewhere_answers() {
-        let scratch = tempfile::tempdir().expect("a directory");
-        let dir = scratch.path().join("a".repeat(100));
-        let config = HostConfig {
-            memory_pages: 1 << 13,
-            ..HostConfig::default()
-        };
-        let host = MockHost::create(&dir, &config).expect("a host");
-        let domid = host
-            .create_guest(&GuestSpec::new("web", GuestKind::Pvh, 8))
-            .expect("a guest");
-        let domain = host.domain(domid).expect("the domain");
-        // The lock belongs to the open file: this is another process to it.
-        let beside = MockHost::reach(&dir).expect("reached");
-        assert!(beside.is_beside());
-        assert_eq!(beside.list().expect("a list"), host.list());
-        assert_eq!(beside.show("web").expect("a report").summary.domid, domid);
-        beside.pause("1").expect("paused");
-        assert!(domain.info().expect("there").paused);
-        beside.unpause("web").expect("unpaused");
-        beside.userdata_store("web", "k", b"v").expect("kept");
-        assert_eq!(
-            beside.userdata_get("web", "k").expect("asked"),
-            Some(b"v".to_vec())
-        );
-        domain.suspend().expect("suspended");
-        beside.resume("web").expect("resumed");
-        beside.rename("web", "www").expect("renamed");
-        let refused = beside.resume("www").expect_err("it runs").to_string();
-        assert!(refused.contains("EINVAL"), "{refused}");
-        let refused = beside.pause("web").expect_err("gone").to_string();
-        assert!(refused.contains("no domain"), "{refused}");
-        assert_eq!(host.list()[0].state, DomainState::Running);
-        beside.destroy("www").expect("destroyed");
-        assert_eq!(domain.info().expect_err("gone").errno, Errno::ESRCH);
-        drop((host, domain));
-        assert!(!dir.join(SOCKET).exists());
-        assert!(!MockHost::reach(&dir).expect("opened").is_beside());
-    }
-
-    #[test]
-    fn a_host_whose_owner_was_killed_is_opened() {
-        let scratch = tempfile::tempdir().expect("a directory");
-        let dir = scratch.path().join("host");
-        let config = HostConfig {
-            memory_pages: 1 << 13,
-            ..HostConfig::default()
-        };
-        drop(MockHost::create(&dir, &config).expect("a host"));
-        // What a killed process leaves.
-        drop(UnixListener::bind(dir.join(SOCKET)).expect("a socket"));
-        assert!(!MockHost::reach(&dir).expect("opened").is_beside());
-    }
-}
+mod tests;
