@@ -13,6 +13,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use common::migration::{BANNER, Cut, Hosts, REPORT, Running, hear, listen, until};
+use common::phases::staged;
 use common::{arg, backend, create, run};
 use nix::sys::signal::Signal;
 use xsr_format::read::ReadOptions;
@@ -52,8 +53,11 @@ fn an_interrupt_ends_the_protection_and_the_other_end_forgets_the_domain() {
         let hosts = Hosts::with(kind, &BUSY);
         let [sender, receiver] = protected(&hosts, &["--json"]);
         sender.signal(signal);
-        let json = sender.end().code(0).json();
+        let sent = sender.end().code(0);
+        let json = sent.json();
         assert_eq!(json["ended"], "interrupted", "{json}");
+        assert_eq!(json["was_protected"], true, "{json}");
+        sent.stderr_has("web runs on here, and is no longer protected");
         assert!(json["checkpoints"].as_u64() >= Some(1), "{json}");
         let received = receiver.end();
         assert_eq!(received.code, 1, "{received:?}");
@@ -63,6 +67,32 @@ fn an_interrupt_ends_the_protection_and_the_other_end_forgets_the_domain() {
                 .contains("the sender has ended the protection, and keeps"),
             "{received:?}"
         );
+        assert_eq!(hosts.domains(), [vec!["web running".to_owned()], vec![]]);
+    }
+}
+
+/// Before the other end had a checkpoint.
+#[test]
+fn an_interrupt_before_there_is_protection_says_that_there_was_none() {
+    let hosts = Hosts::with("pvh", &BUSY);
+    let socket = hosts.path("socket");
+    let here = backend(&hosts.here);
+    let to = format!("unix:{}", socket.display());
+    for phase in ["log-dirty-on", "suspended"] {
+        let receiver = hosts.receiver(&socket, &["-r"]);
+        let args = ["remus", "--json", &here, "web", &to];
+        let mut sender = staged(hosts.dir.path(), args);
+        assert!(sender.hold(phase, 1), "{phase}");
+        sender.signal(Signal::SIGTERM, false);
+        sender.until_said("interrupting").unwrap();
+        let (sent, _) = sender.end();
+        let json = sent.json();
+        assert_eq!(json["domain"], "running", "{json}");
+        assert_eq!(json["was_protected"], false, "{json}");
+        sent.code(0)
+            .stderr_has("web runs on here, and was never protected");
+        let received = receiver.end().code(1);
+        assert!(!received.stderr.contains("file"), "{received:?}");
         assert_eq!(hosts.domains(), [vec!["web running".to_owned()], vec![]]);
     }
 }

@@ -240,13 +240,17 @@ pub enum SaveError {
     Aborted,
     /// The save failed, and then the guest could not be resumed either.
     #[error(
-        "{cause}; and the domain could not be resumed: {resume}. It is still suspended: resume it by hand"
+        "{cause}; and the domain could not be resumed: {resume}. {}",
+        if *known { "It is still suspended: resume it by hand" }
+        else { "Whether it is suspended could not be found out: look at it, and resume it by hand" }
     )]
     NotResumed {
         /// Why the save failed.
         cause: Box<SaveError>,
         /// Why the resume failed.
         resume: ToolstackError,
+        /// Whether the hypervisor says that the domain is suspended. False: it does not answer.
+        known: bool,
     },
 }
 

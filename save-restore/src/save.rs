@@ -135,7 +135,8 @@ impl Saved<'_> {
 /// been suspended), the device model has been told to end its log-dirty mode, nothing
 /// stays mapped.
 /// What has been written to the sink is of no use; whoever opened it removes it.
-/// Only [`SaveError::NotResumed`] leaves the domain suspended, and says so.
+/// Only [`SaveError::NotResumed`] leaves the domain suspended, and says so. A domain that another
+/// program has resumed meanwhile runs on, and the cause is returned.
 pub fn save<'a>(
     domain: &dyn Domain,
     xen: XenVersion,
@@ -217,26 +218,37 @@ fn give_back<T: SaveToolstack + ?Sized>(
 ) -> SaveError {
     if let Some(gone) = suspended::gone(domain) {
         suspended.let_go();
-        let of_the_guest = matches!(
-            cause,
-            SaveError::Backend(_)
-                | SaveError::Map(_)
-                | SaveError::Toolstack(_)
-                | SaveError::Guest(_)
-        );
-        if of_the_guest {
-            tracing::debug!(error = %cause, "the guest has gone away");
-            return gone.into();
-        }
-        return cause;
+        return went_away(gone, cause);
     }
-    match suspended.resume() {
-        Ok(()) => cause,
-        Err(resume) => SaveError::NotResumed {
+    let Err(resume) = suspended.resume() else {
+        return cause;
+    };
+    if let Some(gone) = suspended::gone(domain) {
+        return went_away(gone, cause);
+    }
+    match domain.info() {
+        // Another program has resumed it meanwhile.
+        Ok(info) if info.shutdown.is_none() => cause,
+        info => SaveError::NotResumed {
             cause: Box::new(cause),
             resume,
+            known: info.is_ok(),
         },
     }
+}
+
+/// The save has failed because of `cause`, and the guest has gone away: `gone`, where that can be
+/// what the cause comes from.
+fn went_away(gone: GuestError, cause: SaveError) -> SaveError {
+    let of_the_guest = matches!(
+        cause,
+        SaveError::Backend(_) | SaveError::Map(_) | SaveError::Toolstack(_) | SaveError::Guest(_)
+    );
+    if of_the_guest {
+        tracing::debug!(error = %cause, "the guest has gone away");
+        return gone.into();
+    }
+    cause
 }
 
 /// Where it is noted what becomes of the pfns that are sent.

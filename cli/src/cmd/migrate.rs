@@ -279,8 +279,8 @@ impl Sender<'_> {
         let renamed = self.host.rename(self.which, &self.away(), self.name);
         let resumed = match Condition::of(self.domain) {
             Condition::Gone => return Ok(()),
-            // It is left as it is, and what it is is said.
-            Condition::Down(_) => Ok(()),
+            // It is left as it is, and what it is is said. Another program may have resumed it.
+            Condition::Down(_) | Condition::Runs => Ok(()),
             _ => DirectToolstack(self.domain).resume(),
         };
         let renamed = renamed.context("giving the domain its name back");

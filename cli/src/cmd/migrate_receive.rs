@@ -287,13 +287,15 @@ impl Coming<'_, '_> {
         let cause = words(first);
         let untold = words(untold.as_ref());
         // Where the sender keeps its domain, or has it back, and does not see this end's stderr.
-        if matches!(arrived.end, ReceiverEnd::Destroyed { .. }) {
+        // That it has hung up the sender knows.
+        let hung_up = first.is_some_and(|error| exit::ends_early_of(&**error));
+        if matches!(arrived.end, ReceiverEnd::Destroyed { .. }) && !hung_up {
             self.receiver.tell_why(&cause);
         }
         let kept = if ready_said {
             format!("receiving {name}: {cause}")
         } else {
-            let broke = match first.is_some_and(|error| exit::ends_early_of(&**error)) {
+            let broke = match hung_up {
                 true => ", but the sender hung up or the connection broke",
                 false => "",
             };

@@ -22,7 +22,7 @@ use anyhow::{Context as _, Error, Result};
 use xsr_save_restore::migrate::connection::{Connection, Wait};
 use xsr_save_restore::migrate::messages::{LastWords, Outcome, Withdrawal};
 use xsr_save_restore::migrate::ownership::protect::{
-    self, Fate, Here, ProtectorAction, ProtectorEnd, Why,
+    self, Fate, ProtectorAction, ProtectorEnd, Why,
 };
 use xsr_save_restore::migrate::protect::{Ended, ProtectRequest, Protected, Protection};
 use xsr_save_restore::migrate::{BoxError, Event, Observer, Step};
@@ -143,8 +143,7 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
             Ok(link) => Some(link),
             Err(error) if error.is::<BadUsage>() => return Err(error),
             Err(_) if interrupt.cancel().is_cancelled() => {
-                teller.done(&End::Asked, &CheckpointedStats::default(), 0)?;
-                return Ok(Code::Fine);
+                return primary.interrupted(&mut teller);
             }
             Err(error) => {
                 return Err(primary.ended(&Aftermath {
@@ -226,14 +225,20 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
     {
         why = End::Failed(Error::msg(outcome));
     }
+    if let (Some(Outcome::GivenBack { .. }), End::Failed(_), Some(link)) = (outcome, &why, &link)
+        && let Some(reason) = link.reason()
+    {
+        why = End::Failed(Error::msg(format!("the other end has failed: {reason}")));
+    }
     for cause in &causes {
         let (action, why) = (cause.action, exit::words_of(&*cause.error));
         tracing::info!(?action, why, "it could not be done");
     }
     let hung_up = link.map(Link::hang_up).unwrap_or_default();
-    let here = Condition::of(primary.domain).here();
-    if end.is_success() && !matches!(here, Here::Over | Here::Gone) {
-        teller.done(&why, &stats, stream_octets)?;
+    if end.is_success()
+        && let Some(domain) = primary.runs_on()
+    {
+        teller.done(&why, domain, &stats, stream_octets)?;
         return Ok(Code::Fine);
     }
     if let Err(error) = teller.printed(Some(STATS_PATIENCE)) {
@@ -258,6 +263,32 @@ struct Primary<'a> {
 }
 
 impl Primary<'_> {
+    /// The user has asked to stop before there was a connection.
+    fn interrupted(&self, teller: &mut Teller<'_>) -> Result<Code> {
+        match self.runs_on() {
+            Some(domain) => {
+                teller.done(&End::Asked, domain, &CheckpointedStats::default(), 0)?;
+                Ok(Code::Fine)
+            }
+            None => Err(self.ended(&Aftermath {
+                end: End::Asked,
+                fate: Fate::Here,
+                complete: 0,
+                hung_up: "",
+                causes: &[],
+            })),
+        }
+    }
+
+    /// In one word what the domain does here, if it goes on here: `running` or `paused`.
+    fn runs_on(&self) -> Option<&'static str> {
+        match Condition::of(self.domain) {
+            Condition::Runs | Condition::Unknown(_) => Some("running"),
+            Condition::Paused => Some("paused"),
+            Condition::Suspended | Condition::Down(_) | Condition::Gone => None,
+        }
+    }
+
     /// Have the domain stand still, once.
     fn pause(&self) -> Result<()> {
         match self.domain.info() {

@@ -17,6 +17,8 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Error, Result};
 use serde::Serialize;
+use xsr_format::detect::Detected;
+use xsr_format::error::ReadErrorCause;
 use xsr_format::read::{ReadOptions, RecordReader};
 use xsr_format::walk::{Around, Content, Walk};
 use xsr_format::wrapper::libxl::LibxlRecord;
@@ -243,7 +245,13 @@ impl<'a> Image<'a> {
 
     /// Read the headers of what a sender sends, and find out what the domain needs.
     pub(crate) fn open_migration(source: ImageSource<'a>) -> Result<Self> {
-        let walk = Walk::open(source, ReadOptions::default())?;
+        let walk = Walk::open(source, ReadOptions::default()).map_err(|error| match error.cause {
+            // It is no file that is empty.
+            ReadErrorCause::Unreadable(Detected::Empty) => {
+                Error::msg("the sender hung up before it sent anything")
+            }
+            _ => Error::new(error),
+        })?;
         let (reader, around) = walk.into_libxc()?;
         let header = around
             .xl()

@@ -248,14 +248,19 @@ impl Ending<'_> {
         } = *self;
         let memory = MemoryReport::of(&written);
         let mut downtime = None;
+        let resume = |written: Written<'_>| match (written.saved.resume(), Condition::of(domain)) {
+            // Another program has resumed it.
+            (Err(_), Condition::Runs) => Ok(()),
+            (resumed, _) => resumed,
+        };
         let fate = match (args.paused, args.checkpoint) {
             (true, _) => {
                 domain.pause().context("pausing the domain")?;
-                written.saved.resume()?;
+                resume(written)?;
                 "paused"
             }
             (false, true) => {
-                written.saved.resume()?;
+                resume(written)?;
                 downtime = watch.suspended().map(|then| then.elapsed());
                 "running"
             }

@@ -33,8 +33,10 @@ struct Line {
 struct Report<'a> {
     name: &'a str,
     domid: DomId,
-    /// `running`.
+    /// `running` or `paused`.
     domain: &'static str,
+    /// Whether a checkpoint was complete at the other end. It is not protected any more.
+    was_protected: bool,
     host: &'a str,
     /// `interrupted` or `epochs`.
     ended: &'static str,
@@ -196,22 +198,35 @@ impl<'a> Teller<'a> {
         Ok(())
     }
 
-    /// It has ended in good order.
+    /// It has ended in good order, and the domain is `running` or `paused` here.
     pub(super) fn done(
         &mut self,
         end: &End,
+        domain: &'static str,
         stats: &CheckpointedStats,
         stream_octets: u64,
     ) -> Result<()> {
         tracing::debug!(?stats, "protected");
         let name = self.name;
-        self.terminal.note(&format!(
-            "{name} runs on here, unprotected: {}, {} sent, paused {:.1} ms at most",
+        let was_protected = self.checkpoints > 0 && !self.args.blackhole;
+        let done = format!(
+            "{name} {} here, and {}",
+            match domain {
+                "paused" => "stays paused",
+                _ => "runs on",
+            },
+            match was_protected {
+                true => "is no longer protected",
+                false => "was never protected",
+            }
+        );
+        // Who has started it in the background or as a service is to read that, too.
+        self.terminal.say(&format!(
+            "remus: {done}: {}, {} sent, paused {:.1} ms at most",
             Count(self.checkpoints, "checkpoint"),
             size(stream_octets),
             self.longest_pause * 1000.0,
         ));
-        let done = format!("{name} runs on here, unprotected");
         if let Err(error) = self.printed(None) {
             stdout::unreported(self.terminal, &done, &error);
         }
@@ -219,7 +234,8 @@ impl<'a> Teller<'a> {
             let report = Report {
                 name,
                 domid: self.domid,
-                domain: "running",
+                domain,
+                was_protected,
                 host: &self.args.host,
                 ended: match end {
                     End::Enough => "epochs",
