@@ -134,11 +134,18 @@ impl Command {
             Self::Export(args) => args.json,
             Self::Edit(args) => args.json,
             Self::Mock(args) => match &args.command {
+                MockCommand::Create(args) => args.json,
                 MockCommand::List(args) => args.json,
                 MockCommand::Show(args) => args.json,
-                _ => false,
+                MockCommand::Workload(args) => args.json,
+                MockCommand::Rename(args) => args.json,
+                MockCommand::Pause(args)
+                | MockCommand::Unpause(args)
+                | MockCommand::Resume(args)
+                | MockCommand::Destroy(args) => args.json,
             },
-            Self::Cat(_) | Self::Demo(_) => false,
+            Self::Demo(args) => args.json,
+            Self::Cat(_) => false,
         }
     }
 }
@@ -355,7 +362,11 @@ pub(crate) struct DiffArgs {
 ///
 /// Needs no Xen and no privileges. Leaves nothing behind.
 #[derive(Debug, Args)]
-pub(crate) struct DemoArgs {}
+pub(crate) struct DemoArgs {
+    /// Print JSON (docs/json.md)
+    #[arg(long)]
+    pub(crate) json: bool,
+}
 
 const TARGET: &str = "When to suspend the domain";
 

@@ -35,6 +35,6 @@ pub(crate) fn run(command: Command, terminal: &Terminal) -> anyhow::Result<Code>
         Command::MigrateReceive(args) => migrate_receive::run(&args, terminal),
         Command::Remus(args) => remus::run(&args, terminal),
         Command::Mock(args) => mock::run(&args.command, terminal),
-        Command::Demo(_) => demo::run(terminal),
+        Command::Demo(args) => demo::run(&args, terminal),
     }
 }

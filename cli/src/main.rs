@@ -28,6 +28,7 @@ mod terminal;
 mod text;
 mod transport;
 mod verdict;
+mod version;
 mod watch;
 mod workload;
 mod xl;
@@ -35,7 +36,6 @@ mod xl;
 use std::path::Path;
 use std::process::ExitCode;
 
-use clap::Parser;
 use xsr_xen_backend::mock::finish_answers;
 
 use crate::terminal::Terminal;
@@ -70,7 +70,7 @@ fn main() -> ExitCode {
 
 /// Do what the command line asks.
 fn command() -> ExitCode {
-    let cli = match args::Cli::try_parse().and_then(args::Cli::settle) {
+    let cli = match version::parse().and_then(args::Cli::settle) {
         Ok(cli) => cli,
         Err(e) => return exit::command_line(&e).into(),
     };

@@ -65,3 +65,38 @@ fn every_field_is_documented() {
         .collect();
     assert!(missing.is_empty(), "not in docs/json.md: {missing:?}");
 }
+
+/// What changes a domain of a mock machine says what the domain is then.
+#[test]
+fn mock_says_what_was_done() {
+    let dir = scratch();
+    let host = dir.path().join("host");
+    let mock = |what: &[&str]| {
+        let args = [&["mock"], what, &["--json", "--host", arg(&host)]].concat();
+        run(args).code(0).json()
+    };
+    let expected =
+        |name: &str, state: &str| serde_json::json!({ "name": name, "domid": 1, "state": state });
+    let made = mock(&["create", "web", "--memory", "8M"]);
+    assert_eq!(made, expected("web", "running"));
+    assert_eq!(mock(&["pause", "1"]), expected("web", "paused"));
+    assert_eq!(mock(&["unpause", "web"]), expected("web", "running"));
+    let renamed = mock(&["rename", "web", "www"]);
+    assert_eq!(renamed, expected("www", "running"));
+    let busy = mock(&["workload", "www", "--dirty-rate", "5"]);
+    assert_eq!(busy, expected("www", "running"));
+    assert_eq!(mock(&["destroy", "www"]), expected("www", "destroyed"));
+    let gone = ["mock", "destroy", "www", "--json", "--host", arg(&host)];
+    let failed = run(gone).code(1).json();
+    assert_eq!(failed["exit_code"], 1, "{failed}");
+}
+
+/// `-V` is one line; `--version` says which Xens there is an interface for.
+#[test]
+fn the_version_says_what_it_works_on() {
+    let short = run(["-V"]).code(0).stdout;
+    assert_eq!(short, format!("xsr {}\n", env!("CARGO_PKG_VERSION")));
+    let long = run(["--version"]).code(0);
+    assert!(long.stdout.starts_with(short.trim_end()), "{long:?}");
+    long.stdout_has("\nworks on Xen 4.14 to 4.22, and on mock machines\n");
+}

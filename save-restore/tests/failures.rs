@@ -234,6 +234,17 @@ fn a_guest_that_somebody_else_has_suspended_is_left_alone() {
 enum Goes {
     ShutsDown(ShutdownReason),
     Destroyed,
+    /// Another program has it run on after it has suspended.
+    Resumed,
+    /// And then it shuts down.
+    ResumedAndShutsDown(ShutdownReason),
+}
+
+/// The guest shuts itself down.
+fn shut_down(mock: &MockHost, domid: DomId, reason: ShutdownReason) {
+    let mut work = WorkloadSpec::writes(1, 1000, 16);
+    work.end = Some(WorkloadEnd { after: 0, reason });
+    mock.workload(domid, &work).unwrap().step(1).unwrap();
 }
 
 /// A save, live or not, over either face of the machine, of a guest that goes away when the save
@@ -256,10 +267,11 @@ fn save_of_one_that_goes(
         if progress.phase == when && !std::mem::replace(&mut went, true) {
             match goes {
                 Goes::Destroyed => mock.domain(domid).unwrap().destroy().unwrap(),
-                Goes::ShutsDown(reason) => {
-                    let mut work = WorkloadSpec::writes(1, 1000, 16);
-                    work.end = Some(WorkloadEnd { after: 0, reason });
-                    mock.workload(domid, &work).unwrap().step(1).unwrap();
+                Goes::ShutsDown(reason) => shut_down(&mock, domid, reason),
+                Goes::Resumed => mock.domain(domid).unwrap().resume().unwrap(),
+                Goes::ResumedAndShutsDown(reason) => {
+                    mock.domain(domid).unwrap().resume().unwrap();
+                    shut_down(&mock, domid, reason);
                 }
             }
         }
@@ -347,6 +359,44 @@ fn a_guest_that_goes_away_is_said_to_have_gone_and_is_left_as_it_is() {
                     matches!(&error, SaveError::Guest(GuestError::Destroyed)),
                     "{what}"
                 );
+            }
+        }
+    }
+}
+
+/// What another program does to it is not undone, and it is not said to be suspended.
+#[test]
+fn a_guest_that_is_resumed_meanwhile_runs_on_or_has_gone() {
+    let suspended = [
+        (false, Phase::Pages),
+        (false, Phase::Tail),
+        (true, Phase::StopAndCopy),
+        (true, Phase::Tail),
+    ];
+    for kind in [GuestKind::Pv, GuestKind::Pvh] {
+        let spec = GuestSpec::new("web", kind, 8);
+        for (live, when) in suspended {
+            for by_calls in [false, true] {
+                let how = (live, by_calls);
+                let (mock, domid, error) = save_of_one_that_goes(&spec, how, when, Goes::Resumed);
+                let what = format!("{kind:?} {how:?} {when:?}: {error}");
+                assert!(
+                    !matches!(&error, SaveError::NotResumed { .. } | SaveError::Aborted),
+                    "{what}"
+                );
+                let info = mock.domain(domid).unwrap().info().unwrap();
+                assert_eq!(info.shutdown, None, "{what}");
+                let reason = ShutdownReason::Crash;
+                let goes = Goes::ResumedAndShutsDown(reason);
+                let (mock, domid, error) = save_of_one_that_goes(&spec, how, when, goes);
+                let what = format!("{kind:?} {how:?} {when:?}: {error}");
+                assert!(
+                    matches!(&error, SaveError::Guest(GuestError::ShutDown { reason: said })
+                        if *said == reason),
+                    "{what}"
+                );
+                let info = mock.domain(domid).unwrap().info().unwrap();
+                assert_eq!(info.shutdown, Some(reason), "{what}");
             }
         }
     }

@@ -40,7 +40,7 @@ pub use log_dirty::{DirtyBitmap, DirtyRead, DirtyStats, LogDirty};
 pub use nix::errno::Errno;
 pub use pages::{Access, ForeignPage, ForeignPages, Gather, Unwritten, WriteCall};
 pub use uuid::{BadUuid, Uuid};
-pub use xen::{OpenError, Ring, XenHost};
+pub use xen::{OpenError, Ring, XenHost, known_versions};
 
 /// A domain's number, 0–0x7fef; 0 is the control domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

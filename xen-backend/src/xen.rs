@@ -40,6 +40,7 @@ use crate::{DomId, Domain, DomainInfo, GuestKind, Host, NewDomain, XenVersion};
 #[cfg(feature = "mock")]
 pub(crate) use self::create::MSR_RELAXED;
 pub use self::direct::Ring;
+pub use self::interface::known_versions;
 pub use self::open::OpenError;
 
 /// Numbers from here on are not domains' (`DOMID_FIRST_RESERVED`).

@@ -12,6 +12,7 @@ use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_op
 use xsr_format::frame::Gfn;
 use xsr_format::read::{ReadOptions, RecordReader};
 use xsr_save_restore::back_channel::FdBackChannel;
+use xsr_save_restore::error::GuestError;
 use xsr_save_restore::restore::checkpoint::CheckpointOptions;
 use xsr_save_restore::save::{BUFFER_OCTETS, Checkpoints};
 use xsr_save_restore::sink::FdSink;
@@ -331,6 +332,12 @@ fn errno_of(error: &(dyn StdError + 'static)) -> Errno {
         match error.downcast_ref::<SaveError>() {
             Some(SaveError::Aborted) => return Errno::ECANCELED,
             Some(SaveError::PolicyAborted { .. }) => return Errno::ETIMEDOUT,
+            // libxl prints "No such process", where EIO ("Input/output error") would send the
+            // reader to a disk.
+            Some(SaveError::Guest(GuestError::Destroyed | GuestError::ShutDown { .. })) => {
+                return Errno::ESRCH;
+            }
+            Some(SaveError::NotResumed { cause, .. }) => return errno_of(&**cause),
             _ => {}
         }
         match error.downcast_ref::<RestoreError>() {
@@ -353,6 +360,7 @@ fn errno_of(error: &(dyn StdError + 'static)) -> Errno {
 #[cfg(test)]
 mod tests {
     use anyhow::anyhow;
+    use xsr_xen_backend::ShutdownReason;
 
     use super::*;
 
@@ -365,6 +373,10 @@ mod tests {
         let error = anyhow::Error::new(SaveError::from(raw)).context("saving");
         assert_eq!(errno_of(error.as_ref()), Errno::ENOSPC);
         assert_eq!(errno_of(&SaveError::Aborted), Errno::ECANCELED);
+        let reason = ShutdownReason::Crash;
+        for gone in [GuestError::Destroyed, GuestError::ShutDown { reason }] {
+            assert_eq!(errno_of(&SaveError::from(gone)), Errno::ESRCH);
+        }
         let full = RestoreError::NoMemory {
             pfn: xsr_format::frame::Pfn(7),
             tot_pages: 1,

@@ -60,6 +60,9 @@ pub(crate) struct MockCreateArgs {
     pub(crate) seed: u64,
     #[command(flatten)]
     pub(crate) workload: WorkloadArgs,
+    /// Print what was done as JSON (docs/json.md)
+    #[arg(long)]
+    pub(crate) json: bool,
     /// The domain's name
     pub(crate) name: String,
 }
@@ -91,6 +94,9 @@ pub(crate) struct MockShowArgs {
 pub(crate) struct MockDomainArgs {
     #[command(flatten)]
     pub(crate) host: MockHostArg,
+    /// Print what was done as JSON (docs/json.md)
+    #[arg(long)]
+    pub(crate) json: bool,
     /// Name or number of the domain
     pub(crate) domain: String,
 }
@@ -100,6 +106,9 @@ pub(crate) struct MockDomainArgs {
 pub(crate) struct MockRenameArgs {
     #[command(flatten)]
     pub(crate) host: MockHostArg,
+    /// Print what was done as JSON (docs/json.md)
+    #[arg(long)]
+    pub(crate) json: bool,
     /// Name or number of the domain
     pub(crate) domain: String,
     /// Its new name
@@ -122,6 +131,9 @@ pub(crate) struct MockWorkloadArgs {
     pub(crate) host: MockHostArg,
     #[command(flatten)]
     pub(crate) workload: WorkloadArgs,
+    /// Print what was done as JSON (docs/json.md)
+    #[arg(long)]
+    pub(crate) json: bool,
     /// Name or number of the domain
     pub(crate) domain: String,
 }

@@ -3,12 +3,13 @@
 //! page.
 
 use std::fs;
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use nix::sys::statvfs::statvfs;
+use serde::Serialize;
 use tempfile::TempDir;
 use xsr_save_restore::SaveOptions;
 use xsr_save_restore::sink::FdSink;
@@ -18,8 +19,9 @@ use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
 use xsr_xen_backend::{DomId, GuestKind};
 
 use super::{diff, mock, restore, save};
-use crate::args::ProgressArg;
+use crate::args::{DemoArgs, ProgressArg};
 use crate::backend::{self, Hypervisor};
+use crate::config;
 use crate::exit::Code;
 use crate::file::Input;
 use crate::image::Reading;
@@ -80,7 +82,7 @@ const GUESTS: [Guest; 4] = [
 const ROOM: u64 = 2 << 30;
 
 /// Run the demo. Nothing is left behind, whatever happens.
-pub(crate) fn run(terminal: &Terminal) -> Result<Code> {
+pub(crate) fn run(args: &DemoArgs, terminal: &Terminal) -> Result<Code> {
     let no_lines = ProgressArg { progress_fd: None };
     let watch = Watch::start(terminal, no_lines, "making")?;
     let started = Instant::now();
@@ -93,7 +95,11 @@ pub(crate) fn run(terminal: &Terminal) -> Result<Code> {
         terminal,
         watch,
     };
-    let mut out = Results::new();
+    let mut out: Box<dyn Write> = match args.json {
+        true => Box::new(io::sink()),
+        false => Box::new(Results::new()),
+    };
+    let mut report = Report::default();
     writeln!(
         out,
         "Two mock machines in {}; {} domains on the first.\n",
@@ -121,6 +127,7 @@ pub(crate) fn run(terminal: &Terminal) -> Result<Code> {
             row.compared
         )?;
         out.flush()?;
+        report.domains.push(Came::of(guest, &row));
         totals.add(&row);
     }
     let (saving, restoring) = (
@@ -136,13 +143,58 @@ pub(crate) fn run(terminal: &Terminal) -> Result<Code> {
         size(totals.octets),
         started.elapsed().as_secs_f64()
     )?;
-    out.finish()?;
+    out.flush()?;
+    if args.json {
+        report.pages_compared = totals.compared;
+        report.seconds = started.elapsed().as_secs_f64();
+        let mut out = Results::new();
+        out.json(&report)?;
+        out.finish()?;
+    }
     let path = place.path().to_owned();
     drop(demo);
     place
         .close()
         .with_context(|| format!("removing {}", path.display()))?;
     Ok(Code::Fine)
+}
+
+/// What `--json` prints (docs/json.md).
+#[derive(Debug, Default, Serialize)]
+struct Report {
+    domains: Vec<Came>,
+    pages_compared: u64,
+    seconds: f64,
+}
+
+/// A domain that came back.
+#[derive(Debug, Serialize)]
+struct Came {
+    name: &'static str,
+    kind: &'static str,
+    bits: u8,
+    memory_kib: u64,
+    page_data_octets: u64,
+    save_seconds: f64,
+    verify_seconds: f64,
+    restore_seconds: f64,
+    pages_compared: u64,
+}
+
+impl Came {
+    fn of(guest: &Guest, row: &Row) -> Self {
+        Self {
+            name: guest.name,
+            kind: config::kind_name(guest.kind),
+            bits: guest.width * 8,
+            memory_kib: guest.memory_mib << 10,
+            page_data_octets: row.octets,
+            save_seconds: row.save.as_secs_f64(),
+            verify_seconds: row.verify.as_secs_f64(),
+            restore_seconds: row.restore.as_secs_f64(),
+            pages_compared: row.compared,
+        }
+    }
 }
 
 /// A temporary directory: in memory where there is room, so that disks have no part

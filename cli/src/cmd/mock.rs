@@ -3,6 +3,7 @@
 use std::io::Write;
 
 use anyhow::{Context as _, Error, Result, bail};
+use serde::Serialize;
 use xsr_format::frame::PAGE_SIZE;
 use xsr_xen_backend::domain_store::DomainRef;
 use xsr_xen_backend::mock::{
@@ -19,7 +20,7 @@ use crate::config;
 use crate::exit::{BadUsage, Code};
 use crate::interrupt::Interrupt;
 use crate::left::{self, Left};
-use crate::stdout::Results;
+use crate::stdout::{self, Results};
 use crate::terminal::Terminal;
 use crate::text::{hex, size};
 use crate::workload;
@@ -30,11 +31,11 @@ pub(crate) fn run(command: &MockCommand, terminal: &Terminal) -> Result<Code> {
         MockCommand::Create(args) => create(args, terminal)?,
         MockCommand::List(args) => list(args)?,
         MockCommand::Show(args) => show(args)?,
-        MockCommand::Workload(args) => set_workload(args)?,
-        MockCommand::Pause(args) => change(args, "pausing", Reached::pause)?,
-        MockCommand::Unpause(args) => change(args, "unpausing", Reached::unpause)?,
-        MockCommand::Resume(args) => change(args, "resuming", Reached::resume)?,
-        MockCommand::Rename(args) => rename(args)?,
+        MockCommand::Workload(args) => set_workload(args, terminal)?,
+        MockCommand::Pause(args) => change(args, "pausing", Reached::pause, terminal)?,
+        MockCommand::Unpause(args) => change(args, "unpausing", Reached::unpause, terminal)?,
+        MockCommand::Resume(args) => change(args, "resuming", Reached::resume, terminal)?,
+        MockCommand::Rename(args) => rename(args, terminal)?,
         MockCommand::Destroy(args) => destroy(args, terminal)?,
     }
     Ok(Code::Fine)
@@ -93,12 +94,48 @@ fn create(args: &MockCreateArgs, terminal: &Terminal) -> Result<()> {
 
 /// Say what was made.
 fn made(args: &MockCreateArgs, domid: DomId, terminal: &Terminal) -> Result<()> {
-    terminal.note(&format!(
-        "{} is {domid} of {}",
-        args.name,
-        args.host.host.display()
-    ));
+    let done = format!("{} is {domid} of {}", args.name, args.host.host.display());
+    terminal.note(&done);
+    if args.json {
+        let document = Done {
+            name: &args.name,
+            domid,
+            state: "running",
+        };
+        stdout::report(terminal, &done, &document);
+    }
     Ok(())
+}
+
+/// What `--json` prints of a domain that was made or changed (docs/json.md).
+#[derive(Debug, Serialize)]
+struct Done<'a> {
+    name: &'a str,
+    domid: DomId,
+    /// As `list` has it, or `destroyed`.
+    state: &'static str,
+}
+
+/// Print what the domain is now, if that was asked for.
+fn done(json: bool, host: &Reached, domain: &str, terminal: &Terminal) -> Result<()> {
+    if json {
+        let now = host.show(domain)?.summary;
+        let document = Done {
+            name: &now.name,
+            domid: now.domid,
+            state: json_state(now.state),
+        };
+        stdout::report(terminal, &format!("{domain} is changed"), &document);
+    }
+    Ok(())
+}
+
+/// As the list has it in JSON.
+fn json_state(state: DomainState) -> &'static str {
+    match state {
+        DomainState::Shutdown => "shutdown",
+        other => self::state(other),
+    }
 }
 
 /// Have the command that has the host open make a guest.
@@ -248,7 +285,7 @@ fn print(
     Ok(())
 }
 
-fn set_workload(args: &MockWorkloadArgs) -> Result<()> {
+fn set_workload(args: &MockWorkloadArgs, terminal: &Terminal) -> Result<()> {
     let host = MockHost::reach(&args.host.host)?;
     let domid = host.show(&args.domain)?.summary.domid;
     // What it is made from need not be said: the domain itself was made from a seed.
@@ -261,7 +298,8 @@ fn set_workload(args: &MockWorkloadArgs) -> Result<()> {
             workload::record(spec)?
         }
     };
-    Ok(host.userdata_store(&args.domain, workload::WORKLOAD, &record)?)
+    host.userdata_store(&args.domain, workload::WORKLOAD, &record)?;
+    done(args.json, &host, &args.domain, terminal)
 }
 
 /// Do one thing to one domain.
@@ -269,6 +307,7 @@ fn change(
     args: &MockDomainArgs,
     what: &str,
     change: impl Fn(&Reached, &str) -> Result<(), MockError>,
+    terminal: &Terminal,
 ) -> Result<()> {
     let host = MockHost::reach(&args.host.host)?;
     if let Ok(report) = host.show(&args.domain) {
@@ -285,7 +324,8 @@ fn change(
             args.domain,
             now.as_deref().unwrap_or("gone")
         )
-    })
+    })?;
+    done(args.json, &host, &args.domain, terminal)
 }
 
 /// Refuse what the domain's condition does not allow, in its words rather than an errno.
@@ -305,7 +345,7 @@ fn possible(what: &str, report: &DomainReport) -> Result<()> {
     }
 }
 
-fn rename(args: &MockRenameArgs) -> Result<()> {
+fn rename(args: &MockRenameArgs, terminal: &Terminal) -> Result<()> {
     let host = MockHost::reach(&args.host.host)?;
     host.rename(&args.domain, &args.name)?;
     let name = match args.domain.bytes().all(|byte| byte.is_ascii_digit()) {
@@ -314,15 +354,26 @@ fn rename(args: &MockRenameArgs) -> Result<()> {
         false => &args.name,
     };
     let kept = host.userdata_get(name, backend::CONFIG)?;
-    let Some(json) = kept.map(String::from_utf8).transpose()? else {
-        return Ok(());
-    };
-    let json = config::renamed(&json, &args.name)?;
-    Ok(host.userdata_store(name, backend::CONFIG, json.as_bytes())?)
+    if let Some(json) = kept.map(String::from_utf8).transpose()? {
+        let json = config::renamed(&json, &args.name)?;
+        host.userdata_store(name, backend::CONFIG, json.as_bytes())?;
+    }
+    done(args.json, &host, name, terminal)
 }
 
 fn destroy(args: &MockDomainArgs, terminal: &Terminal) -> Result<()> {
-    MockHost::reach(&args.host.host)?.destroy(&args.domain)?;
-    terminal.note(&format!("{} is gone", args.domain));
+    let host = MockHost::reach(&args.host.host)?;
+    let before = host.show(&args.domain).map(|report| report.summary);
+    host.destroy(&args.domain)?;
+    let done = format!("{} is gone", args.domain);
+    terminal.note(&done);
+    if let (true, Ok(before)) = (args.json, before) {
+        let document = Done {
+            name: &before.name,
+            domid: before.domid,
+            state: "destroyed",
+        };
+        stdout::report(terminal, &done, &document);
+    }
     Ok(())
 }

@@ -205,6 +205,44 @@ fn a_client_that_says_nothing_does_not_keep_a_listening_receiver() {
     drop(client);
 }
 
+/// A socket in a directory that others can write to may be another user's, who was there first.
+#[test]
+fn a_listener_of_another_user_is_given_no_domain() {
+    const NOBODY: u32 = 65_534;
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("SKIPPED: a process of another user: this is not root");
+        return;
+    }
+    let hosts = Hosts::with("pvh", &[]);
+    // Where that user reaches the program, and may listen.
+    let place = tempfile::tempdir().unwrap();
+    let open = std::os::unix::fs::PermissionsExt::from_mode(0o777);
+    std::fs::set_permissions(place.path(), open).unwrap();
+    let program = place.path().join("xsr");
+    std::fs::copy(env!("CARGO_BIN_EXE_xsr"), &program).unwrap();
+    let to = format!("unix:{}", place.path().join("socket").display());
+    let theirs = format!("mock:{}", place.path().join("host").display());
+    let mut listener =
+        std::os::unix::process::CommandExt::uid(&mut std::process::Command::new(&program), NOBODY)
+            .args(["migrate-receive", "--backend", &theirs, "--listen", &to])
+            .current_dir(place.path())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+    let mut said = std::io::BufReader::new(listener.stderr.take().unwrap());
+    let mut line = String::new();
+    std::io::BufRead::read_line(&mut said, &mut line).unwrap();
+    assert!(line.contains("waiting at"), "{line}");
+    run(["migrate", &backend(&hosts.here), "web", &to])
+        .code(1)
+        .stderr_has("a process of another user listens there (uid 65534")
+        .stderr_has("put the socket into a directory of your own")
+        .stderr_has("web runs on here");
+    // It took the connection for that of its sender.
+    assert!(!listener.wait().unwrap().success());
+    assert_eq!(hosts.domains(), [HERE.map(str::to_owned).to_vec(), vec![]]);
+}
+
 #[test]
 fn a_receivers_reason_reaches_the_sender_over_a_socket() {
     let hosts = Hosts::with("pvh", &[]);

@@ -18,7 +18,7 @@
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 use crate::sys::{common as sys, v12, v13, v14, v15, v16, v17, v18};
-use crate::{DomId, DomainInfo, GuestKind, ShutdownReason, Uuid};
+use crate::{DomId, DomainInfo, GuestKind, ShutdownReason, Uuid, XenVersion};
 use xsr_format::frame::Gfn;
 
 /// The versions of the domctl and the sysctl interface that a Xen 4.`minor` has; above
@@ -36,6 +36,21 @@ pub(crate) const fn versions(minor: u16) -> (u32, u32) {
         // What is to come.
         _ => (0x19, 0x17),
     }
+}
+
+/// The first Xen 4.x whose interface is in the table.
+const OLDEST_MINOR: u16 = 14;
+
+/// The oldest and the newest Xen that [`XenHost::open`](super::XenHost::open) works with.
+pub fn known_versions() -> [XenVersion; 2] {
+    let known = |minor: &u16| {
+        let domctl = versions(*minor).0;
+        INTERFACES
+            .iter()
+            .any(|interface| interface.domctl == domctl)
+    };
+    let newest = (OLDEST_MINOR..).take_while(known).last();
+    [OLDEST_MINOR, newest.unwrap_or(OLDEST_MINOR)].map(|minor| XenVersion { major: 4, minor })
 }
 
 /// What a new domain is to be.

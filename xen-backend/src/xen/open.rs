@@ -10,7 +10,7 @@ use nix::unistd::geteuid;
 use thiserror::Error;
 
 use super::calls::{self, Calls};
-use super::interface::{INTERFACES, Interface, versions};
+use super::interface::{INTERFACES, Interface, known_versions, versions};
 use super::{Privcmd, sys};
 use crate::XenVersion;
 use crate::privcmd::{Call, Hypercalls};
@@ -72,10 +72,11 @@ pub enum OpenError {
     /// A version of the interface that is not known.
     #[error(
         "Xen {major}.{minor} speaks version {} of the domctl interface; this xsr knows {} to \
-         {} (Xen 4.14 to 4.22). Use an xsr made for this Xen, or a Xen that this xsr knows",
+         {} ({}). Use an xsr made for this Xen, or a Xen that this xsr knows",
         found.map_or_else(|| "an unknown".to_owned(), |found| format!("{found:#x}")),
         format_args!("{:#x}", known.0),
-        format_args!("{:#x}", known.1)
+        format_args!("{:#x}", known.1),
+        format_args!("Xen 4.{} to 4.{}", known_versions()[0].minor, known_versions()[1].minor)
     )]
     UnknownInterface {
         /// Of the hypervisor.

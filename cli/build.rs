@@ -1,0 +1,30 @@
+//! Says from which commit a release build was made, in `XSR_COMMIT`: its short hash, with `+` where
+//! files differ from it. Empty where there is no git, and in a debug build, which would have to be
+//! made anew after each commit to be true.
+
+use std::process::Command;
+
+fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    let release = std::env::var("PROFILE").is_ok_and(|profile| profile == "release");
+    let commit = release.then(commit).flatten().unwrap_or_default();
+    println!("cargo::rustc-env=XSR_COMMIT={commit}");
+}
+
+fn commit() -> Option<String> {
+    let hash = git(&["rev-parse", "--short=12", "HEAD"])?;
+    // What changes with each commit, and what with each checkout.
+    for name in ["logs/HEAD", "HEAD", "index"] {
+        let path = git(&["rev-parse", "--git-path", name])?;
+        println!("cargo::rerun-if-changed={path}");
+    }
+    let changed = git(&["status", "--porcelain", "--untracked-files=no"])?;
+    let mark = if changed.is_empty() { "" } else { "+" };
+    Some(format!("{hash}{mark}"))
+}
+
+fn git(arguments: &[&str]) -> Option<String> {
+    let output = Command::new("git").args(arguments).output().ok()?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    output.status.success().then(|| text.trim().to_owned())
+}
