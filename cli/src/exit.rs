@@ -261,8 +261,7 @@ pub(crate) fn advice(error: &anyhow::Error) -> Option<&'static str> {
 
 /// Whether all that a receiver knows is that its sender has hung up.
 pub(crate) fn is_hung_up(error: &anyhow::Error) -> bool {
-    let no_checkpoint =
-        |cause: &RestoreError| matches!(cause, RestoreError::NoCheckpoint);
+    let no_checkpoint = |cause: &RestoreError| matches!(cause, RestoreError::NoCheckpoint);
     ends_early(error)
         || failure(error)
             .chain()

@@ -245,13 +245,14 @@ impl<'a> Image<'a> {
 
     /// Read the headers of what a sender sends, and find out what the domain needs.
     pub(crate) fn open_migration(source: ImageSource<'a>) -> Result<Self> {
-        let walk = Walk::open(source, ReadOptions::default()).map_err(|error| match error.cause {
-            // It is no file that is empty.
-            ReadErrorCause::Unreadable(Detected::Empty) => {
-                Error::msg("the sender hung up before it sent anything")
-            }
-            _ => Error::new(error),
-        })?;
+        let walk =
+            Walk::open(source, ReadOptions::default()).map_err(|error| match error.cause {
+                // It is no file that is empty.
+                ReadErrorCause::Unreadable(Detected::Empty) => {
+                    Error::msg("the sender hung up before it sent anything")
+                }
+                _ => Error::new(error),
+            })?;
         let (reader, around) = walk.into_libxc()?;
         let header = around
             .xl()
