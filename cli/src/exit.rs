@@ -259,15 +259,6 @@ pub(crate) fn advice(error: &anyhow::Error) -> Option<&'static str> {
     )
 }
 
-/// Whether all that a receiver knows is that its sender has hung up.
-pub(crate) fn is_hung_up(error: &anyhow::Error) -> bool {
-    let no_checkpoint = |cause: &RestoreError| matches!(cause, RestoreError::NoCheckpoint);
-    ends_early(error)
-        || failure(error)
-            .chain()
-            .any(|cause| cause.downcast_ref().is_some_and(no_checkpoint))
-}
-
 /// Whether what was read ended where it must not.
 pub(crate) fn ends_early(error: &anyhow::Error) -> bool {
     any_ends_early(failure(error).chain())

@@ -225,11 +225,6 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
     {
         why = End::Failed(Error::msg(outcome));
     }
-    if let (Some(Outcome::GivenBack { .. }), End::Failed(_), Some(link)) = (outcome, &why, &link)
-        && let Some(reason) = link.reason()
-    {
-        why = End::Failed(Error::msg(format!("the other end has failed: {reason}")));
-    }
     for cause in &causes {
         let (action, why) = (cause.action, exit::words_of(&*cause.error));
         tracing::info!(?action, why, "it could not be done");

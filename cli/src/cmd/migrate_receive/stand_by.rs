@@ -92,10 +92,6 @@ impl Receiver<'_> {
             ))),
             (_, Some(Err(error)), _) => {
                 let left = (end == StandbyEnd::LeftBehind).then(|| why(StandbyAction::Destroy));
-                // That it has hung up, or ended the protection, the sender knows.
-                if !error.is::<Withdrawn>() && !exit::is_hung_up(&error) {
-                    self.tell_why(&exit::words(error.chain()));
-                }
                 Err(not_taken_over(&name, &error, left))
             }
             (..) => Err(failed(format!(
