@@ -16,10 +16,10 @@ const LEAF_BYTES: usize = 24;
 /// The subleaf of a leaf that has none.
 const NO_SUBLEAF: u32 = u32::MAX;
 
-/// The largest basic and extended leaf, and subleaf of leaf 7, of Xen 4.13.
+/// The largest basic and extended leaf of Xen 4.13, and its only subleaf of leaf 7.
 const MAX_BASIC: u32 = 0xd;
 const MAX_EXTENDED: u32 = 0x8000_001c;
-const MAX_FEATURES: u32 = 0;
+const ONLY_FEATURES: u32 = 0;
 
 /// A bit of a register: leaf, subleaf, register from eax on, bit.
 type Bit = (u32, u32, usize, u32);
@@ -103,10 +103,10 @@ impl Leaves {
         self.clamp(0, MAX_BASIC);
         self.clamp(0x8000_0000, MAX_EXTENDED);
         if let Some(registers) = self.0.get_mut(&(7, 0)) {
-            registers[EAX] = MAX_FEATURES;
+            registers[EAX] = ONLY_FEATURES;
         }
         self.0
-            .retain(|(leaf, subleaf), _| *leaf != 7 || *subleaf <= MAX_FEATURES);
+            .retain(|(leaf, subleaf), _| *leaf != 7 || *subleaf == ONLY_FEATURES);
         self.put(ITSC, false);
         if translated {
             self.hide_threads();
