@@ -19,6 +19,7 @@ pub mod fields;
 pub mod frame;
 pub mod guest_image;
 pub mod image;
+pub mod layout;
 pub mod legacy;
 pub mod order;
 pub mod read;

@@ -3,7 +3,8 @@
 //!
 //! Records keep their order and their blobs; only what the byte order and the version decide
 //! is written anew. A version 2 stream gets its STATIC_DATA_END where version 2 implies it.
-//! The contents of pages go from source to sink by whatever way the caller has.
+//! The contents of pages go from source to sink by whatever way the caller has. The pads of the
+//! mapped layout are dropped; the sink decides whether to put its own in.
 //!
 //! Legacy streams have a converter of their own: [`legacy::convert`](crate::legacy::convert).
 //!
@@ -15,8 +16,9 @@ use thiserror::Error;
 
 use crate::byte_order::ByteOrder;
 use crate::error::{ReadError, WriteError};
-use crate::frame::Pfn;
+use crate::frame::{PageEntry, Pfn};
 use crate::image::{DomainHeader, Version};
+use crate::layout::leading_pads;
 use crate::read::{EndedAfter, PageDataBody};
 use crate::record::hvm::HvmParam;
 use crate::record::pv::PvInfo;
@@ -40,6 +42,30 @@ pub enum Layer {
 
 /// Moves so many octets, or as many as there are, from a source to a sink; says how many.
 pub type CopyOctets<R, W> = fn(&mut R, u64, &mut W) -> Result<u64, CopyError>;
+
+/// Where a converted image goes. The methods decide its layout: as they are, the stream layout.
+pub trait ImageSink: Write {
+    /// Writes xl's header.
+    ///
+    /// # Errors
+    ///
+    /// The sink's error; a header that cannot be written.
+    fn xl_header(&mut self, header: &XlHeader) -> io::Result<()> {
+        self.write_all(&header.encode())
+    }
+
+    /// Writes a PAGE_DATA record up to its pages, which follow.
+    ///
+    /// # Errors
+    ///
+    /// The sink's error; entries that no record can have.
+    fn page_data(&mut self, entries: &[PageEntry]) -> Result<(), WriteError> {
+        let head = page_data_head(entries)?;
+        Ok(self.write_all(&head)?)
+    }
+}
+
+impl ImageSink for Vec<u8> {}
 
 /// Which end of a copy failed.
 #[derive(Debug, Error)]
@@ -124,7 +150,7 @@ impl From<WrapperWriteError> for TranscodeError {
 ///
 /// The source is bad or failed, the sink failed, or a record has no form in version 3. What
 /// has been written is of no use then.
-pub fn transcode<R: Read, W: Write>(
+pub fn transcode<R: Read, W: ImageSink>(
     walk: &mut Walk<R>,
     sink: &mut W,
     to: Layer,
@@ -150,7 +176,8 @@ pub fn transcode<R: Read, W: Write>(
                 _ => None,
             };
             let header = xl.or(own).ok_or(TranscodeError::NoConfiguration)?;
-            out.octets(&header.for_version_2().encode())?;
+            let header = header.for_version_2();
+            out.sink.xl_header(&header).map_err(TranscodeError::Write)?;
             xl_written = true;
         }
         out.at = step.position.offset;
@@ -182,11 +209,7 @@ struct Transcoder<'s, W> {
     summary: Summary,
 }
 
-impl<W: Write> Transcoder<'_, W> {
-    fn octets(&mut self, octets: &[u8]) -> Result<(), TranscodeError> {
-        self.sink.write_all(octets).map_err(TranscodeError::Write)
-    }
-
+impl<W: ImageSink> Transcoder<'_, W> {
     /// What both writers have made goes to the sink.
     fn deliver(&mut self) -> Result<(), TranscodeError> {
         let libxl = self.libxl.as_mut().map(LibxlWriter::sink_mut);
@@ -261,13 +284,14 @@ impl<W: Write> Transcoder<'_, W> {
         self.static_data_ends()?;
         self.deliver()?;
         self.summary.records = self.summary.records.saturating_add(1);
+        let pads = leading_pads(body.entries().iter());
         let entries = body.entries().len();
-        self.summary.entries = self.summary.entries.saturating_add(entries as u64);
+        let real = entries.saturating_sub(pads) as u64;
+        self.summary.entries = self.summary.entries.saturating_add(real);
         // A reader takes larger batches than a writer may write.
-        for at in (0..entries).step_by(MAX_BATCH) {
+        for at in (pads..entries).step_by(MAX_BATCH) {
             let batch: Vec<_> = body.entries().part(at, MAX_BATCH).iter().collect();
-            let head = page_data_head(&batch)?;
-            self.octets(&head)?;
+            self.sink.page_data(&batch)?;
             let pages = batch.iter().filter(|e| e.page_type.has_data()).count() as u64;
             let sink = &mut *self.sink;
             let mut failed = None;

@@ -12,7 +12,7 @@ use zerocopy::IntoBytes;
 
 use crate::byte_order::ByteOrder;
 use crate::error::{DecodeError, Length, WriteError};
-use crate::frame::{Page, PageEntry, Pfn, WirePageEntry};
+use crate::frame::{Page, PageEntry, PageType, Pfn, WirePageEntry};
 use crate::image::{DomainHeader, ImageHeader, Version};
 use crate::record::hvm::{HvmParam, WireHvmParam, WireHvmParamsHead};
 use crate::record::page_data::WirePageDataHead;
@@ -42,6 +42,14 @@ fn length_error(kind: RecordKind, expected: Length, got: usize) -> WriteError {
 /// No entry or more than [`MAX_BATCH`]; an unknown type; a pfn beyond
 /// [`PageEntry::MAX_PFN`].
 pub fn page_data_head(entries: &[PageEntry]) -> Result<Vec<u8>, WriteError> {
+    padded_page_data_head(0, entries)
+}
+
+/// As [`page_data_head`], with so many pad entries of the mapped layout before the others.
+pub(crate) fn padded_page_data_head(
+    pads: u64,
+    entries: &[PageEntry],
+) -> Result<Vec<u8>, WriteError> {
     const KIND: RecordKind = RecordKind::PAGE_DATA;
     if entries.is_empty() {
         return Err(encode(KIND, DecodeError::PageCountZero));
@@ -70,17 +78,31 @@ pub fn page_data_head(entries: &[PageEntry]) -> Result<Vec<u8>, WriteError> {
         }
         pages = pages.saturating_add(u64::from(entry.page_type.has_data()));
     }
-    // At most 8 + 8 · 1024 + 4096 · 1024: far below u32::MAX and MAX_BODY.
-    let length = (entries.len() as u64)
+    // At most 8 + 8 · 1535 + 4096 · 1024: far below u32::MAX and MAX_BODY.
+    let all = pads.saturating_add(entries.len() as u64);
+    let length = all
         .saturating_mul(8)
         .saturating_add(8)
         .saturating_add(pages.saturating_mul(4096));
-    let (Ok(count), Ok(length)) = (u32::try_from(entries.len()), u32::try_from(length)) else {
+    let (Ok(count), Ok(length)) = (u32::try_from(all), u32::try_from(length)) else {
         return Err(WriteError::Bug("PAGE_DATA of one batch is too long"));
     };
-    let mut out = Vec::with_capacity(entries.len().saturating_mul(8).saturating_add(16));
+    let mut out = Vec::with_capacity((count as usize).saturating_mul(8).saturating_add(16));
     out.extend_from_slice(header(KIND, length).as_bytes());
     out.extend_from_slice(WirePageDataHead::new(count, ORDER).as_bytes());
+    if let Some(first) = entries.first() {
+        let page_type = PageType::XTAB;
+        let pad = WirePageEntry::new(
+            PageEntry {
+                page_type,
+                ..*first
+            },
+            ORDER,
+        );
+        for _ in 0..pads {
+            out.extend_from_slice(pad.as_bytes());
+        }
+    }
     for entry in entries {
         out.extend_from_slice(WirePageEntry::new(*entry, ORDER).as_bytes());
     }

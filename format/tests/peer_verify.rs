@@ -27,6 +27,7 @@ use support::build::{
     TSC_INFO, record,
 };
 use support::images;
+use support::mapped::mapped;
 use support::mutate::{Piece, cut_down, mutant, pieces};
 use xsr_format::byte_order::ByteOrder;
 use xsr_format::error::{DecodeError, Place, ReadError, ReadErrorCause};
@@ -445,6 +446,29 @@ fn known_disagreements() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         ("xl-header", "xl", xl(|image| image[36] |= 0x80)),
         ("xl-header", "xl", xl(|image| image[40] = 1)),
     ]
+}
+
+/// Pads, blanks and a trailer change nothing for Xen's script.
+#[test]
+fn xen_accepts_what_is_mapped() {
+    let Some(mut peer) = Peer::start() else {
+        return;
+    };
+    let mut tally = Tally::default();
+    let shared = images::shared();
+    let large = shared.iter().map(|path| images::load(path));
+    let large = large.chain(images::committed());
+    let large = large.map(|image| ("xl", image.name, image.octets));
+    for (format, name, image) in large.chain(bases()) {
+        for digests in [false, true] {
+            let file = mapped(&image, digests);
+            let accepted = tally.compare(&mut peer, &name, format, &file);
+            assert!(accepted, "{name}, mapped");
+        }
+    }
+    peer.finish();
+    assert_eq!(tally.both_accept, tally.images);
+    eprintln!("mapped images: {} accepted by both", tally.images);
 }
 
 #[test]

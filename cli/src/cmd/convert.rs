@@ -22,7 +22,9 @@ use xsr_format::legacy::{
     Checkpoints, Converted, LegacyGuest, LegacyOptions, LegacyReader, Target,
 };
 use xsr_format::read::ReadOptions;
-use xsr_format::transcode::{CopyError, Dropped, Layer, Summary, TranscodeError, transcode};
+use xsr_format::transcode::{
+    CopyError, Dropped, ImageSink, Layer, Summary, TranscodeError, transcode,
+};
 use xsr_format::walk::Walk;
 use xsr_format::wrapper::libxl::LibxlRecordKind;
 use xsr_format::wrapper::xl::XlHeader;
@@ -369,6 +371,8 @@ fn pour(converted: &mut Converted<&File>, sink: &mut Sink<'_>) -> Result<()> {
     }
     Ok(())
 }
+
+impl ImageSink for Sink<'_> {}
 
 /// From file to file, by the kernel where it can.
 fn copy_octets(source: &mut &File, octets: u64, sink: &mut Sink<'_>) -> Result<u64, CopyError> {

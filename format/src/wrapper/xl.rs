@@ -10,6 +10,7 @@
 //! The JSON is not looked into: that is for whoever understands libxl's types.
 
 use std::io::{Read, Write};
+use std::iter;
 
 use thiserror::Error;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -275,6 +276,58 @@ impl XlHeader {
         let mut header = self.clone();
         header.mandatory_flags |= FLAG_STREAM_V2;
         header.in_little_endian()
+    }
+
+    /// This header with blanks at the end of its configuration (before the NUL of JSON), so that
+    /// its length is a multiple of 8, and how many those are. Without a configuration it is as
+    /// it was.
+    ///
+    /// # Errors
+    ///
+    /// There is a configuration, and no room for blanks.
+    pub fn aligned(&self) -> Result<(Self, u32), XlError> {
+        let blanks = self.octets().wrapping_neg() & 7;
+        let header = self.with_config(|config, end| {
+            config.splice(
+                end..end,
+                iter::repeat_n(b' ', usize::try_from(blanks).unwrap_or(0)),
+            );
+        });
+        match header.optional_data.len() > MAX_OPTIONAL_DATA as usize {
+            true => Err(too_long(header.optional_data.len() as u64)),
+            false => {
+                let added = header.octets().saturating_sub(self.octets());
+                Ok((header, u32::try_from(added).unwrap_or(0)))
+            }
+        }
+    }
+
+    /// This header without so many blanks at the end of its configuration, or without as many as
+    /// there are.
+    pub fn without_blanks(&self, blanks: u32) -> Self {
+        self.with_config(|config, end| {
+            let (before, _) = config.split_at_checked(end).unwrap_or_default();
+            let kept = before.iter().rposition(|byte| *byte != b' ');
+            let found = end.saturating_sub(kept.map_or(0, |last| last.saturating_add(1)));
+            config.drain(end.saturating_sub(found.min(blanks as usize))..end);
+        })
+    }
+
+    /// This header with its configuration changed: the change is told where the text ends, before
+    /// the NUL of JSON.
+    fn with_config(&self, change: impl FnOnce(&mut Vec<u8>, usize)) -> Self {
+        let Some(config) = self.config() else {
+            return self.clone();
+        };
+        let text = config.strip_suffix(&[0]).unwrap_or(config).len();
+        let mut config = config.to_vec();
+        change(&mut config, text);
+        let field = U32::new(u32::try_from(config.len()).unwrap_or(u32::MAX), self.order);
+        let optional_data = [field.as_bytes(), &config, self.optional_tail()].concat();
+        Self {
+            optional_data,
+            ..*self
+        }
     }
 
     /// The same, its fields little endian.

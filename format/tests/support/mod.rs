@@ -15,4 +15,5 @@
 pub(crate) mod build;
 pub(crate) mod drive;
 pub(crate) mod images;
+pub(crate) mod mapped;
 pub(crate) mod mutate;

@@ -1,0 +1,81 @@
+//! The index and footer of a mapped image: of any bytes, as they are and with a digest that fits
+//! them, reading fails or says what keeps every rule; a page that is found is inside the image.
+
+#![no_main]
+
+use std::io::Cursor;
+
+use libfuzzer_sys::fuzz_target;
+use xsr_format::frame::{PageEntry, Pfn};
+use xsr_format::layout::check::check;
+use xsr_format::layout::index::{Footer, IndexEntry};
+use xsr_format::layout::{LayoutError, MAX_PADS, MAX_REAL, Mapped};
+
+/// Make a footer of the last bytes whose digest fits, so that what is behind the digest is seen.
+fn seal(bytes: &mut [u8]) {
+    let Some(at) = bytes.len().checked_sub(Footer::BYTES) else {
+        return;
+    };
+    bytes[at..at + 8].copy_from_slice(b"XSRmapFt");
+    // Version 1, a flag or none, place 1, few blanks.
+    bytes[at + 8..at + 12].copy_from_slice(&[1, 0, 0, 0]);
+    bytes[at + 12] &= 1;
+    bytes[at + 13..at + 20].copy_from_slice(&[0, 0, 0, 1, 0, 0, 0]);
+    bytes[at + 20] &= 7;
+    bytes[at + 21..at + 24].fill(0);
+    // As many entries as there is room for at most, right before the footer.
+    let most = at / IndexEntry::BYTES;
+    let records = usize::from(bytes[at + 40]).min(most);
+    bytes[at + 40..at + 48].copy_from_slice(&(records as u64).to_le_bytes());
+    let index = at - records * IndexEntry::BYTES;
+    bytes[at + 32..at + 40].copy_from_slice(&(index as u64).to_le_bytes());
+    let digest = blake3::hash(&bytes[index..at + 128]);
+    bytes[at + 128..].copy_from_slice(digest.as_bytes());
+}
+
+fn read(bytes: &[u8]) {
+    let mut source = Cursor::new(bytes);
+    let mapped = match Mapped::open(&mut source) {
+        Ok(Some(mapped)) => mapped,
+        Ok(None) => return,
+        Err(error) => {
+            // Nothing that can be read is missing.
+            assert!(error.is_bad_image() && !matches!(error, LayoutError::Io(_)));
+            drop(error.to_string());
+            return;
+        }
+    };
+    let footer = *mapped.footer();
+    assert!(footer.image_end < footer.index_offset && footer.index_offset < bytes.len() as u64);
+    let mut before = 0;
+    for entry in mapped.entries() {
+        assert!(before <= entry.offset && entry.end() + 8 <= footer.image_end);
+        assert!(entry.pages == 0 || entry.data_offset() % 4096 == 0);
+        assert!(entry.first_pfn <= entry.last_pfn && entry.last_pfn <= PageEntry::MAX_PFN);
+        assert!(entry.pads <= MAX_PADS && entry.entries - entry.pads <= MAX_REAL);
+        before = entry.end();
+    }
+    let ends = mapped.entries().iter().take(16);
+    let ends: Vec<Pfn> = ends
+        .flat_map(|entry| [entry.first_pfn, entry.last_pfn])
+        .collect();
+    for pfn in ends {
+        if let Ok(Some(found)) = mapped.find(&mut source, pfn) {
+            assert_eq!(found.entry.pfn, pfn);
+            let data = found.data.unwrap_or(0);
+            assert!(data % 4096 == 0 && data < footer.image_end);
+        }
+    }
+    let checked = check(&mapped, &mut source, |damage| {
+        drop(damage.to_string());
+        Ok::<(), LayoutError>(())
+    });
+    assert!(checked.is_ok(), "{checked:?}");
+}
+
+fuzz_target!(|bytes: &[u8]| {
+    read(bytes);
+    let mut sealed = bytes.to_vec();
+    seal(&mut sealed);
+    read(&sealed);
+});
