@@ -244,6 +244,9 @@ pub(crate) struct RestoreArgs {
     /// UUID, too [default: what the image says, or that of FILE]
     #[arg(long)]
     pub(crate) name: Option<String>,
+    /// Restore from a mapped image (docs/mapped.md) whose index is missing or wrong
+    #[arg(long)]
+    pub(crate) ignore_index: bool,
     /// For an image without libxl's configuration: kind of guest [default: found in the image]
     #[arg(long = "type", value_name = "TYPE")]
     pub(crate) kind: Option<RestoreKind>,
@@ -290,6 +293,7 @@ Examples:
   xsr inspect guest.save
   xsr inspect --pages guest.save | less
   xsr inspect --fields guest.save | less
+  xsr inspect --page 0x1234 guest.save
   xsr inspect --json guest.save | jq .guest")]
 pub(crate) struct InspectArgs {
     /// List every page entry (pfn and type)
@@ -299,6 +303,18 @@ pub(crate) struct InspectArgs {
     /// HVM context, shared_info, the emulators' xenstore data, the configuration
     #[arg(long)]
     pub(crate) fields: bool,
+    /// Show the contents of one page, and nothing else; of a mapped image (docs/mapped.md)
+    /// without reading the rest
+    #[arg(
+        long,
+        value_name = "PFN",
+        value_parser = number,
+        conflicts_with_all = ["pages", "fields"]
+    )]
+    pub(crate) page: Option<u64>,
+    /// Read a mapped image as a stream, without looking at its index
+    #[arg(long)]
+    pub(crate) ignore_index: bool,
     /// Tolerate reserved fields that are not zero
     #[arg(long)]
     pub(crate) lenient: bool,
@@ -309,16 +325,33 @@ pub(crate) struct InspectArgs {
     pub(crate) file: PathBuf,
 }
 
+/// A number, decimal or hexadecimal with 0x.
+fn number(text: &str) -> Result<u64, String> {
+    let number = match text.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16),
+        None => text.parse(),
+    };
+    number.map_err(|_| "expected a number, decimal or with 0x".to_owned())
+}
+
 /// Check images against the format's rules
 ///
 /// One line for each file. The exit code is 2 if any of them is bad, else 1 if any
-/// could not be read.
+/// could not be read. Of a mapped image (docs/mapped.md) the index is checked, too; with --deep
+/// every byte is read and compared with the digests, and damage is named by record and pfn.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   xsr verify *.save
+  xsr verify --deep web.mapped
   zstd -dc guest.save.zst | xsr verify -")]
 pub(crate) struct VerifyArgs {
+    /// Check every digest of a mapped image; of any other, say that there are none
+    #[arg(long, conflicts_with = "ignore_index")]
+    pub(crate) deep: bool,
+    /// Read a mapped image as a stream, without looking at its index
+    #[arg(long)]
+    pub(crate) ignore_index: bool,
     /// Tolerate reserved fields that are not zero
     #[arg(long)]
     pub(crate) lenient: bool,

@@ -18,6 +18,7 @@ mod file;
 mod image;
 mod interrupt;
 mod left;
+mod mapped;
 mod origin;
 mod output;
 mod page_map;

@@ -7,7 +7,7 @@
 mod room;
 
 use std::fs::{self, File, Metadata};
-use std::io::{self, IsTerminal as _, Read as _, Seek as _, Write};
+use std::io::{self, BufWriter, IsTerminal as _, Read as _, Seek as _, SeekFrom, Write};
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
@@ -310,6 +310,11 @@ impl Output {
         done.map_err(|error| Aftermath::of(error, after))
     }
 
+    /// Whether it is a new file, in which bytes have places and what was not written is a hole.
+    pub(crate) fn is_new_file(&self) -> bool {
+        matches!(self.writer, Begun::File(_))
+    }
+
     /// Its temporary name, if it has one.
     pub(crate) fn temporary(&self) -> Option<&Path> {
         match &self.writer {
@@ -478,6 +483,9 @@ fn check_device(plan: &Plan<'_>, output: &Metadata) -> Result<()> {
     ))
 }
 
+/// Zeros that are written at once, where there may be no holes.
+const ZEROS: usize = 1 << 20;
+
 /// Writes to an output, counts, and remembers what failed.
 #[derive(Debug)]
 pub(crate) struct Sink<'o> {
@@ -512,6 +520,25 @@ impl Sink<'_> {
     /// Whether writing to it has failed.
     pub(crate) fn has_failed(&self) -> bool {
         self.failed.is_some()
+    }
+
+    /// Move on by so many bytes, which read as zeros and take no room. Only where it takes holes;
+    /// something must be written behind the last of them.
+    pub(crate) fn leave_hole(&mut self, bytes: u64) -> io::Result<()> {
+        let by = i64::try_from(bytes).map_err(io::Error::other)?;
+        let mut file = self.file;
+        let moved = file.seek(SeekFrom::Current(by));
+        self.remember(moved)?;
+        self.bytes += bytes;
+        Ok(())
+    }
+
+    /// Write so many zeros.
+    pub(crate) fn write_zeros(&mut self, bytes: u64) -> io::Result<()> {
+        let mut zeros =
+            BufWriter::with_capacity(ZEROS.min(bytes.try_into().unwrap_or(ZEROS)), self);
+        io::copy(&mut io::repeat(0).take(bytes), &mut zeros)?;
+        zeros.flush()
     }
 
     fn remember<T>(&mut self, result: io::Result<T>) -> io::Result<T> {

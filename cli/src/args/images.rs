@@ -12,17 +12,34 @@ use clap::{Args, Parser, ValueEnum};
 /// Reads everything: legacy images (Xen 4.5 and earlier), version 2, big endian, images of
 /// libvirt, xapi and xend, compressed ones. It is a filter too: `-` is stdin and stdout. Under
 /// the name convert-legacy-stream it takes the arguments of Xen's script of that name.
+///
+/// With --layout mapped, page data is at multiples of 4096 in the file, zero pages are holes, and
+/// behind the image are an index and digests (docs/mapped.md). Stock tools read such an image as
+/// any other.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   xsr convert old.save -o new.save
   xsr convert --to libxl bare.libxc -o guest.libxl
+  xsr convert --layout mapped web.save -o web.mapped
   zcat old.save.gz | xsr convert - -o - | ssh host xl restore /dev/stdin
   LIBXL_CONVERT_HELPER=/usr/lib/xsr/convert-legacy-stream xl restore old.save")]
 pub(crate) struct ConvertArgs {
     /// What to make [default: what it was; of another toolstack's image, a libxl stream]
     #[arg(long, value_name = "LAYER")]
     pub(crate) to: Option<ConvertTo>,
+    /// Where page data lies in the file
+    #[arg(long, value_name = "LAYOUT", default_value = "stream")]
+    pub(crate) layout: ConvertLayout,
+    /// For mapped: write zero pages out, instead of holes
+    #[arg(long)]
+    pub(crate) no_sparse: bool,
+    /// For mapped: a digest for each page, too (16 bytes)
+    #[arg(long)]
+    pub(crate) page_digests: bool,
+    /// Read a mapped image as a stream, without looking at its index
+    #[arg(long)]
+    pub(crate) ignore_index: bool,
     /// The configuration for an xl image: libxl's JSON, in a file [default: found in the image]
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
@@ -56,6 +73,15 @@ pub(crate) enum ConvertTo {
     Libxl,
     /// An image of xl
     Xl,
+}
+
+/// Where page data lies in an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ConvertLayout {
+    /// One record behind the other, as Xen writes them
+    Stream,
+    /// At multiples of 4096, with an index; for files
+    Mapped,
 }
 
 /// What a legacy stream holds.
@@ -267,7 +293,8 @@ pub(crate) enum CatLayer {
 /// Write an image without what stands around it, to stdout or a file
 ///
 /// Compressions, the headers of xl, libvirt and xapi go; the stream inside stays as it is,
-/// octet for octet. (A legacy stream, which nobody reads any more, is converted.)
+/// octet for octet. (A legacy stream, which nobody reads any more, is converted. Of a mapped
+/// image, padding and index go, too: what is left is the stream that a plain save writes.)
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:

@@ -9,14 +9,20 @@ use std::rc::Rc;
 
 use anyhow::{Context as _, Error, Result};
 use xsr_format::detect::Detected;
-use xsr_format::read::{EndedAfter, ReadOptions};
+use xsr_format::error::WriteError;
+use xsr_format::frame::PageEntry;
+use xsr_format::layout::leading_pads;
+use xsr_format::read::{EndedAfter, PageDataBody, ReadOptions};
+use xsr_format::record::{MAX_BATCH, RecordKind};
 use xsr_format::transcode::Layer;
 use xsr_format::walk::{Content, Walk};
 use xsr_format::wrapper::xl::XlHeader;
+use xsr_format::write::page_data_head;
 
 use crate::args::images::{CatArgs, CatLayer};
 use crate::exit::{BadUsage, Code};
 use crate::file::Input;
+use crate::mapped;
 use crate::output::{Existing, Output, Plan, Sink};
 use crate::terminal::Terminal;
 
@@ -50,6 +56,23 @@ impl Read for Heard<'_> {
             self.octets.borrow_mut().extend_from_slice(read);
         }
         Ok(n)
+    }
+}
+
+/// The bytes of a PAGE_DATA record up to its pages, without the pads of the mapped layout. What
+/// was `heard` is handed back where there are none.
+pub(super) fn without_pads<R: Read>(
+    body: &PageDataBody<'_, R>,
+    heard: Vec<u8>,
+) -> Result<Vec<u8>, WriteError> {
+    let entries = body.entries();
+    let pads = leading_pads(entries.iter());
+    let real: Vec<PageEntry> = entries.iter().skip(pads).collect();
+    // The mapped layout is little endian, and has no longer batches than a plain stream.
+    let is_mapped = heard.starts_with(&RecordKind::PAGE_DATA.0.to_le_bytes());
+    match pads > 0 && is_mapped && real.len() <= MAX_BATCH {
+        true => page_data_head(&real),
+        false => Ok(heard),
     }
 }
 
@@ -103,7 +126,10 @@ fn configuration(args: &CatArgs, input: &Input, sink: &mut Sink<'_>) -> Result<(
                 }
                 _ => None,
             };
-            match header.and_then(XlHeader::config) {
+            let index = mapped::usable_index(input);
+            let blanks = index.map_or(0, |index| index.footer().blanks);
+            let header = header.map(|header| header.without_blanks(blanks));
+            match header.as_ref().and_then(XlHeader::config) {
                 Some(config) => config.strip_suffix(&[0]).unwrap_or(config).to_vec(),
                 None => {
                     let why = format!("{}: there is no configuration in it", input.name);
@@ -123,6 +149,8 @@ fn cat(args: &CatArgs, wanted: Layer, input: &Input, sink: &mut Sink<'_>) -> Res
         lenient: args.lenient,
         offset: 0,
     };
+    let index = mapped::usable_index(input);
+    let blanks = index.map_or(0, |index| index.footer().blanks);
     let (source, heard) = Heard::new(&input.file);
     let mut walk = Walk::open(source, options)?;
     let has = match walk.detected() {
@@ -140,7 +168,14 @@ fn cat(args: &CatArgs, wanted: Layer, input: &Input, sink: &mut Sink<'_>) -> Res
             Content::LibxlHeader(_) | Content::LibxlRecord(_) => Layer::Libxl,
             Content::Headers(..) | Content::PageData(_) | Content::Record(_) => Layer::Libxc,
         };
-        let octets = heard.take();
+        let mut octets = heard.take();
+        match &step.content {
+            Content::XlHeader(header) if blanks > 0 => {
+                octets = header.without_blanks(blanks).encode();
+            }
+            Content::PageData(body) => octets = without_pads(body, octets)?,
+            _ => {}
+        }
         if layer <= wanted {
             sink.write_all(&octets)?;
         }

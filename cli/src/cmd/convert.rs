@@ -1,12 +1,14 @@
 //! `xsr convert`: any image as one of today: version 3, little endian, bare or wrapped by
 //! libxl or xl.
 //!
-//! Legacy streams go by [`Converted`], all others by [`transcode`]. Contents of pages are
-//! moved by the kernel where source and sink are files.
+//! Legacy streams go by [`Converted`], all others by [`transcode`]; so do legacy ones that become
+//! mapped, through the pipe of [`Input::unwrapped`]. Contents of pages are moved by the kernel
+//! where source and sink are files, unless they have to be looked at for the mapped layout.
 //!
 //! C implementation: none; Xen's is `tools/python/scripts/convert-legacy-stream`, for which
 //! [`script`] stands in.
 
+mod layout;
 pub(crate) mod script;
 
 use std::fs::File;
@@ -16,6 +18,7 @@ use std::time::Instant;
 use anyhow::{Context as _, Error, Result};
 use serde::Serialize;
 use xsr_format::detect::{Detected, detect};
+use xsr_format::layout::MappedWriter;
 use xsr_format::legacy::convert::{Part, Spool, survey};
 use xsr_format::legacy::detect::ToolstackWidth;
 use xsr_format::legacy::{
@@ -23,16 +26,17 @@ use xsr_format::legacy::{
 };
 use xsr_format::read::ReadOptions;
 use xsr_format::transcode::{
-    CopyError, Dropped, ImageSink, Layer, Summary, TranscodeError, transcode,
+    CopyError, CopyOctets, Dropped, ImageSink, Layer, Summary, TranscodeError, transcode,
 };
 use xsr_format::walk::Walk;
 use xsr_format::wrapper::libxl::LibxlRecordKind;
 use xsr_format::wrapper::xl::XlHeader;
 
-use crate::args::images::{ConvertArgs, ConvertTo, LegacyGuestArg, WidthArg};
+use crate::args::images::{ConvertArgs, ConvertLayout, ConvertTo, LegacyGuestArg, WidthArg};
 use crate::exit::{BadImage, BadUsage, Code};
 use crate::feed;
 use crate::file::Input;
+use crate::mapped;
 use crate::origin;
 use crate::output::{Existing, Output, Plan, Sink};
 use crate::peel::{self, LeftOut};
@@ -48,6 +52,11 @@ struct Report<'a> {
     to: &'static str,
     /// Whether it was a legacy stream.
     legacy: bool,
+    /// `stream` or `mapped`.
+    layout: &'static str,
+    /// Pages of zeros in a mapped image.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    zero_pages: Option<u64>,
     /// Octets written.
     octets: u64,
     seconds: f64,
@@ -62,6 +71,7 @@ struct Report<'a> {
 /// Convert an image.
 pub(crate) fn run(args: &ConvertArgs, terminal: &Terminal) -> Result<Code> {
     let started = Instant::now();
+    check_layout(args)?;
     let input = Input::open_as_it_is(&args.file)?;
     let mut inputs = vec![args.file.as_path()];
     inputs.extend(args.config.as_deref());
@@ -72,6 +82,14 @@ pub(crate) fn run(args: &ConvertArgs, terminal: &Terminal) -> Result<Code> {
         only_copy: false,
     })?;
     output.check_json(args.json)?;
+    if args.layout == ConvertLayout::Mapped && !output.is_new_file() {
+        let why = format!(
+            "{}: the mapped layout is for a regular file, in which pages have places: give one \
+             with -o, or --layout stream",
+            output.name()
+        );
+        return Err(Error::new(BadUsage(why)));
+    }
     let config = match &args.config {
         Some(path) => Some(config_header(path)?),
         None => None,
@@ -96,13 +114,21 @@ pub(crate) fn run(args: &ConvertArgs, terminal: &Terminal) -> Result<Code> {
         Layer::Libxl => "a libxl stream",
         Layer::Xl => "an xl image",
     };
-    let words = format!("{from} converted to {what}");
+    let words = match args.layout {
+        ConvertLayout::Stream => format!("{from} converted to {what}"),
+        ConvertLayout::Mapped => format!("{from} converted to {what}, mapped"),
+    };
     terminal.note(&format!("{words}: {} in {seconds:.1} s", size(octets)));
     if args.json {
         let document = Report {
             file: &args.file.display().to_string(),
             to,
             legacy: done.legacy,
+            layout: match args.layout {
+                ConvertLayout::Stream => "stream",
+                ConvertLayout::Mapped => "mapped",
+            },
+            zero_pages: done.zero_pages,
             octets,
             seconds,
             left_out: done.left_out,
@@ -134,6 +160,7 @@ impl From<LegacyGuestArg> for LegacyGuest {
 struct Done {
     to: Layer,
     legacy: bool,
+    zero_pages: Option<u64>,
     left_out: Vec<LeftOut>,
     warnings: Vec<String>,
 }
@@ -172,17 +199,71 @@ fn convert(
                 lenient: args.lenient,
                 offset: 0,
             };
-            (Some(XlHeader::read(&input.file, options)?), true)
+            match args.layout {
+                ConvertLayout::Stream => (Some(XlHeader::read(&input.file, options)?), true),
+                ConvertLayout::Mapped => (None, true),
+            }
         }
         Detected::Legacy(_) => (None, true),
         _ if args.guest.is_some() || args.width.is_some() => (None, !is_modern(&prefix)),
         _ => (None, false),
     };
-    if legacy {
+    if legacy && args.layout == ConvertLayout::Stream {
         return convert_legacy(args, &mut input, header.as_ref().or(config), sink);
     }
+    if legacy && (args.guest.is_some() || args.width.is_some()) {
+        let why = "--guest and --width go with --layout stream: convert the image to that first";
+        return Err(Error::new(BadUsage(why.to_owned())));
+    }
     let input = input.unwrapped(args.lenient)?;
-    modern(args, &input, config, sink).map_err(|error| input.blame(error))
+    let index = match args.ignore_index {
+        true => None,
+        false => mapped::index_of(&input, args.lenient)?,
+    };
+    let done = match args.layout {
+        ConvertLayout::Stream => {
+            let blanks = index.map_or(0, |index| index.footer().blanks);
+            let mut sink = layout::Stream { sink, blanks };
+            modern(args, &input, config, &mut sink, layout::copy_to_stream)
+        }
+        ConvertLayout::Mapped => to_mapped(args, &input, config, sink),
+    };
+    done.map(|done| Done { legacy, ..done })
+        .map_err(|error| input.blame(error))
+}
+
+/// Whether the options go together.
+fn check_layout(args: &ConvertArgs) -> Result<()> {
+    let mapped = args.layout == ConvertLayout::Mapped;
+    let given = match (args.no_sparse, args.page_digests) {
+        (true, _) => "--no-sparse",
+        (_, true) => "--page-digests",
+        _ => return Ok(()),
+    };
+    match mapped {
+        true => Ok(()),
+        false => Err(Error::new(BadUsage(format!(
+            "{given} is for --layout mapped: a stream has neither holes nor digests"
+        )))),
+    }
+}
+
+/// An image in the mapped layout.
+fn to_mapped(
+    args: &ConvertArgs,
+    input: &Input,
+    config: Option<&XlHeader>,
+    sink: &mut Sink<'_>,
+) -> Result<Done> {
+    let sparse = !args.no_sparse;
+    let slots = layout::Slots { sink, sparse };
+    let mut writer = MappedWriter::new(slots, args.page_digests);
+    let done = modern(args, input, config, &mut writer, layout::copy_through)?;
+    let (_, written) = writer.finish()?;
+    Ok(Done {
+        zero_pages: Some(written.zero_pages),
+        ..done
+    })
 }
 
 /// Whether these octets are certainly not the start of a legacy stream.
@@ -194,11 +275,12 @@ fn is_modern(prefix: &[u8]) -> bool {
 }
 
 /// An image of version 2 or 3.
-fn modern(
+fn modern<'i, W: ImageSink>(
     args: &ConvertArgs,
-    input: &Input,
+    input: &'i Input,
     config: Option<&XlHeader>,
-    sink: &mut Sink<'_>,
+    sink: &mut W,
+    copy: CopyOctets<&'i File, W>,
 ) -> Result<Done> {
     let options = ReadOptions {
         lenient: args.lenient,
@@ -224,7 +306,7 @@ fn modern(
         }
         (config, ..) => config,
     };
-    let summary = transcode(&mut walk, sink, to, config, copy_octets).map_err(|e| match e {
+    let summary = transcode(&mut walk, sink, to, config, copy).map_err(|e| match e {
         // As itself, so that its code and advice are those of a bad image.
         TranscodeError::Read(e) => Error::new(e),
         other => Error::new(other),
@@ -240,6 +322,7 @@ fn modern(
     Ok(Done {
         to,
         legacy: false,
+        zero_pages: None,
         left_out: input.left_out().into_iter().chain(dropped).collect(),
         warnings,
     })
@@ -344,6 +427,7 @@ fn convert_legacy(
     Ok(Done {
         to,
         legacy: true,
+        zero_pages: None,
         left_out: Vec::new(),
         warnings: Vec::new(),
     })
@@ -371,8 +455,6 @@ fn pour(converted: &mut Converted<&File>, sink: &mut Sink<'_>) -> Result<()> {
     }
     Ok(())
 }
-
-impl ImageSink for Sink<'_> {}
 
 /// From file to file, by the kernel where it can.
 fn copy_octets(source: &mut &File, octets: u64, sink: &mut Sink<'_>) -> Result<u64, CopyError> {

@@ -17,11 +17,12 @@ use xsr_format::walk::{Content, Walk};
 use xsr_format::wrapper::libxl::LibxlRecord;
 use xsr_format::wrapper::xl::XlHeader;
 
-use super::cat::Heard;
+use super::cat::{Heard, without_pads};
 use crate::args::images::EditArgs;
 use crate::config::{self, Config};
 use crate::exit::{BadImage, BadUsage, Code};
 use crate::file::Input;
+use crate::mapped;
 use crate::origin::{self, Origin, with_setting};
 use crate::output::{Existing, Output, Plan, Sink};
 use crate::stdout::report;
@@ -44,6 +45,7 @@ pub(crate) fn run(args: &EditArgs, terminal: &Terminal) -> Result<Code> {
     output.check_json(args.json)?;
     let name = output.name().to_owned();
     let input = input.unwrapped(args.lenient)?;
+    refuse_mapped(&input, args.lenient)?;
     let bar = input.follow(terminal, "editing");
     let (dropped, octets) = output.fill(|sink| {
         edit(args, &input, sink)
@@ -87,6 +89,20 @@ struct Report<'a> {
 
 fn changes_configuration(args: &EditArgs) -> bool {
     args.name.is_some() || args.uuid.is_some() || args.config.is_some()
+}
+
+/// Whether an edited image would have an index that does not fit it any more.
+fn refuse_mapped(input: &Input, lenient: bool) -> Result<()> {
+    let why = match mapped::index_of(input, lenient) {
+        Ok(None) => return Ok(()),
+        Ok(Some(_)) => "its index would not fit the edited image",
+        Err(_) => "and incomplete or damaged: xsr verify says how",
+    };
+    Err(Error::new(BadUsage(format!(
+        "{}: the image is mapped, {why}; xsr convert --layout stream makes one that can be edited, \
+         and xsr convert --layout mapped maps that again",
+        input.name
+    ))))
 }
 
 /// Write the edited image; how many records were dropped.
@@ -135,7 +151,7 @@ fn edit(args: &EditArgs, input: &Input, sink: &mut Sink<'_>) -> Result<u64> {
                 sink.write_all(&octets)?;
             }
             Content::PageData(mut body) => {
-                sink.write_all(&octets)?;
+                sink.write_all(&without_pads(&body, octets)?)?;
                 let pages = body.pages_left();
                 body.with_source(pages, |source, octets| {
                     let copied = sink.copy(source.file(), octets)?;

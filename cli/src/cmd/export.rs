@@ -306,20 +306,10 @@ fn copy(mut image: &File, offset: u64, octets: u64, out: &mut Sink<'_>) -> Resul
 /// So many octets of nothing.
 fn gap(out: &mut Sink<'_>, octets: u64, sparse: bool) -> Result<()> {
     match (octets, sparse) {
-        (0, _) => {}
-        (_, true) => {
-            let by = i64::try_from(octets).context("a gap")?;
-            out.file()
-                .seek(SeekFrom::Current(by))
-                .context("leaving a hole in the file")?;
-        }
-        (_, false) => {
-            let mut zeros = BufWriter::with_capacity(1 << 20, out);
-            io::copy(&mut io::repeat(0).take(octets), &mut zeros)?;
-            zeros.flush()?;
-        }
+        (0, _) => Ok(()),
+        (_, true) => out.leave_hole(octets).context("leaving a hole in the file"),
+        (_, false) => Ok(out.write_zeros(octets)?),
     }
-    Ok(())
 }
 
 /// Copy a run, and leave out the pages that hold nothing but zeros.

@@ -3,6 +3,7 @@
 
 mod facts;
 mod named;
+mod page;
 mod print;
 mod report;
 
@@ -29,6 +30,7 @@ use crate::config::{self, Config};
 use crate::exit::{self, BadImage, Code};
 use crate::file::Input;
 use crate::image::{self, At, Event, Reading, Walked};
+use crate::mapped;
 use crate::origin::Origin;
 use crate::page_map::{PageMap, runs_of};
 use crate::stdout::Results;
@@ -47,7 +49,15 @@ const MOST_NAMED: usize = 1 << 15;
 
 /// Inspect one image. Of a bad one, what could be read is shown before the error.
 pub(crate) fn run(args: &InspectArgs, terminal: &Terminal) -> Result<Code> {
+    if let Some(pfn) = args.page {
+        return page::run(args, pfn);
+    }
     let input = Input::open(&args.file, args.lenient)?;
+    // An index that is wrong is said at the end: what is in the image is still worth seeing.
+    let index = match args.ignore_index {
+        true => Ok(None),
+        false => mapped::index_of(&input, args.lenient),
+    };
     let reading = Reading {
         lenient: args.lenient,
     };
@@ -76,6 +86,11 @@ pub(crate) fn run(args: &InspectArgs, terminal: &Terminal) -> Result<Code> {
     }
     report.left_out = input.left_out();
     report.notes = input.notes();
+    let index = index.map(|index| {
+        report.mapped = index.as_ref().map(mapped::Facts::of);
+        report.layout = index.as_ref().map(mapped::words);
+    });
+    let end = end.and_then(|trailing| index.map(|()| trailing));
     let end = end.and_then(|trailing| {
         let warnings = verdict.with_context(|| input.name.clone())?;
         Ok((trailing, warnings))
@@ -83,7 +98,9 @@ pub(crate) fn run(args: &InspectArgs, terminal: &Terminal) -> Result<Code> {
     let code = match end {
         Ok((trailing, warnings)) => {
             report.octets = walked.bytes;
-            let behind = trailing.unwrap_or_default();
+            // Behind a mapped image is what describes it.
+            let behind = trailing.filter(|_| report.mapped.is_none());
+            let behind = behind.unwrap_or_default();
             report.trailing_octets = behind.bytes;
             let behind = verdict::trailing(walked.bytes, &behind);
             let warnings = warnings.into_iter().chain(behind);

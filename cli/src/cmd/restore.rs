@@ -37,6 +37,7 @@ use crate::args::RestoreArgs;
 use crate::backend::{self, Hypervisor};
 use crate::exit::{BadImage, Code};
 use crate::file::Input;
+use crate::mapped;
 use crate::origin;
 use crate::peel::LeftOut;
 use crate::stdout;
@@ -73,6 +74,7 @@ fn restore(args: &RestoreArgs, terminal: &Terminal, watch: &mut Watch) -> Result
     let started = Instant::now();
     let backend = &args.backend.backend;
     let input = Input::open(&args.file, args.lenient)?;
+    check_index(&input, args)?;
     let direct = match args.direct {
         true => Some(Hypervisor::direct(backend)?),
         false => {
@@ -118,6 +120,14 @@ fn restore(args: &RestoreArgs, terminal: &Terminal, watch: &mut Watch) -> Result
     }
     report(args, terminal, &input, about, started)?;
     Ok(Code::Fine)
+}
+
+/// Whether a mapped image is complete: what was never finished must not become a guest.
+fn check_index(input: &Input, args: &RestoreArgs) -> Result<()> {
+    if !args.ignore_index {
+        mapped::index_of(input, args.lenient)?;
+    }
+    Ok(())
 }
 
 /// Filling the domain failed: if it is because the configuration allows less memory than the guest

@@ -1,7 +1,8 @@
 //! `xsr verify`: would a restore take an image? One line for each file, and one for each
 //! warning.
 //!
-//! Page contents have no rules, so those of a file are passed over unread.
+//! Page contents have no rules, so those of a file are passed over unread, unless a mapped image
+//! has digests of them and they are asked for.
 
 use std::io::Write;
 use std::path::Path;
@@ -10,13 +11,16 @@ use anyhow::{Context as _, Error, Result};
 use serde::Serialize;
 use xsr_format::error::ReadError;
 use xsr_format::image::ImageHeader;
+use xsr_format::layout::check::check;
+use xsr_format::layout::{LayoutError, Mapped};
 use xsr_format::record::Body;
 
 use crate::args::VerifyArgs;
 use crate::config::Config;
-use crate::exit::{self, Code};
+use crate::exit::{self, BadImage, Code};
 use crate::file::Input;
 use crate::image::{Event, Reading};
+use crate::mapped::{self, Compared, Positioned};
 use crate::origin;
 use crate::page_map::{PageMap, runs_of};
 use crate::stdout::Results;
@@ -26,14 +30,11 @@ use crate::verdict;
 
 /// Verify each file; the worst code counts.
 pub(crate) fn run(args: &VerifyArgs, terminal: &Terminal) -> Result<Code> {
-    let reading = Reading {
-        lenient: args.lenient,
-    };
     let mut out = Results::new();
     let mut worst = Code::Fine;
     for path in &args.files {
         let mut verdict = Verdict::new(path);
-        let code = match verify(path, reading, &mut verdict, terminal) {
+        let code = match verify(path, args, &mut verdict, terminal) {
             Ok(()) => Code::Fine,
             Err(e) => {
                 let code = exit::code_of(&e);
@@ -88,6 +89,18 @@ struct Verdict {
     /// Octets that follow the image in the file, and that nobody reads.
     #[serde(skip_serializing_if = "is_zero")]
     trailing_octets: u64,
+    /// The index of a mapped image.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mapped: Option<mapped::Facts>,
+    /// The same in words.
+    #[serde(skip)]
+    layout: Option<String>,
+    /// Whether every digest was compared with what it is of.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    digests_checked: bool,
+    /// What does not fit its digest, the first of it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    damage: Vec<String>,
     /// What is odd about an image that is good.
     warnings: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -105,23 +118,49 @@ fn is_zero(number: &u64) -> bool {
     *number == 0
 }
 
-fn verify(path: &Path, reading: Reading, verdict: &mut Verdict, terminal: &Terminal) -> Result<()> {
+fn verify(
+    path: &Path,
+    args: &VerifyArgs,
+    verdict: &mut Verdict,
+    terminal: &Terminal,
+) -> Result<()> {
+    let reading = Reading {
+        lenient: args.lenient,
+    };
     let input = Input::open(path, reading.lenient)?;
     verdict.file.clone_from(&input.name);
     let _bar = input.follow(terminal, "verifying");
+    let index = match args.ignore_index {
+        true => None,
+        false => mapped::index_of(&input, reading.lenient)?,
+    };
+    if args.deep {
+        // First, because what is named by its digest needs no reader that stumbles over it.
+        deep(&input, index.as_ref(), verdict).with_context(|| input.name.clone())?;
+    }
     let mut facts = Facts::default();
+    let mut compared = index.as_ref().map(Compared::new);
     let walked = reading.over(&input, &mut |event| {
         facts.event(&event)?;
         verdict.event(&event);
+        if let (Event::Pages(at, entries), Some(compared)) = (&event, &mut compared) {
+            compared.pages(*at, *entries)?;
+        }
         Ok(())
     })?;
     let octets = walked.bytes;
+    if let Some(compared) = compared {
+        (compared.end(octets)).with_context(|| input.name.clone())?;
+    }
+    verdict.layout = index.as_ref().map(mapped::words);
+    verdict.mapped = index.as_ref().map(mapped::Facts::of);
     verdict.octets = octets;
     verdict.layers = input.layers().to_vec();
     let behind = input.finish(octets).with_context(|| input.name.clone())?;
-    let behind = behind.unwrap_or_default();
+    // Behind a mapped image is what describes it.
+    let behind = behind.filter(|_| index.is_none()).unwrap_or_default();
     verdict.trailing_octets = behind.bytes;
-    verdict.warnings = input.notes();
+    verdict.warnings.extend(input.notes());
     verdict.warnings.extend(origin::left_out(&input, true));
     let Facts {
         config,
@@ -137,6 +176,39 @@ fn verify(path: &Path, reading: Reading, verdict: &mut Verdict, terminal: &Termi
     let trailing = verdict::trailing(octets, &behind);
     verdict.warnings.extend(trailing.map(|warning| warning.0));
     Ok(())
+}
+
+/// Most damages that are listed; what comes after is counted.
+const MOST_DAMAGES: usize = 64;
+
+/// Check every digest of an image, if it has any.
+fn deep(input: &Input, index: Option<&Mapped>, verdict: &mut Verdict) -> Result<()> {
+    let Some(index) = index else {
+        let why = match input.length {
+            Some(_) => "xsr convert --layout mapped makes an image that has",
+            None => "those of a mapped image are found in a plain file only",
+        };
+        let text = format!("there are no digests, so that --deep has checked nothing more; {why}");
+        verdict.warnings.push(text);
+        return Ok(());
+    };
+    let mut count = 0_u64;
+    check(index, &mut Positioned::new(&input.file), |damage| {
+        count += 1;
+        if verdict.damage.len() < MOST_DAMAGES {
+            verdict.damage.push(damage.to_string());
+        }
+        Ok::<(), LayoutError>(())
+    })?;
+    verdict.digests_checked = true;
+    match &verdict.damage[..] {
+        [] => Ok(()),
+        [only] => Err(Error::new(BadImage(only.clone()))),
+        [first, ..] => {
+            let more = Count(count - 1, "more");
+            Err(Error::new(BadImage(format!("{first} ({more})"))))
+        }
+    }
 }
 
 /// What the verdict depends on besides the rules of the format.
@@ -228,6 +300,9 @@ impl Verdict {
     fn print(&self, out: &mut dyn Write) -> Result<()> {
         if let Some(error) = &self.error {
             writeln!(out, "{}: BAD: {error}", shown(&self.file))?;
+            for damage in self.damage.iter().skip(1) {
+                writeln!(out, "  damaged: {damage}")?;
+            }
             return Ok(());
         }
         write!(out, "{}: good", shown(&self.file))?;
@@ -240,6 +315,12 @@ impl Verdict {
         }
         let (records, octets) = (Count(self.records, "record"), size(self.octets));
         write!(out, ", {records}, {octets}")?;
+        if let Some(layout) = &self.layout {
+            write!(out, ", {layout}")?;
+            if self.digests_checked {
+                write!(out, ", all of them fit")?;
+            }
+        }
         if !self.layers.is_empty() {
             write!(out, ", inside: {}", self.layers.join(", "))?;
         }

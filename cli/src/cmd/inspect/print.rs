@@ -48,6 +48,9 @@ fn headers(report: &Report, out: &mut dyn Write) -> io::Result<()> {
     for layer in &report.layers {
         writeln!(out, "  around  {layer}")?;
     }
+    if let Some(layout) = &report.layout {
+        writeln!(out, "  layout  {layout}")?;
+    }
     for note in &report.notes {
         writeln!(out, "  note    {note}")?;
     }

@@ -6,6 +6,7 @@ use serde::Serialize;
 use super::facts::{Facts, TypeFact};
 use super::named::Named;
 use crate::config;
+use crate::mapped;
 use crate::origin::Origin;
 use crate::peel::LeftOut;
 
@@ -35,6 +36,12 @@ pub(crate) struct Report {
     /// Octets of the file behind the image, which nobody reads.
     #[serde(skip_serializing_if = "is_zero")]
     pub(crate) trailing_octets: u64,
+    /// The index of a mapped image.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) mapped: Option<mapped::Facts>,
+    /// The same in words.
+    #[serde(skip)]
+    pub(crate) layout: Option<String>,
     /// The xl header, where there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) xl: Option<XlReport>,

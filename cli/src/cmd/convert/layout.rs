@@ -1,0 +1,96 @@
+//! The two layouts that `xsr convert` writes.
+
+use std::fs::File;
+use std::io::{self, Read as _, Write};
+
+use xsr_format::layout::SparseWrite;
+use xsr_format::transcode::{CopyError, ImageSink};
+use xsr_format::wrapper::xl::XlHeader;
+
+use crate::output::Sink;
+
+/// Bytes that are moved at once.
+const STEP: usize = 256 << 10;
+
+/// The stream layout: without the blanks that the mapped one put into the configuration.
+#[derive(Debug)]
+pub(super) struct Stream<'s, 'o> {
+    pub(super) sink: &'s mut Sink<'o>,
+    pub(super) blanks: u32,
+}
+
+impl Write for Stream<'_, '_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.sink.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.sink.flush()
+    }
+}
+
+impl ImageSink for Stream<'_, '_> {
+    fn xl_header(&mut self, header: &XlHeader) -> io::Result<()> {
+        self.write_all(&header.without_blanks(self.blanks).encode())
+    }
+}
+
+/// A new file in which page data has its places: what the mapped layout is written to.
+#[derive(Debug)]
+pub(super) struct Slots<'s, 'o> {
+    pub(super) sink: &'s mut Sink<'o>,
+    /// Whether zero pages are holes.
+    pub(super) sparse: bool,
+}
+
+impl Write for Slots<'_, '_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.sink.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.sink.flush()
+    }
+}
+
+impl SparseWrite for Slots<'_, '_> {
+    fn skip(&mut self, bytes: u64) -> io::Result<()> {
+        match self.sparse {
+            true => self.sink.leave_hole(bytes),
+            false => self.sink.write_zeros(bytes),
+        }
+    }
+}
+
+/// From file to file, by the kernel where it can.
+pub(super) fn copy_to_stream(
+    source: &mut &File,
+    bytes: u64,
+    to: &mut Stream<'_, '_>,
+) -> Result<u64, CopyError> {
+    super::copy_octets(source, bytes, to.sink)
+}
+
+/// From a file to a writer that looks at what it writes.
+pub(super) fn copy_through<W: ImageSink>(
+    source: &mut &File,
+    bytes: u64,
+    to: &mut W,
+) -> Result<u64, CopyError> {
+    let mut room = vec![0; STEP.min(usize::try_from(bytes).unwrap_or(STEP))];
+    let mut done = 0;
+    while done < bytes {
+        let step = room
+            .len()
+            .min(usize::try_from(bytes - done).unwrap_or(STEP));
+        let n = match source.read(&mut room[..step]) {
+            Ok(0) => break,
+            Ok(n) => n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Err(e) => return Err(CopyError::Read(e)),
+        };
+        to.write_all(&room[..n]).map_err(CopyError::Write)?;
+        done += n as u64;
+    }
+    Ok(done)
+}

@@ -1,0 +1,238 @@
+//! The mapped layout of an image in a file: its index, or why it cannot be used.
+//!
+//! A pipe, and what is wrapped or compressed, has no index here: it is read as a stream.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::FileExt as _;
+
+use anyhow::{Context as _, Error, Result};
+use serde::Serialize;
+use xsr_format::layout::{ALIGNMENT, LayoutError, Mapped, TRAILER_MAGIC, leading_pads};
+use xsr_format::read::ReadOptions;
+use xsr_format::record::page_data::Entries;
+use xsr_format::walk::{Content, Walk};
+
+use crate::exit::BadImage;
+use crate::file::Input;
+use crate::image::At;
+use crate::text::Count;
+
+/// A file, read from a position of its own.
+#[derive(Debug)]
+pub(crate) struct Positioned<'f> {
+    file: &'f File,
+    at: u64,
+}
+
+impl<'f> Positioned<'f> {
+    /// The file, from its start.
+    pub(crate) fn new(file: &'f File) -> Self {
+        Self { file, at: 0 }
+    }
+}
+
+impl Read for Positioned<'_> {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        let n = self.file.read_at(room, self.at)?;
+        self.at += n as u64;
+        Ok(n)
+    }
+}
+
+impl Seek for Positioned<'_> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let to = match to {
+            SeekFrom::Start(at) => Some(at),
+            SeekFrom::Current(by) => self.at.checked_add_signed(by),
+            SeekFrom::End(by) => {
+                let mut file = self.file;
+                let here = file.stream_position()?;
+                let end = file.seek(SeekFrom::End(0))?;
+                file.seek(SeekFrom::Start(here))?;
+                end.checked_add_signed(by)
+            }
+        };
+        self.at = to.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+        Ok(self.at)
+    }
+}
+
+/// The index of an image; `None` where there is none to be expected.
+///
+/// # Errors
+///
+/// The file is mapped, and its index is missing or breaks a rule. The words name the option with
+/// which the image is read all the same.
+pub(crate) fn index_of(input: &Input, lenient: bool) -> Result<Option<Mapped>> {
+    let found = match read_index(input, lenient) {
+        Ok(found) => return Ok(found),
+        Err(LayoutError::Io(error)) if error.kind() != io::ErrorKind::UnexpectedEof => error.into(),
+        Err(error) => bad_index(&error),
+    };
+    Err(found).with_context(|| input.name.clone())
+}
+
+/// The failure of a command that has `--ignore-index`.
+pub(crate) fn bad_index(error: &LayoutError) -> Error {
+    Error::new(BadImage(format!(
+        "{error}; --ignore-index reads the image as a stream"
+    )))
+}
+
+/// The same, for commands that read any stream and want no more of an index than what it says.
+pub(crate) fn usable_index(input: &Input) -> Option<Mapped> {
+    input.length?;
+    Mapped::open(&mut Positioned::new(&input.file)).ok()?
+}
+
+/// What is said of the layout of a mapped image.
+pub(crate) fn words(mapped: &Mapped) -> String {
+    let footer = mapped.footer();
+    let digests = match footer.page_digests {
+        Some(_) => "digests of records and pages",
+        None => "digests of records",
+    };
+    let records = Count(footer.records, "PAGE_DATA record");
+    format!("mapped layout, index of {records}, {digests}")
+}
+
+/// The same as JSON.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct Facts {
+    index_offset: u64,
+    records: u64,
+    pages: u64,
+    page_digests: bool,
+}
+
+impl Facts {
+    /// What there is to say of an index.
+    pub(crate) fn of(mapped: &Mapped) -> Self {
+        let footer = mapped.footer();
+        Self {
+            index_offset: footer.index_offset,
+            records: footer.records,
+            pages: footer.pages,
+            page_digests: footer.page_digests.is_some(),
+        }
+    }
+}
+
+fn read_index(input: &Input, lenient: bool) -> Result<Option<Mapped>, LayoutError> {
+    let Some(length) = input.length else {
+        return Ok(None);
+    };
+    match Mapped::open(&mut Positioned::new(&input.file))? {
+        Some(mapped) => Ok(Some(mapped)),
+        None => unfinished(&input.file, length, lenient).map_or(Ok(None), Err),
+    }
+}
+
+/// Whether a file without a footer has page data where only the mapped layout has it, and nothing
+/// or a trailer without its end behind the image.
+fn unfinished(file: &File, length: u64, lenient: bool) -> Option<LayoutError> {
+    let options = ReadOptions { lenient, offset: 0 };
+    let mut padded = false;
+    // What is wrong with the stream is for its reader to say.
+    let mut walk = Walk::open_seeking(Positioned::new(file), options).ok()?;
+    while let Some(step) = walk.next_step().ok()? {
+        let Content::PageData(body) = step.content else {
+            continue;
+        };
+        if body.pages() == 0 {
+            continue;
+        }
+        let at = At {
+            index: 0,
+            offset: step.position.offset,
+            length: 0,
+        };
+        if !at.page_data(body.entries()).is_multiple_of(ALIGNMENT) {
+            return None;
+        }
+        padded |= leading_pads(body.entries().iter()) > 0;
+    }
+    let image_end = walk.offset();
+    let mut start = TRAILER_MAGIC;
+    let read = file.read_at(&mut start, image_end).ok()?;
+    let trailer = read > 0;
+    let ours = TRAILER_MAGIC.starts_with(&start[..read]) && image_end <= length;
+    (padded && ours).then_some(LayoutError::FooterMissing { image_end, trailer })
+}
+
+/// Compares the records of a walk with the index.
+#[derive(Debug)]
+pub(crate) struct Compared<'m> {
+    mapped: &'m Mapped,
+    next: usize,
+}
+
+impl<'m> Compared<'m> {
+    pub(crate) fn new(mapped: &'m Mapped) -> Self {
+        Self { mapped, next: 0 }
+    }
+
+    /// A PAGE_DATA record comes.
+    ///
+    /// # Errors
+    ///
+    /// It is not the one that the index has next.
+    pub(crate) fn pages(&mut self, at: At, entries: Entries<'_>) -> Result<(), BadImage> {
+        let offset = at.offset;
+        let differs = |what: &str, got: u64, expected: u64| match got == expected {
+            true => Ok(()),
+            false => Err(BadImage(format!(
+                "PAGE_DATA at byte {offset:#x}: {what} is {got:#x}, but entry {} of the index says \
+                 {expected:#x}; --ignore-index reads the image as a stream",
+                self.next
+            ))),
+        };
+        let Some(entry) = self.mapped.entries().get(self.next) else {
+            return Err(self.missing());
+        };
+        differs("its offset", offset, entry.offset)?;
+        differs("its length", 8 + at.length, entry.end() - entry.offset)?;
+        differs("its count", entries.len() as u64, entry.entries.into())?;
+        let pads = leading_pads(entries.iter());
+        differs("its number of pads", pads as u64, entry.pads.into())?;
+        let pfns = || entries.iter().skip(pads).map(|entry| entry.pfn.0);
+        let (first, last) = (entry.first_pfn.0, entry.last_pfn.0);
+        differs("its lowest pfn", pfns().min().unwrap_or(0), first)?;
+        differs("its highest pfn", pfns().max().unwrap_or(0), last)?;
+        self.next += 1;
+        Ok(())
+    }
+
+    /// The image has ended there.
+    ///
+    /// # Errors
+    ///
+    /// The index has it end elsewhere, or has more records.
+    pub(crate) fn end(&self, bytes: u64) -> Result<(), BadImage> {
+        let footer = self.mapped.footer();
+        if self.next != self.mapped.entries().len() {
+            return Err(self.missing());
+        }
+        match footer.image_end == bytes {
+            true => Ok(()),
+            false => Err(BadImage(format!(
+                "the image ends at byte {bytes:#x}, but the index says at {:#x}; --ignore-index \
+                 reads the image as a stream",
+                footer.image_end
+            ))),
+        }
+    }
+
+    fn missing(&self) -> BadImage {
+        BadImage(format!(
+            "the index has {} PAGE_DATA records, but the image has {}; --ignore-index reads the \
+             image as a stream",
+            self.mapped.entries().len(),
+            match self.next < self.mapped.entries().len() {
+                true => format!("only {}", self.next),
+                false => "more".to_owned(),
+            }
+        ))
+    }
+}
