@@ -13,6 +13,8 @@ mod colo;
 mod driver;
 #[path = "equality/failures.rs"]
 mod failures;
+#[path = "equality/mapped.rs"]
+mod mapped;
 
 use std::fs::{self, File};
 use std::path::Path;
