@@ -12,6 +12,7 @@
 
 pub mod byte_order;
 pub mod core_dump;
+pub mod cpu_policy;
 mod decoder;
 pub mod detect;
 pub mod error;

@@ -6,7 +6,7 @@ use super::{Layout, dec, hex};
 
 mod features;
 
-pub use features::{Register, arch_capabilities, features};
+pub use features::{Feature, FeatureWord, Register, arch_capabilities, features};
 
 /// One leaf of X86_CPUID_POLICY.
 pub const CPUID_LEAF: Layout = Layout {

@@ -10,6 +10,7 @@
 )]
 
 mod context;
+mod cpu_policy;
 mod differences;
 #[path = "../support/images.rs"]
 #[allow(dead_code, reason = "shared with tests that need all of it")]

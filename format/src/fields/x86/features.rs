@@ -3,8 +3,10 @@
 //! Specification: the processor makers' manuals. The names are those of Xen's public
 //! `arch-x86/cpufeatureset.h` (4.22, and 4.14 to 4.21 for what that no longer has), in small letters and with `-` for `_`.
 
+use std::fmt;
+
 /// A register of CPUID.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Register {
     /// EAX.
     Eax,
@@ -15,6 +17,130 @@ pub enum Register {
     /// EDX.
     Edx,
 }
+
+impl fmt::Display for Register {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Eax => "eax",
+            Self::Ebx => "ebx",
+            Self::Ecx => "ecx",
+            Self::Edx => "edx",
+        })
+    }
+}
+
+/// A register that holds features, a bit for each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FeatureWord {
+    /// A register of a leaf of CPUID. `subleaf` is 0 for a leaf without subleaves.
+    Cpuid {
+        /// The leaf.
+        leaf: u32,
+        /// The subleaf.
+        subleaf: u32,
+        /// The register.
+        register: Register,
+    },
+    /// A model-specific register.
+    Msr {
+        /// Its number.
+        index: u32,
+    },
+}
+
+impl FeatureWord {
+    /// The MSR ARCH_CAPABILITIES.
+    pub const ARCH_CAPABILITIES: Self = Self::Msr { index: 0x10a };
+
+    /// Every register that holds features of a guest's CPU.
+    pub fn all() -> impl Iterator<Item = Self> {
+        let cpuid = WORDS.iter().map(|word| Self::Cpuid {
+            leaf: word.leaf,
+            subleaf: word.subleaf,
+            register: word.register,
+        });
+        cpuid.chain([Self::ARCH_CAPABILITIES, PLATFORM_INFO])
+    }
+
+    /// The names of its bits, from bit 0 on; `-` for a bit without one.
+    fn names(self) -> impl Iterator<Item = &'static str> {
+        let names = match self {
+            Self::ARCH_CAPABILITIES => ARCH_CAPABILITIES,
+            PLATFORM_INFO => PLATFORM_INFO_NAMES,
+            Self::Msr { .. } => "",
+            Self::Cpuid {
+                leaf,
+                subleaf,
+                register,
+            } => WORDS
+                .iter()
+                .find(|word| (word.leaf, word.subleaf, word.register) == (leaf, subleaf, register))
+                .map_or("", |word| word.names),
+        };
+        names.split_ascii_whitespace()
+    }
+}
+
+impl fmt::Display for FeatureWord {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpuid {
+                leaf,
+                subleaf: 0,
+                register,
+            } => write!(f, "CPUID leaf {leaf:#x} {register}"),
+            Self::Cpuid {
+                leaf,
+                subleaf,
+                register,
+            } => write!(f, "CPUID leaf {leaf:#x} subleaf {subleaf} {register}"),
+            Self::Msr { index } => write!(f, "MSR {index:#x}"),
+        }
+    }
+}
+
+/// A feature: one bit of a register.
+///
+/// Displayed as people write it (`AVX512F`), or as its place where it has no name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Feature {
+    /// The register.
+    pub word: FeatureWord,
+    /// The bit, 0–31 in a register of CPUID and 0–63 in an MSR.
+    pub bit: u8,
+}
+
+impl Feature {
+    /// The feature with this name, whatever the case of its letters and with `-` or `_`.
+    pub fn named(name: &str) -> Option<Self> {
+        let name = name.to_ascii_lowercase().replace('_', "-");
+        FeatureWord::all().filter(|_| name != "-").find_map(|word| {
+            let bit = word.names().position(|known| known == name)?;
+            let bit = u8::try_from(bit).ok()?;
+            Some(Self { word, bit })
+        })
+    }
+
+    /// Its name, in small letters and with `-`, as in [`features`]. `None` for a bit without one.
+    pub fn name(self) -> Option<&'static str> {
+        let name = self.word.names().nth(self.bit.into())?;
+        (name != "-").then_some(name)
+    }
+}
+
+impl fmt::Display for Feature {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.name() {
+            Some(name) => f.write_str(&name.to_ascii_uppercase().replace('-', "_")),
+            None => write!(f, "bit {} of {}", self.bit, self.word),
+        }
+    }
+}
+
+/// MSR_INTEL_PLATFORM_INFO, and the one bit of it that a guest may see.
+const PLATFORM_INFO: FeatureWord = FeatureWord::Msr { index: 0xce };
+const PLATFORM_INFO_NAMES: &str =
+    "- - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - cpuid-faulting";
 
 /// The names of one register's bits, from bit 0 on; `-` for a bit without one.
 struct Word {
@@ -88,6 +214,13 @@ const WORDS: &[Word] = &[
         subleaf: 1,
         register: Register::Ebx,
         names: "intel-ppin",
+    },
+    Word {
+        leaf: 7,
+        subleaf: 1,
+        register: Register::Ecx,
+        // Xen compares it, and no bit of it has a name yet.
+        names: "",
     },
     Word {
         leaf: 7,
@@ -239,6 +372,57 @@ mod tests {
             arch_capabilities(value).collect::<Vec<_>>(),
             ["rdcl-no", "taa-no", "rfds-no", "its-no", "bit 63"]
         );
+    }
+
+    #[test]
+    fn a_feature_is_found_by_its_name_and_shown_by_it() {
+        let avx512f = Feature {
+            word: FeatureWord::Cpuid {
+                leaf: 7,
+                subleaf: 0,
+                register: Register::Ebx,
+            },
+            bit: 16,
+        };
+        for name in ["avx512f", "AVX512F"] {
+            assert_eq!(Feature::named(name), Some(avx512f));
+        }
+        assert_eq!(avx512f.name(), Some("avx512f"));
+        let shown = |name| Feature::named(name).map(|feature| feature.to_string());
+        assert_eq!(shown("sse4_1").as_deref(), Some("SSE4_1"));
+        assert_eq!(shown("its-no").as_deref(), Some("ITS_NO"));
+        assert_eq!(shown("CPUID_FAULTING").as_deref(), Some("CPUID_FAULTING"));
+        for none in ["", "-", "_", "avx1024", "bit 10"] {
+            assert_eq!(Feature::named(none), None, "{none:?}");
+        }
+        let nameless = |word, bit| Feature { word, bit }.to_string();
+        let subleaf = FeatureWord::Cpuid {
+            leaf: 7,
+            subleaf: 1,
+            register: Register::Ecx,
+        };
+        assert_eq!(
+            nameless(subleaf, 5),
+            "bit 5 of CPUID leaf 0x7 subleaf 1 ecx"
+        );
+        assert_eq!(
+            nameless(FeatureWord::Msr { index: 0xce }, 3),
+            "bit 3 of MSR 0xce"
+        );
+    }
+
+    /// Every name stands for one feature, so that none hides another.
+    #[test]
+    fn no_two_features_have_one_name() {
+        let mut names: Vec<&str> = FeatureWord::all()
+            .flat_map(FeatureWord::names)
+            .filter(|name| *name != "-")
+            .collect();
+        let all = names.len();
+        assert!(all > 250, "{all}");
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), all);
     }
 
     #[test]

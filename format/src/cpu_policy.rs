@@ -1,0 +1,334 @@
+//! What of a guest's CPU a host lacks: the CPU policy of an image beside the most that a host
+//! can give to a guest of that kind.
+//!
+//! Xen itself hardly compares them. It silently clears every feature of the image that the host
+//! does not have, and the guest, which has seen the feature when it booted, crashes at the first
+//! use of it.
+//!
+//! A feature is missing where the image's bit is 1 and the host's is 0. The other way round
+//! nothing is lost: the guest keeps the bit at 0. Bits that Xen decides by itself, or that a guest
+//! can lose without harm, are no difference; `rules.rs` has each with its reason. Nor are these:
+//!
+//! | what | why |
+//! |---|---|
+//! | largest leaf and subleaf | Xen refuses what is too large, with the leaf, and trims the rest |
+//! | APIC ids, cores, caches, TLBs, topology leaves | they describe no hardware of the host: they are the toolstack's choice, or zero |
+//! | size of a cache line that CLFLUSH takes | Xen passes the host's on |
+//! | family, model, stepping, brand | Xen keeps the image's |
+//! | width of addresses | Xen clamps it. A guest that has a page which the host cannot address fails to get memory for it, with the pfn |
+//! | leaves of Xen (0x40000000 and up) | the destination's Xen makes them |
+//! | details of SVM (leaf 0x8000000a) | Xen keeps the image's; SVM itself is a feature |
+//! | XCR0, XSS and the size of the whole area | Xen derives them from the features |
+//!
+//! C implementation: `x86_cpu_policies_are_compatible` in `xen/lib/x86/policy.c` is the check that
+//! Xen has; `recalculate_cpuid_policy` in `xen/arch/x86/cpu-policy.c` is what it does to a policy.
+
+use std::fmt;
+
+use crate::byte_order::ByteOrder;
+use crate::error::DecodeError;
+use crate::fields::x86::{Feature, FeatureWord, Register};
+use crate::record::Context;
+use crate::record::x86::{CpuidLeaf, CpuidPolicy, MsrEntry, MsrPolicy};
+
+mod rules;
+
+/// The CPU that a guest sees, or the most that one could see.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CpuPolicy {
+    /// Leaves of CPUID. Of two with the same number, Xen takes the last.
+    pub leaves: Vec<CpuidLeaf>,
+    /// Model-specific registers, likewise.
+    pub msrs: Vec<MsrEntry>,
+}
+
+impl CpuPolicy {
+    /// Subleaf of a leaf that has none.
+    const NO_SUBLEAF: u32 = u32::MAX;
+
+    /// A policy as Xen gives it: the bodies of X86_CPUID_POLICY and X86_MSR_POLICY, little endian.
+    /// Either may be empty.
+    ///
+    /// # Errors
+    ///
+    /// [`DecodeError::BodyLength`] where one of them ends inside an entry.
+    pub fn parse(leaves: &[u8], msrs: &[u8]) -> Result<Self, DecodeError> {
+        let context = Context {
+            order: ByteOrder::Little,
+            guest_width: None,
+            lenient: false,
+        };
+        let mut policy = Self::default();
+        if !leaves.is_empty() {
+            policy.leaves = CpuidPolicy::decode(leaves, context)?.iter().collect();
+        }
+        if !msrs.is_empty() {
+            policy.msrs = MsrPolicy::decode(msrs, context)?.iter().collect();
+        }
+        Ok(policy)
+    }
+
+    /// As Xen takes it: leaves and MSRs, little endian.
+    pub fn encode(&self) -> (Vec<u8>, Vec<u8>) {
+        let leaves = self.leaves.iter();
+        let msrs = self.msrs.iter();
+        (
+            leaves
+                .flat_map(|leaf| leaf.encode(ByteOrder::Little))
+                .collect(),
+            msrs.flat_map(|msr| msr.encode(ByteOrder::Little)).collect(),
+        )
+    }
+
+    /// A leaf. `subleaf` is 0 for one without subleaves, too.
+    fn leaf(&self, leaf: u32, subleaf: u32) -> Option<&CpuidLeaf> {
+        let is_it = |entry: &&CpuidLeaf| {
+            entry.leaf == leaf
+                && (entry.subleaf == subleaf || (subleaf == 0 && entry.subleaf == Self::NO_SUBLEAF))
+        };
+        self.leaves.iter().rev().find(is_it)
+    }
+
+    /// A register of a leaf; 0, as the processor has it, where there is no such leaf.
+    fn register(&self, leaf: u32, subleaf: u32, register: Register) -> u32 {
+        self.leaf(leaf, subleaf).map_or(0, |entry| match register {
+            Register::Eax => entry.eax,
+            Register::Ebx => entry.ebx,
+            Register::Ecx => entry.ecx,
+            Register::Edx => entry.edx,
+        })
+    }
+
+    /// What a register that holds features has; 0 where the policy does not have it.
+    pub fn word(&self, word: FeatureWord) -> u64 {
+        match word {
+            FeatureWord::Cpuid {
+                leaf,
+                subleaf,
+                register,
+            } => self.register(leaf, subleaf, register).into(),
+            FeatureWord::Msr { index } => {
+                let entry = self.msrs.iter().rev().find(|entry| entry.index == index);
+                entry.map_or(0, |entry| entry.value)
+            }
+        }
+    }
+
+    /// Whether it has a feature.
+    pub fn has(&self, feature: Feature) -> bool {
+        self.word(feature.word) >> feature.bit & 1 == 1
+    }
+
+    /// The vendor of the processor, if the policy says it.
+    fn vendor(&self) -> Option<Vendor> {
+        let leaf = self.leaf(0, 0)?;
+        Some(Vendor([leaf.ebx, leaf.edx, leaf.ecx]))
+    }
+
+    /// The parts of the extended state that a guest may use, a bit for each: XCR0 and XSS.
+    fn components(&self) -> u64 {
+        let pair = |subleaf, low, high| {
+            u64::from(self.register(rules::XSTATE_LEAF, subleaf, low))
+                | u64::from(self.register(rules::XSTATE_LEAF, subleaf, high)) << 32
+        };
+        pair(0, Register::Eax, Register::Edx) | pair(1, Register::Ecx, Register::Edx)
+    }
+
+    /// Where a part of the extended state is; `None` where the policy does not have it.
+    fn area(&self, component: u8) -> Option<Area> {
+        if self.components() >> component & 1 == 0 {
+            return None;
+        }
+        let leaf = self.leaf(rules::XSTATE_LEAF, component.into())?;
+        Some(Area {
+            octets: leaf.eax,
+            offset: leaf.ebx,
+        })
+    }
+
+    /// The version of performance monitoring; 0 for none.
+    fn monitoring(&self) -> u8 {
+        let [version, ..] = self.register(0xa, 0, Register::Eax).to_le_bytes();
+        version
+    }
+}
+
+/// The maker of a processor: `GenuineIntel`, `AuthenticAMD`. EBX, EDX and ECX of leaf 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Vendor([u32; 3]);
+
+impl fmt::Display for Vendor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for word in self.0 {
+            write!(f, "{}", word.to_le_bytes().escape_ascii())?;
+        }
+        Ok(())
+    }
+}
+
+/// Where a part of the extended state is in the area of XSAVE.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Area {
+    /// Its length, in bytes.
+    pub octets: u32,
+    /// Where it begins, in bytes; 0 for one that only XSAVES saves.
+    pub offset: u32,
+}
+
+impl fmt::Display for Area {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes at {:#x}", self.octets, self.offset)
+    }
+}
+
+/// What a guest has of its CPU and would lose on a host.
+///
+/// Displayed as what is missing, as people call it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Missing {
+    /// The host's processor is of another vendor. Xen from 4.22 on refuses that by itself; before,
+    /// the guest goes on with code that is chosen for the other processor.
+    Vendor {
+        /// The image's.
+        image: Vendor,
+        /// The host's.
+        host: Vendor,
+    },
+    /// A feature.
+    Feature {
+        /// Which.
+        feature: Feature,
+        /// The image's register.
+        image: u64,
+        /// The host's register.
+        host: u64,
+    },
+    /// A part of the extended state that the host does not have although it has the feature, or
+    /// has elsewhere in the area: the guest keeps its processes' state in areas of the size that
+    /// it has seen.
+    ExtendedState {
+        /// Its number: its bit in XCR0 or XSS.
+        component: u8,
+        /// Where the guest has seen it.
+        image: Area,
+        /// Where it would be.
+        host: Option<Area>,
+    },
+    /// Performance monitoring (vPMU).
+    PerformanceMonitoring {
+        /// The image's version.
+        image: u8,
+        /// The host's version, 0 for none.
+        host: u8,
+    },
+}
+
+impl fmt::Display for Missing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Vendor { image, host } => {
+                write!(f, "a processor of {image} (this one is of {host})")
+            }
+            Self::Feature { feature, .. } => feature.fmt(f),
+            Self::ExtendedState {
+                component,
+                image,
+                host,
+            } => {
+                match rules::component_name(*component) {
+                    Some(name) => write!(f, "the XSAVE state of {name}")?,
+                    None => write!(f, "XSAVE state component {component}")?,
+                }
+                write!(f, " ({image}")?;
+                match host {
+                    Some(host) => write!(f, ", here {host})"),
+                    None => f.write_str(")"),
+                }
+            }
+            Self::PerformanceMonitoring { image, host } => {
+                write!(f, "performance monitoring version {image}")?;
+                match host {
+                    0 => Ok(()),
+                    host => write!(f, " (here {host})"),
+                }
+            }
+        }
+    }
+}
+
+impl Missing {
+    /// Where it is and what either side has, for a log.
+    pub fn details(&self) -> impl fmt::Display {
+        Details(*self)
+    }
+}
+
+struct Details(Missing);
+
+impl fmt::Display for Details {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)?;
+        match self.0 {
+            Missing::Feature {
+                feature: Feature { word, bit },
+                image,
+                host,
+            } => write!(
+                f,
+                " (bit {bit} of {word}: {image:#010x} in the image, {host:#010x} here)"
+            ),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What a guest with the policy of `image` loses on a host that gives such a guest `host` at most:
+/// the vendor first, then features in the order of [`FeatureWord::all`].
+///
+/// A half that the image does not have is not compared: images from before Xen 4.14 have neither.
+pub fn missing(image: &CpuPolicy, host: &CpuPolicy) -> Vec<Missing> {
+    let mut all = Vec::new();
+    if let (Some(image), Some(host)) = (image.vendor(), host.vendor())
+        && image != host
+    {
+        all.push(Missing::Vendor { image, host });
+    }
+    for word in FeatureWord::all() {
+        let (has, offered) = (image.word(word), host.word(word));
+        let lost = has & !offered & !rules::harmless(word);
+        let features = (0..64_u8).filter(|bit| lost >> bit & 1 == 1);
+        let features = features.map(|bit| Feature { word, bit });
+        for feature in features.filter(|feature| !rules::stood_in_for(*feature, host)) {
+            all.push(Missing::Feature {
+                feature,
+                image: has,
+                host: offered,
+            });
+        }
+    }
+    for component in rules::FIRST_COMPONENT..64 {
+        let (Some(before), after) = (image.area(component), host.area(component)) else {
+            continue;
+        };
+        let told = rules::features_of(component).any(|feature| !host.has(feature));
+        if after != Some(before) && !(after.is_none() && told) {
+            all.push(Missing::ExtendedState {
+                component,
+                image: before,
+                host: after,
+            });
+        }
+    }
+    let (before, after) = (image.monitoring(), host.monitoring());
+    if before > after {
+        all.push(Missing::PerformanceMonitoring {
+            image: before,
+            host: after,
+        });
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests;
