@@ -370,6 +370,13 @@ pub trait Host: Send + Sync {
     /// A handle on one domain. Fails with ESRCH where there is none.
     fn domain(&self, domid: DomId) -> Result<Box<dyn Domain>, BackendError>;
 
+    /// The most that the machine's CPU can be to a guest of this kind
+    /// (`XEN_SYSCTL_get_cpu_policy`, `pv_max` and `hvm_max`). A guest gets no feature that is not
+    /// in it, whatever its policy says: [`xsr_format::cpu_policy::missing`] compares them. A guest
+    /// whose page tables are shadowed gets less, without nested virtualisation neither VMX nor
+    /// SVM. EOPNOTSUPP where the hypervisor has no guests of that kind.
+    fn max_cpu_policy(&self, kind: GuestKind) -> Result<CpuPolicy, BackendError>;
+
     /// Makes a new, paused domain without memory and returns its number. A PV domain
     /// starts out 64 bits wide.
     ///
@@ -497,8 +504,13 @@ pub trait X86Platform: Send + Sync {
     /// not what a guest may be given of it.
     fn host_cpu_policy(&self) -> Result<CpuPolicy, BackendError>;
 
-    /// Set the CPU policy; an empty half is left alone. EINVAL for lengths that are
-    /// no multiple of an entry. EINVAL, ERANGE or EOVERFLOW for a policy that the machine
+    /// The most that the machine's CPU can be to this domain: [`Host::max_cpu_policy`] for its
+    /// kind.
+    fn max_cpu_policy(&self) -> Result<CpuPolicy, BackendError>;
+
+    /// Set the CPU policy; an empty half is left alone. Features that the machine does not have
+    /// are cleared without a word: [`X86Platform::cpu_policy`] shows what was made of it. EINVAL
+    /// for lengths that are no multiple of an entry. EINVAL, ERANGE or EOVERFLOW for a policy that the machine
     /// cannot offer, with the entry that is to blame ([`Detail::PolicyEntry`]); EEXIST once
     /// the domain has been unpaused.
     fn set_cpu_policy(&self, policy: &CpuPolicy) -> Result<(), BackendError>;

@@ -38,6 +38,7 @@ mod phases;
 mod place;
 mod platform;
 mod policy;
+mod processor;
 mod pv;
 mod random;
 mod running;
@@ -63,7 +64,8 @@ use self::state::{CPUID_LEAVES, HVM_CONTEXT, POLICY_MSRS, Record, USERDATA, Vcpu
 use self::store::{DOMAINS, FORMAT, HOST, Store};
 use crate::error::BackendError;
 use crate::{
-    DomId, Domain, DomainControl, DomainInfo, DomainSettings, Host, NewDomain, TscInfo, XenVersion,
+    CpuPolicy, DomId, Domain, DomainControl, DomainInfo, DomainSettings, GuestKind, Host,
+    NewDomain, TscInfo, XenVersion,
 };
 
 pub use self::control::{Reached, finish_answers};
@@ -74,6 +76,7 @@ pub use self::face::peer;
 pub use self::grants::GrantEntry;
 pub use self::guest::{GuestSpec, P2mStyle};
 pub use self::phases::phase;
+pub use self::processor::{BadProcessor, Processor};
 pub use self::summary::{DomainReport, DomainState, DomainSummary};
 pub use self::workload::{BackgroundWorkload, Workload, WorkloadCounts, WorkloadEnd, WorkloadSpec};
 
@@ -106,6 +109,9 @@ pub struct HostConfig {
     /// that it is there: for a look at what a caller does then.
     #[serde(default)]
     pub unmappable: Option<u64>,
+    /// Its processor.
+    #[serde(default)]
+    pub processor: Processor,
 }
 
 /// Work that is done in steps.
@@ -141,6 +147,7 @@ impl Default for HostConfig {
             logs_new_pages: false,
             stepped: None,
             unmappable: None,
+            processor: Processor::default(),
         }
     }
 }
@@ -419,6 +426,10 @@ impl Host for MockHost {
         Ok(Box::new(self.mock_domain(domid)?))
     }
 
+    fn max_cpu_policy(&self, kind: GuestKind) -> Result<CpuPolicy, BackendError> {
+        Ok(self.machine.config.processor.max_policy(kind))
+    }
+
     fn create(&self, new: &NewDomain) -> Result<DomId, BackendError> {
         let &NewDomain {
             kind,
@@ -436,7 +447,7 @@ impl Host for MockHost {
         let made = self
             .machine
             .add_domain(|domid, [shared_info, grant_table]| {
-                let policy = policy::default_policy(kind);
+                let policy = self.machine.config.processor.default_policy(kind);
                 let mut blobs = BTreeMap::from([
                     (CPUID_LEAVES.to_owned(), policy.leaves),
                     (POLICY_MSRS.to_owned(), policy.msrs),

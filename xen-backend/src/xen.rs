@@ -35,7 +35,7 @@ use crate::error::BackendError;
 use crate::privcmd::{CallBuffer, Hypercalls, Privcmd};
 use crate::sys::common as sys;
 use crate::xenstore::Xenstore;
-use crate::{DomId, Domain, DomainInfo, GuestKind, Host, NewDomain, XenVersion};
+use crate::{CpuPolicy, DomId, Domain, DomainInfo, GuestKind, Host, NewDomain, XenVersion};
 
 #[cfg(feature = "mock")]
 pub(crate) use self::create::MSR_RELAXED;
@@ -217,6 +217,10 @@ impl Host for XenHost {
             log: Mutex::default(),
             warned: AtomicBool::new(false),
         }))
+    }
+
+    fn max_cpu_policy(&self, kind: GuestKind) -> Result<CpuPolicy, BackendError> {
+        self.most_of_cpu(kind)
     }
 
     fn create(&self, new: &NewDomain) -> Result<DomId, BackendError> {

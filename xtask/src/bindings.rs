@@ -132,7 +132,7 @@ const COMMON_NUMBERS: &[&str] = &[
     "XEN_DOMCTL_(getpageframeinfo3|[gs]etvcpuextstate|[gs]et_vcpu_msrs|[gs]et_cpu_policy)",
     "XEN_DOMINF_(dying|hvm_guest|shutdown|paused|shutdownmask|shutdownshift)",
     "XEN_INVALID_MAX_VCPU_ID",
-    "XEN_SYSCTL_(getdomaininfolist|get_cpu_policy|cpu_policy_host)",
+    "XEN_SYSCTL_(getdomaininfolist|get_cpu_policy|cpu_policy_(host|(pv|hvm)_max))",
     "XEN_X86_EMU_(LAPIC|VPCI|ALL)",
     "XENMEM_(add_to|remove_from)_physmap",
     "XENMEM_(machphys_mfn_list|machphys_compat_mfn_list|maximum_gpfn|maximum_ram_page)",

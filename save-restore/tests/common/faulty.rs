@@ -80,7 +80,7 @@ fn errnos(op: &str) -> &'static [Errno] {
         "enable_log_dirty" => &[EINVAL, EOPNOTSUPP, ENOMEM, EBUSY],
         "disable_log_dirty" => &[EINVAL, EBUSY, ENOMEM],
         "read_dirty" => &[EINVAL, EFAULT, ENOMEM, EBUSY],
-        "cpu_policy" => &[ENOBUFS, EFAULT, EOPNOTSUPP, ENOMEM],
+        "cpu_policy" | "max_cpu_policy" => &[ENOBUFS, EFAULT, EOPNOTSUPP, ENOMEM],
         "set_cpu_policy" => &[EINVAL, EEXIST, E2BIG, EFAULT, ENOENT, ENOMEM],
         "tsc_info" => &[EINVAL, EFAULT],
         "set_tsc_info" => &[EINVAL],
@@ -167,6 +167,8 @@ pub(crate) struct Faulty {
     before_map: Option<Box<dyn Fn() + Send + Sync>>,
     /// It does not say which is its largest gfn.
     has_no_page: bool,
+    /// The most that the host is said to be able to give it.
+    most: Option<CpuPolicy>,
 }
 
 impl Faulty {
@@ -189,6 +191,7 @@ impl Faulty {
             struck: Mutex::default(),
             before_map: None,
             has_no_page: false,
+            most: None,
         }
     }
 
@@ -206,6 +209,14 @@ impl Faulty {
         Self {
             has_no_page: true,
             ..Self::watching(inner)
+        }
+    }
+
+    /// The same, on a host that says that it can give it this CPU.
+    pub(crate) fn with_most(self, most: CpuPolicy) -> Self {
+        Self {
+            most: Some(most),
+            ..self
         }
     }
 
@@ -388,6 +399,10 @@ impl X86Platform for Faulty {
     }
     fn host_cpu_policy(&self) -> Result<CpuPolicy, BackendError> {
         self.call("host_cpu_policy", |d| d.host_cpu_policy())
+    }
+    fn max_cpu_policy(&self) -> Result<CpuPolicy, BackendError> {
+        let most = self.call("max_cpu_policy", |d| d.max_cpu_policy())?;
+        Ok(self.most.clone().unwrap_or(most))
     }
     fn set_cpu_policy(&self, policy: &CpuPolicy) -> Result<(), BackendError> {
         self.call("set_cpu_policy", |d| d.set_cpu_policy(policy))

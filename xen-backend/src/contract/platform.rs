@@ -5,12 +5,22 @@ use nix::errno::Errno;
 use super::kit::Guest;
 use super::{Check, Violation, ensure, equal, fails};
 use crate::{CpuPolicy, DomId, GuestKind, Host, RingGrant, TscInfo};
+use xsr_format::cpu_policy::{CpuPolicy as Leaves, missing};
+use xsr_format::fields::x86::Feature;
 use xsr_format::frame::Gfn;
 
 pub(super) const CHECKS: &[(&str, Check)] = &[
     (
         "a new domain has a policy that it can be given back",
         policy_round_trip,
+    ),
+    (
+        "a new domain has no more of a CPU than the machine can give",
+        policy_within_the_most,
+    ),
+    (
+        "a feature that the machine cannot give is cleared",
+        impossible_feature,
     ),
     ("an empty half of a policy is left alone", half_policies),
     (
@@ -41,6 +51,57 @@ fn policy_round_trip(host: &dyn Host) -> Result<(), Violation> {
         )?;
         guest.set_cpu_policy(&policy)?;
         equal(&guest.cpu_policy()?, &policy, "policy")?;
+    }
+    Ok(())
+}
+
+fn leaves_of(policy: &CpuPolicy) -> Result<Leaves, Violation> {
+    let parsed = Leaves::parse(&policy.leaves, &policy.msrs);
+    parsed.map_err(|error| Violation(format!("a policy that ends inside an entry: {error}")))
+}
+
+/// This is what a check before a restore rests on: an image of a host fits that host.
+fn policy_within_the_most(host: &dyn Host) -> Result<(), Violation> {
+    for kind in KINDS {
+        let guest = Guest::new(host, kind, 1, 1)?;
+        let most = host.max_cpu_policy(kind)?;
+        equal(&guest.max_cpu_policy()?, &most, "the most for the domain")?;
+        let most = leaves_of(&most)?;
+        ensure(!most.leaves.is_empty() && !most.msrs.is_empty(), "the most")?;
+        let given = leaves_of(&guest.cpu_policy()?)?;
+        let missing = missing(&given, &most);
+        let missing: Vec<String> = missing.iter().map(|m| m.details().to_string()).collect();
+        equal(
+            &missing,
+            &Vec::new(),
+            "what a new domain has beyond the most",
+        )?;
+    }
+    Ok(())
+}
+
+fn impossible_feature(host: &dyn Host) -> Result<(), Violation> {
+    let sgx = Feature::named("sgx").ok_or_else(|| Violation("no name for SGX".to_owned()))?;
+    for kind in KINDS {
+        let guest = Guest::new(host, kind, 1, 1)?;
+        let before = guest.cpu_policy()?;
+        ensure(
+            !leaves_of(&host.max_cpu_policy(kind)?)?.has(sgx),
+            "no Xen gives SGX to a guest",
+        )?;
+        let mut asked = leaves_of(&before)?;
+        let leaf = asked
+            .leaves
+            .iter_mut()
+            .find(|l| (l.leaf, l.subleaf) == (7, 0));
+        // Bit 2 of ebx. A processor without leaf 7 has nothing to ask for.
+        let Some(leaf) = leaf else {
+            continue;
+        };
+        leaf.ebx |= 1 << 2;
+        let (leaves, msrs) = asked.encode();
+        guest.set_cpu_policy(&CpuPolicy { leaves, msrs })?;
+        equal(&guest.cpu_policy()?, &before, "policy")?;
     }
     Ok(())
 }

@@ -43,7 +43,7 @@ use crate::privcmd::{Call, CallBuffer, FrameMapping, Hypercalls, Resource};
 use crate::sys::common as sys;
 use crate::xen::interface::{INTERFACES, Interface, versions};
 use crate::xen::{OpenError, XenHost};
-use crate::{DomId, DomainControl, HvmGuest, PvGuest};
+use crate::{DomId, DomainControl, GuestKind, Host as _, HvmGuest, PvGuest};
 
 /// Octets of `xen_domctl` and `xen_sysctl` before their unions, and of the unions.
 const DOMCTL_HEADER: u64 = 16;
@@ -196,7 +196,7 @@ impl Face {
         let place = address + SYSCTL_HEADER;
         match cmd {
             sys::XEN_SYSCTL_getdomaininfolist => {}
-            sys::XEN_SYSCTL_get_cpu_policy => return self.system_policy(place),
+            sys::XEN_SYSCTL_get_cpu_policy => return self.host_policy(place),
             _ => return Err(Errno::ENOSYS),
         }
         let mut list: sys::xen_sysctl_getdomaininfolist = self.load(place)?;
@@ -215,28 +215,36 @@ impl Face {
         Ok(0)
     }
 
-    /// Sizes, for which a caller leaves the buffers out; or the host's policy.
-    fn system_policy(&self, place: u64) -> Result<u64, Errno> {
+    /// `XEN_SYSCTL_get_cpu_policy`; without buffers, only how large they have to be.
+    fn host_policy(&self, place: u64) -> Result<u64, Errno> {
         let mut body: sys::xen_sysctl_cpu_policy = self.load(place)?;
         if (body.leaves, body.msrs) == (0, 0) {
             (body.nr_leaves, body.nr_msrs) = (MAX_LEAVES, MAX_MSRS);
-        } else if body.index == sys::XEN_SYSCTL_cpu_policy_host {
-            let policy = policy::host_policy();
-            let leaf = size_of::<sys::xen_cpuid_leaf>();
-            let msr = size_of::<sys::xen_msr_entry>();
-            for (octets, size, room, buffer) in [
-                (&policy.leaves, leaf, &mut body.nr_leaves, body.leaves),
-                (&policy.msrs, msr, &mut body.nr_msrs, body.msrs),
-            ] {
-                let entries = u32::try_from(octets.len() / size).map_err(|_| Errno::EINVAL)?;
-                if *room < entries {
-                    return Err(Errno::ENOBUFS);
-                }
-                *room = entries;
-                self.buffers.write(buffer, octets)?;
+            self.save(place, &body)?;
+            return Ok(0);
+        }
+        let most = |kind| self.host.max_cpu_policy(kind).map_err(errno);
+        let policy = match body.index {
+            _ if body._rsvd != 0 => return Err(Errno::EINVAL),
+            sys::XEN_SYSCTL_cpu_policy_host => policy::host_policy(),
+            sys::XEN_SYSCTL_cpu_policy_pv_max => most(GuestKind::Pv)?,
+            sys::XEN_SYSCTL_cpu_policy_hvm_max => most(GuestKind::Hvm)?,
+            // The others are for tools that look at the processor itself.
+            0 | 4 | 5 => return Err(Errno::ENOSYS),
+            _ => return Err(Errno::EINVAL),
+        };
+        let leaf = size_of::<sys::xen_cpuid_leaf>();
+        let msr = size_of::<sys::xen_msr_entry>();
+        for (octets, size, room, buffer) in [
+            (&policy.leaves, leaf, &mut body.nr_leaves, body.leaves),
+            (&policy.msrs, msr, &mut body.nr_msrs, body.msrs),
+        ] {
+            let entries = u32::try_from(octets.len() / size).map_err(|_| Errno::EINVAL)?;
+            if *room < entries {
+                return Err(Errno::ENOBUFS);
             }
-        } else {
-            return Err(Errno::ENOSYS);
+            *room = entries;
+            self.buffers.write(buffer, octets)?;
         }
         self.save(place, &body)?;
         Ok(0)

@@ -123,6 +123,12 @@ impl X86Platform for MockDomain {
         self.look("host_cpu_policy", |_| Ok(policy::host_policy()))
     }
 
+    fn max_cpu_policy(&self) -> Result<CpuPolicy, BackendError> {
+        const OP: &str = "get_cpu_policy of the host";
+        let processor = &self.machine.config.processor;
+        self.look(OP, |_| Ok(processor.max_policy(self.dom.kind)))
+    }
+
     fn set_cpu_policy(&self, policy: &CpuPolicy) -> Result<(), BackendError> {
         let mut blamed = None;
         let set = self.change("set_cpu_policy", |state| {
@@ -133,6 +139,7 @@ impl X86Platform for MockDomain {
                 blamed = entry;
                 return Err(errno);
             }
+            let policy = self.machine.config.processor.clamp(self.dom.kind, policy);
             for (name, half) in [(CPUID_LEAVES, &policy.leaves), (POLICY_MSRS, &policy.msrs)] {
                 if !half.is_empty() {
                     self.put_blob(state, name, half.clone())?;

@@ -1,5 +1,5 @@
-//! The CPU policy of the mock machine: what it offers to a new guest, and which
-//! policies it takes.
+//! The CPU policy of the mock machine: what its usual processor offers to a new guest
+//! (`processor.rs` has what sets another apart), and which policies it takes.
 //!
 //! C implementation: `xen/lib/x86/{cpuid,msr,policy}.c`.
 
@@ -16,15 +16,15 @@ const MSR: usize = 16;
 const NO_SUBLEAF: u32 = u32::MAX;
 
 /// Largest basic leaf the machine offers.
-const MAX_BASIC: u32 = 0x1f;
+pub(super) const MAX_BASIC: u32 = 0x1f;
 /// Largest extended leaf the machine offers.
-const MAX_EXTENDED: u32 = 0x8000_0021;
+pub(super) const MAX_EXTENDED: u32 = 0x8000_0021;
 /// Largest subleaf of leaf 7 the machine offers.
-const MAX_FEATURES: u32 = 2;
+pub(super) const MAX_FEATURES: u32 = 2;
 /// MSRs a policy may hold: MSR_INTEL_PLATFORM_INFO and MSR_ARCH_CAPABILITIES.
 const KNOWN_MSRS: [u32; 2] = [0xce, 0x10a];
 
-/// What a new guest of this kind is given.
+/// What a new guest of this kind is given on the usual processor.
 pub(super) fn default_policy(kind: GuestKind) -> CpuPolicy {
     let mut leaves = Vec::new();
     let mut put = |leaf: u32, subleaf: u32, registers: [u32; 4]| {

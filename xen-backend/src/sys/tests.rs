@@ -105,6 +105,12 @@ fn older_name(expression: &str) -> &str {
         "offsetof(struct xen_domctl_cpu_policy, msrs)" => {
             "offsetof(struct xen_domctl_cpu_policy, msr_policy)"
         }
+        "offsetof(struct xen_sysctl_cpu_policy, leaves)" => {
+            "offsetof(struct xen_sysctl_cpu_policy, cpuid_policy)"
+        }
+        "offsetof(struct xen_sysctl_cpu_policy, msrs)" => {
+            "offsetof(struct xen_sysctl_cpu_policy, msr_policy)"
+        }
         _ => expression,
     }
 }

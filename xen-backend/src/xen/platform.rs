@@ -8,9 +8,10 @@ use nix::errno::Errno;
 use zerocopy::FromZeros;
 
 use super::calls::Calls;
-use super::{XenDomain, sys};
+use super::{XenDomain, XenHost, sys};
 use crate::error::BackendError;
-use crate::{CpuPolicy, Detail, PolicyEntry, RingGrant, TscInfo, X86Platform};
+use crate::privcmd::call::Named;
+use crate::{CpuPolicy, Detail, GuestKind, PolicyEntry, RingGrant, TscInfo, X86Platform};
 
 /// Octets of a CPUID leaf and of an MSR in a policy.
 const LEAF: usize = size_of::<sys::xen_cpuid_leaf>();
@@ -31,56 +32,65 @@ fn entries(octets: &[u8], size: usize) -> Result<u32, Errno> {
     }
 }
 
-/// Whose policy.
-#[derive(Clone, Copy)]
-enum Whose {
-    Domain,
-    Host,
+/// A policy, in buffers that hold `room` entries of either kind and are made larger as long as
+/// `ask` says ENOBUFS. It answers with the number of leaves and of MSRs.
+fn policy_of(
+    calls: &Calls,
+    ask: impl Fn(u32, Named<'_, '_>) -> Result<(u32, u32), Errno>,
+) -> Result<CpuPolicy, Errno> {
+    let mut room = FIRST_ROOM;
+    loop {
+        let count = usize::try_from(room).map_err(|_| Errno::EINVAL)?;
+        let mut leaves = calls.raw.buffer(count * LEAF)?;
+        let mut msrs = calls.raw.buffer(count * MSR)?;
+        let (nr_leaves, nr_msrs) = match ask(room, &mut [&mut leaves, &mut msrs]) {
+            Err(Errno::ENOBUFS) if room < LARGEST_ROOM => {
+                room *= 2;
+                continue;
+            }
+            answer => answer?,
+        };
+        let len = |entries: u32, size| match usize::try_from(entries.min(room)) {
+            Ok(entries) => Ok(entries * size),
+            Err(_) => Err(Errno::EINVAL),
+        };
+        return Ok(CpuPolicy {
+            leaves: Calls::contents(&leaves, len(nr_leaves, LEAF)?),
+            msrs: Calls::contents(&msrs, len(nr_msrs, MSR)?),
+        });
+    }
+}
+
+/// One of the hypervisor's own policies (`XEN_SYSCTL_cpu_policy_*`).
+fn system_policy(calls: &Calls, index: u32) -> Result<CpuPolicy, Errno> {
+    policy_of(calls, |room, named| {
+        let mut body = sys::xen_sysctl_cpu_policy::new_zeroed();
+        (body.index, body.nr_leaves, body.nr_msrs) = (index, room, room);
+        let got = calls.sysctl(sys::XEN_SYSCTL_get_cpu_policy, &body, named)?;
+        Ok((got.nr_leaves, got.nr_msrs))
+    })
+}
+
+/// The most that the machine can give to a guest of this kind.
+fn max_policy(calls: &Calls, kind: GuestKind) -> Result<CpuPolicy, Errno> {
+    let index = match kind.is_translated() {
+        true => sys::XEN_SYSCTL_cpu_policy_hvm_max,
+        false => sys::XEN_SYSCTL_cpu_policy_pv_max,
+    };
+    system_policy(calls, index)
+}
+
+/// What the call is named in errors.
+const MAX_POLICY: &str = "get_cpu_policy of the host";
+
+impl XenHost {
+    /// See [`crate::Host::max_cpu_policy`].
+    pub(super) fn most_of_cpu(&self, kind: GuestKind) -> Result<CpuPolicy, BackendError> {
+        max_policy(&self.shared.calls, kind).map_err(|errno| BackendError::host(MAX_POLICY, errno))
+    }
 }
 
 impl XenDomain {
-    /// A policy of whatever length.
-    fn policy(&self, whose: Whose, op: &'static str) -> Result<CpuPolicy, BackendError> {
-        let mut room = FIRST_ROOM;
-        loop {
-            match self.policy_within(room, whose) {
-                Err(Errno::ENOBUFS) if room < LARGEST_ROOM => room *= 2,
-                result => return result.map_err(|errno| self.fail(op, errno)),
-            }
-        }
-    }
-
-    /// A policy, if it fits into `room` entries of either kind: ENOBUFS otherwise.
-    fn policy_within(&self, room: u32, whose: Whose) -> Result<CpuPolicy, Errno> {
-        let count = usize::try_from(room).map_err(|_| Errno::EINVAL)?;
-        let mut leaves = self.calls().raw.buffer(count * LEAF)?;
-        let mut msrs = self.calls().raw.buffer(count * MSR)?;
-        let named = &mut [&mut leaves, &mut msrs];
-        let (nr_leaves, nr_msrs) = match whose {
-            Whose::Domain => {
-                let mut body = sys::xen_domctl_cpu_policy::new_zeroed();
-                (body.nr_leaves, body.nr_msrs) = (room, room);
-                let cmd = sys::XEN_DOMCTL_get_cpu_policy;
-                let got = self.calls().domctl_naming(cmd, self.domid, &body, named)?;
-                (got.nr_leaves, got.nr_msrs)
-            }
-            Whose::Host => {
-                let mut body = sys::xen_sysctl_cpu_policy::new_zeroed();
-                body.index = sys::XEN_SYSCTL_cpu_policy_host;
-                (body.nr_leaves, body.nr_msrs) = (room, room);
-                let cmd = sys::XEN_SYSCTL_get_cpu_policy;
-                let got = self.calls().sysctl(cmd, &body, named)?;
-                (got.nr_leaves, got.nr_msrs)
-            }
-        };
-        let len = |entries: u32, size| usize::try_from(entries.min(room)).map(|n| n * size);
-        let (nr_leaves, nr_msrs) = (len(nr_leaves, LEAF), len(nr_msrs, MSR));
-        Ok(CpuPolicy {
-            leaves: Calls::contents(&leaves, nr_leaves.map_err(|_| Errno::EINVAL)?),
-            msrs: Calls::contents(&msrs, nr_msrs.map_err(|_| Errno::EINVAL)?),
-        })
-    }
-
     /// The errno comes with the entry that Xen says is to blame.
     fn set_policy(&self, policy: &CpuPolicy) -> Result<(), (Errno, Option<PolicyEntry>)> {
         let early = |errno| (errno, None);
@@ -117,11 +127,23 @@ fn blamed(told: &sys::xen_domctl_cpu_policy) -> Option<PolicyEntry> {
 
 impl X86Platform for XenDomain {
     fn cpu_policy(&self) -> Result<CpuPolicy, BackendError> {
-        self.policy(Whose::Domain, "get_cpu_policy")
+        let policy = policy_of(self.calls(), |room, named| {
+            let mut body = sys::xen_domctl_cpu_policy::new_zeroed();
+            (body.nr_leaves, body.nr_msrs) = (room, room);
+            let cmd = sys::XEN_DOMCTL_get_cpu_policy;
+            let got = self.calls().domctl_naming(cmd, self.domid, &body, named)?;
+            Ok((got.nr_leaves, got.nr_msrs))
+        });
+        policy.map_err(|errno| self.fail("get_cpu_policy", errno))
     }
 
     fn host_cpu_policy(&self) -> Result<CpuPolicy, BackendError> {
-        self.policy(Whose::Host, "host_cpu_policy")
+        let policy = system_policy(self.calls(), sys::XEN_SYSCTL_cpu_policy_host);
+        policy.map_err(|errno| self.fail("host_cpu_policy", errno))
+    }
+
+    fn max_cpu_policy(&self) -> Result<CpuPolicy, BackendError> {
+        max_policy(self.calls(), self.kind).map_err(|errno| self.fail(MAX_POLICY, errno))
     }
 
     fn set_cpu_policy(&self, policy: &CpuPolicy) -> Result<(), BackendError> {
