@@ -15,7 +15,7 @@ pub(crate) use self::machine::{Backend, BackendArg, MockHostArg, VARIABLE};
 pub(crate) use self::migrate::{ConnectionArgs, Endpoint, MigrateArgs, ReceiveArgs};
 pub(crate) use self::mock::{
     MockArgs, MockCommand, MockCreateArgs, MockDomainArgs, MockEnd, MockKind, MockListArgs,
-    MockRenameArgs, MockShowArgs, MockWorkloadArgs, WorkloadArgs,
+    MockNewHostArgs, MockRenameArgs, MockShowArgs, MockWorkloadArgs, WorkloadArgs,
 };
 pub(crate) use self::remus::{OnLoss, RemusArgs};
 
@@ -134,6 +134,7 @@ impl Command {
             Self::Export(args) => args.json,
             Self::Edit(args) => args.json,
             Self::Mock(args) => match &args.command {
+                MockCommand::Host(_) => false,
                 MockCommand::Create(args) => args.json,
                 MockCommand::List(args) => args.json,
                 MockCommand::Show(args) => args.json,
@@ -237,6 +238,10 @@ pub(crate) struct RestoreArgs {
     pub(crate) threads: ThreadsArg,
     #[command(flatten)]
     pub(crate) backend: BackendArg,
+    /// Restore a guest that has seen CPU features which this host lacks: it may crash when it uses
+    /// one (docs/cpu.md)
+    #[arg(long)]
+    pub(crate) force: bool,
     /// Tolerate reserved fields that are not zero
     #[arg(long)]
     pub(crate) lenient: bool,

@@ -12,6 +12,7 @@ mod cmd;
 mod colo;
 mod condition;
 mod config;
+mod cpu;
 mod exit;
 mod feed;
 mod file;

@@ -53,6 +53,8 @@ struct Call {
     settings: Vec<Setting>,
     /// Options that xl has not.
     refused: Vec<String>,
+    /// Whether a domain is made although this host lacks CPU features that it has seen.
+    force: bool,
     /// Of a command that works on a domain: what the command line says of it, and of the file
     /// of a save.
     words: Option<Words>,
@@ -107,6 +109,7 @@ impl Xl {
             settings,
             refused,
             restores,
+            force,
             words,
             ..
         } = self.0;
@@ -139,7 +142,8 @@ impl Xl {
         };
         tracing::info!(xl = %xl.display(), helper = %helper.display(), ?arguments, "running xl");
         let xl = [xl.into_os_string()].into_iter().chain(arguments);
-        let settings = settings.into_iter().map(Setting::variable);
+        let plan = restores.then(|| setting::plan(force)).flatten();
+        let settings = settings.into_iter().map(Setting::variable).chain(plan);
         let ended = child::run(xl, &helper, settings, restores);
         let succeeded = ended.as_ref().is_ok_and(|ended| ended.status.success());
         let code = match ended {
@@ -185,6 +189,7 @@ impl Call {
             settings: Vec::new(),
             refused: Vec::new(),
             restores: matches!(name, "restore" | "migrate-receive"),
+            force: false,
             words: Words::of(name),
             verbose: 0,
             quiet: false,
@@ -232,6 +237,7 @@ impl Call {
                         words.force = true;
                     }
                 }
+                "--force" if call.restores => call.force = true,
                 _ if call.message(argument) => {}
                 _ => match Setting::of(own, option) {
                     Some(setting) => call.settings.push(setting(match value {

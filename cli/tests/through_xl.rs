@@ -46,7 +46,8 @@ fn script(dir: &Path, text: &str) -> PathBuf {
 fn xsr(arguments: &[&str]) -> Command {
     installed("xsr-save-helper");
     let mut command = Command::new(installed("xsr"));
-    command.args(arguments).env_remove("XSR_LOG");
+    command.args(arguments);
+    command.env_remove("XSR_LOG").env_remove("XSR_PLAN");
     command
 }
 
@@ -184,6 +185,40 @@ fn what_xl_has_no_option_for_reaches_the_helper_in_its_environment() {
         let words = ["migrate", bad, "web", "h"];
         ran(beside(dir.path(), &words)).code(64).stderr_has(why);
     }
+}
+
+/// Our commands refuse a guest that has seen CPU features which this host lacks: it is the
+/// helper that compares, and it is told so where a domain is made.
+#[test]
+fn the_helper_is_told_whether_to_refuse_a_guest() {
+    let _alone = alone();
+    let dir = scratch();
+    script(dir.path(), "#!/bin/sh\necho \"$* plan=$XSR_PLAN\"\n");
+    for (words, said) in [
+        (["restore", "f"].as_slice(), "restore f plan=refuse\n"),
+        (&["restore", "--force", "f"], "restore f plan=warn\n"),
+        (&["migrate-receive"], "migrate-receive plan=refuse\n"),
+        (
+            &["migrate-receive", "--force"],
+            "migrate-receive plan=warn\n",
+        ),
+        (&["save", "web", "-"], "save web /dev/stdout plan=\n"),
+        (&["migrate", "web", "h"], "migrate web h plan=\n"),
+    ] {
+        ran(beside(dir.path(), words)).code(0).stdout_has(said);
+    }
+    // What the user has set stays, unless the command line says more.
+    let mut set = beside(dir.path(), &["restore", "f"]);
+    set.env("XSR_PLAN", "warn");
+    ran(set).code(0).stdout_has("restore f plan=warn\n");
+    let mut forced = beside(dir.path(), &["restore", "--force", "f"]);
+    forced.env("XSR_PLAN", "refuse");
+    ran(forced).code(0).stdout_has("restore f plan=warn\n");
+    // The other host's helper only warns: there is nothing to force.
+    let words = ["migrate", "--force", "web", "h"];
+    ran(beside(dir.path(), &words))
+        .code(64)
+        .stderr_has("--force");
 }
 
 #[test]

@@ -118,6 +118,7 @@ fn receive(
         console_port: port(),
         console_domid: DomId(0),
         threads: NonZeroUsize::new(threads),
+        cpu: xsr_save_restore::CpuCheck::Refuse,
     };
     let mut toolstack = DirectToolstack(domain.as_ref());
     let reader = RecordReader::new(source, ReadOptions::default()).unwrap();

@@ -120,6 +120,7 @@ impl Arriving for Coming<'_> {
             console_port: domain.alloc_unbound_port(DomId(0))?,
             console_domid: DomId(0),
             threads: None,
+            cpu: xsr_save_restore::CpuCheck::Refuse,
         };
         let mut toolstack = DirectToolstack(&*domain);
         let (_, source) = restore(&*domain, reader, &mut toolstack, &options, &mut |_| {

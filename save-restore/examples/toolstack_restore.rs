@@ -95,6 +95,7 @@ fn fill(domain: &dyn Domain, file: &Path) -> Result<Restored, Box<dyn Error>> {
         console_port: domain.alloc_unbound_port(DOM0)?,
         console_domid: DOM0,
         threads: None,
+        cpu: xsr_save_restore::CpuCheck::Refuse,
     };
     let mut on_progress = |progress: &Progress| {
         tracing::debug!(?progress, "restoring");

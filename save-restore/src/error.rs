@@ -13,6 +13,7 @@ use xsr_xen_backend::{BackendError, GuestKind, MapError, ShutdownReason};
 use crate::back_channel::BackChannelError;
 use crate::guest::refused::PolicyRefused;
 use crate::progress::Cancelled;
+use crate::restore::CpuMissing;
 use crate::toolstack::ToolstackError;
 
 /// State of a guest, on its way into a stream or out of one, that cannot be right.
@@ -366,6 +367,10 @@ pub enum RestoreError {
         /// Its frame.
         gfn: Gfn,
     },
+    /// The host lacks CPU features that the guest has seen
+    /// ([`CpuCheck::Refuse`](crate::CpuCheck)). The domain has no memory yet.
+    #[error(transparent)]
+    CpuFeatures(Box<CpuMissing>),
     /// The hypervisor refused the CPU policy of the image.
     #[error(transparent)]
     CpuPolicy(Box<PolicyRefused>),

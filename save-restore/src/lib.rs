@@ -28,7 +28,7 @@ pub mod toolstack;
 pub use error::{RestoreError, SaveError};
 pub use restore::checkpoint::restore_checkpointed;
 pub use restore::colo::restore_colo;
-pub use restore::{RestoreOptions, Restored, restore};
+pub use restore::{CpuCheck, RestoreOptions, Restored, restore};
 pub use save::{Live, SaveOptions, Saved, save, save_checkpointed, save_colo, save_live};
 
 // An example is a module of the tests, and names this package as any user does.

@@ -5,6 +5,7 @@
 mod ahead;
 pub mod checkpoint;
 pub(crate) mod colo;
+mod cpu;
 mod crew;
 mod pages;
 mod place;
@@ -21,7 +22,7 @@ use xsr_format::guest_image::{self, GuestImage};
 use xsr_format::image::GuestType;
 use xsr_format::read::{Incoming, RecordReader};
 use xsr_format::record::{Body, Record, RecordKind};
-use xsr_xen_backend::{CpuPolicy, DomId, Domain, GuestKind};
+use xsr_xen_backend::{DomId, Domain, GuestKind};
 
 use crate::error::RestoreError;
 use crate::guest::hvm;
@@ -30,11 +31,14 @@ use crate::guest::x86;
 use crate::pipeline;
 use crate::progress::{OnProgress, Phase, Reporter};
 use crate::restore::ahead::Plan;
+use crate::restore::cpu::Comparison;
 use crate::restore::crew::{Crew, Hands};
 use crate::restore::pages::PageRestore;
 use crate::restore::place::{Placer, read_failed};
 use crate::source::{LookAhead, PageSource};
 use crate::toolstack::RestoreToolstack;
+
+pub use crate::restore::cpu::{CpuCheck, CpuMissing};
 
 /// The last pfn that any x86 guest can have: 52 bits of address.
 const MAX_PFN: Pfn = guest_image::MAX_X86_PFN;
@@ -57,6 +61,8 @@ pub struct RestoreOptions {
     /// that read from a file themselves have a buffer of 1 MiB each. More than 17
     /// threads (5 where pieces are mapped) find no work.
     pub threads: Option<NonZeroUsize>,
+    /// What to do where the host lacks CPU features that the guest has seen.
+    pub cpu: CpuCheck,
 }
 
 /// What a restore did.
@@ -309,15 +315,13 @@ impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
         Ok(())
     }
 
-    /// Static data is complete: set the domain up with it, before any memory.
+    /// Static data is complete: see that the guest can run here, and set the domain up with it,
+    /// before any memory.
     fn static_data(&mut self) -> Result<(), RestoreError> {
-        let leaves = self.image.cpuid().iter();
-        let msrs = self.image.msrs().iter();
-        let policy = CpuPolicy {
-            leaves: leaves.flat_map(|leaf| leaf.encode(LITTLE)).collect(),
-            msrs: msrs.flat_map(|msr| msr.encode(LITTLE)).collect(),
-        };
-        let missing = x86::set_cpu_policy(self.domain, &policy)?;
+        let mut cpu = Comparison::of(&self.image, self.options.cpu);
+        cpu.with_host(self.domain)?;
+        let missing = x86::set_cpu_policy(self.domain, &cpu.octets())?;
+        cpu.with_given(self.domain)?;
         self.toolstack.static_data_done(missing)?;
         self.static_data_done = true;
         Ok(())
@@ -342,9 +346,6 @@ impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
         }
     }
 }
-
-/// What Xen takes a CPU policy in.
-const LITTLE: ByteOrder = ByteOrder::Little;
 
 /// A record that breaks a rule together with those before it.
 fn bad(position: Position, cause: DecodeError) -> RestoreError {

@@ -206,6 +206,7 @@ fn each_checkpoint_makes_the_secondary_the_primary_again() {
             console_port: port(),
             console_domid: DomId(0),
             threads: NonZeroUsize::new(2),
+            cpu: xsr_save_restore::CpuCheck::Refuse,
         };
         let mut receiver = Secondary {
             host: &to,

@@ -450,6 +450,7 @@ fn options_for(domain: &dyn Domain) -> RestoreOptions {
         console_port: domain.alloc_unbound_port(DomId(0)).unwrap(),
         console_domid: DomId(0),
         threads: NonZeroUsize::new(2),
+        cpu: xsr_save_restore::CpuCheck::Refuse,
     }
 }
 

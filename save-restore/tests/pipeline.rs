@@ -49,6 +49,7 @@ fn restore_how<S: PageSource>(
         console_port: real.alloc_unbound_port(DomId(0)).unwrap(),
         console_domid: DomId(0),
         threads: NonZeroUsize::new(threads),
+        cpu: xsr_save_restore::CpuCheck::Refuse,
     };
     let mut toolstack = DirectToolstack(real.as_ref());
     let result = RecordReader::new(source, ReadOptions::default())

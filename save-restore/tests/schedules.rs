@@ -401,6 +401,7 @@ impl<'t> World<'t> {
             console_domid: DomId(0),
             // The calls come in one order.
             threads: NonZeroUsize::new(1),
+            cpu: xsr_save_restore::CpuCheck::Refuse,
         };
         let domain = there.domain(domid).unwrap();
         let faulty = match trouble {

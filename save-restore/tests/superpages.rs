@@ -87,6 +87,7 @@ fn restored(
         console_port: real.alloc_unbound_port(DomId(0)).unwrap(),
         console_domid: DomId(0),
         threads: NonZeroUsize::new(2),
+        cpu: xsr_save_restore::CpuCheck::Refuse,
     };
     let inner = to.domain(domid).unwrap();
     let domain = match short {
@@ -141,6 +142,7 @@ fn first_populate(to: &MockHost, stream: &[u8]) -> usize {
         console_port: real.alloc_unbound_port(DomId(0)).unwrap(),
         console_domid: DomId(0),
         threads: NonZeroUsize::new(1),
+        cpu: xsr_save_restore::CpuCheck::Refuse,
     };
     let mut toolstack = DirectToolstack(real.as_ref());
     let mut go_on = |_: &_| ControlFlow::Continue(());

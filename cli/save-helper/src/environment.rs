@@ -7,6 +7,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Result, anyhow, bail};
+use xsr_save_restore::CpuCheck;
 use xsr_save_restore::save::precopy::{OnTimeout, PrecopyPolicy, TargetPolicy, XenPolicy};
 
 /// How many threads to work with. Not set: as many as there are processors.
@@ -17,6 +18,9 @@ const MAX_DOWNTIME: &str = "XSR_MAX_DOWNTIME";
 const TIMEOUT: &str = "XSR_TIMEOUT";
 /// What to do then: `stop-copy` or `cancel`.
 const ON_TIMEOUT: &str = "XSR_ON_TIMEOUT";
+
+/// What to do about a guest that has seen CPU features which this host lacks: `warn` or `refuse`.
+const PLAN: &str = "XSR_PLAN";
 
 /// A variable, if it is set.
 fn variable(name: &'static str) -> Result<Option<String>> {
@@ -41,6 +45,16 @@ fn number<T: FromStr>(name: &'static str, what: &str) -> Result<Option<T>> {
 /// How many threads to work with, if anybody says.
 pub(crate) fn threads() -> Result<Option<NonZeroUsize>> {
     number(THREADS, "threads")
+}
+
+/// Whether a guest is restored that has seen CPU features which this host lacks. Where the
+/// environment says nothing it is, as with libxl's own helper, and libxl's log has a warning.
+pub(crate) fn cpu_check() -> Result<CpuCheck> {
+    match variable(PLAN)?.as_deref() {
+        None | Some("warn") => Ok(CpuCheck::Warn),
+        Some("refuse") => Ok(CpuCheck::Refuse),
+        Some(other) => bail!("{PLAN} is {other:?}, expected warn or refuse"),
+    }
 }
 
 /// When to suspend a domain that is saved live: by Xen's own rule, or as the environment says.

@@ -70,7 +70,8 @@ pub(crate) fn run(
             errno: 0,
         },
         Err(error) => {
-            tracing::error!("{} failed: {}", args.what(), words(&error));
+            let (words, advice) = (words(&error), advice(&error));
+            tracing::error!("{} failed: {words}{advice}", args.what());
             Outcome {
                 retval: -1,
                 errno: errno_of(error.as_ref()) as i32,
@@ -237,6 +238,7 @@ fn restore(args: &RestoreArgs, wire: &Wire, backend: &dyn Backend) -> Result<()>
         console_port: args.console_port,
         console_domid: args.console_domid,
         threads: environment::threads()?,
+        cpu: environment::cpu_check()?,
     };
     let mut on_progress = |_: &_| match wire.lost() {
         Some(_) => ControlFlow::Break(()),
@@ -311,6 +313,17 @@ pub(crate) fn words(error: &anyhow::Error) -> String {
         })
 }
 
+/// What to do about it, where the environment can do something.
+fn advice(error: &anyhow::Error) -> &'static str {
+    match error.downcast_ref() {
+        Some(RestoreError::CpuFeatures(_)) => {
+            "; choose a host that has it, or have the guest restored all the same with \
+             XSR_PLAN=warn (or xsr restore --force)"
+        }
+        _ => "",
+    }
+}
+
 /// The errno that says the most of why it failed: libxl shows it.
 fn errno_of(error: &(dyn StdError + 'static)) -> Errno {
     let mut cause = Some(error);
@@ -343,6 +356,7 @@ fn errno_of(error: &(dyn StdError + 'static)) -> Errno {
         match error.downcast_ref::<RestoreError>() {
             Some(RestoreError::NoMemory { .. }) => return Errno::ENOMEM,
             Some(RestoreError::CpuPolicy(refused)) => return refused.cause.errno,
+            Some(RestoreError::CpuFeatures(_)) => return Errno::EOPNOTSUPP,
             Some(
                 RestoreError::VcpuState { cause, .. }
                 | RestoreError::HvmContext { cause, .. }

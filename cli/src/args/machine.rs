@@ -142,6 +142,7 @@ impl Cli {
             Command::MigrateReceive(args) => args.backend.settle(),
             Command::Remus(args) => args.backend.settle(),
             Command::Mock(args) => match &mut args.command {
+                MockCommand::Host(args) => args.host.settle(),
                 MockCommand::Create(args) => args.host.settle(),
                 MockCommand::List(args) => args.host.settle(),
                 MockCommand::Show(args) => args.host.settle(),

@@ -52,6 +52,10 @@ pub(crate) struct MigrateArgs {
     pub(crate) debug: bool,
     #[command(flatten)]
     pub(crate) target: TargetArgs,
+    /// Pass --force on: take the guest there though HOST lacks CPU features that it has seen. A
+    /// receiver that listens has to be given it itself
+    #[arg(long)]
+    pub(crate) force: bool,
     /// Give HOST up when it has not answered, or has taken nothing, for so many seconds; while the
     /// domain is suspended HOST also has to take 1 MiB/s on average after that time
     #[arg(
@@ -126,6 +130,10 @@ pub(crate) struct ReceiveArgs {
     /// Leave the domain paused
     #[arg(short = 'p')]
     pub(crate) paused: bool,
+    /// Take a guest that has seen CPU features which this host lacks: it may crash when it uses one
+    /// (docs/cpu.md)
+    #[arg(long)]
+    pub(crate) force: bool,
     /// Wait here for one migration: `unix:PATH` or `tcp:ADDRESS:PORT` (0: any free one)
     #[arg(long, value_name = "WHERE")]
     pub(crate) listen: Option<Endpoint>,

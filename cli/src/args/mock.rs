@@ -16,6 +16,7 @@ pub(crate) struct MockArgs {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum MockCommand {
+    Host(MockNewHostArgs),
     Create(MockCreateArgs),
     List(MockListArgs),
     Show(MockShowArgs),
@@ -33,6 +34,29 @@ pub(crate) enum MockCommand {
     Rename(MockRenameArgs),
     /// Destroy a domain
     Destroy(MockDomainArgs),
+}
+
+/// Make a mock machine without a domain
+///
+/// The other commands make one by themselves where there is none. This one is for a machine with
+/// another processor than the usual one.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  xsr mock host --host /tmp/new --cpu=+avx512f,+avx512bw
+  xsr mock host --host /tmp/old --cpu=-avx2,-pku")]
+pub(crate) struct MockNewHostArgs {
+    #[command(flatten)]
+    pub(crate) host: MockHostArg,
+    /// Features that its processor has beside the usual ones (+NAME) or lacks (-NAME), by Xen's
+    /// names
+    #[arg(
+        long,
+        value_name = "FEATURES",
+        allow_hyphen_values = true,
+        default_value = ""
+    )]
+    pub(crate) cpu: String,
 }
 
 /// Make a domain, filled with a seeded pattern

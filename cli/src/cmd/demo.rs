@@ -11,9 +11,9 @@ use anyhow::{Context as _, Result, bail};
 use nix::sys::statvfs::statvfs;
 use serde::Serialize;
 use tempfile::TempDir;
-use xsr_save_restore::SaveOptions;
 use xsr_save_restore::sink::FdSink;
 use xsr_save_restore::toolstack::DirectToolstack;
+use xsr_save_restore::{CpuCheck, SaveOptions};
 use xsr_xen_backend::domain_store::DomainRef;
 use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
 use xsr_xen_backend::{DomId, GuestKind};
@@ -358,7 +358,13 @@ impl Demo<'_> {
         self.watch.expect_octets(input.length);
         let cancel = self.watch.interrupt().cancel().clone();
         let image = restore::Image::open(&input, false, &restore::Overrides::default(), cancel)?;
-        let made = image.build(&self.other, restore::Named::AsItSays, None, &mut self.watch)?;
+        let made = image.build(
+            &self.other,
+            restore::Named::AsItSays,
+            None,
+            CpuCheck::Refuse,
+            &mut self.watch,
+        )?;
         self.watch.clear();
         made.unpause()?;
         Ok(made.keep().domid)

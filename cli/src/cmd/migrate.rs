@@ -106,6 +106,7 @@ fn migrate(args: &MigrateArgs, terminal: &Terminal, watch: &mut Watch) -> Result
         (args.connection.no_wait, "-e"),
         (args.debug, "-d"),
         (args.paused, "-p"),
+        (args.force, "--force"),
     ];
     let options = options.into_iter().filter_map(|(on, o)| on.then_some(o));
     let options: Vec<&str> = options.collect();

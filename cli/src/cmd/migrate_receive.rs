@@ -22,6 +22,7 @@ use xsr_xen_backend::DomId;
 use crate::args::ReceiveArgs;
 use crate::backend::Hypervisor;
 use crate::cmd::restore::{About, Image, ImageSource, Made, Named, of_old_sender, superpages};
+use crate::cpu;
 use crate::exit::{self, Code, Migration};
 use crate::interrupt::Interrupt;
 use crate::left::Left;
@@ -248,7 +249,8 @@ impl Coming<'_, '_> {
                     shown_name(image.name())
                 ));
                 let mut watch = self.watch.borrow_mut();
-                image.build(host, Named::Incoming, args.threads.threads, &mut watch)
+                let cpu = cpu::check(args.force);
+                image.build(host, Named::Incoming, args.threads.threads, cpu, &mut watch)
             })
             .and_then(|made| match &converted {
                 // What converts it has read all of it, and nothing of what follows.
@@ -258,7 +260,8 @@ impl Coming<'_, '_> {
             .map_err(|error| match &converted {
                 Some(converted) => converted.blame(error),
                 None => error,
-            })?;
+            })
+            .map_err(|error| cpu::advise(error, cpu::RECEIVE))?;
         made.name().clone_into(&mut self.name);
         self.made = Some(made);
         Ok(())

@@ -7,13 +7,14 @@ use serde::Serialize;
 use xsr_format::frame::PAGE_SIZE;
 use xsr_xen_backend::domain_store::DomainRef;
 use xsr_xen_backend::mock::{
-    DomainReport, DomainState, DomainSummary, GuestSpec, MockError, MockHost, Reached, WorkloadSpec,
+    BadProcessor, DomainReport, DomainState, DomainSummary, GuestSpec, HostConfig, MockError,
+    MockHost, Processor, Reached, WorkloadSpec,
 };
 use xsr_xen_backend::{DomId, GuestKind, Host};
 
 use crate::args::{
-    MockCommand, MockCreateArgs, MockDomainArgs, MockKind, MockListArgs, MockRenameArgs,
-    MockShowArgs, MockWorkloadArgs,
+    MockCommand, MockCreateArgs, MockDomainArgs, MockKind, MockListArgs, MockNewHostArgs,
+    MockRenameArgs, MockShowArgs, MockWorkloadArgs,
 };
 use crate::backend::{self, Hypervisor};
 use crate::config;
@@ -28,6 +29,7 @@ use crate::workload;
 /// Do what is asked of a mock machine.
 pub(crate) fn run(command: &MockCommand, terminal: &Terminal) -> Result<Code> {
     match command {
+        MockCommand::Host(args) => make_host(args, terminal)?,
         MockCommand::Create(args) => create(args, terminal)?,
         MockCommand::List(args) => list(args)?,
         MockCommand::Show(args) => show(args)?,
@@ -39,6 +41,18 @@ pub(crate) fn run(command: &MockCommand, terminal: &Terminal) -> Result<Code> {
         MockCommand::Destroy(args) => destroy(args, terminal)?,
     }
     Ok(Code::Fine)
+}
+
+fn make_host(args: &MockNewHostArgs, terminal: &Terminal) -> Result<()> {
+    let processor: Processor =
+        (args.cpu.parse()).map_err(|error: BadProcessor| BadUsage(format!("--cpu: {error}")))?;
+    let config = HostConfig {
+        processor,
+        ..HostConfig::default()
+    };
+    MockHost::create(&args.host.host, &config)?;
+    terminal.note(&format!("{} is a mock machine", args.host.host.display()));
+    Ok(())
 }
 
 fn create(args: &MockCreateArgs, terminal: &Terminal) -> Result<()> {

@@ -22,10 +22,10 @@ use xsr_format::error::ReadErrorCause;
 use xsr_format::read::{ReadOptions, RecordReader};
 use xsr_format::walk::{Around, Content, Walk};
 use xsr_format::wrapper::libxl::LibxlRecord;
-use xsr_save_restore::RestoreError;
 use xsr_save_restore::progress::Cancel;
 use xsr_save_restore::restore::RestoreStats;
 use xsr_save_restore::toolstack::DirectToolstack;
+use xsr_save_restore::{CpuCheck, RestoreError};
 use xsr_xen_backend::DomId;
 
 pub(crate) use self::made::{About, Made};
@@ -35,6 +35,7 @@ pub(crate) use self::source::{ImageSource, of_old_sender};
 use self::survey::Survey;
 use crate::args::RestoreArgs;
 use crate::backend::{self, Hypervisor};
+use crate::cpu;
 use crate::exit::{BadImage, Code};
 use crate::file::Input;
 use crate::mapped;
@@ -100,9 +101,16 @@ fn restore(args: &RestoreArgs, terminal: &Terminal, watch: &mut Watch) -> Result
     };
     let new_uuid = image.new_uuid();
     let made = image
-        .build(&host, Named::AsItSays, args.threads.threads, watch)
+        .build(
+            &host,
+            Named::AsItSays,
+            args.threads.threads,
+            cpu::check(args.force),
+            watch,
+        )
         .and_then(|made| input.finish(0).map(|_| made))
         .map_err(|error| too_small(&input, args.lenient, input.blame(error)))
+        .map_err(|error| cpu::advise(error, cpu::RESTORE))
         .with_context(restoring)?;
     if watch.interrupt().cancel().is_cancelled() {
         return Err(made.given_up(RestoreError::Aborted.into())).with_context(restoring);
@@ -307,6 +315,7 @@ impl<'a> Image<'a> {
         host: &Hypervisor,
         named: Named,
         threads: Option<NonZeroUsize>,
+        cpu: CpuCheck,
         watch: &mut Watch,
     ) -> Result<Made> {
         let mut made = self.plan.make(host, named)?;
@@ -318,7 +327,7 @@ impl<'a> Image<'a> {
             .filter(|r| of_emulator(r))
             .cloned()
             .collect();
-        let options = made.options(threads)?;
+        let options = made.options(threads, cpu)?;
         let domain = made.domain.as_ref();
         let mut toolstack = direct::Toolstack {
             direct: DirectToolstack(domain),

@@ -17,6 +17,19 @@ const SETTINGS: [(&str, &str, &[&str]); 4] = [
     ("on-timeout", "XSR_ON_TIMEOUT", &["migrate"]),
 ];
 
+/// What our helper does about a guest that has seen CPU features which this host lacks: it only
+/// warns where nothing is said.
+const PLAN: &str = "XSR_PLAN";
+
+/// The variable for a domain that is made here, and its value; `None` where the user has set it.
+pub(super) fn plan(force: bool) -> Option<(&'static str, OsString)> {
+    match (force, std::env::var_os(PLAN)) {
+        (true, _) => Some((PLAN, "warn".into())),
+        (false, None) => Some((PLAN, "refuse".into())),
+        (false, Some(_)) => None,
+    }
+}
+
 /// One of them, for one command.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Setting {

@@ -6,8 +6,9 @@
 
 use std::fmt;
 
+use xsr_format::cpu_policy::{self, CpuPolicy as Leaves};
 use xsr_format::fields::hvm::{HvmContext, HvmRecordKind};
-use xsr_format::fields::x86::{Register, arch_capabilities, features, leaf_name, msr_name};
+use xsr_format::fields::x86::{arch_capabilities, leaf_name, msr_name};
 use xsr_xen_backend::{BackendError, CpuPolicy, Detail, Domain, PolicyEntry};
 
 /// Bytes of a leaf and of a register in a policy.
@@ -15,8 +16,6 @@ const LEAF: usize = 24;
 const MSR: usize = 16;
 /// "The leaf has no subleaves."
 const NO_SUBLEAF: u32 = u32::MAX;
-/// Registers, in the order of a leaf.
-const REGISTERS: [Register; 4] = [Register::Eax, Register::Ebx, Register::Ecx, Register::Edx];
 /// MSR_ARCH_CAPABILITIES.
 const ARCH_CAPABILITIES: u32 = 0x10a;
 /// MSR_INTEL_PLATFORM_INFO, and the one bit of it that a guest may see.
@@ -61,20 +60,14 @@ impl PolicyRefused {
         let Some(host) = &self.host else {
             return Vec::new();
         };
-        let mut names = Vec::new();
-        for (leaf, subleaf, image) in leaves(&self.image) {
-            let here = find_leaf(host, leaf, subleaf).unwrap_or_default();
-            for (register, (image, here)) in REGISTERS.iter().zip(image.iter().zip(here)) {
-                let subleaf = if subleaf == NO_SUBLEAF { 0 } else { subleaf };
-                names.extend(
-                    features(leaf, subleaf, *register, image & !here)
-                        .into_iter()
-                        .flatten(),
-                );
-            }
-        }
-        names
+        let missing = cpu_policy::missing(&leaves_of(&self.image), &leaves_of(host));
+        missing.iter().map(ToString::to_string).collect()
     }
+}
+
+/// The policy in typed form, as far as it can be read: nothing of one that ends inside an entry.
+fn leaves_of(policy: &CpuPolicy) -> Leaves {
+    Leaves::parse(&policy.leaves, &policy.msrs).unwrap_or_default()
 }
 
 fn word(bytes: &[u8], at: usize) -> u32 {
@@ -111,10 +104,11 @@ fn find_msr(policy: &CpuPolicy, index: u32) -> Option<(u32, u64)> {
 }
 
 /// The name of the processor that a policy describes.
-fn brand(policy: &CpuPolicy) -> Option<String> {
+pub(crate) fn brand(policy: &Leaves) -> Option<String> {
     let mut bytes = Vec::new();
-    for leaf in BRAND {
-        for register in find_leaf(policy, leaf, NO_SUBLEAF)? {
+    for number in BRAND {
+        let leaf = policy.leaves.iter().find(|leaf| leaf.leaf == number)?;
+        for register in [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx] {
             bytes.extend(register.to_le_bytes());
         }
     }
@@ -150,8 +144,8 @@ impl fmt::Display for Msr {
 }
 
 /// At most so many names, and how many more.
-fn list(names: &[String]) -> String {
-    let shown = &names[..names.len().min(MOST_NAMES)];
+pub(crate) fn list(names: &[String], most: usize) -> String {
+    let shown = &names[..names.len().min(most)];
     let more = match names.len() - shown.len() {
         0 => String::new(),
         more => format!(" and {more} more"),
@@ -199,7 +193,7 @@ impl fmt::Display for PolicyRefused {
                     _ => Vec::new(),
                 };
                 if !names.is_empty() {
-                    write!(f, "; it lacks {}", list(&names))?;
+                    write!(f, "; it lacks {}", list(&names, MOST_NAMES))?;
                 }
             }
             None => f.write_str("Xen does not say which part of it")?,
@@ -209,11 +203,11 @@ impl fmt::Display for PolicyRefused {
             write!(
                 f,
                 "; features that the image has and guests here do not get: {}",
-                list(&missing)
+                list(&missing, MOST_NAMES)
             )?;
         }
-        let here = self.host.as_ref().and_then(brand);
-        match (brand(&self.image), here) {
+        let here = self.host.as_ref().and_then(|host| brand(&leaves_of(host)));
+        match (brand(&leaves_of(&self.image)), here) {
             (Some(image), Some(here)) if image != here => write!(
                 f,
                 ". The image comes from another CPU: \"{image}\", this host has \"{here}\""
@@ -321,7 +315,7 @@ mod tests {
         for part in [
             "CPUID leaf 0x0 (highest basic leaf and vendor), where the image has eax 0x00000030",
             "and this host eax 0x0000000d",
-            "guests here do not get: avx512f",
+            "guests here do not get: AVX512F",
             "\"Real x86 processor of the xsr project\", this host has \"Mock x86",
         ] {
             assert!(text.contains(part), "{part}: {text}");

@@ -180,6 +180,7 @@ fn try_restore<S: PageSource>(
         console_port: ports[1],
         console_domid: DomId(0),
         threads: NonZeroUsize::new(2),
+        cpu: xsr_save_restore::CpuCheck::Refuse,
     };
     let mut toolstack = DirectToolstack(domain.as_ref());
     let result = RecordReader::new(source, ReadOptions::default())

@@ -227,6 +227,7 @@ fn make_room(host: &MockHost, spec: &GuestSpec) -> (DomId, RestoreOptions) {
         console_domid: DomId(0),
         // The calls come in one order.
         threads: NonZeroUsize::new(1),
+        cpu: xsr_save_restore::CpuCheck::Refuse,
     };
     (domid, options)
 }

@@ -186,6 +186,7 @@ fn beside_in(
         console_port,
         console_domid: DomId(0),
         threads: NonZeroUsize::new(2),
+        cpu: xsr_save_restore::CpuCheck::Refuse,
     };
     let mut there = There {
         host: to,

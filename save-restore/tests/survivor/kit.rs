@@ -346,6 +346,7 @@ pub(crate) fn survive_in<R: Read>(
         console_port,
         console_domid: DomId(0),
         threads: NonZeroUsize::new(2),
+        cpu: xsr_save_restore::CpuCheck::Refuse,
     };
     let reader = RecordReader::new(CopySource(source), ReadOptions::default());
     let result = reader.map_err(RestoreError::from).and_then(|reader| {

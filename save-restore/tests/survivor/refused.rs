@@ -156,6 +156,7 @@ fn a_restore_that_is_stopped_takes_over_nothing() {
         console_port: domain.alloc_unbound_port(DomId(0)).unwrap(),
         console_domid: DomId(0),
         threads: NonZeroUsize::new(2),
+        cpu: xsr_save_restore::CpuCheck::Refuse,
     };
     let reader = RecordReader::new(CopySource(stream.as_slice()), ReadOptions::default()).unwrap();
     let mut checkpoints = 0;

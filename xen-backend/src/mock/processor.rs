@@ -79,6 +79,10 @@ impl fmt::Display for Processor {
 const ALWAYS: [&str; 5] = ["htt", "cmp-legacy", "x2apic", "erms", "itsc"];
 /// The same, for translated guests.
 const ALWAYS_TRANSLATED: [&str; 2] = ["no-lmsl", "verw-clear"];
+/// What the usual processor has, and a guest gets that asks for it (`policy::host_policy`).
+const ASKED_FOR: [&str; 2] = ["hle", "rtm"];
+/// The same, for translated guests.
+const ASKED_FOR_TRANSLATED: [&str; 3] = ["mpx", "vmx", "svm"];
 
 /// AMD's copies of leaf 1's edx in that of 0x80000001 (`CPUID_COMMON_1D_FEATURES`): Xen makes
 /// them for a guest, and the largest policy has none.
@@ -124,11 +128,9 @@ impl Processor {
     /// The most that a guest of this kind can be given.
     pub(super) fn max_policy(&self, kind: GuestKind) -> CpuPolicy {
         let mut policy = leaves_of(&policy::default_policy(kind));
-        let translated: &[&str] = match kind.is_translated() {
-            true => &ALWAYS_TRANSLATED,
-            false => &[],
-        };
-        for feature in ALWAYS.iter().chain(translated) {
+        let translated = ALWAYS_TRANSLATED.iter().chain(&ASKED_FOR_TRANSLATED);
+        let translated = translated.filter(|_| kind.is_translated());
+        for feature in ALWAYS.iter().chain(&ASKED_FOR).chain(translated) {
             set_named(&mut policy, feature);
         }
         if let Some(word) = word_of(&mut policy, COPIES) {

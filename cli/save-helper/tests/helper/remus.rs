@@ -87,6 +87,7 @@ fn by_the_engine(kind: GuestKind, stream: &[u8], checkpoints: usize) -> MemoryDi
         console_port: port(6),
         console_domid: DomId(0),
         threads: None,
+        cpu: xsr_save_restore::CpuCheck::Refuse,
     };
     let source = CopySource(plain.as_slice());
     xsr_save_restore::restore(

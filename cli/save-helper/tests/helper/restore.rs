@@ -87,3 +87,79 @@ fn a_bad_stream_fails_the_restore_with_einval() {
     assert_eq!(run.asked[1], (RESTORE_RESULTS, vec![0; 16]));
     run.logged(8, "restore failed");
 }
+
+/// The stream of a guest that has seen AVX512F, and a host that lacks it with an empty domain.
+fn richer(dir: &Path) -> (PathBuf, DomId, (u32, u32), PathBuf) {
+    let config = HostConfig {
+        processor: "+avx512f".parse().unwrap(),
+        ..HostConfig::default()
+    };
+    let rich = MockHost::ephemeral(&config).unwrap();
+    let domid = rich
+        .create_guest(&GuestSpec::new("web", GuestKind::Pvh, 8))
+        .unwrap();
+    let domain = rich.domain(domid).unwrap();
+    let mut stream = Vec::new();
+    xsr_save_restore::save(
+        domain.as_ref(),
+        rich.xen_version().unwrap(),
+        &mut DirectToolstack(domain.as_ref()),
+        &mut CopySink(&mut stream),
+        &SaveOptions::default(),
+        &mut |_| std::ops::ControlFlow::Continue(()),
+    )
+    .unwrap()
+    .keep_suspended();
+    let file = dir.join("stream");
+    fs::write(&file, stream).unwrap();
+    let (path, domid, ports) = empty(dir, GuestKind::Pvh);
+    (path, domid, ports, file)
+}
+
+const SEEN: &str = "a CPU feature that this host lacks: AVX512F";
+
+/// A drop-in that refused what libxl's own helper restores would be a step back: it warns.
+#[test]
+fn a_feature_less_is_a_warning_unless_the_environment_refuses() {
+    let cases = [
+        (None, true),
+        (Some("warn"), true),
+        (Some("refuse"), false),
+        (Some("perhaps"), false),
+    ];
+    for (plan, restored) in cases {
+        let dir = scratch();
+        let (path, domid, ports, file) = richer(dir.path());
+        let args = restore_args(domid, ports);
+        let mut command = command(&path, &args, File::open(&file).unwrap(), "");
+        command.env_remove("XSR_PLAN");
+        if let Some(plan) = plan {
+            command.env("XSR_PLAN", plan);
+        }
+        let run = play(command.spawn().unwrap(), fine);
+        let warned = run
+            .log
+            .iter()
+            .any(|(level, text)| *level == 7 && text.contains(SEEN));
+        assert_eq!(warned, restored, "{plan:?}: {run:?}");
+        match (plan, restored) {
+            (_, true) => {
+                assert_eq!(run.completed(), (0, Errno::from_raw(0)), "{run:?}");
+                assert_eq!(run.numbers(), [STATIC_DATA_DONE, RESTORE_RESULTS, COMPLETE]);
+            }
+            (Some("refuse"), _) => {
+                assert_eq!(run.completed(), (-1, Errno::EOPNOTSUPP), "{run:?}");
+                // No memory, and nothing told to libxl but the end.
+                assert_eq!(run.numbers(), [RESTORE_RESULTS, COMPLETE]);
+                run.logged(8, "it lacks AVX512F;");
+                run.logged(8, "XSR_PLAN=warn");
+            }
+            _ => run.logged(8, "expected warn or refuse"),
+        }
+        if !restored {
+            let host = MockHost::open(&path).unwrap();
+            let info = host.domain(domid).unwrap().info().unwrap();
+            assert_eq!(info.tot_pages, 0, "{plan:?}");
+        }
+    }
+}

@@ -24,6 +24,7 @@ use xsr_xen_backend::DomId;
 use super::{Receiver, failed};
 use crate::cmd::restore::checkpoints::{StandBy, Survival};
 use crate::cmd::restore::{About, Image, ImageSource, Made};
+use crate::cpu;
 use crate::exit::{self, Code, Withdrawn};
 use crate::interrupt::Interrupt;
 use crate::stdout;
@@ -201,6 +202,7 @@ impl StandingBy<'_, '_> {
             wait,
             host: self.receiver.host,
             threads: args.threads.threads,
+            cpu: cpu::check(args.force),
             keep: &keep,
             progress: &|progress| watch.borrow_mut().progress(progress),
             first: &first,
@@ -219,7 +221,9 @@ impl StandingBy<'_, '_> {
 
 impl Kept for StandingBy<'_, '_> {
     fn keep(&mut self, connection: &dyn Connection, complete: &mut dyn FnMut()) -> KeptUntil {
-        let came_to = self.keep_checkpoints(connection, complete);
+        let came_to = self
+            .keep_checkpoints(connection, complete)
+            .map_err(|error| cpu::advise(error, cpu::RECEIVE));
         let until = match &came_to {
             Ok(_) => KeptUntil::Lost,
             Err(error) if error.is::<Withdrawn>() => KeptUntil::Withdrawn,

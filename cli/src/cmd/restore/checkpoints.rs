@@ -20,7 +20,7 @@ use xsr_save_restore::toolstack::{
     Arrival, CheckpointRestoreToolstack, DirectToolstack, MissingStaticData, RestoreToolstack,
     ToolstackError,
 };
-use xsr_save_restore::{RestoreError, restore_checkpointed};
+use xsr_save_restore::{CpuCheck, RestoreError, restore_checkpointed};
 
 use super::source::ImageSource;
 use super::{Image, Made, Named, of_emulator};
@@ -48,6 +48,8 @@ pub(crate) struct StandBy<'a, 'w> {
     pub(crate) wait: Wait<'a>,
     pub(crate) host: &'w Hypervisor,
     pub(crate) threads: Option<NonZeroUsize>,
+    /// What to do where this host lacks CPU features that the guest has seen.
+    pub(crate) cpu: CpuCheck,
     pub(crate) keep: &'w CheckpointOptions,
     /// What is told how far it is.
     pub(crate) progress: &'w dyn Fn(&Progress) -> ControlFlow<()>,
@@ -68,7 +70,7 @@ impl<'a> Image<'a> {
         made: &mut Option<Made>,
     ) -> Result<Survival> {
         let made = made.insert(self.plan.make(how.host, Named::Incoming)?);
-        let options = made.options(how.threads)?;
+        let options = made.options(how.threads, how.cpu)?;
         let domain = made.domain.as_ref();
         let mut standby = Standby::new(how, made, self.around)?;
         let result = restore_checkpointed(

@@ -41,7 +41,7 @@ impl<'a> Image<'a> {
         made: &mut Option<Made>,
     ) -> Result<Survival> {
         let made = made.insert(self.plan.make(how.host, Named::Incoming)?);
-        let options = made.options(how.threads)?;
+        let options = made.options(how.threads, how.cpu)?;
         let domain = made.domain.as_ref();
         let mut back = ConnectionWriter::new(how.connection, how.wait);
         let mut secondary = Secondary {

@@ -8,7 +8,7 @@ use std::num::NonZeroUsize;
 
 use anyhow::{Context as _, Error, Result};
 use xsr_save_restore::restore::RestoreStats;
-use xsr_save_restore::{RestoreOptions, Restored};
+use xsr_save_restore::{CpuCheck, RestoreOptions, Restored};
 use xsr_xen_backend::domain_store::{
     DomainLock, DomainRef, DomainStore, DomainStoreError, Extent, Introduction,
 };
@@ -180,22 +180,30 @@ impl Made {
     }
 
     /// How it is to be restored: with event channels for the control domain.
-    pub(super) fn options(&self, threads: Option<NonZeroUsize>) -> Result<RestoreOptions> {
-        let [store_port, console_port] = match self.ports.get() {
-            Some(ports) => *ports,
-            None => {
-                let port = || self.domain.alloc_unbound_port(DOM0);
-                let ports = [port()?, port()?];
-                *self.ports.get_or_init(|| ports)
-            }
-        };
+    pub(super) fn options(
+        &self,
+        threads: Option<NonZeroUsize>,
+        cpu: CpuCheck,
+    ) -> Result<RestoreOptions> {
+        let [store_port, console_port] = self.ports()?;
         Ok(RestoreOptions {
             store_port,
             store_domid: DOM0,
             console_port,
             console_domid: DOM0,
             threads,
+            cpu,
         })
+    }
+
+    /// The event channels of xenstore and of the console, made once.
+    fn ports(&self) -> Result<[u32; 2]> {
+        if let Some(ports) = self.ports.get() {
+            return Ok(*ports);
+        }
+        let port = || self.domain.alloc_unbound_port(DOM0);
+        let ports = [port()?, port()?];
+        Ok(*self.ports.get_or_init(|| ports))
     }
 
     /// Connects xenstore and console to the rings of the guest that has been restored.
@@ -209,7 +217,7 @@ impl Made {
         if !self.host.has_rings() {
             return Ok(());
         }
-        let options = self.options(None)?;
+        let [store_port, console_port] = self.ports()?;
         let store = restored.store_gfn.ok_or_else(|| {
             bad("the image names no xenstore ring, without which nothing can be asked of the guest")
         })?;
@@ -217,10 +225,8 @@ impl Made {
         let name = name_of(&*self.host, self.which)?;
         let introduction = Introduction {
             name: &name,
-            store: ring(store, options.store_port),
-            console: restored
-                .console_gfn
-                .map(|gfn| ring(gfn, options.console_port)),
+            store: ring(store, store_port),
+            console: restored.console_gfn.map(|gfn| ring(gfn, console_port)),
             extent: self.extent.as_ref(),
         };
         self.host
