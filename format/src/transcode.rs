@@ -194,6 +194,9 @@ pub fn transcode<R: Read, W: ImageSink>(
     Ok(out.summary)
 }
 
+/// Bytes of room that each writer keeps from one record to the next.
+const KEPT: usize = 1 << 20;
+
 struct Transcoder<'s, W> {
     sink: &'s mut W,
     to: Layer,
@@ -217,6 +220,8 @@ impl<W: ImageSink> Transcoder<'_, W> {
         for made in [libxl, libxc].into_iter().flatten() {
             self.sink.write_all(made).map_err(TranscodeError::Write)?;
             made.clear();
+            // A long record's room is not kept beside the next one's.
+            made.shrink_to(KEPT);
         }
         Ok(())
     }
