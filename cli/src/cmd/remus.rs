@@ -16,6 +16,7 @@ mod toolstack;
 
 use std::cell::RefCell;
 use std::fs::File;
+use std::io;
 use std::time::Duration;
 
 use anyhow::{Context as _, Error, Result};
@@ -27,6 +28,7 @@ use xsr_save_restore::migrate::ownership::protect::{
 use xsr_save_restore::migrate::protect::{Ended, ProtectRequest, Protected, Protection};
 use xsr_save_restore::migrate::{BoxError, Event, Observer, Step};
 use xsr_save_restore::pace::Pace;
+use xsr_save_restore::progress::Cancelled;
 use xsr_save_restore::save::precopy::XenPolicy;
 use xsr_save_restore::save::{BUFFER_OCTETS, CheckpointedStats, Checkpoints, save_checkpointed};
 use xsr_save_restore::toolstack::DirectToolstack;
@@ -422,10 +424,7 @@ impl Protecting<'_, '_, '_> {
     ) -> Ended {
         (self.end, self.stats) = match sent {
             Ok(sent) => sent,
-            // Before there was anything to take back.
-            Err(_) if self.interrupt.cancel().is_cancelled() && self.complete == 0 => {
-                (End::Asked, CheckpointedStats::default())
-            }
+            Err(error) if is_abort(&error) => (End::Asked, CheckpointedStats::default()),
             Err(error) => (End::Failed(error), CheckpointedStats::default()),
         };
         self.lost = failed || matches!(self.end, End::Receiver);
@@ -538,9 +537,35 @@ impl Protecting<'_, '_, '_> {
     }
 }
 
+/// Whether nothing went wrong: someone asked to stop, and the domain runs on.
+fn is_abort(error: &Error) -> bool {
+    // [`SaveError::NotResumed`] has no source, whatever came before it.
+    error.chain().any(|cause| {
+        let io = cause.downcast_ref::<io::Error>();
+        io.is_some_and(Cancelled::is) || matches!(cause.downcast_ref(), Some(SaveError::Aborted))
+    })
+}
+
 #[cfg(test)]
 mod tests {
+    use xsr_save_restore::toolstack::ToolstackError;
+
     use super::*;
+
+    #[test]
+    fn an_abort_is_no_failure_and_a_failure_no_abort() {
+        let cancelled = || Error::new(io::Error::other(Cancelled));
+        assert!(is_abort(&cancelled()));
+        assert!(is_abort(&cancelled().context("beginning the stream")));
+        assert!(is_abort(&SaveError::Aborted.into()));
+        assert!(!is_abort(&Error::new(io::Error::other("disk full"))));
+        let suspended = SaveError::NotResumed {
+            cause: Box::new(SaveError::Aborted),
+            resume: ToolstackError::new("resuming it", "the disk is full"),
+            known: true,
+        };
+        assert!(!is_abort(&suspended.into()));
+    }
 
     #[test]
     fn intervals_are_xls() {

@@ -152,6 +152,70 @@ fn a_domain_that_cannot_be_resumed_when_its_receiver_is_lost_is_said_to_be_suspe
     }
 }
 
+/// A signal in the midst of the first checkpoint: there is nothing to take back, and the domain
+/// does not run.
+#[test]
+fn a_domain_that_cannot_be_resumed_when_a_signal_ends_its_first_checkpoint_is_no_success() {
+    let hosts = Hosts::with("pvh", &["--dirty-rate", "200000", "--working-set", "4M"]);
+    let socket = hosts.path("socket");
+    let listener = listen(&socket);
+    let mut sender = sender(&hosts, &socket, &["--no-buffer"]);
+    let (mut stream, _) = listener.accept().unwrap();
+    stream.write_all(BANNER).unwrap();
+    let mut room = [0; 1 << 16];
+    until("the domain suspended", || {
+        let suspended = state(&hosts.here)["shutdown"] == "suspend";
+        assert!(suspended || stream.read(&mut room).unwrap() > 0);
+        suspended
+    });
+    let refused = refuse(&domain_dir(&hosts.here).join("state.json"));
+    sender.signal(Signal::SIGINT);
+    sender.line("interrupting");
+    drop(stream);
+    let sent = sender.end();
+    assert_eq!(sent.code, 1, "{sent:?}");
+    let said = "web is suspended here, and runs nowhere else: `";
+    assert!(sent.stderr.contains(said), "{sent:?}");
+    fs::remove_dir(refused).unwrap();
+    assert_eq!(hosts.domains()[0], ["web suspended"], "{sent:?}");
+}
+
+/// The withdrawal cannot be said, and the domain is paused; then the other end gives it back, and
+/// it cannot be let run on.
+#[test]
+fn a_domain_that_cannot_be_unpaused_when_it_is_given_back_is_no_success() {
+    let hosts = Hosts::with("pvh", &[]);
+    let socket = hosts.path("socket");
+    let listener = listen(&socket);
+    let to = format!("unix:{}", socket.display());
+    let backend = backend(&hosts.here);
+    let mut sender = Running::start([
+        "remus",
+        "-i",
+        "600000",
+        "--on-loss",
+        "pause",
+        &backend,
+        "web",
+        &to,
+    ]);
+    let (mut stream, _) = listener.accept().unwrap();
+    stream.write_all(BANNER).unwrap();
+    read_checkpoint(&stream);
+    sender.line("is protected by");
+    stream.shutdown(Shutdown::Read).unwrap();
+    sender.signal(Signal::SIGINT);
+    until("the domain paused", || state(&hosts.here)["pauses"] == 1);
+    let refused = refuse(&domain_dir(&hosts.here).join("state.json"));
+    stream.write_all(&[REPORT, &[1], GO].concat()).unwrap();
+    let sent = sender.end();
+    assert_eq!(sent.code, 1, "{sent:?}");
+    let said = "web is paused here, and runs nowhere else: unpausing it";
+    assert!(sent.stderr.contains(said), "{sent:?}");
+    fs::remove_dir(refused).unwrap();
+    assert_eq!(hosts.domains()[0], ["web paused"], "{sent:?}");
+}
+
 /// The first checkpoint does not count then, and there is no domain.
 #[test]
 fn emulators_that_cannot_be_kept_at_first_leave_the_domain_at_the_sender() {

@@ -9,7 +9,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use super::connection::{Connection, ConnectionReader, ConnectionWriter, Wait};
+use super::connection::{Connection, ConnectionReader, ConnectionWriter, TcpConnection, Wait};
 use super::drive::{BoxError, Cause, Talk, Trouble};
 use super::messages::{LastWords, Message, MessageError, Outcome, Withdrawal};
 use super::observe::{Event, Observer, Step};
@@ -129,6 +129,17 @@ impl<'a> ProtectRequest<'a> {
         self
     }
 
+    const fn talk<'c>(&self, connection: &'c dyn Connection) -> Talk<'c>
+    where
+        'a: 'c,
+    {
+        Talk {
+            connection,
+            answer: self.answer,
+            cancel: self.cancel,
+        }
+    }
+
     /// How long last words are waited for.
     fn last_words(&self, lost: bool) -> Duration {
         if lost {
@@ -222,17 +233,19 @@ impl Protecting {
         let failed = |error: BoxError| (ProtectorEvent::Failed, error);
         match action {
             ProtectorAction::AwaitBanner => {
-                let talk = Talk {
-                    connection: &*connection,
-                    answer: request.answer,
-                    cancel: request.cancel,
-                };
+                let talk = request.talk(&*connection);
                 let heard = talk.hear(Message::Banner, talk.asked());
                 heard.map_err(|error| (Trouble::of_message(&error).into(), error.into()))?;
             }
             ProtectorAction::Withdraw => {
                 let why = "the other end is in the middle of a checkpoint";
                 let withdrawal = self.withdrawal.ok_or_else(|| failed(why.into()))?;
+                // Until the last words are heard, too. What was sent before may still be in the
+                // kernel, and the receiver reads nothing while it applies a checkpoint: a
+                // connection that is given up then has it take over.
+                request
+                    .talk(&*connection)
+                    .bear(TcpConnection::SILENCE_SENDING);
                 let writer = ConnectionWriter::new(&*connection, request.sending);
                 withdrawal
                     .write(writer)

@@ -25,7 +25,7 @@ use super::{Receiver, failed};
 use crate::cmd::restore::checkpoints::{StandBy, Survival};
 use crate::cmd::restore::{About, Image, ImageSource, Made};
 use crate::cpu;
-use crate::exit::{self, Code, Withdrawn};
+use crate::exit::{self, Code, LeftBehind, Withdrawn};
 use crate::interrupt::Interrupt;
 use crate::stdout;
 use crate::text::size;
@@ -159,6 +159,17 @@ fn not_taken_over(name: &str, error: &Error, left: Option<String>) -> Error {
     })
 }
 
+/// Destroy what was made; `came_to` says whether something is left that was not handed on.
+fn destroy(made: Option<Made>, came_to: Option<&Result<Survival>>) -> Result<(), BoxError> {
+    match (made, came_to) {
+        (Some(made), _) => made.give_up().map_err(|left| left.0.into()),
+        (None, Some(Err(error))) if error.is::<LeftBehind>() => {
+            Err("what was made of it could not be destroyed".into())
+        }
+        (None, _) => Ok(()),
+    }
+}
+
 /// The domain that is kept.
 struct StandingBy<'s, 'w> {
     receiver: &'s Receiver<'s>,
@@ -269,9 +280,29 @@ impl Kept for StandingBy<'_, '_> {
     }
 
     fn destroy(&mut self) -> Result<(), BoxError> {
-        match self.made.take() {
-            Some(made) => made.give_up().map_err(|left| left.0.into()),
-            None => Ok(()),
-        }
+        destroy(self.made.take(), self.came_to.as_ref())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Its maker could not destroy it, and handed no domain on.
+    #[test]
+    fn what_its_maker_left_is_not_said_to_be_gone() {
+        let error = || Error::msg("the name is taken");
+        destroy(None, None).expect("nothing was made");
+        destroy(None, Some(&Err(error()))).expect("nothing was made");
+        let left = error().context(LeftBehind("d7, made for web, is left here".to_owned()));
+        let came_to = Err(left);
+        let said = destroy(None, Some(&came_to)).expect_err("it is there");
+        let Err(error) = came_to else { unreachable!() };
+        let words = not_taken_over("", &error, Some(said.to_string())).to_string();
+        assert_eq!(
+            words,
+            "standing by: what was made of it could not be destroyed: d7, made for web, is left \
+             here: the name is taken"
+        );
     }
 }

@@ -145,9 +145,7 @@ pub struct ProtectorEnd {
 impl ProtectorEnd {
     /// Whether it ended as was asked, with the domain running here: exit code 0.
     pub fn is_success(self) -> bool {
-        self.fate == Fate::Here
-            && self.why == Why::Asked
-            && !matches!(self.here, Here::Over | Here::Gone)
+        self.fate == Fate::Here && self.why == Why::Asked && self.here == Here::Runs
     }
 
     /// Whether it is unknown where the domain runs: exit code 3.
@@ -318,7 +316,13 @@ impl Protector {
                 }
             }
 
-            (A::Unpause, _) => self.end(Fate::Here),
+            (A::Unpause, e) => {
+                if e != E::Done {
+                    // It is here alone, and still paused.
+                    self.why = Why::Failed;
+                }
+                self.end(Fate::Here)
+            }
             (A::Stop, _) => self.end(Fate::There),
             (A::End(end), _) => A::End(end),
         };

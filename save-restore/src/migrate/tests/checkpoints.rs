@@ -223,6 +223,70 @@ fn a_protection_that_ends_in_order_is_taken_back() {
     assert_eq!(ran.steps[0], [Step::Banner]);
 }
 
+/// The receiver applies a checkpoint, and reads nothing meanwhile: a connection that is given up
+/// then has it take over.
+#[test]
+fn a_receiver_is_given_longer_to_read_that_the_domain_is_taken_back() {
+    use std::net::{TcpListener, TcpStream};
+
+    use nix::sys::socket::{getsockopt, sockopt};
+
+    use super::super::connection::TcpConnection;
+    use super::super::messages::{Message, Outcome, Status};
+    use super::super::ownership::protect::ProtectorAction;
+
+    /// Has sent one checkpoint, and waits for the time of the next.
+    struct Waits;
+    impl Protected for Waits {
+        fn protect(&mut self, connection: &dyn Connection, complete: &mut dyn FnMut()) -> Ended {
+            complete();
+            let waiting = TcpConnection::SILENCE_WAITING;
+            assert!(connection.give_up_on_silence(waiting).unwrap());
+            Ended {
+                why: Why::Asked,
+                lost: false,
+                here: Here::Runs,
+                withdrawal: Some(Withdrawal::Remus),
+                heard: LastWords::default(),
+            }
+        }
+        fn pause(&mut self) -> Result<(), BoxError> {
+            unreachable!("nothing is lost")
+        }
+        fn unpause(&mut self) -> Result<(), BoxError> {
+            unreachable!("it was not paused")
+        }
+        fn stop(&mut self) -> Result<(), BoxError> {
+            unreachable!("it does not run there")
+        }
+    }
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (mut peer, _) = listener.accept().unwrap();
+    Message::Banner.write(&mut peer).unwrap();
+    Message::Report.write(&mut peer).unwrap();
+    Status::FAILED.write(&mut peer).unwrap();
+    Message::Go.write(&mut peer).unwrap();
+    let looks = socket.try_clone().unwrap();
+    let seconds = || getsockopt(&looks, sockopt::TcpUserTimeout).unwrap() / 1000;
+    let mut connection = TcpConnection::new(socket).unwrap();
+    let mut borne = Vec::new();
+    let mut observe = |event: Event| match event {
+        Event::Protecting(ProtectorAction::Withdraw) => borne.push(seconds()),
+        Event::Protecting(ProtectorAction::AwaitLastWords { .. }) => borne.push(seconds()),
+        _ => {}
+    };
+    let request = ProtectRequest::new(OnLoss::Run).observer(&mut observe);
+    let protection = request.run(&mut connection, &mut Waits);
+    assert_eq!(
+        protection.outcome,
+        Some(Outcome::GivenBack { status: 1 }),
+        "{protection:?}"
+    );
+    assert_eq!(borne, [30, 120]);
+    assert_eq!(seconds(), 120);
+}
+
 #[test]
 fn a_copy_that_could_not_be_destroyed_is_not_given_back() {
     let ran = protect(2, Why::Asked, OnLoss::Pause, true, None);

@@ -208,8 +208,10 @@ impl World {
                     );
                 }
                 let asleep = refused.with(|w| w.guest = Guest::Suspended);
-                let event = ended(Why::Failed, false, Here::Suspended);
-                step("protector: cannot resume", asleep, event);
+                for why in [Why::Failed, Why::Asked] {
+                    let event = ended(why, false, Here::Suspended);
+                    step("protector: cannot resume", asleep.clone(), event);
+                }
                 if quiet || !self.to_here.is_empty() {
                     let event = ended(Why::Receiver, true, Here::Runs);
                     step(
@@ -456,7 +458,7 @@ impl World {
             "it is here alone, and does not run",
         )?;
         rule(
-            !end.is_success() || self.runs_here() || self.refused,
+            !end.is_success() || self.runs_here(),
             "a success, and it does not run",
         )?;
         rule(
