@@ -80,12 +80,20 @@ impl<'a> Hearing<'a> {
                 io::ErrorKind::UnexpectedEof,
                 "the other end hung up",
             )),
-            Ok(_) | Err(_) => Err(io::Error::other(format!(
-                "the other end said \"{}\" where it had to say that its domain is {state:?}",
-                self.since.bytes().escape_ascii()
-            ))),
+            Ok(said) => Err(out_of_place(
+                &format!("\"{}\"", said.encode().escape_ascii()),
+                state,
+            )),
+            Err(MessageError::Record { got, .. }) => Err(out_of_place(&got, state)),
+            Err(error) => Err(io::Error::other(error)),
         }
     }
+}
+
+fn out_of_place(said: &str, state: CheckpointState) -> io::Error {
+    io::Error::other(format!(
+        "the other end said {said} where it had to say that its domain is {state:?}"
+    ))
 }
 
 impl Read for Hearing<'_> {
@@ -182,5 +190,26 @@ mod tests {
             hearing.given_up()
         });
         assert!(why.is_none());
+    }
+
+    /// What came before it is not repeated: a list of pages may be long.
+    #[test]
+    fn a_word_that_is_out_of_place_is_named_and_nothing_else() {
+        let list = [7; 4096];
+        let resumed = ColoWord::State(CheckpointState::Resumed).encode();
+        for word in [resumed, [0x1b; 16]] {
+            let octets = [&list[..], &word].concat();
+            let (error, _) = hearing(&octets, Duration::from_secs(60), |hearing| {
+                hearing.read_exact(&mut [0; 4096]).unwrap();
+                hearing.expect(CheckpointState::Ready).unwrap_err()
+            });
+            assert_eq!(
+                error.to_string(),
+                format!(
+                    "the other end said \"{}\" where it had to say that its domain is Ready",
+                    word.escape_ascii()
+                )
+            );
+        }
     }
 }

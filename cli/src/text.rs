@@ -6,6 +6,8 @@ use std::fmt::{self, Write as _};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
+pub(crate) use xsr_save_restore::text::{escaped, is_unfit, shown};
+
 /// The longest name of a domain, in characters, that a message repeats whole.
 const LONGEST_NAME: usize = 100;
 /// The same of a value in a report.
@@ -53,33 +55,6 @@ pub(crate) fn size(octets: u64) -> String {
         }
     }
     Count(octets, "byte").to_string()
-}
-
-/// Whether a terminal would obey this character, or show the text around it in another order:
-/// C0 and C1 controls, DEL, line separators, bidirectional controls.
-pub(crate) fn is_unfit(c: char) -> bool {
-    c.is_control()
-        || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}'
-            | '\u{2066}'..='\u{2069}')
-}
-
-/// Text from outside (a name, a key, a value), with everything escaped that a terminal would
-/// obey.
-pub(crate) fn shown(text: &str) -> String {
-    escaped(text, is_unfit)
-}
-
-/// The same, with those characters escaped that `unfit` says.
-pub(crate) fn escaped(text: &str, unfit: impl Fn(char) -> bool) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        match unfit(c) {
-            // `\n`, `\u{1b}`.
-            true => out.extend(c.escape_default()),
-            false => out.push(c),
-        }
-    }
-    out
 }
 
 /// The name of a domain, from an image or a peer, for a message: escaped, and cut if it is long.

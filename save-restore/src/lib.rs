@@ -23,6 +23,7 @@ pub mod signals;
 pub mod sink;
 pub mod source;
 pub mod storage;
+pub mod text;
 pub mod toolstack;
 
 pub use error::{RestoreError, SaveError};

@@ -278,18 +278,24 @@ impl Sender<'_> {
     /// on under the other.
     fn take_back(&self) -> Result<()> {
         let renamed = self.host.rename(self.which, &self.away(), self.name);
-        let resumed = match Condition::of(self.domain) {
+        // Not by its number alone: that may be another domain's by now.
+        let resumed = match Condition::in_store(self.host, self.which) {
             Condition::Gone => return Ok(()),
             // It is left as it is, and what it is is said. Another program may have resumed it.
             Condition::Down(_) | Condition::Runs => Ok(()),
-            _ => DirectToolstack(self.domain).resume(),
+            _ => self.resume(),
         };
         let renamed = renamed.context("giving the domain its name back");
         match (renamed, resumed) {
-            (Ok(()), resumed) => Ok(resumed?),
+            (Ok(()), resumed) => resumed,
             (renamed, Ok(())) => renamed,
-            (Err(name), Err(error)) => Err(Error::new(error).context(exit::words(name.chain()))),
+            (Err(name), Err(error)) => Err(error.context(exit::words(name.chain()))),
         }
+    }
+
+    fn resume(&self) -> Result<()> {
+        let domain = self.host.open(self.which)?;
+        Ok(DirectToolstack(&*domain).resume()?)
     }
 
     /// A failure in words: what happened, who has the domain, what to do.
@@ -375,7 +381,7 @@ impl Departing for Leaving<'_, '_, '_, '_> {
         if self.let_go {
             self.sender.take_back()?;
         }
-        match Condition::of(self.sender.domain) {
+        match Condition::in_store(self.sender.host, self.sender.which) {
             Condition::Suspended => Err("it is still suspended".into()),
             Condition::Down(_) | Condition::Gone => Ok(TakenBack::Gone),
             Condition::Runs | Condition::Paused | Condition::Unknown(_) => Ok(TakenBack::Runs),
@@ -414,5 +420,45 @@ impl Leaving<'_, '_, '_, '_> {
         self.memory = Some(MemoryReport::of(&written));
         self.written = Some(written);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+    use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
+    use xsr_xen_backend::{GuestKind, Host as _};
+
+    use super::*;
+    use crate::args::{Cli, Command};
+
+    /// The domain was destroyed, and a later one has its number.
+    #[test]
+    fn another_domain_with_the_number_is_not_resumed() {
+        let host = MockHost::ephemeral(&HostConfig::default()).expect("a machine");
+        let spec = GuestSpec::new("web--migratedaway", GuestKind::Pvh, 8);
+        let domid = host.create_guest(&spec).expect("a guest");
+        let domain = host.domain(domid).expect("the domain");
+        domain.suspend().expect("it suspends");
+        let which = DomainStore::find(&host, "web--migratedaway").expect("the domain");
+        let cli = Cli::parse_from(["xsr", "migrate", "web", "other"]);
+        let Command::Migrate(args) = &cli.command else {
+            unreachable!("it is migrate")
+        };
+        let mut another = which;
+        another.uuid.0[0] ^= 1;
+        for (which, condition) in [(another, Condition::Suspended), (which, Condition::Runs)] {
+            let sender = Sender {
+                args,
+                host: &host,
+                which,
+                domain: domain.as_ref(),
+                name: "web",
+            };
+            sender
+                .take_back()
+                .expect("there is nothing more to be done");
+            assert_eq!(Condition::of(domain.as_ref()), condition);
+        }
     }
 }

@@ -180,6 +180,8 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
         // One that takes nothing any more is not waited for.
         Event::Protecting(ProtectorAction::Withdraw) => interrupt.cut_when_still(),
         Event::Protecting(ProtectorAction::AwaitLastWords { .. }) => watch.borrow_mut().clear(),
+        // Said with the checkpoint: under COLO the secondary has to have it before.
+        Event::Done(Step::Protected) => {}
         Event::Done(step) => watch.borrow_mut().step(step.name()),
         _ => {}
     };
@@ -375,12 +377,7 @@ impl Protecting<'_, '_, '_> {
     /// Without another end: what it would cost.
     fn without_receiver(&mut self, observer: &mut dyn Observer) -> Protection {
         observer.observe(Event::Done(Step::Banner));
-        let mut first = true;
-        let mut complete = || {
-            if std::mem::take(&mut first) {
-                observer.observe(Event::Done(Step::Protected));
-            }
-        };
+        let mut complete = || {};
         let ended = match File::options().write(true).open("/dev/null") {
             Ok(null) => self.send(&Stream::to_nothing(&null), None, &mut complete),
             Err(error) => self.ended(
@@ -464,6 +461,9 @@ impl Protecting<'_, '_, '_> {
         };
         let (watch, teller) = (self.watch, &mut *self.teller);
         let mut observe = |complete: &Complete| {
+            if complete.epoch.number == 1 {
+                watch.borrow_mut().step(Step::Protected.name());
+            }
             if args.stats {
                 watch.borrow_mut().clear();
             }

@@ -143,7 +143,8 @@ fn a_secondary_that_does_not_answer_is_given_up_and_the_domain_runs_on() {
         (2, &RUNS, Some(state(SUSPENDED))),
     ] {
         let listener = listen(&socket);
-        let sender = sender(&hosts, &socket, &["--answer-timeout", "1"]);
+        let options = ["--answer-timeout", "1", "--progress-fd", "1"];
+        let sender = sender(&hosts, &socket, &options);
         let (mut from, _) = listener.accept().unwrap();
         std::fs::remove_file(&socket).unwrap();
         // So that a sender that waits for ever is a failure.
@@ -164,6 +165,9 @@ fn a_secondary_that_does_not_answer_is_given_up_and_the_domain_runs_on() {
         let sent = sender.end().code(1);
         assert!(sent.stderr.contains("has not answered in 1 s"), "{sent:?}");
         assert_eq!(hosts.domains()[0], ["web running"], "{sent:?}");
+        // Not before the secondary has run.
+        let protected = sent.stdout.contains("\"step\":\"protected\"");
+        assert_eq!(protected, !last.is_empty(), "{sent:?}");
     }
 }
 

@@ -75,6 +75,10 @@ impl Trouble {
     }
 }
 
+/// How long the rest is waited for where the other end says what it must not: only the error
+/// needs it, and the domain may be suspended.
+const REST: Duration = Duration::from_secs(1);
+
 /// One end of the conversation.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Talk<'a> {
@@ -120,7 +124,19 @@ impl<'a> Talk<'a> {
     }
 
     pub(super) fn hear(&self, message: Message, wait: Wait<'a>) -> Result<(), MessageError> {
-        message.read(self.reader(message.name(), wait)?)
+        self.read(message, &mut self.reader(message.name(), wait)?)
+    }
+
+    /// Read a message, or a little of what the other end says in its place.
+    pub(super) fn read(
+        &self,
+        message: Message,
+        reader: &mut ConnectionReader<'_>,
+    ) -> Result<(), MessageError> {
+        message.read_or(reader, |reader| {
+            reader.restart(self.answer.min(REST));
+            true
+        })
     }
 
     pub(super) fn say(&self, message: Message, wait: Wait<'a>) -> Result<(), MessageError> {
@@ -143,7 +159,8 @@ impl<'a> Talk<'a> {
             Err(ConnectionError::TimedOut(_)) => Ok(()),
             Ok(Received::Bytes(_)) => {
                 let expected = Message::Go.name();
-                let why = Reason::read(&byte, self.reader(expected, self.asked())?);
+                let reader = self.reader(expected, self.asked())?;
+                let why = Reason::read(&byte, reader.within(self.answer.min(REST)));
                 Err(
                     why.map_or(MessageError::TooEarly, |why| MessageError::PeerFailed {
                         why,

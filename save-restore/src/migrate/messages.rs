@@ -86,6 +86,9 @@ use xsr_format::frame::Pfn;
 use xsr_format::record::{MAX_BODY, RecordKind};
 use xsr_format::wrapper::libxl::{CheckpointState, LibxlRecordKind};
 
+use crate::progress::Cancelled;
+use crate::text::shown;
+
 mod last_words;
 
 pub use last_words::LastWords;
@@ -145,20 +148,42 @@ impl Message {
     /// # Errors
     ///
     /// The other end said something else, or why it failed ([`Reason`]); hung up before or in the
-    /// message; or the reader failed.
-    pub fn read(self, mut from: impl Read) -> Result<(), MessageError> {
+    /// message; or the reader failed. Something else is found out at the first byte that differs,
+    /// without waiting for the rest.
+    pub fn read(self, from: impl Read) -> Result<(), MessageError> {
+        self.read_or(from, |_| false)
+    }
+
+    /// As [`Self::read`]. Once a byte differs, `differs` is called with the reader. If it says so,
+    /// what follows is read for the error to name, no more than the message has: `differs` is to
+    /// limit how long that takes.
+    pub(super) fn read_or<R: Read>(
+        self,
+        mut from: R,
+        differs: impl FnOnce(&mut R) -> bool,
+    ) -> Result<(), MessageError> {
         let (words, expected) = (self.bytes(), self.name());
         let mut room = [0; 64];
         let room = &mut room[..words.len()];
         let mut filled = 0;
         let mut hung_up = false;
-        while filled < words.len() && !hung_up {
+        let mut differs = Some(differs);
+        loop {
+            if !words.starts_with(&room[..filled])
+                && let Some(differs) = differs.take()
+                && !differs(&mut from)
+            {
+                break;
+            }
+            if filled == words.len() || hung_up {
+                break;
+            }
             match from.read(&mut room[filled..]) {
                 Ok(0) => hung_up = true,
                 Ok(n) => filled += n,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // What was said says more than why there is no more of it.
-                Err(_) if !words.starts_with(&room[..filled]) => break,
+                // What was said says more than why there is no more of it, unless that was asked.
+                Err(error) if differs.is_none() && !Cancelled::is(&error) => break,
                 Err(cause) => return Err(MessageError::Waiting { expected, cause }),
             }
         }
@@ -207,7 +232,8 @@ impl Reason {
     /// Bytes of a line at most.
     pub const LONGEST: usize = 1024;
 
-    /// Write one. Control characters are escaped, and what is too long is cut off.
+    /// Write one. What a terminal would obey is escaped ([`shown`]), and what is too long is cut
+    /// off.
     ///
     /// # Errors
     ///
@@ -215,7 +241,7 @@ impl Reason {
     pub fn write(why: &str, mut to: impl Write) -> io::Result<()> {
         let mut line = Self::BEGIN.to_vec();
         let room = Self::LONGEST - Self::BEGIN.len() - 1;
-        line.extend(on_one_line(why).bytes().take(room));
+        line.extend(shown(why).bytes().take(room));
         line.push(b'\n');
         to.write_all(&line)?;
         to.flush()
@@ -238,21 +264,8 @@ impl Reason {
             }
         }
         let why = String::from_utf8_lossy(line.strip_prefix(Self::BEGIN)?);
-        Some(on_one_line(why.trim_end()))
+        Some(shown(why.trim_end()))
     }
-}
-
-/// With control characters escaped: the text comes from outside, or goes there.
-fn on_one_line(text: &str) -> String {
-    let mut line = String::with_capacity(text.len());
-    for c in text.chars() {
-        if c.is_control() {
-            line.extend(c.escape_default());
-        } else {
-            line.push(c);
-        }
-    }
-    line
 }
 
 /// Why a message could not be sent or received.

@@ -1,8 +1,9 @@
 //! Which host has the domain: the guarantee of a migration, as state machines.
 //!
 //! A machine knows nothing of connections and domains. Its driver performs the action that the
-//! machine asks for, and tells it the event that came of it; [`plain::Sender::drive`] and its
-//! siblings are that loop. So the machine that runs is the one that the tests explore: every
+//! machine asks for, and tells it the event that came of it;
+//! [`SendRequest::run`](super::send::SendRequest::run) and its siblings are that loop. So the
+//! machine that runs is the one that the tests explore: every
 //! message lost, cut short or late, a stall that ends at any time-out, either end killed in any
 //! state, signals, failures of the host, a second command on the same domain.
 //!

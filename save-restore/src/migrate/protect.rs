@@ -70,7 +70,7 @@ pub struct ProtectRequest<'a> {
     answer: Duration,
     on_loss: OnLoss,
     cancel: Option<&'a Cancel>,
-    sending: Wait<'a>,
+    sending: Option<Wait<'a>>,
     observer: Option<&'a mut dyn Observer>,
 }
 
@@ -94,7 +94,7 @@ impl<'a> ProtectRequest<'a> {
             answer: Duration::from_secs(60),
             on_loss,
             cancel: None,
-            sending: Wait::forever().idle(Duration::from_secs(60)),
+            sending: None,
             observer: None,
         }
     }
@@ -107,10 +107,11 @@ impl<'a> ProtectRequest<'a> {
         self
     }
 
-    /// How long each write of what takes the domain back may wait.
+    /// How long each write of what takes the domain back may wait, in the place of the time of an
+    /// answer for all of it.
     #[must_use]
     pub const fn sending(mut self, wait: Wait<'a>) -> Self {
-        self.sending = wait;
+        self.sending = Some(wait);
         self
     }
 
@@ -235,7 +236,14 @@ impl Protecting {
             ProtectorAction::AwaitBanner => {
                 let talk = request.talk(&*connection);
                 let heard = talk.hear(Message::Banner, talk.asked());
-                heard.map_err(|error| (Trouble::of_message(&error).into(), error.into()))?;
+                heard.map_err(|error| {
+                    let trouble = match talk.is_asked() {
+                        // Whatever else the other end did meanwhile.
+                        true => Trouble::Signal,
+                        false => Trouble::of_message(&error),
+                    };
+                    (trouble.into(), error.into())
+                })?;
             }
             ProtectorAction::Withdraw => {
                 let why = "the other end is in the middle of a checkpoint";
@@ -246,7 +254,12 @@ impl Protecting {
                 request
                     .talk(&*connection)
                     .bear(TcpConnection::SILENCE_SENDING);
-                let writer = ConnectionWriter::new(&*connection, request.sending);
+                let writer = match request.sending {
+                    Some(wait) => ConnectionWriter::new(&*connection, wait),
+                    None => {
+                        ConnectionWriter::new(&*connection, Wait::forever()).within(request.answer)
+                    }
+                };
                 withdrawal
                     .write(writer)
                     .map_err(|error| failed(error.into()))?;

@@ -83,7 +83,8 @@ impl<'a> ReceiveRequest<'a> {
         }
     }
 
-    /// How long the sender may send nothing of the image, or take nothing of a message.
+    /// How long the sender may send nothing of the image, and how long it may take for each
+    /// message of this end, all of it.
     #[must_use]
     pub const fn idle_timeout(mut self, limit: Duration) -> Self {
         self.idle = limit;

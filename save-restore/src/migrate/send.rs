@@ -106,7 +106,9 @@ impl<'a> SendRequest<'a> {
         self
     }
 
-    /// How long the receiver may take nothing of the image.
+    /// How long the receiver may take nothing of the image. After that it has to take what it is
+    /// sent at the speed of a [`Pace`] from the first byte on, because only the domain's toolstack
+    /// knows when the domain is suspended.
     #[must_use]
     pub const fn idle_timeout(mut self, limit: Duration) -> Self {
         self.idle = limit;
@@ -115,6 +117,7 @@ impl<'a> SendRequest<'a> {
 
     /// How fast the receiver has to take the image, in the place of [`Self::idle_timeout`]. The
     /// domain's toolstack tells the pace when the domain is suspended and when it runs on.
+    /// Without one, see [`Self::idle_timeout`].
     #[must_use]
     pub const fn pace(mut self, pace: &'a Pace) -> Self {
         self.pace = Some(pace);
@@ -142,6 +145,7 @@ impl<'a> SendRequest<'a> {
     pub fn run(mut self, connection: &dyn Connection, domain: &mut dyn Departing) -> Sent {
         let mut machine = Sender::new();
         let mut causes = Vec::new();
+        let default = Pace::new(self.idle);
         let mut guard = OnPanic {
             domain,
             armed: true,
@@ -158,7 +162,7 @@ impl<'a> SendRequest<'a> {
                 cancel: self.cancel,
             },
             pace: self.pace,
-            idle: self.idle,
+            default: &default,
             status: 0,
         };
         loop {
@@ -199,7 +203,8 @@ fn step(action: SenderAction, event: SenderEvent) -> Option<Step> {
 struct Sending<'a> {
     talk: Talk<'a>,
     pace: Option<&'a Pace>,
-    idle: Duration,
+    /// In the place of that.
+    default: &'a Pace,
     /// What the receiver has reported.
     status: u8,
 }
@@ -226,10 +231,11 @@ impl Sending<'_> {
         match action {
             SenderAction::AwaitBanner => heard(talk.hear(Message::Banner, talk.asked())),
             SenderAction::SendImage => {
-                let wait = match self.pace {
-                    Some(pace) => talk.asked().keeping(pace),
-                    None => talk.asked().idle(self.idle),
-                };
+                let pace = self.pace.unwrap_or_else(|| {
+                    self.default.suspended();
+                    self.default
+                });
+                let wait = talk.asked().keeping(pace);
                 talk.bear(TcpConnection::SILENCE_SENDING);
                 let sent = domain.send_image(&mut ConnectionWriter::new(talk.connection, wait));
                 talk.bear(TcpConnection::SILENCE_WAITING);
@@ -282,7 +288,7 @@ impl Sending<'_> {
     fn report(&mut self) -> Result<Status, MessageError> {
         let talk = self.talk;
         let mut reader = talk.reader(Message::Report.name(), talk.deaf())?;
-        Message::Report.read(&mut reader)?;
+        talk.read(Message::Report, &mut reader)?;
         let status = Status::read(&mut reader)?;
         self.status = status.0;
         Ok(status)

@@ -84,7 +84,7 @@ impl Default for StandbyRequest<'_> {
 }
 
 impl<'a> StandbyRequest<'a> {
-    /// With a minute for a sender that takes nothing of a message.
+    /// With a minute for a sender to take a message.
     pub const fn new() -> Self {
         Self {
             answer: Duration::from_secs(60),
@@ -93,7 +93,7 @@ impl<'a> StandbyRequest<'a> {
         }
     }
 
-    /// How long the sender may take nothing of a message.
+    /// How long the sender may take for each message of this end, all of it.
     #[must_use]
     pub const fn answer_timeout(mut self, limit: Duration) -> Self {
         self.answer = limit;

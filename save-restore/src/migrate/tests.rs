@@ -325,6 +325,86 @@ fn a_receiver_is_given_longer_to_take_the_image_than_to_answer() {
     assert_eq!((looks.seen, seconds(&connection)), (120, 30));
 }
 
+/// A domain whose image is nothing, or so many zeros.
+struct Zeros(usize);
+
+impl super::send::Departing for Zeros {
+    fn send_image(
+        &mut self,
+        to: &mut super::connection::ConnectionWriter<'_>,
+    ) -> Result<(), super::BoxError> {
+        use std::io::Write as _;
+        Ok(to.write_all(&vec![0; self.0])?)
+    }
+    fn rename_away(&mut self) -> Result<(), super::BoxError> {
+        Ok(())
+    }
+    fn take_back(&mut self) -> Result<super::send::TakenBack, super::BoxError> {
+        Ok(super::send::TakenBack::Runs)
+    }
+    fn destroy(&mut self) -> Result<(), super::BoxError> {
+        unreachable!("it has not moved")
+    }
+}
+
+/// The domain is suspended meanwhile, and only the error needs the rest.
+#[test]
+fn a_receiver_that_says_something_else_is_not_waited_for_as_for_an_answer() {
+    use super::connection::{Connection as _, Wait};
+    use super::messages::Message;
+
+    for (said, words) in [
+        (
+            &b"no\n"[..],
+            "said \"no\\n\" where its \"ready\" was expected",
+        ),
+        (
+            &[Message::Ready.bytes(), b"x"].concat(),
+            "said more than it was asked",
+        ),
+    ] {
+        let (here, there) = FakeConnection::pair_in_one_thread(1 << 16);
+        for part in [Message::Banner.bytes(), said] {
+            there.write(part, &Wait::forever()).unwrap();
+        }
+        let sent = SendRequest::new().run(&here, &mut Zeros(0));
+        assert_eq!(sent.end, SenderEnd::Here);
+        let why = sent.causes[0].error.to_string();
+        assert!(why.contains(words), "{why}");
+        assert_eq!(here.clock(), Duration::from_secs(1), "{why}");
+    }
+}
+
+/// A byte now and then is no reason to leave the domain suspended.
+#[test]
+fn a_receiver_that_takes_little_is_given_up_without_a_pace_of_the_callers() {
+    use std::io::{Read as _, Write as _};
+    use std::os::unix::net::UnixStream;
+    use std::sync::mpsc::{self, RecvTimeoutError};
+
+    use super::connection::UnixConnection;
+    use super::messages::Message;
+
+    let (here, mut peer) = UnixStream::pair().unwrap();
+    peer.write_all(Message::Banner.bytes()).unwrap();
+    let connection = UnixConnection::new(here).unwrap();
+    let (tell, ended) = mpsc::channel::<()>();
+    let sips = thread::spawn(move || {
+        let mut room = [0; 4096];
+        let now_and_then = Duration::from_millis(20);
+        while ended.recv_timeout(now_and_then) == Err(RecvTimeoutError::Timeout)
+            && peer.read(&mut room).is_ok_and(|n| n > 0)
+        {}
+    });
+    let request = SendRequest::new().idle_timeout(Duration::from_secs(1));
+    let sent = request.run(&connection, &mut Zeros(8 << 20));
+    drop(tell);
+    sips.join().unwrap();
+    assert_eq!(sent.end, SenderEnd::Here);
+    let why = sent.causes[0].error.to_string();
+    assert!(why.contains("too slowly"), "{why}");
+}
+
 /// A number that a failed migration must not use up.
 #[test]
 fn nothing_is_left_of_a_receiver_that_gives_back() {

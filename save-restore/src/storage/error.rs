@@ -104,13 +104,5 @@ impl StorageError {
 
 /// A name or path as text that a terminal can show.
 pub(super) fn shown(name: impl AsRef<OsStr>) -> String {
-    let name = name.as_ref().to_string_lossy();
-    let mut text = String::with_capacity(name.len());
-    for c in name.chars() {
-        match c.is_control() {
-            true => text.extend(c.escape_default()),
-            false => text.push(c),
-        }
-    }
-    text
+    crate::text::shown(&name.as_ref().to_string_lossy())
 }

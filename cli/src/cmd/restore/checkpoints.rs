@@ -241,6 +241,14 @@ mod tests {
         host.domain(domid).expect("it").destroy().expect("it goes");
         let error = made.given_up(Error::new(Withdrawn));
         assert!(error.is::<Withdrawn>() && !error.is::<LeftBehind>());
+        // The same where the restore did not even begin.
+        let (domid, made) = make();
+        host.domain(domid).expect("it").destroy().expect("it goes");
+        let error = made
+            .options(None, CpuCheck::Refuse)
+            .expect_err("it has no ports");
+        let error = made.given_up(error);
+        assert!(!error.is::<LeftBehind>());
         // One that runs is stopped before.
         let (domid, made) = make();
         let domain = host.domain(domid).expect("the domain");

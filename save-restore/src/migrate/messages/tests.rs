@@ -39,15 +39,22 @@ impl Read for Trickle<'_> {
 }
 
 /// Fails where the other end would hang up.
-struct Breaks<'a>(Trickle<'a>);
+struct Breaks<'a>(Trickle<'a>, io::Error);
 
 impl Read for Breaks<'_> {
     fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
         match self.0.read(room)? {
-            0 => Err(io::ErrorKind::ConnectionReset.into()),
+            0 => Err(std::mem::replace(
+                &mut self.1,
+                io::ErrorKind::ConnectionReset.into(),
+            )),
             n => Ok(n),
         }
     }
+}
+
+fn breaks(said: &[u8]) -> Breaks<'_> {
+    Breaks(Trickle(said), io::ErrorKind::ConnectionReset.into())
 }
 
 #[test]
@@ -83,7 +90,15 @@ fn a_message_that_is_cut_short_or_changed_is_no_message() {
         for at in 0..bytes.len() {
             let mut other = bytes.to_vec();
             other[at] ^= 0x20;
+            // It is found out at the byte that differs, without waiting for the rest.
             let error = message.read(Trickle(&other[..=at])).unwrap_err();
+            let MessageError::Other { got, hung_up, .. } = &error else {
+                panic!("{error}")
+            };
+            assert_eq!((got.as_slice(), *hung_up), (&other[..=at], false));
+            // Or the rest is waited for, to be named.
+            let error = message.read_or(Trickle(&other[..=at]), |_| true);
+            let error = error.unwrap_err();
             let MessageError::Other { got, hung_up, .. } = &error else {
                 panic!("{error}")
             };
@@ -92,9 +107,21 @@ fn a_message_that_is_cut_short_or_changed_is_no_message() {
             assert_eq!(*hung_up, at + 1 < bytes.len());
             assert_eq!(error.to_string().contains(", then hung up,"), *hung_up);
             // What came says more than why the rest did not.
-            let broken = Breaks(Trickle(&other[..=at]));
-            let error = message.read(broken).unwrap_err();
+            let broken = Breaks(
+                Trickle(&other[..=at]),
+                io::ErrorKind::ConnectionReset.into(),
+            );
+            let error = message.read_or(broken, |_| true).unwrap_err();
             assert!(matches!(error, MessageError::Other { .. }), "{error:?}");
+            // But not than that someone asked to stop.
+            if at + 1 < bytes.len() {
+                let asked = Breaks(Trickle(&other[..=at]), io::Error::other(Cancelled));
+                let error = message.read_or(asked, |_| true).unwrap_err();
+                assert!(
+                    matches!(&error, MessageError::Waiting { cause, .. } if Cancelled::is(cause)),
+                    "{error:?}"
+                );
+            }
         }
         for other in Message::ALL {
             assert_eq!(message.read(other.bytes()).is_ok(), message == other);
@@ -125,7 +152,7 @@ fn a_receiver_that_fails_says_why_in_the_place_of_any_message() {
     for at in 0..said.len() {
         let why = Reason::read(&said[..at], &said[at..]).unwrap();
         assert_eq!(why, "no\\nmemory\\u{1b}[2J");
-        let cut = Reason::read(b"", Breaks(Trickle(&said[..at])));
+        let cut = Reason::read(b"", breaks(&said[..at]));
         assert_eq!(cut.is_some(), at >= Reason::BEGIN.len());
     }
     // No longer than it may be, whatever its length.
@@ -139,6 +166,15 @@ fn a_receiver_that_fails_says_why_in_the_place_of_any_message() {
     let hostile = [Reason::BEGIN, b"\x1b]0;\xff\n"].concat();
     let why = Reason::read(b"", hostile.as_slice()).unwrap();
     assert_eq!(why, "\\u{1b}]0;\u{fffd}");
+    // Nor do those that turn the text around them, or end its line.
+    for unfit in "\u{61c}\u{200e}\u{200f}\u{2028}\u{2029}\u{202a}\u{202e}\u{2066}\u{2069}".chars() {
+        let hostile = format!("xsr: failed: a{unfit}b\n");
+        let why = Reason::read(b"", hostile.as_bytes()).unwrap();
+        assert_eq!(why, format!("a{}b", unfit.escape_unicode()));
+        let mut said = Vec::new();
+        Reason::write(&format!("a{unfit}b"), &mut said).unwrap();
+        assert!(said.is_ascii(), "{said:?}");
+    }
     assert_eq!(Reason::read(b"", &b"xsr: fine\n"[..]), None);
 }
 
@@ -209,7 +245,7 @@ fn last_words_are_found_behind_whatever_else_was_said() {
             let heard = words.hear_out(Trickle(&said[at..]));
             assert_eq!(heard.ok(), outcome, "{said:?} {at}");
             let mut words = of(&[&said[..at]]);
-            let heard = words.hear_out(Breaks(Trickle(&said[at..])));
+            let heard = words.hear_out(breaks(&said[at..]));
             assert_eq!(heard.ok(), outcome, "{said:?} {at}");
         }
     }

@@ -97,10 +97,14 @@ pub enum SenderEnd {
 /// };
 ///
 /// // The connection breaks once "go" has left.
-/// let end = Sender::new().drive(|action| match action {
-///     SenderAction::AwaitReport => SenderEvent::PeerLost,
-///     _ => SenderEvent::Done,
-/// });
+/// let mut sender = Sender::new();
+/// let end = loop {
+///     sender.on(match sender.action() {
+///         SenderAction::End(end) => break end,
+///         SenderAction::AwaitReport => SenderEvent::PeerLost,
+///         _ => SenderEvent::Done,
+///     });
+/// };
 /// assert_eq!(end, SenderEnd::Undecided);
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -200,18 +204,6 @@ impl Sender {
         };
         self.doing
     }
-
-    /// Perform one action after the other, until the end.
-    pub fn drive(mut self, mut perform: impl FnMut(SenderAction) -> SenderEvent) -> SenderEnd {
-        loop {
-            match self.doing {
-                SenderAction::End(end) => return end,
-                action => {
-                    self.on(perform(action));
-                }
-            }
-        }
-    }
 }
 
 /// What the receiver is to do next.
@@ -281,10 +273,14 @@ pub enum ReceiverEnd {
 /// };
 ///
 /// // The sender falls silent before "go".
-/// let end = Receiver::new().drive(|action| match action {
-///     ReceiverAction::AwaitGo => ReceiverEvent::TimedOut,
-///     _ => ReceiverEvent::Done,
-/// });
+/// let mut receiver = Receiver::new();
+/// let end = loop {
+///     receiver.on(match receiver.action() {
+///         ReceiverAction::End(end) => break end,
+///         ReceiverAction::AwaitGo => ReceiverEvent::TimedOut,
+///         _ => ReceiverEvent::Done,
+///     });
+/// };
 /// assert_eq!(end, ReceiverEnd::Destroyed { given_back: true });
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -375,21 +371,6 @@ impl Receiver {
             (A::End(end), _) => A::End(end),
         };
         self.doing
-    }
-
-    /// Perform one action after the other, until the end.
-    pub fn drive(
-        mut self,
-        mut perform: impl FnMut(ReceiverAction) -> ReceiverEvent,
-    ) -> ReceiverEnd {
-        loop {
-            match self.doing {
-                ReceiverAction::End(end) => return end,
-                action => {
-                    self.on(perform(action));
-                }
-            }
-        }
     }
 }
 

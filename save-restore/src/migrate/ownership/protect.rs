@@ -163,19 +163,23 @@ impl ProtectorEnd {
 ///
 /// // A signal ends it, and the other end says that its copy is gone.
 /// let mut checkpoints = 0;
-/// let end = Protector::new(OnLoss::Run).drive(|action| match action {
-///     ProtectorAction::Protect if checkpoints < 3 => {
-///         checkpoints += 1;
-///         ProtectorEvent::Complete
-///     }
-///     ProtectorAction::Protect => ProtectorEvent::Ended {
-///         why: Why::Asked,
-///         lost: false,
-///         here: Here::Runs,
-///     },
-///     ProtectorAction::AwaitLastWords { .. } => ProtectorEvent::GivenBack,
-///     _ => ProtectorEvent::Done,
-/// });
+/// let mut protector = Protector::new(OnLoss::Run);
+/// let end = loop {
+///     protector.on(match protector.action() {
+///         ProtectorAction::End(end) => break end,
+///         ProtectorAction::Protect if checkpoints < 3 => {
+///             checkpoints += 1;
+///             ProtectorEvent::Complete
+///         }
+///         ProtectorAction::Protect => ProtectorEvent::Ended {
+///             why: Why::Asked,
+///             lost: false,
+///             here: Here::Runs,
+///         },
+///         ProtectorAction::AwaitLastWords { .. } => ProtectorEvent::GivenBack,
+///         _ => ProtectorEvent::Done,
+///     });
+/// };
 /// assert!(end.fate == Fate::Here && end.is_success());
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -328,21 +332,6 @@ impl Protector {
         };
         self.doing
     }
-
-    /// Perform one action after the other, until the end.
-    pub fn drive(
-        mut self,
-        mut perform: impl FnMut(ProtectorAction) -> ProtectorEvent,
-    ) -> ProtectorEnd {
-        loop {
-            match self.doing {
-                ProtectorAction::End(end) => return end,
-                action => {
-                    self.on(perform(action));
-                }
-            }
-        }
-    }
 }
 
 /// What the standby is to do next.
@@ -406,10 +395,14 @@ pub enum StandbyEnd {
 /// };
 ///
 /// // The sender is lost before a checkpoint is complete.
-/// let end = Standby::new().drive(|action| match action {
-///     StandbyAction::Keep => StandbyEvent::Lost,
-///     _ => StandbyEvent::Done,
-/// });
+/// let mut standby = Standby::new();
+/// let end = loop {
+///     standby.on(match standby.action() {
+///         StandbyAction::End(end) => break end,
+///         StandbyAction::Keep => StandbyEvent::Lost,
+///         _ => StandbyEvent::Done,
+///     });
+/// };
 /// assert_eq!(end, StandbyEnd::Destroyed);
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -490,18 +483,6 @@ impl Standby {
             (A::End(end), _) => A::End(end),
         };
         self.doing
-    }
-
-    /// Perform one action after the other, until the end.
-    pub fn drive(mut self, mut perform: impl FnMut(StandbyAction) -> StandbyEvent) -> StandbyEnd {
-        loop {
-            match self.doing {
-                StandbyAction::End(end) => return end,
-                action => {
-                    self.on(perform(action));
-                }
-            }
-        }
     }
 }
 

@@ -8,8 +8,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use super::super::connection::{Connection, ConnectionReader, ConnectionWriter, Wait};
-use super::super::messages::{LastWords, Withdrawal};
+use super::super::connection::{
+    Connection, ConnectionReader, ConnectionWriter, TcpConnection, Wait,
+};
+use super::super::messages::{LastWords, Message, Withdrawal};
 use super::super::ownership::protect::{Fate, Here, OnLoss, StandbyEnd, Why};
 use super::super::protect::{Ended, ProtectRequest, Protected, Protection};
 use super::super::standby::{Kept, KeptUntil, StandbyRequest, StoodBy};
@@ -223,6 +225,52 @@ fn a_protection_that_ends_in_order_is_taken_back() {
     assert_eq!(ran.steps[0], [Step::Banner]);
 }
 
+/// Has sent one checkpoint, and waits for the time of the next.
+struct Waits;
+
+impl Protected for Waits {
+    fn protect(&mut self, connection: &dyn Connection, complete: &mut dyn FnMut()) -> Ended {
+        complete();
+        connection
+            .give_up_on_silence(TcpConnection::SILENCE_WAITING)
+            .unwrap();
+        Ended {
+            why: Why::Asked,
+            lost: false,
+            here: Here::Runs,
+            withdrawal: Some(Withdrawal::Remus),
+            heard: LastWords::default(),
+        }
+    }
+    fn pause(&mut self) -> Result<(), BoxError> {
+        unreachable!("it runs on")
+    }
+    fn unpause(&mut self) -> Result<(), BoxError> {
+        unreachable!("it was not paused")
+    }
+    fn stop(&mut self) -> Result<(), BoxError> {
+        unreachable!("it does not run there")
+    }
+}
+
+#[test]
+fn what_takes_the_domain_back_has_the_time_of_an_answer_all_of_it() {
+    let (mut here, there) = FakeConnection::pair_in_one_thread(1 << 16);
+    there
+        .write(Message::Banner.bytes(), &Wait::forever())
+        .unwrap();
+    // A byte in 59 s.
+    for call in 1..=24 {
+        for fault in [Fault::Stall(Duration::from_secs(59)), Fault::Short(1)] {
+            here.fail(Faulty { call, fault });
+        }
+    }
+    let protection = ProtectRequest::new(OnLoss::Run).run(&mut here, &mut Waits);
+    assert_eq!(protection.end.fate, Fate::Unknown, "{protection:?}");
+    let most = LIMIT + ProtectRequest::LAST_WORDS;
+    assert_eq!(here.clock(), most, "{protection:?}");
+}
+
 /// The receiver applies a checkpoint, and reads nothing meanwhile: a connection that is given up
 /// then has it take over.
 #[test]
@@ -231,35 +279,9 @@ fn a_receiver_is_given_longer_to_read_that_the_domain_is_taken_back() {
 
     use nix::sys::socket::{getsockopt, sockopt};
 
-    use super::super::connection::TcpConnection;
-    use super::super::messages::{Message, Outcome, Status};
+    use super::super::messages::{Outcome, Status};
     use super::super::ownership::protect::ProtectorAction;
 
-    /// Has sent one checkpoint, and waits for the time of the next.
-    struct Waits;
-    impl Protected for Waits {
-        fn protect(&mut self, connection: &dyn Connection, complete: &mut dyn FnMut()) -> Ended {
-            complete();
-            let waiting = TcpConnection::SILENCE_WAITING;
-            assert!(connection.give_up_on_silence(waiting).unwrap());
-            Ended {
-                why: Why::Asked,
-                lost: false,
-                here: Here::Runs,
-                withdrawal: Some(Withdrawal::Remus),
-                heard: LastWords::default(),
-            }
-        }
-        fn pause(&mut self) -> Result<(), BoxError> {
-            unreachable!("nothing is lost")
-        }
-        fn unpause(&mut self) -> Result<(), BoxError> {
-            unreachable!("it was not paused")
-        }
-        fn stop(&mut self) -> Result<(), BoxError> {
-            unreachable!("it does not run there")
-        }
-    }
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let (mut peer, _) = listener.accept().unwrap();

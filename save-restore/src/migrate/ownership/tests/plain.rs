@@ -587,11 +587,21 @@ fn each_guard_is_needed() {
 /// The longest way, without a fault.
 #[test]
 fn all_goes_well_when_nothing_goes_wrong() {
-    let end = Sender::new().drive(|action| match action {
-        SenderAction::AwaitReport => SenderEvent::Reported(0),
-        _ => SenderEvent::Done,
-    });
+    let mut sender = Sender::new();
+    let end = loop {
+        sender.on(match sender.action() {
+            SenderAction::End(end) => break end,
+            SenderAction::AwaitReport => SenderEvent::Reported(0),
+            _ => SenderEvent::Done,
+        });
+    };
     assert_eq!(end, SenderEnd::Moved);
-    let end = Receiver::new().drive(|_| ReceiverEvent::Done);
+    let mut receiver = Receiver::new();
+    let end = loop {
+        match receiver.action() {
+            ReceiverAction::End(end) => break end,
+            _ => receiver.on(ReceiverEvent::Done),
+        };
+    };
     assert_eq!(end, ReceiverEnd::Runs { told: true });
 }
