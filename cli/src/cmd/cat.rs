@@ -129,6 +129,7 @@ fn configuration(args: &CatArgs, input: &Input, sink: &mut Sink<'_>) -> Result<(
             let index = mapped::usable_index(input);
             let blanks = index.map_or(0, |index| index.footer().blanks);
             let header = header.map(|header| header.without_blanks(blanks));
+            let header = header.transpose()?;
             match header.as_ref().and_then(XlHeader::config) {
                 Some(config) => config.strip_suffix(&[0]).unwrap_or(config).to_vec(),
                 None => {
@@ -171,7 +172,7 @@ fn cat(args: &CatArgs, wanted: Layer, input: &Input, sink: &mut Sink<'_>) -> Res
         let mut octets = heard.take();
         match &step.content {
             Content::XlHeader(header) if blanks > 0 => {
-                octets = header.without_blanks(blanks).encode();
+                octets = header.without_blanks(blanks)?.encode();
             }
             Content::PageData(body) => octets = without_pads(body, octets)?,
             _ => {}

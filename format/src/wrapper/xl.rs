@@ -292,19 +292,18 @@ impl XlHeader {
                 end..end,
                 iter::repeat_n(b' ', usize::try_from(blanks).unwrap_or(0)),
             );
-        });
-        match header.optional_data.len() > MAX_OPTIONAL_DATA as usize {
-            true => Err(too_long(header.optional_data.len() as u64)),
-            false => {
-                let added = header.octets().saturating_sub(self.octets());
-                Ok((header, u32::try_from(added).unwrap_or(0)))
-            }
-        }
+        })?;
+        let added = header.octets().saturating_sub(self.octets());
+        Ok((header, u32::try_from(added).unwrap_or(0)))
     }
 
     /// This header without so many blanks at the end of its configuration, or without as many as
     /// there are.
-    pub fn without_blanks(&self, blanks: u32) -> Self {
+    ///
+    /// # Errors
+    ///
+    /// The optional data is longer than any header's.
+    pub fn without_blanks(&self, blanks: u32) -> Result<Self, XlError> {
         self.with_config(|config, end| {
             let (before, _) = config.split_at_checked(end).unwrap_or_default();
             let kept = before.iter().rposition(|byte| *byte != b' ');
@@ -315,19 +314,20 @@ impl XlHeader {
 
     /// This header with its configuration changed: the change is told where the text ends, before
     /// the NUL of JSON.
-    fn with_config(&self, change: impl FnOnce(&mut Vec<u8>, usize)) -> Self {
+    fn with_config(&self, change: impl FnOnce(&mut Vec<u8>, usize)) -> Result<Self, XlError> {
         let Some(config) = self.config() else {
-            return self.clone();
+            return Ok(self.clone());
         };
         let text = config.strip_suffix(&[0]).unwrap_or(config).len();
         let mut config = config.to_vec();
         change(&mut config, text);
         let field = U32::new(u32::try_from(config.len()).unwrap_or(u32::MAX), self.order);
         let optional_data = [field.as_bytes(), &config, self.optional_tail()].concat();
-        Self {
+        Ok(Self {
+            optional_length: optional_length(optional_data.len())?,
             optional_data,
             ..*self
-        }
+        })
     }
 
     /// The same, its fields little endian.

@@ -31,7 +31,8 @@ impl Write for Stream<'_, '_> {
 
 impl ImageSink for Stream<'_, '_> {
     fn xl_header(&mut self, header: &XlHeader) -> io::Result<()> {
-        self.write_all(&header.without_blanks(self.blanks).encode())
+        let header = header.without_blanks(self.blanks);
+        self.write_all(&header.map_err(io::Error::other)?.encode())
     }
 }
 
