@@ -164,7 +164,7 @@ impl PfnBitmap {
             let theirs = other.chunks.get(number);
             let words = theirs.into_iter().flat_map(move |theirs| {
                 let (ours, theirs) = (chunk.words(), theirs.words());
-                let both = ours.into_iter().zip(theirs);
+                let both = ours.into_iter().zip(*theirs);
                 (0_u64..).zip(both.map(|(one, other)| one & other))
             });
             words.flat_map(move |(word, bits)| {
