@@ -22,6 +22,10 @@ pub(super) enum Step {
     Sync,
     /// It gets its name.
     Rename,
+    /// It gets its name if there is no file of that name.
+    RenameNew,
+    /// It gets a second name.
+    Link,
     /// The directory is made durable.
     SyncDirectory,
     /// It is removed.

@@ -145,6 +145,74 @@ fn whichever_step_fails_the_name_stands_for_the_old_file_or_the_whole_new_one() 
     assert!(schedules > 60, "{schedules}");
 }
 
+/// A file system that lacks calls.
+#[derive(Debug)]
+struct Lacks(&'static [(Step, rustix::io::Errno)]);
+
+impl Steps for Lacks {
+    fn before(&self, step: Step) -> io::Result<()> {
+        match self.0.iter().find(|(lacked, _)| *lacked == step) {
+            Some((_, errno)) => Err((*errno).into()),
+            None => Ok(()),
+        }
+    }
+
+    fn most(&self, bytes: usize) -> usize {
+        bytes
+    }
+}
+
+#[test]
+fn a_file_system_without_calls_to_leave_files_alone_leaves_them_alone() {
+    use rustix::io::Errno;
+    let lacks: [&'static [_]; 5] = [
+        &[(Step::RenameNew, Errno::INVAL)],
+        &[(Step::RenameNew, Errno::INVAL), (Step::Link, Errno::PERM)],
+        &[(Step::RenameNew, Errno::NOSYS), (Step::Link, Errno::NOSYS)],
+        &[
+            (Step::RenameNew, Errno::INVAL),
+            (Step::Link, Errno::OPNOTSUPP),
+        ],
+        &[(Step::RenameNew, Errno::INVAL), (Step::Link, Errno::INVAL)],
+    ];
+    let name = name("a");
+    for lacked in lacks {
+        let directory = tempfile::tempdir().unwrap();
+        let storage = FileStorage {
+            steps: Arc::new(Lacks(lacked)),
+            ..FileStorage::new(directory.path())
+        };
+        let create = Create::stream().existing(Existing::Refuse);
+        let write = |bytes: &[u8]| {
+            let mut writer = storage.create(&name, &create).unwrap();
+            writer.write_all(bytes).unwrap();
+            writer
+        };
+        let (first, second) = (write(b"first"), write(b"second"));
+        first.commit(Durability::Durable).unwrap();
+        let error = second.commit(Durability::Durable).unwrap_err();
+        assert!(
+            matches!(error, StorageError::Exists { .. }),
+            "{lacked:?}: {error:?}"
+        );
+        assert_eq!(fs::read(directory.path().join("a")).unwrap(), b"first");
+        assert_eq!(names(directory.path()), ["a"], "{lacked:?}");
+    }
+    // What fails for another reason is no such file system.
+    let directory = tempfile::tempdir().unwrap();
+    let storage = FileStorage {
+        steps: Arc::new(Lacks(&[
+            (Step::RenameNew, Errno::INVAL),
+            (Step::Link, Errno::NOSPC),
+        ])),
+        ..FileStorage::new(directory.path())
+    };
+    let create = Create::stream().existing(Existing::Refuse);
+    let writer = storage.create(&name, &create).unwrap();
+    writer.commit(Durability::Durable).unwrap_err();
+    assert!(names(directory.path()).is_empty());
+}
+
 #[test]
 fn a_process_that_is_killed_leaves_what_the_next_one_removes() {
     const DIRECTORY: &str = "XSR_TEST_STORAGE_DIRECTORY";

@@ -16,7 +16,7 @@ use xsr_format::frame::PAGE_SIZE;
 
 use super::leftover::Temporary;
 use super::steps::{Step, Steps};
-use super::{directory, sync_directory};
+use super::{directory, not_found, sync_directory};
 use crate::storage::error::shown;
 use crate::storage::{
     Create, Durability, Existing, Shape, StorageError, StorageReader, StorageWriter,
@@ -75,18 +75,46 @@ impl FileWriter {
         if self.create.existing == Existing::Replace {
             return fs::rename(from, &self.to);
         }
-        match renameat_with(CWD, from, CWD, &self.to, RenameFlags::NOREPLACE) {
-            // A file system that cannot: a second name can be given without replacing, too.
-            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
-                fs::hard_link(from, &self.to)?;
+        let new = || -> io::Result<()> {
+            self.steps.before(Step::RenameNew)?;
+            let flags = RenameFlags::NOREPLACE;
+            Ok(renameat_with(CWD, from, CWD, &self.to, flags)?)
+        };
+        match new() {
+            Err(error) if is_unsupported(&error) => self.link(from),
+            renamed => renamed,
+        }
+    }
+
+    /// The same on a file system that has no rename that leaves a file of the name alone: giving
+    /// a second name does.
+    fn link(&self, from: &Path) -> io::Result<()> {
+        let linked = self.steps.before(Step::Link);
+        match linked.and_then(|()| fs::hard_link(from, &self.to)) {
+            Ok(()) => {
                 if let Err(error) = fs::remove_file(from) {
                     tracing::warn!("{} stays: {error}", shown(from));
                 }
                 Ok(())
             }
-            result => Ok(result?),
+            // Nor has it second names: a file that appears between these two calls is replaced.
+            Err(error) if is_unsupported(&error) => match fs::symlink_metadata(&self.to) {
+                Ok(_) => Err(io::ErrorKind::AlreadyExists.into()),
+                Err(error) if not_found(&error) => fs::rename(from, &self.to),
+                Err(error) => Err(error),
+            },
+            Err(error) => Err(error),
         }
     }
+}
+
+/// Whether a file system says that it does not have a call. Those without second names (vfat)
+/// say EPERM.
+fn is_unsupported(error: &io::Error) -> bool {
+    matches!(
+        Errno::from_io_error(error),
+        Some(Errno::PERM | Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP)
+    )
 }
 
 /// A range of zeros, written.
