@@ -629,3 +629,30 @@ fn pipes_and_devices_are_xls_to_write_but_no_domain_is_given_up_for_nothing() {
     let out = command.output().unwrap();
     assert_eq!(out.status.code(), Some(64), "{out:?}");
 }
+
+/// xl would open it anew.
+#[test]
+fn xl_does_not_truncate_what_its_output_is_appended_to() {
+    let _alone = alone();
+    let dir = scratch();
+    script(dir.path(), "#!/bin/sh\necho image > \"$3\"\n");
+    let archive = dir.path().join("archive");
+    for to in ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"] {
+        let save = |old: &str| {
+            fs::write(&archive, old).unwrap();
+            let file = fs::OpenOptions::new().append(true).open(&archive).unwrap();
+            let mut command = beside(dir.path(), &["save", "web", to]);
+            command.stdin(Stdio::null()).stdout(file);
+            let out = command.stderr(Stdio::piped()).output().unwrap();
+            (out, fs::read_to_string(&archive).unwrap())
+        };
+        let (out, after) = save("precious");
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert_eq!(out.status.code(), Some(64), "{to}: {said}");
+        assert!(said.contains("which xl would truncate"), "{to}: {said}");
+        assert_eq!(after, "precious", "{to}");
+        let (out, after) = save("");
+        assert_eq!(out.status.code(), Some(0), "{to}: {out:?}");
+        assert_eq!(after, "image\n", "{to}");
+    }
+}

@@ -9,7 +9,6 @@
 
 use std::ffi::OsString;
 use std::io;
-use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Error, Result, bail};
@@ -48,19 +47,13 @@ impl Target {
             existing: Existing::Replace,
             only_copy: !words.keeps,
         })?;
-        if is_dash(&path) {
-            // xl has no name for stdout, and opens what it is given anew, from its start.
-            let stdout = std::fs::File::from(io::stdout().as_fd().try_clone_to_owned()?);
-            let found = stdout.metadata()?;
-            if found.is_file() && found.len() > 0 {
-                let why = "stdout is a file that is not empty, which xl would truncate: name \
-                           another file";
-                return Err(Error::new(BadUsage(why.to_owned())));
-            }
-            arguments[file] = "/dev/stdout".into();
+        match output.temporary() {
+            Some(temporary) => arguments[file] = temporary.as_os_str().to_owned(),
+            None => check_truncated(&output)?,
         }
-        if let Some(temporary) = output.temporary() {
-            arguments[file] = temporary.as_os_str().to_owned();
+        if is_dash(&path) {
+            // xl has no name for stdout.
+            arguments[file] = "/dev/stdout".into();
         }
         if !words.force
             && let Some(bytes) = domain.to_str().and_then(least_bytes)
@@ -126,6 +119,19 @@ impl Target {
             }
         }
     }
+}
+
+/// Whether something would be lost of an output that xl opens itself: anew, from its start, even
+/// where it is a descriptor of this process.
+fn check_truncated(output: &Output) -> Result<()> {
+    let found = output.file().metadata()?;
+    if found.is_file() && found.len() > 0 {
+        return Err(Error::new(BadUsage(format!(
+            "{} is a file that is not empty, which xl would truncate: name another file",
+            output.name()
+        ))));
+    }
+    Ok(())
 }
 
 /// What xl has written.
