@@ -214,8 +214,10 @@ pub(crate) fn domain_command(backend: &Backend, verb: &str, rest: &str) -> Strin
 #[derive(Debug)]
 pub(crate) struct Found {
     pub(crate) domain: DomainRef,
-    /// Its name, or one that is made of its number.
+    /// Its name, or one that is made of its number: for messages.
     pub(crate) name: String,
+    /// What commands take for it: its name, or its number if it has none.
+    pub(crate) handle: String,
     /// Held as long as the command works on it.
     pub(crate) lock: DomainLock,
 }
@@ -229,8 +231,12 @@ impl Found {
     pub(crate) fn find(host: &dyn DomainStore, called: &str, command: &str) -> Result<Self> {
         let domain = host.find(called)?;
         let lock = host.lock(domain, &format!("xsr {command} {called}"))?;
-        let name = name_of(host, domain)?;
-        Ok(Self { domain, name, lock })
+        Ok(Self {
+            domain,
+            name: name_of(host, domain)?,
+            handle: handle_of(host, domain)?,
+            lock,
+        })
     }
 
     /// Refuses a domain without a name: one that is sent away is renamed before the other end
@@ -265,11 +271,25 @@ pub(crate) fn name_of(
     Ok(name.unwrap_or_else(|| format!("domain-{}", domain.domid.0)))
 }
 
-/// Destroys a domain, and tells the user what stays behind of it.
+/// What commands take for a domain: its name, or its number if it has none.
 ///
 /// # Errors
 ///
-/// The domain is still there, or is another's by now.
+/// As [`name_of`].
+pub(crate) fn handle_of(
+    host: &dyn DomainStore,
+    domain: DomainRef,
+) -> Result<String, DomainStoreError> {
+    let name = host.name(domain)?;
+    Ok(name.unwrap_or_else(|| domain.domid.0.to_string()))
+}
+
+/// Destroys a domain, and tells the user what stays behind of it. One that another command has
+/// destroyed is destroyed.
+///
+/// # Errors
+///
+/// The domain is still there.
 pub(crate) fn destroy(
     host: &dyn DomainStore,
     domain: DomainRef,
@@ -282,6 +302,7 @@ pub(crate) fn destroy(
             tracing::warn!("{name} is destroyed, but {}", exit::words(error.chain()));
             return Ok(());
         }
+        Err(DomainStoreError::Gone { .. } | DomainStoreError::Replaced { .. }) => return Ok(()),
         destroyed => destroyed?,
     };
     let Destroyed {
@@ -305,7 +326,10 @@ pub(crate) fn destroy(
 fn is_destroyed(host: &dyn DomainStore, domain: DomainRef) -> bool {
     match host.check(domain) {
         Ok(info) => info.dying,
-        Err(error) => matches!(error, DomainStoreError::Gone { .. }),
+        Err(error) => matches!(
+            error,
+            DomainStoreError::Gone { .. } | DomainStoreError::Replaced { .. }
+        ),
     }
 }
 

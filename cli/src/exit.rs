@@ -145,6 +145,26 @@ impl fmt::Display for WriteFailed {
 
 impl std::error::Error for WriteFailed {}
 
+/// An output that is complete and has its name, which the file system could not be made to keep.
+#[derive(Debug)]
+pub(crate) struct NotDurable {
+    /// The output, as a person calls it.
+    pub(crate) output: String,
+    pub(crate) error: io::Error,
+}
+
+impl fmt::Display for NotDurable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { output, error } = self;
+        write!(
+            f,
+            "{output} is complete, but a power cut might undo that: syncing its directory: {error}"
+        )
+    }
+}
+
+impl std::error::Error for NotDurable {}
+
 /// A failure, and what has become of the guest and of the file that was being written.
 #[derive(Debug)]
 pub(crate) struct Aftermath {

@@ -20,7 +20,7 @@ use xsr_save_restore::storage::pipe::StraightWriter;
 use xsr_save_restore::storage::{Create, Durability, StorageError, StorageWriter};
 use xsr_xen_backend::mock::phase;
 
-use crate::exit::{Aftermath, BadUsage, WriteFailed};
+use crate::exit::{Aftermath, BadUsage, NotDurable, WriteFailed};
 use crate::file::is_dash;
 use crate::left;
 use crate::painter::Follower;
@@ -282,7 +282,8 @@ impl Output {
     /// # Errors
     ///
     /// What the work says; [`WriteFailed`] if it was the output that failed, whatever the work
-    /// took it for. Either says what there is under the output's name.
+    /// took it for. Either says what there is under the output's name. [`NotDurable`] as
+    /// [`Output::finish`].
     pub(crate) fn fill<T>(self, work: impl FnOnce(&mut Sink<'_>) -> Result<T>) -> Result<(T, u64)> {
         let after = self.aftermath();
         let mut this = self;
@@ -307,7 +308,10 @@ impl Output {
             })),
             (Err(error), None) => Err(error),
         };
-        done.map_err(|error| Aftermath::of(error, after))
+        done.map_err(|error| match error.is::<NotDurable>() {
+            true => error,
+            false => Aftermath::of(error, after),
+        })
     }
 
     /// Whether it is a new file, in which bytes have places and what was not written is a hole.
@@ -357,26 +361,31 @@ impl Output {
     ///
     /// # Errors
     ///
-    /// [`WriteFailed`]: an existing file of its name is as it was.
+    /// [`WriteFailed`]: a file does not have its name, and an existing file of that name is as it
+    /// was. [`NotDurable`]: the output is complete and has its name, and a power cut might undo
+    /// that.
     pub(crate) fn finish(self) -> Result<()> {
         let Self { writer, name, .. } = self;
         let committed = match writer {
             Begun::File(writer) => {
                 phase("output-complete");
                 let committed = Box::new(writer).commit(Durability::Durable);
-                if committed.is_ok() {
+                if matches!(committed, Ok(()) | Err(StorageError::NotDurable { .. })) {
                     phase("output-named");
                 }
                 committed
             }
             Begun::Straight(writer) => Box::new(writer).commit(Durability::Durable),
         };
-        committed.map_err(|error: StorageError| {
-            let error = io_error(error);
-            Error::new(WriteFailed {
+        committed.map_err(|error| match error {
+            StorageError::NotDurable { source, .. } => Error::new(NotDurable {
                 output: name,
-                error,
-            })
+                error: source,
+            }),
+            error => Error::new(WriteFailed {
+                output: name,
+                error: io_error(error),
+            }),
         })
     }
 }

@@ -163,6 +163,21 @@ fn a_domain_that_is_destroyed_beside_its_save_is_gone() {
     }
 }
 
+/// It was to be destroyed.
+#[test]
+fn a_domain_that_is_destroyed_once_its_image_is_complete_is_saved() {
+    let hosts = Hosts::with("pv", &[]);
+    let file = hosts.path("web.save");
+    let to = backend(&hosts.here);
+    let mut saving = staged(hosts.dir.path(), ["save", &to, "web", arg(&file)]);
+    assert!(saving.hold("output-named", 1));
+    mock(&["destroy", "web"], &hosts.here).code(0);
+    let (ran, _) = saving.end();
+    ran.code(0);
+    assert_eq!(state(&hosts.here, "web"), None);
+    run(["verify", arg(&file)]).code(0);
+}
+
 fn modes(dir: &Path) -> Vec<(PathBuf, u32)> {
     let mut all = Vec::new();
     let mut left = vec![dir.to_owned()];

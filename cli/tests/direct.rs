@@ -9,8 +9,8 @@ use std::fs;
 use std::path::Path;
 
 use common::{arg, host_with, run, scratch};
-use xsr_xen_backend::mock::MockHost;
-use xsr_xen_backend::{DomId, DomainInfo, Host as _};
+use xsr_xen_backend::mock::{HostConfig, MockHost};
+use xsr_xen_backend::{DomId, DomainInfo, GuestKind, Host as _, NewDomain};
 
 fn xen(host: &Path) -> String {
     format!("mock-xen:{}", host.display())
@@ -239,4 +239,30 @@ fn a_domain_gets_what_its_configuration_says() {
     assert_eq!(settings.time_offset_seconds, 60);
     assert!(!settings.msr_relaxed, "its configuration says so");
     assert_eq!(settings.max_grant_version, Some(2));
+}
+
+#[test]
+fn a_domain_without_a_name_is_named_to_commands_by_its_number() {
+    let dir = scratch();
+    let host = dir.path().join("host");
+    let machine = MockHost::open_or_create(&host, &HostConfig::default()).unwrap();
+    let new = NewDomain::new(GuestKind::Pvh, 1, 16);
+    let number = machine.create(&new).unwrap().0.to_string();
+    drop(machine);
+    let file = dir.path().join("a.save");
+    let unpause = format!(
+        "first `xsr mock unpause --host {} {number}`",
+        host.display()
+    );
+    run([
+        "save",
+        "--direct",
+        "--backend",
+        &xen(&host),
+        &number,
+        arg(&file),
+    ])
+    .code(1)
+    .stderr_has(&format!("saving domain-{number}: "))
+    .stderr_has(&unpause);
 }

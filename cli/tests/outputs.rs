@@ -11,7 +11,9 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use common::phases::{Staged, staged};
 use common::{Ran, arg, backend, host_with, image, run, scratch, state, xsr};
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
 
 /// The names in a directory.
 fn names(dir: &Path) -> Vec<String> {
@@ -243,6 +245,53 @@ fn a_save_that_fails_says_what_became_of_the_guest_and_of_the_file() {
     assert_eq!(fs::read(dir.path().join("web.save")).unwrap(), b"old");
     assert_eq!(state(&host, "web").as_deref(), Some("running"));
     assert_eq!(names(dir.path()), ["host", "web.save"]);
+}
+
+/// Lets a command that is about to name its output do so, and open no file meanwhile: the
+/// directory cannot be synced.
+fn name_without_syncing(held: &mut Staged) {
+    let pid = Pid::from_raw(i32::try_from(held.pid()).unwrap());
+    let limit = |limit| prlimit(pid, Resource::Nofile, limit).unwrap();
+    assert!(held.hold("output-complete", 1));
+    let before = limit(Rlimit {
+        current: Some(0),
+        ..rustix::process::getrlimit(Resource::Nofile)
+    });
+    assert!(held.hold("output-named", 1));
+    limit(before);
+}
+
+#[test]
+fn an_output_that_a_power_cut_might_undo_is_said_to_be_there() {
+    let dir = scratch();
+    let host = host_with("pv", dir.path());
+    let (file, to) = (dir.path().join("web.save"), backend(&host));
+    for options in [&[][..], &["-c"], &["-p"]] {
+        fs::write(&file, "old").unwrap();
+        let args = [&["save"], options, &[to.as_str(), "web", arg(&file)]];
+        let mut saving = staged(dir.path(), args.concat());
+        name_without_syncing(&mut saving);
+        let ran = saving.end().0.code(1);
+        let words = format!(
+            "web runs on here: do not restore {} while it does\n",
+            file.display()
+        );
+        assert!(ran.stderr.ends_with(&words), "{ran:?}");
+        ran.stderr_has("web.save is complete, but a power cut might undo that")
+            .stderr_has("Too many open files");
+        assert_eq!(state(&host, "web").as_deref(), Some("running"));
+        run(["verify", arg(&file)]).code(0);
+    }
+    let new = dir.path().join("new.save");
+    let mut converting = staged(
+        dir.path(),
+        ["convert", "--to", "libxc", arg(&file), "-o", arg(&new)],
+    );
+    name_without_syncing(&mut converting);
+    let ran = converting.end().0.code(1);
+    assert!(!ran.stderr.contains("no file was written"), "{ran:?}");
+    ran.stderr_has("new.save is complete, but a power cut might undo that");
+    run(["verify", arg(&new)]).code(0);
 }
 
 #[test]

@@ -25,11 +25,11 @@ use xsr_xen_backend::{DomId, Domain, DomainInfo};
 
 use self::sink::ImageSink;
 use crate::args::{OnTimeoutArg, SaveArgs, TargetArgs};
-use crate::backend::{self, Found, Hypervisor, LIBXL_HEADER, name_of};
+use crate::backend::{self, Found, Hypervisor, LIBXL_HEADER, domain_command, name_of};
 use crate::cmd::migrate::can_suspend;
 use crate::condition::Condition;
 use crate::config;
-use crate::exit::{Aftermath, BadUsage, Code};
+use crate::exit::{Aftermath, BadUsage, Code, NotDurable};
 use crate::left;
 use crate::output::{Existing, Output, Plan};
 use crate::stdout::report;
@@ -89,7 +89,8 @@ impl fmt::Display for MemoryReport {
 /// Save a domain.
 ///
 /// Until the image is complete and has its name, whatever fails leaves the domain
-/// running and no file. After that, a failure is reported, and the image stays.
+/// running and no file, but for [`NotDurable`], after which both are there. After that, a failure
+/// is reported, and the image stays.
 pub(crate) fn run(args: &SaveArgs, terminal: &Terminal) -> Result<Code> {
     let live = args.live.then(|| match args.target.is_given() {
         true => target_policy(&args.target),
@@ -119,16 +120,17 @@ fn save(
     let Found {
         domain: which,
         name,
+        handle,
         lock: _lock,
     } = Found::find(&*host, &args.domain, "save")?;
     let domain = host.open(which)?;
     if args.direct {
         direct::refuse(args, &*host, which, &name)?;
     }
-    can_suspend(&*domain, &name, backend)
+    can_suspend(&*domain, &handle, backend)
         .with_context(|| format!("saving {}", shown_name(&name)))?;
     let output = output(args, &*domain)?;
-    let after = aftermath(&name, &*domain, &output);
+    let after = aftermath(&*host, which, &name, &output);
     // From here on a signal breaks off in good order.
     left::guest::leaving(&host, which, &name, None);
     let _working = workload::start(&host, which.domid)?;
@@ -172,6 +174,7 @@ fn save(
         terminal,
         started,
         name: &name,
+        handle: &handle,
         host: &*host,
         which,
         domain: &*domain,
@@ -205,21 +208,34 @@ pub(crate) fn least_bytes(domain: &DomainInfo) -> u64 {
 
 /// Adds to a failure of a save what became of the domain and of the file.
 fn aftermath<'a>(
+    host: &'a dyn DomainStore,
+    which: DomainRef,
     name: &'a str,
-    domain: &'a dyn Domain,
     output: &Output,
 ) -> impl Fn(Error) -> Error + use<'a> {
-    let file = output.aftermath();
+    let (file, after) = (output.name().to_owned(), output.aftermath());
     move |error| {
-        let fate = match Condition::of(domain) {
+        let condition = Condition::in_store(host, which);
+        let name = shown_name(name);
+        if error.is::<NotDurable>() {
+            let after = match condition {
+                Condition::Runs => {
+                    format!("{name} runs on here: do not restore {file} while it does")
+                }
+                Condition::Gone => format!("{name} is gone here"),
+                _ => format!("{name} may be here still: do not restore {file} while it is"),
+            };
+            return Aftermath::of(error, after);
+        }
+        let fate = match condition {
             Condition::Paused => "stays paused",
             Condition::Runs => "runs on",
             Condition::Suspended => "is left suspended",
             Condition::Down(_) => "is left shut down: start it anew, or destroy it",
             Condition::Gone => "is gone",
-            Condition::Unknown(_) => return Aftermath::of(error, file.clone()),
+            Condition::Unknown(_) => return Aftermath::of(error, after.clone()),
         };
-        Aftermath::of(error, format!("{} {fate}, {file}", shown_name(name)))
+        Aftermath::of(error, format!("{name} {fate}, {after}"))
     }
 }
 
@@ -229,6 +245,8 @@ struct Ending<'a> {
     terminal: &'a Terminal,
     started: Instant,
     name: &'a str,
+    /// What commands take for the domain.
+    handle: &'a str,
     host: &'a dyn DomainStore,
     which: DomainRef,
     domain: &'a dyn Domain,
@@ -242,16 +260,20 @@ impl Ending<'_> {
             terminal,
             started,
             name,
+            handle,
             host,
             which,
             domain,
         } = *self;
         let memory = MemoryReport::of(&written);
         let mut downtime = None;
-        let resume = |written: Written<'_>| match (written.saved.resume(), Condition::of(domain)) {
-            // Another program has resumed it.
-            (Err(_), Condition::Runs) => Ok(()),
-            (resumed, _) => resumed,
+        let resume = |written: Written<'_>| {
+            let resumed = written.saved.resume();
+            match (resumed, Condition::in_store(host, which)) {
+                // Another program has resumed it.
+                (Err(_), Condition::Runs) => Ok(()),
+                (resumed, _) => resumed,
+            }
         };
         let fate = match (args.paused, args.checkpoint) {
             (true, _) => {
@@ -266,8 +288,16 @@ impl Ending<'_> {
             }
             (false, false) => {
                 written.saved.keep_suspended();
-                backend::destroy(host, which, name)
-                    .with_context(|| format!("the image is complete, but {name} is still there"))?;
+                backend::destroy(host, which, name).map_err(|error| {
+                    let error = Error::new(error).context(format!("destroying {name}"));
+                    let destroy = domain_command(&args.backend.backend, "destroy", handle);
+                    let after = format!(
+                        "the image is complete, and {} is still here, suspended; before the image \
+                         is restored: `{destroy}`",
+                        shown_name(name)
+                    );
+                    Aftermath::of(error, after)
+                })?;
                 "destroyed"
             }
         };

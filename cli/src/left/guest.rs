@@ -8,7 +8,7 @@ use xsr_xen_backend::domain_store::{DomainRef, DomainStore};
 
 use super::{Left, State};
 use crate::args::Backend;
-use crate::backend::{Hypervisor, domain_command, name_of};
+use crate::backend::{Hypervisor, domain_command, handle_of, name_of};
 use crate::cmd::migrate::MIGRATED_AWAY_SUFFIX;
 use crate::condition::Condition;
 
@@ -26,6 +26,8 @@ pub(crate) fn leaving(host: &Hypervisor, domain: DomainRef, name: &str, to: Opti
 struct Now {
     condition: Condition,
     called: String,
+    /// What commands take for it.
+    handle: String,
 }
 
 impl Now {
@@ -33,6 +35,7 @@ impl Now {
         Self {
             condition: Condition::in_store(host, domain),
             called: name_of(host, domain).unwrap_or_else(|_| name.to_owned()),
+            handle: handle_of(host, domain).unwrap_or_else(|_| name.to_owned()),
         }
     }
 }
@@ -48,7 +51,7 @@ pub(crate) struct Sent {
 
 fn left(now: &Now, name: &str, backend: &Backend, to: Option<&Sent>) -> State {
     let command = |verb: &str, rest: &str| domain_command(backend, verb, rest);
-    let called = &now.called;
+    let Now { called, handle, .. } = now;
     let (how, then) = match &now.condition {
         Condition::Gone => return State::plain(format!("{name} is gone here")),
         Condition::Unknown(error) => (
@@ -58,18 +61,18 @@ fn left(now: &Now, name: &str, backend: &Backend, to: Option<&Sent>) -> State {
         Condition::Runs => ("runs here".to_owned(), String::new()),
         Condition::Paused => (
             "is paused here".to_owned(),
-            format!(": `{}`", command("unpause", name)),
+            format!(": `{}`", command("unpause", handle)),
         ),
         Condition::Suspended => (
             "is suspended here".to_owned(),
             match backend {
                 Backend::Mock(_) | Backend::MockXen(_) => {
-                    format!(": `{}`", command("resume", name))
+                    format!(": `{}`", command("resume", handle))
                 }
                 // xl does not resume a domain that it has not suspended.
                 Backend::Auto | Backend::Xen => format!(
                     "; restore it from an image, or `{}` and start it anew",
-                    command("destroy", called)
+                    command("destroy", handle)
                 ),
             },
         ),
@@ -114,7 +117,9 @@ pub(crate) fn arriving(host: &Hypervisor, name: &str) -> (Left, Arc<OnceLock<Dom
     let (made, host, name) = (Arc::clone(&domain), host.clone(), name.to_owned());
     let left = Left::guest(move || {
         let domain: DomainRef = *made.get()?;
-        let Now { condition, called } = Now::of(&*host, domain, &name);
+        let Now {
+            condition, called, ..
+        } = Now::of(&*host, domain, &name);
         let place = host.place_of(domain.domid);
         match condition {
             Condition::Gone => None,
@@ -189,6 +194,33 @@ mod tests {
         assert!(state(Some(&sent(true))).undecided);
         domain.destroy().expect("destroyed");
         assert_eq!(state(None), State::plain("web is gone here"));
+    }
+
+    #[test]
+    fn a_domain_without_a_name_is_named_to_commands_by_its_number() {
+        let host = MockHost::ephemeral(&HostConfig::default()).expect("a machine");
+        let host = Hypervisor::from(host);
+        let new = NewDomain::new(GuestKind::Pvh, 1, 2048);
+        let domain = DomainRef {
+            domid: host.create(&new).expect("a domain"),
+            uuid: new.uuid,
+        };
+        let number = domain.domid.0;
+        let name = format!("domain-{number}");
+        let state = |condition| {
+            let now = Now {
+                condition,
+                ..Now::of(&*host, domain, &name)
+            };
+            left(&now, &name, &Backend::Xen, None).words
+        };
+        for (condition, command) in [
+            (Condition::Paused, format!("`xl unpause {number}`")),
+            (Condition::Suspended, format!("`xl destroy {number}`")),
+        ] {
+            let said = state(condition);
+            assert!(said.starts_with(&name) && said.contains(&command), "{said}");
+        }
     }
 
     #[test]

@@ -16,7 +16,7 @@ use xsr_xen_backend::{DomId, Domain, Ring};
 
 use super::{INCOMING, Named, bad};
 use crate::backend::{self, Hypervisor, name_of};
-use crate::exit::{self, LeftBehind};
+use crate::exit::{self, Aftermath, LeftBehind};
 use crate::left::Left;
 
 /// The control domain: the other end of the xenstore and console rings.
@@ -86,8 +86,15 @@ impl Made {
             Named::Incoming => ("migrate-receive", format!("{name}{INCOMING}")),
         };
         self.lock = Some(host.lock(which, &format!("xsr {command} {name}"))?);
-        host.give_name(which, &at_first)
-            .context("give the domain a name with --name")?;
+        host.give_name(which, &at_first).map_err(|error| {
+            use DomainStoreError::{BadName, NameTaken};
+            let another_helps = matches!(error, BadName { .. } | NameTaken { .. });
+            let after = match named {
+                Named::AsItSays if another_helps => "give the domain another name with --name",
+                _ => "",
+            };
+            Aftermath::of(Error::new(error), after.to_owned())
+        })?;
         backend::store_config(&**host, which, json)
     }
 
@@ -145,11 +152,7 @@ impl Made {
     }
 
     fn end(&self) -> Result<(), DomainStoreError> {
-        match backend::destroy(&*self.host, self.which, &self.about.name) {
-            // Another command was faster.
-            Err(DomainStoreError::Gone { .. } | DomainStoreError::Replaced { .. }) => Ok(()),
-            ended => ended,
-        }
+        backend::destroy(&*self.host, self.which, &self.about.name)
     }
 
     /// There is no domain to be had for `error`: destroy what there is, and say so if it cannot
