@@ -522,7 +522,7 @@ fn lock(store: &dyn DomainStore) -> Result<(), Violation> {
     let guest = Guest::named(store, 1, "locked")?;
     let lock = store.lock(guest.domain, "xsr contract suite")?;
     let is = |error: &DomainStoreError| {
-        matches!(error, DomainStoreError::Locked { domain, holder }
+        matches!(error, DomainStoreError::Locked { domain, holder, node: None }
             if *domain == guest.domain
                 && holder.pid == std::process::id()
                 && holder.command == "xsr contract suite")

@@ -73,12 +73,15 @@ pub enum DomainStoreError {
         rule: &'static str,
     },
     /// Another process is working on the domain.
-    #[error("{domain} is in use by {holder}; wait until it ends")]
+    #[error("{domain} is in use by {holder}{}", until(node))]
     Locked {
         /// The domain.
         domain: DomainRef,
         /// The process that has the lock.
         holder: LockHolder,
+        /// Where the process cannot be looked for (it is of another PID namespace, say): the node
+        /// of xenstore that is the lock.
+        node: Option<String>,
     },
     /// More than can be kept.
     #[error("the {what} of {domain} is {bytes} bytes long; at most {most} can be kept")]
@@ -105,6 +108,17 @@ pub enum DomainStoreError {
         /// Why it failed.
         source: Box<dyn StdError + Send + Sync>,
     },
+}
+
+/// What ends a lock.
+fn until(node: &Option<String>) -> String {
+    match node {
+        None => "; wait until it ends".to_owned(),
+        Some(node) => format!(
+            ", which cannot be looked for from here: wait until it ends, or, if it surely has, \
+             `xenstore-rm {node}`"
+        ),
+    }
 }
 
 fn is_named(name: &Option<String>) -> String {

@@ -167,13 +167,22 @@ impl Process {
         self.has_ended_by(Path::new(PROC))
     }
 
+    /// Whether the process would be found if it ran.
+    pub(crate) fn is_seen(&self) -> bool {
+        self.is_seen_by(Path::new(PROC))
+    }
+
+    fn is_seen_by(&self, proc: &Path) -> bool {
+        self.namespace != UNKNOWN && namespace(proc).as_deref() == Some(&self.namespace)
+    }
+
     fn has_ended_by(&self, proc: &Path) -> bool {
         let differs =
             |was: &str, now: Option<String>| was != UNKNOWN && now.is_some_and(|now| now != was);
         if differs(&self.boot, boot(proc)) {
             return true;
         }
-        if self.namespace == UNKNOWN || namespace(proc).as_deref() != Some(&self.namespace) {
+        if !self.is_seen_by(proc) {
             return false;
         }
         match started(proc, self.holder.pid) {

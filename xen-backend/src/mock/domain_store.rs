@@ -245,6 +245,7 @@ impl DomainStore for MockHost {
             return Err(DomainStoreError::Locked {
                 domain,
                 holder: holder.clone(),
+                node: None,
             });
         }
         *holder = Some(LockHolder::this(command));

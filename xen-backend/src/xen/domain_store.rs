@@ -516,16 +516,21 @@ impl DomainStore for XenHost {
             holder = nodes
                 .read(&path)?
                 .and_then(|value| Process::decode(&value))
-                .filter(|process| !process.has_ended())
-                .map(|process| process.holder);
+                .filter(|process| !process.has_ended());
             if holder.is_none() {
                 nodes.write(&path, &this)?;
             }
             Ok(holder.is_none())
         });
         taken.map_err(failed(DOING, domain.domid))?;
-        if let Some(holder) = holder {
-            return Err(DomainStoreError::Locked { domain, holder });
+        if let Some(process) = holder {
+            let node = (!process.is_seen()).then_some(path);
+            let holder = process.holder;
+            return Err(DomainStoreError::Locked {
+                domain,
+                holder,
+                node,
+            });
         }
         let shared = Arc::clone(&self.shared);
         Ok(DomainLock::new(move || {

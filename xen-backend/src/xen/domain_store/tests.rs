@@ -181,9 +181,20 @@ fn a_lock_holds_across_handles_and_ends_with_its_process() {
     let value = made.face.read(&path).unwrap().unwrap();
     drop(lock);
     assert_eq!(read(&made.face, &path), None);
-    // As a process of an earlier boot, or nonsense, would have left it.
     let this = String::from_utf8(value).unwrap();
     let mut words: Vec<&str> = this.splitn(5, ' ').collect();
+    // Of another namespace of process numbers, or where there was no /proc.
+    for namespace in ["pid:[1]", "?"] {
+        let unseen = [&words[..3], &[namespace, "xsr save web"]].concat();
+        made.face.write(&path, unseen.join(" ").as_bytes()).unwrap();
+        let refused = other.lock(made.domain, "xsr destroy web").unwrap_err();
+        let remedy = format!(
+            "which cannot be looked for from here: wait until it ends, or, if it \
+                              surely has, `xenstore-rm {path}`"
+        );
+        assert!(refused.to_string().ends_with(&remedy), "{refused}");
+    }
+    // As a process of an earlier boot, or nonsense, would have left it.
     words[2] = "00000000-another-boot";
     for stale in [words.join(" "), "nonsense".to_owned()] {
         made.face.write(&path, stale.as_bytes()).unwrap();
