@@ -202,7 +202,9 @@ fn a_restore_reports_every_call_that_fails_and_leaves_a_domain_to_destroy() {
                     Err(RestoreError::CpuPolicy(error)) => check(Some(&error.cause), None, None),
                     Err(
                         RestoreError::VcpuState { cause, .. }
-                        | RestoreError::HvmContext { cause, .. },
+                        | RestoreError::HvmContext { cause, .. }
+                        | RestoreError::HvmParam { cause, .. }
+                        | RestoreError::TscInfo { cause, .. },
                     ) => check(Some(cause), None, None),
                     Err(RestoreError::NoMemory { pfn, .. }) => check(None, None, Some(pfn.0)),
                     Err(RestoreError::NotReleased { gfn, .. }) => check(None, None, Some(gfn.0)),
