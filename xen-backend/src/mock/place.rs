@@ -265,9 +265,15 @@ impl Place {
         Ok(names)
     }
 
-    /// The open directory as a path, whatever has become of the name it had.
+    /// The open directory as a path, whatever has become of the name it had. Where no `/proc` is
+    /// mounted (an empty root), only that name is left.
     pub(super) fn by_descriptor(&self) -> PathBuf {
-        Path::new("/proc/self/fd").join(OsStr::new(&self.fd.as_raw_fd().to_string()))
+        let number = self.fd.as_raw_fd().to_string();
+        let path = Path::new("/proc/self/fd").join(OsStr::new(&number));
+        match path.exists() {
+            true => path,
+            false => self.path.clone(),
+        }
     }
 
     /// Whether there is nothing in it.
