@@ -33,7 +33,7 @@ mod compression;
 #[allow(dead_code, reason = "the command uses all of it")]
 #[path = "../../cli/src/peel/packed.rs"]
 mod packed;
-#[allow(dead_code, reason = "the command uses all of it")]
+#[allow(dead_code, unused_imports, reason = "the command uses all of it")]
 #[path = "../../cli/src/text.rs"]
 mod text;
 #[path = "../../cli/src/peel/zstd.rs"]

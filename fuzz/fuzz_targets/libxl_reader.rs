@@ -1,6 +1,6 @@
 //! Whole files: the walk says the same of any octets, whether its source can seek or
 //! not; it reads nothing beyond the last record; and of a libxl stream it says what the
-//! reader of that layer, driven by hand, says.
+//! reader of that layer and the fold of the records, driven by hand, say.
 
 #![no_main]
 
@@ -8,7 +8,8 @@ use std::io::{self, Cursor, Read};
 
 use libfuzzer_sys::fuzz_target;
 use xsr_format::error::{Position, ReadError};
-use xsr_format::read::{ReadOptions, RecordReader};
+use xsr_format::guest_image::GuestImage;
+use xsr_format::read::{Incoming, ReadOptions, RecordReader};
 use xsr_format::record::RecordKind;
 use xsr_format::walk::{Content, Walk};
 use xsr_format::wrapper::libxl::{LibxlReader, LibxlRecord};
@@ -69,7 +70,17 @@ fn by_hand(
                 ..options
             };
             let mut libxc = RecordReader::new(libxl.source_mut(), inner)?;
-            while libxc.next_record()?.is_some() {}
+            let mut guest = GuestImage::new(libxc.domain().guest_type);
+            while let Some((position, incoming)) = libxc.next_record_at()? {
+                let applied = match incoming {
+                    Incoming::PageData(body) => guest.apply_pages(body.entries().iter()),
+                    Incoming::Record(record) => guest.apply(&record),
+                };
+                applied.map_err(|e| ReadError {
+                    position,
+                    cause: e.into(),
+                })?;
+            }
             let octets = libxc.offset() - start;
             libxl.advance(octets);
         }
