@@ -7,7 +7,7 @@
 use std::io::{self, Cursor, Read};
 
 use libfuzzer_sys::fuzz_target;
-use xsr_format::error::{Position, ReadError};
+use xsr_format::error::{DecodeError, Position, ReadError, ReadErrorCause};
 use xsr_format::legacy::convert::{Summary, survey};
 use xsr_format::legacy::{
     Checkpoints, Converted, LegacyGuest, LegacyOptions, LegacyReader, Target,
@@ -65,6 +65,23 @@ fn walked(octets: &[u8]) -> Result<u64, ReadError> {
     Ok(walk.offset())
 }
 
+/// Whether the error is about what the guest's state says, not about the form of the stream.
+fn is_of_contents(error: &ReadError) -> bool {
+    matches!(
+        error.cause,
+        ReadErrorCause::Decode(
+            DecodeError::HvmContext(_)
+                | DecodeError::VcpuNumber { .. }
+                | DecodeError::HvmParamIndex { .. }
+                | DecodeError::PfnRange { .. }
+                | DecodeError::P2mGap { .. }
+                | DecodeError::P2mLeafShared { .. }
+                | DecodeError::StateTooLong { .. }
+                | DecodeError::TscMode { .. }
+        )
+    )
+}
+
 fn check(octets: &[u8], options: LegacyOptions) {
     let said = pieces(LegacyReader::new(octets, options));
     let seeking = pieces(LegacyReader::seeking(Cursor::new(octets), options));
@@ -83,6 +100,8 @@ fn check(octets: &[u8], options: LegacyOptions) {
         };
         match walked(&image) {
             Ok(end) => assert_eq!(end, image.len() as u64),
+            // What a record holds is carried over as it is: a restore refuses it.
+            Err(e) if is_of_contents(&e) => continue,
             Err(e) => panic!("converted to what is no image: {e}"),
         }
         // Without a spool, as of a file.
