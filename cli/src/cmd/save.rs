@@ -89,7 +89,7 @@ impl fmt::Display for MemoryReport {
 /// Save a domain.
 ///
 /// Until the image is complete and has its name, whatever fails leaves the domain
-/// running and no file, but for [`NotDurable`], after which both are there. After that, a failure
+/// running and no file, except for [`NotDurable`], after which both are there. After that, a failure
 /// is reported, and the image stays.
 pub(crate) fn run(args: &SaveArgs, terminal: &Terminal) -> Result<Code> {
     let live = args.live.then(|| match args.target.is_given() {

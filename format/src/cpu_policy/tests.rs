@@ -124,7 +124,7 @@ fn a_feature_less_is_named_with_its_place_and_both_values() {
     assert_eq!(missing(&host, &image), []);
 }
 
-/// Each feature that has a name is missing where a host lacks it, but for those of the rules.
+/// Each feature that has a name is missing where a host lacks it, except for those of the rules.
 #[test]
 fn every_feature_is_missing_or_harmless() {
     let mut harmless = Vec::new();
