@@ -9,7 +9,7 @@ project, so that the reader here is not tested against its own idea of the forma
     legacy_image.py --from guest.save -o guest.legacy   the guest of a version 2 or 3 image
     legacy_image.py --kind pv64 --expect guest.json ... and what its memory is in the end
 
-The same options make the same octets. --expect writes JSON: of each pfn the type, and
+The same options make the same bytes. --expect writes JSON: of each pfn the type, and
 the CRC-32 of its contents where it has any.
 """
 
@@ -40,7 +40,7 @@ class Guest:
 
     def __init__(self, hvm, width=8):
         self.hvm = hvm
-        self.width = width          # of a PV guest, in octets
+        self.width = width          # of a PV guest, in bytes
         self.p2m_size = 0
         self.p2m_frames = []
         self.pages = {}             # pfn -> (type, contents or None)
@@ -145,7 +145,7 @@ def from_image(path):
             numbers = struct.unpack(f"<{len(body) // 8 - 1}Q", body[8:])
             guest.params.update(zip(numbers[::2], numbers[1::2]))
     for vcpu, part in parts.items():
-        # Of the 128 octets of a legacy stream, Xen has come to write 64.
+        # Of the 128 bytes of a legacy stream, Xen has come to write 64.
         guest.vcpus[vcpu] = (part[4], part.get(5, b"").ljust(128, b"\0"), part.get(6, b""))
     if guest.hvm:
         guest.p2m_size = max(guest.pages) + 1
@@ -316,11 +316,11 @@ class Writer:
         if pending:
             self.compressed(pending)
 
-    def compressed(self, octets):
-        if octets:
+    def compressed(self, bytes):
+        if bytes:
             self.put("i", COMPRESSED)
-            self.longs([len(octets)])
-            self.out.write(octets)
+            self.longs([len(bytes)])
+            self.out.write(bytes)
 
     def body(self, number, last):
         guest, args = self.guest, self.args
@@ -400,7 +400,7 @@ def main():
     parser.add_argument("--vcpus", type=int, default=2)
     parser.add_argument("--width", type=int, choices=[32, 64], default=64,
                         help="of the toolstack")
-    parser.add_argument("--xsave", type=int, default=0, help="octets of each XSAVE area")
+    parser.add_argument("--xsave", type=int, default=0, help="bytes of each XSAVE area")
     parser.add_argument("--batch", type=int, default=BATCH, help="pages in a batch")
     parser.add_argument("--no-pages", action="store_true", help="no batch at all")
     parser.add_argument("--filler", type=int, default=0, help="meaningless entries in each batch")

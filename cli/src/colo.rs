@@ -125,12 +125,12 @@ mod tests {
 
     /// What a primary hears that has so much patience, and is then hung up on.
     fn hearing<T>(
-        octets: &[u8],
+        bytes: &[u8],
         patience: Duration,
         of: impl Fn(&mut Hearing<'_>) -> T,
     ) -> (T, u64) {
         let (from, mut to) = io::pipe().unwrap();
-        to.write_all(octets).unwrap();
+        to.write_all(bytes).unwrap();
         // Who has patience gets to the end.
         let open = (patience == Duration::ZERO).then_some(to);
         let nothing = File::options().write(true).open("/dev/null").unwrap();
@@ -166,19 +166,19 @@ mod tests {
         let report = b"my copy unpause results are as follows\0";
         let said = |status: &[u8]| [report, status, b"domain is yours"].concat();
         let failed = "the other end has failed (status 1)";
-        for (octets, expected) in [
+        for (bytes, expected) in [
             (said(&[1]), failed),
             (said(&[0]), "the other end runs the domain"),
             (report.to_vec(), "and hung up"),
             (report[..16].to_vec(), "and hung up"),
         ] {
-            let (why, _) = hearing(&octets, Duration::from_secs(60), |hearing| {
+            let (why, _) = hearing(&bytes, Duration::from_secs(60), |hearing| {
                 hearing.expect(CheckpointState::Ready).unwrap_err();
                 hearing.given_up().unwrap().to_string()
             });
             assert!(why.contains(expected), "{why}");
             // In the place of a list's header.
-            let (why, _) = hearing(&octets, Duration::from_secs(60), |hearing| {
+            let (why, _) = hearing(&bytes, Duration::from_secs(60), |hearing| {
                 hearing.read_exact(&mut [0; 8]).unwrap();
                 hearing.given_up().unwrap().to_string()
             });
@@ -198,8 +198,8 @@ mod tests {
         let list = [7; 4096];
         let resumed = ColoWord::State(CheckpointState::Resumed).encode();
         for word in [resumed, [0x1b; 16]] {
-            let octets = [&list[..], &word].concat();
-            let (error, _) = hearing(&octets, Duration::from_secs(60), |hearing| {
+            let bytes = [&list[..], &word].concat();
+            let (error, _) = hearing(&bytes, Duration::from_secs(60), |hearing| {
                 hearing.read_exact(&mut [0; 4096]).unwrap();
                 hearing.expect(CheckpointState::Ready).unwrap_err()
             });

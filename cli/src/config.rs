@@ -1,5 +1,5 @@
 //! A domain's configuration as xl keeps it in an image: libxl's JSON. Only what a
-//! save or restore needs is looked at; the text itself is kept octet for octet.
+//! save or restore needs is looked at; the text itself is kept byte for byte.
 //!
 //! C implementation: `libxl_domain_config` in `tools/libs/light/libxl_types.idl`.
 
@@ -176,7 +176,7 @@ fn text(
     )
 }
 
-/// The configuration with another name for the domain; octet for octet the same where
+/// The configuration with another name for the domain; byte for byte the same where
 /// it has that name.
 pub(crate) fn renamed(json: &str, name: &str) -> Result<String, BadImage> {
     match Config::parse(json)?.name == name {
@@ -212,8 +212,8 @@ pub(crate) fn with_values<'a>(
 pub(crate) fn uuid(name: &str, seed: u64) -> String {
     // FNV-1a, 128 bits.
     let mut hash = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d_u128;
-    for octet in seed.to_le_bytes().iter().chain(name.as_bytes()) {
-        hash ^= u128::from(*octet);
+    for byte in seed.to_le_bytes().iter().chain(name.as_bytes()) {
+        hash ^= u128::from(*byte);
         hash = hash.wrapping_mul(0x0100_0000_0000_0000_0000_013b);
     }
     let hash = hash & !(0xf << 76) | 0x8 << 76;
@@ -244,9 +244,9 @@ pub(crate) fn wrong_with_uuid(text: &str) -> Option<&'static str> {
 
 /// A UUID that nothing else has.
 pub(crate) fn new_uuid() -> io::Result<String> {
-    let mut octets = [0; 16];
-    File::open("/dev/urandom")?.read_exact(&mut octets)?;
-    let number = u128::from_le_bytes(octets);
+    let mut bytes = [0; 16];
+    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    let number = u128::from_le_bytes(bytes);
     // RFC 9562's version 4.
     Ok(dashed(number & !(0xf << 76) | 0x4 << 76))
 }

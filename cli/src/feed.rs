@@ -21,7 +21,7 @@ use crate::interrupt::Interrupt;
 use crate::origin::Origin;
 use crate::peel::{self, Found, Peeled, Source, TELLING, Used};
 
-/// Octets that are moved at once.
+/// Bytes that are moved at once.
 const STEP: usize = 256 << 10;
 
 /// The thread that feeds a pipe.
@@ -222,23 +222,23 @@ fn pump(source: &mut Source, pipe: &mut File, stop: &AtomicBool) -> Result<()> {
     Ok(())
 }
 
-/// The first octets of what can be read from a file or a pipe, without taking them; nothing
+/// The first bytes of what can be read from a file or a pipe, without taking them; nothing
 /// of what is neither.
 pub(crate) fn peek(file: &File, seekable: bool) -> io::Result<Vec<u8>> {
-    let mut octets = vec![0; TELLING];
+    let mut bytes = vec![0; TELLING];
     if seekable {
         use std::os::unix::fs::FileExt;
         let mut n = 0;
-        while n < octets.len() {
-            match file.read_at(&mut octets[n..], n as u64) {
+        while n < bytes.len() {
+            match file.read_at(&mut bytes[n..], n as u64) {
                 Ok(0) => break,
                 Ok(more) => n += more,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(e),
             }
         }
-        octets.truncate(n);
-        return Ok(octets);
+        bytes.truncate(n);
+        return Ok(bytes);
     }
     peek_pipe(file)
 }
@@ -246,7 +246,7 @@ pub(crate) fn peek(file: &File, seekable: bool) -> io::Result<Vec<u8>> {
 /// A pipe may have a part of them only, and more a moment later.
 fn peek_pipe(file: &File) -> io::Result<Vec<u8>> {
     const TRIES: u32 = 100;
-    let mut octets = Vec::new();
+    let mut bytes = Vec::new();
     for _ in 0..TRIES {
         let (from, to) = nix::unistd::pipe()?;
         match tee(file, to.as_fd(), TELLING, SpliceFFlags::empty()) {
@@ -256,12 +256,12 @@ fn peek_pipe(file: &File) -> io::Result<Vec<u8>> {
             Err(_) => return Ok(Vec::new()),
         }
         drop(to);
-        octets.clear();
-        File::from(from).read_to_end(&mut octets)?;
-        if octets.len() >= TELLING || octets.is_empty() {
+        bytes.clear();
+        File::from(from).read_to_end(&mut bytes)?;
+        if bytes.len() >= TELLING || bytes.is_empty() {
             break;
         }
         std::thread::sleep(Duration::from_millis(2));
     }
-    Ok(octets)
+    Ok(bytes)
 }

@@ -33,7 +33,7 @@ pub(crate) struct Input {
     pub(crate) file: File,
     /// What a person calls it. As it is: text that is shown has to escape it.
     pub(crate) name: String,
-    /// Its length in octets, for a file that can be sought in and stands at its start;
+    /// Its length in bytes, for a file that can be sought in and stands at its start;
     /// `None` for a pipe, and for what somebody has read a part of.
     pub(crate) length: Option<u64>,
     /// Where it came from, if that was a file with a name.
@@ -352,8 +352,8 @@ impl Read for Tee<'_> {
 /// Let a pipe hold more than the 64 KiB it begins with: fewer turns between the two
 /// processes. Where that is not allowed, it stays as it is.
 pub(crate) fn widen(pipe: &File) {
-    const OCTETS: i32 = 1 << 20;
-    if let Err(error) = fcntl(pipe, FcntlArg::F_SETPIPE_SZ(OCTETS)) {
+    const BYTES: i32 = 1 << 20;
+    if let Err(error) = fcntl(pipe, FcntlArg::F_SETPIPE_SZ(BYTES)) {
         tracing::debug!(%error, "the pipe keeps its size");
     }
 }

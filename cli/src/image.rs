@@ -1,4 +1,4 @@
-//! An image, walked from its first octet to its last through all the layers it has:
+//! An image, walked from its first byte to its last through all the layers it has:
 //! xl header, libxl stream, libxc stream.
 //!
 //! A file is sought in, so that page data nobody asks for is not read; a pipe is read
@@ -27,9 +27,9 @@ use crate::file::Input;
 pub(crate) struct At {
     /// Number in its stream, from 0.
     pub(crate) index: u64,
-    /// Octets from the start of the image.
+    /// Bytes from the start of the image.
     pub(crate) offset: u64,
-    /// Octets in the body, without padding.
+    /// Bytes in the body, without padding.
     pub(crate) length: u64,
 }
 

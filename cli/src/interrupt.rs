@@ -51,7 +51,7 @@ pub(crate) struct Interrupt {
     deaf: Arc<OnceLock<String>>,
     /// Whether SIGHUP does nothing.
     without_hangup: Arc<AtomicBool>,
-    /// How much the connection has carried: octets written and heard.
+    /// How much the connection has carried: bytes written and heard.
     carried: Arc<AtomicU64>,
 }
 

@@ -73,8 +73,8 @@ impl Painter {
     }
 
     /// The engine is so far.
-    pub(crate) fn show(&self, progress: &Progress, octets_total: Option<u64>) {
-        let news = Some((*progress, octets_total));
+    pub(crate) fn show(&self, progress: &Progress, bytes_total: Option<u64>) {
+        let news = Some((*progress, bytes_total));
         self.shared.change(|state| state.news = news);
     }
 
@@ -96,7 +96,7 @@ fn draw(terminal: &Terminal, what: &'static str, shared: &Shared) {
         let news = state.news.take();
         drop(state);
         match news {
-            Some((progress, octets_total)) => bar.progress(&progress, octets_total),
+            Some((progress, bytes_total)) => bar.progress(&progress, bytes_total),
             None => return,
         }
     }
@@ -153,7 +153,7 @@ impl Follower {
                 if !theirs.is_over_within(BEFORE) {
                     let bar = terminal.progress(what).since(began);
                     while let Some(at) = position() {
-                        bar.octets(unfinished(at, total), total);
+                        bar.bytes(unfinished(at, total), total);
                         if theirs.is_over_within(BETWEEN) {
                             break;
                         }

@@ -40,10 +40,10 @@ use crate::text::Count;
 /// How many layers there may be around an image.
 const MAX_DEPTH: usize = 4;
 
-/// Octets that tell what something is; of xl's header, what follows it too.
+/// Bytes that tell what something is; of xl's header, what follows it too.
 pub(crate) const TELLING: usize = 48;
 
-/// Any source of octets.
+/// Any source of bytes.
 pub(crate) type Source = Box<dyn Read + Send>;
 
 /// An image without what stood around it.
@@ -148,7 +148,7 @@ impl Found {
     }
 }
 
-/// Whether something that begins with these octets ([`TELLING`], or all there are) has
+/// Whether something that begins with these bytes ([`TELLING`], or all there are) has
 /// anything to be taken off.
 pub(crate) fn is_wrapped(prefix: &[u8]) -> bool {
     match detect(prefix) {
@@ -264,7 +264,7 @@ fn peel_up_to(mut source: Source, lenient: bool, checkpoints: Checkpoints) -> Re
             Detected::Libvirt => {
                 let header = LibvirtHeader::read(&mut rest, options)?;
                 layers.push("libvirt".to_owned());
-                before += header.octets();
+                before += header.bytes();
                 origin = Some(Origin::of_libvirt(header.xml()));
                 source = rest;
             }
@@ -306,7 +306,7 @@ fn peel_up_to(mut source: Source, lenient: bool, checkpoints: Checkpoints) -> Re
             }
             Detected::Xl => {
                 let header = XlHeader::read(&mut rest, options)?;
-                legacy.offset = before + header.octets();
+                legacy.offset = before + header.bytes();
                 let converted = converted(rest, legacy, &mut layers)?;
                 let header = Cursor::new(header.for_version_2().encode());
                 let source = Box::new(header.chain(converted));
@@ -432,10 +432,10 @@ fn warnings(summary: &Summary) -> Vec<String> {
             "{complete} complete, the last of which counts; the next one is cut off: {why}"
         ));
     }
-    if summary.tmem_octets > 0 {
-        let octets = Count(summary.tmem_octets, "octet");
+    if summary.tmem_bytes > 0 {
+        let bytes = Count(summary.tmem_bytes, "byte");
         out.push(format!(
-            "{octets} of transcendent memory left out: Xen has had none since 4.13"
+            "{bytes} of transcendent memory left out: Xen has had none since 4.13"
         ));
     }
     if summary.unknown_blocks > 0 {

@@ -15,6 +15,29 @@ use crate::exit::{self, Stdout};
 use crate::terminal::Terminal;
 use crate::text::{escaped, is_unfit};
 
+/// A JSON document with the version of its fields (docs/json.md): every document that a
+/// command writes, on stdout or on the descriptor of `--progress-fd`, is an object that begins
+/// with it.
+#[derive(Debug, Serialize)]
+pub(crate) struct Versioned<'a, T> {
+    version: u32,
+    #[serde(flatten)]
+    document: &'a T,
+}
+
+impl<'a, T: Serialize> Versioned<'a, T> {
+    /// The version that docs/json.md describes.
+    const CURRENT: u32 = 2;
+
+    /// `document`, which must be a struct or a map.
+    pub(crate) fn new(document: &'a T) -> Self {
+        Self {
+            version: Self::CURRENT,
+            document,
+        }
+    }
+}
+
 /// Results on their way to stdout.
 #[derive(Debug)]
 pub(crate) struct Results {
@@ -96,7 +119,7 @@ impl Results {
         formatter: impl Formatter,
     ) -> anyhow::Result<()> {
         let mut serializer = Serializer::with_formatter(&mut self.out, formatter);
-        document
+        Versioned::new(document)
             .serialize(&mut serializer)
             // An error of stdout is itself, not one of JSON.
             .map_err(io::Error::from)?;

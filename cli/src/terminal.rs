@@ -146,7 +146,7 @@ impl Bar {
     }
 
     /// So many bytes are done of `total`.
-    pub(crate) fn octets(&self, done: u64, total: Option<u64>) {
+    pub(crate) fn bytes(&self, done: u64, total: Option<u64>) {
         let milliseconds = self.started.elapsed().as_millis().max(1);
         let average = u128::from(done) * 1000 / milliseconds;
         let average = u64::try_from(average).unwrap_or(u64::MAX);
@@ -155,19 +155,19 @@ impl Bar {
         self.draw(done, total, &volume("", done, average, left));
     }
 
-    /// So far is the engine. `octets_total`: of an image that is read, since its stream
+    /// So far is the engine. `bytes_total`: of an image that is read, since its stream
     /// does not say how much there is.
-    pub(crate) fn progress(&self, progress: &Progress, octets_total: Option<u64>) {
-        let (done, total) = match progress.octets_total {
-            Some(total) => (progress.octets_done, Some(total)),
-            None => (progress.octets, octets_total),
+    pub(crate) fn progress(&self, progress: &Progress, bytes_total: Option<u64>) {
+        let (done, total) = match progress.bytes_total {
+            Some(total) => (progress.bytes_done, Some(total)),
+            None => (progress.bytes, bytes_total),
         };
         // A pass is done once all its pages are, however few of them had contents.
         let done = match (progress.pass_is_complete(), total) {
             (true, Some(total)) => total,
             _ => done,
         };
-        self.draw(done, total, &words(progress, octets_total));
+        self.draw(done, total, &words(progress, bytes_total));
     }
 
     fn draw(&self, done: u64, total: Option<u64>, words: &[String]) {
@@ -200,7 +200,7 @@ fn volume(label: &str, bytes: u64, per_second: u64, left: Option<Duration>) -> V
     words
 }
 
-fn words(progress: &Progress, octets_total: Option<u64>) -> Vec<String> {
+fn words(progress: &Progress, bytes_total: Option<u64>) -> Vec<String> {
     let label = match progress.phase {
         Phase::Precopy => format!("pass {}: ", progress.iteration + 1),
         Phase::StopAndCopy => "suspended: ".to_owned(),
@@ -208,13 +208,13 @@ fn words(progress: &Progress, octets_total: Option<u64>) -> Vec<String> {
         _ => String::new(),
     };
     // A rate has no use for its fraction.
-    let rate = Duration::try_from_secs_f64(progress.octets_per_second);
+    let rate = Duration::try_from_secs_f64(progress.bytes_per_second);
     let rate = rate.map_or(0, |rate| rate.as_secs());
     let left = progress.estimated_time.or_else(|| {
-        let left = octets_total?.saturating_sub(progress.octets);
+        let left = bytes_total?.saturating_sub(progress.bytes);
         left.checked_div(rate).map(Duration::from_secs)
     });
-    let mut words = volume(&label, progress.octets, rate, left);
+    let mut words = volume(&label, progress.bytes, rate, left);
     if progress.phase == Phase::Precopy {
         if let Some(downtime) = progress.estimated_downtime {
             words.push(format!("pause {} ms", downtime.as_millis()));

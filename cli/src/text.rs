@@ -45,16 +45,16 @@ pub(crate) fn pfn_range(first: u64, last: u64) -> String {
 }
 
 /// A size as a person reads it: `4.0 MiB`. Exact bytes below 1 KiB.
-pub(crate) fn size(octets: u64) -> String {
+pub(crate) fn size(bytes: u64) -> String {
     const UNITS: [(u32, &str); 4] = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
     for (shift, unit) in UNITS {
-        if octets >> shift > 0 {
+        if bytes >> shift > 0 {
             // In tenths, so that no floating point rounds a size.
-            let tenths = (u128::from(octets) * 10) >> shift;
+            let tenths = (u128::from(bytes) * 10) >> shift;
             return format!("{}.{} {unit}", tenths / 10, tenths % 10);
         }
     }
-    Count(octets, "byte").to_string()
+    Count(bytes, "byte").to_string()
 }
 
 /// The name of a domain, from an image or a peer, for a message: escaped, and cut if it is long.

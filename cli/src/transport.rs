@@ -83,7 +83,7 @@ impl Link {
     fn run(rune: &str) -> Result<Self> {
         // What interrupts this program, from the keyboard or with all of its process group,
         // must not cut its connection: there is an order in which things end.
-        // (None is blocked in the child: cli/tests/migrate.rs has a look.)
+        // (None is blocked in the child: cli/tests/it/migrate.rs has a look.)
         let mut child = child::deaf(rune, false)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

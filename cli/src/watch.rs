@@ -21,6 +21,7 @@ use crate::exit::{self, BadUsage, Code};
 use crate::interrupt::Interrupt;
 use crate::left;
 use crate::painter::Painter;
+use crate::stdout::Versioned;
 use crate::terminal::Terminal;
 
 /// The shortest time between two lines that say the same of other numbers.
@@ -54,10 +55,10 @@ struct ProgressLine {
     iteration: u32,
     pages_done: u64,
     pages_total: Option<u64>,
-    octets_done: u64,
-    octets_total: Option<u64>,
-    page_data_octets: u64,
-    octets_per_second: f64,
+    bytes_done: u64,
+    bytes_total: Option<u64>,
+    page_data_bytes: u64,
+    bytes_per_second: f64,
     dirty_pages_per_second: f64,
     dirty_pages: Option<u64>,
     estimated_seconds: Option<f64>,
@@ -72,10 +73,10 @@ impl From<&Progress> for ProgressLine {
             iteration: progress.iteration,
             pages_done: progress.pages_done,
             pages_total: progress.pages_total,
-            octets_done: progress.octets_done,
-            octets_total: progress.octets_total,
-            page_data_octets: progress.octets,
-            octets_per_second: progress.octets_per_second,
+            bytes_done: progress.bytes_done,
+            bytes_total: progress.bytes_total,
+            page_data_bytes: progress.bytes,
+            bytes_per_second: progress.bytes_per_second,
             dirty_pages_per_second: progress.dirty_pages_per_second,
             dirty_pages: progress.dirty_count,
             estimated_seconds: seconds(progress.estimated_time),
@@ -107,7 +108,7 @@ pub(crate) struct Watch {
     painter: Option<Painter>,
     /// The terminal has taken nothing when it should have: nothing more is drawn.
     stalled: bool,
-    octets_total: Option<u64>,
+    bytes_total: Option<u64>,
     lines: Option<Lines>,
     interrupt: Interrupt,
     /// When the guest was asked to suspend.
@@ -137,7 +138,7 @@ impl Watch {
             terminal: terminal.clone(),
             painter: None,
             stalled: false,
-            octets_total: None,
+            bytes_total: None,
             // First of all: later the number may be that of a file of our own.
             lines: arg.progress_fd.map(Lines::open).transpose()?,
             interrupt: catch()?,
@@ -154,12 +155,12 @@ impl Watch {
     pub(crate) fn now(&mut self, what: &'static str) {
         self.clear();
         self.what = what;
-        self.octets_total = None;
+        self.bytes_total = None;
     }
 
-    /// An image of so many octets is read: then the bar has an end.
-    pub(crate) fn expect_octets(&mut self, octets: Option<u64>) {
-        self.octets_total = octets;
+    /// An image of so many bytes is read: then the bar has an end.
+    pub(crate) fn expect_bytes(&mut self, bytes: Option<u64>) {
+        self.bytes_total = bytes;
     }
 
     /// The engine says how far it is.
@@ -172,7 +173,7 @@ impl Watch {
             self.painter = Painter::start(&self.terminal, self.what);
         }
         if let Some(painter) = &self.painter {
-            painter.show(progress, self.octets_total);
+            painter.show(progress, self.bytes_total);
         }
         if let Some(lines) = &mut self.lines {
             lines.progress(progress);
@@ -283,10 +284,10 @@ impl Lines {
             seconds: self.began.elapsed().as_secs_f64(),
             about,
         };
-        match serde_json::to_vec(&line) {
-            Ok(mut octets) => {
-                octets.push(b'\n');
-                self.waiting.push_back(octets);
+        match serde_json::to_vec(&Versioned::new(&line)) {
+            Ok(mut bytes) => {
+                bytes.push(b'\n');
+                self.waiting.push_back(bytes);
             }
             Err(error) => tracing::warn!(%error, "a line of progress could not be made"),
         }

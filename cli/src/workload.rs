@@ -48,14 +48,14 @@ pub(crate) fn store(host: &Hypervisor, domid: DomId, spec: Option<&WorkloadSpec>
     let Some(mock) = host.mock() else {
         return Ok(());
     };
-    let octets = match spec {
+    let bytes = match spec {
         None => Vec::new(),
         Some(spec) => {
             mock.workload(domid, spec).context(TRYING)?;
             record(spec)?
         }
     };
-    Ok(mock.userdata_store(domid, WORKLOAD, &octets)?)
+    Ok(mock.userdata_store(domid, WORKLOAD, &bytes)?)
 }
 
 /// What is being done where a domain cannot do it.
@@ -68,8 +68,8 @@ pub(crate) fn record(spec: &WorkloadSpec) -> Result<Vec<u8>> {
 
 /// What is kept with a domain, as what it does.
 pub(crate) fn read(kept: Option<Vec<u8>>) -> Result<Option<WorkloadSpec>> {
-    kept.filter(|octets| !octets.is_empty())
-        .map(|octets| serde_json::from_slice(&octets))
+    kept.filter(|bytes| !bytes.is_empty())
+        .map(|bytes| serde_json::from_slice(&bytes))
         .transpose()
         .context("the workload kept with the domain")
 }

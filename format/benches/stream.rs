@@ -1,5 +1,5 @@
 //! Throughput of the libxc layer alone, in memory: reading from a slice and from a
-//! `Read`, writing, and `memcpy` of the same octets beside them.
+//! `Read`, writing, and `memcpy` of the same bytes beside them.
 //!
 //! `cargo xtask bench` runs this; figures are in `docs/performance.md`.
 
@@ -45,7 +45,7 @@ fn write_stream(sink: impl Write, page: &Page) {
     writer.end().unwrap();
 }
 
-/// Hands out octets without knowing that they are in memory, as a pipe does.
+/// Hands out bytes without knowing that they are in memory, as a pipe does.
 struct Opaque<'a>(&'a [u8]);
 
 impl Read for Opaque<'_> {
@@ -56,25 +56,25 @@ impl Read for Opaque<'_> {
 
 fn stream(c: &mut Criterion) {
     let page = [0x5a; PAGE_SIZE];
-    let mut octets = Vec::new();
-    write_stream(&mut octets, &page);
+    let mut bytes = Vec::new();
+    write_stream(&mut bytes, &page);
     let mut group = c.benchmark_group("stream");
-    group.throughput(Throughput::Bytes(octets.len() as u64));
+    group.throughput(Throughput::Bytes(bytes.len() as u64));
     group.sample_size(20);
 
-    let mut copy = octets.clone();
+    let mut copy = bytes.clone();
     group.bench_function("memcpy", |b| {
-        b.iter(|| copy.copy_from_slice(black_box(&octets)));
+        b.iter(|| copy.copy_from_slice(black_box(&bytes)));
     });
     group.bench_function("read slice (page data not touched)", |b| {
         b.iter(|| {
-            let reader = SliceReader::new(black_box(&octets), ReadOptions::default()).unwrap();
+            let reader = SliceReader::new(black_box(&bytes), ReadOptions::default()).unwrap();
             reader.fold(0_u64, |n, record| n + u64::from(record.is_ok()))
         });
     });
     group.bench_function("read stream (page data skipped by reading)", |b| {
         b.iter(|| {
-            let source = Opaque(black_box(&octets));
+            let source = Opaque(black_box(&bytes));
             let mut reader = RecordReader::new(source, ReadOptions::default()).unwrap();
             while reader.next_record().unwrap().is_some() {}
         });
@@ -82,7 +82,7 @@ fn stream(c: &mut Criterion) {
     group.bench_function("read stream (each page copied out)", |b| {
         let mut room = [0; PAGE_SIZE];
         b.iter(|| {
-            let source = Opaque(black_box(&octets));
+            let source = Opaque(black_box(&bytes));
             let mut reader = RecordReader::new(source, ReadOptions::default()).unwrap();
             while let Some(incoming) = reader.next_record().unwrap() {
                 if let Incoming::PageData(mut body) = incoming {

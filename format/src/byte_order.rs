@@ -5,12 +5,12 @@
 
 use std::fmt;
 
-/// Order of the octets in a multi-octet field.
+/// Order of the bytes in a multi-byte field.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ByteOrder {
-    /// Least significant octet first: what every x86 Xen writes.
+    /// Least significant byte first: what every x86 Xen writes.
     Little,
-    /// Most significant octet first.
+    /// Most significant byte first.
     Big,
 }
 

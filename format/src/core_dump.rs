@@ -19,7 +19,7 @@
 
 use crate::frame::PAGE_SIZE;
 
-/// Octets of the 64-bit ELF header, and of each section header.
+/// Bytes of the 64-bit ELF header, and of each section header.
 const ELF_HEADER: usize = 64;
 const SECTION_HEADER: usize = 64;
 /// Where the pages begin is a multiple of this.
@@ -34,7 +34,7 @@ const SHT_STRTAB: u32 = 3;
 const SHT_NOTE: u32 = 7;
 /// `XEN_ELFNOTE_DUMPCORE_NONE`; the others follow.
 const NOTE_NONE: u32 = 0x0200_0000;
-/// Octets of `xen_dumpcore_elfnote_xen_version_desc`, of a 64-bit Xen.
+/// Bytes of `xen_dumpcore_elfnote_xen_version_desc`, of a 64-bit Xen.
 const VERSION_NOTE: usize = 1280;
 
 /// What stands in a core dump besides the pages.
@@ -58,7 +58,7 @@ pub struct CoreDump {
 }
 
 impl CoreDump {
-    /// The octets up to the list of pages, which the caller writes next, an entry for each
+    /// The bytes up to the list of pages, which the caller writes next, an entry for each
     /// page ([`CoreDump::entry`]), then [`CoreDump::padding`], then the pages.
     pub fn head(&self) -> Vec<u8> {
         let names = [
@@ -85,10 +85,10 @@ impl CoreDump {
             .saturating_mul(SECTION_HEADER as u64)
             .saturating_add(ELF_HEADER as u64);
         let mut out = self.elf_header(names.len());
-        let mut place = |octets: u64| {
+        let mut place = |bytes: u64| {
             let at = offset;
-            offset = offset.saturating_add(octets);
-            (at, octets)
+            offset = offset.saturating_add(bytes);
+            (at, bytes)
         };
         let sections = [
             (0, (0, 0), 0),
@@ -100,7 +100,7 @@ impl CoreDump {
                 place(self.shared_info.len() as u64),
                 PAGE_SIZE as u64,
             ),
-            (SHT_PROGBITS, place(self.list_octets()), self.entry_octets()),
+            (SHT_PROGBITS, place(self.list_bytes()), self.entry_bytes()),
             (
                 SHT_PROGBITS,
                 (
@@ -110,11 +110,11 @@ impl CoreDump {
                 PAGE_SIZE as u64,
             ),
         ];
-        for ((kind, (at, octets), entry), name) in sections.into_iter().zip(name_offsets) {
+        for ((kind, (at, bytes), entry), name) in sections.into_iter().zip(name_offsets) {
             out.extend_from_slice(&name.to_le_bytes());
             out.extend_from_slice(&kind.to_le_bytes());
             // Flags, address; offset, size; link and info; alignment, size of an entry.
-            for word in [0, 0, at, octets, 0, u64::from(kind != 0), entry] {
+            for word in [0, 0, at, bytes, 0, u64::from(kind != 0), entry] {
                 out.extend_from_slice(&word.to_le_bytes());
             }
         }
@@ -133,7 +133,7 @@ impl CoreDump {
         }
     }
 
-    /// Octets of zero between the list and the pages.
+    /// Bytes of zero between the list and the pages.
     pub fn padding(&self) -> u64 {
         self.pages_offset().saturating_sub(self.list_end())
     }
@@ -149,15 +149,15 @@ impl CoreDump {
         }
     }
 
-    fn entry_octets(&self) -> u64 {
+    fn entry_bytes(&self) -> u64 {
         match self.pfns_alone() {
             true => 8,
             false => 16,
         }
     }
 
-    fn list_octets(&self) -> u64 {
-        self.pages.saturating_mul(self.entry_octets())
+    fn list_bytes(&self) -> u64 {
+        self.pages.saturating_mul(self.entry_bytes())
     }
 
     fn list_end(&self) -> u64 {
@@ -176,7 +176,7 @@ impl CoreDump {
                     .fold(0, usize::saturating_add),
             )
             .saturating_add(self.shared_info.len());
-        (fixed as u64).saturating_add(self.list_octets())
+        (fixed as u64).saturating_add(self.list_bytes())
     }
 
     /// Where the pages begin.
@@ -232,8 +232,8 @@ impl CoreDump {
         let mut out = Vec::new();
         for (kind, note) in (NOTE_NONE..).zip([&[][..], &header, &version, &format]) {
             out.extend_from_slice(&4_u32.to_le_bytes());
-            let octets = u32::try_from(note.len()).unwrap_or(0);
-            out.extend_from_slice(&octets.to_le_bytes());
+            let bytes = u32::try_from(note.len()).unwrap_or(0);
+            out.extend_from_slice(&bytes.to_le_bytes());
             out.extend_from_slice(&kind.to_le_bytes());
             out.extend_from_slice(b"Xen\0");
             out.extend_from_slice(note);
@@ -244,7 +244,7 @@ impl CoreDump {
 
 /// `vcpu_guest_context_t` of a 64-bit guest, from the CPU record of an HVM context.
 pub fn vcpu_context_of_hvm(cpu: &[u8]) -> Vec<u8> {
-    /// Octets of the structure.
+    /// Bytes of the structure.
     const CONTEXT: usize = 0x1430;
     /// Where a field is in the CPU record, how long it is, and where it goes.
     const FIELDS: &[(usize, usize, usize)] = &[
@@ -282,9 +282,9 @@ pub fn vcpu_context_of_hvm(cpu: &[u8]) -> Vec<u8> {
         (832, 8, 5144),  // fs_base
     ];
     let mut context = vec![0; CONTEXT];
-    for (from, octets, to) in FIELDS {
-        let from = cpu.get(*from..from.saturating_add(*octets));
-        let to = context.get_mut(*to..to.saturating_add(*octets));
+    for (from, bytes, to) in FIELDS {
+        let from = cpu.get(*from..from.saturating_add(*bytes));
+        let to = context.get_mut(*to..to.saturating_add(*bytes));
         if let (Some(from), Some(to)) = (from, to) {
             to.copy_from_slice(from);
         }

@@ -141,7 +141,7 @@ impl CpuPolicy {
         }
         let leaf = self.leaf(rules::XSTATE_LEAF, component.into())?;
         Some(Area {
-            octets: leaf.eax,
+            bytes: leaf.eax,
             offset: leaf.ebx,
         })
     }
@@ -170,14 +170,14 @@ impl fmt::Display for Vendor {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Area {
     /// Its length, in bytes.
-    pub octets: u32,
+    pub bytes: u32,
     /// Where it begins, in bytes; 0 for one that only XSAVES saves.
     pub offset: u32,
 }
 
 impl fmt::Display for Area {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} bytes at {:#x}", self.octets, self.offset)
+        write!(f, "{} bytes at {:#x}", self.bytes, self.offset)
     }
 }
 

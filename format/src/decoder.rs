@@ -66,9 +66,9 @@ impl Decoder {
         }
         self.order.admit(kind)?;
         self.check_length(kind, length)?;
-        if kind == RecordKind::PAGE_DATA && (length as usize) < WirePageDataHead::OCTETS {
+        if kind == RecordKind::PAGE_DATA && (length as usize) < WirePageDataHead::BYTES {
             return Err(DecodeError::BodyLength {
-                expected: Length::AtLeast(WirePageDataHead::OCTETS as u64),
+                expected: Length::AtLeast(WirePageDataHead::BYTES as u64),
                 got: u64::from(length),
             });
         }
@@ -89,8 +89,8 @@ impl Decoder {
                 Length::AtMost(u64::from(MAX_SMALL_BODY))
             }
             K::HVM_CONTEXT => Length::AtMost(MAX_HVM_CONTEXT),
-            K::X86_CPUID_POLICY => Length::MultipleOf(CpuidPolicy::LEAF_OCTETS as u64),
-            K::X86_MSR_POLICY => Length::MultipleOf(MsrPolicy::ENTRY_OCTETS as u64),
+            K::X86_CPUID_POLICY => Length::MultipleOf(CpuidPolicy::LEAF_BYTES as u64),
+            K::X86_MSR_POLICY => Length::MultipleOf(MsrPolicy::ENTRY_BYTES as u64),
             // All pfns that 32 bits can name.
             K::X86_PV_P2M_FRAMES => Length::AtMost(MAX_P2M_BODY),
             K::X86_PV_VCPU_BASIC
@@ -150,10 +150,10 @@ impl Decoder {
     }
 }
 
-/// Octets of padding, at most 7, as one number, to be shown.
+/// Bytes of padding, at most 7, as one number, to be shown.
 pub(crate) fn as_number(pad: &[u8]) -> u64 {
     pad.iter()
-        .fold(0, |number, octet| number << 8 | u64::from(*octet))
+        .fold(0, |number, byte| number << 8 | u64::from(*byte))
 }
 
 /// The longest HVM_CONTEXT. Xen's is some 20 KiB for each vcpu, of which there may be 128.

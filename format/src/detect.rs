@@ -1,4 +1,4 @@
-//! What is in a file, told from its first octets.
+//! What is in a file, told from its first bytes.
 //!
 //! A pure function on a prefix that the caller has peeked at: nothing is consumed.
 //! Whatever names itself is recognised by that name; a legacy libxc stream has none
@@ -160,7 +160,7 @@ impl fmt::Display for Compression {
     }
 }
 
-/// Tell what a file is from its first [`ENOUGH`] octets, or all it has.
+/// Tell what a file is from its first [`ENOUGH`] bytes, or all it has.
 ///
 /// A file that ends inside a name is taken for what that name begins (for the
 /// longest such name): its reader then says that, and where, it is truncated.
@@ -208,7 +208,7 @@ pub fn detect(prefix: &[u8]) -> Detected {
 
 /// The first image in something that begins otherwise: where its magic is, and which. Legacy
 /// streams have none and are not found, nor is what is compressed.
-pub fn find(octets: &[u8]) -> Option<(usize, Detected)> {
+pub fn find(bytes: &[u8]) -> Option<(usize, Detected)> {
     let magics = [
         (xl::MAGIC.as_slice(), Detected::Xl),
         (libvirt::MAGIC.as_slice(), Detected::Libvirt),
@@ -218,8 +218,8 @@ pub fn find(octets: &[u8]) -> Option<(usize, Detected)> {
         (LIBXL_WITH_VERSION, Detected::Libxl),
         (LIBXC, Detected::Libxc),
     ];
-    (0..octets.len()).find_map(|at| {
-        let rest = octets.get(at..)?;
+    (0..bytes.len()).find_map(|at| {
+        let rest = bytes.get(at..)?;
         let (_, what) = magics.iter().find(|(magic, _)| rest.starts_with(magic))?;
         Some((at, *what))
     })

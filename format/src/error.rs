@@ -23,7 +23,7 @@ use crate::wrapper::xl::XlError;
 /// What length a rule asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Length {
-    /// Exactly this many octets.
+    /// Exactly this many bytes.
     Exactly(u64),
     /// This many or more.
     AtLeast(u64),
@@ -54,23 +54,23 @@ impl Length {
 impl fmt::Display for Length {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Exactly(n) => write!(f, "exactly {n} octets"),
-            Self::AtLeast(n) => write!(f, "at least {n} octets"),
-            Self::AtMost(n) => write!(f, "at most {n} octets"),
-            Self::MultipleOf(n) => write!(f, "one or more elements of {n} octets"),
+            Self::Exactly(n) => write!(f, "exactly {n} bytes"),
+            Self::AtLeast(n) => write!(f, "at least {n} bytes"),
+            Self::AtMost(n) => write!(f, "at most {n} bytes"),
+            Self::MultipleOf(n) => write!(f, "one or more elements of {n} bytes"),
             Self::HeadAndMultipleOf(head, n) => {
-                write!(f, "{head} octets and then elements of {n}")
+                write!(f, "{head} bytes and then elements of {n}")
             }
         }
     }
 }
 
-/// A rule of the format that some octets break. One variant per rule, with what was
+/// A rule of the format that some bytes break. One variant per rule, with what was
 /// expected and what came.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DecodeError {
-    /// The image header's first eight octets.
+    /// The image header's first eight bytes.
     #[error("image header: marker is {got:#018x}, expected 0xffffffffffffffff")]
     ImageMarker {
         /// What came.
@@ -101,7 +101,7 @@ pub enum DecodeError {
     },
     /// A reserved field or padding that is not zero.
     #[error(
-        "{structure}: {field} at octet {at} of it must be zero, got {got:#x} (--lenient tolerates this)"
+        "{structure}: {field} at byte {at} of it must be zero, got {got:#x} (--lenient tolerates this)"
     )]
     ReservedNotZero {
         /// The header or record body the field is in.
@@ -114,7 +114,7 @@ pub enum DecodeError {
         got: u64,
     },
     /// A body that is longer than any record may be.
-    #[error("body length is {got}, expected at most {max} octets")]
+    #[error("body length is {got}, expected at most {max} bytes")]
     BodyTooLong {
         /// What came.
         got: u32,
@@ -130,7 +130,7 @@ pub enum DecodeError {
         got: u64,
     },
     /// A vcpu blob of the wrong length for its kind.
-    #[error("{kind}: the blob has {got} octets, expected {expected}")]
+    #[error("{kind}: the blob has {got} bytes, expected {expected}")]
     BlobLength {
         /// The record.
         kind: RecordKind,
@@ -206,7 +206,7 @@ pub enum DecodeError {
         "X86_PV_INFO: width {width} with {levels} page-table levels, expected 4 with 3 or 8 with 4"
     )]
     PvInfo {
-        /// Octets in the guest's word.
+        /// Bytes in the guest's word.
         width: u8,
         /// Levels of its page tables.
         levels: u8,
@@ -329,7 +329,7 @@ impl Reserved {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Place {
-    /// The first octets, from which one tells what a file or stream is.
+    /// The first bytes, from which one tells what a file or stream is.
     Start,
     /// The fixed part of the xl file header.
     XlHeader,
@@ -422,14 +422,14 @@ impl fmt::Display for Place {
 pub struct Position {
     /// Which structure.
     pub place: Place,
-    /// Where that structure begins: octets from the start of the file (or of what
+    /// Where that structure begins: bytes from the start of the file (or of what
     /// the reader was given).
     pub offset: u64,
 }
 
 impl fmt::Display for Position {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} at octet {:#x}", self.place, self.offset)
+        write!(f, "{} at byte {:#x}", self.place, self.offset)
     }
 }
 
@@ -451,37 +451,37 @@ pub enum ReadErrorCause {
     #[error("reading failed: {0}")]
     Io(#[source] io::Error),
     /// The stream ends too early.
-    #[error("stream ends inside it: {needed} octets more were expected{}", plausibly(*needed))]
+    #[error("stream ends inside it: {needed} bytes more were expected{}", plausibly(*needed))]
     Truncated {
-        /// Octets that were still to come for this structure.
+        /// Bytes that were still to come for this structure.
         needed: u64,
     },
-    /// The octets break a rule of the libxc stream.
+    /// The bytes break a rule of the libxc stream.
     #[error("{0}")]
     Decode(#[from] DecodeError),
-    /// The octets break a rule of the libxl stream.
+    /// The bytes break a rule of the libxl stream.
     #[error("{0}")]
     Libxl(#[from] LibxlError),
-    /// The octets break a rule of libvirt's header.
+    /// The bytes break a rule of libvirt's header.
     #[error("{0}")]
     Libvirt(#[from] LibvirtError),
-    /// The octets break a rule of xapi's images.
+    /// The bytes break a rule of xapi's images.
     #[error("{0}")]
     Xapi(#[from] XapiError),
     /// The bytes break a rule of xend's header.
     #[error("{0}")]
     Xend(#[from] XendError),
-    /// The octets break a rule of the legacy stream.
+    /// The bytes break a rule of the legacy stream.
     #[error("{0}")]
     Legacy(#[from] LegacyError),
-    /// The octets break a rule of the xl header.
+    /// The bytes break a rule of the xl header.
     #[error("{0}")]
     Xl(#[from] XlError),
     /// It is, or holds, something else than an image of today.
     #[error("not a saved domain that can be read: {0}")]
     Unreadable(Detected),
-    /// Octets follow where the file should end.
-    #[error("octets follow the last record: something was appended to the image")]
+    /// Bytes follow where the file should end.
+    #[error("bytes follow the last record: something was appended to the image")]
     Trailing,
     /// What cannot be: a mistake in xsr, and neither the image's nor the source's fault.
     #[error("{0}: this is a bug in xsr, please report it")]
@@ -531,11 +531,11 @@ fn plausibly(needed: u64) -> &'static str {
 }
 
 impl ReadErrorCause {
-    /// The same, where `octets` more were to follow those that are missing.
-    pub(crate) fn truncated_before(self, octets: u64) -> Self {
+    /// The same, where `bytes` more were to follow those that are missing.
+    pub(crate) fn truncated_before(self, bytes: u64) -> Self {
         match self {
             Self::Truncated { needed } => Self::Truncated {
-                needed: needed.saturating_add(octets),
+                needed: needed.saturating_add(bytes),
             },
             other => other,
         }

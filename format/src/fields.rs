@@ -36,8 +36,8 @@ pub struct Layout {
     /// The name in Xen's headers.
     pub name: &'static str,
     /// Its length; a blob may be shorter or longer.
-    pub octets: usize,
-    /// The fields. Padding and reserved octets are in none.
+    pub bytes: usize,
+    /// The fields. Padding and reserved bytes are in none.
     pub fields: &'static [FieldSpec],
 }
 
@@ -55,21 +55,21 @@ pub struct FieldSpec {
 /// What a field is.
 #[derive(Clone, Copy, Debug)]
 pub enum Shape {
-    /// A number of `width` octets, 1 to 8.
+    /// A number of `width` bytes, 1 to 8.
     Number {
-        /// Octets.
+        /// Bytes.
         width: usize,
         /// How to show it.
         format: Format,
     },
-    /// Octets that are not looked into.
-    Octets {
+    /// Bytes that are not looked into.
+    Bytes {
         /// How many.
         length: usize,
     },
     /// Text, up to the first NUL.
     Text {
-        /// Octets that it has room for.
+        /// Bytes that it has room for.
         length: usize,
     },
     /// Fields of its own; names are joined with a dot.
@@ -78,7 +78,7 @@ pub enum Shape {
     Array {
         /// How often, or [`TO_END`].
         count: usize,
-        /// Octets from one to the next.
+        /// Bytes from one to the next.
         stride: usize,
         /// What.
         element: &'static Shape,
@@ -119,9 +119,9 @@ pub enum Value<'a> {
     Dec(u64),
     /// A number with a sign.
     Signed(i64),
-    /// Octets.
-    Octets(&'a [u8]),
-    /// The octets before the first NUL, which should be ASCII, and those from there on.
+    /// Bytes.
+    Bytes(&'a [u8]),
+    /// The bytes before the first NUL, which should be ASCII, and those from there on.
     Text(&'a [u8], &'a [u8]),
 }
 
@@ -131,20 +131,20 @@ impl fmt::Display for Value<'_> {
             Self::Hex(value) => write!(f, "{value:#x}"),
             Self::Dec(value) => write!(f, "{value}"),
             Self::Signed(value) => write!(f, "{value}"),
-            Self::Octets(octets) => write_octets(f, octets),
+            Self::Bytes(bytes) => write_bytes(f, bytes),
             Self::Text(text, _) => write!(f, "\"{}\"", text.escape_ascii()),
         }
     }
 }
 
-/// Octets in hexadecimal; of many, the first few and how many there are.
-fn write_octets(f: &mut fmt::Formatter<'_>, octets: &[u8]) -> fmt::Result {
+/// Bytes in hexadecimal; of many, the first few and how many there are.
+fn write_bytes(f: &mut fmt::Formatter<'_>, bytes: &[u8]) -> fmt::Result {
     const SHOWN: usize = 16;
-    for octet in octets.iter().take(SHOWN) {
-        write!(f, "{octet:02x}")?;
+    for byte in bytes.iter().take(SHOWN) {
+        write!(f, "{byte:02x}")?;
     }
-    match octets.len() > SHOWN {
-        true => write!(f, "… ({} octets)", octets.len()),
+    match bytes.len() > SHOWN {
+        true => write!(f, "… ({} bytes)", bytes.len()),
         false => Ok(()),
     }
 }
@@ -157,7 +157,7 @@ pub fn fields<'a>(layout: &Layout, blob: &'a [u8]) -> impl Iterator<Item = Field
         .map(|(field, _)| field)
 }
 
-/// As [`fields`], each with the octets of the blob that it is in.
+/// As [`fields`], each with the bytes of the blob that it is in.
 fn with_ranges<'a>(layout: &Layout, blob: &'a [u8]) -> Vec<(Field<'a>, Range<usize>)> {
     let mut out = Vec::new();
     for spec in layout.fields {
@@ -176,8 +176,8 @@ fn collect<'a>(
 ) {
     let mut leaf = |length: usize, value: &dyn Fn(&'a [u8]) -> Value<'a>| {
         let range = offset..offset.saturating_add(length);
-        if let Some(octets) = blob.get(range.clone()) {
-            let value = value(octets);
+        if let Some(bytes) = blob.get(range.clone()) {
+            let value = value(bytes);
             let field = Field {
                 name: name.clone(),
                 offset,
@@ -187,13 +187,13 @@ fn collect<'a>(
         }
     };
     match *shape {
-        Shape::Number { width, format } => leaf(width, &|octets| number(octets, format)),
-        Shape::Octets { length } => leaf(length, &Value::Octets),
-        Shape::Text { length } => leaf(length, &|octets| {
-            let end = octets.iter().position(|octet| *octet == 0);
-            let (text, rest) = octets
-                .split_at_checked(end.unwrap_or(octets.len()))
-                .unwrap_or((octets, &[]));
+        Shape::Number { width, format } => leaf(width, &|bytes| number(bytes, format)),
+        Shape::Bytes { length } => leaf(length, &Value::Bytes),
+        Shape::Text { length } => leaf(length, &|bytes| {
+            let end = bytes.iter().position(|byte| *byte == 0);
+            let (text, rest) = bytes
+                .split_at_checked(end.unwrap_or(bytes.len()))
+                .unwrap_or((bytes, &[]));
             Value::Text(text, rest)
         }),
         Shape::Struct(fields) => {
@@ -218,18 +218,18 @@ fn collect<'a>(
     }
 }
 
-fn number<'a>(octets: &[u8], format: Format) -> Value<'a> {
+fn number<'a>(bytes: &[u8], format: Format) -> Value<'a> {
     let mut wide = [0; 8];
-    for (to, from) in wide.iter_mut().zip(octets) {
+    for (to, from) in wide.iter_mut().zip(bytes) {
         *to = *from;
     }
     match format {
         Format::Hex => Value::Hex(u64::from_le_bytes(wide)),
         Format::Dec => Value::Dec(u64::from_le_bytes(wide)),
         Format::Signed => {
-            let negative = octets.last().is_some_and(|top| top >> 7 != 0);
-            for octet in wide.iter_mut().skip(octets.len()) {
-                *octet = if negative { 0xff } else { 0 };
+            let negative = bytes.last().is_some_and(|top| top >> 7 != 0);
+            for byte in wide.iter_mut().skip(bytes.len()) {
+                *byte = if negative { 0xff } else { 0 };
             }
             Value::Signed(i64::from_le_bytes(wide))
         }
@@ -257,11 +257,11 @@ const fn signed(name: &'static str, offset: usize, width: usize) -> FieldSpec {
     number_spec(name, offset, width, Format::Signed)
 }
 
-const fn octets(name: &'static str, offset: usize, length: usize) -> FieldSpec {
+const fn bytes(name: &'static str, offset: usize, length: usize) -> FieldSpec {
     FieldSpec {
         name,
         offset,
-        shape: Shape::Octets { length },
+        shape: Shape::Bytes { length },
     }
 }
 

@@ -12,7 +12,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use crate::byte_order::ByteOrder;
 use crate::wire::U64;
 
-/// Octets in a page; the only page size that x86 streams know.
+/// Bytes in a page; the only page size that x86 streams know.
 pub const PAGE_SIZE: usize = 4096;
 
 /// log2 of [`PAGE_SIZE`], as the domain header states it.
@@ -119,7 +119,7 @@ impl PageType {
         !matches!(self.0, 5..=8)
     }
 
-    /// Whether a PAGE_DATA record carries 4096 octets for such an entry.
+    /// Whether a PAGE_DATA record carries 4096 bytes for such an entry.
     pub const fn has_data(self) -> bool {
         matches!(self.0, 0..=4 | 9..=12)
     }

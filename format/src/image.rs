@@ -32,7 +32,7 @@ pub struct WireImageHeader {
     reserved2: U32,
 }
 
-const _: () = assert!(size_of::<WireImageHeader>() == ImageHeader::OCTETS);
+const _: () = assert!(size_of::<WireImageHeader>() == ImageHeader::BYTES);
 
 /// The version of a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -64,8 +64,8 @@ pub struct ImageHeader {
 
 impl ImageHeader {
     /// Length in the stream.
-    pub const OCTETS: usize = 24;
-    /// The first eight octets.
+    pub const BYTES: usize = 24;
+    /// The first eight bytes.
     pub const MARKER: u64 = u64::MAX;
     /// The identifier, `XENF`.
     pub const ID: u32 = 0x5845_4e46;
@@ -102,8 +102,8 @@ impl ImageHeader {
             16,
             u64::from(options & !Self::OPTION_BIG_ENDIAN),
         )?
-        .zero("reserved octets", 18, u64::from(wire.reserved1.get(BE)))?
-        .zero("reserved octets", 20, u64::from(wire.reserved2.get(BE)))?;
+        .zero("reserved bytes", 18, u64::from(wire.reserved1.get(BE)))?
+        .zero("reserved bytes", 20, u64::from(wire.reserved2.get(BE)))?;
         let order = match options & Self::OPTION_BIG_ENDIAN {
             0 => ByteOrder::Little,
             _ => ByteOrder::Big,
@@ -148,7 +148,7 @@ pub struct WireDomainHeader {
     xen_minor: U32,
 }
 
-const _: () = assert!(size_of::<WireDomainHeader>() == DomainHeader::OCTETS);
+const _: () = assert!(size_of::<WireDomainHeader>() == DomainHeader::BYTES);
 const _: () = assert!(DomainHeader::SHIFT as u32 == PAGE_SHIFT);
 
 /// What kind of guest an image holds. Open: a value without a name is kept and can
@@ -187,7 +187,7 @@ pub struct DomainHeader {
 
 impl DomainHeader {
     /// Length in the stream.
-    pub const OCTETS: usize = 16;
+    pub const BYTES: usize = 16;
 
     /// Page shift of every x86 stream.
     const SHIFT: u16 = 12;
@@ -215,7 +215,7 @@ impl DomainHeader {
             lenient,
             structure: "domain header",
         }
-        .zero("reserved octets", 6, u64::from(wire.reserved.get(order)))?;
+        .zero("reserved bytes", 6, u64::from(wire.reserved.get(order)))?;
         Ok(Self {
             guest_type,
             xen_major: wire.xen_major.get(order),

@@ -1,4 +1,4 @@
-//! The Xen domain save image format: octets to typed values and back.
+//! The Xen domain save image format: bytes to typed values and back.
 //!
 //! Pure: `Read`, `Write` and slices; no files, no threads, no Xen.
 

@@ -117,7 +117,7 @@ impl Order {
         self.static_data_over
     }
 
-    /// Width of the PV guest in octets, once X86_PV_INFO has said it.
+    /// Width of the PV guest in bytes, once X86_PV_INFO has said it.
     pub const fn guest_width(&self) -> Option<u8> {
         self.guest_width
     }

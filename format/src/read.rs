@@ -1,9 +1,9 @@
-//! Reading a libxc stream record by record: never more octets than the stream has,
+//! Reading a libxc stream record by record: never more bytes than the stream has,
 //! never backwards, never more memory than a record needs.
 //!
 //! libxl hands its file descriptor to the libxc layer and takes it back after END
-//! or CHECKPOINT, so a reader that swallowed one octet too many would break both.
-//! The octets of PAGE_DATA are handed on, not kept.
+//! or CHECKPOINT, so a reader that swallowed one byte too many would break both.
+//! The bytes of PAGE_DATA are handed on, not kept.
 //!
 //! Specification: libxc migration stream. C implementation:
 //! `xg_sr_common.c:read_record`, `xg_sr_restore.c`.
@@ -30,7 +30,7 @@ const KEPT_BODY: usize = 1 << 20;
 pub struct ReadOptions {
     /// Tolerate reserved fields and padding that are not zero, and nothing else.
     pub lenient: bool,
-    /// Octets of the file that came before, so that positions are right.
+    /// Bytes of the file that came before, so that positions are right.
     pub offset: u64,
 }
 
@@ -47,7 +47,7 @@ pub struct RecordReader<R> {
     current: Position,
     /// The next record's header, where it has been looked at already.
     header: Option<WireRecordHeader>,
-    /// Octets of page data that the caller has not taken yet.
+    /// Bytes of page data that the caller has not taken yet.
     pending: u64,
     body: Vec<u8>,
     scratch: Vec<u8>,
@@ -86,7 +86,7 @@ impl<R: Read> RecordReader<R> {
         Self::behind(&[], source, options, skip)
     }
 
-    /// As [`RecordReader::new`], where the first octets of the image header, `known`,
+    /// As [`RecordReader::new`], where the first bytes of the image header, `known`,
     /// have been read already, to find out what the source holds. The offset in
     /// `options` is where the image header begins.
     pub(crate) fn behind(
@@ -101,7 +101,7 @@ impl<R: Read> RecordReader<R> {
             // Refuse what is no image before waiting for the rest of it.
             .and_then(|()| Ok(ImageHeader::decode(&image, options.lenient)?))
             .map_err(|cause| ReadError::at(Place::ImageHeader, offset, cause))?;
-        offset = offset.saturating_add(ImageHeader::OCTETS as u64);
+        offset = offset.saturating_add(ImageHeader::BYTES as u64);
         let mut domain = WireDomainHeader::new_zeroed();
         let decoder = fill(&mut source, domain.as_mut_bytes())
             .and_then(|()| Ok(Decoder::new(&image, &domain, options.lenient)?))
@@ -110,7 +110,7 @@ impl<R: Read> RecordReader<R> {
             place: Place::DomainHeader,
             offset,
         };
-        offset = offset.saturating_add(DomainHeader::OCTETS as u64);
+        offset = offset.saturating_add(DomainHeader::BYTES as u64);
         Ok(Self {
             source,
             skip,
@@ -136,7 +136,7 @@ impl<R: Read> RecordReader<R> {
         self.decoder.domain
     }
 
-    /// Octets of the file that have been consumed, those before the stream included.
+    /// Bytes of the file that have been consumed, those before the stream included.
     pub fn offset(&self) -> u64 {
         self.offset
     }
@@ -185,9 +185,9 @@ impl<R: Read> RecordReader<R> {
         }
     }
 
-    /// Count `octets` that somebody else read from the source.
-    pub fn advance(&mut self, octets: u64) {
-        self.offset = self.offset.saturating_add(octets);
+    /// Count `bytes` that somebody else read from the source.
+    pub fn advance(&mut self, bytes: u64) {
+        self.offset = self.offset.saturating_add(bytes);
     }
 
     fn failed(&mut self, cause: impl Into<ReadErrorCause>) -> ReadError {
@@ -198,8 +198,8 @@ impl<R: Read> RecordReader<R> {
         }
     }
 
-    fn fill_body(&mut self, octets: u64) -> Result<(), ReadErrorCause> {
-        fill_growing(&mut self.source, &mut self.body, octets)
+    fn fill_body(&mut self, bytes: u64) -> Result<(), ReadErrorCause> {
+        fill_growing(&mut self.source, &mut self.body, bytes)
     }
 
     /// The next record, or `None` after END. What the caller has not read of a
@@ -253,9 +253,9 @@ impl<R: Read> RecordReader<R> {
             return Ok(Some((position, Incoming::PageData(body))));
         }
         let pad = padding(u64::from(length));
-        let octets = u64::from(length).saturating_add(pad);
-        self.fill_body(octets).map_err(|cause| self.failed(cause))?;
-        self.advance(octets);
+        let bytes = u64::from(length).saturating_add(pad);
+        self.fill_body(bytes).map_err(|cause| self.failed(cause))?;
+        self.advance(bytes);
         let position = self.position();
         let Some((raw, pad)) = self.body.split_at_checked(length as usize) else {
             self.state = State::Failed;
@@ -298,7 +298,7 @@ impl<R: Read> RecordReader<R> {
         Ok(header)
     }
 
-    /// Take the next eight octets if `is_other` says of them, read as the header of a
+    /// Take the next eight bytes if `is_other` says of them, read as the header of a
     /// libxc record, that they belong to another layer, which has to count them.
     pub(crate) fn take_header_if(
         &mut self,
@@ -316,17 +316,17 @@ impl<R: Read> RecordReader<R> {
         let mut head = WirePageDataHead::new_zeroed();
         // A stream that is cut off lacks all of the record, padding included.
         let whole = u64::from(length).saturating_add(padding(u64::from(length)));
-        let rest = whole.saturating_sub(WirePageDataHead::OCTETS as u64);
+        let rest = whole.saturating_sub(WirePageDataHead::BYTES as u64);
         fill(&mut self.source, head.as_mut_bytes())
             .map_err(|cause| self.failed(cause.truncated_before(rest)))?;
-        self.advance(WirePageDataHead::OCTETS as u64);
-        let octets = head
-            .entry_octets(length, self.decoder.context())
+        self.advance(WirePageDataHead::BYTES as u64);
+        let bytes = head
+            .entry_bytes(length, self.decoder.context())
             .map_err(|e| self.failed(e))?;
-        let rest = rest.saturating_sub(octets);
-        self.fill_body(octets)
+        let rest = rest.saturating_sub(bytes);
+        self.fill_body(bytes)
             .map_err(|cause| self.failed(cause.truncated_before(rest)))?;
-        self.advance(octets);
+        self.advance(bytes);
         let Ok(wire) = <[WirePageEntry]>::ref_from_bytes(&self.body) else {
             let bug = "page entries are not of eight bytes each";
             return Err(self.failed(ReadErrorCause::Bug(bug)));
@@ -338,17 +338,17 @@ impl<R: Read> RecordReader<R> {
     }
 
     fn skip_pending(&mut self) -> Result<(), ReadError> {
-        let octets = std::mem::take(&mut self.pending);
-        if octets == 0 {
+        let bytes = std::mem::take(&mut self.pending);
+        if bytes == 0 {
             return Ok(());
         }
-        match (self.skip)(&mut self.source, octets, &mut self.scratch) {
-            Ok(done) if done == octets => {
-                self.advance(octets);
+        match (self.skip)(&mut self.source, bytes, &mut self.scratch) {
+            Ok(done) if done == bytes => {
+                self.advance(bytes);
                 Ok(())
             }
             Ok(done) => Err(self.failed(ReadErrorCause::Truncated {
-                needed: octets.saturating_sub(done),
+                needed: bytes.saturating_sub(done),
             })),
             Err(e) => Err(self.failed(ReadErrorCause::Io(e))),
         }
@@ -399,7 +399,7 @@ impl<R: Read> PageDataBody<'_, R> {
         self.pages
     }
 
-    /// Length of the record's body in octets.
+    /// Length of the record's body in bytes.
     pub fn length(&self) -> u32 {
         self.length
     }
@@ -433,7 +433,7 @@ impl<R: Read> PageDataBody<'_, R> {
     }
 
     /// Let `read` take the next `pages` pages (or all that are left, if fewer)
-    /// straight from the source; it is told how many octets that is and must
+    /// straight from the source; it is told how many bytes that is and must
     /// consume exactly so many.
     ///
     /// # Errors
@@ -445,13 +445,13 @@ impl<R: Read> PageDataBody<'_, R> {
         pages: u64,
         read: impl FnOnce(&mut R, u64) -> io::Result<T>,
     ) -> Result<T, ReadError> {
-        let octets = pages
+        let bytes = pages
             .saturating_mul(PAGE_SIZE as u64)
             .min(self.reader.pending);
-        match read(&mut self.reader.source, octets) {
+        match read(&mut self.reader.source, bytes) {
             Ok(value) => {
-                self.reader.pending = self.reader.pending.saturating_sub(octets);
-                self.reader.advance(octets);
+                self.reader.pending = self.reader.pending.saturating_sub(bytes);
+                self.reader.advance(bytes);
                 Ok(value)
             }
             Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
@@ -487,26 +487,26 @@ mod tests {
     use crate::record::MAX_BODY;
     use crate::write::RecordWriter;
 
-    /// Of a body that is announced as the longest there may be, `come` octets.
+    /// Of a body that is announced as the longest there may be, `come` bytes.
     fn announced(come: usize) -> Vec<u8> {
         let domain = DomainHeader {
             guest_type: GuestType::X86_HVM,
             xen_major: 4,
             xen_minor: 17,
         };
-        let mut octets = RecordWriter::new(Vec::new(), domain).unwrap().into_sink();
-        octets.extend_from_slice(&RecordKind::HVM_CONTEXT.0.to_le_bytes());
-        octets.extend_from_slice(&MAX_BODY.to_le_bytes());
-        octets.resize(octets.len() + come, 0x11);
-        octets
+        let mut bytes = RecordWriter::new(Vec::new(), domain).unwrap().into_sink();
+        bytes.extend_from_slice(&RecordKind::HVM_CONTEXT.0.to_le_bytes());
+        bytes.extend_from_slice(&MAX_BODY.to_le_bytes());
+        bytes.resize(bytes.len() + come, 0x11);
+        bytes
     }
 
     /// What is allocated depends on what comes, not on what is announced.
     #[test]
-    fn memory_follows_the_octets_that_come() {
+    fn memory_follows_the_bytes_that_come() {
         for come in [0, 10, 5 << 20] {
-            let octets = announced(come);
-            let mut reader = RecordReader::new(&octets[..], ReadOptions::default()).unwrap();
+            let bytes = announced(come);
+            let mut reader = RecordReader::new(&bytes[..], ReadOptions::default()).unwrap();
             assert!(reader.next_record().unwrap_err().is_bad_image());
             let allowed = 2 * come + (2 << 20);
             assert!(reader.body.capacity() <= allowed, "{come}: {reader:?}");

@@ -1,5 +1,5 @@
 //! Records: their kinds, and their bodies as typed values that borrow from the
-//! octets of the stream.
+//! bytes of the stream.
 //!
 //! Specification: libxc migration stream, "Records". C implementation:
 //! `xg_sr_stream_format.h`.
@@ -18,7 +18,7 @@ use crate::error::{DecodeError, Length};
 use crate::frame::{PAGE_SIZE, Page, Pfn};
 use crate::wire::{U32, U64};
 
-/// Most octets a body may have: what Xen's reader accepts (`REC_LENGTH_MAX`).
+/// Most bytes a body may have: what Xen's reader accepts (`REC_LENGTH_MAX`).
 pub const MAX_BODY: u32 = 128 << 20;
 
 /// Most pages in one PAGE_DATA record that this crate writes (Xen's
@@ -36,7 +36,7 @@ pub const MAX_BATCH: usize = 1024;
 pub struct WireRecordHeader {
     /// The type.
     pub kind: U32,
-    /// Octets in the body.
+    /// Bytes in the body.
     pub length: U32,
 }
 
@@ -131,12 +131,12 @@ impl fmt::Debug for RecordKind {
     }
 }
 
-/// Octets that pad a body of this length to a multiple of 8: 0–7.
+/// Bytes that pad a body of this length to a multiple of 8: 0–7.
 pub const fn padding(length: u64) -> u64 {
     length.wrapping_neg() & 7
 }
 
-/// The octets that pad a body of this length: zeros.
+/// The bytes that pad a body of this length: zeros.
 pub(crate) const fn zeros(length: u64) -> &'static [u8] {
     match padding(length) {
         1 => &[0; 1],
@@ -161,7 +161,7 @@ pub struct Record<'a> {
     pub body: Body<'a>,
 }
 
-/// What a record says; borrows from the octets of the record.
+/// What a record says; borrows from the bytes of the record.
 #[derive(Clone, Copy, Debug)]
 pub enum Body<'a> {
     /// END.
@@ -198,7 +198,7 @@ pub enum Body<'a> {
     Optional(&'a [u8]),
 }
 
-/// CHECKPOINT_DIRTY_PFN_LIST: pfns, 8 octets each.
+/// CHECKPOINT_DIRTY_PFN_LIST: pfns, 8 bytes each.
 #[derive(Clone, Copy, Debug)]
 pub struct DirtyPfns<'a> {
     pfns: &'a [U64],
@@ -212,12 +212,12 @@ impl DirtyPfns<'_> {
     }
 }
 
-/// What decoding a body depends on besides its octets.
+/// What decoding a body depends on besides its bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct Context {
     /// Order of the stream's fields.
     pub order: ByteOrder,
-    /// Width of the PV guest in octets, once X86_PV_INFO has said it.
+    /// Width of the PV guest in bytes, once X86_PV_INFO has said it.
     pub guest_width: Option<u8>,
     /// Tolerate non-zero reserved fields.
     pub lenient: bool,

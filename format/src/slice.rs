@@ -40,14 +40,14 @@ pub struct PageData<'a> {
     pub pages: &'a [Page],
 }
 
-/// Cut `octets` off the front of `rest`.
-fn take<'a>(rest: &mut &'a [u8], octets: u64) -> Result<&'a [u8], ReadErrorCause> {
-    let split = usize::try_from(octets)
+/// Cut `bytes` off the front of `rest`.
+fn take<'a>(rest: &mut &'a [u8], bytes: u64) -> Result<&'a [u8], ReadErrorCause> {
+    let split = usize::try_from(bytes)
         .ok()
         .and_then(|n| rest.split_at_checked(n));
     let Some((head, tail)) = split else {
         return Err(ReadErrorCause::Truncated {
-            needed: octets.saturating_sub(rest.len() as u64),
+            needed: bytes.saturating_sub(rest.len() as u64),
         });
     };
     *rest = tail;
@@ -58,9 +58,9 @@ fn take_as<'a, T>(rest: &mut &'a [u8]) -> Result<&'a T, ReadErrorCause>
 where
     T: FromBytes + zerocopy::KnownLayout + zerocopy::Immutable + zerocopy::Unaligned,
 {
-    let octets = size_of::<T>() as u64;
+    let bytes = size_of::<T>() as u64;
     let truncated = ReadErrorCause::Truncated {
-        needed: octets.saturating_sub(rest.len() as u64),
+        needed: bytes.saturating_sub(rest.len() as u64),
     };
     let (value, tail) = T::ref_from_prefix(rest).map_err(|_| truncated)?;
     *rest = tail;
@@ -82,7 +82,7 @@ impl<'a> SliceReader<'a> {
                 Ok(image)
             })
             .map_err(|cause| ReadError::at(Place::ImageHeader, offset, cause))?;
-        offset = offset.saturating_add(ImageHeader::OCTETS as u64);
+        offset = offset.saturating_add(ImageHeader::BYTES as u64);
         let decoder = take_as::<WireDomainHeader>(&mut rest)
             .and_then(|domain| Ok(Decoder::new(image, domain, options.lenient)?))
             .map_err(|cause| ReadError::at(Place::DomainHeader, offset, cause))?;
@@ -90,7 +90,7 @@ impl<'a> SliceReader<'a> {
             place: Place::DomainHeader,
             offset,
         };
-        offset = offset.saturating_add(DomainHeader::OCTETS as u64);
+        offset = offset.saturating_add(DomainHeader::BYTES as u64);
         Ok(Self {
             rest,
             decoder,
@@ -116,7 +116,7 @@ impl<'a> SliceReader<'a> {
         self.decoder.order.static_data_over()
     }
 
-    /// Octets of the file that have been consumed, those before the stream included.
+    /// Bytes of the file that have been consumed, those before the stream included.
     pub fn offset(&self) -> u64 {
         self.offset
     }
@@ -170,8 +170,8 @@ impl<'a> SliceReader<'a> {
         if kind == RecordKind::PAGE_DATA {
             return self.page_data(length);
         }
-        let octets = u64::from(length);
-        let body = take(&mut self.rest, octets.saturating_add(padding(octets)))?;
+        let bytes = u64::from(length);
+        let body = take(&mut self.rest, bytes.saturating_add(padding(bytes)))?;
         let Some((raw, pad)) = body.split_at_checked(length as usize) else {
             return Err(ReadErrorCause::Bug(
                 "a record's body is shorter than its length",
@@ -185,12 +185,12 @@ impl<'a> SliceReader<'a> {
     fn page_data(&mut self, length: u32) -> Result<SliceRecord<'a>, ReadErrorCause> {
         // A stream that is cut off lacks all of the record, padding included.
         let whole = u64::from(length).saturating_add(padding(u64::from(length)));
-        let rest = whole.saturating_sub(WirePageDataHead::OCTETS as u64);
+        let rest = whole.saturating_sub(WirePageDataHead::BYTES as u64);
         let head = take_as::<WirePageDataHead>(&mut self.rest);
         let head = head.map_err(|cause| cause.truncated_before(rest))?;
-        let octets = head.entry_octets(length, self.decoder.context())?;
-        let rest = rest.saturating_sub(octets);
-        let raw = take(&mut self.rest, octets).map_err(|cause| cause.truncated_before(rest))?;
+        let bytes = head.entry_bytes(length, self.decoder.context())?;
+        let rest = rest.saturating_sub(bytes);
+        let raw = take(&mut self.rest, bytes).map_err(|cause| cause.truncated_before(rest))?;
         let wire = <[WirePageEntry]>::ref_from_bytes(raw)
             .map_err(|_| ReadErrorCause::Bug("page entries are not of eight bytes each"))?;
         let (entries, pages) = self.decoder.entries(wire, length)?;

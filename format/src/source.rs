@@ -1,4 +1,4 @@
-//! How readers take octets from a source: exactly as many as they need, however the
+//! How readers take bytes from a source: exactly as many as they need, however the
 //! source hands them out.
 
 use std::fmt;
@@ -25,7 +25,7 @@ impl From<EndedAfter> for io::Error {
     }
 }
 
-/// Moves a source on by some octets; says how many it could.
+/// Moves a source on by some bytes; says how many it could.
 pub(crate) type Skip<R> = fn(&mut R, u64, &mut Vec<u8>) -> io::Result<u64>;
 
 /// Fill `room` exactly.
@@ -64,16 +64,16 @@ pub(crate) fn fill_behind(
     fill(source, rest)
 }
 
-/// Fill `body` with exactly `octets`. They come from the stream, so memory is
-/// allocated as octets really arrive.
+/// Fill `body` with exactly `bytes`. They come from the stream, so memory is
+/// allocated as bytes really arrive.
 pub(crate) fn fill_growing(
     source: &mut impl Read,
     body: &mut Vec<u8>,
-    octets: u64,
+    bytes: u64,
 ) -> Result<(), ReadErrorCause> {
     const STEP: usize = 1 << 20;
     body.clear();
-    let mut left = octets;
+    let mut left = bytes;
     while left > 0 {
         let step = usize::try_from(left).unwrap_or(STEP).min(STEP);
         let at = body.len();
@@ -85,19 +85,19 @@ pub(crate) fn fill_growing(
     Ok(())
 }
 
-/// What is wrong with a source that claims more octets than it had room for.
+/// What is wrong with a source that claims more bytes than it had room for.
 fn broken_source() -> io::Error {
     io::Error::other("the source claims to have read more than it was asked for")
 }
 
 pub(crate) fn skip_by_reading<R: Read>(
     source: &mut R,
-    octets: u64,
+    bytes: u64,
     scratch: &mut Vec<u8>,
 ) -> io::Result<u64> {
     const STEP: usize = 256 << 10;
     scratch.resize(STEP, 0);
-    let mut left = octets;
+    let mut left = bytes;
     while left > 0 {
         let step = usize::try_from(left).unwrap_or(STEP).min(STEP);
         let Some(room) = scratch.get_mut(..step) else {
@@ -112,19 +112,19 @@ pub(crate) fn skip_by_reading<R: Read>(
             Err(e) => return Err(e),
         }
     }
-    Ok(octets.saturating_sub(left))
+    Ok(bytes.saturating_sub(left))
 }
 
 pub(crate) fn skip_by_seeking<R: Read + Seek>(
     source: &mut R,
-    octets: u64,
+    bytes: u64,
     _scratch: &mut Vec<u8>,
 ) -> io::Result<u64> {
     // A seek beyond the end succeeds, so the end is looked up each time: the file
     // may still be growing, or have shrunk.
     let at = source.stream_position()?;
     let end = source.seek(SeekFrom::End(0))?;
-    let target = at.saturating_add(octets).min(end.max(at));
+    let target = at.saturating_add(bytes).min(end.max(at));
     source.seek(SeekFrom::Start(target))?;
     Ok(target.saturating_sub(at))
 }

@@ -40,8 +40,8 @@ pub enum Layer {
     Xl,
 }
 
-/// Moves so many octets, or as many as there are, from a source to a sink; says how many.
-pub type CopyOctets<R, W> = fn(&mut R, u64, &mut W) -> Result<u64, CopyError>;
+/// Moves so many bytes, or as many as there are, from a source to a sink; says how many.
+pub type CopyBytes<R, W> = fn(&mut R, u64, &mut W) -> Result<u64, CopyError>;
 
 /// Where a converted image goes. The methods decide its layout: as they are, the stream layout.
 pub trait ImageSink: Write {
@@ -155,7 +155,7 @@ pub fn transcode<R: Read, W: ImageSink>(
     sink: &mut W,
     to: Layer,
     xl: Option<&XlHeader>,
-    copy: CopyOctets<R, W>,
+    copy: CopyBytes<R, W>,
 ) -> Result<Summary, TranscodeError> {
     let mut out = Transcoder {
         sink,
@@ -284,7 +284,7 @@ impl<W: ImageSink> Transcoder<'_, W> {
     fn page_data<R: Read>(
         &mut self,
         mut body: PageDataBody<'_, R>,
-        copy: CopyOctets<R, W>,
+        copy: CopyBytes<R, W>,
     ) -> Result<(), TranscodeError> {
         self.static_data_ends()?;
         self.deliver()?;
@@ -300,11 +300,11 @@ impl<W: ImageSink> Transcoder<'_, W> {
             let pages = batch.iter().filter(|e| e.page_type.has_data()).count() as u64;
             let sink = &mut *self.sink;
             let mut failed = None;
-            let copied = body.with_source(pages, |source, octets| {
-                let mut left = octets;
+            let copied = body.with_source(pages, |source, bytes| {
+                let mut left = bytes;
                 while left > 0 {
                     match copy(source, left, sink) {
-                        Ok(0) => return Err(EndedAfter(octets.saturating_sub(left)).into()),
+                        Ok(0) => return Err(EndedAfter(bytes.saturating_sub(left)).into()),
                         Ok(n) => left = left.saturating_sub(n),
                         Err(CopyError::Read(error)) => return Err(error),
                         Err(CopyError::Write(error)) => {

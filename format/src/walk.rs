@@ -85,8 +85,8 @@ pub struct Walk<R> {
 /// Who has the source.
 #[derive(Clone, Debug)]
 enum Held<R> {
-    /// The libxl layer, or nobody yet; octets of the file that have been consumed,
-    /// and octets that have been read to see what comes, but not been consumed.
+    /// The libxl layer, or nobody yet; bytes of the file that have been consumed,
+    /// and bytes that have been read to see what comes, but not been consumed.
     Source(R, u64, Vec<u8>),
     /// The libxc layer.
     Libxc(RecordReader<R>),
@@ -112,11 +112,11 @@ enum Next {
     Failed,
 }
 
-/// Octets that tell readable files from each other and from all others.
+/// Bytes that tell readable files from each other and from all others.
 const TELLING: usize = 8;
 
 impl<R: Read> Walk<R> {
-    /// Find out what `source` holds. Its first eight octets are read for that (fewer
+    /// Find out what `source` holds. Its first eight bytes are read for that (fewer
     /// if it has no more); it is read forwards only. It needs no buffer of its own,
     /// and must not have one if somebody else reads on behind the last step.
     ///
@@ -130,7 +130,7 @@ impl<R: Read> Walk<R> {
 
     fn with_skip(mut source: R, options: ReadOptions, skip: Skip<R>) -> Result<Self, ReadError> {
         let start = |cause| ReadError::at(Place::Start, options.offset, cause);
-        let known = first_octets(&mut source).map_err(start)?;
+        let known = first_bytes(&mut source).map_err(start)?;
         let detected = detect(&known);
         let next = match detected {
             Detected::Xl => Next::XlHeader,
@@ -186,7 +186,7 @@ impl<R: Read> Walk<R> {
         }
     }
 
-    /// Octets of the file that have been consumed.
+    /// Bytes of the file that have been consumed.
     pub fn offset(&self) -> u64 {
         match &self.held {
             Held::Source(_, offset, _) => *offset,
@@ -253,7 +253,7 @@ impl<R: Read> Walk<R> {
     fn xl_header(&mut self) -> Result<Step<'_, R>, ReadError> {
         let (mut source, start, known) = self.take_source()?;
         let header = XlHeader::read_behind(&known, &mut source, self.options_at(start))?;
-        let offset = start.saturating_add(header.octets());
+        let offset = start.saturating_add(header.bytes());
         self.held = Held::Source(source, offset, Vec::new());
         self.next = match header.is_stream_v2() {
             true => Next::LibxlHeader,
@@ -270,7 +270,7 @@ impl<R: Read> Walk<R> {
     /// What xl calls no stream of version 2 is a legacy one: say what it is.
     fn not_version_2(&mut self) -> Result<Step<'_, R>, ReadError> {
         let (mut source, offset, _) = self.take_source()?;
-        let cause = match first_octets(&mut source) {
+        let cause = match first_bytes(&mut source) {
             Ok(known) => ReadErrorCause::Unreadable(detect(&known)),
             Err(cause) => cause,
         };
@@ -409,7 +409,7 @@ impl<R: Read> Walk<R> {
     }
 
     /// Whether there is nothing behind the last step: for files, which must end there.
-    /// Reads one octet more. Call it when [`Walk::next_step`] has said `None`.
+    /// Reads one byte more. Call it when [`Walk::next_step`] has said `None`.
     ///
     /// # Errors
     ///
@@ -420,8 +420,8 @@ impl<R: Read> Walk<R> {
             return Err(self.out_of_turn("the last record has not been read yet"));
         }
         let (mut source, offset, _) = self.take_source()?;
-        let mut octet = [0];
-        let read = read_up_to(&mut source, &mut octet);
+        let mut byte = [0];
+        let read = read_up_to(&mut source, &mut byte);
         self.held = Held::Source(source, offset, Vec::new());
         let at = |cause| ReadError::at(Place::End, offset, cause);
         match read {
@@ -467,7 +467,7 @@ impl<R: Read> Walk<R> {
     }
 
     /// Give the source back. Behind the last step it stands behind the last record;
-    /// before the first, eight octets in (or at the end); `None` after some errors.
+    /// before the first, eight bytes in (or at the end); `None` after some errors.
     pub fn into_source(self) -> Option<R> {
         match self.held {
             Held::Source(source, ..) => Some(source),
@@ -520,13 +520,13 @@ impl<R: Read> Around<R> {
     }
 
     /// Take the libxl records of a checkpoint, without CHECKPOINT_END, which is the last of
-    /// them, and without optional ones, and how many octets they are all together. The libxc layer has just read a
-    /// CHECKPOINT, which ends `offset` octets into the file; `source` stands behind it. A
+    /// them, and without optional ones, and how many bytes they are all together. The libxc layer has just read a
+    /// CHECKPOINT, which ends `offset` bytes into the file; `source` stands behind it. A
     /// bare libxc stream has none.
     ///
     /// # Errors
     ///
-    /// As [`Walk::next_step`]; what is to be kept has more than [`MAX_BODY`] octets.
+    /// As [`Walk::next_step`]; what is to be kept has more than [`MAX_BODY`] bytes.
     pub fn checkpoint(
         &mut self,
         source: &mut impl Read,
@@ -561,7 +561,7 @@ impl<R: Read> Around<R> {
     }
 
     /// Go on behind the END of the libxc stream, with the libxl records that follow.
-    /// `offset` octets of the file have been consumed ([`RecordReader::offset`]).
+    /// `offset` bytes of the file have been consumed ([`RecordReader::offset`]).
     pub fn resume(self, source: R, offset: u64) -> Walk<R> {
         let mut walk = self.walk;
         walk.next = match walk.libxl {
@@ -573,11 +573,11 @@ impl<R: Read> Around<R> {
     }
 }
 
-/// The first eight octets, or all there are.
-fn first_octets(source: &mut impl Read) -> Result<Vec<u8>, ReadErrorCause> {
-    let mut octets = [0; TELLING];
-    let read = read_up_to(source, &mut octets).map_err(ReadErrorCause::Io)?;
-    Ok(octets.into_iter().take(read).collect())
+/// The first eight bytes, or all there are.
+fn first_bytes(source: &mut impl Read) -> Result<Vec<u8>, ReadErrorCause> {
+    let mut bytes = [0; TELLING];
+    let read = read_up_to(source, &mut bytes).map_err(ReadErrorCause::Io)?;
+    Ok(bytes.into_iter().take(read).collect())
 }
 
 /// Fill `room` as far as the source goes.

@@ -1,7 +1,7 @@
-//! Fixed-width field types for wire structs: octet arrays of alignment 1 whose
+//! Fixed-width field types for wire structs: byte arrays of alignment 1 whose
 //! value is read and written with the byte order as an argument.
 //!
-//! A struct made of these has no padding and can be borrowed from any octet
+//! A struct made of these has no padding and can be borrowed from any byte
 //! slice with `zerocopy`.
 
 use std::fmt;
@@ -11,14 +11,14 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use crate::byte_order::ByteOrder;
 
 macro_rules! field {
-    ($(#[$doc:meta])* $name:ident, $int:ty, $octets:literal) => {
+    ($(#[$doc:meta])* $name:ident, $int:ty, $bytes:literal) => {
         $(#[$doc])*
         #[derive(
             Clone, Copy, Default, PartialEq, Eq, Hash,
             FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
         )]
         #[repr(transparent)]
-        pub struct $name([u8; $octets]);
+        pub struct $name([u8; $bytes]);
 
         impl $name {
             /// A field holding `value` in the given order.

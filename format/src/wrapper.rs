@@ -2,7 +2,7 @@
 //! other toolstacks put around either.
 //!
 //! A file that `xl save` wrote nests three layers, each of which reads exactly its
-//! own octets and hands the source on:
+//! own bytes and hands the source on:
 //!
 //! ```text
 //! xl header │ libxl header │ LIBXC_CONTEXT ┬ libxc stream ┬ emulator records │ END

@@ -22,7 +22,7 @@ use crate::record::{MAX_BATCH, MAX_BODY, RecordKind, WireRecordHeader, zeros};
 use crate::wire::{U32, U64};
 
 const ORDER: ByteOrder = ByteOrder::Little;
-/// Octets of a body that are copied to write the record in one piece.
+/// Bytes of a body that are copied to write the record in one piece.
 const MAX_COPIED: usize = 64 << 10;
 
 fn encode(kind: RecordKind, cause: DecodeError) -> WriteError {
@@ -34,7 +34,7 @@ fn length_error(kind: RecordKind, expected: Length, got: usize) -> WriteError {
     encode(kind, DecodeError::BodyLength { expected, got })
 }
 
-/// The octets of a PAGE_DATA record up to the pages: record header, head, entries.
+/// The bytes of a PAGE_DATA record up to the pages: record header, head, entries.
 /// Whoever calls sends the pages behind it, one for each entry that has data.
 ///
 /// # Errors
@@ -159,16 +159,16 @@ impl<W: Write> RecordWriter<W> {
     ///
     /// A body over [`MAX_BODY`]; what the sink says.
     pub fn record(&mut self, kind: RecordKind, parts: &[&[u8]]) -> Result<(), WriteError> {
-        let octets = parts
+        let bytes = parts
             .iter()
             .fold(0_usize, |sum, part| sum.saturating_add(part.len()));
-        let length = u32::try_from(octets)
+        let length = u32::try_from(bytes)
             .ok()
             .filter(|length| *length <= MAX_BODY)
-            .ok_or_else(|| length_error(kind, Length::AtMost(u64::from(MAX_BODY)), octets))?;
+            .ok_or_else(|| length_error(kind, Length::AtMost(u64::from(MAX_BODY)), bytes))?;
         let header = header(kind, length);
         let pad = zeros(u64::from(length));
-        if octets > MAX_COPIED {
+        if bytes > MAX_COPIED {
             self.sink.write_all(header.as_bytes())?;
             for part in parts {
                 self.sink.write_all(part)?;
@@ -353,7 +353,7 @@ impl<W: Write> RecordWriter<W> {
         self.record(KIND, &[head.as_bytes(), entries.as_bytes()])
     }
 
-    /// X86_CPUID_POLICY: leaves of 24 octets, little endian. None: not written.
+    /// X86_CPUID_POLICY: leaves of 24 bytes, little endian. None: not written.
     ///
     /// # Errors
     ///
@@ -362,17 +362,17 @@ impl<W: Write> RecordWriter<W> {
         self.policy(
             RecordKind::X86_CPUID_POLICY,
             leaves,
-            CpuidPolicy::LEAF_OCTETS,
+            CpuidPolicy::LEAF_BYTES,
         )
     }
 
-    /// X86_MSR_POLICY: entries of 16 octets, little endian. None: not written.
+    /// X86_MSR_POLICY: entries of 16 bytes, little endian. None: not written.
     ///
     /// # Errors
     ///
     /// A length that is no multiple of 16; what the sink says.
     pub fn msr_policy(&mut self, entries: &[u8]) -> Result<(), WriteError> {
-        self.policy(RecordKind::X86_MSR_POLICY, entries, MsrPolicy::ENTRY_OCTETS)
+        self.policy(RecordKind::X86_MSR_POLICY, entries, MsrPolicy::ENTRY_BYTES)
     }
 
     fn policy(&mut self, kind: RecordKind, body: &[u8], unit: usize) -> Result<(), WriteError> {
@@ -420,11 +420,11 @@ impl<W: Write> RecordWriter<W> {
 /// More pfns than a record holds.
 pub fn dirty_pfn_list(pfns: &[Pfn]) -> Result<Vec<u8>, WriteError> {
     const KIND: RecordKind = RecordKind::CHECKPOINT_DIRTY_PFN_LIST;
-    let octets = pfns.len().saturating_mul(8);
-    let length = u32::try_from(octets)
+    let bytes = pfns.len().saturating_mul(8);
+    let length = u32::try_from(bytes)
         .ok()
         .filter(|length| *length <= MAX_BODY)
-        .ok_or_else(|| length_error(KIND, Length::AtMost(u64::from(MAX_BODY)), octets))?;
+        .ok_or_else(|| length_error(KIND, Length::AtMost(u64::from(MAX_BODY)), bytes))?;
     let mut out = header(KIND, length).as_bytes().to_vec();
     for pfn in pfns {
         out.extend_from_slice(U64::new(pfn.0, ORDER).as_bytes());

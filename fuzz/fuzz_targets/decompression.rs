@@ -39,13 +39,13 @@ mod text;
 #[path = "../../cli/src/peel/zstd.rs"]
 mod zstd;
 
-/// Of what comes out, so many octets are looked at: a bomb has no end.
+/// Of what comes out, so many bytes are looked at: a bomb has no end.
 const LIMIT: u64 = 4 << 20;
 
-/// The first octets that come out, taken in such steps; and why there are no more.
-fn out_of(compression: Compression, octets: &[u8], step: usize) -> (Vec<u8>, Option<String>) {
+/// The first bytes that come out, taken in such steps; and why there are no more.
+fn out_of(compression: Compression, bytes: &[u8], step: usize) -> (Vec<u8>, Option<String>) {
     let mut out = Vec::new();
-    let source: Source = Box::new(Cursor::new(octets.to_vec()));
+    let source: Source = Box::new(Cursor::new(bytes.to_vec()));
     let decoder =
         match compression::decompressed(compression, source, &compression::Notes::default()) {
             Ok((decoder, _)) => decoder,
@@ -67,22 +67,22 @@ fn out_of(compression: Compression, octets: &[u8], step: usize) -> (Vec<u8>, Opt
     (out, error)
 }
 
-fn gzip(octets: &[u8]) -> Vec<u8> {
+fn gzip(bytes: &[u8]) -> Vec<u8> {
     let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-    out.write_all(octets).unwrap();
+    out.write_all(bytes).unwrap();
     out.finish().unwrap()
 }
 
-fn lz4(octets: &[u8]) -> Vec<u8> {
+fn lz4(bytes: &[u8]) -> Vec<u8> {
     let mut out = lz4_flex::frame::FrameEncoder::new(Vec::new());
-    out.write_all(octets).unwrap();
+    out.write_all(bytes).unwrap();
     out.finish().unwrap()
 }
 
-fuzz_target!(|octets: &[u8]| {
-    if let Detected::Compressed(compression) = detect(octets) {
-        let (whole, error) = out_of(compression, octets, 64 << 10);
-        let (pieces, again) = out_of(compression, octets, 4093);
+fuzz_target!(|bytes: &[u8]| {
+    if let Detected::Compressed(compression) = detect(bytes) {
+        let (whole, error) = out_of(compression, bytes, 64 << 10);
+        let (pieces, again) = out_of(compression, bytes, 4093);
         // Of what is damaged, more may come out before it shows when little is asked for.
         assert_eq!(error.is_some(), again.is_some());
         let common = whole.len().min(pieces.len());
@@ -92,16 +92,16 @@ fuzz_target!(|octets: &[u8]| {
         }
     }
     for (compression, packed) in [
-        (Compression::Gzip, gzip(octets)),
-        (Compression::Lz4, lz4(octets)),
+        (Compression::Gzip, gzip(bytes)),
+        (Compression::Lz4, lz4(bytes)),
     ] {
         let (out, error) = out_of(compression, &packed, 64 << 10);
         assert_eq!(error, None);
-        assert!(out == octets, "{compression}: other octets come back");
+        assert!(out == bytes, "{compression}: other bytes come back");
         // Cut off, it is damaged.
         if let Some((_, short)) = packed.split_last() {
             let (out, _) = out_of(compression, short, 64 << 10);
-            assert!(octets.starts_with(&out));
+            assert!(bytes.starts_with(&out));
         }
     }
 });

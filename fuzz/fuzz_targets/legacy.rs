@@ -31,16 +31,16 @@ fn pieces<R: Read>(reader: Result<LegacyReader<R>, ReadError>) -> Pieces {
     (said, error)
 }
 
-/// What is converted, taken in steps of so many octets, what is said of it, and how it ends.
+/// What is converted, taken in steps of so many bytes, what is said of it, and how it ends.
 fn converted(
-    octets: &[u8],
+    bytes: &[u8],
     options: LegacyOptions,
     target: Target,
     step: usize,
 ) -> (Vec<u8>, Option<Summary>, Option<String>) {
     let mut out = Vec::new();
     let spool = Box::new(Cursor::new(Vec::new()));
-    let made = LegacyReader::new(octets, options)
+    let made = LegacyReader::new(bytes, options)
         .and_then(|reader| Converted::new(reader, target, Some(spool)));
     let mut source = match made {
         Ok(source) => source,
@@ -58,9 +58,9 @@ fn converted(
 }
 
 /// Read an image to its end.
-fn walked(octets: &[u8]) -> Result<u64, ReadError> {
+fn walked(bytes: &[u8]) -> Result<u64, ReadError> {
     let options = ReadOptions::default();
-    let mut walk = Walk::open(octets, options)?;
+    let mut walk = Walk::open(bytes, options)?;
     while walk.next_step()?.is_some() {}
     Ok(walk.offset())
 }
@@ -82,9 +82,9 @@ fn is_of_contents(error: &ReadError) -> bool {
     )
 }
 
-fn check(octets: &[u8], options: LegacyOptions) {
-    let said = pieces(LegacyReader::new(octets, options));
-    let seeking = pieces(LegacyReader::seeking(Cursor::new(octets), options));
+fn check(bytes: &[u8], options: LegacyOptions) {
+    let said = pieces(LegacyReader::new(bytes, options));
+    let seeking = pieces(LegacyReader::seeking(Cursor::new(bytes), options));
     assert_eq!(said, seeking);
     for target in [
         Target::Libxl,
@@ -92,8 +92,8 @@ fn check(octets: &[u8], options: LegacyOptions) {
             device_model: false,
         },
     ] {
-        let whole = converted(octets, options, target, 64 << 10);
-        let pieces = converted(octets, options, target, 997);
+        let whole = converted(bytes, options, target, 64 << 10);
+        let pieces = converted(bytes, options, target, 997);
         assert!(whole == pieces, "it depends on how it is read");
         let (image, Some(summary), None) = whole else {
             continue;
@@ -105,25 +105,25 @@ fn check(octets: &[u8], options: LegacyOptions) {
             Err(e) => panic!("converted to what is no image: {e}"),
         }
         // Without a spool, as of a file.
-        let found = survey(Cursor::new(octets), options).unwrap();
+        let found = survey(Cursor::new(bytes), options).unwrap();
         assert_eq!(found.complete, summary.checkpoints);
         assert_eq!(found.incomplete.is_some(), summary.incomplete.is_some());
         let options = LegacyOptions {
             checkpoints: Checkpoints::UpTo(found.complete),
             ..options
         };
-        let reader = LegacyReader::new(octets, options).unwrap();
+        let reader = LegacyReader::new(bytes, options).unwrap();
         let mut plain = Converted::new(reader, target, None).unwrap();
         let copied = io::copy(&mut plain, &mut io::sink());
         assert!(copied.is_ok(), "{copied:?} without a spool");
     }
 }
 
-fuzz_target!(|octets: &[u8]| {
+fuzz_target!(|bytes: &[u8]| {
     let options = LegacyOptions::default();
-    check(octets, options);
+    check(bytes, options);
     for guest in [LegacyGuest::Pv, LegacyGuest::Hvm] {
-        let told = LegacyReader::new(octets, options).map(|reader| reader.guest());
+        let told = LegacyReader::new(bytes, options).map(|reader| reader.guest());
         if told.ok() != Some(guest) {
             let options = LegacyOptions {
                 guest: Some(guest),
@@ -131,7 +131,7 @@ fuzz_target!(|octets: &[u8]| {
                 device_model: false,
                 ..options
             };
-            check(octets, options);
+            check(bytes, options);
         }
     }
 });

@@ -1,4 +1,4 @@
-//! Of any octets the in-memory reader and the streaming reader say the same, in every
+//! Of any bytes the in-memory reader and the streaming reader say the same, in every
 //! way of reading: the same records, and the same error at the same place. Neither
 //! reads beyond END. Lenient differs from strict only where a reserved field is set.
 
@@ -37,10 +37,10 @@ fn batch(entries: impl Iterator<Item = PageEntry>) -> u64 {
     hash(entries.collect::<Vec<_>>())
 }
 
-fn by_slice(octets: &[u8], options: ReadOptions, with_pages: bool) -> Said {
+fn by_slice(bytes: &[u8], options: ReadOptions, with_pages: bool) -> Said {
     let mut said = Said::default();
     let mut read = || -> Result<u64, ReadError> {
-        let mut reader = SliceReader::new(octets, options)?;
+        let mut reader = SliceReader::new(bytes, options)?;
         while let Some(next) = reader.next_record()? {
             let what = match next {
                 SliceRecord::Record(it) => record(&it),
@@ -114,20 +114,20 @@ impl Read for Guarded<'_> {
     }
 }
 
-fn judged(octets: &[u8], lenient: bool) -> Said {
+fn judged(bytes: &[u8], lenient: bool) -> Said {
     let options = ReadOptions {
         lenient,
         ..ReadOptions::default()
     };
-    let said = by_slice(octets, options, true);
-    same(&by_stream(RecordReader::new(octets, options), true), &said);
-    let without = by_slice(octets, options, false);
-    let seeking = RecordReader::seeking(Cursor::new(octets), options);
+    let said = by_slice(bytes, options, true);
+    same(&by_stream(RecordReader::new(bytes, options), true), &said);
+    let without = by_slice(bytes, options, false);
+    let seeking = RecordReader::seeking(Cursor::new(bytes), options);
     let mut skipped = by_stream(seeking, false);
     trim(&mut skipped, &without);
     same(&skipped, &without);
     if let Some(Ok(end)) = &said.end {
-        let exact = Guarded(&octets[..usize::try_from(*end).unwrap()]);
+        let exact = Guarded(&bytes[..usize::try_from(*end).unwrap()]);
         same(&by_stream(RecordReader::new(exact, options), true), &said);
     }
     said
@@ -142,8 +142,8 @@ fn trim(skipped: &mut Said, whole: &Said) {
     }
 }
 
-fuzz_target!(|octets: &[u8]| {
-    let (strict, lenient) = (judged(octets, false), judged(octets, true));
+fuzz_target!(|bytes: &[u8]| {
+    let (strict, lenient) = (judged(bytes, false), judged(bytes, true));
     match &strict.end {
         Some(Err(e))
             if matches!(

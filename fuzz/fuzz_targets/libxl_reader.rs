@@ -1,4 +1,4 @@
-//! Whole files: the walk says the same of any octets, whether its source can seek or
+//! Whole files: the walk says the same of any bytes, whether its source can seek or
 //! not; it reads nothing beyond the last record; and of a libxl stream it says what the
 //! reader of that layer and the fold of the records, driven by hand, say.
 
@@ -55,11 +55,11 @@ fn same_error(a: Option<&ReadError>, b: Option<&ReadError>) {
 
 /// The libxl records of a stream without checkpoints, by hand.
 fn by_hand(
-    octets: &[u8],
+    bytes: &[u8],
     options: ReadOptions,
     records: &mut Vec<LibxlRecord>,
 ) -> Result<(), ReadError> {
-    let mut libxl = LibxlReader::new(octets, options)?;
+    let mut libxl = LibxlReader::new(bytes, options)?;
     while let Some(record) = libxl.next_record()? {
         let is_context = matches!(record, LibxlRecord::LibxcContext);
         records.push(record);
@@ -81,8 +81,8 @@ fn by_hand(
                     cause: e.into(),
                 })?;
             }
-            let octets = libxc.offset() - start;
-            libxl.advance(octets);
+            let bytes = libxc.offset() - start;
+            libxl.advance(bytes);
         }
     }
     Ok(())
@@ -98,26 +98,26 @@ impl Read for Guarded<'_> {
     }
 }
 
-fuzz_target!(|octets: &[u8]| {
+fuzz_target!(|bytes: &[u8]| {
     for lenient in [false, true] {
         let options = ReadOptions {
             lenient,
             ..ReadOptions::default()
         };
-        let said = walk(Walk::open(octets, options));
-        let seeking = walk(Walk::open_seeking(Cursor::new(octets), options));
+        let said = walk(Walk::open(bytes, options));
+        let seeking = walk(Walk::open_seeking(Cursor::new(bytes), options));
         assert_eq!(said.steps, seeking.steps);
         assert_eq!(said.records, seeking.records);
         same_error(said.error.as_ref(), seeking.error.as_ref());
         if said.error.is_none() {
-            let exact = Guarded(&octets[..usize::try_from(said.offset).unwrap()]);
+            let exact = Guarded(&bytes[..usize::try_from(said.offset).unwrap()]);
             let exact = walk(Walk::open(exact, options));
             assert_eq!(said.steps, exact.steps);
             same_error(None, exact.error.as_ref());
         }
-        if octets.starts_with(b"LibxlFmt") && !said.checkpointed {
+        if bytes.starts_with(b"LibxlFmt") && !said.checkpointed {
             let mut records = Vec::new();
-            let error = by_hand(octets, options, &mut records).err();
+            let error = by_hand(bytes, options, &mut records).err();
             assert_eq!(said.records, records);
             same_error(said.error.as_ref(), error.as_ref());
         }

@@ -1,6 +1,6 @@
 //! The headers and records of other toolstacks: libvirt's header is written as it was read;
 //! of xapi's records comes the same libxl stream however it is asked for, with the libxc
-//! stream in it octet for octet, and nothing is read behind the last record.
+//! stream in it byte for byte, and nothing is read behind the last record.
 
 #![no_main]
 
@@ -23,22 +23,22 @@ impl Read for Guarded<'_> {
     }
 }
 
-fn libvirt(octets: &[u8]) {
+fn libvirt(bytes: &[u8]) {
     for lenient in [false, true] {
         let options = ReadOptions { lenient, offset: 0 };
-        let mut rest = octets;
+        let mut rest = bytes;
         let header = LibvirtHeader::read(&mut rest, options);
-        let (known, mut behind) = octets.split_at(octets.len().min(16));
+        let (known, mut behind) = bytes.split_at(bytes.len().min(16));
         let again = LibvirtHeader::read_behind(known, &mut behind, options);
         match (header, again) {
             (Ok(header), Ok(again)) => {
                 assert_eq!(header, again);
-                let used = octets.len() - rest.len();
+                let used = bytes.len() - rest.len();
                 assert_eq!(rest, behind);
-                assert_eq!(header.octets(), used as u64);
+                assert_eq!(header.bytes(), used as u64);
                 let encoded = header.encode();
                 match lenient {
-                    false => assert_eq!(encoded, octets[..used]),
+                    false => assert_eq!(encoded, bytes[..used]),
                     true => assert_eq!(encoded.len(), used),
                 }
             }
@@ -48,7 +48,7 @@ fn libvirt(octets: &[u8]) {
     }
 }
 
-/// What comes of xapi's records, in steps of so many octets.
+/// What comes of xapi's records, in steps of so many bytes.
 fn xapi<R: Read>(source: R, step: usize) -> (Vec<u8>, Vec<XapiRecord>, Option<String>) {
     let mut out = Vec::new();
     let mut source = match XapiSource::behind(&[], source) {
@@ -67,14 +67,14 @@ fn xapi<R: Read>(source: R, step: usize) -> (Vec<u8>, Vec<XapiRecord>, Option<St
     (out, source.records().to_vec(), error)
 }
 
-fuzz_target!(|octets: &[u8]| {
-    libvirt(octets);
-    let said = xapi(octets, 64 << 10);
-    assert_eq!(said, xapi(octets, 13));
+fuzz_target!(|bytes: &[u8]| {
+    libvirt(bytes);
+    let said = xapi(bytes, 64 << 10);
+    assert_eq!(said, xapi(bytes, 13));
     let (stream, records, error) = said;
     if let (None, Some(last)) = (&error, records.last()) {
         let end = usize::try_from(last.offset).unwrap() + 16;
-        assert_eq!(xapi(Guarded(&octets[..end]), 64 << 10).2, None);
+        assert_eq!(xapi(Guarded(&bytes[..end]), 64 << 10).2, None);
     }
     if !stream.is_empty() {
         assert_eq!(detect(&stream), Detected::Libxl);

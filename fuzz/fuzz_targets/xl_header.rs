@@ -1,4 +1,4 @@
-//! The xl header: what is read is written again octet for octet, nothing is read
+//! The xl header: what is read is written again byte for byte, nothing is read
 //! beyond it, and what is said of it holds.
 
 #![no_main]
@@ -19,13 +19,13 @@ impl Read for Guarded<'_> {
     }
 }
 
-fuzz_target!(|octets: &[u8]| {
+fuzz_target!(|bytes: &[u8]| {
     let read = |lenient| {
         let options = ReadOptions {
             lenient,
             ..ReadOptions::default()
         };
-        XlHeader::read(octets, options)
+        XlHeader::read(bytes, options)
     };
     let (strict, lenient) = (read(false), read(true));
     if let Ok(header) = &strict {
@@ -34,13 +34,13 @@ fuzz_target!(|octets: &[u8]| {
     match lenient {
         Err(e) => {
             assert!(e.is_bad_image());
-            assert!(e.position.offset <= octets.len() as u64);
+            assert!(e.position.offset <= bytes.len() as u64);
             drop(e.to_string());
         }
         Ok(header) => {
             let encoded = header.encode();
-            assert_eq!(header.octets(), encoded.len() as u64);
-            assert_eq!(encoded, octets[..encoded.len()]);
+            assert_eq!(header.bytes(), encoded.len() as u64);
+            assert_eq!(encoded, bytes[..encoded.len()]);
             let options = ReadOptions {
                 lenient: true,
                 ..ReadOptions::default()
@@ -50,7 +50,7 @@ fuzz_target!(|octets: &[u8]| {
             // The length field, the configuration and the tail are all there is.
             let config = header.config().map_or(0, <[u8]>::len);
             let tail = header.optional_tail().len();
-            let optional = encoded.len() - XlHeader::FIXED_OCTETS;
+            let optional = encoded.len() - XlHeader::FIXED_BYTES;
             assert!(optional == 0 || optional == 4 + config + tail);
             if let Ok(Some(json)) = header.json() {
                 assert!(!json.contains('\0'));

@@ -276,10 +276,10 @@ fn throughput(spec: &GuestSpec, rounds: u64) {
     let domid = from.create_guest(spec).unwrap();
     let mut image = tempfile::tempfile_in("/dev/shm").unwrap();
     timed_save(&from, domid, 2, &mut FdSink::new(&image));
-    let octets = image.metadata().unwrap().len();
+    let bytes = image.metadata().unwrap().len();
     let print = |what: &str, threads: usize, took: Duration| {
         println!(
-            r#"{{"what":"{what}","guest":"{}","threads":{threads},"octets":{octets},"ms":{:.3}}}"#,
+            r#"{{"what":"{what}","guest":"{}","threads":{threads},"bytes":{bytes},"ms":{:.3}}}"#,
             spec.name,
             took.as_secs_f64() * 1e3
         );

@@ -107,7 +107,7 @@ fn main() -> Result<(), Box<dyn Error>> {
                 progress.phase,
                 progress.iteration,
                 progress.pages_done,
-                progress.octets_per_second / f64::from(1 << 20)
+                progress.bytes_per_second / f64::from(1 << 20)
             );
         }
         cancel.check()

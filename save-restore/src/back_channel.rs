@@ -1,9 +1,9 @@
 //! COLO's back-channel: before each checkpoint the secondary sends the primary the list of
 //! pages that it has written itself, so that the primary sends its own in their place.
 //!
-//! The list is one record, CHECKPOINT_DIRTY_PFN_LIST, with the record header of 8 octets
-//! that the specification gives. Xen 4.18 and later send a structure of 16 octets in its
-//! place (commit efe8de1f91): header, and 8 octets more, zero, of a pointer. Whoever takes
+//! The list is one record, CHECKPOINT_DIRTY_PFN_LIST, with the record header of 8 bytes
+//! that the specification gives. Xen 4.18 and later send a structure of 16 bytes in its
+//! place (commit efe8de1f91): header, and 8 bytes more, zero, of a pointer. Whoever takes
 //! them for pfns reads pfn 0, misses the last pfn, and finds it where the next record
 //! should be. Here that is an error: what stands behind such a list is looked at, behind the
 //! list and again before the checkpoint that answers it is complete. What comes later still is
@@ -28,7 +28,7 @@ use crate::progress::Cancel;
 
 /// The primary's end of a back-channel.
 pub trait BackChannel: Read {
-    /// The next 8 octets, if they are there; they stay where they are. Nothing is waited for.
+    /// The next 8 bytes, if they are there; they stay where they are. Nothing is waited for.
     ///
     /// # Errors
     ///
@@ -36,7 +36,7 @@ pub trait BackChannel: Read {
     fn look_ahead(&mut self) -> io::Result<Option<[u8; 8]>>;
 }
 
-/// A descriptor as a back-channel. Not an octet is taken from it that was not asked for.
+/// A descriptor as a back-channel. Not a byte is taken from it that was not asked for.
 #[derive(Debug)]
 pub struct FdBackChannel<F>(Descriptor<F>);
 
@@ -66,9 +66,9 @@ impl<F: AsFd> Read for FdBackChannel<F> {
 impl<F: AsFd> BackChannel for FdBackChannel<F> {
     /// Of a socket or a pipe; nothing is seen of anything else.
     fn look_ahead(&mut self) -> io::Result<Option<[u8; 8]>> {
-        let mut octets = [0; 8];
-        match self.0.peek(&mut octets) {
-            Ok(8) => Ok(Some(octets)),
+        let mut bytes = [0; 8];
+        match self.0.peek(&mut bytes) {
+            Ok(8) => Ok(Some(bytes)),
             Ok(_) => Ok(None),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
             Err(error) => Err(error),
@@ -93,13 +93,13 @@ pub enum BackChannelError {
     },
     /// A body that is no list.
     #[error(
-        "record {number} of the back-channel has {octets} octets, expected a multiple of 8, at most {MAX_BODY}"
+        "record {number} of the back-channel has {bytes} bytes, expected a multiple of 8, at most {MAX_BODY}"
     )]
     Length {
         /// Which record, from 0.
         number: u64,
         /// What its header says.
-        octets: u32,
+        bytes: u32,
     },
     /// A pfn that the guest does not have.
     #[error("record {number} of the back-channel names pfn {pfn}, the guest has {pfns}")]
@@ -111,9 +111,9 @@ pub enum BackChannelError {
         /// How many there are.
         pfns: u64,
     },
-    /// A header of 16 octets.
+    /// A header of 16 bytes.
     #[error(
-        "record {number} of the back-channel has a header of 16 octets, as Xen 4.18 and later send it against the specification: the other end has to be xsr, or Xen 4.17 or older"
+        "record {number} of the back-channel has a header of 16 bytes, as Xen 4.18 and later send it against the specification: the other end has to be xsr, or Xen 4.17 or older"
     )]
     LongHeader {
         /// Which record, from 0.
@@ -127,7 +127,7 @@ pub(crate) struct Behind {
     number: u64,
     /// Pfns that the guest has.
     pfns: u64,
-    /// Whether the list looks like one whose header has 16 octets.
+    /// Whether the list looks like one whose header has 16 bytes.
     suspect: bool,
 }
 
@@ -141,8 +141,8 @@ impl Behind {
     /// It is; what the descriptor says.
     pub(crate) fn look(self, back: &mut dyn BackChannel) -> Result<(), BackChannelError> {
         if self.suspect
-            && let Some(octets) = back.look_ahead()?
-            && u64::from_le_bytes(octets) < self.pfns
+            && let Some(bytes) = back.look_ahead()?
+            && u64::from_le_bytes(bytes) < self.pfns
         {
             let number = self.number;
             return Err(BackChannelError::LongHeader { number });
@@ -159,21 +159,21 @@ pub(crate) fn merge(
 ) -> Result<Behind, BackChannelError> {
     let mut header = [0; 8];
     back.read_exact(&mut header)?;
-    let octets = match PfnListHead::decode(header) {
+    let bytes = match PfnListHead::decode(header) {
         Ok(head) => head.body_bytes,
         Err(PfnListError::Kind(kind)) => return Err(BackChannelError::Kind { number, kind }),
-        Err(PfnListError::Length(octets)) => {
-            return Err(BackChannelError::Length { number, octets });
+        Err(PfnListError::Length(bytes)) => {
+            return Err(BackChannelError::Length { number, bytes });
         }
     };
     // No more is allocated than comes.
     let mut body = Vec::new();
-    let length = u64::from(octets);
+    let length = u64::from(bytes);
     if (&mut *back).take(length).read_to_end(&mut body)? as u64 != length {
         return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
     }
     let mut pfns = PfnListHead::pfns(&body).peekable();
-    // Behind a header of 16 octets the last pfn is left, or, of an empty list, the header's
+    // Behind a header of 16 bytes the last pfn is left, or, of an empty list, the header's
     // own zero.
     let behind = Behind {
         number,
@@ -203,14 +203,14 @@ mod tests {
     use super::*;
 
     /// Over a pipe and over a socket, which says the same; what is left is still there.
-    fn merged_of(octets: &[u8], left: &[u8]) -> Result<Vec<u64>, BackChannelError> {
+    fn merged_of(bytes: &[u8], left: &[u8]) -> Result<Vec<u64>, BackChannelError> {
         fn over(
             from: impl AsFd + Read,
             mut to: impl Write,
-            octets: &[u8],
+            bytes: &[u8],
             left: &[u8],
         ) -> Result<Vec<u64>, BackChannelError> {
-            to.write_all(octets).unwrap();
+            to.write_all(bytes).unwrap();
             to.write_all(left).unwrap();
             drop(to);
             let mut dirty = DirtyBitmap::new(100);
@@ -222,15 +222,15 @@ mod tests {
             Ok(dirty.iter().map(|pfn| pfn.0).collect())
         }
         let (from, to) = io::pipe().unwrap();
-        let by_pipe = over(from, to, octets, left);
+        let by_pipe = over(from, to, bytes, left);
         let (from, to) = UnixStream::pair().unwrap();
-        let by_socket = over(from, to, octets, left);
+        let by_socket = over(from, to, bytes, left);
         assert_eq!(format!("{by_pipe:?}"), format!("{by_socket:?}"));
         by_socket
     }
 
-    fn merged(octets: &[u8]) -> Result<Vec<u64>, BackChannelError> {
-        merged_of(octets, &[])
+    fn merged(bytes: &[u8]) -> Result<Vec<u64>, BackChannelError> {
+        merged_of(bytes, &[])
     }
 
     fn list(pfns: &[u64]) -> Vec<u8> {
@@ -240,9 +240,9 @@ mod tests {
 
     /// As Xen 4.18 sends it.
     fn long(pfns: &[u64]) -> Vec<u8> {
-        let mut octets = list(pfns);
-        octets.splice(8..8, [0; 8]);
-        octets
+        let mut bytes = list(pfns);
+        bytes.splice(8..8, [0; 8]);
+        bytes
     }
 
     #[test]
@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn a_header_of_16_octets_is_found_out_at_once() {
+    fn a_header_of_16_bytes_is_found_out_at_once() {
         for pfns in [&[][..], &[0], &[7], &[7, 8, 99]] {
             let error = merged(&long(pfns)).unwrap_err();
             let found = matches!(error, BackChannelError::LongHeader { number: 3 });
@@ -277,10 +277,10 @@ mod tests {
     }
 
     #[test]
-    fn a_header_of_16_octets_is_found_out_before_the_checkpoint_and_not_waited_for() {
+    fn a_header_of_16_bytes_is_found_out_before_the_checkpoint_and_not_waited_for() {
         for pfns in [&[][..], &[0], &[7], &[7, 8, 99]] {
-            let octets = long(pfns);
-            let (list, left) = octets.split_at(octets.len() - 8);
+            let bytes = long(pfns);
+            let (list, left) = bytes.split_at(bytes.len() - 8);
             let (from, mut to) = UnixStream::pair().unwrap();
             to.write_all(list).unwrap();
             let mut back = FdBackChannel::new(from);
@@ -310,7 +310,7 @@ mod tests {
         odd[4] = 7;
         assert!(matches!(
             merged(&odd).unwrap_err(),
-            BackChannelError::Length { octets: 7, .. }
+            BackChannelError::Length { bytes: 7, .. }
         ));
         assert!(matches!(
             merged(&list(&[1])[..12]).unwrap_err(),

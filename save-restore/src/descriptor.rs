@@ -214,7 +214,7 @@ impl<F: AsFd> Descriptor<F> {
     }
 
     /// Have `write` called until it has done something: with the descriptor and the
-    /// call that it is to be done with. Its answer: the octets that were taken.
+    /// call that it is to be done with. Its answer: the bytes that were taken.
     ///
     /// # Errors
     ///
@@ -330,7 +330,7 @@ impl<F: AsFd> Descriptor<F> {
     }
 
     /// What is there to be read, of a socket or a pipe, without taking or waiting for it: how
-    /// many octets of it fit, or are there; 0 at the end, and where there is no such look.
+    /// many bytes of it fit, or are there; 0 at the end, and where there is no such look.
     ///
     /// # Errors
     ///
@@ -380,17 +380,17 @@ mod tests {
     use crate::sink::FdSink;
     use crate::source::FdSource;
 
-    fn write_all<F: AsFd>(descriptor: &Descriptor<F>, octets: &[u8]) -> io::Result<()> {
-        write_all_within(&Limit::none(), descriptor, octets)
+    fn write_all<F: AsFd>(descriptor: &Descriptor<F>, bytes: &[u8]) -> io::Result<()> {
+        write_all_within(&Limit::none(), descriptor, bytes)
     }
 
     fn write_all_within<F: AsFd>(
         limit: &Limit<'_>,
         descriptor: &Descriptor<F>,
-        octets: &[u8],
+        bytes: &[u8],
     ) -> io::Result<()> {
         let mut list = Gather::new();
-        list.push(octets);
+        list.push(bytes);
         let mut rest = list.unwritten();
         while !rest.is_empty() {
             descriptor.write_within(limit, |fd, call| rest.write_some(fd, call))?;
@@ -425,17 +425,17 @@ mod tests {
         ]
     }
 
-    fn pattern(octets: usize) -> Vec<u8> {
-        (0..=250_u8).cycle().take(octets).collect()
+    fn pattern(bytes: usize) -> Vec<u8> {
+        (0..=250_u8).cycle().take(bytes).collect()
     }
 
     #[test]
     fn what_is_written_arrives_through_a_slow_reader() {
-        let octets = pattern(1 << 20);
+        let bytes = pattern(1 << 20);
         for (writer, reader) in writers(&Cancel::new()) {
             thread::scope(|scope| {
                 scope.spawn(|| {
-                    write_all(&writer, &octets).unwrap();
+                    write_all(&writer, &bytes).unwrap();
                     drop(writer);
                 });
                 let mut arrived = Vec::new();
@@ -447,14 +447,14 @@ mod tests {
                         n => arrived.extend_from_slice(&room[..n]),
                     }
                 }
-                assert!(arrived == octets);
+                assert!(arrived == bytes);
             });
         }
     }
 
     #[test]
     fn a_wait_ends_when_it_is_cancelled() {
-        let octets = pattern(1 << 20);
+        let bytes = pattern(1 << 20);
         for i in 0..3 {
             let cancel = Cancel::new();
             let [writer, ..] = {
@@ -466,7 +466,7 @@ mod tests {
             let fd = writer.fd.try_clone().unwrap();
             let (result, took) = thread::scope(|scope| {
                 let writing = scope.spawn(|| {
-                    let result = write_all(&writer, &octets);
+                    let result = write_all(&writer, &bytes);
                     (result, Instant::now())
                 });
                 // Until it is full, which nobody changes any more.
@@ -487,10 +487,10 @@ mod tests {
 
     #[test]
     fn a_write_ends_when_nothing_is_taken_for_too_long() {
-        let octets = pattern(1 << 20);
+        let bytes = pattern(1 << 20);
         for (writer, reader) in writers(&Cancel::new()) {
             let pace = Pace::new(Duration::from_millis(50));
-            let error = write_all_within(&paced(&pace), &writer, &octets).unwrap_err();
+            let error = write_all_within(&paced(&pace), &writer, &bytes).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
             let said = "the other end has taken nothing for 0.05 s";
             assert_eq!(error.to_string(), said);
@@ -501,7 +501,7 @@ mod tests {
     /// A reader that takes a little now and then never takes nothing for as long as may be.
     #[test]
     fn a_write_ends_when_too_little_is_taken_of_a_suspended_guest() {
-        let octets = pattern(4 << 20);
+        let bytes = pattern(4 << 20);
         for (writer, reader) in writers(&Cancel::new()) {
             let pace = Pace::new(Duration::from_millis(200));
             pace.suspended();
@@ -516,7 +516,7 @@ mod tests {
                         reader.read_exact(&mut room).unwrap();
                     }
                 });
-                let error = write_all_within(&paced(&pace), &writer, &octets).unwrap_err();
+                let error = write_all_within(&paced(&pace), &writer, &bytes).unwrap_err();
                 drop(given_up);
                 let said = error.to_string();
                 assert!(said.contains("too slowly"), "{said}");
@@ -594,7 +594,7 @@ mod tests {
 
     #[test]
     fn a_descriptor_that_does_not_block_is_waited_for_and_left_as_it_is() {
-        let octets = pattern(1 << 20);
+        let bytes = pattern(1 << 20);
         for cancel in [None, Some(Cancel::new())] {
             let (reader, writer) = UnixStream::pair().unwrap();
             reader.set_nonblocking(true).unwrap();
@@ -608,10 +608,10 @@ mod tests {
                 Some(cancel) => FdSource::cancellable(&reader, cancel.clone()).unwrap(),
             };
             thread::scope(|scope| {
-                scope.spawn(|| sink.write_all(&octets).unwrap());
-                let mut arrived = vec![0; octets.len()];
+                scope.spawn(|| sink.write_all(&bytes).unwrap());
+                let mut arrived = vec![0; bytes.len()];
                 source.read_exact(&mut arrived).unwrap();
-                assert!(arrived == octets);
+                assert!(arrived == bytes);
             });
         }
         // Nor does a blocking pipe become one that does not, for those who share it.

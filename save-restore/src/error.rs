@@ -50,8 +50,8 @@ pub enum GuestError {
     /// The domain was destroyed by another command.
     #[error("the domain has been destroyed while it was being saved")]
     Destroyed,
-    /// A PV guest's word is neither 4 nor 8 octets.
-    #[error("the guest's width is {width} octets, expected 4 or 8")]
+    /// A PV guest's word is neither 4 nor 8 bytes.
+    #[error("the guest's width is {width} bytes, expected 4 or 8")]
     Width {
         /// What Xen says.
         width: u8,
@@ -177,7 +177,7 @@ pub enum GuestError {
         entries: u64,
     },
     /// Xen gave a blob of a length that does not fit the guest.
-    #[error("vcpu {vcpu}: its context has {got} octets, expected {expected}")]
+    #[error("vcpu {vcpu}: its context has {got} bytes, expected {expected}")]
     VcpuContext {
         /// The vcpu.
         vcpu: u32,

@@ -50,15 +50,15 @@ pub struct Progress {
     /// pfns there are in it; `None` in a restore: a stream does not say; and while the engine
     /// looks at the guest's tables, which is not part of a pass.
     pub pages_total: Option<u64>,
-    /// Octets of page contents that have gone through in this pass.
-    pub octets_done: u64,
+    /// Bytes of page contents that have gone through in this pass.
+    pub bytes_done: u64,
     /// How many it can be at most (a pfn may have no contents); `None` in a restore.
-    pub octets_total: Option<u64>,
-    /// Octets of page contents that have gone through in all passes.
-    pub octets: u64,
-    /// Octets of page contents per second, over the last second or two; 0 while there
+    pub bytes_total: Option<u64>,
+    /// Bytes of page contents that have gone through in all passes.
+    pub bytes: u64,
+    /// Bytes of page contents per second, over the last second or two; 0 while there
     /// is nothing to tell it from.
-    pub octets_per_second: f64,
+    pub bytes_per_second: f64,
     /// Pages the guest wrote per second, when its dirty log was last read; 0 before.
     pub dirty_pages_per_second: f64,
     /// Pages that were dirty then: `None` before, and where nothing is logged.
@@ -130,10 +130,10 @@ impl Cancelled {
     }
 }
 
-/// Octets per second over the last second or two.
+/// Bytes per second over the last second or two.
 #[derive(Debug)]
 struct Speed {
-    /// When a stretch began, and the octets until then: the one before, and this.
+    /// When a stretch began, and the bytes until then: the one before, and this.
     before: (Instant, u64),
     this: (Instant, u64),
 }
@@ -148,16 +148,16 @@ impl Speed {
         }
     }
 
-    fn at(&mut self, now: Instant, octets: u64) -> f64 {
+    fn at(&mut self, now: Instant, bytes: u64) -> f64 {
         if now - self.this.0 >= Self::STRETCH {
             self.before = self.this;
-            self.this = (now, octets);
+            self.this = (now, bytes);
         }
         let (then, so_far) = self.before;
         match (now - then).as_secs_f64() {
             0.0 => 0.0,
             // Exact up to 2^53, which is more than any guest has in a second.
-            seconds => (octets - so_far) as f64 / seconds,
+            seconds => (bytes - so_far) as f64 / seconds,
         }
     }
 }
@@ -182,10 +182,10 @@ impl<'r, 'p> Reporter<'r, 'p> {
                 iteration: 0,
                 pages_done: 0,
                 pages_total: None,
-                octets_done: 0,
-                octets_total: None,
-                octets: 0,
-                octets_per_second: 0.0,
+                bytes_done: 0,
+                bytes_total: None,
+                bytes: 0,
+                bytes_per_second: 0.0,
                 dirty_pages_per_second: 0.0,
                 dirty_count: None,
                 estimated_time: None,
@@ -206,24 +206,24 @@ impl<'r, 'p> Reporter<'r, 'p> {
     }
 
     /// A phase begins. One with memory has a pass, over so many pfns with so many
-    /// octets at most, where that is known.
+    /// bytes at most, where that is known.
     pub(crate) fn begin(&mut self, phase: Phase, pass: Option<(u64, u64)>) -> ControlFlow<()> {
         self.now.phase = phase;
         self.now.pages_done = 0;
-        self.now.octets_done = 0;
+        self.now.bytes_done = 0;
         self.now.pages_total = pass.map(|(pages, _)| pages);
-        self.now.octets_total = pass.map(|(_, octets)| octets);
+        self.now.bytes_total = pass.map(|(_, bytes)| bytes);
         if phase != Phase::Precopy {
             self.now.estimated_downtime = None;
         }
         self.tell()
     }
 
-    /// So many pfns more have been dealt with, and so many octets of contents.
-    pub(crate) fn advance(&mut self, pages: u64, octets: u64) -> ControlFlow<()> {
+    /// So many pfns more have been dealt with, and so many bytes of contents.
+    pub(crate) fn advance(&mut self, pages: u64, bytes: u64) -> ControlFlow<()> {
         self.now.pages_done += pages;
-        self.now.octets_done += octets;
-        self.now.octets += octets;
+        self.now.bytes_done += bytes;
+        self.now.bytes += bytes;
         self.tell()
     }
 
@@ -239,10 +239,10 @@ impl<'r, 'p> Reporter<'r, 'p> {
     fn tell(&mut self) -> ControlFlow<()> {
         let now = Instant::now();
         self.now.elapsed = now - self.begun;
-        self.now.octets_per_second = self.speed.at(now, self.now.octets);
-        self.now.estimated_time = self.now.octets_total.and_then(|total| {
-            let left = total.saturating_sub(self.now.octets_done);
-            Duration::try_from_secs_f64(left as f64 / self.now.octets_per_second).ok()
+        self.now.bytes_per_second = self.speed.at(now, self.now.bytes);
+        self.now.estimated_time = self.now.bytes_total.and_then(|total| {
+            let left = total.saturating_sub(self.now.bytes_done);
+            Duration::try_from_secs_f64(left as f64 / self.now.bytes_per_second).ok()
         });
         (self.tell)(&self.now)
     }
@@ -256,9 +256,9 @@ mod tests {
     fn a_rate_is_that_of_the_last_two_seconds() {
         let begun = Instant::now();
         let mut speed = Speed::new(begun);
-        let mut at = |tenths: u64, octets| {
+        let mut at = |tenths: u64, bytes| {
             let now = begun + Duration::from_millis(tenths * 100);
-            speed.at(now, octets)
+            speed.at(now, bytes)
         };
         assert_eq!(at(0, 0), 0.0);
         assert_eq!(at(5, 1000), 2000.0);
@@ -294,7 +294,7 @@ mod tests {
             expected_dirty: Some(3),
             shrinking: true,
             dirty_pages_per_second: 5.0,
-            octets_per_second: 12_288.0,
+            bytes_per_second: 12_288.0,
             elapsed: Duration::from_secs(1),
         };
         reporter.precopy(&stats);
@@ -312,10 +312,10 @@ mod tests {
             (first.estimated_time, first.pass_is_complete()),
             (None, false)
         );
-        assert!(!asked.pass_is_complete() && asked.octets_done == 4096);
+        assert!(!asked.pass_is_complete() && asked.bytes_done == 4096);
         assert!(complete.pass_is_complete() && complete.estimated_time.is_some());
-        assert_eq!((complete.octets_done, complete.octets), (4096, 4096));
-        assert_eq!((second.octets_done, second.octets), (0, 4096));
+        assert_eq!((complete.bytes_done, complete.bytes), (4096, 4096));
+        assert_eq!((second.bytes_done, second.bytes), (0, 4096));
         assert_eq!((second.dirty_count, second.iteration), (Some(3), 1));
         assert_eq!(second.estimated_downtime, Some(Duration::from_secs(1)));
         assert_eq!(

@@ -320,7 +320,7 @@ impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
     fn static_data(&mut self) -> Result<(), RestoreError> {
         let mut cpu = Comparison::of(&self.image, self.options.cpu);
         cpu.with_host(self.domain)?;
-        let missing = x86::set_cpu_policy(self.domain, &cpu.octets())?;
+        let missing = x86::set_cpu_policy(self.domain, &cpu.bytes())?;
         cpu.with_given(self.domain)?;
         self.toolstack.static_data_done(missing)?;
         self.static_data_done = true;

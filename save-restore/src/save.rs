@@ -35,14 +35,14 @@ use crate::sink::PageSink;
 use crate::toolstack::{SaveToolstack, ToolstackError};
 
 pub use crate::save::checkpointed::{
-    BUFFER_OCTETS, CheckpointedStats, Checkpoints, save_checkpointed,
+    BUFFER_BYTES, CheckpointedStats, Checkpoints, save_checkpointed,
 };
 pub use crate::save::colo::save_colo;
 
 /// How to save.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SaveOptions {
-    /// Threads to work with; what the machine has, if not said. The octets written
+    /// Threads to work with; what the machine has, if not said. The bytes written
     /// are the same for any number. One writes and the others prepare batches, of
     /// which 8 are in flight (32 MiB mapped): more than 9 threads find no work.
     pub threads: Option<NonZeroUsize>,
@@ -265,7 +265,7 @@ struct Run<'r, 'p> {
     kind: GuestKind,
     /// Prepares batches, in every pass.
     pool: Option<rayon::ThreadPool>,
-    /// Octets of memory that the domain has.
+    /// Bytes of memory that the domain has.
     memory: u64,
     progress: Reporter<'r, 'p>,
     stats: SaveStats,
@@ -363,8 +363,8 @@ impl<'r> Run<'r, '_> {
     ) -> Result<(), SaveError> {
         let domain = self.domain;
         let running = notes.deferred.is_some();
-        let octets = total.saturating_mul(PAGE_SIZE as u64).min(self.memory);
-        go_on(self.progress.begin(phase, Some((total, octets))))?;
+        let bytes = total.saturating_mul(PAGE_SIZE as u64).min(self.memory);
+        go_on(self.progress.begin(phase, Some((total, bytes))))?;
         pipeline::ordered(
             self.pool.as_ref(),
             batches(pfns),
@@ -382,8 +382,8 @@ impl<'r> Run<'r, '_> {
                 self.stats.pfns += batch.pfns();
                 self.stats.pages += batch.pages();
                 self.stats.batches += 1;
-                let octets = batch.pages() * PAGE_SIZE as u64;
-                go_on(self.progress.advance(batch.pfns(), octets))
+                let bytes = batch.pages() * PAGE_SIZE as u64;
+                go_on(self.progress.advance(batch.pfns(), bytes))
             },
         )
     }

@@ -1,5 +1,5 @@
 //! Where a stream goes: a file descriptor, to which pages are written straight from
-//! the guest's memory, or anything else that takes octets.
+//! the guest's memory, or anything else that takes bytes.
 
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -11,7 +11,7 @@ use crate::progress::Cancel;
 
 /// Takes a stream.
 pub trait PageSink: Write {
-    /// Write a list of octets and pages, all of it.
+    /// Write a list of bytes and pages, all of it.
     ///
     /// # Errors
     ///
@@ -58,12 +58,12 @@ impl<F: AsFd> FdSink<F> {
 }
 
 impl<F: AsFd> Write for FdSink<F> {
-    /// All of `octets`, always.
-    fn write(&mut self, octets: &[u8]) -> io::Result<usize> {
+    /// All of `bytes`, always.
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let mut list = Gather::new();
-        list.push(octets);
+        list.push(bytes);
         self.write_all_of(&list)?;
-        Ok(octets.len())
+        Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -77,13 +77,13 @@ impl<F: AsFd> PageSink for FdSink<F> {
     }
 }
 
-/// Anything that takes octets: pages are copied once.
+/// Anything that takes bytes: pages are copied once.
 #[derive(Debug)]
 pub struct CopySink<W>(pub W);
 
 impl<W: Write> Write for CopySink<W> {
-    fn write(&mut self, octets: &[u8]) -> io::Result<usize> {
-        self.0.write(octets)
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write(bytes)
     }
 
     fn flush(&mut self) -> io::Result<()> {

@@ -1,5 +1,5 @@
 //! Where a stream comes from: a file descriptor, from which pages are read straight
-//! into the guest's memory, or anything else that gives octets.
+//! into the guest's memory, or anything else that gives bytes.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -19,7 +19,7 @@ use crate::progress::{Cancel, Cancelled};
 
 /// Gives a stream.
 pub trait PageSource: Read {
-    /// Fill pages of the guest (a range of indices) with exactly as many octets.
+    /// Fill pages of the guest (a range of indices) with exactly as many bytes.
     ///
     /// # Errors
     ///
@@ -30,7 +30,7 @@ pub trait PageSource: Read {
     /// When a page of the range is not mapped for writing.
     fn read_pages(&mut self, pages: &ForeignPages, range: Range<usize>) -> io::Result<()>;
 
-    /// Where the next `octets` stand, if they are there to be read at any time and by
+    /// Where the next `bytes` stand, if they are there to be read at any time and by
     /// any thread: then they count as read, and the source goes on behind them.
     /// `None` where they must be read in order, or where the source ends before; then
     /// it stands where it stood.
@@ -38,11 +38,11 @@ pub trait PageSource: Read {
     /// # Errors
     ///
     /// What the source says.
-    fn take_extent(&mut self, octets: u64) -> io::Result<Option<Extent>>;
+    fn take_extent(&mut self, bytes: u64) -> io::Result<Option<Extent>>;
 
     /// A reader of its own for the stream whose two headers have just been read, from the
     /// first of them to the end of the source. The source stands where it stood, and
-    /// stays there whatever that reader does. `None` where octets can be read only once.
+    /// stays there whatever that reader does. `None` where bytes can be read only once.
     ///
     /// # Errors
     ///
@@ -50,8 +50,8 @@ pub trait PageSource: Read {
     fn look_ahead(&mut self) -> io::Result<Option<LookAhead>>;
 }
 
-/// Octets of the two headers.
-pub(crate) const HEADERS: u64 = (ImageHeader::OCTETS + DomainHeader::OCTETS) as u64;
+/// Bytes of the two headers.
+pub(crate) const HEADERS: u64 = (ImageHeader::BYTES + DomainHeader::BYTES) as u64;
 
 /// How much of a file is read at a time, to be looked at: at first (the head of a record and
 /// its list of 1024 pages), and at most, where nothing is left out in between.
@@ -127,7 +127,7 @@ impl Seek for LookAhead {
     }
 }
 
-/// Octets of a file.
+/// Bytes of a file.
 #[derive(Clone, Debug)]
 pub struct Extent {
     file: Arc<File>,
@@ -135,7 +135,7 @@ pub struct Extent {
 }
 
 impl Extent {
-    /// Fill `room` from `at` octets into it.
+    /// Fill `room` from `at` bytes into it.
     pub(crate) fn read_exact_at(&self, at: usize, room: &mut [u8]) -> io::Result<()> {
         self.file.read_exact_at(room, self.offset + at as u64)
     }
@@ -192,7 +192,7 @@ pub struct FdSource<F> {
 }
 
 impl<F: AsFd> FdSource<F> {
-    /// Waits for octets for as long as it takes.
+    /// Waits for bytes for as long as it takes.
     pub fn new(fd: F) -> Self {
         Self::over(Descriptor::blocking(fd))
     }
@@ -242,14 +242,14 @@ impl<F: AsFd> PageSource for FdSource<F> {
         Ok(())
     }
 
-    fn take_extent(&mut self, octets: u64) -> io::Result<Option<Extent>> {
+    fn take_extent(&mut self, bytes: u64) -> io::Result<Option<Extent>> {
         let Some(file) = self.positioned.file(&self.descriptor)? else {
             return Ok(None);
         };
         self.descriptor.check()?;
         let mut stands = &**file;
         let offset = stands.stream_position()?;
-        let end = offset.saturating_add(octets);
+        let end = offset.saturating_add(bytes);
         // What the file does not have, whoever reads in order finds missing.
         if end > file.metadata()?.len() {
             return Ok(None);
@@ -308,7 +308,7 @@ pub(crate) fn copy_pages(
     Ok(())
 }
 
-/// Anything that gives octets: pages are copied once.
+/// Anything that gives bytes: pages are copied once.
 #[derive(Debug)]
 pub struct CopySource<R>(pub R);
 
@@ -337,8 +337,8 @@ impl<S: PageSource + ?Sized> PageSource for &mut S {
         (**self).read_pages(pages, range)
     }
 
-    fn take_extent(&mut self, octets: u64) -> io::Result<Option<Extent>> {
-        (**self).take_extent(octets)
+    fn take_extent(&mut self, bytes: u64) -> io::Result<Option<Extent>> {
+        (**self).take_extent(bytes)
     }
 
     fn look_ahead(&mut self) -> io::Result<Option<LookAhead>> {

@@ -94,9 +94,9 @@ pub struct Epoch {
     /// From asking the guest to suspend until it ran on; under COLO, which asks before that,
     /// 0.
     pub suspended_for: Duration,
-    /// Octets of it that were sent only then
-    /// ([`Checkpoints::buffer_octets`](crate::save::Checkpoints::buffer_octets)).
-    pub buffered_octets: u64,
+    /// Bytes of it that were sent only then
+    /// ([`Checkpoints::buffer_bytes`](crate::save::Checkpoints::buffer_bytes)).
+    pub buffered_bytes: u64,
 }
 
 /// What comes behind a checkpoint.
@@ -194,9 +194,9 @@ pub trait RestoreToolstack {
 pub enum Arrival {
     /// All that belongs to it is here (C: `XGR_CHECKPOINT_SUCCESS`).
     Whole {
-        /// How many octets of the source the toolstack has read for that, so that places
+        /// How many bytes of the source the toolstack has read for that, so that places
         /// in the stream are said right; 0 where somebody else reads them.
-        octets: u64,
+        bytes: u64,
     },
     /// The other side has gone, and some of it never came (C:
     /// `XGR_CHECKPOINT_FAILOVER`).
@@ -210,7 +210,7 @@ pub trait CheckpointRestoreToolstack: RestoreToolstack {
     /// checkpoint here, the device model's state and its own end, from the same
     /// descriptor; nothing else reads from it meanwhile. With [`Arrival::Whole`] the
     /// checkpoint counts: it is applied, and the guest is this one from now on. `offset`
-    /// octets of the stream have been read so far, as far as the libxc layer knows.
+    /// bytes of the stream have been read so far, as far as the libxc layer knows.
     ///
     /// What a toolstack has buffered of the guest's disk writes belongs to the checkpoint
     /// that is acknowledged next: [`Arrival::Whole`] commits it, everything else discards
@@ -307,7 +307,7 @@ impl SaveToolstack for DirectToolstack<'_> {
 impl CheckpointRestoreToolstack for DirectToolstack<'_> {
     /// There is nothing around the libxc stream.
     fn checkpoint(&mut self, _offset: u64) -> Result<Arrival, ToolstackError> {
-        Ok(Arrival::Whole { octets: 0 })
+        Ok(Arrival::Whole { bytes: 0 })
     }
 }
 

@@ -161,13 +161,13 @@ pub struct DomainInfo {
 /// The blobs Xen keeps for a PV vcpu. All little endian, as in Xen's public headers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum VcpuBlob {
-    /// `vcpu_guest_context` of the guest's width: 0x1430 octets (64-bit) or 0xaf0.
+    /// `vcpu_guest_context` of the guest's width: 0x1430 bytes (64-bit) or 0xaf0.
     Basic,
-    /// `xen_domctl_ext_vcpucontext`, at most 128 octets.
+    /// `xen_domctl_ext_vcpucontext`, at most 128 bytes.
     Extended,
     /// XSAVE area: two u64 (xfeature mask, xcr0) and the area itself.
     Xsave,
-    /// MSRs: entries of 16 octets (u32 index, u32 zero, u64 value).
+    /// MSRs: entries of 16 bytes (u32 index, u32 zero, u64 value).
     Msrs,
 }
 
@@ -189,9 +189,9 @@ pub struct TscInfo {
 /// A domain's CPU policy, serialised as in X86_CPUID_POLICY and X86_MSR_POLICY.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CpuPolicy {
-    /// CPUID leaves, 24 octets each (leaf, subleaf, eax, ebx, ecx, edx), little endian.
+    /// CPUID leaves, 24 bytes each (leaf, subleaf, eax, ebx, ecx, edx), little endian.
     pub leaves: Vec<u8>,
-    /// MSRs, 16 octets each (u32 index, u32 flags, u64 value), little endian.
+    /// MSRs, 16 bytes each (u32 index, u32 flags, u64 value), little endian.
     pub msrs: Vec<u8>,
 }
 
@@ -531,10 +531,10 @@ pub trait X86Platform: Send + Sync {
 /// What only PV guests have. On a translated guest every call fails with EINVAL, but
 /// those of the width with EOPNOTSUPP.
 pub trait PvGuest: Send + Sync {
-    /// Octets in the guest's word: 8 or 4 (`XEN_DOMCTL_get_address_size`, in octets).
+    /// Bytes in the guest's word: 8 or 4 (`XEN_DOMCTL_get_address_size`, in bytes).
     fn guest_width(&self) -> Result<u8, BackendError>;
 
-    /// Make the guest 4 or 8 octets wide (`XEN_DOMCTL_set_address_size`); the width it
+    /// Make the guest 4 or 8 bytes wide (`XEN_DOMCTL_set_address_size`); the width it
     /// has always succeeds. EINVAL for another width, and for 8 once it is 4; EACCES
     /// for 4 once the domain has memory; EOPNOTSUPP where the hypervisor has no 32-bit
     /// PV guests.

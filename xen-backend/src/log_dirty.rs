@@ -20,7 +20,7 @@ pub struct DirtyBitmap {
 }
 
 impl DirtyBitmap {
-    /// The empty set of pfns below `pfns`. Takes an eighth of an octet per pfn.
+    /// The empty set of pfns below `pfns`. Takes an eighth of a byte per pfn.
     ///
     /// # Panics
     ///

@@ -84,7 +84,7 @@ pub use self::workload::{BackgroundWorkload, Workload, WorkloadCounts, WorkloadE
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostConfig {
     /// Frames of memory there are, rounded up to 2 MiB. Costs nothing until used,
-    /// but for 8 octets a frame.
+    /// but for 8 bytes a frame.
     pub memory_pages: u64,
     /// What the order of frames is made from.
     pub seed: u64,

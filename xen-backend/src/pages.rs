@@ -195,16 +195,16 @@ impl ForeignPages {
         (0..self.count).filter_map(|i| Some((i, self.page(i)?)))
     }
 
-    /// The little-endian u64 at `index` (in units of 8 octets from the first page),
+    /// The little-endian u64 at `index` (in units of 8 bytes from the first page),
     /// or `None` where that is outside the pages or in one that failed.
     pub fn read_u64(&self, index: usize) -> Option<u64> {
         let page = self.page(index / ENTRIES_PER_TABLE)?;
         Some(page.read_entry(index % ENTRIES_PER_TABLE))
     }
 
-    /// Read from a file descriptor into the octets `range` of the pages (counted from
+    /// Read from a file descriptor into the bytes `range` of the pages (counted from
     /// the first page on), straight into the mapping, with one `read(2)`: how many
-    /// octets came; 0 where the range is empty or the descriptor at its end.
+    /// bytes came; 0 where the range is empty or the descriptor at its end.
     ///
     /// # Errors
     ///
@@ -215,10 +215,10 @@ impl ForeignPages {
     /// When the range leaves the pages, touches one that failed, or the mapping is
     /// read-only.
     pub fn read_some_from(&self, fd: BorrowedFd<'_>, range: Range<usize>) -> io::Result<usize> {
-        let (room, octets) = self.room(range);
-        // SAFETY: `room` says that the octets lie in the mapping, which is writable and
+        let (room, bytes) = self.room(range);
+        // SAFETY: `room` says that the bytes lie in the mapping, which is writable and
         // has no failed page there; no reference to it exists anywhere.
-        let n = unsafe { libc::read(fd.as_raw_fd(), room.as_ptr().cast(), octets) };
+        let n = unsafe { libc::read(fd.as_raw_fd(), room.as_ptr().cast(), bytes) };
         Ok(Errno::result(n)?.unsigned_abs())
     }
 
@@ -239,26 +239,26 @@ impl ForeignPages {
         range: Range<usize>,
     ) -> io::Result<usize> {
         let offset = libc::off_t::try_from(offset).map_err(|_| Errno::EINVAL)?;
-        let (room, octets) = self.room(range);
+        let (room, bytes) = self.room(range);
         // SAFETY: as in `read_some_from`.
-        let n = unsafe { libc::pread(fd.as_raw_fd(), room.as_ptr().cast(), octets, offset) };
+        let n = unsafe { libc::pread(fd.as_raw_fd(), room.as_ptr().cast(), bytes, offset) };
         Ok(Errno::result(n)?.unsigned_abs())
     }
 
-    /// Where the octets of `range` are, and how many: all of them in the mapping, which
+    /// Where the bytes of `range` are, and how many: all of them in the mapping, which
     /// is writable, and in pages that are mapped. Panics otherwise.
     fn room(&self, range: Range<usize>) -> (NonNull<u8>, usize) {
         assert!(self.access == Access::Write, "mapping is read-only");
-        self.octets(range)
+        self.bytes(range)
     }
 
-    /// Where the pages of a range of indices are, and their octets. Panics where they are
+    /// Where the pages of a range of indices are, and their bytes. Panics where they are
     /// not all mapped.
-    fn mapped_octets(&self, pages: Range<usize>) -> (NonNull<u8>, usize) {
-        self.octets(pages.start * PAGE_SIZE..pages.end * PAGE_SIZE)
+    fn mapped_bytes(&self, pages: Range<usize>) -> (NonNull<u8>, usize) {
+        self.bytes(pages.start * PAGE_SIZE..pages.end * PAGE_SIZE)
     }
 
-    fn octets(&self, range: Range<usize>) -> (NonNull<u8>, usize) {
+    fn bytes(&self, range: Range<usize>) -> (NonNull<u8>, usize) {
         assert!(
             range.start <= range.end && range.end <= self.count * PAGE_SIZE,
             "range leaves the mapping"
@@ -269,7 +269,7 @@ impl ForeignPages {
             "range holds a page that is not mapped"
         );
         // SAFETY: start <= count * 4096, so the result is inside the mapping or right
-        // behind it (then there are no octets).
+        // behind it (then there are no bytes).
         let room = unsafe { self.base.add(range.start) };
         (room, range.len())
     }
@@ -414,7 +414,7 @@ mod tests {
     use nix::sys::memfd::{MFdFlags, memfd_create};
     use nix::sys::mman::{MapFlags, ProtFlags};
 
-    /// `count` pages of a memfd, page i filled with the octet i + 1; those in
+    /// `count` pages of a memfd, page i filled with the byte i + 1; those in
     /// `failed` have no memory behind them.
     pub(super) fn pages(count: usize, access: Access, failed: &[usize]) -> ForeignPages {
         let mut file = File::from(memfd_create("pages", MFdFlags::empty()).unwrap());
@@ -477,7 +477,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_are_filled_from_a_descriptor_octet_for_octet() {
+    fn pages_are_filled_from_a_descriptor_byte_for_byte() {
         let pages = pages(4, Access::Write, &[3]);
         let (reader, mut writer) = std::io::pipe().unwrap();
         writer.write_all(&[0x77; PAGE_SIZE]).unwrap();

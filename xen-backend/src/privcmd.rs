@@ -49,9 +49,9 @@ pub(crate) trait Hypercalls: fmt::Debug + Send + Sync {
     /// names buffers of another.
     fn hypercall(&self, call: Call<'_>) -> Result<u64, Errno>;
 
-    /// Zeroed memory for arguments, of at least one octet, that stays where it is and
+    /// Zeroed memory for arguments, of at least one byte, that stays where it is and
     /// that the hypervisor can reach at any time. ENOMEM where there is none left.
-    fn buffer(&self, octets: usize) -> Result<CallBuffer, Errno>;
+    fn buffer(&self, bytes: usize) -> Result<CallBuffer, Errno>;
 
     /// Addresses for `gfns` of a domain, none mapped as yet.
     fn reserve(

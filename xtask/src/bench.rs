@@ -21,10 +21,10 @@ use crate::command::Invocation;
 use crate::spread::Spread;
 use crate::workspace;
 
-/// Measure throughput and memory, beside plain copies of the same octets
+/// Measure throughput and memory, beside plain copies of the same bytes
 ///
 /// Builds the release binary, makes a mock domain of each kind and takes turns at
-/// saving, restoring and verifying it and at moving the same octets with cat or dd. A
+/// saving, restoring and verifying it and at moving the same bytes with cat or dd. A
 /// restore's limit is a read from the same source and a write into a fresh file. Prints a
 /// table, in Markdown, with medians and ranges; docs/performance.md says what it means.
 #[derive(Debug, Args)]
@@ -159,9 +159,9 @@ fn kinds(args: &BenchArgs, xsr: &Path, scratch: &Path) -> Result<String> {
             "{} mock create guest --host {}/{kind} --type {kind} --memory {}M --vcpus 2",
             bench.xsr, bench.dir, args.memory
         ))?;
-        // The octets that everything is measured with.
+        // The bytes that everything is measured with.
         shell(&bench.save("image"))?;
-        let octets = fs::metadata(scratch.join("image"))?.len();
+        let bytes = fs::metadata(scratch.join("image"))?.len();
         let mut rows = bench.rows();
         for round in 0..args.rounds {
             eprintln!("{kind}: round {} of {}", round + 1, args.rounds);
@@ -172,7 +172,7 @@ fn kinds(args: &BenchArgs, xsr: &Path, scratch: &Path) -> Result<String> {
                 }
             }
         }
-        table(&mut report, kind, octets, &rows)?;
+        table(&mut report, kind, bytes, &rows)?;
     }
     Ok(report)
 }
@@ -269,9 +269,9 @@ impl Bench {
     }
 }
 
-fn table(out: &mut String, kind: &str, octets: u64, rows: &[Row]) -> Result<()> {
-    let gib = octets_in_gib(octets);
-    writeln!(out, "\n### {kind}: image of {octets} octets\n")?;
+fn table(out: &mut String, kind: &str, bytes: u64, rows: &[Row]) -> Result<()> {
+    let gib = bytes_in_gib(bytes);
+    writeln!(out, "\n### {kind}: image of {bytes} bytes\n")?;
     writeln!(
         out,
         "| what | median s | range s | GiB/s | of the limit | CPU s | peak MiB |"
@@ -306,8 +306,8 @@ fn table(out: &mut String, kind: &str, octets: u64, rows: &[Row]) -> Result<()> 
     Ok(())
 }
 
-fn octets_in_gib(octets: u64) -> f64 {
-    let mib = u32::try_from(octets >> 20).unwrap_or(u32::MAX);
+fn bytes_in_gib(bytes: u64) -> f64 {
+    let mib = u32::try_from(bytes >> 20).unwrap_or(u32::MAX);
     f64::from(mib) / 1024.0
 }
 

@@ -35,7 +35,7 @@ fn directory() -> PathBuf {
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Example:
-  cargo xtask peer test      the same octets, the same machines?
+  cargo xtask peer test      the same bytes, the same machines?
   cargo xtask peer bench     how fast? 1 GiB domains, 7 pairs: some ten minutes
   cargo xtask peer bench --kind pv --kind hvm --memory 4096 --pairs 3
   cargo xtask peer bench --downtime    live migrations, at three dirty rates
@@ -52,7 +52,7 @@ enum PeerTask {
     /// Time both at saves and restores, in pairs
     ///
     /// Each round has every contender do the same once, in turns: Xen's helper, ours with
-    /// one thread and with two, and cat with the same octets, which is the limit. Prints
+    /// one thread and with two, and cat with the same bytes, which is the limit. Prints
     /// tables in Markdown, medians and ranges; docs/performance.md says what they mean.
     Bench(bench::BenchArgs),
 }

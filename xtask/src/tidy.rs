@@ -31,10 +31,10 @@ pub(crate) fn run() -> Result<Outcome> {
     let mut findings = Findings::default();
     let files = workspace::files()?;
     for file in &files {
-        let octets = std::fs::read(workspace::root().join(file))
+        let bytes = std::fs::read(workspace::root().join(file))
             .with_context(|| format!("cannot read {}", file.display()))?;
         // What is no text is a fixture.
-        let Ok(contents) = String::from_utf8(octets) else {
+        let Ok(contents) = String::from_utf8(bytes) else {
             continue;
         };
         if file.extension().is_some_and(|extension| extension == "rs") {

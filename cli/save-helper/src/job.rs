@@ -14,7 +14,7 @@ use xsr_format::read::{ReadOptions, RecordReader};
 use xsr_save_restore::back_channel::FdBackChannel;
 use xsr_save_restore::error::GuestError;
 use xsr_save_restore::restore::checkpoint::CheckpointOptions;
-use xsr_save_restore::save::{BUFFER_OCTETS, Checkpoints};
+use xsr_save_restore::save::{BUFFER_BYTES, Checkpoints};
 use xsr_save_restore::sink::FdSink;
 use xsr_save_restore::source::FdSource;
 use xsr_save_restore::{Live, RestoreError, RestoreOptions, Restored, SaveError, SaveOptions};
@@ -105,9 +105,9 @@ fn inherited(fd: i32) -> Result<OwnedFd> {
 /// Let a pipe hold more than the 64 KiB it begins with: fewer turns between the two
 /// processes. Where that is not allowed, and where it is no pipe, nothing changes.
 fn widen(stream: &OwnedFd) {
-    const OCTETS: usize = 1 << 20;
-    if fcntl_getpipe_size(stream).is_ok_and(|octets| octets < OCTETS)
-        && let Err(error) = fcntl_setpipe_size(stream, OCTETS)
+    const BYTES: usize = 1 << 20;
+    if fcntl_getpipe_size(stream).is_ok_and(|bytes| bytes < BYTES)
+        && let Err(error) = fcntl_setpipe_size(stream, BYTES)
     {
         tracing::debug!(%error, "the pipe keeps its size");
     }
@@ -158,7 +158,7 @@ fn save(args: &SaveArgs, wire: &Wire, backend: &dyn Backend) -> Result<()> {
             &options,
             Checkpoints {
                 policy: live.policy,
-                buffer_octets: BUFFER_OCTETS,
+                buffer_bytes: BUFFER_BYTES,
             },
             &mut on_progress,
         )?),

@@ -12,7 +12,7 @@ use crate::args::StreamType;
 use crate::log;
 use crate::wire::Wire;
 
-/// Octets of contents from one step to the next.
+/// Bytes of contents from one step to the next.
 const STEP: u64 = 4 << 20;
 
 /// Tells libxl of a save.
@@ -23,7 +23,7 @@ pub(crate) struct Steps<'w> {
     last: Option<(Phase, u32)>,
     /// Checkpoints behind which the stream goes on.
     checkpoints: u64,
-    /// Octets of the pass at the last step.
+    /// Bytes of the pass at the last step.
     told: u64,
 }
 
@@ -77,9 +77,9 @@ impl<'w> Steps<'w> {
             _ => None,
         };
         if let (Some(what), Some(total)) = (what, progress.pages_total)
-            && (progress.octets_done >= self.told + STEP || progress.pass_is_complete())
+            && (progress.bytes_done >= self.told + STEP || progress.pass_is_complete())
         {
-            self.told = progress.octets_done;
+            self.told = progress.bytes_done;
             self.step(&what, progress.pages_done, total);
         }
         self.wire.cancel().check()

@@ -131,7 +131,7 @@ impl ColoToolstack for Libxl<'_> {
 /// What libxl has read of the stream itself it does not say.
 fn arrival(turn: Result<Turn, ToolstackError>) -> Result<Arrival, ToolstackError> {
     Ok(match turn? {
-        Turn::Done => Arrival::Whole { octets: 0 },
+        Turn::Done => Arrival::Whole { bytes: 0 },
         Turn::Lost => Arrival::Lost,
     })
 }
@@ -175,7 +175,7 @@ impl ColoRestoreToolstack for Libxl<'_> {
 }
 
 impl CheckpointRestoreToolstack for Libxl<'_> {
-    /// libxl reads its own records of the checkpoint. How many octets that are it does
+    /// libxl reads its own records of the checkpoint. How many bytes that are it does
     /// not say: places that are named behind them count what libxc reads.
     fn checkpoint(&mut self, _offset: u64) -> Result<Arrival, ToolstackError> {
         self.expect(CHECKPOINT, number::CHECKPOINT)?;

@@ -1,8 +1,8 @@
 //! The pipes to libxl: we speak on stdout, it answers on stdin.
 //!
-//! A message is a u16 length and so many octets: a u16 number and the arguments,
+//! A message is a u16 length and so many bytes: a u16 number and the arguments,
 //! packed, in the machine's byte order. Strings are a u32 length, which counts the
-//! NUL, and the octets. A message that wants an answer gets one `int`.
+//! NUL, and the bytes. A message that wants an answer gets one `int`.
 //!
 //! | number | message | arguments | answer |
 //! |---|---|---|---|
@@ -105,10 +105,10 @@ impl Message {
     /// A string without the NULs it may have, cut where it is too long.
     fn string(self, text: &str) -> Self {
         let end = text.floor_char_boundary_at(LONGEST);
-        let octets: Vec<u8> = text[..end].bytes().filter(|b| *b != 0).collect();
-        let length = u32::try_from(octets.len() + 1).unwrap_or(u32::MAX);
+        let bytes: Vec<u8> = text[..end].bytes().filter(|b| *b != 0).collect();
+        let length = u32::try_from(bytes.len() + 1).unwrap_or(u32::MAX);
         let mut message = self.u32(length);
-        message.0.extend(octets);
+        message.0.extend(bytes);
         message.0.push(0);
         message
     }
@@ -170,10 +170,10 @@ impl Wire {
     /// Send a message, whole, whatever thread it comes from.
     fn send(&self, message: &Message) -> io::Result<()> {
         let length = u16::try_from(message.0.len()).map_err(io::Error::other)?;
-        let mut octets = length.to_ne_bytes().to_vec();
-        octets.extend(&message.0);
+        let mut bytes = length.to_ne_bytes().to_vec();
+        bytes.extend(&message.0);
         let mut to = self.to.lock().unwrap_or_else(PoisonError::into_inner);
-        to.write_all(&octets)
+        to.write_all(&bytes)
             .and_then(|()| to.flush())
             .inspect_err(|_| self.note(Lost::Request))
     }
@@ -272,9 +272,9 @@ mod tests {
     struct Written(Arc<Mutex<Vec<u8>>>);
 
     impl Write for Written {
-        fn write(&mut self, octets: &[u8]) -> io::Result<usize> {
-            self.0.lock().unwrap().extend(octets);
-            Ok(octets.len())
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend(bytes);
+            Ok(bytes.len())
         }
 
         fn flush(&mut self) -> io::Result<()> {
@@ -324,7 +324,7 @@ mod tests {
         wire.log(Level::Error, &"é".repeat(LONGEST)).unwrap();
         wire.log(Level::Error, &format!("x{}", "é".repeat(LONGEST)))
             .unwrap();
-        let octets = written.0.lock().unwrap();
-        assert!(octets.len() < 2 * (LONGEST + 64));
+        let bytes = written.0.lock().unwrap();
+        assert!(bytes.len() < 2 * (LONGEST + 64));
     }
 }

@@ -5,7 +5,7 @@
 
 #[path = "helper/colo.rs"]
 mod colo;
-#[path = "../../tests/common/images.rs"]
+#[path = "../../tests/it/common/images.rs"]
 mod images;
 #[path = "helper/remus.rs"]
 mod remus;
@@ -407,7 +407,7 @@ fn sigterm_stops_a_save_whose_reader_has_stalled() {
     let child = start(&path, &save_args(domid, 1), writer);
     let pid = Pid::from_raw(child.id().cast_signed());
     let stopping = std::thread::spawn(move || {
-        // Octets arrive, so the signal is caught by now; nobody takes the rest.
+        // Bytes arrive, so the signal is caught by now; nobody takes the rest.
         reader.read_exact(&mut [0; 4096]).unwrap();
         signal::kill(pid, Signal::SIGTERM).unwrap();
         reader

@@ -93,7 +93,7 @@ pub(crate) enum LegacyGuestArg {
     Hvm,
 }
 
-/// Octets in the toolstack's words.
+/// Bytes in the toolstack's words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum WidthArg {
     /// 32 bits
@@ -218,7 +218,7 @@ pub(crate) enum ExportFormat {
 
 /// Change the configuration in an image, drop or add optional records
 ///
-/// The guest's memory and state stay as they are, octet for octet.
+/// The guest's memory and state stay as they are, byte for byte.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -293,7 +293,7 @@ pub(crate) enum CatLayer {
 /// Write an image without what stands around it, to stdout or a file
 ///
 /// Compressions, the headers of xl, libvirt and xapi go; the stream inside stays as it is,
-/// octet for octet. (A legacy stream, which nobody reads any more, is converted. Of a mapped
+/// byte for byte. (A legacy stream, which nobody reads any more, is converted. Of a mapped
 /// image, padding and index go, too: what is left is the stream that a plain save writes.)
 #[derive(Debug, Args)]
 #[command(after_help = "\

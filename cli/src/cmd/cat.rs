@@ -29,18 +29,18 @@ use crate::terminal::Terminal;
 /// A file, and what has been read from it since somebody looked.
 pub(super) struct Heard<'f> {
     file: &'f File,
-    octets: Rc<RefCell<Vec<u8>>>,
+    bytes: Rc<RefCell<Vec<u8>>>,
 }
 
 impl<'f> Heard<'f> {
     /// Read from a file; what was read can be taken from the second.
     pub(super) fn new(file: &'f File) -> (Self, Rc<RefCell<Vec<u8>>>) {
-        let octets = Rc::default();
+        let bytes = Rc::default();
         let heard = Self {
             file,
-            octets: Rc::clone(&octets),
+            bytes: Rc::clone(&bytes),
         };
-        (heard, octets)
+        (heard, bytes)
     }
 
     /// The file, for what nobody needs to hear.
@@ -53,7 +53,7 @@ impl Read for Heard<'_> {
     fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
         let n = self.file.read(room)?;
         if let Some(read) = room.get(..n) {
-            self.octets.borrow_mut().extend_from_slice(read);
+            self.bytes.borrow_mut().extend_from_slice(read);
         }
         Ok(n)
     }
@@ -97,10 +97,10 @@ pub(crate) fn run(args: &CatArgs, terminal: &Terminal) -> Result<Code> {
     };
     let _bar = input.follow(terminal, "copying");
     output.fill(|sink| {
-        let octets = cat(args, layer, &input, sink)
+        let bytes = cat(args, layer, &input, sink)
             .map_err(|error| input.blame(error))
             .with_context(|| input.name.clone())?;
-        input.finish(octets).with_context(|| input.name.clone())
+        input.finish(bytes).with_context(|| input.name.clone())
     })?;
     Ok(Code::Fine)
 }
@@ -169,22 +169,22 @@ fn cat(args: &CatArgs, wanted: Layer, input: &Input, sink: &mut Sink<'_>) -> Res
             Content::LibxlHeader(_) | Content::LibxlRecord(_) => Layer::Libxl,
             Content::Headers(..) | Content::PageData(_) | Content::Record(_) => Layer::Libxc,
         };
-        let mut octets = heard.take();
+        let mut bytes = heard.take();
         match &step.content {
             Content::XlHeader(header) if blanks > 0 => {
-                octets = header.without_blanks(blanks)?.encode();
+                bytes = header.without_blanks(blanks)?.encode();
             }
-            Content::PageData(body) => octets = without_pads(body, octets)?,
+            Content::PageData(body) => bytes = without_pads(body, bytes)?,
             _ => {}
         }
         if layer <= wanted {
-            sink.write_all(&octets)?;
+            sink.write_all(&bytes)?;
         }
         if let Content::PageData(mut body) = step.content {
             let pages = body.pages_left();
-            let copied = body.with_source(pages, |source, octets| {
-                let copied = sink.copy(source.file, octets)?;
-                match copied == octets {
+            let copied = body.with_source(pages, |source, bytes| {
+                let copied = sink.copy(source.file, bytes)?;
+                match copied == bytes {
                     true => Ok(()),
                     false => Err(EndedAfter(copied).into()),
                 }

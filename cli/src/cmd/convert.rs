@@ -26,7 +26,7 @@ use xsr_format::legacy::{
 };
 use xsr_format::read::ReadOptions;
 use xsr_format::transcode::{
-    CopyError, CopyOctets, Dropped, ImageSink, Layer, Summary, TranscodeError, transcode,
+    CopyBytes, CopyError, Dropped, ImageSink, Layer, Summary, TranscodeError, transcode,
 };
 use xsr_format::walk::Walk;
 use xsr_format::wrapper::libxl::LibxlRecordKind;
@@ -57,8 +57,8 @@ struct Report<'a> {
     /// Pages of zeros in a mapped image.
     #[serde(skip_serializing_if = "Option::is_none")]
     zero_pages: Option<u64>,
-    /// Octets written.
-    octets: u64,
+    /// Bytes written.
+    bytes: u64,
     seconds: f64,
     /// State that came with the image and is not in what was written.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -99,7 +99,7 @@ pub(crate) fn run(args: &ConvertArgs, terminal: &Terminal) -> Result<Code> {
         None => output.follow(terminal, "converting", None),
         bar => bar,
     };
-    let (done, octets) = output.fill(|sink| {
+    let (done, bytes) = output.fill(|sink| {
         convert(args, input, config.as_ref(), sink).with_context(|| format!("converting {from}"))
     })?;
     drop(bar);
@@ -118,7 +118,7 @@ pub(crate) fn run(args: &ConvertArgs, terminal: &Terminal) -> Result<Code> {
         ConvertLayout::Stream => format!("{from} converted to {what}"),
         ConvertLayout::Mapped => format!("{from} converted to {what}, mapped"),
     };
-    terminal.note(&format!("{words}: {} in {seconds:.1} s", size(octets)));
+    terminal.note(&format!("{words}: {} in {seconds:.1} s", size(bytes)));
     if args.json {
         let document = Report {
             file: &args.file.display().to_string(),
@@ -129,7 +129,7 @@ pub(crate) fn run(args: &ConvertArgs, terminal: &Terminal) -> Result<Code> {
                 ConvertLayout::Mapped => "mapped",
             },
             zero_pages: done.zero_pages,
-            octets,
+            bytes,
             seconds,
             left_out: done.left_out,
             warnings: done.warnings,
@@ -266,7 +266,7 @@ fn to_mapped(
     })
 }
 
-/// Whether these octets are certainly not the start of a legacy stream.
+/// Whether these bytes are certainly not the start of a legacy stream.
 fn is_modern(prefix: &[u8]) -> bool {
     !matches!(
         detect(prefix),
@@ -280,7 +280,7 @@ fn modern<'i, W: ImageSink>(
     input: &'i Input,
     config: Option<&XlHeader>,
     sink: &mut W,
-    copy: CopyOctets<&'i File, W>,
+    copy: CopyBytes<&'i File, W>,
 ) -> Result<Done> {
     let options = ReadOptions {
         lenient: args.lenient,
@@ -438,13 +438,13 @@ fn pour(converted: &mut Converted<&File>, sink: &mut Sink<'_>) -> Result<()> {
     loop {
         match converted.next_part()? {
             None => break,
-            Some(Part::Octets(octets)) => sink.write_all(octets)?,
+            Some(Part::Bytes(bytes)) => sink.write_all(bytes)?,
             Some(Part::Through(_)) => {
                 let mut failed = None;
-                converted.with_source(|source, octets| {
-                    copy_octets(source, octets, sink).or_else(|e| {
+                converted.with_source(|source, bytes| {
+                    copy_bytes(source, bytes, sink).or_else(|e| {
                         failed = Some(e);
-                        Ok(octets)
+                        Ok(bytes)
                     })
                 })?;
                 if let Some(error) = failed {
@@ -457,8 +457,8 @@ fn pour(converted: &mut Converted<&File>, sink: &mut Sink<'_>) -> Result<()> {
 }
 
 /// From file to file, by the kernel where it can.
-fn copy_octets(source: &mut &File, octets: u64, sink: &mut Sink<'_>) -> Result<u64, CopyError> {
-    let copied = sink.copy(source, octets);
+fn copy_bytes(source: &mut &File, bytes: u64, sink: &mut Sink<'_>) -> Result<u64, CopyError> {
+    let copied = sink.copy(source, bytes);
     copied.map_err(|error| match sink.has_failed() {
         true => CopyError::Write(error),
         false => CopyError::Read(error),

@@ -121,9 +121,9 @@ pub(crate) fn run(args: &DemoArgs, terminal: &Terminal) -> Result<Code> {
             "{:<9} {:<10} {memory:>9}  {:>24}  {:>8}  {:>24}  {}, all the same",
             guest.name,
             guest.what,
-            speed(row.octets, row.save),
+            speed(row.bytes, row.save),
             milliseconds(row.verify),
-            speed(row.octets, row.restore),
+            speed(row.bytes, row.restore),
             row.compared
         )?;
         out.flush()?;
@@ -131,8 +131,8 @@ pub(crate) fn run(args: &DemoArgs, terminal: &Terminal) -> Result<Code> {
         totals.add(&row);
     }
     let (saving, restoring) = (
-        speed(totals.octets, totals.save),
-        speed(totals.octets, totals.restore),
+        speed(totals.bytes, totals.save),
+        speed(totals.bytes, totals.restore),
     );
     writeln!(
         out,
@@ -140,7 +140,7 @@ pub(crate) fn run(args: &DemoArgs, terminal: &Terminal) -> Result<Code> {
          a restore itself rewrites (docs/images.md).\nSaved {} in {saving}, restored in \
          {restoring}; {:.1} s in all.",
         totals.compared,
-        size(totals.octets),
+        size(totals.bytes),
         started.elapsed().as_secs_f64()
     )?;
     out.flush()?;
@@ -174,7 +174,7 @@ struct Came {
     kind: &'static str,
     bits: u8,
     memory_kib: u64,
-    page_data_octets: u64,
+    page_data_bytes: u64,
     save_seconds: f64,
     verify_seconds: f64,
     restore_seconds: f64,
@@ -188,7 +188,7 @@ impl Came {
             kind: config::kind_name(guest.kind),
             bits: guest.width * 8,
             memory_kib: guest.memory_mib << 10,
-            page_data_octets: row.octets,
+            page_data_bytes: row.bytes,
             save_seconds: row.save.as_secs_f64(),
             verify_seconds: row.verify.as_secs_f64(),
             restore_seconds: row.restore.as_secs_f64(),
@@ -205,16 +205,16 @@ fn scratch() -> Result<TempDir> {
         let stat = statvfs(path).ok()?;
         Some(stat.blocks_available() * stat.fragment_size())
     };
-    let dir = match room(memory).is_some_and(|octets| octets >= ROOM) {
+    let dir = match room(memory).is_some_and(|bytes| bytes >= ROOM) {
         true => memory.to_owned(),
         false => std::env::temp_dir(),
     };
-    if let Some(octets) = room(&dir).filter(|octets| *octets < ROOM) {
+    if let Some(bytes) = room(&dir).filter(|bytes| *bytes < ROOM) {
         bail!(
             "the demo needs {} in {}, where {} are left; set TMPDIR to a directory with more",
             size(ROOM),
             dir.display(),
-            size(octets)
+            size(bytes)
         );
     }
     tempfile::Builder::new()
@@ -245,8 +245,8 @@ struct Demo<'a> {
 /// What one domain took.
 #[derive(Default)]
 struct Row {
-    /// Octets of page contents.
-    octets: u64,
+    /// Bytes of page contents.
+    bytes: u64,
     save: Duration,
     verify: Duration,
     restore: Duration,
@@ -256,7 +256,7 @@ struct Row {
 
 impl Row {
     fn add(&mut self, row: &Self) {
-        self.octets += row.octets;
+        self.bytes += row.bytes;
         self.save += row.save;
         self.verify += row.verify;
         self.restore += row.restore;
@@ -291,7 +291,7 @@ impl Demo<'_> {
         let again = self.dir.join(format!("{name}.again.save"));
         let started = Instant::now();
         let one = Hypervisor::from(self.one.clone());
-        let octets = self.save(&one, domid, &image)?;
+        let bytes = self.save(&one, domid, &image)?;
         let save = started.elapsed();
 
         let started = Instant::now();
@@ -314,7 +314,7 @@ impl Demo<'_> {
         remove(&image)?;
         remove(&again)?;
         Ok(Row {
-            octets,
+            bytes,
             save,
             verify,
             restore,
@@ -322,7 +322,7 @@ impl Demo<'_> {
         })
     }
 
-    /// Save a domain, which is gone afterwards; how many octets of pages it had.
+    /// Save a domain, which is gone afterwards; how many bytes of pages it had.
     fn save(&mut self, host: &Hypervisor, domid: DomId, to: &Path) -> Result<u64> {
         let domain = host.domain(domid)?;
         let which = DomainRef::from(&domain.info()?);
@@ -346,16 +346,16 @@ impl Demo<'_> {
         let written = job.write(&mut toolstack, sink, None, &mut self.watch)?;
         self.watch.clear();
         output.finish()?;
-        let octets = written.saved.stats().pages * 4096;
+        let bytes = written.saved.stats().pages * 4096;
         written.saved.keep_suspended();
         backend::destroy(&**host, which, "the domain")?;
-        Ok(octets)
+        Ok(bytes)
     }
 
     fn restore(&mut self, from: &Path) -> Result<DomId> {
         let input = Input::open(from, false)?;
         self.watch.now("restoring");
-        self.watch.expect_octets(input.length);
+        self.watch.expect_bytes(input.length);
         let cancel = self.watch.interrupt().cancel().clone();
         let image = restore::Image::open(&input, false, &restore::Overrides::default(), cancel)?;
         let made = image.build(
@@ -383,9 +383,9 @@ fn milliseconds(duration: Duration) -> String {
     format!("{:.1} ms", duration.as_secs_f64() * 1000.0)
 }
 
-fn speed(octets: u64, duration: Duration) -> String {
+fn speed(bytes: u64, duration: Duration) -> String {
     let microseconds = duration.as_micros().max(1);
-    let rate = u128::from(octets) * 1_000_000 / microseconds;
+    let rate = u128::from(bytes) * 1_000_000 / microseconds;
     let rate = size(u64::try_from(rate).unwrap_or(u64::MAX));
     format!("{} ({rate}/s)", seconds(duration))
 }

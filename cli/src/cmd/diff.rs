@@ -115,9 +115,9 @@ fn compare(a: &Image, b: &Image, after_restore: bool, terminal: &Terminal) -> Re
     let pages_compared = pages::compare(
         a.pages(),
         b.pages(),
-        &mut |octets| {
-            done += 2 * octets;
-            bar.octets(done, Some(total));
+        &mut |bytes| {
+            done += 2 * bytes;
+            bar.bytes(done, Some(total));
         },
         &mut |difference| compare::page(difference, start_info, &mut found),
     )

@@ -1,5 +1,5 @@
 //! `xsr edit`: the configuration in an image of xl replaced, optional records dropped or
-//! added. The guest's memory and state go through octet for octet.
+//! added. The guest's memory and state go through byte for byte.
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
@@ -47,7 +47,7 @@ pub(crate) fn run(args: &EditArgs, terminal: &Terminal) -> Result<Code> {
     let input = input.unwrapped(args.lenient)?;
     refuse_mapped(&input, args.lenient)?;
     let bar = input.follow(terminal, "editing");
-    let (dropped, octets) = output.fill(|sink| {
+    let (dropped, bytes) = output.fill(|sink| {
         edit(args, &input, sink)
             .map_err(|error| input.blame(error))
             .with_context(|| format!("editing {}", input.name))
@@ -69,7 +69,7 @@ pub(crate) fn run(args: &EditArgs, terminal: &Terminal) -> Result<Code> {
             dropped,
             added: args.add.len(),
             configuration_changed: changes_configuration(args),
-            octets,
+            bytes,
         };
         report(terminal, &done, &document);
     }
@@ -84,7 +84,7 @@ struct Report<'a> {
     dropped: u64,
     added: usize,
     configuration_changed: bool,
-    octets: u64,
+    bytes: u64,
 }
 
 fn changes_configuration(args: &EditArgs) -> bool {
@@ -123,7 +123,7 @@ fn edit(args: &EditArgs, input: &Input, sink: &mut Sink<'_>) -> Result<u64> {
     let mut dropped = 0_u64;
     let mut added = false;
     while let Some(step) = walk.next_step()? {
-        let octets = heard.take();
+        let bytes = heard.take();
         match step.content {
             Content::Headers(image, _) if image.order == ByteOrder::Big && !args.add.is_empty() => {
                 let why = "records can be added to little-endian streams only: convert it first";
@@ -148,20 +148,20 @@ fn edit(args: &EditArgs, input: &Input, sink: &mut Sink<'_>) -> Result<u64> {
                     sink.write_all(&additions)?;
                     added = true;
                 }
-                sink.write_all(&octets)?;
+                sink.write_all(&bytes)?;
             }
             Content::PageData(mut body) => {
-                sink.write_all(&without_pads(&body, octets)?)?;
+                sink.write_all(&without_pads(&body, bytes)?)?;
                 let pages = body.pages_left();
-                body.with_source(pages, |source, octets| {
-                    let copied = sink.copy(source.file(), octets)?;
-                    match copied == octets {
+                body.with_source(pages, |source, bytes| {
+                    let copied = sink.copy(source.file(), bytes)?;
+                    match copied == bytes {
                         true => Ok(()),
                         false => Err(EndedAfter(copied).into()),
                     }
                 })?;
             }
-            _ => sink.write_all(&octets)?,
+            _ => sink.write_all(&bytes)?,
         }
     }
     input.finish(walk.offset())?;

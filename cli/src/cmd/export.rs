@@ -101,12 +101,12 @@ pub(crate) fn run(args: &ExportArgs, terminal: &Terminal) -> Result<Code> {
                 .to_possible_value()
                 .map_or_else(String::new, |value| value.get_name().to_owned()),
             pages,
-            octets: written,
+            bytes: written,
             seconds: started.elapsed().as_secs_f64(),
         };
         report(terminal, &done, &document);
     }
-    tracing::debug!(written, "octets");
+    tracing::debug!(written, "bytes");
     Ok(Code::Fine)
 }
 
@@ -116,7 +116,7 @@ struct Report<'a> {
     file: &'a str,
     format: String,
     pages: u64,
-    octets: u64,
+    bytes: u64,
     seconds: f64,
 }
 
@@ -183,7 +183,7 @@ impl Contents {
         self.runs().map(|run| run.pages()).sum()
     }
 
-    /// As an ELF core; octets written.
+    /// As an ELF core; bytes written.
     fn elf(&self, image: &File, out: &mut Sink<'_>) -> Result<u64> {
         let mut core = self.core.clone();
         core.pages = self.pages();
@@ -209,7 +209,7 @@ impl Contents {
         Ok(core.pages_offset() + core.pages * PAGE)
     }
 
-    /// As a core for gdb; octets written.
+    /// As a core for gdb; bytes written.
     fn gdb(&self, image: &File, out: &mut Sink<'_>, view: u32) -> Result<u64> {
         let vcpus: Vec<Vcpu> = match self.core.hvm {
             true => self.hvm_vcpus.clone(),
@@ -276,8 +276,8 @@ impl Contents {
 const CR3_OF_PV: usize = 4984 + 3 * 8;
 
 /// The 64-bit word at `at`; 0 where there is none.
-fn word(octets: &[u8], at: usize) -> u64 {
-    octets
+fn word(bytes: &[u8], at: usize) -> u64 {
+    bytes
         .get(at..at + 8)
         .and_then(|word| word.try_into().ok())
         .map_or(0, u64::from_le_bytes)
@@ -294,21 +294,21 @@ fn paging_of_hvm(cpu: &[u8]) -> Paging {
 }
 
 /// Copy a part of the image.
-fn copy(mut image: &File, offset: u64, octets: u64, out: &mut Sink<'_>) -> Result<()> {
+fn copy(mut image: &File, offset: u64, bytes: u64, out: &mut Sink<'_>) -> Result<()> {
     image.seek(SeekFrom::Start(offset))?;
-    let copied = out.copy(image, octets)?;
-    match copied == octets {
+    let copied = out.copy(image, bytes)?;
+    match copied == bytes {
         true => Ok(()),
         false => Err(Error::from(io::Error::from(io::ErrorKind::UnexpectedEof))),
     }
 }
 
-/// So many octets of nothing.
-fn gap(out: &mut Sink<'_>, octets: u64, sparse: bool) -> Result<()> {
-    match (octets, sparse) {
+/// So many bytes of nothing.
+fn gap(out: &mut Sink<'_>, bytes: u64, sparse: bool) -> Result<()> {
+    match (bytes, sparse) {
         (0, _) => Ok(()),
-        (_, true) => out.leave_hole(octets).context("leaving a hole in the file"),
-        (_, false) => Ok(out.write_zeros(octets)?),
+        (_, true) => out.leave_hole(bytes).context("leaving a hole in the file"),
+        (_, false) => Ok(out.write_zeros(bytes)?),
     }
 }
 
@@ -321,7 +321,7 @@ fn without_zeros(image: &File, run: Run, out: &mut Sink<'_>) -> Result<()> {
         let room = &mut room[..usize::try_from(pages * PAGE)?];
         image.read_exact_at(room, run.offset + (first - run.first) * PAGE)?;
         for page in room.chunks(PAGE_SIZE) {
-            match page.iter().all(|octet| *octet == 0) {
+            match page.iter().all(|byte| *byte == 0) {
                 true => gap(out, PAGE, true)?,
                 false => out.write_all(page)?,
             }

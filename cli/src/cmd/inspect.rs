@@ -97,11 +97,11 @@ pub(crate) fn run(args: &InspectArgs, terminal: &Terminal) -> Result<Code> {
     });
     let code = match end {
         Ok((trailing, warnings)) => {
-            report.octets = walked.bytes;
+            report.bytes = walked.bytes;
             // Behind a mapped image is what describes it.
             let behind = trailing.filter(|_| report.mapped.is_none());
             let behind = behind.unwrap_or_default();
-            report.trailing_octets = behind.bytes;
+            report.trailing_bytes = behind.bytes;
             let behind = verdict::trailing(walked.bytes, &behind);
             let warnings = warnings.into_iter().chain(behind);
             report.warnings = warnings.map(|warning| warning.0).collect();
@@ -109,7 +109,7 @@ pub(crate) fn run(args: &InspectArgs, terminal: &Terminal) -> Result<Code> {
         }
         Err(e) if !any => return Err(e),
         Err(e) => {
-            report.octets = input.length.unwrap_or(0);
+            report.bytes = input.length.unwrap_or(0);
             report.error = Some(exit::words(e.chain().skip(1)));
             terminal.error(&e);
             exit::code_of(&e)
@@ -185,7 +185,7 @@ impl Inspection {
             byte_order: order(header.byte_order()),
             mandatory_flags: header.mandatory_flags(),
             optional_flags: header.optional_flags(),
-            config_octets: header.config().map_or(0, <[u8]>::len),
+            config_bytes: header.config().map_or(0, <[u8]>::len),
             config: json
                 .filter(|json| json.len() <= MOST_SHOWN)
                 .and_then(|json| serde_json::from_str(json).ok()),
@@ -247,7 +247,7 @@ impl Inspection {
             index: at.index,
             offset: at.offset,
             kind,
-            octets: at.length,
+            bytes: at.length,
             facts,
         });
     }
@@ -322,7 +322,7 @@ impl Inspection {
                     code: record.kind.0,
                     name: record.kind.name(),
                     instance: record.instance,
-                    octets: record.body.len(),
+                    bytes: record.body.len(),
                 }),
                 // The format leaves the context to Xen: the image is not bad for it.
                 Err(e) => tracing::warn!("{e}; what comes behind is left out"),
@@ -366,7 +366,7 @@ impl Inspection {
             && self.report.records_left_out == 0
         {
             before.join(&facts);
-            row.octets += at.length;
+            row.bytes += at.length;
             return Ok(());
         }
         let kind = kind_name(RecordKind::PAGE_DATA);

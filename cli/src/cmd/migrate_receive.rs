@@ -41,7 +41,7 @@ struct Report<'a> {
     domain: &'static str,
     from: &'a str,
     pages: u64,
-    page_data_octets: u64,
+    page_data_bytes: u64,
     superpages_1gib: u64,
     superpages_2mib: u64,
     verify_mismatches: u64,
@@ -101,10 +101,10 @@ fn receive(args: &ReceiveArgs, terminal: &Terminal, watch: &mut Watch) -> Result
     watch.clear();
     let domain = if args.paused { "paused" } else { "running" };
     let seconds = started.elapsed().as_secs_f64();
-    let page_data_octets = stats.pages * 4096;
+    let page_data_bytes = stats.pages * 4096;
     terminal.say(&format!(
         "migrate-receive: {name} is {domain}, as {domid}: {} of memory, {}, in {seconds:.1} s",
-        size(page_data_octets),
+        size(page_data_bytes),
         superpages(&stats),
     ));
     if args.json {
@@ -114,7 +114,7 @@ fn receive(args: &ReceiveArgs, terminal: &Terminal, watch: &mut Watch) -> Result
             domain,
             from: &receiver.from,
             pages: stats.pages,
-            page_data_octets,
+            page_data_bytes,
             superpages_1gib: stats.superpages_1gib,
             superpages_2mib: stats.superpages_2mib,
             verify_mismatches: stats.verify_mismatches,

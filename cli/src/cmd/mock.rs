@@ -198,11 +198,17 @@ pub(crate) fn create_guest(host: &MockHost, spec: &GuestSpec) -> Result<DomId> {
     kept.map(|()| domid)
 }
 
+/// What `mock list --json` prints (docs/json.md).
+#[derive(Debug, Serialize)]
+struct Domains<'a, D> {
+    domains: &'a [D],
+}
+
 fn list(args: &MockListArgs) -> Result<()> {
     let domains = MockHost::reach(&args.host.host)?.list()?;
     let mut out = Results::new();
     if args.json {
-        out.json(&domains)?;
+        out.json(&Domains { domains: &domains })?;
         return out.finish();
     }
     let width = domains
@@ -293,8 +299,8 @@ fn print(
             "  writes   {rate} pages a second of {memory}, while it is saved or migrated"
         )?;
     }
-    for (key, octets) in &report.userdata {
-        writeln!(out, "  kept     {key}, {octets} octets")?;
+    for (key, bytes) in &report.userdata {
+        writeln!(out, "  kept     {key}, {bytes} bytes")?;
     }
     Ok(())
 }

@@ -30,7 +30,7 @@ use xsr_save_restore::migrate::{BoxError, Event, Observer, Step};
 use xsr_save_restore::pace::Pace;
 use xsr_save_restore::progress::Cancelled;
 use xsr_save_restore::save::precopy::XenPolicy;
-use xsr_save_restore::save::{BUFFER_OCTETS, CheckpointedStats, Checkpoints, save_checkpointed};
+use xsr_save_restore::save::{BUFFER_BYTES, CheckpointedStats, Checkpoints, save_checkpointed};
 use xsr_save_restore::toolstack::DirectToolstack;
 use xsr_save_restore::{SaveError, SaveOptions, save_colo};
 use xsr_xen_backend::domain_store::{DomainRef, DomainStore};
@@ -174,7 +174,7 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
         complete: 0,
         lost: false,
         stats: CheckpointedStats::default(),
-        stream_octets: 0,
+        stream_bytes: 0,
     };
     let mut observe = |event: Event| match event {
         // One that takes nothing any more is not waited for.
@@ -206,7 +206,7 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
         complete,
         lost,
         stats,
-        stream_octets,
+        stream_bytes,
         ..
     } = protecting;
     watch.borrow_mut().clear();
@@ -237,7 +237,7 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
     if end.is_success()
         && let Some(domain) = primary.runs_on()
     {
-        teller.done(&why, domain, &stats, stream_octets)?;
+        teller.done(&why, domain, &stats, stream_bytes)?;
         return Ok(Code::Fine);
     }
     if let Err(error) = teller.printed(Some(STATS_PATIENCE)) {
@@ -327,10 +327,10 @@ impl Primary<'_> {
         seconds.map_or(ANSWER, |seconds| Duration::from_secs(seconds.into()))
     }
 
-    fn buffer_octets(&self) -> usize {
+    fn buffer_bytes(&self) -> usize {
         match (self.args.no_buffer, self.args.buffer) {
             (true, _) => 0,
-            (false, None) => BUFFER_OCTETS,
+            (false, None) => BUFFER_BYTES,
             (false, Some(size)) => usize::try_from(size.kib << 10).unwrap_or(usize::MAX),
         }
     }
@@ -351,7 +351,7 @@ struct Protecting<'a, 'w, 't> {
     /// Whether the connection is lost.
     lost: bool,
     stats: CheckpointedStats,
-    stream_octets: u64,
+    stream_bytes: u64,
 }
 
 impl Protected for Protecting<'_, '_, '_> {
@@ -408,7 +408,7 @@ impl Protecting<'_, '_, '_> {
         let mut heard = LastWords::default();
         let mut withdrawal = Some(Withdrawal::Remus);
         let sent = self.checkpoints(stream, connection, complete, &mut withdrawal, &mut heard);
-        self.stream_octets = stream.octets();
+        self.stream_bytes = stream.bytes();
         self.ended(sent, stream.failed(), withdrawal, heard)
     }
 
@@ -511,7 +511,7 @@ impl Protecting<'_, '_, '_> {
             _ => {
                 let how = Checkpoints {
                     policy: &mut policy,
-                    buffer_octets: self.primary.buffer_octets(),
+                    buffer_bytes: self.primary.buffer_bytes(),
                 };
                 let result = save_checkpointed(
                     domain,

@@ -83,7 +83,7 @@ fn restore(args: &RestoreArgs, terminal: &Terminal, watch: &mut Watch) -> Result
             None
         }
     };
-    watch.expect_octets(input.length);
+    watch.expect_bytes(input.length);
     let restoring = || format!("restoring {}", input.name);
     // The image first: one that cannot be restored makes no host.
     let cancel = watch.interrupt().cancel().clone();

@@ -59,26 +59,26 @@ struct Report<'a> {
 pub(crate) struct MemoryReport {
     iterations: u32,
     pages: u64,
-    page_data_octets: u64,
-    stream_octets: u64,
+    page_data_bytes: u64,
+    stream_bytes: u64,
 }
 
 impl MemoryReport {
-    /// Of a save whose stream had so many octets.
+    /// Of a save whose stream had so many bytes.
     pub(crate) fn of(written: &Written<'_>) -> Self {
         let stats = written.saved.stats();
         Self {
             iterations: stats.iterations,
             pages: stats.pages,
-            page_data_octets: stats.pages * PAGE_SIZE as u64,
-            stream_octets: written.octets,
+            page_data_bytes: stats.pages * PAGE_SIZE as u64,
+            stream_bytes: written.bytes,
         }
     }
 }
 
 impl fmt::Display for MemoryReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} of memory", size(self.page_data_octets))?;
+        write!(f, "{} of memory", size(self.page_data_bytes))?;
         match self.iterations {
             0 => Ok(()),
             n => write!(f, " in {} and a stop", Count(n, "pass")),
@@ -377,8 +377,8 @@ pub(crate) struct Job<'a> {
 #[must_use = "dropping it resumes the domain"]
 pub(crate) struct Written<'a> {
     pub(crate) saved: Saved<'a>,
-    /// Octets of the image.
-    octets: u64,
+    /// Bytes of the image.
+    bytes: u64,
 }
 
 impl Job<'_> {
@@ -407,8 +407,8 @@ impl Job<'_> {
         let mut sink = ImageSink::new(sink);
         if self.form == Form::Bare {
             let saved = self.run(toolstack, &mut sink, live, watch)?;
-            let octets = sink.octets();
-            return Ok(Written { saved, octets });
+            let bytes = sink.bytes();
+            return Ok(Written { saved, bytes });
         }
         let emulators = backend::emulators(self.host, self.which)?;
         let mut libxl = self.begin(sink)?;
@@ -417,8 +417,8 @@ impl Job<'_> {
             libxl.write(record)?;
         }
         libxl.write(&LibxlRecord::End)?;
-        let octets = libxl.into_sink().octets();
-        Ok(Written { saved, octets })
+        let bytes = libxl.into_sink().bytes();
+        Ok(Written { saved, bytes })
     }
 
     /// Write the libxc stream.

@@ -84,11 +84,11 @@ struct Verdict {
     records: u64,
     /// Entries of PAGE_DATA.
     page_entries: u64,
-    /// Octets of the image.
-    octets: u64,
-    /// Octets that follow the image in the file, and that nobody reads.
+    /// Bytes of the image.
+    bytes: u64,
+    /// Bytes that follow the image in the file, and that nobody reads.
     #[serde(skip_serializing_if = "is_zero")]
-    trailing_octets: u64,
+    trailing_bytes: u64,
     /// The index of a mapped image.
     #[serde(skip_serializing_if = "Option::is_none")]
     mapped: Option<mapped::Facts>,
@@ -148,18 +148,18 @@ fn verify(
         }
         Ok(())
     })?;
-    let octets = walked.bytes;
+    let bytes = walked.bytes;
     if let Some(compared) = compared {
-        (compared.end(octets)).with_context(|| input.name.clone())?;
+        (compared.end(bytes)).with_context(|| input.name.clone())?;
     }
     verdict.layout = index.as_ref().map(mapped::words);
     verdict.mapped = index.as_ref().map(mapped::Facts::of);
-    verdict.octets = octets;
+    verdict.bytes = bytes;
     verdict.layers = input.layers().to_vec();
-    let behind = input.finish(octets).with_context(|| input.name.clone())?;
+    let behind = input.finish(bytes).with_context(|| input.name.clone())?;
     // Behind a mapped image is what describes it.
     let behind = behind.filter(|_| index.is_none()).unwrap_or_default();
-    verdict.trailing_octets = behind.bytes;
+    verdict.trailing_bytes = behind.bytes;
     verdict.warnings.extend(input.notes());
     verdict.warnings.extend(origin::left_out(&input, true));
     let Facts {
@@ -173,7 +173,7 @@ fn verify(
         let warnings = verdict::warnings(image, guest).into_iter();
         verdict.warnings.extend(warnings.map(|warning| warning.0));
     }
-    let trailing = verdict::trailing(octets, &behind);
+    let trailing = verdict::trailing(bytes, &behind);
     verdict.warnings.extend(trailing.map(|warning| warning.0));
     Ok(())
 }
@@ -313,8 +313,8 @@ impl Verdict {
             Some(xen) => write!(out, " from Xen {xen}")?,
             None => write!(out, " from a converter")?,
         }
-        let (records, octets) = (Count(self.records, "record"), size(self.octets));
-        write!(out, ", {records}, {octets}")?;
+        let (records, bytes) = (Count(self.records, "record"), size(self.bytes));
+        write!(out, ", {records}, {bytes}")?;
         if let Some(layout) = &self.layout {
             write!(out, ", {layout}")?;
             if self.digests_checked {

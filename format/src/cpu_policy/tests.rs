@@ -379,7 +379,7 @@ fn any_policy() -> impl Strategy<Value = CpuPolicy> {
 }
 
 proptest! {
-    /// Whatever octets a sender put there: no panic, and no host lacks what it has.
+    /// Whatever bytes a sender put there: no panic, and no host lacks what it has.
     #[test]
     fn any_policy_lacks_nothing_of_itself(image in any_policy(), host in any_policy()) {
         prop_assert_eq!(missing(&image, &image), []);

@@ -386,11 +386,11 @@ fn elf(prefix: &[u8]) -> Option<Foreign> {
 /// A boot sector: its mark, and entries of which each is used or empty.
 fn partitions(prefix: &[u8]) -> Option<Foreign> {
     const ENTRIES: usize = 446;
-    const OCTETS: usize = 16;
+    const BYTES: usize = 16;
     let table = prefix.get(ENTRIES..510)?;
     let marked = has(prefix, 510, b"\x55\xaa");
     let possible = table
-        .chunks_exact(OCTETS)
+        .chunks_exact(BYTES)
         .all(|entry| matches!(entry.first(), Some(0 | 0x80)));
     (marked && possible).then_some(Foreign {
         name: "a disk with a boot sector (MBR)",
@@ -406,7 +406,7 @@ fn ext(prefix: &[u8]) -> Option<Foreign> {
         let value = block.get(at).copied().unwrap_or(u8::MAX);
         let end = at.saturating_add(4);
         let rest = block.get(at.saturating_add(1)..end).unwrap_or(b"\xff");
-        value <= most && rest.iter().all(|octet| *octet == 0)
+        value <= most && rest.iter().all(|byte| *byte == 0)
     };
     // s_magic, s_log_block_size, s_first_data_block, s_rev_level.
     let found = has(block, 0x38, b"\x53\xef") && small(24, 6) && small(20, 1) && small(76, 1);
@@ -440,7 +440,7 @@ fn zlib(prefix: &[u8]) -> Option<Foreign> {
     // The type of the first block: 0, 1 or 2.
     let possible = prefix
         .get(2)
-        .is_some_and(|octet| octet >> 1 & 3 != 3 && *octet != 0);
+        .is_some_and(|byte| byte >> 1 & 3 != 3 && *byte != 0);
     (found && possible).then_some(Foreign {
         name: "data compressed with zlib, by its first two bytes",
         remedy: "decompress it first: pigz -dcz < FILE | …",
@@ -464,12 +464,12 @@ fn text(prefix: &[u8]) -> Option<Foreign> {
     const LOOKED_AT: usize = 4096;
     let looked_at = prefix.get(..LOOKED_AT).unwrap_or(prefix);
     let start = looked_at.trim_ascii_start();
-    let printable = |octet: &u8| matches!(octet, b'\t' | b'\n' | b'\r' | 0x20..=0x7e | 0x80..);
+    let printable = |byte: &u8| matches!(byte, b'\t' | b'\n' | b'\r' | 0x20..=0x7e | 0x80..);
     if start.is_empty() || !looked_at.iter().all(printable) {
         return None;
     }
     // Of whatever character set: most of it is ASCII.
-    let ascii = looked_at.iter().filter(|octet| octet.is_ascii()).count();
+    let ascii = looked_at.iter().filter(|byte| byte.is_ascii()).count();
     if ascii < looked_at.len().div_ceil(2) {
         return None;
     }

@@ -1,9 +1,9 @@
-//! In which fields two blobs differ, and in which octets that no field names.
+//! In which fields two blobs differ, and in which bytes that no field names.
 
 use std::fmt;
 use std::ops::Range;
 
-use super::{Field, Layout, with_ranges, write_octets};
+use super::{Field, Layout, with_ranges, write_bytes};
 
 /// One difference between two blobs of the same layout.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,8 +15,8 @@ pub enum FieldDifference<'a> {
         /// Of the other, with the same name and offset.
         b: Field<'a>,
     },
-    /// Octets that are in no field and differ, every one of them.
-    Octets {
+    /// Bytes that are in no field and differ, every one of them.
+    Bytes {
         /// Where they begin.
         offset: usize,
         /// Of the one.
@@ -37,12 +37,12 @@ impl fmt::Display for FieldDifference<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Field { a, b } => write!(f, "{}: {} → {}", a.name, a.value, b.value),
-            Self::Octets { offset, a, b } => {
+            Self::Bytes { offset, a, b } => {
                 let last = offset.saturating_add(a.len()).saturating_sub(1);
-                write!(f, "octets {offset:#x}–{last:#x}: ")?;
-                write_octets(f, a)?;
+                write!(f, "bytes {offset:#x}–{last:#x}: ")?;
+                write_bytes(f, a)?;
                 f.write_str(" → ")?;
-                write_octets(f, b)
+                write_bytes(f, b)
             }
             Self::Length { a, b } => write!(f, "length: {a} → {b}"),
         }
@@ -50,7 +50,7 @@ impl fmt::Display for FieldDifference<'_> {
 }
 
 /// In what `b` differs from `a`; nothing if they are equal. In the order of the
-/// layout: fields, then octets in no field, then the length.
+/// layout: fields, then bytes in no field, then the length.
 pub fn diff<'a>(layout: &Layout, a: &'a [u8], b: &'a [u8]) -> Vec<FieldDifference<'a>> {
     let common = a.len().min(b.len());
     let (a_common, _) = a.split_at(common);
@@ -60,7 +60,7 @@ pub fn diff<'a>(layout: &Layout, a: &'a [u8], b: &'a [u8]) -> Vec<FieldDifferenc
         let a_fields = with_ranges(layout, a_common);
         let b_fields = with_ranges(layout, b_common);
         let mut named: Vec<Range<usize>> = Vec::with_capacity(a_fields.len());
-        // The same layout over as many octets: the same fields, pair by pair.
+        // The same layout over as many bytes: the same fields, pair by pair.
         for ((a, range), (b, _)) in a_fields.into_iter().zip(b_fields) {
             if a.value != b.value {
                 out.push(FieldDifference::Field { a, b });
@@ -76,7 +76,7 @@ pub fn diff<'a>(layout: &Layout, a: &'a [u8], b: &'a [u8]) -> Vec<FieldDifferenc
     out
 }
 
-/// Differing octets outside the `named` ranges; `a` and `b` have the same length.
+/// Differing bytes outside the `named` ranges; `a` and `b` have the same length.
 fn unnamed<'a>(
     named: &mut [Range<usize>],
     a: &'a [u8],
@@ -94,7 +94,7 @@ fn unnamed<'a>(
     }
 }
 
-/// The longest runs of octets in `gap` that differ.
+/// The longest runs of bytes in `gap` that differ.
 fn differing<'a>(gap: Range<usize>, a: &'a [u8], b: &'a [u8], out: &mut Vec<FieldDifference<'a>>) {
     let mut run: Option<usize> = None;
     for at in gap.start..=gap.end {
@@ -104,7 +104,7 @@ fn differing<'a>(gap: Range<usize>, a: &'a [u8], b: &'a [u8], out: &mut Vec<Fiel
             (false, Some(offset)) => {
                 // Both as long as the gap goes: the layout has been laid over both.
                 if let (Some(a), Some(b)) = (a.get(offset..at), b.get(offset..at)) {
-                    out.push(FieldDifference::Octets { offset, a, b });
+                    out.push(FieldDifference::Bytes { offset, a, b });
                 }
                 run = None;
             }

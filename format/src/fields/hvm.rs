@@ -40,13 +40,13 @@ struct WireDescriptor {
 
 const _: () = assert!(size_of::<WireDescriptor>() == 8);
 
-/// A rule of the HVM context, or of what a record in it holds, that some octets break.
+/// A rule of the HVM context, or of what a record in it holds, that some bytes break.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FieldError {
     /// More entries than any context has.
     #[error(
-        "HVM context: another entry at octet {offset:#x}, expected at most {MAX_ENTRIES} entries"
+        "HVM context: another entry at byte {offset:#x}, expected at most {MAX_ENTRIES} entries"
     )]
     TooManyEntries {
         /// Where it is.
@@ -54,17 +54,17 @@ pub enum FieldError {
     },
     /// The context ends without its END record.
     #[error(
-        "HVM context: {left} octets are left at octet {offset:#x}, expected at least 8: the context has no END"
+        "HVM context: {left} bytes are left at byte {offset:#x}, expected at least 8: the context has no END"
     )]
     NoEnd {
         /// Where the next record should be.
         offset: usize,
-        /// Octets from there on.
+        /// Bytes from there on.
         left: usize,
     },
     /// A record that is longer than what is left.
     #[error(
-        "HVM context: {kind} (instance {instance}) at octet {offset:#x} has a body of {length} octets, but only {left} are left"
+        "HVM context: {kind} (instance {instance}) at byte {offset:#x} has a body of {length} bytes, but only {left} are left"
     )]
     BodyTooLong {
         /// The record.
@@ -79,7 +79,7 @@ pub enum FieldError {
         left: usize,
     },
     /// An END that is not empty.
-    #[error("HVM context: END at octet {offset:#x} has a body of {length} octets, expected 0")]
+    #[error("HVM context: END at byte {offset:#x} has a body of {length} bytes, expected 0")]
     EndNotEmpty {
         /// Where it begins.
         offset: usize,
@@ -87,12 +87,12 @@ pub enum FieldError {
         length: u32,
     },
     /// Something behind END.
-    #[error("HVM context: {octets} octets after END (octet {offset:#x}), expected none")]
+    #[error("HVM context: {bytes} bytes after END (byte {offset:#x}), expected none")]
     AfterEnd {
         /// Where they begin.
         offset: usize,
         /// How many.
-        octets: usize,
+        bytes: usize,
     },
     /// A context that does not begin with HEADER, or with one that Xen refuses.
     #[error("HVM context: it begins with {kind} of {length} bytes, expected HEADER of 24")]
@@ -244,7 +244,7 @@ fn check_header(kind: HvmRecordKind, body: &[u8]) -> Result<(), FieldError> {
     const LE: ByteOrder = ByteOrder::Little;
     let length = body.len();
     let no_header = FieldError::NoHeader { kind, length };
-    if kind != HvmRecordKind::HEADER || length != layouts::HEADER.octets {
+    if kind != HvmRecordKind::HEADER || length != layouts::HEADER.bytes {
         return Err(no_header);
     }
     let (fields, _) = <[U32; 2]>::ref_from_prefix(body).map_err(|_| no_header)?;
@@ -306,12 +306,12 @@ kinds! {
 }
 
 impl HvmRecordKind {
-    /// The layout of such a record with a body of `length` octets; `None` for what
+    /// The layout of such a record with a body of `length` bytes; `None` for what
     /// has no fields or is not known. A length says which Xen wrote it.
     pub const fn layout(self, length: usize) -> Option<&'static Layout> {
         Some(match self {
             Self::HEADER => &layouts::HEADER,
-            Self::CPU if length == layouts::CPU_COMPAT.octets => &layouts::CPU_COMPAT,
+            Self::CPU if length == layouts::CPU_COMPAT.bytes => &layouts::CPU_COMPAT,
             Self::CPU => &layouts::CPU,
             Self::PIC => &layouts::PIC,
             Self::IOAPIC => &layouts::IOAPIC,
@@ -427,9 +427,9 @@ impl<'a> HvmContext<'a> {
             }
             return match rest.len() {
                 0 => Ok(None),
-                octets => Err(FieldError::AfterEnd {
+                bytes => Err(FieldError::AfterEnd {
                     offset: self.offset,
-                    octets,
+                    bytes,
                 }),
             };
         }
@@ -491,10 +491,10 @@ pub enum HvmDifference<'a> {
 ///
 /// One of the two cannot be taken apart.
 pub fn diff_contexts<'a>(a: &'a [u8], b: &'a [u8]) -> Result<Vec<HvmDifference<'a>>, FieldError> {
-    /// For what is not known: no field, so differences come as octets.
+    /// For what is not known: no field, so differences come as bytes.
     const UNKNOWN: Layout = Layout {
         name: "unknown",
-        octets: 0,
+        bytes: 0,
         fields: &[],
     };
     let a = HvmContext::records(a)?;

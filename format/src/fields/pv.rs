@@ -1,17 +1,17 @@
 //! Structures of PV guests: start_info, shared_info, vcpu contexts.
 //!
 //! C: `xen/include/public/{xen.h,arch-x86/xen.h,domctl.h}`. Offsets are the compiler's
-//! for those headers (see `tests/fields`). The 32-bit layouts are those that a 32-bit
+//! for those headers (see `tests/it/fields`). The 32-bit layouts are those that a 32-bit
 //! guest sees; a 64-bit toolstack writes them as the guest has them.
 
 use super::{
-    FieldSpec, HEX_32, HEX_64, Layout, Shape, TO_END, array, dec, hex, octets, signed, text,
+    FieldSpec, HEX_32, HEX_64, Layout, Shape, TO_END, array, bytes, dec, hex, signed, text,
 };
 
 /// `start_info` of a 64-bit PV guest: the page that `edx` of vcpu 0 names in a saved image.
 pub const START_INFO_64: Layout = Layout {
     name: "start_info",
-    octets: 1168,
+    bytes: 1168,
     fields: &[
         text("magic", 0, 32),
         dec("nr_pages", 32, 8),
@@ -48,7 +48,7 @@ const VCPU_INFO_64: &[FieldSpec] = &[
 /// `shared_info` of a 64-bit guest: the body of SHARED_INFO.
 pub const SHARED_INFO_64: Layout = Layout {
     name: "shared_info",
-    octets: 3136,
+    bytes: 3136,
     fields: &[
         array("vcpu_info", 0, 32, 64, &Shape::Struct(VCPU_INFO_64)),
         array("evtchn_pending", 2048, 64, 8, HEX_64),
@@ -69,9 +69,9 @@ pub const SHARED_INFO_64: Layout = Layout {
 /// `vcpu_guest_context` of a 64-bit guest: the blob of X86_PV_VCPU_BASIC.
 pub const VCPU_CONTEXT_64: Layout = Layout {
     name: "vcpu_guest_context",
-    octets: 5168,
+    bytes: 5168,
     fields: &[
-        octets("fpu_ctxt", 0, 512),
+        bytes("fpu_ctxt", 0, 512),
         hex("flags", 512, 8),
         hex("user_regs.r15", 520, 8),
         hex("user_regs.r14", 528, 8),
@@ -100,7 +100,7 @@ pub const VCPU_CONTEXT_64: Layout = Layout {
         hex("user_regs.ds", 696, 2),
         hex("user_regs.fs", 704, 2),
         hex("user_regs.gs", 712, 2),
-        octets("trap_ctxt", 720, 4096),
+        bytes("trap_ctxt", 720, 4096),
         hex("ldt_base", 4816, 8),
         dec("ldt_ents", 4824, 8),
         array("gdt_frames", 4832, 16, 8, HEX_64),
@@ -122,7 +122,7 @@ pub const VCPU_CONTEXT_64: Layout = Layout {
 /// `start_info` of a 32-bit PV guest: the page that `edx` of vcpu 0 names in a saved image.
 pub const START_INFO_32: Layout = Layout {
     name: "start_info",
-    octets: 1112,
+    bytes: 1112,
     fields: &[
         text("magic", 0, 32),
         dec("nr_pages", 32, 4),
@@ -159,7 +159,7 @@ const VCPU_INFO_32: &[FieldSpec] = &[
 /// `shared_info` of a 32-bit guest: the body of SHARED_INFO.
 pub const SHARED_INFO_32: Layout = Layout {
     name: "shared_info",
-    octets: 2344,
+    bytes: 2344,
     fields: &[
         array("vcpu_info", 0, 32, 64, &Shape::Struct(VCPU_INFO_32)),
         array("evtchn_pending", 2048, 32, 4, HEX_32),
@@ -180,9 +180,9 @@ pub const SHARED_INFO_32: Layout = Layout {
 /// `vcpu_guest_context` of a 32-bit guest: the blob of X86_PV_VCPU_BASIC.
 pub const VCPU_CONTEXT_32: Layout = Layout {
     name: "vcpu_guest_context",
-    octets: 2800,
+    bytes: 2800,
     fields: &[
-        octets("fpu_ctxt", 0, 512),
+        bytes("fpu_ctxt", 0, 512),
         hex("flags", 512, 4),
         hex("user_regs.ebx", 516, 4),
         hex("user_regs.ecx", 520, 4),
@@ -203,7 +203,7 @@ pub const VCPU_CONTEXT_32: Layout = Layout {
         hex("user_regs.ds", 572, 2),
         hex("user_regs.fs", 576, 2),
         hex("user_regs.gs", 580, 2),
-        octets("trap_ctxt", 584, 2048),
+        bytes("trap_ctxt", 584, 2048),
         hex("ldt_base", 2632, 4),
         dec("ldt_ents", 2636, 4),
         array("gdt_frames", 2640, 16, 4, HEX_32),
@@ -223,7 +223,7 @@ pub const VCPU_CONTEXT_32: Layout = Layout {
 /// `xen_domctl_ext_vcpucontext`: the blob of X86_PV_VCPU_EXTENDED.
 pub const VCPU_EXTENDED: Layout = Layout {
     name: "ext_vcpucontext",
-    octets: 64,
+    bytes: 64,
     fields: &[
         dec("vcpu", 0, 4),
         dec("size", 4, 4),
@@ -249,7 +249,7 @@ const VCPU_MSR: &[FieldSpec] = &[
 /// The blob of X86_PV_VCPU_MSRS: `xen_domctl_vcpu_msr`, one behind the other.
 pub const VCPU_MSRS: Layout = Layout {
     name: "vcpu_msrs",
-    octets: 16,
+    bytes: 16,
     fields: &[array("msr", 0, TO_END, 16, &Shape::Struct(VCPU_MSR))],
 };
 
@@ -257,11 +257,11 @@ pub const VCPU_MSRS: Layout = Layout {
 /// comes after its header depends on `xstate_bv`.
 pub const VCPU_XSAVE: Layout = Layout {
     name: "vcpu_xsave",
-    octets: 592,
+    bytes: 592,
     fields: &[
         hex("xcr0", 0, 8),
         hex("xcr0_accum", 8, 8),
-        octets("fpu_sse", 16, 512),
+        bytes("fpu_sse", 16, 512),
         hex("xstate_bv", 528, 8),
         hex("xcomp_bv", 536, 8),
     ],

@@ -11,7 +11,7 @@ pub use features::{Feature, FeatureWord, Register, arch_capabilities, features};
 /// One leaf of X86_CPUID_POLICY.
 pub const CPUID_LEAF: Layout = Layout {
     name: "xen_cpuid_leaf",
-    octets: 24,
+    bytes: 24,
     fields: &[
         hex("leaf", 0, 4),
         hex("subleaf", 4, 4),
@@ -25,14 +25,14 @@ pub const CPUID_LEAF: Layout = Layout {
 /// One entry of X86_MSR_POLICY.
 pub const MSR_ENTRY: Layout = Layout {
     name: "xen_msr_entry",
-    octets: 16,
+    bytes: 16,
     fields: &[hex("index", 0, 4), hex("flags", 4, 4), hex("value", 8, 8)],
 };
 
 /// The body of X86_TSC_INFO.
 pub const TSC_INFO: Layout = Layout {
     name: "tsc_info",
-    octets: 24,
+    bytes: 24,
     fields: &[
         dec("mode", 0, 4),
         dec("khz", 4, 4),

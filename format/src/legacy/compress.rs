@@ -72,19 +72,19 @@ impl PageCache {
     }
 }
 
-/// Decode the contents of page `pfn` from the front of `octets` into `page`; `base` is the
-/// page as it was. Says how many octets that took, or `None` where there are not enough.
+/// Decode the contents of page `pfn` from the front of `bytes` into `page`; `base` is the
+/// page as it was. Says how many bytes that took, or `None` where there are not enough.
 ///
 /// # Errors
 ///
 /// Runs that do not make a page; a difference where there is no base.
 pub fn decode(
-    octets: &[u8],
+    bytes: &[u8],
     pfn: Pfn,
     base: Option<&Page>,
     page: &mut Page,
 ) -> Result<Option<usize>, LegacyError> {
-    let Some((first, rest)) = octets.split_first() else {
+    let Some((first, rest)) = bytes.split_first() else {
         return Ok(None);
     };
     match *first {
@@ -101,7 +101,7 @@ pub fn decode(
         }
         _ => {}
     }
-    let mut left = octets;
+    let mut left = bytes;
     let mut at = 0_usize;
     while at < PAGE_SIZE {
         let Some((marker, behind)) = left.split_first() else {
@@ -113,8 +113,8 @@ pub fn decode(
         }
         let end = at.saturating_add(run);
         let Some(room) = page.get_mut(at..end) else {
-            let octets = end as u64;
-            return Err(LegacyError::RunOverPage { pfn, octets });
+            let bytes = end as u64;
+            return Err(LegacyError::RunOverPage { pfn, bytes });
         };
         if marker & FLAG_SKIP == 0 {
             let Some((run, behind)) = behind.split_at_checked(run) else {
@@ -131,7 +131,7 @@ pub fn decode(
         }
         at = end;
     }
-    Ok(Some(octets.len().saturating_sub(left.len())))
+    Ok(Some(bytes.len().saturating_sub(left.len())))
 }
 
 #[cfg(test)]
@@ -148,11 +148,11 @@ mod tests {
     const P: Pfn = Pfn(7);
 
     fn decoded(
-        octets: &[u8],
+        bytes: &[u8],
         base: Option<&Page>,
     ) -> Result<Option<(usize, Box<Page>)>, LegacyError> {
         let mut page = Box::new([0xee; PAGE_SIZE]);
-        let used = decode(octets, P, base, &mut page)?;
+        let used = decode(bytes, P, base, &mut page)?;
         Ok(used.map(|used| (used, page)))
     }
 
@@ -160,25 +160,25 @@ mod tests {
     fn runs_are_copied_and_skipped() {
         let base: Page = std::array::from_fn(|i| u8::try_from(i % 251).unwrap());
         // Two words, skip 127 words seven times, then the rest, 133 words, in two runs.
-        let mut octets = vec![2];
-        octets.extend([0xaa; 8]);
-        octets.extend([0xff; 7]);
-        octets.push(127);
-        octets.extend([0xbb; 508]);
-        octets.push(0x80 | 6);
-        let (used, page) = decoded(&octets, Some(&base)).unwrap().unwrap();
-        assert_eq!(used, octets.len());
+        let mut bytes = vec![2];
+        bytes.extend([0xaa; 8]);
+        bytes.extend([0xff; 7]);
+        bytes.push(127);
+        bytes.extend([0xbb; 508]);
+        bytes.push(0x80 | 6);
+        let (used, page) = decoded(&bytes, Some(&base)).unwrap().unwrap();
+        assert_eq!(used, bytes.len());
         let mut expected = base;
         expected[..8].fill(0xaa);
         expected[8 + 7 * 508..8 + 8 * 508].fill(0xbb);
         assert_eq!(*page, expected);
-        // Octets of the next page are not touched; too few octets are waited for.
-        octets.extend([1, 2, 3]);
-        assert_eq!(decoded(&octets, Some(&base)).unwrap().unwrap().0, used);
+        // Bytes of the next page are not touched; too few bytes are waited for.
+        bytes.extend([1, 2, 3]);
+        assert_eq!(decoded(&bytes, Some(&base)).unwrap().unwrap().0, used);
         for short in 0..used {
-            assert_eq!(decoded(&octets[..short], Some(&base)), Ok(None), "{short}");
+            assert_eq!(decoded(&bytes[..short], Some(&base)), Ok(None), "{short}");
         }
-        assert_eq!(decoded(&octets, None), Err(LegacyError::NoBase { pfn: P }));
+        assert_eq!(decoded(&bytes, None), Err(LegacyError::NoBase { pfn: P }));
     }
 
     #[test]
@@ -196,16 +196,16 @@ mod tests {
     fn runs_that_make_no_page_are_refused() {
         let base = [0; PAGE_SIZE];
         for marker in [0x00, 0x80] {
-            let octets = [0x81, marker, 1, 1];
+            let bytes = [0x81, marker, 1, 1];
             let error = LegacyError::EmptyRun { pfn: P };
-            assert_eq!(decoded(&octets, Some(&base)), Err(error));
+            assert_eq!(decoded(&bytes, Some(&base)), Err(error));
         }
-        let octets = [0xff; 9];
+        let bytes = [0xff; 9];
         let error = LegacyError::RunOverPage {
             pfn: P,
-            octets: 9 * 508,
+            bytes: 9 * 508,
         };
-        assert_eq!(decoded(&octets, Some(&base)), Err(error));
+        assert_eq!(decoded(&bytes, Some(&base)), Err(error));
     }
 
     /// The page that was not used for the longest time goes first.

@@ -1,7 +1,7 @@
-//! A legacy stream as a stream of version 3: what Xen's converter makes of it, octet for
-//! octet, where that can handle it (`docs/legacy.md` says where it cannot).
+//! A legacy stream as a stream of version 3: what Xen's converter makes of it, byte for
+//! byte, where that can handle it (`docs/legacy.md` says where it cannot).
 //!
-//! [`Converted`] is a source of octets: whoever reads version 3 reads legacy through it, and
+//! [`Converted`] is a source of bytes: whoever reads version 3 reads legacy through it, and
 //! whoever wants a file copies it to one. It converts as it goes, from a pipe if need be;
 //! the contents of pages go through without being kept.
 //!
@@ -69,8 +69,8 @@ pub struct Summary {
     pub entries: u64,
     /// Entries without meaning, left out.
     pub filler: u64,
-    /// Octets of transcendent memory, left out.
-    pub tmem_octets: u64,
+    /// Bytes of transcendent memory, left out.
+    pub tmem_bytes: u64,
     /// Pfns without memory that a PV tail lists, left out.
     pub unmapped: u64,
     /// Blocks of the extended info that nobody knows, left out.
@@ -79,8 +79,8 @@ pub struct Summary {
     pub verify: bool,
     /// Whether pages came as differences.
     pub compressed: bool,
-    /// Octets of the toolstack's records that a libxc stream cannot hold, left out.
-    pub toolstack_octets: u64,
+    /// Bytes of the toolstack's records that a libxc stream cannot hold, left out.
+    pub toolstack_bytes: u64,
 }
 
 /// A legacy stream, read as one of version 3.
@@ -89,7 +89,7 @@ pub struct Converted<R> {
     target: Target,
     writer: RecordWriter<Vec<u8>>,
     libxl: Option<LibxlWriter<Vec<u8>>>,
-    /// Converted octets, and how many of them have been read.
+    /// Converted bytes, and how many of them have been read.
     ready: Vec<u8>,
     at: usize,
     stage: Stage,
@@ -104,7 +104,7 @@ pub struct Converted<R> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     Pieces,
-    /// Octets of the spool that are still to be read.
+    /// Bytes of the spool that are still to be read.
     Unspooling(u64),
     Done,
     Failed,
@@ -113,9 +113,9 @@ enum Stage {
 /// What [`Converted::next_part`] has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part<'c> {
-    /// These octets.
-    Octets(&'c [u8]),
-    /// So many octets that go straight through: take them with
+    /// These bytes.
+    Bytes(&'c [u8]),
+    /// So many bytes that go straight through: take them with
     /// [`Converted::with_source`].
     Through(u64),
 }
@@ -201,7 +201,7 @@ impl<R: Read> Converted<R> {
         self.reader.into_source()
     }
 
-    /// The next octets, or `None` behind the last. What is shown is taken; what goes
+    /// The next bytes, or `None` behind the last. What is shown is taken; what goes
     /// through must be taken before the next call.
     ///
     /// # Errors
@@ -218,12 +218,12 @@ impl<R: Read> Converted<R> {
                 return Ok(None);
             }
         }
-        let octets = self.ready.get(self.at..).unwrap_or_default();
+        let bytes = self.ready.get(self.at..).unwrap_or_default();
         self.at = self.ready.len();
-        Ok(Some(Part::Octets(octets)))
+        Ok(Some(Part::Bytes(bytes)))
     }
 
-    /// Let `read` take octets that go through straight from the source: at most as many as
+    /// Let `read` take bytes that go through straight from the source: at most as many as
     /// it is told. It says how many it has taken.
     ///
     /// # Errors
@@ -252,7 +252,7 @@ impl<R: Read> Converted<R> {
         self.spool.is_some() && self.complete.is_some()
     }
 
-    /// Make more octets ready. `false` behind the last.
+    /// Make more bytes ready. `false` behind the last.
     fn go_on(&mut self) -> Result<bool, ReadError> {
         let result = match self.stage {
             Stage::Pieces => self.piece(),
@@ -342,8 +342,8 @@ impl<R: Read> Converted<R> {
                 self.assembly.get_or_insert_default();
             }
             Item::Verify => self.summary.verify = true,
-            Item::Tmem { octets } => {
-                self.summary.tmem_octets = self.summary.tmem_octets.saturating_add(octets);
+            Item::Tmem { bytes } => {
+                self.summary.tmem_bytes = self.summary.tmem_bytes.saturating_add(bytes);
             }
             Item::TscInfo(info) => self.writer.tsc_info(info).map_err(LegacyError::from)?,
             Item::BodyEnd => {
@@ -377,12 +377,11 @@ impl<R: Read> Converted<R> {
             Target::Libxl => {
                 let width: ToolstackWidth = self.reader.start().width;
                 let data = toolstack::xenstore_data(record, width)?;
-                self.tail.xenstore.extend_from_slice(data.as_octets());
+                self.tail.xenstore.extend_from_slice(data.as_bytes());
             }
             Target::Libxc { .. } => {
-                let octets = record.len() as u64;
-                self.summary.toolstack_octets =
-                    self.summary.toolstack_octets.saturating_add(octets);
+                let bytes = record.len() as u64;
+                self.summary.toolstack_bytes = self.summary.toolstack_bytes.saturating_add(bytes);
             }
         }
         Ok(())
@@ -394,19 +393,16 @@ impl<R: Read> Converted<R> {
         let most = usize::try_from(self.reader.left())
             .unwrap_or(STEP)
             .min(STEP);
-        let mut octets = vec![0; most];
-        let got = self
-            .reader
-            .read_left(&mut octets)
-            .map_err(Failure::Reader)?;
-        octets.truncate(got);
+        let mut bytes = vec![0; most];
+        let got = self.reader.read_left(&mut bytes).map_err(Failure::Reader)?;
+        bytes.truncate(got);
         match &mut self.assembly {
             Some(assembly) => {
-                assembly.take(&octets, &mut self.writer)?;
+                assembly.take(&bytes, &mut self.writer)?;
                 let left = self.reader.left();
                 assembly.chunk_part(left)?;
             }
-            None => self.writer.sink_mut().extend_from_slice(&octets),
+            None => self.writer.sink_mut().extend_from_slice(&bytes),
         }
         Ok(())
     }
@@ -428,10 +424,10 @@ impl<R: Read> Converted<R> {
         let Some(spool) = &mut self.spool else {
             return Ok(());
         };
-        let octets = std::mem::take(&mut self.spooled);
+        let bytes = std::mem::take(&mut self.spooled);
         spool.seek(SeekFrom::Start(0)).map_err(ReadErrorCause::Io)?;
-        if octets > 0 {
-            self.stage = Stage::Unspooling(octets);
+        if bytes > 0 {
+            self.stage = Stage::Unspooling(bytes);
         }
         Ok(())
     }
@@ -439,11 +435,11 @@ impl<R: Read> Converted<R> {
     fn unspool(&mut self, left: u64) -> Result<(), Failure> {
         const STEP: usize = 1 << 20;
         let step = usize::try_from(left).unwrap_or(STEP).min(STEP);
-        let mut octets = vec![0; step];
+        let mut bytes = vec![0; step];
         if let Some(spool) = &mut self.spool {
-            spool.read_exact(&mut octets).map_err(ReadErrorCause::Io)?;
+            spool.read_exact(&mut bytes).map_err(ReadErrorCause::Io)?;
         }
-        self.ready.extend_from_slice(&octets);
+        self.ready.extend_from_slice(&bytes);
         let left = left.saturating_sub(step as u64);
         self.stage = Stage::Unspooling(left);
         if left == 0 {
@@ -467,10 +463,10 @@ impl<R: Read> Converted<R> {
         let spooling = self.spooling();
         match &mut self.spool {
             Some(spool) if spooling => {
-                let octets = self.writer.sink_mut();
-                spool.write_all(octets).map_err(ReadErrorCause::Io)?;
-                self.spooled = self.spooled.saturating_add(octets.len() as u64);
-                octets.clear();
+                let bytes = self.writer.sink_mut();
+                spool.write_all(bytes).map_err(ReadErrorCause::Io)?;
+                self.spooled = self.spooled.saturating_add(bytes.len() as u64);
+                bytes.clear();
             }
             _ => self.collect(),
         }
@@ -530,9 +526,9 @@ impl<R: Read> Read for Converted<R> {
         }
         loop {
             if self.at < self.ready.len() {
-                let octets = self.ready.get(self.at..).unwrap_or_default();
-                let n = octets.len().min(room.len());
-                for (to, from) in room.iter_mut().zip(octets) {
+                let bytes = self.ready.get(self.at..).unwrap_or_default();
+                let n = bytes.len().min(room.len());
+                for (to, from) in room.iter_mut().zip(bytes) {
                     *to = *from;
                 }
                 self.at = self.at.saturating_add(n);

@@ -1,7 +1,7 @@
 //! Was a legacy stream written by a 32-bit or by a 64-bit toolstack?
 //!
 //! A legacy stream has no header. It begins with `p2m_size`, an `unsigned long` of the
-//! toolstack that wrote it: 4 octets or 8. So octets 4–7 are either the upper half of
+//! toolstack that wrote it: 4 bytes or 8. So bytes 4–7 are either the upper half of
 //! `p2m_size` or the first word of what comes after it:
 //!
 //! | toolstack | octets 4–7 | values |
@@ -11,13 +11,13 @@
 //! | 32-bit, HVM guest | first chunk: a page count | 1 to 1024 |
 //! | 32-bit, HVM guest | first chunk: another kind | −1 to −20, and not 0, which would end a stream with no page in it |
 //!
-//! The specification tells the two apart by whether octets 4–7 are zero, "since
+//! The specification tells the two apart by whether bytes 4–7 are zero, "since
 //! p2m_size < 2^32". That a larger size cannot be is not left to trust here. The
 //! saver took it from `xc_domain_maximum_gpfn`, which answered in an `int`, and
 //! refused to save beyond [`MAX_P2M_SIZE`], because an entry of a page batch has 28
-//! bits for the pfn. So each reading is checked in full, and octets that no saver can
+//! bits for the pfn. So each reading is checked in full, and bytes that no saver can
 //! have written under either reading are refused, with both of them in the error.
-//! No octets are good under both: one asks that octets 4–7 be zero, the other that
+//! No bytes are good under both: one asks that bytes 4–7 be zero, the other that
 //! they are not.
 //!
 //! Legacy streams are little endian: only x86 wrote them. Specification: libxc
@@ -42,10 +42,10 @@ pub const MAX_BATCH: u32 = 1024;
 /// The lowest chunk marker that exists.
 const LAST_CHUNK: i32 = -20;
 
-/// Octets that detection needs.
-pub const OCTETS: usize = 8;
+/// Bytes that detection needs.
+pub const BYTES: usize = 8;
 
-/// The first octets of a legacy stream.
+/// The first bytes of a legacy stream.
 ///
 /// | octets | field |
 /// |---|---|
@@ -58,9 +58,9 @@ struct WireLegacyStart {
     high: U32,
 }
 
-const _: () = assert!(size_of::<WireLegacyStart>() == OCTETS);
+const _: () = assert!(size_of::<WireLegacyStart>() == BYTES);
 
-/// Octets in the `unsigned long` of the toolstack that wrote a stream.
+/// Bytes in the `unsigned long` of the toolstack that wrote a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ToolstackWidth {
     /// 4.
@@ -71,7 +71,7 @@ pub enum ToolstackWidth {
 
 impl ToolstackWidth {
     /// Bytes in a word.
-    pub(crate) const fn octets(self) -> usize {
+    pub(crate) const fn bytes(self) -> usize {
         match self {
             Self::Bits32 => 4,
             Self::Bits64 => 8,
@@ -88,7 +88,7 @@ impl fmt::Display for ToolstackWidth {
     }
 }
 
-/// What the first octets of a legacy stream say.
+/// What the first bytes of a legacy stream say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LegacyStart {
     /// Who wrote it.
@@ -97,7 +97,7 @@ pub struct LegacyStart {
     pub p2m_size: u32,
 }
 
-/// Octets that no legacy saver wrote.
+/// Bytes that no legacy saver wrote.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum LegacyDetectError {
     /// Neither reading is possible.
@@ -117,13 +117,13 @@ pub enum LegacyDetectError {
     },
 }
 
-/// Tell from its first eight octets who wrote a legacy stream. Call it for octets
+/// Tell from its first eight bytes who wrote a legacy stream. Call it for bytes
 /// that are the start of nothing else.
 ///
 /// # Errors
 ///
 /// No legacy saver can have written them.
-pub fn detect(first: [u8; OCTETS]) -> Result<LegacyStart, LegacyDetectError> {
+pub fn detect(first: [u8; BYTES]) -> Result<LegacyStart, LegacyDetectError> {
     const LE: ByteOrder = ByteOrder::Little;
     let wire: WireLegacyStart = zerocopy::transmute!(first);
     let (low, high) = (wire.low.get(LE), wire.high.get(LE));
@@ -159,7 +159,7 @@ pub fn detect(first: [u8; OCTETS]) -> Result<LegacyStart, LegacyDetectError> {
 /// | frames of the p2m | whether the first is one of the guest's |
 pub fn detect_in(prefix: &[u8]) -> Option<LegacyStart> {
     let start = detect(*prefix.first_chunk()?).ok()?;
-    let rest = prefix.get(start.width.octets()..)?;
+    let rest = prefix.get(start.width.bytes()..)?;
     can_follow(start, rest).then_some(start)
 }
 
@@ -172,7 +172,7 @@ fn can_follow(start: LegacyStart, rest: &[u8]) -> bool {
         let end = at.checked_add(4)?;
         Some(u32::from_le_bytes(rest.get(at..end)?.try_into().ok()?))
     };
-    let long = start.width.octets();
+    let long = start.width.bytes();
     let Some(first) = word(0) else {
         return true;
     };
@@ -232,7 +232,7 @@ fn can_be_entry(entry: &[u8], p2m_size: u32) -> Option<Option<u32>> {
     // Types 5 to 8 do not exist.
     let is_type = !(5..=8).contains(&(low >> 28));
     let is_filler = low == FILLER;
-    let possible = is_type && high.iter().all(|octet| *octet == 0);
+    let possible = is_type && high.iter().all(|byte| *byte == 0);
     match (possible, is_filler) {
         (false, _) => None,
         (true, true) => Some(None),
@@ -246,7 +246,7 @@ mod tests {
 
     use super::*;
 
-    fn octets(low: u32, high: u32) -> [u8; OCTETS] {
+    fn bytes(low: u32, high: u32) -> [u8; BYTES] {
         (u64::from(high) << 32 | u64::from(low)).to_le_bytes()
     }
 
@@ -255,8 +255,7 @@ mod tests {
     /// of each limit are taken, and what is impossible comes with both readings.
     #[test]
     fn the_legacy_32_64_bit_test_relies_on_p2m_size() {
-        let found =
-            |low, high| detect(octets(low, high)).map(|start| (start.width, start.p2m_size));
+        let found = |low, high| detect(bytes(low, high)).map(|start| (start.width, start.p2m_size));
         let impossible = |low, high| {
             Err(LegacyDetectError::Impossible {
                 as_64: u64::from(high) << 32 | u64::from(low),
@@ -331,7 +330,7 @@ mod tests {
 
     #[test]
     fn the_error_names_both_readings() {
-        let error = detect(octets(0x1234_5678, 0x0abc_def0)).unwrap_err();
+        let error = detect(bytes(0x1234_5678, 0x0abc_def0)).unwrap_err();
         let text = error.to_string();
         for part in [
             "0xabcdef012345678",

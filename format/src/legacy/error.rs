@@ -8,7 +8,7 @@ use super::items::MAX_PENDING_PAGES;
 use crate::error::WriteError;
 use crate::frame::{PageType, Pfn};
 
-/// A rule of the legacy stream that some octets break.
+/// A rule of the legacy stream that some bytes break.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum LegacyError {
@@ -38,19 +38,19 @@ pub enum LegacyError {
     },
     /// A block of the extended info that does not fit in it.
     #[error(
-        "extended info: block {:?} has {length} octets, but {left} are left",
+        "extended info: block {:?} has {length} bytes, but {left} are left",
         name.escape_ascii().to_string()
     )]
     BlockTooLong {
         /// Its name.
         name: [u8; 4],
-        /// Octets it says it has.
+        /// Bytes it says it has.
         length: u32,
-        /// Octets of the extended info that are left.
+        /// Bytes of the extended info that are left.
         left: u32,
     },
     /// Less left of the extended info than any block has.
-    #[error("extended info: {left} octets are left, expected none or 8 and more")]
+    #[error("extended info: {left} bytes are left, expected none or 8 and more")]
     BlockCut {
         /// What is left.
         left: u32,
@@ -63,7 +63,7 @@ pub enum LegacyError {
     },
     /// A vcpu context of a size that none has.
     #[error(
-        "extended info: the vcpu context has {got:#x} octets, expected 0xaf0 (32-bit guest) or \
+        "extended info: the vcpu context has {got:#x} bytes, expected 0xaf0 (32-bit guest) or \
          0x1430 (64-bit guest)"
     )]
     VcpuContext {
@@ -71,7 +71,7 @@ pub enum LegacyError {
         got: u32,
     },
     /// An XSAVE area of a size that none has.
-    #[error("extended info: the XSAVE area has {got:#x} octets, expected 0, or 0x10 to {max:#x}")]
+    #[error("extended info: the XSAVE area has {got:#x} bytes, expected 0, or 0x10 to {max:#x}")]
     XsaveSize {
         /// What came.
         got: u32,
@@ -79,7 +79,7 @@ pub enum LegacyError {
         max: u32,
     },
     /// An XSAVE area of another size than was announced.
-    #[error("vcpu {vcpu}: the XSAVE area has {got:#x} octets, expected {expected:#x}")]
+    #[error("vcpu {vcpu}: the XSAVE area has {got:#x} bytes, expected {expected:#x}")]
     XsaveLength {
         /// Whose.
         vcpu: u32,
@@ -198,9 +198,9 @@ pub enum LegacyError {
     #[error("more than {MAX_PENDING_PAGES} pages wait for their compressed contents")]
     TooManyPending,
     /// Compressed contents of no page.
-    #[error("compressed data goes on for {left} octets behind the last page that was announced")]
+    #[error("compressed data goes on for {left} bytes behind the last page that was announced")]
     CompressedTooLong {
-        /// Octets left in the chunk.
+        /// Bytes left in the chunk.
         left: u64,
     },
     /// Pages without contents.
@@ -216,12 +216,12 @@ pub enum LegacyError {
         pfn: Pfn,
     },
     /// Runs that do not end where the page ends.
-    #[error("compressed page {pfn}: runs of {octets} octets, expected 4096")]
+    #[error("compressed page {pfn}: runs of {bytes} bytes, expected 4096")]
     RunOverPage {
         /// Of which page.
         pfn: Pfn,
         /// How far they go.
-        octets: u64,
+        bytes: u64,
     },
     /// A difference to a page that nobody has.
     #[error(
@@ -239,7 +239,7 @@ pub enum LegacyError {
         got: u32,
     },
     /// A toolstack record that ends too early or too late.
-    #[error("toolstack record: {got} octets for the {what}, expected {expected}")]
+    #[error("toolstack record: {got} bytes for the {what}, expected {expected}")]
     ToolstackLength {
         /// Which part.
         what: &'static str,

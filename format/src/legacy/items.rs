@@ -24,10 +24,10 @@ pub enum Item {
     VcpuInfo(Vec<u32>),
     /// An HVM parameter.
     HvmParam(HvmParam),
-    /// Transcendent memory: so many octets of it were passed over.
+    /// Transcendent memory: so many bytes of it were passed over.
     Tmem {
-        /// Octets behind the marker.
-        octets: u64,
+        /// Bytes behind the marker.
+        bytes: u64,
     },
     /// The TSC.
     TscInfo(TscInfo),
@@ -37,10 +37,10 @@ pub enum Item {
     EnableCompression,
     /// A toolstack's record.
     Toolstack(Vec<u8>),
-    /// Contents of pages, compressed; so many octets follow.
+    /// Contents of pages, compressed; so many bytes follow.
     Compressed {
         /// How many.
-        octets: u64,
+        bytes: u64,
     },
     /// The body of the checkpoint is over.
     BodyEnd,
@@ -66,11 +66,11 @@ pub enum Item {
 /// What the extended info says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ExtendedInfo {
-    /// Width of the guest in octets, 4 or 8, where there is a vcpu context.
+    /// Width of the guest in bytes, 4 or 8, where there is a vcpu context.
     pub guest_width: Option<u8>,
-    /// Whether each vcpu has 128 octets of extended state.
+    /// Whether each vcpu has 128 bytes of extended state.
     pub extended: bool,
-    /// Octets of each vcpu's XSAVE record, its head of 16 octets included; 0 for none.
+    /// Bytes of each vcpu's XSAVE record, its head of 16 bytes included; 0 for none.
     pub xsave: u32,
     /// Blocks that nobody knows, passed over.
     pub unknown_blocks: u32,
@@ -96,7 +96,7 @@ pub struct Vcpu {
     pub vcpu: u32,
     /// `vcpu_guest_context_t` of the guest's width.
     pub basic: Vec<u8>,
-    /// 128 octets, or none.
+    /// 128 bytes, or none.
     pub extended: Vec<u8>,
     /// The XSAVE area, without the head in front of it.
     pub xsave: Vec<u8>,

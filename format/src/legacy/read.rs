@@ -1,4 +1,4 @@
-//! Reading a legacy stream piece by piece: forwards only, not one octet too many, and
+//! Reading a legacy stream piece by piece: forwards only, not one byte too many, and
 //! never more memory than a piece needs. The contents of pages are handed on, not kept.
 //!
 //! | part | octets |
@@ -17,7 +17,7 @@ use std::fmt;
 use std::io::{self, Read, Seek};
 
 use super::chunk::Marker;
-use super::detect::{LegacyStart, MAX_P2M_SIZE, OCTETS, ToolstackWidth, detect};
+use super::detect::{BYTES, LegacyStart, MAX_P2M_SIZE, ToolstackWidth, detect};
 use super::error::LegacyError;
 use super::items::{ExtendedInfo, Item};
 use crate::error::{Place, Position, ReadError, ReadErrorCause};
@@ -61,7 +61,7 @@ pub enum Checkpoints {
 pub struct LegacyOptions {
     /// Tolerate reserved fields that are not zero, and nothing else.
     pub lenient: bool,
-    /// Octets of the file that came before, so that positions are right.
+    /// Bytes of the file that came before, so that positions are right.
     pub offset: u64,
     /// Who wrote it, where that is known; found out otherwise.
     pub width: Option<ToolstackWidth>,
@@ -92,7 +92,7 @@ pub struct LegacyReader<R> {
     source: R,
     skip: Skip<R>,
     options: LegacyOptions,
-    /// Octets that were read to find out what follows, and are not used yet.
+    /// Bytes that were read to find out what follows, and are not used yet.
     known: Vec<u8>,
     offset: u64,
     start: LegacyStart,
@@ -104,7 +104,7 @@ pub struct LegacyReader<R> {
     /// Number of the next chunk.
     index: u64,
     current: Position,
-    /// Octets of the current piece that the caller has not taken yet.
+    /// Bytes of the current piece that the caller has not taken yet.
     left: u64,
     /// Whether an entry of a page has come.
     any_entry: bool,
@@ -145,7 +145,7 @@ impl<R: Read> LegacyReader<R> {
         Self::with_skip(&[], source, options, skip_by_reading::<R>)
     }
 
-    /// As [`LegacyReader::new`], where the first octets, `known`, at most eight, have been
+    /// As [`LegacyReader::new`], where the first bytes, `known`, at most eight, have been
     /// read already, to find out what the source holds.
     ///
     /// # Errors
@@ -160,7 +160,7 @@ impl<R: Read> LegacyReader<R> {
         self.current
     }
 
-    /// Octets of the file that have been consumed.
+    /// Bytes of the file that have been consumed.
     pub fn offset(&self) -> u64 {
         self.offset
     }
@@ -195,13 +195,13 @@ impl<R: Read> LegacyReader<R> {
         self.source
     }
 
-    /// Octets of the current piece (contents of pages, compressed data) that have not
+    /// Bytes of the current piece (contents of pages, compressed data) that have not
     /// been taken. What is left is passed over with the next piece.
     pub fn left(&self) -> u64 {
         self.left
     }
 
-    /// Take octets of the current piece. 0 where none is left.
+    /// Take bytes of the current piece. 0 where none is left.
     ///
     /// # Errors
     ///
@@ -229,7 +229,7 @@ impl<R: Read> LegacyReader<R> {
         }
     }
 
-    /// Let `read` take octets of the current piece straight from the source: at most as
+    /// Let `read` take bytes of the current piece straight from the source: at most as
     /// many as it is told are left. It says how many it has taken.
     ///
     /// # Errors
@@ -252,10 +252,10 @@ impl<R: Read> LegacyReader<R> {
         }
     }
 
-    /// So many octets of the current piece are taken.
-    fn count(&mut self, octets: u64) {
-        self.left = self.left.saturating_sub(octets);
-        self.offset = self.offset.saturating_add(octets);
+    /// So many bytes of the current piece are taken.
+    fn count(&mut self, bytes: u64) {
+        self.left = self.left.saturating_sub(bytes);
+        self.offset = self.offset.saturating_add(bytes);
     }
 
     fn failed(&mut self, cause: impl Into<ReadErrorCause>) -> ReadError {
@@ -327,12 +327,12 @@ impl<R: Read> LegacyReader<R> {
         Ok(Some(item))
     }
 
-    /// Whether the source has another octet. It is kept.
+    /// Whether the source has another byte. It is kept.
     fn more_to_come(&mut self) -> Result<bool, ReadErrorCause> {
-        let mut octet = [0];
-        match fill(&mut self.source, &mut octet) {
+        let mut byte = [0];
+        match fill(&mut self.source, &mut byte) {
             Ok(()) => {
-                self.known.extend_from_slice(&octet);
+                self.known.extend_from_slice(&byte);
                 Ok(true)
             }
             Err(ReadErrorCause::Truncated { .. }) => Ok(false),
@@ -355,20 +355,20 @@ impl<R: Read> LegacyReader<R> {
     }
 
     fn pass_over_left(&mut self) -> Result<(), ReadErrorCause> {
-        let octets = self.left;
-        if octets > 0 {
-            self.pass_over(octets)?;
+        let bytes = self.left;
+        if bytes > 0 {
+            self.pass_over(bytes)?;
             self.left = 0;
         }
         Ok(())
     }
 
-    /// Pass over octets of the source, of which none is known.
-    fn pass_over(&mut self, octets: u64) -> Result<(), ReadErrorCause> {
+    /// Pass over bytes of the source, of which none is known.
+    fn pass_over(&mut self, bytes: u64) -> Result<(), ReadErrorCause> {
         let done =
-            (self.skip)(&mut self.source, octets, &mut self.scratch).map_err(ReadErrorCause::Io)?;
+            (self.skip)(&mut self.source, bytes, &mut self.scratch).map_err(ReadErrorCause::Io)?;
         self.offset = self.offset.saturating_add(done);
-        match octets.saturating_sub(done) {
+        match bytes.saturating_sub(done) {
             0 => Ok(()),
             needed => Err(ReadErrorCause::Truncated { needed }),
         }
@@ -387,9 +387,9 @@ impl<R: Read> LegacyReader<R> {
     }
 
     fn take<const N: usize>(&mut self) -> Result<[u8; N], ReadErrorCause> {
-        let mut octets = [0; N];
-        self.fill(&mut octets)?;
-        Ok(octets)
+        let mut bytes = [0; N];
+        self.fill(&mut bytes)?;
+        Ok(bytes)
     }
 
     fn u32(&mut self) -> Result<u32, ReadErrorCause> {
@@ -408,8 +408,8 @@ impl<R: Read> LegacyReader<R> {
         }
     }
 
-    /// Octets of an `unsigned long`.
-    fn long_octets(&self) -> u64 {
+    /// Bytes of an `unsigned long`.
+    fn long_bytes(&self) -> u64 {
         match self.start.width {
             ToolstackWidth::Bits32 => 4,
             ToolstackWidth::Bits64 => 8,
@@ -418,15 +418,15 @@ impl<R: Read> LegacyReader<R> {
 
     /// So many longs.
     fn longs(&mut self, count: u64) -> Result<Vec<u64>, ReadErrorCause> {
-        let octets = self.blob(count.saturating_mul(self.long_octets()))?;
+        let bytes = self.blob(count.saturating_mul(self.long_bytes()))?;
         let numbers = match self.start.width {
-            ToolstackWidth::Bits32 => octets
+            ToolstackWidth::Bits32 => bytes
                 .as_chunks::<4>()
                 .0
                 .iter()
                 .map(|long| u32::from_le_bytes(*long).into())
                 .collect(),
-            ToolstackWidth::Bits64 => octets
+            ToolstackWidth::Bits64 => bytes
                 .as_chunks::<8>()
                 .0
                 .iter()
@@ -436,11 +436,11 @@ impl<R: Read> LegacyReader<R> {
         Ok(numbers)
     }
 
-    /// So many octets; memory grows as they arrive.
-    fn blob(&mut self, octets: u64) -> Result<Vec<u8>, ReadErrorCause> {
+    /// So many bytes; memory grows as they arrive.
+    fn blob(&mut self, bytes: u64) -> Result<Vec<u8>, ReadErrorCause> {
         const STEP: usize = 1 << 20;
         let mut blob = Vec::new();
-        let mut left = octets;
+        let mut left = bytes;
         while left > 0 {
             let step = usize::try_from(left).unwrap_or(STEP).min(STEP);
             left = left.saturating_sub(step as u64);

@@ -30,10 +30,10 @@ struct Passing<'s, R> {
     source: &'s mut R,
     skip: Skip<R>,
     scratch: &'s mut Vec<u8>,
-    octets: u64,
+    bytes: u64,
 }
 
-/// Pass over the body of chunk −5; how many octets it has.
+/// Pass over the body of chunk −5; how many bytes it has.
 pub(super) fn pass_over<R: Read>(
     source: &mut R,
     skip: Skip<R>,
@@ -41,10 +41,10 @@ pub(super) fn pass_over<R: Read>(
 ) -> Result<u64, ReadErrorCause> {
     let mut passing = Passing::new(source, skip, scratch);
     passing.words()?;
-    Ok(passing.octets)
+    Ok(passing.bytes)
 }
 
-/// Pass over the body of chunk −6; how many octets it has.
+/// Pass over the body of chunk −6; how many bytes it has.
 pub(super) fn pass_over_extra<R: Read>(
     source: &mut R,
     skip: Skip<R>,
@@ -54,7 +54,7 @@ pub(super) fn pass_over_extra<R: Read>(
     while passing.take::<4>()? != ONES {
         passing.take::<28>()?;
     }
-    Ok(passing.octets)
+    Ok(passing.bytes)
 }
 
 impl<'s, R: Read> Passing<'s, R> {
@@ -63,15 +63,15 @@ impl<'s, R: Read> Passing<'s, R> {
             source,
             skip,
             scratch,
-            octets: 0,
+            bytes: 0,
         }
     }
 
     fn take<const N: usize>(&mut self) -> Result<[u8; N], ReadErrorCause> {
-        let mut octets = [0; N];
-        fill(self.source, &mut octets)?;
-        self.octets = self.octets.saturating_add(N as u64);
-        Ok(octets)
+        let mut bytes = [0; N];
+        fill(self.source, &mut bytes)?;
+        self.bytes = self.bytes.saturating_add(N as u64);
+        Ok(bytes)
     }
 
     fn word(&mut self) -> Result<u32, ReadErrorCause> {
@@ -109,7 +109,7 @@ impl<'s, R: Read> Passing<'s, R> {
             }
             self.take::<4>()?;
             let done = (self.skip)(self.source, page, self.scratch).map_err(ReadErrorCause::Io)?;
-            self.octets = self.octets.saturating_add(done);
+            self.bytes = self.bytes.saturating_add(done);
             if done < page {
                 let needed = page.saturating_sub(done);
                 return Err(ReadErrorCause::Truncated { needed });

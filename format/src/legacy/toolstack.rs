@@ -7,8 +7,8 @@
 //! | 4–7 | number of regions |
 //! | … | regions: u64 phys_offset, u64 start_addr, u64 size, u32 length of the name, the name with its NUL |
 //!
-//! A 64-bit toolstack counts four octets of padding that its compiler put at the end of
-//! the structure; the name has moved into it, and four stray octets follow.
+//! A 64-bit toolstack counts four bytes of padding that its compiler put at the end of
+//! the structure; the name has moved into it, and four stray bytes follow.
 //!
 //! C implementation: `libxl__toolstack_save` in `tools/libxl/libxl_dom.c` (Xen 4.5);
 //! `convert-legacy-stream`.

@@ -56,11 +56,11 @@ impl<'a> HvmParams<'a> {
             lenient: context.lenient,
             structure: "HVM_PARAMS",
         }
-        .zero("reserved octets", 4, u64::from(wire.reserved.get(order)))?;
+        .zero("reserved bytes", 4, u64::from(wire.reserved.get(order)))?;
         let count = wire.count.get(order);
         let expected = Length::Exactly(u64::from(count).saturating_mul(16).saturating_add(8));
-        let octets = u64::from(count).saturating_mul(16);
-        Context::length(body.len(), rest.len() as u64 == octets, expected)?;
+        let bytes = u64::from(count).saturating_mul(16);
+        Context::length(body.len(), rest.len() as u64 == bytes, expected)?;
         let entries = elements::<WireHvmParam>(rest, expected)?;
         Ok(Self { entries, order })
     }

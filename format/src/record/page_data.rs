@@ -29,7 +29,7 @@ pub struct WirePageDataHead {
 
 impl WirePageDataHead {
     /// Length in the stream.
-    pub const OCTETS: usize = 8;
+    pub const BYTES: usize = 8;
 
     pub(crate) fn new(count: u32, order: ByteOrder) -> Self {
         Self {
@@ -38,8 +38,8 @@ impl WirePageDataHead {
         }
     }
 
-    /// Check the head against the body's length; how many octets of entries follow.
-    pub(crate) fn entry_octets(
+    /// Check the head against the body's length; how many bytes of entries follow.
+    pub(crate) fn entry_bytes(
         &self,
         body_length: u32,
         context: Context,
@@ -53,12 +53,12 @@ impl WirePageDataHead {
             structure: "PAGE_DATA",
         }
         .zero(
-            "reserved octets",
+            "reserved bytes",
             4,
             u64::from(self.reserved.get(context.order)),
         )?;
         let entries = u64::from(count).saturating_mul(8);
-        let least = entries.saturating_add(Self::OCTETS as u64);
+        let least = entries.saturating_add(Self::BYTES as u64);
         if u64::from(body_length) < least {
             return Err(DecodeError::BodyLength {
                 expected: Length::AtLeast(least),
@@ -118,7 +118,7 @@ impl<'a> Entries<'a> {
         }
         let expected = (wire.len() as u64)
             .saturating_mul(8)
-            .saturating_add(WirePageDataHead::OCTETS as u64)
+            .saturating_add(WirePageDataHead::BYTES as u64)
             .saturating_add(pages.saturating_mul(PAGE_SIZE as u64));
         if u64::from(body_length) != expected {
             return Err(DecodeError::BodyLength {

@@ -40,7 +40,7 @@ pub enum PvInfo {
 }
 
 impl PvInfo {
-    /// The guest of this width in octets, 4 or 8.
+    /// The guest of this width in bytes, 4 or 8.
     pub const fn from_width(width: u8) -> Option<Self> {
         match width {
             4 => Some(Self::Bits32),
@@ -49,7 +49,7 @@ impl PvInfo {
         }
     }
 
-    /// Octets in the guest's word: 4 or 8.
+    /// Bytes in the guest's word: 4 or 8.
     pub const fn width(self) -> u8 {
         match self {
             Self::Bits32 => 4,
@@ -77,12 +77,12 @@ impl PvInfo {
             structure: "X86_PV_INFO",
         }
         .zero(
-            "reserved octets",
+            "reserved bytes",
             2,
             u64::from(wire.reserved1.get(context.order)),
         )?
         .zero(
-            "reserved octets",
+            "reserved bytes",
             4,
             u64::from(wire.reserved2.get(context.order)),
         )?;
@@ -212,8 +212,8 @@ pub struct VcpuState<'a> {
     pub state: &'a [u8],
 }
 
-/// Octets of `vcpu_guest_context` for a guest of this width.
-pub const fn vcpu_basic_octets(info: PvInfo) -> usize {
+/// Bytes of `vcpu_guest_context` for a guest of this width.
+pub const fn vcpu_basic_bytes(info: PvInfo) -> usize {
     match info {
         PvInfo::Bits32 => 0xaf0,
         PvInfo::Bits64 => 0x1430,
@@ -226,7 +226,7 @@ const MAX_XSAVE: usize = 1 << 20;
 /// What length a blob of this kind must have, its head not counted; empty ones,
 /// which erratum 1 tolerates, aside.
 pub(crate) fn vcpu_state_length(kind: RecordKind, info: PvInfo, len: usize) -> Option<Length> {
-    let basic = vcpu_basic_octets(info);
+    let basic = vcpu_basic_bytes(info);
     match kind {
         RecordKind::X86_PV_VCPU_BASIC if len != basic => Some(Length::Exactly(basic as u64)),
         RecordKind::X86_PV_VCPU_EXTENDED if len > 128 => Some(Length::AtMost(128)),
@@ -256,7 +256,7 @@ impl<'a> VcpuState<'a> {
             lenient: context.lenient,
             structure: kind.name().unwrap_or("vcpu record"),
         }
-        .zero("reserved octets", 4, u64::from(wire.reserved.get(order)))?;
+        .zero("reserved bytes", 4, u64::from(wire.reserved.get(order)))?;
         if !state.is_empty()
             && let Some(expected) = vcpu_state_length(kind, info, state.len())
         {

@@ -56,7 +56,7 @@ impl TscInfo {
             lenient: context.lenient,
             structure: "X86_TSC_INFO",
         }
-        .zero("reserved octets", 20, u64::from(wire.reserved.get(order)))?;
+        .zero("reserved bytes", 20, u64::from(wire.reserved.get(order)))?;
         let mode = wire.mode.get(order);
         if mode > Self::MAX_MODE {
             return Err(DecodeError::TscMode { got: mode });
@@ -85,7 +85,7 @@ impl TscInfo {
 #[repr(C)]
 pub(crate) struct WireCpuidLeaf([U32; 6]);
 
-const _: () = assert!(size_of::<WireCpuidLeaf>() == CpuidPolicy::LEAF_OCTETS);
+const _: () = assert!(size_of::<WireCpuidLeaf>() == CpuidPolicy::LEAF_BYTES);
 
 /// One CPUID leaf.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,7 +106,7 @@ pub struct CpuidLeaf {
 
 impl CpuidLeaf {
     /// The leaf as the stream has it.
-    pub fn encode(self, order: ByteOrder) -> [u8; CpuidPolicy::LEAF_OCTETS] {
+    pub fn encode(self, order: ByteOrder) -> [u8; CpuidPolicy::LEAF_BYTES] {
         let Self {
             leaf,
             subleaf,
@@ -128,11 +128,11 @@ pub struct CpuidPolicy<'a> {
 }
 
 impl<'a> CpuidPolicy<'a> {
-    /// Octets of a leaf.
-    pub const LEAF_OCTETS: usize = 24;
+    /// Bytes of a leaf.
+    pub const LEAF_BYTES: usize = 24;
 
     pub(crate) fn decode(body: &'a [u8], context: Context) -> Result<Self, DecodeError> {
-        let expected = Length::MultipleOf(Self::LEAF_OCTETS as u64);
+        let expected = Length::MultipleOf(Self::LEAF_BYTES as u64);
         Context::length(body.len(), !body.is_empty(), expected)?;
         Ok(Self {
             leaves: elements(body, expected)?,
@@ -172,7 +172,7 @@ pub(crate) struct WireMsr {
     value: U64,
 }
 
-const _: () = assert!(size_of::<WireMsr>() == MsrPolicy::ENTRY_OCTETS);
+const _: () = assert!(size_of::<WireMsr>() == MsrPolicy::ENTRY_BYTES);
 
 /// One MSR of the policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -187,7 +187,7 @@ pub struct MsrEntry {
 
 impl MsrEntry {
     /// The entry as the stream has it.
-    pub fn encode(self, order: ByteOrder) -> [u8; MsrPolicy::ENTRY_OCTETS] {
+    pub fn encode(self, order: ByteOrder) -> [u8; MsrPolicy::ENTRY_BYTES] {
         let Self {
             index,
             flags,
@@ -209,11 +209,11 @@ pub struct MsrPolicy<'a> {
 }
 
 impl<'a> MsrPolicy<'a> {
-    /// Octets of an entry.
-    pub const ENTRY_OCTETS: usize = 16;
+    /// Bytes of an entry.
+    pub const ENTRY_BYTES: usize = 16;
 
     pub(crate) fn decode(body: &'a [u8], context: Context) -> Result<Self, DecodeError> {
-        let expected = Length::MultipleOf(Self::ENTRY_OCTETS as u64);
+        let expected = Length::MultipleOf(Self::ENTRY_BYTES as u64);
         Context::length(body.len(), !body.is_empty(), expected)?;
         Ok(Self {
             entries: elements(body, expected)?,

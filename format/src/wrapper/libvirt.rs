@@ -15,7 +15,7 @@ use crate::read::ReadOptions;
 use crate::source::{fill, fill_behind, fill_growing};
 use crate::wire::U32;
 
-/// The first octets of such a file.
+/// The first bytes of such a file.
 pub const MAGIC: [u8; 16] = *b"libvirt-xml\n \0 \r";
 
 /// The longest XML that is read. libvirt has no limit; a domain's has some kilobytes.
@@ -37,13 +37,13 @@ struct WireLibvirt {
     reserved: [U32; 10],
 }
 
-const _: () = assert!(MAGIC.len() + size_of::<WireLibvirt>() == LibvirtHeader::FIXED_OCTETS);
+const _: () = assert!(MAGIC.len() + size_of::<WireLibvirt>() == LibvirtHeader::FIXED_BYTES);
 
-/// A rule of libvirt's header that some octets break.
+/// A rule of libvirt's header that some bytes break.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum LibvirtError {
-    /// The first octets are not libvirt's.
+    /// The first bytes are not libvirt's.
     #[error("magic is {:?}, expected {:?}", got.escape_ascii().to_string(), MAGIC.escape_ascii().to_string())]
     Magic {
         /// What came.
@@ -56,13 +56,13 @@ pub enum LibvirtError {
         got: u32,
     },
     /// No XML, or more than anybody would write.
-    #[error("the XML has {got} octets, expected 1 to {MAX_XML}")]
+    #[error("the XML has {got} bytes, expected 1 to {MAX_XML}")]
     XmlLength {
         /// What came.
         got: u32,
     },
     /// A reserved word that is not zero.
-    #[error("reserved octets at {at} are {got:#x}, expected 0 (--lenient tolerates this)")]
+    #[error("reserved bytes at {at} are {got:#x}, expected 0 (--lenient tolerates this)")]
     Reserved {
         /// Where in the header.
         at: u64,
@@ -83,7 +83,7 @@ pub struct LibvirtHeader {
 
 impl LibvirtHeader {
     /// Length of the part before the XML.
-    pub const FIXED_OCTETS: usize = 64;
+    pub const FIXED_BYTES: usize = 64;
 
     /// A header for a libxl stream.
     ///
@@ -91,8 +91,8 @@ impl LibvirtHeader {
     ///
     /// XML that is too long.
     pub fn new(xml: &str) -> Result<Self, LibvirtError> {
-        let octets = xml.len().saturating_add(1);
-        let xml_length = match u32::try_from(octets) {
+        let bytes = xml.len().saturating_add(1);
+        let xml_length = match u32::try_from(bytes) {
             Ok(length) if length <= MAX_XML => length,
             Ok(got) => return Err(LibvirtError::XmlLength { got }),
             // As much too long as the field can say.
@@ -107,7 +107,7 @@ impl LibvirtHeader {
         })
     }
 
-    /// Read the header from the start of a file: exactly its octets.
+    /// Read the header from the start of a file: exactly its bytes.
     ///
     /// # Errors
     ///
@@ -116,7 +116,7 @@ impl LibvirtHeader {
         Self::read_behind(&[], &mut source, options)
     }
 
-    /// As [`LibvirtHeader::read`], where the first octets, `known`, at most 16, have been
+    /// As [`LibvirtHeader::read`], where the first bytes, `known`, at most 16, have been
     /// read already.
     ///
     /// # Errors
@@ -167,7 +167,7 @@ impl LibvirtHeader {
         })
     }
 
-    /// The octets of the header, as it was read or made; reserved octets are zero.
+    /// The bytes of the header, as it was read or made; reserved bytes are zero.
     pub fn encode(&self) -> Vec<u8> {
         const LE: ByteOrder = ByteOrder::Little;
         let mut wire = WireLibvirt::new_zeroed();
@@ -177,8 +177,8 @@ impl LibvirtHeader {
     }
 
     /// Length of the header with its XML: where the stream begins.
-    pub fn octets(&self) -> u64 {
-        (self.xml.len() as u64).saturating_add(Self::FIXED_OCTETS as u64)
+    pub fn bytes(&self) -> u64 {
+        (self.xml.len() as u64).saturating_add(Self::FIXED_BYTES as u64)
     }
 
     /// Whether a libxl stream version 2 follows; if not, a legacy stream does.

@@ -52,7 +52,7 @@ pub struct WireLibxlHeader {
     options: U32,
 }
 
-const _: () = assert!(size_of::<WireLibxlHeader>() == LibxlHeader::OCTETS);
+const _: () = assert!(size_of::<WireLibxlHeader>() == LibxlHeader::BYTES);
 
 /// The header of a libxl stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,8 +65,8 @@ pub struct LibxlHeader {
 
 impl LibxlHeader {
     /// Length in the stream.
-    pub const OCTETS: usize = 16;
-    /// The first eight octets, `LibxlFmt`.
+    pub const BYTES: usize = 16;
+    /// The first eight bytes, `LibxlFmt`.
     pub const IDENT: u64 = u64::from_be_bytes(*b"LibxlFmt");
     /// The only version.
     pub const VERSION: u32 = 2;
@@ -130,11 +130,11 @@ impl fmt::Display for LibxlHeader {
     }
 }
 
-/// A rule of the libxl stream that some octets break.
+/// A rule of the libxl stream that some bytes break.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum LibxlError {
-    /// The first eight octets are not libxl's.
+    /// The first eight bytes are not libxl's.
     #[error("ident is {got:#018x}, expected 0x4c6962786c466d74 (LibxlFmt)")]
     Ident {
         /// What came.
@@ -147,7 +147,7 @@ pub enum LibxlError {
         got: u32,
     },
     /// A reserved field or padding that is not zero.
-    #[error("{field} (octet {at} of it) must be zero, got {got:#x} (--lenient tolerates this)")]
+    #[error("{field} (byte {at} of it) must be zero, got {got:#x} (--lenient tolerates this)")]
     ReservedNotZero {
         /// The structure and its field.
         field: &'static str,
@@ -157,7 +157,7 @@ pub enum LibxlError {
         got: u64,
     },
     /// A body that is longer than any is.
-    #[error("body length is {got}, expected at most {max} octets")]
+    #[error("body length is {got}, expected at most {max} bytes")]
     BodyTooLong {
         /// What came.
         got: u64,
@@ -165,7 +165,7 @@ pub enum LibxlError {
         max: u32,
     },
     /// The records of a checkpoint are longer, all together, than any are.
-    #[error("the records of this checkpoint have more than {max} octets")]
+    #[error("the records of this checkpoint have more than {max} bytes")]
     CheckpointTooLong {
         /// The limit.
         max: u32,
@@ -203,11 +203,11 @@ pub enum LibxlError {
         got: u32,
     },
     /// Xenstore data whose last string has no end.
-    #[error("xenstore data of {length} octets must end in NUL, got {got:#04x}")]
+    #[error("xenstore data of {length} bytes must end in NUL, got {got:#04x}")]
     XenstoreNotTerminated {
         /// Their length.
         length: u64,
-        /// The last octet.
+        /// The last byte.
         got: u8,
     },
     /// Xenstore data with a key and no value.

@@ -36,7 +36,7 @@ mod kind;
 
 pub use kind::{XapiError, XapiKind, XapiRecord};
 
-/// The first octets of such a file.
+/// The first bytes of such a file.
 pub const MAGIC: [u8; 15] = *b"XenSavedDomv2-\n";
 
 /// The first bytes of an image of XenServer before 6.5: a legacy stream follows, of an HVM
@@ -73,7 +73,7 @@ pub struct XapiSource<R> {
     offset: u64,
     ready: Vec<u8>,
     at: usize,
-    /// Octets that go through.
+    /// Bytes that go through.
     through: u64,
     /// The structure of the inner stream that they belong to, and its number.
     inner: Position,
@@ -88,7 +88,7 @@ pub struct XapiSource<R> {
     old: bool,
 }
 
-/// Where octets come from.
+/// Where bytes come from.
 #[derive(Debug)]
 enum Inner<R> {
     Plain(R),
@@ -122,12 +122,12 @@ enum Stage {
 }
 
 impl<R: Read> XapiSource<R> {
-    /// Read the start of an image, whose first octets, `known`, at most 15, have been read
+    /// Read the start of an image, whose first bytes, `known`, at most 15, have been read
     /// already.
     ///
     /// # Errors
     ///
-    /// The source failed or ended; the first octets are not xapi's.
+    /// The source failed or ended; the first bytes are not xapi's.
     pub fn behind(known: &[u8], mut source: R) -> Result<Self, ReadError> {
         let mut magic = [0; MAGIC.len()];
         fill_behind(known, &mut source, &mut magic)
@@ -292,7 +292,7 @@ impl<R: Read> XapiSource<R> {
 
     /// A record other than a stream.
     fn blob(&mut self, kind: XapiKind, length: u64) -> Result<(), ReadErrorCause> {
-        let octets = checked_length(kind, length)?;
+        let bytes = checked_length(kind, length)?;
         let mut body = Vec::new();
         fill_growing(&mut self.source, &mut body, length)?;
         self.offset = self.offset.saturating_add(length);
@@ -305,19 +305,19 @@ impl<R: Read> XapiSource<R> {
             }
             _ => return Ok(()),
         };
-        self.emulator(emulator, octets, body);
+        self.emulator(emulator, bytes, body);
         Ok(())
     }
 
-    /// An EMULATOR_CONTEXT with this state, of so many octets ([`MAX_RECORD`] at most).
-    fn emulator(&mut self, emulator: u32, octets: u32, mut body: Vec<u8>) {
-        self.libxl_header(LibxlRecordKind::EMULATOR_CONTEXT, octets.saturating_add(8));
+    /// An EMULATOR_CONTEXT with this state, of so many bytes ([`MAX_RECORD`] at most).
+    fn emulator(&mut self, emulator: u32, bytes: u32, mut body: Vec<u8>) {
+        self.libxl_header(LibxlRecordKind::EMULATOR_CONTEXT, bytes.saturating_add(8));
         for word in [emulator, 0] {
             let word = U32::new(word, ByteOrder::Little);
             self.ready.extend_from_slice(word.as_bytes());
         }
         self.ready.append(&mut body);
-        self.ready.extend_from_slice(zeros(u64::from(octets)));
+        self.ready.extend_from_slice(zeros(u64::from(bytes)));
     }
 
     /// The device model's state, as XenServer before 6.5 wrote it, and the end.
@@ -331,11 +331,11 @@ impl<R: Read> XapiSource<R> {
         self.fill(&mut length)?;
         let length = u64::from(u32::from_be_bytes(length));
         let kind = XapiKind::QEMU_TRAD;
-        let octets = checked_length(kind, length)?;
+        let bytes = checked_length(kind, length)?;
         let mut body = Vec::new();
         fill_growing(&mut self.source, &mut body, length)?;
         self.offset = self.offset.saturating_add(length);
-        self.emulator(1, octets, body);
+        self.emulator(1, bytes, body);
         self.old_end();
         Ok(())
     }
@@ -392,7 +392,7 @@ impl<R: Read> XapiSource<R> {
         self.ready.extend_from_slice(image.as_bytes());
         // Lenient: whoever reads the stream judges it.
         let order = ImageHeader::decode(&image, true)?.order;
-        self.through = DomainHeader::OCTETS as u64;
+        self.through = DomainHeader::BYTES as u64;
         self.inner = Position {
             place: Place::DomainHeader,
             offset: self.offset,
@@ -424,7 +424,7 @@ impl<R: Read> XapiSource<R> {
 /// The length of a record that is taken into memory.
 fn checked_length(kind: XapiKind, length: u64) -> Result<u32, XapiError> {
     match u32::try_from(length) {
-        Ok(octets) if length <= MAX_RECORD => Ok(octets),
+        Ok(bytes) if length <= MAX_RECORD => Ok(bytes),
         _ => Err(XapiError::TooLong { kind, got: length }),
     }
 }

@@ -22,14 +22,14 @@ use crate::read::ReadOptions;
 use crate::source::{fill, fill_behind, fill_growing};
 use crate::wire::U32;
 
-/// The first octets of a file that xl wrote.
+/// The first bytes of a file that xl wrote.
 pub const MAGIC: [u8; 32] = *b"Xen saved domain, xl format\n \0 \r";
 
 /// The value of the byte order field.
 const BYTE_ORDER_MARK: u32 = 0x0102_0304;
 
 /// The longest optional data that is read or written. xl has no limit of its own; a
-/// configuration has some hundreds of octets for each device and vcpu.
+/// configuration has some hundreds of bytes for each device and vcpu.
 pub const MAX_OPTIONAL_DATA: u32 = 16 << 20;
 
 /// The longest configuration that is looked into or written, without the NUL. xl has no limit
@@ -60,16 +60,16 @@ struct WireXlFields {
     optional_data_length: U32,
 }
 
-const _: () = assert!(MAGIC.len() + size_of::<WireXlFields>() == XlHeader::FIXED_OCTETS);
+const _: () = assert!(MAGIC.len() + size_of::<WireXlFields>() == XlHeader::FIXED_BYTES);
 
-/// Octets of the length field that the configuration begins with.
-const CONFIG_LENGTH_OCTETS: usize = 4;
+/// Bytes of the length field that the configuration begins with.
+const CONFIG_LENGTH_BYTES: usize = 4;
 
-/// A rule of the xl header that some octets break.
+/// A rule of the xl header that some bytes break.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum XlError {
-    /// The first 32 octets are not xl's.
+    /// The first 32 bytes are not xl's.
     #[error("magic is {:?}, expected {:?}", got.escape_ascii().to_string(), MAGIC.escape_ascii().to_string())]
     Magic {
         /// What came.
@@ -100,7 +100,7 @@ pub enum XlError {
         got: u32,
     },
     /// More optional data than anybody would write.
-    #[error("optional data has {got} octets, expected at most {max}")]
+    #[error("optional data has {got} bytes, expected at most {max}")]
     OptionalDataTooLong {
         /// What came.
         got: u64,
@@ -108,7 +108,7 @@ pub enum XlError {
         max: u32,
     },
     /// Optional data that are too short for what they begin with.
-    #[error("optional data has {got} octets, expected none or at least {expected} for the {what}")]
+    #[error("optional data has {got} bytes, expected none or at least {expected} for the {what}")]
     OptionalDataTooShort {
         /// What does not fit.
         what: &'static str,
@@ -119,8 +119,8 @@ pub enum XlError {
     },
     /// A JSON configuration with no NUL at its end, or with one inside.
     #[error(
-        "JSON configuration of {length} octets must have its only NUL at the end, {}",
-        match first_nul { Some(at) => format!("but has one at octet {at}"), None => "but has none".into() }
+        "JSON configuration of {length} bytes must have its only NUL at the end, {}",
+        match first_nul { Some(at) => format!("but has one at byte {at}"), None => "but has none".into() }
     )]
     ConfigNul {
         /// Its length.
@@ -137,7 +137,7 @@ pub enum XlError {
         max: u32,
     },
     /// A JSON configuration that is no UTF-8.
-    #[error("JSON configuration is not UTF-8 from octet {valid_up_to} on")]
+    #[error("JSON configuration is not UTF-8 from byte {valid_up_to} on")]
     ConfigNotUtf8 {
         /// How far it is.
         valid_up_to: u64,
@@ -158,7 +158,7 @@ pub struct XlHeader {
 
 impl XlHeader {
     /// Length of the part before the optional data.
-    pub const FIXED_OCTETS: usize = 48;
+    pub const FIXED_BYTES: usize = 48;
 
     /// The header that xl writes for a domain with this configuration (`json`
     /// without NUL) and a version 2 stream.
@@ -182,7 +182,7 @@ impl XlHeader {
         Ok(header)
     }
 
-    /// Read the header from the start of a file: exactly its octets.
+    /// Read the header from the start of a file: exactly its bytes.
     ///
     /// # Errors
     ///
@@ -191,7 +191,7 @@ impl XlHeader {
         Self::read_behind(&[], &mut source, options)
     }
 
-    /// As [`XlHeader::read`], where the first octets, `known`, have been read already,
+    /// As [`XlHeader::read`], where the first bytes, `known`, have been read already,
     /// to find out what the source holds. The offset in `options` is where the header
     /// begins.
     pub(crate) fn read_behind(
@@ -202,7 +202,7 @@ impl XlHeader {
         let (order, mandatory_flags, optional_flags, length) =
             read_fixed(known, source, options.lenient)
                 .map_err(|cause| ReadError::at(Place::XlHeader, options.offset, cause))?;
-        let offset = options.offset.saturating_add(Self::FIXED_OCTETS as u64);
+        let offset = options.offset.saturating_add(Self::FIXED_BYTES as u64);
         let mut header = Self {
             order,
             mandatory_flags,
@@ -216,7 +216,7 @@ impl XlHeader {
         Ok(header)
     }
 
-    /// Write the header, as it was read or made: octet for octet.
+    /// Write the header, as it was read or made: byte for byte.
     ///
     /// # Errors
     ///
@@ -226,7 +226,7 @@ impl XlHeader {
         Ok(sink.write_all(&self.encode())?)
     }
 
-    /// The octets of the header.
+    /// The bytes of the header.
     pub fn encode(&self) -> Vec<u8> {
         let fields = WireXlFields {
             byte_order: U32::new(BYTE_ORDER_MARK, self.order),
@@ -286,14 +286,14 @@ impl XlHeader {
     ///
     /// There is a configuration, and no room for blanks.
     pub fn aligned(&self) -> Result<(Self, u32), XlError> {
-        let blanks = self.octets().wrapping_neg() & 7;
+        let blanks = self.bytes().wrapping_neg() & 7;
         let header = self.with_config(|config, end| {
             config.splice(
                 end..end,
                 iter::repeat_n(b' ', usize::try_from(blanks).unwrap_or(0)),
             );
         })?;
-        let added = header.octets().saturating_sub(self.octets());
+        let added = header.bytes().saturating_sub(self.bytes());
         Ok((header, u32::try_from(added).unwrap_or(0)))
     }
 
@@ -340,8 +340,8 @@ impl XlHeader {
     }
 
     /// Length of the header with its optional data: where the stream begins.
-    pub fn octets(&self) -> u64 {
-        (self.optional_data.len() as u64).saturating_add(Self::FIXED_OCTETS as u64)
+    pub fn bytes(&self) -> u64 {
+        (self.optional_data.len() as u64).saturating_add(Self::FIXED_BYTES as u64)
     }
 
     /// The order of the header's own fields; the streams that follow have their own.
@@ -364,7 +364,7 @@ impl XlHeader {
         self.mandatory_flags & FLAG_STREAM_V2 != 0
     }
 
-    /// The configuration's octets, the NUL at the end of JSON included; `None` where
+    /// The configuration's bytes, the NUL at the end of JSON included; `None` where
     /// the file has none.
     pub fn config(&self) -> Option<&[u8]> {
         let (length, rest) = U32::read_from_prefix(&self.optional_data).ok()?;
@@ -377,7 +377,7 @@ impl XlHeader {
     pub fn optional_tail(&self) -> &[u8] {
         let config = self.config().map_or(0, <[u8]>::len);
         self.optional_data
-            .get(config.saturating_add(CONFIG_LENGTH_OCTETS)..)
+            .get(config.saturating_add(CONFIG_LENGTH_BYTES)..)
             .unwrap_or_default()
     }
 
@@ -417,16 +417,16 @@ impl XlHeader {
         let Ok((length, rest)) = U32::read_from_prefix(&self.optional_data) else {
             return Err(short(
                 "length of the configuration",
-                CONFIG_LENGTH_OCTETS as u64,
+                CONFIG_LENGTH_BYTES as u64,
             ));
         };
         let length = length.get(self.order);
         let Some(config) = rest.get(..length as usize) else {
-            let expected = u64::from(length).saturating_add(CONFIG_LENGTH_OCTETS as u64);
+            let expected = u64::from(length).saturating_add(CONFIG_LENGTH_BYTES as u64);
             return Err(short("configuration", expected));
         };
         // xl hands the JSON to its parser as a C string.
-        let first_nul = config.iter().position(|octet| *octet == 0);
+        let first_nul = config.iter().position(|byte| *byte == 0);
         let is_c_string = first_nul == config.len().checked_sub(1);
         if self.mandatory_flags & FLAG_JSON != 0 && !config.is_empty() && !is_c_string {
             return Err(XlError::ConfigNul {

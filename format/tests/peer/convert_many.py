@@ -2,7 +2,7 @@
 
 usage: convert_many.py SCRIPT < requests > answers
 
-A request is a line "WIDTH GUEST FORMAT LENGTH" and then LENGTH octets. An answer is one
+A request is a line "WIDTH GUEST FORMAT LENGTH" and then LENGTH bytes. An answer is one
 line of JSON, {"status": what the script would exit with, "error": the last line of its
 traceback, or null, "length": of what it wrote}, and then what it wrote. The script is
 loaded as it is; only where it reads from, where it writes to and what it says to the user
@@ -49,10 +49,10 @@ def main():
             said.append(f"{type(error).__name__}: {error}")
         lines = [line for text in said for line in text.splitlines() if line.strip()]
         errors = [line for line in lines if line != "Please fix me"]
-        octets = script.fout.getvalue()
+        bytes = script.fout.getvalue()
         answer = {"status": status, "error": errors[-1] if errors else None,
-                  "length": len(octets)}
-        answers.write(json.dumps(answer).encode() + b"\n" + octets)
+                  "length": len(bytes)}
+        answers.write(json.dumps(answer).encode() + b"\n" + bytes)
         answers.flush()
 
 

@@ -2,7 +2,7 @@
 
 usage: verify_many.py SCRIPT < requests > answers
 
-A request is a line "FORMAT LENGTH" (FORMAT: xl, libxl or libxc) and then LENGTH octets.
+A request is a line "FORMAT LENGTH" (FORMAT: xl, libxl or libxc) and then LENGTH bytes.
 An answer is one line of JSON: {"status": what the script would exit with, "error": the
 last line of its traceback, or null}. The script is loaded as it is; only where it reads
 from and what it says to the user are replaced.

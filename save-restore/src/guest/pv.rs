@@ -13,7 +13,7 @@ pub(crate) mod restore;
 use xsr_format::frame::{Gfn, Mfn, Page, PageEntry, PageType, Pfn};
 use xsr_format::image::GuestType;
 use xsr_format::record::RecordKind;
-use xsr_format::record::pv::{PvInfo, vcpu_basic_octets};
+use xsr_format::record::pv::{PvInfo, vcpu_basic_bytes};
 use xsr_xen_backend::{Access, Domain, ForeignPage, ForeignPages, M2p, VcpuBlob};
 
 use crate::error::{GuestError, SaveError};
@@ -93,7 +93,7 @@ impl<'a> PvSave<'a> {
     fn vcpu_basic(&self, id: u32) -> Result<Vec<u8>, SaveError> {
         let info = self.info;
         let mut context = self.domain.vcpu_state(id, VcpuBlob::Basic)?;
-        let expected = vcpu_basic_octets(info);
+        let expected = vcpu_basic_bytes(info);
         if context.len() != expected {
             let got = context.len();
             return Err(GuestError::VcpuContext {
@@ -103,33 +103,33 @@ impl<'a> PvSave<'a> {
             }
             .into());
         }
-        let octets = context.as_mut_slice();
+        let bytes = context.as_mut_slice();
         if id == 0 {
-            let pfn = self.pfn_of_field(vcpu::EDX.get(info, octets), || {
+            let pfn = self.pfn_of_field(vcpu::EDX.get(info, bytes), || {
                 "vcpu 0's suspend record (edx)".to_owned()
             })?;
-            vcpu::EDX.set(info, octets, pfn);
+            vcpu::EDX.set(info, bytes, pfn);
         }
-        for (frame, field) in gdt_frames(id, info, octets)? {
+        for (frame, field) in gdt_frames(id, info, bytes)? {
             let at = vcpu::gdt_frame(frame);
-            let pfn = self.pfn_of_field(at.get(info, octets), || field.clone())?;
-            at.set(info, octets, pfn);
+            let pfn = self.pfn_of_field(at.get(info, bytes), || field.clone())?;
+            at.set(info, bytes, pfn);
         }
         let cr3 = vcpu::ctrlreg(3);
-        let frame = cr3_to_frame(info, cr3.get(info, octets));
+        let frame = cr3_to_frame(info, cr3.get(info, bytes));
         let pfn = self.pfn_of_field(frame, || format!("vcpu {id}'s cr3"))?;
         // A pfn below 2^32 always fits.
         cr3.set(
             info,
-            octets,
+            bytes,
             frame_to_cr3(info, pfn).expect("below 2^32, as all pfns of PV guests"),
         );
         let cr1 = vcpu::ctrlreg(1);
-        let user = cr1.get(info, octets);
+        let user = cr1.get(info, bytes);
         if info == PvInfo::Bits64 && user != 0 {
             let pfn = self.pfn_of_field(user >> 12, || format!("vcpu {id}'s cr1"))?;
             // Bit 0 says that there is one: a user table at pfn 0 is possible.
-            cr1.set(info, octets, 1 | pfn << 12);
+            cr1.set(info, bytes, 1 | pfn << 12);
         }
         Ok(context)
     }

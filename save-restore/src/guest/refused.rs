@@ -337,6 +337,6 @@ mod tests {
             "{vcpu}"
         );
         let cut = suspect_of_context(&context[..context.len() - 9], Some(2));
-        assert!(cut.contains("octets"), "{cut}");
+        assert!(cut.contains("bytes"), "{cut}");
     }
 }

@@ -73,8 +73,8 @@ pub(crate) fn set_cpu_policy(
 
 /// The first version of Xen whose console daemon says in the ring that it is there.
 const CONNECTING_CONSOLE: (u16, u16) = (4, 21);
-/// The word of a console ring whose lowest octet says whether somebody is at the other
-/// end: `connection` of `xencons_interface`, behind 1024 octets of input, 2048 of output
+/// The word of a console ring whose lowest byte says whether somebody is at the other
+/// end: `connection` of `xencons_interface`, behind 1024 bytes of input, 2048 of output
 /// and four indices of 4.
 const CONSOLE_CONNECTION: usize = (1024 + 2048 + 16) / 8;
 /// Nobody is, as yet (`XENCONSOLE_DISCONNECTED`); 0 would be that somebody is.

@@ -20,19 +20,19 @@ use crate::restore::{RestoreOptions, Restored, Run, Stop, go_on, with_crew};
 use crate::source::PageSource;
 use crate::toolstack::{Arrival, CheckpointRestoreToolstack};
 
-/// Octets of a checkpoint that are kept in memory, where nobody says: 64 MiB.
-pub const MEMORY_OCTETS: usize = 64 << 20;
+/// Bytes of a checkpoint that are kept in memory, where nobody says: 64 MiB.
+pub const MEMORY_BYTES: usize = 64 << 20;
 
 /// Where a checkpoint is kept until it is complete.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CheckpointOptions {
-    /// How much of it in memory, in octets ([`MEMORY_OCTETS`] by default). What is more
+    /// How much of it in memory, in bytes ([`MEMORY_BYTES`] by default). What is more
     /// goes to a temporary file without a name, which grows with the checkpoint.
-    pub memory_octets: usize,
-    /// How many octets that file may have; by default (`None`) as many as the largest
+    pub memory_bytes: usize,
+    /// How many bytes that file may have; by default (`None`) as many as the largest
     /// checkpoint of the domain has, and no disk is filled by a sender that goes mad: all
     /// the pages that it may have, each once, and 64 MiB for everything else.
-    pub file_octets: Option<u64>,
+    pub file_bytes: Option<u64>,
     /// Where that file is made; by default the system's directory for such files.
     pub directory: PathBuf,
 }
@@ -40,8 +40,8 @@ pub struct CheckpointOptions {
 impl Default for CheckpointOptions {
     fn default() -> Self {
         Self {
-            memory_octets: MEMORY_OCTETS,
-            file_octets: None,
+            memory_bytes: MEMORY_BYTES,
+            file_bytes: None,
             directory: std::env::temp_dir(),
         }
     }
@@ -54,10 +54,10 @@ pub struct Survivor<S> {
     pub restored: Restored,
     /// Checkpoints that were complete; the last is this guest.
     pub checkpoints: u64,
-    /// Most octets of one checkpoint that were kept until it was complete.
-    pub most_kept_octets: u64,
-    /// Most octets of one checkpoint that were in the file.
-    pub most_spilt_octets: u64,
+    /// Most bytes of one checkpoint that were kept until it was complete.
+    pub most_kept_bytes: u64,
+    /// Most bytes of one checkpoint that were in the file.
+    pub most_spilt_bytes: u64,
     /// Why there was no other.
     pub ending: Ending<S>,
 }
@@ -106,7 +106,7 @@ pub fn restore_checkpointed<S: PageSource>(
     run.checkpoints(reader, keep, Run::epochs)
 }
 
-/// Octets of the largest checkpoint of a guest that may have so many pages: each pfn comes
+/// Bytes of the largest checkpoint of a guest that may have so many pages: each pfn comes
 /// once, and those that it has no page for are fewer than those that it has.
 fn largest(max_pages: u64) -> u64 {
     const PFN: u64 = PAGE_SIZE as u64 + 16;
@@ -143,8 +143,8 @@ impl SoFar {
         Survivor {
             restored,
             checkpoints: self.checkpoints,
-            most_kept_octets: self.most_kept,
-            most_spilt_octets: self.most_spilt,
+            most_kept_bytes: self.most_kept,
+            most_spilt_bytes: self.most_spilt,
             ending: match came {
                 Came::SourceLost(error) => Ending::SourceLost(error),
                 Came::ToolstackLost => Ending::ToolstackLost,
@@ -170,8 +170,8 @@ impl<T: CheckpointRestoreToolstack + ?Sized> Run<'_, '_, T> {
         with_crew(self.pages.placer(), self.options, |hands| {
             go_on(self.progress.begin(Phase::Setup, None))?;
             let standing = reader.onto(io::empty());
-            let limit = match keep.file_octets {
-                Some(octets) => octets,
+            let limit = match keep.file_bytes {
+                Some(bytes) => bytes,
                 None => largest(self.domain.info()?.max_pages),
             };
             let tap = Tap::new(reader.into_source(), Spool::new(keep, limit));
@@ -232,7 +232,7 @@ impl<T: CheckpointRestoreToolstack + ?Sized> Run<'_, '_, T> {
         reader: &mut RecordReader<Tap<S>>,
     ) -> Result<Came, RestoreError> {
         loop {
-            let octets = match reader.next_record() {
+            let bytes = match reader.next_record() {
                 // Its pages are passed over, and kept with that.
                 Ok(Some(Incoming::PageData(body))) => u64::from(body.length()),
                 Ok(Some(Incoming::Record(record))) if record.kind == RecordKind::CHECKPOINT => {
@@ -248,7 +248,7 @@ impl<T: CheckpointRestoreToolstack + ?Sized> Run<'_, '_, T> {
                     };
                 }
             };
-            go_on(self.progress.advance(0, octets))?;
+            go_on(self.progress.advance(0, bytes))?;
         }
     }
 
@@ -258,8 +258,8 @@ impl<T: CheckpointRestoreToolstack + ?Sized> Run<'_, '_, T> {
         reader: &mut RecordReader<Tap<S>>,
     ) -> Result<Came, RestoreError> {
         Ok(match self.toolstack.checkpoint(reader.offset())? {
-            Arrival::Whole { octets } => {
-                reader.advance(octets);
+            Arrival::Whole { bytes } => {
+                reader.advance(bytes);
                 Came::Whole
             }
             Arrival::Lost => Came::ToolstackLost,

@@ -92,7 +92,7 @@ impl<T: ColoRestoreToolstack + ?Sized> Run<'_, '_, T> {
             return Ok(Turn::Lost);
         }
         match self.toolstack.wait_checkpoint()? {
-            Arrival::Whole { octets } => reader.advance(octets),
+            Arrival::Whole { bytes } => reader.advance(bytes),
             Arrival::Lost => return Ok(Turn::Lost),
         }
         self.toolstack.suspend()

@@ -12,7 +12,7 @@ use std::fmt;
 
 use xsr_format::cpu_policy::{self, CpuPolicy, Missing};
 use xsr_format::guest_image::GuestImage;
-use xsr_xen_backend::{BackendError, CpuPolicy as Octets, Domain};
+use xsr_xen_backend::{BackendError, CpuPolicy as Bytes, Domain};
 
 use crate::error::RestoreError;
 use crate::guest::refused::{self, brand};
@@ -83,9 +83,9 @@ impl Comparison {
     }
 
     /// As the hypervisor takes it.
-    pub(super) fn octets(&self) -> Octets {
+    pub(super) fn bytes(&self) -> Bytes {
         let (leaves, msrs) = self.image.encode();
-        Octets { leaves, msrs }
+        Bytes { leaves, msrs }
     }
 
     /// With the most that the host can give to such a guest.
@@ -100,7 +100,7 @@ impl Comparison {
 
     fn with(
         &mut self,
-        ask: impl FnOnce() -> Result<Octets, BackendError>,
+        ask: impl FnOnce() -> Result<Bytes, BackendError>,
     ) -> Result<(), RestoreError> {
         // Xen before 4.14 wrote no policy; the toolstack hears of that.
         if self.image == CpuPolicy::default() {

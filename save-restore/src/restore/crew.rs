@@ -1,13 +1,13 @@
 //! Who places the pieces of a guest's memory: the thread that reads the stream, and
 //! others beside it.
 //!
-//! Pieces are numbered as they come. At most [`IN_FLIGHT`] octets of them are on their
+//! Pieces are numbered as they come. At most [`IN_FLIGHT`] bytes of them are on their
 //! way at a time. One that names a page which another on its way names, too, waits until
 //! that is in place: of a page that comes twice the later version stays, though nothing
 //! in the stream says where a pass over memory ends. Where no more may be on their way,
 //! the reading thread places one itself.
 //!
-//! Where octets come in order and pages are mapped, the reading thread reads straight into
+//! Where bytes come in order and pages are mapped, the reading thread reads straight into
 //! the mapping, and there are no pieces: the others only unmap.
 //!
 //! What goes wrong first in the order of the stream is what counts: whichever piece
@@ -24,7 +24,7 @@ use xsr_xen_backend::ForeignPages;
 use crate::error::RestoreError;
 use crate::restore::place::{Contents, Piece, Placer};
 
-/// Octets of pieces that are on their way at a time: read, or mapped, or to be read from
+/// Bytes of pieces that are on their way at a time: read, or mapped, or to be read from
 /// a file. Besides, one piece is being read, and each thread that reads from a file has
 /// a buffer for one.
 const IN_FLIGHT: usize = 16 << 20;
@@ -98,21 +98,21 @@ impl<'r> Crew<'r> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A buffer of `octets`, with anything in it.
-    pub(super) fn buffer(&self, octets: usize) -> Vec<u8> {
+    /// A buffer of `bytes`, with anything in it.
+    pub(super) fn buffer(&self, bytes: usize) -> Vec<u8> {
         let mut buffer = self.lock().spare.pop().unwrap_or_default();
-        buffer.resize(octets, 0);
+        buffer.resize(bytes, 0);
         buffer
     }
 
     fn place_now(&self, mut piece: Piece) -> Result<(), RestoreError> {
         let mut buffer = match &piece.contents {
-            Contents::Octets(_) => Vec::new(),
+            Contents::Bytes(_) => Vec::new(),
             Contents::Extent(_) => self.buffer(0),
         };
         let result = self.placer.place(&mut piece, &mut buffer);
-        if let Contents::Octets(octets) = piece.contents {
-            buffer = octets;
+        if let Contents::Bytes(bytes) = piece.contents {
+            buffer = bytes;
         }
         self.lock().spare.push(buffer);
         result

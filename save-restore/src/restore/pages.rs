@@ -100,7 +100,7 @@ impl<'r> PageRestore<'r> {
 
         let with_data = entries.iter().filter(|entry| entry.page_type.has_data());
         let with_data: Vec<PageEntry> = with_data.collect();
-        // With one thread, or where octets must be read in order, those that are mapped
+        // With one thread, or where bytes must be read in order, those that are mapped
         // are best read straight into the mapping.
         let pieces = self.placer.writes()
             || hands.many() && body.with_source(0, |s, _| s.take_extent(0))?.is_some();
@@ -191,15 +191,15 @@ impl<'r> PageRestore<'r> {
         hands: &Hands<'_, '_>,
     ) -> Result<(), RestoreError> {
         let position = body.position();
-        let contents = body.with_source(entries.len() as u64, |source, octets| {
+        let contents = body.with_source(entries.len() as u64, |source, bytes| {
             if hands.many()
-                && let Some(extent) = source.take_extent(octets)?
+                && let Some(extent) = source.take_extent(bytes)?
             {
                 return Ok(Contents::Extent(extent));
             }
             let mut buffer = hands.crew.buffer(entries.len() * PAGE_SIZE);
             read_whole(source, &mut buffer)?;
-            Ok(Contents::Octets(buffer))
+            Ok(Contents::Bytes(buffer))
         })?;
         for (index, entry) in entries.iter().enumerate() {
             if self.placer.localises(entry) {

@@ -19,7 +19,7 @@ use crate::source::Extent;
 #[derive(Debug)]
 pub(super) enum Contents {
     /// Here: they have been read.
-    Octets(Vec<u8>),
+    Bytes(Vec<u8>),
     /// In a file, to be read by whoever places the piece.
     Extent(Extent),
 }
@@ -30,7 +30,7 @@ impl Contents {
         let mut page = Box::new([0; PAGE_SIZE]);
         let at = index * PAGE_SIZE;
         match self {
-            Self::Octets(octets) => page.copy_from_slice(&octets[at..at + PAGE_SIZE]),
+            Self::Bytes(bytes) => page.copy_from_slice(&bytes[at..at + PAGE_SIZE]),
             Self::Extent(extent) => extent.read_exact_at(at, page.as_mut_slice())?,
         }
         Ok(page)
@@ -125,8 +125,8 @@ impl<'r> Placer<'r> {
     }
 
     fn write(&self, piece: &mut Piece, buffer: &mut Vec<u8>) -> Result<(), RestoreError> {
-        let octets = match &mut piece.contents {
-            Contents::Octets(octets) => octets,
+        let bytes = match &mut piece.contents {
+            Contents::Bytes(bytes) => bytes,
             Contents::Extent(extent) => {
                 buffer.resize(piece.gfns.len() * PAGE_SIZE, 0);
                 if let Err(error) = extent.read_exact_at(0, buffer) {
@@ -135,11 +135,11 @@ impl<'r> Placer<'r> {
                 buffer
             }
         };
-        let (pages, _) = octets.as_chunks_mut();
+        let (pages, _) = bytes.as_chunks_mut();
         for (entry, page) in piece.entries.iter().zip(pages) {
             self.localise(entry, page)?;
         }
-        let failed = self.domain.write_pages(&piece.gfns, octets)?;
+        let failed = self.domain.write_pages(&piece.gfns, bytes)?;
         match failed.first() {
             Some(error) => Err((*error).into()),
             None => Ok(()),
@@ -166,8 +166,8 @@ impl<'r> Placer<'r> {
                         .map_err(|e| piece.failed(e))?;
                     at += run;
                 }
-                (run, Contents::Octets(octets)) => {
-                    let (contents, _) = octets.as_chunks();
+                (run, Contents::Bytes(bytes)) => {
+                    let (contents, _) = bytes.as_chunks();
                     for (index, contents) in contents.iter().enumerate().skip(at).take(run) {
                         copy(contents, &pages, index);
                     }

@@ -16,7 +16,7 @@ use crate::error::RestoreError;
 use crate::restore::checkpoint::CheckpointOptions;
 use crate::source::{Extent, LookAhead, PageSource, copy_pages};
 
-/// Octets in order: written first, then read.
+/// Bytes in order: written first, then read.
 #[derive(Debug)]
 pub(super) struct Spool {
     memory: Vec<u8>,
@@ -24,9 +24,9 @@ pub(super) struct Spool {
     directory: PathBuf,
     file: Option<File>,
     in_file: u64,
-    /// Octets that there may be.
+    /// Bytes that there may be.
     file_limit: u64,
-    /// Octets that have been read again.
+    /// Bytes that have been read again.
     read: u64,
 }
 
@@ -34,7 +34,7 @@ impl Spool {
     pub(super) fn new(options: &CheckpointOptions, file_limit: u64) -> Self {
         Self {
             memory: Vec::new(),
-            limit: options.memory_octets,
+            limit: options.memory_bytes,
             directory: options.directory.clone(),
             file: None,
             in_file: 0,
@@ -43,31 +43,31 @@ impl Spool {
         }
     }
 
-    /// Octets that are kept.
+    /// Bytes that are kept.
     pub(super) fn len(&self) -> u64 {
         self.memory.len() as u64 + self.in_file
     }
 
-    /// Octets of them that are in the file.
+    /// Bytes of them that are in the file.
     pub(super) fn in_file(&self) -> u64 {
         self.in_file
     }
 
-    fn append(&mut self, octets: &[u8]) -> io::Result<()> {
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
         let room = self.limit.saturating_sub(self.memory.len());
         // Once something is in the file, all that follows is.
         let here = match self.in_file {
-            0 => octets.len().min(room),
+            0 => bytes.len().min(room),
             _ => 0,
         };
-        let (here, there) = octets.split_at(here);
+        let (here, there) = bytes.split_at(here);
         self.memory.extend_from_slice(here);
         if there.is_empty() {
             return Ok(());
         }
         if there.len() as u64 > self.file_limit.saturating_sub(self.in_file) {
             return Err(io::Error::other(format!(
-                "it has more than the {} octets in memory and {} in the file that a checkpoint \
+                "it has more than the {} bytes in memory and {} in the file that a checkpoint \
                  may have here",
                 self.limit, self.file_limit
             )));
@@ -188,10 +188,10 @@ impl<S: PageSource> PageSource for Tap<S> {
         }
     }
 
-    fn take_extent(&mut self, octets: u64) -> io::Result<Option<Extent>> {
+    fn take_extent(&mut self, bytes: u64) -> io::Result<Option<Extent>> {
         match self.keeping {
             true => Ok(None),
-            false => self.source.take_extent(octets),
+            false => self.source.take_extent(bytes),
         }
     }
 

@@ -21,15 +21,15 @@ pub(super) struct EpochBuffer<'s, 'h> {
 /// Whether what is written is kept, and how much has been.
 #[derive(Debug)]
 pub(super) struct Hold {
-    /// Octets that are kept at most.
+    /// Bytes that are kept at most.
     limit: usize,
     on: Cell<bool>,
-    /// Octets of this epoch that were kept until the guest ran.
+    /// Bytes of this epoch that were kept until the guest ran.
     kept: Cell<u64>,
 }
 
 impl Hold {
-    /// Keep at most `limit` octets; none, if that is 0.
+    /// Keep at most `limit` bytes; none, if that is 0.
     pub(super) fn new(limit: usize) -> Self {
         Self {
             limit,
@@ -44,7 +44,7 @@ impl Hold {
         self.kept.set(0);
     }
 
-    /// The guest runs. Flush the sink to have what was kept on its way; how many octets
+    /// The guest runs. Flush the sink to have what was kept on its way; how many bytes
     /// that were is the answer.
     pub(super) fn end(&self) -> u64 {
         self.on.set(false);
@@ -61,19 +61,19 @@ impl<'s, 'h> EpochBuffer<'s, 'h> {
         }
     }
 
-    /// Whether `octets` more are kept. What does not fit goes straight to the sink, with
+    /// Whether `bytes` more are kept. What does not fit goes straight to the sink, with
     /// all that came before it: the guest waits for a sink that is slower than it.
-    fn keeps(&mut self, octets: usize) -> io::Result<bool> {
+    fn keeps(&mut self, bytes: usize) -> io::Result<bool> {
         if !self.hold.on.get() {
             return Ok(false);
         }
-        if self.kept.len() + octets > self.hold.limit {
+        if self.kept.len() + bytes > self.hold.limit {
             self.drain()?;
         }
-        if octets > self.hold.limit {
+        if bytes > self.hold.limit {
             return Ok(false);
         }
-        let whole = self.kept.len() + octets;
+        let whole = self.kept.len() + bytes;
         if whole > self.kept.capacity() {
             // Twice as much each time, but never beyond the limit.
             let room = (2 * whole).min(self.hold.limit);
@@ -92,13 +92,13 @@ impl<'s, 'h> EpochBuffer<'s, 'h> {
 }
 
 impl Write for EpochBuffer<'_, '_> {
-    /// All of `octets`, always.
-    fn write(&mut self, octets: &[u8]) -> io::Result<usize> {
-        match self.keeps(octets.len())? {
-            true => self.kept.extend_from_slice(octets),
-            false => self.sink.write_all(octets)?,
+    /// All of `bytes`, always.
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self.keeps(bytes.len())? {
+            true => self.kept.extend_from_slice(bytes),
+            false => self.sink.write_all(bytes)?,
         }
-        Ok(octets.len())
+        Ok(bytes.len())
     }
 
     /// All that is kept goes out.

@@ -19,26 +19,26 @@ use crate::save::{Run, SaveOptions, SaveStats, with_guest};
 use crate::sink::PageSink;
 use crate::toolstack::{CheckpointToolstack, Epoch, NextEpoch};
 
-/// Octets of a checkpoint that are kept while the guest is suspended, where nobody says:
+/// Bytes of a checkpoint that are kept while the guest is suspended, where nobody says:
 /// 64 MiB.
-pub const BUFFER_OCTETS: usize = 64 << 20;
+pub const BUFFER_BYTES: usize = 64 << 20;
 
 /// How to take checkpoints.
 pub struct Checkpoints<'a> {
     /// Decides when the guest is suspended for the first time.
     pub policy: &'a mut dyn PrecopyPolicy,
-    /// Octets of a checkpoint that are kept in memory while the guest is suspended, and
-    /// sent once it runs on ([`BUFFER_OCTETS`] is a good number). Of a checkpoint that is
+    /// Bytes of a checkpoint that are kept in memory while the guest is suspended, and
+    /// sent once it runs on ([`BUFFER_BYTES`] is a good number). Of a checkpoint that is
     /// larger all but the last part is sent with the guest suspended: no more than this is
     /// ever kept, and a guest that writes faster than can be sent is held up by it. 0:
     /// nothing is kept, as in Xen's own engine.
-    pub buffer_octets: usize,
+    pub buffer_bytes: usize,
 }
 
 impl std::fmt::Debug for Checkpoints<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Checkpoints")
-            .field("buffer_octets", &self.buffer_octets)
+            .field("buffer_bytes", &self.buffer_bytes)
             .finish_non_exhaustive()
     }
 }
@@ -81,7 +81,7 @@ pub fn save_checkpointed(
     how: Checkpoints<'_>,
     progress: &mut OnProgress<'_>,
 ) -> Result<CheckpointedStats, SaveError> {
-    let hold = Hold::new(how.buffer_octets);
+    let hold = Hold::new(how.buffer_bytes);
     let mut buffer = EpochBuffer::new(sink, &hold);
     let result = with_guest(domain, toolstack, options, progress, |run, suspended| {
         run.epochs(xen, suspended, &mut buffer, &hold, how.policy)
@@ -129,7 +129,7 @@ impl<'r> Run<'r, '_> {
             suspended.postcopy(self.domain)?;
             epoch.suspended_for = asked.elapsed();
             self.stats.suspended_for += epoch.suspended_for;
-            epoch.buffered_octets = hold.end();
+            epoch.buffered_bytes = hold.end();
             self.report(Phase::Checkpoint)?;
             out.sink_mut().flush()?;
             if suspended.checkpoint(&epoch)? == NextEpoch::Finish {
@@ -173,7 +173,7 @@ impl<'r> Run<'r, '_> {
             pages: self.stats.pages - before.pages,
             asked,
             suspended_for: Duration::ZERO,
-            buffered_octets: 0,
+            buffered_bytes: 0,
         })
     }
 }

@@ -27,9 +27,9 @@ pub struct PrecopyStats {
     /// Pages the guest dirtied per second during the last pass; 0 before there was
     /// one.
     pub dirty_pages_per_second: f64,
-    /// Octets the sink took per second, in the last pass or over the last few, whichever
+    /// Bytes the sink took per second, in the last pass or over the last few, whichever
     /// is less; 0 before the first.
-    pub octets_per_second: f64,
+    pub bytes_per_second: f64,
     /// Since the first pass began.
     pub elapsed: Duration,
 }
@@ -41,10 +41,10 @@ impl PrecopyStats {
     /// devices, the other side.
     pub fn estimated_downtime(&self) -> Option<Duration> {
         let pages = u32::try_from(self.expected_dirty?).unwrap_or(u32::MAX);
-        if self.iteration == 0 || self.octets_per_second <= 0.0 {
+        if self.iteration == 0 || self.bytes_per_second <= 0.0 {
             return None;
         }
-        let seconds = f64::from(pages) * PAGE_SIZE as f64 / self.octets_per_second;
+        let seconds = f64::from(pages) * PAGE_SIZE as f64 / self.bytes_per_second;
         Duration::try_from_secs_f64(seconds).ok()
     }
 }
@@ -168,7 +168,7 @@ pub(super) struct Meter {
     last_pass: Option<u64>,
     /// Of all passes, each counting half as much as the one behind it.
     sending: Duration,
-    octets: u64,
+    bytes: u64,
     stats: PrecopyStats,
 }
 
@@ -182,7 +182,7 @@ impl Meter {
             pass_before: Duration::ZERO,
             last_pass: None,
             sending: Duration::ZERO,
-            octets: 0,
+            bytes: 0,
             stats: PrecopyStats {
                 iteration: 0,
                 pages_sent: 0,
@@ -190,7 +190,7 @@ impl Meter {
                 expected_dirty: Some(pages),
                 shrinking: true,
                 dirty_pages_per_second: 0.0,
-                octets_per_second: 0.0,
+                bytes_per_second: 0.0,
                 elapsed: Duration::ZERO,
             },
         }
@@ -207,19 +207,19 @@ impl Meter {
         self.pass_begun = Instant::now();
     }
 
-    /// A pass of `pages` has been sent, `octets` of their contents.
-    pub(super) fn sent(&mut self, pages: u64, octets: u64) {
-        self.sent_in(self.pass_begun.elapsed(), pages, octets);
+    /// A pass of `pages` has been sent, `bytes` of their contents.
+    pub(super) fn sent(&mut self, pages: u64, bytes: u64) {
+        self.sent_in(self.pass_begun.elapsed(), pages, bytes);
     }
 
-    fn sent_in(&mut self, took: Duration, pages: u64, octets: u64) {
+    fn sent_in(&mut self, took: Duration, pages: u64, bytes: u64) {
         self.sending = self.sending / 2 + took;
-        self.octets = self.octets / 2 + octets;
-        let lately = per_second(self.octets, self.sending);
+        self.bytes = self.bytes / 2 + bytes;
+        let lately = per_second(self.bytes, self.sending);
         // A pass of pages without contents tells nothing of the sink.
-        self.stats.octets_per_second = match octets {
+        self.stats.bytes_per_second = match bytes {
             0 => lately,
-            octets => lately.min(per_second(octets, took)),
+            bytes => lately.min(per_second(bytes, took)),
         };
         self.stats.expected_dirty = (self.stats.iteration > 0).then(|| {
             let before = self.pass_before.as_nanos().max(1);
@@ -250,7 +250,7 @@ impl Meter {
 }
 
 fn per_second(count: u64, time: Duration) -> f64 {
-    // Exact up to 2^53, which is more than the octets of any guest.
+    // Exact up to 2^53, which is more than the bytes of any guest.
     let count = count as f64;
     match time.as_secs_f64() {
         0.0 => 0.0,
@@ -270,7 +270,7 @@ mod tests {
             expected_dirty: dirty_count.or((iteration > 1).then_some(101)),
             shrinking: true,
             dirty_pages_per_second: 100.0,
-            octets_per_second: 4096.0 * 1000.0,
+            bytes_per_second: 4096.0 * 1000.0,
             elapsed: Duration::from_secs(u64::from(iteration)),
         }
     }
@@ -340,7 +340,7 @@ mod tests {
         meter.sent_in(ms(1000), 1000, pages(1000));
         let first = *meter.stats();
         assert_eq!((first.expected_dirty, first.dirty_count), (None, None));
-        assert_eq!(first.octets_per_second, 4_096_000.0);
+        assert_eq!(first.bytes_per_second, 4_096_000.0);
         meter.pass_before = ms(1000);
         meter.dirty_in(ms(1000), 400);
         let dirty = *meter.stats();
@@ -352,7 +352,7 @@ mod tests {
         let second = *meter.stats();
         assert_eq!(second.expected_dirty, Some(400));
         // 800 pages a second, though 900 over both.
-        assert_eq!(second.octets_per_second, 800.0 * 4096.0);
+        assert_eq!(second.bytes_per_second, 800.0 * 4096.0);
         assert_eq!(second.estimated_downtime(), Some(ms(500)));
         // A sink that stalls: the guest has had twice the time.
         meter.pass_before = ms(500);
@@ -363,9 +363,9 @@ mod tests {
         assert_eq!(third.expected_dirty, Some(760));
         assert_eq!(third.estimated_downtime(), Some(ms(2000)));
         // Nothing but absent pages: the sink is no slower for that.
-        let before = third.octets_per_second;
+        let before = third.bytes_per_second;
         meter.sent_in(ms(1), 10, 0);
-        assert!(meter.stats().octets_per_second > before / 3.0);
+        assert!(meter.stats().bytes_per_second > before / 3.0);
     }
 
     #[test]
@@ -380,7 +380,7 @@ mod tests {
         meter.dirty(10);
         let stats = *meter.stats();
         assert_eq!((stats.iteration, stats.pages_sent), (1, 1000));
-        assert!(stats.octets_per_second > 0.0 && stats.dirty_pages_per_second > 0.0);
+        assert!(stats.bytes_per_second > 0.0 && stats.dirty_pages_per_second > 0.0);
         assert!(stats.estimated_downtime().unwrap() < Duration::from_secs(1));
     }
 }

@@ -11,7 +11,7 @@
 //! MIB WAY` has it migrated to a machine made for it, live.
 //!
 //! KIND is `pv`, `pv32`, `pvh` or `hvm`, WAY `null`, `pipe`, `file` or `tcp`, WHOSE `stock`,
-//! `ours`, `direct` (ours, without hypercalls), or `cat`: then the same octets are moved by
+//! `ours`, `direct` (ours, without hypercalls), or `cat`: then the same bytes are moved by
 //! `cat`, to FILE or, for a restore, into a file that is there. What is behind `--` is put
 //! before the command of the helper, or of both.
 
@@ -44,7 +44,7 @@ use xsr_xen_backend::{DomId, GuestKind, Host as _};
 
 type Failure = Box<dyn Error>;
 
-/// Octets that whoever is at the other end of a pipe or socket moves at a time.
+/// Bytes that whoever is at the other end of a pipe or socket moves at a time.
 const BLOCK: usize = 1 << 20;
 
 /// MiB of a PV guest for each process that has page tables of its own: with them, and
@@ -151,11 +151,11 @@ type End = Option<JoinHandle<io::Result<u64>>>;
 fn drain(mut from: impl Read + Send + 'static) -> End {
     Some(thread::spawn(move || {
         let mut block = vec![0; BLOCK];
-        let mut octets = 0;
+        let mut bytes = 0;
         loop {
             match from.read(&mut block)? {
-                0 => return Ok(octets),
-                n => octets += n as u64,
+                0 => return Ok(bytes),
+                n => bytes += n as u64,
             }
         }
     }))
@@ -165,13 +165,13 @@ fn drain(mut from: impl Read + Send + 'static) -> End {
 fn feed(mut image: File, mut to: impl Write + Send + 'static) -> End {
     Some(thread::spawn(move || {
         let mut block = vec![0; BLOCK];
-        let mut octets = 0;
+        let mut bytes = 0;
         loop {
             match image.read(&mut block)? {
-                0 => return Ok(octets),
+                0 => return Ok(bytes),
                 n => to.write_all(&block[..n])?,
             }
-            octets += 1;
+            bytes += 1;
         }
     }))
 }

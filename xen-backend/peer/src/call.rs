@@ -102,10 +102,10 @@ pub extern "C" fn xencall5(
     int(call(op, [a, b, c, d, e]))
 }
 
-/// `xencall_alloc_buffer`: octets, rounded up to pages.
+/// `xencall_alloc_buffer`: bytes, rounded up to pages.
 #[unsafe(no_mangle)]
-pub extern "C" fn xencall_alloc_buffer(_handle: *mut c_void, octets: usize) -> *mut c_void {
-    BUFFERS.take(octets.div_ceil(PAGE_SIZE))
+pub extern "C" fn xencall_alloc_buffer(_handle: *mut c_void, bytes: usize) -> *mut c_void {
+    BUFFERS.take(bytes.div_ceil(PAGE_SIZE))
 }
 
 /// `xencall_free_buffer`

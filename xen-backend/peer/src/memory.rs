@@ -32,30 +32,30 @@ impl Page {
     }
 }
 
-/// Part of a word of a buffer: octets from `first` on, of which the copy has those from
+/// Part of a word of a buffer: bytes from `first` on, of which the copy has those from
 /// `at` on.
 struct Part<'b> {
     word: &'b AtomicU64,
     first: usize,
     at: usize,
-    octets: usize,
+    bytes: usize,
 }
 
 impl Part<'_> {
     fn read(&self, out: &mut [u8]) {
         let word = self.word.load(Ordering::Relaxed).to_ne_bytes();
-        let octets = &word[self.first..self.first + self.octets];
-        out[self.at..self.at + self.octets].copy_from_slice(octets);
+        let bytes = &word[self.first..self.first + self.bytes];
+        out[self.at..self.at + self.bytes].copy_from_slice(bytes);
     }
 
     /// The caller waits for its hypercall: nobody writes the rest of the word meanwhile.
-    fn write(&self, octets: &[u8]) {
-        let mut word = match self.octets {
+    fn write(&self, bytes: &[u8]) {
+        let mut word = match self.bytes {
             8 => [0; 8],
             _ => self.word.load(Ordering::Relaxed).to_ne_bytes(),
         };
-        let octets = &octets[self.at..self.at + self.octets];
-        word[self.first..self.first + self.octets].copy_from_slice(octets);
+        let bytes = &bytes[self.at..self.at + self.bytes];
+        word[self.first..self.first + self.bytes].copy_from_slice(bytes);
         self.word.store(u64::from_ne_bytes(word), Ordering::Relaxed);
     }
 }
@@ -88,7 +88,7 @@ impl Buffers {
         self.live().remove(&(base.addr() as u64));
     }
 
-    /// Go through `count` octets from an address on, in words and parts of such; `false`
+    /// Go through `count` bytes from an address on, in words and parts of such; `false`
     /// where they are not all in one buffer.
     fn each(&self, address: u64, count: usize, mut visit: impl FnMut(&Part<'_>)) -> bool {
         let live = self.live();
@@ -106,21 +106,21 @@ impl Buffers {
         while at < count {
             let place = start + at;
             let first = place % 8;
-            let octets = (8 - first).min(count - at);
+            let bytes = (8 - first).min(count - at);
             let word = &pages[place / PAGE_SIZE].0[place % PAGE_SIZE / 8];
             visit(&Part {
                 word,
                 first,
                 at,
-                octets,
+                bytes,
             });
-            at += octets;
+            at += bytes;
         }
         true
     }
 }
 
-/// Octets of this process at an address, as the kernel takes them.
+/// Bytes of this process at an address, as the kernel takes them.
 fn elsewhere(address: u64, len: usize) -> Result<[RemoteIoVec; 1], Errno> {
     let base = usize::try_from(address).map_err(|_| Errno::EFAULT)?;
     Ok([RemoteIoVec { base, len }])
@@ -145,14 +145,14 @@ impl CallerMemory for &'static Buffers {
         whole(copied, wanted)
     }
 
-    fn write(&self, address: u64, octets: &[u8]) -> Result<(), Errno> {
-        let found = self.each(address, octets.len(), |part| part.write(octets));
+    fn write(&self, address: u64, bytes: &[u8]) -> Result<(), Errno> {
+        let found = self.each(address, bytes.len(), |part| part.write(bytes));
         if found {
             return Ok(());
         }
-        let there = elsewhere(address, octets.len())?;
-        let copied = process_vm_writev(Pid::this(), &[IoSlice::new(octets)], &there)?;
-        whole(copied, octets.len())
+        let there = elsewhere(address, bytes.len())?;
+        let copied = process_vm_writev(Pid::this(), &[IoSlice::new(bytes)], &there)?;
+        whole(copied, bytes.len())
     }
 }
 
@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn octets_are_copied_wherever_they_begin_and_end() {
+    fn bytes_are_copied_wherever_they_begin_and_end() {
         let buffers = buffers();
         let base = buffers.take(2).addr() as u64;
         let mut expected = vec![0; 2 * PAGE_SIZE];
@@ -182,20 +182,20 @@ mod tests {
             (8191, 1),
             (24, 4096),
         ] {
-            let octets: Vec<u8> = (0..len)
+            let bytes: Vec<u8> = (0..len)
                 .map(|_| {
                     next = next.wrapping_add(1);
                     next
                 })
                 .collect();
-            (&buffers).write(base + at as u64, &octets).unwrap();
-            expected[at..at + len].copy_from_slice(&octets);
+            (&buffers).write(base + at as u64, &bytes).unwrap();
+            expected[at..at + len].copy_from_slice(&bytes);
             let mut part = vec![0; len];
             (&buffers).read(base + at as u64, &mut part).unwrap();
-            assert_eq!(part, octets, "{len} octets at {at}");
+            assert_eq!(part, bytes, "{len} bytes at {at}");
             let mut all = vec![0; 2 * PAGE_SIZE];
             (&buffers).read(base, &mut all).unwrap();
-            assert_eq!(all, expected, "{len} octets at {at}");
+            assert_eq!(all, expected, "{len} bytes at {at}");
         }
     }
 

@@ -1,4 +1,4 @@
-//! Xen's own engine and ours on equal machines: they write the same octets, and what
+//! Xen's own engine and ours on equal machines: they write the same bytes, and what
 //! either has written the other restores to the same machine; where one fails, so does
 //! the other.
 //!
@@ -39,7 +39,7 @@ fn helpers() -> Option<Helpers> {
     helpers
 }
 
-/// The records of a stream: type, offset and octets; the headers are the first.
+/// The records of a stream: type, offset and bytes; the headers are the first.
 fn records(stream: &[u8]) -> Vec<(u32, usize, &[u8])> {
     let word = |at: usize| u32::from_le_bytes(stream[at..at + 4].try_into().unwrap());
     let mut records = vec![(u32::MAX, 0, &stream[..40])];
@@ -73,7 +73,7 @@ fn assert_same(stock: &[u8], ours: &[u8]) {
                     .collect::<Vec<u8>>()
             };
             panic!(
-                "record {kind:#x} at {at:#x}, {} and {} octets, from octet {first} on:\nstock {:02x?}\nours  {:02x?}",
+                "record {kind:#x} at {at:#x}, {} and {} bytes, from byte {first} on:\nstock {:02x?}\nours  {:02x?}",
                 a.len(),
                 b.len(),
                 around(a),
@@ -161,8 +161,8 @@ fn clear_shared_info(image: &mut [u8], width: u8) {
         .map(|(_, at, _)| at + 8)
         .collect();
     for at in places {
-        for (field, octets) in fields {
-            image[at + field..at + field + octets].fill(0);
+        for (field, bytes) in fields {
+            image[at + field..at + field + bytes].fill(0);
         }
     }
 }
@@ -261,7 +261,7 @@ fn working(dir: &Path, kind: GuestKind, width: u8) -> DomId {
     driver::with_working_guest(dir, kind, width, MIB, Some(stepped)).unwrap()
 }
 
-/// The same octets from a live save, while the guest writes the same between its passes.
+/// The same bytes from a live save, while the guest writes the same between its passes.
 fn equal_live(kind: GuestKind, width: u8) {
     let Some(helpers) = helpers() else { return };
     let scratch = tempfile::tempdir().unwrap();
@@ -286,7 +286,7 @@ fn equal_live(kind: GuestKind, width: u8) {
     let pages = usize::try_from(MIB << 8).unwrap();
     assert!(
         stock.len() > (pages + 5 * 500) * PAGE_SIZE,
-        "{} octets",
+        "{} bytes",
         stock.len()
     );
     for ((asked_ours, ours), left_ours) in ours.iter().zip(&left[1..]) {

@@ -146,8 +146,8 @@ pub(super) fn context(root: Gfn) -> Vec<u8> {
 }
 
 /// Set the u64 at `offset`.
-pub(super) fn put(octets: &mut [u8], offset: usize, value: u64) {
-    octets[offset..offset + 8].copy_from_slice(&value.to_le_bytes());
+pub(super) fn put(bytes: &mut [u8], offset: usize, value: u64) {
+    bytes[offset..offset + 8].copy_from_slice(&value.to_le_bytes());
 }
 
 /// An HVM context whose first vcpu is up.

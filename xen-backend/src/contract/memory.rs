@@ -306,7 +306,7 @@ fn written(host: &dyn Host) -> Result<(), Violation> {
         let mut asked = vec![gfns[7], stranger, gfns[3], gfns[7], Gfn::INVALID];
         asked.extend(&gfns[8..40]);
         let contents: Vec<u8> = (0..asked.len() * PAGE_SIZE)
-            .map(|octet| u8::try_from(octet / 8 % 251).unwrap_or(0))
+            .map(|byte| u8::try_from(byte / 8 % 251).unwrap_or(0))
             .collect();
         let failed = guest.write_pages(&asked, &contents)?;
         let failed: Vec<_> = failed.iter().map(|e| (e.index, e.gfn, e.errno)).collect();
@@ -320,9 +320,9 @@ fn written(host: &dyn Host) -> Result<(), Violation> {
                 continue;
             }
             let words = guest.read(*gfn)?;
-            let octets = &contents[index * PAGE_SIZE..(index + 1) * PAGE_SIZE];
-            let same = (octets.as_chunks().0.iter().zip(words))
-                .all(|(octets, word)| u64::from_le_bytes(*octets) == word);
+            let bytes = &contents[index * PAGE_SIZE..(index + 1) * PAGE_SIZE];
+            let same = (bytes.as_chunks().0.iter().zip(words))
+                .all(|(bytes, word)| u64::from_le_bytes(*bytes) == word);
             ensure(same, "a page holds what was written")?;
         }
         for gfn in [gfns[0], gfns[2], gfns[4], gfns[6]] {

@@ -124,7 +124,7 @@ fn host_policy(host: &dyn Host) -> Result<(), Violation> {
         let policy = Guest::new(host, kind, 1, 1)?.host_cpu_policy()?;
         for leaf in [0_u32, 1] {
             let mut leaves = policy.leaves.chunks_exact(24);
-            let found = leaves.any(|octets| octets.starts_with(&leaf.to_le_bytes()));
+            let found = leaves.any(|bytes| bytes.starts_with(&leaf.to_le_bytes()));
             ensure(found, "a leaf that every processor has")?;
         }
     }

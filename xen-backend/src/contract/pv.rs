@@ -285,7 +285,7 @@ fn other_blobs(host: &dyn Host) -> Result<(), Violation> {
             // It may come back for all features that the vcpu could use, and with
             // registers that hold nothing as they are after a reset.
             VcpuBlob::Xsave => {
-                ensure(got.len() >= blob.len(), "octets of an XSAVE area")?;
+                ensure(got.len() >= blob.len(), "bytes of an XSAVE area")?;
                 guest.set_vcpu_state(0, kind, &got)?;
                 equal(&guest.vcpu_state(0, kind)?, &got, "an XSAVE area")?;
             }
@@ -313,7 +313,7 @@ fn bad_blobs(host: &dyn Host) -> Result<(), Violation> {
         fails(
             set,
             Errno::EINVAL,
-            &format!("{kind:?} of {} octets", blob.len()),
+            &format!("{kind:?} of {} bytes", blob.len()),
         )?;
     }
     Ok(())

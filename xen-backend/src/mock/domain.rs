@@ -337,24 +337,24 @@ impl GuestMemory for MockDomain {
         }
         let mut failed = Vec::new();
         // Neighbouring machine frames are written at once: the first frame, and the
-        // octets of the contents.
+        // bytes of the contents.
         let mut runs: Vec<(Mfn, Range<usize>)> = Vec::new();
         for (index, &gfn) in gfns.iter().enumerate() {
-            let octets = index * PAGE_SIZE..(index + 1) * PAGE_SIZE;
+            let bytes = index * PAGE_SIZE..(index + 1) * PAGE_SIZE;
             match (self.map_one(gfn, Access::Write), runs.last_mut()) {
                 (Err(errno), _) => failed.push(MapError { index, gfn, errno }),
                 (Ok(mfn), Some((first, run)))
-                    if run.end == octets.start
+                    if run.end == bytes.start
                         && first.0 + (run.len() / PAGE_SIZE) as u64 == mfn.0 =>
                 {
-                    run.end = octets.end;
+                    run.end = bytes.end;
                 }
-                (Ok(mfn), _) => runs.push((mfn, octets)),
+                (Ok(mfn), _) => runs.push((mfn, bytes)),
             }
         }
-        for (first, octets) in runs {
+        for (first, bytes) in runs {
             self.machine
-                .write_frames(first, 0, &contents[octets])
+                .write_frames(first, 0, &contents[bytes])
                 .map_err(|errno| self.fail(OP, errno))?;
         }
         Ok(failed)

@@ -45,7 +45,7 @@ use crate::xen::interface::{INTERFACES, Interface, versions};
 use crate::xen::{OpenError, XenHost};
 use crate::{DomId, DomainControl, GuestKind, Host as _, HvmGuest, PvGuest};
 
-/// Octets of `xen_domctl` and `xen_sysctl` before their unions, and of the unions.
+/// Bytes of `xen_domctl` and `xen_sysctl` before their unions, and of the unions.
 const DOMCTL_HEADER: u64 = 16;
 const SYSCTL_HEADER: u64 = 8;
 const BODY: usize = 128;
@@ -172,8 +172,8 @@ impl Face {
 
     /// A structure in a buffer.
     fn load<T: FromBytes>(&self, address: u64) -> Result<T, Errno> {
-        let octets = self.buffers.read(address, size_of::<T>())?;
-        T::read_from_bytes(&octets).map_err(|_| Errno::EFAULT)
+        let bytes = self.buffers.read(address, size_of::<T>())?;
+        T::read_from_bytes(&bytes).map_err(|_| Errno::EFAULT)
     }
 
     /// Put a structure into a buffer.
@@ -200,16 +200,16 @@ impl Face {
             _ => return Err(Errno::ENOSYS),
         }
         let mut list: sys::xen_sysctl_getdomaininfolist = self.load(place)?;
-        let mut octets = Vec::new();
+        let mut bytes = Vec::new();
         let mut found = 0;
         for domain in self.host.machine.all_domains() {
             if domain.domid.0 < list.first_domain || found == list.max_domains {
                 continue;
             }
-            octets.extend(self.info_octets(domain.domid.0)?);
+            bytes.extend(self.info_bytes(domain.domid.0)?);
             found += 1;
         }
-        self.buffers.write(list.buffer, &octets)?;
+        self.buffers.write(list.buffer, &bytes)?;
         list.num_domains = found;
         self.save(place, &list)?;
         Ok(0)
@@ -235,16 +235,16 @@ impl Face {
         };
         let leaf = size_of::<sys::xen_cpuid_leaf>();
         let msr = size_of::<sys::xen_msr_entry>();
-        for (octets, size, room, buffer) in [
+        for (bytes, size, room, buffer) in [
             (&policy.leaves, leaf, &mut body.nr_leaves, body.leaves),
             (&policy.msrs, msr, &mut body.nr_msrs, body.msrs),
         ] {
-            let entries = u32::try_from(octets.len() / size).map_err(|_| Errno::EINVAL)?;
+            let entries = u32::try_from(bytes.len() / size).map_err(|_| Errno::EINVAL)?;
             if *room < entries {
                 return Err(Errno::ENOBUFS);
             }
             *room = entries;
-            self.buffers.write(buffer, octets)?;
+            self.buffers.write(buffer, bytes)?;
         }
         self.save(place, &body)?;
         Ok(0)
@@ -377,8 +377,8 @@ impl Hypercalls for Face {
         self.answer(call.number(), call.arguments())
     }
 
-    fn buffer(&self, octets: usize) -> Result<CallBuffer, Errno> {
-        Ok(CallBuffer::elsewhere(Box::new(self.buffers.take(octets))))
+    fn buffer(&self, bytes: usize) -> Result<CallBuffer, Errno> {
+        Ok(CallBuffer::elsewhere(Box::new(self.buffers.take(bytes))))
     }
 
     fn reserve(

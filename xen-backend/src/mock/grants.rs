@@ -19,7 +19,7 @@ use super::domain::MockDomain;
 use super::state::State;
 use crate::{DomId, RingGrant};
 
-/// Octets of an entry.
+/// Bytes of an entry.
 const ENTRY: usize = 8;
 /// What the flags of an entry in use are (`GTF_permit_access`).
 const PERMIT_ACCESS: u16 = 1;
@@ -38,8 +38,8 @@ pub struct GrantEntry {
 }
 
 impl GrantEntry {
-    fn decode(octets: [u8; ENTRY]) -> Option<Self> {
-        let [f0, f1, d0, d1, frame @ ..] = octets;
+    fn decode(bytes: [u8; ENTRY]) -> Option<Self> {
+        let [f0, f1, d0, d1, frame @ ..] = bytes;
         (u16::from_le_bytes([f0, f1]) == PERMIT_ACCESS).then(|| Self {
             gfn: u64::from(u32::from_le_bytes(frame)),
             backend: DomId(u16::from_le_bytes([d0, d1])),
@@ -54,11 +54,11 @@ fn encode(ring: RingGrant) -> Result<Option<[u8; ENTRY]>, Errno> {
         return Ok(None);
     };
     let frame = u32::try_from(gfn.0).map_err(|_| Errno::EINVAL)?;
-    let mut octets = [0; ENTRY];
-    octets[..2].copy_from_slice(&PERMIT_ACCESS.to_le_bytes());
-    octets[2..4].copy_from_slice(&ring.backend.0.to_le_bytes());
-    octets[4..].copy_from_slice(&frame.to_le_bytes());
-    Ok(Some(octets))
+    let mut bytes = [0; ENTRY];
+    bytes[..2].copy_from_slice(&PERMIT_ACCESS.to_le_bytes());
+    bytes[2..4].copy_from_slice(&ring.backend.0.to_le_bytes());
+    bytes[4..].copy_from_slice(&frame.to_le_bytes());
+    Ok(Some(bytes))
 }
 
 impl MockDomain {
@@ -75,8 +75,8 @@ impl MockDomain {
         ];
         let table = Mfn(state.record.grant_table);
         for (number, entry) in entries {
-            if let Some(octets) = entry {
-                self.machine.write_frames(table, number * ENTRY, &octets)?;
+            if let Some(bytes) = entry {
+                self.machine.write_frames(table, number * ENTRY, &bytes)?;
             }
         }
         Ok(())
@@ -121,7 +121,7 @@ mod tests {
             1, 0, 2, 1, 0x78, 0x56, 0x34, 0x12, 1, 0, 0, 0, 0xff, 0xff, 0xff, 0xff,
         ];
         assert_eq!(page[..16], expected);
-        assert!(page[16..].iter().all(|octet| *octet == 0));
+        assert!(page[16..].iter().all(|byte| *byte == 0));
         // It is a page of Xen's: the guest may map it, but it is none of its memory.
         assert_eq!(domain.info().expect("info").tot_pages, 0);
         let map = domain.map(&[Gfn(table.0)], crate::Access::Read);

@@ -48,7 +48,7 @@ pub struct GuestSpec {
     pub uuid: Uuid,
     /// PV, HVM or PVH.
     pub kind: GuestKind,
-    /// PV: octets in its word, 8 or 4.
+    /// PV: bytes in its word, 8 or 4.
     pub width: u8,
     /// Memory in MiB, at least 4.
     pub memory_mib: u64,
@@ -219,10 +219,10 @@ fn fill(domain: &MockDomain, seed: u64, pages: &[(u64, Mfn)]) -> Result<(), Back
 fn fill_share(domain: &MockDomain, seed: u64, pages: &[(u64, Mfn)]) -> Result<(), BackendError> {
     const MOST: usize = 64;
     let mut buffer = vec![0; MOST * PAGE_SIZE];
-    let flush = |first: Mfn, octets: &[u8]| {
+    let flush = |first: Mfn, bytes: &[u8]| {
         domain
             .machine
-            .write_frames(first, 0, octets)
+            .write_frames(first, 0, bytes)
             .map_err(|errno| domain.fail("fill", errno))
     };
     for run in pages

@@ -26,8 +26,8 @@ const DESCRIPTOR: usize = 8;
 const MAGIC: u64 = 0x5438_1286;
 const VERSION: u64 = 1;
 
-/// To each type that Xen knows the octets of its body; whether there is one per
-/// vcpu; zero octets for a length that varies.
+/// To each type that Xen knows the bytes of its body; whether there is one per
+/// vcpu; zero bytes for a length that varies.
 const KINDS: [(u16, usize, bool); 19] = [
     (HEADER, 24, false),
     (CPU, 1032, true),
@@ -136,8 +136,8 @@ pub(super) fn make(kind: GuestKind, online: u16, seed: u64) -> Vec<u8> {
 /// `hvm_hw_cpu` of a vcpu that idles in 64-bit mode.
 fn cpu(random: &mut SplitMix64) -> [u8; 1032] {
     let mut body = [0; 1032];
-    let mut set = |offset: usize, octets: usize, value: u64| {
-        write_word(&mut body, offset, octets, value);
+    let mut set = |offset: usize, bytes: usize, value: u64| {
+        write_word(&mut body, offset, bytes, value);
     };
     set(0, 2, 0x37f);
     set(24, 4, 0x1f80);
@@ -203,7 +203,7 @@ fn pit() -> [u8; 56] {
     for channel in 0..3 {
         let at = channel * 16;
         write_word(&mut body, at, 4, 0x1_0000);
-        // Low then high octet; mode 3; the gate of the speaker's is shut.
+        // Low then high byte; mode 3; the gate of the speaker's is shut.
         body[at + 12] = 3;
         body[at + 13] = 3;
         body[at + 15] = u8::from(channel != 2);

@@ -93,8 +93,8 @@ impl MockDomain {
             .into_iter()
             .zip(rings)
         {
-            let octets = &ring.to_le_bytes()[..layout.width];
-            self.machine.write_frames(start_info, field, octets)?;
+            let bytes = &ring.to_le_bytes()[..layout.width];
+            self.machine.write_frames(start_info, field, bytes)?;
         }
         self.mark_frame(start_info);
         Ok(())

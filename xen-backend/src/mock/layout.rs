@@ -15,26 +15,26 @@ pub(super) const MAX_GDT_ENTRIES: u64 = 14 * 512;
 /// Descriptors in a page.
 pub(super) const DESCRIPTORS_PER_PAGE: u64 = 512;
 
-/// Read a word of `width` octets (4 or 8), little endian, at `offset`.
-pub(super) fn read_word(octets: &[u8], offset: usize, width: usize) -> u64 {
+/// Read a word of `width` bytes (4 or 8), little endian, at `offset`.
+pub(super) fn read_word(bytes: &[u8], offset: usize, width: usize) -> u64 {
     let mut word = [0; 8];
-    word[..width].copy_from_slice(&octets[offset..offset + width]);
+    word[..width].copy_from_slice(&bytes[offset..offset + width]);
     u64::from_le_bytes(word)
 }
 
-/// Write a word of `width` octets (4 or 8), little endian, at `offset`; what does
+/// Write a word of `width` bytes (4 or 8), little endian, at `offset`; what does
 /// not fit is cut off.
-pub(super) fn write_word(octets: &mut [u8], offset: usize, width: usize, value: u64) {
-    octets[offset..offset + width].copy_from_slice(&value.to_le_bytes()[..width]);
+pub(super) fn write_word(bytes: &mut [u8], offset: usize, width: usize, value: u64) {
+    bytes[offset..offset + width].copy_from_slice(&value.to_le_bytes()[..width]);
 }
 
 /// Offsets in `vcpu_guest_context`. All fields are words of the guest's width but
 /// where said.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct VcpuLayout {
-    /// Octets in a word.
+    /// Bytes in a word.
     pub(super) width: usize,
-    /// Octets in the structure.
+    /// Bytes in the structure.
     pub(super) size: usize,
     pub(super) flags: usize,
     pub(super) ax: usize,
@@ -45,7 +45,7 @@ pub(super) struct VcpuLayout {
     pub(super) eflags: usize,
     pub(super) sp: usize,
     pub(super) ss: usize,
-    /// 256 entries of `8 + width` (64-bit) or 8 octets, whose address is the last word.
+    /// 256 entries of `8 + width` (64-bit) or 8 bytes, whose address is the last word.
     pub(super) trap_ctxt: usize,
     pub(super) trap_size: usize,
     pub(super) ldt_base: usize,
@@ -116,7 +116,7 @@ const VCPU_32: VcpuLayout = VcpuLayout {
 };
 
 impl VcpuLayout {
-    /// The layout of a guest of `width` octets.
+    /// The layout of a guest of `width` bytes.
     pub(super) const fn of(width: u8) -> &'static Self {
         match width {
             4 => &VCPU_32,
@@ -164,10 +164,10 @@ impl VcpuLayout {
 /// Offsets in `shared_info`; words of the guest's width but where said.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct SharedInfoLayout {
-    /// Octets in a word.
+    /// Bytes in a word.
     pub(super) width: usize,
     pub(super) evtchn_mask: usize,
-    pub(super) evtchn_mask_octets: usize,
+    pub(super) evtchn_mask_bytes: usize,
     /// u32 version, seconds and nanoseconds.
     pub(super) wallclock: usize,
     pub(super) max_pfn: usize,
@@ -178,13 +178,13 @@ pub(super) struct SharedInfoLayout {
 }
 
 impl SharedInfoLayout {
-    /// The layout of a guest of `width` octets.
+    /// The layout of a guest of `width` bytes.
     pub(super) const fn of(width: u8) -> Self {
         match width {
             4 => Self {
                 width: 4,
                 evtchn_mask: 0x880,
-                evtchn_mask_octets: 0x80,
+                evtchn_mask_bytes: 0x80,
                 wallclock: 0x900,
                 max_pfn: 0x90c,
                 frame_list_list: 0x910,
@@ -195,7 +195,7 @@ impl SharedInfoLayout {
             _ => Self {
                 width: 8,
                 evtchn_mask: 0xa00,
-                evtchn_mask_octets: 0x200,
+                evtchn_mask_bytes: 0x200,
                 wallclock: 0xc00,
                 max_pfn: 0xc10,
                 frame_list_list: 0xc18,
@@ -210,7 +210,7 @@ impl SharedInfoLayout {
 /// Offsets in `start_info`; words of the guest's width but where said.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct StartInfoLayout {
-    /// Octets in a word.
+    /// Bytes in a word.
     pub(super) width: usize,
     pub(super) nr_pages: usize,
     pub(super) shared_info: usize,
@@ -229,7 +229,7 @@ pub(super) struct StartInfoLayout {
 }
 
 impl StartInfoLayout {
-    /// The layout of a guest of `width` octets.
+    /// The layout of a guest of `width` bytes.
     pub(super) const fn of(width: u8) -> Self {
         match width {
             4 => Self {

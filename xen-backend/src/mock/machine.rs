@@ -92,9 +92,9 @@ impl Machine {
         let frames = frame_count(&config)?;
         let m2p = store.file("m2p")?;
         let ones = vec![0xff; 1 << 20];
-        let octets = frames * size_of::<u64>();
-        for at in (0..octets).step_by(ones.len()) {
-            let len = ones.len().min(octets - at);
+        let bytes = frames * size_of::<u64>();
+        for at in (0..bytes).step_by(ones.len()) {
+            let len = ones.len().min(bytes - at);
             m2p.write_all_at(&ones[..len], at as u64)
                 .map_err(MockError::io("write", "m2p"))?;
         }
@@ -430,39 +430,39 @@ impl Machine {
             .set(self.word_index(mfn, index), value.to_le());
     }
 
-    /// Write `octets` from `offset` of the frame `first` on; they may reach into
+    /// Write `bytes` from `offset` of the frame `first` on; they may reach into
     /// the frames that follow it.
     pub(super) fn write_frames(
         &self,
         first: Mfn,
         offset: usize,
-        octets: &[u8],
+        bytes: &[u8],
     ) -> Result<(), Errno> {
         let at = first.0 * PAGE_SIZE as u64 + offset as u64;
         match self
             .memory
-            .write_all_at(octets, at)
+            .write_all_at(bytes, at)
             .map_err(|e| io_errno(&e))
         {
             // A limit on the size of files is none on that of memory.
             Err(Errno::EFBIG) => {
-                self.store_octets(usize::try_from(at).map_err(|_| Errno::EFBIG)?, octets);
+                self.store_bytes(usize::try_from(at).map_err(|_| Errno::EFBIG)?, bytes);
                 Ok(())
             }
             written => written,
         }
     }
 
-    /// Store octets where the memory is mapped, word by word.
-    fn store_octets(&self, mut at: usize, mut octets: &[u8]) {
+    /// Store bytes where the memory is mapped, word by word.
+    fn store_bytes(&self, mut at: usize, mut bytes: &[u8]) {
         const WORD: usize = size_of::<u64>();
-        while !octets.is_empty() {
+        while !bytes.is_empty() {
             let (index, within) = (at / WORD, at % WORD);
-            let (now, rest) = octets.split_at(octets.len().min(WORD - within));
+            let (now, rest) = bytes.split_at(bytes.len().min(WORD - within));
             let mut word = self.memory_words.get(index).to_ne_bytes();
             word[within..within + now.len()].copy_from_slice(now);
             self.memory_words.set(index, u64::from_ne_bytes(word));
-            (at, octets) = (at + now.len(), rest);
+            (at, bytes) = (at + now.len(), rest);
         }
     }
 }

@@ -36,15 +36,14 @@ unsafe impl Sync for Words {}
 impl Words {
     /// Map the first `len` words of `file`, which grows to hold them.
     pub(super) fn map(file: &File, len: usize) -> io::Result<Self> {
-        let octets =
-            NonZeroUsize::new(len * size_of::<u64>()).ok_or(io::ErrorKind::InvalidInput)?;
-        let wanted = u64::try_from(octets.get()).map_err(io::Error::other)?;
+        let bytes = NonZeroUsize::new(len * size_of::<u64>()).ok_or(io::ErrorKind::InvalidInput)?;
+        let wanted = u64::try_from(bytes.get()).map_err(io::Error::other)?;
         if file.metadata()?.len() < wanted {
             file.set_len(wanted)?;
         }
         let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a fresh mapping at an address the kernel chooses replaces nothing.
-        let base = unsafe { mman::mmap(None, octets, prot, MapFlags::MAP_SHARED, file, 0) }?;
+        let base = unsafe { mman::mmap(None, bytes, prot, MapFlags::MAP_SHARED, file, 0) }?;
         Ok(Self {
             base: base.cast(),
             len,
@@ -106,12 +105,12 @@ impl fmt::Debug for Words {
 
 /// An address range that nothing else can take, accessible nowhere as yet.
 fn reserve(pages: NonZeroUsize) -> Result<NonNull<u8>, Errno> {
-    let octets = pages
+    let bytes = pages
         .checked_mul(NonZeroUsize::new(PAGE_SIZE).ok_or(Errno::EINVAL)?)
         .ok_or(Errno::ENOMEM)?;
     let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
     // SAFETY: a fresh mapping at an address the kernel chooses replaces nothing.
-    let base = unsafe { mman::mmap_anonymous(None, octets, ProtFlags::PROT_NONE, flags) }?;
+    let base = unsafe { mman::mmap_anonymous(None, bytes, ProtFlags::PROT_NONE, flags) }?;
     Ok(base.cast())
 }
 
@@ -172,28 +171,28 @@ pub(super) fn map_frames(
     for run in &runs {
         // SAFETY: `run.at < gfns.len()`, so the address is inside the reservation.
         let address = unsafe { base.add(run.at * PAGE_SIZE) };
-        let octets = NonZeroUsize::new(run.pages * PAGE_SIZE).ok_or(Errno::EINVAL)?;
+        let bytes = NonZeroUsize::new(run.pages * PAGE_SIZE).ok_or(Errno::EINVAL)?;
         let offset = run
             .first
             .0
             .checked_mul(PAGE_SIZE as u64)
-            .and_then(|octets| off_t::try_from(octets).ok())
+            .and_then(|bytes| off_t::try_from(bytes).ok())
             .ok_or(Errno::EINVAL)?;
         // SAFETY: MAP_FIXED replaces only pages of our own reservation:
         // `run.at + run.pages <= gfns.len()`, and nothing has borrowed them yet.
-        unsafe { mman::mmap(Some(address.addr()), octets, prot, flags, memory, offset) }?;
+        unsafe { mman::mmap(Some(address.addr()), bytes, prot, flags, memory, offset) }?;
     }
     Ok(pages)
 }
 
 /// Map a whole file of `pages` pages for reading.
 pub(super) fn map_file(file: &File, pages: usize) -> Result<ForeignPages, Errno> {
-    let octets = NonZeroUsize::new(pages * PAGE_SIZE).ok_or(Errno::EINVAL)?;
+    let bytes = NonZeroUsize::new(pages * PAGE_SIZE).ok_or(Errno::EINVAL)?;
     // SAFETY: a fresh mapping at an address the kernel chooses replaces nothing.
     let base = unsafe {
         mman::mmap(
             None,
-            octets,
+            bytes,
             ProtFlags::PROT_READ,
             MapFlags::MAP_SHARED,
             file,

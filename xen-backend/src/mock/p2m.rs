@@ -49,7 +49,7 @@ impl KnownP2m {
     }
 }
 
-/// What a p2m of words of `width` octets holds where there is no frame.
+/// What a p2m of words of `width` bytes holds where there is no frame.
 const fn no_frame(width: usize) -> u64 {
     u64::MAX >> (64 - 8 * width)
 }
@@ -82,20 +82,20 @@ impl PublishedP2m {
 }
 
 impl MockDomain {
-    /// Word `at`, of `width` octets, of a frame that exists.
+    /// Word `at`, of `width` bytes, of a frame that exists.
     fn load_narrow(&self, mfn: Mfn, width: usize, at: usize) -> u64 {
-        let octet = at * width;
-        let word = self.machine.load(mfn, octet / 8);
-        word >> (8 * (octet % 8)) & no_frame(width)
+        let byte = at * width;
+        let word = self.machine.load(mfn, byte / 8);
+        word >> (8 * (byte % 8)) & no_frame(width)
     }
 
-    /// The guest stores word `at`, of `width` octets, of a frame of its own.
+    /// The guest stores word `at`, of `width` bytes, of a frame of its own.
     pub(super) fn store_narrow(&self, mfn: Mfn, width: usize, at: usize, value: u64) {
-        let octet = at * width;
-        let shift = 8 * (octet % 8);
-        let others = self.machine.load(mfn, octet / 8) & !(no_frame(width) << shift);
+        let byte = at * width;
+        let shift = 8 * (byte % 8);
+        let others = self.machine.load(mfn, byte / 8) & !(no_frame(width) << shift);
         let word = others | (value & no_frame(width)) << shift;
-        self.guest_store(mfn, octet / 8, word);
+        self.guest_store(mfn, byte / 8, word);
     }
 
     fn own(&self, mfn: u64) -> Result<Mfn, Errno> {

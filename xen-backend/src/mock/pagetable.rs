@@ -88,7 +88,7 @@ impl From<FrameUse> for Use {
 }
 
 impl<'a> Tables<'a> {
-    /// The page tables of `dom`, `width` octets wide.
+    /// The page tables of `dom`, `width` bytes wide.
     pub(super) fn new(machine: &'a Machine, dom: &'a Dom, width: u8) -> Self {
         Self {
             machine,

@@ -214,20 +214,20 @@ impl Place {
             }
             Err(error) => return Err(error),
         };
-        let mut octets = Vec::new();
-        file.read_to_end(&mut octets)
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes)
             .map_err(MockError::io("read", self.path.join(name)))?;
-        Ok(Some(octets))
+        Ok(Some(bytes))
     }
 
-    /// Put `octets` into a file in one go: a reader, or whoever comes after a process that
+    /// Put `bytes` into a file in one go: a reader, or whoever comes after a process that
     /// died, finds the old file or the new one. It is not forced to the disk.
-    pub(super) fn replace(&self, name: &str, octets: &[u8]) -> Result<(), MockError> {
+    pub(super) fn replace(&self, name: &str, bytes: &[u8]) -> Result<(), MockError> {
         let temporary = format!("{name}.{NEW}");
         let path = self.path.join(&temporary);
         let mut file = self.file(&temporary, How::Write)?;
         file.set_len(0)
-            .and_then(|()| file.write_all(octets))
+            .and_then(|()| file.write_all(bytes))
             .map_err(MockError::io("write", path))?;
         self.rename(&temporary, name)
     }

@@ -51,7 +51,7 @@ pub(super) mod param {
     pub(super) const DEPRECATED: [u32; 10] = [4, 13, 20, 21, 22, 23, 24, 25, 26, 30];
 }
 
-/// Octets of a 32-bit TSS, and of the largest that makes sense: with interrupt
+/// Bytes of a 32-bit TSS, and of the largest that makes sense: with interrupt
 /// redirection and I/O bitmaps.
 const TSS_MIN: u64 = 104;
 const TSS_MAX: u64 = TSS_MIN + 0x100 / 8 + 0x1_0000 / 8 + 1;
@@ -95,7 +95,7 @@ fn check_param(index: u32, value: u64, old: u64) -> Result<(usize, u64), Errno> 
         return Err(Errno::EINVAL);
     }
     Ok(match index {
-        // Old firmware says only where; then it is 128 octets.
+        // Old firmware says only where; then it is 128 bytes.
         param::VM86_TSS => (
             param::VM86_TSS_SIZED as usize,
             if value == 0 { 0 } else { value | 128 << 32 },

@@ -8,9 +8,9 @@ use nix::errno::Errno;
 use super::layout::read_word;
 use crate::{CpuPolicy, GuestKind, PolicyEntry};
 
-/// Octets in a CPUID leaf of a policy.
+/// Bytes in a CPUID leaf of a policy.
 const LEAF: usize = 24;
-/// Octets in an MSR of a policy.
+/// Bytes in an MSR of a policy.
 const MSR: usize = 16;
 /// Subleaf of a leaf that has none.
 const NO_SUBLEAF: u32 = u32::MAX;
@@ -141,8 +141,8 @@ pub(super) fn host_policy() -> CpuPolicy {
     policy
 }
 
-fn word(octets: &[u8], offset: usize) -> u32 {
-    u32::try_from(read_word(octets, offset, 4)).unwrap_or(u32::MAX)
+fn word(bytes: &[u8], offset: usize) -> u32 {
+    u32::try_from(read_word(bytes, offset, 4)).unwrap_or(u32::MAX)
 }
 
 /// Largest subleaf of the leaves that have some: caches, features, topology, extended state

@@ -98,7 +98,7 @@ const fn cpuid(leaf: u32, register: Register) -> FeatureWord {
     }
 }
 
-/// The extended state: number, the feature it belongs to, length and place, in octets.
+/// The extended state: number, the feature it belongs to, length and place, in bytes.
 const STATES: [(u32, &str, u32, u32); 7] = [
     (2, "avx", 0x100, 0x240),
     (3, "mpx", 0x40, 0x3c0),
@@ -110,7 +110,7 @@ const STATES: [(u32, &str, u32, u32); 7] = [
 ];
 /// x87 and SSE, and the length of their area.
 const FIRST_STATES: u32 = 3;
-const FIRST_OCTETS: u32 = 0x240;
+const FIRST_BYTES: u32 = 0x240;
 const XSTATE: u32 = 0xd;
 
 impl Processor {
@@ -290,18 +290,18 @@ fn derive_states(policy: &mut Leaves) {
         true => STATES.iter().filter(|(_, name, ..)| has(name)).collect(),
         false => Vec::new(),
     };
-    let (states, octets) = match has("xsave") {
+    let (states, bytes) = match has("xsave") {
         true => parts.iter().fold(
-            (FIRST_STATES, FIRST_OCTETS),
-            |(states, octets), (number, _, length, place)| {
-                (states | 1 << number, octets.max(place + length))
+            (FIRST_STATES, FIRST_BYTES),
+            |(states, bytes), (number, _, length, place)| {
+                (states | 1 << number, bytes.max(place + length))
             },
         ),
         false => (0, 0),
     };
     let kinds = u32::try_from(kinds).unwrap_or(0);
     let mut leaves = vec![
-        leaf_with(XSTATE, 0, [states, 0, octets, 0]),
+        leaf_with(XSTATE, 0, [states, 0, bytes, 0]),
         leaf_with(XSTATE, 1, [kinds, 0, 0, 0]),
     ];
     // One for each number up to the last.

@@ -21,14 +21,14 @@ use crate::{GuestKind, M2p, PvGuest, VcpuBlob};
 /// Most pins at a time.
 pub(super) const MAX_PIN_BATCH: usize = 1024;
 
-/// Octets of `xen_domctl_ext_vcpucontext` as the mock (and Xen) gives it.
+/// Bytes of `xen_domctl_ext_vcpucontext` as the mock (and Xen) gives it.
 const EXTENDED_SIZE: usize = 64;
 /// The least that Xen takes: all before the machine-check part.
 const EXTENDED_MIN: u64 = 32;
 /// The most there is room for in a domctl.
 const EXTENDED_MAX: u64 = 128;
 
-/// Octets before the XSAVE area: xcr0 and what it ever held.
+/// Bytes before the XSAVE area: xcr0 and what it ever held.
 const XSAVE_HEADER: usize = 16;
 /// x87, SSE, AVX, MPX, AVX-512, PKRU.
 const XFEATURES: u64 = 0x2ff;
@@ -122,7 +122,7 @@ fn check_extended(state: &[u8]) -> Result<(), Errno> {
     check(is_canonical(read_word(state, 8, 8)) && is_canonical(read_word(state, 16, 8)))
 }
 
-/// Octets of an XSAVE area that holds these features.
+/// Bytes of an XSAVE area that holds these features.
 fn xsave_area(features: u64) -> usize {
     if features == 0 {
         return 0;
@@ -326,16 +326,16 @@ impl PvGuest for MockDomain {
     fn set_vcpu_state(&self, vcpu: u32, blob: VcpuBlob, state: &[u8]) -> Result<(), BackendError> {
         const OP: &str = "setvcpucontext";
         self.pv(OP)?;
-        let octets = state;
+        let bytes = state;
         self.change(OP, |state| {
             let vcpu = vcpu_index(state, vcpu)?;
             match blob {
-                VcpuBlob::Basic => return self.set_basic(state, vcpu, octets),
-                VcpuBlob::Extended => check_extended(octets)?,
-                VcpuBlob::Xsave => check_xsave(octets)?,
-                VcpuBlob::Msrs => check_msrs(octets)?,
+                VcpuBlob::Basic => return self.set_basic(state, vcpu, bytes),
+                VcpuBlob::Extended => check_extended(bytes)?,
+                VcpuBlob::Xsave => check_xsave(bytes)?,
+                VcpuBlob::Msrs => check_msrs(bytes)?,
             }
-            self.put_blob(state, &blob_name(vcpu, blob), octets.to_vec())
+            self.put_blob(state, &blob_name(vcpu, blob), bytes.to_vec())
         })
     }
 
@@ -359,7 +359,7 @@ mod tests {
 
     #[test]
     fn xsave_areas_have_the_sizes_real_machines_have() {
-        // 848 octets with AVX and 2720 - 24 with PKRU: as saved by Xen 4.17.
+        // 848 bytes with AVX and 2720 - 24 with PKRU: as saved by Xen 4.17.
         assert_eq!(XSAVE_HEADER + xsave_area(0x7), 848);
         assert_eq!(xsave_area(0x207), 2720 - 24);
         assert_eq!(xsave_area(0), 0);

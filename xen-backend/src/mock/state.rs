@@ -39,7 +39,7 @@ pub(super) struct Record {
     #[serde(default)]
     pub(super) uuid: Uuid,
     pub(super) kind: GuestKind,
-    /// Octets in the guest's word.
+    /// Bytes in the guest's word.
     pub(super) width: u8,
     pub(super) max_pages: u64,
     pub(super) pauses: u32,

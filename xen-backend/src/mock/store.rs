@@ -89,20 +89,20 @@ pub(super) struct Saved {
     pub(super) blobs: BTreeMap<String, Vec<u8>>,
 }
 
-fn parse<T: for<'de> Deserialize<'de>>(path: &Path, octets: &[u8]) -> Result<T, MockError> {
-    serde_json::from_slice(octets).map_err(|source| MockError::Damaged {
+fn parse<T: for<'de> Deserialize<'de>>(path: &Path, bytes: &[u8]) -> Result<T, MockError> {
+    serde_json::from_slice(bytes).map_err(|source| MockError::Damaged {
         path: path.to_owned(),
         source,
     })
 }
 
 fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, MockError> {
-    let mut octets = serde_json::to_vec_pretty(value).map_err(|source| MockError::Damaged {
+    let mut bytes = serde_json::to_vec_pretty(value).map_err(|source| MockError::Damaged {
         path: PathBuf::from("state"),
         source,
     })?;
-    octets.push(b'\n');
-    Ok(octets)
+    bytes.push(b'\n');
+    Ok(bytes)
 }
 
 impl Store {
@@ -182,7 +182,7 @@ impl Store {
             return Ok(None);
         };
         match place.read(HOST)? {
-            Some(octets) => parse(&place.path().join(HOST), &octets).map(Some),
+            Some(bytes) => parse(&place.path().join(HOST), &bytes).map(Some),
             None => Ok(None),
         }
     }

@@ -61,7 +61,7 @@ pub struct DomainReport {
     /// What a list says.
     #[serde(flatten)]
     pub summary: DomainSummary,
-    /// Octets in the guest's word.
+    /// Bytes in the guest's word.
     pub width: u8,
     /// Pages it may have.
     pub max_pages: u64,
@@ -84,9 +84,9 @@ pub struct DomainReport {
     pub hvm_params: BTreeMap<u32, u64>,
     /// Reserved grant entries: console and xenstore.
     pub grants: [Option<GrantEntry>; 2],
-    /// Octets of each blob: contexts and policy.
+    /// Bytes of each blob: contexts and policy.
     pub blobs: BTreeMap<String, usize>,
-    /// Octets of user data by key.
+    /// Bytes of user data by key.
     pub userdata: BTreeMap<String, usize>,
 }
 

@@ -1,4 +1,4 @@
-//! Gather lists: local octets and foreign pages, written from where they are.
+//! Gather lists: local bytes and foreign pages, written from where they are.
 //!
 //! C implementation: the `writev_exact` of `xg_sr_save.c:write_batch`.
 
@@ -17,11 +17,11 @@ use xsr_format::frame::PAGE_SIZE;
 
 use super::{ForeignPage, ForeignPages};
 
-/// A list of places to write from, in order: local octets and foreign pages.
+/// A list of places to write from, in order: local bytes and foreign pages.
 #[derive(Default)]
 pub struct Gather<'a> {
     pieces: Vec<Piece>,
-    octets: usize,
+    bytes: usize,
     borrowed: PhantomData<(&'a [u8], ForeignPage<'a>)>,
 }
 
@@ -40,17 +40,17 @@ impl<'a> Gather<'a> {
         Self::default()
     }
 
-    /// Octets in the list.
+    /// Bytes in the list.
     pub fn len(&self) -> usize {
-        self.octets
+        self.bytes
     }
 
-    /// Whether the list holds no octet.
+    /// Whether the list holds no byte.
     pub fn is_empty(&self) -> bool {
-        self.octets == 0
+        self.bytes == 0
     }
 
-    /// Add octets of our own.
+    /// Add bytes of our own.
     pub fn push(&mut self, local: &'a [u8]) {
         self.push_piece(NonNull::from(local).cast(), local.len());
     }
@@ -66,15 +66,15 @@ impl<'a> Gather<'a> {
     ///
     /// When the range leaves the pages or holds one that could not be mapped.
     pub fn push_pages(&mut self, pages: &'a ForeignPages, range: Range<usize>) {
-        let (base, octets) = pages.mapped_octets(range);
-        self.push_piece(base, octets);
+        let (base, bytes) = pages.mapped_bytes(range);
+        self.push_piece(base, bytes);
     }
 
     fn push_piece(&mut self, base: NonNull<u8>, len: usize) {
         if len == 0 {
             return;
         }
-        self.octets += len;
+        self.bytes += len;
         self.pieces.push(Piece { base, len });
     }
 
@@ -106,7 +106,7 @@ impl<'a> Gather<'a> {
         }
     }
 
-    /// Write every octet of the list to `out`, through a buffer of 64 KiB: for
+    /// Write every byte of the list to `out`, through a buffer of 64 KiB: for
     /// sinks that are no file descriptor.
     ///
     /// # Errors
@@ -129,7 +129,7 @@ impl<'a> Gather<'a> {
 }
 
 impl Piece {
-    /// Copy the octets from `at` on into `out`, which must not reach beyond the
+    /// Copy the bytes from `at` on into `out`, which must not reach beyond the
     /// piece: each read once, whole words at a time where the piece is aligned, as
     /// pages are.
     fn read(self, at: usize, out: &mut [u8]) {
@@ -148,11 +148,11 @@ impl Piece {
             // SAFETY: `from` is inside readable memory and aligned (checked above).
             *word = unsafe { from.read_volatile() }.to_ne_bytes();
         }
-        for (i, octet) in rest.iter_mut().enumerate() {
+        for (i, byte) in rest.iter_mut().enumerate() {
             // SAFETY: at + done + i < at + out.len() <= len.
             let from = unsafe { base.add(done + i) };
             // SAFETY: `from` is inside readable memory; u8 needs no alignment.
-            *octet = unsafe { from.read_volatile() };
+            *byte = unsafe { from.read_volatile() };
         }
     }
 }
@@ -160,7 +160,7 @@ impl Piece {
 impl fmt::Debug for Gather<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Gather")
-            .field("octets", &self.octets)
+            .field("bytes", &self.bytes)
             .field("pieces", &self.pieces.len())
             .finish_non_exhaustive()
     }
@@ -174,7 +174,7 @@ pub enum WriteCall {
     /// `sendmsg(2)` that never blocks (EAGAIN), whatever the descriptor does. Sockets
     /// only.
     SendDontWait,
-    /// `writev(2)` of so many octets at most. A pipe that poll(2) calls writable takes
+    /// `writev(2)` of so many bytes at most. A pipe that poll(2) calls writable takes
     /// PIPE_BUF without blocking.
     AtMost(NonZeroUsize),
 }
@@ -192,7 +192,7 @@ impl Unwritten<'_> {
         self.first == self.iovecs.len()
     }
 
-    /// Write with one call, as much as the kernel takes: so many octets.
+    /// Write with one call, as much as the kernel takes: so many bytes.
     ///
     /// # Errors
     ///
@@ -321,8 +321,8 @@ mod tests {
         assert_eq!(lens.collect::<Vec<_>>(), [13, page, page, page, page]);
         assert_eq!(list.len(), 13 + 4 * PAGE_SIZE);
         let mut expected = head.to_vec();
-        for octet in [1, 2, 3, 5] {
-            expected.extend([octet; PAGE_SIZE]);
+        for byte in [1, 2, 3, 5] {
+            expected.extend([byte; PAGE_SIZE]);
         }
         let mut copied = Vec::new();
         list.copy_to(&mut copied).unwrap();

@@ -36,9 +36,9 @@ impl Pool {
         }
     }
 
-    /// A zeroed buffer of at least `octets`.
-    pub(super) fn take(self: &Arc<Self>, octets: usize) -> Result<Buffer, Errno> {
-        let pages = NonZeroUsize::new(octets.div_ceil(PAGE_SIZE)).unwrap_or(NonZeroUsize::MIN);
+    /// A zeroed buffer of at least `bytes`.
+    pub(super) fn take(self: &Arc<Self>, bytes: usize) -> Result<Buffer, Errno> {
+        let pages = NonZeroUsize::new(bytes.div_ceil(PAGE_SIZE)).unwrap_or(NonZeroUsize::MIN);
         let kept = match pages.get() {
             1 => self.kept().pop(),
             _ => None,
@@ -47,10 +47,10 @@ impl Pool {
             Some(pages) => pages,
             None => Pages::new(self.device.as_ref(), pages)?,
         };
-        pages.octets_mut().fill(0);
+        pages.bytes_mut().fill(0);
         Ok(Buffer {
             pages: Some(pages),
-            octets,
+            bytes,
             pool: Arc::clone(self),
         })
     }
@@ -65,7 +65,7 @@ impl Pool {
 #[derive(Debug)]
 struct Pages {
     base: NonNull<u8>,
-    octets: NonZeroUsize,
+    bytes: NonZeroUsize,
 }
 
 // SAFETY: the mapping belongs to this value alone.
@@ -74,48 +74,48 @@ unsafe impl Send for Pages {}
 impl Pages {
     fn new(device: Option<&File>, pages: NonZeroUsize) -> Result<Self, Errno> {
         let page = NonZeroUsize::new(PAGE_SIZE).ok_or(Errno::EINVAL)?;
-        let octets = pages.checked_mul(page).ok_or(Errno::ENOMEM)?;
+        let bytes = pages.checked_mul(page).ok_or(Errno::ENOMEM)?;
         let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         let base = match device {
             // SAFETY: a new mapping at an address of the kernel's choice.
             Some(device) => unsafe {
-                mman::mmap(None, octets, prot, MapFlags::MAP_SHARED, device, 0)
+                mman::mmap(None, bytes, prot, MapFlags::MAP_SHARED, device, 0)
             },
             None => {
                 let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_LOCKED;
                 // SAFETY: as above.
-                unsafe { mman::mmap_anonymous(None, octets, prot, flags) }
+                unsafe { mman::mmap_anonymous(None, bytes, prot, flags) }
             }
         }?;
         let pages = Self {
             base: base.cast(),
-            octets,
+            bytes,
         };
         if device.is_none() {
             // SAFETY: the pages just mapped; the advice changes what a fork copies and
             // nothing in this process.
-            unsafe { mman::madvise(base, octets.get(), MmapAdvise::MADV_DONTFORK) }?;
+            unsafe { mman::madvise(base, bytes.get(), MmapAdvise::MADV_DONTFORK) }?;
         }
         Ok(pages)
     }
 
-    fn octets(&self) -> &[u8] {
-        // SAFETY: `base` starts a mapping of `octets` readable, initialised octets that
+    fn bytes(&self) -> &[u8] {
+        // SAFETY: `base` starts a mapping of `bytes` readable, initialised bytes that
         // this value owns. The hypervisor writes it only during a hypercall, for which
         // the buffer is borrowed mutably (`Call`).
-        unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.octets.get()) }
+        unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.bytes.get()) }
     }
 
-    fn octets_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as in `octets`, writable, and borrowed once.
-        unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr(), self.octets.get()) }
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `bytes`, writable, and borrowed once.
+        unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr(), self.bytes.get()) }
     }
 }
 
 impl Drop for Pages {
     fn drop(&mut self) {
         // SAFETY: the range is the one `new` mapped; borrows of it borrow `self`.
-        if let Err(errno) = unsafe { mman::munmap(self.base.cast(), self.octets.get()) } {
+        if let Err(errno) = unsafe { mman::munmap(self.base.cast(), self.bytes.get()) } {
             tracing::error!(%errno, "munmap of a hypercall buffer failed");
         }
     }
@@ -142,14 +142,14 @@ pub(crate) trait Elsewhere: fmt::Debug + Send {
     /// Where it is, for that hypervisor.
     fn address(&self) -> u64;
 
-    /// How many octets it has.
+    /// How many bytes it has.
     fn len(&self) -> usize;
 
     /// As [`CallBuffer::read`].
     fn read(&self, at: usize, out: &mut [u8]);
 
     /// As [`CallBuffer::write`].
-    fn write(&mut self, at: usize, octets: &[u8]);
+    fn write(&mut self, at: usize, bytes: &[u8]);
 }
 
 impl CallBuffer {
@@ -175,15 +175,15 @@ impl CallBuffer {
         }
     }
 
-    /// How many octets it has.
+    /// How many bytes it has.
     pub(crate) fn len(&self) -> usize {
         match &self.0 {
-            Memory::Ours(buffer) => buffer.octets,
+            Memory::Ours(buffer) => buffer.bytes,
             Memory::Elsewhere(memory) => memory.len(),
         }
     }
 
-    /// Copy `out.len()` octets from offset `at` on.
+    /// Copy `out.len()` bytes from offset `at` on.
     ///
     /// # Panics
     ///
@@ -195,15 +195,15 @@ impl CallBuffer {
         }
     }
 
-    /// Copy octets in from offset `at` on.
+    /// Copy bytes in from offset `at` on.
     ///
     /// # Panics
     ///
     /// When they are not all inside.
-    pub(crate) fn write(&mut self, at: usize, octets: &[u8]) {
+    pub(crate) fn write(&mut self, at: usize, bytes: &[u8]) {
         match &mut self.0 {
-            Memory::Ours(buffer) => buffer.write(at, octets),
-            Memory::Elsewhere(memory) => memory.write(at, octets),
+            Memory::Ours(buffer) => buffer.write(at, bytes),
+            Memory::Elsewhere(memory) => memory.write(at, bytes),
         }
     }
 }
@@ -213,7 +213,7 @@ impl CallBuffer {
 pub(super) struct Buffer {
     /// Always there, until it is dropped.
     pages: Option<Pages>,
-    octets: usize,
+    bytes: usize,
     pool: Arc<Pool>,
 }
 
@@ -225,12 +225,12 @@ impl Buffer {
 
     fn read(&self, at: usize, out: &mut [u8]) {
         let pages = self.pages.as_ref().expect("a buffer has pages");
-        out.copy_from_slice(&pages.octets()[..self.octets][at..at + out.len()]);
+        out.copy_from_slice(&pages.bytes()[..self.bytes][at..at + out.len()]);
     }
 
-    fn write(&mut self, at: usize, octets: &[u8]) {
+    fn write(&mut self, at: usize, bytes: &[u8]) {
         let pages = self.pages.as_mut().expect("a buffer has pages");
-        pages.octets_mut()[..self.octets][at..at + octets.len()].copy_from_slice(octets);
+        pages.bytes_mut()[..self.bytes][at..at + bytes.len()].copy_from_slice(bytes);
     }
 }
 
@@ -240,7 +240,7 @@ impl Drop for Buffer {
             return;
         };
         let mut kept = self.pool.kept();
-        if pages.octets.get() == PAGE_SIZE && kept.len() < KEPT {
+        if pages.bytes.get() == PAGE_SIZE && kept.len() < KEPT {
             kept.push(pages);
         }
     }

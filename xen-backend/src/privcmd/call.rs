@@ -20,17 +20,17 @@ use nix::errno::Errno;
 use super::CallBuffer;
 use crate::sys::{common as sys, v12, v13, v14, v15, v16, v17, v18};
 
-/// Octets of `xen_domctl` before its union: cmd, interface_version, domain, padding.
+/// Bytes of `xen_domctl` before its union: cmd, interface_version, domain, padding.
 pub(crate) const DOMCTL_HEADER: usize = 16;
-/// Octets of `xen_sysctl` before its union: cmd, interface_version.
+/// Bytes of `xen_sysctl` before its union: cmd, interface_version.
 pub(crate) const SYSCTL_HEADER: usize = 8;
-/// Octets of either union.
+/// Bytes of either union.
 pub(crate) const BODY: usize = 128;
 
-/// Octets of the largest `xen_domctl_getdomaininfo` of any version.
+/// Bytes of the largest `xen_domctl_getdomaininfo` of any version.
 pub(crate) const LARGEST_INFO: usize = 128;
 
-/// Octets of a 64-bit `vcpu_guest_context`; a 32-bit one is smaller.
+/// Bytes of a 64-bit `vcpu_guest_context`; a 32-bit one is smaller.
 pub(crate) const VCPU_CONTEXT: usize = size_of::<sys::vcpu_guest_context>();
 /// What stands here by itself is what the bindings have, those of every interface.
 const _: () = {
@@ -53,7 +53,7 @@ pub(crate) const VNUMA_INFO: usize = 2 + 2 + 3 * 4 + 3 * 8;
 /// Bytes of `xen_extraversion_t`, a string that ends with a zero.
 pub(crate) const EXTRA_VERSION: usize = 16;
 
-/// Octets of `mmuext_op`: command, first argument (here the frame), second argument.
+/// Bytes of `mmuext_op`: command, first argument (here the frame), second argument.
 pub(crate) const MMUEXT_OP: usize = size_of::<sys::mmuext_op>();
 /// Those commands of it that take no more than a frame.
 const PINS: [u32; 4] = [
@@ -72,15 +72,15 @@ pub(crate) const XENMEM_REMOVE_FROM_PHYSMAP: u32 = sys::XENMEM_remove_from_physm
 /// How much the hypervisor may touch behind an address.
 #[derive(Clone, Copy, Debug)]
 enum Room {
-    /// So many octets.
-    Octets(usize),
-    /// As many elements of a size as the word of 4 or 8 octets at an offset says.
+    /// So many bytes.
+    Bytes(usize),
+    /// As many elements of a size as the word of 4 or 8 bytes at an offset says.
     Elements {
         at: usize,
         width: usize,
-        octets: usize,
+        bytes: usize,
     },
-    /// As many bits as the word of 8 octets at an offset says.
+    /// As many bits as the word of 8 bytes at an offset says.
     Bits { at: usize },
 }
 
@@ -91,13 +91,13 @@ struct Pointer {
     room: Room,
 }
 
-const fn counted(at: usize, count: usize, width: usize, octets: usize) -> Pointer {
+const fn counted(at: usize, count: usize, width: usize, bytes: usize) -> Pointer {
     Pointer {
         at,
         room: Room::Elements {
             at: count,
             width,
-            octets,
+            bytes,
         },
     }
 }
@@ -111,7 +111,7 @@ fn of_domctl(cmd: u32) -> Option<&'static [Pointer]> {
     };
     const CONTEXT: [Pointer; 1] = [Pointer {
         at: offset_of!(context, ctxt),
-        room: Room::Octets(VCPU_CONTEXT),
+        room: Room::Bytes(VCPU_CONTEXT),
     }];
     const TYPES: [Pointer; 1] = [counted(
         offset_of!(types, array),
@@ -215,7 +215,7 @@ fn of_sysctl(cmd: u32) -> Option<&'static [Pointer]> {
     }
 }
 
-/// The structure that a command of another hypercall takes: its octets, and the addresses
+/// The structure that a command of another hypercall takes: its bytes, and the addresses
 /// in it. `None` for a command that is not made.
 fn of_operation(number: u32, cmd: u32) -> Option<(usize, &'static [Pointer])> {
     use sys::{
@@ -343,8 +343,8 @@ impl<'a> Call<'a> {
         structure: &'a mut CallBuffer,
         named: Named<'a, '_>,
     ) -> Result<Self, Errno> {
-        let (octets, pointers) = of_operation(number, cmd).ok_or(Errno::ENOSYS)?;
-        if structure.len() < octets {
+        let (bytes, pointers) = of_operation(number, cmd).ok_or(Errno::ENOSYS)?;
+        if structure.len() < bytes {
             return Err(Errno::EFAULT);
         }
         let ours = name(structure, 0, pointers, named)?;
@@ -431,10 +431,10 @@ fn name(
         let buffer = named.get(index);
         if let Some(buffer) = buffer {
             let room = match pointer.room {
-                Room::Octets(octets) => octets as u64,
-                Room::Elements { at, width, octets } => {
+                Room::Bytes(bytes) => bytes as u64,
+                Room::Elements { at, width, bytes } => {
                     let count = word_at(structure, base + at, width)?;
-                    count.checked_mul(octets as u64).ok_or(Errno::EFAULT)?
+                    count.checked_mul(bytes as u64).ok_or(Errno::EFAULT)?
                 }
                 Room::Bits { at } => word_at(structure, base + at, 8)?.div_ceil(8),
             };

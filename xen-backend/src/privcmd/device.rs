@@ -101,8 +101,8 @@ impl Hypercalls for Privcmd {
         u64::try_from(returned).map_err(|_| Errno::last())
     }
 
-    fn buffer(&self, octets: usize) -> Result<CallBuffer, Errno> {
-        Ok(CallBuffer::ours(self.buffers.take(octets)?))
+    fn buffer(&self, bytes: usize) -> Result<CallBuffer, Errno> {
+        Ok(CallBuffer::ours(self.buffers.take(bytes)?))
     }
 
     fn reserve(

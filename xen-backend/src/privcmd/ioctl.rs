@@ -57,7 +57,7 @@ pub(super) struct Port {
 /// The number of an ioctl that says nothing of which way data goes, as all of these
 /// do: size, letter, number (`_IOC(_IOC_NONE, …)`).
 const fn request<T>(letter: u8, number: u8) -> c_ulong {
-    // At most 48 octets: nothing is cut off.
+    // At most 48 bytes: nothing is cut off.
     (size_of::<T>() as c_ulong) << 16 | (letter as c_ulong) << 8 | number as c_ulong
 }
 

@@ -31,11 +31,11 @@ fn protection(access: Access) -> ProtFlags {
 /// Addresses of `pages` pages that belong to privcmd; touching one that nothing has
 /// been mapped at is a SIGBUS.
 fn map_device(privcmd: &File, pages: usize, access: Access) -> Result<NonNull<u8>, Errno> {
-    let octets = pages.checked_mul(PAGE_SIZE).ok_or(Errno::ENOMEM)?;
-    let octets = NonZeroUsize::new(octets).ok_or(Errno::EINVAL)?;
+    let bytes = pages.checked_mul(PAGE_SIZE).ok_or(Errno::ENOMEM)?;
+    let bytes = NonZeroUsize::new(bytes).ok_or(Errno::EINVAL)?;
     let (prot, flags) = (protection(access), MapFlags::MAP_SHARED);
     // SAFETY: a new mapping at an address of the kernel's choice.
-    let base = unsafe { mman::mmap(None, octets, prot, flags, privcmd, 0) }?;
+    let base = unsafe { mman::mmap(None, bytes, prot, flags, privcmd, 0) }?;
     Ok(base.cast())
 }
 

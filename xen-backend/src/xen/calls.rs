@@ -22,14 +22,14 @@ pub(super) struct Calls {
     pub(super) interface: &'static Interface,
 }
 
-/// A buffer with octets in it.
-pub(super) fn filled(raw: &dyn Hypercalls, octets: &[u8]) -> Result<CallBuffer, Errno> {
-    let mut buffer = raw.buffer(octets.len())?;
-    buffer.write(0, octets);
+/// A buffer with bytes in it.
+pub(super) fn filled(raw: &dyn Hypercalls, bytes: &[u8]) -> Result<CallBuffer, Errno> {
+    let mut buffer = raw.buffer(bytes.len())?;
+    buffer.write(0, bytes);
     Ok(buffer)
 }
 
-/// A domctl of this version, with the buffers that its body names; the octets of its union,
+/// A domctl of this version, with the buffers that its body names; the bytes of its union,
 /// as they come back.
 pub(super) fn domctl(
     raw: &dyn Hypercalls,
@@ -188,14 +188,14 @@ impl Calls {
         .map(drop)
     }
 
-    /// A buffer with octets in it.
-    pub(super) fn filled(&self, octets: &[u8]) -> Result<CallBuffer, Errno> {
-        filled(&*self.raw, octets)
+    /// A buffer with bytes in it.
+    pub(super) fn filled(&self, bytes: &[u8]) -> Result<CallBuffer, Errno> {
+        filled(&*self.raw, bytes)
     }
 
     /// What a buffer holds from its start on.
-    pub(super) fn contents(buffer: &CallBuffer, octets: usize) -> Vec<u8> {
-        let mut out = vec![0; octets];
+    pub(super) fn contents(buffer: &CallBuffer, bytes: usize) -> Vec<u8> {
+        let mut out = vec![0; bytes];
         buffer.read(0, &mut out);
         out
     }
@@ -214,7 +214,7 @@ impl Calls {
 
     /// `XEN_SYSCTL_getdomaininfolist`: at most `max` domains from number `first` on.
     pub(super) fn list_domains(&self, first: u16, max: u32) -> Result<Vec<DomainInfo>, Errno> {
-        let octets = self.interface.info_octets;
+        let bytes = self.interface.info_bytes;
         let room = usize::try_from(max).map_err(|_| Errno::EINVAL)?;
         let mut list = self.raw.buffer(room * LARGEST_INFO)?;
         let mut body = sys::xen_sysctl_getdomaininfolist::new_zeroed();
@@ -223,8 +223,8 @@ impl Calls {
         let cmd = sys::XEN_SYSCTL_getdomaininfolist;
         let answer = self.sysctl(cmd, &body, &mut [&mut list])?;
         let found = usize::try_from(answer.num_domains).map_err(|_| Errno::EINVAL)?;
-        let infos = Self::contents(&list, found.min(room) * octets);
-        let infos = infos.chunks_exact(octets);
+        let infos = Self::contents(&list, found.min(room) * bytes);
+        let infos = infos.chunks_exact(bytes);
         infos
             .map(|info| (self.interface.decode_info)(info).map(|info| info.to_domain_info()))
             .collect::<Option<Vec<DomainInfo>>>()

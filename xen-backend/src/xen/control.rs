@@ -23,10 +23,10 @@ const DESTROY_WAIT: Duration = Duration::from_millis(500);
 /// What a suspend returns to the guest that was cancelled.
 const SUSPEND_CANCELLED: u32 = 1;
 
-/// Octets of a 64-bit and a 32-bit `vcpu_guest_context`.
+/// Bytes of a 64-bit and a 32-bit `vcpu_guest_context`.
 pub(super) const CONTEXT_64: usize = VCPU_CONTEXT;
 pub(super) const CONTEXT_32: usize = 0xaf0;
-/// Where eax is in either: after the FPU area of 512 octets and, in the 64-bit one,
+/// Where eax is in either: after the FPU area of 512 bytes and, in the 64-bit one,
 /// flags and ten registers; in the 32-bit one, flags and six.
 const EAX_64: usize = 512 + 8 + 10 * 8;
 const EAX_32: usize = 512 + 4 + 6 * 4;
@@ -47,14 +47,12 @@ impl XenDomain {
         if width == 8 {
             self.warn_of_lost_registers("resuming it");
         }
-        let (octets, eax) = match width {
+        let (bytes, eax) = match width {
             4 => (CONTEXT_32, EAX_32),
             _ => (CONTEXT_64, EAX_64),
         };
         let fail = |op| move |errno| self.fail(op, errno);
-        let mut context = self
-            .get_context(0, octets)
-            .map_err(fail("getvcpucontext"))?;
+        let mut context = self.get_context(0, bytes).map_err(fail("getvcpucontext"))?;
         context[eax..eax + 4].copy_from_slice(&SUSPEND_CANCELLED.to_le_bytes());
         if width == 8 {
             context[eax + 4..eax + 8].fill(0);
@@ -194,15 +192,15 @@ impl DomainControl for XenDomain {
 }
 
 impl XenDomain {
-    /// The basic context of a vcpu, of `octets` octets.
-    pub(super) fn get_context(&self, vcpu: u32, octets: usize) -> Result<Vec<u8>, Errno> {
+    /// The basic context of a vcpu, of `bytes` bytes.
+    pub(super) fn get_context(&self, vcpu: u32, bytes: usize) -> Result<Vec<u8>, Errno> {
         let mut context = self.calls().raw.buffer(CONTEXT_64)?;
         let mut body = sys::xen_domctl_vcpucontext::new_zeroed();
         body.vcpu = vcpu;
         let named = &mut [&mut context];
         self.calls()
             .domctl_naming(sys::XEN_DOMCTL_getvcpucontext, self.domid, &body, named)?;
-        Ok(super::Calls::contents(&context, octets))
+        Ok(super::Calls::contents(&context, bytes))
     }
 
     /// Set the basic context of a vcpu; `context` has the size of the guest's width.

@@ -17,7 +17,7 @@ use crate::error::BackendError;
 use crate::xenstore::StoreError;
 use crate::{DomId, Host as _};
 
-/// Octets of output that xenconsoled keeps for nobody.
+/// Bytes of output that xenconsoled keeps for nobody.
 const CONSOLE_LIMIT: &str = "1048576";
 
 /// Where libxl keeps the control domain's half of the consoles, which every guest of its own

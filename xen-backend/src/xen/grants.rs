@@ -19,7 +19,7 @@ use crate::privcmd::call::{
 };
 use crate::{GuestMemory, RingGrant};
 
-/// Octets of an entry of a grant table of version 1, which is one word.
+/// Bytes of an entry of a grant table of version 1, which is one word.
 const GRANT_ENTRY: usize = size_of::<sys::grant_entry_v1>();
 
 /// `XENMAPSPACE_grant_table`.

@@ -22,10 +22,10 @@ impl XenDomain {
         };
         // Without a buffer Xen says how large one has to be.
         let room = get(0, &mut [])?.size;
-        let octets = |size| usize::try_from(size).map_err(|_| Errno::EINVAL);
-        let mut buffer = self.calls().raw.buffer(octets(room)?)?;
+        let bytes = |size| usize::try_from(size).map_err(|_| Errno::EINVAL);
+        let mut buffer = self.calls().raw.buffer(bytes(room)?)?;
         let used = get(room, &mut [&mut buffer])?.size;
-        Ok(Calls::contents(&buffer, octets(used.min(room))?))
+        Ok(Calls::contents(&buffer, bytes(used.min(room))?))
     }
 
     fn write_hvm_context(&self, context: &[u8]) -> Result<(), Errno> {

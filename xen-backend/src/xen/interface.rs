@@ -102,9 +102,9 @@ pub(crate) struct Interface {
     pub(crate) domctl: u32,
     /// The numbers that the sysctl interface has beside it, each to be tried.
     pub(crate) sysctl: &'static [u32],
-    /// Octets of `xen_domctl_getdomaininfo`.
-    pub(crate) info_octets: usize,
-    /// Takes such a structure apart; `None` for fewer octets.
+    /// Bytes of `xen_domctl_getdomaininfo`.
+    pub(crate) info_bytes: usize,
+    /// Takes such a structure apart; `None` for fewer bytes.
     pub(crate) decode_info: fn(&[u8]) -> Option<Info>,
     /// Makes one, as a hypervisor does.
     #[cfg_attr(
@@ -114,7 +114,7 @@ pub(crate) struct Interface {
     pub(crate) encode_info: fn(&Info) -> Vec<u8>,
     /// Makes a `xen_domctl_createdomain`.
     pub(crate) encode_create: fn(&Create) -> Vec<u8>,
-    /// Takes one apart, as a hypervisor does; `None` for fewer octets, or where a grant
+    /// Takes one apart, as a hypervisor does; `None` for fewer bytes, or where a grant
     /// version is named and is none.
     #[cfg_attr(
         not(feature = "mock"),
@@ -145,9 +145,9 @@ macro_rules! interface {
         Interface {
             domctl: $module::XEN_DOMCTL_INTERFACE_VERSION,
             sysctl: &$sysctl,
-            info_octets: size_of::<$module::xen_domctl_getdomaininfo>(),
-            decode_info: |octets| {
-                let (info, _) = $module::xen_domctl_getdomaininfo::read_from_prefix(octets).ok()?;
+            info_bytes: size_of::<$module::xen_domctl_getdomaininfo>(),
+            decode_info: |bytes| {
+                let (info, _) = $module::xen_domctl_getdomaininfo::read_from_prefix(bytes).ok()?;
                 Some(Info {
                     domid: info.domain,
                     flags: info.flags,
@@ -186,8 +186,8 @@ macro_rules! interface {
                 interface!(@encode_pool $pool, out, create);
                 out.as_bytes().to_vec()
             },
-            decode_create: |octets| {
-                let (create, _) = $module::xen_domctl_createdomain::read_from_prefix(octets).ok()?;
+            decode_create: |bytes| {
+                let (create, _) = $module::xen_domctl_createdomain::read_from_prefix(bytes).ok()?;
                 Some(Create {
                     flags: create.flags,
                     vcpus: create.max_vcpus,

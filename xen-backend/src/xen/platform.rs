@@ -13,7 +13,7 @@ use crate::error::BackendError;
 use crate::privcmd::call::Named;
 use crate::{CpuPolicy, Detail, GuestKind, PolicyEntry, RingGrant, TscInfo, X86Platform};
 
-/// Octets of a CPUID leaf and of an MSR in a policy.
+/// Bytes of a CPUID leaf and of an MSR in a policy.
 const LEAF: usize = size_of::<sys::xen_cpuid_leaf>();
 const MSR: usize = size_of::<sys::xen_msr_entry>();
 
@@ -25,9 +25,9 @@ const LARGEST_ROOM: u32 = 1 << 16;
 /// The largest TSC mode there is.
 const TSC_NEVER_EMULATE: u32 = 2;
 
-fn entries(octets: &[u8], size: usize) -> Result<u32, Errno> {
-    match octets.len().is_multiple_of(size) {
-        true => u32::try_from(octets.len() / size).map_err(|_| Errno::EINVAL),
+fn entries(bytes: &[u8], size: usize) -> Result<u32, Errno> {
+    match bytes.len().is_multiple_of(size) {
+        true => u32::try_from(bytes.len() / size).map_err(|_| Errno::EINVAL),
         false => Err(Errno::EINVAL),
     }
 }

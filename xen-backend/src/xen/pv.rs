@@ -27,13 +27,13 @@ const CHUNK_PAGES: u64 = 512;
 /// Entries of the m2p in such a chunk.
 const CHUNK_ENTRIES: u64 = CHUNK_PAGES * 512;
 
-/// Octets of `xen_domctl_ext_vcpucontext`, and most that there is room for.
+/// Bytes of `xen_domctl_ext_vcpucontext`, and most that there is room for.
 const EXTENDED: usize = 64;
 const EXTENDED_MAX: usize = 128;
 /// Where it says which vcpu's it is.
 const EXTENDED_VCPU: std::ops::Range<usize> = 0..4;
 
-/// Octets of an MSR of a vcpu.
+/// Bytes of an MSR of a vcpu.
 const VCPU_MSR: usize = size_of::<sys::xen_domctl_vcpu_msr>();
 
 impl XenDomain {
@@ -46,8 +46,8 @@ impl XenDomain {
         let named = &mut [&mut list];
         let (_, answer) = self.calls().with_struct_naming(number, cmd, &ask, named)?;
         let found = usize::try_from(answer.nr_extents.min(chunks)).map_err(|_| Errno::EINVAL)?;
-        let octets = Calls::contents(&list, found * 8);
-        let (words, _) = octets.as_chunks::<8>();
+        let bytes = Calls::contents(&list, found * 8);
+        let (words, _) = bytes.as_chunks::<8>();
         Ok(words.iter().map(|word| u64::from_ne_bytes(*word)).collect())
     }
 
@@ -87,7 +87,7 @@ impl XenDomain {
         u8::try_from(got.size / 8).map_err(|_| Errno::EINVAL)
     }
 
-    fn context_octets(&self) -> Result<usize, Errno> {
+    fn context_bytes(&self) -> Result<usize, Errno> {
         Ok(match self.width()? {
             4 => CONTEXT_32,
             _ => CONTEXT_64,
@@ -121,16 +121,16 @@ impl XenDomain {
         let body = self
             .calls()
             .domctl(sys::XEN_DOMCTL_getvcpuextstate, self.domid, &body)?;
-        let octets = usize::try_from(body.size).map_err(|_| Errno::EINVAL)?;
+        let bytes = usize::try_from(body.size).map_err(|_| Errno::EINVAL)?;
         // Without features (a host without XSAVE) there is no area, only its head.
-        if octets == 0 || body.xfeature_mask == 0 {
+        if bytes == 0 || body.xfeature_mask == 0 {
             return Ok(Vec::new());
         }
-        let mut buffer = self.calls().raw.buffer(octets)?;
+        let mut buffer = self.calls().raw.buffer(bytes)?;
         let (cmd, named) = (sys::XEN_DOMCTL_getvcpuextstate, &mut [&mut buffer]);
         let got = self.calls().domctl_naming(cmd, self.domid, &body, named)?;
         let used = usize::try_from(got.size).map_err(|_| Errno::EINVAL)?;
-        Ok(Calls::contents(&buffer, used.min(octets)))
+        Ok(Calls::contents(&buffer, used.min(bytes)))
     }
 
     fn set_xsave(&self, vcpu: u32, state: &[u8]) -> Result<(), Errno> {
@@ -150,15 +150,15 @@ impl XenDomain {
         let body = self
             .calls()
             .domctl(sys::XEN_DOMCTL_get_vcpu_msrs, self.domid, &body)?;
-        let octets = |count| usize::try_from(count).map(|n| n * VCPU_MSR);
-        let room = octets(body.msr_count).map_err(|_| Errno::EINVAL)?;
+        let bytes = |count| usize::try_from(count).map(|n| n * VCPU_MSR);
+        let room = bytes(body.msr_count).map_err(|_| Errno::EINVAL)?;
         if room == 0 {
             return Ok(Vec::new());
         }
         let mut buffer = self.calls().raw.buffer(room)?;
         let (cmd, named) = (sys::XEN_DOMCTL_get_vcpu_msrs, &mut [&mut buffer]);
         let got = self.calls().domctl_naming(cmd, self.domid, &body, named)?;
-        let used = octets(got.msr_count).map_err(|_| Errno::EINVAL)?;
+        let used = bytes(got.msr_count).map_err(|_| Errno::EINVAL)?;
         Ok(Calls::contents(&buffer, used.min(room)))
     }
 
@@ -177,7 +177,7 @@ impl XenDomain {
     }
 
     fn set_basic(&self, vcpu: u32, state: &[u8]) -> Result<(), Errno> {
-        match state.len() == self.context_octets()? {
+        match state.len() == self.context_bytes()? {
             true => self.set_context(vcpu, state),
             false => Err(Errno::EINVAL),
         }
@@ -248,11 +248,11 @@ impl PvGuest for XenDomain {
         self.vcpu_exists(vcpu)
             .and_then(|()| match blob {
                 VcpuBlob::Basic => {
-                    let octets = self.context_octets()?;
-                    if octets == CONTEXT_64 {
+                    let bytes = self.context_bytes()?;
+                    if bytes == CONTEXT_64 {
                         self.warn_of_lost_registers("saving it");
                     }
-                    self.get_context(vcpu, octets)
+                    self.get_context(vcpu, bytes)
                 }
                 VcpuBlob::Extended => self.extended(vcpu),
                 VcpuBlob::Xsave => self.xsave(vcpu),

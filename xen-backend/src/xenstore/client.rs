@@ -333,9 +333,9 @@ impl Nodes for Transaction<'_> {
 }
 
 fn terminated(text: &str) -> Vec<u8> {
-    let mut octets = text.as_bytes().to_vec();
-    octets.push(0);
-    octets
+    let mut bytes = text.as_bytes().to_vec();
+    bytes.push(0);
+    bytes
 }
 
 fn refused(op: &'static str, path: &str, errno: Errno) -> StoreError {

@@ -1,5 +1,5 @@
 //! The client against a store at the other end of a socket, which reads and writes the
-//! octets of the protocol itself.
+//! bytes of the protocol itself.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -31,7 +31,7 @@ fn serve(conflicts: usize) -> (Sockets, JoinHandle<Nodes>) {
             let (kind, request, transaction) = (word(0), word(4), word(8));
             let mut payload = vec![0; word(12) as usize];
             stream.read_exact(&mut payload).unwrap();
-            let end = payload.iter().position(|octet| *octet == 0).unwrap();
+            let end = payload.iter().position(|byte| *byte == 0).unwrap();
             let (path, value) = (payload[..end].to_vec(), payload[end + 1..].to_vec());
             assert_eq!(transaction != 0, open.contains_key(&transaction));
             let place = open.get_mut(&transaction).unwrap_or(&mut nodes);
@@ -104,9 +104,9 @@ fn serve(conflicts: usize) -> (Sockets, JoinHandle<Nodes>) {
 fn message(kind: u32, request: u32, transaction: u32, payload: &[u8]) -> Vec<u8> {
     let len = u32::try_from(payload.len()).unwrap();
     let words = [kind, request, transaction, len];
-    let mut octets: Vec<u8> = words.into_iter().flat_map(u32::to_ne_bytes).collect();
-    octets.extend_from_slice(payload);
-    octets
+    let mut bytes: Vec<u8> = words.into_iter().flat_map(u32::to_ne_bytes).collect();
+    bytes.extend_from_slice(payload);
+    bytes
 }
 
 #[test]
@@ -216,9 +216,9 @@ fn what_is_no_answer_breaks_the_connection() {
         // Cut short.
         message(2, 1, 0, b"value")[..18].to_vec(),
     ];
-    for octets in bad {
+    for bytes in bad {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
-        theirs.write_all(&octets).unwrap();
+        theirs.write_all(&bytes).unwrap();
         theirs.shutdown(std::net::Shutdown::Write).unwrap();
         let error = Sockets::over(Box::new(ours)).read("/a").unwrap_err();
         assert!(matches!(error, StoreError::Connection(_)), "{error}");

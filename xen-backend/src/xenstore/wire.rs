@@ -28,9 +28,9 @@ pub(super) mod kind {
     pub(in super::super) const ERROR: u32 = 16;
 }
 
-/// Octets of a header.
+/// Bytes of a header.
 pub(super) const HEADER: usize = 16;
-/// Most octets behind it.
+/// Most bytes behind it.
 pub(super) const MAX_PAYLOAD: usize = 4096;
 
 /// A message.
@@ -49,21 +49,21 @@ impl Message {
             .ok()
             .filter(|len| usize::try_from(*len).is_ok_and(|len| len <= MAX_PAYLOAD))
             .ok_or_else(|| io::Error::from_raw_os_error(Errno::E2BIG as i32))?;
-        let mut octets = Vec::with_capacity(HEADER + self.payload.len());
+        let mut bytes = Vec::with_capacity(HEADER + self.payload.len());
         for word in [self.kind, self.request, self.transaction, len] {
-            octets.extend_from_slice(&word.to_ne_bytes());
+            bytes.extend_from_slice(&word.to_ne_bytes());
         }
-        octets.extend_from_slice(&self.payload);
-        to.write_all(&octets)
+        bytes.extend_from_slice(&self.payload);
+        to.write_all(&bytes)
     }
 
     /// Read one.
     pub(super) fn receive(from: &mut impl Read) -> io::Result<Self> {
         let mut words = [0_u32; 4];
         for word in &mut words {
-            let mut octets = [0; 4];
-            from.read_exact(&mut octets)?;
-            *word = u32::from_ne_bytes(octets);
+            let mut bytes = [0; 4];
+            from.read_exact(&mut bytes)?;
+            *word = u32::from_ne_bytes(bytes);
         }
         let [kind, request, transaction, len] = words;
         let len = usize::try_from(len)
@@ -72,7 +72,7 @@ impl Message {
             .ok_or_else(|| {
                 io::Error::new(
                     io::ErrorKind::InvalidData,
-                    format!("a message of {len} octets; {MAX_PAYLOAD} is the most"),
+                    format!("a message of {len} bytes; {MAX_PAYLOAD} is the most"),
                 )
             })?;
         let mut payload = vec![0; len];

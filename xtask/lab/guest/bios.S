@@ -6,7 +6,7 @@
  * does, for there is a device model.
  *
  * Linked with the symbols of the guest (--just-symbols), assembled with PAYLOAD defined as
- * the file of its octets.
+ * the file of its bytes.
  */
         .text
         .globl _start

@@ -29,7 +29,7 @@ typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
-typedef unsigned long word;                     /* 4 octets in a 32-bit guest */
+typedef unsigned long word;                     /* 4 bytes in a 32-bit guest */
 
 #define PAGE_SIZE 4096
 #define PAGE_ALIGNED __attribute__((aligned(PAGE_SIZE)))
@@ -291,9 +291,9 @@ static void put_wallclock(void)
 
 /* ---- xenstore: one request at a time ---------------------------------------- */
 
-static void store_send(const void *octets, u32 count)
+static void store_send(const void *bytes, u32 count)
 {
-    for (const u8 *p = octets; count; count--, p++) {
+    for (const u8 *p = bytes; count; count--, p++) {
         while (store->request_prod - store->request_cons >= sizeof store->request)
             poll(0, &store_port, 10000000);
         store->request[store->request_prod % sizeof store->request] = *p;
@@ -302,15 +302,15 @@ static void store_send(const void *octets, u32 count)
     }
 }
 
-static u8 store_octet(void)
+static u8 store_byte(void)
 {
     while (store->response_cons == store->response_prod)
         poll(0, &store_port, 50000000);
     barrier();
-    u8 octet = store->response[store->response_cons % sizeof store->response];
+    u8 byte = store->response[store->response_cons % sizeof store->response];
     barrier();
     store->response_cons++;
-    return octet;
+    return byte;
 }
 
 /* The type of the answer; as much of its body as has room, with a NUL behind. */
@@ -321,12 +321,12 @@ static u32 store_ask(u32 type, const char *body, u32 length, char *answer, u32 r
     store_send(body, length);
     notify(store_port);
     for (u32 i = 0; i < sizeof header; i++)
-        ((u8 *)header)[i] = store_octet();
+        ((u8 *)header)[i] = store_byte();
     u32 kept = 0;
     for (u32 i = 0; i < header[3]; i++) {
-        char octet = store_octet();
+        char byte = store_byte();
         if (kept + 1 < room)
-            answer[kept++] = octet;
+            answer[kept++] = byte;
     }
     answer[kept] = 0;
     notify(store_port);

@@ -64,10 +64,10 @@ pub(super) fn run(xsr: &Path, scratch: &Path, memory: u64, rounds: u32) -> Resul
         }
     }
     let image = scratch.join("legacy");
-    let octets = fs::metadata(&image)
+    let bytes = fs::metadata(&image)
         .with_context(|| format!("cannot read {}", image.display()))?
         .len();
     let mut report = String::new();
-    table(&mut report, "legacy hvm", octets, &rows)?;
+    table(&mut report, "legacy hvm", bytes, &rows)?;
     Ok(report)
 }

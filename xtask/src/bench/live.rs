@@ -45,7 +45,7 @@ struct Transfer {
     what: String,
     guest: String,
     threads: u32,
-    octets: f64,
+    bytes: f64,
     ms: f64,
 }
 
@@ -108,7 +108,7 @@ fn transfer_table(transfers: &[Transfer]) -> Result<String> {
         let rate = Spread::of(
             group
                 .iter()
-                .map(|transfer| transfer.octets / transfer.ms * 1000.0 / f64::from(1 << 30)),
+                .map(|transfer| transfer.bytes / transfer.ms * 1000.0 / f64::from(1 << 30)),
         );
         writeln!(
             table,
@@ -213,9 +213,9 @@ mod tests {
     use super::*;
 
     const LINES: &str = r#"
-{"what":"save to a pipe","guest":"pvh","threads":2,"octets":1073741824,"ms":500.0}
-{"what":"save to a pipe","guest":"pvh","threads":2,"octets":1073741824,"ms":1000.0}
-{"what":"save to a pipe","guest":"pvh","threads":2,"octets":1073741824,"ms":2000.0}
+{"what":"save to a pipe","guest":"pvh","threads":2,"bytes":1073741824,"ms":500.0}
+{"what":"save to a pipe","guest":"pvh","threads":2,"bytes":1073741824,"ms":1000.0}
+{"what":"save to a pipe","guest":"pvh","threads":2,"bytes":1073741824,"ms":2000.0}
 {"what":"migration","guest":"pv","policy":"target","share":0.02,"dirty_pages_per_second":100,"pages_per_second":1000,"passes":2,"pages":9,"total_ms":900.0,"downtime_ms":50.0,"suspended_ms":49.0}
 {"what":"migration","guest":"pv","policy":"target","share":0.02,"dirty_pages_per_second":100,"pages_per_second":1000,"passes":4,"pages":9,"total_ms":700.0,"downtime_ms":101.0,"suspended_ms":49.0}
 {"what":"migration","guest":"pv","policy":"target","share":1.2,"dirty_pages_per_second":1200,"pages_per_second":1000,"passes":9,"pages":9,"total_ms":9000.0,"downtime_ms":500.0,"suspended_ms":49.0}

@@ -205,8 +205,8 @@ fn protect(xsr: &Path, scratch: &Path, network: Option<u32>, by: By) -> Result<V
         .collect()
 }
 
-/// Forward what comes, no faster than so many octets a second; what comes back, as it is.
-fn slowly(listener: &UnixListener, far: &Path, octets_per_second: u32) -> Result<()> {
+/// Forward what comes, no faster than so many bytes a second; what comes back, as it is.
+fn slowly(listener: &UnixListener, far: &Path, bytes_per_second: u32) -> Result<()> {
     let (mut from, _) = listener.accept()?;
     let mut to = UnixStream::connect(far)?;
     let (mut back_from, mut back_to) = (to.try_clone()?, from.try_clone()?);
@@ -219,8 +219,8 @@ fn slowly(listener: &UnixListener, far: &Path, octets_per_second: u32) -> Result
             break;
         }
         // What was not used before is not made up for.
-        let octets = u32::try_from(n).unwrap_or(u32::MAX);
-        let takes = Duration::from_secs(1) * octets / octets_per_second;
+        let bytes = u32::try_from(n).unwrap_or(u32::MAX);
+        let takes = Duration::from_secs(1) * bytes / bytes_per_second;
         due = due.max(Instant::now()) + takes;
         thread::sleep(due.saturating_duration_since(Instant::now()));
         to.write_all(&room[..n])?;

@@ -58,7 +58,7 @@ License: Expat or Apache-2.0
  their licences, are in third-party-licences.txt.
 ";
 
-/// The tree as a tarball that unpacks over `/`, the same octet for octet for one commit.
+/// The tree as a tarball that unpacks over `/`, the same byte for byte for one commit.
 pub(super) fn tarball(dist: &Path, root: &Path) -> Result<PathBuf> {
     let to = dist.join(format!("xsr-{VERSION}-x86_64-linux.tar.gz"));
     Invocation::new("tar")

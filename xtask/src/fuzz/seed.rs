@@ -5,7 +5,7 @@
 //! page data some entries and very few pages. Each layer is a seed of its own: the
 //! file, the libxl stream in it, the libxc stream in that.
 //!
-//! This walks the octets by itself, so that seeds do not depend on the code they
+//! This walks the bytes by itself, so that seeds do not depend on the code they
 //! are to test. Layout: libxc and libxl migration stream specifications;
 //! `tools/xl/xl.h` for the file header.
 
@@ -33,7 +33,7 @@ const LIBXC_PAGE_DATA: u32 = 1;
 const END: u32 = 0;
 const PAGE: usize = 4096;
 
-/// Of a body in the libxl stream, so many octets at most.
+/// Of a body in the libxl stream, so many bytes at most.
 const BODY_LIMIT: usize = 512;
 /// Of a batch, so many entries with and without data at most.
 const ENTRY_LIMIT: usize = 2;
@@ -53,8 +53,8 @@ pub(super) fn write(corpus: &Path) -> Result<usize> {
     for (name, image) in images()? {
         let done = corpus.join(format!("seed-{name}-libxc"));
         if !done.exists() {
-            let octets = read(&image)?;
-            let seeds = cut(&octets).with_context(|| format!("cannot cut {}", image.display()))?;
+            let bytes = read(&image)?;
+            let seeds = cut(&bytes).with_context(|| format!("cannot cut {}", image.display()))?;
             for (layer, seed) in &seeds {
                 let path = corpus.join(format!("seed-{name}-{layer}"));
                 fs::write(&path, seed)
@@ -92,12 +92,12 @@ fn images() -> Result<BTreeMap<String, PathBuf>> {
 
 fn read(image: &Path) -> Result<Vec<u8>> {
     let file = File::open(image).with_context(|| format!("cannot open {}", image.display()))?;
-    let mut octets = Vec::new();
+    let mut bytes = Vec::new();
     StreamingDecoder::new(file)
         .with_context(|| format!("{} is not zstd", image.display()))?
-        .read_to_end(&mut octets)
+        .read_to_end(&mut bytes)
         .with_context(|| format!("cannot decompress {}", image.display()))?;
-    Ok(octets)
+    Ok(bytes)
 }
 
 /// The seeds of an image, innermost layer last, each with the layer's name.
@@ -150,7 +150,7 @@ fn cut_libxl(rest: &mut Cursor<'_>) -> Result<(Vec<u8>, Vec<u8>)> {
 fn cut_libxc(rest: &mut Cursor<'_>) -> Result<Vec<u8>> {
     let headers = rest.take(LIBXC_HEADERS)?;
     ensure!(headers.starts_with(&[0xff; 8]), "no libxc stream");
-    // Bit 0 of the big-endian u16 at octet 16.
+    // Bit 0 of the big-endian u16 at byte 16.
     ensure!(headers[17] & 1 == 0, "a big-endian libxc stream");
     let mut out = headers.to_vec();
     let (mut batches, mut pages) = (BATCH_LIMIT, PAGE_LIMIT);
@@ -216,9 +216,9 @@ fn put(out: &mut Vec<u8>, kind: u32, body: &[u8]) -> Result<()> {
 struct Cursor<'a>(&'a [u8]);
 
 impl<'a> Cursor<'a> {
-    fn take(&mut self, octets: usize) -> Result<&'a [u8]> {
-        let Some((head, tail)) = self.0.split_at_checked(octets) else {
-            bail!("{octets} octets wanted, {} left", self.0.len());
+    fn take(&mut self, bytes: usize) -> Result<&'a [u8]> {
+        let Some((head, tail)) = self.0.split_at_checked(bytes) else {
+            bail!("{bytes} bytes wanted, {} left", self.0.len());
         };
         self.0 = tail;
         Ok(head)
@@ -233,8 +233,8 @@ impl<'a> Cursor<'a> {
     }
 }
 
-fn u32_at(octets: &[u8], at: usize) -> Result<u32> {
-    let field = octets.get(at..at + 4).context("a field is cut off")?;
+fn u32_at(bytes: &[u8], at: usize) -> Result<u32> {
+    let field = bytes.get(at..at + 4).context("a field is cut off")?;
     Ok(u32::from_le_bytes(field.try_into()?))
 }
 

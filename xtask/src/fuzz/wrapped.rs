@@ -83,17 +83,17 @@ fn of_layer(corpus: &Path, layer: &str) -> Result<Vec<(String, Vec<u8>)>> {
         let path = entry?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         if name.starts_with("seed-") && name.ends_with(layer) {
-            let octets =
+            let bytes =
                 fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-            found.push((name.into_owned(), octets));
+            found.push((name.into_owned(), bytes));
         }
     }
     Ok(found)
 }
 
-fn put(corpus: &Path, name: &str, octets: &[u8]) -> Result<()> {
+fn put(corpus: &Path, name: &str, bytes: &[u8]) -> Result<()> {
     let path = corpus.join(name);
-    fs::write(&path, octets).with_context(|| format!("cannot write {}", path.display()))
+    fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))
 }
 
 fn toolstacks(corpus: &Path) -> Result<usize> {

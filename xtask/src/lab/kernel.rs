@@ -18,9 +18,8 @@ use crate::command::Invocation;
 ///
 /// It is none, or is packed with a program that is not here.
 pub(super) fn unpack(image: &Path, out: &Path) -> Result<()> {
-    let octets =
-        std::fs::read(image).with_context(|| format!("cannot read {}", image.display()))?;
-    let payload = payload(&octets).with_context(|| format!("{}", image.display()))?;
+    let bytes = std::fs::read(image).with_context(|| format!("cannot read {}", image.display()))?;
+    let payload = payload(&bytes).with_context(|| format!("{}", image.display()))?;
     let (program, args): (_, &[&str]) = match payload {
         [0x1f, 0x8b, ..] => ("gzip", &["-dc"]),
         [0xfd, b'7', b'z', ..] => ("xz", &["-dc"]),
@@ -62,8 +61,8 @@ fn payload(image: &[u8]) -> Result<&[u8]> {
         n => usize::from(n),
     };
     let field = |at: usize| -> Result<usize> {
-        let octets = image.get(at..at + 4).context("the header is cut off")?;
-        Ok(u32::from_le_bytes(octets.try_into()?).try_into()?)
+        let bytes = image.get(at..at + 4).context("the header is cut off")?;
+        Ok(u32::from_le_bytes(bytes.try_into()?).try_into()?)
     };
     let start = (setup_sectors + 1) * 512 + field(0x248)?;
     let length = field(0x24c)?;

@@ -207,7 +207,7 @@ fn wait_for_far(other: &mut Machine) -> Result<()> {
     Ok(())
 }
 
-/// Print the results from octet `from` on; up to where.
+/// Print the results from byte `from` on; up to where.
 fn show_results(share: &Share, from: u64) -> Result<u64> {
     let Ok(mut file) = std::fs::File::open(share.output.join("results")) else {
         return Ok(from);

@@ -147,16 +147,16 @@ impl Share {
 
     /// The 64-bit guest as the firmware of an HVM guest.
     fn firmware(&self) -> Result<()> {
-        let (guest, octets) = (self.input.join("guest"), self.input.join("guest.octets"));
+        let (guest, bytes) = (self.input.join("guest"), self.input.join("guest.bytes"));
         Invocation::new("objcopy")
             .args(["-O", "binary"])
-            .args([&guest, &octets])
+            .args([&guest, &bytes])
             .run()?;
         Invocation::new("gcc")
             .args(GUEST_FLAGS)
             .args(["-Wl,-Ttext=0xf0000", "-Wl,--oformat=binary"])
             .arg(format!("-Wl,--just-symbols={}", guest.display()))
-            .arg(format!("-DPAYLOAD=\"{}\"", octets.display()))
+            .arg(format!("-DPAYLOAD=\"{}\"", bytes.display()))
             .arg(source("guest").join("bios.S"))
             .arg("-o")
             .arg(self.input.join("guest-bios"))

@@ -1,4 +1,4 @@
-//! Throughput of saves and restores: Xen's engine, ours, and `cat` with the same octets.
+//! Throughput of saves and restores: Xen's engine, ours, and `cat` with the same bytes.
 
 use std::ffi::OsStr;
 use std::fmt::Write as _;

@@ -27,7 +27,7 @@ pub(super) fn code_only(source: &str) -> String {
     code
 }
 
-/// How many octets at the start of `rest` are a comment, string or character
+/// How many bytes at the start of `rest` are a comment, string or character
 /// literal. `in_word`: an identifier ends right before, so that `r"` is no prefix.
 fn blank_length(rest: &str, in_word: bool) -> usize {
     if rest.starts_with("//") {

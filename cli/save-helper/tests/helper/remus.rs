@@ -136,9 +136,9 @@ fn remus_asks_in_libxls_order_and_its_survivor_is_the_last_checkpoint() {
 
         // Cut off before the first checkpoint is whole, in the third, within what libxl
         // has of it, and right behind it.
-        let octets = fs::read(&name).unwrap();
-        assert_eq!(octets.len(), ends[2]);
-        let expected = [1, 2, 3].map(|last| by_the_engine(kind, &octets, last));
+        let bytes = fs::read(&name).unwrap();
+        assert_eq!(bytes.len(), ends[2]);
+        let expected = [1, 2, 3].map(|last| by_the_engine(kind, &bytes, last));
         assert!(expected[1].differences(&expected[2]).len() > 20);
         let cuts: [(usize, usize, usize); 5] = [
             (ends[0] - 16, 0, 0),
@@ -151,7 +151,7 @@ fn remus_asks_in_libxls_order_and_its_survivor_is_the_last_checkpoint() {
             let dir = scratch();
             let (path, domid, args) = secondary(dir.path(), kind);
             let cut = dir.path().join("cut");
-            fs::write(&cut, &octets[..at]).unwrap();
+            fs::write(&cut, &bytes[..at]).unwrap();
             let mut libxl = shared(&cut);
             let child = start(&path, &args, libxl.try_clone().unwrap());
             let run = play(child, |number| match number {

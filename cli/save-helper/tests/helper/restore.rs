@@ -6,9 +6,9 @@ use images::{image, layers};
 
 /// An image that a real Xen wrote, without the layers around its libxc stream.
 fn libxc_stream(name: &str) -> Vec<u8> {
-    let octets = fs::read(image(name)).unwrap();
-    let (_, start, end) = layers(&octets);
-    octets[start..end].to_vec()
+    let bytes = fs::read(image(name)).unwrap();
+    let (_, start, end) = layers(&bytes);
+    bytes[start..end].to_vec()
 }
 
 fn restore_args(domid: DomId, ports: (u32, u32)) -> String {
@@ -37,12 +37,12 @@ fn a_restore_says_where_the_rings_are_and_leaves_the_rest_of_the_stream_alone() 
     for (name, kind) in [("tpv", GuestKind::Pv), ("tpvh", GuestKind::Pvh)] {
         let dir = scratch();
         let (path, domid, ports) = empty(dir.path(), kind);
-        // libxl reads on behind END: not an octet of that may be gone.
+        // libxl reads on behind END: not a byte of that may be gone.
         let file = dir.path().join("stream");
-        let mut octets = libxc_stream(name);
-        let end = octets.len() as u64;
-        octets.extend([0x5a; 100]);
-        fs::write(&file, octets).unwrap();
+        let mut bytes = libxc_stream(name);
+        let end = bytes.len() as u64;
+        bytes.extend([0x5a; 100]);
+        fs::write(&file, bytes).unwrap();
         let mut ours = fs::File::options()
             .read(true)
             .write(true)
@@ -73,9 +73,9 @@ fn a_bad_stream_fails_the_restore_with_einval() {
     let dir = scratch();
     let (path, domid, ports) = empty(dir.path(), GuestKind::Pv);
     let file = dir.path().join("stream");
-    let mut octets = libxc_stream("tpv");
-    octets.truncate(octets.len() / 2);
-    fs::write(&file, octets).unwrap();
+    let mut bytes = libxc_stream("tpv");
+    bytes.truncate(bytes.len() / 2);
+    fs::write(&file, bytes).unwrap();
     let stream = fs::File::options()
         .read(true)
         .write(true)

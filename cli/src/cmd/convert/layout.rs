@@ -69,7 +69,7 @@ pub(super) fn copy_to_stream(
     bytes: u64,
     to: &mut Stream<'_, '_>,
 ) -> Result<u64, CopyError> {
-    super::copy_octets(source, bytes, to.sink)
+    super::copy_bytes(source, bytes, to.sink)
 }
 
 /// From a file to a writer that looks at what it writes.

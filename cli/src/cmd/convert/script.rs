@@ -1,5 +1,5 @@
 //! Under the name `convert-legacy-stream`: takes the arguments of Xen's script of that name
-//! and writes the same octets, so that libxl can start it instead
+//! and writes the same bytes, so that libxl can start it instead
 //! (`LIBXL_CONVERT_HELPER`).
 //!
 //! The script converts what comes first: of a stream with checkpoints the first one.
@@ -72,7 +72,7 @@ fn convert(args: &ScriptArgs, mut input: &File, sink: &mut Sink<'_>) -> Result<(
     let mut offset = 0;
     if args.xl {
         let header = XlHeader::read(&mut input, ReadOptions::default())?;
-        offset = header.octets();
+        offset = header.bytes();
         let header = match args.format {
             ScriptFormat::Libxc => header,
             ScriptFormat::Libxl => header.for_version_2(),

@@ -113,14 +113,14 @@ impl Found {
         }
     }
 
-    /// Octets that nobody here understands, from the first that is not the same on.
-    fn octets(&mut self, section: Section, name: impl Into<String>, a: &[u8], b: &[u8]) {
+    /// Bytes that nobody here understands, from the first that is not the same on.
+    fn bytes(&mut self, section: Section, name: impl Into<String>, a: &[u8], b: &[u8]) {
         let alike = a.iter().zip(b).take_while(|(a, b)| a == b).count();
         if a.len() == b.len() && alike == a.len() {
             return;
         }
-        let field = format!("{} from octet {alike:#x} on", name.into());
-        let show = |octets: &[u8]| Some(fields::Value::Octets(&octets[alike..]).to_string());
+        let field = format!("{} from byte {alike:#x} on", name.into());
+        let show = |bytes: &[u8]| Some(fields::Value::Bytes(&bytes[alike..]).to_string());
         let (a, b) = (show(a), show(b));
         self.push(section, What::Field { field, a, b });
     }
@@ -137,12 +137,12 @@ impl Found {
             FieldDifference::Field { a, b } => {
                 (a.name.clone(), a.value.to_string(), b.value.to_string())
             }
-            FieldDifference::Octets { offset, a, b } => {
+            FieldDifference::Bytes { offset, a, b } => {
                 let last = offset + a.len().saturating_sub(1);
                 (
-                    format!("octets {offset:#x}–{last:#x}"),
-                    fields::Value::Octets(a).to_string(),
-                    fields::Value::Octets(b).to_string(),
+                    format!("bytes {offset:#x}–{last:#x}"),
+                    fields::Value::Bytes(a).to_string(),
+                    fields::Value::Bytes(b).to_string(),
                 )
             }
             FieldDifference::Length { a, b } => ("length".to_owned(), a.to_string(), b.to_string()),
@@ -241,7 +241,7 @@ fn headers(a: &Image, b: &Image, found: &mut Found) {
             found,
         );
         let what = "xl optional data behind the configuration,";
-        found.octets(S, what, a.optional_tail(), b.optional_tail());
+        found.bytes(S, what, a.optional_tail(), b.optional_tail());
     }
     if let (Some(a), Some(b)) = (a.libxl, b.libxl) {
         found.field(S, "libxl byte order", Some(a.order), Some(b.order));
@@ -275,7 +275,7 @@ fn config(a: &Image, b: &Image, found: &mut Found) {
         // Too long to be looked into, or not UTF-8: the bytes are all there is to say.
         _ if a.json().is_err() || b.json().is_err() => {
             let bytes = |xl: &XlHeader| xl.config().unwrap_or_default().to_vec();
-            found.octets(Section::Config, "text", &bytes(a), &bytes(b));
+            found.bytes(Section::Config, "text", &bytes(a), &bytes(b));
         }
         _ => {
             let text = |config: Option<&[u8]>| config.map(|text| text.escape_ascii().to_string());
@@ -337,7 +337,7 @@ fn records(a: &Image, b: &Image, found: &mut Found) {
     for (name, bodies) in others_a {
         let others = others_b.get(name).into_iter().flatten();
         for (body_a, body_b) in bodies.into_iter().zip(others) {
-            found.octets(S, name, body_a, body_b);
+            found.bytes(S, name, body_a, body_b);
         }
     }
 }
@@ -391,18 +391,18 @@ fn emulators(a: &Image, b: &Image, found: &mut Found) {
             (Some(a), Some(b)) => {
                 let first = a.iter().zip(*b).take_while(|(a, b)| a == b).count();
                 let tail = |state: &[u8]| {
-                    let length = Count(state.len(), "octet");
+                    let length = Count(state.len(), "byte");
                     let rest = state.get(first..).unwrap_or_default();
                     format!(
                         "{length}, from {first:#x} on {}",
-                        fields::Value::Octets(rest)
+                        fields::Value::Bytes(rest)
                     )
                 };
                 found.field(S, name, Some(tail(a)), Some(tail(b)));
             }
             (a, b) => {
                 let length =
-                    |state: Option<&&[u8]>| state.map(|s| Count(s.len(), "octet").to_string());
+                    |state: Option<&&[u8]>| state.map(|s| Count(s.len(), "byte").to_string());
                 found.field(S, name, length(a), length(b));
             }
         }
@@ -546,8 +546,8 @@ fn hvm(a: &Image, b: &Image, found: &mut Found) {
             }
             // The format leaves the context to Xen, so neither image is bad for it.
             Err(e) => {
-                tracing::warn!("{e}; the contexts are compared as octets");
-                found.octets(S, "octets", context_a, context_b);
+                tracing::warn!("{e}; the contexts are compared as bytes");
+                found.bytes(S, "bytes", context_a, context_b);
             }
         }
     }
@@ -567,7 +567,7 @@ fn hvm(a: &Image, b: &Image, found: &mut Found) {
 fn hvm_record(difference: &HvmDifference<'_>, found: &mut Found) {
     const S: Section = Section::HvmContext;
     let name = |kind: HvmRecordKind, instance: u16| format!("{kind} {instance}");
-    let there = |record: &HvmRecord<'_>| Some(Count(record.body.len(), "octet").to_string());
+    let there = |record: &HvmRecord<'_>| Some(Count(record.body.len(), "byte").to_string());
     match difference {
         HvmDifference::OnlyInA(record) => {
             found.field(S, name(record.kind, record.instance), there(record), None);

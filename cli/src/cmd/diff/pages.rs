@@ -98,7 +98,7 @@ fn segments(a: &PageMap, b: &PageMap) -> impl Iterator<Item = Segment> {
     })
 }
 
-/// Compare the pages of two images; `progress` is told how many octets of each were
+/// Compare the pages of two images; `progress` is told how many bytes of each were
 /// read, and `found` each difference: those of one kind in ascending order, neighbours as one.
 /// How many pages were compared.
 pub(crate) fn compare(
@@ -248,9 +248,9 @@ impl Contents {
             let step = usize::try_from(pages - done)
                 .unwrap_or(usize::MAX)
                 .min(Self::STEP / PAGE_SIZE);
-            let octets = step * PAGE_SIZE;
+            let bytes = step * PAGE_SIZE;
             let into = done * PAGE_SIZE as u64;
-            let (room_a, room_b) = (&mut self.a[..octets], &mut self.b[..octets]);
+            let (room_a, room_b) = (&mut self.a[..bytes], &mut self.b[..bytes]);
             a.0.read_exact_at(room_a, a.1 + into)?;
             b.0.read_exact_at(room_b, b.1 + into)?;
             if room_a != room_b {
@@ -262,7 +262,7 @@ impl Contents {
                 }
             }
             done += step as u64;
-            progress(octets as u64);
+            progress(bytes as u64);
         }
         Ok(())
     }
@@ -279,7 +279,7 @@ mod tests {
     const X: PageType = PageType::XTAB;
 
     /// A file with a page for each pfn of `list` that has data, filled with the
-    /// given octet, and the map of it.
+    /// given byte, and the map of it.
     fn image(list: &[(u64, PageType, u8)]) -> (File, PageMap) {
         let mut file = tempfile::tempfile().expect("a temporary file");
         let mut map = PageMap::default();

@@ -212,10 +212,10 @@ impl<'i> Space<'i> {
 
     /// Walk a table of `level`, which translates from `address` on.
     fn entries(&mut self, table: &[u8], level: u32, tables: Tables, address: u64) -> Result<()> {
-        let octets = if tables.narrow { 4 } else { 8 };
-        for (index, entry) in (0_u64..).zip(table.chunks_exact(octets)) {
+        let bytes = if tables.narrow { 4 } else { 8 };
+        for (index, entry) in (0_u64..).zip(table.chunks_exact(bytes)) {
             let mut wide = [0; 8];
-            wide[..octets].copy_from_slice(entry);
+            wide[..bytes].copy_from_slice(entry);
             let entry = u64::from_le_bytes(wide);
             if entry & PRESENT == 0 {
                 continue;
@@ -333,11 +333,11 @@ fn lay_out(notes: &[u8], pieces: &[Piece]) -> Vec<u8> {
     out.u32s(&[PT_NOTE, 0]);
     out.u64s(&[notes_at, 0, 0, notes.len() as u64, notes.len() as u64, 4]);
     for piece in pieces {
-        let octets = piece.pages * PAGE;
+        let bytes = piece.pages * PAGE;
         out.u32s(&[PT_LOAD, ALL]);
         let offset = pages_at + piece.page * PAGE;
         let physical = piece.pfn * PAGE;
-        out.u64s(&[offset, piece.address, physical, octets, octets, PAGE]);
+        out.u64s(&[offset, piece.address, physical, bytes, bytes, PAGE]);
     }
     let mut out = out.0;
     out.extend_from_slice(notes);
@@ -349,12 +349,12 @@ fn lay_out(notes: &[u8], pieces: &[Piece]) -> Vec<u8> {
 fn notes(vcpus: &[Vcpu]) -> Vec<u8> {
     const NT_PRSTATUS: u32 = 1;
     const NT_FPREGSET: u32 = 2;
-    /// Where `struct user_regs_struct` is in `struct elf_prstatus`, and the octets of that.
+    /// Where `struct user_regs_struct` is in `struct elf_prstatus`, and the bytes of that.
     const REGISTERS: usize = 112;
     const PRSTATUS: usize = 336;
     const PID: usize = 32;
     /// Where each register of `user_regs_struct` is in `vcpu_guest_context_t`, and its
-    /// octets, in that order.
+    /// bytes, in that order.
     const FROM: [(usize, usize); 27] = [
         (520, 8),  // r15
         (528, 8),  // r14
@@ -387,16 +387,16 @@ fn notes(vcpus: &[Vcpu]) -> Vec<u8> {
     /// Which of them is gs_base, and where that of a vcpu in user mode is.
     const GS_BASE: usize = 22;
     const GS_BASE_USER: usize = 5160;
-    /// Octets of FXSAVE's area, the first field of the context.
+    /// Bytes of FXSAVE's area, the first field of the context.
     const FXSAVE: usize = 512;
     let mut out = Words(Vec::new());
     for vcpu in vcpus {
         let thread = vcpu.number.saturating_add(1);
         let mut status = vec![0; PRSTATUS];
         status[PID..PID + 4].copy_from_slice(&thread.to_le_bytes());
-        for (at, (from, octets)) in (REGISTERS..).step_by(8).zip(FROM) {
-            if let Some(register) = vcpu.context.get(from..from + octets) {
-                status[at..at + octets].copy_from_slice(register);
+        for (at, (from, bytes)) in (REGISTERS..).step_by(8).zip(FROM) {
+            if let Some(register) = vcpu.context.get(from..from + bytes) {
+                status[at..at + bytes].copy_from_slice(register);
             }
         }
         if !in_kernel(&vcpu.context)
@@ -419,8 +419,8 @@ fn in_kernel(context: &[u8]) -> bool {
     const FLAGS: usize = 512;
     const IN_KERNEL: u8 = 1 << 2;
     const CS: usize = 656;
-    let octet = |at: usize| context.get(at).copied().unwrap_or_default();
-    octet(FLAGS) & IN_KERNEL != 0 || octet(CS) & 3 == 0
+    let byte = |at: usize| context.get(at).copied().unwrap_or_default();
+    byte(FLAGS) & IN_KERNEL != 0 || byte(CS) & 3 == 0
 }
 
 /// Little-endian words, one behind the other.
@@ -439,10 +439,10 @@ impl Words {
         self.0.extend(words.iter().flat_map(|w| w.to_le_bytes()));
     }
 
-    /// A note of `CORE`; its contents are a multiple of four octets.
+    /// A note of `CORE`; its contents are a multiple of four bytes.
     fn note(&mut self, kind: u32, contents: &[u8]) {
-        let octets = u32::try_from(contents.len()).unwrap_or(u32::MAX);
-        self.u32s(&[5, octets, kind]);
+        let bytes = u32::try_from(contents.len()).unwrap_or(u32::MAX);
+        self.u32s(&[5, bytes, kind]);
         self.0.extend_from_slice(b"CORE\0\0\0\0");
         self.0.extend_from_slice(contents);
     }
@@ -458,11 +458,11 @@ mod tests {
 
     /// An image of pages 0 to 7, one behind the other, and the tables written to them:
     /// (pfn, index, entry).
-    fn image(octets: usize, entries: &[(u64, u64, u64)]) -> (File, PageMap) {
+    fn image(bytes: usize, entries: &[(u64, u64, u64)]) -> (File, PageMap) {
         let mut memory = vec![0; 8 * PAGE_SIZE];
         for (pfn, index, entry) in entries {
-            let at = usize::try_from(pfn * PAGE + index * octets as u64).expect("small");
-            memory[at..at + octets].copy_from_slice(&entry.to_le_bytes()[..octets]);
+            let at = usize::try_from(pfn * PAGE + index * bytes as u64).expect("small");
+            memory[at..at + bytes].copy_from_slice(&entry.to_le_bytes()[..bytes]);
         }
         let mut file = tempfile::tempfile().expect("a scratch file");
         file.write_all(&memory).expect("room for it");
@@ -478,8 +478,8 @@ mod tests {
     }
 
     /// (address, pfn, pages) of each piece.
-    fn walked(paging: Paging, octets: usize, entries: &[(u64, u64, u64)]) -> Vec<(u64, u64, u64)> {
-        let (file, map) = image(octets, entries);
+    fn walked(paging: Paging, bytes: usize, entries: &[(u64, u64, u64)]) -> Vec<(u64, u64, u64)> {
+        let (file, map) = image(bytes, entries);
         let mut space = Space::new(&map, &file);
         space.fill(paging).expect("tables that can be walked");
         let piece = |p: &Piece| (p.address, p.pfn, p.pages);

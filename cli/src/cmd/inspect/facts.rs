@@ -28,7 +28,7 @@ pub(crate) enum Facts {
     /// X86_PV_VCPU_*.
     Vcpu {
         vcpu: u32,
-        state_octets: usize,
+        state_bytes: usize,
         /// X86_PV_VCPU_BASIC alone: where the vcpu was.
         #[serde(skip_serializing_if = "Option::is_none")]
         instruction_pointer: Option<u64>,
@@ -56,7 +56,7 @@ pub(crate) enum Facts {
         index: u32,
         #[serde(skip_serializing_if = "Option::is_none")]
         keys: Option<usize>,
-        data_octets: usize,
+        data_bytes: usize,
     },
     /// CHECKPOINT_STATE.
     CheckpointState { state: u32 },
@@ -175,7 +175,7 @@ impl Facts {
             },
             Body::Vcpu(vcpu) => Self::Vcpu {
                 vcpu: vcpu.vcpu,
-                state_octets: vcpu.state.len(),
+                state_bytes: vcpu.state.len(),
                 instruction_pointer: instruction_pointer(record.kind, vcpu.state),
             },
             Body::TscInfo(tsc) => Self::Tsc {
@@ -217,13 +217,13 @@ impl Facts {
                 emulator: emulator.id.to_string(),
                 index: emulator.index,
                 keys: Some(data.iter().count()),
-                data_octets: data.as_octets().len(),
+                data_bytes: data.as_bytes().len(),
             },
             LibxlRecord::EmulatorContext { emulator, state } => Self::Emulator {
                 emulator: emulator.id.to_string(),
                 index: emulator.index,
                 keys: None,
-                data_octets: state.len(),
+                data_bytes: state.len(),
             },
             LibxlRecord::CheckpointState(state) => Self::CheckpointState {
                 state: state.value(),
@@ -252,10 +252,10 @@ impl fmt::Display for Facts {
             ),
             Self::Vcpu {
                 vcpu,
-                state_octets,
+                state_bytes,
                 instruction_pointer,
             } => {
-                write!(f, "vcpu {vcpu}, {}", Count(*state_octets, "octet"))?;
+                write!(f, "vcpu {vcpu}, {}", Count(*state_bytes, "byte"))?;
                 match instruction_pointer {
                     Some(at) => write!(f, ", at {at:#x}"),
                     None => Ok(()),
@@ -284,12 +284,12 @@ impl fmt::Display for Facts {
                 emulator,
                 index,
                 keys,
-                data_octets,
+                data_bytes,
             } => {
                 write!(f, "{emulator}, index {index}, ")?;
                 match keys {
                     Some(keys) => write!(f, "{}", Count(*keys, "key")),
-                    None => write!(f, "{}", Count(*data_octets, "octet")),
+                    None => write!(f, "{}", Count(*data_bytes, "byte")),
                 }
             }
             Self::CheckpointState { state } => write!(f, "state {state}"),
@@ -314,7 +314,7 @@ fn instruction_pointer(kind: RecordKind, state: &[u8]) -> Option<u64> {
     if kind != RecordKind::X86_PV_VCPU_BASIC {
         return None;
     }
-    let (layout, name) = match state.len() == pv::VCPU_CONTEXT_32.octets {
+    let (layout, name) = match state.len() == pv::VCPU_CONTEXT_32.bytes {
         true => (&pv::VCPU_CONTEXT_32, "user_regs.eip"),
         false => (&pv::VCPU_CONTEXT_64, "user_regs.rip"),
     };

@@ -53,7 +53,7 @@ fn is_zero(value: &Value<'_>) -> bool {
     match value {
         Value::Hex(n) | Value::Dec(n) => *n == 0,
         Value::Signed(n) => *n == 0,
-        Value::Octets(octets) => octets.iter().all(|octet| *octet == 0),
+        Value::Bytes(bytes) => bytes.iter().all(|byte| *byte == 0),
         Value::Text(text, _) => text.is_empty(),
     }
 }
@@ -187,9 +187,9 @@ fn text_of(leaf: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> Option<NamedField> {
         0x8000_0002..=0x8000_0004 => vec![eax, ebx, ecx, edx],
         _ => return None,
     };
-    let octets: Vec<u8> = registers.iter().flat_map(|r| r.to_le_bytes()).collect();
-    let text = octets.trim_ascii_end();
-    let text = text.split(|octet| *octet == 0).next().unwrap_or_default();
+    let bytes: Vec<u8> = registers.iter().flat_map(|r| r.to_le_bytes()).collect();
+    let text = bytes.trim_ascii_end();
+    let text = text.split(|byte| *byte == 0).next().unwrap_or_default();
     (!text.is_empty()).then(|| field("text", format!("\"{}\"", text.escape_ascii())))
 }
 
@@ -199,7 +199,7 @@ pub(super) fn of_libxl(record: &LibxlRecord) -> Vec<Named> {
         return Vec::new();
     };
     let of = format!("{} {} {}", record.kind(), emulator.id, emulator.index);
-    let shown = |octets: &[u8]| octets.escape_ascii().to_string();
+    let shown = |bytes: &[u8]| bytes.escape_ascii().to_string();
     let fields = data
         .iter()
         .map(|(key, value)| field(&shown(key), format!("\"{}\"", shown(value))))

@@ -17,8 +17,8 @@ pub(crate) fn print(report: &Report, out: &mut dyn Write) -> io::Result<()> {
         (None, None, None) => "no image",
     };
     write!(out, "{}: {what}", shown(&report.file))?;
-    if report.octets > 0 {
-        write!(out, ", {}", size(report.octets))?;
+    if report.bytes > 0 {
+        write!(out, ", {}", size(report.bytes))?;
     }
     match &report.error {
         Some(error) => {
@@ -63,10 +63,10 @@ fn headers(report: &Report, out: &mut dyn Write) -> io::Result<()> {
         )?;
     }
     if let Some(xl) = &report.xl {
-        let json = match (xl.config_octets, xl.mandatory_flags & 1) {
+        let json = match (xl.config_bytes, xl.mandatory_flags & 1) {
             (0, _) => "no configuration".to_owned(),
-            (octets, 0) => format!("configuration in xl's own format, {octets} octets"),
-            (octets, _) => format!("JSON configuration of {octets} octets"),
+            (bytes, 0) => format!("configuration in xl's own format, {bytes} bytes"),
+            (bytes, _) => format!("JSON configuration of {bytes} bytes"),
         };
         let flags = xl.mandatory_flags;
         writeln!(
@@ -165,11 +165,11 @@ fn origin(report: &Report, out: &mut dyn Write) -> io::Result<()> {
 
 fn records(rows: &[Row], out: &mut dyn Write) -> io::Result<()> {
     writeln!(out, "\nRecords")?;
-    let title = ("offset", "stream", "no.", "type", "octets");
-    let (offset, stream, number, kind, octets) = title;
+    let title = ("offset", "stream", "no.", "type", "bytes");
+    let (offset, stream, number, kind, bytes) = title;
     writeln!(
         out,
-        "  {offset:>12} {stream} {number:>6}  {kind:<22} {octets:>12}"
+        "  {offset:>12} {stream} {number:>6}  {kind:<22} {bytes:>12}"
     )?;
     for row in rows {
         let (number, kind) = match &row.facts {
@@ -181,7 +181,7 @@ fn records(rows: &[Row], out: &mut dyn Write) -> io::Result<()> {
         };
         let line = format!(
             "  {:>#12x} {:<6} {number:>6}  {kind:<22} {:>12}  {}",
-            row.offset, row.stream, row.octets, row.facts
+            row.offset, row.stream, row.bytes, row.facts
         );
         writeln!(out, "{}", line.trim_end())?;
         if let Facts::Pages(pages) = &row.facts {
@@ -204,8 +204,8 @@ fn context(report: &Report, out: &mut dyn Write) -> io::Result<()> {
             Some(name) => name.to_owned(),
             None => format!("unknown type {}", entry.code),
         };
-        let (instance, octets) = (entry.instance, Count(entry.octets, "octet"));
-        writeln!(out, "  {name:<18} instance {instance:<3} {octets}")?;
+        let (instance, bytes) = (entry.instance, Count(entry.bytes, "byte"));
+        writeln!(out, "  {name:<18} instance {instance:<3} {bytes}")?;
     }
     Ok(())
 }

@@ -15,8 +15,8 @@ use crate::peel::LeftOut;
 pub(crate) struct Report {
     /// What was read: the path as given, or `stdin`.
     pub(crate) file: String,
-    /// Octets of the image; of the file, if the image is bad; 0 if that is not known.
-    pub(crate) octets: u64,
+    /// Bytes of the image; of the file, if the image is bad; 0 if that is not known.
+    pub(crate) bytes: u64,
     /// What was taken off to get at the image, outermost first. Offsets are those of the
     /// image inside.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -33,9 +33,9 @@ pub(crate) struct Report {
     /// What was noticed in what stands around the image.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) notes: Vec<String>,
-    /// Octets of the file behind the image, which nobody reads.
+    /// Bytes of the file behind the image, which nobody reads.
     #[serde(skip_serializing_if = "is_zero")]
-    pub(crate) trailing_octets: u64,
+    pub(crate) trailing_bytes: u64,
     /// The index of a mapped image.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) mapped: Option<mapped::Facts>,
@@ -112,7 +112,7 @@ pub(crate) struct XlReport {
     pub(crate) byte_order: &'static str,
     pub(crate) mandatory_flags: u32,
     pub(crate) optional_flags: u32,
-    pub(crate) config_octets: usize,
+    pub(crate) config_bytes: usize,
     /// The configuration; null where it is no JSON.
     pub(crate) config: Option<serde_json::Value>,
 }
@@ -174,8 +174,8 @@ pub(crate) struct Row {
     pub(crate) offset: u64,
     #[serde(rename = "type")]
     pub(crate) kind: String,
-    /// Octets in the body, or bodies.
-    pub(crate) octets: u64,
+    /// Bytes in the body, or bodies.
+    pub(crate) bytes: u64,
     pub(crate) facts: Facts,
 }
 
@@ -200,7 +200,7 @@ pub(crate) struct ContextEntry {
     /// Its type's name in Xen's headers; null for one that is not known.
     pub(crate) name: Option<&'static str>,
     pub(crate) instance: u16,
-    pub(crate) octets: usize,
+    pub(crate) bytes: usize,
 }
 
 /// An HVM parameter.

@@ -41,10 +41,10 @@ struct Report<'a> {
     domain: &'static str,
     from: &'a str,
     checkpoint: u64,
-    most_kept_octets: u64,
-    most_spilt_octets: u64,
+    most_kept_bytes: u64,
+    most_spilt_bytes: u64,
     pages: u64,
-    page_data_octets: u64,
+    page_data_bytes: u64,
     seconds: f64,
 }
 
@@ -103,12 +103,12 @@ impl Receiver<'_> {
     }
 
     fn keep(&self) -> CheckpointOptions {
-        let octets = |size: crate::args::MemorySize| size.kib << 10;
+        let bytes = |size: crate::args::MemorySize| size.kib << 10;
         let mut keep = CheckpointOptions::default();
         if let Some(memory) = self.args.checkpoint_memory {
-            keep.memory_octets = usize::try_from(octets(memory)).unwrap_or(usize::MAX);
+            keep.memory_bytes = usize::try_from(bytes(memory)).unwrap_or(usize::MAX);
         }
-        keep.file_octets = self.args.checkpoint_file.map(octets);
+        keep.file_bytes = self.args.checkpoint_file.map(bytes);
         keep
     }
 
@@ -119,10 +119,10 @@ impl Receiver<'_> {
         } else {
             "running"
         };
-        let page_data_octets = stats.pages * 4096;
+        let page_data_bytes = stats.pages * 4096;
         self.terminal.say(&format!(
             "migrate-receive: {name} is {domain}, as {domid}: {} of memory in {} checkpoints",
-            size(page_data_octets),
+            size(page_data_bytes),
             survival.checkpoint,
         ));
         if self.args.json {
@@ -132,10 +132,10 @@ impl Receiver<'_> {
                 domain,
                 from: &self.from,
                 checkpoint: survival.checkpoint,
-                most_kept_octets: survival.most_kept_octets,
-                most_spilt_octets: survival.most_spilt_octets,
+                most_kept_bytes: survival.most_kept_bytes,
+                most_spilt_bytes: survival.most_spilt_bytes,
                 pages: stats.pages,
-                page_data_octets,
+                page_data_bytes,
                 seconds: started.elapsed().as_secs_f64(),
             };
             stdout::report(self.terminal, &format!("{name} is {domain}"), &document);

@@ -13,7 +13,7 @@ use xsr_xen_backend::DomId;
 use super::End;
 use super::toolstack::Complete;
 use crate::args::RemusArgs;
-use crate::stdout::{self, Results};
+use crate::stdout::{self, Results, Versioned};
 use crate::terminal::Terminal;
 use crate::text::{Count, size};
 
@@ -22,10 +22,10 @@ use crate::text::{Count, size};
 struct Line {
     checkpoint: u64,
     dirty_pages: u64,
-    page_data_octets: u64,
+    page_data_bytes: u64,
     pause_seconds: f64,
     checkpoint_seconds: f64,
-    buffered_octets: u64,
+    buffered_bytes: u64,
 }
 
 /// What `--json` prints at the end (docs/json.md).
@@ -45,7 +45,7 @@ struct Report<'a> {
     pause_seconds: f64,
     longest_pause_seconds: f64,
     longest_checkpoint_seconds: f64,
-    stream_octets: u64,
+    stream_bytes: u64,
     seconds: f64,
 }
 
@@ -151,10 +151,10 @@ impl<'a> Teller<'a> {
         let line = Line {
             checkpoint: epoch.number,
             dirty_pages: epoch.pfns,
-            page_data_octets: epoch.pages * 4096,
+            page_data_bytes: epoch.pages * 4096,
             pause_seconds: epoch.suspended_for.as_secs_f64(),
             checkpoint_seconds: complete.after.as_secs_f64(),
-            buffered_octets: epoch.buffered_octets,
+            buffered_bytes: epoch.buffered_bytes,
         };
         self.checkpoints = epoch.number;
         self.dirty_pages += line.dirty_pages;
@@ -163,7 +163,7 @@ impl<'a> Teller<'a> {
         self.longest_checkpoint = self.longest_checkpoint.max(line.checkpoint_seconds);
         if let Some(printer) = &mut self.printer {
             printer.print(match self.args.json {
-                true => serde_json::to_string(&line).context("making JSON")?,
+                true => serde_json::to_string(&Versioned::new(&line)).context("making JSON")?,
                 false => format!(
                     "checkpoint {}: {}, paused {:.1} ms, complete after {:.1} ms",
                     line.checkpoint,
@@ -204,7 +204,7 @@ impl<'a> Teller<'a> {
         end: &End,
         domain: &'static str,
         stats: &CheckpointedStats,
-        stream_octets: u64,
+        stream_bytes: u64,
     ) -> Result<()> {
         tracing::debug!(?stats, "protected");
         let name = self.name;
@@ -224,7 +224,7 @@ impl<'a> Teller<'a> {
         self.terminal.say(&format!(
             "remus: {done}: {}, {} sent, paused {:.1} ms at most",
             Count(self.checkpoints, "checkpoint"),
-            size(stream_octets),
+            size(stream_bytes),
             self.longest_pause * 1000.0,
         ));
         if let Err(error) = self.printed(None) {
@@ -246,7 +246,7 @@ impl<'a> Teller<'a> {
                 pause_seconds: self.pause,
                 longest_pause_seconds: self.longest_pause,
                 longest_checkpoint_seconds: self.longest_checkpoint,
-                stream_octets,
+                stream_bytes,
                 seconds: self.started.elapsed().as_secs_f64(),
             };
             let mut out = Results::new();

@@ -14,7 +14,7 @@ use xsr_xen_backend::Gather;
 #[derive(Debug)]
 pub(super) struct Stream<'a> {
     to: To<'a>,
-    octets: Cell<u64>,
+    bytes: Cell<u64>,
     failed: Cell<bool>,
     /// How long silence is borne now.
     silence: Cell<Duration>,
@@ -43,15 +43,15 @@ impl<'a> Stream<'a> {
     fn over(to: To<'a>) -> Self {
         Self {
             to,
-            octets: Cell::new(0),
+            bytes: Cell::new(0),
             failed: Cell::new(false),
             silence: Cell::new(TcpConnection::SILENCE_WAITING),
         }
     }
 
     /// Bytes written so far.
-    pub(super) fn octets(&self) -> u64 {
-        self.octets.get()
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes.get()
     }
 
     /// Whether a write has failed: the other end has no more than a part of it, and nothing
@@ -86,7 +86,7 @@ impl<'a> Stream<'a> {
             To::Null(null) => write(&mut FdSink::new(null)),
         };
         match &written {
-            Ok(n) => self.octets.set(self.octets.get() + *n as u64),
+            Ok(n) => self.bytes.set(self.bytes.get() + *n as u64),
             Err(_) => self.failed.set(true),
         }
         written
@@ -94,8 +94,8 @@ impl<'a> Stream<'a> {
 }
 
 impl Write for &Stream<'_> {
-    fn write(&mut self, octets: &[u8]) -> io::Result<usize> {
-        self.write_with(|sink| sink.write(octets))
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.write_with(|sink| sink.write(bytes))
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -138,6 +138,6 @@ mod tests {
         }
         (&stream).write_gather(&Gather::new()).unwrap();
         assert_eq!(seconds(), 120);
-        assert_eq!(stream.octets(), 24);
+        assert_eq!(stream.bytes(), 24);
     }
 }

@@ -41,7 +41,7 @@ pub(super) struct DeviceModel {
     saves: u64,
 }
 
-/// What the state of a mock device model begins with. The count follows, of 8 octets.
+/// What the state of a mock device model begins with. The count follows, of 8 bytes.
 const COUNTS: &[u8] = b"xsr mock device model: ";
 
 impl DeviceModel {
@@ -108,7 +108,7 @@ pub(super) struct Protector<'a> {
     pub(super) observe: &'a mut dyn FnMut(&Complete) -> Result<()>,
     /// Called when the last byte of a checkpoint has been written.
     pub(super) completed: &'a mut dyn FnMut(),
-    /// Checkpoints whose last octet has been written.
+    /// Checkpoints whose last byte has been written.
     pub(super) complete: u64,
     pub(super) stop: Option<Stop>,
 }
@@ -277,9 +277,9 @@ mod tests {
                 (ended, protector.complete)
             };
             drop(to);
-            let mut octets = Vec::new();
-            from.read_to_end(&mut octets).unwrap();
-            let whole = octets.ends_with(&[4, 0, 0, 0, 0, 0, 0, 0]);
+            let mut bytes = Vec::new();
+            from.read_to_end(&mut bytes).unwrap();
+            let whole = bytes.ends_with(&[4, 0, 0, 0, 0, 0, 0, 0]);
             assert_eq!((whole, complete), (!asked, u64::from(!asked)));
             match ended {
                 Ok(()) => assert!(!asked),

@@ -32,10 +32,10 @@ use crate::exit::Withdrawn;
 pub(crate) struct Survival {
     /// Which checkpoint it is.
     pub(crate) checkpoint: u64,
-    /// Most octets of a checkpoint that were kept until it was complete.
-    pub(crate) most_kept_octets: u64,
+    /// Most bytes of a checkpoint that were kept until it was complete.
+    pub(crate) most_kept_bytes: u64,
     /// Most of them in the file.
-    pub(crate) most_spilt_octets: u64,
+    pub(crate) most_spilt_bytes: u64,
     /// Why there was no other.
     pub(crate) why: String,
 }
@@ -103,8 +103,8 @@ pub(super) fn survival<S>(
     made.connect(&survivor.restored)?;
     Ok(Survival {
         checkpoint: survivor.checkpoints,
-        most_kept_octets: survivor.most_kept_octets,
-        most_spilt_octets: survivor.most_spilt_octets,
+        most_kept_bytes: survivor.most_kept_bytes,
+        most_spilt_bytes: survivor.most_spilt_bytes,
         why: match survivor.ending {
             Ending::Ended(_) => "the sender ended the stream".to_owned(),
             Ending::SourceLost(error) => error.to_string(),
@@ -183,12 +183,12 @@ impl RestoreToolstack for Standby<'_, '_, '_> {
 impl CheckpointRestoreToolstack for Standby<'_, '_, '_> {
     fn checkpoint(&mut self, offset: u64) -> Result<Arrival, ToolstackError> {
         match self.around.checkpoint(&mut self.source, offset) {
-            Ok((records, octets)) => {
+            Ok((records, bytes)) => {
                 self.keep_emulators(records)?;
                 if !std::mem::replace(&mut self.any, true) {
                     (self.first)(self.made.name());
                 }
-                Ok(Arrival::Whole { octets })
+                Ok(Arrival::Whole { bytes })
             }
             Err(error) if is_loss(&error) => Ok(Arrival::Lost),
             Err(error) => {

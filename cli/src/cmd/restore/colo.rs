@@ -173,7 +173,7 @@ impl ColoRestoreToolstack for Secondary<'_, '_, '_> {
         const WHAT: &str = "waiting for a checkpoint";
         match ColoWord::read(&mut self.standby.source) {
             Ok(ColoWord::State(CheckpointState::New)) => Ok(Arrival::Whole {
-                octets: ColoWord::BYTES as u64,
+                bytes: ColoWord::BYTES as u64,
             }),
             Ok(ColoWord::Withdrawn) => {
                 self.standby.withdrawn = true;

@@ -109,16 +109,16 @@ impl Read for ImageSource<'_> {
 
 impl PageSource for ImageSource<'_> {
     fn read_pages(&mut self, pages: &ForeignPages, range: Range<usize>) -> io::Result<()> {
-        let octets = (range.len() * PAGE_SIZE) as u64;
+        let bytes = (range.len() * PAGE_SIZE) as u64;
         self.source.read_pages(pages, range)?;
-        self.offset += octets;
+        self.offset += bytes;
         Ok(())
     }
 
-    fn take_extent(&mut self, octets: u64) -> io::Result<Option<Extent>> {
-        let taken = self.source.take_extent(octets)?;
+    fn take_extent(&mut self, bytes: u64) -> io::Result<Option<Extent>> {
+        let taken = self.source.take_extent(bytes)?;
         if taken.is_some() {
-            self.offset += octets;
+            self.offset += bytes;
         }
         Ok(taken)
     }

@@ -9,25 +9,25 @@ use xsr_xen_backend::Gather;
 #[derive(Debug)]
 pub(crate) struct ImageSink<S> {
     sink: S,
-    octets: u64,
+    bytes: u64,
 }
 
 impl<S: PageSink> ImageSink<S> {
     /// Write to where the sink stands.
     pub(crate) fn new(sink: S) -> Self {
-        Self { sink, octets: 0 }
+        Self { sink, bytes: 0 }
     }
 
     /// Bytes written so far.
-    pub(crate) fn octets(&self) -> u64 {
-        self.octets
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
     }
 }
 
 impl<S: PageSink> Write for ImageSink<S> {
-    fn write(&mut self, octets: &[u8]) -> io::Result<usize> {
-        let n = self.sink.write(octets)?;
-        self.octets += n as u64;
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let n = self.sink.write(bytes)?;
+        self.bytes += n as u64;
         Ok(n)
     }
 
@@ -39,7 +39,7 @@ impl<S: PageSink> Write for ImageSink<S> {
 impl<S: PageSink> PageSink for ImageSink<S> {
     fn write_gather(&mut self, list: &Gather<'_>) -> io::Result<()> {
         self.sink.write_gather(list)?;
-        self.octets += list.len() as u64;
+        self.bytes += list.len() as u64;
         Ok(())
     }
 }

@@ -1,16 +1,16 @@
 //! Where the fields are in each kind of record of an HVM context.
 //!
 //! C: `xen/include/public/arch-x86/hvm/save.h`. Offsets are the compiler's for Xen
-//! 4.17 (see `tests/fields`), and `pending_esr` of LAPIC, which came later.
+//! 4.17 (see `tests/it/fields`), and `pending_esr` of LAPIC, which came later.
 
 use crate::fields::{
-    FieldSpec, Format, HEX_32, HEX_64, Layout, Shape, TO_END, array, dec, hex, octets, signed,
+    FieldSpec, Format, HEX_32, HEX_64, Layout, Shape, TO_END, array, bytes, dec, hex, signed,
 };
 
 /// HEADER: who saved the context.
 pub(super) const HEADER: Layout = Layout {
     name: "hvm_save_header",
-    octets: 24,
+    bytes: 24,
     fields: &[
         hex("magic", 0, 4),
         hex("version", 4, 4),
@@ -23,9 +23,9 @@ pub(super) const HEADER: Layout = Layout {
 /// CPU: registers of a vcpu.
 pub(super) const CPU: Layout = Layout {
     name: "hvm_hw_cpu",
-    octets: 1032,
+    bytes: 1032,
     fields: &[
-        octets("fpu_regs", 0, 512),
+        bytes("fpu_regs", 0, 512),
         hex("rax", 512, 8),
         hex("rbx", 520, 8),
         hex("rcx", 528, 8),
@@ -111,9 +111,9 @@ pub(super) const CPU: Layout = Layout {
 /// CPU, as it was before Xen 3.4: without `msr_tsc_aux`.
 pub(super) const CPU_COMPAT: Layout = Layout {
     name: "hvm_hw_cpu_compat",
-    octets: 1016,
+    bytes: 1016,
     fields: &[
-        octets("fpu_regs", 0, 512),
+        bytes("fpu_regs", 0, 512),
         hex("rax", 512, 8),
         hex("rbx", 520, 8),
         hex("rcx", 528, 8),
@@ -197,7 +197,7 @@ pub(super) const CPU_COMPAT: Layout = Layout {
 /// PIC: one of the two interrupt controllers.
 pub(super) const PIC: Layout = Layout {
     name: "hvm_hw_vpic",
-    octets: 8,
+    bytes: 8,
     fields: &[
         hex("irr", 0, 1),
         hex("imr", 1, 1),
@@ -213,7 +213,7 @@ pub(super) const PIC: Layout = Layout {
 /// IOAPIC.
 pub(super) const IOAPIC: Layout = Layout {
     name: "hvm_hw_vioapic",
-    octets: 400,
+    bytes: 400,
     fields: &[
         hex("base_address", 0, 8),
         hex("ioregsel", 8, 4),
@@ -225,7 +225,7 @@ pub(super) const IOAPIC: Layout = Layout {
 /// LAPIC: a local APIC beyond its registers.
 pub(super) const LAPIC: Layout = Layout {
     name: "hvm_hw_lapic",
-    octets: 24,
+    bytes: 24,
     fields: &[
         hex("apic_base_msr", 0, 8),
         hex("disabled", 8, 4),
@@ -238,21 +238,21 @@ pub(super) const LAPIC: Layout = Layout {
 /// PCI_IRQ: wires of the PCI interrupts.
 pub(super) const PCI_IRQ: Layout = Layout {
     name: "hvm_hw_pci_irqs",
-    octets: 16,
+    bytes: 16,
     fields: &[array("wires", 0, 2, 8, HEX_64)],
 };
 
 /// ISA_IRQ: wires of the ISA interrupts.
 pub(super) const ISA_IRQ: Layout = Layout {
     name: "hvm_hw_isa_irqs",
-    octets: 8,
+    bytes: 8,
     fields: &[array("wires", 0, 1, 8, HEX_64)],
 };
 
 /// PCI_LINK: the PCI-ISA router.
 pub(super) const PCI_LINK: Layout = Layout {
     name: "hvm_hw_pci_link",
-    octets: 8,
+    bytes: 8,
     fields: &[array(
         "route",
         0,
@@ -283,7 +283,7 @@ const PIT_CHANNEL: &[FieldSpec] = &[
 /// PIT: the interval timer.
 pub(super) const PIT: Layout = Layout {
     name: "hvm_hw_pit",
-    octets: 56,
+    bytes: 56,
     fields: &[
         array("channels", 0, 3, 16, &Shape::Struct(PIT_CHANNEL)),
         hex("speaker_data_on", 48, 4),
@@ -293,9 +293,9 @@ pub(super) const PIT: Layout = Layout {
 /// RTC: the clock.
 pub(super) const RTC: Layout = Layout {
     name: "hvm_hw_rtc",
-    octets: 24,
+    bytes: 24,
     fields: &[
-        octets("cmos_data", 0, 14),
+        bytes("cmos_data", 0, 14),
         hex("cmos_index", 14, 1),
         signed("rtc_offset", 16, 8),
     ],
@@ -306,7 +306,7 @@ const HPET_TIMER: &[FieldSpec] = &[hex("config", 0, 8), hex("cmp", 8, 8), hex("f
 /// HPET.
 pub(super) const HPET: Layout = Layout {
     name: "hvm_hw_hpet",
-    octets: 1048,
+    bytes: 1048,
     fields: &[
         hex("capability", 0, 8),
         hex("config", 16, 8),
@@ -329,7 +329,7 @@ pub(super) const HPET: Layout = Layout {
 /// PMTIMER.
 pub(super) const PMTIMER: Layout = Layout {
     name: "hvm_hw_pmtimer",
-    octets: 8,
+    bytes: 8,
     fields: &[
         hex("tmr_val", 0, 4),
         hex("pm1a_sts", 4, 2),
@@ -340,7 +340,7 @@ pub(super) const PMTIMER: Layout = Layout {
 /// MTRR: memory types.
 pub(super) const MTRR: Layout = Layout {
     name: "hvm_hw_mtrr",
-    octets: 240,
+    bytes: 240,
     fields: &[
         hex("msr_pat_cr", 0, 8),
         array("msr_mtrr_var", 8, 16, 8, HEX_64),
@@ -353,7 +353,7 @@ pub(super) const MTRR: Layout = Layout {
 /// VIRIDIAN_DOMAIN: what Windows is told.
 pub(super) const VIRIDIAN_DOMAIN: Layout = Layout {
     name: "hvm_viridian_domain_context",
-    octets: 32,
+    bytes: 32,
     fields: &[
         hex("hypercall_gpa", 0, 8),
         hex("guest_os_id", 8, 8),
@@ -365,12 +365,12 @@ pub(super) const VIRIDIAN_DOMAIN: Layout = Layout {
 /// CPU_XSAVE: extended registers of a vcpu; what comes after them depends on `xstate_bv`.
 pub(super) const CPU_XSAVE: Layout = Layout {
     name: "hvm_hw_cpu_xsave",
-    octets: 600,
+    bytes: 600,
     fields: &[
         hex("xfeature_mask", 0, 8),
         hex("xcr0", 8, 8),
         hex("xcr0_accum", 16, 8),
-        octets("fpu_sse", 24, 512),
+        bytes("fpu_sse", 24, 512),
         hex("xstate_bv", 536, 8),
         hex("xcomp_bv", 544, 8),
     ],
@@ -379,7 +379,7 @@ pub(super) const CPU_XSAVE: Layout = Layout {
 /// VIRIDIAN_VCPU.
 pub(super) const VIRIDIAN_VCPU: Layout = Layout {
     name: "hvm_viridian_vcpu_context",
-    octets: 216,
+    bytes: 216,
     fields: &[
         hex("vp_assist_msr", 0, 8),
         hex("apic_assist_pending", 8, 1),
@@ -393,7 +393,7 @@ pub(super) const VIRIDIAN_VCPU: Layout = Layout {
 /// VMCE_VCPU: machine checks.
 pub(super) const VMCE_VCPU: Layout = Layout {
     name: "hvm_vmce_vcpu",
-    octets: 32,
+    bytes: 32,
     fields: &[
         hex("caps", 0, 8),
         hex("mci_ctl2_bank0", 8, 8),
@@ -405,7 +405,7 @@ pub(super) const VMCE_VCPU: Layout = Layout {
 /// TSC_ADJUST.
 pub(super) const TSC_ADJUST: Layout = Layout {
     name: "hvm_tsc_adjust",
-    octets: 8,
+    bytes: 8,
     fields: &[hex("tsc_adjust", 0, 8)],
 };
 
@@ -414,7 +414,7 @@ const ONE_MSR: &[FieldSpec] = &[hex("index", 0, 4), hex("val", 8, 8)];
 /// CPU_MSR: model-specific registers of a vcpu.
 pub(super) const CPU_MSR: Layout = Layout {
     name: "hvm_msr",
-    octets: 8,
+    bytes: 8,
     fields: &[
         dec("count", 0, 4),
         array("msr", 8, TO_END, 16, &Shape::Struct(ONE_MSR)),
@@ -424,7 +424,7 @@ pub(super) const CPU_MSR: Layout = Layout {
 /// LAPIC_REGS: the registers of a local APIC, at the offsets the processor gives them.
 pub(super) const LAPIC_REGS: Layout = Layout {
     name: "hvm_hw_lapic_regs",
-    octets: 1024,
+    bytes: 1024,
     fields: &[
         hex("id", 0x20, 4),
         hex("version", 0x30, 4),

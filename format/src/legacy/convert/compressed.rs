@@ -1,5 +1,5 @@
 //! Compressed checkpoints: batches are announced first, their contents come later, in one
-//! run of octets that is cut into chunks anywhere.
+//! run of bytes that is cut into chunks anywhere.
 
 use std::collections::VecDeque;
 use std::mem;
@@ -18,7 +18,7 @@ pub(super) struct Assembly {
     pages: Vec<Box<Page>>,
     /// Pages that lack their contents.
     lacking: usize,
-    /// Octets of a page that is not all there.
+    /// Bytes of a page that is not all there.
     carry: Vec<u8>,
 }
 
@@ -55,11 +55,11 @@ impl Assembly {
     /// Contents have come.
     pub(super) fn take(
         &mut self,
-        octets: &[u8],
+        bytes: &[u8],
         writer: &mut RecordWriter<Vec<u8>>,
     ) -> Result<(), LegacyError> {
         let mut buffer = mem::take(&mut self.carry);
-        buffer.extend_from_slice(octets);
+        buffer.extend_from_slice(bytes);
         let mut rest = buffer.as_slice();
         while let Some((pfn, remembered)) = self.next_page() {
             let mut page = Box::new([0; PAGE_SIZE]);
@@ -96,7 +96,7 @@ impl Assembly {
         Ok(())
     }
 
-    /// A part of a chunk was taken, of which `left` octets are still to come.
+    /// A part of a chunk was taken, of which `left` bytes are still to come.
     pub(super) fn chunk_part(&self, left: u64) -> Result<(), LegacyError> {
         match self.lacking == 0 && !self.carry.is_empty() {
             true => Err(LegacyError::CompressedTooLong {

@@ -17,7 +17,7 @@ const FILLER: u64 = 0xf000_0000;
 const PFN_BITS: u64 = 0x0fff_ffff;
 /// The highest vcpu there can be (`XC_SR_MAX_VCPUS`).
 const MAX_VCPU: i32 = 4095;
-/// The longest toolstack record that is read: libxl's has some tens of octets for each of a
+/// The longest toolstack record that is read: libxl's has some tens of bytes for each of a
 /// few regions.
 const MAX_TOOLSTACK: u64 = 1 << 20;
 /// The longest compressed chunk that is read: 8192 pages, each at its worst. The saver cut
@@ -49,14 +49,14 @@ impl<R: Read> LegacyReader<R> {
             Marker::ENABLE_VERIFY_MODE => Item::Verify,
             Marker::VCPU_INFO => self.vcpu_info()?,
             Marker::TMEM => {
-                let octets = tmem::pass_over(&mut self.source, self.skip, &mut self.scratch)?;
-                self.offset = self.offset.saturating_add(octets);
-                Item::Tmem { octets }
+                let bytes = tmem::pass_over(&mut self.source, self.skip, &mut self.scratch)?;
+                self.offset = self.offset.saturating_add(bytes);
+                Item::Tmem { bytes }
             }
             Marker::TMEM_EXTRA => {
-                let octets = tmem::pass_over_extra(&mut self.source, self.skip, &mut self.scratch)?;
-                self.offset = self.offset.saturating_add(octets);
-                Item::Tmem { octets }
+                let bytes = tmem::pass_over_extra(&mut self.source, self.skip, &mut self.scratch)?;
+                self.offset = self.offset.saturating_add(bytes);
+                Item::Tmem { bytes }
             }
             Marker::TSC_INFO => Item::TscInfo(TscInfo {
                 mode: self.u32()?,
@@ -73,15 +73,15 @@ impl<R: Read> LegacyReader<R> {
                 Item::EnableCompression
             }
             Marker::COMPRESSED_DATA => {
-                let octets = self.long()?;
-                Self::range("length of the compressed data", octets, 0, MAX_COMPRESSED)?;
-                self.left = octets;
-                Item::Compressed { octets }
+                let bytes = self.long()?;
+                Self::range("length of the compressed data", bytes, 0, MAX_COMPRESSED)?;
+                self.left = bytes;
+                Item::Compressed { bytes }
             }
             Marker::TOOLSTACK => {
-                let octets = u64::from(self.u32()?);
-                Self::range("length of the toolstack's record", octets, 0, MAX_TOOLSTACK)?;
-                Item::Toolstack(self.blob(octets)?)
+                let bytes = u64::from(self.u32()?);
+                Self::range("length of the toolstack's record", bytes, 0, MAX_TOOLSTACK)?;
+                Item::Toolstack(self.blob(bytes)?)
             }
             marker => return Err(LegacyError::UnknownChunk { marker }.into()),
         })

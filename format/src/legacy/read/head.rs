@@ -3,14 +3,14 @@
 //! C implementation: `load_p2m_frame_list` in `tools/libxc/xc_domain_restore.c` (Xen 4.5).
 
 use super::{
-    ExtendedInfo, Item, LegacyError, LegacyGuest, LegacyOptions, LegacyReader, LegacyStart,
-    MAX_P2M_SIZE, OCTETS, Place, Position, Read, ReadError, ReadErrorCause, Skip, State,
-    ToolstackWidth, detect,
+    BYTES, ExtendedInfo, Item, LegacyError, LegacyGuest, LegacyOptions, LegacyReader, LegacyStart,
+    MAX_P2M_SIZE, Place, Position, Read, ReadError, ReadErrorCause, Skip, State, ToolstackWidth,
+    detect,
 };
 use crate::frame::{PAGE_SIZE, Pfn};
 use crate::source::fill_behind;
 
-/// The longest XSAVE record that is read. Real ones of that time had some hundred octets to
+/// The longest XSAVE record that is read. Real ones of that time had some hundred bytes to
 /// a few thousand; those of today have eleven thousand.
 const MAX_XSAVE: u32 = 1 << 20;
 
@@ -24,12 +24,12 @@ impl<R: Read> LegacyReader<R> {
         options: LegacyOptions,
         skip: Skip<R>,
     ) -> Result<Self, ReadError> {
-        let mut first = [0; OCTETS];
+        let mut first = [0; BYTES];
         let offset = options.offset;
         let start = fill_behind(known, &mut source, &mut first)
             .and_then(|()| Ok(start(first, options.width)?))
             .map_err(|cause| ReadError::at(Place::LegacyHead, offset, cause))?;
-        let width_octets = match start.width {
+        let width_bytes = match start.width {
             ToolstackWidth::Bits32 => 4,
             ToolstackWidth::Bits64 => 8,
         };
@@ -41,8 +41,8 @@ impl<R: Read> LegacyReader<R> {
             source,
             skip,
             options,
-            known: first.into_iter().skip(width_octets).collect(),
-            offset: offset.saturating_add(width_octets as u64),
+            known: first.into_iter().skip(width_bytes).collect(),
+            offset: offset.saturating_add(width_bytes as u64),
             start,
             guest: LegacyGuest::Hvm,
             extended_info: false,
@@ -65,7 +65,7 @@ impl<R: Read> LegacyReader<R> {
         }
     }
 
-    /// What the stream holds, by its next four octets, which are put back.
+    /// What the stream holds, by its next four bytes, which are put back.
     fn find_guest(&mut self) -> Result<(), ReadErrorCause> {
         let at = self.offset;
         let word: [u8; 4] = self.take()?;
@@ -162,7 +162,7 @@ impl<R: Read> LegacyReader<R> {
 }
 
 /// Who wrote a stream, as it says or as the caller knows.
-fn start(first: [u8; OCTETS], width: Option<ToolstackWidth>) -> Result<LegacyStart, LegacyError> {
+fn start(first: [u8; BYTES], width: Option<ToolstackWidth>) -> Result<LegacyStart, LegacyError> {
     let as_64 = u64::from_le_bytes(first);
     let (width, got) = match width {
         None => return Ok(detect(first)?),

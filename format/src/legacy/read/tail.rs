@@ -11,7 +11,7 @@ use crate::record::MAX_BODY;
 use crate::record::hvm::HvmParam;
 use crate::source::fill;
 
-const EXTENDED_OCTETS: u64 = 128;
+const EXTENDED_BYTES: u64 = 128;
 /// What stands before each XSAVE area: mask and size.
 const XSAVE_HEAD: u64 = 16;
 /// A record of version 3 has a head in front of such a blob.
@@ -25,7 +25,7 @@ impl<R: Read> LegacyReader<R> {
         let count = self.u32()?;
         let most = u64::from(self.start.p2m_size);
         Self::range("number of pfns without memory", count.into(), 0, most)?;
-        self.pass_over(u64::from(count).saturating_mul(self.long_octets()))?;
+        self.pass_over(u64::from(count).saturating_mul(self.long_bytes()))?;
         self.state = State::Vcpu(0);
         Ok(Item::Unmapped { count })
     }
@@ -40,7 +40,7 @@ impl<R: Read> LegacyReader<R> {
         };
         let basic = self.blob(basic)?;
         let extended = self.blob(match self.extended.extended {
-            true => EXTENDED_OCTETS,
+            true => EXTENDED_BYTES,
             false => 0,
         })?;
         let mut xsave = Vec::new();
@@ -89,9 +89,9 @@ impl<R: Read> LegacyReader<R> {
     }
 
     pub(super) fn hvm_context(&mut self) -> Result<Item, ReadErrorCause> {
-        let octets = u64::from(self.u32()?);
-        Self::range("length of the HVM context", octets, 1, MAX_HVM_CONTEXT)?;
-        let context = self.blob(octets)?;
+        let bytes = u64::from(self.u32()?);
+        Self::range("length of the HVM context", bytes, 1, MAX_HVM_CONTEXT)?;
+        let context = self.blob(bytes)?;
         self.state = match self.options.device_model {
             true => State::Qemu,
             false => State::CheckpointEnd,
@@ -108,9 +108,9 @@ impl<R: Read> LegacyReader<R> {
                 self.up_to_the_end()?
             }
             QemuRecord::WITH_LENGTH | QemuRecord::REMUS => {
-                let octets = u64::from(self.u32()?);
-                Self::range("length of the device model's state", octets, 0, MAX_BLOB)?;
-                self.blob(octets)?
+                let bytes = u64::from(self.u32()?);
+                Self::range("length of the device model's state", bytes, 0, MAX_BLOB)?;
+                self.blob(bytes)?
             }
             got => return Err(LegacyError::QemuSignature { got }.into()),
         };

@@ -1,4 +1,4 @@
-//! Reading a libxl stream: record by record, forwards, and not one octet too many,
+//! Reading a libxl stream: record by record, forwards, and not one byte too many,
 //! because the libxc layer reads on where a record ends.
 //!
 //! C implementation: `libxl_stream_read.c`.
@@ -25,7 +25,7 @@ pub(crate) struct LibxlState {
     header: LibxlHeader,
     pub(crate) order: LibxlOrder,
     lenient: bool,
-    /// Octets of the file that have been consumed.
+    /// Bytes of the file that have been consumed.
     pub(crate) offset: u64,
     /// Number of the next record.
     index: u64,
@@ -33,7 +33,7 @@ pub(crate) struct LibxlState {
 }
 
 impl LibxlState {
-    /// Read the header, whose first octets, `known`, have been read already.
+    /// Read the header, whose first bytes, `known`, have been read already.
     pub(crate) fn new(
         known: &[u8],
         source: &mut impl Read,
@@ -47,7 +47,7 @@ impl LibxlState {
             header,
             order: LibxlOrder::new(),
             lenient: options.lenient,
-            offset: options.offset.saturating_add(LibxlHeader::OCTETS as u64),
+            offset: options.offset.saturating_add(LibxlHeader::BYTES as u64),
             index: 0,
             failed: false,
         })
@@ -57,7 +57,7 @@ impl LibxlState {
         self.header
     }
 
-    /// Read the next record, whose first octets, `known`, have been read already but
+    /// Read the next record, whose first bytes, `known`, have been read already but
     /// not counted; where it begins.
     pub(crate) fn next_record(
         &mut self,
@@ -122,7 +122,7 @@ impl LibxlState {
 /// Reads the records of a libxl stream.
 ///
 /// After [`LibxlRecord::LibxcContext`] the caller reads the libxc stream from
-/// [`LibxlReader::source_mut`] and says with [`LibxlReader::advance`] how many octets
+/// [`LibxlReader::source_mut`] and says with [`LibxlReader::advance`] how many bytes
 /// that were. After libxc's END the records go on here; at a libxc CHECKPOINT the
 /// caller says [`LibxlReader::begin_checkpoint`], takes records up to
 /// [`LibxlRecord::CheckpointEnd`] and goes back to the libxc stream.
@@ -149,7 +149,7 @@ impl<R: Read> LibxlReader<R> {
         self.state.header
     }
 
-    /// Octets of the file that have been consumed, those before the stream included.
+    /// Bytes of the file that have been consumed, those before the stream included.
     pub fn offset(&self) -> u64 {
         self.state.offset
     }
@@ -164,9 +164,9 @@ impl<R: Read> LibxlReader<R> {
         self.source
     }
 
-    /// Count `octets` that somebody else read from the source.
-    pub fn advance(&mut self, octets: u64) {
-        self.state.offset = self.state.offset.saturating_add(octets);
+    /// Count `bytes` that somebody else read from the source.
+    pub fn advance(&mut self, bytes: u64) {
+        self.state.offset = self.state.offset.saturating_add(bytes);
     }
 
     /// The libxc layer has read a CHECKPOINT: the next records belong to it.

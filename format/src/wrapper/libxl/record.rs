@@ -44,7 +44,7 @@ struct WireEmulatorHeader {
 /// | 0–3 | control id |
 /// | 4–7 | padding, zero |
 ///
-/// libxl writes a body of 4 octets, whose padding as a record is the same zeros.
+/// libxl writes a body of 4 bytes, whose padding as a record is the same zeros.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct WireCheckpointState {
@@ -170,7 +170,7 @@ pub struct XenstoreData {
 }
 
 impl XenstoreData {
-    /// Check octets as they stand in the stream: NUL-terminated strings, key and
+    /// Check bytes as they stand in the stream: NUL-terminated strings, key and
     /// value in turn. Values are not looked into.
     ///
     /// # Errors
@@ -182,13 +182,13 @@ impl XenstoreData {
             let length = raw.len() as u64;
             return Err(LibxlError::XenstoreNotTerminated { length, got });
         }
-        let strings = raw.iter().filter(|octet| **octet == 0).count() as u64;
+        let strings = raw.iter().filter(|byte| **byte == 0).count() as u64;
         if strings & 1 != 0 {
             return Err(LibxlError::XenstoreOdd { got: strings });
         }
         let data = Self { raw };
         for (pair, (key, _)) in data.iter().enumerate() {
-            let good = |octet: &u8| octet.is_ascii_alphanumeric() || b"-/_@".contains(octet);
+            let good = |byte: &u8| byte.is_ascii_alphanumeric() || b"-/_@".contains(byte);
             if key.is_empty() || !key.iter().all(good) {
                 const SHOWN: usize = 64;
                 let key = key.get(..SHOWN).unwrap_or(key).to_vec();
@@ -199,7 +199,7 @@ impl XenstoreData {
         Ok(data)
     }
 
-    /// The octets of these keys and values.
+    /// The bytes of these keys and values.
     ///
     /// # Errors
     ///
@@ -225,13 +225,13 @@ impl XenstoreData {
     pub fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
         let mut strings = self
             .raw
-            .split_inclusive(|octet| *octet == 0)
+            .split_inclusive(|byte| *byte == 0)
             .map(|string| string.strip_suffix(&[0]).unwrap_or(string));
         std::iter::from_fn(move || Some((strings.next()?, strings.next()?)))
     }
 
-    /// The octets as they stand in the stream.
-    pub fn as_octets(&self) -> &[u8] {
+    /// The bytes as they stand in the stream.
+    pub fn as_bytes(&self) -> &[u8] {
         &self.raw
     }
 }
@@ -277,7 +277,7 @@ impl CheckpointState {
 pub enum LibxlRecord {
     /// The end of the stream.
     End,
-    /// The source stands at the first octet of a libxc stream.
+    /// The source stands at the first byte of a libxc stream.
     LibxcContext,
     /// Xenstore keys and values of an emulator.
     EmulatorXenstoreData {
@@ -313,7 +313,7 @@ impl LibxlRecord {
         let with_emulator = |length: usize| WHOSE.saturating_add(length as u64);
         match self {
             Self::End | Self::LibxcContext | Self::CheckpointEnd => 0,
-            Self::EmulatorXenstoreData { data, .. } => with_emulator(data.as_octets().len()),
+            Self::EmulatorXenstoreData { data, .. } => with_emulator(data.as_bytes().len()),
             Self::EmulatorContext { state, .. } => with_emulator(state.len()),
             Self::CheckpointState(_) => 8,
             Self::Optional { body, .. } => body.len() as u64,
@@ -334,7 +334,7 @@ impl LibxlRecord {
     }
 
     /// Check what a record's header says, so that a bad one is refused before its
-    /// octets are waited for.
+    /// bytes are waited for.
     pub(super) fn check_header(kind: LibxlRecordKind, length: u64) -> Result<u32, LibxlError> {
         use LibxlRecordKind as Kind;
         let field = match u32::try_from(length) {
@@ -351,7 +351,7 @@ impl LibxlRecord {
             Kind::EMULATOR_XENSTORE_DATA | Kind::EMULATOR_CONTEXT => (length >= 8, EMULATOR_LENGTH),
             Kind::CHECKPOINT_STATE => (
                 matches!(length, 4 | 8),
-                "8 octets, or 4 as libxl writes them",
+                "8 bytes, or 4 as libxl writes them",
             ),
             kind if kind.is_optional() => return Ok(field),
             kind => return Err(LibxlError::UnknownMandatory { kind: kind.0 }),
@@ -407,13 +407,13 @@ impl LibxlRecord {
         })
     }
 
-    /// The body in two parts, without padding: two words or none, and octets.
+    /// The body in two parts, without padding: two words or none, and bytes.
     pub(super) fn encode(&self, order: ByteOrder) -> (Option<[U32; 2]>, &[u8]) {
         let words = |first: u32, second: u32| Some([first, second].map(|w| U32::new(w, order)));
         match self {
             Self::End | Self::LibxcContext | Self::CheckpointEnd => (None, &[]),
             Self::EmulatorXenstoreData { emulator, data } => {
-                (words(emulator.id.value(), emulator.index), data.as_octets())
+                (words(emulator.id.value(), emulator.index), data.as_bytes())
             }
             Self::EmulatorContext { emulator, state } => {
                 (words(emulator.id.value(), emulator.index), state)
@@ -424,7 +424,7 @@ impl LibxlRecord {
     }
 }
 
-const EMULATOR_LENGTH: &str = "at least 8 octets (the emulator's id and index)";
+const EMULATOR_LENGTH: &str = "at least 8 bytes (the emulator's id and index)";
 
 /// Take the sub-header off the front of an emulator record.
 fn take_emulator(body: &mut Vec<u8>, order: ByteOrder) -> Result<EmulatorInstance, LibxlError> {

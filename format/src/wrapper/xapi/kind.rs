@@ -70,11 +70,11 @@ impl fmt::Debug for XapiKind {
     }
 }
 
-/// A rule of xapi's images that some octets break.
+/// A rule of xapi's images that some bytes break.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum XapiError {
-    /// The first octets are not xapi's.
+    /// The first bytes are not xapi's.
     #[error("magic is {:?}, expected {:?}", got.escape_ascii().to_string(), MAGIC.escape_ascii().to_string())]
     Magic {
         /// What came.
@@ -87,7 +87,7 @@ pub enum XapiError {
         kind: XapiKind,
     },
     /// A body that is longer than any is.
-    #[error("{kind} has {got} octets, expected at most {MAX_RECORD}")]
+    #[error("{kind} has {got} bytes, expected at most {MAX_RECORD}")]
     TooLong {
         /// Of what.
         kind: XapiKind,

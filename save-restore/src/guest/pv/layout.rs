@@ -8,7 +8,7 @@ use xsr_format::fields::{FieldSpec, Layout, Shape};
 use xsr_format::record::pv::PvInfo;
 
 /// A field of a structure whose layout depends on the guest's width: offset and
-/// octets.
+/// bytes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Field {
     bits32: (usize, usize),
@@ -35,7 +35,7 @@ const fn same(a: &[u8], b: &[u8]) -> bool {
     i == a.len() && i == b.len()
 }
 
-/// Offset and octets of a number, or of the first element of an array of them.
+/// Offset and bytes of a number, or of the first element of an array of them.
 const fn number(field: FieldSpec) -> (usize, usize) {
     match field.shape {
         Shape::Number { width, .. } => (field.offset, width),
@@ -44,7 +44,7 @@ const fn number(field: FieldSpec) -> (usize, usize) {
     }
 }
 
-/// The octets an array takes.
+/// The bytes an array takes.
 const fn array(layout: &Layout, name: &str) -> Range<usize> {
     let field = find(layout.fields, name);
     match field.shape {
@@ -63,10 +63,10 @@ impl Field {
 
     /// Element `index` of an array that begins at this field.
     const fn element(self, index: usize) -> Self {
-        let ((at32, octets32), (at64, octets64)) = (self.bits32, self.bits64);
+        let ((at32, bytes32), (at64, bytes64)) = (self.bits32, self.bits64);
         Self {
-            bits32: (at32 + octets32 * index, octets32),
-            bits64: (at64 + octets64 * index, octets64),
+            bits32: (at32 + bytes32 * index, bytes32),
+            bits64: (at64 + bytes64 * index, bytes64),
         }
     }
 
@@ -77,26 +77,26 @@ impl Field {
         }
     }
 
-    /// The field's value in `octets`.
+    /// The field's value in `bytes`.
     ///
     /// # Panics
     ///
-    /// When `octets` is shorter than the structure; callers check its length.
-    pub(crate) fn get(self, info: PvInfo, octets: &[u8]) -> u64 {
+    /// When `bytes` is shorter than the structure; callers check its length.
+    pub(crate) fn get(self, info: PvInfo, bytes: &[u8]) -> u64 {
         let (at, len) = self.place(info);
         let mut value = [0; 8];
-        value[..len].copy_from_slice(&octets[at..at + len]);
+        value[..len].copy_from_slice(&bytes[at..at + len]);
         u64::from_le_bytes(value)
     }
 
-    /// Set the field in `octets`; of a value that is wider the low part counts.
+    /// Set the field in `bytes`; of a value that is wider the low part counts.
     ///
     /// # Panics
     ///
     /// As [`Field::get`].
-    pub(crate) fn set(self, info: PvInfo, octets: &mut [u8], value: u64) {
+    pub(crate) fn set(self, info: PvInfo, bytes: &mut [u8], value: u64) {
         let (at, len) = self.place(info);
-        octets[at..at + len].copy_from_slice(&value.to_le_bytes()[..len]);
+        bytes[at..at + len].copy_from_slice(&value.to_le_bytes()[..len]);
     }
 }
 
@@ -196,8 +196,8 @@ pub(crate) mod shared_info {
         bits64: pending_sel(&SHARED_INFO_64),
     };
 
-    /// Octets of one `vcpu_info`, of either width.
-    pub(crate) const VCPU_INFO_OCTETS: usize = 64;
+    /// Bytes of one `vcpu_info`, of either width.
+    pub(crate) const VCPU_INFO_BYTES: usize = 64;
 
     /// `vcpu_info[32]`.
     pub(crate) const fn vcpu_info(info: PvInfo) -> Range<usize> {
@@ -216,7 +216,7 @@ pub(crate) mod shared_info {
 
     /// `arch`: from its first field to the end of the structure.
     pub(crate) const fn arch(info: PvInfo) -> Range<usize> {
-        MAX_PFN.place(info).0..layout(info).octets
+        MAX_PFN.place(info).0..layout(info).bytes
     }
 }
 
@@ -271,11 +271,11 @@ mod tests {
     }
 
     #[test]
-    fn a_field_takes_its_own_octets_only() {
-        let mut octets = [0xff_u8; 0xaf0];
-        vcpu::EDX.set(PvInfo::Bits32, &mut octets, 0x1_2345_6789);
-        assert_eq!(vcpu::EDX.get(PvInfo::Bits32, &octets), 0x2345_6789);
-        assert_eq!(octets[523], 0xff);
-        assert_eq!(octets[528], 0xff);
+    fn a_field_takes_its_own_bytes_only() {
+        let mut bytes = [0xff_u8; 0xaf0];
+        vcpu::EDX.set(PvInfo::Bits32, &mut bytes, 0x1_2345_6789);
+        assert_eq!(vcpu::EDX.get(PvInfo::Bits32, &bytes), 0x2345_6789);
+        assert_eq!(bytes[523], 0xff);
+        assert_eq!(bytes[528], 0xff);
     }
 }

@@ -102,8 +102,8 @@ pub(crate) fn normalise(
 
 /// The pfns that the entries of a table in the stream name, in order.
 pub(crate) fn frames_needed(table: &Page) -> impl Iterator<Item = Pfn> {
-    table.as_chunks().0.iter().filter_map(|octets| {
-        let pte = u64::from_le_bytes(*octets);
+    table.as_chunks().0.iter().filter_map(|bytes| {
+        let pte = u64::from_le_bytes(*bytes);
         (pte & PRESENT != 0).then(|| Pfn(pte_frame(pte)))
     })
 }
@@ -119,8 +119,8 @@ pub(crate) fn localise(
     table: &mut Page,
     mfn_of: impl Fn(Pfn) -> Option<Mfn>,
 ) -> Result<(), GuestError> {
-    for (index, octets) in table.as_chunks_mut().0.iter_mut().enumerate() {
-        let pte = u64::from_le_bytes(*octets);
+    for (index, bytes) in table.as_chunks_mut().0.iter_mut().enumerate() {
+        let pte = u64::from_le_bytes(*bytes);
         if pte & PRESENT == 0 {
             continue;
         }
@@ -134,7 +134,7 @@ pub(crate) fn localise(
                 frame,
             });
         };
-        *octets = pte_with_frame(pte, mfn.0).to_le_bytes();
+        *bytes = pte_with_frame(pte, mfn.0).to_le_bytes();
     }
     Ok(())
 }

@@ -161,7 +161,7 @@ impl PvRestore {
         shared[shared_info::evtchn_pending(info)].fill(0);
         shared[shared_info::evtchn_mask(info)].fill(0xff);
         for vcpu_info in
-            shared[shared_info::vcpu_info(info)].chunks_exact_mut(shared_info::VCPU_INFO_OCTETS)
+            shared[shared_info::vcpu_info(info)].chunks_exact_mut(shared_info::VCPU_INFO_BYTES)
         {
             shared_info::PENDING_SEL.set(info, vcpu_info, 0);
         }
@@ -188,36 +188,36 @@ impl PvRestore {
         let pages = map_one(domain, gfn)?;
         let page = pages.page(0).expect("mapped");
         let mut contents = page.to_page();
-        let octets = contents.as_mut_slice();
-        let ring = |octets: &mut [u8], mfn: Field, port: Field, value: u32, name: &str| {
-            let pfn = Pfn(mfn.get(info, octets));
+        let bytes = contents.as_mut_slice();
+        let ring = |bytes: &mut [u8], mfn: Field, port: Field, value: u32, name: &str| {
+            let pfn = Pfn(mfn.get(info, bytes));
             let frame = self.p2m.read().mfn(pfn).ok_or_else(|| GuestError::Frame {
                 field: format!("start_info's {name} frame"),
                 frame: pfn.0,
                 why: "the image holds no such page",
             })?;
-            mfn.set(info, octets, frame.0);
-            port.set(info, octets, u64::from(value));
+            mfn.set(info, bytes, frame.0);
+            port.set(info, bytes, u64::from(value));
             Ok::<_, GuestError>(Gfn(frame.0))
         };
         let store = ring(
-            octets,
+            bytes,
             start_info::STORE_MFN,
             start_info::STORE_EVTCHN,
             options.store_port,
             "store",
         )?;
         let console = ring(
-            octets,
+            bytes,
             start_info::CONSOLE_MFN,
             start_info::CONSOLE_EVTCHN,
             options.console_port,
             "console",
         )?;
         let shared = domain.info()?.shared_info_frame;
-        start_info::NR_PAGES.set(info, octets, self.max_pfn.0 + 1);
-        start_info::SHARED_INFO.set(info, octets, shared.0 << PAGE_SHIFT);
-        start_info::FLAGS.set(info, octets, 0);
+        start_info::NR_PAGES.set(info, bytes, self.max_pfn.0 + 1);
+        start_info::SHARED_INFO.set(info, bytes, shared.0 << PAGE_SHIFT);
+        start_info::FLAGS.set(info, bytes, 0);
         page.copy_from(&contents);
         Ok((Some(store), Some(console)))
     }

@@ -27,7 +27,7 @@ fn assert_failed(run: &driver::Run, what: &str) {
     assert_eq!((result, code), (Some(-1), Some(0)), "{what}: {run:#?}");
 }
 
-/// A guest that does not suspend: the same octets so far, the same messages, and it runs
+/// A guest that does not suspend: the same bytes so far, the same messages, and it runs
 /// on without a log.
 #[test]
 fn a_guest_that_does_not_suspend_fails_both_alike() {

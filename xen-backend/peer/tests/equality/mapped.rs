@@ -68,11 +68,11 @@ fn restores(kind: GuestKind, width: u8, live: bool) {
     assert!(aligned.count() >= 8, "of {}", batches.count());
     for whose in [Whose::Stock, Whose::Ours, Whose::OursByCalls] {
         let mut asked = Vec::new();
-        for (name, octets) in [("plain", &image), ("mapped", &file)] {
+        for (name, bytes) in [("plain", &image), ("mapped", &file)] {
             let dir = scratch.path().join(format!("{name}-{whose:?}"));
             let empty = driver::empty(&dir, kind, width, MIB).unwrap();
             let path = scratch.path().join("image");
-            fs::write(&path, octets).unwrap();
+            fs::write(&path, bytes).unwrap();
             let stream = File::options().read(true).write(true).open(&path).unwrap();
             let run = helpers.restore(whose, &dir, &empty, stream).unwrap();
             assert!(run.succeeded(), "{whose:?}, {name}: {run:#?}");

@@ -22,19 +22,19 @@ const FIRST: u64 = 0x7f00_0000_0000;
     allow(unreachable_pub, reason = "only `peer` gives it away")
 )]
 pub trait CallerMemory: fmt::Debug + Send + Sync {
-    /// Copy octets from an address on into `out`.
+    /// Copy bytes from an address on into `out`.
     ///
     /// # Errors
     ///
     /// EFAULT where they are not all in one buffer.
     fn read(&self, address: u64, out: &mut [u8]) -> Result<(), Errno>;
 
-    /// Copy octets to an address.
+    /// Copy bytes to an address.
     ///
     /// # Errors
     ///
     /// EFAULT as above.
-    fn write(&self, address: u64, octets: &[u8]) -> Result<(), Errno>;
+    fn write(&self, address: u64, bytes: &[u8]) -> Result<(), Errno>;
 }
 
 /// Buffers by their address.
@@ -48,7 +48,7 @@ pub(super) struct Buffers {
 #[derive(Debug, Default)]
 struct Space {
     live: BTreeMap<u64, Vec<u8>>,
-    /// Octets of addresses given out; none comes twice.
+    /// Bytes of addresses given out; none comes twice.
     used: u64,
 }
 
@@ -67,17 +67,17 @@ impl Buffers {
         self.space.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn take(&self, octets: usize) -> Buffer {
+    pub(super) fn take(&self, bytes: usize) -> Buffer {
         let mut space = self.lock();
         let address = FIRST + space.used;
         // At least a page of nothing behind each.
-        let pages = octets.div_ceil(PAGE_SIZE) + 2;
+        let pages = bytes.div_ceil(PAGE_SIZE) + 2;
         space.used += (pages * PAGE_SIZE) as u64;
-        space.live.insert(address, vec![0; octets]);
+        space.live.insert(address, vec![0; bytes]);
         Buffer {
             space: self.clone(),
             address,
-            octets,
+            bytes,
         }
     }
 
@@ -87,13 +87,13 @@ impl Buffers {
         self.lock().live.len()
     }
 
-    /// Octets from an address on; EFAULT where they are not all in one buffer.
-    pub(super) fn read(&self, address: u64, octets: usize) -> Result<Vec<u8>, Errno> {
-        if octets == 0 {
+    /// Bytes from an address on; EFAULT where they are not all in one buffer.
+    pub(super) fn read(&self, address: u64, bytes: usize) -> Result<Vec<u8>, Errno> {
+        if bytes == 0 {
             return Ok(Vec::new());
         }
         if let Some(caller) = &self.caller {
-            let mut out = vec![0; octets];
+            let mut out = vec![0; bytes];
             caller.read(address, &mut out)?;
             return Ok(out);
         }
@@ -104,25 +104,25 @@ impl Buffers {
             .next_back()
             .ok_or(Errno::EFAULT)?;
         let at = usize::try_from(address - start).map_err(|_| Errno::EFAULT)?;
-        let end = at.checked_add(octets).ok_or(Errno::EFAULT)?;
+        let end = at.checked_add(bytes).ok_or(Errno::EFAULT)?;
         buffer.get(at..end).map(<[u8]>::to_vec).ok_or(Errno::EFAULT)
     }
 
-    /// Put octets to an address; EFAULT as above.
-    pub(super) fn write(&self, address: u64, octets: &[u8]) -> Result<(), Errno> {
-        if octets.is_empty() {
+    /// Put bytes to an address; EFAULT as above.
+    pub(super) fn write(&self, address: u64, bytes: &[u8]) -> Result<(), Errno> {
+        if bytes.is_empty() {
             return Ok(());
         }
         if let Some(caller) = &self.caller {
-            return caller.write(address, octets);
+            return caller.write(address, bytes);
         }
         let mut space = self.lock();
         let place = space.live.range_mut(..=address).next_back();
         let (start, buffer) = place.ok_or(Errno::EFAULT)?;
         let at = usize::try_from(address - start).map_err(|_| Errno::EFAULT)?;
-        let end = at.checked_add(octets.len()).ok_or(Errno::EFAULT)?;
+        let end = at.checked_add(bytes.len()).ok_or(Errno::EFAULT)?;
         let place = buffer.get_mut(at..end).ok_or(Errno::EFAULT)?;
-        place.copy_from_slice(octets);
+        place.copy_from_slice(bytes);
         Ok(())
     }
 }
@@ -132,7 +132,7 @@ impl Buffers {
 pub(super) struct Buffer {
     space: Buffers,
     address: u64,
-    octets: usize,
+    bytes: usize,
 }
 
 impl Elsewhere for Buffer {
@@ -141,16 +141,16 @@ impl Elsewhere for Buffer {
     }
 
     fn len(&self) -> usize {
-        self.octets
+        self.bytes
     }
 
     fn read(&self, at: usize, out: &mut [u8]) {
-        let octets = self.space.read(self.address + at as u64, out.len());
-        out.copy_from_slice(&octets.expect("inside the buffer"));
+        let bytes = self.space.read(self.address + at as u64, out.len());
+        out.copy_from_slice(&bytes.expect("inside the buffer"));
     }
 
-    fn write(&mut self, at: usize, octets: &[u8]) {
-        let written = self.space.write(self.address + at as u64, octets);
+    fn write(&mut self, at: usize, bytes: &[u8]) {
+        let written = self.space.write(self.address + at as u64, bytes);
         written.expect("inside the buffer");
     }
 }

@@ -48,7 +48,7 @@ impl Domctl<'_> {
         Ok(0)
     }
 
-    pub(super) fn octets(&self, address: u64, count: u64) -> Result<Vec<u8>, Errno> {
+    pub(super) fn bytes(&self, address: u64, count: u64) -> Result<Vec<u8>, Errno> {
         let count = usize::try_from(count).map_err(|_| Errno::EFAULT)?;
         self.face.buffers.read(address, count)
     }
@@ -158,11 +158,11 @@ impl Face {
                 .ok_or(Errno::ESRCH)?,
             (Err(errno), _) => return Err(errno),
         };
-        self.info_octets(domid)
+        self.info_bytes(domid)
     }
 
     /// `xen_domctl_getdomaininfo` as this version lays it out.
-    pub(super) fn info_octets(&self, domid: u16) -> Result<Vec<u8>, Errno> {
+    pub(super) fn info_bytes(&self, domid: u16) -> Result<Vec<u8>, Errno> {
         let info = match domid {
             0 => Info {
                 domid,
@@ -288,7 +288,7 @@ impl Domctl<'_> {
             sys::XEN_DOMCTL_gethvmcontext => self.hvm_context(),
             sys::XEN_DOMCTL_sethvmcontext => {
                 let body: sys::xen_domctl_hvmcontext = self.load()?;
-                let context = self.octets(body.buffer, body.size.into())?;
+                let context = self.bytes(body.buffer, body.size.into())?;
                 done(domain.set_hvm_context(&context))
             }
             _ => self.vcpu_answer(cmd),
@@ -300,8 +300,8 @@ impl Domctl<'_> {
         if body.num > 1024 {
             return Err(Errno::E2BIG);
         }
-        let octets = self.octets(body.array, body.num * 8)?;
-        let (words, _) = octets.as_chunks::<8>();
+        let bytes = self.bytes(body.array, body.num * 8)?;
+        let (words, _) = bytes.as_chunks::<8>();
         let gfns: Vec<Gfn> = words.iter().map(|w| Gfn(u64::from_ne_bytes(*w))).collect();
         let mut types = vec![PageType::NOTAB; gfns.len()];
         self.domain.page_types(&gfns, &mut types).map_err(errno)?;
@@ -369,14 +369,14 @@ impl Domctl<'_> {
             body.stats.dirty_count = count(stats.dirty_count);
             body.stats.fault_count = count(stats.fault_count);
         }
-        let octets = usize::try_from(body.pages.div_ceil(8)).map_err(|_| Errno::EINVAL)?;
-        let mut bits = vec![0_u8; octets];
+        let bytes = usize::try_from(body.pages.div_ceil(8)).map_err(|_| Errno::EINVAL)?;
+        let mut bits = vec![0_u8; bytes];
         for pfn in bitmap.iter() {
             let place = usize::try_from(pfn.0 / 8)
                 .ok()
                 .and_then(|at| bits.get_mut(at));
-            if let Some(octet) = place {
-                *octet |= 1 << (pfn.0 % 8);
+            if let Some(byte) = place {
+                *byte |= 1 << (pfn.0 % 8);
             }
         }
         if self.face.state().obstacles.short_log {
@@ -390,16 +390,16 @@ impl Domctl<'_> {
         let policy = self.domain.cpu_policy().map_err(errno)?;
         let leaf = size_of::<sys::xen_cpuid_leaf>();
         let msr = size_of::<sys::xen_msr_entry>();
-        for (octets, size, room, buffer) in [
+        for (bytes, size, room, buffer) in [
             (&policy.leaves, leaf, &mut body.nr_leaves, body.leaves),
             (&policy.msrs, msr, &mut body.nr_msrs, body.msrs),
         ] {
-            let entries = u32::try_from(octets.len() / size).map_err(|_| Errno::EINVAL)?;
+            let entries = u32::try_from(bytes.len() / size).map_err(|_| Errno::EINVAL)?;
             if *room < entries {
                 return Err(Errno::ENOBUFS);
             }
             *room = entries;
-            self.face.buffers.write(buffer, octets)?;
+            self.face.buffers.write(buffer, bytes)?;
         }
         self.save(&body)
     }
@@ -409,8 +409,8 @@ impl Domctl<'_> {
         let leaf = size_of::<sys::xen_cpuid_leaf>() as u64;
         let msr = size_of::<sys::xen_msr_entry>() as u64;
         let set = self.domain.set_cpu_policy(&CpuPolicy {
-            leaves: self.octets(body.leaves, u64::from(body.nr_leaves) * leaf)?,
-            msrs: self.octets(body.msrs, u64::from(body.nr_msrs) * msr)?,
+            leaves: self.bytes(body.leaves, u64::from(body.nr_leaves) * leaf)?,
+            msrs: self.bytes(body.msrs, u64::from(body.nr_msrs) * msr)?,
         });
         if let Err(error) = &set {
             const NOTHING: u32 = u32::MAX;

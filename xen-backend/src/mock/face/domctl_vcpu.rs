@@ -8,13 +8,13 @@ use super::domctl::{Domctl, FIRST_WITH_ANY, done};
 use super::{BODY, errno, sys};
 use crate::{DomainControl, HvmGuest, PvGuest, VcpuBlob};
 
-/// Octets of the larger `vcpu_guest_context`, which is what Xen reads.
+/// Bytes of the larger `vcpu_guest_context`, which is what Xen reads.
 const CONTEXT: usize = 0x1430;
-/// Octets that an extended context has at least, all before the machine-check part, and
+/// Bytes that an extended context has at least, all before the machine-check part, and
 /// at most.
 const EXTENDED_MIN: usize = 32;
 /// Where rax is in a 64-bit context, and in a translated guest's own record of its
-/// first vcpu, which stands behind the header (32 octets) and its own descriptor (8).
+/// first vcpu, which stands behind the header (32 bytes) and its own descriptor (8).
 const RAX: usize = 600;
 const HVM_RAX: usize = 32 + 8 + 512;
 
@@ -56,14 +56,14 @@ impl Domctl<'_> {
             sys::XEN_DOMCTL_getvcpuextstate => self.xsave(),
             sys::XEN_DOMCTL_setvcpuextstate => {
                 let body: sys::xen_domctl_vcpuextstate = self.load()?;
-                let state = self.octets(body.buffer, body.size)?;
+                let state = self.bytes(body.buffer, body.size)?;
                 self.set_state(body.vcpu, VcpuBlob::Xsave, &state)
             }
             sys::XEN_DOMCTL_get_vcpu_msrs => self.msrs(),
             sys::XEN_DOMCTL_set_vcpu_msrs => {
                 let body: sys::xen_domctl_vcpu_msrs = self.load()?;
                 let msr = size_of::<sys::xen_domctl_vcpu_msr>() as u64;
-                let state = self.octets(body.msrs, u64::from(body.msr_count) * msr)?;
+                let state = self.bytes(body.msrs, u64::from(body.msr_count) * msr)?;
                 self.set_state(body.vcpu, VcpuBlob::Msrs, &state)
             }
             _ => Err(Errno::ENOSYS),
@@ -103,11 +103,11 @@ impl Domctl<'_> {
             rax.copy_from_slice(&context[RAX..RAX + 8]);
             return done(self.domain.set_hvm_context(&hvm));
         }
-        let octets = match self.domain.guest_width().map_err(errno)? {
+        let bytes = match self.domain.guest_width().map_err(errno)? {
             4 => 0xaf0,
             _ => CONTEXT,
         };
-        self.set_state(body.vcpu, VcpuBlob::Basic, &context[..octets])
+        self.set_state(body.vcpu, VcpuBlob::Basic, &context[..bytes])
     }
 
     fn xsave(&self) -> Result<u64, Errno> {

@@ -131,8 +131,8 @@ impl Face {
     /// frames that are there already.
     fn m2p_page(&self, gfn: Gfn) -> Result<Mfn, Errno> {
         let page = gfn.0.checked_sub(M2P_FRAMES).ok_or(Errno::EPERM)?;
-        let octets = self.host.machine.frames.len() * size_of::<u64>() as u64;
-        let pages = octets.div_ceil(PAGE_SIZE as u64);
+        let bytes = self.host.machine.frames.len() * size_of::<u64>() as u64;
+        let pages = bytes.div_ceil(PAGE_SIZE as u64);
         Ok(Mfn(page.min(pages - 1)))
     }
 }

@@ -65,9 +65,9 @@ impl Face {
     fn reservation(&self, cmd: u32, address: u64) -> Result<u64, Errno> {
         let ask: sys::xen_memory_reservation = self.load(address)?;
         let count = usize::try_from(ask.nr_extents).map_err(|_| Errno::EINVAL)?;
-        let octets = count.checked_mul(8).ok_or(Errno::EINVAL)?;
-        let octets = self.buffers.read(ask.extent_start, octets)?;
-        let (words, _) = octets.as_chunks::<8>();
+        let bytes = count.checked_mul(8).ok_or(Errno::EINVAL)?;
+        let bytes = self.buffers.read(ask.extent_start, bytes)?;
+        let (words, _) = bytes.as_chunks::<8>();
         let mut frames: Vec<Gfn> = words.iter().map(|w| Gfn(u64::from_ne_bytes(*w))).collect();
         // A domain that is not there gets nothing, and that is all Xen says.
         let Ok(domain) = self.domain(ask.domid) else {

@@ -350,8 +350,8 @@ fn memory_that_is_no_buffer_is_efault() {
     };
     assert_eq!(domctl(0), Errno::EFAULT);
     let version = 0x15_u32;
-    let fill = |octets| {
-        let mut buffer = face.buffer(octets).unwrap();
+    let fill = |bytes| {
+        let mut buffer = face.buffer(bytes).unwrap();
         buffer.write(0, &sys::XEN_DOMCTL_getdomaininfo.to_ne_bytes());
         buffer.write(4, &version.to_ne_bytes());
         buffer
@@ -437,10 +437,10 @@ fn a_structure_means_the_same_taken_apart_as_put_together() {
             emulation: sys::XEN_X86_EMU_LAPIC,
             handle: *b"0123456789abcdef",
         };
-        let octets = (interface.encode_info)(&info);
-        assert_eq!(octets.len(), interface.info_octets);
-        assert_eq!((interface.decode_info)(&octets), Some(info));
-        assert_eq!((interface.decode_info)(&octets[1..]), None);
+        let bytes = (interface.encode_info)(&info);
+        assert_eq!(bytes.len(), interface.info_bytes);
+        assert_eq!((interface.decode_info)(&bytes), Some(info));
+        assert_eq!((interface.decode_info)(&bytes[1..]), None);
         // One whose vcpus have not been made yet.
         let none = crate::xen::interface::Info {
             max_vcpu_id: u32::MAX,
@@ -461,9 +461,9 @@ fn a_structure_means_the_same_taken_apart_as_put_together() {
             misc_flags: u32::from(interface.domctl > 0x12),
             cpupool: if interface.has_cpupool { 3 } else { 0 },
         };
-        let octets = (interface.encode_create)(&create);
-        assert_eq!((interface.decode_create)(&octets), Some(create));
-        assert_eq!((interface.decode_create)(&octets[1..]), None);
+        let bytes = (interface.encode_create)(&create);
+        assert_eq!((interface.decode_create)(&bytes), Some(create));
+        assert_eq!((interface.decode_create)(&bytes[1..]), None);
     }
 }
 

@@ -51,7 +51,7 @@ struct Process {
 struct Build<'a> {
     domain: &'a MockDomain,
     spec: &'a GuestSpec,
-    /// Octets in the guest's word.
+    /// Bytes in the guest's word.
     width: usize,
     /// To each pfn its mfn, or `None` where it is ballooned out.
     p2m: Vec<Option<u64>>,
@@ -354,7 +354,7 @@ impl Build<'_> {
         let layout = SharedInfoLayout::of(self.spec.width);
         let vcpu = VcpuLayout::of(self.spec.width);
         let mut page = [0; PAGE_SIZE];
-        page[layout.evtchn_mask..][..layout.evtchn_mask_octets].fill(0xff);
+        page[layout.evtchn_mask..][..layout.evtchn_mask_bytes].fill(0xff);
         // vcpu_info: events masked; version and rate of the clock. The page has room for 32
         // (Xen's XEN_LEGACY_MAX_VCPUS); further vcpus register a page of their own.
         for n in 0..self.spec.vcpus.min(32) as usize {

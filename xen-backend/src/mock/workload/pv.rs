@@ -154,8 +154,8 @@ impl PvView {
         let layout = SharedInfoLayout::of(state.record.width);
         let shared_info = Mfn(state.record.shared_info);
         let at = layout.p2m_generation / layout.width;
-        let octet = layout.p2m_generation / 8;
-        let word = domain.machine.load(shared_info, octet).to_le_bytes();
+        let byte = layout.p2m_generation / 8;
+        let word = domain.machine.load(shared_info, byte).to_le_bytes();
         let old = read_word(&word, layout.p2m_generation % 8, layout.width);
         domain.store_narrow(shared_info, layout.width, at, old.wrapping_add(1));
     }

@@ -56,8 +56,8 @@ impl Build<'_> {
         let layout = VcpuLayout::of(self.spec.width);
         let mut random = SplitMix64::new(!self.spec.seed ^ u64::from(vcpu));
         let mut context = vec![0; layout.size];
-        for octets in context[..512].chunks_exact_mut(8).skip(20) {
-            octets.copy_from_slice(&random.next().to_le_bytes());
+        for bytes in context[..512].chunks_exact_mut(8).skip(20) {
+            bytes.copy_from_slice(&random.next().to_le_bytes());
         }
         write_word(&mut context, 0, 4, 0x37f);
         write_word(&mut context, 24, 4, 0x1f80);

@@ -1,0 +1,33 @@
+//! The commands, run as users run them: one binary, so that they are linked once.
+
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::unwrap_used,
+    reason = "a test fails by panicking"
+)]
+
+mod bare;
+mod beside;
+mod colo;
+mod common;
+mod convert;
+mod cpu;
+mod direct;
+mod domains;
+mod foreign;
+mod golden;
+mod handshake;
+mod images;
+mod json;
+mod legacy;
+mod mapped;
+mod migrate;
+mod outputs;
+mod peer;
+mod progress;
+mod remus;
+mod rework;
+mod signals;
+mod terminal;
+mod through_xl;
+mod verdict;

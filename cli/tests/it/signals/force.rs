@@ -1,0 +1,192 @@
+//! Signals that stay ignored, the hard way out, and what must not hold a signal up.
+
+use super::*;
+
+/// `nohup`, and a job that a script runs in the background.
+#[test]
+fn what_was_ignored_stays_ignored() {
+    let hosts = Hosts::with("pvh", &[]);
+    let file = hosts.path("web.save");
+    let here = backend(&hosts.here);
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", "trap '' HUP INT QUIT 40; exec \"$@\"", "sh"]);
+    command.arg(env!("CARGO_BIN_EXE_xsr"));
+    command.args(["save", &here, "-c", "web", arg(&file)]);
+    let mut command = staged_command(hosts.dir.path(), command);
+    assert!(command.hold("suspended", 1));
+    for signal in [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT] {
+        command.signal(signal, false);
+    }
+    command.signal_number(40);
+    let (ran, _) = command.end();
+    assert_eq!(ran.stderr, "");
+    ran.code(0);
+    assert!(file.exists());
+}
+
+/// Those that Rust has no name for, and those that say that a process has crashed, too.
+#[test]
+fn every_signal_that_ends_a_process_is_a_request() {
+    let hosts = Hosts::with("pvh", &[]);
+    let file = hosts.path("web.save");
+    let here = backend(&hosts.here);
+    let standard = [
+        1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 14, 15, 16, 24, 26, 27, 29, 30, 31,
+    ];
+    for number in standard.into_iter().chain([34, 40, 64]) {
+        let mut command = staged(hosts.dir.path(), ["save", &here, "web", arg(&file)]);
+        assert!(command.hold("suspended", 1));
+        command.signal_number(number);
+        command.until_said("interrupting").unwrap();
+        let (ran, _) = command.end();
+        assert_eq!(ran.code, 1, "signal {number}: {ran:?}");
+        no_force(&ran, &format!("signal {number}"));
+        assert!(has(&domains(&hosts.here), "web running"), "signal {number}");
+        assert!(!file.exists() && partial_files(hosts.dir.path()).is_empty());
+    }
+}
+
+/// Nothing has to be put right.
+#[test]
+fn a_command_that_writes_nothing_ends_by_the_signal() {
+    let hosts = Hosts::with("pvh", &[]);
+    let fifo = hosts.path("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    // 128 + N: a real-time signal cannot be raised.
+    for (number, code) in [(15, -1), (11, -1), (16, -1), (40, 128 + 40)] {
+        let command = Running::start(["verify", arg(&fifo)]);
+        command.until_thread("signals");
+        command.signal_number(number);
+        let ran = command.end();
+        assert_eq!(ran.code, code, "signal {number}: {ran:?}");
+    }
+}
+
+#[test]
+fn the_hard_way_out_is_for_who_insists_and_says_what_it_leaves() {
+    let hosts = Hosts::with("pvh", &[]);
+    let file = hosts.path("web.save");
+    let here = backend(&hosts.here);
+    for insists in [Signal::SIGINT, Signal::SIGTERM] {
+        let mut command = staged(hosts.dir.path(), ["save", &here, "web", arg(&file)]);
+        assert!(command.hold("suspended", 1));
+        command.signal(Signal::SIGHUP, false);
+        let said = command.until_said("interrupting").unwrap();
+        assert!(said.contains("press Ctrl-C again to end at once"), "{said}");
+        // The time that has to pass.
+        thread::sleep(Duration::from_millis(1100));
+        command.signal(Signal::SIGHUP, false);
+        assert!(!partial_files(hosts.dir.path()).is_empty());
+        command.signal(insists, false);
+        // It does not go on: it ends where it is held.
+        let ran = command.end_held();
+        let ran = ran.code(130).stderr_has("ended at once");
+        let partial = partial_files(hosts.dir.path());
+        let [partial] = partial.as_slice() else {
+            panic!("{partial:?}");
+        };
+        let ran = ran.stderr_has(&format!("{} is not complete: remove it", partial.display()));
+        let resume = format!("xsr mock resume --host {} web", hosts.here.display());
+        ran.stderr_has(&format!("web is suspended here: `{resume}`"));
+        fs::remove_file(partial).unwrap();
+        assert!(has(&domains(&hosts.here), "web suspended"));
+        run(["mock", "resume", "web", "--host", arg(&hosts.here)]).code(0);
+    }
+}
+
+/// There is none where the user could not be told of it.
+#[test]
+fn no_hard_way_out_without_an_announcement() {
+    let hosts = Hosts::with("pvh", &[]);
+    let file = hosts.path("web.save");
+    let here = backend(&hosts.here);
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", "exec \"$@\" 2>&-", "sh", env!("CARGO_BIN_EXE_xsr")]);
+    command.args(["save", &here, "web", arg(&file)]);
+    let mut command = staged_command(hosts.dir.path(), command);
+    assert!(command.hold("suspended", 1));
+    command.signal(Signal::SIGINT, false);
+    thread::sleep(Duration::from_millis(1100));
+    command.signal(Signal::SIGINT, false);
+    let (ran, _) = command.end();
+    ran.code(1);
+    assert!(has(&domains(&hosts.here), "web running"));
+    assert!(partial_files(hosts.dir.path()).is_empty());
+}
+
+#[test]
+fn the_hard_way_out_behind_go_says_that_nobody_knows() {
+    let hosts = Hosts::with("pvh", &[]);
+    let socket = hosts.path("socket");
+    let receiver = listen(&socket);
+    let mut sender = hosts.sender(&socket, &[]);
+    let (mut peer, _) = receiver.accept().unwrap();
+    std::io::Write::write_all(&mut peer, BANNER).unwrap();
+    hear_image(&mut peer);
+    std::io::Write::write_all(&mut peer, crate::common::migration::READY).unwrap();
+    hear(&mut peer, crate::common::migration::GO);
+    sender.signal(Signal::SIGTERM);
+    let said = sender.line("too late to interrupt");
+    assert!(said.contains("waiting for its report"), "{said}");
+    assert!(said.contains("press Ctrl-C again"), "{said}");
+    sender.signal(Signal::SIGTERM);
+    thread::sleep(Duration::from_millis(1100));
+    sender.signal(Signal::SIGTERM);
+    let ran = sender.end().code(3).stderr_has("ended at once");
+    let ran = ran.stderr_has("web is suspended here, as web--migratedaway");
+    ran.stderr_has("had been told to run it");
+    assert!(has(&domains(&hosts.here), "web--migratedaway suspended"));
+}
+
+/// What nobody writes to, and what nobody reads from, holds no signal up.
+#[test]
+fn a_command_that_waits_for_a_pipe_hears() {
+    let hosts = Hosts::with("pvh", &[]);
+    let out = hosts.path("out");
+    let fifo = hosts.path("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let here = backend(&hosts.here);
+    let there = backend(&hosts.there);
+    for args in [
+        vec!["convert", arg(&fifo), "-o", arg(&out)],
+        vec!["edit", arg(&fifo), "-o", arg(&out)],
+        vec!["restore", &there, arg(&fifo)],
+        vec!["save", &here, "web", arg(&fifo)],
+    ] {
+        let command = Running::start(&args);
+        command.until_thread("signals");
+        command.signal(Signal::SIGTERM);
+        let ran = command.end();
+        assert!(matches!(ran.code, 1 | -1), "{args:?}: {ran:?}");
+        assert!(!out.exists());
+    }
+    assert_eq!(hosts.domains(), [vec!["web running".to_owned()], vec![]]);
+    assert!(partial_files(hosts.dir.path()).is_empty());
+}
+
+/// `ulimit -f`: an error of the write.
+#[test]
+fn a_file_that_may_not_grow_is_an_error_and_no_signal() {
+    let hosts = Hosts::with("pvh", &[]);
+    let image = hosts.path("image.save");
+    fs::write(&image, hosts.image()).unwrap();
+    let out = hosts.path("out");
+    let here = backend(&hosts.here);
+    for args in [
+        vec!["save", "--force", &here, "web", arg(&out)],
+        vec!["convert", "--to", "libxl", arg(&image), "-o", arg(&out)],
+        vec!["edit", "--name", "mail", arg(&image), "-o", arg(&out)],
+        vec!["export", arg(&image), arg(&out)],
+    ] {
+        let mut command = std::process::Command::new("sh");
+        // In units of 512 bytes.
+        command.args(["-c", "ulimit -f 4000; exec \"$@\"", "sh"]);
+        command.arg(env!("CARGO_BIN_EXE_xsr")).args(&args);
+        let output = command.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{args:?}: {said}");
+        assert!(said.contains("File too large"), "{args:?}: {said}");
+        assert!(!out.exists() && partial_files(hosts.dir.path()).is_empty());
+    }
+    assert!(has(&domains(&hosts.here), "web running"));
+}

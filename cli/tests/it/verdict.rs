@@ -1,0 +1,626 @@
+//! One meaning and one verdict: what a stream with repeated records means to every command,
+//! and that `verify` says what `restore` would say.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::common::{arg, backend, image, layers, run, scratch};
+
+/// A record of the libxc stream, as `(kind, body)`.
+type Rec = (u32, Vec<u8>);
+
+const P2M_FRAMES: u32 = 3;
+const HVM_CONTEXT: u32 = 9;
+const HVM_PARAMS: u32 = 10;
+const END: u32 = 0;
+
+/// Take the libxc stream of an image apart, change its records, and put it together again.
+fn changed(from: &str, to: &Path, change: impl FnOnce(&mut Vec<Rec>)) {
+    let bytes = fs::read(image(from)).unwrap();
+    let (_, libxc, _) = layers(&bytes);
+    let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+    let mut at = libxc + 40;
+    let mut records = Vec::new();
+    loop {
+        let (kind, length) = (word(at), word(at + 4) as usize);
+        records.push((kind, bytes[at + 8..at + 8 + length].to_vec()));
+        at += 8 + length.next_multiple_of(8);
+        if kind == END {
+            break;
+        }
+    }
+    change(&mut records);
+    let mut out = bytes[..libxc + 40].to_vec();
+    for (kind, body) in records {
+        out.extend(record(kind, &body));
+    }
+    out.extend_from_slice(&bytes[at..]);
+    fs::write(to, out).unwrap();
+}
+
+fn record(kind: u32, body: &[u8]) -> Vec<u8> {
+    let mut out = kind.to_le_bytes().to_vec();
+    out.extend(u32::try_from(body.len()).unwrap().to_le_bytes());
+    out.extend(body);
+    out.resize(8 + body.len().next_multiple_of(8), 0);
+    out
+}
+
+fn find(records: &[Rec], kind: u32) -> usize {
+    records.iter().position(|(k, _)| *k == kind).unwrap()
+}
+
+/// An entry of an HVM context.
+fn entry(kind: u16, instance: u16, body: &[u8]) -> Vec<u8> {
+    let mut out = [kind.to_le_bytes(), instance.to_le_bytes()].concat();
+    out.extend(u32::try_from(body.len()).unwrap().to_le_bytes());
+    out.extend(body);
+    out
+}
+
+/// The entries of an HVM context, each with its head.
+fn entries(mut context: &[u8]) -> Vec<Vec<u8>> {
+    let mut out = Vec::new();
+    while !context.is_empty() {
+        let length = u32::from_le_bytes(context[4..8].try_into().unwrap()) as usize;
+        let (entry, rest) = context.split_at(8 + length);
+        out.push(entry.to_vec());
+        context = rest;
+    }
+    out
+}
+
+fn path(dir: &Path, name: &str) -> PathBuf {
+    dir.join(format!("{name}.save"))
+}
+
+/// A second X86_PV_P2M_FRAMES is a correction, not more of the table.
+#[test]
+fn a_repeated_p2m_overwrites() {
+    let dir = scratch();
+    let twice = path(dir.path(), "twice");
+    changed("tpv", &twice, |records| {
+        let at = find(records, P2M_FRAMES);
+        records.insert(at, records[at].clone());
+    });
+    let good = image("tpv");
+    run(["verify", arg(&twice)]).code(0);
+    let ran = run(["diff", "--json", arg(&good), arg(&twice)]).code(1);
+    let differences = ran.json()["differences"].as_array().unwrap().clone();
+    let sections: Vec<_> = differences.iter().map(|d| &d["section"]).collect();
+    assert_eq!(sections, ["records"], "{differences:?}");
+}
+
+/// Several HVM_PARAMS merge, parameter by parameter, in every command.
+#[test]
+fn several_hvm_params_merge() {
+    let dir = scratch();
+    let split = path(dir.path(), "split");
+    let mut count = 0;
+    changed("tpvh", &split, |records| {
+        let at = find(records, HVM_PARAMS);
+        let body = records[at].1.clone();
+        let params: Vec<&[u8]> = body[8..].chunks(16).collect();
+        count = params.len();
+        let of = |params: &[&[u8]]| {
+            let count = u64::try_from(params.len()).unwrap().to_le_bytes().to_vec();
+            [count, params.concat()].concat()
+        };
+        // The first half has another value for parameter 1 (or whichever is first).
+        let mut other = params[0].to_vec();
+        other[8] ^= 0xff;
+        records[at].1 = of(&[&[other.as_slice()], &params[1..]].concat());
+        records.insert(at + 1, (HVM_PARAMS, of(&params[..1])));
+    });
+    let good = image("tpvh");
+    let ran = run(["diff", "--json", arg(&good), arg(&split)]).code(1);
+    let differences = ran.json()["differences"].as_array().unwrap().clone();
+    let sections: Vec<_> = differences.iter().map(|d| &d["section"]).collect();
+    assert_eq!(sections, ["records"], "{differences:?}");
+    let params =
+        |file: &Path| run(["inspect", "--json", arg(file)]).code(0).json()["hvm_params"].clone();
+    assert_eq!(params(&split), params(&good));
+    assert_eq!(params(&good).as_array().unwrap().len(), count);
+
+    // What is restored from it is the same guest.
+    let (host, again) = (dir.path().join("host"), path(dir.path(), "again"));
+    run(["restore", &backend(&host), arg(&split)]).code(0);
+    run(["save", &backend(&host), "tpvh", arg(&again)]).code(0);
+    let ran = run([
+        "diff",
+        "--json",
+        "--after-restore",
+        arg(&split),
+        arg(&again),
+    ])
+    .code(1);
+    let differences = ran.json()["differences"].as_array().unwrap().clone();
+    let unexpected = differences.iter().filter(|d| d["expected"].is_null());
+    assert!(
+        unexpected.clone().all(|d| d["section"] == "records"),
+        "{differences:?}"
+    );
+}
+
+/// What `verify` says, and what `restore` says: the same verdict, and the same words in both.
+fn both_say(file: &Path, words: &str) {
+    run(["verify", arg(file)]).code(2).stdout_has(words);
+    let dir = scratch();
+    let host = dir.path().join("host");
+    run(["restore", &backend(&host), arg(file)])
+        .code(2)
+        .stderr_has(words);
+}
+
+#[test]
+fn an_hvm_context_that_xen_cannot_frame_is_bad() {
+    let dir = scratch();
+    let file = path(dir.path(), "context");
+    let with = |change: &dyn Fn(&mut Vec<Vec<u8>>)| {
+        changed("tpvh", &file, |records| {
+            let at = find(records, HVM_CONTEXT);
+            let mut list = entries(&records[at].1);
+            change(&mut list);
+            records[at].1 = list.concat();
+        });
+    };
+    let cpu = |list: &[Vec<u8>]| list.iter().find(|e| e[0] == 2).unwrap().clone();
+    with(&|list| drop(list.pop()));
+    both_say(&file, "the context has no END");
+    with(&|list| drop(list.remove(0)));
+    both_say(&file, "expected HEADER");
+    with(&|list| list[0][8] ^= 1);
+    both_say(&file, "magic");
+    with(&|list| {
+        let last = list.len() - 2;
+        list[last].truncate(20);
+        list.truncate(last + 1);
+    });
+    both_say(&file, "are left");
+    with(&|list| {
+        let mut cpu = cpu(list);
+        cpu[2] = 200;
+        list.insert(2, cpu);
+    });
+    both_say(&file, "CPU (instance 200)");
+    with(&|list| list.insert(2, cpu(list)));
+    both_say(&file, "CPU (instance 0) comes twice");
+    with(&|list| list[1] = entry(2, 0, &[0; 900]));
+    both_say(&file, "has 900 bytes");
+    // What Xen does not look at is not bad.
+    with(&|list| list.push(vec![1, 2, 3]));
+    run(["verify", arg(&file)]).code(0);
+}
+
+/// An image whose configuration has another text in one place.
+fn with_config(to: &Path, from: &str, text: &str) {
+    let bytes = fs::read(image("tpv")).unwrap();
+    let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+    // The length of the optional data, then in it that of the configuration.
+    let end = 52 + word(48) as usize;
+    let config = String::from_utf8_lossy(&bytes[52..end]).into_owned();
+    assert!(config.contains(from), "{config}");
+    let config = config.replacen(from, text, 1);
+    let length = u32::try_from(config.len()).unwrap();
+    let mut out = bytes[..44].to_vec();
+    out.extend((word(44) - word(48) + length).to_le_bytes());
+    out.extend(length.to_le_bytes());
+    out.extend(config.as_bytes());
+    out.extend(&bytes[end..]);
+    fs::write(to, out).unwrap();
+}
+
+#[test]
+fn a_configuration_that_makes_no_domain_is_bad() {
+    let dir = scratch();
+    let file = path(dir.path(), "config");
+    for (from, to, words) in [
+        ("{", "(", "JSON"),
+        (
+            r#""type": "pv""#,
+            r#""type": "xx""#,
+            "expected pv, hvm or pvh",
+        ),
+        (
+            r#""type": "pv""#,
+            r#""type": "pvh""#,
+            "stream is that of an x86 PV guest",
+        ),
+        (r#""name": "#, r#""nome": "#, "has no c_info.name"),
+        (
+            r#""max_vcpus": 1"#,
+            r#""max_vcpus": 9000"#,
+            "expected 1 to 8192",
+        ),
+        (
+            r#""max_memkb": "#,
+            r#""mox_memkb": "#,
+            "has no b_info.max_memkb",
+        ),
+    ] {
+        with_config(&file, from, to);
+        both_say(&file, words);
+        // `inspect` shows the image all the same, and says that it is bad.
+        run(["inspect", arg(&file)])
+            .code(2)
+            .stdout_has("BAD")
+            .stdout_has(words)
+            .stdout_has("X86_PV_VCPU_BASIC");
+    }
+    // Not UTF-8.
+    let mut bytes = fs::read(image("tpv")).unwrap();
+    bytes[60] = 0xff;
+    fs::write(&file, bytes).unwrap();
+    both_say(&file, "UTF-8");
+}
+
+#[test]
+fn state_that_the_domain_cannot_hold_is_bad() {
+    let dir = scratch();
+    let file = path(dir.path(), "state");
+    // A vcpu that no guest has, and one that this domain does not have.
+    for (vcpu, words) in [(0xffff_fffe_u32, "expected at most 8191"), (1, "vcpu 1")] {
+        changed("tpv", &file, |records| {
+            let at = find(records, 4);
+            let mut second = records[at].clone();
+            second.1[..4].copy_from_slice(&vcpu.to_le_bytes());
+            records.insert(at + 1, second);
+        });
+        both_say(&file, words);
+    }
+    // A pfn that no x86 guest has. (The pages of tpvh are not bounded by a p2m.)
+    changed("tpvh", &file, |records| {
+        let at = find(records, 1);
+        let count = u64::from_le_bytes(records[at].1[..8].try_into().unwrap());
+        let last = usize::try_from(8 * count).unwrap();
+        let entry = 1_u64 << 40 | 0xf << 60;
+        records[at].1[last..last + 8].copy_from_slice(&entry.to_le_bytes());
+        // That is the last entry; it has no contents any more, if it had some.
+        let entries = records[at].1[8..last + 8].chunks(8);
+        let with = entries.filter(|e| e[7] >> 4 < 0xd).count();
+        records[at].1.truncate(last + 8 + with * 4096);
+    });
+    both_say(&file, "beyond 0xffffffffff");
+}
+
+#[test]
+fn the_guest_type_is_part_of_the_verdict() {
+    let dir = scratch();
+    let file = path(dir.path(), "type");
+    let mut bytes = fs::read(image("tpv")).unwrap();
+    let (_, libxc, _) = layers(&bytes);
+    bytes[libxc + 24] = 0x41;
+    fs::write(&file, bytes).unwrap();
+    both_say(&file, "the guest is of type 0x41, which is unknown");
+}
+
+/// Linux has one page of invalid entries for all ranges in which it has no memory.
+#[test]
+fn a_p2m_frame_may_stand_for_ranges_without_memory_only() {
+    let dir = scratch();
+    let file = path(dir.path(), "p2m");
+    let with = |ranges: usize, frame: Option<u64>| {
+        changed("tpv", &file, |records| {
+            let at = find(records, P2M_FRAMES);
+            let body = &mut records[at].1;
+            let own = body[8..16].try_into().map(u64::from_le_bytes).unwrap();
+            for _ in 0..ranges {
+                body.extend(frame.unwrap_or(own).to_le_bytes());
+            }
+            let last = u32::try_from((body.len() - 8) / 8 * 512 - 1).unwrap();
+            body[4..8].copy_from_slice(&last.to_le_bytes());
+        });
+    };
+    with(100, Some(0x2bc));
+    run(["verify", arg(&file)]).code(0);
+    let host = dir.path().join("host");
+    run(["restore", &backend(&host), arg(&file)]).code(0);
+    with(1, None);
+    both_say(&file, "frames 0 and 2 of the p2m are both at pfn");
+}
+
+#[test]
+fn what_is_odd_is_a_warning() {
+    let dir = scratch();
+    let file = path(dir.path(), "odd");
+    let mut bytes = fs::read(image("tpv")).unwrap();
+    bytes.extend(bytes.clone());
+    fs::write(&file, bytes).unwrap();
+    let warning = "begin like another image";
+    run(["verify", arg(&file)]).code(0).stdout_has(warning);
+    run(["inspect", arg(&file)]).code(0).stdout_has(warning);
+    let warnings = |command: &str| {
+        let ran = run([command, "--json", arg(&file)]).code(0);
+        let warnings = ran.json()["warnings"].as_array().unwrap().clone();
+        warnings[0].as_str().unwrap().to_owned()
+    };
+    assert_eq!(warnings("verify"), warnings("inspect"));
+    changed("tpvh", &file, |records| {
+        records.insert(0, (0x8000_0001, vec![1, 2, 3]));
+        let at = find(records, HVM_CONTEXT);
+        let end = records[at].1.len() - 8;
+        let unknown = entry(99, 0, &[1; 16]);
+        records[at].1.splice(end..end, unknown);
+        let at = find(records, HVM_PARAMS);
+        records.remove(at);
+    });
+    run(["verify", arg(&file)])
+        .code(0)
+        .stdout_has("1 optional record")
+        .stdout_has("unknown type 99")
+        .stdout_has("no HVM_PARAMS");
+}
+
+/// A refused parameter is named by the restore, and `verify` warns of it.
+#[test]
+fn an_unknown_hvm_parameter_is_named() {
+    let dir = scratch();
+    let file = path(dir.path(), "param");
+    changed("tpvh", &file, |records| {
+        let at = find(records, HVM_PARAMS);
+        let body = &mut records[at].1;
+        let count = u32::from_le_bytes(body[..4].try_into().unwrap());
+        body[..4].copy_from_slice(&(count + 1).to_le_bytes());
+        body.extend(200_u64.to_le_bytes());
+        body.extend(7_u64.to_le_bytes());
+    });
+    run(["verify", arg(&file)])
+        .code(0)
+        .stdout_has("HVM_PARAMS: parameter 0xc8 is unknown");
+    let host = dir.path().join("host");
+    run(["restore", &backend(&host), arg(&file)])
+        .code(1)
+        .stderr_has("HVM_PARAMS: parameter 0xc8 (unknown) was refused with the value 0x7");
+}
+
+/// Where a file is cut off, every command says how many bytes the record still needs.
+#[test]
+fn every_command_counts_the_same_missing_bytes() {
+    let bytes = fs::read(image("tpv")).unwrap();
+    let (_, libxc, _) = layers(&bytes);
+    let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+    // Where PAGE_DATA and the vcpu's registers begin, and how long they are.
+    let mut places = Vec::new();
+    let mut at = libxc + 40;
+    while word(at) != END {
+        let length = 8 + (word(at + 4) as usize).next_multiple_of(8);
+        if [1, 4].contains(&word(at)) {
+            places.push((at, length));
+        }
+        at += length;
+    }
+    let dir = scratch();
+    let good = image("tpv");
+    for (at, length) in places {
+        for cut in [10, 30, 2000, length / 2 + 77, length - 1] {
+            if cut >= length {
+                continue;
+            }
+            let file = path(dir.path(), "cut");
+            fs::write(&file, &bytes[..at + cut]).unwrap();
+            let words = format!("{} bytes more were expected", length - cut);
+            let (host, out) = (dir.path().join("host"), dir.path().join("out"));
+            let host = backend(&host);
+            run(["verify", arg(&file)]).code(2).stdout_has(&words);
+            let says = |args: &[&str]| drop(run(args).code(2).stderr_has(&words));
+            says(&["inspect", arg(&file)]);
+            says(&["convert", "--to", "libxc", arg(&file), "-o", arg(&out)]);
+            says(&["edit", "--name", "other", arg(&file), "-o", arg(&out)]);
+            says(&["cat", arg(&file)]);
+            says(&["restore", &host, arg(&file)]);
+            says(&["restore", &host, "--threads", "1", arg(&file)]);
+            says(&["diff", arg(&good), arg(&file)]);
+            says(&["export", arg(&file), "-o", arg(&out)]);
+        }
+    }
+}
+
+/// Records that a restore keeps are bounded all together.
+#[test]
+fn emulators_records_are_bounded() {
+    let dir = scratch();
+    let file = path(dir.path(), "emulators");
+    let bytes = fs::read(image("tpvh")).unwrap();
+    let (.., end) = layers(&bytes);
+    let mut out = bytes[..end].to_vec();
+    let mut body = [2_u32.to_le_bytes(), 0_u32.to_le_bytes()].concat();
+    body.resize(40 << 20, 0);
+    for _ in 0..4 {
+        out.extend(record(3, &body));
+    }
+    out.extend(record(0, &[]));
+    fs::write(&file, out).unwrap();
+    both_say(&file, "more than a restore keeps");
+}
+
+/// Records are few, however short they are: what is kept for each is longer than it is.
+#[test]
+fn tiny_records_are_bounded_in_number() {
+    let dir = scratch();
+    let file = path(dir.path(), "tiny");
+    let tsc = (8, vec![0; 24]);
+    changed("tpvh", &file, |records| {
+        let at = find(records, HVM_PARAMS);
+        records.splice(at..at, std::iter::repeat_n(tsc.clone(), 1 << 17));
+    });
+    let words = "more than 131072 records other than PAGE_DATA";
+    both_say(&file, words);
+    run(["inspect", arg(&file)]).code(2).stderr_has(words);
+    run(["diff", arg(&file), arg(&file)])
+        .code(2)
+        .stderr_has(words);
+
+    changed("tpvh", &file, |records| {
+        let at = find(records, HVM_CONTEXT);
+        let mut list = entries(&records[at].1);
+        let end = list.pop().unwrap();
+        let unknown = (0..=u16::MAX).map(|instance| entry(0x7000, instance, &[]));
+        list.extend(unknown);
+        list.push(end);
+        records[at].1 = list.concat();
+    });
+    both_say(&file, "expected at most 65536 entries");
+
+    // Of eight bytes each, around the libxc stream.
+    let bytes = fs::read(image("tpvh")).unwrap();
+    let (.., end) = layers(&bytes);
+    let mut out = bytes[..end].to_vec();
+    out.extend(record(0x8000_0001, &[]).repeat(300_000));
+    out.extend(record(0, &[]));
+    fs::write(&file, out).unwrap();
+    both_say(&file, "more than a restore keeps");
+}
+
+/// `diff` keeps the bytes of optional records, because nothing is known of them but those: some.
+#[test]
+fn optional_records_of_many_bytes_are_good_and_not_compared() {
+    let dir = scratch();
+    let file = path(dir.path(), "long");
+    changed("tpvh", &file, |records| {
+        let at = find(records, HVM_PARAMS);
+        let body = vec![0; 20 << 20];
+        records.splice(at..at, std::iter::repeat_n((0x8000_0001, body), 2));
+    });
+    run(["verify", arg(&file)]).code(0);
+    run(["diff", arg(&file), arg(&file)])
+        .code(1)
+        .stderr_has("too many bytes in optional records");
+}
+
+/// A configuration of more than 1 MiB is bad for each command that goes by it, and takes no
+/// memory of its own; `edit --config` mends the image.
+#[test]
+fn a_configuration_longer_than_any_is_bad_and_takes_no_memory() {
+    let dir = scratch();
+    let (file, out, json) = (
+        path(dir.path(), "long"),
+        path(dir.path(), "out"),
+        dir.path().join("json"),
+    );
+    let bytes = fs::read(image("tpvh")).unwrap();
+    let (libxl, ..) = layers(&bytes);
+    let good = bytes[52..libxl].strip_suffix(&[0]).unwrap();
+    fs::write(&json, good).unwrap();
+    let with = |config: &[u8]| {
+        let length = u32::try_from(config.len()).unwrap();
+        let mut out = bytes[..44].to_vec();
+        out.extend((length + 4).to_le_bytes());
+        out.extend(length.to_le_bytes());
+        out.extend(config);
+        out.extend(&bytes[libxl..]);
+        fs::write(&file, out).unwrap();
+    };
+    let padded = |length: usize, item: &str| {
+        let text = std::str::from_utf8(good).unwrap().trim_end();
+        let mut config = text.strip_suffix('}').unwrap().as_bytes().to_vec();
+        config.extend(br#","x":["#);
+        while config.len() + item.len() + 3 < length {
+            config.extend(item.as_bytes());
+            config.push(b',');
+        }
+        config.extend(b"0]");
+        config.resize(length - 1, b' ');
+        config.extend(b"}\0");
+        config
+    };
+    // The longest, of what takes the most memory for its length.
+    with(&padded(1 << 20, r#"{"":0}"#));
+    let limited = |args: &[&str]| {
+        let output = std::process::Command::new("sh")
+            .args(["-c", r#"ulimit -v 524288; exec "$@""#, "sh"])
+            .arg(env!("CARGO_BIN_EXE_xsr"))
+            .args(args)
+            .output()
+            .unwrap();
+        let text = [output.stdout, output.stderr].concat();
+        let text = String::from_utf8_lossy(&text).into_owned();
+        (output.status.code(), text)
+    };
+    let (code, text) = limited(&["verify", arg(&file)]);
+    assert_eq!(code, Some(0), "{text}");
+    // (Another name might be longer.)
+    let uuid = "6f18a89f-849d-4334-8633-5976cbcde14c";
+    let (code, text) = limited(&["edit", "--uuid", uuid, arg(&file), "-o", arg(&out)]);
+    assert_eq!(code, Some(0), "{text}");
+
+    let words = "configuration has 1048577 bytes, expected at most 1048576";
+    with(&padded((1 << 20) + 1, "0"));
+    both_say(&file, words);
+    with(&padded(15 << 20, "[0]"));
+    let host = backend(&dir.path().join("host"));
+    let words = "bytes, expected at most 1048576";
+    for args in [
+        &["verify", arg(&file)][..],
+        &["inspect", arg(&file)],
+        &["inspect", "--json", arg(&file)],
+        &["restore", &host, arg(&file)],
+        &[
+            "edit",
+            "--force",
+            "--name",
+            "other",
+            arg(&file),
+            "-o",
+            arg(&out),
+        ],
+    ] {
+        let (code, text) = limited(args);
+        assert_eq!(code, Some(2), "{args:?}: {text}");
+        assert!(text.contains(words), "{args:?}: {text}");
+        assert!(text.len() < 100_000, "{args:?}");
+    }
+    let (_, text) = limited(&["diff", arg(&image("tpvh")), arg(&file)]);
+    assert!(!text.contains("alloc"), "{text}");
+    let edited = [
+        "edit",
+        "--force",
+        "--config",
+        arg(&json),
+        arg(&file),
+        "-o",
+        arg(&out),
+    ];
+    run(edited).code(0);
+    assert_eq!(fs::read(&out).unwrap().len(), bytes.len());
+    run(["verify", arg(&out)]).code(0);
+}
+
+#[test]
+fn raw_memory_has_holes_unless_asked_otherwise() {
+    use std::os::unix::fs::MetadataExt as _;
+    let dir = scratch();
+    let raw = dir.path().join("raw");
+    run([
+        "export",
+        "--format",
+        "raw",
+        arg(&image("tpvh")),
+        "-o",
+        arg(&raw),
+    ])
+    .code(0);
+    let made = fs::metadata(&raw).unwrap();
+    assert!(
+        made.len() > 0xf000_0000 && made.blocks() * 512 < 64 << 20,
+        "{made:?}"
+    );
+    // One page far beyond all others: with zeros that would be terabytes.
+    let far = path(dir.path(), "far");
+    changed("tpvh", &far, |records| {
+        let at = find(records, 1);
+        let entry = 1_u64 << 36;
+        records[at].1[8..16].copy_from_slice(&entry.to_le_bytes());
+    });
+    run([
+        "export",
+        "--format",
+        "raw",
+        "--no-sparse",
+        arg(&far),
+        "--force",
+        "-o",
+        arg(&raw),
+    ])
+    .code(1)
+    .stderr_has("probably damaged");
+}

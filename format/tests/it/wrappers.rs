@@ -1,0 +1,81 @@
+//! What stands around a libxc stream: the xl header, the libxl stream, and how a
+//! file is recognised.
+
+mod detect;
+mod failure;
+mod libxl;
+mod libxl_order;
+mod libxl_rules;
+mod xl;
+
+use std::io::{self, Read};
+
+use crate::support::images::{self, Image};
+
+use xsr_format::read::ReadOptions;
+
+const STRICT: ReadOptions = ReadOptions {
+    lenient: false,
+    offset: 0,
+};
+const LENIENT: ReadOptions = ReadOptions {
+    lenient: true,
+    offset: 0,
+};
+
+/// A source that counts what is taken from it and what is asked of it, and that gives
+/// one byte at a time, now and then interrupted.
+#[derive(Debug)]
+struct Counting<'a> {
+    bytes: &'a [u8],
+    taken: usize,
+    /// The farthest byte that any read had room for.
+    asked: usize,
+    calls: usize,
+}
+
+impl<'a> Counting<'a> {
+    fn new(bytes: &'a [u8]) -> Self {
+        Self {
+            bytes,
+            taken: 0,
+            asked: 0,
+            calls: 0,
+        }
+    }
+}
+
+impl Read for Counting<'_> {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        self.calls += 1;
+        if self.calls.is_multiple_of(7) {
+            return Err(io::ErrorKind::Interrupted.into());
+        }
+        self.asked = self.asked.max(self.taken + room.len());
+        match (room.first_mut(), self.bytes.get(self.taken)) {
+            (Some(to), Some(from)) => {
+                *to = *from;
+                self.taken += 1;
+                Ok(1)
+            }
+            _ => Ok(0),
+        }
+    }
+}
+
+/// A source that fails.
+#[derive(Debug)]
+struct Broken;
+
+impl Read for Broken {
+    fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+        Err(io::ErrorKind::PermissionDenied.into())
+    }
+}
+
+/// Every image there is.
+fn all_images() -> impl Iterator<Item = Image> {
+    let shared = images::shared();
+    let shared = shared.into_iter().map(|path| images::load(&path));
+    images::committed().into_iter().chain(shared)
+}

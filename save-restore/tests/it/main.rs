@@ -1,0 +1,23 @@
+//! The engine against the mock machine: one binary, so that it is linked once.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod balloon;
+mod cancel;
+mod checkpointed;
+mod colo;
+mod common;
+mod cpu;
+mod digest;
+mod failures;
+mod faults;
+mod hypercalls;
+mod live;
+mod matrix;
+mod moving;
+mod pipeline;
+mod real_images;
+mod round_trip;
+mod schedules;
+mod superpages;
+mod survivor;
