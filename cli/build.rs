@@ -1,6 +1,6 @@
-//! Says from which commit a release build was made, in `XSR_COMMIT`: its short hash, with `+` where
-//! files differ from it. Empty where there is no git, and in a debug build, which would have to be
-//! made anew after each commit to be true.
+//! Puts the commit of a release build into `XSR_COMMIT`: its short hash, with `+` if files differ
+//! from it. Empty without git, and in a debug build, which would otherwise be rebuilt after each
+//! commit.
 
 use std::process::Command;
 
@@ -13,7 +13,7 @@ fn main() {
 
 fn commit() -> Option<String> {
     let hash = git(&["rev-parse", "--short=12", "HEAD"])?;
-    // What changes with each commit, and what with each checkout.
+    // Changes with each commit, and with each checkout.
     for name in ["logs/HEAD", "HEAD", "index"] {
         let path = git(&["rev-parse", "--git-path", name])?;
         println!("cargo::rerun-if-changed={path}");

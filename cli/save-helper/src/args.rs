@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use xsr_xen_backend::DomId;
 
-/// What libxl calls it with.
+/// The command line that libxl uses.
 pub(crate) const USAGE: &str = "\
 usage: xsr-save-helper --save-domain IO_FD RECV_FD DOMID FLAGS CBFLAGS STREAM_TYPE
        xsr-save-helper --restore-domain IO_FD SEND_BACK_FD DOMID STORE_PORT STORE_DOMID
@@ -29,16 +29,16 @@ Environment:
   XSR_TIMEOUT       begin no pass over its memory after so many seconds
   XSR_ON_TIMEOUT    what to do then: stop-copy (default) or cancel";
 
-/// What the arguments ask for.
+/// A parsed command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Asked {
     /// A save or a restore.
     Of(Args),
-    /// Text for a person.
+    /// Text to print for the user.
     Say(String),
 }
 
-/// What is asked for.
+/// A job for libxl.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Args {
     /// `--save-domain`
@@ -50,42 +50,42 @@ pub(crate) enum Args {
 /// A save.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct SaveArgs {
-    /// Where the stream goes.
+    /// The descriptor to write the stream to.
     pub(crate) io_fd: i32,
-    /// COLO: where what the secondary says comes from; -1 where there is none.
+    /// COLO: the descriptor of the back channel from the secondary; -1 without one.
     pub(crate) recv_fd: i32,
-    /// The domain.
+    /// The domain to save.
     pub(crate) domid: DomId,
-    /// Whether the guest runs on meanwhile (`XCFLAGS_LIVE`).
+    /// Whether the guest runs during the save (`XCFLAGS_LIVE`).
     pub(crate) live: bool,
     /// Whether to send everything twice (`XCFLAGS_DEBUG`), in a live save.
     pub(crate) debug: bool,
-    /// Which callbacks libxl has.
+    /// The callbacks that libxl has.
     pub(crate) callbacks: Callbacks,
-    /// What kind of stream.
+    /// The kind of stream.
     pub(crate) stream: StreamType,
 }
 
 /// A restore.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct RestoreArgs {
-    /// Where the stream comes from.
+    /// The descriptor to read the stream from.
     pub(crate) io_fd: i32,
-    /// COLO: where the primary is told something; -1 where there is none.
+    /// COLO: the descriptor of the back channel to the primary; -1 without one.
     pub(crate) send_back_fd: i32,
-    /// The domain, made by libxl.
+    /// The domain, created by libxl.
     pub(crate) domid: DomId,
-    /// The guest's port of the xenstore ring.
+    /// The guest's event channel of the xenstore ring.
     pub(crate) store_port: u32,
-    /// The domain at its other end.
+    /// The domain at the other end of the xenstore ring.
     pub(crate) store_domid: DomId,
-    /// The guest's port of the console ring.
+    /// The guest's event channel of the console ring.
     pub(crate) console_port: u32,
-    /// The domain at its other end.
+    /// The domain at the other end of the console ring.
     pub(crate) console_domid: DomId,
-    /// Which callbacks libxl has.
+    /// The callbacks that libxl has.
     pub(crate) callbacks: Callbacks,
-    /// What kind of stream.
+    /// The kind of stream.
     pub(crate) stream: StreamType,
 }
 
@@ -94,7 +94,7 @@ pub(crate) struct RestoreArgs {
 pub(crate) struct Callbacks(pub(crate) u32);
 
 impl Callbacks {
-    /// Whether libxl wants to hear message `number`.
+    /// Whether libxl wants message `number`.
     pub(crate) fn has(self, number: u16) -> bool {
         1_u32
             .checked_shl(number.into())
@@ -117,7 +117,7 @@ const LIVE: u32 = 1;
 const DEBUG: u32 = 2;
 
 impl Args {
-    /// For the log.
+    /// A description for the log.
     pub(crate) fn what(&self) -> &'static str {
         match self {
             Self::Save(_) => "save",
@@ -125,11 +125,11 @@ impl Args {
         }
     }
 
-    /// Understand the arguments, the program's name not among them.
+    /// Parse the arguments, without the program's name.
     ///
     /// # Errors
     ///
-    /// In words.
+    /// What is wrong with them, in words.
     pub(crate) fn parse(words: impl Iterator<Item = String>) -> Result<Asked, String> {
         let words: Vec<String> = words.collect();
         let Some((mode, numbers)) = words.split_first() else {

@@ -1,23 +1,23 @@
-//! The hypervisor that the helper works on: the Xen of this machine.
+//! The hypervisor that the helper works on: Xen on this machine.
 //!
-//! Tests have another one, in `mock.rs`, which is compiled with the cargo feature
-//! `test-backend` only.
+//! Tests have another one, in `mock.rs`, which is compiled with the cargo feature `test-backend`
+//! only.
 
 use anyhow::Result;
 use xsr_save_restore::toolstack::ToolstackError;
 use xsr_xen_backend::{DomId, Domain, Host, XenHost};
 
-/// A hypervisor, and who does there what libxl does to a domain of Xen.
+/// A hypervisor, and what imitates libxl's actions on its domains if it is not Xen.
 pub(crate) trait Backend {
     /// The hypervisor.
     fn host(&self) -> &dyn Host;
 
-    /// Who suspends and resumes the domain when libxl says that it has done so. `ran`: whether
-    /// there is a guest in it already.
+    /// The guest to suspend and resume when libxl says that it has done so. `ran`: whether the
+    /// domain holds a guest already.
     ///
     /// # Errors
     ///
-    /// What is kept with the domain cannot be read.
+    /// The data kept with the domain cannot be read.
     fn stand_in<'d>(
         &self,
         domid: DomId,
@@ -26,7 +26,7 @@ pub(crate) trait Backend {
     ) -> Result<Option<Box<dyn StandIn + 'd>>>;
 }
 
-/// Does to a domain what libxl says that it has done to it.
+/// Repeats on a domain what libxl says that it has done.
 pub(crate) trait StandIn {
     /// libxl has suspended the guest.
     ///
@@ -43,7 +43,7 @@ pub(crate) trait StandIn {
     fn run_on(&mut self) -> Result<(), ToolstackError>;
 }
 
-/// The Xen of this machine, whose domains libxl suspends and resumes itself.
+/// Xen on this machine. libxl suspends and resumes its domains itself.
 struct Xen(XenHost);
 
 impl Backend for Xen {
@@ -61,11 +61,11 @@ impl Backend for Xen {
     }
 }
 
-/// Open the Xen of this machine.
+/// Open Xen on this machine.
 ///
 /// # Errors
 ///
-/// There is none, or this process may not ask it.
+/// There is no Xen, or this process has no access to it.
 pub(crate) fn open() -> Result<Box<dyn Backend>> {
     Ok(Box::new(Xen(XenHost::open()?)))
 }

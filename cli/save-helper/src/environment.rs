@@ -1,5 +1,5 @@
-//! What libxl does not say and its environment does: whoever starts the toolstack may set it.
-//! `xsr migrate` does for its options, on a Xen host.
+//! Settings from environment variables, for what libxl cannot pass on. The user may set them for
+//! the toolstack; on a Xen host `xsr migrate` sets them for its options.
 
 use std::env::{self, VarError};
 use std::num::NonZeroUsize;
@@ -10,19 +10,19 @@ use anyhow::{Result, anyhow, bail};
 use xsr_save_restore::CpuCheck;
 use xsr_save_restore::save::precopy::{OnTimeout, PrecopyPolicy, TargetPolicy, XenPolicy};
 
-/// How many threads to work with. Not set: as many as there are processors.
+/// The number of worker threads. Default: the number of processors.
 const THREADS: &str = "XSR_THREADS";
-/// Suspend a domain that is saved live once the rest can be sent in so many milliseconds.
+/// During a live save, suspend the domain once the rest can be sent in this many milliseconds.
 const MAX_DOWNTIME: &str = "XSR_MAX_DOWNTIME";
-/// Begin no pass over its memory after so many seconds.
+/// Start no further pass after this many seconds.
 const TIMEOUT: &str = "XSR_TIMEOUT";
-/// What to do then: `stop-copy` or `cancel`.
+/// What to do after `XSR_TIMEOUT`: `stop-copy` or `cancel`.
 const ON_TIMEOUT: &str = "XSR_ON_TIMEOUT";
 
-/// What to do about a guest that has seen CPU features which this host lacks: `warn` or `refuse`.
+/// What to do if the guest has seen CPU features that this host lacks: `warn` or `refuse`.
 const PLAN: &str = "XSR_PLAN";
 
-/// A variable, if it is set.
+/// The value of a variable, if it is set.
 fn variable(name: &'static str) -> Result<Option<String>> {
     match env::var(name) {
         Ok(value) => Ok(Some(value)),
@@ -31,7 +31,7 @@ fn variable(name: &'static str) -> Result<Option<String>> {
     }
 }
 
-/// A number of `what`.
+/// The value of a variable that is a number of `what`.
 fn number<T: FromStr>(name: &'static str, what: &str) -> Result<Option<T>> {
     let Some(value) = variable(name)? else {
         return Ok(None);
@@ -42,13 +42,13 @@ fn number<T: FromStr>(name: &'static str, what: &str) -> Result<Option<T>> {
     }
 }
 
-/// How many threads to work with, if anybody says.
+/// The number of worker threads, if it is set.
 pub(crate) fn threads() -> Result<Option<NonZeroUsize>> {
     number(THREADS, "threads")
 }
 
-/// Whether a guest is restored that has seen CPU features which this host lacks. Where the
-/// environment says nothing it is, as with libxl's own helper, and libxl's log has a warning.
+/// Whether to restore a guest that has seen CPU features which this host lacks. By default it is
+/// restored with a warning in libxl's log, as by libxl's own helper.
 pub(crate) fn cpu_check() -> Result<CpuCheck> {
     match variable(PLAN)?.as_deref() {
         None | Some("warn") => Ok(CpuCheck::Warn),
@@ -57,7 +57,7 @@ pub(crate) fn cpu_check() -> Result<CpuCheck> {
     }
 }
 
-/// When to suspend a domain that is saved live: by Xen's own rule, or as the environment says.
+/// When to suspend a domain during a live save: by Xen's own rule, or as the environment says.
 pub(crate) fn policy() -> Result<Box<dyn PrecopyPolicy>> {
     let milliseconds = number::<u32>(MAX_DOWNTIME, "milliseconds")?;
     let seconds = number::<u32>(TIMEOUT, "seconds")?;

@@ -1,16 +1,15 @@
-//! The program `xsr-save-helper`: stands in for Xen's `libxl-save-helper`, so that
-//! an unmodified `xl save`, `xl restore`, `xl migrate` or libvirt uses our engine:
+//! The program `xsr-save-helper`: replaces Xen's `libxl-save-helper`, so that an unmodified
+//! `xl save`, `xl restore`, `xl migrate` or libvirt uses our engine:
 //!
 //! ```text
 //! LIBXL_SAVE_HELPER=/usr/bin/xsr-save-helper xl save …
 //! ```
 //!
-//! libxl starts it, hands it the descriptor of the stream, and answers its questions
-//! over two pipes. People have no use for it.
+//! libxl starts it, hands it the descriptor of the stream, and answers its questions over two
+//! pipes. It is of no use to a person.
 //!
-//! A package of its own, so that cargo keeps everything out of it that a Xen host does not
-//! need: the mock machine first of all. Tests run `xsr-save-helper-mock`, which the feature
-//! `test-backend` adds.
+//! It is a package of its own so that cargo leaves out what a Xen host does not need, above all the
+//! mock machine. Tests run `xsr-save-helper-mock`, which the feature `test-backend` adds.
 //!
 //! C implementation: `tools/libs/light/libxl_save_helper.c`.
 
@@ -38,20 +37,20 @@ use crate::backend::Backend;
 use crate::job::Outcome;
 use crate::wire::{Lost, Wire};
 
-/// What `exit(-1)` is to a parent: the helper cannot do its work at all.
+/// The exit code of `exit(-1)`: the helper could not work at all.
 const FAILED: u8 = 255;
-/// Names the file to make when it begins (`cli/src/xl/child.rs`).
+/// Names the file to create at the start (`cli/src/xl/child.rs`).
 const BEGAN: &str = "XSR_HELPER_BEGAN";
-/// What `exit(-2)` is: libxl has gone away.
+/// The exit code of `exit(-2)`: libxl is gone.
 const NO_REPLY: u8 = 254;
 
-/// Do what libxl asks, on the Xen of this machine.
+/// Do libxl's job on Xen.
 #[must_use]
 pub fn main() -> ExitCode {
     run(backend::open)
 }
 
-/// Do what libxl asks, on the mock machine that the environment names.
+/// Do libxl's job on the mock machine that the environment names.
 #[cfg(feature = "test-backend")]
 #[must_use]
 pub fn main_on_mock() -> ExitCode {
@@ -83,7 +82,7 @@ fn run(open: fn() -> anyhow::Result<Box<dyn Backend>>) -> ExitCode {
     }
 }
 
-/// Print what a person has asked for.
+/// Print the text that the user asked for.
 fn say(text: &str) -> ExitCode {
     match writeln!(io::stdout(), "{text}") {
         Ok(()) => ExitCode::SUCCESS,
@@ -91,23 +90,23 @@ fn say(text: &str) -> ExitCode {
     }
 }
 
-/// Tell the `xsr` that started xl that a helper has begun: what xl does after a helper has
-/// ended must not be broken off. The file is new: one that exists is never touched.
+/// Tell the `xsr` that started xl that a helper has begun: xl's work after a helper must not be
+/// interrupted. The file is new: an existing file is never touched.
 fn announce() {
     if let Some(path) = std::env::var_os(BEGAN)
         && let Err(error) = File::create_new(&path)
-        // A second helper of the same xl.
+        // Created by an earlier helper of the same xl.
         && error.kind() != io::ErrorKind::AlreadyExists
     {
         log::say(format_args!("{BEGAN}: {}: {error}", path.display()));
     }
 }
 
-/// Tell libxl how it ended. It has been told why before.
+/// Tell libxl the result. The reason has been logged before.
 fn complete(wire: &Wire, outcome: &Outcome) {
     tracing::debug!("complete r={} errno={}", outcome.retval, outcome.errno);
     if let Err(error) = wire.complete(outcome.retval, outcome.errno) {
-        // `Wire::lost` has it, and with it the exit code.
+        // `Wire::lost` keeps this error and decides the exit code.
         log::say(error);
     }
 }

@@ -1,4 +1,4 @@
-//! What the libraries log, as lines in libxl's own log: it decides what is shown.
+//! Forwards our log to libxl's log. libxl decides which lines it shows.
 
 use std::fmt::{self, Write as _};
 use std::io::{self, Write as _};
@@ -12,20 +12,20 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::wire::{Level, Wire};
 
-/// Send what is logged from now on, by any thread, to libxl.
+/// Send log events of all threads to libxl from now on.
 pub(crate) fn install(wire: &Arc<Wire>) {
     Registry::default().with(ToLibxl(Arc::clone(wire))).init();
 }
 
-/// A line on stderr. That may be closed, too: then there is nobody left to tell, and the work
-/// goes on (`eprintln!` would panic).
+/// Print a line on stderr. If stderr is closed the line is lost and the work goes on (`eprintln!`
+/// would panic).
 pub(crate) fn say(text: impl fmt::Display) {
     writeln!(io::stderr(), "xsr-save-helper: {text}").ok();
 }
 
 struct ToLibxl(Arc<Wire>);
 
-/// libxl's level for one of ours; `None`: not for libxl.
+/// libxl's level for one of ours; `None`: not sent to libxl.
 fn level(of: tracing::Level) -> Option<Level> {
     match of {
         tracing::Level::ERROR => Some(Level::Error),
@@ -49,13 +49,13 @@ impl<S: Subscriber> Layer<S> for ToLibxl {
         event.record(&mut line);
         let text = line.message + &line.fields;
         if let Err(error) = self.0.log(level, &text) {
-            // libxl has gone; stderr may still go somewhere.
+            // libxl is gone, but stderr may still work.
             say(format_args!("{text} (libxl does not hear: {error})"));
         }
     }
 }
 
-/// A message, and what belongs to it.
+/// An event's message, and its fields.
 #[derive(Debug, Default)]
 struct Line {
     message: String,
@@ -68,7 +68,7 @@ impl Visit for Line {
             "message" => write!(self.message, "{value:?}"),
             name => write!(self.fields, " {name}={value:?}"),
         };
-        // A String takes everything; a value that cannot be shown is not shown.
+        // Writing to a String cannot fail; a value whose Debug fails is left out.
         if written.is_err() {
             self.fields.push_str(" ?");
         }

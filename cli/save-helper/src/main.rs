@@ -1,4 +1,4 @@
-//! The program `xsr-save-helper`, which works on the Xen of this machine.
+//! The program `xsr-save-helper`, which works on Xen.
 
 #![forbid(unsafe_code)]
 

@@ -10,13 +10,12 @@ use xsr_xen_backend::{BackendError, DomId, Domain, Host};
 
 use crate::backend::{Backend, StandIn};
 
-/// Names the machine: `mock:DIR`, or `mock-xen:DIR`, which is the same machine asked by
-/// hypercalls.
+/// Names the machine: `mock:DIR`, or `mock-xen:DIR` for the same machine through hypercalls.
 const VARIABLE: &str = "XSR_HELPER_TEST_BACKEND";
 /// Operations of a mock guest from one checkpoint to the next.
 const OPERATIONS: u64 = 100;
 
-/// A mock machine, by either of its faces.
+/// A mock machine, directly or through hypercalls.
 struct Mock {
     host: Box<dyn Host>,
     machine: MockHost,
@@ -62,21 +61,21 @@ impl Backend for Mock {
     }
 }
 
-/// A domain of the mock machine. Only the process that has the machine open can suspend and
-/// resume it and have it work, so the helper does that as soon as libxl says that it has.
+/// A domain of the mock machine. Only the process that has the machine open can suspend it, resume
+/// it and make it work, so the helper does that as soon as libxl says that it has.
 struct MockGuest<'d> {
     domain: &'d dyn Domain,
-    /// What `xsr mock` keeps with it.
+    /// The workload, under the name that `xsr mock` uses.
     work: Option<Workload>,
-    /// A secondary of COLO can only begin to work when there is a guest.
+    /// The workload of a COLO secondary can start only when there is a guest.
     spec: Option<(MockHost, DomId, WorkloadSpec)>,
-    /// Whether it has run: a domain that is being restored has not at first.
+    /// Whether the guest has run. It has not yet during a restore.
     ran: bool,
 }
 
 impl<'d> MockGuest<'d> {
-    /// The domain, and the work that is kept with it under the name `mock-workload`.
-    /// `ran`: whether there is a guest in it.
+    /// The domain, with the workload stored as its `mock-workload`. `ran`: whether it holds a
+    /// guest.
     fn of(host: &MockHost, domid: DomId, domain: &'d dyn Domain, ran: bool) -> Result<Self> {
         let kept = host.userdata_get(domid, "mock-workload")?;
         let kept = kept.filter(|bytes| !bytes.is_empty());

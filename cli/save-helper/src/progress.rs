@@ -1,8 +1,8 @@
-//! How far the engine is, in the words and steps of Xen's own engine: xl's progress
-//! looks as it always does.
+//! Progress messages for libxl, with the words and steps of Xen's own engine, so that xl's progress
+//! looks as usual.
 //!
-//! C implementation: `xc_report_progress_single` and `xc_report_progress_step` as
-//! `xg_sr_save.c` calls them.
+//! C implementation: `xc_report_progress_single` and `xc_report_progress_step` as `xg_sr_save.c`
+//! calls them.
 
 use std::ops::ControlFlow;
 
@@ -12,18 +12,18 @@ use crate::args::StreamType;
 use crate::log;
 use crate::wire::Wire;
 
-/// Bytes of contents from one step to the next.
+/// Bytes of page data between two steps.
 const STEP: u64 = 4 << 20;
 
-/// Tells libxl of a save.
+/// Reports a save's progress to libxl.
 #[derive(Debug)]
 pub(crate) struct Steps<'w> {
     wire: &'w Wire,
     stream: StreamType,
     last: Option<(Phase, u32)>,
-    /// Checkpoints behind which the stream goes on.
+    /// Number of checkpoints after which the stream goes on.
     checkpoints: u64,
-    /// Bytes of the pass at the last step.
+    /// Bytes done in this pass at the last step.
     told: u64,
 }
 
@@ -38,13 +38,13 @@ impl<'w> Steps<'w> {
         }
     }
 
-    /// Something that is reached.
+    /// Report that a point has been reached.
     pub(crate) fn single(&self, what: &str) {
         self.step(what, 0, 0);
     }
 
     fn step(&self, what: &str, done: u64, total: u64) {
-        // A libxl that does not hear is noted by the wire, and stops the work.
+        // The wire notes that libxl is gone, and cancels the work.
         if let Err(error) = self.wire.progress(what, done, total) {
             log::say(format_args!("{what}: {error}"));
         }
@@ -58,7 +58,7 @@ impl<'w> Steps<'w> {
             self.told = 0;
             match progress.phase {
                 Phase::Setup => self.single("Start of stream"),
-                // One of checkpoints has none.
+                // A stream with checkpoints has no end.
                 Phase::Tail if self.stream == StreamType::Plain => self.single("End of stream"),
                 Phase::Checkpoint => self.checkpoints += 1,
                 _ => {}

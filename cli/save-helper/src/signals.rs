@@ -1,14 +1,13 @@
-//! The signals that ask the save helper to stop. libxl sends SIGTERM. A save is broken off in
-//! good order then, its dirty log off; a restore just ends, for libxl destroys the domain.
+//! Signals that stop the save helper. libxl sends SIGTERM. A save is then cancelled in good order,
+//! with its dirty log turned off. A restore just ends, because libxl destroys the domain.
 //!
 //! Every other signal that would end a save ([`EndingSignals`]: SIGINT when the user interrupts xl,
-//! SIGHUP when the terminal goes) does the same, so that no dirty log stays on after xl is gone.
-//! It is the same request however often it comes: a helper that ended at once would leave the
-//! guest to libxl as it is. A signal that was ignored when the helper began (`nohup xl save`)
-//! stays ignored, except SIGTERM, which is libxl's.
+//! SIGHUP when the terminal goes) does the same, so that no dirty log stays on after xl is gone. A
+//! second signal changes nothing: if the helper ended at once, libxl would be left with the guest
+//! as it is. A signal that was ignored when the helper began (`nohup xl save`) stays ignored,
+//! except SIGTERM, which is libxl's.
 //!
-//! C implementation: `setup_signals` and `save_signal_handler` in
-//! `libxl_save_helper.c`.
+//! C implementation: `setup_signals` and `save_signal_handler` in `libxl_save_helper.c`.
 
 use std::io;
 use std::process;
@@ -22,12 +21,13 @@ use xsr_save_restore::signals::{EndingSignals, SignalNumber};
 
 use crate::FAILED;
 
-/// From now on, signals cancel. To be called before there are other threads, which would get
-/// them instead. A file that may not grow any further is an error of the write, and no signal.
+/// From now on, signals cancel the work. Call this before other threads start, because they would
+/// receive the signals instead. A write beyond the file size limit becomes an error instead of a
+/// signal.
 pub(crate) fn cancel_on_signals(cancel: &Cancel) -> io::Result<()> {
     let ending = EndingSignals::of_process()?;
     let mut signals = ending.set();
-    // A signal that is blocked arrives even where it is ignored.
+    // A blocked signal arrives even if it is ignored.
     signals.add(Signal::SIGTERM);
     let cancel = cancel.clone();
     on_signal(&signals, move |signal| {
@@ -37,7 +37,7 @@ pub(crate) fn cancel_on_signals(cancel: &Cancel) -> io::Result<()> {
     })
 }
 
-/// SIGTERM ends the process, whether whoever started it has blocked or ignored it.
+/// SIGTERM ends the process, even if the parent process has blocked or ignored it.
 pub(crate) fn end_on_sigterm() -> io::Result<()> {
     let signals = SigSet::from(Signal::SIGTERM);
     if EndingSignals::of_process()?.is_ignored(Signal::SIGTERM.into()) {
@@ -46,7 +46,7 @@ pub(crate) fn end_on_sigterm() -> io::Result<()> {
     Ok(signals.thread_unblock()?)
 }
 
-/// Block `signals`, and call `act` for each one that arrives, on a thread of its own.
+/// Block `signals`, and call `act` for each one that arrives, on a new thread.
 fn on_signal(signals: &SigSet, act: impl Fn(SignalNumber) + Send + 'static) -> io::Result<()> {
     signals.thread_block()?;
     let arrived = SignalFd::with_flags(signals, SfdFlags::SFD_CLOEXEC)?;

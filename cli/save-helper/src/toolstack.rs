@@ -1,4 +1,4 @@
-//! libxl as the toolstack of the engine: each question is a message.
+//! libxl as the engine's toolstack: each call is a message.
 
 use std::io;
 
@@ -18,7 +18,7 @@ pub(crate) struct Libxl<'w> {
     pub(crate) wire: &'w Wire,
     pub(crate) callbacks: Callbacks,
     pub(crate) domid: DomId,
-    /// What a domain needs that libxl cannot suspend and resume itself. On Xen: nothing.
+    /// The guest that the helper suspends and resumes along with libxl. None on Xen.
     pub(crate) guest: Option<Box<dyn StandIn + 'w>>,
 }
 
@@ -30,7 +30,7 @@ impl std::fmt::Debug for Libxl<'_> {
     }
 }
 
-/// An answer that means success when `fine` says so.
+/// Checks an answer: `fine` says whether it means success.
 fn check(
     what: &'static str,
     answer: io::Result<i32>,
@@ -70,8 +70,7 @@ impl SaveToolstack for Libxl<'_> {
         }
     }
 
-    /// libxl resumes the guest itself, once it knows that the save has failed or that
-    /// the image is to be a copy.
+    /// libxl resumes the guest itself after a failed save, or when the image is a copy.
     fn resume(&mut self) -> Result<(), ToolstackError> {
         tracing::debug!("libxl resumes or destroys the guest");
         Ok(())
@@ -85,7 +84,7 @@ impl SaveToolstack for Libxl<'_> {
     }
 }
 
-/// What libxl is asked at each checkpoint, on either side.
+/// What libxl does at each checkpoint, on either side.
 const CHECKPOINT: &str = "dealing with a checkpoint";
 
 impl CheckpointToolstack for Libxl<'_> {
@@ -99,9 +98,9 @@ impl CheckpointToolstack for Libxl<'_> {
         }
     }
 
-    /// libxl writes its own records of the checkpoint, and waits for the interval. It
-    /// answers 0 where it has failed as well as where that was the last one: to libxc
-    /// both are the end, and no failure of its own.
+    /// libxl writes its own records of the checkpoint, and waits for the interval. It answers 0
+    /// both when it has failed and when this was the last checkpoint. libxc treats both as the end,
+    /// and neither as a failure of its own.
     fn checkpoint(&mut self, epoch: &Epoch) -> Result<NextEpoch, ToolstackError> {
         self.expect(CHECKPOINT, number::CHECKPOINT)?;
         tracing::debug!(?epoch, "checkpoint");
@@ -109,7 +108,7 @@ impl CheckpointToolstack for Libxl<'_> {
     }
 }
 
-/// Whether there is another checkpoint to come.
+/// Whether another checkpoint follows.
 fn next(what: &'static str, answer: io::Result<i32>) -> Result<NextEpoch, ToolstackError> {
     match answer.map_err(|e| ToolstackError::new(what, e))? {
         1.. => Ok(NextEpoch::Continue),
@@ -118,7 +117,7 @@ fn next(what: &'static str, answer: io::Result<i32>) -> Result<NextEpoch, Toolst
     }
 }
 
-/// What COLO waits for in either of both guests' turn.
+/// What COLO does while both guests run.
 const WAIT: &str = "waiting for a new checkpoint";
 
 impl ColoToolstack for Libxl<'_> {
@@ -128,7 +127,7 @@ impl ColoToolstack for Libxl<'_> {
     }
 }
 
-/// What libxl has read of the stream itself it does not say.
+/// libxl does not say how many bytes of the stream it has read itself.
 fn arrival(turn: Result<Turn, ToolstackError>) -> Result<Arrival, ToolstackError> {
     Ok(match turn? {
         Turn::Done => Arrival::Whole { bytes: 0 },
@@ -136,7 +135,7 @@ fn arrival(turn: Result<Turn, ToolstackError>) -> Result<Arrival, ToolstackError
     })
 }
 
-/// What libxl says of the sender.
+/// What libxl says about the sender.
 fn turn(what: &'static str, answer: io::Result<i32>) -> Result<Turn, ToolstackError> {
     match answer.map_err(|e| ToolstackError::new(what, e))? {
         1 => Ok(Turn::Done),
@@ -175,8 +174,8 @@ impl ColoRestoreToolstack for Libxl<'_> {
 }
 
 impl CheckpointRestoreToolstack for Libxl<'_> {
-    /// libxl reads its own records of the checkpoint. How many bytes that are it does
-    /// not say: places that are named behind them count what libxc reads.
+    /// libxl reads its own records of the checkpoint. It does not say how many bytes they take, so
+    /// offsets reported after them count only what libxc reads.
     fn checkpoint(&mut self, _offset: u64) -> Result<Arrival, ToolstackError> {
         self.expect(CHECKPOINT, number::CHECKPOINT)?;
         arrival(turn(CHECKPOINT, self.wire.checkpoint()))

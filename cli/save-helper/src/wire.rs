@@ -1,8 +1,8 @@
-//! The pipes to libxl: we speak on stdout, it answers on stdin.
+//! The pipes to libxl: requests on stdout, answers on stdin.
 //!
-//! A message is a u16 length and so many bytes: a u16 number and the arguments,
-//! packed, in the machine's byte order. Strings are a u32 length, which counts the
-//! NUL, and the bytes. A message that wants an answer gets one `int`.
+//! A message is a u16 length and that many bytes: a u16 number and the arguments, packed, in the
+//! machine's byte order. Strings are a u32 length, which counts the NUL, and the bytes. An answer
+//! is one `int`.
 //!
 //! | number | message | arguments | answer |
 //! |---|---|---|---|
@@ -10,8 +10,8 @@
 //! | 2 | progress | string context, string what, u64 done, u64 total | |
 //! | 3 | suspend | | 0 failed; COLO's restore: 2 the sender is gone |
 //! | 4 | postcopy | | 0 failed; COLO's restore: 2 the sender is gone |
-//! | 5 | checkpoint | | save: 0 that was the last, below it failed; restore: 0 failed, 2 the sender is gone |
-//! | 6 | wait_checkpoint | | COLO's; save: 0 that was the last, below it failed; restore: 0 failed, 2 the sender is gone |
+//! | 5 | checkpoint | | save: 0 was the last, below it failed; restore: 0 failed, 2 sender gone |
+//! | 6 | wait_checkpoint | | COLO; save: 0 was the last, below it failed; restore: as 5 |
 //! | 7 | switch_qemu_logdirty | u32 domid, u32 enable | 0 fine |
 //! | 8 | static_data_done | u32 missing | 0 fine |
 //! | 9 | restore_results | u64 store frame, u64 console frame | |
@@ -40,7 +40,7 @@ pub(crate) mod number {
     pub(crate) const COMPLETE: u16 = 10;
 }
 
-/// Levels of `xentoollog_level` that we use.
+/// The levels of `xentoollog_level` that we use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Level {
     Debug = 1,
@@ -49,15 +49,15 @@ pub(crate) enum Level {
     Error = 8,
 }
 
-/// Longest string sent: two of them fit a message with room to spare.
+/// The longest string that is sent. Two of them fit a message with room to spare.
 const LONGEST: usize = 16 << 10;
 
-/// In which direction libxl cannot be reached any more.
+/// The direction in which libxl cannot be reached any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Lost {
-    /// It does not hear us.
+    /// Sending fails.
     Request,
-    /// It does not answer.
+    /// No answer comes.
     Reply,
 }
 
@@ -78,7 +78,7 @@ impl std::fmt::Debug for Wire {
     }
 }
 
-/// A message in the making.
+/// A message being built.
 #[derive(Debug)]
 struct Message(Vec<u8>);
 
@@ -102,7 +102,7 @@ impl Message {
         self
     }
 
-    /// A string without the NULs it may have, cut where it is too long.
+    /// A string without its NULs, truncated if it is too long.
     fn string(self, text: &str) -> Self {
         let end = text.floor_char_boundary_at(LONGEST);
         let bytes: Vec<u8> = text[..end].bytes().filter(|b| *b != 0).collect();
@@ -114,7 +114,7 @@ impl Message {
     }
 }
 
-/// `str::floor_char_boundary`, which our oldest compiler has not.
+/// `str::floor_char_boundary`, which our oldest supported compiler lacks.
 trait FloorCharBoundary {
     fn floor_char_boundary_at(&self, at: usize) -> usize;
 }
@@ -146,18 +146,17 @@ impl Wire {
         }
     }
 
-    /// Set when libxl has gone away, or asks to stop: the work is of no use to
-    /// anybody any more.
+    /// Set when libxl is gone or asks to stop: the work is of no use any more.
     pub(crate) fn cancel(&self) -> &Cancel {
         &self.cancel
     }
 
-    /// Whether libxl has gone away, and how that was noticed first.
+    /// Whether libxl is gone, and in which direction that was noticed first.
     pub(crate) fn lost(&self) -> Option<Lost> {
         self.lost.get().copied()
     }
 
-    /// Whether libxl knows how it ended.
+    /// Whether libxl has been told the result.
     pub(crate) fn is_complete(&self) -> bool {
         self.complete.load(Ordering::Relaxed)
     }
@@ -167,7 +166,7 @@ impl Wire {
         self.cancel.cancel();
     }
 
-    /// Send a message, whole, whatever thread it comes from.
+    /// Send a message as a whole, from any thread.
     fn send(&self, message: &Message) -> io::Result<()> {
         let length = u16::try_from(message.0.len()).map_err(io::Error::other)?;
         let mut bytes = length.to_ne_bytes().to_vec();
@@ -178,7 +177,7 @@ impl Wire {
             .inspect_err(|_| self.note(Lost::Request))
     }
 
-    /// Send a message that wants an answer, and wait for it.
+    /// Send a message and wait for its answer.
     fn ask(&self, message: &Message) -> io::Result<i32> {
         let mut from = self.from.lock().unwrap_or_else(PoisonError::into_inner);
         self.send(message)?;
@@ -188,7 +187,7 @@ impl Wire {
         Ok(i32::from_ne_bytes(answer))
     }
 
-    /// A line for libxl's log. `errno` only where the text does not say it.
+    /// Log a line. `errno` only if the text does not name it.
     pub(crate) fn log(&self, level: Level, text: &str) -> io::Result<()> {
         let message = Message::new(number::LOG)
             .u32(level as u32)
@@ -198,7 +197,7 @@ impl Wire {
         self.send(&message)
     }
 
-    /// How far `what` is; 0 of 0 for something that is just reached.
+    /// Report the progress of `what`; 0 of 0 for a point that has been reached.
     pub(crate) fn progress(&self, what: &str, done: u64, total: u64) -> io::Result<()> {
         let message = Message::new(number::PROGRESS)
             .string("xsr")
@@ -208,27 +207,27 @@ impl Wire {
         self.send(&message)
     }
 
-    /// Have libxl suspend the guest. 0: it could not.
+    /// Ask libxl to suspend the guest. 0: it failed.
     pub(crate) fn suspend(&self) -> io::Result<i32> {
         self.ask(&Message::new(number::SUSPEND))
     }
 
-    /// Have libxl let the guest run on. 0: it could not.
+    /// Ask libxl to resume the guest. 0: it failed.
     pub(crate) fn postcopy(&self) -> io::Result<i32> {
         self.ask(&Message::new(number::POSTCOPY))
     }
 
-    /// A CHECKPOINT record has been written, or read, and libxl's part of it is due.
+    /// Ask libxl for its part of a CHECKPOINT record that has been written or read.
     pub(crate) fn checkpoint(&self) -> io::Result<i32> {
         self.ask(&Message::new(number::CHECKPOINT))
     }
 
-    /// The guest runs at both ends: wait until a new checkpoint is due, or asked for.
+    /// Both guests run: wait until a new checkpoint is due, or requested.
     pub(crate) fn wait_checkpoint(&self) -> io::Result<i32> {
         self.ask(&Message::new(number::WAIT_CHECKPOINT))
     }
 
-    /// Have libxl switch the device model's log-dirty mode. 0: done.
+    /// Ask libxl to switch the device model's log-dirty mode. 0: done.
     pub(crate) fn switch_qemu_logdirty(&self, domid: u16, enable: bool) -> io::Result<i32> {
         let message = Message::new(number::SWITCH_QEMU_LOGDIRTY)
             .u32(domid.into())
@@ -236,13 +235,12 @@ impl Wire {
         self.ask(&message)
     }
 
-    /// Tell libxl which static data the stream did not hold (bit 0: CPUID, bit 1:
-    /// MSRs). 0: fine.
+    /// Tell libxl which static data the stream lacked (bit 0: CPUID, bit 1: MSRs). 0: fine.
     pub(crate) fn static_data_done(&self, missing: u32) -> io::Result<i32> {
         self.ask(&Message::new(number::STATIC_DATA_DONE).u32(missing))
     }
 
-    /// Tell libxl where the rings are.
+    /// Tell libxl the frames of the rings.
     pub(crate) fn restore_results(&self, store: u64, console: u64) -> io::Result<()> {
         let message = Message::new(number::RESTORE_RESULTS)
             .u64(store)
@@ -250,7 +248,7 @@ impl Wire {
         self.send(&message)
     }
 
-    /// Tell libxl that it is over, and how.
+    /// Tell libxl that the job has ended, and its result.
     pub(crate) fn complete(&self, retval: i32, errno: i32) -> io::Result<()> {
         let message = Message::new(number::COMPLETE).i32(retval).i32(errno);
         self.ask(&message)?;
@@ -267,7 +265,7 @@ mod tests {
 
     use super::*;
 
-    /// What was written, for a test to look at.
+    /// What was written, for tests.
     #[derive(Clone, Default)]
     struct Written(Arc<Mutex<Vec<u8>>>);
 

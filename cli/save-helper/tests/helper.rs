@@ -1,5 +1,5 @@
-//! The save helper, with a test in the part of libxl: which messages come, in which
-//! order, what answers do, and that the stream is the engine's.
+//! The save helper, with the test in libxl's place: which messages come, in which order, the effect
+//! of answers, and that the stream is the engine's.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -47,14 +47,14 @@ const COMPLETE: u16 = 10;
 const SAVE_CALLBACKS: &str = "136";
 const RESTORE_CALLBACKS: &str = "256";
 
-/// What one run of the helper came to.
+/// The outcome of one run of the helper.
 #[derive(Debug, Default)]
 struct Run {
     /// Messages that are neither log nor progress: number and arguments.
     asked: Vec<(u16, Vec<u8>)>,
     /// Lines of the log, each with its level.
     log: Vec<(u32, String)>,
-    /// What, done, total.
+    /// What, done and total of each progress message.
     progress: Vec<(String, u64, u64)>,
     code: Option<i32>,
 }
@@ -64,7 +64,7 @@ impl Run {
         self.asked.iter().map(|(number, _)| *number).collect()
     }
 
-    /// Result and errno of the last message, which is "complete".
+    /// Result and errno of the last message, which must be "complete".
     #[track_caller]
     fn completed(&self) -> (i32, Errno) {
         let (number, args) = self.asked.last().unwrap();
@@ -74,7 +74,7 @@ impl Run {
         (int(0), Errno::from_raw(int(4)))
     }
 
-    /// There is a line of this level with this text in the log.
+    /// Asserts that the log has a line of this level with this text.
     #[track_caller]
     fn logged(&self, level: u32, text: &str) {
         let found = self
@@ -85,7 +85,7 @@ impl Run {
     }
 }
 
-/// Arguments of a message, taken from the front.
+/// The arguments of a message, read from the front.
 struct Arguments<'a>(&'a [u8]);
 
 impl Arguments<'_> {
@@ -111,12 +111,12 @@ impl Arguments<'_> {
     }
 }
 
-/// Start the helper: its descriptor 7 is `stream`, as libxl would have left it open.
+/// Start the helper with `stream` as its descriptor 7, as libxl does.
 fn start(host: &Path, args: &str, stream: impl Into<Stdio>) -> Child {
     start_with(host, args, stream, "")
 }
 
-/// The same, with other descriptors that `sh` is told to open.
+/// The same, with further redirections for `sh`.
 fn start_with(host: &Path, args: &str, stream: impl Into<Stdio>, others: &str) -> Child {
     command(host, args, stream, others).spawn().unwrap()
 }
@@ -132,7 +132,7 @@ fn command(host: &Path, args: &str, stream: impl Into<Stdio>, others: &str) -> C
     command
 }
 
-/// A program as libxl starts it; what is its stderr at first becomes its descriptor 7.
+/// A program started as by libxl. Its initial stderr becomes its descriptor 7.
 fn started(program: &str, args: &str, others: &str) -> Command {
     let mut command = Command::new("sh");
     command
@@ -147,8 +147,8 @@ fn started(program: &str, args: &str, others: &str) -> Command {
     command
 }
 
-/// Play libxl until the helper ends: `answer` says what to answer to a message that
-/// wants it; `None` hangs up.
+/// Play libxl until the helper ends: `answer` returns the answer to a message that wants one;
+/// `None` hangs up.
 fn play(mut child: Child, mut answer: impl FnMut(u16) -> Option<i32>) -> Run {
     let mut to: Option<ChildStdin> = child.stdin.take();
     let mut from = child.stdout.take().unwrap();
@@ -199,12 +199,12 @@ fn play(mut child: Child, mut answer: impl FnMut(u16) -> Option<i32>) -> Run {
     run
 }
 
-/// What libxl answers when all is well.
+/// libxl's answers when all is well.
 fn fine(number: u16) -> Option<i32> {
     Some(i32::from(number == SUSPEND))
 }
 
-/// A mock host in `dir` with one domain; its number.
+/// A mock host in `dir` with one domain, and the domain's number.
 fn host(dir: &Path, kind: GuestKind, width: u8) -> (PathBuf, DomId) {
     let path = dir.join("host");
     let host = MockHost::create(&path, &HostConfig::default()).unwrap();
@@ -221,7 +221,7 @@ fn save_args(domid: DomId, flags: u32) -> String {
     format!("--save-domain 7 -1 {} {flags} {SAVE_CALLBACKS} 0", domid.0)
 }
 
-/// What the engine writes for the domain of an equal host.
+/// What the engine writes for the same domain.
 fn by_the_engine(kind: GuestKind, width: u8) -> Vec<u8> {
     let dir = scratch();
     let (path, domid) = host(dir.path(), kind, width);
@@ -275,7 +275,7 @@ fn a_save_asks_what_libxl_expects_and_writes_the_engines_stream() {
             fs::read(&stream).unwrap() == by_the_engine(kind, width),
             "{kind:?}"
         );
-        // The guest is libxl's now, to resume or destroy.
+        // Now it is libxl's task to resume or destroy the guest.
         let host = MockHost::open(&path).unwrap();
         let info = host.domain(domid).unwrap().info().unwrap();
         assert_eq!(info.shutdown, Some(ShutdownReason::Suspend));
@@ -357,7 +357,7 @@ fn a_live_save_has_the_target_of_its_environment() {
         let host = MockHost::open(&path).unwrap();
         (run, host.show(domid).unwrap().shutdown)
     };
-    // Time is up before the first pass.
+    // The time is up before the first pass.
     let (run, reason) = save(&[("XSR_TIMEOUT", "0"), ("XSR_ON_TIMEOUT", "cancel")]);
     assert_eq!(run.completed(), (-1, Errno::ETIMEDOUT));
     run.logged(8, "save failed: ");
@@ -407,7 +407,7 @@ fn sigterm_stops_a_save_whose_reader_has_stalled() {
     let child = start(&path, &save_args(domid, 1), writer);
     let pid = Pid::from_raw(child.id().cast_signed());
     let stopping = std::thread::spawn(move || {
-        // Bytes arrive, so the signal is caught by now; nobody takes the rest.
+        // Bytes have arrived, so the signal is caught by now. The rest is never read.
         reader.read_exact(&mut [0; 4096]).unwrap();
         signal::kill(pid, Signal::SIGTERM).unwrap();
         reader
@@ -447,7 +447,7 @@ fn what_it_cannot_do_it_says_before_it_touches_the_guest() {
     let dir = scratch();
     let (path, domid) = host(dir.path(), GuestKind::Pv, 8);
     let file = || File::create(dir.path().join("s")).unwrap();
-    // COLO without a back-channel, and of a PV guest.
+    // COLO without a back channel, and of a PV guest.
     let colo = format!("--save-domain 7 -1 {} 1 {SAVE_CALLBACKS} 2", domid.0);
     let run = play(start(&path, &colo, file()), fine);
     assert_eq!(run.completed(), (-1, Errno::EINVAL));

@@ -1,6 +1,6 @@
-//! The save helper under COLO, both ends at once, with a test in the part of both libxls:
-//! they share the stream with the helpers, and its other direction, over which the secondary
-//! says how far it is (`libxl_colo_save.c`, `libxl_colo_restore.c`).
+//! The save helper under COLO, both sides at once, with the test in the place of both libxls. These
+//! share the stream with the helpers, and also its other direction, on which the secondary reports
+//! its progress (`libxl_colo_save.c`, `libxl_colo_restore.c`).
 
 use std::io;
 
@@ -8,15 +8,15 @@ use xsr_xen_backend::mock::WorkloadSpec;
 
 use super::*;
 
-/// The callbacks that libxl has for COLO: suspend, postcopy, checkpoint, wait_checkpoint and
-/// the log; and at the other end the first four, static data and results.
+/// The callbacks that libxl has for COLO. Primary: suspend, postcopy, checkpoint, wait_checkpoint
+/// and the log. Secondary: the first four, static data and results.
 const COLO_SAVE: &str = "248";
 const COLO_RESTORE: &str = "888";
 
 /// libxl's empty record of type 4.
 const CHECKPOINT_END: [u8; 8] = [4, 0, 0, 0, 0, 0, 0, 0];
 
-/// What a CHECKPOINT_STATE says.
+/// Values of CHECKPOINT_STATE.
 const NEW: u8 = 0;
 const SVM_SUSPENDED: u8 = 1;
 const SVM_READY: u8 = 2;
@@ -36,14 +36,14 @@ fn expect(mut from: impl Read, id: u8) {
     assert_eq!(record, state(id));
 }
 
-/// A pipe with a name, both of whose ends are open here.
+/// A named pipe, both of whose ends are open here.
 fn named_pipe(path: &Path) -> File {
     nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap();
     File::options().read(true).write(true).open(path).unwrap()
 }
 
-/// Two hosts, with a domain to protect and one that is to be its secondary, which do not do
-/// the same; and the arguments for the helpers.
+/// Two hosts, one with a domain to protect, one with a domain to be its secondary, whose workloads
+/// differ; and the helpers' arguments.
 fn both(dir: &Path, kind: GuestKind) -> [(PathBuf, DomId, String); 2] {
     let works = |host: &MockHost, domid: DomId, seed: u64| {
         let spec = serde_json::to_vec(&WorkloadSpec::writes(seed, 1, 300)).unwrap();
@@ -65,12 +65,13 @@ fn both(dir: &Path, kind: GuestKind) -> [(PathBuf, DomId, String); 2] {
     [(here, domid, save), (path, secondary, restore)]
 }
 
-/// Where in its turn the end comes.
+/// The point of a checkpoint's cycle at which protection ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Last {
     /// The primary's libxl ends it while both guests run.
     Waiting,
-    /// It fails in the third checkpoint, all of which the other end has; nobody runs then.
+    /// The primary's libxl fails in the third checkpoint, which the secondary has received
+    /// completely. No guest runs then.
     Loaded,
 }
 
@@ -121,7 +122,7 @@ fn colo_asks_in_libxls_order_and_each_checkpoint_makes_the_secondary_the_primary
                     }
                     other => fine(other),
                 })
-                // With this libxl ends the other direction ends, too.
+                // When this libxl ends, the back channel closes.
             });
             let mut postcopies = 0;
             let received = play(receiver, |number| match number {
@@ -134,7 +135,7 @@ fn colo_asks_in_libxls_order_and_each_checkpoint_makes_the_secondary_the_primary
                 POSTCOPY => {
                     postcopies += 1;
                     if postcopies == 3 && last == Last::Loaded {
-                        // As where SVM_READY cannot be sent.
+                        // As if SVM_READY could not be sent.
                         return Some(2);
                     }
                     let mut back = back;
@@ -214,18 +215,18 @@ fn colo_asks_in_libxls_order_and_each_checkpoint_makes_the_secondary_the_primary
         };
         let mut rings = Arguments(results[0]);
         let rings = [rings.u64(), rings.u64()];
-        // A restore clears them: those of xenstore, console and ioreq.
+        // A restore clears the pages of xenstore, console and ioreq.
         differ.retain(|pfn| rings.iter().all(|ring| pfn.0.abs_diff(*ring) > 8));
         let asleep = Some(ShutdownReason::Suspend);
         match last {
             Last::Loaded => {
                 assert_eq!(differ, []);
-                // libxl decides who is to run.
+                // libxl decides which guest is to run.
                 assert_eq!(state(&here, primary.1), (asleep, false));
                 assert_eq!(state(&there, secondary.1).0, asleep);
             }
             Last::Waiting => {
-                // Both have gone on, and not the same way.
+                // Both have run on, in different ways.
                 assert!(differ.len() > 20, "{}", differ.len());
                 assert_eq!(state(&here, primary.1), (None, false));
                 assert_eq!(state(&there, secondary.1), (None, false));
@@ -237,7 +238,7 @@ fn colo_asks_in_libxls_order_and_each_checkpoint_makes_the_secondary_the_primary
 
 #[test]
 fn what_a_libxl_answers_in_a_turn_of_colo_decides() {
-    // A secondary: 0 fails, 2 is the primary's end, which only a guest that has had a
+    // A secondary: 0 means failure, 2 that the primary is gone, which only a guest that has had a
     // checkpoint survives.
     let dir = scratch();
     let [primary, _] = both(dir.path(), GuestKind::Pvh);
@@ -251,7 +252,7 @@ fn what_a_libxl_answers_in_a_turn_of_colo_decides() {
         File::create(&stream).unwrap(),
         &others,
     );
-    // With the first checkpoint written it ends.
+    // Protection ends once the first checkpoint is written.
     let run = play(child, |number| match number {
         CHECKPOINT => Some(1),
         POSTCOPY => Some(-1),

@@ -1,5 +1,5 @@
-//! The save helper under Remus, at both ends, with a test in the part of libxl, which
-//! writes and reads its own records of each checkpoint over the same descriptor.
+//! The save helper under Remus, on both sides, with the test in the place of libxl, which writes
+//! and reads its own records of each checkpoint on the same descriptor.
 
 use std::ops::ControlFlow;
 
@@ -10,16 +10,16 @@ use xsr_xen_backend::mock::{MemoryDigest, WorkloadSpec};
 
 use super::*;
 
-/// The callbacks that libxl has for Remus: suspend, postcopy, checkpoint and the log; and
-/// at the other end checkpoint, static data and results.
+/// The callbacks that libxl has for Remus. Primary: suspend, postcopy, checkpoint and the log.
+/// Secondary: checkpoint, static data and results.
 const REMUS_SAVE: &str = "184";
 const REMUS_RESTORE: &str = "800";
 
-/// What libxl writes behind each checkpoint of a guest without device model: an empty
-/// record of type 4.
+/// What libxl writes after each checkpoint of a guest without device model: an empty record of type
+/// 4.
 const CHECKPOINT_END: [u8; 8] = [4, 0, 0, 0, 0, 0, 0, 0];
 
-/// A descriptor that helper and libxl share, place included.
+/// A descriptor that helper and libxl share, with one file offset.
 fn shared(path: &Path) -> File {
     File::options()
         .read(true)
@@ -30,7 +30,7 @@ fn shared(path: &Path) -> File {
         .unwrap()
 }
 
-/// A host with a domain that works while it is protected, and the arguments to do that.
+/// A host with a domain that works while it is protected, and the helper's arguments.
 fn primary(dir: &Path, kind: GuestKind) -> (PathBuf, DomId, String) {
     let (path, domid) = super::host(dir, kind, 8);
     let host = MockHost::open(&path).unwrap();
@@ -40,7 +40,7 @@ fn primary(dir: &Path, kind: GuestKind) -> (PathBuf, DomId, String) {
     (path, domid, args)
 }
 
-/// A host with a domain to restore into, and the helper's arguments for that.
+/// A host with a domain to restore into, and the helper's arguments.
 fn secondary(dir: &Path, kind: GuestKind) -> (PathBuf, DomId, String) {
     let path = dir.join("host");
     let host = MockHost::create(&path, &HostConfig::default()).unwrap();
@@ -54,13 +54,13 @@ fn secondary(dir: &Path, kind: GuestKind) -> (PathBuf, DomId, String) {
     (path, domid, args)
 }
 
-/// The state of a domain, once nobody has its host open.
+/// The state of a domain, once no process has its host open.
 fn digest(path: &Path, domid: DomId) -> MemoryDigest {
     let host = MockHost::open(path).unwrap();
     host.memory_digest(domid).unwrap()
 }
 
-/// What the first `checkpoints` of a stream are, by a plain restore of their records.
+/// The result of a plain restore of a stream's first `checkpoints`.
 fn by_the_engine(kind: GuestKind, stream: &[u8], checkpoints: usize) -> MemoryDigest {
     let (mut plain, mut rest) = (stream[..40].to_vec(), &stream[40..]);
     let mut left = checkpoints;
@@ -134,8 +134,8 @@ fn remus_asks_in_libxls_order_and_its_survivor_is_the_last_checkpoint() {
         let host = MockHost::open(&path).unwrap();
         assert_eq!(host.domain(domid).unwrap().info().unwrap().shutdown, None);
 
-        // Cut off before the first checkpoint is whole, in the third, within what libxl
-        // has of it, and right behind it.
+        // Cut off before the first checkpoint is complete, in the third, within libxl's part of the
+        // third, and right after it.
         let bytes = fs::read(&name).unwrap();
         assert_eq!(bytes.len(), ends[2]);
         let expected = [1, 2, 3].map(|last| by_the_engine(kind, &bytes, last));
@@ -157,7 +157,7 @@ fn remus_asks_in_libxls_order_and_its_survivor_is_the_last_checkpoint() {
             let run = play(child, |number| match number {
                 CHECKPOINT => {
                     let mut record = [0; 8];
-                    // 2: a record that does not come is failover, to libxl.
+                    // 2: to libxl, a missing record means failover.
                     Some(match libxl.read_exact(&mut record) {
                         Ok(()) if record == CHECKPOINT_END => 1,
                         Ok(()) => 0,
@@ -202,7 +202,7 @@ fn what_libxl_answers_to_a_checkpoint_decides() {
     };
     assert_eq!(save(1, &[-1]).completed(), (-1, Errno::EIO));
     assert_eq!(shutdown(), None);
-    // libxl resumes what it could not let run on.
+    // libxl resumes the guest, which it failed to do at the checkpoint.
     assert_eq!(save(0, &[]).completed(), (-1, Errno::EIO));
     assert_eq!(shutdown(), Some(ShutdownReason::Suspend));
     let host = MockHost::open(&path).unwrap();
@@ -211,7 +211,7 @@ fn what_libxl_answers_to_a_checkpoint_decides() {
     assert_eq!(save(1, &[1, 0]).completed(), (0, Errno::from_raw(0)));
     assert_eq!(shutdown(), None);
 
-    // The other end: 0 fails, 2 is the sender's end, which only a guest that has had a
+    // The secondary: 0 means failure, 2 that the sender is gone, which only a guest that has had a
     // checkpoint survives.
     for (answers, retval) in [([0, 1], -1), ([2, 1], -1), ([1, 2], 0), ([1, 0], -1)] {
         let dir = scratch();

@@ -1,10 +1,9 @@
-//! The save helper's restores: where the rings are, what is left of the stream, and a stream
-//! that is bad.
+//! The save helper's restores: the frames of the rings, the rest of the stream, and bad streams.
 
 use super::*;
 use images::{image, layers};
 
-/// An image that a real Xen wrote, without the layers around its libxc stream.
+/// An image written by a real Xen, reduced to its libxc stream.
 fn libxc_stream(name: &str) -> Vec<u8> {
     let bytes = fs::read(image(name)).unwrap();
     let (_, start, end) = layers(&bytes);
@@ -19,7 +18,7 @@ fn restore_args(domid: DomId, ports: (u32, u32)) -> String {
     )
 }
 
-/// A host with a domain that has nothing yet; its ports for xenstore and console.
+/// A host with an empty domain, and the domain's event channels for xenstore and console.
 fn empty(dir: &Path, kind: GuestKind) -> (PathBuf, DomId, (u32, u32)) {
     let path = dir.join("host");
     let host = MockHost::create(&path, &HostConfig::default()).unwrap();
@@ -37,7 +36,7 @@ fn a_restore_says_where_the_rings_are_and_leaves_the_rest_of_the_stream_alone() 
     for (name, kind) in [("tpv", GuestKind::Pv), ("tpvh", GuestKind::Pvh)] {
         let dir = scratch();
         let (path, domid, ports) = empty(dir.path(), kind);
-        // libxl reads on behind END: not a byte of that may be gone.
+        // libxl reads on after END, so the helper must not consume a byte of that.
         let file = dir.path().join("stream");
         let mut bytes = libxc_stream(name);
         let end = bytes.len() as u64;
@@ -83,12 +82,12 @@ fn a_bad_stream_fails_the_restore_with_einval() {
         .unwrap();
     let run = play(start(&path, &restore_args(domid, ports), stream), fine);
     assert_eq!(run.completed(), (-1, Errno::EINVAL));
-    // libxl takes an end without results for a helper that crashed.
+    // libxl treats an end without results as a crash of the helper.
     assert_eq!(run.asked[1], (RESTORE_RESULTS, vec![0; 16]));
     run.logged(8, "restore failed");
 }
 
-/// The stream of a guest that has seen AVX512F, and a host that lacks it with an empty domain.
+/// The stream of a guest that has seen AVX512F, and a host without it that has an empty domain.
 fn richer(dir: &Path) -> (PathBuf, DomId, (u32, u32), PathBuf) {
     let config = HostConfig {
         processor: "+avx512f".parse().unwrap(),
@@ -118,7 +117,7 @@ fn richer(dir: &Path) -> (PathBuf, DomId, (u32, u32), PathBuf) {
 
 const SEEN: &str = "a CPU feature that this host lacks: AVX512F";
 
-/// A drop-in that refused what libxl's own helper restores would be a step back: it warns.
+/// A drop-in replacement must restore what libxl's own helper restores: it warns.
 #[test]
 fn a_feature_less_is_a_warning_unless_the_environment_refuses() {
     let cases = [
@@ -149,7 +148,7 @@ fn a_feature_less_is_a_warning_unless_the_environment_refuses() {
             }
             (Some("refuse"), _) => {
                 assert_eq!(run.completed(), (-1, Errno::EOPNOTSUPP), "{run:?}");
-                // No memory, and nothing told to libxl but the end.
+                // No memory, and no message to libxl except the end.
                 assert_eq!(run.numbers(), [RESTORE_RESULTS, COMPLETE]);
                 run.logged(8, "it lacks AVX512F;");
                 run.logged(8, "XSR_PLAN=warn");

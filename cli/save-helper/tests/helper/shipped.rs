@@ -1,9 +1,9 @@
-//! The program that is shipped: it has no mock machine, its mark is a new file, and it answers a
-//! person.
+//! The program as shipped: it has no mock machine, creates its mark as a new file, and answers a
+//! user.
 
 use super::*;
 
-/// The program that is shipped, as libxl starts it, and with no descriptor 7.
+/// The program as shipped, started as by libxl, but without descriptor 7.
 fn shipped(args: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_xsr-save-helper"));
     command
@@ -14,7 +14,7 @@ fn shipped(args: &str) -> Command {
     command
 }
 
-/// On a machine without Xen it fails to open one; on a Xen host there is no such domain.
+/// On a machine without Xen it fails to open Xen; on a Xen host there is no such domain.
 #[test]
 fn no_variable_gives_it_a_mock_machine() {
     let dir = scratch();

@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use super::*;
 
-/// Have the helper, which announces its phases to `listener`, get `signals` at the `nth` time
-/// (from 1) that it comes to `phase`, the second one a little later. It goes on when it has heard
-/// them.
+/// Send `signals` to the helper, which announces its phases to `listener`, when it enters `phase`
+/// for the `nth` time (from 1), the second signal a little later. The helper goes on once it has
+/// received them.
 fn at_phase(
     listener: UnixListener,
     helper: Pid,
@@ -26,7 +26,7 @@ fn at_phase(
             if line.starts_with(phase) && !std::mem::replace(&mut sent, true) {
                 signal::kill(helper, signals[0]).unwrap();
                 thread::sleep(gap);
-                // It may have ended.
+                // The helper may have ended.
                 signal::kill(helper, signals[1]).unwrap_or_default();
                 until_heard(helper);
             }
@@ -38,7 +38,7 @@ fn at_phase(
     })
 }
 
-/// Until no signal is pending for the process any more.
+/// Wait until no signal is pending for the process any more.
 fn until_heard(helper: Pid) {
     loop {
         let Ok(status) = fs::read_to_string(format!("/proc/{helper}/status")) else {
@@ -97,7 +97,7 @@ fn two_signals_at_any_phase_of_a_save_break_it_off_in_good_order() {
             }
             let host = MockHost::open(&path).unwrap();
             let domain = host.domain(domid).unwrap();
-            // A suspended one is libxl's to resume.
+            // A suspended guest is libxl's to resume.
             if domain.info().unwrap().shutdown.is_some() {
                 domain.resume().unwrap();
             }
