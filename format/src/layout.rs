@@ -24,8 +24,8 @@ pub const ALIGNMENT: u64 = PAGE_SIZE as u64;
 /// The most real entries of a PAGE_DATA record.
 pub const MAX_REAL: u32 = 1024;
 
-/// The most pad entries of a PAGE_DATA record.
-pub const MAX_PADS: u32 = 511;
+/// The most entries of a PAGE_DATA record, pads included: 1024 and 511.
+pub const MAX_ENTRIES: u32 = 1535;
 
 /// The most entries of an index: those of a guest of 16 TiB.
 pub const MAX_RECORDS: u64 = 1 << 22;
@@ -54,7 +54,7 @@ pub const fn pads(offset: u64, real: u64) -> u64 {
 
 /// Where the data of a PAGE_DATA record at `offset` with so many entries begins. Saturates, so
 /// that an offset from a file can be asked about.
-const fn data_offset(offset: u64, entries: u64) -> u64 {
+pub const fn data_offset(offset: u64, entries: u64) -> u64 {
     offset
         .saturating_add(BEFORE_ENTRIES as u64)
         .saturating_add(entries.saturating_mul(ENTRY))

@@ -28,7 +28,7 @@ use xsr_save_restore::save::precopy::{OnTimeout, PrecopyPolicy, TargetPolicy, Xe
 use xsr_save_restore::sink::{FdSink, PageSink};
 use xsr_save_restore::source::{FdSource, PageSource};
 use xsr_save_restore::toolstack::{DirectToolstack, SaveToolstack, ToolstackError};
-use xsr_save_restore::{Live, RestoreOptions, SaveOptions, restore, save, save_live};
+use xsr_save_restore::{Live, RestoreOptions, SaveOptions, SaveRequest, restore};
 use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost, WorkloadSpec};
 use xsr_xen_backend::{DomId, Domain, GuestKind, Host};
 
@@ -163,16 +163,12 @@ fn migrate(
             verify: false,
         };
         let mut sink = FdSink::new(one);
-        let saved = save_live(
-            domain.as_ref(),
-            from.xen_version().unwrap(),
-            &mut toolstack,
-            &mut sink,
-            &options(MIGRATION_THREADS),
-            live,
-            &mut go_on,
-        )
-        .unwrap();
+        let saved = SaveRequest::new(domain.as_ref(), from.xen_version().unwrap())
+            .options(&options(MIGRATION_THREADS))
+            .live(live)
+            .observe(&mut go_on)
+            .write_stream(&mut toolstack, &mut sink)
+            .unwrap();
         let stats = saved.stats();
         saved.keep_suspended();
         (stats, receiver.join().unwrap())
@@ -248,7 +244,11 @@ fn timed_save(host: &MockHost, domid: DomId, threads: usize, sink: &mut dyn Page
     let xen = host.xen_version().unwrap();
     let begun = Instant::now();
     let (toolstack, domain) = (&mut toolstack, domain.as_ref());
-    let saved = save(domain, xen, toolstack, sink, &options(threads), &mut go_on).unwrap();
+    let saved = SaveRequest::new(domain, xen)
+        .options(&options(threads))
+        .observe(&mut go_on)
+        .write_stream(toolstack, sink)
+        .unwrap();
     let took = begun.elapsed();
     saved.resume().unwrap();
     took

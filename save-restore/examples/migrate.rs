@@ -17,7 +17,7 @@ use xsr_save_restore::migrate::receive::{Arriving, ReceiveRequest};
 use xsr_save_restore::migrate::send::{Departing, SendRequest, TakenBack};
 use xsr_save_restore::save::precopy::XenPolicy;
 use xsr_save_restore::toolstack::{DirectToolstack, SaveToolstack as _};
-use xsr_save_restore::{Live, RestoreOptions, SaveOptions, restore, save_live};
+use xsr_save_restore::{Live, RestoreOptions, SaveOptions, SaveRequest, restore};
 use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
 use xsr_xen_backend::{DomId, Domain, GuestKind, Host as _, ShutdownReason};
 
@@ -47,21 +47,17 @@ impl Departing for Leaving<'_> {
         let mut libxl = LibxlWriter::new(to, header)?;
         libxl.write(&LibxlRecord::LibxcContext)?;
         let mut toolstack = DirectToolstack(&*domain);
-        let saved = save_live(
-            &*domain,
-            self.host.xen_version()?,
-            &mut toolstack,
-            libxl.sink_mut(),
-            &SaveOptions::default(),
-            Live {
+        let saved = SaveRequest::new(&*domain, self.host.xen_version()?)
+            .options(&SaveOptions::default())
+            .live(Live {
                 policy: &mut XenPolicy,
                 verify: false,
-            },
-            &mut |progress| {
+            })
+            .observe(&mut |progress| {
                 tracing::debug!(?progress, "sending");
                 std::ops::ControlFlow::Continue(())
-            },
-        )?;
+            })
+            .write_stream(&mut toolstack, libxl.sink_mut())?;
         libxl.write(&LibxlRecord::End)?;
         // From here on the machine of the migration decides.
         saved.keep_suspended();

@@ -112,18 +112,14 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
         cancel.check()
     };
-    let saved = xsr_save_restore::save_live(
-        domain.as_ref(),
-        host.xen_version()?,
-        &mut toolstack,
-        &mut sink,
-        &SaveOptions::default(),
-        Live {
+    let saved = xsr_save_restore::SaveRequest::new(domain.as_ref(), host.xen_version()?)
+        .options(&SaveOptions::default())
+        .live(Live {
             policy: &mut policy,
             verify: false,
-        },
-        &mut on_progress,
-    );
+        })
+        .observe(&mut on_progress)
+        .write_stream(&mut toolstack, &mut sink);
     let saved = saved.inspect_err(|_| println!("the guest runs on"))?;
     // While `saved` lives, the guest can still be resumed: should this fail, it is, and there
     // is no new image.

@@ -200,7 +200,7 @@ pub enum GuestError {
     },
 }
 
-/// A save that failed. The domain runs on (see [`crate::save()`]).
+/// A save that failed. The domain runs on (see [`SaveRequest::write_stream`](crate::SaveRequest::write_stream)).
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum SaveError {

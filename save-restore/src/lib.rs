@@ -1,6 +1,6 @@
 //! The engine that saves and restores Xen domains.
 //!
-//! [`save()`] turns a domain into a libxc stream, [`restore()`] a libxc stream into a
+//! [`SaveRequest`] turns a domain into a libxc stream, [`restore()`] a libxc stream into a
 //! domain. What differs between PV and translated guests is in `guest`; what the
 //! engine asks of whoever drives it is in [`toolstack`].
 //!
@@ -30,7 +30,7 @@ pub use error::{RestoreError, SaveError};
 pub use restore::checkpoint::restore_checkpointed;
 pub use restore::colo::restore_colo;
 pub use restore::{CpuCheck, RestoreOptions, Restored, restore};
-pub use save::{Live, SaveOptions, Saved, save, save_checkpointed, save_colo, save_live};
+pub use save::{Live, SaveOptions, SaveRequest, Saved};
 
 // An example is a module of the tests, and names this package as any user does.
 #[cfg(test)]

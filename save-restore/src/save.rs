@@ -9,6 +9,7 @@ mod checkpointed;
 mod colo;
 mod live;
 pub mod precopy;
+mod request;
 mod suspended;
 
 use std::num::NonZeroUsize;
@@ -34,10 +35,8 @@ use crate::save::suspended::Suspended;
 use crate::sink::PageSink;
 use crate::toolstack::{SaveToolstack, ToolstackError};
 
-pub use crate::save::checkpointed::{
-    BUFFER_BYTES, CheckpointedStats, Checkpoints, save_checkpointed,
-};
-pub use crate::save::colo::save_colo;
+pub use crate::save::checkpointed::{BUFFER_BYTES, CheckpointedStats, Checkpoints};
+pub use crate::save::request::SaveRequest;
 
 /// How to save.
 #[derive(Clone, Copy, Debug, Default)]
@@ -121,91 +120,6 @@ impl Saved<'_> {
     /// What the toolstack says; the domain is then still suspended.
     pub fn resume(mut self) -> Result<(), ToolstackError> {
         self.suspended.resume()
-    }
-}
-
-/// Save a domain as a libxc stream: suspend it, then write all of it.
-///
-/// The stream is complete, END included, when this returns; the domain is suspended
-/// and [`Saved`] decides what becomes of it. `xen` goes into the domain header.
-///
-/// # Errors
-///
-/// Whatever fails, in any phase: the guest runs on where it was (resumed if it had
-/// been suspended), the device model has been told to end its log-dirty mode, nothing
-/// stays mapped.
-/// What has been written to the sink is of no use; whoever opened it removes it.
-/// Only [`SaveError::NotResumed`] leaves the domain suspended, and says so. A domain that another
-/// program has resumed meanwhile runs on, and the cause is returned.
-pub fn save<'a>(
-    domain: &dyn Domain,
-    xen: XenVersion,
-    toolstack: &'a mut dyn SaveToolstack,
-    sink: &mut dyn PageSink,
-    options: &SaveOptions,
-    progress: &mut OnProgress<'_>,
-) -> Result<Saved<'a>, SaveError> {
-    run(domain, xen, toolstack, sink, options, None, progress)
-}
-
-/// Save a domain that runs on while its memory is being sent, again and again what
-/// it has written since, until `live.policy` says that the rest may be sent with the
-/// guest suspended.
-///
-/// # Errors
-///
-/// As [`save`]; besides, a policy that aborts, a PV guest whose p2m shrinks (it may move
-/// or grow), and a hypervisor that cannot log dirty pages. The dirty log is off again
-/// whatever happens; a hypervisor that refuses just that is complained of in the log.
-pub fn save_live<'a>(
-    domain: &dyn Domain,
-    xen: XenVersion,
-    toolstack: &'a mut dyn SaveToolstack,
-    sink: &mut dyn PageSink,
-    options: &SaveOptions,
-    live: Live<'_>,
-    progress: &mut OnProgress<'_>,
-) -> Result<Saved<'a>, SaveError> {
-    run(domain, xen, toolstack, sink, options, Some(live), progress)
-}
-
-fn run<'a>(
-    domain: &dyn Domain,
-    xen: XenVersion,
-    toolstack: &'a mut dyn SaveToolstack,
-    sink: &mut dyn PageSink,
-    options: &SaveOptions,
-    live: Option<Live<'_>>,
-    progress: &mut OnProgress<'_>,
-) -> Result<Saved<'a>, SaveError> {
-    let (suspended, stats, ()) =
-        with_guest(domain, toolstack, options, progress, |run, suspended| {
-            run.phases(xen, suspended, sink, live)
-        })?;
-    Ok(Saved { stats, suspended })
-}
-
-/// Do `phases` with a guest whose device model marks pages meanwhile; when they fail, the guest
-/// runs on.
-fn with_guest<'a, T: SaveToolstack + ?Sized, O>(
-    domain: &dyn Domain,
-    toolstack: &'a mut T,
-    options: &SaveOptions,
-    progress: &mut OnProgress<'_>,
-    phases: impl FnOnce(&mut Run<'_, '_>, &mut Suspended<'a, T>) -> Result<O, SaveError>,
-) -> Result<(Suspended<'a, T>, SaveStats, O), SaveError> {
-    let mut suspended = Suspended::new(toolstack);
-    let info = domain.info()?;
-    if info.kind.is_translated() {
-        suspended.logging_on()?;
-    }
-    let mut run = Run::new(domain, &info, options, progress);
-    let result = phases(&mut run, &mut suspended);
-    let stats = run.stats;
-    suspended.logging_off();
-    match result {
-        Ok(out) => Ok((suspended, stats, out)),
-        Err(cause) => Err(give_back(domain, &mut suspended, cause)),
     }
 }
 

@@ -150,30 +150,32 @@ fn save(args: &SaveArgs, wire: &Wire, backend: &dyn Backend) -> Result<()> {
     let mut on_progress = |progress: &_| steps.event(progress);
     let checkpointed = match args.stream {
         StreamType::Plain => None,
-        StreamType::Remus => Some(xsr_save_restore::save_checkpointed(
-            domain,
-            xen,
-            &mut toolstack,
-            &mut sink,
-            &options,
-            Checkpoints {
-                policy: live.policy,
-                buffer_bytes: BUFFER_BYTES,
-            },
-            &mut on_progress,
-        )?),
+        StreamType::Remus => Some(
+            xsr_save_restore::SaveRequest::new(domain, xen)
+                .options(&options)
+                .observe(&mut on_progress)
+                .write_checkpoints(
+                    &mut toolstack,
+                    &mut sink,
+                    Checkpoints {
+                        policy: live.policy,
+                        buffer_bytes: BUFFER_BYTES,
+                    },
+                )?,
+        ),
         StreamType::Colo => {
             let recv = back_channel("RECV_FD", args.recv_fd)?;
-            Some(xsr_save_restore::save_colo(
-                domain,
-                xen,
-                &mut toolstack,
-                &mut sink,
-                &mut FdBackChannel::cancellable(recv, cancel.clone())?,
-                &options,
-                live.policy,
-                &mut on_progress,
-            )?)
+            Some(
+                xsr_save_restore::SaveRequest::new(domain, xen)
+                    .options(&options)
+                    .observe(&mut on_progress)
+                    .write_colo(
+                        &mut toolstack,
+                        &mut sink,
+                        &mut FdBackChannel::cancellable(recv, cancel.clone())?,
+                        live.policy,
+                    )?,
+            )
         }
     };
     if let Some(stats) = checkpointed {
@@ -182,23 +184,15 @@ fn save(args: &SaveArgs, wire: &Wire, backend: &dyn Backend) -> Result<()> {
         return Ok(());
     }
     let saved = match args.live {
-        true => xsr_save_restore::save_live(
-            domain,
-            xen,
-            &mut toolstack,
-            &mut sink,
-            &options,
-            live,
-            &mut on_progress,
-        )?,
-        false => xsr_save_restore::save(
-            domain,
-            xen,
-            &mut toolstack,
-            &mut sink,
-            &options,
-            &mut on_progress,
-        )?,
+        true => xsr_save_restore::SaveRequest::new(domain, xen)
+            .options(&options)
+            .live(live)
+            .observe(&mut on_progress)
+            .write_stream(&mut toolstack, &mut sink)?,
+        false => xsr_save_restore::SaveRequest::new(domain, xen)
+            .options(&options)
+            .observe(&mut on_progress)
+            .write_stream(&mut toolstack, &mut sink)?,
     };
     let stats = saved.stats();
     tracing::debug!(?stats, "saved");

@@ -228,16 +228,15 @@ fn by_the_engine(kind: GuestKind, width: u8) -> Vec<u8> {
     let host = MockHost::open(&path).unwrap();
     let domain = host.domain(domid).unwrap();
     let mut stream = Vec::new();
-    xsr_save_restore::save(
-        domain.as_ref(),
-        host.xen_version().unwrap(),
-        &mut DirectToolstack(domain.as_ref()),
-        &mut CopySink(&mut stream),
-        &SaveOptions::default(),
-        &mut |_| std::ops::ControlFlow::Continue(()),
-    )
-    .unwrap()
-    .keep_suspended();
+    xsr_save_restore::SaveRequest::new(domain.as_ref(), host.xen_version().unwrap())
+        .options(&SaveOptions::default())
+        .observe(&mut |_| std::ops::ControlFlow::Continue(()))
+        .write_stream(
+            &mut DirectToolstack(domain.as_ref()),
+            &mut CopySink(&mut stream),
+        )
+        .unwrap()
+        .keep_suspended();
     stream
 }
 

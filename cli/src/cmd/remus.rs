@@ -30,9 +30,9 @@ use xsr_save_restore::migrate::{BoxError, Event, Observer, Step};
 use xsr_save_restore::pace::Pace;
 use xsr_save_restore::progress::Cancelled;
 use xsr_save_restore::save::precopy::XenPolicy;
-use xsr_save_restore::save::{BUFFER_BYTES, CheckpointedStats, Checkpoints, save_checkpointed};
+use xsr_save_restore::save::{BUFFER_BYTES, CheckpointedStats, Checkpoints};
 use xsr_save_restore::toolstack::DirectToolstack;
-use xsr_save_restore::{SaveError, SaveOptions, save_colo};
+use xsr_save_restore::{SaveError, SaveOptions, SaveRequest};
 use xsr_xen_backend::domain_store::{DomainRef, DomainStore};
 use xsr_xen_backend::{Domain, Errno};
 
@@ -493,16 +493,10 @@ impl Protecting<'_, '_, '_> {
                 let hearing = Hearing::new(connection, self.wait, self.primary.answer())?;
                 let ear = Ear::new(hearing);
                 let mut primary = colo::Primary::new(&mut protector, stream, &ear);
-                let result = save_colo(
-                    domain,
-                    xen,
-                    &mut primary,
-                    &mut &*stream,
-                    &mut &ear,
-                    &job.options,
-                    &mut policy,
-                    &mut progress,
-                );
+                let result = SaveRequest::new(domain, xen)
+                    .options(&job.options)
+                    .observe(&mut progress)
+                    .write_colo(&mut primary, &mut &*stream, &mut &ear, &mut policy);
                 *withdrawal = primary.place().withdrawal();
                 let said = result.as_ref().err().and_then(|_| ear.given_up());
                 *heard = ear.into_rest();
@@ -513,15 +507,10 @@ impl Protecting<'_, '_, '_> {
                     policy: &mut policy,
                     buffer_bytes: self.primary.buffer_bytes(),
                 };
-                let result = save_checkpointed(
-                    domain,
-                    xen,
-                    &mut protector,
-                    &mut &*stream,
-                    &job.options,
-                    how,
-                    &mut progress,
-                );
+                let result = SaveRequest::new(domain, xen)
+                    .options(&job.options)
+                    .observe(&mut progress)
+                    .write_checkpoints(&mut protector, &mut &*stream, how);
                 (result, None)
             }
         };

@@ -432,13 +432,20 @@ impl Job<'_> {
         let (domain, xen, options) = (self.domain, self.host.xen_version()?, &self.options);
         let progress: &mut OnProgress<'_> = &mut |progress| watch.progress(progress);
         Ok(match live {
-            None => xsr_save_restore::save(domain, xen, toolstack, sink, options, progress)?,
+            None => xsr_save_restore::SaveRequest::new(domain, xen)
+                .options(options)
+                .observe(progress)
+                .write_stream(toolstack, sink)?,
             Some(mut live) => {
                 let live = Live {
                     policy: &mut *live.policy,
                     verify: live.verify,
                 };
-                xsr_save_restore::save_live(domain, xen, toolstack, sink, options, live, progress)?
+                xsr_save_restore::SaveRequest::new(domain, xen)
+                    .options(options)
+                    .live(live)
+                    .observe(progress)
+                    .write_stream(toolstack, sink)?
             }
         })
     }

@@ -7,7 +7,7 @@ use blake3::Hasher;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::{
-    ALIGNMENT, EntryError, LayoutError, MAX_PADS, MAX_REAL, MAX_RECORDS, TRAILER_MAGIC, aligned,
+    ALIGNMENT, EntryError, LayoutError, MAX_ENTRIES, MAX_REAL, MAX_RECORDS, TRAILER_MAGIC, aligned,
     data_offset,
 };
 use crate::byte_order::ByteOrder;
@@ -24,6 +24,9 @@ pub const VERSION: u32 = 1;
 
 /// A flag of the footer: there are page digests.
 const FLAG_PAGE_DIGESTS: u32 = 1;
+
+/// A flag of the footer: entries do not stand in the order of a still save.
+const FLAG_MOVED: u32 = 2;
 
 /// The only place that is written and read: behind the image.
 const PLACE_TRAILER: u32 = 1;
@@ -103,6 +106,22 @@ impl IndexEntry {
     /// Bytes in the file.
     pub const BYTES: usize = 80;
 
+    /// Of a record at `offset` with so many pads before these entries.
+    pub fn of(offset: u64, pads: u64, entries: &[PageEntry], digest: [u8; 32]) -> Self {
+        let pfns = || entries.iter().map(|entry| entry.pfn);
+        let pages = entries.iter().filter(|e| e.page_type.has_data()).count();
+        let narrow = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
+        Self {
+            offset,
+            first_pfn: pfns().min().unwrap_or(Pfn(0)),
+            last_pfn: pfns().max().unwrap_or(Pfn(0)),
+            entries: narrow(pads.saturating_add(entries.len() as u64)),
+            pads: narrow(pads),
+            pages: narrow(pages as u64),
+            digest,
+        }
+    }
+
     /// Where the record's data begins.
     pub fn data_offset(&self) -> u64 {
         data_offset(self.offset, self.entries.into())
@@ -161,15 +180,13 @@ impl IndexEntry {
             return Err(EntryError::Before { got, least });
         }
         is_aligned("its record", entry.offset, 8)?;
-        let pads = u64::from(entry.pads);
-        in_range("number of pads", pads, 0, MAX_PADS.into())?;
-        let most = pads.saturating_add(MAX_REAL.into());
         let entries = u64::from(entry.entries);
-        in_range("number of entries", entries, pads.saturating_add(1), most)?;
-        // Where there is no data, nothing has to be aligned.
-        let least_pages = u64::from(pads > 0);
+        in_range("number of entries", entries, 1, MAX_ENTRIES.into())?;
+        let pads = u64::from(entry.pads);
+        in_range("number of pads", pads, 0, entries.saturating_sub(1))?;
         let real = entries.saturating_sub(pads);
-        in_range("number of pages", entry.pages.into(), least_pages, real)?;
+        in_range("number of real entries", real, 1, MAX_REAL.into())?;
+        in_range("number of pages", entry.pages.into(), 0, real)?;
         let expected = entry.data_offset();
         let got = wire.data_offset.get(ORDER);
         in_range("offset of its data", got, expected, expected)?;
@@ -195,6 +212,9 @@ pub struct Footer {
     pub blanks: u32,
     /// Where the image ends.
     pub image_end: u64,
+    /// Whether entries stand in another order than in a still save: a page that came or went
+    /// during a live save has taken another's place.
+    pub moved: bool,
     /// Where the index begins.
     pub index_offset: u64,
     /// Number of its entries.
@@ -243,9 +263,12 @@ impl Footer {
             magic: FOOTER_MAGIC,
             version: U32::new(VERSION, ORDER),
             flags: U32::new(
-                match self.page_digests {
+                (match self.page_digests {
                     Some(_) => FLAG_PAGE_DIGESTS,
                     None => 0,
+                }) | match self.moved {
+                    true => FLAG_MOVED,
+                    false => 0,
                 },
                 ORDER,
             ),
@@ -296,7 +319,7 @@ impl Footer {
             });
         }
         let flags = wire.flags.get(ORDER);
-        known("flags", flags, FLAG_PAGE_DIGESTS, "0 or 1")?;
+        known("flags", flags, FLAG_PAGE_DIGESTS | FLAG_MOVED, "0 to 3")?;
         let place = wire.place.get(ORDER);
         if place != PLACE_TRAILER {
             return Err(LayoutError::Unknown {
@@ -311,6 +334,7 @@ impl Footer {
         let footer = Self {
             blanks: wire.blanks.get(ORDER),
             image_end: wire.image_end.get(ORDER),
+            moved: flags & FLAG_MOVED != 0,
             index_offset: wire.index_offset.get(ORDER),
             records: wire.records.get(ORDER),
             page_digests: has_digests.then_some(wire.page_digests.get(ORDER)),

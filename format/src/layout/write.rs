@@ -9,7 +9,7 @@ use blake3::Hasher;
 use super::index::{Footer, IndexEntry, PAGE_DIGEST_BYTES};
 use super::{MAX_RECORDS, TRAILER_MAGIC, aligned, pads};
 use crate::error::WriteError;
-use crate::frame::{PAGE_SIZE, Page, PageEntry, Pfn};
+use crate::frame::{PAGE_SIZE, Page, PageEntry};
 use crate::transcode::ImageSink;
 use crate::wrapper::xl::XlHeader;
 use crate::write::padded_page_data_head;
@@ -124,17 +124,8 @@ impl<W: SparseWrite> MappedWriter<W> {
             _ => pads(self.offset, entries.len() as u64),
         };
         let head = padded_page_data_head(pads, entries)?;
-        let pfns = || entries.iter().map(|entry| entry.pfn);
-        let narrow = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
-        let entry = IndexEntry {
-            offset: self.offset,
-            first_pfn: pfns().min().unwrap_or(Pfn(0)),
-            last_pfn: pfns().max().unwrap_or(Pfn(0)),
-            entries: narrow((entries.len() as u64).saturating_add(pads)),
-            pads: narrow(pads),
-            pages,
-            digest: [0; 32],
-        };
+        // The digest comes with the pages.
+        let entry = IndexEntry::of(self.offset, pads, entries, [0; 32]);
         let mut digest = Hasher::new();
         digest.update(&head);
         self.sink.write_all(&head)?;
@@ -219,43 +210,26 @@ impl<W: SparseWrite> MappedWriter<W> {
         if self.record.is_some() {
             return Err(WriteError::Bug("the image ends inside a record's pages"));
         }
-        let image_end = self.offset;
-        let trailer = aligned(image_end.saturating_add(TRAILER_MAGIC.len() as u64));
-        self.sink.write_all(&TRAILER_MAGIC)?;
-        let written = image_end.saturating_add(TRAILER_MAGIC.len() as u64);
-        self.sink.skip(trailer.saturating_sub(written))?;
-        let mut index_offset = trailer;
-        let mut page_digests_digest = [0; 32];
-        if let Some(digests) = &self.page_digests {
-            self.sink.write_all(digests)?;
-            page_digests_digest = blake3::hash(digests).into();
-            index_offset = index_offset.saturating_add(digests.len() as u64);
-        }
-        let mut digest = Hasher::new();
-        for entries in self.index.chunks(1024) {
-            let bytes: Vec<u8> = entries.iter().flat_map(IndexEntry::encode).collect();
-            digest.update(&bytes);
-            self.sink.write_all(&bytes)?;
-        }
-        let records = self.index.len() as u64;
-        let footer = Footer {
+        let trailer = Trailer {
             blanks: self.blanks,
-            image_end,
-            index_offset,
-            records,
-            page_digests: self.page_digests.as_ref().map(|_| trailer),
-            pages: self.pages,
-            page_digests_digest,
+            image_end: self.offset,
+            moved: false,
+            index: &self.index,
+            page_digests: self.page_digests.as_deref(),
             rest_digest: self.rest.finalize().into(),
         };
-        self.sink.write_all(&footer.encode(digest))?;
+        self.sink.write_all(&TRAILER_MAGIC)?;
+        let written = self.offset.saturating_add(TRAILER_MAGIC.len() as u64);
+        self.sink.skip(trailer.offset().saturating_sub(written))?;
+        self.sink
+            .write_all(trailer.page_digests.unwrap_or_default())?;
+        let index = trailer.encode_index();
+        self.sink.write_all(&index)?;
+        self.sink.write_all(&trailer.encode_footer(&index))?;
         self.sink.flush()?;
-        let index = records.saturating_mul(IndexEntry::BYTES as u64);
         let written = Written {
-            image_bytes: image_end,
-            file_bytes: index_offset
-                .saturating_add(index)
-                .saturating_add(Footer::BYTES as u64),
+            image_bytes: trailer.image_end,
+            file_bytes: trailer.length(),
             pages: self.pages,
             zero_pages: self.zero_pages,
         };
@@ -295,8 +269,95 @@ impl<W: SparseWrite> ImageSink for MappedWriter<W> {
     }
 }
 
+/// The bytes of a PAGE_DATA record before its data: so many pads, then these entries.
+///
+/// # Errors
+///
+/// Entries that no record can have.
+pub fn record_head(pads: u64, entries: &[PageEntry]) -> Result<Vec<u8>, WriteError> {
+    padded_page_data_head(pads, entries)
+}
+
+/// What stands behind a mapped image, place 1.
+#[derive(Clone, Copy, Debug)]
+pub struct Trailer<'t> {
+    /// How many blanks the configuration got.
+    pub blanks: u32,
+    /// Where the image ends.
+    pub image_end: u64,
+    /// Whether pages stand in another order than in a still save.
+    pub moved: bool,
+    /// The entries of the index, in the order of the file.
+    pub index: &'t [IndexEntry],
+    /// The digests of all pages, one after the other, if there are any.
+    pub page_digests: Option<&'t [u8]>,
+    /// All bytes of the image that are not in a record of the index.
+    pub rest_digest: [u8; 32],
+}
+
+impl Trailer<'_> {
+    /// Where it begins, after the magic and zeros: with the page digests, if there are any.
+    pub fn offset(&self) -> u64 {
+        aligned(self.image_end.saturating_add(TRAILER_MAGIC.len() as u64))
+    }
+
+    /// Where the index begins.
+    pub fn index_offset(&self) -> u64 {
+        let digests = self.page_digests.unwrap_or_default().len() as u64;
+        self.offset().saturating_add(digests)
+    }
+
+    /// Where the footer begins.
+    pub fn footer_offset(&self) -> u64 {
+        let index = (self.index.len() as u64).saturating_mul(IndexEntry::BYTES as u64);
+        self.index_offset().saturating_add(index)
+    }
+
+    /// The length of the file.
+    pub fn length(&self) -> u64 {
+        self.footer_offset().saturating_add(Footer::BYTES as u64)
+    }
+
+    /// The index as it stands in the file.
+    pub fn encode_index(&self) -> Vec<u8> {
+        self.index.iter().flat_map(IndexEntry::encode).collect()
+    }
+
+    /// The footer, after that index.
+    pub fn encode_footer(&self, index: &[u8]) -> [u8; Footer::BYTES] {
+        let mut digest = Hasher::new();
+        digest.update(index);
+        let page_digests_digest = match self.page_digests {
+            Some(digests) => blake3::hash(digests).into(),
+            None => [0; 32],
+        };
+        let pages = self.index.iter().map(|entry| u64::from(entry.pages));
+        let footer = Footer {
+            blanks: self.blanks,
+            image_end: self.image_end,
+            moved: self.moved,
+            index_offset: self.index_offset(),
+            records: self.index.len() as u64,
+            page_digests: self.page_digests.map(|_| self.offset()),
+            pages: pages.fold(0, u64::saturating_add),
+            page_digests_digest,
+            rest_digest: self.rest_digest,
+        };
+        footer.encode(digest)
+    }
+}
+
+/// The BLAKE3 digest of these pieces, one after the other.
+pub fn digest(pieces: &[&[u8]]) -> [u8; 32] {
+    let mut hasher = Hasher::new();
+    for piece in pieces {
+        hasher.update(piece);
+    }
+    hasher.finalize().into()
+}
+
 /// Whether a page holds nothing but zeros.
-fn is_zero(page: &Page) -> bool {
+pub fn is_zero(page: &Page) -> bool {
     *page == [0; PAGE_SIZE]
 }
 

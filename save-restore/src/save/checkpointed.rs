@@ -6,16 +6,16 @@
 use std::io::Write;
 use std::time::Duration;
 
-use xsr_xen_backend::{DirtyBitmap, Domain, XenVersion};
+use xsr_xen_backend::{DirtyBitmap, XenVersion};
 
 use crate::error::SaveError;
 use crate::guest::{GuestSave, Out};
-use crate::progress::{OnProgress, Phase};
-use crate::save::buffer::{EpochBuffer, Hold};
+use crate::progress::Phase;
+use crate::save::buffer::Hold;
 use crate::save::live::LiveMemory;
 use crate::save::precopy::PrecopyPolicy;
 use crate::save::suspended::Suspended;
-use crate::save::{Run, SaveOptions, SaveStats, with_guest};
+use crate::save::{Run, SaveStats};
 use crate::sink::PageSink;
 use crate::toolstack::{CheckpointToolstack, Epoch, NextEpoch};
 
@@ -53,60 +53,9 @@ pub struct CheckpointedStats {
     pub checkpoints: u64,
 }
 
-/// Save a domain again and again, as a stream of checkpoints: its memory once while it
-/// runs, until the policy says that the rest may be sent with the guest suspended; then in
-/// each epoch what it has written since the one before, its registers and devices, and
-/// a CHECKPOINT record. The guest runs between epochs, and `toolstack` says when the
-/// next is due, and which was the last.
-///
-/// After the last, the guest runs on, and the dirty log is off. The stream ends behind
-/// the CHECKPOINT record, without an END, as that of Xen does: END would say that what
-/// came before it is whole, and the other side could not tell it from a migration. To
-/// a restorer the stream just breaks off, and it takes over with the last checkpoint:
-/// a toolstack that wants only one of both to run sees to it that the other side has
-/// gone before it answers [`NextEpoch::Finish`].
-///
-/// # Errors
-///
-/// As [`save_live`](crate::save_live): whatever fails, in any epoch, the guest runs on
-/// where it was, nothing logs dirty pages, nothing stays mapped. Checkpoints that are
-/// complete in the stream remain of use. Unless it is the sink that fails, the stream ends
-/// between two records, and whoever has the sink can go on with it.
-pub fn save_checkpointed(
-    domain: &dyn Domain,
-    xen: XenVersion,
-    toolstack: &mut dyn CheckpointToolstack,
-    sink: &mut dyn PageSink,
-    options: &SaveOptions,
-    how: Checkpoints<'_>,
-    progress: &mut OnProgress<'_>,
-) -> Result<CheckpointedStats, SaveError> {
-    let hold = Hold::new(how.buffer_bytes);
-    let mut buffer = EpochBuffer::new(sink, &hold);
-    let result = with_guest(domain, toolstack, options, progress, |run, suspended| {
-        run.epochs(xen, suspended, &mut buffer, &hold, how.policy)
-    });
-    match result {
-        Ok((_, stream, checkpoints)) => Ok(CheckpointedStats {
-            stream,
-            checkpoints,
-        }),
-        Err(cause) => {
-            // Who stops it does not wait for what is kept, which is whole records.
-            if !matches!(cause, SaveError::Stream(_) | SaveError::Aborted)
-                && let Err(error) = buffer.flush()
-            {
-                // Then it is a sink that failed, and the caller has seen it.
-                tracing::debug!(%error, "the end of the stream could not be written");
-            }
-            Err(cause)
-        }
-    }
-}
-
 impl<'r> Run<'r, '_> {
     /// How many checkpoints were taken until the toolstack said that it is enough.
-    fn epochs<T: CheckpointToolstack + ?Sized>(
+    pub(super) fn epochs<T: CheckpointToolstack + ?Sized>(
         &mut self,
         xen: XenVersion,
         suspended: &mut Suspended<'_, T>,

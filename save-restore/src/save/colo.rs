@@ -6,62 +6,19 @@
 
 use std::io::Write;
 
-use xsr_xen_backend::{DirtyBitmap, Domain, XenVersion};
+use xsr_xen_backend::{DirtyBitmap, XenVersion};
 
 use crate::back_channel::{self, BackChannel};
 use crate::error::SaveError;
-use crate::progress::{OnProgress, Phase};
-use crate::save::checkpointed::CheckpointedStats;
+use crate::progress::Phase;
+use crate::save::Run;
 use crate::save::precopy::PrecopyPolicy;
 use crate::save::suspended::Suspended;
-use crate::save::{Run, SaveOptions, with_guest};
 use crate::sink::PageSink;
 use crate::toolstack::{ColoToolstack, NextEpoch};
 
-/// Save a domain as the primary of COLO, checkpoint after checkpoint, as
-/// [`save_checkpointed`](crate::save_checkpointed) does, with two differences: the guest
-/// stays suspended until the toolstack says that the other end has all of a checkpoint; and
-/// to the pages of each but the first belong those that the secondary has written itself,
-/// which it names over `back`.
-///
-/// After the last, the guest runs on, and the dirty log is off.
-///
-/// # Errors
-///
-/// As [`save_checkpointed`](crate::save_checkpointed); a PV guest; a list of the secondary's
-/// that is none.
-#[expect(
-    clippy::too_many_arguments,
-    reason = "those of save_checkpointed, and the back-channel"
-)]
-pub fn save_colo(
-    domain: &dyn Domain,
-    xen: XenVersion,
-    toolstack: &mut dyn ColoToolstack,
-    sink: &mut dyn PageSink,
-    back: &mut dyn BackChannel,
-    options: &SaveOptions,
-    policy: &mut dyn PrecopyPolicy,
-    progress: &mut OnProgress<'_>,
-) -> Result<CheckpointedStats, SaveError> {
-    let (_, stream, checkpoints) = with_guest(
-        domain,
-        toolstack,
-        options,
-        progress,
-        |run, suspended| match run.kind.is_translated() {
-            true => run.both(xen, suspended, sink, back, policy),
-            false => Err(SaveError::ColoGuest),
-        },
-    )?;
-    Ok(CheckpointedStats {
-        stream,
-        checkpoints,
-    })
-}
-
 impl Run<'_, '_> {
-    fn both(
+    pub(super) fn both(
         &mut self,
         xen: XenVersion,
         suspended: &mut Suspended<'_, dyn ColoToolstack + '_>,

@@ -12,7 +12,7 @@ use xsr_save_restore::save::precopy::{PrecopyDecision, PrecopyPolicy, PrecopySta
 use xsr_save_restore::sink::CopySink;
 use xsr_save_restore::source::CopySource;
 use xsr_save_restore::toolstack::{DirectToolstack, SaveToolstack, ToolstackError};
-use xsr_save_restore::{Live, save_live};
+use xsr_save_restore::{Live, SaveRequest};
 use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
 use xsr_xen_backend::{DomId, Domain, GuestKind, Host, XenVersion};
 
@@ -139,16 +139,12 @@ fn run(
         }
         ControlFlow::Continue(())
     };
-    let saved = save_live(
-        domain,
-        host.xen_version().unwrap(),
-        &mut toolstack,
-        &mut sink,
-        &options(threads),
-        live,
-        &mut progress,
-    )
-    .unwrap();
+    let saved = SaveRequest::new(domain, host.xen_version().unwrap())
+        .options(&options(threads))
+        .live(live)
+        .observe(&mut progress)
+        .write_stream(&mut toolstack, &mut sink)
+        .unwrap();
     let stats = saved.stats();
     saved.keep_suspended();
     let left = &guest.lock().unwrap().script;

@@ -16,7 +16,7 @@ use xsr_save_restore::progress::{Cancel, Phase, Progress};
 use xsr_save_restore::save::precopy::XenPolicy;
 use xsr_save_restore::sink::{FdSink, PageSink};
 use xsr_save_restore::toolstack::DirectToolstack;
-use xsr_save_restore::{Live, SaveError, save, save_live};
+use xsr_save_restore::{Live, SaveError, SaveRequest};
 use xsr_xen_backend::mock::{GuestSpec, MockHost, WorkloadSpec};
 use xsr_xen_backend::{DomId, GuestKind, Host};
 
@@ -48,13 +48,20 @@ fn run(
     let options = options(2);
     let domain = domain.as_ref();
     let saved = match live {
-        false => save(domain, xen, &mut toolstack, sink, &options, progress)?,
+        false => SaveRequest::new(domain, xen)
+            .options(&options)
+            .observe(progress)
+            .write_stream(&mut toolstack, sink)?,
         true => {
             let how = Live {
                 policy: &mut XenPolicy,
                 verify: true,
             };
-            save_live(domain, xen, &mut toolstack, sink, &options, how, progress)?
+            SaveRequest::new(domain, xen)
+                .options(&options)
+                .live(how)
+                .observe(progress)
+                .write_stream(&mut toolstack, sink)?
         }
     };
     saved.resume().unwrap();

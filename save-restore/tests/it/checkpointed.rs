@@ -9,9 +9,10 @@ use crate::common::stream::{Upset, Upsetting, When};
 use crate::common::*;
 use xsr_format::error::ReadErrorCause;
 use xsr_save_restore::SaveError;
+use xsr_save_restore::SaveRequest;
 use xsr_save_restore::progress::{Phase, Progress};
 use xsr_save_restore::save::precopy::XenPolicy;
-use xsr_save_restore::save::{BUFFER_BYTES, CheckpointedStats, Checkpoints, save_checkpointed};
+use xsr_save_restore::save::{BUFFER_BYTES, CheckpointedStats, Checkpoints};
 use xsr_save_restore::sink::{CopySink, PageSink};
 use xsr_save_restore::toolstack::{
     CheckpointToolstack, Epoch, NextEpoch, SaveToolstack, ToolstackError,
@@ -144,18 +145,17 @@ fn run(
     let (domain, xen) = (remus.domain, remus.host.xen_version().unwrap());
     let mut policy = XenPolicy;
     let buffer_bytes = remus.buffer_bytes;
-    save_checkpointed(
-        domain,
-        xen,
-        remus,
-        sink,
-        &options(threads),
-        Checkpoints {
-            policy: &mut policy,
-            buffer_bytes,
-        },
-        progress,
-    )
+    SaveRequest::new(domain, xen)
+        .options(&options(threads))
+        .observe(progress)
+        .write_checkpoints(
+            remus,
+            sink,
+            Checkpoints {
+                policy: &mut policy,
+                buffer_bytes,
+            },
+        )
 }
 
 fn go_on(_: &Progress) -> ControlFlow<()> {

@@ -20,7 +20,7 @@ use xsr_save_restore::toolstack::{
     Arrival, CheckpointRestoreToolstack, CheckpointToolstack, ColoRestoreToolstack, ColoToolstack,
     Epoch, MissingStaticData, NextEpoch, RestoreToolstack, SaveToolstack, ToolstackError, Turn,
 };
-use xsr_save_restore::{RestoreError, SaveError, restore_colo, save_colo};
+use xsr_save_restore::{RestoreError, SaveError, SaveRequest, restore_colo};
 use xsr_xen_backend::mock::{GuestSpec, MemoryDigest, MockHost, Workload, WorkloadSpec};
 use xsr_xen_backend::{DomId, Domain, GuestKind, Host};
 
@@ -219,16 +219,15 @@ fn each_checkpoint_makes_the_secondary_the_primary_again() {
             let sender = &mut sender;
             let from = &from;
             let sent = scope.spawn(move || {
-                let sent = save_colo(
-                    sender.domain,
-                    from.xen_version().unwrap(),
-                    sender,
-                    &mut FdSink::new(stream_to),
-                    &mut FdBackChannel::new(back_from),
-                    &options(2),
-                    &mut XenPolicy,
-                    &mut |_| ControlFlow::Continue(()),
-                );
+                let sent = SaveRequest::new(sender.domain, from.xen_version().unwrap())
+                    .options(&options(2))
+                    .observe(&mut |_| ControlFlow::Continue(()))
+                    .write_colo(
+                        sender,
+                        &mut FdSink::new(stream_to),
+                        &mut FdBackChannel::new(back_from),
+                        &mut XenPolicy,
+                    );
                 // Hang up, all of it.
                 sender.other = None;
                 sent
@@ -293,16 +292,15 @@ fn a_secondary_whose_lists_have_a_header_of_16_bytes_is_refused_and_the_guest_ru
         let mut sender = primary(&from, domid, domain.as_ref(), None);
         sender.last = 3;
         let mut sink = CopySink(Vec::new());
-        let sent = save_colo(
-            domain.as_ref(),
-            from.xen_version().unwrap(),
-            &mut sender,
-            &mut sink,
-            &mut FdBackChannel::new(back_from),
-            &options(1),
-            &mut XenPolicy,
-            &mut |_| ControlFlow::Continue(()),
-        );
+        let sent = SaveRequest::new(domain.as_ref(), from.xen_version().unwrap())
+            .options(&options(1))
+            .observe(&mut |_| ControlFlow::Continue(()))
+            .write_colo(
+                &mut sender,
+                &mut sink,
+                &mut FdBackChannel::new(back_from),
+                &mut XenPolicy,
+            );
         match sent {
             Ok(stats) => assert_eq!((stats.checkpoints, last), (3, 3)),
             Err(SaveError::BackChannel(BackChannelError::LongHeader { number: 1 })) => {
@@ -327,16 +325,15 @@ fn a_pv_guest_is_refused_before_anything_happens() {
     let (back_from, _back_to) = io::pipe().unwrap();
     let mut sender = primary(&from, domid, domain.as_ref(), None);
     let mut sink = CopySink(Vec::new());
-    let sent = save_colo(
-        domain.as_ref(),
-        from.xen_version().unwrap(),
-        &mut sender,
-        &mut sink,
-        &mut FdBackChannel::new(back_from),
-        &options(1),
-        &mut XenPolicy,
-        &mut |_| ControlFlow::Continue(()),
-    );
+    let sent = SaveRequest::new(domain.as_ref(), from.xen_version().unwrap())
+        .options(&options(1))
+        .observe(&mut |_| ControlFlow::Continue(()))
+        .write_colo(
+            &mut sender,
+            &mut sink,
+            &mut FdBackChannel::new(back_from),
+            &mut XenPolicy,
+        );
     assert!(matches!(sent, Err(SaveError::ColoGuest)), "{sent:?}");
     assert_eq!((sink.0.len(), sender.log.len()), (0, 0));
     assert!(RestoreError::ColoGuest.to_string().contains("HVM"));

@@ -16,7 +16,7 @@ use xsr_save_restore::source::CopySource;
 use xsr_save_restore::toolstack::{
     DirectToolstack, MissingStaticData, RestoreToolstack, SaveToolstack, ToolstackError,
 };
-use xsr_save_restore::{Live, RestoreError, RestoreOptions, SaveError, restore, save, save_live};
+use xsr_save_restore::{Live, RestoreError, RestoreOptions, SaveError, SaveRequest, restore};
 use xsr_xen_backend::mock::{GuestSpec, MockHost, WorkloadEnd, WorkloadSpec};
 use xsr_xen_backend::{DomId, Domain, GuestKind, Host, ShutdownReason};
 
@@ -77,14 +77,10 @@ fn a_save_that_is_stopped_in_any_phase_resumes_the_guest() {
         };
         let xen = host.xen_version().unwrap();
         let mut sink = CopySink(io::sink());
-        let result = save(
-            domain.as_ref(),
-            xen,
-            &mut toolstack,
-            &mut sink,
-            &options(2),
-            &mut stop,
-        );
+        let result = SaveRequest::new(domain.as_ref(), xen)
+            .options(&options(2))
+            .observe(&mut stop)
+            .write_stream(&mut toolstack, &mut sink);
         assert!(matches!(
             result.map(|_| ()).unwrap_err(),
             SaveError::Aborted
@@ -103,26 +99,18 @@ fn a_save_that_is_dropped_resumes_the_guest_and_one_that_is_kept_does_not() {
         let shutdown = || domain.info().unwrap().shutdown;
         let mut toolstack = DirectToolstack(domain.as_ref());
         let mut sink = CopySink(io::sink());
-        let saved = save(
-            domain.as_ref(),
-            xen,
-            &mut toolstack,
-            &mut sink,
-            &options(1),
-            &mut go_on,
-        );
+        let saved = SaveRequest::new(domain.as_ref(), xen)
+            .options(&options(1))
+            .observe(&mut go_on)
+            .write_stream(&mut toolstack, &mut sink);
         let saved = saved.unwrap();
         assert!(shutdown().is_some());
         drop(saved);
         assert!(shutdown().is_none());
-        let saved = save(
-            domain.as_ref(),
-            xen,
-            &mut toolstack,
-            &mut sink,
-            &options(1),
-            &mut go_on,
-        );
+        let saved = SaveRequest::new(domain.as_ref(), xen)
+            .options(&options(1))
+            .observe(&mut go_on)
+            .write_stream(&mut toolstack, &mut sink);
         saved.unwrap().keep_suspended();
         assert!(shutdown().is_some());
     }
@@ -194,14 +182,10 @@ fn save_with(
     };
     let xen = host.xen_version().unwrap();
     let mut sink = CopySink(Full(room));
-    let result = save(
-        domain.as_ref(),
-        xen,
-        &mut toolstack,
-        &mut sink,
-        &options(1),
-        &mut go_on,
-    );
+    let result = SaveRequest::new(domain.as_ref(), xen)
+        .options(&options(1))
+        .observe(&mut go_on)
+        .write_stream(&mut toolstack, &mut sink);
     let result = result.map(drop);
     (result, toolstack.log)
 }
@@ -277,26 +261,18 @@ fn save_of_one_that_goes(
     let mut toolstack = DirectToolstack(domain.as_ref());
     let mut sink = CopySink(Vec::new());
     let result = match live {
-        false => save(
-            domain.as_ref(),
-            xen,
-            &mut toolstack,
-            &mut sink,
-            &options,
-            &mut progress,
-        ),
-        true => save_live(
-            domain.as_ref(),
-            xen,
-            &mut toolstack,
-            &mut sink,
-            &options,
-            Live {
+        false => SaveRequest::new(domain.as_ref(), xen)
+            .options(&options)
+            .observe(&mut progress)
+            .write_stream(&mut toolstack, &mut sink),
+        true => SaveRequest::new(domain.as_ref(), xen)
+            .options(&options)
+            .live(Live {
                 policy: &mut XenPolicy,
                 verify: false,
-            },
-            &mut progress,
-        ),
+            })
+            .observe(&mut progress)
+            .write_stream(&mut toolstack, &mut sink),
     };
     let error = result.map(drop).unwrap_err();
     assert!(went, "{when:?} was never reached");

@@ -25,7 +25,7 @@ use xsr_save_restore::sink::PageSink;
 use xsr_save_restore::source::{CopySource, PageSource};
 use xsr_save_restore::toolstack::{RestoreToolstack, SaveToolstack};
 use xsr_save_restore::{
-    Live, RestoreError, RestoreOptions, Restored, SaveError, Saved, restore, save, save_live,
+    Live, RestoreError, RestoreOptions, Restored, SaveError, SaveRequest, Saved, restore,
 };
 use xsr_xen_backend::mock::{GuestSpec, HostConfig, MemoryDigest, MockHost, WorkloadSpec};
 use xsr_xen_backend::{DomId, Domain, Errno, GuestKind, Host};
@@ -157,7 +157,10 @@ impl Guest<'_> {
         let xen = self.host.xen_version().unwrap();
         let options = options(threads);
         if self.mode == Mode::Stopped {
-            return save(domain, xen, toolstack, sink, &options, progress);
+            return SaveRequest::new(domain, xen)
+                .options(&options)
+                .observe(progress)
+                .write_stream(toolstack, sink);
         }
         let mut work = self.host.workload(self.domid, self.work).unwrap();
         let mut step = |event: &Progress| {
@@ -173,7 +176,11 @@ impl Guest<'_> {
             policy: &mut TwoPasses,
             verify: false,
         };
-        save_live(domain, xen, toolstack, sink, &options, live, &mut step)
+        SaveRequest::new(domain, xen)
+            .options(&options)
+            .live(live)
+            .observe(&mut step)
+            .write_stream(toolstack, sink)
     }
 
     /// After a save that failed or was not kept: it runs as it did before.

@@ -9,7 +9,7 @@ use xsr_save_restore::save::precopy::XenPolicy;
 use xsr_save_restore::sink::CopySink;
 use xsr_save_restore::source::CopySource;
 use xsr_save_restore::toolstack::DirectToolstack;
-use xsr_save_restore::{Live, save_live};
+use xsr_save_restore::{Live, SaveRequest};
 use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost, WorkloadSpec};
 use xsr_xen_backend::{Access, DomId, Host, XenHost, XenVersion};
 
@@ -114,16 +114,12 @@ fn a_guest_at_work_is_saved_live_through_hypercalls() {
             policy: &mut XenPolicy,
             verify: false,
         };
-        let saved = save_live(
-            domain.as_ref(),
-            xen_host.xen_version().unwrap(),
-            &mut toolstack,
-            &mut sink,
-            &options(2),
-            how,
-            &mut step,
-        )
-        .unwrap();
+        let saved = SaveRequest::new(domain.as_ref(), xen_host.xen_version().unwrap())
+            .options(&options(2))
+            .live(how)
+            .observe(&mut step)
+            .write_stream(&mut toolstack, &mut sink)
+            .unwrap();
         assert!(saved.stats().iterations >= 2, "{}", spec.name);
         saved.keep_suspended();
         assert!(!host.is_log_dirty(domid).unwrap(), "{}", spec.name);

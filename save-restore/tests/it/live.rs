@@ -15,7 +15,7 @@ use xsr_save_restore::save::precopy::{
 use xsr_save_restore::sink::{CopySink, PageSink};
 use xsr_save_restore::source::CopySource;
 use xsr_save_restore::toolstack::DirectToolstack;
-use xsr_save_restore::{Live, SaveError, save_live};
+use xsr_save_restore::{Live, SaveError, SaveRequest};
 use xsr_xen_backend::mock::{GuestSpec, MockHost, WorkloadSpec};
 use xsr_xen_backend::{DomId, Domain, GuestKind, Host};
 
@@ -30,15 +30,11 @@ fn live_over(
 ) -> Result<SaveStats, SaveError> {
     let mut toolstack = DirectToolstack(domain);
     let xen = host.xen_version().unwrap();
-    let saved = save_live(
-        domain,
-        xen,
-        &mut toolstack,
-        sink,
-        &options(threads),
-        live,
-        progress,
-    )?;
+    let saved = SaveRequest::new(domain, xen)
+        .options(&options(threads))
+        .live(live)
+        .observe(progress)
+        .write_stream(&mut toolstack, sink)?;
     let stats = saved.stats();
     saved.keep_suspended();
     Ok(stats)

@@ -16,7 +16,7 @@ use xsr_save_restore::save::precopy::XenPolicy;
 use xsr_save_restore::sink::{CopySink, FdSink, PageSink};
 use xsr_save_restore::source::{CopySource, FdSource, PageSource};
 use xsr_save_restore::toolstack::DirectToolstack;
-use xsr_save_restore::{Live, save_live};
+use xsr_save_restore::{Live, SaveRequest};
 use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost, P2mStyle, WorkloadSpec};
 use xsr_xen_backend::{DomId, GuestKind, Host};
 
@@ -75,7 +75,12 @@ fn save(
     };
     let (xen, options) = (host.xen_version().unwrap(), options(threads));
     let domain = domain.as_ref();
-    let saved = save_live(domain, xen, &mut toolstack, sink, &options, live, progress).unwrap();
+    let saved = SaveRequest::new(domain, xen)
+        .options(&options)
+        .live(live)
+        .observe(progress)
+        .write_stream(&mut toolstack, sink)
+        .unwrap();
     let stats = saved.stats();
     saved.keep_suspended();
     stats

@@ -16,7 +16,7 @@ use xsr_save_restore::save::precopy::{PrecopyDecision, PrecopyPolicy, PrecopySta
 use xsr_save_restore::sink::{CopySink, PageSink};
 use xsr_save_restore::source::CopySource;
 use xsr_save_restore::toolstack::{DirectToolstack, SaveToolstack, ToolstackError};
-use xsr_save_restore::{Live, SaveError, save, save_live};
+use xsr_save_restore::{Live, SaveError, SaveRequest};
 use xsr_xen_backend::mock::{GuestSpec, MockHost, P2mStyle, Workload, WorkloadSpec};
 use xsr_xen_backend::{DomId, Domain, Errno, GuestKind, Host};
 
@@ -61,15 +61,11 @@ fn live(
         policy: &mut Passes(3),
         verify: false,
     };
-    let saved = save_live(
-        domain,
-        host.xen_version().unwrap(),
-        &mut toolstack,
-        sink,
-        &options(threads),
-        how,
-        progress,
-    )?;
+    let saved = SaveRequest::new(domain, host.xen_version().unwrap())
+        .options(&options(threads))
+        .live(how)
+        .observe(progress)
+        .write_stream(&mut toolstack, sink)?;
     let stats = saved.stats();
     saved.keep_suspended();
     Ok(stats)
@@ -242,14 +238,10 @@ fn a_p2m_that_moves_before_a_plain_save_suspends_the_guest_is_followed() {
             act: &mut act,
         };
         let mut sink = CopySink(Vec::new());
-        let saved = save(
-            domain.as_ref(),
-            host.xen_version().unwrap(),
-            &mut toolstack,
-            &mut sink,
-            &options(1),
-            &mut |_| ControlFlow::Continue(()),
-        );
+        let saved = SaveRequest::new(domain.as_ref(), host.xen_version().unwrap())
+            .options(&options(1))
+            .observe(&mut |_| ControlFlow::Continue(()))
+            .write_stream(&mut toolstack, &mut sink);
         saved.unwrap().keep_suspended();
         assert_eq!(p2m_records(&sink.0), 2, "{}", spec.name);
         assert_arrives(&host, domid, &sink.0, &spec, "late");

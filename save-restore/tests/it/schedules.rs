@@ -26,7 +26,7 @@ use xsr_save_restore::save::precopy::{PrecopyDecision, PrecopyPolicy, PrecopySta
 use xsr_save_restore::sink::CopySink;
 use xsr_save_restore::source::CopySource;
 use xsr_save_restore::{
-    Live, RestoreError, RestoreOptions, SaveError, Saved, restore, save, save_live,
+    Live, RestoreError, RestoreOptions, SaveError, SaveRequest, Saved, restore,
 };
 use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost, WorkloadSpec};
 use xsr_xen_backend::{DomId, Domain, Errno, GuestKind, Host};
@@ -325,13 +325,20 @@ impl<'t> World<'t> {
         let result = {
             let (toolstack, sink) = (&mut toolstack, &mut CopySink(&mut sink));
             match live {
-                None => save(&faulty, xen, toolstack, sink, &options, &mut progress),
+                None => SaveRequest::new(&faulty, xen)
+                    .options(&options)
+                    .observe(&mut progress)
+                    .write_stream(toolstack, sink),
                 Some(_) => {
                     let live = Live {
                         policy: &mut policy,
                         verify: false,
                     };
-                    save_live(&faulty, xen, toolstack, sink, &options, live, &mut progress)
+                    SaveRequest::new(&faulty, xen)
+                        .options(&options)
+                        .live(live)
+                        .observe(&mut progress)
+                        .write_stream(toolstack, sink)
                 }
             }
         };

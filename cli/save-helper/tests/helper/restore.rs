@@ -99,16 +99,15 @@ fn richer(dir: &Path) -> (PathBuf, DomId, (u32, u32), PathBuf) {
         .unwrap();
     let domain = rich.domain(domid).unwrap();
     let mut stream = Vec::new();
-    xsr_save_restore::save(
-        domain.as_ref(),
-        rich.xen_version().unwrap(),
-        &mut DirectToolstack(domain.as_ref()),
-        &mut CopySink(&mut stream),
-        &SaveOptions::default(),
-        &mut |_| std::ops::ControlFlow::Continue(()),
-    )
-    .unwrap()
-    .keep_suspended();
+    xsr_save_restore::SaveRequest::new(domain.as_ref(), rich.xen_version().unwrap())
+        .options(&SaveOptions::default())
+        .observe(&mut |_| std::ops::ControlFlow::Continue(()))
+        .write_stream(
+            &mut DirectToolstack(domain.as_ref()),
+            &mut CopySink(&mut stream),
+        )
+        .unwrap()
+        .keep_suspended();
     let file = dir.join("stream");
     fs::write(&file, stream).unwrap();
     let (path, domid, ports) = empty(dir, GuestKind::Pvh);

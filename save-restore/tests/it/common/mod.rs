@@ -26,7 +26,7 @@ use xsr_save_restore::sink::{CopySink, PageSink};
 use xsr_save_restore::source::{CopySource, PageSource};
 use xsr_save_restore::toolstack::DirectToolstack;
 use xsr_save_restore::{
-    RestoreError, RestoreOptions, Restored, SaveError, SaveOptions, restore, save,
+    RestoreError, RestoreOptions, Restored, SaveError, SaveOptions, SaveRequest, restore,
 };
 use xsr_xen_backend::mock::{GuestSpec, P2mStyle};
 use xsr_xen_backend::mock::{HostConfig, MockHost};
@@ -113,14 +113,10 @@ pub(crate) fn save_to(
 ) -> Result<(), SaveError> {
     let domain = host.domain(domid).unwrap();
     let mut toolstack = DirectToolstack(domain.as_ref());
-    let saved = save(
-        domain.as_ref(),
-        host.xen_version().unwrap(),
-        &mut toolstack,
-        sink,
-        options,
-        &mut |_| ControlFlow::Continue(()),
-    )?;
+    let saved = SaveRequest::new(domain.as_ref(), host.xen_version().unwrap())
+        .options(options)
+        .observe(&mut |_| ControlFlow::Continue(()))
+        .write_stream(&mut toolstack, sink)?;
     saved.resume().unwrap();
     Ok(())
 }

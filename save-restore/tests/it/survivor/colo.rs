@@ -18,7 +18,7 @@ use xsr_save_restore::toolstack::{
     Arrival, CheckpointRestoreToolstack, CheckpointToolstack, ColoRestoreToolstack, ColoToolstack,
     Epoch, MissingStaticData, NextEpoch, RestoreToolstack, SaveToolstack, ToolstackError, Turn,
 };
-use xsr_save_restore::{RestoreError, restore_colo, save_colo};
+use xsr_save_restore::{RestoreError, SaveRequest, restore_colo};
 use xsr_xen_backend::mock::{GuestSpec, MemoryDigest, MockHost, Workload, WorkloadSpec};
 use xsr_xen_backend::{DomId, Domain, GuestKind, Host};
 
@@ -301,17 +301,16 @@ fn a_primary_that_is_cut_off_anywhere_leaves_the_secondary_as_it_was() {
             let here = &mut here;
             let sent = scope.spawn(move || {
                 let mut sink = CopySink(Tee(Vec::new(), stream_to));
-                save_colo(
-                    domain,
-                    from.xen_version().unwrap(),
-                    here,
-                    &mut sink,
-                    &mut FdBackChannel::new(back_from),
-                    &options(1),
-                    &mut XenPolicy,
-                    &mut |_| ControlFlow::Continue(()),
-                )
-                .unwrap();
+                SaveRequest::new(domain, from.xen_version().unwrap())
+                    .options(&options(1))
+                    .observe(&mut |_| ControlFlow::Continue(()))
+                    .write_colo(
+                        here,
+                        &mut sink,
+                        &mut FdBackChannel::new(back_from),
+                        &mut XenPolicy,
+                    )
+                    .unwrap();
                 let CopySink(Tee(stream, _)) = sink;
                 stream
             });

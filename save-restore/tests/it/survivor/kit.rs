@@ -11,10 +11,11 @@ use crate::common::*;
 use xsr_format::frame::Gfn;
 use xsr_format::read::{ReadOptions, RecordReader};
 use xsr_format::record::RecordKind;
+use xsr_save_restore::SaveRequest;
 use xsr_save_restore::restore::RestoreOptions;
 use xsr_save_restore::restore::checkpoint::{CheckpointOptions, Ending, Survivor};
 use xsr_save_restore::save::precopy::XenPolicy;
-use xsr_save_restore::save::{BUFFER_BYTES, Checkpoints, save_checkpointed};
+use xsr_save_restore::save::{BUFFER_BYTES, Checkpoints};
 use xsr_save_restore::sink::CopySink;
 use xsr_save_restore::source::CopySource;
 use xsr_save_restore::toolstack::{
@@ -189,19 +190,18 @@ pub(crate) fn protect(spec: &GuestSpec) -> Vec<u8> {
     let domain = from.domain(domid).unwrap();
     let mut primary = primary(&from, domid, domain.as_ref(), spec.kind);
     let mut sink = CopySink(Vec::new());
-    save_checkpointed(
-        domain.as_ref(),
-        from.xen_version().unwrap(),
-        &mut primary,
-        &mut sink,
-        &options(1),
-        Checkpoints {
-            policy: &mut XenPolicy,
-            buffer_bytes: BUFFER_BYTES,
-        },
-        &mut |_| ControlFlow::Continue(()),
-    )
-    .unwrap();
+    SaveRequest::new(domain.as_ref(), from.xen_version().unwrap())
+        .options(&options(1))
+        .observe(&mut |_| ControlFlow::Continue(()))
+        .write_checkpoints(
+            &mut primary,
+            &mut sink,
+            Checkpoints {
+                policy: &mut XenPolicy,
+                buffer_bytes: BUFFER_BYTES,
+            },
+        )
+        .unwrap();
     sink.0
 }
 

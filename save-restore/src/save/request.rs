@@ -1,0 +1,227 @@
+//! What to save and how: a request, which a caller builds and then runs once.
+
+use std::fmt;
+use std::io::Write as _;
+use std::ops::ControlFlow;
+
+use xsr_xen_backend::{Domain, XenVersion};
+
+use crate::back_channel::BackChannel;
+use crate::error::SaveError;
+use crate::progress::{OnProgress, Progress};
+use crate::save::buffer::{EpochBuffer, Hold};
+use crate::save::precopy::PrecopyPolicy;
+use crate::save::{
+    CheckpointedStats, Checkpoints, Live, Run, SaveOptions, SaveStats, Saved, Suspended, give_back,
+};
+use crate::sink::PageSink;
+use crate::toolstack::{CheckpointToolstack, ColoToolstack, SaveToolstack};
+
+/// A save: of which domain, and how. One of the `write_*` methods runs it.
+///
+/// ```no_run
+/// use xsr_save_restore::sink::FdSink;
+/// use xsr_save_restore::toolstack::DirectToolstack;
+/// use xsr_save_restore::SaveRequest;
+/// use xsr_xen_backend::Host;
+///
+/// # fn example(host: &dyn Host, file: std::fs::File) -> Result<(), Box<dyn std::error::Error>> {
+/// # let domid = xsr_xen_backend::DomId(1);
+/// let domain = host.domain(domid)?;
+/// let mut toolstack = DirectToolstack(&*domain);
+/// let saved = SaveRequest::new(&*domain, host.xen_version()?)
+///     .write_stream(&mut toolstack, &mut FdSink::new(&file))?;
+/// file.sync_all()?;
+/// saved.resume()?;
+/// # Ok(())
+/// # }
+/// ```
+#[must_use = "a request does nothing until it is run"]
+pub struct SaveRequest<'r> {
+    pub(super) domain: &'r dyn Domain,
+    pub(super) xen: XenVersion,
+    pub(super) options: SaveOptions,
+    pub(super) live: Option<Live<'r>>,
+    pub(super) progress: Option<&'r mut OnProgress<'r>>,
+}
+
+impl fmt::Debug for SaveRequest<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SaveRequest")
+            .field("xen", &self.xen)
+            .field("options", &self.options)
+            .field("live", &self.live)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<'r> SaveRequest<'r> {
+    /// A save that is not live, with as many threads as the machine has processors, without
+    /// an observer. `xen` goes into the domain header.
+    pub fn new(domain: &'r dyn Domain, xen: XenVersion) -> Self {
+        Self {
+            domain,
+            xen,
+            options: SaveOptions::default(),
+            live: None,
+            progress: None,
+        }
+    }
+
+    /// Settings that do not change what is written.
+    pub fn options(mut self, options: &SaveOptions) -> Self {
+        self.options = *options;
+        self
+    }
+
+    /// The guest runs while its memory is written, and what it writes meanwhile is written again,
+    /// until the policy says that the rest may be written with the guest suspended.
+    pub fn live<'l: 'r>(mut self, live: Live<'l>) -> Self {
+        self.live = Some(Live {
+            policy: live.policy,
+            verify: live.verify,
+        });
+        self
+    }
+
+    /// Calls `progress` with how far the save is. It can stop the save.
+    pub fn observe(mut self, progress: &'r mut OnProgress<'r>) -> Self {
+        self.progress = Some(progress);
+        self
+    }
+
+    /// Saves the domain as a libxc stream, and leaves it suspended.
+    ///
+    /// The stream is complete, END included, when this returns. [`Saved`] decides what becomes of
+    /// the domain.
+    ///
+    /// # Errors
+    ///
+    /// Any of [`SaveError`], in any phase: the guest runs on where it was (resumed if it had been
+    /// suspended), the device model has been told to end its log-dirty mode, the dirty log is off,
+    /// nothing stays mapped. A hypervisor that refuses to switch the log off is reported in the
+    /// log. What has been written to the sink is of no use; the caller that opened it removes it.
+    /// Only [`SaveError::NotResumed`] leaves the domain suspended, and says so. A domain that
+    /// another program has resumed meanwhile runs on, and the cause is returned.
+    pub fn write_stream<'a>(
+        self,
+        toolstack: &'a mut dyn SaveToolstack,
+        sink: &mut dyn PageSink,
+    ) -> Result<Saved<'a>, SaveError> {
+        let (suspended, stats, ()) = self.with_guest(toolstack, |run, suspended, xen, live| {
+            run.phases(xen, suspended, sink, live)
+        })?;
+        Ok(Saved { stats, suspended })
+    }
+
+    /// Saves the domain again and again, as a stream of checkpoints (Remus): its memory once while
+    /// it runs, until the policy says that the rest may be sent with the guest suspended; then in
+    /// each epoch what it has written since the one before, its registers and devices, and a
+    /// CHECKPOINT record. The guest runs between epochs, and `toolstack` says when the next is
+    /// due, and which was the last.
+    ///
+    /// After the last, the guest runs on, and the dirty log is off. The stream ends after the
+    /// CHECKPOINT record, without an END, as that of Xen does: END would say that what came before
+    /// it is whole, and the other side could not tell it from a migration. To a restorer the
+    /// stream just breaks off, and it takes over with the last checkpoint: a toolstack that wants
+    /// only one of both to run sees to it that the other side has gone before it answers
+    /// [`NextEpoch::Finish`](crate::toolstack::NextEpoch::Finish).
+    ///
+    /// # Errors
+    ///
+    /// As [`write_stream`](Self::write_stream): in any epoch, the guest runs on where it was.
+    /// Checkpoints that are complete in the stream remain of use. Unless it is the sink that
+    /// fails, the stream ends between two records, and the caller can go on with it.
+    pub fn write_checkpoints(
+        self,
+        toolstack: &mut dyn CheckpointToolstack,
+        sink: &mut dyn PageSink,
+        how: Checkpoints<'_>,
+    ) -> Result<CheckpointedStats, SaveError> {
+        let hold = Hold::new(how.buffer_bytes);
+        let mut buffer = EpochBuffer::new(sink, &hold);
+        let result = self.with_guest(toolstack, |run, suspended, xen, _| {
+            run.epochs(xen, suspended, &mut buffer, &hold, how.policy)
+        });
+        match result {
+            Ok((_, stream, checkpoints)) => Ok(CheckpointedStats {
+                stream,
+                checkpoints,
+            }),
+            Err(cause) => {
+                // A caller that stops it does not wait for what is kept, which is whole records.
+                if !matches!(cause, SaveError::Stream(_) | SaveError::Aborted)
+                    && let Err(error) = buffer.flush()
+                {
+                    // Then it is a sink that failed, and the caller has seen it.
+                    tracing::debug!(%error, "the end of the stream could not be written");
+                }
+                Err(cause)
+            }
+        }
+    }
+
+    /// Saves the domain as the primary of COLO, checkpoint after checkpoint, as
+    /// [`write_checkpoints`](Self::write_checkpoints) does, with two differences: the guest
+    /// stays suspended until the toolstack says that the other end has all of a checkpoint; and
+    /// to the pages of each but the first belong those that the secondary has written itself,
+    /// which it names over `back`.
+    ///
+    /// After the last, the guest runs on, and the dirty log is off.
+    ///
+    /// # Errors
+    ///
+    /// As [`write_checkpoints`](Self::write_checkpoints); a PV guest; a list of the secondary's
+    /// that is not one.
+    pub fn write_colo(
+        self,
+        toolstack: &mut dyn ColoToolstack,
+        sink: &mut dyn PageSink,
+        back: &mut dyn BackChannel,
+        policy: &mut dyn PrecopyPolicy,
+    ) -> Result<CheckpointedStats, SaveError> {
+        let (_, stream, checkpoints) = self.with_guest(toolstack, |run, suspended, xen, _| {
+            match run.kind.is_translated() {
+                true => run.both(xen, suspended, sink, back, policy),
+                false => Err(SaveError::ColoGuest),
+            }
+        })?;
+        Ok(CheckpointedStats {
+            stream,
+            checkpoints,
+        })
+    }
+
+    /// Does `phases` with a guest whose device model marks pages meanwhile. When they fail, the
+    /// guest runs on.
+    pub(super) fn with_guest<'a, T: SaveToolstack + ?Sized, O>(
+        self,
+        toolstack: &'a mut T,
+        phases: impl FnOnce(
+            &mut Run<'_, '_>,
+            &mut Suspended<'a, T>,
+            XenVersion,
+            Option<Live<'r>>,
+        ) -> Result<O, SaveError>,
+    ) -> Result<(Suspended<'a, T>, SaveStats, O), SaveError> {
+        let mut suspended = Suspended::new(toolstack);
+        let domain = self.domain;
+        let info = domain.info()?;
+        if info.kind.is_translated() {
+            suspended.logging_on()?;
+        }
+        let mut unobserved = |_: &Progress| ControlFlow::Continue(());
+        let progress: &mut OnProgress<'_> = match self.progress {
+            Some(progress) => progress,
+            None => &mut unobserved,
+        };
+        let mut run = Run::new(domain, &info, &self.options, progress);
+        let result = phases(&mut run, &mut suspended, self.xen, self.live);
+        let stats = run.stats;
+        suspended.logging_off();
+        match result {
+            Ok(out) => Ok((suspended, stats, out)),
+            Err(cause) => Err(give_back(domain, &mut suspended, cause)),
+        }
+    }
+}
