@@ -1,8 +1,7 @@
-//! The hypervisor that a command works on, by the name that the command line gives it, and
-//! what a toolstack keeps with a domain there: configuration and emulators' records.
+//! Opens the hypervisor that the command line names, and stores what a toolstack keeps with a
+//! domain: configuration and emulator records.
 //!
-//! This is the one file that knows which hypervisors there are. Every other sees a
-//! [`DomainStore`].
+//! Only this file knows which hypervisors there are. All others see a [`DomainStore`].
 
 use std::fmt;
 use std::ops::Deref;
@@ -23,10 +22,10 @@ use xsr_xen_backend::{DomId, OpenError, XenHost};
 use crate::args::Backend;
 use crate::exit::{self, BadUsage};
 
-/// Under which name libxl keeps a domain's configuration, and a mock machine, too.
+/// The name under which libxl keeps a domain's configuration. Mock machines use it too.
 pub(crate) const CONFIG: &str = "libxl-json";
 
-/// What libxl streams are written with.
+/// The byte order of libxl streams that we write.
 pub(crate) const LIBXL_HEADER: LibxlHeader = LibxlHeader {
     order: ByteOrder::Little,
     legacy_converted: false,
@@ -40,7 +39,7 @@ const DESTROY_WAIT: Duration = Duration::from_secs(5);
 pub(crate) struct Hypervisor {
     backend: Backend,
     store: Arc<dyn DomainStore>,
-    /// The mock machine below it, whose guests run only as long as this process runs them.
+    /// The mock machine underneath. Its guests run only while this process runs them.
     mock: Option<MockHost>,
 }
 
@@ -77,13 +76,13 @@ impl Hypervisor {
     ///
     /// # Errors
     ///
-    /// There is none, or this program works on it only through `xl` or with `--direct`.
+    /// There is no such hypervisor, or this program works on it only through `xl` or with
+    /// `--direct`.
     pub(crate) fn open(backend: &Backend) -> Result<Self> {
         Ok(MockHost::open(directory(backend)?)?.into())
     }
 
-    /// Opens the hypervisor that a domain is to be made on. Makes a mock machine if there is
-    /// none yet.
+    /// Opens the hypervisor to create a domain on. Creates a mock machine if there is none yet.
     ///
     /// # Errors
     ///
@@ -96,7 +95,7 @@ impl Hypervisor {
     ///
     /// # Errors
     ///
-    /// There is none, or it is not a Xen.
+    /// There is no such hypervisor, or it is not Xen.
     pub(crate) fn direct(backend: &Backend) -> Result<Self> {
         let (store, mock) = match backend {
             Backend::Auto | Backend::Xen => (XenHost::open()?, None),
@@ -116,22 +115,22 @@ impl Hypervisor {
         })
     }
 
-    /// The name by which the command line calls it.
+    /// Its name on the command line.
     pub(crate) fn backend(&self) -> &Backend {
         &self.backend
     }
 
-    /// The mock machine below it, if it is one.
+    /// The mock machine underneath, if it is one.
     pub(crate) fn mock(&self) -> Option<&MockHost> {
         self.mock.as_ref()
     }
 
-    /// Whether its guests have rings that connect them to xenstore and a console.
+    /// Whether its guests have rings to xenstore and a console.
     pub(crate) fn has_rings(&self) -> bool {
         !matches!(self.backend, Backend::Mock(_))
     }
 
-    /// A domain of it, for messages: `domain 3 of mock:DIR`.
+    /// A domain's name in messages: `domain 3 of mock:DIR`.
     pub(crate) fn place_of(&self, domid: DomId) -> String {
         match &self.backend {
             Backend::Auto | Backend::Xen => domid.to_string(),
@@ -142,21 +141,21 @@ impl Hypervisor {
     }
 }
 
-/// The mock machine in a directory. It is made if it is not there.
+/// The mock machine in a directory, created if it does not exist.
 ///
 /// # Errors
 ///
-/// Something else is in the directory; another process has the machine open.
+/// The directory holds something else; another process has the machine open.
 pub(crate) fn mock_machine(directory: &Path) -> Result<MockHost> {
     opened(MockHost::open_or_create(directory, &HostConfig::default()))
 }
 
-/// Opens the mock machine in a directory, makes it if it is not there, or reaches the command that
-/// has it open.
+/// Opens the mock machine in a directory, creates it if it does not exist, or connects to the
+/// command that has it open.
 ///
 /// # Errors
 ///
-/// Something else is in the directory; that command does not answer.
+/// The directory holds something else; that command does not answer.
 pub(crate) fn reach_or_create(directory: &Path) -> Result<Reached> {
     match MockHost::open_or_create(directory, &HostConfig::default()) {
         Err(MockError::InUse { .. }) => Ok(MockHost::reach(directory)?),
@@ -173,7 +172,7 @@ fn opened(host: Result<MockHost, MockError>) -> Result<MockHost> {
     }
 }
 
-/// Whether this program can work on it at all, before anything is made.
+/// Checks, before anything is created, that this program can work on it at all.
 pub(crate) fn check(backend: &Backend) -> Result<()> {
     directory(backend).map(drop)
 }
@@ -189,7 +188,7 @@ fn directory(backend: &Backend) -> Result<&Path> {
             "this machine runs no Xen (there is no /dev/xen/privcmd)".to_owned()
         }
         Err(error) => error.to_string(),
-        // Where there is one, it does the work (`xl.rs`), and nobody comes here.
+        // With xl installed, xl does the work (`xl.rs`), and this point is not reached.
         Ok(_) => "this machine runs Xen, but there is no `xl` on PATH: install Xen's tools, or \
              give --direct (save and restore without libxl)"
             .to_owned(),
@@ -200,7 +199,7 @@ fn directory(backend: &Backend) -> Result<&Path> {
     )
 }
 
-/// The command by which a person does something to a domain there.
+/// The command with which a user acts on a domain there.
 pub(crate) fn domain_command(backend: &Backend, verb: &str, rest: &str) -> String {
     match backend {
         Backend::Auto | Backend::Xen => format!("xl {verb} {rest}"),
@@ -210,20 +209,20 @@ pub(crate) fn domain_command(backend: &Backend, verb: &str, rest: &str) -> Strin
     }
 }
 
-/// A domain that a command has found by what the command line calls it.
+/// The domain that a command works on.
 #[derive(Debug)]
 pub(crate) struct Found {
     pub(crate) domain: DomainRef,
-    /// Its name, or one that is made of its number: for messages.
+    /// Its name, or a placeholder made from its number, for messages.
     pub(crate) name: String,
-    /// What commands take for it: its name, or its number if it has none.
+    /// What commands accept for it: its name, or its number if it has none.
     pub(crate) handle: String,
-    /// Held as long as the command works on it.
+    /// The lock, held while the command works on the domain.
     pub(crate) lock: DomainLock,
 }
 
 impl Found {
-    /// Finds a domain, and locks it for `command`, which is the name of a command of ours.
+    /// Finds a domain, and locks it for `command`, the name of one of our commands.
     ///
     /// # Errors
     ///
@@ -239,12 +238,12 @@ impl Found {
         })
     }
 
-    /// Refuses a domain without a name: one that is sent away is renamed before the other end
-    /// is told to run it.
+    /// Refuses a domain without a name, because a domain is renamed before the destination is told
+    /// to run it.
     ///
     /// # Errors
     ///
-    /// It has none, and how it gets one.
+    /// The domain has no name; the text says how to give it one.
     pub(crate) fn must_have_name(&self, host: &dyn DomainStore, backend: &Backend) -> Result<()> {
         let domain = self.domain;
         if host.name(domain)?.is_some() {
@@ -258,7 +257,7 @@ impl Found {
     }
 }
 
-/// The name of a domain, or one that is made of its number.
+/// The name of a domain, or a placeholder made from its number.
 ///
 /// # Errors
 ///
@@ -271,7 +270,7 @@ pub(crate) fn name_of(
     Ok(name.unwrap_or_else(|| format!("domain-{}", domain.domid.0)))
 }
 
-/// What commands take for a domain: its name, or its number if it has none.
+/// What commands accept for a domain: its name, or its number if it has none.
 ///
 /// # Errors
 ///
@@ -284,19 +283,19 @@ pub(crate) fn handle_of(
     Ok(name.unwrap_or_else(|| domain.domid.0.to_string()))
 }
 
-/// Destroys a domain, and tells the user what stays behind of it. One that another command has
-/// destroyed is destroyed.
+/// Destroys a domain, and tells the user what remains of it. A domain that another command has
+/// destroyed counts as destroyed.
 ///
 /// # Errors
 ///
-/// The domain is still there.
+/// The domain still exists.
 pub(crate) fn destroy(
     host: &dyn DomainStore,
     domain: DomainRef,
     name: &str,
 ) -> Result<(), DomainStoreError> {
     let destroyed = match host.destroy(domain, DESTROY_WAIT) {
-        // What the store kept of it is left, and the error names it.
+        // The store's data of the domain remain, and the error names them.
         Err(error @ DomainStoreError::Storage { .. }) if is_destroyed(host, domain) => {
             let error = anyhow::Error::new(error);
             tracing::warn!("{name} is destroyed, but {}", exit::words(error.chain()));
@@ -322,7 +321,7 @@ pub(crate) fn destroy(
     Ok(())
 }
 
-/// Whether a domain is not there any more, or about to go.
+/// Whether a domain is gone or dying.
 fn is_destroyed(host: &dyn DomainStore, domain: DomainRef) -> bool {
     match host.check(domain) {
         Ok(info) => info.dying,
@@ -333,25 +332,24 @@ fn is_destroyed(host: &dyn DomainStore, domain: DomainRef) -> bool {
     }
 }
 
-/// Keep the configuration with a domain.
+/// Store the configuration with a domain.
 pub(crate) fn store_config(host: &dyn DomainStore, domain: DomainRef, json: &str) -> Result<()> {
     Ok(host.set_configuration(domain, json.as_bytes())?)
 }
 
-/// The configuration kept with a domain.
+/// The configuration stored with a domain.
 pub(crate) fn config(host: &dyn DomainStore, domain: DomainRef) -> Result<Option<String>> {
     let Some(kept) = host.configuration(domain)? else {
         return Ok(None);
     };
     let mut json =
         String::from_utf8(kept.bytes).context("the configuration kept with the domain")?;
-    // libxl writes the NUL that ends its string.
+    // libxl includes the NUL that ends its string.
     json.truncate(json.trim_end_matches('\0').len());
     Ok(Some(json))
 }
 
-/// Keep emulator records with a domain: as a libxl stream that has no libxc stream
-/// in it.
+/// Store emulator records with a domain, as a libxl stream without a libxc stream.
 pub(crate) fn store_emulators(
     host: &dyn DomainStore,
     domain: DomainRef,
@@ -369,11 +367,11 @@ pub(crate) fn store_emulators(
     Ok(host.set_emulators(domain, &stream.into_sink())?)
 }
 
-/// The emulator records kept with a domain.
+/// The emulator records stored with a domain.
 pub(crate) fn emulators(host: &dyn DomainStore, domain: DomainRef) -> Result<Vec<LibxlRecord>> {
     let mut records = Vec::new();
     if let Some(kept) = host.emulators(domain)? {
-        // What is wrong with it is wrong with the host, not with an image.
+        // Errors in it are the host's fault, not the image's.
         let bad = |e| anyhow::anyhow!("the emulator records kept with the domain: {e}");
         let mut stream = LibxlReader::new(kept.as_slice(), ReadOptions::default()).map_err(bad)?;
         while let Some(record) = stream.next_record().map_err(bad)? {

@@ -1,4 +1,4 @@
-//! The commands, one file each, and what they have in common.
+//! The commands, one file each, and their common parts.
 
 mod cat;
 pub(crate) mod convert;
@@ -19,7 +19,7 @@ use crate::args::Command;
 use crate::exit::Code;
 use crate::terminal::Terminal;
 
-/// Do what the command line asks.
+/// Run the command of the command line.
 pub(crate) fn run(command: Command, terminal: &Terminal) -> anyhow::Result<Code> {
     match command {
         Command::Inspect(args) => inspect::run(&args, terminal),

@@ -1,5 +1,5 @@
-//! What a primary of COLO hears of its secondary: how far it is, and why it gives up.
-//! [`xsr_save_restore::migrate::messages`] has the words, and the order in which they come.
+//! The secondary's messages to a COLO primary: its progress, and why it gives up.
+//! [`xsr_save_restore::migrate::messages`] has the messages and their order.
 //!
 //! C implementation: `tools/libs/light/libxl_colo_save.c`.
 
@@ -11,19 +11,19 @@ use xsr_save_restore::back_channel::BackChannel;
 use xsr_save_restore::migrate::connection::{Connection, ConnectionReader, Wait};
 use xsr_save_restore::migrate::messages::{ColoWord, LastWords, MessageError, Outcome, Status};
 
-/// What the primary hears of the secondary.
+/// Receives the secondary's messages.
 #[derive(Debug)]
 pub(crate) struct Hearing<'a> {
     reader: ConnectionReader<'a>,
-    /// How long an answer may take.
+    /// The longest wait for an answer.
     patience: Duration,
-    /// What came since the last CHECKPOINT_STATE: the words with which an end gives up may be
-    /// among it.
+    /// What came since the last CHECKPOINT_STATE. It may include the message with which the
+    /// secondary gives up.
     since: LastWords,
 }
 
 impl<'a> Hearing<'a> {
-    /// Hear for as long as `wait` says, and no answer for longer than `patience`.
+    /// Receive as long as `wait` allows, and wait at most `patience` for an answer.
     pub(crate) fn new(
         connection: &'a dyn Connection,
         wait: Wait<'a>,
@@ -36,13 +36,13 @@ impl<'a> Hearing<'a> {
         })
     }
 
-    /// What came since the last state, the last of it.
+    /// The end of what came since the last state.
     pub(crate) fn into_rest(self) -> LastWords {
         self.since
     }
 
-    /// What it says in the place of anything else when it has come to its end: it is heard to
-    /// that. [`Self::into_rest`] has it, too.
+    /// The message that the secondary sends in place of any other when it has ended, read to its
+    /// end. [`Self::into_rest`] includes it too.
     pub(crate) fn given_up(&mut self) -> Option<io::Error> {
         if !self.since.report_began() {
             return None;
@@ -50,7 +50,7 @@ impl<'a> Hearing<'a> {
         self.reader.restart(self.patience);
         let mut byte = [0];
         while self.since.report_began() && self.since.status().is_none() {
-            // What broke the connection matters less than what had begun to be said.
+            // The message that had begun matters more than the error that broke the connection.
             match self.read(&mut byte) {
                 Ok(1..) => {}
                 Ok(0) | Err(_) => break,
@@ -63,11 +63,11 @@ impl<'a> Hearing<'a> {
         }))
     }
 
-    /// Hear how far the secondary is. What follows is part of the same answer.
+    /// Receive the secondary's state. What follows is part of the same answer.
     ///
     /// # Errors
     ///
-    /// It hung up, or is not there, or says something else, or nothing for too long.
+    /// The secondary hung up, cannot be reached, says something else, or says nothing for too long.
     pub(crate) fn expect(&mut self, state: CheckpointState) -> io::Result<()> {
         self.reader.restart(self.patience);
         match ColoWord::read(&mut *self) {
@@ -123,7 +123,7 @@ mod tests {
 
     use super::*;
 
-    /// What a primary hears that has so much patience, and is then hung up on.
+    /// What a primary with this patience receives before the connection closes.
     fn hearing<T>(
         bytes: &[u8],
         patience: Duration,
@@ -131,7 +131,7 @@ mod tests {
     ) -> (T, u64) {
         let (from, mut to) = io::pipe().unwrap();
         to.write_all(bytes).unwrap();
-        // Who has patience gets to the end.
+        // With patience the primary reads to the end.
         let open = (patience == Duration::ZERO).then_some(to);
         let nothing = File::options().write(true).open("/dev/null").unwrap();
         let from = PipeConnection::new(OwnedFd::from(from), nothing.into(), "there").unwrap();
@@ -152,7 +152,7 @@ mod tests {
         let (heard, carried) = hearing(&ready, patience, expect);
         heard.unwrap();
         assert_eq!(carried, 16);
-        // In the midst of a word, too.
+        // In the middle of a message, too.
         for said in [0, 7] {
             let (heard, carried) = hearing(&ready[..said], Duration::ZERO, expect);
             let error = heard.unwrap_err();
@@ -177,7 +177,7 @@ mod tests {
                 hearing.given_up().unwrap().to_string()
             });
             assert!(why.contains(expected), "{why}");
-            // In the place of a list's header.
+            // In place of a list's header.
             let (why, _) = hearing(&bytes, Duration::from_secs(60), |hearing| {
                 hearing.read_exact(&mut [0; 8]).unwrap();
                 hearing.given_up().unwrap().to_string()
@@ -192,7 +192,7 @@ mod tests {
         assert!(why.is_none());
     }
 
-    /// What came before it is not repeated: a list of pages may be long.
+    /// Earlier bytes are not repeated: a list of pages may be long.
     #[test]
     fn a_word_that_is_out_of_place_is_named_and_nothing_else() {
         let list = [7; 4096];

@@ -1,4 +1,4 @@
-//! What a domain does now, in words: whether it can be saved or sent, and what has become of it
+//! The state of a domain, in words: whether it can be saved or sent, and what has become of it
 //! after a failure.
 
 use nix::errno::Errno;
@@ -9,18 +9,18 @@ use xsr_xen_backend::{BackendError, Domain, DomainInfo, ShutdownReason};
 use crate::args::Backend;
 use crate::backend::domain_command;
 
-/// What a domain does now.
+/// The state of a domain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Condition {
     Runs,
     Paused,
     /// It waits for a resume.
     Suspended,
-    /// It has ended by itself, for another reason than to be saved.
+    /// It has shut down, for another reason than to be saved.
     Down(ShutdownReason),
     /// It has been destroyed, or is being destroyed.
     Gone,
-    /// The hypervisor does not say.
+    /// The hypervisor does not tell.
     Unknown(BackendError),
 }
 
@@ -30,7 +30,7 @@ impl Condition {
         Self::from_info(domain.info())
     }
 
-    /// Ask the hypervisor, after the domain has been told from a later one with its number.
+    /// Ask the hypervisor, after checking that the number has not been reused by a later domain.
     pub(crate) fn in_store(host: &dyn DomainStore, domain: DomainRef) -> Self {
         match host.look_up(domain) {
             Ok(info) => Self::from_info(Ok(info)),
@@ -57,7 +57,7 @@ impl Condition {
         }
     }
 
-    /// What a protection goes by that has come to its end.
+    /// The state as a protection that has ended needs it.
     pub(crate) fn here(&self) -> Here {
         match self {
             Self::Runs | Self::Paused => Here::Runs,
@@ -68,8 +68,8 @@ impl Condition {
         }
     }
 
-    /// Why the domain cannot be asked to suspend, and what to do; `None` if it can. Better said
-    /// before its memory is sent than after.
+    /// Why the domain cannot be asked to suspend, and what to do; `None` if it can. Best asked
+    /// before its memory is sent.
     pub(crate) fn refusal(&self, name: &str, backend: &Backend) -> Option<String> {
         let command = |verb: &str| domain_command(backend, verb, name);
         Some(match self {
@@ -91,8 +91,8 @@ impl Condition {
         })
     }
 
-    /// What has become of the domain `name`, which a command has failed to move away, and what
-    /// to do. It runs nowhere else.
+    /// What has become of the domain `name`, which a command has failed to move, and what to do. It
+    /// runs nowhere else.
     pub(crate) fn after_failure(&self, name: &str, backend: &Backend) -> String {
         let command = |verb: &str| domain_command(backend, verb, name);
         match self {
@@ -151,7 +151,7 @@ mod tests {
             (dying, "has been destroyed"),
             (failed(Errno::EPERM), "EPERM"),
         ] {
-            // What may have to run at the other end is not taken back.
+            // A domain that may have to run at the other end is not taken back.
             let may_run_there = matches!(condition, Condition::Suspended | Condition::Unknown(_));
             assert_eq!(condition.here().is_taken_back(), !may_run_there);
             let words = condition.after_failure("web", &backend);

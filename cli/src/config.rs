@@ -1,5 +1,5 @@
-//! A domain's configuration as xl keeps it in an image: libxl's JSON. Only what a
-//! save or restore needs is looked at; the text itself is kept byte for byte.
+//! A domain's configuration as xl keeps it in an image: libxl's JSON. Only what a save or restore
+//! needs is parsed; the text itself is kept byte for byte.
 //!
 //! C implementation: `libxl_domain_config` in `tools/libs/light/libxl_types.idl`.
 
@@ -16,7 +16,7 @@ use xsr_xen_backend::{GuestKind, Uuid};
 use crate::exit::{BadImage, BadUsage};
 use crate::origin::Origin;
 
-/// What a configuration says of the domain to build.
+/// What a configuration says about the domain to build.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Config {
     /// `c_info.name`
@@ -25,16 +25,16 @@ pub(crate) struct Config {
     pub(crate) uuid: Option<String>,
     /// `c_info.type`
     pub(crate) kind: GuestKind,
-    /// `b_info.max_vcpus`; 1 where it says nothing, as libxl has it.
+    /// `b_info.max_vcpus`; 1 by default, as in libxl.
     pub(crate) vcpus: u32,
     /// `b_info.max_memkb`
     pub(crate) max_memory_kib: u64,
-    /// `b_info.video_memkb`, which a domain may have on top.
+    /// `b_info.video_memkb`, which is added to the domain's memory.
     pub(crate) video_memory_kib: u64,
 }
 
-/// What libxl lets every domain have beyond its configured memory, in KiB
-/// (`LIBXL_MAXMEM_CONSTANT`): room for the pages of rings and tables.
+/// Memory that libxl lets every domain have beyond its configuration, in KiB
+/// (`LIBXL_MAXMEM_CONSTANT`): room for pages of rings and tables.
 const SLACK_KIB: u64 = 1024;
 
 impl Config {
@@ -42,8 +42,8 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// It is longer than [`xsr_format::wrapper::xl::MAX_CONFIG`], which bounds the memory that
-    /// its JSON takes; it is not JSON; or it does not say what a domain needs.
+    /// It is longer than [`xsr_format::wrapper::xl::MAX_CONFIG`], which limits the memory for
+    /// parsing its JSON; it is not JSON; or something that a domain needs is missing.
     pub(crate) fn parse(json: &str) -> Result<Self, BadImage> {
         check_config_length(json.len()).map_err(|e| BadImage(e.to_string()))?;
         let bad = |what: String| BadImage(format!("the domain's configuration {what}"));
@@ -89,13 +89,13 @@ impl Config {
         })
     }
 
-    /// How many pages the domain may have.
+    /// The most pages that the domain may have.
     pub(crate) fn max_pages(&self) -> u64 {
         max_pages(self.max_memory_kib.saturating_add(self.video_memory_kib))
     }
 }
 
-/// Most vcpus that Xen lets a domain of a kind have.
+/// The most vcpus that Xen lets a domain of a kind have.
 pub(crate) fn most_vcpus(kind: GuestKind) -> u32 {
     match kind {
         GuestKind::Pv => MAX_PV_VCPUS,
@@ -103,18 +103,18 @@ pub(crate) fn most_vcpus(kind: GuestKind) -> u32 {
     }
 }
 
-/// How many pages a domain of so much memory may have.
+/// The most pages of a domain with this much memory.
 pub(crate) fn max_pages(kib: u64) -> u64 {
     kib.saturating_add(SLACK_KIB).div_ceil(4)
 }
 
-/// The configuration xl would keep for a domain it made.
+/// The configuration that xl would keep for a domain that it has created.
 pub(crate) fn make(name: &str, uuid: &str, kind: GuestKind, vcpus: u32, memory_kib: u64) -> String {
     text(name, uuid, kind, vcpus, memory_kib, "False")
 }
 
-/// The same for a domain that another Xen made, which may let its guests read registers that
-/// are not there: as `libxl_domain_create_restore`, where the image does not say.
+/// The same for a domain that another Xen created, which may let its guests read missing MSRs: as
+/// `libxl_domain_create_restore` if the image does not say.
 pub(crate) fn make_for_image(
     name: &str,
     uuid: &str,
@@ -135,7 +135,7 @@ fn text(
 ) -> String {
     let kind = kind_name(kind);
     let avail: Vec<u32> = (0..vcpus).collect();
-    // `json!` sorts its keys; libxl has an order, which a reader of images is used to.
+    // `json!` sorts its keys, but libxl has a fixed order that users are used to.
     let (name, uuid) = (Value::from(name), Value::from(uuid));
     let avail = Value::from(avail);
     format!(
@@ -176,8 +176,7 @@ fn text(
     )
 }
 
-/// The configuration with another name for the domain; byte for byte the same where
-/// it has that name.
+/// The configuration with another name for the domain; unchanged if it has that name already.
 pub(crate) fn renamed(json: &str, name: &str) -> Result<String, BadImage> {
     match Config::parse(json)?.name == name {
         true => Ok(json.to_owned()),
@@ -185,7 +184,7 @@ pub(crate) fn renamed(json: &str, name: &str) -> Result<String, BadImage> {
     }
 }
 
-/// The configuration with other values at some places, which it may not have had.
+/// The configuration with other values for some keys, which are added if they are missing.
 pub(crate) fn with(json: &str, values: &[(&str, &str)]) -> Result<String, BadImage> {
     let values = values.iter().map(|(at, value)| (*at, Value::from(*value)));
     with_values(json, values)
@@ -207,8 +206,7 @@ pub(crate) fn with_values<'a>(
     serde_json::to_string_pretty(&document).map_err(bad)
 }
 
-/// An UUID that is always the same for a name and a seed (of RFC 9562's version 8,
-/// which is for such).
+/// A UUID derived from a name and a seed (RFC 9562's version 8, which is meant for such).
 pub(crate) fn uuid(name: &str, seed: u64) -> String {
     // FNV-1a, 128 bits.
     let mut hash = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d_u128;
@@ -228,9 +226,9 @@ fn dashed(number: u128) -> String {
     parts.map(|(from, to)| &digits[from..to]).join("-")
 }
 
-/// What is wrong with a text as the UUID of a domain, or `None`. libxl reads 8, 4, 4, 4 and 12
-/// hexadecimal digits. It takes the null UUID, too, and then writes over `/vm/UUID` of the control
-/// domain in xenstore.
+/// What is wrong with the UUID of a domain, or `None`. libxl accepts 8, 4, 4, 4 and 12 hexadecimal
+/// digits. It also accepts the null UUID, and then overwrites `/vm/UUID` of the control domain in
+/// xenstore.
 ///
 /// C implementation: `uuid_parse` of libuuid, called by `libxl_uuid_from_string`;
 /// `libxl__domain_make`.
@@ -242,7 +240,7 @@ pub(crate) fn wrong_with_uuid(text: &str) -> Option<&'static str> {
     }
 }
 
-/// A UUID that nothing else has.
+/// A new, unique UUID.
 pub(crate) fn new_uuid() -> io::Result<String> {
     let mut bytes = [0; 16];
     File::open("/dev/urandom")?.read_exact(&mut bytes)?;
@@ -251,17 +249,17 @@ pub(crate) fn new_uuid() -> io::Result<String> {
     Ok(dashed(number & !(0xf << 76) | 0x4 << 76))
 }
 
-/// What is wrong with a name for a domain, or `None`. Xen takes any text; this refuses what a
-/// domain cannot be created or found with:
+/// What is wrong with the name of a domain, or `None`. Xen accepts any text. This refuses names
+/// with which a domain cannot be created or found:
 ///
 /// | name | why not |
 /// |---|---|
-/// | empty | nothing finds the domain by it |
-/// | all digits | xl takes it for a domain's number (`libxl_domain_qualifier_to_domid`) |
-/// | `Domain-0` | names are unique, and every host has a domain of this name (`libxl__domain_rename`) |
+/// | empty | the domain cannot be found by it |
+/// | all digits | xl treats it as a domain's number (`libxl_domain_qualifier_to_domid`) |
+/// | `Domain-0` | names are unique, and every host has this one (`libxl__domain_rename`) |
 /// | with `/` | xl and libxl name log files after the domain (`libxl_create_logfile`) |
-/// | with control characters | it goes to terminals and into log files |
-/// | long | so that `qemu-dm-NAME.log` is a file name |
+/// | with control characters | it is written to terminals and log files |
+/// | long | `qemu-dm-NAME.log` must be a valid file name |
 pub(crate) fn wrong_with_name(name: &str) -> Option<&'static str> {
     const MOST: usize = 240;
     if name.is_empty() {
@@ -281,8 +279,8 @@ pub(crate) fn wrong_with_name(name: &str) -> Option<&'static str> {
     }
 }
 
-/// The error for a file that should hold libxl's configuration and does not: the file is to
-/// blame, not the image.
+/// The error for a file that should hold libxl's configuration but does not. It blames the file,
+/// not the image.
 pub(crate) fn not_libxls(path: &Path, text: &str, why: &BadImage) -> Error {
     let is_xls = !text.trim_start().starts_with('{') && Origin::of_text(text).error.is_none();
     let instead = match is_xls {
@@ -296,7 +294,7 @@ pub(crate) fn not_libxls(path: &Path, text: &str, why: &BadImage) -> Error {
     )))
 }
 
-/// What libxl calls a kind of guest.
+/// libxl's name for a kind of guest.
 pub(crate) fn kind_name(kind: GuestKind) -> &'static str {
     match kind {
         GuestKind::Pv => "pv",

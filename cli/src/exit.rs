@@ -1,4 +1,4 @@
-//! Exit codes: what they are, and which failure gets which. Decided here alone.
+//! Exit codes, and which failure gets which. Only this file decides that.
 
 use std::process::ExitCode;
 use std::{fmt, io};
@@ -10,7 +10,7 @@ use xsr_save_restore::migrate::BoxError;
 
 use crate::text::shown;
 
-/// What the command says to who started it.
+/// The exit code of the command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Code {
     /// 0: fine; for diff: no difference.
@@ -19,16 +19,16 @@ pub(crate) enum Code {
     Failed,
     /// 2: the image is bad.
     BadImage,
-    /// 3: a migration after which nobody knows at this end who has the domain.
+    /// 3: after a migration, it is unknown at this end which host has the domain.
     Undecided,
     /// 64: the command line is wrong (`EX_USAGE` of sysexits).
     Usage,
-    /// 130: a signal ended the process at once, and whatever it had in hand stays as it is.
+    /// 130: a signal ended the process at once, without any cleanup.
     EndedAtOnce,
 }
 
 impl Code {
-    /// As the process says it.
+    /// The process's exit code.
     pub(crate) fn number(self) -> u8 {
         match self {
             Self::Fine => 0,
@@ -48,13 +48,13 @@ impl From<Code> for ExitCode {
     }
 }
 
-/// A migration that broke off: what the connection brought is no image that somebody
-/// could copy again.
+/// A migration that failed. A truncated stream on a connection is not an image that the user could
+/// copy again.
 #[derive(Debug)]
 pub(crate) struct Migration {
     /// What failed, and who has the domain now.
     pub(crate) words: String,
-    /// Whether that cannot be known at this end.
+    /// Whether that is unknown at this end.
     pub(crate) undecided: bool,
 }
 
@@ -66,7 +66,7 @@ impl fmt::Display for Migration {
 
 impl std::error::Error for Migration {}
 
-/// A sender of checkpoints has ended the protection of its domain, and keeps it.
+/// The sender of checkpoints has ended the protection of its domain, and keeps the domain.
 #[derive(Debug)]
 pub(crate) struct Withdrawn;
 
@@ -78,8 +78,8 @@ impl fmt::Display for Withdrawn {
 
 impl std::error::Error for Withdrawn {}
 
-/// A domain that was not to stay, and could not be destroyed. Why it was not to stay stands
-/// behind it.
+/// A domain that should not have remained, and could not be destroyed. The reason why it should not
+/// follows in the chain.
 #[derive(Debug)]
 pub(crate) struct LeftBehind(pub(crate) String);
 
@@ -89,8 +89,8 @@ impl fmt::Display for LeftBehind {
     }
 }
 
-/// An image that no library error describes as bad, but which is: say, a
-/// configuration that names no guest type.
+/// An image that is bad although no library error says so: for example, a configuration without
+/// guest type.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct BadImage(pub(crate) String);
 
@@ -102,7 +102,7 @@ impl fmt::Display for BadImage {
 
 impl std::error::Error for BadImage {}
 
-/// A command line that clap took, but that asks for what cannot be.
+/// A command line that clap accepts but that makes no sense.
 #[derive(Debug)]
 pub(crate) struct BadUsage(pub(crate) String);
 
@@ -114,7 +114,7 @@ impl fmt::Display for BadUsage {
 
 impl std::error::Error for BadUsage {}
 
-/// Stdout could not be written. Inside an [`io::Error`], which may surface anywhere.
+/// An error while writing stdout. It is inside an [`io::Error`], which may surface anywhere.
 #[derive(Debug)]
 pub(crate) struct Stdout(pub(crate) io::Error);
 
@@ -129,10 +129,10 @@ impl fmt::Display for Stdout {
 
 impl std::error::Error for Stdout {}
 
-/// An output that could not be written: the input is not to blame.
+/// An error while writing an output: the input is not to blame.
 #[derive(Debug)]
 pub(crate) struct WriteFailed {
-    /// The output, as a person calls it.
+    /// The output's name for the user.
     pub(crate) output: String,
     pub(crate) error: io::Error,
 }
@@ -145,10 +145,10 @@ impl fmt::Display for WriteFailed {
 
 impl std::error::Error for WriteFailed {}
 
-/// An output that is complete and has its name, which the file system could not be made to keep.
+/// An output that is complete and has its name, but may not survive a power cut.
 #[derive(Debug)]
 pub(crate) struct NotDurable {
-    /// The output, as a person calls it.
+    /// The output's name for the user.
     pub(crate) output: String,
     pub(crate) error: io::Error,
 }
@@ -165,7 +165,7 @@ impl fmt::Display for NotDurable {
 
 impl std::error::Error for NotDurable {}
 
-/// A failure, and what has become of the guest and of the file that was being written.
+/// A failure, with what has become of the guest and of the output file.
 #[derive(Debug)]
 pub(crate) struct Aftermath {
     error: anyhow::Error,
@@ -174,7 +174,7 @@ pub(crate) struct Aftermath {
 }
 
 impl Aftermath {
-    /// Add it to a failure.
+    /// Add that to a failure.
     pub(crate) fn of(error: anyhow::Error, after: String) -> anyhow::Error {
         match after.is_empty() {
             true => error,
@@ -189,10 +189,10 @@ impl fmt::Display for Aftermath {
     }
 }
 
-// It has no source: its words have all of them.
+// No source: its text contains all causes.
 impl std::error::Error for Aftermath {}
 
-/// The failure alone, without what became of the guest and of the file.
+/// The failure alone, without what has become of the guest and of the file.
 fn failure(error: &anyhow::Error) -> &anyhow::Error {
     match error.downcast_ref::<Aftermath>() {
         Some(after) => failure(&after.error),
@@ -200,14 +200,14 @@ fn failure(error: &anyhow::Error) -> &anyhow::Error {
     }
 }
 
-/// Whether the failure is that a pipe is no longer read, into which an image went: the reader
-/// (`| head`) has what it wanted, or says itself why it ended. Nothing is to be said then.
+/// Whether the failure is that the pipe to which an image was written was closed: its reader
+/// (`| head`) has what it wanted, or reports itself why it ended. Then nothing is printed.
 pub(crate) fn is_silent(error: &anyhow::Error) -> bool {
     let failed = failure(error).downcast_ref::<WriteFailed>();
     failed.is_some_and(|failed| failed.error.kind() == io::ErrorKind::BrokenPipe)
 }
 
-/// The code for a failure: who is to blame decides.
+/// The exit code for a failure, depending on what is to blame.
 pub(crate) fn code_of(error: &anyhow::Error) -> Code {
     let error = failure(error);
     for cause in error.chain() {
@@ -234,16 +234,16 @@ pub(crate) fn code_of(error: &anyhow::Error) -> Code {
     Code::Failed
 }
 
-/// A failure in words: from what was being done down to its cause. Some errors name
-/// their cause themselves; it is not said twice. Names and texts from outside are in them, so
-/// that nothing stays in them that a terminal would obey.
+/// The text of a failure, from the operation down to its cause. Some errors already include their
+/// cause, which is then not repeated. Names and texts from outside are escaped, so that a terminal
+/// does not interpret them.
 pub(crate) fn words<'e>(
     causes: impl Iterator<Item = &'e (dyn std::error::Error + 'static)>,
 ) -> String {
     let mut words = String::new();
     for cause in causes {
         let cause = match cause.is::<Migration>() {
-            // It has commands to be typed, each on a line.
+            // It contains commands to type, each on a line.
             true => cause.to_string(),
             false => shown(&cause.to_string()),
         };
@@ -256,7 +256,7 @@ pub(crate) fn words<'e>(
     words
 }
 
-/// The same of an error of a library.
+/// The same for a library's error.
 pub(crate) fn words_of(error: &(dyn std::error::Error + 'static)) -> String {
     words(causes(error))
 }
@@ -267,24 +267,24 @@ fn causes<'e>(
     std::iter::successors(Some(error), |error| error.source())
 }
 
-/// A failure for a library to hand back, whose causes can still be looked at.
+/// A failure to hand back to a library, with its causes intact.
 pub(crate) fn boxed(error: anyhow::Error) -> BoxError {
     error.reallocate_into_boxed_dyn_error_without_backtrace()
 }
 
-/// What to do about a failure, where that is not said already.
+/// Advice about a failure, if its text does not have it already.
 pub(crate) fn advice(error: &anyhow::Error) -> Option<&'static str> {
     ends_early(error).then_some(
         "the file is truncated: copy it again from where it came, or save the domain again",
     )
 }
 
-/// Whether what was read ended where it must not.
+/// Whether the input was truncated.
 pub(crate) fn ends_early(error: &anyhow::Error) -> bool {
     any_ends_early(failure(error).chain())
 }
 
-/// The same of an error of a library.
+/// The same for a library's error.
 pub(crate) fn ends_early_of(error: &(dyn std::error::Error + 'static)) -> bool {
     any_ends_early(causes(error))
 }
@@ -303,7 +303,7 @@ fn any_ends_early<'e>(
     found.is_some_and(|error| matches!(error.cause, ReadErrorCause::Truncated { .. }))
 }
 
-/// Print what clap has to say (help and version are no failure).
+/// Print clap's output (help and version are not failures).
 pub(crate) fn command_line(error: &clap::Error) -> Code {
     let code = match error.use_stderr() {
         true => Code::Usage,
@@ -311,7 +311,7 @@ pub(crate) fn command_line(error: &clap::Error) -> Code {
     };
     match error.print() {
         Ok(()) => code,
-        // Help that nobody reads to the end is no failure either.
+        // Help whose reader closes the pipe is not a failure either.
         Err(_) => code,
     }
 }

@@ -1,6 +1,6 @@
 //! `xsr cat`: the stream inside an image, byte for byte.
 //!
-//! The stream is read and checked as it goes through, because that is how its end is found.
+//! The stream is checked as it is copied, because its end can only be found by reading it.
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -26,14 +26,14 @@ use crate::mapped;
 use crate::output::{Existing, Output, Plan, Sink};
 use crate::terminal::Terminal;
 
-/// A file, and what has been read from it since somebody looked.
+/// A file, and a copy of what has been read from it since the copy was last taken.
 pub(super) struct Heard<'f> {
     file: &'f File,
     bytes: Rc<RefCell<Vec<u8>>>,
 }
 
 impl<'f> Heard<'f> {
-    /// Read from a file; what was read can be taken from the second.
+    /// A reader of a file, and the buffer in which the bytes read are collected.
     pub(super) fn new(file: &'f File) -> (Self, Rc<RefCell<Vec<u8>>>) {
         let bytes = Rc::default();
         let heard = Self {
@@ -43,7 +43,7 @@ impl<'f> Heard<'f> {
         (heard, bytes)
     }
 
-    /// The file, for what nobody needs to hear.
+    /// The file itself, for reads that need no copy.
     pub(super) fn file(&self) -> &'f File {
         self.file
     }
@@ -59,8 +59,8 @@ impl Read for Heard<'_> {
     }
 }
 
-/// The bytes of a PAGE_DATA record up to its pages, without the pads of the mapped layout. What
-/// was `heard` is handed back where there are none.
+/// The bytes of a PAGE_DATA record before its pages, without the pads of the mapped layout. Returns
+/// `heard` if there are no pads.
 pub(super) fn without_pads<R: Read>(
     body: &PageDataBody<'_, R>,
     heard: Vec<u8>,
@@ -68,7 +68,7 @@ pub(super) fn without_pads<R: Read>(
     let entries = body.entries();
     let pads = leading_pads(entries.iter());
     let real: Vec<PageEntry> = entries.iter().skip(pads).collect();
-    // The mapped layout is little endian, and has no longer batches than a plain stream.
+    // The mapped layout is little endian, and its batches are no longer than a plain stream's.
     let is_mapped = heard.starts_with(&RecordKind::PAGE_DATA.0.to_le_bytes());
     match pads > 0 && is_mapped && real.len() <= MAX_BATCH {
         true => page_data_head(&real),
@@ -105,8 +105,8 @@ pub(crate) fn run(args: &CatArgs, terminal: &Terminal) -> Result<Code> {
     Ok(Code::Fine)
 }
 
-/// Write the configuration that is kept with an image, as it stands there: libvirt's XML,
-/// xend's or xapi's s-expression, xl's JSON or text.
+/// Write the configuration kept with an image, unchanged: libvirt's XML, xend's or xapi's
+/// s-expression, xl's JSON or text.
 fn configuration(args: &CatArgs, input: &Input, sink: &mut Sink<'_>) -> Result<()> {
     let mut text = match input.origin() {
         Some(origin) => origin.text.clone().into_bytes(),

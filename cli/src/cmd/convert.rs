@@ -1,12 +1,12 @@
-//! `xsr convert`: any image as one of today: version 3, little endian, bare or wrapped by
-//! libxl or xl.
+//! `xsr convert`: any image to today's format: version 3, little endian, bare or wrapped by libxl
+//! or xl.
 //!
-//! Legacy streams go by [`Converted`], all others by [`transcode`]; so do legacy ones that become
-//! mapped, through the pipe of [`Input::unwrapped`]. Contents of pages are moved by the kernel
-//! where source and sink are files, unless they have to be looked at for the mapped layout.
+//! Legacy streams are converted by [`Converted`], all others by [`transcode`]. Legacy streams that
+//! become mapped go through the pipe of [`Input::unwrapped`] to `transcode` too. The kernel copies
+//! page data from file to file, except for the mapped layout, which has to look at them.
 //!
-//! C implementation: none; Xen's is `tools/python/scripts/convert-legacy-stream`, for which
-//! [`script`] stands in.
+//! C implementation: none; Xen's is `tools/python/scripts/convert-legacy-stream`, which [`script`]
+//! replaces.
 
 mod layout;
 pub(crate) mod script;
@@ -54,16 +54,16 @@ struct Report<'a> {
     legacy: bool,
     /// `stream` or `mapped`.
     layout: &'static str,
-    /// Pages of zeros in a mapped image.
+    /// Zero pages in a mapped image.
     #[serde(skip_serializing_if = "Option::is_none")]
     zero_pages: Option<u64>,
     /// Bytes written.
     bytes: u64,
     seconds: f64,
-    /// State that came with the image and is not in what was written.
+    /// State that came with the image and is missing from the output.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     left_out: Vec<LeftOut>,
-    /// What else is worth knowing.
+    /// Other warnings.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     warnings: Vec<String>,
 }
@@ -165,7 +165,7 @@ struct Done {
     warnings: Vec<String>,
 }
 
-/// xl's header with the configuration in a file.
+/// An xl header with the configuration from a file.
 fn config_header(path: &std::path::Path) -> Result<XlHeader> {
     let name = || path.display().to_string();
     let json = std::fs::read_to_string(path).with_context(name)?;
@@ -192,7 +192,7 @@ fn convert(
 ) -> Result<Done> {
     let seekable = input.length.is_some();
     let prefix = feed::peek(&input.file, seekable)?;
-    // A plain legacy stream, or one behind xl's header, needs no thread and no pipe.
+    // A plain legacy stream, or one with an xl header, needs no thread and no pipe.
     let (header, legacy) = match detect(&prefix) {
         Detected::Xl if peel::is_wrapped(&prefix) => {
             let options = ReadOptions {
@@ -232,7 +232,7 @@ fn convert(
         .map_err(|error| input.blame(error))
 }
 
-/// Whether the options go together.
+/// Checks that the options go together.
 fn check_layout(args: &ConvertArgs) -> Result<()> {
     let mapped = args.layout == ConvertLayout::Mapped;
     let given = match (args.no_sparse, args.page_digests) {
@@ -248,7 +248,7 @@ fn check_layout(args: &ConvertArgs) -> Result<()> {
     }
 }
 
-/// An image in the mapped layout.
+/// Writes an image in the mapped layout.
 fn to_mapped(
     args: &ConvertArgs,
     input: &Input,
@@ -274,7 +274,7 @@ fn is_modern(prefix: &[u8]) -> bool {
     )
 }
 
-/// An image of version 2 or 3.
+/// Converts an image of version 2 or 3.
 fn modern<'i, W: ImageSink>(
     args: &ConvertArgs,
     input: &'i Input,
@@ -307,7 +307,7 @@ fn modern<'i, W: ImageSink>(
         (config, ..) => config,
     };
     let summary = transcode(&mut walk, sink, to, config, copy).map_err(|e| match e {
-        // As itself, so that its code and advice are those of a bad image.
+        // Unwrapped, so that its code and advice are those of a bad image.
         TranscodeError::Read(e) => Error::new(e),
         other => Error::new(other),
     })?;
@@ -328,7 +328,7 @@ fn modern<'i, W: ImageSink>(
     })
 }
 
-/// What a record of a libxl stream holds, which was left out.
+/// Describes a record of a libxl stream that was left out.
 fn left_out(dropped: &Dropped) -> LeftOut {
     LeftOut {
         record: dropped.kind.to_string(),
@@ -363,7 +363,7 @@ fn without_place(summary: &Summary) -> Option<String> {
     })
 }
 
-/// An xl header for an image that has none: what `xsr restore` would take for it.
+/// An xl header for an image that has none, with the configuration that `xsr restore` would use.
 fn made_up_config(args: &ConvertArgs, input: &Input) -> Result<XlHeader> {
     let json = super::restore::config_for(input, &args.file, args.lenient)?;
     XlHeader::new(&json).map_err(|e| Error::new(BadImage(e.to_string())))
@@ -391,7 +391,7 @@ fn convert_legacy(
     let mut spool: Option<Box<dyn Spool>> = None;
     if input.length.is_some() {
         options.offset = input.file.stream_position()?;
-        // Cheap, since the contents of pages are passed over: which checkpoints count?
+        // Cheap, because page contents are skipped: finds out which checkpoints are complete.
         let found = survey(&input.file, options)?;
         if let Some(why) = &found.incomplete {
             tracing::warn!("the checkpoint behind the last complete one is cut off: {why}");
@@ -433,7 +433,7 @@ fn convert_legacy(
     })
 }
 
-/// Copy all that is converted to the sink.
+/// Copy the whole conversion to the sink.
 fn pour(converted: &mut Converted<&File>, sink: &mut Sink<'_>) -> Result<()> {
     loop {
         match converted.next_part()? {
@@ -456,7 +456,7 @@ fn pour(converted: &mut Converted<&File>, sink: &mut Sink<'_>) -> Result<()> {
     Ok(())
 }
 
-/// From file to file, by the kernel where it can.
+/// Copy from file to file, in the kernel where possible.
 fn copy_bytes(source: &mut &File, bytes: u64, sink: &mut Sink<'_>) -> Result<u64, CopyError> {
     let copied = sink.copy(source, bytes);
     copied.map_err(|error| match sink.has_failed() {

@@ -1,6 +1,5 @@
-//! `xsr demo`: the whole of it on mock machines. Domains of every kind are saved on
-//! one, their images verified, restored on another, saved there, and compared page by
-//! page.
+//! `xsr demo`: a full round trip on mock machines. Domains of every kind are saved on one machine,
+//! their images verified, restored on another, saved there, and compared page by page.
 
 use std::fs;
 use std::io::{self, Write};
@@ -35,7 +34,7 @@ use crate::watch::Watch;
 /// A domain of the demo.
 struct Guest {
     name: &'static str,
-    /// What a person calls its kind.
+    /// The name of its kind for the user.
     what: &'static str,
     kind: GuestKind,
     width: u8,
@@ -78,10 +77,10 @@ const GUESTS: [Guest; 4] = [
     },
 ];
 
-/// What the files of the demo take at most: both machines and two images.
+/// The most space that the demo's files need: both machines and two images.
 const ROOM: u64 = 2 << 30;
 
-/// Run the demo. Nothing is left behind, whatever happens.
+/// Run the demo. Nothing is left on the disk, whatever happens.
 pub(crate) fn run(args: &DemoArgs, terminal: &Terminal) -> Result<Code> {
     let no_lines = ProgressArg { progress_fd: None };
     let watch = Watch::start(terminal, no_lines, "making")?;
@@ -167,7 +166,7 @@ struct Report {
     seconds: f64,
 }
 
-/// A domain that came back.
+/// A domain after the round trip.
 #[derive(Debug, Serialize)]
 struct Came {
     name: &'static str,
@@ -197,8 +196,7 @@ impl Came {
     }
 }
 
-/// A temporary directory: in memory where there is room, so that disks have no part
-/// in the figures.
+/// A temporary directory, in memory if there is room, so that disks do not affect the figures.
 fn scratch() -> Result<TempDir> {
     let memory = Path::new("/dev/shm");
     let room = |path: &Path| {
@@ -224,7 +222,7 @@ fn scratch() -> Result<TempDir> {
 }
 
 fn host(dir: &Path, seed: u64) -> Result<MockHost> {
-    // Another seed, another order of machine frames: nothing is where it was.
+    // Another seed gives another order of machine frames, so that no page keeps its mfn.
     let config = HostConfig {
         seed,
         memory_pages: (1 << 30) >> 12,
@@ -233,7 +231,7 @@ fn host(dir: &Path, seed: u64) -> Result<MockHost> {
     Ok(MockHost::create(dir, &config)?)
 }
 
-/// The machines, and where the images go.
+/// The machines, and the directory of the images.
 struct Demo<'a> {
     one: MockHost,
     other: Hypervisor,
@@ -242,7 +240,7 @@ struct Demo<'a> {
     watch: Watch,
 }
 
-/// What one domain took.
+/// Times and sizes of one domain.
 #[derive(Default)]
 struct Row {
     /// Bytes of page contents.
@@ -322,7 +320,7 @@ impl Demo<'_> {
         })
     }
 
-    /// Save a domain, which is gone afterwards; how many bytes of pages it had.
+    /// Save a domain, which is then destroyed. Returns its bytes of page data.
     fn save(&mut self, host: &Hypervisor, domid: DomId, to: &Path) -> Result<u64> {
         let domain = host.domain(domid)?;
         let which = DomainRef::from(&domain.info()?);

@@ -1,8 +1,7 @@
-//! `xsr diff`: in what two images differ in meaning.
+//! `xsr diff`: how two images differ in meaning.
 //!
-//! Each image is read once for everything but page contents; those are compared pfn
-//! by pfn afterwards, from where the last word on each stands in the file, so that
-//! neither image is ever in memory.
+//! Each image is read once for everything except page contents. Those are then compared pfn by pfn,
+//! from the last version of each in the file, so that neither image is ever held in memory.
 
 mod compare;
 mod difference;
@@ -32,11 +31,11 @@ use crate::terminal::Terminal;
 struct Report<'a> {
     a: &'a str,
     b: &'a str,
-    /// Whether anything differs that is not expected.
+    /// Whether there are unexpected differences.
     differ: bool,
     pages_compared: u64,
     differences: &'a [Difference],
-    /// What there is beyond those.
+    /// Differences beyond those listed.
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     left_out: &'a [LeftOut],
 }
@@ -78,7 +77,7 @@ pub(crate) fn run(args: &DiffArgs, terminal: &Terminal) -> Result<Code> {
     })
 }
 
-/// Compare an image with the one that was saved from a domain restored from it.
+/// Compare an image with one that was saved from a domain restored from it.
 pub(crate) fn files(a: &Path, b: &Path, terminal: &Terminal) -> Result<Comparison> {
     let reading = Reading { lenient: false };
     let a = Image::read(Input::open_seekable(a, false)?, reading)?;
@@ -86,7 +85,7 @@ pub(crate) fn files(a: &Path, b: &Path, terminal: &Terminal) -> Result<Compariso
     compare(&a, &b, true, terminal)
 }
 
-/// What a comparison found.
+/// The result of a comparison.
 #[derive(Debug)]
 pub(crate) struct Comparison {
     differences: Vec<Difference>,
@@ -96,14 +95,14 @@ pub(crate) struct Comparison {
 }
 
 impl Comparison {
-    /// Whether anything differs that is not expected.
+    /// Whether there are unexpected differences.
     pub(crate) fn differ(&self) -> bool {
         self.differences.iter().any(|d| d.expected.is_none())
             || self.left_out.iter().any(|l| l.expected.is_none())
     }
 }
 
-/// Compare two images; with `after_restore`, what a restore rewrites is expected.
+/// Compare two images. With `after_restore`, what a restore rewrites is expected.
 fn compare(a: &Image, b: &Image, after_restore: bool, terminal: &Terminal) -> Result<Comparison> {
     let mut found = Found::new(after_restore.then(|| Expected::new(a, b)));
     compare::compare(a, b, &mut found)?;

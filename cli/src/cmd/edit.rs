@@ -1,5 +1,5 @@
-//! `xsr edit`: the configuration in an image of xl replaced, optional records dropped or
-//! added. The guest's memory and state go through byte for byte.
+//! `xsr edit`: replaces the configuration in an xl image, and drops or adds optional records. The
+//! guest's memory and state are copied byte for byte.
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
@@ -91,7 +91,7 @@ fn changes_configuration(args: &EditArgs) -> bool {
     args.name.is_some() || args.uuid.is_some() || args.config.is_some()
 }
 
-/// Whether an edited image would have an index that does not fit it any more.
+/// Refuses a mapped image, whose index would not fit the edited image.
 fn refuse_mapped(input: &Input, lenient: bool) -> Result<()> {
     let why = match mapped::index_of(input, lenient) {
         Ok(None) => return Ok(()),
@@ -105,7 +105,7 @@ fn refuse_mapped(input: &Input, lenient: bool) -> Result<()> {
     ))))
 }
 
-/// Write the edited image; how many records were dropped.
+/// Write the edited image. Returns the number of records dropped.
 fn edit(args: &EditArgs, input: &Input, sink: &mut Sink<'_>) -> Result<u64> {
     let options = ReadOptions {
         lenient: args.lenient,
@@ -143,7 +143,8 @@ fn edit(args: &EditArgs, input: &Input, sink: &mut Sink<'_>) -> Result<u64> {
                 dropped += 1;
             }
             Content::Record(record) => {
-                // An optional record may be anywhere; here a reader knows all the rest.
+                // An optional record may be anywhere; at this point a reader knows all other
+                // records.
                 if record.kind == RecordKind::END && !added {
                     sink.write_all(&additions)?;
                     added = true;
@@ -173,8 +174,8 @@ fn edit(args: &EditArgs, input: &Input, sink: &mut Sink<'_>) -> Result<u64> {
     Ok(dropped)
 }
 
-/// What is wrong with the command line: a name or UUID that no domain can have, a file that
-/// is no configuration.
+/// Checks the command line: a name or UUID that no domain can have, a file that is not a
+/// configuration.
 fn check(args: &EditArgs) -> Result<()> {
     let usage = |why: String| Err(Error::new(BadUsage(why)));
     if let Some(name) = &args.name
@@ -203,13 +204,13 @@ fn check(args: &EditArgs) -> Result<()> {
     Ok(())
 }
 
-/// The text of a configuration in a file.
+/// The text of a configuration file.
 fn configuration(path: &Path) -> Result<String> {
     let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
     Ok(text.trim_end_matches('\0').to_owned())
 }
 
-/// The records to be added to the libxc stream, little endian, padded.
+/// The records to add to the libxc stream, little endian, padded.
 fn additions(args: &EditArgs) -> Result<Vec<u8>> {
     let mut out = Vec::new();
     for (kind, path) in &args.add {
@@ -223,7 +224,7 @@ fn additions(args: &EditArgs) -> Result<Vec<u8>> {
     Ok(out)
 }
 
-/// The header with what is to be changed.
+/// The header with the changes of the command line.
 fn edited(args: &EditArgs, header: &XlHeader) -> Result<XlHeader> {
     let bad = |what: &str| Error::new(BadImage(what.to_owned()));
     let mut json = match &args.config {
@@ -242,7 +243,7 @@ fn edited(args: &EditArgs, header: &XlHeader) -> Result<XlHeader> {
     header.with_json(&json).map_err(|e| bad(&e.to_string()))
 }
 
-/// The same of a header with the text of xl of Xen 4.1 to 4.4.
+/// The same for a header with the text of xl of Xen 4.1 to 4.4.
 fn edited_text(args: &EditArgs, header: &XlHeader) -> Result<XlHeader> {
     let bad = |what: &str| Error::new(BadImage(what.to_owned()));
     let Some(origin) = Origin::of_xl(header) else {
@@ -263,10 +264,10 @@ fn edited_text(args: &EditArgs, header: &XlHeader) -> Result<XlHeader> {
     header.with_text(&text).map_err(|e| bad(&e.to_string()))
 }
 
-/// The text with another value for a key of `c_info`. The rest of it stays as it is,
-/// because libxl has an order for its keys.
+/// The text with another value for a key of `c_info`. The rest stays as it is, because libxl's keys
+/// are in a fixed order.
 fn replaced(json: &str, key: &str, value: &str) -> Result<String> {
-    // Where a key comes twice, the last is what every other command goes by.
+    // If a key occurs twice, the last one counts, as in every other command.
     type Members<'j> = BTreeMap<String, &'j RawValue>;
     let missing = || format!("the configuration has no c_info.{key}");
     let members: Members<'_> = serde_json::from_str(json).context("the configuration")?;
@@ -276,7 +277,7 @@ fn replaced(json: &str, key: &str, value: &str) -> Result<String> {
     if !old.starts_with('"') {
         return Err(Error::msg(missing()));
     }
-    // `old` borrows from `json`: the difference of their addresses is where it is.
+    // `old` borrows from `json`, so the difference of their addresses is its offset.
     let start = old.as_ptr().addr() - json.as_ptr().addr();
     let end = start + old.len();
     Ok(format!(
@@ -317,8 +318,8 @@ mod tests {
         }
     }
 
-    /// The longest configuration that is looked into, full of the key's name. It used to take
-    /// time in the square of their number: minutes, for these.
+    /// The longest configuration that is parsed, full of the key's name. This once took time
+    /// quadratic in their number: minutes.
     #[test]
     fn many_of_the_key_take_no_longer() {
         let decoys = vec![r#"{"name":"evil"}"#; 60_000].join(",");

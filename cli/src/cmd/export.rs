@@ -1,9 +1,9 @@
-//! `xsr export`: a guest's memory out of an image, as an ELF core (of `xl dump-core`'s layout,
-//! or gdb's) or as raw physical memory.
+//! `xsr export`: writes a guest's memory from an image, as an ELF core (in `xl dump-core`'s layout,
+//! or for gdb) or as raw physical memory.
 //!
-//! Of a page that comes more than once in a stream the last version counts, so the image is
-//! read twice: once to see where the last version of each page is, once for the pages, in
-//! the order of their pfns. Nothing is kept in memory but that map.
+//! If a stream has several versions of a page, the last one counts. So the image is read twice:
+//! once to find the last version of each page, once to copy the pages in the order of their pfns.
+//! Only the map of the pages is kept in memory.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -37,9 +37,10 @@ mod gdb;
 use gdb::{Paging, Vcpu};
 
 const PAGE: u64 = PAGE_SIZE as u64;
-/// Zeros that raw memory may hold beside four times the guest's memory: holes for devices.
+/// The zeros that raw memory may hold in addition to four times the guest's memory: holes for
+/// devices.
 const MOST_ZEROS: u64 = 8 << 30;
-/// Pages that are moved at once.
+/// Pages per copy.
 const STEP: u64 = 256;
 
 /// Export a guest's memory.
@@ -54,7 +55,7 @@ pub(crate) fn run(args: &ExportArgs, terminal: &Terminal) -> Result<Code> {
     if args.vcpu.is_some() && args.format != ExportFormat::Gdb {
         return usage("--vcpu is for --format gdb: the others are not of one address space");
     }
-    // Looked at before anything is read, and most of all before an image is unwrapped.
+    // Checked before anything is read, above all before an image is unwrapped.
     let output = Output::open(&Plan {
         path: (args.output.as_deref().or(args.out.as_deref())).unwrap_or(Path::new("-")),
         inputs: &[&args.file],
@@ -120,14 +121,14 @@ struct Report<'a> {
     seconds: f64,
 }
 
-/// What of an image goes into an export.
+/// The parts of an image that go into an export.
 #[derive(Debug, Default)]
 struct Contents {
     map: PageMap,
     core: CoreDump,
     /// Registers of a PV guest's vcpus.
     vcpus: BTreeMap<u32, Vec<u8>>,
-    /// An HVM or PVH guest's vcpus, as gdb wants them.
+    /// The vcpus of an HVM or PVH guest, for gdb.
     hvm_vcpus: Vec<Vcpu>,
 }
 
@@ -148,7 +149,7 @@ impl Contents {
         Ok(())
     }
 
-    /// Take what the records say of the guest.
+    /// Take over what the records say about the guest.
     fn take_guest(&mut self, guest: Option<&GuestImage>) {
         let Some(guest) = guest else { return };
         self.core.bits_32 = guest.pv_info() == Some(PvInfo::Bits32);
@@ -162,7 +163,7 @@ impl Contents {
         self.vcpus = basic
             .map(|(number, vcpu)| (*number, vcpu.basic.clone()))
             .collect();
-        // The context has been checked: each vcpu comes once, and there are at most 128.
+        // The context has been checked: it has each vcpu once, and at most 128.
         self.hvm_vcpus = HvmContext::new(guest.hvm_context())
             .map_while(Result::ok)
             .filter(|record| record.kind == HvmRecordKind::CPU)
@@ -183,7 +184,7 @@ impl Contents {
         self.runs().map(|run| run.pages()).sum()
     }
 
-    /// As an ELF core; bytes written.
+    /// Write an ELF core. Returns the number of bytes written.
     fn elf(&self, image: &File, out: &mut Sink<'_>) -> Result<u64> {
         let mut core = self.core.clone();
         core.pages = self.pages();
@@ -209,7 +210,7 @@ impl Contents {
         Ok(core.pages_offset() + core.pages * PAGE)
     }
 
-    /// As a core for gdb; bytes written.
+    /// Write a core for gdb. Returns the number of bytes written.
     fn gdb(&self, image: &File, out: &mut Sink<'_>, view: u32) -> Result<u64> {
         let vcpus: Vec<Vcpu> = match self.core.hvm {
             true => self.hvm_vcpus.clone(),
@@ -233,11 +234,11 @@ impl Contents {
         Ok(head.len() as u64 + self.pages() * PAGE)
     }
 
-    /// As physical memory: each page at its own address.
+    /// Write physical memory: each page at its own address.
     fn raw(&self, image: &File, out: &mut Sink<'_>, sparse: bool) -> Result<u64> {
         let sparse = sparse && out.takes_holes();
-        // Pages without contents behind the last are part of the guest's memory. The format has
-        // no pfn beyond 2^40, so no address wraps.
+        // Pages without contents after the last one with contents are part of the guest's memory.
+        // The format has no pfn beyond 2^40, so no address overflows.
         let end = self
             .map
             .runs()
@@ -272,10 +273,10 @@ impl Contents {
     }
 }
 
-/// `ctrlreg[3]` in `vcpu_guest_context_t` of a 64-bit guest: in an image, its pfn.
+/// Offset of `ctrlreg[3]` in `vcpu_guest_context_t` of a 64-bit guest. In an image it holds a pfn.
 const CR3_OF_PV: usize = 4984 + 3 * 8;
 
-/// The 64-bit word at `at`; 0 where there is none.
+/// The 64-bit word at `at`; 0 if it is beyond the end.
 fn word(bytes: &[u8], at: usize) -> u64 {
     bytes
         .get(at..at + 8)
@@ -303,7 +304,7 @@ fn copy(mut image: &File, offset: u64, bytes: u64, out: &mut Sink<'_>) -> Result
     }
 }
 
-/// So many bytes of nothing.
+/// Leave a hole, or write zeros.
 fn gap(out: &mut Sink<'_>, bytes: u64, sparse: bool) -> Result<()> {
     match (bytes, sparse) {
         (0, _) => Ok(()),
@@ -312,7 +313,7 @@ fn gap(out: &mut Sink<'_>, bytes: u64, sparse: bool) -> Result<()> {
     }
 }
 
-/// Copy a run, and leave out the pages that hold nothing but zeros.
+/// Copy a run, with holes in place of zero pages.
 fn without_zeros(image: &File, run: Run, out: &mut Sink<'_>) -> Result<()> {
     let mut room = vec![0; usize::try_from(STEP * PAGE)?];
     let mut first = run.first;

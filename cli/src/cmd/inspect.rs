@@ -1,5 +1,4 @@
-//! `xsr inspect`: what is in an image, in the order of the file, and what it says of
-//! the guest.
+//! `xsr inspect`: the contents of an image, in the order of the file, and the guest's properties.
 
 mod facts;
 mod named;
@@ -37,23 +36,24 @@ use crate::stdout::Results;
 use crate::terminal::Terminal;
 use crate::verdict::{self, Warning};
 
-/// A configuration of more bytes is shown as its length alone: no domain has such a one, and
-/// small JSON can be large when it is laid out.
+/// A longer configuration is shown as its length alone. No real configuration is that long, and
+/// small JSON can be large when it is pretty-printed.
 const MOST_SHOWN: usize = 100 << 10;
 
-/// Most rows, and most runs of pages in them, that are listed; what comes after is counted.
+/// The most rows, and the most runs of pages in them, that are listed. Further ones are only
+/// counted.
 const MOST_ROWS: usize = 1 << 18;
 const MOST_RUNS: usize = 1 << 20;
-/// The fields of the blobs are named in so many rows from the first.
+/// Fields of blobs are named only in this many rows from the first.
 const MOST_NAMED: usize = 1 << 15;
 
-/// Inspect one image. Of a bad one, what could be read is shown before the error.
+/// Inspect one image. If it is bad, what could be read is shown before the error.
 pub(crate) fn run(args: &InspectArgs, terminal: &Terminal) -> Result<Code> {
     if let Some(pfn) = args.page {
         return page::run(args, pfn);
     }
     let input = Input::open(&args.file, args.lenient)?;
-    // An index that is wrong is said at the end: what is in the image is still worth seeing.
+    // A bad index is reported at the end, because the image's contents are still worth seeing.
     let index = match args.ignore_index {
         true => Ok(None),
         false => mapped::index_of(&input, args.lenient),
@@ -98,7 +98,7 @@ pub(crate) fn run(args: &InspectArgs, terminal: &Terminal) -> Result<Code> {
     let code = match end {
         Ok((trailing, warnings)) => {
             report.bytes = walked.bytes;
-            // Behind a mapped image is what describes it.
+            // The bytes after a mapped image are its index.
             let behind = trailing.filter(|_| report.mapped.is_none());
             let behind = behind.unwrap_or_default();
             report.trailing_bytes = behind.bytes;
@@ -124,23 +124,23 @@ pub(crate) fn run(args: &InspectArgs, terminal: &Terminal) -> Result<Code> {
     Ok(code)
 }
 
-/// A report in the making.
+/// A report being built.
 struct Inspection {
     report: Report,
-    /// List every page entry.
+    /// Whether to list every page entry.
     list: bool,
-    /// Runs that have been listed.
+    /// Runs listed so far.
     listed: usize,
-    /// Name every field of the blobs.
+    /// Whether to name every field of the blobs.
     fields: bool,
-    /// Of a PV guest, its width.
+    /// The width of a PV guest.
     info: PvInfo,
     map: PageMap,
-    /// Where the start_info of a PV guest is.
+    /// The start_info page of a PV guest.
     start_info: Option<Pfn>,
-    /// Whether anything came.
+    /// Whether the image had any content.
     any: bool,
-    /// What makes the image bad besides the rules of the format, found first.
+    /// The first thing that makes the image bad apart from the rules of the format.
     bad: Option<String>,
     config: Option<Config>,
     headers: Option<(ImageHeader, DomainHeader)>,
@@ -203,7 +203,7 @@ impl Inspection {
                 self.config = Some(config);
             }
             Ok(None) => {}
-            // What a restore would refuse is still worth inspecting.
+            // An image that a restore would refuse is still worth inspecting.
             Err(bad) => self.bad = Some(bad.0),
         }
     }
@@ -229,7 +229,7 @@ impl Inspection {
         if !domain.is_converted() {
             guest.xen = Some(format!("{}.{}", domain.xen_major, domain.xen_minor));
         }
-        // PVH is saved as HVM: only the configuration tells them apart.
+        // PVH is saved as HVM: only the configuration distinguishes them.
         guest.kind = guest.kind.or(match domain.guest_type {
             GuestType::X86_PV => Some("pv"),
             GuestType::X86_HVM => Some("hvm"),
@@ -286,7 +286,7 @@ impl Inspection {
         self.row("libxc", at, kind_name(record.kind), facts);
     }
 
-    /// What a restore would say: warnings, or what makes it refuse the image.
+    /// A restore's verdict: warnings, or why it would refuse the image.
     fn verdict(&self, guest: Option<&GuestImage>) -> Result<Vec<Warning>, BadImage> {
         if let Some(bad) = &self.bad {
             return Err(BadImage(bad.clone()));
@@ -300,7 +300,7 @@ impl Inspection {
         Ok(verdict::warnings(image, guest))
     }
 
-    /// Take what all records together say of the guest.
+    /// Take over what all records together say about the guest.
     fn take_guest(&mut self, guest: Option<&GuestImage>) {
         let Some(guest) = guest else { return };
         self.report.guest.vcpus = guest.vcpu_numbers().map(|_| 1).sum();
@@ -324,7 +324,7 @@ impl Inspection {
                     instance: record.instance,
                     bytes: record.body.len(),
                 }),
-                // The format leaves the context to Xen: the image is not bad for it.
+                // The format leaves the context to Xen, so this does not make the image bad.
                 Err(e) => tracing::warn!("{e}; what comes behind is left out"),
             }
         }
@@ -374,7 +374,7 @@ impl Inspection {
         Ok(())
     }
 
-    /// The report, and whether there is anything in it.
+    /// The report, and whether it has any content.
     fn finish(mut self) -> (Report, bool) {
         let counts = self.map.counts();
         let populated = self.map.populated();

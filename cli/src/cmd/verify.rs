@@ -1,8 +1,8 @@
-//! `xsr verify`: would a restore take an image? One line for each file, and one for each
-//! warning.
+//! `xsr verify`: checks whether a restore would accept an image. Prints one line for each file, and
+//! one for each warning.
 //!
-//! Page contents have no rules, so those of a file are passed over unread, unless a mapped image
-//! has digests of them and they are asked for.
+//! There are no rules for page contents, so those of a file are skipped, unless a mapped image has
+//! digests of them and `--deep` is given.
 
 use std::io::Write;
 use std::path::Path;
@@ -28,7 +28,7 @@ use crate::terminal::Terminal;
 use crate::text::{Count, shown, size};
 use crate::verdict;
 
-/// Verify each file; the worst code counts.
+/// Verify each file. The worst exit code counts.
 pub(crate) fn run(args: &VerifyArgs, terminal: &Terminal) -> Result<Code> {
     let mut out = Results::new();
     let mut worst = Code::Fine;
@@ -51,10 +51,10 @@ pub(crate) fn run(args: &VerifyArgs, terminal: &Terminal) -> Result<Code> {
         match (args.json, code) {
             (true, _) => out.json_line(&verdict)?,
             (false, Code::Fine | Code::BadImage) => verdict.print(&mut out)?,
-            // Neither good nor bad: stderr has said why.
+            // Neither good nor bad: the error is on stderr.
             (false, _) => {}
         }
-        // A person who waits for the next file can read about this one.
+        // Flushed so that the user can read this line while the next file is checked.
         out.flush()?;
         worst = worst.max(code);
     }
@@ -62,14 +62,14 @@ pub(crate) fn run(args: &VerifyArgs, terminal: &Terminal) -> Result<Code> {
     Ok(worst)
 }
 
-/// What is said of one file; with `--json`, as it stands here (docs/json.md).
+/// The verdict on one file. `--json` prints it as it is (docs/json.md).
 #[derive(Debug, Default, Serialize)]
 struct Verdict {
     /// The path as given, or `stdin`.
     file: String,
     /// `good`, `bad`, or `unreadable`.
     verdict: &'static str,
-    /// What was taken off to get at the image, outermost first.
+    /// The wrappers that were removed, outermost first.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     layers: Vec<String>,
     /// The outermost layer of the image itself: `xl`, `libxl` or `libxc`.
@@ -77,16 +77,16 @@ struct Verdict {
     layer: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     guest_type: Option<String>,
-    /// The Xen that saved it.
+    /// The Xen version that saved it.
     #[serde(skip_serializing_if = "Option::is_none")]
     xen: Option<String>,
-    /// Records of all streams.
+    /// The number of records in all streams.
     records: u64,
     /// Entries of PAGE_DATA.
     page_entries: u64,
     /// Bytes of the image.
     bytes: u64,
-    /// Bytes that follow the image in the file, and that nobody reads.
+    /// Bytes after the image in the file, which are never read.
     #[serde(skip_serializing_if = "is_zero")]
     trailing_bytes: u64,
     /// The index of a mapped image.
@@ -95,17 +95,17 @@ struct Verdict {
     /// The same in words.
     #[serde(skip)]
     layout: Option<String>,
-    /// Whether every digest was compared with what it is of.
+    /// Whether every digest was checked.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     digests_checked: bool,
-    /// What does not fit its digest, the first of it.
+    /// What does not match its digest. The first one is the error.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     damage: Vec<String>,
-    /// What is odd about an image that is good.
+    /// Anomalies of a good image.
     warnings: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<String>,
-    /// Where the structure begins that is bad.
+    /// The offset of the structure that is bad.
     #[serde(skip_serializing_if = "Option::is_none")]
     error_offset: Option<u64>,
 }
@@ -135,7 +135,7 @@ fn verify(
         false => mapped::index_of(&input, reading.lenient)?,
     };
     if args.deep {
-        // First, because what is named by its digest needs no reader that stumbles over it.
+        // First, so that damage is reported by its digest before a reader stumbles over it.
         deep(&input, index.as_ref(), verdict).with_context(|| input.name.clone())?;
     }
     let mut facts = Facts::default();
@@ -157,7 +157,7 @@ fn verify(
     verdict.bytes = bytes;
     verdict.layers = input.layers().to_vec();
     let behind = input.finish(bytes).with_context(|| input.name.clone())?;
-    // Behind a mapped image is what describes it.
+    // The bytes after a mapped image are its index.
     let behind = behind.filter(|_| index.is_none()).unwrap_or_default();
     verdict.trailing_bytes = behind.bytes;
     verdict.warnings.extend(input.notes());
@@ -178,7 +178,7 @@ fn verify(
     Ok(())
 }
 
-/// Most damages that are listed; what comes after is counted.
+/// The most damages that are listed. Further ones are only counted.
 const MOST_DAMAGES: usize = 64;
 
 /// Check every digest of an image, if it has any.
@@ -211,7 +211,7 @@ fn deep(input: &Input, index: Option<&Mapped>, verdict: &mut Verdict) -> Result<
     }
 }
 
-/// What the verdict depends on besides the rules of the format.
+/// What the verdict depends on apart from the rules of the format.
 #[derive(Debug, Default)]
 struct Facts {
     config: Option<Config>,
@@ -220,7 +220,7 @@ struct Facts {
 }
 
 impl Facts {
-    /// Take note of what an event says; what makes the image bad is an error.
+    /// Take note of an event. What makes the image bad is an error.
     fn event(&mut self, event: &Event<'_>) -> Result<()> {
         match event {
             Event::Xl(header) => {
@@ -284,8 +284,8 @@ impl Verdict {
             Code::BadImage => "bad",
             _ => "unreadable",
         };
-        // The chain begins with the file's name, which the line has already; where it is the
-        // error's own, the error is all there is.
+        // The chain begins with the file's name, which the line already has. If the chain is a
+        // single error, it is printed whole.
         let skipped = usize::from(error.chain().nth(1).is_some());
         let mut text = exit::words(error.chain().skip(skipped));
         if let Some(advice) = exit::advice(error) {

@@ -1,4 +1,4 @@
-//! The two layouts that `xsr convert` writes.
+//! Output layouts of `xsr convert`: stream and mapped.
 
 use std::fs::File;
 use std::io::{self, Read as _, Write};
@@ -9,10 +9,10 @@ use xsr_format::wrapper::xl::XlHeader;
 
 use crate::output::Sink;
 
-/// Bytes that are moved at once.
+/// Bytes per copy.
 const STEP: usize = 256 << 10;
 
-/// The stream layout: without the blanks that the mapped one put into the configuration.
+/// The stream layout, without the blanks that the mapped layout put into the configuration.
 #[derive(Debug)]
 pub(super) struct Stream<'s, 'o> {
     pub(super) sink: &'s mut Sink<'o>,
@@ -36,7 +36,7 @@ impl ImageSink for Stream<'_, '_> {
     }
 }
 
-/// A new file in which page data has its places: what the mapped layout is written to.
+/// The mapped layout: a new file in which page data have fixed places.
 #[derive(Debug)]
 pub(super) struct Slots<'s, 'o> {
     pub(super) sink: &'s mut Sink<'o>,
@@ -63,7 +63,7 @@ impl SparseWrite for Slots<'_, '_> {
     }
 }
 
-/// From file to file, by the kernel where it can.
+/// From file to file, in the kernel where possible.
 pub(super) fn copy_to_stream(
     source: &mut &File,
     bytes: u64,
@@ -72,7 +72,7 @@ pub(super) fn copy_to_stream(
     super::copy_bytes(source, bytes, to.sink)
 }
 
-/// From a file to a writer that looks at what it writes.
+/// From a file to a writer that inspects the bytes.
 pub(super) fn copy_through<W: ImageSink>(
     source: &mut &File,
     bytes: u64,

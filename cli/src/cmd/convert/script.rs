@@ -1,9 +1,9 @@
-//! Under the name `convert-legacy-stream`: takes the arguments of Xen's script of that name
-//! and writes the same bytes, so that libxl can start it instead
+//! The program under the name `convert-legacy-stream`: it takes the arguments of Xen's script of
+//! that name and writes the same bytes, so that libxl can start it instead
 //! (`LIBXL_CONVERT_HELPER`).
 //!
-//! The script converts what comes first: of a stream with checkpoints the first one.
-//! So does this, and it reads nothing behind it.
+//! The script converts only the first checkpoint of a stream. So does this program, and it reads
+//! nothing after it.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Seek as _, SeekFrom, Write as _};
@@ -24,10 +24,10 @@ use crate::exit::{self, Code};
 use crate::output::{Existing, Output, Plan, Sink};
 use crate::terminal::Terminal;
 
-/// The name under which this runs.
+/// The name under which the program does this.
 pub(crate) const NAME: &str = "convert-legacy-stream";
 
-/// Run with the arguments of the process. The exit codes are the script's: 0, or 1.
+/// Run with the process's arguments. The exit codes are the script's: 0 or 1.
 pub(crate) fn main() -> ExitCode {
     let args = match ScriptArgs::try_parse() {
         Ok(args) => args,
@@ -100,7 +100,8 @@ fn convert(args: &ScriptArgs, mut input: &File, sink: &mut Sink<'_>) -> Result<(
     Ok(())
 }
 
-/// A number is a descriptor that was inherited, as for the script; anything else a file.
+/// Opens an argument: a number is an inherited descriptor, as for the script; anything else is a
+/// file.
 fn open(name: &str, options: &OpenOptions) -> Result<File> {
     match name.parse::<u32>() {
         Ok(number) => inherited(number, options).with_context(|| format!("descriptor {number}")),
@@ -108,8 +109,8 @@ fn open(name: &str, options: &OpenOptions) -> Result<File> {
     }
 }
 
-/// What is behind a descriptor. `/proc` opens the same pipe; a file it opens anew, and its
-/// place in the file is taken over.
+/// The file or pipe of a descriptor. `/proc` opens the same pipe. It opens a file anew, so the file
+/// offset is copied.
 fn inherited(number: u32, options: &OpenOptions) -> Result<File> {
     match number {
         0 => return Ok(io::stdin().as_fd().try_clone_to_owned()?.into()),

@@ -1,4 +1,4 @@
-//! The comparison of two images, part by part; page contents are in [`super::pages`].
+//! Compares two images, part by part. Page contents are in [`super::pages`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
@@ -19,22 +19,22 @@ use super::image::Image;
 use super::pages::{PageDiff, Side};
 use crate::text::{Count, hex};
 
-/// Most differences of one part that are listed; what comes after is counted.
+/// The most differences of one part that are listed. Further ones are only counted.
 const MOST_LISTED: usize = 1 << 16;
 
-/// Differences as they are found.
+/// The differences found so far.
 #[derive(Debug, Default)]
 pub(crate) struct Found {
-    /// What a restore rewrites, where that is expected.
+    /// What a restore rewrites, if that is expected.
     expected: Option<Expected>,
     listed: Vec<Difference>,
     left_out: Vec<LeftOut>,
-    /// How many of each part are listed, those that are expected apart.
+    /// How many of each part are listed, with expected ones counted separately.
     counts: BTreeMap<(Section, bool), usize>,
 }
 
 impl Found {
-    /// Nothing yet; with `expected`, what is expected will be marked.
+    /// No differences yet. With `expected`, expected ones will be marked.
     pub(crate) fn new(expected: Option<Expected>) -> Self {
         Self {
             expected,
@@ -42,7 +42,7 @@ impl Found {
         }
     }
 
-    /// The differences by part, and how many more there are.
+    /// The differences by part, and how many are not listed.
     pub(crate) fn finish(mut self) -> (Vec<Difference>, Vec<LeftOut>) {
         self.listed.sort_by_key(|difference| difference.section);
         self.left_out.sort_by_key(|left_out| left_out.section);
@@ -95,7 +95,7 @@ impl Found {
         }
     }
 
-    /// Something with a name, unless it is the same.
+    /// A named value, unless it is the same in both.
     fn field<T: PartialEq + Display>(
         &mut self,
         section: Section,
@@ -113,7 +113,7 @@ impl Found {
         }
     }
 
-    /// Bytes that nobody here understands, from the first that is not the same on.
+    /// Bytes without known fields, from the first difference on.
     fn bytes(&mut self, section: Section, name: impl Into<String>, a: &[u8], b: &[u8]) {
         let alike = a.iter().zip(b).take_while(|(a, b)| a == b).count();
         if a.len() == b.len() && alike == a.len() {
@@ -125,7 +125,7 @@ impl Found {
         self.push(section, What::Field { field, a, b });
     }
 
-    /// Two blobs of one layout; names get a prefix.
+    /// Two blobs of one layout. Field names get a prefix.
     fn blobs(&mut self, section: Section, prefix: &str, layout: &Layout, a: &[u8], b: &[u8]) {
         for difference in fields::diff(layout, a, b) {
             self.named(section, prefix, &difference);
@@ -153,7 +153,7 @@ impl Found {
     }
 }
 
-/// Everything but the pages.
+/// Compares everything except the pages.
 pub(crate) fn compare(a: &Image, b: &Image, found: &mut Found) -> Result<()> {
     headers(a, b, found);
     config(a, b, found);
@@ -169,8 +169,8 @@ pub(crate) fn compare(a: &Image, b: &Image, found: &mut Found) -> Result<()> {
     Ok(())
 }
 
-/// A difference that [`super::pages::compare`] found. The start_info page has been compared
-/// field by field, if it is the same page in both.
+/// A difference that [`super::pages::compare`] found. If start_info is the same page in both, it
+/// has already been compared field by field.
 pub(crate) fn page(diff: PageDiff, start_info: Option<u64>, found: &mut Found) {
     let (first, last) = match diff {
         PageDiff::OnlyIn(only) => {
@@ -267,12 +267,12 @@ fn headers(a: &Image, b: &Image, found: &mut Found) {
 
 fn config(a: &Image, b: &Image, found: &mut Found) {
     let (Some(a), Some(b)) = (&a.xl, &b.xl) else {
-        return; // The headers say already that one has no xl header.
+        return; // The header comparison already reports that one has no xl header.
     };
     let json = |xl: &XlHeader| -> Option<Value> { serde_json::from_str(xl.json().ok()??).ok() };
     match (json(a), json(b)) {
         (Some(a), Some(b)) => json_values("", &a, &b, found),
-        // Too long to be looked into, or not UTF-8: the bytes are all there is to say.
+        // Too long to parse, or not UTF-8: only the bytes can be compared.
         _ if a.json().is_err() || b.json().is_err() => {
             let bytes = |xl: &XlHeader| xl.config().unwrap_or_default().to_vec();
             found.bytes(Section::Config, "text", &bytes(a), &bytes(b));
@@ -331,8 +331,8 @@ fn records(a: &Image, b: &Image, found: &mut Found) {
             found.field(S, name, counts_a.get(name), counts_b.get(name));
         }
     }
-    // Records whose contents are unknown: of each name the first with the first, the second with
-    // the second.
+    // Records whose contents are unknown. Records of one name are compared in order: the first with
+    // the first, the second with the second.
     let (others_a, others_b) = (by_name(a), by_name(b));
     for (name, bodies) in others_a {
         let others = others_b.get(name).into_iter().flatten();
@@ -488,7 +488,7 @@ fn start_info(a: &Image, b: &Image, found: &mut Found) -> Result<()> {
     let (Some(pfn_a), Some(pfn_b)) = (a.start_info(), b.start_info()) else {
         return Ok(());
     };
-    // Another pfn shows as another edx of vcpu 0.
+    // A different pfn is reported as a different edx of vcpu 0.
     if let (Some(page_a), Some(page_b)) = (a.page(pfn_a)?, b.page(pfn_b)?) {
         let layout = match a.guest.pv_info() {
             Some(PvInfo::Bits32) => &pv::START_INFO_32,
@@ -520,7 +520,7 @@ fn vcpus(a: &Image, b: &Image, found: &mut Found) {
             .filter_map(|(kind, a)| Some((kind, a, b.blob(kind)?)));
         both.map(move |(kind, a, b)| (number, kind, a, b))
     });
-    // Where only one has a blob, the list of records says so.
+    // If only one has the blob, the list of records shows it.
     for (vcpu, kind, state_a, state_b) in blobs.filter(|(.., b)| !b.is_empty()) {
         let (part, layout) = match (kind, bits) {
             (RecordKind::X86_PV_VCPU_BASIC, Some(PvInfo::Bits32)) => ("", &pv::VCPU_CONTEXT_32),
@@ -544,7 +544,7 @@ fn hvm(a: &Image, b: &Image, found: &mut Found) {
                     hvm_record(difference, found);
                 }
             }
-            // The format leaves the context to Xen, so neither image is bad for it.
+            // The format leaves the context to Xen, so this does not make an image bad.
             Err(e) => {
                 tracing::warn!("{e}; the contexts are compared as bytes");
                 found.bytes(S, "bytes", context_a, context_b);

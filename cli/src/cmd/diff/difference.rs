@@ -3,15 +3,15 @@
 use serde::Serialize;
 use xsr_format::frame::PageType;
 
-/// What part of the images a difference is in. The order is that of the output.
+/// The part of the images that a difference is in, in the order of the output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Section {
-    /// Which layers there are, and the fields of their headers.
+    /// The layers, and the fields of their headers.
     Headers,
     /// xl's configuration.
     Config,
-    /// Which records there are, and in which order.
+    /// The records and their order.
     Records,
     /// The emulator records.
     Emulators,
@@ -31,7 +31,7 @@ pub(crate) enum Section {
     HvmContext,
     /// HVM_PARAMS.
     HvmParams,
-    /// Which pfns are mentioned.
+    /// The pfns that are mentioned.
     Pfns,
     /// The types of pages.
     PageTypes,
@@ -40,7 +40,7 @@ pub(crate) enum Section {
 }
 
 impl Section {
-    /// The title that a person reads.
+    /// The title in the text output.
     pub(crate) fn title(self) -> &'static str {
         match self {
             Self::Headers => "headers",
@@ -68,34 +68,34 @@ pub(crate) struct Difference {
     pub(crate) section: Section,
     #[serde(flatten)]
     pub(crate) what: What,
-    /// Why a restore makes this difference, where it does and that was asked for.
+    /// Why a restore makes this difference, if it does and `--after-restore` was given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) expected: Option<&'static str>,
 }
 
-/// Differences of one part beyond those that are listed.
+/// Differences of one part that are not listed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct LeftOut {
     pub(crate) section: Section,
     pub(crate) differences: u64,
-    /// Pages that they are about.
+    /// The pages that they affect.
     pub(crate) pages: u64,
     /// As for a [`Difference`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) expected: Option<&'static str>,
 }
 
-/// What differs.
+/// The difference itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
 pub(crate) enum What {
-    /// Something with a name; null where one image does not have it.
+    /// A named value; null if one image does not have it.
     Field {
         field: String,
         a: Option<String>,
         b: Option<String>,
     },
-    /// Pfns with another type; null where one image does not mention them.
+    /// Pfns with different types; null if one image does not mention them.
     Types {
         first_pfn: u64,
         last_pfn: u64,
@@ -104,7 +104,7 @@ pub(crate) enum What {
         #[serde(serialize_with = "type_name")]
         b: Option<PageType>,
     },
-    /// Pfns with other contents.
+    /// Pfns with different contents.
     Contents { first_pfn: u64, last_pfn: u64 },
 }
 
@@ -114,7 +114,7 @@ fn type_name<S: serde::Serializer>(page_type: &Option<PageType>, to: S) -> Resul
 }
 
 impl What {
-    /// How many pages a difference is about; `None` where it is about none.
+    /// The number of pages that a difference affects; `None` if it is not about pages.
     pub(crate) fn pages(&self) -> Option<u64> {
         match *self {
             Self::Field { .. } => None,

@@ -1,10 +1,9 @@
-//! What a restore itself rewrites, so that an image saved from a restored domain
-//! differs there from the image it was restored from. A short list, each entry with
-//! its reason; docs/images.md has it too.
+//! Differences that a restore itself makes, so that they are expected in an image saved from a
+//! restored domain. The list is short, and each entry has its reason; docs/images.md has it too.
 //!
-//! C implementation: `process_start_info`, `handle_shared_info` and `update_guest_p2m`
-//! of `xg_sr_restore_x86_pv.c`, `handle_hvm_params` of
-//! `xg_sr_restore_x86_hvm.c`, `tsc_set_info` of Xen.
+//! C implementation: `process_start_info`, `handle_shared_info` and `update_guest_p2m` of
+//! `xg_sr_restore_x86_pv.c`, `handle_hvm_params` of `xg_sr_restore_x86_hvm.c`, `tsc_set_info` of
+//! Xen.
 
 use std::collections::BTreeMap;
 
@@ -66,22 +65,22 @@ const FIELDS: &[FieldRule] = &[
     rule(Section::Tsc, "incarnation", INCARNATION),
 ];
 
-/// HVM parameters that name a page which a restore clears.
+/// HVM parameters whose page a restore clears.
 const CLEARED: &[&str] = &["STORE_PFN", "CONSOLE_PFN", "IOREQ_PFN", "BUFIOREQ_PFN"];
 
-/// What is expected between two images.
+/// Expected differences between two images.
 #[derive(Debug)]
 pub(crate) struct Expected {
-    /// Pages of the p2m that either image holds, ascending.
+    /// The p2m's pages in either image, ascending.
     p2m: Vec<u64>,
-    /// Other pages with other contents.
+    /// Other pages that a restore changes, with the reason.
     pages: BTreeMap<u64, &'static str>,
-    /// No page of either image is populated from here on.
+    /// From here on no page is populated in either image.
     unpopulated_from: u64,
 }
 
 impl Expected {
-    /// What is expected where `b` was saved from a domain restored from `a`.
+    /// The expected differences if `b` was saved from a domain restored from `a`.
     pub(crate) fn new(a: &Image, b: &Image) -> Self {
         let (mut p2m, mut pages) = (Vec::new(), BTreeMap::new());
         for image in [a, b] {
@@ -105,7 +104,7 @@ impl Expected {
         }
     }
 
-    /// The first page from `first` to `last` with other contents, and why.
+    /// The first page from `first` to `last` that is expected to differ, and why.
     fn next_page(&self, first: u64, last: u64) -> Option<(u64, &'static str)> {
         let at = self.p2m.partition_point(|pfn| *pfn < first);
         let p2m = self.p2m.get(at).filter(|pfn| **pfn <= last);
@@ -117,7 +116,7 @@ impl Expected {
         }
     }
 
-    /// Mark what is expected. A range that is only in part is split.
+    /// Mark what is expected. A range that is only partly expected is split.
     pub(crate) fn mark(&self, difference: Difference) -> Vec<Difference> {
         let mut out = Vec::with_capacity(1);
         match difference.what {
@@ -205,7 +204,7 @@ impl Expected {
     }
 }
 
-/// The pages of an image's p2m of which it has contents, ascending.
+/// The pages of an image's p2m that have contents, ascending.
 fn p2m_pages(image: &Image) -> Vec<u64> {
     let frames = image.guest.p2m().into_iter().flat_map(|p2m| &p2m.frames);
     let mut frames: Vec<u64> = frames.map(|pfn| pfn.0).collect();
@@ -231,7 +230,7 @@ fn field_reason(section: Section, field: &str) -> Option<&'static str> {
         .map(|rule| rule.reason)
 }
 
-/// The name with `[*]` for each index.
+/// The name, with `[*]` for each index.
 pub(crate) fn without_indices(field: &str) -> String {
     let mut out = String::with_capacity(field.len());
     let mut rest = field;

@@ -1,5 +1,5 @@
-//! One image, as far as a comparison needs it: everything but page contents, which
-//! stay in the file.
+//! One image, as far as a comparison needs it: everything except page contents, which stay in the
+//! file.
 
 use anyhow::{Context as _, Error, Result};
 use xsr_format::frame::{PAGE_SIZE, Page, Pfn};
@@ -15,11 +15,12 @@ use crate::file::Input;
 use crate::image::{self, Event, Reading};
 use crate::page_map::{PageMap, runs_of};
 
-/// Most records of an image that is compared; PAGE_DATA in a row is one.
+/// The most records of an image to compare. Consecutive PAGE_DATA records count as one.
 const MOST_RECORDS: usize = 1 << 19;
-/// Most bytes in its optional records.
+/// The most bytes in its optional records.
 const MOST_OTHER: usize = 32 << 20;
-/// Most bytes in records of emulators: two images are held at once. QEMU's have less than 1 MiB.
+/// The most bytes in its emulator records, because two images are held at once. QEMU's records take
+/// less than 1 MiB.
 const MOST_EMULATORS: u64 = 32 << 20;
 
 /// An image.
@@ -29,22 +30,22 @@ pub(crate) struct Image {
     pub(crate) xl: Option<XlHeader>,
     pub(crate) libxl: Option<LibxlHeader>,
     pub(crate) libxc: Option<(ImageHeader, DomainHeader)>,
-    /// What records there are, in order; PAGE_DATA in a row is one.
+    /// The kinds of its records, in order. Consecutive PAGE_DATA records count as one.
     pub(crate) sequence: Vec<String>,
     pub(crate) map: PageMap,
-    /// What its records say of the guest.
+    /// What the records say about the guest.
     pub(crate) guest: GuestImage,
-    /// Records whose body has no fields: optional ones, by name.
+    /// Optional records, by name. Their bodies have no known fields.
     pub(crate) other: Vec<(String, Vec<u8>)>,
-    /// How long they are all together.
+    /// Their total length.
     other_bytes: usize,
     pub(crate) emulators: Vec<LibxlRecord>,
-    /// How long they are all together.
+    /// Their total length.
     emulator_bytes: u64,
 }
 
 impl Image {
-    /// Read all of an image but its page contents.
+    /// Read all of an image except its page contents.
     pub(crate) fn read(input: Input, reading: Reading) -> Result<Self> {
         input.seekable("diff reads an image more than once")?;
         let mut image = Self {
@@ -54,7 +55,7 @@ impl Image {
             libxc: None,
             sequence: Vec::new(),
             map: PageMap::default(),
-            // Replaced by that of the stream, which every good image has.
+            // Replaced by the stream's guest, which every good image has.
             guest: GuestImage::new(GuestType(0)),
             other: Vec::new(),
             other_bytes: 0,
@@ -72,8 +73,8 @@ impl Image {
         Ok(image)
     }
 
-    /// Whether what is held of the image is little enough. An image that a restore takes is,
-    /// unless it has optional records of many bytes or a great many checkpoints.
+    /// Checks that what is held of the image is small enough. It is for any image that can be
+    /// restored, unless it has many bytes of optional records or very many checkpoints.
     fn check_size(&self) -> Result<()> {
         let what = match () {
             () if self.sequence.len() > MOST_RECORDS => "records",
@@ -131,7 +132,7 @@ impl Image {
                     self.other.push((name.clone(), body.to_vec()));
                 }
             }
-            // What these say is in `guest`.
+            // `guest` holds their contents.
             Body::PvInfo(_)
             | Body::P2mFrames(_)
             | Body::SharedInfo(_)
@@ -140,7 +141,7 @@ impl Image {
             | Body::HvmParams(_)
             | Body::CpuidPolicy(_)
             | Body::MsrPolicy(_) => {}
-            // These are only there, or not in a stream at all.
+            // These have no contents, or do not occur in a stream.
             Body::End
             | Body::Verify
             | Body::Checkpoint
@@ -159,7 +160,7 @@ impl Image {
         }
     }
 
-    /// The page of start_info of a PV guest.
+    /// The start_info page of a PV guest.
     pub(crate) fn start_info(&self) -> Option<Pfn> {
         image::start_info(&self.guest)
     }

@@ -1,6 +1,5 @@
-//! How the pages of two images differ: which pfns they mention, as what, and with
-//! which contents. Neither image is held in memory: pages are read where the two
-//! maps say they are.
+//! Compares the pages of two images: which pfns they mention, their types and their contents.
+//! Neither image is held in memory: pages are read at the offsets in the two maps.
 
 use std::fs::File;
 use std::io;
@@ -21,7 +20,7 @@ pub(crate) enum Side {
     B,
 }
 
-/// A range of pfns that one image mentions and the other does not.
+/// A range of pfns that only one image mentions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct OnlyIn {
     pub(crate) first: u64,
@@ -30,7 +29,7 @@ pub(crate) struct OnlyIn {
     pub(crate) page_type: PageType,
 }
 
-/// A range of pfns whose type differs.
+/// A range of pfns whose types differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct TypeDiff {
     pub(crate) first: u64,
@@ -42,22 +41,22 @@ pub(crate) struct TypeDiff {
 /// A difference between the pages of two images.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum PageDiff {
-    /// Mentioned on one side only.
+    /// Mentioned in one image only.
     OnlyIn(OnlyIn),
-    /// Of another type.
+    /// With different types.
     Types(TypeDiff),
-    /// First and last of pfns with other contents.
+    /// First and last of a range of pfns with different contents.
     Contents(u64, u64),
 }
 
-/// An image, as far as its pages go.
+/// The pages of an image.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pages<'a> {
     pub(crate) map: &'a PageMap,
     pub(crate) file: &'a File,
 }
 
-/// A range of pfns over which both maps say one thing each.
+/// A range of pfns over which neither map changes.
 #[derive(Clone, Copy, Debug)]
 struct Segment {
     first: u64,
@@ -66,8 +65,7 @@ struct Segment {
     b: Option<Run>,
 }
 
-/// The segments that two maps have together, ascending; what neither mentions is
-/// left out.
+/// The segments of two maps together, ascending. Pfns that neither mentions are left out.
 fn segments(a: &PageMap, b: &PageMap) -> impl Iterator<Item = Segment> {
     let (mut runs_a, mut runs_b) = (a.runs().peekable(), b.runs().peekable());
     let mut at = 0_u64;
@@ -81,7 +79,7 @@ fn segments(a: &PageMap, b: &PageMap) -> impl Iterator<Item = Segment> {
             .map(|run| run.first.max(at))
             .min()?;
         let here = |run: Option<Run>| run.filter(|run| run.first <= first);
-        // A run that lies ahead ends the segment where it begins.
+        // A run that begins later ends the segment where it begins.
         let end = |run: Option<Run>| match run {
             Some(run) if run.first <= first => run.last,
             Some(run) => run.first - 1,
@@ -98,9 +96,9 @@ fn segments(a: &PageMap, b: &PageMap) -> impl Iterator<Item = Segment> {
     })
 }
 
-/// Compare the pages of two images; `progress` is told how many bytes of each were
-/// read, and `found` each difference: those of one kind in ascending order, neighbours as one.
-/// How many pages were compared.
+/// Compare the pages of two images. Calls `progress` with the number of bytes read of each, and
+/// `found` with each difference: those of one kind in ascending order, neighbours joined. Returns
+/// the number of pages compared.
 pub(crate) fn compare(
     a: Pages<'_>,
     b: Pages<'_>,
@@ -156,7 +154,7 @@ pub(crate) fn compare(
     Ok(compared)
 }
 
-/// Joins neighbouring differences of one kind before it tells them.
+/// Joins neighbouring differences of one kind before it reports them.
 struct Joined<'f> {
     only_in: Option<OnlyIn>,
     types: Option<TypeDiff>,
@@ -218,7 +216,7 @@ impl Joined<'_> {
     }
 }
 
-/// Room for a stretch of each image.
+/// Buffers for a stretch of each image.
 struct Contents {
     a: Vec<u8>,
     b: Vec<u8>,
@@ -278,8 +276,8 @@ mod tests {
     const T: PageType = PageType::L1TAB;
     const X: PageType = PageType::XTAB;
 
-    /// A file with a page for each pfn of `list` that has data, filled with the
-    /// given byte, and the map of it.
+    /// A file with a page for each pfn of `list` that has data, filled with the given byte, and its
+    /// map.
     fn image(list: &[(u64, PageType, u8)]) -> (File, PageMap) {
         let mut file = tempfile::tempfile().expect("a temporary file");
         let mut map = PageMap::default();
@@ -300,7 +298,7 @@ mod tests {
         (file, map)
     }
 
-    /// All that differs.
+    /// All differences.
     #[derive(Debug, Default, PartialEq, Eq)]
     struct PageDiffs {
         only_in: Vec<OnlyIn>,

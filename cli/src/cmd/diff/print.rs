@@ -1,5 +1,5 @@
-//! The text of `xsr diff`, for a person: grouped by part of the image, ranges
-//! instead of pages, and no more than fits a look.
+//! The text output of `xsr diff`: grouped by part of the image, ranges instead of pages, and short
+//! enough to read.
 
 use std::io::{self, Write};
 
@@ -7,10 +7,10 @@ use super::difference::{Difference, LeftOut, Section, What};
 use super::expected::without_indices;
 use crate::text::{Count, pfn_range, shown, shown_value};
 
-/// Most lines of one part.
+/// The most lines of one part.
 const MOST: usize = 24;
 
-/// What the two images are called, and what was found.
+/// The names of the two images, and the differences.
 #[derive(Debug)]
 pub(crate) struct Summary<'a> {
     pub(crate) a: &'a str,
@@ -20,7 +20,7 @@ pub(crate) struct Summary<'a> {
     pub(crate) pages_compared: u64,
 }
 
-/// Print what differs.
+/// Print the differences.
 pub(crate) fn print(summary: &Summary<'_>, out: &mut dyn Write) -> io::Result<()> {
     let (expected, real): (Vec<_>, Vec<_>) = summary
         .differences
@@ -80,7 +80,7 @@ fn print_group(group: &[&Difference], left_out: &[LeftOut], out: &mut dyn Write)
     Ok(())
 }
 
-/// Expected differences by reason: how much, and where.
+/// Expected differences by reason: how many, and where.
 fn print_expected(
     expected: &[&Difference],
     left_out: &[LeftOut],
@@ -112,7 +112,7 @@ fn print_expected(
     Ok(())
 }
 
-/// What a group is about: fields once for all their indices, the first few ranges.
+/// The subjects of a group: a field once for all its indices, and the first few ranges.
 fn names(group: &[&Difference], unlisted: u64) -> String {
     const SHOWN: usize = 6;
     let mut names: Vec<(String, usize)> = Vec::new();
@@ -141,7 +141,7 @@ fn names(group: &[&Difference], unlisted: u64) -> String {
     shown.join(", ")
 }
 
-/// Differences of a part that are not listed, and the pages that they are about.
+/// The number of unlisted differences of a part, and of the pages that they affect.
 fn unlisted(left_out: &[LeftOut], section: Section, expected: Option<&str>) -> (u64, u64) {
     let same = |l: &&LeftOut| l.section == section && l.expected == expected;
     let left_out = left_out.iter().find(same);

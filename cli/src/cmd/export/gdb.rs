@@ -1,12 +1,12 @@
-//! A core as gdb opens it: program headers that put each page where the guest's kernel has
-//! it, and the registers of each vcpu as those of a thread.
+//! An ELF core for gdb: program headers that put each page at the guest kernel's address, and the
+//! registers of each vcpu as a thread's.
 //!
-//! Where a page is, the page tables of one vcpu say. They are walked once, in the image. A
-//! frame that the image does not hold (of a device, a hole) is left out. Every page stands
-//! in the file once, in the order of pfns; a page at several addresses has several headers.
+//! The addresses come from the page tables of one vcpu, which are walked once, in the image. A
+//! frame that the image does not hold (of a device, a hole) is left out. Every page is in the file
+//! once, in the order of pfns; a page at several addresses has several headers.
 //!
-//! ELF: `Elf64_Ehdr`, `Elf64_Phdr` of the System V ABI, gABI chapters 4 and 5; notes
-//! `NT_PRSTATUS` and `NT_FPREGSET` as the kernel of Linux writes them for x86-64.
+//! ELF: `Elf64_Ehdr`, `Elf64_Phdr` of the System V ABI, gABI chapters 4 and 5; notes `NT_PRSTATUS`
+//! and `NT_FPREGSET` as Linux writes them for x86-64.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -21,27 +21,27 @@ const PAGE: u64 = PAGE_SIZE as u64;
 const ELF_HEADER: u64 = 64;
 const PROGRAM_HEADER: u64 = 56;
 const SECTION_HEADER: u64 = 64;
-/// `PN_XNUM`: the number of program headers stands in the first section header.
+/// `PN_XNUM`: the number of program headers is in the first section header.
 const MANY: u64 = 0xffff;
-/// Pieces of the address space. An ordinary guest has thousands; tables made to blow up a
-/// reader could name more than any memory holds.
+/// The most pieces of the address space. An ordinary guest has thousands; malicious tables could
+/// describe more than fits in memory.
 const MOST_PIECES: usize = 1 << 20;
-/// How often one table is walked. Guests share tables between two or three places; some
-/// have thousands of aliases of one table (espfix, shadow of an address sanitizer), which
-/// show nothing new.
+/// The most walks of one table. Guests share tables between two or three places; some have
+/// thousands of aliases of one table (espfix, an address sanitizer's shadow), which add nothing
+/// new.
 const MOST_VISITS: u8 = 16;
 
 const PRESENT: u64 = 1;
 const LARGE: u64 = 1 << 7;
-/// Bits of a frame in a 64-bit entry.
+/// The bits of a frame address in a 64-bit entry.
 const FRAME: u64 = 0x000f_ffff_ffff_f000;
 
 /// How a vcpu translates addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Paging {
-    /// It does not: an address is a physical one.
+    /// No translation: addresses are physical.
     Off,
-    /// Two levels of 1024 entries of 32 bits, from this physical address.
+    /// Two levels of 1024 32-bit entries, from this physical address.
     Two(u64),
     /// PAE: three levels of 64-bit entries, the first of four.
     Three(u64),
@@ -52,7 +52,7 @@ pub(super) enum Paging {
 }
 
 impl Paging {
-    /// By the control registers and `EFER` of an HVM or PVH vcpu.
+    /// From the control registers and `EFER` of an HVM or PVH vcpu.
     pub(super) fn of_registers(cr0: u64, cr3: u64, cr4: u64, efer: u64) -> Self {
         let bit = |word: u64, bit: u32| word >> bit & 1 == 1;
         match (bit(cr0, 31), bit(efer, 10), bit(cr4, 12), bit(cr4, 5)) {
@@ -65,10 +65,10 @@ impl Paging {
     }
 }
 
-/// A vcpu: `vcpu_guest_context_t` of a 64-bit guest, and how it translates.
+/// A vcpu: `vcpu_guest_context_t` of a 64-bit guest, and its address translation.
 #[derive(Clone, Debug)]
 pub(super) struct Vcpu {
-    /// Its number. Xen saves no vcpu that is offline, so there may be gaps.
+    /// Its number. Xen does not save offline vcpus, so there may be gaps.
     pub(super) number: u32,
     /// `vcpu_guest_context_t`.
     pub(super) context: Vec<u8>,
@@ -76,17 +76,17 @@ pub(super) struct Vcpu {
     pub(super) paging: Paging,
 }
 
-/// A piece of the address space that is one piece of the file, too.
+/// A piece of the address space that is contiguous in the file too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Piece {
     address: u64,
     pfn: u64,
-    /// Number of the first page, counted from the first that the file holds.
+    /// The number of its first page, counted from the first page in the file.
     page: u64,
     pages: u64,
 }
 
-/// Neighbouring pfns that the file holds.
+/// Neighbouring pfns that are in the file.
 #[derive(Clone, Copy, Debug)]
 struct Held {
     first: u64,
@@ -94,13 +94,13 @@ struct Held {
     page: u64,
 }
 
-/// Head of the core, up to the pages: `vcpus`, and the memory as number `view` of them has
-/// it.
+/// The head of the core, up to the pages: `vcpus`, and the memory as the vcpu with number `view`
+/// sees it.
 ///
 /// # Errors
 ///
-/// There is no such vcpu; its first table is not in the image; there are more than a
-/// million pieces; the image cannot be read.
+/// There is no such vcpu; its top-level table is not in the image; there are more than a million
+/// pieces; the image cannot be read.
 pub(super) fn head(vcpus: &[Vcpu], view: u32, map: &PageMap, image: &File) -> Result<Vec<u8>> {
     let Some(vcpu) = vcpus.iter().find(|vcpu| vcpu.number == view) else {
         let numbers: Vec<String> = vcpus.iter().map(|v| v.number.to_string()).collect();
@@ -114,7 +114,7 @@ pub(super) fn head(vcpus: &[Vcpu], view: u32, map: &PageMap, image: &File) -> Re
     Ok(lay_out(&notes(vcpus), &space.pieces))
 }
 
-/// An address space that is being put together.
+/// An address space being built.
 struct Space<'i> {
     map: &'i PageMap,
     image: &'i File,
@@ -123,17 +123,17 @@ struct Space<'i> {
     pieces: Vec<Piece>,
 }
 
-/// What the tables of one paging mode look like.
+/// The format of the tables of one paging mode.
 #[derive(Clone, Copy, Debug)]
 struct Tables {
-    /// Entries of 32 bits, 1024 in a table; otherwise 64 bits and 512.
+    /// 1024 32-bit entries in a table; otherwise 512 64-bit ones.
     narrow: bool,
-    /// Bits of an address; the upper ones repeat the last of these, but for 32.
+    /// Bits of an address. The upper bits repeat the last of these, unless it is 32.
     bits: u32,
 }
 
 impl Tables {
-    /// The lowest bit of an address that the table of `level` looks at.
+    /// The lowest bit of an address that a table of `level` decodes.
     fn shift(self, level: u32) -> u32 {
         12 + (level - 1) * if self.narrow { 10 } else { 9 }
     }
@@ -146,7 +146,7 @@ impl Tables {
         }
     }
 
-    /// The frame of a large page of `level`, if that is what an entry names.
+    /// The frame of a large page of `level`, if the entry maps one.
     fn large(self, entry: u64, level: u32) -> Option<u64> {
         let may_be = level == 2 || (level == 3 && self.bits > 32);
         let frame = match self.narrow {
@@ -204,13 +204,13 @@ impl<'i> Space<'i> {
         };
         let mut table = &table[usize::try_from(root % PAGE)?..];
         if matches!(paging, Paging::Three(_)) {
-            // The first table of PAE has four entries.
+            // PAE's top-level table has four entries.
             table = &table[..32];
         }
         self.entries(table, level, Tables { narrow, bits }, 0)
     }
 
-    /// Walk a table of `level`, which translates from `address` on.
+    /// Walk a table of `level` that translates from `address` on.
     fn entries(&mut self, table: &[u8], level: u32, tables: Tables, address: u64) -> Result<()> {
         let bytes = if tables.narrow { 4 } else { 8 };
         for (index, entry) in (0_u64..).zip(table.chunks_exact(bytes)) {
@@ -257,7 +257,7 @@ impl<'i> Space<'i> {
         Ok(Some(page))
     }
 
-    /// `pages` from `pfn` on are at `address`: take what of them the file holds.
+    /// Add the mapping of `pages` pages from `pfn` on at `address`, as far as they are in the file.
     fn maps(&mut self, address: u64, pfn: u64, pages: u64) -> Result<()> {
         let end = pfn + pages;
         let from = self.held.partition_point(|held| held.last < pfn);
@@ -298,7 +298,7 @@ impl Piece {
     }
 }
 
-/// Headers and notes; the pages follow, from the next multiple of a page on.
+/// Headers and notes. The pages follow, from the next page boundary on.
 fn lay_out(notes: &[u8], pieces: &[Piece]) -> Vec<u8> {
     const ET_CORE: u16 = 4;
     const EM_X86_64: u16 = 62;
@@ -314,7 +314,7 @@ fn lay_out(notes: &[u8], pieces: &[Piece]) -> Vec<u8> {
     let mut out = Words(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec());
     out.u16s(&[ET_CORE, EM_X86_64]);
     out.u32s(&[1]);
-    // Entry; where the program headers are, and the section header.
+    // Entry; offsets of the program headers and the section header.
     out.u64s(&[
         0,
         ELF_HEADER + sections * SECTION_HEADER,
@@ -324,7 +324,7 @@ fn lay_out(notes: &[u8], pieces: &[Piece]) -> Vec<u8> {
     let count = u16::try_from(headers.min(MANY)).unwrap_or(u16::MAX);
     out.u16s(&[64, 56, count, 64, u16::from(sections == 1), 0]);
     if sections == 1 {
-        // All is 0, but for the number of program headers: sh_info.
+        // All 0, except the number of program headers: sh_info.
         out.u32s(&[0, 0]);
         out.u64s(&[0, 0, 0, 0]);
         out.u32s(&[0, u32::try_from(headers).unwrap_or(u32::MAX)]);
@@ -345,16 +345,16 @@ fn lay_out(notes: &[u8], pieces: &[Piece]) -> Vec<u8> {
     out
 }
 
-/// Registers of each vcpu, as those of a thread whose number is one more than the vcpu's.
+/// The registers of each vcpu, as those of a thread whose number is one more than the vcpu's.
 fn notes(vcpus: &[Vcpu]) -> Vec<u8> {
     const NT_PRSTATUS: u32 = 1;
     const NT_FPREGSET: u32 = 2;
-    /// Where `struct user_regs_struct` is in `struct elf_prstatus`, and the bytes of that.
+    /// Offset and size of `struct user_regs_struct` in `struct elf_prstatus`.
     const REGISTERS: usize = 112;
     const PRSTATUS: usize = 336;
     const PID: usize = 32;
-    /// Where each register of `user_regs_struct` is in `vcpu_guest_context_t`, and its
-    /// bytes, in that order.
+    /// Offset in `vcpu_guest_context_t`, and size, of each register, in the order of
+    /// `user_regs_struct`.
     const FROM: [(usize, usize); 27] = [
         (520, 8),  // r15
         (528, 8),  // r14
@@ -378,16 +378,16 @@ fn notes(vcpus: &[Vcpu]) -> Vec<u8> {
         (672, 8),  // rsp
         (680, 2),  // ss
         (5144, 8), // fs_base
-        (5152, 8), // gs_base: the kernel's; for one in user mode, see below
+        (5152, 8), // gs_base in kernel mode; for user mode see below
         (696, 2),  // ds
         (688, 2),  // es
         (704, 2),  // fs
         (712, 2),  // gs
     ];
-    /// Which of them is gs_base, and where that of a vcpu in user mode is.
+    /// The index of gs_base in the list, and its offset for a vcpu in user mode.
     const GS_BASE: usize = 22;
     const GS_BASE_USER: usize = 5160;
-    /// Bytes of FXSAVE's area, the first field of the context.
+    /// The size of FXSAVE's area, the first field of the context.
     const FXSAVE: usize = 512;
     let mut out = Words(Vec::new());
     for vcpu in vcpus {
@@ -413,8 +413,8 @@ fn notes(vcpus: &[Vcpu]) -> Vec<u8> {
     out.0
 }
 
-/// Whether a vcpu was in its guest's kernel: a PV guest's says so (`VGCF_in_kernel`), since
-/// that runs in ring 3, too.
+/// Whether a vcpu was in its guest's kernel. For a PV guest a flag says so (`VGCF_in_kernel`),
+/// since its kernel runs in ring 3 too.
 fn in_kernel(context: &[u8]) -> bool {
     const FLAGS: usize = 512;
     const IN_KERNEL: u8 = 1 << 2;
@@ -423,7 +423,7 @@ fn in_kernel(context: &[u8]) -> bool {
     byte(FLAGS) & IN_KERNEL != 0 || byte(CS) & 3 == 0
 }
 
-/// Little-endian words, one behind the other.
+/// Consecutive little-endian words.
 struct Words(Vec<u8>);
 
 impl Words {
@@ -439,7 +439,7 @@ impl Words {
         self.0.extend(words.iter().flat_map(|w| w.to_le_bytes()));
     }
 
-    /// A note of `CORE`; its contents are a multiple of four bytes.
+    /// A note of `CORE`. Its contents are a multiple of four bytes.
     fn note(&mut self, kind: u32, contents: &[u8]) {
         let bytes = u32::try_from(contents.len()).unwrap_or(u32::MAX);
         self.u32s(&[5, bytes, kind]);
@@ -456,8 +456,7 @@ mod tests {
     use crate::page_map::Run;
     use xsr_format::frame::PageType;
 
-    /// An image of pages 0 to 7, one behind the other, and the tables written to them:
-    /// (pfn, index, entry).
+    /// An image of pages 0 to 7 in order, and the tables written to them: (pfn, index, entry).
     fn image(bytes: usize, entries: &[(u64, u64, u64)]) -> (File, PageMap) {
         let mut memory = vec![0; 8 * PAGE_SIZE];
         for (pfn, index, entry) in entries {
@@ -540,7 +539,7 @@ mod tests {
     fn tables_that_name_themselves_end() {
         let entries: Vec<_> = (0..512).map(|index| (1, index, 0x1067)).collect();
         let pieces = walked(Paging::Four(0x1000), 8, &entries);
-        // 16 walks of the lowest level, of 512 entries each.
+        // 16 walks of a lowest-level table, of 512 entries each.
         assert_eq!(pieces.len(), 16 * 512);
     }
 
@@ -566,11 +565,11 @@ mod tests {
                 paging: Paging::Off,
             };
             let notes = notes(&[vcpu]);
-            // Behind the note's header and name: pr_pid, and pr_reg.
+            // After the note's header and name: pr_pid, and pr_reg.
             assert_eq!(notes[20 + 32], 4);
             notes[20 + 112 + 22 * 8]
         };
-        // HVM, in ring 0 and 3; PV, in its kernel and not.
+        // HVM, in ring 0 and 3; PV, in kernel mode and not.
         assert_eq!([base(0, 0x10), base(0, 0x33)], [7, 9]);
         assert_eq!([base(4, 0x33), base(0, 0x33)], [7, 9]);
     }

@@ -1,4 +1,4 @@
-//! What there is to say of one record, for a person and as JSON.
+//! The facts of one record, for the text and JSON outputs.
 
 use std::fmt;
 
@@ -11,11 +11,12 @@ use xsr_format::wrapper::libxl::LibxlRecord;
 use crate::page_map::{TypeCounts, runs_of};
 use crate::text::{Count, hex, pfn_range};
 
-/// The facts of one record. As JSON: the fields alone, the record's kind says which.
+/// The facts of one record. In JSON only the fields appear, because the record's kind says which
+/// they are.
 #[derive(Clone, Debug, Serialize)]
 #[serde(untagged)]
 pub(crate) enum Facts {
-    /// PAGE_DATA: one record or several in a row.
+    /// PAGE_DATA: one record, or several consecutive ones.
     Pages(PageFacts),
     /// X86_PV_INFO.
     PvInfo { guest_bits: u8, levels: u8 },
@@ -29,7 +30,7 @@ pub(crate) enum Facts {
     Vcpu {
         vcpu: u32,
         state_bytes: usize,
-        /// X86_PV_VCPU_BASIC alone: where the vcpu was.
+        /// The vcpu's position, in X86_PV_VCPU_BASIC only.
         #[serde(skip_serializing_if = "Option::is_none")]
         instruction_pointer: Option<u64>,
     },
@@ -60,11 +61,11 @@ pub(crate) enum Facts {
     },
     /// CHECKPOINT_STATE.
     CheckpointState { state: u32 },
-    /// A record that has no more to it than its being there.
+    /// A record without contents.
     None {},
 }
 
-/// The facts of PAGE_DATA records that follow one another.
+/// The facts of consecutive PAGE_DATA records.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct PageFacts {
     /// How many records.
@@ -77,14 +78,14 @@ pub(crate) struct PageFacts {
     last_pfn: u64,
     /// Entries of each type.
     types: Vec<TypeFact>,
-    /// Every entry, where asked for.
+    /// Every entry, if requested.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) runs: Option<Vec<RunFact>>,
     #[serde(skip)]
     counts: TypeCounts,
 }
 
-/// How often a type occurs.
+/// The number of entries of a type.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct TypeFact {
     #[serde(rename = "type")]
@@ -113,7 +114,7 @@ pub(crate) fn type_facts(counts: &TypeCounts) -> Vec<TypeFact> {
 }
 
 impl PageFacts {
-    /// The facts of one record; `list` keeps its entries.
+    /// The facts of one record. With `list`, they include its entries.
     pub(crate) fn new(entries: Entries<'_>, list: bool) -> Self {
         let mut counts = TypeCounts::default();
         let (mut first_pfn, mut last_pfn) = (u64::MAX, 0);
@@ -142,7 +143,7 @@ impl PageFacts {
         }
     }
 
-    /// Take in the facts of the record behind.
+    /// Add the facts of the next record.
     pub(crate) fn join(&mut self, next: &Self) {
         self.records += next.records;
         self.first_pfn = self.first_pfn.min(next.first_pfn);
@@ -154,14 +155,14 @@ impl PageFacts {
         self.types = type_facts(&self.counts);
     }
 
-    /// How many records these are the facts of.
+    /// The number of records.
     pub(crate) fn records(&self) -> u64 {
         self.records
     }
 }
 
 impl Facts {
-    /// The facts of any record but PAGE_DATA.
+    /// The facts of any record except PAGE_DATA.
     pub(crate) fn of(record: &Record<'_>) -> Self {
         match record.body {
             Body::PvInfo(info) => Self::PvInfo {
@@ -196,7 +197,7 @@ impl Facts {
             Body::DirtyPfns(list) => Self::DirtyPfns {
                 pfns: list.iter().len(),
             },
-            // The entries of a context are counted as they are listed.
+            // The entries of a context are counted when they are listed.
             Body::HvmContext(_)
             | Body::End
             | Body::SharedInfo(_)
@@ -327,7 +328,7 @@ fn instruction_pointer(kind: RecordKind, state: &[u8]) -> Option<u64> {
     }
 }
 
-/// What a TSC mode is called.
+/// The name of a TSC mode.
 fn tsc_mode(mode: u32) -> &'static str {
     match mode {
         0 => "default",
@@ -338,7 +339,7 @@ fn tsc_mode(mode: u32) -> &'static str {
     }
 }
 
-/// A kind as JSON has it: the name, or for a kind without one its number.
+/// A record kind in JSON: its name, or its number if it has none.
 pub(crate) fn kind_name(kind: RecordKind) -> String {
     kind.name()
         .map_or_else(|| hex(u64::from(kind.0)), str::to_owned)

@@ -1,4 +1,4 @@
-//! What is in the blobs of an image, field by field, for `xsr inspect --fields`.
+//! The fields of the blobs in an image, for `xsr inspect --fields`.
 
 use serde::Serialize;
 use xsr_format::fields::hvm::{HvmContext, param_name};
@@ -11,21 +11,21 @@ use xsr_format::wrapper::libxl::LibxlRecord;
 /// The leaf has no subleaves: `XEN_CPUID_NO_SUBLEAF`.
 const NO_SUBLEAF: u32 = u32::MAX;
 
-/// The MSR each bit of which is a feature.
+/// The MSR whose bits are features.
 const ARCH_CAPABILITIES: u32 = 0x10a;
 
 /// A blob, or an entry of one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Named {
-    /// The record, and which entry of it.
+    /// The record, and the entry in it.
     pub(crate) of: String,
-    /// What it is about, where it has more than a number.
+    /// Its meaning, if it has more than a number.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) about: Option<&'static str>,
     pub(crate) fields: Vec<NamedField>,
 }
 
-/// A field that is not zero.
+/// A non-zero field.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct NamedField {
     pub(crate) name: String,
@@ -63,7 +63,7 @@ fn field(name: &str, value: String) -> NamedField {
     NamedField { name, value }
 }
 
-/// A field that is a list of names.
+/// A field whose value is a list of names.
 fn list(name: &str, names: impl Iterator<Item = String>) -> NamedField {
     field(name, names.collect::<Vec<_>>().join(", "))
 }
@@ -77,7 +77,7 @@ pub(super) fn of_start_info(page: &[u8], info: PvInfo) -> Named {
     Named::laid_out("start_info".to_owned(), layout, page)
 }
 
-/// The fields of a record of the libxc stream; `info` is that of a PV guest.
+/// The fields of a record of the libxc stream. `info` is the PV guest's.
 pub(super) fn of_record(record: &Record<'_>, info: PvInfo) -> Vec<Named> {
     let kind = record.kind;
     match record.body {
@@ -165,7 +165,7 @@ pub(super) fn of_record(record: &Record<'_>, info: PvInfo) -> Vec<Named> {
                 .collect();
             vec![Named::new(kind.to_string(), None, fields)]
         }
-        // Their row has all that they say.
+        // Their row shows everything.
         Body::End
         | Body::PvInfo(_)
         | Body::P2mFrames(_)
@@ -179,7 +179,7 @@ pub(super) fn of_record(record: &Record<'_>, info: PvInfo) -> Vec<Named> {
     }
 }
 
-/// The name of the maker, the hypervisor or the processor, where a leaf spells one.
+/// The name of the vendor, the hypervisor or the processor, if the leaf spells one.
 fn text_of(leaf: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> Option<NamedField> {
     let registers = match leaf {
         0 | 0x8000_0000 => vec![ebx, edx, ecx],

@@ -1,5 +1,5 @@
-//! `xsr inspect --page`: the contents of one page. Of a mapped image, no more is read than its
-//! index, one record's head and the page; any other is walked through.
+//! `xsr inspect --page`: the contents of one page. Of a mapped image only the index, one record's
+//! head and the page are read; any other image is read to its end.
 
 use std::io::{self, Read, Seek, Write};
 
@@ -17,7 +17,7 @@ use crate::mapped::{Positioned, index_of};
 use crate::stdout::Results;
 use crate::text::{hex, shown};
 
-/// Bytes on a line.
+/// Bytes per line.
 const LINE: usize = 16;
 
 /// What `--json` prints (docs/json.md).
@@ -29,9 +29,9 @@ struct Report<'a> {
     page_type: &'static str,
     /// `mapped` or `stream`.
     layout: &'static str,
-    /// Where its record begins.
+    /// The offset of its record.
     record_offset: u64,
-    /// Where its contents are; null if its type has none.
+    /// The offset of its contents; null if its type has none.
     offset: Option<u64>,
     /// The contents as hexadecimal digits.
     contents: Option<String>,
@@ -115,7 +115,7 @@ fn by_index<R: Read + Seek>(
     }))
 }
 
-/// What the last record with the page says.
+/// The last record that has the page.
 fn by_walking(input: &Input, args: &InspectArgs, pfn: u64) -> Result<Option<Found>> {
     let reading = Reading {
         lenient: args.lenient,
@@ -149,7 +149,7 @@ fn digits(page: &Page) -> String {
     page.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// The page as lines of 16 bytes; a star stands for lines that are as the one before.
+/// The page as lines of 16 bytes. A star stands for lines equal to the one before.
 fn dump(page: &Page, out: &mut dyn Write) -> io::Result<()> {
     let mut before: Option<&[u8]> = None;
     let mut starred = false;
@@ -188,7 +188,7 @@ mod tests {
 
     use super::*;
 
-    /// Counts what is read of a file.
+    /// Counts the bytes read from a file.
     struct Counted(Cursor<Vec<u8>>, u64);
 
     impl Read for Counted {
@@ -205,12 +205,12 @@ mod tests {
         }
     }
 
-    /// 64 MiB in whole batches: a page costs the index and 20 KiB at most.
+    /// 64 MiB in full batches: a page costs the index and 20 KiB at most.
     #[test]
     fn a_page_of_a_mapped_image_costs_its_index_and_20_kib() {
         const BATCHES: u64 = 16;
         let mut writer = MappedWriter::new(Vec::new(), true);
-        // What a stream begins with is of no interest here, but its length.
+        // Of the stream's beginning only the length matters here.
         writer.write_all(&[0; 48]).unwrap();
         for batch in 0..BATCHES {
             let entries: Vec<PageEntry> = (batch * 1024..batch * 1024 + 1024)

@@ -1,4 +1,4 @@
-//! The text of `xsr inspect`, for a person.
+//! The text output of `xsr inspect`.
 
 use std::io::{self, Write};
 
@@ -140,7 +140,7 @@ fn guest(report: &Report, out: &mut dyn Write) -> io::Result<()> {
     Ok(())
 }
 
-/// What another toolstack says of the domain.
+/// What another toolstack says about the domain.
 fn origin(report: &Report, out: &mut dyn Write) -> io::Result<()> {
     let Some(origin) = &report.origin else {
         return Ok(());

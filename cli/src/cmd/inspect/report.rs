@@ -1,5 +1,5 @@
-//! What `xsr inspect` found, as one document: what `--json` prints (docs/json.md),
-//! and what the text for a person is made from.
+//! The result of `xsr inspect` as one document: `--json` prints it (docs/json.md), and the text
+//! output is made from it.
 
 use serde::Serialize;
 
@@ -13,27 +13,26 @@ use crate::peel::LeftOut;
 /// An image.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct Report {
-    /// What was read: the path as given, or `stdin`.
+    /// The path as given, or `stdin`.
     pub(crate) file: String,
-    /// Bytes of the image; of the file, if the image is bad; 0 if that is not known.
+    /// Bytes of the image; of the file, if the image is bad; 0 if unknown.
     pub(crate) bytes: u64,
-    /// What was taken off to get at the image, outermost first. Offsets are those of the
-    /// image inside.
+    /// The wrappers that were removed, outermost first. Offsets are those of the image inside.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) layers: Vec<String>,
     /// The XML that libvirt keeps with the image.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) libvirt_xml: Option<String>,
-    /// What a toolstack other than today's xl says of the domain.
+    /// What a toolstack other than today's xl says about the domain.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) origin: Option<Origin>,
-    /// State beside the image that no image of xl has a place for.
+    /// State beside the image that xl's images have no place for.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) left_out: Vec<LeftOut>,
-    /// What was noticed in what stands around the image.
+    /// Anomalies in the wrappers of the image.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) notes: Vec<String>,
-    /// Bytes of the file behind the image, which nobody reads.
+    /// Bytes of the file after the image, which are never read.
     #[serde(skip_serializing_if = "is_zero")]
     pub(crate) trailing_bytes: u64,
     /// The index of a mapped image.
@@ -42,10 +41,10 @@ pub(crate) struct Report {
     /// The same in words.
     #[serde(skip)]
     pub(crate) layout: Option<String>,
-    /// The xl header, where there is one.
+    /// The xl header, if there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) xl: Option<XlReport>,
-    /// The libxl stream's header, where there is one.
+    /// The libxl stream's header, if there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) libxl: Option<LibxlReport>,
     /// The libxc stream's headers.
@@ -55,10 +54,10 @@ pub(crate) struct Report {
     pub(crate) guest: Guest,
     /// The records of all streams, in the order of the file.
     pub(crate) records: Vec<Row>,
-    /// Records behind the last of those.
+    /// How many records follow the last of those.
     #[serde(skip_serializing_if = "is_zero")]
     pub(crate) records_left_out: u64,
-    /// The pages, by what the stream says of each last.
+    /// The pages, by their last version in the stream.
     pub(crate) pages: PagesReport,
     /// Entries of HVM_CONTEXT.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -66,13 +65,13 @@ pub(crate) struct Report {
     /// HVM_PARAMS.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) hvm_params: Vec<Param>,
-    /// What is in the blobs, where asked for.
+    /// The fields of the blobs, if requested.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) fields: Vec<Named>,
-    /// What is odd about the image, as for `verify`.
+    /// Anomalies of the image, as in `verify`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) warnings: Vec<String>,
-    /// Why the image is bad. Where reading ended early, this document is incomplete.
+    /// Why the image is bad. If reading ended early, this document is incomplete.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) error: Option<String>,
 }
@@ -86,8 +85,8 @@ fn is_zero(number: &u64) -> bool {
 }
 
 impl Report {
-    /// Take over what another toolstack says of the domain. (Of its kind, what the stream says
-    /// counts, which knows no PVH.)
+    /// Take over what another toolstack says about the domain. (The stream's kind takes precedence,
+    /// but it does not distinguish PVH from HVM.)
     pub(crate) fn said_by(&mut self, origin: &Origin) {
         let guest = &mut self.guest;
         guest.name = guest.name.take().or_else(|| origin.name.clone());
@@ -113,7 +112,7 @@ pub(crate) struct XlReport {
     pub(crate) mandatory_flags: u32,
     pub(crate) optional_flags: u32,
     pub(crate) config_bytes: usize,
-    /// The configuration; null where it is no JSON.
+    /// The configuration; null if it is not JSON.
     pub(crate) config: Option<serde_json::Value>,
 }
 
@@ -135,7 +134,7 @@ pub(crate) struct LibxcReport {
     pub(crate) xen_minor: u32,
 }
 
-/// What an image says of its guest.
+/// What an image says about its guest.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct Guest {
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -150,27 +149,27 @@ pub(crate) struct Guest {
     pub(crate) bits: Option<u8>,
     /// Vcpus with state in the image.
     pub(crate) vcpus: u32,
-    /// Vcpus that another toolstack's configuration gives it.
+    /// The number of vcpus in another toolstack's configuration.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) max_vcpus: Option<u32>,
-    /// Most memory the configuration allows, in KiB.
+    /// The most memory that the configuration allows, in KiB.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) max_memory_kib: Option<u64>,
     /// Pages that have contents or are allocated, in KiB.
     pub(crate) populated_kib: u64,
-    /// The Xen that saved it.
+    /// The Xen version that saved it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) xen: Option<String>,
 }
 
-/// A record; or several of PAGE_DATA in a row.
+/// A record, or several consecutive PAGE_DATA records.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Row {
     /// `libxl` or `libxc`.
     pub(crate) stream: &'static str,
-    /// Number in its stream, from 0; of the first of several.
+    /// Number in its stream, from 0; of the first of several records.
     pub(crate) index: u64,
-    /// Where it begins in the file.
+    /// Its offset in the file.
     pub(crate) offset: u64,
     #[serde(rename = "type")]
     pub(crate) kind: String,
@@ -182,9 +181,9 @@ pub(crate) struct Row {
 /// The pages of a guest.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct PagesReport {
-    /// Pfns the stream mentions.
+    /// The number of pfns that the stream mentions.
     pub(crate) pfns: u64,
-    /// Of those, pages a restorer allocates.
+    /// The number of those that a restore allocates.
     pub(crate) populated: u64,
     /// The highest pfn mentioned.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -197,7 +196,7 @@ pub(crate) struct PagesReport {
 pub(crate) struct ContextEntry {
     /// Its type's number.
     pub(crate) code: u16,
-    /// Its type's name in Xen's headers; null for one that is not known.
+    /// Its type's name in Xen's headers; null if unknown.
     pub(crate) name: Option<&'static str>,
     pub(crate) instance: u16,
     pub(crate) bytes: usize,
@@ -207,7 +206,7 @@ pub(crate) struct ContextEntry {
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Param {
     pub(crate) index: u64,
-    /// Its name in Xen's headers; null for one that is not known.
+    /// Its name in Xen's headers; null if unknown.
     pub(crate) name: Option<&'static str>,
     pub(crate) value: u64,
 }
