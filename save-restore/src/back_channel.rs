@@ -1,14 +1,14 @@
-//! COLO's back-channel: before each checkpoint the secondary sends the primary the list of
-//! pages that it has written itself, so that the primary sends its own in their place.
+//! COLO's back channel: before each checkpoint the secondary sends the primary the list of pages
+//! that the secondary has written, so that the primary sends its own versions of them.
 //!
-//! The list is one record, CHECKPOINT_DIRTY_PFN_LIST, with the record header of 8 bytes
-//! that the specification gives. Xen 4.18 and later send a structure of 16 bytes in its
-//! place (commit efe8de1f91): header, and 8 bytes more, zero, of a pointer. Whoever takes
-//! them for pfns reads pfn 0, misses the last pfn, and finds it where the next record
-//! should be. Here that is an error: what stands behind such a list is looked at, behind the
-//! list and again before the checkpoint that answers it is complete. What comes later still is
-//! no word that the secondary has to say then. The guest, which is suspended, does not wait for
-//! what may not come.
+//! The list is one record, CHECKPOINT_DIRTY_PFN_LIST, with the record header of 8 bytes that the
+//! specification gives. Xen 4.18 and later send a structure of 16 bytes instead (commit
+//! efe8de1f91): the header, and 8 more bytes, zero, of a pointer. A reader that takes these for
+//! pfns reads pfn 0, misses the last pfn, and finds it where the next record should be. Here that
+//! is an error: the primary looks for leftover bytes after such a list, and again before it
+//! completes the checkpoint that answers the list. Leftovers that arrive even later do not match
+//! any message that the secondary may send then. The guest, which is suspended, does not wait for
+//! bytes that may never come.
 //!
 //! Specification: libxc migration stream, "CHECKPOINT_DIRTY_PFN_LIST". C implementation:
 //! `xg_sr_save.c:colo_merge_secondary_dirty_bitmap`,
@@ -26,32 +26,32 @@ use crate::descriptor::Descriptor;
 use crate::migrate::messages::{PfnListError, PfnListHead};
 use crate::progress::Cancel;
 
-/// The primary's end of a back-channel.
+/// The primary's end of a back channel.
 pub trait BackChannel: Read {
-    /// The next 8 bytes, if they are there; they stay where they are. Nothing is waited for.
+    /// Returns the next 8 bytes if they have arrived, without consuming them. Does not wait.
     ///
     /// # Errors
     ///
-    /// What the descriptor says.
+    /// The error of the descriptor.
     fn look_ahead(&mut self) -> io::Result<Option<[u8; 8]>>;
 }
 
-/// A descriptor as a back-channel. Not a byte is taken from it that was not asked for.
+/// A descriptor as a back channel. Reads no more bytes than were asked for.
 #[derive(Debug)]
 pub struct FdBackChannel<F>(Descriptor<F>);
 
 impl<F: AsFd> FdBackChannel<F> {
-    /// Waits for the secondary for as long as it takes.
+    /// Waits for the secondary without a limit.
     pub fn new(fd: F) -> Self {
         Self(Descriptor::blocking(fd))
     }
 
-    /// Stops waiting when `cancel` says so, within a fraction of 100 ms: a read then fails
-    /// with [`Cancelled`](crate::progress::Cancelled).
+    /// Stops waiting when `cancel` is set, within a fraction of 100 ms: a read then fails with
+    /// [`Cancelled`](crate::progress::Cancelled).
     ///
     /// # Errors
     ///
-    /// The descriptor is none that can be asked what it is.
+    /// The descriptor's type could not be determined.
     pub fn cancellable(fd: F, cancel: Cancel) -> io::Result<Self> {
         Ok(Self(Descriptor::cancellable(fd, cancel, false)?))
     }
@@ -64,7 +64,7 @@ impl<F: AsFd> Read for FdBackChannel<F> {
 }
 
 impl<F: AsFd> BackChannel for FdBackChannel<F> {
-    /// Of a socket or a pipe; nothing is seen of anything else.
+    /// Works for a socket or a pipe; for anything else the answer is always `None`.
     fn look_ahead(&mut self) -> io::Result<Option<[u8; 8]>> {
         let mut bytes = [0; 8];
         match self.0.peek(&mut bytes) {
@@ -80,25 +80,25 @@ impl<F: AsFd> BackChannel for FdBackChannel<F> {
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum BackChannelError {
-    /// It could not be read, or ended.
+    /// A read failed, or the back channel ended.
     #[error("reading the back-channel failed: {0}")]
     Io(#[from] io::Error),
-    /// Another record.
+    /// A record of another kind.
     #[error("record {number} of the back-channel is {kind}, expected CHECKPOINT_DIRTY_PFN_LIST")]
     Kind {
         /// Which record, from 0.
         number: u64,
-        /// What it is.
+        /// Its kind.
         kind: RecordKind,
     },
-    /// A body that is no list.
+    /// The body cannot be a list of pfns.
     #[error(
         "record {number} of the back-channel has {bytes} bytes, expected a multiple of 8, at most {MAX_BODY}"
     )]
     Length {
         /// Which record, from 0.
         number: u64,
-        /// What its header says.
+        /// The length in its header.
         bytes: u32,
     },
     /// A pfn that the guest does not have.
@@ -108,7 +108,7 @@ pub enum BackChannelError {
         number: u64,
         /// The pfn.
         pfn: Pfn,
-        /// How many there are.
+        /// The number of pfns that the guest has.
         pfns: u64,
     },
     /// A header of 16 bytes.
@@ -121,24 +121,24 @@ pub enum BackChannelError {
     },
 }
 
-/// What may stand behind a list that has been read.
+/// What may follow a list that has been read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Behind {
     number: u64,
-    /// Pfns that the guest has.
+    /// The number of pfns that the guest has.
     pfns: u64,
     /// Whether the list looks like one whose header has 16 bytes.
     suspect: bool,
 }
 
 impl Behind {
-    /// Look whether the last pfn of the list is still there. What else may stand here, before the
-    /// checkpoint that answers the list, is an end that gives up, in words that are no pfn of any
-    /// guest.
+    /// Checks whether the last pfn of the list is still unread. Until the checkpoint that answers
+    /// the list, the only other bytes that may come here are those of a secondary that gives up,
+    /// and they are not a pfn of any guest.
     ///
     /// # Errors
     ///
-    /// It is; what the descriptor says.
+    /// The last pfn is still unread; the error of the descriptor.
     pub(crate) fn look(self, back: &mut dyn BackChannel) -> Result<(), BackChannelError> {
         if self.suspect
             && let Some(bytes) = back.look_ahead()?
@@ -151,7 +151,7 @@ impl Behind {
     }
 }
 
-/// Read list `number` (from 0) and mark its pages in `dirty`.
+/// Reads list `number` (from 0) and marks its pages in `dirty`.
 pub(crate) fn merge(
     back: &mut dyn BackChannel,
     number: u64,
@@ -166,15 +166,15 @@ pub(crate) fn merge(
             return Err(BackChannelError::Length { number, bytes });
         }
     };
-    // No more is allocated than comes.
+    // Allocates no more than arrives.
     let mut body = Vec::new();
     let length = u64::from(bytes);
     if (&mut *back).take(length).read_to_end(&mut body)? as u64 != length {
         return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
     }
     let mut pfns = PfnListHead::pfns(&body).peekable();
-    // Behind a header of 16 bytes the last pfn is left, or, of an empty list, the header's
-    // own zero.
+    // After a header of 16 bytes the last pfn is left over, or the header's own zero if the list is
+    // empty.
     let behind = Behind {
         number,
         pfns: dirty.pfns(),
@@ -202,7 +202,7 @@ mod tests {
 
     use super::*;
 
-    /// Over a pipe and over a socket, which says the same; what is left is still there.
+    /// Merges over a pipe and over a socket, with the same result; what is left can still be read.
     fn merged_of(bytes: &[u8], left: &[u8]) -> Result<Vec<u64>, BackChannelError> {
         fn over(
             from: impl AsFd + Read,
@@ -256,7 +256,7 @@ mod tests {
     fn what_stands_behind_a_list_is_no_long_header() {
         let said: [&[u8]; 3] = [
             b"my copy unpause results are as follows\0\x01",
-            // A CHECKPOINT_STATE, and part of anything.
+            // A CHECKPOINT_STATE, and a part of some other message.
             &[5, 0, 0, 0, 4, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0],
             &[0; 7],
         ];
@@ -286,7 +286,7 @@ mod tests {
             let mut back = FdBackChannel::new(from);
             let behind = merge(&mut back, 3, &mut DirtyBitmap::new(100)).unwrap();
             behind.look(&mut back).unwrap();
-            // Part of it is nothing yet.
+            // A part of a pfn does not count yet.
             to.write_all(&left[..5]).unwrap();
             behind.look(&mut back).unwrap();
             to.write_all(&left[5..]).unwrap();

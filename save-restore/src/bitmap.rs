@@ -7,10 +7,10 @@ use xsr_format::frame::Pfn;
 const WORDS: usize = 512;
 const PFNS_PER_CHUNK: u64 = 64 * WORDS as u64;
 
-/// Words that stand for 512 pfns: 2 MiB.
+/// Words that hold the bits of 512 pfns: 2 MiB.
 const RUN_WORDS: usize = 8;
 
-/// Most pfns of a chunk that are a list: twice as many bytes.
+/// The most pfns that a chunk holds as a list; a longer list would take twice as many bytes.
 const MOST_LISTED: usize = 512;
 
 /// Which of 32768 pfns are in the set.
@@ -30,7 +30,7 @@ impl Chunk {
         }
     }
 
-    /// Put one in; whether it is new.
+    /// Inserts a pfn; returns whether it is new.
     fn insert(&mut self, at: u16) -> bool {
         match self {
             Self::Few(list) => match list.binary_search(&at) {
@@ -66,7 +66,7 @@ impl Chunk {
         }
     }
 
-    /// As bits.
+    /// The chunk as bits.
     fn words(&self) -> Box<[u64; WORDS]> {
         match self {
             Self::Few(list) => {
@@ -81,14 +81,13 @@ impl Chunk {
     }
 }
 
-/// A set of pfns. Takes 4 KiB at most for each 32768 pfns of which one is in the set
-/// (1/32768 of the memory they stand for), and some hundred bytes where there are few,
-/// however large the pfns are.
+/// A set of pfns. Takes at most 4 KiB for each 32768 pfns of which one is in the set (1/32768 of
+/// the memory they number), and some hundred bytes where there are few, however large the pfns are.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct PfnBitmap {
     chunks: BTreeMap<u64, Chunk>,
-    /// A chunk that was looked for last and is not there: streams name a million absent pfns
-    /// in a row.
+    /// The last chunk that was looked up and does not exist: streams name a million absent pfns in
+    /// a row.
     missing: Option<u64>,
 }
 
@@ -98,7 +97,7 @@ impl PfnBitmap {
         (pfn.0 / PFNS_PER_CHUNK, at)
     }
 
-    /// Put `pfn` in; whether it was not there before.
+    /// Inserts `pfn`; returns whether it was not there before.
     pub(crate) fn insert(&mut self, pfn: Pfn) -> bool {
         let (chunk, at) = Self::place(pfn);
         if self.missing == Some(chunk) {
@@ -108,7 +107,7 @@ impl PfnBitmap {
         chunk.or_insert_with(|| Chunk::Few(Vec::new())).insert(at)
     }
 
-    /// Take `pfn` out.
+    /// Removes `pfn`.
     pub(crate) fn remove(&mut self, pfn: Pfn) {
         let (chunk, at) = Self::place(pfn);
         if self.missing == Some(chunk) {
@@ -120,7 +119,7 @@ impl PfnBitmap {
         }
     }
 
-    /// As [`PfnBitmap::contains`], quicker for many in a row that are not there.
+    /// As [`PfnBitmap::contains`], but faster for many absent pfns in a row.
     pub(crate) fn finds(&mut self, pfn: Pfn) -> bool {
         let (chunk, at) = Self::place(pfn);
         if self.missing == Some(chunk) {
@@ -140,11 +139,10 @@ impl PfnBitmap {
         chunk.is_some_and(|chunk| chunk.contains(at))
     }
 
-    /// The first pfns of the runs of 512 pfns, aligned, that are in the set whole;
-    /// ascending.
+    /// The first pfns of the aligned runs of 512 pfns that are in the set completely, ascending.
     pub(crate) fn whole_runs(&self) -> impl Iterator<Item = Pfn> + '_ {
         let chunks = self.chunks.iter();
-        // A run more than fills a list, or is all of it.
+        // A chunk with a whole run has more pfns than a list, or a list that is exactly one run.
         let many = chunks.filter(|(_, chunk)| match chunk {
             Chunk::Few(list) => list.len() == MOST_LISTED,
             Chunk::Many(_) => true,

@@ -1,19 +1,22 @@
-//! How a descriptor is waited for: its other end may be slow, or not move at all, and
-//! nobody but we must notice how it is done.
+//! Waiting for a descriptor whose other end may be slow or may never move, without side effects on
+//! other processes.
 //!
-//! O_NONBLOCK belongs to the open file, which may be shared with other processes (a
-//! shell's stdout), so it is never set on a descriptor that was given to us; but where
-//! somebody else has set it, EAGAIN is waited out. What waits without being told to
-//! stop just calls the kernel. With a [`Cancel`] no call blocks:
+//! O_NONBLOCK belongs to the open file, which may be shared with other processes (a shell's
+//! stdout), so it is never set on a descriptor that was passed in. Where another process has set
+//! it, EAGAIN is waited out. Without a [`Cancel`], the kernel is simply called. With one, no call
+//! blocks:
 //!
 //! | the descriptor is | a write | a read |
 //! |---|---|---|
-//! | a pipe | on the same pipe, opened once more without blocking; where /proc does not let us, at most PIPE_BUF after poll(2) | after poll(2) |
+//! | a pipe | on a second, non-blocking open file of the same pipe | after poll(2) |
 //! | a socket | `sendmsg` with MSG_DONTWAIT | after poll(2) |
 //! | anything else (files) | just done | just done |
 //!
-//! The last row is for files and block devices, which do not wait for anybody. A
-//! terminal is there too: nobody saves to one.
+//! If /proc does not allow a second open file, a write to a pipe is at most PIPE_BUF bytes after
+//! poll(2).
+//!
+//! The last row is for files and block devices, which never wait for another end. It also covers
+//! terminals, to which no image is saved.
 
 use std::io::{self, Read as _};
 use std::num::NonZeroUsize;
@@ -30,10 +33,10 @@ use xsr_xen_backend::WriteCall;
 use crate::pace::{Overdue, Pace, ReadLimit};
 use crate::progress::{Cancel, Cancelled};
 
-/// How long a wait may last before the token is looked at again, in milliseconds.
+/// How long a wait may last before the token is checked again, in milliseconds.
 const LOOK_EVERY_MS: u8 = 20;
 
-/// What poll(2) promises there is room for in a pipe that it calls writable.
+/// The room that a pipe has at least when poll(2) calls it writable.
 const PIPE_BUF: NonZeroUsize = NonZeroUsize::new(4096).expect("not zero");
 
 /// A descriptor, and how to wait for it.
@@ -46,22 +49,22 @@ pub(crate) struct Descriptor<F> {
 /// How long one call may wait.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limit<'a> {
-    /// Without a byte going through.
+    /// Time without a single byte transferred.
     pub(crate) idle: Option<Duration>,
-    /// Since it began, whatever goes through.
+    /// Time since the start, whatever is transferred.
     pub(crate) at_most: Option<Duration>,
-    /// Beside the descriptor's own token.
+    /// In addition to the descriptor's own token.
     pub(crate) cancel: Option<&'a Cancel>,
-    /// How fast an end has to take what is written.
+    /// How fast the other end must take what is written.
     pub(crate) pace: Option<&'a Pace>,
-    /// How long an end may send nothing.
+    /// How long the other end may send nothing.
     pub(crate) silence: Option<&'a ReadLimit>,
     /// When the wait began.
     pub(crate) began: Instant,
 }
 
 impl Limit<'_> {
-    /// As long as it takes.
+    /// No limit.
     fn none() -> Self {
         Self {
             idle: None,
@@ -73,12 +76,12 @@ impl Limit<'_> {
         }
     }
 
-    /// The time at which it ends, whatever goes through.
+    /// The time at which it ends, whatever is transferred.
     fn until(&self) -> Option<Instant> {
         self.began.checked_add(self.at_most?)
     }
 
-    /// The time at which a wait ends that began to be one at `since`, for a read or a write.
+    /// The time at which a wait that began at `since` ends, for a read or a write.
     fn ends(&self, since: Instant, writing: bool) -> Option<Instant> {
         let after = |limit: Option<Duration>| since.checked_add(limit?);
         let pace = self.pace.filter(|_| writing);
@@ -95,7 +98,7 @@ impl Limit<'_> {
         .min()
     }
 
-    /// What the other end has reached, when one of them has come.
+    /// Which limit the other end has reached, once one is reached.
     fn reached(&self, writing: bool) -> Overdue {
         if let (true, Some(pace)) = (writing, self.pace) {
             return pace.broken();
@@ -117,12 +120,12 @@ impl Limit<'_> {
 /// How calls are kept from blocking.
 #[derive(Debug)]
 enum Way {
-    /// They are not.
+    /// They are not kept from blocking.
     Blocking,
-    /// Nothing blocks here.
+    /// Calls on this descriptor do not block.
     Never(Cancel),
     Socket(Cancel),
-    /// With a description of our own of the writing end, if we could get one.
+    /// With an open file of our own for the writing end, if there could be one.
     Pipe(Cancel, Option<OwnedFd>),
 }
 
@@ -142,7 +145,7 @@ impl<F: AsFd> AsFd for Descriptor<F> {
 }
 
 impl<F: AsFd> Descriptor<F> {
-    /// Waits for as long as it takes.
+    /// Waits without a limit.
     pub(crate) fn blocking(fd: F) -> Self {
         Self {
             fd,
@@ -150,7 +153,7 @@ impl<F: AsFd> Descriptor<F> {
         }
     }
 
-    /// Waits until `cancel` says no. `writing`: it will be written to.
+    /// Waits until `cancel` is set. `writing`: the descriptor is for writing.
     pub(crate) fn cancellable(fd: F, cancel: Cancel, writing: bool) -> io::Result<Self> {
         let mode = SFlag::from_bits_truncate(fstat(fd.as_fd())?.st_mode) & SFlag::S_IFMT;
         let way = match mode {
@@ -162,12 +165,12 @@ impl<F: AsFd> Descriptor<F> {
         Ok(Self { fd, way })
     }
 
-    /// Who may say stop.
+    /// The token that stops a wait.
     pub(crate) fn cancel(&self) -> Option<&Cancel> {
         self.way.cancel()
     }
 
-    /// Fails with [`Cancelled`] once somebody has asked to stop.
+    /// Fails with [`Cancelled`] once the token is set.
     pub(crate) fn check(&self) -> io::Result<()> {
         match self.way.cancel() {
             Some(cancel) if cancel.is_cancelled() => Err(io::Error::other(Cancelled)),
@@ -175,7 +178,7 @@ impl<F: AsFd> Descriptor<F> {
         }
     }
 
-    /// As [`Self::check`], and for the token of one call.
+    /// As [`Self::check`], and also checks the token of one call.
     fn check_both(&self, limit: &Limit<'_>) -> io::Result<()> {
         if limit.cancel.is_some_and(Cancel::is_cancelled) {
             return Err(io::Error::other(Cancelled));
@@ -183,8 +186,8 @@ impl<F: AsFd> Descriptor<F> {
         self.check()
     }
 
-    /// Wait until a call will do something, if only fail (true), or until it is time to give
-    /// up, if there is such a time (false). There is always one look.
+    /// Waits until a call will not block, even if only to fail (true), or until it is time to give
+    /// up, if there is such a time (false). Polls at least once.
     fn wait(
         &self,
         what: PollFlags,
@@ -197,7 +200,7 @@ impl<F: AsFd> Descriptor<F> {
             let timeout = match (self.way.cancel(), left) {
                 (None, None) => PollTimeout::NONE,
                 (_, left) => {
-                    // A part of a millisecond is waited for, too.
+                    // A fraction of a millisecond is rounded up.
                     let left = left.map_or(u128::MAX, |left| left.as_micros().div_ceil(1000));
                     PollTimeout::from(
                         u8::try_from(left).map_or(LOOK_EVERY_MS, |left| left.min(LOOK_EVERY_MS)),
@@ -213,12 +216,12 @@ impl<F: AsFd> Descriptor<F> {
         }
     }
 
-    /// Have `write` called until it has done something: with the descriptor and the
-    /// call that it is to be done with. Its answer: the bytes that were taken.
+    /// Calls `write` until it has taken some bytes, with the descriptor and the kind of call to
+    /// make. Returns the number of bytes that were taken.
     ///
     /// # Errors
     ///
-    /// [`Cancelled`]; what `write` says except EINTR and EAGAIN.
+    /// [`Cancelled`]; the error of `write`, except EINTR and EAGAIN.
     pub(crate) fn write(
         &self,
         write: impl FnMut(BorrowedFd<'_>, WriteCall) -> io::Result<usize>,
@@ -226,7 +229,7 @@ impl<F: AsFd> Descriptor<F> {
         self.write_within(&Limit::none(), write)
     }
 
-    /// As [`Self::write`], for no longer than a limit of its own.
+    /// As [`Self::write`], within a limit for this call.
     ///
     /// # Errors
     ///
@@ -236,7 +239,8 @@ impl<F: AsFd> Descriptor<F> {
         limit: &Limit<'_>,
         mut write: impl FnMut(BorrowedFd<'_>, WriteCall) -> io::Result<usize>,
     ) -> io::Result<usize> {
-        // From the first time that there was no room: once bytes are taken, another call begins.
+        // Counts from the first time that there was no room; once bytes are taken, a new call
+        // begins.
         let mut since = None;
         let mut room = || {
             let since = *since.get_or_insert_with(Instant::now);
@@ -260,8 +264,8 @@ impl<F: AsFd> Descriptor<F> {
             match result {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    // poll(2) wants more room in a socket than a write does: one that is read
-                    // slowly has been tried once more in the end.
+                    // poll(2) asks for more room in a socket than a write does, so a socket that is
+                    // read slowly has had one last try.
                     if !ready {
                         return Err(limit.reached(true).into());
                     }
@@ -277,8 +281,8 @@ impl<F: AsFd> Descriptor<F> {
         }
     }
 
-    /// Whether the other end has taken too little of what it was sent while a guest is
-    /// suspended. (A descriptor that never waits has no other end.)
+    /// Whether the other end has taken too little of what it was sent while a guest is suspended.
+    /// (A descriptor that never waits has no other end.)
     fn overdue(&self, limit: &Limit<'_>) -> bool {
         let pace = match self.way {
             Way::Blocking | Way::Never(_) => None,
@@ -288,11 +292,11 @@ impl<F: AsFd> Descriptor<F> {
         due.is_some_and(|due| Instant::now() >= due)
     }
 
-    /// Have `read` called until it has read something, or the end; its answer.
+    /// Calls `read` until it has read some bytes or reached the end; returns its answer.
     ///
     /// # Errors
     ///
-    /// [`Cancelled`]; what `read` says except EINTR and EAGAIN.
+    /// [`Cancelled`]; the error of `read`, except EINTR and EAGAIN.
     pub(crate) fn read(
         &self,
         read: impl FnMut(BorrowedFd<'_>) -> io::Result<usize>,
@@ -300,7 +304,7 @@ impl<F: AsFd> Descriptor<F> {
         self.read_within(&Limit::none(), read)
     }
 
-    /// As [`Self::read`], for no longer than a limit of its own.
+    /// As [`Self::read`], within a limit for this call.
     ///
     /// # Errors
     ///
@@ -329,12 +333,13 @@ impl<F: AsFd> Descriptor<F> {
         }
     }
 
-    /// What is there to be read, of a socket or a pipe, without taking or waiting for it: how
-    /// many bytes of it fit, or are there; 0 at the end, and where there is no such look.
+    /// Looks at the bytes that a socket or a pipe has to read, without waiting and without
+    /// consuming them. Returns how many bytes were copied to `room`: 0 at the end, and for other
+    /// descriptors.
     ///
     /// # Errors
     ///
-    /// What the kernel says, EAGAIN where nothing is there.
+    /// The kernel's error; EAGAIN if nothing has arrived.
     pub(crate) fn peek(&self, room: &mut [u8]) -> io::Result<usize> {
         let fd = self.fd.as_fd();
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
@@ -355,8 +360,7 @@ impl<F: AsFd> Descriptor<F> {
     }
 }
 
-/// The writing end of a pipe, opened once more: another open file, whose O_NONBLOCK
-/// nobody shares.
+/// The writing end of a pipe, opened once more: another open file, with an O_NONBLOCK of its own.
 fn reopen(fd: BorrowedFd<'_>) -> Option<OwnedFd> {
     let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
     let flags = OFlag::O_WRONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
@@ -398,7 +402,7 @@ mod tests {
         Ok(())
     }
 
-    /// What an other end has to keep to.
+    /// The limit that the other end must keep to.
     fn paced(pace: &Pace) -> Limit<'_> {
         Limit {
             pace: Some(pace),
@@ -406,7 +410,7 @@ mod tests {
         }
     }
 
-    /// Every kind of writing end: a pipe both ways, a socket.
+    /// Every kind of writing end: a pipe with and without reopening, a socket.
     fn writers(cancel: &Cancel) -> [(Descriptor<OwnedFd>, OwnedFd); 3] {
         let (pipe_out, pipe_in) = io::pipe().unwrap();
         let (once_out, once_in) = io::pipe().unwrap();
@@ -469,7 +473,7 @@ mod tests {
                     let result = write_all(&writer, &bytes);
                     (result, Instant::now())
                 });
-                // Until it is full, which nobody changes any more.
+                // Until it is full; from then on that does not change.
                 let full = || poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLOUT)], 0_u8);
                 while full().unwrap() != 0 {
                     thread::yield_now();
@@ -498,7 +502,7 @@ mod tests {
         }
     }
 
-    /// A reader that takes a little now and then never takes nothing for as long as may be.
+    /// A reader that takes a little now and then never exceeds the time without a byte.
     #[test]
     fn a_write_ends_when_too_little_is_taken_of_a_suspended_guest() {
         let bytes = pattern(4 << 20);
@@ -510,7 +514,7 @@ mod tests {
                 scope.spawn(move || {
                     let mut reader = std::fs::File::from(reader);
                     let mut room = [0; 8192];
-                    // A quarter of what is asked for.
+                    // A quarter of the required rate.
                     let tick = Duration::from_millis(30);
                     while ended.recv_timeout(tick) == Err(RecvTimeoutError::Timeout) {
                         reader.read_exact(&mut room).unwrap();
@@ -557,7 +561,7 @@ mod tests {
         for (writer, _reader) in writers(&Cancel::new()) {
             let pace = Pace::new(Duration::from_millis(1));
             let limit = paced(&pace);
-            // It is full.
+            // The pipe is full now.
             write_all_within(&limit, &writer, &pattern(1 << 20)).unwrap_err();
             if matches!(writer.way, Way::Pipe(_, None)) {
                 // A write would block there.
@@ -614,7 +618,7 @@ mod tests {
                 assert!(arrived == bytes);
             });
         }
-        // Nor does a blocking pipe become one that does not, for those who share it.
+        // Nor does a blocking pipe become a non-blocking one for those that share it.
         let (_reader, writer) = io::pipe().unwrap();
         let mut sink = FdSink::cancellable(&writer, Cancel::new()).unwrap();
         sink.write_all(b"some").unwrap();

@@ -1,4 +1,4 @@
-//! What can go wrong in a save or a restore, grouped by who is to blame.
+//! Errors of a save or a restore, grouped by their cause.
 
 use std::io;
 
@@ -16,22 +16,22 @@ use crate::progress::Cancelled;
 use crate::restore::CpuMissing;
 use crate::toolstack::ToolstackError;
 
-/// State of a guest, on its way into a stream or out of one, that cannot be right.
+/// An impossible state of a guest, found on a save or on a restore.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum GuestError {
-    /// The domain did not shut down to be saved.
+    /// The domain shut down for another reason than the save.
     #[error("the domain has not suspended (it shows {state}); is its suspend support working?")]
     NotSuspended {
-        /// What it shows instead.
+        /// Its state instead.
         state: String,
     },
-    /// The domain sleeps although the toolstack has had it run on after a checkpoint.
+    /// The domain is suspended although the toolstack has resumed it after a checkpoint.
     #[error(
         "the domain is still suspended after a checkpoint, although the toolstack says that it runs"
     )]
     StillSuspended,
-    /// The domain runs, although it suspended for this save.
+    /// The domain runs, although it had suspended for this save.
     #[error(
         "the domain was resumed while it was being saved, by another program: what was written is of no use; save it again"
     )]
@@ -44,7 +44,7 @@ pub enum GuestError {
     /// The guest has ended by itself. It is left as it is.
     #[error("the guest has shut down ({reason}) and cannot be saved any more")]
     ShutDown {
-        /// For which other reason than to be saved.
+        /// The reason, other than a suspend.
         reason: ShutdownReason,
     },
     /// The domain was destroyed by another command.
@@ -53,18 +53,18 @@ pub enum GuestError {
     /// A PV guest's word is neither 4 nor 8 bytes.
     #[error("the guest's width is {width} bytes, expected 4 or 8")]
     Width {
-        /// What Xen says.
+        /// Xen's answer.
         width: u8,
     },
-    /// A PV guest has not told where its p2m is, or told nonsense.
+    /// A PV guest has not announced where its p2m is, or has announced nonsense.
     #[error("the guest's p2m cannot be followed: {what} is {value:#x}")]
     P2m {
         /// The field or table that is wrong.
         what: &'static str,
-        /// What it holds.
+        /// Its value.
         value: u64,
     },
-    /// A PV guest suspended with its p2m in disorder.
+    /// A PV guest suspended while it was changing its p2m.
     #[error(
         "the guest suspended in the midst of changing what maps its p2m (generation {generation} is odd); it runs on, try again"
     )]
@@ -79,17 +79,17 @@ pub enum GuestError {
     P2mShrank {
         /// The last pfn before.
         before: Pfn,
-        /// And now.
+        /// The last pfn now.
         now: Pfn,
     },
-    /// Xen names a type that the format has none for.
+    /// Xen reports a page type that the format cannot express.
     #[error("pfn {pfn} (frame {gfn}) has page type {:#x}, which the format does not know", page_type.nibble())]
     PageType {
         /// The page.
         pfn: Pfn,
         /// Its frame.
         gfn: Gfn,
-        /// What Xen says.
+        /// The type that Xen reports.
         page_type: PageType,
     },
     /// A page-table entry to a frame that is not the guest's.
@@ -108,7 +108,7 @@ pub enum GuestError {
         /// The frame it names (an mfn on save, a pfn on restore).
         frame: u64,
     },
-    /// A page table with a superpage, which PV guests may not be migrated with.
+    /// A page table with a superpage; PV guests with superpages cannot be migrated.
     #[error(
         "page table at pfn {pfn}: level-{level} entry {index} ({pte:#018x}) maps a superpage; a PV guest with superpages cannot be saved"
     )]
@@ -129,7 +129,7 @@ pub enum GuestError {
         pfn: Pfn,
         /// Its level.
         level: u8,
-        /// How many the guest has.
+        /// How many levels the guest has.
         levels: u8,
     },
     /// A page table of the image that no hypervisor accepts.
@@ -148,7 +148,7 @@ pub enum GuestError {
         /// What the entry refers to, and what is wrong with that.
         target: String,
     },
-    /// A leaf of the p2m serves for several ranges of pfns, and there are pages in them.
+    /// One leaf of the p2m covers several ranges of pfns, and these contain pages.
     #[error(
         "X86_PV_P2M_FRAMES names pfn {leaf} for entry {entry} and for an earlier one, and the guest has pages in that range: a leaf with pages can stand in one place only"
     )]
@@ -158,12 +158,12 @@ pub enum GuestError {
         /// The entry of the record.
         entry: usize,
     },
-    /// A field that names a frame which cannot be what it is used for.
+    /// A field names a frame that cannot be what the field uses it for.
     #[error("{field} names frame {frame:#x}: {why}")]
     Frame {
         /// The field.
         field: String,
-        /// What it holds (an mfn on save, a pfn on restore).
+        /// Its value (an mfn on save, a pfn on restore).
         frame: u64,
         /// What is wrong with it.
         why: &'static str,
@@ -173,17 +173,17 @@ pub enum GuestError {
     GdtEntries {
         /// The vcpu.
         vcpu: u32,
-        /// What it says.
+        /// Its number of entries.
         entries: u64,
     },
-    /// Xen gave a blob of a length that does not fit the guest.
+    /// Xen returned a blob of a length that does not fit the guest.
     #[error("vcpu {vcpu}: its context has {got} bytes, expected {expected}")]
     VcpuContext {
         /// The vcpu.
         vcpu: u32,
-        /// What the width asks for.
+        /// The length for the guest's word width.
         expected: usize,
-        /// What Xen gave.
+        /// The length that Xen returned.
         got: usize,
     },
     /// A parameter that no HVM guest has.
@@ -200,7 +200,8 @@ pub enum GuestError {
     },
 }
 
-/// A save that failed. The domain runs on (see [`SaveRequest::write_stream`](crate::SaveRequest::write_stream)).
+/// A failed save. The domain continues to run
+/// (see [`SaveRequest::write_stream`](crate::SaveRequest::write_stream)).
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum SaveError {
@@ -216,7 +217,7 @@ pub enum SaveError {
     /// A callback failed.
     #[error(transparent)]
     Toolstack(ToolstackError),
-    /// The guest's state is not what can be saved.
+    /// The guest's state cannot be saved.
     #[error(transparent)]
     Guest(#[from] GuestError),
     /// The precopy policy gave up.
@@ -227,16 +228,16 @@ pub enum SaveError {
         /// Passes that were sent.
         iterations: u32,
     },
-    /// The secondary's list of pages is none (COLO).
+    /// The secondary's list of pages is invalid or could not be read (COLO).
     #[error("{0}")]
     BackChannel(#[source] BackChannelError),
-    /// COLO is for translated guests.
+    /// COLO needs a translated guest.
     #[error("a PV guest cannot run under COLO: it is for HVM guests")]
     ColoGuest,
-    /// The toolstack ended COLO in the midst of a checkpoint.
+    /// The toolstack ended COLO in the middle of a checkpoint.
     #[error("COLO was ended in the midst of a checkpoint")]
     ColoEnded,
-    /// Somebody stopped it.
+    /// The save was cancelled.
     #[error("the save was aborted")]
     Aborted,
     /// The save failed, and then the guest could not be resumed either.
@@ -250,13 +251,13 @@ pub enum SaveError {
         cause: Box<SaveError>,
         /// Why the resume failed.
         resume: ToolstackError,
-        /// Whether the hypervisor says that the domain is suspended. False: it does not answer.
+        /// Whether the hypervisor reports the domain as suspended. False: it does not answer.
         known: bool,
     },
 }
 
 impl From<WriteError> for SaveError {
-    /// A sink that was told to stop is no sink that failed.
+    /// A cancelled sink is not a failed sink.
     fn from(error: WriteError) -> Self {
         match &error {
             WriteError::Io(io) if Cancelled::is(io) => Self::Aborted,
@@ -266,7 +267,7 @@ impl From<WriteError> for SaveError {
 }
 
 impl From<BackChannelError> for SaveError {
-    /// As a sink that was told to stop.
+    /// Cancelled as a sink is.
     fn from(error: BackChannelError) -> Self {
         match &error {
             BackChannelError::Io(io) if Cancelled::is(io) => Self::Aborted,
@@ -276,7 +277,7 @@ impl From<BackChannelError> for SaveError {
 }
 
 impl From<ToolstackError> for SaveError {
-    /// A callback that waits for the other end is told to stop as a sink is.
+    /// A callback that waits for the other end is cancelled as a sink is.
     fn from(error: ToolstackError) -> Self {
         match error.cause.downcast_ref::<io::Error>() {
             Some(cause) if Cancelled::is(cause) => Self::Aborted,
@@ -291,32 +292,31 @@ impl From<io::Error> for SaveError {
     }
 }
 
-/// A restore that failed. The domain is left as it was built so far, paused: whoever
-/// made it destroys it.
+/// A failed restore. The domain is left as built so far, paused: its creator has to destroy it.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum RestoreError {
-    /// The stream is bad, or could not be read.
+    /// The stream is invalid, or could not be read.
     #[error(transparent)]
     Stream(ReadError),
-    /// The stream is well formed, but what it says of the guest is not.
+    /// The stream is well formed, but its contents do not describe a possible guest.
     #[error(transparent)]
     Guest(#[from] GuestError),
     /// The image is of another type of guest than the domain.
     #[error("the image holds an {image} guest, the domain is {domain:?}")]
     GuestType {
-        /// What the image holds.
+        /// The type in the image.
         image: GuestType,
-        /// What the domain is.
+        /// The type of the domain.
         domain: GuestKind,
     },
-    /// A stream in an order that x86 guests do not have.
+    /// A stream in a byte order that x86 guests do not have.
     #[error("the stream is {order}; x86 domains can be restored from little-endian streams only")]
     ByteOrder {
-        /// What the image header says.
+        /// The order in the image header.
         order: ByteOrder,
     },
-    /// A page table was put where a 32-bit guest cannot name it.
+    /// A page table was placed where a 32-bit guest cannot name it.
     #[error(
         "vcpu {vcpu}'s top page table is in frame {frame}, which the cr3 of a 32-bit guest cannot hold: this host has too much memory for it"
     )]
@@ -333,7 +333,7 @@ pub enum RestoreError {
         kind: RecordKind,
         /// The vcpu.
         vcpu: u32,
-        /// The domain's last.
+        /// The domain's last vcpu.
         max: u32,
     },
     /// A pfn beyond what the domain could ever have.
@@ -341,23 +341,22 @@ pub enum RestoreError {
     PfnRange {
         /// The page.
         pfn: Pfn,
-        /// The last possible.
+        /// The last possible pfn.
         max: Pfn,
     },
-    /// Memory for the guest could not be had.
+    /// There was no memory for the guest.
     #[error(
         "no memory for pfn {pfn} of the guest: it has {tot_pages} pages and may have {max_pages}; give the domain more, or free memory on the host"
     )]
     NoMemory {
         /// The first page without memory.
         pfn: Pfn,
-        /// What it has.
+        /// The pages that the domain has.
         tot_pages: u64,
-        /// What it may have.
+        /// The pages that the domain may have.
         max_pages: u64,
     },
-    /// A page that the guest gave back while it was being saved could not be given
-    /// back here.
+    /// A page that the guest had given back while it was being saved could not be given back here.
     #[error(
         "pfn {pfn} (frame {gfn}), which the guest gave back while it was being saved, could not be given back on this host"
     )]
@@ -381,11 +380,11 @@ pub enum RestoreError {
         vcpu: u32,
         /// The record.
         kind: RecordKind,
-        /// How much state it holds.
+        /// The size of the state.
         bytes: usize,
-        /// What may be the reason; empty where nothing is known.
+        /// A possible reason; empty if none is known.
         reason: String,
-        /// What the hypervisor says.
+        /// The hypervisor's answer.
         cause: BackendError,
     },
     /// The hypervisor refused a parameter of an HVM guest.
@@ -395,9 +394,9 @@ pub enum RestoreError {
     HvmParam {
         /// Its index, `HVM_PARAM_*` of `xen/include/public/hvm/params.h`.
         index: u32,
-        /// Its name there, or that this version of xsr has none for it.
+        /// Its name there, or that this version of xsr has no name for it.
         name: &'static str,
-        /// The value that the image holds.
+        /// The value in the image.
         value: u64,
         /// The hypervisor's answer.
         cause: BackendError,
@@ -415,11 +414,11 @@ pub enum RestoreError {
     /// The hypervisor refused the state of an HVM guest's vcpus and devices.
     #[error("HVM_CONTEXT ({bytes} bytes) was refused: {reason} (see `xl dmesg`): {cause}")]
     HvmContext {
-        /// How large it is.
+        /// Its size.
         bytes: usize,
-        /// Which record may be the reason.
+        /// The record that may be the reason.
         reason: String,
-        /// What the hypervisor says.
+        /// The hypervisor's answer.
         cause: BackendError,
     },
     /// The hypervisor refused the call.
@@ -431,14 +430,14 @@ pub enum RestoreError {
     /// A callback failed.
     #[error(transparent)]
     Toolstack(#[from] ToolstackError),
-    /// A checkpoint in a stream that was to be plain.
+    /// A checkpoint in a stream that should have none.
     #[error("the stream is checkpointed (Remus or COLO); this restore takes plain streams")]
     Checkpointed,
-    /// The toolstack lost the other side inside the first checkpoint.
+    /// The toolstack lost the other side during the first checkpoint.
     #[error("the connection broke before the first checkpoint was complete")]
     NoCheckpoint,
-    /// A checkpoint could not be kept until it was complete. The sender may be well: this
-    /// is no reason to take over.
+    /// A checkpoint could not be kept until it was complete. The sender may still be alive, so this
+    /// is not a reason to take over.
     #[error(
         "a checkpoint could not be kept until it was complete, in a temporary file in {directory}: {cause}"
     )]
@@ -448,8 +447,8 @@ pub enum RestoreError {
         /// Why it failed.
         cause: io::Error,
     },
-    /// A checkpoint was complete, and yet could not be made the guest. The domain holds a
-    /// part of it and a part of the one before, and must never run; the sender may be well.
+    /// A complete checkpoint could not be applied. The domain holds a part of it and a part of the
+    /// one before, and must never run. The sender may still be alive.
     #[error("checkpoint {checkpoint} was complete and could not be applied: {cause}")]
     NotApplied {
         /// Its number, from 1.
@@ -458,19 +457,19 @@ pub enum RestoreError {
         #[source]
         cause: Box<RestoreError>,
     },
-    /// There is no list of the guest's dirty pages that could be sent to the primary (COLO).
+    /// The list of the guest's dirty pages could not be sent to the primary (COLO).
     #[error("making the list of dirty pages for the primary failed: {0}")]
     BackChannel(#[source] io::Error),
-    /// COLO is for translated guests.
+    /// COLO needs a translated guest.
     #[error("a PV guest cannot run under COLO: it is for HVM guests")]
     ColoGuest,
-    /// Somebody stopped it.
+    /// The restore was cancelled.
     #[error("the restore was aborted")]
     Aborted,
 }
 
 impl From<ReadError> for RestoreError {
-    /// A source that was told to stop is no source that failed.
+    /// A cancelled source is not a failed source.
     fn from(error: ReadError) -> Self {
         match &error.cause {
             ReadErrorCause::Io(io) if Cancelled::is(io) => Self::Aborted,
@@ -491,13 +490,13 @@ impl RestoreError {
         }
     }
 
-    /// Whether the image is to blame, so that another try with the same one fails
-    /// the same way.
+    /// Whether the image is to blame, so that another attempt with the same image fails the same
+    /// way.
     pub fn is_bad_image(&self) -> bool {
         match self {
             Self::Stream(e) => e.is_bad_image(),
             Self::NotApplied { cause, .. } => cause.is_bad_image(),
-            // That is what the hypervisor says of the domain, not the image.
+            // The width comes from the hypervisor, not from the image.
             Self::Guest(GuestError::Width { .. }) => false,
             Self::Guest(_)
             | Self::ByteOrder { .. }

@@ -1,13 +1,13 @@
-//! How long a save or restore bears with a peer that takes or sends too little.
+//! Time limits for a peer that takes or sends too little during a save or restore.
 //!
 //! | limit | rule |
 //! |---|---|
 //! | [`Pace`], always | the peer takes at least one byte in each `patience` |
-//! | [`Pace`], while a guest is suspended | the peer has taken N bytes `patience` + N / [`Pace::BYTES_PER_SECOND`] after the guest was suspended |
+//! | [`Pace`], guest suspended | N bytes take at most `patience` + N / [`Pace::BYTES_PER_SECOND`] |
 //! | [`ReadLimit`] | the peer sends at least one byte in each limit |
 //!
-//! The second rule ends what the first one lets pass: a peer that takes a few bytes now and then
-//! while the guest stands still.
+//! The second rule catches what the first one allows: a peer that takes a few bytes now and then
+//! while the guest is suspended.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,32 +16,32 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
-/// A limit that a peer has reached, in words for people. An [`io::Error`] of the kind `TimedOut`
-/// holds it.
+/// A limit that a peer has reached, as a message for the user. An [`io::Error`] of the kind
+/// `TimedOut` holds it.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Overdue {
-    /// The peer has taken nothing for so long, or not all of a message.
+    /// The peer has taken nothing for this long, or not all of a message.
     #[error("the other end has taken nothing for {} s", .0.as_secs_f64())]
     NothingTaken(Duration),
-    /// The peer takes bytes, and too few of them while a guest is suspended.
+    /// The peer takes bytes, but too few of them while a guest is suspended.
     #[error(
         "the other end takes what it is sent too slowly: {bytes} bytes in {} s, and the domain is \
          suspended meanwhile (at least 1 MiB/s after {} s)",
         waited.as_secs(), patience.as_secs_f64()
     )]
     TooLittleTaken {
-        /// What it has taken since the guest was suspended.
+        /// The bytes it has taken since the guest was suspended.
         bytes: u64,
-        /// How long that is ago.
+        /// The time since then.
         waited: Duration,
-        /// From when on [`Pace::BYTES_PER_SECOND`] is asked for.
+        /// The time after which [`Pace::BYTES_PER_SECOND`] applies.
         patience: Duration,
     },
-    /// The peer has sent nothing for so long.
+    /// The peer has sent nothing for this long.
     #[error("the other end has sent nothing for {} s", .0.as_secs_f64())]
     NothingSent(Duration),
-    /// The peer has not sent all of an answer in this time.
+    /// The peer has not sent a whole answer in this time.
     #[error("the other end has not answered in {} s", .0.as_secs_f64())]
     NoAnswer(Duration),
 }
@@ -52,7 +52,7 @@ impl From<Overdue> for io::Error {
     }
 }
 
-/// How fast a peer has to take what it is sent.
+/// How fast a peer must take what it is sent.
 #[derive(Debug)]
 pub struct Pace {
     patience: Duration,
@@ -67,7 +67,7 @@ struct Suspension {
 }
 
 impl Pace {
-    /// What a peer takes on average, at least, while a guest is suspended: 1 MiB/s.
+    /// The average rate at which a peer must take bytes while a guest is suspended: 1 MiB/s.
     pub const BYTES_PER_SECOND: u64 = 1 << 20;
 
     /// For a guest that runs.
@@ -92,7 +92,7 @@ impl Pace {
         *self.lock() = Some(begun);
     }
 
-    /// The guest runs on.
+    /// The guest runs again.
     pub fn resumed(&self) {
         *self.lock() = None;
     }
@@ -103,14 +103,14 @@ impl Pace {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The peer has taken so many bytes.
+    /// The peer has taken this many bytes.
     pub(crate) fn took(&self, bytes: u64) {
         if let Some(suspension) = self.lock().as_mut() {
             suspension.taken = suspension.taken.saturating_add(bytes);
         }
     }
 
-    /// When the peer has to have taken more, under the second rule.
+    /// The time by which the peer must have taken more, under the second rule.
     pub(crate) fn due(&self) -> Option<Instant> {
         let suspension = (*self.lock())?;
         let seconds = suspension.taken / Self::BYTES_PER_SECOND;
@@ -133,7 +133,7 @@ impl Pace {
     }
 }
 
-/// How long a peer may send nothing. It can be lifted while a read waits.
+/// How long a peer may send nothing. The limit can be lifted while a read waits.
 #[derive(Debug)]
 pub struct ReadLimit(AtomicU64);
 
@@ -141,13 +141,13 @@ impl ReadLimit {
     /// No limit.
     const LIFTED: u64 = u64::MAX;
 
-    /// A read fails with `TimedOut` that has waited for so long.
+    /// A read that has waited this long fails with `TimedOut`.
     pub fn new(limit: Duration) -> Self {
         let milliseconds = u64::try_from(limit.as_millis()).unwrap_or(Self::LIFTED);
         Self(AtomicU64::new(milliseconds))
     }
 
-    /// From now on a read waits for as long as it takes.
+    /// From now on a read waits without a limit.
     pub fn lift(&self) {
         self.0.store(Self::LIFTED, Ordering::Relaxed);
     }
@@ -177,7 +177,7 @@ mod tests {
         assert_eq!(earned, Duration::from_millis(1500));
         pace.resumed();
         assert_eq!(pace.due(), None);
-        // Another suspension begins anew.
+        // A second suspension starts from zero.
         pace.suspended();
         assert!(pace.due().unwrap() >= begun);
         assert!(pace.due().unwrap() < begun + earned + Duration::from_secs(60));

@@ -1,33 +1,32 @@
 //! Parallel preparation, one ordered consumer.
 //!
-//! Items are prepared on a thread pool while the calling thread consumes those that
-//! are ready, in order: what is consumed is the same for one thread and for many. The
-//! queue between them is bounded.
+//! Items are prepared on a thread pool while the calling thread consumes those that are ready, in
+//! order. The result does not depend on the number of threads. The queue between them is bounded.
 
 use std::collections::VecDeque;
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 
-/// Items that are in flight at most: being prepared, ready, or being consumed. No more
-/// threads than that have work at once.
+/// The most items in flight: being prepared, ready, or being consumed. More threads than this would
+/// have no work.
 pub(crate) const IN_FLIGHT: usize = 8;
 
-/// Items in flight with so many threads that prepare: for each the one it is at and one
-/// that is ready, one that is being consumed and one that has been. More of them were no
-/// faster, and each keeps a batch of the guest's pages mapped.
+/// Items in flight for this many preparing threads: for each thread one in work and one ready, plus
+/// one being consumed and one that has been. More items were not faster, and each keeps a batch of
+/// the guest's pages mapped.
 fn in_flight(preparing: usize) -> usize {
     (2 * preparing + 2).min(IN_FLIGHT)
 }
 
-/// How many threads to work with: what was asked for, or what the machine has.
+/// The number of threads to use: as requested, or as many as the machine has.
 pub(crate) fn threads(asked: Option<NonZeroUsize>) -> NonZeroUsize {
     asked
         .or_else(|| std::thread::available_parallelism().ok())
         .unwrap_or(NonZeroUsize::MIN)
 }
 
-/// Threads beside this one, at most `most`; `None` where this one is to do all the work.
+/// Threads besides this one, at most `most`; `None` if this one does all the work.
 pub(crate) fn pool(threads: NonZeroUsize, most: usize) -> Option<rayon::ThreadPool> {
     if threads.get() == 1 {
         return None;
@@ -40,19 +39,18 @@ pub(crate) fn pool(threads: NonZeroUsize, most: usize) -> Option<rayon::ThreadPo
         .ok()
 }
 
-/// Prepare each of `items` on `pool` and consume the results on this thread, in order,
-/// with at most [`IN_FLIGHT`] of them taken from `items` and not consumed yet (fewer where
-/// few threads prepare). What has
-/// been consumed is dropped on the pool, before the next one is prepared. Without a pool
-/// everything happens here, one after the other.
+/// Prepares each of `items` on `pool` and consumes the results on this thread, in order. At most
+/// [`IN_FLIGHT`] items are taken from `items` and not consumed yet (fewer if few threads prepare).
+/// Consumed items are dropped on the pool, before the next one is prepared. Without a pool
+/// everything happens on this thread, one item after the other.
 ///
 /// # Errors
 ///
-/// The first failure in the order of the items; nothing behind it is consumed.
+/// The first failure in the order of the items; nothing after it is consumed.
 ///
 /// # Panics
 ///
-/// When `prepare` or `consume` does, once nothing is being prepared any more.
+/// When `prepare` or `consume` panics, after all preparation has stopped.
 pub(crate) fn ordered<I, T, E>(
     pool: Option<&rayon::ThreadPool>,
     items: impl IntoIterator<Item = I>,
@@ -69,9 +67,9 @@ where
         return items.try_for_each(|item| consume(&prepare(item)?));
     };
     let most = in_flight(pool.current_num_threads());
-    // What waits behind a failure is not begun.
+    // Items that wait after a failure are not begun.
     let failed = AtomicBool::new(false);
-    // Consumed, and not dropped yet.
+    // Consumed but not dropped yet.
     let spent: Mutex<Vec<T>> = Mutex::default();
     let (prepare, failed, spent) = (&prepare, &failed, &spent);
     pool.in_place_scope_fifo(|scope| {
@@ -85,7 +83,7 @@ where
                         return;
                     }
                     drop(take(spent));
-                    // Refused where the consumer failed meanwhile: nobody wants it.
+                    // Refused if the consumer has failed meanwhile and no longer needs it.
                     done.send(prepare(item)).ok();
                 });
             }
@@ -93,7 +91,7 @@ where
                 return Ok(());
             };
             let Ok(item) = ready.recv() else {
-                // Its preparation panicked; the scope passes that on when it ends.
+                // Its preparation panicked; the scope passes the panic on when it ends.
                 failed.store(true, Ordering::Relaxed);
                 return Ok(());
             };
@@ -111,7 +109,7 @@ where
 }
 
 fn lock<T>(list: &Mutex<Vec<T>>) -> MutexGuard<'_, Vec<T>> {
-    // Every change of it is a single step.
+    // Every change of the list is a single step.
     list.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

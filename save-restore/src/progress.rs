@@ -1,4 +1,4 @@
-//! What the engine tells while it works, and how it is told to stop.
+//! Progress events of the engine, and cancellation.
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -13,62 +13,58 @@ use crate::save::precopy::PrecopyStats;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Phase {
-    /// Asking the domain what it is; mapping its tables.
+    /// Querying the domain and mapping its tables.
     Setup,
-    /// Memory of a guest that runs on: one of the passes of a live save.
+    /// Memory of a running guest: one of the passes of a live save.
     Precopy,
     /// Waiting for the guest to suspend.
     Suspend,
-    /// Memory of a guest that stands still: all of it in a save that is not live, or in
-    /// a restore.
+    /// Memory of a suspended guest: all of it in a still save or a restore.
     Pages,
-    /// What of a guest's memory a live save still has to send now that it is suspended.
+    /// The memory that a live save still has to send once the guest is suspended.
     StopAndCopy,
     /// All memory a second time, for the restorer to compare.
     Verify,
     /// Registers, devices, everything else.
     Tail,
-    /// A checkpoint is in the stream and the guest runs on, until it is time for the
-    /// next.
+    /// A checkpoint is in the stream, and the guest runs until it is time for the next one.
     Checkpoint,
 }
 
 /// How far the engine is.
 ///
-/// A *pass* goes once over some pages: a phase with memory in it has one, precopy as
-/// many as it takes. The figures of a pass begin anew with it.
+/// A *pass* goes once over some pages: a phase with memory in it has one, precopy has as many as
+/// needed. The figures of a pass start from zero with it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Progress {
     /// What it is doing.
     pub phase: Phase,
-    /// Passes over the memory of a running guest that are complete; 0 but in a live
-    /// save.
+    /// Completed passes over the memory of a running guest; 0 except in a live save.
     pub iteration: u32,
-    /// pfns dealt with in this pass.
+    /// pfns processed in this pass.
     pub pages_done: u64,
-    /// pfns there are in it; `None` in a restore: a stream does not say; and while the engine
+    /// pfns in this pass. `None` in a restore, because a stream does not say, and while the engine
     /// looks at the guest's tables, which is not part of a pass.
     pub pages_total: Option<u64>,
-    /// Bytes of page contents that have gone through in this pass.
+    /// Bytes of page contents transferred in this pass.
     pub bytes_done: u64,
-    /// How many it can be at most (a pfn may have no contents); `None` in a restore.
+    /// The most that it can be (a pfn may have no contents); `None` in a restore.
     pub bytes_total: Option<u64>,
-    /// Bytes of page contents that have gone through in all passes.
+    /// Bytes of page contents transferred in all passes.
     pub bytes: u64,
-    /// Bytes of page contents per second, over the last second or two; 0 while there
-    /// is nothing to tell it from.
+    /// Bytes of page contents per second, over the last second or two; 0 while it is unknown.
     pub bytes_per_second: f64,
     /// Pages the guest wrote per second, when its dirty log was last read; 0 before.
     pub dirty_pages_per_second: f64,
-    /// Pages that were dirty then: `None` before, and where nothing is logged.
+    /// Pages that were dirty then; `None` before, and if there is no dirty log.
     pub dirty_count: Option<u64>,
-    /// Until this pass is complete, at the rate so far.
+    /// Time until this pass is complete, at the rate so far.
     pub estimated_time: Option<Duration>,
-    /// How long the guest would stand still if it were suspended instead of sending
-    /// this pass. Known in precopy, after the first pass.
+    /// How long the guest would be paused if it were suspended instead of sending this pass. Known
+    /// in precopy, after the first pass.
     pub estimated_downtime: Option<Duration>,
-    /// Since the save or restore began.
+    /// Time since the save or restore began.
     pub elapsed: Duration,
 }
 
@@ -79,37 +75,37 @@ impl Progress {
     }
 }
 
-/// Called with how far the engine is: at the beginning of each phase and pass, and
-/// after each record of pages. `Break` stops it: the save or restore fails as aborted,
-/// with the same promise as after any other failure.
+/// Called with the engine's progress at the beginning of each phase and pass, and after each record
+/// of pages. `Break` stops the save or restore: it fails as aborted, with the same guarantee as
+/// after any other failure.
 pub type OnProgress<'a> = dyn FnMut(&Progress) -> ControlFlow<()> + 'a;
 
-/// Stops a save or restore from elsewhere, also while it waits for a descriptor whose
-/// other end has stalled. All clones are one token.
+/// Stops a save or restore from another thread, also while it waits for a descriptor whose other
+/// end has stalled. All clones are one token.
 ///
-/// It works through whoever looks at it: give it to the sink or source
-/// ([`crate::sink::FdSink::cancellable`], [`crate::source::FdSource::cancellable`]) and
-/// answer a progress event with [`Cancel::check`].
+/// It takes effect where the token is checked: give it to the sink or source
+/// ([`crate::sink::FdSink::cancellable`], [`crate::source::FdSource::cancellable`]) and answer a
+/// progress event with [`Cancel::check`].
 #[derive(Clone, Debug, Default)]
 pub struct Cancel(Arc<AtomicBool>);
 
 impl Cancel {
-    /// A token of which nobody has asked anything.
+    /// A token that is not set.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Ask to stop. There is no way back.
+    /// Sets the token. It cannot be reset.
     pub fn cancel(&self) {
         self.0.store(true, Ordering::Relaxed);
     }
 
-    /// Whether somebody has asked to stop.
+    /// Whether the token is set.
     pub fn is_cancelled(&self) -> bool {
         self.0.load(Ordering::Relaxed)
     }
 
-    /// `Break` once somebody has asked to stop.
+    /// `Break` once the token is set.
     pub fn check(&self) -> ControlFlow<()> {
         match self.is_cancelled() {
             true => ControlFlow::Break(()),
@@ -118,13 +114,13 @@ impl Cancel {
     }
 }
 
-/// What a sink or source says instead of waiting on, inside an [`std::io::Error`].
+/// The error of a sink or source that has stopped waiting, inside an [`std::io::Error`].
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error("cancelled")]
 pub struct Cancelled;
 
 impl Cancelled {
-    /// Whether that is what `error` holds.
+    /// Whether `error` holds a [`Cancelled`].
     pub fn is(error: &std::io::Error) -> bool {
         error.get_ref().is_some_and(|inner| inner.is::<Self>())
     }
@@ -133,7 +129,7 @@ impl Cancelled {
 /// Bytes per second over the last second or two.
 #[derive(Debug)]
 struct Speed {
-    /// When a stretch began, and the bytes until then: the one before, and this.
+    /// When a stretch began, and the bytes until then: the stretch before, and this one.
     before: (Instant, u64),
     this: (Instant, u64),
 }
@@ -156,13 +152,13 @@ impl Speed {
         let (then, so_far) = self.before;
         match (now - then).as_secs_f64() {
             0.0 => 0.0,
-            // Exact up to 2^53, which is more than any guest has in a second.
+            // Exact up to 2^53, which is more than any guest transfers in a second.
             seconds => (bytes - so_far) as f64 / seconds,
         }
     }
 }
 
-/// Keeps the figures, and tells them.
+/// Keeps the figures and reports them.
 pub(crate) struct Reporter<'r, 'p> {
     tell: &'r mut OnProgress<'p>,
     begun: Instant,
@@ -195,7 +191,7 @@ impl<'r, 'p> Reporter<'r, 'p> {
         }
     }
 
-    /// What precopy knows, for the events from now on.
+    /// The figures of precopy, for the events from now on.
     pub(crate) fn precopy(&mut self, stats: &PrecopyStats) {
         self.now.iteration = stats.iteration;
         if stats.iteration > 0 && stats.dirty_count.is_some() {
@@ -205,8 +201,8 @@ impl<'r, 'p> Reporter<'r, 'p> {
         }
     }
 
-    /// A phase begins. One with memory has a pass, over so many pfns with so many
-    /// bytes at most, where that is known.
+    /// A phase begins. One with memory has a pass, over this many pfns with at most this many
+    /// bytes, if that is known.
     pub(crate) fn begin(&mut self, phase: Phase, pass: Option<(u64, u64)>) -> ControlFlow<()> {
         self.now.phase = phase;
         self.now.pages_done = 0;
@@ -219,7 +215,7 @@ impl<'r, 'p> Reporter<'r, 'p> {
         self.tell()
     }
 
-    /// So many pfns more have been dealt with, and so many bytes of contents.
+    /// This many more pfns, and bytes of contents, have been processed.
     pub(crate) fn advance(&mut self, pages: u64, bytes: u64) -> ControlFlow<()> {
         self.now.pages_done += pages;
         self.now.bytes_done += bytes;
@@ -227,8 +223,8 @@ impl<'r, 'p> Reporter<'r, 'p> {
         self.tell()
     }
 
-    /// Whether to go on, in work that is not part of the pass before: that is not told once more
-    /// as complete.
+    /// Whether to go on, in work that is not part of the preceding pass; that pass is not reported
+    /// as complete a second time.
     pub(crate) fn ask(&mut self) -> ControlFlow<()> {
         let pages_total = self.now.pages_total.take();
         let told = self.tell();
@@ -265,7 +261,7 @@ mod tests {
         assert_eq!(at(10, 2000), 2000.0);
         assert_eq!(at(20, 3000), 1000.0, "since 1 s");
         assert_eq!(at(25, 3000), 1000.0 / 1.5);
-        // Nothing comes any more.
+        // No more bytes come.
         assert_eq!(at(30, 3000), 0.0);
         assert_eq!(at(400, 3000), 0.0);
     }

@@ -1,4 +1,4 @@
-//! A restore, readable as its list of phases.
+//! Restoring a guest: the sequence of phases.
 //!
 //! C implementation: `xg_sr_restore.c`.
 
@@ -48,29 +48,28 @@ const MAX_PFN: Pfn = guest_image::MAX_X86_PFN;
 pub struct RestoreOptions {
     /// The guest's end of the xenstore ring: an unbound port.
     pub store_port: u32,
-    /// Who is at the other end.
+    /// The domain at the other end.
     pub store_domid: DomId,
     /// The guest's end of the console ring: an unbound port.
     pub console_port: u32,
-    /// Who is at the other end.
+    /// The domain at the other end.
     pub console_domid: DomId,
-    /// Threads to work with; what the machine has, if not said. What becomes of a stream
-    /// does not depend on them. One reads the stream, gets memory for what it names and
-    /// helps the others, which put contents into it: pieces of 1 MiB (4 MiB where they
-    /// are mapped), of which 16 MiB are in flight, and one more is being read. Threads
-    /// that read from a file themselves have a buffer of 1 MiB each. More than 17
-    /// threads (5 where pieces are mapped) find no work.
+    /// Number of threads; by default as many as the machine has. The result does not depend on it.
+    /// One thread reads the stream, gets memory for the pages in it, and helps the others, which
+    /// write contents into that memory: in pieces of 1 MiB (4 MiB if they are mapped), of which 16
+    /// MiB are in flight, and one more is being read. Threads that read from a file themselves have
+    /// a buffer of 1 MiB each. More than 17 threads (5 if pieces are mapped) find no work.
     pub threads: Option<NonZeroUsize>,
-    /// What to do where the host lacks CPU features that the guest has seen.
+    /// What to do if the host lacks CPU features that the guest has seen.
     pub cpu: CpuCheck,
 }
 
 /// What a restore did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RestoreStats {
-    /// pfns that the stream named, each as often as it did.
+    /// pfns that the stream named, counted each time.
     pub pfns: u64,
-    /// Pages whose contents came, each as often as they did.
+    /// Pages with contents that the stream held, counted each time.
     pub pages: u64,
     /// 1 GiB superpages the guest got.
     pub superpages_1gib: u64,
@@ -78,9 +77,9 @@ pub struct RestoreStats {
     pub superpages_2mib: u64,
     /// Single pages the guest got.
     pub small_pages: u64,
-    /// Pages it gave back at the end: those the guest gave back while it was saved.
+    /// Pages given back at the end: those that the guest gave back while it was saved.
     pub released: u64,
-    /// Pages that were sent again after VERIFY and were not what had come before.
+    /// Pages that were sent again after VERIFY and differed from what had come before.
     pub verify_mismatches: u64,
 }
 
@@ -91,27 +90,27 @@ pub struct Restored {
     pub store_gfn: Option<Gfn>,
     /// Frame of the console ring.
     pub console_gfn: Option<Gfn>,
-    /// What it took.
+    /// Statistics.
     pub stats: RestoreStats,
 }
 
-/// What differs by guest type. What the stream says of the guest is in [`Run::image`].
+/// What differs by guest type. What the stream says about the guest is in [`Run::image`].
 #[derive(Debug)]
 pub(crate) enum Guest {
     Pv(Box<PvRestore>),
     Hvm,
 }
 
-/// Restore a libxc stream into a domain that has just been created: paused, with no
-/// memory, with as many vcpus and room for as much memory as the guest needs.
+/// Restores a libxc stream into a domain that has just been created: paused, without memory, with
+/// as many vcpus as the guest has and room for its memory.
 ///
-/// `reader` has read the headers; the source comes back standing right behind END.
+/// `reader` has read the headers; the returned source is positioned directly after END.
 ///
 /// # Errors
 ///
-/// Whatever fails, in any phase: nothing stays mapped; the domain is still paused
-/// and holds what has been built so far. It must not be run: whoever created it
-/// destroys it. Nothing else on the host has changed.
+/// Any failure, in any phase. No page stays mapped. The domain is still paused and holds what has
+/// been built so far. It must not be run: its creator has to destroy it. Nothing else on the host
+/// has changed.
 pub fn restore<S: PageSource>(
     domain: &dyn Domain,
     mut reader: RecordReader<S>,
@@ -119,7 +118,7 @@ pub fn restore<S: PageSource>(
     options: &RestoreOptions,
     progress: &mut OnProgress<'_>,
 ) -> Result<(Restored, S), RestoreError> {
-    // Only the memory of a translated guest can be mapped by superpages.
+    // Superpages exist only for the memory of a translated guest.
     let ahead = match reader.domain().guest_type {
         GuestType::X86_HVM => reader.source_mut().look_ahead(),
         _ => Ok(None),
@@ -137,7 +136,7 @@ pub fn restore<S: PageSource>(
     })
 }
 
-/// Have `work` done with as many hands as `options` say.
+/// Runs `work` with as many threads as `options` ask for.
 fn with_crew<R>(
     placer: Placer<'_>,
     options: &RestoreOptions,
@@ -157,11 +156,11 @@ fn with_hands<'scope, R>(
     work: impl FnOnce(&Hands<'_, '_>) -> Result<R, RestoreError>,
 ) -> Result<R, RestoreError> {
     let result = work(&Hands { crew, scope });
-    // What failed in an earlier place of the stream comes first.
+    // A failure earlier in the stream has precedence.
     crew.finish().and(result)
 }
 
-/// Where a run of records ends.
+/// The record that ends a run of records.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stop {
     End,
@@ -175,14 +174,14 @@ struct Run<'r, 'p, T: RestoreToolstack + ?Sized> {
     progress: Reporter<'r, 'p>,
     /// The domain's last vcpu.
     max_vcpu_id: u32,
-    /// What the records have said, kept until END.
+    /// The contents of the records, kept until END.
     image: GuestImage,
     static_data_done: bool,
     pages: PageRestore<'r>,
 }
 
 impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
-    /// Whether the stream and the domain fit, and what is kept of both.
+    /// Checks that the stream and the domain fit each other; creates the state of the restore.
     fn new<S: PageSource>(
         domain: &'r dyn Domain,
         reader: &RecordReader<S>,
@@ -215,7 +214,7 @@ impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
         })
     }
 
-    /// Apply what comes, up to END or a CHECKPOINT.
+    /// Applies records up to END or a CHECKPOINT.
     fn records<S: PageSource>(
         &mut self,
         reader: &mut RecordReader<S>,
@@ -244,7 +243,7 @@ impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
                     let applied = self.image.apply(&record);
                     applied.map_err(|cause| bad(position, cause))?;
                     match record.kind {
-                        // What is compared is all there.
+                        // All pages that are to be compared are in place.
                         RecordKind::VERIFY => hands.crew.finish()?,
                         RecordKind::CHECKPOINT => return Ok(Stop::Checkpoint),
                         _ => {}
@@ -256,7 +255,7 @@ impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
         Ok(Stop::End)
     }
 
-    /// All has come: make the guest of it.
+    /// The stream is complete: applies everything that is left.
     fn end(&mut self, hands: &Hands<'_, '_>) -> Result<Restored, RestoreError> {
         hands.crew.finish()?;
         go_on(self.progress.begin(Phase::Tail, None))?;
@@ -272,7 +271,7 @@ impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
         })
     }
 
-    /// What a record asks for at once. What it says is in the image already.
+    /// Does what a record needs at once. Its contents are in the image already.
     fn record(&mut self, record: &Record<'_>) -> Result<(), RestoreError> {
         match record.body {
             Body::StaticDataEnd => self.static_data()?,
@@ -309,14 +308,14 @@ impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
             | Body::SharedInfo(_)
             | Body::HvmParams(_)
             | Body::TscInfo(_) => {}
-            // END and CHECKPOINT end the loop; the reader lets none of the others through.
+            // END and CHECKPOINT end the loop; the reader does not return the others.
             Body::End | Body::Checkpoint | Body::Toolstack(_) | Body::DirtyPfns(_) => {}
         }
         Ok(())
     }
 
-    /// Static data is complete: see that the guest can run here, and set the domain up with it,
-    /// before any memory.
+    /// Static data is complete: checks that the guest can run here and applies the data to the
+    /// domain, before it has any memory.
     fn static_data(&mut self) -> Result<(), RestoreError> {
         let mut cpu = Comparison::of(&self.image, self.options.cpu);
         cpu.with_host(self.domain)?;
@@ -327,7 +326,7 @@ impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
         Ok(())
     }
 
-    /// The stream has ended: apply what was kept.
+    /// The stream has ended: applies what was kept.
     fn complete(&mut self) -> Result<(Option<Gfn>, Option<Gfn>), RestoreError> {
         if let Some(tsc) = self.image.tsc() {
             x86::set_tsc_info(self.domain, tsc)?;
@@ -347,7 +346,7 @@ impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
     }
 }
 
-/// A record that breaks a rule together with those before it.
+/// A record that breaks a rule in combination with earlier records.
 fn bad(position: Position, cause: DecodeError) -> RestoreError {
     let cause = cause.into();
     ReadError { position, cause }.into()

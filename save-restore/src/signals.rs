@@ -1,18 +1,20 @@
-//! The signals that end a process without a handler for them, to be heard as a request to stop.
+//! Signals that end a process without a handler, treated as a request to stop.
 //!
-//! A save that ends in the middle leaves its guest suspended, so a program that drives the
-//! engine hears all of them: it blocks [`EndingSignals::set`] before it starts a thread, reads
-//! them from a signalfd, drops those for which [`EndingSignals::ask`] says no, and sets a
+//! A save that ends in the middle leaves its guest suspended, so a program that drives the engine
+//! listens for all of them: it blocks [`EndingSignals::set`] before it starts a thread, reads them
+//! from a signalfd, drops those for which [`EndingSignals::ask`] is false, and sets a
 //! [`Cancel`](crate::progress::Cancel) for the rest.
 //!
 //! | signals | |
 //! |---|---|
-//! | SIGHUP, SIGINT, SIGTERM, SIGQUIT, SIGUSR1, SIGALRM, SIGSTKFLT, SIGRTMIN to SIGRTMAX, … | a request |
-//! | SIGSEGV, SIGBUS, SIGABRT and others of a crash | a request where another process sends them; the kernel ends the process where it crashes, blocked or not |
+//! | SIGHUP, SIGINT, SIGTERM, SIGQUIT, SIGUSR1, SIGALRM, SIGRTMIN to SIGRTMAX, … | a request |
+//! | SIGSEGV, SIGBUS, SIGABRT and others of a crash | a request if another process sends them |
 //! | SIGXFSZ | blocked, and no request: the write fails with EFBIG |
 //! | SIGCHLD, SIGURG, SIGWINCH, SIGPIPE, and those that stop and continue a process | left alone |
-//! | SIGKILL, SIGSTOP | cannot be heard |
+//! | SIGKILL, SIGSTOP | cannot be caught |
 //! | those that were ignored when the process began | stay ignored |
+//!
+//! The kernel ends a process that crashes, even if it blocks the signal.
 
 use std::fmt;
 use std::fs;
@@ -33,7 +35,7 @@ const LEFT_ALONE: [Signal; 8] = [
     Signal::SIGWINCH,
 ];
 
-/// A signal, by its number: real-time signals have no other name.
+/// A signal, by its number: real-time signals have no name in `nix`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SignalNumber(u32);
 
@@ -48,7 +50,7 @@ impl SignalNumber {
         self.0
     }
 
-    /// Which one it is; `None` for a real-time signal.
+    /// Its name; `None` for a real-time signal.
     pub fn named(self) -> Option<Signal> {
         Signal::try_from(i32::try_from(self.0).ok()?).ok()
     }
@@ -69,8 +71,8 @@ impl fmt::Display for SignalNumber {
     }
 }
 
-/// The signals that end a process, without those that were ignored when it began: by `nohup`, or
-/// by a shell that runs a job in the background.
+/// The signals that end a process, except those that were ignored when it began: by `nohup`, or by
+/// a shell that runs a job in the background.
 #[derive(Clone, Copy, Debug)]
 pub struct EndingSignals {
     /// Bit n - 1 is signal n.
@@ -78,14 +80,14 @@ pub struct EndingSignals {
 }
 
 impl EndingSignals {
-    /// Those of this process, which must not have changed what it ignores since it began.
+    /// Those of this process, which must not have changed its ignored signals since it began.
     ///
-    /// Where no `/proc` is mounted (an empty root), the kernel cannot be asked what is ignored,
-    /// and every signal counts as one that is not.
+    /// Where no `/proc` is mounted (an empty root), the ignored signals cannot be determined, and
+    /// every signal counts as not ignored.
     ///
     /// # Errors
     ///
-    /// `/proc/self/status` is there and cannot be read, or does not say what is ignored.
+    /// `/proc/self/status` exists but cannot be read, or does not list the ignored signals.
     pub fn of_process() -> io::Result<Self> {
         let status = match fs::read_to_string("/proc/self/status") {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -102,8 +104,8 @@ impl EndingSignals {
         })
     }
 
-    /// What to block and to read. [`EndingSignals::ask`] decides which of them are requests: a
-    /// real-time signal that is ignored is in this set, because a set has no name for it.
+    /// The signals to block and to read. [`EndingSignals::ask`] decides which of them are requests:
+    /// an ignored real-time signal is in this set, because a set cannot leave it out.
     pub fn set(self) -> SigSet {
         let mut set = SigSet::all();
         for signal in Signal::iterator() {
@@ -111,12 +113,12 @@ impl EndingSignals {
                 set.remove(signal);
             }
         }
-        // Where it is ignored, too, a write says that the file may not grow.
+        // Added even if it is ignored: either way a write reports that the file may not grow.
         set.add(Signal::SIGXFSZ);
         set
     }
 
-    /// Whether `signal`, which has come, asks the process to stop.
+    /// Whether `signal`, which has arrived, asks the process to stop.
     pub fn ask(self, signal: SignalNumber) -> bool {
         let named = signal.named();
         let end = named.is_none_or(|s| s != Signal::SIGXFSZ && !LEFT_ALONE.contains(&s));
@@ -130,9 +132,9 @@ impl EndingSignals {
     }
 }
 
-/// What a child process of a shell should ignore so that a signal to the whole process group
-/// does not end it before the process that started it: numbers for `trap ''`. Not those of a
-/// crash, of a timer or of a limit, which a process brings upon itself.
+/// What a child process of a shell should ignore so that a signal to the whole process group does
+/// not end it before the process that started it: numbers for `trap ''`. Without the signals of a
+/// crash, of a timer or of a limit, which a process causes itself.
 pub fn sent_to_groups() -> impl Iterator<Item = u32> {
     const NAMED: [Signal; 8] = [
         Signal::SIGHUP,
@@ -144,7 +146,7 @@ pub fn sent_to_groups() -> impl Iterator<Item = u32> {
         Signal::SIGIO,
         Signal::SIGPWR,
     ];
-    // Those from 32 on that libc keeps for itself are below 35.
+    // libc's own signals, from 32 on, are below 35.
     let named = NAMED.map(|signal| SignalNumber::from(signal).get());
     named.into_iter().chain(35..=64)
 }

@@ -1,5 +1,5 @@
-//! Where a stream comes from: a file descriptor, from which pages are read straight
-//! into the guest's memory, or anything else that gives bytes.
+//! Sources of a stream: a file descriptor, from which pages are read straight into the guest's
+//! memory, or any other reader.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -17,54 +17,53 @@ use xsr_xen_backend::ForeignPages;
 use crate::descriptor::Descriptor;
 use crate::progress::{Cancel, Cancelled};
 
-/// Gives a stream.
+/// A source of a stream.
 pub trait PageSource: Read {
-    /// Fill pages of the guest (a range of indices) with exactly as many bytes.
+    /// Fills pages of the guest (a range of indices) with exactly their size in bytes.
     ///
     /// # Errors
     ///
-    /// `UnexpectedEof` when the stream ends; what the source says otherwise.
+    /// `UnexpectedEof` when the stream ends; otherwise the error of the source.
     ///
     /// # Panics
     ///
     /// When a page of the range is not mapped for writing.
     fn read_pages(&mut self, pages: &ForeignPages, range: Range<usize>) -> io::Result<()>;
 
-    /// Where the next `bytes` stand, if they are there to be read at any time and by
-    /// any thread: then they count as read, and the source goes on behind them.
-    /// `None` where they must be read in order, or where the source ends before; then
-    /// it stands where it stood.
+    /// Returns the position of the next `bytes`, if any thread can read them at any time. They then
+    /// count as read, and the source continues after them. `None` if they must be read in order, or
+    /// if the source ends before; then its position is unchanged.
     ///
     /// # Errors
     ///
-    /// What the source says.
+    /// The error of the source.
     fn take_extent(&mut self, bytes: u64) -> io::Result<Option<Extent>>;
 
-    /// A reader of its own for the stream whose two headers have just been read, from the
-    /// first of them to the end of the source. The source stands where it stood, and
-    /// stays there whatever that reader does. `None` where bytes can be read only once.
+    /// Returns a separate reader for the stream whose two headers have just been read, from the
+    /// first header to the end of the source. The source's own position does not change, whatever
+    /// that reader does. `None` if the bytes can be read only once.
     ///
     /// # Errors
     ///
-    /// What the source says.
+    /// The error of the source.
     fn look_ahead(&mut self) -> io::Result<Option<LookAhead>>;
 }
 
 /// Bytes of the two headers.
 pub(crate) const HEADERS: u64 = (ImageHeader::BYTES + DomainHeader::BYTES) as u64;
 
-/// How much of a file is read at a time, to be looked at: at first (the head of a record and
-/// its list of 1024 pages), and at most, where nothing is left out in between.
+/// How much of a file is read at a time when looking ahead: at first (the head of a record and its
+/// list of 1024 pages), and at most, if nothing is skipped in between.
 const GLANCE: usize = 16 << 10;
 const LONGEST_GLANCE: usize = 64 << 10;
 
-/// A file with a place of its own in it.
+/// A file with a read position of its own.
 #[derive(Debug)]
 pub struct LookAhead {
     file: Arc<File>,
     offset: u64,
     cancel: Option<Cancel>,
-    /// What has been read of the file, from this offset on.
+    /// The part of the file that has been read, from this offset on.
     seen: Vec<u8>,
     seen_from: u64,
     /// How much to read next.
@@ -72,7 +71,7 @@ pub struct LookAhead {
 }
 
 impl LookAhead {
-    /// To look at what stands from an offset on.
+    /// Looks ahead from an offset on.
     fn new(file: Arc<File>, offset: u64, cancel: Option<Cancel>) -> Self {
         Self {
             file,
@@ -84,7 +83,7 @@ impl LookAhead {
         }
     }
 
-    /// What has been read and stands at our place.
+    /// The bytes at our position that have been read already.
     fn at_hand(&self) -> &[u8] {
         let at = self.offset.checked_sub(self.seen_from);
         let at = at.and_then(|at| usize::try_from(at).ok());
@@ -127,7 +126,7 @@ impl Seek for LookAhead {
     }
 }
 
-/// Bytes of a file.
+/// A range of bytes in a file.
 #[derive(Clone, Debug)]
 pub struct Extent {
     file: Arc<File>,
@@ -135,12 +134,12 @@ pub struct Extent {
 }
 
 impl Extent {
-    /// Fill `room` from `at` bytes into it.
+    /// Fills `room` from offset `at` of the extent.
     pub(crate) fn read_exact_at(&self, at: usize, room: &mut [u8]) -> io::Result<()> {
         self.file.read_exact_at(room, self.offset + at as u64)
     }
 
-    /// Fill a range of `pages`, whose page 0 is the first of the extent.
+    /// Fills a range of `pages`; page 0 is the first of the extent.
     pub(crate) fn read_pages(&self, pages: &ForeignPages, range: Range<usize>) -> io::Result<()> {
         let mut at = range.start * PAGE_SIZE;
         let end = range.end * PAGE_SIZE;
@@ -157,7 +156,7 @@ impl Extent {
     }
 }
 
-/// Whether a descriptor is a file, of which any part can be read at any time.
+/// Whether a descriptor is a file, any part of which can be read at any time.
 #[derive(Debug)]
 enum Positioned {
     Unknown,
@@ -168,7 +167,7 @@ enum Positioned {
 impl Positioned {
     fn file(&mut self, fd: &impl AsFd) -> io::Result<Option<&Arc<File>>> {
         if let Self::Unknown = self {
-            // Stands where the descriptor stands, for good: they share a description.
+            // Shares its position with the descriptor: they are one open file.
             let file = File::from(fd.as_fd().try_clone_to_owned()?);
             *self = match file.metadata()?.is_file() {
                 true => Self::Yes(Arc::new(file)),
@@ -184,7 +183,7 @@ impl Positioned {
 
 /// A file descriptor: pages are not copied in user space.
 ///
-/// Its O_NONBLOCK is left as it is; where it is set, an empty descriptor is waited for.
+/// Its O_NONBLOCK is not changed. If it is set and the descriptor is empty, reads wait.
 #[derive(Debug)]
 pub struct FdSource<F> {
     descriptor: Descriptor<F>,
@@ -192,19 +191,18 @@ pub struct FdSource<F> {
 }
 
 impl<F: AsFd> FdSource<F> {
-    /// Waits for bytes for as long as it takes.
+    /// Waits for bytes without a limit.
     pub fn new(fd: F) -> Self {
         Self::over(Descriptor::blocking(fd))
     }
 
-    /// Stops waiting when `cancel` says so, within a fraction of 100 ms: a read then
-    /// fails with [`Cancelled`]. A pipe or socket must have
-    /// no other reader meanwhile. Files are read without a look at whether they are
-    /// slow.
+    /// Stops waiting when `cancel` is set, within a fraction of 100 ms: a read then fails with
+    /// [`Cancelled`]. A pipe or socket must have no other reader meanwhile. Files are read without
+    /// checking whether they are slow.
     ///
     /// # Errors
     ///
-    /// The descriptor is none that can be asked what it is.
+    /// The descriptor's type could not be determined.
     pub fn cancellable(fd: F, cancel: Cancel) -> io::Result<Self> {
         Ok(Self::over(Descriptor::cancellable(fd, cancel, false)?))
     }
@@ -250,7 +248,7 @@ impl<F: AsFd> PageSource for FdSource<F> {
         let mut stands = &**file;
         let offset = stands.stream_position()?;
         let end = offset.saturating_add(bytes);
-        // What the file does not have, whoever reads in order finds missing.
+        // A reader in order reports the missing bytes.
         if end > file.metadata()?.len() {
             return Ok(None);
         }
@@ -274,7 +272,7 @@ impl<F: AsFd> PageSource for FdSource<F> {
     }
 }
 
-/// Fill `room`. Where the source ends before, the error says how far it came.
+/// Fills `room`. If the source ends before, the error says how many bytes came.
 pub(crate) fn read_whole(source: &mut impl Read, room: &mut [u8]) -> io::Result<()> {
     let mut at = 0;
     while at < room.len() {
@@ -288,7 +286,7 @@ pub(crate) fn read_whole(source: &mut impl Read, room: &mut [u8]) -> io::Result<
     Ok(())
 }
 
-/// As [`PageSource::read_pages`], through a page of our own.
+/// As [`PageSource::read_pages`], through a page buffer.
 pub(crate) fn copy_pages(
     source: &mut impl Read,
     pages: &ForeignPages,
@@ -308,7 +306,7 @@ pub(crate) fn copy_pages(
     Ok(())
 }
 
-/// Anything that gives bytes: pages are copied once.
+/// Any reader: pages are copied once.
 #[derive(Debug)]
 pub struct CopySource<R>(pub R);
 

@@ -1,15 +1,14 @@
-//! Text from outside that a terminal may show.
+//! Escaping of text from outside for a terminal.
 
-/// Whether a terminal would obey this character, or show the text around it in another order:
-/// C0 and C1 controls, DEL, line separators, bidirectional controls.
+/// Whether this character would control a terminal, or change the order in which text is shown: C0
+/// and C1 controls, DEL, line separators, bidirectional controls.
 pub fn is_unfit(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}'
             | '\u{2066}'..='\u{2069}')
 }
 
-/// Text from outside (a name, a key, a value), with everything escaped that a terminal would
-/// obey.
+/// Escapes everything in text from outside (a name, a key, a value) that would control a terminal.
 ///
 /// ```
 /// use xsr_save_restore::text::shown;
@@ -20,7 +19,7 @@ pub fn shown(text: &str) -> String {
     escaped(text, is_unfit)
 }
 
-/// The same, with those characters escaped that `unfit` says.
+/// As [`shown`], with `unfit` selecting the characters to escape.
 pub fn escaped(text: &str, unfit: impl Fn(char) -> bool) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {

@@ -1,8 +1,7 @@
-//! Superpages that a stream is going to fill, found by looking ahead in it, where it is a
-//! file: only its record heads and lists of pages are read.
+//! Superpages that a stream will fill, found by looking ahead in a stream that is a file: only the
+//! heads of its records and their lists of pages are read.
 //!
-//! The C implementation has only the batch at hand to go by
-//! (`xg_sr_restore.c:populate_pfns`).
+//! The C implementation knows only the current batch (`xg_sr_restore.c:populate_pfns`).
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,8 +13,7 @@ use crate::restore::MAX_PFN;
 use crate::restore::populate::{GIB_PAGES, SUPERPAGE_PAGES};
 use crate::source::{HEADERS, LookAhead};
 
-/// The superpages of a stream that nobody has asked the machine for yet, by their first
-/// pfns.
+/// The superpages of a stream that have not been requested from Xen yet, by their first pfns.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Plan {
     gibs: BTreeSet<Pfn>,
@@ -23,17 +21,17 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// Read on to the end of a stream that has just begun, for a guest that may have
-    /// `max_pages` pages.
+    /// Reads on to the end of a stream that has just begun, for a guest that may have `max_pages`
+    /// pages.
     ///
-    /// A page counts if it is there by the stream's last word: one that is given back in
+    /// A page counts if the stream's last entry for it has contents: a page that is given back in
     /// the end would break its superpage.
     ///
-    /// Where the stream cannot be read any further, or names more pages than the guest
-    /// may have (so that no stream makes the set larger than that of the pages that get
-    /// memory), the plan is made of what came before: the restore finds out for itself.
+    /// If the stream cannot be read to the end, or names more pages than the guest may have (so
+    /// that no stream makes the set larger than that of the populated pages), the plan covers what
+    /// came before. The restore reports the error later.
     pub(super) fn of(ahead: LookAhead, max_pages: u64) -> Self {
-        // What is wrong with it is not for the look ahead to say.
+        // The look ahead does not report errors of the stream.
         let options = ReadOptions {
             lenient: true,
             offset: 0,
@@ -75,20 +73,19 @@ impl Plan {
         }
     }
 
-    /// The first pfn of the 1 GiB page that `pfn` is to be part of. It is said once.
+    /// The first pfn of the planned 1 GiB page that contains `pfn`. Each is returned only once.
     pub(super) fn take_gib(&mut self, pfn: Pfn) -> Option<Pfn> {
         self.gibs.take(&first_of(pfn, GIB_PAGES))
     }
 
-    /// The 1 GiB page that [`Plan::take_gib`] named is there: what it is made of is not
-    /// to be asked for any more.
+    /// The 1 GiB page that [`Plan::take_gib`] returned is populated: removes its 2 MiB pages.
     pub(super) fn gib_is_there(&mut self, first: Pfn) {
         let end = Pfn(first.0 + GIB_PAGES);
         self.runs.retain(|run| *run < first || *run >= end);
     }
 
-    /// The first pfn of the 2 MiB page that `pfn` is to be part of, if it is, and those
-    /// of the next ones that will be asked for: `most` in all. Each is said once.
+    /// The first pfn of the planned 2 MiB page that contains `pfn`, if there is one, and those of
+    /// the next planned ones: `most` in all. Each is returned only once.
     pub(super) fn take_runs(&mut self, pfn: Pfn, most: usize) -> Vec<Pfn> {
         let first = first_of(pfn, SUPERPAGE_PAGES);
         if !self.runs.contains(&first) {
@@ -103,13 +100,13 @@ impl Plan {
         runs
     }
 
-    /// Runs that were taken and not asked for: they will be.
+    /// Runs that were taken but not requested; they stay planned.
     pub(super) fn put_back(&mut self, runs: &[Pfn]) {
         self.runs.extend(runs);
     }
 }
 
-/// The first pfn of the aligned run of `pages` that `pfn` is in.
+/// The first pfn of the aligned run of `pages` that contains `pfn`.
 fn first_of(pfn: Pfn, pages: u64) -> Pfn {
     Pfn(pfn.0 - pfn.0 % pages)
 }

@@ -1,5 +1,5 @@
-//! A restore of a stream with checkpoints: each is applied when all of it has come, and
-//! when the sender is gone, the last one that was complete is the guest.
+//! Restoring a stream with checkpoints: each checkpoint is applied when it is complete, and once
+//! the sender is lost, the guest is the last complete one.
 //!
 //! C implementation: `xg_sr_restore.c:handle_checkpoint`, and the end of `restore` there.
 
@@ -20,20 +20,20 @@ use crate::restore::{RestoreOptions, Restored, Run, Stop, go_on, with_crew};
 use crate::source::PageSource;
 use crate::toolstack::{Arrival, CheckpointRestoreToolstack};
 
-/// Bytes of a checkpoint that are kept in memory, where nobody says: 64 MiB.
+/// Default for the bytes of a checkpoint that are kept in memory: 64 MiB.
 pub const MEMORY_BYTES: usize = 64 << 20;
 
 /// Where a checkpoint is kept until it is complete.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CheckpointOptions {
-    /// How much of it in memory, in bytes ([`MEMORY_BYTES`] by default). What is more
-    /// goes to a temporary file without a name, which grows with the checkpoint.
+    /// How many bytes of it are kept in memory ([`MEMORY_BYTES`] by default). The rest goes to a
+    /// temporary file without a name, which grows with the checkpoint.
     pub memory_bytes: usize,
-    /// How many bytes that file may have; by default (`None`) as many as the largest
-    /// checkpoint of the domain has, and no disk is filled by a sender that goes mad: all
-    /// the pages that it may have, each once, and 64 MiB for everything else.
+    /// The maximum size of that file. By default (`None`) it is the size of the domain's largest
+    /// possible checkpoint: all the pages that it may have, each once, and 64 MiB for everything
+    /// else. A faulty sender therefore cannot fill the disk.
     pub file_bytes: Option<u64>,
-    /// Where that file is made; by default the system's directory for such files.
+    /// The directory of that file; by default the system's directory for temporary files.
     pub directory: PathBuf,
 }
 
@@ -50,50 +50,49 @@ impl Default for CheckpointOptions {
 /// A guest that is the last complete checkpoint of a stream; its domain is still paused.
 #[derive(Debug)]
 pub struct Survivor<S> {
-    /// Where its rings are, and what it took.
+    /// The frames of its rings, and statistics.
     pub restored: Restored,
-    /// Checkpoints that were complete; the last is this guest.
+    /// Complete checkpoints; the guest is the last of them.
     pub checkpoints: u64,
-    /// Most bytes of one checkpoint that were kept until it was complete.
+    /// The most bytes of one checkpoint that were kept until it was complete.
     pub most_kept_bytes: u64,
-    /// Most bytes of one checkpoint that were in the file.
+    /// The most bytes of one checkpoint that were in the file.
     pub most_spilt_bytes: u64,
-    /// Why there was no other.
+    /// Why no further checkpoint came.
     pub ending: Ending<S>,
 }
 
-/// How a stream with checkpoints came to its end.
+/// How a stream with checkpoints ended.
 #[derive(Debug)]
 pub enum Ending<S> {
-    /// With an END record: the source, right behind it. What came between the last
-    /// checkpoint and it is no checkpoint, and was dropped, but in a stream that had none
-    /// at all, which is a plain one.
+    /// With an END record; the source is positioned directly after it. Records between the last
+    /// checkpoint and END are not a checkpoint and were dropped. A stream without any checkpoint is
+    /// a plain one, and its records were applied.
     Ended(S),
-    /// The source failed or ended: the sender is gone. That is what checkpoints are for,
-    /// and no error.
+    /// The source failed or ended: the sender is lost. This is the case that checkpoints are for,
+    /// not an error.
     SourceLost(ReadError),
-    /// The toolstack found that the sender is gone ([`Arrival::Lost`]).
+    /// The toolstack found that the sender is lost ([`Arrival::Lost`]).
     ToolstackLost,
-    /// The sender took nothing any more of what it is told (COLO).
+    /// The sender no longer took what the back channel sent (COLO).
     BackChannelLost(io::Error),
 }
 
-/// Restore a stream of checkpoints into a domain that has just been created (as for
-/// [`restore`](crate::restore())), until the sender is gone. Then the domain is the guest
-/// as it was at the last checkpoint that was complete, and not in part of the one that was
-/// not.
+/// Restores a stream of checkpoints into a domain that has just been created (as for
+/// [`restore`](crate::restore())), until the sender is lost. The domain is then the guest of the
+/// last complete checkpoint, without any part of an incomplete one.
 ///
-/// What comes before the first CHECKPOINT goes into the domain as it comes: there is
-/// nothing to go back to. What comes after it is kept, as `keep` says, and applied when
-/// the next CHECKPOINT is there and `toolstack` has all that belongs to it.
+/// Records before the first CHECKPOINT are applied at once: there is no earlier state to return to.
+/// Later records are kept, as `keep` says, and applied when the next CHECKPOINT has arrived and
+/// `toolstack` has all that belongs to it.
 ///
 /// # Errors
 ///
-/// As for [`restore`](crate::restore()), and the domain is of no use then either. Before
-/// the first checkpoint that includes a source that breaks off. After it, it does not; but
-/// a stream that breaks a rule, a checkpoint that cannot be kept or applied, a callback
-/// that fails, or somebody who stops it, are errors still: the sender may be well. After
-/// [`RestoreError::NotApplied`] the domain is a mixture of two checkpoints.
+/// As for [`restore`](crate::restore()), and the domain is useless then, too. Before the first
+/// checkpoint this includes a source that breaks off; after it, that is not an error. A stream that
+/// breaks a rule, a checkpoint that cannot be kept or applied, a failed callback and a cancellation
+/// are always errors, because the sender may still be alive. After [`RestoreError::NotApplied`] the
+/// domain is a mixture of two checkpoints.
 pub fn restore_checkpointed<S: PageSource>(
     domain: &dyn Domain,
     reader: RecordReader<S>,
@@ -106,15 +105,15 @@ pub fn restore_checkpointed<S: PageSource>(
     run.checkpoints(reader, keep, Run::epochs)
 }
 
-/// Bytes of the largest checkpoint of a guest that may have so many pages: each pfn comes
-/// once, and those that it has no page for are fewer than those that it has.
+/// The size of the largest checkpoint of a guest that may have this many pages: each pfn comes
+/// once, and fewer pfns come without a page than with one.
 fn largest(max_pages: u64) -> u64 {
     const PFN: u64 = PAGE_SIZE as u64 + 16;
     const REST: u64 = 64 << 20;
     max_pages.saturating_mul(PFN).saturating_add(REST)
 }
 
-/// How one checkpoint came.
+/// How one checkpoint arrived.
 pub(super) enum Came {
     Whole,
     Ended,
@@ -123,17 +122,17 @@ pub(super) enum Came {
     BackChannelLost(io::Error),
 }
 
-/// What there is to say of the checkpoints up to now.
+/// The state of the checkpoints so far.
 #[derive(Debug, Default)]
 pub(super) struct SoFar {
-    /// Those that are applied.
+    /// Checkpoints that have been applied.
     pub(super) checkpoints: u64,
     most_kept: u64,
     most_spilt: u64,
 }
 
 impl SoFar {
-    /// The guest is what is there now.
+    /// The guest is in its final state.
     pub(super) fn survivor<S: PageSource>(
         self,
         restored: Restored,
@@ -156,7 +155,7 @@ impl SoFar {
 }
 
 impl<T: CheckpointRestoreToolstack + ?Sized> Run<'_, '_, T> {
-    /// Have `follow` follow a stream whose checkpoints can be kept.
+    /// Calls `follow` for a stream whose checkpoints can be kept.
     pub(super) fn checkpoints<S: PageSource>(
         &mut self,
         reader: RecordReader<S>,
@@ -192,7 +191,7 @@ impl<T: CheckpointRestoreToolstack + ?Sized> Run<'_, '_, T> {
                 _ => return Err(RestoreError::NoCheckpoint),
             },
         };
-        // A piece that could not be placed is found before the checkpoint counts.
+        // A failure to place a piece must show before the checkpoint counts.
         hands.crew.finish()?;
         while let Came::Whole = came {
             so_far.checkpoints += 1;
@@ -204,7 +203,7 @@ impl<T: CheckpointRestoreToolstack + ?Sized> Run<'_, '_, T> {
         Ok(so_far.survivor(restored, came, reader))
     }
 
-    /// Keep the next checkpoint, and apply it once it is whole.
+    /// Keeps the next checkpoint, and applies it once it is complete.
     pub(super) fn keep_and_apply<S: PageSource>(
         &mut self,
         reader: &mut RecordReader<Tap<S>>,
@@ -219,21 +218,21 @@ impl<T: CheckpointRestoreToolstack + ?Sized> Run<'_, '_, T> {
         so_far.most_spilt = spool.in_file().max(so_far.most_spilt);
         if let Came::Whole = came {
             let applied = self.records(&mut standing.onto(spool), hands);
-            // What failed in an earlier place of the stream comes first.
+            // A failure earlier in the stream has precedence.
             let applied = hands.crew.finish().and(applied);
             applied.map_err(|cause| RestoreError::not_applied(so_far.checkpoints + 1, cause))?;
         }
         Ok(came)
     }
 
-    /// Read the records of one checkpoint, which the tap keeps. Nothing is applied.
+    /// Reads the records of one checkpoint, which the tap keeps. Applies none of them.
     fn keep<S: PageSource>(
         &mut self,
         reader: &mut RecordReader<Tap<S>>,
     ) -> Result<Came, RestoreError> {
         loop {
             let bytes = match reader.next_record() {
-                // Its pages are passed over, and kept with that.
+                // Its pages are skipped, and thereby kept, too.
                 Ok(Some(Incoming::PageData(body))) => u64::from(body.length()),
                 Ok(Some(Incoming::Record(record))) if record.kind == RecordKind::CHECKPOINT => {
                     return self.arrival(reader);
@@ -252,7 +251,7 @@ impl<T: CheckpointRestoreToolstack + ?Sized> Run<'_, '_, T> {
         }
     }
 
-    /// The CHECKPOINT record is here. What the toolstack reads is its own.
+    /// The CHECKPOINT record has arrived. The toolstack reads its own part.
     pub(super) fn arrival<S: PageSource>(
         &mut self,
         reader: &mut RecordReader<Tap<S>>,
@@ -267,9 +266,8 @@ impl<T: CheckpointRestoreToolstack + ?Sized> Run<'_, '_, T> {
     }
 }
 
-/// Whether the stream did not go on, rather than go on wrongly: what makes a restore of
-/// checkpoints take over ([`Ending::SourceLost`]), also for a toolstack that reads part of
-/// the stream itself.
+/// Whether the stream broke off, as opposed to breaking a rule. A restore of checkpoints takes over
+/// then ([`Ending::SourceLost`]). Also for a toolstack that reads a part of the stream itself.
 pub fn is_loss(error: &ReadError) -> bool {
     match &error.cause {
         ReadErrorCause::Truncated { .. } => true,

@@ -1,4 +1,4 @@
-//! A restore under COLO: the guest runs here, too, from checkpoint to checkpoint.
+//! Restoring under COLO: the guest also runs on the secondary, from checkpoint to checkpoint.
 //!
 //! C implementation: `xg_sr_restore.c:handle_checkpoint` for `XC_STREAM_COLO`,
 //! `send_checkpoint_dirty_pfn_list`.
@@ -19,18 +19,18 @@ use crate::restore::{Guest, RestoreOptions, Restored, Run, Stop, go_on};
 use crate::source::PageSource;
 use crate::toolstack::{Arrival, ColoRestoreToolstack, ToolstackError, Turn};
 
-/// Restore a stream of COLO checkpoints into a domain that has just been created, as the
-/// secondary: each is applied when it is complete, the guest runs, and before the next the
-/// primary is told over `back` which pages it has written (which the toolstack has logged
-/// from the first [`ColoRestoreToolstack::postcopy`] on).
+/// Restores a stream of COLO checkpoints into a domain that has just been created, as the
+/// secondary. Each checkpoint is applied when it is complete, and the guest runs. Before the next
+/// one the primary is told over `back` which pages the guest here has written (which the toolstack
+/// has logged from the first [`ColoRestoreToolstack::postcopy`] on).
 ///
-/// When the primary is gone, the guest here is the guest: also where `back` cannot be
-/// written. It runs, or is suspended: as the toolstack last left it.
+/// When the primary is lost, which includes a failed write to `back`, the guest here takes over. It
+/// runs or is suspended, as the toolstack last left it.
 ///
 /// # Errors
 ///
-/// As [`restore_checkpointed`](crate::restore_checkpointed); a PV guest. A guest that has
-/// run may still be running then.
+/// As [`restore_checkpointed`](crate::restore_checkpointed); a PV guest. After an error, a guest
+/// that has run may still be running.
 pub fn restore_colo<S: PageSource>(
     domain: &dyn Domain,
     reader: RecordReader<S>,
@@ -72,7 +72,7 @@ impl<T: ColoRestoreToolstack + ?Sized> Run<'_, '_, T> {
                     match back.write_all(&list).and_then(|()| back.flush()) {
                         Ok(()) => self.keep_and_apply(&mut reader, hands, &mut so_far)?,
                         Err(error) if Cancelled::is(&error) => return Err(RestoreError::Aborted),
-                        // The primary has gone, as where it sends nothing any more.
+                        // The primary is lost, as if it sent nothing any more.
                         Err(error) => Came::BackChannelLost(error),
                     }
                 }
@@ -98,12 +98,12 @@ impl<T: ColoRestoreToolstack + ?Sized> Run<'_, '_, T> {
         self.toolstack.suspend()
     }
 
-    /// Which pages are no longer those of the last checkpoint, for the primary.
+    /// The pages that differ from the last checkpoint, for the primary.
     fn dirty_list(&mut self) -> Result<Vec<u8>, RestoreError> {
         let failed = |cause: Box<dyn std::error::Error + Send + Sync>| {
             RestoreError::BackChannel(io::Error::other(cause))
         };
-        // An empty list would say that the guest has written nothing.
+        // An empty list would mean that the guest has written nothing.
         let Some(last) = self.domain.maximum_gfn()? else {
             return Err(failed(
                 "the hypervisor says that the guest has no page".into(),

@@ -1,10 +1,10 @@
-//! The CPU that a guest has seen, compared with the one that it would get, before it has any
-//! memory.
+//! CPU feature check: compares the CPU that a guest has seen with the one that it would get, before
+//! it has any memory.
 //!
-//! Xen clears what the host does not have without a word, and the guest crashes later. So the
-//! restore compares twice: the image with the most that the host can give, before anything is set;
-//! and, once the policy is set, the image with what Xen has made of it, which is less for a guest
-//! whose page tables are shadowed.
+//! Xen silently clears features that the host lacks, and the guest crashes later. So the restore
+//! compares twice: the image with the most that the host can give, before anything is set; and,
+//! once the policy is set, the image with what Xen has made of it, which is less for a guest whose
+//! page tables are shadowed.
 //!
 //! C implementation: none. `xen/lib/x86/policy.c` compares the largest leaves and one MSR.
 
@@ -17,26 +17,26 @@ use xsr_xen_backend::{BackendError, CpuPolicy as Bytes, Domain};
 use crate::error::RestoreError;
 use crate::guest::refused::{self, brand};
 
-/// What a restore does where the host lacks features that the guest has seen.
+/// What a restore does if the host lacks features that the guest has seen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CpuCheck {
-    /// It fails ([`RestoreError::CpuFeatures`]) before the guest has any memory. So it does
-    /// where the hypervisor does not say what the host has.
+    /// Fails ([`RestoreError::CpuFeatures`]) before the guest has any memory. The same if the
+    /// hypervisor does not report the host's features.
     #[default]
     Refuse,
-    /// It goes on, and each is a warning in the log: what stock tools do, who say nothing.
+    /// Continues, with a warning in the log for each feature. Stock tools continue silently.
     Warn,
 }
 
-/// More of these are counted only, in an error and in a log.
+/// In an error and in a log, features beyond this number are only counted.
 const MOST_NAMES: usize = 16;
 
-/// What a guest has seen of its CPU and would not get.
+/// The parts of its CPU that a guest has seen and would not get.
 #[derive(Debug)]
 pub struct CpuMissing {
-    /// What is missing, at least one.
+    /// The missing parts, at least one.
     pub missing: Vec<Missing>,
-    /// The names of the image's processor and the host's, where they are known and differ.
+    /// The names of the image's and the host's processor, if they are known and differ.
     processors: Option<[String; 2]>,
 }
 
@@ -65,12 +65,12 @@ impl std::error::Error for CpuMissing {}
 pub(super) struct Comparison {
     image: CpuPolicy,
     how: CpuCheck,
-    /// What has been told in the log.
+    /// What has been logged.
     told: Vec<Missing>,
 }
 
 impl Comparison {
-    /// Of what the image's records have said.
+    /// From the contents of the image's records.
     pub(super) fn of(image: &GuestImage, how: CpuCheck) -> Self {
         Self {
             image: CpuPolicy {
@@ -82,18 +82,18 @@ impl Comparison {
         }
     }
 
-    /// As the hypervisor takes it.
+    /// The policy as bytes for the hypervisor.
     pub(super) fn bytes(&self) -> Bytes {
         let (leaves, msrs) = self.image.encode();
         Bytes { leaves, msrs }
     }
 
-    /// With the most that the host can give to such a guest.
+    /// Compares with the most that the host can give to such a guest.
     pub(super) fn with_host(&mut self, domain: &dyn Domain) -> Result<(), RestoreError> {
         self.with(|| domain.max_cpu_policy())
     }
 
-    /// With what the guest has been given.
+    /// Compares with what the guest has been given.
     pub(super) fn with_given(&mut self, domain: &dyn Domain) -> Result<(), RestoreError> {
         self.with(|| domain.cpu_policy())
     }
@@ -102,7 +102,7 @@ impl Comparison {
         &mut self,
         ask: impl FnOnce() -> Result<Bytes, BackendError>,
     ) -> Result<(), RestoreError> {
-        // Xen before 4.14 wrote no policy; the toolstack hears of that.
+        // Xen before 4.14 wrote no policy; the toolstack is informed of that.
         if self.image == CpuPolicy::default() {
             return Ok(());
         }
@@ -118,7 +118,7 @@ impl Comparison {
             }
         };
         let Ok(host) = CpuPolicy::parse(&host.leaves, &host.msrs) else {
-            // A hypervisor that answers so is beyond what can be compared.
+            // The answer of such a hypervisor cannot be compared.
             tracing::warn!("the hypervisor's CPU policy ends inside an entry: not compared");
             return Ok(());
         };
@@ -153,7 +153,7 @@ impl Comparison {
     }
 }
 
-/// Whether both tell of one thing: what the host has of it may have been read in two places.
+/// Whether both are about the same feature: the host's value may have come from two places.
 fn is_about_the_same(one: &Missing, other: &Missing) -> bool {
     match (one, other) {
         (Missing::Feature { feature: one, .. }, Missing::Feature { feature: other, .. }) => {

@@ -1,17 +1,16 @@
-//! Who places the pieces of a guest's memory: the thread that reads the stream, and
-//! others beside it.
+//! Worker threads that write page data into guest memory, with the help of the thread that reads
+//! the stream.
 //!
-//! Pieces are numbered as they come. At most [`IN_FLIGHT`] bytes of them are on their
-//! way at a time. One that names a page which another on its way names, too, waits until
-//! that is in place: of a page that comes twice the later version stays, though nothing
-//! in the stream says where a pass over memory ends. Where no more may be on their way,
-//! the reading thread places one itself.
+//! Pieces are numbered as they come. At most [`IN_FLIGHT`] bytes of them are in flight. A piece
+//! that names the same page as another piece in flight waits until the other is in place: if a page
+//! comes twice, the later version must stay, although nothing in the stream says where a pass over
+//! memory ends. When no more pieces may be in flight, the reading thread places one itself.
 //!
-//! Where bytes come in order and pages are mapped, the reading thread reads straight into
-//! the mapping, and there are no pieces: the others only unmap.
+//! If bytes come in order and pages are mapped, the reading thread reads straight into the mapping,
+//! and there are no pieces: the workers only unmap.
 //!
-//! What goes wrong first in the order of the stream is what counts: whichever piece
-//! fails, those before it are placed, and are asked.
+//! The reported error is the first one in the order of the stream: whichever piece fails, those
+//! before it are placed and checked.
 
 use std::cmp;
 use std::collections::VecDeque;
@@ -24,22 +23,20 @@ use xsr_xen_backend::ForeignPages;
 use crate::error::RestoreError;
 use crate::restore::place::{Contents, Piece, Placer};
 
-/// Bytes of pieces that are on their way at a time: read, or mapped, or to be read from
-/// a file. Besides, one piece is being read, and each thread that reads from a file has
-/// a buffer for one.
+/// Bytes of pieces in flight: read, or mapped, or to be read from a file. In addition, one piece is
+/// being read, and each thread that reads from a file has a buffer for one.
 const IN_FLIGHT: usize = 16 << 20;
 
-/// Pages of a piece that is written: small enough for a processor's cache.
+/// Pages of a piece that is written: few enough for a processor's cache.
 const PIECE_WRITTEN: usize = 256;
 
-/// Pages of a piece that is mapped: as many as a record of Xen's, since mappings are
-/// costly.
+/// Pages of a piece that is mapped: as many as a record of Xen's, since mappings are expensive.
 const PIECE_MAPPED: usize = 1024;
 
-/// Mappings that wait to be unmapped by others, at most.
+/// The most mappings that wait for a worker to unmap them.
 const UNMAPPING: usize = 4;
 
-/// A piece on its way.
+/// A piece in flight.
 struct UnderWay {
     number: u64,
     /// Its pages, ascending.
@@ -48,25 +45,25 @@ struct UnderWay {
 
 #[derive(Default)]
 struct State {
-    /// Pieces that came so far.
+    /// Number of pieces so far.
     count: u64,
-    /// Pieces that nobody has begun to place.
+    /// Pieces that wait to be placed.
     waiting: VecDeque<(u64, Piece)>,
-    /// Those, and those that somebody is placing.
+    /// Pieces that wait, and pieces that are being placed.
     under_way: Vec<UnderWay>,
-    /// The first, in the order of the stream, that could not be placed, and why.
+    /// The first piece, in the order of the stream, that could not be placed, and why.
     failed: Option<(u64, RestoreError)>,
     /// Buffers that are not in use.
     spare: Vec<Vec<u8>>,
 }
 
-/// The pieces, and what is known of them.
+/// The pieces and their state.
 pub(super) struct Crew<'r> {
     pub(super) placer: Placer<'r>,
-    /// Mappings that are done with, on their way to being unmapped.
+    /// Mappings that are waiting to be unmapped.
     unmapping: AtomicUsize,
     state: Mutex<State>,
-    /// A piece is no longer on its way.
+    /// A piece is no longer in flight.
     placed: Condvar,
 }
 
@@ -80,7 +77,7 @@ impl<'r> Crew<'r> {
         }
     }
 
-    /// Most pages of a piece.
+    /// The most pages of a piece.
     pub(super) fn piece_pages(&self) -> usize {
         match self.placer.writes() {
             true => PIECE_WRITTEN,
@@ -88,17 +85,17 @@ impl<'r> Crew<'r> {
         }
     }
 
-    /// Pieces that may be on their way at a time.
+    /// The most pieces in flight.
     pub(super) fn window(&self) -> usize {
         IN_FLIGHT / (self.piece_pages() * PAGE_SIZE)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Nobody panics half-way through a change.
+        // No thread panics in the middle of a change.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A buffer of `bytes`, with anything in it.
+    /// A buffer of `bytes`, with arbitrary contents.
     pub(super) fn buffer(&self, bytes: usize) -> Vec<u8> {
         let mut buffer = self.lock().spare.pop().unwrap_or_default();
         buffer.resize(bytes, 0);
@@ -123,7 +120,7 @@ impl<'r> Crew<'r> {
         let comes_later = |failed: &Option<(u64, RestoreError)>| {
             failed.as_ref().is_some_and(|(first, _)| *first < number)
         };
-        // Nobody will ask for what is behind a failure.
+        // Pieces after a failure are not needed.
         if comes_later(&self.lock().failed) {
             return;
         }
@@ -135,7 +132,7 @@ impl<'r> Crew<'r> {
         }
     }
 
-    /// Place a piece that waits, if there is one.
+    /// Places a waiting piece, if there is one.
     fn work(&self) {
         let first = self.lock().waiting.pop_front();
         if let Some((number, piece)) = first {
@@ -143,7 +140,7 @@ impl<'r> Crew<'r> {
         }
     }
 
-    /// Do something for pieces to get on, or wait until others have.
+    /// Places a waiting piece, or waits until other threads have placed one.
     fn help<'s>(&'s self, mut state: MutexGuard<'s, State>) -> MutexGuard<'s, State> {
         match state.waiting.pop_front() {
             Some((number, piece)) => {
@@ -158,11 +155,11 @@ impl<'r> Crew<'r> {
         }
     }
 
-    /// Have every piece placed that has come so far.
+    /// Waits until all pieces so far are placed.
     ///
     /// # Errors
     ///
-    /// Why the first one, in the order of the stream, could not be: said once.
+    /// The first failure in the order of the stream; it is returned only once.
     pub(super) fn finish(&self) -> Result<(), RestoreError> {
         let mut state = self.lock();
         while !state.under_way.is_empty() {
@@ -175,7 +172,7 @@ impl<'r> Crew<'r> {
     }
 }
 
-/// A piece that is no longer on its way once this drops, whatever became of it.
+/// Marks a piece as no longer in flight when dropped, whatever became of it.
 struct Done<'a, 'r> {
     crew: &'a Crew<'r>,
     number: u64,
@@ -189,24 +186,24 @@ impl Drop for Done<'_, '_> {
     }
 }
 
-/// The crew as the reading thread has it.
+/// The crew from the reading thread's view.
 pub(super) struct Hands<'a, 'scope> {
     pub(super) crew: &'scope Crew<'scope>,
-    /// Where the other threads are; `None` where there is no other.
+    /// The scope of the worker threads, if there are any.
     pub(super) scope: Option<&'a rayon::Scope<'scope>>,
 }
 
 impl Hands<'_, '_> {
-    /// Whether there are other threads.
+    /// Whether there are worker threads.
     pub(super) fn many(&self) -> bool {
         self.scope.is_some()
     }
 
-    /// Have a piece placed, now or soon.
+    /// Places a piece, now or later.
     ///
     /// # Errors
     ///
-    /// Why this piece, or the first of those before it, could not be.
+    /// The failure of this piece, or of the first one before it that failed.
     pub(super) fn submit(&self, piece: Piece) -> Result<(), RestoreError> {
         let crew = self.crew;
         let Some(scope) = self.scope else {
@@ -242,7 +239,7 @@ impl Hands<'_, '_> {
 }
 
 impl<'scope> Hands<'_, 'scope> {
-    /// Unmap pages that are done with, on another thread where there is one that keeps up.
+    /// Unmaps pages that are no longer needed, on a worker thread if one keeps up.
     pub(super) fn unmap(&self, pages: ForeignPages) {
         let crew = self.crew;
         let Some(scope) = self.scope else {

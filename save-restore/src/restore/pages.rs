@@ -1,8 +1,8 @@
-//! PAGE_DATA on its way into the guest: memory for its pages, the frames its page tables
-//! name, and its contents, cut into pieces for whoever places them.
+//! PAGE_DATA records in a restore: populates their pages, and those that page tables name, and cuts
+//! the contents into pieces for the worker threads.
 //!
-//! All that decides which frame a page gets happens here, on the thread that reads the
-//! stream, in its order: what becomes of a stream does not depend on the threads.
+//! Everything that decides which frame a page gets happens here, on the thread that reads the
+//! stream, in its order. So the result does not depend on the threads.
 //!
 //! C implementation: `xg_sr_restore.c:process_page_data`.
 
@@ -21,7 +21,7 @@ use crate::restore::populate::Populated;
 use crate::restore::{Guest, MAX_PFN, RestoreStats};
 use crate::source::{PageSource, read_whole};
 
-/// Most pages that are mapped at a time to be compared.
+/// The most pages that are mapped at a time for a comparison.
 const COMPARED: usize = 1024;
 
 /// The memory of a guest that is being restored.
@@ -31,11 +31,11 @@ pub(super) struct PageRestore<'r> {
     placer: Placer<'r>,
     populated: Populated,
     pub(super) stats: RestoreStats,
-    /// VERIFY has come: compare, do not write.
+    /// After VERIFY: compare instead of writing.
     pub(super) verify: bool,
 }
 
-/// Pages that get memory at once: as many as a record has room for the contents of.
+/// Pages that are populated at once: as many as a record can hold the contents of.
 const POPULATED: usize = 1 << 15;
 
 impl<'r> PageRestore<'r> {
@@ -54,24 +54,24 @@ impl<'r> PageRestore<'r> {
         }
     }
 
-    /// Who places what this reads.
+    /// Places the pieces that are read here.
     pub(super) fn placer(&self) -> Placer<'r> {
         self.placer.clone()
     }
 
-    /// Take one PAGE_DATA record.
+    /// Processes one PAGE_DATA record.
     ///
     /// # Errors
     ///
-    /// The stream, memory, or a page table that names a pfn which cannot be; what went
-    /// wrong with a piece of an earlier record.
+    /// An error of the stream; no memory; a page table that names an impossible pfn; the failure of
+    /// a piece of an earlier record.
     pub(super) fn batch<S: PageSource>(
         &mut self,
         mut body: PageDataBody<'_, S>,
         hands: &Hands<'_, '_>,
     ) -> Result<(), RestoreError> {
-        // A record may have sixteen million entries, but no more of those with contents than it has
-        // room for: only these are kept.
+        // A record may have sixteen million entries, but its length limits those with contents:
+        // only these are kept.
         if let Some(entry) = (body.entries().iter()).find(|entry| entry.pfn > MAX_PFN) {
             return Err(RestoreError::PfnRange {
                 pfn: entry.pfn,
@@ -100,8 +100,8 @@ impl<'r> PageRestore<'r> {
 
         let with_data = entries.iter().filter(|entry| entry.page_type.has_data());
         let with_data: Vec<PageEntry> = with_data.collect();
-        // With one thread, or where bytes must be read in order, those that are mapped
-        // are best read straight into the mapping.
+        // With one thread, or if bytes must be read in order, it is fastest to read straight into a
+        // mapping.
         let pieces = self.placer.writes()
             || hands.many() && body.with_source(0, |s, _| s.take_extent(0))?.is_some();
         let most = match self.verify {
@@ -140,8 +140,8 @@ impl<'r> PageRestore<'r> {
         })
     }
 
-    /// The stream has ended: give back the pages that the guest gave back while it was
-    /// being saved, so that it has those it had when it suspended.
+    /// The stream has ended: gives back the pages that the guest gave back while it was being
+    /// saved, so that it has those it had when it was suspended.
     pub(super) fn release_absent(
         &mut self,
         go_on: &mut dyn FnMut() -> Result<(), RestoreError>,
@@ -170,7 +170,7 @@ impl<'r> PageRestore<'r> {
         Ok(())
     }
 
-    /// The frames of pages that have memory.
+    /// The frames of populated pages.
     fn gfns(&self, entries: &[PageEntry]) -> Vec<Gfn> {
         match &self.guest {
             Guest::Hvm => entries.iter().map(|entry| Gfn(entry.pfn.0)).collect(),
@@ -182,7 +182,7 @@ impl<'r> PageRestore<'r> {
         }
     }
 
-    /// Hand over the contents of `entries`, read, or where to read them.
+    /// Submits the contents of `entries`, either read or as a position in a file.
     fn piece<S: PageSource>(
         &mut self,
         entries: &[PageEntry],
@@ -216,8 +216,8 @@ impl<'r> PageRestore<'r> {
         })
     }
 
-    /// Read the contents of `entries` into `pages`: straight from the source where
-    /// they are the same on every machine.
+    /// Reads the contents of `entries` into `pages`, straight from the source if they are the same
+    /// on every machine.
     fn fill<S: PageSource>(
         &mut self,
         entries: &[PageEntry],
@@ -243,7 +243,7 @@ impl<'r> PageRestore<'r> {
         Ok(())
     }
 
-    /// Read a page and turn it into one of this machine.
+    /// Reads a page and localises it.
     fn page<S: PageSource>(
         &mut self,
         entry: &PageEntry,
@@ -258,8 +258,8 @@ impl<'r> PageRestore<'r> {
         Ok(contents)
     }
 
-    /// A page table of the stream may name pages that have not come yet: they get their
-    /// memory now. One beyond the p2m has no frame, and never will.
+    /// A page table of the stream may name pages that have not come yet: they are populated now. A
+    /// pfn beyond the p2m has no frame, and never will.
     fn populate_named(&mut self, entry: &PageEntry, table: &Page) -> Result<(), RestoreError> {
         let max_pfn = match &self.guest {
             Guest::Pv(pv) => pv.max_pfn(),
@@ -274,7 +274,7 @@ impl<'r> PageRestore<'r> {
         self.populate(named.into_iter())
     }
 
-    /// Verify mode: compare what comes with what the guest has.
+    /// Verify mode: compares the contents of the stream with the guest's.
     fn compare<S: PageSource>(
         &mut self,
         entries: &[PageEntry],

@@ -1,5 +1,5 @@
-//! One piece of a guest's memory on its way from the stream into its frames: read, made
-//! into what it is on this machine, written.
+//! Placing one piece of a guest's memory: reads its pages, localises them, and writes them into
+//! their frames.
 //!
 //! C implementation: `xg_sr_restore.c:process_page_data`,
 //! `xg_sr_restore_x86_pv.c:x86_pv_localise_page`.
@@ -18,14 +18,14 @@ use crate::source::Extent;
 /// Where the contents of a piece are.
 #[derive(Debug)]
 pub(super) enum Contents {
-    /// Here: they have been read.
+    /// In memory: they have been read.
     Bytes(Vec<u8>),
-    /// In a file, to be read by whoever places the piece.
+    /// In a file, to be read when the piece is placed.
     Extent(Extent),
 }
 
 impl Contents {
-    /// Copy out the page at `index`.
+    /// Copies the page at `index`.
     pub(super) fn page(&self, index: usize) -> io::Result<Box<Page>> {
         let mut page = Box::new([0; PAGE_SIZE]);
         let at = index * PAGE_SIZE;
@@ -37,19 +37,19 @@ impl Contents {
     }
 }
 
-/// Some pages with contents, in the order of the stream. Their frames are populated, and
-/// so are those that page tables among them name.
+/// Pages with contents, in the order of the stream. Their frames are populated, and so are those
+/// that page tables among them name.
 #[derive(Debug)]
 pub(super) struct Piece {
     pub(super) entries: Vec<PageEntry>,
     pub(super) gfns: Vec<Gfn>,
     pub(super) contents: Contents,
-    /// The record they came in.
+    /// The record that holds them.
     pub(super) position: Position,
 }
 
 impl Piece {
-    /// What went wrong with the stream, as the reader would say it.
+    /// An error of the stream, as the reader would report it.
     fn failed(&self, error: io::Error) -> RestoreError {
         read_failed(self.position, self.gfns.len(), error)
     }
@@ -66,12 +66,12 @@ pub(super) fn read_failed(position: Position, pages: usize, error: io::Error) ->
     ReadError { position, cause }.into()
 }
 
-/// Puts pieces where they belong. Any number of threads may do so at a time, with pieces
-/// that share no page.
+/// Writes pieces into guest memory. Any number of threads may do so at a time, with pieces that
+/// share no page.
 #[derive(Clone)]
 pub(super) struct Placer<'r> {
     domain: &'r dyn Domain,
-    /// Of a PV guest, whose page tables name its frames.
+    /// For a PV guest, whose page tables name its frames.
     p2m: Option<SharedP2m>,
     /// Pages are written rather than mapped.
     writing: bool,
@@ -91,12 +91,12 @@ impl<'r> Placer<'r> {
         self.writing
     }
 
-    /// Whether the page's contents are not the same on every machine.
+    /// Whether the page's contents differ between machines.
     pub(super) fn localises(&self, entry: &PageEntry) -> bool {
         self.p2m.is_some() && entry.page_type.table_level().is_some()
     }
 
-    /// Turn a page of the stream into one of this machine, where they differ.
+    /// Localises a page of the stream, if its contents differ between machines.
     pub(super) fn localise(&self, entry: &PageEntry, page: &mut Page) -> Result<(), GuestError> {
         match (&self.p2m, entry.page_type.table_level()) {
             (Some(p2m), Some(level)) => {
@@ -107,12 +107,12 @@ impl<'r> Placer<'r> {
         }
     }
 
-    /// Read a piece if need be (through `buffer`), and put it into the guest's memory.
+    /// Reads a piece if necessary (into `buffer`), and writes it into the guest's memory.
     ///
     /// # Errors
     ///
-    /// The file it is in; a page table that names a pfn without a frame; the hypervisor.
-    /// An unknown part has been placed then.
+    /// An error of the file; a page table that names a pfn without a frame; an error of the
+    /// hypervisor. An unknown part of the piece has been written then.
     pub(super) fn place(
         &self,
         piece: &mut Piece,

@@ -1,5 +1,5 @@
-//! Memory for a guest, as the stream first names its pages; and away again, where the
-//! stream takes back what it said.
+//! Populating a guest: memory for pages when the stream first names them, and giving back the pages
+//! that the stream finally marks as absent.
 //!
 //! C implementation: `xg_sr_restore.c:populate_pfns`, which gives nothing back.
 
@@ -22,20 +22,19 @@ const GIB_ORDER: u8 = 18;
 /// Pages in a 1 GiB superpage.
 pub(super) const GIB_PAGES: u64 = 1 << GIB_ORDER;
 
-/// Most 2 MiB superpages that are asked for at a time, where it is known that they will
-/// be needed.
+/// The most 2 MiB superpages that are requested at a time, if it is known that they will be needed.
 const SUPERPAGES: usize = 64;
 
-/// Most pages that are given back at a time.
+/// The most pages that are given back at a time.
 const RELEASE_BATCH: usize = 1024;
 
-/// Which pfns have memory already, and which of them are to lose it.
+/// Which pfns are populated, and which of these will be given back.
 #[derive(Debug, Default)]
 pub(super) struct Populated {
     pfns: PfnBitmap,
-    /// pfns of which the stream's last word, so far, is that there is no page.
+    /// pfns that are absent by the stream's last entry so far.
     absent: PfnBitmap,
-    /// The superpages there are to be, where the whole stream could be looked at.
+    /// The planned superpages, if the whole stream could be looked at.
     plan: Option<Plan>,
 }
 
@@ -47,26 +46,26 @@ impl Populated {
         }
     }
 
-    /// Note what the stream says of a page. A guest gives pages back while it is being
-    /// saved (XTAB behind contents), and a page table that is sent later shows as
-    /// absent at first: only the last word counts.
+    /// Records whether the stream's entry marks a page as absent. A guest gives pages back while it
+    /// is being saved (XTAB after contents), and a page table that is sent later is marked as
+    /// absent at first: only the last entry counts.
     ///
-    /// `tables`: the guest's page tables may still have a page populated that the
-    /// stream only ever called absent.
+    /// `tables`: the guest's page tables may populate a page that the stream has only ever marked
+    /// as absent.
     pub(super) fn note(&mut self, entry: PageEntry, tables: bool) {
         if entry.page_type != PageType::XTAB {
             self.absent.remove(entry.pfn);
         } else if tables || self.pfns.finds(entry.pfn) {
-            // Elsewhere a stream that names far pfns as absent costs no memory.
+            // Without page tables, a stream that marks large pfns as absent costs no memory.
             self.absent.insert(entry.pfn);
         }
     }
 
-    /// The stream has ended: give back what has memory and is absent by its last
-    /// word. Says how many pages that were.
+    /// The stream has ended: gives back populated pages that are absent by their last entry.
+    /// Returns how many pages that were.
     ///
-    /// `frame` knows the frame of each pfn that has memory; `gone` is told of each
-    /// that has none any more. `go_on` is asked before each batch.
+    /// `frame` returns the frame of a populated pfn; `gone` is called for each pfn that has lost
+    /// its frame. `go_on` is called before each batch.
     pub(super) fn release_absent(
         &mut self,
         domain: &dyn Domain,
@@ -93,11 +92,11 @@ impl Populated {
         Ok(pfns.len() as u64)
     }
 
-    /// Get memory for those of `pfns` that have none. With a plan, the first page of a
-    /// superpage brings the others with it, if the machine has such a superpage to give;
-    /// without one, aligned runs of 512 among `pfns` become superpages.
+    /// Populates those of `pfns` that are not populated. With a plan, the first page of a superpage
+    /// populates all of it, if Xen has such a superpage; without one, aligned runs of 512 among
+    /// `pfns` become superpages.
     ///
-    /// `set` is told the frame of each new page.
+    /// `set` is called with the frame of each new page.
     pub(super) fn populate(
         &mut self,
         domain: &dyn Domain,
@@ -144,8 +143,8 @@ impl Populated {
         Ok(())
     }
 
-    /// Get memory for all of the superpage that `pfn` is planned to be part of. `false`
-    /// where it is part of none, or the machine has none to give.
+    /// Populates the whole superpage that is planned for `pfn`. `false` if none is planned, or Xen
+    /// has none.
     fn planned(
         &mut self,
         domain: &dyn Domain,
@@ -167,7 +166,7 @@ impl Populated {
         }
         let runs = plan.take_runs(pfn, SUPERPAGES);
         let done = superpages(domain, &runs, stats, set)?;
-        // The next ones may do better when they are reached; the first has been.
+        // The next ones may succeed when they are reached; the first one has had its attempt.
         plan.put_back(runs.get(done.max(1)..).unwrap_or_default());
         for first in &runs[..done] {
             for pfn in first.0..first.0 + SUPERPAGE_PAGES {
@@ -177,7 +176,7 @@ impl Populated {
         Ok(done > 0)
     }
 
-    /// `pages` pages from `first` on are there.
+    /// `pages` pages from `first` on are populated.
     fn got(&mut self, first: Pfn, frame: Gfn, pages: u64, set: &mut impl FnMut(Pfn, Mfn)) {
         for i in 0..pages {
             self.pfns.insert(Pfn(first.0 + i));
@@ -186,8 +185,8 @@ impl Populated {
     }
 }
 
-/// Ask for memory for 2 MiB superpages, given by their first pfns, with one call: for how
-/// many of them, from the first on, there was some. `set` is told of each page.
+/// Requests memory for 2 MiB superpages, given by their first pfns, with one call. Returns how many
+/// of them, from the first on, got memory. `set` is called for each page.
 fn superpages(
     domain: &dyn Domain,
     runs: &[Pfn],
@@ -208,7 +207,7 @@ fn superpages(
     Ok(done)
 }
 
-/// The first pfn of a superpage, if `pfns` has just come to end with all of one.
+/// The first pfn of a superpage, if `pfns` ends with exactly all of its pages.
 fn superpage(pfns: &[Gfn]) -> Option<Gfn> {
     let last = pfns.last()?;
     if last.0 % SUPERPAGE as u64 != SUPERPAGE as u64 - 1 {

@@ -1,8 +1,7 @@
-//! The records of one checkpoint, kept until it is complete: in memory, and beyond a limit
-//! in a temporary file that has no name, and a limit of its own.
+//! Storage for the records of one checkpoint until it is complete: in memory, and beyond a limit in
+//! a temporary file without a name, which has a limit of its own.
 //!
-//! C implementation: the array of records in `xg_sr_restore.c:buffer_record`, which has no
-//! limit.
+//! C implementation: the array of records in `xg_sr_restore.c:buffer_record`, which has no limit.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -24,7 +23,7 @@ pub(super) struct Spool {
     directory: PathBuf,
     file: Option<File>,
     in_file: u64,
-    /// Bytes that there may be.
+    /// The maximum size of the file.
     file_limit: u64,
     /// Bytes that have been read again.
     read: u64,
@@ -48,14 +47,14 @@ impl Spool {
         self.memory.len() as u64 + self.in_file
     }
 
-    /// Bytes of them that are in the file.
+    /// The bytes in the file.
     pub(super) fn in_file(&self) -> u64 {
         self.in_file
     }
 
     fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
         let room = self.limit.saturating_sub(self.memory.len());
-        // Once something is in the file, all that follows is.
+        // Once the file holds something, everything that follows goes there.
         let here = match self.in_file {
             0 => bytes.len().min(room),
             _ => 0,
@@ -81,7 +80,7 @@ impl Spool {
         Ok(())
     }
 
-    /// Forget what is kept. Memory and file stay, empty.
+    /// Forgets what is kept. Memory and file stay allocated, but empty.
     fn clear(&mut self) -> io::Result<()> {
         self.memory.clear();
         self.read = 0;
@@ -123,13 +122,13 @@ impl PageSource for Spool {
     }
 }
 
-/// A source, of which everything that is read is kept too, once that is asked for.
+/// A source that also keeps everything that is read, once that is requested.
 #[derive(Debug)]
 pub(super) struct Tap<S> {
     source: S,
     pub(super) spool: Spool,
     keeping: bool,
-    /// Why the spool could not be written.
+    /// The error of writing the spool.
     failed: Option<io::Error>,
 }
 
@@ -143,13 +142,13 @@ impl<S> Tap<S> {
         }
     }
 
-    /// Keep what is read from now on, and forget what was kept before.
+    /// Keeps what is read from now on, and forgets what was kept before.
     pub(super) fn keep(&mut self) -> Result<(), RestoreError> {
         self.keeping = true;
         self.spool.clear().map_err(|error| self.spill(error))
     }
 
-    /// Why reading failed, if it was not the source.
+    /// The error of keeping bytes, if reading failed for that reason and not because of the source.
     pub(super) fn failed(&mut self) -> Option<RestoreError> {
         let error = self.failed.take()?;
         Some(self.spill(error))
