@@ -1,5 +1,5 @@
-//! What a backend answers when a call fails: the operation, the domain, the errno
-//! that Xen (or the mock in its place) gave, and what else it said.
+//! The error of a failed backend call: the operation, the domain, the errno from Xen (or from the
+//! mock machine), and further details.
 
 use std::fmt;
 
@@ -9,7 +9,7 @@ use xsr_format::frame::Gfn;
 
 use crate::DomId;
 
-/// A call on the hypervisor that failed as a whole.
+/// A hypercall that failed as a whole.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[error(
     "{op} failed for {}: {errno}{}",
@@ -19,21 +19,21 @@ use crate::DomId;
 pub struct BackendError {
     /// The operation, by Xen's name for it (`populate_physmap`, `getdomaininfo`, …).
     pub op: &'static str,
-    /// The domain asked about; `None` for a call about the host.
+    /// The domain that the call was about; `None` for a call about the host.
     pub domid: Option<DomId>,
-    /// What Xen answered.
+    /// Xen's errno.
     pub errno: Errno,
-    /// What is known of the reason beyond that.
+    /// Further details of the reason.
     pub detail: Option<Box<Detail>>,
 }
 
-/// Why a call failed, as far as the errno does not say it.
+/// The reason for a failure beyond its errno.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Detail {
-    /// The entry of a CPU policy that the hypervisor does not accept.
+    /// The CPU policy entry that the hypervisor does not accept.
     PolicyEntry(PolicyEntry),
-    /// In words.
+    /// A description.
     Text(String),
 }
 
@@ -87,7 +87,7 @@ impl BackendError {
         }
     }
 
-    /// A failure of `op` that concerns no single domain.
+    /// A failure of `op` that does not concern a single domain.
     pub const fn host(op: &'static str, errno: Errno) -> Self {
         Self {
             op,
@@ -97,7 +97,7 @@ impl BackendError {
         }
     }
 
-    /// The same, with what is known of the reason.
+    /// The same, with a known reason.
     #[must_use]
     pub fn because(mut self, detail: Detail) -> Self {
         self.detail = Some(Box::new(detail));
@@ -117,7 +117,7 @@ impl BackendError {
 pub struct MapError {
     /// Position in the request, from 0.
     pub index: usize,
-    /// The frame that was asked for.
+    /// The requested frame.
     pub gfn: Gfn,
     /// EINVAL: no such frame, or it may not be mapped this way. ENOENT: paged out.
     pub errno: Errno,

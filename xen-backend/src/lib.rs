@@ -1,12 +1,11 @@
-//! What can be asked of a hypervisor, as object-safe role traits, each method with
-//! its promise, units and errno.
+//! The interface to a hypervisor: object-safe role traits whose methods document their guarantees,
+//! units and errno.
 //!
-//! A [`Host`] opens domains; a [`Domain`] plays every role. Frames are
-//! [`Gfn`]s throughout: the pfn of an HVM guest, the mfn of a PV guest. Only
-//! [`LogDirty`] tells of [`Pfn`]s, for either kind.
+//! A [`Host`] opens domains; a [`Domain`] plays every role. Frames are [`Gfn`]s throughout: the pfn
+//! of an HVM guest, the mfn of a PV guest. Only [`LogDirty`] reports [`Pfn`]s, for either kind.
 //!
-//! Every call may also fail with EPERM (not privileged), ESRCH (the domain is
-//! gone) and, over a restricted handle, EACCES; these are not repeated below.
+//! Every call may also fail with EPERM (not privileged), ESRCH (the domain is gone) and, over a
+//! restricted handle, EACCES; these are not repeated below.
 
 #![deny(unsafe_code)]
 
@@ -77,7 +76,7 @@ pub enum GuestKind {
 }
 
 impl GuestKind {
-    /// Most vcpus that a domain of this kind can have (`MAX_VIRT_CPUS`, `HVM_MAX_VCPUS`).
+    /// The most vcpus that a domain of this kind can have (`MAX_VIRT_CPUS`, `HVM_MAX_VCPUS`).
     pub const fn max_vcpus(self) -> u32 {
         match self {
             Self::Pv => 8192,
@@ -85,7 +84,7 @@ impl GuestKind {
         }
     }
 
-    /// As people write it.
+    /// The usual name.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Pv => "PV",
@@ -109,7 +108,7 @@ pub enum ShutdownReason {
     Poweroff,
     /// 1
     Reboot,
-    /// 2: the guest has put itself in order to be saved.
+    /// 2: the guest is ready to be saved.
     Suspend,
     /// 3
     Crash,
@@ -120,7 +119,7 @@ pub enum ShutdownReason {
 }
 
 impl fmt::Display for ShutdownReason {
-    /// In Xen's words.
+    /// Xen's name for the reason.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Poweroff => "poweroff",
@@ -133,7 +132,7 @@ impl fmt::Display for ShutdownReason {
     }
 }
 
-/// What `getdomaininfo` tells.
+/// The information that `getdomaininfo` returns.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DomainInfo {
     /// The domain's number.
@@ -148,13 +147,13 @@ pub struct DomainInfo {
     pub paused: bool,
     /// Being destroyed.
     pub dying: bool,
-    /// Largest number a vcpu of the domain can have.
+    /// The largest number that a vcpu of the domain can have.
     pub max_vcpu_id: u32,
-    /// Pages the domain has.
+    /// Pages that the domain has.
     pub tot_pages: u64,
-    /// Pages the domain may have.
+    /// Pages that the domain may have.
     pub max_pages: u64,
-    /// Where shared_info is; for a PV guest its mfn.
+    /// The frame of shared_info; for a PV guest its mfn.
     pub shared_info_frame: Gfn,
 }
 
@@ -175,14 +174,13 @@ pub enum VcpuBlob {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "mock", derive(Serialize, Deserialize))]
 pub struct TscInfo {
-    /// 0 default, 1 always emulate, 2 never emulate. 3 was pvrdtscp
-    /// once.
+    /// 0 default, 1 always emulate, 2 never emulate. 3 was pvrdtscp in older versions.
     pub mode: u32,
     /// Frequency in kHz.
     pub khz: u32,
     /// Elapsed time in nanoseconds.
     pub nsec: u64,
-    /// Counts migrations.
+    /// The number of migrations.
     pub incarnation: u32,
 }
 
@@ -195,13 +193,13 @@ pub struct CpuPolicy {
     pub msrs: Vec<u8>,
 }
 
-/// A ring of the store or the console, and the domain behind it, as a reserved entry
-/// of the grant table names them.
+/// A ring of xenstore or the console, and the domain that serves it, as a reserved entry of the
+/// grant table names them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingGrant {
     /// The ring's frame (HVM: pfn, PV: mfn); `None` leaves the entry alone.
     pub gfn: Option<Gfn>,
-    /// The domain that may map it.
+    /// The domain that may map the ring.
     pub backend: DomId,
 }
 
@@ -225,7 +223,7 @@ impl M2p {
         }
     }
 
-    /// Largest machine frame there is.
+    /// The machine's largest mfn.
     pub fn max_mfn(&self) -> Mfn {
         self.max_mfn
     }
@@ -235,9 +233,8 @@ impl M2p {
         self.compat_first
     }
 
-    /// What the table says of `mfn`: the pfn if the frame belongs to a guest, any
-    /// value otherwise. A caller checks it against the p2m. `None` beyond
-    /// [`M2p::max_mfn`].
+    /// The table's entry for `mfn`: the pfn if the frame belongs to a guest, any value otherwise. A
+    /// caller checks it against the p2m. `None` beyond [`M2p::max_mfn`].
     pub fn pfn(&self, mfn: Mfn) -> Option<Pfn> {
         if mfn > self.max_mfn {
             return None;
@@ -247,51 +244,51 @@ impl M2p {
     }
 }
 
-/// A domain to be made by [`Host::create`].
+/// A domain that [`Host::create`] can create.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct NewDomain {
     /// PV, HVM or PVH.
     pub kind: GuestKind,
-    /// Vcpus it can have.
+    /// The most vcpus that it can have.
     pub vcpus: u32,
-    /// Pages it may have.
+    /// The most pages that it may have.
     pub max_pages: u64,
     /// Its UUID; [`Uuid::NIL`] for none.
     pub uuid: Uuid,
-    /// What it is allowed to do and have.
+    /// Its limits and settings.
     pub settings: DomainSettings,
 }
 
-/// What a toolstack sets of a domain before it first runs, and an image's libxc stream does
-/// not hold. The default is libxl's.
+/// Settings that a toolstack makes before a domain first runs, and that an image's libxc stream
+/// does not hold. The default is libxl's.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "mock", derive(Serialize, Deserialize))]
 #[non_exhaustive]
 pub struct DomainSettings {
-    /// Largest number of an event channel.
+    /// The largest event channel number.
     pub max_event_port: u32,
-    /// Frames of its grant table; what the hypervisor allows, if `None`.
+    /// Frames of its grant table; if `None`, as many as the hypervisor allows.
     pub max_grant_frames: Option<u32>,
-    /// Frames of the table of grants that it has mapped, likewise.
+    /// Frames of its maptrack table (grants that it has mapped); `None` likewise.
     pub max_maptrack_frames: Option<u32>,
-    /// The largest version of grant tables that it may use; the largest that the hypervisor
-    /// has, if `None`.
+    /// The largest grant table version that it may use; if `None`, the largest that the hypervisor
+    /// has.
     pub max_grant_version: Option<u8>,
     /// Its security label (FLASK), as a number; 0 for the default.
     pub ssidref: u32,
-    /// Reads of registers that Xen does not know give zero, instead of a fault. Xen 4.14 does
-    /// so always.
+    /// Reading an MSR that Xen does not know gives zero instead of a fault. Xen 4.14 always does
+    /// so.
     pub msr_relaxed: bool,
-    /// Translated guests: memory for the tables that Xen keeps of them, in KiB; what libxl
-    /// reckons, if `None`.
+    /// Translated guests: memory for the tables that Xen keeps for them, in KiB; if `None`, the
+    /// amount that libxl calculates.
     pub paging_kib: Option<u64>,
-    /// The pool of processors that it runs in.
+    /// The CPU pool that it runs in.
     pub cpupool: u32,
-    /// Translated guests: what becomes of timer ticks that it misses
+    /// Translated guests: how Xen treats timer ticks that the guest misses
     /// (`HVM_PARAM_TIMER_MODE`).
     pub timer_mode: u8,
-    /// Its wall clock, in seconds ahead of the host's.
+    /// The offset of its wall clock from the host's, in seconds.
     pub time_offset_seconds: i64,
 }
 
@@ -299,7 +296,7 @@ impl DomainSettings {
     /// Missed ticks are dropped (`HVMPTM_no_delay_for_missed_ticks`).
     pub const NO_DELAY_FOR_MISSED_TICKS: u8 = 1;
 
-    /// What libxl gives a domain of which nothing else is said.
+    /// libxl's defaults.
     pub const DEFAULT: Self = Self {
         max_event_port: 1023,
         max_grant_frames: None,
@@ -321,7 +318,7 @@ impl Default for DomainSettings {
 }
 
 impl NewDomain {
-    /// A domain with nothing special about it, and without a UUID.
+    /// A domain with default settings and without a UUID.
     pub const fn new(kind: GuestKind, vcpus: u32, max_pages: u64) -> Self {
         Self {
             kind,
@@ -345,7 +342,7 @@ impl NewDomain {
         self
     }
 
-    /// EINVAL where no domain of this kind can have so many vcpus.
+    /// EINVAL if no domain of this kind can have this many vcpus.
     pub(crate) fn check_vcpus(&self, op: &'static str) -> Result<(), BackendError> {
         let most = self.kind.max_vcpus();
         match (1..=most).contains(&self.vcpus) {
@@ -364,17 +361,17 @@ pub trait Host: Send + Sync {
     /// The hypervisor's version.
     fn xen_version(&self) -> Result<XenVersion, BackendError>;
 
-    /// Every domain but the control domain, ascending.
+    /// All domains except the control domain, in ascending order.
     fn domains(&self) -> Result<Vec<DomainInfo>, BackendError>;
 
-    /// A handle on one domain. Fails with ESRCH where there is none.
+    /// A handle on one domain. Fails with ESRCH if the domain does not exist.
     fn domain(&self, domid: DomId) -> Result<Box<dyn Domain>, BackendError>;
 
-    /// The most that the machine's CPU can be to a guest of this kind
-    /// (`XEN_SYSCTL_get_cpu_policy`, `pv_max` and `hvm_max`). A guest gets no feature that is not
-    /// in it, whatever its policy says: [`xsr_format::cpu_policy::missing`] compares them. A guest
-    /// whose page tables are shadowed gets less, without nested virtualisation neither VMX nor
-    /// SVM. EOPNOTSUPP where the hypervisor has no guests of that kind.
+    /// The largest policy that this machine can offer a guest of this kind
+    /// (`XEN_SYSCTL_get_cpu_policy`, `pv_max` and `hvm_max`). A guest gets no feature outside it,
+    /// whatever the guest's policy says: [`xsr_format::cpu_policy::missing`] compares them. A guest
+    /// with shadow page tables gets less, and one without nested virtualisation gets neither VMX
+    /// nor SVM. EOPNOTSUPP if the hypervisor has no guests of this kind.
     fn max_cpu_policy(&self, kind: GuestKind) -> Result<CpuPolicy, BackendError>;
 
     /// Makes a new, paused domain without memory and returns its number. A PV domain
@@ -396,67 +393,65 @@ pub trait Host: Send + Sync {
     }
 }
 
-/// A domain's life.
+/// A domain's life cycle.
 pub trait DomainControl: Send + Sync {
-    /// The version of the hypervisor that the domain is on.
+    /// The version of the hypervisor that the domain runs on.
     fn xen_version(&self) -> Result<XenVersion, BackendError>;
 
-    /// The domain's state now (`XEN_DOMCTL_getdomaininfo`).
+    /// The domain's current state (`XEN_DOMCTL_getdomaininfo`).
     fn info(&self) -> Result<DomainInfo, BackendError>;
 
-    /// Whether the vcpu is online (`XEN_DOMCTL_getvcpuinfo`). EINVAL above
-    /// `max_vcpu_id`, ESRCH where that vcpu was never made.
+    /// Whether the vcpu is online (`XEN_DOMCTL_getvcpuinfo`). EINVAL above `max_vcpu_id`, ESRCH if
+    /// that vcpu was never created.
     fn vcpu_online(&self, vcpu: u32) -> Result<bool, BackendError>;
 
-    /// Stop all vcpus; returns when none runs. Counted: two pauses want two
+    /// Stop all vcpus; returns when none of them runs. Pauses are counted: two of them need two
     /// unpauses.
     fn pause(&self) -> Result<(), BackendError>;
 
-    /// Undo one [`DomainControl::pause`]. EINVAL when not paused.
+    /// Undo one [`DomainControl::pause`]. EINVAL if the domain is not paused.
     fn unpause(&self) -> Result<(), BackendError>;
 
-    /// Ask the guest to suspend and wait until it has: afterwards [`DomainControl::info`]
-    /// shows `ShutdownReason::Suspend`. EBUSY when it is already shut down,
-    /// ETIMEDOUT when it does not answer.
+    /// Ask the guest to suspend and wait until it has: afterwards [`DomainControl::info`] shows
+    /// `ShutdownReason::Suspend`. EBUSY if it is already shut down, ETIMEDOUT if it does not
+    /// answer.
     fn suspend(&self) -> Result<(), BackendError>;
 
-    /// Let a domain that has suspended run on where it is, its suspend call
-    /// returning "cancelled" (`XEN_DOMCTL_resumedomain`, cooperative). EINVAL when
-    /// it has not shut down.
+    /// Resume a suspended domain in place; its suspend call returns "cancelled"
+    /// (`XEN_DOMCTL_resumedomain`, cooperative). EINVAL if the domain has not shut down.
     fn resume(&self) -> Result<(), BackendError>;
 
     /// Destroy the domain and free its memory.
     fn destroy(&self) -> Result<(), BackendError>;
 
-    /// Allot an event channel that `remote` may bind; its port (≥ 1). ENOSPC when
-    /// there is none left.
+    /// Allocate an event channel that `remote` may bind, and return its port (≥ 1). ENOSPC if no
+    /// port is left.
     fn alloc_unbound_port(&self, remote: DomId) -> Result<u32, BackendError>;
 }
 
 /// A domain's memory.
 pub trait GuestMemory: Send + Sync {
-    /// The largest gfn the domain has ever had populated
-    /// (`XENMEM_maximum_gpfn`); `None` while it has none.
+    /// The largest gfn ever populated for the domain (`XENMEM_maximum_gpfn`); `None` before the
+    /// first.
     fn maximum_gfn(&self) -> Result<Option<Gfn>, BackendError>;
 
-    /// The type of each frame of `gfns` into `out` (`XEN_DOMCTL_getpageframeinfo3`).
-    /// A frame that does not exist, is not the domain's or is Xen's own is
-    /// [`PageType::XTAB`]. E2BIG above 1024 frames; EINVAL where the lengths differ.
+    /// Write the type of each frame of `gfns` to `out` (`XEN_DOMCTL_getpageframeinfo3`). A frame
+    /// that does not exist, is not the domain's or is Xen's own is [`PageType::XTAB`]. E2BIG above
+    /// 1024 frames; EINVAL if the lengths differ.
     fn page_types(&self, gfns: &[Gfn], out: &mut [PageType]) -> Result<(), BackendError>;
 
-    /// Map frames one behind the other. Succeeds as a whole even where single
-    /// frames fail: see [`ForeignPages::failed`]. A frame that does not exist or is
-    /// not the domain's is refused; a page table of a PV guest may be mapped for writing
-    /// only while nothing has its type. Of a frame that is refused a hypervisor says
-    /// EINVAL, EPERM or EBUSY.
+    /// Map frames at consecutive addresses. The call succeeds as a whole even if single frames
+    /// fail: see [`ForeignPages::failed`]. A frame that does not exist or is not the domain's
+    /// fails. A page of a PV guest cannot be mapped for writing while it is in use as a page table.
+    /// The errno of a failed frame is EINVAL, EPERM or EBUSY, depending on the hypervisor.
     fn map(&self, gfns: &[Gfn], access: Access) -> Result<ForeignPages, BackendError>;
 
-    /// Write whole pages: `contents` has one for each of `gfns`, in that order, and of
-    /// a frame named twice the later stays. The frames that could not be written, for
-    /// the reasons that [`GuestMemory::map`] has, are listed, ascending by index; all
-    /// others are. EINVAL where the lengths do not fit.
+    /// Write whole pages: `contents` has one for each of `gfns`, in that order; if a frame is named
+    /// twice, the later page is kept. Returns the frames that could not be written, for the same
+    /// reasons as in [`GuestMemory::map`], in ascending order of index. All others have been
+    /// written. EINVAL if the lengths do not match.
     ///
-    /// Where a hypervisor has no call for it, they are mapped and filled.
+    /// If a hypervisor has no call for it, the pages are mapped and filled.
     fn write_pages(&self, gfns: &[Gfn], contents: &[u8]) -> Result<Vec<MapError>, BackendError> {
         if contents.len() != gfns.len() * PAGE_SIZE {
             return Err(BackendError::host("write_pages", Errno::EINVAL));
@@ -469,113 +464,109 @@ pub trait GuestMemory: Send + Sync {
         Ok(pages.failed().to_vec())
     }
 
-    /// Whether [`GuestMemory::write_pages`] costs less than mapping the pages and
-    /// reading a stream straight into them: not where it maps them itself.
+    /// Whether [`GuestMemory::write_pages`] costs less than mapping the pages and reading a stream
+    /// straight into them; false if it maps them itself.
     fn writing_is_cheaper(&self) -> bool {
         false
     }
 
-    /// Allocate `frames.len()` extents of 2^`order` pages
-    /// (`XENMEM_populate_physmap`; orders 0, 9 and 18). Going in, each element is
-    /// the first pfn of an extent, aligned to it. Coming out, for a PV guest, it is
-    /// the first mfn; for a translated guest it is unchanged. Says how many extents,
-    /// from the first on, were allocated: fewer than asked for when memory or the
-    /// domain's limit ran out. A translated guest's pfn is to be populated once: Xen
-    /// puts a second page in the place of the first, which stays the domain's (a PV
-    /// guest may reuse one). EINVAL for another order or a misaligned pfn. New pages are
-    /// zero, but for such as the domain gave back before: those Xen need not clear.
+    /// Allocate `frames.len()` extents of 2^`order` pages (`XENMEM_populate_physmap`; orders 0, 9
+    /// and 18). On entry, each element is the first pfn of an extent, aligned to it. On return, for
+    /// a PV guest, it is the first mfn; for a translated guest it is unchanged. Returns how many
+    /// extents, counted from the first, were allocated: fewer than requested if memory or the
+    /// domain's limit ran out. A translated guest's pfn must be populated only once: Xen replaces
+    /// the first page by the second, but the domain keeps both (a PV guest may reuse a pfn). EINVAL
+    /// for another order or a misaligned pfn. New pages are zero, except pages that the domain gave
+    /// back before: Xen need not clear those.
     fn populate(&self, order: u8, frames: &mut [Gfn]) -> Result<usize, BackendError>;
 
-    /// Give pages back, one by one (`XENMEM_decrease_reservation`, order 0): what they
-    /// hold is lost, and a translated guest's pfn may be populated again. Says how
-    /// many, from the first on, went: fewer than asked for where a frame does not
-    /// exist or is not the domain's; but a translated guest's pfn that has no page may
-    /// count as one that went. Whether one goes that a page table or a vcpu refers to,
-    /// or that is Xen's own, is not promised.
+    /// Give pages back, one by one (`XENMEM_decrease_reservation`, order 0): their contents are
+    /// lost, and a translated guest's pfn may be populated again. Returns how many, counted from
+    /// the first, were released: fewer than requested if a frame does not exist or is not the
+    /// domain's; but a translated guest's pfn without a page may count as released. It is
+    /// unspecified whether a page is released that a page table or a vcpu refers to, or that is
+    /// Xen's own.
     fn release(&self, gfns: &[Gfn]) -> Result<usize, BackendError>;
 }
 
-/// What PV and translated guests on x86 have in common.
+/// Calls that PV and translated guests on x86 have in common.
 pub trait X86Platform: Send + Sync {
     /// The CPU policy (`XEN_DOMCTL_get_cpu_policy`).
     fn cpu_policy(&self) -> Result<CpuPolicy, BackendError>;
 
-    /// The policy of the host's processors (`XEN_SYSCTL_get_cpu_policy`): what they can do,
-    /// not what a guest may be given of it.
+    /// The policy of the host's processors (`XEN_SYSCTL_get_cpu_policy`): all that they can do, not
+    /// what a guest may use.
     fn host_cpu_policy(&self) -> Result<CpuPolicy, BackendError>;
 
-    /// The most that the machine's CPU can be to this domain: [`Host::max_cpu_policy`] for its
+    /// The largest policy that this machine can offer this domain: [`Host::max_cpu_policy`] for its
     /// kind.
     fn max_cpu_policy(&self) -> Result<CpuPolicy, BackendError>;
 
-    /// Set the CPU policy; an empty half is left alone. Features that the machine does not have
-    /// are cleared without a word: [`X86Platform::cpu_policy`] shows what was made of it. EINVAL
-    /// for lengths that are no multiple of an entry. EINVAL, ERANGE or EOVERFLOW for a policy that the machine
-    /// cannot offer, with the entry that is to blame ([`Detail::PolicyEntry`]); EEXIST once
-    /// the domain has been unpaused.
+    /// Set the CPU policy; an empty half is left alone. Xen silently clears features that the
+    /// machine does not have: [`X86Platform::cpu_policy`] shows the result. EINVAL for lengths that
+    /// are not a multiple of an entry. EINVAL, ERANGE or EOVERFLOW for a policy that the machine
+    /// cannot offer, with the entry at fault ([`Detail::PolicyEntry`]); EEXIST once the domain has
+    /// been unpaused.
     fn set_cpu_policy(&self, policy: &CpuPolicy) -> Result<(), BackendError>;
 
     /// TSC mode, frequency, elapsed time and incarnation (`XEN_DOMCTL_gettscinfo`).
     fn tsc_info(&self) -> Result<TscInfo, BackendError>;
 
-    /// Set them (`XEN_DOMCTL_settscinfo`). EINVAL for a mode above 2. The domain may
-    /// run: it is paused meanwhile.
+    /// Set them (`XEN_DOMCTL_settscinfo`). EINVAL for a mode above 2. The domain may be running: it
+    /// is paused during the call.
     fn set_tsc_info(&self, info: &TscInfo) -> Result<(), BackendError>;
 
-    /// Put the frames of the xenstore and console rings into the reserved grant
-    /// entries 1 and 0 of the domain (C: `xc_dom_gnttab_seed`). EINVAL for a frame
-    /// beyond 2^32 - 1: an entry has no room for it.
+    /// Put the frames of the xenstore and console rings into the reserved grant entries 1 and 0 of
+    /// the domain (C: `xc_dom_gnttab_seed`). EINVAL for a frame beyond 2^32 - 1, which an entry
+    /// cannot hold.
     fn seed_grants(&self, console: RingGrant, xenstore: RingGrant) -> Result<(), BackendError>;
 }
 
-/// What only PV guests have. On a translated guest every call fails with EINVAL, but
-/// those of the width with EOPNOTSUPP.
+/// Calls for PV guests only. On a translated guest every call fails with EINVAL, except those for
+/// the width, which fail with EOPNOTSUPP.
 pub trait PvGuest: Send + Sync {
     /// Bytes in the guest's word: 8 or 4 (`XEN_DOMCTL_get_address_size`, in bytes).
     fn guest_width(&self) -> Result<u8, BackendError>;
 
-    /// Make the guest 4 or 8 bytes wide (`XEN_DOMCTL_set_address_size`); the width it
-    /// has always succeeds. EINVAL for another width, and for 8 once it is 4; EACCES
-    /// for 4 once the domain has memory; EOPNOTSUPP where the hypervisor has no 32-bit
-    /// PV guests.
+    /// Make the guest 4 or 8 bytes wide (`XEN_DOMCTL_set_address_size`); setting the current width
+    /// always succeeds. EINVAL for another width, and for 8 once it is 4; EACCES for 4 once the
+    /// domain has memory; EOPNOTSUPP if the hypervisor has no 32-bit PV guests.
     fn set_guest_width(&self, width: u8) -> Result<(), BackendError>;
 
     /// The machine-to-physical table.
     fn m2p(&self) -> Result<M2p, BackendError>;
 
-    /// One blob of a vcpu; empty where Xen has nothing of that kind. EINVAL above
-    /// `max_vcpu_id`; [`VcpuBlob::Basic`] of a vcpu that was never initialised:
-    /// ENODATA.
+    /// One blob of a vcpu; empty if Xen has nothing of that kind. EINVAL above `max_vcpu_id`;
+    /// [`VcpuBlob::Basic`] of a vcpu that was never initialised: ENODATA.
     fn vcpu_state(&self, vcpu: u32, blob: VcpuBlob) -> Result<Vec<u8>, BackendError>;
 
-    /// Set one blob. EINVAL for a wrong length, a cr3 that is no valid top-level
-    /// table of the guest, a GDT frame that is page table or otherwise unfit, or
-    /// a state Xen does not accept. EOPNOTSUPP for other tables than those a vcpu has.
+    /// Set one blob. EINVAL for a wrong length, a cr3 that is not a valid top-level table of the
+    /// guest, a GDT frame that is a page table or otherwise unusable, or a state that Xen does not
+    /// accept. EOPNOTSUPP for tables that differ from those that the vcpu already has.
     fn set_vcpu_state(&self, vcpu: u32, blob: VcpuBlob, state: &[u8]) -> Result<(), BackendError>;
 
-    /// Validate and pin page tables (`MMUEXT_PIN_Ln_TABLE`), at most 1024 at a time:
-    /// level 1–4 and the table's mfn. EINVAL, EPERM or EBUSY when a table does not
-    /// validate: an entry with reserved bits, to a frame that is not the guest's, or a
-    /// writable mapping of a page table. Those before the failing one stay pinned.
+    /// Validate and pin page tables (`MMUEXT_PIN_Ln_TABLE`), at most 1024 at a time: level 1–4 and
+    /// the table's mfn. EINVAL, EPERM or EBUSY if a table does not validate because of an entry
+    /// with reserved bits, an entry for a frame that is not the guest's, or a writable mapping of a
+    /// page table. Tables before the failing one stay pinned.
     fn pin_tables(&self, tables: &[(u8, Mfn)]) -> Result<(), BackendError>;
 }
 
-/// What only translated guests have. On a PV guest every call fails with EINVAL.
+/// Calls for translated guests only. On a PV guest every call fails with EINVAL.
 pub trait HvmGuest: Send + Sync {
     /// The HVM context: Xen's own list of {u16 type, u16 instance, u32 length, body}
     /// (`XEN_DOMCTL_gethvmcontext`).
     fn hvm_context(&self) -> Result<Vec<u8>, BackendError>;
 
-    /// Set it. EINVAL for a context that is malformed or was made by a machine too
-    /// different; where something is missing in it, ENODATA too.
+    /// Set it. EINVAL for a context that is malformed or comes from a machine that differs too
+    /// much; EINVAL or ENODATA for an incomplete one.
     fn set_hvm_context(&self, context: &[u8]) -> Result<(), BackendError>;
 
-    /// One HVM parameter (`HVM_PARAM_*`; 0 when never set). EINVAL for an index
-    /// that does not exist.
+    /// One HVM parameter (`HVM_PARAM_*`; 0 if never set). EINVAL for an index that does not exist.
     fn hvm_param(&self, index: u32) -> Result<u64, BackendError>;
 
-    /// Set one. EINVAL as above or for a value out of range; EEXIST for one that
-    /// may be set once only and was.
+    /// Set one. EINVAL as above or for a value out of range; EEXIST for a parameter that may be set
+    /// only once and has been set.
     fn set_hvm_param(&self, index: u32, value: u64) -> Result<(), BackendError>;
 }
 

@@ -1,5 +1,5 @@
-//! Which pages a running guest has written: the role a live save needs beyond a
-//! plain one.
+//! The dirty log of a running guest: the role that a live save needs in addition to those of a
+//! still save.
 //!
 //! C implementation: `xc_shadow_control` and `xc_logdirty_control` in
 //! `tools/libs/ctrl/xc_domain.c`; in Xen, `xen/arch/x86/mm/paging.c`.
@@ -11,8 +11,8 @@ use crate::error::BackendError;
 /// Pages per word of a bitmap.
 const WORD: u64 = 64;
 
-/// A set of pfns as Xen's log-dirty calls give it: bit n % 64 of word n / 64 is pfn n.
-/// Holds pfns below [`DirtyBitmap::pfns`] only.
+/// A set of pfns in the format of Xen's log-dirty calls: bit n % 64 of word n / 64 is pfn n. Only
+/// holds pfns below [`DirtyBitmap::pfns`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DirtyBitmap {
     words: Vec<u64>,
@@ -24,7 +24,7 @@ impl DirtyBitmap {
     ///
     /// # Panics
     ///
-    /// Where no allocation can be that large.
+    /// If the set is too large to allocate.
     pub fn new(pfns: u64) -> Self {
         let words = usize::try_from(pfns.div_ceil(WORD)).expect("fits the address space");
         Self {
@@ -33,23 +33,23 @@ impl DirtyBitmap {
         }
     }
 
-    /// One more than the largest pfn the set can hold.
+    /// One more than the largest pfn that the set can hold.
     pub fn pfns(&self) -> u64 {
         self.pfns
     }
 
-    /// Words that hold the set.
+    /// The number of words that hold the set.
     pub(crate) fn words(&self) -> usize {
         self.words.len()
     }
 
-    /// Where the bit of `pfn` is; `None` for one the set cannot hold.
+    /// The place of the bit of `pfn`; `None` if the set cannot hold it.
     fn place(&self, pfn: Pfn) -> Option<(usize, u64)> {
         let word = usize::try_from(pfn.0 / WORD).ok()?;
         (pfn.0 < self.pfns).then_some((word, 1 << (pfn.0 % WORD)))
     }
 
-    /// Whether `pfn` is in the set; never where it is [`DirtyBitmap::pfns`] or more.
+    /// Whether `pfn` is in the set; always false from [`DirtyBitmap::pfns`] on.
     pub fn contains(&self, pfn: Pfn) -> bool {
         self.place(pfn)
             .is_some_and(|(word, bit)| self.words[word] & bit != 0)
@@ -59,8 +59,7 @@ impl DirtyBitmap {
     ///
     /// # Panics
     ///
-    /// When `pfn` is [`DirtyBitmap::pfns`] or more: to lose a dirty page is to
-    /// corrupt a guest.
+    /// If `pfn` is [`DirtyBitmap::pfns`] or more: losing a dirty page corrupts a guest.
     pub fn set(&mut self, pfn: Pfn) {
         let Some((word, bit)) = self.place(pfn) else {
             panic!("{pfn} in a set of {} pfns", self.pfns);
@@ -86,7 +85,7 @@ impl DirtyBitmap {
         self.trim();
     }
 
-    /// Clear what is behind the last pfn.
+    /// Clear the bits after the last pfn.
     fn trim(&mut self) {
         let used = self.pfns % WORD;
         if used != 0
@@ -96,26 +95,26 @@ impl DirtyBitmap {
         }
     }
 
-    /// The pfns of the set, ascending. Takes time for those there are and a
-    /// sixty-fourth of those there could be.
+    /// The pfns of the set, in ascending order. Takes time proportional to the pfns in the set, and
+    /// a sixty-fourth of that for those that it could hold.
     pub fn iter(&self) -> impl Iterator<Item = Pfn> + '_ {
         let words = (0_u64..).zip(&self.words).filter(|(_, word)| **word != 0);
         words.flat_map(|(n, word)| {
             let mut left = *word;
             std::iter::from_fn(move || {
                 let bit = u64::from(left.trailing_zeros());
-                // Clears the lowest bit; none left ends the word.
+                // Clears the lowest bit; the word ends when none is left.
                 left &= left.checked_sub(1)?;
                 Some(Pfn(n * WORD + bit))
             })
         })
     }
 
-    /// Put the pfns of `other` into this set too.
+    /// Add the pfns of `other` to this set.
     ///
     /// # Panics
     ///
-    /// When `other` can hold larger pfns than this set can.
+    /// If `other` can hold larger pfns than this set.
     pub fn merge(&mut self, other: &Self) {
         assert!(
             other.pfns <= self.pfns,
@@ -128,7 +127,7 @@ impl DirtyBitmap {
         }
     }
 
-    /// How many pfns are in the set.
+    /// The number of pfns in the set.
     pub fn count(&self) -> u64 {
         self.words
             .iter()
@@ -136,9 +135,9 @@ impl DirtyBitmap {
             .sum()
     }
 
-    /// Put in what `words` say of the pfns from `first`, a multiple of 64, on; those
-    /// the set cannot hold are passed over, as Xen passes over what the caller's
-    /// buffer has no room for.
+    /// Add the pfns whose bits are set in `words`, which begin at pfn `first`, a multiple of 64.
+    /// Pfns that the set cannot hold are skipped, as Xen skips those that do not fit into the
+    /// caller's buffer.
     pub(crate) fn copy_words(&mut self, first: u64, words: &[u64]) {
         let at = usize::try_from(first / WORD).unwrap_or(usize::MAX);
         let Some(place) = self.words.get_mut(at..) else {
@@ -151,26 +150,26 @@ impl DirtyBitmap {
     }
 }
 
-/// How [`LogDirty::read_dirty`] reads.
+/// The mode of [`LogDirty::read_dirty`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DirtyRead {
-    /// Tell and forget (`XEN_DOMCTL_SHADOW_OP_CLEAN`).
+    /// Report and forget (`XEN_DOMCTL_SHADOW_OP_CLEAN`).
     Clean,
-    /// Tell only (`XEN_DOMCTL_SHADOW_OP_PEEK`).
+    /// Report only (`XEN_DOMCTL_SHADOW_OP_PEEK`).
     Peek,
-    /// Tell and forget, what devices may still write included
-    /// (`CLEAN` with `XEN_DOMCTL_SHADOW_LOGDIRTY_FINAL`): once the guest is stopped.
+    /// Report and forget, including pages that devices may still write (`CLEAN` with
+    /// `XEN_DOMCTL_SHADOW_LOGDIRTY_FINAL`): for use once the guest is stopped.
     CleanFinal,
 }
 
 impl DirtyRead {
-    /// Whether the pages told of are forgotten.
+    /// Whether the log forgets the reported pages.
     pub const fn forgets(self) -> bool {
         matches!(self, Self::Clean | Self::CleanFinal)
     }
 }
 
-/// What has happened since the last read that forgot (`xen_domctl_shadow_op_stats`).
+/// Statistics since the last read that forgot (`xen_domctl_shadow_op_stats`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DirtyStats {
     /// Pages written for the first time.
@@ -179,35 +178,31 @@ pub struct DirtyStats {
     pub fault_count: u64,
 }
 
-/// Which pages the guest writes. Pages that the toolstack writes are not told of.
+/// The pages that a guest writes. Pages that the toolstack writes are not reported.
 pub trait LogDirty: Send + Sync {
-    /// Begin to log, with nothing logged (`XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY`).
-    /// EINVAL when it is on already: something else, say VRAM tracking, holds it;
-    /// [`LogDirty::disable_log_dirty`] takes it away. EOPNOTSUPP where the hypervisor
-    /// cannot (PV without shadow paging).
+    /// Enable the log, empty at first (`XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY`). EINVAL if it is
+    /// already on: something else, such as VRAM tracking, holds it; [`LogDirty::disable_log_dirty`]
+    /// takes it away. EOPNOTSUPP if the hypervisor cannot log (PV without shadow paging).
     fn enable_log_dirty(&self) -> Result<(), BackendError>;
 
-    /// Stop logging and forget what was logged (`XEN_DOMCTL_SHADOW_OP_OFF`). Fine
-    /// when off.
+    /// Disable the log and discard its contents (`XEN_DOMCTL_SHADOW_OP_OFF`). Succeeds if it is
+    /// already off.
     fn disable_log_dirty(&self) -> Result<(), BackendError>;
 
-    /// Fill `out`, whose size is the caller's choice, with the pages the guest wrote
-    /// since the last read that forgot. `out` should have room for every pfn of the
-    /// guest: pages it cannot hold may be forgotten too. Another process may have switched
-    /// the log on. EINVAL when the log is off, when something holds it to whom
-    /// [`LogDirty::enable_log_dirty`] was refused, and for [`DirtyRead::CleanFinal`] while the domain runs (neither paused nor
-    /// shut down).
+    /// Fill `out`, whose size the caller chooses, with the pages that the guest wrote since the
+    /// last read that forgot. `out` should have room for every pfn of the guest: pages that it
+    /// cannot hold may be forgotten too. Another process may have enabled the log. EINVAL if the
+    /// log is off, if something else holds it so that [`LogDirty::enable_log_dirty`] was refused,
+    /// and for [`DirtyRead::CleanFinal`] while the domain runs (neither paused nor shut down).
     fn read_dirty(&self, how: DirtyRead, out: &mut DirtyBitmap)
     -> Result<DirtyStats, BackendError>;
 
-    /// Whether the log tells of a page that a translated guest takes (balloon up) while it
-    /// is logged. Where it does not, the guest's writes to such a page are not logged
-    /// either, until the log has been read with [`DirtyRead::forgets`]: the caller has to
-    /// find these pages itself.
+    /// Whether the log reports a page that a translated guest takes (balloon up) while it is
+    /// logged. If not, the guest's writes to such a page are not logged either, until the log has
+    /// been read with [`DirtyRead::forgets`]: the caller has to find these pages itself.
     ///
-    /// Xen does so since commit 98fccdf0ac (4.22.0, 4.21.1, 4.20.3, 4.19.5). `false`,
-    /// which an implementation that does not know answers, costs the caller time and
-    /// loses nothing.
+    /// Xen does so since commit 98fccdf0ac (4.22.0, 4.21.1, 4.20.3, 4.19.5). An implementation that
+    /// does not know returns `false`, which costs the caller time but loses nothing.
     fn logs_new_pages(&self) -> Result<bool, BackendError> {
         Ok(false)
     }
@@ -232,7 +227,7 @@ mod tests {
     }
 
     proptest! {
-        /// A bitmap is the set of what was put into it.
+        /// A bitmap is the set of pfns that were put into it.
         #[test]
         fn a_bitmap_is_a_set(
             pfns in 300_u64..400,

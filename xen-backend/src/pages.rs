@@ -1,12 +1,11 @@
 //! Mapped foreign pages.
 //!
-//! The memory here belongs to a guest that may be running: it can change between
-//! any two reads. So no reference to it is ever formed, except as an atomic, and each
-//! page-table entry is read once. Words of a page that can be written are read and written
-//! as relaxed atomics: two threads that have the same page, or this process and the guest,
-//! race without a data race. A page that is mapped for reading only is read with volatile
-//! reads, because an atomic has to be valid for writes: nothing in this process can write
-//! through such a mapping.
+//! The memory here belongs to a guest that may be running: it can change between any two reads. So
+//! no reference to it is ever formed, except as an atomic, and each page-table entry is read once.
+//! Words of a writable page are read and written as relaxed atomics: if two threads use the same
+//! page, or this process and the guest do, there is no data race. A page that is mapped only for
+//! reading is read with volatile reads, because an atomic has to be valid for writes; nothing in
+//! this process can write through such a mapping.
 //!
 //! C implementation: `xenforeignmemory_map`.
 
@@ -42,29 +41,29 @@ pub enum Access {
     Write,
 }
 
-/// Pages of a guest, mapped one behind the other. Unmapped on drop.
+/// Pages of a guest, mapped at consecutive addresses. Unmapped on drop.
 pub struct ForeignPages {
     base: NonNull<u8>,
     count: usize,
     access: Access,
     failed: Vec<MapError>,
-    /// Where the pages are counted for as long as they are mapped.
+    /// The count of mapped pages that includes these.
     counter: Option<Arc<AtomicUsize>>,
 }
 
 // SAFETY: the mapping belongs to this value alone, and is as valid on one thread as on
 // another.
 unsafe impl Send for ForeignPages {}
-// SAFETY: what a shared borrow allows is, for a mapping that can be written, atomic loads
-// and stores, and system calls that have the kernel access it; for one that cannot, reads,
-// which nothing in this process can conflict with. Neither is a data race.
+// SAFETY: a shared borrow of a writable mapping allows atomic loads and stores, and system calls in
+// which the kernel accesses it. A shared borrow of a read-only mapping allows reads, which nothing
+// in this process can conflict with. Neither is a data race.
 unsafe impl Sync for ForeignPages {}
 
 impl ForeignPages {
     /// Take over a mapping.
     ///
-    /// `failed` lists the frames whose address range is reserved but backed by
-    /// nothing (touching them would fault), in ascending order of index.
+    /// `failed` lists the frames whose address range is reserved but not backed by memory (touching
+    /// them would fault), in ascending order of index.
     ///
     /// # Safety
     ///
@@ -88,20 +87,19 @@ impl ForeignPages {
         }
     }
 
-    /// These pages, with `failed` (ascending by index) in the place of what was known of
-    /// them before.
+    /// These pages, with `failed` (in ascending order of index) replacing the earlier list.
     ///
     /// # Safety
     ///
-    /// Every page but those of `failed` has been mapped, with at least the access that
-    /// the pages have.
+    /// Every page except those of `failed` has been mapped, with at least the access that the pages
+    /// have.
     pub(crate) unsafe fn with_failed(mut self, failed: Vec<MapError>) -> Self {
         debug_assert!(failed.is_sorted_by_key(|e| e.index));
         self.failed = failed;
         self
     }
 
-    /// These pages, counted in `counter` until they are unmapped.
+    /// Count these pages in `counter` until they are unmapped.
     #[cfg(feature = "mock")]
     pub(crate) fn counted_by(mut self, counter: &Arc<AtomicUsize>) -> Self {
         counter.fetch_add(self.count, Ordering::Relaxed);
@@ -109,13 +107,13 @@ impl ForeignPages {
         self
     }
 
-    /// Count page `index`, whose frame is `gfn`, among those that could not be mapped:
-    /// for whoever stands between a backend and its caller and knows better, or makes
-    /// mappings fail for a test. One that has failed already keeps its errno.
+    /// Mark page `index`, whose frame is `gfn`, as one that could not be mapped: for a layer
+    /// between a backend and its caller that knows better, or that makes mappings fail for a test.
+    /// A page that has already failed keeps its errno.
     ///
     /// # Panics
     ///
-    /// When there is no such page.
+    /// If the page does not exist.
     pub fn refuse(&mut self, index: usize, gfn: Gfn, errno: Errno) {
         assert!(index < self.count, "page {index} of {}", self.count);
         if let Err(place) = self.failed.binary_search_by_key(&index, |e| e.index) {
@@ -123,35 +121,35 @@ impl ForeignPages {
         }
     }
 
-    /// Where the pages are. They stay mapped, and are the caller's to unmap: for a
-    /// program that is not ours and knows addresses only.
+    /// The address of the pages. They stay mapped, and the caller has to unmap them: for a foreign
+    /// program that takes addresses.
     #[cfg(feature = "peer")]
     pub fn into_raw(mut self) -> NonNull<u8> {
         if let Some(counter) = self.counter.take() {
             counter.fetch_sub(self.count, Ordering::Relaxed);
         }
-        // Nothing is left for its drop to do.
+        // Leaves nothing for the drop to do.
         self.count = 0;
         self.base
     }
 
-    /// Number of pages asked for, those that failed included.
+    /// The number of requested pages, including failed ones.
     pub fn len(&self) -> usize {
         self.count
     }
 
-    /// Whether no page was asked for.
+    /// Whether no page was requested.
     pub fn is_empty(&self) -> bool {
         self.count == 0
     }
 
-    /// The access the pages are mapped with.
+    /// The access that the pages are mapped with.
     pub fn access(&self) -> Access {
         self.access
     }
 
-    /// The frames that could not be mapped, ascending by index. A caller looks at
-    /// every one: a mapping call that succeeds may still have failed for frame 7.
+    /// The frames that could not be mapped, in ascending order of index. Callers have to check all
+    /// of them: a mapping call that succeeds may still have failed for frame 7.
     pub fn failed(&self) -> &[MapError] {
         &self.failed
     }
@@ -168,7 +166,7 @@ impl ForeignPages {
         }
     }
 
-    /// Page `index`, or `None` where it is out of range or could not be mapped.
+    /// Page `index`, or `None` if it is out of range or could not be mapped.
     pub fn page(&self, index: usize) -> Option<ForeignPage<'_>> {
         let mapped = index < self.count
             && self
@@ -195,25 +193,24 @@ impl ForeignPages {
         (0..self.count).filter_map(|i| Some((i, self.page(i)?)))
     }
 
-    /// The little-endian u64 at `index` (in units of 8 bytes from the first page),
-    /// or `None` where that is outside the pages or in one that failed.
+    /// The little-endian u64 at `index` (in units of 8 bytes from the first page), or `None` if
+    /// that is outside the pages or in one that failed.
     pub fn read_u64(&self, index: usize) -> Option<u64> {
         let page = self.page(index / ENTRIES_PER_TABLE)?;
         Some(page.read_entry(index % ENTRIES_PER_TABLE))
     }
 
-    /// Read from a file descriptor into the bytes `range` of the pages (counted from
-    /// the first page on), straight into the mapping, with one `read(2)`: how many
-    /// bytes came; 0 where the range is empty or the descriptor at its end.
+    /// Read from a file descriptor into the bytes `range` of the pages (counted from the first page
+    /// on), directly into the mapping, with one `read(2)`. Returns the number of bytes; 0 if the
+    /// range is empty or the descriptor is at its end.
     ///
     /// # Errors
     ///
-    /// What `read(2)` says, EINTR and EAGAIN included.
+    /// The error of `read(2)`, including EINTR and EAGAIN.
     ///
     /// # Panics
     ///
-    /// When the range leaves the pages, touches one that failed, or the mapping is
-    /// read-only.
+    /// If the range exceeds the pages or touches one that failed, or if the mapping is read-only.
     pub fn read_some_from(&self, fd: BorrowedFd<'_>, range: Range<usize>) -> io::Result<usize> {
         let (room, bytes) = self.room(range);
         // SAFETY: `room` says that the bytes lie in the mapping, which is writable and
@@ -222,16 +219,16 @@ impl ForeignPages {
         Ok(Errno::result(n)?.unsigned_abs())
     }
 
-    /// As [`ForeignPages::read_some_from`], of a file from `offset` on, with
-    /// `pread(2)`: where the descriptor stands does not matter, and stays.
+    /// As [`ForeignPages::read_some_from`], from `offset` in a file, with `pread(2)`: ignores the
+    /// descriptor's position and leaves it unchanged.
     ///
     /// # Errors
     ///
-    /// As there; EINVAL for an offset beyond what a file can have.
+    /// The same; EINVAL for an offset larger than a file can have.
     ///
     /// # Panics
     ///
-    /// As there.
+    /// The same.
     pub fn read_some_at(
         &self,
         fd: BorrowedFd<'_>,
@@ -245,15 +242,15 @@ impl ForeignPages {
         Ok(Errno::result(n)?.unsigned_abs())
     }
 
-    /// Where the bytes of `range` are, and how many: all of them in the mapping, which
-    /// is writable, and in pages that are mapped. Panics otherwise.
+    /// The address and length of the bytes of `range`: all of them in the mapping, which is
+    /// writable, and in pages that are mapped. Panics otherwise.
     fn room(&self, range: Range<usize>) -> (NonNull<u8>, usize) {
         assert!(self.access == Access::Write, "mapping is read-only");
         self.bytes(range)
     }
 
-    /// Where the pages of a range of indices are, and their bytes. Panics where they are
-    /// not all mapped.
+    /// The address and length of a range of page indices. Panics if not all of the pages are
+    /// mapped.
     fn mapped_bytes(&self, pages: Range<usize>) -> (NonNull<u8>, usize) {
         self.bytes(pages.start * PAGE_SIZE..pages.end * PAGE_SIZE)
     }
@@ -268,8 +265,8 @@ impl ForeignPages {
             !self.failed.iter().any(|e| pages.contains(&e.index)),
             "range holds a page that is not mapped"
         );
-        // SAFETY: start <= count * 4096, so the result is inside the mapping or right
-        // behind it (then there are no bytes).
+        // SAFETY: start <= count * 4096, so the result is inside the mapping or just past its end
+        // (then there are no bytes).
         let room = unsafe { self.base.add(range.start) };
         (room, range.len())
     }
@@ -280,8 +277,8 @@ impl Drop for ForeignPages {
         if self.count == 0 {
             return;
         }
-        // SAFETY: the range is the one `from_raw` took over, unmapped only here;
-        // every `ForeignPage` and `Gather` into it borrows `self` and is gone.
+        // SAFETY: the range is the one that `from_raw` took over and is unmapped only here; every
+        // `ForeignPage` and `Gather` into it borrows `self` and is gone.
         let result = unsafe { mman::munmap(self.base.cast(), self.count * PAGE_SIZE) };
         if let Err(errno) = result {
             tracing::error!(%errno, pages = self.count, "munmap of foreign pages failed");
@@ -321,15 +318,14 @@ impl ForeignPage<'_> {
         unsafe { self.ptr.cast::<u64>().add(index) }
     }
 
-    /// The word at `index` as an atomic. Panics where the page is mapped for reading only.
+    /// The word at `index` as an atomic. Panics if the page is mapped only for reading.
     fn atomic(&self, index: usize) -> &AtomicU64 {
         assert!(self.access == Access::Write, "page is mapped read-only");
         let word = self.word(index);
-        // SAFETY: `word` is inside a page that is mapped for reading and writing for as long
-        // as this borrow of the mapping lives, and 8-aligned, since pages are page-aligned.
-        // Everything in this process that accesses a word of such a page does so here,
-        // atomically and as a whole; the guest and the kernel are other agents, whose
-        // accesses are not Rust's.
+        // SAFETY: `word` is inside a page that is mapped for reading and writing for as long as
+        // this borrow of the mapping lives, and is 8-aligned, since pages are page-aligned. All
+        // accesses in this process to a word of such a page are made here, atomically and as a
+        // whole; the guest and the kernel are other agents, whose accesses are not Rust's.
         unsafe { AtomicU64::from_ptr(word.as_ptr()) }
     }
 
@@ -337,7 +333,7 @@ impl ForeignPage<'_> {
     ///
     /// # Panics
     ///
-    /// When `index` is 512 or more.
+    /// If `index` is 512 or more.
     pub fn read_entry(self, index: usize) -> u64 {
         if self.access == Access::Write {
             return u64::from_le(self.atomic(index).load(Ordering::Relaxed));
@@ -356,7 +352,7 @@ impl ForeignPage<'_> {
     ///
     /// # Panics
     ///
-    /// When `index` is 512 or more, or the page is mapped for reading only.
+    /// If `index` is 512 or more, or the page is mapped only for reading.
     pub fn write_entry(self, index: usize, value: u64) {
         self.atomic(index).store(value.to_le(), Ordering::Relaxed);
     }
@@ -379,7 +375,7 @@ impl ForeignPage<'_> {
     ///
     /// # Panics
     ///
-    /// When the page is mapped for reading only.
+    /// If the page is mapped only for reading.
     pub fn copy_from(self, page: &Page) {
         for (i, word) in page.as_chunks().0.iter().enumerate() {
             self.write_entry(i, u64::from_le_bytes(*word));
@@ -390,7 +386,7 @@ impl ForeignPage<'_> {
     ///
     /// # Panics
     ///
-    /// When the page is mapped for reading only.
+    /// If the page is mapped only for reading.
     pub fn clear(self) {
         for i in 0..ENTRIES_PER_TABLE {
             self.write_entry(i, 0);
@@ -414,8 +410,8 @@ mod tests {
     use nix::sys::memfd::{MFdFlags, memfd_create};
     use nix::sys::mman::{MapFlags, ProtFlags};
 
-    /// `count` pages of a memfd, page i filled with the byte i + 1; those in
-    /// `failed` have no memory behind them.
+    /// `count` pages of a memfd; page i is filled with the byte i + 1, and those in `failed` are
+    /// not backed by memory.
     pub(super) fn pages(count: usize, access: Access, failed: &[usize]) -> ForeignPages {
         let mut file = File::from(memfd_create("pages", MFdFlags::empty()).unwrap());
         for i in 0..count {
@@ -441,8 +437,7 @@ mod tests {
                 }
             })
             .collect();
-        // SAFETY: the mapping above is handed over whole; the protected pages are
-        // listed as failed.
+        // SAFETY: the whole mapping above is handed over; the protected pages are listed as failed.
         unsafe { ForeignPages::from_raw(base, count, access, failed) }
     }
 

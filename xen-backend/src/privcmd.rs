@@ -1,9 +1,8 @@
-//! The way to the hypervisor: hypercalls over buffers that do not move, frames of
-//! guests mapped, event channels notified.
+//! Hypercalls: buffers that do not move, mappings of guest frames, notification of event channels.
 //!
-//! [`Hypercalls`] is what the backend needs of it and no more. `/dev/xen/privcmd` is
-//! one implementation ([`Privcmd`]); the other is the mock machine's face
-//! (`mock/face.rs`), which reads the same structures and answers from its state.
+//! [`Hypercalls`] is exactly what the backend needs. `/dev/xen/privcmd` is one implementation
+//! ([`Privcmd`]); the other is the mock machine's face (`mock/face.rs`), which reads the same
+//! structures and answers from its state.
 //!
 //! C implementation: `tools/libs/call/linux.c`, `tools/libs/foreignmemory/linux.c`,
 //! `tools/libs/evtchn/linux.c`.
@@ -30,30 +29,30 @@ pub(crate) use buffer::Elsewhere;
 pub(crate) use call::Call;
 pub(crate) use device::Privcmd;
 
-/// A resource of a domain that is mapped by its number, not by its frames.
+/// A resource of a domain, which is mapped by its number instead of its frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Resource {
     /// `XENMEM_resource_*`.
     pub(crate) kind: u32,
-    /// Which one of that kind.
+    /// The resource's number among those of its kind.
     pub(crate) id: u32,
-    /// First frame of it.
+    /// Its first frame.
     pub(crate) first: u64,
-    /// Frames, at least one.
+    /// The number of frames, at least one.
     pub(crate) frames: usize,
 }
 
-/// What a hypervisor is asked through.
+/// An interface for making hypercalls.
 pub(crate) trait Hypercalls: fmt::Debug + Send + Sync {
-    /// Make a hypercall. What the hypervisor returned, or its errno; EFAULT for a call that
-    /// names buffers of another.
+    /// Make a hypercall. Returns the hypervisor's result or errno; EFAULT for a call that names
+    /// buffers of another implementation.
     fn hypercall(&self, call: Call<'_>) -> Result<u64, Errno>;
 
-    /// Zeroed memory for arguments, of at least one byte, that stays where it is and
-    /// that the hypervisor can reach at any time. ENOMEM where there is none left.
+    /// Zeroed memory for arguments, of at least one byte, that does not move and that the
+    /// hypervisor can always access. ENOMEM if none is left.
     fn buffer(&self, bytes: usize) -> Result<CallBuffer, Errno>;
 
-    /// Addresses for `gfns` of a domain, none mapped as yet.
+    /// Addresses for `gfns` of a domain; none of them is mapped yet.
     fn reserve(
         &self,
         domid: DomId,
@@ -68,17 +67,16 @@ pub(crate) trait Hypercalls: fmt::Debug + Send + Sync {
     fn notify(&self, domid: DomId, port: u32) -> Result<(), Errno>;
 }
 
-/// Frames on their way to be mapped.
+/// Frames that are being mapped.
 pub(crate) trait FrameMapping: Send {
-    /// Try to map the frames of `range` (positions in the request). The first call is
-    /// for all of them, later ones for such as are not mapped yet. The result is about
-    /// the call; that of each frame is [`FrameMapping::failure`]'s.
+    /// Try to map the frames of `range` (positions in the request). The first call covers all
+    /// frames, later calls those that are not mapped yet. The result concerns the call as a whole;
+    /// [`FrameMapping::failure`] gives that of each frame.
     fn map(&mut self, range: Range<usize>) -> Result<(), Errno>;
 
-    /// Why the frame at `index` is not mapped; `None` once it is.
+    /// The error of the frame at `index`; `None` once it is mapped.
     fn failure(&self, index: usize) -> Option<Errno>;
 
-    /// What has been mapped, with the rest listed as failed. ENOMEM where there is no
-    /// room for it.
+    /// The mapped pages; the rest are listed as failed. ENOMEM if there is no room for the list.
     fn finish(self: Box<Self>) -> Result<ForeignPages, Errno>;
 }

@@ -1,9 +1,8 @@
-//! Xen's structures and numbers, from its public headers: what is the same in all
-//! versions in `common`, what differs in one module for each domctl interface version.
+//! Xen's structures and constants, from its public headers: `common` for those that are the same in
+//! all versions, and one module for each domctl interface version.
 //!
-//! `cargo xtask bindings` makes the files below; the compiler checks every size and
-//! offset in them, and a test here compares them with the headers where those are
-//! installed.
+//! `cargo xtask bindings` generates these files. The compiler checks every size and offset in them,
+//! and a test compares them with the headers if those are installed.
 
 #![allow(
     missing_docs,

@@ -12,8 +12,8 @@ use thiserror::Error;
 
 /// A domain's UUID.
 ///
-/// Xen attaches no meaning to it. A toolstack gives every domain one of its own, and keeps
-/// it across a save, restore or migration.
+/// Xen attaches no meaning to it. A toolstack gives every domain its own and keeps it across a
+/// save, restore or migration.
 ///
 /// ```
 /// use xsr_xen_backend::Uuid;
@@ -43,7 +43,7 @@ impl Uuid {
 
 /// Positions of the hyphens in the text form.
 const HYPHENS: [usize; 4] = [8, 13, 18, 23];
-/// Characters of the text form.
+/// Characters in the text form.
 const TEXT_LENGTH: usize = 36;
 
 impl fmt::Display for Uuid {

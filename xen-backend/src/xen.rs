@@ -1,8 +1,7 @@
-//! The real hypervisor: the roles of a [`Host`] and a [`Domain`] as hypercalls.
+//! The real hypervisor: a [`Host`] and a [`Domain`] implemented with hypercalls.
 //!
-//! Everything goes through [`Hypercalls`], so that all of it runs off Xen too, over the
-//! mock machine's face. What differs between versions of Xen is in `xen/interface.rs`,
-//! and nowhere else.
+//! Everything goes through [`Hypercalls`], so all of it can also run without Xen, over the mock
+//! machine's face. Only `xen/interface.rs` knows the differences between versions of Xen.
 //!
 //! C implementation: `tools/libs/ctrl`, `tools/libs/guest`.
 
@@ -43,11 +42,11 @@ pub use self::direct::Ring;
 pub use self::interface::known_versions;
 pub use self::open::OpenError;
 
-/// Numbers from here on are not domains' (`DOMID_FIRST_RESERVED`).
+/// The first number that is not a domain's (`DOMID_FIRST_RESERVED`).
 const DOMID_FIRST_RESERVED: u16 = 0x7ff0;
-/// Whose frames Xen's own are (`DOMID_XEN`).
+/// The owner of Xen's own frames (`DOMID_XEN`).
 const DOMID_XEN: DomId = DomId(0x7ff2);
-/// Domains that one call tells of.
+/// The most domains that one call lists.
 const LIST_BATCH: u32 = 256;
 
 /// A Xen host, reached from its control domain.
@@ -56,43 +55,43 @@ pub struct XenHost {
     shared: Arc<Shared>,
 }
 
-/// What a host and the handles on its domains share.
+/// State that a host shares with the handles on its domains.
 #[derive(Debug)]
 struct Shared {
     calls: Calls,
     store: Box<dyn Xenstore>,
     version: XenVersion,
-    /// What libxl keeps of its domains.
+    /// The files that libxl keeps for its domains.
     libxl_files: LibxlFiles,
-    /// What sets this release of Xen apart from others of its version.
+    /// Differences of this release of Xen from others of its version.
     quirks: Quirks,
-    /// Logs of dirty pages of which something is known. Xen does not say whether a log is
+    /// Domains for which the state of the dirty log is known. Xen does not report whether a log is
     /// on, and reads one that is off as empty.
     logs: Mutex<BTreeMap<DomId, Log>>,
 }
 
-/// What is known of a domain's log of dirty pages.
+/// The known state of a domain's dirty log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Log {
     /// It is on.
     On,
-    /// It was asked for here, and refused: something else holds it.
+    /// Enabling it was refused: something else holds it.
     Held,
 }
 
 impl Shared {
     fn logs(&self) -> std::sync::MutexGuard<'_, BTreeMap<DomId, Log>> {
-        // A map is whole at any time.
+        // A panic cannot leave the map half-changed.
         self.logs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl XenHost {
-    /// The hypervisor of this machine.
+    /// Opens the hypervisor of this machine.
     ///
     /// # Errors
     ///
-    /// What is missing: Xen, its device, the rights, a known interface version.
+    /// What is missing: Xen, its device, the privilege, or a known interface version.
     pub fn open() -> Result<Self, OpenError> {
         let hypervisor = open::device()?;
         let store = crate::xenstore::Sockets::default();
@@ -100,7 +99,7 @@ impl XenHost {
         Self::with_files(Arc::new(hypervisor), Box::new(store), files)
     }
 
-    /// The hypervisor behind `raw`, on which there is no libxl.
+    /// The hypervisor that `raw` leads to, without libxl.
     #[cfg(feature = "mock")]
     pub(crate) fn over(
         raw: Arc<dyn Hypercalls>,
@@ -134,7 +133,7 @@ impl XenHost {
         })
     }
 
-    /// The version of the domctl interface that the hypervisor and this host speak.
+    /// The domctl interface version of the hypervisor.
     pub fn domctl_version(&self) -> u32 {
         self.shared.calls.interface.domctl
     }
@@ -146,11 +145,11 @@ struct XenDomain {
     shared: Arc<Shared>,
     domid: DomId,
     kind: GuestKind,
-    /// Vcpus it is known to have, at least.
+    /// The number of vcpus that the domain is known to have, at least.
     vcpus: AtomicU64,
-    /// What the dirty log is read into, kept from one read to the next.
+    /// The buffer that the dirty log is read into, kept for the next read.
     log: Mutex<Option<CallBuffer>>,
-    /// Whether it has been said that this Xen loses registers.
+    /// Whether the user has been warned that this Xen loses registers.
     warned: AtomicBool,
 }
 
@@ -202,8 +201,8 @@ impl Host for XenHost {
     }
 
     fn domain(&self, domid: DomId) -> Result<Box<dyn Domain>, BackendError> {
-        // Of the control domain itself: to release or to write its frames would change the
-        // memory of this process behind the compiler's back.
+        // Includes the control domain itself: releasing or writing its frames would change the
+        // memory of this process without the compiler's knowledge.
         if domid.0 == 0 || domid.0 >= DOMID_FIRST_RESERVED {
             return Err(BackendError::domain("domain", domid, Errno::EINVAL));
         }

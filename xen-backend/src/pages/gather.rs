@@ -1,4 +1,4 @@
-//! Gather lists: local bytes and foreign pages, written from where they are.
+//! Gather lists: local bytes and foreign pages, written without copying them first.
 //!
 //! C implementation: the `writev_exact` of `xg_sr_save.c:write_batch`.
 
@@ -17,7 +17,7 @@ use xsr_format::frame::PAGE_SIZE;
 
 use super::{ForeignPage, ForeignPages};
 
-/// A list of places to write from, in order: local bytes and foreign pages.
+/// A list of memory to write, in order: local bytes and foreign pages.
 #[derive(Default)]
 pub struct Gather<'a> {
     pieces: Vec<Piece>,
@@ -31,7 +31,7 @@ struct Piece {
     len: usize,
 }
 
-/// Most iovecs that one `writev(2)` takes on Linux (UIO_MAXIOV).
+/// The most iovecs that one `writev(2)` takes on Linux (UIO_MAXIOV).
 const MAX_IOVECS: usize = 1024;
 
 impl<'a> Gather<'a> {
@@ -50,21 +50,21 @@ impl<'a> Gather<'a> {
         self.bytes == 0
     }
 
-    /// Add bytes of our own.
+    /// Add local bytes.
     pub fn push(&mut self, local: &'a [u8]) {
         self.push_piece(NonNull::from(local).cast(), local.len());
     }
 
-    /// Add a page of the guest.
+    /// Add a guest page.
     pub fn push_page(&mut self, page: ForeignPage<'a>) {
         self.push_piece(page.ptr, PAGE_SIZE);
     }
 
-    /// Add a range of pages of the guest, by their indices.
+    /// Add a range of guest pages, by their indices.
     ///
     /// # Panics
     ///
-    /// When the range leaves the pages or holds one that could not be mapped.
+    /// If the range exceeds the pages or contains one that could not be mapped.
     pub fn push_pages(&mut self, pages: &'a ForeignPages, range: Range<usize>) {
         let (base, bytes) = pages.mapped_bytes(range);
         self.push_piece(base, bytes);
@@ -78,8 +78,8 @@ impl<'a> Gather<'a> {
         self.pieces.push(Piece { base, len });
     }
 
-    /// The list as the kernel wants it. Neighbours that touch become one: to the kernel
-    /// they are addresses. (To us they may be two allocations, so pieces stay apart.)
+    /// The list in the kernel's form. Adjacent pieces become one: to the kernel they are addresses.
+    /// (In Rust they may be two allocations, so the list keeps them apart.)
     fn iovecs(&self) -> Vec<libc::iovec> {
         let mut iovecs: Vec<libc::iovec> = Vec::new();
         for piece in &self.pieces {
@@ -97,7 +97,7 @@ impl<'a> Gather<'a> {
         iovecs
     }
 
-    /// The list, to be written to a file descriptor bit by bit, without copying.
+    /// The list, ready to be written to a file descriptor piece by piece, without copying.
     pub fn unwritten(&self) -> Unwritten<'_> {
         Unwritten {
             iovecs: self.iovecs(),
@@ -106,12 +106,12 @@ impl<'a> Gather<'a> {
         }
     }
 
-    /// Write every byte of the list to `out`, through a buffer of 64 KiB: for
-    /// sinks that are no file descriptor.
+    /// Write every byte of the list to `out`, through a buffer of 64 KiB: for sinks that are not
+    /// file descriptors.
     ///
     /// # Errors
     ///
-    /// What `out` says.
+    /// The error of `out`.
     pub fn copy_to(&self, out: &mut dyn io::Write) -> io::Result<()> {
         const BUFFER: usize = 16 * PAGE_SIZE;
         let mut buffer = vec![0_u8; BUFFER];
@@ -129,9 +129,8 @@ impl<'a> Gather<'a> {
 }
 
 impl Piece {
-    /// Copy the bytes from `at` on into `out`, which must not reach beyond the
-    /// piece: each read once, whole words at a time where the piece is aligned, as
-    /// pages are.
+    /// Copy the bytes from `at` on into `out`, which must not reach beyond the piece. Each byte is
+    /// read once, in whole words if the piece is aligned, as pages are.
     fn read(self, at: usize, out: &mut [u8]) {
         debug_assert!(at + out.len() <= self.len);
         // SAFETY: at < len (callers), so the result is inside memory the list borrows.
@@ -166,20 +165,19 @@ impl fmt::Debug for Gather<'_> {
     }
 }
 
-/// One call that writes.
+/// The system call for a write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WriteCall {
-    /// `writev(2)`: blocks where the descriptor does.
+    /// `writev(2)`: blocks if the descriptor does.
     Writev,
-    /// `sendmsg(2)` that never blocks (EAGAIN), whatever the descriptor does. Sockets
-    /// only.
+    /// `sendmsg(2)` that never blocks (EAGAIN), whatever the descriptor's mode. Sockets only.
     SendDontWait,
-    /// `writev(2)` of so many bytes at most. A pipe that poll(2) calls writable takes
+    /// `writev(2)` of at most this many bytes. A pipe that poll(2) reports as writable takes
     /// PIPE_BUF without blocking.
     AtMost(NonZeroUsize),
 }
 
-/// What of a [`Gather`] has yet to be written.
+/// The part of a [`Gather`] that is yet to be written.
 pub struct Unwritten<'g> {
     iovecs: Vec<libc::iovec>,
     first: usize,
@@ -192,13 +190,13 @@ impl Unwritten<'_> {
         self.first == self.iovecs.len()
     }
 
-    /// Write with one call, as much as the kernel takes: so many bytes.
+    /// Write as much as the kernel takes with one call. Returns the number of bytes.
     ///
     /// # Errors
     ///
-    /// What the call says, EINTR and EAGAIN included: then nothing has been written.
-    /// EFAULT when a page of the guest went away. `WriteZero` when the descriptor
-    /// takes nothing without an error.
+    /// The error of the call, including EINTR and EAGAIN; nothing has been written then. EFAULT if
+    /// a guest page is no longer there. `WriteZero` if the descriptor takes nothing without an
+    /// error.
     pub fn write_some(&mut self, fd: BorrowedFd<'_>, call: WriteCall) -> io::Result<usize> {
         if self.is_empty() {
             return Ok(0);
@@ -241,15 +239,14 @@ impl Unwritten<'_> {
 /// `writev(2)` of pieces of an [`Unwritten`].
 fn writev(fd: BorrowedFd<'_>, iovecs: &[libc::iovec]) -> isize {
     let count = i32::try_from(iovecs.len()).expect("at most 1024");
-    // SAFETY: every iovec lies in memory that the `Gather` borrows (local slices, or
-    // pages inside a live mapping); the kernel only reads it, and reports EFAULT for
-    // what is not mapped.
+    // SAFETY: every iovec lies in memory that the `Gather` borrows (local slices, or pages inside a
+    // live mapping); the kernel only reads it, and reports EFAULT for memory that is not mapped.
     unsafe { libc::writev(fd.as_raw_fd(), iovecs.as_ptr(), count) }
 }
 
-/// The beginning of `iovecs`, none of them larger than a page. Into a socket the kernel
-/// copies up to 32 KiB at once where it finds as much in a row, and that took it a fifth
-/// more processor time than as many copies of a page.
+/// The beginning of `iovecs`, split so that none is larger than a page. The kernel copies up to 32
+/// KiB at once into a socket if they are contiguous, and that was measured to take a fifth more
+/// processor time than copying page by page.
 fn by_page(iovecs: &[libc::iovec]) -> Vec<libc::iovec> {
     let pages = iovecs.iter().flat_map(|iovec| {
         (0..iovec.iov_len).step_by(PAGE_SIZE).map(|at| libc::iovec {
@@ -262,13 +259,13 @@ fn by_page(iovecs: &[libc::iovec]) -> Vec<libc::iovec> {
 
 /// `sendmsg(2)` of pieces of an [`Unwritten`], which does not block.
 fn send_dont_wait(fd: BorrowedFd<'_>, iovecs: &mut [libc::iovec]) -> isize {
-    // SAFETY: msghdr is numbers and pointers, for all of which zero is a value.
+    // SAFETY: msghdr consists of numbers and pointers, for all of which zero is a valid value.
     let mut header: libc::msghdr = unsafe { mem::zeroed() };
     header.msg_iov = iovecs.as_mut_ptr();
     header.msg_iovlen = iovecs.len() as _;
     let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-    // SAFETY: `header` holds the iovecs and nothing else; they lie in memory that the
-    // `Gather` borrows, which the kernel only reads (as for `writev`).
+    // SAFETY: `header` holds only the iovecs; they lie in memory that the `Gather` borrows, which
+    // the kernel only reads (as for `writev`).
     unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const header, flags) }
 }
 
@@ -351,7 +348,7 @@ mod tests {
         list.copy_to(&mut expected).unwrap();
         let odd = WriteCall::AtMost(NonZeroUsize::new(4095).unwrap());
         for call in [WriteCall::Writev, WriteCall::SendDontWait, odd] {
-            // Takes some 200 KiB at a time: the writes come short.
+            // The socket takes some 200 KiB at a time: the writes are short.
             let (mut reader, writer) = UnixStream::pair().unwrap();
             let received = std::thread::scope(|scope| {
                 let receiver = scope.spawn(move || {
@@ -393,7 +390,7 @@ mod tests {
         drop(reader);
         let error = write_all(&list, writer.as_fd(), WriteCall::Writev).unwrap_err();
         assert_eq!(error.kind(), std::io::ErrorKind::BrokenPipe);
-        // What the kernel says of memory that goes away under a mapping.
+        // The kernel's error for memory that disappears under a mapping.
         let (_reader, writer) = std::io::pipe().unwrap();
         let mut list = Gather::new();
         list.push_page(pages.page_unchecked(1));

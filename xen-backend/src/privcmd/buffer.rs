@@ -1,9 +1,8 @@
-//! Hypercall buffers: memory that the kernel neither moves nor takes away.
+//! Hypercall buffers: memory that the kernel neither moves nor pages out.
 //!
-//! Pages of `/dev/xen/hypercall` are the kernel's own. Where there is no such device
-//! (Linux before 4.18) they are anonymous, locked, and kept out of children: a fork
-//! would make them copy-on-write, and the hypervisor would meet a page that is not
-//! there.
+//! The kernel owns the pages of `/dev/xen/hypercall`. Without that device (Linux before 4.18) the
+//! pages are anonymous, locked, and excluded from child processes: a fork would make them
+//! copy-on-write, and the hypervisor could meet a page that is not present.
 //!
 //! C implementation: `tools/libs/call/{linux,buffer}.c`.
 
@@ -17,13 +16,13 @@ use nix::errno::Errno;
 use nix::sys::mman::{self, MapFlags, MmapAdvise, ProtFlags};
 use xsr_format::frame::PAGE_SIZE;
 
-/// Buffers of one page that are kept for the next call.
+/// The number of one-page buffers that are kept for later calls.
 const KEPT: usize = 8;
 
-/// Where buffers come from.
+/// A pool of buffers.
 #[derive(Debug)]
 pub(super) struct Pool {
-    /// `/dev/xen/hypercall`; `None` for the older way.
+    /// `/dev/xen/hypercall`; `None` for the older method.
     device: Option<File>,
     kept: Mutex<Vec<Pages>>,
 }
@@ -56,7 +55,7 @@ impl Pool {
     }
 
     fn kept(&self) -> std::sync::MutexGuard<'_, Vec<Pages>> {
-        // A list is whole at any time.
+        // A panic cannot leave the list half-changed.
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -92,8 +91,8 @@ impl Pages {
             bytes,
         };
         if device.is_none() {
-            // SAFETY: the pages just mapped; the advice changes what a fork copies and
-            // nothing in this process.
+            // SAFETY: the pages just mapped; the advice changes what a fork copies, and nothing in
+            // this process.
             unsafe { mman::madvise(base, bytes.get(), MmapAdvise::MADV_DONTFORK) }?;
         }
         Ok(pages)
@@ -107,7 +106,7 @@ impl Pages {
     }
 
     fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as in `bytes`, writable, and borrowed once.
+        // SAFETY: as in `bytes`; writable, and borrowed once.
         unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr(), self.bytes.get()) }
     }
 }
@@ -121,7 +120,7 @@ impl Drop for Pages {
     }
 }
 
-/// Memory that a hypercall's structures are in.
+/// Memory that holds a hypercall's structures.
 #[derive(Debug)]
 pub(crate) struct CallBuffer(Memory);
 
@@ -129,7 +128,7 @@ pub(crate) struct CallBuffer(Memory);
 enum Memory {
     /// Pages of this process, for the hypervisor of this machine.
     Ours(Buffer),
-    /// What another hypervisor reaches. Where it is says nothing of this process.
+    /// Memory of another hypervisor. Its address means nothing in this process.
     #[cfg_attr(
         not(feature = "mock"),
         expect(dead_code, reason = "for the mock machine")
@@ -139,10 +138,10 @@ enum Memory {
 
 /// Memory of a hypervisor that is not this machine's.
 pub(crate) trait Elsewhere: fmt::Debug + Send {
-    /// Where it is, for that hypervisor.
+    /// Its address in that hypervisor.
     fn address(&self) -> u64;
 
-    /// How many bytes it has.
+    /// Its length in bytes.
     fn len(&self) -> usize;
 
     /// As [`CallBuffer::read`].
@@ -153,7 +152,7 @@ pub(crate) trait Elsewhere: fmt::Debug + Send {
 }
 
 impl CallBuffer {
-    /// One that this machine's hypervisor is never told of.
+    /// A buffer whose address is never given to this machine's hypervisor.
     #[cfg(feature = "mock")]
     pub(crate) fn elsewhere(memory: Box<dyn Elsewhere>) -> Self {
         Self(Memory::Elsewhere(memory))
@@ -167,7 +166,7 @@ impl CallBuffer {
         matches!(self.0, Memory::Ours(_))
     }
 
-    /// Where it is, as a structure names it.
+    /// Its address, for use in a structure.
     pub(crate) fn address(&self) -> u64 {
         match &self.0 {
             Memory::Ours(buffer) => buffer.address(),
@@ -175,7 +174,7 @@ impl CallBuffer {
         }
     }
 
-    /// How many bytes it has.
+    /// Its length in bytes.
     pub(crate) fn len(&self) -> usize {
         match &self.0 {
             Memory::Ours(buffer) => buffer.bytes,
@@ -187,7 +186,7 @@ impl CallBuffer {
     ///
     /// # Panics
     ///
-    /// When they are not all inside.
+    /// If the buffer is too short.
     pub(crate) fn read(&self, at: usize, out: &mut [u8]) {
         match &self.0 {
             Memory::Ours(buffer) => buffer.read(at, out),
@@ -195,11 +194,11 @@ impl CallBuffer {
         }
     }
 
-    /// Copy bytes in from offset `at` on.
+    /// Copy `bytes` into the buffer from offset `at` on.
     ///
     /// # Panics
     ///
-    /// When they are not all inside.
+    /// If the buffer is too short.
     pub(crate) fn write(&mut self, at: usize, bytes: &[u8]) {
         match &mut self.0 {
             Memory::Ours(buffer) => buffer.write(at, bytes),
@@ -208,10 +207,10 @@ impl CallBuffer {
     }
 }
 
-/// A buffer of pages; they go back to the pool.
+/// A buffer of pages; dropping it returns them to the pool.
 #[derive(Debug)]
 pub(super) struct Buffer {
-    /// Always there, until it is dropped.
+    /// Always `Some` until it is dropped.
     pages: Option<Pages>,
     bytes: usize,
     pool: Arc<Pool>,

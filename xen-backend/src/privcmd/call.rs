@@ -1,16 +1,16 @@
-//! What may be asked of the hypervisor, and the memory it may touch for it.
+//! Permitted hypercalls, and the memory that the hypervisor may access for each.
 //!
-//! The hypervisor reads and writes where addresses say: those in the arguments, and those
-//! inside the structures there. All of them are put in here, from buffers that stay borrowed
-//! until the call has been made. The tables below say for each command how large its structure is,
-//! where addresses stand in it, and how much is behind each; a command that is not in them is
-//! not made. So whoever asks for a call can neither forge an address nor name a buffer that
-//! is too small, and needs no `unsafe` for it.
+//! The hypervisor reads and writes at addresses that it finds in the arguments and inside their
+//! structures. This module puts in all of these addresses, from buffers that stay borrowed until
+//! the call has been made. The tables below give the size of each command's structure, the places
+//! of the addresses in it, and the number of bytes at each address; commands that are not in the
+//! tables are refused. So a caller can neither forge an address nor name a buffer that is too
+//! small, and needs no `unsafe`.
 //!
-//! What a command does to a domain is another matter: that is the caller's, as ever.
+//! The caller is still responsible for what a command does to a domain.
 //!
-//! C implementation: `tools/libs/ctrl/xc_private.h` (`DECLARE_HYPERCALL_BOUNCE`); the
-//! structures are those of `xen/include/public/{domctl,sysctl,memory,grant_table}.h`.
+//! C implementation: `tools/libs/ctrl/xc_private.h` (`DECLARE_HYPERCALL_BOUNCE`); the structures
+//! are those of `xen/include/public/{domctl,sysctl,memory,grant_table}.h`.
 
 use std::marker::PhantomData;
 use std::mem::offset_of;
@@ -24,7 +24,7 @@ use crate::sys::{common as sys, v12, v13, v14, v15, v16, v17, v18};
 pub(crate) const DOMCTL_HEADER: usize = 16;
 /// Bytes of `xen_sysctl` before its union: cmd, interface_version.
 pub(crate) const SYSCTL_HEADER: usize = 8;
-/// Bytes of either union.
+/// Bytes of the union of either structure.
 pub(crate) const BODY: usize = 128;
 
 /// Bytes of the largest `xen_domctl_getdomaininfo` of any version.
@@ -32,7 +32,7 @@ pub(crate) const LARGEST_INFO: usize = 128;
 
 /// Bytes of a 64-bit `vcpu_guest_context`; a 32-bit one is smaller.
 pub(crate) const VCPU_CONTEXT: usize = size_of::<sys::vcpu_guest_context>();
-/// What stands here by itself is what the bindings have, those of every interface.
+/// Checks the constants defined here against the bindings of every interface version.
 const _: () = {
     assert!(DOMCTL_HEADER + BODY == size_of::<sys::xen_domctl>());
     assert!(SYSCTL_HEADER + BODY == size_of::<sys::xen_sysctl>());
@@ -46,7 +46,7 @@ const _: () = {
 };
 
 /// `XENMEM_get_vnumainfo`, and the bytes of its `vnuma_topology_info`: domain and padding of 2
-/// each, three numbers of 4, three addresses, which are left out.
+/// each, three numbers of 4, and three addresses, which stay null.
 pub(crate) const XENMEM_GET_VNUMAINFO: u32 = 26;
 pub(crate) const VNUMA_INFO: usize = 2 + 2 + 3 * 4 + 3 * 8;
 
@@ -55,7 +55,7 @@ pub(crate) const EXTRA_VERSION: usize = 16;
 
 /// Bytes of `mmuext_op`: command, first argument (here the frame), second argument.
 pub(crate) const MMUEXT_OP: usize = size_of::<sys::mmuext_op>();
-/// Those commands of it that take no more than a frame.
+/// The `mmuext_op` commands used here, which take only a frame.
 const PINS: [u32; 4] = [
     sys::MMUEXT_PIN_L1_TABLE,
     sys::MMUEXT_PIN_L2_TABLE,
@@ -63,24 +63,24 @@ const PINS: [u32; 4] = [
     sys::MMUEXT_PIN_L4_TABLE,
 ];
 
-/// `__HYPERVISOR_grant_table_op`, and the one command of it.
+/// `__HYPERVISOR_grant_table_op`, and its one permitted command.
 pub(crate) const GRANT_TABLE_OP: u32 = sys::__HYPERVISOR_grant_table_op;
 pub(crate) const GNTTABOP_SETUP_TABLE: u32 = sys::GNTTABOP_setup_table;
 pub(crate) const XENMEM_ADD_TO_PHYSMAP: u32 = sys::XENMEM_add_to_physmap;
 pub(crate) const XENMEM_REMOVE_FROM_PHYSMAP: u32 = sys::XENMEM_remove_from_physmap;
 
-/// How much the hypervisor may touch behind an address.
+/// The number of bytes at an address that the hypervisor may access.
 #[derive(Clone, Copy, Debug)]
 enum Room {
-    /// So many bytes.
+    /// A fixed number of bytes.
     Bytes(usize),
-    /// As many elements of a size as the word of 4 or 8 bytes at an offset says.
+    /// An array; the word of 4 or 8 bytes at an offset holds the number of its elements.
     Elements {
         at: usize,
         width: usize,
         bytes: usize,
     },
-    /// As many bits as the word of 8 bytes at an offset says.
+    /// A bitmap; the word of 8 bytes at an offset holds the number of its bits.
     Bits { at: usize },
 }
 
@@ -102,7 +102,7 @@ const fn counted(at: usize, count: usize, width: usize, bytes: usize) -> Pointer
     }
 }
 
-/// The addresses in the body of a domctl; `None` for one that is not made.
+/// The addresses in the body of a domctl; `None` for a command that is refused.
 fn of_domctl(cmd: u32) -> Option<&'static [Pointer]> {
     use sys::{
         xen_domctl_cpu_policy as policy, xen_domctl_getpageframeinfo3 as types,
@@ -185,7 +185,7 @@ fn of_domctl(cmd: u32) -> Option<&'static [Pointer]> {
     })
 }
 
-/// The addresses in the body of a sysctl; `None` for one that is not made.
+/// The addresses in the body of a sysctl; `None` for a command that is refused.
 fn of_sysctl(cmd: u32) -> Option<&'static [Pointer]> {
     use sys::{xen_sysctl_cpu_policy as policy, xen_sysctl_getdomaininfolist as list};
     const LIST: [Pointer; 1] = [counted(
@@ -215,8 +215,8 @@ fn of_sysctl(cmd: u32) -> Option<&'static [Pointer]> {
     }
 }
 
-/// The structure that a command of another hypercall takes: its bytes, and the addresses
-/// in it. `None` for a command that is not made.
+/// The structure of a command of another hypercall: its size in bytes, and the addresses in it.
+/// `None` for a command that is refused.
 fn of_operation(number: u32, cmd: u32) -> Option<(usize, &'static [Pointer])> {
     use sys::{
         gnttab_setup_table as grants, xen_machphys_mfn_list as m2p,
@@ -272,11 +272,11 @@ fn of_operation(number: u32, cmd: u32) -> Option<(usize, &'static [Pointer])> {
     })
 }
 
-/// Buffers that a structure names, in the order of its addresses. Those that are left out
-/// are not there: the hypervisor gets a null address, where nothing of a process is.
+/// The buffers that a structure names, in the order of its addresses. An address without a buffer
+/// is passed as null, where no process has memory.
 pub(crate) type Named<'a, 'b> = &'a mut [&'b mut CallBuffer];
 
-/// A hypercall that may be made: all memory that it names is borrowed.
+/// A permitted hypercall: it borrows all memory that it names.
 #[derive(Debug)]
 pub(crate) struct Call<'a> {
     number: u32,
@@ -286,7 +286,7 @@ pub(crate) struct Call<'a> {
 }
 
 impl<'a> Call<'a> {
-    /// One without memory: `XENVER_version`, `XENMEM_maximum_ram_page`. ENOSYS for another.
+    /// A call without memory: `XENVER_version`, `XENMEM_maximum_ram_page`. ENOSYS for another.
     pub(crate) fn plain(number: u32, cmd: u32) -> Result<Self, Errno> {
         match (number, cmd) {
             (sys::__HYPERVISOR_xen_version, sys::XENVER_version)
@@ -297,8 +297,8 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// A domctl, of which `whole` holds header and body. ENOSYS for one that is not in the
-    /// table, EFAULT where a buffer is too small.
+    /// A domctl; `whole` holds its header and body. ENOSYS for a command that is not in the table,
+    /// EFAULT if a buffer is too small.
     pub(crate) fn domctl(whole: &'a mut CallBuffer, named: Named<'a, '_>) -> Result<Self, Errno> {
         let pointers = of_domctl(number_at(whole, 0, 4)?).ok_or(Errno::ENOSYS)?;
         Self::control(
@@ -348,8 +348,8 @@ impl<'a> Call<'a> {
             return Err(Errno::EFAULT);
         }
         let ours = name(structure, 0, pointers, named)?;
-        // Operations on grant tables come in lists: one here. Others look at no more than two
-        // arguments.
+        // Grant table operations are passed as lists: here a list of one. The others use at most
+        // two arguments.
         let count = u64::from(number == GRANT_TABLE_OP);
         let arguments = [cmd.into(), structure.address(), count, 0, 0];
         Ok(Self::of(number, arguments, ours))
@@ -361,13 +361,13 @@ impl<'a> Call<'a> {
         for index in 0..count {
             let at = index.checked_mul(MMUEXT_OP).ok_or(Errno::EFAULT)?;
             let cmd = number_at(ops, at, 4)?;
-            // The second argument of some commands is an address; of these, it is nothing.
+            // In some commands the second argument is an address; in these it must be zero.
             let argument: u64 = word_at(ops, at + 16, 8)?;
             if !PINS.contains(&cmd) || argument != 0 {
                 return Err(Errno::ENOSYS);
             }
         }
-        // Nobody asks how many were done.
+        // The pointer to the number done is null: it is not needed.
         let arguments = [ops.address(), count as u64, 0, domid.into(), 0];
         Ok(Self::of(
             sys::__HYPERVISOR_mmuext_op,
@@ -390,12 +390,12 @@ impl<'a> Call<'a> {
         self.number
     }
 
-    /// As the hypervisor takes them.
+    /// The arguments in the hypervisor's order.
     pub(crate) fn arguments(&self) -> [u64; 5] {
         self.arguments
     }
 
-    /// Whether all memory that is named is this process's own, and of privcmd's buffers.
+    /// Whether all named memory belongs to this process and to privcmd's buffers.
     pub(super) fn is_ours(&self) -> bool {
         self.ours
     }
@@ -415,8 +415,8 @@ fn number_at(buffer: &CallBuffer, at: usize, width: usize) -> Result<u32, Errno>
     u32::try_from(word_at(buffer, at, width)?).map_err(|_| Errno::ENOSYS)
 }
 
-/// Put the addresses of `named` into `structure`, whose body begins at `base`; null for
-/// those that are left out. Whether all of the memory is ours.
+/// Put the addresses of `named` into `structure`, whose body begins at `base`; missing ones are
+/// null. Returns whether all of the memory belongs to this process.
 fn name(
     structure: &mut CallBuffer,
     base: usize,

@@ -19,7 +19,7 @@ use super::{Call, CallBuffer, FrameMapping, Hypercalls, Resource, events, mappin
 use crate::DomId;
 use crate::pages::{Access, ForeignPages};
 
-/// Where a Linux control domain reaches the hypervisor, newest place first.
+/// The device files through which a Linux control domain reaches the hypervisor, newest path first.
 const PRIVCMD: [&str; 2] = ["/dev/xen/privcmd", "/proc/xen/privcmd"];
 const BUFFERS: &str = "/dev/xen/hypercall";
 const EVENTS: &str = "/dev/xen/evtchn";
@@ -32,11 +32,11 @@ pub(crate) struct Privcmd {
 }
 
 fn open(path: impl AsRef<Path>) -> io::Result<File> {
-    // Close-on-exec, as all that the standard library opens.
+    // Close-on-exec, like every file that the standard library opens.
     OpenOptions::new().read(true).write(true).open(path)
 }
 
-/// `None` where the file is not there, or nothing is behind it.
+/// `None` if the file does not exist, or no device serves it.
 fn optional(opened: io::Result<File>) -> io::Result<Option<File>> {
     let absent = [Errno::ENOENT, Errno::ENXIO, Errno::ENODEV].map(|errno| errno as i32);
     match opened {
@@ -47,11 +47,11 @@ fn optional(opened: io::Result<File>) -> io::Result<Option<File>> {
 }
 
 impl Privcmd {
-    /// Open the devices; `None` where there is no privcmd.
+    /// Open the devices; `None` if there is no privcmd.
     ///
     /// # Errors
     ///
-    /// What `open(2)` says: EACCES for who is not root.
+    /// The error of `open(2)`: EACCES for a user other than root.
     pub(crate) fn open() -> io::Result<Option<Self>> {
         let mut privcmd = None;
         for path in PRIVCMD {
@@ -83,13 +83,13 @@ impl Hypercalls for Privcmd {
             op: call.number().into(),
             arg: call.arguments(),
         };
-        // The system call itself: ioctl(3) cuts what the hypervisor returns to an int,
-        // and a frame number may need more.
-        // SAFETY: the descriptor is privcmd's and `request` is what it takes. The hypervisor
-        // reads and writes no more of this process than the command's addresses lead to. All
-        // of them are those of buffers of our own pool (`is_ours`), put in by `Call` where its
-        // tables say that the command has them, each with as much room as the structure says;
-        // `call` borrows them mutably, so that they live and nobody looks until it returns.
+        // The raw system call: ioctl(3) truncates the hypervisor's result to an int, and a frame
+        // number may need more. SAFETY: the descriptor is privcmd's and `request` is what it takes.
+        // The hypervisor accesses only the memory of this process that the command's addresses lead
+        // to. All of these are addresses of buffers of our own pool (`is_ours`). `Call` put them in
+        // where its tables list an address for the command, each with as many bytes as the
+        // structure says. `call` borrows the buffers mutably, so they stay alive and are not
+        // accessed until it returns.
         let returned = unsafe {
             libc::syscall(
                 libc::SYS_ioctl,
@@ -134,7 +134,7 @@ mod tests {
     use crate::mock::{HostConfig, MockHost};
     use crate::sys::common as sys;
 
-    /// A file in the place of privcmd, which refuses the ioctl.
+    /// A file in place of privcmd, which refuses the ioctl.
     #[test]
     fn memory_of_another_hypervisor_is_not_for_this_one() {
         let machine = MockHost::ephemeral(&HostConfig::default()).unwrap();

@@ -10,15 +10,15 @@ use nix::errno::Errno;
 use super::ioctl::{self, BindInterdomain, Port};
 use crate::DomId;
 
-/// Signal the channel that `domid` offers at `port`. The channel is bound for as long as
-/// that takes: it goes with the descriptor at the latest.
+/// Signal the channel that `domid` offers at `port`. The channel is bound only for this call;
+/// closing the descriptor unbinds it at the latest.
 pub(super) fn notify(device: &File, domid: DomId, port: u32) -> Result<(), Errno> {
     let mut bind = BindInterdomain {
         remote_domain: domid.0.into(),
         remote_port: port,
     };
-    // SAFETY: the descriptor is that of /dev/xen/evtchn, and the structure is the one
-    // this request takes.
+    // SAFETY: the descriptor belongs to /dev/xen/evtchn, and the structure is the one this request
+    // takes.
     let bound = unsafe { ioctl::bind_interdomain(device.as_raw_fd(), &raw mut bind) }?;
     let mut ours = Port {
         port: bound.unsigned_abs(),

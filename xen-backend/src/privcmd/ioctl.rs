@@ -17,13 +17,13 @@ pub(super) struct Hypercall {
 #[repr(C)]
 #[derive(Debug)]
 pub(super) struct MmapBatch {
-    /// Pages.
+    /// The number of pages.
     pub(super) num: u32,
     pub(super) dom: u16,
-    /// Where the first goes.
+    /// The address of the first.
     pub(super) addr: u64,
     pub(super) arr: *const u64,
-    /// One 0 or negative errno for each.
+    /// For each page, 0 or a negative errno.
     pub(super) err: *mut c_int,
 }
 
@@ -54,10 +54,10 @@ pub(super) struct Port {
     pub(super) port: u32,
 }
 
-/// The number of an ioctl that says nothing of which way data goes, as all of these
-/// do: size, letter, number (`_IOC(_IOC_NONE, …)`).
+/// The number of an ioctl without a data direction, as all of these are: size, letter, number
+/// (`_IOC(_IOC_NONE, …)`).
 const fn request<T>(letter: u8, number: u8) -> c_ulong {
-    // At most 48 bytes: nothing is cut off.
+    // At most 48 bytes: the cast does not truncate.
     (size_of::<T>() as c_ulong) << 16 | (letter as c_ulong) << 8 | number as c_ulong
 }
 
@@ -68,12 +68,12 @@ const BIND_INTERDOMAIN: c_ulong = request::<BindInterdomain>(b'E', 1);
 const UNBIND: c_ulong = request::<Port>(b'E', 3);
 const NOTIFY: c_ulong = request::<Port>(b'E', 4);
 
-/// One that no kernel has (`IOCTL_PRIVCMD_UNIMPLEMENTED`): its errno is that of all that a
-/// kernel does not have, which older ones say with EINVAL.
+/// An ioctl that no kernel has (`IOCTL_PRIVCMD_UNIMPLEMENTED`). Its errno is that of every unknown
+/// ioctl; for older kernels that is EINVAL.
 pub(super) const UNIMPLEMENTED: c_ulong = (b'P' as c_ulong) << 8 | 0xff;
 
 nix::ioctl_none_bad!(
-    /// Ask for what there is not.
+    /// Call the unimplemented ioctl.
     unimplemented,
     UNIMPLEMENTED
 );
@@ -90,13 +90,13 @@ nix::ioctl_readwrite_bad!(
     MmapResource
 );
 nix::ioctl_readwrite_bad!(
-    /// Bind a port of ours to one that another domain offers us; returns ours.
+    /// Bind one of our ports to a port that another domain offers us; returns ours.
     bind_interdomain,
     BIND_INTERDOMAIN,
     BindInterdomain
 );
 nix::ioctl_readwrite_bad!(
-    /// Give a port up.
+    /// Unbind a port.
     unbind,
     UNBIND,
     Port
@@ -112,7 +112,7 @@ nix::ioctl_readwrite_bad!(
 mod tests {
     use super::*;
 
-    /// As a C compiler has them, from the kernel's headers.
+    /// The values that a C compiler computes from the kernel's headers.
     #[test]
     fn numbers_and_sizes_are_the_kernels() {
         assert_eq!(HYPERCALL, 0x30_5000);

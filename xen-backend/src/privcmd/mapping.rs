@@ -1,4 +1,4 @@
-//! Foreign frames mapped through privcmd, and every frame's errno kept.
+//! Foreign frames mapped through privcmd, with the errno of each frame.
 //!
 //! C implementation: `osdep_xenforeignmemory_map` in
 //! `tools/libs/foreignmemory/linux.c`; in Linux, `privcmd_ioctl_mmap_batch`.
@@ -28,8 +28,8 @@ fn protection(access: Access) -> ProtFlags {
     }
 }
 
-/// Addresses of `pages` pages that belong to privcmd; touching one that nothing has
-/// been mapped at is a SIGBUS.
+/// Addresses of `pages` pages that belong to privcmd; touching one at which nothing has been mapped
+/// raises SIGBUS.
 fn map_device(privcmd: &File, pages: usize, access: Access) -> Result<NonNull<u8>, Errno> {
     let bytes = pages.checked_mul(PAGE_SIZE).ok_or(Errno::ENOMEM)?;
     let bytes = NonZeroUsize::new(bytes).ok_or(Errno::EINVAL)?;
@@ -39,22 +39,22 @@ fn map_device(privcmd: &File, pages: usize, access: Access) -> Result<NonNull<u8
     Ok(base.cast())
 }
 
-/// The largest frame that a page-table entry of Linux can name. Bits above it are cut
-/// off without a word, and another frame is mapped.
+/// The largest frame that a page-table entry of Linux can name. Linux silently drops the bits above
+/// it and maps another frame.
 const LARGEST_FRAME: u64 = (1 << 40) - 1;
 
-/// A reservation, and what is known of each of its pages.
+/// A reservation, and the state of each of its pages.
 #[derive(Debug)]
 pub(super) struct Mapping {
     privcmd: Arc<File>,
     domid: DomId,
-    /// The addresses, which are given back with it.
+    /// The addresses; dropping this releases them.
     pages: ForeignPages,
     base: NonNull<u8>,
     gfns: Vec<Gfn>,
-    /// The same, as the kernel is asked for them.
+    /// The same frames, in the form that the kernel takes.
     asked: Vec<u64>,
-    /// 0 mapped, or a negative errno, as the kernel writes them.
+    /// 0 for mapped, or a negative errno, as the kernel writes them.
     errors: Vec<i32>,
 }
 
@@ -81,8 +81,8 @@ impl Mapping {
         Ok(Self {
             privcmd: Arc::clone(privcmd),
             domid,
-            // SAFETY: `base` starts a mapping of `gfns.len()` pages made above, which
-            // nobody else knows of; all are listed as failed. (None for no pages.)
+            // SAFETY: `base` starts a mapping of `gfns.len()` pages made above, which nothing else
+            // refers to; all are listed as failed. (None for no pages.)
             pages: unsafe { ForeignPages::from_raw(base, gfns.len(), access, failed) },
             base,
             gfns: gfns.to_vec(),
@@ -101,7 +101,7 @@ impl FrameMapping for Mapping {
         }
         // SAFETY: `range` lies inside the reservation: the slices above did not panic.
         let first = unsafe { self.base.add(range.start * PAGE_SIZE) };
-        // A frame the kernel says nothing of is not mapped.
+        // A frame for which the kernel reports nothing is not mapped.
         errors.fill(-(Errno::EFAULT as i32));
         let mut batch = MmapBatch {
             num: u32::try_from(asked.len()).map_err(|_| Errno::EINVAL)?,
@@ -116,7 +116,7 @@ impl FrameMapping for Mapping {
         // put frames there.
         let called = unsafe { ioctl::mmap_batch(self.privcmd.as_raw_fd(), &raw mut batch) };
         match called {
-            // Some frame is paged out: `errors` says which.
+            // Some frames are paged out: `errors` says which.
             Ok(_) | Err(Errno::ENOENT) => Ok(()),
             Err(errno) => {
                 errors.fill(-(errno as i32));
@@ -143,8 +143,8 @@ impl FrameMapping for Mapping {
                 })
             })
             .collect();
-        // SAFETY: every page but those of `failed` has been mapped by the kernel, which
-        // said so, with the access that `new` reserved them for.
+        // SAFETY: the kernel has reported every page as mapped except those of `failed`, with the
+        // access that `new` reserved them for.
         Ok(unsafe { self.pages.with_failed(failed) })
     }
 }
@@ -157,8 +157,8 @@ pub(super) fn resource(
 ) -> Result<ForeignPages, Errno> {
     let idx = u32::try_from(resource.first).map_err(|_| Errno::EINVAL)?;
     let base = map_device(privcmd, resource.frames, Access::Write)?;
-    // SAFETY: `base` starts the mapping just made, of this many pages; if the kernel
-    // does not fill it below, the value is dropped without having been looked at.
+    // SAFETY: `base` starts the mapping just made, of this many pages; if the kernel does not fill
+    // it below, the value is dropped without being accessed.
     let pages = unsafe { ForeignPages::from_raw(base, resource.frames, Access::Write, Vec::new()) };
     let mut request = MmapResource {
         dom: domid.0,
@@ -179,17 +179,17 @@ pub(super) fn resource(
     Ok(pages)
 }
 
-/// What this kernel says of an ioctl that it does not have.
+/// The errno of this kernel for an ioctl that it does not have.
 fn unimplemented(privcmd: &File) -> Errno {
     // SAFETY: the request takes no argument, and no kernel does anything for it.
     let asked = unsafe { ioctl::unimplemented(privcmd.as_raw_fd()) };
     asked.err().unwrap_or(Errno::ENOTTY)
 }
 
-/// Whether memory is behind every page. Linux reports a resource as mapped where the last
-/// of its frames could not be (`privcmd_ioctl_mmap_resource` looks at as many results as
-/// there were successes), and to touch such a page is a SIGBUS. The kernel's own look at it
-/// is an EFAULT.
+/// Whether every page is backed by memory. Linux reports a resource as mapped even if the last of
+/// its frames failed (`privcmd_ioctl_mmap_resource` checks only as many results as there were
+/// successes), and touching such a page raises SIGBUS. If the kernel itself accesses the page, it
+/// reports EFAULT.
 fn reachable(pages: &ForeignPages) -> Result<(), Errno> {
     let errno = |error: io::Error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
     for (_, page) in pages.iter() {
@@ -209,7 +209,7 @@ mod tests {
 
     use super::*;
 
-    /// A file in the place of privcmd, which refuses the ioctl.
+    /// A file in place of privcmd, which refuses the ioctl.
     const NAME: &str = "xsr-no-privcmd";
 
     fn reserved(gfns: &[u64]) -> Mapping {
@@ -232,7 +232,7 @@ mod tests {
         let pages = Box::new(mapping).finish().unwrap();
         let refused = [(0, 4, Errno::ENOTTY), (1, 5, Errno::ENOTTY)];
         assert_eq!(listed(&pages), refused);
-        // As the kernel writes it: one mapped, one paged out, one cut to another frame.
+        // As the kernel writes it: one mapped, one paged out, one truncated to another frame.
         let mut mapping = reserved(&[1, 2, 1 << 40]);
         mapping.errors = vec![0, -(Errno::ENOENT as i32), 0];
         assert_eq!(mapping.asked, [1, 2, LARGEST_FRAME]);
@@ -267,8 +267,8 @@ mod tests {
         file.set_len(PAGE_SIZE as u64).unwrap();
         for (count, expected) in [(1, Ok(())), (2, Err(Errno::EFAULT))] {
             let base = map_device(&file, count, Access::Write).unwrap();
-            // SAFETY: `base` starts the mapping just made of this many pages, which nobody
-            // else knows of. (What is beyond the file's end is not touched here.)
+            // SAFETY: `base` starts the mapping just made of this many pages, which nothing else
+            // refers to. (Pages beyond the file's end are not touched here.)
             let pages = unsafe { ForeignPages::from_raw(base, count, Access::Write, vec![]) };
             assert_eq!(reachable(&pages), expected);
         }

@@ -1,5 +1,5 @@
-//! The bindings against Xen's headers as a C compiler reads them, where those are
-//! installed (Debian's libxen-dev): every size, offset and number.
+//! Tests of the bindings against Xen's headers (Debian's libxen-dev), if those are installed: a C
+//! compiler prints every size, offset and number.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -18,7 +18,7 @@ const VERSIONS: [(u32, &str); 7] = [
     (0x18, include_str!("v18.rs")),
 ];
 
-/// What of the interface stands in this crate's own code.
+/// Parts of the interface that this crate's own code defines.
 const OURS: [(&str, u64); 6] = [
     ("sizeof(struct xen_domctl)", 144),
     ("offsetof(struct xen_domctl, u)", 16),
@@ -28,7 +28,7 @@ const OURS: [(&str, u64); 6] = [
     ("DOMID_XEN", 0x7ff2),
 ];
 
-/// Headers in which all of it is.
+/// The headers that declare all of it.
 const HEADERS: &str = "\
 #include <stdint.h>
 #include <stddef.h>
@@ -46,7 +46,7 @@ const HEADERS: &str = "\
 #include <xen/hvm/params.h>
 ";
 
-/// Run a C program and say what it prints, or why it cannot be compiled.
+/// Run a C program; its output, or the reason why it does not compile.
 fn run_c(program: &str) -> Result<String, String> {
     let dir = tempfile::tempdir().unwrap();
     let (source, binary) = (dir.path().join("a.c"), dir.path().join("a"));
@@ -64,8 +64,8 @@ fn run_c(program: &str) -> Result<String, String> {
     Ok(String::from_utf8(output.stdout).unwrap())
 }
 
-/// C expressions, and the value the bindings have for each. Members that bindgen made
-/// up (padding, structures without a name) are left out.
+/// C expressions, each with its value in the bindings. Members that bindgen made up (padding,
+/// structures without a name) are left out.
 fn expressions(bindings: &str) -> BTreeMap<String, u64> {
     let mut all = BTreeMap::new();
     let squeezed: String = bindings.split_whitespace().collect::<Vec<_>>().join(" ");
@@ -96,7 +96,7 @@ fn expressions(bindings: &str) -> BTreeMap<String, u64> {
     all
 }
 
-/// As headers call what later ones call otherwise: releases of 4.17 have either.
+/// The name in older headers for what later ones renamed: releases of 4.17 have either.
 fn older_name(expression: &str) -> &str {
     match expression {
         "offsetof(struct xen_domctl_cpu_policy, leaves)" => {

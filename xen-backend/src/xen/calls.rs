@@ -1,4 +1,4 @@
-//! Hypercalls with their structures: what goes in, what comes back.
+//! Hypercalls with their structures, as they are passed in and returned.
 //!
 //! C implementation: `tools/libs/ctrl/xc_private.{c,h}`.
 
@@ -22,15 +22,15 @@ pub(super) struct Calls {
     pub(super) interface: &'static Interface,
 }
 
-/// A buffer with bytes in it.
+/// A buffer that holds `bytes`.
 pub(super) fn filled(raw: &dyn Hypercalls, bytes: &[u8]) -> Result<CallBuffer, Errno> {
     let mut buffer = raw.buffer(bytes.len())?;
     buffer.write(0, bytes);
     Ok(buffer)
 }
 
-/// A domctl of this version, with the buffers that its body names; the bytes of its union,
-/// as they come back.
+/// A domctl of this version, with the buffers that its body names. Returns the bytes of its union
+/// after the call.
 pub(super) fn domctl(
     raw: &dyn Hypercalls,
     version: u32,
@@ -46,7 +46,7 @@ pub(super) fn domctl(
     Ok((u16::from_ne_bytes(domid), body_of(&buffer)))
 }
 
-/// A domctl, to be made.
+/// A buffer with the domctl's header and body.
 fn domctl_buffer(
     raw: &dyn Hypercalls,
     version: u32,
@@ -70,8 +70,8 @@ fn body_of(buffer: &CallBuffer) -> [u8; BODY] {
 }
 
 impl Calls {
-    /// Make a hypercall whose argument `at` is a structure; the structure as it comes
-    /// back, and what the call returned.
+    /// Make a hypercall whose argument `at` is a structure. Returns the structure after the call,
+    /// and the call's result.
     pub(super) fn with_struct<T: FromBytes + IntoBytes + Immutable>(
         &self,
         number: u32,
@@ -97,8 +97,8 @@ impl Calls {
         Ok((returned, out))
     }
 
-    /// What follows major and minor in the number of the release (".4" of 4.17.4); empty
-    /// where the hypervisor does not say.
+    /// The part of the release number after major and minor (".4" of 4.17.4); empty if the
+    /// hypervisor does not report it.
     pub(super) fn extra_version(&self) -> String {
         let (number, cmd) = (sys::__HYPERVISOR_xen_version, sys::XENVER_extraversion);
         match self.with_struct(number, cmd, &[0_u8; EXTRA_VERSION]) {
@@ -113,13 +113,13 @@ impl Calls {
         }
     }
 
-    /// Whether a domain has been told of NUMA nodes of its own.
+    /// Whether a domain has been given virtual NUMA nodes.
     pub(super) fn has_vnuma(&self, domid: DomId) -> Result<bool, Errno> {
         let mut ask = [0_u8; VNUMA_INFO];
         let [low, high] = domid.0.to_ne_bytes();
         (ask[0], ask[1]) = (low, high);
         let number = sys::__HYPERVISOR_memory_op;
-        // Without room for it, Xen says how much there is, and that it has no room.
+        // If there is virtual NUMA but no buffer for it, Xen reports its size and ENOBUFS.
         match self.with_struct(number, XENMEM_GET_VNUMAINFO, &ask) {
             Ok(_) | Err(Errno::ENOBUFS) => Ok(true),
             Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => Ok(false),
@@ -127,7 +127,7 @@ impl Calls {
         }
     }
 
-    /// A domctl on a domain, with the member of the union that it takes.
+    /// A domctl on a domain, with the member of the union that it uses.
     pub(super) fn domctl<T: FromBytes + IntoBytes + Immutable>(
         &self,
         cmd: u32,
@@ -151,8 +151,8 @@ impl Calls {
         Ok(out)
     }
 
-    /// As [`Calls::domctl_naming`], of one in whose member Xen says why it refuses: that
-    /// comes with the errno.
+    /// As [`Calls::domctl_naming`], for a domctl in whose member Xen explains a refusal: the member
+    /// is returned with the errno.
     pub(super) fn domctl_telling<T: FromBytes + IntoBytes + Immutable>(
         &self,
         cmd: u32,
@@ -175,7 +175,7 @@ impl Calls {
         }
     }
 
-    /// A domctl that takes nothing.
+    /// A domctl without arguments.
     pub(super) fn plain_domctl(&self, cmd: u32, domid: DomId) -> Result<(), Errno> {
         domctl(
             &*self.raw,
@@ -188,20 +188,20 @@ impl Calls {
         .map(drop)
     }
 
-    /// A buffer with bytes in it.
+    /// A buffer that holds `bytes`.
     pub(super) fn filled(&self, bytes: &[u8]) -> Result<CallBuffer, Errno> {
         filled(&*self.raw, bytes)
     }
 
-    /// What a buffer holds from its start on.
+    /// The first `bytes` bytes of a buffer.
     pub(super) fn contents(buffer: &CallBuffer, bytes: usize) -> Vec<u8> {
         let mut out = vec![0; bytes];
         buffer.read(0, &mut out);
         out
     }
 
-    /// `XEN_DOMCTL_getdomaininfo`. Older hypervisors answer for the next domain where
-    /// there is none of this number.
+    /// `XEN_DOMCTL_getdomaininfo`. If no domain has this number, older hypervisors answer for the
+    /// next domain.
     pub(super) fn info(&self, domid: DomId) -> Result<DomainInfo, Errno> {
         let (version, cmd) = (self.interface.domctl, sys::XEN_DOMCTL_getdomaininfo);
         let (_, body) = domctl(&*self.raw, version, cmd, domid.0, &[], &mut [])?;
@@ -231,7 +231,7 @@ impl Calls {
             .ok_or(Errno::EINVAL)
     }
 
-    /// A sysctl, by the version of its interface that this Xen speaks.
+    /// A sysctl, in the interface version of this Xen.
     pub(super) fn sysctl<T: FromBytes + IntoBytes + Immutable>(
         &self,
         cmd: u32,

@@ -1,4 +1,4 @@
-//! A domain's life.
+//! A domain's life cycle.
 //!
 //! C implementation: `tools/libs/ctrl/{xc_domain,xc_evtchn}.c`,
 //! `tools/libs/guest/xg_resume.c`.
@@ -16,24 +16,24 @@ use crate::{
     DomId, DomainControl, DomainInfo, GuestKind, HvmGuest, PvGuest, ShutdownReason, XenVersion,
 };
 
-/// How long a destroyed domain may stay in Xen's list before we no longer wait for it
-/// to go: as long as somebody has a page of it mapped, it does.
+/// How long to wait for a destroyed domain to leave Xen's list. It stays there as long as a process
+/// has one of its pages mapped.
 const DESTROY_WAIT: Duration = Duration::from_millis(500);
 
-/// What a suspend returns to the guest that was cancelled.
+/// What the suspend call returns to a guest whose suspend was cancelled.
 const SUSPEND_CANCELLED: u32 = 1;
 
 /// Bytes of a 64-bit and a 32-bit `vcpu_guest_context`.
 pub(super) const CONTEXT_64: usize = VCPU_CONTEXT;
 pub(super) const CONTEXT_32: usize = 0xaf0;
-/// Where eax is in either: after the FPU area of 512 bytes and, in the 64-bit one,
-/// flags and ten registers; in the 32-bit one, flags and six.
+/// The offset of eax in either: after the FPU area of 512 bytes and, in the 64-bit one, flags and
+/// ten registers; in the 32-bit one, flags and six.
 const EAX_64: usize = 512 + 8 + 10 * 8;
 const EAX_32: usize = 512 + 4 + 6 * 4;
 
 impl XenDomain {
-    /// Let the guest's call to suspend return "cancelled". A guest without PV drivers
-    /// has made no such call.
+    /// Make the guest's suspend call return "cancelled". A guest without PV drivers has made no
+    /// such call.
     fn cancel_suspend(&self) -> Result<(), BackendError> {
         let width = match self.kind {
             GuestKind::Pv => self.guest_width()?,
@@ -61,13 +61,13 @@ impl XenDomain {
             .map_err(fail("setvcpucontext"))
     }
 
-    /// C xenstored announces a domain's shutdown once, and not again before it has been told
-    /// that the domain was resumed: xl's next save of the guest would wait in vain, and its
-    /// next poweroff go unnoticed.
+    /// C xenstored announces a domain's shutdown once, and not again until it has been told that
+    /// the domain was resumed. Without that, xl's next save of the guest would wait in vain, and
+    /// its next poweroff would go unnoticed.
     fn tell_store_that_it_runs(&self) {
         match self.shared.store.resumed(self.domid) {
             Ok(()) => {}
-            // A domain that was never introduced to it.
+            // The domain was never introduced to xenstore.
             Err(error) if matches!(error.errno(), Errno::ENOENT | Errno::EINVAL) => {}
             Err(error) => {
                 let domid = self.domid;
@@ -81,7 +81,7 @@ impl XenDomain {
         }
     }
 
-    /// Wait until the hypervisor has let go of the domain, for a moment.
+    /// Wait briefly until the hypervisor has released the domain.
     fn wait_until_gone(&self) {
         let start = Instant::now();
         while start.elapsed() < DESTROY_WAIT {
@@ -95,7 +95,7 @@ impl XenDomain {
 }
 
 impl XenDomain {
-    /// On a Xen that loses registers with a vcpu's context: say so, once for each handle.
+    /// Warn, once for each handle, if this Xen loses registers with a vcpu's context.
     pub(super) fn warn_of_lost_registers(&self, doing: &str) {
         if self.shared.quirks.loses_registers && !self.warned.swap(true, Ordering::Relaxed) {
             tracing::warn!(
@@ -126,7 +126,7 @@ impl DomainControl for XenDomain {
             .domctl(sys::XEN_DOMCTL_getvcpuinfo, self.domid, &body)
         {
             Ok(info) => return Ok(info.online != 0),
-            // Xen 4.22 says no more than that the vcpu is not there.
+            // Xen 4.22 reports only that the vcpu does not exist.
             Err(Errno::ENOENT) if vcpu > self.info()?.max_vcpu_id => Errno::EINVAL,
             Err(Errno::ENOENT) => Errno::ESRCH,
             Err(errno) => errno,
@@ -153,7 +153,7 @@ impl DomainControl for XenDomain {
     fn resume(&self) -> Result<(), BackendError> {
         const OP: &str = "resumedomain";
         match self.info()?.shutdown {
-            // Xen would not mind.
+            // Xen itself does not refuse this.
             None => return Err(self.fail(OP, Errno::EINVAL)),
             Some(ShutdownReason::Suspend) => self.cancel_suspend()?,
             Some(_) => {}
@@ -205,7 +205,7 @@ impl XenDomain {
 
     /// Set the basic context of a vcpu; `context` has the size of the guest's width.
     pub(super) fn set_context(&self, vcpu: u32, context: &[u8]) -> Result<(), Errno> {
-        // Xen reads as much as the larger of the two has.
+        // Xen always reads the size of the larger structure.
         let mut whole = vec![0; CONTEXT_64.max(context.len())];
         whole[..context.len()].copy_from_slice(context);
         let mut buffer = self.calls().filled(&whole)?;

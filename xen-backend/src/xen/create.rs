@@ -1,4 +1,4 @@
-//! Making a domain, as far as a restore needs it made: no devices, no memory.
+//! Creation of a domain for a restore: without devices or memory.
 //!
 //! C implementation: `libxl__domain_make`, `libxl__build_pre` and
 //! `libxl__arch_domain_create` in `tools/libs/light`.
@@ -12,21 +12,21 @@ use super::sys;
 use crate::error::BackendError;
 use crate::{DomId, GuestKind, NewDomain};
 
-/// Lets Xen choose the number (`DOMID_ANY`). From 4.22 on nothing else does: 0, too, is
-/// the number of one domain there, which exists. Older ones take any reserved number so.
+/// Lets Xen choose the number (`DOMID_ANY`). From 4.22 on only this value does so: 0 also names one
+/// domain there, which exists. Older versions treat any reserved number like this.
 const DOMID_ANY: u16 = 0x7ff5;
 /// KiB in a page.
 const PAGE_KIB: u64 = 4;
 
-/// The largest version of grant tables that there is.
+/// The newest grant table version.
 const NEWEST_GRANT_VERSION: u8 = 2;
 
 const OP: &str = "createdomain";
 
-/// Reads of unknown registers give zero (`XEN_X86_MSR_RELAXED`).
+/// Reading an unknown MSR gives zero (`XEN_X86_MSR_RELAXED`).
 pub(crate) const MSR_RELAXED: u32 = 1;
 
-/// Make a domain. What was made of it is destroyed again where a step fails.
+/// Create a domain. If a step fails, the incomplete domain is destroyed.
 pub(super) fn create(calls: &Calls, new: &NewDomain) -> Result<DomId, BackendError> {
     new.check_vcpus(OP)?;
     let create = body(calls, new)?;
@@ -40,14 +40,14 @@ pub(super) fn create(calls: &Calls, new: &NewDomain) -> Result<DomId, BackendErr
     Ok(domid)
 }
 
-/// What is asked for, except the flags and the version of grant tables. EOPNOTSUPP where this
-/// version of Xen cannot be asked for it.
+/// The requested settings, except the flags and the grant table version. EOPNOTSUPP for a setting
+/// that this version of Xen does not have.
 fn body(calls: &Calls, new: &NewDomain) -> Result<Create, BackendError> {
     let settings = &new.settings;
     let interface = calls.interface;
     for (wanted, has, what) in [
         (
-            // The largest there is, it has by itself.
+            // Xen allows the newest version by default.
             settings
                 .max_grant_version
                 .is_some_and(|version| version < NEWEST_GRANT_VERSION),
@@ -77,7 +77,7 @@ fn body(calls: &Calls, new: &NewDomain) -> Result<Create, BackendError> {
         emulation: match new.kind {
             GuestKind::Pv => 0,
             GuestKind::Pvh => sys::XEN_X86_EMU_LAPIC,
-            // What only the control domain has.
+            // Emulation that only the control domain can have.
             GuestKind::Hvm => sys::XEN_X86_EMU_ALL & !sys::XEN_X86_EMU_VPCI,
         },
         handle: new.uuid.0,
@@ -85,7 +85,7 @@ fn body(calls: &Calls, new: &NewDomain) -> Result<Create, BackendError> {
         max_grant_frames: limit(settings.max_grant_frames)?,
         max_maptrack_frames: limit(settings.max_maptrack_frames)?,
         grant_version: 0,
-        // Without the flags, every domain is so.
+        // Without this field, every domain behaves like this.
         misc_flags: if settings.msr_relaxed { MSR_RELAXED } else { 0 },
         cpupool: settings.cpupool,
     })
@@ -93,10 +93,10 @@ fn body(calls: &Calls, new: &NewDomain) -> Result<Create, BackendError> {
 
 fn createdomain(calls: &Calls, new: &NewDomain, create: Create) -> Result<DomId, BackendError> {
     let kind = new.kind;
-    // Best first: each but the last may be more than this hypervisor has (EINVAL).
+    // Best first: this hypervisor may refuse each but the last (EINVAL).
     let flags: &[u32] = match kind {
         GuestKind::Pv => &[0],
-        // Processors without nested paging: shadows, then.
+        // The second is for processors without nested paging: shadow page tables.
         GuestKind::Hvm | GuestKind::Pvh => &[
             sys::XEN_DOMCTL_CDF_hvm | sys::XEN_DOMCTL_CDF_hap,
             sys::XEN_DOMCTL_CDF_hvm,
@@ -137,7 +137,8 @@ fn createdomain(calls: &Calls, new: &NewDomain, create: Create) -> Result<DomId,
     })
 }
 
-/// Give the domain its vcpus, its limit, room for tables that Xen keeps of it, and its clock.
+/// Give the domain its vcpus, its memory limit, room for the tables that Xen keeps for it, and its
+/// clock.
 fn furnish(calls: &Calls, domid: DomId, new: &NewDomain) -> Result<(), BackendError> {
     let &NewDomain {
         kind,

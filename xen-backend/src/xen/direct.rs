@@ -1,8 +1,8 @@
-//! What a domain without devices has in xenstore, for whoever works without libxl: its
-//! name, its rings, the nodes by which it is asked to suspend.
+//! The xenstore nodes of a domain without devices, for toolstacks that do not use libxl: its name,
+//! its rings, the nodes through which it is asked to suspend.
 //!
-//! Values and permissions are those that libxl gives them. xenconsoled takes a console of
-//! type "xenconsoled" when xenstore says that there is a new domain.
+//! Values and permissions are those that libxl uses. xenconsoled takes over a console of type
+//! "xenconsoled" when xenstore announces a new domain.
 //!
 //! C implementation: `libxl__domain_make` in `tools/libs/light/libxl_create.c`,
 //! `libxl__device_console_add` in `libxl_console.c`.
@@ -17,18 +17,18 @@ use crate::error::BackendError;
 use crate::xenstore::StoreError;
 use crate::{DomId, Host as _};
 
-/// Bytes of output that xenconsoled keeps for nobody.
+/// Bytes of output that xenconsoled keeps while no client reads it.
 const CONSOLE_LIMIT: &str = "1048576";
 
-/// Where libxl keeps the control domain's half of the consoles, which every guest of its own
-/// has.
+/// The directory of the control domain's half of the consoles; every guest made by libxl has one
+/// there.
 const CONSOLES: &str = "/local/domain/0/backend/console";
 
-/// The directories of a domain that it may read. What is written there later inherits that.
+/// The directories of a domain that it may read. Nodes created there later inherit the permission.
 const GUEST_READABLE_DIRS: [&str; 7] = [
     "", "/control", "/device", "/console", "/cpu", "/memory", "/store",
 ];
-/// The nodes that are the domain's own.
+/// The nodes that the domain owns.
 const GUEST_OWNED_NODES: [&str; 9] = [
     "/control/shutdown",
     "/control/feature-poweroff",
@@ -81,12 +81,12 @@ fn failed(op: &'static str, domid: DomId) -> impl Fn(StoreError) -> BackendError
 }
 
 impl XenHost {
-    /// What a domain has that a save without libxl does not save: see
+    /// Parts of a domain that a save without libxl does not save: see
     /// [`DomainStore::devices`](crate::domain_store::DomainStore::devices).
     ///
     /// # Errors
     ///
-    /// xenstore cannot be reached (ENOTCONN), or refuses; ESRCH.
+    /// ENOTCONN if xenstore cannot be reached; its own error if it refuses; ESRCH.
     pub(crate) fn devices_of(&self, domid: DomId) -> Result<Vec<String>, BackendError> {
         let fail = failed("devices", domid);
         let xenstore = &*self.shared.store;
@@ -110,12 +110,12 @@ impl XenHost {
         Ok(found)
     }
 
-    /// Give a domain its name and its nodes, and connect xenstore and console to its
-    /// rings. A guest without a console ring has no console.
+    /// Give a domain its name and its nodes, and connect xenstore and console to its rings. A guest
+    /// without a console ring has no console.
     ///
     /// # Errors
     ///
-    /// What xenstore refuses. Some nodes may be there then: [`XenHost::remove_nodes_of`] them.
+    /// xenstore's error. Some nodes may exist then: remove them with [`XenHost::remove_nodes_of`].
     pub(crate) fn connect(
         &self,
         domid: DomId,
@@ -135,7 +135,7 @@ impl XenHost {
             _ => true,
         });
         let owned = GUEST_OWNED_NODES.iter().map(|path| (path, true));
-        // Before the values: those below inherit it.
+        // Before the values, which inherit the permissions.
         for (path, owner) in readable.map(|path| (path, false)).chain(owned) {
             let path = node(domid, path);
             xenstore.write(&path, b"").map_err(&fail)?;
@@ -180,7 +180,7 @@ impl XenHost {
                 .write(&node(domid, &path), value.as_bytes())
                 .map_err(&fail)?;
         }
-        // It may have been named before its directory was made readable.
+        // The name may have been set before its directory was made readable.
         xenstore
             .let_have(&node(domid, "/name"), domid, false)
             .map_err(&fail)?;
@@ -189,14 +189,14 @@ impl XenHost {
             .map_err(&fail)
     }
 
-    /// Removes what a domain has in xenstore: what [`XenHost::connect`] made, and what libxl
-    /// keeps there of a domain that it made and that has no device but its console. xenstore
-    /// lets go of the domain's ring by itself once the domain is destroyed.
+    /// Removes a domain's nodes in xenstore: those that [`XenHost::connect`] made, and those that
+    /// libxl keeps for a domain that it created and that has no device but its console. xenstore
+    /// releases the domain's ring by itself once the domain is destroyed.
     ///
     /// # Errors
     ///
-    /// xenstore cannot be reached (ENOTCONN), or refuses. All the rest is removed; the error
-    /// names what is left.
+    /// ENOTCONN if xenstore cannot be reached; its own error if it refuses. All other nodes are
+    /// removed; the error names what is left.
     pub(crate) fn remove_nodes_of(&self, domid: DomId) -> Result<(), BackendError> {
         let xenstore = &*self.shared.store;
         let mut first = None;

@@ -1,10 +1,10 @@
-//! The reserved entries of a grant table: where xenstore and console find their rings.
+//! The reserved entries of a grant table, in which xenstore and the console find their rings.
 //!
-//! The table is mapped as a resource. Where the kernel cannot (before Linux 4.20, or 4.18
-//! with the backport), its frame is mapped as any other: that of a translated guest is given a
-//! place behind the guest's memory for as long as that takes.
+//! The table is mapped as a resource. If the kernel cannot do that (before Linux 4.20, or 4.18 with
+//! the backport), the table's frame is mapped like any other; the frame of a translated guest is
+//! temporarily given a gfn above the guest's memory.
 //!
-//! C implementation: `xc_dom_gnttab_seed` and its `compat_` sisters in
+//! C implementation: `xc_dom_gnttab_seed` and its `compat_` variants in
 //! `tools/libs/guest/xg_dom_boot.c`; structures in `xen/include/public/{grant_table,memory}.h`.
 
 use nix::errno::Errno;
@@ -26,7 +26,7 @@ const GRANT_ENTRY: usize = size_of::<sys::grant_entry_v1>();
 const SPACE_GRANT_TABLE: u32 = 1;
 
 impl XenDomain {
-    /// Fill in the reserved entries; none where one of them cannot be.
+    /// Fill in the reserved entries; neither of them if one is impossible.
     pub(super) fn seed(&self, console: RingGrant, xenstore: RingGrant) -> Result<(), Errno> {
         let rings = [
             (sys::GNTTAB_RESERVED_CONSOLE, console),
@@ -64,7 +64,7 @@ impl XenDomain {
         }
     }
 
-    /// Seed the table of a guest whose frames Xen translates, at a place behind its memory.
+    /// Seed the table of a translated guest, at a gfn above its memory.
     fn seed_behind(&self, words: &[(usize, u64)]) -> Result<(), Errno> {
         let largest = self.maximum_gfn().map_err(|error| error.errno)?;
         let place = largest.map_or(0, |gfn| gfn.0 + 1);
@@ -87,7 +87,7 @@ impl XenDomain {
         seeded.and(removed.map(drop))
     }
 
-    /// The first page of the grant table, by the frame that it has.
+    /// The first page of the grant table, mapped by its frame.
     fn table_by_frame(&self) -> Result<ForeignPages, Errno> {
         let mut frames = self.calls().raw.buffer(8)?;
         let mut setup = sys::gnttab_setup_table::new_zeroed();

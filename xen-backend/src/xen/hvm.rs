@@ -1,4 +1,4 @@
-//! What only translated guests have: their context and parameters.
+//! The context and parameters of translated guests.
 //!
 //! C implementation: `xc_domain_hvm_{get,set}context` and `xc_hvm_param_{get,set}` in
 //! `tools/libs/ctrl`.
@@ -20,7 +20,7 @@ impl XenDomain {
             self.calls()
                 .domctl_naming(sys::XEN_DOMCTL_gethvmcontext, self.domid, &body, named)
         };
-        // Without a buffer Xen says how large one has to be.
+        // Without a buffer, Xen reports the size that is needed.
         let room = get(0, &mut [])?.size;
         let bytes = |size| usize::try_from(size).map_err(|_| Errno::EINVAL);
         let mut buffer = self.calls().raw.buffer(bytes(room)?)?;

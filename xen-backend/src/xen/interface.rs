@@ -1,4 +1,4 @@
-//! What differs between the versions of Xen's domctl interface, in one table.
+//! Differences between the versions of Xen's domctl interface, in one table.
 //!
 //! | domctl | Xen | `createdomain` | `getdomaininfo` | sysctl |
 //! |---|---|---|---|---|
@@ -10,10 +10,10 @@
 //! | 0x17 | 4.19–4.21 | + altp2m | | 0x15, 4.21: 0x16 |
 //! | 0x18 | 4.22 | | | 0x16 |
 //!
-//! Every other structure is the same in all of them: `cargo xtask bindings` checks
-//! that. (From 0x18 on `createdomain` chooses a number for DOMID_ANY only, which older
-//! ones take as well, and `getvcpuinfo` answers ENOENT for a vcpu that is not there.) Source: `xen/include/public/{domctl,sysctl}.h` and `arch-x86/xen.h` of each
-//! release.
+//! Every other structure is the same in all of them: `cargo xtask bindings` checks that. (From 0x18
+//! on `createdomain` chooses a number only for DOMID_ANY, which older versions accept as well, and
+//! `getvcpuinfo` returns ENOENT for a vcpu that does not exist.) Source:
+//! `xen/include/public/{domctl,sysctl}.h` and `arch-x86/xen.h` of each release.
 
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
@@ -21,8 +21,8 @@ use crate::sys::{common as sys, v12, v13, v14, v15, v16, v17, v18};
 use crate::{DomId, DomainInfo, GuestKind, ShutdownReason, Uuid, XenVersion};
 use xsr_format::frame::Gfn;
 
-/// The versions of the domctl and the sysctl interface that a Xen 4.`minor` has; above
-/// those that are known, numbers that nobody speaks.
+/// The domctl and sysctl interface versions of Xen 4.`minor`; for a Xen newer than the known ones,
+/// versions that no Xen uses.
 pub(crate) const fn versions(minor: u16) -> (u32, u32) {
     match minor {
         0..=14 => (0x12, 0x13),
@@ -33,7 +33,7 @@ pub(crate) const fn versions(minor: u16) -> (u32, u32) {
         19 | 20 => (0x17, 0x15),
         21 => (0x17, 0x16),
         22 => (0x18, 0x16),
-        // What is to come.
+        // Future versions.
         _ => (0x19, 0x17),
     }
 }
@@ -53,7 +53,7 @@ pub fn known_versions() -> [XenVersion; 2] {
     [OLDEST_MINOR, newest.unwrap_or(OLDEST_MINOR)].map(|minor| XenVersion { major: 4, minor })
 }
 
-/// What a new domain is to be.
+/// The parameters of a new domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Create {
     /// `XEN_DOMCTL_CDF_*`.
@@ -65,14 +65,14 @@ pub(crate) struct Create {
     pub(crate) emulation: u32,
     /// The UUID.
     pub(crate) handle: [u8; 16],
-    /// Security label.
+    /// The security label.
     pub(crate) ssidref: u32,
-    /// Negative: what the hypervisor allows.
+    /// If negative, as many as the hypervisor allows.
     pub(crate) max_grant_frames: i32,
     /// Likewise.
     pub(crate) max_maptrack_frames: i32,
-    /// Largest version of grant tables, from 0x14 on; 0 before, where the hypervisor's command
-    /// line says it.
+    /// The largest grant table version, from 0x14 on; before that 0, because the hypervisor's
+    /// command line sets it.
     pub(crate) grant_version: u32,
     /// `XEN_X86_MSR_RELAXED`, from 0x13 on.
     pub(crate) misc_flags: u32,
@@ -80,7 +80,7 @@ pub(crate) struct Create {
     pub(crate) cpupool: u32,
 }
 
-/// What `getdomaininfo` says, as far as anything here looks at it.
+/// The members of `getdomaininfo` that are used here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Info {
     pub(crate) domid: u16,
@@ -98,24 +98,24 @@ pub(crate) struct Info {
 
 /// One version of the interface.
 pub(crate) struct Interface {
-    /// Its number (`XEN_DOMCTL_INTERFACE_VERSION`).
+    /// Its version number (`XEN_DOMCTL_INTERFACE_VERSION`).
     pub(crate) domctl: u32,
-    /// The numbers that the sysctl interface has beside it, each to be tried.
+    /// The possible sysctl interface versions, to be tried in turn.
     pub(crate) sysctl: &'static [u32],
     /// Bytes of `xen_domctl_getdomaininfo`.
     pub(crate) info_bytes: usize,
-    /// Takes such a structure apart; `None` for fewer bytes.
+    /// Decodes such a structure; `None` if there are too few bytes.
     pub(crate) decode_info: fn(&[u8]) -> Option<Info>,
-    /// Makes one, as a hypervisor does.
+    /// Encodes one, as a hypervisor does.
     #[cfg_attr(
         not(feature = "mock"),
         expect(dead_code, reason = "for the mock machine")
     )]
     pub(crate) encode_info: fn(&Info) -> Vec<u8>,
-    /// Makes a `xen_domctl_createdomain`.
+    /// Encodes a `xen_domctl_createdomain`.
     pub(crate) encode_create: fn(&Create) -> Vec<u8>,
-    /// Takes one apart, as a hypervisor does; `None` for fewer bytes, or where a grant
-    /// version is named and is none.
+    /// Decodes one, as a hypervisor does; `None` if there are too few bytes or the grant table
+    /// version is invalid.
     #[cfg_attr(
         not(feature = "mock"),
         expect(dead_code, reason = "for the mock machine")
@@ -139,7 +139,7 @@ const NO_VCPU: u32 = u32::MAX;
 /// "As many as the hypervisor allows."
 pub(crate) const DEFAULT_LIMIT: i32 = -1;
 
-/// An entry of the table: the module of the bindings, what else its domctl has.
+/// A table entry, from the module of the bindings and the other features of its domctl.
 macro_rules! interface {
     ($module:ident, $sysctl:expr, misc: $misc:tt, grants: $grants:tt, pool: $pool:tt) => {
         Interface {
@@ -241,7 +241,7 @@ pub(crate) static INTERFACES: [Interface; 7] = [
 ];
 
 impl Info {
-    /// As the traits have it.
+    /// The same information in the type of the traits.
     pub(crate) fn to_domain_info(self) -> DomainInfo {
         let has = |flag: u32| self.flags & flag != 0;
         let reason = (self.flags >> sys::XEN_DOMINF_shutdownshift) & sys::XEN_DOMINF_shutdownmask;
@@ -250,7 +250,7 @@ impl Info {
             uuid: Uuid(self.handle),
             kind: match (has(sys::XEN_DOMINF_hvm_guest), self.emulation) {
                 (false, _) => GuestKind::Pv,
-                // A guest for which Xen emulates no more than this has no device model.
+                // A guest with at most this much emulation in Xen has no device model.
                 (true, emulated) if emulated & !sys::XEN_X86_EMU_LAPIC == 0 => GuestKind::Pvh,
                 (true, _) => GuestKind::Hvm,
             },
@@ -258,8 +258,8 @@ impl Info {
             paused: has(sys::XEN_DOMINF_paused),
             dying: has(sys::XEN_DOMINF_dying),
             max_vcpu_id: match self.max_vcpu_id {
-                // A domain whose vcpus have not been made yet: as one whose first has
-                // not, which every caller knows how to meet.
+                // The domain's vcpus have not been created yet: reported like a domain whose first
+                // vcpu has not been created, which every caller handles.
                 NO_VCPU => 0,
                 largest => largest,
             },
@@ -270,7 +270,7 @@ impl Info {
     }
 }
 
-/// A reason that nobody knows is a crash: the domain cannot be resumed from it.
+/// An unknown reason is treated as a crash: the domain cannot be resumed after it.
 fn shutdown_reason(reason: u32) -> ShutdownReason {
     match reason {
         sys::SHUTDOWN_poweroff => ShutdownReason::Poweroff,

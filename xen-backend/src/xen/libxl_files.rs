@@ -1,4 +1,4 @@
-//! The files that libxl keeps of a domain, which are read and never written.
+//! The files that libxl keeps for a domain; they are only read.
 //!
 //! | file | holds |
 //! |---|---|
@@ -19,7 +19,7 @@ use nix::libc::{O_NOFOLLOW, O_NONBLOCK};
 
 use crate::domain_store::DomainRef;
 
-/// Longest configuration that is read.
+/// The longest configuration that is read.
 const LONGEST: u64 = 16 << 20;
 
 /// Where libxl keeps its files.
@@ -33,18 +33,18 @@ struct Directories {
 }
 
 impl LibxlFiles {
-    /// Where the packages of Xen have them.
+    /// The directories of Xen's packages.
     pub(super) fn of_this_machine() -> Self {
         Self::below(Path::new("/"))
     }
 
-    /// There are none: behind the hypervisor is a mock machine.
+    /// No files: the hypervisor is a mock machine.
     #[cfg(feature = "mock")]
     pub(super) const fn none() -> Self {
         Self(None)
     }
 
-    /// As on a machine whose root directory is this.
+    /// The directories of a machine whose root directory is `root`.
     pub(crate) fn below(root: &Path) -> Self {
         Self(Some(Directories {
             lib: root.join("var/lib/xen"),
@@ -52,7 +52,7 @@ impl LibxlFiles {
         }))
     }
 
-    /// The configuration that libxl keeps of a domain, and the file that it is in.
+    /// The configuration that libxl keeps for a domain, and its file.
     pub(super) fn configuration(
         &self,
         domain: DomainRef,
@@ -71,7 +71,7 @@ impl LibxlFiles {
         }
     }
 
-    /// Every file of a domain. A directory that cannot be read has none.
+    /// Every file of a domain. An unreadable directory counts as empty.
     pub(super) fn of(&self, domain: DomainRef) -> Vec<PathBuf> {
         let Some(Directories { lib, run }) = &self.0 else {
             return Vec::new();
@@ -103,7 +103,7 @@ impl LibxlFiles {
     }
 }
 
-/// The files of a directory whose names are chosen.
+/// The files of a directory whose names `chosen` accepts.
 fn named(directory: &Path, chosen: impl Fn(&str) -> bool) -> Vec<PathBuf> {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     entries

@@ -1,8 +1,8 @@
-//! The log of pages that a guest writes.
+//! The dirty log: the pages that a guest has written.
 //!
-//! Xen reads a log that is off as an empty one, and a final read of a running domain as
-//! any other. Both would lose pages, so both are refused here. So is an answer for fewer pages
-//! than were asked for.
+//! Xen reads a log that is off as an empty one, and treats a final read of a running domain like
+//! any other. Both would lose pages, so both are refused here, as is an answer for fewer pages than
+//! requested.
 //!
 //! C implementation: `xc_shadow_control`, `xc_logdirty_control` in
 //! `tools/libs/ctrl/xc_domain.c`; in Xen, `xen/arch/x86/mm/paging.c`.
@@ -31,18 +31,18 @@ impl XenDomain {
 }
 
 impl XenDomain {
-    /// Whether the log is on, whichever process switched it on: libxl does so for the
-    /// secondary of COLO, and its helper reads it. The one call that tells is the one that
-    /// would switch it on; Xen refuses it where the log is on.
+    /// Whether the log is on, whichever process enabled it: libxl does so for the secondary of
+    /// COLO, and its helper reads it. The only call that can tell is the one that enables it; Xen
+    /// refuses it if the log is on.
     ///
-    /// Xen refuses it (EINVAL) in two other cases, which cannot be told from this one: where the
-    /// log is of a screen's few pages only, and where the domain has a device passed through. A
-    /// caller that has not switched the log on itself has to know that its toolstack has. COLO
-    /// does: libxl switches it on and fails where it cannot, and refuses passed-through devices.
+    /// Xen refuses it (EINVAL) in two other cases, which look the same: if the log covers only the
+    /// few pages of a screen, and if the domain has a device passed through. A caller that has not
+    /// enabled the log itself has to know that its toolstack has. COLO knows: libxl enables the log
+    /// and fails if it cannot, and refuses passed-through devices.
     fn log_is_on(&self) -> Result<bool, BackendError> {
         match self.shared.logs().get(&self.domid) {
             Some(Log::On) => return Ok(true),
-            // It may be one of a few pages only, those of a screen.
+            // It may cover only the few pages of a screen.
             Some(Log::Held) => return Ok(false),
             None => {}
         }
@@ -76,8 +76,8 @@ impl LogDirty for XenDomain {
 
     fn disable_log_dirty(&self) -> Result<(), BackendError> {
         match self.shadow_op(sys::XEN_DOMCTL_SHADOW_OP_OFF) {
-            // The log is off by then: Xen goes on to shadow paging, which this domain
-            // does not use, or this hypervisor does not have.
+            // The log is off by now: after that Xen tries to switch to shadow paging, which this
+            // domain does not use, or this hypervisor does not have.
             Err(error) if matches!(error.errno, Errno::EINVAL | Errno::EOPNOTSUPP) => {}
             result => result?,
         }
@@ -96,14 +96,14 @@ impl LogDirty for XenDomain {
         if (how == DirtyRead::CleanFinal && runs) || !self.log_is_on()? {
             return Err(fail(Errno::EINVAL));
         }
-        // One word more than there may be: a buffer has at least one byte.
+        // One word more than needed: a buffer has at least one byte.
         let bytes = out.words() * 8 + 8;
         let mut kept = self.log.lock().unwrap_or_else(PoisonError::into_inner);
         let buffer = match kept.take().filter(|buffer| buffer.len() >= bytes) {
             Some(buffer) => buffer,
             None => self.calls().raw.buffer(bytes).map_err(fail)?,
         };
-        // What a call that failed has left in it, the next call overwrites.
+        // If the call fails, the next one overwrites what it left in the buffer.
         let buffer = kept.insert(buffer);
         let mut body = sys::xen_domctl_shadow_op::new_zeroed();
         (body.op, body.mode) = match how {
@@ -120,7 +120,7 @@ impl LogDirty for XenDomain {
             .calls()
             .domctl_naming(cmd, self.domid, &body, named)
             .map_err(fail)?;
-        // Where Xen says less, the rest of the bitmap is not an answer.
+        // If Xen reports fewer pages, the rest of the bitmap is invalid.
         if answer.pages != out.pfns() {
             let (domid, asked, answered) = (self.domid, out.pfns(), answer.pages);
             tracing::error!(%domid, asked, answered, "the dirty log is not whole");
@@ -141,7 +141,7 @@ impl LogDirty for XenDomain {
 /// Words of the log that are copied at a time.
 const AT_ONCE: usize = 512;
 
-/// Fill `out` with the bits that the buffer holds.
+/// Fill `out` from the bits in the buffer.
 fn take_words(buffer: &CallBuffer, out: &mut DirtyBitmap) {
     let mut bytes = [0; AT_ONCE * 8];
     for first in (0..out.words()).step_by(AT_ONCE) {

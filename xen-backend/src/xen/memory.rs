@@ -15,25 +15,24 @@ use crate::pages::{Access, ForeignPages};
 use crate::privcmd::FrameMapping;
 use crate::{DomainControl, GuestMemory};
 
-/// Most frames of one `getpageframeinfo3`.
+/// The most frames of one `getpageframeinfo3`.
 const MAX_TYPE_BATCH: usize = 1024;
 
-/// How often the call that is made most is made again when a buffer cannot be reached:
-/// memory that is merely locked may be on the move (C: `do_domctl_retry_efault`).
+/// The number of times that the most frequent call is repeated if a buffer cannot be reached:
+/// memory that is only locked may be migrating (C: `do_domctl_retry_efault`).
 const FAULTS: u32 = 2;
 
-/// Extents in one call of the memory operations: what is under way is bounded, as is
-/// the buffer.
+/// Extents in one call of the memory operations; bounds the work of a call and the size of the
+/// buffer.
 const EXTENTS: usize = 1 << 16;
 
-/// How long to wait before asking again for frames that are paged out: at first, at
-/// most, and in all. A pager that has not answered by then will not.
+/// How long to wait before retrying frames that are paged out: at first, at most, and in total. A
+/// pager that has not answered by then will not.
 const FIRST_WAIT: Duration = Duration::from_micros(100);
 const LONGEST_WAIT: Duration = Duration::from_millis(10);
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Map what `mapping` has reserved, and go on asking for frames that are paged out
-/// until they are back.
+/// Map what `mapping` has reserved, and retry frames that are paged out until they are back.
 pub(super) fn map_all(mapping: &mut dyn FrameMapping, frames: usize) -> Result<(), Errno> {
     mapping.map(0..frames)?;
     let (start, mut wait) = (Instant::now(), FIRST_WAIT);
@@ -42,7 +41,7 @@ pub(super) fn map_all(mapping: &mut dyn FrameMapping, frames: usize) -> Result<(
             .filter(|index| mapping.failure(*index) == Some(Errno::ENOENT))
             .collect();
         if paged_out.is_empty() || start.elapsed() > PATIENCE {
-            // What is still out is listed as failed.
+            // Frames that are still paged out are listed as failed.
             return Ok(());
         }
         std::thread::sleep(wait);
@@ -54,7 +53,7 @@ pub(super) fn map_all(mapping: &mut dyn FrameMapping, frames: usize) -> Result<(
     }
 }
 
-/// Map frames of any domain, Xen's own included.
+/// Map frames of any domain, including Xen's own.
 pub(super) fn map(
     calls: &Calls,
     domid: crate::DomId,
@@ -64,7 +63,7 @@ pub(super) fn map(
     let mut mapping = calls.raw.reserve(domid, gfns, access)?;
     map_all(&mut *mapping, gfns.len())?;
     let pages = mapping.finish()?;
-    // No domain, no frame of it.
+    // If the domain does not exist, neither do its frames.
     match pages
         .failed()
         .iter()
@@ -76,8 +75,8 @@ pub(super) fn map(
 }
 
 impl XenDomain {
-    /// A memory operation over frames in chunks: how many extents it was done for, from
-    /// the first on, each replaced by what comes back.
+    /// A memory operation on frames in chunks. Returns for how many extents, counted from the
+    /// first, it was done; each of these is replaced by the result.
     fn reserve(&self, op: u32, order: u8, frames: &mut [Gfn]) -> Result<usize, Errno> {
         let mut done = 0;
         for chunk in frames.chunks_mut(EXTENTS) {
@@ -98,7 +97,7 @@ impl XenDomain {
             }
             done += count;
             if count < extents.len() {
-                // Of a domain that is gone Xen says "none", too.
+                // Xen also answers "none" for a domain that is gone.
                 self.calls().info(self.domid)?;
                 break;
             }
@@ -115,7 +114,7 @@ impl GuestMemory for XenDomain {
             .calls()
             .with_struct(number, cmd, &self.domid.0)
             .map_err(|errno| self.fail(OP, errno))?;
-        // Nothing at all, and nothing but gfn 0, look the same.
+        // A domain without memory and one with only gfn 0 give the same answer.
         if largest == 0 && self.info()?.tot_pages == 0 {
             return Ok(None);
         }
@@ -146,12 +145,12 @@ impl GuestMemory for XenDomain {
                 return Err(fail(errno));
             }
             left -= 1;
-            // Some of the frames may have given way to their types.
+            // Some of the frames may have been overwritten by their types.
             buffer.write(0, frames.as_bytes());
         }
         let answer = Calls::contents(&buffer, frames.len() * 8);
         for (word, out) in answer.as_chunks().0.iter().zip(out) {
-            // The four bits of the type are the uppermost of the lower half.
+            // The type is in the top four bits of the lower half.
             let bits = u64::from_ne_bytes(*word) >> 28 & 0xf;
             *out = PageType::from_nibble(u8::try_from(bits).map_err(|_| fail(Errno::EINVAL))?);
         }
@@ -168,7 +167,7 @@ impl GuestMemory for XenDomain {
             0 | 9 | 18 => 1_u64 << order,
             _ => return Err(fail(Errno::EINVAL)),
         };
-        // Xen takes an extent from where it is not aligned, and then fails half-way.
+        // Xen begins with a misaligned extent and then fails half-way.
         if frames.iter().any(|pfn| !pfn.0.is_multiple_of(pages)) {
             return Err(fail(Errno::EINVAL));
         }

@@ -1,5 +1,5 @@
-//! Finding the hypervisor and the version of its interface, and saying what is missing
-//! where that fails.
+//! Opening of the hypervisor, detection of its interface version, and errors that say what is
+//! missing.
 
 use std::io;
 use std::path::Path;
@@ -15,13 +15,12 @@ use super::{Privcmd, sys};
 use crate::XenVersion;
 use crate::privcmd::{Call, Hypercalls};
 
-/// Says "xen" where Linux runs on Xen.
+/// Contains "xen" if Linux runs on Xen.
 const HYPERVISOR_TYPE: &str = "/sys/hypervisor/type";
-/// Versions of the interface that may be out there, for the message about one that is
-/// not known.
+/// Interface versions that may exist, for the error message about an unknown one.
 const OUTLANDISH: std::ops::RangeInclusive<u32> = 0x0b..=0x40;
 
-/// Why the hypervisor cannot be had.
+/// The reason why the hypervisor cannot be opened.
 #[derive(Debug, Error)]
 pub enum OpenError {
     /// The machine does not run on Xen.
@@ -30,29 +29,29 @@ pub enum OpenError {
          a mock machine"
     )]
     NoXen,
-    /// It does, but nothing leads to the hypervisor.
+    /// The machine runs on Xen, but no device leads to the hypervisor.
     #[error(
         "Xen is here, but not /dev/xen/privcmd: load the kernel module xen-privcmd \
          (`modprobe xen-privcmd`)"
     )]
     NoPrivcmd,
-    /// The device is somebody else's.
+    /// The device is not accessible to this user.
     #[error(
         "privcmd may be opened by root only, and this is user {uid}: run the command as root \
          in the control domain"
     )]
     NotRoot {
-        /// Who tried.
+        /// The user that tried.
         uid: u32,
     },
     /// A device cannot be opened for another reason.
     #[error("the hypervisor's devices below /dev/xen cannot be opened: {source}")]
     Device {
-        /// What the kernel says.
+        /// The kernel's error.
         #[from]
         source: io::Error,
     },
-    /// No hypercall goes through.
+    /// The device refuses hypercalls.
     #[error(
         "the handle on privcmd is restricted to one domain (IOCTL_PRIVCMD_RESTRICT) and may \
          make no hypercall: open it unrestricted"
@@ -69,7 +68,7 @@ pub enum OpenError {
         /// Of the hypervisor.
         minor: u16,
     },
-    /// A version of the interface that is not known.
+    /// An unknown version of the interface.
     #[error(
         "Xen {major}.{minor} speaks version {} of the domctl interface; this xsr knows {} to \
          {} ({}). Use an xsr made for this Xen, or a Xen that this xsr knows",
@@ -83,17 +82,17 @@ pub enum OpenError {
         major: u16,
         /// Of the hypervisor.
         minor: u16,
-        /// The version it speaks, where that could be found out.
+        /// The version of the hypervisor's interface, if it could be determined.
         found: Option<u32>,
-        /// The smallest and the largest known.
+        /// The oldest and the newest known version.
         known: (u32, u32),
     },
-    /// The hypervisor answers in a way that makes no sense here.
+    /// The hypervisor gives an unexpected answer.
     #[error("the hypervisor does not answer {op}: {errno}")]
     NoAnswer {
         /// Xen's name for the call.
         op: &'static str,
-        /// What it answered.
+        /// The errno that it returned.
         errno: Errno,
     },
 }
@@ -119,12 +118,12 @@ pub(super) fn device() -> Result<Privcmd, OpenError> {
 fn under_xen(hypervisor_type: &Path) -> bool {
     match std::fs::read_to_string(hypervisor_type) {
         Ok(kind) => kind.trim_end() == "xen",
-        // No hypervisor at all, or one that says nothing.
+        // No hypervisor, or one that does not report its type.
         Err(_) => false,
     }
 }
 
-/// Which version of Xen answers, and of its interface.
+/// Finds out the version of Xen and of its interface.
 pub(super) fn probe(raw: Arc<dyn Hypercalls>) -> Result<(Calls, XenVersion), OpenError> {
     let ask = Call::plain(sys::__HYPERVISOR_xen_version, sys::XENVER_version);
     let version = match ask.and_then(|call| raw.hypercall(call)) {
@@ -140,7 +139,7 @@ pub(super) fn probe(raw: Arc<dyn Hypercalls>) -> Result<(Calls, XenVersion), Ope
         }
     };
     let XenVersion { major, minor } = version;
-    // What this version should speak first; a build of it may speak another.
+    // The version that this Xen should have is tried first; a custom build may have another.
     let (expected, _) = versions(minor);
     let (likely, others): (Vec<_>, Vec<_>) = INTERFACES.iter().partition(|i| i.domctl == expected);
     for interface in likely.into_iter().chain(others) {
@@ -154,7 +153,7 @@ pub(super) fn probe(raw: Arc<dyn Hypercalls>) -> Result<(Calls, XenVersion), Ope
             }
         }
     }
-    // EPERM, too, comes only after the version was right.
+    // Xen returns EPERM, too, only after it has accepted the version.
     let found = OUTLANDISH.rev().find(|version| {
         !INTERFACES.iter().any(|known| known.domctl == *version)
             && !matches!(speaks(&*raw, *version), Ok(false))
@@ -179,8 +178,8 @@ fn half(value: u64) -> u16 {
     u16::try_from(value & 0xffff).unwrap_or(u16::MAX)
 }
 
-/// Whether the hypervisor takes domctls of this version: it refuses any other with
-/// EACCES, before it looks at what is asked.
+/// Whether the hypervisor accepts domctls of this version: it refuses any other with EACCES, before
+/// it looks at the command.
 fn speaks(raw: &dyn Hypercalls, version: u32) -> Result<bool, Errno> {
     match calls::domctl(raw, version, sys::XEN_DOMCTL_getdomaininfo, 0, &[], &mut []) {
         Ok(_) => Ok(true),

@@ -1,4 +1,4 @@
-//! What PV and translated guests have in common: CPU policy, TSC, reserved grants
+//! Calls that PV and translated guests have in common: CPU policy, TSC, reserved grants
 //! (`grants.rs`).
 //!
 //! C implementation: `tools/libs/guest/xg_cpuid_x86.c`, `xc_domain_{get,set}_tsc_info`
@@ -17,12 +17,12 @@ use crate::{CpuPolicy, Detail, GuestKind, PolicyEntry, RingGrant, TscInfo, X86Pl
 const LEAF: usize = size_of::<sys::xen_cpuid_leaf>();
 const MSR: usize = size_of::<sys::xen_msr_entry>();
 
-/// Room for a policy, in entries: at first, and at most. Policies have some 150 leaves
-/// and a handful of MSRs.
+/// Room for a policy, in entries: at first, and at most. Policies have about 150 leaves and a
+/// handful of MSRs.
 const FIRST_ROOM: u32 = 512;
 const LARGEST_ROOM: u32 = 1 << 16;
 
-/// The largest TSC mode there is.
+/// The largest TSC mode.
 const TSC_NEVER_EMULATE: u32 = 2;
 
 fn entries(bytes: &[u8], size: usize) -> Result<u32, Errno> {
@@ -32,8 +32,8 @@ fn entries(bytes: &[u8], size: usize) -> Result<u32, Errno> {
     }
 }
 
-/// A policy, in buffers that hold `room` entries of either kind and are made larger as long as
-/// `ask` says ENOBUFS. It answers with the number of leaves and of MSRs.
+/// A policy, in buffers for `room` entries of either kind, which grow as long as `ask` returns
+/// ENOBUFS. `ask` returns the number of leaves and of MSRs.
 fn policy_of(
     calls: &Calls,
     ask: impl Fn(u32, Named<'_, '_>) -> Result<(u32, u32), Errno>,
@@ -71,7 +71,7 @@ fn system_policy(calls: &Calls, index: u32) -> Result<CpuPolicy, Errno> {
     })
 }
 
-/// The most that the machine can give to a guest of this kind.
+/// The largest policy that the machine can offer a guest of this kind.
 fn max_policy(calls: &Calls, kind: GuestKind) -> Result<CpuPolicy, Errno> {
     let index = match kind.is_translated() {
         true => sys::XEN_SYSCTL_cpu_policy_hvm_max,
@@ -80,7 +80,7 @@ fn max_policy(calls: &Calls, kind: GuestKind) -> Result<CpuPolicy, Errno> {
     system_policy(calls, index)
 }
 
-/// What the call is named in errors.
+/// The name of the call in errors.
 const MAX_POLICY: &str = "get_cpu_policy of the host";
 
 impl XenHost {
@@ -91,13 +91,13 @@ impl XenHost {
 }
 
 impl XenDomain {
-    /// The errno comes with the entry that Xen says is to blame.
+    /// The errno comes with the entry that Xen blames.
     fn set_policy(&self, policy: &CpuPolicy) -> Result<(), (Errno, Option<PolicyEntry>)> {
         let early = |errno| (errno, None);
         let mut body = sys::xen_domctl_cpu_policy::new_zeroed();
         body.nr_leaves = entries(&policy.leaves, LEAF).map_err(early)?;
         body.nr_msrs = entries(&policy.msrs, MSR).map_err(early)?;
-        // What Xen leaves there where it blames nothing.
+        // Xen leaves these values if it blames no entry.
         (body.err_leaf, body.err_subleaf, body.err_msr) = (NOTHING, NOTHING, NOTHING);
         let mut leaves = self.calls().filled(&policy.leaves).map_err(early)?;
         let mut msrs = self.calls().filled(&policy.msrs).map_err(early)?;
@@ -112,10 +112,10 @@ impl XenDomain {
     }
 }
 
-/// "Nothing", as an index of a leaf or a register; for a subleaf also "the leaf has none".
+/// "Nothing", as an index of a leaf or an MSR; for a subleaf also "the leaf has none".
 const NOTHING: u32 = u32::MAX;
 
-/// The entry that Xen has put into the structure.
+/// The entry that Xen has reported in the structure.
 fn blamed(told: &sys::xen_domctl_cpu_policy) -> Option<PolicyEntry> {
     let some = |index: u32| (index != NOTHING).then_some(index);
     let leaf = some(told.err_leaf).map(|leaf| PolicyEntry::Leaf {
@@ -171,7 +171,7 @@ impl X86Platform for XenDomain {
 
     fn set_tsc_info(&self, info: &TscInfo) -> Result<(), BackendError> {
         let fail = |errno| self.fail("settscinfo", errno);
-        // Not every version of Xen says so.
+        // Not every version of Xen reports this.
         if info.mode > TSC_NEVER_EMULATE {
             return Err(fail(Errno::EINVAL));
         }

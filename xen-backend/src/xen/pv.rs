@@ -1,4 +1,4 @@
-//! What only PV guests have: width, m2p, vcpu state, pinned page tables.
+//! Calls for PV guests: width, m2p, vcpu state, pinned page tables.
 //!
 //! C implementation: `tools/libs/guest/{xg_sr_common_x86_pv,xg_private}.c`,
 //! `tools/libs/ctrl/{xc_domain,xc_private}.c`.
@@ -19,18 +19,18 @@ use crate::privcmd::Call;
 use crate::privcmd::call::MMUEXT_OP;
 use crate::{M2p, PvGuest, VcpuBlob};
 
-/// Most pins at a time.
+/// The most page tables pinned in one call.
 const MAX_PIN_BATCH: usize = 1024;
 
-/// Frames of the m2p that Xen names by their first: 2 MiB of it.
+/// Frames in a 2 MiB chunk of the m2p; Xen names a chunk by its first frame.
 const CHUNK_PAGES: u64 = 512;
 /// Entries of the m2p in such a chunk.
 const CHUNK_ENTRIES: u64 = CHUNK_PAGES * 512;
 
-/// Bytes of `xen_domctl_ext_vcpucontext`, and most that there is room for.
+/// Bytes of `xen_domctl_ext_vcpucontext`, and the most that there is room for.
 const EXTENDED: usize = 64;
 const EXTENDED_MAX: usize = 128;
-/// Where it says which vcpu's it is.
+/// The range that holds the vcpu's number.
 const EXTENDED_VCPU: std::ops::Range<usize> = 0..4;
 
 /// Bytes of an MSR of a vcpu.
@@ -116,13 +116,13 @@ impl XenDomain {
     fn xsave(&self, vcpu: u32) -> Result<Vec<u8>, Errno> {
         let mut body = sys::xen_domctl_vcpuextstate::new_zeroed();
         body.vcpu = vcpu;
-        // Without a buffer Xen says how large one may have to be (as for a vcpu that has
-        // used all there is), and for which features; with one, how much there was.
+        // Without a buffer, Xen reports the maximum size (for a vcpu that has used every feature)
+        // and the features; with one, the actual size.
         let body = self
             .calls()
             .domctl(sys::XEN_DOMCTL_getvcpuextstate, self.domid, &body)?;
         let bytes = usize::try_from(body.size).map_err(|_| Errno::EINVAL)?;
-        // Without features (a host without XSAVE) there is no area, only its head.
+        // Without features (a host without XSAVE) there is no area, only its header.
         if bytes == 0 || body.xfeature_mask == 0 {
             return Ok(Vec::new());
         }
@@ -146,7 +146,7 @@ impl XenDomain {
     fn msrs(&self, vcpu: u32) -> Result<Vec<u8>, Errno> {
         let mut body = sys::xen_domctl_vcpu_msrs::new_zeroed();
         body.vcpu = vcpu;
-        // Without a buffer Xen says how many there may be.
+        // Without a buffer, Xen reports the maximum number.
         let body = self
             .calls()
             .domctl(sys::XEN_DOMCTL_get_vcpu_msrs, self.domid, &body)?;
@@ -183,8 +183,8 @@ impl XenDomain {
         }
     }
 
-    /// A vcpu above the largest is EINVAL for Xen too, but not in every call. There may
-    /// come to be more of them, and never fewer.
+    /// Xen returns EINVAL for a vcpu above the largest too, but not in every call. The number of
+    /// vcpus may grow, but never shrinks.
     fn vcpu_exists(&self, vcpu: u32) -> Result<(), Errno> {
         let known = |vcpus: u64| u64::from(vcpu) < vcpus;
         if known(self.vcpus.load(Ordering::Relaxed)) {
@@ -199,7 +199,7 @@ impl XenDomain {
     }
 }
 
-/// Xen's names for the calls about a blob: to get it, to set it.
+/// Xen's names for the calls that get and set a blob.
 const fn names(blob: VcpuBlob) -> (&'static str, &'static str) {
     match blob {
         VcpuBlob::Basic => ("getvcpucontext", "setvcpucontext"),
@@ -220,7 +220,8 @@ impl PvGuest for XenDomain {
         const OP: &str = "set_address_size";
         self.pv_or(OP, Errno::EOPNOTSUPP)?;
         let fail = |errno| self.fail(OP, errno);
-        // As it is: no call, which a domain that has memory would refuse.
+        // The width stays the same: make no call, because Xen refuses it for a domain that has
+        // memory.
         if self.width().map_err(fail)? == width {
             return Ok(());
         }

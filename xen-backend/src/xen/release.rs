@@ -1,16 +1,15 @@
-//! Differences between point releases of Xen that matter to a save or a restore: bugs, and
-//! the releases that have them.
+//! Differences between point releases of Xen that matter to a save or a restore: bugs, and the
+//! releases that have them.
 //!
-//! Known from the branches of Xen's repository. A distribution may have a fix earlier than
-//! its release number says, so each quirk is a caution and never a promise.
+//! The source is the branches of Xen's repository. A distribution may have a fix earlier than its
+//! release number says, so a quirk is a caution, not a certainty.
 
 use crate::XenVersion;
 
-/// What is to be reckoned with.
+/// Known quirks of a release.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Quirks {
-    /// The dirty log tells of pages that a translated guest takes (98fccdf0ac, December
-    /// 2025).
+    /// The dirty log reports pages that a translated guest takes (98fccdf0ac, December 2025).
     pub(super) logs_new_pages: bool,
     /// Reading and setting a vcpu's context loses r8 to r15 of a 64-bit guest (9f892f84c2,
     /// fixed by bedbc17d84): 4.21.0 and 4.21.1.
@@ -18,7 +17,7 @@ pub(super) struct Quirks {
 }
 
 impl Quirks {
-    /// Those of the release with this number; `extra` is what follows major and minor.
+    /// The quirks of this release; `extra` is what follows major and minor.
     pub(super) fn of(version: XenVersion, extra: &str) -> Self {
         let point = point(extra);
         let from = |first| point.is_some_and(|point| point >= first);
@@ -29,7 +28,7 @@ impl Quirks {
                 (4, 19) => from(5),
                 (4, 20) => from(3),
                 (4, 21) => from(1),
-                // A build of 4.22 from before its release may not have it.
+                // A 4.22 built before its release may not have it.
                 (4, 22) => from(0),
                 _ => true,
             },

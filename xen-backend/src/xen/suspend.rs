@@ -1,11 +1,10 @@
-//! Asking a guest to suspend, in the way that it understands, and waiting for it.
+//! Suspend requests to a guest, in the way that it supports, and the wait for its answer.
 //!
-//! A guest with PV drivers listens to an event channel, if it has published one in
-//! xenstore, or else to `control/shutdown`. One without cannot be asked: it is stopped
-//! where it is.
+//! A guest with PV drivers listens to an event channel, if it has published one in xenstore, or
+//! else to `control/shutdown`. A guest without PV drivers cannot be asked: it is stopped from
+//! outside.
 //!
-//! C implementation: `tools/libs/light/libxl_dom_suspend.c`,
-//! `tools/libs/guest/xg_suspend.c`.
+//! C implementation: `tools/libs/light/libxl_dom_suspend.c`, `tools/libs/guest/xg_suspend.c`.
 
 use std::time::{Duration, Instant};
 
@@ -19,28 +18,28 @@ use crate::{DomainControl, GuestKind, HvmGuest, ShutdownReason};
 
 const OP: &str = "suspend";
 
-/// How long a guest has to take the request, and then to suspend (as libxl gives it).
+/// How long a guest has to accept the request, and then to suspend (libxl's timeout).
 const PATIENCE: Duration = Duration::from_secs(60);
-/// How often to look, at first and in the end.
+/// How often to poll, at first and in the end.
 const FIRST_LOOK: Duration = Duration::from_micros(200);
 const LAST_LOOK: Duration = Duration::from_millis(10);
 
-/// What a guest reads from `control/shutdown`.
+/// The request that a guest reads from `control/shutdown`.
 const REQUEST: &[u8] = b"suspend";
-/// What is there when nothing is wanted.
+/// Its value when there is no request.
 const NOTHING: &[u8] = b"";
 
-/// The parameter that says how deep an HVM guest sleeps (`HVM_PARAM_ACPI_S_STATE`).
+/// The parameter that holds the sleep state of an HVM guest (`HVM_PARAM_ACPI_S_STATE`).
 const ACPI_S_STATE: u32 = 14;
 
-/// The way to ask.
+/// A way to request a suspend.
 #[derive(Debug, PartialEq, Eq)]
 enum Way {
-    /// The event channel the guest offers.
+    /// The event channel that the guest offers.
     Events(u32),
-    /// The node of the store.
+    /// The node of xenstore.
     Store,
-    /// None: it is stopped from outside.
+    /// No request: the guest is stopped from outside.
     Remote,
 }
 
@@ -50,13 +49,13 @@ fn store_errno(error: &StoreError) -> Errno {
 }
 
 impl XenDomain {
-    /// Ask, and wait until it is done.
+    /// Request a suspend, and wait until it is done.
     pub(super) fn ask_to_suspend(&self) -> Result<(), BackendError> {
         let info = self.info()?;
         if info.shutdown.is_some() {
             return Err(self.fail(OP, Errno::EBUSY));
         }
-        // Whoever does not run does not answer: no need to wait for it.
+        // A guest that is not running cannot answer: do not wait for it.
         if info.paused || !self.has_vcpu_online(info.max_vcpu_id)? {
             return Err(self.fail(OP, Errno::ETIMEDOUT));
         }
@@ -92,7 +91,7 @@ impl XenDomain {
             match self.vcpu_online(vcpu) {
                 Ok(true) => return Ok(true),
                 Ok(false) => {}
-                // It was never made.
+                // This vcpu was never created.
                 Err(error) if error.errno == Errno::ESRCH => {}
                 Err(error) => return Err(error),
             }
@@ -123,8 +122,8 @@ impl XenDomain {
         Ok(port.map_or(Way::Store, Way::Events))
     }
 
-    /// Wait until the domain has suspended. A request at `node` that the guest has not
-    /// even taken in time is taken back.
+    /// Wait until the domain has suspended. If the guest has not even accepted the request at
+    /// `node` in time, the request is withdrawn.
     fn wait_for_shutdown(&self, node: Option<&str>) -> Result<(), BackendError> {
         let (mut deadline, mut look) = (Instant::now() + PATIENCE, FIRST_LOOK);
         let mut taken = node.is_none();
@@ -140,7 +139,7 @@ impl XenDomain {
             if Instant::now() > deadline {
                 match node.filter(|_| !taken) {
                     Some(node) if !self.take_back(node)? => {
-                        // It was taken at the last moment.
+                        // The guest accepted it at the last moment.
                         taken = true;
                         deadline = Instant::now() + PATIENCE;
                     }
@@ -152,7 +151,7 @@ impl XenDomain {
         }
     }
 
-    /// Take the request back; false where the guest has taken it already.
+    /// Withdraw the request; false if the guest has already accepted it.
     fn take_back(&self, node: &str) -> Result<bool, BackendError> {
         let exchanged = self.shared.store.exchange(node, REQUEST, NOTHING);
         exchanged.map_err(|error| self.fail(OP, store_errno(&error)))

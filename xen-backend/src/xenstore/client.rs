@@ -1,5 +1,5 @@
-//! A client of xenstored: over its socket, or over the kernel's device where the store
-//! is in another domain.
+//! A client of xenstored, over its socket, or over the kernel's device if the store runs in another
+//! domain.
 //!
 //! C implementation: `tools/libs/store/xs.c`.
 
@@ -16,19 +16,19 @@ use super::wire::{Message, errno_of, kind};
 use super::{Nodes, StoreError, Work, Xenstore};
 use crate::DomId;
 
-/// Where xenstored listens.
+/// Sockets that xenstored listens on.
 const SOCKETS: [&str; 2] = ["/run/xenstored/socket", "/var/run/xenstored/socket"];
-/// Where the kernel passes messages on.
+/// Devices through which the kernel passes messages on.
 const DEVICES: [&str; 2] = ["/dev/xen/xenbus", "/proc/xen/xenbus"];
 
-/// Transactions that meet others are tried this often.
+/// The number of attempts at a transaction that conflicts with others.
 const ATTEMPTS: usize = 100;
 
-/// What messages go over.
+/// A byte stream that carries messages.
 pub(super) trait Stream: Read + Write + Send {}
 impl<T: Read + Write + Send> Stream for T {}
 
-/// The store of this machine, connected to when it is first needed.
+/// This machine's xenstore; connects on first use.
 #[derive(Default)]
 pub(crate) struct Sockets {
     connection: Mutex<Option<Connection>>,
@@ -67,7 +67,7 @@ impl Sockets {
         }
     }
 
-    /// Use the connection; one that broke is not used again.
+    /// Runs `work` on the connection; a broken connection is not reused.
     fn with<T>(
         &self,
         work: impl FnOnce(&mut Connection) -> Result<T, StoreError>,
@@ -114,7 +114,7 @@ impl Xenstore for Sockets {
     }
 
     fn let_have(&self, path: &str, domid: DomId, owner: bool) -> Result<(), StoreError> {
-        // The first is the owner, with what everybody else may do.
+        // The first entry is the owner, with the permissions of all other domains.
         let permissions = match owner {
             true => vec![format!("n{}", domid.0)],
             false => vec!["n0".to_owned(), format!("r{}", domid.0)],
@@ -136,7 +136,7 @@ impl Xenstore for Sockets {
     }
 }
 
-/// A connection, one request at a time.
+/// A connection with one request at a time.
 struct Connection {
     stream: Box<dyn Stream>,
     last_request: u32,
@@ -150,7 +150,7 @@ impl Connection {
         }
     }
 
-    /// Ask, and wait for the answer; the store's errno where it refuses.
+    /// Send a request and wait for the answer; the store's errno if it refuses.
     fn ask(
         &mut self,
         kind: u32,
@@ -215,7 +215,7 @@ impl Connection {
         }
     }
 
-    /// Something that is done or refused: `what`, and more words for it.
+    /// A request that the store carries out or refuses: the strings `what` and `more`.
     fn order(
         &mut self,
         transaction: u32,
@@ -257,7 +257,7 @@ impl Connection {
     }
 
     fn transaction(&mut self, work: &mut Work<'_>) -> Result<(), StoreError> {
-        /// What the transaction is about, for messages.
+        /// The description of a transaction in messages.
         const WHAT: &str = "a transaction";
         for _ in 0..ATTEMPTS {
             let number = self.start(WHAT)?;
@@ -288,7 +288,7 @@ impl Connection {
         }
     }
 
-    /// End a transaction; false where it met another and has to be made again.
+    /// End a transaction; false if it conflicted with another and has to be repeated.
     fn end(&mut self, transaction: u32, path: &str, commit: bool) -> Result<bool, StoreError> {
         let how = terminated(if commit { "T" } else { "F" });
         match self.ask(kind::TRANSACTION_END, transaction, how)? {
@@ -298,7 +298,7 @@ impl Connection {
         }
     }
 
-    /// End a transaction that cannot go on; the error that is to be reported.
+    /// Abort a transaction; returns the error to report.
     fn give_up(&mut self, transaction: u32, path: &str, error: StoreError) -> StoreError {
         match self.end(transaction, path, false) {
             Ok(_) => error,

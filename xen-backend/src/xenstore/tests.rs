@@ -1,5 +1,5 @@
-//! The client against a store at the other end of a socket, which reads and writes the
-//! bytes of the protocol itself.
+//! Tests of the client against a store at the other end of a socket, which reads and writes the
+//! bytes of the protocol directly.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -15,8 +15,8 @@ use crate::DomId;
 
 type Nodes = BTreeMap<Vec<u8>, Vec<u8>>;
 
-/// A store with a node, which lets the first `conflicts` transactions fail at their end.
-/// Gives its nodes back when the client hangs up.
+/// A store with one node whose first `conflicts` transactions fail when they end. Returns its nodes
+/// when the client hangs up.
 fn serve(conflicts: usize) -> (Sockets, JoinHandle<Nodes>) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let server = std::thread::spawn(move || {
@@ -55,7 +55,7 @@ fn serve(conflicts: usize) -> (Sockets, JoinHandle<Nodes>) {
                 }
                 8 | 13 | 14 if path == b"/missing" => Err(b"ENOENT\0"),
                 18 if path == b"9" => Err(b"ENOENT\0"),
-                // Kept as they came, for the tests to look at.
+                // Recorded as received, for the tests to check.
                 8 | 14 | 18 => {
                     let key = [format!("{kind}:").as_bytes(), &path].concat();
                     place.insert(key, value);
@@ -87,7 +87,7 @@ fn serve(conflicts: usize) -> (Sockets, JoinHandle<Nodes>) {
                 }
                 _ => Err(b"ENOSYS\0"),
             };
-            // A watch that somebody else set: no answer to anything.
+            // An event of a watch that another client set: not an answer to any request.
             let mut out = message(15, 0, 0, b"@releaseDomain\0token\0");
             out.extend(match answer {
                 Ok(payload) => message(kind, request, transaction, &payload),

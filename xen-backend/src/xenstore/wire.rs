@@ -2,10 +2,10 @@
 //!
 //! | offset | size | field, in the machine's byte order |
 //! |---|---|---|
-//! | 0 | 4 | what is asked or answered |
+//! | 0 | 4 | type of the request or answer |
 //! | 4 | 4 | number of the request, which the answer repeats |
 //! | 8 | 4 | transaction; 0 none |
-//! | 12 | 4 | octets that follow, at most 4096 |
+//! | 12 | 4 | bytes that follow, at most 4096 |
 //!
 //! C: `struct xsd_sockmsg` in `xen/include/public/io/xs_wire.h`.
 
@@ -13,7 +13,7 @@ use std::io::{self, Read, Write};
 
 use nix::errno::Errno;
 
-/// What is asked or answered (`enum xsd_sockmsg_type`).
+/// The type of a request or answer (`enum xsd_sockmsg_type`).
 pub(super) mod kind {
     pub(in super::super) const DIRECTORY: u32 = 1;
     pub(in super::super) const READ: u32 = 2;
@@ -30,7 +30,7 @@ pub(super) mod kind {
 
 /// Bytes of a header.
 pub(super) const HEADER: usize = 16;
-/// Most bytes behind it.
+/// The most bytes after it.
 pub(super) const MAX_PAYLOAD: usize = 4096;
 
 /// A message.
@@ -43,7 +43,7 @@ pub(super) struct Message {
 }
 
 impl Message {
-    /// Write it, in one piece: the device takes what one write brings.
+    /// Write it with a single write: the device treats each write as one message.
     pub(super) fn send(&self, to: &mut impl Write) -> io::Result<()> {
         let len = u32::try_from(self.payload.len())
             .ok()
@@ -85,13 +85,13 @@ impl Message {
         })
     }
 
-    /// Whether it answers nothing that was asked.
+    /// Whether it is not an answer to a request.
     pub(super) fn is_event(&self) -> bool {
         self.kind == kind::WATCH_EVENT
     }
 }
 
-/// The errno that an error's name stands for; EIO for one that is none of the store's.
+/// The errno for an error's name; EIO for a name that the protocol does not define.
 pub(super) fn errno_of(name: &[u8]) -> Errno {
     let name = name.strip_suffix(b"\0").unwrap_or(name);
     match name {
