@@ -545,8 +545,8 @@ pub trait PvGuest: Send + Sync {
     /// accept. EOPNOTSUPP for tables that differ from those that the vcpu already has.
     fn set_vcpu_state(&self, vcpu: u32, blob: VcpuBlob, state: &[u8]) -> Result<(), BackendError>;
 
-    /// Validate and pin page tables (`MMUEXT_PIN_Ln_TABLE`), at most 1024 at a time: level 1–4 and
-    /// the table's mfn. EINVAL, EPERM or EBUSY if a table does not validate because of an entry
+    /// Validate and pin page tables (`MMUEXT_PIN_Ln_TABLE`), at most 1024 at a time: level 1–4
+    /// and the table's mfn. EINVAL, EPERM or EBUSY if a table does not validate because of an entry
     /// with reserved bits, an entry for a frame that is not the guest's, or a writable mapping of a
     /// page table. Tables before the failing one stay pinned.
     fn pin_tables(&self, tables: &[(u8, Mfn)]) -> Result<(), BackendError>;
