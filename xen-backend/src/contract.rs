@@ -1,11 +1,11 @@
-//! What any implementation of the traits must do: a suite of named checks, run
-//! against the mock in its tests and against a real hypervisor where there is one.
+//! The contract of the traits: a suite of named checks for any implementation, run against the mock
+//! machine in its tests and against a real hypervisor if one is present.
 //!
-//! Each check makes the domains it needs and destroys them. Every errno that the
-//! traits promise is provoked, but for those that want a machine or a handle of
-//! another sort: EPERM and EACCES for who may not, ENOMEM of a host that is full,
-//! EOPNOTSUPP of one that cannot log a guest's writes or has no 32-bit guests, ESRCH for a vcpu that was
-//! never made, and ETIMEDOUT of a running guest that does not answer.
+//! Each check creates the domains it needs and destroys them. Every errno that the traits promise
+//! is provoked, except those that need a different machine or handle: EPERM and EACCES for callers
+//! without permission, ENOMEM from a host that is full, EOPNOTSUPP from one that cannot log a
+//! guest's writes or has no 32-bit guests, ESRCH for a vcpu that was never created, and ETIMEDOUT
+//! from a running guest that does not answer.
 
 mod control;
 mod domain_store;
@@ -27,7 +27,7 @@ pub use domain_store::{domain_store_names, run_domain_store};
 
 use crate::{BackendError, Host};
 
-/// What is wrong with an implementation.
+/// A violation of the contract.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Violation(String);
 
@@ -43,12 +43,12 @@ impl From<BackendError> for Violation {
     }
 }
 
-/// A check that did not hold.
+/// A failed check.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
     /// The check.
     pub check: &'static str,
-    /// What it found.
+    /// The violation that it found.
     pub violation: Violation,
 }
 
@@ -58,18 +58,18 @@ impl fmt::Display for Failure {
     }
 }
 
-/// What came of a run.
+/// The result of a run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
-    /// Checks that were made.
+    /// The number of checks made.
     pub checks: usize,
-    /// Those that did not hold.
+    /// The failed checks.
     pub failures: Vec<Failure>,
 }
 
 type Check = fn(&dyn Host) -> Result<(), Violation>;
 
-/// The names of all checks, in the order they are made.
+/// The names of all checks, in the order in which they are made.
 pub fn names() -> impl Iterator<Item = &'static str> {
     all().map(|(name, _)| *name)
 }
@@ -88,12 +88,12 @@ fn all() -> impl Iterator<Item = &'static (&'static str, Check)> {
     .flatten()
 }
 
-/// Make every check. Goes on after one that does not hold.
+/// Make every check, also after a failure.
 pub fn run(host: &dyn Host) -> Report {
     run_some(host, |_| true)
 }
 
-/// Make the checks whose names are chosen. Goes on after one that does not hold.
+/// Make the chosen checks, also after a failure.
 pub fn run_some(host: &dyn Host, chosen: impl Fn(&str) -> bool) -> Report {
     let mut report = Report {
         checks: 0,
@@ -112,7 +112,7 @@ pub fn run_some(host: &dyn Host, chosen: impl Fn(&str) -> bool) -> Report {
     report
 }
 
-/// `what` holds.
+/// Checks that `holds` is true.
 fn ensure(holds: bool, what: &str) -> Result<(), Violation> {
     match holds {
         true => Ok(()),
@@ -120,7 +120,7 @@ fn ensure(holds: bool, what: &str) -> Result<(), Violation> {
     }
 }
 
-/// `got` is `expected`.
+/// Checks that `got` is `expected`.
 fn equal<T: PartialEq + fmt::Debug + ?Sized>(
     got: &T,
     expected: &T,
@@ -134,11 +134,11 @@ fn equal<T: PartialEq + fmt::Debug + ?Sized>(
     }
 }
 
-/// What a hypervisor says of a frame that cannot be used as is asked: which of them
-/// depends on what is wrong with it, on the kind of guest and on the kernel in between.
+/// The errnos of a hypervisor for a frame that cannot be used as requested. Which one it is depends
+/// on the fault, on the kind of guest and on the kernel.
 const REFUSED: [Errno; 3] = [Errno::EINVAL, Errno::EPERM, Errno::EBUSY];
 
-/// `result` is a failure of a frame that cannot be used so.
+/// Checks that `result` is the failure of a frame that cannot be used as requested.
 fn refused<T>(result: Result<T, BackendError>, what: &str) -> Result<(), Violation> {
     match result {
         Err(error) if REFUSED.contains(&error.errno) => Ok(()),
@@ -151,7 +151,7 @@ fn refused<T>(result: Result<T, BackendError>, what: &str) -> Result<(), Violati
     }
 }
 
-/// `result` is a failure with `errno`.
+/// Checks that `result` is a failure with `errno`.
 fn fails<T>(result: Result<T, BackendError>, errno: Errno, what: &str) -> Result<(), Violation> {
     match result {
         Err(error) if error.errno == errno => Ok(()),

@@ -1,4 +1,4 @@
-//! The host, and a domain's life.
+//! Checks of the host and of a domain's life cycle.
 
 use nix::errno::Errno;
 
@@ -125,7 +125,7 @@ fn ports(host: &dyn Host) -> Result<(), Violation> {
     let guest = Guest::new(host, GuestKind::Pv, 1, 1)?;
     equal(&guest.alloc_unbound_port(DomId(0))?, &1, "first port")?;
     equal(&guest.alloc_unbound_port(DomId(0))?, &2, "second port")?;
-    // FIFO event channels, the most there are, have 2^17 ports.
+    // At most 2^17 ports exist (FIFO event channels).
     for _ in 0..1 << 17 {
         if let Err(error) = guest.alloc_unbound_port(DomId(0)) {
             return equal(&error.errno, &Errno::ENOSPC, "when there are no ports left");

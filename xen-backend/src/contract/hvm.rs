@@ -1,4 +1,4 @@
-//! What only translated guests have.
+//! Checks for translated guests.
 
 use nix::errno::Errno;
 
@@ -63,7 +63,7 @@ fn round_trip(host: &dyn Host) -> Result<(), Violation> {
         guest.set_hvm_context(&hvm_context())?;
         let context = guest.hvm_context()?;
         guest.set_hvm_context(&context)?;
-        // Clocks and timers in it go on.
+        // Its clocks and timers advance, so only the record types are compared.
         equal(&kinds(&guest.hvm_context()?), &kinds(&context), "records")?;
         ensure(
             kinds(&context).is_some_and(|kinds| kinds.contains(&2)),
@@ -100,7 +100,7 @@ fn bad_contexts(host: &dyn Host) -> Result<(), Violation> {
     let before = guest.hvm_context()?;
     for (what, context) in bad {
         match guest.set_hvm_context(&context) {
-            // What is missing may be told from what is malformed.
+            // An implementation may distinguish incomplete from malformed.
             Err(error) if error.errno == Errno::ENODATA => {}
             set => fails(set, Errno::EINVAL, what)?,
         }

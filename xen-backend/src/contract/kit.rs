@@ -1,4 +1,4 @@
-//! What the checks build their domains with.
+//! Guests and page tables for the checks.
 
 use std::ops::Deref;
 
@@ -14,7 +14,7 @@ pub(super) const ACCESSED: u64 = 1 << 5;
 pub(super) const DIRTY: u64 = 1 << 6;
 pub(super) const TABLE: u64 = PRESENT | RW | USER | ACCESSED | DIRTY;
 
-/// A domain that is destroyed when the check is over.
+/// A domain that is destroyed at the end of the check.
 pub(super) struct Guest {
     domain: Box<dyn Domain>,
     pub(super) domid: DomId,
@@ -49,14 +49,14 @@ impl Guest {
         Self::of(host, &NewDomain::new(kind, vcpus, max_pages))
     }
 
-    /// A new domain as `new` says.
+    /// A new domain as specified by `new`.
     pub(super) fn of(host: &dyn Host, new: &NewDomain) -> Result<Self, BackendError> {
         let domid = host.create(new)?;
         let domain = host.domain(domid)?;
         Ok(Self { domain, domid })
     }
 
-    /// A new domain of one vcpu, with `pages` pages from pfn 0 on; their gfns.
+    /// A new domain of one vcpu, with `pages` pages from pfn 0 on. Returns their gfns too.
     pub(super) fn with_pages(
         host: &dyn Host,
         kind: GuestKind,
@@ -69,7 +69,7 @@ impl Guest {
         Ok((guest, gfns))
     }
 
-    /// Make a PV guest 32 bits wide; false where the hypervisor has no such guests.
+    /// Make a PV guest 32 bits wide; false if the hypervisor has no such guests.
     pub(super) fn narrow(&self) -> Result<bool, BackendError> {
         match self.set_guest_width(4) {
             Ok(()) => Ok(true),
@@ -106,8 +106,8 @@ impl Guest {
         Ok(types)
     }
 
-    /// Make `frames[0..4]` tables of level 1 to 4, each the only entry of the next,
-    /// the first mapping `leaf` with `flags`.
+    /// Make `frames[0..4]` tables of level 1 to 4: each is the only entry of the next, and the
+    /// first maps `leaf` with `flags`.
     pub(super) fn write_tables(
         &self,
         frames: &[Gfn],
@@ -135,7 +135,7 @@ pub(super) fn mfn(gfn: Gfn) -> Mfn {
 /// "No pfn".
 pub(super) const NO_PFN: Pfn = Pfn::INVALID;
 
-/// The context of a 64-bit vcpu in kernel mode, with this root and nothing else.
+/// The context of a 64-bit vcpu in kernel mode, with this root and otherwise empty.
 pub(super) fn context(root: Gfn) -> Vec<u8> {
     /// In kernel mode, online.
     const FLAGS: u64 = 1 << 2 | 1 << 5;
@@ -150,7 +150,7 @@ pub(super) fn put(bytes: &mut [u8], offset: usize, value: u64) {
     bytes[offset..offset + 8].copy_from_slice(&value.to_le_bytes());
 }
 
-/// An HVM context whose first vcpu is up.
+/// An HVM context whose first vcpu is online.
 pub(super) fn hvm_context() -> Vec<u8> {
     let mut context = Vec::new();
     let mut record = |kind: u16, body: &[u8]| {

@@ -1,5 +1,5 @@
-//! The log of pages that a guest writes. What a guest itself writes cannot be
-//! provoked from outside, but for what the hypervisor counts as a write of its own.
+//! Checks of the dirty log. The guest's own writes cannot be provoked from outside, only those that
+//! the hypervisor counts as such.
 
 use nix::errno::Errno;
 use xsr_format::frame::{Gfn, Pfn};
@@ -23,8 +23,7 @@ pub(super) const CHECKS: &[(&str, Check)] = &[
 const KINDS: [GuestKind; 3] = [GuestKind::Pv, GuestKind::Hvm, GuestKind::Pvh];
 const READS: [DirtyRead; 3] = [DirtyRead::Clean, DirtyRead::Peek, DirtyRead::CleanFinal];
 
-/// Enable the log. False where the hypervisor cannot, as for a PV guest without
-/// shadow paging.
+/// Enable the log. False if the hypervisor cannot, as for a PV guest without shadow paging.
 fn enable(guest: &Guest, kind: GuestKind) -> Result<bool, Violation> {
     match guest.enable_log_dirty() {
         Ok(()) => Ok(true),
@@ -33,7 +32,7 @@ fn enable(guest: &Guest, kind: GuestKind) -> Result<bool, Violation> {
     }
 }
 
-/// Read into a bitmap that is full before.
+/// Read into a bitmap that is full beforehand.
 fn read(guest: &Guest, how: DirtyRead, pfns: u64) -> Result<Vec<u64>, Violation> {
     let mut bitmap = DirtyBitmap::new(pfns);
     bitmap.set_all();
@@ -70,7 +69,7 @@ fn on_and_off(host: &dyn Host) -> Result<(), Violation> {
         let read = guest.read_dirty(DirtyRead::Peek, &mut DirtyBitmap::new(4));
         fails(read, Errno::EINVAL, "read_dirty")?;
         ensure(enable(&guest, kind)?, "it can be enabled again")?;
-        // Bitmaps of other sizes than the guest's.
+        // Bitmaps that are smaller or larger than the guest.
         for pfns in [0, 1, 1 << 20] {
             let mut bitmap = DirtyBitmap::new(pfns);
             let stats = guest.read_dirty(DirtyRead::Clean, &mut bitmap)?;
@@ -94,7 +93,7 @@ fn final_read(host: &dyn Host) -> Result<(), Violation> {
     guest.unpause()?;
     guest.suspend()?;
     guest.read_dirty(DirtyRead::CleanFinal, &mut DirtyBitmap::new(16))?;
-    // A suspend leaves the log as it is.
+    // A suspend does not change the log.
     fails(guest.enable_log_dirty(), Errno::EINVAL, "enabled twice")
 }
 

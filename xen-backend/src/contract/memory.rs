@@ -1,4 +1,4 @@
-//! A domain's memory.
+//! Checks of a domain's memory.
 
 use nix::errno::Errno;
 use xsr_format::frame::{Gfn, PAGE_SIZE, PageType};
@@ -137,7 +137,7 @@ fn foreign_frames(host: &dyn Host) -> Result<(), Violation> {
 
 fn shared_mappings(host: &dyn Host) -> Result<(), Violation> {
     let (guest, gfns) = Guest::with_pages(host, GuestKind::Pvh, 1)?;
-    // The same frame twice, and once more for writing.
+    // The same frame twice, and again for writing.
     let seen = guest.map(&[gfns[0], gfns[0]], Access::Read)?;
     guest.write(gfns[0], &[(3, 0x1234)])?;
     for index in 0..2 {
@@ -259,7 +259,7 @@ fn released(host: &dyn Host) -> Result<(), Violation> {
         equal(&failed, &vec![1], "frames that failed")?;
         drop(pages);
         equal(&guest.read(gfns[4])?[0], &0x5ec2e7, "a neighbour")?;
-        // The pfn may have memory again; what it holds is nobody's business.
+        // The pfn may be populated again; its contents are unspecified.
         let mut again = [Gfn(515)];
         equal(&guest.populate(0, &mut again)?, &1, "a page")?;
         guest.write(again[0], &[(0, 7)])?;
@@ -280,14 +280,14 @@ fn not_released(host: &dyn Host) -> Result<(), Violation> {
         for (n, stranger) in strangers.into_iter().enumerate() {
             let done = guest.release(&[gfns[n], stranger])?;
             equal(&guest.info()?.tot_pages, &(3 - n as u64), "pages left")?;
-            // A pfn without a page may count as one that has gone.
+            // A pfn without a page may count as released.
             let passes = kind != GuestKind::Pv && done == 2;
             ensure(
                 done == 1 || passes,
                 &format!("{kind:?}: it stops at stranger {stranger}, not after {done}"),
             )?;
         }
-        // Not twice.
+        // A page cannot be released twice.
         guest.release(&[gfns[0]])?;
         equal(&guest.info()?.tot_pages, &1, "a page that is gone")?;
     }
@@ -302,7 +302,7 @@ fn written(host: &dyn Host) -> Result<(), Violation> {
             GuestKind::Pv => others[0],
             _ => Gfn(40),
         };
-        // Out of order, one that is not there, one twice, and all in a row.
+        // Out of order, with one that does not exist, one twice, and a contiguous run.
         let mut asked = vec![gfns[7], stranger, gfns[3], gfns[7], Gfn::INVALID];
         asked.extend(&gfns[8..40]);
         let contents: Vec<u8> = (0..asked.len() * PAGE_SIZE)

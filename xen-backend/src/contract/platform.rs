@@ -1,4 +1,4 @@
-//! What PV and translated guests have in common.
+//! Checks of the calls that PV and translated guests have in common.
 
 use nix::errno::Errno;
 
@@ -60,7 +60,7 @@ fn leaves_of(policy: &CpuPolicy) -> Result<Leaves, Violation> {
     parsed.map_err(|error| Violation(format!("a policy that ends inside an entry: {error}")))
 }
 
-/// This is what a check before a restore rests on: an image of a host fits that host.
+/// The check before a restore relies on this: an image from a host fits that host.
 fn policy_within_the_most(host: &dyn Host) -> Result<(), Violation> {
     for kind in KINDS {
         let guest = Guest::new(host, kind, 1, 1)?;
@@ -94,7 +94,7 @@ fn impossible_feature(host: &dyn Host) -> Result<(), Violation> {
             .leaves
             .iter_mut()
             .find(|l| (l.leaf, l.subleaf) == (7, 0));
-        // Bit 2 of ebx. A processor without leaf 7 has nothing to ask for.
+        // Bit 2 of ebx. A processor without leaf 7 has no feature to request.
         let Some(leaf) = leaf else {
             continue;
         };
@@ -184,7 +184,7 @@ fn tsc(host: &dyn Host) -> Result<(), Violation> {
             "mode, kHz, incarnation",
         )?;
         ensure(got.nsec >= info.nsec, "time goes forward")?;
-        // Not emulated: there is no offset to tell of.
+        // Not emulated: there is no offset to report.
         guest.set_tsc_info(&TscInfo { mode: 2, ..info })?;
         let got = guest.tsc_info()?;
         equal(
@@ -192,7 +192,7 @@ fn tsc(host: &dyn Host) -> Result<(), Violation> {
             &(2, 0, 0),
             "mode, kHz, nanoseconds",
         )?;
-        // Nothing keeps a running domain from it.
+        // This is allowed for a running domain.
         guest.unpause()?;
         guest.set_tsc_info(&TscInfo::default())?;
         ensure(

@@ -1,4 +1,4 @@
-//! What only PV guests have.
+//! Checks for PV guests.
 
 use nix::errno::Errno;
 use xsr_format::frame::{Gfn, PageType};
@@ -84,7 +84,7 @@ fn m2p(host: &dyn Host) -> Result<(), Violation> {
         compat.is_none_or(|pfn| pfn == NO_PFN || pfn.0 >= 1000),
         "the compat table is no guest's",
     )?;
-    // A mapping of before shows what became of the guest since.
+    // A mapping made earlier shows the guest's destruction.
     drop(guest);
     ensure(
         frames.iter().all(|f| m2p.pfn(mfn(*f)) == Some(NO_PFN)),
@@ -131,9 +131,9 @@ fn context_round_trip(host: &dyn Host) -> Result<(), Violation> {
     let (guest, frames) = Guest::with_pages(host, GuestKind::Pv, 16)?;
     guest.write_tables(&frames, frames[8], PRESENT)?;
     let mut basic = context(frames[3]);
-    // The user's root: its low bit is the stream's, not Xen's.
+    // The user's root: its low bit comes from the stream and is not Xen's.
     put(&mut basic, 0x1378 + 8, frames[9].0 << 12 | 1);
-    // edx: not Xen's to judge.
+    // edx: Xen does not check it.
     put(&mut basic, 0x268, frames[5].0);
     guest.set_vcpu_state(0, VcpuBlob::Basic, &basic)?;
     put(&mut basic, 0x1378 + 8, frames[9].0 << 12);
@@ -146,7 +146,7 @@ fn context_round_trip(host: &dyn Host) -> Result<(), Violation> {
         equal(&got[range.clone()], &basic[range], what)?;
     }
     ensure(guest.vcpu_online(0)?, "online")?;
-    // Nor can tables be exchanged once they are set.
+    // Tables cannot be replaced once they are set either.
     put(&mut basic, 0x1378 + 24, frames[9].0 << 12);
     fails(
         guest.set_vcpu_state(0, VcpuBlob::Basic, &basic),
@@ -179,7 +179,7 @@ fn context_references(host: &dyn Host) -> Result<(), Violation> {
         Errno::EINVAL,
         "the GDT as a table",
     )?;
-    // As a restorer does: pin what a context holds already.
+    // A restorer does this: it pins a table that a context already refers to.
     guest.pin_tables(&[(4, mfn(frames[3]))])?;
     Ok(())
 }
@@ -230,7 +230,7 @@ fn bad_contexts(host: &dyn Host) -> Result<(), Violation> {
         let set = guest.set_vcpu_state(0, VcpuBlob::Basic, &context);
         fails(set, Errno::EINVAL, what)?;
     }
-    // None of them left a context.
+    // No context was set.
     fails(
         guest.vcpu_state(0, VcpuBlob::Basic),
         Errno::ENODATA,
@@ -245,7 +245,7 @@ fn extended() -> Vec<u8> {
     let mut extended = vec![0; 64];
     extended[4] = 64;
     put(&mut extended, 16, 0xffff_ffff_8100_1000);
-    // Selectors of the guest's kernel: others Xen makes such.
+    // Selectors of the guest's kernel: Xen changes all others to these.
     extended[24..28].copy_from_slice(&[0x33, 0xe0, 0x33, 0xe0]);
     extended
 }
@@ -282,8 +282,8 @@ fn other_blobs(host: &dyn Host) -> Result<(), Violation> {
         }
         let got = guest.vcpu_state(0, kind)?;
         match kind {
-            // It may come back for all features that the vcpu could use, and with
-            // registers that hold nothing as they are after a reset.
+            // The area may be returned for all features that the vcpu could use, with unused
+            // registers in their state after a reset.
             VcpuBlob::Xsave => {
                 ensure(got.len() >= blob.len(), "bytes of an XSAVE area")?;
                 guest.set_vcpu_state(0, kind, &got)?;

@@ -1,4 +1,4 @@
-//! Page tables of PV guests: what can be pinned, and what a pin does.
+//! Checks of PV guests' page tables: which can be pinned, and the effects of a pin.
 
 use xsr_format::frame::{Gfn, Mfn, PageType};
 
@@ -47,7 +47,7 @@ fn pin(host: &dyn Host) -> Result<(), Violation> {
         PageType::NOTAB,
     ];
     equal(&guest.types(&frames[..5])?, &expected.to_vec(), "types")?;
-    // What is a table already can be pinned as such.
+    // A page that is already a table can be pinned as such.
     guest.pin_tables(&[(1, mfn(frames[0])), (2, mfn(frames[1]))])?;
     let types = guest.types(&frames[..2])?;
     equal(
@@ -84,7 +84,7 @@ fn mapped_tables(host: &dyn Host) -> Result<(), Violation> {
     refused(pin(), "writable")?;
     guest.write(frames[0], &[(0, entry(frames[1], PRESENT))])?;
     pin()?;
-    // A page that is mapped writable cannot become a table.
+    // A page with a writable mapping cannot become a table.
     let (guest, frames) = Guest::with_pages(host, GuestKind::Pv, 8)?;
     guest.write(frames[0], &[(9, entry(frames[1], RW | PRESENT))])?;
     guest.pin_tables(&[(1, mfn(frames[0]))])?;
@@ -120,7 +120,7 @@ fn reserved_bits(host: &dyn Host) -> Result<(), Violation> {
             guest.write(frames[at], &[(0, entry(target, flags | bad))])?;
             let pinned = guest.pin_tables(&[(4, mfn(frames[3]))]);
             refused(pinned, "an entry with a reserved bit")?;
-            // No-execute and the bits for software are fine.
+            // No-execute and the software bits are allowed.
             let good = 1 << 63 | 0xe00;
             guest.write(frames[at], &[(0, entry(target, flags | good))])?;
             guest.pin_tables(&[(4, mfn(frames[3]))])?;
@@ -151,7 +151,7 @@ fn failed_pin_undone(host: &dyn Host) -> Result<(), Violation> {
         &vec![PageType::NOTAB; 5],
         "types",
     )?;
-    // Each frame is free for any use.
+    // Each frame can be used for any purpose again.
     ensure(
         guest.map(&frames, Access::Write)?.failed().is_empty(),
         "all may be written",
@@ -196,7 +196,7 @@ fn linear_tables(host: &dyn Host) -> Result<(), Violation> {
 fn xen_slots(host: &dyn Host) -> Result<(), Violation> {
     let (guest, frames) = Guest::with_pages(host, GuestKind::Pv, 8)?;
     guest.write_tables(&frames, frames[4], PRESENT)?;
-    // Whatever a guest leaves there.
+    // Xen overwrites these, whatever the guest left there.
     guest.write(frames[3], &[(256, u64::MAX), (271, 1)])?;
     guest.pin_tables(&[(4, mfn(frames[3]))])?;
     let m2p = guest.m2p()?;
@@ -220,7 +220,7 @@ fn xen_slots(host: &dyn Host) -> Result<(), Violation> {
     )
 }
 
-/// Slot of a 32-bit guest's level-2 table where Xen begins: 0xf5800000.
+/// The slot of a 32-bit guest's level-2 table where Xen's slots begin: 0xf5800000.
 const PAE_XEN_SLOT: usize = 428;
 
 fn pae_tables(host: &dyn Host) -> Result<(), Violation> {

@@ -1,4 +1,4 @@
-//! The suite against the mock, on machines of different kinds.
+//! The contract suite run against the mock, on machines of different kinds.
 
 use super::*;
 use crate::mock::{HostConfig, MockHost};
@@ -71,7 +71,7 @@ fn the_mock_without_shadow_paging_keeps_the_contract() {
 fn the_mock_in_a_directory_keeps_the_contract() {
     let dir = tempfile::tempdir().expect("a directory");
     assert_holds(&MockHost::create(dir.path(), &small(32)).expect("a host"));
-    // And as another process would find it.
+    // Also in the state that another process would find.
     assert_holds(&MockHost::open(dir.path()).expect("the host"));
 }
 

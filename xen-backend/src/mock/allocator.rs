@@ -1,8 +1,7 @@
-//! The machine's page allocator. Like Xen's, it hands out short contiguous runs
-//! at places that have nothing to do with pfns: memory is cut into blocks of
-//! 2 MiB, taken in a scrambled order within each GiB, and the runs of a block are
-//! taken in a scrambled order too. A GiB is not begun before the one below is
-//! used up, which keeps the machine's tables compact.
+//! The machine's page allocator. Like Xen's, it hands out short contiguous runs at frames unrelated
+//! to the pfns. Memory is divided into blocks of 2 MiB, which are taken in a scrambled order within
+//! each GiB; the runs of a block are taken in a scrambled order too. A new GiB is begun only when
+//! the one below is used up, which keeps the machine's tables compact.
 //!
 //! C implementation: `xen/common/page_alloc.c`.
 
@@ -15,7 +14,7 @@ use super::memory::Words;
 use super::random::{SplitMix64, mix};
 use crate::DomId;
 
-/// Frames in a block: an extent of order 9.
+/// Frames in a block, which is an extent of order 9.
 pub(super) const BLOCK_FRAMES: u64 = 512;
 
 /// The same, as an index.
@@ -24,19 +23,19 @@ pub(super) const BLOCK_LEN: usize = 512;
 /// Blocks in an extent of order 18.
 const GIB_BLOCKS: u32 = 512;
 
-/// Hands out frames and takes them back. Which frame is taken stands in the frame
-/// table; the allocator itself keeps only the number taken in each block.
+/// Hands out frames and takes them back. The frame table records which frames are taken; the
+/// allocator itself keeps only the number taken in each block.
 #[derive(Debug)]
 pub(super) struct Allocator {
     /// Frames taken, per block.
     taken: Words,
-    /// The blocks in the order they are taken in.
+    /// The blocks in the order in which they are taken.
     order: Vec<u32>,
-    /// Where each block stands in `order`.
+    /// The position of each block in `order`.
     rank: Vec<u32>,
     /// Ranks of blocks with some frames taken and some free.
     partial: BTreeSet<u32>,
-    /// Ranks of blocks that are all free.
+    /// Ranks of blocks that are completely free.
     whole: BTreeSet<u32>,
     cursor: Option<Cursor>,
     free: u64,
@@ -44,11 +43,11 @@ pub(super) struct Allocator {
     max_run: usize,
 }
 
-/// Where in a block the allocator is.
+/// The allocator's position in a block.
 #[derive(Debug)]
 struct Cursor {
     block: u32,
-    /// The block's frames in the order they are taken in.
+    /// The block's frames in the order in which they are taken.
     sequence: Vec<u16>,
     next: usize,
 }
@@ -85,12 +84,12 @@ impl Allocator {
         allocator
     }
 
-    /// Frames that nobody has.
+    /// The number of free frames.
     pub(super) fn free(&self) -> u64 {
         self.free
     }
 
-    /// First frames of the blocks that have any taken.
+    /// The first frame of each block that has frames taken.
     pub(super) fn taken_blocks(&self) -> impl Iterator<Item = Mfn> {
         (0..self.taken.len())
             .filter(|block| self.taken.get(*block) > 0)
@@ -115,7 +114,7 @@ impl Allocator {
                     return Some(mfn);
                 }
             }
-            // Each frame of the block has been handed out.
+            // All frames of the block have been handed out.
             self.set_taken(cursor.block, BLOCK_FRAMES);
         }
     }
@@ -141,7 +140,7 @@ impl Allocator {
         Some(Mfn(first))
     }
 
-    /// Take a frame back. Its contents are the caller's business.
+    /// Take a frame back. The caller is responsible for its contents.
     pub(super) fn give_back(&mut self, frames: &Frames, mfn: Mfn) {
         let Ok(block) = u32::try_from(mfn.0 / BLOCK_FRAMES) else {
             return;
@@ -179,7 +178,7 @@ impl Allocator {
         runs.into_iter().flatten().collect()
     }
 
-    /// The first GiB of which nothing is taken: its first block.
+    /// The first block of the lowest GiB that is completely free.
     fn free_gib(&self) -> Option<u32> {
         let blocks = self.rank.len();
         (0..blocks / GIB_BLOCKS as usize)
@@ -251,7 +250,7 @@ mod tests {
     enum Step {
         Pages(usize),
         Extent,
-        /// Give back every so-manieth frame.
+        /// Give back every n-th frame.
         GiveBack(usize),
     }
 
@@ -267,8 +266,8 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(48))]
 
-        /// Whatever is taken and given back: no frame is had twice, none is Xen's,
-        /// the count of free frames is right, and in the end all can be had again.
+        /// Whatever is taken and given back, no frame is handed out twice, none belongs to Xen, the
+        /// count of free frames is correct, and in the end all frames can be taken again.
         #[test]
         fn no_frame_is_lost_or_had_twice(
             steps in steps(),
@@ -329,7 +328,7 @@ mod tests {
                 .collect();
             let runs = taken.chunk_by(|a, b| a + 1 == *b).count();
             assert!(runs >= fewest_runs, "{runs} runs of at most {max_run}");
-            // Two runs may happen to touch, not more often than that.
+            // Two runs may happen to be adjacent, but only occasionally.
             let longest = taken.chunk_by(|a, b| a + 1 == *b).map(<[u64]>::len).max();
             assert!(longest <= Some(3 * max_run), "{longest:?} for {max_run}");
         }
@@ -351,7 +350,7 @@ mod tests {
         (0..BLOCK_FRAMES).for_each(|_| {
             allocator.take_page(&frames, owned()).expect("room");
         });
-        // As a process leaves it that was killed between the two tables.
+        // The state after a process was killed between updates of the two tables.
         allocator.set_taken(1, BLOCK_FRAMES - 3);
         assert_eq!(allocator.take_page(&frames, owned()), None);
         assert_eq!(allocator.free(), 0);

@@ -1,6 +1,6 @@
-//! What a domain was before a change, so that one that fails leaves no trace: its
-//! small state, and what the change does beyond it (the rings in start_info, pages
-//! lent, references to page tables).
+//! The state of a domain before a change, so that a failed change leaves no trace: its small state,
+//! and the other effects of the change (the rings in start_info, lent pages, references to page
+//! tables).
 
 use std::collections::BTreeMap;
 
@@ -18,12 +18,12 @@ use crate::{GuestKind, VcpuBlob};
 pub(super) struct Before {
     record: Record,
     blobs: BTreeMap<String, Vec<u8>>,
-    /// PV: where start_info is, and the rings it has.
+    /// PV: the frame of start_info, and the rings in it.
     rings: Option<(Mfn, [u64; 2])>,
 }
 
 impl Before {
-    /// `domain` as it is.
+    /// The current state of `domain`.
     pub(super) fn of(domain: &MockDomain, state: &State) -> Result<Self, Errno> {
         let start_info = match state.record.kind {
             GuestKind::Pv => domain.start_info(state),
@@ -37,8 +37,8 @@ impl Before {
         })
     }
 
-    /// Make `domain` what it was. What fails of that is logged: the change's own
-    /// failure is the one to tell.
+    /// Restore the earlier state of `domain`. Errors are logged, because the caller reports the
+    /// failure of the change itself.
     pub(super) fn put_back(self, domain: &MockDomain, state: &mut State) {
         let done = [
             self.drop_roots(domain, state),
@@ -55,7 +55,7 @@ impl Before {
         state.blobs = self.blobs;
     }
 
-    /// Drop the references of contexts that were given.
+    /// Drop the references of contexts that the change set.
     fn drop_roots(&self, domain: &MockDomain, state: &State) -> Result<(), Errno> {
         let vcpus = self.record.vcpus.iter().zip(&state.record.vcpus);
         for (number, (old, new)) in vcpus.enumerate() {
@@ -67,7 +67,7 @@ impl Before {
         Ok(())
     }
 
-    /// Take back pages that were lent, and with them the p2m tree they held.
+    /// Take back pages that the change lent, and the p2m tree in them.
     fn take_back_pages(&self, domain: &MockDomain, state: &State) -> Result<(), Errno> {
         let new = |mfn: &&u64| !self.record.lent.contains(mfn);
         let lent: Vec<Mfn> = state
@@ -95,7 +95,7 @@ impl Before {
         }
     }
 
-    /// Put the files of blobs back that the change replaced.
+    /// Restore the files of blobs that the change replaced.
     fn put_back_blobs(&self, domain: &MockDomain, state: &State) -> Result<(), MockError> {
         let (store, domid) = (&domain.machine.store, domain.dom.domid);
         for (name, new) in &state.blobs {
@@ -119,8 +119,8 @@ mod tests {
     use crate::mock::{GuestSpec, HostConfig, MockHost, P2mStyle};
     use crate::{DomainControl, PvGuest};
 
-    /// A PV guest, paused, of a host in `dir`; and what, if it is a directory, keeps
-    /// its record from being written.
+    /// A paused PV guest of a host in `dir`, and a path that, if it is a directory, prevents the
+    /// guest's record from being written.
     fn guest(dir: &tempfile::TempDir) -> (MockDomain, PathBuf) {
         let config = HostConfig {
             memory_pages: 1 << 14,

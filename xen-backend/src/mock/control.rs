@@ -1,12 +1,12 @@
-//! A mock host beside the command that has it open: that process answers at a socket in the
-//! host's directory, so that a domain can be looked at, paused or destroyed meanwhile.
+//! The control socket of a mock host: the process that has the host open answers other processes,
+//! so that they can show, pause or destroy a domain meanwhile.
 //!
-//! One request and one answer for each connection, a line of JSON each. The directory is its
-//! owner's alone, and with it the socket.
+//! Each connection carries one request and one answer, a line of JSON each. The directory is
+//! private to its owner, and so is the socket.
 //!
-//! A request that has begun is done and answered before the process ends ([`finish_answers`]). A
-//! connection that is closed without an answer was not heard: the client asks again, and opens the
-//! host itself where no process has it open any more.
+//! A request that has begun is completed and answered before the process ends ([`finish_answers`]).
+//! If a connection is closed without an answer, the request was not handled: the client repeats it,
+//! and opens the host itself once no other process has it open.
 
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::os::fd::AsFd as _;
@@ -32,24 +32,24 @@ use crate::{DomId, Host as _};
 
 /// The socket, in the host's directory.
 const SOCKET: &str = "control";
-/// Longest request: user data is the longest part of one.
+/// Largest request: its longest part is user data.
 const MOST: u64 = 64 << 20;
-/// How long a client may keep the host waiting, and the other way round.
+/// How long a client may keep the host waiting, and vice versa.
 const ANSWER_WAIT: Duration = Duration::from_secs(10);
-/// How often a client tries to find the host open or free, and how long it waits in between.
+/// How often a client tries to find the host open or free, and the wait between two tries.
 const TRIES: u32 = 50;
 const BETWEEN_TRIES: Duration = Duration::from_millis(10);
-/// How long a process that is about to end takes for the requests that it has begun.
+/// How long a process that is about to end waits for the requests that it has begun.
 const FINISH_WAIT: Duration = Duration::from_secs(2);
 
-/// Read-locked while a request is done and answered; write-locked, for good, by a process that is
-/// about to end.
+/// Read-locked while a request is handled and answered; write-locked permanently by a process that
+/// is about to end.
 static ANSWERING: RwLock<()> = RwLock::new(());
 /// Whether this process is about to end.
 static ENDING: AtomicBool = AtomicBool::new(false);
 
-/// Have the requests of other processes answered that have begun, and begin none from now on. To
-/// be called before a process ends that has a mock host open: an answer that is cut off tells the
+/// Wait until begun requests of other processes are answered, and accept no new ones. A process
+/// with an open mock host has to call this before it ends: an answer that is cut off tells the
 /// other process nothing.
 pub fn finish_answers() {
     ENDING.store(true, Ordering::Relaxed);
@@ -58,26 +58,27 @@ pub fn finish_answers() {
         match ANSWERING.try_write() {
             Ok(guard) => return std::mem::forget(guard),
             Err(TryLockError::Poisoned(guard)) => return std::mem::forget(guard),
-            // One that is stuck, or a client that does not read.
+            // A request is stuck, or a client does not read.
             Err(TryLockError::WouldBlock) if Instant::now() >= until => return,
             Err(TryLockError::WouldBlock) => thread::sleep(Duration::from_millis(1)),
         }
     }
 }
 
-/// Whether the process is about to end: a guest that is being made for another is given up.
+/// Whether the process is about to end; the creation of a guest for another process is then
+/// abandoned.
 pub(super) fn is_ending() -> bool {
     ENDING.load(Ordering::Relaxed)
 }
 
-/// What can be asked. A domain is named or numbered.
+/// A request. A domain is given by its name or number.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 enum Request {
     List,
     Show(String),
-    /// Make a guest that can do this work, with these user data.
+    /// Create a guest that can do this work, with these user data.
     Create(Box<GuestSpec>, Option<WorkloadSpec>, Vec<(String, Vec<u8>)>),
-    /// Try whether a domain can do this work.
+    /// Check whether a domain can do this work.
     TryWorkload(String, WorkloadSpec),
     Destroy(String),
     Pause(String),
@@ -98,10 +99,10 @@ enum Answer {
     Failed(String),
 }
 
-/// The host answers for as long as this is there.
+/// The host's answering thread, for as long as this exists.
 #[derive(Debug)]
 pub(super) struct Control {
-    /// Dropped, it ends the thread.
+    /// Dropping it ends the thread.
     _alive: UnixStream,
     place: Place,
 }
@@ -115,10 +116,10 @@ impl Drop for Control {
 }
 
 impl Control {
-    /// Answer for `machine`, whose directory is open as `place`.
+    /// Answer requests for `machine`, whose directory is open as `place`.
     pub(super) fn start(machine: &Arc<Machine>, place: Place) -> Result<Self, MockError> {
         let path = place.path().join(SOCKET);
-        // Of a process that was killed: this one has the lock.
+        // It was left by a process that was killed: this process has the lock.
         place.remove(SOCKET)?;
         let short = place.by_descriptor().join(SOCKET);
         let listener = UnixListener::bind(&short).map_err(MockError::io("bind", &path))?;
@@ -155,7 +156,8 @@ fn serve(listener: &UnixListener, watched: &UnixStream, machine: &Weak<Machine>)
             return Ok(());
         }
         let (client, _) = listener.accept()?;
-        // One that asks nothing, reads nothing or asks for much holds up no other.
+        // A client that sends nothing, reads nothing or has a large request does not hold up the
+        // others.
         let machine = Weak::clone(machine);
         let attending = thread::Builder::new().spawn(move || {
             phases::not_on_this_thread();
@@ -175,11 +177,11 @@ fn attend(client: &UnixStream, machine: &Weak<Machine>) -> io::Result<()> {
     let mut line = Vec::new();
     BufReader::new(client.take(MOST)).read_until(b'\n', &mut line)?;
     if line.is_empty() {
-        // It looked whether the host answers.
+        // The client only checked whether the host answers.
         return Ok(());
     }
     let _answering = ANSWERING.read().unwrap_or_else(PoisonError::into_inner);
-    // The client hears no answer, and asks again.
+    // The client gets no answer, and repeats the request.
     let Some(machine) = machine.upgrade() else {
         return Ok(());
     };
@@ -189,7 +191,7 @@ fn attend(client: &UnixStream, machine: &Weak<Machine>) -> io::Result<()> {
         Err(error) => Err(MockError::Answered(error.to_string())),
     };
     let answer = match answer {
-        // It was given up: whoever has the host next makes it.
+        // The creation was abandoned: the next process that has the host open does it.
         Err(MockError::Backend(error)) if error.errno == Errno::EINTR && is_ending() => {
             return Ok(());
         }
@@ -242,7 +244,7 @@ fn answer(host: &MockHost, request: Request) -> Result<Answer, MockError> {
     Ok(Answer::Done)
 }
 
-/// Make a guest with what is kept with it, or nothing.
+/// Create a guest together with its work and user data, or nothing.
 fn create(
     host: &MockHost,
     spec: &GuestSpec,
@@ -265,13 +267,13 @@ fn create(
     finished.map(|()| domid)
 }
 
-/// A host that this process has open, or that another one works on and answers for.
+/// A host that this process has open, or that another process has open and answers for.
 #[derive(Debug)]
 pub struct Reached(Whose);
 
 #[derive(Debug)]
 enum Whose {
-    /// It is open here.
+    /// This process has it open.
     Here(MockHost),
     /// Another process has it open.
     Beside(PathBuf),
@@ -292,7 +294,7 @@ impl MockHost {
                     if connect(dir)?.is_some() {
                         return Ok(Reached(Whose::Beside(dir.to_owned())));
                     }
-                    // It is opening the host, or ending.
+                    // The other process is opening the host, or ending.
                     tries += 1;
                     if tries == TRIES {
                         return Err(in_use);
@@ -305,7 +307,7 @@ impl MockHost {
     }
 }
 
-/// A connection to whoever answers; `None` where nobody does at this moment.
+/// A connection to the process that has the host open; `None` if none answers at the moment.
 fn connect(dir: &Path) -> Result<Option<UnixStream>, MockError> {
     let Some(place) = Place::open(dir)? else {
         return Ok(None);
@@ -319,14 +321,14 @@ fn connect(dir: &Path) -> Result<Option<UnixStream>, MockError> {
     }
 }
 
-/// Ask the process that has the host in `dir` open; `None` where it ends, or has ended, and has
-/// not answered.
+/// Send a request to the process that has the host in `dir` open; `None` if it ends, or has ended,
+/// without an answer.
 fn ask_once(dir: &Path, request: &Request) -> Result<Option<Answer>, MockError> {
     let Some(socket) = connect(dir)? else {
         return Ok(None);
     };
     let asked: io::Result<_> = (|| {
-        // A guest of any size may be asked for.
+        // The requested guest may have any size.
         let patience = match request {
             Request::Create(..) => None,
             _ => Some(ANSWER_WAIT),
@@ -355,7 +357,7 @@ fn ask_once(dir: &Path, request: &Request) -> Result<Option<Answer>, MockError> 
     }
 }
 
-/// Ask whichever process has the host in `dir` open; this one, where no other has.
+/// Send a request to the process that has the host in `dir` open, or answer it here if none has.
 fn ask(dir: &Path, request: &Request) -> Result<Answer, MockError> {
     let mut cut_off = 0;
     loop {
@@ -365,7 +367,7 @@ fn ask(dir: &Path, request: &Request) -> Result<Answer, MockError> {
         };
         match (request, answer) {
             (_, Ok(Some(answer))) => return Ok(answer),
-            // A process that was killed may have been at it.
+            // A process that was killed may have destroyed it.
             (Request::Destroy(_), Err(MockError::NoSuchDomain { .. })) if cut_off > 0 => {
                 return Ok(Answer::Done);
             }
@@ -400,7 +402,7 @@ impl Reached {
         }
     }
 
-    /// The host, where this process has it open.
+    /// The host, if this process has it open.
     pub fn here(&self) -> Option<&MockHost> {
         match &self.0 {
             Whose::Here(host) => Some(host),
@@ -408,8 +410,8 @@ impl Reached {
         }
     }
 
-    /// Make a guest that can do `work`, with these user data (keys and values). If this process
-    /// ends meanwhile, the process that has the host open destroys it.
+    /// Create a guest that can do `work`, with these user data (keys and values). If this process
+    /// ends before the answer arrives, the process that has the host open destroys the guest.
     ///
     /// # Errors
     ///
@@ -428,7 +430,7 @@ impl Reached {
         }
     }
 
-    /// Try whether a domain can do this work.
+    /// Check whether a domain can do this work.
     ///
     /// # Errors
     ///
@@ -437,7 +439,7 @@ impl Reached {
         self.order(Request::TryWorkload(domain.to_owned(), spec.clone()))
     }
 
-    /// Every domain, ascending.
+    /// Every domain, in ascending order.
     ///
     /// # Errors
     ///
@@ -449,11 +451,11 @@ impl Reached {
         }
     }
 
-    /// All there is to tell of one domain.
+    /// A full report on one domain.
     ///
     /// # Errors
     ///
-    /// There is no such domain; the other process does not answer.
+    /// The domain does not exist; the other process does not answer.
     pub fn show(&self, domain: &str) -> Result<DomainReport, MockError> {
         match self.ask(Request::Show(domain.to_owned()))? {
             Answer::Report(report) => Ok(*report),
@@ -461,11 +463,11 @@ impl Reached {
         }
     }
 
-    /// What is kept with a domain under `key`.
+    /// The user data of a domain under `key`.
     ///
     /// # Errors
     ///
-    /// There is no such domain; the other process does not answer.
+    /// The domain does not exist; the other process does not answer.
     pub fn userdata_get(&self, domain: &str, key: &str) -> Result<Option<Vec<u8>>, MockError> {
         match self.ask(Request::Userdata(domain.to_owned(), key.to_owned()))? {
             Answer::Userdata(data) => Ok(data),
@@ -473,7 +475,7 @@ impl Reached {
         }
     }
 
-    /// Keep `data` with a domain under `key`.
+    /// Store `data` as user data of a domain under `key`.
     ///
     /// # Errors
     ///
@@ -483,7 +485,8 @@ impl Reached {
         self.order(Request::StoreUserdata(domain, key, data.to_vec()))
     }
 
-    /// Destroy a domain. Whoever works on it finds that it is gone.
+    /// Destroy a domain. Operations on it in other threads or processes then fail, because it is
+    /// gone.
     ///
     /// # Errors
     ///

@@ -1,4 +1,4 @@
-//! What can go wrong with a mock host, beyond what Xen itself would answer.
+//! Errors of a mock host, other than Xen's own errnos.
 
 use std::io;
 use std::path::PathBuf;
@@ -14,11 +14,11 @@ pub enum MockError {
     /// A file of the host could not be read or written.
     #[error("{doing} {}: {source}", path.display())]
     Io {
-        /// What was being done.
+        /// The operation that failed.
         doing: &'static str,
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
     /// Another process has the host open.
@@ -29,28 +29,27 @@ pub enum MockError {
     InUse {
         /// The host's directory.
         path: PathBuf,
-        /// The process, by the command line that it was started with; `None` if it has not said
-        /// so yet.
+        /// The process, by its command line; `None` if it has not recorded it yet.
         holder: Option<LockHolder>,
     },
-    /// A directory or file that somebody else may have put there.
+    /// A directory or file that another user may have put there.
     #[error("{}: {why}", path.display())]
     Unsafe {
         /// The directory or file.
         path: PathBuf,
-        /// What is wrong with it, and what to do.
+        /// The problem, and what to do.
         why: String,
     },
-    /// What the process that has the host open says.
+    /// The error that the process with the open host reported.
     #[error("{0}")]
     Answered(String),
-    /// There is no host in that directory.
+    /// The directory holds no host.
     #[error("{} is no mock host; make one with `xsr mock create`", path.display())]
     NotAHost {
         /// The directory.
         path: PathBuf,
     },
-    /// There is something in that directory already.
+    /// The directory is not empty.
     #[error("{} exists and is not empty", path.display())]
     Occupied {
         /// The directory.
@@ -61,13 +60,13 @@ pub enum MockError {
     Damaged {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The parse error.
         source: serde_json::Error,
     },
-    /// No domain goes by that name or number.
+    /// No domain has that name or number.
     #[error("no domain {name:?} on this mock host")]
     NoSuchDomain {
-        /// The name or number asked for.
+        /// The requested name or number.
         name: String,
     },
     /// Another domain has the name.
@@ -76,7 +75,7 @@ pub enum MockError {
         /// The name.
         name: String,
     },
-    /// Not a name a domain or a piece of user data can have.
+    /// Not a valid name for a domain or for user data.
     #[error(
         "{name:?} is no good name: letters, digits, `-`, `_`, `.` and `+`, at most 64, not all digits, not Domain-0"
     )]
@@ -84,7 +83,7 @@ pub enum MockError {
         /// The name.
         name: String,
     },
-    /// A guest or host that cannot be made.
+    /// A specification for which no guest or host can be created.
     #[error("{0}")]
     BadSpec(String),
     /// The hypervisor refused.

@@ -1,13 +1,13 @@
-//! The second face of the mock machine: hypercalls, as a hypervisor takes them.
+//! Hypercalls on the mock machine: its second face, which answers them like a hypervisor.
 //!
-//! What [`crate::XenHost`] asks of `/dev/xen/privcmd` it may ask of this as well. The
-//! structures are taken out of the caller's buffers and the answers put into them; all
-//! that is answered comes from the one machine. Memory that is no live buffer is EFAULT,
-//! as it is where a buffer has moved, been freed or is too short.
+//! [`crate::XenHost`] can make the same calls here as on `/dev/xen/privcmd`. The structures are
+//! read from the caller's buffers and the answers written to them; all answers come from the same
+//! machine. An address outside a live buffer is EFAULT, as it is if a buffer has moved, been freed
+//! or is too short.
 //!
-//! Where Xen's answers differ from what the traits promise, so do these: a log that is
-//! off is read as empty, a domain that is not there is answered for by the next, and
-//! populating a domain that is gone gives no page and no error.
+//! Xen's answers deviate from what the traits promise in some cases, and so do these: a log that is
+//! off is read as empty, the next domain answers for one that does not exist, and populating a
+//! domain that is gone gives no pages and no error.
 //!
 //! C implementation: `do_domctl`, `do_memory_op` and the rest of the hypercall table.
 
@@ -50,32 +50,32 @@ const DOMCTL_HEADER: u64 = 16;
 const SYSCTL_HEADER: u64 = 8;
 const BODY: usize = 128;
 
-/// `__HYPERVISOR_multicall`, which our own backend has no need of.
+/// `__HYPERVISOR_multicall`, which our own backend does not need.
 const MULTICALL: u32 = 13;
-/// More entries than a policy of any domain has.
+/// More entries than the policy of any domain has.
 const MAX_LEAVES: u32 = 128;
 const MAX_MSRS: u32 = 16;
 
-/// What stands in the way of whoever calls.
+/// Restrictions that a test imposes on the caller.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Obstacles {
-    /// The handle was restricted to one domain: no hypercall goes through.
+    /// The handle was restricted to one domain: every hypercall fails.
     pub(crate) restricted: bool,
     /// The caller is not the control domain.
     pub(crate) unprivileged: bool,
-    /// The kernel maps no resources.
+    /// The kernel cannot map resources.
     pub(crate) no_resources: bool,
     /// No domain's grant table is set up.
     pub(crate) no_tables: bool,
-    /// The dirty log is told of one page less than was asked for.
+    /// The dirty log reports one page less than requested.
     pub(crate) short_log: bool,
     /// The processors have no nested paging.
     pub(crate) no_nested_paging: bool,
-    /// Grant tables are of the first version for all (`gnttab=max-ver:1`).
+    /// No domain may use grant tables of version 2 (`gnttab=max-ver:1`).
     pub(crate) first_grants_only: bool,
 }
 
-/// The machine, seen as a hypervisor.
+/// The machine as a hypervisor.
 #[derive(Clone)]
 pub(crate) struct Face {
     host: MockHost,
@@ -86,8 +86,7 @@ pub(crate) struct Face {
     asked: Arc<Asked>,
 }
 
-/// What has been asked of the machine. Said in the log when nobody can ask any more: a
-/// benchmark reads it there.
+/// Numbers of calls to the machine. Logged when it is dropped; a benchmark reads the log.
 #[derive(Debug, Default)]
 struct Asked {
     hypercalls: AtomicU64,
@@ -101,23 +100,23 @@ impl Drop for Asked {
     }
 }
 
-/// What the machine does not keep.
+/// State that the machine itself does not keep.
 #[derive(Debug, Default)]
 struct State {
     obstacles: Obstacles,
-    /// MiB for tables, by domain.
+    /// MiB for page tables, by domain.
     allocations: BTreeMap<u16, u32>,
     /// Nodes of xenstore.
     nodes: BTreeMap<String, Vec<u8>>,
-    /// Rings that xenstore is connected to, by domain: frame and event channel.
+    /// Rings that xenstore is connected to: frame and event channel, by domain.
     store_rings: BTreeMap<u16, (u64, u32)>,
-    /// Domains of which xenstored has announced that they shut down.
+    /// Domains whose shutdown xenstored has announced.
     announced: BTreeSet<u16>,
-    /// Grant tables that have a place among the frames of their guests: domain, gfn.
+    /// Grant tables that are mapped into the guest's own gfns: domain, gfn.
     tables: BTreeSet<(u16, u64)>,
-    /// Frames that are paged out: how often they will be found so.
+    /// Frames that are paged out, and how many more attempts will find them so.
     paged_out: BTreeMap<(u16, u64), u32>,
-    /// Calls for types of frames that will find the second half of a buffer on the move.
+    /// The number of coming page-type calls that will find the second half of a buffer migrating.
     faults: u32,
 }
 
@@ -130,13 +129,12 @@ impl fmt::Debug for Face {
 }
 
 impl MockHost {
-    /// The machine as a hypervisor, of the version that it says it is: the same
-    /// domains, reached by hypercalls. Everything that works on a real Xen can be tried
-    /// so.
+    /// The machine as a hypervisor of its configured version: the same domains, reached by
+    /// hypercalls. This is for trials of everything that works on a real Xen.
     ///
     /// # Errors
     ///
-    /// [`OpenError::UnknownInterface`] where the machine is newer than Xen 4.22.
+    /// [`OpenError::UnknownInterface`] if the machine is newer than Xen 4.22.
     pub fn as_xen(&self) -> Result<XenHost, OpenError> {
         let face = Face::new(self);
         XenHost::over(Arc::new(face.clone()), Box::new(face))
@@ -157,11 +155,11 @@ impl Face {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // Every change of it is a single step.
+        // Every change is a single step, so a panic leaves no partial state.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How this version lays structures out; `None` for one of the future.
+    /// This version's structure layouts; `None` for a future version.
     fn layout(&self) -> Option<&'static Interface> {
         INTERFACES.iter().find(|i| i.domctl == self.interface)
     }
@@ -176,7 +174,7 @@ impl Face {
         T::read_from_bytes(&bytes).map_err(|_| Errno::EFAULT)
     }
 
-    /// Put a structure into a buffer.
+    /// Write a structure to a buffer.
     fn save<T: IntoBytes + zerocopy::Immutable>(
         &self,
         address: u64,
@@ -215,7 +213,7 @@ impl Face {
         Ok(0)
     }
 
-    /// `XEN_SYSCTL_get_cpu_policy`; without buffers, only how large they have to be.
+    /// `XEN_SYSCTL_get_cpu_policy`; without buffers, only their required sizes.
     fn host_policy(&self, place: u64) -> Result<u64, Errno> {
         let mut body: sys::xen_sysctl_cpu_policy = self.load(place)?;
         if (body.leaves, body.msrs) == (0, 0) {
@@ -229,7 +227,7 @@ impl Face {
             sys::XEN_SYSCTL_cpu_policy_host => policy::host_policy(),
             sys::XEN_SYSCTL_cpu_policy_pv_max => most(GuestKind::Pv)?,
             sys::XEN_SYSCTL_cpu_policy_hvm_max => most(GuestKind::Hvm)?,
-            // The others are for tools that look at the processor itself.
+            // The others are for tools that examine the processor itself.
             0 | 4 | 5 => return Err(Errno::ENOSYS),
             _ => return Err(Errno::EINVAL),
         };
@@ -292,8 +290,8 @@ impl Face {
         Ok(0)
     }
 
-    /// Hypercalls in a list, eight words each: number, result, arguments. Xen's library
-    /// wraps what may return more than an int so.
+    /// Hypercalls in a list, eight words each: number, result, arguments. Xen's library uses this
+    /// for calls whose result may exceed an int.
     fn multicall(&self, list: u64, count: u64) -> Result<u64, Errno> {
         for n in 0..count {
             let place = list + n * 64;
@@ -302,15 +300,15 @@ impl Face {
                 Ok(MULTICALL) | Err(_) => Err(Errno::ENOSYS),
                 Ok(number) => self.answer(number, [a, b, c, d, e]),
             };
-            // As Xen: an error is its negative number.
+            // Like Xen, which returns an error as its negative number.
             let result = answer.unwrap_or_else(|errno| (-i64::from(errno as i32)).cast_unsigned());
             self.save(place + 8, &result)?;
         }
         Ok(0)
     }
 
-    /// `mmuext_op` of pins only: three words each. The command is half of the first, whose
-    /// other half is padding that may hold anything; the second is the frame.
+    /// `mmuext_op` of pins only: three words each. The command is the lower half of the first word,
+    /// whose other half is padding with any content; the second word is the frame.
     fn mmuext_op(&self, [ops, count, done, domid, _]: [u64; 5]) -> Result<u64, Errno> {
         let domid = u16::try_from(domid).map_err(|_| Errno::ESRCH)?;
         let domain = self.domain(domid)?;
@@ -335,7 +333,7 @@ impl Face {
         Ok(0)
     }
 
-    /// Answer a hypercall, one in a list among them. Addresses that are no buffer's are EFAULT.
+    /// Answer a hypercall, also one from a list. An address outside a buffer is EFAULT.
     fn answer(&self, number: u32, arguments: [u64; 5]) -> Result<u64, Errno> {
         if self.state().obstacles.restricted {
             return Err(Errno::EPERM);
@@ -400,7 +398,7 @@ impl Hypercalls for Face {
     }
 
     fn notify(&self, domid: DomId, port: u32) -> Result<(), Errno> {
-        // Nobody is there but the guest that listens for its suspend.
+        // The only listener is a guest that waits for its suspend request.
         let node = format!("/local/domain/{}/device/suspend/event-channel", domid.0);
         let offered = self.state().nodes.get(&node).cloned();
         match offered == Some(port.to_string().into_bytes()) {

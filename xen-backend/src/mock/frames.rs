@@ -1,5 +1,5 @@
-//! The machine's frame table: to each machine frame its owner and, for PV guests,
-//! the type that Xen holds it to and how many references of that type there are.
+//! The machine's frame table: for each machine frame its owner and, for PV guests, the type that
+//! Xen enforces and the number of references of that type.
 //!
 //! C implementation: `struct page_info` and `PGT_*` in `xen/arch/x86/include/asm/mm.h`.
 //!
@@ -23,10 +23,10 @@ use xsr_format::frame::{Mfn, PageType};
 use super::memory::Words;
 use crate::DomId;
 
-/// What Xen lets a frame be used as, while anything refers to it as such.
+/// A use that Xen enforces for a frame, while there are references of that use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub(super) enum FrameUse {
-    /// Never used as anything.
+    /// Never used.
     #[default]
     None,
     /// A page table of level 1–4.
@@ -63,21 +63,21 @@ impl FrameUse {
 /// One entry of the frame table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub(super) struct Frame {
-    /// Whose it is; `None` for a free frame or one that Xen keeps.
+    /// Its owner; `None` for a free frame or one that Xen keeps.
     pub(super) owner: Option<DomId>,
-    /// What it is used as; stays when `count` falls to zero.
+    /// Its use, which is kept when `count` falls to zero.
     pub(super) used_as: FrameUse,
     /// References of that use.
     pub(super) count: u32,
-    /// Holds one of the references: pinned as a page table.
+    /// Pinned as a page table, which is one of the references.
     pub(super) pinned: bool,
-    /// Its contents have been found good for its use.
+    /// Its contents have been validated for its use.
     pub(super) validated: bool,
-    /// A level-2 table with Xen's entries in it.
+    /// A level-2 table that contains Xen's entries.
     pub(super) pae_xen_l2: bool,
     /// Xen's own, lent to the owner.
     pub(super) xen_heap: bool,
-    /// Linear entries it holds (> 0), or linear uses made of it (< 0).
+    /// Linear entries in it (> 0), or linear uses of it (< 0).
     pub(super) linear: i16,
 }
 
@@ -87,7 +87,7 @@ const LINEAR_MASK: u64 = 0xfff;
 impl Frame {
     /// The largest count an entry holds.
     pub(super) const MAX_COUNT: u32 = (1 << 26) - 1;
-    /// The largest linear count, either way.
+    /// The largest linear count, in either direction.
     pub(super) const MAX_LINEAR: i16 = 0x7ff;
 
     fn to_word(self) -> u64 {
@@ -125,9 +125,8 @@ impl Frame {
         }
     }
 
-    /// What `getpageframeinfo3` says of a frame that is the guest's. A table that
-    /// nothing refers to any more has been un-validated, and counts as an
-    /// ordinary page.
+    /// The type that `getpageframeinfo3` returns for a frame of the guest. A table without
+    /// references has been invalidated and counts as an ordinary page.
     pub(super) fn page_type(&self) -> PageType {
         if self.xen_heap {
             return PageType::XTAB;
@@ -148,12 +147,12 @@ pub(super) struct Frames {
 }
 
 impl Frames {
-    /// The table over its state file.
+    /// The frame table in its state file.
     pub(super) fn new(words: Words) -> Self {
         Self { words }
     }
 
-    /// Frames the machine has.
+    /// The number of the machine's frames.
     pub(super) fn len(&self) -> u64 {
         self.words.len() as u64
     }
@@ -164,7 +163,7 @@ impl Frames {
             .filter(|i| *i < self.words.len())
     }
 
-    /// The entry of `mfn`; `None` where there is no such frame.
+    /// The entry of `mfn`; `None` if there is no such frame.
     pub(super) fn get(&self, mfn: Mfn) -> Option<Frame> {
         Some(Frame::from_word(self.words.get(self.index(mfn)?)))
     }
@@ -181,8 +180,8 @@ impl Frames {
         }
     }
 
-    /// Change the entry of `mfn` in one step; `change` may see it several times.
-    /// EINVAL where there is no such frame. Says what the entry was before.
+    /// Change the entry of `mfn` atomically; `change` may be called several times. EINVAL if there
+    /// is no such frame. Returns the earlier entry.
     pub(super) fn update(
         &self,
         mfn: Mfn,

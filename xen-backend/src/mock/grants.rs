@@ -1,6 +1,5 @@
-//! The grant table of a domain: one page of Xen's own, lent to the domain like
-//! shared_info, of entries of version 1. Nothing in the mock maps a grant; the
-//! reserved entries are what a toolstack fills in.
+//! The grant table of a domain: one page of Xen's own, lent to the domain like shared_info, with
+//! entries of version 1. The mock maps no grants; a toolstack fills in the reserved entries.
 //!
 //! | offset | size | field of entry n, at 8 n; little endian |
 //! |---|---|---|
@@ -21,17 +20,17 @@ use crate::{DomId, RingGrant};
 
 /// Bytes of an entry.
 const ENTRY: usize = 8;
-/// What the flags of an entry in use are (`GTF_permit_access`).
+/// The flags of an entry in use (`GTF_permit_access`).
 const PERMIT_ACCESS: u16 = 1;
 /// Number of the console's entry (`GNTTAB_RESERVED_CONSOLE`).
 const RESERVED_CONSOLE: usize = 0;
-/// Number of the store's (`GNTTAB_RESERVED_XENSTORE`).
+/// Number of xenstore's entry (`GNTTAB_RESERVED_XENSTORE`).
 const RESERVED_XENSTORE: usize = 1;
 
 /// A reserved entry of a domain's grant table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GrantEntry {
-    /// The frame granted (HVM: gfn, PV: mfn).
+    /// The granted frame (HVM: gfn, PV: mfn).
     pub gfn: u64,
     /// The domain that may map it.
     pub backend: DomId,
@@ -47,8 +46,8 @@ impl GrantEntry {
     }
 }
 
-/// The entry that `ring` makes; `None` where it leaves the entry alone. EINVAL for a
-/// frame that an entry has no room for.
+/// The entry for `ring`; `None` if it leaves the entry alone. EINVAL for a frame that does not fit
+/// into an entry.
 fn encode(ring: RingGrant) -> Result<Option<[u8; ENTRY]>, Errno> {
     let Some(gfn) = ring.gfn else {
         return Ok(None);
@@ -62,7 +61,7 @@ fn encode(ring: RingGrant) -> Result<Option<[u8; ENTRY]>, Errno> {
 }
 
 impl MockDomain {
-    /// Fill in the reserved entries; none where one of them cannot be.
+    /// Fill in the reserved entries; neither of them if one is impossible.
     pub(super) fn set_grants(
         &self,
         state: &State,
@@ -122,7 +121,7 @@ mod tests {
         ];
         assert_eq!(page[..16], expected);
         assert!(page[16..].iter().all(|byte| *byte == 0));
-        // It is a page of Xen's: the guest may map it, but it is none of its memory.
+        // The page is Xen's: the guest may map it, but it does not count as the guest's memory.
         assert_eq!(domain.info().expect("info").tot_pages, 0);
         let map = domain.map(&[Gfn(table.0)], crate::Access::Read);
         assert!(map.expect("a mapping").all_mapped().is_ok());

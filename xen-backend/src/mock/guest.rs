@@ -1,5 +1,5 @@
-//! Guests made by the mock: memory filled with a seeded pattern, and around it
-//! all that a real guest of its kind has.
+//! Guests created by the mock: memory filled with a seeded pattern, and the structures that a real
+//! guest of the kind has.
 
 mod hvm;
 mod pv;
@@ -22,13 +22,13 @@ use crate::{DomId, GuestKind, GuestMemory, Host, NewDomain, Uuid};
 
 pub(super) use hvm::SPECIAL_PAGES;
 
-/// Pages that each batch of a populate asks for, as Xen's tools do.
+/// Pages in each batch of a populate, as in Xen's tools.
 const POPULATE_BATCH: usize = 1024;
 
-/// Pages a domain may have beyond its memory (1 MiB, as libxl allows).
+/// Pages that a domain may have beyond its memory (1 MiB, as libxl allows).
 const SLACK_PAGES: u64 = 256;
 
-/// How a PV guest publishes its p2m.
+/// The form in which a PV guest publishes its p2m.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum P2mStyle {
@@ -38,7 +38,7 @@ pub enum P2mStyle {
     Tree,
 }
 
-/// A guest to make.
+/// Specification of a guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestSpec {
     /// Its name.
@@ -54,21 +54,21 @@ pub struct GuestSpec {
     pub memory_mib: u64,
     /// Vcpus, 1–128 (PV: 1–32).
     pub vcpus: u32,
-    /// How many of them, the last ones, never came up.
+    /// The number of vcpus, counted from the last, that are offline.
     pub offline_vcpus: u32,
-    /// PV: pages that the guest has given back; holes in its p2m. At most an
-    /// eighth of its memory.
+    /// PV: pages that the guest has ballooned out; holes in its p2m. At most an eighth of its
+    /// memory.
     pub ballooned_pages: u64,
-    /// PV: how it publishes its p2m. `None`: linear for 64-bit, tree for 32-bit.
+    /// PV: the form of its p2m. `None`: linear for 64-bit, tree for 32-bit.
     pub p2m: Option<P2mStyle>,
-    /// PV: processes, each with page tables of its own; at most one for each 256 pages.
+    /// PV: processes, each with its own page tables; at most one for each 256 pages.
     pub processes: u64,
-    /// What its contents are made from.
+    /// The seed of its contents.
     pub seed: u64,
 }
 
 impl GuestSpec {
-    /// A guest with one vcpu and nothing special about it.
+    /// A guest with one vcpu and default settings.
     pub fn new(name: impl Into<String>, kind: GuestKind, memory_mib: u64) -> Self {
         Self {
             name: name.into(),
@@ -115,7 +115,7 @@ impl GuestSpec {
     }
 }
 
-/// Whether a guest that is being made is not wanted any more.
+/// Whether the guest that is being created is no longer wanted.
 #[derive(Default)]
 pub(super) struct Stop(OnceLock<Box<dyn Fn() -> bool + Send + Sync>>);
 
@@ -139,13 +139,12 @@ impl fmt::Debug for Stop {
 }
 
 impl MockHost {
-    /// Make a guest that is running.
+    /// Create a running guest.
     ///
     /// # Errors
     ///
-    /// [`MockError::BadSpec`] or [`MockError::NameTaken`] for what cannot be;
-    /// [`MockError::Backend`] with ENOMEM when the host is full. No part of the
-    /// guest is left behind.
+    /// [`MockError::BadSpec`] or [`MockError::NameTaken`] for an impossible specification;
+    /// [`MockError::Backend`] with ENOMEM if the host is full. No part of the guest is left.
     pub fn create_guest(&self, spec: &GuestSpec) -> Result<DomId, MockError> {
         spec.check()?;
         self.check_new_name(&spec.name)?;
@@ -170,7 +169,7 @@ impl MockHost {
     }
 }
 
-/// Populate `extents`, all of them.
+/// Populate all `extents`.
 fn populate(domain: &MockDomain, order: u8, extents: &mut [Gfn]) -> Result<(), BackendError> {
     for batch in extents.chunks_mut(POPULATE_BATCH) {
         domain.machine.stop.check(domain)?;
@@ -195,7 +194,7 @@ fn pattern(seed: u64, pfn: u64, page: &mut [u8]) -> Option<()> {
     Some(())
 }
 
-/// Fill `pages` (pfn and where it is) with the pattern.
+/// Fill `pages` (pfn and frame) with the pattern.
 fn fill(domain: &MockDomain, seed: u64, pages: &[(u64, Mfn)]) -> Result<(), BackendError> {
     let threads = thread::available_parallelism().map_or(1, |n| n.get().min(4));
     let share = pages.len().div_ceil(threads).max(1);
@@ -230,7 +229,7 @@ fn fill_share(domain: &MockDomain, seed: u64, pages: &[(u64, Mfn)]) -> Result<()
         .flat_map(|run| run.chunks(MOST))
     {
         domain.machine.stop.check(domain)?;
-        // Pages of the run that are not zero, written together.
+        // Pages of the run that are not zero, written in one call.
         let mut start = 0;
         let mut len = 0;
         for (n, (pfn, _)) in run.iter().enumerate() {

@@ -1,7 +1,7 @@
-//! The HVM context: the list of records in which Xen hands out what it keeps of a
-//! translated guest. Made for a new guest, and checked as Xen checks one it is given.
+//! The HVM context: the list of records that holds Xen's state of a translated guest. Generated for
+//! a new guest, and validated as Xen does when it is set.
 //!
-//! | octets | record |
+//! | bytes | record |
 //! |---|---|
 //! | 2 | type |
 //! | 2 | instance: the vcpu, for records of a vcpu |
@@ -26,8 +26,8 @@ const DESCRIPTOR: usize = 8;
 const MAGIC: u64 = 0x5438_1286;
 const VERSION: u64 = 1;
 
-/// To each type that Xen knows the bytes of its body; whether there is one per
-/// vcpu; zero bytes for a length that varies.
+/// For each type that Xen knows, the bytes of its body (0 if the length varies) and whether there
+/// is one for each vcpu.
 const KINDS: [(u16, usize, bool); 19] = [
     (HEADER, 24, false),
     (CPU, 1032, true),
@@ -49,10 +49,10 @@ const KINDS: [(u16, usize, bool); 19] = [
     (18, 32, true), // machine checks
     (19, 8, true),  // TSC adjust
 ];
-/// MSRs, of a length that varies, per vcpu.
+/// MSRs, of variable length, for each vcpu.
 const MSRS: u16 = 20;
 
-/// Further lengths that some Xen writes.
+/// Other lengths that some versions of Xen write.
 const COMPAT: [(u16, usize); 3] = [(CPU, 1016), (5, 16), (5, 32)];
 
 fn put(out: &mut Vec<u8>, kind: u16, instance: u16, body: &[u8]) {
@@ -62,7 +62,7 @@ fn put(out: &mut Vec<u8>, kind: u16, instance: u16, body: &[u8]) {
     out.extend_from_slice(body);
 }
 
-/// The context of a guest whose vcpus below `online` are up.
+/// The context of a guest whose vcpus below `online` are online.
 pub(super) fn make(kind: GuestKind, online: u16, seed: u64) -> Vec<u8> {
     let mut out = Vec::new();
     let mut header = [0; 24];
@@ -84,7 +84,8 @@ pub(super) fn make(kind: GuestKind, online: u16, seed: u64) -> Vec<u8> {
     }
     for vcpu in 0..online {
         let mut lapic = [0; 24];
-        // Where its registers are, enabled; on the first vcpu: bootstrap processor.
+        // The base address of its registers, enabled; on the first vcpu also the bootstrap
+        // processor flag.
         let base = 0xfee0_0000 | 1 << 11 | if vcpu == 0 { 1 << 8 } else { 0 };
         write_word(&mut lapic, 0, 8, base);
         write_word(&mut lapic, 12, 4, 2);
@@ -133,7 +134,7 @@ pub(super) fn make(kind: GuestKind, online: u16, seed: u64) -> Vec<u8> {
     out
 }
 
-/// `hvm_hw_cpu` of a vcpu that idles in 64-bit mode.
+/// `hvm_hw_cpu` of an idle vcpu in 64-bit mode.
 fn cpu(random: &mut SplitMix64) -> [u8; 1032] {
     let mut body = [0; 1032];
     let mut set = |offset: usize, bytes: usize, value: u64| {
@@ -166,7 +167,7 @@ fn cpu(random: &mut SplitMix64) -> [u8; 1032] {
     {
         set(768 + n * 4, 4, limit);
     }
-    // Bases of the same, from 808 on: tr is the seventh, idtr and gdtr close.
+    // Bases of the same, from 808 on: tr is the seventh, and idtr and gdtr are the last.
     set(808 + 6 * 8, 8, 0xffff_fe00_0000_3000);
     set(808 + 8 * 8, 8, 0xffff_fe00_0000_0000);
     set(808 + 9 * 8, 8, 0xffff_fe00_0000_1000);
@@ -182,7 +183,7 @@ fn cpu(random: &mut SplitMix64) -> [u8; 1032] {
     set(984, 8, 0x4_7700);
     set(992, 8, 0xd01);
     set(1008, 8, random.next() >> 20);
-    // The FPU registers are good.
+    // The FPU registers are valid.
     set(1024, 4, 1);
     body
 }
@@ -203,7 +204,7 @@ fn pit() -> [u8; 56] {
     for channel in 0..3 {
         let at = channel * 16;
         write_word(&mut body, at, 4, 0x1_0000);
-        // Low then high byte; mode 3; the gate of the speaker's is shut.
+        // Low then high byte; mode 3; the speaker's gate is closed.
         body[at + 12] = 3;
         body[at + 13] = 3;
         body[at + 15] = u8::from(channel != 2);
@@ -224,7 +225,7 @@ fn hpet() -> [u8; 1048] {
     let mut body = [0; 1048];
     write_word(&mut body, 0, 8, 0x00f4_2400_8086_a201);
     for timer in 0..3 {
-        // Which interrupts it can raise; periodic and 64 bits wide.
+        // The interrupts that it can raise; periodic and 64 bits wide.
         write_word(&mut body, 256 + timer * 32, 8, 0x00f0_0000_0000_8030);
         write_word(&mut body, 264 + timer * 32, 8, u64::MAX);
     }
@@ -244,8 +245,8 @@ fn xsave() -> [u8; 2720] {
     body
 }
 
-/// Whether Xen would take `context` for a guest of `vcpus` vcpus: where it ends
-/// (after the end marker), and which vcpus it brings up.
+/// Whether Xen would accept `context` for a guest of `vcpus` vcpus. Returns its end (after the end
+/// marker), and the vcpus that it brings online.
 pub(super) fn check(context: &[u8], vcpus: usize) -> Result<(usize, Vec<bool>), Errno> {
     let mut online = vec![false; vcpus];
     let mut at = 0;
@@ -254,7 +255,7 @@ pub(super) fn check(context: &[u8], vcpus: usize) -> Result<(usize, Vec<bool>), 
         let kind = u16::from_le_bytes([descriptor[0], descriptor[1]]);
         let instance = usize::from(u16::from_le_bytes([descriptor[2], descriptor[3]]));
         let len = usize::try_from(read_word(descriptor, 4, 4)).map_err(|_| Errno::EINVAL)?;
-        // The header is first, and only first.
+        // The header comes first, and only there.
         if (at == 0) != (kind == HEADER) {
             return Err(Errno::EINVAL);
         }
@@ -285,7 +286,7 @@ fn check_record(kind: u16, instance: usize, body: &[u8], vcpus: usize) -> Result
     if kind == HEADER && (read_word(body, 0, 4) != MAGIC || read_word(body, 4, 4) != VERSION) {
         return Err(Errno::EINVAL);
     }
-    // Three words and the smallest area there is.
+    // Three words and the smallest possible area.
     if kind == XSAVE && body.len() < 24 + 512 + 64 {
         return Err(Errno::EINVAL);
     }

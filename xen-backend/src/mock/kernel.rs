@@ -1,6 +1,5 @@
-//! What a PV guest's kernel does when it suspends and when it goes on. Nothing
-//! executes in the mock, so the mock does it in the kernel's stead. What it does
-//! when it wakes up restored is in [`super::wake`].
+//! A PV guest's kernel during a suspend and a resume. The mock executes no code, so it does the
+//! kernel's work itself. [`super::wake`] has the work after a restore.
 //!
 //! C implementation: Linux, `drivers/xen/manage.c`, `arch/x86/xen/suspend_pv.c`.
 
@@ -13,14 +12,14 @@ use super::pv::blob_name;
 use super::state::State;
 use crate::{GuestKind, VcpuBlob};
 
-/// What the hypercall that suspends leaves in eax: what a restored guest finds.
+/// The result of the suspend hypercall, in eax, in a restored guest.
 const SUSPENDED: u64 = 0;
-/// What a guest finds there when its suspend was cancelled.
+/// Its result in a guest whose suspend was cancelled.
 const SUSPEND_CANCELLED: u64 = 1;
 
 impl MockDomain {
-    /// Suspend: give the store and console rings' pfns in place of their mfns, and
-    /// call the hypervisor. ETIMEDOUT when the guest is in no state to answer.
+    /// Suspend: replace the mfns of the xenstore and console rings by their pfns, and call the
+    /// hypervisor. ETIMEDOUT if the guest is in no state to answer.
     pub(super) fn suspend_guest(&self, state: &mut State) -> Result<(), Errno> {
         if state.record.kind != GuestKind::Pv {
             return Ok(());
@@ -38,7 +37,7 @@ impl MockDomain {
         self.set_eax(state, SUSPENDED)
     }
 
-    /// Go on where the suspend was cancelled.
+    /// Continue after the suspend was cancelled.
     pub(super) fn resume_guest(&self, state: &mut State) -> Result<(), Errno> {
         if state.record.kind != GuestKind::Pv {
             return Ok(());
@@ -57,7 +56,7 @@ impl MockDomain {
             .is_some()
     }
 
-    /// Where start_info is: what a guest that suspends hands over in edx.
+    /// The frame of start_info, which a suspending guest passes in edx.
     pub(super) fn start_info(&self, state: &State) -> Option<Mfn> {
         let layout = VcpuLayout::of(state.record.width);
         let context = state.blobs.get(&blob_name(0, VcpuBlob::Basic))?;
@@ -73,7 +72,7 @@ impl MockDomain {
         self.put_blob(state, &name, context)
     }
 
-    /// The frames of the store and console rings, as start_info has them.
+    /// The frames of the xenstore and console rings in start_info.
     pub(super) fn rings(&self, width: u8, start_info: Mfn) -> Result<[u64; 2], Errno> {
         let layout = StartInfoLayout::of(width);
         let page = self.machine.read_frame(start_info)?;
@@ -81,7 +80,7 @@ impl MockDomain {
             .map(|field| read_word(page.as_slice(), field, layout.width)))
     }
 
-    /// Write them.
+    /// Set the frames of the rings in start_info.
     pub(super) fn set_rings(
         &self,
         width: u8,

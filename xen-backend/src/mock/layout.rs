@@ -1,13 +1,13 @@
-//! Where the fields of Xen's guest structures are, for both guest widths:
-//! `vcpu_guest_context`, `shared_info` and `start_info`.
+//! Offsets of the fields of Xen's guest structures, for both guest widths: `vcpu_guest_context`,
+//! `shared_info` and `start_info`.
 //!
 //! C: `xen/include/public/arch-x86/xen.h`, `xen-x86_{32,64}.h`, `xen/include/public/xen.h`.
 
-/// `flags` of a vcpu context: the FPU registers are good.
+/// `flags` of a vcpu context: the FPU registers are valid.
 pub(super) const VGCF_I387_VALID: u64 = 1 << 0;
 /// `flags` of a vcpu context: in kernel mode.
 pub(super) const VGCF_IN_KERNEL: u64 = 1 << 2;
-/// `flags` of a vcpu context: the vcpu is up.
+/// `flags` of a vcpu context: the vcpu is online.
 pub(super) const VGCF_ONLINE: u64 = 1 << 5;
 
 /// GDT entries a guest can have; those above are Xen's.
@@ -22,14 +22,12 @@ pub(super) fn read_word(bytes: &[u8], offset: usize, width: usize) -> u64 {
     u64::from_le_bytes(word)
 }
 
-/// Write a word of `width` bytes (4 or 8), little endian, at `offset`; what does
-/// not fit is cut off.
+/// Write a word of `width` bytes (4 or 8), little endian, at `offset`; higher bytes are dropped.
 pub(super) fn write_word(bytes: &mut [u8], offset: usize, width: usize, value: u64) {
     bytes[offset..offset + width].copy_from_slice(&value.to_le_bytes()[..width]);
 }
 
-/// Offsets in `vcpu_guest_context`. All fields are words of the guest's width but
-/// where said.
+/// Offsets in `vcpu_guest_context`. All fields are words of the guest's width unless noted.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct VcpuLayout {
     /// Bytes in a word.
@@ -60,7 +58,7 @@ pub(super) struct VcpuLayout {
     /// Eight.
     pub(super) debugreg: usize,
     pub(super) vm_assist: usize,
-    /// Further code and data addresses that must be canonical.
+    /// Other code and data addresses that must be canonical.
     pub(super) addresses: &'static [usize],
 }
 
@@ -144,7 +142,7 @@ impl VcpuLayout {
         self.gdt_frames + n * self.width
     }
 
-    /// The frame that a value of cr3 names.
+    /// The frame in a cr3 value.
     pub(super) const fn cr3_to_mfn(&self, cr3: u64) -> u64 {
         match self.width {
             4 => ((cr3 >> 12) | (cr3 << 20)) & 0xffff_ffff,
@@ -152,7 +150,7 @@ impl VcpuLayout {
         }
     }
 
-    /// The value of cr3 that names a frame.
+    /// The cr3 value for a frame.
     pub(super) const fn mfn_to_cr3(&self, mfn: u64) -> u64 {
         match self.width {
             4 => ((mfn << 12) | (mfn >> 20)) & 0xffff_ffff,
@@ -161,7 +159,7 @@ impl VcpuLayout {
     }
 }
 
-/// Offsets in `shared_info`; words of the guest's width but where said.
+/// Offsets in `shared_info`; words of the guest's width unless noted.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct SharedInfoLayout {
     /// Bytes in a word.
@@ -207,7 +205,7 @@ impl SharedInfoLayout {
     }
 }
 
-/// Offsets in `start_info`; words of the guest's width but where said.
+/// Offsets in `start_info`; words of the guest's width unless noted.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct StartInfoLayout {
     /// Bytes in a word.

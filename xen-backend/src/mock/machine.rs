@@ -1,8 +1,7 @@
 //! The mock machine: its memory, frame table, m2p and allocator, and the domains
 //! on it.
 //!
-//! Lock order: the list of domains, a domain's state, the allocator. Mapping
-//! takes none of them.
+//! Lock order: the list of domains, a domain's state, the allocator. Mapping takes none of them.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -27,45 +26,45 @@ use super::store::{FORMAT, HostRecord, Store};
 use crate::DomId;
 use crate::pages::ENTRIES_PER_TABLE;
 
-/// First frame of the table that 32-bit guests see of the m2p, below the first
-/// frame that the allocator gives out.
+/// First frame of the compat m2p, which 32-bit guests see; below the first frame that the allocator
+/// hands out.
 pub(super) const COMPAT_M2P: Mfn = Mfn(0x80);
-/// First of the frames behind Xen's own entries in a guest's level-4 table.
+/// First of the frames that Xen's own entries in a guest's level-4 table refer to.
 pub(super) const XEN_TABLES: Mfn = Mfn(0x40);
 
-/// The m2p's entry for a frame that is no guest's.
+/// The m2p's entry for a frame that is not a guest's.
 pub(super) const INVALID_M2P: u64 = u64::MAX;
 
-/// Numbers from here on are not domains'.
+/// The first number that is not a domain's.
 const DOMID_FIRST_RESERVED: u16 = 0x7ff0;
 
 /// The machine.
 #[derive(Debug)]
 pub(super) struct Machine {
-    /// Other processes reach the machine through it. First of all, so that it goes before the
-    /// lock in `store` does.
+    /// Answers other processes. Must be the first field, so that it is dropped before the lock in
+    /// `store`.
     pub(super) control: OnceLock<Control>,
-    /// Whether a guest that is being made is not wanted any more.
+    /// Whether the guest that is being created is no longer wanted.
     pub(super) stop: Stop,
     pub(super) store: Store,
     pub(super) config: HostConfig,
     pub(super) memory: File,
-    /// The same as words: what guests that run read and write.
+    /// The same memory as words, for the reads and writes of running guests.
     memory_words: Words,
     pub(super) frames: Frames,
     pub(super) m2p_file: File,
     m2p: Words,
-    /// Pages that are mapped as foreign pages at present.
+    /// Pages currently mapped as foreign pages.
     pub(super) mapped: Arc<AtomicUsize>,
-    /// Four words per domain: pages it has, its largest gfn ever plus 1, the last
-    /// event channel given out, and one to spare.
+    /// Four words per domain: its pages, its largest gfn ever plus 1, the last allocated event
+    /// channel, and a spare.
     counters: Words,
-    /// One word: whether the host is open (or was left so).
+    /// One word: whether the host is open (or was not closed).
     open_mark: Words,
     allocator: Mutex<Allocator>,
     domains: RwLock<BTreeMap<DomId, Arc<Dom>>>,
     next_domid: Mutex<u16>,
-    /// Held while a domain is given a name.
+    /// Held while a domain's name is being set.
     pub(super) names: Mutex<()>,
 }
 
@@ -76,7 +75,7 @@ fn words(store: &Store, name: &str, len: usize) -> Result<Words, MockError> {
 
 fn frame_count(config: &HostConfig) -> Result<usize, MockError> {
     let frames = config.memory_pages.next_multiple_of(BLOCK_FRAMES);
-    // The m2p and frame table are mapped whole: 2^32 frames are 16 TiB.
+    // The m2p and the frame table are mapped whole: 2^32 frames are 16 TiB.
     match usize::try_from(frames) {
         Ok(frames) if (4 * BLOCK_FRAMES..=1 << 32).contains(&(frames as u64)) => Ok(frames),
         _ => Err(MockError::BadSpec(format!(
@@ -87,7 +86,7 @@ fn frame_count(config: &HostConfig) -> Result<usize, MockError> {
 }
 
 impl Machine {
-    /// Start a new machine in `store`.
+    /// Create a new machine in `store`.
     pub(super) fn create(store: Store, config: HostConfig) -> Result<Self, MockError> {
         let frames = frame_count(&config)?;
         let m2p = store.file("m2p")?;
@@ -99,10 +98,10 @@ impl Machine {
                 .map_err(MockError::io("write", "m2p"))?;
         }
         let blocks = words(&store, "blocks", frames / BLOCK_LEN)?;
-        // The first block is where Xen itself lives.
+        // The first block belongs to Xen.
         blocks.set(0, BLOCK_FRAMES);
         drop(blocks);
-        // Last: a directory with this file in it is a host.
+        // Last: this file makes the directory a host.
         store.save_host(&HostRecord {
             format: FORMAT,
             config: config.clone(),
@@ -111,7 +110,7 @@ impl Machine {
         Self::start(store, config, 1)
     }
 
-    /// Start the machine that `store` holds.
+    /// Open the machine in `store`.
     pub(super) fn open(store: Store, host: HostRecord) -> Result<Self, MockError> {
         Self::start(store, host.config, host.next_domid)
     }
@@ -131,7 +130,7 @@ impl Machine {
         let taken = words(&store, "blocks", frames / BLOCK_LEN)?;
         let mut domains = BTreeMap::new();
         let left_open = mark.get(0) != 0;
-        // From here on: what load_domains removes is not found a second time.
+        // Set before load_domains, whose removals are not found a second time.
         mark.set(0, 1);
         let (saved, leftovers) = store.load_domains()?;
         for saved in saved {
@@ -173,12 +172,12 @@ impl Machine {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Frames that nobody has.
+    /// The number of free frames.
     pub(super) fn free_pages(&self) -> u64 {
         self.allocator().free()
     }
 
-    /// The domains there are, ascending.
+    /// All domains, in ascending order.
     pub(super) fn all_domains(&self) -> Vec<Arc<Dom>> {
         let domains = self.domains.read().unwrap_or_else(PoisonError::into_inner);
         domains.values().cloned().collect()
@@ -190,8 +189,8 @@ impl Machine {
         domains.get(&domid).cloned()
     }
 
-    /// Put a new domain on the machine. `make` fills in the record for the number
-    /// and the frames of shared_info and the grant table it gets. `Ok(None)`: the machine is full.
+    /// Add a new domain to the machine. `make` fills in the record, given the domain's number and
+    /// the frames of its shared_info and grant table. `Ok(None)`: the machine is full.
     pub(super) fn add_domain(
         &self,
         make: impl FnOnce(DomId, [Mfn; 2]) -> (Record, BTreeMap<String, Vec<u8>>),
@@ -256,15 +255,15 @@ impl Machine {
         for (name, blob) in blobs {
             self.store.save_blob(record.domid, name, blob)?;
         }
-        // Last: a directory with this file in it is a domain.
+        // Last: this file makes the directory a domain.
         self.store.save_record(record)?;
         Ok(p2m)
     }
 
-    /// Take a domain off the machine and free its frames. On failure to forget it,
-    /// it stays as it is.
+    /// Remove a domain from the machine and free its frames. If its record cannot be removed, the
+    /// domain stays unchanged.
     pub(super) fn remove_domain(&self, dom: &Dom) -> Result<(), MockError> {
-        // Whoever is at work on the domain finishes first.
+        // Waits for operations on the domain that are in progress.
         let state = dom.lock();
         if dom.gone.load(Ordering::Acquire) {
             return Ok(());
@@ -277,7 +276,8 @@ impl Machine {
         let mut domains = self.domains.write().unwrap_or_else(PoisonError::into_inner);
         domains.remove(&dom.domid);
         if let Err(error) = self.store.clear_forgotten(dom.domid) {
-            // The domain is gone all the same; whoever opens the host tries again.
+            // The domain is gone all the same; the next process that opens the host removes the
+            // directory.
             tracing::warn!(%error, domid = dom.domid.0, "a domain's directory is left");
         }
         Ok(())
@@ -306,7 +306,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Take `2^order` frames for `owner`: the first of them.
+    /// Allocate `2^order` frames for `owner`. Returns the first of them.
     pub(super) fn allocate(&self, order: u8, owner: DomId) -> Option<Mfn> {
         let mut allocator = self.allocator();
         match order {
@@ -326,14 +326,14 @@ impl Machine {
         self.allocator().take_page(&self.frames, lent_page(owner))
     }
 
-    /// Take back a page that was lent and that nothing refers to any more.
+    /// Take back a lent page without references.
     pub(super) fn take_back(&self, mfn: Mfn) -> Result<(), Errno> {
         punch(&self.memory, mfn, 1)?;
         self.allocator().give_back(&self.frames, mfn);
         Ok(())
     }
 
-    /// Every frame of a domain that is no page of Xen's.
+    /// All frames of a domain except Xen's own pages.
     pub(super) fn frames_of(&self, domid: DomId) -> Vec<Mfn> {
         let blocks: Vec<Mfn> = self.allocator().taken_blocks().collect();
         blocks
@@ -346,17 +346,17 @@ impl Machine {
             .collect()
     }
 
-    /// Pages that a domain has.
+    /// The number of a domain's pages.
     pub(super) fn tot_pages(&self, domid: DomId) -> u64 {
         self.counters.get(pages_counter(domid))
     }
 
-    /// The largest gfn a domain ever had.
+    /// The largest gfn that a domain has ever had.
     pub(super) fn max_gfn(&self, domid: DomId) -> Option<u64> {
         self.counters.get(pages_counter(domid) + 1).checked_sub(1)
     }
 
-    /// Count `pages` more for a domain, up to gfn `last`. Under the domain's lock.
+    /// Add `pages` to a domain's count, up to gfn `last`. The caller holds the domain's lock.
     pub(super) fn count_pages(&self, domid: DomId, pages: u64, last: u64) {
         let at = pages_counter(domid);
         self.counters.set(at, self.counters.get(at) + pages);
@@ -364,8 +364,8 @@ impl Machine {
             .set(at + 1, self.counters.get(at + 1).max(last + 1));
     }
 
-    /// Free a frame that is `domid`'s and that nothing refers to; its contents are
-    /// lost. Under the domain's lock.
+    /// Free a frame of `domid` that has no references; its contents are lost. The caller holds the
+    /// domain's lock.
     pub(super) fn free_page(&self, mfn: Mfn, domid: DomId) -> Result<(), Errno> {
         let mut allocator = self.allocator();
         self.set_m2p(mfn, INVALID_M2P);
@@ -377,8 +377,8 @@ impl Machine {
         Ok(())
     }
 
-    /// The next event channel of a domain that has `ports`, port 0 not among
-    /// those given out. Under the domain's lock.
+    /// Allocate the next event channel of a domain that has `ports` ports; port 0 is never
+    /// allocated. The caller holds the domain's lock.
     pub(super) fn take_port(&self, domid: DomId, ports: u32) -> Option<u32> {
         let at = pages_counter(domid) + 2;
         let port = u32::try_from(self.counters.get(at) + 1).ok()?;
@@ -388,14 +388,14 @@ impl Machine {
         })
     }
 
-    /// Say in the m2p which pfn `mfn` is.
+    /// Set the m2p's pfn for `mfn`.
     pub(super) fn set_m2p(&self, mfn: Mfn, pfn: u64) {
         if let Ok(index) = usize::try_from(mfn.0) {
             self.m2p.set(index, pfn);
         }
     }
 
-    /// Which pfn the m2p says `mfn` is.
+    /// The m2p's pfn for `mfn`.
     pub(super) fn m2p(&self, mfn: Mfn) -> Option<u64> {
         let index = usize::try_from(mfn.0)
             .ok()
@@ -403,7 +403,7 @@ impl Machine {
         Some(self.m2p.get(index)).filter(|pfn| *pfn != INVALID_M2P)
     }
 
-    /// Read one frame, which exists.
+    /// Read a frame, which must exist.
     pub(super) fn read_frame(&self, mfn: Mfn) -> Result<Box<Page>, Errno> {
         let mut page = Box::new([0; PAGE_SIZE]);
         self.memory
@@ -418,20 +418,20 @@ impl Machine {
         frame * ENTRIES_PER_TABLE + index
     }
 
-    /// The u64 at `index` (0–511) of a frame, which exists, in one read.
+    /// The u64 at `index` (0–511) of a frame, which must exist, in one read.
     pub(super) fn load(&self, mfn: Mfn, index: usize) -> u64 {
         u64::from_le(self.memory_words.get(self.word_index(mfn, index)))
     }
 
-    /// Set the u64 at `index` (0–511) of a frame, which exists, in one write: who
-    /// reads meanwhile sees either the old word or the new one.
+    /// Set the u64 at `index` (0–511) of a frame, which must exist, in one write: a concurrent
+    /// reader sees either the old word or the new one.
     pub(super) fn store_word(&self, mfn: Mfn, index: usize, value: u64) {
         self.memory_words
             .set(self.word_index(mfn, index), value.to_le());
     }
 
-    /// Write `bytes` from `offset` of the frame `first` on; they may reach into
-    /// the frames that follow it.
+    /// Write `bytes` from `offset` in the frame `first` on; they may extend into the following
+    /// frames.
     pub(super) fn write_frames(
         &self,
         first: Mfn,
@@ -444,7 +444,7 @@ impl Machine {
             .write_all_at(bytes, at)
             .map_err(|e| io_errno(&e))
         {
-            // A limit on the size of files is none on that of memory.
+            // A limit on file sizes must not limit the guest's memory.
             Err(Errno::EFBIG) => {
                 self.store_bytes(usize::try_from(at).map_err(|_| Errno::EFBIG)?, bytes);
                 Ok(())
@@ -453,7 +453,7 @@ impl Machine {
         }
     }
 
-    /// Store bytes where the memory is mapped, word by word.
+    /// Store bytes word by word through the memory's mapping.
     fn store_bytes(&self, mut at: usize, mut bytes: &[u8]) {
         const WORD: usize = size_of::<u64>();
         while !bytes.is_empty() {
@@ -473,7 +473,7 @@ impl Drop for Machine {
     }
 }
 
-/// The frame table's entry for a page of Xen's that `owner` may use.
+/// The frame table's entry for a page of Xen's that is lent to `owner`.
 fn lent_page(owner: DomId) -> Frame {
     Frame {
         owner: Some(owner),
@@ -485,26 +485,26 @@ fn lent_page(owner: DomId) -> Frame {
     }
 }
 
-/// Counters of each domain.
+/// Counters for each domain.
 const COUNTERS: usize = 4;
 
 fn pages_counter(domid: DomId) -> usize {
     COUNTERS * usize::from(domid.0)
 }
 
-/// The errno behind an I/O error of the machine's own files.
+/// The errno of an I/O error on the machine's own files.
 pub(super) fn io_errno(error: &std::io::Error) -> Errno {
     tracing::error!(%error, "the mock machine's memory failed");
     error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
 }
 
-/// Make `pages` frames from `first` on read as zero and cost nothing.
+/// Zero `pages` frames from `first` on and release their disk space.
 fn punch(memory: &File, first: Mfn, pages: usize) -> Result<(), Errno> {
     let offset = off_t::try_from(first.0 * PAGE_SIZE as u64).map_err(|_| Errno::EINVAL)?;
     let len = off_t::try_from(pages * PAGE_SIZE).map_err(|_| Errno::EINVAL)?;
     let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
     match fallocate(memory, how, offset, len) {
-        // A file system without holes.
+        // A file system that cannot punch holes.
         Err(Errno::EOPNOTSUPP) => {
             let zeros = [0; PAGE_SIZE];
             (0..pages as u64)
@@ -515,8 +515,8 @@ fn punch(memory: &File, first: Mfn, pages: usize) -> Result<(), Errno> {
     }
 }
 
-/// Put the tables in order after a process that did not close the host: free what
-/// no domain owns, count again what is taken and what each domain has.
+/// Repair the tables after a process did not close the host: free frames without an owner, and
+/// recount the frames taken and the pages of each domain.
 fn recount(
     frames: &Frames,
     taken: &Words,
@@ -541,7 +541,7 @@ fn recount(
             if !kept {
                 if let Err(errno) = punch(memory, mfn, 1) {
                     tracing::error!(%errno, %mfn, "a frame left behind could not be cleared");
-                    // Keep it out of use: it may hold a dead guest's data.
+                    // Keep it allocated: it may hold a dead guest's data.
                     count += 1;
                     continue;
                 }

@@ -1,6 +1,5 @@
-//! The mock machine's mappings: words of a state file shared with the kernel, and
-//! guest frames mapped as `privcmd` maps them. The only file of the mock with
-//! `unsafe`.
+//! Mappings of the mock machine: words of a state file shared with the kernel, and guest frames
+//! mapped as `privcmd` maps them. The mock's only file with `unsafe`.
 //!
 //! C implementation: `tools/libs/foreignmemory/linux.c`.
 
@@ -21,14 +20,14 @@ use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE};
 use crate::error::MapError;
 use crate::pages::{Access, ForeignPages};
 
-/// A sparse file of u64 words, mapped whole and shared: what is stored survives
-/// this process, however it ends.
+/// A sparse file of u64 words, mapped whole and shared: stored words survive this process, however
+/// it ends.
 pub(super) struct Words {
     base: NonNull<AtomicU64>,
     len: usize,
 }
 
-// SAFETY: the mapping belongs to this value and is reached only through atomics.
+// SAFETY: the mapping belongs to this value and is accessed only through atomics.
 unsafe impl Send for Words {}
 // SAFETY: as for `Send`: every access is atomic.
 unsafe impl Sync for Words {}
@@ -42,7 +41,7 @@ impl Words {
             file.set_len(wanted)?;
         }
         let prot = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: a fresh mapping at an address the kernel chooses replaces nothing.
+        // SAFETY: a fresh mapping at an address of the kernel's choice replaces nothing.
         let base = unsafe { mman::mmap(None, bytes, prot, MapFlags::MAP_SHARED, file, 0) }?;
         Ok(Self {
             base: base.cast(),
@@ -50,7 +49,7 @@ impl Words {
         })
     }
 
-    /// Words there are.
+    /// The number of words.
     pub(super) fn len(&self) -> usize {
         self.len
     }
@@ -59,11 +58,10 @@ impl Words {
         assert!(index < self.len, "word {index} of {}", self.len);
         // SAFETY: index < len, so the word is inside the one mapping.
         let word = unsafe { self.base.add(index) };
-        // SAFETY: `word` is page-aligned plus a multiple of 8, mapped readable and
-        // writable until `self` drops, and reached only as an atomic through this
-        // mapping: the state files are locked against other processes. Frames of the
-        // guest's memory are mapped a second time, as foreign pages, whose accesses
-        // are volatile and form no reference.
+        // SAFETY: `word` is page-aligned plus a multiple of 8, mapped readable and writable until
+        // `self` drops, and accessed only as an atomic through this mapping: the state files are
+        // locked against other processes. Frames of the guest's memory are mapped a second time, as
+        // foreign pages, whose accesses are volatile and form no reference.
         unsafe { word.as_ref() }
     }
 
@@ -77,7 +75,7 @@ impl Words {
         self.word(index).store(value, Ordering::Release);
     }
 
-    /// Store `new` at `index` if `old` is there; otherwise say what is.
+    /// Store `new` at `index` if `old` is there; otherwise return the current word.
     pub(super) fn exchange(&self, index: usize, old: u64, new: u64) -> Result<(), u64> {
         self.word(index)
             .compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire)
@@ -103,29 +101,29 @@ impl fmt::Debug for Words {
     }
 }
 
-/// An address range that nothing else can take, accessible nowhere as yet.
+/// An address range reserved for this use, still inaccessible.
 fn reserve(pages: NonZeroUsize) -> Result<NonNull<u8>, Errno> {
     let bytes = pages
         .checked_mul(NonZeroUsize::new(PAGE_SIZE).ok_or(Errno::EINVAL)?)
         .ok_or(Errno::ENOMEM)?;
     let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
-    // SAFETY: a fresh mapping at an address the kernel chooses replaces nothing.
+    // SAFETY: a fresh mapping at an address of the kernel's choice replaces nothing.
     let base = unsafe { mman::mmap_anonymous(None, bytes, ProtFlags::PROT_NONE, flags) }?;
     Ok(base.cast())
 }
 
-/// A run of contiguous machine frames to go to contiguous addresses.
+/// A run of contiguous machine frames to be mapped at contiguous addresses.
 struct Run {
-    /// Page of the reservation it starts at.
+    /// Index of its first page in the reservation.
     at: usize,
     first: Mfn,
     pages: usize,
 }
 
-/// Map `gfns` one behind the other from the machine's `memory` file, where frame
-/// `mfn` is at offset `mfn * 4096`. `resolve` says which machine frame a gfn (with its
-/// index) is and whether it may be mapped; a frame it refuses is listed as failed and left
-/// without access. Neighbouring machine frames share one mmap.
+/// Map `gfns` at consecutive addresses from the machine's `memory` file, where frame `mfn` is at
+/// offset `mfn * 4096`. `resolve` returns the machine frame of a gfn (given with its index), or the
+/// reason why it may not be mapped; a refused frame is listed as failed and left inaccessible.
+/// Neighbouring machine frames share one mmap.
 pub(super) fn map_frames(
     memory: &File,
     gfns: &[Gfn],
@@ -155,18 +153,18 @@ pub(super) fn map_frames(
         None => NonNull::dangling(),
         Some(pages) => reserve(pages)?,
     };
-    // SAFETY: `base` is page-aligned and starts a private reservation of exactly
-    // `gfns.len()` pages (or there are none, and it is never used). All pages but
-    // those of `failed` get their access below, before the value leaves this
-    // function; on an early return it is dropped without having been looked at.
+    // SAFETY: `base` is page-aligned and starts a private reservation of exactly `gfns.len()` pages
+    // (or there are none, and it is never used). All pages except those of `failed` get their
+    // access below, before the value leaves this function; on an early return it is dropped without
+    // being accessed.
     let pages = unsafe { ForeignPages::from_raw(base, gfns.len(), access, failed) };
     let shared = MapFlags::MAP_SHARED | MapFlags::MAP_FIXED;
     let prot = match access {
         Access::Read => ProtFlags::PROT_READ,
         Access::Write => ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
     };
-    // Faulted in here, as a mapping of privcmd's is complete when it is made. In a file
-    // in memory (tmpfs) pages that are faulted in to be read can be written as well.
+    // The pages are faulted in here, because a mapping of privcmd's is complete when it is made. In
+    // a file in memory (tmpfs), pages faulted in for reading can also be written.
     let flags = shared | MapFlags::MAP_POPULATE;
     for run in &runs {
         // SAFETY: `run.at < gfns.len()`, so the address is inside the reservation.
@@ -188,7 +186,7 @@ pub(super) fn map_frames(
 /// Map a whole file of `pages` pages for reading.
 pub(super) fn map_file(file: &File, pages: usize) -> Result<ForeignPages, Errno> {
     let bytes = NonZeroUsize::new(pages * PAGE_SIZE).ok_or(Errno::EINVAL)?;
-    // SAFETY: a fresh mapping at an address the kernel chooses replaces nothing.
+    // SAFETY: a fresh mapping at an address of the kernel's choice replaces nothing.
     let base = unsafe {
         mman::mmap(
             None,
@@ -199,7 +197,7 @@ pub(super) fn map_file(file: &File, pages: usize) -> Result<ForeignPages, Errno>
             0,
         )
     }?;
-    // SAFETY: `base` starts the mapping just made, of `pages` readable pages, which
-    // nobody else knows of.
+    // SAFETY: `base` starts the mapping just made, of `pages` readable pages, which nothing else
+    // refers to.
     Ok(unsafe { ForeignPages::from_raw(base.cast(), pages, Access::Read, Vec::new()) })
 }

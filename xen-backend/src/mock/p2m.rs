@@ -1,5 +1,5 @@
-//! A PV guest's p2m: as the guest publishes it, and as it can be told by its
-//! contents where it is not published.
+//! A PV guest's p2m: as the guest publishes it, or recognised by its contents if it is not
+//! published.
 //!
 //! C implementation: `map_p2m_tree` and `map_p2m_list` in
 //! `tools/libs/guest/xg_sr_save_x86_pv.c`.
@@ -12,10 +12,10 @@ use super::layout::{SharedInfoLayout, VcpuLayout, read_word};
 use super::pagetable::{PRESENT, entry_mfn};
 use super::state::State;
 
-/// The p2m of a guest as the machine knows it.
+/// The machine's own knowledge of a guest's p2m.
 struct KnownP2m {
     width: usize,
-    /// mfn + 1 of each pfn; 0 where there is none.
+    /// mfn + 1 of each pfn; 0 if it has no frame.
     frames: Vec<u64>,
 }
 
@@ -28,8 +28,8 @@ impl KnownP2m {
         self.frames.get(pfn)?.checked_sub(1)
     }
 
-    /// Which leaf of the p2m `page` is, by what it holds: the frames of that range
-    /// where there are any, and nothing that could be a frame elsewhere.
+    /// The index of the p2m leaf in `page`, recognised by its contents: the right frame for each
+    /// pfn that has one, and no possible frame for the others.
     fn leaf(&self, page: &Page, pfn_of: impl Fn(u64) -> Option<u64>) -> Option<usize> {
         let no_frame = no_frame(self.width);
         let word = |at: usize| read_word(page, at * self.width, self.width);
@@ -49,7 +49,7 @@ impl KnownP2m {
     }
 }
 
-/// What a p2m of words of `width` bytes holds where there is no frame.
+/// The p2m entry, in words of `width` bytes, of a pfn without a frame.
 const fn no_frame(width: usize) -> u64 {
     u64::MAX >> (64 - 8 * width)
 }
@@ -62,7 +62,7 @@ pub(super) struct PublishedP2m {
     pub(super) pfns: u64,
     /// Its pages, in order.
     pub(super) leaves: Vec<Mfn>,
-    /// The pages that list them, top last; none where the list is linear.
+    /// The pages that list them, top last; none if the p2m is linear.
     pub(super) lists: Vec<Mfn>,
 }
 
@@ -72,7 +72,7 @@ impl PublishedP2m {
         (PAGE_SIZE / self.width) as u64
     }
 
-    /// Where the entry of `pfn` is: the leaf, and which of its words.
+    /// The place of the entry of `pfn`: the leaf, and the index of the word.
     fn place(&self, pfn: u64) -> Option<(Mfn, usize)> {
         let leaf = usize::try_from(pfn / self.per_leaf()).ok()?;
         let within = usize::try_from(pfn % self.per_leaf()).ok()?;
@@ -82,14 +82,14 @@ impl PublishedP2m {
 }
 
 impl MockDomain {
-    /// Word `at`, of `width` bytes, of a frame that exists.
+    /// Word `at`, of `width` bytes, of a frame, which must exist.
     fn load_narrow(&self, mfn: Mfn, width: usize, at: usize) -> u64 {
         let byte = at * width;
         let word = self.machine.load(mfn, byte / 8);
         word >> (8 * (byte % 8)) & no_frame(width)
     }
 
-    /// The guest stores word `at`, of `width` bytes, of a frame of its own.
+    /// The guest stores word `at`, of `width` bytes, in one of its own frames.
     pub(super) fn store_narrow(&self, mfn: Mfn, width: usize, at: usize, value: u64) {
         let byte = at * width;
         let shift = 8 * (byte % 8);
@@ -104,8 +104,8 @@ impl MockDomain {
         owned.map(|_| mfn).ok_or(Errno::EINVAL)
     }
 
-    /// The table of level 1 that maps `address` below the table `root`, and the
-    /// entry there. EINVAL where a level is missing.
+    /// The level-1 table that maps `address` under the root table `root`, and the index of the
+    /// entry. EINVAL if a level is missing.
     pub(super) fn walk(&self, width: u8, root: u64, address: u64) -> Result<(Mfn, usize), Errno> {
         let levels = if width == 4 { 3 } else { 4 };
         let slot = |level: u32| {
@@ -122,8 +122,8 @@ impl MockDomain {
         Ok((table, slot(1)?))
     }
 
-    /// The p2m where the guest says it is. EINVAL where it is not there: a guest
-    /// just restored says so only once it runs.
+    /// The p2m at the place that the guest publishes. EINVAL if it is not there: a restored guest
+    /// publishes it only once it runs.
     pub(super) fn published_p2m(&self, state: &State) -> Result<PublishedP2m, Errno> {
         let width = state.record.width;
         let layout = SharedInfoLayout::of(width);
@@ -170,14 +170,14 @@ impl MockDomain {
         Ok(p2m)
     }
 
-    /// The frame that the guest's p2m gives for `pfn`.
+    /// The frame of `pfn` in the guest's p2m.
     pub(super) fn p2m_entry(&self, p2m: &PublishedP2m, pfn: u64) -> Option<Mfn> {
         let (leaf, at) = p2m.place(pfn)?;
         let mfn = self.load_narrow(leaf, p2m.width, at);
         (mfn != no_frame(p2m.width)).then_some(Mfn(mfn))
     }
 
-    /// The guest puts a frame, or none, at `pfn` of its p2m. EINVAL beyond its end.
+    /// The guest sets or clears the frame of `pfn` in its p2m. EINVAL beyond its end.
     pub(super) fn set_p2m_entry(
         &self,
         p2m: &PublishedP2m,
@@ -190,9 +190,9 @@ impl MockDomain {
         Ok(())
     }
 
-    /// The frames of the guest's p2m of `pfns` pfns, in order, told by what they
-    /// hold; `None` for one that is in none of its pages, or that covers no frame.
-    /// `pfns` is at most what [`MockDomain::most_pfns`] says.
+    /// The frames of the guest's p2m of `pfns` pfns, in order, recognised by their contents; `None`
+    /// for a leaf that is in none of the guest's pages, or that covers no frame. `pfns` is at most
+    /// [`MockDomain::most_pfns`].
     pub(super) fn leaves_by_contents(
         &self,
         width: usize,
@@ -203,7 +203,7 @@ impl MockDomain {
             let pfn = usize::try_from(self.machine.m2p(*mfn)?).ok()?;
             (pfn < pfns).then_some(pfn)
         };
-        // Beyond the last leaf that covers a frame there is nothing to tell by.
+        // Leaves after the last one that covers a frame cannot be recognised.
         let covered = owned.iter().filter_map(pfn_below).max();
         let covered = covered.map_or(0, |last| (last + 1).next_multiple_of(PAGE_SIZE / width));
         let mut known = KnownP2m {
@@ -229,14 +229,14 @@ impl MockDomain {
         Ok(leaves)
     }
 
-    /// The most pfns that a guest's p2m can sensibly cover: with holes, as many
-    /// again as the machine has frames.
+    /// The most pfns that a guest's p2m can plausibly cover: twice the machine's frames, to allow
+    /// for holes.
     pub(super) fn most_pfns(&self) -> u64 {
         self.machine.frames.len().saturating_mul(2)
     }
 
-    /// At most `count` of the guest's pages that hold nothing but "no frame", in the
-    /// order of their pfns.
+    /// At most `count` of the guest's pages that hold only "no frame" entries, in the order of
+    /// their pfns.
     pub(super) fn pages_of_holes(&self, count: usize) -> Result<Vec<u64>, Errno> {
         let mut pages = Vec::new();
         for mfn in self.machine.frames_of(self.dom.domid) {

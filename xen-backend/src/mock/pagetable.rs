@@ -1,14 +1,13 @@
-//! Page-table frames of PV guests: Xen's rules of who may refer to what.
+//! Page-table frames of PV guests: Xen's rules for references between frames.
 //!
-//! While anything refers to a frame as a page table, nothing may map it writable,
-//! and the other way round. The first reference as a table of some level makes Xen
-//! look at each of its entries, which takes references in turn; Xen completes the
-//! entries as it goes and puts its own into the slots that are its own.
+//! While a frame has references as a page table, it cannot be mapped writable, and vice versa. On
+//! the first reference as a table of some level Xen validates each of its entries, which takes
+//! references in turn; Xen completes the entries as it goes and fills in its own slots.
 //!
-//! C implementation: `_get_page_type`, `promote_l[1-4]_table`, `get_page_from_l[1-4]e`
-//! and `define_get_linear_pagetable` in `xen/arch/x86/mm.c`, `adjust_guest_l[1-4]e`
-//! in `xen/arch/x86/pv/mm.h`. Where Xen answers EPERM or EBUSY for a bad entry,
-//! this says EINVAL, as the trait promises.
+//! C implementation: `_get_page_type`, `promote_l[1-4]_table`, `get_page_from_l[1-4]e` and
+//! `define_get_linear_pagetable` in `xen/arch/x86/mm.c`, `adjust_guest_l[1-4]e` in
+//! `xen/arch/x86/pv/mm.h`. For a bad entry Xen returns EPERM or EBUSY; this returns EINVAL, as the
+//! trait permits.
 
 use nix::errno::Errno;
 use xsr_format::frame::{Mfn, Page};
@@ -27,28 +26,28 @@ const PWT: u64 = 1 << 3;
 const PCD: u64 = 1 << 4;
 pub(super) const ACCESSED: u64 = 1 << 5;
 pub(super) const DIRTY: u64 = 1 << 6;
-/// Superpage at level 2 and 3; memory type (PAT) at level 1.
+/// Superpage at levels 2 and 3; memory type (PAT) at level 1.
 const PSE: u64 = 1 << 7;
 const GLOBAL: u64 = 1 << 8;
-/// Xen's mark on a mapping of the guest's kernel.
+/// Xen's mark for a mapping of the guest's kernel.
 const GUEST_KERNEL: u64 = 1 << 52;
-/// Xen's mark on a mapping of a grant.
+/// Xen's mark for a mapping of a grant.
 const GRANT: u64 = 1 << 62;
 pub(super) const NX: u64 = 1 << 63;
 
 /// Bits 12–51: the frame.
 pub(super) const FRAME_MASK: u64 = ((1 << 52) - 1) & !0xfff;
-/// Bits 52–63, 9–11: for software, but for NX.
+/// Bits 52–63, 9–11: for software, except NX.
 const SOFTWARE_HIGH: u64 = 0xfff << 52;
 
-/// Bits no entry may have but at level 1.
+/// Bits that an entry may have only at level 1.
 const DISALLOWED: u64 = PWT | PCD | PSE | GLOBAL;
 
 /// Level-4 slots that are Xen's own.
 pub(super) const XEN_L4_SLOTS: std::ops::Range<usize> = 256..272;
-/// Where in the Xen slots of a level-4 table the table itself stands.
+/// The Xen slot of a level-4 table that refers to the table itself.
 const SELF_SLOT: usize = 258;
-/// Level-2 slots of a 32-bit guest's last GiB that are Xen's own: from 0xf5800000 on.
+/// Xen's own level-2 slots in a 32-bit guest's last GiB: from 0xf5800000 on.
 pub(super) const XEN_L2_SLOTS: std::ops::Range<usize> = 428..512;
 
 /// The frame an entry refers to.
@@ -71,7 +70,7 @@ pub(super) struct Tables<'a> {
     pae: bool,
 }
 
-/// A use that a reference is taken for.
+/// The use that a reference is taken for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Use {
     used_as: FrameUse,
@@ -98,8 +97,8 @@ impl<'a> Tables<'a> {
         }
     }
 
-    /// Log that a table has changed. Xen counts it as a change, too, when a frame
-    /// becomes a table, ceases to be one, or is pinned.
+    /// Log that a table has changed. Xen also counts it as a change if a frame becomes a table,
+    /// ceases to be one, or is pinned.
     fn mark(&self, mfn: Mfn) {
         if let Some(pfn) = self.machine.m2p(mfn) {
             self.dirty.mark(pfn);
@@ -111,7 +110,7 @@ impl<'a> Tables<'a> {
         if self.pae { 3 } else { 4 }
     }
 
-    /// Take a reference to `mfn` as `used_as`. EINVAL when that is not allowed.
+    /// Take a reference to `mfn` as `used_as`. EINVAL if that is not allowed.
     pub(super) fn get(&self, mfn: Mfn, used_as: FrameUse) -> Result<(), Errno> {
         self.get_use(mfn, used_as.into())
     }
@@ -162,7 +161,7 @@ impl<'a> Tables<'a> {
         looked
     }
 
-    /// Drop a reference that [`Tables::get`] took.
+    /// Drop a reference taken by [`Tables::get`].
     pub(super) fn put(&self, mfn: Mfn) -> Result<(), Errno> {
         let before = self.machine.frames.update(mfn, |frame| {
             let last = frame.count <= 1;
@@ -180,7 +179,7 @@ impl<'a> Tables<'a> {
             return Ok(());
         }
         self.mark(mfn);
-        // Nothing holds the table any more: what it refers to is let go of.
+        // The table has no references left: drop those that its entries hold.
         let page = self.machine.read_frame(mfn)?;
         for index in self.guest_slots(level, before.pae_xen_l2) {
             self.put_entry(mfn, level, entry(&page, index))?;
@@ -218,7 +217,7 @@ impl<'a> Tables<'a> {
         Ok(())
     }
 
-    /// Slots of a table that the guest fills.
+    /// The slots of a table that the guest fills.
     fn guest_slots(&self, level: u8, pae_xen_l2: bool) -> impl Iterator<Item = usize> + use<> {
         let (end, xen) = match level {
             4 => (512, XEN_L4_SLOTS),
@@ -229,8 +228,8 @@ impl<'a> Tables<'a> {
         (0..end).filter(move |index| !xen.contains(index))
     }
 
-    /// Look at each entry of a table, take the references it stands for, and
-    /// complete it. On failure nothing of it is held.
+    /// Validate each entry of a table, take the references for it, and complete it. On failure no
+    /// references are held.
     fn look(&self, mfn: Mfn, level: u8, pae_xen_l2: bool) -> Result<(), Errno> {
         let page = self.machine.read_frame(mfn)?;
         let mut held = Vec::with_capacity(ENTRIES_PER_TABLE);
@@ -257,7 +256,7 @@ impl<'a> Tables<'a> {
             }
             return Err(errno);
         }
-        // Only what changes is written: the rest of the page may be mapped.
+        // Only changed entries are written: the rest of the page may be mapped.
         let set = |index, old, new| {
             if new != old {
                 self.machine.store_word(mfn, index, new);
@@ -299,7 +298,7 @@ impl<'a> Tables<'a> {
             },
         );
         if xen_l2 {
-            // Xen's entries in it are this table's: nothing else may refer to it.
+            // Xen's entries in it belong to this table: nothing else may refer to it.
             taken?;
             let frame = self.machine.frames.owned(mfn, self.domid);
             if frame.is_some_and(|frame| frame.count == 1) {
@@ -314,9 +313,9 @@ impl<'a> Tables<'a> {
         }
     }
 
-    /// A table of `level` that refers, read-only, to one of the same level: a
-    /// linear page table. To itself is always fine; to another if that one is good
-    /// and neither is in use the other way round.
+    /// Take a reference from a table of `level` to one of the same level: a read-only linear page
+    /// table. A table may always refer to itself; it may refer to another if that one is valid and
+    /// neither has linear references in the opposite direction.
     fn get_linear(&self, table: Mfn, level: u8, value: u64) -> Result<(), Errno> {
         if value & RW != 0 {
             return Err(Errno::EINVAL);
@@ -335,7 +334,7 @@ impl<'a> Tables<'a> {
                 ..frame
             })
         })?;
-        // If not, the table as a whole is not good, and what it counts is forgotten.
+        // If this fails, so does the validation of the whole table, which resets its count.
         frames.update(target, |frame| {
             if frame.used_as != FrameUse::Table(level)
                 || !frame.validated
@@ -389,7 +388,7 @@ impl<'a> Tables<'a> {
         self.put(mfn)
     }
 
-    /// The bits Xen adds to a good entry.
+    /// An entry with the bits that Xen adds to a valid one.
     fn complete(&self, level: u8, value: u64) -> u64 {
         match (level, self.pae) {
             (1 | 2, true) => value,
@@ -409,7 +408,7 @@ impl<'a> Tables<'a> {
         }
     }
 
-    /// What Xen has in the slots of a table that are its own.
+    /// Xen's entries in its own slots of a table.
     fn xen_slots(&self, mfn: Mfn, level: u8, pae_xen_l2: bool, set: impl Fn(usize, u64)) {
         match level {
             4 => {

@@ -1,6 +1,6 @@
-//! Points at which a test can hold a command: each is told to a socket that
-//! `XSR_MOCK_PHASES` names, and waited at until a line comes back. Without that variable,
-//! which is for tests alone, nothing happens.
+//! Points at which a test can hold a command. Each is reported to a socket that `XSR_MOCK_PHASES`
+//! names, and the command waits there for a line in reply. Without that variable, which only tests
+//! set, nothing happens.
 //!
 //! ```text
 //! the command ──► "suspended 1234\n" ──► the test      (the phase, the process)
@@ -12,7 +12,7 @@ use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixStream;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-/// Names the socket.
+/// The variable that names the socket.
 const VARIABLE: &str = "XSR_MOCK_PHASES";
 
 static TEST: OnceLock<Option<Mutex<BufReader<UnixStream>>>> = OnceLock::new();
@@ -32,12 +32,12 @@ thread_local! {
     static SILENT: Cell<bool> = const { Cell::new(false) };
 }
 
-/// What this thread does is no phase of the command's.
+/// This thread's work is not a phase of the command.
 pub(super) fn not_on_this_thread() {
     SILENT.set(true);
 }
 
-/// The command has come as far as `name`. A test may hold it there.
+/// The command has reached the phase `name`. A test may hold it there.
 pub fn phase(name: &str) {
     if SILENT.get() {
         return;
@@ -47,7 +47,7 @@ pub fn phase(name: &str) {
     };
     let mut test = test.lock().unwrap_or_else(PoisonError::into_inner);
     if let Err(error) = tell(&mut test, name) {
-        // The test does not care any more.
+        // The test has ended its connection.
         tracing::debug!(%error, name, "{VARIABLE}");
     }
 }

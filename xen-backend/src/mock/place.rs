@@ -1,9 +1,9 @@
-//! A directory of a mock host, opened once, and what is in it: nothing is reached through a
-//! link, nothing is for anybody but its owner.
+//! The directory of a mock host, opened once, and its files: no access through links, and none for
+//! other users.
 //!
-//! A directory in `/tmp` can have been made by somebody else, with links in it to files of the
-//! user's own. So the host's directory has to be the caller's and writable for nobody else, and
-//! each name in it is opened relative to it with O_NOFOLLOW.
+//! Another user may have created a directory in `/tmp`, with links in it to the caller's own files.
+//! So the host's directory has to belong to the caller and be writable only by the caller, and each
+//! name in it is opened relative to it with O_NOFOLLOW.
 
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File};
@@ -21,21 +21,21 @@ use nix::unistd::{UnlinkatFlags, geteuid, unlinkat};
 
 use super::error::MockError;
 
-/// Directories and files are their owner's alone, whatever the umask says.
+/// Directories and files are private to their owner, whatever the umask.
 const PRIVATE_DIR: Mode = Mode::S_IRWXU;
 const PRIVATE_FILE: Mode = Mode::S_IRUSR.union(Mode::S_IWUSR);
-/// Permission to write for anybody but the owner.
+/// Permission to write for anyone except the owner.
 const OTHERS_WRITE: u32 = 0o022;
 
-/// What the temporary name of a file that is being written ends with.
+/// The suffix of the temporary name of a file that is being written.
 pub(super) const NEW: &str = "new";
 
-/// How a file is opened.
+/// The mode in which a file is opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum How {
-    /// To be read. It has to be there.
+    /// For reading. The file must exist.
     Read,
-    /// To be read and written. It is made if it is not there.
+    /// For reading and writing. The file is created if it does not exist.
     Write,
 }
 
@@ -48,8 +48,8 @@ pub(super) struct Place {
 }
 
 impl Place {
-    /// Open the directory of a host. It has to be the caller's own; what others may read of it
-    /// they may not from now on. `None`: there is no such directory.
+    /// Open the directory of a host. It has to belong to the caller; read permissions of others are
+    /// removed. `None`: the directory does not exist.
     pub(super) fn open(path: &Path) -> Result<Option<Self>, MockError> {
         let opened = File::options()
             .read(true)
@@ -96,7 +96,7 @@ impl Place {
         Ok(Some(place))
     }
 
-    /// Make the directory of a host, or open one that is there.
+    /// Create the directory of a host, or open an existing one.
     pub(super) fn create(path: &Path) -> Result<Self, MockError> {
         let mut builder = DirBuilder::new();
         builder.recursive(true).mode(PRIVATE_DIR.bits());
@@ -106,12 +106,12 @@ impl Place {
         Self::open(path)?.ok_or_else(|| MockError::io("open", path)(Errno::ENOENT.into()))
     }
 
-    /// Where it is.
+    /// Its path.
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// A directory in it, through as many as there are in `path`.
+    /// A directory in it, any number of levels down `path`.
     pub(super) fn within(&self, path: &str) -> Result<Self, MockError> {
         let mut parts = path.split('/');
         let first = parts.next().unwrap_or_default();
@@ -131,7 +131,7 @@ impl Place {
         })
     }
 
-    /// Make a directory in it.
+    /// Create a directory in it.
     pub(super) fn make(&self, name: &str) -> Result<Self, MockError> {
         mkdirat(&self.fd, name, PRIVATE_DIR)
             .map_err(|errno| MockError::io("create", self.path.join(name))(errno.into()))?;
@@ -172,7 +172,7 @@ impl Place {
             OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         match openat(&self.fd, name, make, PRIVATE_FILE) {
             Ok(fd) => {
-                // The umask may have taken away what the owner needs.
+                // The umask may have removed permissions that the owner needs.
                 fchmod(&fd, PRIVATE_FILE).map_err(|errno| {
                     MockError::io("change the mode of", self.path.join(name))(errno.into())
                 })?;
@@ -184,7 +184,7 @@ impl Place {
     }
 
     fn open_at(&self, name: &str, flags: OFlag, mode: Mode) -> Result<OwnedFd, MockError> {
-        // Not even a FIFO holds this up.
+        // The flags also prevent blocking on a FIFO.
         let flags = flags | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
         openat(&self.fd, name, flags, mode).map_err(|errno| {
             let path = self.path.join(name);
@@ -205,7 +205,7 @@ impl Place {
         })
     }
 
-    /// All that a file in it holds; `None` where there is no such file.
+    /// The contents of a file in it; `None` if the file does not exist.
     pub(super) fn read(&self, name: &str) -> Result<Option<Vec<u8>>, MockError> {
         let mut file = match self.file(name, How::Read) {
             Ok(file) => file,
@@ -220,8 +220,8 @@ impl Place {
         Ok(Some(bytes))
     }
 
-    /// Put `bytes` into a file in one go: a reader, or whoever comes after a process that
-    /// died, finds the old file or the new one. It is not forced to the disk.
+    /// Replace the contents of a file by `bytes` atomically: a reader, also after this process has
+    /// died, finds the old file or the new one. The data is not synced to the disk.
     pub(super) fn replace(&self, name: &str, bytes: &[u8]) -> Result<(), MockError> {
         let temporary = format!("{name}.{NEW}");
         let path = self.path.join(&temporary);
@@ -232,13 +232,13 @@ impl Place {
         self.rename(&temporary, name)
     }
 
-    /// Give something in it another name.
+    /// Rename a file or directory in it.
     pub(super) fn rename(&self, from: &str, to: &str) -> Result<(), MockError> {
         renameat(&self.fd, from, &self.fd, to)
             .map_err(|errno| MockError::io("rename", self.path.join(from))(errno.into()))
     }
 
-    /// Remove a file in it, if it is there.
+    /// Remove a file in it, if it exists.
     pub(super) fn remove(&self, name: &str) -> Result<(), MockError> {
         match unlinkat(&self.fd, name, UnlinkatFlags::NoRemoveDir) {
             Ok(()) | Err(Errno::ENOENT) => Ok(()),
@@ -246,7 +246,7 @@ impl Place {
         }
     }
 
-    /// Remove a directory in it with all that is there, if it is there.
+    /// Remove a directory in it with its contents, if it exists.
     pub(super) fn remove_all(&self, name: &str) -> Result<(), MockError> {
         match fs::remove_dir_all(self.by_descriptor().join(name)) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -254,7 +254,7 @@ impl Place {
         }
     }
 
-    /// What is in it.
+    /// The names in it.
     pub(super) fn names(&self) -> Result<Vec<String>, MockError> {
         let read = |error| MockError::io("read", &self.path)(error);
         let mut names = Vec::new();
@@ -265,8 +265,8 @@ impl Place {
         Ok(names)
     }
 
-    /// The open directory as a path, whatever has become of the name it had. Where no `/proc` is
-    /// mounted (an empty root), only that name is left.
+    /// The path of the open directory, even if it has been renamed. Without a mounted `/proc` (an
+    /// empty root), the name it had when it was opened.
     pub(super) fn by_descriptor(&self) -> PathBuf {
         let number = self.fd.as_raw_fd().to_string();
         let path = Path::new("/proc/self/fd").join(OsStr::new(&number));
@@ -276,7 +276,7 @@ impl Place {
         }
     }
 
-    /// Whether there is nothing in it.
+    /// Whether it is empty.
     pub(super) fn is_empty(&self) -> Result<bool, MockError> {
         let mut entries =
             fs::read_dir(self.by_descriptor()).map_err(MockError::io("read", &self.path))?;
@@ -355,7 +355,7 @@ mod tests {
                 assert!(refused.contains("others may write to it"), "{refused}");
             }
         }
-        // What others may read they may not any more.
+        // Others lose their read permission.
         set(0o755);
         drop(MockHost::open(&dir).expect("opened"));
         assert_eq!(

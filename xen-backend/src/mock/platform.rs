@@ -1,5 +1,4 @@
-//! CPU policy, TSC, and what only translated guests of the mock machine
-//! have.
+//! CPU policy, TSC, and the calls for translated guests, on the mock machine.
 //!
 //! C implementation: `xen/arch/x86/{time,domctl,cpu-policy}.c`,
 //! `xen/arch/x86/hvm/{hvm,save}.c`.
@@ -13,14 +12,14 @@ use super::state::{CPUID_LEAVES, HVM_CONTEXT, POLICY_MSRS};
 use crate::error::BackendError;
 use crate::{CpuPolicy, Detail, HvmGuest, RingGrant, TscInfo, X86Platform};
 
-/// The machine's clock: what a guest gets that asks for none of its own.
+/// The machine's TSC frequency, the default for a guest.
 pub(super) const HOST_KHZ: u32 = 2_596_120;
 
-/// Never emulate: the guest sees the machine's TSC, and there is nothing to tell.
-/// The largest mode there is.
+/// Never emulate: the guest sees the machine's TSC, and there is no offset to report. The largest
+/// mode.
 const TSC_NEVER_EMULATE: u32 = 2;
 
-/// HVM parameters there are.
+/// The number of HVM parameters.
 pub(super) const HVM_PARAMS: usize = 39;
 
 /// Numbers of HVM parameters (`xen/include/public/hvm/params.h`).
@@ -47,16 +46,16 @@ pub(super) mod param {
     pub(super) const X87_FIP_WIDTH: u32 = 36;
     pub(in super::super) const VM86_TSS_SIZED: u32 = 37;
     pub(super) const MCA_CAP: u32 = 38;
-    /// Numbers that once meant something.
+    /// Parameters that are no longer used.
     pub(super) const DEPRECATED: [u32; 10] = [4, 13, 20, 21, 22, 23, 24, 25, 26, 30];
 }
 
-/// Bytes of a 32-bit TSS, and of the largest that makes sense: with interrupt
-/// redirection and I/O bitmaps.
+/// Bytes of a 32-bit TSS: the least, and the largest that makes sense, with interrupt redirection
+/// and I/O bitmaps.
 const TSS_MIN: u64 = 104;
 const TSS_MAX: u64 = TSS_MIN + 0x100 / 8 + 0x1_0000 / 8 + 1;
 
-/// The value that is kept for a parameter being set, or the errno Xen gives.
+/// The value to store for a parameter that is being set, or Xen's errno.
 fn check_param(index: u32, value: u64, old: u64) -> Result<(usize, u64), Errno> {
     let slot = usize::try_from(index)
         .ok()
@@ -95,7 +94,7 @@ fn check_param(index: u32, value: u64, old: u64) -> Result<(usize, u64), Errno> 
         return Err(Errno::EINVAL);
     }
     Ok(match index {
-        // Old firmware says only where; then it is 128 bytes.
+        // Old firmware gives only the address; the size is then 128 bytes.
         param::VM86_TSS => (
             param::VM86_TSS_SIZED as usize,
             if value == 0 { 0 } else { value | 128 << 32 },
@@ -215,7 +214,7 @@ impl HvmGuest for MockDomain {
         self.change(OP, |state| {
             let vcpus = state.record.vcpus.len();
             let (end, online) = hvm_context::check(context, vcpus)?;
-            // What follows the end marker is nobody's.
+            // Bytes after the end marker are ignored.
             self.put_blob(state, HVM_CONTEXT, context[..end].to_vec())?;
             for (vcpu, online) in state.record.vcpus.iter_mut().zip(online) {
                 vcpu.online = online;

@@ -1,5 +1,5 @@
-//! The CPU policy of the mock machine: what its usual processor offers to a new guest
-//! (`processor.rs` has what sets another apart), and which policies it takes.
+//! The CPU policy of the mock machine: what its default processor offers a new guest
+//! (`processor.rs` has the deviations of others), and which policies the machine accepts.
 //!
 //! C implementation: `xen/lib/x86/{cpuid,msr,policy}.c`.
 
@@ -12,19 +12,19 @@ use crate::{CpuPolicy, GuestKind, PolicyEntry};
 const LEAF: usize = 24;
 /// Bytes in an MSR of a policy.
 const MSR: usize = 16;
-/// Subleaf of a leaf that has none.
+/// The subleaf number of a leaf without subleaves.
 const NO_SUBLEAF: u32 = u32::MAX;
 
-/// Largest basic leaf the machine offers.
+/// Largest basic leaf that the machine offers.
 pub(super) const MAX_BASIC: u32 = 0x1f;
-/// Largest extended leaf the machine offers.
+/// Largest extended leaf that the machine offers.
 pub(super) const MAX_EXTENDED: u32 = 0x8000_0021;
-/// Largest subleaf of leaf 7 the machine offers.
+/// Largest subleaf of leaf 7 that the machine offers.
 pub(super) const MAX_FEATURES: u32 = 2;
 /// MSRs a policy may hold: MSR_INTEL_PLATFORM_INFO and MSR_ARCH_CAPABILITIES.
 const KNOWN_MSRS: [u32; 2] = [0xce, 0x10a];
 
-/// What a new guest of this kind is given on the usual processor.
+/// The policy of a new guest of this kind on the default processor.
 pub(super) fn default_policy(kind: GuestKind) -> CpuPolicy {
     let mut leaves = Vec::new();
     let mut put = |leaf: u32, subleaf: u32, registers: [u32; 4]| {
@@ -120,13 +120,13 @@ pub(super) fn default_policy(kind: GuestKind) -> CpuPolicy {
     CpuPolicy { leaves, msrs }
 }
 
-/// What the machine's processors can do: more than what a guest is given that does not ask.
+/// All that the machine's processors can do, including features that a guest gets only on request.
 pub(super) fn host_policy() -> CpuPolicy {
     let mut policy = default_policy(GuestKind::Hvm);
     for entry in policy.leaves.chunks_exact_mut(LEAF) {
-        // Register, from eax on, and bits.
+        // The register, counted from eax, and the bits.
         let (register, bits) = match (word(entry, 0), word(entry, 4)) {
-            // VMX; RDRAND is there already.
+            // VMX; RDRAND is set already.
             (1, _) => (2, 1 << 5),
             // HLE, RTM and MPX.
             (7, 0) => (1, 1 << 4 | 1 << 11 | 1 << 14),
@@ -145,7 +145,7 @@ fn word(bytes: &[u8], offset: usize) -> u32 {
     u32::try_from(read_word(bytes, offset, 4)).unwrap_or(u32::MAX)
 }
 
-/// Largest subleaf of the leaves that have some: caches, features, topology, extended state
+/// Largest subleaf of the leaves that have subleaves: caches, features, topology, extended state
 /// (`CPUID_GUEST_NR_*` of Xen).
 const fn subleaves(leaf: u32) -> Option<u32> {
     match leaf {
@@ -160,9 +160,9 @@ const fn subleaves(leaf: u32) -> Option<u32> {
 /// CPUID faulting, the one bit of MSR_INTEL_PLATFORM_INFO that a guest may see.
 const CPUID_FAULTING: u64 = 1 << 31;
 
-/// Whether the machine can offer `policy` to a guest of this kind. As Xen: ERANGE for a leaf
-/// or register that a policy has no place for, EOVERFLOW for a value that it has no room for,
-/// EINVAL for one that the processor does not have; and the entry that is to blame.
+/// Whether the machine can offer `policy` to a guest of this kind. Like Xen, returns ERANGE for a
+/// leaf or MSR that a policy cannot hold, EOVERFLOW for a value that is too large, or EINVAL for
+/// one that the processor does not have, each with the entry at fault.
 pub(super) fn check(
     kind: GuestKind,
     policy: &CpuPolicy,
@@ -199,7 +199,7 @@ pub(super) fn check(
         let errno = match index {
             _ if flags != 0 => Errno::EINVAL,
             _ if !KNOWN_MSRS.contains(&index) => Errno::ERANGE,
-            // Xen keeps 32 bits of it.
+            // Xen keeps 32 bits of this MSR.
             0xce if value > u64::from(u32::MAX) => Errno::EOVERFLOW,
             0xce if value & !CPUID_FAULTING != 0 => Errno::EINVAL,
             0xce => {
@@ -210,7 +210,7 @@ pub(super) fn check(
         };
         return Err((errno, Some(PolicyEntry::Msr(index))));
     }
-    // Then what Xen compares with the most that it can offer to such a guest.
+    // Then the values that Xen compares with the largest policy for such a guest.
     let leaf = |leaf, subleaf| Some(PolicyEntry::Leaf { leaf, subleaf });
     for (highest, most, entry) in [
         (highest[0], MAX_BASIC, leaf(0, None)),

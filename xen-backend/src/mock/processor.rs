@@ -1,6 +1,5 @@
-//! The processor of the mock machine: features that it has beside the usual ones, or lacks; what
-//! that makes of the policies of guests.
-//!
+//! The processor of the mock machine: features that it has in addition to the default ones, or
+//! lacks, and their effect on the policies of guests.
 //! C implementation: `calculate_hvm_max_policy`, `recalculate_cpuid_policy` and
 //! `recalculate_xstate` in `xen/arch/x86/cpu-policy.c`.
 
@@ -16,17 +15,17 @@ use xsr_format::record::x86::CpuidLeaf;
 use super::policy;
 use crate::{CpuPolicy, GuestKind};
 
-/// A processor: the usual one, with features more or less.
+/// A processor: the default one with features added or removed.
 ///
-/// Written as qemu's `-cpu` has them, `+avx512f,-avx2`, with Xen's names for features. A feature
-/// that needs another one does not bring it.
+/// The text form is that of qemu's `-cpu`, `+avx512f,-avx2`, with Xen's names for features. Adding
+/// a feature does not add those that it depends on.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Processor {
     changes: Vec<(bool, Feature)>,
 }
 
-/// A processor that there is not.
+/// Text that does not describe a possible processor.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error("{0:?} is no feature more or less: expected +NAME or -NAME, as in +avx512f,-avx2")]
 pub struct BadProcessor(String);
@@ -75,17 +74,17 @@ impl fmt::Display for Processor {
     }
 }
 
-/// What Xen offers to any guest, whatever the processor has.
+/// Features that Xen offers every guest, whatever the processor has.
 const ALWAYS: [&str; 5] = ["htt", "cmp-legacy", "x2apic", "erms", "itsc"];
 /// The same, for translated guests.
 const ALWAYS_TRANSLATED: [&str; 2] = ["no-lmsl", "verw-clear"];
-/// What the usual processor has, and a guest gets that asks for it (`policy::host_policy`).
+/// Features of the default processor that a guest gets only on request (`policy::host_policy`).
 const ASKED_FOR: [&str; 2] = ["hle", "rtm"];
 /// The same, for translated guests.
 const ASKED_FOR_TRANSLATED: [&str; 3] = ["mpx", "vmx", "svm"];
 
-/// AMD's copies of leaf 1's edx in that of 0x80000001 (`CPUID_COMMON_1D_FEATURES`): Xen makes
-/// them for a guest, and the largest policy has none.
+/// AMD's copies of leaf 1's edx in that of 0x80000001 (`CPUID_COMMON_1D_FEATURES`): Xen makes them
+/// for a guest, but the largest policy does not have them.
 const COPIED: u32 = 0x0183_f3ff;
 const FEATURES: FeatureWord = cpuid(1, Register::Edx);
 const COPIES: FeatureWord = cpuid(0x8000_0001, Register::Edx);
@@ -98,7 +97,7 @@ const fn cpuid(leaf: u32, register: Register) -> FeatureWord {
     }
 }
 
-/// The extended state: number, the feature it belongs to, length and place, in bytes.
+/// Extended state components: number, the feature it belongs to, length and offset, in bytes.
 const STATES: [(u32, &str, u32, u32); 7] = [
     (2, "avx", 0x100, 0x240),
     (3, "mpx", 0x40, 0x3c0),
@@ -114,7 +113,7 @@ const FIRST_BYTES: u32 = 0x240;
 const XSTATE: u32 = 0xd;
 
 impl Processor {
-    /// What a new guest of this kind is given.
+    /// The policy of a new guest of this kind.
     pub(super) fn default_policy(&self, kind: GuestKind) -> CpuPolicy {
         let usual = policy::default_policy(kind);
         if self.changes.is_empty() {
@@ -125,7 +124,7 @@ impl Processor {
         encoded(&policy)
     }
 
-    /// The most that a guest of this kind can be given.
+    /// The largest policy for a guest of this kind.
     pub(super) fn max_policy(&self, kind: GuestKind) -> CpuPolicy {
         let mut policy = leaves_of(&policy::default_policy(kind));
         let translated = ALWAYS_TRANSLATED.iter().chain(&ASKED_FOR_TRANSLATED);
@@ -149,8 +148,8 @@ impl Processor {
         encoded(&policy)
     }
 
-    /// What a guest is given that asks for `asked`: without the features that the machine does
-    /// not have. The rest stays as it is, and all of it where the machine has them.
+    /// The policy of a guest for which `asked` is set: without the features that the machine does
+    /// not have. The rest is unchanged, and so is all of it if the machine has every feature.
     pub(super) fn clamp(&self, kind: GuestKind, asked: &CpuPolicy) -> CpuPolicy {
         let most = leaves_of(&self.max_policy(kind));
         let before = leaves_of(asked);
@@ -191,7 +190,7 @@ impl Processor {
 }
 
 fn leaves_of(policy: &CpuPolicy) -> Leaves {
-    // What does not end with an entry has been refused, or is the machine's own.
+    // A policy that ends inside an entry has been refused earlier, or is the machine's own.
     Leaves::parse(&policy.leaves, &policy.msrs).unwrap_or_default()
 }
 
@@ -200,7 +199,7 @@ fn encoded(policy: &Leaves) -> CpuPolicy {
     CpuPolicy { leaves, msrs }
 }
 
-/// A register of the policy, where it has the leaf.
+/// A register of the policy, if it has the leaf.
 fn word_of(policy: &mut Leaves, word: FeatureWord) -> Option<&mut u32> {
     let FeatureWord::Cpuid {
         leaf,
@@ -248,7 +247,7 @@ fn set(policy: &mut Leaves, Feature { word, bit }: Feature, has: bool) {
     }
 }
 
-/// Add a subleaf, and those before it, in its place.
+/// Add a subleaf, and those before it, at the right place.
 fn add_leaf(policy: &mut Leaves, leaf: u32, subleaf: u32) {
     for subleaf in 0..=subleaf {
         let place = |entry: &CpuidLeaf| (entry.leaf, entry.subleaf) < (leaf, subleaf);
@@ -275,7 +274,7 @@ const fn leaf_with(leaf: u32, subleaf: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> C
     }
 }
 
-/// Make the leaf of the extended state anew from the features, where there is one.
+/// Recompute the leaf of the extended state from the features, if it exists.
 fn derive_states(policy: &mut Leaves) {
     let Some(at) = policy.leaves.iter().position(|entry| entry.leaf == XSTATE) else {
         return;
@@ -304,7 +303,7 @@ fn derive_states(policy: &mut Leaves) {
         leaf_with(XSTATE, 0, [states, 0, bytes, 0]),
         leaf_with(XSTATE, 1, [kinds, 0, 0, 0]),
     ];
-    // One for each number up to the last.
+    // One subleaf for each number up to the last.
     for subleaf in 2..u32::BITS - states.leading_zeros().min(u32::BITS - 2) {
         let part = parts.iter().find(|(number, ..)| *number == subleaf);
         let registers = part.map_or([0; 4], |(_, _, length, place)| [*length, *place, 0, 0]);
@@ -343,8 +342,8 @@ mod tests {
         }
     }
 
-    /// The derivation of the extended state gives what a real machine's image has: `policy.rs`
-    /// has it from there.
+    /// The derived extended state equals that of a real machine's image, from which `policy.rs`
+    /// takes it.
     #[test]
     fn the_usual_processor_has_the_usual_policies() {
         for kind in KINDS {
@@ -377,7 +376,7 @@ mod tests {
             let lost = names(&asked, &given);
             assert_eq!(lost, ["AVX", "AVX512F", "AVX_VNNI"], "{kind:?}");
             assert_eq!(names(&asked, &poor.max_policy(kind)), lost, "{kind:?}");
-            // The state that belongs to it goes with it.
+            // Its extended state is removed as well.
             let leaf = |leaf, subleaf| {
                 let leaves = leaves_of(&given).leaves;
                 let mut leaves = leaves.into_iter();

@@ -1,4 +1,4 @@
-//! What only PV guests of the mock machine have: width, m2p, vcpu contexts, pins.
+//! Calls for PV guests of the mock machine: width, m2p, vcpu contexts, pins.
 //!
 //! C implementation: `arch_set_info_guest` in `xen/arch/x86/domain.c`,
 //! `pv_set_gdt` in `xen/arch/x86/pv/descriptor-tables.c`, `xen/arch/x86/domctl.c`.
@@ -18,17 +18,17 @@ use super::state::{Roots, State};
 use crate::error::BackendError;
 use crate::{GuestKind, M2p, PvGuest, VcpuBlob};
 
-/// Most pins at a time.
+/// The most page tables pinned in one call.
 pub(super) const MAX_PIN_BATCH: usize = 1024;
 
 /// Bytes of `xen_domctl_ext_vcpucontext` as the mock (and Xen) gives it.
 const EXTENDED_SIZE: usize = 64;
-/// The least that Xen takes: all before the machine-check part.
+/// The least that Xen accepts: everything before the machine-check part.
 const EXTENDED_MIN: u64 = 32;
-/// The most there is room for in a domctl.
+/// The most that fits into a domctl.
 const EXTENDED_MAX: u64 = 128;
 
-/// Bytes before the XSAVE area: xcr0 and what it ever held.
+/// Bytes before the XSAVE area: xcr0, and its accumulated earlier values.
 const XSAVE_HEADER: usize = 16;
 /// x87, SSE, AVX, MPX, AVX-512, PKRU.
 const XFEATURES: u64 = 0x2ff;
@@ -83,7 +83,7 @@ fn check(good: bool) -> Result<(), Errno> {
     if good { Ok(()) } else { Err(Errno::EINVAL) }
 }
 
-/// What Xen checks of a context before it looks at frames.
+/// Xen's checks of a context before it looks at frames.
 fn check_basic(layout: &VcpuLayout, context: &[u8], vcpu: usize) -> Result<(), Errno> {
     check(context.len() == layout.size)?;
     let word = |offset| layout.get(context, offset);
@@ -122,7 +122,7 @@ fn check_extended(state: &[u8]) -> Result<(), Errno> {
     check(is_canonical(read_word(state, 8, 8)) && is_canonical(read_word(state, 16, 8)))
 }
 
-/// Bytes of an XSAVE area that holds these features.
+/// Bytes of an XSAVE area with these features.
 fn xsave_area(features: u64) -> usize {
     if features == 0 {
         return 0;
@@ -159,15 +159,15 @@ fn check_msrs(state: &[u8]) -> Result<(), Errno> {
     )
 }
 
-/// The user's root that a context names.
+/// The root for user mode in a context.
 fn user_root(width: u8, context: &[u8]) -> Option<u64> {
     let layout = VcpuLayout::of(width);
     let cr1 = layout.get(context, layout.cr(1));
     (width == 8 && cr1 != 0).then_some(cr1 >> 12)
 }
 
-/// What a context refers to: GDT frames and page-table roots, which are tables of
-/// level `top`.
+/// The frames that a context refers to: GDT frames and page-table roots, which are tables of level
+/// `top`.
 fn references(width: u8, top: u8, context: &[u8]) -> Vec<(Mfn, FrameUse)> {
     let layout = VcpuLayout::of(width);
     let word = |offset| layout.get(context, offset);
@@ -193,8 +193,8 @@ impl MockDomain {
         self.pv_or(op, Errno::EINVAL)
     }
 
-    /// Take the references that a first context stands for: GDT frames and
-    /// page-table roots. On failure none is held.
+    /// Take the references of a vcpu's first context: GDT frames and page-table roots. On failure
+    /// none is held.
     fn take_roots(&self, width: u8, context: &[u8]) -> Result<Roots, Errno> {
         let layout = VcpuLayout::of(width);
         let tables = Tables::new(&self.machine, &self.dom, width);
@@ -214,7 +214,7 @@ impl MockDomain {
         Ok(Roots { kernel, user })
     }
 
-    /// Drop what [`MockDomain::take_roots`] took for this context, as it was kept.
+    /// Drop the references that [`MockDomain::take_roots`] took for this stored context.
     pub(super) fn drop_references(&self, width: u8, context: &[u8]) -> Result<(), Errno> {
         let tables = Tables::new(&self.machine, &self.dom, width);
         references(width, tables.top_level(), context)
@@ -228,7 +228,7 @@ impl MockDomain {
         check_basic(layout, context, vcpu)?;
         let name = blob_name(vcpu, VcpuBlob::Basic);
         let roots = match (state.record.vcpus[vcpu].roots, state.blobs.get(&name)) {
-            // Once it has run, tables and GDT are the guest's own business.
+            // After the first context, only the guest itself may change its tables and GDT.
             (Some(roots), Some(old)) => {
                 let fixed = layout.gdt_frames..layout.kernel_ss;
                 let fixed_ldt = layout.ldt_base..layout.gdt_frames;
@@ -245,7 +245,7 @@ impl MockDomain {
             _ => self.take_roots(width, context)?,
         };
         let mut kept = context.to_vec();
-        // Xen gives the roots back without the low bits they may have come with.
+        // Xen returns the roots without the low bits that they may have had when set.
         layout.set(&mut kept, layout.cr(3), layout.mfn_to_cr3(roots.kernel));
         if width == 8 {
             layout.set(&mut kept, layout.cr(1), roots.user.unwrap_or(0) << 12);
@@ -283,7 +283,7 @@ impl PvGuest for MockDomain {
                     state.record.width = 4;
                     Ok(())
                 }
-                // There is no way back either.
+                // The width cannot be changed back either.
                 _ => Err(Errno::EINVAL),
             }
         })
@@ -359,7 +359,7 @@ mod tests {
 
     #[test]
     fn xsave_areas_have_the_sizes_real_machines_have() {
-        // 848 bytes with AVX and 2720 - 24 with PKRU: as saved by Xen 4.17.
+        // 848 bytes with AVX and 2720 - 24 with PKRU: as in images of Xen 4.17.
         assert_eq!(XSAVE_HEADER + xsave_area(0x7), 848);
         assert_eq!(xsave_area(0x207), 2720 - 24);
         assert_eq!(xsave_area(0), 0);

@@ -1,4 +1,4 @@
-//! The mock's only source of chance: SplitMix64, seeded, the same on every machine.
+//! The mock's only source of randomness: SplitMix64, seeded, the same on every machine.
 
 /// Mix the bits of `value`.
 pub(super) const fn mix(value: u64) -> u64 {

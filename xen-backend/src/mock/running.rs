@@ -1,5 +1,5 @@
-//! What a running guest can do to its memory, with what the hypervisor does about
-//! it. The caller holds the domain's state, and the guest runs, but where it is said.
+//! A running guest's operations on its memory, with the hypervisor's part in them. The caller holds
+//! the domain's state, and the guest runs, unless noted.
 //!
 //! C implementation: `guest_remove_page` and `populate_physmap` in
 //! `xen/common/memory.c`, `paging_mark_dirty` in `xen/arch/x86/mm/paging.c`.
@@ -20,8 +20,8 @@ impl MockDomain {
         record.pauses == 0 && record.shutdown.is_none() && awake
     }
 
-    /// The guest shuts down (`SCHEDOP_shutdown`). Whether it did: it may not execute. The
-    /// caller does not hold its state.
+    /// The guest shuts down (`SCHEDOP_shutdown`). Returns whether it did: it may not be executing.
+    /// The caller does not hold its state.
     pub(super) fn shut_down(&self, reason: ShutdownReason) -> Result<bool, BackendError> {
         self.change("shutdown", |state| {
             let runs = Self::runs(state);
@@ -32,7 +32,7 @@ impl MockDomain {
         })
     }
 
-    /// A frame of a PV guest's has been written by the guest.
+    /// Log the guest's write to a frame of a PV guest.
     pub(super) fn mark_frame(&self, mfn: Mfn) {
         // Xen's own pages have no pfn, and are not logged.
         if let Some(pfn) = self.machine.m2p(mfn) {
@@ -40,15 +40,14 @@ impl MockDomain {
         }
     }
 
-    /// A PV guest stores the u64 at `index` of a frame it may write.
+    /// A PV guest stores the u64 at `index` of a frame that it may write.
     pub(super) fn guest_store(&self, mfn: Mfn, index: usize, value: u64) {
         self.machine.store_word(mfn, index, value);
         self.mark_frame(mfn);
     }
 
-    /// Give back the page at `pfn`, whose frame is `mfn`
-    /// (`XENMEM_decrease_reservation`). EINVAL for a frame that is not the guest's;
-    /// EBUSY while something refers to it.
+    /// Give back the page at `pfn`, whose frame is `mfn` (`XENMEM_decrease_reservation`). EINVAL
+    /// for a frame that is not the guest's; EBUSY while it has references.
     pub(super) fn decrease_reservation(&self, pfn: u64, mfn: Mfn) -> Result<(), Errno> {
         let frame = self.machine.frames.owned(mfn, self.dom.domid);
         let frame = frame.filter(|frame| !frame.xen_heap);
@@ -59,8 +58,8 @@ impl MockDomain {
         self.machine.free_page(mfn, self.dom.domid)
     }
 
-    /// Take a page for `pfn` (`XENMEM_populate_physmap`). ENOMEM where the domain or
-    /// the machine has no more, or the pfn has a frame.
+    /// Take a page for `pfn` (`XENMEM_populate_physmap`). ENOMEM if the domain or the machine has
+    /// no pages left, or if the pfn already has a frame.
     pub(super) fn increase_reservation(&self, state: &State, pfn: u64) -> Result<Mfn, Errno> {
         let mut gfn = Gfn(pfn);
         if self.machine.tot_pages(self.dom.domid) >= state.record.max_pages
