@@ -1,7 +1,7 @@
-//! Byte order as a run-time argument.
+//! Byte order, chosen at run time.
 //!
-//! The libxc image header's option bit 0 (and the libxl header's) says which
-//! order the rest of the stream is in, so nothing here is fixed at compile time.
+//! Option bit 0 of the libxc image header, and of the libxl header, gives the byte order of the
+//! rest of the stream, so nothing here is fixed at compile time.
 
 use std::fmt;
 

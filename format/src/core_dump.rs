@@ -1,4 +1,4 @@
-//! A guest's memory as an ELF core, in the layout of `xl dump-core`: what Xen-aware tools
+//! ELF core dumps of a guest's memory, in the layout of `xl dump-core`, which Xen-aware tools
 //! (crash, volatility3) open.
 //!
 //! | section | holds |
@@ -11,8 +11,8 @@
 //! | `.xen_pfn` (HVM, translated) | u64 pfn of each page |
 //! | `.xen_pages` | the pages, in that order |
 //!
-//! An image does not say where the pages of a PV guest were in the machine, and its page
-//! tables speak of pfns. So the gmfn of a page is its pfn, and tables and list agree.
+//! An image does not say where a PV guest's pages were in the machine, and its page tables hold
+//! pfns. So the gmfn of a page is its pfn, and the page tables and the list agree.
 //!
 //! Specification: Xen's `docs/misc/dump-core-format.txt`, format version 0.1. C
 //! implementation: `xc_domain_dumpcore_via_callback` in `xg_core.c`.
@@ -22,7 +22,7 @@ use crate::frame::PAGE_SIZE;
 /// Bytes of the 64-bit ELF header, and of each section header.
 const ELF_HEADER: usize = 64;
 const SECTION_HEADER: usize = 64;
-/// Where the pages begin is a multiple of this.
+/// The pages begin at a multiple of this.
 const ALIGNMENT: u64 = PAGE_SIZE as u64;
 
 const MAGIC_PV: u64 = 0xf00f_ebed;
@@ -32,34 +32,34 @@ const EM_X86_64: u16 = 62;
 const SHT_PROGBITS: u32 = 1;
 const SHT_STRTAB: u32 = 3;
 const SHT_NOTE: u32 = 7;
-/// `XEN_ELFNOTE_DUMPCORE_NONE`; the others follow.
+/// `XEN_ELFNOTE_DUMPCORE_NONE`; the other note types follow it.
 const NOTE_NONE: u32 = 0x0200_0000;
-/// Bytes of `xen_dumpcore_elfnote_xen_version_desc`, of a 64-bit Xen.
+/// Bytes of `xen_dumpcore_elfnote_xen_version_desc` on a 64-bit Xen.
 const VERSION_NOTE: usize = 1280;
 
-/// What stands in a core dump besides the pages.
+/// Everything in a core dump except the pages.
 #[derive(Clone, Debug, Default)]
 pub struct CoreDump {
     /// HVM or PVH, not PV.
     pub hvm: bool,
-    /// List pfns alone ([`CoreDump::entry`]), of a PV guest too: volatility3 2.28 reads no
-    /// other list.
+    /// List only pfns ([`CoreDump::entry`]), even for a PV guest: volatility3 2.28 reads no other
+    /// list.
     pub translated: bool,
-    /// A PV guest of 32 bits.
+    /// A 32-bit PV guest.
     pub bits_32: bool,
     /// `vcpu_guest_context_t` of each vcpu, in the guest's width.
     pub vcpus: Vec<Vec<u8>>,
     /// The shared info page, where there is one.
     pub shared_info: Vec<u8>,
-    /// The Xen that saved the guest: major and minor version.
+    /// Version of the Xen that saved the guest: major and minor.
     pub xen: (u32, u32),
-    /// How many pages follow.
+    /// Number of pages that follow.
     pub pages: u64,
 }
 
 impl CoreDump {
-    /// The bytes up to the list of pages, which the caller writes next, an entry for each
-    /// page ([`CoreDump::entry`]), then [`CoreDump::padding`], then the pages.
+    /// The bytes up to the list of pages. The caller then writes an entry for each page
+    /// ([`CoreDump::entry`]), [`CoreDump::padding`], and the pages.
     pub fn head(&self) -> Vec<u8> {
         let names = [
             "",
@@ -124,7 +124,7 @@ impl CoreDump {
         out
     }
 
-    /// The entry of a page in the list.
+    /// A page's entry in the list.
     pub fn entry(&self, pfn: u64) -> Vec<u8> {
         let entry = pfn.to_le_bytes();
         match self.pfns_alone() {
@@ -133,7 +133,7 @@ impl CoreDump {
         }
     }
 
-    /// Bytes of zero between the list and the pages.
+    /// Number of zero bytes between the list and the pages.
     pub fn padding(&self) -> u64 {
         self.pages_offset().saturating_sub(self.list_end())
     }
@@ -179,13 +179,13 @@ impl CoreDump {
         (fixed as u64).saturating_add(self.list_bytes())
     }
 
-    /// Where the pages begin.
+    /// Offset of the pages.
     pub fn pages_offset(&self) -> u64 {
         self.list_end().next_multiple_of(ALIGNMENT)
     }
 
     fn elf_header(&self, sections: usize) -> Vec<u8> {
-        // Class 64, little endian, version 1, System V.
+        // 64-bit class, little endian, version 1, System V.
         let mut out = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
         let machine = match self.bits_32 && !self.hvm {
             true => EM_386,
@@ -201,8 +201,8 @@ impl CoreDump {
             out.extend_from_slice(&word.to_le_bytes());
         }
         out.extend_from_slice(&0_u32.to_le_bytes());
-        // Sizes and numbers: this header, program headers, section headers; the section
-        // that holds the names.
+        // Sizes and counts: this header, program headers, section headers; then the index of the
+        // section that holds the names.
         let halves = [ELF_HEADER, 0, 0, SECTION_HEADER, sections, 1];
         for half in halves {
             let half = u16::try_from(half).unwrap_or(0);
@@ -216,7 +216,7 @@ impl CoreDump {
         for word in [self.xen.0, self.xen.1] {
             version.extend_from_slice(&u64::from(word).to_le_bytes());
         }
-        // How that Xen was built, an image does not say.
+        // The image does not say how that Xen was built.
         version.resize(VERSION_NOTE.saturating_sub(8), 0);
         version.extend_from_slice(&(PAGE_SIZE as u64).to_le_bytes());
         let magic = match self.hvm {
@@ -246,7 +246,7 @@ impl CoreDump {
 pub fn vcpu_context_of_hvm(cpu: &[u8]) -> Vec<u8> {
     /// Bytes of the structure.
     const CONTEXT: usize = 0x1430;
-    /// Where a field is in the CPU record, how long it is, and where it goes.
+    /// Offset of a field in the CPU record, its length, and its offset in the context.
     const FIELDS: &[(usize, usize, usize)] = &[
         (0, 512, 0),     // fpu_ctxt
         (632, 8, 520),   // r15
@@ -289,7 +289,8 @@ pub fn vcpu_context_of_hvm(cpu: &[u8]) -> Vec<u8> {
             to.copy_from_slice(from);
         }
     }
-    // As `arch_get_info_guest`: the bases of GS, by who was using which.
+    // The GS bases, assigned by whether the kernel or a user process was running, as
+    // `arch_get_info_guest` does.
     const GS_BASE: (usize, usize) = (840, 848);
     const SHADOW_GS: (usize, usize) = (944, 952);
     let (kernel, user) = match cpu.get(736).is_none_or(|cs| cs & 3 == 0) {

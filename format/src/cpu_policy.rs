@@ -1,27 +1,27 @@
-//! What of a guest's CPU a host lacks: the CPU policy of an image beside the most that a host
-//! can give to a guest of that kind.
+//! Comparison of CPU policies: which CPU features of an image a host lacks. The host's policy is
+//! the most that it can give to a guest of that kind.
 //!
-//! Xen itself hardly compares them. It silently clears every feature of the image that the host
-//! does not have, and the guest, which has seen the feature when it booted, crashes at the first
-//! use of it.
+//! Xen itself compares very little. It silently clears every feature of the image that the host
+//! does not have. The guest saw the feature when it booted, and crashes at the first use of it.
 //!
-//! A feature is missing where the image's bit is 1 and the host's is 0. The other way round
+//! A feature is missing where the image's bit is 1 and the host's is 0. In the opposite case
 //! nothing is lost: the guest keeps the bit at 0. Bits that Xen decides by itself, or that a guest
-//! can lose without harm, are no difference; `rules.rs` has each with its reason. Nor are these:
+//! can lose without harm, are not compared; `rules.rs` lists each with its reason. Nor are these:
 //!
 //! | what | why |
 //! |---|---|
-//! | largest leaf and subleaf | Xen refuses what is too large, with the leaf, and trims the rest |
-//! | APIC ids, cores, caches, TLBs, topology leaves | they describe no hardware of the host: they are the toolstack's choice, or zero |
-//! | size of a cache line that CLFLUSH takes | Xen passes the host's on |
+//! | largest leaf and subleaf | Xen refuses a too large one, naming the leaf, and trims the rest |
+//! | APIC ids, cores, caches, TLBs, topology | chosen by the toolstack, or zero |
+//! | size of a cache line that CLFLUSH takes | Xen passes on the host's |
 //! | family, model, stepping, brand | Xen keeps the image's |
-//! | width of addresses | Xen clamps it. A guest that has a page which the host cannot address fails to get memory for it, with the pfn |
+//! | width of addresses | clamped; populating a pfn beyond it fails, with an error |
 //! | leaves of Xen (0x40000000 and up) | the destination's Xen makes them |
 //! | details of SVM (leaf 0x8000000a) | Xen keeps the image's; SVM itself is a feature |
 //! | XCR0, XSS and the size of the whole area | Xen derives them from the features |
 //!
-//! C implementation: `x86_cpu_policies_are_compatible` in `xen/lib/x86/policy.c` is the check that
-//! Xen has; `recalculate_cpuid_policy` in `xen/arch/x86/cpu-policy.c` is what it does to a policy.
+//! C implementation: Xen's own check is `x86_cpu_policies_are_compatible` in
+//! `xen/lib/x86/policy.c`; `recalculate_cpuid_policy` in `xen/arch/x86/cpu-policy.c` adjusts a
+//! policy.
 
 use std::fmt;
 
@@ -33,25 +33,25 @@ use crate::record::x86::{CpuidLeaf, CpuidPolicy, MsrEntry, MsrPolicy};
 
 mod rules;
 
-/// The CPU that a guest sees, or the most that one could see.
+/// The CPU that a guest sees, or the most that a guest could see.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CpuPolicy {
-    /// Leaves of CPUID. Of two with the same number, Xen takes the last.
+    /// CPUID leaves. If a number occurs twice, Xen takes the last.
     pub leaves: Vec<CpuidLeaf>,
     /// Model-specific registers, likewise.
     pub msrs: Vec<MsrEntry>,
 }
 
 impl CpuPolicy {
-    /// Subleaf of a leaf that has none.
+    /// Subleaf number of a leaf without subleaves.
     const NO_SUBLEAF: u32 = u32::MAX;
 
-    /// A policy as Xen gives it: the bodies of X86_CPUID_POLICY and X86_MSR_POLICY, little endian.
-    /// Either may be empty.
+    /// Parses a policy as Xen gives it: the bodies of X86_CPUID_POLICY and X86_MSR_POLICY, little
+    /// endian. Either may be empty.
     ///
     /// # Errors
     ///
-    /// [`DecodeError::BodyLength`] where one of them ends inside an entry.
+    /// [`DecodeError::BodyLength`] if either ends inside an entry.
     pub fn parse(leaves: &[u8], msrs: &[u8]) -> Result<Self, DecodeError> {
         let context = Context {
             order: ByteOrder::Little,
@@ -68,7 +68,7 @@ impl CpuPolicy {
         Ok(policy)
     }
 
-    /// As Xen takes it: leaves and MSRs, little endian.
+    /// The policy as Xen takes it: leaves and MSRs, little endian.
     pub fn encode(&self) -> (Vec<u8>, Vec<u8>) {
         let leaves = self.leaves.iter();
         let msrs = self.msrs.iter();
@@ -80,7 +80,7 @@ impl CpuPolicy {
         )
     }
 
-    /// A leaf. `subleaf` is 0 for one without subleaves, too.
+    /// A leaf. `subleaf` is also 0 for a leaf without subleaves.
     fn leaf(&self, leaf: u32, subleaf: u32) -> Option<&CpuidLeaf> {
         let is_it = |entry: &&CpuidLeaf| {
             entry.leaf == leaf
@@ -89,7 +89,7 @@ impl CpuPolicy {
         self.leaves.iter().rev().find(is_it)
     }
 
-    /// A register of a leaf; 0, as the processor has it, where there is no such leaf.
+    /// A register of a leaf; 0 if there is no such leaf, as on a processor.
     fn register(&self, leaf: u32, subleaf: u32, register: Register) -> u32 {
         self.leaf(leaf, subleaf).map_or(0, |entry| match register {
             Register::Eax => entry.eax,
@@ -99,7 +99,7 @@ impl CpuPolicy {
         })
     }
 
-    /// What a register that holds features has; 0 where the policy does not have it.
+    /// The value of a register that holds features; 0 where the policy does not have the register.
     pub fn word(&self, word: FeatureWord) -> u64 {
         match word {
             FeatureWord::Cpuid {
@@ -114,18 +114,18 @@ impl CpuPolicy {
         }
     }
 
-    /// Whether it has a feature.
+    /// Whether the policy has a feature.
     pub fn has(&self, feature: Feature) -> bool {
         self.word(feature.word) >> feature.bit & 1 == 1
     }
 
-    /// The vendor of the processor, if the policy says it.
+    /// The processor's vendor, if the policy names it.
     fn vendor(&self) -> Option<Vendor> {
         let leaf = self.leaf(0, 0)?;
         Some(Vendor([leaf.ebx, leaf.edx, leaf.ecx]))
     }
 
-    /// The parts of the extended state that a guest may use, a bit for each: XCR0 and XSS.
+    /// The components of the extended state that a guest may use, one bit each: XCR0 and XSS.
     fn components(&self) -> u64 {
         let pair = |subleaf, low, high| {
             u64::from(self.register(rules::XSTATE_LEAF, subleaf, low))
@@ -134,7 +134,7 @@ impl CpuPolicy {
         pair(0, Register::Eax, Register::Edx) | pair(1, Register::Ecx, Register::Edx)
     }
 
-    /// Where a part of the extended state is; `None` where the policy does not have it.
+    /// Location of a component of the extended state; `None` where the policy does not have it.
     fn area(&self, component: u8) -> Option<Area> {
         if self.components() >> component & 1 == 0 {
             return None;
@@ -146,14 +146,14 @@ impl CpuPolicy {
         })
     }
 
-    /// The version of performance monitoring; 0 for none.
+    /// Version of performance monitoring; 0 if there is none.
     fn monitoring(&self) -> u8 {
         let [version, ..] = self.register(0xa, 0, Register::Eax).to_le_bytes();
         version
     }
 }
 
-/// The maker of a processor: `GenuineIntel`, `AuthenticAMD`. EBX, EDX and ECX of leaf 0.
+/// The processor's vendor, such as `GenuineIntel` or `AuthenticAMD`: EBX, EDX and ECX of leaf 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Vendor([u32; 3]);
 
@@ -166,12 +166,12 @@ impl fmt::Display for Vendor {
     }
 }
 
-/// Where a part of the extended state is in the area of XSAVE.
+/// Location of a component of the extended state in the XSAVE area.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Area {
     /// Its length, in bytes.
     pub bytes: u32,
-    /// Where it begins, in bytes; 0 for one that only XSAVES saves.
+    /// Its offset in bytes; 0 for a component that only XSAVES saves.
     pub offset: u32,
 }
 
@@ -181,45 +181,45 @@ impl fmt::Display for Area {
     }
 }
 
-/// What a guest has of its CPU and would lose on a host.
+/// Something that a guest's CPU has, and that the guest would lose on a host.
 ///
-/// Displayed as what is missing, as people call it.
+/// Displayed as the name of what is missing, as commonly written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Missing {
-    /// The host's processor is of another vendor. Xen from 4.22 on refuses that by itself; before,
-    /// the guest goes on with code that is chosen for the other processor.
+    /// The host's processor is from another vendor. Xen 4.22 and later refuses that by itself;
+    /// before, the guest continues with code that was chosen for the other processor.
     Vendor {
-        /// The image's.
+        /// The image's vendor.
         image: Vendor,
-        /// The host's.
+        /// The host's vendor.
         host: Vendor,
     },
     /// A feature.
     Feature {
-        /// Which.
+        /// The feature.
         feature: Feature,
         /// The image's register.
         image: u64,
         /// The host's register.
         host: u64,
     },
-    /// A part of the extended state that the host does not have although it has the feature, or
-    /// has elsewhere in the area: the guest keeps its processes' state in areas of the size that
-    /// it has seen.
+    /// A component of the extended state that the host lacks although it has the feature, or that
+    /// it has at another offset or size. The guest keeps its processes' state in areas of the size
+    /// that it has seen.
     ExtendedState {
-        /// Its number: its bit in XCR0 or XSS.
+        /// Its number, which is its bit in XCR0 or XSS.
         component: u8,
-        /// Where the guest has seen it.
+        /// Where the guest saw it.
         image: Area,
-        /// Where it would be.
+        /// Where the host has it.
         host: Option<Area>,
     },
     /// Performance monitoring (vPMU).
     PerformanceMonitoring {
         /// The image's version.
         image: u8,
-        /// The host's version, 0 for none.
+        /// The host's version; 0 if there is none.
         host: u8,
     },
 }
@@ -258,7 +258,7 @@ impl fmt::Display for Missing {
 }
 
 impl Missing {
-    /// Where it is and what either side has, for a log.
+    /// The location of the feature and both sides' values, for a log.
     pub fn details(&self) -> impl fmt::Display {
         Details(*self)
     }
@@ -283,10 +283,10 @@ impl fmt::Display for Details {
     }
 }
 
-/// What a guest with the policy of `image` loses on a host that gives such a guest `host` at most:
-/// the vendor first, then features in the order of [`FeatureWord::all`].
+/// Lists what a guest with the policy `image` loses on a host that gives such a guest at most
+/// `host`: the vendor first, then features in the order of [`FeatureWord::all`].
 ///
-/// A half that the image does not have is not compared: images from before Xen 4.14 have neither.
+/// A half that the image lacks is not compared: images from before Xen 4.14 have neither half.
 pub fn missing(image: &CpuPolicy, host: &CpuPolicy) -> Vec<Missing> {
     let mut all = Vec::new();
     if let (Some(image), Some(host)) = (image.vendor(), host.vendor())

@@ -1,6 +1,5 @@
-//! What the streaming reader and the in-memory reader have in common: the rules for
-//! headers, record headers, padding and bodies, and what has to be remembered of
-//! earlier records to apply them.
+//! Decoding rules shared by the streaming reader and the in-memory reader, for headers, record
+//! headers, padding and bodies, and the state of earlier records that these rules need.
 //!
 //! Specification: libxc migration stream, "Headers" and "Records".
 
@@ -13,7 +12,7 @@ use crate::record::pv::{PvInfo, WirePvInfo, WireVcpuHead, vcpu_state_length};
 use crate::record::x86::{CpuidPolicy, MsrPolicy, WireTscInfo};
 use crate::record::{Body, Context, MAX_BODY, Record, RecordKind, WireRecordHeader};
 
-/// What both the streaming and the in-memory reader know of a stream.
+/// State of a stream that both readers keep.
 #[derive(Clone, Debug)]
 pub(crate) struct Decoder {
     pub(crate) image: ImageHeader,
@@ -23,7 +22,7 @@ pub(crate) struct Decoder {
 }
 
 impl Decoder {
-    /// Decode the two headers.
+    /// Decodes the two headers.
     pub(crate) fn new(
         image: &WireImageHeader,
         domain: &WireDomainHeader,
@@ -51,7 +50,7 @@ impl Decoder {
         RecordKind(header.kind.get(self.image.order))
     }
 
-    /// Check a record's header against the limits and the order.
+    /// Checks a record's header against the limits and the order.
     pub(crate) fn admit(&mut self, header: &WireRecordHeader) -> Result<u32, DecodeError> {
         let kind = self.kind(header);
         let length = header.length.get(self.image.order);
@@ -75,8 +74,9 @@ impl Decoder {
         Ok(length)
     }
 
-    /// Check a length against what its kind allows, before the body is read: a wrong length is
-    /// not a file that ends too early. What depends on the body is checked with it.
+    /// Checks a length against what its kind allows before the body is read, so that a wrong length
+    /// is not reported as a truncated file. Lengths that depend on the body are checked with the
+    /// body.
     fn check_length(&self, kind: RecordKind, got: u32) -> Result<(), DecodeError> {
         use RecordKind as K;
         let info = self.order.guest_width().and_then(PvInfo::from_width);
@@ -91,7 +91,7 @@ impl Decoder {
             K::HVM_CONTEXT => Length::AtMost(MAX_HVM_CONTEXT),
             K::X86_CPUID_POLICY => Length::MultipleOf(CpuidPolicy::LEAF_BYTES as u64),
             K::X86_MSR_POLICY => Length::MultipleOf(MsrPolicy::ENTRY_BYTES as u64),
-            // All pfns that 32 bits can name.
+            // All pfns that fit in 32 bits.
             K::X86_PV_P2M_FRAMES => Length::AtMost(MAX_P2M_BODY),
             K::X86_PV_VCPU_BASIC
             | K::X86_PV_VCPU_EXTENDED
@@ -119,7 +119,7 @@ impl Decoder {
         }
     }
 
-    /// Decode the body of any record but PAGE_DATA, and take note of it.
+    /// Decodes the body of any record except PAGE_DATA, and updates the state.
     pub(crate) fn body<'a>(
         &mut self,
         kind: RecordKind,
@@ -150,7 +150,7 @@ impl Decoder {
     }
 }
 
-/// Bytes of padding, at most 7, as one number, to be shown.
+/// At most 7 bytes of padding as one number, for an error message.
 pub(crate) fn as_number(pad: &[u8]) -> u64 {
     pad.iter()
         .fold(0, |number, byte| number << 8 | u64::from(*byte))

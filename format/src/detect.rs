@@ -1,11 +1,10 @@
-//! What is in a file, told from its first bytes.
+//! Detection of a file's format from its first bytes.
 //!
-//! A pure function on a prefix that the caller has peeked at: nothing is consumed.
-//! Whatever names itself is recognised by that name; a legacy libxc stream has none
-//! and is what is left when its first words are possible (see
-//! [`legacy::detect`](crate::legacy::detect)).
+//! A pure function of a prefix that the caller has peeked at: nothing is consumed. Formats with a
+//! magic are recognised by it. A legacy libxc stream has none, and is detected last, if its first
+//! words are possible (see [`legacy::detect`](crate::legacy::detect)).
 //!
-//! | first octets | what it is |
+//! | first bytes | format |
 //! |---|---|
 //! | `Xen saved domain, xl format\n \0 \r` | xl |
 //! | `libvirt-xml\n \0 \r` | libvirt |
@@ -15,7 +14,7 @@
 //! | `LibxlFmt` | libxl stream |
 //! | FF × 8, `XENF` | libxc stream |
 //! | a compressor's magic | compressed |
-//! | another program's magic | that: see [`foreign`] |
+//! | another program's magic | that program's format: see [`foreign`] |
 //! | possible legacy words | legacy stream |
 
 use std::fmt;
@@ -26,9 +25,8 @@ use crate::wrapper::{libvirt, xapi, xend, xl};
 
 pub mod foreign;
 
-/// How many bytes to peek at: with so many (or all there are, of a shorter file) the answer
-/// is final for everything that can be read. To name what cannot, look at
-/// [`foreign::ENOUGH`].
+/// How many bytes to peek at: with this many (or the whole of a shorter file) the answer is final
+/// for every readable format. To name other formats, peek at [`foreign::ENOUGH`].
 pub const ENOUGH: usize = 32;
 
 const LIBXL: &[u8] = b"LibxlFmt";
@@ -36,7 +34,7 @@ const LIBXL_WITH_VERSION: &[u8] = b"LibxlFmt\0\0\0\x02";
 const LZ4_LEGACY: &[u8] = b"\x02\x21\x4c\x18";
 const LIBXC: &[u8] = b"\xff\xff\xff\xff\xff\xff\xff\xffXENF";
 
-/// What a file is.
+/// The format of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Detected {
@@ -46,7 +44,7 @@ pub enum Detected {
     Libvirt,
     /// A suspend image of xapi.
     Xapi,
-    /// A suspend image of xapi as XenServer had it before 6.5.
+    /// A suspend image of xapi, from XenServer before 6.5.
     XapiLegacy,
     /// A file of `xm save`.
     Xend,
@@ -56,9 +54,9 @@ pub enum Detected {
     Libxc,
     /// A libxc stream of Xen 4.5 or earlier.
     Legacy(LegacyStart),
-    /// Something compressed.
+    /// A compressed file.
     Compressed(Compression),
-    /// Something else, which has a name.
+    /// A known format that is not a saved domain.
     Foreign(Foreign),
     /// Nothing: the file is empty.
     Empty,
@@ -66,7 +64,7 @@ pub enum Detected {
     Unknown,
 }
 
-/// How something is compressed.
+/// A compression format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Compression {
     /// gzip.
@@ -84,7 +82,7 @@ pub enum Compression {
 impl Compression {
     const ALL: [Self; 5] = [Self::Gzip, Self::Zstd, Self::Xz, Self::Lz4, Self::Bzip2];
 
-    /// The first bytes of such a file.
+    /// The format's magic.
     const fn magic(self) -> &'static [u8] {
         match self {
             Self::Gzip => b"\x1f\x8b\x08",
@@ -95,15 +93,16 @@ impl Compression {
         }
     }
 
-    /// How a file begins that is compressed in this way.
+    /// Whether a file begins as this format does.
     fn begins(self, prefix: &[u8]) -> bool {
         if !prefix.starts_with(self.magic()) {
             return false;
         }
         match (self, prefix.get(3..)) {
-            // Three of the flags' bits are reserved.
+            // Three of the flag bits are reserved.
             (Self::Gzip, Some([flags, ..])) => flags & 0xe0 == 0,
-            // A digit, and the mark of a block or of the end; a short file has less of it.
+            // A digit, then the mark of a block or of the end; a short file may hold only a part of
+            // it.
             (Self::Bzip2, Some([level, rest @ ..])) => {
                 let rest = rest.get(..6).unwrap_or(rest);
                 let marks = [b"1AY&SY", b"\x17rE8P\x90"];
@@ -113,7 +112,7 @@ impl Compression {
         }
     }
 
-    /// Frames that zstd and lz4 pass over have the same magic; what follows them decides.
+    /// Skippable frames of zstd and lz4 have the same magic, so what follows them decides.
     fn behind_skippable(mut prefix: &[u8]) -> Option<Self> {
         loop {
             let (head, rest) = prefix.split_first_chunk::<8>()?;
@@ -126,7 +125,7 @@ impl Compression {
             let length = usize::try_from(u32::from_le_bytes(*length)).ok()?;
             prefix = match rest.get(length..) {
                 Some(rest) if !rest.is_empty() => rest,
-                // Zstd's reader finds out.
+                // Zstd's reader will report what follows.
                 _ => return Some(Self::Zstd),
             };
             let next = [Self::Zstd, Self::Lz4];
@@ -136,7 +135,7 @@ impl Compression {
         }
     }
 
-    /// The command that decompresses it to its standard output.
+    /// The command that decompresses a file to its standard output.
     pub const fn command(self) -> &'static str {
         match self {
             Self::Gzip => "gzip -dc",
@@ -160,10 +159,10 @@ impl fmt::Display for Compression {
     }
 }
 
-/// Tell what a file is from its first [`ENOUGH`] bytes, or all it has.
+/// Detects a file's format from its first [`ENOUGH`] bytes, or all it has.
 ///
-/// A file that ends inside a name is taken for what that name begins (for the
-/// longest such name): its reader then says that, and where, it is truncated.
+/// A file that ends inside a magic is detected as the format with that magic (the longest that
+/// fits). Its reader then reports where the file is truncated.
 pub fn detect(prefix: &[u8]) -> Detected {
     if prefix.is_empty() {
         return Detected::Empty;
@@ -190,7 +189,7 @@ pub fn detect(prefix: &[u8]) -> Detected {
     if let Some(compression) = Compression::behind_skippable(prefix) {
         return Detected::Compressed(compression);
     }
-    // LZ4's old format, which has frames without a header.
+    // LZ4's old format, whose frames have no header.
     if prefix.starts_with(LZ4_LEGACY) {
         return Detected::Compressed(Compression::Lz4);
     }
@@ -206,8 +205,8 @@ pub fn detect(prefix: &[u8]) -> Detected {
     }
 }
 
-/// The first image in something that begins otherwise: where its magic is, and which. Legacy
-/// streams have none and are not found, nor is what is compressed.
+/// Finds the first image inside other data: the offset of its magic, and its format. Legacy streams
+/// have no magic and are not found; nor are compressed images.
 pub fn find(bytes: &[u8]) -> Option<(usize, Detected)> {
     let magics = [
         (xl::MAGIC.as_slice(), Detected::Xl),
@@ -226,14 +225,14 @@ pub fn find(bytes: &[u8]) -> Option<(usize, Detected)> {
 }
 
 impl Detected {
-    /// Whether it is an image of today, as [`Walk`](crate::walk::Walk) reads them.
+    /// Whether [`Walk`](crate::walk::Walk) reads the format directly.
     pub const fn is_readable(self) -> bool {
         matches!(self, Self::Xl | Self::Libxl | Self::Libxc)
     }
 }
 
 impl fmt::Display for Detected {
-    /// A name, and what can be done with it.
+    /// The format's name, and what can be done with the file.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Xl => f.write_str("domain saved by xl"),

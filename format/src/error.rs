@@ -1,5 +1,5 @@
-//! What can be wrong with a stream: one [`DecodeError`] variant per rule, and
-//! [`ReadError`], which adds where it was found.
+//! Errors of reading and writing a stream: one [`DecodeError`] variant per rule, and [`ReadError`],
+//! which adds the position.
 
 use std::fmt;
 use std::io;
@@ -20,7 +20,7 @@ use crate::wrapper::xapi::{XapiError, XapiKind};
 use crate::wrapper::xend::XendError;
 use crate::wrapper::xl::XlError;
 
-/// What length a rule asks for.
+/// The length that a rule requires.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Length {
     /// Exactly this many bytes.
@@ -36,7 +36,7 @@ pub enum Length {
 }
 
 impl Length {
-    /// Whether a length is one of these.
+    /// Whether a length fits.
     pub const fn holds(self, got: u64) -> bool {
         match self {
             Self::Exactly(n) => got == n,
@@ -65,27 +65,26 @@ impl fmt::Display for Length {
     }
 }
 
-/// A rule of the format that some bytes break. One variant per rule, with what was
-/// expected and what came.
+/// A broken rule of the format. One variant per rule, with the value expected and the value found.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DecodeError {
-    /// The image header's first eight bytes.
+    /// The image header's first eight bytes are wrong.
     #[error("image header: marker is {got:#018x}, expected 0xffffffffffffffff")]
     ImageMarker {
-        /// What came.
+        /// The value found.
         got: u64,
     },
-    /// The image header's identifier.
+    /// The image header's identifier is wrong.
     #[error("image header: id is {got:#010x}, expected 0x58454e46 (XENF)")]
     ImageId {
-        /// What came.
+        /// The value found.
         got: u32,
     },
     /// A version that this reader does not know.
     #[error("image header: version is {got}, expected 2 or 3")]
     ImageVersion {
-        /// What came.
+        /// The value found.
         got: u32,
     },
     /// Guest type 0.
@@ -96,7 +95,7 @@ pub enum DecodeError {
     /// A page size other than 4096.
     #[error("domain header: page shift is {got}, expected 12")]
     PageShift {
-        /// What came.
+        /// The value found.
         got: u16,
     },
     /// A reserved field or padding that is not zero.
@@ -104,19 +103,19 @@ pub enum DecodeError {
         "{structure}: {field} at byte {at} of it must be zero, got {got:#x} (--lenient tolerates this)"
     )]
     ReservedNotZero {
-        /// The header or record body the field is in.
+        /// The header or record body with the field.
         structure: &'static str,
         /// The field.
         field: &'static str,
-        /// Where the field begins in the structure.
+        /// Offset of the field in the structure.
         at: u64,
-        /// What came.
+        /// The value found.
         got: u64,
     },
-    /// A body that is longer than any record may be.
+    /// A body that is longer than any record may have.
     #[error("body length is {got}, expected at most {max} bytes")]
     BodyTooLong {
-        /// What came.
+        /// The value found.
         got: u32,
         /// The limit.
         max: u32,
@@ -124,9 +123,9 @@ pub enum DecodeError {
     /// A body of the wrong length for its kind.
     #[error("body length is {got}, expected {expected}")]
     BodyLength {
-        /// What the kind asks for.
+        /// The length that the kind requires.
         expected: Length,
-        /// What came.
+        /// The value found.
         got: u64,
     },
     /// A vcpu blob of the wrong length for its kind.
@@ -134,9 +133,9 @@ pub enum DecodeError {
     BlobLength {
         /// The record.
         kind: RecordKind,
-        /// What the kind asks for.
+        /// The length that the kind requires.
         expected: Length,
-        /// What came.
+        /// The value found.
         got: u64,
     },
     /// A mandatory record that this version of the format does not define.
@@ -144,7 +143,7 @@ pub enum DecodeError {
         "record type {kind:#010x} is mandatory and unknown; a newer saver made this image, or it is damaged"
     )]
     UnknownMandatory {
-        /// The type.
+        /// Its type.
         kind: u32,
     },
     /// A record that the format's version does not have.
@@ -158,17 +157,17 @@ pub enum DecodeError {
     /// TOOLSTACK, which no released Xen wrote or reads.
     #[error("TOOLSTACK is deprecated and was never to be written; no restorer accepts it")]
     Deprecated,
-    /// PAGE_DATA of no page.
+    /// A PAGE_DATA record without pages.
     #[error("PAGE_DATA: count is 0, expected at least 1")]
     PageCountZero,
     /// A PAGE_DATA entry whose type has no meaning.
     #[error("PAGE_DATA: entry {index} (pfn {pfn}) has type {:#x}, which is reserved", got.nibble())]
     PageTypeUnknown {
-        /// Which entry, from 0.
+        /// Index of the entry.
         index: u64,
         /// Its pfn.
         pfn: Pfn,
-        /// What came.
+        /// The value found.
         got: PageType,
     },
     /// Reserved bits in a PAGE_DATA entry.
@@ -176,7 +175,7 @@ pub enum DecodeError {
         "PAGE_DATA: entry {index} (pfn {pfn}) has bits 52–59 set ({got:#04x}), which must be zero (--lenient tolerates this)"
     )]
     PageEntryReserved {
-        /// Which entry, from 0.
+        /// Index of the entry.
         index: u64,
         /// Its pfn.
         pfn: Pfn,
@@ -188,7 +187,7 @@ pub enum DecodeError {
         "PAGE_DATA: entry {index} has pfn {pfn}, beyond the last pfn {max} that X86_PV_P2M_FRAMES announced"
     )]
     PageBeyondP2m {
-        /// Which entry, from 0.
+        /// Index of the entry.
         index: u64,
         /// Its pfn.
         pfn: Pfn,
@@ -198,15 +197,15 @@ pub enum DecodeError {
     /// X86_TSC_INFO with a mode that no Xen has.
     #[error("X86_TSC_INFO: the mode is {got}, expected at most 3")]
     TscMode {
-        /// What came.
+        /// The value found.
         got: u32,
     },
-    /// A width and a number of levels that no guest has together.
+    /// A combination of width and number of levels that no guest has.
     #[error(
         "X86_PV_INFO: width {width} with {levels} page-table levels, expected 4 with 3 or 8 with 4"
     )]
     PvInfo {
-        /// Bytes in the guest's word.
+        /// Bytes in the guest's machine word.
         width: u8,
         /// Levels of its page tables.
         levels: u8,
@@ -219,14 +218,14 @@ pub enum DecodeError {
         /// Last pfn.
         end: u32,
     },
-    /// X86_PV_P2M_FRAMES that leaves a part of the p2m without frames.
+    /// X86_PV_P2M_FRAMES that leaves a gap in the p2m.
     #[error(
         "X86_PV_P2M_FRAMES: it begins at pfn {start}, but only the first {known} p2m frames have come before it"
     )]
     P2mGap {
         /// Its first pfn.
         start: Pfn,
-        /// How many frames of the p2m are known.
+        /// How many frames of the p2m are known before it.
         known: u64,
     },
     /// A frame of the p2m that would have to hold two different contents.
@@ -234,11 +233,11 @@ pub enum DecodeError {
         "X86_PV_P2M_FRAMES: frames {first} and {second} of the p2m are both at pfn {pfn}, and at least one of them has to hold pages of the guest"
     )]
     P2mLeafShared {
-        /// Where both are.
+        /// The pfn of both.
         pfn: Pfn,
-        /// Index of one of them.
+        /// Index of the first.
         first: u64,
-        /// Index of the other.
+        /// Index of the second.
         second: u64,
     },
     /// A pfn that no x86 guest can have.
@@ -246,7 +245,7 @@ pub enum DecodeError {
         "PAGE_DATA: entry {index} has pfn {pfn}, beyond 0xffffffffff, the last that any x86 guest can have"
     )]
     PfnRange {
-        /// Which entry, from 0.
+        /// Index of the entry.
         index: u64,
         /// Its pfn.
         pfn: Pfn,
@@ -256,7 +255,7 @@ pub enum DecodeError {
         "X86_PV_P2M_FRAMES: frame {index} is pfn {pfn}, beyond 0xffffffffff, the last that any x86 guest can have"
     )]
     P2mFrameRange {
-        /// Which frame, from 0.
+        /// Index of the frame.
         index: u64,
         /// Its pfn.
         pfn: Pfn,
@@ -266,7 +265,7 @@ pub enum DecodeError {
     VcpuNumber {
         /// The record.
         kind: RecordKind,
-        /// What came.
+        /// The value found.
         vcpu: u32,
         /// The highest number.
         max: u32,
@@ -274,10 +273,10 @@ pub enum DecodeError {
     /// A parameter that no Xen knows.
     #[error("HVM_PARAMS: there is no parameter {index:#x}")]
     HvmParamIndex {
-        /// What came.
+        /// The value found.
         index: u64,
     },
-    /// More state than a restorer keeps.
+    /// More state than a restorer keeps in memory.
     #[error("the vcpus have more than {max} bytes of state, which is more than a restore keeps")]
     StateTooLong {
         /// The limit.
@@ -295,7 +294,7 @@ pub enum DecodeError {
         /// The limit.
         max: u32,
     },
-    /// An HVM context that Xen could not read.
+    /// An HVM context that Xen could not load.
     #[error(transparent)]
     HvmContext(#[from] FieldError),
     /// A record that is out of place.
@@ -311,7 +310,7 @@ pub(crate) struct Reserved {
 }
 
 impl Reserved {
-    /// `got` must be zero, unless lenient.
+    /// Requires `got` to be zero, unless lenient.
     pub(crate) fn zero(self, field: &'static str, at: u64, got: u64) -> Result<Self, DecodeError> {
         if got == 0 || self.lenient {
             return Ok(self);
@@ -325,21 +324,21 @@ impl Reserved {
     }
 }
 
-/// Which structure of a file something is about.
+/// The structure of a file that an error is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Place {
-    /// The first bytes, from which one tells what a file or stream is.
+    /// The first bytes, from which the format is detected.
     Start,
     /// The fixed part of the xl file header.
     XlHeader,
-    /// The optional data behind it: the configuration.
+    /// The optional data after it: the configuration.
     XlOptionalData,
     /// The header of the libxl stream.
     LibxlHeader,
     /// A record of the libxl stream.
     LibxlRecord {
-        /// Number of the record in its stream, from 0.
+        /// Index of the record in its stream.
         index: u64,
         /// Its kind, once its header has been read.
         kind: Option<LibxlRecordKind>,
@@ -350,7 +349,7 @@ pub enum Place {
     DomainHeader,
     /// A record of the libxc stream.
     Record {
-        /// Number of the record in its stream, from 0.
+        /// Index of the record in its stream.
         index: u64,
         /// Its kind, once its header has been read.
         kind: Option<RecordKind>,
@@ -364,18 +363,18 @@ pub enum Place {
     },
     /// The header of a file that xend wrote.
     XendHeader,
-    /// What a legacy stream begins with: sizes, extended info, the p2m.
+    /// The start of a legacy stream: sizes, extended info, the p2m.
     LegacyHead,
     /// A chunk of a legacy stream.
     LegacyChunk {
-        /// Number of the chunk, from 0.
+        /// Index of the chunk.
         index: u64,
         /// Its marker, once it has been read.
         marker: Option<Marker>,
     },
-    /// What stands behind the chunks of a legacy stream.
+    /// What follows the chunks of a legacy stream.
     LegacyTail,
-    /// Behind the last record.
+    /// After the last record.
     End,
 }
 
@@ -417,13 +416,12 @@ impl fmt::Display for Place {
     }
 }
 
-/// Where in a file or stream something is.
+/// A position in a file or stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Position {
-    /// Which structure.
+    /// The structure.
     pub place: Place,
-    /// Where that structure begins: bytes from the start of the file (or of what
-    /// the reader was given).
+    /// Offset of the structure: bytes from the start of the file, or of what the reader was given.
     pub offset: u64,
 }
 
@@ -433,17 +431,17 @@ impl fmt::Display for Position {
     }
 }
 
-/// A stream that could not be read, and where.
+/// A failure to read a stream, with its position.
 #[derive(Debug, Error)]
 #[error("{position}: {cause}")]
 pub struct ReadError {
     /// Where the structure that failed begins.
     pub position: Position,
-    /// What is wrong.
+    /// The cause.
     pub cause: ReadErrorCause,
 }
 
-/// Why a stream could not be read.
+/// Why reading a stream failed.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ReadErrorCause {
@@ -453,7 +451,7 @@ pub enum ReadErrorCause {
     /// The stream ends too early.
     #[error("stream ends inside it: {needed} bytes more were expected{}", plausibly(*needed))]
     Truncated {
-        /// Bytes that were still to come for this structure.
+        /// How many more bytes the structure needs.
         needed: u64,
     },
     /// The bytes break a rule of the libxc stream.
@@ -477,13 +475,13 @@ pub enum ReadErrorCause {
     /// The bytes break a rule of the xl header.
     #[error("{0}")]
     Xl(#[from] XlError),
-    /// It is, or holds, something else than an image of today.
+    /// The file is, or holds, something other than a current image.
     #[error("not a saved domain that can be read: {0}")]
     Unreadable(Detected),
     /// Bytes follow where the file should end.
     #[error("bytes follow the last record: something was appended to the image")]
     Trailing,
-    /// What cannot be: a mistake in xsr, and neither the image's nor the source's fault.
+    /// An impossible state: a bug in xsr, not a fault of the image or its source.
     #[error("{0}: this is a bug in xsr, please report it")]
     Bug(&'static str),
 }
@@ -495,7 +493,7 @@ impl ReadError {
         Self { position, cause }
     }
 
-    /// The rule of the libxc stream that was broken, if that is why.
+    /// The broken rule of the libxc stream, if that is the cause.
     pub fn decode(&self) -> Option<&DecodeError> {
         match &self.cause {
             ReadErrorCause::Decode(e) => Some(e),
@@ -503,11 +501,11 @@ impl ReadError {
         }
     }
 
-    /// Whether the image is to blame (a broken rule, a truncated stream, something
-    /// else than an image), not the source it was read from.
+    /// Whether the image is to blame (a broken rule, a truncated stream, another format), not the
+    /// source that it was read from.
     ///
-    /// A source that is itself a reader of images (a converter, a wrapper) fails with an
-    /// [`io::Error`] that holds a `ReadError`: that one says who is to blame.
+    /// If the source is itself a reader of images (a converter, a wrapper), its [`io::Error`] holds
+    /// a `ReadError`, and that error decides.
     pub fn is_bad_image(&self) -> bool {
         match &self.cause {
             ReadErrorCause::Io(e) => e
@@ -520,7 +518,7 @@ impl ReadError {
     }
 }
 
-/// No honest record lacks so much: the longest that Xen writes has a batch of 1024 pages.
+/// No valid record lacks so many bytes: the longest that Xen writes is a batch of 1024 pages.
 const IMPLAUSIBLE: u64 = 32 << 20;
 
 fn plausibly(needed: u64) -> &'static str {
@@ -531,7 +529,7 @@ fn plausibly(needed: u64) -> &'static str {
 }
 
 impl ReadErrorCause {
-    /// The same, where `bytes` more were to follow those that are missing.
+    /// The same error where `bytes` more follow the missing ones.
     pub(crate) fn truncated_before(self, bytes: u64) -> Self {
         match self {
             Self::Truncated { needed } => Self::Truncated {
@@ -542,7 +540,7 @@ impl ReadErrorCause {
     }
 }
 
-/// A record that could not be written.
+/// A failure to write a record.
 #[derive(Debug, Error)]
 pub enum WriteError {
     /// The sink failed.
@@ -556,7 +554,7 @@ pub enum WriteError {
         /// The rule.
         cause: DecodeError,
     },
-    /// What cannot be: a mistake in xsr.
+    /// An impossible state: a bug in xsr.
     #[error("{0}: this is a bug in xsr, please report it")]
     Bug(&'static str),
 }

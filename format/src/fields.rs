@@ -1,24 +1,25 @@
-//! The blobs that a stream carries for Xen and the guest, as named fields: for whoever
-//! inspects an image or asks in what two of them differ.
+//! Named fields of the blobs that a stream carries for Xen and the guest, for showing and comparing
+//! images.
 //!
-//! A [`Layout`] says where the fields of a structure are; [`fields`] reads a blob by
-//! it, [`diff`] compares two. No field is read beyond the end of a blob: one that does
-//! not fit is left out, since older Xens wrote shorter structures. The blobs are an
-//! x86 machine's own, so little endian whatever the stream's byte order.
+//! A [`Layout`] gives the location of a structure's fields; [`fields`] reads a blob with it,
+//! [`diff`] compares two. No field is read beyond the end of a blob: one that does not fit is left
+//! out, since older Xens wrote shorter structures. The blobs are memory of an x86 machine, so they
+//! are little endian whatever the stream's byte order.
 //!
 //! | blob | layout |
 //! |---|---|
 //! | start_info page | [`pv::START_INFO_64`], [`pv::START_INFO_32`] |
 //! | SHARED_INFO | [`pv::SHARED_INFO_64`], [`pv::SHARED_INFO_32`] |
 //! | X86_PV_VCPU_BASIC | [`pv::VCPU_CONTEXT_64`], [`pv::VCPU_CONTEXT_32`] |
-//! | X86_PV_VCPU_EXTENDED, _XSAVE, _MSRS | [`pv::VCPU_EXTENDED`], [`pv::VCPU_XSAVE`], [`pv::VCPU_MSRS`] |
+//! | X86_PV_VCPU_EXTENDED, _XSAVE, _MSRS | [`pv::VCPU_EXTENDED`], `VCPU_XSAVE`, `VCPU_MSRS` |
 //! | X86_TSC_INFO | [`x86::TSC_INFO`] |
-//! | X86_CPUID_POLICY, X86_MSR_POLICY, one entry | [`x86::CPUID_LEAF`], [`x86::MSR_ENTRY`], [`x86::features`] |
+//! | an entry of X86_CPUID_POLICY, X86_MSR_POLICY | [`x86::CPUID_LEAF`], [`x86::MSR_ENTRY`] |
+//! | a register or MSR that holds features | [`x86::features`] |
 //! | HVM_CONTEXT | [`hvm::HvmContext`], and a layout for each kind of record in it |
 //! | HVM_PARAMS | [`hvm::param_name`] |
 //!
-//! Specification: Xen's public headers (`xen/include/public`), which are the interface
-//! that all of these cross.
+//! Specification: Xen's public headers (`xen/include/public`), which define all of these
+//! interfaces.
 
 use std::fmt;
 use std::ops::Range;
@@ -30,14 +31,14 @@ pub mod x86;
 
 pub use diff::{FieldDifference, diff};
 
-/// A structure: its name, its length, its fields in ascending order.
+/// A structure: its name, its length, and its fields in ascending order.
 #[derive(Clone, Copy, Debug)]
 pub struct Layout {
     /// The name in Xen's headers.
     pub name: &'static str,
-    /// Its length; a blob may be shorter or longer.
+    /// Its length in bytes; a blob may be shorter or longer.
     pub bytes: usize,
-    /// The fields. Padding and reserved bytes are in none.
+    /// The fields. They do not cover padding and reserved bytes.
     pub fields: &'static [FieldSpec],
 }
 
@@ -46,13 +47,13 @@ pub struct Layout {
 pub struct FieldSpec {
     /// Its name in Xen's headers.
     pub name: &'static str,
-    /// Where it begins in the structure.
+    /// Offset in the structure.
     pub offset: usize,
-    /// What it is.
+    /// The field's type.
     pub shape: Shape,
 }
 
-/// What a field is.
+/// The type of a field.
 #[derive(Clone, Copy, Debug)]
 pub enum Shape {
     /// A number of `width` bytes, 1 to 8.
@@ -62,25 +63,25 @@ pub enum Shape {
         /// How to show it.
         format: Format,
     },
-    /// Bytes that are not looked into.
+    /// Opaque bytes.
     Bytes {
         /// How many.
         length: usize,
     },
     /// Text, up to the first NUL.
     Text {
-        /// Bytes that it has room for.
+        /// Size of its buffer in bytes.
         length: usize,
     },
-    /// Fields of its own; names are joined with a dot.
+    /// A nested structure; names are joined with a dot.
     Struct(&'static [FieldSpec]),
-    /// The same thing `count` times; names get an index in brackets.
+    /// An array of `count` elements; names get an index in brackets.
     Array {
-        /// How often, or [`TO_END`].
+        /// Number of elements, or [`TO_END`].
         count: usize,
-        /// Bytes from one to the next.
+        /// Bytes from one element to the next.
         stride: usize,
-        /// What.
+        /// Type of an element.
         element: &'static Shape,
     },
 }
@@ -102,15 +103,15 @@ pub enum Format {
 /// A field of a blob.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Field<'a> {
-    /// Its name, with the names and indices of what it is in: `vcpu_info[0].time.version`.
+    /// Its full name, with those of enclosing structures and indices: `vcpu_info[0].time.version`.
     pub name: String,
-    /// Where it begins in the blob.
+    /// Offset in the blob.
     pub offset: usize,
-    /// What it holds.
+    /// Its value.
     pub value: Value<'a>,
 }
 
-/// What a field holds.
+/// The value of a field.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Value<'a> {
     /// A number to be shown in hexadecimal.
@@ -121,7 +122,7 @@ pub enum Value<'a> {
     Signed(i64),
     /// Bytes.
     Bytes(&'a [u8]),
-    /// The bytes before the first NUL, which should be ASCII, and those from there on.
+    /// The bytes before the first NUL, which should be ASCII, and the bytes from the NUL on.
     Text(&'a [u8], &'a [u8]),
 }
 
@@ -137,7 +138,7 @@ impl fmt::Display for Value<'_> {
     }
 }
 
-/// Bytes in hexadecimal; of many, the first few and how many there are.
+/// Writes bytes in hexadecimal; if there are many, the first few and the total.
 fn write_bytes(f: &mut fmt::Formatter<'_>, bytes: &[u8]) -> fmt::Result {
     const SHOWN: usize = 16;
     for byte in bytes.iter().take(SHOWN) {
@@ -149,15 +150,14 @@ fn write_bytes(f: &mut fmt::Formatter<'_>, bytes: &[u8]) -> fmt::Result {
     }
 }
 
-/// The fields of a blob, in the order of the layout; those that do not fit into it
-/// are left out.
+/// The fields of a blob, in the order of the layout. Fields that do not fit into it are left out.
 pub fn fields<'a>(layout: &Layout, blob: &'a [u8]) -> impl Iterator<Item = Field<'a>> + use<'a> {
     with_ranges(layout, blob)
         .into_iter()
         .map(|(field, _)| field)
 }
 
-/// As [`fields`], each with the bytes of the blob that it is in.
+/// Like [`fields`], each with its range of bytes in the blob.
 fn with_ranges<'a>(layout: &Layout, blob: &'a [u8]) -> Vec<(Field<'a>, Range<usize>)> {
     let mut out = Vec::new();
     for spec in layout.fields {
@@ -208,8 +208,8 @@ fn collect<'a>(
             stride,
             element,
         } => {
-            // Both bounds matter: no element begins beyond the blob, so a count of
-            // TO_END ends with it.
+            // Both bounds matter: no element begins beyond the blob, so a count of TO_END stops
+            // there.
             let begins = (offset..blob.len()).step_by(stride.max(1));
             for (index, offset) in begins.take(count).enumerate() {
                 collect(format!("{name}[{index}]"), offset, element, blob, out);

@@ -1,5 +1,5 @@
-//! The words every crate of the project shares: frame numbers, page types, and
-//! the PAGE_DATA entry that joins the two.
+//! Basic types that all crates of the project share: frame numbers, page types, and the PAGE_DATA
+//! entry that combines both.
 //!
 //! Specification: libxc migration stream, "PAGE_DATA". C implementation:
 //! `xg_sr_stream_format.h` (`PAGE_DATA_PFN_MASK`, `PAGE_DATA_TYPE_MASK`),
@@ -12,7 +12,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use crate::byte_order::ByteOrder;
 use crate::wire::U64;
 
-/// Bytes in a page; the only page size that x86 streams know.
+/// Bytes in a page; x86 streams have no other page size.
 pub const PAGE_SIZE: usize = 4096;
 
 /// log2 of [`PAGE_SIZE`], as the domain header states it.
@@ -29,10 +29,10 @@ macro_rules! frame_number {
         pub struct $name(pub u64);
 
         impl $name {
-            /// The value that stands for "no frame" (all bits set).
+            /// The value for "no frame" (all bits set).
             pub const INVALID: Self = Self(u64::MAX);
 
-            /// The frame `n` further on, if there is one.
+            /// The frame `n` further on, if it exists.
             pub const fn checked_add(self, n: u64) -> Option<Self> {
                 match self.0.checked_add(n) {
                     Some(frame) => Some(Self(frame)),
@@ -56,24 +56,23 @@ macro_rules! frame_number {
 }
 
 frame_number!(
-    /// A guest pseudo-physical frame number: what the stream speaks of.
+    /// A guest pseudo-physical frame number, which streams use.
     Pfn
 );
 frame_number!(
-    /// A guest frame number: what Xen is asked for. The pfn of an HVM guest, the
-    /// mfn of a PV guest.
+    /// A guest frame number, which hypercalls take: the pfn of an HVM guest, the mfn of a PV guest.
     Gfn
 );
 frame_number!(
-    /// A machine frame number: where the page really is.
+    /// A machine frame number: the page's place in the host's memory.
     Mfn
 );
 
 /// The type of a page: the PFINFO nibble (bits 28–31 of Xen's
 /// `XEN_DOMCTL_PFINFO_*`, bits 60–63 of a PAGE_DATA entry).
 ///
-/// Open: each of the sixteen values can be represented; [`PageType::is_known`]
-/// tells the assigned ones.
+/// Open: all sixteen values can be represented; [`PageType::is_known`] is true for the assigned
+/// ones.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(transparent)]
 pub struct PageType(u8);
@@ -187,7 +186,7 @@ impl fmt::Display for PageType {
     }
 }
 
-/// One entry of a PAGE_DATA record, as it stands in the stream.
+/// One entry of a PAGE_DATA record, encoded as in the stream.
 ///
 /// | bits | meaning |
 /// |---|---|
@@ -203,9 +202,9 @@ pub struct WirePageEntry(U64);
 /// One entry of a PAGE_DATA record: a pfn and its type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PageEntry {
-    /// Which page, at most 2^52 − 1.
+    /// The page's pfn, at most 2^52 − 1.
     pub pfn: Pfn,
-    /// What it is.
+    /// The page's type.
     pub page_type: PageType,
 }
 
@@ -217,8 +216,8 @@ impl PageEntry {
 impl WirePageEntry {
     const TYPE_SHIFT: u32 = 60;
 
-    /// Encode `entry`. Bits of the pfn above [`PageEntry::MAX_PFN`] are lost: the
-    /// caller checks.
+    /// Encodes `entry`. Bits of the pfn above [`PageEntry::MAX_PFN`] are lost; the caller must
+    /// check.
     pub const fn new(entry: PageEntry, order: ByteOrder) -> Self {
         let pfn = entry.pfn.0 & PageEntry::MAX_PFN.0;
         let page_type = (entry.page_type.nibble() as u64) << Self::TYPE_SHIFT;
@@ -230,12 +229,12 @@ impl WirePageEntry {
         self.0.get(order)
     }
 
-    /// The reserved bits 52–59, shifted down: zero in a good stream.
+    /// The reserved bits 52–59, shifted down: zero in a valid stream.
     pub const fn reserved(self, order: ByteOrder) -> u8 {
         ((self.0.get(order) >> 52) & 0xff) as u8
     }
 
-    /// The pfn and the type; the type may be one that [`PageType::is_known`] denies.
+    /// The pfn and the type; [`PageType::is_known`] may be false for the type.
     pub const fn entry(self, order: ByteOrder) -> PageEntry {
         let raw = self.0.get(order);
         PageEntry {

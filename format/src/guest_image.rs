@@ -1,18 +1,18 @@
-//! The meaning of a libxc stream: one fold of its records into what they say of a guest.
+//! The guest that a libxc stream describes: the state that its records add up to.
 //!
-//! A stream may repeat records. What a repetition means is decided here, for the restorer and
+//! A stream may repeat records. The meaning of a repetition is defined here, for the restorer and
 //! for every command that shows, compares or converts an image:
 //!
 //! | record | a later one |
 //! |---|---|
 //! | X86_PV_P2M_FRAMES | overwrites, from its first frame on; the table never shrinks |
 //! | HVM_PARAMS | overrides parameter by parameter |
-//! | X86_PV_VCPU_* | replaces the blob of that vcpu and kind; an empty one changes nothing (erratum 1) |
+//! | X86_PV_VCPU_* | replaces the vcpu's blob of that kind; an empty one is ignored (erratum 1) |
 //! | all others | replaces the earlier one |
 //!
 //! [`GuestImage::apply`] also checks the rules that need more than one record's length fields:
-//! how many vcpus there may be, which frames, the framing of the HVM context, and how much of a
-//! stream has to be kept. Page contents are never kept.
+//! number of vcpus, frames, framing of the HVM context, and the amount of state that must be kept.
+//! Page contents are never kept.
 //!
 //! Specification: libxc migration stream, "Records". C implementation: the handlers of
 //! `xg_sr_restore_x86_pv.c` and `xg_sr_restore_x86_hvm.c`.
@@ -28,24 +28,24 @@ use crate::record::pv::{P2mFrames, PvInfo, VcpuState};
 use crate::record::x86::{CpuidLeaf, MsrEntry, TscInfo};
 use crate::record::{Body, Record, RecordKind};
 
-/// Most vcpus of a PV guest: Xen's `MAX_VIRT_CPUS`.
+/// Maximum number of vcpus of a PV guest: Xen's `MAX_VIRT_CPUS`.
 pub const MAX_PV_VCPUS: u32 = 8192;
-/// Most vcpus of an HVM or PVH guest: Xen's `HVM_MAX_VCPUS`.
+/// Maximum number of vcpus of an HVM or PVH guest: Xen's `HVM_MAX_VCPUS`.
 pub const MAX_HVM_VCPUS: u32 = 128;
 /// The last pfn that an x86 guest can have: 52 bits of address.
 pub const MAX_X86_PFN: Pfn = Pfn((1 << 40) - 1);
-/// No HVM parameter has an index this high, in any Xen so far (4.22 has 39).
+/// The index of every HVM parameter is below this, in all Xens so far (4.22 has 39).
 pub const HVM_PARAM_LIMIT: u64 = 256;
-/// Most bytes of state of all vcpus, which a restorer has to keep until END: 8 KiB for each of
+/// Maximum size of the state of all vcpus, which a restorer keeps until END: 8 KiB for each of
 /// [`MAX_PV_VCPUS`].
 pub const MAX_STATE: u64 = 64 << 20;
-/// Most optional records between two checkpoints. Xen writes none.
+/// Maximum number of optional records between two checkpoints. Xen writes none.
 pub const MAX_OPTIONAL: u32 = 1 << 16;
-/// Most records between two checkpoints, those with pages excepted. A guest of 8192 vcpus has
-/// some 32 thousand.
+/// Maximum number of records between two checkpoints, except those with pages. A guest of 8192
+/// vcpus has about 32 thousand.
 pub const MAX_RECORDS: u32 = 1 << 17;
 
-/// The blobs of one PV vcpu; empty where none has come.
+/// The blobs of one PV vcpu; empty if the record has not come.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PvVcpu {
     /// X86_PV_VCPU_BASIC: `vcpu_guest_context_t` in the guest's width.
@@ -59,7 +59,7 @@ pub struct PvVcpu {
 }
 
 impl PvVcpu {
-    /// The blob of a kind of record; `None` for a kind that is not of a vcpu.
+    /// The blob for a kind of record; `None` if the kind does not belong to a vcpu.
     pub fn blob(&self, kind: RecordKind) -> Option<&[u8]> {
         Some(match kind {
             RecordKind::X86_PV_VCPU_BASIC => &self.basic,
@@ -80,8 +80,8 @@ impl PvVcpu {
         })
     }
 
-    /// The blobs that have come, with the kind of their record, in the order in which Xen
-    /// applies them.
+    /// The blobs that have come, with the kind of their record, in the order in which Xen applies
+    /// them.
     pub fn blobs(&self) -> impl Iterator<Item = (RecordKind, &[u8])> {
         [
             (RecordKind::X86_PV_VCPU_BASIC, &self.basic),
@@ -95,18 +95,18 @@ impl PvVcpu {
     }
 }
 
-/// Where a PV guest keeps its p2m.
+/// Location of a PV guest's p2m.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct P2mTable {
     /// The first pfn of the first X86_PV_P2M_FRAMES.
     pub first_pfn: Pfn,
-    /// The last pfn that any of them announced.
+    /// The last pfn that any of the records announced.
     pub max_pfn: Pfn,
-    /// pfns of the leaves, from that of pfn 0 on.
+    /// pfns of the leaves, starting with the leaf for pfn 0.
     pub frames: Vec<Pfn>,
 }
 
-/// What a libxc stream says of a guest, page contents excepted.
+/// The guest as described by a libxc stream, without page contents.
 #[derive(Clone, Debug)]
 pub struct GuestImage {
     guest_type: GuestType,
@@ -114,7 +114,7 @@ pub struct GuestImage {
     p2m: Option<P2mTable>,
     shared_info: Option<Box<Page>>,
     vcpus: BTreeMap<u32, PvVcpu>,
-    /// Bytes in all blobs of `vcpus`.
+    /// Total size of the blobs in `vcpus`.
     vcpu_bytes: u64,
     tsc: Option<TscInfo>,
     cpuid: Vec<CpuidLeaf>,
@@ -128,14 +128,14 @@ pub struct GuestImage {
     /// Optional records since the last checkpoint.
     optional: u32,
     optional_in_all: u64,
-    /// Records since the last checkpoint, those with pages excepted.
+    /// Records since the last checkpoint, except those with pages.
     records: u32,
-    /// Bit n: a page of the range that p2m leaf n translates has had memory.
+    /// Bit n: a page in the range of p2m leaf n has had memory.
     populated_leaves: Vec<u64>,
 }
 
 impl GuestImage {
-    /// Before the first record of the stream of a guest of this type.
+    /// A guest of this type before the first record.
     pub fn new(guest_type: GuestType) -> Self {
         Self {
             guest_type,
@@ -160,18 +160,18 @@ impl GuestImage {
         }
     }
 
-    /// Take in a record. Those whose length the reader has checked are not checked again.
+    /// Applies a record. Lengths that the reader has checked are not checked again.
     ///
     /// # Errors
     ///
-    /// The rule that the record breaks together with those before it. The image is as it was
-    /// then, or has part of the record.
+    /// The rule that the record breaks, alone or together with earlier ones. The image may then
+    /// contain a part of the record.
     pub fn apply(&mut self, record: &Record<'_>) -> Result<(), DecodeError> {
         self.records = self.records.saturating_add(1);
         if self.records > MAX_RECORDS {
             return Err(DecodeError::TooManyRecords { max: MAX_RECORDS });
         }
-        // No `_`: whoever adds a record decides here what it means.
+        // No `_`: a new kind of record must be decided on here.
         match record.body {
             Body::End => self.complete()?,
             Body::Checkpoint => {
@@ -202,13 +202,14 @@ impl GuestImage {
                     return Err(DecodeError::TooManyOptional { max: MAX_OPTIONAL });
                 }
             }
-            // The reader refuses both: one is deprecated, the other travels the other way.
+            // The reader refuses both: the first is deprecated, the second belongs to the back
+            // channel.
             Body::Toolstack(_) | Body::DirtyPfns(_) => {}
         }
         Ok(())
     }
 
-    /// Take in the entries of a PAGE_DATA record.
+    /// Applies the entries of a PAGE_DATA record.
     ///
     /// # Errors
     ///
@@ -237,8 +238,8 @@ impl GuestImage {
         matches!(self.guest_type, GuestType::X86_PV | GuestType::X86_HVM)
     }
 
-    /// Note that a page of the range of p2m leaf `leaf` has memory. The reader lets no page
-    /// beyond the p2m through, so this takes 1 MiB at most.
+    /// Notes that a page in the range of p2m leaf `leaf` has memory. The reader refuses pages
+    /// beyond the p2m, so this takes 1 MiB at most.
     fn populate(&mut self, leaf: u64) {
         let Ok(word) = usize::try_from(leaf >> 6) else {
             return;
@@ -253,7 +254,7 @@ impl GuestImage {
 
     fn is_populated(&self, leaf: u64) -> bool {
         let word = usize::try_from(leaf >> 6).ok();
-        // Beyond what has been noted, no page has memory.
+        // Beyond the end of the bitmap, no page has memory.
         let word = word.and_then(|word| self.populated_leaves.get(word));
         word.is_some_and(|word| word >> (leaf & 63) & 1 == 1)
     }
@@ -264,7 +265,7 @@ impl GuestImage {
             ..P2mTable::default()
         });
         let known = table.frames.len();
-        // A gap would be a part of the p2m that has no leaves.
+        // A gap would leave a part of the p2m without leaves.
         let gap = DecodeError::P2mGap {
             start: record.start,
             known: known as u64,
@@ -321,16 +322,16 @@ impl GuestImage {
         Ok(())
     }
 
-    /// What holds only for all records together, at END and CHECKPOINT.
+    /// Checks the rules for all records together, at END and CHECKPOINT.
     ///
-    /// One leaf may stand for several ranges: Linux has one page of invalid entries for all
-    /// ranges in which it has no memory. If a page of such a range had memory, a restorer would
-    /// have to write two contents into one leaf.
+    /// Several ranges may share a leaf: Linux has one page of invalid entries for all ranges
+    /// without memory. If a page of such a range had memory, a restorer would have to write two
+    /// different contents into one leaf.
     fn complete(&self) -> Result<(), DecodeError> {
         let Some(table) = &self.p2m else {
             return Ok(());
         };
-        // pfns of leaves that are named for a range with memory, and for which: eight bytes for
+        // pfns of leaves for ranges with memory, each with the index of its range: eight bytes
         // each, since there may be as many as pages.
         const LEAF_BITS: u32 = 24;
         const LEAVES: u64 = 1 << LEAF_BITS;
@@ -368,12 +369,12 @@ impl GuestImage {
         Ok(())
     }
 
-    /// The type of the guest, as the domain header has it.
+    /// The type of the guest, from the domain header.
     pub fn guest_type(&self) -> GuestType {
         self.guest_type
     }
 
-    /// X86_PV_INFO: the width of a PV guest.
+    /// X86_PV_INFO: a PV guest's width.
     pub fn pv_info(&self) -> Option<PvInfo> {
         self.pv_info
     }
@@ -398,7 +399,7 @@ impl GuestImage {
         self.tsc
     }
 
-    /// X86_CPUID_POLICY: the leaves, in the order of the stream; none in a version 2 stream.
+    /// X86_CPUID_POLICY: the leaves, in the order of the stream; empty for a version 2 stream.
     pub fn cpuid(&self) -> &[CpuidLeaf] {
         &self.cpuid
     }
@@ -408,43 +409,42 @@ impl GuestImage {
         &self.msrs
     }
 
-    /// HVM_CONTEXT; empty if none has come.
+    /// HVM_CONTEXT; empty if it has not come.
     pub fn hvm_context(&self) -> &[u8] {
         &self.hvm_context
     }
 
-    /// What is in that context.
+    /// Facts about that context.
     pub fn context_facts(&self) -> &ContextFacts {
         &self.context_facts
     }
 
-    /// HVM_PARAMS: each parameter with the value that came last, in the order in which the
-    /// parameters first came.
+    /// HVM_PARAMS: each parameter with its latest value, in the order of first occurrence.
     pub fn hvm_params(&self) -> &[HvmParam] {
         &self.hvm_params
     }
 
-    /// Whether STATIC_DATA_END has come. (In a version 2 stream static data ends without it.)
+    /// Whether STATIC_DATA_END has come. (A version 2 stream has no such record.)
     pub fn static_data_ended(&self) -> bool {
         self.static_data_ended
     }
 
-    /// Whether VERIFY has come: from there on pages are sent again, to be compared.
+    /// Whether VERIFY has come: after it, pages are sent again for comparison.
     pub fn verifying(&self) -> bool {
         self.verifying
     }
 
-    /// How many checkpoints have come.
+    /// Number of checkpoints that have come.
     pub fn checkpoints(&self) -> u64 {
         self.checkpoints
     }
 
-    /// How many optional records have come.
+    /// Number of optional records that have come.
     pub fn optional_records(&self) -> u64 {
         self.optional_in_all
     }
 
-    /// The vcpus that the image has state of, ascending.
+    /// The vcpus with state in the image, ascending.
     pub fn vcpu_numbers(&self) -> impl Iterator<Item = u32> {
         let pv = self.vcpus.iter();
         let pv = pv.filter(|(_, vcpu)| !vcpu.basic.is_empty());
@@ -452,8 +452,8 @@ impl GuestImage {
         pv.map(|(number, _)| *number).chain(hvm)
     }
 
-    /// How many vcpus a domain needs to take the image: vcpus that were offline are not in it,
-    /// so that there may be gaps.
+    /// Number of vcpus that a domain needs for the image. Vcpus that were offline are not in the
+    /// image, so there may be gaps.
     pub fn vcpus_needed(&self) -> u32 {
         self.vcpu_numbers()
             .max()
@@ -461,7 +461,7 @@ impl GuestImage {
     }
 }
 
-/// log2 of the entries in one leaf of the p2m.
+/// log2 of the number of entries in a p2m leaf.
 const fn leaf_shift(info: PvInfo) -> u32 {
     match info {
         PvInfo::Bits32 => 10,

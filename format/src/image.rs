@@ -1,4 +1,4 @@
-//! The two headers a libxc stream starts with.
+//! The image header and the domain header, with which a libxc stream starts.
 //!
 //! Specification: libxc migration stream, "Image Header" and "Domain Header".
 //! C implementation: `xg_sr_save.c:write_headers`, `xg_sr_restore.c:read_headers`.
@@ -12,7 +12,7 @@ use crate::error::{DecodeError, Reserved};
 use crate::frame::PAGE_SHIFT;
 use crate::wire::{U16, U32, U64};
 
-/// The image header, as it stands in the stream; always big endian.
+/// The image header, encoded as in the stream; always big endian.
 ///
 /// | octets | field |
 /// |---|---|
@@ -37,9 +37,9 @@ const _: () = assert!(size_of::<WireImageHeader>() == ImageHeader::BYTES);
 /// The version of a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Version {
-    /// Xen 4.6 to 4.13: static data ends where the first memory record begins.
+    /// Xen 4.6 to 4.13: static data ends at the first memory record.
     V2,
-    /// Xen 4.14 on: static data ends with a STATIC_DATA_END record.
+    /// Xen 4.14 and later: static data ends with a STATIC_DATA_END record.
     V3,
 }
 
@@ -58,7 +58,7 @@ impl Version {
 pub struct ImageHeader {
     /// Version 2 or 3.
     pub version: Version,
-    /// The order of everything that follows.
+    /// The byte order of everything that follows.
     pub order: ByteOrder,
 }
 
@@ -72,7 +72,7 @@ impl ImageHeader {
 
     const OPTION_BIG_ENDIAN: u16 = 1;
 
-    /// Decode a header; `lenient` tolerates reserved bits.
+    /// Decodes a header; `lenient` tolerates reserved bits.
     ///
     /// # Errors
     ///
@@ -111,7 +111,7 @@ impl ImageHeader {
         Ok(Self { version, order })
     }
 
-    /// Encode the header.
+    /// Encodes the header.
     pub fn encode(self) -> WireImageHeader {
         const BE: ByteOrder = ByteOrder::Big;
         let options = match self.order {
@@ -129,7 +129,7 @@ impl ImageHeader {
     }
 }
 
-/// The domain header, as it stands in the stream.
+/// The domain header, encoded as in the stream.
 ///
 /// | octets | field |
 /// |---|---|
@@ -151,8 +151,8 @@ pub struct WireDomainHeader {
 const _: () = assert!(size_of::<WireDomainHeader>() == DomainHeader::BYTES);
 const _: () = assert!(DomainHeader::SHIFT as u32 == PAGE_SHIFT);
 
-/// What kind of guest an image holds. Open: a value without a name is kept and can
-/// be inspected; a restorer refuses it.
+/// The type of a guest. Open: a value without a name is kept and can be inspected, but a restorer
+/// refuses it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct GuestType(pub u32);
 
@@ -176,10 +176,10 @@ impl fmt::Display for GuestType {
 /// The domain header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DomainHeader {
-    /// PV, HVM, or something this version does not know.
+    /// PV, HVM, or a type unknown to this version.
     pub guest_type: GuestType,
-    /// Major version of the Xen that saved the domain; 0 where a converter made
-    /// the stream from a legacy one.
+    /// Major version of the Xen that saved the domain; 0 if a converter made the stream from a
+    /// legacy one.
     pub xen_major: u32,
     /// Minor version, or the converter's version.
     pub xen_minor: u32,
@@ -192,7 +192,7 @@ impl DomainHeader {
     /// Page shift of every x86 stream.
     const SHIFT: u16 = 12;
 
-    /// Decode a header; `lenient` tolerates reserved bits.
+    /// Decodes a header; `lenient` tolerates reserved bits.
     ///
     /// # Errors
     ///
@@ -223,7 +223,7 @@ impl DomainHeader {
         })
     }
 
-    /// Encode the header.
+    /// Encodes the header.
     pub fn encode(self, order: ByteOrder) -> WireDomainHeader {
         WireDomainHeader {
             guest_type: U32::new(self.guest_type.0, order),

@@ -1,19 +1,17 @@
-//! The legacy stream, version 1 (Xen 4.5 and earlier): reading it, and turning it into
-//! a stream of version 3.
+//! Legacy streams, version 1 (Xen 4.5 and earlier): reading them and converting them to version 3.
 //!
 //! | module | what it does |
 //! |---|---|
-//! | [`detect`] | which width of toolstack wrote it |
+//! | [`detect`] | the width of the toolstack that wrote it |
 //! | [`chunk`] | the markers of chunks |
 //! | [`read`] | the pull parser |
 //! | [`compress`] | pages that Remus sent as differences |
 //! | [`toolstack`] | libxl's physmap in the toolstack chunk |
 //! | [`convert`] | the same guest as a stream of version 3 |
 //!
-//! There never was a specification. Layout: `tools/python/xen/migration/legacy.py`; what
-//! a saver writes and a restorer takes: `tools/libxc/xc_domain_save.c` and
-//! `xc_domain_restore.c` as of Xen 4.5. Specification of the conversion: libxc migration
-//! stream, "Legacy Images".
+//! A specification never existed. Layout: `tools/python/xen/migration/legacy.py`. What a saver
+//! writes and a restorer accepts: `tools/libxc/xc_domain_save.c` and `xc_domain_restore.c` as of
+//! Xen 4.5. Specification of the conversion: libxc migration stream, "Legacy Images".
 
 pub mod chunk;
 pub mod compress;

@@ -1,5 +1,5 @@
-//! What is missing and what is not, case by case. The ideas are those of Xen's own
-//! `tools/tests/cpu-policy/test-cpu-policy.c`, and a case for each rule.
+//! Tests of what counts as missing, one for each rule, with ideas from Xen's own
+//! `tools/tests/cpu-policy/test-cpu-policy.c`.
 
 #![allow(
     clippy::unwrap_used,
@@ -57,7 +57,7 @@ fn names(image: &CpuPolicy, host: &CpuPolicy) -> Vec<String> {
         .collect()
 }
 
-/// A policy that has this feature alone.
+/// A policy with this feature only.
 fn only(feature: Feature) -> CpuPolicy {
     match feature.word {
         FeatureWord::Msr { index } => with_msr(index, 1 << feature.bit),
@@ -91,11 +91,11 @@ fn another_vendor_is_named() {
     );
     let unknown = of_vendor([AMD[0] + 1, AMD[1], AMD[2]]);
     assert_eq!(missing(&unknown, &of_vendor(AMD)).len(), 1);
-    // A terminal obeys nothing of it.
+    // Terminal escapes are not passed on.
     let odd = of_vendor([0x6d33_5b1b, 0, 0]);
     let text = names(&odd, &of_vendor(AMD)).concat();
     assert!(text.starts_with(r"a processor of \x1b[3m"), "{text}");
-    // An image without a policy says nothing of a vendor.
+    // An image without a policy does not name a vendor.
     assert_eq!(missing(&CpuPolicy::default(), &of_vendor(AMD)), []);
 }
 
@@ -120,11 +120,11 @@ fn a_feature_less_is_named_with_its_place_and_both_values() {
         lost.details().to_string(),
         "AVX512F (bit 16 of CPUID leaf 0x7 ebx: 0x00010020 in the image, 0x00000020 here)"
     );
-    // A feature more is no loss.
+    // An additional feature is not a loss.
     assert_eq!(missing(&host, &image), []);
 }
 
-/// Each feature that has a name is missing where a host lacks it, except for those of the rules.
+/// Each named feature is missing where a host lacks it, except those that the rules exclude.
 #[test]
 fn every_feature_is_missing_or_harmless() {
     let mut harmless = Vec::new();
@@ -179,7 +179,7 @@ fn a_feature_without_a_name_is_named_by_its_place() {
     );
 }
 
-/// AMD's copies of leaf 1 are Xen's to make: the largest policy of a host has none.
+/// Xen creates AMD's copies of leaf 1; a host's largest policy does not have them.
 #[test]
 fn the_copies_of_leaf_1_are_no_features() {
     let image = policy(&[(0x8000_0001, NO_SUBLEAF, [0, 0, 0, 0x2193_fbff])]);
@@ -196,7 +196,7 @@ fn what_xen_derives_is_no_difference() {
         (4, 0, [0x121, 0x01c0_003f, 0x3f, 0]),
         (7, 0, [2, 0, 0, 0]),
         (0xb, 0, [1, 2, 0x100, 7]),
-        // The size of the area.
+        // Size of the area.
         (0xd, 0, [3, 0x240, 0x240, 0]),
         (0x4000_0000, NO_SUBLEAF, [5, 0, 0, 0]),
         (
@@ -231,7 +231,7 @@ fn transactions_stand_in_for_their_absence() {
     let host = only(Feature::named("rtm").unwrap());
     assert_eq!(missing(&image, &host), []);
     assert_eq!(names(&image, &CpuPolicy::default()), ["RTM_ALWAYS_ABORT"]);
-    // It is not so the other way round: transactions that always abort are none.
+    // Not in the other direction: transactions that always abort do not replace RTM.
     assert_eq!(names(&host, &image), ["RTM"]);
 }
 
@@ -243,7 +243,7 @@ fn msrs_are_compared_by_bits() {
     assert_eq!(missing(&none, &faulting), []);
     assert_eq!(missing(&faulting, &faulting), []);
     assert_eq!(names(&faulting, &none), ["CPUID_FAULTING"]);
-    // A guest that was told that it is safe leaves itself without protection.
+    // A guest that was told that it is safe does not protect itself.
     let safe = with_msr(0x10a, 1 | 1 << 5 | 1 << 62 | 1 << 63 | 1 << 2);
     assert_eq!(
         names(&safe, &with_msr(0x10a, 1)),
@@ -271,14 +271,14 @@ fn state_that_is_elsewhere_in_the_area_is_told() {
         names(&intel, &amd),
         ["the XSAVE state of PKU (8 bytes at 0xa80, here 8 bytes at 0x340)"]
     );
-    // Where the feature is missing, that is enough said.
+    // If the feature is missing, its state is not reported as well.
     let mut without = amd.clone();
     without
         .leaves
         .retain(|leaf| leaf.leaf != 7 && leaf.subleaf != 9);
     without.leaves[1].eax = 7;
     assert_eq!(names(&intel, &without), ["PKU"]);
-    // A part that no feature stands for.
+    // A component without a feature.
     let unknown = policy(&[(0xd, 0, [3, 0, 0, 1]), (0xd, 32, [64, 0xb00, 0, 0])]);
     assert_eq!(
         names(&unknown, &CpuPolicy::default()),
@@ -300,7 +300,7 @@ fn performance_monitoring_that_is_off_is_told() {
     );
 }
 
-/// Of two leaves with one number Xen takes the last, and so must the comparison.
+/// If a leaf occurs twice, Xen takes the last, and so must the comparison.
 #[test]
 fn the_last_of_two_leaves_counts() {
     let with = (7, 0, [0, 1 << 5, 0, 0]);
@@ -334,7 +334,7 @@ fn a_policy_of_half_an_entry_is_none() {
     assert_eq!((parsed.leaves, parsed.msrs), (vec![leaf], vec![msr]));
     assert!(CpuPolicy::parse(&leaves[1..], &msrs).is_err());
     assert!(CpuPolicy::parse(&leaves, &msrs[1..]).is_err());
-    // A half that is not there has nothing.
+    // An absent half is empty.
     assert_eq!(CpuPolicy::parse(&[], &[]), Ok(CpuPolicy::default()));
 }
 
@@ -379,12 +379,12 @@ fn any_policy() -> impl Strategy<Value = CpuPolicy> {
 }
 
 proptest! {
-    /// Whatever bytes a sender put there: no panic, and no host lacks what it has.
+    /// For any bytes from a sender: no panic, and a host with the same policy lacks nothing.
     #[test]
     fn any_policy_lacks_nothing_of_itself(image in any_policy(), host in any_policy()) {
         prop_assert_eq!(missing(&image, &image), []);
         for one in missing(&image, &host) {
-            // Words for each, and for the log.
+            // Both texts can be displayed: the short one, and the one for the log.
             prop_assert!(one.details().to_string().starts_with(&one.to_string()));
         }
     }

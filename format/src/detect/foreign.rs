@@ -1,29 +1,29 @@
-//! What a file is that is not a saved domain: cores, disks, archives, the images of other
-//! virtual machines, text. So that the message can name it, and say what to do with it.
+//! Formats of files that are not saved domains: cores, disks, archives, images of other virtual
+//! machines, text. An error message names the format and says what to do with the file.
 //!
-//! A name is given only where a whole magic matches; two bytes are never enough for what
-//! stands at the start. What has its magic further in (a partition table, a file system) is
-//! asked for last, because page contents may look like that by chance.
+//! A format is named only where a whole magic matches; two bytes at the start of a file are never
+//! enough. Formats whose magic is further in (a partition table, a file system) are tried last,
+//! because page contents may look like one by chance.
 
 use std::fmt;
 
-/// How many bytes the names need: the magic that stands furthest in is that of btrfs.
+/// How many bytes are needed: btrfs has the magic that is furthest in.
 pub const ENOUGH: usize = 0x1_0048;
 
-/// How far a magic is looked for in a file that begins with something else.
+/// How far into a file that begins with something else an image's magic is searched for.
 pub const SEARCHED: usize = 1 << 20;
 
-/// Something that is not a saved domain.
+/// A format that is not a saved domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Foreign {
-    /// What it is, with its article.
+    /// Its name, with an article.
     pub name: &'static str,
-    /// What can be done with it; empty where there is nothing to say.
+    /// What the user can do with it; empty if there is nothing to suggest.
     pub remedy: &'static str,
 }
 
 impl Foreign {
-    /// Whether files are packed into it: what is found further in is a part of one.
+    /// Whether the format is an archive: an image found further in is a member of it.
     pub fn is_archive(&self) -> bool {
         self.name.ends_with("archive")
     }
@@ -39,7 +39,7 @@ impl fmt::Display for Foreign {
     }
 }
 
-/// Magic, what it is, what to do with it.
+/// Offset, magic, name, remedy.
 type Known = (usize, &'static [u8], &'static str, &'static str);
 
 const CORE: &str = "it holds memory, but not the state that a restore needs; crash, volatility3 \
@@ -55,7 +55,7 @@ const MEMORY: &str =
 const VHD: &str = "if it is a suspend VDI of xapi, make it raw first: qemu-img convert -f vpc -O raw \
                    FILE OUT";
 
-/// What names itself in its first bytes.
+/// Formats with a magic at the start.
 const AT_START: &[Known] = &[
     (0, b"QFI\xfb", "a qcow2 disk image", QEMU_IMG),
     (0, b"QED\0", "a QED disk image", QEMU_IMG),
@@ -292,7 +292,7 @@ const AT_START: &[Known] = &[
     (0, b"#!", "a script", ""),
 ];
 
-/// What has its magic further in.
+/// Formats with a magic further in.
 const FURTHER_IN: &[Known] = &[
     (
         257,
@@ -327,12 +327,12 @@ fn known(table: &[Known], prefix: &[u8]) -> Option<Foreign> {
         .map(|(_, _, name, remedy)| Foreign { name, remedy })
 }
 
-/// What names itself in its first bytes.
+/// Detects a format by its first bytes.
 pub(super) fn by_its_start(prefix: &[u8]) -> Option<Foreign> {
     elf(prefix).or_else(|| known(AT_START, prefix))
 }
 
-/// What is known by something further in, or by looking like text.
+/// Detects a format by a magic further in, or by looking like text.
 pub(super) fn by_the_rest(prefix: &[u8]) -> Option<Foreign> {
     known(FURTHER_IN, prefix)
         .or_else(|| partitions(prefix))
@@ -342,7 +342,7 @@ pub(super) fn by_the_rest(prefix: &[u8]) -> Option<Foreign> {
         .or_else(|| text(prefix))
 }
 
-/// What the last 512 bytes of a file say: a VHD of fixed size has its magic there alone.
+/// Detects a format by the last 512 bytes of a file: a VHD of fixed size has its magic only there.
 pub fn by_its_end(last: &[u8]) -> Option<Foreign> {
     last.starts_with(b"conectix").then_some(Foreign {
         name: "a VHD disk image",
@@ -350,7 +350,7 @@ pub fn by_its_end(last: &[u8]) -> Option<Foreign> {
     })
 }
 
-/// An ELF file: the layout tells who makes such ones.
+/// An ELF file: its layout tells which program made it.
 fn elf(prefix: &[u8]) -> Option<Foreign> {
     const CORE_TYPE: u16 = 4;
     if !prefix.starts_with(b"\x7fELF") {
@@ -383,7 +383,7 @@ fn elf(prefix: &[u8]) -> Option<Foreign> {
     Some(Foreign { name, remedy })
 }
 
-/// A boot sector: its mark, and entries of which each is used or empty.
+/// A boot sector: its mark, and entries that are each used or empty.
 fn partitions(prefix: &[u8]) -> Option<Foreign> {
     const ENTRIES: usize = 446;
     const BYTES: usize = 16;
@@ -398,7 +398,8 @@ fn partitions(prefix: &[u8]) -> Option<Foreign> {
     })
 }
 
-/// The superblock of ext2, 3 or 4: its magic has two bytes, so its neighbours are asked, too.
+/// The superblock of ext2, 3 or 4. Its magic has only two bytes, so the fields next to it are
+/// checked as well.
 fn ext(prefix: &[u8]) -> Option<Foreign> {
     const SUPERBLOCK: usize = 1024;
     let block = prefix.get(SUPERBLOCK..)?;
@@ -416,7 +417,7 @@ fn ext(prefix: &[u8]) -> Option<Foreign> {
     })
 }
 
-/// The old format of lzma has no magic: properties, size of the dictionary, size.
+/// The old lzma format has no magic: properties, dictionary size, size.
 fn lzma(prefix: &[u8]) -> Option<Foreign> {
     let (head, size) = prefix.get(..13)?.split_at(5);
     let (properties, dictionary) = head.split_first()?;
@@ -432,7 +433,7 @@ fn lzma(prefix: &[u8]) -> Option<Foreign> {
     })
 }
 
-/// zlib has a checksum of five bits for its magic: only the usual settings are taken for it.
+/// The only magic of zlib is a checksum of five bits, so only the usual settings are accepted.
 fn zlib(prefix: &[u8]) -> Option<Foreign> {
     let found = [b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda"]
         .iter()
@@ -447,7 +448,7 @@ fn zlib(prefix: &[u8]) -> Option<Foreign> {
     })
 }
 
-/// Lines of one length, of base64's alphabet alone.
+/// Lines of equal length that use only base64's alphabet.
 fn is_base64(text: &[u8]) -> bool {
     const SHORTEST: usize = 60;
     let digit = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'/' | b'=');
@@ -459,7 +460,7 @@ fn is_base64(text: &[u8]) -> bool {
         && lines.all(|line| line.len() <= first.len() && line.iter().all(digit))
 }
 
-/// Text, and of which kind.
+/// Text, and its kind.
 fn text(prefix: &[u8]) -> Option<Foreign> {
     const LOOKED_AT: usize = 4096;
     let looked_at = prefix.get(..LOOKED_AT).unwrap_or(prefix);
@@ -468,7 +469,7 @@ fn text(prefix: &[u8]) -> Option<Foreign> {
     if start.is_empty() || !looked_at.iter().all(printable) {
         return None;
     }
-    // Of whatever character set: most of it is ASCII.
+    // In any character set, most of it is ASCII.
     let ascii = looked_at.iter().filter(|byte| byte.is_ascii()).count();
     if ascii < looked_at.len().div_ceil(2) {
         return None;

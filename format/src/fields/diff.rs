@@ -1,4 +1,4 @@
-//! In which fields two blobs differ, and in which bytes that no field names.
+//! Differences between two blobs, by field, and in bytes that belong to no field.
 
 use std::fmt;
 use std::ops::Range;
@@ -8,27 +8,27 @@ use super::{Field, Layout, with_ranges, write_bytes};
 /// One difference between two blobs of the same layout.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FieldDifference<'a> {
-    /// A field that both have.
+    /// A field that both blobs have.
     Field {
-        /// Of the one.
+        /// In the first blob.
         a: Field<'a>,
-        /// Of the other, with the same name and offset.
+        /// In the second blob, with the same name and offset.
         b: Field<'a>,
     },
-    /// Bytes that are in no field and differ, every one of them.
+    /// A run of bytes outside all fields, of which each differs.
     Bytes {
-        /// Where they begin.
+        /// Offset of the run.
         offset: usize,
-        /// Of the one.
+        /// In the first blob.
         a: &'a [u8],
-        /// Of the other, as many.
+        /// In the second blob; the same length.
         b: &'a [u8],
     },
-    /// The blobs are not of the same length. What only one has is not compared.
+    /// The blobs have different lengths. The excess is not compared.
     Length {
-        /// Of the one.
+        /// Length of the first blob.
         a: usize,
-        /// Of the other.
+        /// Length of the second blob.
         b: usize,
     },
 }
@@ -49,8 +49,8 @@ impl fmt::Display for FieldDifference<'_> {
     }
 }
 
-/// In what `b` differs from `a`; nothing if they are equal. In the order of the
-/// layout: fields, then bytes in no field, then the length.
+/// How `b` differs from `a`; empty if they are equal. In the order of the layout: fields, then
+/// bytes outside fields, then the length.
 pub fn diff<'a>(layout: &Layout, a: &'a [u8], b: &'a [u8]) -> Vec<FieldDifference<'a>> {
     let common = a.len().min(b.len());
     let (a_common, _) = a.split_at(common);
@@ -60,7 +60,7 @@ pub fn diff<'a>(layout: &Layout, a: &'a [u8], b: &'a [u8]) -> Vec<FieldDifferenc
         let a_fields = with_ranges(layout, a_common);
         let b_fields = with_ranges(layout, b_common);
         let mut named: Vec<Range<usize>> = Vec::with_capacity(a_fields.len());
-        // The same layout over as many bytes: the same fields, pair by pair.
+        // The same layout over equally many bytes gives the same fields, pair by pair.
         for ((a, range), (b, _)) in a_fields.into_iter().zip(b_fields) {
             if a.value != b.value {
                 out.push(FieldDifference::Field { a, b });
@@ -94,7 +94,7 @@ fn unnamed<'a>(
     }
 }
 
-/// The longest runs of bytes in `gap` that differ.
+/// Collects the longest runs of bytes in `gap` that differ.
 fn differing<'a>(gap: Range<usize>, a: &'a [u8], b: &'a [u8], out: &mut Vec<FieldDifference<'a>>) {
     let mut run: Option<usize> = None;
     for at in gap.start..=gap.end {
@@ -102,7 +102,7 @@ fn differing<'a>(gap: Range<usize>, a: &'a [u8], b: &'a [u8], out: &mut Vec<Fiel
         match (differs, run) {
             (true, None) => run = Some(at),
             (false, Some(offset)) => {
-                // Both as long as the gap goes: the layout has been laid over both.
+                // Both are as long as the gap: the layout covers both.
                 if let (Some(a), Some(b)) = (a.get(offset..at), b.get(offset..at)) {
                     out.push(FieldDifference::Bytes { offset, a, b });
                 }

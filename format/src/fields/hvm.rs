@@ -1,14 +1,13 @@
-//! The HVM context: Xen's own list of device and vcpu state, and the names of HVM
-//! parameters.
+//! HVM contexts, Xen's own list of device and vcpu state, and names of HVM parameters.
 //!
-//! | octets | field of a record |
+//! | bytes | field of a record |
 //! |---|---|
 //! | 0–1 | type |
-//! | 2–3 | instance: which vcpu, which interrupt controller |
+//! | 2–3 | instance: index of the vcpu, interrupt controller … |
 //! | 4–7 | length of the body |
 //! | 8… | body |
 //!
-//! Records follow each other without padding; one of type 0 and length 0 ends them.
+//! Records follow each other without padding. A record with type 0 and length 0 ends the list.
 //!
 //! C: `struct hvm_save_descriptor` in `xen/include/public/hvm/save.h`,
 //! `xen/include/public/arch-x86/hvm/save.h`, `xen/include/public/hvm/params.h`;
@@ -29,7 +28,7 @@ mod params;
 
 pub use params::param_name;
 
-/// What stands before each body.
+/// The header of each record.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct WireDescriptor {
@@ -40,7 +39,7 @@ struct WireDescriptor {
 
 const _: () = assert!(size_of::<WireDescriptor>() == 8);
 
-/// A rule of the HVM context, or of what a record in it holds, that some bytes break.
+/// A broken rule of the HVM context, or of a record in it.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FieldError {
@@ -49,7 +48,7 @@ pub enum FieldError {
         "HVM context: another entry at byte {offset:#x}, expected at most {MAX_ENTRIES} entries"
     )]
     TooManyEntries {
-        /// Where it is.
+        /// Offset of the entry.
         offset: usize,
     },
     /// The context ends without its END record.
@@ -57,49 +56,49 @@ pub enum FieldError {
         "HVM context: {left} bytes are left at byte {offset:#x}, expected at least 8: the context has no END"
     )]
     NoEnd {
-        /// Where the next record should be.
+        /// Offset where a record is expected.
         offset: usize,
         /// Bytes from there on.
         left: usize,
     },
-    /// A record that is longer than what is left.
+    /// A record that is longer than the rest of the context.
     #[error(
         "HVM context: {kind} (instance {instance}) at byte {offset:#x} has a body of {length} bytes, but only {left} are left"
     )]
     BodyTooLong {
         /// The record.
         kind: HvmRecordKind,
-        /// Which of its kind.
+        /// Its instance.
         instance: u16,
-        /// Where it begins.
+        /// Its offset.
         offset: usize,
-        /// What it says.
+        /// Its length field.
         length: u32,
-        /// What there is.
+        /// Bytes that are left.
         left: usize,
     },
     /// An END that is not empty.
     #[error("HVM context: END at byte {offset:#x} has a body of {length} bytes, expected 0")]
     EndNotEmpty {
-        /// Where it begins.
+        /// Its offset.
         offset: usize,
-        /// What it says.
+        /// Its length field.
         length: u32,
     },
-    /// Something behind END.
+    /// Bytes after END.
     #[error("HVM context: {bytes} bytes after END (byte {offset:#x}), expected none")]
     AfterEnd {
-        /// Where they begin.
+        /// Their offset.
         offset: usize,
-        /// How many.
+        /// How many there are.
         bytes: usize,
     },
-    /// A context that does not begin with HEADER, or with one that Xen refuses.
+    /// A context that does not begin with HEADER, or whose HEADER Xen refuses.
     #[error("HVM context: it begins with {kind} of {length} bytes, expected HEADER of 24")]
     NoHeader {
         /// The first record.
         kind: HvmRecordKind,
-        /// Bytes in its body.
+        /// Length of its body.
         length: usize,
     },
     /// A HEADER with another magic number or version.
@@ -119,19 +118,19 @@ pub enum FieldError {
     VcpuNumber {
         /// The record.
         kind: HvmRecordKind,
-        /// What it says.
+        /// Its instance.
         instance: u16,
-        /// Where it begins.
+        /// Its offset.
         offset: usize,
     },
-    /// The same state twice.
+    /// State that occurs twice.
     #[error("HVM context: {kind} (instance {instance}) comes twice, again at byte {offset:#x}")]
     Twice {
         /// The record.
         kind: HvmRecordKind,
-        /// Which of its kind.
+        /// Its instance.
         instance: u16,
-        /// Where the second begins.
+        /// Offset of the second.
         offset: usize,
     },
     /// A CPU record without all registers.
@@ -139,44 +138,45 @@ pub enum FieldError {
         "HVM context: CPU (instance {instance}) at byte {offset:#x} has {length} bytes, expected at least {CPU_LEAST}"
     )]
     CpuTooShort {
-        /// Which vcpu.
+        /// The vcpu.
         instance: u16,
-        /// Where it begins.
+        /// Its offset.
         offset: usize,
-        /// Bytes in its body.
+        /// Length of its body.
         length: usize,
     },
 }
 
-/// Bytes of a CPU record up to and with the last register that is read from it, EFER. Xen takes
-/// shorter bodies than its own and fills them up with zeros, so that records of older versions
-/// can be read.
+/// Length of a CPU record up to and including EFER, the last register that is read from it. Xen
+/// accepts bodies shorter than its own and pads them with zeros, so records of older versions can
+/// be read.
 pub const CPU_LEAST: usize = 1000;
 
-/// Most vcpus of an HVM guest: Xen's `HVM_MAX_VCPUS`.
+/// Maximum number of vcpus of an HVM guest: Xen's `HVM_MAX_VCPUS`.
 const MAX_VCPUS: u16 = 128;
 
-/// Most entries of an HVM context. Xen writes some dozen for each vcpu and a few dozen more.
+/// Maximum number of entries in an HVM context. Xen writes about a dozen for each vcpu and a few
+/// dozen more.
 pub const MAX_ENTRIES: usize = 1 << 16;
 
-/// What an HVM context holds.
+/// Facts about an HVM context.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ContextFacts {
     /// The vcpus that have a CPU record, in the order of the context.
     pub cpus: Vec<u16>,
-    /// Kinds that this crate has no name for: a Xen that does not know them either refuses the
+    /// Kinds without a name in this crate. A Xen that does not know them either refuses the
     /// context.
     pub unknown: Vec<HvmRecordKind>,
-    /// What is odd about its end, which Xen does not look at.
+    /// An oddity at its end, where Xen does not look.
     pub odd_end: Option<FieldError>,
 }
 
-/// Check the framing of an HVM context as Xen does before it loads one, and that each vcpu can
-/// exist and comes once.
+/// Checks the framing of an HVM context as Xen does before it loads one, and that each vcpu can
+/// exist and occurs once.
 ///
 /// # Errors
 ///
-/// The rule that is broken. What follows END, and the length of END, Xen does not look at.
+/// The broken rule. Bytes after END, and the length of END, are not errors, as Xen ignores them.
 pub fn check_context(context: &[u8]) -> Result<ContextFacts, FieldError> {
     let mut facts = ContextFacts::default();
     let mut seen = HashSet::new();
@@ -231,7 +231,7 @@ pub fn check_context(context: &[u8]) -> Result<ContextFacts, FieldError> {
         }
     }
     if seen.is_empty() {
-        // Nothing but END.
+        // Only END.
         let (kind, length) = (HvmRecordKind::END, 0);
         return Err(FieldError::NoHeader { kind, length });
     }
@@ -306,8 +306,8 @@ kinds! {
 }
 
 impl HvmRecordKind {
-    /// The layout of such a record with a body of `length` bytes; `None` for what
-    /// has no fields or is not known. A length says which Xen wrote it.
+    /// The layout of such a record with a body of `length` bytes; `None` if it has no fields or is
+    /// unknown. The length tells which Xen wrote it.
     pub const fn layout(self, length: usize) -> Option<&'static Layout> {
         Some(match self {
             Self::HEADER => &layouts::HEADER,
@@ -337,7 +337,7 @@ impl HvmRecordKind {
 }
 
 impl HvmRecordKind {
-    /// Whether the instance of such a record is the number of a vcpu.
+    /// Whether the instance of such a record is a vcpu number.
     pub const fn is_of_vcpu(self) -> bool {
         matches!(
             self,
@@ -374,16 +374,15 @@ impl fmt::Debug for HvmRecordKind {
 pub struct HvmRecord<'a> {
     /// Its type.
     pub kind: HvmRecordKind,
-    /// Which of its type: a vcpu, for most.
+    /// Its instance: the vcpu number, for most types.
     pub instance: u16,
-    /// Where it begins in the context.
+    /// Its offset in the context.
     pub offset: usize,
     /// Its body.
     pub body: &'a [u8],
 }
 
-/// An HVM context: its records up to END. Iterate over it; after an error there is
-/// nothing more.
+/// Iterator over the records of an HVM context, up to END. After an error it ends.
 #[derive(Clone, Debug)]
 pub struct HvmContext<'a> {
     rest: &'a [u8],
@@ -401,11 +400,11 @@ impl<'a> HvmContext<'a> {
         }
     }
 
-    /// All records, END not among them.
+    /// All records except END.
     ///
     /// # Errors
     ///
-    /// A record does not fit, END is missing or not the last thing there is.
+    /// A record does not fit, or END is missing or not the last record.
     pub fn records(context: &'a [u8]) -> Result<Vec<HvmRecord<'a>>, FieldError> {
         Self::new(context).collect()
     }
@@ -479,19 +478,19 @@ pub enum HvmDifference<'a> {
         kind: HvmRecordKind,
         /// Which of its type.
         instance: u16,
-        /// In what it differs.
+        /// The fields that differ.
         differences: Vec<FieldDifference<'a>>,
     },
 }
 
-/// In what context `b` differs from context `a`: first the records of `a`, in its
-/// order, then those that only `b` has. The order of records itself does not matter.
+/// How context `b` differs from context `a`: first the records of `a`, in its order, then those
+/// that only `b` has. The order of the records does not matter.
 ///
 /// # Errors
 ///
-/// One of the two cannot be taken apart.
+/// Either context cannot be parsed.
 pub fn diff_contexts<'a>(a: &'a [u8], b: &'a [u8]) -> Result<Vec<HvmDifference<'a>>, FieldError> {
-    /// For what is not known: no field, so differences come as bytes.
+    /// For unknown kinds: no fields, so differences are reported as bytes.
     const UNKNOWN: Layout = Layout {
         name: "unknown",
         bytes: 0,
@@ -499,7 +498,7 @@ pub fn diff_contexts<'a>(a: &'a [u8], b: &'a [u8]) -> Result<Vec<HvmDifference<'
     };
     let a = HvmContext::records(a)?;
     let b = HvmContext::records(b)?;
-    // By kind and instance, those that are not paired yet; of several, the first first.
+    // Records that are not paired yet, by kind and instance, in order.
     let mut unpaired: HashMap<_, VecDeque<_>> = HashMap::new();
     for record in b {
         let key = (record.kind, record.instance);

@@ -1,8 +1,8 @@
-//! Structures of PV guests: start_info, shared_info, vcpu contexts.
+//! Layouts of PV guests' structures: start_info, shared_info, vcpu contexts.
 //!
-//! C: `xen/include/public/{xen.h,arch-x86/xen.h,domctl.h}`. Offsets are the compiler's
-//! for those headers (see `tests/it/fields`). The 32-bit layouts are those that a 32-bit
-//! guest sees; a 64-bit toolstack writes them as the guest has them.
+//! C: `xen/include/public/{xen.h,arch-x86/xen.h,domctl.h}`. Offsets are the compiler's for those
+//! headers (see `tests/it/fields`). The 32-bit layouts are those that a 32-bit guest sees; a 64-bit
+//! toolstack writes them unchanged.
 
 use super::{
     FieldSpec, HEX_32, HEX_64, Layout, Shape, TO_END, array, bytes, dec, hex, signed, text,
@@ -246,15 +246,15 @@ const VCPU_MSR: &[FieldSpec] = &[
     hex("value", 8, 8),
 ];
 
-/// The blob of X86_PV_VCPU_MSRS: `xen_domctl_vcpu_msr`, one behind the other.
+/// The blob of X86_PV_VCPU_MSRS: an array of `xen_domctl_vcpu_msr`.
 pub const VCPU_MSRS: Layout = Layout {
     name: "vcpu_msrs",
     bytes: 16,
     fields: &[array("msr", 0, TO_END, 16, &Shape::Struct(VCPU_MSR))],
 };
 
-/// The blob of X86_PV_VCPU_XSAVE: two masks, then the processor's XSAVE area; what
-/// comes after its header depends on `xstate_bv`.
+/// The blob of X86_PV_VCPU_XSAVE: two masks, then the processor's XSAVE area; the part after its
+/// header depends on `xstate_bv`.
 pub const VCPU_XSAVE: Layout = Layout {
     name: "vcpu_xsave",
     bytes: 592,

@@ -1,6 +1,6 @@
-//! Structures of every x86 guest: CPU policy entries and TSC.
+//! Layouts of structures of every x86 guest: CPU policy entries and TSC.
 //!
-//! C: `xen/include/public/arch-x86/xen.h`; X86_TSC_INFO is the specification's own.
+//! C: `xen/include/public/arch-x86/xen.h`; X86_TSC_INFO is defined by the specification itself.
 
 use super::{Layout, dec, hex};
 
@@ -41,7 +41,7 @@ pub const TSC_INFO: Layout = Layout {
     ],
 };
 
-/// What a leaf of CPUID is about, for those that a policy holds.
+/// The topic of a CPUID leaf, for the leaves that a policy holds.
 ///
 /// Specification: the processor makers' manuals ("CPUID"); Xen's public
 /// `arch-x86/cpuid.h` for 0x40000000 and above.

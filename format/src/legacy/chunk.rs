@@ -1,8 +1,8 @@
-//! The markers of legacy chunks: a signed word in front of each.
+//! Markers of legacy chunks: the signed word before each chunk.
 //!
 //! | marker | what follows |
 //! |---|---|
-//! | 1 to 1024 | so many pages: entries, then contents |
+//! | 1 to 1024 | that number of pages: entries, then contents |
 //! | 0 | the tail |
 //! | −1 to −20 | metadata, see [`Marker`] |
 //!
@@ -10,33 +10,33 @@
 
 use std::fmt;
 
-/// What kind of chunk follows.
+/// The kind of chunk that follows.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Marker(pub i32);
 
 impl Marker {
-    /// The body is over; the tail follows.
+    /// The body has ended; the tail follows.
     pub const END: Self = Self(0);
-    /// All pages come again, to be compared.
+    /// All pages follow again, for comparison.
     pub const ENABLE_VERIFY_MODE: Self = Self(-1);
-    /// Which vcpus there are.
+    /// The vcpus that are present.
     pub const VCPU_INFO: Self = Self(-2);
     /// Transcendent memory, dropped in Xen 4.13.
     pub const TMEM: Self = Self(-5);
-    /// What became invalid in it meanwhile.
+    /// Pages of transcendent memory that became invalid meanwhile.
     pub const TMEM_EXTRA: Self = Self(-6);
     /// The TSC.
     pub const TSC_INFO: Self = Self(-7);
-    /// The checkpoint that ends with the next tail is the last.
+    /// The checkpoint that ends with the next tail is the last one.
     pub const LAST_CHECKPOINT: Self = Self(-9);
     /// Pages as differences (Remus).
     pub const COMPRESSED_DATA: Self = Self(-12);
-    /// From the next checkpoint on, pages come as differences.
+    /// From the next checkpoint on, pages are sent as differences.
     pub const ENABLE_COMPRESSION: Self = Self(-13);
-    /// What the toolstack keeps: libxl's physmap.
+    /// State of the toolstack: libxl's physmap.
     pub const TOOLSTACK: Self = Self(-18);
 
-    /// The name, as Xen's header has it; `None` for what it does not define.
+    /// The name in Xen's header; `None` if it defines none.
     pub const fn name(self) -> Option<&'static str> {
         Some(match self.0 {
             0 => "end",

@@ -1,16 +1,15 @@
-//! Pages that Remus sent as differences: runs of words, copied over what the page was.
+//! Decompression of pages that Remus sent as differences: runs of words to copy over the old page.
 //!
-//! | marker octet | meaning |
+//! | marker byte | meaning |
 //! |---|---|
 //! | 0x00, first of a page | the page has not changed |
-//! | 0x80, first of a page | the whole page, 4096 octets, follows |
-//! | 0x01–0x7F | so many words (of 4 octets) follow |
-//! | 0x81–0xFF | so many words, less 0x80, stay as they were |
+//! | 0x80, first of a page | the whole page, 4096 bytes, follows |
+//! | 0x01–0x7F | that many words (of 4 bytes) follow |
+//! | 0x81–0xFF | that many words, less 0x80, are unchanged |
 //!
-//! A difference is to the page as it was last sent, which the sender kept in a cache of
-//! 8192 pages. A page that was not there came whole. So the same cache, kept here, is all
-//! that is needed to undo it: the order in which pages enter and leave it is that of the
-//! stream.
+//! A difference is relative to the page as it was last sent, which the sender kept in a cache of
+//! 8192 pages. Pages outside the cache were sent whole. Keeping the same cache here is enough to
+//! undo the differences, since the stream determines the order in which pages enter and leave it.
 //!
 //! C implementation: `tools/libxc/xc_compression.c` (Xen 4.5).
 
@@ -19,7 +18,7 @@ use std::collections::{BTreeMap, HashMap};
 use super::error::LegacyError;
 use crate::frame::{PAGE_SIZE, Page, Pfn};
 
-/// Pages that the sender remembers (`DELTA_CACHE_SIZE`).
+/// Number of pages that the sender remembers (`DELTA_CACHE_SIZE`).
 pub const CACHE_PAGES: usize = 8192;
 
 const FLAG_SKIP: u8 = 0x80;
@@ -27,11 +26,11 @@ const UNCHANGED: u8 = 0x00;
 const WHOLE: u8 = 0x80;
 const WORD: usize = 4;
 
-/// The pages that the sender remembers, the one that was used last at the end.
+/// The pages that the sender remembers, the most recently used last.
 #[derive(Debug, Default)]
 pub struct PageCache {
     pages: HashMap<Pfn, (u64, Box<Page>)>,
-    /// By the time of their last use.
+    /// Ordered by last use.
     used: BTreeMap<u64, Pfn>,
     now: u64,
 }
@@ -42,7 +41,7 @@ impl PageCache {
         self.pages.get(&pfn).map(|(_, page)| &**page)
     }
 
-    /// A page was sent.
+    /// Records that a page was sent.
     pub fn put(&mut self, pfn: Pfn, page: &Page) {
         self.now = self.now.saturating_add(1);
         let evicted = match self.pages.remove(&pfn) {
@@ -59,7 +58,7 @@ impl PageCache {
         self.used.insert(self.now, pfn);
     }
 
-    /// A page has become a page table, which the sender does not remember.
+    /// Forgets a page that has become a page table: the sender does not remember those.
     pub fn forget(&mut self, pfn: Pfn) {
         if let Some((time, _)) = self.pages.remove(&pfn) {
             self.used.remove(&time);
@@ -72,12 +71,12 @@ impl PageCache {
     }
 }
 
-/// Decode the contents of page `pfn` from the front of `bytes` into `page`; `base` is the
-/// page as it was. Says how many bytes that took, or `None` where there are not enough.
+/// Decodes the contents of page `pfn` from the front of `bytes` into `page`; `base` is the old
+/// page. Returns how many bytes that took, or `None` if there are not enough.
 ///
 /// # Errors
 ///
-/// Runs that do not make a page; a difference where there is no base.
+/// Runs that do not add up to a page; a difference without a base.
 pub fn decode(
     bytes: &[u8],
     pfn: Pfn,
@@ -172,7 +171,7 @@ mod tests {
         expected[..8].fill(0xaa);
         expected[8 + 7 * 508..8 + 8 * 508].fill(0xbb);
         assert_eq!(*page, expected);
-        // Bytes of the next page are not touched; too few bytes are waited for.
+        // Bytes of the next page are left alone; with too few bytes, more are awaited.
         bytes.extend([1, 2, 3]);
         assert_eq!(decoded(&bytes, Some(&base)).unwrap().unwrap().0, used);
         for short in 0..used {
@@ -208,7 +207,7 @@ mod tests {
         assert_eq!(decoded(&bytes, Some(&base)), Err(error));
     }
 
-    /// The page that was not used for the longest time goes first.
+    /// The least recently used page is evicted first.
     #[test]
     fn the_cache_is_the_senders() {
         let mut cache = PageCache::default();

@@ -1,15 +1,14 @@
-//! A legacy stream as a stream of version 3: what Xen's converter makes of it, byte for
-//! byte, where that can handle it (`docs/legacy.md` says where it cannot).
+//! Conversion of a legacy stream to version 3, byte for byte as Xen's converter does it, where that
+//! can handle the stream (`docs/legacy.md` says where it cannot).
 //!
-//! [`Converted`] is a source of bytes: whoever reads version 3 reads legacy through it, and
-//! whoever wants a file copies it to one. It converts as it goes, from a pipe if need be;
-//! the contents of pages go through without being kept.
+//! [`Converted`] is a source of bytes: a reader of version 3 can read a legacy stream through it,
+//! or it can be copied to a file. It converts while it is read, from a pipe if need be, and does
+//! not keep the contents of pages.
 //!
-//! A stream with checkpoints (Remus) becomes one without: pages as they come, so that the
-//! last version counts, and the tail of the last checkpoint that is complete. Pages of a
-//! later checkpoint must not get into the stream before it is complete: they wait in a
-//! spool that the caller provides, or the caller has found out how many are
-//! ([`survey`]).
+//! A stream with checkpoints (Remus) becomes one without: pages in their order, so that the last
+//! version counts, and the tail of the last complete checkpoint. Pages of a later checkpoint must
+//! not get into the stream before it is complete. Either they wait in a spool that the caller
+//! provides, or the caller has counted the complete checkpoints in advance ([`survey`]).
 //!
 //! Specification: libxc migration stream, "Legacy Images". C implementation: none; Xen's is
 //! `tools/python/scripts/convert-legacy-stream`.
@@ -37,35 +36,35 @@ mod tail;
 use compressed::Assembly;
 use tail::Tail;
 
-/// What Xen's converter calls itself in the domain header: Xen 0.1.
+/// Version of Xen's converter in the domain header: Xen 0.1.
 const CONVERTER_VERSION: u32 = 1;
 
-/// What stands around the converted stream.
+/// The wrapper around the converted stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target {
     /// A bare libxc stream.
     Libxc {
-        /// Whether the device model's record follows it, as it was. libxc does not read it.
+        /// Whether the device model's record follows it unchanged. libxc does not read it.
         device_model: bool,
     },
     /// A libxl stream.
     Libxl,
 }
 
-/// Where pages wait.
+/// Temporary storage for pages of an incomplete checkpoint.
 pub trait Spool: Read + Write + Seek + Send {}
 
 impl<T: Read + Write + Seek + Send> Spool for T {}
 
-/// What was converted, so far, and what could not be.
+/// What was converted so far, and what was left out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Summary {
-    /// Checkpoints that are complete; 1 for an ordinary image.
+    /// Complete checkpoints; 1 for an ordinary image.
     pub checkpoints: u32,
-    /// Why the checkpoint behind the last complete one is not.
+    /// Why the checkpoint after the last complete one is incomplete.
     pub incomplete: Option<String>,
-    /// Entries of pages.
+    /// Entries for pages.
     pub entries: u64,
     /// Entries without meaning, left out.
     pub filler: u64,
@@ -73,13 +72,13 @@ pub struct Summary {
     pub tmem_bytes: u64,
     /// Pfns without memory that a PV tail lists, left out.
     pub unmapped: u64,
-    /// Blocks of the extended info that nobody knows, left out.
+    /// Unknown blocks of the extended info, left out.
     pub unknown_blocks: u32,
-    /// Whether pages come a second time, to be compared.
+    /// Whether pages are sent a second time, for comparison.
     pub verify: bool,
-    /// Whether pages came as differences.
+    /// Whether pages were sent as differences.
     pub compressed: bool,
-    /// Bytes of the toolstack's records that a libxc stream cannot hold, left out.
+    /// Bytes of the toolstack's records that a libxc stream has no place for, left out.
     pub toolstack_bytes: u64,
 }
 
@@ -89,7 +88,7 @@ pub struct Converted<R> {
     target: Target,
     writer: RecordWriter<Vec<u8>>,
     libxl: Option<LibxlWriter<Vec<u8>>>,
-    /// Converted bytes, and how many of them have been read.
+    /// Converted bytes, and how many have been read.
     ready: Vec<u8>,
     at: usize,
     stage: Stage,
@@ -110,23 +109,22 @@ enum Stage {
     Failed,
 }
 
-/// What [`Converted::next_part`] has.
+/// What [`Converted::next_part`] returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part<'c> {
     /// These bytes.
     Bytes(&'c [u8]),
-    /// So many bytes that go straight through: take them with
-    /// [`Converted::with_source`].
+    /// This many bytes are unchanged: take them with [`Converted::with_source`].
     Through(u64),
 }
 
 impl<R: Read> Converted<R> {
-    /// Convert what `reader` has not read yet: all of it. Without a spool, pages of a later
-    /// checkpoint count at once; let the reader stop behind the last complete one then.
+    /// Converts what `reader` has not read yet. Without a spool, pages of a later checkpoint count
+    /// at once, so the reader must stop after the last complete one.
     ///
     /// # Errors
     ///
-    /// None; those of the stream come as it is read.
+    /// None here; errors of the stream are returned when it is read.
     pub fn new(
         reader: LegacyReader<R>,
         target: Target,
@@ -186,7 +184,7 @@ impl<R: Read> Converted<R> {
         Ok(converted)
     }
 
-    /// The reader.
+    /// The reader of the legacy stream.
     pub fn reader(&self) -> &LegacyReader<R> {
         &self.reader
     }
@@ -196,17 +194,17 @@ impl<R: Read> Converted<R> {
         &self.summary
     }
 
-    /// Give the source back.
+    /// Returns the source.
     pub fn into_source(self) -> R {
         self.reader.into_source()
     }
 
-    /// The next bytes, or `None` behind the last. What is shown is taken; what goes
-    /// through must be taken before the next call.
+    /// The next bytes, or `None` at the end. Returned bytes count as taken; unchanged bytes must be
+    /// taken before the next call.
     ///
     /// # Errors
     ///
-    /// What is wrong with the legacy stream, or with its source.
+    /// An error of the legacy stream or of its source.
     pub fn next_part(&mut self) -> Result<Option<Part<'_>>, ReadError> {
         while self.at >= self.ready.len() {
             self.ready.clear();
@@ -223,12 +221,12 @@ impl<R: Read> Converted<R> {
         Ok(Some(Part::Bytes(bytes)))
     }
 
-    /// Let `read` take bytes that go through straight from the source: at most as many as
-    /// it is told. It says how many it has taken.
+    /// Lets `read` take unchanged bytes directly from the source, at most the number passed to it.
+    /// `read` returns the number it has taken.
     ///
     /// # Errors
     ///
-    /// As [`LegacyReader::with_source`].
+    /// Same as [`LegacyReader::with_source`].
     pub fn with_source(
         &mut self,
         read: impl FnOnce(&mut R, u64) -> io::Result<u64>,
@@ -239,7 +237,7 @@ impl<R: Read> Converted<R> {
         }
     }
 
-    /// Whether the contents of pages are next, and nobody here has to look at them.
+    /// Whether the next bytes are page contents that can be passed on unread.
     fn goes_through(&self) -> bool {
         self.stage == Stage::Pieces
             && self.reader.left() > 0
@@ -247,12 +245,12 @@ impl<R: Read> Converted<R> {
             && !self.spooling()
     }
 
-    /// Whether what is converted now may still turn out to count for nothing.
+    /// Whether the checkpoint being converted may turn out incomplete, and so not count.
     fn spooling(&self) -> bool {
         self.spool.is_some() && self.complete.is_some()
     }
 
-    /// Make more bytes ready. `false` behind the last.
+    /// Makes more bytes ready. Returns `false` at the end.
     fn go_on(&mut self) -> Result<bool, ReadError> {
         let result = match self.stage {
             Stage::Pieces => self.piece(),
@@ -280,8 +278,8 @@ impl<R: Read> Converted<R> {
         }
     }
 
-    /// Whether a checkpoint before is complete, and the one that is being read was just
-    /// cut off, as it is when the sender has died: Remus is for that.
+    /// Whether an earlier checkpoint is complete and only the current one was cut off, as happens
+    /// when the sender dies: Remus exists for this case.
     fn is_merely_incomplete(&self, error: &ReadError) -> bool {
         self.spooling() && matches!(error.cause, ReadErrorCause::Truncated { .. })
     }
@@ -294,10 +292,10 @@ impl<R: Read> Converted<R> {
         }
     }
 
-    /// Convert the next piece.
+    /// Converts the next piece.
     fn piece(&mut self) -> Result<(), Failure> {
         if self.reader.left() > 0 {
-            // Only what has to be looked at is still there.
+            // Contents that can be passed on have been taken; what is left must be decoded.
             self.contents()?;
         } else {
             match self.reader.next_item().map_err(Failure::Reader)? {
@@ -329,7 +327,7 @@ impl<R: Read> Converted<R> {
                         assembly.expect(batch)?;
                         assembly.write_complete(&mut self.writer)?;
                     }
-                    // What Xen's converter writes then, no restorer takes.
+                    // Xen's converter writes a record here that no restorer accepts.
                     None if batch.entries.is_empty() => {}
                     None => {
                         let head = page_data_head(&batch.entries).map_err(LegacyError::from)?;
@@ -387,7 +385,7 @@ impl<R: Read> Converted<R> {
         Ok(())
     }
 
-    /// Contents of pages that are compressed or may not count.
+    /// Converts contents of pages that are compressed or may not count.
     fn contents(&mut self) -> Result<(), Failure> {
         const STEP: usize = 256 << 10;
         let most = usize::try_from(self.reader.left())
@@ -418,7 +416,7 @@ impl<R: Read> Converted<R> {
         Ok(())
     }
 
-    /// What waited in the spool counts now.
+    /// Makes the contents of the spool count.
     fn commit(&mut self) -> Result<(), ReadErrorCause> {
         self.collect_or_spool()?;
         let Some(spool) = &mut self.spool else {
@@ -451,7 +449,7 @@ impl<R: Read> Converted<R> {
         Ok(())
     }
 
-    /// What the writer has made is ready to be read.
+    /// Moves the writer's output to the ready bytes.
     fn collect(&mut self) {
         if let Some(libxl) = &mut self.libxl {
             self.ready.append(libxl.sink_mut());
@@ -473,9 +471,9 @@ impl<R: Read> Converted<R> {
         Ok(())
     }
 
-    /// The end of the stream: the tail of the last checkpoint that is complete.
+    /// Ends the stream with the tail of the last complete checkpoint.
     fn finish(&mut self) -> Result<(), ReadErrorCause> {
-        // What belongs to no complete checkpoint.
+        // Drop what belongs to no complete checkpoint.
         self.writer.sink_mut().clear();
         self.stage = Stage::Done;
         let Some(tail) = self.complete.take() else {
@@ -505,7 +503,7 @@ impl<R: Read> Converted<R> {
     }
 }
 
-/// Who failed: the reader, which says where, or somebody here.
+/// An error of the reader, which has a position, or of the conversion.
 enum Failure {
     Reader(ReadError),
     Cause(ReadErrorCause),
@@ -518,8 +516,7 @@ impl<E: Into<ReadErrorCause>> From<E> for Failure {
 }
 
 impl<R: Read> Read for Converted<R> {
-    /// An error of the legacy stream comes as an [`io::Error`] that holds its
-    /// [`ReadError`].
+    /// An error of the legacy stream is returned as an [`io::Error`] that holds its [`ReadError`].
     fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
         if room.is_empty() {
             return Ok(0);
@@ -557,20 +554,20 @@ impl<R> fmt::Debug for Converted<R> {
     }
 }
 
-/// What is found by reading a legacy file once, without the contents of its pages.
+/// The result of reading a legacy file once, without the contents of its pages.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Survey {
-    /// Checkpoints that are complete: at least 1.
+    /// Complete checkpoints: at least 1.
     pub complete: u32,
-    /// Why the one behind is not, if there is one.
+    /// Why the checkpoint after these is incomplete, if there is one.
     pub incomplete: Option<String>,
 }
 
-/// Read a legacy stream to its end to find out how many of its checkpoints are complete.
+/// Reads a legacy stream to its end to count its complete checkpoints.
 ///
 /// # Errors
 ///
-/// As [`LegacyReader::next_item`], but where only a checkpoint behind the first is cut off.
+/// Same as [`LegacyReader::next_item`], except if only a checkpoint after the first is cut off.
 pub fn survey<R: Read + Seek>(source: R, options: LegacyOptions) -> Result<Survey, ReadError> {
     let mut reader = LegacyReader::seeking(source, options)?;
     loop {

@@ -1,29 +1,27 @@
-//! Was a legacy stream written by a 32-bit or by a 64-bit toolstack?
+//! Detection of legacy streams, and of whether a 32-bit or a 64-bit toolstack wrote one.
 //!
-//! A legacy stream has no header. It begins with `p2m_size`, an `unsigned long` of the
-//! toolstack that wrote it: 4 bytes or 8. So bytes 4–7 are either the upper half of
-//! `p2m_size` or the first word of what comes after it:
+//! A legacy stream has no header. It begins with `p2m_size`, an `unsigned long` of the toolstack
+//! that wrote it: 4 or 8 bytes. So bytes 4–7 are either the upper half of `p2m_size` or the first
+//! word of what follows it:
 //!
-//! | toolstack | octets 4–7 | values |
+//! | toolstack | bytes 4–7 | values |
 //! |---|---|---|
 //! | 64-bit | `p2m_size` bits 32–63 | 0 |
 //! | 32-bit, PV guest | mark of the extended info | 0xFFFFFFFF |
 //! | 32-bit, HVM guest | first chunk: a page count | 1 to 1024 |
-//! | 32-bit, HVM guest | first chunk: another kind | −1 to −20, and not 0, which would end a stream with no page in it |
+//! | 32-bit, HVM guest | first chunk: another kind | −1 to −20; 0 would mean no pages |
 //!
-//! The specification tells the two apart by whether bytes 4–7 are zero, "since
-//! p2m_size < 2^32". That a larger size cannot be is not left to trust here. The
-//! saver took it from `xc_domain_maximum_gpfn`, which answered in an `int`, and
-//! refused to save beyond [`MAX_P2M_SIZE`], because an entry of a page batch has 28
-//! bits for the pfn. So each reading is checked in full, and bytes that no saver can
-//! have written under either reading are refused, with both of them in the error.
-//! No bytes are good under both: one asks that bytes 4–7 be zero, the other that
-//! they are not.
+//! The specification tells the two apart by whether bytes 4–7 are zero, "since p2m_size < 2^32".
+//! This code does not rely on that. The saver took the size from `xc_domain_maximum_gpfn`, which
+//! returned an `int`, and refused to save beyond [`MAX_P2M_SIZE`], because an entry of a page batch
+//! has 28 bits for the pfn. So each reading is checked in full. Bytes that no saver can have
+//! written under either reading are refused, and the error shows both readings. No bytes are valid
+//! under both: one requires bytes 4–7 to be zero, the other requires that they are not.
 //!
-//! Legacy streams are little endian: only x86 wrote them. Specification: libxc
-//! migration stream, "Legacy Images". C implementation (as of Xen 4.4):
-//! `tools/libxc/xc_domain_save.c`; `tools/python/scripts/convert-legacy-stream`,
-//! which does not detect the width but has to be told.
+//! Legacy streams are little endian: only x86 wrote them. Specification: libxc migration stream,
+//! "Legacy Images". C implementation (as of Xen 4.4): `tools/libxc/xc_domain_save.c`;
+//! `tools/python/scripts/convert-legacy-stream`, which does not detect the width but takes it as an
+//! option.
 
 use std::fmt;
 
@@ -36,13 +34,13 @@ use crate::wire::U32;
 /// The largest `p2m_size` that the legacy saver accepted, in pages (1 TiB).
 pub const MAX_P2M_SIZE: u32 = 0x0fff_ffff;
 
-/// The most pages in one batch.
+/// Maximum number of pages in one batch.
 pub const MAX_BATCH: u32 = 1024;
 
-/// The lowest chunk marker that exists.
+/// The lowest existing chunk marker.
 const LAST_CHUNK: i32 = -20;
 
-/// Bytes that detection needs.
+/// Number of bytes that detection needs.
 pub const BYTES: usize = 8;
 
 /// The first bytes of a legacy stream.
@@ -60,17 +58,17 @@ struct WireLegacyStart {
 
 const _: () = assert!(size_of::<WireLegacyStart>() == BYTES);
 
-/// Bytes in the `unsigned long` of the toolstack that wrote a stream.
+/// The width of the `unsigned long` of the toolstack that wrote a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ToolstackWidth {
-    /// 4.
+    /// 4 bytes.
     Bits32,
-    /// 8.
+    /// 8 bytes.
     Bits64,
 }
 
 impl ToolstackWidth {
-    /// Bytes in a word.
+    /// Bytes in an `unsigned long`.
     pub(crate) const fn bytes(self) -> usize {
         match self {
             Self::Bits32 => 4,
@@ -88,10 +86,10 @@ impl fmt::Display for ToolstackWidth {
     }
 }
 
-/// What the first bytes of a legacy stream say.
+/// The start of a legacy stream, decoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LegacyStart {
-    /// Who wrote it.
+    /// The width of the toolstack that wrote it.
     pub width: ToolstackWidth,
     /// Number of guest frames, 1 to [`MAX_P2M_SIZE`].
     pub p2m_size: u32,
@@ -112,17 +110,17 @@ pub enum LegacyDetectError {
         as_64: u64,
         /// `p2m_size` if a 32-bit toolstack wrote it.
         as_32: u32,
-        /// What follows it then.
+        /// In that case, the word after it.
         next: u32,
     },
 }
 
-/// Tell from its first eight bytes who wrote a legacy stream. Call it for bytes
-/// that are the start of nothing else.
+/// Detects the toolstack's width from the first eight bytes of a legacy stream. Call it only for
+/// bytes that no other format begins with.
 ///
 /// # Errors
 ///
-/// No legacy saver can have written them.
+/// No legacy saver can have written the bytes.
 pub fn detect(first: [u8; BYTES]) -> Result<LegacyStart, LegacyDetectError> {
     const LE: ByteOrder = ByteOrder::Little;
     let wire: WireLegacyStart = zerocopy::transmute!(first);
@@ -147,26 +145,25 @@ pub fn detect(first: [u8; BYTES]) -> Result<LegacyStart, LegacyDetectError> {
     })
 }
 
-/// Whether some bytes, the more the better, are the start of a legacy stream: by its first
-/// eight, and by whether what follows can follow them. Streams are told from other files with
-/// it, which have numbers in their first bytes, too.
+/// Whether some bytes, preferably many, are the start of a legacy stream: checks the first eight
+/// bytes, and whether what follows is possible. This tells streams from other files that begin with
+/// numbers.
 ///
-/// | next | looked at |
+/// | next | checked |
 /// |---|---|
 /// | extended info | its length, and the name of its first block |
 /// | a batch | its entries: type, pfn below the guest's size, in ascending order |
 /// | another chunk | nothing |
-/// | frames of the p2m | whether the first is one of the guest's |
+/// | frames of the p2m | whether the first is within the guest |
 pub fn detect_in(prefix: &[u8]) -> Option<LegacyStart> {
     let start = detect(*prefix.first_chunk()?).ok()?;
     let rest = prefix.get(start.width.bytes()..)?;
     can_follow(start, rest).then_some(start)
 }
 
-/// Whether these bytes can stand behind the size of such a stream. What is cut off is taken
-/// for good.
+/// Whether these bytes can follow the size of such a stream. Missing bytes are assumed to be valid.
 fn can_follow(start: LegacyStart, rest: &[u8]) -> bool {
-    /// The contexts of a vcpu, and some blocks that are not known.
+    /// Enough for the contexts of a vcpu, and some unknown blocks.
     const MAX_EXTENDED_INFO: u32 = 1 << 20;
     let word = |at: usize| {
         let end = at.checked_add(4)?;
@@ -196,7 +193,7 @@ fn can_follow(start: LegacyStart, rest: &[u8]) -> bool {
         1..=MAX_BATCH => {
             let entries = rest.get(4..).unwrap_or_default().chunks_exact(long);
             let count = usize::try_from(first).unwrap_or(0);
-            // Savers went through the pfns from the lowest up.
+            // Savers went through the pfns in ascending order.
             let mut lowest = 0;
             entries.take(count).all(|entry| {
                 let Some(pfn) = can_be_entry(entry, start.p2m_size) else {
@@ -222,8 +219,8 @@ fn can_follow(start: LegacyStart, rest: &[u8]) -> bool {
     }
 }
 
-/// Whether this can be an entry of a batch: a type in the upper four bits of the lower word,
-/// the pfn below it. If so, the pfn; an entry without meaning has none.
+/// Whether this can be an entry of a batch: a type in the upper four bits of the lower word, the
+/// pfn below it. Returns the pfn, which an entry without meaning does not have.
 fn can_be_entry(entry: &[u8], p2m_size: u32) -> Option<Option<u32>> {
     const FILLER: u32 = 0xf000_0000;
     let (low, high) = entry.split_first_chunk()?;
@@ -250,9 +247,9 @@ mod tests {
         (u64::from(high) << 32 | u64::from(low)).to_le_bytes()
     }
 
-    /// Of the review of the format's draft B: "the legacy 32/64-bit test relies on
-    /// p2m_size < 2^32, which the interface truncates to an int anyway". Both sides
-    /// of each limit are taken, and what is impossible comes with both readings.
+    /// From the review of the format's draft B: "the legacy 32/64-bit test relies on p2m_size <
+    /// 2^32, which the interface truncates to an int anyway". Tests both sides of each limit, and
+    /// that errors contain both readings.
     #[test]
     fn the_legacy_32_64_bit_test_relies_on_p2m_size() {
         let found = |low, high| detect(bytes(low, high)).map(|start| (start.width, start.p2m_size));
@@ -279,7 +276,7 @@ mod tests {
                 assert_eq!(found(size, next), impossible(size, next));
             }
         }
-        // No pages; more than a batch entry can name; more than an int can say.
+        // No pages; more than a batch entry can name; more than fits in an int.
         for size in [0, MAX_P2M_SIZE + 1, 0x7fff_ffff, 0x8000_0000, u32::MAX] {
             for next in [0, 1, u32::MAX] {
                 assert_eq!(found(size, next), impossible(size, next));
@@ -299,7 +296,7 @@ mod tests {
             &[0x1000, 0, u32::MAX, u32::MAX, 8 + 0x1430, 0x7570_6376],
             &[0x1000, 0, 0xffff_fff9, 1, 2, 3],
             &[0x1000, 0, 0xfff, 0, 7, 0],
-            // 32-bit toolstack: a batch that goes on beyond what is there; extended info.
+            // 32-bit toolstack: a batch that is longer than the bytes given; extended info.
             &[0x1000, 1024, 0x10, 0x9000_0020, 0xf000_0000],
             &[0x1000, u32::MAX, 8 + 0xaf0, 0x7570_6376],
             &[0x1000, u32::MAX, 0],
@@ -315,7 +312,7 @@ mod tests {
             &[0x1000, 0, 0, 0, 0],
             &[0x1000, 0, 0x1000, 0],
             &[0x1000, 0, 0xfff, 1],
-            // A zip archive (a pfn far beyond the guest), whose magic is asked for before.
+            // A zip archive (a pfn far beyond the guest), whose magic is checked before.
             &[0x0403_4b50, 20, 0x0da8_0008, 0x5c00_2fd9],
             &[0x1000, 0, 2, 0x10, 1],
             &[0x1000, 0, 2, 0x1000, 0],

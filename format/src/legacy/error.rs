@@ -1,4 +1,4 @@
-//! The rules of the legacy stream, one variant each.
+//! Errors of the legacy stream, one variant for each rule.
 
 use thiserror::Error;
 
@@ -8,7 +8,7 @@ use super::items::MAX_PENDING_PAGES;
 use crate::error::WriteError;
 use crate::frame::{PageType, Pfn};
 
-/// A rule of the legacy stream that some bytes break.
+/// A broken rule of the legacy stream.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum LegacyError {
@@ -18,25 +18,25 @@ pub enum LegacyError {
     /// A size that no saver accepted.
     #[error("p2m_size is {got:#x}, expected 1 to {MAX_P2M_SIZE:#x}")]
     P2mSize {
-        /// What came.
+        /// The value found.
         got: u64,
     },
-    /// Neither the stream of a PV nor of an HVM guest.
+    /// The stream of neither a PV nor an HVM guest.
     #[error(
         "after p2m_size comes {got:#010x}, expected 0xffffffff (a PV guest's extended info), \
          a page count or a chunk (an HVM guest), or a pfn below p2m_size (an old PV guest's p2m)"
     )]
     GuestUnclear {
-        /// What came.
+        /// The value found.
         got: u32,
     },
-    /// A mark that is only half there.
+    /// An incomplete mark of the extended info.
     #[error("extended info begins with {got:#018x}, expected 0xffffffffffffffff")]
     ExtendedInfoMark {
-        /// What came.
+        /// The value found.
         got: u64,
     },
-    /// A block of the extended info that does not fit in it.
+    /// A block that does not fit in the extended info.
     #[error(
         "extended info: block {:?} has {length} bytes, but {left} are left",
         name.escape_ascii().to_string()
@@ -44,48 +44,48 @@ pub enum LegacyError {
     BlockTooLong {
         /// Its name.
         name: [u8; 4],
-        /// Bytes it says it has.
+        /// Its length field.
         length: u32,
         /// Bytes of the extended info that are left.
         left: u32,
     },
-    /// Less left of the extended info than any block has.
+    /// The rest of the extended info is too short for a block.
     #[error("extended info: {left} bytes are left, expected none or 8 and more")]
     BlockCut {
-        /// What is left.
+        /// Bytes that are left.
         left: u32,
     },
-    /// A block that came before.
+    /// A block that occurs twice.
     #[error("extended info: block {:?} for the second time", name.escape_ascii().to_string())]
     BlockRepeated {
         /// Its name.
         name: [u8; 4],
     },
-    /// A vcpu context of a size that none has.
+    /// A vcpu context of an impossible size.
     #[error(
         "extended info: the vcpu context has {got:#x} bytes, expected 0xaf0 (32-bit guest) or \
          0x1430 (64-bit guest)"
     )]
     VcpuContext {
-        /// What came.
+        /// The value found.
         got: u32,
     },
-    /// An XSAVE area of a size that none has.
+    /// An XSAVE area of an impossible size.
     #[error("extended info: the XSAVE area has {got:#x} bytes, expected 0, or 0x10 to {max:#x}")]
     XsaveSize {
-        /// What came.
+        /// The value found.
         got: u32,
         /// The limit.
         max: u32,
     },
-    /// An XSAVE area of another size than was announced.
+    /// An XSAVE area of another size than announced.
     #[error("vcpu {vcpu}: the XSAVE area has {got:#x} bytes, expected {expected:#x}")]
     XsaveLength {
-        /// Whose.
+        /// The vcpu.
         vcpu: u32,
-        /// As announced.
+        /// The announced size.
         expected: u64,
-        /// What came.
+        /// The value found.
         got: u64,
     },
     /// A chunk of no known kind.
@@ -94,7 +94,7 @@ pub enum LegacyError {
         /// Its marker.
         marker: Marker,
     },
-    /// A chunk that this type of guest does not have.
+    /// A chunk that does not exist for this type of guest.
     #[error("chunk {marker}: only HVM guests have it, and this is a PV guest")]
     HvmOnly {
         /// Its marker.
@@ -103,15 +103,15 @@ pub enum LegacyError {
     /// An entry with bits that have no meaning.
     #[error("entry {index} of the batch is {got:#x}, expected 32 bits at most")]
     EntryBits {
-        /// Which.
+        /// Index of the entry.
         index: u32,
-        /// What came.
+        /// The value found.
         got: u64,
     },
     /// An entry of no known type.
     #[error("entry {index} of the batch (pfn {pfn}) has type {:#x}, which is reserved", got.nibble())]
     PageType {
-        /// Which.
+        /// Index of the entry.
         index: u32,
         /// Its pfn.
         pfn: Pfn,
@@ -123,81 +123,81 @@ pub enum LegacyError {
         "entry {index} of the batch has pfn {pfn}, expected less than the p2m_size {p2m_size:#x}"
     )]
     PfnBeyond {
-        /// Which.
+        /// Index of the entry.
         index: u32,
         /// Its pfn.
         pfn: Pfn,
-        /// Where the guest's memory ends.
+        /// The end of the guest's memory.
         p2m_size: u32,
     },
-    /// A page that comes twice in one batch.
+    /// A page that occurs twice in a batch.
     #[error("pfn {pfn} comes twice in one batch")]
     DuplicatePfn {
         /// The pfn.
         pfn: Pfn,
     },
-    /// Vcpus that cannot be.
+    /// An impossible highest vcpu.
     #[error("the highest vcpu is {got}, expected 0 to 4095")]
     MaxVcpu {
-        /// What came.
+        /// The value found.
         got: i32,
     },
-    /// A vcpu beyond the highest.
+    /// A vcpu above the highest.
     #[error("vcpu {vcpu} is present, though {max} is the highest")]
     VcpuBeyond {
         /// The vcpu.
         vcpu: u32,
-        /// The highest.
+        /// The highest vcpu.
         max: u32,
     },
-    /// Nobody to restore.
+    /// A guest without vcpus.
     #[error("no vcpu is present")]
     NoVcpu,
-    /// Nothing to restore.
+    /// A guest without pages.
     #[error("the pages end, and none has come: the state is incomplete and cannot be restored")]
     NoPages,
     /// A reserved field that is not zero.
     #[error("{what} is {got:#x}, expected 0 (--lenient tolerates this)")]
     NotZero {
-        /// Which.
+        /// Name of the field.
         what: &'static str,
-        /// What came.
+        /// The value found.
         got: u32,
     },
-    /// A count or a length beyond its limit.
+    /// A count or length outside its limits.
     #[error("{what} is {got:#x}, expected {min:#x} to {max:#x}")]
     Range {
-        /// Of what.
+        /// What is counted.
         what: &'static str,
-        /// What came.
+        /// The value found.
         got: u64,
-        /// The least.
+        /// The minimum.
         min: u64,
-        /// The most.
+        /// The maximum.
         max: u64,
     },
     /// Transcendent memory of another layout.
     #[error("tmem: {what} is {got:#x}, expected 0xffffffff")]
     Tmem {
-        /// Which field.
+        /// Name of the field.
         what: &'static str,
-        /// What came.
+        /// The value found.
         got: u32,
     },
-    /// A device model's record of no known kind.
+    /// A device model's record of unknown kind.
     #[error(
         "signature is {:?}, expected QemuDeviceModelRecord, DeviceModelRecord0002 or \
          RemusDeviceModelState",
         got.escape_ascii().to_string()
     )]
     QemuSignature {
-        /// What came.
+        /// The value found.
         got: [u8; 21],
     },
-    /// More pages announced than a saver buffers.
+    /// More announced pages than a saver buffers.
     #[error("more than {MAX_PENDING_PAGES} pages wait for their compressed contents")]
     TooManyPending,
-    /// Compressed contents of no page.
+    /// Compressed contents that belong to no page.
     #[error("compressed data goes on for {left} bytes behind the last page that was announced")]
     CompressedTooLong {
         /// Bytes left in the chunk.
@@ -206,55 +206,55 @@ pub enum LegacyError {
     /// Pages without contents.
     #[error("the body ends while {pages} announced pages lack their compressed contents")]
     CompressedMissing {
-        /// How many.
+        /// Their number.
         pages: u64,
     },
-    /// A run of no words.
+    /// A run without words.
     #[error("compressed page {pfn}: a run of zero words inside the page")]
     EmptyRun {
-        /// Of which page.
+        /// The page.
         pfn: Pfn,
     },
-    /// Runs that do not end where the page ends.
+    /// Runs that do not end at the end of the page.
     #[error("compressed page {pfn}: runs of {bytes} bytes, expected 4096")]
     RunOverPage {
-        /// Of which page.
+        /// The page.
         pfn: Pfn,
-        /// How far they go.
+        /// Where they end, in bytes.
         bytes: u64,
     },
-    /// A difference to a page that nobody has.
+    /// A difference to a page that was not sent before.
     #[error(
         "compressed page {pfn}: it is a difference to a page that was not sent before, or that \
          the sender's cache of 8192 pages had dropped"
     )]
     NoBase {
-        /// Of which page.
+        /// The page.
         pfn: Pfn,
     },
     /// A toolstack record of another version.
     #[error("toolstack record: version is {got}, expected 1")]
     ToolstackVersion {
-        /// What came.
+        /// The value found.
         got: u32,
     },
-    /// A toolstack record that ends too early or too late.
+    /// A toolstack record that is too short or too long.
     #[error("toolstack record: {got} bytes for the {what}, expected {expected}")]
     ToolstackLength {
-        /// Which part.
+        /// The part of it.
         what: &'static str,
-        /// What it needs.
+        /// The bytes it needs.
         expected: u64,
-        /// What there is.
+        /// The bytes there are.
         got: u64,
     },
-    /// A name that does not end where it should.
+    /// A name whose terminator is not at its end.
     #[error("toolstack record: the name of region {region} must have its only NUL at its end")]
     ToolstackName {
-        /// Which region, from 0.
+        /// Index of the region.
         region: u32,
     },
-    /// Something that a stream of version 3 cannot hold.
+    /// Something that a stream of version 3 cannot represent.
     #[error("as a stream of version 3: {0}")]
     Unwritable(String),
 }

@@ -46,19 +46,19 @@ pub enum LibvirtError {
     /// The first bytes are not libvirt's.
     #[error("magic is {:?}, expected {:?}", got.escape_ascii().to_string(), MAGIC.escape_ascii().to_string())]
     Magic {
-        /// What came.
+        /// The value found.
         got: [u8; 16],
     },
     /// A version that nobody here knows.
     #[error("version is {got}, expected 1 or 2; a newer libvirt made this file, or it is damaged")]
     Version {
-        /// What came.
+        /// The value found.
         got: u32,
     },
     /// No XML, or more than anybody would write.
     #[error("the XML has {got} bytes, expected 1 to {MAX_XML}")]
     XmlLength {
-        /// What came.
+        /// The value found.
         got: u32,
     },
     /// A reserved word that is not zero.
@@ -66,7 +66,7 @@ pub enum LibvirtError {
     Reserved {
         /// Where in the header.
         at: u64,
-        /// What came.
+        /// The value found.
         got: u32,
     },
 }

@@ -137,13 +137,13 @@ pub enum LibxlError {
     /// The first eight bytes are not libxl's.
     #[error("ident is {got:#018x}, expected 0x4c6962786c466d74 (LibxlFmt)")]
     Ident {
-        /// What came.
+        /// The value found.
         got: u64,
     },
     /// A version that does not exist.
     #[error("version is {got}, expected 2")]
     Version {
-        /// What came.
+        /// The value found.
         got: u32,
     },
     /// A reserved field or padding that is not zero.
@@ -153,13 +153,13 @@ pub enum LibxlError {
         field: &'static str,
         /// Where the field begins in the header or the record.
         at: u64,
-        /// What came.
+        /// The value found.
         got: u64,
     },
     /// A body that is longer than any is.
     #[error("body length is {got}, expected at most {max} bytes")]
     BodyTooLong {
-        /// What came.
+        /// The value found.
         got: u64,
         /// The limit.
         max: u32,
@@ -183,7 +183,7 @@ pub enum LibxlError {
     BodyLength {
         /// What the kind asks for.
         expected: &'static str,
-        /// What came.
+        /// The value found.
         got: u64,
     },
     /// A mandatory record that the specification does not define.
@@ -199,7 +199,7 @@ pub enum LibxlError {
         "emulator id is {got:#x}, expected 0 (unknown), 1 (qemu traditional) or 2 (qemu upstream)"
     )]
     UnknownEmulator {
-        /// What came.
+        /// The value found.
         got: u32,
     },
     /// Xenstore data whose last string has no end.
@@ -236,7 +236,7 @@ pub enum LibxlError {
     /// A CHECKPOINT_STATE that the specification does not define.
     #[error("control id is {got:#x}, expected 0 to 3")]
     UnknownCheckpointState {
-        /// What came.
+        /// The value found.
         got: u32,
     },
     /// A record that is out of place.

@@ -54,7 +54,7 @@ pub enum VhdError {
     TooLarge {
         /// Of what.
         what: &'static str,
-        /// What came.
+        /// The value found.
         got: u32,
         /// The limit.
         max: u32,

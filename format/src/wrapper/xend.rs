@@ -31,13 +31,13 @@ pub enum XendError {
     /// The first bytes are not xend's.
     #[error("magic is {:?}, expected {:?}", got.escape_ascii().to_string(), MAGIC.escape_ascii().to_string())]
     Magic {
-        /// What came.
+        /// The value found.
         got: [u8; 16],
     },
     /// No configuration, or more than xend would write.
     #[error("the configuration has {got} bytes, expected 1 to {MAX_CONFIG}")]
     ConfigLength {
-        /// What came.
+        /// The value found.
         got: u32,
     },
 }

@@ -72,13 +72,13 @@ pub enum XlError {
     /// The first 32 bytes are not xl's.
     #[error("magic is {:?}, expected {:?}", got.escape_ascii().to_string(), MAGIC.escape_ascii().to_string())]
     Magic {
-        /// What came.
+        /// The value found.
         got: [u8; 32],
     },
     /// A byte order mark that is neither order's.
     #[error("byte order mark is {got:02x?}, expected [04, 03, 02, 01] or [01, 02, 03, 04]")]
     ByteOrderMark {
-        /// What came.
+        /// The value found.
         got: [u8; 4],
     },
     /// Mandatory flags that nobody here knows.
@@ -96,13 +96,13 @@ pub enum XlError {
         "optional flags are {got:#010x}, expected 0 since none is defined (--lenient tolerates this)"
     )]
     OptionalFlags {
-        /// What came.
+        /// The value found.
         got: u32,
     },
     /// More optional data than anybody would write.
     #[error("optional data has {got} bytes, expected at most {max}")]
     OptionalDataTooLong {
-        /// What came.
+        /// The value found.
         got: u64,
         /// The limit.
         max: u32,
@@ -114,7 +114,7 @@ pub enum XlError {
         what: &'static str,
         /// What it needs.
         expected: u64,
-        /// What came.
+        /// The value found.
         got: u64,
     },
     /// A JSON configuration with no NUL at its end, or with one inside.

@@ -1,7 +1,7 @@
-//! Where the fields are in each kind of record of an HVM context.
+//! Layouts of the records of an HVM context.
 //!
-//! C: `xen/include/public/arch-x86/hvm/save.h`. Offsets are the compiler's for Xen
-//! 4.17 (see `tests/it/fields`), and `pending_esr` of LAPIC, which came later.
+//! C: `xen/include/public/arch-x86/hvm/save.h`. Offsets are the compiler's for Xen 4.17 (see
+//! `tests/it/fields`), plus `pending_esr` of LAPIC, which was added later.
 
 use crate::fields::{
     FieldSpec, Format, HEX_32, HEX_64, Layout, Shape, TO_END, array, bytes, dec, hex, signed,
@@ -108,7 +108,7 @@ pub(super) const CPU: Layout = Layout {
     ],
 };
 
-/// CPU, as it was before Xen 3.4: without `msr_tsc_aux`.
+/// CPU before Xen 3.4: without `msr_tsc_aux`.
 pub(super) const CPU_COMPAT: Layout = Layout {
     name: "hvm_hw_cpu_compat",
     bytes: 1016,
@@ -235,14 +235,14 @@ pub(super) const LAPIC: Layout = Layout {
     ],
 };
 
-/// PCI_IRQ: wires of the PCI interrupts.
+/// PCI_IRQ: PCI interrupt lines.
 pub(super) const PCI_IRQ: Layout = Layout {
     name: "hvm_hw_pci_irqs",
     bytes: 16,
     fields: &[array("wires", 0, 2, 8, HEX_64)],
 };
 
-/// ISA_IRQ: wires of the ISA interrupts.
+/// ISA_IRQ: ISA interrupt lines.
 pub(super) const ISA_IRQ: Layout = Layout {
     name: "hvm_hw_isa_irqs",
     bytes: 8,
@@ -350,7 +350,7 @@ pub(super) const MTRR: Layout = Layout {
     ],
 };
 
-/// VIRIDIAN_DOMAIN: what Windows is told.
+/// VIRIDIAN_DOMAIN: state of the Hyper-V interface for Windows.
 pub(super) const VIRIDIAN_DOMAIN: Layout = Layout {
     name: "hvm_viridian_domain_context",
     bytes: 32,
@@ -362,7 +362,7 @@ pub(super) const VIRIDIAN_DOMAIN: Layout = Layout {
     ],
 };
 
-/// CPU_XSAVE: extended registers of a vcpu; what comes after them depends on `xstate_bv`.
+/// CPU_XSAVE: extended registers of a vcpu; the rest of the body depends on `xstate_bv`.
 pub(super) const CPU_XSAVE: Layout = Layout {
     name: "hvm_hw_cpu_xsave",
     bytes: 600,

@@ -2,8 +2,8 @@
 //!
 //! C: `xen/include/public/hvm/params.h`.
 
-/// The name of an HVM parameter, without `HVM_PARAM_`; `None` for an index that has
-/// none. Names of parameters that are no longer used are those of Xen 4.17's headers.
+/// The name of an HVM parameter, without `HVM_PARAM_`; `None` for an unnamed index. Names of
+/// parameters that are no longer used are from Xen 4.17's headers.
 pub const fn param_name(index: u64) -> Option<&'static str> {
     Some(match index {
         0 => "CALLBACK_IRQ",

@@ -1,11 +1,12 @@
-//! Names of the features that bits of CPUID and of ARCH_CAPABILITIES stand for.
+//! Names of the feature bits of CPUID and ARCH_CAPABILITIES.
 //!
 //! Specification: the processor makers' manuals. The names are those of Xen's public
-//! `arch-x86/cpufeatureset.h` (4.22, and 4.14 to 4.21 for what that no longer has), in small letters and with `-` for `_`.
+//! `arch-x86/cpufeatureset.h` (4.22, and 4.14 to 4.21 for names that were removed), in lower case
+//! and with `-` for `_`.
 
 use std::fmt;
 
-/// A register of CPUID.
+/// A CPUID register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Register {
     /// EAX.
@@ -29,10 +30,10 @@ impl fmt::Display for Register {
     }
 }
 
-/// A register that holds features, a bit for each.
+/// A register that holds features, one bit each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum FeatureWord {
-    /// A register of a leaf of CPUID. `subleaf` is 0 for a leaf without subleaves.
+    /// A register of a CPUID leaf. `subleaf` is 0 for a leaf without subleaves.
     Cpuid {
         /// The leaf.
         leaf: u32,
@@ -101,7 +102,7 @@ impl fmt::Display for FeatureWord {
 
 /// A feature: one bit of a register.
 ///
-/// Displayed as people write it (`AVX512F`), or as its place where it has no name.
+/// Displayed as commonly written (`AVX512F`), or as its location if it has no name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Feature {
     /// The register.
@@ -111,7 +112,7 @@ pub struct Feature {
 }
 
 impl Feature {
-    /// The feature with this name, whatever the case of its letters and with `-` or `_`.
+    /// The feature with this name, in any case and with `-` or `_`.
     pub fn named(name: &str) -> Option<Self> {
         let name = name.to_ascii_lowercase().replace('_', "-");
         FeatureWord::all().filter(|_| name != "-").find_map(|word| {
@@ -121,7 +122,7 @@ impl Feature {
         })
     }
 
-    /// Its name, in small letters and with `-`, as in [`features`]. `None` for a bit without one.
+    /// Its name, in lower case and with `-`, as in [`features`]. `None` for a bit without one.
     pub fn name(self) -> Option<&'static str> {
         let name = self.word.names().nth(self.bit.into())?;
         (name != "-").then_some(name)
@@ -137,7 +138,7 @@ impl fmt::Display for Feature {
     }
 }
 
-/// MSR_INTEL_PLATFORM_INFO, and the one bit of it that a guest may see.
+/// MSR_INTEL_PLATFORM_INFO, of which a guest may see one bit.
 const PLATFORM_INFO: FeatureWord = FeatureWord::Msr { index: 0xce };
 const PLATFORM_INFO_NAMES: &str =
     "- - - - - - - - - - - - - - - - - - - - - - - - - - - - - - - cpuid-faulting";
@@ -219,7 +220,7 @@ const WORDS: &[Word] = &[
         leaf: 7,
         subleaf: 1,
         register: Register::Ecx,
-        // Xen compares it, and no bit of it has a name yet.
+        // Xen compares it, but none of its bits has a name yet.
         names: "",
     },
     Word {
@@ -292,8 +293,8 @@ const ARCH_CAPABILITIES: &str = "rdcl-no eibrs rsba skip-l1dfl intel-ssb-no mds-
     mon-umon-mitg - pb-opt-ctrl - - - - - - - - - - - - - - - - - - - - - - - - \
     - - - - - its-no";
 
-/// The features that `value` in a register of a leaf names: a name for each bit that is
-/// set, `bit N` for one that has none. `None` for a register that holds no features.
+/// The features that `value` in a register of a leaf names: the name of each bit that is set, or
+/// `bit N` for one without a name. `None` for a register that holds no features.
 pub fn features(
     leaf: u32,
     subleaf: u32,
@@ -306,7 +307,7 @@ pub fn features(
     Some(set(word.names, value.into()))
 }
 
-/// What `value` in the MSR ARCH_CAPABILITIES says of the processor, as [`features`] does.
+/// The features that `value` in the MSR ARCH_CAPABILITIES names, like [`features`].
 pub fn arch_capabilities(value: u64) -> impl Iterator<Item = String> {
     set(ARCH_CAPABILITIES, value)
 }
@@ -333,8 +334,8 @@ mod tests {
             .unwrap_or_default()
     }
 
-    /// Bits that everybody knows, from the makers' manuals: the last of a word shows that
-    /// none before it is missing.
+    /// Well-known bits from the makers' manuals. The last one of a word shows that no name before
+    /// it is missing.
     #[test]
     fn bits_have_the_names_of_the_manuals() {
         use Register::{Eax, Ebx, Ecx, Edx};
@@ -411,7 +412,7 @@ mod tests {
         );
     }
 
-    /// Every name stands for one feature, so that none hides another.
+    /// No two features have the same name, so none hides another.
     #[test]
     fn no_two_features_have_one_name() {
         let mut names: Vec<&str> = FeatureWord::all()

@@ -1,5 +1,5 @@
-//! Compressed checkpoints: batches are announced first, their contents come later, in one
-//! run of bytes that is cut into chunks anywhere.
+//! Assembly of compressed checkpoints: batches are announced first. Their contents follow later, in
+//! one run of bytes that is cut into chunks at any point.
 
 use std::collections::VecDeque;
 use std::mem;
@@ -9,21 +9,21 @@ use crate::frame::{PAGE_SIZE, Page, Pfn};
 use crate::legacy::compress::{PageCache, decode};
 use crate::legacy::items::{Batch, MAX_PENDING_PAGES};
 
-/// Batches whose contents are on their way.
+/// Batches that wait for their contents.
 #[derive(Debug, Default)]
 pub(super) struct Assembly {
     cache: PageCache,
     waiting: VecDeque<Batch>,
-    /// Contents of the first batch that waits, as far as they have come.
+    /// Contents of the first waiting batch that have arrived.
     pages: Vec<Box<Page>>,
-    /// Pages that lack their contents.
+    /// Number of pages without contents.
     lacking: usize,
-    /// Bytes of a page that is not all there.
+    /// Bytes of an incomplete page.
     carry: Vec<u8>,
 }
 
 impl Assembly {
-    /// A batch was announced.
+    /// Adds an announced batch.
     pub(super) fn expect(&mut self, batch: Batch) -> Result<(), LegacyError> {
         let pages = usize::try_from(batch.pages).unwrap_or(usize::MAX);
         self.lacking = self.lacking.saturating_add(pages);
@@ -41,7 +41,7 @@ impl Assembly {
         Ok(())
     }
 
-    /// The first page that lacks its contents, and whether the sender remembers it.
+    /// The first page without contents, and whether the sender remembers it.
     fn next_page(&self) -> Option<(Pfn, bool)> {
         let batch = self.waiting.front()?;
         let entry = batch
@@ -52,7 +52,7 @@ impl Assembly {
         Some((entry.pfn, entry.page_type.table_level().is_none()))
     }
 
-    /// Contents have come.
+    /// Takes contents that have arrived.
     pub(super) fn take(
         &mut self,
         bytes: &[u8],
@@ -79,7 +79,7 @@ impl Assembly {
         Ok(())
     }
 
-    /// Write the batches at the front that lack nothing.
+    /// Writes the complete batches at the front.
     pub(super) fn write_complete(
         &mut self,
         writer: &mut RecordWriter<Vec<u8>>,
@@ -96,7 +96,7 @@ impl Assembly {
         Ok(())
     }
 
-    /// A part of a chunk was taken, of which `left` bytes are still to come.
+    /// Checks a part of a chunk, of which `left` bytes are still to come.
     pub(super) fn chunk_part(&self, left: u64) -> Result<(), LegacyError> {
         match self.lacking == 0 && !self.carry.is_empty() {
             true => Err(LegacyError::CompressedTooLong {
@@ -106,7 +106,7 @@ impl Assembly {
         }
     }
 
-    /// The body is over.
+    /// Checks that no page lacks its contents at the end of the body.
     pub(super) fn body_end(&self) -> Result<(), LegacyError> {
         match self.lacking {
             0 => Ok(()),

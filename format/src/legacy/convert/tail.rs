@@ -1,4 +1,4 @@
-//! The tail of a checkpoint, kept until it is known to be the last that is complete.
+//! Tail of a checkpoint, kept until it is known to belong to the last complete one.
 
 use super::{
     EmulatorId, EmulatorInstance, HvmParam, LegacyError, LibxlRecord, QemuRecord, ReadErrorCause,
@@ -9,13 +9,13 @@ use crate::legacy::items::Vcpu;
 use crate::record::RecordKind;
 use crate::record::pv::PvInfo;
 
-/// Nobody knows which emulator wrote what a legacy stream holds.
+/// It is unknown which emulator wrote the state in a legacy stream.
 const EMULATOR: EmulatorInstance = EmulatorInstance {
     id: EmulatorId::Unknown,
     index: 0,
 };
 
-/// What stands behind the pages in a stream of version 3.
+/// What follows the pages in a stream of version 3.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Tail {
     pub(super) params: Vec<HvmParam>,
@@ -25,12 +25,12 @@ pub(super) struct Tail {
     pub(super) shared_info: Option<Box<Page>>,
     pub(super) xenstore: Vec<u8>,
     pub(super) qemu: Option<QemuRecord>,
-    /// Pages of the checkpoint behind this one come as differences.
+    /// Pages of the next checkpoint are sent as differences.
     pub(super) compress_next: bool,
 }
 
 impl Tail {
-    /// Write it, up to END.
+    /// Writes it, up to END.
     pub(super) fn write(
         &self,
         writer: &mut RecordWriter<Vec<u8>>,
@@ -57,7 +57,7 @@ impl Tail {
         Ok(())
     }
 
-    /// What follows in a libxl stream.
+    /// The records that follow in a libxl stream.
     pub(super) fn libxl_records(self) -> Result<Vec<LibxlRecord>, ReadErrorCause> {
         let mut records = Vec::new();
         if !self.xenstore.is_empty() {
@@ -78,10 +78,10 @@ impl Tail {
 }
 
 impl QemuRecord {
-    /// As it stands in a stream whose end is not that of the file.
+    /// Encodes the record for a stream that does not end with the file.
     pub(super) fn write(&self, out: &mut Vec<u8>) {
         out.extend_from_slice(&Self::WITH_LENGTH);
-        // The reader limits it.
+        // The reader limits the length.
         let length = u32::try_from(self.state.len()).unwrap_or(u32::MAX);
         out.extend_from_slice(&length.to_le_bytes());
         out.extend_from_slice(&self.state);

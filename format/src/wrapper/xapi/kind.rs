@@ -77,7 +77,7 @@ pub enum XapiError {
     /// The first bytes are not xapi's.
     #[error("magic is {:?}, expected {:?}", got.escape_ascii().to_string(), MAGIC.escape_ascii().to_string())]
     Magic {
-        /// What came.
+        /// The value found.
         got: [u8; 15],
     },
     /// A record of no known type.
@@ -91,7 +91,7 @@ pub enum XapiError {
     TooLong {
         /// Of what.
         kind: XapiKind,
-        /// What came.
+        /// The value found.
         got: u64,
     },
     /// A second libxc stream.
@@ -106,7 +106,7 @@ pub enum XapiError {
         got.escape_ascii().to_string(), LEGACY_QEMU_MAGIC.escape_ascii().to_string()
     )]
     LegacyQemu {
-        /// What came.
+        /// The value found.
         got: [u8; 22],
     },
     /// No libxc stream.
