@@ -1,6 +1,6 @@
-//! The Xen domain save image format: bytes to typed values and back.
+//! The Xen domain save image format: conversion between bytes and typed values.
 //!
-//! Pure: `Read`, `Write` and slices; no files, no threads, no Xen.
+//! Pure: `Read`, `Write` and slices; no files, no threads, no Xen calls.
 
 #![forbid(unsafe_code)]
 #![deny(

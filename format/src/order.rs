@@ -1,22 +1,22 @@
-//! Which record may come where: the rules of the specification's "Layout", as one
-//! state machine for each guest type.
+//! Order of the records in a libxc stream: the rules of the specification's "Layout", as one state
+//! machine for each guest type.
 //!
-//! Only dependencies that are real are enforced, where a record cannot be
-//! understood or used without an earlier one:
+//! Enforces only real dependencies, where a record cannot be understood or used without an earlier
+//! one:
 //!
 //! | rule | why |
 //! |---|---|
-//! | nothing after END | the stream belongs to someone else from there |
-//! | X86_PV_INFO, X86_CPUID_POLICY, X86_MSR_POLICY before STATIC_DATA_END | it says that they are complete |
-//! | X86_PV_P2M_FRAMES, PAGE_DATA after STATIC_DATA_END (v3) | the guest is set up from the static data first |
-//! | X86_PV_INFO → X86_PV_P2M_FRAMES → PAGE_DATA → X86_PV_VCPU_* | the specification's chain: width, range, types |
+//! | nothing after END | what follows does not belong to the stream |
+//! | X86_PV_INFO, X86_CPUID_POLICY, X86_MSR_POLICY before STATIC_DATA_END | it completes them |
+//! | X86_PV_P2M_FRAMES, PAGE_DATA after STATIC_DATA_END (v3) | setting up the guest needs it |
+//! | X86_PV_INFO → X86_PV_P2M_FRAMES → PAGE_DATA → X86_PV_VCPU_* | width, range, types |
 //! | X86_PV_INFO → SHARED_INFO | its layout depends on the width |
 //! | X86_PV_INFO, STATIC_DATA_END once | a second would contradict the first |
-//! | END and CHECKPOINT only when the state is whole | a restorer could not run the guest |
+//! | END and CHECKPOINT only when the state is complete | a restorer could not run the guest |
 //!
-//! In a v2 stream static data ends at the first X86_PV_P2M_FRAMES (PV) or PAGE_DATA
-//! (HVM). HVM_PARAMS and HVM_CONTEXT may come in either order: the specification
-//! wants params first, Xen writes them last, a restorer applies params first.
+//! In a v2 stream static data ends at the first X86_PV_P2M_FRAMES (PV) or PAGE_DATA (HVM).
+//! HVM_PARAMS and HVM_CONTEXT may come in either order: the specification wants params first, Xen
+//! writes them last, a restorer applies params first.
 //!
 //! C implementation: the `seen_*` flags of `xg_sr_restore.c` and
 //! `xg_sr_restore_x86_pv.c`.
@@ -32,12 +32,12 @@ use crate::record::{Body, Record, RecordKind};
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum OrderError {
-    /// It depends on a record that has not come.
+    /// It depends on a record that has not come yet.
     #[error("{kind} before {missing}, which it depends on")]
     Needs {
         /// The record that came.
         kind: RecordKind,
-        /// The one that should have come before.
+        /// The record that must come before.
         missing: RecordKind,
     },
     /// Static data after its end.
@@ -57,28 +57,28 @@ pub enum OrderError {
     OtherGuest {
         /// The record that came.
         kind: RecordKind,
-        /// What the domain header says.
+        /// The guest type in the domain header.
         guest_type: GuestType,
     },
-    /// It travels the other way.
+    /// It belongs to the back channel.
     #[error("{kind} belongs on the back-channel, from secondary to primary")]
     BackChannel {
         /// The record that came.
         kind: RecordKind,
     },
-    /// The state ends before it is whole.
+    /// The state ends before it is complete.
     #[error(
         "{kind} although no {missing} has come: the state is incomplete and cannot be restored"
     )]
     Incomplete {
         /// END or CHECKPOINT.
         kind: RecordKind,
-        /// What is missing.
+        /// The missing record.
         missing: RecordKind,
     },
 }
 
-// A kind without a bit in `Order::seen` would be forgotten as soon as it has come.
+// A kind without a bit in `Order::seen` would not be remembered.
 const _: () = {
     let mut rest = RecordKind::ALL;
     while let [kind, others @ ..] = rest {
@@ -100,7 +100,7 @@ pub struct Order {
 }
 
 impl Order {
-    /// At the start of a stream, after its headers.
+    /// The state at the start of a stream, after its headers.
     pub const fn new(version: Version, guest_type: GuestType) -> Self {
         Self {
             version,
@@ -117,7 +117,7 @@ impl Order {
         self.static_data_over
     }
 
-    /// Width of the PV guest in bytes, once X86_PV_INFO has said it.
+    /// Width of the PV guest in bytes, known after X86_PV_INFO.
     pub const fn guest_width(&self) -> Option<u8> {
         self.guest_width
     }
@@ -127,9 +127,9 @@ impl Order {
         self.max_pfn
     }
 
-    /// The bit of a kind in `seen`. Every kind that has a name has one: see below.
+    /// The bit of a kind in `seen`. Every named kind has one: see below.
     const fn bit(kind: RecordKind) -> u32 {
-        // Kinds without a bit (unknown optional ones) are not asked about.
+        // Kinds without a bit (unknown optional ones) are never queried.
         match 1_u32.checked_shl(kind.0) {
             Some(bit) => bit,
             None => 0,
@@ -147,11 +147,11 @@ impl Order {
         }
     }
 
-    /// Whether a record of `kind` may come now; asked when its header has been read.
+    /// Checks whether a record of `kind` may come now. Called after its header has been read.
     ///
     /// # Errors
     ///
-    /// The rule that is broken.
+    /// The broken rule.
     pub fn admit(&mut self, kind: RecordKind) -> Result<(), DecodeError> {
         use RecordKind as K;
         if self.version < Version::V3
@@ -181,7 +181,7 @@ impl Order {
         }
         if !matches!(
             kind,
-            // Whether these count depends on what they hold: see `note`.
+            // Whether these count depends on their contents: see `note`.
             K::X86_PV_VCPU_BASIC
         ) {
             self.seen |= Self::bit(kind);
@@ -189,8 +189,7 @@ impl Order {
         Ok(())
     }
 
-    /// The chain of a PV guest's records, and that neither guest type has the
-    /// other's.
+    /// Checks the chain of a PV guest's records, and that the record belongs to this guest type.
     fn admit_for_guest(&self, kind: RecordKind) -> Result<(), OrderError> {
         use RecordKind as K;
         let guest_type = self.guest_type;
@@ -213,7 +212,7 @@ impl Order {
             K::HVM_CONTEXT | K::HVM_PARAMS if pv => {
                 Err(OrderError::OtherGuest { kind, guest_type })
             }
-            // Of guests that this version does not know, nothing is known here either.
+            // For a guest type unknown to this version there are no rules.
             _ if !pv => Ok(()),
             K::X86_PV_P2M_FRAMES | K::SHARED_INFO => self.needs(kind, K::X86_PV_INFO),
             K::PAGE_DATA => {
@@ -232,7 +231,7 @@ impl Order {
         }
     }
 
-    /// Where static data ends, and what may come on which side of that.
+    /// Tracks the end of static data, and checks which records may come before or after it.
     fn admit_static_data(&mut self, kind: RecordKind) -> Result<(), OrderError> {
         use RecordKind as K;
         match kind {
@@ -261,7 +260,7 @@ impl Order {
         }
     }
 
-    /// What a restorer could not do without and has not come.
+    /// A record that a restorer needs and that has not come.
     fn missing(&self) -> Option<RecordKind> {
         use RecordKind as K;
         let needed: &[RecordKind] = match self.guest_type {
@@ -278,12 +277,12 @@ impl Order {
         needed.iter().copied().find(|kind| !self.has(*kind))
     }
 
-    /// Take note of what a record that was admitted says.
+    /// Updates the state with the contents of an admitted record.
     pub fn note(&mut self, record: &Record<'_>) {
         match record.body {
             Body::PvInfo(info) => self.guest_width = Some(info.width()),
             Body::P2mFrames(frames) => {
-                // A guest that grew sends a second record; the range never shrinks.
+                // A guest that has grown sends a second record; the range never shrinks.
                 self.max_pfn = self.max_pfn.max(Some(frames.end));
             }
             Body::Vcpu(vcpu)

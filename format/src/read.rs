@@ -1,9 +1,9 @@
-//! Reading a libxc stream record by record: never more bytes than the stream has,
-//! never backwards, never more memory than a record needs.
+//! Streaming reader of libxc streams, record by record. It never reads beyond the stream or
+//! backwards, and never uses more memory than a record needs.
 //!
-//! libxl hands its file descriptor to the libxc layer and takes it back after END
-//! or CHECKPOINT, so a reader that swallowed one byte too many would break both.
-//! The bytes of PAGE_DATA are handed on, not kept.
+//! libxl passes its file descriptor to the libxc layer and takes it back after END or CHECKPOINT,
+//! so a reader that consumed one byte too many would break both. The bytes of PAGE_DATA are passed
+//! on, not kept.
 //!
 //! Specification: libxc migration stream. C implementation:
 //! `xg_sr_common.c:read_record`, `xg_sr_restore.c`.
@@ -22,30 +22,30 @@ use crate::record::{Record, RecordKind, WireRecordHeader, padding};
 pub use crate::source::EndedAfter;
 use crate::source::{Skip, fill, fill_behind, fill_growing, skip_by_reading, skip_by_seeking};
 
-/// Bytes of a body whose room is kept for the next.
+/// Maximum size of a body buffer that is kept for the next record.
 const KEPT_BODY: usize = 1 << 20;
 
-/// How to read.
+/// Options for reading a stream.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ReadOptions {
-    /// Tolerate reserved fields and padding that are not zero, and nothing else.
+    /// Tolerate non-zero reserved fields and padding, but nothing else.
     pub lenient: bool,
-    /// Bytes of the file that came before, so that positions are right.
+    /// Bytes of the file before the stream, for correct positions.
     pub offset: u64,
 }
 
-/// Reads the records of a libxc stream.
+/// Streaming reader of the records of a libxc stream.
 #[derive(Clone)]
 pub struct RecordReader<R> {
     source: R,
     skip: Skip<R>,
     decoder: Decoder,
     offset: u64,
-    /// Number of the next record.
+    /// Index of the next record.
     index: u64,
     /// The record that is being read, or was read last.
     current: Position,
-    /// The next record's header, where it has been looked at already.
+    /// The next record's header, if it has been peeked at.
     header: Option<WireRecordHeader>,
     /// Bytes of page data that the caller has not taken yet.
     pending: u64,
@@ -61,23 +61,23 @@ enum State {
     Failed,
 }
 
-/// What [`RecordReader::next_record`] found.
+/// The result of [`RecordReader::next_record`].
 #[derive(Debug)]
 pub enum Incoming<'r, R> {
-    /// A batch of pages, to be read from the body.
+    /// A batch of pages, which are read through the body.
     PageData(PageDataBody<'r, R>),
     /// Any other record, whole.
     Record(Record<'r>),
 }
 
 impl<R: Read> RecordReader<R> {
-    /// Read the headers of a stream. The source is read forwards only, so a pipe
-    /// will do; reads are exact, so it needs no buffer of its own (and must not
-    /// have one, if somebody else reads on after END).
+    /// Reads the headers of a stream. The source is only read forwards, so it may be a pipe. Reads
+    /// are exact, so the source needs no buffer of its own, and must not have one if it is used
+    /// after END.
     ///
     /// # Errors
     ///
-    /// What is wrong with the headers, or with the source.
+    /// An error in the headers, or of the source.
     pub fn new(source: R, options: ReadOptions) -> Result<Self, ReadError> {
         Self::with_skip(source, options, skip_by_reading::<R>)
     }
@@ -86,9 +86,8 @@ impl<R: Read> RecordReader<R> {
         Self::behind(&[], source, options, skip)
     }
 
-    /// As [`RecordReader::new`], where the first bytes of the image header, `known`,
-    /// have been read already, to find out what the source holds. The offset in
-    /// `options` is where the image header begins.
+    /// Like [`RecordReader::new`], if the first bytes of the image header (`known`) have already
+    /// been read to detect the format. The offset in `options` is that of the image header.
     pub(crate) fn behind(
         known: &[u8],
         mut source: R,
@@ -98,7 +97,7 @@ impl<R: Read> RecordReader<R> {
         let mut offset = options.offset;
         let mut image = WireImageHeader::new_zeroed();
         fill_behind(known, &mut source, image.as_mut_bytes())
-            // Refuse what is no image before waiting for the rest of it.
+            // Refuse other formats before waiting for more bytes.
             .and_then(|()| Ok(ImageHeader::decode(&image, options.lenient)?))
             .map_err(|cause| ReadError::at(Place::ImageHeader, offset, cause))?;
         offset = offset.saturating_add(ImageHeader::BYTES as u64);
@@ -136,39 +135,39 @@ impl<R: Read> RecordReader<R> {
         self.decoder.domain
     }
 
-    /// Bytes of the file that have been consumed, those before the stream included.
+    /// Bytes of the file consumed so far, including those before the stream.
     pub fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// Where the record that was read last begins; before the first, the domain
-    /// header.
+    /// Position of the record that was read last, or of the domain header before the first.
     pub fn position(&self) -> Position {
         self.current
     }
 
-    /// Whether static data is complete: from the record on that ends it (v3), or
-    /// that shows it to be over (v2).
+    /// Whether static data is complete: true from the record on that ends it (v3), or that shows
+    /// that it has ended (v2).
     pub fn static_data_over(&self) -> bool {
         self.decoder.order.static_data_over()
     }
 
-    /// Give the source back; it stands right behind what was read.
+    /// Returns the source, positioned immediately after what was read.
     pub fn into_source(self) -> R {
         self.source
     }
 
-    /// The source: for who reads what comes between a CHECKPOINT and the records
-    /// after it. Say with [`RecordReader::advance`] how much that was.
+    /// The source, for reading what comes between a CHECKPOINT and the following records. Call
+    /// [`RecordReader::advance`] with the number of bytes read.
     pub fn source_mut(&mut self) -> &mut R {
         &mut self.source
     }
 
-    /// A reader that stands where this one does, with another source: what that gives
-    /// first is taken for what comes next here, and has its place. For records that are
-    /// kept and read a second time, and for a source that is wrapped in another.
+    /// Returns a reader with the same state and another source, whose bytes are read as if they
+    /// came next here. For records that are kept and read a second time, and for wrapping a source
+    /// in another.
     ///
-    /// Made between two records; page data that was not taken is not looked for there.
+    /// Call it between two records. Page data that was not taken is not expected from the new
+    /// source.
     pub fn onto<T: Read>(&self, source: T) -> RecordReader<T> {
         RecordReader {
             source,
@@ -185,7 +184,7 @@ impl<R: Read> RecordReader<R> {
         }
     }
 
-    /// Count `bytes` that somebody else read from the source.
+    /// Counts `bytes` that the caller has read from the source.
     pub fn advance(&mut self, bytes: u64) {
         self.offset = self.offset.saturating_add(bytes);
     }
@@ -202,23 +201,23 @@ impl<R: Read> RecordReader<R> {
         fill_growing(&mut self.source, &mut self.body, bytes)
     }
 
-    /// The next record, or `None` after END. What the caller has not read of a
-    /// PAGE_DATA body is skipped.
+    /// The next record, or `None` after END. Skips what the caller has not read of a PAGE_DATA
+    /// body.
     ///
     /// # Errors
     ///
-    /// The source failed, the stream is truncated, or a rule is broken; where, the
-    /// error says. After an error there is no going on.
+    /// The source failed, the stream is truncated, or a rule is broken; the error contains the
+    /// position. After an error the reader cannot continue.
     pub fn next_record(&mut self) -> Result<Option<Incoming<'_, R>>, ReadError> {
         let next = self.next_record_at()?;
         Ok(next.map(|(_, incoming)| incoming))
     }
 
-    /// As [`RecordReader::next_record`], with where the record begins.
+    /// Like [`RecordReader::next_record`], with the record's position.
     ///
     /// # Errors
     ///
-    /// As for [`RecordReader::next_record`].
+    /// Same as [`RecordReader::next_record`].
     pub fn next_record_at(&mut self) -> Result<Option<(Position, Incoming<'_, R>)>, ReadError> {
         match self.state {
             State::Records => {}
@@ -279,7 +278,7 @@ impl<R: Read> RecordReader<R> {
         }
     }
 
-    /// Look at the next record's header, which takes it from the source.
+    /// Reads the next record's header from the source and remembers it.
     fn peek(&mut self) -> Result<WireRecordHeader, ReadError> {
         if let Some(header) = self.header {
             return Ok(header);
@@ -298,8 +297,8 @@ impl<R: Read> RecordReader<R> {
         Ok(header)
     }
 
-    /// Take the next eight bytes if `is_other` says of them, read as the header of a
-    /// libxc record, that they belong to another layer, which has to count them.
+    /// Takes the next eight bytes if `is_other` returns true for them, read as a libxc record
+    /// header: they belong to another layer, which must count them.
     pub(crate) fn take_header_if(
         &mut self,
         is_other: impl FnOnce(&WireRecordHeader) -> bool,
@@ -314,7 +313,7 @@ impl<R: Read> RecordReader<R> {
 
     fn page_data_head(&mut self, length: u32) -> Result<u64, ReadError> {
         let mut head = WirePageDataHead::new_zeroed();
-        // A stream that is cut off lacks all of the record, padding included.
+        // A truncated stream lacks the rest of the record, including padding.
         let whole = u64::from(length).saturating_add(padding(u64::from(length)));
         let rest = whole.saturating_sub(WirePageDataHead::BYTES as u64);
         fill(&mut self.source, head.as_mut_bytes())
@@ -356,12 +355,12 @@ impl<R: Read> RecordReader<R> {
 }
 
 impl<R: Read + Seek> RecordReader<R> {
-    /// As [`RecordReader::new`], for a file: page data that the caller does not
-    /// want is passed over without being read.
+    /// Like [`RecordReader::new`], for a file: page data that the caller does not want is skipped
+    /// without being read.
     ///
     /// # Errors
     ///
-    /// As [`RecordReader::new`].
+    /// Same as [`RecordReader::new`].
     pub fn seeking(source: R, options: ReadOptions) -> Result<Self, ReadError> {
         Self::with_skip(source, options, skip_by_seeking::<R>)
     }
@@ -378,7 +377,7 @@ impl<R> fmt::Debug for RecordReader<R> {
     }
 }
 
-/// The body of a PAGE_DATA record, its entries read and checked, its pages still in
+/// The body of a PAGE_DATA record. Its entries have been read and checked; its pages are still in
 /// the source.
 pub struct PageDataBody<'r, R> {
     reader: &'r mut RecordReader<R>,
@@ -389,12 +388,12 @@ pub struct PageDataBody<'r, R> {
 impl<R: Read> PageDataBody<'_, R> {
     /// The entries, in the order of the stream.
     pub fn entries(&self) -> Entries<'_> {
-        // `page_data_head` has read this very body as entries, or failed.
+        // `page_data_head` has already parsed this body as entries, or failed.
         let wire = <[WirePageEntry]>::ref_from_bytes(&self.reader.body).unwrap_or_default();
         Entries::trusted(wire, self.reader.decoder.context())
     }
 
-    /// How many entries have data: pages that follow.
+    /// Number of entries with data, and so of pages that follow.
     pub fn pages(&self) -> u64 {
         self.pages
     }
@@ -409,12 +408,12 @@ impl<R: Read> PageDataBody<'_, R> {
         self.reader.pending.div_euclid(PAGE_SIZE as u64)
     }
 
-    /// Where the record begins.
+    /// Position of the record.
     pub fn position(&self) -> Position {
         self.reader.position()
     }
 
-    /// Read the next page. `false` where there is none left.
+    /// Reads the next page. Returns `false` if none is left.
     ///
     /// # Errors
     ///
@@ -432,14 +431,13 @@ impl<R: Read> PageDataBody<'_, R> {
         Ok(true)
     }
 
-    /// Let `read` take the next `pages` pages (or all that are left, if fewer)
-    /// straight from the source; it is told how many bytes that is and must
-    /// consume exactly so many.
+    /// Lets `read` take the next `pages` pages (or all that are left, if fewer) directly from the
+    /// source. `read` is given the number of bytes and must consume exactly that many.
     ///
     /// # Errors
     ///
-    /// What `read` says; `UnexpectedEof` is reported as a truncated stream. It lacks all bytes
-    /// that were left before the call, minus those of an [`EndedAfter`] inside the error.
+    /// The error of `read`; `UnexpectedEof` is reported as a truncated stream, which lacks the
+    /// bytes that were left before the call, minus those of an [`EndedAfter`] inside the error.
     pub fn with_source<T>(
         &mut self,
         pages: u64,
@@ -487,7 +485,7 @@ mod tests {
     use crate::record::MAX_BODY;
     use crate::write::RecordWriter;
 
-    /// Of a body that is announced as the longest there may be, `come` bytes.
+    /// A stream with a body of the maximum length, of which only `come` bytes exist.
     fn announced(come: usize) -> Vec<u8> {
         let domain = DomainHeader {
             guest_type: GuestType::X86_HVM,
@@ -501,7 +499,7 @@ mod tests {
         bytes
     }
 
-    /// What is allocated depends on what comes, not on what is announced.
+    /// Allocation depends on the bytes that arrive, not on the announced length.
     #[test]
     fn memory_follows_the_bytes_that_come() {
         for come in [0, 10, 5 << 20] {

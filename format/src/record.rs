@@ -1,5 +1,5 @@
-//! Records: their kinds, and their bodies as typed values that borrow from the
-//! bytes of the stream.
+//! Record types of the libxc stream, and their bodies as typed values that borrow from the stream's
+//! bytes.
 //!
 //! Specification: libxc migration stream, "Records". C implementation:
 //! `xg_sr_stream_format.h`.
@@ -18,14 +18,14 @@ use crate::error::{DecodeError, Length};
 use crate::frame::{PAGE_SIZE, Page, Pfn};
 use crate::wire::{U32, U64};
 
-/// Most bytes a body may have: what Xen's reader accepts (`REC_LENGTH_MAX`).
+/// Maximum size of a body, as in Xen's reader (`REC_LENGTH_MAX`).
 pub const MAX_BODY: u32 = 128 << 20;
 
-/// Most pages in one PAGE_DATA record that this crate writes (Xen's
-/// `MAX_BATCH_SIZE`); readers accept what fits in [`MAX_BODY`].
+/// Maximum number of pages in a PAGE_DATA record that this crate writes (Xen's `MAX_BATCH_SIZE`).
+/// Readers accept what fits in [`MAX_BODY`].
 pub const MAX_BATCH: usize = 1024;
 
-/// The header of a record, as it stands in the stream.
+/// The header of a record, encoded as in the stream.
 ///
 /// | octets | field |
 /// |---|---|
@@ -54,7 +54,7 @@ macro_rules! kinds {
             /// Every kind the format defines, ascending.
             pub const ALL: &'static [Self] = &[$(Self::$name),*];
 
-            /// The name the specification gives it, if it has one.
+            /// The specification's name, if it has one.
             pub const fn name(self) -> Option<&'static str> {
                 match self.0 {
                     $($value => Some($text),)*
@@ -72,7 +72,7 @@ kinds! {
     PAGE_DATA = 0x01, "PAGE_DATA";
     /// Width and page-table levels of a PV guest.
     X86_PV_INFO = 0x02, "X86_PV_INFO";
-    /// Where a PV guest keeps its p2m.
+    /// Location of a PV guest's p2m.
     X86_PV_P2M_FRAMES = 0x03, "X86_PV_P2M_FRAMES";
     /// Registers of a PV vcpu.
     X86_PV_VCPU_BASIC = 0x04, "X86_PV_VCPU_BASIC";
@@ -92,11 +92,11 @@ kinds! {
     TOOLSTACK = 0x0b, "TOOLSTACK";
     /// MSRs of a PV vcpu.
     X86_PV_VCPU_MSRS = 0x0c, "X86_PV_VCPU_MSRS";
-    /// From here on pages are sent again, to be compared.
+    /// From here on, pages are sent again for comparison.
     VERIFY = 0x0d, "VERIFY";
     /// Everything before is one consistent state.
     CHECKPOINT = 0x0e, "CHECKPOINT";
-    /// The secondary's dirty pages; on the back-channel only.
+    /// The secondary's dirty pages; only on the back channel.
     CHECKPOINT_DIRTY_PFN_LIST = 0x0f, "CHECKPOINT_DIRTY_PFN_LIST";
     /// Static data is complete. Version 3.
     STATIC_DATA_END = 0x10, "STATIC_DATA_END";
@@ -131,7 +131,7 @@ impl fmt::Debug for RecordKind {
     }
 }
 
-/// Bytes that pad a body of this length to a multiple of 8: 0–7.
+/// Number of bytes that pad a body of this length to a multiple of 8: 0–7.
 pub const fn padding(length: u64) -> u64 {
     length.wrapping_neg() & 7
 }
@@ -150,18 +150,18 @@ pub(crate) const fn zeros(length: u64) -> &'static [u8] {
     }
 }
 
-/// Any record but PAGE_DATA, decoded.
+/// Any record except PAGE_DATA, decoded.
 #[derive(Clone, Copy, Debug)]
 pub struct Record<'a> {
     /// Its type.
     pub kind: RecordKind,
     /// Its body, without padding.
     pub raw: &'a [u8],
-    /// What the body says.
+    /// Its decoded body.
     pub body: Body<'a>,
 }
 
-/// What a record says; borrows from the bytes of the record.
+/// The body of a record; borrows from the bytes of the record.
 #[derive(Clone, Copy, Debug)]
 pub enum Body<'a> {
     /// END.
@@ -170,7 +170,7 @@ pub enum Body<'a> {
     PvInfo(pv::PvInfo),
     /// X86_PV_P2M_FRAMES.
     P2mFrames(pv::P2mFrames<'a>),
-    /// X86_PV_VCPU_BASIC, _EXTENDED, _XSAVE, _MSRS: which, the record's kind says.
+    /// X86_PV_VCPU_BASIC, _EXTENDED, _XSAVE or _MSRS; the record's kind tells which.
     Vcpu(pv::VcpuState<'a>),
     /// SHARED_INFO: the page.
     SharedInfo(&'a Page),
@@ -212,12 +212,12 @@ impl DirtyPfns<'_> {
     }
 }
 
-/// What decoding a body depends on besides its bytes.
+/// What decoding a body depends on, besides its bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct Context {
-    /// Order of the stream's fields.
+    /// Byte order of the stream.
     pub order: ByteOrder,
-    /// Width of the PV guest in bytes, once X86_PV_INFO has said it.
+    /// Width of the PV guest in bytes, known after X86_PV_INFO.
     pub guest_width: Option<u8>,
     /// Tolerate non-zero reserved fields.
     pub lenient: bool,
@@ -235,7 +235,7 @@ impl Context {
     }
 }
 
-/// The `T` that `body` begins with, and the rest; a length error otherwise.
+/// Splits `body` into a leading `T` and the rest; a length error if it is too short.
 pub(crate) fn head<T>(body: &[u8]) -> Result<(&T, &[u8]), DecodeError>
 where
     T: FromBytes + KnownLayout + Immutable + Unaligned,
@@ -257,7 +257,8 @@ where
     })
 }
 
-/// `body` as elements of `T`; `expected` if it is no whole number of them.
+/// `body` as elements of `T`; the error is `expected` if its length is not a multiple of their
+/// size.
 pub(crate) fn elements<T>(body: &[u8], expected: Length) -> Result<&[T], DecodeError>
 where
     T: FromBytes + KnownLayout + Immutable + Unaligned,
@@ -269,13 +270,12 @@ where
 }
 
 impl<'a> Body<'a> {
-    /// Decode the body of a record of `kind` (any but PAGE_DATA, whose body is
-    /// handed on in pieces).
+    /// Decodes the body of a record of `kind` (any except PAGE_DATA, whose body is passed on in
+    /// pieces).
     ///
     /// # Errors
     ///
-    /// The rule that the body breaks; [`DecodeError::UnknownMandatory`] for a kind
-    /// that has no meaning.
+    /// The rule that the body breaks; [`DecodeError::UnknownMandatory`] for an undefined kind.
     pub fn decode(kind: RecordKind, body: &'a [u8], context: Context) -> Result<Self, DecodeError> {
         let empty = || Context::length(body.len(), body.is_empty(), Length::Exactly(0));
         Ok(match kind {

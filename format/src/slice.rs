@@ -1,5 +1,4 @@
-//! Reading a libxc stream that is in memory already: the same rules as
-//! [`crate::read`], and nothing is copied.
+//! Reader of libxc streams in memory: the same rules as [`crate::read`], without copying.
 
 use zerocopy::FromBytes;
 
@@ -11,7 +10,7 @@ use crate::read::ReadOptions;
 use crate::record::page_data::{Entries, WirePageDataHead};
 use crate::record::{Record, RecordKind, WireRecordHeader, padding};
 
-/// Reads the records of a libxc stream from a slice.
+/// Reader of a libxc stream in a slice.
 #[derive(Clone, Debug)]
 pub struct SliceReader<'a> {
     rest: &'a [u8],
@@ -36,11 +35,11 @@ pub enum SliceRecord<'a> {
 pub struct PageData<'a> {
     /// The entries, in the order of the stream.
     pub entries: Entries<'a>,
-    /// A page for each entry that has data, in the same order.
+    /// A page for each entry with data, in the same order.
     pub pages: &'a [Page],
 }
 
-/// Cut `bytes` off the front of `rest`.
+/// Splits `bytes` off the front of `rest`.
 fn take<'a>(rest: &mut &'a [u8], bytes: u64) -> Result<&'a [u8], ReadErrorCause> {
     let split = usize::try_from(bytes)
         .ok()
@@ -68,11 +67,11 @@ where
 }
 
 impl<'a> SliceReader<'a> {
-    /// Read the headers of a stream.
+    /// Reads the headers of a stream.
     ///
     /// # Errors
     ///
-    /// What is wrong with the headers.
+    /// An error in the headers.
     pub fn new(stream: &'a [u8], options: ReadOptions) -> Result<Self, ReadError> {
         let mut rest = stream;
         let mut offset = options.offset;
@@ -116,18 +115,17 @@ impl<'a> SliceReader<'a> {
         self.decoder.order.static_data_over()
     }
 
-    /// Bytes of the file that have been consumed, those before the stream included.
+    /// Bytes of the file consumed so far, including those before the stream.
     pub fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// Where the record that was read last begins; before the first, the domain
-    /// header.
+    /// Position of the record that was read last, or of the domain header before the first.
     pub fn position(&self) -> Position {
         self.current
     }
 
-    /// What stands behind the records read so far.
+    /// The bytes after the records read so far.
     pub fn rest(&self) -> &'a [u8] {
         self.rest
     }
@@ -136,8 +134,8 @@ impl<'a> SliceReader<'a> {
     ///
     /// # Errors
     ///
-    /// The stream is truncated or a rule is broken. After an error there is no
-    /// going on: every further call says `None`.
+    /// The stream is truncated or a rule is broken. After an error every further call returns
+    /// `None`.
     pub fn next_record(&mut self) -> Result<Option<SliceRecord<'a>>, ReadError> {
         if self.over {
             return Ok(None);
@@ -183,7 +181,7 @@ impl<'a> SliceReader<'a> {
     }
 
     fn page_data(&mut self, length: u32) -> Result<SliceRecord<'a>, ReadErrorCause> {
-        // A stream that is cut off lacks all of the record, padding included.
+        // A truncated stream lacks the rest of the record, including padding.
         let whole = u64::from(length).saturating_add(padding(u64::from(length)));
         let rest = whole.saturating_sub(WirePageDataHead::BYTES as u64);
         let head = take_as::<WirePageDataHead>(&mut self.rest);

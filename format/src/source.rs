@@ -1,13 +1,13 @@
-//! How readers take bytes from a source: exactly as many as they need, however the
-//! source hands them out.
+//! Exact reads from a source: readers take precisely the bytes they need, in whatever portions the
+//! source delivers them.
 
 use std::fmt;
 use std::io::{self, Read, Seek, SeekFrom};
 
 use crate::error::ReadErrorCause;
 
-/// A source that ended after so many bytes of what it was asked for. As the inner error of an
-/// [`io::ErrorKind::UnexpectedEof`], it says how many are missing.
+/// The source ended after this many of the requested bytes. As the inner error of an
+/// [`io::ErrorKind::UnexpectedEof`], it tells how many are missing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EndedAfter(pub u64);
 
@@ -25,10 +25,10 @@ impl From<EndedAfter> for io::Error {
     }
 }
 
-/// Moves a source on by some bytes; says how many it could.
+/// Moves a source forward by some bytes. Returns how many it could skip.
 pub(crate) type Skip<R> = fn(&mut R, u64, &mut Vec<u8>) -> io::Result<u64>;
 
-/// Fill `room` exactly.
+/// Fills `room` exactly.
 pub(crate) fn fill(source: &mut impl Read, room: &mut [u8]) -> Result<(), ReadErrorCause> {
     let mut rest = room;
     while !rest.is_empty() {
@@ -50,8 +50,8 @@ pub(crate) fn fill(source: &mut impl Read, room: &mut [u8]) -> Result<(), ReadEr
     Ok(())
 }
 
-/// Fill `room` exactly: first with `known`, which came from the source before, then
-/// from the source.
+/// Fills `room` exactly: first with `known`, which came from the source earlier, then from the
+/// source.
 pub(crate) fn fill_behind(
     known: &[u8],
     source: &mut impl Read,
@@ -64,8 +64,8 @@ pub(crate) fn fill_behind(
     fill(source, rest)
 }
 
-/// Fill `body` with exactly `bytes`. They come from the stream, so memory is
-/// allocated as bytes really arrive.
+/// Fills `body` with exactly `bytes`. The number is the stream's claim, so memory is allocated only
+/// as bytes arrive.
 pub(crate) fn fill_growing(
     source: &mut impl Read,
     body: &mut Vec<u8>,
@@ -85,7 +85,7 @@ pub(crate) fn fill_growing(
     Ok(())
 }
 
-/// What is wrong with a source that claims more bytes than it had room for.
+/// The error for a source that claims to have read more than there was room for.
 fn broken_source() -> io::Error {
     io::Error::other("the source claims to have read more than it was asked for")
 }
@@ -120,8 +120,8 @@ pub(crate) fn skip_by_seeking<R: Read + Seek>(
     bytes: u64,
     _scratch: &mut Vec<u8>,
 ) -> io::Result<u64> {
-    // A seek beyond the end succeeds, so the end is looked up each time: the file
-    // may still be growing, or have shrunk.
+    // A seek beyond the end succeeds, so the end is determined each time: the file may be growing,
+    // or have shrunk.
     let at = source.stream_position()?;
     let end = source.seek(SeekFrom::End(0))?;
     let target = at.saturating_add(bytes).min(end.max(at));

@@ -1,10 +1,10 @@
-//! Any stream of version 2 or 3, of either byte order, as what Xen writes today: version 3,
-//! little endian, bare or wrapped by libxl or xl.
+//! Conversion of a stream of version 2 or 3, in either byte order, to what Xen writes today:
+//! version 3, little endian, bare or in a libxl or xl wrapper.
 //!
-//! Records keep their order and their blobs; only what the byte order and the version decide
-//! is written anew. A version 2 stream gets its STATIC_DATA_END where version 2 implies it.
-//! The contents of pages go from source to sink by whatever way the caller has. The pads of the
-//! mapped layout are dropped; the sink decides whether to put its own in.
+//! Records keep their order and their blobs; only what depends on the byte order and the version is
+//! rewritten. A version 2 stream gets a STATIC_DATA_END where version 2 implies it. The caller
+//! chooses how the contents of pages are copied from source to sink. Pads of the mapped layout are
+//! dropped; the sink decides whether to add its own.
 //!
 //! Legacy streams have a converter of their own: [`legacy::convert`](crate::legacy::convert).
 //!
@@ -29,27 +29,28 @@ use crate::wrapper::libxl::{LibxlHeader, LibxlRecord, LibxlRecordKind, LibxlWrit
 use crate::wrapper::xl::XlHeader;
 use crate::write::{RecordWriter, page_data_head};
 
-/// What stands around a stream.
+/// The wrapper around a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Layer {
     /// Nothing: a bare libxc stream.
     Libxc,
     /// A libxl stream.
     Libxl,
-    /// A libxl stream behind xl's header.
+    /// A libxl stream after xl's header.
     Xl,
 }
 
-/// Moves so many bytes, or as many as there are, from a source to a sink; says how many.
+/// Copies up to this number of bytes from a source to a sink. Returns how many were copied.
 pub type CopyBytes<R, W> = fn(&mut R, u64, &mut W) -> Result<u64, CopyError>;
 
-/// Where a converted image goes. The methods decide its layout: as they are, the stream layout.
+/// Destination of a converted image. The methods define its layout; the defaults write the stream
+/// layout.
 pub trait ImageSink: Write {
     /// Writes xl's header.
     ///
     /// # Errors
     ///
-    /// The sink's error; a header that cannot be written.
+    /// The sink's error, or a header that cannot be written.
     fn xl_header(&mut self, header: &XlHeader) -> io::Result<()> {
         self.write_all(&header.encode())
     }
@@ -58,7 +59,7 @@ pub trait ImageSink: Write {
     ///
     /// # Errors
     ///
-    /// The sink's error; entries that no record can have.
+    /// The sink's error, or entries that no record can have.
     fn page_data(&mut self, entries: &[PageEntry]) -> Result<(), WriteError> {
         let head = page_data_head(entries)?;
         Ok(self.write_all(&head)?)
@@ -67,7 +68,7 @@ pub trait ImageSink: Write {
 
 impl ImageSink for Vec<u8> {}
 
-/// Which end of a copy failed.
+/// The failed end of a copy.
 #[derive(Debug, Error)]
 pub enum CopyError {
     /// The source could not be read.
@@ -78,20 +79,21 @@ pub enum CopyError {
     Write(#[source] io::Error),
 }
 
-/// What was carried over, and what could not be.
+/// What was converted, and what was left out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Summary {
     /// Records of the libxc stream.
     pub records: u64,
-    /// Entries of pages.
+    /// Entries for pages.
     pub entries: u64,
-    /// Records of the libxl stream, for which a bare libxc stream has no place.
+    /// Records of the libxl stream that were left out, because a bare libxc stream has no place for
+    /// them.
     pub dropped: u64,
-    /// The first of those, [`MAX_NAMED`] at most.
+    /// The first of those, at most [`MAX_NAMED`].
     pub named: Vec<Dropped>,
 }
 
-/// How many records that were left out are named.
+/// How many of the records that were left out are named.
 pub const MAX_NAMED: usize = 64;
 
 /// A record of the libxl stream that was left out.
@@ -99,16 +101,16 @@ pub const MAX_NAMED: usize = 64;
 pub struct Dropped {
     /// Its kind.
     pub kind: LibxlRecordKind,
-    /// Byte of the image at which it begins.
+    /// Offset in the image.
     pub offset: u64,
     /// Length of its body in bytes.
     pub bytes: u64,
 }
 
-/// Why a stream could not be converted.
+/// Why a conversion failed.
 #[derive(Debug, Error)]
 pub enum TranscodeError {
-    /// The source is bad, or failed.
+    /// The source is invalid, or failed.
     #[error(transparent)]
     Read(#[from] ReadError),
     /// The sink failed.
@@ -120,7 +122,7 @@ pub enum TranscodeError {
     /// A record of the libxl stream cannot be written.
     #[error("{0}")]
     Libxl(WrapperWriteError),
-    /// xl's header is asked for, and there is none to write.
+    /// xl's header is requested, but there is no configuration for it.
     #[error("an xl image begins with the domain's configuration, and there is none")]
     NoConfiguration,
 }
@@ -143,13 +145,12 @@ impl From<WrapperWriteError> for TranscodeError {
     }
 }
 
-/// Convert all of `walk`. Where `to` asks for xl's header, `xl` is written, or else that of
-/// the source.
+/// Converts all of `walk`. If `to` requests xl's header, writes `xl`, or else that of the source.
 ///
 /// # Errors
 ///
-/// The source is bad or failed, the sink failed, or a record has no form in version 3. What
-/// has been written is of no use then.
+/// The source is invalid or failed, the sink failed, or a record has no form in version 3. What has
+/// been written is then useless.
 pub fn transcode<R: Read, W: ImageSink>(
     walk: &mut Walk<R>,
     sink: &mut W,
@@ -194,7 +195,7 @@ pub fn transcode<R: Read, W: ImageSink>(
     Ok(out.summary)
 }
 
-/// Bytes of room that each writer keeps from one record to the next.
+/// Maximum size of the buffer that each writer keeps for the next record.
 const KEPT: usize = 1 << 20;
 
 struct Transcoder<'s, W> {
@@ -202,25 +203,25 @@ struct Transcoder<'s, W> {
     to: Layer,
     libxl: Option<LibxlWriter<Vec<u8>>>,
     libxc: Option<RecordWriter<Vec<u8>>>,
-    /// A version 2 stream whose STATIC_DATA_END is still to be written.
+    /// The STATIC_DATA_END implied by a version 2 stream is still to be written.
     implied_end: bool,
     info: PvInfo,
-    /// The source has no libxl stream, so this one is made here.
+    /// The source has no libxl stream, so a new one is created.
     own_libxl: bool,
-    /// Byte of the source at which the record begins that is being converted.
+    /// Offset in the source of the record that is being converted.
     at: u64,
     summary: Summary,
 }
 
 impl<W: ImageSink> Transcoder<'_, W> {
-    /// What both writers have made goes to the sink.
+    /// Passes the output of both writers to the sink.
     fn deliver(&mut self) -> Result<(), TranscodeError> {
         let libxl = self.libxl.as_mut().map(LibxlWriter::sink_mut);
         let libxc = self.libxc.as_mut().map(RecordWriter::sink_mut);
         for made in [libxl, libxc].into_iter().flatten() {
             self.sink.write_all(made).map_err(TranscodeError::Write)?;
             made.clear();
-            // A long record's room is not kept beside the next one's.
+            // A long record's buffer is not kept for the next record.
             made.shrink_to(KEPT);
         }
         Ok(())
@@ -267,7 +268,7 @@ impl<W: ImageSink> Transcoder<'_, W> {
         self.deliver()
     }
 
-    /// The libxc writer; there is one since the headers.
+    /// The libxc writer, which exists after the headers.
     fn libxc(&mut self) -> Result<&mut RecordWriter<Vec<u8>>, TranscodeError> {
         self.libxc.as_mut().ok_or_else(|| {
             TranscodeError::Write(io::Error::other("a record came before the headers"))
@@ -293,7 +294,7 @@ impl<W: ImageSink> Transcoder<'_, W> {
         let entries = body.entries().len();
         let real = entries.saturating_sub(pads) as u64;
         self.summary.entries = self.summary.entries.saturating_add(real);
-        // A reader takes larger batches than a writer may write.
+        // Readers accept larger batches than a writer may write.
         for at in (pads..entries).step_by(MAX_BATCH) {
             let batch: Vec<_> = body.entries().part(at, MAX_BATCH).iter().collect();
             self.sink.page_data(&batch)?;
@@ -315,7 +316,7 @@ impl<W: ImageSink> Transcoder<'_, W> {
                 }
                 Ok(())
             });
-            // The reader takes any failure for one of its source.
+            // The reader reports any failure as one of its source.
             if let Some(error) = failed {
                 return Err(TranscodeError::Write(error));
             }
@@ -342,12 +343,12 @@ impl<W: ImageSink> Transcoder<'_, W> {
             Body::P2mFrames(frames) => {
                 self.static_data_ends()?;
                 if frames.is_little_endian() {
-                    // As it would be written: it may be 64 MiB long.
+                    // It would be written identically, and copying avoids decoding up to 64 MiB.
                     self.libxc()?.record(kind, &[raw])?;
                     return self.deliver();
                 }
                 let pfns: Vec<Pfn> = frames.frames().collect();
-                // Of 32 bits in the stream.
+                // They have 32 bits in the stream.
                 let narrow = |pfn: Pfn| {
                     u32::try_from(pfn.0).map_err(|_| {
                         WriteError::Bug("a pfn of X86_PV_P2M_FRAMES has more than 32 bits")
@@ -387,7 +388,7 @@ impl<W: ImageSink> Transcoder<'_, W> {
                 let entries: Vec<u8> = entries.flatten().collect();
                 self.libxc()?.msr_policy(&entries)?;
             }
-            // Not in a stream, or nobody knows what is in it.
+            // Records that are not in a stream, or whose contents are unknown.
             Body::Optional(_) | Body::Toolstack(_) | Body::DirtyPfns(_) => {
                 self.libxc()?.record(kind, &[raw])?;
             }

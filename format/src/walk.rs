@@ -1,20 +1,18 @@
-//! Reading a whole file, whatever of the readable kinds it is: what stands around the
-//! libxc stream, the stream itself, and the hand-overs between the two, as one
-//! sequence of steps.
+//! Steps through a whole file of any readable format: the wrappers around the libxc stream, the
+//! stream itself, and the hand-overs between them, as one sequence.
 //!
 //! | file | steps |
 //! |---|---|
-//! | of `xl save` | xl header, then as a libxl stream |
-//! | libxl stream | libxl header, libxl records; after LIBXC_CONTEXT a libxc stream, then libxl records up to END |
+//! | of `xl save` | xl header, then the steps of a libxl stream |
+//! | libxl stream | libxl header, records up to END; after LIBXC_CONTEXT a libxc stream |
 //! | libxc stream | libxc headers, libxc records up to END |
 //!
-//! In a checkpointed stream (Remus, COLO) the libxc layer pauses at each CHECKPOINT;
-//! libxl records follow up to CHECKPOINT_END, for COLO CHECKPOINT_STATE behind it,
-//! and then libxc records again, without headers. In a bare libxc stream they just
-//! go on.
+//! In a checkpointed stream (Remus, COLO) the libxc layer pauses at each CHECKPOINT. libxl records
+//! follow up to CHECKPOINT_END, for COLO a CHECKPOINT_STATE after it, and then libxc records again,
+//! without headers. In a bare libxc stream, the records just continue.
 //!
-//! Nothing is read that does not belong to the step: a pipe will do, and after the
-//! last step the source stands behind the last record.
+//! Nothing is read beyond a step, so the source may be a pipe. After the last step the source is
+//! positioned after the last record.
 //!
 //! Specification: libxl migration stream, "LIBXC_CONTEXT"; libxc migration stream,
 //! "CHECKPOINT". C implementation: `libxl_stream_read.c`,
@@ -36,20 +34,20 @@ use crate::wrapper::libxl::read::LibxlState;
 use crate::wrapper::libxl::{LibxlError, LibxlHeader, LibxlRecord, LibxlRecordKind, MAX_BODY};
 use crate::wrapper::xl::XlHeader;
 
-/// What a record of the libxl stream counts at least towards the bytes that are kept: one of
-/// eight bytes takes more memory than that.
+/// Minimum number of bytes that a record of the libxl stream counts towards those that are kept: a
+/// record of eight bytes takes more memory than that.
 const LEAST_KEPT: u64 = 512;
 
-/// One thing that a file holds, and where.
+/// An item of a file, with its position.
 #[derive(Debug)]
 pub struct Step<'w, R> {
-    /// Where it begins.
+    /// Its position.
     pub position: Position,
-    /// What it is.
+    /// The item.
     pub content: Content<'w, R>,
 }
 
-/// What a [`Step`] is.
+/// The content of a [`Step`].
 #[derive(Debug)]
 pub enum Content<'w, R> {
     /// The header of a file that xl wrote, with the domain's configuration.
@@ -60,14 +58,14 @@ pub enum Content<'w, R> {
     LibxlRecord(LibxlRecord),
     /// Both headers of the libxc stream.
     Headers(ImageHeader, DomainHeader),
-    /// A PAGE_DATA record of the libxc stream, its pages still in the source. Those
-    /// that are not read are passed over.
+    /// A PAGE_DATA record of the libxc stream, its pages still in the source. Pages that the caller
+    /// does not read are skipped.
     PageData(PageDataBody<'w, R>),
     /// Any other record of the libxc stream.
     Record(Record<'w>),
 }
 
-/// Reads a file step by step.
+/// Reader of a file, step by step.
 #[derive(Clone, Debug)]
 pub struct Walk<R> {
     options: ReadOptions,
@@ -76,21 +74,21 @@ pub struct Walk<R> {
     xl: Option<XlHeader>,
     libxl: Option<LibxlState>,
     guest: Option<GuestImage>,
-    /// Bytes of libxl records that a restorer keeps.
+    /// Bytes of libxl records that a restorer must keep.
     kept: u64,
     held: Held<R>,
     next: Next,
 }
 
-/// Who has the source.
+/// The layer that holds the source.
 #[derive(Clone, Debug)]
 enum Held<R> {
-    /// The libxl layer, or nobody yet; bytes of the file that have been consumed,
-    /// and bytes that have been read to see what comes, but not been consumed.
+    /// The libxl layer, or none yet; bytes of the file consumed so far, and bytes that were read
+    /// ahead, but not consumed.
     Source(R, u64, Vec<u8>),
     /// The libxc layer.
     Libxc(RecordReader<R>),
-    /// Nobody: the hand-over failed.
+    /// None: the hand-over failed.
     Lost,
 }
 
@@ -98,7 +96,7 @@ enum Held<R> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Next {
     XlHeader,
-    /// Behind an xl header that says so: no stream of version 2.
+    /// After an xl header without the flag for a stream of version 2.
     NotVersion2,
     LibxlHeader,
     LibxlRecord,
@@ -106,24 +104,24 @@ enum Next {
     LibxcRecord,
     /// A libxl record, while the libxc layer pauses at a CHECKPOINT.
     CheckpointRecord,
-    /// Behind CHECKPOINT_END: a libxc record, or COLO's CHECKPOINT_STATE.
+    /// After CHECKPOINT_END: a libxc record, or COLO's CHECKPOINT_STATE.
     Resumption,
     Nothing,
     Failed,
 }
 
-/// Bytes that tell readable files from each other and from all others.
+/// Number of bytes that distinguish readable files from all others.
 const TELLING: usize = 8;
 
 impl<R: Read> Walk<R> {
-    /// Find out what `source` holds. Its first eight bytes are read for that (fewer
-    /// if it has no more); it is read forwards only. It needs no buffer of its own,
-    /// and must not have one if somebody else reads on behind the last step.
+    /// Detects the format of `source` from its first eight bytes (fewer if it has no more). The
+    /// source is only read forwards. It needs no buffer of its own, and must not have one if it is
+    /// used after the last step.
     ///
     /// # Errors
     ///
-    /// The source failed; it holds something that this version does not read
-    /// ([`ReadErrorCause::Unreadable`] says what).
+    /// The source failed, or this version does not read its format ([`ReadErrorCause::Unreadable`]
+    /// has the format).
     pub fn open(source: R, options: ReadOptions) -> Result<Self, ReadError> {
         Self::with_skip(source, options, skip_by_reading::<R>)
     }
@@ -151,34 +149,34 @@ impl<R: Read> Walk<R> {
         })
     }
 
-    /// What the file is: [`Detected::Xl`], [`Detected::Libxl`] or [`Detected::Libxc`].
+    /// The file's format: [`Detected::Xl`], [`Detected::Libxl`] or [`Detected::Libxc`].
     pub fn detected(&self) -> Detected {
         self.detected
     }
 
-    /// The xl header, once it has been a step.
+    /// The xl header, after its step.
     pub fn xl(&self) -> Option<&XlHeader> {
         self.xl.as_ref()
     }
 
-    /// The libxl header, once it has been a step.
+    /// The libxl header, after its step.
     pub fn libxl(&self) -> Option<LibxlHeader> {
         self.libxl.as_ref().map(LibxlState::header)
     }
 
-    /// What the records of the libxc stream have said of the guest up to now, from the step of
-    /// its headers on. Records taken over with [`Walk::into_libxc`] are not in it.
+    /// The guest as described by the libxc records so far, available from the step of the libxc
+    /// headers on. Excludes records read after [`Walk::into_libxc`].
     pub fn guest(&self) -> Option<&GuestImage> {
         self.guest.as_ref()
     }
 
-    /// As [`Walk::guest`], for callers that keep it.
+    /// Like [`Walk::guest`], for callers that keep it.
     pub fn take_guest(&mut self) -> Option<GuestImage> {
         self.guest.take()
     }
 
-    /// The libxc layer, from the step of its headers to that of its END: for its
-    /// headers and [`RecordReader::static_data_over`].
+    /// The libxc layer, from the step of its headers to that of its END: for its headers and
+    /// [`RecordReader::static_data_over`].
     pub fn libxc(&self) -> Option<&RecordReader<R>> {
         match &self.held {
             Held::Libxc(reader) => Some(reader),
@@ -186,7 +184,7 @@ impl<R: Read> Walk<R> {
         }
     }
 
-    /// Bytes of the file that have been consumed.
+    /// Bytes of the file consumed so far.
     pub fn offset(&self) -> u64 {
         match &self.held {
             Held::Source(_, offset, _) => *offset,
@@ -202,15 +200,15 @@ impl<R: Read> Walk<R> {
         }
     }
 
-    /// The next step, or `None` behind the last.
+    /// The next step, or `None` after the last.
     ///
     /// # Errors
     ///
-    /// The source failed, the file is truncated, or a rule is broken, those of
-    /// [`GuestImage::apply`] among them; the error says where. After an error there is no
-    /// going on.
+    /// The source failed, the file is truncated, or a rule is broken (including those of
+    /// [`GuestImage::apply`]); the error contains the position. After an error the walk cannot
+    /// continue.
     pub fn next_step(&mut self) -> Result<Option<Step<'_, R>>, ReadError> {
-        // Overwritten by whatever succeeds.
+        // Overwritten on success.
         match mem::replace(&mut self.next, Next::Failed) {
             Next::XlHeader => self.xl_header().map(Some),
             Next::NotVersion2 => self.not_version_2().map(Some),
@@ -232,13 +230,13 @@ impl<R: Read> Walk<R> {
         self.out_of_turn("the file failed earlier and cannot be followed")
     }
 
-    /// Something was asked for that cannot be done here; the image is not to blame.
+    /// The error for a request that is not possible in this state; the image is not to blame.
     fn out_of_turn(&self, why: &'static str) -> ReadError {
         let cause = ReadErrorCause::Io(io::Error::other(why));
         ReadError::at(Place::End, self.offset(), cause)
     }
 
-    /// The source, from the libxl layer or from the libxc layer that is through.
+    /// Takes the source from the libxl layer, or from the libxc layer after its END.
     fn take_source(&mut self) -> Result<(R, u64, Vec<u8>), ReadError> {
         match mem::replace(&mut self.held, Held::Lost) {
             Held::Source(source, offset, known) => Ok((source, offset, known)),
@@ -267,7 +265,7 @@ impl<R: Read> Walk<R> {
         Ok(Step { position, content })
     }
 
-    /// What xl calls no stream of version 2 is a legacy one: say what it is.
+    /// The file is not a stream of version 2, so it must be a legacy one: detect it.
     fn not_version_2(&mut self) -> Result<Step<'_, R>, ReadError> {
         let (mut source, offset, _) = self.take_source()?;
         let cause = match first_bytes(&mut source) {
@@ -303,7 +301,7 @@ impl<R: Read> Walk<R> {
         let (position, record) = result?;
         let bytes = self.offset().saturating_sub(offset).max(LEAST_KEPT);
         self.kept = self.kept.saturating_add(bytes);
-        // Each may be as long as that; a restorer keeps all of them.
+        // A single record may be this long, but a restorer keeps all of them.
         if self.kept > u64::from(MAX_BODY) {
             let cause = LibxlError::RecordsTooLong { max: MAX_BODY }.into();
             return Err(ReadError { position, cause });
@@ -371,7 +369,7 @@ impl<R: Read> Walk<R> {
         Ok(Step { position, content })
     }
 
-    /// A libxl record, read from the source of the libxc layer, which pauses.
+    /// A libxl record, read from the source of the paused libxc layer.
     fn checkpoint_record(&mut self, known: &[u8]) -> Result<Step<'_, R>, ReadError> {
         let gone = self.cannot_go_on();
         let (Held::Libxc(reader), Some(state)) = (&mut self.held, &mut self.libxl) else {
@@ -390,8 +388,8 @@ impl<R: Read> Walk<R> {
         Ok(Step { position, content })
     }
 
-    /// CHECKPOINT_STATE has the number of a record that only PV guests have, and COLO
-    /// is for HVM guests, so there is no doubt whose record it is.
+    /// CHECKPOINT_STATE has the same number as a record that only PV guests have. COLO is for HVM
+    /// guests, so it is clear which layer the record belongs to.
     fn resumption(&mut self) -> Result<Step<'_, R>, ReadError> {
         let gone = self.cannot_go_on();
         let (Held::Libxc(reader), Some(state)) = (&mut self.held, &self.libxl) else {
@@ -408,13 +406,13 @@ impl<R: Read> Walk<R> {
         }
     }
 
-    /// Whether there is nothing behind the last step: for files, which must end there.
-    /// Reads one byte more. Call it when [`Walk::next_step`] has said `None`.
+    /// Checks that nothing follows the last step: for files, which must end there. Reads one more
+    /// byte. Call it after [`Walk::next_step`] has returned `None`.
     ///
     /// # Errors
     ///
-    /// [`ReadErrorCause::Trailing`] if there is; the source failed; the last step has
-    /// not been reached.
+    /// [`ReadErrorCause::Trailing`] if something follows; the source failed; the last step has not
+    /// been reached.
     pub fn expect_end(&mut self) -> Result<(), ReadError> {
         if self.next != Next::Nothing {
             return Err(self.out_of_turn("the last record has not been read yet"));
@@ -431,15 +429,13 @@ impl<R: Read> Walk<R> {
         }
     }
 
-    /// Go up to the libxc stream and take it over: for a restorer, or whoever else
-    /// wants its records and what stands around it apart. Does not matter how many
-    /// steps have been taken before; of those that are passed over, nothing is lost
-    /// (see [`Around`]).
+    /// Walks to the libxc stream and returns its reader, for a restorer or another caller that
+    /// handles the records and the wrapper separately. Some steps may have been taken before;
+    /// nothing of the skipped ones is lost (see [`Around`]).
     ///
     /// # Errors
     ///
-    /// As [`Walk::next_step`]; the libxc stream is over already or paused at a
-    /// checkpoint.
+    /// Same as [`Walk::next_step`]; the libxc stream has ended or is paused at a checkpoint.
     pub fn into_libxc(mut self) -> Result<(RecordReader<R>, Around<R>), ReadError> {
         let mut before = Vec::new();
         while !matches!(self.held, Held::Libxc(_)) {
@@ -448,7 +444,7 @@ impl<R: Read> Walk<R> {
                     content: Content::LibxlRecord(record),
                     ..
                 }) => {
-                    // What nobody needs to understand is not kept.
+                    // Optional records are not kept.
                     if !matches!(record, LibxlRecord::Optional { .. }) {
                         before.push(record);
                     }
@@ -466,8 +462,8 @@ impl<R: Read> Walk<R> {
         }
     }
 
-    /// Give the source back. Behind the last step it stands behind the last record;
-    /// before the first, eight bytes in (or at the end); `None` after some errors.
+    /// Returns the source, positioned after the last record if the last step has been taken; before
+    /// the first step, eight bytes in (or at the end). `None` after some errors.
     pub fn into_source(self) -> Option<R> {
         match self.held {
             Held::Source(source, ..) => Some(source),
@@ -478,19 +474,17 @@ impl<R: Read> Walk<R> {
 }
 
 impl<R: Read + Seek> Walk<R> {
-    /// As [`Walk::open`], for a file: page data that is not wanted is passed over
-    /// without being read.
+    /// Like [`Walk::open`], for a file: page data that is not wanted is skipped without being read.
     ///
     /// # Errors
     ///
-    /// As [`Walk::open`].
+    /// Same as [`Walk::open`].
     pub fn open_seeking(source: R, options: ReadOptions) -> Result<Self, ReadError> {
         Self::with_skip(source, options, skip_by_seeking::<R>)
     }
 }
 
-/// What stands around a libxc stream that somebody has taken over
-/// ([`Walk::into_libxc`]).
+/// The wrapper around a libxc stream that the caller has taken over ([`Walk::into_libxc`]).
 #[derive(Debug)]
 pub struct Around<R> {
     walk: Walk<R>,
@@ -498,7 +492,7 @@ pub struct Around<R> {
 }
 
 impl<R: Read> Around<R> {
-    /// What the file is.
+    /// The file's format.
     pub fn detected(&self) -> Detected {
         self.walk.detected
     }
@@ -513,20 +507,20 @@ impl<R: Read> Around<R> {
         self.walk.libxl()
     }
 
-    /// The libxl records before the libxc stream that [`Walk::into_libxc`] passed
-    /// over, LIBXC_CONTEXT itself the last of them.
+    /// The libxl records before the libxc stream that [`Walk::into_libxc`] skipped, including
+    /// LIBXC_CONTEXT as the last.
     pub fn before(&self) -> &[LibxlRecord] {
         &self.before
     }
 
-    /// Take the libxl records of a checkpoint, without CHECKPOINT_END, which is the last of
-    /// them, and without optional ones, and how many bytes they are all together. The libxc layer has just read a
-    /// CHECKPOINT, which ends `offset` bytes into the file; `source` stands behind it. A
-    /// bare libxc stream has none.
+    /// Reads the libxl records of a checkpoint, up to CHECKPOINT_END. Returns them without
+    /// CHECKPOINT_END and optional ones, and the total size of all. The libxc layer has just read a
+    /// CHECKPOINT, which ends `offset` bytes into the file; `source` is positioned after it. A bare
+    /// libxc stream has none.
     ///
     /// # Errors
     ///
-    /// As [`Walk::next_step`]; what is to be kept has more than [`MAX_BODY`] bytes.
+    /// Same as [`Walk::next_step`]; the records to keep have more than [`MAX_BODY`] bytes.
     pub fn checkpoint(
         &mut self,
         source: &mut impl Read,
@@ -546,7 +540,7 @@ impl<R: Read> Around<R> {
                 LibxlRecord::CheckpointEnd => break,
                 LibxlRecord::Optional { .. } => {}
                 record => {
-                    // Each may be as long as that; a sender that repeats them is out of order.
+                    // A single record may be this long, but a sender must not repeat them.
                     let bytes = state.offset.saturating_sub(begins).max(LEAST_KEPT);
                     kept = kept.saturating_add(bytes);
                     if kept > u64::from(MAX_BODY) {
@@ -560,8 +554,8 @@ impl<R: Read> Around<R> {
         Ok((records, state.offset.saturating_sub(offset)))
     }
 
-    /// Go on behind the END of the libxc stream, with the libxl records that follow.
-    /// `offset` bytes of the file have been consumed ([`RecordReader::offset`]).
+    /// Continues after the END of the libxc stream, with the libxl records that follow. `offset`
+    /// bytes of the file have been consumed ([`RecordReader::offset`]).
     pub fn resume(self, source: R, offset: u64) -> Walk<R> {
         let mut walk = self.walk;
         walk.next = match walk.libxl {
@@ -573,14 +567,14 @@ impl<R: Read> Around<R> {
     }
 }
 
-/// The first eight bytes, or all there are.
+/// Reads the first eight bytes, or all there are.
 fn first_bytes(source: &mut impl Read) -> Result<Vec<u8>, ReadErrorCause> {
     let mut bytes = [0; TELLING];
     let read = read_up_to(source, &mut bytes).map_err(ReadErrorCause::Io)?;
     Ok(bytes.into_iter().take(read).collect())
 }
 
-/// Fill `room` as far as the source goes.
+/// Fills `room` as far as the source goes.
 fn read_up_to(source: &mut impl Read, room: &mut [u8]) -> io::Result<usize> {
     let whole = room.len();
     match fill(source, room) {

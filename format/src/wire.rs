@@ -1,5 +1,5 @@
-//! Fixed-width field types for wire structs: byte arrays of alignment 1 whose
-//! value is read and written with the byte order as an argument.
+//! Fixed-width field types for wire structs: byte arrays of alignment 1, whose value is read and
+//! written in a byte order that is passed as an argument.
 //!
 //! A struct made of these has no padding and can be borrowed from any byte
 //! slice with `zerocopy`.
@@ -21,7 +21,7 @@ macro_rules! field {
         pub struct $name([u8; $bytes]);
 
         impl $name {
-            /// A field holding `value` in the given order.
+            /// A field with `value` in the given order.
             pub const fn new(value: $int, order: ByteOrder) -> Self {
                 Self(match order {
                     ByteOrder::Little => value.to_le_bytes(),
@@ -29,7 +29,7 @@ macro_rules! field {
                 })
             }
 
-            /// The value, read in the given order.
+            /// Reads the value in the given order.
             pub const fn get(self, order: ByteOrder) -> $int {
                 match order {
                     ByteOrder::Little => <$int>::from_le_bytes(self.0),
@@ -37,7 +37,7 @@ macro_rules! field {
                 }
             }
 
-            /// Store `value` in the given order.
+            /// Stores `value` in the given order.
             pub const fn set(&mut self, value: $int, order: ByteOrder) {
                 *self = Self::new(value, order);
             }

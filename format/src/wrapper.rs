@@ -1,8 +1,8 @@
-//! What stands around a libxc stream: the xl file header and the libxl stream; and what
-//! other toolstacks put around either.
+//! Wrappers around a libxc stream: the xl file header, the libxl stream, and the formats of other
+//! toolstacks.
 //!
-//! A file that `xl save` wrote nests three layers, each of which reads exactly its
-//! own bytes and hands the source on:
+//! A file that `xl save` wrote nests three layers, each of which reads exactly its own bytes and
+//! passes the source on:
 //!
 //! ```text
 //! xl header │ libxl header │ LIBXC_CONTEXT ┬ libxc stream ┬ emulator records │ END
@@ -24,13 +24,13 @@ pub mod xl;
 
 use libxl::{LibxlError, LibxlRecordKind};
 
-/// A wrapper that could not be written.
+/// A failure to write a wrapper.
 #[derive(Debug, Error)]
 pub enum WrapperWriteError {
     /// The sink failed.
     #[error("writing failed: {0}")]
     Io(#[from] io::Error),
-    /// What was to be written would break a rule of the libxl stream.
+    /// The record would break a rule of the libxl stream.
     #[error("{kind} cannot be written: {cause}")]
     Libxl {
         /// The record.

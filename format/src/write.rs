@@ -1,7 +1,7 @@
-//! Writing a libxc stream, version 3, little endian: what Xen's own saver writes.
+//! Writer of libxc streams, version 3, little endian, as Xen's own saver writes them.
 //!
-//! Each record goes to the sink in one piece, unless it is a long one (PAGE_DATA in two: what
-//! describes the pages, then the pages), padded with zeros.
+//! Each record is written to the sink in one piece, padded with zeros. Long ones are not (PAGE_DATA
+//! in two pieces: the head with the entries, then the pages).
 //!
 //! Specification: libxc migration stream. C implementation:
 //! `xg_sr_common.c:write_split_record`, `xg_sr_save.c:write_headers`.
@@ -22,7 +22,7 @@ use crate::record::{MAX_BATCH, MAX_BODY, RecordKind, WireRecordHeader, zeros};
 use crate::wire::{U32, U64};
 
 const ORDER: ByteOrder = ByteOrder::Little;
-/// Bytes of a body that are copied to write the record in one piece.
+/// Maximum size of a body that is copied in order to write the record in one piece.
 const MAX_COPIED: usize = 64 << 10;
 
 fn encode(kind: RecordKind, cause: DecodeError) -> WriteError {
@@ -34,8 +34,8 @@ fn length_error(kind: RecordKind, expected: Length, got: usize) -> WriteError {
     encode(kind, DecodeError::BodyLength { expected, got })
 }
 
-/// The bytes of a PAGE_DATA record up to the pages: record header, head, entries.
-/// Whoever calls sends the pages behind it, one for each entry that has data.
+/// The bytes of a PAGE_DATA record up to the pages: record header, head, entries. The caller then
+/// writes the pages, one for each entry with data.
 ///
 /// # Errors
 ///
@@ -45,7 +45,7 @@ pub fn page_data_head(entries: &[PageEntry]) -> Result<Vec<u8>, WriteError> {
     padded_page_data_head(0, entries)
 }
 
-/// As [`page_data_head`], with so many pad entries of the mapped layout before the others.
+/// Like [`page_data_head`], with `pads` pad entries of the mapped layout before the others.
 pub(crate) fn padded_page_data_head(
     pads: u64,
     entries: &[PageEntry],
@@ -116,7 +116,7 @@ fn header(kind: RecordKind, length: u32) -> WireRecordHeader {
     }
 }
 
-/// Writes the records of a libxc stream.
+/// Writer of the records of a libxc stream.
 #[derive(Debug)]
 pub struct RecordWriter<W> {
     sink: W,
@@ -124,11 +124,11 @@ pub struct RecordWriter<W> {
 }
 
 impl<W: Write> RecordWriter<W> {
-    /// Write the image and the domain header.
+    /// Writes the image header and the domain header.
     ///
     /// # Errors
     ///
-    /// What the sink says.
+    /// The sink's error.
     pub fn new(mut sink: W, domain: DomainHeader) -> Result<Self, WriteError> {
         let image = ImageHeader {
             version: Version::V3,
@@ -141,23 +141,22 @@ impl<W: Write> RecordWriter<W> {
         Ok(Self { sink, scratch })
     }
 
-    /// The sink: for who sends pages from where they are, behind a
-    /// [`page_data_head`].
+    /// The sink, for a caller that writes pages itself after a [`page_data_head`].
     pub fn sink_mut(&mut self) -> &mut W {
         &mut self.sink
     }
 
-    /// Give the sink back.
+    /// Returns the sink.
     pub fn into_sink(self) -> W {
         self.sink
     }
 
-    /// Write a record whose body is `parts`, one behind the other. For records that
-    /// have no method here: optional ones, say.
+    /// Writes a record whose body is the concatenation of `parts`, for records without a method of
+    /// their own, such as optional ones.
     ///
     /// # Errors
     ///
-    /// A body over [`MAX_BODY`]; what the sink says.
+    /// A body over [`MAX_BODY`], or the sink's error.
     pub fn record(&mut self, kind: RecordKind, parts: &[&[u8]]) -> Result<(), WriteError> {
         let bytes = parts
             .iter()
@@ -190,7 +189,7 @@ impl<W: Write> RecordWriter<W> {
     ///
     /// # Errors
     ///
-    /// What the sink says.
+    /// The sink's error.
     pub fn end(&mut self) -> Result<(), WriteError> {
         self.record(RecordKind::END, &[])
     }
@@ -199,7 +198,7 @@ impl<W: Write> RecordWriter<W> {
     ///
     /// # Errors
     ///
-    /// What the sink says.
+    /// The sink's error.
     pub fn static_data_end(&mut self) -> Result<(), WriteError> {
         self.record(RecordKind::STATIC_DATA_END, &[])
     }
@@ -208,7 +207,7 @@ impl<W: Write> RecordWriter<W> {
     ///
     /// # Errors
     ///
-    /// What the sink says.
+    /// The sink's error.
     pub fn verify(&mut self) -> Result<(), WriteError> {
         self.record(RecordKind::VERIFY, &[])
     }
@@ -217,7 +216,7 @@ impl<W: Write> RecordWriter<W> {
     ///
     /// # Errors
     ///
-    /// What the sink says.
+    /// The sink's error.
     pub fn checkpoint(&mut self) -> Result<(), WriteError> {
         self.record(RecordKind::CHECKPOINT, &[])
     }
@@ -226,7 +225,7 @@ impl<W: Write> RecordWriter<W> {
     ///
     /// # Errors
     ///
-    /// What the sink says.
+    /// The sink's error.
     pub fn pv_info(&mut self, info: PvInfo) -> Result<(), WriteError> {
         self.record(RecordKind::X86_PV_INFO, &[info.encode().as_bytes()])
     }
@@ -236,8 +235,8 @@ impl<W: Write> RecordWriter<W> {
     ///
     /// # Errors
     ///
-    /// A range that ends before it starts or does not have as many frames; what the
-    /// sink says.
+    /// A range that ends before it starts, a number of frames that does not match it, or the sink's
+    /// error.
     pub fn p2m_frames(
         &mut self,
         info: PvInfo,
@@ -267,7 +266,7 @@ impl<W: Write> RecordWriter<W> {
     ///
     /// # Errors
     ///
-    /// A blob of the wrong length for its kind; what the sink says.
+    /// A blob of the wrong length for its kind, or the sink's error.
     pub fn vcpu_state(
         &mut self,
         kind: RecordKind,
@@ -300,7 +299,7 @@ impl<W: Write> RecordWriter<W> {
     ///
     /// # Errors
     ///
-    /// What the sink says.
+    /// The sink's error.
     pub fn shared_info(&mut self, page: &Page) -> Result<(), WriteError> {
         self.record(RecordKind::SHARED_INFO, &[page])
     }
@@ -309,7 +308,7 @@ impl<W: Write> RecordWriter<W> {
     ///
     /// # Errors
     ///
-    /// What the sink says.
+    /// The sink's error.
     pub fn tsc_info(&mut self, info: TscInfo) -> Result<(), WriteError> {
         self.record(RecordKind::X86_TSC_INFO, &[info.encode(ORDER).as_bytes()])
     }
@@ -318,7 +317,7 @@ impl<W: Write> RecordWriter<W> {
     ///
     /// # Errors
     ///
-    /// An empty context; what the sink says.
+    /// An empty context, or the sink's error.
     pub fn hvm_context(&mut self, context: &[u8]) -> Result<(), WriteError> {
         const KIND: RecordKind = RecordKind::HVM_CONTEXT;
         if context.is_empty() {
@@ -331,7 +330,7 @@ impl<W: Write> RecordWriter<W> {
     ///
     /// # Errors
     ///
-    /// More parameters than a record holds; what the sink says.
+    /// More parameters than a record holds, or the sink's error.
     pub fn hvm_params(&mut self, params: &[HvmParam]) -> Result<(), WriteError> {
         const KIND: RecordKind = RecordKind::HVM_PARAMS;
         if params.is_empty() {
@@ -353,11 +352,11 @@ impl<W: Write> RecordWriter<W> {
         self.record(KIND, &[head.as_bytes(), entries.as_bytes()])
     }
 
-    /// X86_CPUID_POLICY: leaves of 24 bytes, little endian. None: not written.
+    /// X86_CPUID_POLICY: leaves of 24 bytes, little endian. Not written if empty.
     ///
     /// # Errors
     ///
-    /// A length that is no multiple of 24; what the sink says.
+    /// A length that is not a multiple of 24, or the sink's error.
     pub fn cpuid_policy(&mut self, leaves: &[u8]) -> Result<(), WriteError> {
         self.policy(
             RecordKind::X86_CPUID_POLICY,
@@ -366,11 +365,11 @@ impl<W: Write> RecordWriter<W> {
         )
     }
 
-    /// X86_MSR_POLICY: entries of 16 bytes, little endian. None: not written.
+    /// X86_MSR_POLICY: entries of 16 bytes, little endian. Not written if empty.
     ///
     /// # Errors
     ///
-    /// A length that is no multiple of 16; what the sink says.
+    /// A length that is not a multiple of 16, or the sink's error.
     pub fn msr_policy(&mut self, entries: &[u8]) -> Result<(), WriteError> {
         self.policy(RecordKind::X86_MSR_POLICY, entries, MsrPolicy::ENTRY_BYTES)
     }
@@ -389,13 +388,12 @@ impl<W: Write> RecordWriter<W> {
         }
     }
 
-    /// PAGE_DATA with pages that are in memory: `pages` holds one for each entry
-    /// that has data, in order.
+    /// PAGE_DATA with pages in memory: `pages` has one for each entry with data, in order.
     ///
     /// # Errors
     ///
-    /// As [`page_data_head`]; a number of pages other than the entries ask for; what
-    /// the sink says.
+    /// Same as [`page_data_head`]; a number of pages that does not match the entries; or the sink's
+    /// error.
     pub fn page_data(&mut self, entries: &[PageEntry], pages: &[&Page]) -> Result<(), WriteError> {
         let head = page_data_head(entries)?;
         let wanted = entries.iter().filter(|e| e.page_type.has_data()).count();
@@ -412,8 +410,7 @@ impl<W: Write> RecordWriter<W> {
     }
 }
 
-/// CHECKPOINT_DIRTY_PFN_LIST, as a whole record: it goes over the back-channel,
-/// which has no headers.
+/// CHECKPOINT_DIRTY_PFN_LIST as a complete record, for the back channel, which has no headers.
 ///
 /// # Errors
 ///

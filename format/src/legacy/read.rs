@@ -1,17 +1,17 @@
-//! Reading a legacy stream piece by piece: forwards only, not one byte too many, and
-//! never more memory than a piece needs. The contents of pages are handed on, not kept.
+//! Pull parser for legacy streams. It only reads forwards, reads no byte beyond the stream, and
+//! never uses more memory than a piece needs. Contents of pages are passed on, not kept.
 //!
-//! | part | octets |
+//! | part | encoding |
 //! |---|---|
-//! | p2m_size | long (4 or 8 octets, as the toolstack was) |
-//! | PV: extended info, optional | long, all ones; u32 length; blocks: name of 4 octets, u32 length, that many octets |
-//! | PV: frames of the p2m | longs, one for each 4096 octets of the p2m |
+//! | p2m_size | long (4 or 8 bytes, the toolstack's width) |
+//! | PV: extended info, optional | long, all ones; u32 length; blocks: name (4), u32 length, body |
+//! | PV: frames of the p2m | longs, one for each 4096 bytes of the p2m |
 //! | chunks | i32 marker; see [`chunk`](super::chunk) |
 //! | PV: tail | u32 count, that many longs; vcpus; shared info page |
 //! | HVM: tail | u64 × 3 pfns; u32 length, Xen's state; the device model's record |
 //!
-//! Where Remus was at work, chunks and tail come again and again. C implementation:
-//! `tools/libxc/xc_domain_restore.c` (Xen 4.5).
+//! With Remus, chunks and tail repeat. C implementation: `tools/libxc/xc_domain_restore.c` (Xen
+//! 4.5).
 
 use std::fmt;
 use std::io::{self, Read, Seek};
@@ -28,7 +28,7 @@ mod body;
 mod head;
 mod tail;
 
-/// What kind of guest a legacy stream holds; the stream itself hardly says.
+/// The type of guest in a legacy stream, which the stream itself hardly reveals.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum LegacyGuest {
     /// x86 PV.
@@ -46,26 +46,26 @@ impl fmt::Display for LegacyGuest {
     }
 }
 
-/// How far to read a stream that may have been checkpointed.
+/// How far to read a stream that may be checkpointed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Checkpoints {
     /// Up to the chunk that says "last", or the end of the source.
     #[default]
     All,
-    /// So many, or up to the chunk that says "last".
+    /// Up to this number of checkpoints, or the chunk that says "last".
     UpTo(u32),
 }
 
-/// How to read.
+/// Options for reading a legacy stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LegacyOptions {
-    /// Tolerate reserved fields that are not zero, and nothing else.
+    /// Tolerate non-zero reserved fields, but nothing else.
     pub lenient: bool,
-    /// Bytes of the file that came before, so that positions are right.
+    /// Bytes of the file before the stream, for correct positions.
     pub offset: u64,
-    /// Who wrote it, where that is known; found out otherwise.
+    /// The toolstack's width, if known; otherwise it is detected.
     pub width: Option<ToolstackWidth>,
-    /// What it holds, where that is known; found out otherwise.
+    /// The type of guest, if known; otherwise it is detected.
     pub guest: Option<LegacyGuest>,
     /// Whether an HVM tail ends with the device model's record.
     pub device_model: bool,
@@ -86,13 +86,13 @@ impl Default for LegacyOptions {
     }
 }
 
-/// Reads a legacy stream.
+/// Reader of a legacy stream.
 #[derive(Clone)]
 pub struct LegacyReader<R> {
     source: R,
     skip: Skip<R>,
     options: LegacyOptions,
-    /// Bytes that were read to find out what follows, and are not used yet.
+    /// Bytes that were read ahead for detection and not used yet.
     known: Vec<u8>,
     offset: u64,
     start: LegacyStart,
@@ -101,12 +101,12 @@ pub struct LegacyReader<R> {
     extended: ExtendedInfo,
     /// Vcpus that are present.
     vcpus: Vec<u32>,
-    /// Number of the next chunk.
+    /// Index of the next chunk.
     index: u64,
     current: Position,
     /// Bytes of the current piece that the caller has not taken yet.
     left: u64,
-    /// Whether an entry of a page has come.
+    /// Whether an entry for a page has come.
     any_entry: bool,
     compressed: bool,
     compress_next: bool,
@@ -121,7 +121,7 @@ enum State {
     ExtendedInfo,
     P2mFrames,
     Body,
-    /// In the body of a checkpoint that may not be there at all.
+    /// In the body of a checkpoint that may not exist.
     MaybeBody,
     Unmapped,
     Vcpu(usize),
@@ -135,49 +135,49 @@ enum State {
 }
 
 impl<R: Read> LegacyReader<R> {
-    /// Read the start of a stream. The source is read forwards only and needs no buffer.
+    /// Reads the start of a stream. The source is only read forwards and needs no buffer.
     ///
     /// # Errors
     ///
-    /// The source failed or ended; no legacy saver wrote this; it cannot be told what it
-    /// holds.
+    /// The source failed or ended, no legacy saver can have written the bytes, or the type of guest
+    /// cannot be detected.
     pub fn new(source: R, options: LegacyOptions) -> Result<Self, ReadError> {
         Self::with_skip(&[], source, options, skip_by_reading::<R>)
     }
 
-    /// As [`LegacyReader::new`], where the first bytes, `known`, at most eight, have been
-    /// read already, to find out what the source holds.
+    /// Like [`LegacyReader::new`], if the first bytes of the stream (`known`, at most eight) have
+    /// already been read to detect its format.
     ///
     /// # Errors
     ///
-    /// As [`LegacyReader::new`].
+    /// Same as [`LegacyReader::new`].
     pub fn behind(known: &[u8], source: R, options: LegacyOptions) -> Result<Self, ReadError> {
         Self::with_skip(known, source, options, skip_by_reading::<R>)
     }
 
-    /// Where the piece that was read last begins.
+    /// Position of the piece that was read last.
     pub fn position(&self) -> Position {
         self.current
     }
 
-    /// Bytes of the file that have been consumed.
+    /// Bytes of the file consumed so far.
     pub fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// Who wrote the stream, and how many frames the guest has.
+    /// The toolstack's width, and the guest's number of frames.
     pub fn start(&self) -> LegacyStart {
         self.start
     }
 
-    /// What it holds.
+    /// The type of guest.
     pub fn guest(&self) -> LegacyGuest {
         self.guest
     }
 
     /// Width and page tables of a PV guest, once its extended info has been read.
     ///
-    /// Without extended info, the guest is as wide as the toolstack, as restorers have it.
+    /// Without extended info, the guest has the toolstack's width, as restorers assume.
     pub fn pv_info(&self) -> PvInfo {
         match (self.extended.guest_width, self.start.width) {
             (Some(8), _) | (None, ToolstackWidth::Bits64) => PvInfo::Bits64,
@@ -185,23 +185,23 @@ impl<R: Read> LegacyReader<R> {
         }
     }
 
-    /// Checkpoints that are complete.
+    /// Number of complete checkpoints.
     pub fn complete(&self) -> u32 {
         self.complete
     }
 
-    /// Give the source back.
+    /// Returns the source.
     pub fn into_source(self) -> R {
         self.source
     }
 
-    /// Bytes of the current piece (contents of pages, compressed data) that have not
-    /// been taken. What is left is passed over with the next piece.
+    /// Bytes of the current piece (contents of pages, compressed data) that have not been taken.
+    /// The next call of [`LegacyReader::next_item`] skips them.
     pub fn left(&self) -> u64 {
         self.left
     }
 
-    /// Take bytes of the current piece. 0 where none is left.
+    /// Takes bytes of the current piece. Returns 0 if none are left.
     ///
     /// # Errors
     ///
@@ -229,12 +229,12 @@ impl<R: Read> LegacyReader<R> {
         }
     }
 
-    /// Let `read` take bytes of the current piece straight from the source: at most as
-    /// many as it is told are left. It says how many it has taken.
+    /// Lets `read` take bytes of the current piece directly from the source: at most the number
+    /// that it is given. `read` returns how many it has taken.
     ///
     /// # Errors
     ///
-    /// What `read` says; the source ended where it takes none.
+    /// The error of `read`; a truncated stream if `read` takes none.
     pub fn with_source(
         &mut self,
         read: impl FnOnce(&mut R, u64) -> io::Result<u64>,
@@ -252,7 +252,7 @@ impl<R: Read> LegacyReader<R> {
         }
     }
 
-    /// So many bytes of the current piece are taken.
+    /// Counts bytes of the current piece as taken.
     fn count(&mut self, bytes: u64) {
         self.left = self.left.saturating_sub(bytes);
         self.offset = self.offset.saturating_add(bytes);
@@ -266,12 +266,12 @@ impl<R: Read> LegacyReader<R> {
         }
     }
 
-    /// The next piece, or `None` behind the last.
+    /// The next piece, or `None` at the end.
     ///
     /// # Errors
     ///
-    /// The source failed, the stream is truncated, or a rule is broken; where, the error
-    /// says. After an error there is no going on.
+    /// The source failed, the stream is truncated, or a rule is broken; the error contains the
+    /// position. After an error the reader cannot continue.
     pub fn next_item(&mut self) -> Result<Option<Item>, ReadError> {
         if let Err(cause) = self.pass_over_left() {
             return Err(self.failed(cause));
@@ -327,7 +327,7 @@ impl<R: Read> LegacyReader<R> {
         Ok(Some(item))
     }
 
-    /// Whether the source has another byte. It is kept.
+    /// Whether the source has another byte, which is kept for later.
     fn more_to_come(&mut self) -> Result<bool, ReadErrorCause> {
         let mut byte = [0];
         match fill(&mut self.source, &mut byte) {
@@ -363,7 +363,7 @@ impl<R: Read> LegacyReader<R> {
         Ok(())
     }
 
-    /// Pass over bytes of the source, of which none is known.
+    /// Skips bytes of the source, of which none has been read ahead.
     fn pass_over(&mut self, bytes: u64) -> Result<(), ReadErrorCause> {
         let done =
             (self.skip)(&mut self.source, bytes, &mut self.scratch).map_err(ReadErrorCause::Io)?;
@@ -374,7 +374,7 @@ impl<R: Read> LegacyReader<R> {
         }
     }
 
-    /// Fill `room`: first with what is known, then from the source.
+    /// Fills `room`, first with bytes that were read ahead, then from the source.
     fn fill(&mut self, room: &mut [u8]) -> Result<(), ReadErrorCause> {
         let known = self.known.len().min(room.len());
         let (head, rest) = room.split_at_mut(known);
@@ -400,7 +400,7 @@ impl<R: Read> LegacyReader<R> {
         Ok(u64::from_le_bytes(self.take()?))
     }
 
-    /// An `unsigned long` of the toolstack.
+    /// Reads an `unsigned long` of the toolstack.
     fn long(&mut self) -> Result<u64, ReadErrorCause> {
         match self.start.width {
             ToolstackWidth::Bits32 => Ok(self.u32()?.into()),
@@ -408,7 +408,7 @@ impl<R: Read> LegacyReader<R> {
         }
     }
 
-    /// Bytes of an `unsigned long`.
+    /// Size of an `unsigned long`.
     fn long_bytes(&self) -> u64 {
         match self.start.width {
             ToolstackWidth::Bits32 => 4,
@@ -416,7 +416,7 @@ impl<R: Read> LegacyReader<R> {
         }
     }
 
-    /// So many longs.
+    /// Reads this many longs.
     fn longs(&mut self, count: u64) -> Result<Vec<u64>, ReadErrorCause> {
         let bytes = self.blob(count.saturating_mul(self.long_bytes()))?;
         let numbers = match self.start.width {
@@ -436,7 +436,7 @@ impl<R: Read> LegacyReader<R> {
         Ok(numbers)
     }
 
-    /// So many bytes; memory grows as they arrive.
+    /// Reads this many bytes; memory grows as they arrive.
     fn blob(&mut self, bytes: u64) -> Result<Vec<u8>, ReadErrorCause> {
         const STEP: usize = 1 << 20;
         let mut blob = Vec::new();
@@ -467,12 +467,12 @@ impl<R: Read> LegacyReader<R> {
 }
 
 impl<R: Read + Seek> LegacyReader<R> {
-    /// As [`LegacyReader::new`], for a file: contents of pages that nobody takes are passed
-    /// over without being read.
+    /// Like [`LegacyReader::new`], for a file: contents of pages that are not taken are skipped
+    /// without being read.
     ///
     /// # Errors
     ///
-    /// As [`LegacyReader::new`].
+    /// Same as [`LegacyReader::new`].
     pub fn seeking(source: R, options: LegacyOptions) -> Result<Self, ReadError> {
         Self::with_skip(&[], source, options, skip_by_seeking::<R>)
     }

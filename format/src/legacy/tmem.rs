@@ -1,5 +1,5 @@
-//! Transcendent memory in a legacy stream: it is parsed to find its end, and passed over.
-//! Nothing can be done with it: Xen has had no tmem since 4.13.
+//! Transcendent memory in a legacy stream. It is parsed only to find its end, and skipped, since
+//! Xen has had no tmem since 4.13.
 //!
 //! | chunk −5 | |
 //! |---|---|
@@ -21,11 +21,11 @@ use crate::source::{Skip, fill};
 
 const ONES: [u8; 4] = [0xff; 4];
 const NO_OBJECT: [u8; 24] = [0xff; 24];
-/// `TMEM_POOL_PAGESIZE_SHIFT` and `_MASK`: log2 of the page size, less 12.
+/// `TMEM_POOL_PAGESIZE_SHIFT` and `_MASK`: log2 of the page size, minus 12.
 const PAGE_SIZE_SHIFT: u32 = 4;
 const PAGE_SIZE_MASK: u32 = 0xf;
 
-/// Passes over tmem chunks, and counts.
+/// Skips and counts the bytes of tmem chunks.
 struct Passing<'s, R> {
     source: &'s mut R,
     skip: Skip<R>,
@@ -33,7 +33,7 @@ struct Passing<'s, R> {
     bytes: u64,
 }
 
-/// Pass over the body of chunk −5; how many bytes it has.
+/// Skips the body of chunk −5. Returns its size.
 pub(super) fn pass_over<R: Read>(
     source: &mut R,
     skip: Skip<R>,
@@ -44,7 +44,7 @@ pub(super) fn pass_over<R: Read>(
     Ok(passing.bytes)
 }
 
-/// Pass over the body of chunk −6; how many bytes it has.
+/// Skips the body of chunk −6. Returns its size.
 pub(super) fn pass_over_extra<R: Read>(
     source: &mut R,
     skip: Skip<R>,
@@ -98,7 +98,7 @@ impl<'s, R: Read> Passing<'s, R> {
 
     fn pool(&mut self) -> Result<(), ReadErrorCause> {
         let flags = self.word()?;
-        // A negative number of pages is none, to the restorer too.
+        // The restorer also treats a negative number of pages as 0.
         let pages = i32::from_le_bytes(self.take()?);
         self.take::<16>()?;
         // 4 KiB to 128 MiB.

@@ -1,14 +1,14 @@
-//! libxl's record in a legacy toolstack chunk: where qemu has mapped its memory, which a
-//! libxl stream of version 2 keeps as xenstore data.
+//! libxl's record in a legacy toolstack chunk: where qemu has mapped its memory. A libxl stream of
+//! version 2 stores this as xenstore data.
 //!
 //! | octets | field |
 //! |---|---|
 //! | 0–3 | version, 1 |
 //! | 4–7 | number of regions |
-//! | … | regions: u64 phys_offset, u64 start_addr, u64 size, u32 length of the name, the name with its NUL |
+//! | … | regions: u64 phys_offset, u64 start_addr, u64 size, u32 length of name, name with NUL |
 //!
-//! A 64-bit toolstack counts four bytes of padding that its compiler put at the end of
-//! the structure; the name has moved into it, and four stray bytes follow.
+//! A 64-bit toolstack also counts four bytes of padding that its compiler put at the end of the
+//! structure. The name begins in this padding, and four stray bytes follow.
 //!
 //! C implementation: `libxl__toolstack_save` in `tools/libxl/libxl_dom.c` (Xen 4.5);
 //! `convert-legacy-stream`.
@@ -22,7 +22,7 @@ use crate::error::ReadErrorCause;
 use crate::wire::{U32, U64};
 use crate::wrapper::libxl::XenstoreData;
 
-/// What the record begins with.
+/// The header of the record.
 ///
 /// | octets | field |
 /// |---|---|
@@ -35,7 +35,7 @@ struct WireHead {
     count: U32,
 }
 
-/// What each region begins with.
+/// The header of each region.
 ///
 /// | octets | field |
 /// |---|---|
@@ -57,11 +57,11 @@ const _: () = {
     assert!(size_of::<WireRegion>() == 28);
 };
 
-/// The xenstore keys and values that such a record becomes.
+/// Converts such a record to xenstore keys and values.
 ///
 /// # Errors
 ///
-/// Another version; a record that is too short or too long; a name that is no string.
+/// Another version, a record that is too short or too long, or an invalid name.
 pub fn xenstore_data(record: &[u8], width: ToolstackWidth) -> Result<XenstoreData, ReadErrorCause> {
     const LE: ByteOrder = ByteOrder::Little;
     let length = |what, expected: u64, got: &[u8]| LegacyError::ToolstackLength {

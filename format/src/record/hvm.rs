@@ -24,7 +24,7 @@ pub(crate) struct WireHvmParamsHead {
     pub(crate) reserved: U32,
 }
 
-/// One parameter as it stands in the stream.
+/// One parameter, encoded as in the stream.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub(crate) struct WireHvmParam {
@@ -41,7 +41,7 @@ pub struct HvmParam {
     pub value: u64,
 }
 
-/// HVM_PARAMS. May be empty on reading (erratum 1); never written so.
+/// HVM_PARAMS. Readers accept an empty list (erratum 1); writers never write one.
 #[derive(Clone, Copy, Debug)]
 pub struct HvmParams<'a> {
     entries: &'a [WireHvmParam],

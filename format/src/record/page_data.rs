@@ -1,5 +1,5 @@
-//! PAGE_DATA: a batch of pages. Its body can be large, so it is not kept whole:
-//! the entries are checked first, the pages are handed on.
+//! PAGE_DATA: a batch of pages. Its body can be large, so it is not kept as a whole: the entries
+//! are checked first, the pages are passed on.
 //!
 //! Specification: "PAGE_DATA". C implementation: `xg_sr_save.c:write_batch`,
 //! `xg_sr_restore.c:handle_page_data`.
@@ -38,7 +38,7 @@ impl WirePageDataHead {
         }
     }
 
-    /// Check the head against the body's length; how many bytes of entries follow.
+    /// Checks the head against the body's length. Returns the size of the entries that follow.
     pub(crate) fn entry_bytes(
         &self,
         body_length: u32,
@@ -69,7 +69,7 @@ impl WirePageDataHead {
     }
 }
 
-/// The entries of a PAGE_DATA record, checked.
+/// The checked entries of a PAGE_DATA record.
 #[derive(Clone, Copy, Debug)]
 pub struct Entries<'a> {
     wire: &'a [WirePageEntry],
@@ -77,7 +77,7 @@ pub struct Entries<'a> {
 }
 
 impl<'a> Entries<'a> {
-    /// Check every entry and the length of the body; how many pages follow.
+    /// Checks every entry and the length of the body. Returns the number of pages that follow.
     ///
     /// `max_pfn` is the last pfn that X86_PV_P2M_FRAMES announced, for a PV guest.
     pub(crate) fn check(
@@ -130,23 +130,23 @@ impl<'a> Entries<'a> {
         Ok((Self { wire, order }, pages))
     }
 
-    /// Entries that [`Entries::check`] has passed before.
+    /// Entries that [`Entries::check`] has already accepted.
     pub(crate) fn trusted(wire: &'a [WirePageEntry], context: Context) -> Self {
         let order = context.order;
         Self { wire, order }
     }
 
-    /// How many entries: 1 or more.
+    /// Number of entries: 1 or more.
     pub fn len(&self) -> usize {
         self.wire.len()
     }
 
-    /// Never: a record has at least one entry.
+    /// Always false: a record has at least one entry.
     pub fn is_empty(&self) -> bool {
         self.wire.is_empty()
     }
 
-    /// The entries from the one at `from` on, `most` at most.
+    /// At most `most` entries, starting with the one at index `from`.
     pub(crate) fn part(self, from: usize, most: usize) -> Self {
         let (_, rest) = self.wire.split_at(from.min(self.wire.len()));
         let (wire, _) = rest.split_at(most.min(rest.len()));

@@ -12,7 +12,7 @@ use crate::frame::{PAGE_SIZE, Pfn};
 use crate::order::OrderError;
 use crate::wire::{U16, U32, U64};
 
-/// X86_PV_INFO as it stands in the stream.
+/// X86_PV_INFO, encoded as in the stream.
 ///
 /// | octets | field |
 /// |---|---|
@@ -30,7 +30,7 @@ pub(crate) struct WirePvInfo {
 
 const _: () = assert!(size_of::<WirePvInfo>() == 8);
 
-/// X86_PV_INFO: how wide a PV guest is.
+/// X86_PV_INFO: the width of a PV guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PvInfo {
     /// 32 bits, three levels of page tables (PAE).
@@ -40,7 +40,7 @@ pub enum PvInfo {
 }
 
 impl PvInfo {
-    /// The guest of this width in bytes, 4 or 8.
+    /// The guest with this width in bytes, 4 or 8.
     pub const fn from_width(width: u8) -> Option<Self> {
         match width {
             4 => Some(Self::Bits32),
@@ -49,7 +49,7 @@ impl PvInfo {
         }
     }
 
-    /// Bytes in the guest's word: 4 or 8.
+    /// Bytes in the guest's machine word: 4 or 8.
     pub const fn width(self) -> u8 {
         match self {
             Self::Bits32 => 4,
@@ -116,18 +116,18 @@ pub(crate) struct WireP2mHead {
 /// X86_PV_P2M_FRAMES.
 #[derive(Clone, Copy, Debug)]
 pub struct P2mFrames<'a> {
-    /// First pfn the frames cover.
+    /// First pfn that the frames cover.
     pub start: Pfn,
-    /// Last pfn the frames cover, inclusive.
+    /// Last pfn that the frames cover, inclusive.
     pub end: Pfn,
-    /// Index in the whole p2m of the first frame listed.
+    /// Index of the first listed frame in the whole p2m.
     pub first_frame: u64,
     frames: &'a [U64],
     order: ByteOrder,
 }
 
-/// How many p2m frames cover the inclusive range of pfns, for a guest of this
-/// width: never wraps, even where `end` is the last pfn there is.
+/// Number of p2m frames that cover the inclusive range of pfns, for a guest of this width. Never
+/// wraps, even if `end` is the last possible pfn.
 pub const fn p2m_frame_count(start: u32, end: u32, info: PvInfo) -> u64 {
     let shift = match info {
         PvInfo::Bits32 => 10,
@@ -177,7 +177,7 @@ impl<'a> P2mFrames<'a> {
         })
     }
 
-    /// Whether the body is as a writer of today writes it.
+    /// Whether the body is encoded as current writers encode it.
     pub(crate) fn is_little_endian(&self) -> bool {
         self.order == ByteOrder::Little
     }
@@ -203,12 +203,12 @@ pub(crate) struct WireVcpuHead {
     pub(crate) reserved: U32,
 }
 
-/// X86_PV_VCPU_{BASIC,EXTENDED,XSAVE,MSRS}: a blob of Xen's for one vcpu.
+/// X86_PV_VCPU_{BASIC,EXTENDED,XSAVE,MSRS}: one of Xen's blobs for one vcpu.
 #[derive(Clone, Copy, Debug)]
 pub struct VcpuState<'a> {
     /// The vcpu.
     pub vcpu: u32,
-    /// The blob; may be empty on reading (erratum 1), which means nothing.
+    /// The blob. If it is empty, which readers accept (erratum 1), it is ignored.
     pub state: &'a [u8],
 }
 
@@ -220,11 +220,11 @@ pub const fn vcpu_basic_bytes(info: PvInfo) -> usize {
     }
 }
 
-/// The longest XSAVE area that is taken; that of a processor with AMX has 11 KiB.
+/// Maximum size of an XSAVE area; that of a processor with AMX has 11 KiB.
 const MAX_XSAVE: usize = 1 << 20;
 
-/// What length a blob of this kind must have, its head not counted; empty ones,
-/// which erratum 1 tolerates, aside.
+/// The length that a blob of this kind must have, without its head. Does not apply to empty blobs,
+/// which erratum 1 tolerates.
 pub(crate) fn vcpu_state_length(kind: RecordKind, info: PvInfo, len: usize) -> Option<Length> {
     let basic = vcpu_basic_bytes(info);
     match kind {

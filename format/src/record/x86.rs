@@ -11,7 +11,7 @@ use crate::byte_order::ByteOrder;
 use crate::error::{DecodeError, Length, Reserved};
 use crate::wire::{U32, U64};
 
-/// X86_TSC_INFO as it stands in the stream.
+/// X86_TSC_INFO, encoded as in the stream.
 ///
 /// | octets | field |
 /// |---|---|
@@ -46,7 +46,7 @@ pub struct TscInfo {
 }
 
 impl TscInfo {
-    /// The last mode that Xen has had.
+    /// The last mode that any Xen has had.
     const MAX_MODE: u32 = 3;
 
     pub(crate) fn decode(body: &[u8], context: Context) -> Result<Self, DecodeError> {
@@ -92,7 +92,7 @@ const _: () = assert!(size_of::<WireCpuidLeaf>() == CpuidPolicy::LEAF_BYTES);
 pub struct CpuidLeaf {
     /// Input eax.
     pub leaf: u32,
-    /// Input ecx, or 0xffffffff where the leaf has no subleaves.
+    /// Input ecx, or 0xffffffff if the leaf has no subleaves.
     pub subleaf: u32,
     /// Output eax.
     pub eax: u32,
@@ -105,7 +105,7 @@ pub struct CpuidLeaf {
 }
 
 impl CpuidLeaf {
-    /// The leaf as the stream has it.
+    /// The leaf, encoded as in the stream.
     pub fn encode(self, order: ByteOrder) -> [u8; CpuidPolicy::LEAF_BYTES] {
         let Self {
             leaf,
@@ -157,7 +157,7 @@ impl<'a> CpuidPolicy<'a> {
     }
 }
 
-/// An MSR of the policy as it stands in the stream.
+/// An MSR of the policy, encoded as in the stream.
 ///
 /// | octets | field |
 /// |---|---|
@@ -179,14 +179,14 @@ const _: () = assert!(size_of::<WireMsr>() == MsrPolicy::ENTRY_BYTES);
 pub struct MsrEntry {
     /// The MSR.
     pub index: u32,
-    /// Flags; Xen has none so far and refuses a policy that sets one.
+    /// Flags. Xen has defined none so far, and refuses a policy that sets one.
     pub flags: u32,
     /// Its value.
     pub value: u64,
 }
 
 impl MsrEntry {
-    /// The entry as the stream has it.
+    /// The entry, encoded as in the stream.
     pub fn encode(self, order: ByteOrder) -> [u8; MsrPolicy::ENTRY_BYTES] {
         let Self {
             index,

@@ -1,7 +1,7 @@
-//! The header that libvirt's xl driver puts before the stream (`virsh save`): the domain's
-//! XML. What follows is a libxl stream (version 2 of the header) or a legacy one (version 1).
+//! Header of a file saved by libvirt's xl driver (`virsh save`), with the domain's XML. A libxl
+//! stream (version 2 of the header) or a legacy one (version 1) follows.
 //!
-//! There is no specification. C implementation: `libxlSavefileHeader` in libvirt's
+//! A specification does not exist. C implementation: `libxlSavefileHeader` in libvirt's
 //! `src/libxl/libxl_conf.h`, `libxlDoDomainSave` and `libxlDomainSaveImageOpen`.
 
 use std::io::Read;
@@ -15,13 +15,13 @@ use crate::read::ReadOptions;
 use crate::source::{fill, fill_behind, fill_growing};
 use crate::wire::U32;
 
-/// The first bytes of such a file.
+/// The magic at the start of such a file.
 pub const MAGIC: [u8; 16] = *b"libvirt-xml\n \0 \r";
 
-/// The longest XML that is read. libvirt has no limit; a domain's has some kilobytes.
+/// Maximum size of the XML. libvirt has no limit; a domain's XML has a few kilobytes.
 pub const MAX_XML: u32 = 16 << 20;
 
-/// The fixed part, as it stands in the file.
+/// The fixed part, encoded as in the file.
 ///
 /// | octets | field |
 /// |---|---|
@@ -39,7 +39,7 @@ struct WireLibvirt {
 
 const _: () = assert!(MAGIC.len() + size_of::<WireLibvirt>() == LibvirtHeader::FIXED_BYTES);
 
-/// A rule of libvirt's header that some bytes break.
+/// A broken rule of libvirt's header.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum LibvirtError {
@@ -49,13 +49,13 @@ pub enum LibvirtError {
         /// The value found.
         got: [u8; 16],
     },
-    /// A version that nobody here knows.
+    /// An unknown version.
     #[error("version is {got}, expected 1 or 2; a newer libvirt made this file, or it is damaged")]
     Version {
         /// The value found.
         got: u32,
     },
-    /// No XML, or more than anybody would write.
+    /// No XML, or an implausible amount.
     #[error("the XML has {got} bytes, expected 1 to {MAX_XML}")]
     XmlLength {
         /// The value found.
@@ -64,7 +64,7 @@ pub enum LibvirtError {
     /// A reserved word that is not zero.
     #[error("reserved bytes at {at} are {got:#x}, expected 0 (--lenient tolerates this)")]
     Reserved {
-        /// Where in the header.
+        /// Its offset in the header.
         at: u64,
         /// The value found.
         got: u32,
@@ -75,9 +75,9 @@ pub enum LibvirtError {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LibvirtHeader {
     version: u32,
-    /// With what ends it.
+    /// Including its terminator.
     xml: Vec<u8>,
-    /// How long that is.
+    /// Its length.
     xml_length: u32,
 }
 
@@ -95,7 +95,7 @@ impl LibvirtHeader {
         let xml_length = match u32::try_from(bytes) {
             Ok(length) if length <= MAX_XML => length,
             Ok(got) => return Err(LibvirtError::XmlLength { got }),
-            // As much too long as the field can say.
+            // Report the largest value of the field.
             Err(_) => return Err(LibvirtError::XmlLength { got: u32::MAX }),
         };
         let mut xml = xml.as_bytes().to_vec();
@@ -107,7 +107,7 @@ impl LibvirtHeader {
         })
     }
 
-    /// Read the header from the start of a file: exactly its bytes.
+    /// Reads the header from the start of a file: exactly its bytes.
     ///
     /// # Errors
     ///
@@ -116,12 +116,12 @@ impl LibvirtHeader {
         Self::read_behind(&[], &mut source, options)
     }
 
-    /// As [`LibvirtHeader::read`], where the first bytes, `known`, at most 16, have been
-    /// read already.
+    /// Like [`LibvirtHeader::read`], if the first bytes (`known`, at most 16) have already been
+    /// read.
     ///
     /// # Errors
     ///
-    /// As [`LibvirtHeader::read`].
+    /// Same as [`LibvirtHeader::read`].
     pub fn read_behind(
         known: &[u8],
         source: &mut impl Read,
@@ -167,7 +167,7 @@ impl LibvirtHeader {
         })
     }
 
-    /// The bytes of the header, as it was read or made; reserved bytes are zero.
+    /// The bytes of the header; reserved bytes are zero.
     pub fn encode(&self) -> Vec<u8> {
         const LE: ByteOrder = ByteOrder::Little;
         let mut wire = WireLibvirt::new_zeroed();
@@ -176,7 +176,7 @@ impl LibvirtHeader {
         [&MAGIC, wire.as_bytes(), &self.xml].concat()
     }
 
-    /// Length of the header with its XML: where the stream begins.
+    /// Length of the header with its XML, which is the offset of the stream.
     pub fn bytes(&self) -> u64 {
         (self.xml.len() as u64).saturating_add(Self::FIXED_BYTES as u64)
     }
@@ -186,7 +186,7 @@ impl LibvirtHeader {
         self.version == 2
     }
 
-    /// The XML, without what ends it.
+    /// The XML, without its terminator.
     pub fn xml(&self) -> &[u8] {
         self.xml.strip_suffix(&[0]).unwrap_or(&self.xml)
     }

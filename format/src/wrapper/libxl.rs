@@ -1,12 +1,12 @@
-//! The libxl stream, version 2: a header and six kinds of record, one of which hands
-//! the source over to the libxc layer and takes it back.
+//! The libxl stream, version 2: a header and six kinds of record. One of them passes the source to
+//! the libxc layer and takes it back.
 //!
 //! ```text
-//! header │ LIBXC_CONTEXT → libxc stream → [EMULATOR_XENSTORE_DATA] [EMULATOR_CONTEXT] │ END
-//!                            ↑ at each libxc CHECKPOINT: emulator records, CHECKPOINT_END ↩
+//! header | LIBXC_CONTEXT -> libxc stream -> [EMULATOR_XENSTORE_DATA] [EMULATOR_CONTEXT] | END
+//!                             ↑ at each libxc CHECKPOINT: emulator records, CHECKPOINT_END ↩
 //! ```
 //!
-//! [`LibxlReader`] and [`LibxlWriter`] are in [`mod@read`] and [`mod@write`]; here are the
+//! [`LibxlReader`] and [`LibxlWriter`] are in [`mod@read`] and [`mod@write`]. This module has the
 //! header, the records and the rules of their order.
 //!
 //! Specification: libxl migration stream, revision 2. C implementation:
@@ -32,18 +32,17 @@ pub use record::{
 };
 pub use write::LibxlWriter;
 
-/// The longest body that is read or written. libxl has no limit of its own; the
-/// limit of the libxc stream is far beyond any device model's state (tens of MiB,
-/// where it holds video memory).
+/// Maximum size of a body that is read or written. libxl has no limit of its own. The libxc
+/// stream's limit is far above any device model's state (tens of MiB, if it contains video memory).
 pub const MAX_BODY: u32 = 128 << 20;
 
-/// The header, as it stands in the stream; always big endian.
+/// The header, encoded as in the stream; always big endian.
 ///
 /// | octets | field |
 /// |---|---|
 /// | 0–7 | ident, `LibxlFmt` |
 /// | 8–11 | version, 2 |
-/// | 12–15 | options: bit 0 endianness of the records, bit 1 made by the legacy converter, others zero |
+/// | 12–15 | options: bit 0 endianness, bit 1 made by the legacy converter, others zero |
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct WireLibxlHeader {
@@ -57,7 +56,7 @@ const _: () = assert!(size_of::<WireLibxlHeader>() == LibxlHeader::BYTES);
 /// The header of a libxl stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LibxlHeader {
-    /// The order of the records' fields; the libxc stream has its own.
+    /// The byte order of the records' fields; the libxc stream has its own.
     pub order: ByteOrder,
     /// Whether the legacy converter made this stream.
     pub legacy_converted: bool,
@@ -74,7 +73,7 @@ impl LibxlHeader {
     const OPTION_BIG_ENDIAN: u32 = 1 << 0;
     const OPTION_LEGACY: u32 = 1 << 1;
 
-    /// Decode a header; `lenient` tolerates reserved bits.
+    /// Decodes a header; `lenient` tolerates reserved bits.
     ///
     /// # Errors
     ///
@@ -101,7 +100,7 @@ impl LibxlHeader {
         })
     }
 
-    /// Encode the header.
+    /// Encodes the header.
     pub fn encode(self) -> WireLibxlHeader {
         const BE: ByteOrder = ByteOrder::Big;
         let order = match self.order {
@@ -130,7 +129,7 @@ impl fmt::Display for LibxlHeader {
     }
 }
 
-/// A rule of the libxl stream that some bytes break.
+/// A broken rule of the libxl stream.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum LibxlError {
@@ -151,12 +150,12 @@ pub enum LibxlError {
     ReservedNotZero {
         /// The structure and its field.
         field: &'static str,
-        /// Where the field begins in the header or the record.
+        /// Offset of the field in the header or the record.
         at: u64,
         /// The value found.
         got: u64,
     },
-    /// A body that is longer than any is.
+    /// A body that is too long.
     #[error("body length is {got}, expected at most {max} bytes")]
     BodyTooLong {
         /// The value found.
@@ -164,13 +163,13 @@ pub enum LibxlError {
         /// The limit.
         max: u32,
     },
-    /// The records of a checkpoint are longer, all together, than any are.
+    /// The records of a checkpoint are too long in total.
     #[error("the records of this checkpoint have more than {max} bytes")]
     CheckpointTooLong {
         /// The limit.
         max: u32,
     },
-    /// The records around the libxc stream are longer, all together, than any are.
+    /// The records around the libxc stream are too long in total.
     #[error(
         "the records up to here have more than {max} bytes, which is more than a restore keeps"
     )]
@@ -181,7 +180,7 @@ pub enum LibxlError {
     /// A body of the wrong length for its kind.
     #[error("body length is {got}, expected {expected}")]
     BodyLength {
-        /// What the kind asks for.
+        /// The length that the kind requires.
         expected: &'static str,
         /// The value found.
         got: u64,
@@ -191,7 +190,7 @@ pub enum LibxlError {
         "record type {kind:#010x} is mandatory and unknown; a newer libxl made this image, or it is damaged"
     )]
     UnknownMandatory {
-        /// The type.
+        /// Its type.
         kind: u32,
     },
     /// An emulator that the specification does not define.
@@ -202,35 +201,35 @@ pub enum LibxlError {
         /// The value found.
         got: u32,
     },
-    /// Xenstore data whose last string has no end.
+    /// Xenstore data without a terminator.
     #[error("xenstore data of {length} bytes must end in NUL, got {got:#04x}")]
     XenstoreNotTerminated {
-        /// Their length.
+        /// Length of the data.
         length: u64,
         /// The last byte.
         got: u8,
     },
-    /// Xenstore data with a key and no value.
+    /// Xenstore data with a key but no value.
     #[error("xenstore data has {got} strings, expected an even number (keys and values)")]
     XenstoreOdd {
-        /// How many.
+        /// Number of strings.
         got: u64,
     },
-    /// A key that xenstore would not take.
+    /// A key that xenstore would not accept.
     #[error(
         "xenstore key {pair} is {:?}, expected one or more ASCII letters, digits or any of -/_@",
         key.escape_ascii().to_string()
     )]
     XenstoreKey {
-        /// Which pair, from 0.
+        /// Index of the pair.
         pair: u64,
-        /// Its key, or the beginning of it.
+        /// Its key, possibly truncated.
         key: Vec<u8>,
     },
-    /// A string that would not end where it ends.
+    /// A string with a NUL inside.
     #[error("xenstore pair {pair} has a NUL inside its key or its value")]
     XenstoreNul {
-        /// Which pair, from 0.
+        /// Index of the pair.
         pair: u64,
     },
     /// A CHECKPOINT_STATE that the specification does not define.
@@ -244,7 +243,7 @@ pub enum LibxlError {
     Order(#[from] LibxlOrderError),
 }
 
-/// `got` must be zero, unless lenient.
+/// Requires `got` to be zero, unless lenient.
 fn reserved_zero(
     lenient: bool,
     field: &'static str,

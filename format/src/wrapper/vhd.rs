@@ -1,14 +1,14 @@
-//! A dynamic VHD, the form in which xapi exports suspend VDIs: read as the disk that it holds.
+//! Dynamic VHDs, in which xapi exports suspend VDIs: a reader of the disk inside.
 //!
-//! | where | what |
+//! | location | content |
 //! |---|---|
 //! | byte 0 | copy of the footer: `conectix`, big-endian fields, a checksum |
-//! | where the footer says | header: `cxsparse`, where the table is, how large blocks are |
-//! | where the header says | table: for each block the sector where it is, or ones for zeros |
-//! | each block | a bitmap of its sectors, whole sectors long, then the sectors: a sector whose bit is 0 reads as zeros |
+//! | given in the footer | header: `cxsparse`, location of the table, size of blocks |
+//! | given in the header | table: the sector of each block, or all ones for zeros |
+//! | each block | bitmap in whole sectors, then the sectors; a 0 bit means zeros |
 //!
-//! A disk of fixed size needs no reader: it begins with its contents. One that keeps differences
-//! to another cannot be read without that.
+//! A disk of fixed size needs no reader, because it begins with its contents. A differencing disk
+//! cannot be read without its parent.
 //!
 //! Specification: Virtual Hard Disk Image Format Specification 1.0.
 
@@ -16,43 +16,43 @@ use std::io::{self, Read, Seek, SeekFrom};
 
 use thiserror::Error;
 
-/// The first bytes of a dynamic VHD.
+/// The magic at the start of a dynamic VHD.
 pub const MAGIC: [u8; 8] = *b"conectix";
 
 const HEADER_MAGIC: [u8; 8] = *b"cxsparse";
 const SECTOR: u64 = 512;
 const DYNAMIC: u32 = 3;
 const DIFFERENCING: u32 = 4;
-/// The largest block that is read; all have 2 MiB.
+/// Maximum size of a block; all known ones have 2 MiB.
 const MAX_BLOCK: u32 = 256 << 20;
-/// The most blocks: with 2 MiB each the largest disk, 2 TiB.
+/// Maximum number of blocks: with 2 MiB each, enough for the largest disk, 2 TiB.
 const MAX_BLOCKS: u32 = 1 << 20;
 
-/// What is wrong with a VHD.
+/// An invalid VHD.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum VhdError {
     /// The source failed, or ended.
     #[error("reading failed: {0}")]
     Io(#[from] io::Error),
-    /// It does not begin as a dynamic one does.
+    /// It is not a dynamic disk.
     #[error("it is a VHD of type {0}, expected 3 (dynamic)")]
     Type(u32),
-    /// It holds differences to another.
+    /// It is a differencing disk.
     #[error("it is a differencing VHD, which cannot be read without its parent")]
     Differencing,
     /// A structure whose magic or checksum is wrong.
     #[error("its {what} is damaged: the {why} is wrong")]
     Damaged {
-        /// Which structure.
+        /// The structure.
         what: &'static str,
-        /// Magic or checksum.
+        /// What is wrong: magic or checksum.
         why: &'static str,
     },
-    /// A number that no VHD has.
+    /// An implausible number.
     #[error("its header says {what} {got}, expected at most {max}")]
     TooLarge {
-        /// Of what.
+        /// What it counts.
         what: &'static str,
         /// The value found.
         got: u32,
@@ -65,13 +65,13 @@ pub enum VhdError {
 #[derive(Debug)]
 pub struct Vhd<R> {
     source: R,
-    /// Of each block the sector where it is.
+    /// The sector of each block.
     table: Vec<u32>,
     block_bytes: u64,
     bitmap_bytes: u64,
     size: u64,
     at: u64,
-    /// The bitmap that was read last, and the sector where its block begins.
+    /// The bitmap that was read last, and the sector of its block.
     bitmap: (u32, Vec<u8>),
 }
 
@@ -86,7 +86,7 @@ fn long(bytes: &[u8], at: usize) -> u64 {
     u64::from(number(bytes, at)) << 32 | u64::from(low)
 }
 
-/// Whether the checksum at `at` is that of the other bytes.
+/// Whether the checksum at `at` matches the other bytes.
 fn is_whole(bytes: &[u8], at: usize) -> bool {
     let others = bytes
         .iter()
@@ -97,7 +97,7 @@ fn is_whole(bytes: &[u8], at: usize) -> bool {
 }
 
 impl<R: Read + Seek> Vhd<R> {
-    /// Read the footer's copy, the header and the table.
+    /// Reads the footer's copy, the header and the table.
     ///
     /// # Errors
     ///
@@ -158,12 +158,12 @@ impl<R: Read + Seek> Vhd<R> {
     }
 
     /// Whether the sector at byte `within` of the block was written, and for how many bytes from
-    /// there the same is true.
+    /// there this holds.
     fn is_written(&mut self, block: u32, within: u64) -> io::Result<(bool, u64)> {
         if self.bitmap.0 != block {
             let start = u64::from(block).saturating_mul(SECTOR);
             self.source.seek(SeekFrom::Start(start))?;
-            // At most as long as MAX_BLOCK needs: 64 KiB.
+            // At most 64 KiB, as MAX_BLOCK needs.
             let mut bits = vec![0; usize::try_from(self.bitmap_bytes).unwrap_or(0)];
             self.source.read_exact(&mut bits)?;
             self.bitmap = (block, bits);
@@ -184,7 +184,7 @@ impl<R: Read + Seek> Vhd<R> {
     }
 }
 
-/// What the table has for a block that was never written.
+/// The table entry of a block that was never written.
 const UNUSED: u32 = u32::MAX;
 
 impl<R: Read + Seek> Read for Vhd<R> {
@@ -254,7 +254,7 @@ mod tests {
         bytes
     }
 
-    /// Three blocks of 4 KiB: the second stands before the first, the third is not there.
+    /// Three blocks of 4 KiB: the second is stored before the first, the third does not exist.
     fn disk(kind: u32) -> Vec<u8> {
         let mut footer = vec![0; 512];
         footer[..8].copy_from_slice(&MAGIC);
@@ -291,7 +291,7 @@ mod tests {
     #[test]
     fn a_sector_whose_bit_is_clear_reads_as_zeros() {
         let mut disk = disk(DYNAMIC);
-        // Of the first block sectors 0, 3, 4 and 7, of the second all.
+        // Sectors 0, 3, 4 and 7 of the first block, all sectors of the second.
         let (first, second) = (13 * 512, 4 * 512);
         disk[first] = 0b0110_0110;
         disk[second..second + 512].fill(0);
@@ -300,7 +300,7 @@ mod tests {
             expected.extend([byte; 512]);
         }
         expected.resize(10_000, 0);
-        // However it is read.
+        // With reads of any size.
         for step in [1, 511, 513, 100_000] {
             let mut open = Vhd::open(Cursor::new(disk.clone())).unwrap();
             let (mut contents, mut room) = (Vec::new(), vec![7; step]);

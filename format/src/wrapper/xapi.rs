@@ -1,22 +1,22 @@
-//! The suspend images of xapi (`XenSavedDomv2-`): records, of which one holds a libxc stream
-//! and others what the emulators keep.
+//! Suspend images of xapi (`XenSavedDomv2-`): records, of which one contains a libxc stream and
+//! others the state of emulators.
 //!
-//! [`XapiSource`] reads one as a libxl stream: whoever reads those reads these through it.
+//! [`XapiSource`] presents an image as a libxl stream, so any reader of those can read it.
 //!
 //! | record | becomes |
 //! |---|---|
-//! | Libxc | LIBXC_CONTEXT and the libxc stream, octet for octet |
-//! | Libxc_legacy | LIBXC_CONTEXT and the legacy stream as one of version 3 |
+//! | Libxc | LIBXC_CONTEXT and the libxc stream, byte for byte |
+//! | Libxc_legacy | LIBXC_CONTEXT and the legacy stream, converted to version 3 |
 //! | Qemu_trad, Qemu_xen | EMULATOR_CONTEXT |
 //! | End_of_image | END |
-//! | others (Xenops, Demu, Varstored, …) | nothing; they are counted |
+//! | others (Xenops, Demu, Varstored, …) | nothing, but they are counted |
 //!
-//! XenServer before 6.5 had an older form (`XenSavedDomain`): a legacy stream without records
-//! around it, and of an HVM guest the device model's state behind it.
+//! XenServer before 6.5 had an older format (`XenSavedDomain`): a bare legacy stream, and for an
+//! HVM guest the device model's state after it.
 //!
-//! There is no specification. Implementation: `ocaml/xenopsd/lib/suspend_image.ml` of
-//! xen-api; numbers are little endian. The older form: `suspend` in `ocaml/xenops/domain.ml`
-//! as of XenServer 6.2; its one number is big endian.
+//! A specification does not exist. Implementation: `ocaml/xenopsd/lib/suspend_image.ml` of xen-api;
+//! numbers are little endian. The older format: `suspend` in `ocaml/xenops/domain.ml` as of
+//! XenServer 6.2; its only number is big endian.
 
 use std::io::{self, Read};
 
@@ -36,20 +36,20 @@ mod kind;
 
 pub use kind::{XapiError, XapiKind, XapiRecord};
 
-/// The first bytes of such a file.
+/// The magic at the start of such a file.
 pub const MAGIC: [u8; 15] = *b"XenSavedDomv2-\n";
 
-/// The first bytes of an image of XenServer before 6.5: a legacy stream follows, of an HVM
-/// guest then [`LEGACY_QEMU_MAGIC`], a big-endian length, and the device model's state.
+/// The magic of an image from XenServer before 6.5. A legacy stream follows, and for an HVM guest
+/// [`LEGACY_QEMU_MAGIC`], a big-endian length, and the device model's state.
 pub const LEGACY_MAGIC: [u8; 15] = *b"XenSavedDomain\n";
 
-/// What stands before the device model's state in an image of XenServer before 6.5.
+/// The magic before the device model's state in an image from XenServer before 6.5.
 pub const LEGACY_QEMU_MAGIC: [u8; 22] = *b"QemuDeviceModelRecord\n";
 
-/// The longest Xenops record that is kept to be shown.
+/// Maximum size of a Xenops record that is kept for display.
 const MAX_DESCRIPTION: u64 = 1 << 20;
 
-/// The longest record that is read, other than the libxc stream.
+/// Maximum size of a record, except the libxc stream.
 const MAX_RECORD: u64 = MAX_BODY as u64 - 8;
 
 /// A record's header.
@@ -57,7 +57,7 @@ const MAX_RECORD: u64 = MAX_BODY as u64 - 8;
 /// | octets | field |
 /// |---|---|
 /// | 0–7 | type |
-/// | 8–15 | length of the body; of no meaning for a libxc stream |
+/// | 8–15 | length of the body; meaningless for a libxc stream |
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct WireXapiHeader {
@@ -65,7 +65,7 @@ struct WireXapiHeader {
     length: U64,
 }
 
-/// An image of xapi, read as a libxl stream.
+/// An image of xapi, presented as a libxl stream.
 #[derive(Debug)]
 pub struct XapiSource<R> {
     source: Inner<R>,
@@ -73,9 +73,9 @@ pub struct XapiSource<R> {
     offset: u64,
     ready: Vec<u8>,
     at: usize,
-    /// Bytes that go through.
+    /// Number of bytes that are passed on unchanged.
     through: u64,
-    /// The structure of the inner stream that they belong to, and its number.
+    /// The structure of the inner stream that they belong to, and its index.
     inner: Position,
     inner_index: u64,
     stage: Stage,
@@ -84,7 +84,7 @@ pub struct XapiSource<R> {
     legacy: Option<Summary>,
     /// The first record, if it is Xenops.
     description: Option<Vec<u8>>,
-    /// Whether it is an image of XenServer before 6.5.
+    /// Whether the image is from XenServer before 6.5.
     old: bool,
 }
 
@@ -92,9 +92,9 @@ pub struct XapiSource<R> {
 #[derive(Debug)]
 enum Inner<R> {
     Plain(R),
-    /// Through a converter, up to the end of the legacy stream.
+    /// A converter, up to the end of the legacy stream.
     Legacy(Box<Converted<R>>),
-    /// A legacy stream could not be begun.
+    /// The legacy stream could not be started.
     Lost,
 }
 
@@ -113,7 +113,7 @@ enum Stage {
     Records,
     LegacyStart,
     Legacy,
-    /// Behind the legacy stream of an HVM guest, before XenServer 6.5.
+    /// After the legacy stream of an HVM guest, before XenServer 6.5.
     LegacyQemu,
     LibxcHeaders,
     Libxc(ByteOrder),
@@ -122,8 +122,7 @@ enum Stage {
 }
 
 impl<R: Read> XapiSource<R> {
-    /// Read the start of an image, whose first bytes, `known`, at most 15, have been read
-    /// already.
+    /// Reads the start of an image, whose first bytes (`known`, at most 15) have already been read.
     ///
     /// # Errors
     ///
@@ -167,8 +166,8 @@ impl<R: Read> XapiSource<R> {
         Ok(image)
     }
 
-    /// Read the first record, which says what domain it is: what xenopsd keeps of it, an
-    /// s-expression. `None` where the first record is another.
+    /// Reads the first record, which describes the domain: xenopsd's state, an s-expression. `None`
+    /// if the first record is another.
     ///
     /// # Errors
     ///
@@ -180,26 +179,26 @@ impl<R: Read> XapiSource<R> {
         Ok(self.description.as_deref())
     }
 
-    /// Tolerate reserved fields that are not zero in a legacy stream. (Other streams go
-    /// through as they are: whoever reads them judges them.)
+    /// Tolerates non-zero reserved fields in a legacy stream. (Other streams are passed on
+    /// unchanged, and their reader decides.)
     #[must_use]
     pub fn lenient(self, lenient: bool) -> Self {
         Self { lenient, ..self }
     }
 
-    /// The records so far.
+    /// The records read so far.
     pub fn records(&self) -> &[XapiRecord] {
         &self.records
     }
 
-    /// What was converted of a legacy stream, once that is over; `None` before, and of an
-    /// image without one.
+    /// The summary of converting a legacy stream, after its end; `None` before, and for an image
+    /// without one.
     pub fn legacy(&self) -> Option<&Summary> {
         self.legacy.as_ref()
     }
 
     fn go_on(&mut self) -> Result<bool, ReadError> {
-        // A header that is cut off belongs to no record yet.
+        // The header being read does not belong to a record yet.
         let known = match self.stage {
             Stage::Records => self.records.len(),
             _ => self.records.len().saturating_sub(1),
@@ -210,7 +209,7 @@ impl<R: Read> XapiSource<R> {
             Stage::LibxcHeaders => self.libxc_headers(),
             Stage::Libxc(order) => self.libxc_record(order),
             Stage::LegacyStart => return self.legacy_start().map(|()| true),
-            // It is read where all that goes through is.
+            // The caller reads it with the other bytes that are passed on.
             Stage::Legacy => Ok(()),
             Stage::LegacyQemu => self.legacy_qemu(),
             Stage::Done => return Ok(false),
@@ -290,7 +289,7 @@ impl<R: Read> XapiSource<R> {
         Ok(())
     }
 
-    /// A record other than a stream.
+    /// Reads a record other than a stream.
     fn blob(&mut self, kind: XapiKind, length: u64) -> Result<(), ReadErrorCause> {
         let bytes = checked_length(kind, length)?;
         let mut body = Vec::new();
@@ -309,7 +308,7 @@ impl<R: Read> XapiSource<R> {
         Ok(())
     }
 
-    /// An EMULATOR_CONTEXT with this state, of so many bytes ([`MAX_RECORD`] at most).
+    /// Makes an EMULATOR_CONTEXT with this state of `bytes` bytes ([`MAX_RECORD`] at most).
     fn emulator(&mut self, emulator: u32, bytes: u32, mut body: Vec<u8>) {
         self.libxl_header(LibxlRecordKind::EMULATOR_CONTEXT, bytes.saturating_add(8));
         for word in [emulator, 0] {
@@ -320,7 +319,7 @@ impl<R: Read> XapiSource<R> {
         self.ready.extend_from_slice(zeros(u64::from(bytes)));
     }
 
-    /// The device model's state, as XenServer before 6.5 wrote it, and the end.
+    /// Reads the device model's state, as XenServer before 6.5 wrote it, and the end.
     fn legacy_qemu(&mut self) -> Result<(), ReadErrorCause> {
         let mut magic = [0; LEGACY_QEMU_MAGIC.len()];
         self.fill(&mut magic)?;
@@ -345,7 +344,7 @@ impl<R: Read> XapiSource<R> {
         self.stage = Stage::Done;
     }
 
-    /// Put the converter before the source. The emulator's state is in a record of its own.
+    /// Puts the converter in front of the source. The emulator's state is in a record of its own.
     fn legacy_start(&mut self) -> Result<(), ReadError> {
         self.stage = Stage::Failed;
         let Inner::Plain(source) = std::mem::replace(&mut self.source, Inner::Lost) else {
@@ -367,7 +366,7 @@ impl<R: Read> XapiSource<R> {
         Ok(())
     }
 
-    /// The legacy stream is over: the source goes on with records.
+    /// Ends the legacy stream: the source continues with records.
     fn legacy_end(&mut self) {
         let mut is_hvm = false;
         match std::mem::replace(&mut self.source, Inner::Lost) {
@@ -390,7 +389,7 @@ impl<R: Read> XapiSource<R> {
         let mut image = WireImageHeader::new_zeroed();
         self.fill(image.as_mut_bytes())?;
         self.ready.extend_from_slice(image.as_bytes());
-        // Lenient: whoever reads the stream judges it.
+        // Lenient: the stream's reader decides.
         let order = ImageHeader::decode(&image, true)?.order;
         self.through = DomainHeader::BYTES as u64;
         self.inner = Position {
@@ -421,7 +420,7 @@ impl<R: Read> XapiSource<R> {
     }
 }
 
-/// The length of a record that is taken into memory.
+/// The length of a record that is read into memory.
 fn checked_length(kind: XapiKind, length: u64) -> Result<u32, XapiError> {
     match u32::try_from(length) {
         Ok(bytes) if length <= MAX_RECORD => Ok(bytes),
@@ -430,7 +429,7 @@ fn checked_length(kind: XapiKind, length: u64) -> Result<u32, XapiError> {
 }
 
 impl<R: Read> Read for XapiSource<R> {
-    /// An error of the image comes as an [`io::Error`] that holds its [`ReadError`].
+    /// An error of the image is returned as an [`io::Error`] that holds its [`ReadError`].
     fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
         if room.is_empty() {
             return Ok(0);

@@ -1,6 +1,6 @@
-//! The header that xend put before the stream (`xm save`, Xen 3.0 to 4.4): the domain's
-//! configuration as an s-expression. A legacy stream follows, and for an HVM guest the state
-//! of its device model up to the end of the file, which the legacy reader takes.
+//! Header of a file saved by xend (`xm save`, Xen 3.0 to 4.4): the domain's configuration as an
+//! s-expression. A legacy stream follows, and for an HVM guest the device model's state up to the
+//! end of the file, which the legacy reader handles.
 //!
 //! | bytes | field |
 //! |---|---|
@@ -8,7 +8,7 @@
 //! | 16–19 | length of the configuration, a signed number, big endian |
 //! | 20– | the configuration |
 //!
-//! There is no specification. Implementation: `tools/python/xen/xend/XendCheckpoint.py` as of
+//! A specification does not exist. Implementation: `tools/python/xen/xend/XendCheckpoint.py` as of
 //! Xen 4.4.
 
 use std::io::Read;
@@ -18,13 +18,13 @@ use thiserror::Error;
 use crate::error::{Place, ReadError, ReadErrorCause};
 use crate::source::{fill, fill_growing};
 
-/// The first bytes of such a file.
+/// The magic at the start of such a file.
 pub const MAGIC: [u8; 16] = *b"LinuxGuestRecord";
 
-/// The longest configuration that is read. Those of xend have some kilobytes.
+/// Maximum size of the configuration. Those of xend have a few kilobytes.
 pub const MAX_CONFIG: u32 = 16 << 20;
 
-/// A rule of xend's header that some bytes break.
+/// A broken rule of xend's header.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum XendError {
@@ -52,7 +52,7 @@ impl XendHeader {
     /// Length of the part before the configuration.
     pub const FIXED_BYTES: usize = 20;
 
-    /// Read the header from the start of a file, and nothing behind it.
+    /// Reads the header from the start of a file: exactly its bytes.
     ///
     /// # Errors
     ///
@@ -83,7 +83,7 @@ impl XendHeader {
         &self.config
     }
 
-    /// Length of the header with the configuration: where the stream begins.
+    /// Length of the header with the configuration, which is the offset of the stream.
     pub fn bytes(&self) -> u64 {
         (self.config.len() as u64).saturating_add(Self::FIXED_BYTES as u64)
     }

@@ -1,13 +1,12 @@
-//! The header that `xl save` puts before the libxl stream: what is in the file, and
-//! the domain's configuration.
+//! Header of a file saved by `xl save`, before the libxl stream: flags and the domain's
+//! configuration.
 //!
-//! There is no specification; this follows what xl reads and writes. C
-//! implementation: `struct save_file_header` in `tools/xl/xl.h`,
-//! `save_domain_core_writeconfig` in `tools/xl/xl_saverestore.c`, `create_domain` in
-//! `tools/xl/xl_vmcontrol.c`.
+//! A specification does not exist; this follows what xl reads and writes. C implementation: `struct
+//! save_file_header` in `tools/xl/xl.h`, `save_domain_core_writeconfig` in
+//! `tools/xl/xl_saverestore.c`, `create_domain` in `tools/xl/xl_vmcontrol.c`.
 //!
-//! xl writes, and reads, the machine's own byte order only; here either is read.
-//! The JSON is not looked into: that is for whoever understands libxl's types.
+//! xl reads and writes only the machine's own byte order; this module reads either. The JSON is not
+//! parsed here: that requires libxl's types.
 
 use std::io::{Read, Write};
 use std::iter;
@@ -22,18 +21,18 @@ use crate::read::ReadOptions;
 use crate::source::{fill, fill_behind, fill_growing};
 use crate::wire::U32;
 
-/// The first bytes of a file that xl wrote.
+/// The magic at the start of a file that xl wrote.
 pub const MAGIC: [u8; 32] = *b"Xen saved domain, xl format\n \0 \r";
 
 /// The value of the byte order field.
 const BYTE_ORDER_MARK: u32 = 0x0102_0304;
 
-/// The longest optional data that is read or written. xl has no limit of its own; a
+/// Maximum size of the optional data that is read or written. xl has no limit of its own; a
 /// configuration has some hundreds of bytes for each device and vcpu.
 pub const MAX_OPTIONAL_DATA: u32 = 16 << 20;
 
-/// The longest configuration that is looked into or written, without the NUL. xl has no limit
-/// of its own, but what a configuration says takes much more memory than its text does.
+/// Maximum size of a configuration that is read or written, without the NUL. xl has no limit of its
+/// own, but a parsed configuration takes much more memory than its text.
 pub const MAX_CONFIG: u32 = 1 << 20;
 
 /// Mandatory flag: the configuration is JSON (libxl's), not an xl configuration file.
@@ -42,7 +41,7 @@ pub const FLAG_JSON: u32 = 1 << 0;
 pub const FLAG_STREAM_V2: u32 = 1 << 1;
 const KNOWN_FLAGS: u32 = FLAG_JSON | FLAG_STREAM_V2;
 
-/// The fixed part of the header behind the magic, as it stands in the file.
+/// The fixed part of the header after the magic, encoded as in the file.
 ///
 /// | octets | field |
 /// |---|---|
@@ -62,10 +61,10 @@ struct WireXlFields {
 
 const _: () = assert!(MAGIC.len() + size_of::<WireXlFields>() == XlHeader::FIXED_BYTES);
 
-/// Bytes of the length field that the configuration begins with.
+/// Size of the length field at the start of the configuration.
 const CONFIG_LENGTH_BYTES: usize = 4;
 
-/// A rule of the xl header that some bytes break.
+/// A broken rule of the xl header.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum XlError {
@@ -75,18 +74,18 @@ pub enum XlError {
         /// The value found.
         got: [u8; 32],
     },
-    /// A byte order mark that is neither order's.
+    /// A byte order mark that matches neither order.
     #[error("byte order mark is {got:02x?}, expected [04, 03, 02, 01] or [01, 02, 03, 04]")]
     ByteOrderMark {
         /// The value found.
         got: [u8; 4],
     },
-    /// Mandatory flags that nobody here knows.
+    /// Unknown mandatory flags.
     #[error(
         "mandatory flag bit {bit} is set (flags {got:#010x}), expected only bits 0 (JSON) and 1 (stream v2); a newer xl made this file, or it is damaged"
     )]
     UnknownMandatoryFlag {
-        /// The lowest bit that is not known.
+        /// The lowest unknown bit.
         bit: u32,
         /// All the flags.
         got: u32,
@@ -99,7 +98,7 @@ pub enum XlError {
         /// The value found.
         got: u32,
     },
-    /// More optional data than anybody would write.
+    /// An implausible amount of optional data.
     #[error("optional data has {got} bytes, expected at most {max}")]
     OptionalDataTooLong {
         /// The value found.
@@ -107,17 +106,17 @@ pub enum XlError {
         /// The limit.
         max: u32,
     },
-    /// Optional data that are too short for what they begin with.
+    /// Optional data that end inside a field.
     #[error("optional data has {got} bytes, expected none or at least {expected} for the {what}")]
     OptionalDataTooShort {
-        /// What does not fit.
+        /// The field that does not fit.
         what: &'static str,
-        /// What it needs.
+        /// The bytes it needs.
         expected: u64,
         /// The value found.
         got: u64,
     },
-    /// A JSON configuration with no NUL at its end, or with one inside.
+    /// A JSON configuration without a NUL at its end, or with one inside.
     #[error(
         "JSON configuration of {length} bytes must have its only NUL at the end, {}",
         match first_nul { Some(at) => format!("but has one at byte {at}"), None => "but has none".into() }
@@ -125,10 +124,10 @@ pub enum XlError {
     ConfigNul {
         /// Its length.
         length: u64,
-        /// Where the first NUL is.
+        /// Offset of the first NUL.
         first_nul: Option<u64>,
     },
-    /// A configuration that is longer than any domain's.
+    /// A configuration that is too long.
     #[error("the domain's configuration has {got} bytes, expected at most {max}")]
     ConfigTooLong {
         /// Its length.
@@ -136,10 +135,10 @@ pub enum XlError {
         /// The limit.
         max: u32,
     },
-    /// A JSON configuration that is no UTF-8.
+    /// A JSON configuration that is not UTF-8.
     #[error("JSON configuration is not UTF-8 from byte {valid_up_to} on")]
     ConfigNotUtf8 {
-        /// How far it is.
+        /// How far it is valid UTF-8, in bytes.
         valid_up_to: u64,
     },
 }
@@ -150,9 +149,9 @@ pub struct XlHeader {
     order: ByteOrder,
     mandatory_flags: u32,
     optional_flags: u32,
-    /// As in the file; checked to hold the configuration it announces.
+    /// As in the file; checked to contain the configuration that it announces.
     optional_data: Vec<u8>,
-    /// How long that is: at most [`MAX_OPTIONAL_DATA`].
+    /// Length of the optional data: at most [`MAX_OPTIONAL_DATA`].
     optional_length: u32,
 }
 
@@ -160,8 +159,8 @@ impl XlHeader {
     /// Length of the part before the optional data.
     pub const FIXED_BYTES: usize = 48;
 
-    /// The header that xl writes for a domain with this configuration (`json`
-    /// without NUL) and a version 2 stream.
+    /// The header that xl writes for a domain with this configuration (`json` without NUL) and a
+    /// version 2 stream.
     ///
     /// # Errors
     ///
@@ -182,7 +181,7 @@ impl XlHeader {
         Ok(header)
     }
 
-    /// Read the header from the start of a file: exactly its bytes.
+    /// Reads the header from the start of a file: exactly its bytes.
     ///
     /// # Errors
     ///
@@ -191,9 +190,8 @@ impl XlHeader {
         Self::read_behind(&[], &mut source, options)
     }
 
-    /// As [`XlHeader::read`], where the first bytes, `known`, have been read already,
-    /// to find out what the source holds. The offset in `options` is where the header
-    /// begins.
+    /// Like [`XlHeader::read`], if the first bytes (`known`) have already been read to detect the
+    /// format. The offset in `options` is that of the header.
     pub(crate) fn read_behind(
         known: &[u8],
         source: &mut impl Read,
@@ -216,13 +214,13 @@ impl XlHeader {
         Ok(header)
     }
 
-    /// Write the header, as it was read or made: byte for byte.
+    /// Writes the header unchanged, byte for byte.
     ///
     /// # Errors
     ///
-    /// What the sink says.
+    /// The sink's error.
     pub fn write(&self, mut sink: impl Write) -> Result<(), WrapperWriteError> {
-        // In one piece, as one would like to see it in a trace of system calls.
+        // A single write, for readable traces of system calls.
         Ok(sink.write_all(&self.encode())?)
     }
 
@@ -237,12 +235,11 @@ impl XlHeader {
         [&MAGIC, fields.as_bytes(), &self.optional_data].concat()
     }
 
-    /// This header with another configuration (`json` without NUL); what it has besides
-    /// stays.
+    /// This header with another configuration (`json` without NUL). Everything else is kept.
     ///
     /// # Errors
     ///
-    /// As [`XlHeader::new`], or more than [`MAX_OPTIONAL_DATA`] in all.
+    /// Same as [`XlHeader::new`], or more than [`MAX_OPTIONAL_DATA`] in total.
     pub fn with_json(&self, json: &str) -> Result<Self, XlError> {
         let mut header = Self::new(json)?;
         header.optional_data.extend_from_slice(self.optional_tail());
@@ -251,12 +248,12 @@ impl XlHeader {
         Ok(header)
     }
 
-    /// This header with the text of an xl configuration file in the place of its configuration;
-    /// what it has besides stays. xl of every version reads it.
+    /// This header with the text of an xl configuration file as its configuration, which xl of
+    /// every version can read. Everything else is kept.
     ///
     /// # Errors
     ///
-    /// A text longer than [`MAX_CONFIG`], or more than [`MAX_OPTIONAL_DATA`] in all.
+    /// A text longer than [`MAX_CONFIG`], or more than [`MAX_OPTIONAL_DATA`] in total.
     pub fn with_text(&self, text: &str) -> Result<Self, XlError> {
         check_config_length(text.len())?;
         let tail = self.optional_tail();
@@ -270,21 +267,21 @@ impl XlHeader {
         })
     }
 
-    /// This header for a libxl stream version 2 behind it, its fields little endian: what xl
-    /// writes today.
+    /// This header for a libxl stream of version 2, with little-endian fields, as xl writes it
+    /// today.
     pub fn for_version_2(&self) -> Self {
         let mut header = self.clone();
         header.mandatory_flags |= FLAG_STREAM_V2;
         header.in_little_endian()
     }
 
-    /// This header with blanks at the end of its configuration (before the NUL of JSON), so that
-    /// its length is a multiple of 8, and how many those are. Without a configuration it is as
-    /// it was.
+    /// This header with blanks at the end of its configuration (before the NUL of JSON) that make
+    /// its length a multiple of 8, and the number of blanks. Without a configuration it is
+    /// unchanged.
     ///
     /// # Errors
     ///
-    /// There is a configuration, and no room for blanks.
+    /// There is no room for the blanks.
     pub fn aligned(&self) -> Result<(Self, u32), XlError> {
         let blanks = self.bytes().wrapping_neg() & 7;
         let header = self.with_config(|config, end| {
@@ -297,12 +294,12 @@ impl XlHeader {
         Ok((header, u32::try_from(added).unwrap_or(0)))
     }
 
-    /// This header without so many blanks at the end of its configuration, or without as many as
-    /// there are.
+    /// This header with this number of blanks removed from the end of its configuration, or as many
+    /// as there are.
     ///
     /// # Errors
     ///
-    /// The optional data is longer than any header's.
+    /// The optional data is too long.
     pub fn without_blanks(&self, blanks: u32) -> Result<Self, XlError> {
         self.with_config(|config, end| {
             let (before, _) = config.split_at_checked(end).unwrap_or_default();
@@ -312,8 +309,8 @@ impl XlHeader {
         })
     }
 
-    /// This header with its configuration changed: the change is told where the text ends, before
-    /// the NUL of JSON.
+    /// This header with its configuration changed. `change` is called with the optional data and
+    /// the end of the text, before the NUL of JSON.
     fn with_config(&self, change: impl FnOnce(&mut Vec<u8>, usize)) -> Result<Self, XlError> {
         let Some(config) = self.config() else {
             return Ok(self.clone());
@@ -330,7 +327,7 @@ impl XlHeader {
         })
     }
 
-    /// The same, its fields little endian.
+    /// This header with little-endian fields.
     fn in_little_endian(mut self) -> Self {
         if let Ok((length, _)) = U32::mut_from_prefix(&mut self.optional_data) {
             *length = U32::new(length.get(self.order), ByteOrder::Little);
@@ -339,12 +336,12 @@ impl XlHeader {
         self
     }
 
-    /// Length of the header with its optional data: where the stream begins.
+    /// Length of the header with its optional data, which is the offset of the stream.
     pub fn bytes(&self) -> u64 {
         (self.optional_data.len() as u64).saturating_add(Self::FIXED_BYTES as u64)
     }
 
-    /// The order of the header's own fields; the streams that follow have their own.
+    /// The byte order of the header's own fields; the streams that follow have their own.
     pub fn byte_order(&self) -> ByteOrder {
         self.order
     }
@@ -364,16 +361,16 @@ impl XlHeader {
         self.mandatory_flags & FLAG_STREAM_V2 != 0
     }
 
-    /// The configuration's bytes, the NUL at the end of JSON included; `None` where
-    /// the file has none.
+    /// The configuration's bytes, including the NUL at the end of JSON; `None` if the file has
+    /// none.
     pub fn config(&self) -> Option<&[u8]> {
         let (length, rest) = U32::read_from_prefix(&self.optional_data).ok()?;
         let config = rest.get(..length.get(self.order) as usize)?;
         (!config.is_empty()).then_some(config)
     }
 
-    /// What stands in the optional data behind the configuration: nothing that is
-    /// known today; kept, and written again.
+    /// Optional data after the configuration. Nothing is defined there today; it is kept and
+    /// written again.
     pub fn optional_tail(&self) -> &[u8] {
         let config = self.config().map_or(0, <[u8]>::len);
         self.optional_data
@@ -381,12 +378,12 @@ impl XlHeader {
             .unwrap_or_default()
     }
 
-    /// The configuration as JSON, without the NUL. `None` where the file has no
-    /// configuration, or an xl configuration file instead ([`FLAG_JSON`] not set).
+    /// The configuration as JSON, without the NUL. `None` if the file has no configuration, or an
+    /// xl configuration file instead ([`FLAG_JSON`] not set).
     ///
     /// # Errors
     ///
-    /// It is longer than [`MAX_CONFIG`], whatever it is, or JSON and not UTF-8.
+    /// It is longer than [`MAX_CONFIG`], in either format, or it is JSON but not UTF-8.
     pub fn json(&self) -> Result<Option<&str>, XlError> {
         let Some(config) = self.config() else {
             return Ok(None);
@@ -425,7 +422,7 @@ impl XlHeader {
             let expected = u64::from(length).saturating_add(CONFIG_LENGTH_BYTES as u64);
             return Err(short("configuration", expected));
         };
-        // xl hands the JSON to its parser as a C string.
+        // xl passes the JSON to its parser as a C string.
         let first_nul = config.iter().position(|byte| *byte == 0);
         let is_c_string = first_nul == config.len().checked_sub(1);
         if self.mandatory_flags & FLAG_JSON != 0 && !config.is_empty() && !is_c_string {
@@ -438,7 +435,7 @@ impl XlHeader {
     }
 }
 
-/// Whether a configuration of so many bytes, without the NUL, is one that is looked into.
+/// Checks that a configuration of this length, without the NUL, is not too long.
 ///
 /// # Errors
 ///
@@ -453,7 +450,7 @@ pub fn check_config_length(bytes: usize) -> Result<(), XlError> {
     }
 }
 
-/// The length of optional data, or a part of it, as the header has it.
+/// The length of optional data, or a part of it, for the header's field.
 fn optional_length(bytes: usize) -> Result<u32, XlError> {
     let length = u32::try_from(bytes).ok();
     let length = length.filter(|length| *length <= MAX_OPTIONAL_DATA);
@@ -467,14 +464,14 @@ fn too_long(got: u64) -> XlError {
     }
 }
 
-/// Read and judge the fixed part: byte order, mandatory and optional flags, length
-/// of the optional data.
+/// Reads and checks the fixed part: byte order, mandatory and optional flags, length of the
+/// optional data.
 fn read_fixed(
     known: &[u8],
     source: &mut impl Read,
     lenient: bool,
 ) -> Result<(ByteOrder, u32, u32, u32), ReadErrorCause> {
-    // Refuse what is no such file before waiting for the rest of it.
+    // Refuse other files before waiting for more bytes.
     let mut magic = [0; 32];
     fill_behind(known, source, &mut magic)?;
     if magic != MAGIC {

@@ -64,7 +64,7 @@ pub(super) fn build(lab: &Lab, suite: &str) -> Result<PathBuf> {
 ///
 /// # Errors
 ///
-/// As [`build`].
+/// Same as [`build`].
 pub(super) fn build_of(lab: &Lab, archive: &Path) -> Result<PathBuf> {
     host::need(PROGRAMS)?;
     // tar runs in the root of the workspace.

@@ -1,4 +1,4 @@
-//! The chunks of a legacy stream.
+//! Chunks of a legacy stream.
 //!
 //! C implementation: `pagebuf_get_one` in `tools/libxc/xc_domain_restore.c` (Xen 4.5).
 
@@ -12,16 +12,14 @@ use crate::legacy::tmem;
 use crate::record::hvm::HvmParam;
 use crate::record::x86::TscInfo;
 
-/// The saver left such entries where it found no page: no type, no pfn.
+/// What the saver wrote where it found no page: no type, no pfn.
 const FILLER: u64 = 0xf000_0000;
 const PFN_BITS: u64 = 0x0fff_ffff;
-/// The highest vcpu there can be (`XC_SR_MAX_VCPUS`).
+/// The highest possible vcpu (`XC_SR_MAX_VCPUS`).
 const MAX_VCPU: i32 = 4095;
-/// The longest toolstack record that is read: libxl's has some tens of bytes for each of a
-/// few regions.
+/// Maximum size of a toolstack record: libxl's has about a hundred bytes for each of a few regions.
 const MAX_TOOLSTACK: u64 = 1 << 20;
-/// The longest compressed chunk that is read: 8192 pages, each at its worst. The saver cut
-/// them smaller.
+/// Maximum size of a compressed chunk: 8192 pages at their worst. The saver's chunks were smaller.
 const MAX_COMPRESSED: u64 = 8192 * 5120;
 
 impl<R: Read> LegacyReader<R> {
@@ -37,7 +35,7 @@ impl<R: Read> LegacyReader<R> {
         }
         Ok(match marker {
             Marker(count @ 1..) => self.batch(marker, count.unsigned_abs())?,
-            // Nobody restores a guest without memory, whatever the form of its image.
+            // A guest without memory cannot be restored, whatever the format of its image.
             Marker::END if !self.any_entry => return Err(LegacyError::NoPages.into()),
             Marker::END => {
                 self.state = match self.guest {
@@ -185,7 +183,7 @@ impl<R: Read> LegacyReader<R> {
     }
 }
 
-/// A saver goes through the pfns in ascending order, so that is looked at first.
+/// Savers go through the pfns in ascending order, so this checks for that order first.
 fn no_duplicates(entries: &[PageEntry]) -> Result<(), LegacyError> {
     if entries.is_sorted_by(|a, b| a.pfn < b.pfn) {
         return Ok(());

@@ -1,4 +1,4 @@
-//! The head of a legacy stream: sizes, a PV guest's extended info and the frames of its p2m.
+//! Head of a legacy stream: sizes, a PV guest's extended info and the frames of its p2m.
 //!
 //! C implementation: `load_p2m_frame_list` in `tools/libxc/xc_domain_restore.c` (Xen 4.5).
 
@@ -10,8 +10,8 @@ use super::{
 use crate::frame::{PAGE_SIZE, Pfn};
 use crate::source::fill_behind;
 
-/// The longest XSAVE record that is read. Real ones of that time had some hundred bytes to
-/// a few thousand; those of today have eleven thousand.
+/// Maximum size of an XSAVE record. Real ones of that time had from some hundred bytes to a few
+/// thousand; today's have eleven thousand.
 const MAX_XSAVE: u32 = 1 << 20;
 
 const BASIC_32: u32 = 0xaf0;
@@ -65,7 +65,7 @@ impl<R: Read> LegacyReader<R> {
         }
     }
 
-    /// What the stream holds, by its next four bytes, which are put back.
+    /// Detects the type of guest from the next four bytes, which are put back.
     fn find_guest(&mut self) -> Result<(), ReadErrorCause> {
         let at = self.offset;
         let word: [u8; 4] = self.take()?;
@@ -143,7 +143,7 @@ impl<R: Read> LegacyReader<R> {
                 }
                 _ => info.unknown_blocks = info.unknown_blocks.saturating_add(1),
             }
-            // The vcpu contexts come again in the tail, as they were in the end.
+            // The tail contains the vcpu contexts again, in their final state.
             self.pass_over(rest)?;
         }
         info.extended = extended;
@@ -161,7 +161,7 @@ impl<R: Read> LegacyReader<R> {
     }
 }
 
-/// Who wrote a stream, as it says or as the caller knows.
+/// The width of the toolstack, from the stream or from the caller.
 fn start(first: [u8; BYTES], width: Option<ToolstackWidth>) -> Result<LegacyStart, LegacyError> {
     let as_64 = u64::from_le_bytes(first);
     let (width, got) = match width {

@@ -1,4 +1,4 @@
-//! What stands behind the chunks of a legacy stream.
+//! Tail of a legacy stream: what follows the chunks.
 //!
 //! C implementation: `buffer_tail_pv`, `buffer_tail_hvm` in
 //! `tools/libxc/xc_domain_restore.c` (Xen 4.5).
@@ -12,9 +12,9 @@ use crate::record::hvm::HvmParam;
 use crate::source::fill;
 
 const EXTENDED_BYTES: u64 = 128;
-/// What stands before each XSAVE area: mask and size.
+/// Size of the header of each XSAVE area: mask and size.
 const XSAVE_HEAD: u64 = 16;
-/// A record of version 3 has a head in front of such a blob.
+/// In version 3, the record has a header before such a blob.
 const MAX_BLOB: u64 = MAX_BODY as u64 - 8;
 
 /// `HVM_PARAM_IOREQ_PFN`, `HVM_PARAM_BUFIOREQ_PFN`, `HVM_PARAM_STORE_PFN`.
@@ -103,7 +103,7 @@ impl<R: Read> LegacyReader<R> {
         let signature = self.take()?;
         let state = match signature {
             QemuRecord::UP_TO_THE_END => {
-                // Nothing can follow what only ends with the file.
+                // Nothing can follow a state that ends with the file.
                 self.last = true;
                 self.up_to_the_end()?
             }
@@ -118,7 +118,7 @@ impl<R: Read> LegacyReader<R> {
         Ok(Item::Qemu(QemuRecord { signature, state }))
     }
 
-    /// All that is left of the source.
+    /// Reads the rest of the source.
     fn up_to_the_end(&mut self) -> Result<Vec<u8>, ReadErrorCause> {
         const STEP: usize = 64 << 10;
         let mut state = Vec::new();

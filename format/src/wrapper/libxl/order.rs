@@ -1,16 +1,16 @@
-//! Which record may come where in a libxl stream.
+//! Order of the records in a libxl stream.
 //!
-//! The specification asks only that END be last. Enforced is that and what a
-//! restorer cannot do without; emulator records may come before LIBXC_CONTEXT as
-//! well as after it (libxl writes them after).
+//! The specification requires only that END be last. This module enforces that, and what a restorer
+//! needs. Emulator records may come before or after LIBXC_CONTEXT (libxl writes them after).
 //!
 //! | rule | why |
 //! |---|---|
-//! | nothing after END | the stream belongs to someone else from there |
+//! | nothing after END | what follows does not belong to the stream |
 //! | LIBXC_CONTEXT once | a second would restore a second guest into the first |
 //! | END after LIBXC_CONTEXT | there would be no guest |
-//! | CHECKPOINT_END only in a checkpoint, END and LIBXC_CONTEXT not in one | the libxc layer waits for the records of its checkpoint, up to CHECKPOINT_END |
-//! | CHECKPOINT_STATE only between checkpoints | COLO's control words, which nobody else waits for |
+//! | CHECKPOINT_END only in a checkpoint | it ends the records of one |
+//! | END, LIBXC_CONTEXT not in a checkpoint | the libxc layer waits for CHECKPOINT_END
+//! | CHECKPOINT_STATE only between checkpoints | COLO's control words, read only there |
 //!
 //! C implementation: `in_checkpoint`, `in_checkpoint_state` and
 //! `process_record` in `libxl_stream_read.c`.
@@ -32,16 +32,16 @@ pub enum LibxlOrderError {
     /// A second LIBXC_CONTEXT.
     #[error("LIBXC_CONTEXT for the second time")]
     Repeated,
-    /// END with no guest before it.
+    /// END without a guest before it.
     #[error("END although no LIBXC_CONTEXT has come: there is no guest in this stream")]
     Incomplete,
-    /// A record that belongs into a checkpoint.
+    /// A record that belongs in a checkpoint.
     #[error("{kind} outside a checkpoint of the libxc stream")]
     NotInCheckpoint {
         /// The record that came.
         kind: LibxlRecordKind,
     },
-    /// A record that does not belong into a checkpoint.
+    /// A record that does not belong in a checkpoint.
     #[error("{kind} inside a checkpoint, expected emulator records and CHECKPOINT_END")]
     InCheckpoint {
         /// The record that came.
@@ -62,13 +62,13 @@ pub struct LibxlOrder {
 }
 
 impl LibxlOrder {
-    /// At the start of a stream, after its header.
+    /// The state at the start of a stream, after its header.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// The libxc layer has come to a CHECKPOINT and hands over: what follows, up to
-    /// CHECKPOINT_END, belongs to that checkpoint.
+    /// Called when the libxc layer has reached a CHECKPOINT: the records up to CHECKPOINT_END
+    /// belong to that checkpoint.
     pub fn begin_checkpoint(&mut self) {
         self.checkpointed = true;
         self.in_checkpoint = true;
@@ -79,11 +79,11 @@ impl LibxlOrder {
         self.ended
     }
 
-    /// Take the next record.
+    /// Checks and notes the next record.
     ///
     /// # Errors
     ///
-    /// It is out of place; the state is as before then.
+    /// It is out of place; the state is then unchanged.
     pub fn admit(&mut self, kind: LibxlRecordKind) -> Result<(), LibxlOrderError> {
         use LibxlRecordKind as Kind;
         if self.ended {

@@ -1,5 +1,5 @@
-//! Reading a libxl stream: record by record, forwards, and not one byte too many,
-//! because the libxc layer reads on where a record ends.
+//! Reader of libxl streams, record by record. It reads forwards and no byte beyond a record,
+//! because the libxc layer continues there.
 //!
 //! C implementation: `libxl_stream_read.c`.
 
@@ -18,22 +18,21 @@ use crate::read::ReadOptions;
 use crate::record::{padding, zeros};
 use crate::source::{fill, fill_behind, fill_growing};
 
-/// What reading a libxl stream has to remember, apart from the source: that is handed
-/// to the libxc layer and taken back.
+/// State of a libxl reader without the source, which is passed to the libxc layer and taken back.
 #[derive(Clone, Debug)]
 pub(crate) struct LibxlState {
     header: LibxlHeader,
     pub(crate) order: LibxlOrder,
     lenient: bool,
-    /// Bytes of the file that have been consumed.
+    /// Bytes of the file consumed so far.
     pub(crate) offset: u64,
-    /// Number of the next record.
+    /// Index of the next record.
     index: u64,
     failed: bool,
 }
 
 impl LibxlState {
-    /// Read the header, whose first bytes, `known`, have been read already.
+    /// Reads the header, whose first bytes (`known`) have already been read.
     pub(crate) fn new(
         known: &[u8],
         source: &mut impl Read,
@@ -57,8 +56,8 @@ impl LibxlState {
         self.header
     }
 
-    /// Read the next record, whose first bytes, `known`, have been read already but
-    /// not counted; where it begins.
+    /// Reads the next record, whose first bytes (`known`) have already been read, but not counted.
+    /// Also returns its position.
     pub(crate) fn next_record(
         &mut self,
         known: &[u8],
@@ -119,14 +118,13 @@ impl LibxlState {
     }
 }
 
-/// Reads the records of a libxl stream.
+/// Reader of the records of a libxl stream.
 ///
 /// After [`LibxlRecord::LibxcContext`] the caller reads the libxc stream from
-/// [`LibxlReader::source_mut`] and says with [`LibxlReader::advance`] how many bytes
-/// that were. After libxc's END the records go on here; at a libxc CHECKPOINT the
-/// caller says [`LibxlReader::begin_checkpoint`], takes records up to
-/// [`LibxlRecord::CheckpointEnd`] and goes back to the libxc stream.
-/// ([`Walk`](crate::walk::Walk) does all that.)
+/// [`LibxlReader::source_mut`], and passes the number of bytes to [`LibxlReader::advance`]. After
+/// libxc's END the libxl records continue. At a libxc CHECKPOINT the caller calls
+/// [`LibxlReader::begin_checkpoint`], reads records up to [`LibxlRecord::CheckpointEnd`], and
+/// returns to the libxc stream. ([`Walk`](crate::walk::Walk) does all that.)
 #[derive(Debug)]
 pub struct LibxlReader<R> {
     source: R,
@@ -134,11 +132,11 @@ pub struct LibxlReader<R> {
 }
 
 impl<R: Read> LibxlReader<R> {
-    /// Read the header.
+    /// Reads the header.
     ///
     /// # Errors
     ///
-    /// What is wrong with the header, or with the source.
+    /// An error in the header, or of the source.
     pub fn new(mut source: R, options: ReadOptions) -> Result<Self, ReadError> {
         let state = LibxlState::new(&[], &mut source, options)?;
         Ok(Self { source, state })
@@ -149,27 +147,27 @@ impl<R: Read> LibxlReader<R> {
         self.state.header
     }
 
-    /// Bytes of the file that have been consumed, those before the stream included.
+    /// Bytes of the file consumed so far, including those before the stream.
     pub fn offset(&self) -> u64 {
         self.state.offset
     }
 
-    /// The source, which stands right behind what was read.
+    /// The source, positioned immediately after what was read.
     pub fn source_mut(&mut self) -> &mut R {
         &mut self.source
     }
 
-    /// Give the source back.
+    /// Returns the source.
     pub fn into_source(self) -> R {
         self.source
     }
 
-    /// Count `bytes` that somebody else read from the source.
+    /// Counts `bytes` that the caller has read from the source.
     pub fn advance(&mut self, bytes: u64) {
         self.state.offset = self.state.offset.saturating_add(bytes);
     }
 
-    /// The libxc layer has read a CHECKPOINT: the next records belong to it.
+    /// Called when the libxc layer has read a CHECKPOINT: the next records belong to it.
     pub fn begin_checkpoint(&mut self) {
         self.state.order.begin_checkpoint();
     }
@@ -178,8 +176,8 @@ impl<R: Read> LibxlReader<R> {
     ///
     /// # Errors
     ///
-    /// The source failed, the stream is truncated, or a rule is broken; where, the
-    /// error says. After an error there is no going on.
+    /// The source failed, the stream is truncated, or a rule is broken; the error contains the
+    /// position. After an error the reader cannot continue.
     pub fn next_record(&mut self) -> Result<Option<LibxlRecord>, ReadError> {
         if self.state.order.ended() && !self.state.failed {
             return Ok(None);

@@ -1,4 +1,4 @@
-//! The records of the libxl stream.
+//! Record types of the libxl stream.
 //!
 //! Specification: libxl migration stream, "Record Overview", "Emulator Records",
 //! "Records". C implementation: `libxl_stream_read.c:process_record`.
@@ -24,7 +24,7 @@ pub(super) struct WireLibxlRecordHeader {
     pub(super) length: U32,
 }
 
-/// What both emulator records begin with.
+/// The start of both emulator records.
 ///
 /// | octets | field |
 /// |---|---|
@@ -44,7 +44,7 @@ struct WireEmulatorHeader {
 /// | 0–3 | control id |
 /// | 4–7 | padding, zero |
 ///
-/// libxl writes a body of 4 bytes, whose padding as a record is the same zeros.
+/// libxl writes a body of 4 bytes, which the record's padding of zeros completes.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct WireCheckpointState {
@@ -76,7 +76,7 @@ impl LibxlRecordKind {
     /// COLO's control word.
     pub const CHECKPOINT_STATE: Self = Self(5);
 
-    /// The name, as the specification spells it; `None` for what it does not define.
+    /// The name, as the specification spells it; `None` for an undefined kind.
     pub const fn name(self) -> Option<&'static str> {
         Some(match self {
             Self::END => "END",
@@ -111,10 +111,10 @@ impl fmt::Debug for LibxlRecordKind {
     }
 }
 
-/// Which program emulates devices.
+/// A program that emulates devices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum EmulatorId {
-    /// Not known, in a stream that the legacy converter made.
+    /// Unknown, in a stream that the legacy converter made.
     Unknown,
     /// Xen's own fork of qemu, dropped in Xen 4.21.
     QemuTraditional,
@@ -156,27 +156,27 @@ impl fmt::Display for EmulatorId {
 /// One of a domain's emulators.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct EmulatorInstance {
-    /// Which program.
+    /// The program.
     pub id: EmulatorId,
-    /// Which of them, from 0.
+    /// Index of the emulator.
     pub index: u32,
 }
 
-/// Xenstore keys and values, checked; keys are relative to the device model's part
-/// of the new domain's tree.
+/// Checked xenstore keys and values. Keys are relative to the device model's part of the new
+/// domain's tree.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct XenstoreData {
     raw: Vec<u8>,
 }
 
 impl XenstoreData {
-    /// Check bytes as they stand in the stream: NUL-terminated strings, key and
-    /// value in turn. Values are not looked into.
+    /// Checks bytes from a stream: NUL-terminated strings, keys and values in turn. Values are not
+    /// inspected.
     ///
     /// # Errors
     ///
-    /// The last string does not end, a value is missing, a key has a character that
-    /// xenstore does not take.
+    /// The last string has no terminator, a value is missing, or a key has a character that
+    /// xenstore does not accept.
     pub fn parse(raw: Vec<u8>) -> Result<Self, LibxlError> {
         if let Some(&got) = raw.last().filter(|last| **last != 0) {
             let length = raw.len() as u64;
@@ -199,11 +199,11 @@ impl XenstoreData {
         Ok(data)
     }
 
-    /// The bytes of these keys and values.
+    /// Encodes keys and values.
     ///
     /// # Errors
     ///
-    /// A key or a value with a NUL in it; as [`XenstoreData::parse`].
+    /// A key or value contains a NUL; same as [`XenstoreData::parse`].
     pub fn from_pairs<'a>(
         pairs: impl IntoIterator<Item = (&'a str, &'a str)>,
     ) -> Result<Self, LibxlError> {
@@ -230,7 +230,7 @@ impl XenstoreData {
         std::iter::from_fn(move || Some((strings.next()?, strings.next()?)))
     }
 
-    /// The bytes as they stand in the stream.
+    /// The bytes, encoded as in the stream.
     pub fn as_bytes(&self) -> &[u8] {
         &self.raw
     }
@@ -239,7 +239,7 @@ impl XenstoreData {
 /// COLO's control words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum CheckpointState {
-    /// The secondary is out of sync: a new checkpoint (primary → secondary).
+    /// The secondary is out of sync: take a new checkpoint (primary → secondary).
     New,
     /// The secondary is suspended (secondary → primary).
     Suspended,
@@ -272,23 +272,23 @@ impl CheckpointState {
     }
 }
 
-/// A record, whole.
+/// A complete record.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LibxlRecord {
     /// The end of the stream.
     End,
-    /// The source stands at the first byte of a libxc stream.
+    /// The source is at the first byte of a libxc stream.
     LibxcContext,
     /// Xenstore keys and values of an emulator.
     EmulatorXenstoreData {
-        /// Whose they are.
+        /// The emulator they belong to.
         emulator: EmulatorInstance,
         /// Keys and values.
         data: XenstoreData,
     },
-    /// The state of an emulator, in a form that only it knows.
+    /// The state of an emulator, in its own format.
     EmulatorContext {
-        /// Whose it is.
+        /// The emulator it belongs to.
         emulator: EmulatorInstance,
         /// The state.
         state: Vec<u8>,
@@ -297,7 +297,7 @@ pub enum LibxlRecord {
     CheckpointEnd,
     /// COLO's control word.
     CheckpointState(CheckpointState),
-    /// A record that need not be understood (bit 31 of the type).
+    /// An optional record (bit 31 of the type).
     Optional {
         /// Its type.
         kind: LibxlRecordKind,
@@ -307,7 +307,7 @@ pub enum LibxlRecord {
 }
 
 impl LibxlRecord {
-    /// How many bytes its body has, without padding.
+    /// Length of its body, without padding.
     pub fn body_bytes(&self) -> u64 {
         const WHOSE: u64 = 8;
         let with_emulator = |length: usize| WHOSE.saturating_add(length as u64);
@@ -333,8 +333,7 @@ impl LibxlRecord {
         }
     }
 
-    /// Check what a record's header says, so that a bad one is refused before its
-    /// bytes are waited for.
+    /// Checks a record's header, so that an invalid one is refused before waiting for its body.
     pub(super) fn check_header(kind: LibxlRecordKind, length: u64) -> Result<u32, LibxlError> {
         use LibxlRecordKind as Kind;
         let field = match u32::try_from(length) {
@@ -365,11 +364,11 @@ impl LibxlRecord {
         }
     }
 
-    /// Decode a body, without its padding.
+    /// Decodes a body, without its padding.
     ///
     /// # Errors
     ///
-    /// A length or a value that the kind does not have; an unknown mandatory kind.
+    /// A length or value that is invalid for the kind; an unknown mandatory kind.
     pub fn decode(
         kind: LibxlRecordKind,
         mut body: Vec<u8>,
@@ -426,7 +425,7 @@ impl LibxlRecord {
 
 const EMULATOR_LENGTH: &str = "at least 8 bytes (the emulator's id and index)";
 
-/// Take the sub-header off the front of an emulator record.
+/// Takes the sub-header off the front of an emulator record.
 fn take_emulator(body: &mut Vec<u8>, order: ByteOrder) -> Result<EmulatorInstance, LibxlError> {
     let Ok((wire, _)) = WireEmulatorHeader::read_from_prefix(body) else {
         return Err(LibxlError::BodyLength {

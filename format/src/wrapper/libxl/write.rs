@@ -1,4 +1,4 @@
-//! Writing a libxl stream.
+//! Writer of libxl streams.
 //!
 //! C implementation: `libxl_stream_write.c`.
 
@@ -12,8 +12,8 @@ use crate::record::zeros;
 use crate::wire::U32;
 use crate::wrapper::WrapperWriteError;
 
-/// Writes the records of a libxl stream, and refuses those that a reader would
-/// refuse there.
+/// Writer of the records of a libxl stream. It refuses those that a reader would refuse in that
+/// place.
 #[derive(Debug)]
 pub struct LibxlWriter<W> {
     sink: W,
@@ -22,11 +22,11 @@ pub struct LibxlWriter<W> {
 }
 
 impl<W: Write> LibxlWriter<W> {
-    /// Write the header.
+    /// Writes the header.
     ///
     /// # Errors
     ///
-    /// What the sink says.
+    /// The sink's error.
     pub fn new(mut sink: W, header: LibxlHeader) -> io::Result<Self> {
         sink.write_all(header.encode().as_bytes())?;
         Ok(Self {
@@ -36,27 +36,27 @@ impl<W: Write> LibxlWriter<W> {
         })
     }
 
-    /// The sink: after [`LibxlRecord::LibxcContext`], for the libxc stream.
+    /// The sink, for writing the libxc stream after [`LibxlRecord::LibxcContext`].
     pub fn sink_mut(&mut self) -> &mut W {
         &mut self.sink
     }
 
-    /// Give the sink back.
+    /// Returns the sink.
     pub fn into_sink(self) -> W {
         self.sink
     }
 
-    /// The libxc layer has written a CHECKPOINT: the next records belong to it.
+    /// Called when the libxc layer has written a CHECKPOINT: the next records belong to it.
     pub fn begin_checkpoint(&mut self) {
         self.order.begin_checkpoint();
     }
 
-    /// Write a record, padded with zeros.
+    /// Writes a record, padded with zeros.
     ///
     /// # Errors
     ///
-    /// What the sink says; a record that is out of place or too long, or one that
-    /// is called optional and is not.
+    /// The sink's error; a record that is out of place or too long; or a record in
+    /// [`LibxlRecord::Optional`] that is not optional.
     pub fn write(&mut self, record: &LibxlRecord) -> Result<(), WrapperWriteError> {
         let order = self.header.order;
         let kind = record.kind();
@@ -75,7 +75,7 @@ impl<W: Write> LibxlWriter<W> {
         Ok(())
     }
 
-    /// Whether the record may come here; its length, as the header holds it.
+    /// Checks that the record may come here. Returns its length for the header.
     fn admit(&mut self, record: &LibxlRecord, length: usize) -> Result<u32, LibxlError> {
         let kind = record.kind();
         if let LibxlRecord::Optional { kind, .. } = record

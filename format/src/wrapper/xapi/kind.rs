@@ -1,4 +1,4 @@
-//! The records of xapi's images: their types, and what can be wrong with one.
+//! Record types of xapi's images, and their errors.
 //!
 //! Implementation: `ocaml/xenopsd/lib/suspend_image.ml` of xen-api.
 
@@ -13,11 +13,11 @@ use super::{LEGACY_QEMU_MAGIC, MAGIC, MAX_RECORD};
 pub struct XapiKind(pub u64);
 
 impl XapiKind {
-    /// What xenopsd keeps: time, word size, the VM.
+    /// xenopsd's state: time, word size, the VM.
     pub const XENOPS: Self = Self(0x000f);
     /// A libxc stream.
     pub const LIBXC: Self = Self(0x00f0);
-    /// A libxl stream, which no xenopsd writes.
+    /// A libxl stream, which xenopsd never writes.
     pub const LIBXL: Self = Self(0x00f1);
     /// A legacy libxc stream.
     pub const LIBXC_LEGACY: Self = Self(0x00f2);
@@ -36,7 +36,7 @@ impl XapiKind {
     /// The end.
     pub const END_OF_IMAGE: Self = Self(0xffff);
 
-    /// The name, as xenopsd has it; `None` for what it does not define.
+    /// The name in xenopsd; `None` for an undefined kind.
     pub const fn name(self) -> Option<&'static str> {
         Some(match self.0 {
             0x000f => "Xenops",
@@ -70,7 +70,7 @@ impl fmt::Debug for XapiKind {
     }
 }
 
-/// A rule of xapi's images that some bytes break.
+/// A broken rule of xapi's images.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum XapiError {
@@ -86,10 +86,10 @@ pub enum XapiError {
         /// Its type.
         kind: XapiKind,
     },
-    /// A body that is longer than any is.
+    /// A body that is too long.
     #[error("{kind} has {got} bytes, expected at most {MAX_RECORD}")]
     TooLong {
-        /// Of what.
+        /// The record's type.
         kind: XapiKind,
         /// The value found.
         got: u64,
@@ -100,7 +100,7 @@ pub enum XapiError {
         /// The record.
         kind: XapiKind,
     },
-    /// What follows the legacy stream of an HVM guest is no device model's state.
+    /// The legacy stream of an HVM guest is not followed by a device model's state.
     #[error(
         "device model's signature is {:?}, expected {:?}",
         got.escape_ascii().to_string(), LEGACY_QEMU_MAGIC.escape_ascii().to_string()
@@ -109,18 +109,18 @@ pub enum XapiError {
         /// The value found.
         got: [u8; 22],
     },
-    /// No libxc stream.
+    /// An image without a libxc stream.
     #[error("End_of_image although no libxc stream has come: there is no guest in this image")]
     Incomplete,
 }
 
-/// A record that was read, or that begins.
+/// A record that has been read or started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct XapiRecord {
     /// Its type.
     pub kind: XapiKind,
-    /// Where it begins.
+    /// Its offset.
     pub offset: u64,
-    /// Length of the body, as its header says.
+    /// Length of the body, from its header.
     pub length: u64,
 }
