@@ -1,6 +1,6 @@
-//! An image that is wrapped or of the legacy form, as a pipe from which the plain image can
-//! be read: a thread takes off what stands around it and writes the rest into the pipe. So
-//! whatever reads images from a descriptor reads these too, and needs not know.
+//! A pipe fed with the plain image of a wrapped or legacy one: a thread removes the wrappers and
+//! writes the rest into the pipe. So everything that reads images from a descriptor reads these
+//! too, unchanged.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -21,32 +21,32 @@ use crate::interrupt::Interrupt;
 use crate::origin::Origin;
 use crate::peel::{self, Found, Peeled, Source, TELLING, Used};
 
-/// Bytes that are moved at once.
+/// Bytes per copy.
 const STEP: usize = 256 << 10;
 
 /// The thread that feeds a pipe.
 #[derive(Debug)]
 pub(crate) struct Feed {
     thread: Mutex<Option<JoinHandle<Result<()>>>>,
-    /// Nobody wants the rest.
+    /// Set when the rest is not needed.
     stop: Arc<AtomicBool>,
-    /// What was taken off, outermost first.
+    /// The wrappers that were removed, outermost first.
     pub(crate) layers: Vec<String>,
-    /// What another toolstack kept with it.
+    /// What another toolstack kept with the image.
     pub(crate) origin: Option<Origin>,
-    /// What is found while it is read.
+    /// What is found while the image is read.
     pub(crate) found: Found,
     /// Bytes before the image.
     before: u64,
-    /// Whether a compression was taken off: its checksum may come at its end.
+    /// Whether a compression was removed: its checksum may be at its end.
     is_compressed: bool,
-    /// How far the outermost compression has been used.
+    /// How many bytes of the outermost compression have been used.
     pub(crate) used: Option<Used>,
-    /// What was found behind the image.
+    /// What was found after the image.
     behind: Mutex<Behind>,
 }
 
-/// What stands behind the end of an image.
+/// The bytes after the end of an image.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Behind {
     /// How many bytes.
@@ -64,12 +64,12 @@ impl Behind {
 }
 
 impl Feed {
-    /// Take off what stands around the image in `source`; the pipe to read it from.
+    /// Remove the wrappers of the image in `source`. Returns the pipe to read it from.
     pub(crate) fn start(source: Source, lenient: bool) -> Result<(File, Self)> {
         Self::of(peel::peel(source, lenient)?)
     }
 
-    /// The same of a connection, on which nothing behind the image is read.
+    /// The same for a connection, on which nothing after the image is read.
     pub(crate) fn start_migration(source: Source) -> Result<(File, Self)> {
         Self::of(peel::peel_migration(source)?)
     }
@@ -94,7 +94,7 @@ impl Feed {
             .name("feed".to_owned())
             .spawn(move || {
                 let pumped = pump(&mut source, &mut to, &stopped);
-                // A compression that turns out to be damaged is why what is inside is bad.
+                // If compressed data turn out to be damaged, that is why the image inside is bad.
                 match pumped {
                     Err(error) if exit::code_of(&error) != Code::BadImage => Err(error),
                     pumped => peel::drain(&packed, &stopped).and(pumped),
@@ -115,12 +115,13 @@ impl Feed {
         Ok((from, feed))
     }
 
-    /// The reader has come to the end of the image: reads what follows to the end of the file and
-    /// throws it away, because the checksum of a compression comes last. What is behind the image.
+    /// Called when the reader has reached the end of the image: reads the rest of the file and
+    /// discards it, because the checksum of a compression comes last. Returns what follows the
+    /// image.
     ///
     /// # Errors
     ///
-    /// What the thread stumbled over; a signal asked to stop.
+    /// The thread's error; a signal asked to stop.
     pub(crate) fn finish(&self, mut pipe: &File) -> Result<Behind> {
         let interrupt = Interrupt::of_process()?;
         let mut room = vec![0; 64 << 10];
@@ -148,20 +149,20 @@ impl Feed {
         self.behind.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How many bytes stand before the image in the file, where nothing but a header was taken
-    /// off; `None` where what is read is not what the file has.
+    /// The number of bytes before the image in the file, if only a header was removed; `None` if
+    /// the bytes read are not the file's.
     pub(crate) fn header_bytes(&self) -> Option<u64> {
         (self.layers == ["libvirt"]).then_some(self.before)
     }
 
-    /// No more is wanted than what has been read.
+    /// Stop: no more is needed than what has been read.
     pub(crate) fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
     }
 
-    /// Reading the image failed with `error`: was that the thread's fault, or that of damaged
-    /// compressed data, which may show at their end only? If not, its place is made that in what
-    /// the innermost compression holds: the file, if there is none.
+    /// The cause of `error`, which occurred while the image was read: the thread's error, or
+    /// damaged compressed data, which may show only at their end. If it is neither, its offset is
+    /// changed to one in the innermost compression's contents, or in the file if there is none.
     pub(crate) fn blame(&self, pipe: &File, mut error: Error) -> Error {
         if self.is_over() {
             return error;
@@ -172,7 +173,7 @@ impl Feed {
         }
         match self.finish(pipe) {
             Err(why) if is_bad_image || exit::code_of(&why) == Code::BadImage => return why,
-            // The command failed by itself, or a signal has asked to stop.
+            // The command itself failed, or a signal asked to stop.
             Err(_) => return error,
             Ok(_) => {}
         }
@@ -184,7 +185,7 @@ impl Feed {
         error
     }
 
-    /// Whether the thread has ended, and what it stumbled over has been said.
+    /// Whether the thread has ended and its error been returned.
     fn is_over(&self) -> bool {
         let thread = self.thread.lock();
         thread.unwrap_or_else(PoisonError::into_inner).is_none()
@@ -214,7 +215,7 @@ fn pump(source: &mut Source, pipe: &mut File, stop: &AtomicBool) -> Result<()> {
             Err(e) => return Err(peel::unwrapped(e)),
         };
         match pipe.write_all(&room[..n]) {
-            // Nobody reads on.
+            // The reader has closed the pipe.
             Err(e) if e.kind() == io::ErrorKind::BrokenPipe => break,
             other => other.context("writing into a pipe")?,
         }
@@ -222,8 +223,7 @@ fn pump(source: &mut Source, pipe: &mut File, stop: &AtomicBool) -> Result<()> {
     Ok(())
 }
 
-/// The first bytes of what can be read from a file or a pipe, without taking them; nothing
-/// of what is neither.
+/// The first bytes of a file or a pipe, without consuming them; none for anything else.
 pub(crate) fn peek(file: &File, seekable: bool) -> io::Result<Vec<u8>> {
     let mut bytes = vec![0; TELLING];
     if seekable {
@@ -243,7 +243,7 @@ pub(crate) fn peek(file: &File, seekable: bool) -> io::Result<Vec<u8>> {
     peek_pipe(file)
 }
 
-/// A pipe may have a part of them only, and more a moment later.
+/// A pipe may hold only a part of them, and more a moment later.
 fn peek_pipe(file: &File) -> io::Result<Vec<u8>> {
     const TRIES: u32 = 100;
     let mut bytes = Vec::new();
@@ -252,7 +252,7 @@ fn peek_pipe(file: &File) -> io::Result<Vec<u8>> {
         match tee(file, to.as_fd(), TELLING, SpliceFFlags::empty()) {
             Ok(_) => {}
             Err(nix::errno::Errno::EINTR) => continue,
-            // No pipe: it is read as it is.
+            // Not a pipe: it is read without peeking.
             Err(_) => return Ok(Vec::new()),
         }
         drop(to);

@@ -1,4 +1,4 @@
-//! Where an image is read from: a file, a pipe, or stdin, with what stands around it taken off.
+//! Image input: a file, a pipe, or stdin, with its wrappers removed.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -21,7 +21,7 @@ use crate::painter::Follower;
 use crate::peel::{self, LeftOut, TELLING};
 use crate::terminal::Terminal;
 
-/// What stands for stdin or stdout.
+/// Whether the path is `-`, for stdin or stdout.
 pub(crate) fn is_dash(path: &Path) -> bool {
     path.as_os_str() == OsStr::new("-")
 }
@@ -29,29 +29,29 @@ pub(crate) fn is_dash(path: &Path) -> bool {
 /// An image that is open for reading.
 #[derive(Debug)]
 pub(crate) struct Input {
-    /// What to read from. Never buffered: others read on where a reader stopped.
+    /// The descriptor to read. Never buffered, because other readers go on where one stops.
     pub(crate) file: File,
-    /// What a person calls it. As it is: text that is shown has to escape it.
+    /// Its name for the user, not escaped: output that shows it must escape it.
     pub(crate) name: String,
-    /// Its length in bytes, for a file that can be sought in and stands at its start;
-    /// `None` for a pipe, and for what somebody has read a part of.
+    /// Its length in bytes, for a seekable file at its start; `None` for a pipe, and for a file
+    /// that has been partly read.
     pub(crate) length: Option<u64>,
-    /// Where it came from, if that was a file with a name.
+    /// Its path, if it is a file with a name.
     path: Option<PathBuf>,
-    /// Who takes off what stands around it, if anything does.
+    /// The thread that removes the wrappers, if there are any.
     feed: Option<Feed>,
-    /// The file that is read for it, and its length, where it is not `file` itself.
+    /// The file that this thread reads, and its length, if it is not `file` itself.
     outer: Option<(File, u64)>,
 }
 
 impl Input {
-    /// Open a file, or stdin for `-`. What stands around the image (a compression, another
-    /// toolstack's header, the legacy form) is taken off as it is read.
+    /// Open a file, or stdin for `-`. Wrappers of the image (a compression, another toolstack's
+    /// header, the legacy form) are removed as it is read.
     pub(crate) fn open(path: &Path, lenient: bool) -> anyhow::Result<Self> {
         Self::open_as_it_is(path)?.unwrapped(lenient)
     }
 
-    /// Open a file, or stdin for `-`, and leave on it what stands around the image.
+    /// Open a file, or stdin for `-`, and keep the wrappers.
     pub(crate) fn open_as_it_is(path: &Path) -> anyhow::Result<Self> {
         if is_dash(path) {
             let stdin = io::stdin();
@@ -71,8 +71,8 @@ impl Input {
         Ok(input)
     }
 
-    /// As [`Input::open`], for who reads it more than once: what is wrapped is unwrapped
-    /// into a temporary file that nobody else sees.
+    /// As [`Input::open`], for a caller that reads it more than once: a wrapped image is unwrapped
+    /// into an unnamed temporary file.
     pub(crate) fn open_seekable(path: &Path, lenient: bool) -> anyhow::Result<Self> {
         let input = Self::open(path, lenient)?;
         let Some(feed) = &input.feed else {
@@ -80,8 +80,7 @@ impl Input {
         };
         let name = || input.name.clone();
         let mut file = tempfile::tempfile().with_context(name)?;
-        // Judged as it is copied: of a bad image, no more is kept than what comes before the
-        // broken rule.
+        // Checked while it is copied: of a bad image, only the part before the error is kept.
         let source = Tee {
             from: &input.file,
             to: &file,
@@ -101,7 +100,7 @@ impl Input {
         Self::plain(file, input.name.clone())
     }
 
-    /// Take off what stands around the image, if anything does.
+    /// Remove the wrappers of the image, if there are any.
     pub(crate) fn unwrapped(self, lenient: bool) -> anyhow::Result<Self> {
         let prefix =
             feed::peek(&self.file, self.length.is_some()).with_context(|| self.name.clone())?;
@@ -160,14 +159,14 @@ impl Input {
         })
     }
 
-    /// Show how far reading it is, for as long as the answer is there.
+    /// Show how far it has been read, until the result is dropped.
     pub(crate) fn follow(&self, terminal: &Terminal, what: &'static str) -> Option<Follower> {
         let (file, length) = match (&self.outer, self.length) {
             (Some((file, length)), _) => (file, *length),
             (None, Some(length)) => (&self.file, length),
             (None, None) => return None,
         };
-        // A decompressor reads far ahead of the work: of a small file all at once.
+        // A decompressor reads far ahead of the work: all of a small file at once.
         match self.feed.as_ref().and_then(|feed| feed.used.clone()) {
             Some(used) => {
                 let position = move || Some(used.position());
@@ -177,7 +176,7 @@ impl Input {
         }
     }
 
-    /// What was taken off, outermost first.
+    /// The wrappers that were removed, outermost first.
     pub(crate) fn layers(&self) -> &[String] {
         self.feed.as_ref().map_or(&[], |feed| &feed.layers)
     }
@@ -187,21 +186,22 @@ impl Input {
         self.feed.as_ref()?.origin.as_ref()
     }
 
-    /// State beside the image that it has no place for: once it has been read to its end.
+    /// State beside the image that the image has no place for. Complete once the image has been
+    /// read to its end.
     pub(crate) fn left_out(&self) -> Vec<LeftOut> {
         self.feed
             .as_ref()
             .map_or_else(Vec::new, |feed| feed.found.left_out())
     }
 
-    /// What was noticed in the layers around the image: once it has been read to its end.
+    /// Anomalies in the wrappers of the image. Complete once the image has been read to its end.
     pub(crate) fn notes(&self) -> Vec<String> {
         self.feed
             .as_ref()
             .map_or_else(Vec::new, |feed| feed.found.notes())
     }
 
-    /// The error for what is no image: what it is instead.
+    /// The error for a file that is not an image: it says what the file is.
     fn foreign(&self) -> anyhow::Error {
         const END: u64 = 512;
         let mut last = [0; 512];
@@ -222,8 +222,8 @@ impl Input {
         }
     }
 
-    /// The image of `bytes` bytes has been read to its end: whether what stood around it is good
-    /// to its end, too. What is behind the image, if that is known.
+    /// Called when the image of `bytes` bytes has been read to its end: checks that its wrappers
+    /// are good to their end, too. Returns what follows the image, if that is known.
     pub(crate) fn finish(&self, bytes: u64) -> anyhow::Result<Option<Behind>> {
         let header = self.feed.as_ref().map(Feed::header_bytes);
         let (file, length, end) = match (header, &self.outer, self.length) {
@@ -235,7 +235,7 @@ impl Input {
             (None, _, Some(length)) => (&self.file, length, bytes),
             (None, _, None) => return Ok(None),
         };
-        // Where only a header was taken off, nothing that follows the image has to be read.
+        // If only a header was removed, nothing after the image has to be read.
         if let Some(feed) = &self.feed {
             feed.stop();
             feed.finish(&self.file)?;
@@ -249,7 +249,8 @@ impl Input {
         }))
     }
 
-    /// Reading the image failed: with this, or because what stood around it is bad.
+    /// The cause of `error`, which occurred while the image was read: the error itself, or a bad
+    /// wrapper.
     pub(crate) fn blame(&self, error: anyhow::Error) -> anyhow::Error {
         match &self.feed {
             Some(feed) => feed.blame(&self.file, error),
@@ -257,8 +258,8 @@ impl Input {
         }
     }
 
-    /// An image that comes over a connection in the legacy form (Xen 4.5 and before), converted
-    /// as it is read: `source` is the connection from its first byte of the image on.
+    /// A legacy image (Xen 4.5 and before) that arrives over a connection, converted as it is read.
+    /// `source` is the connection from the image's first byte on.
     pub(crate) fn converted_from(source: peel::Source, name: &str) -> anyhow::Result<Self> {
         let (file, feed) = Feed::start_migration(source)?;
         Ok(Self {
@@ -282,7 +283,7 @@ impl Input {
         let is_block_device = metadata.file_type().is_block_device();
         let has_length = metadata.is_file() || is_block_device;
         let length = match has_length && file.stream_position()? == 0 {
-            // Of a device, the metadata say 0.
+            // Of a device, the metadata report length 0.
             true if is_block_device => {
                 let end = file.seek(SeekFrom::End(0));
                 let length = end.with_context(|| name.clone())?;
@@ -307,8 +308,8 @@ impl Input {
         self.length.is_some() || self.path.is_some()
     }
 
-    /// The same file, sought to its start. (Unless something was taken off, both stand at
-    /// one place: who has read from the one before must seek again.)
+    /// The same file, at its start. (Unless wrappers were removed, both share one file offset: a
+    /// reader of the first must seek again.)
     pub(crate) fn again(&self) -> anyhow::Result<Self> {
         if let (Some(path), Some(_)) = (&self.path, &self.feed) {
             return Self::open(path, false);
@@ -325,7 +326,7 @@ impl Input {
         })
     }
 
-    /// The length; an error where the file cannot be read a second time.
+    /// The length, or an error if the file cannot be read a second time.
     pub(crate) fn seekable(&self, why: &str) -> anyhow::Result<u64> {
         self.length.ok_or_else(|| {
             let why = format!("{}: {why}; give it as a file", self.name);
@@ -334,7 +335,7 @@ impl Input {
     }
 }
 
-/// Keeps in a file what is read.
+/// A reader that keeps a copy of what is read in a file.
 struct Tee<'f> {
     from: &'f File,
     to: &'f File,
@@ -349,8 +350,8 @@ impl Read for Tee<'_> {
     }
 }
 
-/// Let a pipe hold more than the 64 KiB it begins with: fewer turns between the two
-/// processes. Where that is not allowed, it stays as it is.
+/// Let a pipe hold more than the default 64 KiB, so that the two processes switch less often. If
+/// that is not allowed, it stays as it is.
 pub(crate) fn widen(pipe: &File) {
     const BYTES: i32 = 1 << 20;
     if let Err(error) = fcntl(pipe, FcntlArg::F_SETPIPE_SZ(BYTES)) {

@@ -1,8 +1,7 @@
-//! An image, walked from its first byte to its last through all the layers it has:
-//! xl header, libxl stream, libxc stream.
+//! Walks an image from its first byte to its last, through all its layers: xl header, libxl stream,
+//! libxc stream.
 //!
-//! A file is sought in, so that page data nobody asks for is not read; a pipe is read
-//! forwards.
+//! In a file, unneeded page data are skipped by seeking; a pipe is read forwards.
 
 use std::io::Read;
 
@@ -22,7 +21,7 @@ use xsr_format::wrapper::xl::XlHeader;
 
 use crate::file::Input;
 
-/// Where a record is, and how long its body.
+/// Offset and length of a record.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct At {
     /// Number in its stream, from 0.
@@ -33,10 +32,10 @@ pub(crate) struct At {
     pub(crate) length: u64,
 }
 
-/// What comes next in an image.
+/// What a walk finds.
 #[derive(Debug)]
 pub(crate) enum Event<'a> {
-    /// The header of xl.
+    /// The xl header.
     Xl(&'a XlHeader),
     /// The header of a libxl stream.
     Libxl(LibxlHeader),
@@ -51,14 +50,14 @@ pub(crate) enum Event<'a> {
 }
 
 impl At {
-    /// Where the contents of the first page are, of PAGE_DATA with so many entries.
+    /// The offset of the first page's contents, in a PAGE_DATA record with these entries.
     pub(crate) fn page_data(&self, entries: Entries<'_>) -> u64 {
         // Record header, head, entries.
         self.offset + 8 + 8 + 8 * entries.len() as u64
     }
 }
 
-/// The page of start_info: vcpu 0 of a suspended PV guest holds its pfn in edx.
+/// The start_info page: vcpu 0 of a suspended PV guest holds its pfn in edx.
 pub(crate) fn start_info(guest: &GuestImage) -> Option<Pfn> {
     let (layout, name) = match guest.pv_info()? {
         PvInfo::Bits64 => (&pv::VCPU_CONTEXT_64, "user_regs.rdx"),
@@ -79,15 +78,15 @@ pub(crate) struct Reading {
     pub(crate) lenient: bool,
 }
 
-/// What is told of each event.
+/// The function that is called with each event.
 type Visitor<'v> = &'v mut dyn FnMut(Event<'_>) -> anyhow::Result<()>;
 
-/// An image that has been walked, or as much of it as is good.
+/// The result of a walk, up to the end of the image or its first error.
 #[derive(Debug)]
 pub(crate) struct Walked {
-    /// What its records say of the guest; `None` if it ended before the libxc stream.
+    /// What the records say about the guest; `None` if the walk ended before the libxc stream.
     pub(crate) guest: Option<GuestImage>,
-    /// How many bytes it has.
+    /// The number of bytes walked.
     pub(crate) bytes: u64,
 }
 
@@ -106,8 +105,7 @@ impl Reading {
         Ok(walked)
     }
 
-    /// As [`Reading::over`]; `walked` gets what there is also where the image turns out to be
-    /// bad.
+    /// As [`Reading::over`], but `walked` is also set if the image turns out to be bad.
     ///
     /// # Errors
     ///

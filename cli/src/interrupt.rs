@@ -1,6 +1,6 @@
-//! A request to stop, by a signal, while a domain is being saved, restored or migrated: the work
-//! is broken off in good order, so that the guest runs on and nothing half made stays.
-//! `interrupt/signals.rs` has the signals, `left.rs` what would be left.
+//! Requests to stop, made by a signal, while a domain is saved, restored or migrated. The work is
+//! then cancelled in good order: the guest continues, and nothing incomplete is left.
+//! `interrupt/signals.rs` has the signals, `left.rs` a list of what would be left.
 
 mod signals;
 
@@ -18,40 +18,39 @@ use xsr_save_restore::progress::{Cancel, Cancelled};
 
 pub(crate) use self::signals::{Ask, Requests, say};
 
-/// How long a wait goes on before it looks whether somebody asked to stop, in
-/// milliseconds.
+/// How often a wait checks for a request to stop, in milliseconds.
 const LOOK: u16 = 50;
 
-/// How long a connection may carry nothing at all before work that is broken off in good order
-/// is cut off: a slow one has a record or a buffer to carry before.
+/// How long a connection may be silent, after a request to stop, before it is cut. A slow
+/// connection may first have to carry a record or a buffer.
 const GRACE: Duration = Duration::from_secs(30);
 
-/// That of this process.
+/// The interrupt state of this process.
 static PROCESS: OnceLock<Interrupt> = OnceLock::new();
 
-/// Have the signals ask this process to stop, from now on. To be called first of all: another
-/// thread would get them instead.
+/// From now on, signals ask this process to stop. Call this before anything else, because another
+/// thread would receive the signals instead.
 ///
 /// # Errors
 ///
-/// The signals could not be blocked, or there is no thread to wait for them.
+/// The signals could not be blocked, or no thread could be started to wait for them.
 pub(crate) fn listen() -> anyhow::Result<()> {
     let interrupt = PROCESS.get_or_init(Interrupt::new).clone();
     signals::listen(interrupt)
 }
 
-/// Whether somebody asked to stop.
+/// Whether the user has asked to stop, and how that takes effect.
 #[derive(Clone, Debug)]
 pub(crate) struct Interrupt {
     cancel: Cancel,
     cut: Cancel,
-    /// Whether there is an order in which to break off that takes a moment.
+    /// Whether cancelling needs a protocol on the connection, which takes a moment.
     graceful: Arc<AtomicBool>,
-    /// Why nothing can be stopped any more.
+    /// Why it is too late to stop.
     deaf: Arc<OnceLock<String>>,
-    /// Whether SIGHUP does nothing.
+    /// Whether SIGHUP is ignored.
     without_hangup: Arc<AtomicBool>,
-    /// How much the connection has carried: bytes written and heard.
+    /// Bytes written to and read from the connection.
     carried: Arc<AtomicU64>,
 }
 
@@ -68,12 +67,12 @@ impl Interrupt {
         }
     }
 
-    /// What the signals ask of this process.
+    /// The one that this process's signals set.
     pub(crate) fn of_process() -> anyhow::Result<Self> {
         Ok(PROCESS.get_or_init(Self::new).clone())
     }
 
-    /// The same, and a session may break off: SIGHUP does nothing.
+    /// The same, with SIGHUP ignored, because a session may be disconnected.
     pub(crate) fn catch_without_hangup() -> anyhow::Result<Self> {
         let interrupt = Self::of_process()?;
         interrupt.without_hangup.store(true, Ordering::Relaxed);
@@ -90,7 +89,7 @@ impl Interrupt {
         self.without_hangup.load(Ordering::Relaxed)
     }
 
-    /// A signal has asked, for the first time.
+    /// A first signal has asked to stop.
     fn asked(&self) {
         self.cancel.cancel();
         // See `takes_its_time`.
@@ -101,7 +100,7 @@ impl Interrupt {
         }
     }
 
-    /// What to tell the user who has asked.
+    /// The message for the user who has asked to stop.
     fn announcement(&self) -> String {
         match self.deaf.get() {
             None => "interrupting: ending in good order".to_owned(),
@@ -109,35 +108,33 @@ impl Interrupt {
         }
     }
 
-    /// From now on nothing can be broken off, because of `why`: whoever asks is told, and so is
-    /// whoever has asked already and was not heard.
+    /// From now on it is too late to stop, because of `why`. The user is told on each later
+    /// request, and now if there has been a request that came too late.
     pub(crate) fn too_late(&self, why: String) {
-        // The first reason stays: nothing comes after it that could be stopped.
+        // The first reason stays, because nothing after it can be stopped.
         if self.deaf.set(why).is_ok() && self.cancel.is_cancelled() {
             say(&self.announcement());
         }
     }
 
-    /// The token, for whoever waits.
+    /// The token of a request to stop, for waits.
     pub(crate) fn cancel(&self) -> &Cancel {
         &self.cancel
     }
 
-    /// The token for whoever must not be cut off in the midst of something: set when
-    /// somebody asks to stop, or, once [`Interrupt::takes_its_time`], when the connection has
-    /// carried nothing for a moment after that.
+    /// The token for work that must not be cut off in the middle. It is set together with
+    /// [`Interrupt::cancel`] or, once [`Interrupt::takes_its_time`], when the connection has been
+    /// silent for a while after that.
     pub(crate) fn cut(&self) -> &Cancel {
         &self.cut
     }
 
-    /// Where what the connection carries is counted: as long as that grows it is worth
-    /// waiting for.
+    /// The counter of the connection's bytes: while it grows, waiting makes sense.
     pub(crate) fn carried(&self) -> &AtomicU64 {
         &self.carried
     }
 
-    /// The work is being broken off: the connection is cut once it has carried nothing for a
-    /// moment.
+    /// The work is being cancelled: cut the connection once it has been silent for a while.
     pub(crate) fn cut_when_still(&self) {
         let (cut, carried) = (self.cut.clone(), Arc::clone(&self.carried));
         let late = thread::Builder::new().spawn(move || {
@@ -149,16 +146,16 @@ impl Interrupt {
         }
     }
 
-    /// From now on there is an order in which to break off.
+    /// From now on, cancelling needs a protocol on the connection.
     ///
     /// # Errors
     ///
-    /// [`Cancelled`]: somebody has asked to stop before, and what they have had cut off may be
-    /// cut at any moment from now on: nothing may be begun that wants that order.
+    /// [`Cancelled`]: the user has asked to stop before. The connection may be cut at any moment,
+    /// so nothing that needs the protocol may begin.
     pub(crate) fn takes_its_time(&self) -> io::Result<()> {
         self.graceful.store(true, Ordering::Relaxed);
-        // Whoever asks says so, and then looks at what was stored here; this end does it the
-        // other way round: one of the two sees what the other has done.
+        // A request sets `cancel` and then reads `graceful`; this function does the reverse. So at
+        // least one of them sees the other's store.
         fence(Ordering::SeqCst);
         match self.cancel.is_cancelled() {
             true => Err(io::Error::other(Cancelled)),
@@ -166,7 +163,7 @@ impl Interrupt {
         }
     }
 
-    /// Wait for so long, or until the user asks to stop.
+    /// Wait for this time, or until the user asks to stop.
     pub(crate) fn pause(&self, time: Duration) {
         let until = Instant::now() + time;
         while !self.cancel.is_cancelled() {
@@ -178,12 +175,12 @@ impl Interrupt {
         }
     }
 
-    /// Wait for a call that nothing can break off, such as a connect to a host that does
-    /// not answer: on a thread of its own, which is left behind if somebody asks to stop.
+    /// Wait for a call that cannot be interrupted, such as connecting to a host that does not
+    /// answer. It runs on a thread of its own, which is abandoned if the user asks to stop.
     ///
     /// # Errors
     ///
-    /// `Interrupted` when the user asks to stop; `TimedOut` after `limit`; the call's own.
+    /// `Interrupted` when the user asks to stop; `TimedOut` after `limit`; the call's own error.
     pub(crate) fn wait_for<T: Send + 'static>(
         &self,
         limit: Duration,
@@ -216,12 +213,12 @@ impl Interrupt {
         }
     }
 
-    /// Wait until there is something to read, or nothing will come any more. As long as
-    /// it takes, where it is too late to stop.
+    /// Wait until there is something to read, or the end. If it is too late to stop, wait without
+    /// limit.
     ///
     /// # Errors
     ///
-    /// `Interrupted` when somebody asks to stop; what poll says.
+    /// `Interrupted` when the user asks to stop; poll's error.
     pub(crate) fn wait_readable(&self, fd: impl AsFd) -> io::Result<()> {
         loop {
             if self.deaf.get().is_none() && self.cancel.is_cancelled() {
@@ -237,7 +234,7 @@ impl Interrupt {
     }
 }
 
-/// Wait as long as something is carried from one end of a wait to the other.
+/// Wait until nothing has been carried during one `wait`.
 fn until_still(carried: &AtomicU64, mut wait: impl FnMut()) {
     let mut before = carried.load(Ordering::Relaxed);
     loop {

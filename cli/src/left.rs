@@ -1,15 +1,15 @@
-//! What this process would leave behind if it ended now: files under temporary names, guests
-//! that it has suspended or half made.
+//! A list of what this process would leave behind if it ended now: files under temporary names,
+//! guests that it has suspended or not completed.
 //!
-//! Everything that must not stay as it is registers here while that is so. The signal thread
-//! (`interrupt.rs`) reads it:
+//! Everything temporary is registered here as long as it exists. The signal thread (`interrupt.rs`)
+//! reads the list:
 //!
-//! | there is | a signal that asks to stop |
+//! | the list has | a signal that asks to stop |
 //! |---|---|
-//! | work on a guest | lets that work break off in good order |
-//! | nothing but files | removes them and ends the process at once |
-//! | nothing at all | ends the process, as it would without us |
-//! | nothing any more: the command is over | does nothing |
+//! | work on a guest | lets that work be cancelled in good order |
+//! | only files | removes them and ends the process at once |
+//! | nothing | ends the process, as by default |
+//! | nothing, because the command is over | does nothing |
 
 pub(crate) mod guest;
 
@@ -23,36 +23,36 @@ use std::time::Duration;
 
 use xsr_save_restore::storage::file::{Cleanup, Registered};
 
-/// How long a guest may take to say how it is, before the process ends without it.
+/// How long to wait for a guest's state before the process ends without it.
 const DESCRIBE_WAIT: Duration = Duration::from_secs(1);
 
 /// One thing that would be left.
 #[derive(Clone)]
 enum Thing {
-    /// A file under a temporary name, and the name that it is to get.
+    /// A file under a temporary name, and its final name.
     File { temporary: PathBuf, to: PathBuf },
-    /// A directory that is to go, with all that is in it.
+    /// A directory to remove with its contents.
     Directory(PathBuf),
-    /// A file that is complete, and has its name.
+    /// A file that is complete, and has its final name.
     Complete(PathBuf),
-    /// Work that has to be broken off in good order.
+    /// Work that must be cancelled in good order.
     Work(Arc<Describe>),
 }
 
-/// How a guest is at this moment.
+/// Returns the state of a guest at this moment.
 type Describe = dyn Fn() -> Option<State> + Send + Sync;
 
-/// How a guest would be left.
+/// The state in which a guest would be left.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct State {
     /// In words, with what to do about it.
     pub(crate) words: String,
-    /// Whether it may run at the other end, too ([`crate::exit::Code::Undecided`]).
+    /// Whether it may also run on the other host ([`crate::exit::Code::Undecided`]).
     pub(crate) undecided: bool,
 }
 
 impl State {
-    /// A state that leaves no doubt.
+    /// A state that is certain.
     pub(crate) fn plain(words: impl Into<String>) -> Self {
         Self {
             words: words.into(),
@@ -71,7 +71,7 @@ fn things() -> MutexGuard<'static, Vec<(u64, Thing)>> {
     THINGS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// An entry; removed on drop.
+/// An entry of the list, removed on drop.
 #[derive(Debug)]
 #[must_use = "dropping it says that the thing is gone"]
 pub(crate) struct Left {
@@ -90,8 +90,8 @@ impl Left {
         Self { number }
     }
 
-    /// A file that has a temporary name until it is complete, as `make` makes it; `path` is that
-    /// name. No signal ends the process before it is on the list.
+    /// A file that has a temporary name until it is complete. `make` creates it; `path` returns
+    /// that name. No signal ends the process before it is on the list.
     ///
     /// # Errors
     ///
@@ -110,18 +110,18 @@ impl Left {
         Ok((Self::add(&mut things, thing), made))
     }
 
-    /// A directory that goes before the command ends.
+    /// A directory that is removed before the command ends.
     pub(crate) fn directory(path: &Path) -> Self {
         Self::behind(Thing::Directory(path.to_owned()))
     }
 
-    /// Work that has to be broken off in good order, and leaves nothing to be described.
+    /// Work that must be cancelled in good order, and leaves nothing to describe.
     pub(crate) fn work() -> Self {
         Self::guest(|| None)
     }
 
-    /// Work on a guest. `describe` says how it is, on a thread of its own; `None` if there is
-    /// nothing to say.
+    /// Work on a guest. `describe` returns its state, and is called on its own thread; `None` if
+    /// there is nothing to report.
     pub(crate) fn guest(describe: impl Fn() -> Option<State> + Send + Sync + 'static) -> Self {
         Self::behind(Thing::Work(Arc::new(describe)))
     }
@@ -131,7 +131,7 @@ impl Left {
         std::mem::forget(self);
     }
 
-    /// Do what makes a file stay. No signal ends the process in between.
+    /// Make a file permanent, by `keep`. No signal ends the process in between.
     ///
     /// # Errors
     ///
@@ -153,7 +153,7 @@ impl Left {
     }
 }
 
-/// The files under temporary names: each is on the list while it has one.
+/// Registers files as long as they have temporary names.
 #[derive(Debug)]
 pub(crate) struct Files;
 
@@ -180,22 +180,22 @@ impl Drop for Left {
         let found = things.iter().position(|(number, _)| *number == self.number);
         let thing = found.map(|at| things.swap_remove(at));
         drop(things);
-        // What describes a guest may hold its host: not under the lock.
+        // Dropped without the lock, because `describe` may own a host.
         drop(thing);
     }
 }
 
-/// This command writes something: ended by a signal, it has failed.
+/// This command writes something: if a signal ends it, it has failed.
 pub(crate) fn writes() {
     WRITES.store(true, Ordering::SeqCst);
 }
 
-/// Whether it does.
+/// Whether this command writes something.
 pub(crate) fn is_writer() -> bool {
     WRITES.load(Ordering::SeqCst)
 }
 
-/// The command has done what it does: signals change nothing from now on.
+/// The command has finished: from now on signals do nothing.
 pub(crate) fn over() {
     let mut things = things();
     OVER.store(true, Ordering::SeqCst);
@@ -205,12 +205,12 @@ pub(crate) fn over() {
     drop(over);
 }
 
-/// Whether it has.
+/// Whether the command has finished.
 pub(crate) fn is_over() -> bool {
     OVER.load(Ordering::SeqCst)
 }
 
-/// Whether there is work that has to be broken off in good order.
+/// Whether there is work that must be cancelled in good order.
 pub(crate) fn is_work() -> bool {
     has_work(&things())
 }
@@ -221,9 +221,9 @@ fn has_work(things: &[(u64, Thing)]) -> bool {
         .any(|(_, thing)| matches!(thing, Thing::Work(_)))
 }
 
-/// Remove the files there are and end the process with `end`, which gets what there is to say
-/// about them. Not where there is work on a guest, or the command is over: then this returns.
-/// Until the process has ended, nothing can be put on the list or made to stay.
+/// Remove the files of the list and end the process with `end`, which receives messages about them.
+/// Returns instead if there is work on a guest, or if the command is over. Until the process has
+/// ended, no entry can be added or made permanent.
 pub(crate) fn end_at_once(end: impl FnOnce(Vec<String>)) {
     let things = things();
     if has_work(&things) || is_over() {
@@ -253,7 +253,7 @@ fn removed(things: &[(u64, Thing)]) -> Vec<String> {
     said
 }
 
-/// What is left when the process ends where it stands, and whether a guest may run at two ends.
+/// What is left if the process ends without cleanup, and whether a guest may run on two hosts.
 pub(crate) fn describe() -> (Vec<String>, bool) {
     let things: Vec<Thing> = things().iter().map(|(_, thing)| thing.clone()).collect();
     let (mut said, mut undecided) = (Vec::new(), false);
@@ -278,7 +278,7 @@ pub(crate) fn describe() -> (Vec<String>, bool) {
     (said, undecided)
 }
 
-/// What it says, if it answers: what is stuck may hold what it asks for.
+/// The description, if it comes in time: a stuck command may hold a lock that it needs.
 fn ask(describe: Arc<Describe>) -> Option<Option<State>> {
     let (tell, told) = mpsc::sync_channel(1);
     let thread = thread::Builder::new().spawn(move || {
@@ -294,7 +294,7 @@ fn ask(describe: Arc<Describe>) -> Option<Option<State>> {
 mod tests {
     use super::*;
 
-    /// One test, because there is one list in a process.
+    /// A single test, because a process has a single list.
     #[test]
     fn what_is_registered_is_removed_or_described() {
         let dir = tempfile::tempdir().expect("a directory");

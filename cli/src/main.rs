@@ -1,8 +1,8 @@
 //! The command `xsr`: saves, restores, inspects, verifies and compares Xen domains
 //! and their images.
 //!
-//! Parses the command line, sets up what goes to stderr, hands over to one file
-//! below `cmd` per command, and turns what comes back into an exit code.
+//! Parses the command line, sets up stderr, calls the command's file in `cmd`, and turns its result
+//! into an exit code.
 
 #![forbid(unsafe_code)]
 
@@ -70,7 +70,7 @@ fn main() -> ExitCode {
     code
 }
 
-/// Do what the command line asks.
+/// Run the command of the command line.
 fn command() -> ExitCode {
     let cli = match version::parse().and_then(args::Cli::settle) {
         Ok(cli) => cli,
@@ -85,7 +85,7 @@ fn command() -> ExitCode {
     ended(result, &terminal)
 }
 
-/// Say what failed, and with which code.
+/// Report what failed, with its exit code.
 fn ended(result: anyhow::Result<exit::Code>, terminal: &Terminal) -> ExitCode {
     let code = match result {
         Ok(code) => code,

@@ -1,6 +1,6 @@
-//! The mapped layout of an image in a file: its index, or why it cannot be used.
+//! The index of a mapped image, or why it cannot be used.
 //!
-//! A pipe, and what is wrapped or compressed, has no index here: it is read as a stream.
+//! Images from a pipe, and wrapped or compressed ones, are read as streams, without an index.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -18,7 +18,7 @@ use crate::file::Input;
 use crate::image::At;
 use crate::text::Count;
 
-/// A file, read from a position of its own.
+/// A reader of a file with its own position.
 #[derive(Debug)]
 pub(crate) struct Positioned<'f> {
     file: &'f File,
@@ -58,12 +58,12 @@ impl Seek for Positioned<'_> {
     }
 }
 
-/// The index of an image; `None` where there is none to be expected.
+/// The index of an image; `None` if it need not have one.
 ///
 /// # Errors
 ///
-/// The file is mapped, and its index is missing or breaks a rule. The words name the option with
-/// which the image is read all the same.
+/// The file is mapped, and its index is missing or breaks a rule. The message names the option that
+/// reads the image without it.
 pub(crate) fn index_of(input: &Input, lenient: bool) -> Result<Option<Mapped>> {
     let found = match read_index(input, lenient) {
         Ok(found) => return Ok(found),
@@ -73,20 +73,20 @@ pub(crate) fn index_of(input: &Input, lenient: bool) -> Result<Option<Mapped>> {
     Err(found).with_context(|| input.name.clone())
 }
 
-/// The failure of a command that has `--ignore-index`.
+/// The error for commands that have `--ignore-index`.
 pub(crate) fn bad_index(error: &LayoutError) -> Error {
     Error::new(BadImage(format!(
         "{error}; --ignore-index reads the image as a stream"
     )))
 }
 
-/// The same, for commands that read any stream and want no more of an index than what it says.
+/// The index, for commands that read any stream and can do without it.
 pub(crate) fn usable_index(input: &Input) -> Option<Mapped> {
     input.length?;
     Mapped::open(&mut Positioned::new(&input.file)).ok()?
 }
 
-/// What is said of the layout of a mapped image.
+/// A description of a mapped image's layout.
 pub(crate) fn words(mapped: &Mapped) -> String {
     let footer = mapped.footer();
     let digests = match footer.page_digests {
@@ -97,7 +97,7 @@ pub(crate) fn words(mapped: &Mapped) -> String {
     format!("mapped layout, index of {records}, {digests}")
 }
 
-/// The same as JSON.
+/// The same for JSON.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(crate) struct Facts {
     index_offset: u64,
@@ -107,7 +107,7 @@ pub(crate) struct Facts {
 }
 
 impl Facts {
-    /// What there is to say of an index.
+    /// The facts of an index.
     pub(crate) fn of(mapped: &Mapped) -> Self {
         let footer = mapped.footer();
         Self {
@@ -129,12 +129,12 @@ fn read_index(input: &Input, lenient: bool) -> Result<Option<Mapped>, LayoutErro
     }
 }
 
-/// Whether a file without a footer has page data where only the mapped layout has it, and nothing
-/// or a trailer without its end behind the image.
+/// Whether a file without a footer has page data only where the mapped layout has them, and is
+/// followed by nothing or by an incomplete trailer.
 fn unfinished(file: &File, length: u64, lenient: bool) -> Option<LayoutError> {
     let options = ReadOptions { lenient, offset: 0 };
     let mut padded = false;
-    // What is wrong with the stream is for its reader to say.
+    // The reader of the stream reports its errors.
     let mut walk = Walk::open_seeking(Positioned::new(file), options).ok()?;
     while let Some(step) = walk.next_step().ok()? {
         let Content::PageData(body) = step.content else {
@@ -173,11 +173,11 @@ impl<'m> Compared<'m> {
         Self { mapped, next: 0 }
     }
 
-    /// A PAGE_DATA record comes.
+    /// Called for each PAGE_DATA record.
     ///
     /// # Errors
     ///
-    /// It is not the one that the index has next.
+    /// The index has another record next.
     pub(crate) fn pages(&mut self, at: At, entries: Entries<'_>) -> Result<(), BadImage> {
         let offset = at.offset;
         let differs = |what: &str, got: u64, expected: u64| match got == expected {
@@ -204,11 +204,11 @@ impl<'m> Compared<'m> {
         Ok(())
     }
 
-    /// The image has ended there.
+    /// Called at the end of the image.
     ///
     /// # Errors
     ///
-    /// The index has it end elsewhere, or has more records.
+    /// The index has another end, or more records.
     pub(crate) fn end(&self, bytes: u64) -> Result<(), BadImage> {
         let footer = self.mapped.footer();
         if self.next != self.mapped.entries().len() {

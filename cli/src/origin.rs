@@ -1,10 +1,9 @@
-//! What a toolstack other than today's xl says of a domain, beside its image: libvirt's XML,
-//! xend's s-expression, what xenopsd keeps, the text that xl of Xen 4.1 to 4.4 kept.
+//! What a toolstack other than today's xl says about a domain, beside its image: libvirt's XML,
+//! xend's s-expression, xenopsd's record, the text that xl of Xen 4.1 to 4.4 kept.
 //!
-//! Name, UUID, kind, vcpus, memory and what xl has as well (the clock, what is done with a guest
-//! that has ended, what a guest is started from) are taken from there; devices and other settings
-//! are named, because no container that is written here can hold them in another toolstack's
-//! words.
+//! Name, UUID, kind, vcpus, memory and what xl has as well (the clock, the actions for a guest that
+//! has ended, what a guest boots from) are taken over. Devices and other settings are only
+//! reported, because no container that is written here can hold them in another toolstack's format.
 
 mod settings;
 mod sxp;
@@ -23,17 +22,17 @@ use crate::file::Input;
 use crate::peel::LeftOut;
 use crate::text::Count;
 
-/// The most devices, and the most settings, that are named.
+/// The most devices, and the most settings, that are reported.
 const MAX_DEVICES: usize = 64;
 /// The longest value that is taken over: a name, a device.
 const MAX_VALUE: usize = 256;
 
-/// What another toolstack says of a domain.
+/// What another toolstack says about a domain.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct Origin {
-    /// Whose words they are: `libvirt`, `xend`, `xapi` or `xl`.
+    /// The toolstack: `libvirt`, `xend`, `xapi` or `xl`.
     pub(crate) toolstack: &'static str,
-    /// What they are: `xml`, `sxp` or `xl.cfg`.
+    /// The format: `xml`, `sxp` or `xl.cfg`.
     pub(crate) format: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) name: Option<String>,
@@ -43,7 +42,7 @@ pub(crate) struct Origin {
     pub(crate) kind: Option<GuestKind>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) vcpus: Option<u32>,
-    /// Most memory the domain may have.
+    /// The most memory that the domain may have.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) max_memory_kib: Option<u64>,
     /// Devices, which are not carried over; at most 64.
@@ -52,10 +51,10 @@ pub(crate) struct Origin {
     /// Other settings that are not carried over; at most 64.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) settings: Vec<String>,
-    /// Settings that libxl's configuration has, too: where they are in it.
+    /// Settings that libxl's configuration also has, by their place in it.
     #[serde(skip)]
     pub(crate) carried: Vec<(&'static str, Value)>,
-    /// All of it.
+    /// The whole text.
     pub(crate) text: String,
     /// Why it could not be understood.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -81,7 +80,7 @@ impl Origin {
         }
     }
 
-    /// What libvirt keeps.
+    /// libvirt's XML.
     pub(crate) fn of_libvirt(xml: &[u8]) -> Self {
         let mut origin = Self::new("libvirt", "xml", xml);
         let text = std::mem::take(&mut origin.text);
@@ -90,7 +89,7 @@ impl Origin {
         origin
     }
 
-    /// What xend kept.
+    /// xend's s-expression.
     pub(crate) fn of_xend(config: &[u8]) -> Self {
         let mut origin = Self::new("xend", "sxp", config);
         let text = std::mem::take(&mut origin.text);
@@ -99,7 +98,7 @@ impl Origin {
         origin
     }
 
-    /// What xenopsd keeps. (Of an older one, that is the time alone.)
+    /// xenopsd's record. (An older one has only the time.)
     pub(crate) fn of_xapi(record: &[u8]) -> Self {
         let mut origin = Self::new("xapi", "sxp", record);
         let text = std::mem::take(&mut origin.text);
@@ -108,7 +107,7 @@ impl Origin {
         origin
     }
 
-    /// The text in xl's header, where it holds no JSON; `None` where it does, or holds nothing.
+    /// The text in xl's header, if it is not JSON; `None` if it is JSON or empty.
     pub(crate) fn of_xl(header: &XlHeader) -> Option<Self> {
         if header.mandatory_flags() & FLAG_JSON != 0 {
             return None;
@@ -153,8 +152,7 @@ impl Origin {
         }
     }
 
-    /// What a person is told of the devices and settings that are not carried over: nothing, if
-    /// there are none.
+    /// Messages about the devices and settings that are not carried over; none if there are none.
     pub(crate) fn not_carried_in_words(&self) -> Vec<String> {
         const NAMED: usize = 8;
         let lists = [(&self.devices, "device"), (&self.settings, "setting")];
@@ -169,7 +167,7 @@ impl Origin {
         words.collect()
     }
 
-    /// Where it comes from, in words.
+    /// Its source, in words.
     pub(crate) fn words(&self) -> &'static str {
         match self.toolstack {
             "libvirt" => "libvirt's XML",
@@ -180,9 +178,9 @@ impl Origin {
     }
 }
 
-/// Say in the log what of an image is not in what was made of it: state that has no place
-/// there, and what another toolstack said of the domain. `has_config` is whether it has a
-/// configuration, and so name and UUID.
+/// Log what of an image is missing from the output: state that has no place there, and what another
+/// toolstack said about the domain. `has_config`: whether the output has a configuration, and so
+/// name and UUID.
 pub(crate) fn warn_of_losses(input: &Input, has_config: bool) {
     for loss in losses(input, has_config) {
         tracing::warn!("{loss}");
@@ -213,7 +211,7 @@ pub(crate) fn losses(input: &Input, has_config: bool) -> Vec<String> {
     out
 }
 
-/// State that has no place in an image of xl, or in a bare stream, each piece in words.
+/// State that has no place in an xl image, or in a bare stream, each piece in words.
 pub(crate) fn left_out(input: &Input, has_config: bool) -> Vec<String> {
     let target = match has_config {
         true => "no image of xl",
@@ -229,7 +227,7 @@ pub(crate) fn left_out(input: &Input, has_config: bool) -> Vec<String> {
     input.left_out().into_iter().map(words).collect()
 }
 
-/// What a text says.
+/// The contents of a text.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Found {
     name: Option<String>,
@@ -243,7 +241,7 @@ struct Found {
 }
 
 impl Found {
-    /// Name a setting that is not carried over.
+    /// Report a setting that is not carried over.
     fn setting(&mut self, words: &[&str]) {
         if self.settings.len() < MAX_DEVICES {
             let words = words.iter().flat_map(|words| words.split_whitespace());
@@ -252,13 +250,13 @@ impl Found {
         }
     }
 
-    /// A setting that libxl's configuration has, too; the later one counts.
+    /// A setting that libxl's configuration also has. The last one counts.
     fn carry(&mut self, at: &'static str, value: Value) {
         self.carried.retain(|(other, _)| *other != at);
         self.carried.push((at, value));
     }
 
-    /// Name a device.
+    /// Report a device.
     fn device(&mut self, words: &[&str]) {
         if self.devices.len() < MAX_DEVICES {
             let words: Vec<&str> = words.iter().copied().filter(|w| !w.is_empty()).collect();
@@ -267,7 +265,7 @@ impl Found {
     }
 }
 
-/// A value, not longer than is shown, and without what would move a terminal's cursor.
+/// A value, shortened for output, and without control characters.
 fn shortened(text: &str) -> String {
     let plain: String = text.chars().filter(|c| !c.is_control()).collect();
     match plain.char_indices().nth(MAX_VALUE) {

@@ -1,9 +1,9 @@
-//! What an image says of each pfn in the end: its type, and where in the file its
-//! contents are. A pfn may come many times in a stream; the last word counts.
+//! Page map: the final type of each pfn in an image, and the offset of its contents in the file. A
+//! pfn may occur many times in a stream; its last version counts.
 //!
-//! Neighbours are kept as one run, so that the map of an ordinary image is small
-//! whatever the size of the guest; and runs are packed, so that the map of an image made to be
-//! large takes eight bytes for each page that the image holds.
+//! Neighbours are kept as one run, so that the map of an ordinary image is small whatever the size
+//! of the guest. Runs are packed, so that even the map of a malicious image takes only eight bytes
+//! for each page in the image.
 
 use std::collections::BTreeMap;
 
@@ -16,8 +16,8 @@ mod block;
 
 const PAGE: u64 = PAGE_SIZE as u64;
 
-/// Neighbouring pfns of one type, whose contents (if their type has any) stand one
-/// behind the other in the file.
+/// Neighbouring pfns of one type, whose contents (if their type has any) are contiguous in the
+/// file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Run {
     /// First pfn.
@@ -26,8 +26,7 @@ pub(crate) struct Run {
     pub(crate) last: u64,
     /// Their type.
     pub(crate) page_type: PageType,
-    /// Where the contents of the first are in the file; of no meaning for a type
-    /// without data.
+    /// The offset of the first one's contents in the file; meaningless for a type without data.
     pub(crate) offset: u64,
 }
 
@@ -37,13 +36,13 @@ impl Run {
         self.last - self.first + 1
     }
 
-    /// Where the contents of `pfn`, one of the run, are.
+    /// The offset of the contents of `pfn`, which is in the run.
     pub(crate) fn offset_of(&self, pfn: u64) -> Option<u64> {
         let into = (pfn - self.first) * PAGE;
         self.page_type.has_data().then_some(self.offset + into)
     }
 
-    /// The part of the run from `first` to `last`, both in it.
+    /// The part of the run from `first` to `last`, both of which are in it.
     pub(crate) fn part(&self, first: u64, last: u64) -> Self {
         Self {
             first,
@@ -53,7 +52,7 @@ impl Run {
         }
     }
 
-    /// Whether `next` carries on where this one ends.
+    /// Whether `next` continues this run.
     fn goes_on_with(&self, next: &Self) -> bool {
         self.last + 1 == next.first
             && self.page_type == next.page_type
@@ -88,24 +87,23 @@ pub(crate) fn runs_of(
     })
 }
 
-/// Bytes that all maps of a command may take for pages that the image does not hold: those
-/// without contents.
+/// The most bytes that all maps of a command may take for pages without contents in the image.
 const MOST_WITHOUT_CONTENTS: u64 = 64 << 20;
-/// Bytes that a block takes beside its runs: its place in the map, and what the allocator needs.
+/// Bytes that a block takes besides its runs: its map entry, and the allocator's overhead.
 const BLOCK: u64 = 96;
 
 /// Every pfn an image mentions, as [`Run`]s: at most eight bytes for each page with contents,
 /// and [`MOST_WITHOUT_CONTENTS`] for all others.
 #[derive(Clone, Debug)]
 pub(crate) struct PageMap {
-    /// By the first pfn of a block's range, which goes on to that of the next. Pfn 0 is in the
-    /// range of the first. No run is in two ranges.
+    /// Blocks by the first pfn of their range, which ends where the next block's begins. Pfn 0 is
+    /// in the range of the first block. No run is in two ranges.
     blocks: BTreeMap<u64, Block>,
     /// Bytes in all blocks.
     bytes: u64,
-    /// Pages with contents that have come.
+    /// Pages with contents so far.
     pages: u64,
-    /// Bytes that all others may take.
+    /// The most bytes for all other pages.
     without_contents: u64,
 }
 
@@ -121,12 +119,11 @@ impl Default for PageMap {
 }
 
 impl PageMap {
-    /// Take note of what the stream says now; earlier words on the same pfns are
-    /// forgotten.
+    /// Add a run, which replaces earlier versions of the same pfns.
     ///
     /// # Errors
     ///
-    /// So many pfns without contents are so scattered that they cannot be kept.
+    /// There are too many scattered pfns without contents to keep.
     pub(crate) fn insert(&mut self, run: Run) -> Result<(), BadImage> {
         if run.page_type.has_data() {
             self.pages += run.pages();
@@ -143,8 +140,8 @@ impl PageMap {
         }
     }
 
-    /// As [`PageMap::insert`], for a caller that asks only for [`PageMap::populated`]: pages without
-    /// memory are forgotten, so that an image of nothing but those takes none.
+    /// As [`PageMap::insert`], for a caller that needs only [`PageMap::populated`]: pages without
+    /// memory are dropped, so that an image of nothing else takes no space.
     ///
     /// # Errors
     ///
@@ -157,9 +154,9 @@ impl PageMap {
         self.insert(run)
     }
 
-    /// Forget a range, and put `run`, which is that range, in its place.
+    /// Replace a range by `run`, which covers exactly that range.
     fn replace(&mut self, (first, last): (u64, u64), run: Option<Run>) {
-        // The run gets into the block of its first pfn, whose range then reaches over all of it.
+        // The run goes into the block of its first pfn, whose range is extended to cover all of it.
         while first < last
             && let Some((&key, _)) = self.blocks.range(first + 1..=last).next_back()
             && let Some(mut block) = self.blocks.remove(&key)
@@ -191,20 +188,20 @@ impl PageMap {
         }
     }
 
-    /// The run that holds `pfn`.
+    /// The run that contains `pfn`.
     fn run_at(&self, pfn: u64) -> Option<Run> {
         let (key, block) = self.blocks.range(..=pfn).next_back()?;
         let run = block.runs(*key).find(|run| run.last >= pfn)?;
         (run.first <= pfn).then_some(run)
     }
 
-    /// The type of a page and where its contents are.
+    /// The type of a page and the offset of its contents.
     pub(crate) fn get(&self, pfn: Pfn) -> Option<(PageType, Option<u64>)> {
         let run = self.run_at(pfn.0)?;
         Some((run.page_type, run.offset_of(pfn.0)))
     }
 
-    /// All runs, ascending; neighbours that go on as one are one.
+    /// All runs, ascending, with contiguous neighbours joined.
     pub(crate) fn runs(&self) -> impl Iterator<Item = Run> {
         let mut runs = (self.blocks.iter())
             .flat_map(|(key, block)| block.runs(*key))
@@ -218,7 +215,7 @@ impl PageMap {
         })
     }
 
-    /// How many pfns have the type, for each type that occurs.
+    /// The number of pfns of each type that occurs.
     pub(crate) fn counts(&self) -> TypeCounts {
         let mut counts = TypeCounts::default();
         for run in self.runs() {
@@ -227,7 +224,7 @@ impl PageMap {
         counts
     }
 
-    /// How many pages a restorer allocates.
+    /// The number of pages that a restore allocates.
     pub(crate) fn populated(&self) -> u64 {
         self.runs()
             .filter(|run| run.page_type.is_populated())
@@ -236,7 +233,7 @@ impl PageMap {
     }
 }
 
-/// How many entries there are of each type.
+/// The number of entries of each type.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct TypeCounts([u64; 16]);
 
@@ -246,7 +243,7 @@ impl TypeCounts {
         self.0[usize::from(page_type.nibble())] += pages;
     }
 
-    /// The types that occur, ascending, and how often.
+    /// The types that occur, ascending, and their counts.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (PageType, u64)> {
         (0_u8..)
             .zip(self.0)
@@ -254,7 +251,7 @@ impl TypeCounts {
             .map(|(nibble, pages)| (PageType::from_nibble(nibble), pages))
     }
 
-    /// All entries.
+    /// The total number of entries.
     pub(crate) fn total(&self) -> u64 {
         self.0.iter().sum()
     }
@@ -287,7 +284,7 @@ mod tests {
         assert_eq!(runs[3].offset_of(10), Some(0x4000));
     }
 
-    /// Numbers that look random, below a bound.
+    /// Pseudo-random numbers below a bound.
     fn random() -> impl FnMut(u64) -> u64 {
         let mut state = 1_u64;
         move |below: u64| {
@@ -298,8 +295,8 @@ mod tests {
         }
     }
 
-    /// Against a plain map from pfn to what was said last, for batches that overlap
-    /// in every way: in a few pfns, and in many blocks of them.
+    /// Compared with a plain map from pfn to last version, for batches that overlap in every way:
+    /// in a few pfns, and in many blocks of them.
     #[test]
     fn the_last_word_counts() {
         for (pfns, most, compare_each) in [(60, 12, 1), (12_000, 12, 500), (12_000, 3000, 500)] {
@@ -308,7 +305,7 @@ mod tests {
             let mut plain: BTreeMap<u64, (PageType, Option<u64>)> = BTreeMap::new();
             for round in 0..4000 {
                 let first = random(pfns);
-                // A long batch now and then: it takes whole blocks away.
+                // A long batch now and then, which removes whole blocks.
                 let most = if round % 50 == 0 { most } else { most.min(12) };
                 let page_type = [N, T, X][usize::try_from(random(3)).unwrap_or(0)];
                 let batch: Vec<(u64, PageType)> = (first..=first + random(most))
@@ -352,12 +349,12 @@ mod tests {
         }
     }
 
-    /// Pages of one record each, whose offsets follow no order, in as wide a range as x86 has:
-    /// what they take, with what a map and an allocator need for a block.
+    /// Pages of one record each, with offsets in no order, over the widest range that x86 has:
+    /// their memory, including the overhead of a block in map and allocator.
     #[test]
     fn scattered_pages_take_eight_bytes() {
         const PAGES: u64 = 1 << 16;
-        // So few in so wide a range have four bytes of pfn each; a map has room for those.
+        // So few pages in so wide a range need four bytes of pfn each, for which a map has room.
         for (pfns, bytes) in [(2 * PAGES, 8), (1 << 40, 10)] {
             let mut random = random();
             let mut map = PageMap::default();
@@ -391,7 +388,7 @@ mod tests {
             page_type,
             offset: 0,
         };
-        // Of a stretch of memory every second page is missing: two bytes each.
+        // Every second page of a stretch is missing: two bytes each.
         for pfn in 0..1 << 17 {
             map.insert(hole(2 * pfn, X)).expect("not too many");
         }

@@ -1,5 +1,5 @@
-//! A progress bar that a thread of its own draws: a terminal that takes nothing (Ctrl-S, an ssh
-//! session that stalls) must not hold up the engine, whose guest may stand still.
+//! A progress bar drawn by its own thread: a stalled terminal (Ctrl-S, an ssh session) must not
+//! block the engine, whose guest may be suspended.
 
 use std::fs::File;
 use std::io::Seek as _;
@@ -11,17 +11,17 @@ use xsr_save_restore::progress::Progress;
 
 use crate::terminal::Terminal;
 
-/// How long the bar may take to go. One that does not has a terminal that has stalled.
+/// How long the bar may take to disappear. If it takes longer, its terminal has stalled.
 const PATIENCE: Duration = Duration::from_millis(200);
 
-/// What is to be drawn.
+/// What to draw.
 #[derive(Debug, Default)]
 struct State {
-    /// The latest news, and the bytes of the image that is read.
+    /// The latest progress, and the size of the image that is read.
     news: Option<(Progress, Option<u64>)>,
-    /// No more will come.
+    /// No more progress will come.
     over: bool,
-    /// The bar is no longer there.
+    /// The bar has been removed.
     gone: bool,
 }
 
@@ -33,7 +33,7 @@ struct Shared {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Every change of it is a single step.
+        // Not inconsistent after a panic: every change is a single step.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -43,14 +43,14 @@ impl Shared {
     }
 }
 
-/// A bar, and who draws it.
+/// A bar, and the thread that draws it.
 #[derive(Debug)]
 pub(crate) struct Painter {
     shared: Arc<Shared>,
 }
 
 impl Painter {
-    /// A bar for `what`. `None` where nobody watches.
+    /// A bar for `what`; `None` if stderr is not watched.
     pub(crate) fn start(terminal: &Terminal, what: &'static str) -> Option<Self> {
         if !terminal.is_watched() {
             return None;
@@ -72,19 +72,19 @@ impl Painter {
         }
     }
 
-    /// The engine is so far.
+    /// Show the engine's progress.
     pub(crate) fn show(&self, progress: &Progress, bytes_total: Option<u64>) {
         let news = Some((*progress, bytes_total));
         self.shared.change(|state| state.news = news);
     }
 
-    /// Have the bar go. Whether it has: if not, its terminal takes nothing.
+    /// Remove the bar. Returns whether it is gone: if not, its terminal has stalled.
     pub(crate) fn clear(self) -> bool {
         self.shared.end()
     }
 }
 
-/// Draw what comes, until no more will: the last of it, too.
+/// Draw the progress that comes, including the last, until the end.
 fn draw(terminal: &Terminal, what: &'static str, shared: &Shared) {
     let bar = terminal.progress(what);
     loop {
@@ -102,22 +102,22 @@ fn draw(terminal: &Terminal, what: &'static str, shared: &Shared) {
     }
 }
 
-/// How long work takes before it gets a bar, where nothing but a file says how far it is.
+/// How long work takes before it gets a bar, if only a file's position shows its progress.
 const BEFORE: Duration = Duration::from_secs(1);
 
-/// Between two looks at such a file.
+/// Time between two looks at such a file.
 const BETWEEN: Duration = Duration::from_millis(100);
 
-/// A bar for work that goes once through a file: it is as far as the file's position is. The work
-/// knows nothing of it. Gone when dropped.
+/// A bar for work that reads or writes a file once, in order: its progress is the file's position.
+/// The work itself is not involved. Removed on drop.
 #[derive(Debug)]
 pub(crate) struct Follower {
     shared: Arc<Shared>,
 }
 
 impl Follower {
-    /// Follow what is read from a file, or written to it, on from where it stands; `total` bytes
-    /// of it, if that is known. `None` where nobody watches, or the file has no position.
+    /// Follow reads from a file, or writes to it, from its current position on. `total` bytes, if
+    /// that is known. `None` if stderr is not watched, or the file has no position.
     pub(crate) fn start(
         terminal: &Terminal,
         what: &'static str,
@@ -127,14 +127,14 @@ impl Follower {
         if !terminal.is_watched() {
             return None;
         }
-        // The same open file: its position is that of the one that is worked on.
+        // The same open file, so that it shares the position.
         let mut file = file.try_clone().ok()?;
         let from = file.stream_position().ok()?;
         let position = move || Some(file.stream_position().ok()?.saturating_sub(from));
         Self::start_at(terminal, what, position, total)
     }
 
-    /// As [`Follower::start`], for work that is as far as `position` says, until that is `None`.
+    /// As [`Follower::start`], with the progress returned by `position`, until that is `None`.
     pub(crate) fn start_at(
         terminal: &Terminal,
         what: &'static str,
@@ -171,7 +171,7 @@ impl Follower {
     }
 }
 
-/// How far work is that goes on: what has been read is not all done.
+/// The progress of unfinished work, which is never 100%: what has been read is not yet done.
 fn unfinished(at: u64, total: Option<u64>) -> u64 {
     total.map_or(at, |total| at.min(total.saturating_sub(1)))
 }
@@ -183,7 +183,7 @@ impl Drop for Follower {
 }
 
 impl Shared {
-    /// Whether it is over, or becomes so within a time.
+    /// Whether the work is over, or becomes so within a time.
     fn is_over_within(&self, time: Duration) -> bool {
         let (state, _) = self
             .changed
@@ -192,7 +192,7 @@ impl Shared {
         state.over
     }
 
-    /// Have the bar go. Whether it has: if not, its terminal takes nothing.
+    /// Remove the bar. Returns whether it is gone: if not, its terminal has stalled.
     fn end(&self) -> bool {
         self.change(|state| state.over = true);
         let (state, _) = self

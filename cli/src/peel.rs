@@ -1,10 +1,9 @@
-//! What stands around an image, taken off: compressions, libvirt's header, xapi's records,
-//! and the legacy form. What comes out is an image that the readers of version 2 and 3 take:
-//! one of xl, a libxl stream, or a bare libxc stream.
+//! Removes the wrappers of an image: compressions, libvirt's header, xapi's records, and the legacy
+//! form. The result is an image that the readers of version 2 and 3 accept: an xl image, a libxl
+//! stream, or a bare libxc stream.
 //!
-//! It is taken off as it is read, in bounded memory, however large what is inside claims to
-//! be. Nothing is decompressed that nobody reads, and nothing in more than [`MAX_DEPTH`]
-//! layers.
+//! They are removed as the image is read, in bounded memory, however large the contents claim to
+//! be. Nothing is decompressed before it is read, and at most [`MAX_DEPTH`] layers are removed.
 
 mod compression;
 mod foreign;
@@ -37,34 +36,34 @@ use crate::exit::BadImage;
 use crate::origin::Origin;
 use crate::text::Count;
 
-/// How many layers there may be around an image.
+/// The most layers around an image.
 const MAX_DEPTH: usize = 4;
 
-/// Bytes that tell what something is; of xl's header, what follows it too.
+/// Bytes needed to detect a format, including what follows xl's header.
 pub(crate) const TELLING: usize = 48;
 
 /// Any source of bytes.
 pub(crate) type Source = Box<dyn Read + Send>;
 
-/// An image without what stood around it.
+/// An image without its wrappers.
 pub(crate) struct Peeled {
     pub(crate) source: Source,
-    /// What was taken off, outermost first; nothing for a plain image.
+    /// The wrappers that were removed, outermost first; none for a plain image.
     pub(crate) layers: Vec<String>,
-    /// What another toolstack kept with it.
+    /// What another toolstack kept with the image.
     pub(crate) origin: Option<Origin>,
     /// What is found while the image is read.
     pub(crate) found: Found,
-    /// Bytes before the image, in what the innermost compression holds.
+    /// Bytes before the image, in the contents of the innermost compression.
     pub(crate) before: u64,
-    /// What the compressions hold, outermost first: to be read on to its end, where its
-    /// checksum may be.
+    /// The contents of the compressions, outermost first, which must be read to their end, where
+    /// the checksum may be.
     pub(crate) packed: Vec<Unpacked>,
-    /// How far the outermost compression has been used.
+    /// How many bytes of the outermost compression have been used.
     pub(crate) used: Option<Used>,
 }
 
-/// How far compressed data have been used: what a decompressor has read ahead is not.
+/// How many compressed bytes have been used, without those that a decompressor has read ahead.
 #[derive(Clone, Debug)]
 pub(crate) struct Used {
     /// Bytes before them in the file.
@@ -79,7 +78,7 @@ impl Used {
     }
 }
 
-/// What a compression holds. It can be read on where a layer inside has stopped.
+/// The contents of a compression. They can be read further after a layer inside has stopped.
 #[derive(Clone)]
 pub(crate) struct Unpacked(Arc<Mutex<Source>>);
 
@@ -90,7 +89,7 @@ impl Read for Unpacked {
     }
 }
 
-/// Read to the end of compressed data and throw it away, the innermost first.
+/// Read compressed data to their end and discard them, the innermost first.
 ///
 /// # Errors
 ///
@@ -111,7 +110,8 @@ pub(crate) fn drain(packed: &[Unpacked], stop: &AtomicBool) -> Result<()> {
     Ok(())
 }
 
-/// What is found in the layers while the image is read through them; complete once it is over.
+/// What is found in the layers while the image is read through them. Complete once it has been
+/// read.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Found {
     /// State that the image inside has no place for.
@@ -122,7 +122,7 @@ pub(crate) struct Found {
 /// A piece of state that the image inside has no place for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct LeftOut {
-    /// Its record in the image that it was in.
+    /// Its record in the original image.
     pub(crate) record: String,
     /// What it is, in words.
     pub(crate) what: &'static str,
@@ -131,7 +131,7 @@ pub(crate) struct LeftOut {
 }
 
 impl Found {
-    /// State that was left out so far.
+    /// State left out so far.
     pub(crate) fn left_out(&self) -> Vec<LeftOut> {
         self.left_out
             .lock()
@@ -139,7 +139,7 @@ impl Found {
             .clone()
     }
 
-    /// What was noticed so far.
+    /// Notes so far.
     pub(crate) fn notes(&self) -> Vec<String> {
         self.notes
             .lock()
@@ -148,8 +148,8 @@ impl Found {
     }
 }
 
-/// Whether something that begins with these bytes ([`TELLING`], or all there are) has
-/// anything to be taken off.
+/// Whether data that begin with these bytes ([`TELLING`], or all there are) have a wrapper to
+/// remove.
 pub(crate) fn is_wrapped(prefix: &[u8]) -> bool {
     match detect(prefix) {
         Detected::Libxl
@@ -157,7 +157,7 @@ pub(crate) fn is_wrapped(prefix: &[u8]) -> bool {
         | Detected::Empty
         | Detected::Foreign(_)
         | Detected::Unknown => false,
-        // Behind xl's header may be a legacy stream. A header that is cut off is plain.
+        // A legacy stream may follow xl's header. A truncated header is treated as plain.
         Detected::Xl => prefix.get(32..40).is_some_and(|fields| {
             let flags = match fields {
                 [1, 2, 3, 4, .., flags] => *flags,
@@ -170,7 +170,7 @@ pub(crate) fn is_wrapped(prefix: &[u8]) -> bool {
     }
 }
 
-/// Whether something that begins so is no image at all.
+/// Whether data that begin with these bytes are not an image at all.
 pub(crate) fn is_foreign(prefix: &[u8]) -> bool {
     matches!(
         detect(prefix),
@@ -178,17 +178,17 @@ pub(crate) fn is_foreign(prefix: &[u8]) -> bool {
     )
 }
 
-/// Take off all that stands around an image.
+/// Remove all wrappers of an image.
 ///
 /// # Errors
 ///
-/// The source failed; a layer is damaged, or cannot be taken off; what is inside is no image.
+/// The source failed; a layer is damaged, or cannot be removed; the contents are not an image.
 pub(crate) fn peel(source: Source, lenient: bool) -> Result<Peeled> {
     peel_up_to(source, lenient, Checkpoints::All)
 }
 
-/// The same of what comes over a connection on which the sender goes on to speak: of a legacy
-/// stream, not a byte behind the first checkpoint is read.
+/// The same for a connection on which the sender continues after the image: of a legacy stream, not
+/// a byte after the first checkpoint is read.
 pub(crate) fn peel_migration(source: Source) -> Result<Peeled> {
     peel_up_to(source, false, Checkpoints::UpTo(1))
 }
@@ -273,7 +273,7 @@ fn peel_up_to(mut source: Source, lenient: bool, checkpoints: Checkpoints) -> Re
                 layers.push("xend".to_owned());
                 legacy.offset = before + header.bytes();
                 let own = Origin::of_xend(header.config());
-                // Nothing in a stream of Xen 3.0 says what it holds.
+                // A stream of Xen 3.0 does not say which kind of guest it holds.
                 legacy.guest = own.kind.map(legacy_guest);
                 let converted = converted(rest, legacy, &mut layers)?;
                 return Ok(done(
@@ -320,7 +320,7 @@ fn peel_up_to(mut source: Source, lenient: bool, checkpoints: Checkpoints) -> Re
     }
 }
 
-/// What a legacy stream of such a guest holds.
+/// The kind of legacy stream for a guest.
 fn legacy_guest(kind: GuestKind) -> LegacyGuest {
     match kind {
         GuestKind::Pv => LegacyGuest::Pv,
@@ -328,7 +328,7 @@ fn legacy_guest(kind: GuestKind) -> LegacyGuest {
     }
 }
 
-/// The file ends behind a layer.
+/// The error for a file that ends after a layer.
 fn nothing_behind(layer: &str, before: u64) -> Error {
     /// The shortest that could follow: the header of a libxl stream.
     const NEEDED: u64 = 16;
@@ -341,11 +341,11 @@ fn nothing_behind(layer: &str, before: u64) -> Error {
     Error::new(ReadError { position, cause }).context(what)
 }
 
-/// Says what of xapi's records has no place in the stream that they are read as.
+/// Notes which of xapi's records have no place in the resulting stream.
 struct Xapi {
     source: Noted<XapiSource<Source>>,
     left_out: Arc<Mutex<Vec<LeftOut>>>,
-    /// Records that have been looked at.
+    /// The number of records inspected.
     seen: usize,
 }
 
@@ -383,7 +383,7 @@ fn bad(what: String) -> Error {
     Error::new(BadImage(what))
 }
 
-/// A legacy stream as a libxl stream of today.
+/// Converts a legacy stream to today's libxl stream.
 fn converted(source: Source, options: LegacyOptions, layers: &mut Vec<String>) -> Result<Source> {
     let reader = LegacyReader::new(source, options)?;
     layers.push(format!(
@@ -401,7 +401,7 @@ fn converted(source: Source, options: LegacyOptions, layers: &mut Vec<String>) -
     })))
 }
 
-/// Says in the log, at the end, what could not be carried over.
+/// Logs, at the end, what could not be carried over.
 struct Noted<S>(S, fn(&S) -> Option<&Summary>);
 
 impl<S: Read> Read for Noted<S> {
@@ -417,7 +417,7 @@ impl<S: Read> Read for Noted<S> {
     }
 }
 
-/// Say in the log what a conversion had to leave out.
+/// Log what a conversion had to leave out.
 pub(crate) fn warn_of(summary: &Summary) {
     for warning in warnings(summary) {
         tracing::warn!("{warning}");
@@ -447,7 +447,7 @@ fn warnings(summary: &Summary) -> Vec<String> {
     out
 }
 
-/// An error that came through [`Read`], as what it was before.
+/// The original error of one that has passed through [`Read`].
 pub(crate) fn unwrapped(error: io::Error) -> Error {
     if error.get_ref().is_some_and(|inner| inner.is::<ReadError>()) {
         match error
@@ -471,7 +471,7 @@ mod tests {
 
     use super::*;
 
-    /// A small file of a large image is read at once, and used bit by bit.
+    /// A small file of a large image is read at once, but used gradually.
     #[test]
     fn what_a_decompressor_has_read_ahead_is_not_used() {
         // The head of a libxc stream, and zeros.

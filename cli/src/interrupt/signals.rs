@@ -1,14 +1,14 @@
-//! The signals that ask this process to stop: a thread that waits for them, and what it does.
+//! The signal thread: waits for the signals that ask this process to stop, and acts on them.
 //!
-//! | signal | means |
+//! | signal | meaning |
 //! |---|---|
 //! | the first of those that end a process ([`EndingSignals`]) | stop, in good order |
 //! | any further one | the same request |
-//! | SIGINT or SIGTERM, [`INSIST_AFTER`] after the user was told so | stop at once, whatever that leaves |
+//! | SIGINT or SIGTERM, [`INSIST_AFTER`] after the announcement | stop at once, without cleanup |
 //!
-//! SIGHUP never insists: a terminal that is closed sends it twice. A signal that was ignored when
-//! this process began (by `nohup`, or by a shell that runs a job in the background) stays
-//! ignored.
+//! A further SIGHUP never stops at once, because a closing terminal sends it twice. A signal that
+//! was ignored when this process began (by `nohup`, or by a shell that runs a job in the
+//! background) stays ignored.
 
 use std::fs;
 use std::io::{self, IsTerminal as _, Write as _};
@@ -32,25 +32,25 @@ use super::{Interrupt, LOOK};
 use crate::exit::Code;
 use crate::left;
 
-/// How long after it was told the user is taken at their word.
+/// How long after the announcement a further signal ends the process at once.
 pub(crate) const INSIST_AFTER: Duration = Duration::from_secs(1);
 
-/// How long a command may go on after a request once it has undone what it did to a guest: it
-/// may be waiting for a descriptor that nobody writes to.
+/// How long a command may go on after a request once it has undone its changes to a guest. It may
+/// be waiting for a descriptor that is never written to.
 const LAST_STEPS: Duration = Duration::from_millis(300);
 
-/// How long stderr may take to have room for a message, in milliseconds.
+/// How long to wait until stderr can take a message, in milliseconds.
 const STDERR_WAIT: u16 = 500;
 
-/// How the announcement ends.
+/// The end of the announcement.
 const HARD_WAY: &str = "press Ctrl-C again to end at once, whatever that leaves";
 
-/// What one more signal means.
+/// The meaning of one more signal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ask {
     /// Stop, in good order.
     First,
-    /// The request that was made before.
+    /// The same request again.
     Same,
     /// Stop at once.
     Insists,
@@ -60,12 +60,12 @@ pub(crate) enum Ask {
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Requests {
     asked: bool,
-    /// When the user was told of the hard way out.
+    /// When the user was told how to end at once.
     announced: Option<Instant>,
 }
 
 impl Requests {
-    /// `signal` has come.
+    /// Take note of `signal`.
     pub(crate) fn hear(&mut self, signal: SignalNumber, now: Instant) -> Ask {
         let insists = matches!(signal.named(), Some(Signal::SIGINT | Signal::SIGTERM))
             && self
@@ -78,8 +78,8 @@ impl Requests {
         }
     }
 
-    /// Tell the user that the work is being broken off, and of the hard way out. If that cannot
-    /// be written there is none.
+    /// Tell the user that the work is being cancelled, and how to end at once. If this cannot be
+    /// written, ending at once stays unavailable.
     pub(crate) fn announce(&mut self, what: &str) {
         if say(&format!("{what}; {HARD_WAY}")) {
             self.announced = Some(Instant::now());
@@ -87,11 +87,10 @@ impl Requests {
     }
 }
 
-/// From now on the signals do to this process what `interrupt` makes of them. To be called before
-/// there are other threads, which would get them instead.
+/// From now on, signals act through `interrupt`. Call this before other threads start, because they
+/// would receive the signals instead.
 ///
-/// A file that may not grow any further (`ulimit -f`) is an error of the write from now on, and
-/// no signal.
+/// From now on a write beyond the file size limit (`ulimit -f`) is an error instead of a signal.
 pub(super) fn listen(interrupt: Interrupt) -> Result<()> {
     let ending = EndingSignals::of_process().context("reading signals")?;
     ending.set().thread_block().context("blocking signals")?;
@@ -112,7 +111,7 @@ fn answer(interrupt: &Interrupt, arrived: &SignalFd, ending: EndingSignals) -> n
     let hangup = SignalNumber::from(Signal::SIGHUP);
     let mut requests = Requests::default();
     let mut first = SignalNumber::from(Signal::SIGTERM);
-    // Since when there is no work any more that would have to be broken off in good order.
+    // Since when there has been no work that must be cancelled in good order.
     let mut idle: Option<Instant> = None;
     loop {
         let timeout = match requests.asked {
@@ -150,7 +149,7 @@ fn answer(interrupt: &Interrupt, arrived: &SignalFd, ending: EndingSignals) -> n
     }
 }
 
-/// The next signal that has come, if any has.
+/// The next signal, if one has arrived.
 fn next(arrived: &SignalFd) -> nix::Result<Option<SignalNumber>> {
     loop {
         match arrived.read_signal() {
@@ -162,22 +161,22 @@ fn next(arrived: &SignalFd) -> nix::Result<Option<SignalNumber>> {
     }
 }
 
-/// Nothing has to be put right: end, as if nobody had waited for the signal; a command that
-/// writes says what it has not written.
+/// Ends the process without cleanup, as the signal would have done. A command that writes reports
+/// what it has not written.
 fn end_at_once(signal: SignalNumber, said: &[String]) {
     if !left::is_writer() {
-        // What this process was started for is gone with it, and its parent sees the signal.
+        // The command had no effects, so the parent process may see the signal itself.
         if let Some(signal) = signal.named()
             && SigSet::from(signal).thread_unblock().is_ok()
         {
-            // Rust's runtime has a handler for SIGSEGV and SIGBUS, which the first one removes.
+            // Rust's runtime handles SIGSEGV and SIGBUS; the first one removes its handler.
             for _ in 0..2 {
                 if let Err(errno) = raise(signal) {
                     tracing::debug!(%errno, "raising {signal}");
                 }
             }
         }
-        // As a shell has it.
+        // As in a shell.
         end(i32::try_from(128 + signal.get()).unwrap_or(i32::MAX));
     }
     let said = match said {
@@ -193,7 +192,7 @@ fn end(code: i32) -> ! {
     process::exit(code)
 }
 
-/// The hard way out.
+/// Ends the process at once, without cleanup.
 fn end_where_it_stands() {
     let (said, undecided) = left::describe();
     let said = match said.as_slice() {
@@ -208,12 +207,12 @@ fn end_where_it_stands() {
     end(code.number().into());
 }
 
-/// Write a line to stderr, whoever else writes there at this moment. Whether it was written: no
-/// stderr that is closed or stalls holds anybody up.
+/// Write a line to stderr, regardless of other writers. Returns whether it was written: a closed or
+/// stalled stderr does not block.
 pub(crate) fn say(text: &str) -> bool {
     let mut stderr = io::stderr();
     let start = match stderr.is_terminal() {
-        // Over a progress bar.
+        // Overwrites a progress bar.
         true => "\r\x1b[K",
         false => "",
     };
@@ -230,8 +229,8 @@ pub(crate) fn say(text: &str) -> bool {
     stderr.write_all(line.as_bytes()).is_ok()
 }
 
-/// Whether stderr was closed when this process began. The standard library has opened
-/// `/dev/null` in its place then, for both reading and writing, which a redirection does not.
+/// Whether stderr was closed when this process began. The standard library has then opened
+/// `/dev/null` in its place, for both reading and writing, which a redirection does not.
 fn is_closed(stderr: &io::Stderr) -> bool {
     let flags = fcntl(stderr, FcntlArg::F_GETFL).map(OFlag::from_bits_truncate);
     let both_ways = flags.is_ok_and(|flags| flags & OFlag::O_ACCMODE == OFlag::O_RDWR);
@@ -255,7 +254,7 @@ mod tests {
         for first in stop {
             let mut requests = Requests::default();
             assert_eq!(requests.hear(first, begun), Ask::First);
-            // Nothing has been announced: there is no hard way out.
+            // Without an announcement, no signal ends at once.
             assert_eq!(requests.hear(sigint, after(5000)), Ask::Same);
             requests.announced = Some(after(5000));
             for signal in stop {

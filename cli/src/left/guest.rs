@@ -1,5 +1,4 @@
-//! How a guest would be left if the process ended now, in words: for the user who ends it the
-//! hard way.
+//! How a guest would be left if the process ended now, in words, for a user who ends it at once.
 
 use std::sync::{Arc, OnceLock};
 
@@ -12,7 +11,7 @@ use crate::backend::{Hypervisor, domain_command, handle_of, name_of};
 use crate::cmd::migrate::MIGRATED_AWAY_SUFFIX;
 use crate::condition::Condition;
 
-/// A domain that is saved, or sent to `to`. Until the command is over.
+/// A domain that is saved, or sent to `to`. Registered until the command is over.
 pub(crate) fn leaving(host: &Hypervisor, domain: DomainRef, name: &str, to: Option<Sent>) {
     let (host, name) = (host.clone(), name.to_owned());
     let describe = move || {
@@ -22,11 +21,11 @@ pub(crate) fn leaving(host: &Hypervisor, domain: DomainRef, name: &str, to: Opti
     Left::guest(describe).until_the_end();
 }
 
-/// What a domain does at this moment, and its name.
+/// The state of a domain at this moment, and its name.
 struct Now {
     condition: Condition,
     called: String,
-    /// What commands take for it.
+    /// What commands accept for it.
     handle: String,
 }
 
@@ -40,12 +39,12 @@ impl Now {
     }
 }
 
-/// Where a domain is being sent.
+/// The destination of a domain.
 #[derive(Clone, Debug)]
 pub(crate) struct Sent {
-    /// The other end.
+    /// The destination host.
     pub(crate) host: String,
-    /// Whether the other end runs the domain once it has lost this one (Remus, COLO).
+    /// Whether the destination runs the domain when the connection is lost (Remus, COLO).
     pub(crate) protected: bool,
 }
 
@@ -110,7 +109,7 @@ fn left(now: &Now, name: &str, backend: &Backend, to: Option<&Sent>) -> State {
     }
 }
 
-/// A domain that is about to be made for `name`. Set the second value once there is a domain;
+/// A domain that is about to be created for `name`. Set the second value when the domain exists;
 /// drop the first when it is destroyed.
 pub(crate) fn arriving(host: &Hypervisor, name: &str) -> (Left, Arc<OnceLock<DomainRef>>) {
     let domain = Arc::new(OnceLock::new());
@@ -133,7 +132,7 @@ pub(crate) fn arriving(host: &Hypervisor, name: &str) -> (Left, Arc<OnceLock<Dom
     (left, domain)
 }
 
-/// A guest that is about to be made on a mock machine, by this process alone.
+/// A guest that is about to be created on a mock machine that only this process has open.
 pub(crate) fn making(host: &Hypervisor, name: &str) -> Left {
     let numbers = |host: &Hypervisor| {
         let domains = host.domains().unwrap_or_default();

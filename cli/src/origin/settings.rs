@@ -1,8 +1,8 @@
-//! Settings of xl's text and of xend's s-expressions, by the names that both have for them:
-//! where libxl's JSON has each. What it has no place for is named.
+//! Settings that xl's text and xend's s-expressions both have, mapped to libxl's JSON. Settings
+//! without a place there are reported.
 //!
-//! A domain is made anew of its configuration when it reboots, so what it is started from
-//! counts, too.
+//! When a domain reboots it is created again from its configuration, so what it boots from is
+//! carried over too.
 //!
 //! C implementation: `parse_config_data` in `tools/libxl/xl_cmdimpl.c` as of Xen 4.4, in
 //! `tools/xl/xl_parse.c` since 4.10; `libxl_types.idl`.
@@ -12,15 +12,15 @@ use xsr_xen_backend::GuestKind;
 
 use super::Found;
 
-/// How a setting is written, and what becomes of it.
+/// The type of a setting, and how it is converted.
 #[derive(Clone, Copy)]
 enum As {
-    /// What is done with a guest that has ended.
+    /// The action for a guest that has ended.
     Action,
     Bool,
     Number,
     Text,
-    /// MiB, of which libxl keeps KiB.
+    /// MiB, which libxl keeps as KiB.
     Mebibytes,
     /// A name, or its number.
     OneOf(&'static [&'static str]),
@@ -97,7 +97,7 @@ const HVM: &[(&str, &str, As)] = &[
 /// Settings of PV guests.
 const PV: &[(&str, &str, As)] = &[("e820_host", "/b_info/type.pv/e820_host", As::Bool)];
 
-/// Take a setting of a guest of this kind over, or name it.
+/// Take over a setting of a guest of this kind, or report it.
 pub(super) fn take(found: &mut Found, kind: Option<GuestKind>, name: &str, value: &str) {
     let tables: &[&[_]] = match kind {
         Some(GuestKind::Pv) => &[ANY, WITH_KERNEL, PV],
@@ -116,7 +116,7 @@ pub(super) fn take(found: &mut Found, kind: Option<GuestKind>, name: &str, value
 }
 
 impl As {
-    /// The value as libxl's JSON has it; `None` for one that cannot be.
+    /// The value in libxl's JSON; `None` if it is invalid.
     fn read(self, value: &str) -> Option<Value> {
         let value = value.trim();
         match self {
@@ -124,7 +124,7 @@ impl As {
             Self::Text => (!value.is_empty()).then(|| value.into()),
             Self::Number => value.parse::<i64>().ok().map(Value::from),
             Self::Mebibytes => {
-                // 0: what libxl reckons.
+                // 0: libxl's default.
                 let mib = value.parse::<u64>().ok().filter(|mib| *mib > 0)?;
                 mib.checked_mul(1024).map(Value::from)
             }
@@ -142,8 +142,8 @@ impl As {
     }
 }
 
-/// What libxl calls what is to be done with a guest that has ended, in the words of xl, of
-/// xend, of xapi and of libvirt.
+/// libxl's name for the action for a guest that has ended, from the words of xl, xend, xapi or
+/// libvirt.
 pub(super) fn action(word: &str) -> Option<&'static str> {
     Some(match word.replace('_', "-").as_str() {
         "destroy" => "destroy",
@@ -205,7 +205,7 @@ mod tests {
         assert_eq!(found.settings, named);
     }
 
-    /// It is made anew of its kernel when it reboots.
+    /// A PV guest is created again from its kernel when it reboots.
     #[test]
     fn what_a_pv_guest_is_started_from_is_carried() {
         let mut found = Found::default();

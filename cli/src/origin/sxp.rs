@@ -1,4 +1,4 @@
-//! s-expressions: what xend kept, and what xenopsd keeps.
+//! s-expressions: xend's configuration, and xenopsd's record.
 //!
 //! Implementations: `tools/python/xen/xend/sxp.py` and `XendConfig.py` as of Xen 4.4;
 //! `Xenops_record` in `ocaml/xenopsd/lib/suspend_image.ml` and `Vm.t` in
@@ -11,8 +11,8 @@ use xsr_xen_backend::GuestKind;
 
 use super::{Found, settings};
 
-/// What xend keeps of a domain and is no setting of it, or is read here itself; of an image's
-/// part, too.
+/// xend's entries that are not settings, or that are read elsewhere in this file, including those
+/// of the image part.
 const NO_SETTINGS: [&str; 27] = [
     "domid",
     "uuid",
@@ -42,7 +42,7 @@ const NO_SETTINGS: [&str; 27] = [
     "is_a_template",
     "notes",
 ];
-/// Settings as xend writes them where nothing was asked for.
+/// Settings with xend's default values.
 const UNASKED: [(&str, &str); 5] = [
     ("on_xend_start", "ignore"),
     ("on_xend_stop", "ignore"),
@@ -95,7 +95,7 @@ impl Sxp {
         }
     }
 
-    /// All its atoms.
+    /// All its atoms, joined by spaces.
     fn words(&self) -> String {
         match self {
             Self::Atom(text) => text.clone(),
@@ -124,7 +124,7 @@ impl Sxp {
         children.filter(move |child| child.head() == Some(name))
     }
 
-    /// What stands behind the name in the first such list.
+    /// The value after the name in the first such list.
     fn value(&self, name: &str) -> Option<&Self> {
         let mut lists = self.list().iter();
         lists.find(|list| list.head() == Some(name))?.list().get(1)
@@ -147,9 +147,8 @@ fn bare(chars: &mut Peekable<Chars<'_>>, first: char) -> String {
     text
 }
 
-/// A string, up to the quote that it began with. Python and OCaml write the same escapes, but
-/// for numbers: those of Python are octal, those of OCaml decimal. What has one is kept as it
-/// is written.
+/// A string, up to its closing quote. Python and OCaml write the same escapes, except for numbers,
+/// which are octal in Python and decimal in OCaml. A numeric escape is kept as it is written.
 fn quoted(chars: &mut Peekable<Chars<'_>>, quote: char) -> Result<String, String> {
     let mut text = String::new();
     while let Some(c) = chars.next() {
@@ -159,7 +158,7 @@ fn quoted(chars: &mut Peekable<Chars<'_>>, quote: char) -> Result<String, String
                 Some('n') => text.push('\n'),
                 Some('t') => text.push('\t'),
                 Some('r') => text.push('\r'),
-                // OCaml breaks long strings: the line and the blanks go.
+                // OCaml breaks long strings: the line end and the blanks after it are dropped.
                 Some('\n') => while chars.next_if(|c| matches!(c, ' ' | '\t')).is_some() {},
                 Some(c @ ('\\' | '"' | '\'' | ' ')) => text.push(c),
                 Some(c) => text.extend(['\\', c]),
@@ -171,13 +170,13 @@ fn quoted(chars: &mut Peekable<Chars<'_>>, quote: char) -> Result<String, String
     Err("ends inside a string".to_owned())
 }
 
-/// What xend says of a domain.
+/// xend's configuration of a domain.
 pub(super) fn read_xend(text: &str) -> Result<Found, String> {
     let domain = Sxp::parse(text)?;
     if !matches!(domain.head(), Some("domain" | "vm")) {
         return Err("is no (domain …)".to_owned());
     }
-    // Both in MiB. The domain may have the larger.
+    // Both in MiB. The domain may have the larger one.
     let memory = ["maxmem", "memory"].map(|name| domain.number::<u64>(name).unwrap_or(0));
     let mut found = Found {
         name: domain.text("name"),
@@ -221,7 +220,7 @@ fn take_settings(of: &Sxp, found: &mut Found) {
         if NO_SETTINGS.contains(&name) || UNASKED.contains(&(name, value.as_str())) {
             continue;
         }
-        // xl has another name for it.
+        // xl's name for it differs.
         let name = match name {
             "args" => "cmdline",
             name => name,
@@ -230,7 +229,7 @@ fn take_settings(of: &Sxp, found: &mut Found) {
     }
 }
 
-/// What xenopsd does with a guest that has ended, as libxl does it.
+/// libxl's action for xenopsd's actions for a guest that has ended.
 fn xapis_action(actions: &Sxp) -> Option<&'static str> {
     let actions: Vec<&str> = actions.list().iter().filter_map(Sxp::atom).collect();
     Some(match actions[..] {
@@ -244,13 +243,13 @@ fn xapis_action(actions: &Sxp) -> Option<&'static str> {
     })
 }
 
-/// What xenopsd says of a domain: in its record, the VM as a string that is an s-expression.
+/// xenopsd's record of a domain, in which the VM is a string that holds an s-expression.
 pub(super) fn read_xapi(text: &str) -> Result<Found, String> {
     let record = Sxp::parse(text)?;
     let Some(vm) = record.text("vm_str") else {
         return Ok(Found::default());
     };
-    // Of other versions it is something else; then it says nothing here.
+    // Other versions store something else here, which is ignored.
     let Ok(vm) = Sxp::parse(&vm) else {
         return Ok(Found::default());
     };
@@ -287,7 +286,7 @@ pub(super) fn read_xapi(text: &str) -> Result<Found, String> {
     Ok(found)
 }
 
-/// A UUID as it is written today. (xend of Xen 3.0 had none of the dashes.)
+/// A UUID in today's form. (xend of Xen 3.0 wrote no dashes.)
 fn dashed(uuid: &str) -> String {
     let all_digits = uuid.len() == 32 && uuid.bytes().all(|b| b.is_ascii_hexdigit());
     match all_digits {

@@ -1,9 +1,8 @@
-//! The text of a configuration of xl, as images of Xen 4.1 to 4.4 hold it: settings, one a
-//! line, of strings, numbers and lists.
+//! xl's configuration as text, as in images of Xen 4.1 to 4.4: one setting per line, with strings,
+//! numbers and lists.
 //!
-//! Manual: xl.cfg(5). C implementation: `libxlu_cfg_l.l`, `libxlu_cfg_y.y` and
-//! `parse_config_data` in `xl_cmdimpl.c` as of Xen 4.4. Where a name is set twice, the later
-//! setting counts.
+//! Manual: xl.cfg(5). C implementation: `libxlu_cfg_l.l`, `libxlu_cfg_y.y` and `parse_config_data`
+//! in `xl_cmdimpl.c` as of Xen 4.4. If a name is set twice, the last setting counts.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +12,7 @@ use super::{Found, settings, shortened};
 
 /// Lists of devices.
 const DEVICES: [&str; 7] = ["disk", "vif", "pci", "vfb", "vtpm", "usbdev", "channel"];
-/// What is read here itself.
+/// Settings that are read in this file.
 const READ: [&str; 11] = [
     "name", "uuid", "type", "builder", "pvh", "memory", "maxmem", "vcpus", "maxvcpus", "root",
     "extra",
@@ -26,7 +25,7 @@ enum Value {
     List(Vec<String>),
 }
 
-/// A piece of the text.
+/// A token of the text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Token {
     Word(String),
@@ -35,7 +34,7 @@ enum Token {
     Line,
 }
 
-/// Cut a text into pieces.
+/// Split a text into tokens.
 fn tokens(text: &str) -> Result<Vec<(usize, Token)>, String> {
     let mut out = Vec::new();
     let mut line = 1;
@@ -71,7 +70,7 @@ fn tokens(text: &str) -> Result<Vec<(usize, Token)>, String> {
                 }
                 Token::Word(word)
             }
-            // Newer ones append to lists.
+            // Newer versions append to lists.
             '+' if chars.peek() == Some(&'=') => continue,
             c => return Err(format!("line {line}: {c:?} is not expected")),
         };
@@ -82,7 +81,7 @@ fn tokens(text: &str) -> Result<Vec<(usize, Token)>, String> {
     Ok(out)
 }
 
-/// What stands behind a backslash.
+/// The character that an escape stands for.
 fn escaped(chars: &mut std::iter::Peekable<std::str::Chars<'_>>) -> char {
     match chars.next() {
         Some('a') => '\u{7}',
@@ -126,7 +125,7 @@ fn all_of(text: &str) -> Result<BTreeMap<String, Value>, String> {
             Some(Token::Text(text) | Token::Word(text)) => Value::Text(text),
             Some(Token::Sign('[')) => {
                 let mut list = Vec::new();
-                // Newer ones have lists in lists; nothing of them is needed.
+                // Newer versions have nested lists, whose contents are not needed.
                 let mut depth = 1;
                 while depth > 0 {
                     match tokens.next().map(|(_, token)| token) {
@@ -150,7 +149,7 @@ fn all_of(text: &str) -> Result<BTreeMap<String, Value>, String> {
     Ok(out)
 }
 
-/// What a configuration says of the domain.
+/// The configuration of a domain.
 pub(super) fn read(text: &str) -> Result<Found, String> {
     let all = all_of(text)?;
     let get = |name: &str| match all.get(name) {
@@ -193,7 +192,7 @@ pub(super) fn read(text: &str) -> Result<Found, String> {
             Value::Text(text) => settings::take(&mut found, Some(kind), name, text),
         }
     }
-    // Both are of the kernel's command line.
+    // Both belong to the kernel's command line.
     let command_line = [
         get("root").map(|root| format!("root={root}")),
         get("extra").map(str::to_owned),
@@ -205,7 +204,7 @@ pub(super) fn read(text: &str) -> Result<Found, String> {
     Ok(found)
 }
 
-/// The text with another value for a setting: a line behind it, because the later one counts.
+/// The text with another value for a setting, appended as a line, because the last one counts.
 pub(crate) fn with_setting(text: &str, name: &str, value: &str) -> String {
     let mut quoted = String::new();
     for c in value.chars() {

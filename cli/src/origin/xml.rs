@@ -1,8 +1,8 @@
-//! What is needed of libvirt's XML: a reader of tags, attributes and text, without entities of
-//! the document's own and without recursion.
+//! A reader of libvirt's XML: tags, attributes and text, without the document's own entities and
+//! without recursion.
 //!
-//! Documentation: <https://libvirt.org/formatdomain.html>. C implementation:
-//! `virDomainDefFormat` in libvirt's `src/conf/domain_conf.c`.
+//! Documentation: <https://libvirt.org/formatdomain.html>. C implementation: `virDomainDefFormat`
+//! in libvirt's `src/conf/domain_conf.c`.
 
 use xsr_xen_backend::GuestKind;
 
@@ -23,8 +23,7 @@ enum Piece<'x> {
     Text(&'x str),
 }
 
-/// Reads a document piece by piece; comments, declarations and processing instructions are
-/// passed over.
+/// Reads a document piece by piece. Comments, declarations and processing instructions are skipped.
 struct Pieces<'x>(&'x str);
 
 impl<'x> Pieces<'x> {
@@ -48,7 +47,7 @@ impl<'x> Pieces<'x> {
             } else if let Some(rest) = tag.strip_prefix('?') {
                 self.0 = behind(rest, "?>")?.1;
             } else if let Some(declaration) = tag.strip_prefix("!DOCTYPE") {
-                // One that only names a definition changes nothing; entities would.
+                // A doctype that only names a definition changes nothing; entities would.
                 let end = end_of_tag(declaration).ok_or("ends inside a document type")?;
                 if declaration[..end].contains('[') {
                     return Err("has a document type with declarations of its own".to_owned());
@@ -85,7 +84,7 @@ fn behind<'x>(text: &'x str, end: &str) -> Result<(&'x str, &'x str), String> {
         .ok_or_else(|| format!("ends before a {end:?}"))
 }
 
-/// Where a tag ends: at a `>` that is in no attribute's value.
+/// The end of a tag: a `>` that is not inside an attribute's value.
 fn end_of_tag(tag: &str) -> Option<usize> {
     let mut quote = None;
     for (at, c) in tag.char_indices() {
@@ -114,7 +113,7 @@ fn attribute(attributes: &str, wanted: &str) -> Option<String> {
     None
 }
 
-/// A text with its entities undone.
+/// A text with its entities replaced.
 fn plain(text: &str) -> String {
     let mut out = String::new();
     let mut rest = text;
@@ -156,7 +155,7 @@ struct Device {
     target: String,
 }
 
-/// What a domain's XML says.
+/// The domain that an XML document describes.
 pub(super) fn read(text: &str) -> Result<Found, String> {
     let mut pieces = Pieces(text);
     let mut found = Found::default();
@@ -226,7 +225,7 @@ pub(super) fn read(text: &str) -> Result<Found, String> {
     }
 }
 
-/// Whether something is taken over of an element of `<domain>`, or said when it ends.
+/// Whether an element of `<domain>` is taken over, or reported at its end.
 fn is_understood(element: &str) -> bool {
     matches!(
         element,
@@ -243,7 +242,7 @@ fn is_understood(element: &str) -> bool {
     )
 }
 
-/// The guest's clock, as libxl's configuration has it. C: `libxlMakeDomBuildInfo` in libvirt's
+/// The guest's clock for libxl's configuration. C: `libxlMakeDomBuildInfo` in libvirt's
 /// `src/libxl/libxl_conf.c`.
 fn clock(attributes: &str, found: &mut Found) {
     let value = |name| attribute(attributes, name);
@@ -262,7 +261,7 @@ fn clock(attributes: &str, found: &mut Found) {
     }
 }
 
-/// What tells one device from another.
+/// What identifies a device.
 fn part_of(device: &mut Device, part: &str, attributes: &str) {
     let first = |names: &[&str]| {
         let mut values = names.iter().filter_map(|name| attribute(attributes, name));
@@ -276,7 +275,7 @@ fn part_of(device: &mut Device, part: &str, attributes: &str) {
     }
 }
 
-/// An element has ended.
+/// Called at the end of an element.
 fn closed(path: &[&str], words: &str, unit: &str, found: &mut Found, device: &mut Option<Device>) {
     let words = plain(words.trim());
     match path {
@@ -314,7 +313,7 @@ fn closed(path: &[&str], words: &str, unit: &str, found: &mut Found, device: &mu
     }
 }
 
-/// An amount of memory in KiB; libvirt's unit is KiB unless it says another.
+/// An amount of memory in KiB, which is also libvirt's default unit.
 fn memory(words: &str, unit: &str) -> Option<u64> {
     let number: u64 = words.parse().ok()?;
     let bytes = match unit {

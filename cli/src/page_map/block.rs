@@ -1,12 +1,12 @@
-//! The runs of one range of pfns as a string of bytes: what keeps a [`PageMap`] within eight
-//! bytes for each page, however the pages are scattered.
+//! A block: the runs of one range of pfns, encoded as bytes. It keeps a [`PageMap`] within eight
+//! bytes for each page, however scattered the pages are.
 //!
 //! | bytes | meaning |
 //! |---|---|
-//! | 1 | bits 4–7: page type; bit 3: a length follows; bits 0–2: bytes of the offset, less one |
-//! | 1– | LEB128: pfns between the end of the run before (or the beginning of the range) and this run |
-//! | 0– | LEB128: pfns of the run, less one, if bit 3 is set |
-//! | 0–8 | where its contents are, little endian, if its type has any |
+//! | 1 | bits 4–7: page type; bit 3: length follows; bits 0–2: bytes of the offset, minus one |
+//! | 1– | LEB128: pfns between the previous run's end (or the range's beginning) and this run |
+//! | 0– | LEB128: pfns of the run, minus one, if bit 3 is set |
+//! | 0–8 | offset of its contents, little endian, if its type has any |
 //!
 //! [`PageMap`]: super::PageMap
 
@@ -14,13 +14,13 @@ use xsr_format::frame::PageType;
 
 use super::Run;
 
-/// Most runs in a block. A block is searched from its beginning.
+/// The most runs in a block, which is searched from its beginning.
 const MOST_RUNS: usize = 256;
 
 /// Set in a run's first byte if it has more than one pfn.
 const LONG: u8 = 1 << 3;
 
-/// Runs, ascending, that do not overlap.
+/// Runs, in ascending order, that do not overlap.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Block {
     bytes: Vec<u8>,
@@ -31,7 +31,7 @@ pub(super) struct Block {
 #[derive(Clone, Debug)]
 pub(super) struct Cursor<'b> {
     bytes: &'b [u8],
-    /// Where the next run is in `bytes`.
+    /// The position of the next run in `bytes`.
     at: usize,
     /// The pfn that the next run's gap counts from.
     base: u64,
@@ -116,7 +116,7 @@ fn encode(run: &Run, base: u64, out: &mut Vec<u8>) {
 }
 
 impl Block {
-    /// Bytes that its runs take.
+    /// The number of bytes of its runs.
     pub(super) fn len(&self) -> usize {
         self.bytes.len()
     }
@@ -130,7 +130,7 @@ impl Block {
         self.runs == 0
     }
 
-    /// The runs, if the block's range begins with `key`.
+    /// The runs, given that the block's range begins with `key`.
     pub(super) fn runs(&self, key: u64) -> Cursor<'_> {
         Cursor {
             bytes: &self.bytes,
@@ -139,11 +139,11 @@ impl Block {
         }
     }
 
-    /// Forget what is known of `first..=last`, and put `run`, which is that range, in its place.
-    /// The block's range begins with `key`, and both are in it.
+    /// Replace `first..=last` by `run`, which covers exactly that range. The block's range begins
+    /// with `key`, and contains both.
     pub(super) fn replace(&mut self, key: u64, (first, last): (u64, u64), run: Option<Run>) {
         let mut cursor = self.runs(key);
-        // Runs that overlap or touch, and the place before the first of them.
+        // Runs that overlap or touch, and the position before the first of those.
         let (mut from, mut base) = (0, key);
         let (mut left, mut right, mut touched) = (None, None, 0);
         let behind = loop {
@@ -202,7 +202,7 @@ impl Block {
         self.splice(from, to, &new);
     }
 
-    /// Replace bytes. The block does not grow by more than a little beyond what it holds.
+    /// Replace bytes. The capacity stays close to the length.
     fn splice(&mut self, from: usize, to: usize, new: &[u8]) {
         const ROOM: usize = 48;
         let grows = new.len().saturating_sub(to - from);
@@ -212,7 +212,7 @@ impl Block {
         self.bytes.splice(from..to, new.iter().copied());
     }
 
-    /// Take off what lies behind `last`, as a block whose range begins there.
+    /// Split off what is after `last`, as a block whose range begins there.
     pub(super) fn split_behind(&mut self, key: u64, last: u64) -> Self {
         let mut cursor = self.runs(key);
         let mut kept = (0, 0);
@@ -240,9 +240,9 @@ impl Block {
         behind
     }
 
-    /// If there are too many runs, where to take off a part: the last pfn of what stays. `first`
-    /// is the pfn that came last: if it is at the end, more pages are likely to come in ascending
-    /// order, and more stays.
+    /// Where to split the block if it has too many runs: the last pfn of the part that stays.
+    /// `first` is the latest pfn: if it is at the end, more pages are likely to come in ascending
+    /// order, and a larger part stays.
     pub(super) fn too_full(&self, key: u64, first: u64) -> Option<u64> {
         if self.runs <= MOST_RUNS {
             return None;

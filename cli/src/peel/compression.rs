@@ -1,7 +1,6 @@
-//! Compressed files, decompressed as they are read, and judged as gzip, zstd, lz4 and xz judge
-//! them: several frames one after the other, frames to be passed over, and padding are good.
-//! However large the contents claim to be, no more memory is taken than a window of the
-//! compressor: [`MAX_WINDOW`] at most.
+//! Decompresses files as they are read, with the rules of gzip, zstd, lz4 and xz: consecutive
+//! frames, skippable frames and padding are valid. Memory is limited to a window of the compressor,
+//! at most [`MAX_WINDOW`], however large the contents claim to be.
 //!
 //! | what follows the last frame | gzip | zstd, lz4 | xz |
 //! |---|---|---|---|
@@ -9,7 +8,7 @@
 //! | zeros up to the end | padding | padding | padding, of a multiple of 4 |
 //! | anything else | ignored, with a warning | damaged | damaged |
 //!
-//! (zstd and lz4 do not take padding. It is what a block device has behind a file.)
+//! (zstd and lz4 themselves reject padding. A block device has it after a file.)
 
 use std::fmt;
 use std::io::{self, BufRead as _, ErrorKind, Read};
@@ -28,14 +27,13 @@ use super::zstd::ZstdFrame;
 use crate::exit::BadImage;
 use crate::text::Count;
 
-/// The largest window that is allowed: what `xz -9` and `zstd --ultra -22` use (64 and
-/// 128 MiB).
+/// The largest window allowed, which `xz -9` and `zstd --ultra -22` use (64 and 128 MiB).
 pub(super) const MAX_WINDOW: u64 = 128 << 20;
 
-/// How far padding is looked at. A block device may have no end of it.
+/// How much padding is read. A block device may have any amount.
 const MAX_PADDING: u64 = 16 << 20;
 
-/// What was noticed on the way, for whoever reads the image.
+/// Notes about the data, for the reader of the image.
 pub(crate) type Notes = Arc<Mutex<Vec<String>>>;
 
 /// Add a note.
@@ -58,12 +56,12 @@ enum Wrong {
     Data,
 }
 
-/// What a decompressor does not like.
+/// The error about compressed data.
 #[derive(Debug)]
 struct Damage {
     compression: Compression,
     wrong: Wrong,
-    /// Compressed bytes that had been used.
+    /// The compressed bytes that had been used.
     at: u64,
 }
 
@@ -118,18 +116,18 @@ impl fmt::Display for Damage {
 
 impl std::error::Error for Damage {}
 
-/// Whether an error says that compressed data are damaged.
+/// Whether an error is about damaged compressed data.
 pub(crate) fn is_damage(error: &io::Error) -> bool {
     error
         .get_ref()
         .is_some_and(<dyn std::error::Error + Send + Sync>::is::<Damage>)
 }
 
-/// What is in a compressed source, and how far that has been used.
+/// The contents of a compressed source, and how many bytes of it have been used.
 ///
 /// # Errors
 ///
-/// A compression that is not read here.
+/// The compression is not supported.
 pub(super) fn decompressed(
     compression: Compression,
     source: Source,
@@ -153,7 +151,7 @@ pub(super) fn decompressed(
     Ok((Box::new(frames), progress))
 }
 
-/// Frames of one compression, one behind the other.
+/// Consecutive frames of one compression.
 struct Frames {
     compression: Compression,
     progress: Arc<Progress>,
@@ -163,7 +161,7 @@ struct Frames {
     any: bool,
 }
 
-/// Where the reading stands.
+/// The reading state.
 enum Now {
     Between(Packed),
     Gzip(GzDecoder<Packed>),
@@ -186,7 +184,7 @@ impl Now {
         }
     }
 
-    /// Behind a frame.
+    /// The state after a frame.
     fn behind(self) -> Self {
         Self::Between(match self {
             Self::Gzip(frame) => frame.into_inner(),
@@ -204,7 +202,7 @@ const ZSTD: [u8; 4] = *b"\x28\xb5\x2f\xfd";
 const LZ4: [u8; 4] = *b"\x04\x22\x4d\x18";
 const LZ4_LEGACY: [u8; 4] = *b"\x02\x21\x4c\x18";
 const XZ: &[u8] = b"\xfd7zXZ\0";
-/// Of the first byte of a frame to be passed over, the upper half.
+/// The magic of a skippable frame, without its first byte (0x50 to 0x5f).
 const SKIPPED: [u8; 3] = *b"\x2a\x4d\x18";
 
 impl Frames {
@@ -217,7 +215,7 @@ impl Frames {
         io::Error::new(ErrorKind::InvalidData, damage)
     }
 
-    /// What an error of a decompressor means.
+    /// The meaning of a decompressor's error.
     fn judged(&self, error: io::Error) -> io::Error {
         if error.kind() == ErrorKind::Interrupted || self.progress.failed() || is_damage(&error) {
             return error;
@@ -264,7 +262,7 @@ impl Frames {
                         continue;
                     }
                     Some(_) => {}
-                    // A magic that is cut off.
+                    // A truncated magic.
                     None if [ZSTD, LZ4].iter().any(|magic| magic.starts_with(head)) => {
                         return Err(self.damage(Wrong::Truncated));
                     }
@@ -282,7 +280,7 @@ impl Frames {
         }
     }
 
-    /// Pass over a frame of zstd or lz4 that says so.
+    /// Skip a skippable frame of zstd or lz4.
     fn skip(&mut self, packed: &mut Packed) -> io::Result<()> {
         let length = match packed.peek(8)? {
             [_, _, _, _, length @ ..] => length.first_chunk().copied(),
@@ -301,7 +299,7 @@ impl Frames {
         }
     }
 
-    /// Padding, or what is none.
+    /// Read padding, or reject what is not padding.
     fn behind_the_last(&mut self, mut packed: Packed) -> io::Result<Now> {
         let start = self.progress.used();
         let compression = self.compression;
@@ -373,7 +371,7 @@ impl Read for Frames {
     }
 }
 
-/// LZ4's old format (`lz4 -l`, the kernel's): blocks of 8 MiB without checksums, up to the end
+/// LZ4's legacy format (`lz4 -l`, the kernel's): blocks of 8 MiB without checksums, up to the end
 /// or to the magic of another frame.
 struct Lz4Legacy {
     packed: Packed,
@@ -383,7 +381,7 @@ struct Lz4Legacy {
 
 impl Lz4Legacy {
     const BLOCK: usize = 8 << 20;
-    /// The longest that a block can become by being compressed.
+    /// The longest that a compressed block can be.
     const MOST: usize = Self::BLOCK + Self::BLOCK / 255 + 16;
 
     fn new(packed: Packed) -> Self {
@@ -394,7 +392,7 @@ impl Lz4Legacy {
         }
     }
 
-    /// The next block; whether there is one.
+    /// Read the next block. Returns whether there is one.
     fn more(&mut self) -> io::Result<bool> {
         let Some(length) = self.packed.peek(4)?.first_chunk::<4>().copied() else {
             return match self.packed.peek(1)? {

@@ -1,4 +1,4 @@
-//! What to say of a file that is no saved domain.
+//! Error messages about files that are not saved domains.
 
 use std::io::Read;
 
@@ -9,8 +9,8 @@ use xsr_format::error::{Place, Position, ReadError, ReadErrorCause};
 
 use super::{Source, bad, unwrapped};
 
-/// The error for what begins like no image: what it is instead, and whether an image begins
-/// further in. `inside` is the layer around it, and where in that it begins.
+/// The error for data that do not begin like an image: what they are instead, and whether an image
+/// begins further in. `inside` is the layer around them, and their offset in its contents.
 pub(crate) fn unreadable(source: &mut Source, inside: Option<(&str, u64)>) -> Error {
     let mut start = Vec::new();
     let read = source
@@ -63,7 +63,7 @@ pub(crate) fn unreadable(source: &mut Source, inside: Option<(&str, u64)>) -> Er
         Some((layer, before)) => format!("behind the {layer} header, at byte {before}: "),
         None => String::new(),
     };
-    // What an archive holds has to be unpacked, not cut out.
+    // The contents of an archive must be extracted, not cut out.
     let is_archive = matches!(detected, Detected::Foreign(foreign) if foreign.is_archive());
     let found = find(&start).filter(|_| !is_archive);
     let further_in = match (found, inside) {
@@ -87,7 +87,7 @@ pub(crate) fn unreadable(source: &mut Source, inside: Option<(&str, u64)>) -> Er
     bad(format!("{place}not a saved Xen domain: {what}{further_in}"))
 }
 
-/// Whether it is something that can be read, but for being cut off.
+/// Whether it would be readable if it were not truncated.
 fn is_cut_magic(detected: Detected) -> bool {
     !matches!(detected, Detected::Foreign(_) | Detected::Unknown)
 }
@@ -103,7 +103,7 @@ fn image_name(image: Detected) -> &'static str {
     }
 }
 
-/// What the end of a file says, where the start says nothing.
+/// What the end of a file reveals, if its start does not.
 pub(crate) fn by_its_end(last: &[u8]) -> Option<Foreign> {
     foreign::by_its_end(last)
 }

@@ -1,5 +1,5 @@
-//! Compressed bytes as the decompressors take them: buffered, counted, and with a record of
-//! whether they ran out or the source failed.
+//! Buffered input of the decompressors. It counts the compressed bytes, and records whether they
+//! ran out or the source failed.
 
 use std::io::{self, BufRead, ErrorKind, Read};
 use std::sync::Arc;
@@ -7,10 +7,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::Source;
 
-/// Bytes that are read at once.
+/// Bytes per read.
 const STEP: usize = 256 << 10;
 
-/// How far the compressed bytes have been used, and how they ended.
+/// How many compressed bytes have been used, and how they ended.
 #[derive(Debug, Default)]
 pub(super) struct Progress {
     used: AtomicU64,
@@ -19,7 +19,7 @@ pub(super) struct Progress {
 }
 
 impl Progress {
-    /// Compressed bytes that were used.
+    /// Compressed bytes used so far.
     pub(super) fn used(&self) -> u64 {
         self.used.load(Ordering::Relaxed)
     }
@@ -29,7 +29,7 @@ impl Progress {
         self.ran_out.load(Ordering::Relaxed)
     }
 
-    /// Whether the source failed, which is no fault of its contents.
+    /// Whether the source failed, for which its contents are not to blame.
     pub(super) fn failed(&self) -> bool {
         self.failed.load(Ordering::Relaxed)
     }
@@ -57,13 +57,13 @@ impl Packed {
         (packed, progress)
     }
 
-    /// The next bytes, at least so many unless fewer are left. They are not used up.
+    /// The next bytes, at least `count` of them unless fewer are left, without consuming them.
     pub(super) fn peek(&mut self, count: usize) -> io::Result<&[u8]> {
         while self.to - self.from < count && self.more()? {}
         Ok(&self.room[self.from..self.to])
     }
 
-    /// Read more behind what there is; whether there was any.
+    /// Read more into the buffer. Returns whether there was any.
     fn more(&mut self) -> io::Result<bool> {
         self.room.copy_within(self.from..self.to, 0);
         self.to -= self.from;
@@ -86,7 +86,7 @@ impl Packed {
         }
     }
 
-    /// Pass over so many bytes; whether there were so many.
+    /// Skip `count` bytes. Returns whether there were as many.
     pub(super) fn skip(&mut self, count: u64) -> io::Result<bool> {
         Ok(io::copy(&mut self.by_ref().take(count), &mut io::sink())? == count)
     }

@@ -1,4 +1,4 @@
-//! One frame of zstd, its checksum looked at.
+//! One frame of zstd, with its checksum verified.
 
 use std::io::{self, Read};
 
@@ -27,7 +27,7 @@ impl ZstdFrame {
         self.packed
     }
 
-    /// The frame is over: is it what was compressed?
+    /// Verifies the checksum at the end of the frame.
     fn check(&self) -> io::Result<()> {
         let expected = self.decoder.get_checksum_from_data();
         match expected.is_none() || expected == self.decoder.get_calculated_checksum() {
@@ -38,7 +38,7 @@ impl ZstdFrame {
 }
 
 fn error(error: impl std::fmt::Display) -> io::Error {
-    // Its words are for whoever wrote the decoder; they are not shown.
+    // The decoder's message is meant for its developers; it is not shown.
     io::Error::other(error.to_string())
 }
 
