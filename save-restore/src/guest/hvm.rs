@@ -1,5 +1,4 @@
-//! HVM and PVH guests: their pfns are what Xen is asked for, their pages are the
-//! same on every machine.
+//! HVM and PVH guests: hypercalls take their pfns, and their pages are the same on every machine.
 //!
 //! C implementation: `xg_sr_save_x86_hvm.c`, `xg_sr_restore_x86_hvm.c`.
 
@@ -72,7 +71,7 @@ impl<'a> HvmSave<'a> {
 }
 
 fn max_pfn(domain: &dyn Domain) -> Result<Pfn, SaveError> {
-    // A guest without memory has pfn 0 to look at, which is not there.
+    // For a guest without memory the last pfn is 0, although it has no page there.
     let max_pfn = Pfn(domain.maximum_gfn()?.map_or(0, |gfn| gfn.0));
     match max_pfn <= PageEntry::MAX_PFN {
         true => Ok(max_pfn),
@@ -93,7 +92,7 @@ impl GuestSave for HvmSave<'_> {
         Some(Gfn(pfn.0))
     }
 
-    /// It is what Xen itself translates.
+    /// Xen itself translates the pfns of these guests.
     fn confirms(&self, _: Pfn, _: Gfn) -> bool {
         true
     }
@@ -122,7 +121,7 @@ impl GuestSave for HvmSave<'_> {
         Ok(grown)
     }
 
-    /// TSC, context, params: the order Xen writes, though the specification wants
+    /// TSC, context, params: the order in which Xen writes them, though the specification wants
     /// params first.
     fn end_of_checkpoint(&self, out: &mut Out<'_>) -> Result<(), SaveError> {
         x86::write_tsc_info(self.domain, out)?;
@@ -140,11 +139,11 @@ impl GuestSave for HvmSave<'_> {
     }
 }
 
-/// Apply what a stream said of a translated guest: params first, since they decide what the context may hold; then
-/// the rings' event channels, the context, the grants.
+/// Applies a stream's records of a translated guest: params first, since they decide what the
+/// context may hold; then the event channels of the rings, the context, the grants.
 ///
-/// The pages of xenstore, console and ioreq rings are cleared: what the old
-/// host's backends left in them means nothing here.
+/// The pages of the xenstore, console and ioreq rings are cleared: what the old host's backends
+/// left in them means nothing here.
 pub(crate) fn complete(
     image: &GuestImage,
     domain: &dyn Domain,
@@ -152,12 +151,12 @@ pub(crate) fn complete(
 ) -> Result<(Option<Gfn>, Option<Gfn>), RestoreError> {
     let (mut store, mut console) = (None, None);
     for &HvmParam { index, value } in image.hvm_params() {
-        // The fold takes no index beyond those that Xen has.
+        // The fold of the records takes only indices that Xen has.
         let index = u32::try_from(index).map_err(|_| GuestError::HvmParam { index })?;
         match index {
             param::STORE_PFN => store = Some(Gfn(value)),
             param::CONSOLE_PFN => console = Some(Gfn(value)),
-            // Once told the toolstack how to make CPUID; obsolete.
+            // Used to tell the toolstack how to make CPUID; obsolete.
             param::PAE_ENABLED => continue,
             _ => {}
         }
@@ -173,7 +172,7 @@ pub(crate) fn complete(
         domain
             .set_hvm_param(index, value)
             .map_err(|cause| match cause.errno {
-                // Of the parameter itself.
+                // Errors about the parameter itself.
                 Errno::EINVAL | Errno::EEXIST | Errno::ERANGE => RestoreError::HvmParam {
                     index,
                     name: param_name(u64::from(index)).unwrap_or("unknown"),
@@ -212,8 +211,8 @@ pub(crate) fn complete(
     Ok((store, console))
 }
 
-/// Clear one page. A frame that is not there is no error: Xen does not look either,
-/// and an image may name a ring it never had. One that is there and cannot be mapped is.
+/// Clears one page. A frame that does not exist is not an error: Xen does not check either, and an
+/// image may name a ring it never had. A frame that exists but cannot be mapped is an error.
 fn clear_page(domain: &dyn Domain, gfn: Gfn) -> Result<(), RestoreError> {
     let pages = domain.map(&[gfn], Access::Write)?;
     match pages.failed().first() {

@@ -1,11 +1,11 @@
-//! A CPU policy for a guest whose image holds none. Xen before 4.14 wrote none into images; the
-//! receiving toolstack made one up, of what a new guest gets and what such a guest may be using.
+//! CPU policy for a guest whose image holds none. Xen before 4.14 wrote none into images. The
+//! receiving toolstack makes one up, from what a new guest gets and what such a guest may be using.
 //!
 //! Not taken over from C: the invariant TSC of a guest whose TSC is always emulated, because the
 //! TSC's mode comes later in the stream; and settings of the configuration.
 //!
-//! C implementation: `xc_cpuid_apply_policy` with `restore` in
-//! `tools/libs/guest/xg_cpuid_x86.c`, by way of `libxl__cpuid_legacy`.
+//! C implementation: `xc_cpuid_apply_policy` with `restore` in `tools/libs/guest/xg_cpuid_x86.c`,
+//! called from `libxl__cpuid_legacy`.
 
 use std::collections::BTreeMap;
 
@@ -40,7 +40,7 @@ const CMP_LEGACY: Bit = (0x8000_0001, NO_SUBLEAF, ECX, 1);
 const SVM: Bit = (0x8000_0001, NO_SUBLEAF, ECX, 2);
 const ITSC: Bit = (0x8000_0007, NO_SUBLEAF, EDX, 8);
 
-/// Give a domain that has Xen's default policy the one that a guest of an older Xen expects.
+/// Replaces Xen's default policy of a domain by the one that a guest of an older Xen expects.
 pub(crate) fn set(domain: &dyn Domain) -> Result<(), BackendError> {
     let translated = domain.info()?.kind.is_translated();
     let host = Leaves::decode(&domain.host_cpu_policy()?.leaves);
@@ -84,7 +84,7 @@ impl Leaves {
         *word = *word & !(1 << bit) | u32::from(on) << bit;
     }
 
-    /// Cut a range of leaves off behind the largest that there may be, and say so in its first.
+    /// Removes the leaves of a range above the largest one allowed, and adjusts its first leaf.
     fn clamp(&mut self, first: u32, most: u32) {
         if let Some(registers) = self.0.get_mut(&(first, NO_SUBLEAF)) {
             registers[EAX] = registers[EAX].min(most);
@@ -118,7 +118,7 @@ impl Leaves {
         }
     }
 
-    /// Each vcpu a core of its own, whose APIC's number is twice its own.
+    /// Makes each vcpu a core of its own, with an APIC id of twice its number.
     fn hide_threads(&mut self) {
         for (bit, on) in [
             (PAE, true),
@@ -129,7 +129,7 @@ impl Leaves {
         ] {
             self.put(bit, on);
         }
-        // Leaf 1, ebx 23-16: most logical processors in a package.
+        // Leaf 1, ebx 23-16: the most logical processors in a package.
         let ebx = &mut self.0.entry((1, NO_SUBLEAF)).or_default()[EBX];
         let doubled = match *ebx >> 16 & 0xff {
             0 => 2,
@@ -156,8 +156,9 @@ impl Leaves {
         known.map_or(b"", |known| &known[..])
     }
 
-    /// Leaf 4, a subleaf for each cache, until one of no type (eax 4-0): cores in a package
-    /// (eax 31-26, less one) doubled, one thread to each cache (eax 25-14, less one).
+    /// Leaf 4, with a subleaf for each cache, until one without a type (eax 4-0): doubles the cores
+    /// in a package (eax 31-26, less one), and sets one thread for each cache (eax 25-14, less
+    /// one).
     fn double_cores_of_caches(&mut self) {
         for (_, registers) in self.0.range_mut((4, 0)..=(4, NO_SUBLEAF)) {
             if registers[EAX] & 0x1f == 0 {
@@ -168,8 +169,8 @@ impl Leaves {
         }
     }
 
-    /// Leaf 0x80000008: cores (ecx 7-0, less one) doubled, where that leaves room, and the size
-    /// of a core's number (ecx 15-12) with them, up to 7: larger ones trouble some systems.
+    /// Leaf 0x80000008: doubles the cores (ecx 7-0, less one) if there is room, and adjusts the
+    /// size of a core's number (ecx 15-12), up to 7: larger ones cause trouble on some systems.
     fn double_cores(&mut self) {
         let Some(registers) = self.0.get_mut(&(0x8000_0008, NO_SUBLEAF)) else {
             return;
@@ -239,7 +240,7 @@ mod tests {
             (4, 0, [3 << 26 | 0x121, 7, 8, 9]),
             (4, 1, [1 << 26 | 0x122, 0, 0, 0]),
             (4, 2, [0; 4]),
-            // HLE and MPX as the host; RTM not, which it lacks.
+            // HLE and MPX as on the host; without RTM, which the host lacks.
             (7, 0, [0, 1 << 4 | 1 << 14, 5, 6]),
             (0xd, 0, [7, 0, 0x340, 0]),
             (0x4000_0000, NO_SUBLEAF, [1; 4]),

@@ -1,8 +1,7 @@
-//! PV guests: their page tables, p2m, start_info and vcpu contexts hold mfns, which
-//! become pfns in the stream and mfns of the new machine on the other side.
+//! PV guests: their page tables, p2m, start_info and vcpu contexts hold mfns, which become pfns in
+//! the stream and mfns of the new machine on the other side.
 //!
-//! C implementation: `xg_sr_common_x86_pv.c`, `xg_sr_save_x86_pv.c`,
-//! `xg_sr_restore_x86_pv.c`.
+//! C implementation: `xg_sr_common_x86_pv.c`, `xg_sr_save_x86_pv.c`, `xg_sr_restore_x86_pv.c`.
 
 pub(crate) mod blame;
 pub(crate) mod layout;
@@ -21,7 +20,7 @@ use crate::guest::pv::layout::{cr3_to_frame, frame_to_cr3, shared_info, vcpu};
 use crate::guest::pv::p2m::P2m;
 use crate::guest::{GoOn, GuestSave, Out, x86};
 
-/// A guest's width as Xen says.
+/// A guest's word width, as reported by Xen.
 pub(crate) fn guest_info(
     domain: &dyn Domain,
 ) -> Result<Result<PvInfo, GuestError>, xsr_xen_backend::BackendError> {
@@ -29,7 +28,7 @@ pub(crate) fn guest_info(
     Ok(PvInfo::from_width(width).ok_or(GuestError::Width { width }))
 }
 
-/// The record each blob of a vcpu goes into, in the order Xen writes them.
+/// The record for each blob of a vcpu, in the order in which Xen writes them.
 pub(crate) const VCPU_RECORDS: [(VcpuBlob, RecordKind); 4] = [
     (VcpuBlob::Basic, RecordKind::X86_PV_VCPU_BASIC),
     (VcpuBlob::Extended, RecordKind::X86_PV_VCPU_EXTENDED),
@@ -44,8 +43,8 @@ pub(crate) struct PvSave<'a> {
     m2p: M2p,
     shared_info: ForeignPages,
     p2m: P2m,
-    /// The last pfn that the stream has been told of: more than the guest has where its
-    /// p2m has lost some of its last leaf.
+    /// The last pfn that the stream has announced. It is larger than the guest's if the p2m has
+    /// lost a part of its last leaf.
     announced: Pfn,
 }
 
@@ -88,8 +87,8 @@ impl<'a> PvSave<'a> {
         }
     }
 
-    /// The basic context of a vcpu, its frames turned into pfns: start_info in vcpu
-    /// 0's edx, the GDT's, cr3, and in a 64-bit guest the user tables' in cr1.
+    /// The basic context of a vcpu, with its frames turned into pfns: start_info in vcpu 0's edx,
+    /// the GDT's frames, cr3, and in a 64-bit guest the user tables in cr1.
     fn vcpu_basic(&self, id: u32) -> Result<Vec<u8>, SaveError> {
         let info = self.info;
         let mut context = self.domain.vcpu_state(id, VcpuBlob::Basic)?;
@@ -128,14 +127,14 @@ impl<'a> PvSave<'a> {
         let user = cr1.get(info, bytes);
         if info == PvInfo::Bits64 && user != 0 {
             let pfn = self.pfn_of_field(user >> 12, || format!("vcpu {id}'s cr1"))?;
-            // Bit 0 says that there is one: a user table at pfn 0 is possible.
+            // Bit 0 marks the table as present: a user table at pfn 0 is possible.
             cr1.set(info, bytes, 1 | pfn << 12);
         }
         Ok(context)
     }
 }
 
-/// The indices of a vcpu's GDT frames, and what to call each in an error.
+/// The indices of a vcpu's GDT frames, with a name for each in an error.
 fn gdt_frames(
     id: u32,
     info: PvInfo,
@@ -193,11 +192,10 @@ impl GuestSave for PvSave<'_> {
         Ok(())
     }
 
-    /// The guest may have moved its p2m, or made it larger: then it is found and mapped
-    /// again, and X86_PV_P2M_FRAMES has to be sent again, which restorers take for a
-    /// correction. What was looked up in the meantime, [`GuestSave::confirms`] has
-    /// judged. (Xen's saver gives up when `p2m_generation` has changed, and does not
-    /// see what else may.)
+    /// If the guest has moved or enlarged its p2m, the p2m is found and mapped again, and
+    /// X86_PV_P2M_FRAMES must be sent again, which restorers treat as a correction. Lookups in the
+    /// meantime have been checked by [`GuestSave::confirms`]. (Xen's saver gives up when
+    /// `p2m_generation` has changed, and does not see other changes.)
     fn check_vm_state(&mut self, running: bool, go_on: &mut GoOn<'_>) -> Result<bool, SaveError> {
         let shared = self.shared_info.page(0).expect("mapped").to_page();
         // Odd while the guest is changing what maps its p2m list.

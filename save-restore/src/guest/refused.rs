@@ -1,8 +1,8 @@
-//! Why the hypervisor refuses a guest's state, told as a person needs it: what the image
-//! has, what this host has, and which entry of which record is to blame.
+//! Diagnosis of a guest state that the hypervisor refused: what the image has, what this host has,
+//! and which entry of which record is to blame.
 //!
-//! C implementation: none that goes as far; `xg_sr_common_x86.c` prints leaf, subleaf and
-//! register of a CPU policy.
+//! C implementation: none that goes as far; `xg_sr_common_x86.c` prints leaf, subleaf and register
+//! of a CPU policy.
 
 use std::fmt;
 
@@ -23,16 +23,16 @@ const PLATFORM_INFO: u32 = 0xce;
 const CPUID_FAULTING: u64 = 1 << 31;
 /// Leaves that hold the processor's name.
 const BRAND: [u32; 3] = [0x8000_0002, 0x8000_0003, 0x8000_0004];
-/// More names than this are counted only.
+/// Names beyond this number are only counted.
 const MOST_NAMES: usize = 12;
 
 /// A CPU policy that the hypervisor does not accept.
 #[derive(Debug)]
 pub struct PolicyRefused {
-    /// What the hypervisor answered, with the entry that it blames.
+    /// The hypervisor's answer, with the entry that it blames.
     pub cause: BackendError,
     image: CpuPolicy,
-    /// What a new guest gets on this host; `None` where it could not be asked.
+    /// The policy of a new guest on this host; `None` if it could not be queried.
     host: Option<CpuPolicy>,
 }
 
@@ -42,12 +42,12 @@ impl PolicyRefused {
         Self {
             cause,
             image: image.clone(),
-            // It has not been changed.
+            // The domain still has its default policy.
             host: domain.cpu_policy().ok(),
         }
     }
 
-    /// The entry of the policy that the hypervisor blames, where it blames one.
+    /// The entry of the policy that the hypervisor blames, if it blames one.
     pub fn entry(&self) -> Option<PolicyEntry> {
         match self.cause.detail.as_deref() {
             Some(Detail::PolicyEntry(entry)) => Some(*entry),
@@ -55,7 +55,7 @@ impl PolicyRefused {
         }
     }
 
-    /// Features that the image has and the host has not.
+    /// Features that the image has and the host lacks.
     fn missing_features(&self) -> Vec<String> {
         let Some(host) = &self.host else {
             return Vec::new();
@@ -65,7 +65,8 @@ impl PolicyRefused {
     }
 }
 
-/// The policy in typed form, as far as it can be read: nothing of one that ends inside an entry.
+/// The policy in typed form, as far as it can be read; empty for a policy that ends inside an
+/// entry.
 fn leaves_of(policy: &CpuPolicy) -> Leaves {
     Leaves::parse(&policy.leaves, &policy.msrs).unwrap_or_default()
 }
@@ -143,7 +144,7 @@ impl fmt::Display for Msr {
     }
 }
 
-/// At most so many names, and how many more.
+/// At most `most` names, and how many more there are.
 pub(crate) fn list(names: &[String], most: usize) -> String {
     let shown = &names[..names.len().min(most)];
     let more = match names.len() - shown.len() {
@@ -237,12 +238,12 @@ const OF_A_VCPU: [HvmRecordKind; 9] = [
     HvmRecordKind::CPU_MSR,
 ];
 
-/// What in an HVM context that was refused may be the reason, for a domain whose last vcpu
-/// is `max_vcpu_id`.
+/// What may be the reason for the refusal of an HVM context, for a domain whose last vcpu is
+/// `max_vcpu_id`.
 pub(crate) fn suspect_of_context(context: &[u8], max_vcpu_id: Option<u32>) -> String {
     let records = match HvmContext::records(context) {
         Ok(records) => records,
-        // It says what of what.
+        // The error says what is wrong with which part.
         Err(error) => return error.to_string(),
     };
     for record in &records {

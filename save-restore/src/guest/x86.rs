@@ -31,7 +31,7 @@ pub(crate) fn write_tsc_info(domain: &dyn Domain, out: &mut Out<'_>) -> Result<(
     Ok(())
 }
 
-/// Set the TSC as a stream says.
+/// Sets the TSC from a stream.
 pub(crate) fn set_tsc_info(domain: &dyn Domain, tsc: TscInfo) -> Result<(), RestoreError> {
     let TscInfo { mode, khz, .. } = tsc;
     let info = DomainTsc {
@@ -48,7 +48,7 @@ pub(crate) fn set_tsc_info(domain: &dyn Domain, tsc: TscInfo) -> Result<(), Rest
         })
 }
 
-/// Set the CPU policy as a stream says; what of it the stream did not hold.
+/// Sets the CPU policy from a stream; returns the parts that the stream did not hold.
 pub(crate) fn set_cpu_policy(
     domain: &dyn Domain,
     policy: &CpuPolicy,
@@ -61,7 +61,7 @@ pub(crate) fn set_cpu_policy(
         domain
             .set_cpu_policy(policy)
             .map_err(|cause| match cause.errno {
-                // Of the policy itself; E2BIG: it has more entries than any.
+                // Errors about the policy itself; E2BIG: it has more entries than any policy may.
                 Errno::EINVAL | Errno::ERANGE | Errno::EOVERFLOW | Errno::E2BIG => {
                     RestoreError::CpuPolicy(Box::new(PolicyRefused::new(domain, policy, cause)))
                 }
@@ -71,17 +71,16 @@ pub(crate) fn set_cpu_policy(
     Ok(missing)
 }
 
-/// The first version of Xen whose console daemon says in the ring that it is there.
+/// The first version of Xen whose console daemon marks the ring as connected.
 const CONNECTING_CONSOLE: (u16, u16) = (4, 21);
-/// The word of a console ring whose lowest byte says whether somebody is at the other
-/// end: `connection` of `xencons_interface`, behind 1024 bytes of input, 2048 of output
-/// and four indices of 4.
+/// The word of a console ring whose lowest byte says whether a daemon is connected: `connection` of
+/// `xencons_interface`, after 1024 bytes of input, 2048 of output and four indices of 4.
 const CONSOLE_CONNECTION: usize = (1024 + 2048 + 16) / 8;
-/// Nobody is, as yet (`XENCONSOLE_DISCONNECTED`); 0 would be that somebody is.
+/// Not connected yet (`XENCONSOLE_DISCONNECTED`); 0 would mean connected.
 const DISCONNECTED: u64 = 1;
 
-/// Mark the console ring as not connected, where there will be a daemon that marks it
-/// connected; an older one never would, and the guest would print nothing.
+/// Marks the console ring as not connected, if the host's daemon will mark it connected. An older
+/// daemon never would, and the guest would print nothing.
 ///
 /// C: `xc_dom_console_set_disconnected`.
 pub(crate) fn disconnect_console(domain: &dyn Domain, ring: Gfn) -> Result<(), RestoreError> {

@@ -2,19 +2,19 @@
 //!
 //! [`PipeConnection`] is a pair of descriptors (a command's stdin and stdout), [`UnixConnection`]
 //! and [`TcpConnection`] are sockets; [`super::testing`] has one in memory with faults at every
-//! call. [`ConnectionReader`] and [`ConnectionWriter`] make of a connection what the engine and
+//! call. [`ConnectionReader`] and [`ConnectionWriter`] adapt a connection to what the engine and
 //! the [messages](super::messages) read from and write to.
 //!
-//! What every implementation promises, and [`super::testing::contract`] checks:
+//! Guarantees of every implementation, checked by [`super::testing::contract`]:
 //!
-//! - Bytes arrive in order, all of them, each once. A read takes no more than its room.
+//! - Bytes arrive in order, all of them, each once. A read takes no more than fits its buffer.
 //! - A call waits as its [`Wait`] says: until a time-out, or until another thread cancels it. The
-//!   connection can be used after either, with another `Wait`; what had been taken by then stays
+//!   connection can be used after either, with another `Wait`; bytes that were taken by then stay
 //!   taken.
-//! - A peer that closed its end in order ([`Received::Closed`]) can be told from a connection
-//!   that is lost ([`ConnectionError::Lost`]), as far as the transport can tell.
-//! - Nothing above needs a descriptor. Where there is one, pages of a guest go from and to its
-//!   memory without a copy.
+//! - A peer that closed its end in order ([`Received::Closed`]) can be distinguished from a
+//!   connection that is lost ([`ConnectionError::Lost`]), as far as the transport can tell.
+//! - The layers above do not need a descriptor. If there is one, pages of a guest are sent from and
+//!   read into its memory without a copy.
 //!
 //! ```
 //! use std::time::Duration;
@@ -64,68 +64,68 @@ pub use unix::UnixConnection;
 
 /// A connection to the other end of a migration.
 ///
-/// Dropping it closes it in order: what was written still arrives. A socket that is dropped while
-/// something that has arrived was not read is reset instead, and the peer may lose what it has
-/// not read yet: read to [`Received::Closed`] first.
+/// Dropping it closes it in order: what was written still arrives. A socket with unread input is
+/// reset instead when it is dropped, and the peer may lose what it has not read yet: read to
+/// [`Received::Closed`] first.
 pub trait Connection: fmt::Debug + Send + Sync {
-    /// Read what has come: at least a byte, at most `room`.
+    /// Reads what has arrived: at least one byte, at most `room`.
     ///
     /// # Errors
     ///
-    /// The connection is lost, or the wait ended first. Nothing has been taken then.
+    /// The connection is lost, or the wait ended first. No byte has been taken then.
     fn read(&self, room: &mut [u8], wait: &Wait<'_>) -> Result<Received, ConnectionError>;
 
-    /// The first bytes of what has come, which stay where they are: how many of them were put
-    /// into `room`. Nothing is waited for. 0 also at the end of the stream.
+    /// Copies the first bytes that have arrived to `room` without consuming them, and returns their
+    /// number. Does not wait. Returns 0 also at the end of the stream.
     ///
     /// # Errors
     ///
     /// The connection is lost.
     fn peek(&self, room: &mut [u8]) -> Result<usize, ConnectionError>;
 
-    /// Write some of `bytes`: how many were taken, at least one if there are any.
+    /// Writes some of `bytes` and returns how many were taken: at least one if there are any.
     ///
     /// # Errors
     ///
-    /// The connection is lost, the peer reads no more, or the wait ended first. Nothing has been
-    /// taken then, and nothing of it will ever arrive: a sender whose "go" failed lets its domain
-    /// run on, and a connection that delivered it all the same would let it run twice.
+    /// The connection is lost, the peer reads no more, or the wait ended first. No byte has been
+    /// taken then, and none of them will ever arrive. A sender whose "go" failed resumes its
+    /// domain, so a connection that delivered the "go" all the same would let the domain run twice.
     fn write(&self, bytes: &[u8], wait: &Wait<'_>) -> Result<usize, ConnectionError>;
 
-    /// Write a list of bytes and pages of a guest, all of it.
+    /// Writes a list of bytes and pages of a guest, all of it.
     ///
     /// # Errors
     ///
     /// As [`Self::write`]; an unknown part has been taken then.
     fn write_gather(&self, list: &Gather<'_>, wait: &Wait<'_>) -> Result<(), ConnectionError>;
 
-    /// Say that nothing more will be written. The peer reads to the end of what was, and what it
-    /// still says can be read. A second call does nothing.
+    /// Announces that nothing more will be written. The peer reads what was written to its end, and
+    /// what it still sends can be read. A second call does nothing.
     ///
     /// # Errors
     ///
-    /// The operating system refuses. A connection that is already lost needs no end, and is not
-    /// an error.
+    /// The operating system refuses. If the connection is already lost, that is not an error here.
     fn finish_writing(&mut self) -> Result<(), ConnectionError>;
 
-    /// Where what was written has got to, as far as the transport knows.
+    /// How far the written bytes have got, as far as the transport knows.
     fn delivery(&self) -> Delivery;
 
-    /// Have the transport itself treat the connection as lost when nothing has been heard of the
-    /// peer's host for so long: whether it can. A pipe cannot; a Unix socket need not.
+    /// Makes the transport itself treat the connection as lost after this long without a sign of
+    /// life from the peer's host. Returns whether it can. A pipe cannot; a Unix socket does not
+    /// need to.
     ///
     /// # Errors
     ///
     /// The operating system refuses.
     fn give_up_on_silence(&self, limit: Duration) -> Result<bool, ConnectionError>;
 
-    /// Who is at the other end.
+    /// The peer.
     fn peer(&self) -> Peer;
 
-    /// Time since the connection was made, on the clock that its waits go by.
+    /// Time since the connection was made, on the clock that its waits use.
     fn clock(&self) -> Duration;
 
-    /// What the peer's bytes are read from, if that is a descriptor.
+    /// The descriptor from which the peer's bytes are read, if there is one.
     fn read_fd(&self) -> Option<BorrowedFd<'_>>;
 }
 
@@ -196,7 +196,7 @@ pub struct Wait<'a> {
 }
 
 impl<'a> Wait<'a> {
-    /// For as long as it takes.
+    /// Without a limit.
     pub const fn forever() -> Self {
         Self {
             idle: None,
@@ -208,7 +208,7 @@ impl<'a> Wait<'a> {
         }
     }
 
-    /// No longer than this without a byte going through. Each byte starts it again.
+    /// At most this long without a byte transferred. Each byte starts the time again.
     pub const fn idle(self, limit: Duration) -> Self {
         Self {
             idle: Some(limit),
@@ -216,7 +216,7 @@ impl<'a> Wait<'a> {
         }
     }
 
-    /// No longer than this, whatever goes through.
+    /// At most this long in total, whatever is transferred.
     pub const fn at_most(self, limit: Duration) -> Self {
         Self {
             at_most: Some(limit),
@@ -232,7 +232,7 @@ impl<'a> Wait<'a> {
         }
     }
 
-    /// What is written has to be taken at this pace.
+    /// The peer must take what is written at this pace.
     pub const fn keeping(self, pace: &'a Pace) -> Self {
         Self {
             pace: Some(pace),
@@ -240,7 +240,7 @@ impl<'a> Wait<'a> {
         }
     }
 
-    /// A read waits no longer than this for its first byte. It can be lifted meanwhile.
+    /// A read waits at most this long for its first byte. The limit can be lifted while it waits.
     pub const fn silent_for(self, limit: &'a ReadLimit) -> Self {
         Self {
             silence: Some(limit),
@@ -248,8 +248,8 @@ impl<'a> Wait<'a> {
         }
     }
 
-    /// The bytes that a call carries, in either direction, are added there as they go: another
-    /// thread sees that something moves while a long write goes on.
+    /// Adds the bytes that a call transfers, in either direction, to this counter as they go, so
+    /// that another thread sees progress during a long write.
     pub const fn counting(self, carried: &'a AtomicU64) -> Self {
         Self {
             carried: Some(carried),
@@ -257,14 +257,14 @@ impl<'a> Wait<'a> {
         }
     }
 
-    /// So many bytes more have been carried.
+    /// This many more bytes have been transferred.
     pub(crate) fn count(&self, bytes: usize) {
         if let Some(carried) = self.carried {
             carried.fetch_add(bytes as u64, Ordering::Relaxed);
         }
     }
 
-    /// Fails if it has been cancelled.
+    /// Fails if the wait has been cancelled.
     pub(crate) fn check(&self) -> Result<(), ConnectionError> {
         if self.cancel.is_some_and(Cancel::is_cancelled) {
             Err(ConnectionError::Cancelled)
@@ -274,15 +274,15 @@ impl<'a> Wait<'a> {
     }
 }
 
-/// What a read came to.
+/// The result of a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Received {
-    /// So many bytes, at least one.
+    /// This many bytes, at least one.
     Bytes(usize),
     /// The peer has closed its end in order, and all that it had written has been read.
     ///
-    /// On a pipe from a command it is the command that closed it: ssh does that as well when its
-    /// own connection is lost. Its exit code says which it was.
+    /// On a pipe from a command, the command closed it: ssh does that also when its own connection
+    /// is lost. Its exit code distinguishes the two.
     Closed,
 }
 
@@ -290,20 +290,20 @@ pub enum Received {
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ConnectionError {
-    /// The transport says that the peer cannot be reached any more, or the peer's end ended
-    /// without closing it in order (a reset).
+    /// The transport reports that the peer cannot be reached any more, or the peer's end ended
+    /// without closing in order (a reset).
     #[error("the connection is lost")]
     Lost(#[source] io::Error),
-    /// The peer reads no more. Whether its end was closed in order is not known.
+    /// The peer reads no more. It is unknown whether its end was closed in order.
     #[error("the other end reads no more")]
     NotRead(#[source] io::Error),
-    /// The [`Wait`] is over, and the peer may still be there.
+    /// The [`Wait`] is over; the peer may still be alive.
     #[error(transparent)]
     TimedOut(Overdue),
-    /// Another thread asked to stop.
+    /// Another thread cancelled the call.
     #[error("cancelled")]
     Cancelled,
-    /// Nothing is wrong with the connection: the operating system refused the call.
+    /// The connection is intact: the operating system refused the call.
     #[error("using the connection")]
     Local(#[source] io::Error),
 }
@@ -316,7 +316,7 @@ impl ConnectionError {
 }
 
 impl From<ConnectionError> for io::Error {
-    /// With the kind that the engine goes by; [`Cancelled`] where that is the reason.
+    /// With the kind that the engine checks; [`Cancelled`] if that is the reason.
     fn from(error: ConnectionError) -> Self {
         let kind = match &error {
             ConnectionError::Cancelled => return Self::other(Cancelled),
@@ -329,36 +329,36 @@ impl From<ConnectionError> for io::Error {
     }
 }
 
-/// Where what was written has got to.
+/// How far the written bytes have got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Delivery {
     /// The transport cannot tell.
     Unknown,
-    /// Some of it is still at this host, or on its way.
+    /// Some of them are still on this host or in transit.
     Pending,
-    /// The kernel of the peer's host has acknowledged all of it. The peer may not have read it.
+    /// The kernel of the peer's host has acknowledged all of them. The peer may not have read them.
     AtPeerHost,
-    /// The process at the other end of the descriptor has read all of it. With a command such as
+    /// The process at the other end of the descriptor has read all of them. With a command such as
     /// ssh that process is the command, not the engine on the other host.
     Read,
 }
 
-/// Who is at the other end of a connection.
+/// The peer of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Peer {
     /// A process of this host, as it was when it connected (SO_PEERCRED).
     Process {
-        /// Its number.
+        /// Its process id.
         pid: i32,
-        /// Its user.
+        /// Its user id.
         uid: u32,
-        /// Its group.
+        /// Its group id.
         gid: u32,
     },
-    /// A host. Who sent from that address is not proved by it.
+    /// A host. The address does not prove who sent from it.
     Address(SocketAddr),
-    /// A command, or something else that only has a name.
+    /// A command, or another peer that has only a name.
     Named(String),
 }
 

@@ -1,5 +1,5 @@
-//! What the drivers of a migration's machines share: how an end speaks and listens, what a failure
-//! tells a machine, and what is undone when a panic comes between.
+//! Common parts of the drivers of a migration: how an end sends and receives messages, how a
+//! failure is reported to a state machine, and what is undone after a panic.
 
 use std::io;
 use std::time::Duration;
@@ -11,19 +11,19 @@ use super::messages::{Message, MessageError, Reason, Status};
 use crate::error::{RestoreError, SaveError};
 use crate::progress::{Cancel, Cancelled};
 
-/// An error of the caller's own.
+/// Any error of the caller.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
-/// What went wrong.
+/// A failed action.
 #[derive(Debug)]
 pub struct Cause<A> {
-    /// What was to be done.
+    /// The action.
     pub action: A,
-    /// Why it was not.
+    /// Why it failed.
     pub error: BoxError,
 }
 
-/// What a failure tells a machine.
+/// A failure as the state machine sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Trouble {
     PeerLost,
@@ -33,7 +33,7 @@ pub(super) enum Trouble {
 }
 
 impl Trouble {
-    /// Of a message that was not said or heard.
+    /// For a message that could not be sent or received.
     pub(super) fn of_message(error: &MessageError) -> Self {
         match error {
             MessageError::Sending { cause, .. } | MessageError::Waiting { cause, .. } => {
@@ -55,7 +55,7 @@ impl Trouble {
         }
     }
 
-    /// Of an image that was not written or read. All of these leave the domain at the sender.
+    /// For an image that could not be written or read. All of these leave the domain at the sender.
     pub(super) fn of_image(mut error: &(dyn std::error::Error + 'static)) -> Self {
         loop {
             if let Some(io) = error.downcast_ref::<io::Error>() {
@@ -75,21 +75,21 @@ impl Trouble {
     }
 }
 
-/// How long the rest is waited for where the other end says what it must not: only the error
-/// needs it, and the domain may be suspended.
+/// How long to wait for the rest of an unexpected message from the other end: only the error
+/// message needs it, and the domain may be suspended.
 const REST: Duration = Duration::from_secs(1);
 
 /// One end of the conversation.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Talk<'a> {
     pub(super) connection: &'a dyn Connection,
-    /// How long the other end may take for each message, all of it.
+    /// How long the other end may take for each whole message.
     pub(super) answer: Duration,
     pub(super) cancel: Option<&'a Cancel>,
 }
 
 impl<'a> Talk<'a> {
-    /// Until someone asks to stop.
+    /// Until cancelled.
     pub(super) fn asked(&self) -> Wait<'a> {
         match self.cancel {
             Some(cancel) => Wait::forever().unless(cancel),
@@ -97,17 +97,17 @@ impl<'a> Talk<'a> {
         }
     }
 
-    /// Whether someone has asked to stop.
+    /// Whether it has been cancelled.
     pub(super) fn is_asked(&self) -> bool {
         self.cancel.is_some_and(Cancel::is_cancelled)
     }
 
-    /// Whatever is asked.
+    /// Ignores cancellation.
     pub(super) const fn deaf(&self) -> Wait<'a> {
         Wait::forever()
     }
 
-    /// What a message is read from.
+    /// The reader for a message.
     pub(super) fn reader(
         &self,
         expected: &'static str,
@@ -118,7 +118,7 @@ impl<'a> Talk<'a> {
         Ok(reader.within(self.answer))
     }
 
-    /// What a message is written to.
+    /// The writer for a message.
     pub(super) fn writer(&self, wait: Wait<'a>) -> ConnectionWriter<'a> {
         ConnectionWriter::new(self.connection, wait).within(self.answer)
     }
@@ -127,7 +127,7 @@ impl<'a> Talk<'a> {
         self.read(message, &mut self.reader(message.name(), wait)?)
     }
 
-    /// Read a message, or a little of what the other end says in its place.
+    /// Reads a message, or the beginning of what the other end sends instead.
     pub(super) fn read(
         &self,
         message: Message,
@@ -143,15 +143,15 @@ impl<'a> Talk<'a> {
         message.write(self.writer(wait))
     }
 
-    /// Say the report.
+    /// Sends the report.
     pub(super) fn report(&self, status: Status) -> Result<(), MessageError> {
         let mut writer = self.writer(self.deaf());
         Message::Report.write(&mut writer)?;
         status.write(&mut writer)
     }
 
-    /// Check that the other end has nothing to say before it is told to go: what it says then
-    /// cannot be an answer, and the domain would be destroyed here on its word.
+    /// Checks that the other end has sent nothing before it is told to go: anything sent by then
+    /// cannot be an answer, and this host would destroy the domain because of it.
     pub(super) fn nothing_waits(&self) -> Result<(), MessageError> {
         let mut byte = [0];
         let now = Wait::forever().at_most(Duration::ZERO);
@@ -171,7 +171,7 @@ impl<'a> Talk<'a> {
         }
     }
 
-    /// Have the transport bear this silence of the other host from now on.
+    /// Sets how long the transport tolerates silence of the other host from now on.
     pub(super) fn bear(&self, limit: Duration) {
         if let Err(error) = self.connection.give_up_on_silence(limit) {
             tracing::warn!(%error, "how long to bear silence could not be set");
@@ -179,7 +179,7 @@ impl<'a> Talk<'a> {
     }
 }
 
-/// Undoes something to a domain when a panic comes between.
+/// Undoes something to a domain if a panic occurs in between.
 pub(super) struct OnPanic<'d, D: ?Sized> {
     pub(super) domain: &'d mut D,
     pub(super) armed: bool,

@@ -1,11 +1,11 @@
-//! The course of a migration, told to the program that runs it.
+//! Events of a migration, reported to the program that runs it.
 
 use std::fmt;
 
 use super::ownership::plain::{ReceiverAction, SenderAction};
 use super::ownership::protect::{ProtectorAction, StandbyAction};
 
-/// Hears what happens, on the thread that does it. Any `FnMut(Event)` is one.
+/// Receives events, on the thread that causes them. Any `FnMut(Event)` is an observer.
 ///
 /// ```
 /// use xsr_save_restore::migrate::{Event, Observer, Step};
@@ -20,7 +20,7 @@ use super::ownership::protect::{ProtectorAction, StandbyAction};
 /// assert_eq!(steps, ["banner"]);
 /// ```
 pub trait Observer {
-    /// This happens now.
+    /// Called when an event happens.
     fn observe(&mut self, event: Event);
 }
 
@@ -50,15 +50,15 @@ pub enum Event {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Step {
-    /// The banner was heard, or said.
+    /// The banner was received, or sent.
     Banner,
     /// The image has been written.
     Sent,
     /// The image has been read into a domain.
     Received,
-    /// "Ready" was heard, or said.
+    /// "Ready" was received, or sent.
     Ready,
-    /// "Go" was said, or heard.
+    /// "Go" was sent, or received.
     Go,
     /// The receiver has reported that it runs the domain.
     Report,
@@ -66,7 +66,7 @@ pub enum Step {
     GivenBack,
     /// The first checkpoint has been written: the domain is protected.
     Protected,
-    /// The first checkpoint is complete at the standby.
+    /// The first checkpoint is complete on the standby.
     Checkpoint,
     /// The protector has taken its domain back.
     Withdrawn,
@@ -75,7 +75,7 @@ pub enum Step {
 }
 
 impl Step {
-    /// What programs call it.
+    /// The name that programs use.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Banner => "banner",

@@ -1,23 +1,23 @@
-//! Which host has the domain: the guarantee of a migration, as state machines.
+//! State machines that decide which host has the domain: the guarantee of a migration.
 //!
 //! A machine knows nothing of connections and domains. Its driver performs the action that the
-//! machine asks for, and tells it the event that came of it;
-//! [`SendRequest::run`](super::send::SendRequest::run) and its siblings are that loop. So the
-//! machine that runs is the one that the tests explore: every
-//! message lost, cut short or late, a stall that ends at any time-out, either end killed in any
-//! state, signals, failures of the host, a second command on the same domain.
+//! machine requests, and returns the resulting event;
+//! [`SendRequest::run`](super::send::SendRequest::run) and its siblings are that loop. So the tests
+//! explore the very machine that runs: every message lost, cut short or late, a stall that ends at
+//! any time-out, either end killed in any state, signals, failures of the host, a second command on
+//! the same domain.
 //!
-//! - [`plain`]: a migration. The domain never runs at both ends. It runs at neither only where
-//!   that cannot be known ([`plain::SenderEnd::Undecided`]), where an end was killed, or where
-//!   the host refused to let it run.
-//! - [`protect`]: Remus and COLO, where a lost connection lets both run or neither, as
-//!   `--on-loss` says.
+//! - [`plain`]: a migration. The domain never runs on both hosts. It runs on neither only if that
+//!   cannot be known ([`plain::SenderEnd::Undecided`]), if an end was killed, or if the host
+//!   refused to let it run.
+//! - [`protect`]: Remus and COLO, where after a lost connection both hosts or neither run the
+//!   domain, depending on `--on-loss`.
 //! - [`Admission`]: which command may begin to work on a domain at all.
 //!
-//! Each rule that a guarantee hangs on is a `Guard`. A test breaks each of them, and the search
-//! finds the domain that is lost or doubled then.
+//! Each rule that a guarantee depends on is a `Guard`. A test breaks each of them, and the search
+//! then finds a lost domain or one that runs twice.
 //!
-//! The tables of `docs/migration.md` say the same to people.
+//! The tables of `docs/migration.md` describe the same for users.
 
 pub mod plain;
 pub mod protect;
@@ -25,13 +25,13 @@ pub mod protect;
 /// A rule without which a domain is lost or runs twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Guard {
-    /// Sender: "go" is said only after "ready" was heard.
+    /// Sender: "go" is sent only after "ready" was received.
     GoAfterReady,
-    /// Sender: what is let go of has another name.
+    /// Sender: the domain is renamed before it is released.
     RenameBeforeGo,
     /// Sender: before "go" a failure leaves the domain running here.
     TakeBackBeforeGo,
-    /// Sender: a "go" that did not leave whole lets nobody run the domain.
+    /// Sender: a "go" that was not sent completely does not let any receiver run the domain.
     TakeBackUnsaidGo,
     /// Sender: after "go" a lost connection decides nothing.
     LostDecidesNothing,
@@ -39,53 +39,53 @@ pub(crate) enum Guard {
     LateDecidesNothing,
     /// Sender: after "go" a signal decides nothing.
     SignalDecidesNothing,
-    /// Sender: only a report lets it destroy the domain.
+    /// Sender: it destroys the domain only after a report.
     DestroyAfterReport,
-    /// Sender: only a report of success does.
+    /// Sender: and only after a report of success.
     StatusIsLookedAt,
     /// Sender: a receiver that failed has the domain until it gives it back.
     GivenBackByGo,
-    /// Receiver: only "go" lets it run the domain.
+    /// Receiver: it runs the domain only after "go".
     RunAfterGo,
-    /// Receiver: a lost connection is no "go", nor is a part of one.
+    /// Receiver: a lost connection does not count as "go", nor does a part of a "go".
     LostIsNoGo,
-    /// Receiver: a time-out is no "go".
+    /// Receiver: a time-out does not count as "go".
     LateIsNoGo,
-    /// Receiver: a signal is no "go".
+    /// Receiver: a signal does not count as "go".
     SignalIsNoGo,
-    /// Receiver: it reports success only of a domain that runs.
+    /// Receiver: it reports success only for a domain that runs.
     ReportWhatRuns,
-    /// Receiver: what it was not let run is destroyed.
+    /// Receiver: a domain that it may not run is destroyed.
     DestroyWithoutGo,
-    /// Receiver: what it gives back is destroyed before.
+    /// Receiver: a domain is destroyed before it is given back.
     DestroyBeforeGivingBack,
-    /// Receiver: what could not be destroyed is not given back.
+    /// Receiver: a domain that could not be destroyed is not given back.
     GiveBackOnlyDestroyed,
     /// A second command does not begin while another works on the domain.
     OneAtATime,
     /// No command begins to work on a suspended domain.
     NotSuspended,
-    /// Protector: a domain that runs on here is withdrawn before the connection ends.
+    /// Protector: a domain that keeps running here is withdrawn before the connection ends.
     WithdrawBeforeHangingUp,
-    /// Protector: what does not run here may have to run there, and is not withdrawn.
+    /// Protector: a domain that does not run here may have to run there, and is not withdrawn.
     WithdrawOnlyWhatRuns,
-    /// Protector: without a word of the other end it is not known where the domain runs.
+    /// Protector: if the other end does not answer, it is unknown where the domain runs.
     SilenceIsUnknown,
-    /// Protector: before the first checkpoint is complete it can only be here.
+    /// Protector: before the first checkpoint is complete, the domain can only be here.
     IncompleteIsHere,
-    /// Protector: where nothing is known, `--on-loss pause` pauses the domain.
+    /// Protector: if it is unknown where the domain runs, `--on-loss pause` pauses it.
     PauseOnLoss,
-    /// Protector: what runs at the other end is stopped here.
+    /// Protector: a domain that runs on the other host is stopped here.
     StopWhatRunsThere,
-    /// Protector: what is given back runs on here.
+    /// Protector: a domain that is given back keeps running here.
     GivenBackIsHere,
     /// Standby: it takes over only when the sender is lost.
     TakeOverOnlyWhenLost,
-    /// Standby: and only with a checkpoint that is complete.
+    /// Standby: and only with a complete checkpoint.
     TakeOverOnlyComplete,
-    /// Standby: what the sender has withdrawn does not run.
+    /// Standby: a domain that the sender has withdrawn does not run.
     WithdrawnDoesNotRun,
-    /// Standby: what could not be destroyed is not said to be gone.
+    /// Standby: a domain that could not be destroyed is not reported as gone.
     SayGoneOnlyOfDestroyed,
 }
 
@@ -108,15 +108,15 @@ impl Guards {
     }
 }
 
-/// What a domain does, as a command finds it.
+/// The state in which a command finds a domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Found {
     /// It runs, and can be asked to suspend.
     Running,
     /// It is paused, and a paused domain cannot suspend.
     Paused,
-    /// It is suspended: by a command that is under way or was killed, or because it was migrated
-    /// and the other end has not said what came of that.
+    /// It is suspended: by a command that is in progress or was killed, or because it was migrated
+    /// and the other end has not reported the outcome.
     Suspended,
     /// It has shut down or crashed.
     Over,
@@ -125,11 +125,11 @@ pub enum Found {
 /// Why a command must not begin to work on a domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Refusal {
-    /// Another command works on it.
+    /// Another command is working on it.
     Busy,
     /// It is paused.
     Paused,
-    /// It is suspended, and whether it may run on here is not for this command to say.
+    /// It is suspended, and this command cannot decide whether it may be resumed here.
     Suspended,
     /// It has shut down or crashed.
     Over,
@@ -142,12 +142,12 @@ pub struct Admission {
 }
 
 impl Admission {
-    /// Whether a command that suspends the domain and may let it run on (a save, a migration, a
+    /// Whether a command that suspends the domain and may resume it (a save, a migration, a
     /// protection) may begin. `busy`: another such command has the domain's lock.
     ///
     /// # Errors
     ///
-    /// Why it must not.
+    /// Why it must not begin.
     pub fn admit(self, busy: bool, found: Found) -> Result<(), Refusal> {
         match found {
             _ if busy && self.guards.hold(Guard::OneAtATime) => Err(Refusal::Busy),

@@ -26,7 +26,7 @@ fn the_example_migrates_a_domain() {
     example::main().unwrap();
 }
 
-/// What the domain does on a machine: whether it runs, if it is there.
+/// The state of the domain on a machine: whether it runs, if it exists.
 fn runs(host: &MockHost, name: &str) -> Option<bool> {
     let info = host.domain(host.find(name).ok()?).unwrap().info().unwrap();
     Some(!info.paused && info.shutdown.is_none())
@@ -43,7 +43,7 @@ struct Migration {
     receiver: Vec<(u64, ReceiverAction)>,
 }
 
-/// Migrate a domain with a fault at one end.
+/// Migrates a domain with a fault at one end.
 fn migrate(fault: Option<(usize, Faulty)>) -> Migration {
     let host = || MockHost::ephemeral(&HostConfig::default()).unwrap();
     let (here, there) = (host(), host());
@@ -94,7 +94,7 @@ fn migrate(fault: Option<(usize, Faulty)>) -> Migration {
     }
 }
 
-/// Check that the domain is where both ends say, and runs there alone.
+/// Checks that the domain is where both ends say, and runs only there.
 fn check(migration: &Migration, what: &str) {
     let Migration {
         here,
@@ -129,7 +129,7 @@ fn a_fault_at_any_call_leaves_the_domain_where_both_ends_say() {
     check(&whole, "no fault");
     assert_eq!(whole.sent.end, SenderEnd::Moved);
     let long = Duration::from_secs(3600);
-    // What goes over before "ready" and after the image's first bytes is alike: some of it.
+    // All writes before "ready" and after the image's first bytes behave alike: a sample of them.
     let tails = [
         whole
             .sender
@@ -150,7 +150,7 @@ fn a_fault_at_any_call_leaves_the_domain_where_both_ends_say() {
             for fault in [
                 Fault::Lose { taken: 0 },
                 Fault::Lose { taken: 43 },
-                // "Go" leaves whole, and all but its last byte arrives, or it arrives.
+                // "Go" is sent completely, and arrives completely or without its last byte.
                 Fault::Cut { arrive: 43 },
                 Fault::Cut { arrive: 1 << 20 },
                 Fault::Vanish,
@@ -171,7 +171,7 @@ fn a_fault_at_any_call_leaves_the_domain_where_both_ends_say() {
             }
         }
     }
-    // The search says that these can be; here each of them was.
+    // The exhaustive search finds these possible; here each of them occurred.
     let ends = Vec::from_iter(&ends);
     assert_eq!(ends, ["Here", "Moved", "Undecided"]);
 }
@@ -223,7 +223,7 @@ fn who_asks_to_stop_before_go_keeps_the_domain_and_after_it_is_not_heard() {
     }
 }
 
-/// A toolstack that panics is no reason to leave the domain suspended, or a copy of it.
+/// A panic of the toolstack must not leave the domain suspended, nor a copy of it.
 #[test]
 fn a_panic_takes_the_domain_back() {
     use super::BoxError;
@@ -274,7 +274,7 @@ fn a_panic_takes_the_domain_back() {
     assert!(sender.undone && receiver.undone);
 }
 
-/// A receiver may be away, or have much to do: TCP does not tell.
+/// A receiver may be gone or busy: TCP cannot distinguish the two.
 #[test]
 fn a_receiver_is_given_longer_to_take_the_image_than_to_answer() {
     use std::io::Write as _;
@@ -325,7 +325,7 @@ fn a_receiver_is_given_longer_to_take_the_image_than_to_answer() {
     assert_eq!((looks.seen, seconds(&connection)), (120, 30));
 }
 
-/// A domain whose image is nothing, or so many zeros.
+/// A domain whose image is empty, or this many zeros.
 struct Zeros(usize);
 
 impl super::send::Departing for Zeros {
@@ -347,7 +347,7 @@ impl super::send::Departing for Zeros {
     }
 }
 
-/// The domain is suspended meanwhile, and only the error needs the rest.
+/// The domain is suspended meanwhile, and only the error message needs the rest.
 #[test]
 fn a_receiver_that_says_something_else_is_not_waited_for_as_for_an_answer() {
     use super::connection::{Connection as _, Wait};
@@ -375,7 +375,7 @@ fn a_receiver_that_says_something_else_is_not_waited_for_as_for_an_answer() {
     }
 }
 
-/// A byte now and then is no reason to leave the domain suspended.
+/// Single bytes now and then must not leave the domain suspended.
 #[test]
 fn a_receiver_that_takes_little_is_given_up_without_a_pace_of_the_callers() {
     use std::io::{Read as _, Write as _};
@@ -405,7 +405,7 @@ fn a_receiver_that_takes_little_is_given_up_without_a_pace_of_the_callers() {
     assert!(why.contains("too slowly"), "{why}");
 }
 
-/// A number that a failed migration must not use up.
+/// A domain number that a failed migration must not use up.
 #[test]
 fn nothing_is_left_of_a_receiver_that_gives_back() {
     let migration = migrate(Some((

@@ -1,7 +1,7 @@
-//! Which entry of which page table made the hypervisor refuse a vcpu of a PV guest: it
-//! validates all tables below the vcpu's root, and says EINVAL.
+//! Search for the page-table entry that made the hypervisor refuse a vcpu of a PV guest: Xen
+//! validates all tables below the vcpu's root, and returns only EINVAL.
 //!
-//! C: `promote_l4_table` and those below it in `xen/arch/x86/mm.c`.
+//! C: `promote_l4_table` and the functions below it in `xen/arch/x86/mm.c`.
 
 use std::collections::BTreeSet;
 
@@ -19,14 +19,14 @@ const SUPERPAGE: u64 = 1 << 7;
 /// The frame of an entry: bits 12 to 51.
 const FRAME: u64 = 0x000f_ffff_ffff_f000;
 
-/// Entries of a 64-bit top table that are the hypervisor's own.
+/// Entries of a 64-bit top table that belong to the hypervisor.
 const XENS: std::ops::Range<usize> = 256..272;
 
-/// Tables that are looked at before the search is given up: those of a guest of 32 GiB.
+/// The most tables that the search looks at: those of a guest of 32 GiB.
 const MOST_TABLES: usize = 1 << 14;
 
-/// The first entry below `root` that no hypervisor accepts; `None` where there is none, or
-/// none was found in time.
+/// The first entry below `root` that no hypervisor accepts; `None` if there is none, or if none was
+/// found within the limit.
 pub(crate) fn table(
     domain: &dyn Domain,
     p2m: &NewP2m,
@@ -75,7 +75,7 @@ pub(crate) fn table(
     Ok(None)
 }
 
-/// The table that an entry of a table of `level` refers to; `None` for a page; what is wrong.
+/// The table that an entry of a table of `level` refers to; `None` for a page; the fault if any.
 fn judge(p2m: &NewP2m, m2p: &M2p, level: u8, entry: u64) -> Result<Option<Pfn>, String> {
     let frame = Mfn((entry & FRAME) >> 12);
     if let Some(pfn) = p2m.released(frame) {
@@ -85,7 +85,7 @@ fn judge(p2m: &NewP2m, m2p: &M2p, level: u8, entry: u64) -> Result<Option<Pfn>, 
     }
     let pfn = m2p.pfn(frame).filter(|pfn| p2m.mfn(*pfn) == Some(frame));
     let Some(pfn) = pfn else {
-        // A frame that was granted or is the hypervisor's may be mapped by the lowest level.
+        // The lowest level may map a granted frame or one of the hypervisor's.
         return match level {
             1 => Ok(None),
             _ => Err(format!(

@@ -1,6 +1,6 @@
-//! Where the fields are that a save or restore of a PV guest must translate.
+//! Layout of the fields that a save or restore of a PV guest must translate.
 //!
-//! Offsets come from `xsr_format::fields`, looked up by name when this is compiled.
+//! Offsets come from `xsr_format::fields`, looked up by name at compile time.
 
 use std::ops::Range;
 
@@ -15,7 +15,7 @@ pub(crate) struct Field {
     bits64: (usize, usize),
 }
 
-/// The field called `name`; a name that is not there does not compile.
+/// The field called `name`; an unknown name does not compile.
 const fn find(fields: &'static [FieldSpec], name: &str) -> FieldSpec {
     let mut i = 0;
     while i < fields.len() {
@@ -89,7 +89,7 @@ impl Field {
         u64::from_le_bytes(value)
     }
 
-    /// Set the field in `bytes`; of a value that is wider the low part counts.
+    /// Sets the field in `bytes`, to the low part of `value` if it is wider than the field.
     ///
     /// # Panics
     ///
@@ -228,7 +228,7 @@ pub(crate) const fn cr3_to_frame(info: PvInfo, cr3: u64) -> u64 {
     }
 }
 
-/// The cr3 for a frame; `None` where a 32-bit guest cannot hold it.
+/// The cr3 for a frame; `None` if a 32-bit guest cannot hold it.
 pub(crate) const fn frame_to_cr3(info: PvInfo, frame: u64) -> Option<u64> {
     match info {
         PvInfo::Bits64 => Some(frame << 12),

@@ -26,16 +26,16 @@ pub(crate) const fn entries_per_frame(info: PvInfo) -> u64 {
     PAGE_SIZE as u64 / info.width() as u64
 }
 
-/// Frames that are mapped and asked for at once.
+/// Frames that are mapped and queried at once.
 const BATCH: usize = 1024;
 
-/// Frames of a guest's tables, mapped a batch at a time and read as if they stood one behind the
-/// other. A guest says how many there are: up to eight million.
+/// Frames of a guest's tables, mapped a batch at a time and read as one contiguous table. The guest
+/// decides how many there are: up to eight million.
 #[derive(Debug)]
 struct Tables(Vec<ForeignPages>);
 
 impl Tables {
-    /// Map frames; `go_on` is asked before each batch.
+    /// Maps frames; `go_on` is called before each batch.
     fn map(domain: &dyn Domain, mfns: &[u64], go_on: &mut GoOn<'_>) -> Result<Self, SaveError> {
         let mut tables = Vec::with_capacity(mfns.len().div_ceil(BATCH));
         for mfns in mfns.chunks(BATCH) {
@@ -53,7 +53,7 @@ impl Tables {
     }
 }
 
-/// What `of` says of each, in order; `go_on` is asked before each batch.
+/// Calls `of` for each, in order; `go_on` is called before each batch.
 fn each<T>(
     items: impl Iterator<Item = T>,
     go_on: &mut GoOn<'_>,
@@ -76,7 +76,7 @@ fn word(pages: &Tables, info: PvInfo, index: u64) -> Option<u64> {
         PvInfo::Bits32 => {
             let pair = pages.read_u64(usize::try_from(index / 2).ok()?)?;
             let value = (pair >> (index % 2 * 32)) & 0xffff_ffff;
-            // A 32-bit guest's "no frame" becomes ours.
+            // A 32-bit guest's "no frame" is widened.
             Some(if value == 0xffff_ffff {
                 u64::MAX
             } else {
@@ -101,8 +101,8 @@ pub(crate) struct P2m {
 }
 
 impl P2m {
-    /// Find and map the p2m by what `shared` (the shared_info page) says. `go_on` is asked after
-    /// each batch.
+    /// Finds and maps the p2m that `shared` (the shared_info page) describes. `go_on` is called
+    /// after each batch.
     pub(crate) fn find(
         domain: &dyn Domain,
         m2p: &M2p,
@@ -114,7 +114,7 @@ impl P2m {
         Self::map(domain, m2p, info, place, go_on)
     }
 
-    /// The p2m by what `shared` says now; `None` where nothing has changed.
+    /// The p2m that `shared` describes now; `None` if nothing has changed.
     pub(crate) fn find_again(
         &self,
         domain: &dyn Domain,
@@ -159,7 +159,7 @@ impl P2m {
         self.place.max_pfn
     }
 
-    /// The frame of `pfn`, as the guest says; `None` where it has none.
+    /// The frame of `pfn` in the guest's table, if it has one.
     pub(crate) fn mfn(&self, pfn: Pfn) -> Option<Mfn> {
         if pfn > self.place.max_pfn {
             return None;
@@ -176,8 +176,8 @@ impl P2m {
     }
 }
 
-/// As many as a leaf of a 64-bit guest's p2m has, which an image has to hold for each range with
-/// memory.
+/// The number of entries in a leaf of a 64-bit guest's p2m, which an image must hold for each range
+/// with memory.
 const CHUNK: usize = 512;
 
 struct Chunk {
@@ -187,28 +187,28 @@ struct Chunk {
 
 /// The p2m of a guest that is being restored, and the type of each page.
 ///
-/// Takes memory only for ranges in which a page has been populated, so that an image
-/// which announces a huge guest does not cost a huge table.
+/// Allocates memory only for ranges in which a page has been populated, so that an image which
+/// announces a huge guest does not cost a huge table.
 #[derive(Default)]
 pub(crate) struct NewP2m {
     chunks: Vec<Option<Box<Chunk>>>,
-    /// Frames that were given back, and whose they were.
+    /// Frames that were given back, and the pfns that had them.
     released: BTreeMap<Mfn, Pfn>,
 }
 
-/// The p2m of a guest that is being restored, which one thread fills while others look
-/// up frames in it: a pfn that has a frame keeps it.
+/// The p2m of a guest that is being restored. One thread fills it while others look up frames: a
+/// pfn that has a frame keeps it.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct SharedP2m(Arc<RwLock<NewP2m>>);
 
 impl SharedP2m {
-    /// To look up frames.
+    /// For looking up frames.
     pub(crate) fn read(&self) -> RwLockReadGuard<'_, NewP2m> {
-        // Nobody panics half-way through a change.
+        // No thread panics in the middle of a change.
         self.0.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// To change it.
+    /// For changes.
     pub(crate) fn write(&self) -> RwLockWriteGuard<'_, NewP2m> {
         self.0.write().unwrap_or_else(PoisonError::into_inner)
     }
@@ -246,7 +246,7 @@ impl NewP2m {
         Some(Mfn(chunk.mfns[at])).filter(|mfn| *mfn != Mfn::INVALID)
     }
 
-    /// The type the stream gave `pfn` last; an ordinary page before.
+    /// The type that the stream last gave `pfn`; an ordinary page before.
     pub(crate) fn page_type(&self, pfn: Pfn) -> PageType {
         match self.get(pfn) {
             Some((chunk, at)) => chunk.types[at],
@@ -267,12 +267,12 @@ impl NewP2m {
         self.set_mfn(pfn, Mfn::INVALID);
     }
 
-    /// Whose frame `mfn` was, if it was given back.
+    /// The pfn that had `mfn`, if it was given back.
     pub(crate) fn released(&self, mfn: Mfn) -> Option<Pfn> {
         self.released.get(&mfn).copied()
     }
 
-    /// Whether any pfn from `first` on, of `count`, has a frame.
+    /// Whether any of `count` pfns from `first` on has a frame.
     fn holds_any(&self, first: u64, count: u64) -> bool {
         let mut pfn = first;
         let end = first.saturating_add(count);
@@ -293,8 +293,8 @@ impl NewP2m {
         false
     }
 
-    /// Note what the stream says of `pfn`. Where it has no memory, and nothing near it
-    /// has, there is nothing to note.
+    /// Records the type of `pfn`. If neither it nor any pfn near it has memory, there is nothing to
+    /// record.
     pub(crate) fn set_page_type(&mut self, pfn: Pfn, page_type: PageType) {
         if page_type.is_populated() || self.get(pfn).is_some() {
             let (chunk, at) = self.slot(pfn);
@@ -316,13 +316,13 @@ impl NewP2m {
         })
     }
 
-    /// Write the p2m into the guest's own, whose leaves are at the pfns `frames`,
-    /// for the pfns `0..=max_pfn`. What of the last leaf is beyond stays as it is.
+    /// Writes the p2m into the guest's own, whose leaves are at the pfns `frames`, for the pfns
+    /// `0..=max_pfn`. The part of the last leaf beyond them is not changed.
     ///
-    /// One leaf may stand for several ranges in which the guest has no page, as Linux's
-    /// page of missing entries does: it is written once.
+    /// One leaf may serve for several ranges in which the guest has no page, as Linux's page of
+    /// missing entries does: it is written once.
     ///
-    /// `go_on` is asked after each batch.
+    /// `go_on` is called after each batch.
     pub(crate) fn write_back(
         &self,
         domain: &dyn Domain,
@@ -361,7 +361,7 @@ impl NewP2m {
             for ((_, page), (entry, _)) in pages.iter().zip(&due) {
                 let first = *entry as u64 * fpp;
                 if first + fpp - 1 > max_pfn.0 {
-                    // What is behind the last pfn stays as it is.
+                    // Entries after the last pfn are not changed.
                     page.copy_to(&mut contents);
                 }
                 self.fill_leaf(info, first, max_pfn, &mut contents);
@@ -374,7 +374,7 @@ impl NewP2m {
     fn fill_leaf(&self, info: PvInfo, first: u64, max_pfn: Pfn, leaf: &mut Page) {
         let width = usize::from(info.width());
         for (pfn, entry) in (first..=max_pfn.0).zip(leaf.chunks_exact_mut(width)) {
-            // The low half of "no frame" is a 32-bit guest's.
+            // A 32-bit guest's "no frame" is the low half of ours.
             let mfn = self.mfn(Pfn(pfn)).unwrap_or(Mfn::INVALID);
             entry.copy_from_slice(&mfn.0.to_le_bytes()[..width]);
         }

@@ -26,8 +26,7 @@ const fn pte_with_frame(pte: u64, frame: u64) -> u64 {
     (pte & !FRAME_MASK) | ((frame << 12) & FRAME_MASK)
 }
 
-/// The slots of a table that hold Xen's own mappings, which it makes anew on the
-/// other side.
+/// The slots of a table that hold Xen's own mappings, which Xen creates anew on the other side.
 fn xen_slots(
     info: PvInfo,
     level: u8,
@@ -39,22 +38,21 @@ fn xen_slots(
         (PvInfo::Bits64, 4) => Some(256..=271),
         // The guest has four entries; the rest of the page is Xen's.
         (PvInfo::Bits32, 3) => Some(4..=511),
-        // 0xf5800000 to 0xffffffff, in that one of the level-2 tables that maps the
-        // machine-to-physical table there.
+        // 0xf5800000 to 0xffffffff, in the level-2 table that maps the machine-to-physical table
+        // there.
         (PvInfo::Bits32, 2) if pte_frame(entries[428]) == compat_first.0 => Some(428..=511),
         _ => None,
     }
 }
 
-/// What a page table looks like in the stream: pfns for mfns, Xen's mappings left
-/// out.
+/// A page table as the stream holds it: pfns instead of mfns, without Xen's mappings.
 ///
-/// `pfn_of` knows the pfn of each mfn that is in the guest's p2m.
+/// `pfn_of` returns the pfn of each mfn that is in the guest's p2m.
 ///
 /// # Errors
 ///
-/// An entry that maps a superpage or a frame which is not the guest's: of a guest
-/// that has suspended it will not get better.
+/// An entry that maps a superpage or a frame that is not the guest's. If the guest has suspended,
+/// another attempt does not help.
 pub(crate) fn normalise(
     pfn: Pfn,
     level: u8,
@@ -108,11 +106,11 @@ pub(crate) fn frames_needed(table: &Page) -> impl Iterator<Item = Pfn> {
     })
 }
 
-/// Turn a table of the stream into one of this machine, in place: mfns for pfns.
+/// Localises a table of the stream, in place: mfns instead of pfns.
 ///
 /// # Errors
 ///
-/// An entry whose pfn `mfn_of` does not know.
+/// An entry with a pfn for which `mfn_of` has no mfn.
 pub(crate) fn localise(
     pfn: Pfn,
     level: u8,
@@ -159,7 +157,7 @@ mod tests {
         let mut entries = [0; ENTRIES];
         entries[0] = 1 << 63 | 5 << 12 | 0x67;
         entries[511] = 999 << 12 | 0x1;
-        // Not present: whatever it says is the guest's own affair.
+        // An entry that is not present may hold anything.
         entries[1] = 0xdead_beef_0000 & !1;
         let mut table = normalise(TABLE, 1, PvInfo::Bits64, &entries, COMPAT, plus_100).unwrap();
         assert_eq!(entry(&table, 0), 1 << 63 | 105 << 12 | 0x67);
@@ -197,7 +195,7 @@ mod tests {
         let l2 = normalise(TABLE, 2, PvInfo::Bits32, &with_xen, COMPAT, plus_100).unwrap();
         assert_eq!(entry(&l2, 427), 105 << 12 | 1);
         assert!((428..512).all(|i| entry(&l2, i) == 0));
-        // A 64-bit guest's level 3 is all its own.
+        // In a 64-bit guest, all of level 3 belongs to the guest.
         let l3 = normalise(TABLE, 3, PvInfo::Bits64, &entries, COMPAT, plus_100).unwrap();
         assert_eq!(entry(&l3, 511), 105 << 12 | 1);
     }

@@ -1,4 +1,4 @@
-//! What a stream says of a PV guest, on its way into the domain.
+//! Applying the records of a PV guest to the domain.
 //!
 //! C implementation: `xg_sr_restore_x86_pv.c`.
 
@@ -38,8 +38,8 @@ impl PvRestore {
         self.max_pfn
     }
 
-    /// X86_PV_INFO: make the domain as wide as the guest. A new domain is 64 bits
-    /// wide, and for a 32-bit guest this is the first anybody tells Xen of it.
+    /// X86_PV_INFO: gives the domain the guest's word width. A new domain is 64 bits wide, and Xen
+    /// does not know of a 32-bit guest before this.
     pub(crate) fn pv_info(
         &mut self,
         domain: &dyn Domain,
@@ -57,7 +57,7 @@ impl PvRestore {
         self.max_pfn = max_pfn;
     }
 
-    /// The state of a vcpu was refused because of `cause`: what of it may be wrong.
+    /// The state of a vcpu was refused because of `cause`: finds what may be wrong with it.
     fn vcpu_refused(
         &self,
         domain: &dyn Domain,
@@ -90,9 +90,9 @@ impl PvRestore {
         }
     }
 
-    /// Apply all that was kept: shared_info, vcpus (with start_info), pins, the p2m,
-    /// the grants; in Xen's order, in which page tables validate before the p2m is
-    /// written. Says where the store and console rings are.
+    /// Applies everything that was kept: shared_info, vcpus (with start_info), pins, the p2m, the
+    /// grants; in Xen's order, in which page tables are validated before the p2m is written.
+    /// Returns the frames of the store and console rings.
     pub(crate) fn complete(
         &self,
         image: &GuestImage,
@@ -145,9 +145,9 @@ impl PvRestore {
         Ok(rings)
     }
 
-    /// Put the image's shared_info into the domain's: what belongs to the guest is
-    /// taken over; event channels start afresh, all masked, since none survives; and
-    /// the frame list must be published anew, for it held mfns.
+    /// Merges the image's shared_info into the domain's. The guest's own fields are taken over.
+    /// Event channels are reset and all masked, since none survives. The frame list must be
+    /// published anew, because it held mfns.
     fn merge_shared_info(&self, domain: &dyn Domain, image: &Page) -> Result<(), RestoreError> {
         let info = self.info;
         let frame = domain.info()?.shared_info_frame;
@@ -169,8 +169,8 @@ impl PvRestore {
         Ok(())
     }
 
-    /// Vcpu 0's suspend record names start_info, in which the guest finds its rings
-    /// and shared_info: all of that is new here.
+    /// Vcpu 0's suspend record names start_info, in which the guest finds its rings and
+    /// shared_info: these are all new here.
     fn start_info(
         &self,
         domain: &dyn Domain,
@@ -222,7 +222,7 @@ impl PvRestore {
         Ok((Some(store), Some(console)))
     }
 
-    /// Turn the pfns in a basic context into mfns, and mark the vcpu online.
+    /// Turns the pfns in a basic context into mfns, and marks the vcpu online.
     fn localise_context(&self, id: u32, context: &mut [u8]) -> Result<(), RestoreError> {
         let info = self.info;
         let flags = vcpu::FLAGS.get(info, context);
@@ -257,8 +257,8 @@ impl PvRestore {
         Ok(())
     }
 
-    /// Pin every table that was pinned, ascending by pfn, as many at a time as Xen's
-    /// own restorer asks for.
+    /// Pins every table that was pinned, ascending by pfn, with as many in one call as Xen's own
+    /// restorer uses.
     fn pin_tables(
         &self,
         domain: &dyn Domain,

@@ -1,4 +1,4 @@
-//! A connection as what the engine reads a stream from and writes one to.
+//! Adapters that let the engine read and write a stream over a connection.
 
 use std::fmt;
 use std::io::{self, Read, Write};
@@ -19,12 +19,12 @@ use crate::progress::Cancel;
 use crate::sink::PageSink;
 use crate::source::{Extent, LookAhead, PageSource, copy_pages};
 
-/// How long the calls of an adapter may wait: each as `each` says, and together until a time on
-/// the connection's clock.
+/// How long the calls of an adapter may wait: one call as `each` says, all calls together until a
+/// time on the connection's clock.
 #[derive(Clone, Copy, Debug)]
 struct Waits<'a> {
     each: Wait<'a>,
-    /// From when on, and for how long.
+    /// The start, and how long.
     within: Option<(Duration, Duration)>,
 }
 
@@ -41,12 +41,12 @@ impl<'a> Waits<'a> {
         self.each.at_most(limit)
     }
 
-    /// All calls together are to take no longer than this, from now on.
+    /// Limits all calls together to this time, from now on.
     fn within(&mut self, limit: Duration, connection: &dyn Connection) {
         self.within = Some((connection.clock(), limit));
     }
 
-    /// The error of a call, which names the limit of all of them where that was reached.
+    /// The error of a call; it names the limit of all calls together if that was reached.
     fn words(self, error: ConnectionError) -> ConnectionError {
         use ConnectionError::TimedOut;
         match (error, self.within) {
@@ -63,14 +63,14 @@ impl<'a> Waits<'a> {
     }
 }
 
-/// Reads from a connection. Takes no byte that it was not asked for.
+/// Reads from a connection. Takes no more bytes than it was asked for.
 ///
 /// Errors are [`io::Error`]s that hold a [`ConnectionError`], or
 /// [`Cancelled`](crate::progress::Cancelled).
 pub struct ConnectionReader<'a> {
     connection: &'a dyn Connection,
     waits: Waits<'a>,
-    /// From which pages go straight into the guest's memory.
+    /// Reads pages straight into the guest's memory.
     direct: Option<Descriptor<BorrowedFd<'a>>>,
     bytes: u64,
 }
@@ -85,7 +85,7 @@ impl fmt::Debug for ConnectionReader<'_> {
 }
 
 impl<'a> ConnectionReader<'a> {
-    /// Each read waits as `wait` says.
+    /// A reader of which each read waits as `wait` says.
     ///
     /// # Errors
     ///
@@ -106,19 +106,19 @@ impl<'a> ConnectionReader<'a> {
         })
     }
 
-    /// How many bytes have been read.
+    /// The number of bytes that have been read.
     pub const fn bytes_read(&self) -> u64 {
         self.bytes
     }
 
-    /// All reads together are to take no longer than this, from now on. A peer that says a byte
-    /// now and then cannot make a message last for ever.
+    /// Limits all reads together to this time, from now on, so that a peer that sends a byte now
+    /// and then cannot make a message last for ever.
     pub fn within(mut self, limit: Duration) -> Self {
         self.restart(limit);
         self
     }
 
-    /// As [`Self::within`], in the place of the limit before: another message begins.
+    /// As [`Self::within`], replacing the previous limit: another message begins.
     pub fn restart(&mut self, limit: Duration) {
         self.waits.within(limit, self.connection);
     }
@@ -186,7 +186,7 @@ impl BackChannel for ConnectionReader<'_> {
 
 /// Writes to a connection.
 ///
-/// Errors are as [`ConnectionReader`]'s.
+/// Errors are as for [`ConnectionReader`].
 #[derive(Clone, Copy)]
 pub struct ConnectionWriter<'a> {
     connection: &'a dyn Connection,
@@ -203,7 +203,7 @@ impl fmt::Debug for ConnectionWriter<'_> {
 }
 
 impl<'a> ConnectionWriter<'a> {
-    /// Each write waits as `wait` says.
+    /// A writer of which each write waits as `wait` says.
     pub fn new(connection: &'a dyn Connection, wait: Wait<'a>) -> Self {
         Self {
             connection,
@@ -214,7 +214,7 @@ impl<'a> ConnectionWriter<'a> {
         }
     }
 
-    /// All writes together are to take no longer than this, from now on.
+    /// Limits all writes together to this time, from now on.
     pub fn within(mut self, limit: Duration) -> Self {
         self.waits.within(limit, self.connection);
         self
@@ -244,7 +244,7 @@ impl PageSink for ConnectionWriter<'_> {
     }
 }
 
-/// Writes a list through [`Connection::write`], for connections that are not a descriptor.
+/// Writes a list through [`Connection::write`], for connections without a descriptor.
 ///
 /// # Errors
 ///
@@ -254,7 +254,7 @@ pub(crate) fn copy_gather(
     list: &Gather<'_>,
     wait: &Wait<'_>,
 ) -> Result<(), ConnectionError> {
-    /// Keeps the error as it was.
+    /// Preserves the error.
     struct Out<'a> {
         connection: &'a dyn Connection,
         waits: Waits<'a>,

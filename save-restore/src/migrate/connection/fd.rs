@@ -1,5 +1,4 @@
-//! What connections over descriptors share: how a call waits, what an errno means, and most of
-//! [`Connection`].
+//! Connections over descriptors: how a call waits, what an errno means, and most of [`Connection`].
 
 use std::fmt;
 use std::io;
@@ -16,7 +15,7 @@ pub(super) use crate::descriptor::Limit;
 use crate::progress::{Cancel, Cancelled};
 
 impl<'a> Limit<'a> {
-    /// What a wait says, from now on.
+    /// The limit for a wait that begins now.
     pub(super) fn of(wait: &Wait<'a>) -> Self {
         Self {
             idle: wait.idle,
@@ -106,7 +105,7 @@ pub struct Descriptors {
 
 impl Descriptors {
     pub(super) fn new(from: OwnedFd, to: OwnedFd) -> io::Result<Self> {
-        // What may cancel a call is named by each call.
+        // Each call names its own cancel token.
         Ok(Self {
             from: Descriptor::cancellable(from, Cancel::new(), false)?,
             to: Some(Descriptor::cancellable(to, Cancel::new(), true)?),
@@ -114,23 +113,23 @@ impl Descriptors {
         })
     }
 
-    /// What is read from.
+    /// The descriptor that is read.
     pub(super) fn from(&self) -> &impl AsFd {
         &self.from
     }
 
-    /// Where bytes are written to, unless that has been finished.
+    /// The descriptor that is written, unless writing has been finished.
     pub(super) fn to(&self) -> Option<&impl AsFd> {
         self.to.as_ref()
     }
 
-    /// Write nothing more.
+    /// Ends writing.
     fn finish_writing(&mut self) -> Result<(), ConnectionError> {
         let Some(to) = self.to.take() else {
             return Ok(());
         };
         match shutdown(to.as_fd().as_raw_fd(), Shutdown::Write) {
-            // A pipe ends when it is closed; a socket that is lost has come to its end.
+            // A pipe ends when it is closed; a lost socket has already ended.
             Ok(()) | Err(Errno::ENOTSOCK | Errno::ENOTCONN) => Ok(()),
             Err(errno) => Err(ConnectionError::Local(errno.into())),
         }
@@ -194,7 +193,7 @@ impl Descriptors {
     }
 }
 
-/// What a failed call says of the connection.
+/// What a failed call means for the connection.
 pub(super) fn failed(error: io::Error, writing: bool) -> ConnectionError {
     if Cancelled::is(&error) {
         return ConnectionError::Cancelled;

@@ -28,16 +28,16 @@ use super::{Delivery, Peer};
 /// ```
 pub type PipeConnection = FdConnection<Pipe>;
 
-/// What there is to know of two pipes.
+/// The state of a connection over two pipes.
 #[derive(Debug)]
 pub struct Pipe {
     name: String,
 }
 
 impl PipeConnection {
-    /// Read from `from`, write to `to`; `name` is what the peer is called.
+    /// A connection that reads from `from` and writes to `to`; `name` is the peer's name.
     ///
-    /// O_NONBLOCK is left as it is on both: other processes may share them.
+    /// O_NONBLOCK is not changed on either: other processes may share them.
     ///
     /// # Errors
     ///
@@ -51,7 +51,7 @@ impl PipeConnection {
 }
 
 impl Transport for Pipe {
-    /// What is in the pipe is known at both of its ends, as long as this one is open.
+    /// The contents of the pipe are known at both of its ends, while this one is open.
     fn delivery(&self, descriptors: &Descriptors) -> Delivery {
         let Some(to) = descriptors.to() else {
             return Delivery::Unknown;

@@ -1,4 +1,4 @@
-//! A connection over TCP, and when it counts as lost.
+//! A connection over TCP, and when it is treated as lost.
 
 use std::fs;
 use std::io;
@@ -12,38 +12,39 @@ use nix::sys::stat::fstat;
 use super::fd::{Descriptors, FdConnection, Transport};
 use super::{Delivery, Peer};
 
-/// An idle connection is probed after so many seconds, then `PROBES` times, `INTERVAL` seconds
+/// An idle connection is probed after this many seconds, then `PROBES` times, `INTERVAL` seconds
 /// apart, and then it is lost.
 const IDLE: u32 = 10;
 const INTERVAL: u32 = 5;
 const PROBES: u32 = 4;
 
-/// A TCP connection. A host that is gone without a word is noticed after
-/// [`Self::SILENCE_WAITING`] at first; see [`give_up_on_silence`](super::Connection::give_up_on_silence).
+/// A TCP connection. A host that has silently disappeared is noticed after
+/// [`Self::SILENCE_WAITING`] at first; see
+/// [`give_up_on_silence`](super::Connection::give_up_on_silence).
 pub type TcpConnection = FdConnection<Tcp>;
 
-/// What there is to know of a TCP connection.
+/// The state of a TCP connection.
 #[derive(Debug)]
 pub struct Tcp {
     peer: Peer,
 }
 
 impl TcpConnection {
-    /// What an end should bear that waits for an answer, and has sent little.
+    /// The time limit for an end that waits for an answer and has sent little.
     pub const SILENCE_WAITING: Duration = Duration::from_secs(30);
 
-    /// What an end should bear that sends much. Linux cannot tell a host that is gone from a peer
-    /// that reads nothing, as a receiver does that applies a checkpoint.
+    /// The time limit for an end that sends much. Linux cannot distinguish a lost host from a peer
+    /// that reads nothing, such as a receiver that applies a checkpoint.
     pub const SILENCE_SENDING: Duration = Duration::from_secs(120);
 
-    /// Over a socket that is connected.
+    /// A connection over a connected socket.
     ///
     /// # Errors
     ///
-    /// The operating system refuses an option, or does not know the peer's address any more.
+    /// The operating system refuses an option, or no longer knows the peer's address.
     pub fn new(stream: TcpStream) -> io::Result<Self> {
         let peer = Peer::Address(stream.peer_addr()?);
-        // Short messages are waited for.
+        // The peer waits for short messages.
         stream.set_nodelay(true)?;
         setsockopt(&stream, sockopt::KeepAlive, &true)?;
         setsockopt(&stream, sockopt::TcpKeepIdle, &IDLE)?;
@@ -60,8 +61,8 @@ impl TcpConnection {
     }
 }
 
-/// Bytes that a TCP socket has sent or is to send, and that the peer's kernel has not
-/// acknowledged: `tx_queue` in /proc/net/tcp, where the socket is the one with this inode.
+/// Bytes that a TCP socket has sent or will send, and that the peer's kernel has not acknowledged:
+/// `tx_queue` in /proc/net/tcp, in the line of the socket with this inode.
 fn unacknowledged(table: &str, inode: u64) -> Option<u64> {
     table.lines().skip(1).find_map(|line| {
         let fields: Vec<&str> = line.split_ascii_whitespace().collect();
@@ -74,8 +75,8 @@ fn unacknowledged(table: &str, inode: u64) -> Option<u64> {
 }
 
 impl Transport for Tcp {
-    /// From the kernel's table of this network namespace: meant for the few moments at which it
-    /// decides something.
+    /// Read from the kernel's table of this network namespace: intended for the few moments at
+    /// which the answer decides something.
     fn delivery(&self, descriptors: &Descriptors) -> Delivery {
         let Ok(stat) = fstat(descriptors.from()) else {
             return Delivery::Unknown;
@@ -92,8 +93,8 @@ impl Transport for Tcp {
         }
     }
 
-    /// TCP_USER_TIMEOUT. Linux takes it for an idle connection, too, whatever the number of
-    /// probes says.
+    /// TCP_USER_TIMEOUT. Linux applies it to an idle connection, too, whatever the number of probes
+    /// is.
     fn give_up_on_silence(&self, descriptors: &Descriptors, limit: Duration) -> io::Result<bool> {
         let milliseconds = u32::try_from(limit.as_millis()).unwrap_or(u32::MAX);
         // 0 would be the kernel's default.

@@ -1,4 +1,4 @@
-//! The contract over every transport, and what tells a lost connection from a closed one.
+//! The contract over every transport, and how a lost connection differs from a closed one.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -73,7 +73,7 @@ fn a_long_write_is_seen_to_move_before_it_ends() {
                 let wait = Wait::forever().counting(carried);
                 here.write_gather(&list, &wait).unwrap();
             });
-            // What is under way by now is part of one list, of which most is still to come.
+            // The bytes in transit by now are part of one list, most of which is still to come.
             reader.read_exact(&mut vec![0; 4 * MIB]).unwrap();
             while now() < 4 * MIB as u64 {
                 assert!(!writing.is_finished());
@@ -98,7 +98,7 @@ fn an_end_that_did_not_read_all_is_lost_and_not_closed() {
         drop(there);
         let error = here.read(&mut [0; 1], &forever).unwrap_err();
         assert!(matches!(error, ConnectionError::Lost(_)), "{error:?}");
-        // The engine's reader sees an error, and no end of the stream.
+        // The engine's reader sees an error, not the end of the stream.
         let error = io::Error::from(error);
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
         assert!(matches!(
@@ -123,7 +123,7 @@ fn who_is_there_and_what_has_been_read_is_known_where_it_can_be() {
     while there.peek(&mut [0; 4]).unwrap() < 4 {
         std::thread::yield_now();
     }
-    // The peer's kernel has it, and the peer has not read it.
+    // The peer's kernel has it, but the peer has not read it.
     while here.delivery() == Delivery::Pending {
         std::thread::yield_now();
     }
@@ -204,14 +204,14 @@ fn pages_come_straight_from_a_descriptor_and_with_a_copy_from_anything_else() {
         let mut writer = ConnectionWriter::new(&here, wait);
         writer.write_gather(&list).unwrap();
         let mut reader = ConnectionReader::new(&there, wait).unwrap();
-        // Into the second and the third.
+        // Into the second and the third page.
         reader.read_pages(&pages, 1..3).unwrap();
         let mut contents = [0; PAGE_SIZE];
         for (index, fill) in [(0, 0x10), (1, 0x10), (2, 0x11)] {
             pages.page(index).unwrap().copy_to(&mut contents);
             assert!(contents.iter().all(|byte| *byte == fill), "page {index}");
         }
-        // As they were.
+        // Unchanged.
         pages.page(1).unwrap().copy_from(&[0x11; PAGE_SIZE]);
         drop(here);
         assert_eq!(reader.read(&mut [0; 1]).unwrap(), 0);

@@ -13,18 +13,18 @@ use super::{Delivery, Peer};
 /// A stream socket of this host.
 pub type UnixConnection = FdConnection<Unix>;
 
-/// What there is to know of a Unix socket.
+/// The state of a Unix socket.
 #[derive(Debug)]
 pub struct Unix {
     peer: Peer,
 }
 
 impl UnixConnection {
-    /// Over a socket that is connected.
+    /// A connection over a connected socket.
     ///
     /// # Errors
     ///
-    /// The operating system refuses to copy the descriptor, or to say who the peer is.
+    /// The operating system refuses to copy the descriptor, or to name the peer.
     pub fn new(stream: UnixStream) -> io::Result<Self> {
         let credentials = getsockopt(&stream, sockopt::PeerCredentials)?;
         let to = OwnedFd::from(stream);
@@ -42,7 +42,7 @@ impl UnixConnection {
 }
 
 impl Transport for Unix {
-    /// The kernel counts what was not read (SIOCOUTQ), but there is no safe call that asks it.
+    /// The kernel counts unread bytes (SIOCOUTQ), but no safe call reads that count.
     fn delivery(&self, _: &Descriptors) -> Delivery {
         Delivery::Unknown
     }

@@ -1,67 +1,68 @@
-//! Who has the domain in a migration: the sender's and the receiver's machine.
+//! State machines of the sender and the receiver of a migration: which host has the domain.
 //!
 //! ```text
-//!  sender                                      receiver
-//!  AwaitBanner    ◄──────────────────────────  SayBanner
-//!  SendImage      ──────────────────────────►  Receive
-//!  AwaitReady     ◄──────────────────────────  SayReady
-//!  RenameAway                                  │
-//!  SayGo          ──────────────────────────►  AwaitGo
-//!  │                                           RenameIn, Run
-//!  AwaitReport    ◄── 0 ─────────────────────  SayRuns
-//!  Destroy                                     End(Runs)
+//!  sender                          receiver
+//!  AwaitBanner    ◄──────────────  SayBanner
+//!  SendImage      ──────────────►  Receive
+//!  AwaitReady     ◄──────────────  SayReady
+//!  RenameAway                      │
+//!  SayGo          ──────────────►  AwaitGo
+//!  │                               RenameIn, Run
+//!  AwaitReport    ◄── 0 ─────────  SayRuns
+//!  Destroy                         End(Runs)
 //!  End(Moved)
 //!                     or
-//!  AwaitReport    ◄── not 0 ─────────────────  SayFailed
-//!  AwaitGivenBack                              Destroy
-//!  │              ◄──────────────────────────  GiveBack
-//!  TakeBack                                    End(Destroyed)
+//!  AwaitReport    ◄── not 0 ─────  SayFailed
+//!  AwaitGivenBack                  Destroy
+//!  │              ◄──────────────  GiveBack
+//!  TakeBack                        End(Destroyed)
 //!  End(Here)
 //! ```
 //!
-//! Until all of "go" has left, each failure leads the sender to `TakeBack`. From then on only the
-//! receiver's words do; any other event ends in `Undecided`, with the domain suspended here.
+//! Until all of "go" has been sent, each failure leads the sender to `TakeBack`. From then on only
+//! a message of the receiver does; any other event ends in `Undecided`, with the domain suspended
+//! here.
 //!
 //! C implementation: `tools/xl/xl_migrate.c:migrate_domain`, `migrate_receive`.
 
 use super::{Guard, Guards};
 
-/// What the sender is to do next.
+/// The sender's next action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SenderAction {
     /// Wait for the banner.
     AwaitBanner,
-    /// Send the image. When all of it has been written the domain is suspended.
+    /// Send the image. When all of it has been written, the domain is suspended.
     SendImage,
     /// Wait for "ready".
     AwaitReady,
-    /// Give the domain the name of one that has been let go of.
+    /// Rename the domain to the name for a domain that is migrating away.
     RenameAway,
-    /// Say "go". No signal breaks it off.
+    /// Send "go". No signal interrupts it.
     SayGo,
     /// Wait for the report and its status.
     AwaitReport,
-    /// Wait for the words that give the domain back.
+    /// Wait for the message that gives the domain back.
     AwaitGivenBack,
     /// Destroy the domain here.
     Destroy,
-    /// Have the domain run on here, under its name. Does nothing where it does.
+    /// Resume the domain here, under its name. Does nothing if it runs already.
     TakeBack,
-    /// It is over.
+    /// The migration is over.
     End(SenderEnd),
 }
 
-/// What the sender is told of its last action.
+/// The result of the sender's last action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SenderEvent {
-    /// It was done, or the message was heard.
+    /// It was done, or the message was received.
     Done,
-    /// The report was heard, with this status ([`SenderAction::AwaitReport`] only).
+    /// The report was received, with this status ([`SenderAction::AwaitReport`] only).
     Reported(u8),
-    /// The other end hung up, is lost, or said something else. Of a message that was to be sent,
-    /// the last byte has not left.
+    /// The other end hung up, is lost, or sent something else. The last byte of a message that was
+    /// to be sent has not been sent.
     PeerLost,
-    /// The other end did nothing for as long as may be.
+    /// The other end did nothing until the time-out.
     TimedOut,
     /// A signal asks to stop.
     Signal,
@@ -71,19 +72,19 @@ pub enum SenderEvent {
     GuestGone,
 }
 
-/// How it ended for the sender.
+/// The outcome for the sender.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SenderEnd {
     /// The receiver runs the domain, and it is destroyed here. Exit code 0.
     Moved,
     /// The receiver runs the domain. It is suspended here and could not be destroyed. Exit code 1.
     MovedNotDestroyed,
-    /// The domain runs on here, and will not run at the other end. Exit code 1.
+    /// The domain runs here, and will not run on the other host. Exit code 1.
     Here,
-    /// The domain will not run at the other end. It is suspended here, and could not be resumed.
+    /// The domain will not run on the other host. It is suspended here, and could not be resumed.
     /// Exit code 1.
     HereSuspended,
-    /// The domain has come to its end by itself, and stays as it is. Exit code 1.
+    /// The domain has shut down or was destroyed, and stays as it is. Exit code 1.
     GuestGone,
     /// It is unknown whether the receiver runs the domain. It is suspended here. Exit code 3.
     Undecided,
@@ -131,12 +132,12 @@ impl Sender {
         }
     }
 
-    /// What is to be done now.
+    /// The current action.
     pub const fn action(&self) -> SenderAction {
         self.doing
     }
 
-    /// Whether the domain has been let go of: from then on a signal is only answered.
+    /// Whether the domain has been released: from then on a signal is only acknowledged.
     pub const fn has_let_go(&self) -> bool {
         matches!(
             self.doing,
@@ -147,8 +148,8 @@ impl Sender {
         )
     }
 
-    /// What is to be done after an event. An event that cannot follow from the action counts as
-    /// its failure.
+    /// Takes an event and returns the next action. An event that cannot result from the action
+    /// counts as its failure.
     pub fn on(&mut self, event: SenderEvent) -> SenderAction {
         use SenderAction as A;
         use SenderEvent as E;
@@ -162,7 +163,7 @@ impl Sender {
             (A::SayGo, E::Done) if holds(Guard::DestroyAfterReport) => A::AwaitReport,
             (A::SayGo, E::Done) => A::Destroy,
 
-            // Nothing but the receiver's words decides.
+            // Only a message of the receiver decides.
             (A::AwaitReport, E::Reported(0)) => A::Destroy,
             (A::AwaitReport, E::Reported(_)) if !holds(Guard::StatusIsLookedAt) => A::Destroy,
             (A::AwaitReport, E::Reported(_)) if holds(Guard::GivenBackByGo) => A::AwaitGivenBack,
@@ -195,7 +196,7 @@ impl Sender {
 
             (A::SayGo, _) if !holds(Guard::TakeBackUnsaidGo) => A::End(SenderEnd::Undecided),
             (A::AwaitReady, _) if !holds(Guard::TakeBackBeforeGo) => A::End(SenderEnd::Undecided),
-            // All of "go" has not left: no receiver runs the domain.
+            // "Go" has not been sent completely: no receiver runs the domain.
             (A::AwaitBanner | A::SendImage | A::AwaitReady | A::RenameAway | A::SayGo, _) => {
                 A::TakeBack
             }
@@ -206,41 +207,41 @@ impl Sender {
     }
 }
 
-/// What the receiver is to do next.
+/// The receiver's next action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ReceiverAction {
-    /// Say the banner.
+    /// Send the banner.
     SayBanner,
-    /// Make the domain, paused and under another name, and read the image into it.
+    /// Create the domain, paused and under another name, and read the image into it.
     Receive,
-    /// Say "ready".
+    /// Send "ready".
     SayReady,
     /// Wait for all of "go".
     AwaitGo,
-    /// Give the domain its name. From here on no signal is heard.
+    /// Rename the domain to its real name. From here on no signal is heeded.
     RenameIn,
-    /// Let the domain run, unless it is to stay paused.
+    /// Let the domain run, unless it should stay paused.
     Run,
-    /// Say the report, with status 0.
+    /// Send the report, with status 0.
     SayRuns,
-    /// Say the report, with another status.
+    /// Send the report, with another status.
     SayFailed,
-    /// Destroy what was made, if anything was.
+    /// Destroy the new domain, if there is one.
     Destroy,
-    /// Say the words that give the domain back.
+    /// Send the message that gives the domain back.
     GiveBack,
-    /// It is over.
+    /// The migration is over.
     End(ReceiverEnd),
 }
 
-/// What the receiver is told of its last action.
+/// The result of the receiver's last action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ReceiverEvent {
-    /// It was done, or the message was heard.
+    /// It was done, or the message was received.
     Done,
-    /// The other end hung up, is lost, or said something else.
+    /// The other end hung up, is lost, or sent something else.
     PeerLost,
-    /// The other end did nothing for as long as may be.
+    /// The other end did nothing until the time-out.
     TimedOut,
     /// A signal asks to stop.
     Signal,
@@ -248,15 +249,15 @@ pub enum ReceiverEvent {
     Failed,
 }
 
-/// How it ended for the receiver.
+/// The outcome for the receiver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ReceiverEnd {
     /// The domain runs here. Exit code 0 if the sender could be told, 1 otherwise.
     Runs {
-        /// Whether the report has left.
+        /// Whether the report has been sent.
         told: bool,
     },
-    /// The domain is not here, and the sender has it or may take it. Exit code 1.
+    /// The domain is not here; the sender has it or may take it back. Exit code 1.
     Destroyed {
         /// Whether the sender was told so.
         given_back: bool,
@@ -286,7 +287,7 @@ pub enum ReceiverEnd {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Receiver {
     doing: ReceiverAction,
-    /// Whether the sender is to have the domain back once it is destroyed here.
+    /// Whether the sender gets the domain back once it is destroyed here.
     gives_back: bool,
     guards: Guards,
 }
@@ -310,12 +311,12 @@ impl Receiver {
         }
     }
 
-    /// What is to be done now.
+    /// The current action.
     pub const fn action(&self) -> ReceiverAction {
         self.doing
     }
 
-    /// Whether the domain is this end's: from then on a signal is only answered.
+    /// Whether this end owns the domain: from then on a signal is only acknowledged.
     pub const fn has_it(&self) -> bool {
         matches!(
             self.doing,
@@ -323,7 +324,7 @@ impl Receiver {
         )
     }
 
-    /// What is to be done after an event.
+    /// Takes an event and returns the next action.
     pub fn on(&mut self, event: ReceiverEvent) -> ReceiverAction {
         use ReceiverAction as A;
         use ReceiverEnd as End;
@@ -333,7 +334,7 @@ impl Receiver {
             (A::SayBanner, E::Done) => A::Receive,
             (A::SayBanner, _) => A::End(End::Destroyed { given_back: false }),
             (A::Receive, E::Done) => A::SayReady,
-            // The sender has not asked for anything: hanging up tells it.
+            // The sender has not asked for an answer: hanging up tells it.
             (A::Receive | A::SayReady, e) if e != E::Done => A::Destroy,
             (A::Receive | A::SayReady, _) if holds(Guard::RunAfterGo) => A::AwaitGo,
             (A::Receive | A::SayReady, _) => A::RenameIn,
@@ -350,7 +351,7 @@ impl Receiver {
             }
             (A::AwaitGo | A::RenameIn | A::Run, _) => A::SayFailed,
 
-            // The domain is here, whatever becomes of what is said about it.
+            // The domain is here, whether or not the report arrives.
             (A::SayRuns, e) => A::End(End::Runs { told: e == E::Done }),
 
             (A::SayFailed, e) => {

@@ -1,51 +1,51 @@
-//! Who has the domain under Remus and COLO: the protector's and the standby's machine.
+//! State machines of the protector and the standby (Remus and COLO): which host has the domain.
 //!
 //! ```text
-//!  protector                                   standby
-//!  AwaitBanner     ◄─────────────────────────  SayBanner
-//!  Protect         ── checkpoints ───────────►  Keep
+//!  protector                           standby
+//!  AwaitBanner     ◄─────────────────  SayBanner
+//!  Protect         ── checkpoints ──►  Keep
 //!                     the sender ends it
-//!  Withdraw        ──────────────────────────►  Destroy
-//!  AwaitLastWords  ◄─────────────────────────  SayFailed, GiveBack
+//!  Withdraw        ─────────────────►  Destroy
+//!  AwaitLastWords  ◄─────────────────  SayFailed, GiveBack
 //!  End(Here)
 //!                     the connection is lost
-//!  Pause                                       TakeName, Run
-//!  AwaitLastWords  ✗─────────────────────────  SayRuns
-//!  End(Unknown)                                End(Runs)
+//!  Pause                               TakeName, Run
+//!  AwaitLastWords  ✗─────────────────  SayRuns
+//!  End(Unknown)                        End(Runs)
 //! ```
 //!
-//! `Pause` only with [`OnLoss::Pause`]. Nothing acknowledges a checkpoint, so that a connection
-//! that is lost lets both run, or neither, as [`OnLoss`] says; the protector then says that it
-//! does not know ([`Fate::Unknown`], exit code 3).
+//! `Pause` only with [`OnLoss::Pause`]. Checkpoints are not acknowledged, so after a lost
+//! connection both hosts or neither may run the domain, as [`OnLoss`] says. The protector then
+//! reports that it does not know ([`Fate::Unknown`], exit code 3).
 //!
-//! Under COLO the standby's domain runs from the first checkpoint on. Who keeps it is decided in
-//! the same way.
+//! Under COLO the standby's domain runs from the first checkpoint on. Which host keeps it is
+//! decided in the same way.
 //!
 //! C implementation: `tools/xl/xl_migrate.c:main_remus`, `migrate_receive`.
 
 use super::{Guard, Guards};
 
-/// What becomes of the domain here when it is not known whether it runs at the other end.
+/// What happens to the domain here if it is unknown whether it runs on the other host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum OnLoss {
-    /// It runs on, as under xl. It may run at both ends then.
+    /// It continues to run, as under xl. It may then run on both hosts.
     Run,
-    /// It is paused. It may run at neither end then.
+    /// It is paused. It may then run on neither host.
     Pause,
 }
 
-/// Why a protection came to its end.
+/// Why a protection ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Why {
-    /// A signal, or as many checkpoints as were asked for.
+    /// A signal, or the requested number of checkpoints.
     Asked,
-    /// The other end hung up, or said something: it has nothing to say while all is well.
+    /// The other end hung up, or sent something: it sends nothing while all is well.
     Receiver,
     /// Something failed, here or on the connection.
     Failed,
 }
 
-/// What the domain does here when the protection has come to its end.
+/// The state of the domain here when the protection has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Here {
     /// It runs.
@@ -56,13 +56,13 @@ pub enum Here {
     Over,
     /// It was destroyed.
     Gone,
-    /// The host does not say.
+    /// The host does not answer.
     Unknown,
 }
 
 impl Here {
-    /// Whether the other end is to forget its copy. A domain that does not run here had better
-    /// run there, unless it was destroyed on purpose or has ended itself.
+    /// Whether the other end should forget its copy. A domain that does not run here had better run
+    /// there, unless it was destroyed on purpose or has ended by itself.
     pub const fn is_taken_back(self) -> bool {
         !matches!(self, Self::Suspended | Self::Unknown)
     }
@@ -73,57 +73,57 @@ impl Here {
 pub enum Fate {
     /// Here alone.
     Here,
-    /// The other end says that it runs it.
+    /// The other end reports that it runs the domain.
     There,
-    /// Here, and perhaps at the other end as well.
+    /// Here, and perhaps on the other host as well.
     Unknown,
 }
 
-/// What the protector is to do next.
+/// The protector's next action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ProtectorAction {
     /// Wait for the banner.
     AwaitBanner,
     /// Send checkpoint after checkpoint.
     Protect,
-    /// Take the domain back, by what no receiver can apply.
+    /// Take the domain back, by sending bytes that no receiver can apply.
     Withdraw,
     /// Pause the domain here.
     Pause,
-    /// Say nothing more, and hear what becomes of the copy.
+    /// Send nothing more, and wait to hear what becomes of the copy.
     AwaitLastWords {
-        /// Whether the connection is lost: what is still said is on its way by now.
+        /// Whether the connection is lost: the other end's last message is then in transit already.
         lost: bool,
     },
-    /// Let the domain run on that was paused.
+    /// Unpause the domain that was paused.
     Unpause,
-    /// Pause the domain here, and give it the name of one that has moved.
+    /// Pause the domain here, and rename it to the name for a domain that has moved.
     Stop,
-    /// It is over.
+    /// The protection is over.
     End(ProtectorEnd),
 }
 
-/// What the protector is told of its last action.
+/// The result of the protector's last action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ProtectorEvent {
-    /// It was done, or the message was heard.
+    /// It was done, or the message was received.
     Done,
-    /// One more checkpoint has left, all of it ([`ProtectorAction::Protect`] only).
+    /// One more checkpoint has been sent completely ([`ProtectorAction::Protect`] only).
     Complete,
-    /// There will be no other.
+    /// No more checkpoints will be sent.
     Ended {
         /// Why.
         why: Why,
-        /// Whether the other end has no more than a part of what was sent, or no end any more.
+        /// Whether the other end has only a part of what was sent, or is gone.
         lost: bool,
-        /// What the domain does here now.
+        /// The state of the domain here now.
         here: Here,
     },
     /// The other end runs its copy.
     RunsThere,
     /// The other end has destroyed its copy, and gives the domain back.
     GivenBack,
-    /// The other end hung up, is lost, said something else, or nothing for too long.
+    /// The other end hung up, is lost, sent something else, or sent nothing for too long.
     Nothing,
     /// A signal asks to stop.
     Signal,
@@ -131,19 +131,19 @@ pub enum ProtectorEvent {
     Failed,
 }
 
-/// How a protection ended.
+/// The outcome of a protection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ProtectorEnd {
     /// Where the domain is.
     pub fate: Fate,
     /// Why.
     pub why: Why,
-    /// What the domain did here when the protection ended.
+    /// The state of the domain here when the protection ended.
     pub here: Here,
 }
 
 impl ProtectorEnd {
-    /// Whether it ended as was asked, with the domain running here: exit code 0.
+    /// Whether it ended as requested, with the domain running here: exit code 0.
     pub fn is_success(self) -> bool {
         self.fate == Fate::Here && self.why == Why::Asked && self.here == Here::Runs
     }
@@ -186,13 +186,13 @@ impl ProtectorEnd {
 pub struct Protector {
     doing: ProtectorAction,
     on_loss: OnLoss,
-    /// Whether the other end can have a whole checkpoint.
+    /// Whether the other end can have a complete checkpoint.
     complete: bool,
     why: Why,
     here: Here,
     /// Whether the domain was paused because the connection was lost.
     paused: bool,
-    /// Whether the last words have been waited for.
+    /// Whether the protector has waited for the last message.
     heard: bool,
     guards: Guards,
 }
@@ -215,12 +215,12 @@ impl Protector {
         }
     }
 
-    /// What is to be done now.
+    /// The current action.
     pub const fn action(&self) -> ProtectorAction {
         self.doing
     }
 
-    /// Whether the other end can have a whole checkpoint, and so may run the domain once it has
+    /// Whether the other end can have a complete checkpoint, and so may run the domain once it has
     /// lost this end.
     pub const fn is_complete(&self) -> bool {
         self.complete
@@ -243,7 +243,7 @@ impl Protector {
         }
     }
 
-    /// Whether the domain is still to be paused if it may run at the other end.
+    /// Whether the domain still has to be paused if it may run on the other host.
     fn pauses(&self) -> bool {
         self.complete
             && !self.paused
@@ -251,8 +251,8 @@ impl Protector {
             && self.guards.hold(Guard::PauseOnLoss)
     }
 
-    /// What is to be done after an event. An event that cannot follow from the action counts as
-    /// its failure.
+    /// Takes an event and returns the next action. An event that cannot result from the action
+    /// counts as its failure.
     pub fn on(&mut self, event: ProtectorEvent) -> ProtectorAction {
         use ProtectorAction as A;
         use ProtectorEvent as E;
@@ -304,7 +304,7 @@ impl Protector {
             }
             (A::AwaitLastWords { .. }, E::GivenBack) if self.paused => A::Unpause,
             (A::AwaitLastWords { .. }, E::GivenBack) => self.end(Fate::Here),
-            // It never had all of a checkpoint.
+            // The other end never had a complete checkpoint.
             (A::AwaitLastWords { .. }, _) if !self.complete && holds(Guard::IncompleteIsHere) => {
                 self.end(Fate::Here)
             }
@@ -322,7 +322,7 @@ impl Protector {
 
             (A::Unpause, e) => {
                 if e != E::Done {
-                    // It is here alone, and still paused.
+                    // The domain is here alone, and still paused.
                     self.why = Why::Failed;
                 }
                 self.end(Fate::Here)
@@ -334,52 +334,52 @@ impl Protector {
     }
 }
 
-/// What the standby is to do next.
+/// The standby's next action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum StandbyAction {
-    /// Say the banner.
+    /// Send the banner.
     SayBanner,
-    /// Make the domain, and keep it at the last checkpoint that is complete.
+    /// Create the domain, and keep it at the last complete checkpoint.
     Keep,
-    /// Give the domain its name.
+    /// Rename the domain to its real name.
     TakeName,
-    /// Let the domain run, unless it is to stay paused.
+    /// Let the domain run, unless it should stay paused.
     Run,
-    /// Say that it runs here.
+    /// Report that it runs here.
     SayRuns,
-    /// Destroy what was made, if anything was.
+    /// Destroy the new domain, if there is one.
     Destroy,
-    /// Say that it does not run here.
+    /// Report that it does not run here.
     SayFailed,
-    /// Say that it is not here.
+    /// Report that it is not here.
     GiveBack,
-    /// It is over.
+    /// The protection is over.
     End(StandbyEnd),
 }
 
-/// What the standby is told of its last action.
+/// The result of the standby's last action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum StandbyEvent {
     /// It was done.
     Done,
-    /// One more checkpoint is complete, and the domain can be run from it
-    /// ([`StandbyAction::Keep`] only).
+    /// One more checkpoint is complete, and the domain can run from it ([`StandbyAction::Keep`]
+    /// only).
     Complete,
     /// The sender takes its domain back.
     Withdrawn,
-    /// The stream did not go on: the sender hung up, or the connection is lost.
+    /// The stream broke off: the sender hung up, or the connection is lost.
     Lost,
     /// The stream breaks a rule, a checkpoint could not be applied, a signal asks to stop, or
     /// something else failed.
     Failed,
 }
 
-/// How it ended for the standby.
+/// The outcome for the standby.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum StandbyEnd {
     /// The domain runs here. Exit code 0.
     Runs,
-    /// The domain is here, paused, and could not be let run. Exit code 1.
+    /// The domain is here, paused, and could not be started. Exit code 1.
     CouldNotRun,
     /// The domain is not here. Exit code 1.
     Destroyed,
@@ -433,12 +433,12 @@ impl Standby {
         }
     }
 
-    /// What is to be done now.
+    /// The current action.
     pub const fn action(&self) -> StandbyAction {
         self.doing
     }
 
-    /// What is to be done after an event.
+    /// Takes an event and returns the next action.
     pub fn on(&mut self, event: StandbyEvent) -> StandbyAction {
         use StandbyAction as A;
         use StandbyEnd as End;
@@ -461,10 +461,10 @@ impl Standby {
             }
             (A::Keep, _) => A::Destroy,
 
-            // It matters more that it runs than what it is called.
+            // Running the domain matters more than its name.
             (A::TakeName, _) => A::Run,
             (A::Run, E::Done) => A::SayRuns,
-            // It may be all there is.
+            // This may be the only copy of the domain.
             (A::Run, _) => A::End(End::CouldNotRun),
             (A::SayRuns, _) => A::End(End::Runs),
 

@@ -1,8 +1,8 @@
-//! An exhaustive search: every state that two machines, two hosts and the connection between them
-//! can reach, breadth first, so that what is found wrong has a shortest way there.
+//! Exhaustive search of every state that two machines, two hosts and the connection between them
+//! can reach, breadth first, so that a fault is found with a shortest path to it.
 //!
-//! The search is our own: states of a few bytes and thirty lines of it need no model checker,
-//! and the dependency would be a large one.
+//! The search is our own: states of a few bytes and thirty lines of code do not need a model
+//! checker, which would be a large dependency.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -13,7 +13,7 @@ use std::hash::Hash;
 mod plain;
 mod protect;
 
-/// A rule that a state breaks, and how it came to that.
+/// A broken rule, and the path to the state that breaks it.
 #[derive(Debug)]
 struct Found {
     why: String,
@@ -21,8 +21,8 @@ struct Found {
     way: Vec<String>,
 }
 
-/// Visit all that `next` leads to, and have `check` look at it; `next` says nothing of a state in
-/// which all is over. These, at the end.
+/// Visits all states that `next` leads to, and calls `check` for each; `next` returns no state once
+/// all is over. Returns the final states.
 fn explore<W: Clone + Eq + Hash + Debug>(
     starts: Vec<W>,
     next: impl Fn(&W) -> Vec<(&'static str, W)>,
@@ -78,7 +78,7 @@ impl<M> Process<M> {
     }
 }
 
-/// Another command that is tried on the domain, once: it suspends it and lets it run on.
+/// Another command that is tried on the domain, once: it suspends the domain and resumes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Second {
     Possible,

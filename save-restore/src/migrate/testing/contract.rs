@@ -1,4 +1,4 @@
-//! What every connection does, as checks.
+//! The contract of a connection, as checks.
 
 use std::io::{Read as _, Write as _};
 use std::sync::atomic::AtomicU64;
@@ -17,17 +17,17 @@ use crate::progress::Cancel;
 /// The two ends of a connection.
 pub type Pair = (Box<dyn Connection>, Box<dyn Connection>);
 
-/// Long enough to be told from a call that does not wait, short enough to be waited for.
+/// Long enough to differ from a call that does not wait, short enough for a test.
 const SHORT: Duration = Duration::from_millis(30);
 
-/// More than any connection takes that is not read.
+/// More than any connection takes without being read.
 const MUCH: usize = 32 << 20;
 
-/// Check that the connections that `make` makes do what [`Connection`] promises.
+/// Checks that the connections that `make` returns keep the promises of [`Connection`].
 ///
 /// # Panics
 ///
-/// At the first promise that is broken, with its name.
+/// At the first broken promise, with its name.
 pub fn contract(make: &dyn Fn() -> Pair) {
     both_directions(make());
     no_more_than_was_asked_for(make());
@@ -100,7 +100,7 @@ fn no_more_than_was_asked_for((here, there): Pair) {
     assert_eq!(got, b"0123456789");
 }
 
-/// What has come, and nothing is waited for.
+/// Returns what has arrived, and does not wait.
 fn no_wait((here, there): Pair) {
     let wait = Wait::forever().at_most(Duration::ZERO);
     let error = there.read(&mut [0; 4], &wait).expect_err("nothing came");
@@ -200,7 +200,7 @@ fn a_write_that_times_out((here, there): Pair) {
         "{error:?}"
     );
     let error = loop {
-        // Of a byte there may be room for a while.
+        // There may be room for single bytes for a while.
         if let Err(error) = here.write(b"x", &Wait::forever().at_most(SHORT)) {
             break error;
         }
@@ -216,7 +216,7 @@ fn a_write_that_times_out((here, there): Pair) {
     assert!(of_list > 0 && bytes.starts_with(&arrived[..of_list]));
 }
 
-/// A peer that says a byte now and then.
+/// A peer that sends a byte now and then.
 fn limits_of_several_calls((here, there): Pair) {
     write_all(&here, b"ab");
     let reader = ConnectionReader::new(&there, Wait::forever().idle(SHORT * 100));
@@ -251,11 +251,11 @@ fn cancelled((here, there): Pair) {
             list.push(&bytes);
             here.write_gather(&list, &wait)
         });
-        // Whether they wait by now or not makes no difference.
+        // It makes no difference whether they wait by now.
         cancel.cancel();
         (reading.join(), writing.join())
     });
-    // The reader may have had a byte of the writer's before.
+    // The reader may have received a byte from the writer before.
     let read = read.expect("the reader");
     assert!(
         matches!(
@@ -284,7 +284,7 @@ fn cancelled((here, there): Pair) {
 fn nobody_reads((here, there): Pair) {
     drop(there);
     let bytes = pattern(1 << 16);
-    // TCP hears of it with the answer to the first.
+    // TCP learns of it from the answer to the first write.
     let error = loop {
         if let Err(error) = here.write(&bytes, &Wait::forever()) {
             break error;
@@ -305,7 +305,7 @@ fn a_look_ahead((here, there): Pair) {
     let nothing = reader.look_ahead().expect("a look");
     assert_eq!(nothing, None, "a look does not wait");
     write_all(&here, b"01234567890");
-    // All has arrived once the last byte has.
+    // Everything has arrived once the last byte has.
     let mut room = [0; 3];
     reader.read_exact(&mut room).expect("what came");
     for _ in 0..2 {
@@ -329,7 +329,7 @@ fn delivery((here, there): Pair) {
     let reader = ConnectionReader::new(&there, Wait::forever());
     let mut reader = reader.expect("a reader");
     reader.read_exact(&mut room).expect("what came");
-    // An acknowledgement may be under way.
+    // An acknowledgement may be in transit.
     while here.delivery() == Delivery::Pending {
         thread::yield_now();
     }

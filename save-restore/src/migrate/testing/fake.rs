@@ -13,28 +13,28 @@ use crate::migrate::connection::{
 };
 use crate::pace::{Overdue, Pace, ReadLimit};
 
-/// What goes wrong at a call.
+/// A fault at a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// The connection is lost, for both ends, when the call has carried so many bytes. What had
-    /// been written before still arrives. The call fails if it carried none.
+    /// The connection is lost, for both ends, when the call has transferred this many bytes. What
+    /// had been written before still arrives. The call fails if it transferred none.
     Lose {
         /// Bytes of this call that are taken, and arrive.
         taken: usize,
     },
-    /// The connection is lost on the way: the call takes its bytes as ever, and so many of them
+    /// The connection is lost in transit: the call takes its bytes as usual, but only this many
     /// arrive.
     Cut {
         /// Bytes of this call that arrive.
         arrive: usize,
     },
-    /// The connection is lost, and what was under way does not arrive.
+    /// The connection is lost, and bytes in transit do not arrive.
     Vanish,
-    /// The call does nothing for so long.
+    /// The call does nothing for this long.
     Stall(Duration),
-    /// What the call writes takes so long to arrive.
+    /// What the call writes takes this long to arrive.
     Late(Duration),
-    /// The call carries no more bytes than this.
+    /// The call transfers no more bytes than this.
     Short(usize),
 }
 
@@ -43,14 +43,14 @@ pub enum Fault {
 pub struct Faulty {
     /// Which call of this end, from 0: reads and writes count.
     pub call: u64,
-    /// What goes wrong.
+    /// The fault.
     pub fault: Fault,
 }
 
 /// One end of a connection in memory.
 ///
-/// Time passes only when both ends wait: then the clock goes on to the next thing that happens. A
-/// pair from [`Self::pair`] is for two threads; where one thread has both ends, use
+/// Time passes only when both ends wait: then the clock advances to the next event. A pair from
+/// [`Self::pair`] is for two threads; if one thread has both ends, use
 /// [`Self::pair_in_one_thread`], whose calls never wait for the other end.
 ///
 /// ```
@@ -88,19 +88,19 @@ pub struct FakeConnection {
 struct Shared {
     state: Mutex<State>,
     changed: Condvar,
-    /// Bytes that may be under way to an end before a write has to wait.
+    /// Bytes that may be in transit to an end before a write has to wait.
     capacity: usize,
     peers: Peers,
 }
 
-/// Whether an end that is not in a call counts as one that waits.
+/// Whether an end that is not in a call counts as waiting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Peers {
-    /// It does not: another thread has it, and will do something.
+    /// No: another thread has it, and will act.
     Work,
-    /// It does: the same thread has it.
+    /// Yes: the same thread has it.
     Wait,
-    /// It does where the other end waits with a time-out.
+    /// Yes, if the other end waits with a time-out.
     #[cfg_attr(not(test), expect(dead_code, reason = "for the contract's own test"))]
     MayWork,
 }
@@ -114,13 +114,13 @@ struct State {
 
 #[derive(Debug, Default)]
 struct End {
-    /// Bytes on their way here, and when they arrive. No piece is empty.
+    /// Bytes in transit to this end, and when they arrive. No piece is empty.
     inbox: VecDeque<(Duration, VecDeque<u8>)>,
-    /// How many they are.
+    /// Their number.
     queued: usize,
     /// What it waits for, if it waits: a byte or room, and until when.
     waits: Option<(Waiting, Option<Duration>)>,
-    /// It has said that it writes no more.
+    /// It has announced that it writes no more.
     finished: bool,
     /// Its connection has been dropped.
     gone: bool,
@@ -137,7 +137,7 @@ enum Waiting {
 }
 
 impl State {
-    /// Whether a waiting end could go on now.
+    /// Whether a waiting end could continue now.
     fn could_go_on(&self, end: usize, what: Waiting, capacity: usize) -> bool {
         let peer = &self.ends[1 - end];
         if what == Waiting::Time {
@@ -154,15 +154,15 @@ impl State {
     }
 }
 
-/// A call that has begun: the state, what goes wrong at it, and the time at which it is too late.
+/// A call that has begun: the state, its faults, and the time at which it times out.
 type Call<'s> = (MutexGuard<'s, State>, Vec<Fault>, Option<Duration>);
 
 fn lost() -> ConnectionError {
     ConnectionError::Lost(io::ErrorKind::ConnectionReset.into())
 }
 
-/// How long a call may wait on the clock of the connection, and what the other end has reached
-/// then. Of a [`Pace`](crate::pace::Pace) that is its patience: the rest goes by another clock.
+/// How long a call may wait on the connection's clock, and which limit is then reached. For a
+/// [`Pace`](crate::pace::Pace) that is its patience: the rest uses another clock.
 fn limit(wait: &Wait<'_>, writing: bool) -> Option<(Duration, Overdue)> {
     let silence = if writing {
         wait.pace.map(Pace::patience)
@@ -194,7 +194,7 @@ fn timed_out(wait: &Wait<'_>, writing: bool) -> ConnectionError {
 }
 
 impl FakeConnection {
-    /// Two ends for two threads; `capacity`: the bytes that may be under way in each direction.
+    /// Two ends for two threads; `capacity`: the bytes that may be in transit in each direction.
     pub fn pair(capacity: usize) -> (Self, Self) {
         Self::ends(capacity, Peers::Work)
     }
@@ -205,8 +205,8 @@ impl FakeConnection {
         Self::ends(capacity, Peers::Wait)
     }
 
-    /// Two ends for one thread or two. A time-out comes at once, unless the other end has made
-    /// that unnecessary before; a call without one waits until the other end does.
+    /// Two ends for one thread or two. A time-out comes at once, unless the other end acts before;
+    /// a call without a time-out waits until the other end acts.
     #[cfg(test)]
     pub(super) fn pair_for_contract(capacity: usize) -> (Self, Self) {
         Self::ends(capacity, Peers::MayWork)
@@ -229,7 +229,7 @@ impl FakeConnection {
         )
     }
 
-    /// Have a call of this end go wrong. Faults add up.
+    /// Makes a call of this end fail. Faults add up.
     pub fn fail(&self, faulty: Faulty) {
         self.state().ends[self.end].faults.push(faulty);
     }
@@ -244,7 +244,7 @@ impl FakeConnection {
         state.unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Count a call, and say what goes wrong at it.
+    /// Counts a call, and returns its faults.
     fn call(&self, state: &mut State) -> Vec<Fault> {
         let end = &mut state.ends[self.end];
         let call = end.calls;
@@ -253,7 +253,7 @@ impl FakeConnection {
         faults.map(|faulty| faulty.fault).collect()
     }
 
-    /// Wait until the end can go on (true) or the time has come (false).
+    /// Waits until the end can continue (true) or the time has come (false).
     fn wait<'s>(
         &'s self,
         mut state: MutexGuard<'s, State>,
@@ -275,7 +275,7 @@ impl FakeConnection {
             state.ends[self.end].waits = Some((what, until));
             let peer = &state.ends[1 - self.end];
             let peer_waits = match peer.waits {
-                // One whose time has come is about to go on.
+                // An end whose time has come is about to continue.
                 Some((what, until)) => {
                     !state.could_go_on(1 - self.end, what, capacity)
                         && until.is_none_or(|until| until > state.now)
@@ -304,7 +304,7 @@ impl FakeConnection {
                 }
             }
             self.shared.changed.notify_all();
-            // Who cancels a call does not say so here.
+            // A cancellation does not wake this end.
             const LOOK: Duration = Duration::from_millis(5);
             let waited = self.shared.changed.wait_timeout(state, LOOK);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -313,7 +313,7 @@ impl FakeConnection {
         result.map(|done| (state, done))
     }
 
-    /// Begin a call: what goes wrong at its beginning goes wrong.
+    /// Begins a call, with the faults at its beginning.
     fn begin<'s>(&'s self, wait: &Wait<'_>, writing: bool) -> Result<Call<'s>, ConnectionError> {
         wait.check()?;
         let mut state = self.state();
@@ -347,7 +347,7 @@ impl FakeConnection {
         Ok((state, faults, until))
     }
 
-    /// No more bytes than this at one call.
+    /// At most this many bytes at one call.
     fn shortened(faults: &[Fault], bytes: usize) -> usize {
         let short = faults.iter().filter_map(|fault| match fault {
             Fault::Short(most) => Some((*most).max(1)),

@@ -1,4 +1,4 @@
-//! Protections of a make-believe domain, with a fault at every call of either end.
+//! Protections of a simulated domain, with a fault at every call of either end.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -18,14 +18,14 @@ use super::super::standby::{Kept, KeptUntil, StandbyRequest, StoodBy};
 use super::super::testing::{FakeConnection, Fault, Faulty};
 use super::super::{BoxError, Event, Step};
 
-/// A checkpoint: as long as a withdrawal, and other bytes.
+/// A checkpoint: as long as a withdrawal, but with other bytes.
 const CHECKPOINT: [u8; 24] = [7; 24];
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// The domain at the sender. Checkpoints are sent until `enough`.
 struct Sender<'a> {
     enough: usize,
-    /// Why there is no other.
+    /// Why no more are sent.
     why: Why,
     runs: &'a AtomicBool,
     stopped: bool,
@@ -184,7 +184,7 @@ fn protect(
     }
 }
 
-/// The rows of docs/migration.md: where both ends say that the domain is, it is.
+/// The rows of docs/migration.md: the domain is where both ends say it is.
 fn check(ran: &Ran, on_loss: OnLoss, what: &str) {
     let fate = ran.protection.end.fate;
     let ends = (fate, ran.stood_by.end);
@@ -198,10 +198,10 @@ fn check(ran: &Ran, on_loss: OnLoss, what: &str) {
         end => panic!("{what}: {end:?}"),
     }
     match (fate, ran.stood_by.end) {
-        // The other end runs nothing where this one says that it has the domain.
+        // If this end says that it has the domain, the other one does not run it.
         (Fate::Here, StandbyEnd::Destroyed) => assert!(ran.runs, "{what}"),
         (Fate::There, StandbyEnd::Runs) => assert!(!ran.runs && ran.stopped, "{what}"),
-        // Nothing acknowledges a checkpoint: as `--on-loss` says.
+        // Checkpoints are not acknowledged: as `--on-loss` says.
         (Fate::Unknown, _) => assert_eq!(ran.runs, on_loss == OnLoss::Run, "{what}"),
         _ => panic!("{what}: {ends:?} {:?}", ran.protection.causes),
     }
@@ -219,7 +219,7 @@ fn a_protection_that_ends_in_order_is_taken_back() {
         assert_eq!(sender[..], [Step::Banner, Step::Protected, Step::Withdrawn]);
         assert_eq!(receiver[..], [Step::Banner, Step::Checkpoint]);
     }
-    // Before a checkpoint is complete there is nothing to take back.
+    // Before a checkpoint is complete, there is nothing to take back.
     let ran = protect(0, Why::Asked, OnLoss::Pause, false, None);
     check(&ran, OnLoss::Pause, "no checkpoint");
     assert_eq!(ran.steps[0], [Step::Banner]);
@@ -259,7 +259,7 @@ fn what_takes_the_domain_back_has_the_time_of_an_answer_all_of_it() {
     there
         .write(Message::Banner.bytes(), &Wait::forever())
         .unwrap();
-    // A byte in 59 s.
+    // One byte in 59 s.
     for call in 1..=24 {
         for fault in [Fault::Stall(Duration::from_secs(59)), Fault::Short(1)] {
             here.fail(Faulty { call, fault });
@@ -271,8 +271,8 @@ fn what_takes_the_domain_back_has_the_time_of_an_answer_all_of_it() {
     assert_eq!(here.clock(), most, "{protection:?}");
 }
 
-/// The receiver applies a checkpoint, and reads nothing meanwhile: a connection that is given up
-/// then has it take over.
+/// The receiver applies a checkpoint, and reads nothing meanwhile: if the connection is given up
+/// then, it takes over.
 #[test]
 fn a_receiver_is_given_longer_to_read_that_the_domain_is_taken_back() {
     use std::net::{TcpListener, TcpStream};
@@ -350,7 +350,7 @@ fn a_fault_at_any_call_leaves_the_domain_where_the_table_says() {
             }
         }
     }
-    // Each of them was.
+    // Each of them occurred.
     let ends = Vec::from_iter(&ends);
     assert_eq!(
         ends,

@@ -1,5 +1,5 @@
-//! Where the p2m of a PV guest is: from shared_info through the guest's own tables to
-//! the frames that hold it.
+//! Finding the p2m of a PV guest: from shared_info through the guest's own tables to the frames
+//! that hold it.
 //!
 //! C implementation: `xg_sr_save_x86_pv.c:map_p2m_list`, `map_p2m_tree`.
 
@@ -13,7 +13,7 @@ use crate::guest::GoOn;
 use crate::guest::pv::layout::{cr3_to_frame, shared_info};
 use crate::guest::pv::pagetable::pte_frame;
 
-/// Where it is.
+/// The location of a p2m.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Place {
     /// The last pfn of the guest.
@@ -23,7 +23,8 @@ pub(super) struct Place {
 }
 
 impl Place {
-    /// Find it by what `shared` (the shared_info page) says. `go_on` is asked after each batch.
+    /// Finds the p2m that `shared` (the shared_info page) describes. `go_on` is called after each
+    /// batch.
     pub(super) fn find(
         domain: &dyn Domain,
         m2p: &M2p,
@@ -52,7 +53,7 @@ impl Place {
     }
 }
 
-/// Where Xen lives in a guest's address space: no p2m may be there.
+/// Xen's part of a guest's address space, which cannot hold a p2m.
 const fn hypervisor_range(info: PvInfo) -> (u64, u64) {
     match info {
         PvInfo::Bits64 => (0xffff_8000_0000_0000, 0xffff_87ff_ffff_ffff),
@@ -75,11 +76,10 @@ impl Finder<'_> {
         }
     }
 
-    /// The leaves of a three-level tree, from its top frame on.
+    /// The leaves of a three-level tree, starting from its top frame.
     ///
-    /// Trailing entries of the top that are all the same cannot be real: sharing
-    /// would not survive the migration. They stand for "nothing here", and the
-    /// guest is taken to end there.
+    /// Identical trailing entries of the top cannot be real, because sharing would not survive the
+    /// migration. They mean "nothing here", and the guest is treated as ending there.
     fn tree(&self, top: u64, go_on: &mut GoOn<'_>) -> Result<(Pfn, Vec<u64>), SaveError> {
         let fpp = entries_per_frame(self.info);
         let tops = self.max_pfn.0 / (fpp * fpp) + 1;
@@ -127,13 +127,13 @@ impl Finder<'_> {
         let mut end_vaddr = end(max_pfn)
             .filter(|end| fits(*end) && (vaddr > high || *end < low))
             .ok_or_else(|| bad("shared_info's p2m_vaddr", vaddr))?;
-        // Only the bits that the levels translate count from here on.
+        // From here on, only the bits that the levels translate count.
         let translated = match info {
             PvInfo::Bits64 => 0x0000_ffff_ffff_ffff,
             PvInfo::Bits32 => 0xffff_ffff,
         };
         let mut tables = vec![root];
-        // What the first of `tables` begins to translate at.
+        // The address at which the first of `tables` begins.
         let mut base = 0;
         for level in (1..=info.levels()).rev() {
             let shift = 3 + 9 * u32::from(level);
@@ -150,12 +150,10 @@ impl Finder<'_> {
                 )
             })?;
             if level == 2 {
-                // As for the tree: trailing entries that are all the same name one
-                // table of nothing. Where every entry is the same there is nothing
-                // to tell from it.
-                // (Xen compares the number of that entry with an index that counts
-                // from the table's first entry. Where the list does not begin there,
-                // it cuts off the last table though it is a real one; we do not.)
+                // As for the tree: identical trailing entries name one table of nothing. If all
+                // entries are identical, they say nothing. (Xen compares the number of that entry
+                // with an index that counts from the table's first entry. If the list does not
+                // begin there, Xen cuts off the last table although it is a real one; we do not.)
                 let keep = last_distinct(&next);
                 if keep > 0 && keep + 1 < next.len() as u64 {
                     max_pfn = max_pfn.min(Pfn(keep * 512 * fpp - 1));
@@ -174,7 +172,7 @@ const fn is_canonical(vaddr: u64) -> bool {
     high == 0 || high == (1 << 17) - 1
 }
 
-/// Index of the entry from which on all entries are the same.
+/// Index of the entry from which on all entries are identical.
 fn last_distinct(entries: &[u64]) -> u64 {
     let mut start = 0;
     for (i, pair) in entries.windows(2).enumerate() {

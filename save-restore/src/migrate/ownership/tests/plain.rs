@@ -1,4 +1,4 @@
-//! The search of a plain migration.
+//! Exhaustive search of a plain migration.
 
 use std::collections::BTreeSet;
 
@@ -26,7 +26,7 @@ enum There {
     Running,
 }
 
-/// What is on its way.
+/// A message in transit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Word {
     Banner,
@@ -43,17 +43,17 @@ struct World {
     sender: Process<Sender>,
     receiver: Process<Receiver>,
     here: Here,
-    /// Whether it is NAME--migratedaway here.
+    /// Whether it is called NAME--migratedaway here.
     away: bool,
     there: There,
     to_there: Vec<Word>,
     to_here: Vec<Word>,
     connected: bool,
     ready_said: bool,
-    /// All of "go" has left the sender.
+    /// All of "go" has been sent.
     go_left: bool,
     second: Second,
-    /// A host has refused something that ends an attempt to clean up.
+    /// A host has refused a call, which ends an attempt to clean up.
     refused: bool,
 }
 
@@ -102,11 +102,11 @@ impl World {
         world
     }
 
-    /// What writing to the receiver can come to: whether all of it was taken.
+    /// Possible outcomes of writing to the receiver: whether all of it was taken.
     fn write_there(&self, word: Word) -> Vec<(bool, Self)> {
         let reaches = self.connected && self.receiver.is_alive();
         let mut ways = vec![
-            // Taken, and lost or read by nobody if the connection is.
+            // Taken; if the connection is lost, it is lost or not read.
             (
                 true,
                 self.with(|w| {
@@ -343,7 +343,7 @@ impl World {
         };
         match (self.second, found) {
             (Second::Possible, Some(found)) => {
-                // The lock goes with the process that has it.
+                // The lock ends with the process that holds it.
                 let admitted = admission.admit(self.sender.is_alive(), found).is_ok();
                 if admitted {
                     let works = self.with(|w| {
@@ -365,7 +365,7 @@ impl World {
         steps
     }
 
-    /// Whether this state may be; `over`: nothing happens any more.
+    /// Whether this state is allowed; `over`: nothing happens any more.
     fn check(&self, over: bool) -> Result<(), String> {
         let running =
             usize::from(self.here == Here::Running) + usize::from(self.there == There::Running);
@@ -425,7 +425,8 @@ impl World {
                 };
                 rule(here, "the sender left something else than it says")
             }
-            // It could tidy nothing up: never two, and by hand one.
+            // A killed sender cannot clean up: never two domains, but one that can be resumed by
+            // hand.
             Process::Killed => rule(
                 self.here != Here::Gone || self.there == There::Running,
                 "a killed sender left nothing to resume",
@@ -434,7 +435,7 @@ impl World {
         }
     }
 
-    /// The end, as one line of a table.
+    /// The final state, as one line of a table.
     fn end(&self) -> String {
         let sender = match &self.sender {
             Process::Ended(machine) => match machine.action() {
@@ -458,7 +459,7 @@ impl World {
     }
 }
 
-/// Explore with one guard broken, or none.
+/// Explores with one guard broken, or none.
 fn search(broken: Option<Guard>) -> Result<(usize, Vec<World>), Found> {
     let admission = Admission {
         guards: Guards { broken },
@@ -474,29 +475,29 @@ fn search(broken: Option<Guard>) -> Result<(usize, Vec<World>), Found> {
 fn a_domain_never_runs_twice_and_is_nowhere_only_where_that_cannot_be_known() {
     let (states, over) = search(None).unwrap_or_else(|found| panic!("{found:#?}"));
     assert!(states > 1000, "{states}");
-    // The rows of docs/migration.md with exit code 3, and no other.
+    // The rows of docs/migration.md with exit code 3, and no others.
     let undecided: BTreeSet<String> = over
         .iter()
         .map(World::end)
         .filter(|end| end.starts_with("Undecided"))
         .collect();
     let expected = [
-        // "go" was lost, or came too late, and the receiver could not say so.
+        // "Go" was lost, or came too late, and the receiver could not report that.
         "Undecided: Suspended --migratedaway | Destroyed { given_back: false }: None",
-        // It did, and the sender had given up by then, or the words were lost.
+        // It could, but the sender had given up by then, or the message was lost.
         "Undecided: Suspended --migratedaway | Destroyed { given_back: true }: None",
-        // It could not run the domain, and could not destroy it either.
+        // The receiver could not run the domain, and could not destroy it either.
         "Undecided: Suspended --migratedaway | LeftPaused: Paused",
-        // It runs, and its report was lost or too late.
+        // The domain runs, and its report was lost or too late.
         "Undecided: Suspended --migratedaway | Runs { told: false }: Running",
         "Undecided: Suspended --migratedaway | Runs { told: true }: Running",
-        // It was killed before it ran the domain, while it destroyed it, or after.
+        // The receiver was killed before it ran the domain, while it destroyed it, or after.
         "Undecided: Suspended --migratedaway | killed: None",
         "Undecided: Suspended --migratedaway | killed: Paused",
         "Undecided: Suspended --migratedaway | killed: Running",
     ];
     assert_eq!(Vec::from_iter(&undecided), expected);
-    // Each end that the table promises is reached, too.
+    // Each final state that the table promises is also reached.
     let ends: BTreeSet<String> = over.iter().map(World::end).collect();
     for end in [
         "Moved: Gone --migratedaway | Runs { told: true }: Running",
@@ -584,7 +585,7 @@ fn each_guard_is_needed() {
     }
 }
 
-/// The longest way, without a fault.
+/// The longest path, without a fault.
 #[test]
 fn all_goes_well_when_nothing_goes_wrong() {
     let mut sender = Sender::new();

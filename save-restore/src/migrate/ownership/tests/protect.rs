@@ -1,4 +1,4 @@
-//! The search of Remus and COLO, and the table of all their ends.
+//! Exhaustive search of Remus and COLO, and the table of all their final states.
 
 mod world;
 
@@ -13,7 +13,7 @@ use super::super::{Admission, Guard, Guards};
 use super::{Found, Process, explore};
 
 impl World {
-    /// The row of docs/migration.md ("Remus: who has the domain") that an end belongs to.
+    /// The row of docs/migration.md ("Remus: who has the domain") that this final state belongs to.
     fn row(&self) -> Option<usize> {
         let standby = match &self.standby {
             Process::Ended(machine) => match machine.action() {
@@ -57,7 +57,7 @@ impl World {
             (Some(end), Some(StandbyEnd::Destroyed)) if end.fate == Fate::Unknown => {
                 row("the receiver destroys its copy, and does not say so in time")
             }
-            // What is given back is gone, also where the receiver is killed after that.
+            // A domain that was given back is gone, even if the receiver is killed after that.
             (Some(end), _) if no_copy || standby.is_none() => match (end.why, end.here) {
                 (_, Here::Over) => row("the guest shuts down or crashes"),
                 (_, Here::Gone) => row("somebody destroys the domain at the sender"),
@@ -102,7 +102,7 @@ impl World {
     }
 }
 
-/// The rows of the table, as far as their ends differ.
+/// The rows of the table, as far as their final states differ.
 const ROWS: [&str; 14] = [
     "both ends are killed",
     "a host refuses to run or to destroy it",
@@ -133,10 +133,10 @@ fn search(broken: Option<Guard>) -> Result<(usize, Vec<World>), Found> {
     explore(starts, |world| world.steps(admission), World::check)
 }
 
-/// All ends: below the row of docs/migration.md the domain and the exit code at the sender, the
-/// same at the receiver, and with which `--on-loss`, if not with both. Under Remus and COLO they
-/// are the same. Ends that come only of a host that refuses to resume, pause or destroy a domain
-/// are checked, and not listed.
+/// All final states: below the row of docs/migration.md the domain and the exit code at the sender,
+/// the same at the receiver, and with which `--on-loss`, if not with both. Under Remus and COLO
+/// they are the same. Final states that occur only if a host refuses to resume, pause or destroy a
+/// domain are checked, but not listed.
 const ENDS: &str = include_str!("protect.ends");
 
 fn ends(over: &[World]) -> Result<String, String> {
@@ -182,7 +182,7 @@ fn the_ends_are_the_rows_of_the_table_and_no_others() {
 
 #[test]
 fn each_guard_is_needed() {
-    // Nothing is said of what leads to an end that is none of the table.
+    // `why` is empty for a guard whose loss shows only as an end that is not in the table.
     for (guard, why) in [
         (
             Guard::WithdrawBeforeHangingUp,

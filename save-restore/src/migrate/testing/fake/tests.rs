@@ -18,7 +18,7 @@ fn it_keeps_the_contract() {
     }
 }
 
-/// Three words each way, between two threads: what each end has read, and when it ended.
+/// Three messages each way, between two threads: what each end has read, and when it ended.
 fn conversation(fault: Option<(usize, Faulty)>) -> ([Vec<u8>; 2], [u64; 2], Duration) {
     let (first, second) = FakeConnection::pair(64);
     if let Some((end, faulty)) = fault {
@@ -71,18 +71,18 @@ fn every_call_can_fail_and_time_passes_only_where_both_wait() {
                 Fault::Vanish,
             ] {
                 let (heard, ..) = with(fault);
-                // The last call of an end is to hear that the other one has hung up.
+                // The last call of an end should see that the other one has hung up.
                 let lost = heard[0].len() + heard[1].len() < 6;
                 assert!(lost || call + 1 == calls, "{fault:?} at {call}");
             }
-            // Late is not never.
+            // Late bytes still arrive.
             for fault in [Fault::Stall(Duration::from_secs(9)), Fault::Short(1)] {
                 let (heard, _, took) = with(fault);
                 assert_eq!(heard, [vec![1, 3, 5], vec![0, 2, 4]], "{fault:?} at {call}");
                 let stalled = matches!(fault, Fault::Stall(_));
                 assert_eq!(took, Duration::from_secs(if stalled { 9 } else { 0 }));
             }
-            // Longer than anybody waits.
+            // Longer than either end waits.
             let (heard, _, took) = with(Fault::Stall(minute));
             assert!(heard[0].len() + heard[1].len() < 6);
             assert!(took >= Duration::from_secs(10) && took < minute, "{took:?}");

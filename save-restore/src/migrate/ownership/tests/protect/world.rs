@@ -1,4 +1,4 @@
-//! The world of a protection: two machines, two hosts, the connection, and all that can happen.
+//! The world of a protection: two machines, two hosts, the connection, and all possible events.
 
 use super::super::super::protect::{
     Fate, Here, OnLoss, Protector, ProtectorAction, ProtectorEvent, Standby, StandbyAction,
@@ -7,7 +7,7 @@ use super::super::super::protect::{
 use super::super::super::{Admission, Found as FoundDomain, Guard};
 use super::super::{Process, Second};
 
-/// What the domain does at the sender.
+/// The state of the domain at the sender.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Guest {
     Running,
@@ -23,7 +23,7 @@ pub(super) enum There {
     Running,
 }
 
-/// What is on its way.
+/// A message in transit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Word {
     Banner,
@@ -32,7 +32,7 @@ pub(super) enum Word {
     Runs,
     Failed,
     GivenBack,
-    /// A part of something.
+    /// A part of a message.
     Cut,
 }
 
@@ -46,19 +46,19 @@ pub(super) struct World {
     pub(super) paused: bool,
     pub(super) away: bool,
     pub(super) there: There,
-    /// Whole checkpoints that have left.
+    /// Complete checkpoints that have been sent.
     pub(super) checkpoints: u8,
     to_there: Vec<Word>,
     to_here: Vec<Word>,
     connected: bool,
     second: Second,
-    /// Something was not taken, or not all of it.
+    /// Something was not taken, or not completely.
     cut: bool,
-    /// A host has refused something that ends an attempt to clean up.
+    /// A host has refused a call, which ends an attempt to clean up.
     pub(super) refused: bool,
 }
 
-/// Another checkpoint after so many is like the last.
+/// After this many, another checkpoint is like the last.
 const CHECKPOINTS: u8 = 2;
 
 impl World {
@@ -108,7 +108,7 @@ impl World {
         world
     }
 
-    /// What writing can come to: whether all of it was taken.
+    /// Possible outcomes of a write: whether all of it was taken.
     fn write(&self, there: bool, word: Word) -> Vec<(bool, Self)> {
         let alive = if there {
             self.standby.is_alive()
@@ -293,7 +293,7 @@ impl World {
                             };
                         });
                         step("standby: checkpoint", kept, E::Complete);
-                        // What is a mixture of two checkpoints stands still.
+                        // A mixture of two checkpoints stays paused.
                         let mixed = read.with(|w| w.there = There::Paused);
                         step("standby: cannot apply it", mixed, E::Failed);
                     }
