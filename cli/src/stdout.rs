@@ -1,9 +1,8 @@
-//! Results, which go to stdout: text and JSON. A reader that stops reading (`| head`) is no
-//! failure, and changes neither what is done nor the exit code: the rest is not written.
+//! Results on stdout, as text or JSON. A reader that closes the pipe (`| head`) is not a failure,
+//! and changes neither the work nor the exit code: the rest is not written.
 //!
-//! No character that a terminal would obey leaves this file: text is escaped as it is written
-//! (except its line ends), and JSON has such characters as `\u` sequences, so that it stays
-//! complete.
+//! No control characters leave this file: text is escaped as it is written (except its line ends),
+//! and JSON has such characters as `\u` sequences, so that it stays complete.
 
 use std::io::{self, BufWriter, StdoutLock, Write};
 
@@ -15,9 +14,8 @@ use crate::exit::{self, Stdout};
 use crate::terminal::Terminal;
 use crate::text::{escaped, is_unfit};
 
-/// A JSON document with the version of its fields (docs/json.md): every document that a
-/// command writes, on stdout or on the descriptor of `--progress-fd`, is an object that begins
-/// with it.
+/// A JSON document with the version of its fields (docs/json.md). Every document that a command
+/// writes, on stdout or on the descriptor of `--progress-fd`, is an object that begins with it.
 #[derive(Debug, Serialize)]
 pub(crate) struct Versioned<'a, T> {
     version: u32,
@@ -29,7 +27,7 @@ impl<'a, T: Serialize> Versioned<'a, T> {
     /// The version that docs/json.md describes.
     const CURRENT: u32 = 2;
 
-    /// `document`, which must be a struct or a map.
+    /// The document, which must be a struct or a map.
     pub(crate) fn new(document: &'a T) -> Self {
         Self {
             version: Self::CURRENT,
@@ -44,7 +42,7 @@ pub(crate) struct Results {
     out: BufWriter<Reader>,
 }
 
-/// Stdout, for as long as somebody reads it.
+/// Stdout, until its reader closes the pipe.
 #[derive(Debug)]
 struct Reader {
     out: StdoutLock<'static>,
@@ -52,14 +50,14 @@ struct Reader {
 }
 
 impl Reader {
-    /// The result, unless it is that nobody reads any more.
+    /// The result, unless it is that the reader has closed the pipe.
     fn unless_gone<T>(&mut self, result: io::Result<T>, instead: T) -> io::Result<T> {
         match result {
             Err(e) if e.kind() == io::ErrorKind::BrokenPipe => {
                 self.gone = true;
                 Ok(instead)
             }
-            // Names stdout: the error may surface far from here.
+            // Names stdout, because the error may surface far from here.
             Err(e) => Err(io::Error::new(e.kind(), Stdout(e))),
             Ok(value) => Ok(value),
         }
@@ -72,7 +70,7 @@ impl Write for Reader {
             return Ok(bytes.len());
         }
         if xsr_stdio::stdout_was_closed() {
-            // What is open there now is the /dev/null of Rust's runtime.
+            // The descriptor is now Rust's runtime's /dev/null.
             return self.unless_gone(Err(Errno::EBADF.into()), bytes.len());
         }
         let result = self.out.write(bytes);
@@ -89,7 +87,7 @@ impl Write for Reader {
 }
 
 impl Results {
-    /// Take stdout.
+    /// Lock stdout.
     pub(crate) fn new() -> Self {
         Self {
             out: BufWriter::with_capacity(
@@ -112,7 +110,7 @@ impl Results {
         self.document(document, Escaping(CompactFormatter))
     }
 
-    /// Written as it is made: a document may be as large as an image lets it be.
+    /// Written as it is serialised, because a document may be as large as an image allows.
     fn document(
         &mut self,
         document: &impl Serialize,
@@ -121,20 +119,20 @@ impl Results {
         let mut serializer = Serializer::with_formatter(&mut self.out, formatter);
         Versioned::new(document)
             .serialize(&mut serializer)
-            // An error of stdout is itself, not one of JSON.
+            // An error of stdout is returned as such, not as one of JSON.
             .map_err(io::Error::from)?;
         self.out.write_all(b"\n")?;
         Ok(())
     }
 
-    /// Everything has been said.
+    /// Flush everything.
     pub(crate) fn finish(mut self) -> anyhow::Result<()> {
         self.flush()?;
         Ok(())
     }
 }
 
-/// Text. Each call has whole characters, as `write!` makes them.
+/// Text. Each call has whole characters, as from `write!`.
 impl Write for Results {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.write_all(bytes)?;
@@ -156,9 +154,9 @@ impl Write for Results {
     }
 }
 
-/// Report what has been done, where the work was something else than the report. It may have
-/// changed a domain or a host, so that stdout that cannot be written is no failure of it: that
-/// is said on stderr, with `done`.
+/// Report finished work whose result is not the report itself. The work may have changed a domain
+/// or a host, so an unwritable stdout does not make it fail: that is reported on stderr, with
+/// `done`.
 pub(crate) fn report(terminal: &Terminal, done: &str, document: &impl Serialize) {
     let mut out = Results::new();
     if let Err(error) = out.json(document).and_then(|()| out.finish()) {
@@ -166,14 +164,14 @@ pub(crate) fn report(terminal: &Terminal, done: &str, document: &impl Serialize)
     }
 }
 
-/// What `--json` prints of a command that failed and has no document of its own (docs/json.md).
+/// The `--json` document of a failed command that has no document of its own (docs/json.md).
 #[derive(Debug, Serialize)]
 struct Failure {
     error: String,
     exit_code: u8,
 }
 
-/// Print the document of a failure. A wrong command line has none.
+/// Print the document of a failure. A wrong command line gets none.
 pub(crate) fn failure(error: &anyhow::Error) {
     let code = exit::code_of(error);
     if code == exit::Code::Usage {
@@ -189,7 +187,7 @@ pub(crate) fn failure(error: &anyhow::Error) {
     }
 }
 
-/// Something is done, and the report of it could not be written.
+/// The work is done, but its report could not be written.
 pub(crate) fn unreported(terminal: &Terminal, done: &str, error: &anyhow::Error) {
     let why = exit::words(error.chain());
     terminal.always(&format!(
@@ -197,10 +195,10 @@ pub(crate) fn unreported(terminal: &Terminal, done: &str, error: &anyhow::Error)
     ));
 }
 
-/// A formatter whose strings have no character that a terminal would obey.
+/// A formatter whose strings have no control characters.
 struct Escaping<F>(F);
 
-/// The methods that the two formatters have of their own, passed on.
+/// Forwards the methods that the two formatters implement themselves.
 macro_rules! pass_on {
     ($($name:ident($($argument:ident: $kind:ty),*);)*) => {
         $(fn $name<W: ?Sized + Write>(&mut self, out: &mut W $(, $argument: $kind)*) -> io::Result<()> {

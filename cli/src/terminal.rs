@@ -1,5 +1,4 @@
-//! What goes to stderr: errors, notes, the log, and progress bars where a person
-//! watches.
+//! Output on stderr: errors, notes, the log, and progress bars on a terminal.
 
 use std::cmp::Ordering;
 use std::io::{self, IsTerminal, Write};
@@ -12,17 +11,17 @@ use xsr_save_restore::progress::{Phase, Progress};
 use crate::exit;
 use crate::text::{escaped, is_unfit, shown, size};
 
-/// Stderr, and how much it may carry.
+/// Stderr, and what may be printed on it.
 #[derive(Clone, Debug)]
 pub(crate) struct Terminal {
-    /// A person watches, and has not asked for quiet.
+    /// Stderr is a terminal, and `--quiet` was not given.
     watched: bool,
     quiet: bool,
 }
 
 impl Terminal {
-    /// Set up the log: warnings by default, as many more as `verbose` says, errors
-    /// alone when `quiet`; `XSR_LOG` overrides (tracing's filter syntax).
+    /// Set up the log: warnings by default, more with each `verbose`, only errors if `quiet`.
+    /// `XSR_LOG` overrides that (tracing's filter syntax).
     pub(crate) fn new(verbose: u8, quiet: bool) -> Self {
         let level = match (quiet, verbose) {
             (true, _) => "error",
@@ -48,8 +47,8 @@ impl Terminal {
             .with_ansi(false)
             .with_target(false)
             .without_time()
-            // It would say so with eprintln!, which panics where stderr is closed, as it is
-            // for a receiver whose sender is lost: the guest that takes over would go with it.
+            // It would report them with eprintln!, which panics if stderr is closed, as it is for a
+            // receiver whose sender is lost: the guest that takes over would be lost with it.
             .log_internal_errors(false)
             .init();
         let terminal = Self {
@@ -62,7 +61,7 @@ impl Terminal {
         terminal
     }
 
-    /// The same, but without progress: somebody else shows it there.
+    /// The same without progress, which another process shows.
     pub(crate) fn without_progress(&self) -> Self {
         Self {
             watched: false,
@@ -70,7 +69,7 @@ impl Terminal {
         }
     }
 
-    /// Say why the command failed.
+    /// Print why the command failed.
     pub(crate) fn error(&self, error: &anyhow::Error) {
         if exit::is_silent(error) {
             return;
@@ -82,39 +81,39 @@ impl Terminal {
         }
     }
 
-    /// Say something to the person who watches; nothing where nobody does.
+    /// Print a note, if stderr is a terminal.
     pub(crate) fn note(&self, text: &str) {
         if self.watched {
             line(&shown(text));
         }
     }
 
-    /// Say something also where stderr is no terminal, because whoever reads it is at
-    /// the other end of a connection.
+    /// Print a message even if stderr is not a terminal, because its reader is at the other end of
+    /// a connection.
     pub(crate) fn say(&self, text: &str) {
         if !self.quiet {
             line(&shown(text));
         }
     }
 
-    /// Say something that must be heard even by who has asked for quiet.
+    /// Print a message even with `--quiet`.
     pub(crate) fn always(&self, text: &str) {
         line(&shown(text));
     }
 
-    /// Whether a person watches.
+    /// Whether stderr is a terminal without `--quiet`.
     pub(crate) fn is_watched(&self) -> bool {
         self.watched
     }
 
-    /// A progress bar; hidden where nobody watches, gone when dropped.
+    /// A progress bar. It is hidden unless stderr is watched, and disappears on drop.
     pub(crate) fn progress(&self, what: &'static str) -> Bar {
         let bar = match self.watched {
             true => ProgressBar::no_length(),
             false => ProgressBar::hidden(),
         };
         let bar = bar.with_finish(ProgressFinish::AndClear);
-        // The template is written here, and tried by a test.
+        // The template is a constant, which a test tries.
         if let Ok(style) = ProgressStyle::with_template("{msg}") {
             bar.set_style(style);
         }
@@ -135,17 +134,17 @@ pub(crate) struct Bar {
 }
 
 impl Bar {
-    /// The same, of work that began before it had a bar.
+    /// The same for work that began before it had a bar.
     pub(crate) fn since(self, started: Instant) -> Self {
         Self { started, ..self }
     }
 
-    /// So much is done of `total`, in steps that are no bytes.
+    /// Show `done` of `total` steps.
     pub(crate) fn steps(&self, done: u64, total: u64) {
         self.draw(done, Some(total), &[]);
     }
 
-    /// So many bytes are done of `total`.
+    /// Show `done` of `total` bytes.
     pub(crate) fn bytes(&self, done: u64, total: Option<u64>) {
         let milliseconds = self.started.elapsed().as_millis().max(1);
         let average = u128::from(done) * 1000 / milliseconds;
@@ -155,14 +154,14 @@ impl Bar {
         self.draw(done, total, &volume("", done, average, left));
     }
 
-    /// So far is the engine. `bytes_total`: of an image that is read, since its stream
-    /// does not say how much there is.
+    /// Show the engine's progress. `bytes_total`: the size of an image that is read, which its
+    /// stream does not say.
     pub(crate) fn progress(&self, progress: &Progress, bytes_total: Option<u64>) {
         let (done, total) = match progress.bytes_total {
             Some(total) => (progress.bytes_done, Some(total)),
             None => (progress.bytes, bytes_total),
         };
-        // A pass is done once all its pages are, however few of them had contents.
+        // A pass is complete when all its pages are done, however few of them had contents.
         let done = match (progress.pass_is_complete(), total) {
             (true, Some(total)) => total,
             _ => done,
@@ -178,7 +177,7 @@ impl Bar {
     }
 }
 
-/// Columns of the terminal; 80 where it does not say.
+/// Columns of the terminal; 80 if unknown.
 fn width() -> usize {
     match rustix::termios::tcgetwinsize(io::stderr()) {
         Ok(size) if size.ws_col > 0 => size.ws_col.into(),
@@ -186,7 +185,7 @@ fn width() -> usize {
     }
 }
 
-/// What is done: how much, how quickly, and how much longer. The first has `label` before it.
+/// The volume done, the rate, and the time left. The first has `label` before it.
 fn volume(label: &str, bytes: u64, per_second: u64, left: Option<Duration>) -> Vec<String> {
     let mut words = vec![format!("{label}{}", size(bytes))];
     if per_second > 0 {
@@ -207,7 +206,7 @@ fn words(progress: &Progress, bytes_total: Option<u64>) -> Vec<String> {
         Phase::Verify => "sent again: ".to_owned(),
         _ => String::new(),
     };
-    // A rate has no use for its fraction.
+    // A rate needs no fraction.
     let rate = Duration::try_from_secs_f64(progress.bytes_per_second);
     let rate = rate.map_or(0, |rate| rate.as_secs());
     let left = progress.estimated_time.or_else(|| {
@@ -229,8 +228,7 @@ fn words(progress: &Progress, bytes_total: Option<u64>) -> Vec<String> {
     words
 }
 
-/// One line of fewer columns than the terminal has: `words` as far as they fit, the first ones
-/// first.
+/// One line with fewer columns than the terminal: as many of `words` as fit, from the first on.
 fn compose(width: usize, what: &str, done: u64, total: Option<u64>, words: &[String]) -> String {
     let room = width.saturating_sub(1);
     let mut line = match width {
@@ -271,12 +269,10 @@ fn compose(width: usize, what: &str, done: u64, total: Option<u64>, words: &[Str
     line.chars().take(room).collect()
 }
 
-/// The longest message, in bytes: what is longer has text from outside in it that nobody wants
-/// to read.
+/// The longest message, in bytes. A longer one contains text from outside that is of no use.
 const LONGEST: usize = 16 << 10;
 
-/// A message on stderr, which may have several lines. Where even that fails there is nobody
-/// left to tell.
+/// Print a message of one or more lines on stderr. If that fails, it cannot be reported anywhere.
 fn line(text: &str) {
     let mut end = text.len().min(LONGEST);
     while !text.is_char_boundary(end) {
@@ -292,12 +288,12 @@ fn line(text: &str) {
     }
 }
 
-/// Text with all escaped that a terminal would obey, except line ends.
+/// Text with its control characters escaped, except line ends.
 fn fit(text: &str) -> String {
     escaped(text, |c| c != '\n' && is_unfit(c))
 }
 
-/// A writer of lines of a log, each whole.
+/// A writer of whole log lines.
 #[derive(Debug)]
 struct Escaping<W>(W);
 

@@ -1,5 +1,4 @@
-//! Wording that several commands share: numbers, sizes, ranges, and text from outside that a
-//! terminal may show.
+//! Wording shared by commands: numbers, sizes, ranges, and escaped text from outside.
 
 use std::ffi::OsStr;
 use std::fmt::{self, Write as _};
@@ -8,12 +7,12 @@ use std::path::Path;
 
 pub(crate) use xsr_save_restore::text::{escaped, is_unfit, shown};
 
-/// The longest name of a domain, in characters, that a message repeats whole.
+/// The longest name of a domain, in characters, that a message shows in full.
 const LONGEST_NAME: usize = 100;
 /// The same of a value in a report.
 const LONGEST_VALUE: usize = 200;
 
-/// A number with its noun, in the right number: `1 leaf`, `59 leaves`.
+/// A number with its noun, in singular or plural: `1 leaf`, `59 leaves`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Count<N>(pub(crate) N, pub(crate) &'static str);
 
@@ -44,12 +43,12 @@ pub(crate) fn pfn_range(first: u64, last: u64) -> String {
     }
 }
 
-/// A size as a person reads it: `4.0 MiB`. Exact bytes below 1 KiB.
+/// A size for the user: `4.0 MiB`. Exact bytes below 1 KiB.
 pub(crate) fn size(bytes: u64) -> String {
     const UNITS: [(u32, &str); 4] = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
     for (shift, unit) in UNITS {
         if bytes >> shift > 0 {
-            // In tenths, so that no floating point rounds a size.
+            // In tenths, without floating point, which could round.
             let tenths = (u128::from(bytes) * 10) >> shift;
             return format!("{}.{} {unit}", tenths / 10, tenths % 10);
         }
@@ -57,7 +56,8 @@ pub(crate) fn size(bytes: u64) -> String {
     Count(bytes, "byte").to_string()
 }
 
-/// The name of a domain, from an image or a peer, for a message: escaped, and cut if it is long.
+/// The name of a domain, from an image or a peer, for a message: escaped, and truncated if it is
+/// long.
 pub(crate) fn shown_name(name: &str) -> String {
     cut(name, LONGEST_NAME)
 }
@@ -72,12 +72,12 @@ fn cut(text: &str, longest: usize) -> String {
     }
 }
 
-/// A value from an image, for a line of a report: escaped, and cut if it is long.
+/// A value from an image, for a line of a report: escaped, and truncated if it is long.
 pub(crate) fn shown_value(value: &str) -> String {
     cut(value, LONGEST_VALUE)
 }
 
-/// A path for a message: what is no UTF-8 as `\xff`, controls escaped.
+/// A path for a message: invalid UTF-8 as `\xff`, control characters escaped.
 pub(crate) fn shown_path(path: &Path) -> String {
     shown_os(path.as_os_str())
 }
@@ -87,7 +87,7 @@ fn shown_os(text: &OsStr) -> String {
     for chunk in text.as_bytes().utf8_chunks() {
         out.push_str(&shown(chunk.valid()));
         for byte in chunk.invalid() {
-            // Writing to a String does not fail.
+            // Writing to a String cannot fail.
             write!(out, "\\x{byte:02x}").unwrap_or_default();
         }
     }

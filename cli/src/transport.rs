@@ -1,8 +1,7 @@
-//! How the two ends of a migration reach each other: a command (ssh, as a rule), a
-//! socket, or the stdin and stdout of whoever was started by such a command.
+//! The connection between the two ends of a migration: a command (usually ssh), a socket, or the
+//! stdin and stdout of a process that such a command has started.
 //!
-//! C implementation: `create_migration_child`, `migration_child_report` in
-//! `tools/xl/xl_migrate.c`.
+//! C implementation: `create_migration_child`, `migration_child_report` in `tools/xl/xl_migrate.c`.
 
 use std::fs::{self, File};
 use std::io::{self, IsTerminal as _};
@@ -28,11 +27,11 @@ use crate::file;
 use crate::interrupt::Interrupt;
 use crate::xl::child;
 
-/// How long a command may take to end once nobody speaks with it any more. As xl.
+/// How long to wait for a command to end after hanging up. As in xl.
 const CHILD_PATIENCE: Duration = Duration::from_secs(2);
 
-/// Whether a domain may be given to the process that listens at a socket's path: in a directory
-/// that others can write to, another user's may have been there first.
+/// Checks that the process listening on a socket may receive a domain. If others can write to the
+/// socket's directory, another user's process may be listening.
 fn check_listener(peer: &Peer) -> Result<()> {
     match peer {
         Peer::Process { pid, uid, .. } if *uid != 0 && *uid != geteuid().as_raw() => bail!(
@@ -47,13 +46,13 @@ fn check_listener(peer: &Peer) -> Result<()> {
 #[derive(Debug)]
 pub(crate) struct Link {
     pub(crate) connection: Box<dyn Connection>,
-    /// What the other end is called.
+    /// The name of the other end.
     pub(crate) name: String,
     child: Option<Child>,
 }
 
 impl Link {
-    /// Reach the receiver that the command line names, `options` of which a command is told.
+    /// Connect to the receiver that the command line names. A command also gets `options`.
     pub(crate) fn to_receiver(
         args: &ConnectionArgs,
         host: &str,
@@ -79,11 +78,11 @@ impl Link {
         Self::run(&rune(args, host, options))
     }
 
-    /// Run a command through sh, as xl does, and speak with it.
+    /// Run a command through sh, as xl does, and connect to it.
     fn run(rune: &str) -> Result<Self> {
-        // What interrupts this program, from the keyboard or with all of its process group,
-        // must not cut its connection: there is an order in which things end.
-        // (None is blocked in the child: cli/tests/it/migrate.rs has a look.)
+        // A signal that interrupts this program, from the keyboard or sent to its process group,
+        // must not cut its connection, because things end in a certain order. (None is blocked in
+        // the child: cli/tests/it/migrate.rs checks that.)
         let mut child = child::deaf(rune, false)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -134,8 +133,7 @@ impl Link {
         }
     }
 
-    /// The stdin and stdout of this process. Nothing else can write to stdout after
-    /// this: what tries goes to stderr.
+    /// The stdin and stdout of this process. After this, other output to stdout goes to stderr.
     pub(crate) fn stdio() -> Result<Self> {
         let (stdin, stdout) = (io::stdin(), io::stdout());
         if stdin.is_terminal() || stdout.is_terminal() {
@@ -161,10 +159,10 @@ impl Link {
         })
     }
 
-    /// Why the other end failed, if it says so as its last words. One that was started by a
-    /// command says it to the user, on the stderr that both ends have.
+    /// The other end's last message about why it failed, if there is one. A process started by a
+    /// command has no such message: it prints the reason on the stderr that both ends share.
     pub(crate) fn reason(&self) -> Option<String> {
-        /// How long they are waited for: the other end hangs up after them.
+        /// How long to wait for it: the other end hangs up after it.
         const WAIT: Duration = Duration::from_secs(1);
         if self.child.is_some() {
             return None;
@@ -173,8 +171,8 @@ impl Link {
         Reason::read(&[], reader.within(WAIT))
     }
 
-    /// Hang up. What the command at the other end came to, if there was one and it failed, in
-    /// words to be put behind others; no longer than a moment is waited for it.
+    /// Hang up. If the command at the other end failed, returns how, in words to append to others.
+    /// Waits only a moment for it.
     pub(crate) fn hang_up(self) -> String {
         drop(self.connection);
         let ended = self.child.map_or(Ok(None), Self::outlive);
@@ -229,7 +227,7 @@ enum Socket {
     Tcp(TcpListener),
 }
 
-/// The name of a socket; removed on drop.
+/// The path of a socket, removed on drop.
 #[derive(Debug)]
 struct SocketFile(PathBuf);
 
@@ -242,7 +240,7 @@ impl Drop for SocketFile {
 }
 
 impl Listener {
-    /// Wait there. A Unix socket is its owner's alone.
+    /// Listen on the endpoint. Only its owner can connect to a Unix socket.
     pub(crate) fn bind(endpoint: &Endpoint) -> Result<Self> {
         match endpoint {
             Endpoint::Unix(path) => {
@@ -272,12 +270,12 @@ impl Listener {
         }
     }
 
-    /// Where, for people.
+    /// The endpoint's name for the user.
     pub(crate) fn name(&self) -> &str {
         &self.name
     }
 
-    /// Wait for a sender. Nobody else gets in after it.
+    /// Wait for a sender. No further sender is accepted.
     pub(crate) fn accept(self, interrupt: &Interrupt) -> Result<Link> {
         match self.socket {
             Socket::Unix(listener, _file) => {

@@ -1,5 +1,4 @@
-//! What `restore` will say of an image, as far as the image itself decides it: `verify` says the
-//! same, before there is a host.
+//! Checks of an image that need no host: `restore` and `verify` reject the same images.
 
 use std::fmt;
 
@@ -18,12 +17,12 @@ use crate::exit::BadImage;
 use crate::feed::Behind;
 use crate::text::Count;
 
-/// libxl's configuration in an xl header; `None` where that has none, or one in xl's own format,
-/// which says less: a restore finds out the rest.
+/// libxl's configuration in an xl header; `None` if the header has none, or one in xl's own format,
+/// which says less and is checked by the restore.
 ///
 /// # Errors
 ///
-/// It is not JSON, does not say what a domain needs, or has a name that no domain can have.
+/// It is not JSON, lacks what a domain needs, or has a name that no domain can have.
 pub(crate) fn config_of(header: &XlHeader) -> Result<Option<(&str, Config)>, BadImage> {
     let Some(json) = header.json().map_err(|e| BadImage(e.to_string()))? else {
         return Ok(None);
@@ -33,7 +32,7 @@ pub(crate) fn config_of(header: &XlHeader) -> Result<Option<(&str, Config)>, Bad
     Ok(Some((json, config)))
 }
 
-/// Whether a domain can have a name.
+/// Checks that a domain can have a name.
 ///
 /// # Errors
 ///
@@ -51,12 +50,12 @@ pub(crate) fn check_name(name: &str) -> Result<(), BadImage> {
     }
 }
 
-/// Whether a restore takes a stream with these headers, into a domain of the configuration's
-/// type. It needs no record for that.
+/// Checks that a restore accepts a stream with these headers, into a domain of the configuration's
+/// type. No record is needed for that.
 ///
 /// # Errors
 ///
-/// The rule that is broken.
+/// The broken rule.
 pub(crate) fn check_headers(
     image: ImageHeader,
     domain: DomainHeader,
@@ -91,12 +90,12 @@ pub(crate) fn check_headers(
     }
 }
 
-/// Whether the domain of the configuration can hold what the stream has: `pages` pages with
-/// memory, and its vcpus.
+/// Checks that the configured domain can hold what the stream has: `pages` pages with memory, and
+/// its vcpus.
 ///
 /// # Errors
 ///
-/// The rule that is broken.
+/// The broken rule.
 pub(crate) fn check_guest(
     guest: &GuestImage,
     pages: u64,
@@ -122,12 +121,12 @@ pub(crate) fn check_guest(
     }
 }
 
-/// Whether the domain of the configuration has the vcpu that a record is for: as a restore finds
-/// it out, when the record comes.
+/// Checks that the configured domain has the vcpu of a record, as a restore does when the record
+/// comes.
 ///
 /// # Errors
 ///
-/// It has not.
+/// The domain lacks that vcpu.
 pub(crate) fn check_vcpu(kind: RecordKind, vcpu: u32, config: &Config) -> Result<(), RestoreError> {
     let max = config.vcpus.saturating_sub(1);
     match vcpu > max {
@@ -136,7 +135,7 @@ pub(crate) fn check_vcpu(kind: RecordKind, vcpu: u32, config: &Config) -> Result
     }
 }
 
-/// What is said of a guest of `pages` pages whose configuration allows `most`.
+/// The error for a guest of `pages` pages whose configuration allows `most`.
 pub(crate) fn too_many_pages(pages: u64, most: u64) -> BadImage {
     let pages = Count(pages, "page");
     BadImage(format!(
@@ -144,7 +143,7 @@ pub(crate) fn too_many_pages(pages: u64, most: u64) -> BadImage {
     ))
 }
 
-/// Something odd about an image that a restore takes.
+/// An anomaly of an image that a restore accepts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Warning(pub(crate) String);
 
@@ -154,7 +153,7 @@ impl fmt::Display for Warning {
     }
 }
 
-/// What is odd about the records of an image that a restore takes.
+/// Anomalies in the records of an image that a restore accepts.
 pub(crate) fn warnings(image: ImageHeader, guest: &GuestImage) -> Vec<Warning> {
     let mut out = Vec::new();
     let mut warn = |text: String| out.push(Warning(text));
@@ -198,7 +197,7 @@ pub(crate) fn warnings(image: ImageHeader, guest: &GuestImage) -> Vec<Warning> {
     out
 }
 
-/// What is behind the end of an image of `bytes` bytes: no reader looks at it.
+/// A warning about bytes after the end of an image of `bytes` bytes, which are never read.
 pub(crate) fn trailing(bytes: u64, behind: &Behind) -> Option<Warning> {
     if behind.bytes == 0 {
         return None;

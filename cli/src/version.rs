@@ -1,4 +1,4 @@
-//! What `xsr --version` says: the version, the commit, and which Xens there is an interface for.
+//! The text of `xsr --version`: the version, the commit, and the supported Xen versions.
 
 use clap::{CommandFactory as _, FromArgMatches as _};
 use xsr_xen_backend::known_versions;
@@ -9,9 +9,9 @@ use crate::args::Cli;
 ///
 /// # Errors
 ///
-/// It is wrong, or asks for help or for the version.
+/// It is invalid, or asks for help or the version.
 pub(crate) fn parse() -> Result<Cli, clap::Error> {
-    // clap takes no text that does not live as long as the process.
+    // clap accepts only text with a static lifetime.
     let command = Cli::command().long_version(&*long().leak());
     let matches = command.try_get_matches()?;
     Cli::from_arg_matches(&matches).map_err(|error| error.format(&mut Cli::command()))

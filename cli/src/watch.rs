@@ -1,5 +1,5 @@
-//! Who follows a save, restore or migration: a person at a terminal, a program that
-//! reads lines of JSON (`--progress-fd`, docs/json.md), and whoever may interrupt it.
+//! Progress of a save, restore or migration: a bar on the terminal, JSON lines for a program
+//! (`--progress-fd`, docs/json.md), and requests to interrupt it.
 
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
@@ -24,17 +24,17 @@ use crate::painter::Painter;
 use crate::stdout::Versioned;
 use crate::terminal::Terminal;
 
-/// The shortest time between two lines that say the same of other numbers.
+/// The shortest time between two lines of one phase and pass.
 const BETWEEN: Duration = Duration::from_millis(100);
 
-/// How long the last lines may wait for a reader that has stalled, in milliseconds.
+/// How long the last lines wait for a stalled reader, in milliseconds.
 const PATIENCE: u16 = 500;
 
 /// One line for `--progress-fd`.
 #[derive(Debug, Serialize)]
 struct Line<'a> {
     event: &'static str,
-    /// Since the command began.
+    /// Seconds since the command began.
     seconds: f64,
     #[serde(flatten)]
     about: About<'a>,
@@ -48,7 +48,7 @@ enum About<'a> {
     End { code: u8, error: Option<&'a str> },
 }
 
-/// What the engine says, in the words of docs/json.md.
+/// The engine's progress, with the names of docs/json.md.
 #[derive(Debug, Serialize)]
 struct ProgressLine {
     phase: &'static str,
@@ -85,7 +85,7 @@ impl From<&Progress> for ProgressLine {
     }
 }
 
-/// What docs/json.md calls a phase.
+/// A phase's name in docs/json.md.
 fn phase_name(phase: Phase) -> &'static str {
     match phase {
         Phase::Setup => "setup",
@@ -100,13 +100,13 @@ fn phase_name(phase: Phase) -> &'static str {
     }
 }
 
-/// Everybody who follows one command.
+/// All observers of a command.
 #[derive(Debug)]
 pub(crate) struct Watch {
     what: &'static str,
     terminal: Terminal,
     painter: Option<Painter>,
-    /// The terminal has taken nothing when it should have: nothing more is drawn.
+    /// The terminal has stalled: nothing more is drawn.
     stalled: bool,
     bytes_total: Option<u64>,
     lines: Option<Lines>,
@@ -116,16 +116,16 @@ pub(crate) struct Watch {
 }
 
 impl Watch {
-    /// Follow what a command does, from before it does anything.
+    /// Observe a command. Called before the command does anything.
     ///
     /// # Errors
     ///
-    /// `--progress-fd` names no descriptor that can be written to.
+    /// `--progress-fd` is not a descriptor that can be written to.
     pub(crate) fn start(terminal: &Terminal, arg: ProgressArg, what: &'static str) -> Result<Self> {
         Self::start_with(terminal, arg, what, Interrupt::of_process)
     }
 
-    /// The same, with the signals that `catch` knows.
+    /// The same, with the interrupt that `catch` returns.
     pub(crate) fn start_with(
         terminal: &Terminal,
         arg: ProgressArg,
@@ -139,31 +139,31 @@ impl Watch {
             painter: None,
             stalled: false,
             bytes_total: None,
-            // First of all: later the number may be that of a file of our own.
+            // Opened first: later the number may belong to a file of our own.
             lines: arg.progress_fd.map(Lines::open).transpose()?,
             interrupt: catch()?,
             suspended: None,
         })
     }
 
-    /// Who may interrupt it.
+    /// The interrupt of the command.
     pub(crate) fn interrupt(&self) -> &Interrupt {
         &self.interrupt
     }
 
-    /// What is being done from now on.
+    /// Set the name of the current work.
     pub(crate) fn now(&mut self, what: &'static str) {
         self.clear();
         self.what = what;
         self.bytes_total = None;
     }
 
-    /// An image of so many bytes is read: then the bar has an end.
+    /// Set the size of the image that is read, which gives the bar an end.
     pub(crate) fn expect_bytes(&mut self, bytes: Option<u64>) {
         self.bytes_total = bytes;
     }
 
-    /// The engine says how far it is.
+    /// Show the engine's progress.
     pub(crate) fn progress(&mut self, progress: &Progress) -> ControlFlow<()> {
         phase(phase_name(progress.phase));
         if progress.phase == Phase::Suspend {
@@ -186,7 +186,7 @@ impl Watch {
         self.suspended
     }
 
-    /// A step that is none of the engine's.
+    /// Report a step outside the engine.
     pub(crate) fn step(&mut self, step: &'static str) {
         self.clear();
         phase(step);
@@ -196,14 +196,14 @@ impl Watch {
         }
     }
 
-    /// No bar, for now.
+    /// Remove the bar for now.
     pub(crate) fn clear(&mut self) {
         if let Some(painter) = self.painter.take() {
             self.stalled |= !painter.clear();
         }
     }
 
-    /// The command has ended; `result` goes through.
+    /// The command has ended. Returns `result` unchanged.
     pub(crate) fn end(&mut self, result: Result<Code>) -> Result<Code> {
         self.clear();
         let Some(lines) = &mut self.lines else {
@@ -223,22 +223,22 @@ impl Watch {
     }
 }
 
-/// Lines of JSON on their way to a descriptor. A reader that is slow loses lines that
-/// others make up for, and holds nothing up; one that is gone gets no more.
+/// JSON lines for a descriptor. A slow reader misses lines that later ones supersede, and delays
+/// nothing. After its end is closed, nothing more is written.
 #[derive(Debug)]
 struct Lines {
     out: Option<File>,
     began: Instant,
-    /// What has to be written and could not be.
+    /// Lines that could not be written yet.
     waiting: VecDeque<Vec<u8>>,
-    /// Which phase and pass the last line was about, and when it was written.
+    /// Phase and pass of the last line, and when it was written.
     last: Option<(Phase, u32, Instant)>,
 }
 
 impl Lines {
     fn open(fd: u32) -> Result<Self> {
         Inherited::of(fd).map_err(|e| Error::new(BadUsage(format!("--progress-fd {fd}: {e}"))))?;
-        // A description of our own, so that whoever has the descriptor too can keep it
+        // A file description of our own, so that other holders of the descriptor can keep it
         // blocking.
         let out = OpenOptions::new()
             .append(true)
@@ -277,7 +277,7 @@ impl Lines {
         }
     }
 
-    /// A line that must not be lost.
+    /// Write a line that must not be dropped.
     fn always(&mut self, event: &'static str, about: About<'_>) {
         let line = Line {
             event,
@@ -294,7 +294,7 @@ impl Lines {
         self.flush();
     }
 
-    /// Write what waits, as far as the reader takes it.
+    /// Write waiting lines, as far as the reader takes them.
     fn flush(&mut self) {
         while let (Some(out), Some(line)) = (&mut self.out, self.waiting.front_mut()) {
             match out.write(line) {
@@ -317,7 +317,7 @@ impl Lines {
         }
     }
 
-    /// Nothing comes after this: give a slow reader a moment.
+    /// After the last line: give a slow reader a moment.
     fn last(&mut self) {
         self.flush();
         while let (Some(out), false) = (&self.out, self.waiting.is_empty()) {

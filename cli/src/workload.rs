@@ -1,6 +1,5 @@
-//! What a mock guest does while a command works on it: kept with the domain, and run by
-//! the command, which stands in for the machine's processors. The guests of a real Xen run by
-//! themselves.
+//! The workload of a mock guest: it is stored with the domain, and run by each command that works
+//! on the domain, in place of the machine's processors. The guests of a real Xen run by themselves.
 
 use anyhow::{Context as _, Result};
 use xsr_xen_backend::mock::{BackgroundWorkload, WorkloadEnd, WorkloadSpec};
@@ -9,13 +8,13 @@ use xsr_xen_backend::{DomId, ShutdownReason};
 use crate::args::{MockEnd, WorkloadArgs};
 use crate::backend::Hypervisor;
 
-/// Under which name it is kept with the domain.
+/// The name under which it is stored with the domain.
 pub(crate) const WORKLOAD: &str = "mock-workload";
 
-/// Pages a guest writes to that has not been told: 16 MiB.
+/// The default size of a guest's working set: 16 MiB.
 const WORKING_SET_PAGES: u64 = 4096;
 
-/// What the command line says a guest does; `None` for nothing.
+/// The workload of the command line; `None` for none.
 pub(crate) fn spec(args: &WorkloadArgs, seed: u64) -> Option<WorkloadSpec> {
     let working_set = args
         .working_set
@@ -35,15 +34,15 @@ pub(crate) fn spec(args: &WorkloadArgs, seed: u64) -> Option<WorkloadSpec> {
     })
 }
 
-/// A guest that writes to so many pages a second.
+/// A guest that writes to this many pages a second.
 pub(crate) fn at_rate(pages: u32) -> WorkloadSpec {
-    /// Another one than that of a domain that `xsr mock` makes.
+    /// Differs from the seed of domains that `xsr mock` creates.
     const SEED: u64 = 0xc010;
     WorkloadSpec::writes(SEED, pages, WORKING_SET_PAGES)
 }
 
-/// Keep with a domain what it does; `None`: nothing, from now on. Tried first, so that
-/// what cannot be done is said now and not by the next save.
+/// Store a domain's workload; `None` removes it. It is tried first, so that an impossible workload
+/// fails now instead of at the next save.
 pub(crate) fn store(host: &Hypervisor, domid: DomId, spec: Option<&WorkloadSpec>) -> Result<()> {
     let Some(mock) = host.mock() else {
         return Ok(());
@@ -58,15 +57,15 @@ pub(crate) fn store(host: &Hypervisor, domid: DomId, spec: Option<&WorkloadSpec>
     Ok(mock.userdata_store(domid, WORKLOAD, &bytes)?)
 }
 
-/// What is being done where a domain cannot do it.
+/// The context of an error about a workload that a domain cannot run.
 pub(crate) const TRYING: &str = "what the domain is to do";
 
-/// As it is kept with a domain.
+/// A workload as it is stored with a domain.
 pub(crate) fn record(spec: &WorkloadSpec) -> Result<Vec<u8>> {
     serde_json::to_vec(spec).context("making JSON")
 }
 
-/// What is kept with a domain, as what it does.
+/// A stored workload.
 pub(crate) fn read(kept: Option<Vec<u8>>) -> Result<Option<WorkloadSpec>> {
     kept.filter(|bytes| !bytes.is_empty())
         .map(|bytes| serde_json::from_slice(&bytes))
@@ -74,8 +73,8 @@ pub(crate) fn read(kept: Option<Vec<u8>>) -> Result<Option<WorkloadSpec>> {
         .context("the workload kept with the domain")
 }
 
-/// Have the domain do what is kept with it, for as long as the answer lives and the domain
-/// runs. `None` if it does nothing, or runs by itself.
+/// Run the domain's stored workload, until the result is dropped or the domain stops. `None` if it
+/// has none, or runs by itself.
 pub(crate) fn start(host: &Hypervisor, domid: DomId) -> Result<Option<BackgroundWorkload>> {
     let kept = match host.mock() {
         Some(mock) => mock.userdata_get(domid, WORKLOAD)?,
@@ -87,8 +86,8 @@ pub(crate) fn start(host: &Hypervisor, domid: DomId) -> Result<Option<Background
     }
 }
 
-/// Have the domain do this, for as long as the answer lives and the domain runs. `None` if it
-/// runs by itself.
+/// Run this workload, until the result is dropped or the domain stops. `None` if the domain runs by
+/// itself.
 pub(crate) fn run(
     host: &Hypervisor,
     domid: DomId,

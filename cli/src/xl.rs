@@ -1,9 +1,9 @@
-//! `save`, `restore`, `migrate`, `migrate-receive` and `remus` on a Xen host: the host's own
-//! `xl` does them, with `xsr-save-helper` in the place of libxl's save helper. Devices, device
-//! model and configuration stay with the toolstack that owns them.
+//! `save`, `restore`, `migrate`, `migrate-receive` and `remus` on a Xen host: they run the host's
+//! own `xl`, with `xsr-save-helper` in place of libxl's save helper. Devices, device model and
+//! configuration remain the toolstack's.
 //!
-//! The command line is xl's then, and is passed on as it is; what xsr alone has is
-//! refused, so that nobody takes it for done.
+//! The command line is then xl's, and is passed on unchanged. Options that only xsr has are
+//! refused, so that they are not silently ignored.
 //!
 //! C implementation: `main_save`, `main_restore`, `main_migrate`, `main_migrate_receive`,
 //! `main_remus` in `tools/xl`; `LIBXL_SAVE_HELPER` in `tools/libs/light/libxl_save_callout.c`.
@@ -30,53 +30,52 @@ use self::words::Words;
 use crate::args::{Backend, Cli, VARIABLE as BACKEND_VARIABLE};
 use crate::exit::{BadUsage, Code};
 
-/// The commands that xl does, too.
+/// The commands that xl also has.
 const COMMANDS: [&str; 5] = ["save", "restore", "migrate", "migrate-receive", "remus"];
-/// Where libxl looks for the name of its save helper.
+/// The variable in which libxl looks for the name of its save helper.
 const HELPER_VARIABLE: &str = "LIBXL_SAVE_HELPER";
 /// Our helper.
 const HELPER: &str = "xsr-save-helper";
-/// Where a control domain reaches the hypervisor.
+/// Devices through which a control domain reaches the hypervisor.
 const PRIVCMD: [&str; 2] = ["/dev/xen/privcmd", "/proc/xen/privcmd"];
-/// What xl exits with when its command line is wrong.
+/// xl's exit code for a wrong command line.
 const XL_USAGE: i32 = 2;
 
-/// What a command line asks of xl.
+/// A command line for xl.
 #[derive(Debug, PartialEq, Eq)]
 struct Call {
     backend: Backend,
     /// xl's arguments.
     arguments: Vec<OsString>,
-    /// Whether a domain is made: it is a restore, or the receiving end of a migration.
+    /// Whether a domain is created: by a restore, or at the receiving end of a migration.
     restores: bool,
-    /// Options that are for our helper.
+    /// Options for our helper.
     settings: Vec<Setting>,
-    /// Options that xl has not.
+    /// Options that xl lacks.
     refused: Vec<String>,
-    /// Whether a domain is made although this host lacks CPU features that it has seen.
+    /// Whether a domain is created even if it has seen CPU features that this host lacks.
     force: bool,
-    /// Of a command that works on a domain: what the command line says of it, and of the file
-    /// of a save.
+    /// For a command that works on a domain: the positions of the domain and of a save's file.
     words: Option<Words>,
-    /// How much more to say on stderr.
+    /// Additional verbosity on stderr.
     verbose: u8,
     quiet: bool,
 }
 
-/// What to tell the terminal of a command line that xl does.
+/// The terminal settings for a command line that xl runs.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Messages {
     pub(crate) verbose: u8,
     pub(crate) quiet: bool,
 }
 
-/// A command line that is xl's to do.
+/// A command line that xl runs.
 #[derive(Debug)]
 pub(crate) struct Xl(Call);
 
 impl Xl {
-    /// Whether xl is to do what this process was started for: one of its commands, on the
-    /// Xen that this machine runs. `None` is for the command line of xsr itself.
+    /// The command line of this process, if xl is to run it: one of xl's commands, on the Xen of
+    /// this machine. `None` if xsr runs it itself.
     pub(crate) fn asked() -> Option<Self> {
         let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
         let from_environment = std::env::var_os(BACKEND_VARIABLE).filter(|name| !name.is_empty());
@@ -89,7 +88,7 @@ impl Xl {
         through_xl.then_some(Self(call))
     }
 
-    /// What it may say.
+    /// The settings for messages.
     pub(crate) fn messages(&self) -> Messages {
         Messages {
             verbose: self.0.verbose,
@@ -97,12 +96,12 @@ impl Xl {
         }
     }
 
-    /// Run xl until it ends. Signals that this process gets are passed on to it; what asks to
-    /// stop, to its save helper, so that a guest runs on.
+    /// Run xl until it ends. Signals are passed on to it. A request to stop goes to its save helper
+    /// instead, so that the guest continues.
     ///
     /// # Errors
     ///
-    /// xl or the helper is not there, an option is none of xl's; a signal ended xl.
+    /// xl or the helper is missing, xl lacks an option; a signal ended xl.
     pub(crate) fn run(self) -> Result<Code> {
         let Call {
             mut arguments,
@@ -161,11 +160,11 @@ impl Xl {
     }
 }
 
-/// What xl's end means.
+/// The meaning of xl's exit status.
 fn code_of(status: ExitStatus) -> Result<Code> {
     match status.code() {
         Some(0) => Ok(Code::Fine),
-        // xl has said why.
+        // xl has printed the reason.
         Some(XL_USAGE) => Ok(Code::Usage),
         Some(_) => Ok(Code::Failed),
         None => bail!("xl was ended: {status}; see `xl list` for what became of the domain"),
@@ -173,8 +172,8 @@ fn code_of(status: ExitStatus) -> Result<Code> {
 }
 
 impl Call {
-    /// Read a command line (without the program's name) as far as xl's part in it needs:
-    /// `None` where it is no command of xl's, is for help, or works without xl.
+    /// Parse a command line (without the program's name) as far as xl needs it. `None` if it is not
+    /// one of xl's commands, asks for help, or works without xl.
     fn of(arguments: &[OsString], from_environment: Option<&OsStr>) -> Option<Self> {
         let command = arguments.iter().position(|a| !is_option(a))?;
         let name = arguments[command].to_str()?;
@@ -195,7 +194,7 @@ impl Call {
             quiet: false,
         };
         let mut backend = from_environment.map(OsStr::to_os_string);
-        // xl's own options, which stand before its command.
+        // xl's own options, before its command.
         let mut before = Vec::new();
         for argument in &arguments[..command] {
             match argument.to_str() {
@@ -250,7 +249,7 @@ impl Call {
             }
         }
         if let Some(backend) = backend {
-            // What cannot be read is for clap to complain of.
+            // If it is invalid, clap reports the error.
             call.backend = backend.to_str()?.parse().ok()?;
         }
         let verbose = (0..call.verbose).map(|_| "-v".into());
@@ -265,7 +264,7 @@ impl Call {
         Some(call)
     }
 
-    /// An argument that xl gets.
+    /// Add an argument for xl.
     fn push(&mut self, argument: &OsStr, may_be_option: bool) {
         if let Some(words) = &mut self.words {
             words.see(argument, self.arguments.len(), may_be_option);
@@ -273,7 +272,7 @@ impl Call {
         self.arguments.push(argument.to_owned());
     }
 
-    /// Take an option that says how much is to be said.
+    /// Take an option about verbosity.
     fn message(&mut self, argument: &OsStr) -> bool {
         match argument.to_str() {
             Some("-q" | "--quiet") => self.quiet = true,
@@ -298,12 +297,12 @@ fn is_option(argument: &OsStr) -> bool {
     argument.as_bytes().first() == Some(&b'-')
 }
 
-/// Whether xsr has a long option of this name and xl has not.
+/// Whether this is a long option that xsr has and xl lacks.
 fn is_own(command: &clap::Command, name: &str, option: &str) -> bool {
     let Some(long) = option.strip_prefix("--") else {
         return false;
     };
-    // What both have.
+    // Options that both have.
     let shared: &[&str] = match name {
         "restore" => &["vncviewer", "vncviewer-autopass"],
         "migrate" => &["live", "debug"],
@@ -314,12 +313,12 @@ fn is_own(command: &clap::Command, name: &str, option: &str) -> bool {
     ours && !shared.contains(&long)
 }
 
-/// Whether this machine runs Xen, and this is where it is controlled from.
+/// Whether this machine runs Xen, and this is its control domain.
 pub(crate) fn has_xen() -> bool {
     PRIVCMD.iter().any(|path| Path::new(path).exists())
 }
 
-/// A program on PATH.
+/// The path of a program on PATH.
 pub(crate) fn program(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     let mut places = std::env::split_paths(&path);
@@ -331,8 +330,8 @@ fn runnable(path: PathBuf) -> Option<PathBuf> {
     (about.is_file() && about.permissions().mode() & 0o111 != 0).then_some(path)
 }
 
-/// Our save helper: beside this program, or on PATH. libxl runs it from wherever it is,
-/// so that its name is whole.
+/// Our save helper: beside this program, or on PATH. The path is absolute, because libxl may run it
+/// from another directory.
 fn helper() -> Result<PathBuf> {
     let own = std::env::current_exe().context("finding where this program is")?;
     let beside = own.with_file_name(HELPER);

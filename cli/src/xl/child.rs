@@ -1,23 +1,21 @@
-//! A command that runs in our place: it has our stdin, stdout and stderr, and gets the
-//! signals that we get.
+//! Runs a command in our place: it has our stdin, stdout and stderr, and receives our signals.
 //!
-//! A request to stop is not for xl while its save helper is at work: xl would end where it
-//! stands, and leave a guest behind that is suspended, or half a domain. The helper gets
-//! SIGTERM then; libxl breaks the work off for it, and has the guest run on or destroys what
-//! was being restored. Once the helper of a save or migration has ended xl is left alone
-//! altogether: what it still does is to wake the guest or to destroy it. Further signals are
-//! the same request, until the user insists (`interrupt/signals.rs`): then xl is killed.
+//! A request to stop does not go to xl while its save helper is at work: xl would end at once, and
+//! leave a suspended guest or an incomplete domain. Instead the helper gets SIGTERM. libxl then
+//! cancels the work, and resumes the guest or destroys the domain being restored. Once the helper
+//! of a save or migration has ended, xl is left alone, because it only has to resume or destroy the
+//! guest. Further signals are the same request, until the user insists (`interrupt/signals.rs`):
+//! then xl is killed.
 //!
-//! So that what a terminal, a `timeout` or a service manager sends to a whole process group
-//! does not reach xl either, it begins with those signals ignored: those of a terminal always,
-//! the others where it leaves nothing running that should hear them, which is where it restores
-//! nothing.
+//! Signals that a terminal, a `timeout` or a service manager sends to a whole process group must
+//! not reach xl either, so it starts with them ignored: a terminal's signals always, the others
+//! only if it restores nothing, because then it leaves nothing running that should receive them.
 //!
 //! Every signal that would end a process ([`EndingSignals`]) is blocked here before there is a
-//! child, so that none can end this process and leave the child to itself. A child begins with
-//! what its parent blocks, and nothing safe lets it begin otherwise: so the child is this program
-//! under another name, which unblocks them and then becomes the command. A signal that was
-//! ignored when this process began, by `nohup` say, stays ignored.
+//! child, so that none can end this process and leave the child alone. A child inherits its
+//! parent's blocked signals, and there is no safe way to start it otherwise. So the child is this
+//! program under another name, which unblocks the signals and then becomes the command. A signal
+//! that was ignored when this process began, for example by `nohup`, stays ignored.
 
 use std::ffi::OsString;
 use std::fs;
@@ -38,15 +36,16 @@ use xsr_save_restore::signals::{EndingSignals, SignalNumber, sent_to_groups};
 use super::{BACKEND_VARIABLE, HELPER, HELPER_VARIABLE};
 use crate::interrupt::{Ask, Requests, say};
 
-/// Names the file that our helper makes when it begins: that one has run.
+/// Names the file that our helper creates when it begins, so that we know it has run.
 pub(crate) const BEGAN: &str = "XSR_HELPER_BEGAN";
 
-/// The name under which this program becomes the command that its arguments are.
+/// The name under which this program becomes the command in its arguments.
 pub(crate) const NAME: &str = "xsr-becomes";
 
-/// This program, to become `sh` with a script and its arguments: a child begins with what its
-/// parent blocks, and this one with nothing blocked. It ignores the signals that are sent to
-/// process groups; of those, where `restores`, only what the keys and the end of a terminal send.
+/// A command that runs this program, which becomes `sh` with a script and its arguments. This way
+/// the child starts with no signal blocked, although it inherits what its parent blocks. It ignores
+/// the signals that are sent to process groups; if `restores`, only those of a terminal's keys and
+/// end.
 pub(crate) fn deaf(script: &str, restores: bool) -> Command {
     let ignored = match restores {
         true => "INT HUP QUIT".to_owned(),
@@ -58,7 +57,7 @@ pub(crate) fn deaf(script: &str, restores: bool) -> Command {
     child
 }
 
-/// Become the command that the arguments are. Only a failure returns.
+/// Become the command in the arguments. Returns only on failure.
 pub(crate) fn become_it() -> Error {
     let mut arguments = std::env::args_os().skip(1);
     let Some(program) = arguments.next() else {
@@ -71,15 +70,15 @@ pub(crate) fn become_it() -> Error {
     Error::new(error).context(format!("starting {}", program.display()))
 }
 
-/// Those that are read here: of the child's end, too.
+/// The signals read here, including the one for the child's end.
 fn signals(ending: EndingSignals) -> SigSet {
     let mut signals = ending.set();
     signals.add(Signal::SIGCHLD);
     signals
 }
 
-/// Have no signal end this process until [`run`] reads them: it has made a file that must not
-/// stay. To be called before there are other threads.
+/// Keep signals from ending this process until [`run`] reads them, because it has created a file
+/// that must be removed. Call this before other threads start.
 pub(crate) fn hold_signals() -> Result<()> {
     let ending = EndingSignals::of_process().context("reading signals")?;
     let blocked = signals(ending).thread_block();
@@ -94,17 +93,17 @@ pub(super) struct Ended {
     pub(super) killed: bool,
 }
 
-/// Whether xl has something to do before it ends.
+/// Whether xl still has something to do before it ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stopping {
-    /// It puts right what has begun.
+    /// It cleans up.
     InOrder,
-    /// It has been ended.
+    /// It has been killed.
     Ended,
 }
 
-/// Run xl to its end, with `helper` as its save helper, which finds `settings` in its
-/// environment. To be called before there are other threads.
+/// Run xl to its end, with `helper` as its save helper and `settings` in the helper's environment.
+/// Call this before other threads start.
 pub(super) fn run(
     xl: impl IntoIterator<Item = OsString>,
     helper: &Path,
@@ -121,7 +120,7 @@ pub(super) fn run(
     command.args(xl);
     command.env(HELPER_VARIABLE, helper).env(BEGAN, &began);
     command.envs(settings);
-    // The helper has its own meaning for it.
+    // The helper uses this variable differently.
     command.env_remove(BACKEND_VARIABLE);
     let mut child = command.spawn().context("starting xl")?;
     let stop = |xl| stop(xl, restores, &began);
@@ -146,11 +145,11 @@ fn wait(
             Err(errno) => return Err(errno.into()),
         };
         let signal = SignalNumber::new(signal.ssi_signo);
-        // The child's end is none.
+        // The child's end is not a request.
         if !ending.ask(signal) {
             continue;
         }
-        // It has not been waited for, so that the number is still its own.
+        // The child has not been waited for, so its process id cannot have been reused.
         let pid = Pid::from_raw(i32::try_from(child.id())?);
         let passing = || format!("passing {signal} on");
         match requests.hear(signal, Instant::now()) {
@@ -168,7 +167,7 @@ fn wait(
     }
 }
 
-/// What is left when xl has been killed.
+/// Tell the user what is left after xl has been killed.
 pub(super) fn say_what_is_left() {
     say(
         "ended at once: xl has been killed. The domain may be suspended here (migrated: as \
@@ -177,14 +176,14 @@ pub(super) fn say_what_is_left() {
     );
 }
 
-/// Have xl's save helper break its work off; have xl end, where none has begun, or where it
-/// has restored and stays for the domain's end.
+/// Make xl's save helper cancel its work. End xl if no helper has begun, or if xl has restored a
+/// domain and stays until the domain's end.
 fn stop(xl: Pid, restores: bool, began: &Path) -> Result<Stopping> {
     match helper_of(xl) {
         Some(helper) => {
             tracing::info!("asking {HELPER} to stop");
             match pidfd_send_signal(&helper, rustix::process::Signal::TERM) {
-                // It has just ended: there is nothing to break off.
+                // It has just ended: there is nothing to cancel.
                 Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(Stopping::InOrder),
                 Err(errno) => Err(errno.into()),
             }
@@ -200,7 +199,7 @@ fn stop(xl: Pid, restores: bool, began: &Path) -> Result<Stopping> {
             );
             Ok(Stopping::InOrder)
         }
-        // It does not hear SIGTERM. xl has no handler for that: it is the same to it.
+        // xl ignores SIGTERM, for which it has no handler anyway: SIGKILL has the same effect.
         None => {
             signal::kill(xl, Signal::SIGKILL)?;
             Ok(Stopping::Ended)
@@ -208,7 +207,7 @@ fn stop(xl: Pid, restores: bool, began: &Path) -> Result<Stopping> {
     }
 }
 
-/// The save helper that `xl` has started, if one is at work.
+/// The save helper that `xl` has started, if one is running.
 fn helper_of(xl: Pid) -> Option<OwnedFd> {
     let processes = fs::read_dir("/proc").ok()?.flatten();
     let numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
@@ -217,7 +216,7 @@ fn helper_of(xl: Pid) -> Option<OwnedFd> {
         .find_map(|number| {
             let pid = rustix::process::Pid::from_raw(number)?;
             let handle = pidfd_open(pid, PidfdFlags::empty()).ok()?;
-            // The number may have become another's before there was a handle.
+            // The number may have been reused before the handle was opened.
             is_helper(number, xl).then_some(handle)
         })
 }

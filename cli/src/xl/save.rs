@@ -1,11 +1,11 @@
-//! The file of an `xl save`.
+//! The output file of an `xl save`.
 //!
-//! xl truncates FILE before anything is sure, and makes it readable for all. So it is given
-//! another name beside it, with a file that is there already and is for its owner alone, which
-//! gets the name FILE once xl has succeeded. Pipes and devices are xl's to write.
+//! xl truncates FILE at once, and makes it readable for all. So it is given another name in the
+//! same directory, of a file that exists already and is private to its owner. That file is renamed
+//! to FILE once xl has succeeded. Pipes and devices are opened by xl.
 //!
-//! xl destroys the domain on its own. What it has written may then be all that there is of the
-//! domain: it is never removed unless it is certainly no image.
+//! xl itself destroys the domain. What it has written may then be all that is left of the domain,
+//! so it is removed only if it is certainly not an image.
 
 use std::ffi::OsString;
 use std::io;
@@ -23,18 +23,19 @@ use crate::file::is_dash;
 use crate::output::{Existing, Kept, Output, Plan};
 use crate::text::shown_path;
 
-/// Where xl is to write.
+/// The output that xl writes to.
 #[derive(Debug)]
 pub(super) struct Target {
     output: Output,
 }
 
 impl Target {
-    /// Get ready for what `arguments` ask for, and put into them what xl is to write to.
+    /// Prepare the output that `arguments` name, and replace it in them by the one that xl writes
+    /// to. `None` if there is no file: xl reports that.
     ///
     /// # Errors
     ///
-    /// As [`Output::open`]. `None` where there is no file: that is for xl to complain of.
+    /// As [`Output::open`].
     pub(super) fn prepare(words: &Words, arguments: &mut [OsString]) -> Result<Option<Self>> {
         let [domain, file, ..] = words.positions[..] else {
             return Ok(None);
@@ -52,7 +53,7 @@ impl Target {
             None => check_truncated(&output)?,
         }
         if is_dash(&path) {
-            // xl has no name for stdout.
+            // xl has no notation for stdout.
             arguments[file] = "/dev/stdout".into();
         }
         if !words.force
@@ -63,11 +64,11 @@ impl Target {
         Ok(Some(Self { output }))
     }
 
-    /// xl has ended, and says that it has succeeded, or not.
+    /// Called after xl has ended, with its result and whether it succeeded.
     ///
     /// # Errors
     ///
-    /// xl's; the file could not get its name.
+    /// xl's error; the file could not be renamed.
     pub(super) fn finish<T>(self, ended: Result<T>, succeeded: bool) -> Result<T> {
         let name = self.output.name().to_owned();
         let written = match self.output.temporary() {
@@ -92,7 +93,7 @@ impl Target {
                     }
                 };
             }
-            // xl was killed once it had saved the domain, perhaps even destroyed it.
+            // xl was killed after it had saved the domain, and perhaps destroyed it.
             Written::Image => {
                 let after = format!(
                     "xl failed after the image was complete: it is {}; `xl list` says whether \
@@ -121,8 +122,8 @@ impl Target {
     }
 }
 
-/// Whether something would be lost of an output that xl opens itself: anew, from its start, even
-/// where it is a descriptor of this process.
+/// Refuses an output that would lose data when xl opens it: xl truncates it, even if it is a
+/// descriptor of this process.
 fn check_truncated(output: &Output) -> Result<()> {
     let found = output.file().metadata()?;
     if found.is_file() && found.len() > 0 {
@@ -137,9 +138,9 @@ fn check_truncated(output: &Output) -> Result<()> {
 /// What xl has written.
 enum Written {
     Nothing,
-    /// No image, or a part of one.
+    /// No image, or an incomplete one.
     Something,
-    /// All of an image.
+    /// A complete image.
     Image,
 }
 
@@ -177,7 +178,7 @@ fn is_whole(file: &std::fs::File) -> Result<bool> {
     Ok(pages)
 }
 
-/// As many bytes as the domain's image will have at least, where this process can ask.
+/// The least size of the domain's image in bytes, if this process can ask for it.
 fn least_bytes(domain: &str) -> Option<u64> {
     let host = Hypervisor::direct(&Backend::Xen).ok()?;
     let info = host.check(host.find(domain).ok()?).ok()?;

@@ -1,5 +1,5 @@
-//! Options of ours that are for our save helper, where xl does the work: they reach it in the
-//! environment (docs/toolstacks.md).
+//! Options for our save helper when xl does the work: they are passed in environment variables
+//! (docs/toolstacks.md).
 
 use std::ffi::OsString;
 
@@ -8,8 +8,8 @@ use anyhow::{Error, Result};
 use super::COMMANDS;
 use crate::exit::BadUsage;
 
-/// What our helper takes from its environment, since xl and libxl know nothing of it: options
-/// of ours, the variables, and the commands that have them.
+/// The helper's settings, which xl and libxl do not know: our option, the variable, and the
+/// commands that have it.
 const SETTINGS: [(&str, &str, &[&str]); 4] = [
     ("threads", "XSR_THREADS", &COMMANDS),
     ("max-downtime", "XSR_MAX_DOWNTIME", &["migrate"]),
@@ -17,11 +17,11 @@ const SETTINGS: [(&str, &str, &[&str]); 4] = [
     ("on-timeout", "XSR_ON_TIMEOUT", &["migrate"]),
 ];
 
-/// What our helper does about a guest that has seen CPU features which this host lacks: it only
-/// warns where nothing is said.
+/// Whether our helper restores a guest that has seen CPU features which this host lacks. By default
+/// it only warns.
 const PLAN: &str = "XSR_PLAN";
 
-/// The variable for a domain that is made here, and its value; `None` where the user has set it.
+/// The variable for a domain that is created here, and its value; `None` if the user has set it.
 pub(super) fn plan(force: bool) -> Option<(&'static str, OsString)> {
     match (force, std::env::var_os(PLAN)) {
         (true, _) => Some((PLAN, "warn".into())),
@@ -30,17 +30,17 @@ pub(super) fn plan(force: bool) -> Option<(&'static str, OsString)> {
     }
 }
 
-/// One of them, for one command.
+/// A setting of one command.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Setting {
-    /// The option, as clap knows it.
+    /// clap's definition of the option.
     option: clap::Arg,
     variable: &'static str,
     value: OsString,
 }
 
 impl Setting {
-    /// The option `option` of `command`, where it is a setting: what makes one of its value.
+    /// If `option` of `command` is a setting, returns a function that makes it from a value.
     pub(super) fn of(
         command: &clap::Command,
         option: &str,
@@ -64,11 +64,11 @@ impl Setting {
         (self.variable, self.value)
     }
 
-    /// Whether the value is one.
+    /// Checks the value.
     ///
     /// # Errors
     ///
-    /// What clap says of it.
+    /// clap's message.
     pub(super) fn check(&self) -> Result<()> {
         let mut option = OsString::from("--");
         option.push(self.option.get_long().unwrap_or_default());
@@ -79,7 +79,7 @@ impl Setting {
             Ok(_) => Ok(()),
             Err(error) => {
                 let text = error.render().to_string();
-                // What is wrong and what would be right; usage is xl's here.
+                // Only the error and its hint: the usage is xl's here.
                 let lines = text.lines().map(str::trim);
                 let lines: Vec<&str> = lines.take_while(|line| !line.is_empty()).collect();
                 let why = lines.join(" ");

@@ -1,4 +1,4 @@
-//! What becomes of a command line.
+//! How command lines are passed on.
 
 use super::*;
 
@@ -36,7 +36,7 @@ fn xls_flags_pass() {
     }
 }
 
-/// The domain is locked by its name, which an option's value is not to be taken for.
+/// The domain is locked by its name, which must not be confused with an option's value.
 #[test]
 fn the_domain_is_found_among_the_options() {
     for words in [

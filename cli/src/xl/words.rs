@@ -1,5 +1,5 @@
-//! The words of a command line for xl that are not options: the domain, and the file of a save.
-//! While xl works on the domain, it is locked for our other commands.
+//! The positional arguments of a command line for xl: the domain, and the file of a save. While xl
+//! works on the domain, it is locked against our other commands.
 
 use std::ffi::{OsStr, OsString};
 
@@ -9,7 +9,7 @@ use xsr_xen_backend::domain_store::{DomainLock, DomainStoreError};
 use crate::args::Backend;
 use crate::backend::Hypervisor;
 
-/// What a command line says of the domain and the file.
+/// The domain and the file on a command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Words {
     /// The command: `save`, `migrate` or `remus`.
@@ -18,7 +18,7 @@ pub(super) struct Words {
     with_value: &'static str,
     /// Whether the next word is the value of an option.
     is_value: bool,
-    /// Where the words stand among xl's arguments: DOMAIN, then FILE or HOST.
+    /// The positions of these words among xl's arguments: DOMAIN, then FILE or HOST.
     pub(super) positions: Vec<usize>,
     /// The domain stays after a save (`-c`, `-p`).
     pub(super) keeps: bool,
@@ -27,7 +27,7 @@ pub(super) struct Words {
 }
 
 impl Words {
-    /// For a command that works on a domain which is there already.
+    /// For a command that works on an existing domain.
     pub(super) fn of(command: &str) -> Option<Self> {
         let (command, with_value) = match command {
             "save" => ("save", ""),
@@ -45,7 +45,7 @@ impl Words {
         })
     }
 
-    /// Take note of an argument that xl gets.
+    /// Take note of an argument for xl.
     pub(super) fn see(&mut self, argument: &OsStr, position: usize, may_be_option: bool) {
         if std::mem::take(&mut self.is_value) {
             return;
@@ -58,15 +58,15 @@ impl Words {
                 }
                 self.keeps |= letters.contains(['c', 'p']);
                 let takes = letters.find(|letter| self.with_value.contains(letter));
-                // What stands behind the letter is the value.
+                // The rest after the letter, if any, is the value.
                 self.is_value = takes.is_some_and(|at| at + 1 == letters.len());
             }
             _ => self.positions.push(position),
         }
     }
 
-    /// Locks the domain. `None` if this process cannot ask the hypervisor, or does not find the
-    /// domain: xl says what is wrong.
+    /// Lock the domain. `None` if this process cannot ask the hypervisor, or does not find the
+    /// domain: xl reports the reason.
     ///
     /// # Errors
     ///

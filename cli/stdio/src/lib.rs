@@ -1,13 +1,13 @@
-//! Whether stdin, stdout and stderr were open when the process began.
+//! Whether stdout was open when the process began.
 //!
-//! Rust's runtime opens `/dev/null` in the place of those that are closed, before `main`: from
-//! then on a stdout that is closed (`>&-`) looks like one that a caller has sent to `/dev/null`
-//! on purpose, as Python's `subprocess.DEVNULL` is. The first has to be reported as a failure,
-//! the second must not be. So they are looked at before the runtime is, by a function that the
-//! loader calls, as coreutils in Rust do it.
+//! Before `main`, Rust's runtime opens `/dev/null` in place of closed standard descriptors. After
+//! that, a closed stdout (`>&-`) looks like one that the caller has redirected to `/dev/null` on
+//! purpose, as Python's `subprocess.DEVNULL` is. The first must be reported as a failure, the
+//! second must not. So a function that the loader calls looks before the runtime starts, as in
+//! uutils coreutils.
 //!
-//! A room for `unsafe` of its own, because of one attribute: a function in `.init_array` is
-//! called by the loader, which believes what it finds there.
+//! This is a crate of its own for `unsafe`, because of one attribute: the loader calls a function
+//! in `.init_array` without any check.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -16,8 +16,8 @@ use rustix::io::{Errno, fcntl_getfd};
 
 static STDOUT_WAS_CLOSED: AtomicBool = AtomicBool::new(false);
 
-/// Called by the loader, with the arguments of `main`, which it does not take. One system call
-/// each, without libc, std or memory from a heap: none of those is ready yet.
+/// Called by the loader with the arguments of `main`, which it ignores. It makes one system call,
+/// without libc, std or heap memory, none of which is ready yet.
 extern "C" fn look() {
     STDOUT_WAS_CLOSED.store(is_closed(rustix::stdio::stdout()), Ordering::Relaxed);
 }
@@ -26,10 +26,10 @@ fn is_closed(descriptor: BorrowedFd<'_>) -> bool {
     fcntl_getfd(descriptor) == Err(Errno::BADF)
 }
 
-// SAFETY: `.init_array` is a table of pointers to functions that the loader calls once, on the
-// only thread there is. This is one such pointer: a `static` of a function pointer's type, and
-// `look` has the C calling convention. It takes no arguments, which in that convention a callee
-// need not look at, and does not unwind: nothing in it panics.
+// SAFETY: `.init_array` is a table of pointers to functions that the loader calls once, on the only
+// thread. This is one such pointer: a `static` of a function pointer's type, and `look` has the C
+// calling convention. It takes no arguments, which a callee may ignore in that convention, and it
+// does not unwind: nothing in it panics.
 #[used]
 #[unsafe(link_section = ".init_array")]
 static LOOK: extern "C" fn() = look;
