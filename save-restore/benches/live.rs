@@ -1,10 +1,10 @@
-//! Saves, restores and live migrations between two mock machines, timed. `cargo xtask
-//! bench --live` runs it and makes tables and a plot of what it prints: a JSON object a
-//! line, one for each measurement.
+//! Timing of saves, restores and live migrations between two mock machines. `cargo xtask bench
+//! --live` runs it and makes tables and a plot of its output: a JSON object a line, one for each
+//! measurement.
 //!
-//! A migration's sender and receiver run at the same time, at the ends of a socket pair,
-//! while the guest writes at a rate that is a share of what the way takes. Downtime counts
-//! from the request to suspend until the guest may run on the other side.
+//! A migration's sender and receiver run at the same time, at the ends of a socket pair, while the
+//! guest writes at a rate that is a share of the bandwidth. Downtime counts from the request to
+//! suspend until the guest may run on the other side.
 
 #![allow(
     clippy::unwrap_used,
@@ -32,24 +32,24 @@ use xsr_save_restore::{Live, RestoreOptions, SaveOptions, SaveRequest, restore};
 use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost, WorkloadSpec};
 use xsr_xen_backend::{DomId, Domain, GuestKind, Host};
 
-/// Dirty rates, as shares of what the way takes.
+/// Dirty rates, as shares of the bandwidth.
 const SHARES: [f64; 8] = [0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.2];
 
-/// How long a policy with a target may try before it stops the guest whatever is dirty.
+/// How long a policy with a target may try before it stops the guest, whatever is dirty.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Threads at each end of a migration.
 const MIGRATION_THREADS: usize = 2;
 
-/// Migrations of each of the two guests, by the target policy and with a dirty rate below
-/// the bandwidth: a share of them near 95 % is not to be told from fewer.
+/// Migrations of each of the two guests, by the target policy and with a dirty rate below the
+/// bandwidth: with fewer, a success rate near 95 % cannot be measured.
 const ENOUGH_BELOW: usize = 20;
 
 fn go_on(_: &Progress) -> ControlFlow<()> {
     ControlFlow::Continue(())
 }
 
-/// A number that follows `name` among the arguments.
+/// The number that follows `name` among the arguments.
 fn argument(name: &str, default: u64) -> u64 {
     let mut arguments = std::env::args().skip_while(|argument| argument != name);
     match arguments.nth(1) {
@@ -73,7 +73,7 @@ fn options(threads: usize) -> SaveOptions {
     }
 }
 
-/// Notes when the guest is asked to suspend.
+/// Records when the guest is asked to suspend.
 struct Timed<'a> {
     inner: DirectToolstack<'a>,
     asked: Option<Instant>,
@@ -101,7 +101,7 @@ impl SaveToolstack for Timed<'_> {
     }
 }
 
-/// Restore into a new domain and let it run; when it could.
+/// Restores into a new domain and starts it; returns when it could start.
 fn receive(
     host: &MockHost,
     spec: &GuestSpec,
@@ -128,18 +128,18 @@ fn receive(
     (domid, Instant::now())
 }
 
-/// What a migration took.
+/// The measurements of a migration.
 struct Migration {
     stats: SaveStats,
     total: Duration,
     downtime: Duration,
-    /// Pages the guest wrote per second while it ran, each as often as it did.
+    /// Pages the guest wrote per second while it ran, counted each time.
     rate: f64,
-    /// Pages that went per second while it ran.
+    /// Pages sent per second while it ran.
     bandwidth: f64,
 }
 
-/// Migrate a guest that writes `rate` pages a second; it goes on at home afterwards.
+/// Migrates a guest that writes `rate` pages a second; it continues on the source afterwards.
 fn migrate(
     from: &MockHost,
     to: &MockHost,
@@ -195,7 +195,7 @@ fn migrations(spec: &GuestSpec, rounds: u64, target: Duration) {
         .collect();
     idle.sort_by(f64::total_cmp);
     let most = idle[idle.len() / 2];
-    // Whether the guest wrote less than went.
+    // Whether the guest wrote less than was sent.
     let measured = |share: f64, name: &str| {
         // A share of what fits into 32 bits, far above what any machine reaches.
         let rate = format!("{:.0}", most * share).parse().unwrap();
@@ -237,7 +237,7 @@ fn migrations(spec: &GuestSpec, rounds: u64, target: Duration) {
     }
 }
 
-/// Save to `sink`, not live; how long it took.
+/// Makes a still save to `sink`; returns how long it took.
 fn timed_save(host: &MockHost, domid: DomId, threads: usize, sink: &mut dyn PageSink) -> Duration {
     let domain = host.domain(domid).unwrap();
     let mut toolstack = DirectToolstack(domain.as_ref());
@@ -254,13 +254,13 @@ fn timed_save(host: &MockHost, domid: DomId, threads: usize, sink: &mut dyn Page
     took
 }
 
-/// Take everything from one end and forget it, as `cat >/dev/null` does.
+/// Reads everything from one end and discards it, as `cat >/dev/null` does.
 fn drain(mut from: impl Read) {
     let mut room = vec![0; 1 << 17];
     while from.read(&mut room).unwrap() > 0 {}
 }
 
-/// Read everything and write it to the other end, as `cat` does.
+/// Reads everything and writes it to the other end, as `cat` does.
 fn feed(mut from: impl Read, mut to: impl Write) {
     let mut room = vec![0; 1 << 17];
     loop {

@@ -59,7 +59,7 @@ impl Departing for Leaving<'_> {
             })
             .write_stream(&mut toolstack, libxl.sink_mut())?;
         libxl.write(&LibxlRecord::End)?;
-        // From here on the machine of the migration decides.
+        // From here on the state machine of the migration decides.
         saved.keep_suspended();
         Ok(())
     }
@@ -91,7 +91,7 @@ impl Departing for Leaving<'_> {
 pub struct Coming<'h> {
     /// The machine.
     pub host: &'h MockHost,
-    /// The domain, once it was made.
+    /// The domain, once it has been created.
     pub domid: Option<DomId>,
 }
 
@@ -105,7 +105,7 @@ impl Coming<'_> {
 impl Arriving for Coming<'_> {
     fn receive_image(&mut self, from: &mut ConnectionReader<'_>) -> Result<(), BoxError> {
         let (reader, around) = Walk::open(from, ReadOptions::default())?.into_libxc()?;
-        // The configuration in the xl header says how large it is; here all are small.
+        // The configuration in the xl header says how large the domain is; here all are small.
         let domid = self.host.create_domain(GuestKind::Pvh, 1, 4096)?;
         self.domid = Some(domid);
         self.host.rename(domid, "web--incoming")?;
@@ -122,7 +122,7 @@ impl Arriving for Coming<'_> {
         let (_, source) = restore(&*domain, reader, &mut toolstack, &options, &mut |_| {
             std::ops::ControlFlow::Continue(())
         })?;
-        // What stands behind the libxc stream, to the end.
+        // What follows the libxc stream, to the end.
         let offset = source.bytes_read();
         let mut walk = around.resume(source, offset);
         while walk.next_step()?.is_some() {}
@@ -150,11 +150,11 @@ impl Arriving for Coming<'_> {
     }
 }
 
-/// Migrate a domain, and see that its memory is the same at the other end.
+/// Migrates a domain, and checks that its memory is the same at the destination.
 ///
 /// # Errors
 ///
-/// Something failed, or the memory differs.
+/// A step failed, or the memory differs.
 pub fn main() -> Result<(), BoxError> {
     let (here, there) = (HostConfig::default(), HostConfig::default());
     let (here, there) = (MockHost::ephemeral(&here)?, MockHost::ephemeral(&there)?);

@@ -1,13 +1,13 @@
-//! A toolstack of one's own that saves a domain while it runs: with progress, a limit
-//! of time after which it is cancelled, and a precopy policy of its own.
+//! A custom toolstack that saves a running domain, with progress, a time limit after which it
+//! cancels, and a precopy policy of its own.
 //!
 //! ```text
 //! cargo run -p xsr-save-restore --example toolstack_save -- HOST DOMAIN FILE [SECONDS]
 //! ```
 //!
-//! HOST is `xen`, or the directory of a mock machine (`xsr mock create` makes one).
-//! FILE becomes a bare libxc stream; the domain is destroyed when it is complete, and
-//! runs on when anything fails.
+//! HOST is `xen`, or the directory of a mock machine (`xsr mock create` makes one). FILE becomes a
+//! bare libxc stream. The domain is destroyed when FILE is complete, and continues to run if
+//! anything fails.
 
 #![allow(clippy::print_stdout, reason = "an example talks to whoever runs it")]
 
@@ -27,7 +27,7 @@ use xsr_xen_backend::domain_store::{DestroyOutcome, DomainStore};
 use xsr_xen_backend::mock::MockHost;
 use xsr_xen_backend::{Domain, XenHost};
 
-/// Goes on for as long as each pass leaves fewer pages dirty than the one before.
+/// Continues as long as each pass leaves fewer pages dirty than the one before.
 #[derive(Debug, Default)]
 struct WhileItShrinks {
     last: Option<u64>,
@@ -35,7 +35,7 @@ struct WhileItShrinks {
 
 impl PrecopyPolicy for WhileItShrinks {
     fn decide(&mut self, stats: &PrecopyStats) -> PrecopyDecision {
-        // Right after a pass nobody knows yet what is dirty.
+        // Directly after a pass the dirty count is not known yet.
         let Some(dirty) = stats.dirty_count else {
             return PrecopyDecision::Continue;
         };
@@ -46,7 +46,7 @@ impl PrecopyPolicy for WhileItShrinks {
     }
 }
 
-/// How this toolstack suspends a guest. One with devices would quiet them here, too.
+/// How this toolstack suspends a guest. A toolstack with devices would quiesce them here, too.
 struct Toolstack<'a> {
     domain: &'a dyn Domain,
 }
@@ -80,11 +80,11 @@ fn main() -> Result<(), Box<dyn Error>> {
         directory => Box::new(MockHost::open(Path::new(directory))?),
     };
     let which = host.find(name)?;
-    // Another command of this program that is given the same domain is told who has it.
+    // Another command of this program that is given the same domain reports the lock's holder.
     let _lock = host.lock(which, "toolstack_save")?;
     let domain = host.open(which)?;
 
-    // Any thread may cancel, at any time: here one that looks at the clock.
+    // Any thread may cancel, at any time: here one that watches the clock.
     let cancel = Cancel::new();
     let limit = cancel.clone();
     thread::spawn(move || {
@@ -121,7 +121,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         .observe(&mut on_progress)
         .write_stream(&mut toolstack, &mut sink);
     let saved = saved.inspect_err(|_| println!("the guest runs on"))?;
-    // While `saved` lives, the guest can still be resumed: should this fail, it is, and there
+    // While `saved` exists, the guest can still be resumed: if this fails, it is resumed, and there
     // is no new image.
     writer.commit(Durability::Durable)?;
     println!("suspended for {:?}", saved.stats().suspended_for);

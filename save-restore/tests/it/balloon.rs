@@ -1,6 +1,6 @@
-//! A translated guest that gives pages back and takes pages while it is being saved live
-//! arrives with the memory that it had when it suspended, whether the hypervisor's dirty log
-//! tells of it or not.
+//! Ballooning during a live save: a translated guest that gives pages back and takes pages arrives
+//! with the memory that it had when it suspended, whether the hypervisor's dirty log reports this
+//! or not.
 
 use std::ops::ControlFlow;
 
@@ -20,25 +20,25 @@ use xsr_xen_backend::{DomId, Domain, GuestKind, Host, XenVersion};
 const A: u64 = 0x345;
 const B: u64 = 0x7c0;
 
-/// When the guest does something.
+/// When the guest acts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum When {
     /// Before the save.
     Before,
-    /// In the midst of pass `n`, behind its first batch.
+    /// In the middle of pass `n`, after its first batch.
     InPass(u32),
     /// After pass `n`, before the log is read.
     AfterPass(u32),
-    /// When it has been asked to suspend, which no look is behind.
+    /// When it has been asked to suspend; no look at the guest follows.
     AtSuspend,
 }
 use When::{AfterPass, AtSuspend, Before, InPass};
 
-/// What it does.
+/// What the guest does.
 #[derive(Clone, Copy, Debug)]
 enum Does {
     GiveBack(u64),
-    /// It fills the page, too: with writes that an older hypervisor does not log.
+    /// It also fills the page, with writes that an older hypervisor does not log.
     Take(u64),
 }
 use Does::{GiveBack, Take};
@@ -71,8 +71,8 @@ impl Guest<'_> {
     }
 }
 
-/// Three passes; the guest does its part in them. The policy, the progress and the toolstack
-/// of a save each have a share of the guest.
+/// Makes three passes, in which the guest acts. The policy, the progress and the toolstack of a
+/// save share the guest.
 struct Shared<'a>(&'a std::sync::Mutex<Guest<'a>>);
 
 impl PrecopyPolicy for Shared<'_> {
@@ -112,7 +112,7 @@ fn machine(logs_new_pages: bool) -> MockHost {
     MockHost::ephemeral(&config).unwrap()
 }
 
-/// Save the guest live over `domain`, which does as `script` says; it stays suspended.
+/// Saves the guest live over `domain`, while it acts as `script` says; it stays suspended.
 fn run(
     host: &MockHost,
     domain: &dyn Domain,
@@ -152,7 +152,7 @@ fn run(
     (sink.0, stats)
 }
 
-/// The pages that did not arrive as they left.
+/// The pages that arrived changed.
 fn differences(host: &MockHost, domid: DomId, stream: &[u8], kind: GuestKind) -> Vec<Pfn> {
     let to = machine(true);
     let (there, restored) = restore_stream(&to, (kind, 1, 4096), CopySource(stream));
@@ -171,12 +171,12 @@ fn scripts() -> Vec<Script> {
         around(&[(AfterPass(1), GiveBack(A))]),
         around(&[(InPass(1), GiveBack(A))]),
         around(&[(AtSuspend, GiveBack(A))]),
-        // At the same pfn, in another interval, or between two looks of the same one.
+        // At the same pfn, in another interval, or between two looks of the same interval.
         around(&[(AfterPass(1), GiveBack(A)), (AfterPass(2), Take(A))]),
         around(&[(AfterPass(1), GiveBack(A)), (AtSuspend, Take(A))]),
         around(&[(InPass(1), GiveBack(A)), (AfterPass(1), Take(A))]),
         around(&[(AfterPass(3), GiveBack(A)), (AtSuspend, Take(A))]),
-        // As many given back as taken: the number of pages says nothing.
+        // As many given back as taken: the number of pages does not reveal it.
         around(&[
             (Before, GiveBack(A)),
             (AfterPass(1), GiveBack(B)),
@@ -226,8 +226,8 @@ fn memory_arrives_whatever_the_guest_gives_back_and_takes() {
     }
 }
 
-/// A hypervisor that tells is not asked anything again; what it does not tell (a page that
-/// is gone) arrives as Xen's own engine has it, present.
+/// If the hypervisor's log reports new pages, it is not queried further. What it does not report (a
+/// page that is gone) arrives as with Xen's own engine: present.
 #[test]
 fn a_log_that_tells_of_new_pages_is_enough() {
     for script in scripts().into_iter().step_by(3) {
@@ -253,7 +253,7 @@ fn a_log_that_tells_of_new_pages_is_enough() {
     }
 }
 
-/// Where nothing comes or goes the stream is the same, however much is asked.
+/// Without ballooning the stream is the same, however much is queried.
 #[test]
 fn a_guest_that_does_neither_is_sent_as_ever() {
     let streams = [true, false].map(|logs| {
@@ -268,8 +268,7 @@ fn a_guest_that_does_neither_is_sent_as_ever() {
     assert_eq!(told_stats.pages, asked_stats.pages);
 }
 
-/// A page that was only taken costs itself; one of which it is not known where it came to
-/// costs a pass.
+/// A page that was only taken costs itself. A page whose location is unknown costs a pass.
 #[test]
 fn only_memory_that_cannot_be_found_costs_a_whole_pass() {
     let pages = |script: Script| {

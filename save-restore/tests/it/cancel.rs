@@ -1,5 +1,5 @@
-//! A save that is cancelled gives the guest back at once, wherever it is: within 100 ms,
-//! with nothing logged and nothing mapped.
+//! Cancelling a save: the guest runs again at once, whatever the save was doing: within 100 ms,
+//! with the log off and no page mapped.
 
 use std::fs;
 use std::io;
@@ -20,10 +20,10 @@ use xsr_save_restore::{Live, SaveError, SaveRequest};
 use xsr_xen_backend::mock::{GuestSpec, MockHost, WorkloadSpec};
 use xsr_xen_backend::{DomId, GuestKind, Host};
 
-/// What is promised.
+/// The documented limit.
 const PROMISE: Duration = Duration::from_millis(100);
 
-/// Tests that count the mappings of this process, one at a time.
+/// Serialises tests that count the mappings of this process.
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
@@ -112,7 +112,7 @@ fn a_save_that_is_cancelled_at_any_event_gives_the_guest_back_at_once() {
             };
             let (result, _, events) = attempt(usize::MAX);
             result.unwrap();
-            // A PV guest's tables are looked at in batches.
+            // A PV guest's tables are read in batches.
             let setup = events.iter().filter(|(phase, _)| *phase == Phase::Setup);
             let (setup, pv) = (setup.count(), spec.kind == GuestKind::Pv);
             assert!(setup > 3 || !pv, "{}: {setup}", spec.name);
@@ -130,8 +130,8 @@ fn a_save_that_is_cancelled_at_any_event_gives_the_guest_back_at_once() {
                 ],
             };
             assert_eq!(phases, all, "{}", spec.name);
-            // Where a phase or pass begins and ends, and some between: most events are
-            // those of empty stretches of pfns.
+            // Where a phase or pass begins and ends, and some in between: most events are about
+            // empty ranges of pfns.
             let many = events.len();
             let edge = |at: usize| {
                 let neighbours = at.saturating_sub(2)..(at + 3).min(many);
@@ -145,7 +145,7 @@ fn a_save_that_is_cancelled_at_any_event_gives_the_guest_back_at_once() {
                     assert_given_back(&host, domid, before, &what);
                     took.unwrap()
                 });
-                // Another try only where the machine was busy with something else.
+                // Another attempt only if the machine was busy with something else.
                 let took = took.into_iter().find(|took| *took < PROMISE);
                 slowest = slowest.max(took.unwrap_or_else(|| panic!("{what}: too slow")));
                 points += 1;
@@ -156,7 +156,7 @@ fn a_save_that_is_cancelled_at_any_event_gives_the_guest_back_at_once() {
     assert!(points > 150, "{points}");
 }
 
-/// Cancel once nothing fits into `writer` any more; how long it took from there.
+/// Cancels once `writer` is full; returns how long the save took from there.
 fn cancel_when_full(
     host: &MockHost,
     domid: DomId,
@@ -176,7 +176,7 @@ fn cancel_when_full(
             asked
         });
         let mut sink = FdSink::cancellable(writer, cancel.clone()).unwrap();
-        // The token alone has to do it.
+        // The token alone must stop it.
         let mut go_on = |_: &Progress| ControlFlow::Continue(());
         let result = run(host, domid, live, &mut sink, &mut go_on);
         let ended = Instant::now();

@@ -1,5 +1,5 @@
-//! A save with checkpoints: each of them is the guest as it was when it suspended, and
-//! whatever fails, the guest runs on.
+//! Saves with checkpoints: each checkpoint is the guest as it was when it suspended, and the guest
+//! keeps running, whatever fails.
 
 use std::io;
 use std::ops::ControlFlow;
@@ -20,7 +20,7 @@ use xsr_save_restore::toolstack::{
 use xsr_xen_backend::mock::{GuestSpec, MemoryDigest, MockHost, Workload, WorkloadSpec};
 use xsr_xen_backend::{DomId, Domain, GuestKind, Host};
 
-/// Which callback goes wrong, in which epoch.
+/// Which callback fails, in which epoch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Wrong {
     /// Nothing was done.
@@ -29,19 +29,19 @@ enum Wrong {
     SuspendLate(u64),
     Postcopy(u64),
     PostcopyLate(u64),
-    /// It says that the guest runs, which it does not.
+    /// It says that the guest runs, although it does not.
     PostcopyPretends(u64),
     Checkpoint(u64),
 }
 
-/// Takes so many checkpoints of a guest that works between them.
+/// Takes this many checkpoints of a guest that works between them.
 struct Remus<'a> {
     host: &'a MockHost,
     domid: DomId,
     domain: &'a dyn Domain,
     work: Workload,
     last: u64,
-    /// What is kept while the guest is suspended: nothing, a part, all.
+    /// How much is buffered while the guest is suspended: nothing, a part, all.
     buffer_bytes: usize,
     wrong: Option<Wrong>,
     log: Vec<&'static str>,
@@ -71,7 +71,7 @@ impl<'a> Remus<'a> {
         }
     }
 
-    /// The number of the epoch that is under way.
+    /// The number of the current epoch.
     fn number(&self) -> u64 {
         self.epochs.len() as u64 + 1
     }
@@ -162,7 +162,7 @@ fn go_on(_: &Progress) -> ControlFlow<()> {
     ControlFlow::Continue(())
 }
 
-/// The guest runs, and nothing of the save is left.
+/// The guest runs, and nothing of the save remains.
 fn assert_runs(host: &MockHost, domid: DomId, what: &str) {
     let info = host.domain(domid).unwrap().info().unwrap();
     assert_eq!((info.shutdown, info.paused), (None, false), "{what}");
@@ -174,7 +174,7 @@ const HEADERS: usize = 24 + 16;
 const END: [u8; 8] = [0; 8];
 const CHECKPOINT: [u8; 8] = [0xe, 0, 0, 0, 0, 0, 0, 0];
 
-/// The records of a stream, as they are.
+/// The records of a stream, unchanged.
 fn records(stream: &[u8]) -> Vec<&[u8]> {
     let mut rest = &stream[HEADERS..];
     let mut records = Vec::new();
@@ -187,8 +187,7 @@ fn records(stream: &[u8]) -> Vec<&[u8]> {
     records
 }
 
-/// A plain stream of the first `epochs`: their records without those that say that they
-/// are checkpoints, and an END.
+/// A plain stream of the first `epochs`: their records without those of checkpoints, and an END.
 fn plain(stream: &[u8], epochs: u64) -> Vec<u8> {
     let mut plain = stream[..HEADERS].to_vec();
     let mut left = epochs;
@@ -222,7 +221,7 @@ fn every_checkpoint_is_the_guest_as_it_suspended() {
         let paused = remus.epochs.iter().map(|epoch| epoch.suspended_for).sum();
         assert_eq!(stats.stream.suspended_for, paused);
         for epoch in &remus.epochs[1..] {
-            // What the guest has done, and no more.
+            // The pages that the guest has written, and no others.
             let pages = 50..2000;
             assert!(pages.contains(&epoch.pages), "{}: {epoch:?}", spec.name);
         }
@@ -254,7 +253,7 @@ fn every_checkpoint_is_the_guest_as_it_suspended() {
     }
 }
 
-/// Keeps what it gets, and counts what comes while the guest stands still.
+/// Keeps what it receives, and counts what comes while the guest is suspended.
 struct WhileAsleep<'a> {
     domain: &'a dyn Domain,
     bytes: Vec<u8>,
@@ -323,7 +322,7 @@ fn the_stream_is_in_order_and_ends_behind_a_checkpoint() {
         assert_eq!(all.last(), Some(&CHECKPOINT.as_slice()));
         assert_eq!(all.iter().filter(|r| **r == CHECKPOINT).count(), 3);
         assert!(!all.contains(&END.as_slice()));
-        // The strict reader misses nothing but the END.
+        // The strict reader reports only the missing END.
         let read = |stream: &[u8]| {
             let options = xsr_format::read::ReadOptions::default();
             let mut records = xsr_format::slice::SliceReader::new(stream, options).unwrap();
@@ -370,7 +369,7 @@ fn a_callback_that_fails_in_any_epoch_leaves_the_guest_running() {
                 let resumed = remus.log.iter().filter(|call| **call == "resume").count();
                 assert_eq!(resumed, usize::from(resumes), "{what}");
                 assert_runs(&host, domid, &what);
-                // Checkpoints that were complete are, also what was kept of them.
+                // Checkpoints that were complete stay complete, also what was kept of them.
                 let complete = records_complete(&sink.0);
                 let behind = matches!(wrong(epoch), Suspend(_) | SuspendLate(_));
                 assert_eq!(complete, epoch - u64::from(behind), "{what}");
@@ -397,7 +396,7 @@ fn a_sink_that_fails_anywhere_leaves_the_guest_running() {
         let mut sink = CopySink(Vec::new());
         run(&mut remus, &mut sink, 1, &mut go_on).unwrap();
         drop(remus);
-        // In the first pass, and most of them in later epochs.
+        // Some in the first pass, most in later epochs.
         let all = sink.0.len();
         let mut complete = HEADERS;
         for record in records(&sink.0) {
@@ -493,7 +492,7 @@ fn a_call_that_fails_anywhere_leaves_the_guest_running() {
                     "{what}"
                 );
                 if host.is_log_dirty(domid).unwrap() {
-                    // Only if just this could not be done.
+                    // Only if exactly this call failed.
                     let struck = faulty.struck().unwrap();
                     assert_eq!(struck.op, "disable_log_dirty", "{what}");
                     host.domain(domid).unwrap().disable_log_dirty().unwrap();

@@ -1,5 +1,5 @@
-//! COLO: the guest runs at both ends and does different things there; each checkpoint makes
-//! them the same again.
+//! COLO: the guest runs on both hosts and does different things there; each checkpoint makes them
+//! identical again.
 
 use std::io::{self, Write};
 use std::num::NonZeroUsize;
@@ -35,7 +35,7 @@ struct Primary<'a> {
     domid: DomId,
     domain: &'a dyn Domain,
     work: Workload,
-    /// To ask the other end for a checkpoint; its answer. `None`: there is no other end.
+    /// Asks the other end for a checkpoint; its answer. `None`: there is no other end.
     other: Option<(Sender<()>, Receiver<()>)>,
     last: u64,
     epochs: Vec<Epoch>,
@@ -136,7 +136,7 @@ impl ColoRestoreToolstack for Secondary<'_> {
             work => {
                 self.libxl.enable_log_dirty().map_err(refused)?;
                 self.domain.unpause().map_err(refused)?;
-                // It does something else than the one it came from.
+                // It does something else than the original.
                 let spec = WorkloadSpec::writes(99, 1, 300);
                 *work = Some(self.host.workload(self.domid, &spec).unwrap());
             }
@@ -228,7 +228,7 @@ fn each_checkpoint_makes_the_secondary_the_primary_again() {
                         &mut FdBackChannel::new(back_from),
                         &mut XenPolicy,
                     );
-                // Hang up, all of it.
+                // Drops the connection completely.
                 sender.other = None;
                 sent
             });
@@ -249,7 +249,7 @@ fn each_checkpoint_makes_the_secondary_the_primary_again() {
         let survivor = survivor.unwrap();
         assert_eq!(survivor.checkpoints, EPOCHS);
         assert!(matches!(survivor.ending, Ending::ToolstackLost));
-        // Both run, and go on as libxl decides.
+        // Both run, and libxl decides how they continue.
         for domain in [&domain, &domain_there] {
             let info = domain.info().unwrap();
             assert_eq!((info.shutdown, info.paused), (None, false));
@@ -261,7 +261,7 @@ fn each_checkpoint_makes_the_secondary_the_primary_again() {
         assert_eq!(receiver.digests.len(), sender.digests.len());
         for (epoch, (there, here)) in receiver.digests.iter().zip(&sender.digests).enumerate() {
             let mut differ = here.differences(there);
-            // A restore clears them: those of xenstore, console and ioreq.
+            // A restore clears the pages of xenstore, console and ioreq.
             differ.retain(|pfn| rings.iter().all(|ring| pfn.0.abs_diff(*ring) > 8));
             assert_eq!(differ, [], "{kind:?}: checkpoint {}", epoch + 1);
         }

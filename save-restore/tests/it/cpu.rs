@@ -1,4 +1,4 @@
-//! A guest that has seen CPU features which a host lacks: refused before it has any memory, or
+//! Guests that have seen CPU features which the host lacks: refused before they have any memory, or
 //! restored with a warning.
 
 use std::ops::ControlFlow;
@@ -15,7 +15,7 @@ use xsr_save_restore::{CpuCheck, RestoreError, RestoreOptions, restore, restore_
 use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
 use xsr_xen_backend::{CpuPolicy, DomId, Domain, DomainControl as _, Errno, GuestKind, Host};
 
-/// A host with features more or less than the usual ones.
+/// A host with more or fewer features than usual.
 fn host_with(processor: &str) -> MockHost {
     let config = HostConfig {
         processor: processor.parse().unwrap(),
@@ -36,7 +36,7 @@ fn guests() -> Vec<GuestSpec> {
     ]
 }
 
-/// The stream of a guest that was made on a host with this processor.
+/// The stream of a guest that was created on a host with this processor.
 fn saved_on(processor: &str, spec: &GuestSpec) -> Vec<u8> {
     let host = host_with(processor);
     let domid = host.create_guest(spec).unwrap();
@@ -106,7 +106,7 @@ fn a_feature_less_is_refused_by_name_before_there_is_memory() {
             assert_eq!(domain.cpu_policy().unwrap(), before, "{}", spec.name);
             domain.destroy().unwrap();
         }
-        // A host like the one that it comes from takes it, and so does one with more.
+        // A host like the source accepts it, and so does one with more features.
         for processor in [RICH, "+avx512f,+avx512bw,+avx512vl"] {
             let machine = host_with(processor);
             let domain = empty_domain(&machine, spec.kind, &stream);
@@ -147,8 +147,8 @@ fn a_checkpointed_stream_is_compared_as_well() {
     assert_eq!(names(&refused.unwrap_err()), ["AVX512F", "AVX512BW"]);
 }
 
-/// Shadowed page tables, say, take features away that the most of the host has: only what Xen has
-/// made of the policy shows it.
+/// Shadowed page tables, for example, remove features that the host's maximum has: only the policy
+/// as Xen has changed it shows this.
 #[test]
 fn what_xen_takes_away_beyond_the_most_is_found_as_well() {
     let spec = GuestSpec::new("hvm", GuestKind::Hvm, 8);
@@ -171,8 +171,8 @@ fn what_xen_takes_away_beyond_the_most_is_found_as_well() {
     }
 }
 
-/// Where the hypervisor does not say what it has, nothing is known: that is no reason for a
-/// drop-in to fail, and one for a command that is to find out.
+/// If the hypervisor does not report its features, nothing is known. A drop-in must not fail for
+/// this, but a command that should find out must.
 #[test]
 fn a_host_that_does_not_tell_is_refused_unless_a_warning_will_do() {
     let spec = GuestSpec::new("pvh", GuestKind::Pvh, 8);

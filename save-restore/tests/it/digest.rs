@@ -1,5 +1,5 @@
-//! A guest that has worked for a while arrives with the memory it left with, as the
-//! mock machine's own digest of it tells, and works on.
+//! Memory digests: a guest that has worked for a while arrives with unchanged memory, according to
+//! the mock machine's own digest, and continues to work.
 
 use xsr_save_restore::source::CopySource;
 use xsr_xen_backend::Host;

@@ -1,5 +1,5 @@
-//! Whatever fails, a guest that was being saved runs on, and a restore leaves nothing
-//! that runs.
+//! Failures of a save or a restore: the guest that was being saved keeps running, and a failed
+//! restore leaves no running domain.
 
 use std::io::{self, Write};
 use std::num::NonZeroUsize;
@@ -38,7 +38,7 @@ fn go_on(_: &xsr_save_restore::progress::Progress) -> ControlFlow<()> {
     ControlFlow::Continue(())
 }
 
-/// The guest runs where it was, and can be saved to the same bytes as before.
+/// The guest runs on the source, and can be saved to the same bytes as before.
 fn assert_runs_on(host: &MockHost, domid: DomId, before: &[u8], what: &str) {
     let info = host.domain(domid).unwrap().info().unwrap();
     assert_eq!((info.shutdown, info.paused), (None, false), "{what}");
@@ -209,12 +209,12 @@ fn a_guest_that_somebody_else_has_suspended_is_left_alone() {
     );
 }
 
-/// How a guest goes away while it is being saved.
+/// How a guest disappears while it is being saved.
 #[derive(Clone, Copy, Debug)]
 enum Goes {
     ShutsDown(ShutdownReason),
     Destroyed,
-    /// Another program has it run on after it has suspended.
+    /// Another program resumes it after it has suspended.
     Resumed,
     /// And then it shuts down.
     ResumedAndShutsDown(ShutdownReason),
@@ -227,8 +227,8 @@ fn shut_down(mock: &MockHost, domid: DomId, reason: ShutdownReason) {
     mock.workload(domid, &work).unwrap().step(1).unwrap();
 }
 
-/// A save, live or not, over either face of the machine, of a guest that goes away when the save
-/// gets to a phase; its error.
+/// A save, live or still, over either interface of the machine, of a guest that disappears when the
+/// save reaches a phase; returns its error.
 fn save_of_one_that_goes(
     spec: &GuestSpec,
     (live, by_calls): (bool, bool),
@@ -336,7 +336,7 @@ fn a_guest_that_goes_away_is_said_to_have_gone_and_is_left_as_it_is() {
     }
 }
 
-/// What another program does to it is not undone, and it is not said to be suspended.
+/// Changes by another program are not undone, and the error does not call it suspended.
 #[test]
 fn a_guest_that_is_resumed_meanwhile_runs_on_or_has_gone() {
     let suspended = [

@@ -1,10 +1,10 @@
-//! Everything that can fail is made to fail in turn: calls, mapped frames, reads and
-//! writes of the stream, callbacks; and a cancel at each event. After each, what the
-//! engine promises of a failure is looked at.
+//! Fault injection: calls, mapped frames, reads and writes of the stream, and callbacks fail in
+//! turn, and a cancel comes at each event. After each fault, the engine's promises about failures
+//! are checked.
 //!
-//! Guests are the smallest there are, so that every call can have its turn. With one
-//! thread a run makes the same calls every time; the same points are then met with
-//! more, where their number is only about the same.
+//! Guests are as small as possible, so that every call can have its turn. With one thread a run
+//! makes the same calls every time. More threads meet the same points, although their number is
+//! then only about the same.
 
 mod calls;
 mod cancel;
@@ -72,7 +72,7 @@ impl Mode {
     const ALL: [Self; 2] = [Self::Stopped, Self::Live];
 }
 
-/// Distinct points at which something was made to fail.
+/// Distinct points at which something failed.
 #[derive(Default)]
 struct Points(BTreeSet<String>);
 
@@ -81,17 +81,16 @@ impl Points {
         self.0.insert(point.to_string());
     }
 
-    /// Say how many there were: never again fewer than `least`.
+    /// Prints their number, which must not fall below `least`.
     fn report(&self, what: &str, least: usize) {
         eprintln!("{}: {} distinct fault points", what, self.0.len());
         assert!(self.0.len() >= least, "{what}: {} points", self.0.len());
     }
 }
 
-/// Whether a guest takes fault number `nth` of a call. An HVM guest and a PVH one make the
-/// same calls, and take long over the gap below their last pfn: they share the faults of
-/// their own calls between them, and those which PV guests meet as well are left to these
-/// by half.
+/// Whether a guest takes fault number `nth` of a call. HVM and PVH guests make the same calls, and
+/// their saves are slow because of the gap below their last pfn. So they share the faults of their
+/// own calls, and leave half of those that PV guests meet as well to PV guests.
 fn takes(kind: GuestKind, op: &str, nth: usize) -> bool {
     let period = if op.contains("hvm") { 2 } else { 4 };
     match kind {
@@ -101,7 +100,7 @@ fn takes(kind: GuestKind, op: &str, nth: usize) -> bool {
     }
 }
 
-/// Which of `count` events to break off at: of the many alike in the middle, some.
+/// At which of `count` events to stop: only at some of the many similar ones in the middle.
 fn some_events(count: usize) -> impl Iterator<Item = usize> {
     (0..count).filter(move |at| *at < 6 || at + 12 > count || at % 149 == 0)
 }
@@ -116,13 +115,13 @@ const WORK: WorkloadSpec = WorkloadSpec {
     ..WorkloadSpec::writes(5, 1, 80)
 };
 
-/// And one that gives pages back and takes some.
+/// A guest that also gives pages back and takes some.
 const BALLOON: WorkloadSpec = WorkloadSpec {
     balloon_permille: 200,
     ..WORK
 };
 
-/// Two passes: all that there is and what was dirtied. More of them are more of the same.
+/// Two passes: all pages, and then the dirty ones. More passes would add nothing new.
 struct TwoPasses;
 
 impl PrecopyPolicy for TwoPasses {
@@ -134,7 +133,7 @@ impl PrecopyPolicy for TwoPasses {
     }
 }
 
-/// A guest to save, and how.
+/// A guest to save, and how to save it.
 #[derive(Clone, Copy)]
 struct Guest<'a> {
     host: &'a MockHost,
@@ -145,7 +144,7 @@ struct Guest<'a> {
 }
 
 impl Guest<'_> {
-    /// Save over `domain`. The guest works after each pass of a live save.
+    /// Saves over `domain`. The guest works after each pass of a live save.
     fn save<'t>(
         &self,
         threads: usize,
@@ -183,7 +182,7 @@ impl Guest<'_> {
             .write_stream(toolstack, sink)
     }
 
-    /// After a save that failed or was not kept: it runs as it did before.
+    /// After a save that failed or was not kept: the guest runs as before.
     fn assert_runs(&self, before: &Source<'_>, what: &str) {
         match self.mode {
             Mode::Stopped => before.assert_unchanged(what),
@@ -216,7 +215,7 @@ fn with_guests(seed: u64, mut check: impl FnMut(&Guest<'_>, &Source<'_>)) {
     }
 }
 
-/// A new domain for a guest of `spec`, as a toolstack makes it.
+/// A new domain for a guest of `spec`, as a toolstack creates it.
 fn make_room(host: &MockHost, spec: &GuestSpec) -> (DomId, RestoreOptions) {
     let pages = spec.memory_mib * 256 + 256;
     let domid = host.create_domain(spec.kind, spec.vcpus, pages).unwrap();
@@ -227,7 +226,7 @@ fn make_room(host: &MockHost, spec: &GuestSpec) -> (DomId, RestoreOptions) {
         store_domid: DomId(0),
         console_port: port(),
         console_domid: DomId(0),
-        // The calls come in one order.
+        // So that the calls come in a fixed order.
         threads: NonZeroUsize::new(1),
         cpu: xsr_save_restore::CpuCheck::Refuse,
     };
@@ -247,7 +246,7 @@ fn try_restore<S: PageSource>(
     Ok(restored)
 }
 
-/// A stream that was saved in spite of everything holds what the suspended source has.
+/// A stream that was saved despite the fault holds the guest of the suspended source.
 fn assert_arrives(from: &MockHost, domid: DomId, to: &MockHost, spec: &GuestSpec, stream: &[u8]) {
     let (new, options) = make_room(to, spec);
     let domain = to.domain(new).unwrap();
@@ -270,8 +269,7 @@ fn assert_same(left: &MemoryDigest, arrived: &MemoryDigest, what: &str) {
     assert_eq!(arrived.differences(left), [], "{what}: memory");
 }
 
-/// A domain that a failed restore has left can only be destroyed, and then nothing of it
-/// is left.
+/// A domain that a failed restore has left can only be destroyed, and then nothing of it remains.
 fn assert_destroyable(host: &MockHost, domid: DomId, free: u64, what: &str) {
     assert_eq!(host.mapped_pages(), 0, "{what}: pages are still mapped");
     let domain = host.domain(domid).unwrap();

@@ -1,5 +1,5 @@
-//! Saves and restores through hypercalls: the backend for a real Xen over the mock
-//! machine's second face. What comes out is what comes out of the machine directly.
+//! Saves and restores through hypercalls: the backend for a real Xen over the mock machine's second
+//! interface. The results equal those of the machine used directly.
 
 use std::ops::ControlFlow;
 
@@ -23,13 +23,13 @@ fn xen(seed: u64, minor: u16) -> MockHost {
     MockHost::ephemeral(&config).unwrap()
 }
 
-/// Restore into a domain that is made through hypercalls too.
+/// Restores into a domain that is also created through hypercalls.
 fn restore_through(host: &XenHost, stream: &[u8], spec: &GuestSpec) -> DomId {
     let (domid, _) = restore_from(host, stream, spec.kind, spec.vcpus);
     domid
 }
 
-/// Nothing of the guest differs but the rings that a restore empties.
+/// The guest is unchanged, except for the rings that a restore clears.
 fn assert_arrived(from: (&MockHost, DomId), to: (&MockHost, DomId), stream: &[u8], what: &str) {
     let [left, arrived] = [from, to].map(|(host, domid)| host.memory_digest(domid).unwrap());
     let rings: Vec<_> = take_apart(stream).rings().collect();
@@ -60,7 +60,7 @@ fn a_guest_arrives_through_hypercalls_and_runs_on() {
         let stream = save_to_vec(&old.as_xen().unwrap(), domid, &options(2)).unwrap();
         let there = restore_through(&new.as_xen().unwrap(), &stream, &spec);
         assert_arrived((&old, domid), (&new, there), &stream, &spec.name);
-        // It suspends and goes on once more.
+        // It can be suspended and resumed once more.
         let xen = new.as_xen().unwrap();
         let domain = xen.domain(there).unwrap();
         domain.unpause().unwrap();
@@ -69,8 +69,8 @@ fn a_guest_arrives_through_hypercalls_and_runs_on() {
     }
 }
 
-/// A console daemon of Xen 4.21 says in the ring that it is there; before that the ring
-/// has to say that it is not.
+/// A console daemon of Xen 4.21 marks the ring as connected; before that the ring must be marked as
+/// not connected.
 #[test]
 fn the_console_is_not_connected_where_its_daemon_connects_it() {
     for spec in specs() {

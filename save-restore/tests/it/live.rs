@@ -1,4 +1,4 @@
-//! A guest that writes while it is being saved arrives as it was when it suspended.
+//! Live saves: a guest that writes meanwhile arrives as it was when it suspended.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -19,7 +19,7 @@ use xsr_save_restore::{Live, SaveError, SaveRequest};
 use xsr_xen_backend::mock::{GuestSpec, MockHost, WorkloadSpec};
 use xsr_xen_backend::{DomId, Domain, GuestKind, Host};
 
-/// Save live, over `domain`; the guest stays suspended.
+/// Saves live, over `domain`; the guest stays suspended.
 fn live_over(
     host: &MockHost,
     domain: &dyn Domain,
@@ -40,7 +40,7 @@ fn live_over(
     Ok(stats)
 }
 
-/// As Xen does it: its policy, no verification.
+/// As Xen does it: with its policy, and without verification.
 fn live(
     host: &MockHost,
     domid: DomId,
@@ -72,8 +72,7 @@ fn assert_arrives(from: &MockHost, source: DomId, stream: &[u8], spec: &GuestSpe
     assert_eq!(differ, [], "{}", spec.name);
 }
 
-/// The pages that did not arrive as they left, but for the rings of an HVM guest,
-/// which a restore empties.
+/// The pages that arrived changed, except the rings of an HVM guest, which a restore clears.
 fn differences(from: (&MockHost, DomId), to: (&MockHost, DomId), stream: &[u8]) -> Vec<Pfn> {
     let [left, arrived] = [from, to].map(|(host, domid)| host.memory_digest(domid).unwrap());
     let rings: Vec<Pfn> = take_apart(stream).rings().collect();
@@ -99,7 +98,7 @@ fn a_guest_that_writes_nothing_is_sent_once() {
         let domid = host.create_guest(&spec).unwrap();
         let plain = save_to_vec(&host, domid, &options(1)).unwrap();
         let (stream, stats) = live(&host, domid, 2, &mut go_on);
-        // What a suspending kernel writes itself is all that comes twice.
+        // Only what a suspending kernel writes itself comes twice.
         assert!(
             stats.pages - take_apart(&plain).data_pages() < 10,
             "{stats:?}"
@@ -119,7 +118,7 @@ fn a_guest_that_writes_all_the_time_arrives_as_it_was_when_it_suspended() {
             ..WorkloadSpec::writes(7, 50_000, 800)
         };
         let work = host.workload(domid, &work).unwrap().run_in_background();
-        // The guest gets something done in every pass, however short it is.
+        // The guest makes progress in every pass, however short the pass is.
         let (mut runs, mut seen) = (true, 0);
         let mut wait = |progress: &Progress| {
             runs &= progress.phase != Phase::Suspend;
@@ -136,8 +135,8 @@ fn a_guest_that_writes_all_the_time_arrives_as_it_was_when_it_suspended() {
     }
 }
 
-/// Save with `operations` of the guest after each pass, and nothing between: the
-/// dirty sets are the same every time.
+/// Saves with `operations` of the guest after each pass, and none in between: the dirty sets are
+/// the same every time.
 fn stepped(
     spec: &GuestSpec,
     threads: usize,
@@ -170,7 +169,7 @@ fn a_stepped_guest_gives_the_same_bytes_with_any_number_of_threads() {
             assert!(one == many, "{} with {threads} threads", spec.name);
         }
         assert_arrives(&host, domid, &one, &spec);
-        // Later versions of a page really come.
+        // Later versions of a page do occur.
         let named: u64 = batches(&one)
             .iter()
             .map(|(_, head)| head.len() as u64 / 8 - 1)
@@ -198,7 +197,7 @@ fn pages_that_were_given_back_are_gone_and_those_taken_again_are_there() {
             let pages =
                 |host: &MockHost, domid| host.domain(domid).unwrap().info().unwrap().tot_pages;
             assert_eq!(pages(&to, new), pages(&host, domid), "{}", spec.name);
-            // Each had memory first, and has none in the end.
+            // Each of them had memory first, and has none in the end.
             let has_data: BTreeSet<Pfn> = versions(&stream)
                 .filter(|(_, page_type)| page_type.is_populated())
                 .map(|(pfn, _)| pfn)
@@ -214,8 +213,8 @@ fn pages_that_were_given_back_are_gone_and_those_taken_again_are_there() {
     assert!(released > 500, "{released} pages were given back");
 }
 
-/// A page table of which the first word is XTAB, since it could not be sent while the
-/// guest ran, keeps the memory that other tables got for it.
+/// A page table that is absent (XTAB) in its first entry, because it could not be sent while the
+/// guest ran, keeps the memory that it got because of other tables.
 #[test]
 fn a_page_that_is_absent_first_and_comes_later_stays() {
     for spec in specs() {
@@ -223,7 +222,7 @@ fn a_page_that_is_absent_first_and_comes_later_stays() {
         let domid = host.create_guest(&spec).unwrap();
         let plain = save_to_vec(&host, domid, &options(1)).unwrap();
         let (first, _) = memory_of(&plain);
-        // Every page absent, before any of them comes.
+        // Every page is marked absent before any of them comes.
         let named: Vec<Pfn> = take_apart(&plain).pages.keys().copied().collect();
         let absent = absent_record(&named);
         let stream = [&plain[..first], &absent, &plain[first..]].concat();
@@ -258,7 +257,7 @@ fn verification_finds_nothing() {
     }
 }
 
-/// Asks for `passes`, then gives up.
+/// Requests `passes`, then gives up.
 struct GivesUp(u32);
 
 impl PrecopyPolicy for GivesUp {
@@ -270,7 +269,7 @@ impl PrecopyPolicy for GivesUp {
     }
 }
 
-/// The guest runs, and nothing marks its pages.
+/// The guest runs, and its pages are not logged.
 fn assert_runs(host: &MockHost, domid: DomId, what: &str) {
     let info = host.domain(domid).unwrap().info().unwrap();
     assert_eq!((info.shutdown, info.paused), (None, false), "{what}");

@@ -1,4 +1,4 @@
-//! The engine against the mock machine: one binary, so that it is linked once.
+//! Tests of the engine against the mock machine: one binary, so that it is linked once.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 

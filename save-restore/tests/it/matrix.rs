@@ -1,6 +1,6 @@
-//! Live migrations of a guest at work: every kind of guest, with 1, 2 and 8 threads, over
-//! a file, a pipe, a socket pair and a reader that gives one byte at a time. The memory
-//! that arrives is the memory that was suspended.
+//! Live migrations of a working guest: every kind of guest, with 1, 2 and 8 threads, over a file, a
+//! pipe, a socket pair and a reader that returns one byte at a time. The memory that arrives equals
+//! the memory of the suspended guest.
 
 use std::io::{self, BufReader, Read, Seek};
 use std::ops::ControlFlow;
@@ -59,7 +59,7 @@ const WORK: WorkloadSpec = WorkloadSpec {
     ..WorkloadSpec::writes(11, 40_000, 400)
 };
 
-/// Save live; the guest stays suspended.
+/// Saves live; the guest stays suspended.
 fn save(
     host: &MockHost,
     domid: DomId,
@@ -86,12 +86,12 @@ fn save(
     stats
 }
 
-/// A guest at work, which gets something done in every pass, however short that is.
+/// A working guest that makes progress in every pass, however short the pass is.
 fn save_at_work(host: &MockHost, domid: DomId, threads: usize, sink: &mut dyn PageSink) {
     let work = host.workload(domid, &WORK).unwrap().run_in_background();
     let mut seen = 0;
     let mut wait = |progress: &Progress| {
-        // What was done before the log was on does not count, nor what was under way then.
+        // Work done before the log was on does not count, nor work in progress then.
         if progress.phase == Phase::Precopy && progress.pages_done == 0 {
             seen = work.operations();
         }
@@ -112,7 +112,7 @@ fn save_at_work(host: &MockHost, domid: DomId, threads: usize, sink: &mut dyn Pa
     assert!(counts.writes > 0 && counts.given_back + counts.taken > 0);
 }
 
-/// One cell: a guest goes from one host to another while it works.
+/// One cell: a guest is migrated from one host to another while it works.
 struct Cell<'a> {
     from: &'a MockHost,
     to: &'a MockHost,
@@ -129,7 +129,7 @@ impl Cell<'_> {
         let there = self.to.memory_digest(arrived).unwrap();
         assert_eq!(there.differences(&left), [], "{what}");
         assert_eq!([self.from, self.to].map(MockHost::mapped_pages), [0, 0]);
-        // It works on over there.
+        // It continues to work on the destination.
         self.to.domain(arrived).unwrap().unpause().unwrap();
         let mut work = self.to.workload(arrived, &WORK).unwrap();
         assert_eq!(work.step(200).unwrap(), 200, "{what}");

@@ -1,6 +1,5 @@
-//! A guest that changes what says where its memory is while it is being saved: its p2m
-//! moves and grows, pages go and come back between a look and the next. It arrives as it
-//! was when it suspended.
+//! Guests that change the description of their memory during a save: the p2m moves and grows, pages
+//! disappear and return between two looks. Such a guest arrives as it was when it suspended.
 
 use std::io;
 use std::ops::ControlFlow;
@@ -20,7 +19,7 @@ use xsr_save_restore::{Live, SaveError, SaveRequest};
 use xsr_xen_backend::mock::{GuestSpec, MockHost, P2mStyle, Workload, WorkloadSpec};
 use xsr_xen_backend::{DomId, Domain, Errno, GuestKind, Host};
 
-/// So many passes, whatever is dirty.
+/// This many passes, whatever is dirty.
 struct Passes(u32);
 
 impl PrecopyPolicy for Passes {
@@ -32,7 +31,7 @@ impl PrecopyPolicy for Passes {
     }
 }
 
-/// PV guests of every layout, with holes for pages to come.
+/// PV guests of every layout, with holes for new pages.
 fn pv_specs() -> Vec<GuestSpec> {
     let spec = |width, p2m, memory| GuestSpec {
         width,
@@ -71,8 +70,8 @@ fn live(
     Ok(stats)
 }
 
-/// The stream, restored on another host, is the suspended source, but for the rings of
-/// an HVM guest, which a restore empties.
+/// The stream, restored on another host, equals the suspended source, except for the rings of an
+/// HVM guest, which a restore clears.
 fn assert_arrives(from: &MockHost, source: DomId, stream: &[u8], spec: &GuestSpec, what: &str) {
     let to = host(96);
     let shape = (spec.kind, spec.vcpus, spec.memory_mib * 256 + 4000);
@@ -85,7 +84,7 @@ fn assert_arrives(from: &MockHost, source: DomId, stream: &[u8], spec: &GuestSpe
     assert_eq!(differ, [], "{} {what}", spec.name);
 }
 
-/// How many X86_PV_P2M_FRAMES a stream has.
+/// The number of X86_PV_P2M_FRAMES records in a stream.
 fn p2m_records(stream: &[u8]) -> usize {
     let frames = RecordKind::X86_PV_P2M_FRAMES.0;
     record_offsets(stream)
@@ -94,7 +93,7 @@ fn p2m_records(stream: &[u8]) -> usize {
         .count()
 }
 
-/// Something that a guest does at a moment of its own.
+/// An action of a guest at a moment of its own.
 type Act<'a> = &'a dyn Fn(&mut Workload) -> bool;
 
 /// When: at the n-th event of a phase.
@@ -134,8 +133,8 @@ fn a_p2m_that_moves_is_followed() {
     let act = |work: &mut Workload| (0..5).all(|_| work.move_p2m_leaf().unwrap());
     let mut resent = 0;
     for spec in pv_specs() {
-        // In the midst of the first pass, behind the last, and before the guest is
-        // asked to suspend.
+        // In the middle of the first pass, after the last, and before the guest is asked to
+        // suspend.
         for moments in [
             &[(Phase::Precopy, 1)][..],
             &[(Phase::Precopy, 2), (Phase::Precopy, 4)],
@@ -165,7 +164,7 @@ fn a_p2m_that_grows_is_followed() {
             let refused = Mutex::new(0);
             let act = |work: &mut Workload| match work.grow_p2m(pfns) {
                 Ok(acted) => acted,
-                // What the mock's kernel does not do (see `grow_p2m`).
+                // The mock's kernel does not support this (see `grow_p2m`).
                 Err(error) if error.errno == Errno::EOPNOTSUPP => {
                     *refused.lock().unwrap() += 1;
                     false
@@ -182,7 +181,7 @@ fn a_p2m_that_grows_is_followed() {
                 let what = format!("by {pfns} at {moments:?}");
                 let asked = acted + std::mem::take(&mut *refused.lock().unwrap());
                 assert_eq!(asked, moments.len(), "{} {what}", spec.name);
-                // What is announced, and when: before any pfn beyond.
+                // The announcement must come before any pfn beyond the previous one.
                 assert_eq!(p2m_records(&stream), 1 + acted, "{} {what}", spec.name);
                 assert_arrives(&host, domid, &stream, &spec, &what);
                 grown += acted;
@@ -205,7 +204,7 @@ fn a_p2m_that_only_counts_its_generation_up_is_the_same() {
     assert_arrives(&host, domid, &stream, spec, "bumped");
 }
 
-/// A toolstack whose guest does something on the way to sleep.
+/// A toolstack whose guest acts while it is suspending.
 struct Late<'a> {
     inner: DirectToolstack<'a>,
     act: &'a mut dyn FnMut(),
@@ -300,10 +299,10 @@ fn a_page_that_goes_between_two_looks_is_put_off() {
             let mut go_on = |_: &Progress| ControlFlow::Continue(());
             let stats = live(&host, &domain, &mut sink, threads, &mut go_on).unwrap();
             deferred += stats.deferred;
-            // Without a hole at the start, what was put off was caught in the act.
+            // There was no hole at the start, so any deferred page was caught while it moved.
             assert!(stats.deferred > 0, "{}: {stats:?}", spec.name);
             assert_arrives(&host, domid, &sink.0, &spec, "meddled with");
-            // Data first, absent in the end; and the other way round.
+            // Contents first and absent in the end, and the reverse.
             let counts = work.lock().unwrap().counts();
             assert!(counts.given_back > 100 && counts.taken > 100, "{counts:?}");
             let [gone, back] = changes(&sink.0);
@@ -313,8 +312,8 @@ fn a_page_that_goes_between_two_looks_is_put_off() {
     eprintln!("{deferred} pfns were put off");
 }
 
-/// How many pfns of a stream are absent in the end after having had data, and how many
-/// have data after having been absent.
+/// How many pfns of a stream are absent in the end after having had contents, and how many have
+/// contents after having been absent.
 fn changes(stream: &[u8]) -> [usize; 2] {
     let mut state = std::collections::BTreeMap::new();
     let mut changed = [
@@ -345,7 +344,7 @@ fn a_p2m_that_shrinks_is_named_and_the_guest_runs_on() {
         let mut work = host
             .workload(domid, &WorkloadSpec::writes(1, 1, 300))
             .unwrap();
-        // What comes to an end again is what came last.
+        // Only what was added last is removed again.
         match work.grow_p2m(3000) {
             Ok(grown) => assert!(grown),
             Err(error) => {

@@ -1,5 +1,5 @@
-//! What a restore makes of a stream does not depend on how many threads work at it, on
-//! whether pages are written or mapped, or on what the stream comes from.
+//! Parallel restores: the result does not depend on the number of threads, on whether pages are
+//! written or mapped, or on the kind of source.
 
 use std::io::{self, Seek, Write};
 use std::num::NonZeroUsize;
@@ -18,7 +18,7 @@ use xsr_save_restore::{RestoreError, RestoreOptions, restore};
 use xsr_xen_backend::mock::{GuestSpec, MockHost};
 use xsr_xen_backend::{DomId, GuestKind, Host};
 
-/// With how many threads, and whether pages are mapped.
+/// The number of threads, and whether pages are mapped.
 type How = (usize, bool);
 
 const ALL: [How; 6] = [
@@ -61,7 +61,7 @@ fn destroy(host: &MockHost, domid: DomId) {
     host.domain(domid).unwrap().destroy().unwrap();
 }
 
-/// As a file, which stands at its start.
+/// As a file, positioned at its start.
 fn file_of(stream: &[u8]) -> std::fs::File {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(stream).unwrap();
@@ -78,7 +78,7 @@ fn memory_and_counts_are_the_same_with_any_number_of_threads_either_way_from_any
         let shape = shape(&plain, spec.kind, spec.vcpus);
         let mut expected = None;
         for (n, how) in ALL.into_iter().enumerate() {
-            // Hosts alike: with the same order of calls, the same frames.
+            // Identical hosts: with the same order of calls, the same frames.
             let to = host(81);
             let (domid, result) = match n % 3 {
                 0 => restore_how(&to, shape, CopySource(&*plain), how),
@@ -127,8 +127,8 @@ fn record(pages: &[(u64, u8)]) -> Vec<u8> {
     out
 }
 
-/// Nothing in a stream says that a pass over memory ends. Here every batch shares pages
-/// with those before it: large ones that take their time, small ones that overtake.
+/// A stream does not mark the end of a pass over memory. Here every batch shares pages with earlier
+/// ones: large ones that are slow, small ones that overtake them.
 #[test]
 fn of_a_page_that_comes_many_times_the_last_version_stays() {
     let from = host(82);
@@ -144,7 +144,7 @@ fn of_a_page_that_comes_many_times_the_last_version_stays() {
         let byte = u8::try_from(round + 1).unwrap();
         let pages: Vec<(u64, u8)> = match round % 3 {
             0 => (0..1024).map(|pfn| (pfn, byte)).collect(),
-            // One page of each piece, backwards, and one of them twice.
+            // One page of each piece, in reverse order, and one of them twice.
             1 => [1023, 700, 300, 5, 5, 5].map(|pfn| (pfn, byte)).to_vec(),
             _ => (round..round + 300).map(|pfn| (pfn, byte)).collect(),
         };
@@ -153,7 +153,7 @@ fn of_a_page_that_comes_many_times_the_last_version_stays() {
         }
         more.extend(record(&pages));
     }
-    // Twice in one record, with different contents: the later stays.
+    // Twice in one record, with different contents: the later one stays.
     more.extend(record(&[(9, 0xaa), (10, 0xbb), (9, 0xcc)]));
     (last[9], last[10]) = (0xcc, 0xbb);
     let stream = [&plain[..end], &more, &plain[end..]].concat();
@@ -206,8 +206,8 @@ fn verification_and_version_2_do_not_depend_on_threads() {
     }
 }
 
-/// The first thing that is wrong in the order of the stream is what is said, in the same
-/// words, and the domain can be destroyed.
+/// The first error in the order of the stream is reported, with the same text, and the domain can
+/// be destroyed.
 #[test]
 fn what_is_said_of_a_bad_stream_does_not_depend_on_threads() {
     let (from, to) = (host(86), host(87));
@@ -220,7 +220,7 @@ fn what_is_said_of_a_bad_stream_does_not_depend_on_threads() {
             .map(|n| plain[..plain.len() * n / 12].to_vec())
             .to_vec();
         if !spec.kind.is_translated() {
-            // Every page table names a pfn that cannot be, and the stream ends early.
+            // Every page table names an impossible pfn, and the stream ends early.
             bad.push(with_bad_tables(&plain));
         }
         for (n, stream) in bad.iter().enumerate() {
@@ -280,7 +280,7 @@ fn a_restore_whose_source_stalls_ends_soon_after_it_is_cancelled() {
         let (domid, result, took) = std::thread::scope(|scope| {
             let (to, plain) = (&to, &plain);
             let sender = scope.spawn(move || {
-                // When all of it is in the pipe, nothing more comes.
+                // Once all of it is in the pipe, no more bytes come.
                 writer.write_all(&plain[..plain.len() / 2]).unwrap();
                 let asked = Instant::now();
                 cancel.cancel();

@@ -1,10 +1,9 @@
-//! Images that a real Xen wrote are restored into the mock machine, saved back, and
-//! hold the same guest, but for what a restore rewrites.
+//! Images written by a real Xen: restored into the mock machine and saved again, they hold the same
+//! guest, except for what a restore rewrites.
 //!
-//! The tiny guests' images are in the repository. The others (a Linux kernel under
-//! PV and PVH, SeaBIOS under HVM) are taken from the directory that `XSR_IMAGES`
-//! names, or `../shared/images` beside the workspace; where they are absent the test
-//! says so.
+//! The tiny guests' images are in the repository. The others (a Linux kernel under PV and PVH,
+//! SeaBIOS under HVM) are read from the directory that `XSR_IMAGES` names, or from
+//! `../shared/images` beside the workspace. If they are absent, the test prints that.
 
 use std::fs;
 use std::io::Read;
@@ -47,15 +46,15 @@ fn comes_back(path: &Path, kind: GuestKind) {
     eprintln!("{name}: {stats:?}");
 }
 
-/// Memory is cut into records as Xen cut it: same records before it, same entries in
-/// each, up to the last page that has memory.
+/// Memory is divided into records as Xen divides it: the same records before it, the same entries
+/// in each, up to the last page that has memory.
 fn assert_same_batches(name: &str, xens: &[u8], ours: &[u8]) {
     let (xens, ours) = (batches(xens), batches(ours));
     let (last, complete) = ours.split_last().unwrap();
     assert_eq!(complete, &xens[..complete.len()], "{name}");
     let xens_last = &xens[complete.len()];
     assert_eq!(last.0, xens_last.0, "{name}");
-    // All but the count, which is smaller where the image goes on.
+    // All except the count, which is smaller where the image continues.
     assert_eq!(last.1[8..], xens_last.1[8..last.1.len()], "{name}");
     assert!(!ours.is_empty() && ours.len() <= xens.len(), "{name}");
 }

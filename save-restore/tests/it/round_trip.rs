@@ -1,5 +1,5 @@
-//! A domain goes out and comes back, on another host, with other frames: every page,
-//! type and register is the same, but for what a restore itself rewrites.
+//! Round trips: a domain is saved and restored on another host, with other frames. Every page, type
+//! and register is the same, except for what a restore itself rewrites.
 
 use std::io::{Read, Seek};
 use std::os::fd::AsFd;
@@ -50,8 +50,8 @@ fn every_page_and_register_comes_back() {
         unpause(&to, restored);
         let back = save_to_vec(&to, restored, &options(2)).unwrap();
         assert_same_guest(&spec.name, &out, &back);
-        // And out again from there: frames, p2m and pins of a restored guest are as
-        // good as those of one that was made.
+        // And once more from there: frames, p2m and pins of a restored guest are as good as those
+        // of a new one.
         let (third, _) = restore_from(&from, &back, spec.kind, spec.vcpus);
         unpause(&from, third);
         let again = save_to_vec(&from, third, &options(1)).unwrap();
@@ -70,7 +70,7 @@ fn what_a_restore_rewrites_is_right() {
     let from = host(40);
     for spec in specs() {
         let name = &spec.name;
-        // A host for each: the machine-to-physical table speaks of one guest then.
+        // A host for each: its machine-to-physical table then describes only one guest.
         let to = host(41);
         let made = from.create_guest(&spec).unwrap();
         let out = save_to_vec(&from, made, &options(1)).unwrap();
@@ -158,7 +158,7 @@ fn what_a_restore_rewrites_is_right() {
             };
             assert_eq!(field.value, Value::Hex(expected), "{name}: {}", field.name);
         }
-        // The p2m names, for every pfn with memory, the frame that Xen knows it by.
+        // For every pfn with memory, the p2m names the frame that Xen has for it.
         let leaves: Vec<Gfn> = (taken.p2m_frames.iter())
             .map(|pfn| {
                 (0..=m2p.max_mfn().0)
@@ -218,14 +218,14 @@ fn bytes_go_through_descriptors_of_every_kind() {
         check(through(&from, made, &to, shape, writer, reader));
         let (one, other) = UnixStream::pair().unwrap();
         check(through(&from, made, &to, shape, one, other));
-        // A reader that gives one byte at a time.
+        // A reader that returns one byte at a time.
         let (domid, result) = restore_stream(&to, shape, CopySource(OneByte(&expected)));
         result.unwrap();
         check(domid);
     }
 }
 
-/// Save into one end while the other is being restored from.
+/// Saves into one end while the other is being restored from.
 fn through(
     from: &MockHost,
     made: DomId,
@@ -269,22 +269,22 @@ fn pages_sent_again_after_verify_are_compared() {
             .filter(|p| p.1.is_some())
             .count() as u64;
         assert_eq!(stats.pages, 2 * once, "{}", spec.name);
-        // One byte of an ordinary page is not what came before.
+        // One byte of an ordinary page differs from what came before.
         let spoiled = with_verify(&plain, |again| {
             let last = again.len() - 1;
             again[last] ^= 1;
         });
         let (domid, result) = restore_stream(&to, shape, CopySource(&*spoiled));
         assert_eq!(result.unwrap().verify_mismatches, 1, "{}", spec.name);
-        // The page is as it came first.
+        // The page is as it was in the first version.
         unpause(&to, domid);
         let back = save_to_vec(&to, domid, &options(1)).unwrap();
         assert_same_guest(&spec.name, &plain, &back);
     }
 }
 
-/// The stream with VERIFY behind its memory and all of that once more, in which
-/// `spoil` may change something.
+/// The stream with VERIFY after its memory and then all the memory once more, in which `spoil` may
+/// change something.
 fn with_verify(stream: &[u8], spoil: impl FnOnce(&mut [u8])) -> Vec<u8> {
     let (memory, tail) = memory_of(stream);
     let mut again = stream[memory..tail].to_vec();

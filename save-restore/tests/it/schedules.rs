@@ -1,9 +1,9 @@
-//! A guest that works, is saved, migrates back and forth, and meets faults and cancels
-//! at any of it, in orders drawn at random. After each step exactly one copy of it runs,
-//! nothing is left anywhere, and its memory is that of a twin which does the same work on a
-//! machine of its own and is left alone. (A migration makes a new twin, from the same
-//! stream: kernels that have woken up elsewhere choose other pages to work on. What the
-//! stream holds has been compared with the guest that it was made of before.)
+//! Random schedules: a guest works, is saved, migrates back and forth, and meets faults and cancels
+//! at any point, in random order. After each step exactly one copy of it runs, nothing is left
+//! behind, and its memory equals that of an undisturbed twin which does the same work on its own
+//! machine. (A migration makes a new twin, from the same stream: kernels that wake up on another
+//! host choose other pages to work on. The contents of the stream have been compared with the
+//! original guest before.)
 //!
 //! `XSR_SCHEDULES=2000 XSR_SEED=1 cargo test -p xsr-save-restore --test it schedules`: how
 //! many are tried, and which.
@@ -31,7 +31,7 @@ use xsr_save_restore::{
 use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost, WorkloadSpec};
 use xsr_xen_backend::{DomId, Domain, Errno, GuestKind, Host};
 
-/// What goes wrong in a step.
+/// A fault in a step.
 #[derive(Clone, Debug)]
 enum Trouble {
     None,
@@ -39,34 +39,34 @@ enum Trouble {
     SaveCall(usize, Fault),
     /// A call of the restore.
     RestoreCall(usize, Fault),
-    /// The sink, when so many bytes have gone into it.
+    /// The sink, once this many bytes have been written.
     Sink(usize, Upset),
     /// The source, likewise.
     Source(usize, Upset),
-    /// Somebody cancels the save at an event.
+    /// The save is cancelled at an event.
     CancelSave(usize),
-    /// Or the restore.
+    /// The restore is cancelled at an event.
     CancelRestore(usize),
-    /// The policy gives up after so many passes.
+    /// The policy gives up after this many passes.
     Policy(u32),
     /// A callback of the save's toolstack.
     Callback(usize, Refusal),
-    /// Whoever asked for the save finds at its end that the image is no good.
+    /// The caller of the save finds at its end that the image is unusable.
     Dropped,
 }
 
-/// What happens.
+/// A step of a schedule.
 #[derive(Clone, Debug)]
 enum Step {
     /// The guest works.
     Work { seed: u64, operations: u64 },
-    /// It is saved, and runs on; live, with as many operations after each pass.
+    /// It is saved and continues to run; live, with this many operations after each pass.
     Save {
         live: Option<u64>,
         threads: usize,
         trouble: Trouble,
     },
-    /// It goes to the other machine.
+    /// It is migrated to the other machine.
     Migrate {
         live: Option<u64>,
         threads: usize,
@@ -105,8 +105,8 @@ fn upset() -> impl Strategy<Value = Upset> {
     ]
 }
 
-/// A number of a call or an event. A translated guest has a thousand for the gap below
-/// its last pfn.
+/// The number of a call or an event. A translated guest has a thousand for the gap below its last
+/// pfn.
 fn number() -> impl Strategy<Value = usize> {
     prop_oneof![4 => 0_usize..12, 4 => 12_usize..60, 1 => 1000_usize..1060]
 }
@@ -159,7 +159,7 @@ fn guest() -> impl Strategy<Value = GuestSpec> {
     ]
 }
 
-/// Two passes, or fewer and no more.
+/// Makes two passes, or gives up after fewer.
 struct Passes {
     gives_up: Option<u32>,
 }
@@ -201,7 +201,7 @@ struct Tried {
     points: BTreeSet<String>,
 }
 
-/// Two machines with one guest between them, and its twin.
+/// Two machines that share one guest, and its twin.
 struct World<'t> {
     hosts: [MockHost; 2],
     free: [u64; 2],
@@ -209,8 +209,8 @@ struct World<'t> {
     here: usize,
     domid: DomId,
     twin: (MockHost, DomId),
-    /// Pages in which the twin differs from the start: a guest that is not asked for its
-    /// p2m as a tree has one all the same, of mfns, and never looks at it.
+    /// Pages in which the twin differs already at the start: a guest that does not publish its p2m
+    /// as a tree has one all the same, of mfns, and never uses it.
     own: Vec<Pfn>,
     tried: &'t RefCell<Tried>,
 }
@@ -279,8 +279,8 @@ impl<'t> World<'t> {
         self.follow(seed, operations);
     }
 
-    /// Save; `then` is shown the stream while the guest is still suspended, and says
-    /// whether it is to stay so. Whether it does.
+    /// Saves; `then` gets the stream while the guest is still suspended, and decides whether the
+    /// guest stays suspended. Returns that decision.
     fn save(
         &self,
         live: Option<u64>,
@@ -342,7 +342,7 @@ impl<'t> World<'t> {
                 }
             }
         };
-        // What the guest did in the passes, its twin does too.
+        // The twin repeats what the guest did in the passes.
         self.follow(seed, done);
         let upset = sink.happened();
         let bytes = sink.into_inner();
@@ -369,7 +369,7 @@ impl<'t> World<'t> {
             toolstack.assert_undone(&format!("{trouble:?}"));
         }
         if refused == Some("resume") && real.info().unwrap().shutdown.is_some() {
-            // The error says so, and whoever reads it resumes the guest by hand.
+            // The error says so, and its reader resumes the guest by hand.
             assert!(failed && !kept);
             real.resume().unwrap();
         }
@@ -389,7 +389,7 @@ impl<'t> World<'t> {
         kept
     }
 
-    /// Restore on the other machine; the new domain, paused, if all of it is there.
+    /// Restores on the other machine; returns the new domain, paused, if all of it is there.
     fn restore(&self, bytes: &[u8], trouble: &Trouble) -> Option<DomId> {
         let there = &self.hosts[1 - self.here];
         let pages = self.spec.memory_mib * 256 + 256;
@@ -402,7 +402,7 @@ impl<'t> World<'t> {
             store_domid: DomId(0),
             console_port: port(),
             console_domid: DomId(0),
-            // The calls come in one order.
+            // So that the calls come in a fixed order.
             threads: NonZeroUsize::new(1),
             cpu: xsr_save_restore::CpuCheck::Refuse,
         };
@@ -459,7 +459,7 @@ impl<'t> World<'t> {
             } => {
                 self.tried.borrow_mut().saves += 1;
                 let kept = self.save(*live, *threads, trouble, |bytes| {
-                    // The image is good, and a copy.
+                    // The image is good: restores a copy.
                     if let Some(copy) = self.restore(bytes, trouble) {
                         let there = &self.hosts[1 - self.here];
                         there.domain(copy).unwrap().destroy().unwrap();
@@ -492,7 +492,7 @@ impl<'t> World<'t> {
         self.check();
     }
 
-    /// What is always so.
+    /// The invariants.
     fn check(&self) {
         let all: Vec<_> = self
             .hosts
@@ -520,7 +520,7 @@ impl<'t> World<'t> {
         assert_eq!(differ, [], "not as its twin's");
     }
 
-    /// And when it has gone, nothing is left.
+    /// And when the guest is gone, nothing is left.
     fn end(self) {
         self.domain().destroy().unwrap();
         assert_eq!(self.hosts.each_ref().map(MockHost::free_pages), self.free);
@@ -567,7 +567,7 @@ fn whatever_happens_one_copy_runs_and_it_is_the_right_one() {
         tried.migrations,
         tried.points.len()
     );
-    // Of a few nothing need have come.
+    // A few schedules need not cover everything.
     if schedules >= 50 {
         assert!(tried.points.len() >= schedules.min(100) as usize);
         assert!(tried.migrations >= schedules as usize / 2);

@@ -1,6 +1,5 @@
-//! Which superpages a restored guest gets: those that a look ahead in a file shows, up to
-//! 1 GiB; smaller ones where the machine has none to give; of a pipe those that a record
-//! shows.
+//! Superpages of a restored guest: from a file, those that looking ahead shows, up to 1 GiB, and
+//! smaller ones if the machine has none; from a pipe, those that a single record shows.
 
 use std::fs::File;
 use std::io::{self, Seek, Write};
@@ -33,7 +32,7 @@ fn small_guest() -> Vec<u8> {
     save_to_vec(&from, made, &options(1)).unwrap()
 }
 
-/// `stream`, and behind its memory so many pages for each record, without contents.
+/// `stream`, with pages without contents after its memory, this many in each record.
 fn with_empty_pages(stream: &[u8], entries: &[PageEntry], record: usize) -> Vec<u8> {
     let (_, end) = memory_of(stream);
     let mut out = stream[..end].to_vec();
@@ -59,15 +58,15 @@ fn two_gibs(small: &[u8]) -> Vec<u8> {
 
 fn file_of(stream: &[u8]) -> File {
     let mut file = tempfile::tempfile().unwrap();
-    // What comes before a stream is no part of it.
+    // Bytes before the stream do not belong to it.
     file.write_all(&[0xa5; 100]).unwrap();
     file.write_all(stream).unwrap();
     file.seek(io::SeekFrom::Start(100)).unwrap();
     file
 }
 
-/// Restore `stream`; populate call number `short`, from 0, allocates nothing. The memory
-/// of the guest is what [`small_guest`] has and nothing more.
+/// Restores `stream`; populate call number `short`, from 0, allocates nothing. The guest then has
+/// exactly the memory of [`small_guest`].
 fn restored(
     to: &MockHost,
     stream: &[u8],
@@ -105,7 +104,7 @@ fn restored(
     stats
 }
 
-/// The first 8 MiB are as they came; the ring pages, which a restore clears, are above.
+/// The first 8 MiB are unchanged; the ring pages, which a restore clears, are above.
 fn assert_contents(domain: &dyn Domain, stream: &[u8]) {
     let taken = take_apart(stream);
     let gfns: Vec<Gfn> = (0..SMALL).map(Gfn).collect();
@@ -124,8 +123,7 @@ fn assert_contents(domain: &dyn Domain, stream: &[u8]) {
     assert!(compared > 1000, "{compared}");
 }
 
-/// Which number the first call of `populate` has: what the restore of any stream begins
-/// with is the same.
+/// The number of the first `populate` call: the restore of any stream begins with the same calls.
 fn first_populate(to: &MockHost, stream: &[u8]) -> usize {
     let (kind, vcpus, pages) = shape(stream, GuestKind::Pvh, 1);
     let domid = to.create_domain(kind, vcpus, pages + 256).unwrap();
@@ -167,7 +165,7 @@ fn whole_gigabytes_of_a_file_become_superpages() {
     assert_eq!((stats.superpages_1gib, stats.superpages_2mib), (2, 0));
     assert_eq!(stats.small_pages, plain.small_pages);
 
-    // All but one page, which the guest gives back in the end.
+    // All except one page, which the guest gives back in the end.
     let gone = empty(GIB + 7..GIB + 8, PageType::XTAB);
     let stream = with_empty_pages(&stream, &gone, 1);
     let stats = restored(&to, &stream, FdSource::new(file_of(&stream)), None);
@@ -194,7 +192,7 @@ fn a_pipe_shows_no_gigabyte() {
 fn where_no_superpage_is_to_be_had_smaller_ones_do() {
     let small = small_guest();
     let stream = two_gibs(&small);
-    // Frames for all of it, but one whole gigabyte only: Xen has some of the first.
+    // Frames for all of it, but only one whole gigabyte: Xen uses some of the first.
     let config = HostConfig {
         memory_pages: 2 * GIB + 8192,
         ..HostConfig::default()
@@ -209,7 +207,7 @@ fn where_no_superpage_is_to_be_had_smaller_ones_do() {
     let less = restored(&to, &small, FdSource::new(file_of(&small)), Some(first));
     assert_eq!(less.superpages_2mib, plain.superpages_2mib - 1);
     assert_eq!(less.small_pages, plain.small_pages + 512);
-    // One of 1 GiB fails, and those of 2 MiB in its place do not.
+    // One of 1 GiB fails, but the 2 MiB ones that replace it do not.
     let stats = restored(&to, &stream, FdSource::new(file_of(&stream)), Some(first));
     assert_eq!((stats.superpages_1gib, stats.superpages_2mib), (1, 512));
     assert_eq!(stats.small_pages, plain.small_pages);

@@ -1,7 +1,7 @@
-//! The sender of a stream with checkpoints is cut off anywhere: the survivor is the guest
-//! of the last checkpoint that was complete, in memory and registers, and no mixture.
+//! Cutting off the sender of a stream with checkpoints at any point: the survivor is the guest of
+//! the last complete checkpoint, in memory and registers, never a mixture.
 //!
-//! `XSR_CUTS` is how many random bytes are tried per guest, `XSR_SEED` which.
+//! `XSR_CUTS` is the number of random bytes to try per guest, `XSR_SEED` their seed.
 
 mod colo;
 mod kit;
@@ -62,7 +62,8 @@ fn a_sender_that_is_cut_off_anywhere_leaves_the_last_complete_checkpoint() {
             runs += 1;
             let last = complete.iter().filter(|end| **end <= at).count();
             assert_eq!(secondary.checkpoints, last as u64, "{what}");
-            // On the disk is what came up to that checkpoint; the rest has come, and is not.
+            // The disk holds what came up to that checkpoint; the rest has arrived but is not on
+            // the disk.
             let end = last.checked_sub(1).map_or(0, |last| complete[last]);
             let writes = all_writes(&complete);
             let (kept, rest): (Vec<_>, Vec<_>) = writes.partition(|(bytes, _)| *bytes <= end);

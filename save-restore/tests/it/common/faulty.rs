@@ -1,5 +1,4 @@
-//! A domain of which one call fails, in each way that Xen and the kernel can make that
-//! call fail.
+//! A domain with one failing call, in each way in which Xen and the kernel can make that call fail.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -36,11 +35,11 @@ impl Which {
 pub(crate) enum Fault {
     /// It is refused: nothing was done.
     Errno(Errno),
-    /// All was done, and then the answer could not be handed over.
+    /// All was done, and then the answer could not be delivered.
     Late(Errno),
-    /// A mapping, or a write of pages, succeeds, but for this frame.
+    /// A mapping, or a write of pages, succeeds except for this frame.
     Frame(Which, Errno),
-    /// A populate or a release gets as far as this extent, and not over it.
+    /// A populate or a release stops before this extent.
     Short(Which),
 }
 
@@ -57,15 +56,15 @@ pub(crate) struct Call {
     pub(crate) frames: usize,
 }
 
-/// What every call may answer: not privileged, no such domain, a restricted handle or an
+/// Errors that every call may return: not privileged, no such domain, a restricted handle or an
 /// interface of another version (`xen/common/domctl.c`).
 const ANY: [Errno; 3] = [Errno::EPERM, Errno::ESRCH, Errno::EACCES];
 
-/// What else Xen, or the kernel on its behalf, answers to each call: the promises of the
+/// Further errors that Xen, or the kernel on its behalf, returns for each call: the promises of the
 /// traits, `xen/common/{domctl,memory}.c`, `xen/arch/x86/{domctl,mm}.c`,
-/// `xen/arch/x86/mm/paging.c`, `xen/arch/x86/hvm/{hvm,save}.c`, and for the mappings
-/// Linux' `drivers/xen/privcmd.c`. ENOMEM is also what a library says that has no room for
-/// the buffers of a call.
+/// `xen/arch/x86/mm/paging.c`, `xen/arch/x86/hvm/{hvm,save}.c`, and for the mappings Linux'
+/// `drivers/xen/privcmd.c`. A library also returns ENOMEM if it has no room for the buffers of a
+/// call.
 fn errnos(op: &str) -> &'static [Errno] {
     use Errno::*;
     match op {
@@ -110,7 +109,7 @@ const FRAME_ERRNOS: [Errno; 5] = [
 ];
 
 impl Call {
-    /// Every way in which it can fail.
+    /// All the ways in which it can fail.
     pub(crate) fn faults(self) -> Vec<Fault> {
         let known = errnos(self.op);
         let whole = ANY.iter().chain(known).copied();
@@ -132,8 +131,8 @@ impl Call {
     }
 }
 
-/// Which calls of a run to make fail: all, but of many alike in a row the first, the
-/// last and every hundredth.
+/// Which calls of a run should fail: all, but in a row of identical calls only the first, the last
+/// and every hundredth.
 pub(crate) fn turns(trace: &[Call]) -> Vec<(usize, Call)> {
     let edge = |at: usize| {
         let neighbours = [at.checked_sub(1), at.checked_add(1)];
@@ -147,7 +146,7 @@ pub(crate) fn turns(trace: &[Call]) -> Vec<(usize, Call)> {
         .collect()
 }
 
-/// What the fault met.
+/// The call that the fault met.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Struck {
     pub(crate) op: &'static str,
@@ -155,19 +154,19 @@ pub(crate) struct Struck {
     pub(crate) frame: Option<Gfn>,
 }
 
-/// Hands every call on to a real domain, but the one whose turn it is.
+/// Passes every call on to a real domain, except the one that fails.
 pub(crate) struct Faulty {
     inner: Box<dyn Domain>,
     fault: Option<(usize, Fault)>,
-    /// It says that pages are better mapped than written, as a real Xen does.
+    /// Reports that pages should be mapped rather than written, as a real Xen does.
     maps: bool,
     calls: AtomicUsize,
     trace: Mutex<Vec<Call>>,
     struck: Mutex<Option<Struck>>,
     before_map: Option<Box<dyn Fn() + Send + Sync>>,
-    /// It does not say which is its largest gfn.
+    /// Does not report its largest gfn.
     has_no_page: bool,
-    /// The most that the host is said to be able to give it.
+    /// The most that the host claims to be able to give it.
     most: Option<CpuPolicy>,
 }
 
@@ -180,7 +179,7 @@ impl Faulty {
         }
     }
 
-    /// No call fails, and all are noted.
+    /// No call fails, and all are recorded.
     pub(crate) fn watching(inner: Box<dyn Domain>) -> Self {
         Self {
             inner,
@@ -195,8 +194,8 @@ impl Faulty {
         }
     }
 
-    /// No call fails, but the guest does `act` whenever frames are about to be mapped:
-    /// between a look at their types and one at their contents.
+    /// No call fails, but the guest does `act` whenever frames are about to be mapped: between
+    /// reading their types and reading their contents.
     pub(crate) fn meddled(inner: Box<dyn Domain>, act: impl Fn() + Send + Sync + 'static) -> Self {
         Self {
             before_map: Some(Box::new(act)),
@@ -204,7 +203,7 @@ impl Faulty {
         }
     }
 
-    /// No call fails, but the domain is said to have no page.
+    /// No call fails, but the domain reports that it has no page.
     pub(crate) fn without_pages(inner: Box<dyn Domain>) -> Self {
         Self {
             has_no_page: true,
@@ -212,7 +211,7 @@ impl Faulty {
         }
     }
 
-    /// The same, on a host that says that it can give it this CPU.
+    /// Sets the CPU that the host claims to be able to give it.
     pub(crate) fn with_most(self, most: CpuPolicy) -> Self {
         Self {
             most: Some(most),
@@ -220,7 +219,7 @@ impl Faulty {
         }
     }
 
-    /// The same, with pages that are better mapped than written, if `maps`.
+    /// Sets whether pages should be mapped rather than written.
     pub(crate) fn mapping(self, maps: bool) -> Self {
         Self { maps, ..self }
     }
@@ -230,7 +229,7 @@ impl Faulty {
         self.trace.lock().unwrap().clone()
     }
 
-    /// What the fault met, if its turn has come.
+    /// The call that the fault met, if its turn has come.
     pub(crate) fn struck(&self) -> Option<Struck> {
         *self.struck.lock().unwrap()
     }
@@ -239,7 +238,7 @@ impl Faulty {
         *self.struck.lock().unwrap() = Some(Struck { op, frame });
     }
 
-    /// Count a call; the fault, if this is its turn.
+    /// Counts a call; returns the fault if this is its turn.
     fn turn(&self, op: &'static str, frames: usize) -> Option<Fault> {
         let number = self.calls.fetch_add(1, Ordering::Relaxed);
         match self.fault {

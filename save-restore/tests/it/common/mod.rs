@@ -1,5 +1,5 @@
-//! What the engine's tests share: mock hosts, saving to memory, restoring from it,
-//! and streams taken apart.
+//! Common parts of the engine's tests: mock hosts, saving to memory, restoring from it, and parsing
+//! streams.
 
 #![allow(
     dead_code,
@@ -32,8 +32,8 @@ use xsr_xen_backend::mock::{GuestSpec, P2mStyle};
 use xsr_xen_backend::mock::{HostConfig, MockHost};
 use xsr_xen_backend::{DomId, Domain, GuestKind, Host};
 
-/// A host of its own, with frames scattered by `seed`. Its dirty log tells of new pages, as
-/// today's does; `balloon.rs` has hosts whose log does not.
+/// A new host, with frames scattered by `seed`. Its dirty log reports new pages, as today's does;
+/// `balloon.rs` has hosts whose log does not.
 pub(crate) fn host(seed: u64) -> MockHost {
     let config = HostConfig {
         seed,
@@ -43,7 +43,7 @@ pub(crate) fn host(seed: u64) -> MockHost {
     MockHost::ephemeral(&config).unwrap()
 }
 
-/// The same, but that its dirty log does not tell of new pages.
+/// The same, but its dirty log does not report new pages.
 #[allow(dead_code, reason = "not every test has a guest that balloons")]
 pub(crate) fn host_with_an_older_log(seed: u64) -> MockHost {
     let config = HostConfig {
@@ -93,7 +93,7 @@ pub(crate) fn options(threads: usize) -> SaveOptions {
     }
 }
 
-/// Save to memory; the domain runs on.
+/// Saves to memory; the domain continues to run.
 pub(crate) fn save_to_vec(
     host: &dyn Host,
     domid: DomId,
@@ -104,7 +104,7 @@ pub(crate) fn save_to_vec(
     Ok(sink.0)
 }
 
-/// Save; the domain runs on.
+/// Saves; the domain continues to run.
 pub(crate) fn save_to(
     host: &dyn Host,
     domid: DomId,
@@ -121,8 +121,8 @@ pub(crate) fn save_to(
     Ok(())
 }
 
-/// What a domain must be to hold the guest of a stream: kind, vcpus (of both the
-/// libxc stream of a translated guest does not tell), pages.
+/// The domain that a stream's guest needs: kind, vcpus (the libxc stream of a translated guest
+/// contains neither of the two), pages.
 pub(crate) type Shape = (GuestKind, u32, u64);
 
 /// The shape of the guest in a stream.
@@ -141,7 +141,7 @@ pub(crate) fn shape(stream: &[u8], kind: GuestKind, vcpus: u32) -> Shape {
     (kind, vcpus, pages)
 }
 
-/// Restore into a new domain of `host`, left paused.
+/// Restores into a new domain of `host`, which stays paused.
 pub(crate) fn restore_stream<S: PageSource>(
     host: &dyn Host,
     shape: Shape,
@@ -151,8 +151,8 @@ pub(crate) fn restore_stream<S: PageSource>(
     (domid, result.map(|restored| restored.stats))
 }
 
-/// As [`restore_stream`]; what the restore says, and the store and console ports it
-/// was given.
+/// As [`restore_stream`]; returns the result of the restore, and the store and console ports that
+/// it was given.
 pub(crate) fn restore_reporting<S: PageSource>(
     host: &dyn Host,
     shape: Shape,
@@ -205,21 +205,21 @@ pub(crate) fn restore_from(
     (domid, result.unwrap())
 }
 
-/// Let a domain that was restored run.
+/// Starts a domain that was restored.
 pub(crate) fn unpause(host: &MockHost, domid: DomId) -> Box<dyn Domain> {
     let domain = host.domain(domid).unwrap();
     domain.unpause().unwrap();
     domain
 }
 
-/// A stream taken apart: the last version of each page, and every other record.
+/// A parsed stream: the last version of each page, and every other record.
 pub(crate) struct Taken<'a> {
     pub(crate) pages: BTreeMap<Pfn, (PageType, Option<&'a Page>)>,
     pub(crate) records: Vec<(RecordKind, &'a [u8])>,
     pub(crate) p2m_frames: Vec<Pfn>,
     /// Bytes in a PV guest's word.
     pub(crate) width: u8,
-    /// Where a PV guest's start_info is.
+    /// The pfn of a PV guest's start_info.
     pub(crate) start_info: Option<Pfn>,
     params: Vec<HvmParam>,
 }
@@ -313,7 +313,7 @@ fn suspend_record(width: u8, context: &[u8]) -> Pfn {
     }
 }
 
-/// Fields of start_info that the new host decides.
+/// Fields of start_info that the new host sets.
 const START_INFO: &[&str] = &[
     "nr_pages",
     "shared_info",
@@ -324,8 +324,8 @@ const START_INFO: &[&str] = &[
     "console.evtchn",
 ];
 
-/// Fields of shared_info that the new host decides, among them event channels, which
-/// start afresh; and where the guest publishes its p2m anew.
+/// Fields of shared_info that the new host sets, among them event channels, which are reset, and
+/// where the guest publishes its p2m anew.
 const SHARED_INFO: &[&str] = &[
     "wc_version",
     "wc_sec",
@@ -337,14 +337,14 @@ const SHARED_INFO: &[&str] = &[
     "evtchn_mask",
 ];
 
-/// Two streams hold the same guest, but for what a restore rewrites.
+/// Asserts that two streams hold the same guest, except for what a restore rewrites.
 pub(crate) fn assert_same_guest(name: &str, a: &[u8], b: &[u8]) {
     let (a, b) = (take_apart(a), take_apart(b));
     assert_eq!(kinds(&a), kinds(&b), "{name}: records and their order");
     let rewritten: BTreeSet<Pfn> = a.p2m_frames.iter().copied().chain(a.rings()).collect();
     for (pfn, page) in &a.pages {
         let other = b.pages.get(pfn);
-        // Beyond the last page with memory the new host lists nothing.
+        // The new host lists no pfn after the last page with memory.
         if page.0 == PageType::XTAB && other.is_none() {
             continue;
         }
@@ -373,7 +373,7 @@ pub(crate) fn assert_same_guest(name: &str, a: &[u8], b: &[u8]) {
                 let count = |body: &[u8]| u32::from_le_bytes(body[16..20].try_into().unwrap());
                 assert_eq!(count(a_body) + 1, count(b_body), "{name}");
             }
-            // The pfn of start_info and of every table is the same.
+            // The pfns of start_info and of every table are the same.
             _ => assert!(a_body == b_body, "{name}: {kind}"),
         }
     }
@@ -390,8 +390,8 @@ fn assert_fields(name: &str, layout: &Layout, a: &[u8], b: &[u8], rewritten: &[&
     }
 }
 
-/// Where the records of a stream begin: offset, kind, bytes with header and padding.
-/// By hand, so that it owes nothing to the reader.
+/// Where the records of a stream begin: offset, kind, bytes with header and padding. Parsed by
+/// hand, so that it does not depend on the reader.
 pub(crate) fn record_offsets(stream: &[u8]) -> Vec<(usize, u32, usize)> {
     let word = |at: usize| u32::from_le_bytes(stream[at..at + 4].try_into().unwrap());
     let mut records = Vec::new();
@@ -441,7 +441,7 @@ pub(crate) fn as_version_2(stream: &[u8]) -> Vec<u8> {
     out
 }
 
-/// Every page that a stream names, as often as it does, in order.
+/// Every page that a stream names, each time that it does, in order.
 pub(crate) fn versions(stream: &[u8]) -> impl Iterator<Item = (Pfn, PageType)> {
     let mut versions = Vec::new();
     for (_, head) in batches(stream) {
@@ -455,7 +455,7 @@ pub(crate) fn versions(stream: &[u8]) -> impl Iterator<Item = (Pfn, PageType)> {
     versions.into_iter()
 }
 
-/// PAGE_DATA records that say of each of `pfns` that it is absent.
+/// PAGE_DATA records that mark each of `pfns` as absent.
 pub(crate) fn absent_record(pfns: &[Pfn]) -> Vec<u8> {
     let mut out = Vec::new();
     for pfns in pfns.chunks(1024) {

@@ -1,23 +1,22 @@
-//! Sinks and sources that fail where they are told to, and a source that gives one
-//! byte at a time.
+//! Sinks and sources that fail at a given point, and a source that returns one byte at a time.
 
 use std::io::{self, Read, Write};
 
-/// How a read or a write goes wrong.
+/// A fault of a read or a write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Upset {
-    /// It fails with this errno, this time and ever after.
+    /// It fails with this errno, from now on.
     Errno(i32),
     /// It is interrupted by a signal, once.
     Interrupted,
     /// It moves one byte.
     Short,
-    /// The end: a read gives nothing, a write takes nothing.
+    /// The end: a read returns nothing, a write takes nothing.
     End,
 }
 
 impl Upset {
-    /// Whether whoever reads or writes is to go on as if nothing had been.
+    /// Whether the caller should continue as if nothing had happened.
     pub(crate) fn is_harmless(self) -> bool {
         matches!(self, Self::Interrupted | Self::Short)
     }
@@ -32,16 +31,16 @@ impl Upset {
     }
 }
 
-/// When something goes wrong.
+/// When the fault occurs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum When {
     /// In the n-th call, from 0.
     Call(usize),
-    /// Once so many bytes have gone through.
+    /// Once this many bytes have been transferred.
     Byte(usize),
 }
 
-/// A stream with one thing wrong.
+/// A stream with one fault.
 #[derive(Debug)]
 pub(crate) struct Upsetting<S> {
     inner: S,
@@ -59,7 +58,7 @@ impl<S> Upsetting<S> {
         }
     }
 
-    /// Nothing goes wrong.
+    /// No fault.
     pub(crate) fn watching(inner: S) -> Self {
         Self {
             inner,
@@ -75,7 +74,7 @@ impl<S> Upsetting<S> {
         self.calls
     }
 
-    /// Whether it has gone wrong.
+    /// Whether the fault has occurred.
     pub(crate) fn happened(&self) -> bool {
         self.done
     }
@@ -84,7 +83,7 @@ impl<S> Upsetting<S> {
         self.inner
     }
 
-    /// Move bytes: as many of `all` as may be moved before something goes wrong.
+    /// Transfers bytes: as many of `all` as possible before the fault occurs.
     fn go(
         &mut self,
         all: usize,
@@ -105,7 +104,7 @@ impl<S> Upsetting<S> {
                     left == 0
                 }
             };
-            // What ends a stream ends it for good.
+            // A fault that ends a stream ends it for good.
             if now && !self.done || self.done && !upset.is_harmless() {
                 self.done = true;
                 room = upset.of(all)?;
@@ -135,7 +134,7 @@ impl<R: Read> Read for Upsetting<R> {
     }
 }
 
-/// Gives one byte at a time.
+/// Returns one byte at a time.
 #[derive(Debug)]
 pub(crate) struct OneByte<R>(pub(crate) R);
 

@@ -1,5 +1,5 @@
-//! What must be true after a save or a restore that failed: the source as it was, the
-//! device model told off, nothing mapped.
+//! Checks after a failed save or restore: the source is unchanged, the device model is informed, no
+//! page is mapped.
 
 use xsr_format::frame::Gfn;
 use xsr_save_restore::toolstack::{
@@ -8,7 +8,7 @@ use xsr_save_restore::toolstack::{
 use xsr_xen_backend::mock::{MemoryDigest, MockHost};
 use xsr_xen_backend::{DomId, Domain, DomainInfo, GuestKind, Host, VcpuBlob};
 
-/// Everything of a domain that a failed save must leave as it was.
+/// Everything of a domain that a failed save must not change.
 #[derive(PartialEq)]
 pub(crate) struct State {
     info: DomainInfo,
@@ -17,7 +17,7 @@ pub(crate) struct State {
 }
 
 impl State {
-    /// What it is now.
+    /// The current state.
     pub(crate) fn of(host: &MockHost, domid: DomId) -> Self {
         let domain = host.domain(domid).unwrap();
         let info = domain.info().unwrap();
@@ -44,7 +44,7 @@ impl State {
     }
 }
 
-/// A running domain before something is tried on it.
+/// A running domain before a test acts on it.
 pub(crate) struct Source<'a> {
     host: &'a MockHost,
     domid: DomId,
@@ -53,8 +53,8 @@ pub(crate) struct Source<'a> {
 }
 
 impl<'a> Source<'a> {
-    /// Note how it is. Its suspend has been cancelled once already: a PV guest finds in
-    /// eax, ever after, that it was.
+    /// Records the current state. The domain's suspend has been cancelled once already, because a
+    /// PV guest sees in eax from then on that it was.
     pub(crate) fn of(host: &'a MockHost, domid: DomId) -> Self {
         let domain = host.domain(domid).unwrap();
         domain.suspend().unwrap();
@@ -67,8 +67,8 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// The domain runs, not paused and not shut down, with the vcpus it had; nothing
-    /// logs its writes; nothing is mapped.
+    /// The domain runs, not paused and not shut down, with the vcpus it had; its writes are not
+    /// logged; no page is mapped.
     pub(crate) fn assert_runs(&self, what: &str) {
         assert_eq!(
             self.host.mapped_pages(),
@@ -81,7 +81,7 @@ impl<'a> Source<'a> {
         assert!(now == self.state, "{what}: vcpus or devices have changed");
     }
 
-    /// And its memory holds what it held.
+    /// And its memory is unchanged.
     pub(crate) fn assert_unchanged(&self, what: &str) {
         self.assert_runs(what);
         let now = self.host.memory_digest(self.domid).unwrap();
@@ -94,11 +94,11 @@ impl<'a> Source<'a> {
 pub(crate) enum Refusal {
     /// Nothing was done.
     Before,
-    /// It was done, and then something else went wrong.
+    /// It was done, and then something else failed.
     After,
 }
 
-/// A toolstack that notes what it is asked, and of which one callback may fail.
+/// A toolstack that records its calls, and of which one callback may fail.
 pub(crate) struct Toolstack<'a> {
     inner: DirectToolstack<'a>,
     fails: Option<(usize, Refusal)>,
@@ -142,8 +142,8 @@ impl<'a> Toolstack<'a> {
         self.fails.and_then(|(at, _)| self.log.get(at).copied())
     }
 
-    /// The device model was told to end what it was told to begin, and a guest that was
-    /// suspended was resumed.
+    /// The device model was told to end what it was told to begin, and a suspended guest was
+    /// resumed.
     pub(crate) fn assert_undone(&self, what: &str) {
         let count = |name| self.log.iter().filter(|asked| **asked == name).count();
         let log = &self.log;

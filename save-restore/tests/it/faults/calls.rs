@@ -1,4 +1,4 @@
-//! Every call on the hypervisor fails in turn, in each way that Xen has for it.
+//! Every hypercall fails in turn, in each way that Xen has for it.
 
 use std::io;
 
@@ -12,8 +12,8 @@ use xsr_xen_backend::{BackendError, Errno, Host, MapError};
 use crate::common::faulty::{Call, Fault, Faulty, Struck, turns};
 use crate::faults::*;
 
-/// The error names the call that failed, and why; of a mapping, a populate or a
-/// release also the frame.
+/// The error names the call that failed, and why; for a mapping, a populate or a release also the
+/// frame.
 fn assert_names(
     struck: Struck,
     fault: Fault,
@@ -26,7 +26,7 @@ fn assert_names(
         (Fault::Errno(errno) | Fault::Late(errno), Some(error), ..) => {
             assert_eq!((error.op, error.errno), (struck.op, errno), "{what}");
         }
-        // With more threads another call had its turn, one that is all or nothing.
+        // With more threads the fault met another call, one that succeeds or fails as a whole.
         (_, Some(error), ..) if struck.frame.is_none() => {
             assert_eq!(error.op, struck.op, "{what}");
         }
@@ -44,9 +44,9 @@ fn assert_names(
     }
 }
 
-/// What an engine may live with: a frame that goes while the guest runs is sent once it
-/// is suspended; a dirty log that something holds is taken from it; and once all is
-/// done, that the log cannot be switched off.
+/// Faults that a save survives: a frame that disappears while the guest runs is sent once it is
+/// suspended; a dirty log that something holds is taken over; and once all is done, the log that
+/// cannot be switched off.
 fn save_survives(mode: Mode, fault: Fault, op: &str) -> bool {
     mode == Mode::Live
         && match op {
@@ -61,7 +61,7 @@ struct Attempt {
     struck: Option<Struck>,
 }
 
-/// Save with a fault; afterwards the guest runs, whatever came of it.
+/// Saves with a fault; afterwards the guest runs, whatever the result.
 fn attempt_save(
     guest: &Guest<'_>,
     before: &Source<'_>,
@@ -77,7 +77,7 @@ fn attempt_save(
     let result = guest.save(threads, domain, &mut toolstack, &mut sink, &mut go_on);
     let struck = domain.struck();
     let result = result.map(|saved| {
-        // In spite of a fault it is all there.
+        // The stream is complete despite the fault.
         if struck.is_some() {
             assert_arrives(host, domid, to, guest.spec, &sink.0);
         }
@@ -86,7 +86,7 @@ fn attempt_save(
     toolstack.assert_undone(what);
     let refused = |fault: &Struck| fault.op == "disable_log_dirty";
     if struck.as_ref().is_some_and(refused) && host.is_log_dirty(domid).unwrap() {
-        // The one thing that could switch it off was refused.
+        // The only call that could switch it off was refused.
         real.disable_log_dirty().unwrap();
     }
     guest.assert_runs(before, what);
@@ -137,8 +137,8 @@ fn a_save_survives_every_call_that_fails() {
     points.report("calls of a save", 950);
 }
 
-/// A superpage that cannot be had is made up of small pages; an image may name a ring
-/// page that it does not hold.
+/// A superpage that is not available is replaced by small pages; an image may name a ring page that
+/// it does not hold.
 fn restore_survives(fault: Fault, spec: &GuestSpec, call: Call) -> bool {
     match fault {
         Fault::Short(_) => call.op == "populate",
@@ -152,7 +152,7 @@ fn a_restore_reports_every_call_that_fails_and_leaves_a_domain_to_destroy() {
     let (from, to) = (host(22), host(23));
     let free = to.free_pages();
     let mut points = Points::default();
-    // Pages are written to one guest, mapped for the next.
+    // Pages are written for one guest, and mapped for the next.
     let ways = [false, true].into_iter().cycle();
     let modes = Mode::ALL.into_iter().cycle();
     for ((spec, mode), maps) in guests().into_iter().zip(modes).zip(ways) {
@@ -217,7 +217,7 @@ fn a_restore_reports_every_call_that_fails_and_leaves_a_domain_to_destroy() {
     points.report("calls of a restore", 450);
 }
 
-/// Somebody destroys the domain in the midst of it.
+/// Another program destroys the domain in the middle of a save.
 #[test]
 fn a_domain_that_is_destroyed_meanwhile_ends_the_save() {
     let mut points = Points::default();
@@ -247,8 +247,8 @@ fn a_domain_that_is_destroyed_meanwhile_ends_the_save() {
     points.report("domain destroyed", 100);
 }
 
-/// Save a guest that is destroyed at event number `at`; what came of it, and how many
-/// events there were.
+/// Saves a guest that is destroyed at event number `at`; returns the result and the number of
+/// events.
 fn destroyed_at(spec: &GuestSpec, mode: Mode, at: usize) -> (Result<(), SaveError>, usize) {
     let host = host(24);
     let free = host.free_pages();

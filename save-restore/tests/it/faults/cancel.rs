@@ -108,7 +108,7 @@ fn a_save_survives_every_callback_that_fails() {
             };
             let what = format!("{} callback {at} {asked} {how:?}", guest.spec.name);
             match (asked, result) {
-                // The image is whole all the same.
+                // The image is complete all the same.
                 ("logdirty off", Ok(Ok(()))) => toolstack.assert_undone(&what),
                 ("resume", Ok(Err(error))) => {
                     assert!(error.to_string().contains("resume"), "{what}: {error}");
@@ -118,7 +118,7 @@ fn a_save_survives_every_callback_that_fails() {
                 }
                 (_, Err(SaveError::Toolstack(error))) => {
                     assert_eq!(error.what, asked, "{what}");
-                    // One that was refused needs no undoing, nor one that was not asked.
+                    // A callback that was refused, or not called, does not need undoing.
                     let undone = (asked, how) == ("suspend", Refusal::After);
                     let resumed = toolstack.log.contains(&"resume");
                     assert_eq!(resumed, undone, "{what}: {:?}", toolstack.log);

@@ -1,5 +1,5 @@
-//! A whole save into a storage, of which every call fails in turn: the guest runs on, and the
-//! name stands for the old image or for the whole new one.
+//! Whole saves into a storage of which every call fails in turn: the guest keeps running, and the
+//! name refers to the old image or to the complete new one.
 
 use xsr_save_restore::SaveError;
 use xsr_save_restore::sink::{CopySink, FdSink};
@@ -32,8 +32,8 @@ enum Failed {
     Save(SaveError),
 }
 
-/// Saves into the storage as a toolstack does it: the guest is given up only once the image is
-/// complete and durable. Whether it was.
+/// Saves into the storage as a toolstack does it: the guest is released only once the image is
+/// complete and durable. Returns whether it was.
 fn save_into(guest: &Guest<'_>, storage: &dyn Storage, what: &str) -> Result<(), Failed> {
     let domain = guest.host.domain(guest.domid).unwrap();
     let mut toolstack = Toolstack::new(domain.as_ref());
@@ -55,7 +55,7 @@ fn save_into(guest: &Guest<'_>, storage: &dyn Storage, what: &str) -> Result<(),
     writer
         .commit(Durability::Durable)
         .map_err(Failed::Storage)?;
-    // The test goes on with the guest; a toolstack would keep it suspended and destroy it.
+    // The test still needs the guest; a toolstack would keep it suspended and destroy it.
     saved.resume().unwrap();
     Ok(())
 }
@@ -141,7 +141,7 @@ fn what_is_saved_into_a_file_is_restored_from_it() {
             &mut go_on,
         );
         restored.unwrap();
-        // The rings are the new host's.
+        // The rings belong to the new host.
         let left = guest.host.memory_digest(guest.domid).unwrap();
         let arrived = to.memory_digest(domid).unwrap();
         assert!(arrived.differences(&left).len() <= 4, "{}", guest.spec.name);

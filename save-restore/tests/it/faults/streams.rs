@@ -13,8 +13,8 @@ use crate::common::record_offsets;
 use crate::common::stream::{Upset, Upsetting, When};
 use crate::faults::*;
 
-/// What write(2) says of files, pipes and sockets; what it does that is no failure; and
-/// a sink that takes nothing.
+/// Errors of write(2) for files, pipes and sockets; results of it that are not failures; and a sink
+/// that takes nothing.
 fn writes() -> Vec<Upset> {
     let errnos = [
         Errno::EPIPE,
@@ -31,7 +31,7 @@ fn writes() -> Vec<Upset> {
     errnos.into_iter().chain(rest).collect()
 }
 
-/// Likewise of read(2), but for the end, which has its own test.
+/// Likewise for read(2), except the end, which has its own test.
 fn reads() -> Vec<Upset> {
     let errnos = [
         Errno::ECONNRESET,
@@ -47,7 +47,7 @@ fn reads() -> Vec<Upset> {
         .collect()
 }
 
-/// Numbers that are the same each time.
+/// Pseudo-random numbers, the same each time.
 fn seeded(mut seed: u64) -> impl Iterator<Item = usize> {
     std::iter::repeat_with(move || {
         seed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -56,7 +56,7 @@ fn seeded(mut seed: u64) -> impl Iterator<Item = usize> {
     })
 }
 
-/// Save with `sink`; the guest runs on.
+/// Saves with `sink`; the guest continues to run.
 fn save_into(
     guest: &Guest<'_>,
     before: &Source<'_>,
@@ -109,7 +109,7 @@ fn a_save_survives_every_write_that_fails() {
                 let what = format!("{} write {at} {upset:?}", spec.name);
                 let mut sink = Upsetting::new(Vec::new(), When::Call(at), *upset);
                 let result = save(&mut sink, &what);
-                // A guest at work is not saved to the same bytes twice.
+                // A working guest is not saved to the same bytes twice.
                 if !sink.happened() {
                     assert_eq!(mode, Mode::Live, "{what}");
                     continue;
@@ -125,7 +125,7 @@ fn a_save_survives_every_write_that_fails() {
                 points.add(what);
             }
         }
-        // Full or gone at any byte, also in the midst of a page.
+        // Full or gone at any byte, also in the middle of a page.
         let ends = seeded(40).map(|n| n % whole.len()).take(12);
         for (byte, upset) in ends.zip(upsets.iter().cycle()) {
             if upset.is_harmless() {
@@ -142,7 +142,7 @@ fn a_save_survives_every_write_that_fails() {
     points.report("writes of a save", 400);
 }
 
-/// Takes `bytes` bytes of a stream, then goes away.
+/// Takes `bytes` bytes of a stream, then disappears.
 fn take(mut from: impl Read, bytes: usize) {
     let taken = io::copy(&mut (&mut from).take(bytes as u64), &mut io::sink());
     assert_eq!(taken.unwrap(), bytes as u64);
@@ -180,7 +180,7 @@ fn a_save_survives_descriptors_that_fail() {
             });
             match result.unwrap_err() {
                 SaveError::Stream(WriteError::Io(error)) => {
-                    // ECONNRESET where bytes had arrived that nobody took.
+                    // ECONNRESET if bytes had arrived that were not read.
                     let errnos = [Errno::EPIPE, Errno::ECONNRESET].map(|errno| errno as i32);
                     let errno = error.raw_os_error().unwrap();
                     assert!(errnos.contains(&errno), "{what}: {error}");
@@ -193,7 +193,7 @@ fn a_save_survives_descriptors_that_fail() {
     points.report("descriptors of a save", 160);
 }
 
-/// A guest's stream, and what restores it again and again.
+/// A guest's stream, and how to restore it repeatedly.
 struct Image<'a> {
     to: &'a MockHost,
     free: u64,
@@ -203,7 +203,7 @@ struct Image<'a> {
 }
 
 impl Image<'_> {
-    /// Restore from `source`; what is there afterwards is all of the guest, or can only
+    /// Restores from `source`; afterwards either all of the guest is there, or the domain can only
     /// be destroyed.
     fn restore<S: PageSource>(&self, source: S, what: &str) -> Result<(), RestoreError> {
         let (new, options) = make_room(self.to, self.spec);
@@ -219,10 +219,10 @@ impl Image<'_> {
     }
 }
 
-/// Do something with a stream of each guest: saved stopped, or live.
+/// Runs `check` with a stream of each guest, saved still or live.
 fn with_images(seed: u64, mut check: impl FnMut(&Image<'_>)) {
-    // A log that tells of new pages does not tell of those that the guest has given back: they
-    // arrive, as they do from Xen's own engine. Without that log they are looked for.
+    // A log that reports new pages does not report those that the guest has given back: they
+    // arrive, as with Xen's own engine. Without that log the save looks for them.
     let (from, to) = (crate::common::host_with_an_older_log(seed), host(seed + 1));
     let free = to.free_pages();
     for (spec, mode) in guests().iter().zip(Mode::ALL.into_iter().cycle()) {
@@ -348,7 +348,7 @@ fn a_restore_survives_descriptors_that_end_or_are_reset() {
             assert!(result.unwrap_err().is_bad_image(), "{what}");
             points.add(what);
 
-            // A peer that goes with bytes unread resets the connection.
+            // A peer that disappears with unread bytes resets the connection.
             let what = format!("{name} socket reset at {end}");
             let (mut reader, mut writer) = UnixStream::pair().unwrap();
             reader.write_all(b"unread").unwrap();

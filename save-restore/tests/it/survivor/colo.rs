@@ -1,5 +1,5 @@
-//! The primary of COLO is cut off anywhere: the secondary goes on from the last checkpoint
-//! that was complete, with what it has done itself since, and nothing of the next one.
+//! The primary of COLO is cut off at any point: the secondary continues from the last complete
+//! checkpoint, with its own work since then, and without any part of the next one.
 
 use std::io::{self, Read, Write};
 use std::num::NonZeroUsize;
@@ -32,11 +32,11 @@ struct Here<'a> {
     host: &'a MockHost,
     domid: DomId,
     domain: &'a dyn Domain,
-    /// What it is at each.
+    /// Its state at each checkpoint.
     at: Vec<Is>,
 }
 
-/// What a guest is at a checkpoint: its memory, its vcpus and devices.
+/// The state of a guest at a checkpoint: its memory, its vcpus and devices.
 struct Is(MemoryDigest, Vec<u8>);
 
 impl Is {
@@ -94,8 +94,7 @@ struct There<'a> {
     domain: &'a dyn Domain,
     work: Option<Workload>,
     checkpoints: usize,
-    /// What it is when a checkpoint has been applied, and what it has whenever it is
-    /// suspended.
+    /// Its state when a checkpoint has been applied, and its memory whenever it is suspended.
     at: Vec<Is>,
     left: Vec<MemoryDigest>,
 }
@@ -148,14 +147,14 @@ impl ColoRestoreToolstack for There<'_> {
 /// Records of an image beside those of memory.
 type Records = Vec<(RecordKind, Vec<u8>)>;
 
-/// What became of a secondary; its domain is gone.
+/// The result of a secondary; its domain is gone.
 struct Left {
     checkpoints: usize,
-    /// Checkpoints and how it ended.
+    /// The number of checkpoints, and how it ended.
     result: Result<(u64, &'static str), RestoreError>,
     at: Vec<Is>,
     left: Vec<MemoryDigest>,
-    /// What it is in the end, if it may run: memory, and everything else.
+    /// Its final state, if it may run: memory, and everything else.
     state: Option<(MemoryDigest, Records)>,
 }
 
@@ -260,7 +259,7 @@ impl<W: Write> Write for Tee<W> {
     }
 }
 
-/// Takes so many lists.
+/// Takes this many lists.
 struct Lists(usize);
 
 impl Write for Lists {
@@ -282,7 +281,7 @@ fn a_primary_that_is_cut_off_anywhere_leaves_the_secondary_as_it_was() {
     let (cuts, mut seed) = (number("XSR_CUTS", 8), number("XSR_SEED", 1));
     let mut runs = 0_u64;
     for kind in [GuestKind::Hvm, GuestKind::Pvh] {
-        // Both ends, whole; what was sent.
+        // Both ends, uncut; the bytes that were sent.
         let (from, to) = (host(310), host(311));
         let shape = (kind, 2048 + 256);
         let domid = from.create_guest(&GuestSpec::new("web", kind, 8)).unwrap();
@@ -318,7 +317,7 @@ fn a_primary_that_is_cut_off_anywhere_leaves_the_secondary_as_it_was() {
             (sent.join().unwrap(), whole)
         });
         assert_eq!(whole.left.len(), EPOCHS);
-        // Every checkpoint made it the primary.
+        // Every checkpoint made it equal to the primary.
         let as_the_primary = |left: &Left, what: &str| {
             for (applied, sent) in left.at.iter().zip(&here.at) {
                 applied.same(sent, what);
@@ -332,7 +331,7 @@ fn a_primary_that_is_cut_off_anywhere_leaves_the_secondary_as_it_was() {
         let records = record_offsets(&stream);
         let complete = ends(&stream);
         assert_eq!(complete.len(), EPOCHS, "{kind:?}");
-        // What is not memory, as a cut right behind each checkpoint leaves it.
+        // Everything except memory, as a cut directly after each checkpoint leaves it.
         let expected: Vec<_> = complete
             .iter()
             .map(|at| {
@@ -370,7 +369,7 @@ fn a_primary_that_is_cut_off_anywhere_leaves_the_secondary_as_it_was() {
             assert_eq!(whole.left[last - 1].differences(&memory), [], "{what}");
             assert!(records == expected[last - 1], "{what}");
         }
-        // A primary that takes no list any more.
+        // A primary that no longer takes a list.
         for (lists, expected) in expected.iter().enumerate().take(EPOCHS) {
             let what = format!("{kind:?}: {lists} lists");
             let left = beside(&to, shape, &stream[..], &mut Lists(lists), &in_memory(0));
@@ -387,7 +386,7 @@ fn a_primary_that_is_cut_off_anywhere_leaves_the_secondary_as_it_was() {
     eprintln!("{runs} primaries were cut off");
 }
 
-/// Its pages would be taken for unwritten.
+/// The primary would treat its pages as unwritten.
 #[test]
 fn a_secondary_that_cannot_name_its_pages_gives_up() {
     let spec = &guests()[3];

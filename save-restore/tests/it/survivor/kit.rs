@@ -1,5 +1,5 @@
-//! Both ends of a stream of checkpoints: a primary whose guest changes in every way from
-//! one to the next, and a secondary with a disk.
+//! Both ends of a stream of checkpoints: a primary whose guest changes in every way between
+//! checkpoints, and a secondary with a disk.
 
 use std::cell::RefCell;
 use std::io::{self, Read};
@@ -37,7 +37,7 @@ pub(crate) struct Primary<'a> {
     epoch: u8,
 }
 
-/// One of a guest that runs.
+/// A primary of a running guest.
 pub(crate) fn primary<'a>(
     from: &MockHost,
     domid: DomId,
@@ -62,13 +62,12 @@ pub(crate) fn refused(error: impl std::error::Error + Send + Sync + 'static) -> 
 }
 
 impl SaveToolstack for Primary<'_> {
-    /// The guest's first vcpu has another register in each epoch.
+    /// The guest's first vcpu has another register value in each epoch.
     fn suspend(&mut self) -> Result<(), ToolstackError> {
         self.domain.suspend().map_err(refused)?;
         self.epoch += 1;
-        // Behind 512 bytes of FPU state in either. Of a PV vcpu flags come first, which
-        // must say that it is online; an HVM context has two descriptors and a header
-        // before it.
+        // After 512 bytes of FPU state in both. A PV vcpu has flags before that, which must mark it
+        // as online; an HVM context has two descriptors and a header before it.
         if self.kind == GuestKind::Pv {
             let mut state = self.domain.vcpu_state(0, VcpuBlob::Basic).unwrap();
             state[512] |= 1 << 5;
@@ -113,8 +112,8 @@ impl CheckpointToolstack for Primary<'_> {
 /// Blocks and what is in them.
 pub(crate) type Disk = std::collections::BTreeMap<u64, u64>;
 
-/// The disk writes of the guest from one checkpoint to the next, as a replicating disk sends
-/// them, beside the stream.
+/// The guest's disk writes between two checkpoints, as a replicating disk sends them, beside the
+/// stream.
 pub(crate) fn disk_writes(epoch: u64) -> Vec<(u64, u64)> {
     let mut seed = epoch;
     (0..20)
@@ -122,15 +121,15 @@ pub(crate) fn disk_writes(epoch: u64) -> Vec<(u64, u64)> {
         .collect()
 }
 
-/// Disk writes that have come and wait for their checkpoint.
+/// Disk writes that have arrived and wait for their checkpoint.
 pub(crate) type Buffered = Rc<RefCell<Vec<(u64, u64)>>>;
 
-/// A stream beside which the disk writes come: those of an epoch in the course of its bytes,
-/// the last with the last of them.
+/// A stream with disk writes beside it: those of an epoch arrive in the course of its bytes, the
+/// last write with the last byte.
 pub(crate) struct WithDisk<R> {
     stream: R,
     bytes: usize,
-    /// Behind how many bytes each comes, the last first.
+    /// After how many bytes each arrives, the last first.
     writes: Vec<(usize, (u64, u64))>,
     buffered: Buffered,
 }
@@ -147,7 +146,7 @@ impl<R> WithDisk<R> {
     }
 }
 
-/// All disk writes of a stream whose checkpoints end there, and behind how many bytes.
+/// All disk writes of a stream whose checkpoints end there, with the byte counts before them.
 pub(crate) fn all_writes(
     ends: &[usize],
 ) -> impl DoubleEndedIterator<Item = (usize, (u64, u64))> + use<> {
@@ -176,7 +175,7 @@ impl<R: Read> Read for WithDisk<R> {
     }
 }
 
-/// At which bytes the checkpoints of a stream are complete.
+/// The bytes at which the checkpoints of a stream are complete.
 pub(crate) fn ends(stream: &[u8]) -> Vec<usize> {
     let records = record_offsets(stream);
     let checkpoints = records.iter().filter(|(_, kind, _)| *kind == CHECKPOINT);
@@ -222,15 +221,15 @@ pub(crate) fn plain(stream: &[u8], checkpoints: usize) -> Vec<u8> {
     plain
 }
 
-/// All that a guest is: memory, and the records behind it (registers, devices, clock).
+/// The whole state of a guest: memory, and the records after it (registers, devices, clock).
 pub(crate) struct State {
     pub(crate) memory: MemoryDigest,
     pub(crate) records: Vec<(RecordKind, Vec<u8>)>,
 }
 
 impl State {
-    /// The kinds of the records that are not the same in both; but a PV guest's shared info
-    /// names two frames, which are others in each domain.
+    /// The kinds of the records that differ. A PV guest's shared info is compared without two
+    /// frames, which differ in each domain.
     pub(crate) fn other_records(&self, other: &Self) -> Vec<RecordKind> {
         let kinds = |state: &Self| -> Vec<_> { state.records.iter().map(|r| r.0).collect() };
         assert_eq!(kinds(self), kinds(other));
@@ -239,7 +238,7 @@ impl State {
     }
 }
 
-/// What a restored domain holds. The domain is gone then.
+/// The state of a restored domain. The domain is gone afterwards.
 pub(crate) fn state_of(host: &MockHost, domid: DomId) -> State {
     let memory = host.memory_digest(domid).unwrap();
     let domain = unpause(host, domid);
@@ -274,7 +273,7 @@ pub(crate) struct Secondary {
     pub(crate) lost_at: Option<u64>,
     pub(crate) fails_at: Option<u64>,
     pub(crate) results: u32,
-    /// Its disk, and what has come of disk writes for a checkpoint that is not complete.
+    /// Its disk, and the disk writes that have arrived for an incomplete checkpoint.
     pub(crate) disk: Disk,
     pub(crate) buffered: Buffered,
 }
@@ -305,7 +304,7 @@ impl CheckpointRestoreToolstack for Secondary {
     }
 }
 
-/// Gives its bytes, then fails.
+/// Returns its bytes, then fails.
 pub(crate) struct Breaks<'a>(pub(crate) &'a [u8]);
 
 impl Read for Breaks<'_> {
@@ -317,7 +316,7 @@ impl Read for Breaks<'_> {
     }
 }
 
-/// Restore into a new domain, which is there afterwards, whatever came of it.
+/// Restores into a new domain, which exists afterwards, whatever the result.
 pub(crate) fn survive<R: Read>(
     host: &MockHost,
     (kind, vcpus, pages): Shape,
@@ -331,7 +330,7 @@ pub(crate) fn survive<R: Read>(
     (domid, result)
 }
 
-/// Restore into a domain that has just been created.
+/// Restores into a domain that has just been created.
 pub(crate) fn survive_in<R: Read>(
     host: &MockHost,
     domain: &dyn Domain,

@@ -1,4 +1,4 @@
-//! What is no checkpoint, or cannot be made the guest: nobody takes over.
+//! Invalid checkpoints, and checkpoints that cannot be applied: the secondary does not take over.
 
 use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
@@ -48,7 +48,7 @@ fn a_checkpoint_is_kept_in_memory_up_to_the_limit_and_in_a_file_beyond() {
     assert!(matches!(error, RestoreError::Spill { .. }), "{error}");
     let said = format!("50000 bytes in memory and {} in the file", most - 50_001);
     assert!(error.to_string().contains(&said), "{error}");
-    // Where there is no room for it, nobody takes over: the sender is well.
+    // If there is no room for it, the secondary does not take over: the sender is alive.
     let nowhere = CheckpointOptions {
         memory_bytes: 0,
         directory: "/nonexistent".into(),
@@ -80,7 +80,7 @@ fn the_toolstack_decides_whether_a_checkpoint_counts() {
         let buffered = Buffered::clone(&secondary.buffered);
         let source = WithDisk::new(stream.as_slice(), &ends(&stream), &buffered);
         let (domid, result) = survive(&to, shape, source, &mut secondary, &keep);
-        // All writes of the last epoch have come, and none of them is on the disk.
+        // All writes of the last epoch have arrived, and none of them is on the disk.
         let disk: Disk = (1..lost).flat_map(disk_writes).collect();
         assert_eq!(secondary.disk, disk);
         assert_eq!(*buffered.borrow(), disk_writes(lost));
@@ -119,7 +119,7 @@ fn a_stream_that_goes_on_wrongly_is_an_error_and_nobody_takes_over() {
     let mut ends = records.iter().filter(|(_, kind, _)| *kind == CHECKPOINT);
     let (second, ..) = *ends.nth(1).unwrap();
     let mut broken = stream.clone();
-    // A kind that nobody knows, and that must not be skipped.
+    // An unknown kind that must not be skipped.
     broken[second] = 0x7e;
     let mut secondary = Secondary::default();
     let (_, result) = survive(&to, shape, broken.as_slice(), &mut secondary, &keep);
@@ -128,7 +128,7 @@ fn a_stream_that_goes_on_wrongly_is_an_error_and_nobody_takes_over() {
     assert!(error.to_string().contains("0x"), "{error}");
     assert_eq!(secondary.checkpoints, 1);
 
-    // With an END, the last checkpoint is the guest, and the source stands behind it.
+    // With an END, the last checkpoint is the guest, and the source is positioned after it.
     let mut ended = stream.clone();
     ended.extend_from_slice(&[0; 8]);
     ended.extend_from_slice(b"more");
@@ -192,7 +192,7 @@ fn a_checkpoint_that_cannot_be_applied_never_becomes_a_guest() {
             let domain = faulty(to.domain(domid).unwrap());
             let mut secondary = Secondary::default();
             let result = survive_in(&to, &domain, stream.as_slice(), &mut secondary, &keep);
-            // Looking at it destroys it.
+            // Reading its state destroys it.
             let state = result.is_ok().then(|| state_of(&to, domid));
             if state.is_none() {
                 to.domain(domid).unwrap().destroy().unwrap();
@@ -206,7 +206,7 @@ fn a_checkpoint_that_cannot_be_applied_never_becomes_a_guest() {
         let trace = watching.trace();
         let mut epochs = std::collections::BTreeSet::new();
         for (at, call) in (0..).zip(&trace) {
-            // That is the test's own.
+            // That call is made by the test itself.
             if call.op == "alloc_unbound_port" {
                 continue;
             }
@@ -217,14 +217,14 @@ fn a_checkpoint_that_cannot_be_applied_never_becomes_a_guest() {
                 if domain.struck().is_none() {
                     continue;
                 }
-                // A fault that can be got over leaves no trace in the guest.
+                // A fault that can be survived leaves no trace in the guest.
                 if let Some(state) = state {
                     assert_eq!(expected.memory.differences(&state.memory), [], "{what}");
                     assert_eq!(expected.other_records(&state), [], "{what}");
                     survived += 1;
                     continue;
                 }
-                // Nobody is told of a guest that could be run.
+                // The toolstack does not learn of a guest that could be run.
                 assert_eq!(secondary.results, 0, "{what}");
                 if let Err(RestoreError::NotApplied { checkpoint, .. }) = &result {
                     assert_eq!(*checkpoint, secondary.checkpoints, "{what}");
