@@ -1,6 +1,5 @@
-//! What the mock machine costs, so that it is known what of a measured save or
-//! restore is the engine's: mapping batches as a saver and as a restorer do,
-//! populating, making guests.
+//! Benchmarks of the mock machine, which show how much of a measured save or restore is the
+//! engine's own cost: mapping batches like a saver and a restorer, populating, creating guests.
 
 #![allow(
     clippy::unwrap_used,
@@ -15,7 +14,7 @@ use xsr_format::frame::{Gfn, Mfn};
 use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
 use xsr_xen_backend::{Access, Domain, GuestKind, Host};
 
-/// Frames of a batch, as PAGE_DATA has them.
+/// Frames of a batch, as in a PAGE_DATA record.
 const BATCH: u64 = 1024;
 
 fn gfns(domain: &dyn Domain, kind: GuestKind) -> Vec<Gfn> {
@@ -84,7 +83,7 @@ fn populate(c: &mut Criterion) {
     group.finish();
 }
 
-/// A domain that goes when the benchmark is done with it.
+/// A domain that is destroyed when it is dropped.
 struct Destroyed(Box<dyn Domain>);
 
 impl Drop for Destroyed {

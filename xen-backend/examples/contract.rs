@@ -1,5 +1,5 @@
-//! Run the contract suite against the hypervisor of this machine: as root, in the
-//! control domain. Makes domains and destroys them; touches no others.
+//! Contract suite on the hypervisor of this machine; run it as root, in the control domain. It
+//! creates and destroys its own domains, and touches no others.
 //!
 //!     cargo run --example contract --features contract [PART OF A NAME]…
 

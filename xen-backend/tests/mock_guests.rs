@@ -1,5 +1,5 @@
-//! Guests that the mock makes are what a toolstack would find on a real host:
-//! walkable p2m, valid page tables, pattern where it should be.
+//! Tests that the mock's guests look as they would to a toolstack on a real host: walkable p2m,
+//! valid page tables, the pattern in the right pages.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -30,7 +30,7 @@ fn read(domain: &dyn Domain, mfn: u64) -> Box<[u8; 4096]> {
     pages.page(0).unwrap().to_page()
 }
 
-/// The p2m as a saver finds it, by the tree or by the linear list.
+/// The p2m as a saver finds it, through the tree or the linear list.
 fn walk_p2m(domain: &dyn Domain, width: usize) -> Vec<u64> {
     let shared_info = read(domain, domain.info().unwrap().shared_info_frame.0);
     let (max_pfn, fll, cr3, vaddr) = match width {
@@ -233,7 +233,7 @@ fn destroying_a_guest_gives_everything_back() {
         host.domain(domid).unwrap().destroy().unwrap();
     }
     assert_eq!(host.free_pages(), free);
-    // What was freed reads as zero.
+    // Freed memory reads as zero.
     let domain = host
         .domain(host.create_domain(GuestKind::Pvh, 1, 1 << 16).unwrap())
         .unwrap();
@@ -253,8 +253,7 @@ fn destroying_a_guest_gives_everything_back() {
     }
 }
 
-/// What Xen leaves to the caller the mock refuses: a pfn of a translated guest that has
-/// a page already.
+/// Xen leaves it to the caller not to populate a translated guest's pfn twice; the mock refuses it.
 #[test]
 fn a_translated_guests_pfn_is_populated_once() {
     let host = MockHost::ephemeral(&HostConfig {

@@ -1,4 +1,4 @@
-//! A mock host outlives its process: closed, in use, killed, damaged, full.
+//! A mock host's files after its process has ended: closed, in use, killed, damaged, full.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -86,7 +86,7 @@ fn all_there_is_survives_a_reopen() {
         host.userdata_get(pv, "domain-json").unwrap().unwrap(),
         b"{}"
     );
-    // And it goes on where it was; a new domain gets a number of its own.
+    // It resumes where it was; a new domain gets its own number.
     domain.resume().unwrap();
     let new = host.create_domain(GuestKind::Pvh, 1, 1).unwrap();
     assert!(new > hvm);
@@ -129,8 +129,8 @@ fn a_damaged_state_file_is_named() {
 
 const CRASH_DIR: &str = "XSR_TEST_CRASH_DIR";
 
-/// Not a test of its own: the process that [`a_killed_process_loses_nothing_else`]
-/// starts, and that dies in the middle of its work.
+/// Not a test itself: the process that [`a_killed_process_loses_nothing_else`] starts, and that
+/// dies in the middle of its work.
 #[test]
 fn die_half_way() {
     let Some(dir) = std::env::var_os(CRASH_DIR) else {
@@ -165,7 +165,7 @@ fn a_killed_process_loses_nothing_else() {
         .output()
         .unwrap();
     assert!(!child.status.success(), "it was to die");
-    // A domain that was being made or unmade as the process died.
+    // A domain that was being created or destroyed when the process died.
     fs::create_dir_all(dir.path().join("domains/99/blobs")).unwrap();
     fs::create_dir_all(dir.path().join("domains/98.dead")).unwrap();
 
@@ -191,7 +191,7 @@ fn frames_without_a_domain_are_freed_after_a_kill() {
         .create_guest(&GuestSpec::new("lost", GuestKind::Pv, 8))
         .unwrap();
     drop(host);
-    // As if it had died between forgetting the domain and freeing its memory.
+    // The state after a process died between removing the domain and freeing its memory.
     fs::remove_dir_all(dir.path().join(format!("domains/{}", lost.0))).unwrap();
     fs::write(dir.path().join("open"), 1_u64.to_le_bytes()).unwrap();
     let host = MockHost::open(dir.path()).unwrap();
@@ -216,7 +216,7 @@ fn frames_of_a_domain_half_removed_are_freed() {
     let lost = host
         .create_guest(&GuestSpec::new("lost", GuestKind::Pv, 8))
         .unwrap();
-    // Closed in order, so that nothing but the directory's name tells.
+    // Closed properly, so that only the directory's name shows the removal.
     drop(host);
     let domains = dir.path().join("domains");
     let dead = domains.join(format!("{}.dead", lost.0));
@@ -235,20 +235,20 @@ fn a_domain_that_cannot_be_forgotten_stays() {
     let domid = host.create_guest(&spec).unwrap();
     let domain = host.domain(domid).unwrap();
     let before = host.show(domid).unwrap();
-    // In the way of the directory's other name.
+    // A file at the path that the directory is renamed to.
     let dead = dir.path().join(format!("domains/{}.dead", domid.0));
     fs::write(&dead, "").unwrap();
     assert_eq!(domain.destroy().unwrap_err().errno, Errno::EIO);
     assert!(host.show(domid).unwrap() == before);
     fs::remove_file(&dead).unwrap();
-    // What is left of an earlier domain of that number is not in the way.
+    // The remains of an earlier domain of that number do not interfere.
     fs::create_dir_all(dead.join("blobs")).unwrap();
     domain.destroy().unwrap();
     assert_eq!(host.free_pages(), free);
     assert!(!dead.exists());
 }
 
-/// All there is to see of a PV guest.
+/// All visible state of a PV guest.
 fn all_of(host: &MockHost, domid: DomId, frames: &[Gfn]) -> impl PartialEq + use<> {
     let domain = host.domain(domid).unwrap();
     (
@@ -278,12 +278,12 @@ fn a_change_that_cannot_be_kept_is_none() {
         let record_in_the_way = state.join("state.json.new");
         let refused = |change: &dyn Fn() -> Option<Errno>| {
             let before = all_of(&host, domid, &frames);
-            // No file at all can be written.
+            // No file can be written.
             fs::rename(&state, &away).unwrap();
             assert_eq!(change(), Some(Errno::EIO));
             fs::rename(&away, &state).unwrap();
             assert!(before == all_of(&host, domid, &frames), "nothing written");
-            // All but the last.
+            // All files but the last can be written.
             fs::create_dir(&record_in_the_way).unwrap();
             assert_eq!(change(), Some(Errno::EIO));
             fs::remove_dir(&record_in_the_way).unwrap();
@@ -299,7 +299,7 @@ fn a_change_that_cannot_be_kept_is_none() {
             Err(MockError::Backend(error)) => Some(error.errno),
             _ => None,
         });
-        // The files are put back too.
+        // The files are restored too.
         assert!(!state.join("blobs/userdata-key").exists());
         let context = fs::read(state.join("blobs/vcpu0-basic")).unwrap();
         assert_eq!(context, domain.vcpu_state(0, VcpuBlob::Basic).unwrap());
@@ -366,7 +366,7 @@ fn handles_work_from_many_threads() {
     for handle in workers {
         let (domid, worker, gfns) = handle.join().unwrap();
         let domain = host.domain(domid).unwrap();
-        // One domain from two threads.
+        // Two threads use the same domain.
         thread::scope(|scope| {
             for half in gfns.chunks(1024) {
                 let domain = &*domain;

@@ -1,4 +1,4 @@
-//! Both libxls of COLO: they share the stream with the helpers, and its other direction.
+//! The two libxls of COLO, which share the stream and the back channel with the helpers.
 //!
 //! C implementation: `tools/libs/light/libxl_colo_save.c`, `libxl_colo_restore.c`.
 
@@ -18,7 +18,7 @@ use super::{
     SUSPEND, WAIT_CHECKPOINT, Whose, answer, ask,
 };
 
-/// The callbacks that libxl has, at both ends.
+/// libxl's callbacks, at both ends.
 const SAVE: u32 =
     1 << SUSPEND | 1 << POSTCOPY | 1 << CHECKPOINT | 1 << WAIT_CHECKPOINT | 1 << LOGDIRTY;
 const RESTORE: u32 = 1 << SUSPEND
@@ -34,7 +34,7 @@ const CHECKPOINT_END: [u8; 8] = [4, 0, 0, 0, 0, 0, 0, 0];
 /// How long one libxl waits for the other, in ms.
 const PATIENCE: u16 = 60_000;
 
-/// What a CHECKPOINT_STATE says.
+/// States in a CHECKPOINT_STATE record.
 const NEW: u8 = 0;
 const SVM_SUSPENDED: u8 = 1;
 const SVM_READY: u8 = 2;
@@ -46,8 +46,8 @@ fn state(id: u8) -> [u8; 16] {
     record
 }
 
-/// Take a record, within [`PATIENCE`]: at the other end of a FIFO that is held open in both
-/// directions nobody hangs up.
+/// Read a record, within [`PATIENCE`]: a FIFO that is held open in both directions has no end of
+/// file.
 fn expect<const N: usize>(mut from: impl Read + AsFd, record: [u8; N]) -> io::Result<()> {
     let mut got = [0; N];
     let mut ready = [PollFd::new(from.as_fd(), PollFlags::POLLIN)];
@@ -63,22 +63,22 @@ fn expect<const N: usize>(mut from: impl Read + AsFd, record: [u8; N]) -> io::Re
     }
 }
 
-/// One end.
+/// One of the two hosts.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct End<'a> {
-    /// Whose helper.
+    /// The helper's engine.
     pub(crate) whose: Whose,
     /// The machine.
     pub(crate) host: &'a Path,
 }
 
-/// Protect domain `domid` of the first machine with `empty` of the second, both of which
-/// work in steps, for as many checkpoints. In the last the primary's libxl fails, with all
-/// of it at the other end: both stand still then, and are the same.
+/// Protect domain `domid` of the first machine with `empty` of the second, for as many checkpoints;
+/// both domains work in steps. In the last checkpoint the primary's libxl fails after the secondary
+/// has received all of it: both domains are then stopped, and are equal.
 ///
 /// # Errors
 ///
-/// A helper cannot be started or spoken with, or something comes out of turn.
+/// A helper cannot be started or does not follow the protocol.
 pub(crate) fn protect(
     helpers: &Helpers,
     (from, domid): (End<'_>, DomId),
@@ -89,7 +89,7 @@ pub(crate) fn protect(
     let (mut libxl_from, mut libxl_to) = (stream_from.try_clone()?, stream_to.try_clone()?);
     let name = from.host.with_extension("back");
     mkfifo(&name, Mode::S_IRWXU)?;
-    // It has both ends, so that nobody waits for the other to be opened.
+    // It holds both ends open, so that no helper waits for the other to open it.
     let back = File::options().read(true).write(true).open(&name)?;
     let others = format!("8<>'{}'", name.display());
     let save = format!("--save-domain 7 8 {} 1 {SAVE} 2", domid.0);
@@ -101,7 +101,7 @@ pub(crate) fn protect(
     let (secondary, there) = helpers.with_requests(to.host);
     let sender = primary.start(from.whose, from.host, stream_to, &save, &others)?;
     let receiver = secondary.start(to.whose, to.host, stream_from, &restore, &others)?;
-    // Ours does it itself, once it is told that it is done.
+    // Our helper does it itself, once it is told that it is done.
     let do_it = |end: End<'_>, requests: &Path, verb: &str, domid: DomId| match end.whose {
         Whose::Stock => ask(requests, verb, domid),
         Whose::Ours | Whose::OursByCalls => Ok(()),
@@ -144,7 +144,7 @@ pub(crate) fn protect(
                 POSTCOPY => {
                     number += 1;
                     if number == checkpoints {
-                        // As where SVM_READY cannot be sent.
+                        // The result of a libxl that cannot send SVM_READY.
                         return Ok(2);
                     }
                     back.write_all(&state(SVM_READY))?;

@@ -1,19 +1,18 @@
-//! Plays libxl to one helper once, and says what that took: for `cargo xtask peer bench`,
-//! which has each run done by a process of its own.
+//! A single measured run of a helper with this program in libxl's place, for `cargo xtask peer
+//! bench`, which starts a new process for each run.
 //!
-//! `xsr-peer-run make DIR KIND MIB` makes a machine with a guest, and `xsr-peer-run
-//! suspend DIR` or `resume DIR` does that to it: nobody but the process that has the
-//! machine open can, so that stock's is suspended before and ours suspends it itself.
-//! `xsr-peer-run save WHOSE DIR KIND MIB WAY FILE` has it saved, and
-//! `xsr-peer-run restore WHOSE DIR KIND MIB WAY IMAGE` has an image restored on a machine
-//! made for it. `xsr-peer-run make DIR KIND MIB RATE PAGES` makes a guest that, while it is
-//! migrated, writes to RATE pages a second, of PAGES, and `xsr-peer-run migrate WHOSE DIR KIND
-//! MIB WAY` has it migrated to a machine made for it, live.
+//! `xsr-peer-run make DIR KIND MIB` makes a machine with a guest, and `xsr-peer-run suspend DIR` or
+//! `resume DIR` suspends or resumes it: only the process that has the machine open can do that, so
+//! the guest is suspended before stock saves it, and ours suspends it itself. `xsr-peer-run save
+//! WHOSE DIR KIND MIB WAY FILE` saves it, and `xsr-peer-run restore WHOSE DIR KIND MIB WAY IMAGE`
+//! restores an image on a machine made for it. `xsr-peer-run make DIR KIND MIB RATE PAGES` makes a
+//! guest that, while it is migrated, writes to RATE pages a second, of PAGES, and `xsr-peer-run
+//! migrate WHOSE DIR KIND MIB WAY` migrates it live to a machine made for it.
 //!
 //! KIND is `pv`, `pv32`, `pvh` or `hvm`, WAY `null`, `pipe`, `file` or `tcp`, WHOSE `stock`,
-//! `ours`, `direct` (ours, without hypercalls), or `cat`: then the same bytes are moved by
-//! `cat`, to FILE or, for a restore, into a file that is there. What is behind `--` is put
-//! before the command of the helper, or of both.
+//! `ours`, `direct` (ours, without hypercalls), or `cat`: then `cat` moves the same bytes to FILE
+//! or, for a restore, into an existing file. Words after `--` are put before the command of the
+//! helper, or of both.
 
 #![allow(
     clippy::print_stdout,
@@ -44,17 +43,17 @@ use xsr_xen_backend::{DomId, GuestKind, Host as _};
 
 type Failure = Box<dyn Error>;
 
-/// Bytes that whoever is at the other end of a pipe or socket moves at a time.
+/// Bytes that the other end of a pipe or socket moves at a time.
 const BLOCK: usize = 1 << 20;
 
-/// MiB of a PV guest for each process that has page tables of its own: with them, and
-/// those that map its memory, about one page in a hundred is a page table.
+/// MiB of a PV guest for each process with its own page tables: with these, and the tables that map
+/// its memory, about one page in a hundred is a page table.
 const MIB_PER_PROCESS: u64 = 3;
 
 /// The first domain of a new machine.
 const DOMID: DomId = DomId(1);
 
-/// What is to be saved or restored.
+/// The guest to be saved or restored.
 struct Guest {
     dir: PathBuf,
     kind: GuestKind,
@@ -79,9 +78,8 @@ impl Guest {
         })
     }
 
-    /// A machine with some room beside the guest. Memory is in large pieces, as Xen
-    /// gives it to a domain at first: one call of the kernel maps many frames, as one of
-    /// privcmd does.
+    /// A machine with some room beside the guest. Memory is in large extents, as Xen first gives it
+    /// to a domain, so that one system call maps many frames, as it does for privcmd.
     fn machine(&self, stepped: Option<Stepped>) -> Result<MockHost, Failure> {
         let config = HostConfig {
             stepped,
@@ -92,8 +90,8 @@ impl Guest {
         Ok(MockHost::create(&self.dir, &config)?)
     }
 
-    /// A machine with an empty domain. Its memory is there, as that of a real machine is:
-    /// what the kernel does to have pages of a file at all is no part of a restore.
+    /// A machine with an empty domain. Its memory is allocated already, as that of a real machine
+    /// is: the kernel's work to allocate pages of a file is not part of a restore.
     fn empty(&self) -> Result<Empty, Failure> {
         let host = self.machine(None)?;
         let memory = File::options().write(true).open(self.dir.join("memory"))?;
@@ -102,7 +100,7 @@ impl Guest {
         Ok(empty)
     }
 
-    /// A machine with the guest, which works, if at all, in timed steps.
+    /// A machine with the guest; its workload, if any, runs in timed steps.
     fn make(&self, work: Option<WorkloadSpec>) -> Result<(), Failure> {
         let stepped = work.map(|work| Stepped {
             work,
@@ -133,7 +131,7 @@ fn write_zeros(mut file: &File, pages: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// Have the guest of the machine in `dir` suspended, or have it run.
+/// Suspend or resume the guest of the machine in `dir`.
 fn put(dir: &str, suspended: bool) -> Result<(), Failure> {
     let domain = MockHost::open(Path::new(dir))?.domain(DOMID)?;
     match (suspended, domain.info()?.shutdown.is_some()) {
@@ -144,10 +142,10 @@ fn put(dir: &str, suspended: bool) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The other end of where a stream goes or comes from.
+/// The thread at the other end of the stream.
 type End = Option<JoinHandle<io::Result<u64>>>;
 
-/// Take what comes.
+/// Read and discard everything.
 fn drain(mut from: impl Read + Send + 'static) -> End {
     Some(thread::spawn(move || {
         let mut block = vec![0; BLOCK];
@@ -161,7 +159,7 @@ fn drain(mut from: impl Read + Send + 'static) -> End {
     }))
 }
 
-/// Give what is in a file.
+/// Write the contents of a file.
 fn feed(mut image: File, mut to: impl Write + Send + 'static) -> End {
     Some(thread::spawn(move || {
         let mut block = vec![0; BLOCK];
@@ -182,7 +180,7 @@ fn loopback() -> io::Result<[TcpStream; 2]> {
     Ok([one, listener.accept()?.0])
 }
 
-/// Where a save goes: the descriptor, and who is at its other end.
+/// The destination of a save: the descriptor, and the thread at its other end.
 fn sink(way: &str, file: &Path) -> Result<(Stdio, End), Failure> {
     Ok(match way {
         "null" => {
@@ -202,9 +200,9 @@ fn sink(way: &str, file: &Path) -> Result<(Stdio, End), Failure> {
     })
 }
 
-/// Where a restore comes from.
+/// The source of a restore.
 fn source(way: &str, image: &Path) -> Result<(Stdio, End), Failure> {
-    // libxl has the descriptor open for both.
+    // libxl opens the descriptor for reading and writing.
     let image = File::options().read(true).write(true).open(image)?;
     Ok(match way {
         "file" => (image.into(), None),
@@ -230,7 +228,7 @@ fn whose(name: &str) -> Result<Option<Whose>, Failure> {
     })
 }
 
-/// Hypercalls and maps: stock's are counted by the libraries below it, ours by the
+/// Numbers of hypercalls and maps: stock's are counted by the libraries under it, ours by the
 /// machine.
 fn asked(run: &Run, counts: &Path) -> Result<[u64; 2], Failure> {
     let words = |text: &str| -> Result<[u64; 2], Failure> {
@@ -258,7 +256,7 @@ fn asked(run: &Run, counts: &Path) -> Result<[u64; 2], Failure> {
     words(&numbers)
 }
 
-/// What a run took.
+/// The cost of a run.
 struct Took {
     seconds: f64,
     asked: [u64; 2],
@@ -271,13 +269,13 @@ fn finish(end: End) -> Result<(), Failure> {
     Ok(())
 }
 
-/// `cat` in the place of a helper.
+/// `cat` in place of a helper.
 fn copy(from: Stdio, to: Stdio, end: End) -> Result<Took, Failure> {
     let begun = Instant::now();
     let mut command = Command::new("cat");
     command.stdin(from).stdout(to);
     let mut child = command.spawn()?;
-    // It has the descriptors, too, and the other end waits for all of them to be closed.
+    // The command holds the descriptors too, and the other end waits until all of them are closed.
     drop(command);
     let status = child.wait()?;
     finish(end)?;
@@ -329,7 +327,7 @@ fn restore(
 ) -> Result<Took, Failure> {
     let (from, end) = source(way, image)?;
     let Some(whose) = whose(name)? else {
-        // As a machine's memory, it is there.
+        // Allocated already, like a machine's memory.
         let to = File::create(&guest.dir)?;
         write_zeros(&to, image.metadata()?.len().div_ceil(PAGE_SIZE as u64))?;
         (&to).rewind()?;
@@ -342,7 +340,7 @@ fn restore(
     done(&run, begun, end, &counts)
 }
 
-/// Have the guest go to a machine beside its own.
+/// Migrate the guest to a machine next to its own.
 fn migrate(name: &str, guest: &Guest, way: &str, under: &[String]) -> Result<Migrated, Failure> {
     let whose = whose(name)?.ok_or("cat migrates nobody")?;
     let ends = match way {
@@ -369,7 +367,7 @@ fn migrate(name: &str, guest: &Guest, way: &str, under: &[String]) -> Result<Mig
     Ok(migrated)
 }
 
-/// The helpers, and where what stock asks is counted.
+/// The helpers, and the file with the numbers of stock's calls.
 fn helpers(dir: &Path, under: &[String]) -> Result<(Helpers, PathBuf), Failure> {
     let mut helpers = Helpers::from_env().ok_or("`cargo xtask peer bench` says where they are")?;
     helpers.under = under.iter().map(OsString::from).collect();
@@ -423,7 +421,7 @@ fn main() -> Result<(), Failure> {
         )?,
         _ => return Err("what is to be done? The top of driver/main.rs says what can be".into()),
     };
-    // One child only, and those that it waited for.
+    // There is only one child, whose usage includes the children that it waited for.
     let used = getrusage(UsageWho::RUSAGE_CHILDREN)?;
     let seconds = |time: nix::sys::time::TimeVal| -> Result<f64, Failure> {
         let whole = u32::try_from(time.tv_sec())?;

@@ -12,13 +12,13 @@ use xsr_xen_backend::DomId;
 
 use super::{Empty, Helpers, SAVE_CALLBACKS, SUSPEND, Whose, answer, ask};
 
-/// What a migration took.
+/// The duration of a migration.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Migrated {
     /// From the start of the helpers until both have ended.
     pub(crate) all: Duration,
-    /// From the request to suspend the guest until the receiving helper has ended, which
-    /// is when libxl goes on to have the guest run.
+    /// From the request to suspend the guest until the receiving helper has ended, when libxl would
+    /// resume the guest.
     pub(crate) downtime: Duration,
 }
 
@@ -28,17 +28,16 @@ pub(crate) struct Machines<'a> {
     pub(crate) from: &'a Path,
     pub(crate) domid: DomId,
     pub(crate) to: &'a Path,
-    /// The domain that waits there.
+    /// The domain that waits on the destination.
     pub(crate) empty: Empty,
 }
 
 impl Helpers {
-    /// Have a guest that runs go from one machine to the other, over a connection of which
-    /// these are the ends.
+    /// Migrate a running guest from one machine to the other, over a connection with these ends.
     ///
     /// # Errors
     ///
-    /// A helper cannot be started or spoken with, or fails: with what it said.
+    /// A helper cannot be started or does not follow the protocol, or fails: with its messages.
     pub(crate) fn migrate(
         &self,
         whose: Whose,

@@ -1,5 +1,5 @@
-//! libxl's part, for tests and benchmarks: starts either save helper on a mock machine,
-//! and answers it.
+//! libxl's part, for tests and benchmarks: starts either save helper on a mock machine, and answers
+//! its messages.
 //!
 //! C implementation: `tools/libs/light/libxl_save_callout.c`.
 
@@ -27,21 +27,21 @@ const STATIC_DATA_DONE: u16 = 8;
 const RESTORE_RESULTS: u16 = 9;
 const COMPLETE: u16 = 10;
 
-/// The callbacks that libxl has for a plain save, and for a plain restore.
+/// libxl's callbacks for a still or live save, and for a restore.
 const SAVE_CALLBACKS: u32 = 1 << SUSPEND | 1 << LOGDIRTY;
 const RESTORE_CALLBACKS: u32 = 1 << STATIC_DATA_DONE;
 
-/// Names the machine to `xsr-save-helper-mock`.
+/// The variable that names the machine to `xsr-save-helper-mock`.
 const TEST_BACKEND: &str = "XSR_HELPER_TEST_BACKEND";
 
-/// Whose engine.
+/// The engine of a helper.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Whose {
     /// Debian's `libxl-save-helper`.
     Stock,
-    /// `xsr-save-helper-mock`, which asks the machine directly.
+    /// `xsr-save-helper-mock`, which calls the machine directly.
     Ours,
-    /// `xsr-save-helper-mock`, which asks the machine by hypercalls, as stock does.
+    /// `xsr-save-helper-mock`, which calls the machine by hypercalls, like stock.
     OursByCalls,
 }
 
@@ -51,14 +51,14 @@ pub(crate) struct Helpers {
     stock: PathBuf,
     libraries: OsString,
     ours: PathBuf,
-    /// Words before the command: a program that runs it.
+    /// Words before the command: a program that runs it, with arguments.
     pub(crate) under: Vec<OsString>,
-    /// What else is in its environment.
+    /// Further environment variables.
     pub(crate) environment: Vec<(OsString, OsString)>,
 }
 
 impl Helpers {
-    /// As `cargo xtask peer` names them; `None` where it does not.
+    /// From the variables that `cargo xtask peer` sets; `None` if they are missing.
     pub(crate) fn from_env() -> Option<Self> {
         Some(Self {
             stock: std::env::var_os("XSR_PEER_HELPER")?.into(),
@@ -69,8 +69,8 @@ impl Helpers {
         })
     }
 
-    /// Start one on the machine in `host`; the stream is its descriptor 7, and `others` are
-    /// what `sh` opens besides.
+    /// Start a helper on the machine in `host`; the stream is its descriptor 7, and `others` are
+    /// further redirections for `sh`.
     fn start(
         &self,
         whose: Whose,
@@ -107,12 +107,12 @@ impl Helpers {
             .spawn()
     }
 
-    /// Save a domain, suspended already where stock saves it: nobody but the process
-    /// that has the machine open could suspend it.
+    /// Save a domain. For stock it must be suspended already, because only the process that has the
+    /// machine open could suspend it.
     ///
     /// # Errors
     ///
-    /// The helper cannot be started or spoken with.
+    /// The helper cannot be started or does not follow the protocol.
     pub(crate) fn save(
         &self,
         whose: Whose,
@@ -123,11 +123,11 @@ impl Helpers {
         self.save_watched(whose, host, domid, stream, |_| {})
     }
 
-    /// As [`Helpers::save`]; `started` is told the helper's number among processes.
+    /// As [`Helpers::save`]; `started` is called with the helper's process ID.
     ///
     /// # Errors
     ///
-    /// As there.
+    /// The same.
     pub(crate) fn save_watched(
         &self,
         whose: Whose,
@@ -142,12 +142,11 @@ impl Helpers {
         play(child, || Ok(true))
     }
 
-    /// Save a domain that runs on, and suspend it when asked; or answer that it could
-    /// not be.
+    /// Save a running domain, and suspend it on request; or answer that it could not be suspended.
     ///
     /// # Errors
     ///
-    /// The helper cannot be started or spoken with.
+    /// The helper cannot be started or does not follow the protocol.
     pub(crate) fn save_live(
         &self,
         whose: Whose,
@@ -160,7 +159,7 @@ impl Helpers {
         let arguments = format!("--save-domain 7 -1 {} 1 {SAVE_CALLBACKS} 0", domid.0);
         let child = helpers.start(whose, host, stream, &arguments, "")?;
         play(child, || {
-            // Ours does it itself, once it is told that it is done.
+            // Our helper does it itself, once it is told that it is done.
             if whose == Whose::Stock && suspends {
                 ask(&request, "suspend", domid)?;
             }
@@ -168,7 +167,7 @@ impl Helpers {
         })
     }
 
-    /// Where stock's machine takes requests.
+    /// Helpers with a request file for stock's machine.
     fn with_requests(&self, host: &Path) -> (Self, PathBuf) {
         let request = host.with_extension("requests");
         let mut helpers = self.clone();
@@ -177,11 +176,11 @@ impl Helpers {
         (helpers, request)
     }
 
-    /// Restore into a domain as [`empty`] makes it.
+    /// Restore into a domain made by [`empty`].
     ///
     /// # Errors
     ///
-    /// The helper cannot be started or spoken with.
+    /// The helper cannot be started or does not follow the protocol.
     pub(crate) fn restore(
         &self,
         whose: Whose,
@@ -192,11 +191,11 @@ impl Helpers {
         self.restore_watched(whose, host, empty, stream, |_| {})
     }
 
-    /// As [`Helpers::restore`]; `started` is told the helper's number among processes.
+    /// As [`Helpers::restore`]; `started` is called with the helper's process ID.
     ///
     /// # Errors
     ///
-    /// As there.
+    /// The same.
     pub(crate) fn restore_watched(
         &self,
         whose: Whose,
@@ -215,7 +214,7 @@ impl Helpers {
     }
 }
 
-/// What one run of a helper came to.
+/// The result of one run of a helper.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Run {
     /// Messages that are neither log nor progress: number and arguments.
@@ -227,7 +226,7 @@ pub(crate) struct Run {
 }
 
 impl Run {
-    /// What the helper said it returned, and errno; `None` where it did not come to that.
+    /// The result and errno that the helper reported; `None` if it did not get that far.
     pub(crate) fn result(&self) -> Option<(i32, i32)> {
         let (number, arguments) = self.asked.last()?;
         let (words, _) = arguments.as_chunks::<4>();
@@ -239,31 +238,31 @@ impl Run {
         }
     }
 
-    /// Whether all went well.
+    /// Whether the run succeeded.
     pub(crate) fn succeeded(&self) -> bool {
         self.result().is_some_and(|(result, _)| result == 0) && self.code == Some(0)
     }
 
-    /// What was asked, by number.
+    /// The numbers of the helper's messages.
     pub(crate) fn numbers(&self) -> Vec<u16> {
         self.asked.iter().map(|(number, _)| *number).collect()
     }
 
-    /// The frames of the store's and the console's ring, as the helper told them.
+    /// The frames of the xenstore and console rings that the helper reported.
     pub(crate) fn rings(&self) -> Option<&[u8]> {
         let results = self.asked.iter().find(|(n, _)| *n == RESTORE_RESULTS)?;
         Some(&results.1)
     }
 }
 
-/// Have the machine of a helper do something before its next hypercall.
+/// Request an action from the machine of a helper, before its next hypercall.
 fn ask(requests: &Path, verb: &str, domid: DomId) -> io::Result<()> {
     let mut options = std::fs::File::options();
     let mut file = options.append(true).create(true).open(requests)?;
     writeln!(file, "{verb} {}", domid.0)
 }
 
-/// Play libxl until the helper ends. `suspend`: suspends the guest; whether it did.
+/// Play libxl until the helper ends. `suspend` suspends the guest, and returns whether it did.
 fn play(child: Child, suspend: impl Fn() -> io::Result<bool>) -> io::Result<Run> {
     answer(child, |number| match number {
         SUSPEND => Ok(i32::from(suspend()?)),
@@ -271,7 +270,7 @@ fn play(child: Child, suspend: impl Fn() -> io::Result<bool>) -> io::Result<Run>
     })
 }
 
-/// Play libxl until the helper ends, with these answers to what wants one.
+/// Play libxl until the helper ends, with these answers to messages that need one.
 fn answer(mut child: Child, mut answers: impl FnMut(u16) -> io::Result<i32>) -> io::Result<Run> {
     let missing = || io::Error::other("a pipe to the helper is missing");
     let mut to = child.stdin.take().ok_or_else(missing)?;
@@ -308,7 +307,7 @@ fn answer(mut child: Child, mut answers: impl FnMut(u16) -> io::Result<i32>) -> 
     Ok(run)
 }
 
-/// A machine in `dir` with one guest that runs.
+/// A machine in `dir` with one running guest.
 ///
 /// # Errors
 ///
@@ -337,7 +336,7 @@ pub(crate) fn with_working_guest(
     guest_on(&MockHost::create(dir, &config)?, kind, width, mib)
 }
 
-/// As [`with_guest`], on a machine that is there.
+/// As [`with_guest`], on an existing machine.
 pub(crate) fn guest_on(
     host: &MockHost,
     kind: GuestKind,
@@ -351,7 +350,7 @@ pub(crate) fn guest_on(
     })
 }
 
-/// A domain that has nothing yet, and its ports for xenstore and console.
+/// An empty domain, and its ports for xenstore and console.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Empty {
     /// Its number.
@@ -360,7 +359,7 @@ pub(crate) struct Empty {
     console: u32,
 }
 
-/// A machine in `dir` with a domain for a guest to be restored into.
+/// A machine in `dir` with a domain that a guest can be restored into.
 ///
 /// # Errors
 ///
@@ -369,7 +368,7 @@ pub(crate) fn empty(dir: &Path, kind: GuestKind, width: u8, mib: u64) -> Result<
     empty_on(&MockHost::create(dir, &config(mib))?, kind, width, mib)
 }
 
-/// As [`empty`], on a machine that is there.
+/// As [`empty`], on an existing machine.
 pub(crate) fn empty_on(
     host: &MockHost,
     kind: GuestKind,
@@ -378,7 +377,7 @@ pub(crate) fn empty_on(
 ) -> Result<Empty, MockError> {
     let domid = host.create_domain(kind, 2, (mib << 8) + 1024)?;
     let domain = host.domain(domid)?;
-    // As libxl does, before the helper comes.
+    // libxl does this before it starts the helper.
     if width == 4 {
         domain.set_guest_width(4)?;
     }
@@ -389,7 +388,7 @@ pub(crate) fn empty_on(
     })
 }
 
-/// A machine with room for two guests of so many MiB.
+/// A machine with room for two guests of `mib` MiB.
 pub(crate) fn config(mib: u64) -> HostConfig {
     HostConfig {
         memory_pages: (mib << 8) * 2 + 16384,

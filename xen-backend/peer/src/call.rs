@@ -20,7 +20,7 @@ fn call(number: c_uint, arguments: [u64; 5]) -> i64 {
     machine::returned(answer)
 }
 
-/// As the library's functions, which return an int.
+/// The library's functions return an int.
 fn int(returned: i64) -> c_int {
     c_int::try_from(returned).unwrap_or(c_int::MAX)
 }
@@ -38,7 +38,7 @@ pub extern "C" fn xencall_close(handle: *mut c_void) -> c_int {
     0
 }
 
-/// `xencall_fd`: there is no descriptor behind it.
+/// `xencall_fd`: there is no descriptor.
 #[unsafe(no_mangle)]
 pub extern "C" fn xencall_fd(_handle: *mut c_void) -> c_int {
     -1

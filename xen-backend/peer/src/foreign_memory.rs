@@ -15,7 +15,7 @@ use xsr_xen_backend::Access;
 
 use crate::machine::{self, MAPS};
 
-/// A resource that is mapped.
+/// A mapped resource.
 #[derive(Debug)]
 pub struct Resource {
     base: NonNull<u8>,
@@ -40,7 +40,7 @@ pub extern "C" fn xenforeignmemory_close(handle: *mut c_void) -> c_int {
     0
 }
 
-/// `xenforeignmemory_restrict`: not on this machine.
+/// `xenforeignmemory_restrict`: not supported.
 #[unsafe(no_mangle)]
 pub extern "C" fn xenforeignmemory_restrict(_handle: *mut c_void, _domid: u16) -> c_int {
     machine::status(Err(Errno::EOPNOTSUPP))
@@ -66,12 +66,12 @@ pub unsafe extern "C" fn xenforeignmemory_map2(
     if !address.is_null() || flags & libc::MAP_FIXED != 0 {
         return failed(Errno::EOPNOTSUPP);
     }
-    // SAFETY: as the caller promises.
+    // SAFETY: the caller guarantees it.
     unsafe { xenforeignmemory_map(handle, domid, prot, pages, frames, errors) }
 }
 
-/// `xenforeignmemory_map`: with `errors`, it succeeds where single frames fail, and says
-/// which.
+/// `xenforeignmemory_map`: with `errors`, it succeeds even if single frames fail, and reports each
+/// frame's error.
 ///
 /// # Safety
 ///
@@ -89,8 +89,8 @@ pub unsafe extern "C" fn xenforeignmemory_map(
     if pages == 0 || frames.is_null() {
         return failed(Errno::EINVAL);
     }
-    // SAFETY: not null, and of `pages` elements as the caller promises; it does not
-    // change them meanwhile.
+    // SAFETY: not null, and of `pages` elements as the caller guarantees, and not changed during
+    // the call.
     let frames = unsafe { std::slice::from_raw_parts(frames, pages) };
     let gfns: Vec<Gfn> = frames.iter().copied().map(Gfn).collect();
     let access = match prot & libc::PROT_WRITE {
@@ -108,7 +108,7 @@ pub unsafe extern "C" fn xenforeignmemory_map(
             }
         }
         Some(errors) => {
-            // SAFETY: not null, and of `pages` elements that are the caller's to write.
+            // SAFETY: not null, and of `pages` elements that the caller lets us write.
             let errors = unsafe { std::slice::from_raw_parts_mut(errors.as_ptr(), pages) };
             errors.fill(0);
             for error in mapped.failed() {
@@ -123,7 +123,7 @@ pub unsafe extern "C" fn xenforeignmemory_map(
 ///
 /// # Safety
 ///
-/// The pages were mapped by one of the above, and nothing refers to them any more.
+/// The pages were mapped by one of the above, and nothing refers to them any longer.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xenforeignmemory_unmap(
     _handle: *mut c_void,
@@ -133,7 +133,7 @@ pub unsafe extern "C" fn xenforeignmemory_unmap(
     let Some(base) = NonNull::new(base) else {
         return machine::status(Err(Errno::EINVAL));
     };
-    // SAFETY: a mapping of that many pages, which the caller gives up.
+    // SAFETY: a mapping of that many pages, which the caller no longer uses.
     machine::status(unsafe { munmap(base, pages * PAGE_SIZE) })
 }
 
@@ -141,8 +141,7 @@ pub unsafe extern "C" fn xenforeignmemory_unmap(
 ///
 /// # Safety
 ///
-/// `address` points to an address: null, for the kernel to choose, as only that is known
-/// here.
+/// `address` points to an address: null, which lets the kernel choose; nothing else is supported.
 #[unsafe(no_mangle)]
 #[allow(clippy::too_many_arguments, reason = "the interface is C's")]
 pub unsafe extern "C" fn xenforeignmemory_map_resource(
@@ -175,7 +174,7 @@ pub unsafe extern "C" fn xenforeignmemory_map_resource(
 ///
 /// # Safety
 ///
-/// `resource` was mapped by the above, and nothing refers to its pages any more.
+/// `resource` was mapped by the above, and nothing refers to its pages any longer.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn xenforeignmemory_unmap_resource(
     _handle: *mut c_void,
@@ -184,13 +183,13 @@ pub unsafe extern "C" fn xenforeignmemory_unmap_resource(
     if resource.is_null() {
         return 0;
     }
-    // SAFETY: made by `Box::into_raw` above, and given up by the caller.
+    // SAFETY: made by `Box::into_raw` above, and no longer used by the caller.
     let resource = unsafe { Box::from_raw(resource) };
-    // SAFETY: the mapping of that many pages, which goes with it.
+    // SAFETY: the mapping of that many pages, which ends with the resource.
     machine::status(unsafe { munmap(resource.base.cast(), resource.frames * PAGE_SIZE) })
 }
 
-/// `xenforeignmemory_resource_size`: not on this machine.
+/// `xenforeignmemory_resource_size`: not supported.
 #[unsafe(no_mangle)]
 pub extern "C" fn xenforeignmemory_resource_size(
     _handle: *mut c_void,

@@ -1,4 +1,4 @@
-//! The mock machine of this process: open while any of the libraries is.
+//! The mock machine of this process, which is open as long as any of the libraries is.
 
 use std::ffi::{OsString, c_void};
 use std::path::Path;
@@ -12,31 +12,31 @@ use xsr_xen_backend::mock::peer::PeerFace;
 
 use crate::memory::BUFFERS;
 
-/// The directory of the machine.
+/// The variable that names the machine's directory.
 const HOST: &str = "XSR_PEER_HOST";
-/// A file that gets the number of hypercalls and of maps in the end.
+/// The variable that names a file for the final numbers of hypercalls and of maps.
 const COUNTS: &str = "XSR_PEER_COUNTS";
 
-/// A file that, once it is there, says what is to be done to domains before the next
-/// hypercall: lines of a verb (`suspend`, `resume`, `run`: unpause, with its dirty pages
-/// logged) and a number. They are requests of whoever plays libxl, which is how a guest that
-/// is saved live is suspended in time. It is gone when that is done.
+/// The variable that names a file of requests. Once the file exists, its requests are carried out
+/// before the next hypercall: lines of a verb (`suspend`, `resume`, or `run`: unpause, with the
+/// dirty log on) and a domain number. They come from the program that plays libxl, so that a guest
+/// is suspended at the right time of a live save. The file is removed when they are done.
 const REQUESTS: &str = "XSR_PEER_REQUESTS";
 
-/// The machine, and how many handles there are on it.
+/// The machine, and the number of open handles on it.
 static MACHINE: Mutex<Option<(PeerFace, usize)>> = Mutex::new(None);
 
-/// What has been asked of it.
+/// The number of calls to it.
 pub(crate) static HYPERCALLS: AtomicU64 = AtomicU64::new(0);
 pub(crate) static MAPS: AtomicU64 = AtomicU64::new(0);
 
 fn lock() -> MutexGuard<'static, Option<(PeerFace, usize)>> {
-    // Every change of it is a single step.
+    // Every change is a single step, so a panic leaves no partial state.
     MACHINE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A handle of any of the libraries: they all stand for the one machine. Null, with
-/// errno set and the cause on stderr, where it cannot be opened.
+/// A handle of any of the libraries: they all stand for the one machine. If the machine cannot be
+/// opened, null, with errno set and the cause on stderr.
 pub(crate) fn open() -> *mut c_void {
     let mut machine = lock();
     if let Some((_, handles)) = machine.as_mut() {
@@ -61,12 +61,12 @@ pub(crate) fn open() -> *mut c_void {
     }
 }
 
-/// Callers take it for valid and look no further.
+/// Callers only check that it is not null.
 fn handle() -> *mut c_void {
     ptr::without_provenance_mut(1)
 }
 
-/// Give a handle back; null is none.
+/// Close a handle; null is ignored.
 pub(crate) fn close(handle: *mut c_void) {
     let mut machine = lock();
     let Some((_, handles)) = machine.as_mut().filter(|_| !handle.is_null()) else {
@@ -92,7 +92,7 @@ pub(crate) fn close(handle: *mut c_void) {
     }
 }
 
-/// Do what is asked for beside hypercalls.
+/// Carry out the requests from the request file.
 pub(crate) fn requests(face: &PeerFace) {
     static NAME: OnceLock<Option<OsString>> = OnceLock::new();
     let Some(path) = NAME.get_or_init(|| std::env::var_os(REQUESTS)) else {
@@ -122,7 +122,7 @@ fn request(face: &PeerFace, line: &str) -> Result<(), Errno> {
     }
 }
 
-/// The face; EBADF where nothing is open.
+/// The face; EBADF if no handle is open.
 pub(crate) fn face() -> Result<PeerFace, Errno> {
     let machine = lock();
     machine
@@ -131,7 +131,7 @@ pub(crate) fn face() -> Result<PeerFace, Errno> {
         .ok_or(Errno::EBADF)
 }
 
-/// A result as C takes it: -1 with errno set, or the value.
+/// A result in C's form: -1 with errno set, or the value.
 pub(crate) fn returned(result: Result<u64, Errno>) -> i64 {
     match result.and_then(|value| i64::try_from(value).map_err(|_| Errno::ERANGE)) {
         Ok(value) => value,
@@ -142,7 +142,7 @@ pub(crate) fn returned(result: Result<u64, Errno>) -> i64 {
     }
 }
 
-/// As [`returned`], for what has no value.
+/// As [`returned`], for a result without a value.
 pub(crate) fn status(result: Result<(), Errno>) -> i32 {
     match result {
         Ok(()) => 0,

@@ -1,7 +1,7 @@
-//! Hypercall buffers of a C program: pages that it reads and writes by their addresses,
-//! and that the face copies from and to. Where a structure points elsewhere (to a
-//! variable, as Xen's library does once) the kernel copies, and says EFAULT where there
-//! is nothing: to a hypervisor all of a process is the caller's memory.
+//! Hypercall buffers of a C program: pages that it reads and writes by their addresses, and that
+//! the face copies from and to. If a structure points elsewhere (to a variable, as Xen's library
+//! does once), the kernel copies, and returns EFAULT for an unmapped address: a hypervisor can
+//! access all of the caller's memory.
 //!
 //! C implementation: `tools/libs/call/buffer.c`.
 
@@ -20,8 +20,8 @@ use xsr_xen_backend::mock::peer::CallerMemory;
 /// Words of a page.
 const WORDS: usize = PAGE_SIZE / 8;
 
-/// A page of a buffer. Atomics, since the program changes it behind our back; words, so
-/// that copying costs what it costs a hypervisor.
+/// A page of a buffer. It consists of atomics, because the C program changes it without our
+/// knowledge, and of words, so that copying costs as much as in a hypervisor.
 #[derive(Debug)]
 #[repr(C, align(4096))]
 struct Page([AtomicU64; WORDS]);
@@ -32,8 +32,7 @@ impl Page {
     }
 }
 
-/// Part of a word of a buffer: bytes from `first` on, of which the copy has those from
-/// `at` on.
+/// Part of a word of a buffer: bytes from `first` on, which are the bytes of the copy from `at` on.
 struct Part<'b> {
     word: &'b AtomicU64,
     first: usize,
@@ -48,7 +47,7 @@ impl Part<'_> {
         out[self.at..self.at + self.bytes].copy_from_slice(bytes);
     }
 
-    /// The caller waits for its hypercall: nobody writes the rest of the word meanwhile.
+    /// The caller waits for its hypercall, so the rest of the word does not change meanwhile.
     fn write(&self, bytes: &[u8]) {
         let mut word = match self.bytes {
             8 => [0; 8],
@@ -60,36 +59,36 @@ impl Part<'_> {
     }
 }
 
-/// Every buffer that is not freed, by its address.
+/// Every live buffer, by its address.
 #[derive(Debug, Default)]
 pub(crate) struct Buffers(Mutex<BTreeMap<u64, Vec<Page>>>);
 
-/// Those of this process.
+/// The buffers of this process.
 pub(crate) static BUFFERS: Buffers = Buffers(Mutex::new(BTreeMap::new()));
 
 impl Buffers {
     fn live(&self) -> MutexGuard<'_, BTreeMap<u64, Vec<Page>>> {
-        // Every change of it is a single step.
+        // Every change is a single step, so a panic leaves no partial state.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Zeroed pages, at least one.
     pub(crate) fn take(&self, pages: usize) -> *mut c_void {
         let mut buffer: Vec<Page> = (0..pages.max(1)).map(|_| Page::zeroed()).collect();
-        // With the right to all of it, which the program uses.
+        // The pointer is for all of the buffer, which the program uses.
         let base = buffer.as_mut_ptr().cast::<c_void>();
         let address = base.expose_provenance() as u64;
         self.live().insert(address, buffer);
         base
     }
 
-    /// Free one; another address is left alone.
+    /// Free a buffer; any other address is ignored.
     pub(crate) fn free(&self, base: *mut c_void) {
         self.live().remove(&(base.addr() as u64));
     }
 
-    /// Go through `count` bytes from an address on, in words and parts of such; `false`
-    /// where they are not all in one buffer.
+    /// Visit `count` bytes from an address on, as words and parts of words; `false` if they are not
+    /// all in one buffer.
     fn each(&self, address: u64, count: usize, mut visit: impl FnMut(&Part<'_>)) -> bool {
         let live = self.live();
         let Some((start, pages)) = live.range(..=address).next_back() else {
@@ -120,13 +119,13 @@ impl Buffers {
     }
 }
 
-/// Bytes of this process at an address, as the kernel takes them.
+/// Bytes of this process at an address, in the kernel's form.
 fn elsewhere(address: u64, len: usize) -> Result<[RemoteIoVec; 1], Errno> {
     let base = usize::try_from(address).map_err(|_| Errno::EFAULT)?;
     Ok([RemoteIoVec { base, len }])
 }
 
-/// All of it, or none to speak of.
+/// EFAULT unless everything was copied.
 fn whole(copied: usize, wanted: usize) -> Result<(), Errno> {
     match copied == wanted {
         true => Ok(()),
@@ -162,7 +161,7 @@ mod tests {
 
     use super::*;
 
-    /// Buffers as a program has them: for good.
+    /// Buffers that are never freed, as in a program.
     fn buffers() -> &'static Buffers {
         Box::leak(Box::default())
     }

@@ -1,6 +1,6 @@
-//! `libxendevicemodel.so.1`, `libxenevtchn.so.1` and `libxengnttab.so.1`: opened and
-//! closed by whoever opens libxenctrl, and of no use to a save or a restore. What is not
-//! open and close is EOPNOTSUPP.
+//! `libxendevicemodel.so.1`, `libxenevtchn.so.1` and `libxengnttab.so.1`: every user of libxenctrl
+//! opens and closes them, but a save or a restore does not use them. All functions except open and
+//! close fail with EOPNOTSUPP.
 //!
 //! C implementation: `tools/include/xen{devicemodel,evtchn,gnttab}.h`.
 
@@ -36,8 +36,7 @@ handles! {
     xengntshr_open xengntshr_close
 }
 
-/// Functions that fail with -1. A caller's arguments stay where they are: it is the
-/// caller who cleans them up.
+/// Functions that fail with -1. Pointers in the arguments are not touched: the caller cleans up.
 macro_rules! refused {
     ($($name:ident)*) => {$(
         #[doc = concat!("`", stringify!($name), "`: not on this machine.")]

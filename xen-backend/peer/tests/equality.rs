@@ -1,9 +1,8 @@
-//! Xen's own engine and ours on equal machines: they write the same bytes, and what
-//! either has written the other restores to the same machine; where one fails, so does
-//! the other.
+//! Equality tests of Xen's own engine and ours on equal machines: both write the same bytes, each
+//! restores the other's images to the same machine, and where one fails, so does the other.
 //!
-//! `cargo xtask peer test` runs it; without the variables that it sets there is nothing
-//! to compare with, and the tests say so.
+//! `cargo xtask peer test` runs them. Without the variables that it sets there is no stock helper
+//! to compare with, and the tests print that.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -23,11 +22,11 @@ use driver::{Helpers, Whose};
 use xsr_xen_backend::mock::{GrantEntry, MemoryDigest, MockHost, Stepped, WorkloadSpec};
 use xsr_xen_backend::{DomId, GuestKind, Host as _};
 
-/// Memory of the guests; more than one batch, and no whole number of them.
+/// Memory of the guests: more than one batch, and not a whole number of batches.
 const MIB: u64 = 33;
-/// The type of a record with pages.
+/// The type of a PAGE_DATA record.
 const PAGE_DATA: u32 = 1;
-/// That of a PV guest's shared info.
+/// The type of a PV guest's SHARED_INFO record.
 const SHARED_INFO: u32 = 7;
 const PAGE_SIZE: usize = 4096;
 
@@ -39,7 +38,7 @@ fn helpers() -> Option<Helpers> {
     helpers
 }
 
-/// The records of a stream: type, offset and bytes; the headers are the first.
+/// The records of a stream: type, offset and bytes; the headers are the first element.
 fn records(stream: &[u8]) -> Vec<(u32, usize, &[u8])> {
     let word = |at: usize| u32::from_le_bytes(stream[at..at + 4].try_into().unwrap());
     let mut records = vec![(u32::MAX, 0, &stream[..40])];
@@ -52,7 +51,7 @@ fn records(stream: &[u8]) -> Vec<(u32, usize, &[u8])> {
     records
 }
 
-/// Fail with the first record that is not the same.
+/// Fail at the first record that differs.
 #[track_caller]
 fn assert_same(stock: &[u8], ours: &[u8]) {
     if stock == ours {
@@ -84,15 +83,15 @@ fn assert_same(stock: &[u8], ours: &[u8]) {
     panic!("stock has {} records, ours {}", stock.len(), ours.len());
 }
 
-/// What a machine holds of the one domain.
+/// The state of a machine's only domain.
 #[derive(Debug)]
 struct Held {
     memory: MemoryDigest,
-    /// Frames of the console's and the store's ring in the grant table, and whose they
-    /// are to map: of a PV guest they are the machine's frames.
+    /// The console's and xenstore's grant entries: the frames of the rings, which are machine
+    /// frames for a PV guest, and the domains that may map them.
     grants: [GrantEntry; 2],
-    /// The image that our engine makes of it: page types, p2m, vcpus, parameters and
-    /// shared info, all in terms that do not depend on the machine.
+    /// Our engine's image of the domain: page types, p2m, vcpus, parameters and shared info, none
+    /// of which depends on the machine.
     image: Vec<u8>,
 }
 
@@ -120,8 +119,8 @@ fn held(helpers: &Helpers, dir: &Path, domid: DomId, width: u8) -> Held {
     }
 }
 
-/// Clear pages in an image: those whose contents are the machine's, as the frames in a
-/// PV guest's p2m are.
+/// Clear pages in an image whose contents depend on the machine, as the frames in a PV guest's p2m
+/// do.
 fn clear_pages(image: &mut [u8], pfns: &[u64]) {
     let mut places = Vec::new();
     for (kind, at, record) in records(image) {
@@ -133,7 +132,7 @@ fn clear_pages(image: &mut [u8], pfns: &[u64]) {
         let (entries, _) = record[16..16 + count * 8].as_chunks::<8>();
         let mut page = at + 16 + count * 8;
         for entry in entries.iter().copied().map(u64::from_le_bytes) {
-            // Broken, allocated only, or not there: without contents.
+            // Broken, allocated only, or absent: without contents.
             if entry >> 60 >= 0xd {
                 continue;
             }
@@ -148,8 +147,8 @@ fn clear_pages(image: &mut [u8], pfns: &[u64]) {
     }
 }
 
-/// Clear what a PV guest's shared info has of frames of the machine:
-/// `pfn_to_mfn_frame_list_list` and `p2m_cr3` (`xen/include/public/arch-x86/xen.h`).
+/// Clear the machine frames in a PV guest's shared info: `pfn_to_mfn_frame_list_list` and `p2m_cr3`
+/// (`xen/include/public/arch-x86/xen.h`).
 fn clear_shared_info(image: &mut [u8], width: u8) {
     let fields: &[(usize, usize)] = match width {
         4 => &[(2320, 4)],
@@ -167,7 +166,7 @@ fn clear_shared_info(image: &mut [u8], width: u8) {
     }
 }
 
-/// Have the guest of the machine saved.
+/// Save the guest of the machine.
 fn save(helpers: &Helpers, whose: Whose, dir: &Path, domid: DomId) -> Vec<u8> {
     if whose == Whose::Stock {
         let host = MockHost::open(dir).unwrap();
@@ -180,7 +179,7 @@ fn save(helpers: &Helpers, whose: Whose, dir: &Path, domid: DomId) -> Vec<u8> {
     fs::read(path).unwrap()
 }
 
-/// Equal in both directions.
+/// Checks equality in both directions.
 fn equal(kind: GuestKind, width: u8) {
     let Some(helpers) = helpers() else { return };
     let scratch = tempfile::tempdir().unwrap();
@@ -247,8 +246,8 @@ fn hvm() {
     equal(GuestKind::Hvm, 8);
 }
 
-/// A guest that writes between the passes of a live save, and changes page tables where
-/// it has any.
+/// A guest that writes between the passes of a live save, and changes its page tables if it has
+/// any.
 fn working(dir: &Path, kind: GuestKind, width: u8) -> DomId {
     let work = WorkloadSpec {
         table_permille: 100,
@@ -261,7 +260,8 @@ fn working(dir: &Path, kind: GuestKind, width: u8) -> DomId {
     driver::with_working_guest(dir, kind, width, MIB, Some(stepped)).unwrap()
 }
 
-/// The same bytes from a live save, while the guest writes the same between its passes.
+/// Checks that a live save writes the same bytes, while the guest makes the same writes between its
+/// passes.
 fn equal_live(kind: GuestKind, width: u8) {
     let Some(helpers) = helpers() else { return };
     let scratch = tempfile::tempdir().unwrap();
@@ -282,7 +282,7 @@ fn equal_live(kind: GuestKind, width: u8) {
     let [(asked, stock), ours @ ..] = &images[..] else {
         unreachable!("one for each");
     };
-    // All of memory, and then five times what was written.
+    // All of memory, plus the pages written before five of the passes.
     let pages = usize::try_from(MIB << 8).unwrap();
     assert!(
         stock.len() > (pages + 5 * 500) * PAGE_SIZE,

@@ -1,5 +1,5 @@
-//! What is in a domain's memory, in terms that do not depend on the machine: the
-//! oracle by which tests tell that a guest has arrived as it left.
+//! Digests of a domain's memory that do not depend on the machine; tests compare them to check that
+//! a guest has arrived unchanged.
 
 use std::collections::BTreeMap;
 
@@ -24,35 +24,34 @@ pub struct PageDigest {
     pub pfn: Pfn,
     /// Its type.
     pub page_type: PageType,
-    /// 64 bits that stand for what it holds; `None` where that is not the guest's
-    /// own: see [`MemoryDigest`].
+    /// A 64-bit hash of its contents; `None` if they are not the guest's own: see [`MemoryDigest`].
     pub contents: Option<u64>,
 }
 
-/// A domain's memory. Of a PV guest's pages
+/// A domain's memory. In the digest of a PV guest,
 ///
-/// - page tables count with pfns in place of mfns, and without Xen's own entries;
-/// - start_info counts without what a toolstack fills in: size, shared_info, rings,
-///   event channels;
-/// - the p2m counts as present only, and so do the lists of its pages where the
-///   guest has published such.
+/// - page tables have pfns in place of mfns, and no entries of Xen's own;
+/// - start_info is without the fields that a toolstack fills in: size, shared_info, rings, event
+///   channels;
+/// - the p2m pages count only as present, and so do the pages that list them if the guest has
+///   published any.
 ///
-/// Of a translated guest's pages, the rings of store, console and device model count
-/// as present only: a restore clears them.
+/// In the digest of a translated guest, the rings of xenstore, console and device model count only
+/// as present: a restore clears them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemoryDigest {
     pages: Vec<PageDigest>,
 }
 
 impl MemoryDigest {
-    /// Every page the domain has, by ascending pfn.
+    /// Every page of the domain, in ascending order of pfn.
     pub fn pages(&self) -> &[PageDigest] {
         &self.pages
     }
 
-    /// The pages that are not the same in both, ascending: missing in one, of another
-    /// type, or with other contents. A page that counts as present only in one of
-    /// them may hold anything in the other.
+    /// The pages that differ, in ascending order: missing in one, of different types, or with
+    /// different contents. A page that counts only as present in one of the two may have any
+    /// contents in the other.
     pub fn differences(&self, other: &Self) -> Vec<Pfn> {
         let by_pfn = |digest: &Self| -> BTreeMap<Pfn, PageDigest> {
             digest.pages.iter().map(|page| (page.pfn, *page)).collect()
@@ -75,7 +74,7 @@ impl MemoryDigest {
     }
 }
 
-/// The HVM parameters that name pages which a restore clears.
+/// The HVM parameters that name pages that a restore clears.
 const CLEARED: [u32; 4] = [
     param::STORE_PFN,
     param::IOREQ_PFN,
@@ -89,7 +88,7 @@ fn hash(page: &Page) -> u64 {
 }
 
 impl MockHost {
-    /// What is in a domain's memory now.
+    /// The digest of a domain's memory now.
     ///
     /// # Errors
     ///
@@ -151,13 +150,13 @@ impl MockDomain {
         Ok(pages)
     }
 
-    /// The frames that hold the guest's p2m, and the lists of them where it has
-    /// published such.
+    /// The frames of the guest's p2m, and of the pages that list them if the guest has published
+    /// any.
     fn p2m_pages(&self, state: &State) -> Result<Vec<u64>, Errno> {
         let layout = SharedInfoLayout::of(state.record.width);
         let shared_info = self.machine.read_frame(Mfn(state.record.shared_info))?;
         let pfns = read_word(shared_info.as_slice(), layout.max_pfn, layout.width);
-        // A wild value is not its size.
+        // An impossible value is not its size.
         let pfns = pfns.min(self.most_pfns());
         let pfns = usize::try_from(pfns).map_err(|_| Errno::EINVAL)?;
         let leaves = self.leaves_by_contents(layout.width, pfns)?;
@@ -167,14 +166,14 @@ impl MockDomain {
                 let all = published.leaves.iter().chain(&published.lists);
                 pages.extend(all.map(|mfn| mfn.0));
             }
-            // Just restored: it has published none yet.
+            // A restored guest has not published its p2m yet.
             Err(Errno::EINVAL) => {}
             Err(errno) => return Err(errno),
         }
         Ok(pages)
     }
 
-    /// Put pfns for mfns into a page that is a page table, and take out what is Xen's.
+    /// Replace mfns by pfns in a page table, and clear Xen's own entries.
     fn normalise(&self, frame: &Frame, page: &mut Page) {
         let FrameUse::Table(level) = frame.used_as else {
             return;
@@ -203,7 +202,7 @@ impl MockDomain {
     }
 }
 
-/// Clear what a toolstack fills into start_info.
+/// Clear the fields of start_info that a toolstack fills in.
 fn clear_machine_fields(width: u8, page: &mut Page) {
     let layout = StartInfoLayout::of(width);
     for field in [

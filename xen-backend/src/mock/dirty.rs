@@ -1,11 +1,11 @@
-//! The log of pages that a guest of the mock machine writes.
+//! The dirty log of the mock machine: the pages that a guest writes.
 //!
-//! Off at first. What writes on the guest's behalf marks the page: its stores, page
-//! tables that the hypervisor changes for it, tables that come into or go out of
-//! use. Foreign mappings mark nothing. Whether the physmap does depends on the Xen that
-//! is mocked ([`HostConfig::logs_new_pages`](super::HostConfig)): an older one says nothing
-//! of a page that a translated guest takes, and has it mapped writable, so that nothing
-//! tells of the guest's writes to it until the log is read.
+//! It is off at first. Everything that writes on the guest's behalf marks the page: its stores,
+//! page tables that the hypervisor changes for it, tables that come into or go out of use. Foreign
+//! mappings mark nothing. Whether the physmap does depends on the mocked version of Xen
+//! ([`HostConfig::logs_new_pages`](super::HostConfig)): an older one does not report a page that a
+//! translated guest takes, and maps it writable, so that the guest's writes to it are not logged
+//! until the log has been read.
 //!
 //! C implementation: `xen/arch/x86/mm/paging.c`.
 
@@ -24,18 +24,18 @@ use super::workload::Workload;
 use crate::error::BackendError;
 use crate::{DirtyBitmap, DirtyRead, DirtyStats, DomId, GuestKind, LogDirty};
 
-/// Words of a leaf of the log: Xen's own are a page, too.
+/// Words of a leaf of the log. Xen's own leaves are a page, too.
 const LEAF_WORDS: usize = 512;
 /// Pfns of a leaf.
 const LEAF_PFNS: u64 = 64 * LEAF_WORDS as u64;
 
-/// What is logged.
+/// The contents of the log.
 #[derive(Debug, Default)]
 struct Log {
     /// By pfn / [`LEAF_PFNS`].
     leaves: BTreeMap<u64, Box<[u64; LEAF_WORDS]>>,
     dirty_count: u64,
-    /// Pfns that have got a page since the log was last read: writes to them do not fault.
+    /// Pfns that have been given a page since the log was last read: writes to them do not fault.
     fresh: BTreeSet<u64>,
 }
 
@@ -61,7 +61,7 @@ impl DirtyLog {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begin to log. EINVAL when it is on.
+    /// Enable the log. EINVAL if it is on.
     fn enable(&self) -> Result<(), Errno> {
         let mut log = self.lock();
         match *log {
@@ -77,8 +77,8 @@ impl DirtyLog {
         *self.lock() = None;
     }
 
-    /// The guest has written `pfn`. Comes after the write, so that who forgets the
-    /// mark in between reads what was written.
+    /// The guest has written `pfn`. Called after the write, so that a reader that clears the mark
+    /// in between reads the new contents.
     pub(super) fn mark(&self, pfn: u64) {
         if let Some(log) = &mut *self.lock()
             && !log.fresh.contains(&pfn)
@@ -87,7 +87,7 @@ impl DirtyLog {
         }
     }
 
-    /// A translated guest has got pages at `pfns`; `logs`: the hypervisor marks them.
+    /// A translated guest has been given pages at `pfns`; `logs`: the hypervisor marks them.
     pub(super) fn added(&self, pfns: Range<u64>, logs: bool) {
         if let Some(log) = &mut *self.lock() {
             if logs {
@@ -97,8 +97,8 @@ impl DirtyLog {
         }
     }
 
-    /// Tell what is logged, and forget it if `forget`: whole leaves, as Xen does,
-    /// even where `out` takes in a part of one only. EINVAL when it is off.
+    /// Read the log, and clear it if `forget`: in whole leaves, like Xen, even if `out` covers only
+    /// part of one. EINVAL if it is off.
     fn read(&self, forget: bool, out: &mut DirtyBitmap) -> Result<u64, Errno> {
         let mut log = self.lock();
         let log = log.as_mut().ok_or(Errno::EINVAL)?;
@@ -147,7 +147,7 @@ impl LogDirty for MockDomain {
             self.dom.dirty.disable();
             Ok(())
         })?;
-        // It holds the domain, which holds it.
+        // The work and the domain refer to each other.
         let work = self.stepped().take();
         drop(work);
         Ok(())
@@ -164,7 +164,7 @@ impl LogDirty for MockDomain {
         };
         phase("read-dirty");
         self.catch_up()?;
-        // With the state held, the guest stands still, as Xen has it.
+        // While the state is held, the guest is stopped, as on Xen.
         let stats = self.look(op, |state| {
             let stopped = state.record.pauses > 0 || state.record.shutdown.is_some();
             if how == DirtyRead::CleanFinal && !stopped {
@@ -172,7 +172,7 @@ impl LogDirty for MockDomain {
             }
             let dirty_count = self.dom.dirty.read(how.forgets(), out)?;
             let fault_count = match self.dom.kind {
-                // A write to a page that shadows map read-only is a fault.
+                // With shadow paging, pages are mapped read-only, so each first write is a fault.
                 GuestKind::Pv => dirty_count,
                 GuestKind::Hvm | GuestKind::Pvh => 0,
             };
@@ -198,7 +198,7 @@ impl MockDomain {
         stepped.unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The guest does the work of one step, if it runs and its steps are counted.
+    /// Do one step of the guest's work, if the guest runs and its steps are counted.
     pub(super) fn step(&self) -> Result<(), BackendError> {
         if let (Some((work, _)), Some(operations)) = (&mut *self.stepped(), self.counted()) {
             work.step(operations)?;
@@ -206,7 +206,7 @@ impl MockDomain {
         Ok(())
     }
 
-    /// The guest does what it would have done by now, if it runs and its steps are timed.
+    /// Do the work that is due by now, if the guest runs and its steps are timed.
     pub(super) fn catch_up(&self) -> Result<(), BackendError> {
         if let (Some((work, last)), None) = (&mut *self.stepped(), self.counted()) {
             let now = Instant::now();
@@ -222,18 +222,18 @@ impl MockDomain {
 }
 
 impl MockHost {
-    /// Have something else hold the domain's log, as VRAM tracking does for a
-    /// device model that draws a guest's screen, or a save that died: to enable it
-    /// is EINVAL until it has been disabled. It is so until the process ends.
+    /// Simulate another user of the domain's log, such as VRAM tracking for a guest's screen, or a
+    /// save that died: enabling the log fails with EINVAL until it has been disabled. This lasts at
+    /// most until the process ends.
     ///
     /// # Errors
     ///
-    /// ESRCH; EINVAL when the log is on.
+    /// ESRCH; EINVAL if the log is on.
     pub fn hold_log_dirty(&self, domid: DomId) -> Result<(), MockError> {
         Ok(self.mock_domain(domid)?.enable_log_dirty()?)
     }
 
-    /// Whether the writes of the domain are logged.
+    /// Whether the domain's dirty log is on.
     ///
     /// # Errors
     ///
@@ -252,8 +252,8 @@ mod tests {
     use crate::DomainControl as _;
     use crate::mock::{GuestSpec, HostConfig, Stepped, WorkloadSpec};
 
-    /// Pages that are dirty when the log is read after `time`, when the guest has suspended
-    /// after as long again, and when it has been asleep for as long.
+    /// The numbers of dirty pages in three reads of the log: after `time`, after the guest has run
+    /// as long again and suspended, and after it has been suspended for as long.
     fn dirty_after(operations: Option<u64>, time: Duration) -> [u64; 3] {
         let config = HostConfig {
             stepped: Some(Stepped {
@@ -289,7 +289,7 @@ mod tests {
     #[test]
     fn timed_steps_are_what_a_rate_makes_of_the_time_and_counted_ones_are_not() {
         let [first, suspended, asleep] = dirty_after(None, Duration::from_millis(5));
-        // At least 5000 writes to 16384 pages, some of them twice.
+        // At least 5000 writes to 16384 pages, with some pages written twice.
         assert!(first >= 4000, "{first}");
         assert!(suspended >= 4000, "{suspended}");
         assert_eq!(suspended, asleep);

@@ -1,4 +1,4 @@
-//! A handle on a domain of the mock machine: its life and its memory.
+//! A handle on a domain of the mock machine: its life cycle and its memory.
 //!
 //! C implementation: `xen/common/{domain,domctl,memory}.c`, `xen/arch/x86/domctl.c`.
 
@@ -20,7 +20,7 @@ use crate::error::{BackendError, MapError};
 use crate::pages::{Access, ForeignPages};
 use crate::{DomId, DomainControl, DomainInfo, GuestKind, GuestMemory, ShutdownReason, XenVersion};
 
-/// Most frames of one `getpageframeinfo3`.
+/// The most frames of one `getpageframeinfo3`.
 const MAX_TYPE_BATCH: usize = 1024;
 
 /// A handle on one domain of a [`super::MockHost`].
@@ -42,7 +42,7 @@ impl MockDomain {
         }
     }
 
-    /// Look at the domain's state.
+    /// Read the domain's state.
     pub(super) fn look<T>(
         &self,
         op: &'static str,
@@ -54,8 +54,8 @@ impl MockDomain {
             .map_err(|errno| self.fail(op, errno))
     }
 
-    /// Change the domain's state, and keep what came of it. Where either fails, all
-    /// is put back as it was.
+    /// Change the domain's state and save the result. If either fails, the earlier state is
+    /// restored.
     pub(super) fn change<T>(
         &self,
         op: &'static str,
@@ -73,14 +73,14 @@ impl MockDomain {
             .map_err(|errno| self.fail(op, errno))
     }
 
-    /// Keep a blob of the domain's, as part of a change.
+    /// Save a blob of the domain, as part of a change.
     pub(super) fn put_blob(
         &self,
         state: &mut State,
         name: &str,
         blob: Vec<u8>,
     ) -> Result<(), Errno> {
-        // First in memory: what is put back is what differs there.
+        // In memory first: a rollback restores the blobs that differ there.
         state.blobs.insert(name.to_owned(), blob);
         self.machine
             .store
@@ -88,7 +88,7 @@ impl MockDomain {
             .map_err(|error| storage_errno(&error))
     }
 
-    /// What getdomaininfo says.
+    /// The result of getdomaininfo.
     fn info_of(&self, state: &State) -> DomainInfo {
         let record = &state.record;
         DomainInfo {
@@ -103,13 +103,13 @@ impl MockDomain {
             max_pages: record.max_pages,
             shared_info_frame: match record.kind {
                 GuestKind::Pv => Gfn(record.shared_info),
-                // No gfn of the guest's stands for it.
+                // It has no gfn in the guest.
                 _ => Gfn::INVALID,
             },
         }
     }
 
-    /// The machine frame behind `gfn`, if it is the domain's.
+    /// The machine frame of `gfn`, if it is the domain's.
     pub(super) fn resolve(&self, gfn: Gfn) -> Option<(Mfn, Frame)> {
         let mfn = match self.dom.kind.is_translated() {
             true => self.dom.p2m_get(gfn)?,
@@ -118,7 +118,7 @@ impl MockDomain {
         Some((mfn, self.machine.frames.owned(mfn, self.dom.domid)?))
     }
 
-    /// The pfn of a frame, of which it is also known how it is called.
+    /// The pfn of a frame that is known by its gfn and its mfn.
     fn pfn_of(&self, gfn: Gfn, mfn: Mfn) -> Option<u64> {
         match self.dom.kind.is_translated() {
             true => Some(gfn.0),
@@ -126,7 +126,7 @@ impl MockDomain {
         }
     }
 
-    /// The machine frame behind `gfn`, to be mapped with `access`.
+    /// The machine frame of `gfn`, to be mapped with `access`.
     pub(super) fn map_one(&self, gfn: Gfn, access: Access) -> Result<Mfn, Errno> {
         let (mfn, frame) = self.resolve(gfn).ok_or(Errno::EINVAL)?;
         let unmappable = self.machine.config.unmappable;
@@ -185,7 +185,7 @@ impl MockDomain {
     }
 }
 
-/// The errno for a state file that could not be written.
+/// The errno for a failed write of a state file.
 pub(super) fn storage_errno(error: &MockError) -> Errno {
     tracing::error!(%error, "the mock host could not keep its state");
     Errno::EIO
@@ -279,7 +279,7 @@ impl DomainControl for MockDomain {
 
     fn alloc_unbound_port(&self, _remote: DomId) -> Result<u32, BackendError> {
         self.look("alloc_unbound", |state| {
-            // Two-level event channels: a bit each in the words of shared_info.
+            // Two-level event channels: one bit for each in the words of shared_info.
             let ports = match state.record.width {
                 4 => 1024,
                 _ => 4096,
@@ -336,8 +336,8 @@ impl GuestMemory for MockDomain {
             return Err(self.fail(OP, Errno::EINVAL));
         }
         let mut failed = Vec::new();
-        // Neighbouring machine frames are written at once: the first frame, and the
-        // bytes of the contents.
+        // Contiguous machine frames are written together: the first frame, and the range of bytes
+        // in the contents.
         let mut runs: Vec<(Mfn, Range<usize>)> = Vec::new();
         for (index, &gfn) in gfns.iter().enumerate() {
             let bytes = index * PAGE_SIZE..(index + 1) * PAGE_SIZE;
@@ -360,8 +360,8 @@ impl GuestMemory for MockDomain {
         Ok(failed)
     }
 
-    /// The machine's memory is a file: pages that are written whole are not cleared
-    /// first, as they are when a mapping faults them in.
+    /// The machine's memory is a file: the kernel does not clear pages that are written whole, but
+    /// does clear those that a mapping faults in.
     fn writing_is_cheaper(&self) -> bool {
         true
     }
@@ -401,7 +401,7 @@ impl GuestMemory for MockDomain {
                 };
                 match self.decrease_reservation(gfn.0, mfn) {
                     Ok(()) => {}
-                    // Xen's own, or referred to.
+                    // Xen's own frame, or one with references.
                     Err(Errno::EINVAL | Errno::EBUSY) => return Ok(done),
                     Err(errno) => return Err(errno),
                 }

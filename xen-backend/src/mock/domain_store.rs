@@ -1,8 +1,8 @@
-//! The mock machine as a domain store: names in the domains' records, the rest as their user
+//! The mock machine's domain store: names in the domains' records, everything else as their user
 //! data.
 //!
-//! Locks are kept in memory: only one process at a time has the machine open. Another process
-//! can only ask it to look at a domain or to change its state (`control.rs`), which heeds no lock.
+//! Locks are kept in memory: only one process at a time has the machine open. Another process can
+//! only ask it to show a domain or to change its state (`control.rs`), which ignores locks.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, MutexGuard, PoisonError};
@@ -26,25 +26,25 @@ const CONFIGURATION: &str = "libxl-json";
 /// The key of the emulators' records.
 const EMULATORS: &str = "libxl-emulators";
 
-/// The name that the machine shows for a domain which was not given one.
+/// The machine's name for a domain that was not given one.
 pub(super) fn default_name(domid: DomId) -> String {
     format!("domain-{}", domid.0)
 }
 
 impl MockHost {
-    /// A handle on a domain whose UUID has been compared.
+    /// A handle on a domain whose UUID matches.
     fn named(&self, domain: DomainRef) -> Result<MockDomain, DomainStoreError> {
         self.check(domain)?;
         self.mock_domain(domain.domid).map_err(gone(domain))
     }
 
-    /// While it is held, no name changes through this store.
+    /// While this is held, no name changes through this store.
     fn names(&self) -> MutexGuard<'_, ()> {
         let names = self.machine.names.lock();
         names.unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether a domain other than this may be named `name`.
+    /// Checks that no other domain has the name `name`.
     fn check_free(&self, domain: DomainRef, name: &str) -> Result<(), DomainStoreError> {
         let taken = DomainStore::list(self)?.into_iter().find(|listed| {
             listed.name.as_deref() == Some(name) && listed.info.domid != domain.domid
@@ -70,7 +70,7 @@ impl MockHost {
             .map_err(failed("keeping the user data", domain))
     }
 
-    /// Names the domain `to` if `from` says that it may, which is told its name.
+    /// Renames the domain to `to` if `from`, called with its present name, succeeds.
     fn set_name(
         &self,
         domain: DomainRef,
@@ -105,7 +105,7 @@ fn failed(doing: &'static str, domain: DomainRef) -> impl Fn(MockError) -> Domai
     }
 }
 
-/// An error if the name that was `found` is another than the caller believes.
+/// An error if the name that was `found` is not the one that the caller expects.
 fn wrong_name(
     domain: DomainRef,
     expected: Option<&str>,
@@ -137,7 +137,7 @@ impl DomainStore for MockHost {
             let domain = MockDomain { machine, dom };
             let info = match domain.info() {
                 Ok(info) => info,
-                // Destroyed since.
+                // It has been destroyed in the meantime.
                 Err(error) if error.errno == Errno::ESRCH => continue,
                 Err(error) => return Err(error.into()),
             };
@@ -189,7 +189,8 @@ impl DomainStore for MockHost {
     }
 
     fn devices(&self, domain: DomainRef) -> Result<Vec<String>, DomainStoreError> {
-        // Its guests have none, except an emulator's records, which it keeps.
+        // The machine's guests have no devices, except the emulator records that are stored with a
+        // domain.
         self.named(domain).map(|_| Vec::new())
     }
 
@@ -198,7 +199,7 @@ impl DomainStore for MockHost {
         domain: DomainRef,
         introduction: &Introduction<'_>,
     ) -> Result<(), DomainStoreError> {
-        // There is no xenstore and no console that the rings could be connected to.
+        // No xenstore and no console exist to connect the rings to.
         self.set_name(domain, introduction.name, |_| Ok(()))
     }
 
@@ -230,7 +231,7 @@ impl DomainStore for MockHost {
 
     fn destroy(&self, domain: DomainRef, _: Duration) -> Result<Destroyed, DomainStoreError> {
         let mock = self.named(domain)?;
-        // All that is kept with it goes at the same time.
+        // The user data is removed at the same time.
         mock.destroy().map_err(gone(domain))?;
         Ok(Destroyed {
             outcome: DestroyOutcome::Gone,

@@ -1,4 +1,4 @@
-//! What the mock machine knows of one domain.
+//! State of one domain of the mock machine.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::AtomicBool;
@@ -14,7 +14,7 @@ use super::workload::Workload;
 use crate::domain_store::LockHolder;
 use crate::{DomId, DomainSettings, GuestKind, ShutdownReason, TscInfo, Uuid};
 
-/// A PV vcpu that has been given its context.
+/// The page-table roots of a PV vcpu that has a context.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Roots {
     /// The frame of the kernel's top-level table.
@@ -43,29 +43,29 @@ pub(super) struct Record {
     pub(super) width: u8,
     pub(super) max_pages: u64,
     pub(super) pauses: u32,
-    /// Whether a vcpu ever ran.
+    /// Whether any vcpu has ever run.
     pub(super) has_run: bool,
     pub(super) shutdown: Option<ShutdownReason>,
-    /// PV, while suspended: the store and console frames the guest had.
+    /// PV, while suspended: the xenstore and console frames that the guest had.
     pub(super) suspended_rings: Option<[u64; 2]>,
     /// The frame of shared_info.
     pub(super) shared_info: u64,
     /// The first frame of the grant table ([`super::grants`]).
     pub(super) grant_table: u64,
-    /// Further pages of Xen's, lent to the guest to publish its p2m in.
+    /// Further pages of Xen's, lent to the guest for publishing its p2m.
     #[serde(default)]
     pub(super) lent: Vec<u64>,
     pub(super) vcpus: Vec<Vcpu>,
     pub(super) tsc: TscInfo,
     /// Translated: HVM parameters by index.
     pub(super) hvm_params: Vec<u64>,
-    /// What it was given when it was made.
+    /// The settings that it was created with.
     #[serde(default)]
     pub(super) settings: DomainSettings,
 }
 
 impl Record {
-    /// Whether `mfn` is one of Xen's own pages that the domain has the use of.
+    /// Whether `mfn` is one of Xen's own pages that is lent to the domain.
     pub(super) fn borrows(&self, mfn: Mfn) -> bool {
         self.shared_info == mfn.0 || self.grant_table == mfn.0 || self.lent.contains(&mfn.0)
     }
@@ -77,10 +77,10 @@ pub(super) const HVM_CONTEXT: &str = "hvm-context";
 pub(super) const CPUID_LEAVES: &str = "cpuid-leaves";
 /// Name of the blob that holds the MSRs of the CPU policy.
 pub(super) const POLICY_MSRS: &str = "policy-msrs";
-/// What the name of a blob of user data starts with.
+/// The prefix of the name of a user data blob.
 pub(super) const USERDATA: &str = "userdata-";
 
-/// What changes of a domain, under its lock.
+/// The mutable state of a domain, under its lock.
 #[derive(Debug)]
 pub(super) struct State {
     pub(super) record: Record,
@@ -93,24 +93,24 @@ pub(super) struct State {
 pub(super) struct Dom {
     pub(super) domid: DomId,
     pub(super) kind: GuestKind,
-    /// Translated guests: mfn + 1 per pfn, 0 where there is none.
+    /// Translated guests: mfn + 1 of each pfn, 0 if it has none.
     pub(super) p2m: Option<Words>,
     /// Set once the domain is destroyed.
     pub(super) gone: AtomicBool,
-    /// Pages the guest writes; only while this process has the host open.
+    /// The guest's dirty log, kept only while this process has the host open.
     pub(super) dirty: DirtyLog,
-    /// Work done in steps, while its writes are logged, and when that was last done.
+    /// Work done in steps while the log is on, and the time of the last step.
     pub(super) stepped: Mutex<Option<(Workload, Instant)>>,
-    /// Who has the lock of the domain.
+    /// The holder of the domain's lock.
     pub(super) holder: Mutex<Option<LockHolder>>,
     state: Mutex<State>,
 }
 
-/// Pfns that a translated guest can have: 1 TiB of guest memory.
+/// The number of pfns that a translated guest can have: 1 TiB of guest memory.
 pub(super) const MAX_PFNS: usize = 1 << 28;
 
 impl Dom {
-    /// A domain with this state; `p2m` where it is translated.
+    /// A domain with this state; `p2m` if it is translated.
     pub(super) fn new(
         record: Record,
         blobs: BTreeMap<String, Vec<u8>>,
@@ -128,13 +128,13 @@ impl Dom {
         }
     }
 
-    /// The state, for as long as the guard lives. No caller panics half-way
-    /// through a change, so a poisoned lock guards a good state.
+    /// The state, for as long as the guard lives. No caller panics during a change, so the state is
+    /// valid even if the lock is poisoned.
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The frame of a translated guest's `pfn`; `None` where there is none.
+    /// The frame of a translated guest's `pfn`; `None` if it has none.
     pub(super) fn p2m_get(&self, pfn: Gfn) -> Option<Mfn> {
         let p2m = self.p2m.as_ref()?;
         let index = usize::try_from(pfn.0).ok().filter(|i| *i < p2m.len())?;
@@ -148,7 +148,7 @@ impl Dom {
         }
     }
 
-    /// Take away what is at `pfn` of a translated guest.
+    /// Remove the frame at `pfn` of a translated guest.
     pub(super) fn p2m_clear(&self, pfn: u64) {
         if let (Some(p2m), Ok(index)) = (&self.p2m, usize::try_from(pfn)) {
             p2m.set(index, 0);

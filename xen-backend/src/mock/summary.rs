@@ -1,4 +1,4 @@
-//! What a mock host tells of its domains, for people and for `--json`.
+//! Summaries of a mock host's domains, for users and for `--json`.
 
 use std::collections::BTreeMap;
 
@@ -13,15 +13,15 @@ use super::state::{Record, USERDATA};
 use crate::error::BackendError;
 use crate::{DomId, GuestKind, GuestMemory, ShutdownReason, TscInfo};
 
-/// Whether a domain runs.
+/// The running state of a domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DomainState {
-    /// It would, if the mock executed anything.
+    /// It would execute, if the mock executed anything.
     Running,
     /// Paused by the toolstack.
     Paused,
-    /// Suspended by itself.
+    /// The guest has suspended.
     Suspended,
     /// Shut down for another reason.
     Shutdown,
@@ -47,37 +47,37 @@ pub struct DomainSummary {
     pub name: String,
     /// PV, HVM or PVH.
     pub kind: GuestKind,
-    /// Pages it has.
+    /// Pages that it has.
     pub tot_pages: u64,
-    /// Vcpus it has.
+    /// Vcpus that it has.
     pub vcpus: u32,
-    /// Whether it runs.
+    /// Its running state.
     pub state: DomainState,
 }
 
-/// All there is to tell of a domain.
+/// A full report on a domain.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DomainReport {
-    /// What a list says.
+    /// Its entry in a list.
     #[serde(flatten)]
     pub summary: DomainSummary,
     /// Bytes in the guest's word.
     pub width: u8,
-    /// Pages it may have.
+    /// Pages that it may have.
     pub max_pages: u64,
-    /// Largest gfn it ever had.
+    /// The largest gfn that it has ever had.
     pub maximum_gfn: Option<u64>,
     /// Whether each vcpu is online.
     pub vcpus_online: Vec<bool>,
-    /// How many pauses are to be undone.
+    /// The number of pauses in effect.
     pub pauses: u32,
-    /// Why it shut down.
+    /// The reason why it shut down.
     pub shutdown: Option<ShutdownReason>,
     /// PV: the frame of shared_info.
     pub shared_info_frame: Option<u64>,
     /// Its TSC.
     pub tsc: TscInfo,
-    /// How many pages of each type it has.
+    /// The number of its pages of each type.
     pub page_types: BTreeMap<String, u64>,
     /// HVM parameters that were set, by number.
     #[serde(deserialize_with = "by_number")]
@@ -90,7 +90,7 @@ pub struct DomainReport {
     pub userdata: BTreeMap<String, usize>,
 }
 
-/// Keys of JSON are text, and serde makes no numbers of them in what is flattened.
+/// Keys of JSON are text, and serde does not convert them to numbers in flattened structures.
 fn by_number<'de, D: Deserializer<'de>>(from: D) -> Result<BTreeMap<u32, u64>, D::Error> {
     let named = BTreeMap::<String, u64>::deserialize(from)?;
     let numbered = named.into_iter().map(|(key, value)| {
@@ -131,7 +131,7 @@ impl MockDomain {
 }
 
 impl MockHost {
-    /// Every domain, ascending.
+    /// Every domain, in ascending order.
     pub fn list(&self) -> Vec<DomainSummary> {
         self.machine
             .all_domains()
@@ -141,7 +141,7 @@ impl MockHost {
             .collect()
     }
 
-    /// All there is to tell of one domain.
+    /// A full report on one domain.
     ///
     /// # Errors
     ///

@@ -1,13 +1,12 @@
-//! What a PV guest's kernel does when it first runs after a restore, as far as a
-//! later save depends on it: it publishes its p2m anew.
+//! The first run of a PV guest's kernel after a restore, as far as a later save depends on it: the
+//! kernel publishes its p2m anew.
 //!
-//! A restore takes `p2m_cr3` over from the image, where it holds a frame of the old
-//! machine, and clears `pfn_to_mfn_frame_list_list`. A real kernel knows where its
-//! p2m is and says so again; the mock has no kernel, so it finds the leaves by what
-//! they hold. A leaf that covers only holes (a ballooned tail) holds nothing to tell
-//! it by: any page of the guest's full of "no frame" serves, and where there are fewer
-//! of those than such leaves, the last serves several, as a kernel's page of missing
-//! entries does. A guest with no such page does not wake.
+//! A restore copies `p2m_cr3` from the image, where it names a frame of the old machine, and clears
+//! `pfn_to_mfn_frame_list_list`. A real kernel knows its p2m and publishes it again. The mock has
+//! no kernel, so it recognises the leaves by their contents. A leaf that covers only holes (a
+//! ballooned tail) has no recognisable contents: any page of the guest that is full of "no frame"
+//! is used. If there are fewer of those pages than such leaves, the last one is used for several,
+//! like a kernel's page of missing entries. A guest without such a page does not wake.
 //!
 //! C: Linux `xen_pv_post_suspend` (`xen_setup_shared_info`,
 //! `xen_build_mfn_list_list`).
@@ -20,17 +19,16 @@ use super::layout::{SharedInfoLayout, VcpuLayout, read_word, write_word};
 use super::state::State;
 
 impl MockDomain {
-    /// Have a restored PV guest publish its p2m. A guest that was never restored
-    /// has done so already, and nothing changes.
+    /// Make a restored PV guest publish its p2m. A guest that was never restored has already done
+    /// so, and does not change.
     ///
     /// # Errors
     ///
-    /// EINVAL where the guest's p2m is not in its memory, or has a size that cannot
-    /// be: a real one would crash.
-    /// ENOMEM where there is no page for the tree.
+    /// EINVAL if the guest's p2m is not in its memory, or has an impossible size: a real guest
+    /// would crash. ENOMEM if there is no page for the tree.
     pub(super) fn wake_guest(&self, state: &mut State) -> Result<(), Errno> {
         let Some(roots) = state.record.vcpus.first().and_then(|vcpu| vcpu.roots) else {
-            // No context: nothing will run.
+            // No context: the guest cannot run.
             return Ok(());
         };
         let width = state.record.width;
@@ -39,7 +37,7 @@ impl MockDomain {
         let mut page = self.machine.read_frame(shared_info)?;
         let word = |page: &Page, field| read_word(page, field, layout.width);
         if word(&page, layout.p2m_cr3) != 0 {
-            // Every address space of a guest has the kernel's half, with the list.
+            // Every address space of a guest contains the kernel's half, with the list.
             let cr3 = VcpuLayout::of(width).mfn_to_cr3(roots.kernel);
             write_word(page.as_mut_slice(), layout.p2m_cr3, layout.width, cr3);
         } else if word(&page, layout.frame_list_list) == 0 && word(&page, layout.max_pfn) != 0 {
@@ -56,8 +54,8 @@ impl MockDomain {
         self.machine.write_frames(shared_info, 0, page.as_slice())
     }
 
-    /// Build the upper two levels of a p2m tree, in pages that are not the guest's
-    /// memory: it stays as the restore left it.
+    /// Build the upper two levels of a p2m tree, in pages outside the guest's memory, which stays
+    /// as the restore left it.
     fn publish_tree(&self, state: &mut State, pfns: u64) -> Result<Mfn, Errno> {
         let width = usize::from(state.record.width);
         let mut level = self.all_leaves(width, pfns).inspect_err(|errno| {
@@ -68,7 +66,7 @@ impl MockDomain {
                 "the guest's p2m is not in its memory"
             );
         })?;
-        // Twice: the frame lists, and the list of them.
+        // Twice: the frame lists, and the page that lists them.
         for _ in 0..2 {
             let mut above = Vec::new();
             for entries in level.chunks(PAGE_SIZE / width) {
@@ -80,7 +78,7 @@ impl MockDomain {
                     .machine
                     .lend_page(self.dom.domid)
                     .ok_or(Errno::ENOMEM)?;
-                // Known at once: who undoes this takes it back.
+                // Recorded at once, so that a rollback takes it back.
                 state.record.lent.push(mfn.0);
                 self.machine.write_frames(mfn, 0, &page)?;
                 above.push(mfn.0);
@@ -93,7 +91,7 @@ impl MockDomain {
         }
     }
 
-    /// Undo [`MockDomain::publish_tree`], but for its pages: there was no tree.
+    /// Undo [`MockDomain::publish_tree`], except its pages: there was no tree before.
     pub(super) fn unpublish_tree(&self, state: &State) -> Result<(), Errno> {
         let layout = SharedInfoLayout::of(state.record.width);
         let none = &[0; 8][..layout.width];
@@ -102,11 +100,11 @@ impl MockDomain {
             .write_frames(shared_info, layout.frame_list_list, none)
     }
 
-    /// Every leaf of the guest's p2m of `pfns` pfns.
+    /// Every leaf of the guest's p2m of `pfns` pfns, or an error.
     fn all_leaves(&self, width: usize, pfns: u64) -> Result<Vec<u64>, Errno> {
         let per_leaf = PAGE_SIZE / width;
-        // The image says how many: what neither this machine nor the tree's three
-        // levels have room for is no size.
+        // The number comes from the image: one that exceeds this machine or the tree's three levels
+        // is invalid.
         if pfns > self.most_pfns().min((per_leaf as u64).pow(3)) {
             return Err(Errno::EINVAL);
         }
@@ -134,7 +132,7 @@ impl MockDomain {
         Ok(leaves.into_iter().flatten().collect())
     }
 
-    /// Of each of `leaves` leaves, whether it covers a frame of the guest's.
+    /// For each of `leaves` leaves, whether it covers a frame of the guest.
     fn leaves_covering(&self, per_leaf: usize, leaves: usize) -> Vec<bool> {
         let mut covering = vec![false; leaves];
         for mfn in self.machine.frames_of(self.dom.domid) {
@@ -154,13 +152,13 @@ mod tests {
     use crate::mock::{GuestSpec, HostConfig, MockHost, P2mStyle};
     use crate::{DomainControl, GuestKind};
 
-    /// Pfns of the guests here, and those of them that are ballooned out: all that
-    /// one leaf covers.
+    /// Pfns of the guests in these tests, and the number that is ballooned out: all that one leaf
+    /// covers.
     const PFNS: u64 = 4096;
     const HOLES: u64 = 512;
 
-    /// A guest as a restore leaves it, whose image says it has `pfns` pfns. With it
-    /// the leaves it had published.
+    /// A guest in its state after a restore, whose image gives it `pfns` pfns, and the leaves that
+    /// it had published before.
     fn restored(ballooned_pages: u64, pfns: u64) -> (MockDomain, Vec<Mfn>) {
         let host = MockHost::ephemeral(&HostConfig {
             memory_pages: 1 << 14,
@@ -208,7 +206,7 @@ mod tests {
         domain.unpause().expect("it wakes");
         let hole = leaves[6];
         assert_eq!(published(&domain), [leaves, vec![hole; 2]].concat());
-        // No page of the guest's could stand for the tail.
+        // The guest has no page that could serve as the tail.
         let (domain, _) = restored(0, PFNS + 1);
         let error = domain.unpause().expect_err("no leaf");
         assert_eq!(error.errno, Errno::EINVAL);

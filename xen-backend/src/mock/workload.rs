@@ -1,11 +1,10 @@
-//! A guest at work: writes to its memory, page tables that change, pages given back
-//! and taken again, at a rate and in proportions that the caller chooses.
+//! Workloads of mock guests: writes to memory, page tables that change, pages given back and taken
+//! again, at a rate and in proportions that the caller chooses.
 //!
-//! All chance comes from a seed, and pages are chosen by pfn, so that the same
-//! workload does the same to equal guests on different machines. Each operation is
-//! done with the domain's state held: the guest stands still for whoever holds it,
-//! and a suspend waits for the operation under way. What a suspending kernel does
-//! to its memory comes after.
+//! All randomness comes from a seed, and pages are chosen by pfn, so the same workload does the
+//! same to equal guests on different machines. The domain's state is held during each operation:
+//! the guest is stopped while another thread holds it, and a suspend waits for the current
+//! operation. A suspending kernel's own writes come after that.
 
 mod background;
 mod pv;
@@ -30,43 +29,43 @@ use crate::{DomId, GuestKind, ShutdownReason};
 
 pub use self::background::BackgroundWorkload;
 
-/// Words of a page that one operation writes: a line of the cache.
+/// Words of a page that one operation writes: a cache line.
 const WORDS_PER_WRITE: usize = 8;
 
-/// Operations between which the domain's state is let go of.
+/// Operations after which the domain's state is released.
 const BATCH: u64 = 64;
 
-/// What a workload does.
+/// Specification of a workload.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkloadSpec {
-    /// What its choices are made from.
+    /// The seed of its choices.
     pub seed: u64,
-    /// Operations per second, when it runs in the background. At most one page is
-    /// written by each, but for what page tables and p2m take.
+    /// Operations per second, if it runs in the background. Each writes at most one page, not
+    /// counting changes of page tables and p2m.
     pub rate: u32,
-    /// Pages it writes to and moves about, chosen at random from those that hold
-    /// data; all of them where there are fewer.
+    /// Pages that it writes to and moves, chosen at random from those that hold data; all of these
+    /// if there are fewer.
     pub working_set: u64,
-    /// Of 1000 operations, how many change page tables. None do in an HVM guest.
+    /// The number of operations in 1000 that change page tables. Zero in an HVM guest.
     pub table_permille: u16,
-    /// Of 1000 operations, how many give a page back or take one.
+    /// The number of operations in 1000 that give a page back or take one.
     pub balloon_permille: u16,
-    /// How the guest shuts down by itself, if it does.
+    /// The guest's own shutdown, if any.
     #[serde(default)]
     pub end: Option<WorkloadEnd>,
 }
 
-/// A guest's own end: it asks Xen to shut it down (`SCHEDOP_shutdown`).
+/// The shutdown of a guest by itself, by a request to Xen (`SCHEDOP_shutdown`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkloadEnd {
-    /// Operations that it does before.
+    /// Operations before it.
     pub after: u64,
-    /// What it tells Xen. It does not suspend without being asked.
+    /// The reason that it gives Xen. A guest does not suspend without a request.
     pub reason: ShutdownReason,
 }
 
 impl WorkloadSpec {
-    /// Plain writes only, to `working_set` pages, `rate` a second.
+    /// Only plain writes, to `working_set` pages, `rate` per second.
     pub const fn writes(seed: u64, rate: u32, working_set: u64) -> Self {
         Self {
             seed,
@@ -94,7 +93,7 @@ impl WorkloadSpec {
     }
 }
 
-/// What a workload has done.
+/// Counts of a workload's operations.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct WorkloadCounts {
     /// Writes to data.
@@ -105,7 +104,7 @@ pub struct WorkloadCounts {
     pub given_back: u64,
     /// Pages taken.
     pub taken: u64,
-    /// Operations for which there was no page, or no memory.
+    /// Operations that found no page or no memory.
     pub idle: u64,
 }
 
@@ -134,14 +133,14 @@ impl AddAssign for WorkloadCounts {
     }
 }
 
-/// Where a PV guest has a page mapped.
+/// A place where a PV guest has a page mapped.
 #[derive(Clone, Copy, Debug)]
 struct Mapping {
     /// A level-1 table.
     table: Mfn,
-    /// An entry of it.
+    /// The index of an entry in it.
     index: usize,
-    /// While the page is given back: the entry's flags.
+    /// The entry's flags, kept while the page is given back.
     flags: u64,
 }
 
@@ -155,7 +154,7 @@ struct WorkPage {
     mapped: Vec<Mapping>,
 }
 
-/// A guest's work. One per domain at a time: it keeps count of what is mapped where.
+/// A guest's workload. At most one per domain, because it tracks the mappings of pages.
 #[derive(Debug)]
 pub struct Workload {
     domain: MockDomain,
@@ -163,22 +162,22 @@ pub struct Workload {
     random: SplitMix64,
     /// Pages that can be written.
     present: Vec<WorkPage>,
-    /// Pages that were given back, those the guest began without among them.
+    /// Pages that were given back, including those missing from the start.
     absent: Vec<WorkPage>,
-    /// Least number of pages kept.
+    /// The least number of present pages.
     keep: usize,
     pv: Option<PvView>,
     counts: WorkloadCounts,
 }
 
 impl MockHost {
-    /// Work for a guest, which has its memory and its kernel's tables in place.
-    /// Looks through all of its page tables.
+    /// A workload for a guest, which must have its memory and its kernel's tables. Searches all of
+    /// its page tables.
     ///
     /// # Errors
     ///
-    /// [`MockError::BadSpec`] for parts above the whole, no rate or no working set;
-    /// ESRCH; EINVAL for a PV guest that has not published its p2m, and for a guest
+    /// [`MockError::BadSpec`] for proportions that exceed the whole, a rate of zero or an empty
+    /// working set; ESRCH; EINVAL for a PV guest that has not published its p2m, and for a guest
     /// without a page of data.
     pub fn workload(&self, domid: DomId, spec: &WorkloadSpec) -> Result<Workload, MockError> {
         spec.check()?;
@@ -219,7 +218,7 @@ impl Workload {
         self.keep = present.len().div_ceil(2);
         self.present = present;
         self.absent = absent;
-        // Who only writes to pages has no need to know where they are mapped.
+        // A workload that only writes to pages does not need their mappings.
         let moves = self.spec.table_permille > 0 || self.spec.balloon_permille > 0;
         if let Some(view) = self.pv.as_ref().filter(|_| moves) {
             view.find_mappings(&self.domain, &mut self.present);
@@ -246,25 +245,25 @@ impl Workload {
             .collect()
     }
 
-    /// What it has done so far.
+    /// The operations done so far.
     pub fn counts(&self) -> WorkloadCounts {
         self.counts
     }
 
-    /// The pages it may write to at present, ascending.
+    /// The pages that it may currently write to, in ascending order.
     pub fn working_set(&self) -> Vec<Pfn> {
         let mut pfns: Vec<Pfn> = self.present.iter().map(|page| Pfn(page.pfn)).collect();
         pfns.sort_unstable();
         pfns
     }
 
-    /// Do `operations` operations now, on this thread. Says how many were done:
-    /// fewer, or none, where the guest does not run, or shuts down.
+    /// Do `operations` operations now, on this thread. Returns how many were done: fewer, or none,
+    /// if the guest does not run or shuts down.
     ///
     /// # Errors
     ///
-    /// ESRCH when the domain is gone; what the hypervisor refuses a guest that keeps
-    /// its rules is a fault of the mock's, and ends the work: EINVAL, EBUSY.
+    /// ESRCH if the domain is gone. EINVAL or EBUSY if the hypervisor refuses an operation,
+    /// although the guest keeps the rules: this is a bug in the mock, and ends the work.
     pub fn step(&mut self, operations: u64) -> Result<u64, BackendError> {
         let mut done = 0;
         while done < operations {
@@ -274,7 +273,7 @@ impl Workload {
                 batch = batch.min(end.after.saturating_sub(self.counts.operations()));
                 if batch == 0 {
                     if domain.shut_down(end.reason)? {
-                        // Whoever resumes it finds it at work as before.
+                        // After a resume, it works as before.
                         self.spec.end = None;
                     }
                     break;
@@ -298,19 +297,19 @@ impl Workload {
         Ok(done)
     }
 
-    /// Operations that its rate makes of a time.
+    /// Operations due in this time at its rate.
     pub(super) fn operations_in(&self, time: Duration) -> u64 {
         let operations = time.as_nanos() * u128::from(self.spec.rate) / 1_000_000_000;
         u64::try_from(operations).unwrap_or(u64::MAX)
     }
 
-    /// Run at the spec's rate on a thread of its own, while the domain runs, until
-    /// the handle is dropped or the domain destroyed.
+    /// Run at the specified rate on a separate thread, while the domain runs, until the handle is
+    /// dropped or the domain is destroyed.
     pub fn run_in_background(self) -> BackgroundWorkload {
         BackgroundWorkload::start(self)
     }
 
-    /// Do one operation, whose kind is drawn.
+    /// Do one operation of a random kind.
     fn operate(&mut self, state: &State) -> Result<WorkloadCounts, Errno> {
         let balloon = usize::from(self.spec.balloon_permille);
         let tables = balloon + usize::from(self.spec.table_permille);
@@ -324,7 +323,7 @@ impl Workload {
         }
     }
 
-    /// Write a line of a page.
+    /// Write a cache line of a page.
     fn write(&mut self) -> WorkloadCounts {
         let at = self.random.below(self.present.len());
         let line = self.random.below(ENTRIES_PER_TABLE / WORDS_PER_WRITE);
@@ -363,8 +362,8 @@ impl Workload {
         }
     }
 
-    /// As a balloon driver does: clear the page, take it out of page tables and p2m,
-    /// give it back.
+    /// Act like a balloon driver: clear the page, remove it from page tables and p2m, and give it
+    /// back.
     fn give_back(&mut self, state: &State) -> Result<WorkloadCounts, Errno> {
         let at = self.random.below(self.present.len());
         self.give_back_page(state, at)
@@ -391,12 +390,12 @@ impl Workload {
         })
     }
 
-    /// Take a page, put it where it was, and use it.
+    /// Take a page, map it where the old one was mapped, and use it.
     fn take(&mut self, state: &State) -> Result<WorkloadCounts, Errno> {
         let at = self.random.below(self.absent.len());
         let mfn = match self.domain.increase_reservation(state, self.absent[at].pfn) {
             Ok(mfn) => mfn,
-            // No memory is no fault: a guest lives with it.
+            // Lack of memory is not an error: a guest copes with it.
             Err(Errno::ENOMEM) => {
                 return Ok(WorkloadCounts {
                     idle: 1,

@@ -1,5 +1,5 @@
-//! COLO, with either engine at either end: both guests work, differently, and each
-//! checkpoint makes them the same.
+//! COLO with either engine on either host: both guests work, differently, and each checkpoint makes
+//! them equal.
 
 use xsr_format::frame::Gfn;
 use xsr_xen_backend::ShutdownReason;
@@ -8,15 +8,15 @@ use xsr_xen_backend::mock::HostConfig;
 use super::driver::colo::{End, protect};
 use super::*;
 
-/// How many checkpoints are taken.
+/// The number of checkpoints.
 const CHECKPOINTS: u32 = 4;
 
-/// A page that Xen itself gives to each HVM domain on Intel's processors. Stock's secondary
-/// asks for the largest page once, before any memory has come, and names none that is
-/// larger: on a machine without that page it would name none at all.
+/// A page that Xen itself gives each HVM domain on Intel processors. Stock's secondary asks for the
+/// largest page once, before any memory has arrived, and reports no page above it: on a machine
+/// without that page it would report none at all.
 const APIC_ACCESS: u64 = 0xf_ee00;
 
-/// What a guest does: ours as it is kept with it, stock's in steps.
+/// The guest's work: ours has it stored with the domain, stock's does it in steps.
 fn work(seed: u64) -> Stepped {
     Stepped {
         work: WorkloadSpec::writes(seed, 1, 2000),
@@ -84,7 +84,7 @@ fn pair(kind: GuestKind, from: Whose, to: Whose) {
     });
     let mut differ = left.differences(&arrived);
     let (rings, _) = received.rings().unwrap().as_chunks::<8>();
-    // A restore clears them: those of xenstore, console and ioreq.
+    // The pages that a restore clears: those of xenstore, console and ioreq.
     differ.retain(|pfn| {
         let ring = |ring: &[u8; 8]| pfn.0.abs_diff(u64::from_ne_bytes(*ring)) <= 8;
         pfn.0 != APIC_ACCESS && !rings.iter().any(ring)

@@ -1,5 +1,4 @@
-//! What goes wrong goes wrong alike: the same result, the same messages, and the guest in
-//! the same state.
+//! Failures of both engines: the same result, the same messages, and the guest in the same state.
 
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::OwnedFd;
@@ -11,8 +10,7 @@ use xsr_xen_backend::mock::HostConfig;
 
 use super::*;
 
-/// What is the same of two runs that fail: the result, the exit code, and what libxl is
-/// asked.
+/// The equal parts of two failed runs: the result, the exit code, and the messages to libxl.
 type Outcome = (Option<i32>, Option<i32>, Vec<u16>);
 
 fn outcome(run: &driver::Run) -> Outcome {
@@ -20,15 +18,15 @@ fn outcome(run: &driver::Run) -> Outcome {
     (result, run.code, run.numbers())
 }
 
-/// How a run ends that fails.
+/// Checks the result of a failed run.
 #[track_caller]
 fn assert_failed(run: &driver::Run, what: &str) {
     let (result, code, _) = outcome(run);
     assert_eq!((result, code), (Some(-1), Some(0)), "{what}: {run:#?}");
 }
 
-/// A guest that does not suspend: the same bytes so far, the same messages, and it runs
-/// on without a log.
+/// A guest that does not suspend: the same bytes up to there, the same messages, and the guest
+/// keeps running with its log off.
 #[test]
 fn a_guest_that_does_not_suspend_fails_both_alike() {
     let Some(helpers) = helpers() else { return };
@@ -54,7 +52,7 @@ fn a_guest_that_does_not_suspend_fails_both_alike() {
     }
 }
 
-/// A disk that is full: the same errno, the same messages, and the guest as it was.
+/// A full disk: the same errno, the same messages, and the guest unchanged.
 #[test]
 fn a_sink_without_room_fails_both_alike() {
     let Some(helpers) = helpers() else { return };
@@ -78,7 +76,7 @@ fn a_sink_without_room_fails_both_alike() {
     }
 }
 
-/// A stream that ends too early: both fail, and say so in the same messages.
+/// A truncated stream: both fail, with the same messages.
 #[test]
 fn a_stream_that_is_cut_fails_both() {
     let Some(helpers) = helpers() else { return };
@@ -101,7 +99,7 @@ fn a_stream_that_is_cut_fails_both() {
     }
 }
 
-/// A page that cannot be mapped: nothing behind what came before it, and an end.
+/// A page that cannot be mapped: both write what comes before it, nothing more, and end.
 #[test]
 fn a_frame_that_cannot_be_mapped_fails_both_alike() {
     let Some(helpers) = helpers() else { return };
@@ -137,7 +135,7 @@ fn a_frame_that_cannot_be_mapped_fails_both_alike() {
     }
 }
 
-/// A domain that may not have as many pages as come.
+/// A domain that may not have as many pages as the stream brings.
 #[test]
 fn memory_that_is_not_to_be_had_fails_both_alike() {
     let Some(helpers) = helpers() else { return };
@@ -158,7 +156,7 @@ fn memory_that_is_not_to_be_had_fails_both_alike() {
             assert_failed(&run, &format!("{kind:?}, {whose:?}"));
             let info = MockHost::open(&dir).unwrap();
             let info = info.domain(empty.domid).unwrap().info().unwrap();
-            // It came to what it may have, but for less than a superpage.
+            // The domain reached its limit, except for less than a superpage.
             assert!(info.tot_pages + 512 > info.max_pages, "{info:?}");
             (outcome(&run), info.shutdown)
         });
@@ -166,7 +164,7 @@ fn memory_that_is_not_to_be_had_fails_both_alike() {
     }
 }
 
-/// libxl's way to cancel: SIGTERM, while a helper waits for whoever takes the stream.
+/// libxl's way to cancel: SIGTERM, while a helper waits for the reader of the stream.
 #[test]
 fn a_save_that_is_cancelled_ends_alike() {
     let Some(helpers) = helpers() else { return };
@@ -182,7 +180,7 @@ fn a_save_that_is_cancelled_ends_alike() {
         let from = &mut from;
         let run = thread::scope(|scope| {
             let cancel = move |pid| {
-                // It has begun, and cannot end: nobody takes the rest.
+                // The save has begun and cannot end, because the rest is not read.
                 scope.spawn(move || {
                     from.read_exact(&mut vec![0; 2 << 20]).unwrap();
                     let pid = Pid::from_raw(i32::try_from(pid).unwrap());
@@ -199,7 +197,7 @@ fn a_save_that_is_cancelled_ends_alike() {
     assert_eq!(stock, ours);
 }
 
-/// A restore has nothing to clean up: the signal ends it, without a word.
+/// A restore has nothing to clean up: the signal ends it without a message.
 #[test]
 fn a_restore_that_is_cancelled_ends_alike() {
     let Some(helpers) = helpers() else { return };
@@ -215,7 +213,7 @@ fn a_restore_that_is_cancelled_ends_alike() {
         let run = thread::scope(|scope| {
             let cancel = move |pid| {
                 scope.spawn(move || {
-                    // More than the pipe holds: the helper has taken some of it.
+                    // More than the pipe holds: the helper has read some of it.
                     to.write_all(&image[..4 << 20]).unwrap();
                     let pid = Pid::from_raw(i32::try_from(pid).unwrap());
                     kill(pid, Signal::SIGTERM).unwrap();

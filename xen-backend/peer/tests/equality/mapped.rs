@@ -1,5 +1,5 @@
-//! Images in the mapped layout: either engine makes the same machine of one as of the stream that
-//! it was made from. To both it is an ordinary stream with entries of type XTAB.
+//! Images in the mapped layout: each engine restores one to the same machine as the stream that it
+//! was made from. To both it is an ordinary stream with entries of type XTAB.
 
 use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
@@ -14,7 +14,7 @@ use xsr_xen_backend::mock::MockHost;
 use super::{MIB, PAGE_DATA, PAGE_SIZE, driver, helpers, records, save, working};
 use crate::driver::Whose;
 
-/// The stream with its page data mapped, and the trailer.
+/// The stream with its page data in the mapped layout, and the trailer.
 fn mapped(stream: &[u8]) -> Vec<u8> {
     let mut walk = Walk::open(stream, ReadOptions::default()).unwrap();
     let mut writer = MappedWriter::new(Vec::new(), true);
@@ -30,7 +30,7 @@ fn mapped(stream: &[u8]) -> Vec<u8> {
     writer.finish().unwrap().0
 }
 
-/// Where the trailer begins: behind END.
+/// The stream before the trailer, which begins after END.
 fn stream_of(file: &[u8]) -> &[u8] {
     let magic = file.windows(8).rposition(|bytes| bytes == b"XSRmapTr");
     &file[..magic.unwrap()]

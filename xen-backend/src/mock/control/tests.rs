@@ -1,4 +1,4 @@
-//! Another process asks, and the one that has the host open answers.
+//! Tests of the control socket: requests from another process to the one that has the host open.
 
 use super::super::{DomainState, GuestSpec, HostConfig};
 use super::*;
@@ -17,7 +17,7 @@ fn a_host_that_is_open_elsewhere_answers() {
         .create_guest(&GuestSpec::new("web", GuestKind::Pvh, 8))
         .expect("a guest");
     let domain = host.domain(domid).expect("the domain");
-    // The lock belongs to the open file: this is another process to it.
+    // The lock belongs to the open file, so a second open in this process acts as another process.
     let beside = MockHost::reach(&dir).expect("reached");
     assert!(beside.here().is_none());
     assert_eq!(beside.list().expect("a list"), host.list());
@@ -74,7 +74,7 @@ fn a_request_that_was_not_heard_is_made_again() {
     host.create_guest(&spec).expect("a guest");
     let beside = MockHost::reach(&dir).expect("reached");
     let listed = beside.list().expect("a list");
-    // It hears nobody any more, and hangs up on whoever has connected.
+    // Simulates a process that answers no more requests and closes its connections.
     let held = ANSWERING.write().unwrap_or_else(PoisonError::into_inner);
     let asking = thread::spawn(move || beside.list());
     while Arc::weak_count(&host.machine) < 2 {
@@ -95,7 +95,7 @@ fn a_host_whose_owner_was_killed_is_opened() {
         ..HostConfig::default()
     };
     drop(MockHost::create(&dir, &config).expect("a host"));
-    // What a killed process leaves.
+    // A killed process leaves its socket.
     drop(UnixListener::bind(dir.join(SOCKET)).expect("a socket"));
     assert!(MockHost::reach(&dir).expect("opened").here().is_some());
 }

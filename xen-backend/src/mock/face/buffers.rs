@@ -1,5 +1,5 @@
-//! The memory that callers of the mock machine's hypercalls have: buffers at addresses
-//! of their own, with nothing between them.
+//! Hypercall buffers of the mock machine's callers, at simulated addresses with unmapped gaps
+//! between them.
 //!
 //! C implementation: `copy_from_guest` and `copy_to_guest`, to which other addresses
 //! are EFAULT.
@@ -13,10 +13,10 @@ use xsr_format::frame::PAGE_SIZE;
 
 use crate::privcmd::Elsewhere;
 
-/// Where the first buffer is.
+/// The address of the first buffer.
 const FIRST: u64 = 0x7f00_0000_0000;
 
-/// The memory of a caller that has buffers of its own.
+/// The memory of a caller that has its own buffers.
 #[cfg_attr(
     not(feature = "peer"),
     allow(unreachable_pub, reason = "only `peer` gives it away")
@@ -26,7 +26,7 @@ pub trait CallerMemory: fmt::Debug + Send + Sync {
     ///
     /// # Errors
     ///
-    /// EFAULT where they are not all in one buffer.
+    /// EFAULT if they are not all in one buffer.
     fn read(&self, address: u64, out: &mut [u8]) -> Result<(), Errno>;
 
     /// Copy bytes to an address.
@@ -37,23 +37,23 @@ pub trait CallerMemory: fmt::Debug + Send + Sync {
     fn write(&self, address: u64, bytes: &[u8]) -> Result<(), Errno>;
 }
 
-/// Buffers by their address.
+/// Buffers by address.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Buffers {
     space: Arc<Mutex<Space>>,
-    /// Where the addresses are not ours.
+    /// The caller's memory, if it has its own addresses.
     caller: Option<Arc<dyn CallerMemory>>,
 }
 
 #[derive(Debug, Default)]
 struct Space {
     live: BTreeMap<u64, Vec<u8>>,
-    /// Bytes of addresses given out; none comes twice.
+    /// Bytes of addresses allocated so far; no address is reused.
     used: u64,
 }
 
 impl Buffers {
-    /// Those of a caller with memory of its own.
+    /// The buffers of a caller with its own memory.
     #[cfg(feature = "peer")]
     pub(super) fn of_caller(caller: Arc<dyn CallerMemory>) -> Self {
         Self {
@@ -63,14 +63,14 @@ impl Buffers {
     }
 
     fn lock(&self) -> MutexGuard<'_, Space> {
-        // Every change of it is a single step.
+        // Every change is a single step, so a panic leaves no partial state.
         self.space.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn take(&self, bytes: usize) -> Buffer {
         let mut space = self.lock();
         let address = FIRST + space.used;
-        // At least a page of nothing behind each.
+        // At least one unmapped page after each buffer.
         let pages = bytes.div_ceil(PAGE_SIZE) + 2;
         space.used += (pages * PAGE_SIZE) as u64;
         space.live.insert(address, vec![0; bytes]);
@@ -81,13 +81,13 @@ impl Buffers {
         }
     }
 
-    /// How many there are.
+    /// The number of live buffers.
     #[cfg(test)]
     pub(super) fn live(&self) -> usize {
         self.lock().live.len()
     }
 
-    /// Bytes from an address on; EFAULT where they are not all in one buffer.
+    /// Bytes from an address on; EFAULT if they are not all in one buffer.
     pub(super) fn read(&self, address: u64, bytes: usize) -> Result<Vec<u8>, Errno> {
         if bytes == 0 {
             return Ok(Vec::new());
@@ -108,7 +108,7 @@ impl Buffers {
         buffer.get(at..end).map(<[u8]>::to_vec).ok_or(Errno::EFAULT)
     }
 
-    /// Put bytes to an address; EFAULT as above.
+    /// Write bytes to an address; EFAULT as above.
     pub(super) fn write(&self, address: u64, bytes: &[u8]) -> Result<(), Errno> {
         if bytes.is_empty() {
             return Ok(());
@@ -127,7 +127,7 @@ impl Buffers {
     }
 }
 
-/// A caller's buffer; its address is nobody's once it is dropped.
+/// A caller's buffer; its address is invalid once it is dropped.
 #[derive(Debug)]
 pub(super) struct Buffer {
     space: Buffers,

@@ -1,4 +1,4 @@
-//! `domctl` on the mock machine, but for what is about vcpus.
+//! `domctl` on the mock machine, except the commands on vcpus.
 //!
 //! C implementation: `xen/common/domctl.c`, `xen/arch/x86/domctl.c`,
 //! `xen/arch/x86/mm/paging.c`.
@@ -19,17 +19,17 @@ use crate::{
 
 /// KiB in a page.
 const PAGE_KIB: u64 = 4;
-/// Interface versions up to here answer `getdomaininfo` for the next domain where there
-/// is none of the number.
+/// Up to this interface version, `getdomaininfo` answers for the next domain if none has the
+/// number.
 const LAST_WITH_NEXT: u32 = 0x15;
 
-/// Interface versions from here on choose a domain's number only for [`DOMID_ANY`], and
-/// answer ENOENT for a vcpu that is not there.
+/// From this interface version on, Xen chooses a domain's number only for [`DOMID_ANY`], and
+/// answers ENOENT for a vcpu that does not exist.
 pub(super) const FIRST_WITH_ANY: u32 = 0x18;
 /// "Any number."
 const DOMID_ANY: u16 = 0x7ff5;
 
-/// A domctl under way: where its union is, and what it holds.
+/// A domctl being answered: the address of its union, and the domain.
 pub(super) struct Domctl<'a> {
     pub(super) face: &'a Face,
     pub(super) domain: MockDomain,
@@ -37,12 +37,12 @@ pub(super) struct Domctl<'a> {
 }
 
 impl Domctl<'_> {
-    /// The member of the union that the command takes.
+    /// The member of the union that the command uses.
     pub(super) fn load<T: FromBytes>(&self) -> Result<T, Errno> {
         self.face.load(self.place)
     }
 
-    /// Copy it back.
+    /// Write it back.
     pub(super) fn save<T: IntoBytes + Immutable>(&self, body: &T) -> Result<u64, Errno> {
         self.face.save(self.place, body)?;
         Ok(0)
@@ -54,7 +54,7 @@ impl Domctl<'_> {
     }
 }
 
-/// What a call without an answer gives.
+/// The result of a call that returns no value.
 pub(super) fn done(result: Result<(), crate::BackendError>) -> Result<u64, Errno> {
     result.map(|()| 0).map_err(errno)
 }
@@ -62,7 +62,7 @@ pub(super) fn done(result: Result<(), crate::BackendError>) -> Result<u64, Errno
 impl Face {
     pub(super) fn domctl(&self, address: u64) -> Result<u64, Errno> {
         let [cmd, version]: [u32; 2] = self.load(address)?;
-        // Before all else, whoever asks.
+        // Checked first, for every caller.
         if version != self.interface {
             return Err(Errno::EACCES);
         }
@@ -71,12 +71,12 @@ impl Face {
         }
         let domid: u16 = self.load(address + 8)?;
         let place = address + DOMCTL_HEADER;
-        // All of it has to be there, whatever is used of it.
+        // All of it must be readable, however much the command uses.
         self.load::<[u8; BODY]>(place)?;
         match cmd {
             sys::XEN_DOMCTL_createdomain => {
                 let body: [u8; BODY] = self.load(place)?;
-                // Newer ones take a number for what it says, but for DOMID_ANY.
+                // Newer versions take a number other than DOMID_ANY literally.
                 if self.interface >= FIRST_WITH_ANY && domid != DOMID_ANY {
                     return Err(Errno::EEXIST);
                 }
@@ -132,7 +132,7 @@ impl Face {
             ssidref: create.ssidref,
             msr_relaxed: create.misc_flags & MSR_RELAXED != 0,
             cpupool: create.cpupool,
-            // As Xen makes it; the toolstack says otherwise, or does not.
+            // Xen's default; the toolstack may set another later.
             timer_mode: 0,
             time_offset_seconds: 0,
             paging_kib: None,
@@ -146,7 +146,7 @@ impl Face {
     fn info_of_next(&self, domid: u16) -> Result<Vec<u8>, Errno> {
         let domid = match (self.domain(domid), self.interface) {
             (Ok(_), _) => domid,
-            // The control domain, which the machine does not keep.
+            // The control domain, which is not in the machine's list.
             (Err(_), _) if domid == 0 => 0,
             (Err(_), ..=LAST_WITH_NEXT) => self
                 .host
@@ -161,7 +161,7 @@ impl Face {
         self.info_bytes(domid)
     }
 
-    /// `xen_domctl_getdomaininfo` as this version lays it out.
+    /// `xen_domctl_getdomaininfo` in this version's layout.
     pub(super) fn info_bytes(&self, domid: u16) -> Result<Vec<u8>, Errno> {
         let info = match domid {
             0 => Info {
@@ -176,14 +176,14 @@ impl Face {
             },
             _ => info(&self.domain(domid)?.info().map_err(errno)?),
         };
-        // A version of the future lays it out in a way that nobody here knows.
+        // The layout of a future version is unknown.
         Ok(self
             .layout()
             .map_or(vec![0; BODY], |layout| (layout.encode_info)(&info)))
     }
 }
 
-/// As the hypervisor has it.
+/// The same information in the hypervisor's form.
 fn info(info: &DomainInfo) -> Info {
     let flag = |set, flag| if set { flag } else { 0 };
     let reason = info.shutdown.map_or(0, |reason| match reason {
@@ -224,7 +224,7 @@ impl Domctl<'_> {
                 self.face.state().allocations.remove(&domain.dom.domid.0);
                 done(domain.destroy())
             }
-            // One that runs is left as it is.
+            // Resuming a running domain has no effect.
             sys::XEN_DOMCTL_resumedomain => match domain.info().map_err(errno)?.shutdown {
                 None => Ok(0),
                 Some(_) => done(domain.resume()),
@@ -324,7 +324,7 @@ impl Domctl<'_> {
             sys::XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY => done(self.domain.enable_log_dirty()),
             sys::XEN_DOMCTL_SHADOW_OP_OFF => {
                 self.domain.disable_log_dirty().map_err(errno)?;
-                // What Xen says once the log is off, of a domain that has nested paging.
+                // Xen's result, once the log is off, for a domain with nested paging.
                 match self.domain.dom.kind {
                     GuestKind::Pv => Ok(0),
                     GuestKind::Hvm | GuestKind::Pvh => Err(Errno::EINVAL),
@@ -359,7 +359,7 @@ impl Domctl<'_> {
             .map_err(|_| Errno::ESRCH)?;
         body.stats = sys::xen_domctl_shadow_op_stats::new_zeroed();
         if on {
-            // The domain may run, for all Xen cares.
+            // Xen does not require that the domain is stopped.
             let how = match body.op {
                 sys::XEN_DOMCTL_SHADOW_OP_PEEK => DirtyRead::Peek,
                 _ => DirtyRead::Clean,

@@ -8,18 +8,18 @@ use super::domctl::{Domctl, FIRST_WITH_ANY, done};
 use super::{BODY, errno, sys};
 use crate::{DomainControl, HvmGuest, PvGuest, VcpuBlob};
 
-/// Bytes of the larger `vcpu_guest_context`, which is what Xen reads.
+/// Bytes of the larger `vcpu_guest_context`, which Xen always reads.
 const CONTEXT: usize = 0x1430;
-/// Bytes that an extended context has at least, all before the machine-check part, and
-/// at most.
+/// The least and the most bytes of an extended context: the least is everything before the
+/// machine-check part.
 const EXTENDED_MIN: usize = 32;
-/// Where rax is in a 64-bit context, and in a translated guest's own record of its
-/// first vcpu, which stands behind the header (32 bytes) and its own descriptor (8).
+/// The offset of rax in a 64-bit context, and in the HVM record of a translated guest's first vcpu,
+/// which follows the header (32 bytes) and the record's descriptor (8).
 const RAX: usize = 600;
 const HVM_RAX: usize = 32 + 8 + 512;
 
 impl Domctl<'_> {
-    /// What is about a vcpu; ENOSYS for what is unknown.
+    /// Answers the commands on vcpus; ENOSYS for unknown ones.
     pub(super) fn vcpu_answer(&self, cmd: u32) -> Result<u64, Errno> {
         match cmd {
             sys::XEN_DOMCTL_getvcpuinfo => {

@@ -1,5 +1,5 @@
-//! The grant table of a domain without `IOCTL_PRIVCMD_MMAP_RESOURCE`: its frame asked for,
-//! and given a place among those of a translated guest.
+//! Grant tables without `IOCTL_PRIVCMD_MMAP_RESOURCE`: the caller asks for the table's frame, and
+//! maps it into a translated guest.
 //!
 //! C implementation: `gnttab_setup_table` in `xen/common/grant_table.c`,
 //! `xenmem_add_to_physmap_one` in `xen/arch/x86/mm/p2m.c`.
@@ -37,7 +37,7 @@ impl Face {
         };
         let frame = match domain.dom.kind.is_translated() {
             false => domain.dom.lock().record.grant_table,
-            // Where it is in the guest, if it is anywhere.
+            // Its gfn in the guest, if it has one.
             true => {
                 let state = self.state();
                 let place = state.tables.iter().find(|(domid, _)| *domid == ask.dom);

@@ -1,4 +1,4 @@
-//! Frames of the mock machine mapped as privcmd maps them, those of the m2p included.
+//! Frames of the mock machine mapped as privcmd maps them, including those of the m2p.
 //!
 //! C implementation: in Linux, `privcmd_ioctl_mmap_batch` and
 //! `privcmd_ioctl_mmap_resource`.
@@ -16,16 +16,16 @@ use crate::mock::memory;
 use crate::pages::{Access, ForeignPages};
 use crate::privcmd::{FrameMapping, Resource};
 
-/// Whose frames the m2p's are (`DOMID_XEN`).
+/// The owner of the m2p's frames (`DOMID_XEN`).
 pub(super) const DOMID_XEN: DomId = DomId(0x7ff2);
 
-/// Frames on their way.
+/// Frames that are being mapped.
 pub(super) struct Mapping {
     face: Face,
     domid: DomId,
     access: Access,
     gfns: Vec<Gfn>,
-    /// Frame of the memory, or why not.
+    /// The frame of the memory, or the reason for its failure.
     found: Vec<Result<Mfn, Errno>>,
 }
 
@@ -55,11 +55,11 @@ impl Mapping {
     }
 }
 
-/// What a call that maps frames looks up once: it is made for a thousand of them.
+/// Values that a mapping call looks up once for its thousand frames.
 struct Owner {
     domain: MockDomain,
     some_paged_out: bool,
-    /// Its grant table, and what it is called by whoever maps it.
+    /// Its grant table, and the gfns by which a caller may map it.
     table: Mfn,
     table_at: Vec<Gfn>,
 }
@@ -89,8 +89,8 @@ impl Owner {
 
 impl FrameMapping for Mapping {
     fn map(&mut self, range: Range<usize>) -> Result<(), Errno> {
-        // The first call is for the whole; later ones, as the kernel has it, for pages
-        // where nothing is as yet.
+        // The first call covers everything; later ones, as in the kernel, cover pages that are not
+        // mapped yet.
         let first = self.found.iter().all(|f| *f == Err(Errno::EAGAIN));
         let again = self.found[range.clone()].iter().all(Result::is_err);
         if (first && range != (0..self.gfns.len())) || !again {
@@ -126,9 +126,8 @@ impl FrameMapping for Mapping {
 }
 
 impl Face {
-    /// The page of the m2p's file behind a frame of the m2p. Behind its end there is
-    /// what the last page holds: in Xen, too, a hole of the machine is filled with
-    /// frames that are there already.
+    /// The page of the m2p's file for a frame of the m2p. After its end the last page is repeated:
+    /// Xen, too, fills a hole of the machine with frames that are already in use.
     fn m2p_page(&self, gfn: Gfn) -> Result<Mfn, Errno> {
         let page = gfn.0.checked_sub(M2P_FRAMES).ok_or(Errno::EPERM)?;
         let bytes = self.host.machine.frames.len() * size_of::<u64>() as u64;
@@ -137,7 +136,7 @@ impl Face {
     }
 }
 
-/// The grant table of a domain: the one resource there is.
+/// The grant table of a domain, which is the only resource.
 pub(super) fn resource(
     face: &Face,
     domid: DomId,

@@ -13,9 +13,9 @@ use crate::privcmd::call::{
     XENMEM_ADD_TO_PHYSMAP, XENMEM_GET_VNUMAINFO, XENMEM_REMOVE_FROM_PHYSMAP,
 };
 
-/// Where the frames of the m2p are: behind all that a guest could have.
+/// The first frame of the m2p: above all frames that a guest could have.
 pub(super) const M2P_FRAMES: u64 = 1 << 40;
-/// Frames of the m2p that one entry of its list stands for.
+/// Frames of the m2p that one entry of its list covers.
 const CHUNK_FRAMES: u64 = 512;
 /// Entries of the m2p in such a chunk.
 const CHUNK_ENTRIES: u64 = CHUNK_FRAMES * 512;
@@ -24,7 +24,7 @@ impl Face {
     pub(super) fn memory_op(&self, cmd: u64, address: u64) -> Result<u64, Errno> {
         let cmd = u32::try_from(cmd).map_err(|_| Errno::ENOSYS)?;
         match cmd {
-            // One more than the last.
+            // One more than the last frame number.
             sys::XENMEM_maximum_ram_page => Ok(self.host.machine.frames.len()),
             sys::XENMEM_maximum_gpfn => {
                 let domid: u16 = self.load(address)?;
@@ -40,7 +40,7 @@ impl Face {
             sys::XENMEM_populate_physmap | sys::XENMEM_decrease_reservation => {
                 self.reservation(cmd, address)
             }
-            // The machine's guests have none.
+            // The machine's guests have no virtual NUMA.
             XENMEM_GET_VNUMAINFO => {
                 let domid: u16 = self.load(address)?;
                 self.domain(domid)?;
@@ -69,7 +69,7 @@ impl Face {
         let bytes = self.buffers.read(ask.extent_start, bytes)?;
         let (words, _) = bytes.as_chunks::<8>();
         let mut frames: Vec<Gfn> = words.iter().map(|w| Gfn(u64::from_ne_bytes(*w))).collect();
-        // A domain that is not there gets nothing, and that is all Xen says.
+        // For a domain that does not exist, Xen only reports zero extents.
         let Ok(domain) = self.domain(ask.domid) else {
             return Ok(0);
         };

@@ -1,9 +1,7 @@
-//! The face for a program that is not ours: hypercalls over the caller's own memory,
-//! frames mapped into its address space. What the package `xsr-peer` puts Xen's own
-//! toolstack libraries on.
+//! The face for a foreign program: hypercalls over the caller's own memory, frames mapped into its
+//! address space. The package `xsr-peer` runs Xen's own toolstack libraries on it.
 //!
-//! C implementation: none; `tools/libs/call` and `tools/libs/foreignmemory` are what
-//! stands above it.
+//! C implementation: none; `tools/libs/call` and `tools/libs/foreignmemory` are its callers.
 
 use std::sync::Arc;
 
@@ -32,7 +30,7 @@ impl PeerFace {
         Self(face)
     }
 
-    /// Make hypercall `number` (`__HYPERVISOR_*`): what the hypervisor returns.
+    /// Make hypercall `number` (`__HYPERVISOR_*`) and return the hypervisor's result.
     ///
     /// # Errors
     ///
@@ -41,44 +39,44 @@ impl PeerFace {
         self.0.answer(number, arguments)
     }
 
-    /// Suspend a domain, for whoever plays its toolstack and cannot: only the process
-    /// that has the machine open can do anything to its domains.
+    /// Suspend a domain, on behalf of its toolstack: only the process that has the machine open can
+    /// change its domains.
     ///
     /// # Errors
     ///
-    /// ESRCH; EBUSY where it is down, ETIMEDOUT where it does not run.
+    /// ESRCH; EBUSY if it is shut down, ETIMEDOUT if it does not run.
     pub fn suspend(&self, domid: u16) -> Result<(), Errno> {
         self.0.domain(domid)?.suspend().map_err(errno)
     }
 
-    /// Have a domain run on that is suspended; one that works in steps does a step.
+    /// Resume a suspended domain; one that works in steps does a step.
     ///
     /// # Errors
     ///
-    /// ESRCH; EINVAL where it is not suspended.
+    /// ESRCH; EINVAL if it is not suspended.
     pub fn resume(&self, domid: u16) -> Result<(), Errno> {
         let domain = self.0.domain(domid)?;
         domain.resume().map_err(errno)?;
         domain.step().map_err(errno)
     }
 
-    /// Have a domain that is paused run, and its dirty pages logged.
+    /// Unpause a paused domain, with its dirty log on.
     ///
     /// # Errors
     ///
-    /// ESRCH; EINVAL where it is not paused, or logged already.
+    /// ESRCH; EINVAL if it is not paused, or if its log is already on.
     pub fn run_logged(&self, domid: u16) -> Result<(), Errno> {
         let domain = self.0.domain(domid)?;
         domain.unpause().map_err(errno)?;
         domain.enable_log_dirty().map_err(errno)
     }
 
-    /// Map frames of a domain, one behind the other; those that could not be mapped are
-    /// listed in the result.
+    /// Map frames of a domain at consecutive addresses; those that could not be mapped are listed
+    /// in the result.
     ///
     /// # Errors
     ///
-    /// EINVAL for a number that is no domain's, ESRCH where there is none; ENOMEM.
+    /// EINVAL for an invalid domain number, ESRCH if there is no such domain; ENOMEM.
     pub fn map(&self, domid: u32, gfns: &[Gfn], access: Access) -> Result<ForeignPages, Errno> {
         let domid = u16::try_from(domid).map_err(|_| Errno::EINVAL)?;
         if DomId(domid) != DOMID_XEN {
@@ -89,12 +87,12 @@ impl PeerFace {
         mapping.finish()
     }
 
-    /// Map `frames` frames of a resource (`XENMEM_resource_*`) from `first` on, for
-    /// reading and writing.
+    /// Map `frames` frames of a resource (`XENMEM_resource_*`) from `first` on, for reading and
+    /// writing.
     ///
     /// # Errors
     ///
-    /// EOPNOTSUPP for another than a grant table, EINVAL for frames it has not.
+    /// EOPNOTSUPP for a resource other than a grant table, EINVAL for frames that it does not have.
     pub fn map_resource(
         &self,
         domid: u16,

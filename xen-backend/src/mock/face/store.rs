@@ -1,4 +1,4 @@
-//! Xenstore beside the mock machine, with guests that listen to it.
+//! The mock machine's xenstore, with guests that listen to it.
 //!
 //! C implementation: `tools/xenstore/xenstored_core.c`; in a guest, Linux's
 //! `drivers/xen/manage.c`.
@@ -26,8 +26,8 @@ impl Xenstore for Face {
             .and_then(|rest| rest.strip_suffix("/control/shutdown"))
             .and_then(|domid| domid.parse().ok())
             .and_then(|domid| self.domain(domid).ok());
-        // A guest that listens takes the request and suspends; one that does not leaves
-        // the node as it is.
+        // A guest that listens accepts the request and suspends; any other leaves the node
+        // unchanged.
         if let Some(guest) = guest
             && value == b"suspend"
             && guest.suspend().is_ok()
@@ -53,7 +53,7 @@ impl Xenstore for Face {
     }
 
     fn transaction(&self, work: &mut Work<'_>) -> Result<(), StoreError> {
-        // Nothing else happens to the store meanwhile.
+        // The store does not change during the transaction.
         let mut state = self.state();
         let mut changed = Changed(state.nodes.clone());
         if work(&mut changed)? {
@@ -75,7 +75,7 @@ impl Xenstore for Face {
     }
 
     fn let_have(&self, path: &str, domid: DomId, _owner: bool) -> Result<(), StoreError> {
-        // Guests of the machine read nothing: whether there is a node is all there is to it.
+        // Guests of the machine read nothing, so only the existence of the node matters.
         let below = format!("{path}/");
         let state = self.state();
         let mut nodes = state.nodes.keys();
@@ -89,7 +89,7 @@ impl Xenstore for Face {
         let domain = self
             .domain(domid.0)
             .map_err(|_| refused("introduce", domid, Errno::ENOENT))?;
-        // It maps the ring: a frame of the domain's, or nothing.
+        // xenstored maps the ring, which must be a frame of the domain.
         let ring = domain.map(&[frame], Access::Write);
         if !ring.is_ok_and(|ring| ring.failed().is_empty()) {
             return Err(refused("introduce", domid, Errno::EINVAL));
@@ -99,7 +99,7 @@ impl Xenstore for Face {
     }
 }
 
-/// The nodes as a transaction has them.
+/// The nodes as the transaction sees them.
 struct Changed(BTreeMap<String, Vec<u8>>);
 
 impl Nodes for Changed {
@@ -135,7 +135,7 @@ fn list(nodes: &BTreeMap<String, Vec<u8>>, path: &str) -> Vec<String> {
     names
 }
 
-/// Removes a node and all below it.
+/// Removes a node and its subtree.
 fn remove(nodes: &mut BTreeMap<String, Vec<u8>>, path: &str) {
     let below = format!("{path}/");
     nodes.retain(|node, _| node != path && !node.starts_with(&below));
@@ -151,8 +151,8 @@ fn refused(op: &'static str, domid: DomId, errno: Errno) -> StoreError {
 
 #[cfg(test)]
 impl Face {
-    /// Whether the store announces, when it looks now, that the domain has shut down
-    /// (`@releaseDomain`): once, and not again before it has been told that it runs on.
+    /// Whether the store announces, on a check now, that the domain has shut down
+    /// (`@releaseDomain`): once, and not again until it has been told that the domain was resumed.
     pub(super) fn announces_shutdown(&self, domid: DomId) -> bool {
         let down = self
             .domain(domid.0)

@@ -1,6 +1,5 @@
-//! The backend for a real Xen over the mock machine's face: the contract suite in every
-//! version of the interface, what is said where something is missing, and that nothing
-//! is left behind.
+//! Tests of the backend for a real Xen over the mock machine's face: the contract suite in every
+//! interface version, the errors if something is missing, and the absence of leaks.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -143,7 +142,7 @@ fn a_buffer_that_is_on_the_move_is_filled_anew() {
         direct.page_types(&gfns, &mut types).unwrap();
         (gfns, types)
     };
-    // Where a type in the place of a frame makes a difference.
+    // Frames for which it matters whether the buffer holds a frame or a type.
     let last = domain.m2p().unwrap().max_mfn().0 - 1000;
     let (gfns, expected) = (0..last)
         .step_by(1000)
@@ -154,7 +153,7 @@ fn a_buffer_that_is_on_the_move_is_filled_anew() {
     face.state().faults = 2;
     domain.page_types(&gfns, &mut types).unwrap();
     assert_eq!(types, expected);
-    // No longer than that.
+    // One more fault than the retries cover.
     face.state().faults = 3;
     let error = domain.page_types(&gfns, &mut types).unwrap_err();
     assert_eq!(error.errno, Errno::EFAULT);
@@ -227,8 +226,8 @@ fn guests_are_suspended_in_the_way_they_understand() {
             domain.suspend().unwrap();
             let info = domain.info().unwrap();
             assert_eq!(info.shutdown, Some(ShutdownReason::Suspend));
-            // A guest without PV drivers reads nothing; one with an event channel is
-            // asked there.
+            // A guest without PV drivers reads nothing; one with an event channel is asked through
+            // that.
             let asked = face.state().nodes.contains_key(&node("control/shutdown"));
             assert_eq!(asked, kind != GuestKind::Hvm && !events, "{kind:?}");
             domain.resume().unwrap();
@@ -238,8 +237,8 @@ fn guests_are_suspended_in_the_way_they_understand() {
     }
 }
 
-/// Kernels that map no resources: the frame of the table is mapped, and no place among the
-/// frames of the guest stays taken.
+/// Kernels that cannot map resources: the frame of the table is mapped, and no gfn of the guest
+/// stays in use.
 #[test]
 fn grants_are_seeded_without_resources() {
     let machine = machine(17);
@@ -268,7 +267,7 @@ fn grants_are_seeded_without_resources() {
         let entries = [[1, 0, 3, 0, 0x11, 0, 0, 0], [1, 0, 3, 0, 0x22, 0, 0, 0]];
         assert_eq!(page[..16], *entries.as_flattened(), "{kind:?}");
         assert!(face.state().tables.is_empty(), "{kind:?}");
-        // Where the table cannot be had, its place is given back.
+        // If the table cannot be set up, its gfn is freed.
         face.state().obstacles.no_tables = true;
         domain.seed_grants(ring(0x11), ring(0x22)).unwrap_err();
         assert!(face.state().tables.is_empty(), "{kind:?}");
@@ -293,7 +292,7 @@ fn nothing_of_a_domain_that_is_forgotten_stays_in_xenstore() {
     let nodes = |face: &Face| face.state().nodes.clone();
     let before = nodes(&face);
     for domid in [1, 12] {
-        // As libxl has it.
+        // The nodes that libxl makes.
         let made = [
             (format!("/local/domain/{domid}/name"), "web".to_owned()),
             (format!("/local/domain/{domid}/vm"), format!("/vm/u{domid}")),
@@ -329,7 +328,7 @@ fn a_resumed_guest_is_told_that_its_suspend_was_cancelled() {
     assert_eq!(eax(), [0; 8]);
     domain.resume().unwrap();
     assert_eq!(eax(), [1, 0, 0, 0, 0, 0, 0, 0]);
-    // One with PV drivers, too: its context is Xen's to keep.
+    // The same with PV drivers: Xen keeps its context.
     let domid = guest(&machine, GuestKind::Hvm);
     let domain = host.domain(domid).unwrap();
     domain
@@ -368,7 +367,7 @@ fn memory_that_is_no_buffer_is_efault() {
     assert_eq!(domctl(address), Errno::EFAULT);
 }
 
-/// Addresses are put in where the tables say, and with room behind them, or there is no call.
+/// A call is made only if its addresses are those in the tables, with enough room behind each.
 #[test]
 fn a_call_names_no_memory_but_that_of_its_buffers() {
     let face = Face::new(&machine(17));
@@ -377,7 +376,7 @@ fn a_call_names_no_memory_but_that_of_its_buffers() {
     let mut ask = |cmd: u32, count: u64, named: &mut [&mut CallBuffer]| {
         whole.write(0, &cmd.to_le_bytes());
         whole.write(16, &count.to_le_bytes());
-        // An address of nobody's.
+        // An address outside every buffer.
         whole.write(24, &[0xaa; 8]);
         Call::domctl(&mut whole, named).map(|call| call.arguments())?;
         let mut address = [0; 8];
@@ -391,7 +390,7 @@ fn a_call_names_no_memory_but_that_of_its_buffers() {
     for count in [9, 1 << 61, u64::MAX] {
         assert_eq!(ask(types, count, &mut [&mut frames]), Err(Errno::EFAULT));
     }
-    // One that has no address, and one that is not made.
+    // A command without addresses, and one that is refused.
     let pause = sys::XEN_DOMCTL_pausedomain;
     assert_eq!(ask(pause, 0, &mut [&mut frames]), Err(Errno::EFAULT));
     assert_eq!(ask(9999, 0, &mut []), Err(Errno::ENOSYS));
@@ -410,10 +409,10 @@ fn a_call_names_no_memory_but_that_of_its_buffers() {
     assert_eq!(refused(call), Errno::EFAULT);
     let call = Call::operation(memory_op, 99, &mut short, &mut []);
     assert_eq!(refused(call), Errno::ENOSYS);
-    // Pins, and nothing else: other commands take an address in the last word.
+    // Only pins: other commands take an address in the last word.
     let mut ops = face.buffer(48).unwrap();
     ops.write(0, &sys::MMUEXT_PIN_L1_TABLE.to_le_bytes());
-    // MMUEXT_SET_LDT, of which the second argument is a number of entries.
+    // MMUEXT_SET_LDT, whose second argument is a number of entries.
     ops.write(24, &13_u32.to_le_bytes());
     assert!(Call::pins(&mut ops, 1, 7).is_ok());
     assert_eq!(refused(Call::pins(&mut ops, 2, 7)), Errno::ENOSYS);
@@ -441,7 +440,7 @@ fn a_structure_means_the_same_taken_apart_as_put_together() {
         assert_eq!(bytes.len(), interface.info_bytes);
         assert_eq!((interface.decode_info)(&bytes), Some(info));
         assert_eq!((interface.decode_info)(&bytes[1..]), None);
-        // One whose vcpus have not been made yet.
+        // A domain whose vcpus have not been created yet.
         let none = crate::xen::interface::Info {
             max_vcpu_id: u32::MAX,
             ..info
@@ -494,7 +493,7 @@ fn each_call_of_a_multicall_has_its_own_answer() {
             0,
         ],
         [memory, untouched, maximum, domid_at, 0, 0, 0, 0],
-        // A list within a list, which Xen refuses; a number that is none; no buffer.
+        // A nested list, which Xen refuses; an invalid number; an address without a buffer.
         [super::MULTICALL.into(), untouched, place, 1, 0, 0, 0, 0],
         [u64::MAX, untouched, 0, 0, 0, 0, 0, 0],
         [memory, untouched, maximum, 0x10, 0, 0, 0, 0],
@@ -511,11 +510,11 @@ fn each_call_of_a_multicall_has_its_own_answer() {
         error(Errno::EFAULT),
     ];
     assert_eq!(answered.map(|call| call[1]), expected);
-    // Nothing else of the list has changed.
+    // The rest of the list is unchanged.
     for (asked, answered) in calls.iter().zip(&answered) {
         assert_eq!((asked[0], &asked[2..]), (answered[0], &answered[2..]));
     }
-    // One that reaches beyond the buffer: what comes before is answered all the same.
+    // A list that exceeds the buffer: the calls before its end are still answered.
     face.save(place, &calls).unwrap();
     let beyond = face.answer(super::MULTICALL, [place, 6, 0, 0, 0]);
     assert_eq!(beyond, Err(Errno::EFAULT));

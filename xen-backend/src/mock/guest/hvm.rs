@@ -1,6 +1,6 @@
-//! An HVM or PVH guest as libxl builds it: memory below the hole at 3.75 GiB and
-//! from 4 GiB on, in superpages where they fit; the special pages below the hole's
-//! end; parameters and context.
+//! Construction of an HVM or PVH guest as libxl builds it: memory below the hole at 3.75 GiB and
+//! from 4 GiB on, in superpages where they fit; the special pages below the hole's end; parameters
+//! and context.
 //!
 //! C implementation: `tools/libs/guest/xg_dom_x86.c` (`meminit_hvm`,
 //! `alloc_magic_pages_hvm`).
@@ -20,7 +20,7 @@ use crate::{DomId, DomainControl, GuestKind, HvmGuest, RingGrant, TscInfo, X86Pl
 /// No memory from here to 4 GiB.
 const MMIO_START: u64 = 0xf_0000;
 const FOUR_GIB: u64 = 0x10_0000;
-/// Where an HVM guest's video memory shows: not populated.
+/// The video memory of an HVM guest: not populated.
 const VGA_HOLE: Range<u64> = 0xa0..0xc0;
 
 /// The special pages, eight of them.
@@ -33,11 +33,11 @@ const XENSTORE: u64 = SPECIAL + 4;
 const IOREQ: u64 = SPECIAL + 5;
 const IDENT_PT: u64 = SPECIAL + 6;
 const CONSOLE: u64 = SPECIAL + 7;
-/// Pages for I/O request servers, below them.
+/// Pages for I/O request servers, below the special pages.
 const IOREQ_SERVER_PAGES: u64 = 8;
 const IOREQ_SERVER: u64 = SPECIAL - IOREQ_SERVER_PAGES;
 
-/// All of them: pages that no kernel uses as it pleases.
+/// All special pages: a kernel does not use them as ordinary memory.
 pub(in super::super) const SPECIAL_PAGES: Range<u64> = IOREQ_SERVER..CONSOLE + 1;
 
 /// The largest order whose extents fit at `pfn` with `left` pages to go.
@@ -48,8 +48,8 @@ fn order_at(pfn: u64, left: u64) -> u8 {
         .unwrap_or(0)
 }
 
-/// Populate a range of RAM with the largest extents that fit. A machine without a
-/// free GiB left gives 2 MiB extents instead, as it would under Xen.
+/// Populate a range of RAM with the largest extents that fit. A machine without a free GiB gives 2
+/// MiB extents instead, as Xen does.
 fn populate_range(domain: &MockDomain, range: Range<u64>) -> Result<(), BackendError> {
     let mut at = range.start;
     while at < range.end {
@@ -72,7 +72,7 @@ fn populate_range(domain: &MockDomain, range: Range<u64>) -> Result<(), BackendE
     Ok(())
 }
 
-/// Build the guest on an empty domain, and set it running.
+/// Build the guest in an empty domain, and unpause it.
 pub(super) fn build(domain: &MockDomain, spec: &GuestSpec) -> Result<(), BackendError> {
     let hvm = spec.kind == GuestKind::Hvm;
     let pages = spec.pages();

@@ -1,5 +1,5 @@
-//! A PV guest as a Linux kernel would have it: all its memory mapped at a high
-//! address, a few processes with tables of their own, its p2m published.
+//! Construction of a PV guest like a Linux kernel's: all its memory mapped at a high address, a few
+//! processes with their own tables, its p2m published.
 //!
 //! | pfns | hold |
 //! |---|---|
@@ -26,15 +26,15 @@ const STORE: u64 = 17;
 const CONSOLE: u64 = 18;
 const GDT: u64 = 19;
 
-/// Where the kernel maps all memory: 64-bit, and 32-bit (as much as fits below
-/// Xen's part).
+/// The address at which the kernel maps all memory: 64-bit, and 32-bit (as much as fits below Xen's
+/// part).
 const LINEAR_64: u64 = 0xffff_8880_0000_0000;
 const LINEAR_32: u64 = 0xc000_0000;
 const XEN_START_32: u64 = 0xf580_0000;
-/// Where a 64-bit kernel maps its p2m.
+/// The address at which a 64-bit kernel maps its p2m.
 const P2M_64: u64 = 0xffff_c900_0000_0000;
 
-/// Pages of each process, and where they are mapped.
+/// Pages of each process, and the address at which they are mapped.
 const PROCESS_PAGES: u64 = 24;
 const PROCESS_BASE: u64 = 0x40_0000;
 
@@ -47,13 +47,13 @@ struct Process {
     user: Option<u64>,
 }
 
-/// A guest in the making.
+/// A guest that is being built.
 struct Build<'a> {
     domain: &'a MockDomain,
     spec: &'a GuestSpec,
     /// Bytes in the guest's word.
     width: usize,
-    /// To each pfn its mfn, or `None` where it is ballooned out.
+    /// The mfn of each pfn, or `None` if it is ballooned out.
     p2m: Vec<Option<u64>>,
     /// First pfn of the published p2m, and its pages.
     p2m_first: u64,
@@ -64,7 +64,7 @@ struct Build<'a> {
     pins: Vec<(u8, u64)>,
 }
 
-/// Build the guest on an empty domain, and set it running.
+/// Build the guest in an empty domain, and unpause it.
 pub(super) fn build(domain: &MockDomain, spec: &GuestSpec) -> Result<(), BackendError> {
     domain.set_guest_width(spec.width)?;
     let width = usize::from(spec.width);
@@ -86,7 +86,7 @@ pub(super) fn build(domain: &MockDomain, spec: &GuestSpec) -> Result<(), Backend
     let per_page = (PAGE_SIZE / width) as u64;
     let p2m_first = GDT + u64::from(spec.vcpus);
     let p2m_pages = pages.div_ceil(per_page);
-    // Behind the list: the middle and the top of the tree.
+    // After the p2m pages: the middle and the top levels of the tree.
     let tree_pages = p2m_pages.div_ceil(per_page) + 1;
     let mut build = Build {
         domain,
@@ -101,7 +101,7 @@ pub(super) fn build(domain: &MockDomain, spec: &GuestSpec) -> Result<(), Backend
     };
     build.make_tables();
     if build.tables.end() > hole.start {
-        // Cannot be with 4 MiB or more; the check keeps a later change honest.
+        // Impossible with 4 MiB or more; the check guards against later changes.
         return Err(domain.fail("build", Errno::ENOMEM));
     }
     let data: Vec<(u64, Mfn)> = (0..START_INFO)
@@ -150,7 +150,7 @@ impl Build<'_> {
         if self.is_pae() { LINEAR_32 } else { LINEAR_64 }
     }
 
-    /// Where the kernel finds its p2m.
+    /// The address at which the kernel maps its p2m.
     fn p2m_vaddr(&self) -> u64 {
         match self.is_pae() {
             true => self.linear() + self.p2m_first * PAGE_SIZE as u64,
@@ -207,8 +207,8 @@ impl Build<'_> {
             }
         }
         if self.is_pae() {
-            // Each address space has a level-2 table of its own where Xen's
-            // entries go, over common level-1 tables.
+            // Each address space has its own level-2 table, which receives Xen's entries, over
+            // common level-1 tables.
             let own = self.tables.add(2);
             if let Some(common) = self.tables.target(init, 3) {
                 self.tables.share(common, own, 0..XEN_L2_SLOTS.start);
@@ -225,7 +225,7 @@ impl Build<'_> {
         }
     }
 
-    /// Pinned tables of lower levels, under no root: as some kernels keep them.
+    /// Pinned tables of lower levels without a root, which some kernels keep.
     fn make_loose_tables(&mut self) {
         let mut lower = None;
         for level in 1..self.tables.top_level() {
@@ -253,7 +253,7 @@ impl Build<'_> {
         Ok(())
     }
 
-    /// One page of words of the guest's width; what is missing is all ones.
+    /// One page of words of the guest's width; missing words are all ones.
     fn list(&self, words: impl Iterator<Item = Option<u64>>) -> Vec<u8> {
         let mut page = vec![0xff; PAGE_SIZE];
         for (n, word) in words.enumerate() {
@@ -282,7 +282,7 @@ impl Build<'_> {
         self.write(self.tree_top(), &top)
     }
 
-    /// The pfn of the tree's top.
+    /// The pfn of the top page of the tree.
     fn tree_top(&self) -> u64 {
         let per_page = (PAGE_SIZE / self.width) as u64;
         self.p2m_first + self.p2m_pages + self.p2m_pages.div_ceil(per_page)
@@ -355,8 +355,8 @@ impl Build<'_> {
         let vcpu = VcpuLayout::of(self.spec.width);
         let mut page = [0; PAGE_SIZE];
         page[layout.evtchn_mask..][..layout.evtchn_mask_bytes].fill(0xff);
-        // vcpu_info: events masked; version and rate of the clock. The page has room for 32
-        // (Xen's XEN_LEGACY_MAX_VCPUS); further vcpus register a page of their own.
+        // vcpu_info: events masked; version and rate of the clock. The page has room for 32 (Xen's
+        // XEN_LEGACY_MAX_VCPUS); further vcpus register their own page.
         for n in 0..self.spec.vcpus.min(32) as usize {
             page[n * 64 + 1] = 1;
             write_word(&mut page, n * 64 + 32, 4, 2);
@@ -388,7 +388,7 @@ impl Build<'_> {
             .iter()
             .filter_map(|(level, pfn)| Some((*level, Mfn(self.mfn(*pfn)?))))
             .collect();
-        // As many at a time as one hypercall takes.
+        // One hypercall's worth at a time.
         pins.chunks(MAX_PIN_BATCH)
             .try_for_each(|batch| self.domain.pin_tables(batch))
     }

@@ -1,5 +1,4 @@
-//! Page tables of a PV guest in the making: in terms of pfns, until they are
-//! written out.
+//! Page tables of a PV guest that is being built: they hold pfns until they are written out.
 
 use std::collections::BTreeMap;
 
@@ -19,7 +18,7 @@ pub(super) struct Table {
     entries: [u64; 512],
 }
 
-/// A guest's tables by their pfn.
+/// A guest's tables by pfn.
 #[derive(Debug)]
 pub(super) struct TableSet {
     tables: BTreeMap<u64, Table>,
@@ -29,7 +28,7 @@ pub(super) struct TableSet {
 }
 
 impl TableSet {
-    /// An empty set, whose tables are to stand at `first_pfn` and up.
+    /// An empty set, whose tables will be placed at `first_pfn` and up.
     pub(super) fn new(first_pfn: u64, width: u8) -> Self {
         Self {
             tables: BTreeMap::new(),
@@ -48,7 +47,7 @@ impl TableSet {
         self.next_pfn
     }
 
-    /// Whether a table stands at `pfn`.
+    /// Whether the set has a table at `pfn`.
     pub(super) fn contains(&self, pfn: u64) -> bool {
         self.tables.contains_key(&pfn)
     }
@@ -81,7 +80,7 @@ impl TableSet {
         self.table(pfn).entries[index] = target << 12 | flags;
     }
 
-    /// Let entry `index` of `table` refer to the lower table `target`.
+    /// Make entry `index` of `table` refer to the lower table `target`.
     pub(super) fn link(&mut self, table: u64, index: usize, target: u64) {
         let flags = match (self.pae, self.table(table).level) {
             (true, 3) => PRESENT,
@@ -103,8 +102,7 @@ impl TableSet {
         (entry & PRESENT != 0).then_some((entry & !(0xfff | 0xfff << 52)) >> 12)
     }
 
-    /// Map `address` to `pfn` below the top-level table `root`, with what tables
-    /// that takes.
+    /// Map `address` to `pfn` below the top-level table `root`, and add tables as needed.
     pub(super) fn map(&mut self, root: u64, address: u64, pfn: u64, flags: u64) {
         let mut table = root;
         for level in (2..=self.top_level()).rev() {
@@ -129,8 +127,8 @@ fn slot(address: u64, level: u8) -> usize {
 }
 
 impl Table {
-    /// The table as it goes to memory: pfns turned to mfns, and `read_only` frames
-    /// mapped so. A pfn that has no frame is not mapped.
+    /// The table's contents in memory: pfns replaced by mfns, and `read_only` frames mapped
+    /// read-only. A pfn without a frame is not mapped.
     pub(super) fn write_out(
         &self,
         mfn: impl Fn(u64) -> Option<u64>,

@@ -1,5 +1,5 @@
-//! Whatever a guest and a toolstack do to page tables, the counts in the frame
-//! table are those of the references there are.
+//! Tests that after any operation of a guest or toolstack on page tables, the counts in the frame
+//! table equal the existing references.
 
 use std::collections::BTreeMap;
 
@@ -13,10 +13,10 @@ use crate::{Access, Domain, GuestKind, Host};
 /// Frames of the guest.
 const FRAMES: usize = 14;
 
-/// What is done to the guest. Frames are numbers below [`FRAMES`].
+/// An operation on the guest. Frames are numbers below [`FRAMES`].
 #[derive(Clone, Debug)]
 enum Step {
-    /// Write an entry, through a mapping: refused where the frame is a table.
+    /// Write an entry through a mapping: refused if the frame is a table.
     Write {
         table: usize,
         slot: usize,
@@ -57,8 +57,7 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// References that the tables in use stand for: to each frame how often it is held
-/// as what.
+/// The references held by the tables in use: the number for each frame and use.
 fn references(
     machine: &Machine,
     domid: DomId,
@@ -105,8 +104,8 @@ fn references(
     held
 }
 
-/// The counts are right for the references that tables stand for, and those of
-/// `others`: a frame, and the number of what it is held as ([`FrameUse`]).
+/// Checks that the counts equal the references held by tables, plus `others`: frames, each with the
+/// number of its use ([`FrameUse`]).
 pub(in crate::mock) fn check_counts(
     host: &MockHost,
     domid: DomId,
@@ -136,7 +135,7 @@ pub(in crate::mock) fn check_counts(
     assert!(held.is_empty(), "held as something else: {held:x?}");
 }
 
-/// Make some of the steps likely to lead somewhere: a well-formed tree to begin with.
+/// Plant a well-formed tree first, so that some of the steps succeed.
 fn plant(domain: &dyn Domain, frames: &[Gfn], width: u8) {
     let top = if width == 4 { 3 } else { 4 };
     // A 32-bit top-level entry has no permission bits.
@@ -177,7 +176,8 @@ fn run(steps: &[Step], width: u8) {
                 target,
                 flags,
             } => {
-                // One frame more than there are: one that is not the guest's.
+                // One frame more than the guest has, so that one index names a frame that is not
+                // the guest's.
                 let target = frames.get(target).map_or(1 << 9, |gfn| gfn.0);
                 write(&domain, frames[table], slot, target << 12 | flags);
             }
@@ -198,7 +198,7 @@ fn run(steps: &[Step], width: u8) {
         }
         check_counts(&host, domid, &frames, width, &roots);
     }
-    // Let go of everything: nothing is held any more.
+    // Drop all roots: no references are left.
     for (root, _) in roots {
         tables.put(root).expect("held");
     }
@@ -226,7 +226,7 @@ proptest! {
     }
 }
 
-/// The steps of the property do lead to tables of all levels.
+/// The property's steps do reach tables of all levels.
 #[test]
 fn a_planted_tree_can_be_pinned() {
     for (width, level) in [(8, 4), (4, 3)] {
@@ -246,7 +246,7 @@ fn linear_use_is_refused_the_other_way_round() {
     let domain = host.mock_domain(domid).expect("the domain");
     let mut frames: Vec<Gfn> = (0..4).map(Gfn).collect();
     crate::GuestMemory::populate(&domain, 0, &mut frames).expect("memory");
-    // 1 and 2 refer to 0, 3 to 2: a table that has linear entries cannot be one's target.
+    // 1 and 2 refer to 0, 3 to 2: a table with linear entries cannot be the target of one.
     for (table, target) in [(1, 0), (2, 0), (3, 2)] {
         write(&domain, frames[table], 9, frames[target].0 << 12 | PRESENT);
     }

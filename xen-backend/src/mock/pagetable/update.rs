@@ -1,5 +1,5 @@
-//! Changing an entry of a table that is in use, as only the hypervisor may, and
-//! taking tables out of use.
+//! Updates of entries in tables that are in use, which only the hypervisor may make, and unpinning
+//! of tables.
 //!
 //! C implementation: `mod_l1_entry` and `MMUEXT_UNPIN_TABLE` in `xen/arch/x86/mm.c`.
 
@@ -9,10 +9,9 @@ use xsr_format::frame::Mfn;
 use super::{Frame, FrameUse, PRESENT, Tables};
 
 impl Tables<'_> {
-    /// Set entry `index` (0–511) of the level-1 table `table`
-    /// (`MMU_NORMAL_PT_UPDATE`): what it stands for is held before what was there is
-    /// let go of. EINVAL where `table` is none, or the entry is not good; then
-    /// nothing changes.
+    /// Set entry `index` (0–511) of the level-1 table `table` (`MMU_NORMAL_PT_UPDATE`): the new
+    /// entry's references are taken before those of the old one are dropped. EINVAL if `table` is
+    /// not a level-1 table, or the entry is invalid; then nothing changes.
     pub(in super::super) fn update_l1(
         &self,
         table: Mfn,
@@ -36,8 +35,7 @@ impl Tables<'_> {
         self.put_entry(table, 1, old)
     }
 
-    /// Undo [`Tables::pin`]. EINVAL where `mfn` is not a table of the guest's that is
-    /// pinned.
+    /// Undo [`Tables::pin`]. EINVAL if `mfn` is not a pinned table of the guest.
     pub(in super::super) fn unpin(&self, mfn: Mfn) -> Result<(), Errno> {
         self.machine.frames.update(mfn, |frame| {
             if frame.owner != Some(self.domid) || !frame.pinned {

@@ -1,4 +1,4 @@
-//! A workload on a thread of its own.
+//! A workload on a separate thread.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,18 +11,17 @@ use nix::errno::Errno;
 use super::Workload;
 use crate::error::BackendError;
 
-/// How long the guest is left alone between bouts of work: whoever waits for its
-/// state gets it then.
+/// The pause between bursts of work, in which other threads can get the domain's state.
 const PAUSE: Duration = Duration::from_millis(1);
 
-/// The longest time a bout makes up for: a thread that was held up does not
-/// dirty a second's worth of memory at once.
+/// The most time that a burst makes up for, so that a delayed thread does not dirty a second's
+/// worth of memory at once.
 const CATCH_UP: Duration = Duration::from_millis(20);
 
-/// A workload that runs. Dropped, it stops, and waits for the operation under way.
+/// A running workload. Dropping it stops it, and waits for the current operation.
 ///
-/// It rests while the domain is paused or suspended, and goes on after that; when
-/// the domain is destroyed it ends.
+/// It rests while the domain is paused or suspended, and continues after that; it ends when the
+/// domain is destroyed.
 #[derive(Debug)]
 pub struct BackgroundWorkload {
     /// Dropped to stop the thread.
@@ -39,7 +38,7 @@ impl BackgroundWorkload {
         let thread = thread::spawn(move || {
             let mut workload = workload;
             let mut last = Instant::now();
-            // Operations due, in billionths: what a bout leaves over counts for the next.
+            // Operations due, in billionths; the remainder of a burst is carried over to the next.
             let mut due: u128 = 0;
             loop {
                 match stopped.recv_timeout(PAUSE) {
@@ -54,7 +53,7 @@ impl BackgroundWorkload {
                 due %= 1_000_000_000;
                 match workload.step(operations) {
                     Ok(_) => {}
-                    // The end of the guest is the end of its work.
+                    // The work ends with the guest.
                     Err(error) if error.errno == Errno::ESRCH => return Ok(workload),
                     Err(error) => return Err(error),
                 }
@@ -87,11 +86,11 @@ impl BackgroundWorkload {
     ///
     /// # Errors
     ///
-    /// What ended it before: see [`Workload::step`].
+    /// The error that ended it earlier: see [`Workload::step`].
     ///
     /// # Panics
     ///
-    /// When its thread did.
+    /// If its thread panicked.
     pub fn stop(mut self) -> Result<Workload, BackendError> {
         self.join().expect("joined here or in drop, once")
     }

@@ -1,5 +1,4 @@
-//! What a PV guest's kernel knows of its own pages, and what it does to its page
-//! tables and p2m at work.
+//! A PV guest's kernel at work: its view of its own pages, and its changes of page tables and p2m.
 //!
 //! C: Linux `arch/x86/xen/{mmu_pv,p2m}.c`, `drivers/xen/balloon.c`.
 
@@ -20,7 +19,7 @@ use crate::mock::pagetable::{
 use crate::mock::state::State;
 use crate::pages::ENTRIES_PER_TABLE;
 
-/// Most tables that a workload makes, and entries of each.
+/// The most tables that a workload makes, and the entries of each.
 const MOST_MADE: usize = 8;
 const MADE_ENTRIES: usize = 16;
 
@@ -28,7 +27,7 @@ const MADE_ENTRIES: usize = 16;
 #[derive(Debug)]
 pub(super) struct PvView {
     pub(super) p2m: PublishedP2m,
-    /// Pages that the workload made tables of.
+    /// Pages that the workload has turned into tables.
     made: Vec<WorkPage>,
 }
 
@@ -41,7 +40,7 @@ impl PvView {
         })
     }
 
-    /// Pages that hold data, and pfns that have no page.
+    /// Pages that hold data, and pfns without a page.
     pub(super) fn data_pages(
         &self,
         domain: &MockDomain,
@@ -87,7 +86,7 @@ impl PvView {
         (present, absent)
     }
 
-    /// Note where `pages` are mapped.
+    /// Record the mappings of `pages`.
     pub(super) fn find_mappings(&self, domain: &MockDomain, pages: &mut [WorkPage]) {
         let at: HashMap<u64, usize> = (0..pages.len())
             .filter_map(|n| Some((pages[n].mfn?.0, n)))
@@ -119,7 +118,7 @@ impl PvView {
         Tables::new(&domain.machine, &domain.dom, state.record.width)
     }
 
-    /// Unmap a page everywhere, and keep how it was mapped.
+    /// Unmap a page everywhere, and record its mappings.
     pub(super) fn unmap(
         &self,
         domain: &MockDomain,
@@ -135,7 +134,7 @@ impl PvView {
         Ok(())
     }
 
-    /// Map a page where it was mapped.
+    /// Map a page again in its recorded places.
     pub(super) fn map(
         &self,
         domain: &MockDomain,
@@ -162,8 +161,8 @@ impl PvView {
 }
 
 impl Workload {
-    /// Change the flags of an entry, let two entries swap frames, or make a table or
-    /// unmake one.
+    /// Change the flags of an entry, swap the frames of two entries, or turn a page into a table or
+    /// back.
     pub(super) fn change_tables(&mut self, state: &State) -> Result<WorkloadCounts, Errno> {
         let done = match self.random.below(16) {
             0 => self.make_table(state)?,
@@ -221,8 +220,8 @@ impl Workload {
         Ok(true)
     }
 
-    /// Make a page of the working set a level-1 table of others, as for a process
-    /// that is born: nothing maps it writable any more.
+    /// Turn a page of the working set into a level-1 table that maps others, as for a new process:
+    /// the page has no writable mappings from then on.
     fn make_table(&mut self, state: &State) -> Result<bool, Errno> {
         let made = self.pv.as_ref().map_or(0, |view| view.made.len());
         if made == MOST_MADE || self.present.len() <= self.keep {
@@ -261,8 +260,8 @@ impl Workload {
         Ok(true)
     }
 
-    /// Make a table that the workload made a page of the working set again, as when
-    /// the process dies.
+    /// Turn a table that the workload made back into a page of the working set, as when the process
+    /// ends.
     fn unmake_table(&mut self, state: &State) -> Result<bool, Errno> {
         let made = self.pv.as_mut().map(|view| &mut view.made);
         let Some(made) = made.filter(|made| !made.is_empty()) else {
@@ -275,7 +274,7 @@ impl Workload {
         tables.unpin(mfn)?;
         (0..ENTRIES_PER_TABLE).for_each(|index| machine.store_word(mfn, index, 0));
         self.domain.dom.dirty.mark(page.pfn);
-        // Tables made since may be mapped in it, too.
+        // Tables made since then may be mapped in it, too.
         let pages = self.present.iter_mut().chain(&mut self.absent).chain(made);
         pages.for_each(|page| page.mapped.retain(|mapping| mapping.table != mfn));
         for Mapping { table, index, .. } in &page.mapped {
@@ -286,7 +285,7 @@ impl Workload {
         Ok(true)
     }
 
-    /// Do something to the p2m while the guest runs; `Ok(false)` where it does not.
+    /// Make a change to the p2m while the guest runs; `Ok(false)` if it does not run.
     fn on_p2m(
         &mut self,
         change: impl FnOnce(&mut Self, &State) -> Result<(), Errno>,
@@ -303,8 +302,8 @@ impl Workload {
         })
     }
 
-    /// Change `p2m_generation` as a kernel does that moves its p2m: by 2, odd in
-    /// between. `Ok(false)` where the guest does not run.
+    /// Change `p2m_generation` like a kernel that moves its p2m: by 2, odd in between. `Ok(false)`
+    /// if the guest does not run.
     ///
     /// # Errors
     ///
@@ -317,9 +316,8 @@ impl Workload {
         })
     }
 
-    /// Move a leaf of the p2m, drawn, to a page of the working set, as a kernel does that
-    /// sorts its tables; what was the leaf is overwritten. `Ok(false)` where the guest
-    /// does not run.
+    /// Move a random leaf of the p2m to a page of the working set, like a kernel that rearranges
+    /// its tables; the old leaf is overwritten. `Ok(false)` if the guest does not run.
     ///
     /// # Errors
     ///
@@ -354,7 +352,7 @@ impl Workload {
         Ok(())
     }
 
-    /// Enter a leaf of the p2m where it belongs.
+    /// Enter a leaf of the p2m at its place.
     fn enter_leaf(&self, state: &State, place: &LeafPlace, leaf: Mfn) -> Result<(), Errno> {
         match *place {
             LeafPlace::Mapped { table, slot, .. } => {
@@ -369,17 +367,16 @@ impl Workload {
         Ok(())
     }
 
-    /// Make the p2m larger by `pfns`, as memory hotplug does, with as many pages as
-    /// the domain may have; the others stay holes that later operations may fill.
-    /// Where that takes more pages for the p2m itself, they come from the working
-    /// set, and a linear p2m changes its generation. `Ok(false)` where the guest
-    /// does not run.
+    /// Enlarge the p2m by `pfns`, like memory hotplug, with as many pages as the domain may have;
+    /// the others stay holes that later operations may fill. If the p2m itself needs more pages,
+    /// they come from the working set, and a linear p2m changes its generation. `Ok(false)` if the
+    /// guest does not run.
     ///
     /// # Errors
     ///
-    /// ESRCH; EINVAL for a guest that is not PV; EOPNOTSUPP where the p2m would need
-    /// a further page table or list, or is linear and in the midst of the guest's
-    /// memory (32-bit). In these cases nothing has changed.
+    /// ESRCH; EINVAL for a guest that is not PV; EOPNOTSUPP if the p2m would need another page
+    /// table or list, or is linear and lies within the guest's memory (32-bit). In these cases
+    /// nothing has changed.
     pub fn grow_p2m(&mut self, pfns: u64) -> Result<bool, BackendError> {
         self.on_p2m(|workload, state| workload.grow(state, pfns))
     }
@@ -437,15 +434,13 @@ impl Workload {
         Ok(())
     }
 
-    /// Make the p2m smaller by `pfns`, as when memory is unplugged: their pages are given
-    /// back. The leaves that only they needed are no longer part of it, and kept.
-    /// `Ok(false)` where the guest does not run.
+    /// Shrink the p2m by `pfns`, as when memory is unplugged: their pages are given back. Leaves
+    /// that only they needed leave the p2m and are kept. `Ok(false)` if the guest does not run.
     ///
     /// # Errors
     ///
-    /// ESRCH; EINVAL for a guest that is not PV; EOPNOTSUPP where one of the pages is in
-    /// use for something else than data, or there are not so many. In these cases
-    /// nothing has changed.
+    /// ESRCH; EINVAL for a guest that is not PV; EOPNOTSUPP if one of the pages is in use for
+    /// anything but data, or if there are fewer pages. In these cases nothing has changed.
     pub fn shrink_p2m(&mut self, pfns: u64) -> Result<bool, BackendError> {
         self.on_p2m(|workload, state| workload.shrink(state, pfns))
     }
@@ -483,7 +478,7 @@ impl Workload {
         Ok(())
     }
 
-    /// Where a leaf goes, or is.
+    /// The place of a leaf in the page tables or lists.
     fn leaf_place(&self, state: &State, leaf: u64) -> Result<LeafPlace, Errno> {
         let width = state.record.width;
         let view = self.pv.as_ref().ok_or(Errno::EINVAL)?;
@@ -504,13 +499,13 @@ impl Workload {
         let per_list = view.p2m.per_leaf();
         let list = usize::try_from(leaf / per_list).map_err(|_| Errno::EOPNOTSUPP)?;
         let at = usize::try_from(leaf % per_list).map_err(|_| Errno::EOPNOTSUPP)?;
-        // The last of them is the top.
+        // The last list is the top of the tree.
         let lists = &view.p2m.lists[..view.p2m.lists.len() - 1];
         let list = lists.get(list).ok_or(Errno::EOPNOTSUPP)?;
         Ok(LeafPlace::Listed(*list, at))
     }
 
-    /// A page of the working set, to hold a part of the p2m from now on.
+    /// Take a page of the working set as a new part of the p2m.
     fn new_leaf(&mut self) -> Result<Mfn, Errno> {
         let at = self.random.below(self.present.len());
         let page = self.present.swap_remove(at);
@@ -524,15 +519,15 @@ impl Workload {
     }
 }
 
-/// Where a leaf of the p2m is entered.
+/// The place where a leaf of the p2m is entered.
 #[derive(Clone, Copy, Debug)]
 enum LeafPlace {
-    /// A level-1 table and its entry, and whether something is there.
+    /// A level-1 table and the index of its entry, and whether the entry is in use.
     Mapped {
         table: Mfn,
         slot: usize,
         taken: bool,
     },
-    /// A frame list and its word.
+    /// A frame list and the index of its word.
     Listed(Mfn, usize),
 }

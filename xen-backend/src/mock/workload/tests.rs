@@ -1,5 +1,5 @@
-//! A workload keeps a guest's rules: what it leaves is a guest that a save can read,
-//! with a log of exactly what was written.
+//! Tests that a workload keeps a guest's rules: a save can read the resulting guest, and the dirty
+//! log has exactly the pages that were written.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -26,7 +26,7 @@ fn host(seed: u64) -> MockHost {
     .expect("a host")
 }
 
-/// One guest of each sort.
+/// One guest of each kind.
 fn specs() -> Vec<GuestSpec> {
     let mut specs = Vec::new();
     for (width, p2m) in [
@@ -64,7 +64,7 @@ fn made(host: &MockHost, spec: &GuestSpec) -> (DomId, Box<dyn Domain>) {
     (domid, host.domain(domid).expect("the guest"))
 }
 
-/// The pages logged, read by `how`.
+/// The pages in the log, read with `how`.
 fn dirty(domain: &dyn Domain, how: DirtyRead) -> BTreeSet<Pfn> {
     let mut bitmap = DirtyBitmap::new(0x10_0000);
     let stats = domain.read_dirty(how, &mut bitmap).expect("a log");
@@ -76,7 +76,7 @@ fn digest(host: &MockHost, domid: DomId) -> MemoryDigest {
     host.memory_digest(domid).expect("a domain")
 }
 
-/// Every reference to a frame is counted, and no other.
+/// Checks that the counts equal the existing references.
 fn check_references(host: &MockHost, domid: DomId) {
     let domain = host.mock_domain(domid).expect("the domain");
     let state = domain.dom.lock();
@@ -102,7 +102,7 @@ fn check_references(host: &MockHost, domid: DomId) {
     check_counts(host, domid, &frames, width, &others);
 }
 
-/// The p2m and the m2p say the same, of frames that are the guest's.
+/// Checks that the p2m and the m2p agree, and that the frames are the guest's.
 fn check_p2m(host: &MockHost, domid: DomId) {
     let domain = host.mock_domain(domid).expect("the domain");
     let state = domain.dom.lock();
@@ -126,7 +126,7 @@ fn the_log_has_the_pages_that_changed_and_no_others() {
         let (domid, domain) = made(&host, &spec);
         let writes = WorkloadSpec::writes(7, 1, 300);
         let mut workload = host.workload(domid, &writes).expect("a workload");
-        // Off: nothing is remembered.
+        // The log is off: nothing is recorded.
         assert_eq!(workload.step(50).expect("running"), 50);
         domain.enable_log_dirty().expect("off before");
         assert_eq!(dirty(&*domain, DirtyRead::Peek), BTreeSet::new());
@@ -203,7 +203,7 @@ fn the_same_seed_does_the_same_on_another_machine() {
             (before, digest(&host, domid), workload.counts())
         };
         let (one, other, third) = (run(1, 5), run(2, 5), run(1, 6));
-        // A tree of the p2m that is not published is data, of this machine.
+        // A p2m tree that is not published counts as data, and depends on the machine.
         let apart: BTreeSet<Pfn> = one.0.differences(&other.0).into_iter().collect();
         assert!(apart.len() <= 2, "{}: {apart:?}", spec.name);
         let after: BTreeSet<Pfn> = one.1.differences(&other.1).into_iter().collect();
@@ -231,8 +231,8 @@ fn steps_do_the_same_in_one_go_and_in_many() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(8))]
 
-    /// Whatever a workload does: each reference is counted, p2m and m2p agree, no
-    /// frame is lost, and all are free when the guest is gone.
+    /// Whatever a workload does, each reference is counted, p2m and m2p agree, no frame is lost,
+    /// and all frames are free once the guest is gone.
     #[test]
     fn churn_keeps_the_hypervisors_books(
         which in 0_usize..4,
@@ -244,7 +244,7 @@ proptest! {
         let host = host(seed);
         let empty = host.free_pages();
         let (domid, domain) = made(&host, &specs()[which]);
-        // All that is taken and not a page of the guest's: shared_info and the grant table.
+        // All allocated frames that are not the guest's: shared_info and the grant table.
         let taken = |host: &MockHost| empty - host.free_pages();
         let spec = WorkloadSpec {
             table_permille: tables,
@@ -313,7 +313,7 @@ fn a_guest_that_does_not_run_does_nothing() {
     }
 }
 
-/// Wait until `done`; a minute is for ever.
+/// Wait until `done`, for at most a minute.
 fn wait(mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     while !done() {
@@ -334,7 +334,7 @@ fn a_guest_shuts_down_by_itself_once_it_has_done_so_much() {
             let end = Some(WorkloadEnd { after: 100, reason });
             let work = WorkloadSpec { end, ..churn(1) };
             let mut work = host.workload(domid, &work).expect("a workload");
-            // It does nothing while it does not run, and so has no end.
+            // It does no work while the guest is paused, and so does not shut it down.
             domain.pause().expect("it runs");
             assert_eq!(work.step(1000).expect("there"), 0);
             assert_eq!(domain.info().expect("there").shutdown, None);
@@ -342,7 +342,7 @@ fn a_guest_shuts_down_by_itself_once_it_has_done_so_much() {
             assert_eq!(work.step(1000).expect("there"), 100);
             assert_eq!(domain.info().expect("there").shutdown, Some(reason));
             assert_eq!(work.step(1000).expect("there"), 0);
-            // Once.
+            // The shutdown happens only once.
             domain.resume().expect("it is down");
             assert_eq!(work.step(1000).expect("there"), 1000);
         }
@@ -373,7 +373,7 @@ fn a_background_workload_rests_while_the_guest_does() {
         Some(ShutdownReason::Suspend)
     );
     let still = digest(&host, domid);
-    // As a clock, another guest at the same work.
+    // A second guest with the same workload serves as a clock.
     let (clock, _) = made(&host, &specs()[5]);
     let clock = host.workload(clock, &churn(1)).expect("a workload");
     let clock = clock.run_in_background();
@@ -388,7 +388,7 @@ fn a_background_workload_rests_while_the_guest_does() {
     assert!(workload.counts().operations() > before);
     check_references(&host, domid);
     check_p2m(&host, domid);
-    // Destroyed under it: the work ends, and that is no fault.
+    // If the guest is destroyed, the work ends without an error.
     let running = workload.run_in_background();
     domain.destroy().expect("there");
     running.stop().expect("no fault");
@@ -428,7 +428,7 @@ fn a_suspend_and_resume_leaves_memory_as_it_was() {
         let (domid, domain) = made(&host, &spec);
         let before = digest(&host, domid);
         domain.suspend().expect("running");
-        // What suspends is start_info's ring frames, which the digest leaves out.
+        // A suspend only changes start_info's ring frames, which the digest leaves out.
         assert_eq!(digest(&host, domid), before);
         domain.resume().expect("suspended");
         assert_eq!(digest(&host, domid), before);
@@ -474,7 +474,7 @@ fn the_p2m_grows_and_says_so() {
         workload.step(500).expect("running");
         check_references(&host, domid);
         check_p2m(&host, domid);
-        // Paused, it does not happen.
+        // Nothing happens while the guest is paused.
         domain.pause().expect("there");
         assert_eq!(workload.grow_p2m(1), Ok(false));
         assert_eq!(shared_words(&*domain, spec.width), (now, PAGES + 100));
@@ -551,7 +551,7 @@ fn without_shadow_paging_pv_guests_cannot_be_logged() {
     }
 }
 
-/// What the hypervisor refuses a guest leaves its table as it was.
+/// An entry that the hypervisor refuses leaves the table unchanged.
 #[test]
 fn a_bad_entry_changes_nothing() {
     let host = host(1);
@@ -571,11 +571,11 @@ fn a_bad_entry_changes_nothing() {
     domain.enable_log_dirty().expect("off");
     let before = digest(&host, domid);
     for (place, entry) in [
-        // A table mapped writable; a frame that is not the guest's; a reserved bit.
+        // A writable mapping of a table; a frame that is not the guest's; a reserved bit.
         (table, upper.0 << 12 | 3),
         (table, 1 << 12 | 1),
         (table, upper.0 << 12 | 1 | 1 << 7),
-        // Not a level-1 table; no frame of the guest's.
+        // Not a level-1 table; not a frame of the guest.
         (upper, 0),
         (Mfn(0), 0),
     ] {

@@ -1,5 +1,6 @@
-//! What the hypervisor and xenstore tell a save or restore, and are told by it: the dirty log
-//! of another process, a guest that runs on, what a new domain gets, why something is refused.
+//! Tests of the information that a save or restore exchanges with the hypervisor and xenstore: the
+//! dirty log of another process, a guest that resumes, the settings of a new domain, the reason for
+//! a refusal.
 
 use nix::errno::Errno;
 use xsr_format::frame::Pfn;
@@ -73,11 +74,11 @@ fn a_domain_is_made_with_what_libxl_sets_at_every_restore() {
         let new = NewDomain::new(GuestKind::Hvm, 1, 16).settings(settings.clone());
         let domid = host.create(&new).unwrap();
         let kept = machine.settings(domid).unwrap();
-        // The timer mode is a parameter, the tables' memory Xen's own.
+        // The timer mode is a parameter, and Xen keeps the memory for tables itself.
         assert_eq!(kept.timer_mode, 0);
         settings.timer_mode = 0;
         let kib = settings.paging_kib.take().unwrap();
-        // All that the hypervisor has, where it is asked.
+        // The hypervisor's largest version, if the interface has the field.
         let grants = (minor >= 16).then_some(2);
         assert_eq!(kept.max_grant_version, grants);
         let made = DomainSettings {
@@ -128,7 +129,7 @@ fn a_domain_gets_what_its_configuration_wants_or_what_the_hypervisor_has() {
     assert_eq!(make(Some(2)).unwrap_err().errno, Errno::EINVAL);
 }
 
-/// The limit to the first version would be lost on a Xen that cannot be told.
+/// A limit to the first version would be lost on a Xen that has no field for it.
 #[test]
 fn a_limit_that_the_hypervisor_cannot_be_told_is_refused() {
     for (wanted, fine) in [(None, true), (Some(2), true), (Some(1), false)] {

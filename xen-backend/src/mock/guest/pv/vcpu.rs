@@ -1,5 +1,5 @@
-//! The vcpus of a PV guest in the making: each in the kernel of one of the
-//! processes, with FPU and vector registers in use.
+//! Vcpus of a PV guest that is being built: each in the kernel of one of the processes, with FPU
+//! and vector registers in use.
 
 use super::{Build, GDT, START_INFO};
 use crate::error::BackendError;
@@ -37,7 +37,7 @@ impl Build<'_> {
         for word in (16..848).step_by(8) {
             write_word(&mut xsave, word, 8, random.next());
         }
-        // xcr0 and what it ever held; a sane FPU; x87, SSE and AVX in use.
+        // xcr0, and its accumulated earlier values; valid FPU state; x87, SSE and AVX in use.
         write_word(&mut xsave, 0, 8, 7);
         write_word(&mut xsave, 8, 8, 7);
         write_word(&mut xsave, 16, 8, 0x37f);
@@ -46,7 +46,7 @@ impl Build<'_> {
         xsave[16 + 512] = 7;
         self.domain.set_vcpu_state(vcpu, VcpuBlob::Xsave, &xsave)?;
         let mut msr = [0; 16];
-        // TSC_AUX: what a kernel puts there is the number of the processor.
+        // TSC_AUX: a kernel stores the processor's number there.
         write_word(&mut msr, 0, 4, 0xc000_0103);
         write_word(&mut msr, 8, 8, u64::from(vcpu));
         self.domain.set_vcpu_state(vcpu, VcpuBlob::Msrs, &msr)
