@@ -1,14 +1,13 @@
-//! A toolstack of one's own that restores what `toolstack_save` wrote: it makes the
-//! domain, has it filled, hears of its rings, and lets it run; or destroys it when
-//! anything fails.
+//! A custom toolstack that restores what `toolstack_save` wrote: it creates the domain, restores
+//! into it, learns the frames of its rings, and starts it, or destroys it if anything fails.
 //!
 //! ```text
 //! cargo run -p xsr-save-restore --example toolstack_restore -- HOST KIND VCPUS MIB FILE
 //! ```
 //!
-//! HOST is the directory of a mock machine; KIND is `pv`, `hvm` or `pvh`. On a real Xen,
-//! a toolstack has more to do for a guest: its xenstore nodes, the other ends of its
-//! rings, its devices.
+//! HOST is the directory of a mock machine; KIND is `pv`, `hvm` or `pvh`. On a real Xen, a
+//! toolstack has more to do for a guest: its xenstore nodes, the other ends of its rings, its
+//! devices.
 
 #![allow(clippy::print_stdout, reason = "an example talks to whoever runs it")]
 
@@ -28,14 +27,14 @@ use xsr_xen_backend::{DomId, Domain, GuestKind, Host};
 /// The control domain has the other ends of the rings.
 const DOM0: DomId = DomId(0);
 
-/// What this toolstack wants to hear.
+/// The callbacks of this toolstack.
 struct Toolstack;
 
 impl RestoreToolstack for Toolstack {
     fn static_data_done(&mut self, missing: MissingStaticData) -> Result<(), ToolstackError> {
         match missing == MissingStaticData::default() {
             true => Ok(()),
-            // One that knows the host the image comes from would set its policy here.
+            // A toolstack that knows the image's host would set that host's policy here.
             false => Err(ToolstackError::new(
                 "setting up the processor",
                 "the image does not say which features the guest has seen",
@@ -65,7 +64,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         _ => return Err("KIND is pv, hvm or pvh".into()),
     };
     let host = MockHost::open_or_create(Path::new(host), &HostConfig::default())?;
-    // A MiB more than the guest's memory, for pages of its own that it does not see.
+    // One MiB more than the guest's memory, for special pages that the guest does not see.
     let pages = (mib.parse::<u64>()? + 1) << 8;
     let domid = host.create_domain(kind, vcpus.parse()?, pages)?;
     let domain = host.domain(domid)?;
@@ -83,7 +82,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
 }
 
-/// Restore a bare libxc stream into a domain that has just been made.
+/// Restores a bare libxc stream into a domain that has just been created.
 fn fill(domain: &dyn Domain, file: &Path) -> Result<Restored, Box<dyn Error>> {
     let cancel = Cancel::new();
     let source = FdSource::cancellable(File::open(file)?, cancel.clone())?;
