@@ -1,12 +1,12 @@
-//! Images without configuration: bare libxl and libxc streams, of which the command line
-//! may say what the image does not.
+//! Images without configuration: bare libxl and libxc streams, for which the command line supplies
+//! what the image lacks.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::common::{arg, backend, image, layers, ran, run, scratch, xsr};
 
-/// The layers of an image of xl, each as an image of its own.
+/// The layers of an xl image, each as an image of its own.
 fn bare(directory: &Path, name: &str) -> [PathBuf; 2] {
     let bytes = fs::read(image(name)).unwrap();
     let (libxl, libxc, end) = layers(&bytes);
@@ -24,7 +24,7 @@ fn bare_streams_are_restored_too() {
             let host = dir.path().join("host");
             let backend = backend(&host);
             run(["verify", arg(&stream)]).code(0);
-            // All is found in the image but the name, which is the file's.
+            // Everything is found in the image except the name, which is the file's.
             run(["restore", &backend, arg(&stream)]).code(0);
             let again = dir.path().join("again.save");
             run(["save", &backend, "bare", arg(&again)]).code(0);
@@ -44,7 +44,7 @@ fn bare_streams_are_restored_too() {
                 .filter(|section| section != "headers" && section != "records")
                 .collect();
             assert_eq!(sections, Vec::<String>::new(), "{diff:?}");
-            // Or it is said.
+            // Or it is given as options.
             let said = ["--name", "said", "--vcpus", "3", "--memory", "8M"];
             let args = ["restore", &backend].into_iter().chain(said);
             run(args.chain([arg(&stream)])).code(0);
@@ -69,7 +69,7 @@ fn a_bare_stream_from_a_pipe_needs_to_be_told_what_it_is() {
             restore.write_stdin(fs::read(&stream).unwrap());
             ran(restore)
         };
-        // It cannot be read twice.
+        // A pipe cannot be read twice.
         restore(&[]).code(64).stderr_has("--type");
         restore(&["--type", kind]).code(64).stderr_has("--memory");
         restore(&["--type", other, "--memory", "8M"])

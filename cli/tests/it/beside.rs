@@ -1,4 +1,5 @@
-//! A mock host beside a command that has it open, and one that is not to be trusted.
+//! Several commands on one mock host at the same time, one of which has it open; and a host that
+//! must not be trusted.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
@@ -46,7 +47,8 @@ fn what_another_command_works_on_is_listed_shown_and_changed() {
         .code(1)
         .stderr_has("no domain");
     mock(&["destroy", "post"], &host).code(0);
-    // The one that is being worked on, too; whoever works on it says that it is gone.
+    // Even the domain that another command is working on can be destroyed; that command reports
+    // that it is gone.
     mock(&["destroy", "web"], &host).code(0);
     let list = mock(&["list", "--json"], &host).code(0).json();
     assert_eq!(list["domains"], serde_json::json!([]));
@@ -54,7 +56,7 @@ fn what_another_command_works_on_is_listed_shown_and_changed() {
     ran.code(1).stderr_has("destroyed");
 }
 
-/// The other command makes it, and goes on.
+/// The command that has the host open creates the domain, and goes on.
 #[test]
 fn a_domain_is_made_and_told_what_to_do_beside_another_command() {
     let dir = scratch();
@@ -77,7 +79,7 @@ fn a_domain_is_made_and_told_what_to_do_beside_another_command() {
     let show = mock(&["show", "mail"], &host).code(0);
     show.stdout_has("writes   7 pages").stdout_has("libxl-json");
     protecting.end().0.code(0);
-    // Both are whole, and outlive both commands.
+    // Both are complete, and outlive both commands.
     for name in ["web", "mail"] {
         assert_eq!(state(&host, name).as_deref(), Some("running"));
         let file = dir.path().join(name);
@@ -86,7 +88,7 @@ fn a_domain_is_made_and_told_what_to_do_beside_another_command() {
     }
 }
 
-/// A command that ends answers first, or the other finds out by itself.
+/// A command that ends answers first, or the other command detects that it is gone.
 #[test]
 fn a_command_that_ends_leaves_no_other_without_an_answer() {
     let hosts = Hosts::with("pvh", &[]);
@@ -118,7 +120,7 @@ fn a_command_that_ends_leaves_no_other_without_an_answer() {
     assert_eq!(state(&hosts.here, "mail").as_deref(), Some("running"));
 }
 
-/// Whatever had it resumed: it is not said to be suspended.
+/// Whatever has resumed it: it must not be reported as suspended.
 #[test]
 fn a_domain_that_another_program_has_resumed_is_said_to_run_on() {
     let hosts = Hosts::with("pv", &[]);
@@ -160,7 +162,7 @@ fn a_domain_that_is_destroyed_beside_its_save_is_gone() {
     }
 }
 
-/// It was to be destroyed.
+/// The save was going to destroy it anyway.
 #[test]
 fn a_domain_that_is_destroyed_once_its_image_is_complete_is_saved() {
     let hosts = Hosts::with("pv", &[]);

@@ -1,5 +1,5 @@
-//! remus -c and migrate-receive --colo, both ends real or one of them the test: the domain
-//! runs at both, and what becomes of it when either is interrupted, killed or cut off.
+//! remus -c and migrate-receive --colo, both ends real or one of them the test: the domain runs at
+//! both, and what happens to it when either is interrupted, killed or cut off.
 
 mod primary;
 
@@ -24,7 +24,7 @@ fn sender(hosts: &Hosts, socket: &Path, options: &[&str]) -> Running {
     Running::start(args.iter().chain(interval).chain(options))
 }
 
-/// Both ends, with a checkpoint complete at the second.
+/// Both ends, with one checkpoint complete at the secondary.
 fn protected(hosts: &Hosts, options: &[&str], there: &[&str]) -> [Running; 2] {
     let socket = hosts.path("socket");
     let mut receiver = hosts.receiver(&socket, &[&["--colo"], there].concat());
@@ -41,7 +41,7 @@ fn destroy(host: &Path, name: &str) {
 #[test]
 fn both_guests_run_and_the_end_of_the_protection_leaves_the_first() {
     for kind in ["hvm", "pvh"] {
-        // All the pages of a checkpoint but the first are those that the secondary wrote.
+        // All pages of a checkpoint except the first are those that the secondary has written.
         let hosts = Hosts::with(kind, &[]);
         let socket = hosts.path("socket");
         let receiver = hosts.receiver(&socket, &["--colo", "--dirty-rate", "20000"]);
@@ -87,7 +87,7 @@ fn who_is_left_alone_runs_on() {
         .stderr_has("goes on here from checkpoint");
     assert_eq!(hosts.domains()[1], ["web running"]);
     destroy(&hosts.there, "web");
-    // Killed at whatever it did.
+    // It was killed at an arbitrary point.
     let here = hosts.domains()[0][0].clone();
     if here == "web suspended" {
         run(["mock", "resume", "web", "--host", arg(&hosts.here)]).code(0);
@@ -112,7 +112,7 @@ fn who_is_left_alone_runs_on() {
     }
     run(["mock", "unpause", "web", "--host", arg(&hosts.here)]).code(0);
 
-    // It says that it has none any more.
+    // It reports that it has no copy any more.
     let [sender, receiver] = protected(&hosts, &[], &[]);
     receiver.signal(Signal::SIGTERM);
     assert_eq!(receiver.end().code, 1);
@@ -188,7 +188,7 @@ fn a_connection_that_is_cut_anywhere_leaves_a_domain_that_runs_and_says_where() 
     let [forth, back] = proxy.join().unwrap();
     let first = forth - 16;
     let banner = BANNER.len() as u64;
-    // What the receiver says in the end is no part of a turn.
+    // The receiver's last message is not part of a checkpoint's cycle.
     assert!(back > banner + 32);
     let mut there = Vec::new();
     let cuts = [
@@ -202,12 +202,13 @@ fn a_connection_that_is_cut_anywhere_leaves_a_domain_that_runs_and_says_where() 
     ]
     .map(|forth| (forth, u64::MAX))
     .into_iter()
-    // Three words, then the list: its header, and the first pages that the secondary wrote.
+    // Three messages, then the list: its header, and the first pages that the secondary has
+    // written.
     .chain(
         [0, 1, 15, 16, 17, 32, 33, 50, 48, 53, 56, 57, 63, 64, 85]
             .map(|back| (u64::MAX, banner + back)),
     );
-    // Where the secondary runs next, and whether its list was cut.
+    // Whether the secondary runs afterwards, and whether its list was cut.
     let cut = |forth, back| {
         let receiver = hosts.receiver(&to, &secondary);
         let proxy = Cut { forth, back }.run(&at, &to);
@@ -232,7 +233,7 @@ fn a_connection_that_is_cut_anywhere_leaves_a_domain_that_runs_and_says_where() 
     };
     for (forth, back) in cuts {
         let in_list = (banner + 48..u64::MAX).contains(&back);
-        // A secondary that was given no processor has written less by then.
+        // If the secondary got no CPU time, it has written less by then.
         let mut turns = 0;
         there.push(loop {
             let (runs, list) = cut(forth, back);
@@ -243,7 +244,7 @@ fn a_connection_that_is_cut_anywhere_leaves_a_domain_that_runs_and_says_where() 
             assert!(in_list && turns < 10, "{back}: never in a list");
         });
     }
-    // Three that cut it before there is a checkpoint.
+    // Three cuts are before the first checkpoint is complete.
     let mut expected = [true; 22];
     (expected[0], expected[1], expected[7]) = (false, false, false);
     assert_eq!(there, expected);

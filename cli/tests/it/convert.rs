@@ -1,6 +1,6 @@
-//! `xsr convert`: streams of each version and byte order, made from the specification's
-//! numbers, become what the same numbers make of version 3, little endian, byte for byte;
-//! and what stands around a stream is exchanged for any other layer.
+//! `xsr convert`: streams of each version and byte order, made from the specification's numbers,
+//! become version 3, little endian, byte for byte as the same numbers give it; and each wrapper
+//! becomes any other.
 
 #[allow(dead_code, reason = "the whole vocabulary of format's tests")]
 #[path = "../../../format/tests/it/support/build.rs"]
@@ -13,7 +13,7 @@ use std::path::Path;
 use crate::common::{arg, backend, image, layers, run, scratch, xsr};
 use build::{Rec, STATIC_DATA_END, Stream};
 
-/// As version 3, little endian, has it.
+/// The stream in version 3, little endian.
 fn expected(version: u32, make: &dyn Fn(u32, bool) -> Stream, before_end: usize) -> Vec<u8> {
     let mut stream = make(version, false);
     if version < 3 {
@@ -27,8 +27,8 @@ fn expected(version: u32, make: &dyn Fn(u32, bool) -> Stream, before_end: usize)
     stream.bytes()
 }
 
-/// Version 2 gets its STATIC_DATA_END, behind X86_PV_INFO if there is one; big endian is
-/// turned round, but for blobs and pages.
+/// Version 2 gets its STATIC_DATA_END, after X86_PV_INFO if there is one. Big endian is swapped,
+/// except for blobs and pages.
 #[test]
 fn every_version_and_byte_order_becomes_version_3_little_endian() {
     let dir = scratch();
@@ -49,7 +49,7 @@ fn every_version_and_byte_order_becomes_version_3_little_endian() {
                 let got = fs::read(&out).unwrap();
                 assert!(got == expected(version, make, before_end), "{what}");
                 run(["verify", arg(&out)]).code(0);
-                // As a filter, the same.
+                // The same as a filter.
                 let mut filter = xsr(["convert", "-", "-o", "-"]);
                 let piped = filter.write_stdin(bytes).output().unwrap();
                 assert!(piped.status.success(), "{what}: {piped:?}");
@@ -76,7 +76,7 @@ fn libvirt(libxl: &[u8]) -> Vec<u8> {
     libvirt_with("<domain type='xen'><name>tpvh</name></domain>", libxl)
 }
 
-/// An image of libvirt with this XML.
+/// A libvirt image with this XML.
 fn libvirt_with(xml: &str, libxl: &[u8]) -> Vec<u8> {
     let xml = [xml.as_bytes(), b"\0"].concat();
     let mut out = b"libvirt-xml\n \0 \r".to_vec();
@@ -111,7 +111,7 @@ fn libxc_of(path: &Path) -> Vec<u8> {
     ran.stdout
 }
 
-/// From every wrapper to every layer: the libxc stream stays as it is.
+/// From every wrapper to every layer: the libxc stream does not change.
 #[test]
 fn what_stands_around_a_stream_is_exchanged_for_any_layer() {
     let dir = scratch();
@@ -141,7 +141,7 @@ fn what_stands_around_a_stream_is_exchanged_for_any_layer() {
     }
 }
 
-/// A damaged xz file is bad, and it is said what is.
+/// A damaged xz file is bad, and the message says what is damaged.
 #[test]
 fn a_damaged_xz_file_is_bad() {
     let dir = scratch();
@@ -161,8 +161,8 @@ fn a_damaged_xz_file_is_bad() {
     run(["verify", arg(&source)]).code(2).stdout_has("BAD");
 }
 
-/// Compressed data are read to their end, however much is behind the image: their checksum
-/// comes there, and so does a truncation. The bytes behind the image are counted exactly.
+/// Compressed data are read to their end, however much follows the image, because their checksum is
+/// there, and a truncation shows there. The bytes after the image are counted exactly.
 #[test]
 fn compressed_data_are_judged_to_their_end() {
     let dir = scratch();
@@ -178,7 +178,7 @@ fn compressed_data_are_judged_to_their_end() {
         out.write_all(bytes).unwrap();
         out.finish().unwrap()
     };
-    // More than any buffer holds, and not to be compressed to nothing.
+    // More than any buffer holds, and incompressible.
     let mut noise = 1_u32;
     let mut behind = vec![0; 2_100_000];
     for byte in &mut behind {
@@ -188,7 +188,7 @@ fn compressed_data_are_judged_to_their_end() {
     let long = [plain.clone(), behind.clone()].concat();
     let twice = [plain.clone(), plain.clone()].concat();
     let of_libvirt = [libvirt(&plain[libxl..]), behind.clone()].concat();
-    // What is around the stream ends before the compressed data do.
+    // The wrapper of the stream ends before the compressed data do.
     let of_xapi = [xapi(&plain[libxc..end]), behind.clone()].concat();
     let cases: [(&str, Vec<u8>, Option<usize>); 7] = [
         ("gzip", gzip(&long), Some(behind.len())),
@@ -224,13 +224,14 @@ fn compressed_data_are_judged_to_their_end() {
             assert!(crate::common::state(&host, "bad").is_none(), "{name}");
         }
     }
-    // Behind a header that is not compressed, without reading it.
+    // After an uncompressed header, without reading it.
     fs::write(&source, of_libvirt).unwrap();
     let verdict = run(["verify", "--json", arg(&source)]).code(0).json();
     assert_eq!(verdict["trailing_bytes"], behind.len());
 }
 
-/// Damage inside compressed data shows in the image first; their checksum tells whose it is.
+/// Damage in compressed data shows first as a bad image; their checksum shows that it is the
+/// compressed data's.
 #[test]
 fn damaged_compressed_data_are_blamed_before_the_image() {
     let dir = scratch();
@@ -238,7 +239,7 @@ fn damaged_compressed_data_are_blamed_before_the_image() {
     let plain = fs::read(image("tpvh")).unwrap();
     let (libxl, libxc, _) = layers(&plain);
     let mut damaged = plain.clone();
-    // The type of the first record of the libxc stream, behind its two headers.
+    // The type of the first record of the libxc stream, after its two headers.
     damaged[libxc + 40] ^= 0x40;
     let whole = [damaged.clone(), vec![7; 1 << 20]].concat();
     assert!(libxl < libxc);
@@ -246,7 +247,7 @@ fn damaged_compressed_data_are_blamed_before_the_image() {
     fs::write(&source, &file).unwrap();
     let said = run(["verify", arg(&source)]).code(2).stdout;
     assert!(!said.contains("gzip data"), "{said}");
-    // The checksum is that of other data.
+    // Replace the checksum by a wrong one.
     let at = file.len() - 8;
     file[at] ^= 1;
     fs::write(&source, &file).unwrap();
@@ -257,8 +258,8 @@ fn damaged_compressed_data_are_blamed_before_the_image() {
     }
 }
 
-/// What libvirt says of a domain beside its devices is carried over or named. Where it cannot be
-/// understood, no name and no UUID are made up.
+/// What libvirt says about a domain besides its devices is carried over or reported. If it cannot
+/// be understood, no name and no UUID are invented.
 #[test]
 fn libvirts_settings_are_carried_over_named_or_refused() {
     let dir = scratch();
@@ -299,7 +300,7 @@ fn libvirts_settings_are_carried_over_named_or_refused() {
         run(["restore", &host, arg(&source)])
             .code(2)
             .stderr_has("--name");
-        // What needs no name is converted.
+        // Conversions that need no name succeed.
         let convert = [
             "convert",
             "-f",
@@ -314,7 +315,7 @@ fn libvirts_settings_are_carried_over_named_or_refused() {
     run(["restore", &host, "--name", "mine", arg(&source)]).code(0);
 }
 
-/// A compressed image that is bad is judged while it is copied, with the words of verify.
+/// A bad compressed image is detected while it is copied, with the same message as from verify.
 #[test]
 fn a_bad_image_in_compressed_data_is_judged_as_it_is_copied() {
     let dir = scratch();

@@ -1,5 +1,5 @@
-//! A guest that has seen CPU features which a host lacks: our commands refuse it there by name,
-//! and `--force` goes on.
+//! A guest that has seen CPU features which a host lacks: our commands refuse it there and name the
+//! features, and `--force` goes on.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -11,7 +11,7 @@ use crate::common::{arg, backend, create, host_with, run, scratch, state};
 
 const KINDS: [&str; 4] = ["pv", "pv32", "hvm", "pvh"];
 
-/// A mock machine whose processor lacks what guests elsewhere have.
+/// A mock machine whose processor lacks features that guests elsewhere have.
 fn older(host: &Path) {
     run(["mock", "host", "--host", arg(host), "--cpu=-avx2,-erms"]).code(0);
 }
@@ -35,7 +35,7 @@ fn a_restore_names_what_is_missing_and_leaves_no_domain() {
         older(&other);
         let backend = backend(&other);
         let restore = ["restore", &backend, arg(&image)];
-        // Not ERMS: that is a hint.
+        // ERMS is not reported, because it is only a hint.
         run(restore)
             .code(1)
             .stderr_has("it lacks AVX2;")
@@ -62,7 +62,7 @@ fn a_restore_without_libxl_compares_as_well() {
     run(restore.iter().chain(&["--force"])).code(0);
 }
 
-/// The receiver refuses at the policy record: the sender hears why, and its guest has not even
+/// The receiver refuses at the policy record. The sender is told why, and its guest has not even
 /// been asked to suspend.
 #[test]
 fn a_migration_names_what_is_missing_before_the_guest_suspends() {
@@ -116,7 +116,7 @@ fn what_stands_by_compares_as_well() {
     assert_eq!(domains(&hosts.there), [""; 0]);
 }
 
-/// The sender has its receiver forced, where it is the one to start it.
+/// The sender passes `--force` to a receiver that it starts itself.
 #[test]
 fn force_reaches_a_receiver_that_a_command_starts() {
     let hosts = hosts("pvh");

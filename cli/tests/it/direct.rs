@@ -1,4 +1,4 @@
-//! `--direct`: save and restore without libxl, over the mock machine's second face.
+//! `--direct`: save and restore without libxl, on the mock machine through hypercalls.
 
 use std::fs;
 use std::path::Path;
@@ -11,7 +11,7 @@ fn xen(host: &Path) -> String {
     format!("mock-xen:{}", host.display())
 }
 
-/// The domains of a machine; none where there is no machine.
+/// The domains of a machine; none if there is no machine.
 fn domains(host: &Path) -> Vec<DomainInfo> {
     match host.exists() {
         true => MockHost::open(host).unwrap().domains().unwrap(),
@@ -79,7 +79,7 @@ fn what_fails_leaves_the_guest_running_or_none() {
         .code(1)
         .stderr_has("there is no domain \"no-such\"");
     run(save.iter().copied().chain(["-c", &number, arg(&image)])).code(0);
-    // An image that ends too early, at some places.
+    // An image that is truncated at some points.
     let bytes = fs::read(&image).unwrap();
     let other = dir.path().join("other");
     let cut = dir.path().join("cut.libxc");
@@ -122,7 +122,7 @@ fn what_needs_libxl_is_refused() {
     assert!(domains(&other).is_empty());
 }
 
-/// A stream as Xen before 4.14 wrote it: of version 2, without CPU policies.
+/// A stream of Xen before 4.14: version 2, without CPU policies.
 fn of_an_older_xen(stream: &[u8]) -> Vec<u8> {
     const STATIC_DATA: [u32; 3] = [0x10, 0x11, 0x12];
     let (headers, mut rest) = stream.split_at(24 + 16);
@@ -141,8 +141,8 @@ fn of_an_older_xen(stream: &[u8]) -> Vec<u8> {
     out
 }
 
-/// As libxl: the features that a guest of Xen 4.13 had, and what changes them in the
-/// configuration. A guest that would see another processor is not restored.
+/// As in libxl: the features that a guest of Xen 4.13 had, and changes of them in the
+/// configuration. A guest that would see a different processor is not restored.
 #[test]
 fn a_guest_of_an_older_xen_keeps_its_features() {
     let dir = scratch();
@@ -169,10 +169,10 @@ fn a_guest_of_an_older_xen_keeps_its_features() {
     let features = found
         .chunks(24)
         .find(|leaf| leaf[0] == 7 && leaf[1..8] == [0; 7]);
-    // HLE, RTM and MPX, which the host has and gives no new guest.
+    // HLE, RTM and MPX, which the host has but hides from new guests.
     assert_eq!(features.unwrap()[12] & 1 << 4, 1 << 4);
     assert_eq!(features.unwrap()[13] & (1 << 3 | 1 << 6), 1 << 3 | 1 << 6);
-    // With a configuration that takes a feature away.
+    // With a configuration that removes a feature.
     let (json, image) = (at("config.json"), at("old.save"));
     let domid = only(&host).domid;
     let config = MockHost::open(&host).unwrap();
@@ -193,8 +193,8 @@ fn a_guest_of_an_older_xen_keeps_its_features() {
     }
 }
 
-/// What libxl sets at every restore comes out of the configuration; what `--direct` cannot set
-/// is refused by name.
+/// Settings that libxl applies at every restore come from the configuration; those that `--direct`
+/// cannot apply are refused by name.
 #[test]
 fn a_domain_gets_what_its_configuration_says() {
     const CONFIG: &str = "libxl-json";

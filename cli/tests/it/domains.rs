@@ -1,5 +1,5 @@
-//! save, restore and mock: domains go into images and come out of them; whatever
-//! fails leaves the domain running, or none, and no file.
+//! save, restore and mock: domains are saved to images and restored from them. A failure leaves the
+//! domain running, or none, and no file.
 
 use std::fs;
 use std::io::{self, Read};
@@ -16,7 +16,7 @@ use xsr_xen_backend::mock::MockHost;
 
 const KINDS: [&str; 4] = ["pv", "pv32", "hvm", "pvh"];
 
-/// Names in a directory, apart from the host's.
+/// Names in a directory, except the host's.
 fn files(directory: &Path) -> Vec<String> {
     let mut names: Vec<String> = fs::read_dir(directory)
         .unwrap()
@@ -41,7 +41,7 @@ fn every_kind_comes_back() {
         assert_eq!(state(&other, "web").as_deref(), Some("running"));
         run(["save", &backend(&other), "web", arg(&again)]).code(0);
         run(["diff", "--after-restore", arg(&image), arg(&again)]).code(0);
-        // Without the list of what a restore rewrites, it shows.
+        // Without the list of what a restore rewrites, the difference is reported.
         run(["diff", arg(&image), arg(&again)])
             .code(1)
             .stdout_has("incarnation");
@@ -59,7 +59,7 @@ fn a_domain_that_nothing_ran_in_saves_to_the_same_bytes() {
         }
         let [a, b] = images.map(|image| fs::read(image).unwrap());
         assert!(a == b, "{kind}: the second save differs");
-        // And so does a domain made the same way elsewhere.
+        // A domain created the same way elsewhere does, too.
         let other = dir.path().join("elsewhere");
         create(&other, "web", kind);
         let image = dir.path().join("c.save");
@@ -117,7 +117,7 @@ fn a_file_in_shared_memory_is_a_file() {
     };
     let host = host_with("pvh", dir.path());
     let image = dir.path().join("a.save");
-    // Longer than the image: what was there is replaced, not written over.
+    // Longer than the image: the old file is replaced, not overwritten in place.
     fs::write(&image, vec![1; 20 << 20]).unwrap();
     run(["save", &backend(&host), "web", arg(&image)]).code(0);
     let verified = run(["verify", "--json", arg(&image)]).code(0).json();
@@ -197,7 +197,7 @@ fn a_save_that_fails_leaves_the_domain_running_and_no_file() {
         .code(1)
         .stderr_has("No space left");
     assert_eq!(state(&host, "web").as_deref(), Some("running"));
-    // The reader hangs up in the middle.
+    // The reader closes the pipe in the middle.
     let mut child = Command::new(env!("CARGO_BIN_EXE_xsr"))
         .args(["save", &backend(&host), "web", "-"])
         .stdout(Stdio::piped())
@@ -210,7 +210,7 @@ fn a_save_that_fails_leaves_the_domain_running_and_no_file() {
     assert_eq!(output.status.code(), Some(1), "{stderr}");
     assert!(stderr.contains("Broken pipe"), "{stderr}");
     assert_eq!(state(&host, "web").as_deref(), Some("running"));
-    // No such directory: nothing is even begun.
+    // No such directory: the save does not even begin.
     let nowhere = dir.path().join("nowhere/a.save");
     run(["save", &backend(&host), "web", arg(&nowhere)]).code(1);
     assert_eq!(state(&host, "web").as_deref(), Some("running"));
@@ -227,13 +227,12 @@ fn a_signal_breaks_a_save_off_in_good_order() {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    // The first byte shows that it has begun; the pipe holds it up while the signal
-    // arrives.
+    // The first byte shows that the save has begun; the pipe blocks it while the signal arrives.
     let mut stdout = child.stdout.take().unwrap();
     stdout.read_exact(&mut [0]).unwrap();
     let pid = Pid::from_raw(i32::try_from(child.id()).unwrap());
     signal::kill(pid, Signal::SIGTERM).unwrap();
-    // Only once nothing is pending any more has the signal been taken.
+    // The signal has been received once none is pending.
     let status = format!("/proc/{pid}/status");
     while !fs::read_to_string(&status)
         .unwrap()
@@ -255,7 +254,7 @@ fn a_signal_breaks_a_save_off_in_good_order() {
 fn a_file_that_cannot_be_renamed_leaves_the_domain_running() {
     let dir = scratch();
     let host = host_with("pvh", dir.path());
-    // A directory with the name of the image.
+    // A directory with the image's name.
     let taken = dir.path().join("a.save");
     fs::create_dir(&taken).unwrap();
     run(["save", &backend(&host), "web", arg(&taken)])
@@ -270,13 +269,13 @@ fn a_restore_that_fails_leaves_no_domain() {
     let host = dir.path().join("host");
     for name in ["tpv", "tpvh"] {
         let bytes = fs::read(image(name)).unwrap();
-        // What is no image at all makes no host either.
+        // A file that is not an image does not even create a host.
         if name == "tpv" {
             run(["restore", &backend(&host), "/dev/null"]).code(2);
             assert!(!host.exists());
         }
         let bad = dir.path().join("bad.save");
-        // In the headers, in the pages, in the tail, in the libxl stream behind.
+        // In the headers, in the pages, in the tail, in the libxl stream after it.
         for length in [60, 900, 1 << 20, bytes.len() - 60, bytes.len() - 4] {
             fs::write(&bad, &bytes[..length]).unwrap();
             run(["restore", &backend(&host), arg(&bad)])
@@ -327,7 +326,7 @@ fn a_host_is_open_once() {
     run(["save", &backend(&host), "web", arg(&image)])
         .code(1)
         .stderr_has("in use");
-    // It can be looked at all the same.
+    // It can still be looked at.
     assert_eq!(state(&host, "web").as_deref(), Some("running"));
     drop(held);
     assert_eq!(files(dir.path()), Vec::<String>::new());
@@ -501,8 +500,8 @@ fn json_and_an_image_do_not_share_stdout() {
     assert_eq!(state(&host, "web").as_deref(), Some("running"));
 }
 
-/// What a real Xen wrote comes back the same: configuration and emulator records
-/// byte for byte, and everything that a restore does not rewrite.
+/// An image of a real Xen survives a round trip: configuration and emulator records byte for byte,
+/// and everything that a restore does not rewrite.
 #[test]
 fn real_images_come_back() {
     let dir = scratch();
@@ -519,7 +518,7 @@ fn real_images_come_back() {
         let (a, b) = (fs::read(&image).unwrap(), fs::read(&again).unwrap());
         let ((_, start_a, end_a), (_, start_b, end_b)) = (layers(&a), layers(&b));
         assert!(a[..start_a] == b[..start_b], "{name}: xl and libxl headers");
-        // The live images carry the protocol of `xl migrate` behind the last record.
+        // The live images have the protocol of `xl migrate` after the last record.
         let tail = b.len() - end_b;
         assert!(
             a[end_a..end_a + tail] == b[end_b..],

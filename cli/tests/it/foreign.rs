@@ -1,8 +1,8 @@
-//! Images of other toolstacks, and files that are no images: what is read, what is taken over
-//! of the domain, what is said of the rest.
+//! Images of other toolstacks, and files that are not images: what is read, what is taken over
+//! about the domain, what is reported of the rest.
 //!
-//! The images are made by `tools/legacy_image.py` and `tools/foreign_image.py`, which know
-//! nothing of the code here. They need `python3`.
+//! The images are made by `tools/legacy_image.py` and `tools/foreign_image.py`, which share no code
+//! with xsr. They need `python3`.
 
 mod files;
 
@@ -16,7 +16,7 @@ use xsr_xen_backend::mock::MockHost;
 
 const UUID: &str = "1f2e3d4c-0000-1111-2222-333344445555";
 
-/// Run one of the writers; `None` where there is no `python3`, which is said.
+/// Run one of the generators; `None`, with a message, if there is no `python3`.
 fn tool(name: &str, options: &[&str], to: &Path) -> Option<()> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../tools")
@@ -40,14 +40,14 @@ fn tool(name: &str, options: &[&str], to: &Path) -> Option<()> {
     }
 }
 
-/// A layer of an image of a real Xen, in a file.
+/// A layer of a real Xen's image, in a file.
 fn layer(dir: &TempDir, name: &str, layer: &str) -> PathBuf {
     let to = dir.path().join(format!("{name}.{layer}"));
     run(["cat", "--layer", layer, arg(&image(name)), "-o", arg(&to)]).code(0);
     to
 }
 
-/// The UUID in the configuration that is kept with a domain.
+/// The UUID in the configuration that is stored with a domain.
 fn kept_uuid(host: &Path, name: &str) -> String {
     let host = MockHost::open(host).unwrap();
     let domid = host.find(name).unwrap();
@@ -56,8 +56,8 @@ fn kept_uuid(host: &Path, name: &str) -> String {
     config["c_info"]["uuid"].as_str().unwrap().to_owned()
 }
 
-/// Images of `xm save` and of XenServer before 6.5: PV and HVM, of either width, without
-/// extended info as Xen 3.0 had it; the guest is the one in the legacy stream.
+/// Images of `xm save` and of XenServer before 6.5: PV and HVM, of either width, without extended
+/// info as in Xen 3.0. The guest is the one in the legacy stream.
 #[test]
 fn images_of_old_toolstacks_are_read() {
     let dir = scratch();
@@ -95,7 +95,7 @@ fn images_of_old_toolstacks_are_read() {
         let mut options: Vec<&str> = options.split_whitespace().collect();
         options.extend([what, arg(&stream)]);
         tool("foreign_image.py", &options, &old).unwrap();
-        // A suspend VDI is larger than what is in it.
+        // A suspend VDI is larger than its contents.
         if what == "xenserver" {
             let mut bytes = fs::read(&old).unwrap();
             bytes.resize(bytes.len() + 9000, 0);
@@ -134,7 +134,7 @@ fn images_of_old_toolstacks_are_read() {
             fs::read(&out).unwrap() == fs::read(&plain).unwrap(),
             "{what} {legacy:?}: another guest"
         );
-        // Cut off anywhere, it is truncated, or its signature is.
+        // Truncated anywhere, it is reported as truncated, or its signature is.
         let whole = fs::read(&old).unwrap();
         for end in [10, 18, 100, whole.len() / 2] {
             fs::write(at("cut"), &whole[..end]).unwrap();
@@ -145,8 +145,8 @@ fn images_of_old_toolstacks_are_read() {
     }
 }
 
-/// Name, UUID, vcpus and memory come from where the other toolstack says them, into inspect,
-/// into a restored domain and into an image of xl; devices are named.
+/// Name, UUID, vcpus and memory come from the other toolstack's data, into inspect, into a restored
+/// domain and into an xl image. Devices are listed.
 #[test]
 fn identity_is_taken_over() {
     let dir = scratch();
@@ -172,7 +172,7 @@ fn identity_is_taken_over() {
         assert_eq!(report["guest"]["max_memory_kib"], 4096, "{what}");
         assert_eq!(report["origin"]["vcpus"], 1, "{what}");
         let text = run(["inspect", arg(&old)]).code(0).stdout_has("my-vm");
-        // All of it can be had.
+        // The whole text can be extracted.
         let config = run(["cat", "--layer", "config", arg(&old)]).code(0).stdout;
         assert_eq!(
             report["origin"]["text"].as_str().unwrap().trim(),
@@ -198,11 +198,11 @@ fn identity_is_taken_over() {
         let made = run(["inspect", "--json", arg(&out)]).code(0).json();
         assert_eq!(made["guest"]["name"], "my-vm", "{what}");
         assert_eq!(made["guest"]["uuid"], UUID, "{what}");
-        // From a pipe, too, since nothing is left open.
+        // From a pipe, too, since nothing is left to specify.
         let mut piped = xsr(["restore", &backend(&at(&format!("{what}-pipe"))), "-"]);
         piped.write_stdin(fs::read(&old).unwrap());
         ran_well(piped);
-        // Where the target has no place for it, that is said.
+        // If the target has no place for it, that is reported.
         run([
             "convert",
             "--force",
@@ -221,8 +221,8 @@ fn ran_well(command: assert_cmd::Command) {
     ran(command).code(0);
 }
 
-/// State that no image of xl has a place for is named: by verify, inspect, convert and restore,
-/// in text and JSON.
+/// State that xl's images have no place for is listed by verify, inspect, convert and restore, in
+/// text and JSON.
 #[test]
 fn what_is_left_out_is_named() {
     let dir = scratch();
@@ -262,7 +262,7 @@ fn what_is_left_out_is_named() {
         .stderr_has("Varstored");
 }
 
-/// The text that xl of Xen 4.1 to 4.4 kept is a configuration like any other.
+/// The text of xl of Xen 4.1 to 4.4 is a configuration like any other.
 #[test]
 fn the_text_of_old_xl_is_a_configuration() {
     let dir = scratch();
@@ -278,7 +278,7 @@ fn the_text_of_old_xl_is_a_configuration() {
     run(["inspect", arg(&old)]).code(0).stdout_has(UUID);
     run(["restore", &backend(&host), arg(&old)]).code(0);
     assert_eq!(kept_uuid(&host, "old"), UUID);
-    // Options have the last word.
+    // Options take precedence.
     let args = [
         "restore",
         &backend(&host),
@@ -291,7 +291,7 @@ fn the_text_of_old_xl_is_a_configuration() {
     ];
     run(args.iter().copied().chain([arg(&old)])).code(0);
     assert_ne!(kept_uuid(&host, "other"), UUID, "a clone is another domain");
-    // It stays a text when it is edited, and is read again.
+    // It stays text when it is edited, and can be read again.
     run(["edit", "--name", "a \"b\"", arg(&old), "-o", arg(&new)]).code(0);
     let report = run(["inspect", "--json", arg(&new)]).code(0).json();
     assert_eq!(report["guest"]["name"], "a \"b\"");
@@ -299,8 +299,8 @@ fn the_text_of_old_xl_is_a_configuration() {
     run(["verify", arg(&new)]).code(0);
 }
 
-/// A sender of Xen 4.5 or before writes the legacy form: it is converted on the way, and nothing
-/// of what the sender says behind it is lost.
+/// A sender of Xen 4.5 or before sends the legacy form. It is converted during the migration, and
+/// none of the sender's later messages is lost.
 #[test]
 fn a_domain_of_an_old_sender_is_received() {
     let dir = scratch();
@@ -317,7 +317,7 @@ fn a_domain_of_an_old_sender_is_received() {
         receive.write_stdin([fs::read(&old).unwrap(), go].concat());
         ran(receive).code(0).stdout_has("results are as follows");
         assert_eq!(kept_uuid(&host, "old"), UUID);
-        // Cut off, the sender keeps it.
+        // If it is truncated, the sender keeps the domain.
         let host = dir.path().join(format!("{last}-cut"));
         let mut receive = xsr(["migrate-receive", &backend(&host)]);
         let mut cut = fs::read(&old).unwrap();
@@ -333,8 +333,8 @@ fn a_domain_of_an_old_sender_is_received() {
     }
 }
 
-/// Another name makes a clone; so does xl's way, a configuration before the image. The options
-/// that xl has are taken.
+/// Another name makes a clone. So does xl's way, a configuration before the image. xl's options are
+/// accepted.
 #[test]
 fn a_domain_is_restored_beside_its_original() {
     let dir = scratch();
@@ -362,8 +362,8 @@ fn a_domain_is_restored_beside_its_original() {
     }
 }
 
-/// What edit writes can be restored: names and UUIDs that cannot be are refused, and a file
-/// that is no configuration is named.
+/// What edit writes can be restored: invalid names and UUIDs are refused, and so is a file that is
+/// not a configuration.
 #[test]
 fn edit_refuses_what_nobody_could_restore() {
     let dir = scratch();
@@ -417,7 +417,7 @@ fn edit_refuses_what_nobody_could_restore() {
         .stderr_has("xsr cat --layer config")
         .stderr_has(says);
     }
-    // What cat takes out, edit takes in.
+    // What cat extracts, edit accepts.
     let json = run(["cat", "--layer", "config", arg(&image)])
         .code(0)
         .stdout;
@@ -435,7 +435,7 @@ fn edit_refuses_what_nobody_could_restore() {
     run(["restore", &backend(&dir.path().join("host")), arg(&out)]).code(0);
 }
 
-/// A suspend VDI as it is exported, in a dynamic VHD; one that cannot be read is named.
+/// A suspend VDI as it is exported, in a dynamic VHD. One that cannot be read is reported.
 #[test]
 fn an_image_in_a_vhd_is_read() {
     let dir = scratch();

@@ -1,8 +1,7 @@
-//! What people read, word for word: help texts and failures (trycmd, `cmd/*.trycmd`),
-//! and what inspect, verify and diff say of images that a real Xen wrote (`golden/`).
+//! Output for users, word for word: help texts and failures (trycmd, `cmd/*.trycmd`), and what
+//! inspect, verify and diff print about images of a real Xen (`golden/`).
 //!
-//! After a change that is meant: `TRYCMD=overwrite` and `XSR_BLESS=1`, then read the
-//! difference.
+//! After an intended change: `TRYCMD=overwrite` and `XSR_BLESS=1`, then read the difference.
 
 use std::fs;
 use std::path::Path;
@@ -17,7 +16,7 @@ fn help_and_usage() {
         .case("tests/cmd/*.trycmd");
 }
 
-/// Run with the images as working directory; stdout is to be as in the file.
+/// Run with the images as working directory, and compare stdout with the file.
 #[track_caller]
 fn golden(name: &str, code: i32, args: &[&str]) {
     let output = xsr(args).current_dir(images()).output().unwrap();

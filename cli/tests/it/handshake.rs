@@ -1,5 +1,5 @@
-//! The handshake of a migration, with the test itself at one end: who has the domain when
-//! the other end hangs up, says something else, or dies, at each step of it.
+//! The handshake of a migration, with the test itself at one end: which end has the domain when the
+//! other hangs up, sends something else, or dies, at each step.
 
 mod silent;
 
@@ -13,11 +13,11 @@ use crate::common::migration::{
 use crate::common::{arg, backend, run};
 use nix::sys::signal::Signal;
 
-/// What the test says as the receiver, in order. It hangs up afterwards.
+/// The test's messages as the receiver, in order. It hangs up afterwards.
 #[derive(Clone, Copy, Debug)]
 enum Say<'a> {
     Bytes(&'a [u8]),
-    /// Hear so many bytes of the image, and no more.
+    /// Receive this many bytes of the image, and no more.
     HearSome(u64),
     HearImage,
     HearGo,
@@ -25,7 +25,7 @@ enum Say<'a> {
 
 use Say::{Bytes, HearGo, HearImage, HearSome};
 
-/// A sender and a receiver that says this; how the sender ends.
+/// Send to a receiver that follows the script. Returns how the sender ends.
 fn send_to(hosts: &Hosts, script: &[Say<'_>]) -> crate::common::Ran {
     let socket = hosts.path("socket");
     let listener = listen(&socket);
@@ -84,12 +84,12 @@ fn until_go_whatever_the_receiver_does_leaves_the_domain_running_here() {
                 &[Bytes(BANNER), HearImage, Bytes(GO)],
                 "where its \"ready\" was expected",
             ),
-            // Ready before it can be: what it says is not believed, the sending fails.
+            // "Ready" too early: it is not believed, and the sending fails.
             (
                 &[Bytes(BANNER), Bytes(READY), HearSome(400_000)],
                 "runs on here",
             ),
-            // It has failed, says so, and gives the domain back.
+            // The receiver fails, reports it, and gives the domain back.
             (
                 &[
                     Bytes(BANNER),
@@ -121,12 +121,12 @@ fn until_go_whatever_the_receiver_does_leaves_the_domain_running_here() {
             assert_eq!(hosts.domains()[0], HERE, "{what}: {sent:?}");
             sent.code(1).stderr_has(why).stderr_has("web runs on here");
         }
-        // It can be saved as ever: nothing is left of all this.
+        // It can be saved as always: nothing is left of all this.
         hosts.image();
     }
 }
 
-/// What the receiver says before it can have been told to go is no answer to that.
+/// A message from before the receiver can have been told to go does not answer that.
 #[test]
 fn a_report_before_go_leaves_the_domain_running_here() {
     let hosts = Hosts::with("pvh", &[]);
@@ -148,7 +148,7 @@ fn a_domain_that_cannot_be_taken_back_does_not_hide_why_it_was_given_back() {
     for say in [Bytes(BANNER), HearImage, Bytes(READY), HearGo] {
         play(&mut peer, say);
     }
-    // From now on the host cannot keep what it changes of the domain.
+    // From now on the host cannot store changes to the domain.
     let state = hosts.here.join("domains/1/state.json");
     std::fs::remove_file(&state).unwrap();
     std::fs::create_dir(&state).unwrap();
@@ -189,7 +189,7 @@ fn between_go_and_the_report_nobody_knows_and_the_domain_stays_suspended() {
             .code(3)
             .stderr_has("must never run at both ends")
             .stderr_has("web--incoming");
-        // What it says to do, done: a line each, of which the last two take it back.
+        // Carry out its advice: one command per line, of which the last two take the domain back.
         let commands: Vec<&str> = sent
             .stderr
             .lines()
@@ -206,7 +206,7 @@ fn between_go_and_the_report_nobody_knows_and_the_domain_stays_suspended() {
         }
         assert_eq!(hosts.domains()[0], HERE, "{what}");
     }
-    // It cannot be migrated or saved while that is so, and says why.
+    // Meanwhile the domain cannot be migrated or saved, and the message says why.
     send_to(&hosts, &until_go).code(3);
     let nowhere = [
         "migrate",
@@ -250,7 +250,7 @@ fn a_sender_that_is_killed_never_leaves_a_domain_that_runs_at_both_ends() {
         }
         sender.kill();
         assert_eq!(hosts.domains()[0], *left, "{script:?}");
-        // A person can have it back.
+        // The user can have it back.
         let name = left[0].split(' ').next().unwrap();
         if left[0] != HERE[0] {
             run(["mock", "resume", name, "--host", here]).code(0);
@@ -296,7 +296,7 @@ fn a_signal_breaks_a_migration_off_until_go_and_not_after() {
     assert_eq!(hosts.domains()[0], Vec::<String>::new());
 }
 
-/// A receiver that has been sent this; the connection to it.
+/// A receiver that has been sent these bytes, and the connection to it.
 fn receive_from(hosts: &Hosts, image: &[u8], options: &[&str]) -> (Running, UnixStream) {
     let socket = hosts.path("socket");
     let receiver = hosts.receiver(&socket, options);
@@ -306,7 +306,7 @@ fn receive_from(hosts: &Hosts, image: &[u8], options: &[&str]) -> (Running, Unix
     (receiver, peer)
 }
 
-/// All that is left to hear, without the reason of a failure, which comes last.
+/// Read everything that is left, without the reason of a failure, which comes last.
 fn rest(mut peer: UnixStream) -> Vec<u8> {
     const WHY: &[u8] = b"xsr: failed: ";
     let mut rest = Vec::new();
@@ -323,20 +323,20 @@ fn rest(mut peer: UnixStream) -> Vec<u8> {
 fn a_receiver_keeps_nothing_that_the_sender_has_not_let_go_of() {
     let hosts = Hosts::with("pv", &[]);
     let image = hosts.image();
-    // The sender is gone before all is there: nothing more is said.
+    // The sender is gone before everything has arrived: no further message is sent.
     for length in [0, 10, 500, 900, image.len() / 2, image.len() - 1] {
         let (receiver, peer) = receive_from(&hosts, &image[..length], &[]);
         peer.shutdown(Shutdown::Write).unwrap();
         assert_eq!(rest(peer), b"", "{length}");
         let ended = receiver.end().code(1).stderr_has("; the sender keeps it");
-        // Of so few bytes nobody knows what they were to be.
+        // So few bytes cannot be recognised.
         if length > 10 {
             ended.stderr_has("the sender hung up or the connection broke; the sender keeps it");
         }
         assert_eq!(hosts.domains()[1], Vec::<String>::new(), "{length}");
     }
-    // It does not let go, or not in these words: the receiver destroys what it has, and
-    // says so, as xl's does.
+    // The sender does not let the receiver go, or not in these words: the receiver destroys its
+    // domain and reports that, as xl's does.
     let given_back = [REPORT, &[1], GO].concat();
     for said in [&b""[..], &GO[..1], &GO[..43], READY] {
         let (receiver, mut peer) = receive_from(&hosts, &image, &[]);
@@ -347,12 +347,12 @@ fn a_receiver_keeps_nothing_that_the_sender_has_not_let_go_of() {
         receiver.end().code(1).stderr_has("the sender has it back");
         assert_eq!(hosts.domains()[1], Vec::<String>::new(), "{said:?}");
     }
-    // Nobody hears it: the same.
+    // The same if the report is never read.
     let (receiver, peer) = receive_from(&hosts, &image, &[]);
     drop(peer);
     receiver.end().code(1);
     assert_eq!(hosts.domains()[1], Vec::<String>::new());
-    // Somebody stops it.
+    // A signal stops it.
     let (receiver, mut peer) = receive_from(&hosts, &image, &[]);
     hear(&mut peer, READY);
     receiver.signal(Signal::SIGTERM);
@@ -375,14 +375,14 @@ fn a_receiver_runs_what_the_sender_has_let_go_of() {
         assert_eq!(hosts.domains()[1], [state]);
         run(["mock", "destroy", "web", "--host", there]).code(0);
     }
-    // Also where nobody hears that it does.
+    // Even if its report is never read.
     let (receiver, mut peer) = receive_from(&hosts, &image, &[]);
     hear(&mut peer, READY);
     peer.write_all(GO).unwrap();
     drop(peer);
     let received = receiver.end();
     assert_eq!(hosts.domains()[1], ["web running"], "{received:?}");
-    // The report may have gone before the connection did.
+    // The report may have been sent before the connection broke.
     if received.code != 0 {
         received.code(1).stderr_has("web--migratedaway");
     }
@@ -402,7 +402,7 @@ fn a_receiver_that_is_killed_leaves_nothing_that_runs() {
         assert_eq!(domain, "web--incoming paused");
         run(["mock", "destroy", "web--incoming", "--host", there]).code(0);
     }
-    // When all is there.
+    // When everything has arrived.
     let (receiver, mut peer) = receive_from(&hosts, &image, &[]);
     hear(&mut peer, READY);
     receiver.kill();
@@ -414,7 +414,7 @@ fn an_image_without_configuration_is_no_migration() {
     let hosts = Hosts::with("pv", &[]);
     let image = hosts.image();
     let (libxl, libxc, _) = crate::common::layers(&image);
-    // All the headers there are.
+    // All headers of the image.
     let (receiver, peer) = receive_from(&hosts, &image[libxl..libxc + 40], &[]);
     assert_eq!(rest(peer), b"");
     receiver.end().code(1).stderr_has("no xl header");

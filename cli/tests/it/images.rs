@@ -1,5 +1,5 @@
-//! inspect, verify and diff on good, bad and missing images, from files and pipes:
-//! which exit code, which words, never a panic.
+//! inspect, verify and diff on good, bad and missing images, from files and pipes: exit codes,
+//! messages, and never a panic.
 
 use std::fs;
 use std::io::Read;
@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 
 use crate::common::{arg, image, layers, ran, run, scratch, xsr};
 
-/// A copy of an image with something done to it.
+/// A modified copy of an image.
 fn mutant(directory: &Path, name: &str, change: impl FnOnce(&mut Vec<u8>)) -> PathBuf {
     let mut bytes = fs::read(image(name)).unwrap();
     change(&mut bytes);
@@ -83,7 +83,7 @@ fn what_is_no_image_says_what_it_is() {
         .code(2)
         .stdout_has("BAD")
         .stdout_has("not a saved Xen domain: it is text");
-    // What says zstd and is not.
+    // Zstd's magic in front of other data.
     let magic = dir.path().join("magic");
     fs::write(
         &magic,
@@ -123,7 +123,7 @@ fn a_pipe_is_read_as_a_file_is() {
         let mut file = run([command, "--json", arg(&image("tpvh-live"))])
             .code(0)
             .json();
-        // A pipe is left where the image ends: what follows it is somebody else's.
+        // A pipe is read only to the image's end: what follows belongs to another reader.
         for report in [&mut piped, &mut file] {
             let report = report.as_object_mut().unwrap();
             report.remove("file");
@@ -148,7 +148,7 @@ fn diff_wants_files() {
 fn diff_finds_one_byte_of_one_page() {
     let dir = scratch();
     let path = mutant(dir.path(), "tpv", |bytes| {
-        // Page 0x42 of the only batch: record header, head, 1024 entries before it.
+        // Page 0x42 of the only batch: record header, head and 1024 entries precede it.
         bytes[0x8af + 8 + 8 + 8 * 1024 + 0x42 * 4096 + 77] ^= 0x80;
     });
     let ran = run(["diff", "--json", arg(&image("tpv")), arg(&path)]).code(1);
@@ -177,7 +177,7 @@ fn nobody_reads_on_and_nothing_breaks() {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        // Take one byte, then hang up.
+        // Read one byte, then hang up.
         let mut stdout = child.stdout.take().unwrap();
         stdout.read_exact(&mut [0]).unwrap();
         drop(stdout);
@@ -188,7 +188,7 @@ fn nobody_reads_on_and_nothing_breaks() {
     }
 }
 
-/// The exit code where nobody reads stdout.
+/// The exit code if stdout has no reader.
 fn unread(args: &[&str]) -> Option<i32> {
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
@@ -215,7 +215,7 @@ fn diff_compares_every_byte_of_what_it_does_not_understand() {
     let with_records = |name: &str, bodies: [u8; 2]| {
         let mut bytes = fs::read(image("tpv")).unwrap();
         let (_, libxc, _) = layers(&bytes);
-        // Behind the two headers, before the first record.
+        // After the two headers, before the first record.
         let at = libxc + 40;
         for last in bodies {
             let mut record = vec![0x55_u8; 8 + 4096];

@@ -7,7 +7,7 @@ use std::path::Path;
 use crate::common::{arg, backend, host_with, image, run, scratch};
 use serde_json::Value;
 
-/// Keys of all objects in a document, but those that are data themselves.
+/// Keys of all objects in a document, except objects whose keys are data.
 fn keys(value: &Value, out: &mut BTreeSet<String>) {
     match value {
         Value::Object(fields) => {
@@ -62,7 +62,7 @@ fn every_field_is_documented() {
     assert!(missing.is_empty(), "not in docs/json.md: {missing:?}");
 }
 
-/// What changes a domain of a mock machine says what the domain is then.
+/// Commands that change a domain of a mock machine print its new state.
 #[test]
 fn mock_says_what_was_done() {
     let dir = scratch();
@@ -86,7 +86,7 @@ fn mock_says_what_was_done() {
     assert_eq!(failed["exit_code"], 1, "{failed}");
 }
 
-/// `-V` is one line; `--version` says which Xens there is an interface for.
+/// `-V` is one line; `--version` also lists the supported Xen versions.
 #[test]
 fn the_version_says_what_it_works_on() {
     let short = run(["-V"]).code(0).stdout;

@@ -1,8 +1,8 @@
-//! Legacy images, and images in the wrappings of other toolstacks: converted, verified,
-//! restored, compared.
+//! Legacy images, and images with other toolstacks' wrappers: converted, verified, restored,
+//! compared.
 //!
-//! The legacy images are made by `tools/legacy_image.py`, which knows nothing of the code
-//! here, and says itself what the guest's memory is in the end. It needs `python3`.
+//! The legacy images are made by `tools/legacy_image.py`, which shares no code with xsr, and
+//! reports itself what the guest's final memory is. It needs `python3`.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -16,7 +16,7 @@ use xsr_format::frame::Page;
 use xsr_format::read::ReadOptions;
 use xsr_format::walk::{Content, Walk};
 
-/// Make a legacy image; `None` where there is no `python3`, which is said.
+/// Make a legacy image; `None`, with a message, if there is no `python3`.
 fn generate(to: &Path, options: &[&str]) -> Option<()> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tools/legacy_image.py");
     let output = Command::new("python3")
@@ -38,10 +38,10 @@ fn generate(to: &Path, options: &[&str]) -> Option<()> {
     }
 }
 
-/// Of each pfn its type, and the CRC-32 of its contents.
+/// The type of each pfn, and the CRC-32 of its contents.
 type Memory = BTreeMap<u64, (u64, Option<u64>)>;
 
-/// What an image says of the guest's memory in the end.
+/// The guest's final memory according to an image.
 fn memory(image: &Path) -> Memory {
     let mut walk = Walk::open(File::open(image).unwrap(), ReadOptions::default()).unwrap();
     let mut memory = Memory::new();
@@ -64,7 +64,7 @@ fn memory(image: &Path) -> Memory {
     memory
 }
 
-/// What the generator says of it.
+/// The guest's final memory according to the generator.
 fn expected(json: &Path) -> Memory {
     let value: Value = serde_json::from_reader(File::open(json).unwrap()).unwrap();
     let pages = value["pages"].as_object().unwrap();
@@ -103,7 +103,7 @@ fn every_kind_of_legacy_image_keeps_its_memory() {
         }
         let mut args = vec!["convert", arg(&legacy), "-f", "-o", arg(&out)];
         if line.contains("no-extended-info") {
-            // Nothing in such a stream says what it holds.
+            // The kind of guest is not stored in such a stream.
             args.extend(["--guest", "pv", "--width", "32"]);
         }
         run(&args).code(0);
@@ -130,7 +130,7 @@ fn every_kind_of_legacy_image_keeps_its_memory() {
     }
 }
 
-/// Of a stream that brings no page no image is made: nobody could restore it.
+/// A stream without pages is not converted, because the image could not be restored.
 #[test]
 fn a_legacy_image_without_pages_is_refused() {
     let dir = scratch();
@@ -148,8 +148,8 @@ fn a_legacy_image_without_pages_is_refused() {
     }
 }
 
-/// A guest that was saved, written as a legacy image, restored from that and saved again is
-/// the same guest.
+/// A guest that was saved, written as a legacy image, restored from that and saved again is the
+/// same guest.
 #[test]
 fn a_legacy_image_is_restored_as_it_is() {
     let dir = scratch();
@@ -186,7 +186,7 @@ fn a_legacy_image_is_restored_as_it_is() {
             "{kind}: {report}"
         );
         for difference in report["differences"].as_array().unwrap() {
-            // What a legacy stream has no place for, and what the test itself changed.
+            // Things that a legacy stream has no place for, and changes by the test itself.
             let section = difference["section"].as_str().unwrap();
             let field = difference["field"].as_str().unwrap_or_default();
             assert!(
@@ -200,10 +200,10 @@ fn a_legacy_image_is_restored_as_it_is() {
     }
 }
 
-/// What version 1 cannot hold: the policies (the restore gives the guest the one that libxl
-/// makes up for an image from before Xen 4.14), how the image was made, and that there is no
-/// device model, of which it has an empty record then. (Its extended state
-/// of a vcpu has 128 bytes, of which Xen has come to write 64.)
+/// What version 1 cannot hold: the policies (the restore gives the guest the one that libxl invents
+/// for images from before Xen 4.14), how the image was made, and that there is no device model, for
+/// which it then has an empty record. (Its extended state of a vcpu has 128 bytes, of which Xen has
+/// since come to write 64.)
 const LOST: [&str; 10] = [
     "emulators",
     "cpu_policy",
@@ -217,7 +217,7 @@ const LOST: [&str; 10] = [
     "libxl",
 ];
 
-/// Under the script's name, with libxl's arguments, descriptors among them.
+/// Under the script's name, with libxl's arguments, including descriptors.
 #[test]
 fn the_name_of_xens_script_takes_its_arguments() {
     let dir = scratch();
@@ -233,7 +233,7 @@ fn the_name_of_xens_script_takes_its_arguments() {
     }
     let link = at("convert-legacy-stream");
     std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_xsr"), &link).unwrap();
-    // libxl hands over descriptors, and says --guest for --guest-type.
+    // libxl passes descriptors, and abbreviates --guest-type to --guest.
     let status = Command::new("sh")
         .args([
             "-c",
@@ -258,7 +258,7 @@ fn the_name_of_xens_script_takes_its_arguments() {
     run(["verify", arg(&at("by-name"))])
         .code(0)
         .stdout_has("xl image of an x86 HVM guest");
-    // From a pipe, which is left where the stream ends.
+    // From a pipe, which is read only to the stream's end.
     let mut child = Command::new("sh")
         .args([
             "-c",
@@ -289,7 +289,7 @@ fn the_name_of_xens_script_takes_its_arguments() {
     assert_eq!(bad.status.code(), Some(1));
 }
 
-/// An image in libvirt's header, in xapi's records and compressed is the same image.
+/// An image in libvirt's header, in xapi's records or compressed is the same image.
 #[test]
 fn wrapped_images_are_seen_through() {
     let dir = scratch();
@@ -344,7 +344,7 @@ fn wrapped_images_are_seen_through() {
             ran.stdout == fs::read(&libxc).unwrap(),
             "{name}: other bytes"
         );
-        // Named only in the image itself; xapi's gains the emulator's state.
+        // Differences are only in the wrapper; xapi's gains the emulator's state.
         let ran = run(["diff", "--json", arg(&plain), arg(&wrapped)]).json();
         for difference in ran["differences"].as_array().unwrap() {
             let section = difference["section"].as_str().unwrap();
@@ -353,19 +353,19 @@ fn wrapped_images_are_seen_through() {
                 "{name}: {difference}"
             );
         }
-        // Cut off, it is bad, and it is said what is.
+        // Truncated, it is bad, and the message says what is missing.
         let whole = fs::read(&wrapped).unwrap();
         fs::write(at("cut"), &whole[..whole.len() * 2 / 3]).unwrap();
         run(["verify", arg(&at("cut"))]).code(2).stdout_has("BAD");
     }
-    // What follows the guest is looked at, too.
+    // What follows the guest is checked, too.
     xapi.truncate(xapi.len() - 8);
     fs::write(at("cut"), &xapi).unwrap();
     run(["verify", arg(&at("cut"))]).code(2).stdout_has("xapi");
 }
 
-/// What decompresses without end takes no more memory than anything else, and nothing is
-/// decompressed that nobody reads.
+/// Endless decompressed data take no more memory than anything else, and nothing is decompressed
+/// before it is read.
 #[test]
 fn a_decompression_bomb_is_bounded() {
     let dir = scratch();
@@ -379,7 +379,7 @@ fn a_decompression_bomb_is_bounded() {
         gzip.finish().unwrap()
     };
     let file: PathBuf = dir.path().join("bomb");
-    // Half a gibibyte of zeros, behind nothing and behind an image.
+    // Half a gibibyte of zeros, alone and after an image.
     fs::write(&file, bomb(b"")).unwrap();
     assert!(fs::metadata(&file).unwrap().len() < 1 << 20);
     limited(&file).stdout_has("BAD");
@@ -396,7 +396,7 @@ fn a_decompression_bomb_is_bounded() {
     limited(&file).stdout_has("more than 4 layers");
 }
 
-/// Verify with 256 MiB of address space, in which the program and its threads must fit.
+/// Verify with 256 MiB of address space, which must hold the program and its threads.
 fn limited(file: &Path) -> crate::common::Ran {
     let output = Command::new("sh")
         .args(["-c", r#"ulimit -v 262144; exec "$0" verify "$1""#])
@@ -413,8 +413,8 @@ fn limited(file: &Path) -> crate::common::Ran {
     ran
 }
 
-/// Version 2 and big endian become version 3, little endian; bare, libxl and xl each become
-/// the other.
+/// Version 2 and big endian become version 3, little endian; bare, libxl and xl each become the
+/// others.
 #[test]
 fn layers_are_put_on_and_taken_off() {
     let dir = scratch();
@@ -446,15 +446,15 @@ fn layers_are_put_on_and_taken_off() {
                 .stdout_has(&format!("{to} image"));
             assert!(memory(&at(to)) == memory(&plain), "{name}: {from} to {to}");
         }
-        // A version 3 image of Xen, converted to what it is, does not change.
+        // A version 3 image of Xen, converted to the same format, does not change.
         run(["convert", "-f", arg(&plain), "-o", arg(&at("same"))]).code(0);
-        // (What a live save leaves behind the end is no part of it.)
+        // (What a live save leaves after the end is not part of it.)
         let same = fs::read(at("same")).unwrap();
         assert!(fs::read(&plain).unwrap().starts_with(&same));
     }
 }
 
-/// A legacy stream in xapi's records, the emulator's state behind it in a record of its own.
+/// A legacy stream in xapi's records, followed by the emulator's state in a record of its own.
 #[test]
 fn a_legacy_stream_in_xapis_records_is_read() {
     let dir = scratch();
@@ -494,7 +494,7 @@ fn a_legacy_stream_in_xapis_records_is_read() {
         for cut in [xapi.len() - 8, xapi.len() / 2, 60] {
             fs::write(&wrapped, &xapi[..cut]).unwrap();
             let ran = run(["verify", arg(&wrapped)]).code(2).stdout_has("BAD");
-            // The header of the last record is cut: not the record before it is bad.
+            // The header of the last record is truncated; the record before it is not bad.
             assert!(!ran.stdout.contains("Qemu_xen"), "{ran:?}");
         }
     }

@@ -1,8 +1,8 @@
-//! The mapped layout at the command line: every image there is becomes mapped and comes back, all
-//! commands read it, and what is wrong with one is said once and clearly. How it lies in the file
-//! is looked at here by its document (docs/mapped.md), not by the library.
+//! The mapped layout on the command line: every image can be mapped and converted back, all
+//! commands read it, and an error in one is reported once and clearly. The layout in the file is
+//! checked here against its document (docs/mapped.md), without the library.
 //!
-//! `XSR_FLIPS` is how many bits are flipped in an image.
+//! `XSR_FLIPS` is the number of bits flipped in an image.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
@@ -20,7 +20,7 @@ fn half(bytes: &[u8], at: usize) -> usize {
     u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize
 }
 
-/// Where the image in a mapped file ends, and where its index begins.
+/// The end of the image in a mapped file, and the offset of its index.
 fn ends(file: &[u8]) -> (usize, usize) {
     let footer = &file[file.len() - FOOTER..];
     assert_eq!(&footer[..8], b"XSRmapFt");
@@ -40,7 +40,7 @@ fn map(image: &Path, directory: &Path, options: &[&str]) -> PathBuf {
 /// A mapped image goes through every command that reads images.
 fn is_the_same_image(original: &Path, directory: &Path) {
     let mut bytes = fs::read(original).unwrap();
-    // Behind the end of an image may be anything; it is not part of it.
+    // Bytes after the end of an image are not part of it.
     let verdict = run(["verify", "--json", arg(original)]).code(0).json();
     bytes.truncate(verdict["bytes"].as_u64().unwrap() as usize);
     for options in [
@@ -70,7 +70,7 @@ fn is_the_same_image(original: &Path, directory: &Path) {
     run(["inspect", arg(&mapped)])
         .code(0)
         .stdout_has("layout  mapped layout, index of");
-    // cat of both layers, export: nothing of the layout is left.
+    // cat of both layers, and export: nothing of the layout is left.
     for line in [
         &["cat", "-f"][..],
         &["cat", "-f", "--layer", "xl"],
@@ -96,7 +96,7 @@ fn images_of_every_kind_are_mapped_and_come_back() {
         let plain = dir.path().join("plain.save");
         run(["save", &backend(&host), "web", arg(&plain)]).code(0);
         is_the_same_image(&plain, dir.path());
-        // The same guest comes of it.
+        // Restoring it gives the same guest.
         let mapped = map(&plain, dir.path(), &[]);
         run(["restore", &backend(&host), arg(&mapped)]).code(0);
         let again = dir.path().join("again.save");
@@ -171,7 +171,7 @@ fn zero_pages_are_holes_unless_they_are_not_wanted() {
     assert_eq!(report["bytes"], bytes.len());
 }
 
-/// A pipe has no places, and a stream no digests.
+/// A pipe has no offsets, and a stream no digests.
 #[test]
 fn what_cannot_be_is_refused_with_the_remedy() {
     let plain = image("tpv");
@@ -202,7 +202,7 @@ fn what_cannot_be_is_refused_with_the_remedy() {
     assert!(!out.exists());
 }
 
-/// From a pipe, or compressed, there is no index: it is read as any other stream.
+/// From a pipe, or compressed, it has no index: it is read like any other stream.
 #[test]
 fn a_mapped_image_in_a_pipe_is_a_stream() {
     let dir = scratch();
@@ -222,7 +222,7 @@ fn a_mapped_image_in_a_pipe_is_a_stream() {
         .unwrap();
     let bare = xsr(["cat", arg(&plain)]).output().unwrap();
     assert!(output.stdout == bare.stdout && !bare.stdout.is_empty());
-    // Without the footer, the blanks in the configuration are as good as any.
+    // Without the footer, the blanks in the configuration are normal blanks.
     let output = xsr(["convert", "-", "-o", "-"])
         .write_stdin(mapped)
         .output()
@@ -240,7 +240,7 @@ fn deep_says_where_there_are_no_digests() {
         .stdout_has("xsr convert --layout mapped");
 }
 
-/// Cut at every boundary: one error, and what holds the whole stream is read on request.
+/// Truncated at every boundary: one error, and a file that has the whole stream is read on request.
 #[test]
 fn a_cut_image_is_refused_by_all_who_rely_on_it() {
     let dir = scratch();
@@ -294,12 +294,12 @@ fn a_cut_image_is_refused_by_all_who_rely_on_it() {
             run(["diff", arg(&plain), arg(&out)]).code(0);
         }
     }
-    // The last of them, restored all the same.
+    // The last of them is restored with `--ignore-index`.
     let restore = ["restore", "--ignore-index", &backend(&host), arg(&path)];
     run(restore).code(0);
 }
 
-/// A digest that does not fit, an entry that breaks a rule, the trailer of another image.
+/// A wrong digest, an entry that breaks a rule, the trailer of another image.
 #[test]
 fn an_index_that_lies_is_one_error() {
     let dir = scratch();
@@ -327,7 +327,7 @@ fn an_index_that_lies_is_one_error() {
             .stderr_has(expected);
         run(["inspect", "--ignore-index", "--page", "1", arg(&path)]).code(0);
         run(["verify", "--ignore-index", arg(&path)]).code(0);
-        // Those who never look at an index read on.
+        // Commands that never use an index still read it.
         run(["diff", arg(&image("tpvh")), arg(&path)]).code(0);
     }
     // The trailer of another image.
@@ -343,7 +343,7 @@ fn an_index_that_lies_is_one_error() {
         .stdout_has("the footer at byte");
 }
 
-/// Of files with an index of another kind behind them, everything is read as before.
+/// A file with another kind of index after it is read as before.
 #[test]
 fn another_trailer_is_trailing_bytes() {
     let dir = scratch();
@@ -359,7 +359,7 @@ fn another_trailer_is_trailing_bytes() {
         .stdout_has("behind the end of the image");
     run(["diff", arg(&image("tpv")), arg(&path)]).code(0);
     run(["inspect", "--page", "1", arg(&path)]).code(0);
-    // Its pads are taken out, too.
+    // Its pads are removed, too.
     let out = dir.path().join("out");
     run(["convert", "-f", "-o", arg(&out), arg(&path)]).code(0);
     let (back, plain) = (fs::read(&out).unwrap(), fs::read(image("tpv")).unwrap());
@@ -382,7 +382,7 @@ fn a_flipped_bit_is_named_to_record_and_page() {
         at = at
             .wrapping_mul(6_364_136_223_846_793_005)
             .wrapping_add(1_442_695_040_888_963_407);
-        // What the file begins with decides how it is read at all.
+        // Not in the first bytes, which decide how the file is read at all.
         let byte = 64 + (at >> 20) % (image_end - 64);
         file[byte] ^= 1 << (flip % 8);
         fs::write(&path, &file).unwrap();
@@ -404,7 +404,7 @@ fn a_flipped_bit_is_named_to_record_and_page() {
         };
         file[byte] ^= 1 << (flip % 8);
     }
-    // Two at once: both are listed, and JSON has them.
+    // Two at once: both are listed, in JSON too.
     for (_, data, _) in records.iter().filter(|(_, data, end)| data < end).take(2) {
         file[*data] ^= 1;
     }
@@ -420,7 +420,7 @@ fn a_flipped_bit_is_named_to_record_and_page() {
     assert_eq!(json["digests_checked"], true);
 }
 
-/// A page is the same from a mapped image and from a plain one; its place is its own.
+/// A page is the same from a mapped image and from a plain one; only its offset differs.
 #[test]
 fn one_page_is_shown() {
     let dir = scratch();
@@ -479,7 +479,7 @@ fn one_page_is_shown() {
     assert_eq!(output.status.code(), Some(64), "{output:?}");
 }
 
-/// Legacy images and images of other versions become mapped as they become streams.
+/// Legacy images and images of other versions can be mapped as they can be converted to streams.
 #[test]
 fn what_is_converted_on_the_way_is_mapped_too() {
     let dir = scratch();

@@ -1,5 +1,5 @@
-//! migrate and migrate-receive, both ends real: over sockets and commands, for every
-//! kind of guest, and with connections that are cut.
+//! migrate and migrate-receive, both ends real: over sockets and commands, for every kind of guest,
+//! and with connections that are cut.
 
 use std::fs;
 use std::io::{self, Write as _};
@@ -51,7 +51,7 @@ fn a_domain_that_writes_arrives_as_it_was_when_it_was_suspended() {
             .code(0)
             .json();
         let received = receiver.end().code(0).json();
-        // All memory came a second time, and was what had come before.
+        // All memory was sent a second time, and was the same as before.
         assert_eq!(received["verify_mismatches"], 0, "{kind}: {received}");
         assert_eq!(sent["pages"], received["pages"], "{kind}");
         assert!(sent["iterations"].as_u64() >= Some(1), "{kind}: {sent}");
@@ -165,7 +165,7 @@ fn through_a_command_as_xl_does() {
     assert_eq!(calls, format!("example {receive} -e -d -p\n"));
     assert_eq!(hosts.domains(), [vec![], vec!["web paused".to_owned()]]);
     run(["mock", "unpause", "web", "--host", arg(&hosts.there)]).code(0);
-    // Without one, the host is the whole command; and back it goes.
+    // With an empty `-s`, the host is the whole command. The domain moves back.
     let whole = format!("{receive} {}", backend(&hosts.here));
     let backend_there = backend(&hosts.there);
     run([
@@ -179,7 +179,7 @@ fn through_a_command_as_xl_does() {
     ])
     .code(0);
     assert_eq!(hosts.domains(), [vec!["web running".to_owned()], vec![]]);
-    // A command that fails is named, with what it came to.
+    // A command that fails is reported with its exit code.
     run(["migrate", &backend_here, "-s", "", "web", "exit 7"])
         .code(1)
         .stderr_has("exit code 7")
@@ -203,7 +203,7 @@ fn the_command_hears_the_signals_that_are_read_here() {
         u64::from_str_radix(line.trim(), 16).unwrap()
     };
     assert_eq!(mask("SigBlk:"), 0, "{about}");
-    // What asks to stop is ignored: there is an order in which things end.
+    // Signals that ask to stop are ignored, because things end in a certain order.
     for signal in [Signal::SIGINT, Signal::SIGHUP, Signal::SIGTERM] {
         assert_ne!(mask("SigIgn:") & 1 << (signal as u32 - 1), 0, "{about}");
     }
@@ -229,7 +229,7 @@ fn over_tcp() {
 fn nothing_but_the_protocol_is_said_to_the_sender() {
     let hosts = Hosts::with("pvh", &[]);
     let (at, to) = (hosts.path("at"), hosts.path("to"));
-    // As talkative as it gets.
+    // As verbose as possible.
     let receiver = hosts.receiver(&to, &["-vvv", "--json"]);
     let passed = Cut::NEVER.run(&at, &to);
     let sent = hosts.sender(&at, &["--json"]).end().code(0).json();
@@ -243,8 +243,8 @@ fn nothing_but_the_protocol_is_said_to_the_sender() {
     );
 }
 
-/// Cut a migration, and look at both ends: what the exit code says of the domain is so,
-/// and it runs at one end at most. Then have it at the first end again, running.
+/// Cut a migration, and check both ends: the exit code tells the truth about the domain, which runs
+/// at one end at most. Then make it run at the first end again.
 fn cut(hosts: &Hosts, cut: Cut, what: &str) -> i32 {
     let (at, to) = (hosts.path("at"), hosts.path("to"));
     let receiver = hosts.receiver(&to, &[]);
@@ -289,7 +289,7 @@ fn cut(hosts: &Hosts, cut: Cut, what: &str) -> i32 {
                 sent.stderr.contains("must never run at both ends"),
                 "{what}"
             );
-            // As the message says.
+            // As the message advises.
             if there == ["web running"] {
                 run(["mock", "destroy", "web", "--host", host_there]).code(0);
             } else {
@@ -312,7 +312,7 @@ fn cut(hosts: &Hosts, cut: Cut, what: &str) -> i32 {
     sent.code
 }
 
-/// Where in a message to cut: before it, in it, behind it.
+/// Where to cut a message: before it, in it, after it.
 fn places(before: u64, message: &[u8]) -> [u64; 4] {
     let n = message.len() as u64;
     [1, n / 2, n - 1, n].map(|at| before + at)
@@ -337,8 +337,8 @@ fn what_the_receiver_says_is_cut_anywhere() {
         }
         before += message.len() as u64;
     }
-    // Not all of "ready": the sender has it. All of the status: the receiver has.
-    // Between them, a part of the report at least: nobody knows.
+    // With an incomplete "ready", the sender has the domain. With the whole status, the receiver
+    // has. Between them, with at least a part of the report, it is unknown.
     assert_eq!(codes[..8], [1; 8]);
     assert_eq!(codes[9..13], [3; 4]);
     assert_eq!(codes[16], 0);
@@ -370,8 +370,8 @@ fn what_the_sender_says_is_cut_anywhere() {
             },
             &format!("forth after {forth}"),
         );
-        // A migration sends a byte or two more than a save here and there; in any case
-        // no "go" has passed.
+        // A migration sends a byte or two more than a save here and there; in any case "go" has not
+        // been sent.
         assert_ne!(code, 0, "forth after {forth}");
     }
     for forth in places(image, GO) {
@@ -386,7 +386,7 @@ fn what_the_sender_says_is_cut_anywhere() {
     }
 }
 
-/// Every byte of the handshake, and many of the stream: minutes. `XSR_CUTS` is how many
+/// Every byte of the handshake, and many of the stream: takes minutes. `XSR_CUTS` is the number of
 /// places in the stream.
 #[test]
 #[ignore = "takes 40 s and more: for whoever changes the handshake"]
@@ -442,7 +442,7 @@ fn what_cannot_be_is_said_before_anything_is_sent() {
     run(migrate).code(1).stderr_has("paused");
     run(["mock", "unpause", "web", "--host", arg(&hosts.here)]).code(0);
     assert_eq!(hosts.domains(), [vec!["web running".to_owned()], vec![]]);
-    // A name that is taken.
+    // The name is in use.
     create(&hosts.there, "web", "pv");
     let receiver = hosts.receiver(&socket, &[]);
     hosts
@@ -451,7 +451,7 @@ fn what_cannot_be_is_said_before_anything_is_sent() {
         .code(1)
         .stderr_has("web runs on here");
     receiver.end().code(1).stderr_has("\"web\" exists already");
-    // And one that a receiver which was killed has left.
+    // And a name that a killed receiver has left behind.
     let there = arg(&hosts.there);
     run(["mock", "rename", "web", "web--incoming", "--host", there]).code(0);
     let receiver = hosts.receiver(&socket, &[]);
@@ -478,7 +478,7 @@ fn a_connect_that_nobody_answers_is_interrupted() {
     let hosts = Hosts::with("pv", &[]);
     let socket = hosts.path("socket");
     let listener = UnixListener::bind(&socket).unwrap();
-    // Room for one that waits to be accepted, and that is taken.
+    // Room for one connection that waits to be accepted, which is taken.
     nix::sys::socket::listen(&listener, Backlog::new(0).unwrap()).unwrap();
     let _first = UnixStream::connect(&socket).unwrap();
     let sender = hosts.sender(&socket, &[]);
@@ -489,8 +489,8 @@ fn a_connect_that_nobody_answers_is_interrupted() {
     assert_eq!(hosts.domains(), [vec!["web running".to_owned()], vec![]]);
 }
 
-/// It goes away while the receiver's banner is waited for: the save's own phases are the
-/// engine's tests. The guest is left as it is, under its name.
+/// The guest shuts down while the sender waits for the receiver's banner: the save's own phases are
+/// tested with the engine. The guest is left as it is, under its name.
 #[test]
 fn a_guest_that_goes_away_is_said_to_have_gone() {
     for (kind, how) in [("pv", "poweroff"), ("pvh", "crash"), ("hvm", "reboot")] {
@@ -515,7 +515,7 @@ fn a_guest_that_goes_away_is_said_to_have_gone() {
             }
             sent.code(1);
             assert_eq!(hosts.domains(), [vec!["web shutdown".to_owned()], vec![]]);
-            // And so it is said of it from now on.
+            // The same is reported from now on.
             let here = backend(&hosts.here);
             let image = hosts.path("image");
             let why = format!("it has shut down ({how})");

@@ -1,5 +1,5 @@
-//! What a command writes, and over what: nothing is lost for it, whatever it is told to write to,
-//! and a failure says what became of the guest and of the file.
+//! Output files and what they replace: nothing is lost, whatever a command writes to, and a failure
+//! reports what has become of the guest and of the file.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Read as _;
@@ -105,7 +105,7 @@ fn what_is_there_stays_unless_force_is_given() {
             "{ran:?}"
         );
         assert_eq!(fs::read(dir.path().join("o")).unwrap(), b"precious");
-        // Nothing was read for it: an input that is not there is not even missed.
+        // No input was read before that: even a missing input is not reported.
         let command = command.replace("a.save", "-");
         let ran = sh(dir.path(), &format!("$X {command} < /dev/zero"));
         assert_eq!(ran.code, 64, "{ran:?}");
@@ -122,7 +122,7 @@ fn what_is_there_stays_unless_force_is_given() {
     sh(dir.path(), "$X cat -f a.save -o o").code(0);
     let mode = fs::metadata(dir.path().join("o")).unwrap().permissions();
     assert_eq!(mode.mode() & 0o777, 0o600);
-    // Where there is nothing to lose there is nothing to force.
+    // If nothing can be lost, `--force` is not needed.
     for to in ["/dev/null", "/dev/stdout"] {
         sh(dir.path(), &format!("$X cat a.save -o {to} > /dev/null")).code(0);
     }
@@ -167,7 +167,7 @@ fn no_guest_is_given_up_for_an_output_that_keeps_nothing() {
         run(["mock", "destroy", "--host", arg(&host), "web"]).code(0);
         crate::common::create(&host, "web", "pv");
     }
-    // A report that goes nowhere is one that fails, unless it is meant to go nowhere, as by
+    // A command fails if its report cannot be written, unless that is intended, as with
     // `subprocess.DEVNULL` of Python, which is open for reading, too.
     run([
         "save",
@@ -188,7 +188,7 @@ fn no_guest_is_given_up_for_an_output_that_keeps_nothing() {
         sh(dir.path(), &format!("$X {command} > /dev/null")).code(0);
         sh(dir.path(), &format!("$X {command} <> /dev/null >&0")).code(0);
     }
-    // Appended to what there is, where that is asked for.
+    // Appended to existing data, if that is requested.
     fs::write(dir.path().join("log"), "12345678").unwrap();
     sh(
         dir.path(),
@@ -228,7 +228,7 @@ fn a_save_that_fails_says_what_became_of_the_guest_and_of_the_file() {
         ran.stderr.contains("to /dev/full") && ran.stderr.contains("; web runs on, what /dev/full"),
         "{ran:?}"
     );
-    // Without --force the guest is not even suspended for it.
+    // Without --force the guest is not even suspended.
     let ran = sh(dir.path(), &format!("ulimit -f 4000; {save} web.save")).code(1);
     for words in [
         "web.save: ",
@@ -243,8 +243,8 @@ fn a_save_that_fails_says_what_became_of_the_guest_and_of_the_file() {
     assert_eq!(names(dir.path()), ["host", "web.save"]);
 }
 
-/// Lets a command that is about to name its output do so, and open no file meanwhile: the
-/// directory cannot be synced.
+/// Let a command that is about to rename its output do so, without opening files: the directory
+/// cannot be synced.
 fn name_without_syncing(held: &mut Staged) {
     let pid = Pid::from_raw(i32::try_from(held.pid()).unwrap());
     let limit = |limit| prlimit(pid, Resource::Nofile, limit).unwrap();
@@ -311,7 +311,7 @@ fn a_writing_error_is_not_blamed_on_the_input() {
         let ran = sh(dir.path(), &format!("$X {command} - > /dev/full")).code(1);
         let words = "xsr: writing stdout: No space left on device (os error 28); ";
         assert!(ran.stderr.starts_with(words), "{command}: {ran:?}");
-        // A reader that has enough needs no words.
+        // No message for a reader that has read enough.
         let ran = sh(
             dir.path(),
             &format!("$X {command} - | head -c 10 > /dev/null"),
@@ -352,7 +352,7 @@ fn what_was_done_is_no_failure_because_it_cannot_be_reported() {
         };
         assert_eq!(ran.stderr, expected, "{command}");
     }
-    // Where the report is the work, it is one.
+    // If the report is the work itself, it fails.
     for command in [
         "inspect w.save",
         "verify w.save",
@@ -395,7 +395,7 @@ fn a_temporary_file_of_a_killed_command_goes_with_the_next() {
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    // It has opened its output once it takes what comes from the source, and waits for more.
+    // Once it reads from the source, it has opened its output. It now waits for more.
     let mut source = OpenOptions::new().write(true).open(&fifo).unwrap();
     let whole = fs::read(image("tpv")).unwrap();
     std::io::Write::write_all(&mut source, &whole[..2 << 20]).unwrap();
@@ -405,7 +405,7 @@ fn a_temporary_file_of_a_killed_command_goes_with_the_next() {
             .filter(|name| name.ends_with(".partial"))
     };
     assert_eq!(left().count(), 1);
-    // In use: not for another command to remove.
+    // The file is in use, so another command must not remove it.
     let save = format!("{} -c web a.save", backend(&host));
     sh(dir.path(), &format!("$X save {save}")).code(0);
     assert_eq!(left().count(), 1);
@@ -457,7 +457,7 @@ fn a_long_message_is_cut() {
     assert!(output.stderr.len() < 20_000, "{}", output.stderr.len());
 }
 
-/// Nothing is written to a stream of another user; a test that needs root.
+/// Nothing is written to a stream of another user. This test needs root.
 #[test]
 fn another_users_fifo_gets_no_memory() {
     if !nix::unistd::geteuid().is_root() {
@@ -478,7 +478,7 @@ fn another_users_fifo_gets_no_memory() {
         "{ran:?}"
     );
     assert_eq!(state(&host, "web").as_deref(), Some("running"));
-    // Not one byte came.
+    // Not a byte has arrived.
     std::io::Write::write_all(&mut reader, b"!").unwrap();
     let mut byte = [0];
     reader.read_exact(&mut byte).unwrap();

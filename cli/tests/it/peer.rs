@@ -1,15 +1,15 @@
 //! Xen's own `verify-stream-v2` accepts what `xsr save` writes for domains of every
 //! kind, and so does `xsr verify`.
 //!
-//! Needs the unpacked package `xen-utils-4.17` (`cargo xtask peer-tools`), whose folder
-//! `XSR_PEER_TOOLS` names, and python3.
+//! Needs python3 and the unpacked package `xen-utils-4.17` (`cargo xtask peer-tools`), whose
+//! directory is in `XSR_PEER_TOOLS`.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::common::{arg, backend, image, run, scratch};
 
-/// Where the script's package is, if it is; says why if not.
+/// The directory of the script's package; `None`, with a message, if it is missing.
 fn tools() -> Option<PathBuf> {
     let tools = std::env::var_os("XSR_PEER_TOOLS").map(PathBuf::from);
     if tools.is_none() {
@@ -21,7 +21,7 @@ fn tools() -> Option<PathBuf> {
     tools
 }
 
-/// What Xen's script prints of an image that it accepts.
+/// The output of Xen's script for an image that it accepts.
 fn xen_verifies(tools: &Path, image: &Path) -> String {
     let output = Command::new("python3")
         .arg(tools.join("usr/lib/xen-4.17/bin/verify-stream-v2"))

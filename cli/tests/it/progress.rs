@@ -68,7 +68,7 @@ fn progress_goes_to_a_descriptor() {
     let (code, said) = sh(&format!("save {at} nobody {}", arg(&image)));
     assert_eq!((code, &last(&said)["code"]), (Some(1), &1.into()));
     assert!(last(&said)["error"].as_str().unwrap().contains("nobody"));
-    // Nothing is there to write to.
+    // This descriptor is not open.
     run(["save", "--progress-fd", "77", &at, "web", arg(&image)])
         .code(64)
         .stderr_has("--progress-fd 77");
@@ -90,7 +90,7 @@ fn whoever_does_not_read_the_progress_holds_nothing_up() {
     run(workload.iter().chain(&[arg(&host)])).code(0);
     let image = dir.path().join("a.save");
     let (reader, writer) = nix::unistd::pipe().unwrap();
-    // Room for a page's worth of lines, and nobody takes them.
+    // Room for one page of lines, which are never read.
     nix::fcntl::fcntl(&writer, nix::fcntl::FcntlArg::F_SETPIPE_SZ(4096)).unwrap();
     let status = Command::new("sh")
         .args([

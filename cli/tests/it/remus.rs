@@ -18,7 +18,7 @@ use xsr_format::walk::{Content, Walk};
 use xsr_format::wrapper::libxl::LibxlRecord;
 
 const NONE: [&str; 0] = [];
-/// What a sender says when it takes its domain back: three records without a body.
+/// The message with which a sender takes its domain back: three records without a body.
 const WITHDRAWAL: usize = 24;
 const BUSY: [&str; 4] = ["--dirty-rate", "20000", "--working-set", "4M"];
 
@@ -30,7 +30,7 @@ fn sender(hosts: &Hosts, socket: &Path, options: &[&str]) -> Running {
     Running::start(args.iter().chain(options))
 }
 
-/// Both ends, with a checkpoint complete at the second.
+/// Both ends, with a checkpoint complete at the secondary.
 fn protected(hosts: &Hosts, options: &[&str]) -> [Running; 2] {
     let socket = hosts.path("socket");
     let mut receiver = hosts.receiver(&socket, &["-r"]);
@@ -67,7 +67,7 @@ fn an_interrupt_ends_the_protection_and_the_other_end_forgets_the_domain() {
     }
 }
 
-/// Before the other end had a checkpoint.
+/// Before the receiver has a checkpoint.
 #[test]
 fn an_interrupt_before_there_is_protection_says_that_there_was_none() {
     let hosts = Hosts::with("pvh", &BUSY);
@@ -96,12 +96,12 @@ fn an_interrupt_before_there_is_protection_says_that_there_was_none() {
 #[test]
 fn a_sender_that_is_killed_leaves_its_last_checkpoint_running() {
     for kind in ["pv", "pv32", "hvm", "pvh"] {
-        // It does nothing, so that all checkpoints are what it is.
+        // The guest does nothing, so that all checkpoints equal it.
         let hosts = Hosts::with(kind, &[]);
         let image = hosts.path("before");
         fs::write(&image, hosts.image()).unwrap();
         let [sender, receiver] = protected(&hosts, &[]);
-        // A session that breaks off is no reason to give up, here.
+        // This receiver goes on after a hangup of its session.
         receiver.signal(Signal::SIGHUP);
         sender.kill();
         let received = receiver.end().code(0);
@@ -114,7 +114,7 @@ fn a_sender_that_is_killed_leaves_its_last_checkpoint_running() {
             run(diff).code(0);
             continue;
         }
-        // Its device model has been saved, as each checkpoint has it.
+        // Its device model has been saved, as in each checkpoint.
         let differences = run(diff).code(1).stdout;
         assert!(
             differences.starts_with(
@@ -126,13 +126,13 @@ fn a_sender_that_is_killed_leaves_its_last_checkpoint_running() {
     }
 }
 
-/// Of a guest that writes, whatever had come when it happened.
+/// The guest writes; the result is the last checkpoint that had arrived.
 #[test]
 fn a_sender_that_is_killed_leaves_the_last_checkpoint_that_had_come() {
     for kind in ["pv", "hvm", "pvh"] {
         let hosts = Hosts::with(kind, &BUSY);
         let file = hosts.path("stream");
-        // All that the receiver gets is kept.
+        // Keep a copy of everything that the receiver gets.
         let there = backend(&hosts.there);
         let xsr = env!("CARGO_BIN_EXE_xsr");
         let receiver = format!("tee {} | {xsr} migrate-receive -r {there}", arg(&file));
@@ -144,7 +144,7 @@ fn a_sender_that_is_killed_leaves_the_last_checkpoint_that_had_come() {
         });
         sender.signal(Signal::SIGKILL);
         sender.line("goes on here from checkpoint");
-        // Its receiver has its stderr, and ends last.
+        // The receiver shares its stderr, and ends last.
         assert!(!sender.end().stderr.contains("panicked"));
         assert_eq!(hosts.domains()[1], ["web running"], "{kind}");
         let [left, expected] = ["left", "expected"].map(|name| hosts.path(name));
@@ -164,7 +164,7 @@ fn a_sender_that_is_killed_leaves_the_last_checkpoint_that_had_come() {
 #[test]
 fn a_receiver_that_is_lost_leaves_the_domain_running_where_it_is() {
     let hosts = Hosts::with("pvh", &BUSY);
-    // Nobody knows what became of it.
+    // It is unknown what has become of the copy.
     let [sender, receiver] = protected(&hosts, &[]);
     receiver.kill();
     let sent = sender.end();
@@ -185,7 +185,7 @@ fn a_receiver_that_is_lost_leaves_the_domain_running_where_it_is() {
     ];
     run(gone).code(0);
 
-    // The same, and it is to stand still then.
+    // The same, with the domain to be paused.
     let [sender, receiver] = protected(&hosts, &["--on-loss", "pause"]);
     receiver.kill();
     sender.end().code(3).stderr_has("Here it is paused");
@@ -193,7 +193,7 @@ fn a_receiver_that_is_lost_leaves_the_domain_running_where_it_is() {
     run(gone).code(0);
     run(["mock", "unpause", "web", "--host", arg(&hosts.here)]).code(0);
 
-    // It says that it has none any more.
+    // It reports that it has no copy any more.
     let [sender, receiver] = protected(&hosts, &[]);
     receiver.signal(Signal::SIGINT);
     assert_eq!(receiver.end().code, 1);
@@ -203,7 +203,7 @@ fn a_receiver_that_is_lost_leaves_the_domain_running_where_it_is() {
         .stderr_has("web runs on here, unprotected");
     assert_eq!(hosts.domains(), [vec!["web running".to_owned()], vec![]]);
 
-    // A checkpoint that has no room there; and a name that is taken.
+    // A checkpoint for which there is no room; and a name in use.
     let socket = hosts.path("socket");
     let small = ["-r", "--checkpoint-memory", "4K", "--checkpoint-file", "8K"];
     let receiver = hosts.receiver(&socket, &small);
@@ -247,7 +247,7 @@ fn a_receiver_that_says_that_it_runs_the_domain_has_it() {
     assert_eq!(hosts.domains()[0], ["web--migratedaway paused"]);
 }
 
-/// Cut the connection behind so many bytes, with both ends alive.
+/// Cut the connection after this many bytes, with both ends alive.
 fn cut(hosts: &Hosts, forth: u64, on_loss: &str) -> (i32, [Vec<String>; 2]) {
     let (at, to) = (hosts.path("at"), hosts.path("to"));
     let receiver = hosts.receiver(&to, &["-r"]);
@@ -263,7 +263,7 @@ fn cut(hosts: &Hosts, forth: u64, on_loss: &str) -> (i32, [Vec<String>; 2]) {
     assert_eq!(received.code == 0, there == Some("web running"), "{what}");
     assert!(matches!(there, None | Some("web running")), "{what}");
     if there.is_some() {
-        // Nobody can know, and it is said.
+        // It cannot be known, and the message says so.
         assert_eq!(sent.code, 3, "{what}");
         assert!(
             sent.stderr.contains("must never run at both ends"),
@@ -285,7 +285,7 @@ fn cut(hosts: &Hosts, forth: u64, on_loss: &str) -> (i32, [Vec<String>; 2]) {
 #[test]
 fn a_connection_that_is_cut_anywhere_leaves_a_domain_that_runs_and_says_where() {
     let hosts = Hosts::with("pvh", &[]);
-    // How far the first checkpoint goes.
+    // The length of the first checkpoint.
     let (at, to) = (hosts.path("at"), hosts.path("to"));
     let receiver = hosts.receiver(&to, &["-r"]);
     let proxy = Cut::NEVER.run(&at, &to);
@@ -302,7 +302,8 @@ fn a_connection_that_is_cut_anywhere_leaves_a_domain_that_runs_and_says_where() 
     assert_eq!(there, [[0; 8].as_slice(), &[1; 6]].concat());
 }
 
-/// What `xsr remus` sends, of so many checkpoints, to a receiver that says nothing more.
+/// The stream that `xsr remus` sends, with this many checkpoints, to a receiver that sends nothing
+/// more.
 fn stream(hosts: &Hosts, epochs: &str) -> Vec<u8> {
     let file = hosts.path("stream");
     let banner = String::from_utf8(BANNER.to_vec()).unwrap();
@@ -314,12 +315,12 @@ fn stream(hosts: &Hosts, epochs: &str) -> Vec<u8> {
     fs::read(file).unwrap()
 }
 
-/// Where in a stream each checkpoint ends, whole with what libxl has of it.
+/// The end of each checkpoint in a stream, including libxl's part.
 fn ends(stream: &[u8], kind: &str) -> Vec<usize> {
     let mut walk = Walk::open(stream, ReadOptions::default()).unwrap();
     let mut ends = Vec::new();
     let mut checkpoint = false;
-    // The last step is the withdrawal, which nobody reads.
+    // The last step is the withdrawal, which the walk rejects.
     while let Ok(Some(step)) = walk.next_step() {
         match step.content {
             Content::Record(record) => {
@@ -336,7 +337,7 @@ fn ends(stream: &[u8], kind: &str) -> Vec<usize> {
     ends
 }
 
-/// Have a receiver take a stream that breaks off, and the image of what came of it.
+/// Give a receiver a truncated stream, and save the resulting domain.
 fn survivor(hosts: &Hosts, stream: &[u8], image: &Path) -> i32 {
     let mut receiver = Command::new(env!("CARGO_BIN_EXE_xsr"))
         .args(["migrate-receive", "-r", "-q", &backend(&hosts.there)])
@@ -370,7 +371,7 @@ fn the_survivor_is_the_last_checkpoint_that_is_whole_in_both_layers() {
         let ends = ends(&stream, kind);
         assert_eq!(ends.len(), 3, "{kind}");
         assert_eq!(stream.len(), ends[2] + WITHDRAWAL, "{kind}");
-        // A device model has another state in each.
+        // The device model's state differs in each.
         let model = b"xsr mock device model: ";
         let has = |bytes: &[u8], saves: u64| {
             let state = [model, saves.to_le_bytes().as_slice()].concat();
@@ -379,7 +380,7 @@ fn the_survivor_is_the_last_checkpoint_that_is_whole_in_both_layers() {
         let [exact, later] = ["exact", "later"].map(|name| hosts.path(name));
         let mut images = Vec::new();
         assert_eq!(survivor(&hosts, &stream[..ends[0] - 1], &exact), 1);
-        // With the second of its three records the domain is taken back.
+        // The second of its three records takes the domain back.
         let taken_back = ends[2] + 16;
         for (saves, (at, next)) in
             (1..).zip(ends.iter().zip(ends.iter().skip(1).chain([&taken_back])))
@@ -390,14 +391,14 @@ fn the_survivor_is_the_last_checkpoint_that_is_whole_in_both_layers() {
             let expected = if kind == "hvm" { vec![saves] } else { vec![] };
             assert_eq!(states.collect::<Vec<u64>>(), expected, "{kind}");
             images.push(image);
-            // Within what libxl has of the next one, say.
+            // For example, within libxl's part of the next one.
             for cut in [at + 1, (at + next) / 2, next - 1] {
                 assert_eq!(survivor(&hosts, &stream[..cut], &later), 0, "{kind}");
                 run(["diff", arg(&exact), arg(&later)]).code(0);
             }
         }
         assert!(images[0] != images[1] && images[1] != images[2], "{kind}");
-        // All of it: the sender has taken it back.
+        // All of it: the sender has taken the domain back.
         assert_eq!(survivor(&hosts, &stream, &exact), 1);
         assert_eq!(hosts.domains()[1], NONE);
     }
@@ -453,7 +454,7 @@ fn who_does_not_read_the_stats_holds_up_no_checkpoint() {
     let here = backend(&hosts.here);
     let args = ["remus", &here, "web", &to];
     let sender = Running::start(args.iter().chain(&options));
-    // All of them have been taken, and nothing has been read.
+    // All of them have been received, and none has been read.
     receiver
         .end()
         .code(1)
@@ -478,7 +479,7 @@ fn a_receiver_that_never_gets_to_its_banner() {
     run(["remus", &here, "-s", "", "web", "exit 7"])
         .code(1)
         .stderr_has("ended with exit code 7");
-    // Until somebody has enough of it.
+    // Until it is interrupted.
     let command = "echo begun >&2; cat > /dev/null";
     let mut sender = Running::start(["remus", &here, "-s", "", "web", command]);
     sender.line("begun");
@@ -504,7 +505,7 @@ fn what_does_not_protect_is_refused_as_xl_does() {
     run(["remus", &here, "-F", "-n", "-d", "web", &socket])
         .code(1)
         .stderr_has("migrate-receive -r --listen");
-    // A plain migration is none of its business.
+    // It refuses a plain migration.
     let at = hosts.path("at");
     let receiver = hosts.receiver(&at, &["-r"]);
     let migrating = hosts.sender(&at, &[]);

@@ -1,6 +1,6 @@
-//! What people do with an image: memory taken out of it (`export`), its configuration
-//! changed (`edit`). What is expected comes from a scan of the stream written here, from
-//! the specification's tables, and from what the options say.
+//! `export` (memory taken out of an image) and `edit` (its configuration changed). The expected
+//! results come from a scan of the stream written here, from the specification's tables, and from
+//! the options.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -18,19 +18,19 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
 }
 
-/// The last contents of each pfn that has any, and how many times one was replaced.
+/// The last contents of each pfn that has any, and the number of replacements.
 fn last_pages(bytes: &[u8]) -> (BTreeMap<u64, &[u8]>, usize) {
     let (_, libxc, _) = layers(bytes);
     let mut pages = BTreeMap::new();
     let mut replaced = 0;
-    // Behind the image header (24 bytes) and the domain header (16).
+    // After the image header (24 bytes) and the domain header (16).
     let mut at = libxc + 40;
     loop {
         let (kind, length) = (u32_at(bytes, at), u32_at(bytes, at + 4));
         let body = at + 8;
         match kind {
             0 => return (pages, replaced),
-            // PAGE_DATA: a count, the entries, the pages of those that have data.
+            // PAGE_DATA: a count, the entries, the pages of entries with data.
             1 => {
                 let count = u32_at(bytes, body);
                 let mut data = body + 8 + 8 * count;
@@ -71,8 +71,8 @@ fn raw_memory_has_the_last_version_of_each_page_at_its_address() {
             arg(&raw),
         ])
         .code(0);
-        // A PVH guest's last pages are those of the firmware, just below 4 GiB: look at the
-        // places that matter, not at gigabytes of hole.
+        // A PVH guest's last pages are the firmware's, just below 4 GiB, so compare only the pages,
+        // not gigabytes of hole.
         let file = fs::File::open(&raw).unwrap();
         for (pfn, page) in &pages {
             let mut found = vec![1; PAGE];
@@ -90,7 +90,7 @@ fn raw_memory_has_the_last_version_of_each_page_at_its_address() {
 fn a_core_has_its_sections_and_the_pages_in_order() {
     let dir = scratch();
     for (name, option, list, step) in [
-        // A PV core lists {pfn, gmfn}, one of a translated guest pfns.
+        // A PV core lists {pfn, gmfn}, a translated guest's core lists pfns.
         ("tpv", "--format=elf", ".xen_p2m", 16),
         ("tpv", "--pfn-list", ".xen_pfn", 8),
         ("tpvh-live", "--format=elf", ".xen_pfn", 8),
@@ -152,7 +152,7 @@ fn records(bytes: &[u8], wanted: usize) -> Vec<&[u8]> {
     }
 }
 
-/// The loaded pieces of a core: address, physical address, contents.
+/// The loaded segments of a core: address, physical address, contents.
 fn pieces(core: &[u8]) -> Vec<(u64, u64, &[u8])> {
     let count = u16::from_le_bytes([core[0x38], core[0x39]]);
     (0..usize::from(count))
@@ -168,8 +168,8 @@ fn pieces(core: &[u8]) -> Vec<(u64, u64, &[u8])> {
         .collect()
 }
 
-/// A guest that was suspended stands behind the instruction of its hypercall: the bytes
-/// there, found by the core's addresses alone, say whether those are right.
+/// The instruction pointer of a suspended guest is after its hypercall instruction. The bytes
+/// before it, found by the core's addresses alone, show whether those are right.
 #[test]
 fn a_core_for_gdb_has_the_memory_where_the_guest_has_it() {
     /// `syscall`, `vmcall`, `vmmcall`.
@@ -196,15 +196,15 @@ fn a_core_for_gdb_has_the_memory_where_the_guest_has_it() {
                 assert!(pages[&pfn] == page, "{name}: pfn {pfn:#x}");
             }
         }
-        // rip: in vcpu_guest_context_t behind the record's vcpu, in the CPU record (type 2)
-        // of the HVM context.
+        // rip: in vcpu_guest_context_t after the record's vcpu, in the CPU record (type 2) of the
+        // HVM context.
         let (rip, gs_base) = match records(&saved, 9).first() {
             Some(context) => {
                 let mut at = 0;
                 loop {
                     let kind = u16::from_le_bytes([context[at], context[at + 1]]);
                     if kind == 2 {
-                        // The guest is in ring 0: gs_base is its kernel's.
+                        // The guest is in ring 0, so gs_base is its kernel's.
                         assert_eq!(context[at + 8 + 736] & 3, 0);
                         break (u64_at(context, at + 8 + 640), u64_at(context, at + 8 + 840));
                     }
@@ -216,7 +216,7 @@ fn a_core_for_gdb_has_the_memory_where_the_guest_has_it() {
                 (u64_at(context, 648), u64_at(context, 5152))
             }
         };
-        // The note: header (12 bytes), its name (8), then pr_reg at 112; rip is the 17th, gs_base the 23rd.
+        // The note: header (12 bytes), name (8), then pr_reg at 112; rip is 17th, gs_base 23rd.
         let notes = usize::try_from(u64_at(&core, 64 + 8)).unwrap();
         assert_eq!(u64_at(&core, notes + 20 + 112 + 16 * 8), rip, "{name}");
         assert_eq!(u64_at(&core, notes + 20 + 112 + 22 * 8), gs_base, "{name}");
@@ -247,7 +247,7 @@ fn a_core_for_gdb_that_cannot_be_made_is_refused() {
     with(&["gdb", "--pfn-list"]).code(64);
     with(&["elf", "--vcpu", "0"]).code(64);
     with(&["gdb", "--sparse"]).code(64);
-    // cr3 names a frame that is not in the image.
+    // cr3 points to a frame that is not in the image.
     let mut bytes = fs::read(&saved).unwrap();
     let at = {
         let context = records(&bytes, 4)[0].as_ptr() as usize;
@@ -284,7 +284,7 @@ fn an_edit_changes_what_it_says_and_nothing_else() {
     let [from, to] = [&before, &after].map(|bytes| layers(bytes).1);
     assert!(before[from..] == after[to..], "the streams differ");
 
-    // An optional record comes, and goes.
+    // An optional record is added, and dropped.
     let note = dir.path().join("note");
     fs::write(&note, "twelve bytes").unwrap();
     let with = dir.path().join("with.save");
@@ -305,11 +305,11 @@ fn an_edit_changes_what_it_says_and_nothing_else() {
     ])
     .code(0);
     assert!(fs::read(&without).unwrap() == before);
-    // What nobody may drop.
+    // Records that must not be dropped.
     run(["edit", "--drop", "0x1", "-o", arg(&without), arg(&with)]).code(64);
 }
 
-/// What is in the blobs has names: those of Xen's headers, of CPUID leaves and of MSRs.
+/// Fields of blobs are named as in Xen's headers, CPUID leaves and MSRs.
 #[test]
 fn the_fields_of_blobs_have_names() {
     let of = |name: &str| run(["inspect", "--fields", "--json", arg(&image(name))]).json();

@@ -1,5 +1,5 @@
 //! Signals at each phase of each command that writes: afterwards exactly one copy of the guest
-//! runs, no partial file is left, and the exit code and the message say what was done.
+//! runs, no partial file is left, and the exit code and the message report what was done.
 //!
 //! Each phase that a command announces gets one or two of the 54 pairs of signals below, in
 //! turn. `XSR_SIGNALS=all cargo test -p xsr --test it signals` tries all of them at each.
@@ -25,18 +25,18 @@ struct Pair {
     first: Signal,
     second: Signal,
     gap: Duration,
-    /// Whether the whole process group gets them.
+    /// Whether they are sent to the whole process group.
     group: bool,
 }
 
-/// Every pair there is.
+/// All pairs.
 fn pairs() -> Vec<Pair> {
     let mut pairs = Vec::new();
     for (n, milliseconds) in [0, 5, 50].into_iter().enumerate() {
         for (m, first) in ASK.into_iter().enumerate() {
             for (k, second) in ASK.into_iter().enumerate() {
                 for group in [false, true] {
-                    // In such an order that the first few differ in everything.
+                    // An order in which the first few differ in everything.
                     let at = (n * 7 + m * 3 + k * 5 + usize::from(group) * 11) % 13;
                     let gap = Duration::from_millis(milliseconds);
                     let pair = Pair {
@@ -54,7 +54,7 @@ fn pairs() -> Vec<Pair> {
     pairs.into_iter().map(|(_, pair)| pair).collect()
 }
 
-/// Which pairs a phase gets: those that the one before did not get.
+/// Chooses the pairs for a phase: not those of the phase before.
 struct Turns {
     pairs: Vec<Pair>,
     next: usize,
@@ -62,7 +62,7 @@ struct Turns {
 }
 
 impl Turns {
-    /// `seed`: so that the commands do not all begin with the same.
+    /// `seed`: so that the commands begin with different pairs.
     fn new(seed: usize) -> Self {
         let pairs = pairs();
         let all = std::env::var("XSR_SIGNALS").is_ok_and(|how| how == "all");
@@ -80,7 +80,7 @@ impl Turns {
     }
 }
 
-/// Send both signals to a command that is held, and let it go on once it has heard the first.
+/// Send both signals to a command that is held, and let it go on once it has received the first.
 fn ask(command: &mut Staged, pair: Pair, heard: bool) {
     command.signal(pair.first, pair.group);
     thread::sleep(pair.gap);
@@ -91,7 +91,7 @@ fn ask(command: &mut Staged, pair: Pair, heard: bool) {
     command.release();
 }
 
-/// The phases of a command in order, each with how often it comes at most twice.
+/// The phases of a command in order, each at most twice, with the number of the occurrence.
 fn phases(passed: &[String]) -> Vec<(String, usize)> {
     let mut phases: Vec<(String, usize)> = Vec::new();
     for name in passed {
@@ -103,7 +103,7 @@ fn phases(passed: &[String]) -> Vec<(String, usize)> {
     phases
 }
 
-/// What is in a directory and is not whole.
+/// Incomplete files in a directory.
 fn partial_files(directory: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(directory).unwrap();
     let paths = entries.map(|entry| entry.unwrap().path());
@@ -122,7 +122,7 @@ fn no_force(ran: &Ran, at: &str) {
     assert!(!ran.stderr.contains("ended at once"), "{at}: {ran:?}");
 }
 
-/// Whether a save that is asked at a phase is broken off.
+/// Whether a request to stop at this phase cancels a save.
 fn save_is_broken_off(phase: &str) -> bool {
     !matches!(
         phase,
@@ -145,7 +145,7 @@ fn save_at_each_phase(kind: &str, options: &[&str], seed: usize) {
             let at = format!("save {options:?}, {phase} {nth}, {pair:?}");
             let mut command = staged(hosts.dir.path(), &args);
             if !command.hold(&phase, nth) {
-                // Of what `-c` did.
+                // The domain left by `-c`.
                 let (ran, _) = command.end();
                 ran.code(0);
             } else {
@@ -235,7 +235,7 @@ impl Moving {
         }
     }
 
-    /// The guest is at the first host again, if it was not.
+    /// Move the guest to the first host, if it is not there.
     fn back(&self) {
         let [here, there] = self.hosts.domains();
         if here.is_empty() {
@@ -249,7 +249,8 @@ impl Moving {
         }
     }
 
-    /// Exactly one of the two runs it, and nothing else is anywhere: whether it is the first.
+    /// Asserts that exactly one of the two hosts runs it, and that no other domain exists. Returns
+    /// whether it is the first.
     #[track_caller]
     fn one_runs(&self, at: &str) -> bool {
         let both = self.hosts.domains();
@@ -336,7 +337,7 @@ impl Moving {
                 let held = receiver.hold(&phase, nth);
                 let only_hangup = [pair.first, pair.second] == [Signal::SIGHUP; 2];
                 if held {
-                    // Who stands by for a lost session does not end with it.
+                    // A receiver on standby ignores the end of its session.
                     ask(&mut receiver, pair, !(stands_by && only_hangup));
                 }
                 let (received, _) = receiver.end();
@@ -365,7 +366,7 @@ fn migrate_receive() {
     Moving::new("pvh").receiver(&["migrate"], &["--no-live"], &[], 5);
 }
 
-/// So few checkpoints that each phase comes in the first two.
+/// So few checkpoints that each phase occurs in the first two.
 const EPOCHS: [&str; 4] = ["-i", "5", "--epochs", "2"];
 
 #[test]
@@ -465,7 +466,7 @@ fn mock_create() {
     }
 }
 
-/// A terminal that is closed: the shell and the kernel say so, and the group is gone.
+/// When a terminal is closed, the shell and the kernel both send SIGHUP to the group.
 #[test]
 fn a_second_hangup_after_most_of_a_second_forces_nothing() {
     let hosts = Hosts::with("pvh", &[]);
@@ -487,7 +488,7 @@ fn a_second_hangup_after_most_of_a_second_forces_nothing() {
         command
     };
     thread::scope(|scope| {
-        // On a host each, all at once.
+        // Each on its own host, all at once.
         let migrating = scope.spawn(|| {
             let receiver = hosts.receiver(&socket, &["-r"]);
             let mut command = hold(&["remus", &here, "web", &to], "checkpoint");
@@ -524,7 +525,7 @@ fn a_second_hangup_after_most_of_a_second_forces_nothing() {
     assert!(!file.exists() && partial_files(hosts.dir.path()).is_empty());
 }
 
-/// The receiver that a sender starts is in its process group, as under a terminal.
+/// The receiver that a sender starts is in its process group, as on a terminal.
 #[test]
 fn a_receiver_in_the_senders_group_does_not_end_before_it() {
     for (command, there, phase) in [

@@ -1,5 +1,5 @@
-//! Where a person watches: progress and notes on a terminal, and none of them
-//! elsewhere. A terminal or a stderr that takes nothing is no reason to lose a guest.
+//! Progress and notes on a terminal, and none of them elsewhere. A stalled terminal or stderr must
+//! not cost a guest.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -11,7 +11,7 @@ use crate::common::{arg, backend, host_with, run, scratch};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::pty::openpty;
 
-/// Run with stderr on a terminal; the exit code and what the terminal got.
+/// Run with stderr on a terminal. Returns the exit code and the terminal's output.
 fn watched(args: &[&str]) -> (i32, String) {
     let pty = openpty(None, None).unwrap();
     let mut child = Command::new(env!("CARGO_BIN_EXE_xsr"))
@@ -23,7 +23,7 @@ fn watched(args: &[&str]) -> (i32, String) {
     let mut terminal = File::from(pty.master);
     let reader = thread::spawn(move || {
         let mut shown = Vec::new();
-        // Linux ends with EIO where the last one has closed the terminal.
+        // Linux ends with EIO when the last writer has closed the terminal.
         let mut room = [0; 4096];
         while let Ok(n @ 1..) = terminal.read(&mut room) {
             shown.extend_from_slice(&room[..n]);
@@ -58,7 +58,7 @@ fn a_person_sees_progress_and_what_was_done() {
     assert_eq!(code, 0, "{shown}");
 }
 
-/// What a terminal of so many columns shows, line by line as a program redraws it.
+/// The output on a terminal with this many columns, with each redrawn line separate.
 fn drawn(
     columns: u16,
     args: &[&str],
@@ -90,7 +90,7 @@ fn drawn(
     input(child.stdin.take());
     assert_eq!(child.wait().unwrap().code(), Some(0));
     let shown = reader.join().unwrap();
-    // Nothing but carriage returns and whole lines: no escape sequence moves up.
+    // Only carriage returns and complete lines: no escape sequence moves up.
     assert!(!shown.contains("\u{1b}[1A"), "{shown:?}");
     // A line is padded with spaces up to the terminal's width.
     let lines = shown
@@ -103,7 +103,7 @@ fn drawn(
 fn progress_is_by_bytes_and_fits_the_terminal() {
     for columns in [40, 60, 80, 120] {
         let dir = scratch();
-        // Its pages end at 0xff000, whatever there is of them.
+        // Its pages end at 0xff000, however many there are.
         let host = host_with("pvh", dir.path());
         let workload = ["mock", "workload", "web", "--dirty-rate", "50000", "--host"];
         run(workload.iter().chain(&[arg(&host)])).code(0);
@@ -130,8 +130,8 @@ fn progress_is_by_bytes_and_fits_the_terminal() {
     }
 }
 
-/// Work that goes through a file has a bar once it takes more than a second: here it waits for
-/// its input until the terminal has shown one.
+/// Work that reads a file gets a bar after a second. Here it waits for its input until the terminal
+/// has shown one.
 #[test]
 fn a_conversion_that_takes_long_shows_how_far_it_is() {
     let dir = scratch();
@@ -140,7 +140,7 @@ fn a_conversion_that_takes_long_shows_how_far_it_is() {
     let lines = drawn(80, &["convert", "-", "-o", arg(&out)], |stdin| {
         let mut stdin = stdin.unwrap();
         stdin.write_all(&whole[..2 << 20]).unwrap();
-        // Longer than the second that it waits before it draws.
+        // Longer than the second before it draws.
         let (_ending, ended) = std::sync::mpsc::channel::<()>();
         let waited = ended.recv_timeout(std::time::Duration::from_millis(1400));
         assert!(waited.is_err());
@@ -195,7 +195,7 @@ fn a_terminal_that_takes_nothing_holds_no_domain_up() {
     let host = host_with("pv", dir.path());
     let image = dir.path().join("a.save");
     let pty = openpty(None, None).unwrap();
-    // As after Ctrl-S: full, and nobody reads it.
+    // As after Ctrl-S: full, and not read.
     let mut slave = File::from(pty.slave);
     let flags = OFlag::from_bits_retain(fcntl(&slave, FcntlArg::F_GETFL).unwrap());
     fcntl(&slave, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).unwrap();
@@ -236,7 +236,7 @@ fn a_receiver_that_nobody_hears_takes_over_all_the_same() {
         }
         let sender = Running::start(&words);
         receiver.line("first checkpoint");
-        // Both are on the host that is lost: whoever listens, and the sender.
+        // Both are on the lost host: the reader of stderr, and the sender.
         let mut receiver = receiver.unheard();
         sender.kill();
         let status = receiver.wait().unwrap();

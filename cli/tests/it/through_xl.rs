@@ -1,5 +1,5 @@
-//! On a Xen host `xl` does the work. A script in its place says what it was asked and
-//! what it found.
+//! Commands that run `xl` on a Xen host. A script in place of xl prints its arguments and its
+//! environment.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Lines, Write as _};
@@ -14,8 +14,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
-/// What stands for xl: each of its arguments on a line, then the helper and what else is
-/// of its environment, then what comes on stdin.
+/// The script in place of xl: it prints each of its arguments on a line, then the helper and other
+/// variables of its environment, then its stdin.
 const SAYS: &str = "#!/bin/sh
 for a in \"$@\"; do echo \"[$a]\"; done
 echo \"helper=$LIBXL_SAVE_HELPER backend=${XSR_BACKEND-none}\"
@@ -23,8 +23,8 @@ cat
 echo \"from xl\" >&2
 ";
 
-/// One test at a time: a program that has just been written cannot be started while the
-/// fork of another thread still holds it open for writing.
+/// One test at a time: a program that has just been written cannot be started while another
+/// thread's fork still has it open for writing.
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
@@ -37,7 +37,7 @@ fn script(dir: &Path, text: &str) -> PathBuf {
     path
 }
 
-/// `xsr`, without what the environment could make of it.
+/// `xsr`, without environment variables that would affect it.
 fn xsr(arguments: &[&str]) -> Command {
     installed("xsr-save-helper");
     let mut command = Command::new(installed("xsr"));
@@ -59,13 +59,13 @@ fn beside(dir: &Path, arguments: &[&str]) -> Command {
     command
 }
 
-/// A command whose signals are as a terminal's shell leaves them, whatever the test run was
-/// begun with.
+/// A command with the signal dispositions of a terminal's shell, whatever the test run has
+/// inherited.
 fn hearing(command: Command) -> Command {
     through_env("--default-signal=INT,HUP,TERM,QUIT", command)
 }
 
-/// Start a command; what it says, once that is "ready", and its stdin.
+/// Start a command. Returns its output after the line "ready", and its stdin.
 fn ready(mut command: Command) -> (Child, ChildStdin, Lines<BufReader<ChildStdout>>) {
     let mut child = command
         .stdin(Stdio::piped())
@@ -78,7 +78,7 @@ fn ready(mut command: Command) -> (Child, ChildStdin, Lines<BufReader<ChildStdou
     (child, held, lines)
 }
 
-/// A command through `env`, which becomes it.
+/// A command run through `env`, which execs it.
 fn through_env(option: &str, command: Command) -> Command {
     let mut env = Command::new("env");
     env.arg(option)
@@ -93,17 +93,17 @@ fn through_env(option: &str, command: Command) -> Command {
     env
 }
 
-/// `xsr` or `xsr-save-helper` in a directory where both are, as after an installation. The
-/// helper is a package of its own, and xl is a script that does not start it.
+/// `xsr` or `xsr-save-helper` in a directory with both, as after an installation. The helper is a
+/// package of its own, and the script in place of xl does not start it.
 fn installed(program: &str) -> PathBuf {
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("installed");
     fs::create_dir_all(&dir).unwrap();
-    // Other tests do the same at this moment: each renames a file that is whole.
+    // Other tests may do the same at this moment: each renames a complete file.
     let new = tempfile::tempdir_in(&dir).unwrap();
     let (new, to) = (new.path().join(program), dir.join(program));
     match program {
         "xsr" => fs::hard_link(env!("CARGO_BIN_EXE_xsr"), &new).unwrap(),
-        // As one that xl has started and that has ended.
+        // As if xl had started a helper that has ended.
         _ => {
             fs::write(&new, "#!/bin/sh\n: > \"$XSR_HELPER_BEGAN\"\nexit 255\n").unwrap();
             fs::set_permissions(&new, fs::Permissions::from_mode(0o755)).unwrap();
@@ -182,8 +182,8 @@ fn what_xl_has_no_option_for_reaches_the_helper_in_its_environment() {
     }
 }
 
-/// Our commands refuse a guest that has seen CPU features which this host lacks: it is the
-/// helper that compares, and it is told so where a domain is made.
+/// Our commands refuse a guest that has seen CPU features which this host lacks. The helper
+/// compares them, and is told to refuse if a domain is created.
 #[test]
 fn the_helper_is_told_whether_to_refuse_a_guest() {
     let _alone = alone();
@@ -202,7 +202,7 @@ fn the_helper_is_told_whether_to_refuse_a_guest() {
     ] {
         ran(beside(dir.path(), words)).code(0).stdout_has(said);
     }
-    // What the user has set stays, unless the command line says more.
+    // The user's own setting stays, unless the command line overrides it.
     let mut set = beside(dir.path(), &["restore", "f"]);
     set.env("XSR_PLAN", "warn");
     ran(set).code(0).stdout_has("restore f plan=warn\n");
@@ -231,7 +231,7 @@ fn exit_codes_are_ours() {
         .stderr_has("xl was ended: signal: 9");
 }
 
-/// Where no helper is at work. Every signal that would end xl.
+/// Without a running helper, for every signal that would end xl.
 #[test]
 fn signals_reach_xl() {
     let _alone = alone();
@@ -240,16 +240,16 @@ fn signals_reach_xl() {
         ("restore", 10, Some("got TERM")),
         ("restore", 16, Some("got TERM")),
         ("restore", 40, Some("got TERM")),
-        // It has not begun, and is killed.
+        // xl has not begun its work, and is killed.
         ("save", 10, None),
         ("save", 40, None),
     ] {
         let dir = scratch();
-        // It ends when the signal comes, or when nobody holds its stdin any more.
+        // It ends when the signal comes, or when its stdin is closed.
         let text = "#!/bin/sh\ntrap 'echo got TERM; exit 0' TERM\necho ready\nread line\n";
         script(dir.path(), text);
         let (mut child, held, mut lines) = ready(beside(dir.path(), &[asked, "web", "-"]));
-        // It has xl, and so it has blocked what it hears.
+        // xsr has started xl, so it has blocked the signals that it reads.
         crate::common::signal_number(child.id(), number);
         let line = lines.next().map(Result::unwrap);
         assert_eq!(line.as_deref(), said, "{asked}, {number}");
@@ -263,7 +263,7 @@ fn signals_reach_xl() {
     }
 }
 
-/// xl's helper breaks off what it does, and xl is left to put the guest right.
+/// xl's helper cancels its work, and xl is left to resume or destroy the guest.
 #[test]
 fn what_asks_to_stop_reaches_the_helper_and_not_xl() {
     let _alone = alone();
@@ -279,7 +279,7 @@ fn what_asks_to_stop_reaches_the_helper_and_not_xl() {
         script(
             dir.path(),
             &format!(
-                // A real helper hears SIGTERM whatever it begins with; sh does not.
+                // A real helper receives SIGTERM even if it is ignored at the start; sh does not.
                 "#!/bin/sh\nenv --default-signal=TERM {}\necho helper $?\nexit 1\n",
                 helper.display()
             ),
@@ -294,8 +294,8 @@ fn what_asks_to_stop_reaches_the_helper_and_not_xl() {
     }
 }
 
-/// A terminal that is closed sends SIGHUP twice. The second must not end an xl that destroys what
-/// its helper has not restored.
+/// A closing terminal sends SIGHUP twice. The second must not end an xl that is destroying a domain
+/// that its helper has not restored.
 #[test]
 fn a_second_signal_leaves_xl_its_time() {
     let _alone = alone();
@@ -330,7 +330,7 @@ fn a_second_signal_leaves_xl_its_time() {
     }
 }
 
-/// SIGINT or SIGTERM a second after the announcement is meant.
+/// SIGINT or SIGTERM a second after the announcement is deliberate.
 #[test]
 fn who_insists_ends_xl_and_is_told_what_that_may_leave() {
     let _alone = alone();
@@ -353,7 +353,7 @@ fn who_insists_ends_xl_and_is_told_what_that_may_leave() {
     let pid = Pid::from_raw(child.id().try_into().unwrap());
     kill(pid, Signal::SIGTERM).unwrap();
     while !said.next().unwrap().unwrap().contains("press Ctrl-C again") {}
-    // The time that has to pass.
+    // Longer than the time after which a signal ends xl at once.
     std::thread::sleep(std::time::Duration::from_millis(1100));
     kill(pid, Signal::SIGHUP).unwrap();
     kill(pid, Signal::SIGINT).unwrap();
@@ -363,7 +363,7 @@ fn who_insists_ends_xl_and_is_told_what_that_may_leave() {
     drop(held);
 }
 
-/// What the terminal sends to all of its processes leaves xl alone.
+/// Signals that the terminal sends to all of its processes do not reach xl.
 #[test]
 fn xl_does_not_hear_the_keys_of_the_terminal() {
     let _alone = alone();
@@ -386,14 +386,14 @@ fn xl_does_not_hear_the_keys_of_the_terminal() {
         assert_eq!(mask("SigBlk:"), 0);
         let keys = [Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT];
         assert!(keys.into_iter().all(ignored), "{asked}");
-        // A real-time one, of those that are sent to process groups.
+        // A real-time signal, as an example of those that are sent to process groups.
         assert_eq!(mask("SigIgn:") >> 39 & 1 == 1, !hears_term, "{asked}");
         assert_eq!(ignored(Signal::SIGTERM), !hears_term, "{asked}");
     }
 }
 
-/// What xl does when its helper has ended is to wake the guest or to destroy it: no signal
-/// breaks that off, not the second, and not one to all of the process group.
+/// After its helper has ended, xl resumes or destroys the guest. No signal interrupts that, not the
+/// second, and not one to the whole process group.
 #[test]
 fn behind_its_helper_nothing_stops_xl() {
     let _alone = alone();
@@ -405,7 +405,7 @@ fn behind_its_helper_nothing_stops_xl() {
              echo helper ended\nread line\necho resumed $line\nexit 1\n",
         );
         let mut command = hearing(beside(dir.path(), &["save", "web", "-"]));
-        // A process group of its own, as a shell makes one for a job.
+        // Its own process group, as a shell makes one for a job.
         let mut child = std::os::unix::process::CommandExt::process_group(&mut command, 0)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -448,8 +448,8 @@ fn what_was_ignored_before_stays_ignored() {
     assert_eq!(child.wait().unwrap().code(), Some(0));
 }
 
-/// Signals that come while xl is being started end both, or neither and xl hears of them:
-/// no xl is ever left to itself.
+/// A signal that comes while xl is being started ends both, or neither and xl receives it: xl is
+/// never left alone.
 #[test]
 fn a_signal_that_comes_early_leaves_no_xl_alone() {
     let _alone = alone();
@@ -464,7 +464,7 @@ fn a_signal_that_comes_early_leaves_no_xl_alone() {
             .unwrap();
         let held = child.stdin.take();
         let stdout = child.stdout.take().unwrap();
-        // At another moment each time.
+        // At a different moment each time.
         for _ in 0..turn * 2000 {
             std::hint::spin_loop();
         }
@@ -472,7 +472,7 @@ fn a_signal_that_comes_early_leaves_no_xl_alone() {
         kill(pid, Signal::SIGTERM).unwrap();
         let ended = child.wait().unwrap();
         assert!(!ended.success(), "{ended:?}");
-        // As long as anybody is left over, this is open.
+        // While any process is left, this is open.
         let mut closed = [PollFd::new(stdout.as_fd(), PollFlags::POLLIN)];
         let closed = poll(&mut closed, PollTimeout::from(10_000_u16)).unwrap();
         assert_eq!(closed, 1, "an xl is left, turn {turn}");
@@ -491,7 +491,7 @@ fn what_is_missing_or_not_xls_is_said() {
     ran(beside(dir.path(), &["save", "--json", "web", "f"]))
         .code(64)
         .stderr_has("--json is not an option of xl");
-    // A copy that has no helper beside it.
+    // A copy without a helper beside it.
     let alone = dir.path().join("xsr");
     fs::copy(env!("CARGO_BIN_EXE_xsr"), &alone).unwrap();
     let mut command = Command::new(&alone);
@@ -500,7 +500,7 @@ fn what_is_missing_or_not_xls_is_said() {
     ran(command)
         .code(1)
         .stderr_has("there is no xsr-save-helper");
-    // One on PATH will do.
+    // A helper on PATH suffices.
     std::os::unix::fs::symlink(
         installed("xsr-save-helper"),
         dir.path().join("xsr-save-helper"),
@@ -527,8 +527,7 @@ fn other_commands_and_other_machines_are_not_xls() {
     assert!(!none.stderr.contains("xl was"), "{}", none.stderr);
 }
 
-/// xl truncates FILE before anything is sure: it gets another one, which is renamed once xl has
-/// succeeded.
+/// xl truncates FILE at once, so it gets another file, which is renamed once xl has succeeded.
 #[test]
 fn the_file_of_a_save_is_whole_or_as_it_was() {
     let _alone = alone();
@@ -574,7 +573,7 @@ fn the_file_of_a_save_is_whole_or_as_it_was() {
         let mode = fs::metadata(&file).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
     }
-    // Killed after it had written all: it may have destroyed the domain.
+    // Killed after it had written everything: it may have destroyed the domain.
     let image = crate::common::image("tpv");
     let all = format!("cat {}", image.display());
     script(
@@ -586,13 +585,13 @@ fn the_file_of_a_save_is_whole_or_as_it_was() {
         .stderr_has("xl failed after the image was complete: it is ");
     assert_eq!(fs::read(&file).unwrap(), b"whole\n");
     assert_eq!(partial(), 1);
-    // It is not taken for rubbish by the next.
+    // The next save does not treat it as rubbish.
     script(dir.path(), &writes("echo next", 0));
     ran(beside(dir.path(), &["save", "web", at]))
         .code(0)
         .stderr_has("may be all that there is of its domain");
     assert_eq!(partial(), 1);
-    // xl that writes nothing has saved nothing, whatever it says.
+    // If xl writes nothing it has saved nothing, whatever it reports.
     script(dir.path(), "#!/bin/sh\nexit 0\n");
     ran(beside(dir.path(), &["save", "web", at]))
         .code(1)
@@ -625,7 +624,7 @@ fn pipes_and_devices_are_xls_to_write_but_no_domain_is_given_up_for_nothing() {
     assert_eq!(out.status.code(), Some(64), "{out:?}");
 }
 
-/// xl would open it anew.
+/// xl would truncate it.
 #[test]
 fn xl_does_not_truncate_what_its_output_is_appended_to() {
     let _alone = alone();

@@ -1,5 +1,5 @@
-//! One meaning and one verdict: what a stream with repeated records means to every command,
-//! and that `verify` says what `restore` would say.
+//! Consistent verdicts: every command reads a stream with repeated records in the same way, and
+//! `verify` agrees with `restore`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ const HVM_CONTEXT: u32 = 9;
 const HVM_PARAMS: u32 = 10;
 const END: u32 = 0;
 
-/// Take the libxc stream of an image apart, change its records, and put it together again.
+/// Split the libxc stream of an image, change its records, and join it again.
 fn changed(from: &str, to: &Path, change: impl FnOnce(&mut Vec<Rec>)) {
     let bytes = fs::read(image(from)).unwrap();
     let (_, libxc, _) = layers(&bytes);
@@ -74,7 +74,7 @@ fn path(dir: &Path, name: &str) -> PathBuf {
     dir.join(format!("{name}.save"))
 }
 
-/// A second X86_PV_P2M_FRAMES is a correction, not more of the table.
+/// A second X86_PV_P2M_FRAMES replaces entries instead of adding more.
 #[test]
 fn a_repeated_p2m_overwrites() {
     let dir = scratch();
@@ -106,7 +106,7 @@ fn several_hvm_params_merge() {
             let count = u64::try_from(params.len()).unwrap().to_le_bytes().to_vec();
             [count, params.concat()].concat()
         };
-        // The first half has another value for parameter 1 (or whichever is first).
+        // The first half has another value for parameter 1 (or the one that is first).
         let mut other = params[0].to_vec();
         other[8] ^= 0xff;
         records[at].1 = of(&[&[other.as_slice()], &params[1..]].concat());
@@ -122,7 +122,7 @@ fn several_hvm_params_merge() {
     assert_eq!(params(&split), params(&good));
     assert_eq!(params(&good).as_array().unwrap().len(), count);
 
-    // What is restored from it is the same guest.
+    // Restoring it gives the same guest.
     let (host, again) = (dir.path().join("host"), path(dir.path(), "again"));
     run(["restore", &backend(&host), arg(&split)]).code(0);
     run(["save", &backend(&host), "tpvh", arg(&again)]).code(0);
@@ -142,7 +142,7 @@ fn several_hvm_params_merge() {
     );
 }
 
-/// What `verify` says, and what `restore` says: the same verdict, and the same words in both.
+/// Asserts that `verify` and `restore` give the same verdict, with the same words.
 fn both_say(file: &Path, words: &str) {
     run(["verify", arg(file)]).code(2).stdout_has(words);
     let dir = scratch();
@@ -187,16 +187,16 @@ fn an_hvm_context_that_xen_cannot_frame_is_bad() {
     both_say(&file, "CPU (instance 0) comes twice");
     with(&|list| list[1] = entry(2, 0, &[0; 900]));
     both_say(&file, "has 900 bytes");
-    // What Xen does not look at is not bad.
+    // What Xen ignores is not bad.
     with(&|list| list.push(vec![1, 2, 3]));
     run(["verify", arg(&file)]).code(0);
 }
 
-/// An image whose configuration has another text in one place.
+/// An image with one text in its configuration replaced.
 fn with_config(to: &Path, from: &str, text: &str) {
     let bytes = fs::read(image("tpv")).unwrap();
     let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
-    // The length of the optional data, then in it that of the configuration.
+    // The length of the optional data, then inside them that of the configuration.
     let end = 52 + word(48) as usize;
     let config = String::from_utf8_lossy(&bytes[52..end]).into_owned();
     assert!(config.contains(from), "{config}");
@@ -240,7 +240,7 @@ fn a_configuration_that_makes_no_domain_is_bad() {
     ] {
         with_config(&file, from, to);
         both_say(&file, words);
-        // `inspect` shows the image all the same, and says that it is bad.
+        // `inspect` shows the image nevertheless, and reports that it is bad.
         run(["inspect", arg(&file)])
             .code(2)
             .stdout_has("BAD")
@@ -258,7 +258,7 @@ fn a_configuration_that_makes_no_domain_is_bad() {
 fn state_that_the_domain_cannot_hold_is_bad() {
     let dir = scratch();
     let file = path(dir.path(), "state");
-    // A vcpu that no guest has, and one that this domain does not have.
+    // A vcpu that no guest has, and one that this domain lacks.
     for (vcpu, words) in [(0xffff_fffe_u32, "expected at most 8191"), (1, "vcpu 1")] {
         changed("tpv", &file, |records| {
             let at = find(records, 4);
@@ -275,7 +275,7 @@ fn state_that_the_domain_cannot_hold_is_bad() {
         let last = usize::try_from(8 * count).unwrap();
         let entry = 1_u64 << 40 | 0xf << 60;
         records[at].1[last..last + 8].copy_from_slice(&entry.to_le_bytes());
-        // That is the last entry; it has no contents any more, if it had some.
+        // This last entry has no contents now: drop those that it may have had.
         let entries = records[at].1[8..last + 8].chunks(8);
         let with = entries.filter(|e| e[7] >> 4 < 0xd).count();
         records[at].1.truncate(last + 8 + with * 4096);
@@ -294,7 +294,7 @@ fn the_guest_type_is_part_of_the_verdict() {
     both_say(&file, "the guest is of type 0x41, which is unknown");
 }
 
-/// Linux has one page of invalid entries for all ranges in which it has no memory.
+/// Linux uses one page of invalid entries for all ranges without memory.
 #[test]
 fn a_p2m_frame_may_stand_for_ranges_without_memory_only() {
     let dir = scratch();
@@ -351,7 +351,7 @@ fn what_is_odd_is_a_warning() {
         .stdout_has("no HVM_PARAMS");
 }
 
-/// A refused parameter is named by the restore, and `verify` warns of it.
+/// The restore names a parameter that it refuses, and `verify` warns of it.
 #[test]
 fn an_unknown_hvm_parameter_is_named() {
     let dir = scratch();
@@ -373,13 +373,13 @@ fn an_unknown_hvm_parameter_is_named() {
         .stderr_has("HVM_PARAMS: parameter 0xc8 (unknown) was refused with the value 0x7");
 }
 
-/// Where a file is cut off, every command says how many bytes the record still needs.
+/// For a truncated file, every command reports the same number of missing bytes.
 #[test]
 fn every_command_counts_the_same_missing_bytes() {
     let bytes = fs::read(image("tpv")).unwrap();
     let (_, libxc, _) = layers(&bytes);
     let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
-    // Where PAGE_DATA and the vcpu's registers begin, and how long they are.
+    // Offsets and lengths of PAGE_DATA and of the vcpu's registers.
     let mut places = Vec::new();
     let mut at = libxc + 40;
     while word(at) != END {
@@ -415,7 +415,7 @@ fn every_command_counts_the_same_missing_bytes() {
     }
 }
 
-/// Records that a restore keeps are bounded all together.
+/// The total size of the records that a restore keeps is bounded.
 #[test]
 fn emulators_records_are_bounded() {
     let dir = scratch();
@@ -433,7 +433,8 @@ fn emulators_records_are_bounded() {
     both_say(&file, "more than a restore keeps");
 }
 
-/// Records are few, however short they are: what is kept for each is longer than it is.
+/// The number of records is bounded, however short they are, because the memory for each is longer
+/// than it is.
 #[test]
 fn tiny_records_are_bounded_in_number() {
     let dir = scratch();
@@ -471,7 +472,8 @@ fn tiny_records_are_bounded_in_number() {
     both_say(&file, "more than a restore keeps");
 }
 
-/// `diff` keeps the bytes of optional records, because nothing is known of them but those: some.
+/// `diff` compares the bytes of optional records, because it knows nothing else of them. The number
+/// of bytes is bounded.
 #[test]
 fn optional_records_of_many_bytes_are_good_and_not_compared() {
     let dir = scratch();
@@ -487,8 +489,8 @@ fn optional_records_of_many_bytes_are_good_and_not_compared() {
         .stderr_has("too many bytes in optional records");
 }
 
-/// A configuration of more than 1 MiB is bad for each command that goes by it, and takes no
-/// memory of its own; `edit --config` mends the image.
+/// A configuration longer than 1 MiB is bad for each command that uses it, and takes no additional
+/// memory. `edit --config` repairs the image.
 #[test]
 fn a_configuration_longer_than_any_is_bad_and_takes_no_memory() {
     let dir = scratch();
@@ -523,7 +525,7 @@ fn a_configuration_longer_than_any_is_bad_and_takes_no_memory() {
         config.extend(b"}\0");
         config
     };
-    // The longest, of what takes the most memory for its length.
+    // The longest configuration, with contents that take the most memory for their length.
     with(&padded(1 << 20, r#"{"":0}"#));
     let limited = |args: &[&str]| {
         let output = std::process::Command::new("sh")
@@ -604,7 +606,7 @@ fn raw_memory_has_holes_unless_asked_otherwise() {
         made.len() > 0xf000_0000 && made.blocks() * 512 < 64 << 20,
         "{made:?}"
     );
-    // One page far beyond all others: with zeros that would be terabytes.
+    // One page far beyond all others: with zeros, the file would have terabytes.
     let far = path(dir.path(), "far");
     changed("tpvh", &far, |records| {
         let at = find(records, 1);

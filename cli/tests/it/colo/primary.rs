@@ -1,5 +1,5 @@
-//! The primary, with a test in the part of the secondary: what is in the stream, and what is
-//! heard and said where the other end fails or does not answer.
+//! The primary, with the test as its secondary: the contents of the stream, and the messages when
+//! the secondary fails or does not answer.
 
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
@@ -14,13 +14,13 @@ use xsr_format::wrapper::libxl::LibxlRecord;
 use super::*;
 use crate::common::migration::{BANNER, GO, REPORT, domain_dir, hear, listen};
 
-/// What a CHECKPOINT_STATE says, and what it says when a primary takes its domain back.
+/// The values of a CHECKPOINT_STATE, and the record with which a primary takes its domain back.
 const NEW: u32 = 0;
 const SUSPENDED: u32 = 1;
 const READY: u32 = 2;
 const RESUMED: u32 = 3;
 const WITHDRAWAL: u32 = 0x7fff_ffff;
-/// What a secondary says that has a checkpoint.
+/// The messages of a secondary that has a checkpoint.
 const RUNS: [u32; 2] = [READY, RESUMED];
 
 /// A CHECKPOINT_STATE, as libxl writes it.
@@ -31,9 +31,9 @@ fn state(id: u32) -> Vec<u8> {
         .collect()
 }
 
-/// Which checkpoints a sender has in its stream, what it says between them, and how it
-/// takes its domain back: with a secondary whose dirty pages are `pages`, which come in the
-/// checkpoint behind, and which answers `last` to the last checkpoint.
+/// Play the secondary. Expects `checkpoints` checkpoints in the sender's stream, its messages
+/// between them, and that it takes its domain back. The secondary's dirty pages are `pages`, which
+/// the next checkpoint must contain, and it answers the last checkpoint with `last`.
 fn heard(
     stream: &mut UnixStream,
     mut to: UnixStream,
@@ -62,7 +62,7 @@ fn heard(
             Some(LibxlRecord::CheckpointEnd) => {
                 number += 1;
                 if number > 1 {
-                    // It does nothing itself.
+                    // The primary's guest writes nothing itself.
                     assert_eq!(came, pages.iter().copied().collect());
                 }
                 came.clear();
@@ -99,7 +99,7 @@ fn the_stream_is_libxls_and_its_last_word_makes_xls_secondary_fail() {
             heard(&mut from, to.try_clone().unwrap(), 3, pages, &RUNS);
             hear(&mut from, &state(WITHDRAWAL));
         } else {
-            // A list that is none: the secondary waits for the second checkpoint.
+            // An invalid list, while the secondary waits for the second checkpoint.
             heard(&mut from, to.try_clone().unwrap(), 1, pages, &RUNS);
             hear(&mut from, &state(NEW));
             let mut list = state(SUSPENDED);
@@ -123,7 +123,7 @@ fn the_stream_is_libxls_and_its_last_word_makes_xls_secondary_fail() {
     }
 }
 
-/// What a primary says that takes its domain back from a secondary that waits for a
+/// The message with which a primary takes its domain back from a secondary that waits for a
 /// checkpoint's records.
 fn withdrawal_within() -> Vec<u8> {
     let kinds = [0x7fff_ffff, 0xe, 4];
@@ -135,7 +135,7 @@ fn withdrawal_within() -> Vec<u8> {
 fn a_secondary_that_does_not_answer_is_given_up_and_the_domain_runs_on() {
     let hosts = Hosts::with("pvh", &[]);
     let socket = hosts.path("socket");
-    // It never has the checkpoint; it never runs; it does not suspend; it names no pages.
+    // It never has the checkpoint; it never runs; it does not suspend; it sends no list of pages.
     for (checkpoints, last, said) in [
         (1, &[][..], None),
         (2, &[READY], None),
@@ -147,7 +147,7 @@ fn a_secondary_that_does_not_answer_is_given_up_and_the_domain_runs_on() {
         let sender = sender(&hosts, &socket, &options);
         let (mut from, _) = listener.accept().unwrap();
         std::fs::remove_file(&socket).unwrap();
-        // So that a sender that waits for ever is a failure.
+        // So that a sender that waits forever fails the test.
         from.set_read_timeout(Some(Duration::from_secs(60)))
             .unwrap();
         let mut to = from.try_clone().unwrap();
@@ -171,7 +171,7 @@ fn a_secondary_that_does_not_answer_is_given_up_and_the_domain_runs_on() {
     }
 }
 
-/// It has been told to destroy its copy, and nobody knows whether it has heard that.
+/// The secondary has been told to destroy its copy, and it is unknown whether it has received that.
 #[test]
 fn a_secondary_that_never_answers_is_lost_by_on_loss() {
     for (on_loss, left) in [("run", "web running"), ("pause", "web paused")] {
@@ -191,7 +191,7 @@ fn a_secondary_that_never_answers_is_lost_by_on_loss() {
     }
 }
 
-/// In the midst of a checkpoint, with the domain suspended.
+/// In the middle of a checkpoint, with the domain suspended.
 #[test]
 fn a_secondary_that_reads_nothing_any_more_is_lost_and_the_domain_runs_on() {
     for (on_loss, left) in [("run", "web running"), ("pause", "web paused")] {
@@ -204,7 +204,7 @@ fn a_secondary_that_reads_nothing_any_more_is_lost_and_the_domain_runs_on() {
         let mut to = from.try_clone().unwrap();
         heard(&mut from, to.try_clone().unwrap(), 1, &[], &RUNS);
         hear(&mut from, &state(NEW));
-        // More than a socket holds.
+        // More than a socket can buffer.
         let mut list = state(SUSPENDED);
         list.extend(
             [0xf, 8 * 2000]
@@ -225,7 +225,7 @@ fn a_secondary_that_reads_nothing_any_more_is_lost_and_the_domain_runs_on() {
 fn what_a_secondary_that_fails_says_is_heard_wherever_it_says_it() {
     let hosts = Hosts::with("pvh", &[]);
     let socket = hosts.path("socket");
-    // In the place of each of its words, and while it has nothing to say.
+    // In place of each of its messages, and while it has nothing to say.
     for (last, said) in [
         (&[][..], None),
         (&[READY], None),
@@ -265,12 +265,12 @@ fn what_a_secondary_that_fails_says_is_heard_wherever_it_says_it() {
     }
 }
 
-/// It had better run at the other end, which is not told to forget it.
+/// The domain should run at the other end, which must not be told to drop it.
 #[test]
 fn a_domain_that_cannot_be_resumed_is_said_to_be_suspended() {
     let given_back = [REPORT, &[1], GO].concat();
     for (on_loss, said, code, words) in [
-        // It is killed.
+        // The secondary is killed.
         ("run", &[][..], 3, "Here it is suspended"),
         ("pause", &[], 3, "Here it could not be paused"),
         (
@@ -293,8 +293,8 @@ fn a_domain_that_cannot_be_resumed_is_said_to_be_suspended() {
         let (mut from, _) = listener.accept().unwrap();
         let mut to = from.try_clone().unwrap();
         heard(&mut from, to.try_clone().unwrap(), 2, &[5], &[]);
-        // It is suspended here until this end says that it has the checkpoint; and then the
-        // machine's disk takes nothing.
+        // The domain is suspended here until this end reports the checkpoint. Then the machine's
+        // disk refuses writes.
         let refused = domain_dir(&hosts.here).join("state.json.new");
         std::fs::create_dir(&refused).unwrap();
         to.write_all(&state(READY)).unwrap();
@@ -312,7 +312,7 @@ fn a_domain_that_cannot_be_resumed_is_said_to_be_suspended() {
     }
 }
 
-/// A secondary that is applying a checkpoint hears it once it runs.
+/// A secondary that is applying a checkpoint receives it once it runs.
 #[test]
 fn a_domain_is_taken_back_from_a_secondary_that_applies() {
     for last in [&[SUSPENDED][..], &[READY, NEW]] {
@@ -324,7 +324,7 @@ fn a_domain_is_taken_back_from_a_secondary_that_applies() {
         let mut to = from.try_clone().unwrap();
         heard(&mut from, to.try_clone().unwrap(), 2, &[5], last);
         hear(&mut from, &state(WITHDRAWAL));
-        // It gets so far first.
+        // The secondary gets this far first.
         let runs: Vec<u8> = RUNS.into_iter().flat_map(state).collect();
         to.write_all(&[&runs, REPORT, &[1], GO].concat()).unwrap();
         drop(to);

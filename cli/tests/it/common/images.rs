@@ -1,5 +1,5 @@
-//! Images of tiny guests, and scratch directories: what the tests of the command and of the save
-//! helper share.
+//! Images of tiny guests, and scratch directories, shared by the tests of the command and of the
+//! save helper.
 
 #![allow(
     dead_code,
@@ -15,17 +15,17 @@ use tempfile::TempDir;
 use xsr_format::read::ReadOptions;
 use xsr_format::walk::{Content, Walk};
 
-/// A directory for a test, gone afterwards.
+/// A directory for a test, removed afterwards.
 pub(crate) fn scratch() -> TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
 }
 
-/// The directory with the images of tiny guests that a real Xen wrote, decompressed:
+/// The directory with the images of tiny guests, written by a real Xen and decompressed:
 /// `4.17-{tpv,tpvh}{,-live}.save`.
 pub(crate) fn images() -> PathBuf {
     let to = Path::new(env!("CARGO_TARGET_TMPDIR")).join("images");
     fs::create_dir_all(&to).unwrap();
-    // The packages that share this file lie at different depths.
+    // The packages that share this file are at different depths.
     let package = Path::new(env!("CARGO_MANIFEST_DIR"));
     let from = (package.ancestors())
         .map(|directory| directory.join("format/tests/images"))
@@ -45,11 +45,11 @@ pub(crate) fn image(name: &str) -> PathBuf {
     images().join(format!("4.17-{name}.save"))
 }
 
-/// Decompress a file into a directory, unless it is there; where it is then.
+/// Decompress a file into a directory, unless that has been done. Returns the new path.
 pub(crate) fn decompress(path: &Path, directory: &Path) -> PathBuf {
     let to = directory.join(path.file_stem().unwrap());
     if !to.exists() {
-        // Other tests do the same at this moment: each renames a file that is whole.
+        // Other tests may do the same at this moment: each renames a complete file.
         let mut whole = tempfile::NamedTempFile::new_in(directory).unwrap();
         let compressed = File::open(path).unwrap();
         let mut bytes = ruzstd::decoding::StreamingDecoder::new(compressed).unwrap();
@@ -59,8 +59,7 @@ pub(crate) fn decompress(path: &Path, directory: &Path) -> PathBuf {
     to
 }
 
-/// Where the libxl stream and the libxc stream of an image of xl begin, and where the
-/// libxc stream ends.
+/// The offsets of an xl image's libxl stream and libxc stream, and of the libxc stream's end.
 pub(crate) fn layers(image: &[u8]) -> (usize, usize, usize) {
     let mut walk = Walk::open(image, ReadOptions::default()).unwrap();
     let (mut libxl, mut libxc, mut end) = (0, 0, 0);

@@ -1,5 +1,5 @@
-//! What the tests of migration share: two mock hosts, both real ends, and ends that the
-//! test plays itself.
+//! Helpers for tests of migration: two mock hosts, both real ends, and ends that the test plays
+//! itself.
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -18,8 +18,8 @@ use xsr_format::walk::Walk;
 
 use super::{Ran, arg, backend, run, scratch, xsr};
 
-/// The messages of `tools/xl/xl.h`, with their NULs, and the status of success: written
-/// here a second time, so that a slip in the command does not agree with itself.
+/// The messages of `tools/xl/xl.h`, with their NULs, and the status of success. They are written
+/// here a second time, so that a mistake in the command is detected.
 pub(crate) const BANNER: &[u8] = b"xl migration receiver ready, send binary domain data.\n";
 pub(crate) const READY: &[u8] = b"domain received, ready to unpause\0";
 pub(crate) const GO: &[u8] = b"domain is yours, you are cleared to unpause\0";
@@ -34,14 +34,14 @@ pub(crate) struct Hosts {
 }
 
 impl Hosts {
-    /// With a domain of 8 MiB and these options.
+    /// The hosts, with a domain of 8 MiB created with these options.
     pub(crate) fn with(kind: &str, options: &[&str]) -> Self {
         let dir = scratch();
         let [here, there] = ["here", "there"].map(|name| dir.path().join(name));
         let what = ["mock", "create", "web", "--memory", "8M", "--type", kind];
         let host = ["--host", arg(&here)];
         run(what.iter().chain(&host).chain(options)).code(0);
-        // The second is there, and has no domain.
+        // The second host exists, without domains.
         let other = [
             "mock",
             "create",
@@ -60,12 +60,12 @@ impl Hosts {
         self.dir.path().join(name)
     }
 
-    /// What both hosts have, as `name state`.
+    /// The domains of both hosts, as `name state`.
     pub(crate) fn domains(&self) -> [Vec<String>; 2] {
         [&self.here, &self.there].map(|host| domains(host))
     }
 
-    /// An image of `web`, which runs on.
+    /// An image of `web`, which continues to run.
     pub(crate) fn image(&self) -> Vec<u8> {
         let saved = xsr(["save", "-c", &backend(&self.here), "web", "-"]).output();
         let saved = saved.unwrap();
@@ -81,7 +81,7 @@ impl Hosts {
         Running::start(args.iter().chain(options))
     }
 
-    /// `xsr migrate-receive` at a socket, once it waits there.
+    /// `xsr migrate-receive` on a socket, once it listens.
     pub(crate) fn receiver(&self, socket: &Path, options: &[&str]) -> Running {
         let at = format!("unix:{}", socket.display());
         let backend = backend(&self.there);
@@ -99,7 +99,7 @@ impl Hosts {
     }
 }
 
-/// Wait until it is so, and no longer than half a minute.
+/// Wait for a condition, at most half a minute.
 #[track_caller]
 pub(crate) fn until(what: &str, mut is: impl FnMut() -> bool) {
     let late = Instant::now() + Duration::from_secs(30);
@@ -109,13 +109,13 @@ pub(crate) fn until(what: &str, mut is: impl FnMut() -> bool) {
     }
 }
 
-/// Where a host keeps its only domain.
+/// The directory of a host's only domain.
 pub(crate) fn domain_dir(host: &Path) -> PathBuf {
     let mut domains = host.join("domains").read_dir().unwrap();
     domains.next().unwrap().unwrap().path()
 }
 
-/// What a host has, as `name state`.
+/// The domains of a host, as `name state`.
 pub(crate) fn domains(host: &Path) -> Vec<String> {
     let list = run(["mock", "list", "--json", "--host", arg(host)]).code(0);
     let text = |value: &serde_json::Value| value.as_str().unwrap().to_owned();
@@ -127,12 +127,12 @@ pub(crate) fn domains(host: &Path) -> Vec<String> {
         .collect()
 }
 
-/// A command that runs.
+/// A running command.
 #[derive(Debug)]
 pub(crate) struct Running {
     child: Child,
     stderr: BufReader<ChildStderr>,
-    /// What stderr has said so far.
+    /// The stderr output so far.
     said: String,
 }
 
@@ -155,7 +155,7 @@ impl Running {
         }
     }
 
-    /// Wait for a line with `word` in it.
+    /// Wait for a line that contains `word`.
     #[track_caller]
     pub(crate) fn line(&mut self, word: &str) -> String {
         loop {
@@ -169,7 +169,7 @@ impl Running {
         }
     }
 
-    /// Until it has a thread of that name.
+    /// Wait until it has a thread of that name.
     pub(crate) fn until_thread(&self, name: &str) {
         let tasks = format!("/proc/{}/task", self.child.id());
         until(name, || {
@@ -189,18 +189,18 @@ impl Running {
         super::signal_number(self.child.id(), number);
     }
 
-    /// Nobody reads any more what it says: it cannot write to stderr from now on.
+    /// Close its stderr: it cannot write there from now on.
     pub(crate) fn unheard(self) -> Child {
         self.child
     }
 
-    /// Kill it, and see it dead.
+    /// Kill it, and wait for it.
     pub(crate) fn kill(mut self) {
         self.signal(Signal::SIGKILL);
         self.child.wait().unwrap();
     }
 
-    /// Until it has ended, and no longer than half a minute.
+    /// Wait until it has ended, at most half a minute.
     #[track_caller]
     pub(crate) fn until_its_end(&mut self) {
         until("its end", || self.child.try_wait().unwrap().is_some());
@@ -221,7 +221,7 @@ impl Running {
     }
 }
 
-/// Read exactly this.
+/// Read exactly these bytes.
 #[track_caller]
 pub(crate) fn hear(from: &mut impl Read, expected: &[u8]) {
     let mut got = vec![0; expected.len()];
@@ -238,17 +238,17 @@ pub(crate) fn hear_image(from: &mut impl Read) {
     while walk.next_step().unwrap().is_some() {}
 }
 
-/// A listening socket at which the test itself plays the receiver.
+/// A listening socket on which the test itself plays the receiver.
 pub(crate) fn listen(socket: &Path) -> UnixListener {
     UnixListener::bind(socket).unwrap()
 }
 
-/// A connection that is cut after so many bytes in one direction, and forwards what
-/// comes before.
+/// A connection that is cut after a number of bytes in one direction, and forwards everything
+/// before.
 pub(crate) struct Cut {
-    /// Bytes from the sender to the receiver that pass.
+    /// The number of bytes from the sender to the receiver.
     pub(crate) forth: u64,
-    /// And back.
+    /// The number of bytes in the other direction.
     pub(crate) back: u64,
 }
 
@@ -258,8 +258,8 @@ impl Cut {
         back: u64::MAX,
     };
 
-    /// Forward between whoever connects to `at` and whoever listens at `to`. The answer
-    /// gives the bytes that went forth and back.
+    /// Forward between a connection to `at` and the listener at `to`. The result is the number of
+    /// bytes in each direction.
     pub(crate) fn run(self, at: &Path, to: &Path) -> JoinHandle<[u64; 2]> {
         let listener = listen(at);
         let (at, to) = (at.to_owned(), to.to_owned());
@@ -276,7 +276,7 @@ impl Cut {
     }
 }
 
-/// Forward until `limit` or the end; then both connections are cut.
+/// Forward until `limit` or the end; then cut both connections.
 fn forward(mut from: &UnixStream, mut to: &UnixStream, limit: u64) -> u64 {
     let mut passed = 0;
     let mut room = vec![0; 1 << 16];
@@ -298,7 +298,7 @@ fn forward(mut from: &UnixStream, mut to: &UnixStream, limit: u64) -> u64 {
             hang_up(end, Shutdown::Both);
         }
     } else {
-        // Who has said all may still hear.
+        // An end that has sent everything may still receive.
         hang_up(to, Shutdown::Write);
     }
     passed

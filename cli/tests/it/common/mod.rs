@@ -1,4 +1,4 @@
-//! What the tests of the command share: running it, and images to run it on.
+//! Helpers for tests of the command: running it, and images to run it on.
 
 #![allow(
     dead_code,
@@ -18,7 +18,7 @@ use assert_cmd::Command;
 
 pub(crate) use images::{decompress, image, images, layers, scratch};
 
-/// The command, without what the environment could make of it.
+/// The command, without environment variables that would affect it.
 pub(crate) fn xsr<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_xsr"));
     command
@@ -28,7 +28,7 @@ pub(crate) fn xsr<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) 
     command
 }
 
-/// What a run of the command came to.
+/// The outcome of a run of the command.
 #[derive(Debug)]
 pub(crate) struct Ran {
     pub(crate) code: i32,
@@ -50,7 +50,7 @@ pub(crate) fn ran(mut command: Command) -> Ran {
 }
 
 impl Ran {
-    /// This code, and nothing that looks like a bug.
+    /// Asserts this exit code, and no panic.
     #[track_caller]
     pub(crate) fn code(self, code: i32) -> Self {
         assert!(!self.stderr.contains("panicked"), "{self:?}");
@@ -80,7 +80,7 @@ impl Ran {
     }
 }
 
-/// Send a process a signal by its number: real-time signals have no name.
+/// Send a process a signal by its number, because real-time signals have no name.
 pub(crate) fn signal_number(process: u32, number: u32) {
     let [number, process] = [number, process].map(|n| n.to_string());
     let script = "kill -$0 $1";
@@ -95,8 +95,8 @@ pub(crate) fn arg(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// The images that `XSR_IMAGES` names, or those beside the workspace, decompressed
-/// into `directory`. There may be none.
+/// The images in `XSR_IMAGES`, or those beside the workspace, decompressed into `directory`. There
+/// may be none.
 pub(crate) fn real_images(directory: &Path) -> Vec<PathBuf> {
     let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/images");
     let from = std::env::var_os("XSR_IMAGES").map_or(beside, PathBuf::from);
@@ -113,14 +113,14 @@ pub(crate) fn real_images(directory: &Path) -> Vec<PathBuf> {
     paths
 }
 
-/// Make a mock host with one domain, `web`.
+/// Create a mock host with one domain, `web`.
 pub(crate) fn host_with(kind: &str, directory: &Path) -> PathBuf {
     let host = directory.join("host");
     create(&host, "web", kind);
     host
 }
 
-/// Make a small domain on a mock host.
+/// Create a small domain on a mock host.
 pub(crate) fn create(host: &Path, name: &str, kind: &str) {
     run([
         "mock",
@@ -138,13 +138,12 @@ pub(crate) fn create(host: &Path, name: &str, kind: &str) {
     .code(0);
 }
 
-/// `--backend` for a mock host.
+/// The value of `--backend` for a mock host.
 pub(crate) fn backend(host: &Path) -> String {
     format!("--backend=mock:{}", host.display())
 }
 
-/// What `xsr mock list` says of a domain: its state, or `None` where there is none, or
-/// no host even.
+/// A domain's state in `xsr mock list`; `None` if the domain or even the host does not exist.
 pub(crate) fn state(host: &Path, name: &str) -> Option<String> {
     if !host.exists() {
         return None;

@@ -1,5 +1,5 @@
-//! A command that a test holds at a phase of its work, by `XSR_MOCK_PHASES`
-//! (`xen-backend/src/mock/phases.rs`), and sends signals to there.
+//! A command that a test stops at a phase of its work, by `XSR_MOCK_PHASES`
+//! (`xen-backend/src/mock/phases.rs`), and sends signals to.
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -16,26 +16,26 @@ use nix::unistd::Pid;
 
 use super::Ran;
 
-/// How long anything may take.
+/// The limit for any wait.
 const LATE: Duration = Duration::from_secs(60);
 
 /// Names the socket.
 const VARIABLE: &str = "XSR_MOCK_PHASES";
 
-/// A command that announces its phases, in a process group of its own.
+/// A command that announces its phases, in its own process group.
 #[derive(Debug)]
 pub(crate) struct Staged {
     child: Child,
     stderr: BufReader<ChildStderr>,
     said: String,
-    /// Phases, each waited at; hung up when the command has ended.
+    /// The phases; the command waits at each one. Closed when the command has ended.
     phases: Receiver<String>,
     go_on: Sender<()>,
     passed: Vec<String>,
     waits: bool,
 }
 
-/// The command, in `directory` for its socket.
+/// The command, with its socket in `directory`.
 pub(crate) fn staged<S: AsRef<OsStr>>(
     directory: &Path,
     args: impl IntoIterator<Item = S>,
@@ -87,7 +87,7 @@ fn serve(mut socket: &UnixStream, tell: &Sender<String>, gone_on: &Receiver<()>)
             return;
         }
         let phase = line.split(' ').next().unwrap().to_owned();
-        // A test that does not care any more holds nothing up.
+        // A test that has stopped listening must not block the command.
         if tell.send(phase).is_ok() {
             gone_on.recv().unwrap_or_default();
         }
@@ -98,15 +98,15 @@ fn serve(mut socket: &UnixStream, tell: &Sender<String>, gone_on: &Receiver<()>)
 }
 
 impl Staged {
-    /// Let it go on from where it waits, if it waits.
+    /// Let it go on if it waits.
     pub(crate) fn release(&mut self) {
         if std::mem::take(&mut self.waits) {
             self.go_on.send(()).unwrap();
         }
     }
 
-    /// Let it run until it has come to `phase` for the `nth` time (from 1), and hold it there.
-    /// False: it ended before.
+    /// Let it run to the `nth` occurrence of `phase` (from 1), and hold it there. False: it ended
+    /// before.
     #[track_caller]
     pub(crate) fn hold(&mut self, phase: &str, nth: usize) -> bool {
         let mut left = nth;
@@ -127,27 +127,27 @@ impl Staged {
         }
     }
 
-    /// Its process number.
+    /// Its process id.
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// Send a signal, to all of its process group or to it alone.
+    /// Send a signal, to its whole process group or to it alone.
     pub(crate) fn signal(&self, signal: Signal, group: bool) {
         let pid = Pid::from_raw(i32::try_from(self.child.id()).unwrap());
-        // It has not been waited for, so that the number is still its own.
+        // The child has not been waited for, so its process id cannot have been reused.
         match group {
             true => killpg(pid, signal).unwrap(),
             false => kill(pid, signal).unwrap(),
         }
     }
 
-    /// The same, by its number, to it alone.
+    /// The same by the signal's number, to it alone.
     pub(crate) fn signal_number(&self, number: u32) {
         super::signal_number(self.child.id(), number);
     }
 
-    /// Until stderr has said `word`, or nothing more comes. The line.
+    /// Wait until stderr has `word` in a line, or is closed. Returns the line.
     pub(crate) fn until_said(&mut self, word: &str) -> Option<String> {
         loop {
             let mut line = String::new();
@@ -161,7 +161,7 @@ impl Staged {
         }
     }
 
-    /// Wait for its end where it is held.
+    /// Wait for its end while it is held.
     #[track_caller]
     pub(crate) fn end_held(mut self) -> Ran {
         let said = self.until_said("\0");
@@ -169,7 +169,7 @@ impl Staged {
         self.end().0
     }
 
-    /// Let it run to its end. What it came to, and the phases that it passed.
+    /// Let it run to its end. Returns the outcome, and the phases that it passed.
     #[track_caller]
     pub(crate) fn end(mut self) -> (Ran, Vec<String>) {
         while self.hold("", 1) {}

@@ -1,10 +1,10 @@
-//! Files that are no images, and compressed ones: what is said of them.
+//! Messages about files that are not images, and about compressed files.
 
 use std::fs;
 
 use crate::common::{arg, image, ran, run, scratch, xsr};
 
-/// A file that is no saved domain is named.
+/// The type of a file that is not a saved domain is reported.
 #[test]
 fn what_is_no_image_is_named() {
     let dir = scratch();
@@ -56,7 +56,7 @@ fn what_is_no_image_is_named() {
         (b"BZhello".to_vec(), "text"),
     ];
     for (bytes, name) in cases {
-        // The last case of a VHD has its magic at the very end.
+        // In this last case, a VHD, the magic is at the very end.
         let bytes = match name {
             "only" => [vec![1; 4096], b"conectix".to_vec(), vec![0; 504]].concat(),
             _ => bytes,
@@ -76,7 +76,7 @@ fn what_is_no_image_is_named() {
     }
 }
 
-/// Compressed files, as their own tools judge them.
+/// Compressed files are judged as by their own tools.
 #[test]
 fn compressed_files_are_judged_as_their_tools_judge_them() {
     let dir = scratch();
@@ -99,7 +99,7 @@ fn compressed_files_are_judged_as_their_tools_judge_them() {
         let level = ruzstd::encoding::CompressionLevel::Fastest;
         ruzstd::encoding::compress_to_vec(bytes, level)
     };
-    // LZ4's old format: blocks of 8 MiB at most, each with its length.
+    // LZ4's legacy format: blocks of at most 8 MiB, each with its length.
     let lz4_legacy = |bytes: &[u8]| {
         let block = lz4_flex::block::compress(bytes);
         let length = u32::try_from(block.len()).unwrap().to_le_bytes();
@@ -153,7 +153,7 @@ fn compressed_files_are_judged_as_their_tools_judge_them() {
         let at = flipped.len() - 6;
         flipped[at] ^= 0x10;
         fs::write(&path, flipped).unwrap();
-        // An lz4 frame need not have a checksum: then the image inside is bad.
+        // An lz4 frame may lack a checksum: then the image inside is bad.
         run(["verify", arg(&path)]).code(2).stdout_has("BAD");
         if name != "gzip" {
             fs::write(&path, [file, b"garbage".as_slice()].concat()).unwrap();

@@ -1,5 +1,5 @@
-//! Ends that stay there and say nothing, take nothing or take too little: each wait has an end,
-//! and who has the domain then is as after a connection that broke.
+//! Ends that stay connected and send nothing, read nothing, or read too little: each wait has a
+//! limit, and the domain is then where it would be after a broken connection.
 
 use std::net::{TcpListener, TcpStream};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -10,7 +10,7 @@ use super::*;
 
 const SOON: [&str; 2] = ["--answer-timeout", "1"];
 
-/// A sender and a receiver that says this, and then is silent until the sender has ended.
+/// Send to a receiver that follows the script, and is then silent until the sender has ended.
 fn silent_after(hosts: &Hosts, script: &[Say<'_>], options: &[&str]) -> crate::common::Ran {
     let socket = hosts.path("socket");
     let listener = listen(&socket);
@@ -33,7 +33,7 @@ fn a_silent_receiver_is_given_up_with_the_domain_running_here() {
         (&[], &[], answered),
         (&[Bytes(&BANNER[..9])], &[], answered),
         (&[Bytes(BANNER)], &[], taken),
-        // What its buffers take counts, and so it may be called slow.
+        // Data in its buffers count as read, so the message may be that it is slow.
         (&[Bytes(BANNER)], &["--no-live"], "the other end "),
         (
             &[Bytes(BANNER), HearSome(400_000)],
@@ -70,7 +70,7 @@ fn a_silent_receiver_that_has_been_told_to_run_the_domain_is_waited_for_no_longe
     }
 }
 
-/// Take a little now and then, until the sender has hung up or `ended` says so.
+/// Read a little now and then, until the sender has hung up or `ended` has a message.
 fn sip(mut peer: impl Read, ended: &mpsc::Receiver<()>) {
     let mut room = [0; 4096];
     while ended.recv_timeout(Duration::from_millis(20)) == Err(RecvTimeoutError::Timeout) {
@@ -199,7 +199,7 @@ fn a_client_that_says_nothing_does_not_keep_a_listening_receiver() {
     drop(client);
 }
 
-/// A socket in a directory that others can write to may be another user's, who was there first.
+/// In a directory that others can write to, a socket may belong to another user.
 #[test]
 fn a_listener_of_another_user_is_given_no_domain() {
     const NOBODY: u32 = 65_534;
@@ -208,7 +208,7 @@ fn a_listener_of_another_user_is_given_no_domain() {
         return;
     }
     let hosts = Hosts::with("pvh", &[]);
-    // Where that user reaches the program, and may listen.
+    // A place where that user can run the program, and listen.
     let place = tempfile::tempdir().unwrap();
     let open = std::os::unix::fs::PermissionsExt::from_mode(0o777);
     std::fs::set_permissions(place.path(), open).unwrap();
@@ -232,7 +232,7 @@ fn a_listener_of_another_user_is_given_no_domain() {
         .stderr_has("a process of another user listens there (uid 65534")
         .stderr_has("put the socket into a directory of your own")
         .stderr_has("web runs on here");
-    // It took the connection for that of its sender.
+    // It mistook the connection for its sender's.
     assert!(!listener.wait().unwrap().success());
     assert_eq!(hosts.domains(), [HERE.map(str::to_owned).to_vec(), vec![]]);
 }

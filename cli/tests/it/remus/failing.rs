@@ -1,4 +1,4 @@
-//! Something fails at one end of Remus, or comes to its end there, while the other is well.
+//! Remus with a failure, or the end of the guest, at one end while the other is well.
 
 use std::net::Shutdown;
 use std::path::PathBuf;
@@ -6,12 +6,13 @@ use std::path::PathBuf;
 use super::*;
 use crate::common::migration::{GO, domain_dir};
 
-/// How a mock machine's disk refuses a file: what it is written to first is a directory.
+/// Make a mock machine's disk refuse a file, by a directory in place of the file that is written
+/// first.
 fn refuse(file: &Path) -> PathBuf {
     let mut name = file.file_name().unwrap().to_owned();
     name.push(".new");
     let instead = file.with_file_name(name);
-    // The machine may just be writing it.
+    // The machine may be writing that file at this moment.
     until("a place for a directory", || {
         fs::create_dir(&instead).is_ok()
     });
@@ -52,7 +53,7 @@ fn a_domain_stands_still_before_anybody_is_waited_for() {
         let mut from = stream.try_clone().unwrap();
         let reader = std::thread::spawn(move || from.read_to_end(&mut Vec::new()).unwrap());
         sender.line("is protected by");
-        // It has begun to say something: nobody knows what yet.
+        // The start of a message, whose meaning is not yet known.
         stream.write_all(&REPORT[..1]).unwrap();
         until("the domain paused", || state(&hosts.here)["pauses"] == 1);
         stream.write_all(&REPORT[1..]).unwrap();
@@ -65,7 +66,7 @@ fn a_domain_stands_still_before_anybody_is_waited_for() {
     }
 }
 
-/// What a mock host keeps of its only domain.
+/// The stored state of a host's only domain.
 fn state(host: &Path) -> serde_json::Value {
     let state = fs::read(domain_dir(host).join("state.json")).unwrap();
     serde_json::from_slice(&state).unwrap()
@@ -85,8 +86,8 @@ fn read_checkpoint(stream: impl Read) {
     }
 }
 
-/// In the midst of a checkpoint of which it has had a part: with the domain suspended, or when
-/// it runs on and what was kept is sent.
+/// In the middle of a checkpoint that has partly arrived: with the domain suspended, or after it
+/// has been resumed and while the buffered part is sent.
 #[test]
 fn a_receiver_that_reads_nothing_any_more_is_lost_and_the_domain_runs_on() {
     for (buffer, on_loss, left) in [
@@ -103,7 +104,7 @@ fn a_receiver_that_reads_nothing_any_more_is_lost_and_the_domain_runs_on() {
         let (mut stream, _) = listener.accept().unwrap();
         stream.write_all(BANNER).unwrap();
         read_checkpoint(&stream);
-        // It hangs, and its end of the connection stays as it is.
+        // The receiver hangs: its end of the connection stays open.
         sender.until_its_end();
         let sent = sender.end();
         assert_eq!(sent.code, 3, "{sent:?}");
@@ -127,8 +128,8 @@ fn a_domain_that_cannot_be_resumed_when_its_receiver_is_lost_is_said_to_be_suspe
         let (mut stream, _) = listener.accept().unwrap();
         stream.write_all(BANNER).unwrap();
         read_checkpoint(&stream);
-        // Nobody reads the next one, which is larger than a socket holds; then the machine's
-        // disk takes nothing, and whatever it is by then, it stays.
+        // The next checkpoint, which is larger than a socket can buffer, is not read. Then the
+        // machine's disk refuses writes, and the domain stays in its state.
         let mut refused = None;
         until("the domain suspended for good", || {
             let suspended = || state(&hosts.here)["shutdown"] == "suspend";
@@ -152,7 +153,7 @@ fn a_domain_that_cannot_be_resumed_when_its_receiver_is_lost_is_said_to_be_suspe
     }
 }
 
-/// A signal in the midst of the first checkpoint: there is nothing to take back, and the domain
+/// A signal in the middle of the first checkpoint: there is nothing to take back, and the domain
 /// does not run.
 #[test]
 fn a_domain_that_cannot_be_resumed_when_a_signal_ends_its_first_checkpoint_is_no_success() {
@@ -180,8 +181,8 @@ fn a_domain_that_cannot_be_resumed_when_a_signal_ends_its_first_checkpoint_is_no
     assert_eq!(hosts.domains()[0], ["web suspended"], "{sent:?}");
 }
 
-/// The withdrawal cannot be said, and the domain is paused; then the other end gives it back, and
-/// it cannot be let run on.
+/// The withdrawal cannot be sent, and the domain is paused. Then the other end gives it back, and
+/// it cannot be unpaused.
 #[test]
 fn a_domain_that_cannot_be_unpaused_when_it_is_given_back_is_no_success() {
     let hosts = Hosts::with("pvh", &[]);
@@ -216,7 +217,7 @@ fn a_domain_that_cannot_be_unpaused_when_it_is_given_back_is_no_success() {
     assert_eq!(hosts.domains()[0], ["web paused"], "{sent:?}");
 }
 
-/// The first checkpoint does not count then, and there is no domain.
+/// Then the first checkpoint does not count, and there is no domain.
 #[test]
 fn emulators_that_cannot_be_kept_at_first_leave_the_domain_at_the_sender() {
     let hosts = Hosts::with("hvm", &[]);
@@ -254,7 +255,7 @@ fn emulators_that_cannot_be_kept_later_leave_the_domain_at_the_sender_alone_or_i
         fs::write(&before, hosts.image()).unwrap();
         let [sender, receiver] = protected(&hosts, &[]);
         let dir = domain_dir(&hosts.there);
-        // Nor can the copy be destroyed, where what is left of one like it cannot be removed.
+        // Nor can the copy be destroyed, if the remains of an earlier one cannot be removed.
         let dead = dir.with_extension("dead");
         if !destroyed {
             fs::write(&dead, b"").unwrap();

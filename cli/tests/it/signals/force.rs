@@ -1,8 +1,8 @@
-//! Signals that stay ignored, the hard way out, and what must not hold a signal up.
+//! Signals that stay ignored, ending at once, and signals that must not be delayed.
 
 use super::*;
 
-/// `nohup`, and a job that a script runs in the background.
+/// `nohup`, and a background job of a script.
 #[test]
 fn what_was_ignored_stays_ignored() {
     let hosts = Hosts::with("pvh", &[]);
@@ -24,7 +24,7 @@ fn what_was_ignored_stays_ignored() {
     assert!(file.exists());
 }
 
-/// Those that Rust has no name for, and those that say that a process has crashed, too.
+/// Including those that Rust has no name for, and those that report a crash.
 #[test]
 fn every_signal_that_ends_a_process_is_a_request() {
     let hosts = Hosts::with("pvh", &[]);
@@ -46,7 +46,7 @@ fn every_signal_that_ends_a_process_is_a_request() {
     }
 }
 
-/// Nothing has to be put right.
+/// No cleanup is needed.
 #[test]
 fn a_command_that_writes_nothing_ends_by_the_signal() {
     let hosts = Hosts::with("pvh", &[]);
@@ -73,7 +73,7 @@ fn the_hard_way_out_is_for_who_insists_and_says_what_it_leaves() {
         command.signal(Signal::SIGHUP, false);
         let said = command.until_said("interrupting").unwrap();
         assert!(said.contains("press Ctrl-C again to end at once"), "{said}");
-        // The time that has to pass.
+        // Longer than the time after which a signal ends the process at once.
         thread::sleep(Duration::from_millis(1100));
         command.signal(Signal::SIGHUP, false);
         assert!(!partial_files(hosts.dir.path()).is_empty());
@@ -94,7 +94,7 @@ fn the_hard_way_out_is_for_who_insists_and_says_what_it_leaves() {
     }
 }
 
-/// There is none where the user could not be told of it.
+/// A process cannot be ended at once if the user could not be told that it can.
 #[test]
 fn no_hard_way_out_without_an_announcement() {
     let hosts = Hosts::with("pvh", &[]);
@@ -138,7 +138,7 @@ fn the_hard_way_out_behind_go_says_that_nobody_knows() {
     assert!(has(&domains(&hosts.here), "web--migratedaway suspended"));
 }
 
-/// What nobody writes to, and what nobody reads from, holds no signal up.
+/// A pipe without a writer or a reader does not delay a signal.
 #[test]
 fn a_command_that_waits_for_a_pipe_hears() {
     let hosts = Hosts::with("pvh", &[]);
@@ -164,7 +164,7 @@ fn a_command_that_waits_for_a_pipe_hears() {
     assert!(partial_files(hosts.dir.path()).is_empty());
 }
 
-/// `ulimit -f`: an error of the write.
+/// `ulimit -f`: a write fails.
 #[test]
 fn a_file_that_may_not_grow_is_an_error_and_no_signal() {
     let hosts = Hosts::with("pvh", &[]);
