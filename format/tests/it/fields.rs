@@ -1,5 +1,5 @@
-//! Blobs as named fields: against the compiler's offsets, against real images, and
-//! with bytes that nobody meant.
+//! Tests of blobs as named fields: against the compiler's offsets, on real images, and with
+//! arbitrary bytes.
 
 mod context;
 mod cpu_policy;

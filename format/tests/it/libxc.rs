@@ -1,4 +1,4 @@
-//! The libxc stream: rules, order, sources of every temper, agreement of the readers.
+//! Tests of the libxc stream: rules, order, badly behaved sources, agreement of the readers.
 
 mod misplaced;
 mod order;

@@ -1,5 +1,5 @@
-//! The library against real images, built streams and foreign tools: one binary, so that
-//! it is linked once.
+//! Tests of the library against real images, built streams and other programs. One binary, so that
+//! it is linked only once.
 
 #![allow(
     clippy::arithmetic_side_effects,

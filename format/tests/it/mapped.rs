@@ -1,5 +1,5 @@
-//! The mapped layout: what is written is what `docs/mapped.md` says, byte by byte; it is the same
-//! image to a reader of streams; an index that lies and a bit that flips are found.
+//! Tests of the mapped layout: it matches `docs/mapped.md` byte for byte, a stream reader sees the
+//! same image, and wrong indexes and flipped bits are found.
 
 mod damage;
 mod layout;
@@ -27,7 +27,7 @@ fn half(bytes: &[u8], at: usize) -> u64 {
     u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()).into()
 }
 
-/// Small images of all kinds, by name: those of a real Xen cut down, and some that are made up.
+/// Small images of all kinds, by name: real ones, shortened, and made-up ones.
 fn small() -> Vec<(String, Vec<u8>)> {
     let mut all = Vec::new();
     for image in images::committed() {
@@ -47,7 +47,7 @@ fn small() -> Vec<(String, Vec<u8>)> {
     all
 }
 
-/// A stream in which pages come again, with other contents and types: a live save's.
+/// A stream in which pages are repeated with other contents and types, as by a live save.
 fn again() -> Stream {
     let first: Vec<_> = (0..1024_u64)
         .map(|pfn| (pfn << 8 | 1, u8::from(pfn % 5 == 0) * 15))
@@ -56,7 +56,7 @@ fn again() -> Stream {
         .policies()
         .pages(&first)
         .pages(&[(3 << 20, 0), (4 << 20, 0xf)])
-        // Before those of the first record, between and behind them; one goes, one comes.
+        // Before, between and after those of the first record; one is removed, one is added.
         .pages(&[(0, 0), (1 << 8 | 1, 0xf), (5 << 8 | 1, 0), (9 << 8 | 1, 0)])
         .pages(&[(0, 0), (3 << 20, 0xd)])
         .tsc()
@@ -65,7 +65,8 @@ fn again() -> Stream {
         .empty(END)
 }
 
-/// What a walk through an image says of each pfn in the end: its type, and its contents' place.
+/// The final state of each pfn in a walk through an image: its type, and the offset of its
+/// contents.
 fn last_words(image: &[u8]) -> BTreeMap<u64, (u8, Option<u64>)> {
     let mut words = BTreeMap::new();
     let mut walk = Walk::open_seeking(Cursor::new(image), ReadOptions::default()).unwrap();

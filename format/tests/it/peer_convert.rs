@@ -1,9 +1,10 @@
-//! Conformance with Xen's own `convert-legacy-stream`: on generated images of every kind,
-//! and on many damaged ones, it and [`Converted`] write the same bytes or both refuse, but
-//! for disagreements of a kind that `docs/legacy.md` explains.
+//! Conformance with Xen's own `convert-legacy-stream`: on generated images of every kind, and on
+//! many damaged ones, it and [`Converted`] write the same bytes or both refuse, except for the
+//! kinds of disagreement that `docs/legacy.md` explains.
 //!
-//! Needs `python3` and the unpacked package `xen-utils-4.17` (`cargo xtask peer-tools`); its
-//! folder is named by `XSR_PEER_TOOLS`. `XSR_PEER_MUTANTS` is how many mutants of each image.
+//! Needs `python3` and the unpacked package `xen-utils-4.17` (`cargo xtask peer-tools`), whose
+//! directory is given in `XSR_PEER_TOOLS`. `XSR_PEER_MUTANTS` is the number of mutants of each
+//! image.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Cursor, Read, Write};
@@ -16,7 +17,7 @@ use xsr_format::legacy::{
     Checkpoints, Converted, Item, LegacyError, LegacyGuest, LegacyOptions, LegacyReader, Target,
 };
 
-/// Mutants of each image, where `XSR_PEER_MUTANTS` does not say.
+/// Mutants of each image, unless `XSR_PEER_MUTANTS` is set.
 const MUTANTS: u64 = 150;
 
 /// Xen's script, kept running.
@@ -26,7 +27,7 @@ struct Peer {
     answers: BufReader<ChildStdout>,
 }
 
-/// What a converter makes of an image.
+/// A converter's result for an image.
 #[derive(Debug)]
 struct Theirs {
     accepts: bool,
@@ -154,7 +155,7 @@ impl Case {
         }
     }
 
-    /// The pieces that a good image has, with where each begins.
+    /// The pieces of a valid image, with their offsets.
     fn pieces(&self, image: &[u8]) -> Vec<(usize, Item)> {
         let mut reader = LegacyReader::seeking(Cursor::new(image), self.options()).unwrap();
         let mut pieces = Vec::new();
@@ -169,7 +170,7 @@ impl Case {
     }
 }
 
-/// Why the two disagree, by the names that the document has.
+/// The reason for a disagreement, by its name in the document.
 fn explanation(ours: &Result<Vec<u8>, ReadError>, theirs: &Theirs) -> Option<&'static str> {
     let error = match ours {
         Ok(bytes) if theirs.accepts => return different(bytes, &theirs.bytes),
@@ -180,7 +181,7 @@ fn explanation(ours: &Result<Vec<u8>, ReadError>, theirs: &Theirs) -> Option<&'s
                 e if e.contains("Unrecognised extended block") => "unknown-block",
                 e if e.contains("ZeroDivisionError") => "no-vcpu-block",
                 e if e.contains("Unexpected extended info marker") => "no-extended-info",
-                // It looks for other vcpus than there are, and goes astray.
+                // It looks for vcpus that are not there, and reads on in the wrong place.
                 _ => return None,
             });
         }
@@ -213,18 +214,18 @@ fn explanation(ours: &Result<Vec<u8>, ReadError>, theirs: &Theirs) -> Option<&'s
             _ => return None,
         },
         ReadErrorCause::Libxl(_) => "toolstack-record",
-        // The script took fewer vcpus or pages than there are to be.
+        // The script read fewer vcpus or pages than it should have.
         _ => return None,
     })
 }
 
-/// What is different in two converted images: known flaws of the script.
+/// The difference between two converted images: known flaws of the script.
 fn different(ours: &[u8], theirs: &[u8]) -> Option<&'static str> {
     if ours == theirs {
         return Some("same bytes");
     }
-    // PAGE_DATA of no entry, X86_PV_VCPU_XSAVE of no bytes: no restorer takes the first,
-    // and the format forbids to write the second.
+    // PAGE_DATA without entries, X86_PV_VCPU_XSAVE without bytes: no restorer accepts the first,
+    // and the format forbids writing the second.
     for (flaw, name) in [
         (
             &[1, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0][..],
@@ -285,7 +286,7 @@ const CASES: [Case; 12] = [
         width: 64,
         more: &["--vcpus", "1", "--seed", "9"],
     },
-    // Those that the script cannot handle.
+    // Cases that the script cannot handle.
     Case {
         kind: "hvm",
         width: 64,
@@ -303,7 +304,7 @@ const CASES: [Case; 12] = [
     },
 ];
 
-/// The cases that the script can handle come first.
+/// The number of cases that the script can handle, which come first.
 const HANDLED: usize = 9;
 
 #[test]
@@ -360,15 +361,15 @@ fn mutants_are_refused_by_both_or_the_reason_is_known() {
     peer.finish();
     eprintln!("{} mutants of each of {HANDLED} images: {tally:?}", mutants);
     assert!(unexplained.is_empty(), "{}", unexplained.join("\n"));
-    // Both good and bad ones were among them.
+    // Both valid and invalid ones were among them.
     assert!(
         tally["same bytes"] > 0 && tally["both refuse"] > 0,
         "{tally:?}"
     );
 }
 
-/// What the script reads in another sense than a restorer did: a second list of vcpus adds
-/// to the first, no list means no vcpu, and a length field of 8 bytes has 4.
+/// Where the script interprets data differently from a restorer: a second list of vcpus adds to the
+/// first, no list means no vcpu, and compressed pages are not understood.
 fn astray(case: &Case, mutant: &[u8], ours: &Result<Vec<u8>, ReadError>) -> Option<&'static str> {
     let mut lists = 0;
     let mut compressed = false;
@@ -397,7 +398,7 @@ impl Numbers {
     }
 }
 
-/// Damage that knows where pieces begin: most of it gets past the first check.
+/// Damage near the boundaries of pieces, most of which gets past the first check.
 fn mutant(image: &[u8], pieces: &[(usize, Item)], seed: u64) -> Vec<u8> {
     let mut numbers = Numbers(seed);
     let mut out = image.to_vec();
@@ -415,12 +416,12 @@ fn mutant(image: &[u8], pieces: &[(usize, Item)], seed: u64) -> Vec<u8> {
             let word = [0, 1, 0xff, 0x7f, 0x80, 0xf0][numbers.below(6)];
             out[at..at + 4].fill(word);
         }
-        // An entry or a byte anywhere in it.
+        // An entry or a byte anywhere in the piece.
         4 => {
             let at = start + numbers.below(end - start);
             out[at] = numbers.below(256) as u8;
         }
-        // A piece lost, repeated, or moved to the end.
+        // A piece is lost, repeated, or moved to the end.
         5 => drop(out.drain(start..end)),
         6 => {
             let copy = out[start..end].to_vec();

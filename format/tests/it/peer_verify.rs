@@ -1,10 +1,10 @@
-//! Conformance with Xen's own `verify-stream-v2`: on every image at hand, and on many
-//! damaged ones, it and the strict reader accept and refuse the same, but for
-//! disagreements of a kind that `docs/verify-disagreements.md` explains.
+//! Conformance with Xen's own `verify-stream-v2`: on all available images, and on many damaged
+//! ones, it and the strict reader accept and refuse the same, except for the kinds of disagreement
+//! that `docs/verify-disagreements.md` explains.
 //!
-//! Needs the unpacked package `xen-utils-4.17` (`cargo xtask peer-tools`); its folder
-//! is named by `XSR_PEER_TOOLS`. Images below `XSR_PEER_IMAGES`, uncompressed, are
-//! compared too: those that the mock machine made, say.
+//! Needs the unpacked package `xen-utils-4.17` (`cargo xtask peer-tools`), whose directory is given
+//! in `XSR_PEER_TOOLS`. Uncompressed images below `XSR_PEER_IMAGES` are compared too, such as those
+//! from the mock machine.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
@@ -29,7 +29,7 @@ use xsr_format::wrapper::libxl::LibxlError;
 /// Mutants of each small image.
 const MUTANTS: u64 = 300;
 
-/// Mutants of each image as Xen wrote it; of those with few batches.
+/// Mutants of each image as Xen wrote it, for images with few batches.
 const MUTANTS_OF_LARGE: u64 = 50;
 
 /// Xen's script, kept running.
@@ -39,7 +39,7 @@ struct Peer {
     answers: BufReader<ChildStdout>,
 }
 
-/// What the script says of an image.
+/// The script's verdict on an image.
 #[derive(Debug)]
 struct Verdict {
     accepts: bool,
@@ -47,7 +47,7 @@ struct Verdict {
 }
 
 impl Peer {
-    /// The script, if the package is there; says why if not.
+    /// The script, if the package is available; otherwise prints why not.
     fn start() -> Option<Self> {
         let Some(tools) = std::env::var_os("XSR_PEER_TOOLS").map(PathBuf::from) else {
             eprintln!(
@@ -104,7 +104,7 @@ impl Peer {
     }
 }
 
-/// What the strict reader says of an image.
+/// The strict reader's verdict on an image.
 #[derive(Debug)]
 struct Ours {
     result: Result<(), ReadError>,
@@ -135,7 +135,7 @@ fn ours(image: &[u8]) -> Ours {
     }
 }
 
-/// Why the two disagree, by the names that the document has.
+/// The reason for a disagreement, by its name in the document.
 fn explanation(ours: &Ours, theirs: &Verdict) -> Option<&'static str> {
     let says = |text: &str| theirs.error.contains(text);
     let error = match &ours.result {
@@ -190,8 +190,8 @@ fn explanation(ours: &Ours, theirs: &Verdict) -> Option<&'static str> {
     })
 }
 
-/// Whether the script stumbled over a record with bit 31 set. (It shows the types of
-/// libxl records without `0x`.)
+/// Whether the script failed on a record with bit 31 set. (It prints the types of libxl records
+/// without `0x`.)
 fn is_optional(error: &str) -> bool {
     let Some((_, kind)) = error.split_once("Unrecognised record type ") else {
         return false;
@@ -202,7 +202,7 @@ fn is_optional(error: &str) -> bool {
         .is_ok_and(|kind| kind >> 31 == 1)
 }
 
-/// The libxc record that our error is about.
+/// The libxc record in our error.
 fn error_kind(ours: &Ours) -> Option<RecordKind> {
     match ours.result.as_ref().err()?.position.place {
         Place::Record { kind, .. } => kind,
@@ -220,7 +220,7 @@ fn says_state(ours: &Ours) -> bool {
     error.position.to_string().contains("CHECKPOINT_STATE")
 }
 
-/// Counts who says what, and notes what nobody explains.
+/// Counts the verdicts, and notes disagreements without explanation.
 #[derive(Default)]
 struct Tally {
     images: u64,
@@ -253,7 +253,7 @@ impl Tally {
     }
 }
 
-/// A stream within libxl's, with what a device model adds.
+/// A stream inside a libxl stream, with a device model's records.
 fn wrapped(stream: &Stream) -> Vec<u8> {
     let header = Bytes::new(true).bytes(b"LibxlFmt").u32(2).u32(0).bytes;
     let emulator = Bytes::new(false).u32(2).u32(0).bytes(b"state").bytes;
@@ -267,7 +267,7 @@ fn wrapped(stream: &Stream) -> Vec<u8> {
     .concat()
 }
 
-/// Small good images of every kind, by format and name.
+/// Small valid images of every kind, by format and name.
 fn bases() -> Vec<(&'static str, String, Vec<u8>)> {
     let mut bases = Vec::new();
     for image in images::committed() {
@@ -304,7 +304,7 @@ fn xl_header_only(mandatory_flags: u32) -> Vec<u8> {
         .bytes
 }
 
-/// Images of which the disagreement is known beforehand.
+/// Images with a known disagreement.
 fn known_disagreements() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     let hvm = || Stream::whole_hvm(3, false);
     let pv = || Stream::whole_pv(3, false, 8);
@@ -437,7 +437,7 @@ fn known_disagreements() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     ]
 }
 
-/// Pads, blanks and a trailer change nothing for Xen's script.
+/// Xen's script accepts pads, blanks and a trailer.
 #[test]
 fn xen_accepts_what_is_mapped() {
     let Some(mut peer) = Peer::start() else {
@@ -527,7 +527,7 @@ fn xen_agrees_or_we_know_why() {
     assert!(mutants.both_accept >= 50 && mutants.both_refuse >= 500);
 }
 
-/// Each kind of disagreement is real, is the one we say it is, and is in the document.
+/// Each known disagreement occurs, has the expected explanation, and is in the document.
 #[test]
 fn each_known_disagreement_is_one() {
     let document = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/verify-disagreements.md");

@@ -1,9 +1,9 @@
-//! Every real image, cut off at every byte: the walk says what is missing and where,
-//! for the step that the cut is in, and everything before it is read.
+//! Tests with every real image truncated at every byte: the walk reports what is missing, and
+//! where, for the step with the cut, and reads everything before it.
 //!
-//! For each cut only the step that it is in is read again, from a walk that was cloned
-//! before it. At the boundaries of records, and one byte to either side, the in-memory
-//! reader must say the same.
+//! For each cut, only the step with the cut is read again, from a walk that was cloned before it.
+//! At the boundaries of records, and one byte to either side, the in-memory reader must give the
+//! same result.
 
 use std::cell::Cell;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -15,7 +15,7 @@ use xsr_format::read::ReadOptions;
 use xsr_format::slice::SliceReader;
 use xsr_format::walk::{Content, Walk};
 
-/// An image that can be cut off anywhere while it is being read.
+/// An image that can be truncated at any point while it is being read.
 #[derive(Clone)]
 struct Cut<'a> {
     image: &'a [u8],
@@ -45,8 +45,7 @@ impl Seek for Cut<'_> {
     }
 }
 
-/// A step that has been taken: where it is, and of a batch how many bytes come before
-/// its pages.
+/// A step that has been taken: its position, and for a batch the number of bytes before its pages.
 struct Taken {
     position: Position,
     before_pages: Option<usize>,
@@ -66,7 +65,7 @@ fn take(walk: &mut Walk<Cut<'_>>) -> Result<Option<Taken>, ReadError> {
     }))
 }
 
-/// Cut one image everywhere; how many cuts that were.
+/// Cuts one image everywhere. Returns the number of cuts.
 fn cut_everywhere(image: &Image) -> usize {
     let whole = image.bytes.len();
     let end = Cell::new(whole);
@@ -92,7 +91,7 @@ fn cut_everywhere(image: &Image) -> usize {
         let Some(taken) = take(&mut walk).unwrap() else {
             break;
         };
-        // Where the step ends is where the next begins.
+        // A step ends where the next one begins.
         let next = match take(&mut walk.clone()).unwrap() {
             Some(next) => next.position.offset as usize,
             None => walk.offset() as usize,
@@ -102,7 +101,7 @@ fn cut_everywhere(image: &Image) -> usize {
         let pages = taken.before_pages.map(|bytes| start + bytes);
         for cut in start.max(8)..next {
             end.set(cut);
-            // Of a batch whose entries are there the pages are missed next.
+            // If a batch has its entries, its pages are the next to be missing.
             let mut short = match pages {
                 Some(pages) if cut >= pages => walk.clone(),
                 _ => before.clone(),
@@ -114,7 +113,7 @@ fn cut_everywhere(image: &Image) -> usize {
             check(&failure, &taken.position, cut, next);
             count += 1;
         }
-        // In memory one has to begin at the beginning: not at all boundaries, then.
+        // The in-memory reader must start at the beginning, so it is not tried at all boundaries.
         let near = taken.before_pages.is_none() || batches < 8 || batches % 32 == 0;
         if near && matches!(taken.position.place, Place::Record { .. }) {
             boundaries.push(start);
@@ -130,7 +129,7 @@ fn cut_everywhere(image: &Image) -> usize {
     count
 }
 
-/// The failure is in the step that was cut, and what is missing is in it too.
+/// Checks that the failure and the missing bytes are in the step that was cut.
 #[track_caller]
 fn check(failure: &Failure, expected: &Position, cut: usize, next: usize) {
     let Cause::Truncated(needed) = failure.cause else {
@@ -139,7 +138,7 @@ fn check(failure: &Failure, expected: &Position, cut: usize, next: usize) {
     assert!(needed > 0 && cut + needed as usize <= next, "{failure:?}");
     let at = failure.position.offset as usize;
     match (failure.position.place, expected.place) {
-        // A step, but two structures each.
+        // A single step, but two structures.
         (Place::XlOptionalData, Place::XlHeader) => assert_eq!(at, 48),
         (Place::DomainHeader, Place::ImageHeader) => {
             assert_eq!(at, expected.offset as usize + 24);
@@ -159,7 +158,7 @@ fn check(failure: &Failure, expected: &Position, cut: usize, next: usize) {
     }
 }
 
-/// The in-memory reader of the libxc stream, and the walk, of an image cut off.
+/// The in-memory reader of the libxc stream and the walk, for a truncated image.
 fn in_memory_says_the_same(image: &Image, libxc: usize, end: &Cell<usize>) {
     let options = ReadOptions {
         offset: libxc as u64,
@@ -188,7 +187,7 @@ fn committed(name: &str) {
     let image = images::committed().into_iter().find(|i| i.name == name);
     let image = image.unwrap();
     let cuts = cut_everywhere(&image);
-    // Of a migration, what its two ends say to each other follows the image.
+    // After the image of a migration come messages between its two ends.
     let talk = if name.ends_with("-live") { 44 } else { 0 };
     assert_eq!(cuts, image.bytes.len() - talk);
 }

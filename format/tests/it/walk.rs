@@ -1,4 +1,4 @@
-//! Whole files, step by step: layers, hand-overs, positions, what is not read.
+//! Tests of walks through whole files: layers, hand-overs, positions, and what is not read.
 
 use std::io::{self, Cursor, Read};
 
@@ -23,7 +23,7 @@ const STRICT: ReadOptions = ReadOptions {
 /// A step in words, with its offset.
 type Said = (u64, String);
 
-/// All steps, and how it ends.
+/// All steps, and the final result.
 fn steps<R: Read>(walk: &mut Walk<R>) -> (Vec<Said>, Result<(), ReadError>) {
     let mut out = Vec::new();
     loop {
@@ -82,7 +82,7 @@ fn libxl_header(big: bool) -> Vec<u8> {
     header.u32(u32::from(big)).bytes
 }
 
-/// A whole xl file with an emulator's records.
+/// A complete xl file with an emulator's records.
 fn xl_file(big: bool) -> Vec<u8> {
     [
         xl(3, b"{}\0"),
@@ -132,7 +132,7 @@ fn a_file_of_xl() {
                 "END",
             ]
         );
-        // Offsets, against the sizes of what was put together.
+        // Compares offsets with the sizes of the parts.
         assert_eq!(said[1].0, 55);
         assert_eq!(said[2].0, 55 + 16);
         assert_eq!(said[3].0, 55 + 16 + 8);
@@ -171,7 +171,7 @@ fn real_images() {
         let (said, end) = steps(&mut walk);
         end.unwrap();
         let behind = image.bytes.len() as u64 - walk.offset();
-        // Of a migration, what the two ends say to each other follows.
+        // After the image of a migration come messages between its two ends.
         let talk: u64 = if image.name.ends_with("-live") { 44 } else { 0 };
         assert_eq!(behind, talk);
         assert_eq!(walk.expect_end().is_err(), talk != 0);
@@ -181,7 +181,7 @@ fn real_images() {
     }
 }
 
-/// A source that fails the test if it is asked for more than belongs to the file.
+/// A source that fails the test if more is requested than belongs to the file.
 struct Guarded<'a>(&'a [u8]);
 
 impl Read for Guarded<'_> {
@@ -208,7 +208,7 @@ fn nothing_is_read_beyond_the_last_record() {
     }
 }
 
-/// A source that gives one byte at a time, and is interrupted before each.
+/// A source that returns one byte at a time, interrupted before each.
 struct Trickle<'a>(&'a [u8], bool);
 
 impl Read for Trickle<'_> {
@@ -248,8 +248,8 @@ fn expect_end() {
     assert_eq!(error.position.offset, length);
 }
 
-/// A checkpointed stream: two checkpoints, then END. COLO sends its control word
-/// behind each CHECKPOINT_END.
+/// A checkpointed stream: two checkpoints, then END. COLO sends its control word after each
+/// CHECKPOINT_END.
 fn checkpointed(colo: bool) -> Vec<u8> {
     let whole = Stream::whole_hvm(3, false).without(END);
     let at = whole.offsets()[3];
@@ -312,7 +312,7 @@ fn checkpoints_hand_over_and_back() {
         let expected: Vec<&str> =
             [&head[..], &batch, &pause, &batch, &pause, &batch, &tail].concat();
         assert_eq!(names(&said), expected);
-        // Steps are contiguous: each begins where the one before ended.
+        // Steps are contiguous: each begins where the previous one ended.
         let record_at = |offset: u64| {
             let at = offset as usize;
             let length = u32::from_le_bytes(file[at + 4..at + 8].try_into().unwrap());
@@ -325,7 +325,7 @@ fn checkpoints_hand_over_and_back() {
     }
 }
 
-/// Who applies checkpoints gets what libxl keeps of each, and no more of it than any has.
+/// A caller that applies checkpoints gets the records that libxl keeps of each, up to a limit.
 #[test]
 fn the_records_of_a_checkpoint_are_bounded() {
     let file = checkpointed(false);
@@ -347,7 +347,7 @@ fn the_records_of_a_checkpoint_are_bounded() {
     assert!(matches!(records[..], [LibxlRecord::EmulatorContext { .. }]));
     assert_eq!(bytes, behind.len() as u64);
 
-    // 48 MiB, again and again.
+    // 48 MiB, repeatedly.
     const LENGTH: u32 = 48 << 20;
     let one = || {
         let head = Bytes::new(false).u32(3).u32(LENGTH).u32(2).u32(0).bytes;
@@ -365,7 +365,7 @@ fn the_records_of_a_checkpoint_are_bounded() {
     );
 }
 
-/// The number of COLO's control word is that of a record that PV guests have.
+/// The number of COLO's control word is also that of a record of PV guests.
 #[test]
 fn a_pv_record_behind_a_checkpoint_is_no_control_word() {
     let whole = Stream::whole_pv(3, false, 8).without(END);
@@ -395,7 +395,7 @@ fn a_pv_record_behind_a_checkpoint_is_no_control_word() {
     assert!(names.ends_with(&tail), "{names:?}");
 }
 
-/// In a bare libxc stream there is nobody to hand over to.
+/// A bare libxc stream has no other layer to hand over to.
 #[test]
 fn checkpoints_of_a_bare_stream() {
     let whole = Stream::whole_hvm(3, false).without(END);
@@ -453,14 +453,14 @@ fn errors_name_the_layer() {
     });
 }
 
-/// What every layer lacks when the file ends there.
+/// The missing bytes of every layer when the file is truncated there.
 #[test]
 fn truncated_at_every_byte() {
     for file in [xl_file(false), checkpointed(true), checkpointed(false)] {
         let (whole, end) = walk(&file);
         end.unwrap();
         let mut last_place = None;
-        // Of pages, some bytes stand for all.
+        // For the inside of pages, some bytes represent all.
         let in_page = |cut: &usize| file[cut - 8..*cut].windows(2).all(|w| w[0] == w[1]);
         for cut in (8..file.len()).filter(|cut| !in_page(cut) || cut % 61 == 0) {
             let mut seeking = Walk::open_seeking(Cursor::new(&file[..cut]), STRICT).unwrap();
@@ -476,7 +476,7 @@ fn truncated_at_every_byte() {
             };
             let at = failure.position.offset;
             assert!(needed > 0 && at <= cut as u64, "{cut}: {failure:?}");
-            // What is missing belongs to the step where it fails.
+            // The missing bytes belong to the step that fails.
             let next = whole.iter().map(|w| w.0).find(|o| *o > at);
             let next = next.unwrap_or(file.len() as u64);
             let headers = matches!(
@@ -486,7 +486,7 @@ fn truncated_at_every_byte() {
             if !headers && failure.position.place != Place::XlHeader {
                 assert!(cut as u64 + needed <= next, "{cut}: {failure:?}");
             }
-            // Of a record whose length is known, all that is missing is.
+            // If a record's length is known, all its missing bytes are reported.
             let known = match failure.position.place {
                 Place::LibxlRecord { kind, .. } => kind.is_some(),
                 Place::Record { kind, .. } => kind.is_some_and(|k| k != RecordKind::PAGE_DATA),
@@ -537,7 +537,7 @@ fn what_is_recognised_but_not_read() {
         error.cause,
         ReadErrorCause::Unreadable(Detected::Legacy(_))
     ));
-    // … and within a file of xl.
+    // … and inside an xl file.
     let file = [xl(1, b"{}\0"), legacy].concat();
     let mut walk = Walk::open(&file[..], STRICT).unwrap();
     let (said, end) = steps(&mut walk);
@@ -550,7 +550,7 @@ fn what_is_recognised_but_not_read() {
     ));
 }
 
-/// A restorer takes the libxc stream over and gives the source back behind END.
+/// A restorer takes over the libxc stream and returns the source after END.
 #[test]
 fn the_libxc_stream_taken_over() {
     for steps_before in 0..6 {
@@ -605,7 +605,7 @@ fn the_libxc_stream_taken_over() {
 
 #[test]
 fn rules_hold_across_the_layers() {
-    // END within a checkpoint; a second LIBXC_CONTEXT; records missing before CHECKPOINT.
+    // END inside a checkpoint; a second LIBXC_CONTEXT; records missing before CHECKPOINT.
     let file = checkpointed(false);
     let (said, _) = walk(&file);
     let end = said.iter().find(|s| s.1 == "CHECKPOINT_END").unwrap().0;
@@ -632,7 +632,7 @@ fn rules_hold_across_the_layers() {
     assert!(failed.next_step().is_err(), "there is no going on");
 }
 
-/// Damaged files: no panic, and a source that can seek changes nothing.
+/// Damaged files: no panic, and a seekable source gives the same result.
 #[test]
 fn mutants() {
     let mut bases = vec![xl_file(false), checkpointed(true), checkpointed(false)];

@@ -1,5 +1,5 @@
-//! What stands around a libxc stream: the xl header, the libxl stream, and how a
-//! file is recognised.
+//! Tests of the wrappers around a libxc stream: the xl header, the libxl stream, and format
+//! detection.
 
 mod detect;
 mod failure;
@@ -23,13 +23,13 @@ const LENIENT: ReadOptions = ReadOptions {
     offset: 0,
 };
 
-/// A source that counts what is taken from it and what is asked of it, and that gives
-/// one byte at a time, now and then interrupted.
+/// A source that counts the bytes taken and requested, and returns one byte at a time with
+/// occasional interruptions.
 #[derive(Debug)]
 struct Counting<'a> {
     bytes: &'a [u8],
     taken: usize,
-    /// The farthest byte that any read had room for.
+    /// The farthest byte that fitted in any read's buffer.
     asked: usize,
     calls: usize,
 }
@@ -73,7 +73,7 @@ impl Read for Broken {
     }
 }
 
-/// Every image there is.
+/// All available images.
 fn all_images() -> impl Iterator<Item = Image> {
     let shared = images::shared();
     let shared = shared.into_iter().map(|path| images::load(&path));

@@ -1,4 +1,4 @@
-//! The list that an HVM context is.
+//! Tests of HVM contexts as lists of records.
 
 use proptest::prelude::*;
 use xsr_format::fields::FieldDifference;
@@ -59,7 +59,7 @@ fn kinds_have_names_and_unknown_ones_can_be_shown() {
     assert_eq!((names[2].as_str(), names[20].as_str()), ("CPU", "CPU_MSR"));
     for (value, kind) in (0..).zip(Kind::ALL) {
         assert_eq!(kind.0, value);
-        // END alone has no body.
+        // Only END has no body.
         assert_eq!(kind.layout(8).is_some(), *kind != Kind::END);
     }
     assert_eq!(
@@ -137,7 +137,7 @@ fn end_is_empty_and_last() {
     );
 }
 
-/// The iterator ends after its first error, instead of saying it for ever.
+/// The iterator ends after its first error instead of repeating it.
 #[test]
 fn nothing_follows_an_error() {
     let context = record(2, 0, b"a");
@@ -149,7 +149,7 @@ fn nothing_follows_an_error() {
 
 #[test]
 fn contexts_are_compared_record_by_record() {
-    // PMTIMER has fields, 99 has none.
+    // PMTIMER has fields, 99 does not.
     let a = [
         record(13, 0, b"\x01\0\0\0\0\0\0\0"),
         record(99, 1, b"aaaa"),
@@ -200,7 +200,7 @@ fn contexts_are_compared_record_by_record() {
     );
 
     assert_eq!(diff_contexts(&a, &a).unwrap(), []);
-    // The same records in another order are the same context.
+    // The same records in another order form the same context.
     let moved = [
         record(2, 0, b""),
         record(13, 0, b"\x01\0\0\0\0\0\0\0"),
@@ -208,7 +208,7 @@ fn contexts_are_compared_record_by_record() {
         end(),
     ];
     assert_eq!(diff_contexts(&a, &moved.concat()).unwrap(), []);
-    // Two of a kind and instance are paired in their order.
+    // Two records of the same kind and instance are paired in order.
     let twice = |first, second| [record(99, 0, first), record(99, 0, second), end()].concat();
     assert_eq!(
         diff_contexts(&twice(b"a", b"b"), &twice(b"a", b"b")).unwrap(),
@@ -254,7 +254,7 @@ proptest! {
         proptest::collection::vec(0..4_u8, 0..128),
     ]) {
         if let Ok(records) = HvmContext::records(&bytes) {
-            // Put together again, it is the same.
+            // Reassembled, it is unchanged.
             let mut again: Vec<u8> = Vec::new();
             for r in &records {
                 prop_assert_eq!(r.offset, again.len());

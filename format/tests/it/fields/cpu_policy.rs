@@ -1,7 +1,7 @@
-//! The CPU policies of images that a real Xen wrote, all against all.
+//! Comparisons of the CPU policies in images from a real Xen, each with each other.
 //!
-//! Those at hand are of one host. A host's largest policy is in no image; what a host gave to a
-//! new guest is less, so that an image which lacks nothing of that lacks nothing of the other.
+//! All available images are from one host. A host's largest policy is in no image. A new guest gets
+//! less than that, so an image that lacks nothing of a guest's policy lacks nothing of the host's.
 
 use xsr_format::cpu_policy::{CpuPolicy, missing};
 use xsr_format::read::ReadOptions;
@@ -10,7 +10,7 @@ use xsr_format::slice::{SliceReader, SliceRecord};
 
 use crate::support::images;
 
-/// Name, whether it is a PV guest's, policy.
+/// Name, whether it belongs to a PV guest, policy.
 type Named = (String, bool, CpuPolicy);
 
 fn policy_of(image: &images::Image) -> Named {
@@ -56,8 +56,8 @@ fn no_image_of_a_real_xen_is_refused_where_another_of_its_kind_came_from() {
     assert!(pairs >= 8, "{pairs}");
 }
 
-/// A translated guest of that host sees what PV guests do not get: each by its name. The other
-/// way round nothing is missing.
+/// A translated guest of that host sees features that PV guests do not get: each is named. In the
+/// other direction nothing is missing.
 #[test]
 fn what_a_pv_guest_does_not_get_is_named() {
     let all: Vec<Named> = images::committed().iter().map(policy_of).collect();

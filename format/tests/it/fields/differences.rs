@@ -1,4 +1,4 @@
-//! In which fields two blobs differ.
+//! Tests of the differences between two blobs.
 
 use proptest::prelude::*;
 use xsr_format::fields::{FieldDifference, Layout, diff, fields, pv};
@@ -15,8 +15,8 @@ fn equal_blobs_do_not_differ() {
     }
 }
 
-/// Whatever byte is changed, one difference says so, and it is where the byte is:
-/// no byte is out of sight, in a field or between two or behind the last.
+/// Each changed byte is reported as one difference in the right place: no byte is missed, whether
+/// in a field, between fields or after the last.
 #[test]
 fn each_changed_byte_is_one_difference() {
     for layout in all() {
@@ -47,8 +47,8 @@ fn each_changed_byte_is_one_difference() {
 fn differences_read_well() {
     let a = vec![0; 3200];
     let mut b = a.clone();
-    // arch.max_pfn, evtchn_mask[2], vcpu_info[1].time.tsc_shift; padding of vcpu_info[0];
-    // what is behind the structure.
+    // arch.max_pfn, evtchn_mask[2], vcpu_info[1].time.tsc_shift; padding of vcpu_info[0]; what
+    // follows the structure.
     b[3088] = 9;
     b[2560 + 17] = 1;
     b[64 + 60] = 0xff;
@@ -84,7 +84,7 @@ fn differences_read_well() {
     );
 }
 
-/// Bytes that differ in text behind its NUL are a difference of that field.
+/// Text that differs after its NUL counts as a difference of that field.
 #[test]
 fn text_differs_behind_its_end_too() {
     let a = vec![0; pv::START_INFO_64.bytes];
@@ -99,8 +99,8 @@ fn any_layout() -> impl Strategy<Value = &'static Layout> {
 }
 
 proptest! {
-    /// Blobs of any lengths: there is a difference exactly if they differ, it is the
-    /// same whichever comes first, and what is said of bytes is true.
+    /// Blobs of any length: a difference is reported exactly if they differ, it is the same in
+    /// either direction, and the bytes in it are right.
     #[test]
     fn differences_are_true(
         layout in any_layout(),

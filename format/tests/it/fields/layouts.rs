@@ -1,4 +1,4 @@
-//! The tables themselves, and reading by them.
+//! Tests of the layout tables, and of reading with them.
 
 use std::collections::BTreeSet;
 
@@ -8,7 +8,7 @@ use xsr_format::fields::{Field, FieldSpec, Format, Layout, Shape, TO_END, Value,
 
 use crate::fields::offsets::{Member, structures};
 
-/// Every layout there is.
+/// All layouts.
 pub(crate) fn all() -> Vec<&'static Layout> {
     let mut all: Vec<&Layout> = structures().iter().map(|s| s.layout).collect();
     all.extend([&pv::VCPU_XSAVE, &pv::VCPU_MSRS, &x86::TSC_INFO]);
@@ -16,7 +16,7 @@ pub(crate) fn all() -> Vec<&'static Layout> {
     all
 }
 
-/// Bytes of a field, or of one element of an array.
+/// Size of a field, or of one element of an array.
 fn width(shape: &Shape) -> usize {
     match *shape {
         Shape::Number { width, .. } => width,
@@ -36,7 +36,7 @@ fn count(shape: &Shape) -> usize {
 }
 
 fn compare(layout: &str, specs: &[FieldSpec], members: &[Member]) {
-    // What offsetof cannot say: bit fields, and what came after Xen 4.17.
+    // Fields that offsetof cannot handle: bit fields, and those added after Xen 4.17.
     let beyond: &[&str] = match layout {
         "hvm_hw_vpic" => &["init_state_and_priority_add", "mode_bits"],
         "hvm_hw_lapic" => &["pending_esr"],
@@ -95,12 +95,12 @@ fn blob_lengths_are_those_the_stream_specification_asks_for() {
     }
 }
 
-/// Where a field is, by what it holds.
+/// The extent of a field, derived from its value.
 fn extent(field: &Field<'_>, blob: &[u8], next: usize) -> std::ops::Range<usize> {
     let length = match field.value {
         Value::Bytes(bytes) => bytes.len(),
         Value::Text(text, rest) => text.len() + rest.len(),
-        // Numbers do not say how wide they are; they end before the next field.
+        // A number does not tell its width, but it ends before the next field.
         _ => next.min(blob.len()).saturating_sub(field.offset).min(8),
     };
     field.offset..field.offset + length
@@ -126,8 +126,8 @@ fn fields_have_names_of_their_own_and_do_not_overlap() {
     }
 }
 
-/// Every field is read from exactly where the layout says it is: with one byte set,
-/// at most one field shows it.
+/// Every field is read from exactly where the layout says: with one byte set, at most one field
+/// shows it.
 #[test]
 fn each_byte_shows_in_at_most_one_field() {
     for layout in all() {
@@ -156,7 +156,7 @@ fn each_byte_shows_in_at_most_one_field() {
     }
 }
 
-/// Older Xens wrote shorter structures: what fits is read, and nothing else.
+/// Older Xens wrote shorter structures: the fields that fit are read, and no others.
 #[test]
 fn a_short_blob_has_fewer_fields() {
     for layout in all() {
@@ -255,7 +255,7 @@ fn an_array_to_the_end_has_as_many_elements_as_fit() {
 }
 
 proptest! {
-    /// Any bytes, any layout: no panic, nothing from outside the blob.
+    /// For any bytes and any layout: no panic, and nothing from outside the blob.
     #[test]
     fn any_bytes_have_fields_within_them(blob in proptest::collection::vec(any::<u8>(), 0..512)) {
         for layout in all() {

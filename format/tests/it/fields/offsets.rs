@@ -1,8 +1,8 @@
-//! Offset, width and count of fields as the compiler sees them: printed with
-//! `offsetof` and `sizeof` by a C program that includes the public headers of Xen 4.17
-//! (Debian's libxen-dev, `xen/foreign/x86_{32,64}.h` for the guests' own structures).
+//! Offsets, widths and counts of fields from the compiler: printed with `offsetof` and `sizeof` by
+//! a C program that includes the public headers of Xen 4.17 (Debian's libxen-dev,
+//! `xen/foreign/x86_{32,64}.h` for the guests' own structures).
 //!
-//! A count of 0 is no array; for arrays the width is that of one element.
+//! A count of 0 means that the field is not an array; for arrays the width is that of one element.
 
 #[path = "offsets/hvm.rs"]
 mod of_hvm;
@@ -15,12 +15,12 @@ use xsr_format::fields::{Layout, pv, x86};
 /// A name, an offset, a width, a count.
 pub(crate) type Member = (&'static str, usize, usize, usize);
 
-/// A structure: the layout that is to describe it, its `sizeof`, its members.
+/// A structure: the layout that describes it, its `sizeof`, its members.
 pub(crate) struct Structure {
     pub(crate) layout: &'static Layout,
     pub(crate) bytes: usize,
     pub(crate) members: &'static [Member],
-    /// The array whose elements are structures, and the members of one.
+    /// The array with structures as elements, and the members of one.
     pub(crate) element: (&'static str, &'static [Member]),
 }
 
@@ -28,7 +28,7 @@ fn hvm(kind: Hvm, length: usize) -> &'static Layout {
     kind.layout(length).expect("each of these has fields")
 }
 
-/// All that are in the headers.
+/// All structures from the headers.
 pub(crate) fn structures() -> Vec<Structure> {
     vec![
         Structure {

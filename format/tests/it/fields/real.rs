@@ -1,4 +1,4 @@
-//! What is in the blobs of real images, by name.
+//! Tests of the named fields of the blobs in real images.
 
 use std::collections::HashMap;
 
@@ -11,7 +11,7 @@ use xsr_format::slice::{SliceReader, SliceRecord};
 
 use crate::support::images;
 
-/// The records of an image other than PAGE_DATA, and the contents of its pages.
+/// The records of an image except PAGE_DATA, and the contents of its pages.
 struct Contents {
     raw: Vec<(RecordKind, Vec<u8>)>,
     params: HashMap<u64, u64>,
@@ -67,7 +67,7 @@ impl Contents {
     }
 }
 
-/// A number of a blob, by name.
+/// A number in a blob, by name.
 fn number(layout: &Layout, blob: &[u8], name: &str) -> u64 {
     let field = fields(layout, blob).find(|field| field.name == name);
     match field.unwrap_or_else(|| panic!("no {name}")).value {
@@ -76,8 +76,8 @@ fn number(layout: &Layout, blob: &[u8], name: &str) -> u64 {
     }
 }
 
-/// vcpu 0's edx names the start_info page, which begins with its magic; what the two
-/// say of each other and of the guest fits together.
+/// vcpu 0's edx gives the start_info page, which begins with its magic. The fields of start_info
+/// and shared_info are consistent.
 #[test]
 fn a_pv_image_says_what_its_guest_is() {
     for name in ["4.17-tpv", "4.17-tpv-live"] {
@@ -85,7 +85,7 @@ fn a_pv_image_says_what_its_guest_is() {
         let vcpu = &contents.raw(RecordKind::X86_PV_VCPU_BASIC)[8..];
         assert_eq!(vcpu.len(), pv::VCPU_CONTEXT_64.bytes);
         let register = |name| number(&pv::VCPU_CONTEXT_64, vcpu, name);
-        // A 64-bit PV kernel's selectors, as Xen's headers give them.
+        // Selectors of a 64-bit PV kernel, from Xen's headers.
         assert_eq!(register("user_regs.cs"), 0xe033);
         assert_eq!(register("user_regs.ss"), 0xe02b);
         assert_eq!(register("ctrlreg[3]") & 0xfff, 0);
@@ -106,7 +106,7 @@ fn a_pv_image_says_what_its_guest_is() {
         let info = |name| number(&pv::SHARED_INFO_64, shared_info, name);
         assert_eq!(info("arch.max_pfn"), 1024);
         assert_eq!(info("arch.p2m_cr3"), 0, "a frame-list tree");
-        // The one frame in an image that is still the source machine's.
+        // The only frame in an image that still belongs to the source machine.
         assert_ne!(info("arch.pfn_to_mfn_frame_list_list"), 0);
         assert!(info("wc_sec") > 1_600_000_000, "some time after 2020");
         assert_eq!(info("vcpu_info[0].time.version") % 2, 0);

@@ -1,4 +1,4 @@
-//! Every rule of order broken once.
+//! Tests that break every rule of order once.
 
 use xsr_format::image::GuestType;
 use xsr_format::order::OrderError as O;
@@ -95,7 +95,7 @@ fn order_incomplete() {
     }
 }
 
-/// Neither an empty blob (erratum 1) nor another vcpu's stands for vcpu 0's registers.
+/// Neither an empty blob (erratum 1) nor another vcpu's blob counts as vcpu 0's registers.
 #[test]
 fn order_incomplete_without_registers_of_vcpu_0() {
     let (kind, missing) = (K::END, K::X86_PV_VCPU_BASIC);

@@ -1,9 +1,9 @@
-//! Every order that the specification permits is accepted.
+//! Tests that every order permitted by the specification is accepted.
 
 use crate::support::build::*;
 use crate::support::drive::strict;
 
-/// All orders of `items`.
+/// All permutations of `items`.
 fn permutations<T: Clone>(items: &[T]) -> Vec<Vec<T>> {
     let Some((first, rest)) = items.split_first() else {
         return vec![Vec::new()];
@@ -27,7 +27,7 @@ fn accepted(stream: &Stream) {
     assert_eq!(outcome.kinds(), stream.kinds());
 }
 
-/// Put `records` in the place of those of the same kinds, in each order.
+/// Replaces the records of these kinds by `records`, in each order.
 fn each_order(stream: &Stream, kinds: &[u32]) -> Vec<Stream> {
     let places: Vec<usize> = stream
         .records
@@ -100,7 +100,7 @@ fn hvm_tail_in_each_order() {
     orders.iter().for_each(accepted);
 }
 
-/// What does not depend on memory may come before, between and after the batches.
+/// Records that do not depend on memory may come before, between and after the batches.
 #[test]
 fn tail_records_anywhere_among_the_batches() {
     for stream in [Stream::whole_hvm(3, false), Stream::whole_hvm(2, false)] {
@@ -122,8 +122,7 @@ fn tail_records_anywhere_among_the_batches() {
     }
 }
 
-/// A PV guest that grows while it is saved sends its p2m again; the range of pfns
-/// grows and never shrinks.
+/// A PV guest that grows while it is saved sends its p2m again. The range of pfns only grows.
 #[test]
 fn p2m_frames_again() {
     let mut stream = Stream::new(3, PV, false)
@@ -141,7 +140,7 @@ fn p2m_frames_again() {
     accepted(&stream);
 }
 
-/// VERIFY, and CHECKPOINT with a whole state before it, may come more than once.
+/// VERIFY, and CHECKPOINT with a complete state before it, may come more than once.
 #[test]
 fn verify_and_checkpoints() {
     let mut stream = Stream::whole_hvm(3, false).without(END);
@@ -153,7 +152,7 @@ fn verify_and_checkpoints() {
     accepted(&stream.empty(END));
 }
 
-/// In version 2 static data ends where memory begins.
+/// In version 2, static data ends where memory begins.
 #[test]
 fn v2_infers_static_data_end() {
     use xsr_format::slice::SliceReader;

@@ -1,5 +1,5 @@
-//! Any bytes at all: no panic, both readers say the same, lenient differs only where
-//! a reserved field is set.
+//! Property tests with arbitrary bytes: no panic, both readers agree, and lenient differs only
+//! where a reserved field is set.
 
 use proptest::prelude::*;
 use xsr_format::error::DecodeError;
@@ -15,7 +15,7 @@ fn is_reserved(failure: &Failure) -> bool {
     )
 }
 
-/// Strict and lenient, each as both readers agree.
+/// Strict and lenient results, on each of which both readers agree.
 fn judged(bytes: &[u8]) -> Outcome {
     let (strict, lenient) = (strict(bytes), lenient(bytes));
     match &strict.end {
@@ -48,7 +48,7 @@ proptest! {
         judged(&bytes);
     }
 
-    /// Behind good headers, records whose header is likely and whose body is anything.
+    /// Valid headers, then records with a plausible header and an arbitrary body.
     #[test]
     fn arbitrary_records(
         version in 2_u32..4,
@@ -68,7 +68,7 @@ proptest! {
         prop_assert!(outcome.seen.len() <= stream.records.len());
     }
 
-    /// Batches of any entries, with as much data as they ask for, or not quite.
+    /// Batches of any entries, with roughly the amount of data that these require.
     #[test]
     fn arbitrary_batches(
         entries in prop::collection::vec((any::<u64>(), 0_u8..16), 1..6),
@@ -90,13 +90,13 @@ proptest! {
         prop_assert_eq!(lenient(&stream.bytes()).seen.len() == 4, good);
     }
 
-    /// Good streams with a little damage.
+    /// Valid streams with a little damage.
     #[test]
     fn mutants(seed: u64, base in prop::sample::select(bases())) {
         judged(&mutant(&pieces(&base.bytes()), seed));
     }
 
-    /// Wherever a stream begins in its file, it says the same, so much further on.
+    /// The offset of a stream in its file only shifts the offsets in the results.
     #[test]
     fn offsets_are_relative(seed: u64, offset: u32) {
         let bytes = mutant(&pieces(&Stream::whole_hvm(3, false).bytes()), seed);
@@ -114,7 +114,7 @@ proptest! {
     }
 }
 
-/// The damage does damage, and not always the same: or the tests above prove little.
+/// The mutations are effective and varied; otherwise the tests above would prove little.
 #[test]
 fn mutants_are_various() {
     let bases: Vec<_> = bases().iter().map(|base| pieces(&base.bytes())).collect();

@@ -1,6 +1,5 @@
-//! The points that the review of the format's draft B raised on xen-devel in
-//! February 2014, one test for each that the libxc stream has to answer. (The
-//! detection of legacy images has its own, beside the detection.)
+//! Tests for points from the review of the format's draft B on xen-devel in February 2014, one for
+//! each that concerns the libxc stream. (Detection of legacy images is tested in its own module.)
 
 use xsr_format::error::DecodeError as D;
 use xsr_format::frame::{PAGE_SIZE, PageEntry, PageType, Pfn};
@@ -15,15 +14,15 @@ use xsr_format::write::RecordWriter;
 use crate::support::build::*;
 use crate::support::drive::{lenient, strict};
 
-/// Each reserved bit of a stream, set by itself: strict refuses it and names field
-/// and byte, lenient reads on and nothing else changes.
+/// Sets each reserved bit of a stream. Strict refuses it with field and byte; lenient continues,
+/// and nothing else changes.
 #[test]
 fn reserved_and_padding_fields_are_zero_or_refused() {
     let stream = Stream::whole_hvm(3, false);
     let good = stream.bytes();
     let at = stream.offsets();
     let record = |kind| at[stream.kinds().iter().position(|k| *k == kind).unwrap()];
-    // First byte and bits of each reserved field.
+    // Byte and bit of each reserved field.
     let mut bits: Vec<(usize, u8)> = Vec::new();
     let mut field = |bytes: std::ops::Range<usize>| {
         bits.extend(bytes.flat_map(|o| (0..8).map(move |bit| (o, 1 << bit))));
@@ -50,7 +49,7 @@ fn reserved_and_padding_fields_are_zero_or_refused() {
             other => panic!("byte {byte} bit {bit:#x}: {other}"),
         }
         let mut outcome = lenient(&bad);
-        // The raw bytes of the record differ, of course.
+        // The raw bytes of the record necessarily differ.
         outcome
             .seen
             .iter_mut()
@@ -63,7 +62,7 @@ fn reserved_and_padding_fields_are_zero_or_refused() {
     }
 }
 
-/// … and the writer never sets one: what it wrote is read strictly.
+/// … and the writer never sets one: its output is read in strict mode.
 #[test]
 fn reserved_and_padding_fields_are_zero_on_save() {
     let domain = DomainHeader {
@@ -89,8 +88,8 @@ fn reserved_and_padding_fields_are_zero_on_save() {
     assert_eq!(strict(&stream).end, Ok(stream.len() as u64));
 }
 
-/// The identifying header has one order, big endian; all the rest has the order that
-/// its option bit says, and means the same in both.
+/// The identifying header is always big endian. The rest is in the order that its option bit gives,
+/// and has the same meaning in both.
 #[test]
 fn both_byte_orders_are_read() {
     for version in [2, 3] {
@@ -110,7 +109,7 @@ fn both_byte_orders_are_read() {
     }
 }
 
-/// What a stream says, in numbers, independent of the order they are written in.
+/// A stream's contents as numbers, independent of the byte order.
 fn meaning(stream: &[u8]) -> Vec<String> {
     let reader = SliceReader::new(stream, Default::default()).unwrap();
     let mut out = vec![format!("{:?}", reader.domain())];
@@ -143,7 +142,7 @@ fn meaning(stream: &[u8]) -> Vec<String> {
     out
 }
 
-/// The numbers of a stream, against what the builder put in: an oracle for both orders.
+/// The numbers read equal those given to the builder, in both byte orders.
 #[test]
 fn both_byte_orders_say_what_was_put_in() {
     for big in [false, true] {
@@ -166,8 +165,8 @@ fn both_byte_orders_say_what_was_put_in() {
     }
 }
 
-/// PV and HVM (PVH too) have a number each; any other guest type can be represented
-/// and its stream inspected, whatever its records.
+/// PV and HVM (also PVH) have a number each. Any other guest type can be represented, and its
+/// stream inspected with any records.
 #[test]
 fn guest_types_are_open() {
     for guest in [3, 0x40, u32::MAX] {
@@ -191,11 +190,11 @@ fn guest_types_are_open() {
     assert_eq!(GuestType::X86_HVM, GuestType(2));
 }
 
-/// Ranges are inclusive, so the last frame there is needs no special case.
+/// Ranges are inclusive, so the last possible frame is not a special case.
 #[test]
 fn inclusive_ranges_at_the_edge() {
     let last = u32::MAX;
-    // A p2m of the last frame, of the last two p2m frames, and of all there are.
+    // A p2m of the last frame, of the last two p2m frames, and of all frames.
     assert_eq!(p2m_frame_count(last, last, PvInfo::Bits64), 1);
     assert_eq!(p2m_frame_count(last - 512, last, PvInfo::Bits64), 2);
     assert_eq!(p2m_frame_count(0, last, PvInfo::Bits64), 1 << 23);
@@ -228,7 +227,7 @@ fn inclusive_ranges_at_the_edge() {
     assert_eq!(p2m.end, Pfn(u64::from(last)));
     assert_eq!(p2m.first_frame, (1 << 23) - 2);
 
-    // One beyond the range is out, even where the range ends at the edge.
+    // A pfn beyond the range is refused, even at the edge.
     let beyond = u64::from(last) + 1;
     let index = stream.kinds().iter().position(|k| *k == PAGE_DATA).unwrap();
     stream.records[index] = Stream::new(3, PV, false)
@@ -242,7 +241,7 @@ fn inclusive_ranges_at_the_edge() {
     };
     assert_eq!(strict(&stream.bytes()).decode(), expected);
 
-    // An HVM guest's pfns go up to the last that an entry can hold.
+    // An HVM guest's pfns extend to the last that an entry can hold.
     let mut stream = Stream::whole_hvm(3, false);
     let edge = Stream::new(3, HVM, false).pages(&[((1 << 52) - 1, 0), ((1 << 52) - 1, 0xf)]);
     stream.records.splice(3..5, edge.records);
@@ -250,11 +249,11 @@ fn inclusive_ranges_at_the_edge() {
     assert_eq!(PageEntry::MAX_PFN.checked_add(u64::MAX), None);
 }
 
-/// Beyond headers first and END last, only real dependencies order the records. (Each
-/// permitted order is taken in `order.rs`.)
+/// Apart from headers first and END last, only real dependencies order the records. (`order.rs`
+/// tests each permitted order.)
 #[test]
 fn only_real_dependencies_are_ordered() {
-    // The specification wants HVM_PARAMS before HVM_CONTEXT; Xen writes them behind.
+    // The specification wants HVM_PARAMS before HVM_CONTEXT; Xen writes them after it.
     let stream = Stream::whole_hvm(3, false);
     let context = stream
         .kinds()
@@ -266,7 +265,7 @@ fn only_real_dependencies_are_ordered() {
     for stream in [stream, swapped] {
         assert_eq!(strict(&stream.bytes()).end, Ok(stream.bytes().len() as u64));
     }
-    // A tail record of which nothing else depends may come first of all.
+    // A tail record on which no other depends may come first.
     let mut stream = Stream::whole_hvm(3, false);
     let tsc = stream.records.remove(5);
     assert_eq!(tsc.kind, TSC_INFO);
@@ -274,8 +273,8 @@ fn only_real_dependencies_are_ordered() {
     assert_eq!(strict(&stream.bytes()).end, Ok(stream.bytes().len() as u64));
 }
 
-/// New things come as optional records, which every reader passes over: no version
-/// has to change.
+/// New information comes in optional records, which every reader skips, so the version does not
+/// change.
 #[test]
 fn unknown_optional_records_are_passed_over() {
     for kind in [0x8000_0000, 0x8000_0001, 0x8000_0013, u32::MAX] {
@@ -305,8 +304,8 @@ fn unknown_optional_records_are_passed_over() {
     assert!(matches!(record.body, Body::Optional([7])));
 }
 
-/// What this version writes is version 3, little endian, known records only: a stock
-/// Xen restores it.
+/// Written streams have version 3, little endian, and only known records, so a stock Xen can
+/// restore them.
 #[test]
 fn written_streams_stay_restorable_by_a_stock_xen() {
     let domain = DomainHeader {

@@ -1,5 +1,5 @@
-//! What the writer writes: byte for byte what the specification says (as the
-//! independent builder has it), and, read again, what was meant.
+//! Tests of the writer: its bytes match the specification (as the independent builder implements
+//! it), and reading them returns the input.
 
 use proptest::prelude::*;
 use xsr_format::error::{DecodeError, Length, WriteError};
@@ -24,7 +24,7 @@ fn writer(guest_type: GuestType) -> RecordWriter<Vec<u8>> {
     RecordWriter::new(Vec::new(), domain).unwrap()
 }
 
-/// A record to be written, and read again.
+/// A record to be written and read again.
 #[derive(Clone, Debug)]
 enum Item {
     Cpuid(Vec<[u32; 6]>),
@@ -197,7 +197,7 @@ proptest! {
         let mut items = before;
         let statics = items.len();
         items.extend(after);
-        // What a stream must have in any case.
+        // Records that every stream must have.
         items.push(Item::Batch(vec![(7, 0)]));
         items.push(Item::Context(vec![9]));
         let mut out = writer(GuestType::X86_HVM);
@@ -303,7 +303,7 @@ fn dirty_pfn_lists() {
     }
 }
 
-/// Erratum 1: readers tolerate records without content, writers leave them out.
+/// Erratum 1: readers tolerate records without content, writers omit them.
 #[test]
 fn records_without_content_are_not_written() {
     let mut out = writer(GuestType::X86_PV);
@@ -339,7 +339,7 @@ fn refused<T: std::fmt::Debug>(result: Result<T, WriteError>, kind: u32, expecte
     }
 }
 
-/// What no reader would take is not written: the sink is left as it was.
+/// The writer refuses what no reader would accept, and leaves the sink unchanged.
 #[test]
 fn bad_records_are_refused() {
     let mut out = writer(GuestType::X86_PV);

@@ -1,4 +1,4 @@
-//! Every rule of the format broken once: which error, in which record, at which byte.
+//! Tests that break every rule of the format once, and check error, record and offset.
 
 use xsr_format::error::{DecodeError as D, Length, Place};
 use xsr_format::frame::{PageType, Pfn};
@@ -8,7 +8,7 @@ use xsr_format::record::RecordKind as K;
 use crate::support::build::*;
 use crate::support::drive::{Cause, lenient, strict};
 
-/// The stream is refused in the image header.
+/// Asserts that the stream is refused in the image header.
 #[track_caller]
 fn image_header(bytes: &[u8], expected: D) {
     let failure = strict(bytes).failure();
@@ -17,7 +17,7 @@ fn image_header(bytes: &[u8], expected: D) {
     assert_eq!(failure.position.offset, 0);
 }
 
-/// The stream is refused in the domain header.
+/// Asserts that the stream is refused in the domain header.
 #[track_caller]
 fn domain_header(bytes: &[u8], expected: D) {
     let failure = strict(bytes).failure();
@@ -26,7 +26,7 @@ fn domain_header(bytes: &[u8], expected: D) {
     assert_eq!(failure.position.offset, 24);
 }
 
-/// The stream is refused in record `index`, and everything before it is read.
+/// Asserts that the stream is refused in record `index`, and that everything before it is read.
 #[track_caller]
 pub(crate) fn in_record(stream: &Stream, index: usize, expected: impl Into<D>) {
     in_record_of(&stream.bytes(), stream, index, expected);
@@ -54,12 +54,12 @@ pub(crate) fn hvm() -> Stream {
     Stream::whole_hvm(3, false)
 }
 
-/// The number of the first record of this kind.
+/// The index of the first record of this kind.
 pub(crate) fn index_of(stream: &Stream, kind: u32) -> usize {
     stream.records.iter().position(|r| r.kind == kind).unwrap()
 }
 
-/// Replace the first record of this kind's body and say where it is.
+/// Replaces the body of the first record of this kind, and returns its index.
 pub(crate) fn with_body(mut stream: Stream, kind: u32, body: Bytes) -> (Stream, usize) {
     let index = index_of(&stream, kind);
     stream.records[index].body = body.bytes;
@@ -555,7 +555,7 @@ fn truncated() {
     }
 }
 
-/// A message names the record, the byte, what was expected, what came.
+/// A message contains the record, the offset, and the expected and found values.
 #[test]
 fn message() {
     use xsr_format::read::ReadOptions;

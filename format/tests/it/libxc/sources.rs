@@ -1,5 +1,5 @@
-//! Sources of every temper: slow, interrupted, failing, lying, endless; and what the
-//! reader asks of them.
+//! Tests of the reader with slow, interrupted, failing, lying and endless sources, and of how much
+//! it requests.
 
 use std::io::{self, Cursor, Read, Seek, SeekFrom};
 
@@ -11,7 +11,7 @@ use xsr_format::record::RecordKind;
 use crate::support::build::*;
 use crate::support::drive::*;
 
-/// Fails the test if more is asked for than the stream has; behind END there is more.
+/// Fails the test if more is requested than the stream has; there are more bytes after END.
 struct Guarded<'a> {
     left: &'a [u8],
     largest: usize,
@@ -65,7 +65,7 @@ fn the_source_comes_back_right_behind_end() {
     assert_eq!(slice.rest(), b"emulator records");
 }
 
-/// One byte at a time, interrupted before each.
+/// Returns one byte at a time, interrupted before each.
 struct Trickle<'a>(&'a [u8], bool);
 
 impl Read for Trickle<'_> {
@@ -122,7 +122,7 @@ fn a_failing_source_is_not_a_bad_image() {
     assert!(error.decode().is_none());
 }
 
-/// After an error there is no going on, in the middle of who knows what.
+/// After an error in the middle of a stream, reading cannot continue.
 #[test]
 fn no_going_on_after_an_error() {
     let bytes = Stream::whole_hvm(3, false).without(HVM_CONTEXT).bytes();
@@ -142,7 +142,7 @@ fn no_going_on_after_an_error() {
     assert_eq!(slice.count(), 0);
 }
 
-/// Claims to have read more than there was room for.
+/// Claims to have read more than fits in the buffer.
 struct Boastful;
 
 impl Read for Boastful {
@@ -170,15 +170,15 @@ fn a_source_that_claims_too_much_is_not_believed() {
             assert_eq!(cause, Cause::Io(io::ErrorKind::Other), "{cut}");
         }
     }
-    // While pages are passed over, too: not only when the next record is read.
+    // Also while pages are skipped, not only when the next record is read.
     let batch = Stream::whole_hvm(3, false).offsets()[3];
     let source = BoastfulAfter(bytes[..batch + 100].chain(Boastful));
     let failure = by_stream(source, STRICT, Pages::Skip).failure();
     assert_eq!(failure.position.offset, batch as u64);
 }
 
-/// A length that its kind cannot have is wrong, and not a stream that ends too early: it is found
-/// before the body is read.
+/// An impossible length for a record's kind is reported as such, not as a truncated stream, because
+/// it is checked before the body is read.
 #[test]
 fn wrong_lengths_are_found_before_the_body() {
     let begin = Stream::new(3, PV, false).pv_info(8).policies().bytes();
@@ -205,8 +205,8 @@ fn wrong_lengths_are_found_before_the_body() {
     }
 }
 
-/// A length is a claim. Memory grows with the bytes that come, in steps of 1 MiB,
-/// not with what the length says.
+/// A length is only a claim. Memory grows with the bytes that arrive, in steps of 1 MiB, not with
+/// the claimed length.
 #[test]
 fn hostile_lengths_with_bounded_memory() {
     const STEP: usize = 1 << 20;
@@ -235,7 +235,7 @@ fn hostile_lengths_with_bounded_memory() {
         assert!(matches!(error.cause, ReadErrorCause::Truncated { needed: n } if n == needed));
         assert!(reader.into_source().largest <= STEP);
     }
-    // A batch that claims as many entries as the body's length allows.
+    // A batch that claims as many entries as the body's length permits.
     let mut bytes = Stream::new(3, HVM, false).policies().bytes();
     let count = (max - 8) / 8;
     bytes.extend(
@@ -254,7 +254,7 @@ fn hostile_lengths_with_bounded_memory() {
     assert!(reader.into_source().largest <= STEP);
 }
 
-/// Notes the largest buffer it was given.
+/// Records the size of the largest buffer it was given.
 struct Asked<'a> {
     left: &'a [u8],
     largest: usize,
@@ -273,7 +273,7 @@ impl Read for Asked<'_> {
     }
 }
 
-/// What is refused is refused before its bytes are waited for.
+/// Invalid input is refused before the rest of its bytes is awaited.
 #[test]
 fn refused_before_it_is_waited_for() {
     let begin = Stream::new(3, HVM, false).policies();
@@ -296,7 +296,7 @@ fn refused_before_it_is_waited_for() {
         assert!(matches!(failure.cause, Cause::Decode(_)));
         assert_eq!(failure.position.offset, bytes.len() as u64);
     }
-    // No image: the rest of the headers is not waited for either.
+    // Not an image: the rest of the headers is not awaited either.
     let source = Guarded {
         left: &[0; 24],
         largest: 0,
@@ -305,7 +305,7 @@ fn refused_before_it_is_waited_for() {
     assert_eq!(failure.position.place, Place::ImageHeader);
 }
 
-/// Counts what is read and what is only passed over.
+/// Counts bytes that are read and those that are only skipped.
 struct Counted<'a> {
     inner: Cursor<&'a [u8]>,
     read: u64,
@@ -355,7 +355,7 @@ fn seeking_touches_no_page_that_nobody_wants() {
     }
 }
 
-/// A stream that does not begin where the file does.
+/// A stream that begins in the middle of a file.
 #[test]
 fn seeking_from_the_middle_of_a_file() {
     let stream = Stream::whole_hvm(3, false).bytes();
@@ -384,7 +384,7 @@ fn batches(stream: &[u8], mut look: impl FnMut(&mut xsr_format::read::PageDataBo
     assert_eq!(reader.offset(), stream.len() as u64);
 }
 
-/// However much of a batch is taken, and how, the next record is found.
+/// However much of a batch is read, and in which way, the next record is found.
 #[test]
 fn page_data_taken_in_every_way() {
     let entries: Vec<(u64, u8)> = (0..7).map(|pfn| (pfn, 0)).collect();
@@ -459,7 +459,7 @@ fn with_source_reports_what_went_wrong() {
     }
 }
 
-/// A restorer may leave the source in the middle of a batch, and take it back.
+/// A restorer may release the source in the middle of a batch, and take it back.
 #[test]
 fn positions_and_offsets_while_reading() {
     let stream = Stream::whole_hvm(3, false);

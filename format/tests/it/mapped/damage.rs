@@ -1,6 +1,6 @@
-//! Single bits that flip: each is found, and named to its record and pfns.
+//! Tests that each single flipped bit is found, and reported with its record and pfns.
 //!
-//! `XSR_FLIPS` is how many are tried in each image; `XSR_SEED` which.
+//! `XSR_FLIPS` is the number of flips in each image; `XSR_SEED` selects them.
 
 use xsr_format::layout::check::{Damage, check};
 use xsr_format::layout::{LayoutError, Mapped};
@@ -35,7 +35,7 @@ fn a_whole_image_is_not_damaged() {
 
 #[test]
 fn every_flipped_bit_is_found_and_named() {
-    // An eighth of those asked for in each of eight images: a thousand by default.
+    // An eighth of the requested number in each of eight images: a thousand by default.
     let flips = number("XSR_FLIPS", 1000).div_ceil(8);
     let mut numbers = Numbers(number("XSR_SEED", 17));
     for (name, image) in small() {
@@ -109,7 +109,7 @@ fn damage_between_image_and_index_is_named() {
         assert_eq!(found.len(), 1, "{found:?}");
         assert!(found[0].to_string().contains(expected), "{found:?}");
     }
-    // A page's digest: both the page and the table do not fit any more.
+    // A flip in a page's digest: the page no longer matches, nor does the table.
     let mut file = file.clone();
     file[digests] ^= 1;
     let said: Vec<String> = damages(&file).iter().map(Damage::to_string).collect();

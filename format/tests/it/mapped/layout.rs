@@ -1,4 +1,4 @@
-//! What is written, against the document and against the walk of a plain stream.
+//! Tests of the written layout, against the document and a walk through a plain stream.
 
 use std::io::{self, Seek, SeekFrom};
 
@@ -10,7 +10,7 @@ use xsr_format::layout::{Mapped, leading_pads, pads};
 use super::*;
 use crate::support::images;
 
-/// Every byte of trailer and pads, looked at without the crate.
+/// Checks every byte of trailer and pads without using the crate.
 fn check_by_hand(name: &str, file: &[u8], has_digests: bool) {
     let footer = &file[file.len() - FOOTER..];
     assert_eq!(&footer[..8], b"XSRmapFt", "{name}");
@@ -129,7 +129,7 @@ fn each_byte_of_pads_and_trailer_is_what_the_document_says() {
 fn the_stream_comes_back_byte_for_byte() {
     for (name, image) in small() {
         let back = streamed(&mapped(&image, true));
-        // An xl header keeps its blanks, which only the footer tells from others.
+        // An xl header keeps its blanks, which only the footer identifies.
         let blanks = back.len() - image.len();
         assert!(blanks < 8, "{name}");
         match image.starts_with(b"Xen") {
@@ -142,7 +142,7 @@ fn the_stream_comes_back_byte_for_byte() {
     }
 }
 
-/// `docs/mapped.md`, the example; and every record that there can be.
+/// The example of `docs/mapped.md`, and every possible record.
 #[test]
 fn pads_align_the_data_of_any_record() {
     assert_eq!(pads(2224, 1024), 232);
@@ -155,7 +155,7 @@ fn pads_align_the_data_of_any_record() {
     }
 }
 
-/// A page by its pfn, and by the walk, is the same; what is no page, too.
+/// Looking up a pfn gives the same result as a walk, also for pfns without a page.
 #[test]
 fn every_page_is_found_where_a_walk_finds_it() {
     let real = images::committed()
@@ -166,7 +166,8 @@ fn every_page_is_found_where_a_walk_finds_it() {
         let mut source = Cursor::new(&file[..]);
         let index = Mapped::open(&mut source).unwrap().unwrap();
         let words = last_words(&file);
-        // All of a small image; of a large one some, the last words of all batches among them.
+        // All pfns of a small image, and a sample of a large one, including the last of all
+        // batches.
         let step = words.len().div_ceil(2000);
         for (pfn, (page_type, data)) in words.iter().step_by(step) {
             let found = index.find(&mut source, Pfn(*pfn)).unwrap().unwrap();
@@ -192,7 +193,7 @@ fn every_page_is_found_where_a_walk_finds_it() {
     }
 }
 
-/// Counts what is read of a file.
+/// Counts the bytes read from a file.
 struct Counted<'f> {
     file: Cursor<&'f [u8]>,
     read: u64,
@@ -242,7 +243,7 @@ fn a_page_costs_the_index_and_less_than_20_kib() {
     }
 }
 
-/// Zero pages are left out; nothing else is, and what is left out reads as zeros.
+/// Only zero pages are left out, and they read as zeros.
 #[test]
 fn zero_pages_are_holes() {
     struct Holes(Vec<u8>, u64);
@@ -278,7 +279,7 @@ fn zero_pages_are_holes() {
     }
 }
 
-/// A whole batch of pages costs 0.1 % at most.
+/// A whole batch of pages adds at most 0.1 % to its size.
 #[test]
 fn a_mapped_image_is_hardly_longer() {
     for image in images::committed()

@@ -1,4 +1,4 @@
-//! An index that lies, a footer that is missing, a file that is cut: each is one clear error.
+//! Tests of a wrong index, a missing footer and a truncated file: each gives one clear error.
 
 use xsr_format::frame::Pfn;
 use xsr_format::layout::{LayoutError, Mapped};
@@ -9,7 +9,7 @@ fn open(file: &[u8]) -> Result<Option<Mapped>, LayoutError> {
     Mapped::open(&mut Cursor::new(file))
 }
 
-/// The digest of index and footer, made to fit.
+/// Updates the digest of index and footer.
 fn seal(file: &mut [u8]) {
     let end = file.len();
     let index = word(file, end - FOOTER + 32) as usize;
@@ -17,7 +17,7 @@ fn seal(file: &mut [u8]) {
     file[end - 32..].copy_from_slice(digest.as_bytes());
 }
 
-/// What is said of a file after a change, with a digest that fits it.
+/// The error for a file after a change, with a matching digest.
 fn said_of(file: &[u8], change: impl FnOnce(&mut Vec<u8>)) -> String {
     let mut file = file.to_vec();
     change(&mut file);
@@ -79,7 +79,7 @@ fn an_index_that_lies_is_an_error_that_says_how() {
         ("number of pages", half_is(index + 40, 2000)),
         ("number of pages", half_is(index + 40, 0)),
         ("reserved field is 0x1", half_is(index + 44, 1)),
-        // One page less, and the data are where they were.
+        // With one page less, the data stay where they were.
         (
             "that the number of pages is",
             half_is(index + 40, half(&file, index + 40) as u32 - 1),
@@ -123,7 +123,7 @@ fn an_index_that_lies_is_an_error_that_says_how() {
     }
 }
 
-/// A record whose data is not aligned: by hand, because no writer makes one.
+/// A record with unaligned data, built by hand because no writer makes one.
 #[test]
 fn data_that_is_not_aligned_is_an_error() {
     let file = mapped(&Stream::whole_hvm(3, false).bytes(), false);
@@ -149,7 +149,7 @@ fn a_flipped_bit_of_index_or_footer_is_found() {
             file[at] ^= 1 << (at % 8);
             match open(&file) {
                 Err(error) => assert!(error.is_bad_image(), "{at:#x}: {error}"),
-                // No magic, no footer.
+                // Without the magic there is no footer.
                 Ok(found) => {
                     let footer = file.len() - FOOTER;
                     assert!(
@@ -162,7 +162,7 @@ fn a_flipped_bit_of_index_or_footer_is_found() {
     }
 }
 
-/// An index whose every entry keeps the rules, of records that are something else.
+/// An index whose entries obey all rules, but describe other records.
 #[test]
 fn a_record_that_is_not_what_the_index_says_is_an_error() {
     let file = mapped(&again().bytes(), false);
@@ -195,7 +195,7 @@ fn a_record_that_is_not_what_the_index_says_is_an_error() {
     assert!(said.contains("highest pfn is"), "{said}");
 }
 
-/// At any length but its own a file has no footer, or one that does not fit.
+/// At any length but its own a file has no footer, or one that does not match.
 #[test]
 fn a_cut_file_is_never_taken_for_a_whole_one() {
     let file = mapped(&Stream::whole_hvm(3, false).bytes(), true);

@@ -1,9 +1,9 @@
-//! Streams from plain numbers, in either byte order, written down from the
-//! specification and not from the crate.
+//! Builder of streams from plain numbers, in either byte order, written from the specification
+//! without using the crate.
 
 use std::iter;
 
-/// Numbers of the records, as the specification lists them.
+/// Record types from the specification.
 pub(crate) const END: u32 = 0x00;
 pub(crate) const PAGE_DATA: u32 = 0x01;
 pub(crate) const PV_INFO: u32 = 0x02;
@@ -89,7 +89,7 @@ pub(crate) struct Rec {
     pub(crate) body: Vec<u8>,
 }
 
-/// What a stream is made of.
+/// A stream under construction.
 #[derive(Clone, Debug)]
 pub(crate) struct Stream {
     pub(crate) version: u32,
@@ -119,12 +119,12 @@ impl Stream {
         self.with(kind, |o| o)
     }
 
-    /// The record of this kind that came first.
+    /// The first record of this kind.
     pub(crate) fn find(&mut self, kind: u32) -> &mut Rec {
         self.records.iter_mut().find(|r| r.kind == kind).unwrap()
     }
 
-    /// Without the records of this kind.
+    /// Removes the records of this kind.
     pub(crate) fn without(mut self, kind: u32) -> Self {
         self.records.retain(|r| r.kind != kind);
         self
@@ -143,7 +143,7 @@ impl Stream {
         out
     }
 
-    /// Where each record begins, and behind the last where the stream ends.
+    /// The offset of each record, and the end of the stream.
     pub(crate) fn offsets(&self) -> Vec<usize> {
         let mut at = 40;
         let mut out = vec![at];
@@ -165,7 +165,8 @@ impl Stream {
         })
     }
 
-    /// Entries as (pfn, type); a page of the byte `pfn & 0xff` for each that has data.
+    /// Adds entries given as (pfn, type), and a page filled with the byte `pfn & 0xff` for each
+    /// that has data.
     pub(crate) fn pages(self, entries: &[(u64, u8)]) -> Self {
         self.with(PAGE_DATA, |o| {
             let count = u32::try_from(entries.len()).unwrap();
@@ -196,7 +197,7 @@ impl Stream {
         })
     }
 
-    /// What a v3 stream begins with besides X86_PV_INFO; nothing in v2.
+    /// Adds the records that a v3 stream begins with, besides X86_PV_INFO; nothing in v2.
     pub(crate) fn policies(self) -> Self {
         if self.version < 3 {
             return self;
@@ -206,7 +207,7 @@ impl Stream {
             .empty(STATIC_DATA_END)
     }
 
-    /// A whole PV stream, in Xen's order.
+    /// A complete PV stream, in Xen's order.
     pub(crate) fn whole_pv(version: u32, big: bool, width: u8) -> Self {
         let basic = if width == 4 { 0xaf0 } else { 0x1430 };
         Self::new(version, PV, big)
@@ -224,7 +225,7 @@ impl Stream {
             .empty(END)
     }
 
-    /// A whole HVM stream, in Xen's order.
+    /// A complete HVM stream, in Xen's order.
     pub(crate) fn whole_hvm(version: u32, big: bool) -> Self {
         Self::new(version, HVM, big)
             .policies()
@@ -237,8 +238,8 @@ impl Stream {
     }
 }
 
-/// A context that Xen could read: HEADER, CPU of vcpu 0, PCI_IRQ, END. Always little endian.
-/// Its length is no multiple of 8.
+/// A context that Xen could load: HEADER, CPU of vcpu 0, PCI_IRQ, END. Always little endian. Its
+/// length is not a multiple of 8.
 pub(crate) fn hvm_context() -> Vec<u8> {
     let entry = |o: Bytes, kind: u16, body: &[u8]| {
         let length = u32::try_from(body.len()).unwrap();

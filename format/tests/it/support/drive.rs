@@ -1,4 +1,4 @@
-//! Drives a reader through a stream and reduces what it says to comparable values.
+//! Drivers that read a stream and reduce the results to comparable values.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{self, Read, Seek};
@@ -18,7 +18,7 @@ pub(crate) const LENIENT: ReadOptions = ReadOptions {
     offset: 0,
 };
 
-/// Why a reader gave up, comparable.
+/// The comparable cause of a failure.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Cause {
     Io(io::ErrorKind),
@@ -27,7 +27,7 @@ pub(crate) enum Cause {
     Other(String),
 }
 
-/// Where and why.
+/// Position and cause of a failure.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Failure {
     pub(crate) position: Position,
@@ -49,22 +49,22 @@ impl From<ReadError> for Failure {
     }
 }
 
-/// A record that a reader handed out.
+/// A record that a reader returned.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Seen {
     pub(crate) position: Position,
     pub(crate) kind: RecordKind,
-    /// Hash of what it says; of PAGE_DATA the entries.
+    /// Hash of its contents; for PAGE_DATA, of the entries.
     pub(crate) said: u64,
-    /// Hash of the pages, where they were looked at.
+    /// Hash of the pages, if they were read.
     pub(crate) pages: Option<u64>,
 }
 
-/// All that a reader said.
+/// All results of a reader.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Outcome {
     pub(crate) seen: Vec<Seen>,
-    /// The offset behind END.
+    /// The offset after END.
     pub(crate) end: Result<u64, Failure>,
 }
 
@@ -73,7 +73,7 @@ impl Outcome {
         self.seen.iter().map(|s| s.kind.0).collect()
     }
 
-    /// Forget the contents of pages, for comparison with a reader that skipped them.
+    /// Removes the contents of pages, for comparison with a reader that skipped them.
     pub(crate) fn without_pages(mut self) -> Self {
         self.seen.iter_mut().for_each(|s| s.pages = None);
         self
@@ -97,7 +97,7 @@ fn hash(value: impl Hash) -> u64 {
     hasher.finish()
 }
 
-/// What a record says: its bytes and what they were taken for.
+/// Hash of a record's bytes and of its decoded body.
 fn said(record: &Record<'_>) -> u64 {
     hash((record.raw, std::mem::discriminant(&record.body)))
 }
@@ -105,13 +105,13 @@ fn said(record: &Record<'_>) -> u64 {
 /// What to do with page data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Pages {
-    /// Read every page by itself.
+    /// Read each page separately.
     Read,
-    /// Leave all to the reader to skip.
+    /// Let the reader skip all.
     Skip,
-    /// Read the first page, leave the others.
+    /// Read the first page, skip the others.
     First,
-    /// Take all pages at once from the source.
+    /// Take all pages from the source at once.
     Source,
 }
 
@@ -159,14 +159,14 @@ pub(crate) fn by_seeking(source: impl Read + Seek, options: ReadOptions, pages: 
     Outcome { seen, end }
 }
 
-/// Read to END; the offset behind it, and the source.
+/// Reads to END. Returns the offset after it, and the source.
 pub(crate) fn drain<R: Read>(
     mut reader: RecordReader<R>,
     pages: Pages,
     seen: &mut Vec<Seen>,
 ) -> Result<(u64, R), ReadError> {
-    // A batch counts once its pages are in: the in-memory reader knows at once that
-    // they are missing, this one when it comes to them.
+    // A batch counts only after its pages have been read: the in-memory reader notices immediately
+    // that they are missing, this one only when it reaches them.
     let mut held: Option<Seen> = None;
     loop {
         let next = reader.next_record();
@@ -223,7 +223,7 @@ pub(crate) fn drain<R: Read>(
     Ok((reader.offset(), reader.into_source()))
 }
 
-/// What both readers say, in every way of reading, which must be the same.
+/// The result on which both readers agree, in every way of reading.
 pub(crate) fn agreed(stream: &[u8], options: ReadOptions) -> Outcome {
     let outcome = by_slice(stream, options);
     same(&by_stream(stream, options, Pages::Read), &outcome);
@@ -234,7 +234,7 @@ pub(crate) fn agreed(stream: &[u8], options: ReadOptions) -> Outcome {
     outcome
 }
 
-/// As `assert_eq`, without all the records that are the same.
+/// Like `assert_eq`, but does not print equal records.
 #[track_caller]
 pub(crate) fn same(got: &Outcome, expected: &Outcome) {
     for (got, expected) in got.seen.iter().zip(&expected.seen) {

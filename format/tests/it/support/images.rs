@@ -1,5 +1,5 @@
-//! Images that a real Xen wrote: those committed beside this, and the larger ones of
-//! the project's shared folder where it is there.
+//! Images from a real Xen: the committed ones, and the larger ones of the project's shared
+//! directory if it exists.
 
 use std::fs::File;
 use std::io::Read;
@@ -7,20 +7,20 @@ use std::path::{Path, PathBuf};
 
 use ruzstd::decoding::StreamingDecoder;
 
-/// An image, decompressed.
+/// A decompressed image.
 pub(crate) struct Image {
     pub(crate) name: String,
     pub(crate) bytes: Vec<u8>,
 }
 
-/// The images of the lab's tiny guest, which are part of the project.
+/// Images of the lab's tiny guest, which are part of the repository.
 pub(crate) fn committed() -> Vec<Image> {
     let images = paths(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/images"));
     assert!(images.len() >= 4, "the committed images are missing");
     images.iter().map(|path| load(path)).collect()
 }
 
-/// Compressed images of the shared folder: more guests, too large to commit.
+/// Compressed images in the shared directory: more guests, too large to commit.
 pub(crate) fn shared() -> Vec<PathBuf> {
     let shared = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/images");
     let images = paths(&shared);

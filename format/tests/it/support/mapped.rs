@@ -1,4 +1,4 @@
-//! Images in the mapped layout, and back.
+//! Conversion of images to the mapped layout and back.
 
 use std::io::Read;
 
@@ -8,7 +8,7 @@ use xsr_format::read::ReadOptions;
 use xsr_format::transcode::{CopyError, ImageSink, Layer, transcode};
 use xsr_format::walk::Walk;
 
-/// Copies page data in pieces of no particular size.
+/// Copies page data in pieces of arbitrary size.
 fn copy<W: ImageSink>(source: &mut &[u8], bytes: u64, sink: &mut W) -> Result<u64, CopyError> {
     let most = bytes.min(70_001) as usize;
     let mut room = vec![0; most];
@@ -17,7 +17,7 @@ fn copy<W: ImageSink>(source: &mut &[u8], bytes: u64, sink: &mut W) -> Result<u6
     Ok(n as u64)
 }
 
-/// Convert an image, its layers as they are.
+/// Converts an image, keeping its layers.
 pub(crate) fn convert<W: ImageSink>(image: &[u8], sink: &mut W) {
     let mut walk = Walk::open(image, ReadOptions::default()).unwrap();
     let to = match walk.detected() {
@@ -35,7 +35,7 @@ pub(crate) fn mapped(image: &[u8], page_digests: bool) -> Vec<u8> {
     writer.finish().unwrap().0
 }
 
-/// The image in the stream layout, with what a mapped one had put in.
+/// The image in the stream layout, without what the mapped layout added.
 pub(crate) fn streamed(image: &[u8]) -> Vec<u8> {
     let mut out = Vec::new();
     convert(image, &mut out);

@@ -1,6 +1,5 @@
-//! What the tests of the libxc stream share: a builder of streams that owes nothing
-//! to the crate's own writer, and drivers that reduce what a reader says to values
-//! that can be compared.
+//! Shared parts of the tests of the libxc stream: a builder of streams that is independent of the
+//! crate's own writer, and drivers that reduce a reader's results to comparable values.
 
 #![allow(
     dead_code,

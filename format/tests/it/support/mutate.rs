@@ -1,7 +1,7 @@
-//! Damage to images, reproducible from a seed, that knows where records are: most of
-//! it gets past the first check.
+//! Reproducible damage to images, derived from a seed. It respects record boundaries, so most of it
+//! gets past the first check.
 
-/// splitmix64: a generator of numbers that needs nothing but its seed.
+/// splitmix64: a random number generator whose only state is its seed.
 pub(crate) struct Numbers(pub(crate) u64);
 
 impl Numbers {
@@ -49,7 +49,7 @@ impl Piece {
         self.bytes[4..8].copy_from_slice(&length.to_le_bytes());
     }
 
-    /// Resize the body, and pad it anew.
+    /// Resizes the body, and pads it again.
     pub(crate) fn resize(&mut self, body: usize) {
         let old = (self.length() as usize).min(self.bytes.len() - 8);
         self.bytes.truncate(8 + old);
@@ -59,7 +59,7 @@ impl Piece {
     }
 }
 
-/// Cut a good little-endian image into its pieces, whatever its layers.
+/// Cuts a valid little-endian image into its pieces, in any layers.
 pub(crate) fn pieces(mut image: &[u8]) -> Vec<Piece> {
     let mut out = Vec::new();
     let word = |bytes: &[u8], at: usize| {
@@ -92,7 +92,7 @@ pub(crate) fn pieces(mut image: &[u8]) -> Vec<Piece> {
         let ends = piece.kind() == 0;
         out.push(piece);
         if ends && (in_libxl || !wrapped) {
-            break; // what a migration's ends say to each other may follow
+            break; // messages between the two ends of a migration may follow
         }
         in_libxl |= ends;
     }
@@ -111,7 +111,7 @@ pub(crate) fn cut_down(image: &[u8], batches: usize, entries: usize) -> Vec<u8> 
     let mut left = batches;
     let mut out = Vec::new();
     for mut piece in pieces(image) {
-        // Of the libxl layer, record 1 is empty.
+        // In the libxl layer, record 1 is empty.
         if piece.is_record && piece.kind() == 1 && piece.length() > 0 {
             if left == 0 {
                 continue;
@@ -147,7 +147,7 @@ fn flip(numbers: &mut Numbers, bytes: &mut [u8], from: usize, to: usize) {
     }
 }
 
-/// A record picked so that frequent kinds do not crowd out rare ones.
+/// Picks a record so that frequent kinds do not crowd out rare ones.
 fn pick(numbers: &mut Numbers, pieces: &[Piece]) -> usize {
     let records: Vec<usize> = (0..pieces.len()).filter(|i| pieces[*i].is_record).collect();
     let kinds: std::collections::BTreeSet<u32> =
@@ -168,7 +168,7 @@ fn odd_kind(numbers: &mut Numbers) -> u32 {
     }
 }
 
-/// One to three pieces of damage done to a good image.
+/// Applies one to three kinds of damage to a valid image.
 pub(crate) fn mutant(image: &[Piece], seed: u64) -> Vec<u8> {
     let mut numbers = Numbers(seed);
     let mut pieces = image.to_vec();

@@ -1,4 +1,4 @@
-//! What a file is, told from its first bytes.
+//! Tests of format detection from a file's first bytes.
 
 use proptest::prelude::*;
 use xsr_format::detect::{Compression, Detected, ENOUGH, detect};
@@ -33,21 +33,21 @@ fn real_images_and_the_streams_in_them_are_recognised() {
     }
 }
 
-/// Its reader then says that the file is truncated, which is more than "unknown".
+/// The reader then reports a truncated file, which is more helpful than "unknown".
 #[test]
 fn a_file_that_ends_inside_a_name_is_what_the_name_begins() {
     for (magic, what) in NAMED {
         assert!(magic.len() <= ENOUGH);
         for end in 1..=magic.len() {
             let found = detect(&magic[..end]);
-            // "L", "X" and "Xen" begin several; four bytes begin one.
+            // "L", "X" and "Xen" begin several formats; four bytes begin only one.
             assert!(found == what || end < 4, "{:?} is {found:?}", &magic[..end]);
             assert_ne!(found, Detected::Unknown);
         }
         let mut longer = magic.to_vec();
         longer.extend([0xaa; 40]);
         assert_eq!(detect(&longer), what);
-        // The last byte counts.
+        // The last byte of the magic counts.
         longer[magic.len() - 1] ^= 1;
         assert_ne!(detect(&longer), what);
     }
@@ -86,7 +86,7 @@ fn legacy_streams_are_what_is_left_if_possible() {
             b"\x00\x80\x00\x00\x00\x04\x00\x00",
             legacy(ToolstackWidth::Bits32, 0x8000),
         ),
-        // Too short to tell; no magic of anything; all ones without XENF; zeros.
+        // Too short to detect; no magic; all ones without XENF; zeros.
         (b"\x00\x80\x00\x00\x00\x00\x00", Detected::Unknown),
         (b"\x9d\x81sh\xf0\x0a\x9b\x80", Detected::Unknown),
         (b"\xff\xff\xff\xff\xff\xff\xff\xffXENG", Detected::Unknown),
@@ -118,8 +118,8 @@ fn what_is_recognised_but_not_read_says_what_to_do() {
 }
 
 proptest! {
-    /// Nothing panics, and bytes beyond the first few never matter for what can be read. (For the
-    /// name of what cannot they do: text, say, is text to its end.)
+    /// No input panics, and bytes beyond the first few never matter for readable formats. (They do
+    /// for naming others: text, for example, must be text to its end.)
     #[test]
     fn any_bytes_are_something(bytes in proptest::collection::vec(any::<u8>(), 0..96)) {
         let what = detect(&bytes);

@@ -1,4 +1,4 @@
-//! What a reader of wrappers gave up with, reduced to comparable values.
+//! Errors of the wrapper readers, reduced to comparable values.
 
 use std::io;
 
@@ -6,7 +6,7 @@ use xsr_format::error::{ReadError, ReadErrorCause};
 use xsr_format::wrapper::libxl::LibxlError;
 use xsr_format::wrapper::xl::XlError;
 
-/// Why, comparable.
+/// The comparable cause.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Cause {
     Io(io::ErrorKind),
@@ -15,7 +15,7 @@ pub(crate) enum Cause {
     Libxl(LibxlError),
 }
 
-/// In what, where, and why.
+/// Structure, offset and cause of a failure.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Failure {
     pub(crate) place: String,

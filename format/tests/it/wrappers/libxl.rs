@@ -1,4 +1,4 @@
-//! The libxl stream: real ones, and every record in both byte orders.
+//! Tests of the libxl stream: real ones, and every record in both byte orders.
 
 use std::io;
 
@@ -25,12 +25,12 @@ pub(crate) const QEMU: EmulatorInstance = EmulatorInstance {
     index: 0,
 };
 
-/// A header by hand.
+/// A header built by hand.
 pub(crate) fn header(options: u32) -> Vec<u8> {
     [&b"LibxlFmt\0\0\0\x02"[..], &options.to_be_bytes()].concat()
 }
 
-/// A record by hand, little endian, padded with `pad`.
+/// A record built by hand, little endian, padded with `pad`.
 pub(crate) fn record_padded(kind: u32, body: &[u8], pad: u8) -> Vec<u8> {
     let length = u32::try_from(body.len()).unwrap();
     let mut out = [&kind.to_le_bytes(), &length.to_le_bytes(), body].concat();
@@ -38,13 +38,13 @@ pub(crate) fn record_padded(kind: u32, body: &[u8], pad: u8) -> Vec<u8> {
     out
 }
 
-/// A record by hand, little endian.
+/// A record built by hand, little endian.
 pub(crate) fn record(kind: u32, body: &[u8]) -> Vec<u8> {
     record_padded(kind, body, 0)
 }
 
-/// All records of a stream, with checkpoints where told: `begin` is called before
-/// each record with its number.
+/// Reads all records of a stream. `begin` is called with each record's index, and tells whether a
+/// checkpoint begins there.
 pub(crate) fn read_with(
     bytes: &[u8],
     options: ReadOptions,
@@ -63,12 +63,12 @@ pub(crate) fn read_with(
     }
 }
 
-/// All records of a stream; its libxc stream is empty.
+/// Reads all records of a stream whose libxc stream is empty.
 pub(crate) fn read(bytes: &[u8], options: ReadOptions) -> Result<Vec<LibxlRecord>, Failure> {
     read_with(bytes, options, |_| false)
 }
 
-/// One of each, in an order that is allowed; a checkpoint begins before the third.
+/// One record of each kind, in a permitted order; a checkpoint begins before the third.
 fn every_record() -> Vec<LibxlRecord> {
     let trad = EmulatorInstance {
         id: EmulatorId::QemuTraditional,
@@ -108,8 +108,8 @@ fn write(header: LibxlHeader, records: &[LibxlRecord]) -> Vec<u8> {
     writer.into_sink()
 }
 
-/// The oracle is libxl's own bytes: taken apart at each hand-over and put together
-/// again, they are the same, with every offset right.
+/// The oracle is libxl's own bytes: split at each hand-over and reassembled, they are unchanged,
+/// and every offset is right.
 #[test]
 fn real_images_come_back_byte_for_byte() {
     for Image { name, bytes: image } in all_images() {
@@ -143,8 +143,8 @@ fn real_images_come_back_byte_for_byte() {
             }
         }
         assert_eq!(reader.offset(), out.len() as u64, "{name}");
-        // What `xl migrate` sends goes on with the first word of its own protocol; that
-        // is not the stream's, and the reader has left it alone.
+        // `xl migrate` continues with the first word of its own protocol, which is not part of the
+        // stream. The reader must not have consumed it.
         let rest = match name.ends_with("-live") {
             true => &b"domain is yours, you are cleared to unpause\0"[..],
             false => b"",
@@ -161,7 +161,7 @@ fn real_images_come_back_byte_for_byte() {
     }
 }
 
-/// The bytes are those of the specification's diagrams, written out by hand.
+/// The bytes match the specification's diagrams, written out by hand.
 #[test]
 fn every_record_is_encoded_as_the_specification_draws_it() {
     let little = [
@@ -190,8 +190,8 @@ fn every_record_is_encoded_as_the_specification_draws_it() {
     assert_eq!(big[48..56], *b"\0\0\0\x01\x01\x02\x03\x04");
 }
 
-/// Of the review: one byte order is fixed for the identifying header only; the rest
-/// is as its option bit says, and both orders are read.
+/// From the review: only the identifying header has a fixed byte order. The rest follows its option
+/// bit, and both orders are read.
 #[test]
 fn both_byte_orders_are_read_and_written() {
     for order in [ByteOrder::Little, ByteOrder::Big] {
@@ -213,7 +213,7 @@ fn both_byte_orders_are_read_and_written() {
 #[test]
 fn a_stream_cut_at_any_byte_is_truncated_there() {
     let bytes = write(LITTLE, &every_record());
-    // Where each thing that is reported begins, and its name.
+    // The offset and name of each reported structure.
     let mut parts = vec![(0, "libxl header".to_owned())];
     let mut at = 16;
     for (index, record) in every_record().iter().enumerate() {
@@ -233,7 +233,7 @@ fn a_stream_cut_at_any_byte_is_truncated_there() {
         let error = read_with(&bytes[..end], options, begin).unwrap_err();
         let (begins, place) = parts.iter().rfind(|(at, _)| *at <= end).unwrap();
         assert_eq!(&error.place, place, "cut at {end}");
-        // A record is reported from its header on, wherever in it the stream ends.
+        // A record is reported from its header on, wherever the stream ends inside it.
         let header = if place.ends_with(')') { 8 } else { 0 };
         assert_eq!(
             error.offset,
@@ -366,8 +366,8 @@ proptest! {
         prop_assert_eq!(read(&writer.into_sink(), STRICT).unwrap(), records);
     }
 
-    /// No input panics, none makes the reader ask for more than a record has, and
-    /// lenient reading differs in nothing but what it tolerates.
+    /// No input panics or makes the reader request more than a record has, and lenient reading
+    /// differs only in what it tolerates.
     #[test]
     fn any_bytes_are_read_or_refused(bytes in prop_oneof![
         proptest::collection::vec(any::<u8>(), 0..128),

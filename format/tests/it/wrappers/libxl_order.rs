@@ -1,9 +1,9 @@
-//! The order of records in a libxl stream: of the review, only real dependencies are
-//! enforced; every permitted order is accepted.
+//! Tests of the order of records in a libxl stream. As the review asked, only real dependencies are
+//! enforced, and every permitted order is accepted.
 
 use xsr_format::wrapper::libxl::{LibxlOrder, LibxlOrderError, LibxlRecordKind as Kind};
 
-/// What happens to a stream: a record, or the libxc layer pausing at a CHECKPOINT.
+/// An event in a stream: a record, or a pause of the libxc layer at a CHECKPOINT.
 #[derive(Clone, Copy, Debug)]
 enum Event {
     Record(Kind),
@@ -19,7 +19,7 @@ const OPTIONAL: Event = Event::Record(Kind(0x8000_0000));
 const END: Event = Event::Record(Kind::END);
 use Event::Checkpoint;
 
-/// The first error, and after how many events.
+/// The first error, with the number of events before it.
 fn run(events: &[Event]) -> Result<(), (usize, LibxlOrderError)> {
     let mut order = LibxlOrder::new();
     for (index, event) in events.iter().enumerate() {
@@ -39,17 +39,17 @@ fn run(events: &[Event]) -> Result<(), (usize, LibxlOrderError)> {
 fn every_permitted_order_is_accepted() {
     for events in [
         &[LIBXC, END][..],
-        // As libxl writes an HVM guest, and the other way round.
+        // As libxl writes an HVM guest, and in the opposite order.
         &[LIBXC, XENSTORE, CONTEXT, END],
         &[LIBXC, CONTEXT, XENSTORE, END],
-        // Emulators do not depend on memory: they are started when all is there.
+        // Emulators do not depend on memory: they are started when everything has arrived.
         &[XENSTORE, CONTEXT, LIBXC, END],
         &[XENSTORE, LIBXC, CONTEXT, END],
         // Two emulators.
         &[LIBXC, XENSTORE, XENSTORE, CONTEXT, CONTEXT, END],
-        // What need not be understood may be anywhere.
+        // Optional records may be anywhere.
         &[OPTIONAL, LIBXC, OPTIONAL, CONTEXT, OPTIONAL, END],
-        // Remus: a PV guest, an HVM guest; and one that ends in order.
+        // Remus: a PV guest, an HVM guest; and one that ends properly.
         &[
             LIBXC,
             Checkpoint,

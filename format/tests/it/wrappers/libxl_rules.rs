@@ -1,4 +1,4 @@
-//! Each rule of the libxl stream, broken.
+//! Tests that break each rule of the libxl stream.
 
 use xsr_format::read::ReadOptions;
 use xsr_format::wrapper::WrapperWriteError;
@@ -26,8 +26,8 @@ fn broken_rule(bytes: &[u8], options: ReadOptions) -> LibxlError {
     }
 }
 
-/// The error of a stream in which `second` follows LIBXC_CONTEXT; leniency changes
-/// nothing in it.
+/// The error of a stream in which `second` follows LIBXC_CONTEXT, which must be the same in lenient
+/// mode.
 fn refused(second: &[u8]) -> LibxlError {
     let bytes = with(second);
     let strict = read(&bytes, STRICT).unwrap_err();
@@ -57,8 +57,8 @@ fn ident_and_version_must_be_right() {
     }
 }
 
-/// Of the review: reserved and padding fields that must be ignored can never be given
-/// a meaning; restore should check that they are zero and bail.
+/// From the review: a reserved or padding field that must be ignored can never be given a meaning;
+/// restore should check that it is zero and bail.
 #[test]
 fn reserved_fields_must_be_zero_unless_lenient() {
     for bit in 2..32 {
@@ -96,7 +96,7 @@ fn reserved_fields_must_be_zero_unless_lenient() {
         error.cause,
         Cause::Libxl(LibxlError::ReservedNotZero { field, at, got })
     );
-    // The stream has no END: that is what lenient reading comes to instead.
+    // The stream has no END, which is what lenient reading then reports.
     let error = read_with(&bytes, LENIENT, begin).unwrap_err();
     assert_eq!((error.offset, error.cause), (48, Cause::Truncated(8)));
 }
@@ -157,7 +157,7 @@ fn a_length_beyond_the_limit_is_refused_and_one_below_it_not_believed() {
         reader.next_record().unwrap();
         let error = Failure::from(reader.next_record().unwrap_err());
         assert_eq!(error.cause, Cause::Truncated(u64::from(MAX_BODY) - 10));
-        // Room is made as bytes arrive: a MiB at a time, not for all that is announced.
+        // Memory is allocated as bytes arrive, a MiB at a time, not for the announced length.
         assert_eq!(reader.into_source().asked, 32 + (1 << 20));
     }
 }
@@ -212,7 +212,7 @@ fn xenstore_data_are_pairs_of_strings() {
         (b"\0v\0", key(0, b"")),
         (b"k\0v\0a b\0v\0", key(1, b"a b")),
         (b"k\xc3\xa9\0v\0", key(0, b"k\xc3\xa9")),
-        // Of a long key only the beginning is kept for the message.
+        // The message contains only the beginning of a long key.
         (
             &[[b'~'; 100].as_slice(), b"\0\0"].concat(),
             key(0, &[b'~'; 64]),
@@ -227,8 +227,8 @@ fn xenstore_data_are_pairs_of_strings() {
     }
 }
 
-/// libxl writes a body of 4 bytes where the specification draws 8: the padding of
-/// the one is the field of the other.
+/// libxl writes a body of 4 bytes where the specification has 8: the record's padding is then the
+/// specification's padding field.
 #[test]
 fn checkpoint_states_are_read_as_specified_and_as_libxl_writes_them() {
     let begin = |index| index == 1;

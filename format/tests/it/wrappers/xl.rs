@@ -1,4 +1,4 @@
-//! The xl file header, against headers that xl wrote.
+//! Tests of the xl file header, against headers that xl wrote.
 
 use std::io;
 
@@ -16,7 +16,7 @@ use crate::wrappers::{Broken, Counting, LENIENT, STRICT};
 const HEADER: &str = "xl header";
 const DATA: &str = "xl header, optional data";
 
-/// A header by hand.
+/// A header built by hand.
 fn header(order: ByteOrder, mandatory: u32, optional: u32, data: &[u8]) -> Vec<u8> {
     let mut out = MAGIC.to_vec();
     for field in [
@@ -34,7 +34,7 @@ fn header(order: ByteOrder, mandatory: u32, optional: u32, data: &[u8]) -> Vec<u
     out
 }
 
-/// Optional data: a length, little endian, and what follows.
+/// Optional data: a little-endian length, and what follows.
 fn with_length(length: u32, config: &[u8]) -> Vec<u8> {
     [&length.to_le_bytes(), config].concat()
 }
@@ -61,8 +61,8 @@ fn broken_rule(bytes: &[u8], options: ReadOptions) -> XlError {
     }
 }
 
-/// xl's own bytes are the oracle: read and written they are the same, and a header
-/// made from nothing but the configuration is the same too.
+/// The oracle is xl's own bytes: read and written again they are unchanged, and a header made from
+/// only the configuration is the same.
 #[test]
 fn headers_of_real_images_come_back_byte_for_byte() {
     for Image { name, bytes: image } in images::committed() {
@@ -108,7 +108,7 @@ fn a_header_cut_at_any_byte_is_truncated_there() {
             offset: 1000,
             ..STRICT
         };
-        // The magic, the other fields, and the optional data are read one by one.
+        // The magic, the other fields, and the optional data are read separately.
         let (place, offset, part_end) = match end {
             0..32 => (HEADER, 1000, 32),
             32..48 => (HEADER, 1000, 48),
@@ -124,8 +124,8 @@ fn a_header_cut_at_any_byte_is_truncated_there() {
     read(&image[..whole], STRICT).unwrap();
 }
 
-/// Of the review: one byte order is fixed for what identifies a file only; the rest
-/// is as it says, and both are read.
+/// From the review: only the identifying part of a file has a fixed byte order. The rest says its
+/// own, and both orders are read.
 #[test]
 fn both_byte_orders_are_read_and_written() {
     let json = b"{}\0";
@@ -179,7 +179,7 @@ fn an_unknown_mandatory_flag_is_named_and_never_tolerated() {
     }
 }
 
-/// Of the review: reserved fields that must be ignored can never be given a meaning.
+/// From the review: reserved fields that must be ignored can never be given a meaning.
 #[test]
 fn reserved_optional_flags_must_be_zero_unless_lenient() {
     for bit in 0..32 {
@@ -210,7 +210,7 @@ fn a_length_beyond_the_limit_is_refused_and_one_below_it_not_believed() {
         Failure::from(error),
         failure(DATA, 48, Cause::Truncated(needed))
     );
-    // Room is made as bytes arrive: a MiB at a time, not for all that is announced.
+    // Memory is allocated as bytes arrive, a MiB at a time, not for the announced length.
     assert_eq!(source.asked, 48 + (1 << 20));
 }
 
@@ -247,7 +247,7 @@ fn a_json_configuration_is_one_c_string() {
             read(&bytes, LENIENT).unwrap_err(),
             failure(DATA, 48, Cause::Xl(error))
         );
-        // Without the flag it is an xl configuration file, which has a length only.
+        // Without the flag it is an xl configuration file, which only has a length.
         let bytes = header(ByteOrder::Little, 0, 0, &data);
         let header = read(&bytes, STRICT).unwrap();
         assert_eq!(
@@ -305,7 +305,8 @@ fn a_configuration_longer_than_the_limit_is_neither_written_nor_looked_into() {
     let longer = fits + " ";
     assert_eq!(XlHeader::new(&longer).unwrap_err(), error);
     assert_eq!(header.with_text(&longer).unwrap_err(), error);
-    // Of JSON (flags 3) and of xl's own text (flags 2) the header can be read: inspect shows it.
+    // The header can be read in either case, JSON (flags 3) or xl's own text (flags 2): inspect
+    // shows it.
     let config = [longer.as_bytes(), &[0]].concat();
     for flags in [3, 2] {
         let data = with_length(max + 2, &config);
@@ -328,8 +329,7 @@ fn a_failing_source_is_not_blamed_on_the_image() {
     assert_eq!(Failure::from(error), failure(HEADER, 0, cause));
 }
 
-/// Bytes that begin like a header, so that there is something behind the magic to
-/// get wrong.
+/// Bytes that begin like a header, so that the fields after the magic are exercised too.
 fn like_a_header() -> impl Strategy<Value = Vec<u8>> {
     let small = || prop_oneof![Just(0_u32), 0..16_u32, any::<u32>()];
     let data = proptest::collection::vec(prop_oneof![Just(0_u8), any::<u8>()], 0..64);
@@ -354,8 +354,8 @@ fn like_a_header() -> impl Strategy<Value = Vec<u8>> {
 }
 
 proptest! {
-    /// No input panics, none makes the reader take more than the header has, and
-    /// lenient reading differs in nothing but what it tolerates.
+    /// No input panics or makes the reader take more than the header has, and lenient reading
+    /// differs only in what it tolerates.
     #[test]
     fn any_bytes_are_read_or_refused(bytes in prop_oneof![
         proptest::collection::vec(any::<u8>(), 0..128),

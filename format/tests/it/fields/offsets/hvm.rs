@@ -1,4 +1,4 @@
-//! Records of an HVM context.
+//! Offsets in the records of an HVM context.
 
 use super::Member;
 

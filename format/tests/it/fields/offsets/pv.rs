@@ -1,4 +1,4 @@
-//! Structures of PV guests, and entries of the CPU policy.
+//! Offsets in the structures of PV guests, and in entries of the CPU policy.
 
 use super::Member;
 
