@@ -1,7 +1,7 @@
-//! Compressed files: what comes out does not depend on how much is asked for at once; what
-//! is wrong is called damage, since the source never fails; what is compressed here comes
-//! back as it was. Memory is bounded by what `cargo xtask fuzz` allows one allocation and
-//! the process: a bomb that takes more is a finding.
+//! Fuzz target for compressed files: the output does not depend on the size of reads; errors are
+//! reported as damage, since the source never fails; and data compressed here decompresses to the
+//! original. `cargo xtask fuzz` limits single allocations and the process's memory, so a bomb that
+//! takes more is a finding.
 
 #![no_main]
 
@@ -10,12 +10,12 @@ use std::io::{self, Cursor, Read, Write};
 use libfuzzer_sys::fuzz_target;
 use xsr_format::detect::{Compression, Detected, detect};
 
-/// As in the command, whose file is built into this target.
+/// As in the command, whose source file is compiled into this target.
 type Source = Box<dyn Read + Send>;
 
-/// What the command says of images that are bad.
+/// The command's error for an invalid image.
 mod exit {
-    /// An image is bad.
+    /// The image is invalid.
     #[derive(Debug)]
     pub(crate) struct BadImage(pub(crate) String);
 
@@ -39,10 +39,10 @@ mod text;
 #[path = "../../cli/src/peel/zstd.rs"]
 mod zstd;
 
-/// Of what comes out, so many bytes are looked at: a bomb has no end.
+/// Bytes of output that are looked at: a bomb never ends.
 const LIMIT: u64 = 4 << 20;
 
-/// The first bytes that come out, taken in such steps; and why there are no more.
+/// The first bytes of output, read in steps of `step`, and the error that ended them.
 fn out_of(compression: Compression, bytes: &[u8], step: usize) -> (Vec<u8>, Option<String>) {
     let mut out = Vec::new();
     let source: Source = Box::new(Cursor::new(bytes.to_vec()));
@@ -83,7 +83,7 @@ fuzz_target!(|bytes: &[u8]| {
     if let Detected::Compressed(compression) = detect(bytes) {
         let (whole, error) = out_of(compression, bytes, 64 << 10);
         let (pieces, again) = out_of(compression, bytes, 4093);
-        // Of what is damaged, more may come out before it shows when little is asked for.
+        // If the file is damaged, smaller reads may return more bytes before the error.
         assert_eq!(error.is_some(), again.is_some());
         let common = whole.len().min(pieces.len());
         assert!(whole[..common] == pieces[..common]);
@@ -98,7 +98,7 @@ fuzz_target!(|bytes: &[u8]| {
         let (out, error) = out_of(compression, &packed, 64 << 10);
         assert_eq!(error, None);
         assert!(out == bytes, "{compression}: other bytes come back");
-        // Cut off, it is damaged.
+        // A truncated file is damaged.
         if let Some((_, short)) = packed.split_last() {
             let (out, _) = out_of(compression, short, 64 << 10);
             assert!(bytes.starts_with(&out));

@@ -1,6 +1,6 @@
-//! Legacy streams: whether the source can seek or not, the same pieces and the same error
-//! come; what is converted does not depend on how much is asked for at once, and is an
-//! image that the reader of version 3 takes.
+//! Fuzz target for legacy streams: a seekable source gives the same pieces and the same error; the
+//! converted bytes do not depend on the size of reads, and are an image that the reader of version
+//! 3 accepts.
 
 #![no_main]
 
@@ -15,7 +15,7 @@ use xsr_format::legacy::{
 use xsr_format::read::ReadOptions;
 use xsr_format::walk::Walk;
 
-/// The pieces, and how they end.
+/// The pieces, and the final error.
 type Pieces = (Vec<(Position, String)>, Option<String>);
 
 fn pieces<R: Read>(reader: Result<LegacyReader<R>, ReadError>) -> Pieces {
@@ -31,7 +31,7 @@ fn pieces<R: Read>(reader: Result<LegacyReader<R>, ReadError>) -> Pieces {
     (said, error)
 }
 
-/// What is converted, taken in steps of so many bytes, what is said of it, and how it ends.
+/// The converted bytes, read in steps of `step`, the summary, and the final error.
 fn converted(
     bytes: &[u8],
     options: LegacyOptions,
@@ -57,7 +57,7 @@ fn converted(
     (out, Some(source.summary().clone()), error)
 }
 
-/// Read an image to its end.
+/// Reads an image to its end.
 fn walked(bytes: &[u8]) -> Result<u64, ReadError> {
     let options = ReadOptions::default();
     let mut walk = Walk::open(bytes, options)?;
@@ -65,7 +65,7 @@ fn walked(bytes: &[u8]) -> Result<u64, ReadError> {
     Ok(walk.offset())
 }
 
-/// Whether the error is about what the guest's state says, not about the form of the stream.
+/// Whether the error concerns the guest's state, not the structure of the stream.
 fn is_of_contents(error: &ReadError) -> bool {
     matches!(
         error.cause,
@@ -100,11 +100,11 @@ fn check(bytes: &[u8], options: LegacyOptions) {
         };
         match walked(&image) {
             Ok(end) => assert_eq!(end, image.len() as u64),
-            // What a record holds is carried over as it is: a restore refuses it.
+            // Contents of records are passed on unchanged; a restore refuses them.
             Err(e) if is_of_contents(&e) => continue,
             Err(e) => panic!("converted to what is no image: {e}"),
         }
-        // Without a spool, as of a file.
+        // Without a spool, as for a file.
         let found = survey(Cursor::new(bytes), options).unwrap();
         assert_eq!(found.complete, summary.checkpoints);
         assert_eq!(found.incomplete.is_some(), summary.incomplete.is_some());

@@ -1,6 +1,6 @@
-//! Of any bytes the in-memory reader and the streaming reader say the same, in every
-//! way of reading: the same records, and the same error at the same place. Neither
-//! reads beyond END. Lenient differs from strict only where a reserved field is set.
+//! Fuzz target for the libxc readers: for any bytes, the in-memory reader and the streaming reader
+//! return the same records, and the same error at the same position, in every way of reading.
+//! Neither reads beyond END. Lenient differs from strict only where a reserved field is set.
 
 #![no_main]
 
@@ -15,11 +15,11 @@ use xsr_format::read::{Incoming, ReadOptions, RecordReader};
 use xsr_format::record::Record;
 use xsr_format::slice::{SliceReader, SliceRecord};
 
-/// What a reader said, record by record, as one number each.
+/// A reader's results, reduced to one number for each record.
 #[derive(Default)]
 struct Said {
     records: Vec<(Position, u64)>,
-    /// The offset behind END, or what went wrong.
+    /// The offset after END, or the error.
     end: Option<Result<u64, ReadError>>,
 }
 
@@ -104,7 +104,7 @@ fn same(a: &Said, b: &Said) {
     assert_eq!(a.records, b.records);
 }
 
-/// Panics if more is asked for than the stream has.
+/// Panics if more is requested than the stream has.
 struct Guarded<'a>(&'a [u8]);
 
 impl Read for Guarded<'_> {
@@ -133,7 +133,7 @@ fn judged(bytes: &[u8], lenient: bool) -> Said {
     said
 }
 
-/// A reader that skips pages shows a batch before it finds that its pages are missing.
+/// A reader that skips pages returns a batch before it notices that its pages are missing.
 fn trim(skipped: &mut Said, whole: &Said) {
     if let Some(Err(e)) = &whole.end {
         skipped

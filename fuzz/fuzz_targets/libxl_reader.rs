@@ -1,6 +1,6 @@
-//! Whole files: the walk says the same of any bytes, whether its source can seek or
-//! not; it reads nothing beyond the last record; and of a libxl stream it says what the
-//! reader of that layer and the fold of the records, driven by hand, say.
+//! Fuzz target for whole files: the walk gives the same result for a seekable source; it reads
+//! nothing beyond the last record; and for a libxl stream its result equals that of the libxl
+//! reader and the fold of the records, driven by hand.
 
 #![no_main]
 
@@ -14,7 +14,7 @@ use xsr_format::record::RecordKind;
 use xsr_format::walk::{Content, Walk};
 use xsr_format::wrapper::libxl::{LibxlReader, LibxlRecord};
 
-/// Where each step begins, the libxl records, and how it ends.
+/// The position of each step, the libxl records, and the final error.
 #[derive(Default)]
 struct Said {
     steps: Vec<Position>,
@@ -53,7 +53,7 @@ fn same_error(a: Option<&ReadError>, b: Option<&ReadError>) {
     assert_eq!(a.map(shown), b.map(shown));
 }
 
-/// The libxl records of a stream without checkpoints, by hand.
+/// The libxl records of a stream without checkpoints, read by hand.
 fn by_hand(
     bytes: &[u8],
     options: ReadOptions,
@@ -88,7 +88,7 @@ fn by_hand(
     Ok(())
 }
 
-/// Panics if more is asked for than the file has.
+/// Panics if more is requested than the file has.
 struct Guarded<'a>(&'a [u8]);
 
 impl Read for Guarded<'_> {

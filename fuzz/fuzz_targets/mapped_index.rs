@@ -1,5 +1,6 @@
-//! The index and footer of a mapped image: of any bytes, as they are and with a digest that fits
-//! them, reading fails or says what keeps every rule; a page that is found is inside the image.
+//! Fuzz target for the index and footer of a mapped image: for any bytes, unchanged or with a
+//! matching digest, reading fails or returns an index that obeys every rule; a page that is found
+//! is inside the image.
 
 #![no_main]
 
@@ -11,7 +12,8 @@ use xsr_format::layout::check::check;
 use xsr_format::layout::index::{Footer, IndexEntry};
 use xsr_format::layout::{LayoutError, MAX_PADS, MAX_REAL, Mapped};
 
-/// Make a footer of the last bytes whose digest fits, so that what is behind the digest is seen.
+/// Turns the last bytes into a footer with a matching digest, so that the checks after the digest
+/// are reached.
 fn seal(bytes: &mut [u8]) {
     let Some(at) = bytes.len().checked_sub(Footer::BYTES) else {
         return;
@@ -23,7 +25,7 @@ fn seal(bytes: &mut [u8]) {
     bytes[at + 13..at + 20].copy_from_slice(&[0, 0, 0, 1, 0, 0, 0]);
     bytes[at + 20] &= 7;
     bytes[at + 21..at + 24].fill(0);
-    // As many entries as there is room for at most, right before the footer.
+    // As many entries as fit, directly before the footer.
     let most = at / IndexEntry::BYTES;
     let records = usize::from(bytes[at + 40]).min(most);
     bytes[at + 40..at + 48].copy_from_slice(&(records as u64).to_le_bytes());
@@ -39,7 +41,7 @@ fn read(bytes: &[u8]) {
         Ok(Some(mapped)) => mapped,
         Ok(None) => return,
         Err(error) => {
-            // Nothing that can be read is missing.
+            // The source is in memory, so reading it never fails.
             assert!(error.is_bad_image() && !matches!(error, LayoutError::Io(_)));
             drop(error.to_string());
             return;

@@ -1,6 +1,6 @@
-//! The headers and records of other toolstacks: libvirt's header is written as it was read;
-//! of xapi's records comes the same libxl stream however it is asked for, with the libxc
-//! stream in it byte for byte, and nothing is read behind the last record.
+//! Fuzz target for the headers and records of other toolstacks: libvirt's header is written as it
+//! was read; xapi's records give the same libxl stream for any size of reads, with the libxc stream
+//! in it byte for byte, and nothing is read after the last record.
 
 #![no_main]
 
@@ -13,7 +13,7 @@ use xsr_format::walk::Walk;
 use xsr_format::wrapper::libvirt::LibvirtHeader;
 use xsr_format::wrapper::xapi::{XapiRecord, XapiSource};
 
-/// Panics if more is asked for than the file has.
+/// Panics if more is requested than the file has.
 struct Guarded<'a>(&'a [u8]);
 
 impl Read for Guarded<'_> {
@@ -48,7 +48,7 @@ fn libvirt(bytes: &[u8]) {
     }
 }
 
-/// What comes of xapi's records, in steps of so many bytes.
+/// The libxl stream made of xapi's records, read in steps of `step`.
 fn xapi<R: Read>(source: R, step: usize) -> (Vec<u8>, Vec<XapiRecord>, Option<String>) {
     let mut out = Vec::new();
     let mut source = match XapiSource::behind(&[], source) {
@@ -81,7 +81,7 @@ fuzz_target!(|bytes: &[u8]| {
         let options = ReadOptions::default();
         let mut walk = Walk::open(stream.as_slice(), options).unwrap();
         while let Ok(Some(_)) = walk.next_step() {}
-        // A good stream is as long as what was read.
+        // A valid stream is as long as what the walk has read.
         if walk.next_step().is_ok_and(|step| step.is_none()) {
             assert_eq!(walk.offset(), stream.len() as u64);
         }

@@ -1,5 +1,5 @@
-//! The xl header: what is read is written again byte for byte, nothing is read
-//! beyond it, and what is said of it holds.
+//! Fuzz target for the xl header: what is read is written again byte for byte, nothing is read
+//! beyond it, and its accessors are consistent.
 
 #![no_main]
 
@@ -9,7 +9,7 @@ use libfuzzer_sys::fuzz_target;
 use xsr_format::read::ReadOptions;
 use xsr_format::wrapper::xl::XlHeader;
 
-/// Panics if more is asked for than there is.
+/// Panics if more is requested than there is.
 struct Guarded<'a>(&'a [u8]);
 
 impl Read for Guarded<'_> {
@@ -47,7 +47,7 @@ fuzz_target!(|bytes: &[u8]| {
             };
             let again = XlHeader::read(Guarded(&encoded), options);
             assert_eq!(again.as_ref().ok(), Some(&header));
-            // The length field, the configuration and the tail are all there is.
+            // The optional data consist of the length field, the configuration and the tail.
             let config = header.config().map_or(0, <[u8]>::len);
             let tail = header.optional_tail().len();
             let optional = encoded.len() - XlHeader::FIXED_BYTES;

@@ -1,11 +1,10 @@
-//! `cargo xtask bindings`: Xen's structures and numbers as Rust, from Xen's public
-//! headers by bindgen, into `xen-backend/src/sys/`. The result is checked in, so that
-//! a build needs neither Xen nor libclang.
+//! `cargo xtask bindings`: generates Rust bindings for Xen's structures and numbers from Xen's
+//! public headers with bindgen, into `xen-backend/src/sys/`. The result is checked in, so that a
+//! build needs neither Xen nor libclang.
 //!
-//! Two kinds of files come out. `common.rs` has what is the same in every version, and
-//! the task proves that it is: it makes the bindings from each version's headers and
-//! compares sizes, offsets and numbers. `vN.rs` has what differs, for domctl interface
-//! version N (hexadecimal).
+//! There are two kinds of files. `common.rs` has what is the same in every version. The task
+//! verifies this: it generates bindings from each version's headers and compares sizes, offsets and
+//! numbers. `vN.rs` has what differs, for domctl interface version N (hexadecimal).
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -18,12 +17,12 @@ use crate::command::Invocation;
 use crate::tools;
 use crate::workspace;
 
-/// Make the bindings to Xen's interfaces anew
+/// Regenerate the bindings to Xen's interfaces
 ///
-/// Reads the public headers of every Xen that is supported from a clone of Xen's git
-/// repository (by release tag) and writes xen-backend/src/sys/. Needs libclang, git and
-/// bindgen; bindgen is built below target/tools where it is missing. Only a new version
-/// of Xen, or a structure that was not used before, makes this necessary.
+/// Reads the public headers of every supported Xen from a clone of Xen's git repository (by release
+/// tag) and writes xen-backend/src/sys/. Needs libclang, git and bindgen; bindgen is built below
+/// target/tools if it is missing. This is only needed for a new version of Xen, or for a structure
+/// that was not used before.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -33,12 +32,12 @@ pub(crate) struct BindingsArgs {
     /// A clone of Xen's git repository, bare or not, with its release tags
     #[arg(long, value_name = "DIR")]
     xen: PathBuf,
-    /// Write nothing; fail where what is checked in differs
+    /// Write nothing; fail if the checked-in files differ
     #[arg(long)]
     check: bool,
 }
 
-/// The domctl interface versions, and the releases that speak them, oldest first.
+/// The domctl interface versions, and the releases that use them, oldest first.
 const VERSIONS: &[(u32, &[&str])] = &[
     (0x12, &["4.14.0"]),
     (0x13, &["4.15.0"]),
@@ -49,7 +48,7 @@ const VERSIONS: &[(u32, &[&str])] = &[
     (0x18, &["4.22.0"]),
 ];
 
-/// Headers that the bindings are made from.
+/// Headers for which bindings are generated.
 const HEADERS: &[&str] = &[
     "xen.h",
     "domctl.h",
@@ -100,7 +99,7 @@ const COMMON: &[&str] = &[
     "xen_sysctl_getdomaininfolist",
 ];
 
-/// Those of them whose size alone matters: all but the size and the alignment is left out.
+/// Those of them for which only the size matters: everything except size and alignment is left out.
 const OPAQUE: &[&str] = &[
     "mmuext_op",
     "vcpu_guest_context",
@@ -108,7 +107,7 @@ const OPAQUE: &[&str] = &[
     "xen_sysctl",
 ];
 
-/// Numbers that are the same in all versions that have them.
+/// Numbers that are the same in all versions that define them.
 const COMMON_NUMBERS: &[&str] = &[
     "DOMID_SELF",
     "DOMID_XEN",
@@ -143,7 +142,7 @@ const COMMON_NUMBERS: &[&str] = &[
     "__HYPERVISOR_(mmuext_op|sysctl|domctl|grant_table_op)",
 ];
 
-/// What differs between versions.
+/// Structures that differ between versions.
 const DIFFERENT: &[&str] = &[
     "xen_arch_domainconfig",
     "xen_domctl_createdomain.*",
@@ -151,10 +150,10 @@ const DIFFERENT: &[&str] = &[
 ];
 const DIFFERENT_NUMBERS: &[&str] = &["XEN_(DOMCTL|SYSCTL)_INTERFACE_VERSION"];
 
-/// What bindgen puts before each block of assertions.
+/// The attribute that bindgen puts before each block of assertions.
 const ALLOWED: &str = "# [allow (clippy :: unnecessary_operation , clippy :: identity_op)]";
 
-/// The types of Xen's headers that the structures are made of.
+/// Types in Xen's headers that the structures use.
 const TYPES: &[(&str, &str)] = &[
     ("domid_t", "u16"),
     ("evtchn_port_t", "u32"),
@@ -164,12 +163,12 @@ const TYPES: &[(&str, &str)] = &[
     ("xen_ulong_t", "u64"),
 ];
 
-/// Makes the bindings, or compares them with those that are there.
+/// Generates the bindings, or compares them with the checked-in ones.
 ///
 /// # Errors
 ///
-/// A header, libclang or bindgen is missing; a structure that is to be the same in all
-/// versions is not; with `--check`, what is checked in differs.
+/// A header, libclang or bindgen is missing; a structure that should be the same in all versions is
+/// not; or, with `--check`, the checked-in files differ.
 pub(crate) fn run(args: &BindingsArgs) -> Result<()> {
     let bindgen = tools::BINDGEN.find_or_install()?;
     let scratch = workspace::root().join("target/bindings");
@@ -188,7 +187,7 @@ pub(crate) fn run(args: &BindingsArgs) -> Result<()> {
                 "Xen {release} does not speak domctl interface {interface:#x}"
             );
             if let Some(first) = &differing {
-                // A member may have become a structure of its own: it is where it was.
+                // A member may have become a structure of its own, at the same offset.
                 let there = offsets(&own);
                 ensure!(
                     offsets(first)
@@ -217,11 +216,11 @@ fn newest() -> u32 {
     VERSIONS.last().map_or(0, |(interface, _)| *interface)
 }
 
-/// Unpack a release's public headers; the directory to search for `xen/…`.
+/// Unpacks a release's public headers. Returns the directory to search for `xen/…`.
 fn unpack(xen: &Path, release: &str, scratch: &Path) -> Result<PathBuf> {
     let dir = scratch.join(release);
     if !dir.is_dir() {
-        // Under another name until all of it is there.
+        // Under a temporary name until it is complete.
         let partial = scratch.join(format!("{release}.partial"));
         let public = partial.join("xen");
         if partial.exists() {
@@ -249,7 +248,7 @@ fn unpack(xen: &Path, release: &str, scratch: &Path) -> Result<PathBuf> {
         fs::rename(&partial, &dir)
             .with_context(|| format!("cannot rename {}", partial.display()))?;
     }
-    // Every time: the list may have grown since.
+    // Written every time, since the list may have grown.
     let wrapper: String = ["#include <stdint.h>\n#define __XEN_TOOLS__ 1\n".to_owned()]
         .into_iter()
         .chain(HEADERS.iter().map(|h| format!("#include <xen/{h}>\n")))
@@ -259,7 +258,7 @@ fn unpack(xen: &Path, release: &str, scratch: &Path) -> Result<PathBuf> {
     Ok(dir)
 }
 
-/// What bindgen makes of these structures and numbers.
+/// bindgen's output for these structures and numbers.
 fn generate(bindgen: &Path, headers: &Path, types: &[&str], numbers: &[&str]) -> Result<String> {
     Invocation::new(bindgen)
         .arg(headers.join("all.h"))
@@ -290,12 +289,12 @@ fn generate(bindgen: &Path, headers: &Path, types: &[&str], numbers: &[&str]) ->
         .capture()
 }
 
-/// What bindings state: a size, an offset, a number; by name.
+/// The facts in bindings: sizes, offsets and numbers, by name.
 fn facts(bindings: &str) -> BTreeMap<String, String> {
     let mut facts = BTreeMap::new();
     for (structure, members) in offsets(bindings) {
         for (at, number) in members.iter().enumerate() {
-            // By position: names of members change, places do not.
+            // By position: names of members change, offsets do not.
             facts.insert(format!("{structure} {at}"), number.clone());
         }
     }
@@ -310,8 +309,8 @@ fn facts(bindings: &str) -> BTreeMap<String, String> {
     facts
 }
 
-/// For each structure its size, its alignment and the offsets of its members, as
-/// bindgen's assertions state them.
+/// For each structure its size, its alignment and the offsets of its members, from bindgen's
+/// assertions.
 fn offsets(bindings: &str) -> BTreeMap<String, Vec<String>> {
     let mut all: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for piece in bindings.split("[\"").skip(1) {
@@ -333,7 +332,7 @@ fn offsets(bindings: &str) -> BTreeMap<String, Vec<String>> {
     all
 }
 
-/// Every version says the same of what it has.
+/// Checks that every version agrees on what it has.
 fn compare(layouts: &[(&str, BTreeMap<String, String>)]) -> Result<()> {
     let Some(((newest, wanted), others)) = layouts.split_last() else {
         bail!("no version at all");
@@ -353,12 +352,12 @@ fn compare(layouts: &[(&str, BTreeMap<String, String>)]) -> Result<()> {
     Ok(())
 }
 
-/// The file as it is to be: with its purpose, formatted.
+/// The complete file: with its purpose, formatted.
 fn finish(about: &str, release: &str, bindings: &str) -> Result<String> {
     let body = bindings
         .split_once("*/")
         .map_or(bindings, |(_, body)| body)
-        // `sys.rs` allows it for all of them, and says why.
+        // `sys.rs` allows it for all of them, and explains why.
         .replace(ALLOWED, "");
     let body = body.trim();
     let mut text = format!(

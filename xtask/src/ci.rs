@@ -1,5 +1,4 @@
-//! Continuous integration: every check there is, in the order in which a failure
-//! is the cheapest to find.
+//! Continuous integration: all checks, ordered so that cheap failures are found first.
 
 use anyhow::{Context, Result, ensure};
 
@@ -35,7 +34,7 @@ fn tests() -> Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-/// What a newcomer types first, as the README has it.
+/// The first command in the README, which newcomers type.
 fn first_command() -> Result<Outcome> {
     let command = ["run", "--release", "-p", "xsr", "--", "demo"];
     let readme = std::fs::read_to_string(workspace::root().join("README.md"))

@@ -1,5 +1,5 @@
-//! Running other programs: each is shown as it could be typed, and its failure is
-//! an error that names it.
+//! Running other programs: each command is printed as it could be typed, and a failure is an error
+//! that names it.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -10,24 +10,24 @@ use anyhow::{Context, Result, bail};
 
 use crate::workspace;
 
-/// What ends a program that takes too long.
+/// The program that ends commands that take too long.
 const TIMEOUT: &str = "timeout";
 
-/// A program to run, in the root of the workspace unless told otherwise.
+/// A program to run, by default in the root of the workspace.
 #[derive(Debug)]
 pub(crate) struct Invocation {
     command: Command,
 }
 
 impl Invocation {
-    /// Run `program`, without input.
+    /// Runs `program`, without input.
     pub(crate) fn new(program: impl AsRef<OsStr>) -> Self {
         let mut command = Command::new(program);
         command.current_dir(workspace::root()).stdin(Stdio::null());
         Self { command }
     }
 
-    /// Run `program`, and end it when it takes longer than `seconds` (by coreutils' `timeout`).
+    /// Runs `program`, and ends it if it takes longer than `seconds` (with coreutils' `timeout`).
     pub(crate) fn limited(seconds: u32, program: impl AsRef<OsStr>) -> Self {
         Self::new(TIMEOUT)
             .arg("--kill-after=10")
@@ -35,17 +35,17 @@ impl Invocation {
             .arg(program)
     }
 
-    /// How it ended, in words.
+    /// The exit status in words.
     fn ending(&self, status: ExitStatus) -> String {
         let limited = self.command.get_program() == TIMEOUT;
         match (limited, status.code()) {
-            // 137: it ended of the SIGKILL only.
+            // 137: only SIGKILL ended it.
             (true, Some(124 | 137)) => "took too long, and was ended".to_owned(),
             _ => format!("failed: {status}"),
         }
     }
 
-    /// Run the cargo that runs this task.
+    /// Runs the cargo that runs this task.
     pub(crate) fn cargo() -> Self {
         Self::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
     }
@@ -70,7 +70,7 @@ impl Invocation {
         self
     }
 
-    /// Show the command and run it to its end.
+    /// Prints the command and runs it.
     ///
     /// # Errors
     ///
@@ -87,11 +87,11 @@ impl Invocation {
         Ok(())
     }
 
-    /// Show the command, run it to its end and say what it wrote to stdout.
+    /// Prints the command, runs it and returns what it wrote to stdout.
     ///
     /// # Errors
     ///
-    /// It cannot be started, or it fails; the error has what it wrote to stderr.
+    /// It cannot be started, or it fails; the error contains what it wrote to stderr.
     pub(crate) fn capture(mut self) -> Result<String> {
         eprintln!("$ {self}");
         let output = self
@@ -106,7 +106,7 @@ impl Invocation {
         String::from_utf8(output.stdout).with_context(|| format!("`{self}` wrote no UTF-8"))
     }
 
-    /// Whether the command can be started and succeeds; nothing is shown.
+    /// Whether the command can be started and succeeds; prints nothing.
     pub(crate) fn succeeds(mut self) -> bool {
         self.command
             .stdout(Stdio::null())
@@ -115,7 +115,7 @@ impl Invocation {
             .is_ok_and(|status| status.success())
     }
 
-    /// The command itself, shown first, for a caller with needs of its own.
+    /// Prints the command and returns it, for a caller with needs of its own.
     pub(crate) fn into_command(self) -> Command {
         eprintln!("$ {self}");
         self.command
@@ -140,7 +140,7 @@ impl fmt::Display for Invocation {
     }
 }
 
-/// `word` as a shell wants it; paths in the workspace relative to its root.
+/// Quotes `word` for a shell; paths in the workspace are made relative to its root.
 fn quoted(word: &OsStr) -> String {
     let root = workspace::root();
     let relative = Path::new(word).strip_prefix(&root).unwrap_or(word.as_ref());

@@ -1,5 +1,5 @@
-//! Dependencies: licences, bans and sources against `deny.toml`, and security
-//! advisories where the advisory database can be reached.
+//! Checks of dependencies: licences, bans and sources against `deny.toml`, and security advisories
+//! if the advisory database can be reached.
 
 use std::path::Path;
 
@@ -36,8 +36,8 @@ fn check(program: &Path, what: &[&str]) -> Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-/// A database that cannot be fetched is no failure of the change under test; an
-/// advisory in a database that was fetched is.
+/// A database that cannot be fetched is not a failure of the change under test. An advisory in a
+/// fetched database is.
 fn advisories(program: &Path) -> Result<Outcome> {
     match Invocation::new(program).args(["fetch", "db"]).run() {
         Ok(()) => check(program, &["advisories"]),

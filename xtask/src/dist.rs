@@ -1,7 +1,7 @@
-//! Release artefacts below `target/dist`: static binaries, man pages, shell completions,
-//! the licences of everything that is linked in, a tarball and a Debian package.
+//! Release artefacts below `target/dist`: static binaries, man pages, shell completions, the
+//! licences of all linked crates, a tarball and a Debian package.
 //!
-//! The man pages and completions come from the command line's own definition.
+//! The man pages and completions are generated from the command line's own definition.
 
 mod licences;
 mod package;
@@ -17,8 +17,8 @@ use crate::command::Invocation;
 use crate::stages::Outcome;
 use crate::workspace;
 
-// The command is a program, not a library, and this is the one module of it that
-// another package needs: it depends on clap alone.
+// The command is a program, not a library. This is its only module that another package needs, and
+// it depends only on clap.
 #[allow(
     dead_code,
     unreachable_pub,
@@ -28,22 +28,22 @@ use crate::workspace;
 #[path = "../../cli/src/args.rs"]
 mod args;
 
-/// The target for which the binaries are built. It is named even where it is the host's, so
-/// that the flags below do not reach build scripts and procedural macros.
+/// The target for which the binaries are built. It is given even if it is the host's, so that the
+/// flags below do not affect build scripts and procedural macros.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// The C library goes into the binary, so that one file runs on any x86-64 Linux. This is
-/// glibc rather than musl, whose memory copies cost decompression four times the time.
+/// Links the C library statically, so that one file runs on any x86-64 Linux. This is glibc rather
+/// than musl, whose memory copies make decompression four times slower.
 const STATIC: &str = "-C target-feature=+crt-static";
 
-/// A binary that is shipped, and the package of the workspace that builds it.
+/// A shipped binary, and the package of the workspace that builds it.
 struct Shipped {
     package: &'static str,
     binary: &'static str,
 }
 
-/// Each is built by a cargo of its own: cargo unites the features of packages that it builds
-/// together, and the save helper must not get the mock machine that the command has.
+/// Each is built by a separate cargo: cargo unites the features of packages that it builds
+/// together, and the save helper must not get the command's mock machine.
 const SHIPPED: [Shipped; 2] = [
     Shipped {
         package: "xsr",
@@ -55,11 +55,11 @@ const SHIPPED: [Shipped; 2] = [
     },
 ];
 
-/// Build everything below `target/dist`.
+/// Builds everything below `target/dist`.
 ///
 /// # Errors
 ///
-/// A build fails, a file cannot be written, or what was built does not run by itself.
+/// A build fails, a file cannot be written, or a built program does not run.
 pub(crate) fn run() -> Result<()> {
     let made = Dist::make()?;
     made.try_out()?;
@@ -69,7 +69,7 @@ pub(crate) fn run() -> Result<()> {
     Ok(())
 }
 
-/// As [`run`], for `cargo xtask ci`.
+/// Like [`run`], for `cargo xtask ci`.
 pub(crate) fn stage() -> Result<Outcome> {
     let made = Dist::make()?;
     made.try_out()?;
@@ -81,10 +81,10 @@ pub(crate) fn stage() -> Result<Outcome> {
 
 /// What was built.
 struct Dist {
-    /// The tree as it will lie under `/`.
+    /// The directory tree to install under `/`.
     root: PathBuf,
     tarball: PathBuf,
-    /// None where there is no dpkg-deb.
+    /// `None` without dpkg-deb.
     deb: Option<PathBuf>,
 }
 
@@ -115,8 +115,8 @@ impl Dist {
         Ok(Self { root, tarball, deb })
     }
 
-    /// Runs what was built with nothing around it: no library and no file of this machine,
-    /// where the caller may change its root; in its place otherwise.
+    /// Runs the built programs in isolation, without any library or file of this machine, if the
+    /// caller may change its root; otherwise in place.
     fn try_out(&self) -> Result<()> {
         for shipped in SHIPPED {
             let says = self.inside(shipped.binary).arg("--version").capture()?;
@@ -160,7 +160,7 @@ impl Shipped {
     }
 }
 
-/// The directory, with nothing in it.
+/// Creates or empties the directory.
 fn empty(directory: PathBuf) -> Result<PathBuf> {
     if directory.exists() {
         fs::remove_dir_all(&directory)

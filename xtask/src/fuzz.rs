@@ -1,8 +1,8 @@
 //! Fuzzing with cargo-fuzz on a stable toolchain.
 //!
-//! The targets are a workspace of their own below `fuzz/`. libFuzzer needs
-//! compiler options that a stable compiler takes only when told to act as an
-//! unstable one (`RUSTC_BOOTSTRAP`), and a C++ compiler for libFuzzer itself.
+//! The targets are a separate workspace below `fuzz/`. libFuzzer needs compiler options that a
+//! stable compiler only accepts when told to act as an unstable one (`RUSTC_BOOTSTRAP`), and a C++
+//! compiler for libFuzzer itself.
 
 mod seed;
 mod stats;
@@ -28,15 +28,15 @@ const SMOKE_SECONDS: u32 = 20;
 /// An input that takes longer than this many seconds is a finding.
 const INPUT_SECONDS: u32 = 10;
 
-/// An allocation of more MiB than this is a finding: the largest window that a decompressor
-/// may ask for is 128 MiB, and nothing else asks for as much.
+/// An allocation of more MiB than this is a finding: the largest window that a decompressor may
+/// request is 128 MiB, and nothing else requests as much.
 const ALLOCATION_MIB: u32 = 160;
 
 /// Fuzz one of the targets below fuzz/
 ///
-/// Starts from what is left of earlier runs and from seeds cut out of real images.
-/// Prints executions, coverage and speed at the end; a crash, a hang or too much
-/// memory is a failure, and the input is kept below fuzz/artifacts.
+/// Starts from the corpus of earlier runs and from seeds cut out of real images. Prints executions,
+/// coverage and speed at the end. A crash, a hang or too much memory is a failure, and the input is
+/// kept below fuzz/artifacts.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -50,16 +50,16 @@ pub(crate) struct FuzzArgs {
     /// List the targets
     #[arg(long, conflicts_with = "target")]
     list: bool,
-    /// How long
+    /// Seconds to run
     #[arg(long, value_name = "N", default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..))]
     seconds: u32,
-    /// How many processes; they share what they find
+    /// Number of processes; they share what they find
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
     jobs: u32,
     /// Run this one input instead
     #[arg(long, value_name = "FILE", conflicts_with_all = ["seconds", "jobs"])]
     input: Option<PathBuf>,
-    /// Which sanitizer watches the target [default: address where the toolchain has it]
+    /// Sanitizer for the target [default: address if the toolchain has it]
     #[arg(long)]
     sanitizer: Option<Sanitizer>,
 }
@@ -81,7 +81,7 @@ fn directory() -> PathBuf {
     workspace::root().join("fuzz")
 }
 
-/// Do what the arguments say.
+/// Runs the task.
 ///
 /// # Errors
 ///
@@ -110,7 +110,7 @@ pub(crate) fn run(args: &FuzzArgs) -> Result<()> {
     }
 }
 
-/// Run each target for some seconds.
+/// Runs each target for some seconds.
 ///
 /// # Errors
 ///
@@ -217,8 +217,8 @@ impl Fuzzer {
     }
 }
 
-/// Follow one fuzzing process: all that it says goes to `log`, the pulse and the
-/// findings to the terminal.
+/// Follows one fuzzing process: all its output goes to `log`, progress and findings also to the
+/// terminal.
 fn watch(mut child: Child, job: u32, log: &Path) -> Result<Stats> {
     let name = log.display().to_string();
     let mut file = fs::File::create(log).with_context(|| format!("cannot write {name}"))?;
@@ -226,12 +226,12 @@ fn watch(mut child: Child, job: u32, log: &Path) -> Result<Stats> {
     let mut said = String::new();
     let mut found = false;
     for line in BufReader::new(stderr).split(b'\n') {
-        // Inputs are shown, and need not be text.
+        // Inputs are printed, and need not be text.
         let line = String::from_utf8_lossy(&line?).into_owned();
         writeln!(file, "{line}").with_context(|| format!("cannot write {name}"))?;
         found |= line.contains("panicked at") || line.contains("ERROR:");
         if found || stats::is_pulse(&line) {
-            // An input may be shown in one line of some hundred thousand characters.
+            // An input may be printed as a single line of a hundred thousand characters.
             eprintln!("[{job}] {line:.200}");
         }
         said.push_str(&line);

@@ -1,8 +1,8 @@
-//! The save helper that is shipped: how it is built, and that nothing is in it that a Xen host
-//! has no use for.
+//! The shipped save helper: its build, and a check that it contains nothing that is useless on a
+//! Xen host.
 //!
-//! It is built by itself, without the rest of the workspace: cargo gives a dependency that
-//! several packages share the features of all of them.
+//! It is built separately from the rest of the workspace, since cargo gives a dependency that
+//! several packages share the features of all these packages.
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -12,19 +12,20 @@ use crate::workspace;
 
 /// The package, and the program.
 pub(crate) const NAME: &str = "xsr-save-helper";
-/// Crates that it must not be linked with: the command line, the drawing and JSON of others.
+/// Crates that must not be linked in: the command line, drawing on the terminal, JSON.
 const NOT_LINKED: [&str; 5] = ["clap", "indicatif", "serde", "serde_json", "regex"];
-/// What the mock machine, the tests' helper and the command's variable would leave in the program.
+/// Strings that the mock machine, the test helper and the command's variable would leave in the
+/// program.
 const NOT_INSIDE: [&str; 4] = [
     "XSR_HELPER_TEST_BACKEND",
     "XSR_BACKEND",
     "mock-xen:",
     "mock-workload",
 ];
-/// What is in the program for certain: a search that finds nothing proves nothing.
+/// A string that is certainly in the program: a search that finds nothing proves nothing.
 const INSIDE: &str = "XSR_HELPER_BEGAN";
 
-/// Builds the helper alone, as it is shipped.
+/// Builds only the helper, as it is shipped.
 pub(crate) fn build() -> Invocation {
     let program = ["--package", NAME, "--bin", NAME];
     Invocation::cargo()
@@ -32,11 +33,11 @@ pub(crate) fn build() -> Invocation {
         .args(program)
 }
 
-/// For `cargo xtask ci`: the shipped helper knows no mock machine.
+/// Stage of `cargo xtask ci`: checks that the shipped helper does not contain the mock machine.
 ///
 /// # Errors
 ///
-/// It does not build, or there is something in it that must not be.
+/// It does not build, or it contains something that it must not.
 pub(crate) fn stage() -> Result<Outcome> {
     let tree = Invocation::cargo()
         .args(["tree", "--locked", "--package", NAME, "--edges", "normal"])
@@ -51,7 +52,7 @@ pub(crate) fn stage() -> Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-/// Check what `cargo tree` says.
+/// Checks the output of `cargo tree`.
 fn linked(tree: &str) -> Result<()> {
     ensure!(
         tree.contains("xsr-xen-backend "),
@@ -69,7 +70,7 @@ fn linked(tree: &str) -> Result<()> {
     Ok(())
 }
 
-/// Check the program itself.
+/// Checks the program itself.
 fn inside(program: &[u8]) -> Result<()> {
     let has = |text: &str| program.windows(text.len()).any(|w| w == text.as_bytes());
     ensure!(has(INSIDE), "{NAME} does not have {INSIDE} in it any more");

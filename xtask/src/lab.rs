@@ -1,10 +1,10 @@
-//! The lab: a real Xen with its dom0 and its toolstack, booted under qemu's software
-//! emulation on any Linux machine, to run scenarios in.
+//! The lab: a real Xen with its dom0 and toolstack, booted under qemu's software emulation on any
+//! Linux machine, for running scenarios.
 //!
-//! Everything in it comes from Debian packages, downloaded with a private apt state
-//! and unpacked below `target/lab`: nothing is installed, no maintainer script runs.
-//! The guests and the scripts of dom0 are in `xtask/lab`; our own binaries are built
-//! static, so that one build runs in every suite's dom0.
+//! Everything in it comes from Debian packages, downloaded with a private apt state and unpacked
+//! below `target/lab`. Nothing is installed, and no maintainer script runs. The guests and the
+//! scripts of dom0 are in `xtask/lab`. Our own binaries are static, so one build runs in every
+//! suite's dom0.
 
 mod apt;
 mod build;
@@ -57,38 +57,38 @@ pub(crate) struct LabArgs {
 enum LabTask {
     /// Download and unpack what the lab boots
     Build(BuildArgs),
-    /// Run scenarios in the lab; build it first if need be
+    /// Run scenarios in the lab, building it first if necessary
     Run(RunArgs),
     /// Run all scenarios on each suite's Xen; write docs/interop.md
     Matrix(MatrixArgs),
-    /// Take the last run of each scenario over into docs/interop.json; write docs/interop.md
+    /// Merge the last run of each scenario into docs/interop.json; write docs/interop.md
     Report,
     /// List the scenarios
     List,
 }
 
-/// On which suites.
+/// The suites to run on.
 #[derive(Debug, Args)]
 struct MatrixArgs {
     /// Debian suites
     #[arg(long = "suite", value_name = "SUITE", default_values = ["bookworm", "trixie"])]
     suites: Vec<String>,
-    /// Give up on a boot after so many seconds
+    /// Give up on a boot after this many seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 7200)]
     limit: u64,
 }
 
-/// Which lab.
+/// The lab to use.
 #[derive(Debug, Args)]
 pub(crate) struct BuildArgs {
-    /// Debian suite whose Xen, kernel and toolstack to take
+    /// Debian suite that provides Xen, kernel and toolstack
     #[arg(long, default_value = OLDEST)]
     suite: String,
-    /// Build a hypervisor with shadow paging and 32-bit PV, too (where a scenario needs
-    /// it, it is built anyway); `run --images` restores on it
+    /// Also build a hypervisor with shadow paging and 32-bit PV (it is built anyway if a scenario
+    /// needs it); `run --images` restores on it
     #[arg(long)]
     shadow: bool,
-    /// Anew, of this source of Xen (xen_VERSION.orig.tar.*): where the archive does not hold
+    /// Rebuild it from this source of Xen (xen_VERSION.orig.tar.*), if the archive does not have
     /// the suite's (`build` only)
     #[arg(long, value_name = "FILE", requires = "shadow")]
     source: Option<PathBuf>,
@@ -99,26 +99,26 @@ pub(crate) struct BuildArgs {
 struct RunArgs {
     #[command(flatten)]
     build: BuildArgs,
-    /// Optimise our binaries (for figures)
+    /// Optimise our binaries (for measurements)
     #[arg(long)]
     release: bool,
-    /// Restore the images of this directory, too (NAME.save.zst, as xl wrote them)
+    /// Also restore the images in this directory (NAME.save.zst, as xl wrote them)
     #[arg(long, value_name = "DIR")]
     images: Option<PathBuf>,
-    /// Suite of the second host, for scenarios between two [default: as --suite]
+    /// Suite of the second host, for scenarios with two hosts [default: same as --suite]
     #[arg(long, value_name = "SUITE")]
     to: Option<String>,
-    /// Features of the second host's processor, added (+NAME) or taken away (-NAME)
+    /// Features to add to (+NAME) or remove from (-NAME) the second host's processor
     #[arg(long, value_name = "FEATURES", allow_hyphen_values = true)]
     to_cpu: Option<String>,
-    /// Give up after so many seconds
+    /// Give up after this many seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 1800)]
     limit: u64,
-    /// Kinds, guests, or KIND/GUEST; the smoke scenarios if none
+    /// Kinds, guests, or KIND/GUEST; the smoke scenarios if omitted
     scenarios: Vec<String>,
 }
 
-/// Run the task.
+/// Runs the task.
 ///
 /// # Errors
 ///
@@ -150,11 +150,11 @@ pub(crate) fn run(args: &LabArgs) -> Result<()> {
     }
 }
 
-/// The smoke scenarios as a stage: what the lab lacks is installed, if this is root.
+/// Stage that runs the smoke scenarios. Installs what the lab lacks, if run as root.
 ///
 /// # Errors
 ///
-/// As [`run`]. A lab that cannot be had is no reason to skip the stage.
+/// Same as [`run`]. The stage fails, rather than being skipped, if the lab cannot be built.
 pub(crate) fn stage() -> Result<Outcome> {
     host::install(build::PROGRAMS)?;
     run_scenarios(&RunArgs {
@@ -202,30 +202,30 @@ fn run_scenarios(args: &RunArgs) -> Result<()> {
     results.verdict(&lab)
 }
 
-/// How scenarios are run in a lab.
+/// Settings for running scenarios in a lab.
 #[derive(Debug)]
 struct Boots<'a> {
     suite: &'a str,
     release: bool,
-    /// Directories with images to restore, too.
+    /// Directories with additional images to restore.
     images: &'a [PathBuf],
-    /// Those whose guests need the hypervisor that [`shadow`] builds.
+    /// Directories with images of guests that need the hypervisor that [`shadow`] builds.
     shadow_images: &'a [PathBuf],
     /// The suite of the second host, for scenarios that need one.
     to: &'a str,
-    /// Features of its processor, as qemu wants them: `-aes,-avx`.
+    /// Features of its processor in qemu's syntax: `-aes,-avx`.
     to_cpu: &'a str,
-    /// Of each boot, in seconds.
+    /// Time limit of each boot, in seconds.
     limit: u64,
 }
 
 impl Boots<'_> {
-    /// Boot the lab once with each hypervisor that is needed; what became of all
-    /// scenarios, which is noted with the lab.
+    /// Boots the lab once with each hypervisor that is needed. Returns the results of all
+    /// scenarios, which are also recorded in the lab.
     ///
     /// # Errors
     ///
-    /// A boot does not get as far as the first scenario, or something cannot be built.
+    /// A boot does not reach the first scenario, or something cannot be built.
     fn run(&self, lab: &Lab, wanted: &[Scenario]) -> Result<Results> {
         let (between, alone): (Vec<Scenario>, Vec<Scenario>) =
             wanted.iter().partition(|scenario| scenario.two);
@@ -259,7 +259,7 @@ impl Boots<'_> {
         Ok(all)
     }
 
-    /// Boot two hosts with a network between them. All scenarios need the same hypervisors.
+    /// Boots two hosts with a network between them. All scenarios need the same hypervisors.
     fn boot_two(&self, lab: &Lab, scenarios: &[Scenario]) -> Result<Results> {
         let other = Lab::build(self.to)?;
         let hypervisor = |lab: &Lab, suite: &str| match scenarios.iter().any(|s| s.shadow) {
@@ -290,7 +290,7 @@ impl Boots<'_> {
         Ok(results)
     }
 
-    /// A scenario that does not end is one of the results.
+    /// A scenario that does not end counts as a result.
     fn boot(&self, lab: &Lab, share: &share::Share) -> Result<Results> {
         let booted = qemu::boot(lab, share, None, self.limit);
         let results = self.ended(share, booted)?;
@@ -311,7 +311,7 @@ impl Boots<'_> {
     }
 }
 
-/// The scenarios that match any of `patterns`; the smoke scenarios if there is none.
+/// The scenarios that match any of `patterns`; the smoke scenarios if there are no patterns.
 fn chosen(patterns: &[String]) -> Result<Vec<Scenario>> {
     for pattern in patterns {
         ensure!(

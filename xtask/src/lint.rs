@@ -1,5 +1,4 @@
-//! Formatting, clippy and rustdoc: what a change has to pass before anybody
-//! reads it.
+//! Formatting, clippy and rustdoc, which a change must pass before it is reviewed.
 
 use anyhow::Result;
 
@@ -32,7 +31,7 @@ fn clippy() -> Result<Outcome> {
         .args(["clippy", "--workspace", "--all-targets", "--locked"])
         .args(["--", "--deny", "warnings"])
         .run()?;
-    // The shipped helper by itself: the libraries without the mock machine.
+    // The shipped helper separately: the libraries without the mock machine.
     Invocation::cargo()
         .args(["clippy", "--package", helper::NAME, "--locked"])
         .args(["--", "--deny", "warnings"])
@@ -40,11 +39,11 @@ fn clippy() -> Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-/// The documentation.
+/// Builds the documentation.
 ///
 /// # Errors
 ///
-/// rustdoc has something to warn of.
+/// rustdoc has a warning.
 pub(crate) fn doc() -> Result<Outcome> {
     Invocation::cargo()
         .env("RUSTDOCFLAGS", "--deny warnings")

@@ -1,8 +1,8 @@
-//! Development tasks, called as `cargo xtask TASK`. What continuous integration
-//! checks is `cargo xtask ci`, and anybody can run it.
+//! Development tasks, run as `cargo xtask TASK`. `cargo xtask ci` runs the checks of continuous
+//! integration, on any machine.
 //!
-//! One module for each task; [`command`], [`stages`], [`tools`] and [`workspace`]
-//! are what they share. Nothing depends on this package.
+//! One module for each task, and the shared modules [`command`], [`stages`], [`tools`] and
+//! [`workspace`]. Nothing depends on this package.
 
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout, reason = "a task reports to whoever called it")]
@@ -62,19 +62,18 @@ Examples:
   cargo xtask lint
   cargo fmt          mends what the formatting stage complains of")]
     Lint,
-    /// Check the rules that the compiler does not know
+    /// Check the project's rules that the compiler does not know
     ///
-    /// Purpose lines, the places of unsafe code, file lengths, the code map, paths and
-    /// hosts of one machine, and which package may depend on which.
+    /// Purpose lines, places with unsafe code, file lengths, the code map, paths and hosts of a
+    /// single machine, and allowed dependencies between packages.
     #[command(after_help = "\
 Example:
   cargo xtask tidy")]
     Tidy,
     /// Check licences, bans and sources of all dependencies, and security advisories
     ///
-    /// Runs cargo-deny over the workspace and over fuzz/, installing it below
-    /// target/tools where it is missing (about a minute). Advisories are checked where
-    /// the advisory database can be reached.
+    /// Runs cargo-deny over the workspace and over fuzz/, installing it below target/tools if it is
+    /// missing (about a minute). Advisories are checked if the advisory database can be reached.
     #[command(after_help = "\
 Example:
   cargo xtask deny")]
@@ -92,30 +91,30 @@ Examples:
     Lab(lab::LabArgs),
     /// Fetch Xen's own stream tools, for the conformance tests
     ///
-    /// Downloads Debian's xen-utils-4.17 and unpacks it below target/peer; nothing is
-    /// installed. `cargo xtask test` hands the place to the tests in XSR_PEER_TOOLS.
+    /// Downloads Debian's xen-utils-4.17 and unpacks it below target/peer; nothing is installed.
+    /// `cargo xtask test` passes the directory to the tests in XSR_PEER_TOOLS.
     #[command(after_help = "\
 Example:
   cargo xtask peer-tools && cargo xtask test")]
     PeerTools,
     Peer(peer::PeerArgs),
-    /// Build what is released: static binaries, a Debian package, a tarball
+    /// Build the release artefacts: static binaries, a Debian package, a tarball
     ///
-    /// Writes target/dist: the binaries with man pages, shell completions, documents and
-    /// licences as they are installed (root/), a tarball that unpacks over /, and, where
-    /// dpkg-deb is installed, a .deb. The binaries are then run with nothing around them.
+    /// Writes target/dist: the binaries with man pages, shell completions, documents and licences
+    /// in their installed layout (root/), a tarball that unpacks over /, and, if dpkg-deb is
+    /// installed, a .deb. The binaries are then run in isolation.
     #[command(after_help = "\
 Examples:
   cargo xtask dist
   apt install ./target/dist/xsr_0.1.0_amd64.deb
   man target/dist/man/xsr-save.1")]
     Dist,
-    /// Do all that continuous integration does
+    /// Run everything that continuous integration runs
     ///
-    /// Formatting, lints, dependencies, documentation, tests, saves and restores on a
-    /// real Xen in the lab (root installs what that needs with apt-get), a few seconds
-    /// of each fuzz target, man pages and completions. All stages run, even if one
-    /// fails; the table at the end has the times.
+    /// Formatting, lints, dependencies, documentation, tests, saves and restores on a real Xen in
+    /// the lab (as root, installs what this needs with apt-get), a few seconds of each fuzz target,
+    /// man pages and completions. All stages run, even if one fails; the table at the end has the
+    /// times.
     #[command(after_help = "\
 Example:
   cargo xtask ci")]
@@ -125,7 +124,7 @@ Example:
 fn main() -> ExitCode {
     let mut stages = Stages::new();
     let result = match Cli::parse().task {
-        // The last line is the test runner's own: no table behind it.
+        // The test runner's own summary is the last line, so no table follows.
         Task::Test(args) => test::run(&args),
         Task::Fuzz(args) => fuzz::run(&args),
         Task::Bench(args) => bench::run(&args),

@@ -1,6 +1,6 @@
-//! Xen's own stream tools, which the conformance tests compare with: fetched
-//! from Debian, unpacked below `target/peer`, never installed. And Xen's own engine,
-//! which runs beside ours on mock machines.
+//! Xen's own stream tools, with which the conformance tests compare: downloaded from Debian,
+//! unpacked below `target/peer`, never installed. Also Xen's own engine, compared with ours on mock
+//! machines.
 
 mod bench;
 mod downtime;
@@ -16,7 +16,7 @@ use crate::command::Invocation;
 use crate::stages::Outcome;
 use crate::workspace;
 
-/// The variable that tells the tests where the package is unpacked: the tools are
+/// The variable that gives the tests the directory of the unpacked package: the tools are
 /// `usr/lib/xen-4.17/bin/*` below it, their Python modules `usr/lib/xen-4.17/lib/python`.
 pub(crate) const VARIABLE: &str = "XSR_PEER_TOOLS";
 
@@ -28,10 +28,10 @@ fn directory() -> PathBuf {
     workspace::root().join("target/peer")
 }
 
-/// Side by side with Xen's own engine, off Xen
+/// Compare with Xen's own engine, without Xen
 ///
-/// Debian's unmodified libxl-save-helper and ours on equal mock machines. Its packages
-/// are fetched and unpacked below target/peer-engine; nothing is installed.
+/// Runs Debian's unmodified libxl-save-helper and ours on equal mock machines. Its packages are
+/// downloaded and unpacked below target/peer-engine; nothing is installed.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Example:
@@ -47,21 +47,21 @@ pub(crate) struct PeerArgs {
 
 #[derive(Debug, clap::Subcommand)]
 enum PeerTask {
-    /// Save and restore every type of guest with both, and compare
+    /// Save and restore every type of guest with both, and compare the results
     Test,
-    /// Time both at saves and restores, in pairs
+    /// Time saves and restores of both, in pairs
     ///
-    /// Each round has every contender do the same once, in turns: Xen's helper, ours with
-    /// one thread and with two, and cat with the same bytes, which is the limit. Prints
-    /// tables in Markdown, medians and ranges; docs/performance.md says what they mean.
+    /// In each round every contender does the same once, in turn: Xen's helper, ours with one
+    /// thread and with two, and cat with the same bytes, which is the limit. Prints tables in
+    /// Markdown with medians and ranges; docs/performance.md explains them.
     Bench(bench::BenchArgs),
 }
 
-/// Run it.
+/// Runs the task.
 ///
 /// # Errors
 ///
-/// The packages cannot be had, or the engines differ.
+/// The packages cannot be downloaded, or the engines differ.
 pub(crate) fn side_by_side(args: &PeerArgs) -> Result<()> {
     match &args.task {
         PeerTask::Test => engine::test(),
@@ -69,7 +69,7 @@ pub(crate) fn side_by_side(args: &PeerArgs) -> Result<()> {
     }
 }
 
-/// `peer test`, for a machine that may not have a Debian archive.
+/// Stage for `peer test`, on a machine that may not have a Debian archive.
 pub(crate) fn engine_stage() -> Result<Outcome> {
     let packages = match engine::fetch() {
         Ok(packages) => packages,
@@ -86,16 +86,16 @@ pub(crate) fn engine_stage() -> Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-/// Where the package is unpacked, if it is.
+/// The directory of the unpacked package, if it exists.
 pub(crate) fn unpacked() -> Option<PathBuf> {
     Some(directory()).filter(|dir| dir.join(VERIFY).is_file())
 }
 
-/// Fetch the tools and say where they are.
+/// Downloads the tools and prints their location.
 ///
 /// # Errors
 ///
-/// The package cannot be had, or does not work here.
+/// The package cannot be downloaded, or does not work here.
 pub(crate) fn run() -> Result<()> {
     let dir = fetch()?;
     println!("verify-stream-v2: {}", dir.join(VERIFY).display());
@@ -103,8 +103,8 @@ pub(crate) fn run() -> Result<()> {
     Ok(())
 }
 
-/// As [`run`], for a machine that may not have a Debian archive: the tests that
-/// want the tools skip themselves then, and say so.
+/// Like [`run`], for a machine that may not have a Debian archive: tests that need the tools then
+/// skip themselves, and say so.
 pub(crate) fn stage() -> Result<Outcome> {
     Ok(match run() {
         Ok(()) => Outcome::Done,
@@ -132,7 +132,7 @@ fn fetch() -> Result<PathBuf> {
     Ok(dir)
 }
 
-/// Have apt download packages, beside `dir`, and unpack them there.
+/// Downloads packages with apt, next to `dir`, and unpacks them there.
 fn unpack(packages: &[&str], dir: &Path) -> Result<()> {
     let mut download = dir.as_os_str().to_owned();
     download.push("-download");
@@ -146,7 +146,7 @@ fn unpack(packages: &[&str], dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Have apt download packages to `dir`, which is cleared; the archives' paths.
+/// Downloads packages with apt to `dir`, which is emptied first. Returns the paths of the archives.
 fn download_to(dir: &Path, packages: &[&str]) -> Result<Vec<PathBuf>> {
     if dir.exists() {
         std::fs::remove_dir_all(dir).with_context(|| format!("cannot clear {}", dir.display()))?;
@@ -160,7 +160,7 @@ fn download_to(dir: &Path, packages: &[&str]) -> Result<Vec<PathBuf>> {
             .run()
     };
     if attempt().is_err() {
-        // No package lists yet, or the archive has moved on since they were fetched.
+        // The package lists may be missing or outdated.
         Invocation::new("apt-get").args(["update", "-qq"]).run()?;
         attempt()?;
     }

@@ -1,6 +1,6 @@
-//! What repeated measurements come to.
+//! Statistics of repeated measurements.
 
-/// Least, median and most of some figures; not a number where there are none.
+/// Minimum, median and maximum of some figures; NaN if there are none.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Spread {
     pub(crate) least: f64,
@@ -9,7 +9,7 @@ pub(crate) struct Spread {
 }
 
 impl Spread {
-    /// Of these.
+    /// The spread of these figures.
     pub(crate) fn of(figures: impl IntoIterator<Item = f64>) -> Self {
         let mut figures: Vec<f64> = figures.into_iter().collect();
         figures.sort_by(f64::total_cmp);

@@ -1,16 +1,16 @@
-//! The stages of a task: announced, timed, and summed up in a table at the end.
+//! Stages of a task: announced, timed, and summarised in a table at the end.
 
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-/// How a stage ended that did not fail.
+/// The outcome of a stage that did not fail.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
-    /// All of it was done.
+    /// It was done completely.
     Done,
-    /// All or part of it was not done, and why.
+    /// It was skipped, completely or in part; with the reason.
     Skipped(String),
 }
 
@@ -21,7 +21,7 @@ struct Row {
     result: Result<Outcome, String>,
 }
 
-/// The stages that ran so far.
+/// The stages that have run so far.
 #[derive(Debug)]
 pub(crate) struct Stages {
     rows: Vec<Row>,
@@ -36,8 +36,8 @@ impl Stages {
         }
     }
 
-    /// Run a stage. A failure is shown and remembered: the stages behind it still
-    /// run, [`Stages::finish`] fails.
+    /// Runs a stage. A failure is shown and remembered: later stages still run, and
+    /// [`Stages::finish`] fails.
     pub(crate) fn run(&mut self, name: &str, stage: impl FnOnce() -> Result<Outcome>) {
         eprintln!("\n=== {name}");
         let begun = Instant::now();
@@ -58,7 +58,7 @@ impl Stages {
         });
     }
 
-    /// Print the table.
+    /// Prints the table.
     ///
     /// # Errors
     ///

@@ -1,5 +1,5 @@
-//! All tests. Needs a Rust toolchain and a C compiler; uses cargo-nextest and
-//! Xen's own tools where they are.
+//! Running all tests. Needs a Rust toolchain and a C compiler; uses cargo-nextest and Xen's own
+//! tools if they are available.
 
 use std::path::PathBuf;
 
@@ -12,9 +12,9 @@ use crate::workspace;
 
 /// Run all tests of the workspace
 ///
-/// The documentation's examples first, then the tests: with cargo-nextest where it is
-/// installed, else with `cargo test`. Tests that compare with Xen's own tools find them
-/// in XSR_PEER_TOOLS, by default where `cargo xtask peer-tools` unpacked them.
+/// The documentation's examples first, then the tests: with cargo-nextest if it is installed,
+/// otherwise with `cargo test`. Tests that compare with Xen's own tools find them in
+/// XSR_PEER_TOOLS, by default where `cargo xtask peer-tools` unpacked them.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -30,13 +30,13 @@ pub(crate) struct TestArgs {
 }
 
 impl TestArgs {
-    /// Everything.
+    /// All tests.
     pub(crate) const ALL: Self = Self {
         packages: Vec::new(),
         filter: None,
     };
 
-    /// Which packages, as cargo wants to be told.
+    /// The arguments that select packages for cargo.
     fn selection(&self) -> Vec<&str> {
         match self.packages.as_slice() {
             [] => vec!["--workspace"],
@@ -45,14 +45,13 @@ impl TestArgs {
     }
 }
 
-/// Run the tests. The last thing on the screen is the runner's own summary.
+/// Runs the tests. The last output is the runner's own summary.
 ///
 /// # Errors
 ///
 /// A test fails or does not compile.
 pub(crate) fn run(args: &TestArgs) -> Result<()> {
-    // A package without a library has no examples to run, and cargo takes being
-    // asked for them as a mistake.
+    // A package without a library has no examples to run, and cargo fails if asked for them.
     if args.filter.is_none() && args.packages.is_empty() {
         Invocation::cargo()
             .args(["test", "--doc", "--workspace"])
@@ -82,14 +81,14 @@ pub(crate) fn run(args: &TestArgs) -> Result<()> {
     runner.run()
 }
 
-/// Whether the tests will find images that the repository does not hold.
+/// Whether the tests will find images that are not in the repository.
 fn real_images() -> bool {
     let beside = || workspace::root().join("../shared/images");
     let directory = std::env::var_os("XSR_IMAGES").map_or_else(beside, PathBuf::from);
     directory.is_dir()
 }
 
-/// A runner hides what a test prints that passes: say here what will be passed over.
+/// Runners hide the output of passing tests, so what will be skipped is printed here.
 fn not_there(what: &str, so: &str) {
     let bar = "!".repeat(72);
     eprintln!("{bar}\n!!! {what}: NOT THERE: {so}\n{bar}");

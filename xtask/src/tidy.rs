@@ -1,5 +1,5 @@
-//! The rules of the house that the compiler does not know: `ARCHITECTURE.md` and
-//! `CONTRIBUTING.md` state them, this checks them.
+//! Checks of project rules that the compiler does not know, from `ARCHITECTURE.md` and
+//! `CONTRIBUTING.md`.
 
 mod dependencies;
 mod lexer;
@@ -13,27 +13,27 @@ use anyhow::{Context, Result, bail};
 use crate::stages::Outcome;
 use crate::workspace;
 
-/// What somebody should do something about.
+/// Violations that were found.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Findings {
     /// These fail the task.
     errors: Vec<String>,
-    /// These do not, yet.
+    /// These do not fail it yet.
     warnings: Vec<String>,
 }
 
-/// Check everything.
+/// Checks everything.
 ///
 /// # Errors
 ///
-/// A rule is broken; all that were are printed.
+/// A rule is broken; all violations are printed.
 pub(crate) fn run() -> Result<Outcome> {
     let mut findings = Findings::default();
     let files = workspace::files()?;
     for file in &files {
         let bytes = std::fs::read(workspace::root().join(file))
             .with_context(|| format!("cannot read {}", file.display()))?;
-        // What is no text is a fixture.
+        // Files that are not text are fixtures.
         let Ok(contents) = String::from_utf8(bytes) else {
             continue;
         };
@@ -61,7 +61,7 @@ pub(crate) fn run() -> Result<Outcome> {
     }
 }
 
-/// The packages whose modules `ARCHITECTURE.md` has to name.
+/// The packages whose modules `ARCHITECTURE.md` must name.
 const MAPPED: [&str; 4] = ["format", "xen-backend", "save-restore", "cli"];
 
 fn code_map(files: &[impl AsRef<Path>], findings: &mut Findings) -> Result<()> {
@@ -81,8 +81,8 @@ fn code_map(files: &[impl AsRef<Path>], findings: &mut Findings) -> Result<()> {
     Ok(())
 }
 
-/// The modules right below a package's `src` that the map does not name, be it as
-/// `name.rs` or as `name/`.
+/// The modules directly below a package's `src` that the map does not name, as `name.rs` or as
+/// `name/`.
 fn unnamed_modules(files: &[impl AsRef<Path>], map: &str) -> Vec<String> {
     let mut unnamed: Vec<String> = files
         .iter()
@@ -104,7 +104,7 @@ fn unnamed_modules(files: &[impl AsRef<Path>], map: &str) -> Vec<String> {
     unnamed
 }
 
-/// Whether `map` has `module` not as the tail of a longer name.
+/// Whether `map` contains `module`, not as the tail of a longer name.
 fn names(map: &str, module: &str) -> bool {
     map.match_indices(module).any(|(at, _)| {
         let before = map[..at].chars().next_back();

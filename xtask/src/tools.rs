@@ -1,4 +1,4 @@
-//! Programs from the registry that a task needs: the installed one, or one built below
+//! Programs from the crate registry that a task needs: the installed one, or one built below
 //! `target/tools`.
 
 use std::path::PathBuf;
@@ -11,29 +11,29 @@ use crate::workspace;
 /// A program from the registry.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Tool {
-    /// The package.
+    /// The package's name.
     pub(crate) name: &'static str,
-    /// The program in it.
+    /// The program's name.
     pub(crate) program: &'static str,
-    /// The version to build where none is installed: the same today and tomorrow.
+    /// The version to build if none is installed, fixed for reproducibility.
     pub(crate) version: &'static str,
 }
 
-/// Licences, bans, sources, advisories.
+/// Checks licences, bans, sources and advisories.
 pub(crate) const CARGO_DENY: Tool = Tool {
     name: "cargo-deny",
     program: "cargo-deny",
     version: "0.20.2",
 };
 
-/// Fuzz targets.
+/// Builds and runs fuzz targets.
 pub(crate) const CARGO_FUZZ: Tool = Tool {
     name: "cargo-fuzz",
     program: "cargo-fuzz",
     version: "0.13.2",
 };
 
-/// Bindings to C headers.
+/// Generates bindings to C headers.
 pub(crate) const BINDGEN: Tool = Tool {
     name: "bindgen-cli",
     program: "bindgen",
@@ -41,11 +41,11 @@ pub(crate) const BINDGEN: Tool = Tool {
 };
 
 impl Tool {
-    /// The program: the one in `PATH`, else ours; built first if need be.
+    /// The program's path: in `PATH`, or our own, built first if necessary.
     ///
     /// # Errors
     ///
-    /// It has to be built and cannot be.
+    /// It must be built, and the build fails.
     pub(crate) fn find_or_install(self) -> Result<PathBuf> {
         if Invocation::new(self.program).arg("--version").succeeds() {
             return Ok(self.program.into());
@@ -55,7 +55,7 @@ impl Tool {
         if Invocation::new(&program).arg("--version").succeeds() {
             return Ok(program);
         }
-        // Unoptimised: it runs for a second, and is built in a third of the time.
+        // Unoptimised: it runs for a second, and builds in a third of the time.
         Invocation::cargo()
             .args(["install", "--quiet", "--locked", "--debug"])
             .args(["--config", "profile.dev.debug=false"])

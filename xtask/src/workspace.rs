@@ -1,5 +1,5 @@
-//! What there is to work on: the root, the files under version control, the
-//! packages as cargo knows them.
+//! The workspace: its root, the files under version control, and its packages as cargo describes
+//! them.
 
 use std::path::{Path, PathBuf};
 
@@ -14,18 +14,18 @@ pub(crate) fn root() -> PathBuf {
     here.parent().unwrap_or(here).to_owned()
 }
 
-/// Where cargo puts what it builds.
+/// The directory of cargo's build output.
 pub(crate) fn target() -> PathBuf {
     let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
     target.unwrap_or_else(|| root().join("target"))
 }
 
-/// The files that are in git, or would be after `git add`: relative to the root,
-/// sorted. Files that were deleted but not yet staged are left out.
+/// The files that are in git, or would be after `git add`: relative to the root, sorted. Deleted
+/// files that are not staged yet are left out.
 ///
 /// # Errors
 ///
-/// git fails: not a checkout, say.
+/// git fails, for example outside a checkout.
 pub(crate) fn files() -> Result<Vec<PathBuf>> {
     let listed = Invocation::new("git")
         .args(["ls-files", "-z", "--cached", "--others"])
@@ -41,9 +41,8 @@ pub(crate) fn files() -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// The commit that is checked out, in short; with a `+` where what can be built of the tree
-/// is not what is committed (the documents do not count). `None` where git says nothing: not
-/// a checkout, say.
+/// The short hash of the current commit, with a `+` if the tree differs in anything but the
+/// documents. `None` if git fails, for example outside a checkout.
 pub(crate) fn commit() -> Option<String> {
     let git = |args: &[&str]| Invocation::new("git").args(args).capture().ok();
     let commit = git(&["rev-parse", "--short=9", "HEAD"])?;
@@ -60,13 +59,13 @@ pub(crate) struct Package {
     pub(crate) targets: Vec<Target>,
 }
 
-/// What a package's manifest asks for.
+/// A dependency in a package's manifest.
 #[derive(Debug, Deserialize)]
 pub(crate) struct Dependency {
     pub(crate) name: String,
 }
 
-/// What cargo builds of a package.
+/// A build target of a package.
 #[derive(Debug, Deserialize)]
 pub(crate) struct Target {
     pub(crate) name: String,
@@ -77,7 +76,7 @@ pub(crate) struct Target {
 ///
 /// # Errors
 ///
-/// cargo fails, or says something else than it used to.
+/// cargo fails, or its output has another format.
 pub(crate) fn packages(manifest: &Path) -> Result<Vec<Package>> {
     #[derive(Deserialize)]
     struct Metadata {

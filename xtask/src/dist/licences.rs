@@ -1,5 +1,5 @@
-//! The licences of the crates that are linked into the shipped binaries: one text file, as
-//! their terms ask of those who pass binaries on.
+//! Licences of the crates linked into the shipped binaries: one text file, which their terms
+//! require when binaries are distributed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -25,7 +25,7 @@ struct Package {
     name: String,
     version: String,
     license: Option<String>,
-    /// None for a package of this workspace.
+    /// `None` for a package of this workspace.
     source: Option<String>,
     manifest_path: PathBuf,
 }
@@ -49,15 +49,15 @@ struct Edge {
 
 #[derive(Deserialize)]
 struct Kind {
-    /// None for a normal dependency, else `dev` or `build`.
+    /// `None` for a normal dependency, otherwise `dev` or `build`.
     kind: Option<String>,
 }
 
-/// Write the licences of all that the packages `of` link in.
+/// Writes the licences of all crates that the packages `of` link.
 ///
 /// # Errors
 ///
-/// cargo fails, or a crate names no licence.
+/// cargo fails, or a crate does not name a licence.
 pub(super) fn write<const N: usize>(of: [&str; N], to: &Path) -> Result<()> {
     let json = Invocation::cargo()
         .args(["metadata", "--format-version", "1", "--locked"])
@@ -92,7 +92,7 @@ pub(super) fn write<const N: usize>(of: [&str; N], to: &Path) -> Result<()> {
     fs::write(to, text).with_context(|| to.display().to_string())
 }
 
-/// The crates from a registry that are reached by normal dependencies alone.
+/// The registry crates that are reached only through normal dependencies.
 fn linked<'m>(metadata: &'m Metadata, of: &[&str]) -> Vec<&'m Package> {
     let packages: BTreeMap<&str, &Package> = metadata
         .packages
@@ -125,7 +125,7 @@ fn linked<'m>(metadata: &'m Metadata, of: &[&str]) -> Vec<&'m Package> {
     linked
 }
 
-/// The licence files beside a crate's manifest.
+/// The licence files next to a crate's manifest.
 fn files(package: &Package) -> Result<Vec<PathBuf>> {
     let directory = package.manifest_path.parent().unwrap_or(Path::new("."));
     let listed = fs::read_dir(directory).with_context(|| directory.display().to_string())?;

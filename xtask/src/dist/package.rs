@@ -1,4 +1,4 @@
-//! The tree that is installed, and its two forms: a tarball and a Debian package.
+//! The installed tree, packed as a tarball and as a Debian package.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -9,13 +9,13 @@ use anyhow::{Context, Result};
 use crate::command::Invocation;
 use crate::workspace;
 
-/// Where the documents lie below the root.
+/// Directory of the documents below the root.
 pub(super) const DOC: &str = "usr/share/doc/xsr";
 
 /// The version of all packages of the workspace.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// Put man pages, completions and documents where Debian has them. The binaries are there.
+/// Puts man pages, completions and documents where Debian has them. The binaries are already there.
 pub(super) fn lay_out(root: &Path, man: &Path, completions: &Path) -> Result<()> {
     let section = root.join("usr/share/man/man1");
     copy_all(man, &section)?;
@@ -45,7 +45,7 @@ pub(super) fn lay_out(root: &Path, man: &Path, completions: &Path) -> Result<()>
     modes(root)
 }
 
-/// In the form that Debian reads.
+/// In Debian's machine-readable format.
 const COPYRIGHT: &str = "\
 Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/
 Upstream-Name: xsr
@@ -58,7 +58,7 @@ License: Expat or Apache-2.0
  their licences, are in third-party-licences.txt.
 ";
 
-/// The tree as a tarball that unpacks over `/`, the same byte for byte for one commit.
+/// Packs the tree as a tarball that unpacks over `/`, reproducible for a commit.
 pub(super) fn tarball(dist: &Path, root: &Path) -> Result<PathBuf> {
     let to = dist.join(format!("xsr-{VERSION}-x86_64-linux.tar.gz"));
     Invocation::new("tar")
@@ -75,7 +75,7 @@ pub(super) fn tarball(dist: &Path, root: &Path) -> Result<PathBuf> {
     Ok(to)
 }
 
-/// The tree as a Debian package; `None` where dpkg-deb is missing.
+/// Packs the tree as a Debian package; `None` if dpkg-deb is missing.
 pub(super) fn deb(dist: &Path, root: &Path) -> Result<Option<PathBuf>> {
     if !Invocation::new("dpkg-deb").arg("--version").succeeds() {
         return Ok(None);
@@ -128,14 +128,14 @@ Description: save, restore, migrate and inspect Xen domains and their images
     )
 }
 
-/// When the commit at hand was made, in seconds since 1970; 0 outside a checkout.
+/// The time of the current commit, in seconds since 1970; 0 outside a checkout.
 fn date() -> String {
     let said = Invocation::new("git").args(["log", "-1", "--format=%ct"]);
     said.capture()
         .map_or_else(|_| "0".to_owned(), |date| date.trim().to_owned())
 }
 
-/// Directories and programs 0755, other files 0644, whatever the umask was.
+/// Sets modes: directories and programs 0755, other files 0644, whatever the umask was.
 fn modes(root: &Path) -> Result<()> {
     for path in listed(root)? {
         let runs = path.parent().is_some_and(|dir| dir.ends_with("usr/bin"));
@@ -149,7 +149,7 @@ fn modes(root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// How many bytes the files below `root` have.
+/// Total size of the files below `root`.
 fn size(root: &Path) -> Result<u64> {
     let mut bytes = 0;
     for path in listed(root)? {

@@ -1,13 +1,12 @@
-//! Seeds for the fuzzers, cut out of real images.
+//! Seeds for the fuzzers, extracted from real images.
 //!
-//! A fuzzer wants small inputs. Of an image are kept: all headers, all records
-//! other than page data (the longest of the libxl stream shortened), and of the
-//! page data some entries and very few pages. Each layer is a seed of its own: the
-//! file, the libxl stream in it, the libxc stream in that.
+//! A fuzzer needs small inputs. This keeps all headers, all records except page data (the longest
+//! of the libxl stream are shortened), and some entries and very few pages of the page data. Each
+//! layer is a seed of its own: the file, the libxl stream in it, and the libxc stream in that.
 //!
-//! This walks the bytes by itself, so that seeds do not depend on the code they
-//! are to test. Layout: libxc and libxl migration stream specifications;
-//! `tools/xl/xl.h` for the file header.
+//! The images are parsed independently of the library, so that seeds do not depend on the code
+//! under test. Layout: libxc and libxl migration stream specifications; `tools/xl/xl.h` for the
+//! file header.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -19,8 +18,8 @@ use ruzstd::decoding::StreamingDecoder;
 
 use crate::workspace;
 
-/// Where images are looked for, relative to the root: the project's own, and
-/// those that may lie beside a checkout.
+/// Directories with images, relative to the root: the project's own, and those that may be next to
+/// a checkout.
 const PLACES: [&str; 2] = ["format/tests/images", "../shared/images"];
 
 const XL_MAGIC: &[u8] = b"Xen saved domain, xl format\n \0 \r";
@@ -33,20 +32,20 @@ const LIBXC_PAGE_DATA: u32 = 1;
 const END: u32 = 0;
 const PAGE: usize = 4096;
 
-/// Of a body in the libxl stream, so many bytes at most.
+/// Maximum size of a body in the libxl stream.
 const BODY_LIMIT: usize = 512;
-/// Of a batch, so many entries with and without data at most.
+/// Maximum number of entries with data, and of those without, in a batch.
 const ENTRY_LIMIT: usize = 2;
-/// Of a stream, so many batches, and so many pages at most.
+/// Maximum number of batches, and of pages, in a stream.
 const BATCH_LIMIT: usize = 3;
 const PAGE_LIMIT: usize = 2;
 
-/// Write the seeds of all images to `corpus`, and say how many there are. Images
-/// whose seeds are there already are not looked at.
+/// Writes the seeds of all images to `corpus`, and returns their number. Images whose seeds exist
+/// already are skipped.
 ///
 /// # Errors
 ///
-/// An image cannot be read or is none, or a seed cannot be written.
+/// An image cannot be read or is invalid, or a seed cannot be written.
 pub(super) fn write(corpus: &Path) -> Result<usize> {
     fs::create_dir_all(corpus).with_context(|| format!("cannot make {}", corpus.display()))?;
     let mut count = 0;
@@ -69,7 +68,7 @@ pub(super) fn write(corpus: &Path) -> Result<usize> {
     Ok(count)
 }
 
-/// The images by name; of two with the same name, the project's own.
+/// The images by name. If a name occurs twice, the project's own image is used.
 fn images() -> Result<BTreeMap<String, PathBuf>> {
     let mut images = BTreeMap::new();
     for place in PLACES {
@@ -126,7 +125,7 @@ fn cut(image: &[u8]) -> Result<Vec<(&'static str, Vec<u8>)>> {
     Ok(seeds)
 }
 
-/// A libxl stream, and the libxc stream in it.
+/// Cuts a libxl stream, and the libxc stream in it.
 fn cut_libxl(rest: &mut Cursor<'_>) -> Result<(Vec<u8>, Vec<u8>)> {
     let header = rest.take(LIBXL_HEADER)?;
     let options = header.last().copied().unwrap_or_default();
@@ -170,7 +169,7 @@ fn cut_libxc(rest: &mut Cursor<'_>) -> Result<Vec<u8>> {
     }
 }
 
-/// A PAGE_DATA body with few of the entries, and no more than `pages` pages.
+/// Cuts a PAGE_DATA body to a few entries and at most `pages` pages.
 fn cut_batch(body: &[u8], pages: &mut usize) -> Result<Vec<u8>> {
     let mut rest = Cursor(body);
     let count = u32_at(rest.take(8)?, 0)? as usize;
@@ -179,7 +178,7 @@ fn cut_batch(body: &[u8], pages: &mut usize) -> Result<Vec<u8>> {
     let mut data: Vec<u8> = Vec::new();
     let (mut full, mut empty) = (ENTRY_LIMIT, ENTRY_LIMIT);
     for entry in entries.chunks_exact(8) {
-        // The type is in bits 60–63: 13 to 15 come without a page.
+        // The type is in bits 60–63: 13 to 15 have no page.
         if entry[7] >> 4 < 0xd {
             let page = rest.take(PAGE)?;
             if full > 0 && *pages > 0 {
@@ -193,7 +192,7 @@ fn cut_batch(body: &[u8], pages: &mut usize) -> Result<Vec<u8>> {
         }
     }
     if kept.is_empty() {
-        // A batch has at least one entry: the first, as a page that is not there.
+        // A batch needs at least one entry: the first one, as an absent page.
         kept.extend_from_slice(entries.get(..8).context("an empty batch")?);
         kept[7] |= 0xf0;
     }
@@ -212,7 +211,7 @@ fn put(out: &mut Vec<u8>, kind: u32, body: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// What is left of an image.
+/// The rest of an image.
 struct Cursor<'a>(&'a [u8]);
 
 impl<'a> Cursor<'a> {
@@ -303,7 +302,7 @@ mod tests {
         let image = xl(&libxc(&[batch.as_slice(); 8]), 100_000);
         let seeds = cut(&image).unwrap();
         assert!(seeds[0].1.len() < 3 * PAGE, "{}", seeds[0].1.len());
-        // Nothing is left to cut: the seed is a whole image, and small.
+        // Nothing is left to cut: the seed is a complete, small image.
         assert!(cut(&seeds[0].1).unwrap() == seeds);
     }
 

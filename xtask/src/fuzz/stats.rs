@@ -1,8 +1,8 @@
-//! What libFuzzer says of itself.
+//! Statistics in libFuzzer's output.
 
 use std::fmt;
 
-/// The figures of one run, or of several together.
+/// The figures of one run, or the sum of several.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Stats {
     /// Inputs that were run.
@@ -16,8 +16,8 @@ pub(super) struct Stats {
 }
 
 impl Stats {
-    /// The figures at the end of a run with `-print_final_stats=1`, or `None` where
-    /// the run did not come to its end.
+    /// The figures at the end of a run with `-print_final_stats=1`, or `None` if the run did not
+    /// complete.
     pub(super) fn parse(said: &str) -> Option<Self> {
         let figure = |name: &str| -> Option<u64> {
             let line = said.lines().rev().find(|line| line.starts_with(name))?;
@@ -33,7 +33,7 @@ impl Stats {
         })
     }
 
-    /// Put the figures of a process that ran at the same time on top.
+    /// Adds the figures of a process that ran at the same time.
     pub(super) fn add(&mut self, other: &Self) {
         self.executions += other.executions;
         self.executions_per_second += other.executions_per_second;
@@ -43,7 +43,7 @@ impl Stats {
     }
 }
 
-/// Whether the line is one of the few that say how a run gets on.
+/// Whether the line is one of the few that report progress.
 pub(super) fn is_pulse(line: &str) -> bool {
     line.starts_with('#')
         && ["INITED", "pulse", "DONE"]
@@ -51,7 +51,7 @@ pub(super) fn is_pulse(line: &str) -> bool {
             .any(|event| line.split_whitespace().nth(1) == Some(event))
 }
 
-/// The number behind `word`, up to what is no digit.
+/// The number after `word`.
 fn behind(line: &str, word: &str) -> Option<u64> {
     let (_, rest) = line.split_once(word)?;
     let rest = rest.trim_start();
@@ -79,7 +79,7 @@ mod tests {
 
     use super::*;
 
-    /// What libFuzzer prints at the end of a run.
+    /// Example of libFuzzer's output at the end of a run.
     const SAID: &str = "\
 INFO: Running with entropic power schedule (0xFF, 100).
 #5\tINITED cov: 271 ft: 398 corp: 4/61Kb exec/s: 0 rss: 47Mb

@@ -1,6 +1,6 @@
-//! Seeds for the fuzzers of what is older than today's images, or stands around them:
-//! legacy streams, as `tools/legacy_image.py` makes them; the headers and records of other
-//! toolstacks, and compressed files, made of the seeds of real images.
+//! Seeds for the fuzzers of legacy and wrapped images: legacy streams made by
+//! `tools/legacy_image.py`, and other toolstacks' headers and records and compressed files made
+//! from the seeds of real images.
 
 use std::fs;
 use std::path::Path;
@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::workspace;
 
-/// Legacy streams of every kind, small ones.
+/// Small legacy streams of every kind.
 const LEGACY: [&str; 12] = [
     "--kind hvm --toolstack --verify",
     "--kind hvm --width 32 --live --filler 3 --filler-batch",
@@ -26,7 +26,7 @@ const LEGACY: [&str; 12] = [
     "--kind pv64 --verify",
 ];
 
-/// What compresses from its standard input to its standard output.
+/// Programs that compress from standard input to standard output.
 const COMPRESSORS: [(&str, &[&str]); 5] = [
     ("gzip", &["-c"]),
     ("zstd", &["-qc"]),
@@ -35,11 +35,12 @@ const COMPRESSORS: [(&str, &[&str]); 5] = [
     ("xz", &["-qc"]),
 ];
 
-/// Write what the target wants besides the seeds of real images; how many there are.
+/// Writes the additional seeds that the target needs besides those of real images. Returns their
+/// number.
 ///
 /// # Errors
 ///
-/// A program that is there fails, or a seed cannot be written.
+/// An installed program fails, or a seed cannot be written.
 pub(super) fn write(target: &str, corpus: &Path) -> Result<usize> {
     match target {
         "legacy" => legacy(corpus),
@@ -74,7 +75,7 @@ fn legacy(corpus: &Path) -> Result<usize> {
     Ok(count)
 }
 
-/// The seeds of real images that `corpus` has, of one layer, with their names.
+/// The seeds of real images in `corpus` for one layer, with their names.
 fn of_layer(corpus: &Path, layer: &str) -> Result<Vec<(String, Vec<u8>)>> {
     let mut found = Vec::new();
     let entries =
@@ -128,7 +129,7 @@ fn toolstacks(corpus: &Path) -> Result<usize> {
     Ok(count)
 }
 
-/// xapi's records around a stream.
+/// Wraps a stream in xapi's records.
 fn xapi(kind: u64, stream: &[u8]) -> Vec<u8> {
     let mut out = b"XenSavedDomv2-\n".to_vec();
     let records: [(u64, &[u8], bool); 5] = [

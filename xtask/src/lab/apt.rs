@@ -1,6 +1,6 @@
-//! A private apt: sees one Debian suite, through the mirror that this machine's own
-//! apt uses, and knows no installed package; so that a download brings the whole
-//! closure. Touches nothing outside its directory.
+//! A private apt that sees one Debian suite, through the mirror that this machine's apt uses, and
+//! no installed packages, so that a download includes all dependencies. Touches nothing outside its
+//! directory.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Suites that are never released, and so get no updates from elsewhere.
 const ROLLING: [&str; 2] = ["sid", "unstable"];
 
-/// How long apt may take, in seconds: to read what it has, to fetch lists, to fetch packages.
+/// Time limits for apt, in seconds: for reading local data, fetching lists, and fetching packages.
 const READING: u32 = 60;
 pub(super) const LISTS: u32 = 300;
 pub(super) const PACKAGES: u32 = 1200;
@@ -27,12 +27,12 @@ pub(super) struct Apt {
 }
 
 impl Apt {
-    /// Set it up in `dir` for packages (`deb`) or sources (`deb-src`) of a suite, and
-    /// fetch the lists.
+    /// Sets it up in `dir` for packages (`deb`) or sources (`deb-src`) of a suite, and fetches the
+    /// lists.
     ///
     /// # Errors
     ///
-    /// This machine's apt knows no Debian archive, or it cannot be reached.
+    /// This machine's apt has no Debian archive configured, or the archive cannot be reached.
     pub(super) fn open(dir: &Path, kind: &str, suite: &str) -> Result<Self> {
         for part in ["state/lists/partial", "cache/archives/partial", "none"] {
             let path = dir.join(part);
@@ -62,7 +62,7 @@ impl Apt {
             format!("Dir::Etc::preferencesparts={dir}/none"),
             "APT::Sandbox::User=root".to_owned(),
             "APT::Install-Recommends=false".to_owned(),
-            // A server that has stalled.
+            // For servers that have stalled.
             "Acquire::http::Timeout=60".to_owned(),
             "Acquire::https::Timeout=60".to_owned(),
             "Acquire::Retries=2".to_owned(),
@@ -80,10 +80,10 @@ impl Apt {
         Ok(listed.lines().map(str::to_owned).collect())
     }
 
-    /// Download packages and all they depend on; the archives' paths.
+    /// Downloads packages and all their dependencies. Returns the paths of the archives.
     pub(super) fn download(&self, packages: &[String]) -> Result<Vec<PathBuf>> {
         let archives = self.dir.join("cache/archives");
-        // What an earlier version of the suite left.
+        // Remove the archives of earlier versions of the suite.
         for old in debs(&archives)? {
             std::fs::remove_file(old)?;
         }
@@ -96,13 +96,13 @@ impl Apt {
         Ok(found)
     }
 
-    /// Download the source of a package; the path of upstream's archive.
+    /// Downloads the source of a package. Returns the path of upstream's archive.
     pub(super) fn source(&self, package: &str) -> Result<PathBuf> {
         let shown = self
             .program(READING, "apt-cache")
             .args(["showsrc", package])
             .capture()?;
-        // The newest first; an archive may list one that it does not hold.
+        // The newest first; an archive may list one that it does not have.
         let others = shown.lines().filter_map(|l| l.strip_prefix("Version: "));
         let wanted = std::iter::once(package.to_owned())
             .chain(others.map(|version| format!("{package}={version}")));
@@ -141,7 +141,7 @@ fn debs(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// Source lines for `suite`, from the archives that this machine's apt knows.
+/// Source lines for `suite`, from the archives that this machine's apt uses.
 fn sources(kind: &str, suite: &str) -> Result<String> {
     let known = Invocation::limited(READING, "apt-get")
         .args(["indextargets", "--format", "$(REPO_URI) $(RELEASE)"])
@@ -152,7 +152,7 @@ fn sources(kind: &str, suite: &str) -> Result<String> {
     let lines: BTreeSet<String> = known
         .lines()
         .filter_map(|line| line.split_once(' '))
-        // What is not released has no more than itself.
+        // A rolling suite has no security or update archives.
         .filter(|(_, release)| !rolling || !release.contains('-'))
         .map(|(uri, release)| {
             let suffix = ["-security", "-updates"]

@@ -1,5 +1,5 @@
-//! Building a lab: packages of one Debian suite become a hypervisor, a dom0 kernel
-//! with its modules, an initial ramdisk and a root disk.
+//! Building a lab: turns packages of one Debian suite into a hypervisor, a dom0 kernel with its
+//! modules, an initial ramdisk and a root disk.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -14,11 +14,11 @@ use super::kernel;
 use crate::command::Invocation;
 use crate::workspace;
 
-/// Raised when what is built changes, so that a lab of an older recipe is not used.
+/// Increased when the build changes, so that a lab of an older recipe is not used.
 const RECIPE: &str = "2";
 
-/// Programs of this machine that building and booting need, and Debian's packages
-/// that have them.
+/// Programs of this machine that are needed to build and boot, and the Debian packages that have
+/// them.
 pub(super) const PROGRAMS: &[(&str, &str)] = &[
     ("apt-get", "apt"),
     ("dpkg-deb", "dpkg"),
@@ -33,7 +33,7 @@ pub(super) const PROGRAMS: &[(&str, &str)] = &[
     ("qemu-system-x86_64", "qemu-system-x86"),
 ];
 
-/// What dom0 loads; their dependencies come along.
+/// Modules that dom0 loads; their dependencies are included.
 const MODULES: [&str; 17] = [
     "virtio_pci",
     "virtio_blk",
@@ -61,11 +61,11 @@ pub(super) struct Lab {
 }
 
 impl Lab {
-    /// The lab of a suite, built if it is not there yet.
+    /// The lab of a suite, built if it does not exist yet.
     ///
     /// # Errors
     ///
-    /// A program is missing, or the packages cannot be had.
+    /// A program is missing, or the packages cannot be downloaded.
     pub(super) fn build(suite: &str) -> Result<Self> {
         if suite.is_empty() || !suite.chars().all(|c| c.is_ascii_lowercase()) {
             bail!("{suite:?} is no name of a Debian suite");
@@ -114,7 +114,7 @@ impl Lab {
         self.dir.join(name)
     }
 
-    /// Packages and versions that matter, for people.
+    /// Packages and versions that matter, for display.
     pub(super) fn describe(&self) -> Result<String> {
         let versions = std::fs::read_to_string(self.file("VERSIONS"))?;
         let mut text = format!("{}\n", self.dir.display());
@@ -132,7 +132,7 @@ impl Lab {
         Ok(text.trim_end().to_owned())
     }
 
-    /// The hypervisor's version, as its package's name has it: `4.17`.
+    /// The hypervisor's version, from its package's name: `4.17`.
     pub(super) fn xen_version(&self) -> Result<String> {
         let versions = std::fs::read_to_string(self.file("VERSIONS"))?;
         let names: Vec<String> = versions
@@ -164,7 +164,7 @@ impl Lab {
             "util-linux",
             "kmod",
             "zstd",
-            // Between two hosts.
+            // For connections between two hosts.
             "openssh-client",
             "openssh-server",
             "nbd-client",
@@ -189,11 +189,11 @@ impl Lab {
         self.disk(&root, &modules)?;
         clear(&root)?;
         clear(&modules)?;
-        // They are in the image now; apt would fetch newer ones anyway.
+        // The image contains them now, and apt would fetch newer ones anyway.
         clear(&self.file("apt"))
     }
 
-    /// Unpack archives, as on a system where /bin is /usr/bin; note their versions.
+    /// Unpacks archives, as on a system where /bin is /usr/bin, and records their versions.
     fn unpack(&self, archives: &[PathBuf], root: &Path) -> Result<()> {
         for dir in ["bin", "sbin", "lib", "lib64"] {
             std::fs::create_dir_all(root.join("usr").join(dir))?;
@@ -224,8 +224,7 @@ impl Lab {
         Ok(())
     }
 
-    /// The modules that dom0 loads, with their dependencies, as a tree that
-    /// `modprobe` understands.
+    /// The modules that dom0 loads, with their dependencies, as a tree that `modprobe` understands.
     fn modules(&self, root: &Path, linux: &str) -> Result<PathBuf> {
         let tree = self.file("modules");
         clear(&tree)?;
@@ -262,7 +261,7 @@ impl Lab {
         Ok(tree)
     }
 
-    /// The initial ramdisk: busybox, modules, a script that finds the root disk.
+    /// Builds the initial ramdisk: busybox, modules, a script that finds the root disk.
     fn ramdisk(&self, root: &Path, modules: &Path) -> Result<()> {
         let tree = self.file("ramdisk");
         clear(&tree)?;
@@ -282,7 +281,7 @@ impl Lab {
         clear(&tree)
     }
 
-    /// The root disk: the packages, without what nobody reads there.
+    /// Builds the root disk: the packages without their documentation and similar files.
     fn disk(&self, root: &Path, modules: &Path) -> Result<()> {
         for superfluous in [
             "boot",
@@ -338,7 +337,7 @@ impl Lab {
         if shell.symlink_metadata().is_err() {
             symlink("bash", shell)?;
         }
-        // What no package brings as a program of its own.
+        // Programs that no package provides separately.
         let applets = Invocation::new(root.join("bin/busybox"))
             .arg("--list")
             .capture()?;
@@ -359,7 +358,7 @@ impl Lab {
             .args(["-q", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-d"])
             .arg(root)
             .arg(&disk)
-            // Sparse: room for images, taken when used.
+            // Sparse: room for images, allocated when used.
             .arg("2G")
             .run()
     }
@@ -370,7 +369,7 @@ pub(super) fn source(name: &str) -> PathBuf {
     workspace::root().join("xtask/lab").join(name)
 }
 
-/// A program that may be where only administrators look.
+/// Finds a program that may be in a directory for administrators only.
 fn admin(program: &str) -> Invocation {
     let found = ["/usr/sbin", "/sbin"]
         .iter()
@@ -420,12 +419,12 @@ fn gunzip(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Copy a file or a tree, links as they are.
+/// Copies a file or a tree, preserving links.
 fn copy(from: &Path, to: &Path) -> Result<()> {
     Invocation::new("cp").arg("-a").arg(from).arg(to).run()
 }
 
-/// Let a file be run.
+/// Makes a file executable.
 pub(super) fn executable(path: &Path) -> Result<()> {
     use std::os::unix::fs::PermissionsExt as _;
     Ok(std::fs::set_permissions(
@@ -434,7 +433,7 @@ pub(super) fn executable(path: &Path) -> Result<()> {
     )?)
 }
 
-/// Remove a tree, if it is there.
+/// Removes a tree, if it exists.
 pub(super) fn clear(path: &Path) -> Result<()> {
     match std::fs::remove_dir_all(path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {

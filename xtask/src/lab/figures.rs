@@ -1,4 +1,4 @@
-//! What the `pairs` scenarios measured: both helpers on the same guest in the same boot.
+//! Measurements of the `pairs` scenarios: both helpers on the same guest in the same boot.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -10,23 +10,23 @@ use super::share::Share;
 
 use crate::spread::Spread;
 
-/// How the files begin that dom0 writes, one for each guest.
+/// Prefix of the files that dom0 writes, one for each guest.
 const PREFIX: &str = "measures-";
 
 /// One run of a helper.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Run {
     seconds: f64,
-    /// Of processor.
+    /// Seconds of processor time.
     busy: f64,
     peak_kib: u64,
 }
 
-/// Guest, save or restore, helper: its runs.
+/// Runs by guest, save or restore, and helper.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Figures(BTreeMap<(String, String, String), Vec<Run>>);
 
-/// Keep what a boot has measured with the lab.
+/// Stores a boot's measurements with the lab.
 pub(super) fn keep(lab: &Lab, share: &Share) -> Result<()> {
     for entry in std::fs::read_dir(&share.output)? {
         let entry = entry?;
@@ -39,7 +39,7 @@ pub(super) fn keep(lab: &Lab, share: &Share) -> Result<()> {
     Ok(())
 }
 
-/// What was kept with a lab: guest, and lines as `measure-helper` writes them.
+/// The measurements stored with a lab: guest, and lines as `measure-helper` writes them.
 pub(super) fn kept(lab: &Lab) -> Result<BTreeMap<String, Vec<String>>> {
     let mut kept = BTreeMap::new();
     for entry in std::fs::read_dir(lab.file("."))? {
@@ -55,7 +55,7 @@ pub(super) fn kept(lab: &Lab) -> Result<BTreeMap<String, Vec<String>>> {
 }
 
 impl Figures {
-    /// Of what [`kept`] has.
+    /// Parses the result of [`kept`].
     pub(super) fn of(measures: &BTreeMap<String, Vec<String>>) -> Self {
         let mut figures = Self::default();
         for (guest, lines) in measures {
@@ -64,7 +64,7 @@ impl Figures {
         figures
     }
 
-    /// Lines as `measure-helper` writes them.
+    /// Adds lines as `measure-helper` writes them.
     fn add(&mut self, guest: &str, lines: &[String]) {
         for line in lines {
             let words: Vec<&str> = line.split(' ').collect();
@@ -84,7 +84,7 @@ impl Figures {
         }
     }
 
-    /// A table, if there is anything in it.
+    /// The table; `None` if there are no measurements.
     pub(super) fn table(&self) -> Result<Option<String>> {
         if self.0.is_empty() {
             return Ok(None);
@@ -102,7 +102,7 @@ impl Figures {
             let each: Vec<String> = runs.iter().map(|r| format!("{:.2}", r.seconds)).collect();
             let peak = match runs.iter().map(|r| r.peak_kib).max() {
                 None | Some(0) => "not measured".to_owned(),
-                // Far less than 4 TiB.
+                // Far less than 4 TiB, so it fits.
                 Some(kib) => format!("{:.1} MiB", f64::from(u32::try_from(kib)?) / 1024.0),
             };
             writeln!(

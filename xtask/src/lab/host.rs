@@ -1,5 +1,4 @@
-//! Programs that this machine has to have: looked for, and installed where this task
-//! may do so.
+//! Programs that this machine needs: checks for them, and installs them if permitted.
 
 use std::path::PathBuf;
 
@@ -8,7 +7,7 @@ use anyhow::{Result, bail};
 use super::apt;
 use crate::command::Invocation;
 
-/// Fail if one of `programs` (and Debian's package that has it) is missing.
+/// Fails if one of `programs` (each with its Debian package) is missing.
 pub(super) fn need(programs: &[(&str, &str)]) -> Result<()> {
     let missing = missing(programs);
     if !missing.is_empty() {
@@ -20,7 +19,7 @@ pub(super) fn need(programs: &[(&str, &str)]) -> Result<()> {
     Ok(())
 }
 
-/// Install what is missing, if this is root on a machine with apt; else fail, as [`need`].
+/// Installs what is missing, if this is root on a machine with apt; otherwise fails like [`need`].
 pub(super) fn install(programs: &[(&str, &str)]) -> Result<()> {
     let missing = missing(programs);
     let root = || Invocation::new("id").arg("-u").capture();
@@ -35,7 +34,7 @@ pub(super) fn install(programs: &[(&str, &str)]) -> Result<()> {
             .run()
     };
     if attempt().is_err() {
-        // No package lists yet, or the archive has moved on since they were fetched.
+        // The package lists may be missing or outdated.
         Invocation::limited(apt::LISTS, "apt-get")
             .args(["-qq", "update"])
             .run()?;

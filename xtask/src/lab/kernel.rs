@@ -1,5 +1,5 @@
-//! The ELF kernel inside a Linux bzImage. Xen unpacks one itself, but slowly under
-//! emulation, and its dom0 builder takes a bare ELF as well.
+//! Extraction of the ELF kernel from a Linux bzImage. Xen can unpack a bzImage itself, but slowly
+//! under emulation, and its dom0 builder also accepts a bare ELF.
 //!
 //! Layout: `Documentation/arch/x86/boot.rst` of Linux.
 
@@ -12,11 +12,11 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::command::Invocation;
 
-/// Write the ELF kernel of the bzImage at `image` to `out`.
+/// Writes the ELF kernel of the bzImage at `image` to `out`.
 ///
 /// # Errors
 ///
-/// It is none, or is packed with a program that is not here.
+/// It is not a bzImage, or is packed with a program that is missing here.
 pub(super) fn unpack(image: &Path, out: &Path) -> Result<()> {
     let bytes = std::fs::read(image).with_context(|| format!("cannot read {}", image.display()))?;
     let payload = payload(&bytes).with_context(|| format!("{}", image.display()))?;
@@ -27,7 +27,7 @@ pub(super) fn unpack(image: &Path, out: &Path) -> Result<()> {
         [0x02, 0x21, 0x4c, 0x18, ..] => ("lz4", &["-dc"]),
         _ => bail!("{}: packed with an unknown program", image.display()),
     };
-    // All but gzip have the unpacked length behind their data.
+    // All except gzip have the unpacked length after their data.
     let packed = match program {
         "gzip" => payload,
         _ => &payload[..payload.len().saturating_sub(4)],

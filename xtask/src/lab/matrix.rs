@@ -1,4 +1,4 @@
-//! The whole matrix on each suite's Xen, and its results as `docs/interop.md`.
+//! The whole matrix of scenarios on each suite's Xen, with its results as `docs/interop.md`.
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -14,7 +14,7 @@ use super::scenario::{SCENARIOS, Scenario};
 use super::shadow;
 use crate::workspace;
 
-/// What stands above the tables.
+/// The text above the tables.
 const HEAD: &str = "\
 # Interoperability with Xen
 
@@ -52,7 +52,7 @@ run on a hypervisor built with both, marked *s*: from the source that is named u
 | hvmpv, hvmpv2 | HVM that counts and suspends by itself (its firmware is the guest), 1 and 2 vcpus, likewise |
 ";
 
-/// What nobody has to look for in the tables.
+/// Limitations that the tables cannot show.
 const MISSING: &str = "
 ## Not in the matrix
 
@@ -67,12 +67,12 @@ const MISSING: &str = "
   neither. COLO.
 ";
 
-/// Run all scenarios on each suite's Xen, then [`report`].
+/// Runs all scenarios on each suite's Xen, then [`report`].
 ///
 /// # Errors
 ///
-/// A lab cannot be built or does not boot, a scenario fails or cannot be run for want of a
-/// hypervisor: after all others have run and the document has been written.
+/// A lab cannot be built or does not boot, a scenario fails, or cannot be run because a hypervisor
+/// is missing. The error is returned after all others have run and the document has been written.
 pub(super) fn run(suites: &[String], limit: u64) -> Result<()> {
     let mut bad = Vec::new();
     let mut older = Images::default();
@@ -96,15 +96,15 @@ pub(super) fn run(suites: &[String], limit: u64) -> Result<()> {
     }
 }
 
-/// Where the images are that older Xens wrote, by hypervisor.
+/// Directories with the images of older Xens, by hypervisor.
 #[derive(Debug, Default)]
 struct Images {
     usual: Vec<PathBuf>,
     shadow: Vec<PathBuf>,
 }
 
-/// Run all scenarios on one suite's Xen, restore there what is in `older`, and add to that.
-/// `bad` gets a line for whatever fails, or for that which cannot be run.
+/// Runs all scenarios on one suite's Xen, restores the images in `older` there, and adds the new
+/// images to it. `bad` gets a line for whatever fails or cannot be run.
 fn run_suite(suite: &str, limit: u64, older: &mut Images, bad: &mut Vec<String>) -> Result<()> {
     let lab = Lab::build(suite)?;
     let mut wanted = scenarios();
@@ -135,13 +135,13 @@ fn run_suite(suite: &str, limit: u64, older: &mut Images, bad: &mut Vec<String>)
         ("out/images", &mut older.usual),
         ("out-shadow/images", &mut older.shadow),
     ] {
-        // Nothing is there where no image was written.
+        // The directory does not exist if no image was written.
         known.extend(Some(lab.file(out)).filter(|dir| dir.is_dir()));
     }
     Ok(())
 }
 
-/// Move guests from one suite's Xen to that of another.
+/// Moves guests from one suite's Xen to another's.
 fn run_between(from: &str, to: &str, limit: u64, bad: &mut Vec<String>) -> Result<()> {
     let lab = Lab::build(from)?;
     let mut wanted = scenarios();
@@ -161,7 +161,7 @@ fn run_between(from: &str, to: &str, limit: u64, bad: &mut Vec<String>) -> Resul
     Ok(())
 }
 
-/// Take over what has run in the labs of this machine, and write `docs/interop.md`.
+/// Merges the results from this machine's labs, and writes `docs/interop.md`.
 pub(super) fn report() -> Result<()> {
     let mut record = Record::read()?;
     for suite in Lab::suites()? {
@@ -180,14 +180,14 @@ fn document_path() -> PathBuf {
     workspace::root().join("docs/interop.md")
 }
 
-/// All but the ones that are for figures.
+/// All scenarios except those for measurements.
 fn scenarios() -> Vec<Scenario> {
     let figures = |scenario: &&Scenario| scenario.kind == "pairs";
     let wanted = SCENARIOS.iter().filter(|scenario| !figures(scenario));
     wanted.copied().collect()
 }
 
-/// The document, made of what is recorded.
+/// Generates the document from the record.
 fn document(record: &Record) -> Result<String> {
     let columns = record.columns();
     let mut text = HEAD.to_owned();
@@ -233,7 +233,7 @@ fn document(record: &Record) -> Result<String> {
     Ok(text)
 }
 
-/// What ran between two hosts.
+/// The results of scenarios between two hosts.
 fn between_hosts(text: &mut String, columns: &[(&str, &Suite)]) -> Result<()> {
     text.push_str(
         "\n## Between two hosts\n\nTwo Xens in two machines, with a network, ssh and a shared disk \
@@ -269,7 +269,7 @@ fn between_hosts(text: &mut String, columns: &[(&str, &Suite)]) -> Result<()> {
     Ok(())
 }
 
-/// Images that a lab was given: those of an older Xen.
+/// The results for images of older Xens.
 fn restored_images(text: &mut String, columns: &[(&str, &Suite)]) -> Result<()> {
     let mut table = String::new();
     for (_, column) in columns {
@@ -315,7 +315,7 @@ mod tests {
         assert!(text.contains("    xen-utils-4.17 4.17.7\n"));
     }
 
-    /// What is checked in belongs together: no results are in the document alone.
+    /// The checked-in files match: the document has no results of its own.
     #[test]
     fn the_document_is_that_of_the_record() {
         let text = std::fs::read_to_string(document_path()).unwrap();

@@ -1,4 +1,4 @@
-//! Booting a lab: qemu with the hypervisor as its kernel, until dom0 powers off.
+//! Booting a lab: runs qemu with the hypervisor as its kernel, until dom0 powers off.
 
 use std::io::{Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -16,37 +16,38 @@ use crate::command::Invocation;
 const MACHINE_MIB: u32 = 1536;
 const DOM0_MIB: u32 = 512;
 
-/// The emulated processor: all that qemu can emulate, SVM and nested paging for HVM and
-/// PVH included, but for what goes wrong there:
-/// - `smap`: before qemu 9.1, an IRET from ring 3 (the kernel of every PV guest) reads
-///   its stack with the rights of the hypervisor, and dom0 dies of a page fault;
+/// The emulated processor: everything that qemu can emulate, including SVM and nested paging for
+/// HVM and PVH, except features that fail or are not needed:
+/// - `smap`: before qemu 9.1, an IRET from ring 3 (the kernel of every PV guest) reads its stack
+///   with the rights of the hypervisor, and dom0 dies of a page fault;
 /// - `rdtscp`: when intercepted, it is reported as RDTSC, and guests die of it;
 /// - `la57`: nothing here has five levels of page tables;
-/// - `avx`, `avx2`: nothing here needs them, and they are under suspicion: in a dom0 that
-///   used them, now and then a program died of memory that nobody had written.
+/// - `avx`, `avx2`: nothing here needs them, and they are suspected of a bug: in a dom0 that used
+///   them, programs occasionally died of corrupted memory.
 const PROCESSOR: &str = "max,la57=off,smap=off,rdtscp=off,avx=off,avx2=off";
 
-/// Vector registers of a PV guest, dom0 is one, are restored when it is switched to, not when
-/// it first uses them. Beside an HVM guest, programs of dom0 died. The core of a busybox shows
-/// zeros where malloc's first list is made: the first store to a page, of a vector register just
-/// filled, repeated after its page fault; that of an xl has a zero in such a list, too. Twice in
-/// 15 scenarios on Xen 4.17 without this; in 28 of HVM guests with it, most of them on 4.20,
-/// never. Why, in qemu or in Xen, is not known.
+/// Restores the vector registers of a PV guest (which dom0 is) when switching to it, not at its
+/// first use of them. Without this, programs of dom0 died while an HVM guest ran. A busybox's core
+/// shows zeros where malloc's first list is created: the first store to a page, from a vector
+/// register just filled, is repeated after its page fault. The core of an xl has a zero in such a
+/// list, too. It happened twice in 15 scenarios on Xen 4.17 without this option, and never in 28
+/// scenarios of HVM guests with it, most of them on 4.20. Whether the cause is in qemu or Xen is
+/// unknown.
 const XEN_OPTIONS: &str = "spec-ctrl=eager-fpu";
 
-/// One processor: with two of them, each a thread of qemu's, memory of guests and of
-/// dom0 has been seen to change by itself on a loaded machine.
+/// One processor. With two, each a thread of qemu, memory of guests and dom0 was corrupted on a
+/// loaded machine.
 const PROCESSORS: &str = "1";
 
 /// The console of hypervisor and dom0, in the share's output.
 pub(super) const CONSOLE: &str = "console.log";
 
-/// A qemu that does not outlive its task.
+/// A qemu that is killed when dropped.
 struct Machine(Child);
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        // Fails where it has ended, which is what is wanted.
+        // Fails if it has already ended, which is fine.
         if self.0.kill().is_ok()
             && let Err(error) = self.0.wait()
         {
@@ -62,20 +63,20 @@ impl Machine {
     }
 }
 
-/// The host beside the one on which the scenarios run.
+/// The second host, which does not run the scenarios itself.
 #[derive(Debug)]
 pub(super) struct Far<'a> {
     pub(super) lab: &'a Lab,
     pub(super) share: &'a Share,
-    /// What is put behind its processor's name: features to take away, say.
+    /// Suffix for its processor's name, such as features to remove.
     pub(super) processor: &'a str,
 }
 
-/// The wire between two hosts: a socket, removed in the end.
+/// The network link between two hosts: a socket, removed at the end.
 struct Wire(PathBuf);
 
 impl Wire {
-    /// A name for it: short, because that of a socket must be.
+    /// Creates a unique path. It is short, as required for a socket.
     fn new() -> Self {
         let name = format!("xsr-lab-{}.net", std::process::id());
         Self(std::env::temp_dir().join(name))
@@ -96,17 +97,17 @@ impl Drop for Wire {
 #[derive(Clone, Copy)]
 struct Socket<'a> {
     path: &'a Path,
-    /// Whether this end makes the socket.
+    /// Whether this end creates the socket.
     listens: bool,
 }
 
-/// Boot the lab, show what becomes of the scenarios, wait until it powers off. With `far`, a
-/// second machine is up meanwhile, and the two have a network between them.
+/// Boots the lab, prints the results of the scenarios, and waits until it powers off. With `far`, a
+/// second machine runs meanwhile, and the two have a network between them.
 ///
 /// # Errors
 ///
-/// qemu fails, dom0 does not come up, or it takes longer than `limit` seconds. The
-/// console is in the share's output.
+/// qemu fails, dom0 does not come up, or it takes longer than `limit` seconds. The console is in
+/// the share's output.
 pub(super) fn boot(lab: &Lab, share: &Share, far: Option<&Far<'_>>, limit: u64) -> Result<()> {
     let console = share.output.join(CONSOLE);
     let wire = Wire::new();
@@ -152,11 +153,12 @@ pub(super) fn boot(lab: &Lab, share: &Share, far: Option<&Far<'_>>, limit: u64) 
     Ok(())
 }
 
-/// Features of a processor as qemu takes them behind its model, `-aes,+avx` as `aes=off,avx=on`.
+/// Converts processor features to qemu's syntax after a model: `-aes,+avx` becomes
+/// `aes=off,avx=on`.
 ///
 /// # Errors
 ///
-/// One begins with neither `+` nor `-`, or has no plausible name.
+/// A feature begins with neither `+` nor `-`, or has an implausible name.
 pub(super) fn features(text: &str) -> Result<String> {
     let one = |feature: &str| {
         let (name, state) = match feature.split_at_checked(1) {
@@ -175,7 +177,7 @@ pub(super) fn features(text: &str) -> Result<String> {
     Ok(all.join(","))
 }
 
-/// Start the second machine once the first has made the socket.
+/// Starts the second machine after the first has created the socket.
 fn start_far(far: &Far<'_>, wire: &Path, first: &mut Machine) -> Result<Machine> {
     let end = Instant::now() + Duration::from_secs(10);
     while !wire.exists() {
@@ -193,7 +195,7 @@ fn start_far(far: &Far<'_>, wire: &Path, first: &mut Machine) -> Result<Machine>
     Machine::start(qemu(far.lab, far.share, &processor, Some(socket)))
 }
 
-/// The first machine is down: the second powers off by itself, soon.
+/// Waits for the second machine, which powers off by itself soon after the first.
 fn wait_for_far(other: &mut Machine) -> Result<()> {
     let end = Instant::now() + Duration::from_secs(60);
     while Instant::now() < end {
@@ -207,7 +209,7 @@ fn wait_for_far(other: &mut Machine) -> Result<()> {
     Ok(())
 }
 
-/// Print the results from byte `from` on; up to where.
+/// Prints the results from byte `from` on. Returns the end of what was printed.
 fn show_results(share: &Share, from: u64) -> Result<u64> {
     let Ok(mut file) = std::fs::File::open(share.output.join("results")) else {
         return Ok(from);
@@ -250,7 +252,7 @@ fn qemu(lab: &Lab, share: &Share, processor: &str, socket: Option<Socket<'_>>) -
         ])
         .args(["-smp", PROCESSORS, "-m", &MACHINE_MIB.to_string()])
         .args(["-display", "none", "-monitor", "none", "-nic", "none"])
-        // A crash of Xen or dom0 is the end, not another boot.
+        // A crash of Xen or dom0 ends the run instead of rebooting.
         .arg("-no-reboot")
         .arg("-serial")
         .arg(format!("file:{}", share.output.join(CONSOLE).display()))

@@ -1,6 +1,6 @@
-//! What is known of each suite's Xen, from all runs on all machines: `docs/interop.json`,
-//! which is checked in. A lab notes what ran in it ([`Notes`]); [`Record::merge`] takes
-//! over what is not older than what is there. `docs/interop.md` is made of it.
+//! Results for each suite's Xen, from all runs on all machines: `docs/interop.json`, which is
+//! checked in. A lab records what ran in it ([`Notes`]). [`Record::merge`] merges whatever is at
+//! least as new as the known results. `docs/interop.md` is generated from it.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -14,23 +14,23 @@ use super::results::Notes;
 use super::shadow;
 use crate::workspace;
 
-/// Suite: what is known of its Xen.
+/// Suite: results for its Xen.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Record(pub(super) BTreeMap<String, Suite>);
 
 /// One suite's Xen.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Suite {
-    /// `4.17`.
+    /// Version, such as `4.17`.
     pub(super) xen: String,
-    /// Packages that matter, with their versions, of the newest run.
+    /// Packages that matter, with their versions in the newest run.
     pub(super) versions: Vec<String>,
     /// The version of the hypervisor built from source.
     pub(super) shadow: Option<String>,
-    /// `KIND/GUEST`: how it ended, in words that end with the commit of the code that ran
-    /// (since 2026-11-25) and the date.
+    /// `KIND/GUEST`: the result, in words that end with the commit of the code that ran (since
+    /// 2026-11-25) and the date.
     pub(super) scenarios: Notes,
-    /// Guest: what `measure-helper` wrote, line by line.
+    /// Guest: output of `measure-helper`, line by line.
     pub(super) measures: BTreeMap<String, Vec<String>>,
 }
 
@@ -39,7 +39,7 @@ impl Record {
         workspace::root().join("docs/interop.json")
     }
 
-    /// What is checked in.
+    /// Reads the checked-in file.
     pub(super) fn read() -> Result<Self> {
         let path = Self::path();
         let text = std::fs::read_to_string(&path)
@@ -47,13 +47,13 @@ impl Record {
         serde_json::from_str(&text).with_context(|| format!("{} is damaged", path.display()))
     }
 
-    /// Write it, sorted, one thing a line.
+    /// Writes it, sorted, one item on a line.
     pub(super) fn write(&self) -> Result<()> {
         let text = serde_json::to_string_pretty(self)?;
         std::fs::write(Self::path(), text + "\n").context("writing docs/interop.json")
     }
 
-    /// Take over what has run in a suite's lab.
+    /// Merges the results from a suite's lab.
     pub(super) fn merge(&mut self, suite: &str, lab: &Lab) -> Result<()> {
         let versions = lab.describe()?;
         let found = Suite {
@@ -77,7 +77,7 @@ impl Record {
         }
         let known = self.0.entry(suite.to_owned()).or_default();
         if known.xen != found.xen {
-            // Another Xen under the name of the suite: what the old one did says nothing.
+            // The suite has another Xen now: the old one's results do not apply.
             *known = Suite::default();
         }
         known.xen = found.xen;
@@ -113,7 +113,7 @@ impl Record {
     }
 }
 
-/// `2026-11-25` of `ok, 14 s, 2026-11-25`.
+/// The date `2026-11-25` in `ok, 14 s, 2026-11-25`.
 fn date(note: &str) -> &str {
     note.rsplit(' ').next().unwrap_or_default()
 }
@@ -146,7 +146,7 @@ mod tests {
         let mut old = suite(&first, "one", "1");
         old.shadow = Some("s".to_owned());
         record.take_over("bookworm", old);
-        // A lab that has run nothing, and one whose runs are older.
+        // A lab without runs, and one whose runs are older.
         record.take_over("bookworm", suite(&[], "two", "2"));
         let older = [
             ("stock/pv", "**failed**, 2025-12-31"),

@@ -1,4 +1,4 @@
-//! What became of the scenarios of one boot, and the last of all boots.
+//! Results of the scenarios: those of one boot, and the last of each from all boots.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -11,17 +11,17 @@ use super::build::Lab;
 use super::share::Share;
 use crate::command::Invocation;
 
-/// One scenario's end.
+/// One scenario's result.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Row {
     pub(super) name: String,
-    /// `None`: it never ended.
+    /// `None` if it did not end.
     pub(super) ok: Option<bool>,
     pub(super) seconds: f64,
 }
 
 impl Row {
-    /// How it ended, of which code, and when: the date is the last word.
+    /// The result, the commit, and the date as the last word.
     fn note(&self, commit: Option<&str>, date: &str) -> String {
         let end = match self.ok {
             Some(true) => format!("ok, {:.0} s", self.seconds),
@@ -35,14 +35,14 @@ impl Row {
     }
 }
 
-/// The ends of all that were asked for.
+/// The results of all requested scenarios.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Results {
     pub(super) rows: Vec<Row>,
 }
 
 impl Results {
-    /// Read what dom0 wrote.
+    /// Reads the results that dom0 wrote.
     pub(super) fn read(share: &Share) -> Result<Self> {
         let path = share.output.join("results");
         let text = std::fs::read_to_string(&path)
@@ -50,7 +50,7 @@ impl Results {
         Ok(Self::parse(&share.wanted()?, &text))
     }
 
-    /// Every scenario that was asked for, whether dom0 says something of it or not.
+    /// Every requested scenario, whether dom0 reported it or not.
     fn parse(wanted: &[(String, String)], text: &str) -> Self {
         let rows = wanted.iter().map(|(kind, guest)| {
             let said = text.lines().find_map(|line| {
@@ -73,7 +73,7 @@ impl Results {
         }
     }
 
-    /// The table for people.
+    /// The table for display.
     pub(super) fn table(&self) -> String {
         let width = self.rows.iter().map(|row| row.name.len()).max();
         let width = width.unwrap_or_default();
@@ -85,14 +85,14 @@ impl Results {
                 None => "DID NOT END",
             };
             let written = writeln!(table, "{:width$}  {:6.1} s  {word}", row.name, row.seconds);
-            // A String takes everything.
+            // Writing to a String never fails.
             debug_assert!(written.is_ok());
         }
         table.trim_end().to_owned()
     }
 
-    /// Note them with the lab, each in place of what was noted of the scenario before, and
-    /// with the `commit` of the code that ran. `to` names the second host, where there is one.
+    /// Records the results with the lab, each replacing the scenario's previous one, and with the
+    /// `commit` of the code that ran. `to` names the second host, if there is one.
     pub(super) fn note(&self, lab: &Lab, commit: Option<&str>, to: Option<&str>) -> Result<()> {
         let date = Invocation::new("date").args(["-u", "+%F"]).capture()?;
         let mut notes = Notes::read(lab)?;
@@ -107,7 +107,7 @@ impl Results {
         notes.write(lab)
     }
 
-    /// Fail unless every scenario was fine.
+    /// Fails unless every scenario succeeded.
     pub(super) fn verdict(&self, lab: &Lab) -> Result<()> {
         let bad: Vec<&str> = self
             .rows
@@ -129,18 +129,18 @@ impl Results {
     }
 }
 
-/// Stands between a scenario of two hosts and the suite of the second, in a note's name.
+/// Separates a scenario of two hosts from the second host's suite in a note's name.
 pub(super) const TO: char = '>';
 
-/// How each scenario ended the last time it ran in a lab: `KIND/GUEST`, and in words. Of two
-/// hosts, `KIND/GUEST>SUITE`, with the suite of the other.
+/// The last result of each scenario in a lab: `KIND/GUEST`, and in words. For two hosts
+/// `KIND/GUEST>SUITE`, with the suite of the second.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Notes(pub(super) BTreeMap<String, String>);
 
 impl Notes {
     const FILE: &str = "notes";
 
-    /// What is noted; nothing, where nothing has run yet.
+    /// Reads the notes; empty if nothing has run yet.
     pub(super) fn read(lab: &Lab) -> Result<Self> {
         match std::fs::read_to_string(lab.file(Self::FILE)) {
             Ok(text) => Ok(Self::parse(&text)),

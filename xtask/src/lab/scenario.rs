@@ -1,14 +1,14 @@
-//! The scenarios: a kind (a function of `xtask/lab/dom0/scenarios`) and a guest (of
+//! The scenarios: each is a kind (a function of `xtask/lab/dom0/scenarios`) and a guest (of
 //! `configure` in `xtask/lab/dom0/lib`).
 
 /// One scenario.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Scenario {
-    /// What is done.
+    /// What the scenario does.
     pub(super) kind: &'static str,
-    /// To which guest.
+    /// The guest.
     pub(super) guest: &'static str,
-    /// Whether it is one of the few that every change has to pass.
+    /// Whether it is one of the few that every change must pass.
     pub(super) smoke: bool,
     /// Whether it needs the hypervisor that [`super::shadow`] builds.
     pub(super) shadow: bool,
@@ -46,7 +46,7 @@ const fn shadow(kind: &'static str, guest: &'static str) -> Scenario {
     }
 }
 
-/// Between two hosts, each with a Xen of its own.
+/// Between two hosts, each with its own Xen.
 const fn two(kind: &'static str, guest: &'static str) -> Scenario {
     Scenario {
         two: true,
@@ -62,7 +62,7 @@ const fn two_shadow(kind: &'static str, guest: &'static str) -> Scenario {
     }
 }
 
-/// All of them, in the order in which they run.
+/// All scenarios, in the order in which they run.
 pub(super) const SCENARIOS: &[Scenario] = &[
     more("stock", "pv"),
     more("stock", "pvh"),
@@ -241,7 +241,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     more("pairs", "pv64m"),
 ];
 
-/// What each kind does.
+/// Description of each kind.
 const KINDS: &[(&str, &str)] = &[
     (
         "stock",
@@ -374,12 +374,12 @@ const KINDS: &[(&str, &str)] = &[
 ];
 
 impl Scenario {
-    /// As people name it.
+    /// Its name, as given on the command line.
     pub(super) fn name(&self) -> String {
         format!("{}/{}", self.kind, self.guest)
     }
 
-    /// What it does, in a line.
+    /// What it does, in one line.
     pub(super) fn about(&self) -> &'static str {
         let found = KINDS.iter().find(|(kind, _)| *kind == self.kind);
         found.map_or("", |(_, about)| about)

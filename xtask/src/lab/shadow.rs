@@ -1,7 +1,7 @@
-//! A hypervisor that can do what Debian's cannot: shadow paging (the dirty log of PV
-//! guests needs it, so live migration does) and 32-bit PV guests. It is built of the newest
-//! source package of the suite that the archive holds, or of a source that somebody has,
-//! configured otherwise; the tools stay Debian's.
+//! Builds a hypervisor with features that Debian's lacks: shadow paging (required by the dirty log
+//! of PV guests, and so by live migration) and 32-bit PV guests. It is built from the newest source
+//! package of the suite in the archive, or from a given source, with another configuration. The
+//! tools remain Debian's.
 
 use std::path::{Path, PathBuf};
 
@@ -12,7 +12,7 @@ use super::build::{Lab, clear};
 use super::host;
 use crate::command::Invocation;
 
-/// What building it needs besides the lab's programs.
+/// Programs needed to build it, besides the lab's.
 pub(super) const PROGRAMS: &[(&str, &str)] = &[
     ("make", "make"),
     ("flex", "flex"),
@@ -20,31 +20,31 @@ pub(super) const PROGRAMS: &[(&str, &str)] = &[
     ("python3", "python3"),
 ];
 
-/// What is asked for; all else as upstream has it.
+/// The configuration; all else is upstream's default.
 const CONFIG: &str = "CONFIG_DEBUG=n\nCONFIG_SHADOW_PAGING=y\nCONFIG_PV32=y\n";
 
-/// How long a hypervisor may take to build, in seconds.
+/// Time limit for building a hypervisor, in seconds.
 const BUILDING: u32 = 3600;
 
-/// The file of the lab that has the version of the source.
+/// The lab's file with the version of the source.
 const VERSION: &str = "xen-shadow.version";
 
-/// The source's version, where the hypervisor is built.
+/// The source's version, if the hypervisor has been built.
 pub(super) fn built(lab: &Lab) -> Option<String> {
     std::fs::read_to_string(lab.file(VERSION)).ok()
 }
 
-/// `4.17.5` of `xen_4.17.5.orig.tar.xz`.
+/// The version `4.17.5` in `xen_4.17.5.orig.tar.xz`.
 fn version(archive: &str) -> &str {
     let version = archive.strip_prefix("xen_").unwrap_or(archive);
     version.split(".orig.").next().unwrap_or(version)
 }
 
-/// The hypervisor, built if it is not there yet; some minutes.
+/// The hypervisor, built if it does not exist yet, which takes some minutes.
 ///
 /// # Errors
 ///
-/// A program is missing, the source cannot be had, or it does not compile.
+/// A program is missing, the source cannot be downloaded, or it does not compile.
 pub(super) fn build(lab: &Lab, suite: &str) -> Result<PathBuf> {
     let hypervisor = lab.file("xen-shadow");
     if hypervisor.exists() {
@@ -59,8 +59,8 @@ pub(super) fn build(lab: &Lab, suite: &str) -> Result<PathBuf> {
     build_of(lab, &archive)
 }
 
-/// The hypervisor, built anew of the source in `archive`, packed as Debian has it
-/// (`xen_VERSION.orig.tar.*`); one that is there stays until that has been done.
+/// The hypervisor, rebuilt from the source in `archive`, packed like Debian's
+/// (`xen_VERSION.orig.tar.*`). An existing one is replaced only after the build.
 ///
 /// # Errors
 ///
@@ -92,7 +92,7 @@ pub(super) fn build_of(lab: &Lab, archive: &Path) -> Result<PathBuf> {
             "this Xen cannot be built with {wanted}"
         );
     }
-    // The archive may hold the source of an older version only than its packages are of.
+    // The archive may have only a source that is older than its packages.
     let name = archive.file_name().unwrap_or_default().to_string_lossy();
     std::fs::write(lab.file(VERSION), version(&name))?;
     std::fs::rename(tree.join("xen/xen"), &hypervisor).context("make left no hypervisor")?;
@@ -101,7 +101,7 @@ pub(super) fn build_of(lab: &Lab, archive: &Path) -> Result<PathBuf> {
     Ok(hypervisor)
 }
 
-/// Make a target of Xen's; what it says goes to `log`.
+/// Runs make for a target of Xen, with its output in `log`.
 fn make(tree: &Path, target: &str, log: &Path) -> Result<()> {
     let file = std::fs::File::create(log)?;
     let jobs = std::thread::available_parallelism().map_or(1, usize::from);

@@ -1,5 +1,5 @@
-//! What a boot of the lab gets from this machine (scripts, guests, our binaries) and
-//! what comes back (logs, results).
+//! Files shared with a boot of the lab: scripts, guests and our binaries as input, logs and results
+//! as output.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use crate::command::Invocation;
 use crate::helper;
 use crate::workspace;
 
-/// Static binaries run in the dom0 of every suite.
+/// Target of the static binaries, which run in the dom0 of every suite.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// How the guests are compiled: freestanding, at fixed addresses, no vector registers.
@@ -38,39 +38,40 @@ const GUEST_FLAGS: [&str; 19] = [
     "-Wl,-z,noexecstack",
 ];
 
-/// The two directories, and which hypervisor they are for.
+/// The two directories, and their hypervisor.
 #[derive(Debug)]
 pub(super) struct Share {
-    /// What qemu boots.
+    /// The hypervisor that qemu boots.
     pub(super) hypervisor: PathBuf,
-    /// What dom0 sees read-only.
+    /// The input, which dom0 sees read-only.
     pub(super) input: PathBuf,
-    /// What it writes.
+    /// The output, which dom0 writes.
     pub(super) output: PathBuf,
-    /// What two hosts both see and write: how they find each other, and when all is over.
+    /// A directory that two hosts both see and write, to find each other, and to tell when all is
+    /// done.
     pub(super) common: Option<PathBuf>,
-    /// The commit of what runs there, as [`workspace::commit`] has it.
+    /// The commit of the code that runs there, from [`workspace::commit`].
     pub(super) commit: Option<String>,
 }
 
-/// Which of two hosts.
+/// The role of a host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Role {
-    /// The one on which the scenarios run.
+    /// The host that runs the scenarios.
     Near,
-    /// The other, to which guests are moved.
+    /// The host to which guests are moved.
     Far,
 }
 
 impl Share {
-    /// Build our binaries and the guests and lay them out for a boot of the lab's
-    /// `hypervisor`. Each hypervisor has a directory of logs.
+    /// Builds our binaries and the guests, and lays them out for a boot of the lab's `hypervisor`.
+    /// Each hypervisor has its own directory of logs.
     pub(super) fn prepare(lab: &Lab, hypervisor: &Path, release: bool) -> Result<Self> {
         Self::make(lab, hypervisor, release, "")
     }
 
-    /// The same for one of two hosts, which meet in the directory `common`. Each has
-    /// directories of its own, also where both are of one lab.
+    /// The same for one of two hosts, which share the directory `common`. Each has its own
+    /// directories, even if both belong to the same lab.
     pub(super) fn of_two(
         lab: &Lab,
         hypervisor: &Path,
@@ -145,7 +146,7 @@ impl Share {
         self.firmware()
     }
 
-    /// The 64-bit guest as the firmware of an HVM guest.
+    /// Builds the 64-bit guest as the firmware of an HVM guest.
     fn firmware(&self) -> Result<()> {
         let (guest, bytes) = (self.input.join("guest"), self.input.join("guest.bytes"));
         Invocation::new("objcopy")
@@ -178,7 +179,7 @@ impl Share {
         self.put(&built.join(helper::NAME), helper::NAME)
     }
 
-    /// Have these scenarios run.
+    /// Requests these scenarios.
     pub(super) fn scenarios(&self, scenarios: &[Scenario]) -> Result<()> {
         let mut wanted = String::new();
         for scenario in scenarios {
@@ -188,7 +189,7 @@ impl Share {
         Ok(())
     }
 
-    /// Have the images of a directory restored, too.
+    /// Requests that the images in a directory be restored.
     pub(super) fn images(&self, dir: &Path) -> Result<()> {
         let wanted = self.input.join("wanted");
         let mut lines = std::fs::read_to_string(&wanted)?;
@@ -216,7 +217,7 @@ impl Share {
         Ok(())
     }
 
-    /// What was asked for: kind and guest.
+    /// The requested scenarios: kind and guest.
     pub(super) fn wanted(&self) -> Result<Vec<(String, String)>> {
         let text = std::fs::read_to_string(self.input.join("wanted"))?;
         Ok(text

@@ -1,8 +1,8 @@
-//! Xen's own engine and ours timed at the same work on equal mock machines, in pairs: what
-//! measurements of throughput and of downtime have in common.
+//! Benchmarks of Xen's engine and ours at the same work on equal mock machines, in pairs: the
+//! common parts of measuring throughput and downtime.
 //!
-//! Each run is a process of its own (`xsr-peer-run`), which plays libxl to one helper and
-//! says what that took. Ours asks its machine by hypercalls here, as stock does.
+//! Each run is a separate process (`xsr-peer-run`), which acts as libxl for one helper and reports
+//! the costs. Our helper accesses its machine through hypercalls here, like stock.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -15,32 +15,31 @@ use clap::Args;
 use super::plot::{self, Group};
 use super::{downtime, engine, throughput};
 
-/// How to time them.
+/// Options of the benchmarks.
 #[derive(Debug, Args)]
 pub(super) struct BenchArgs {
     /// MiB of memory of each domain
     #[arg(long, value_name = "MIB", default_value_t = 1024)]
     memory: u64,
-    /// Rounds, in each of which every contender has its turn
+    /// Rounds, each with one run of every contender
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
     pairs: u32,
     /// Only these kinds of guest: pv, pv32, pvh, hvm
     #[arg(long = "kind", value_name = "KIND")]
     kinds: Vec<String>,
-    /// Where machines and images are kept
+    /// Directory for machines and images
     #[arg(long, value_name = "DIR", default_value = "/dev/shm")]
     dir: PathBuf,
-    /// Migrate live, with guests that write at three rates, and measure how long they stand
-    /// still
+    /// Migrate live, with guests that write at three rates, and measure how long they are paused
     #[arg(long)]
     downtime: bool,
-    /// Where to draw throughput, or downtime
+    /// File for a plot of throughput, or downtime
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
 }
 
 impl BenchArgs {
-    /// Whether it runs at all.
+    /// Settings that only show that it works.
     pub(super) fn smoke(downtime: bool) -> Self {
         Self {
             downtime,
@@ -63,11 +62,11 @@ impl BenchArgs {
 /// The kinds of guest.
 const KINDS: [&str; 4] = ["pv", "pv32", "pvh", "hvm"];
 
-/// Whose turn it is.
+/// A contender.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Contender {
     pub(super) name: &'static str,
-    /// As `xsr-peer-run` knows it.
+    /// Its name for `xsr-peer-run`.
     pub(super) whose: &'static str,
     pub(super) threads: &'static str,
 }
@@ -95,11 +94,11 @@ pub(super) const CONTENDERS: [Contender; 4] = [
     },
 ];
 
-/// Build, time, and print.
+/// Builds, measures, and prints.
 ///
 /// # Errors
 ///
-/// Something does not build, a run fails, the plot cannot be written.
+/// Something does not build, a run fails, or the plot cannot be written.
 pub(super) fn run(args: &BenchArgs, packages: &Path) -> Result<()> {
     let environment = engine::build(packages)?;
     let runner = engine::runner()?;
@@ -131,21 +130,21 @@ pub(super) fn run(args: &BenchArgs, packages: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Who has single tasks done, each by a process of its own.
+/// Runs single tasks, each in a separate process.
 #[derive(Debug)]
 pub(super) struct Runner<'a> {
     program: &'a Path,
     environment: &'a [(&'static str, OsString)],
-    /// Where machines and images are kept.
+    /// Directory for machines and images.
     pub(super) dir: &'a Path,
 }
 
 impl Runner<'_> {
-    /// Have the runner do something; what it prints.
+    /// Runs a task and returns its output.
     ///
     /// # Errors
     ///
-    /// It fails.
+    /// The task fails.
     pub(super) fn task<A: AsRef<OsStr>>(
         &self,
         threads: &str,
@@ -162,7 +161,7 @@ impl Runner<'_> {
     }
 }
 
-/// The report, and the plot.
+/// Measures throughput. Returns the report and the plot.
 fn throughputs(args: &BenchArgs, runner: &Runner<'_>) -> Result<(String, String)> {
     let (mut text, mut groups) = (String::new(), Vec::new());
     for kind in args.kinds() {
@@ -174,7 +173,7 @@ fn throughputs(args: &BenchArgs, runner: &Runner<'_>) -> Result<(String, String)
     Ok((text, plot::bars(title, "GiB/s", &groups)))
 }
 
-/// Likewise, of live migrations.
+/// Measures live migrations. Returns the report and the plot.
 fn downtimes(args: &BenchArgs, runner: &Runner<'_>) -> Result<(String, String)> {
     let mut rows = Vec::new();
     for kind in args.kinds() {

@@ -1,8 +1,8 @@
-//! How long a guest stands still while Xen's engine or ours migrates it live, in pairs: from
-//! the request to suspend it until the receiving helper has ended.
+//! Downtime of a live migration with Xen's engine or ours, in pairs: from the request to suspend
+//! the guest until the receiving helper has ended.
 //!
-//! The guest writes at a rate of its own, in steps that are timed and cost no thread; both
-//! engines stop as Xen's do, after five passes or with fewer than 50 dirty pages.
+//! The guest writes at a fixed rate, in timed steps that need no thread. Both engines stop like
+//! Xen's, after five passes or with fewer than 50 dirty pages.
 
 use std::ffi::OsStr;
 use std::fmt::Write as _;
@@ -15,13 +15,13 @@ use super::bench::{CONTENDERS, Runner};
 use super::plot::Group;
 use crate::spread::Spread;
 
-/// Dirty rates, pages a second: each page of the working set is as likely as any other.
+/// Dirty rates in pages per second: each page of the working set is equally likely.
 const RATES: [u32; 3] = [10_000, 50_000, 200_000];
 
-/// Who migrates: `cat` cannot.
+/// The contenders that migrate: `cat` cannot.
 const WHO: [usize; 3] = [0, 1, 2];
 
-/// What one migration took, as `xsr-peer-run` prints it.
+/// The costs of one migration, as `xsr-peer-run` prints them.
 #[derive(Clone, Copy, Debug, Deserialize)]
 struct Took {
     seconds: f64,
@@ -37,7 +37,7 @@ pub(super) struct Row {
 }
 
 impl Row {
-    /// One figure, in ms.
+    /// One value of all runs, in ms.
     fn ms(&self, who: usize, figure: impl Fn(&Took) -> f64) -> Spread {
         Spread::of(self.took[who].iter().map(|took| figure(took) * 1000.0))
     }
@@ -51,7 +51,7 @@ impl Row {
     }
 }
 
-/// Migrate guests of `mib` MiB of one kind, at every rate.
+/// Migrates guests of `mib` MiB of one kind, at every rate.
 ///
 /// # Errors
 ///
@@ -59,7 +59,7 @@ impl Row {
 pub(super) fn run(runner: &Runner<'_>, kind: &str, mib: u64, pairs: u32) -> Result<Vec<Row>> {
     let guest = runner.dir.join("guest");
     let mib_text = mib.to_string();
-    // A quarter of its memory.
+    // A quarter of the guest's memory.
     let pages = (mib << 6).to_string();
     let mut rows = Vec::new();
     for rate in RATES {
@@ -76,7 +76,7 @@ pub(super) fn run(runner: &Runner<'_>, kind: &str, mib: u64, pairs: u32) -> Resu
             }
             for turn in turns {
                 let contender = CONTENDERS[turn];
-                // It stands still where the last migration left it.
+                // It is still suspended after the last migration.
                 runner.task("1", [OsStr::new("resume"), guest.as_os_str()])?;
                 let words = [
                     OsStr::new("migrate"),

@@ -1,5 +1,5 @@
-//! Xen's own save and restore engine beside ours: Debian's packages, with the libraries
-//! below them put on a mock machine by the package `xsr-peer`.
+//! Xen's own save and restore engine, for comparison with ours: Debian's packages, with the
+//! libraries below them replaced by a mock machine from the package `xsr-peer`.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use crate::command::Invocation;
 use crate::workspace;
 
-/// What has the engine, and the libraries of Xen that are used as they are.
+/// The packages with the engine, and with libraries of Xen that are used unchanged.
 const PACKAGES: [&str; 4] = [
     "xen-utils-4.17",
     "libxenmisc4.17",
@@ -17,12 +17,12 @@ const PACKAGES: [&str; 4] = [
     "libxentoolcore1",
 ];
 const HELPER: &str = "usr/lib/xen-4.17/bin/libxl-save-helper";
-/// Ours, on the mock machine.
+/// Our helper for the mock machine.
 const HELPER_ON_MOCK: &str = "xsr-save-helper-mock";
 const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
 const ENGINE: &str = "usr/lib/x86_64-linux-gnu/libxenguest.so.4.17";
 
-/// The libraries that `xsr-peer` stands in for.
+/// The libraries that `xsr-peer` replaces.
 const STOOD_IN: [&str; 5] = [
     "libxencall.so.1",
     "libxenforeignmemory.so.1",
@@ -31,20 +31,20 @@ const STOOD_IN: [&str; 5] = [
     "libxengnttab.so.1",
 ];
 
-/// Fetch, build and compare.
+/// Downloads, builds and compares.
 ///
 /// # Errors
 ///
-/// The packages cannot be had, or the engines differ.
+/// The packages cannot be downloaded, or the engines differ.
 pub(super) fn test() -> Result<()> {
     compare(&fetch()?)
 }
 
-/// Fetch the packages and unpack them; where.
+/// Downloads and unpacks the packages. Returns their directory.
 ///
 /// # Errors
 ///
-/// apt has no such packages, or they hold something else than expected.
+/// apt does not have the packages, or their contents are unexpected.
 pub(super) fn fetch() -> Result<PathBuf> {
     let dir = workspace::root().join("target/peer-engine");
     let whole = || dir.join(HELPER).is_file() && dir.join(ENGINE).exists();
@@ -58,7 +58,7 @@ pub(super) fn fetch() -> Result<PathBuf> {
     Ok(dir)
 }
 
-/// Build both engines and run the tests that compare them.
+/// Builds both engines and runs the tests that compare them.
 ///
 /// # Errors
 ///
@@ -73,7 +73,7 @@ pub(super) fn compare(packages: &Path) -> Result<()> {
     tests.run()
 }
 
-/// Build both engines: the variables that say where they are.
+/// Builds both engines. Returns the variables that give their paths.
 ///
 /// # Errors
 ///
@@ -101,7 +101,7 @@ pub(super) fn build(packages: &Path) -> Result<[(&'static str, OsString); 3]> {
     ])
 }
 
-/// The program that plays libxl once.
+/// Builds the program that acts as libxl once.
 ///
 /// # Errors
 ///
@@ -124,7 +124,7 @@ fn release() -> PathBuf {
     workspace::target().join("release")
 }
 
-/// Build the libraries that stand in for Xen's; the directory with them.
+/// Builds the replacements of Xen's libraries. Returns their directory.
 fn stand_ins() -> Result<PathBuf> {
     Invocation::cargo()
         .args(["build", "--release", "-p", "xsr-peer", "--lib"])
@@ -137,7 +137,7 @@ fn stand_ins() -> Result<PathBuf> {
     let script = workspace::root().join("xen-backend/peer/symbols.map");
     let mut versions = OsString::from("-Wl,--version-script=");
     versions.push(script);
-    // One library with all names: the loader sees that they are one file.
+    // One library with all names: the loader recognises it as a single file.
     Invocation::new("cc")
         .args(["-shared", "-o"])
         .arg(dir.join("libxsr-peer.so"))

@@ -13,7 +13,7 @@ use super::plot::Group;
 use crate::command::Invocation;
 use crate::spread::Spread;
 
-/// What one run took, as `xsr-peer-run` prints it.
+/// The costs of one run, as `xsr-peer-run` prints them.
 #[derive(Clone, Copy, Debug, Deserialize)]
 struct Took {
     seconds: f64,
@@ -28,7 +28,7 @@ const STOCK: usize = 0;
 const OURS: usize = 2;
 const CAT: usize = 3;
 
-/// One task in one way: what it took each contender in each round.
+/// One task in one way: the costs for each contender in each round.
 #[derive(Debug, Default)]
 struct Row {
     what: String,
@@ -46,7 +46,7 @@ impl Row {
         Spread::of(self.took[contender].iter().map(|took| took.seconds))
     }
 
-    /// The same as GiB/s, for a plot.
+    /// The row as GiB/s, for a plot.
     fn group(&self, kind: &str, gib: f64) -> Group {
         let rates = |n: usize| Spread::of(self.took[n].iter().map(|took| gib / took.seconds));
         let contenders = CONTENDERS.iter().enumerate();
@@ -57,7 +57,7 @@ impl Row {
     }
 }
 
-/// All that was measured of one kind of guest.
+/// All measurements of one kind of guest.
 #[derive(Debug)]
 pub(super) struct Report {
     kind: String,
@@ -74,7 +74,7 @@ impl Report {
     }
 }
 
-/// Save and restore guests of `mib` MiB of one kind, in every way.
+/// Saves and restores guests of `mib` MiB of one kind, in every way.
 ///
 /// # Errors
 ///
@@ -104,7 +104,7 @@ impl Bench<'_> {
         self.runner.dir.join("guest.image")
     }
 
-    /// One run; `under`: a command that it runs under.
+    /// A single run; `under` is a command that wraps it.
     fn one(&self, what: What, way: &str, contender: Contender, under: &[&OsStr]) -> Result<Took> {
         let (guest, new) = (self.guest(), self.runner.dir.join("new"));
         let (place, file) = match what {
@@ -141,7 +141,7 @@ impl Bench<'_> {
         serde_json::from_str(&said).with_context(|| format!("not understood: {said}"))
     }
 
-    /// System calls of a run, if there is a strace that may count them.
+    /// System calls of a run, if strace is available and permitted.
     fn system_calls(&self, what: What, way: &str, contender: Contender) -> Result<Option<u64>> {
         if !Invocation::new("strace").args(["-c", "true"]).succeeds() {
             return Ok(None);

@@ -1,11 +1,11 @@
-//! Which package may depend on which: one direction, and some crates for the
-//! binaries alone.
+//! Rules for dependencies: the allowed direction between packages, and crates that only the
+//! binaries may use.
 
 use crate::workspace::Package;
 
 use super::Findings;
 
-/// Each package, and which of ours it may depend on.
+/// Each package, and those of our packages that it may depend on.
 const ALLOWED: [(&str, &[&str]); 8] = [
     ("xsr-format", &[]),
     ("xsr-xen-backend", &["xsr-format"]),
@@ -31,14 +31,14 @@ const ALLOWED: [(&str, &[&str]); 8] = [
     ),
 ];
 
-/// Crates that only some packages may use: a library's errors are typed, and it
-/// draws nothing on a terminal.
+/// Crates that only some packages may use: a library's errors are typed, and it does not draw on a
+/// terminal.
 const RESERVED: [(&str, &[&str]); 2] = [
     ("anyhow", &["xsr", "xsr-save-helper", "xtask"]),
     ("indicatif", &["xsr"]),
 ];
 
-/// Check the packages of the workspace, dependencies for tests included.
+/// Checks the packages of the workspace, including dependencies for tests.
 pub(super) fn check(packages: &[Package], findings: &mut Findings) {
     for package in packages {
         let name = package.name.as_str();
@@ -51,7 +51,7 @@ pub(super) fn check(packages: &[Package], findings: &mut Findings) {
         for dependency in package.dependencies.iter().map(|d| d.name.as_str()) {
             let ours = ALLOWED.iter().any(|(known, _)| *known == dependency);
             let reserved = RESERVED.iter().find(|(known, _)| *known == dependency);
-            // A package may ask itself for a feature in its tests.
+            // A package may enable its own features in its tests.
             if ours && dependency != name && !allowed.contains(&dependency) {
                 findings.errors.push(format!(
                     "{name} depends on {dependency}, against the direction of the rooms"

@@ -1,7 +1,6 @@
-//! Just enough of Rust's lexical structure to tell code from comments and strings.
+//! A minimal lexer for Rust, to tell code from comments and strings.
 
-/// `source` with comments, strings and character literals replaced by blanks; lines
-/// stay where they are.
+/// Replaces comments, strings and character literals in `source` by blanks, keeping the lines.
 pub(super) fn code_only(source: &str) -> String {
     let mut code = String::with_capacity(source.len());
     let mut rest = source;
@@ -27,8 +26,8 @@ pub(super) fn code_only(source: &str) -> String {
     code
 }
 
-/// How many bytes at the start of `rest` are a comment, string or character
-/// literal. `in_word`: an identifier ends right before, so that `r"` is no prefix.
+/// Length in bytes of the comment, string or character literal at the start of `rest`. `in_word`:
+/// an identifier ends directly before it, so `r"` is not a prefix.
 fn blank_length(rest: &str, in_word: bool) -> usize {
     if rest.starts_with("//") {
         return rest.find('\n').unwrap_or(rest.len());
@@ -45,8 +44,8 @@ fn blank_length(rest: &str, in_word: bool) -> usize {
     if rest.starts_with('r') && !in_word {
         return raw_string(rest);
     }
-    // `b"…"` and `c"…"`: the prefix stays, the string goes next time round. Of
-    // `br"…"`, the `b` alone would make `r` the tail of a word.
+    // `b"…"` and `c"…"`: keep the prefix and handle the string in the next step. For `br"…"`,
+    // keeping only the `b` would make `r` the tail of a word.
     if (rest.starts_with("br") || rest.starts_with("cr")) && !in_word {
         return match raw_string(&rest[1..]) {
             0 => 0,
@@ -89,7 +88,7 @@ fn quoted(rest: &str, quote: char) -> usize {
     rest.len()
 }
 
-/// A character literal, or 0 for a lifetime.
+/// Length of a character literal, or 0 for a lifetime.
 fn character(rest: &str) -> usize {
     let mut chars = rest.chars().skip(1);
     match (chars.next(), chars.next()) {
@@ -99,7 +98,7 @@ fn character(rest: &str) -> usize {
     }
 }
 
-/// `r"…"`, `r#"…"#` and so on, or 0 for a word with an `r` in front.
+/// Length of `r"…"`, `r#"…"#` and so on, or 0 for a word that begins with `r`.
 fn raw_string(rest: &str) -> usize {
     let hashes = rest[1..].chars().take_while(|c| *c == '#').count();
     let Some(body) = rest[1 + hashes..].strip_prefix('"') else {

@@ -5,7 +5,7 @@ use std::path::Path;
 use super::Findings;
 use super::lexer::code_only;
 
-/// Where unsafe code may stand: files, and directories with a slash behind.
+/// Where unsafe code is allowed: files, and directories with a trailing slash.
 const UNSAFE_ROOMS: [&str; 6] = [
     "xen-backend/src/pages.rs",
     "xen-backend/src/pages/",
@@ -15,17 +15,17 @@ const UNSAFE_ROOMS: [&str; 6] = [
     "cli/stdio/src/",
 ];
 
-/// Bindings are made by a tool, one file per interface version: as long as they are.
+/// Generated bindings, one file per interface version, may have any length.
 const GENERATED: &str = "xen-backend/src/sys/";
 
-/// Lines at which a file is long, and at which it is too long.
+/// Number of lines at which a file is long, and at which it is too long.
 const LONG: usize = 500;
 const TOO_LONG: usize = 700;
 
-/// What marks work as unfinished.
+/// Macros that mark work as unfinished.
 const UNFINISHED: [&str; 3] = ["todo", "unimplemented", "dbg"];
 
-/// Check the file at `path`, relative to the root.
+/// Checks the file at `path`, relative to the root.
 pub(super) fn check(path: &Path, contents: &str, findings: &mut Findings) {
     let shown = path.display();
     if !contents.starts_with("//!") {
@@ -68,7 +68,7 @@ pub(super) fn check(path: &Path, contents: &str, findings: &mut Findings) {
     }
 }
 
-/// The words of a line of code, each with what stands behind it.
+/// The words in a line of code, each with the text after it.
 fn words(line: &str) -> impl Iterator<Item = (&str, &str)> {
     let part_of_word = |c: char| c.is_alphanumeric() || c == '_';
     let mut rest = line;
