@@ -1,5 +1,6 @@
 //! The processor of the mock machine: features that it has in addition to the default ones, or
 //! lacks, and their effect on the policies of guests.
+//!
 //! C implementation: `calculate_hvm_max_policy`, `recalculate_cpuid_policy` and
 //! `recalculate_xstate` in `xen/arch/x86/cpu-policy.c`.
 
