@@ -156,13 +156,13 @@ pub(crate) fn as_number(pad: &[u8]) -> u64 {
         .fold(0, |number, byte| number << 8 | u64::from(*byte))
 }
 
-/// The longest HVM_CONTEXT. Xen's is some 20 KiB for each vcpu, of which there may be 128.
+/// Maximum size of HVM_CONTEXT. Xen's has about 20 KiB for each vcpu, of which there may be 128.
 pub(crate) const MAX_HVM_CONTEXT: u64 = 16 << 20;
 
-/// The longest X86_CPUID_POLICY, X86_MSR_POLICY and HVM_PARAMS. Xen's are some KiB.
+/// Maximum size of X86_CPUID_POLICY, X86_MSR_POLICY and HVM_PARAMS. Xen's have a few KiB.
 const MAX_SMALL_BODY: u32 = 1 << 20;
 
-/// The longest X86_PV_P2M_FRAMES: its head and a frame for each 512 pfns of 32 bits.
+/// Maximum size of X86_PV_P2M_FRAMES: its head and a frame for each 512 of the 2^32 pfns.
 const MAX_P2M_BODY: u64 = 8 + (8 << 23);
 
 pub(crate) const WIRE_HEADER: u64 = size_of::<WireRecordHeader>() as u64;

@@ -435,7 +435,7 @@ impl fmt::Display for Position {
 #[derive(Debug, Error)]
 #[error("{position}: {cause}")]
 pub struct ReadError {
-    /// Where the structure that failed begins.
+    /// Position of the structure that failed.
     pub position: Position,
     /// The cause.
     pub cause: ReadErrorCause,

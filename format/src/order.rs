@@ -35,7 +35,7 @@ pub enum OrderError {
     /// It depends on a record that has not come yet.
     #[error("{kind} before {missing}, which it depends on")]
     Needs {
-        /// The record that came.
+        /// The record.
         kind: RecordKind,
         /// The record that must come before.
         missing: RecordKind,
@@ -43,19 +43,19 @@ pub enum OrderError {
     /// Static data after its end.
     #[error("{kind} after STATIC_DATA_END, where it would have no effect")]
     StaticDataOver {
-        /// The record that came.
+        /// The record.
         kind: RecordKind,
     },
     /// It may come only once.
     #[error("{kind} for the second time")]
     Repeated {
-        /// The record that came.
+        /// The record.
         kind: RecordKind,
     },
     /// It belongs to another type of guest.
     #[error("{kind} in the stream of a guest of type {guest_type}, which has none")]
     OtherGuest {
-        /// The record that came.
+        /// The record.
         kind: RecordKind,
         /// The guest type in the domain header.
         guest_type: GuestType,
@@ -63,7 +63,7 @@ pub enum OrderError {
     /// It belongs to the back channel.
     #[error("{kind} belongs on the back-channel, from secondary to primary")]
     BackChannel {
-        /// The record that came.
+        /// The record.
         kind: RecordKind,
     },
     /// The state ends before it is complete.

@@ -66,7 +66,7 @@ enum State {
 pub enum Incoming<'r, R> {
     /// A batch of pages, which are read through the body.
     PageData(PageDataBody<'r, R>),
-    /// Any other record, whole.
+    /// Any other record, complete.
     Record(Record<'r>),
 }
 

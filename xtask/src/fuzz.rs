@@ -22,7 +22,7 @@ use crate::{tools, workspace};
 
 use stats::Stats;
 
-/// How long `cargo xtask ci` runs each target.
+/// Seconds for which `cargo xtask ci` runs each target.
 const SMOKE_SECONDS: u32 = 20;
 
 /// An input that takes longer than this many seconds is a finding.
@@ -56,7 +56,7 @@ pub(crate) struct FuzzArgs {
     /// Number of processes; they share what they find
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
     jobs: u32,
-    /// Run this one input instead
+    /// Run only this input
     #[arg(long, value_name = "FILE", conflicts_with_all = ["seconds", "jobs"])]
     input: Option<PathBuf>,
     /// Sanitizer for the target [default: address if the toolchain has it]

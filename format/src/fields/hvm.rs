@@ -476,7 +476,7 @@ pub enum HvmDifference<'a> {
     Fields {
         /// Its type.
         kind: HvmRecordKind,
-        /// Which of its type.
+        /// Its instance.
         instance: u16,
         /// The fields that differ.
         differences: Vec<FieldDifference<'a>>,

@@ -45,7 +45,7 @@ pub const BYTES: usize = 8;
 
 /// The first bytes of a legacy stream.
 ///
-/// | octets | field |
+/// | bytes | field |
 /// |---|---|
 /// | 0–3 | `p2m_size` bits 0–31 |
 /// | 4–7 | `p2m_size` bits 32–63, or what follows it |

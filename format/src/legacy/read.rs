@@ -49,10 +49,10 @@ impl fmt::Display for LegacyGuest {
 /// How far to read a stream that may be checkpointed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Checkpoints {
-    /// Up to the chunk that says "last", or the end of the source.
+    /// Up to the chunk that marks the last checkpoint, or the end of the source.
     #[default]
     All,
-    /// Up to this number of checkpoints, or the chunk that says "last".
+    /// Up to this number of checkpoints, or the chunk that marks the last one.
     UpTo(u32),
 }
 

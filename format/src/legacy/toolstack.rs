@@ -1,7 +1,7 @@
 //! libxl's record in a legacy toolstack chunk: where qemu has mapped its memory. A libxl stream of
 //! version 2 stores this as xenstore data.
 //!
-//! | octets | field |
+//! | bytes | field |
 //! |---|---|
 //! | 0–3 | version, 1 |
 //! | 4–7 | number of regions |
@@ -24,7 +24,7 @@ use crate::wrapper::libxl::XenstoreData;
 
 /// The header of the record.
 ///
-/// | octets | field |
+/// | bytes | field |
 /// |---|---|
 /// | 0–3 | version |
 /// | 4–7 | regions |
@@ -37,7 +37,7 @@ struct WireHead {
 
 /// The header of each region.
 ///
-/// | octets | field |
+/// | bytes | field |
 /// |---|---|
 /// | 0–7 | phys_offset |
 /// | 8–15 | start_addr |

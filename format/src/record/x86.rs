@@ -80,7 +80,7 @@ impl TscInfo {
     }
 }
 
-/// A CPUID leaf as it stands in the stream: six u32.
+/// A CPUID leaf, encoded as in the stream: six u32.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub(crate) struct WireCpuidLeaf([U32; 6]);

@@ -23,7 +23,7 @@ pub const MAX_XML: u32 = 16 << 20;
 
 /// The fixed part, encoded as in the file.
 ///
-/// | octets | field |
+/// | bytes | field |
 /// |---|---|
 /// | 0–15 | magic |
 /// | 16–19 | version, 1 or 2 |

@@ -54,7 +54,7 @@ const MAX_RECORD: u64 = MAX_BODY as u64 - 8;
 
 /// A record's header.
 ///
-/// | octets | field |
+/// | bytes | field |
 /// |---|---|
 /// | 0–7 | type |
 /// | 8–15 | length of the body; meaningless for a libxc stream |

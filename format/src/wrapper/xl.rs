@@ -43,7 +43,7 @@ const KNOWN_FLAGS: u32 = FLAG_JSON | FLAG_STREAM_V2;
 
 /// The fixed part of the header after the magic, encoded as in the file.
 ///
-/// | octets | field |
+/// | bytes | field |
 /// |---|---|
 /// | 0–31 | magic, `Xen saved domain, xl format`, LF, SP, NUL, SP, CR |
 /// | 32–35 | byte order mark, 0x01020304 in the order of this header's fields |

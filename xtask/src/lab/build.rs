@@ -281,7 +281,7 @@ impl Lab {
         clear(&tree)
     }
 
-    /// Builds the root disk: the packages without their documentation and similar files.
+    /// Builds the root disk: the packages without files that dom0 does not need.
     fn disk(&self, root: &Path, modules: &Path) -> Result<()> {
         for superfluous in [
             "boot",

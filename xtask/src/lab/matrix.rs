@@ -52,7 +52,7 @@ run on a hypervisor built with both, marked *s*: from the source that is named u
 | hvmpv, hvmpv2 | HVM that counts and suspends by itself (its firmware is the guest), 1 and 2 vcpus, likewise |
 ";
 
-/// Limitations that the tables cannot show.
+/// The section on what is not in the matrix.
 const MISSING: &str = "
 ## Not in the matrix
 

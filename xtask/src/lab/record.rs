@@ -159,7 +159,7 @@ mod tests {
             (known.versions[0].as_str(), known.measures["g"][0].as_str()),
             ("1", "one")
         );
-        // The same day counts as newer.
+        // Results of the same day count as newer.
         let newer = [
             ("stock/pv", "**failed**, 2026-01-02"),
             ("pairs/g", "ok, 5 s, 2026-01-03"),

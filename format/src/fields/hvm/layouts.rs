@@ -7,7 +7,7 @@ use crate::fields::{
     FieldSpec, Format, HEX_32, HEX_64, Layout, Shape, TO_END, array, bytes, dec, hex, signed,
 };
 
-/// HEADER: who saved the context.
+/// HEADER: the Xen and the processor that saved the context.
 pub(super) const HEADER: Layout = Layout {
     name: "hvm_save_header",
     bytes: 24,
@@ -421,7 +421,7 @@ pub(super) const CPU_MSR: Layout = Layout {
     ],
 };
 
-/// LAPIC_REGS: the registers of a local APIC, at the offsets the processor gives them.
+/// LAPIC_REGS: the registers of a local APIC, at the processor's own offsets.
 pub(super) const LAPIC_REGS: Layout = Layout {
     name: "hvm_hw_lapic_regs",
     bytes: 1024,

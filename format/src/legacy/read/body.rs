@@ -85,7 +85,7 @@ impl<R: Read> LegacyReader<R> {
         })
     }
 
-    /// | octets | field |
+    /// | bytes | field |
     /// |---|---|
     /// | 0–3 | padding, zero |
     /// | 4–11 | value |
@@ -102,7 +102,7 @@ impl<R: Read> LegacyReader<R> {
         Ok(Item::HvmParam(HvmParam { index, value }))
     }
 
-    /// | octets | field |
+    /// | bytes | field |
     /// |---|---|
     /// | 0–3 | highest vcpu |
     /// | 4… | bitmap of those present, u64 for each 64 |

@@ -26,7 +26,7 @@ pub enum LibxlOrderError {
     /// A record after END.
     #[error("{kind} after END, expected nothing")]
     AfterEnd {
-        /// The record that came.
+        /// The record.
         kind: LibxlRecordKind,
     },
     /// A second LIBXC_CONTEXT.
@@ -38,13 +38,13 @@ pub enum LibxlOrderError {
     /// A record that belongs in a checkpoint.
     #[error("{kind} outside a checkpoint of the libxc stream")]
     NotInCheckpoint {
-        /// The record that came.
+        /// The record.
         kind: LibxlRecordKind,
     },
     /// A record that does not belong in a checkpoint.
     #[error("{kind} inside a checkpoint, expected emulator records and CHECKPOINT_END")]
     InCheckpoint {
-        /// The record that came.
+        /// The record.
         kind: LibxlRecordKind,
     },
     /// CHECKPOINT_STATE in a stream without checkpoints.

@@ -285,7 +285,7 @@ fn a_failed_stream_cannot_be_followed() {
     let error = Failure::from(reader.next_record().unwrap_err());
     assert_eq!(error.cause, Cause::Io(io::ErrorKind::Other));
     assert_eq!(reader.into_source().taken, taken);
-    // Nor one that fails in its last record.
+    // This also holds after a failure in its last record.
     let bytes = [header(0), record(1, b""), record(0, b"")].concat();
     let mut reader = LibxlReader::new(&bytes[..bytes.len() - 1], STRICT).unwrap();
     reader.next_record().unwrap();
