@@ -522,7 +522,7 @@ impl Reached {
         self.order(Request::Resume(domain.to_owned()))
     }
 
-    /// Give a domain another name.
+    /// Rename a domain.
     ///
     /// # Errors
     ///

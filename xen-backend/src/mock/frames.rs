@@ -168,12 +168,12 @@ impl Frames {
         Some(Frame::from_word(self.words.get(self.index(mfn)?)))
     }
 
-    /// The entry of `mfn`, if that is a frame of `domid`'s.
+    /// The entry of `mfn`, if it is a frame of `domid`.
     pub(super) fn owned(&self, mfn: Mfn, domid: DomId) -> Option<Frame> {
         self.get(mfn).filter(|frame| frame.owner == Some(domid))
     }
 
-    /// Replace the entry of `mfn`, which exists.
+    /// Replace the entry of `mfn`, which must exist.
     pub(super) fn set(&self, mfn: Mfn, frame: Frame) {
         if let Some(index) = self.index(mfn) {
             self.words.set(index, frame.to_word());

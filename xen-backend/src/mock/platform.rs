@@ -78,7 +78,7 @@ fn check_param(index: u32, value: u64, old: u64) -> Result<(usize, u64), Errno> 
     }
     let in_range = match index {
         param::TIMER_MODE => value <= 3,
-        // Bit 0, the base set, goes with any of the others.
+        // Bit 0 (the base set) is required with any other bit.
         param::VIRIDIAN => value & !0x1fff == 0 && value & 1 == 1,
         param::ACPI_S_STATE => matches!(value, 0 | 3),
         param::ACPI_IOPORTS_LOCATION => value <= 1,

@@ -31,7 +31,7 @@ impl SplitMix64 {
         usize::try_from(product >> 64).unwrap_or(0)
     }
 
-    /// Put `items` into a random order.
+    /// Shuffle `items`.
     pub(super) fn shuffle<T>(&mut self, items: &mut [T]) {
         for i in (1..items.len()).rev() {
             items.swap(i, self.below(i + 1));

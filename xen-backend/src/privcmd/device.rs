@@ -1,4 +1,4 @@
-//! `/dev/xen/privcmd`, `/dev/xen/hypercall` and `/dev/xen/evtchn`.
+//! Device files of the hypervisor: `/dev/xen/privcmd`, `/dev/xen/hypercall` and `/dev/xen/evtchn`.
 //!
 //! C implementation: `tools/libs/call/linux.c`.
 
