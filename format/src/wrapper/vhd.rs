@@ -158,7 +158,7 @@ impl<R: Read + Seek> Vhd<R> {
     }
 
     /// Whether the sector at byte `within` of the block was written, and for how many bytes from
-    /// there this holds.
+    /// there the answer is the same.
     fn is_written(&mut self, block: u32, within: u64) -> io::Result<(bool, u64)> {
         if self.bitmap.0 != block {
             let start = u64::from(block).saturating_mul(SECTOR);

@@ -309,8 +309,8 @@ impl XlHeader {
         })
     }
 
-    /// This header with its configuration changed. `change` is called with the optional data and
-    /// the end of the text, before the NUL of JSON.
+    /// This header with its configuration changed. `change` is called with the configuration and
+    /// the end of its text, before the NUL of JSON.
     fn with_config(&self, change: impl FnOnce(&mut Vec<u8>, usize)) -> Result<Self, XlError> {
         let Some(config) = self.config() else {
             return Ok(self.clone());
