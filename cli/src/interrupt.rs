@@ -108,8 +108,8 @@ impl Interrupt {
         }
     }
 
-    /// From now on it is too late to stop, because of `why`. The user is told on each later
-    /// request, and now if there has been a request that came too late.
+    /// From now on it is too late to stop, because of `why`. The user is told when they ask to
+    /// stop, or now if they have asked before in vain.
     pub(crate) fn too_late(&self, why: String) {
         // The first reason stays, because nothing after it can be stopped.
         if self.deaf.set(why).is_ok() && self.cancel.is_cancelled() {

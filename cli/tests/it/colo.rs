@@ -41,7 +41,7 @@ fn destroy(host: &Path, name: &str) {
 #[test]
 fn both_guests_run_and_the_end_of_the_protection_leaves_the_first() {
     for kind in ["hvm", "pvh"] {
-        // All pages of a checkpoint except the first are those that the secondary has written.
+        // After the first checkpoint, all pages sent are those that the secondary has written.
         let hosts = Hosts::with(kind, &[]);
         let socket = hosts.path("socket");
         let receiver = hosts.receiver(&socket, &["--colo", "--dirty-rate", "20000"]);

@@ -335,8 +335,8 @@ fn a_receiver_keeps_nothing_that_the_sender_has_not_let_go_of() {
         }
         assert_eq!(hosts.domains()[1], Vec::<String>::new(), "{length}");
     }
-    // The sender does not let the receiver go, or not in these words: the receiver destroys its
-    // domain and reports that, as xl's does.
+    // The sender does not say "go", or not in these words: the receiver destroys its domain and
+    // reports that, as xl's does.
     let given_back = [REPORT, &[1], GO].concat();
     for said in [&b""[..], &GO[..1], &GO[..43], READY] {
         let (receiver, mut peer) = receive_from(&hosts, &image, &[]);

@@ -65,7 +65,7 @@ fn hearing(command: Command) -> Command {
     through_env("--default-signal=INT,HUP,TERM,QUIT", command)
 }
 
-/// Start a command. Returns its output after the line "ready", and its stdin.
+/// Start a command. Returns the child, its stdin, and its output after the line "ready".
 fn ready(mut command: Command) -> (Child, ChildStdin, Lines<BufReader<ChildStdout>>) {
     let mut child = command
         .stdin(Stdio::piped())
