@@ -1,4 +1,4 @@
-//! What PV and translated x86 guests have in common: CPU policy, TSC, the console's ring.
+//! Common parts of PV and translated x86 guests: CPU policy, TSC, the console's ring.
 //!
 //! C implementation: `xg_sr_common_x86.c`.
 

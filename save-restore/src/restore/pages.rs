@@ -100,8 +100,8 @@ impl<'r> PageRestore<'r> {
 
         let with_data = entries.iter().filter(|entry| entry.page_type.has_data());
         let with_data: Vec<PageEntry> = with_data.collect();
-        // With one thread, or if bytes must be read in order, it is fastest to read straight into a
-        // mapping.
+        // With one thread, or if bytes must be read in order, pages that are mapped are best read
+        // straight into the mapping.
         let pieces = self.placer.writes()
             || hands.many() && body.with_source(0, |s, _| s.take_extent(0))?.is_some();
         let most = match self.verify {

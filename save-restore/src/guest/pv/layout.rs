@@ -35,7 +35,7 @@ const fn same(a: &[u8], b: &[u8]) -> bool {
     i == a.len() && i == b.len()
 }
 
-/// Offset and bytes of a number, or of the first element of an array of them.
+/// Offset and size of a number, or of the first element of an array.
 const fn number(field: FieldSpec) -> (usize, usize) {
     match field.shape {
         Shape::Number { width, .. } => (field.offset, width),

@@ -144,7 +144,7 @@ impl ColoRestoreToolstack for There<'_> {
     }
 }
 
-/// Records of an image beside those of memory.
+/// Records of an image except those of memory.
 type Records = Vec<(RecordKind, Vec<u8>)>;
 
 /// The result of a secondary; its domain is gone.
