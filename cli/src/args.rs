@@ -34,32 +34,32 @@ mod remus;
 const LONG_ABOUT: &str = "\
 Save, restore, migrate, inspect, verify and compare Xen domains and their images.
 
-inspect, verify, diff, convert, edit, export and cat take images of any age, of xl, libvirt \
-and xapi, compressed or not, on any machine. save, restore, \
-migrate and remus work on the domains of a hypervisor. On a Xen host the host's own xl does them, with \
-this engine as its save helper, and takes all of its own flags; on a machine without Xen, they \
-work on a mock machine kept in a directory (`xsr mock create`, `--backend mock:DIR`).";
+inspect, verify, diff, convert, edit, export and cat read images of any age, written by xl, \
+libvirt or xapi, compressed or not, on any machine. save, restore, migrate and remus work on the \
+domains of a hypervisor. On a Xen host they run the host's own xl, with this engine as its save \
+helper, and accept all of xl's options. On a machine without Xen they work on a mock machine, \
+which is kept in a directory (`xsr mock create`, `--backend mock:DIR`).";
 
 const EXIT_CODES: &str = "\
 Exit codes:
-  0   fine; for diff: no difference
+  0   success; for diff: no difference
   1   the operation failed; for diff: there are differences
   2   the image is bad (damaged, truncated, or not an image)
-  3   migrate, remus: nobody knows at this end whether the domain runs at the other
+  3   migrate, remus: it is unknown whether the domain is running on the other host
   64  the command line is wrong
-  130 ended at once, because the user insisted (docs/signals.md)";
+  130 ended at once by a second signal (docs/signals.md)";
 
 const ENVIRONMENT: &str = "\
 Environment:
-  XSR_BACKEND  the hypervisor, where neither --backend nor --host is given
-  XSR_LOG      what goes to the log on stderr, say `debug` or `xsr_save_restore=trace`";
+  XSR_BACKEND  the hypervisor, if neither --backend nor --host is given
+  XSR_LOG      what to log on stderr, for example `debug` or `xsr_save_restore=trace`";
 
 const MAIN_EXAMPLES: &str = "\
 Examples:
   xsr demo                                 see it work, no Xen needed
   xsr inspect guest.save                   what is in an image
   xsr verify *.save                        check images
-  zstd -dc guest.save.zst | xsr verify -   check one as it comes
+  zstd -dc guest.save.zst | xsr verify -   check an image from a pipe
   xsr mock create web --host /tmp/lab      a domain to try things on
   xsr save --backend mock:/tmp/lab web web.save
   xsr migrate --backend mock:/tmp/lab web other.example.org";
@@ -85,7 +85,7 @@ pub(crate) struct Cli {
 /// Options that every command has.
 #[derive(Clone, Copy, Debug, Args)]
 pub(crate) struct Global {
-    /// Say more on stderr (-vv: still more)
+    /// Print more on stderr (-vv: still more)
     #[arg(
         short,
         long,
@@ -153,19 +153,20 @@ impl Command {
 
 /// Save a domain to an image, as `xl save` does
 ///
-/// Afterwards the domain is gone, unless -c or -p keeps it. FILE appears when it is
-/// complete, under a temporary name until then; where saving fails, the domain runs
-/// on and a file of that name is as it was. `-`, a pipe or a device is written straight, but
-/// no domain is given up for /dev/null or a stdout that is closed.
+/// The domain is destroyed when the image is complete, unless -c or -p keeps it. The image is
+/// written under a temporary name and then renamed to FILE. If saving fails, the domain runs on
+/// and an existing FILE is unchanged. `-`, a pipe or a device is written directly, but a domain is
+/// never destroyed for /dev/null or a closed stdout.
 ///
-/// With --live the domain runs while its memory is written, and again what it wrote
-/// meanwhile; it stands still for the rest only. When that is, Xen's rule decides
-/// (five passes, or fewer than 50 pages left), or a target: any of --max-downtime,
-/// --timeout and --on-timeout sets one.
+/// With --live the domain runs while its memory is written. Pages that it changes meanwhile are
+/// written again, and it is paused only for the last pass. Xen's rule decides when the last pass
+/// begins (after five passes, or with fewer than 50 pages left), unless --max-downtime, --timeout
+/// or --on-timeout sets a target.
 ///
-/// On a Xen host, `xl save` does it, with xsr-save-helper: all of its options pass,
-/// --threads is for the helper, what else xl has not is refused. With --direct, no xl is needed: the domain is asked
-/// to suspend, saved to a bare libxc stream, and resumed or destroyed.
+/// On a Xen host this command runs `xl save` with xsr-save-helper. It passes all of xl's options
+/// on, gives --threads to the helper, and refuses options that xl does not have. With --direct it
+/// works without xl: it asks the domain to suspend, saves it to a bare libxc stream, and resumes
+/// or destroys it.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -178,16 +179,16 @@ pub(crate) struct SaveArgs {
     /// Leave the domain running afterwards
     #[arg(short = 'c', long)]
     pub(crate) checkpoint: bool,
-    /// Leave the domain there, but paused
+    /// Keep the domain, paused
     #[arg(short = 'p', long)]
     pub(crate) paused: bool,
     /// Save while the domain runs
     #[arg(long)]
     pub(crate) live: bool,
-    /// Save even where there is too little room for the image
+    /// Save even if there is too little space for the image
     #[arg(long)]
     pub(crate) force: bool,
-    /// On a Xen host: without xl and libxl, to a bare libxc stream (PV and PVH)
+    /// On a Xen host: save without xl and libxl, to a bare libxc stream (PV and PVH)
     #[arg(long)]
     pub(crate) direct: bool,
     #[command(flatten)]
@@ -209,14 +210,14 @@ pub(crate) struct SaveArgs {
 
 /// Restore a domain from an image, as `xl restore` does
 ///
-/// The image may be one of xl's, a libxl stream, or a bare libxc stream. A stream
-/// without configuration is read twice, to find out what the domain needs; from a pipe,
-/// --type, --vcpus and --memory must say it. Where restoring fails, the domain that was
-/// being built is destroyed.
+/// The image may be an xl image, a libxl stream, or a bare libxc stream. A stream without a
+/// configuration is read twice, to find out what the domain needs. If it comes from a pipe, give
+/// --type, --vcpus and --memory instead. If restoring fails, the unfinished domain is destroyed.
 ///
-/// On a Xen host, `xl restore` does it, with xsr-save-helper: all of its options pass,
-/// --threads is for the helper, what else xl has not is refused. With --direct, no xl is needed: the domain is made
-/// here, and connected to xenstore and its console; nothing else is.
+/// On a Xen host this command runs `xl restore` with xsr-save-helper. It passes all of xl's
+/// options on, gives --threads to the helper, and refuses options that xl does not have. With
+/// --direct it works without xl: it creates the domain and connects it to xenstore and its console,
+/// and to nothing else.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -231,22 +232,22 @@ pub(crate) struct RestoreArgs {
     /// Leave the domain paused
     #[arg(short = 'p', long)]
     pub(crate) paused: bool,
-    /// On a Xen host: without xl and libxl, a guest without devices (PV and PVH)
+    /// On a Xen host: restore without xl and libxl, a guest without devices (PV and PVH)
     #[arg(long)]
     pub(crate) direct: bool,
     #[command(flatten)]
     pub(crate) threads: ThreadsArg,
     #[command(flatten)]
     pub(crate) backend: BackendArg,
-    /// Restore a guest that has seen CPU features which this host lacks: it may crash when it uses
-    /// one (docs/cpu.md)
+    /// Restore even if this host lacks CPU features that the guest has seen. The guest may crash
+    /// when it uses one (docs/cpu.md)
     #[arg(long)]
     pub(crate) force: bool,
     /// Tolerate reserved fields that are not zero
     #[arg(long)]
     pub(crate) lenient: bool,
-    /// The domain's name; if the image says another, the domain is a clone and gets a new
-    /// UUID, too [default: what the image says, or that of FILE]
+    /// The domain's name. If the image has another name, the domain is a clone and also gets a
+    /// new UUID [default: the name in the image, or that of FILE]
     #[arg(long)]
     pub(crate) name: Option<String>,
     /// Restore from a mapped image (docs/mapped.md) whose index is missing or wrong
@@ -266,7 +267,7 @@ pub(crate) struct RestoreArgs {
     /// Print what was done as JSON (docs/json.md)
     #[arg(long)]
     pub(crate) json: bool,
-    /// Taken as xl takes it, without effect on a mock machine: do not wait for the domain's end
+    /// Accepted as by xl, without effect on a mock machine: do not wait for the domain's end
     #[arg(short = 'e')]
     pub(crate) no_monitor: bool,
     /// Likewise: debugging messages of xl
@@ -278,11 +279,10 @@ pub(crate) struct RestoreArgs {
     /// Likewise: attach to the domain's screen
     #[arg(short = 'V', long)]
     pub(crate) vncviewer: bool,
-    /// Likewise, and hand it the password
+    /// Likewise, and pass the password to the viewer
     #[arg(short = 'A', long)]
     pub(crate) vncviewer_autopass: bool,
-    /// The configuration that counts in the place of the image's, libxl's JSON or xl's own
-    /// format
+    /// A configuration that replaces the image's: libxl's JSON or xl's own format
     pub(crate) config: Option<PathBuf>,
     /// The image; `-` is stdin
     pub(crate) file: PathBuf,
@@ -290,8 +290,7 @@ pub(crate) struct RestoreArgs {
 
 /// Show what is in an image
 ///
-/// Headers, configuration, each record with its offset and the facts in it, and what
-/// they say of the guest.
+/// Headers, configuration, each record with its offset and contents, and a summary of the guest.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -304,12 +303,11 @@ pub(crate) struct InspectArgs {
     /// List every page entry (pfn and type)
     #[arg(long)]
     pub(crate) pages: bool,
-    /// Name what is in the blobs, field by field: registers, CPUID and MSR policies,
-    /// HVM context, shared_info, the emulators' xenstore data, the configuration
+    /// Decode the blobs field by field: registers, CPUID and MSR policies, HVM context,
+    /// shared_info, the emulators' xenstore data, the configuration
     #[arg(long)]
     pub(crate) fields: bool,
-    /// Show the contents of one page, and nothing else; of a mapped image (docs/mapped.md)
-    /// without reading the rest
+    /// Show only the contents of one page. In a mapped image (docs/mapped.md) nothing else is read
     #[arg(
         long,
         value_name = "PFN",
@@ -341,9 +339,9 @@ fn number(text: &str) -> Result<u64, String> {
 
 /// Check images against the format's rules
 ///
-/// One line for each file. The exit code is 2 if any of them is bad, else 1 if any
-/// could not be read. Of a mapped image (docs/mapped.md) the index is checked, too; with --deep
-/// every byte is read and compared with the digests, and damage is named by record and pfn.
+/// Prints one line for each file. The exit code is 2 if any file is bad, otherwise 1 if any
+/// could not be read. The index of a mapped image (docs/mapped.md) is checked, too. With --deep
+/// every byte is read and compared with the digests; damage is reported by record and pfn.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -351,7 +349,7 @@ Examples:
   xsr verify --deep web.mapped
   zstd -dc guest.save.zst | xsr verify -")]
 pub(crate) struct VerifyArgs {
-    /// Check every digest of a mapped image; of any other, say that there are none
+    /// Check every digest of a mapped image; report if the image has none
     #[arg(long, conflicts_with = "ignore_index")]
     pub(crate) deep: bool,
     /// Read a mapped image as a stream, without looking at its index
@@ -368,12 +366,11 @@ pub(crate) struct VerifyArgs {
     pub(crate) files: Vec<PathBuf>,
 }
 
-/// Say how two images differ in meaning
+/// Show how two images differ in meaning
 ///
-/// Headers, configuration, records, page types and contents, and the fields of
-/// start_info, shared_info, the vcpus, the HVM context and parameters by name. Of a
-/// page that comes more than once (a live save), the last version counts. Both images
-/// must be files.
+/// Compares headers, configuration, records, page types and contents, and, by name, the fields of
+/// start_info, shared_info, the vcpus, the HVM context and parameters. If a page occurs more than
+/// once (a live save), its last version counts. Both images must be files.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -381,7 +378,7 @@ Examples:
   xsr diff --after-restore original.save saved-again.save
   xsr diff --json before.save after.save | jq '.differences[].section'")]
 pub(crate) struct DiffArgs {
-    /// Take what a restore itself rewrites as expected (docs/images.md has the list)
+    /// Treat what every restore rewrites as expected (docs/images.md has the list)
     #[arg(long)]
     pub(crate) after_restore: bool,
     /// Tolerate reserved fields that are not zero
@@ -396,9 +393,9 @@ pub(crate) struct DiffArgs {
     pub(crate) b: PathBuf,
 }
 
-/// See it work: domains on a mock machine, saved, verified, restored, compared
+/// See it work: save, verify, restore and compare domains on a mock machine
 ///
-/// Needs no Xen and no privileges. Leaves nothing behind.
+/// Needs no Xen and no privileges. Removes everything that it creates.
 #[derive(Debug, Args)]
 pub(crate) struct DemoArgs {
     /// Print JSON (docs/json.md)
@@ -411,7 +408,7 @@ const TARGET: &str = "When to suspend the domain";
 /// When a live save suspends its domain, as a target.
 #[derive(Clone, Copy, Debug, Args)]
 pub(crate) struct TargetArgs {
-    /// Suspend the domain once the rest can be sent in so many milliseconds [default: 300]
+    /// Suspend the domain once the rest can be sent within MS milliseconds [default: 300]
     #[arg(
         long,
         value_name = "MS",
@@ -419,10 +416,10 @@ pub(crate) struct TargetArgs {
         help_heading = TARGET
     )]
     pub(crate) max_downtime: Option<u32>,
-    /// Begin no pass over the running domain's memory after so many seconds [default: 300]
+    /// Begin no further pass over the running domain's memory after S seconds [default: 300]
     #[arg(long, value_name = "S", help_heading = TARGET)]
     pub(crate) timeout: Option<u32>,
-    /// What to do then [default: stop-copy]
+    /// What to do when --timeout has passed [default: stop-copy]
     #[arg(long, value_name = "WHAT", help_heading = TARGET)]
     pub(crate) on_timeout: Option<OnTimeoutArg>,
 }
@@ -446,7 +443,7 @@ pub(crate) enum OnTimeoutArg {
 /// How many threads.
 #[derive(Clone, Copy, Debug, Args)]
 pub(crate) struct ThreadsArg {
-    /// Threads to work with [default: what the machine has]
+    /// Number of threads [default: one per processor]
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<NonZeroUsize>,
 }

@@ -166,7 +166,7 @@ pub(crate) fn reach_or_create(directory: &Path) -> Result<Reached> {
 fn opened(host: Result<MockHost, MockError>) -> Result<MockHost> {
     match host {
         Err(e @ MockError::Occupied { .. }) => {
-            bail!("{e}, and is no mock machine; name another directory")
+            bail!("{e}, and is not a mock machine; name another directory")
         }
         other => Ok(other?),
     }

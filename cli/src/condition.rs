@@ -109,7 +109,7 @@ impl Condition {
             ),
             Self::Gone => format!("{name} has been destroyed here, and runs nowhere"),
             Self::Unknown(error) => {
-                format!("what {name} does here could not be found out ({error})")
+                format!("the state of {name} here could not be determined ({error})")
             }
         }
     }

@@ -191,7 +191,7 @@ impl Interrupt {
             .name("connect".to_owned())
             .spawn(move || {
                 if done.send(call()).is_err() {
-                    tracing::debug!("connected, but nobody waits for it any more");
+                    tracing::debug!("connected, but too late: the attempt had been given up");
                 }
             })?;
         let until = Instant::now().checked_add(limit);

@@ -271,7 +271,9 @@ pub(crate) fn describe() -> (Vec<String>, bool) {
                     said.push(state.words);
                 }
                 Some(None) => {}
-                None => said.push("the domain's state could not be asked: look at it".to_owned()),
+                None => {
+                    said.push("the domain's state could not be determined: check it".to_owned())
+                }
             },
         }
     }

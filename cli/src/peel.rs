@@ -332,7 +332,7 @@ fn legacy_guest(kind: GuestKind) -> LegacyGuest {
 fn nothing_behind(layer: &str, before: u64) -> Error {
     /// The shortest that could follow: the header of a libxl stream.
     const NEEDED: u64 = 16;
-    let what = format!("the file ends behind the {layer} header (byte {before})");
+    let what = format!("the file ends after the {layer} header (byte {before})");
     let position = Position {
         place: Place::LibxlHeader,
         offset: before,
@@ -440,9 +440,7 @@ fn warnings(summary: &Summary) -> Vec<String> {
     }
     if summary.unknown_blocks > 0 {
         let blocks = Count(summary.unknown_blocks, "block");
-        out.push(format!(
-            "{blocks} of extended info left out that nobody knows"
-        ));
+        out.push(format!("{blocks} of unknown extended info left out"));
     }
     out
 }

@@ -249,7 +249,7 @@ impl Listener {
                 umask(before);
                 let listener = match bound {
                     Err(e) if e.kind() == io::ErrorKind::AddrInUse => bail!(
-                        "{} is there already; if nobody listens on it, remove it",
+                        "{} exists already; if no process listens on it, remove it",
                         path.display()
                     ),
                     other => other.with_context(|| path.display().to_string())?,

@@ -208,6 +208,6 @@ pub(crate) fn trailing(bytes: u64, behind: &Behind) -> Option<Warning> {
         _ => "",
     };
     Some(Warning(format!(
-        "{count} behind the end of the image (at byte {bytes:#x}) are not part of it{what}"
+        "{count} after the end of the image (at byte {bytes:#x}) are not part of it{what}"
     )))
 }

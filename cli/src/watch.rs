@@ -307,7 +307,7 @@ impl Lines {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
-                    tracing::info!(%error, "nobody reads the progress any more");
+                    tracing::info!(%error, "the reader of the progress has gone");
                     self.out = None;
                 }
             }

@@ -169,7 +169,7 @@ pub enum LayoutError {
     },
     /// The stream has the mapped layout, but nothing is behind it, or a trailer without its end.
     #[error(
-        "page data is mapped, but the index and footer that belong behind the image, from byte {image_end:#x} on, are {}: the file was cut off, or was never finished",
+        "page data is mapped, but the index and footer that belong after the image, from byte {image_end:#x} on, are {}: the file was cut off, or was never finished",
         match trailer { true => "incomplete", false => "missing" }
     )]
     FooterMissing {

@@ -242,7 +242,7 @@ fn watch(mut child: Child, job: u32, log: &Path) -> Result<Stats> {
         match found {
             true => bail!(
                 "an input fails: it is below fuzz/artifacts, `--input FILE` runs it again, \
-                 and all that was said of it is in {name}"
+                 and its output is in {name}"
             ),
             false => bail!("the fuzzer failed ({status}); what it said is in {name}"),
         }

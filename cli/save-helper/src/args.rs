@@ -17,17 +17,17 @@ libxl starts it where LIBXL_SAVE_HELPER is set to its path.";
 
 /// The environment, for `--help`.
 const ENVIRONMENT: &str = "\
-Stands in for Xen's libxl-save-helper: xl and libvirt save, restore and migrate domains with
-xsr's engine then, for example:
+A replacement for Xen's libxl-save-helper, with which xl and libvirt save, restore and migrate
+domains by xsr's engine. For example:
 
   LIBXL_SAVE_HELPER=/usr/bin/xsr-save-helper xl save web web.save
 
 Environment:
-  XSR_THREADS       how many threads to work with (default: as many as there are processors)
-  XSR_MAX_DOWNTIME  suspend a domain that is saved live once the rest can be sent in so many
+  XSR_THREADS       number of threads (default: one per processor)
+  XSR_MAX_DOWNTIME  live: suspend the domain once the rest can be sent within this many
                     milliseconds
-  XSR_TIMEOUT       begin no pass over its memory after so many seconds
-  XSR_ON_TIMEOUT    what to do then: stop-copy (default) or cancel";
+  XSR_TIMEOUT       live: begin no further pass over its memory after this many seconds
+  XSR_ON_TIMEOUT    what to do when XSR_TIMEOUT has passed: stop-copy (default) or cancel";
 
 /// A parsed command line.
 #[derive(Clone, Debug, PartialEq, Eq)]

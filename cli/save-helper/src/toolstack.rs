@@ -89,7 +89,7 @@ const CHECKPOINT: &str = "dealing with a checkpoint";
 
 impl CheckpointToolstack for Libxl<'_> {
     fn postcopy(&mut self) -> Result<(), ToolstackError> {
-        const WHAT: &str = "letting the guest run on behind a checkpoint";
+        const WHAT: &str = "letting the guest run on after a checkpoint";
         self.expect(WHAT, number::POSTCOPY)?;
         check(WHAT, self.wire.postcopy(), |answer| answer > 0)?;
         match &mut self.guest {

@@ -7,15 +7,15 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, ValueEnum};
 
-/// Convert an image to today's form: version 3, little endian
+/// Convert an image to the current form: version 3, little endian
 ///
-/// Reads everything: legacy images (Xen 4.5 and earlier), version 2, big endian, images of
-/// libvirt, xapi and xend, compressed ones. It is a filter too: `-` is stdin and stdout. Under
-/// the name convert-legacy-stream it takes the arguments of Xen's script of that name.
+/// Reads legacy images (Xen 4.5 and earlier), version 2, big endian, images of libvirt, xapi and
+/// xend, and compressed ones. It also works as a filter: `-` is stdin or stdout. Under the name
+/// convert-legacy-stream it takes the arguments of Xen's script of that name.
 ///
 /// With --layout mapped, page data is at multiples of 4096 in the file, zero pages are holes, and
-/// behind the image are an index and digests (docs/mapped.md). Stock tools read such an image as
-/// any other.
+/// an index and digests follow the image (docs/mapped.md). Stock tools read such an image like any
+/// other.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -25,16 +25,17 @@ Examples:
   zcat old.save.gz | xsr convert - -o - | ssh host xl restore /dev/stdin
   LIBXL_CONVERT_HELPER=/usr/lib/xsr/convert-legacy-stream xl restore old.save")]
 pub(crate) struct ConvertArgs {
-    /// What to make [default: what it was; of another toolstack's image, a libxl stream]
+    /// The kind of image to write [default: the same kind; for another toolstack's image, a libxl
+    /// stream]
     #[arg(long, value_name = "LAYER")]
     pub(crate) to: Option<ConvertTo>,
     /// Where page data lies in the file
     #[arg(long, value_name = "LAYOUT", default_value = "stream")]
     pub(crate) layout: ConvertLayout,
-    /// For mapped: write zero pages out, instead of holes
+    /// For mapped: write zero pages instead of holes
     #[arg(long)]
     pub(crate) no_sparse: bool,
-    /// For mapped: a digest for each page, too (16 bytes)
+    /// For mapped: also write a digest for each page (16 bytes)
     #[arg(long)]
     pub(crate) page_digests: bool,
     /// Read a mapped image as a stream, without looking at its index
@@ -43,10 +44,10 @@ pub(crate) struct ConvertArgs {
     /// The configuration for an xl image: libxl's JSON, in a file [default: found in the image]
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
-    /// What a legacy image holds [default: found out]
+    /// The kind of guest in a legacy image [default: detected]
     #[arg(long, value_name = "TYPE")]
     pub(crate) guest: Option<LegacyGuestArg>,
-    /// Width of the toolstack that wrote a legacy image [default: found out]
+    /// Width of the toolstack that wrote a legacy image [default: detected]
     #[arg(long, value_name = "BITS")]
     pub(crate) width: Option<WidthArg>,
     /// Tolerate reserved fields that are not zero
@@ -64,7 +65,7 @@ pub(crate) struct ConvertArgs {
     pub(crate) file: PathBuf,
 }
 
-/// What stands around a stream.
+/// The wrappers around a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ConvertTo {
     /// A bare libxc stream
@@ -78,7 +79,7 @@ pub(crate) enum ConvertTo {
 /// Where page data lies in an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ConvertLayout {
-    /// One record behind the other, as Xen writes them
+    /// One record after the other, as Xen writes them
     Stream,
     /// At multiples of 4096, with an index; for files
     Mapped,
@@ -146,12 +147,12 @@ pub(crate) enum ScriptFormat {
     Libxl,
 }
 
-/// Take a guest's memory out of an image
+/// Extract a guest's memory from an image
 ///
-/// Of a page that comes more than once (a live save), the last version counts. elf is the
-/// layout of `xl dump-core`, with the list of pages and the vcpus' registers, which crash
-/// and volatility3 open; gdb is a core with the memory at the addresses where the guest's
-/// kernel has it, each vcpu a thread; raw is physical memory, each page at its own address.
+/// If a page occurs more than once (a live save), its last version counts. The formats are: elf,
+/// the layout of `xl dump-core`, with the list of pages and the vcpus' registers, for crash and
+/// volatility3; gdb, a core with the memory at the addresses of the guest's kernel and a thread
+/// for each vcpu; raw, physical memory with each page at its own address.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -159,20 +160,20 @@ Examples:
   xsr export --format gdb guest.save -o guest.gdb && gdb vmlinux guest.gdb -ex bt
   xsr export --format raw guest.save -o guest.mem")]
 pub(crate) struct ExportArgs {
-    /// What to make
+    /// The format of OUT
     #[arg(long, value_name = "FORMAT", default_value = "elf")]
     pub(crate) format: ExportFormat,
-    /// For raw: leave holes where there is no page, or one of zeros [default for a file]
+    /// For raw: leave holes for absent pages and pages of zeros [default for a file]
     #[arg(long, overrides_with = "no_sparse")]
     pub(crate) sparse: bool,
-    /// For raw: write zeros where there is no page
+    /// For raw: write zeros for absent pages
     #[arg(long)]
     pub(crate) no_sparse: bool,
-    /// For elf of a PV guest: list pfns alone, as of a translated guest; volatility3 wants
-    /// that, crash the list of pfns and gmfns that is written otherwise
+    /// For elf of a PV guest: list only pfns, as for a translated guest. volatility3 needs this;
+    /// crash needs the default, a list of pfns and gmfns
     #[arg(long)]
     pub(crate) pfn_list: bool,
-    /// For gdb: whose page tables say where memory is [default: 0]
+    /// For gdb: the vcpu whose page tables map the memory [default: 0]
     #[arg(long, value_name = "N")]
     pub(crate) vcpu: Option<u32>,
     /// Tolerate reserved fields that are not zero
@@ -216,7 +217,7 @@ pub(crate) enum ExportFormat {
     Raw,
 }
 
-/// Change the configuration in an image, drop or add optional records
+/// Change the configuration in an image, or drop or add optional records
 ///
 /// The guest's memory and state stay as they are, byte for byte.
 #[derive(Debug, Args)]
@@ -227,13 +228,13 @@ Examples:
   xsr edit --config new.json web.save -o web2.save
   xsr edit --drop 0x80000001 --add 0x80000002:note.bin web.save -o web2.save")]
 pub(crate) struct EditArgs {
-    /// The domain's name: not digits alone, not Domain-0, without / and control characters
+    /// The domain's name: not only digits, not Domain-0, without / and control characters
     #[arg(long)]
     pub(crate) name: Option<String>,
-    /// The domain's UUID: not the null one, which is the control domain's
+    /// The domain's UUID: not the null UUID, which is the control domain's
     #[arg(long)]
     pub(crate) uuid: Option<String>,
-    /// All of the configuration: libxl's JSON, in a file (xsr cat --layer config has it)
+    /// The whole configuration: libxl's JSON, in a file (xsr cat --layer config prints it)
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
     /// Drop the optional records of this type (bit 31 set)
@@ -283,18 +284,19 @@ pub(crate) enum CatLayer {
     Libxc,
     /// The stream of libxl
     Libxl,
-    /// All that xl wrote
+    /// Everything that xl wrote
     Xl,
-    /// The configuration alone: JSON or text of xl, XML of libvirt, what xend or xapi kept
+    /// Only the configuration: xl's JSON or text, libvirt's XML, or what xend or xapi stored
     #[value(alias = "xml", alias = "json")]
     Config,
 }
 
-/// Write an image without what stands around it, to stdout or a file
+/// Write an image without its wrappers, to stdout or a file
 ///
-/// Compressions, the headers of xl, libvirt and xapi go; the stream inside stays as it is,
-/// byte for byte. (A legacy stream, which nobody reads any more, is converted. Of a mapped
-/// image, padding and index go, too: what is left is the stream that a plain save writes.)
+/// Removes compression and the headers of xl, libvirt and xapi, and keeps the stream inside byte
+/// for byte. There are two exceptions: a legacy stream is converted, because current tools do not
+/// read it, and a mapped image also loses its padding and index, so that the result is the stream
+/// that a plain save writes.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:

@@ -19,8 +19,8 @@ pub(crate) const VARIABLE: &str = "XSR_BACKEND";
 /// Which hypervisor.
 #[derive(Debug, Args)]
 pub(crate) struct BackendArg {
-    /// The hypervisor: `auto`, `xen` (the one this runs on, through xl) or `mock:DIR`
-    /// [default: what XSR_BACKEND says, or auto]
+    /// The hypervisor: `auto`, `xen` (this host's, through xl) or `mock:DIR`
+    /// [default: XSR_BACKEND, or auto]
     #[arg(id = "backend", long = "backend", value_name = "BACKEND")]
     given: Option<Backend>,
     /// The mock machine in this directory: the same as --backend mock:DIR
@@ -39,10 +39,10 @@ pub(crate) struct BackendArg {
 /// Which mock machine.
 #[derive(Debug, Args)]
 pub(crate) struct MockHostArg {
-    /// The directory that is the mock machine [default: what XSR_BACKEND says]
+    /// The directory that is the mock machine [default: XSR_BACKEND]
     #[arg(id = "machine", long = "host", value_name = "DIR")]
     machine: Option<PathBuf>,
-    /// The same as --host DIR, as other commands take it
+    /// The same as --host DIR, in the form of other commands
     #[arg(
         id = "backend",
         long = "backend",
@@ -75,7 +75,7 @@ impl FromStr for Backend {
         match text.split_once(':') {
             None if text == "auto" => Ok(Self::Auto),
             None if text == "xen" => Ok(Self::Xen),
-            Some(("mock", "")) => Err("mock: wants a directory behind the colon".to_owned()),
+            Some(("mock", "")) => Err("expected a directory after `mock:`".to_owned()),
             Some(("mock", dir)) => Ok(Self::Mock(PathBuf::from(dir))),
             Some(("mock-xen", dir)) if !dir.is_empty() => Ok(Self::MockXen(PathBuf::from(dir))),
             _ => Err("expected `auto`, `xen` or `mock:DIR`".to_owned()),

@@ -13,21 +13,21 @@ use super::{BackendArg, MemorySize, ProgressArg, TargetArgs, ThreadsArg};
 
 /// Move a domain to another host, as `xl migrate` does
 ///
-/// HOST is a name for ssh, where `xsr migrate-receive` is run, or what one that listens
-/// was told: `unix:PATH`, `tcp:ADDRESS:PORT`. The domain runs here until its memory is
-/// over there; then it is suspended, the rest is sent, and it runs there. Whatever fails
-/// before that, it runs on here.
+/// HOST is a host name for ssh, which runs `xsr migrate-receive` there, or the address of a
+/// receiver that listens: `unix:PATH`, `tcp:ADDRESS:PORT`. The domain runs here while its memory is
+/// sent. Then it is suspended, the rest is sent, and it runs on HOST. If anything fails before
+/// that, it runs on here.
 ///
-/// Where the connection breaks after the other end has been told to run the domain, and
-/// before it has said that it does, nobody can know at this end. The domain stays here,
-/// suspended, as DOMAIN--migratedaway; what to do is printed, and in docs/migration.md.
-/// The exit code is 3.
+/// If the connection breaks after this host has told HOST to run the domain, but before HOST has
+/// reported that it does, this host cannot know which is true. The domain stays here, suspended,
+/// as DOMAIN--migratedaway. The command prints what to do (see docs/migration.md) and exits
+/// with code 3.
 ///
-/// On a Xen host, `xl migrate` does it, with xsr-save-helper: all of its options pass;
-/// --threads, --max-downtime, --timeout and --on-timeout are for the helper, which without the
-/// last three suspends the domain by Xen's own rule (after five passes, or with fewer than 50
-/// dirty pages); what else xl has not is refused. It runs `xl migrate-receive` on the other
-/// host; `-s '' DOMAIN 'ssh HOST xsr migrate-receive'` runs another command.
+/// On a Xen host this command runs `xl migrate` with xsr-save-helper. It passes all of xl's
+/// options on, gives --threads, --max-downtime, --timeout and --on-timeout to the helper, and
+/// refuses options that xl does not have. Without a target the helper suspends the domain by Xen's
+/// own rule (after five passes, or with fewer than 50 dirty pages). xl runs `xl migrate-receive` on
+/// HOST; `-s '' DOMAIN 'ssh HOST xsr migrate-receive'` runs another command.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -38,7 +38,7 @@ Examples:
   xsr migrate --backend mock:/tmp/lab web unix:/tmp/migrate.sock
   xsr migrate --backend mock:/tmp/lab -s '' web 'xsr migrate-receive --backend mock:/tmp/b'")]
 pub(crate) struct MigrateArgs {
-    /// Migrate while the domain runs: what is done anyway
+    /// Migrate while the domain runs (the default)
     #[arg(long, overrides_with = "no_live")]
     pub(crate) live: bool,
     /// Suspend the domain first
@@ -47,17 +47,17 @@ pub(crate) struct MigrateArgs {
     /// Leave the domain paused on the other host
     #[arg(short = 'p')]
     pub(crate) paused: bool,
-    /// Send all memory a second time at the end, for the other end to compare
+    /// Send all memory again at the end, so that the receiver can compare it
     #[arg(long)]
     pub(crate) debug: bool,
     #[command(flatten)]
     pub(crate) target: TargetArgs,
-    /// Pass --force on: take the guest there though HOST lacks CPU features that it has seen. A
-    /// receiver that listens has to be given it itself
+    /// Pass --force to the receiver, which then accepts the guest even if HOST lacks CPU features
+    /// that the guest has seen. A receiver that listens needs the option itself
     #[arg(long)]
     pub(crate) force: bool,
-    /// Give HOST up when it has not answered, or has taken nothing, for so many seconds; while the
-    /// domain is suspended HOST also has to take 1 MiB/s on average after that time
+    /// Give up if HOST has not answered, or has accepted no data, for S seconds. While the domain
+    /// is suspended, HOST must also accept 1 MiB/s on average after that time
     #[arg(
         long,
         value_name = "S",
@@ -76,22 +76,22 @@ pub(crate) struct MigrateArgs {
     /// Print what was done as JSON (docs/json.md)
     #[arg(long)]
     pub(crate) json: bool,
-    /// Of xl, refused: another configuration
+    /// xl's option, refused: another configuration
     #[arg(short = 'C', value_name = "CONFIG", hide = true)]
     pub(crate) config: Option<OsString>,
-    /// Of xl, refused: the same number there
+    /// xl's option, refused: keep the domain's number
     #[arg(short = 'D', hide = true)]
     pub(crate) preserve_domid: bool,
     /// Name or number of the domain
     pub(crate) domain: String,
-    /// Where to
+    /// The destination
     pub(crate) host: String,
 }
 
 /// How the other host is reached.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct ConnectionArgs {
-    /// What to run instead of ssh, through sh; if empty, HOST is the whole command
+    /// The command to run instead of ssh, through sh; if empty, HOST is the whole command
     #[arg(
         short = 's',
         value_name = "COMMAND",
@@ -99,7 +99,7 @@ pub(crate) struct ConnectionArgs {
         help_heading = "Connection"
     )]
     pub(crate) ssh: String,
-    /// What to run on HOST
+    /// The command to run on HOST
     #[arg(
         long,
         value_name = "COMMAND",
@@ -112,15 +112,14 @@ pub(crate) struct ConnectionArgs {
     pub(crate) no_wait: bool,
 }
 
-/// Take a domain that another host sends, as `xl migrate-receive` does
+/// Receive a domain from another host, as `xl migrate-receive` does
 ///
-/// Run by `xsr migrate` or `xl migrate` on the other host, through ssh; then it speaks
-/// with it on stdin and stdout. With --listen it waits for one migration, takes it and
-/// ends. With -r it is the other end of `xsr remus` or `xl remus`, with
-/// --colo that of `remus -c`. Nobody is asked for a password and nothing is encrypted there: keep such a
-/// socket where only those can reach it who may.
+/// `xsr migrate` or `xl migrate` on the other host starts this command through ssh and talks to it
+/// over stdin and stdout. With --listen it waits for one migration, receives it and ends. With -r
+/// it is the receiver for `xsr remus` or `xl remus`, with --colo for `remus -c`. A socket has no
+/// password and no encryption: keep it where only authorised users can connect.
 ///
-/// On a Xen host, `xl migrate-receive` does it, with xsr-save-helper.
+/// On a Xen host this command runs `xl migrate-receive` with xsr-save-helper.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -130,22 +129,23 @@ pub(crate) struct ReceiveArgs {
     /// Leave the domain paused
     #[arg(short = 'p')]
     pub(crate) paused: bool,
-    /// Take a guest that has seen CPU features which this host lacks: it may crash when it uses one
-    /// (docs/cpu.md)
+    /// Accept the guest even if this host lacks CPU features that the guest has seen. The guest may
+    /// crash when it uses one (docs/cpu.md)
     #[arg(long)]
     pub(crate) force: bool,
-    /// Wait here for one migration: `unix:PATH` or `tcp:ADDRESS:PORT` (0: any free one)
+    /// Wait at this address for one migration: `unix:PATH` or `tcp:ADDRESS:PORT` (port 0: any free
+    /// port)
     #[arg(long, value_name = "WHERE")]
     pub(crate) listen: Option<Endpoint>,
-    /// Stand by for a domain that `remus` protects: run its last checkpoint once the other
+    /// Receive the checkpoints of a domain that `remus` protects, and run the last one if the other
     /// host is lost
     #[arg(short = 'r', group = "standing_by", conflicts_with = "colo")]
     pub(crate) remus: bool,
-    /// The same for `remus -c`: the domain runs here, too, and each checkpoint makes it what
-    /// it is there
+    /// The same for `remus -c`: the domain also runs here, and each checkpoint replaces its state
+    /// by that of the other host
     #[arg(long, group = "standing_by")]
     pub(crate) colo: bool,
-    /// With --colo: have a mock guest write to so many pages a second here
+    /// With --colo: let a mock guest write to PAGES pages a second here
     #[arg(
         long,
         value_name = "PAGES",
@@ -153,16 +153,15 @@ pub(crate) struct ReceiveArgs {
         value_parser = clap::value_parser!(u32).range(1..)
     )]
     pub(crate) dirty_rate: Option<u32>,
-    /// With -r or --colo: keep so much of a checkpoint in memory until it is complete, and
-    /// what is more in a temporary file [default: 64M]
+    /// With -r or --colo: keep up to SIZE of a checkpoint in memory until it is complete, and the
+    /// rest in a temporary file [default: 64M]
     #[arg(long, value_name = "SIZE", requires = "standing_by")]
     pub(crate) checkpoint_memory: Option<MemorySize>,
-    /// With -r or --colo: let that file have no more than this [default: all of the domain's
-    /// memory, and 64M]
+    /// With -r or --colo: the largest size of that file [default: the domain's memory and 64M]
     #[arg(long, value_name = "SIZE", requires = "standing_by")]
     pub(crate) checkpoint_file: Option<MemorySize>,
-    /// Give the sender up, and destroy what is here, when it has sent nothing for so many seconds;
-    /// with -r or --colo until the first checkpoint is complete
+    /// Give up, and destroy the unfinished domain, if the sender has sent nothing for S seconds;
+    /// with -r or --colo only until the first checkpoint is complete
     #[arg(
         long,
         value_name = "S",
@@ -179,19 +178,19 @@ pub(crate) struct ReceiveArgs {
     /// Print what was done as JSON (docs/json.md)
     #[arg(long, requires = "listen")]
     pub(crate) json: bool,
-    /// Of xl: do not wait for the domain's end, which is what is done anyway
+    /// xl's option, always on: do not wait for the domain's end
     #[arg(short = 'e', hide = true)]
     pub(crate) no_wait: bool,
-    /// Of xl: stay in the foreground, which is what is done anyway
+    /// xl's option, always on: stay in the foreground
     #[arg(short = 'F', hide = true)]
     pub(crate) foreground: bool,
-    /// Of xl: say more, as -v
+    /// xl's option: print more, as -v
     #[arg(short = 'd', hide = true)]
     pub(crate) debug: bool,
-    /// Of xl: what compares what both guests send out, which a mock guest does not
+    /// xl's option: the script that compares the output of both guests; a mock guest has none
     #[arg(long, hide = true, value_name = "SCRIPT", requires = "colo")]
     pub(crate) coloft_script: Option<OsString>,
-    /// Of xl: the same in a process
+    /// xl's option: compare it in a process
     #[arg(long, hide = true, requires = "colo")]
     pub(crate) userspace_colo_proxy: bool,
 }
@@ -210,13 +209,13 @@ impl FromStr for Endpoint {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         match text.split_once(':') {
-            Some(("unix", "")) => Err("unix: wants a path behind the colon".to_owned()),
+            Some(("unix", "")) => Err("expected a path after `unix:`".to_owned()),
             Some(("unix", path)) => Ok(Self::Unix(PathBuf::from(path))),
             Some(("tcp", rest)) => match rest.rsplit_once(':') {
                 Some((address, port)) if !address.is_empty() && port.parse::<u16>().is_ok() => {
                     Ok(Self::Tcp(rest.to_owned()))
                 }
-                _ => Err("tcp: wants ADDRESS:PORT behind the colon".to_owned()),
+                _ => Err("expected ADDRESS:PORT after `tcp:`".to_owned()),
             },
             _ => Err("expected unix:PATH or tcp:ADDRESS:PORT".to_owned()),
         }

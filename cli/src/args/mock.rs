@@ -4,7 +4,7 @@ use clap::{Args, Subcommand, ValueEnum};
 
 use super::{MemorySize, MockHostArg};
 
-/// Make and look after the domains of a mock machine
+/// Create and manage the domains of a mock machine
 ///
 /// A mock machine is a directory. Its domains have real memory, page tables and
 /// registers, and outlive the command.
@@ -21,25 +21,25 @@ pub(crate) enum MockCommand {
     List(MockListArgs),
     Show(MockShowArgs),
     Workload(MockWorkloadArgs),
-    /// Pause a domain: it does not run until it is unpaused as often
+    /// Pause a domain; it runs again after as many unpauses
     Pause(MockDomainArgs),
     /// Undo one pause
     Unpause(MockDomainArgs),
     /// Let a suspended domain run on
     ///
-    /// For a domain that a save or migration left suspended because it was killed, or
-    /// because the other end did not say whether it has it. Never while the same domain
-    /// runs elsewhere.
+    /// For a domain that a save or migration left suspended, because it was killed or because the
+    /// receiver did not report whether it has the domain. Never resume a domain that runs
+    /// elsewhere.
     Resume(MockDomainArgs),
     Rename(MockRenameArgs),
     /// Destroy a domain
     Destroy(MockDomainArgs),
 }
 
-/// Make a mock machine without a domain
+/// Create a mock machine without a domain
 ///
-/// The other commands make one by themselves where there is none. This one is for a machine with
-/// another processor than the usual one.
+/// Other commands create one if needed. This command is for a machine with a processor other than
+/// the default.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -48,8 +48,7 @@ Examples:
 pub(crate) struct MockNewHostArgs {
     #[command(flatten)]
     pub(crate) host: MockHostArg,
-    /// Features that its processor has beside the usual ones (+NAME) or lacks (-NAME), by Xen's
-    /// names
+    /// CPU features to add to the default (+NAME) or to remove (-NAME), by Xen's names
     #[arg(
         long,
         value_name = "FEATURES",
@@ -59,9 +58,9 @@ pub(crate) struct MockNewHostArgs {
     pub(crate) cpu: String,
 }
 
-/// Make a domain, filled with a seeded pattern
+/// Create a domain, filled with a seeded pattern
 ///
-/// The same options make the same domain. The directory is made where there is none.
+/// The same options create the same domain. The directory is created if it does not exist.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -79,7 +78,7 @@ pub(crate) struct MockCreateArgs {
     /// Virtual CPUs
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=8192))]
     pub(crate) vcpus: u32,
-    /// What the pattern in its memory grows from
+    /// Seed of the pattern in its memory
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) seed: u64,
     #[command(flatten)]
@@ -139,13 +138,13 @@ pub(crate) struct MockRenameArgs {
     pub(crate) name: String,
 }
 
-/// Say what a domain does while a command works on it
+/// Set what a domain does while a command works on it
 ///
-/// Nothing runs on a mock machine between two commands. While one saves or migrates a
-/// domain, the domain writes to its memory as it was told here. Without --dirty-rate
-/// it does nothing. What was said stays with the machine: a domain that is restored or
-/// migrated elsewhere does nothing there until it is told to. A command that is at work on the
-/// domain now goes on as it began.
+/// Nothing runs on a mock machine between two commands. While a command saves or migrates a
+/// domain, the domain writes to its memory as set here; without --dirty-rate it does nothing. The
+/// setting stays with the machine: a domain that is restored or migrated elsewhere does nothing
+/// there until it gets a setting of its own. A command that is already working on the domain is not
+/// affected.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Example:
@@ -167,7 +166,7 @@ const WORKLOAD: &str = "What the guest does while it is saved or migrated";
 /// What a guest does.
 #[derive(Clone, Copy, Debug, Args)]
 pub(crate) struct WorkloadArgs {
-    /// Write to so many pages a second, chosen at random [default: none]
+    /// Write to PAGES pages a second, chosen at random [default: none]
     #[arg(
         long,
         value_name = "PAGES",
@@ -175,10 +174,10 @@ pub(crate) struct WorkloadArgs {
         help_heading = WORKLOAD
     )]
     pub(crate) dirty_rate: Option<u32>,
-    /// The memory it writes to [default: 16M, or all it has]
+    /// The memory it writes to [default: 16M, or all of it]
     #[arg(long, value_name = "SIZE", requires = "dirty_rate", help_heading = WORKLOAD)]
     pub(crate) working_set: Option<MemorySize>,
-    /// Of 1000 operations, how many change page tables (PV)
+    /// How many of 1000 operations change page tables (PV)
     #[arg(
         long,
         value_name = "N",
@@ -187,7 +186,7 @@ pub(crate) struct WorkloadArgs {
         help_heading = WORKLOAD
     )]
     pub(crate) page_tables: u16,
-    /// Of 1000 operations, how many give a page back to the machine or take one
+    /// How many of 1000 operations return a page to the machine or take one from it
     #[arg(
         long,
         value_name = "N",
@@ -196,10 +195,10 @@ pub(crate) struct WorkloadArgs {
         help_heading = WORKLOAD
     )]
     pub(crate) balloon: u16,
-    /// Shut down by itself in the end
+    /// Shut down by itself after --after operations
     #[arg(long, value_name = "REASON", requires = "dirty_rate", help_heading = WORKLOAD)]
     pub(crate) shut_down: Option<MockEnd>,
-    /// After so many operations
+    /// The number of operations before it shuts down
     #[arg(
         long,
         value_name = "N",

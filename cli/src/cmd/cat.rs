@@ -133,7 +133,7 @@ fn configuration(args: &CatArgs, input: &Input, sink: &mut Sink<'_>) -> Result<(
             match header.as_ref().and_then(XlHeader::config) {
                 Some(config) => config.strip_suffix(&[0]).unwrap_or(config).to_vec(),
                 None => {
-                    let why = format!("{}: there is no configuration in it", input.name);
+                    let why = format!("{}: it contains no configuration", input.name);
                     return Err(Error::new(BadUsage(why)));
                 }
             }
@@ -160,7 +160,7 @@ fn cat(args: &CatArgs, wanted: Layer, input: &Input, sink: &mut Sink<'_>) -> Res
         _ => Layer::Libxc,
     };
     if wanted > has {
-        let why = "there is no such layer in the image: convert --to puts one around it";
+        let why = "the image has no such layer: convert --to adds one";
         return Err(Error::new(BadUsage(why.to_owned())));
     }
     while let Some(step) = walk.next_step()? {

@@ -394,7 +394,7 @@ fn convert_legacy(
         // Cheap, because page contents are skipped: finds out which checkpoints are complete.
         let found = survey(&input.file, options)?;
         if let Some(why) = &found.incomplete {
-            tracing::warn!("the checkpoint behind the last complete one is cut off: {why}");
+            tracing::warn!("the checkpoint after the last complete one is cut off: {why}");
         }
         options.checkpoints = Checkpoints::UpTo(found.complete);
         input.file.seek(SeekFrom::Start(options.offset))?;

@@ -135,8 +135,8 @@ pub(crate) fn run(args: &DemoArgs, terminal: &Terminal) -> Result<Code> {
     );
     writeln!(
         out,
-        "\nEvery domain came back on the other machine. Of {} pages none differs, but for what \
-         a restore itself rewrites (docs/images.md).\nSaved {} in {saving}, restored in \
+        "\nEvery domain came back on the other machine. All {} pages are identical, except those \
+         that a restore always rewrites (docs/images.md).\nSaved {} in {saving}, restored in \
          {restoring}; {:.1} s in all.",
         totals.compared,
         size(totals.bytes),
@@ -305,7 +305,7 @@ impl Demo<'_> {
         let comparison = diff::files(&image, &again, self.terminal)?;
         if comparison.differ() {
             bail!(
-                "{name} came back with differences: that must not be. See them with \
+                "{name} came back with differences: this is a bug in xsr. To see the differences, use \
                  `xsr diff --after-restore` after saving, restoring and saving such a domain"
             );
         }

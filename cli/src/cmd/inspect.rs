@@ -325,7 +325,7 @@ impl Inspection {
                     bytes: record.body.len(),
                 }),
                 // The format leaves the context to Xen, so this does not make the image bad.
-                Err(e) => tracing::warn!("{e}; what comes behind is left out"),
+                Err(e) => tracing::warn!("{e}; what follows is left out"),
             }
         }
         self.report.hvm_context = entries;

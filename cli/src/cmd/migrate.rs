@@ -130,7 +130,7 @@ fn migrate(args: &MigrateArgs, terminal: &Terminal, watch: &mut Watch) -> Result
     let Sent { memory, downtime } = sent.map_err(|failure| sender.failed(failure, &hung_up))?;
     let (seconds, downtime) = (started.elapsed().as_secs_f64(), downtime.as_secs_f64());
     terminal.note(&format!(
-        "{} migrated to {}: {memory}, {seconds:.1} s, of which it stood still {:.0} ms",
+        "{} migrated to {}: {memory}, {seconds:.1} s, paused for {:.0} ms",
         sender.name,
         args.host,
         downtime * 1000.0

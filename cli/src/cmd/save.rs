@@ -307,7 +307,7 @@ impl Ending<'_> {
             false => shown_path(&args.file),
         };
         let stood = downtime.map_or_else(String::new, |time| {
-            format!(", of which it stood still {} ms", time.as_millis())
+            format!(", paused for {} ms", time.as_millis())
         });
         terminal.note(&format!(
             "{name} saved to {file}: {memory}, {:.1} s{stood}; the domain is {fate}",

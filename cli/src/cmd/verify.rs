@@ -185,10 +185,10 @@ const MOST_DAMAGES: usize = 64;
 fn deep(input: &Input, index: Option<&Mapped>, verdict: &mut Verdict) -> Result<()> {
     let Some(index) = index else {
         let why = match input.length {
-            Some(_) => "xsr convert --layout mapped makes an image that has",
+            Some(_) => "xsr convert --layout mapped makes one that has them",
             None => "those of a mapped image are found in a plain file only",
         };
-        let text = format!("there are no digests, so that --deep has checked nothing more; {why}");
+        let text = format!("the image has no digests, so --deep had nothing more to check; {why}");
         verdict.warnings.push(text);
         return Ok(());
     };

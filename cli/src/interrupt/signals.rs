@@ -43,7 +43,7 @@ const LAST_STEPS: Duration = Duration::from_millis(300);
 const STDERR_WAIT: u16 = 500;
 
 /// The end of the announcement.
-const HARD_WAY: &str = "press Ctrl-C again to end at once, whatever that leaves";
+const HARD_WAY: &str = "press Ctrl-C again to end at once without cleaning up";
 
 /// The meaning of one more signal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

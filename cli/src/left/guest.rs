@@ -54,7 +54,7 @@ fn left(now: &Now, name: &str, backend: &Backend, to: Option<&Sent>) -> State {
     let (how, then) = match &now.condition {
         Condition::Gone => return State::plain(format!("{name} is gone here")),
         Condition::Unknown(error) => (
-            format!("is in a state here that could not be found out ({error})"),
+            format!("is in a state here that could not be determined ({error})"),
             String::new(),
         ),
         Condition::Runs => ("runs here".to_owned(), String::new()),

@@ -119,7 +119,7 @@ fn all_of(text: &str) -> Result<BTreeMap<String, Value>, String> {
             _ => return wrong("the name of a setting"),
         };
         if tokens.next().map(|(_, token)| token) != Some(Token::Sign('=')) {
-            return wrong(&format!("'=' behind {:?}", shortened(&name)));
+            return wrong(&format!("'=' after {:?}", shortened(&name)));
         }
         let value = match tokens.next().map(|(_, token)| token) {
             Some(Token::Text(text) | Token::Word(text)) => Value::Text(text),
@@ -142,7 +142,7 @@ fn all_of(text: &str) -> Result<BTreeMap<String, Value>, String> {
         };
         match tokens.next().map(|(_, token)| token) {
             None | Some(Token::Line | Token::Sign(';')) => {}
-            Some(_) => return wrong("the end of the line behind a value"),
+            Some(_) => return wrong("the end of the line after a value"),
         }
         out.insert(name, value);
     }

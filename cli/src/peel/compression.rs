@@ -102,7 +102,7 @@ impl fmt::Display for Damage {
             ),
             Wrong::XzPadding => write!(
                 f,
-                "the padding behind its xz data, up to byte {at:#x}, is no multiple of 4 bytes; \
+                "the padding behind its xz data, up to byte {at:#x}, is not a multiple of 4 bytes; \
                  the file is truncated or damaged"
             ),
             Wrong::Data => write!(
@@ -335,7 +335,7 @@ impl Frames {
             (_, None) => {
                 let bytes = Count(zeros, "byte");
                 let more = if zeros > MAX_PADDING { " or more" } else { "" };
-                let text = format!("{bytes}{more} of zeros behind the {compression} data");
+                let text = format!("{bytes}{more} of zeros after the {compression} data");
                 note(&self.notes, text);
             }
         }

@@ -60,7 +60,7 @@ pub(crate) fn unreadable(source: &mut Source, inside: Option<(&str, u64)>) -> Er
     };
     let place = match inside {
         Some((layer, 0)) => format!("inside its {layer} data: "),
-        Some((layer, before)) => format!("behind the {layer} header, at byte {before}: "),
+        Some((layer, before)) => format!("after the {layer} header, at byte {before}: "),
         None => String::new(),
     };
     // The contents of an archive must be extracted, not cut out.
@@ -68,7 +68,7 @@ pub(crate) fn unreadable(source: &mut Source, inside: Option<(&str, u64)>) -> Er
     let found = find(&start).filter(|_| !is_archive);
     let further_in = match (found, inside) {
         (Some((at, image)), None) => format!(
-            "; {} begins at byte {at}: if what stands before it does not belong to it, cut that \
+            "; {} begins at byte {at}: if the bytes before it do not belong to it, cut them \
              off (tail -c +{} FILE)",
             image_name(image),
             at + 1

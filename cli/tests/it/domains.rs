@@ -368,7 +368,7 @@ fn what_is_not_there_is_said() {
     run(["mock", "destroy", "--host", arg(&host), "db"]).code(1);
     run(["mock", "list", "--host", arg(dir.path())])
         .code(1)
-        .stderr_has("is no mock host");
+        .stderr_has("is not a mock host");
     run(["restore", &backend(&host), "/nonexistent"])
         .code(1)
         .stderr_has("/nonexistent");
@@ -416,7 +416,7 @@ fn a_mock_domain_can_be_made_shown_and_destroyed() {
     .code(1);
     run(["mock", "create", "a/b", "--host", arg(&host)])
         .code(1)
-        .stderr_has("no good name");
+        .stderr_has("not a valid name");
 }
 
 #[test]

@@ -384,7 +384,7 @@ fn a_decompression_bomb_is_bounded() {
     assert!(fs::metadata(&file).unwrap().len() < 1 << 20);
     limited(&file).stdout_has("BAD");
     fs::write(&file, bomb(&fs::read(image("tpv")).unwrap())).unwrap();
-    limited(&file).stdout_has("behind the end");
+    limited(&file).stdout_has("after the end");
     // Layer upon layer.
     let mut bytes = fs::read(image("tpv")).unwrap();
     for _ in 0..6 {

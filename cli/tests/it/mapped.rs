@@ -57,7 +57,7 @@ fn is_the_same_image(original: &Path, directory: &Path) {
         let deep = deep
             .stdout_has("mapped layout, index of")
             .stdout_has(digests);
-        assert!(!deep.stdout.contains("behind the end"), "{deep:?}");
+        assert!(!deep.stdout.contains("after the end"), "{deep:?}");
         let back = directory.join("back.save");
         run(["convert", "-f", arg(&mapped), "-o", arg(&back)]).code(0);
         assert!(
@@ -236,7 +236,7 @@ fn a_mapped_image_in_a_pipe_is_a_stream() {
 fn deep_says_where_there_are_no_digests() {
     run(["verify", "--deep", arg(&image("tpv"))])
         .code(0)
-        .stdout_has("there are no digests")
+        .stdout_has("the image has no digests")
         .stdout_has("xsr convert --layout mapped");
 }
 
@@ -356,7 +356,7 @@ fn another_trailer_is_trailing_bytes() {
     fs::write(&path, file).unwrap();
     run(["verify", arg(&path)])
         .code(0)
-        .stdout_has("behind the end of the image");
+        .stdout_has("after the end of the image");
     run(["diff", arg(&image("tpv")), arg(&path)]).code(0);
     run(["inspect", "--page", "1", arg(&path)]).code(0);
     // Its pads are removed, too.

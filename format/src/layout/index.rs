@@ -326,7 +326,7 @@ impl Footer {
                 at,
                 what: "place",
                 got: place.into(),
-                expected: "1 for an index behind the image",
+                expected: "1 for an index after the image",
             });
         }
         known("blanks", wire.blanks.get(ORDER), MAX_BLANKS, "0 to 7")?;

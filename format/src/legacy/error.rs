@@ -198,7 +198,7 @@ pub enum LegacyError {
     #[error("more than {MAX_PENDING_PAGES} pages wait for their compressed contents")]
     TooManyPending,
     /// Compressed contents that belong to no page.
-    #[error("compressed data goes on for {left} bytes behind the last page that was announced")]
+    #[error("compressed data goes on for {left} bytes after the last page that was announced")]
     CompressedTooLong {
         /// Bytes left in the chunk.
         left: u64,

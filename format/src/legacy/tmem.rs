@@ -87,9 +87,9 @@ impl<'s, R: Read> Passing<'s, R> {
 
     fn words(&mut self) -> Result<(), ReadErrorCause> {
         self.take::<8>()?;
-        self.ones("the word behind the number of pools")?;
+        self.ones("the word after the number of pools")?;
         self.take::<12>()?;
-        self.ones("the word behind the cap")?;
+        self.ones("the word after the cap")?;
         while self.take::<4>()? != ONES {
             self.pool()?;
         }

@@ -174,7 +174,7 @@ impl<'a> Talk<'a> {
     /// Sets how long the transport tolerates silence of the other host from now on.
     pub(super) fn bear(&self, limit: Duration) {
         if let Err(error) = self.connection.give_up_on_silence(limit) {
-            tracing::warn!(%error, "how long to bear silence could not be set");
+            tracing::warn!(%error, "the time limit for silence could not be set");
         }
     }
 }

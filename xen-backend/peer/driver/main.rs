@@ -342,7 +342,7 @@ fn restore(
 
 /// Migrate the guest to a machine next to its own.
 fn migrate(name: &str, guest: &Guest, way: &str, under: &[String]) -> Result<Migrated, Failure> {
-    let whose = whose(name)?.ok_or("cat migrates nobody")?;
+    let whose = whose(name)?.ok_or("cat does not migrate")?;
     let ends = match way {
         "pipe" => {
             let (from, to) = io::pipe()?;

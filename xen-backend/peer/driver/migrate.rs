@@ -77,7 +77,8 @@ impl Helpers {
                     return Err(io::Error::other(format!("a helper failed: {run:#?}")));
                 }
             }
-            let asked = asked.ok_or_else(|| io::Error::other("nobody suspended the guest"))?;
+            let asked =
+                asked.ok_or_else(|| io::Error::other("the guest has not been suspended"))?;
             Ok(Migrated {
                 all: begun.elapsed(),
                 downtime: ended - asked,

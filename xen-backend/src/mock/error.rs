@@ -44,7 +44,7 @@ pub enum MockError {
     #[error("{0}")]
     Answered(String),
     /// The directory holds no host.
-    #[error("{} is no mock host; make one with `xsr mock create`", path.display())]
+    #[error("{} is not a mock host; make one with `xsr mock create`", path.display())]
     NotAHost {
         /// The directory.
         path: PathBuf,
@@ -77,7 +77,7 @@ pub enum MockError {
     },
     /// Not a valid name for a domain or for user data.
     #[error(
-        "{name:?} is no good name: letters, digits, `-`, `_`, `.` and `+`, at most 64, not all digits, not Domain-0"
+        "{name:?} is not a valid name: use letters, digits, `-`, `_`, `.` and `+`, at most 64, not all digits, not Domain-0"
     )]
     BadName {
         /// The name.

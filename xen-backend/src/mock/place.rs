@@ -157,7 +157,7 @@ impl Place {
             let why = match about.file_type() {
                 kind if kind.is_fifo() => "it is a FIFO where a file was expected",
                 kind if kind.is_dir() => "it is a directory where a file was expected",
-                _ => "it is no regular file",
+                _ => "it is not a regular file",
             };
             return Err(MockError::Unsafe {
                 path,

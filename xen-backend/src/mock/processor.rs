@@ -28,7 +28,7 @@ pub struct Processor {
 
 /// Text that does not describe a possible processor.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("{0:?} is no feature more or less: expected +NAME or -NAME, as in +avx512f,-avx2")]
+#[error("{0:?} is not a list of features: expected +NAME or -NAME, as in +avx512f,-avx2")]
 pub struct BadProcessor(String);
 
 impl FromStr for Processor {

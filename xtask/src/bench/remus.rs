@@ -58,7 +58,7 @@ pub(super) fn run(xsr: &Path, scratch: &Path, memory: u64) -> Result<String> {
         "PVH domain of {memory} MiB that writes to {WORKING_SET}, -i {INTERVAL}, {CHECKPOINTS} \
          checkpoints each, the first not counted\n\n\
          | connection | dirty rate, pages/s | buffer | dirty pages | pause ms, median | most | \
-         complete after ms, median | stands still |\n|---|---|---|---|---|---|---|---|\n"
+         complete after ms, median | paused |\n|---|---|---|---|---|---|---|---|\n"
     );
     for network in [None, Some(NETWORK)] {
         for rate in RATES {
@@ -76,7 +76,7 @@ pub(super) fn run(xsr: &Path, scratch: &Path, memory: u64) -> Result<String> {
     report.push_str(
         "\nCOLO, the secondary at the same dirty rate, in 16 MiB\n\n\
          | connection | dirty rate, pages/s | dirty pages of both | pause ms, median | most | \
-         both run after ms, median | stands still |\n|---|---|---|---|---|---|---|\n",
+         both run after ms, median | paused |\n|---|---|---|---|---|---|---|\n",
     );
     for network in [None, Some(NETWORK)] {
         for rate in RATES {

@@ -119,7 +119,7 @@ fn cut(image: &[u8]) -> Result<Vec<(&'static str, Vec<u8>)>> {
         seeds.push(("libxl", libxl));
         seeds.push(("libxc", libxc));
     } else {
-        ensure!(file.is_empty(), "no libxl stream behind the xl header");
+        ensure!(file.is_empty(), "no libxl stream after the xl header");
         seeds.push(("libxc", cut_libxc(&mut rest)?));
     }
     Ok(seeds)

@@ -125,7 +125,7 @@ impl Apt {
                 }
             }
         }
-        bail!("there is no source of {package} to be had")
+        bail!("there is no source of {package} available")
     }
 }
 

@@ -68,7 +68,7 @@ impl Lab {
     /// A program is missing, or the packages cannot be downloaded.
     pub(super) fn build(suite: &str) -> Result<Self> {
         if suite.is_empty() || !suite.chars().all(|c| c.is_ascii_lowercase()) {
-            bail!("{suite:?} is no name of a Debian suite");
+            bail!("{suite:?} is not the name of a Debian suite");
         }
         let lab = Self {
             dir: workspace::root().join("target/lab").join(suite),

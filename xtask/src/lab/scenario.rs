@@ -266,7 +266,7 @@ const KINDS: &[(&str, &str)] = &[
     ),
     (
         "parity",
-        "one suspended domain, written by both helpers: equal bytes, but for time stamps of the TSC and the PM timer",
+        "one suspended domain, written by both helpers: equal bytes, except time stamps of the TSC and the PM timer",
     ),
     (
         "migrate_stock_stock",

@@ -54,7 +54,7 @@ pub(super) fn check(path: &Path, contents: &str, findings: &mut Findings) {
     for (number, line) in (1..).zip(code_only(contents).lines()) {
         if !unsafe_allowed && words(line).any(|(word, _)| word == "unsafe") {
             findings.errors.push(format!(
-                "{shown}:{number}: unsafe code has its rooms, and this is none: {}",
+                "{shown}:{number}: unsafe code has its rooms, and this file is not one of them: {}",
                 UNSAFE_ROOMS.join(", ")
             ));
         }

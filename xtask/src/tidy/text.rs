@@ -35,7 +35,7 @@ pub(super) fn check(path: &Path, contents: &str, findings: &mut Findings) {
         }
         for host in hosts(line).filter(|host| is_private(host)) {
             findings.errors.push(format!(
-                "{shown}:{number}: nobody outside one network can reach {host}"
+                "{shown}:{number}: only one network can reach {host}"
             ));
         }
     }

@@ -128,7 +128,7 @@ fn inherited(number: u32, options: &OpenOptions) -> Result<File> {
             .lines()
             .find_map(|line| line.strip_prefix("pos:"))
             .and_then(|place| place.trim().parse().ok())
-            .context("the kernel does not say where in the file it stands")?;
+            .context("the kernel does not report the position in the file")?;
         file.seek(SeekFrom::Start(place))?;
     }
     Ok(file)

@@ -240,7 +240,7 @@ fn headers(a: &Image, b: &Image, found: &mut Found) {
             b.optional_flags(),
             found,
         );
-        let what = "xl optional data behind the configuration,";
+        let what = "xl optional data after the configuration,";
         found.bytes(S, what, a.optional_tail(), b.optional_tail());
     }
     if let (Some(a), Some(b)) = (a.libxl, b.libxl) {

@@ -130,7 +130,7 @@ impl Primary<'_> {
                     then.push(command("unpause", name));
                 }
                 let then = match then.as_slice() {
-                    [] => "there is nothing else to do".to_owned(),
+                    [] => "no other action is needed".to_owned(),
                     commands => format!("let it run on here:\n    {}", commands.join("\n    ")),
                 };
                 format!(

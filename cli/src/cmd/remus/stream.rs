@@ -71,7 +71,7 @@ impl<'a> Stream<'a> {
             && let To::Connection(connection, _) = self.to
             && let Err(error) = connection.give_up_on_silence(silence)
         {
-            tracing::warn!(%error, "how long to bear silence could not be set");
+            tracing::warn!(%error, "the time limit for silence could not be set");
         }
     }
 

@@ -58,7 +58,7 @@ impl Survey {
             Some(other) => Err(bad(&format!(
                 "{other}: this version restores x86 PV and HVM"
             ))),
-            None => Err(bad("there is no libxc stream in it")),
+            None => Err(bad("it contains no libxc stream")),
         }
     }
 }

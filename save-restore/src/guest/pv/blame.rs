@@ -89,7 +89,7 @@ fn judge(p2m: &NewP2m, m2p: &M2p, level: u8, entry: u64) -> Result<Option<Pfn>, 
         return match level {
             1 => Ok(None),
             _ => Err(format!(
-                "frame {frame}, which is none of the guest's (the value {entry:#018x} is as the \
+                "frame {frame}, which does not belong to the guest (the value {entry:#018x} is as the \
                  image has it, unless that page is said to be a page table)"
             )),
         };

@@ -409,7 +409,7 @@ impl NewP2m {
         let why = match (self.mfn(pfn), self.page_type(pfn).table_level()) {
             (Some(mfn), Some(found)) if found == level => return Ok(mfn),
             (None, _) => "the image holds no such page",
-            _ => "that page is no page table of the top level",
+            _ => "that page is not a top-level page table",
         };
         Err(GuestError::Frame {
             field: field(),

@@ -161,7 +161,7 @@ impl Descriptors {
 
     fn writer(&self) -> Result<&Descriptor<OwnedFd>, ConnectionError> {
         self.to.as_ref().ok_or_else(|| {
-            let why = "it was said that nothing more would be written";
+            let why = "the writing end is already closed";
             ConnectionError::Local(io::Error::new(io::ErrorKind::InvalidInput, why))
         })
     }
