@@ -13,6 +13,7 @@ mod bitmap;
 mod descriptor;
 pub mod error;
 mod guest;
+pub mod inherited;
 pub mod migrate;
 pub mod pace;
 mod pipeline;

@@ -19,8 +19,11 @@
 use std::fmt;
 use std::fs;
 use std::io;
+use std::thread;
 
+use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 /// Signals whose default action does not end a process, and SIGPIPE, which Rust's runtime
 /// ignores.
@@ -130,6 +133,33 @@ impl EndingSignals {
         let bit = signal.0.checked_sub(1).and_then(|n| 1_u64.checked_shl(n));
         bit.is_some_and(|bit| self.ignored & bit != 0)
     }
+}
+
+/// Block `signals`, and call `act` for each one that arrives, on a thread of its own. To be called
+/// before there are other threads, which would get them instead.
+///
+/// # Errors
+///
+/// The kernel has no descriptor or no thread left.
+pub fn on_signal(signals: &SigSet, act: impl Fn(SignalNumber) + Send + 'static) -> io::Result<()> {
+    signals.thread_block()?;
+    let arrived = SignalFd::with_flags(signals, SfdFlags::SFD_CLOEXEC)?;
+    let waiting = move || {
+        loop {
+            match arrived.read_signal() {
+                Ok(Some(signal)) => act(SignalNumber::new(signal.ssi_signo)),
+                Ok(None) | Err(Errno::EINTR) => {}
+                Err(errno) => {
+                    tracing::error!(%errno, "signals are not heard any more");
+                    return;
+                }
+            }
+        }
+    };
+    thread::Builder::new()
+        .name("signals".to_owned())
+        .spawn(waiting)?;
+    Ok(())
 }
 
 /// What a child process of a shell should ignore so that a signal to the whole process group does

@@ -19,7 +19,7 @@ pub(crate) fn stages(stages: &mut Stages) {
     lint::stages(stages);
     deny::stages(stages);
     stages.run("doc", lint::doc);
-    stages.run("shipped helper", helper::stage);
+    stages.run("shipped programs", helper::stage);
     stages.run("peer tools", peer::stage);
     stages.run("test", tests);
     stages.run("lab smoke", lab::stage);

@@ -42,9 +42,9 @@ struct Shipped {
     binary: &'static str,
 }
 
-/// Each is built by a separate cargo: cargo unites the features of packages that it builds
-/// together, and the save helper must not get the command's mock machine.
-const SHIPPED: [Shipped; 2] = [
+/// Each is built by a cargo of its own: cargo unites the features of packages that it builds
+/// together, and the programs for a Xen host must not get the mock machine that the command has.
+const SHIPPED: [Shipped; 3] = [
     Shipped {
         package: "xsr",
         binary: "xsr",
@@ -52,6 +52,10 @@ const SHIPPED: [Shipped; 2] = [
     Shipped {
         package: "xsr-save-helper",
         binary: "xsr-save-helper",
+    },
+    Shipped {
+        package: "xsr-emu-manager",
+        binary: "xsr-emu-manager",
     },
 ];
 
@@ -105,6 +109,7 @@ impl Dist {
         for shipped in SHIPPED {
             shipped.build(&bin)?;
         }
+        package::link_for_xapi(&root)?;
         package::lay_out(&root, &man, &completions)?;
         licences::write(
             SHIPPED.map(|shipped| shipped.package),

@@ -1,8 +1,8 @@
-//! The shipped save helper: its build, and a check that it contains nothing that is useless on a
-//! Xen host.
+//! The programs that are shipped for a Xen host, the save helper and the emu-manager: how they are
+//! built, and that nothing is in them that a Xen host has no use for.
 //!
-//! It is built separately from the rest of the workspace, since cargo gives a dependency that
-//! several packages share the features of all these packages.
+//! Each is built by itself, without the rest of the workspace: cargo gives a dependency that
+//! several packages share the features of all of them.
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -10,74 +10,112 @@ use crate::command::Invocation;
 use crate::stages::Outcome;
 use crate::workspace;
 
-/// The package, and the program.
+/// The save helper's package, and its program.
 pub(crate) const NAME: &str = "xsr-save-helper";
-/// Crates that must not be linked in: the command line, drawing on the terminal, JSON.
-const NOT_LINKED: [&str; 5] = ["clap", "indicatif", "serde", "serde_json", "regex"];
-/// Strings that the mock machine, the test helper and the command's variable would leave in the
-/// program.
-const NOT_INSIDE: [&str; 4] = [
+
+/// A program for a Xen host, and the package of the same name.
+pub(crate) struct Program {
+    pub(crate) name: &'static str,
+    /// Crates that it must not be linked with: the command line, the drawing and JSON of others.
+    not_linked: &'static [&'static str],
+    /// What is in the program for certain: a search that finds nothing proves nothing.
+    inside: &'static str,
+}
+
+/// All of them.
+pub(crate) const PROGRAMS: [Program; 2] = [
+    Program {
+        name: NAME,
+        not_linked: &["clap", "indicatif", "serde", "serde_json", "regex"],
+        inside: "XSR_HELPER_BEGAN",
+    },
+    Program {
+        name: "xsr-emu-manager",
+        // qemu speaks JSON.
+        not_linked: &["clap", "indicatif", "regex"],
+        inside: "xen-set-global-dirty-log",
+    },
+];
+
+/// What the mock machine, the tests' programs and the command's variable would leave in a program.
+const NOT_INSIDE: [&str; 6] = [
     "XSR_HELPER_TEST_BACKEND",
+    "XSR_EMU_TEST_BACKEND",
+    "XSR_EMU_TEST_RUN",
     "XSR_BACKEND",
     "mock-xen:",
     "mock-workload",
 ];
-/// A string that is certainly in the program: a search that finds nothing proves nothing.
-const INSIDE: &str = "XSR_HELPER_BEGAN";
 
-/// Builds only the helper, as it is shipped.
+/// Builds the save helper alone, as it is shipped.
 pub(crate) fn build() -> Invocation {
-    let program = ["--package", NAME, "--bin", NAME];
-    Invocation::cargo()
-        .args(["build", "--locked"])
-        .args(program)
+    PROGRAMS[0].build()
 }
 
-/// Stage of `cargo xtask ci`: checks that the shipped helper does not contain the mock machine.
+/// For `cargo xtask ci`: the programs know no mock machine.
 ///
 /// # Errors
 ///
-/// It does not build, or it contains something that it must not.
+/// One does not build, or there is something in it that must not be.
 pub(crate) fn stage() -> Result<Outcome> {
-    let tree = Invocation::cargo()
-        .args(["tree", "--locked", "--package", NAME, "--edges", "normal"])
-        .args(["--prefix", "none", "--format", "{p} [{f}]"])
-        .capture()?;
-    linked(&tree)?;
-    build().args(["--release"]).run()?;
-    let program = workspace::target().join("release").join(NAME);
-    let program =
-        std::fs::read(&program).with_context(|| format!("cannot read {}", program.display()))?;
-    inside(&program)?;
+    for program in &PROGRAMS {
+        let name = program.name;
+        let tree = Invocation::cargo()
+            .args(["tree", "--locked", "--package", name, "--edges", "normal"])
+            .args(["--prefix", "none", "--format", "{p} [{f}]"])
+            .capture()?;
+        program.linked(&tree)?;
+        program.build().args(["--release"]).run()?;
+        let built = workspace::target().join("release").join(name);
+        let built =
+            std::fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
+        program.inside(&built)?;
+    }
     Ok(Outcome::Done)
 }
 
-/// Checks the output of `cargo tree`.
-fn linked(tree: &str) -> Result<()> {
-    ensure!(
-        tree.contains("xsr-xen-backend "),
-        "`cargo tree` does not name xsr-xen-backend: {tree}"
-    );
-    for line in tree.lines() {
-        let name = line.split(' ').next().unwrap_or_default();
-        let features = line.rsplit_once(" [").map_or("", |(_, features)| features);
-        ensure!(!NOT_LINKED.contains(&name), "{NAME} is linked with {name}");
-        ensure!(
-            name != "xsr-xen-backend" || !features.contains("mock"),
-            "{NAME} has the mock machine in it: {line}"
-        );
+impl Program {
+    fn build(&self) -> Invocation {
+        Invocation::cargo().args(["build", "--locked"]).args([
+            "--package",
+            self.name,
+            "--bin",
+            self.name,
+        ])
     }
-    Ok(())
-}
 
-/// Checks the program itself.
-fn inside(program: &[u8]) -> Result<()> {
-    let has = |text: &str| program.windows(text.len()).any(|w| w == text.as_bytes());
-    ensure!(has(INSIDE), "{NAME} does not have {INSIDE} in it any more");
-    for text in NOT_INSIDE {
-        ensure!(!has(text), "{NAME} has {text:?} in it");
+    /// Check what `cargo tree` says.
+    fn linked(&self, tree: &str) -> Result<()> {
+        let program = self.name;
+        ensure!(
+            tree.contains("xsr-xen-backend "),
+            "`cargo tree` does not name xsr-xen-backend: {tree}"
+        );
+        for line in tree.lines() {
+            let name = line.split(' ').next().unwrap_or_default();
+            let features = line.rsplit_once(" [").map_or("", |(_, features)| features);
+            ensure!(
+                !self.not_linked.contains(&name),
+                "{program} is linked with {name}"
+            );
+            ensure!(
+                name != "xsr-xen-backend" || !features.contains("mock"),
+                "{program} has the mock machine in it: {line}"
+            );
+        }
+        Ok(())
     }
-    Ok(())
+
+    /// Check the program itself.
+    fn inside(&self, program: &[u8]) -> Result<()> {
+        let has = |text: &str| program.windows(text.len()).any(|w| w == text.as_bytes());
+        let (name, inside) = (self.name, self.inside);
+        ensure!(has(inside), "{name} does not have {inside} in it any more");
+        for text in NOT_INSIDE {
+            ensure!(!has(text), "{name} has {text:?} in it");
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -86,14 +124,19 @@ mod tests {
 
     #[test]
     fn the_mock_machine_is_noticed() {
+        let program = &PROGRAMS[0];
         let fine = "xsr-save-helper v0.1.0 (/x) []\nxsr-xen-backend v0.1.0 (/x) []\n";
-        assert!(linked(fine).is_ok());
-        assert!(linked("").is_err());
+        assert!(program.linked(fine).is_ok());
+        assert!(program.linked("").is_err());
         let mock = "xsr-xen-backend v0.1.0 (/x) [mock]\n";
-        assert!(linked(mock).is_err());
-        assert!(linked(&format!("{fine}clap v4.6.0 [std]\n")).is_err());
-        assert!(inside(b"..XSR_HELPER_BEGAN..").is_ok());
-        assert!(inside(b"..").is_err());
-        assert!(inside(b"..XSR_HELPER_BEGAN..XSR_BACKEND").is_err());
+        assert!(program.linked(mock).is_err());
+        assert!(
+            program
+                .linked(&format!("{fine}clap v4.6.0 [std]\n"))
+                .is_err()
+        );
+        assert!(program.inside(b"..XSR_HELPER_BEGAN..").is_ok());
+        assert!(program.inside(b"..").is_err());
+        assert!(program.inside(b"..XSR_HELPER_BEGAN..XSR_BACKEND").is_err());
     }
 }

@@ -5,14 +5,13 @@ use std::io;
 use std::ops::ControlFlow;
 use std::os::fd::OwnedFd;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result};
 use nix::errno::Errno;
-use rustix::pipe::{fcntl_getpipe_size, fcntl_setpipe_size};
-use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use xsr_format::frame::Gfn;
 use xsr_format::read::{ReadOptions, RecordReader};
 use xsr_save_restore::back_channel::FdBackChannel;
 use xsr_save_restore::error::GuestError;
+use xsr_save_restore::inherited::inherited_stream;
 use xsr_save_restore::restore::checkpoint::CheckpointOptions;
 use xsr_save_restore::save::{BUFFER_BYTES, Checkpoints};
 use xsr_save_restore::sink::FdSink;
@@ -80,37 +79,9 @@ pub(crate) fn run(
     })
 }
 
-/// A descriptor that whoever started us left open for us.
-///
-/// The number says nothing about who else uses it, so we take a descriptor of our own
-/// for the same open file, and leave the one that was handed down alone.
-fn inherited(fd: i32) -> Result<OwnedFd> {
-    ensure!(fd >= 0, "the stream's descriptor is {fd}");
-    let own = pidfd_open(getpid(), PidfdFlags::empty())
-        .and_then(|process| pidfd_getfd(process, fd, PidfdGetfdFlags::empty()));
-    match own {
-        Ok(own) => {
-            widen(&own);
-            Ok(own)
-        }
-        Err(rustix::io::Errno::NOSYS) => {
-            bail!("the kernel has no pidfd_getfd: dom0 needs Linux 5.6 or newer")
-        }
-        Err(errno) => {
-            Err(io::Error::from(errno)).with_context(|| format!("the stream's descriptor {fd}"))
-        }
-    }
-}
-
-/// Let a pipe hold more than the 64 KiB it begins with: fewer turns between the two
-/// processes. Where that is not allowed, and where it is no pipe, nothing changes.
-fn widen(stream: &OwnedFd) {
-    const BYTES: usize = 1 << 20;
-    if fcntl_getpipe_size(stream).is_ok_and(|bytes| bytes < BYTES)
-        && let Err(error) = fcntl_setpipe_size(stream, BYTES)
-    {
-        tracing::debug!(%error, "the pipe keeps its size");
-    }
+/// The descriptor that libxl left open for us.
+fn taken(fd: i32) -> Result<OwnedFd> {
+    inherited_stream(fd).with_context(|| format!("the stream's descriptor {fd}"))
 }
 
 /// The other direction of a stream of COLO.
@@ -120,12 +91,12 @@ fn back_channel(what: &str, fd: i32) -> Result<OwnedFd> {
         return Err(anyhow::Error::new(Errno::EINVAL)
             .context(format!("COLO needs a back-channel, and {what} is {fd}")));
     }
-    inherited(fd).with_context(|| format!("{what}, the back-channel"))
+    taken(fd).with_context(|| format!("{what}, the back-channel"))
 }
 
 fn save(args: &SaveArgs, wire: &Wire, backend: &dyn Backend) -> Result<()> {
     let cancel = wire.cancel();
-    let mut sink = FdSink::cancellable(inherited(args.io_fd)?, cancel.clone())?;
+    let mut sink = FdSink::cancellable(taken(args.io_fd)?, cancel.clone())?;
     let domain = backend.host().domain(args.domid)?;
     let domain = domain.as_ref();
     let kind = domain.info()?.kind;
@@ -203,7 +174,7 @@ fn save(args: &SaveArgs, wire: &Wire, backend: &dyn Backend) -> Result<()> {
 }
 
 fn restore(args: &RestoreArgs, wire: &Wire, backend: &dyn Backend) -> Result<()> {
-    let source = FdSource::new(inherited(args.io_fd)?);
+    let source = FdSource::new(taken(args.io_fd)?);
     let domain = backend.host().domain(args.domid)?;
     let reader = RecordReader::new(source, ReadOptions::default())?;
     let header = reader.domain();

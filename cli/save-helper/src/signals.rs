@@ -11,13 +11,10 @@
 
 use std::io;
 use std::process;
-use std::thread;
 
-use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
 use xsr_save_restore::progress::Cancel;
-use xsr_save_restore::signals::{EndingSignals, SignalNumber};
+use xsr_save_restore::signals::{EndingSignals, on_signal};
 
 use crate::FAILED;
 
@@ -44,26 +41,4 @@ pub(crate) fn end_on_sigterm() -> io::Result<()> {
         return on_signal(&signals, |_| process::exit(FAILED.into()));
     }
     Ok(signals.thread_unblock()?)
-}
-
-/// Block `signals`, and call `act` for each one that arrives, on a new thread.
-fn on_signal(signals: &SigSet, act: impl Fn(SignalNumber) + Send + 'static) -> io::Result<()> {
-    signals.thread_block()?;
-    let arrived = SignalFd::with_flags(signals, SfdFlags::SFD_CLOEXEC)?;
-    let waiting = move || {
-        loop {
-            match arrived.read_signal() {
-                Ok(Some(signal)) => act(SignalNumber::new(signal.ssi_signo)),
-                Ok(None) | Err(Errno::EINTR) => {}
-                Err(errno) => {
-                    tracing::error!(%errno, "signals are not heard any more");
-                    return;
-                }
-            }
-        }
-    };
-    thread::Builder::new()
-        .name("signals".to_owned())
-        .spawn(waiting)?;
-    Ok(())
 }

@@ -45,7 +45,21 @@ pub(super) fn lay_out(root: &Path, man: &Path, completions: &Path) -> Result<()>
     modes(root)
 }
 
-/// In Debian's machine-readable format.
+/// Where xenopsd looks for the emu-manager that a VM's `platform:emu-manager=xsr` names.
+const FOR_XAPI: &str = "usr/lib/xapi/alternatives/emu-manager/xsr";
+
+/// Let xenopsd find the emu-manager.
+pub(super) fn link_for_xapi(root: &Path) -> Result<()> {
+    let link = root.join(FOR_XAPI);
+    if let Some(directory) = link.parent() {
+        fs::create_dir_all(directory)
+            .with_context(|| format!("cannot make {}", directory.display()))?;
+    }
+    std::os::unix::fs::symlink("../../../../bin/xsr-emu-manager", &link)
+        .with_context(|| format!("cannot make {}", link.display()))
+}
+
+/// In the form that Debian reads.
 const COPYRIGHT: &str = "\
 Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/
 Upstream-Name: xsr
@@ -122,7 +136,8 @@ Suggests: xen-utils
 Description: save, restore, migrate and inspect Xen domains and their images
  xsr reads and writes the images of saved Xen domains (xl, libvirt, xapi, legacy),
  verifies, compares, converts and exports them, and saves, restores and migrates
- domains. xsr-save-helper stands in for libxl-save-helper under an unmodified xl.
+ domains. xsr-save-helper stands in for libxl-save-helper under an unmodified xl,
+ xsr-emu-manager for the emu-manager of xapi.
  The binaries are static and need no library of the host.
 "
     )
@@ -137,7 +152,8 @@ fn date() -> String {
 
 /// Sets modes: directories and programs 0755, other files 0644, whatever the umask was.
 fn modes(root: &Path) -> Result<()> {
-    for path in listed(root)? {
+    // A link has no mode, and nothing of its own to be counted.
+    for path in listed(root)?.into_iter().filter(|path| !path.is_symlink()) {
         let runs = path.parent().is_some_and(|dir| dir.ends_with("usr/bin"));
         let mode = if path.is_dir() || runs { 0o755 } else { 0o644 };
         fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
@@ -152,7 +168,7 @@ fn modes(root: &Path) -> Result<()> {
 /// Total size of the files below `root`.
 fn size(root: &Path) -> Result<u64> {
     let mut bytes = 0;
-    for path in listed(root)? {
+    for path in listed(root)?.into_iter().filter(|path| !path.is_symlink()) {
         bytes += if path.is_dir() {
             size(&path)?
         } else {

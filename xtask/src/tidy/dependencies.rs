@@ -5,8 +5,8 @@ use crate::workspace::Package;
 
 use super::Findings;
 
-/// Each package, and those of our packages that it may depend on.
-const ALLOWED: [(&str, &[&str]); 8] = [
+/// Each package, and which of ours it may depend on.
+const ALLOWED: [(&str, &[&str]); 9] = [
     ("xsr-format", &[]),
     ("xsr-xen-backend", &["xsr-format"]),
     ("xsr-peer", &["xsr-format", "xsr-xen-backend"]),
@@ -26,6 +26,10 @@ const ALLOWED: [(&str, &[&str]); 8] = [
         &["xsr-format", "xsr-xen-backend", "xsr-save-restore"],
     ),
     (
+        "xsr-emu-manager",
+        &["xsr-format", "xsr-xen-backend", "xsr-save-restore"],
+    ),
+    (
         "xtask",
         &["xsr-format", "xsr-xen-backend", "xsr-save-restore"],
     ),
@@ -34,7 +38,10 @@ const ALLOWED: [(&str, &[&str]); 8] = [
 /// Crates that only some packages may use: a library's errors are typed, and it does not draw on a
 /// terminal.
 const RESERVED: [(&str, &[&str]); 2] = [
-    ("anyhow", &["xsr", "xsr-save-helper", "xtask"]),
+    (
+        "anyhow",
+        &["xsr", "xsr-save-helper", "xsr-emu-manager", "xtask"],
+    ),
     ("indicatif", &["xsr"]),
 ];
 

@@ -1,0 +1,156 @@
+//! The work itself: a save or a restore between xenopsd's stream and a domain.
+
+use std::os::fd::OwnedFd;
+
+use anyhow::{Error, Result, anyhow, ensure};
+use xsr_format::read::{ReadOptions, RecordReader};
+use xsr_save_restore::progress::Progress;
+use xsr_save_restore::save::precopy::TargetPolicy;
+use xsr_save_restore::sink::FdSink;
+use xsr_save_restore::source::FdSource;
+use xsr_save_restore::{CpuCheck, Live, RestoreOptions, SaveRequest};
+use xsr_xen_backend::{DomId, Domain};
+
+use crate::args::{Args, Mode};
+use crate::backend::Backend;
+use crate::control::{Control, End};
+use crate::line::Line;
+use crate::progress::Percent;
+use crate::toolstack::{Restoring, Saving};
+
+/// Do what is asked, and tell xenopsd the result.
+///
+/// # Errors
+///
+/// It failed: [`Control::end`] may have the reason. xenopsd has not been told.
+pub(crate) fn run(
+    args: &Args,
+    stream: OwnedFd,
+    control: &Control,
+    open: fn() -> Result<Box<dyn Backend>>,
+) -> Result<()> {
+    ensure!(
+        !args.vgpu,
+        "vgpu Operation not supported; remove platform:emu-manager of this VM"
+    );
+    let backend = open()?;
+    let backend = backend.as_ref();
+    let domain = backend.host().domain(args.domid)?;
+    let domain = domain.as_ref();
+    let kind = domain.info()?.kind;
+    ensure!(
+        kind.is_translated() == args.translated,
+        "{} is a {} domain, which is not what -mode says",
+        args.domid,
+        kind.name()
+    );
+    match args.mode {
+        Mode::Save { live } => save(args, live, stream, control, backend, domain),
+        Mode::Restore {
+            store_port,
+            console_port,
+        } => restore((store_port, console_port), stream, control, domain),
+    }
+}
+
+fn ended(end: End) -> Error {
+    anyhow!(end.text())
+}
+
+fn save(
+    args: &Args,
+    live: bool,
+    stream: OwnedFd,
+    control: &Control,
+    backend: &dyn Backend,
+    domain: &dyn Domain,
+) -> Result<()> {
+    let xen = backend.host().xen_version()?;
+    let mut sink = FdSink::cancellable(stream, control.cancel().clone())?;
+    let mut toolstack = Saving {
+        control,
+        qmp: (args.qemu && live).then(|| backend.qmp_socket(args.domid)),
+        logging: false,
+        guest: backend.stand_in(args.domid)?,
+    };
+    if args.compress {
+        tracing::info!("the stream is not compressed: the other end may not know how");
+    }
+    control.prepare().map_err(ended)?;
+    let mut percent = Percent::default();
+    let mut on_progress = |progress: &Progress| {
+        if let Some(percent) = percent.next(progress) {
+            // That xenopsd does not hear is noted by the control.
+            control.tell(&Line::Progress(percent)).ok();
+        }
+        control.cancel().check()
+    };
+    let mut policy = TargetPolicy::default();
+    let mut request = SaveRequest::new(domain, xen).observe(&mut on_progress);
+    if live {
+        let policy = &mut policy;
+        request = request.live(Live {
+            policy,
+            verify: false,
+        });
+    }
+    let saved = request.write_stream(&mut toolstack, &mut sink);
+    let told = saved.map(|saved| {
+        tracing::debug!(stats = ?saved.stats(), "saved");
+        // What becomes of the guest now is xenopsd's to decide.
+        saved.keep_suspended();
+        control.result(&Line::Saved)
+    });
+    match told {
+        Ok(told) => told.map_err(ended),
+        Err(error) => {
+            toolstack.give_up();
+            Err(error.into())
+        }
+    }
+}
+
+fn restore(
+    (store_port, console_port): (u32, u32),
+    stream: OwnedFd,
+    control: &Control,
+    domain: &dyn Domain,
+) -> Result<()> {
+    const DOM0: DomId = DomId(0);
+    let source = FdSource::cancellable(stream, control.cancel().clone())?;
+    control.wait_for_restore().map_err(ended)?;
+    let reader = RecordReader::new(source, ReadOptions::default())?;
+    let options = RestoreOptions {
+        store_port,
+        store_domid: DOM0,
+        console_port,
+        console_domid: DOM0,
+        threads: None,
+        // xapi has compared the hosts' features before it chose this one.
+        cpu: CpuCheck::Warn,
+    };
+    let mut on_progress = |_: &Progress| control.cancel().check();
+    let mut toolstack = Restoring { domain };
+    let (restored, _) =
+        xsr_save_restore::restore(domain, reader, &mut toolstack, &options, &mut on_progress)?;
+    tracing::debug!(stats = ?restored.stats, "restored");
+    control
+        .result(&Line::Restored {
+            store: restored.store_gfn.map_or(0, |gfn| gfn.0),
+            console: restored.console_gfn.map_or(0, |gfn| gfn.0),
+        })
+        .map_err(ended)
+}
+
+/// A failure in words, down to its cause. Some errors name their cause themselves; it
+/// is not said twice.
+pub(crate) fn words(error: &Error) -> String {
+    error
+        .chain()
+        .map(ToString::to_string)
+        .fold(String::new(), |words, cause| match words.as_str() {
+            "" => cause,
+            said if said.ends_with(&cause) => words,
+            said => format!("{said}: {cause}"),
+        })
+}

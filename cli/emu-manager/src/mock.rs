@@ -1,0 +1,83 @@
+//! The mock machine as the hypervisor, for tests: compiled with the cargo feature
+//! `test-backend` only, and used by the program `xsr-emu-manager-mock` only.
+
+use std::env;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, bail};
+use xsr_save_restore::toolstack::ToolstackError;
+use xsr_xen_backend::mock::{BackgroundWorkload, MockHost, WorkloadSpec};
+use xsr_xen_backend::{DomId, Domain, Host};
+
+use crate::backend::{Backend, StandIn};
+
+/// Names the machine: `mock:DIR`, or `mock-xen:DIR`, which is the same machine asked by
+/// hypercalls.
+const VARIABLE: &str = "XSR_EMU_TEST_BACKEND";
+/// The directory that stands in for /var/run/xen.
+const RUN: &str = "XSR_EMU_TEST_RUN";
+
+/// A mock machine, by either of its faces.
+struct Mock {
+    host: Box<dyn Host>,
+    machine: MockHost,
+}
+
+/// Open the machine that the environment names.
+///
+/// # Errors
+///
+/// The environment names none, or it cannot be opened.
+pub(crate) fn open() -> Result<Box<dyn Backend>> {
+    let name = env::var(VARIABLE).context(VARIABLE)?;
+    let (how, dir) = name.split_once(':').unwrap_or_default();
+    let machine = MockHost::open(Path::new(dir))?;
+    let host: Box<dyn Host> = match how {
+        "mock" => Box::new(machine.clone()),
+        "mock-xen" => Box::new(machine.as_xen()?),
+        _ => bail!("{VARIABLE} is {name:?}, expected mock:DIR or mock-xen:DIR"),
+    };
+    Ok(Box::new(Mock { host, machine }))
+}
+
+impl Backend for Mock {
+    fn host(&self) -> &dyn Host {
+        &*self.host
+    }
+
+    fn qmp_socket(&self, domid: DomId) -> PathBuf {
+        let run = env::var_os(RUN).unwrap_or_else(|| "/var/run/xen".into());
+        PathBuf::from(run).join(format!("qmp-libxl-{}", domid.0))
+    }
+
+    fn stand_in(&self, domid: DomId) -> Result<Option<Box<dyn StandIn + '_>>> {
+        let domain = Host::domain(&self.machine, domid)?;
+        let kept = self.machine.userdata_get(domid, "mock-workload")?;
+        let work = match kept.filter(|bytes| !bytes.is_empty()) {
+            None => None,
+            Some(bytes) => {
+                let spec: WorkloadSpec = serde_json::from_slice(&bytes)?;
+                Some(self.machine.workload(domid, &spec)?.run_in_background())
+            }
+        };
+        Ok(Some(Box::new(MockGuest {
+            domain,
+            _work: work,
+        })))
+    }
+}
+
+/// A domain of the mock machine. Only the process that has the machine open can suspend it and have
+/// it work.
+struct MockGuest {
+    domain: Box<dyn Domain>,
+    /// What `xsr mock workload` keeps with it.
+    _work: Option<BackgroundWorkload>,
+}
+
+impl StandIn for MockGuest {
+    fn suspend(&self) -> Result<(), ToolstackError> {
+        let suspended = self.domain.suspend();
+        suspended.map_err(|error| ToolstackError::new("suspending the mock guest", error))
+    }
+}

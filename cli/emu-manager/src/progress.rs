@@ -1,0 +1,45 @@
+//! Progress, as the percentage that xenopsd shows.
+
+use std::time::{Duration, Instant};
+
+use xsr_save_restore::progress::{Phase, Progress};
+
+/// At most so many lines a second go to xenopsd.
+const INTERVAL: Duration = Duration::from_millis(250);
+
+/// The percentage that was told last.
+#[derive(Debug, Default)]
+pub(crate) struct Percent {
+    told: Option<(u8, Instant)>,
+}
+
+impl Percent {
+    /// What to tell now; `None` where it is what was told, or too early.
+    pub(crate) fn next(&mut self, progress: &Progress) -> Option<u8> {
+        let percent = percent(progress)?;
+        match self.told {
+            Some((before, _)) if percent <= before => return None,
+            Some((_, when)) if when.elapsed() < INTERVAL && percent < 100 => return None,
+            _ => {}
+        }
+        self.told = Some((percent, Instant::now()));
+        Some(percent)
+    }
+}
+
+/// Of the contents that have to go through, as far as is known now: what the guest has written
+/// meanwhile will have to go through again.
+fn percent(progress: &Progress) -> Option<u8> {
+    let left = match progress.phase {
+        Phase::Precopy | Phase::Pages | Phase::StopAndCopy => {
+            progress.bytes_total?.saturating_sub(progress.bytes_done)
+        }
+        Phase::Tail => 0,
+        _ => return None,
+    };
+    let all = progress.bytes.saturating_add(left).max(1);
+    // 100 is for the end, which `result:` says.
+    u8::try_from(progress.bytes.saturating_mul(100) / all)
+        .ok()
+        .map(|percent| percent.min(99))
+}

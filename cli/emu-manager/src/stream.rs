@@ -1,0 +1,35 @@
+//! The descriptor of the suspend image or migration stream.
+
+use std::os::fd::OwnedFd;
+
+use anyhow::{Context as _, Result, bail};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::stat::{SFlag, fstat};
+use xsr_save_restore::inherited::inherited_stream;
+
+/// The stream that xenopsd left open for this process, to be written (`save`) or read.
+///
+/// Anything but a socket or a pipe must be read-only or opened with O_APPEND, as the published
+/// emu-managers want it: xenopsd opens a suspend image so. (For a block device the flag means
+/// nothing: it is written at the place where the descriptor stands.)
+///
+/// # Errors
+///
+/// It is not open, or not in that way.
+pub(crate) fn open(fd: i32, save: bool) -> Result<OwnedFd> {
+    let stream = inherited_stream(fd).with_context(|| format!("-fd {fd}"))?;
+    let mode = fstat(&stream)?.st_mode;
+    let kind = SFlag::from_bits_truncate(mode) & SFlag::S_IFMT;
+    let flags = OFlag::from_bits_retain(fcntl(&stream, FcntlArg::F_GETFL)?);
+    let access = flags & OFlag::O_ACCMODE;
+    let waits = kind == SFlag::S_IFSOCK || kind == SFlag::S_IFIFO;
+    if !waits && access != OFlag::O_RDONLY && !flags.contains(OFlag::O_APPEND) {
+        bail!("-fd {fd} is open for writing without O_APPEND");
+    }
+    match (save, access) {
+        (true, OFlag::O_RDONLY) => bail!("-fd {fd} is open for reading only"),
+        (false, OFlag::O_WRONLY) => bail!("-fd {fd} is open for writing only"),
+        _ => {}
+    }
+    Ok(stream)
+}

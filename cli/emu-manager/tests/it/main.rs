@@ -1,0 +1,14 @@
+//! The emu-manager, with a test in the part of xenopsd: every order of lines, an abort, the end of
+//! a pipe and nonsense at every point, each kind of stream, and the image around the stream.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod command_line;
+mod guardian;
+#[path = "../../../tests/it/common/images.rs"]
+mod images;
+mod machine;
+mod qemu;
+mod restore;
+mod save;
+mod xenopsd;

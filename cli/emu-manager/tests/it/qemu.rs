@@ -1,0 +1,149 @@
+//! qemu's dirty log: on before a live save begins, off when one fails, and nothing else.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::Command;
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use xsr_xen_backend::GuestKind;
+
+use crate::images::scratch;
+use crate::machine::{guest, shutdown};
+use crate::xenopsd::{Kind, Target, Xenopsd};
+
+/// A qemu; what has been said to it, with the end of each connection.
+fn qemu(run: &Path, answer: fn(&str) -> &'static str) -> Arc<Mutex<Vec<String>>> {
+    fs::create_dir(run).unwrap();
+    let listener = UnixListener::bind(run.join("qmp-libxl-1")).unwrap();
+    let log = Arc::new(Mutex::new(Vec::new()));
+    let heard = Arc::clone(&log);
+    thread::spawn(move || {
+        for client in listener.incoming() {
+            let mut client = client.unwrap();
+            client.write_all(b"{\"QMP\": {}}\r\n").unwrap();
+            for line in BufReader::new(client.try_clone().unwrap()).lines() {
+                let line = line.unwrap();
+                client.write_all(answer(&line).as_bytes()).unwrap();
+                heard.lock().unwrap().push(line);
+            }
+            heard.lock().unwrap().push("closed".to_owned());
+        }
+    });
+    log
+}
+
+const CAPABILITIES: &str = "{\"execute\":\"qmp_capabilities\"}";
+
+fn switch(enable: bool) -> String {
+    format!("{{\"arguments\":{{\"enable\":{enable}}},\"execute\":\"xen-set-global-dirty-log\"}}")
+}
+
+fn start(machine: &Path, words: &str, target: &Target, run: &Path) -> Xenopsd {
+    let mut with_run = |command: &mut Command| {
+        command.env("XSR_EMU_TEST_RUN", run);
+    };
+    Xenopsd::start_with(machine, words, target.fd(), &mut with_run)
+}
+
+const FINE: &str = "{\"return\": {}}\r\n";
+
+#[test]
+fn it_is_on_before_a_live_save_begins_and_the_connection_closed() {
+    let dir = scratch();
+    let (machine, run) = (guest(dir.path(), GuestKind::Hvm, 8), dir.path().join("run"));
+    let log = qemu(&run, |_| FINE);
+    let mut target = Target::new(Kind::Pipe, dir.path(), true);
+    let mut xenopsd = start(
+        &machine,
+        "-mode hvm_save -dm qemu -live true",
+        &target,
+        &run,
+    );
+    assert!(xenopsd.until("prepare:"));
+    target.head();
+    xenopsd.say("done\n");
+    assert!(xenopsd.until("suspend:"));
+    let on = [CAPABILITIES.to_owned(), switch(true), "closed".to_owned()];
+    assert_eq!(*log.lock().unwrap(), on);
+    xenopsd.say("done\n");
+    xenopsd.end().succeeded();
+    // xenopsd has stopped it by now.
+    assert_eq!(*log.lock().unwrap(), on);
+}
+
+#[test]
+fn it_is_off_again_when_a_live_save_fails() {
+    for last in ["abort\n", "tea\n"] {
+        let dir = scratch();
+        let (machine, run) = (guest(dir.path(), GuestKind::Hvm, 8), dir.path().join("run"));
+        let log = qemu(&run, |_| FINE);
+        let mut target = Target::new(Kind::Pipe, dir.path(), true);
+        let mut xenopsd = start(
+            &machine,
+            "-mode hvm_save -dm qemu -live true",
+            &target,
+            &run,
+        );
+        assert!(xenopsd.until("prepare:"));
+        target.head();
+        xenopsd.say("done\n");
+        assert!(xenopsd.until("suspend:"));
+        xenopsd.say(last);
+        let ended = xenopsd.end();
+        assert!(ended.with("result:").is_empty());
+        let log = log.lock().unwrap();
+        assert!(log[3..].contains(&switch(false)), "{log:?}");
+        assert_eq!(shutdown(&machine), None);
+    }
+}
+
+#[test]
+fn one_that_refuses_or_is_not_there_fails_a_live_save() {
+    let refuses = |line: &str| match line.contains("global") {
+        true => "{\"error\": {\"class\": \"GenericError\", \"desc\": \"no logging\"}}\r\n",
+        false => FINE,
+    };
+    for there in [true, false] {
+        let dir = scratch();
+        let (machine, run) = (guest(dir.path(), GuestKind::Hvm, 8), dir.path().join("run"));
+        if there {
+            qemu(&run, refuses);
+        }
+        let target = Target::new(Kind::Pipe, dir.path(), true);
+        let mut xenopsd = start(
+            &machine,
+            "-mode hvm_save -dm qemu -live true",
+            &target,
+            &run,
+        );
+        assert!(xenopsd.until("prepare:"));
+        xenopsd.say("done\n");
+        let text = match there {
+            true => "refuses xen-set-global-dirty-log: no logging",
+            false => "No such file or directory",
+        };
+        xenopsd.end().failed(2, text);
+        assert_eq!(shutdown(&machine), None);
+    }
+}
+
+#[test]
+fn it_is_left_alone_by_a_save_that_is_not_live() {
+    let dir = scratch();
+    let (machine, run) = (guest(dir.path(), GuestKind::Hvm, 8), dir.path().join("run"));
+    let log = qemu(&run, |_| FINE);
+    let mut target = Target::new(Kind::Pipe, dir.path(), true);
+    let mut xenopsd = start(&machine, "-mode hvm_save -dm qemu", &target, &run);
+    for line in ["prepare:", "suspend:"] {
+        assert!(xenopsd.until(line));
+        if line == "prepare:" {
+            target.head();
+        }
+        xenopsd.say("done\n");
+    }
+    xenopsd.end().succeeded();
+    assert!(log.lock().unwrap().is_empty());
+}

@@ -1,0 +1,281 @@
+//! Saves: the order of lines, the image, and every way in which one ends early.
+
+use std::thread;
+use std::time::Duration;
+
+use xsr_xen_backend::{GuestKind, ShutdownReason};
+
+use crate::images::scratch;
+use crate::machine::{KINDS, busy, by_the_engine, guest, shutdown};
+use crate::xenopsd::{Ended, Kind, STREAMS, Target, Xenopsd, libxc};
+
+fn mode(kind: GuestKind) -> &'static str {
+    match kind.is_translated() {
+        true => "-mode hvm_save",
+        false => "-mode save",
+    }
+}
+
+/// Play xenopsd through a save in which all is well.
+fn play(xenopsd: &mut Xenopsd, target: &mut Target) {
+    assert!(xenopsd.until("prepare:xenguest"), "{:?}", xenopsd.lines);
+    target.head();
+    xenopsd.say("done\n");
+    assert!(xenopsd.until("suspend:"), "{:?}", xenopsd.lines);
+    xenopsd.say("done\n");
+    assert!(xenopsd.until("result:"), "{:?}", xenopsd.lines);
+}
+
+/// The percentages in the lines.
+fn percentages(ended: &Ended) -> Vec<u8> {
+    let lines = ended.with(r"info:\b\b\b\b");
+    lines.iter().map(|line| line.parse().unwrap()).collect()
+}
+
+#[test]
+fn the_image_holds_the_engines_stream_whatever_it_is_written_to() {
+    for (kind, width) in KINDS {
+        let expected = by_the_engine(kind, width);
+        for stream in STREAMS {
+            let dir = scratch();
+            let machine = guest(dir.path(), kind, width);
+            let mut target = Target::new(stream, dir.path(), true);
+            let mut xenopsd = Xenopsd::start(&machine, mode(kind), target.fd());
+            play(&mut xenopsd, &mut target);
+            let ended = xenopsd.wait();
+            assert_eq!(ended.succeeded(), "0 0");
+            let percentages = percentages(&ended);
+            assert!(!percentages.is_empty(), "{ended:?}");
+            assert!(percentages.is_sorted() && percentages.iter().all(|percent| *percent <= 100));
+            let image = target.image();
+            assert!(libxc(&image) == expected, "{kind:?} {stream:?}");
+            assert_eq!(shutdown(&machine), Some(ShutdownReason::Suspend));
+        }
+    }
+}
+
+#[test]
+fn a_live_save_sends_memory_before_the_guest_is_suspended() {
+    for (kind, width) in KINDS {
+        for stream in STREAMS {
+            let dir = scratch();
+            let machine = guest(dir.path(), kind, width);
+            busy(&machine, 2000);
+            let mut target = Target::new(stream, dir.path(), true);
+            let words = format!("{} -live true", mode(kind));
+            let mut xenopsd = Xenopsd::start(&machine, &words, target.fd());
+            play(&mut xenopsd, &mut target);
+            let ended = xenopsd.wait();
+            ended.succeeded();
+            let first = ended.lines.iter().position(|line| line.contains(r"\b"));
+            let suspend = ended.lines.iter().position(|line| line == "suspend:");
+            assert!(first < suspend, "{ended:?}");
+            let image = target.image();
+            let stream = libxc(&image);
+            assert!(stream.len() > 16 << 20, "all of it, and some pages again");
+            assert_eq!(stream[stream.len() - 8..], [0; 8], "END");
+            assert_eq!(shutdown(&machine), Some(ShutdownReason::Suspend));
+        }
+    }
+}
+
+/// When something happens to a save.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Point {
+    /// Before anything is said.
+    Start,
+    /// Instead of the answer to `prepare:`.
+    Prepare,
+    /// Directly after that answer.
+    Prepared,
+    /// While the stream is not read.
+    Stalled,
+    /// Instead of the answer to `suspend:`.
+    Suspend,
+    /// Directly after that answer, while the stream is not read.
+    Suspended,
+}
+
+const POINTS: [Point; 6] = [
+    Point::Start,
+    Point::Prepare,
+    Point::Prepared,
+    Point::Stalled,
+    Point::Suspend,
+    Point::Suspended,
+];
+
+/// Play xenopsd up to `point`, and then do `act`; the end, and the target.
+fn disturbed(
+    stream: Kind,
+    point: Point,
+    live: bool,
+    act: impl Fn(&mut Xenopsd),
+) -> Option<(Ended, Option<ShutdownReason>)> {
+    let dir = scratch();
+    let machine = guest(dir.path(), GuestKind::Pv, 8);
+    // A stream that is not read has to be full before the save is complete.
+    let stalls = match point {
+        Point::Stalled => true,
+        Point::Suspended => !live,
+        _ => false,
+    };
+    let mut target = Target::new(stream, dir.path(), !stalls);
+    if stalls && target.is_file() {
+        return None;
+    }
+    let words = format!("-mode save -live {live}");
+    let mut xenopsd = Xenopsd::start(&machine, &words, target.fd());
+    if point == Point::Start {
+        act(&mut xenopsd);
+    } else {
+        assert!(xenopsd.until("prepare:"), "{point:?}: {:?}", xenopsd.lines);
+        if point != Point::Prepare {
+            target.head();
+        }
+        match point {
+            Point::Prepared => xenopsd.say("done\n"),
+            Point::Stalled | Point::Suspend | Point::Suspended => {
+                xenopsd.say("done\n");
+                if point == Point::Stalled && live {
+                    thread::sleep(Duration::from_millis(300));
+                } else {
+                    assert!(xenopsd.until("suspend:"), "{point:?}: {:?}", xenopsd.lines);
+                }
+                if point == Point::Suspended || point == Point::Stalled && !live {
+                    xenopsd.say("done\n");
+                }
+            }
+            Point::Start | Point::Prepare => {}
+        }
+        act(&mut xenopsd);
+    }
+    let ended = xenopsd.end();
+    Some((ended, shutdown(&machine)))
+}
+
+#[test]
+fn an_abort_ends_a_save_in_good_order_wherever_it_comes() {
+    for live in [false, true] {
+        for stream in STREAMS {
+            for point in POINTS {
+                let act = |xenopsd: &mut Xenopsd| xenopsd.say("abort\n");
+                let Some((ended, state)) = disturbed(stream, point, live, act) else {
+                    continue;
+                };
+                // After `suspend:` xenopsd never says it: the save may be complete by then.
+                if point == Point::Suspended && !ended.with("result:").is_empty() {
+                    continue;
+                }
+                ended.aborted();
+                let suspended = point == Point::Suspended || point == Point::Stalled && !live;
+                if !suspended {
+                    assert_eq!(state, None, "{live} {stream:?} {point:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_end_of_the_pipe_and_nonsense_fail_a_save_wherever_they_come() {
+    for live in [false, true] {
+        for point in POINTS {
+            for (say, text) in [
+                (None, "xenopsd closed the control pipe"),
+                (Some("tea:two sugars\n"), "which is not expected"),
+                (Some("restore:xenguest\n"), "which is not expected"),
+            ] {
+                let act = |xenopsd: &mut Xenopsd| match say {
+                    None => xenopsd.hang_up(),
+                    Some(text) => xenopsd.say(text),
+                };
+                let (ended, _) = disturbed(Kind::Pipe, point, live, act).unwrap();
+                if point == Point::Suspended && !ended.with("result:").is_empty() {
+                    continue;
+                }
+                ended.failed(2, text);
+            }
+        }
+    }
+}
+
+#[test]
+fn an_answer_that_was_not_asked_for_and_a_line_without_end_fail_a_save() {
+    for (say, text) in [
+        ("done\n".to_owned(), "without having been asked"),
+        ("x".repeat(300), "without a line end"),
+    ] {
+        let act = |xenopsd: &mut Xenopsd| xenopsd.say(&say);
+        let (ended, state) = disturbed(Kind::Pipe, Point::Stalled, true, act).unwrap();
+        ended.failed(2, text);
+        assert_eq!(state, None);
+    }
+}
+
+#[test]
+fn answers_may_come_late_and_in_pieces() {
+    let dir = scratch();
+    let machine = guest(dir.path(), GuestKind::Pvh, 8);
+    let mut target = Target::new(Kind::Socket, dir.path(), true);
+    let mut xenopsd = Xenopsd::start(&machine, "-mode hvm_save", target.fd());
+    for line in ["prepare:", "suspend:"] {
+        assert!(xenopsd.until(line));
+        if line == "prepare:" {
+            target.head();
+        }
+        thread::sleep(Duration::from_millis(200));
+        xenopsd.say("do");
+        thread::sleep(Duration::from_millis(50));
+        xenopsd.say("ne\n");
+    }
+    xenopsd.end().succeeded();
+    assert!(libxc(&target.image()) == by_the_engine(GuestKind::Pvh, 8));
+}
+
+#[test]
+fn an_xenopsd_that_hears_nothing_any_more_ends_a_save() {
+    let dir = scratch();
+    let machine = guest(dir.path(), GuestKind::Pv, 8);
+    let mut target = Target::new(Kind::Pipe, dir.path(), true);
+    let mut xenopsd = Xenopsd::start(&machine, "-mode save", target.fd());
+    assert!(xenopsd.until("prepare:"));
+    target.head();
+    xenopsd.say("done\n");
+    let ended = xenopsd.wait();
+    assert_eq!(ended.code, Some(2));
+    assert_eq!(shutdown(&machine), None);
+}
+
+#[test]
+fn a_stream_that_takes_no_more_is_told() {
+    let dir = scratch();
+    let machine = guest(dir.path(), GuestKind::Pv, 8);
+    let full = std::fs::File::options().append(true).open("/dev/full");
+    let mut xenopsd = Xenopsd::start(&machine, "-mode save", full.unwrap().into());
+    assert!(xenopsd.until("prepare:"));
+    xenopsd.say("done\n");
+    xenopsd.end().failed(2, "No space left on device");
+    assert_eq!(shutdown(&machine), None);
+}
+
+#[test]
+fn what_cannot_be_saved_is_refused_before_anything_is_asked() {
+    let dir = scratch();
+    let machine = guest(dir.path(), GuestKind::Pv, 8);
+    for (words, text) in [
+        ("-mode hvm_save", "domain 1 is a PV domain"),
+        ("-mode save -dm vgpu:9", "vgpu Operation not supported"),
+        ("-mode save -domid 4", "domain 4"),
+    ] {
+        let target = Target::new(Kind::Pipe, dir.path(), true);
+        let xenopsd = Xenopsd::start(&machine, words, target.fd());
+        let ended = xenopsd.end();
+        ended.failed(2, text);
+        assert!(ended.with("prepare:").is_empty());
+    }
+    let elsewhere = dir.path().join("none");
+    let target = Target::new(Kind::Pipe, dir.path(), true);
+    let ended = Xenopsd::start(&elsewhere, "-mode save", target.fd()).end();
+    ended.failed(2, "none");
+}

@@ -1,0 +1,348 @@
+//! xenopsd, as far as an emu-manager sees it: two pipes, and a suspend image around the stream.
+
+use std::fs::{self, File};
+use std::io::{self, BufRead as _, BufReader, PipeReader, PipeWriter, Read as _, Write as _};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// What is in an image before the head of the libxc record: its length is not a multiple of 8.
+pub(crate) const BEFORE: &[u8] = b"XenSavedDomv2-\n and a record of xenopsd";
+/// The head of the libxc record.
+const LIBXC: [u8; 16] = [0xf0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+/// What comes after END.
+pub(crate) const AFTER: &[u8] = b"\xff\xff\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
+/// An emu-manager that takes longer than this hangs.
+const PATIENCE: Duration = Duration::from_secs(100);
+
+/// What a stream is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// A file with O_APPEND, or for reading only.
+    File,
+    Pipe,
+    Socket,
+}
+
+pub(crate) const STREAMS: [Kind; 3] = [Kind::File, Kind::Pipe, Kind::Socket];
+
+/// What xenopsd starts, with its descriptors 5 (lines from xenopsd), 6 (to it) and 7 (the stream).
+pub(crate) fn command(program: &str, words: &str) -> Command {
+    let mut command = Command::new("sh");
+    command
+        .args([
+            "-c",
+            "exec \"$0\" \"$@\" 5<&0 6>&1 7>&2 </dev/null >/dev/null 2>&1",
+        ])
+        .arg(program)
+        .args(words.split_whitespace());
+    command
+}
+
+/// The emu-manager at work, and xenopsd's ends of its pipes.
+pub(crate) struct Xenopsd {
+    child: Child,
+    from: BufReader<PipeReader>,
+    to: Option<PipeWriter>,
+    /// Lines that have come.
+    pub(crate) lines: Vec<String>,
+    _watch: Sender<()>,
+}
+
+/// How a run ended.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    pub(crate) lines: Vec<String>,
+    pub(crate) code: Option<i32>,
+}
+
+impl Ended {
+    /// The lines with this prefix, without it.
+    pub(crate) fn with(&self, prefix: &str) -> Vec<&str> {
+        let lines = self.lines.iter();
+        lines.filter_map(|line| line.strip_prefix(prefix)).collect()
+    }
+
+    /// It failed, and the last line says so with this text.
+    #[track_caller]
+    pub(crate) fn failed(&self, code: i32, text: &str) {
+        let errors = self.with("error:");
+        assert_eq!(errors.len(), 1, "{self:?}");
+        assert!(errors[0].contains(text), "no {text:?} in {self:?}");
+        assert!(self.lines.last().unwrap().starts_with("error:"), "{self:?}");
+        assert!(self.with("result:").is_empty(), "{self:?}");
+        assert_eq!(self.code, Some(code), "{self:?}");
+    }
+
+    /// It ended in good order after an abort.
+    #[track_caller]
+    pub(crate) fn aborted(&self) {
+        assert!(self.with("error:").is_empty(), "{self:?}");
+        assert!(self.with("result:").is_empty(), "{self:?}");
+        assert_eq!(self.code, Some(0), "{self:?}");
+    }
+
+    /// It ended with this result.
+    #[track_caller]
+    pub(crate) fn succeeded(&self) -> &str {
+        let results = self.with("result:");
+        assert!(self.with("error:").is_empty(), "{self:?}");
+        assert_eq!((results.len(), self.code), (1, Some(0)), "{self:?}");
+        results[0]
+    }
+}
+
+impl Xenopsd {
+    /// Start the emu-manager on a mock machine; what its stderr is at first becomes the stream.
+    pub(crate) fn start(machine: &Path, words: &str, stream: OwnedFd) -> Self {
+        Self::start_with(machine, words, stream, &mut |_| {})
+    }
+
+    pub(crate) fn start_with(
+        machine: &Path,
+        words: &str,
+        stream: OwnedFd,
+        more: &mut dyn FnMut(&mut Command),
+    ) -> Self {
+        let words = format!("-controloutfd 6 -controlinfd 5 -fd 7 -domid 1 {words}");
+        let mut command = command(env!("CARGO_BIN_EXE_xsr-emu-manager-mock"), &words);
+        let backend = format!("mock:{}", machine.display());
+        command.env("XSR_EMU_TEST_BACKEND", backend);
+        more(&mut command);
+        Self::spawn(command, stream)
+    }
+
+    /// Start `command`, which [`command`] has made.
+    pub(crate) fn spawn(mut command: Command, stream: OwnedFd) -> Self {
+        let (out, its_out) = io::pipe().unwrap();
+        let (its_in, to) = io::pipe().unwrap();
+        let child = command
+            .stdin(its_in)
+            .stdout(its_out)
+            .stderr(Stdio::from(stream))
+            .spawn()
+            .unwrap();
+        // It holds our copies of the descriptors of the child.
+        drop(command);
+        let pid = Pid::from_raw(child.id().try_into().unwrap());
+        let (watch, ended) = mpsc::channel::<()>();
+        thread::spawn(move || {
+            if ended.recv_timeout(PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout) {
+                kill(pid, Signal::SIGKILL).ok();
+            }
+        });
+        Self {
+            child,
+            from: BufReader::new(out),
+            to: Some(to),
+            lines: Vec::new(),
+            _watch: watch,
+        }
+    }
+
+    pub(crate) fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id().try_into().unwrap())
+    }
+
+    /// The next line; `None` at the end.
+    pub(crate) fn next(&mut self) -> Option<String> {
+        let mut line = String::new();
+        if self.from.read_line(&mut line).unwrap() == 0 {
+            return None;
+        }
+        assert!(line.len() <= 128 && line.contains(':'), "{line:?}");
+        let line = line.strip_suffix('\n').unwrap().to_owned();
+        self.lines.push(line.clone());
+        Some(line)
+    }
+
+    /// Read lines up to one that begins so; false if none came.
+    pub(crate) fn until(&mut self, prefix: &str) -> bool {
+        loop {
+            match self.next() {
+                None => return false,
+                Some(line) if line.starts_with(prefix) => return true,
+                Some(_) => {}
+            }
+        }
+    }
+
+    /// Say something. The emu-manager may have gone.
+    pub(crate) fn say(&mut self, text: &str) {
+        if let Some(to) = &mut self.to {
+            to.write_all(text.as_bytes()).ok();
+        }
+    }
+
+    /// Close the pipe on which xenopsd speaks.
+    pub(crate) fn hang_up(&mut self) {
+        self.to = None;
+    }
+
+    /// Read the remaining lines, and wait for the end.
+    pub(crate) fn end(mut self) -> Ended {
+        while self.next().is_some() {}
+        self.wait()
+    }
+
+    /// Wait for the end without reading any more lines.
+    pub(crate) fn wait(mut self) -> Ended {
+        drop(self.from);
+        drop(self.to);
+        Ended {
+            lines: self.lines,
+            code: self.child.wait().unwrap().code(),
+        }
+    }
+}
+
+/// A stream that is saved to, from xenopsd's side.
+pub(crate) struct Target {
+    /// xenopsd's descriptor, which the emu-manager shares.
+    ours: File,
+    flags: i32,
+    far: Far,
+}
+
+enum Far {
+    File(PathBuf),
+    /// A reader, and what lets it begin.
+    Reader(JoinHandle<Vec<u8>>, Sender<()>),
+}
+
+impl Target {
+    /// A stream with xenopsd's own beginning in it. `read`: something takes what comes from the
+    /// first; otherwise only once [`Target::read`] is called.
+    pub(crate) fn new(kind: Kind, dir: &Path, read: bool) -> Self {
+        let (ours, far): (OwnedFd, _) = match kind {
+            Kind::File => {
+                let path = dir.join("image");
+                let file = File::options().append(true).create_new(true).open(&path);
+                (file.unwrap().into(), Far::File(path))
+            }
+            Kind::Pipe => {
+                let (from, to) = io::pipe().unwrap();
+                (to.into(), reader(from.into()))
+            }
+            Kind::Socket => {
+                let (from, to) = UnixStream::pair().unwrap();
+                (to.into(), reader(from.into()))
+            }
+        };
+        let flags = fcntl(&ours, FcntlArg::F_GETFL).unwrap();
+        let mut target = Self {
+            ours: ours.into(),
+            flags,
+            far,
+        };
+        target.ours.write_all(BEFORE).unwrap();
+        if read {
+            target.read();
+        }
+        target
+    }
+
+    /// From now on what comes is taken.
+    pub(crate) fn read(&self) {
+        if let Far::Reader(_, begin) = &self.far {
+            begin.send(()).ok();
+        }
+    }
+
+    /// The descriptor for the emu-manager.
+    pub(crate) fn fd(&self) -> OwnedFd {
+        self.ours.as_fd().try_clone_to_owned().unwrap()
+    }
+
+    /// xenopsd writes the head of the libxc record.
+    pub(crate) fn head(&mut self) {
+        self.ours.write_all(&LIBXC).unwrap();
+    }
+
+    /// All of the image, xenopsd's own records after END included, as xenopsd itself would
+    /// write them at the place where the descriptor stands.
+    pub(crate) fn image(mut self) -> Vec<u8> {
+        self.ours.write_all(AFTER).unwrap();
+        let flags = fcntl(&self.ours, FcntlArg::F_GETFL).unwrap();
+        assert_eq!(flags, self.flags, "its flags are as they were");
+        self.read();
+        drop(self.ours);
+        match self.far {
+            Far::File(path) => fs::read(path).unwrap(),
+            Far::Reader(thread, _) => thread.join().unwrap(),
+        }
+    }
+
+    /// The other end goes away.
+    pub(crate) fn is_file(&self) -> bool {
+        matches!(self.far, Far::File(_))
+    }
+}
+
+fn reader(from: OwnedFd) -> Far {
+    let (begin, begun): (Sender<()>, Receiver<()>) = mpsc::channel();
+    let thread = thread::spawn(move || {
+        let mut bytes = Vec::new();
+        if begun.recv().is_ok() {
+            File::from(from).read_to_end(&mut bytes).unwrap();
+        }
+        bytes
+    });
+    Far::Reader(thread, begin)
+}
+
+/// The libxc stream in an image.
+#[track_caller]
+pub(crate) fn libxc(image: &[u8]) -> &[u8] {
+    let rest = image.strip_prefix(BEFORE).unwrap();
+    let rest = rest.strip_prefix(&LIBXC).unwrap();
+    rest.strip_suffix(AFTER).unwrap()
+}
+
+/// A stream that is restored from: `bytes`, of which something gives the first `at_once` at once
+/// and the rest when the answer's sender speaks or goes. The descriptor, to be shared.
+pub(crate) fn source(
+    kind: Kind,
+    dir: &Path,
+    bytes: Vec<u8>,
+    at_once: usize,
+) -> (OwnedFd, Option<Sender<()>>) {
+    let (ours, mut to): (OwnedFd, File) = match kind {
+        Kind::File => {
+            let path = dir.join("image");
+            fs::write(&path, bytes).unwrap();
+            return (File::open(path).unwrap().into(), None);
+        }
+        Kind::Pipe => {
+            let (from, to) = io::pipe().unwrap();
+            (from.into(), OwnedFd::from(to).into())
+        }
+        Kind::Socket => {
+            let (from, to) = UnixStream::pair().unwrap();
+            (from.into(), OwnedFd::from(to).into())
+        }
+    };
+    let (go, gone) = mpsc::channel::<()>();
+    thread::spawn(move || {
+        let (first, rest) = bytes.split_at(at_once.min(bytes.len()));
+        // An emu-manager that has failed reads no more.
+        if to.write_all(first).is_ok() && gone.recv().is_ok() {
+            to.write_all(rest).ok();
+        }
+    });
+    (ours, Some(go))
+}
+
+/// A file that is open as `flags` say.
+pub(crate) fn opened(path: &Path, flags: OFlag) -> OwnedFd {
+    let mode = nix::sys::stat::Mode::from_bits_truncate(0o600);
+    nix::fcntl::open(path, flags | OFlag::O_CREAT, mode).unwrap()
+}
