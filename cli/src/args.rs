@@ -10,7 +10,7 @@ use std::str::FromStr;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
-use self::images::{CatArgs, ConvertArgs, EditArgs, ExportArgs};
+use self::images::{CatArgs, ConvertArgs, EditArgs, ExportArgs, LayoutArg};
 pub(crate) use self::machine::{Backend, BackendArg, MockHostArg, VARIABLE};
 pub(crate) use self::migrate::{ConnectionArgs, Endpoint, MigrateArgs, ReceiveArgs};
 pub(crate) use self::mock::{
@@ -163,6 +163,11 @@ impl Command {
 /// begins (after five passes, or with fewer than 50 pages left), unless --max-downtime, --timeout
 /// or --on-timeout sets a target.
 ///
+/// With --layout mapped, every page has a place in the file (docs/mapped.md), and a page that is
+/// written again goes there again, so that a live save does not make the file longer. With --live and
+/// -c this is a checkpoint: the domain is paused only for the last pass, and runs on before the
+/// file is complete.
+///
 /// On a Xen host this command runs `xl save` with xsr-save-helper. It passes all of xl's options
 /// on, gives --threads to the helper, and refuses options that xl does not have. With --direct it
 /// works without xl: it asks the domain to suspend, saves it to a bare libxc stream, and resumes
@@ -174,6 +179,7 @@ Examples:
   xsr save --direct --live -c web web.libxc
   xsr save --backend mock:/tmp/lab web web.save
   xsr save --backend mock:/tmp/lab --live -c web web.save
+  xsr save --backend mock:/tmp/lab --live -c --layout mapped --max-downtime 50 web web.save
   xsr save --backend mock:/tmp/lab -c web - | zstd > web.save.zst")]
 pub(crate) struct SaveArgs {
     /// Leave the domain running afterwards
@@ -185,6 +191,12 @@ pub(crate) struct SaveArgs {
     /// Save while the domain runs
     #[arg(long)]
     pub(crate) live: bool,
+    /// Where page data lies in the file
+    #[arg(long, value_name = "LAYOUT", default_value = "stream")]
+    pub(crate) layout: LayoutArg,
+    /// For mapped: a digest for each page, too (16 bytes)
+    #[arg(long)]
+    pub(crate) page_digests: bool,
     /// Save even if there is too little space for the image
     #[arg(long)]
     pub(crate) force: bool,

@@ -2,6 +2,8 @@
 //!
 //! Images from a pipe, and wrapped or compressed ones, are read as streams, without an index.
 
+mod order;
+
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt as _;
@@ -72,6 +74,8 @@ pub(crate) fn index_of(input: &Input, lenient: bool) -> Result<Option<Mapped>> {
     };
     Err(found).with_context(|| input.name.clone())
 }
+
+pub(crate) use order::{InOrder, Reordered, pass_over};
 
 /// The error for commands that have `--ignore-index`.
 pub(crate) fn bad_index(error: &LayoutError) -> Error {

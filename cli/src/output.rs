@@ -17,7 +17,7 @@ use anyhow::{Context as _, Error, Result, bail};
 use nix::sys::stat::{major, minor};
 use xsr_save_restore::storage::file::{Begun, FileStorage, Target};
 use xsr_save_restore::storage::pipe::StraightWriter;
-use xsr_save_restore::storage::{Create, Durability, StorageError, StorageWriter};
+use xsr_save_restore::storage::{Create, Durability, Shape, StorageError, StorageWriter};
 use xsr_xen_backend::mock::phase;
 
 use crate::exit::{Aftermath, BadUsage, NotDurable, WriteFailed};
@@ -89,6 +89,10 @@ enum By {
     Xl,
 }
 
+/// Why the mapped layout goes into regular files alone.
+const NO_SLOTS: &str = "the mapped layout is for a regular file, in which pages have places: name \
+                        one, or take --layout stream";
+
 fn refuse<T>(why: &str) -> Result<T> {
     Err(Error::new(BadUsage(why.to_owned())))
 }
@@ -121,7 +125,24 @@ impl Output {
             check_stdout(plan)?;
         }
         let named = name.clone();
-        Self::open_as(plan, name, By::Us).context(named)
+        Self::open_as(plan, name, By::Us, Create::stream()).context(named)
+    }
+
+    /// The same, for a file that is written at any place.
+    ///
+    /// # Errors
+    ///
+    /// As [`Output::open`]; [`BadUsage`] for what is not a file.
+    pub(crate) fn open_slots(plan: &Plan<'_>) -> Result<Self> {
+        let name = shown_path(plan.path);
+        let slots = Create::slots();
+        let opened = Self::open_as(plan, name.clone(), By::Us, slots).map_err(|error| match error
+            .downcast_ref()
+        {
+            Some(StorageError::Unsupported { .. }) => Error::new(BadUsage(NO_SLOTS.to_owned())),
+            _ => error,
+        });
+        opened.context(name)
     }
 
     /// The same, for a file that xl writes.
@@ -132,10 +153,10 @@ impl Output {
     pub(crate) fn open_for_xl(plan: &Plan<'_>) -> Result<Self> {
         let name = shown_path(plan.path);
         let named = name.clone();
-        Self::open_as(plan, name, By::Xl).context(named)
+        Self::open_as(plan, name, By::Xl, Create::stream()).context(named)
     }
 
-    fn open_as(plan: &Plan<'_>, name: String, by: By) -> Result<Self> {
+    fn open_as(plan: &Plan<'_>, name: String, by: By, create: Create) -> Result<Self> {
         let target = match is_dash(plan.path) {
             true => Target::of_descriptor(io::stdout().as_fd().try_clone_to_owned()?.into(), "-"),
             false => Target::find(plan.path),
@@ -170,8 +191,14 @@ impl Output {
                 );
             }
         }
-        let create = Create::stream().existing(plan.existing.into());
-        match storage.write(target, &create).map_err(unnamed)? {
+        let create = create.existing(plan.existing.into());
+        let begun = storage.write(target, &create).map_err(|error| match error {
+            error @ StorageError::Unsupported { .. } if create.shape == Shape::Slots => {
+                Error::new(error)
+            }
+            error => unnamed(error),
+        });
+        match begun? {
             Begun::File(writer) => {
                 phase("output-made");
                 Ok(Self {
@@ -210,6 +237,14 @@ impl Output {
     pub(crate) fn of_descriptor(file: File, name: String) -> Result<Self> {
         let writer = StraightWriter::new(file, &name).map_err(unnamed)?;
         Self::straight(writer, name)
+    }
+
+    /// What writes it.
+    pub(crate) fn writer(&self) -> &dyn StorageWriter {
+        match &self.writer {
+            Begun::File(writer) => writer,
+            Begun::Straight(writer) => writer,
+        }
     }
 
     /// What to write to.

@@ -10,7 +10,7 @@ use libfuzzer_sys::fuzz_target;
 use xsr_format::frame::{PageEntry, Pfn};
 use xsr_format::layout::check::check;
 use xsr_format::layout::index::{Footer, IndexEntry};
-use xsr_format::layout::{LayoutError, MAX_PADS, MAX_REAL, Mapped};
+use xsr_format::layout::{LayoutError, MAX_ENTRIES, MAX_REAL, Mapped};
 
 /// Turns the last bytes into a footer with a matching digest, so that the checks after the digest
 /// are reached.
@@ -54,7 +54,7 @@ fn read(bytes: &[u8]) {
         assert!(before <= entry.offset && entry.end() + 8 <= footer.image_end);
         assert!(entry.pages == 0 || entry.data_offset() % 4096 == 0);
         assert!(entry.first_pfn <= entry.last_pfn && entry.last_pfn <= PageEntry::MAX_PFN);
-        assert!(entry.pads <= MAX_PADS && entry.entries - entry.pads <= MAX_REAL);
+        assert!(entry.entries <= MAX_ENTRIES && entry.entries - entry.pads <= MAX_REAL);
         before = entry.end();
     }
     let ends = mapped.entries().iter().take(16);

@@ -82,6 +82,11 @@ pub enum GuestError {
         /// The last pfn now.
         now: Pfn,
     },
+    /// A PV guest's p2m grew while it was being saved into the mapped layout.
+    #[error(
+        "the guest's p2m grew while it was being saved, and the image has no room for that before its first page; the guest runs on, save it again"
+    )]
+    P2mOutgrewLayout,
     /// Xen reports a page type that the format cannot express.
     #[error("pfn {pfn} (frame {gfn}) has page type {:#x}, which the format does not know", page_type.nibble())]
     PageType {

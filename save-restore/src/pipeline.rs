@@ -108,6 +108,92 @@ where
     })
 }
 
+/// As [`ordered`], with a third step: `place` decides on this thread, in order, what is to be done
+/// with an item, and `write` does it on `pool`, in any order. When this returns, all of it has been
+/// done.
+///
+/// # Errors
+///
+/// One of the failures. Items after one that could not be prepared or placed are not written; of
+/// those before it, all are.
+///
+/// # Panics
+///
+/// When one of the three does, once nothing is being prepared or written any more.
+pub(crate) fn placed<I, T, P, E>(
+    pool: Option<&rayon::ThreadPool>,
+    items: impl IntoIterator<Item = I>,
+    prepare: impl Fn(I) -> Result<T, E> + Sync,
+    mut place: impl FnMut(&T) -> Result<P, E>,
+    write: impl Fn(&T, P) -> Result<(), E> + Sync,
+) -> Result<(), E>
+where
+    I: Send,
+    T: Send,
+    P: Send,
+    E: Send,
+{
+    let mut items = items.into_iter();
+    let Some(pool) = pool else {
+        return items.try_for_each(|item| {
+            let item = prepare(item)?;
+            let place = place(&item)?;
+            write(&item, place)
+        });
+    };
+    let most = in_flight(pool.current_num_threads());
+    let failed = AtomicBool::new(false);
+    let (prepare, write, failed) = (&prepare, &write, &failed);
+    pool.in_place_scope_fifo(|scope| {
+        let mut prepared = VecDeque::with_capacity(most);
+        let mut written: VecDeque<mpsc::Receiver<Result<(), E>>> = VecDeque::with_capacity(most);
+        let mut run = || -> Result<bool, E> {
+            loop {
+                while let Some(first) = written.front() {
+                    match first.try_recv() {
+                        Ok(result) => result?,
+                        Err(mpsc::TryRecvError::Empty) => break,
+                        // It panicked; the scope passes that on when it ends.
+                        Err(mpsc::TryRecvError::Disconnected) => return Ok(false),
+                    }
+                    written.pop_front();
+                }
+                let room = most.saturating_sub(prepared.len() + written.len());
+                for item in items.by_ref().take(room) {
+                    let (done, ready) = mpsc::sync_channel(1);
+                    prepared.push_back(ready);
+                    scope.spawn_fifo(move |_| {
+                        if !failed.load(Ordering::Relaxed) {
+                            done.send(prepare(item)).ok();
+                        }
+                    });
+                }
+                let Some(ready) = prepared.pop_front() else {
+                    match written.pop_front().map(|first| first.recv()) {
+                        None => return Ok(true),
+                        Some(Ok(result)) => result?,
+                        Some(Err(mpsc::RecvError)) => return Ok(false),
+                    }
+                    continue;
+                };
+                let Ok(item) = ready.recv() else {
+                    return Ok(false);
+                };
+                let item = item?;
+                let place = place(&item)?;
+                let (done, ready) = mpsc::sync_channel(1);
+                written.push_back(ready);
+                scope.spawn_fifo(move |_| {
+                    done.send(write(&item, place)).ok();
+                });
+            }
+        };
+        let result = run();
+        failed.store(!matches!(result, Ok(true)), Ordering::Relaxed);
+        result.map(drop)
+    })
+}
+
 fn lock<T>(list: &Mutex<Vec<T>>) -> MutexGuard<'_, Vec<T>> {
     // Every change of the list is a single step.
     list.lock().unwrap_or_else(PoisonError::into_inner)
@@ -210,6 +296,73 @@ mod tests {
                 Ok(())
             );
             assert_eq!(*most, bound, "{threads} threads");
+        }
+    }
+
+    #[test]
+    fn places_are_given_in_order_and_all_is_written() {
+        for threads in [1, 2, 5, 16] {
+            for items in [0_u32, 1, 7, 8, 9, 100] {
+                let (mut order, written) = (Vec::new(), Mutex::new(Vec::new()));
+                let result = placed(
+                    pool_of(threads).as_ref(),
+                    0..items,
+                    Ok::<u32, ()>,
+                    |i| {
+                        order.push(*i);
+                        Ok(2 * *i)
+                    },
+                    |i, place| {
+                        lock(&written).push((*i, place));
+                        Ok(())
+                    },
+                );
+                assert_eq!(result, Ok(()));
+                assert!(order.iter().copied().eq(0..items));
+                let mut written = take(&written);
+                written.sort_unstable();
+                assert!(written.into_iter().eq((0..items).map(|i| (i, 2 * i))));
+            }
+        }
+    }
+
+    #[test]
+    fn a_failure_of_any_step_ends_it_and_a_panic_is_passed_on() {
+        for threads in [1, 3] {
+            for step in 0..3 {
+                let fails = |at: u32, i: u32| match at == step && i == 30 {
+                    true => Err(at),
+                    false => Ok(()),
+                };
+                let result = placed(
+                    pool_of(threads).as_ref(),
+                    0..100,
+                    |i| fails(0, i).map(|()| i),
+                    |i| fails(1, *i),
+                    |i, ()| fails(2, *i),
+                );
+                assert_eq!(result, Err(step), "{threads} threads");
+                let panicked = catch_unwind(AssertUnwindSafe(|| {
+                    let panics = |at, i| assert!(fails(at, i).is_ok(), "as asked");
+                    placed(
+                        pool_of(threads).as_ref(),
+                        0..100,
+                        |i| {
+                            panics(0, i);
+                            Ok::<u32, ()>(i)
+                        },
+                        |i| {
+                            panics(1, *i);
+                            Ok(())
+                        },
+                        |i, ()| {
+                            panics(2, *i);
+                            Ok(())
+                        },
+                    )
+                }));
+                assert!(panicked.is_err(), "step {step}, {threads} threads");
+            }
         }
     }
 

@@ -8,6 +8,7 @@ mod buffer;
 mod checkpointed;
 mod colo;
 mod live;
+pub mod mapped;
 pub mod precopy;
 mod request;
 mod suspended;
@@ -30,6 +31,7 @@ use crate::pipeline;
 use crate::progress::{OnProgress, Phase, Reporter};
 use crate::save::balloon::Balloon;
 use crate::save::batch::Batch;
+use crate::save::mapped::{MappedImage, Part};
 use crate::save::precopy::PrecopyPolicy;
 use crate::save::suspended::Suspended;
 use crate::sink::PageSink;
@@ -177,6 +179,8 @@ struct Notes<'a> {
 struct Run<'r, 'p> {
     domain: &'r dyn Domain,
     kind: GuestKind,
+    /// The slots that pages go to; `None` if all goes into one stream.
+    image: Option<&'r MappedImage<'r>>,
     /// Prepares batches, in every pass.
     pool: Option<rayon::ThreadPool>,
     /// Bytes of memory that the domain has.
@@ -190,12 +194,19 @@ impl<'r, 'p> Run<'r, 'p> {
         domain: &'r dyn Domain,
         info: &DomainInfo,
         options: &SaveOptions,
+        image: Option<&'r MappedImage<'r>>,
         progress: &'r mut OnProgress<'p>,
     ) -> Self {
         let threads = pipeline::threads(options.threads);
+        // Where the pool writes, too, this thread has next to nothing to do.
+        let threads = match image {
+            Some(_) if threads.get() > 1 => threads.saturating_add(1),
+            _ => threads,
+        };
         Self {
             domain,
             kind: info.kind,
+            image,
             pool: pipeline::pool(threads, pipeline::IN_FLIGHT),
             progress: Reporter::new(progress),
             memory: info.tot_pages * PAGE_SIZE as u64,
@@ -221,8 +232,21 @@ impl<'r> Run<'r, '_> {
         let mut out = RecordWriter::new(sink, domain_header)?;
         guest.static_data(&mut out)?;
         out.static_data_end()?;
+        self.begin(Part::Start);
         guest.start_of_stream(&mut out)?;
         Ok((guest, out))
+    }
+
+    /// What comes now belongs to this part of an image with slots.
+    fn begin(&self, part: Part) {
+        if let Some(image) = self.image {
+            image.begin(part);
+        }
+    }
+
+    /// Memory comes now. Pages may come again if it is `live`.
+    fn begin_memory(&self, live: bool) -> Result<(), SaveError> {
+        self.image.map_or(Ok(()), |image| image.begin_memory(live))
     }
 
     fn phases(
@@ -240,6 +264,7 @@ impl<'r> Run<'r, '_> {
                 if self.check_vm_state(guest, false)? {
                     guest.start_of_stream(&mut out)?;
                 }
+                self.begin_memory(false)?;
                 let all = (all_pages(guest), guest_pages(guest));
                 self.send(guest, &mut out, Phase::Pages, all, Notes::default())?;
                 stopped
@@ -248,6 +273,7 @@ impl<'r> Run<'r, '_> {
         };
 
         self.report(Phase::Tail)?;
+        self.begin(Part::Tail);
         guest.end_of_checkpoint(&mut out)?;
         self.still_suspended()?;
         out.end()?;
@@ -279,27 +305,39 @@ impl<'r> Run<'r, '_> {
         let running = notes.deferred.is_some();
         let bytes = total.saturating_mul(PAGE_SIZE as u64).min(self.memory);
         go_on(self.progress.begin(phase, Some((total, bytes))))?;
-        pipeline::ordered(
-            self.pool.as_ref(),
-            batches(pfns),
-            |pfns| Batch::prepare(domain, guest, &pfns, running),
-            |batch| {
+        let prepare = |pfns: Vec<Pfn>| Batch::prepare(domain, guest, &pfns, running);
+        let mut sent = |batch: &Batch| {
+            if let Some(deferred) = &mut notes.deferred {
+                for (pfn, _) in batch.deferred() {
+                    deferred.set(*pfn);
+                }
+            }
+            if let Some(balloon) = &mut notes.balloon {
+                balloon.sent(domain, batch.entries(), batch.pages() > 0)?;
+            }
+            self.stats.pfns += batch.pfns();
+            self.stats.pages += batch.pages();
+            self.stats.batches += 1;
+            let bytes = batch.pages() * PAGE_SIZE as u64;
+            go_on(self.progress.advance(batch.pfns(), bytes))
+        };
+        let pool = self.pool.as_ref();
+        match self.image {
+            None => pipeline::ordered(pool, batches(pfns), prepare, |batch| {
                 batch.write(*out.sink_mut())?;
-                if let Some(deferred) = &mut notes.deferred {
-                    for pfn in batch.deferred() {
-                        deferred.set(*pfn);
-                    }
-                }
-                if let Some(balloon) = &mut notes.balloon {
-                    balloon.sent(domain, batch.entries(), batch.pages() > 0)?;
-                }
-                self.stats.pfns += batch.pfns();
-                self.stats.pages += batch.pages();
-                self.stats.batches += 1;
-                let bytes = batch.pages() * PAGE_SIZE as u64;
-                go_on(self.progress.advance(batch.pfns(), bytes))
-            },
-        )
+                sent(batch)
+            }),
+            Some(image) => pipeline::placed(
+                pool,
+                batches(pfns),
+                prepare,
+                |batch| {
+                    let placed = image.place(batch)?;
+                    sent(batch).map(|()| placed)
+                },
+                |batch, placed| image.write(batch, placed),
+            ),
+        }
     }
 
     /// Nothing has resumed the guest since it was asked to suspend: what has been written

@@ -242,6 +242,14 @@ pub trait StorageWriter: Write + fmt::Debug + Send + Sync {
     /// [`StorageError::Unsupported`] for a stream; [`StorageError::Io`].
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> Result<(), StorageError>;
 
+    /// Reads back what was written, to fill `buffer` from `offset`.
+    ///
+    /// # Errors
+    ///
+    /// [`StorageError::Unsupported`] for a stream; [`StorageError::Truncated`] if the image is
+    /// shorter; [`StorageError::Io`].
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> Result<(), StorageError>;
+
     /// Makes a range read as zeros, and gives its room back where the storage can. The length
     /// of the image does not change.
     ///

@@ -31,7 +31,7 @@ pub(crate) struct ConvertArgs {
     pub(crate) to: Option<ConvertTo>,
     /// Where page data lies in the file
     #[arg(long, value_name = "LAYOUT", default_value = "stream")]
-    pub(crate) layout: ConvertLayout,
+    pub(crate) layout: LayoutArg,
     /// For mapped: write zero pages instead of holes
     #[arg(long)]
     pub(crate) no_sparse: bool,
@@ -78,7 +78,7 @@ pub(crate) enum ConvertTo {
 
 /// Where page data lies in an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum ConvertLayout {
+pub(crate) enum LayoutArg {
     /// One record after the other, as Xen writes them
     Stream,
     /// At multiples of 4096, with an index; for files

@@ -22,7 +22,7 @@ use xsr_format::write::page_data_head;
 use crate::args::images::{CatArgs, CatLayer};
 use crate::exit::{BadUsage, Code};
 use crate::file::Input;
-use crate::mapped;
+use crate::mapped::{self, InOrder};
 use crate::output::{Existing, Output, Plan, Sink};
 use crate::terminal::Terminal;
 
@@ -151,6 +151,10 @@ fn cat(args: &CatArgs, wanted: Layer, input: &Input, sink: &mut Sink<'_>) -> Res
         offset: 0,
     };
     let index = mapped::usable_index(input);
+    let mut moved = match &index {
+        Some(index) => InOrder::of(input, index).map_err(|error| mapped::bad_index(&error))?,
+        None => None,
+    };
     let blanks = index.map_or(0, |index| index.footer().blanks);
     let (source, heard) = Heard::new(&input.file);
     let mut walk = Walk::open(source, options)?;
@@ -174,6 +178,7 @@ fn cat(args: &CatArgs, wanted: Layer, input: &Input, sink: &mut Sink<'_>) -> Res
             Content::XlHeader(header) if blanks > 0 => {
                 bytes = header.without_blanks(blanks)?.encode();
             }
+            Content::PageData(_) if moved.is_some() => bytes.clear(),
             Content::PageData(body) => bytes = without_pads(body, bytes)?,
             _ => {}
         }
@@ -182,6 +187,21 @@ fn cat(args: &CatArgs, wanted: Layer, input: &Input, sink: &mut Sink<'_>) -> Res
         }
         if let Content::PageData(mut body) = step.content {
             let pages = body.pages_left();
+            if let Some(moved) = &mut moved {
+                let head = |sink: &mut Sink<'_>, entries: &[PageEntry]| {
+                    Ok(sink.write_all(&page_data_head(entries)?)?)
+                };
+                let data = |sink: &mut Sink<'_>, bytes: &[u8]| Ok(sink.write_all(bytes)?);
+                moved.write::<_, Error>(sink, head, data)?;
+                body.with_source(pages, |source, bytes| {
+                    let passed = io::copy(&mut source.file.take(bytes), &mut io::sink())?;
+                    match passed == bytes {
+                        true => Ok(()),
+                        false => Err(EndedAfter(passed).into()),
+                    }
+                })?;
+                continue;
+            }
             let copied = body.with_source(pages, |source, bytes| {
                 let copied = sink.copy(source.file, bytes)?;
                 match copied == bytes {

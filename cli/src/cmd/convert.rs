@@ -32,11 +32,11 @@ use xsr_format::walk::Walk;
 use xsr_format::wrapper::libxl::LibxlRecordKind;
 use xsr_format::wrapper::xl::XlHeader;
 
-use crate::args::images::{ConvertArgs, ConvertLayout, ConvertTo, LegacyGuestArg, WidthArg};
+use crate::args::images::{ConvertArgs, ConvertTo, LayoutArg, LegacyGuestArg, WidthArg};
 use crate::exit::{BadImage, BadUsage, Code};
 use crate::feed;
 use crate::file::Input;
-use crate::mapped;
+use crate::mapped::{self, InOrder, Reordered};
 use crate::origin;
 use crate::output::{Existing, Output, Plan, Sink};
 use crate::peel::{self, LeftOut};
@@ -82,7 +82,7 @@ pub(crate) fn run(args: &ConvertArgs, terminal: &Terminal) -> Result<Code> {
         only_copy: false,
     })?;
     output.check_json(args.json)?;
-    if args.layout == ConvertLayout::Mapped && !output.is_new_file() {
+    if args.layout == LayoutArg::Mapped && !output.is_new_file() {
         let why = format!(
             "{}: the mapped layout is for a regular file, in which pages have places: give one \
              with -o, or --layout stream",
@@ -115,8 +115,8 @@ pub(crate) fn run(args: &ConvertArgs, terminal: &Terminal) -> Result<Code> {
         Layer::Xl => "an xl image",
     };
     let words = match args.layout {
-        ConvertLayout::Stream => format!("{from} converted to {what}"),
-        ConvertLayout::Mapped => format!("{from} converted to {what}, mapped"),
+        LayoutArg::Stream => format!("{from} converted to {what}"),
+        LayoutArg::Mapped => format!("{from} converted to {what}, mapped"),
     };
     terminal.note(&format!("{words}: {} in {seconds:.1} s", size(bytes)));
     if args.json {
@@ -125,8 +125,8 @@ pub(crate) fn run(args: &ConvertArgs, terminal: &Terminal) -> Result<Code> {
             to,
             legacy: done.legacy,
             layout: match args.layout {
-                ConvertLayout::Stream => "stream",
-                ConvertLayout::Mapped => "mapped",
+                LayoutArg::Stream => "stream",
+                LayoutArg::Mapped => "mapped",
             },
             zero_pages: done.zero_pages,
             bytes,
@@ -200,15 +200,15 @@ fn convert(
                 offset: 0,
             };
             match args.layout {
-                ConvertLayout::Stream => (Some(XlHeader::read(&input.file, options)?), true),
-                ConvertLayout::Mapped => (None, true),
+                LayoutArg::Stream => (Some(XlHeader::read(&input.file, options)?), true),
+                LayoutArg::Mapped => (None, true),
             }
         }
         Detected::Legacy(_) => (None, true),
         _ if args.guest.is_some() || args.width.is_some() => (None, !is_modern(&prefix)),
         _ => (None, false),
     };
-    if legacy && args.layout == ConvertLayout::Stream {
+    if legacy && args.layout == LayoutArg::Stream {
         return convert_legacy(args, &mut input, header.as_ref().or(config), sink);
     }
     if legacy && (args.guest.is_some() || args.width.is_some()) {
@@ -220,13 +220,23 @@ fn convert(
         true => None,
         false => mapped::index_of(&input, args.lenient)?,
     };
+    let moved = match &index {
+        Some(index) => InOrder::of(&input, index).map_err(|error| mapped::bad_index(&error))?,
+        None => None,
+    };
     let done = match args.layout {
-        ConvertLayout::Stream => {
+        LayoutArg::Stream => {
             let blanks = index.map_or(0, |index| index.footer().blanks);
             let mut sink = layout::Stream { sink, blanks };
-            modern(args, &input, config, &mut sink, layout::copy_to_stream)
+            match moved {
+                None => modern(args, &input, config, &mut sink, layout::copy_to_stream),
+                Some(pages) => {
+                    let mut sink = Reordered { sink, pages };
+                    modern(args, &input, config, &mut sink, mapped::pass_over)
+                }
+            }
         }
-        ConvertLayout::Mapped => to_mapped(args, &input, config, sink),
+        LayoutArg::Mapped => to_mapped(args, &input, config, moved, sink),
     };
     done.map(|done| Done { legacy, ..done })
         .map_err(|error| input.blame(error))
@@ -234,7 +244,7 @@ fn convert(
 
 /// Checks that the options go together.
 fn check_layout(args: &ConvertArgs) -> Result<()> {
-    let mapped = args.layout == ConvertLayout::Mapped;
+    let mapped = args.layout == LayoutArg::Mapped;
     let given = match (args.no_sparse, args.page_digests) {
         (true, _) => "--no-sparse",
         (_, true) => "--page-digests",
@@ -253,12 +263,26 @@ fn to_mapped(
     args: &ConvertArgs,
     input: &Input,
     config: Option<&XlHeader>,
+    moved: Option<InOrder<'_>>,
     sink: &mut Sink<'_>,
 ) -> Result<Done> {
     let sparse = !args.no_sparse;
     let slots = layout::Slots { sink, sparse };
     let mut writer = MappedWriter::new(slots, args.page_digests);
-    let done = modern(args, input, config, &mut writer, layout::copy_through)?;
+    let (done, writer) = match moved {
+        None => {
+            let done = modern(args, input, config, &mut writer, layout::copy_through)?;
+            (done, writer)
+        }
+        Some(pages) => {
+            let mut sink = Reordered {
+                sink: writer,
+                pages,
+            };
+            let done = modern(args, input, config, &mut sink, mapped::pass_over)?;
+            (done, sink.sink)
+        }
+    };
     let (_, written) = writer.finish()?;
     Ok(Done {
         zero_pages: Some(written.zero_pages),

@@ -15,15 +15,18 @@ use serde::Serialize;
 use xsr_format::frame::PAGE_SIZE;
 use xsr_format::wrapper::libxl::{LibxlRecord, LibxlWriter};
 use xsr_format::wrapper::xl::XlHeader;
-use xsr_save_restore::progress::OnProgress;
+use xsr_save_restore::progress::Progress;
+use xsr_save_restore::save::mapped::{MappedImage, MappedOptions, MappedStats};
 use xsr_save_restore::save::precopy::{OnTimeout, PrecopyPolicy, TargetPolicy, XenPolicy};
 use xsr_save_restore::sink::{FdSink, PageSink};
 use xsr_save_restore::toolstack::{DirectToolstack, SaveToolstack};
-use xsr_save_restore::{Live, SaveError, SaveOptions, Saved};
+use xsr_save_restore::{Live, SaveError, SaveOptions, SaveRequest, Saved};
 use xsr_xen_backend::domain_store::{DomainRef, DomainStore};
+use xsr_xen_backend::mock::phase;
 use xsr_xen_backend::{DomId, Domain, DomainInfo};
 
 use self::sink::ImageSink;
+use crate::args::images::LayoutArg;
 use crate::args::{OnTimeoutArg, SaveArgs, TargetArgs};
 use crate::backend::{self, Found, Hypervisor, LIBXL_HEADER, domain_command, name_of};
 use crate::cmd::migrate::can_suspend;
@@ -61,6 +64,12 @@ pub(crate) struct MemoryReport {
     pages: u64,
     page_data_bytes: u64,
     stream_bytes: u64,
+    /// Of a mapped image: its pages of zeros, which are holes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    zero_pages: Option<u64>,
+    /// Likewise: length of the file, with index and digests.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    file_bytes: Option<u64>,
 }
 
 impl MemoryReport {
@@ -72,7 +81,16 @@ impl MemoryReport {
             pages: stats.pages,
             page_data_bytes: stats.pages * PAGE_SIZE as u64,
             stream_bytes: written.bytes,
+            zero_pages: None,
+            file_bytes: None,
         }
+    }
+
+    /// It was saved into slots.
+    fn is_mapped(&mut self, stats: &MappedStats) {
+        self.stream_bytes = stats.image_bytes;
+        self.zero_pages = Some(stats.zero_pages);
+        self.file_bytes = Some(stats.file_bytes);
     }
 }
 
@@ -98,6 +116,10 @@ pub(crate) fn run(args: &SaveArgs, terminal: &Terminal) -> Result<Code> {
     });
     if live.is_none() && args.target.is_given() {
         let why = "--max-downtime, --timeout and --on-timeout are for a live save: add --live";
+        return Err(anyhow::Error::new(BadUsage(why.to_owned())));
+    }
+    if args.page_digests && args.layout != LayoutArg::Mapped {
+        let why = "--page-digests is for --layout mapped: a stream has no digests";
         return Err(anyhow::Error::new(BadUsage(why.to_owned())));
     }
     let mut watch = Watch::start(terminal, args.progress, "saving")?;
@@ -147,27 +169,31 @@ fn save(
             threads: args.threads.threads,
         },
     };
-    let written = job
-        .write(
-            &mut toolstack,
-            FdSink::cancellable(output.file(), watch.interrupt().cancel().clone())?,
-            live.map(|policy| LiveSave {
-                policy,
-                verify: false,
-            }),
-            watch,
-        )
-        .with_context(|| format!("saving {name} to {}", output.name()))
-        .map_err(&after)?;
+    let live = live.map(|policy| LiveSave {
+        policy,
+        verify: false,
+    });
+    let saving = format!("saving {name} to {}", output.name());
+    let failed = |error: Error| after(error.context(saving.clone()));
+    let image = (args.layout == LayoutArg::Mapped).then(|| {
+        let mut options = MappedOptions::default();
+        options.page_digests = args.page_digests;
+        MappedImage::new(output.writer(), options)
+    });
+    let cancel = watch.interrupt().cancel().clone();
+    let written = match &image {
+        None => {
+            let sink = FdSink::cancellable(output.file(), cancel.clone())?;
+            job.write(&mut toolstack, sink, live, watch)
+        }
+        Some(image) => job.write_mapped(&mut toolstack, image, live, watch),
+    };
+    let written = written.map_err(&failed)?;
     watch.clear();
-    if watch.interrupt().cancel().is_cancelled() {
+    if cancel.is_cancelled() {
         drop(written);
         let aborted = Error::new(SaveError::Aborted).context(format!("saving {name}"));
         return Err(after(aborted));
-    }
-    if let Err(error) = output.finish() {
-        drop(written);
-        return Err(after(error));
     }
     let ending = Ending {
         args,
@@ -179,20 +205,77 @@ fn save(
         which,
         domain: &*domain,
     };
-    ending.conclude(written, watch)?;
+    let mut memory = MemoryReport::of(&written);
+    let mut held = Held::Suspended(written);
+    if let Some(image) = image {
+        // A copy is in the file once the last page is: the domain does not wait for the rest.
+        if ending.is_copy() {
+            held = Held::Released(held.release(&ending, watch).map_err(&failed)?);
+        }
+        phase("mapped-image");
+        let finished = image.finish(args.threads.threads, &mut || cancel.check());
+        match finished {
+            Ok(stats) => memory.is_mapped(&stats),
+            Err(error) => {
+                // The domain runs on before the message says so.
+                drop(held);
+                return Err(failed(error.into()));
+            }
+        }
+    }
+    if let Err(error) = output.finish() {
+        drop(held);
+        return Err(after(error));
+    }
+    let fate = held.release(&ending, watch)?;
+    ending.tell(memory, fate);
     Ok(Code::Fine)
+}
+
+/// A domain whose image is being completed.
+#[derive(Debug)]
+enum Held<'t> {
+    /// It waits for that.
+    Suspended(Written<'t>),
+    /// It does not.
+    Released(Fate),
+}
+
+impl Held<'_> {
+    /// Does with the domain what the command line says, unless that has been done.
+    fn release(self, ending: &Ending<'_>, watch: &Watch) -> Result<Fate> {
+        match self {
+            Self::Suspended(written) => ending.release(written, watch),
+            Self::Released(fate) => Ok(fate),
+        }
+    }
+}
+
+/// What has become of a domain.
+#[derive(Clone, Copy, Debug)]
+struct Fate {
+    /// `destroyed`, `running` or `paused`.
+    domain: &'static str,
+    /// Of one that runs again: how long it stood still.
+    downtime: Option<Duration>,
 }
 
 /// Where the image goes, once it is sure that it would not be lost there.
 fn output(args: &SaveArgs, domain: &dyn Domain) -> Result<Output> {
-    let output = Output::open(&Plan {
+    let plan = Plan {
         path: &args.file,
         inputs: &[],
         existing: Existing::Replace,
         only_copy: !args.checkpoint && !args.paused,
-    })?;
+    };
+    let mapped = args.layout == LayoutArg::Mapped;
+    let output = match mapped {
+        true => Output::open_slots(&plan)?,
+        false => Output::open(&plan)?,
+    };
     output.check_json(args.json)?;
-    if !args.force {
+    // How many pages are zeros, which take no room in slots, is not known yet.
+    if !args.force && !mapped {
         output.check_room(least_bytes(&domain.info()?))?;
     }
     Ok(output)
@@ -253,20 +336,22 @@ struct Ending<'a> {
 }
 
 impl Ending<'_> {
-    /// Do with the domain what the command line says, and say what was done.
-    fn conclude(&self, written: Written<'_>, watch: &Watch) -> Result<()> {
+    /// Whether the domain runs on once it is saved.
+    fn is_copy(&self) -> bool {
+        self.args.checkpoint && !self.args.paused
+    }
+
+    /// Does with the domain what the command line says.
+    fn release(&self, written: Written<'_>, watch: &Watch) -> Result<Fate> {
         let Self {
             args,
-            terminal,
-            started,
             name,
             handle,
             host,
             which,
             domain,
+            ..
         } = *self;
-        let memory = MemoryReport::of(&written);
-        let mut downtime = None;
         let resume = |written: Written<'_>| {
             let resumed = written.saved.resume();
             match (resumed, Condition::in_store(host, which)) {
@@ -275,7 +360,8 @@ impl Ending<'_> {
                 (resumed, _) => resumed,
             }
         };
-        let fate = match (args.paused, args.checkpoint) {
+        let mut downtime = None;
+        let domain = match (args.paused, args.checkpoint) {
             (true, _) => {
                 domain.pause().context("pausing the domain")?;
                 resume(written)?;
@@ -301,24 +387,41 @@ impl Ending<'_> {
                 "destroyed"
             }
         };
+        Ok(Fate { domain, downtime })
+    }
+
+    /// Says what was done.
+    fn tell(&self, memory: MemoryReport, fate: Fate) {
+        let Self {
+            args,
+            terminal,
+            started,
+            name,
+            which,
+            ..
+        } = *self;
         let elapsed = started.elapsed();
         let file = match args.file.as_os_str() == "-" {
             true => "stdout".to_owned(),
             false => shown_path(&args.file),
         };
+        let Fate { domain, downtime } = fate;
         let stood = downtime.map_or_else(String::new, |time| {
             format!(", paused for {} ms", time.as_millis())
         });
         terminal.note(&format!(
-            "{name} saved to {file}: {memory}, {:.1} s{stood}; the domain is {fate}",
+            "{name} saved to {file}: {memory}, {:.1} s{stood}; the domain is {domain}",
             elapsed.as_secs_f64()
         ));
         if args.json {
-            let done = format!("{} saved to {file}; the domain is {fate}", shown_name(name));
+            let done = format!(
+                "{} saved to {file}; the domain is {domain}",
+                shown_name(name)
+            );
             let document = Report {
                 name,
                 domid: which.domid,
-                domain: fate,
+                domain,
                 file: args.file.display().to_string(),
                 memory,
                 downtime_seconds: downtime.map(|time| time.as_secs_f64()),
@@ -326,7 +429,6 @@ impl Ending<'_> {
             };
             report(terminal, &done, &document);
         }
-        Ok(())
     }
 }
 
@@ -381,18 +483,36 @@ pub(crate) struct Written<'a> {
     bytes: u64,
 }
 
+/// Where the libxc stream goes.
+enum To<'s, 'w> {
+    /// One byte after the other.
+    Stream(&'s mut dyn PageSink),
+    /// Into slots.
+    Slots(&'s MappedImage<'w>),
+}
+
+/// Write xl's header and the beginning of the libxl stream.
+fn begin<S: Write>(header: &XlHeader, mut sink: S) -> Result<LibxlWriter<S>> {
+    header.write(&mut sink)?;
+    let mut libxl = LibxlWriter::new(sink, LIBXL_HEADER)?;
+    libxl.write(&LibxlRecord::LibxcContext)?;
+    Ok(libxl)
+}
+
 impl Job<'_> {
     /// Write what stands before the libxc stream: xl's header with the configuration, and
     /// the beginning of the libxl stream.
-    pub(crate) fn begin<S: Write>(&self, mut sink: S) -> Result<LibxlWriter<S>> {
+    pub(crate) fn begin<S: Write>(&self, sink: S) -> Result<LibxlWriter<S>> {
+        begin(&self.header()?, sink)
+    }
+
+    /// xl's header with the configuration.
+    fn header(&self) -> Result<XlHeader> {
         let json = match backend::config(self.host, self.which)? {
             Some(json) => json,
             None => self.made_up_config()?,
         };
-        XlHeader::new(&json)?.write(&mut sink)?;
-        let mut libxl = LibxlWriter::new(sink, LIBXL_HEADER)?;
-        libxl.write(&LibxlRecord::LibxcContext)?;
-        Ok(libxl)
+        Ok(XlHeader::new(&json)?)
     }
 
     /// Write the image. The domain is suspended afterwards, and runs on when the answer is
@@ -406,13 +526,13 @@ impl Job<'_> {
     ) -> Result<Written<'t>> {
         let mut sink = ImageSink::new(sink);
         if self.form == Form::Bare {
-            let saved = self.run(toolstack, &mut sink, live, watch)?;
+            let saved = self.run(toolstack, To::Stream(&mut sink), live, watch)?;
             let bytes = sink.bytes();
             return Ok(Written { saved, bytes });
         }
         let emulators = backend::emulators(self.host, self.which)?;
         let mut libxl = self.begin(sink)?;
-        let saved = self.run(toolstack, libxl.sink_mut(), live, watch)?;
+        let saved = self.run(toolstack, To::Stream(libxl.sink_mut()), live, watch)?;
         for record in &emulators {
             libxl.write(record)?;
         }
@@ -421,32 +541,54 @@ impl Job<'_> {
         Ok(Written { saved, bytes })
     }
 
+    /// Write the image into slots. As [`Self::write`]; the caller finishes it.
+    pub(crate) fn write_mapped<'t>(
+        &self,
+        toolstack: &'t mut dyn SaveToolstack,
+        image: &MappedImage<'_>,
+        live: Option<LiveSave>,
+        watch: &mut Watch,
+    ) -> Result<Written<'t>> {
+        // Known once the image is finished.
+        let bytes = 0;
+        if self.form == Form::Bare {
+            let saved = self.run(toolstack, To::Slots(image), live, watch)?;
+            return Ok(Written { saved, bytes });
+        }
+        let emulators = backend::emulators(self.host, self.which)?;
+        let (header, blanks) = self.header()?.aligned()?;
+        image.set_blanks(blanks);
+        let mut libxl = begin(&header, image.sink())?;
+        let saved = self.run(toolstack, To::Slots(image), live, watch)?;
+        for record in &emulators {
+            libxl.write(record)?;
+        }
+        libxl.write(&LibxlRecord::End)?;
+        Ok(Written { saved, bytes })
+    }
+
     /// Write the libxc stream.
     fn run<'t>(
         &self,
         toolstack: &'t mut dyn SaveToolstack,
-        sink: &mut dyn PageSink,
+        to: To<'_, '_>,
         live: Option<LiveSave>,
         watch: &mut Watch,
     ) -> Result<Saved<'t>> {
-        let (domain, xen, options) = (self.domain, self.host.xen_version()?, &self.options);
-        let progress: &mut OnProgress<'_> = &mut |progress| watch.progress(progress);
-        Ok(match live {
-            None => xsr_save_restore::SaveRequest::new(domain, xen)
-                .options(options)
-                .observe(progress)
-                .write_stream(toolstack, sink)?,
-            Some(mut live) => {
-                let live = Live {
-                    policy: &mut *live.policy,
-                    verify: live.verify,
-                };
-                xsr_save_restore::SaveRequest::new(domain, xen)
-                    .options(options)
-                    .live(live)
-                    .observe(progress)
-                    .write_stream(toolstack, sink)?
-            }
+        let mut live = live;
+        let mut progress = |progress: &Progress| watch.progress(progress);
+        let mut request = SaveRequest::new(self.domain, self.host.xen_version()?)
+            .options(&self.options)
+            .observe(&mut progress);
+        if let Some(live) = &mut live {
+            request = request.live(Live {
+                policy: &mut *live.policy,
+                verify: live.verify,
+            });
+        }
+        Ok(match to {
+            To::Stream(sink) => request.write_stream(toolstack, sink)?,
+            To::Slots(image) => request.write_mapped(toolstack, image)?,
         })
     }
 

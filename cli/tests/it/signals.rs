@@ -179,6 +179,11 @@ fn save() {
 }
 
 #[test]
+fn save_live_into_slots() {
+    save_at_each_phase("pv", &["--live", "--layout", "mapped"], 5);
+}
+
+#[test]
 fn save_live() {
     save_at_each_phase("pvh", &["--live"], 2);
 }

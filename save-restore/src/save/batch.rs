@@ -2,7 +2,7 @@
 //!
 //! C implementation: `xg_sr_save.c:write_batch`.
 
-use xsr_format::frame::{Gfn, Page, PageEntry, PageType, Pfn};
+use xsr_format::frame::{Gfn, PAGE_SIZE, Page, PageEntry, PageType, Pfn};
 use xsr_format::write::page_data_head;
 use xsr_xen_backend::{Access, Domain, ForeignPages, Gather};
 
@@ -19,8 +19,9 @@ pub(super) struct Batch {
     /// Pages that are not sent as they are mapped: index among the mapped ones,
     /// ascending.
     special: Vec<(usize, Special)>,
-    /// pfns to be sent again once the guest is suspended.
-    deferred: Vec<Pfn>,
+    /// pfns to be sent again once the guest is suspended, and whether they will most likely have
+    /// a page then.
+    deferred: Vec<(Pfn, bool)>,
     pages: u64,
 }
 
@@ -74,7 +75,7 @@ impl Batch {
             // and it may be back before the guest is suspended.
             let page_type = match running && !guest.confirms(pfn, gfn) {
                 true => {
-                    deferred.push(pfn);
+                    deferred.push((pfn, page_type.has_data()));
                     PageType::XTAB
                 }
                 false => page_type,
@@ -137,7 +138,7 @@ impl Batch {
                 Some(contents) => Special::Local(contents),
                 None => {
                     self.pages -= 1;
-                    self.deferred.push(entry.pfn);
+                    self.deferred.push((entry.pfn, true));
                     entries[*index].page_type = PageType::XTAB;
                     Special::Not
                 }
@@ -163,9 +164,34 @@ impl Batch {
         self.pages
     }
 
-    /// pfns that must be sent again once the guest is suspended.
-    pub(super) fn deferred(&self) -> &[Pfn] {
+    /// pfns that must be sent again once the guest is suspended, and whether they will most likely
+    /// have a page then.
+    pub(super) fn deferred(&self) -> &[(Pfn, bool)] {
         &self.deferred
+    }
+
+    /// Copies the contents of all pages that have data into `out`, in the order of the entries.
+    pub(super) fn copy_pages(&self, out: &mut Vec<u8>) {
+        out.clear();
+        let Some(pages) = &self.mapped else {
+            return;
+        };
+        out.reserve(pages.len() * PAGE_SIZE);
+        let mut special = self.special.iter().peekable();
+        for at in 0..pages.len() {
+            match special.next_if(|(special_at, _)| *special_at == at) {
+                Some((_, Special::Local(contents))) => out.extend_from_slice(contents.as_slice()),
+                Some((_, Special::Not)) => {}
+                None => {
+                    // All others were found mapped.
+                    if let Some(page) = pages.page(at) {
+                        let mut copy = [0; PAGE_SIZE];
+                        page.copy_to(&mut copy);
+                        out.extend_from_slice(&copy);
+                    }
+                }
+            }
+        }
     }
 
     /// Write the record: pages that need no other form straight from the guest.

@@ -14,6 +14,7 @@ use crate::error::SaveError;
 use crate::guest::{GuestSave, Out};
 use crate::progress::Phase;
 use crate::save::balloon::{self, Balloon, Besides};
+use crate::save::mapped::Part;
 use crate::save::precopy::{Meter, PrecopyDecision, PrecopyPolicy};
 use crate::save::suspended::Suspended;
 use crate::save::{Live, Notes, Run, all_pages, guest_pages};
@@ -116,6 +117,7 @@ impl<'r> Run<'r, '_> {
         live: Live<'_>,
     ) -> Result<Instant, SaveError> {
         let mut memory = self.log(guest)?;
+        self.begin_memory(true)?;
         self.precopy(guest, out, &mut memory, live.policy)?;
         let none = &mut |_: &mut DirtyBitmap| Ok(());
         let stopped = self.stop_and_copy(guest, out, suspended, &mut memory, none)?;
@@ -162,6 +164,8 @@ impl<'r> Run<'r, '_> {
         running: bool,
     ) -> Result<(), SaveError> {
         if self.check_vm_state(guest, running)? {
+            // In slots it is written in the place of what it was before.
+            self.begin(Part::Start);
             guest.start_of_stream(out)?;
             memory.grow(guest_pages(guest));
         }

@@ -1,7 +1,7 @@
 //! What to save and how: a request, which a caller builds and then runs once.
 
 use std::fmt;
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::ops::ControlFlow;
 
 use xsr_xen_backend::{Domain, XenVersion};
@@ -10,6 +10,7 @@ use crate::back_channel::BackChannel;
 use crate::error::SaveError;
 use crate::progress::{OnProgress, Progress};
 use crate::save::buffer::{EpochBuffer, Hold};
+use crate::save::mapped::MappedImage;
 use crate::save::precopy::PrecopyPolicy;
 use crate::save::{
     CheckpointedStats, Checkpoints, Live, Run, SaveOptions, SaveStats, Saved, Suspended, give_back,
@@ -42,6 +43,7 @@ pub struct SaveRequest<'r> {
     pub(super) xen: XenVersion,
     pub(super) options: SaveOptions,
     pub(super) live: Option<Live<'r>>,
+    pub(super) image: Option<&'r MappedImage<'r>>,
     pub(super) progress: Option<&'r mut OnProgress<'r>>,
 }
 
@@ -64,6 +66,7 @@ impl<'r> SaveRequest<'r> {
             xen,
             options: SaveOptions::default(),
             live: None,
+            image: None,
             progress: None,
         }
     }
@@ -112,6 +115,29 @@ impl<'r> SaveRequest<'r> {
             run.phases(xen, suspended, sink, live)
         })?;
         Ok(Saved { stats, suspended })
+    }
+
+    /// Saves the domain into an image in which each page has a slot, and leaves it suspended. Of a
+    /// page that comes again in a live save, the file holds the last contents alone.
+    ///
+    /// The domain is not needed any more when this returns: the caller that keeps it resumes it,
+    /// and then completes the image ([`MappedImage::finish`]).
+    ///
+    /// # Errors
+    ///
+    /// As [`write_stream`](Self::write_stream). With [`Live::verify`]: a page has one slot.
+    pub fn write_mapped<'a>(
+        mut self,
+        toolstack: &'a mut dyn SaveToolstack,
+        image: &'r MappedImage<'_>,
+    ) -> Result<Saved<'a>, SaveError> {
+        if self.live.as_ref().is_some_and(|live| live.verify) {
+            let why = "an image with a slot for each page cannot hold all memory twice";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why).into());
+        }
+        self.image = Some(image);
+        let mut sink = image.sink();
+        self.write_stream(toolstack, &mut sink)
     }
 
     /// Saves the domain again and again, as a stream of checkpoints (Remus): its memory once while
@@ -215,7 +241,7 @@ impl<'r> SaveRequest<'r> {
             Some(progress) => progress,
             None => &mut unobserved,
         };
-        let mut run = Run::new(domain, &info, &self.options, progress);
+        let mut run = Run::new(domain, &info, &self.options, self.image, progress);
         let result = phases(&mut run, &mut suspended, self.xen, self.live);
         let stats = run.stats;
         suspended.logging_off();

@@ -96,6 +96,10 @@ impl StorageWriter for StraightWriter {
         self.unsupported()
     }
 
+    fn read_exact_at(&self, _: &mut [u8], _: u64) -> Result<(), StorageError> {
+        self.unsupported()
+    }
+
     fn punch(&self, _: Range<u64>) -> Result<(), StorageError> {
         self.unsupported()
     }

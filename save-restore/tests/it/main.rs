@@ -13,6 +13,7 @@ mod failures;
 mod faults;
 mod hypercalls;
 mod live;
+mod mapped;
 mod matrix;
 mod moving;
 mod pipeline;

@@ -12,6 +12,8 @@ pub(super) enum Step {
     Lock,
     /// Bytes are written.
     Write,
+    /// Bytes are read back.
+    Read,
     /// A hole is made.
     Punch,
     /// Its length is set.

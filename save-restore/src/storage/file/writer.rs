@@ -178,6 +178,28 @@ impl StorageWriter for FileWriter {
         write().map_err(StorageError::io("writing", &self.name))
     }
 
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> Result<(), StorageError> {
+        let file = self.slots()?;
+        let mut done = 0;
+        while done < buffer.len() {
+            let at = offset.saturating_add(done as u64);
+            let read = self.steps.before(Step::Read);
+            match read.and_then(|()| file.read_at(&mut buffer[done..], at)) {
+                Ok(0) => {
+                    return Err(StorageError::Truncated {
+                        name: self.name.clone(),
+                        offset: at,
+                        missing: buffer.len() - done,
+                    });
+                }
+                Ok(n) => done += n,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(StorageError::io("reading", &self.name)(error)),
+            }
+        }
+        Ok(())
+    }
+
     fn punch(&self, range: Range<u64>) -> Result<(), StorageError> {
         let file = self.slots()?;
         let punch = || -> io::Result<()> {

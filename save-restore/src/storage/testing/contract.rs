@@ -318,6 +318,7 @@ fn stream(storage: &dyn Storage) -> Result<(), String> {
         )
     };
     unsupported(writer.write_all_at(b"x", 0), "written at a place")?;
+    unsupported(writer.read_exact_at(&mut [0], 0), "read back")?;
     unsupported(writer.punch(0..4096), "a hole")?;
     unsupported(writer.set_length(1), "a length")?;
     let bytes = pattern(300_000);
@@ -358,6 +359,17 @@ fn slots(storage: &dyn Storage) -> Result<(), String> {
     })?;
     // Some of it once more, and an end that is cut.
     writer.write_all_at(b"again", 10).map_err(unexpected)?;
+    let mut back = [0; 9];
+    writer.read_exact_at(&mut back, 8).map_err(unexpected)?;
+    ensure(
+        back[2..7] == *b"again" && back[..2] == bytes[8..10],
+        "it is read back",
+    )?;
+    let beyond = writer.read_exact_at(&mut back, (64 * PIECE) as u64 - 4);
+    ensure(
+        matches!(beyond, Err(StorageError::Truncated { missing: 5, .. })),
+        "nothing is read after the end",
+    )?;
     writer.set_length((63 * PIECE) as u64).map_err(unexpected)?;
     is_absent(storage, &name)?;
     writer.commit(Durability::Durable).map_err(unexpected)?;

@@ -357,6 +357,19 @@ impl StorageWriter for FakeWriter {
         self.change(|image| image.write(bytes, offset))
     }
 
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> Result<(), StorageError> {
+        let mut read = 0;
+        self.change(|image| read = image.read(buffer, offset))?;
+        match read == buffer.len() {
+            true => Ok(()),
+            false => Err(StorageError::Truncated {
+                name: self.name(),
+                offset: offset + read as u64,
+                missing: buffer.len() - read,
+            }),
+        }
+    }
+
     fn punch(&self, range: Range<u64>) -> Result<(), StorageError> {
         self.change(|image| image.punch(range))
     }

@@ -1,0 +1,464 @@
+//! A save into the mapped layout: each page has a slot, to which it is written again when it
+//! comes again.
+//!
+//! What is not page data is small and kept in memory until the end. Pages are written by all
+//! threads; where they go is decided by one, in the order of the batches, so that a still save does
+//! not depend on the number of threads.
+//!
+//! Specification: `docs/mapped.md`. C implementation: none.
+
+mod places;
+
+use std::io::{self, Write};
+use std::ops::ControlFlow;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use xsr_format::error::WriteError;
+use xsr_format::frame::{PAGE_SIZE, Page, PageEntry};
+use xsr_format::layout::index::IndexEntry;
+use xsr_format::layout::write::{Trailer, digest, is_zero, page_digest, record_head};
+use xsr_xen_backend::Gather;
+
+use crate::error::{GuestError, SaveError};
+use crate::pipeline;
+use crate::save::batch::Batch;
+use crate::save::mapped::places::{NewRecord, Placed, Places, Unplaceable};
+use crate::sink::PageSink;
+use crate::storage::{StorageError, StorageWriter};
+
+/// How an image in the mapped layout is written.
+#[derive(Clone, Copy, Debug, Default)]
+#[non_exhaustive]
+pub struct MappedOptions {
+    /// Whether it has the digest of each page, beside those of records: 16 bytes for each.
+    pub page_digests: bool,
+}
+
+/// What was written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct MappedStats {
+    /// Length of the image in bytes.
+    pub image_bytes: u64,
+    /// Length of the file in bytes.
+    pub file_bytes: u64,
+    /// Number of pages.
+    pub pages: u64,
+    /// Of those, pages of zeros, which are holes.
+    pub zero_pages: u64,
+    /// Pages that moved in the end to where others had been.
+    pub moved_pages: u64,
+}
+
+/// An image in the mapped layout that is being written.
+///
+/// What stands before and after the libxc stream is written to [`sink`](Self::sink), before and
+/// after the save. [`finish`](Self::finish) completes the image, for which the guest is not
+/// needed any more.
+#[derive(Debug)]
+pub struct MappedImage<'w> {
+    writer: &'w dyn StorageWriter,
+    options: MappedOptions,
+    parts: Mutex<Parts>,
+    state: Mutex<State>,
+    /// Buffers of batches that were written.
+    buffers: Mutex<Vec<Vec<u8>>>,
+}
+
+/// What is not page data.
+#[derive(Debug, Default)]
+struct Parts {
+    /// Up to what stands before memory and never changes.
+    head: Vec<u8>,
+    /// What stands before memory, and is written anew when the guest moves its tables.
+    start: Vec<u8>,
+    /// What comes after memory.
+    tail: Vec<u8>,
+    current: Part,
+    /// The blanks that the configuration has got.
+    blanks: u32,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Part {
+    #[default]
+    Head,
+    Start,
+    Tail,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// `None` until the first page comes.
+    places: Option<Places>,
+    /// The slots that are not holes: a bit for each.
+    written: Vec<u64>,
+}
+
+impl State {
+    fn places(&mut self) -> Result<&mut Places, SaveError> {
+        let bug = WriteError::Bug("a mapped image is finished before its pages came");
+        self.places.as_mut().ok_or(SaveError::from(bug))
+    }
+
+    fn is_written(&self, slot: u32) -> bool {
+        let word = self.written.get(slot as usize / 64);
+        word.is_some_and(|word| word >> (slot % 64) & 1 == 1)
+    }
+
+    fn set_written(&mut self, slot: u32, written: bool) {
+        let at = slot as usize / 64;
+        if self.written.len() <= at {
+            self.written.resize(at + 1, 0);
+        }
+        match written {
+            true => self.written[at] |= 1 << (slot % 64),
+            false => self.written[at] &= !(1 << (slot % 64)),
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A thread that panics ends the save; nothing of it is used after that.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn failed(error: StorageError) -> SaveError {
+    SaveError::from(match error {
+        StorageError::Io { source, .. } => source,
+        other => io::Error::other(other),
+    })
+}
+
+fn unplaceable(error: Unplaceable) -> SaveError {
+    match error {
+        Unplaceable::TooLarge => SaveError::from(io::Error::other(
+            "the guest has more pages than the mapped layout can index: save it with --layout \
+             stream",
+        )),
+        Unplaceable::FrontMoved => GuestError::P2mOutgrewLayout.into(),
+    }
+}
+
+impl<'w> MappedImage<'w> {
+    /// An image in an empty file, which takes slots.
+    pub fn new(writer: &'w dyn StorageWriter, options: MappedOptions) -> Self {
+        Self {
+            writer,
+            options,
+            parts: Mutex::default(),
+            state: Mutex::default(),
+            buffers: Mutex::default(),
+        }
+    }
+
+    /// The blanks that the configuration in the xl header has got.
+    pub fn set_blanks(&self, blanks: u32) {
+        lock(&self.parts).blanks = blanks;
+    }
+
+    /// Where everything goes that is not page data, from the first byte of the file.
+    pub fn sink(&self) -> MappedSink<'_> {
+        MappedSink { parts: &self.parts }
+    }
+
+    /// What is written to the sink from now on is this part, from its start.
+    pub(super) fn begin(&self, part: Part) {
+        let mut parts = lock(&self.parts);
+        parts.current = part;
+        parts.bytes().clear();
+    }
+
+    /// Memory begins. Pages may come again if it is `live`.
+    pub(super) fn begin_memory(&self, live: bool) -> Result<(), SaveError> {
+        let start = lock(&self.parts).front();
+        if !start.is_multiple_of(8) {
+            let why = "the stream does not begin at a multiple of 8, and there is no \
+                       configuration to pad";
+            return Err(io::Error::other(why).into());
+        }
+        lock(&self.state).places = Some(Places::new(start, live));
+        Ok(())
+    }
+
+    /// Decides where the pages of a batch go. Batches come in order.
+    pub(super) fn place(&self, batch: &Batch) -> Result<Placed, SaveError> {
+        let mut state = lock(&self.state);
+        let placed = state
+            .places()?
+            .place_batch(batch.entries(), batch.deferred());
+        placed.map_err(unplaceable)
+    }
+
+    /// Writes the pages of a batch to their places; zeros become holes.
+    pub(super) fn write(&self, batch: &Batch, placed: Placed) -> Result<(), SaveError> {
+        let mut buffer = lock(&self.buffers).pop().unwrap_or_default();
+        batch.copy_pages(&mut buffer);
+        let (pages, _) = buffer.as_chunks::<PAGE_SIZE>();
+        let pages: Vec<(&Page, (u32, u64))> =
+            pages.iter().zip(placed.slots.iter().copied()).collect();
+        let mut done = 0;
+        let follows = |a: &(&Page, (u32, u64)), b: &(&Page, (u32, u64))| {
+            a.1.0 + 1 == b.1.0 && a.1.1 + PAGE_SIZE as u64 == b.1.1 && is_zero(a.0) == is_zero(b.0)
+        };
+        for run in pages.chunk_by(follows) {
+            let bytes = &buffer[done * PAGE_SIZE..(done + run.len()) * PAGE_SIZE];
+            done += run.len();
+            let zero = run.first().is_some_and(|(page, _)| is_zero(page));
+            let slots = run.iter().map(|(_, slot)| *slot);
+            match zero {
+                true => self.write_zeros(slots)?,
+                false => self.write_run(slots, bytes)?,
+            }
+        }
+        if let Some(new) = placed.whole {
+            self.write_whole(&new, batch.entries(), &buffer)?;
+        }
+        lock(&self.buffers).push(buffer);
+        Ok(())
+    }
+
+    /// Contents of neighbouring slots.
+    fn write_run(
+        &self,
+        slots: impl Iterator<Item = (u32, u64)> + Clone,
+        bytes: &[u8],
+    ) -> Result<(), SaveError> {
+        let Some((_, at)) = slots.clone().next() else {
+            return Ok(());
+        };
+        self.writer.write_all_at(bytes, at).map_err(failed)?;
+        let mut state = lock(&self.state);
+        slots.for_each(|(slot, _)| state.set_written(slot, true));
+        Ok(())
+    }
+
+    /// Holes in neighbouring slots.
+    fn write_zeros(
+        &self,
+        slots: impl Iterator<Item = (u32, u64)> + Clone,
+    ) -> Result<(), SaveError> {
+        let (mut from, mut to) = (None, 0);
+        {
+            let mut state = lock(&self.state);
+            for (slot, at) in slots {
+                if state.is_written(slot) {
+                    state.set_written(slot, false);
+                    from.get_or_insert(at);
+                    to = at + PAGE_SIZE as u64;
+                }
+            }
+        }
+        match from {
+            None => Ok(()),
+            // What lies between is zeros, too.
+            Some(from) => self.writer.punch(from..to).map_err(failed),
+        }
+    }
+
+    /// The rest of a record whose pages are all here.
+    fn write_whole(
+        &self,
+        new: &NewRecord,
+        entries: &[PageEntry],
+        data: &[u8],
+    ) -> Result<(), SaveError> {
+        let head = record_head(new.pads, entries)?;
+        self.writer
+            .write_all_at(&head, new.offset)
+            .map_err(failed)?;
+        let (pages, _) = data.as_chunks::<PAGE_SIZE>();
+        let digest = digest(&[&head, data]);
+        let index = IndexEntry::of(new.offset, new.pads, entries, digest);
+        let digests = self.page_digests(pages);
+        let mut state = lock(&self.state);
+        let record = &mut state.places()?.records[new.number];
+        record.index = Some(index);
+        record.page_digests = digests;
+        Ok(())
+    }
+
+    fn page_digests(&self, pages: &[Page]) -> Vec<u8> {
+        match self.options.page_digests {
+            true => pages.iter().flat_map(page_digest).collect(),
+            false => Vec::new(),
+        }
+    }
+
+    /// All that belongs to the image has come: completes the file, and syncs all of it before the
+    /// footer. It is not committed. `go_on` is asked between steps.
+    ///
+    /// # Errors
+    ///
+    /// The storage's; [`SaveError::Aborted`] if `go_on` says so.
+    pub fn finish(
+        self,
+        threads: Option<std::num::NonZeroUsize>,
+        go_on: &mut dyn FnMut() -> ControlFlow<()>,
+    ) -> Result<MappedStats, SaveError> {
+        let mut go_on = || super::go_on(go_on());
+        let parts = std::mem::take(&mut *lock(&self.parts));
+        let moved_pages = self.settle(parts.front(), &mut go_on)?;
+        let memory_end = lock(&self.state).places()?.next();
+        // The file ends with the last page, which may be a hole.
+        self.writer.set_length(memory_end).map_err(failed)?;
+        let (finals, in_order) = {
+            let mut state = lock(&self.state);
+            state.places()?.finals().map_err(unplaceable)?
+        };
+        let threads = pipeline::threads(threads);
+        let pool = pipeline::pool(threads, pipeline::IN_FLIGHT);
+        pipeline::ordered(
+            pool.as_ref(),
+            finals,
+            |record| self.write_final(record.number, record.pads, &record.entries),
+            |()| go_on(),
+        )?;
+        let mut state = std::mem::take(&mut *lock(&self.state));
+        let written = state
+            .written
+            .iter()
+            .map(|word| u64::from(word.count_ones()));
+        let written: u64 = written.sum();
+        let places = state.places()?;
+        let mut index = Vec::with_capacity(places.records.len());
+        let mut digests = Vec::new();
+        for record in &mut places.records {
+            let bug = WriteError::Bug("a record of a mapped image was not written");
+            index.push(record.index.ok_or(SaveError::from(bug))?);
+            digests.append(&mut record.page_digests);
+        }
+        let memory_end = places.next();
+        let (front, tail) = (parts.front_bytes(), &parts.tail);
+        let write = |bytes: &[u8], at| self.writer.write_all_at(bytes, at).map_err(failed);
+        write(&front, 0)?;
+        write(tail, memory_end)?;
+        let image_end = memory_end + tail.len() as u64;
+        let trailer = Trailer {
+            blanks: parts.blanks,
+            image_end,
+            moved: !in_order,
+            index: &index,
+            page_digests: self.options.page_digests.then_some(&*digests),
+            rest_digest: digest(&[&front, tail]),
+        };
+        go_on()?;
+        write(&xsr_format::layout::TRAILER_MAGIC, image_end)?;
+        write(&digests, trailer.offset())?;
+        let encoded = trailer.encode_index();
+        write(&encoded, trailer.index_offset())?;
+        self.writer.sync().map_err(failed)?;
+        go_on()?;
+        write(&trailer.encode_footer(&encoded), trailer.footer_offset())?;
+        let pages: u64 = index.iter().map(|entry| u64::from(entry.pages)).sum();
+        Ok(MappedStats {
+            image_bytes: image_end,
+            file_bytes: trailer.length(),
+            pages,
+            zero_pages: pages - written,
+            moved_pages,
+        })
+    }
+
+    /// Moves the pages that have to move; how many.
+    fn settle(
+        &self,
+        front: u64,
+        go_on: &mut dyn FnMut() -> Result<(), SaveError>,
+    ) -> Result<u64, SaveError> {
+        let moves = {
+            let mut state = lock(&self.state);
+            state.places()?.settle(front).map_err(unplaceable)?
+        };
+        let mut page = [0; PAGE_SIZE];
+        for step in &moves {
+            let has_data = lock(&self.state).is_written(step.from.0);
+            match has_data {
+                true => {
+                    let read = self.writer.read_exact_at(&mut page, step.from.1);
+                    read.map_err(failed)?;
+                    self.write_run([step.to].into_iter(), &page)?;
+                }
+                false => self.write_zeros([step.to].into_iter())?,
+            }
+            // That slot is gone.
+            lock(&self.state).set_written(step.from.0, false);
+            go_on()?;
+        }
+        Ok(moves.len() as u64)
+    }
+
+    /// A record whose pages are in the file: its head, and its digests.
+    fn write_final(
+        &self,
+        number: usize,
+        pads: u64,
+        entries: &[PageEntry],
+    ) -> Result<(), SaveError> {
+        let head = record_head(pads, entries)?;
+        let (offset, data, pages) = {
+            let mut state = lock(&self.state);
+            let record = &state.places()?.records[number];
+            (record.offset, record.data(), record.pages())
+        };
+        self.writer.write_all_at(&head, offset).map_err(failed)?;
+        let mut buffer = lock(&self.buffers).pop().unwrap_or_default();
+        buffer.resize(pages as usize * PAGE_SIZE, 0);
+        if pages > 0 {
+            self.writer
+                .read_exact_at(&mut buffer, data)
+                .map_err(failed)?;
+        }
+        let digest = digest(&[&head, &buffer]);
+        let index = IndexEntry::of(offset, pads, entries, digest);
+        let digests = self.page_digests(buffer.as_chunks().0);
+        lock(&self.buffers).push(buffer);
+        let mut state = lock(&self.state);
+        let record = &mut state.places()?.records[number];
+        record.index = Some(index);
+        record.page_digests = digests;
+        Ok(())
+    }
+}
+
+impl Parts {
+    fn bytes(&mut self) -> &mut Vec<u8> {
+        match self.current {
+            Part::Head => &mut self.head,
+            Part::Start => &mut self.start,
+            Part::Tail => &mut self.tail,
+        }
+    }
+
+    /// Where memory begins.
+    fn front(&self) -> u64 {
+        (self.head.len() + self.start.len()) as u64
+    }
+
+    fn front_bytes(&self) -> Vec<u8> {
+        [self.head.as_slice(), &self.start].concat()
+    }
+}
+
+/// Takes what is not page data of a [`MappedImage`].
+#[derive(Debug)]
+pub struct MappedSink<'i> {
+    parts: &'i Mutex<Parts>,
+}
+
+impl Write for MappedSink<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        lock(self.parts).bytes().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl PageSink for MappedSink<'_> {
+    fn write_gather(&mut self, list: &Gather<'_>) -> io::Result<()> {
+        list.copy_to(self)
+    }
+}
