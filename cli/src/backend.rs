@@ -3,24 +3,28 @@
 //!
 //! Only this file knows which hypervisors there are. All others see a [`DomainStore`].
 
+pub(crate) mod workload;
+
 use std::fmt;
 use std::ops::Deref;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Error, Result, bail};
 use xsr_format::byte_order::ByteOrder;
 use xsr_format::read::ReadOptions;
 use xsr_format::wrapper::libxl::{LibxlHeader, LibxlReader, LibxlRecord, LibxlWriter};
 use xsr_xen_backend::domain_store::{
     DestroyOutcome, Destroyed, DomainLock, DomainRef, DomainStore, DomainStoreError,
 };
-use xsr_xen_backend::mock::{HostConfig, MockError, MockHost, Reached};
+pub(crate) use xsr_xen_backend::mock::phase;
+use xsr_xen_backend::mock::{HostConfig, MockError, MockHost};
 use xsr_xen_backend::{DomId, OpenError, XenHost};
 
 use crate::args::Backend;
-use crate::exit::{self, BadUsage};
+use crate::cmd::migrate::away;
+use crate::exit::{self, Aftermath, BadUsage};
 
 /// The name under which libxl keeps a domain's configuration. Mock machines use it too.
 pub(crate) const CONFIG: &str = "libxl-json";
@@ -105,7 +109,7 @@ impl Hypervisor {
             }
             Backend::Mock(_) => {
                 let why = "--direct is for a Xen host: a mock machine has no xl to do without";
-                return Err(anyhow::Error::new(BadUsage(why.to_owned())));
+                return Err(Error::new(BadUsage(why.to_owned())));
             }
         };
         Ok(Self {
@@ -123,6 +127,26 @@ impl Hypervisor {
     /// The mock machine underneath, if it is one.
     pub(crate) fn mock(&self) -> Option<&MockHost> {
         self.mock.as_ref()
+    }
+
+    /// Takes the lock of a domain.
+    ///
+    /// # Errors
+    ///
+    /// Another command has it; the store cannot be read.
+    pub(crate) fn lock_whole(
+        &self,
+        domain: DomainRef,
+        command: &str,
+    ) -> Result<WholeLock, DomainStoreError> {
+        let machine = match (&self.backend, &self.mock) {
+            (Backend::MockXen(_), Some(mock)) => Some(mock.lock(domain, command)?),
+            _ => None,
+        };
+        Ok(WholeLock {
+            _store: self.store.lock(domain, command)?,
+            _machine: machine,
+        })
     }
 
     /// Whether its guests have rings to xenstore and a console.
@@ -145,26 +169,9 @@ impl Hypervisor {
 ///
 /// # Errors
 ///
-/// The directory holds something else; another process has the machine open.
+/// Something else is in the directory; another process puts the machine in order.
 pub(crate) fn mock_machine(directory: &Path) -> Result<MockHost> {
-    opened(MockHost::open_or_create(directory, &HostConfig::default()))
-}
-
-/// Opens the mock machine in a directory, creates it if it does not exist, or connects to the
-/// command that has it open.
-///
-/// # Errors
-///
-/// The directory holds something else; that command does not answer.
-pub(crate) fn reach_or_create(directory: &Path) -> Result<Reached> {
     match MockHost::open_or_create(directory, &HostConfig::default()) {
-        Err(MockError::InUse { .. }) => Ok(MockHost::reach(directory)?),
-        other => Ok(opened(other)?.into()),
-    }
-}
-
-fn opened(host: Result<MockHost, MockError>) -> Result<MockHost> {
-    match host {
         Err(e @ MockError::Occupied { .. }) => {
             bail!("{e}, and is not a mock machine; name another directory")
         }
@@ -217,8 +224,16 @@ pub(crate) struct Found {
     pub(crate) name: String,
     /// What commands accept for it: its name, or its number if it has none.
     pub(crate) handle: String,
-    /// The lock, held while the command works on the domain.
-    pub(crate) lock: DomainLock,
+    /// Held as long as the command works on it.
+    pub(crate) lock: WholeLock,
+}
+
+/// The lock of a domain.
+#[derive(Debug)]
+pub(crate) struct WholeLock {
+    _store: DomainLock,
+    /// That of the mock machine below a store that one process has for itself.
+    _machine: Option<DomainLock>,
 }
 
 impl Found {
@@ -227,33 +242,53 @@ impl Found {
     /// # Errors
     ///
     /// There is no such domain; another command works on it; the store cannot be read.
-    pub(crate) fn find(host: &dyn DomainStore, called: &str, command: &str) -> Result<Self> {
+    pub(crate) fn find(host: &Hypervisor, called: &str, command: &str) -> Result<Self> {
         let domain = host.find(called)?;
-        let lock = host.lock(domain, &format!("xsr {command} {called}"))?;
+        let lock = host.lock_whole(domain, &format!("xsr {command} {called}"))?;
         Ok(Self {
             domain,
-            name: name_of(host, domain)?,
-            handle: handle_of(host, domain)?,
+            name: name_of(&**host, domain)?,
+            handle: handle_of(&**host, domain)?,
             lock,
         })
     }
 
-    /// Refuses a domain without a name, because a domain is renamed before the destination is told
-    /// to run it.
+    /// Refuses a domain that cannot be let go of: one that is sent away is renamed before the
+    /// other end is told to run it, and all of its memory has been sent by then.
     ///
     /// # Errors
     ///
-    /// The domain has no name; the text says how to give it one.
-    pub(crate) fn must_have_name(&self, host: &dyn DomainStore, backend: &Backend) -> Result<()> {
-        let domain = self.domain;
-        if host.name(domain)?.is_some() {
-            return Ok(());
+    /// It has no name, or none that can be made longer, or another domain has that one.
+    pub(crate) fn check_leaves(&self, host: &Hypervisor) -> Result<()> {
+        let (domain, backend) = (self.domain, host.backend());
+        let Some(name) = host.name(domain)? else {
+            let number = domain.domid.0;
+            bail!(
+                "{domain} has no name, by which it is told from its copy on the other host: first \
+                 `{}`",
+                domain_command(backend, "rename", &format!("{number} NAME"))
+            )
+        };
+        let away = away(&name);
+        let renamed = || format!("{name} has to be called {away} once the other host has it");
+        host.check_name(&away).with_context(renamed)?;
+        let listed = host.list()?;
+        if let Some(other) = listed
+            .iter()
+            .find(|other| other.name.as_ref() == Some(&away))
+        {
+            let error = Error::new(DomainStoreError::NameTaken {
+                name: away.clone(),
+                by: other.domain(),
+            });
+            let first = domain_command(backend, "destroy", &away);
+            let error = error.context(renamed());
+            return Err(Aftermath::of(
+                error,
+                format!("if it is left from an earlier migration of {name}: `{first}`"),
+            ));
         }
-        let number = domain.domid.0;
-        bail!(
-            "{domain} has no name, by which it is told from its copy on the other host: first `{}`",
-            domain_command(backend, "rename", &format!("{number} NAME"))
-        )
+        Ok(())
     }
 }
 
@@ -297,7 +332,7 @@ pub(crate) fn destroy(
     let destroyed = match host.destroy(domain, DESTROY_WAIT) {
         // The store's data of the domain remain, and the error names them.
         Err(error @ DomainStoreError::Storage { .. }) if is_destroyed(host, domain) => {
-            let error = anyhow::Error::new(error);
+            let error = Error::new(error);
             tracing::warn!("{name} is destroyed, but {}", exit::words(error.chain()));
             return Ok(());
         }
@@ -395,20 +430,22 @@ mod tests {
         let mock = MockHost::ephemeral(&HostConfig::default()).expect("a machine");
         let spec = GuestSpec::new("web", GuestKind::Pvh, 8);
         mock.create_guest(&spec).expect("a guest");
-        for host in [
-            Arc::new(mock.clone()) as Arc<dyn DomainStore>,
-            Arc::new(mock.as_xen().expect("a Xen")),
-        ] {
+        let on_xen = Hypervisor {
+            backend: Backend::MockXen("memory".into()),
+            store: Arc::new(mock.as_xen().expect("a Xen")),
+            mock: Some(mock.clone()),
+        };
+        for host in [Hypervisor::from(mock), on_xen] {
             let number = host.domains().expect("the domains")[0].domid.0.to_string();
-            let found = Found::find(&*host, &number, "migrate").expect("the domain");
-            let error = Found::find(&*host, &number, "save").expect_err("a second command");
+            let found = Found::find(&host, &number, "migrate").expect("the domain");
+            let error = Found::find(&host, &number, "save").expect_err("a second command");
             let said = format!(
                 "in use by process {} (xsr migrate {number})",
                 std::process::id()
             );
             assert!(error.to_string().contains(&said), "{error}");
             drop(found);
-            Found::find(&*host, &number, "save").expect("the domain");
+            Found::find(&host, &number, "save").expect("the domain");
         }
     }
 
@@ -418,14 +455,31 @@ mod tests {
         let host = Hypervisor::from(mock);
         let new = xsr_xen_backend::NewDomain::new(GuestKind::Pvh, 1, 16);
         let number = host.create(&new).expect("a domain").0.to_string();
-        let found = Found::find(&*host, &number, "migrate").expect("the domain");
+        let found = Found::find(&host, &number, "migrate").expect("the domain");
         assert_eq!(found.name, format!("domain-{number}"));
-        let backend = Backend::Xen;
-        let error = found.must_have_name(&*host, &backend).expect_err("no name");
-        let said = format!("first `xl rename {number} NAME`");
-        assert!(error.to_string().contains(&said), "{error}");
+        let check = || {
+            found
+                .check_leaves(&host)
+                .map_err(|error| exit::words(error.chain()))
+        };
+        let error = check().expect_err("no name");
+        let said = format!("rename --host memory {number} NAME`");
+        assert!(error.contains(&said), "{error}");
         host.give_name(found.domain, "web").expect("a name");
-        found.must_have_name(&*host, &backend).expect("it has one");
+        check().expect("it has one");
+        let left = xsr_xen_backend::NewDomain::new(GuestKind::Pvh, 1, 16);
+        let left = DomainRef {
+            domid: host.create(&left).expect("a domain"),
+            uuid: left.uuid,
+        };
+        host.give_name(left, "web--migratedaway").expect("a name");
+        let error = check().expect_err("the other name is taken");
+        assert!(error.contains("exists already"), "{error}");
+        let _ = host.destroy(left, DESTROY_WAIT).expect("it goes");
+        let long = "w".repeat(60);
+        host.rename(found.domain, "web", &long).expect("a name");
+        let error = check().expect_err("no room for more");
+        assert!(error.contains("at most 64 letters"), "{error}");
     }
 
     #[test]

@@ -75,7 +75,8 @@ fn things() -> MutexGuard<'static, Vec<(u64, Thing)>> {
 #[derive(Debug)]
 #[must_use = "dropping it says that the thing is gone"]
 pub(crate) struct Left {
-    number: u64,
+    /// `None` for an entry that stays.
+    number: Option<u64>,
 }
 
 impl Left {
@@ -87,7 +88,9 @@ impl Left {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         WRITES.store(true, Ordering::SeqCst);
         things.push((number, thing));
-        Self { number }
+        Self {
+            number: Some(number),
+        }
     }
 
     /// A file that has a temporary name until it is complete. `make` creates it; `path` returns
@@ -127,29 +130,29 @@ impl Left {
     }
 
     /// The entry stays until the command is [`over`].
-    pub(crate) fn until_the_end(self) {
-        std::mem::forget(self);
+    pub(crate) fn until_the_end(mut self) {
+        self.number = None;
     }
 
-    /// Make a file permanent, by `keep`. No signal ends the process in between.
+    /// Make a file permanent, by `keep`. No signal ends the process in between. If that fails, the entry
+    /// is as it was.
     ///
     /// # Errors
     ///
     /// Those of `keep`.
-    pub(crate) fn settle<T, E>(self, keep: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
+    pub(crate) fn settle<T, E>(&mut self, keep: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
         let mut things = things();
-        let kept = keep();
-        let found = things.iter_mut().find(|(number, _)| *number == self.number);
-        if let (Ok(_), Some((_, thing))) = (&kept, found)
+        let kept = keep()?;
+        let found = things
+            .iter_mut()
+            .find(|(number, _)| Some(*number) == self.number);
+        if let Some((_, thing)) = found
             && let Thing::File { to, .. } = thing
         {
             *thing = Thing::Complete(std::mem::take(to));
-            drop(things);
-            self.until_the_end();
-            return kept;
+            self.number = None;
         }
-        drop(things);
-        kept
+        Ok(kept)
     }
 }
 
@@ -169,15 +172,16 @@ impl Cleanup for Files {
 }
 
 impl Registered for Left {
-    fn settle(self: Box<Self>, keep: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()> {
-        Self::settle(*self, keep)
+    fn settle(&mut self, keep: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()> {
+        Self::settle(self, keep)
     }
 }
 
 impl Drop for Left {
     fn drop(&mut self) {
+        let Some(own) = self.number else { return };
         let mut things = things();
-        let found = things.iter().position(|(number, _)| *number == self.number);
+        let found = things.iter().position(|(number, _)| *number == own);
         let thing = found.map(|at| things.swap_remove(at));
         drop(things);
         // Dropped without the lock, because `describe` may own a host.
@@ -304,7 +308,7 @@ mod tests {
         let within = |said: &[String], what: &str| said.iter().any(|line| line.contains(what));
         fs::write(&partial, b"x").expect("a file");
         let make = || Ok::<_, ()>(partial.clone());
-        let (file, _) = Left::file(&whole, make, |path| path).expect("an entry");
+        let (mut file, _) = Left::file(&whole, make, |path| path).expect("an entry");
         let guest = Left::guest(|| Some(State::plain("web is suspended")));
         assert!(is_work() && is_writer());
         let (said, undecided) = describe();
@@ -322,6 +326,9 @@ mod tests {
         assert!(describe().1);
         drop(doubtful);
 
+        // What could not get its name is still to be removed.
+        file.settle(|| fs::rename(&whole, &partial))
+            .expect_err("there is no such file");
         assert!(within(&removed(&things()), "whole was not written"));
         assert!(!partial.exists());
         fs::write(&partial, b"x").expect("a file");

@@ -32,13 +32,10 @@ mod transport;
 mod verdict;
 mod version;
 mod watch;
-mod workload;
 mod xl;
 
 use std::path::Path;
 use std::process::ExitCode;
-
-use xsr_xen_backend::mock::finish_answers;
 
 use crate::terminal::Terminal;
 use crate::xl::Messages;
@@ -66,7 +63,6 @@ fn main() -> ExitCode {
         false => command(),
     };
     left::over();
-    finish_answers();
     code
 }
 

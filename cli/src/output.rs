@@ -15,11 +15,11 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Error, Result, bail};
 use nix::sys::stat::{major, minor};
-use xsr_save_restore::storage::file::{Begun, FileStorage, Target};
+use xsr_save_restore::storage::file::{Begun, FileStorage, Kept, Target};
 use xsr_save_restore::storage::pipe::StraightWriter;
 use xsr_save_restore::storage::{Create, Durability, Shape, StorageError, StorageWriter};
-use xsr_xen_backend::mock::phase;
 
+use crate::backend::phase;
 use crate::exit::{Aftermath, BadUsage, NotDurable, WriteFailed};
 use crate::file::is_dash;
 use crate::left;
@@ -380,15 +380,29 @@ impl Output {
     ///
     /// # Errors
     ///
-    /// What failed, and where the file is.
-    pub(crate) fn finish_or_keep(self) -> Result<(), Kept> {
-        let Begun::File(writer) = self.writer else {
+    /// [`NotDurable`] as [`Output::finish`]; else what failed, and where the file is.
+    pub(crate) fn finish_or_keep(self) -> Result<()> {
+        let Self { writer, name, .. } = self;
+        let Begun::File(writer) = writer else {
             return Ok(());
         };
+        phase("output-complete");
         let kept = writer.commit_or_keep(Durability::Durable);
-        kept.map_err(|kept| Kept {
-            error: io_error(kept.error),
-            at: kept.at,
+        kept.map_err(|kept| {
+            let Kept { error, at } = *kept;
+            match error {
+                StorageError::NotDurable { source, .. } => Error::new(NotDurable {
+                    output: name,
+                    error: source,
+                }),
+                error => Aftermath::of(
+                    Error::new(WriteFailed {
+                        output: name,
+                        error: io_error(error),
+                    }),
+                    format!("the image is complete: it is {}", shown_path(&at)),
+                ),
+            }
         })
     }
 
@@ -441,14 +455,6 @@ fn io_error(error: StorageError) -> io::Error {
         ),
         other => io::Error::other(other),
     }
-}
-
-/// A complete file that could not be given its name.
-#[derive(Debug)]
-pub(crate) struct Kept {
-    pub(crate) error: io::Error,
-    /// Where it is.
-    pub(crate) at: PathBuf,
 }
 
 /// Whether stdout was closed when the command began. What is open there now is the `/dev/null` of

@@ -14,9 +14,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
 use xsr_save_restore::progress::{Phase, Progress};
 use xsr_save_restore::storage::file::Inherited;
-use xsr_xen_backend::mock::phase;
 
 use crate::args::ProgressArg;
+use crate::backend::phase;
 use crate::exit::{self, BadUsage, Code};
 use crate::interrupt::Interrupt;
 use crate::left;

@@ -143,7 +143,7 @@ impl Xl {
         let xl = [xl.into_os_string()].into_iter().chain(arguments);
         let plan = restores.then(|| setting::plan(force)).flatten();
         let settings = settings.into_iter().map(Setting::variable).chain(plan);
-        let ended = child::run(xl, &helper, settings, restores);
+        let ended = child::run(xl, &helper, settings, restores, lock.as_ref());
         let succeeded = ended.as_ref().is_ok_and(|ended| ended.status.success());
         let code = match ended {
             Ok(ended) if ended.killed => {

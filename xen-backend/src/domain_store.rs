@@ -140,7 +140,8 @@ pub enum DestroyOutcome {
     /// The domain does not exist any more; its memory is free.
     Gone,
     /// The time-out has passed. The domain will never run again, but some of its memory
-    /// is still in use: it is mapped by another domain or process.
+    /// is still in use: it is mapped by another domain or process, or the hypervisor was not
+    /// given the time to release it. To destroy it once more goes on with that.
     StillDying,
 }
 
@@ -288,6 +289,13 @@ pub trait DomainStore: Host {
     /// [`DomainStoreError::Storage`].
     fn name(&self, domain: DomainRef) -> Result<Option<String>, DomainStoreError>;
 
+    /// Whether a domain may be named so, if no other is.
+    ///
+    /// # Errors
+    ///
+    /// [`DomainStoreError::BadName`].
+    fn check_name(&self, name: &str) -> Result<(), DomainStoreError>;
+
     /// Gives a new domain its first name. Until it is introduced, nothing but the name is known
     /// of it.
     ///
@@ -374,7 +382,8 @@ pub trait DomainStore: Host {
     fn forget(&self, domain: DomainRef) -> Result<(), DomainStoreError>;
 
     /// Destroys the domain, removes what the store keeps with it, and waits until the
-    /// hypervisor has released it, at most for `timeout`. Files, processes and devices of
+    /// hypervisor has released it, at most for `timeout`. Goes on with a domain that is dying
+    /// already. Files, processes and devices of
     /// libxl's are not touched; [`Destroyed::left_behind`] names them.
     ///
     /// # Errors
@@ -386,7 +395,7 @@ pub trait DomainStore: Host {
     fn destroy(&self, domain: DomainRef, timeout: Duration) -> Result<Destroyed, DomainStoreError>;
 
     /// Takes the lock of the domain for `command`, until the returned value is dropped.
-    /// A lock whose process has ended is free. The lock does not stop other callers from
+    /// A lock whose process has ended is free. One that does not tell its process is not. The lock does not stop other callers from
     /// calling the other methods: a command that works on a domain for longer takes it first.
     ///
     /// # Errors

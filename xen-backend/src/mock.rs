@@ -2,8 +2,8 @@
 //! semantics and errno.
 //!
 //! A [`MockHost`] is a directory, so that its domains outlive the command that
-//! made them; only one process at a time has it open, and answers for it
-//! ([`MockHost::reach`]). Nothing executes: a
+//! made them. Several processes may have it open at a time, each at work on another
+//! domain ([`DomainStore::lock`](crate::domain_store::DomainStore::lock)). Nothing executes: a
 //! "running" guest is one that would. What a suspending guest does itself (put
 //! pfns into start_info, call the hypervisor) the mock does in its stead. A
 //! [`Workload`] makes it write while it runs, in this process.
@@ -17,7 +17,6 @@
 
 mod allocator;
 mod before;
-mod control;
 mod digest;
 mod dirty;
 mod domain;
@@ -42,6 +41,7 @@ mod processor;
 mod pv;
 mod random;
 mod running;
+mod sharing;
 mod state;
 mod store;
 mod summary;
@@ -56,11 +56,11 @@ use std::sync::atomic::Ordering;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
-use self::control::Control;
 use self::domain::MockDomain;
 use self::machine::Machine;
 use self::place::Place;
-use self::state::{CPUID_LEAVES, HVM_CONTEXT, POLICY_MSRS, Record, USERDATA, Vcpu};
+use self::sharing::{Locks, Opened};
+use self::state::{CPUID_LEAVES, Dom, HVM_CONTEXT, POLICY_MSRS, Record, USERDATA, Vcpu};
 use self::store::{DOMAINS, FORMAT, HOST, Store};
 use crate::error::BackendError;
 use crate::{
@@ -68,7 +68,6 @@ use crate::{
     NewDomain, TscInfo, XenVersion,
 };
 
-pub use self::control::{Reached, finish_answers};
 pub use self::digest::{MemoryDigest, PageDigest};
 pub use self::error::MockError;
 #[cfg(feature = "peer")]
@@ -176,18 +175,9 @@ pub struct MockHost {
 }
 
 impl MockHost {
-    /// A host whose directory, if it has one, other processes can reach it by.
-    fn new(machine: Machine) -> Result<Self, MockError> {
+    fn new(machine: Machine) -> Self {
         let machine = Arc::new(machine);
-        if let Some(path) = machine.store.path() {
-            let gone = || MockError::NotAHost {
-                path: path.to_owned(),
-            };
-            let place = Place::open(path)?.ok_or_else(gone)?;
-            let control = Control::start(&machine, place)?;
-            machine.control.get_or_init(|| control);
-        }
-        Ok(Self { machine })
+        Self { machine }
     }
 
     /// Make a host in `dir`, which is empty or is made.
@@ -197,33 +187,43 @@ impl MockHost {
     /// [`MockError::Occupied`] where something is there; [`MockError::Unsafe`] where it is not
     /// the caller's alone; I/O errors.
     pub fn create(dir: &Path, config: &HostConfig) -> Result<Self, MockError> {
+        let occupied = || MockError::Occupied {
+            path: dir.to_owned(),
+        };
         let place = Place::create(dir)?;
         if !place.is_empty()? {
-            return Err(MockError::Occupied {
-                path: dir.to_owned(),
-            });
+            return Err(occupied());
+        }
+        let (locks, opened) = Locks::open(&place)?;
+        if opened == Opened::Beside || place.read(HOST)?.is_some() {
+            // Another process has just made one.
+            return Err(occupied());
         }
         place.make(DOMAINS)?;
-        let machine = Machine::create(Store::lock(place)?, config.clone());
-        machine.and_then(Self::new)
+        let store = Store::open(place, locks)?;
+        Machine::create(store, opened, config.clone()).map(Self::new)
     }
 
-    /// Open the host in `dir`.
+    /// Open the host in `dir`, beside other processes that have it open.
     ///
     /// # Errors
     ///
     /// [`MockError::NotAHost`] where there is none, [`MockError::InUse`] where
-    /// another process has it open, [`MockError::Unsafe`] where it is not the caller's alone,
+    /// another process puts it in order, [`MockError::Unsafe`] where it is not the caller's alone,
     /// [`MockError::Damaged`]; I/O errors.
     pub fn open(dir: &Path) -> Result<Self, MockError> {
         let not_a_host = || MockError::NotAHost {
             path: dir.to_owned(),
         };
         let place = Place::open(dir)?.ok_or_else(not_a_host)?;
+        if place.read(HOST)?.is_none() && !Locks::are_there(&place) {
+            return Err(not_a_host());
+        }
+        let (locks, opened) = Locks::open(&place)?;
         if place.read(HOST)?.is_none() {
             return Err(not_a_host());
         }
-        let store = Store::lock(place)?;
+        let store = Store::open(place, locks)?;
         let host = store.load_host()?.ok_or_else(not_a_host)?;
         if host.format != FORMAT {
             return Err(MockError::BadSpec(format!(
@@ -232,7 +232,7 @@ impl MockHost {
                 host.format
             )));
         }
-        Machine::open(store, host).and_then(Self::new)
+        Machine::open(store, opened, host).map(Self::new)
     }
 
     /// Open the host in `dir`, or make one there.
@@ -242,8 +242,16 @@ impl MockHost {
     /// As [`MockHost::open`] and [`MockHost::create`].
     pub fn open_or_create(dir: &Path, config: &HostConfig) -> Result<Self, MockError> {
         match Self::open(dir) {
-            Err(MockError::NotAHost { .. }) => Self::create(dir, config),
-            other => other,
+            Err(MockError::NotAHost { .. }) => {}
+            other => return other,
+        }
+        match Self::create(dir, config) {
+            Err(occupied @ MockError::Occupied { .. }) => match Self::open(dir) {
+                Err(MockError::NotAHost { .. }) => Err(occupied),
+                // Another process was faster.
+                opened => opened,
+            },
+            made => made,
         }
     }
 
@@ -253,7 +261,7 @@ impl MockHost {
     ///
     /// [`MockError::BadSpec`] for a machine too small or too large; I/O errors.
     pub fn ephemeral(config: &HostConfig) -> Result<Self, MockError> {
-        Machine::create(Store::in_memory(), config.clone()).and_then(Self::new)
+        Machine::create(Store::in_memory()?, Opened::Alone, config.clone()).map(Self::new)
     }
 
     /// What kind of machine it is.
@@ -297,27 +305,35 @@ impl MockHost {
     ///
     /// [`MockError::NoSuchDomain`].
     pub fn find(&self, name_or_id: &str) -> Result<DomId, MockError> {
-        let number = crate::domain_store::number(name_or_id);
         let domains = self.machine.all_domains();
-        domains
-            .iter()
-            .find(|dom| match number {
-                Some(number) => dom.domid == number,
-                None => dom.lock().record.name == name_or_id,
-            })
-            .map(|dom| dom.domid)
-            .ok_or_else(|| MockError::NoSuchDomain {
-                name: name_or_id.to_owned(),
-            })
+        let mut domids = domains.iter().map(|dom| dom.domid);
+        let found = match crate::domain_store::number(name_or_id) {
+            Some(number) => domids.find(|domid| *domid == number),
+            None => self.find_named(name_or_id).or_else(|| {
+                // What a nameless one is shown as.
+                let shown = |dom: &&Arc<Dom>| dom.lock().record.shown_name() == name_or_id;
+                domains.iter().find(shown).map(|dom| dom.domid)
+            }),
+        };
+        found.ok_or_else(|| MockError::NoSuchDomain {
+            name: name_or_id.to_owned(),
+        })
+    }
+
+    /// The domain that was given this name.
+    fn find_named(&self, name: &str) -> Option<DomId> {
+        let domains = self.machine.all_domains();
+        let given = |dom: &&Arc<Dom>| dom.lock().record.given_name() == Some(name);
+        domains.iter().find(given).map(|dom| dom.domid)
     }
 
     fn check_new_name(&self, name: &str) -> Result<(), MockError> {
         check_name(name)?;
-        match self.find(name) {
-            Ok(_) => Err(MockError::NameTaken {
+        match self.find_named(name) {
+            Some(_) => Err(MockError::NameTaken {
                 name: name.to_owned(),
             }),
-            Err(_) => Ok(()),
+            None => Ok(()),
         }
     }
 
@@ -331,7 +347,7 @@ impl MockHost {
         if domain.look("rename", |state| Ok(state.record.name == name))? {
             return Ok(());
         }
-        let _names = self.machine.names.lock();
+        let _names = self.machine.lock_names();
         self.check_new_name(name)?;
         domain.change("rename", |state| {
             name.clone_into(&mut state.record.name);
@@ -458,7 +474,8 @@ impl Host for MockHost {
                 }
                 let record = Record {
                     domid,
-                    name: domain_store::default_name(domid),
+                    born: 0,
+                    name: String::new(),
                     uuid,
                     kind,
                     width: 8,

@@ -69,6 +69,9 @@ pub(crate) trait Nodes {
 
     /// Removes a node and its subtree; does nothing if it does not exist.
     fn remove(&mut self, path: &str) -> Result<(), StoreError>;
+
+    /// As [`Xenstore::let_have`].
+    fn let_have(&mut self, path: &str, domid: DomId, owner: bool) -> Result<(), StoreError>;
 }
 
 /// A xenstore.

@@ -6,9 +6,11 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::thread;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use xsr_format::frame::{Gfn, PageType};
+use xsr_xen_backend::domain_store::DomainStore;
 use xsr_xen_backend::mock::{DomainState, GuestSpec, HostConfig, MockError, MockHost};
 use xsr_xen_backend::{Access, DomId, Domain, GuestKind, Host, RingGrant, TscInfo, VcpuBlob};
 
@@ -93,16 +95,168 @@ fn all_there_is_survives_a_reopen() {
 }
 
 #[test]
-fn a_host_in_use_names_the_process() {
+fn a_host_is_open_to_several_at_a_time_and_each_sees_what_the_others_do() {
     let dir = tempfile::tempdir().unwrap();
-    let host = MockHost::create(dir.path(), &config()).unwrap();
-    let message = MockHost::open(dir.path()).unwrap_err().to_string();
-    assert!(
-        message.contains(&std::process::id().to_string()),
-        "{message}"
-    );
-    drop(host);
-    MockHost::open_or_create(dir.path(), &config()).unwrap();
+    let one = MockHost::create(dir.path(), &config()).unwrap();
+    let other = MockHost::open_or_create(dir.path(), &config()).unwrap();
+    let free = one.free_pages();
+    let spec = GuestSpec::new("web", GuestKind::Pvh, 8);
+    let web = one.create_guest(&spec).unwrap();
+    assert_eq!(other.list(), one.list());
+    assert_eq!(other.free_pages(), one.free_pages());
+    let taken = other.create_guest(&spec).unwrap_err();
+    assert!(matches!(taken, MockError::NameTaken { .. }), "{taken}");
+    let mail = GuestSpec::new("mail", GuestKind::Pv, 8);
+    let mail = other.create_guest(&mail).unwrap();
+    assert!(mail > web, "a number of its own");
+    let [here, there] = [&one, &other].map(|host| host.domain(web).unwrap());
+    here.suspend().unwrap();
+    assert_eq!(other.show(web).unwrap(), one.show(web).unwrap());
+    there.resume().unwrap();
+    other.rename(web, "site").unwrap();
+    other.userdata_store(web, "key", b"kept").unwrap();
+    assert_eq!(one.find("site").unwrap(), web);
+    assert_eq!(one.userdata_get(web, "key").unwrap().unwrap(), b"kept");
+    // Frames that are taken in turn belong to one domain each.
+    let new = [&one, &other].map(|host| {
+        let domid = host.create_domain(GuestKind::Pvh, 1, 1 << 12).unwrap();
+        host.domain(domid).unwrap()
+    });
+    for pfn in 0..600 {
+        for domain in &new {
+            assert_eq!(domain.populate(0, &mut [Gfn(pfn)]).unwrap(), 1);
+        }
+    }
+    for (value, domain) in (7_u8..).zip(&new) {
+        let page = vec![value; 4096];
+        for pfn in 0..600 {
+            assert!(domain.write_pages(&[Gfn(pfn)], &page).unwrap().is_empty());
+        }
+    }
+    let gfns: Vec<Gfn> = (0..600).map(Gfn).collect();
+    for (value, domain) in (7_u8..).zip(&new) {
+        let word = u64::from_ne_bytes([value; 8]);
+        let pages = contents(&**domain, &gfns);
+        assert!(pages.iter().flatten().all(|found| *found == word));
+    }
+    // What one destroys is gone for the other, which has a handle on it.
+    there.destroy().unwrap();
+    for error in [
+        here.info().map(drop).unwrap_err(),
+        here.map(&[Gfn(0)], Access::Read).map(drop).unwrap_err(),
+        here.pause().unwrap_err(),
+    ] {
+        assert_eq!(error.errno, Errno::ESRCH);
+    }
+    assert!(one.find("site").is_err());
+    for host in [&one, &other] {
+        for domain in host.domains().unwrap() {
+            host.domain(domain.domid).unwrap().destroy().unwrap();
+        }
+        assert_eq!((one.free_pages(), other.free_pages()), (free, free));
+    }
+}
+
+/// The counters of a number go on when it is used again.
+#[test]
+fn a_later_domain_with_the_number_is_not_taken_for_the_earlier_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let one = MockHost::create(dir.path(), &config()).unwrap();
+    let other = MockHost::open(dir.path()).unwrap();
+    let domid = one.create_domain(GuestKind::Pvh, 1, 16).unwrap();
+    let earlier = other.domain(domid).unwrap();
+    one.domain(domid).unwrap().destroy().unwrap();
+    let record = dir.path().join("host.json");
+    let host = fs::read_to_string(&record).unwrap();
+    let next = host.replace("\"next_domid\": 2", "\"next_domid\": 1");
+    assert!(next != host);
+    fs::write(&record, next).unwrap();
+    assert_eq!(one.create_domain(GuestKind::Pvh, 1, 16).unwrap(), domid);
+    assert_eq!(earlier.info().unwrap_err().errno, Errno::ESRCH);
+    assert_eq!(earlier.destroy().unwrap_err().errno, Errno::ESRCH);
+    other.domain(domid).unwrap().info().unwrap();
+}
+
+#[test]
+fn a_domain_that_a_command_of_another_process_works_on_is_locked() {
+    let dir = tempfile::tempdir().unwrap();
+    let one = MockHost::create(dir.path(), &config()).unwrap();
+    let other = MockHost::open(dir.path()).unwrap();
+    let web = GuestSpec::new("web", GuestKind::Pvh, 8);
+    let mail = GuestSpec::new("mail", GuestKind::Pvh, 8);
+    for spec in [&web, &mail] {
+        one.create_guest(spec).unwrap();
+    }
+    let stores: [&dyn DomainStore; 2] = [&one, &other];
+    let [web, mail] = ["web", "mail"].map(|name| stores[0].find(name).unwrap());
+    let lock = stores[0].lock(web, "xsr save web").unwrap();
+    let locked = stores[1].lock(web, "xsr migrate web").unwrap_err();
+    let said = format!("in use by process {} (xsr save web)", std::process::id());
+    assert!(locked.to_string().contains(&said), "{locked}");
+    drop(stores[1].lock(mail, "xsr save mail").unwrap());
+    drop(lock);
+    drop(stores[1].lock(web, "xsr migrate web").unwrap());
+    // It is not taken along by the domain that is destroyed.
+    let lock = stores[0].lock(web, "xsr save web").unwrap();
+    let _ = stores[1].destroy(web, Duration::ZERO).unwrap();
+    drop(lock);
+}
+
+/// Many threads of two handles, as of two processes, at the same machine.
+#[test]
+fn what_is_done_at_the_same_time_is_done_once() {
+    const EACH: usize = 12;
+    let dir = tempfile::tempdir().unwrap();
+    let one = MockHost::create(dir.path(), &config()).unwrap();
+    let free = one.free_pages();
+    let made: Vec<DomId> = thread::scope(|scope| {
+        let threads: Vec<_> = (0..4)
+            .map(|number| {
+                let host = match number % 2 {
+                    0 => one.clone(),
+                    _ => MockHost::open(dir.path()).unwrap(),
+                };
+                scope.spawn(move || {
+                    let mut made = Vec::new();
+                    for turn in 0..EACH {
+                        let name = format!("guest-{number}-{turn}");
+                        let spec = GuestSpec::new(name, GuestKind::Pvh, 4);
+                        let domid = host.create_guest(&spec).unwrap();
+                        match turn % 2 {
+                            0 => host.domain(domid).unwrap().destroy().unwrap(),
+                            _ => made.push(domid),
+                        }
+                    }
+                    made
+                })
+            })
+            .collect();
+        let joined = threads
+            .into_iter()
+            .flat_map(|thread| thread.join().unwrap());
+        joined.collect()
+    });
+    let unique: std::collections::BTreeSet<_> = made.iter().collect();
+    assert_eq!(unique.len(), 4 * EACH / 2);
+    assert_eq!(one.list().len(), unique.len());
+    for domid in &made {
+        one.domain(*domid).unwrap().destroy().unwrap();
+    }
+    assert_eq!(one.free_pages(), free);
+}
+
+#[test]
+fn a_domain_may_be_called_what_a_nameless_one_is_shown_as() {
+    let host = MockHost::ephemeral(&config()).unwrap();
+    let spec = GuestSpec::new("domain-1", GuestKind::Pvh, 8);
+    host.create_guest(&spec).unwrap();
+    let nameless = host.create_domain(GuestKind::Pvh, 1, 16).unwrap();
+    let store: &dyn DomainStore = &host;
+    let named = store.find("domain-1").unwrap();
+    assert_eq!(store.name(named).unwrap().as_deref(), Some("domain-1"));
+    assert_eq!(store.list().unwrap()[1].name, None);
+    assert_eq!(host.show(nameless).unwrap().summary.name, "domain-2");
+    store.rename(named, "domain-1", "web").unwrap();
 }
 
 #[test]

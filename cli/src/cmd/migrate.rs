@@ -21,10 +21,11 @@ use xsr_save_restore::migrate::send::{self, Departing, SendRequest, TakenBack};
 use xsr_save_restore::migrate::{BoxError, Event, Step};
 use xsr_save_restore::pace::Pace;
 use xsr_save_restore::toolstack::{DirectToolstack, SaveToolstack, ToolstackError};
-use xsr_xen_backend::domain_store::{DomainRef, DomainStore, DomainStoreError};
+use xsr_xen_backend::domain_store::{DomainRef, DomainStore};
 use xsr_xen_backend::{DomId, Domain};
 
 use crate::args::{Backend, MigrateArgs};
+use crate::backend::workload;
 use crate::backend::{self, Found, Hypervisor, name_of};
 use crate::cmd::save::{Form, Job, LiveSave, MemoryReport, Written, target_policy};
 use crate::condition::Condition;
@@ -34,10 +35,14 @@ use crate::stdout;
 use crate::terminal::Terminal;
 use crate::transport::Link;
 use crate::watch::Watch;
-use crate::workload;
 
 /// What the name of a domain ends with that the other end has been told to run. As xl.
-pub(crate) const MIGRATED_AWAY_SUFFIX: &str = "--migratedaway";
+const MIGRATED_AWAY_SUFFIX: &str = "--migratedaway";
+
+/// The name of a domain that the other end has been told to run.
+pub(crate) fn away(name: &str) -> String {
+    format!("{name}{MIGRATED_AWAY_SUFFIX}")
+}
 
 /// What `--json` prints (docs/json.md).
 #[derive(Debug, Serialize)]
@@ -85,8 +90,8 @@ fn migrate(args: &MigrateArgs, terminal: &Terminal, watch: &mut Watch) -> Result
     let started = Instant::now();
     Left::work().until_the_end();
     let host = Hypervisor::open(&args.backend.backend)?;
-    let found = Found::find(&*host, &args.domain, "migrate")?;
-    found.must_have_name(&*host, &args.backend.backend)?;
+    let found = Found::find(&host, &args.domain, "migrate")?;
+    found.check_leaves(&host)?;
     let sender = Sender {
         args,
         host: &*host,
@@ -271,7 +276,7 @@ impl Sender<'_> {
     }
 
     fn away(&self) -> String {
-        format!("{}{MIGRATED_AWAY_SUFFIX}", self.name)
+        away(self.name)
     }
 
     /// The domain is here, and runs on under its name; if it cannot have its name back, it runs
@@ -312,7 +317,7 @@ impl Sender<'_> {
             Failure::Here(_) => {
                 let now = name_of(self.host, self.which);
                 // A domain that is gone has no name any more.
-                let now = match Condition::of(self.domain) {
+                let now = match Condition::in_store(self.host, self.which) {
                     Condition::Gone => Condition::Gone.after_failure(name, backend),
                     condition => condition.after_failure(now.as_deref().unwrap_or(name), backend),
                 };
@@ -390,11 +395,7 @@ impl Departing for Leaving<'_, '_, '_, '_> {
 
     fn destroy(&mut self) -> Result<(), BoxError> {
         let sender = self.sender;
-        match backend::destroy(sender.host, sender.which, sender.name) {
-            // Another command has destroyed it, which is what was to be done.
-            Err(DomainStoreError::Gone { .. } | DomainStoreError::Replaced { .. }) => Ok(()),
-            destroyed => Ok(destroyed?),
-        }
+        Ok(backend::destroy(sender.host, sender.which, sender.name)?)
     }
 }
 

@@ -5,17 +5,18 @@ use std::io::Write;
 use anyhow::{Context as _, Error, Result, bail};
 use serde::Serialize;
 use xsr_format::frame::PAGE_SIZE;
-use xsr_xen_backend::domain_store::DomainRef;
+use xsr_xen_backend::domain_store::{DomainLock, DomainRef, DomainStore as _};
 use xsr_xen_backend::mock::{
-    BadProcessor, DomainReport, DomainState, DomainSummary, GuestSpec, HostConfig, MockError,
-    MockHost, Processor, Reached, WorkloadSpec,
+    BadProcessor, DomainReport, DomainState, DomainSummary, GuestSpec, HostConfig, MockHost,
+    Processor, WorkloadSpec,
 };
-use xsr_xen_backend::{DomId, GuestKind, Host};
+use xsr_xen_backend::{BackendError, DomId, Domain, Errno, GuestKind, Host};
 
 use crate::args::{
     MockCommand, MockCreateArgs, MockDomainArgs, MockKind, MockListArgs, MockNewHostArgs,
     MockRenameArgs, MockShowArgs, MockWorkloadArgs,
 };
+use crate::backend::workload;
 use crate::backend::{self, Hypervisor};
 use crate::config;
 use crate::exit::{BadUsage, Code};
@@ -24,7 +25,6 @@ use crate::left::{self, Left};
 use crate::stdout::{self, Results};
 use crate::terminal::Terminal;
 use crate::text::{hex, size};
-use crate::workload;
 
 /// Do what is asked of a mock machine.
 pub(crate) fn run(command: &MockCommand, terminal: &Terminal) -> Result<Code> {
@@ -34,9 +34,11 @@ pub(crate) fn run(command: &MockCommand, terminal: &Terminal) -> Result<Code> {
         MockCommand::List(args) => list(args)?,
         MockCommand::Show(args) => show(args)?,
         MockCommand::Workload(args) => set_workload(args, terminal)?,
-        MockCommand::Pause(args) => change(args, "pausing", Reached::pause, terminal)?,
-        MockCommand::Unpause(args) => change(args, "unpausing", Reached::unpause, terminal)?,
-        MockCommand::Resume(args) => change(args, "resuming", Reached::resume, terminal)?,
+        MockCommand::Pause(args) => change(args, "pausing", |domain| domain.pause(), terminal)?,
+        MockCommand::Unpause(args) => {
+            change(args, "unpausing", |domain| domain.unpause(), terminal)?;
+        }
+        MockCommand::Resume(args) => resume(args, terminal)?,
         MockCommand::Rename(args) => rename(args, terminal)?,
         MockCommand::Destroy(args) => destroy(args, terminal)?,
     }
@@ -76,14 +78,8 @@ fn create(args: &MockCreateArgs, terminal: &Terminal) -> Result<()> {
     // A signal is heard where the guest is being filled. What is half made is destroyed.
     let interrupt = Interrupt::of_process()?;
     let working = Left::work();
-    let reached = backend::reach_or_create(&args.host.host)?;
+    let mock = &backend::mock_machine(&args.host.host)?;
     let workload = workload::spec(&args.workload, args.seed);
-    let Some(mock) = reached.here() else {
-        // The other command destroys what this one does not wait for.
-        drop(working);
-        let domid = create_beside(&reached, &spec, workload.as_ref())?;
-        return made(args, domid, terminal);
-    };
     let host = Hypervisor::from(mock.clone());
     left::guest::making(&host, &args.name).until_the_end();
     drop(working);
@@ -131,15 +127,15 @@ struct Done<'a> {
 }
 
 /// Print what the domain is now, if that was asked for.
-fn done(json: bool, host: &Reached, domain: &str, terminal: &Terminal) -> Result<()> {
+fn done(json: bool, host: &MockHost, domid: DomId, terminal: &Terminal) -> Result<()> {
     if json {
-        let now = host.show(domain)?.summary;
+        let now = host.show(domid)?.summary;
         let document = Done {
             name: &now.name,
-            domid: now.domid,
+            domid,
             state: json_state(now.state),
         };
-        stdout::report(terminal, &format!("{domain} is changed"), &document);
+        stdout::report(terminal, &format!("{} is changed", now.name), &document);
     }
     Ok(())
 }
@@ -150,22 +146,6 @@ fn json_state(state: DomainState) -> &'static str {
         DomainState::Shutdown => "shutdown",
         other => self::state(other),
     }
-}
-
-/// Have the command that has the host open make a guest.
-fn create_beside(
-    host: &Reached,
-    spec: &GuestSpec,
-    workload: Option<&WorkloadSpec>,
-) -> Result<DomId> {
-    let (spec, json) = whole(spec)?;
-    let mut userdata = vec![(backend::CONFIG.to_owned(), json.into_bytes())];
-    if let Some(workload) = workload {
-        let kept = workload::WORKLOAD.to_owned();
-        userdata.push((kept, workload::record(workload)?));
-    }
-    host.create_guest(&spec, workload, &userdata)
-        .with_context(|| format!("making {}", spec.name))
 }
 
 /// The guest with its UUID, and a configuration as xl would have it.
@@ -205,7 +185,7 @@ struct Domains<'a, D> {
 }
 
 fn list(args: &MockListArgs) -> Result<()> {
-    let domains = MockHost::reach(&args.host.host)?.list()?;
+    let domains = MockHost::open(&args.host.host)?.list();
     let mut out = Results::new();
     if args.json {
         out.json(&Domains { domains: &domains })?;
@@ -248,9 +228,10 @@ fn state(state: DomainState) -> &'static str {
 }
 
 fn show(args: &MockShowArgs) -> Result<()> {
-    let host = MockHost::reach(&args.host.host)?;
-    let report = host.show(&args.domain)?;
-    let workload = workload::read(host.userdata_get(&args.domain, workload::WORKLOAD)?)?;
+    let host = MockHost::open(&args.host.host)?;
+    let domid = host.find(&args.domain)?;
+    let report = host.show(domid)?;
+    let workload = workload::read(host.userdata_get(domid, workload::WORKLOAD)?)?;
     let mut out = Results::new();
     match args.json {
         true => out.json(&report)?,
@@ -306,35 +287,28 @@ fn print(
 }
 
 fn set_workload(args: &MockWorkloadArgs, terminal: &Terminal) -> Result<()> {
-    let host = MockHost::reach(&args.host.host)?;
-    let domid = host.show(&args.domain)?.summary.domid;
+    let mock = MockHost::open(&args.host.host)?;
+    let domid = mock.find(&args.domain)?;
     // What it is made from need not be said: the domain itself was made from a seed.
     let spec = workload::spec(&args.workload, u64::from(domid.0));
-    let record = match &spec {
-        None => Vec::new(),
-        Some(spec) => {
-            host.try_workload(&args.domain, spec)
-                .context(workload::TRYING)?;
-            workload::record(spec)?
-        }
-    };
-    host.userdata_store(&args.domain, workload::WORKLOAD, &record)?;
-    done(args.json, &host, &args.domain, terminal)
+    workload::store(&mock.clone().into(), domid, spec.as_ref())?;
+    done(args.json, &mock, domid, terminal)
 }
 
 /// Do one thing to one domain.
 fn change(
     args: &MockDomainArgs,
     what: &str,
-    change: impl Fn(&Reached, &str) -> Result<(), MockError>,
+    change: impl Fn(&dyn Domain) -> Result<(), BackendError>,
     terminal: &Terminal,
 ) -> Result<()> {
-    let host = MockHost::reach(&args.host.host)?;
-    if let Ok(report) = host.show(&args.domain) {
-        possible(what, &report).with_context(|| format!("{what} {}", args.domain))?;
-    }
-    change(&host, &args.domain).with_context(|| {
-        let report = host.show(&args.domain).ok();
+    let host = MockHost::open(&args.host.host)?;
+    let domid = host.find(&args.domain)?;
+    let report = host.show(domid)?;
+    possible(what, &report).with_context(|| format!("{what} {}", args.domain))?;
+    let changed = host.domain(domid).and_then(|domain| change(&*domain));
+    changed.with_context(|| {
+        let report = host.show(domid).ok();
         let now = report.map(|report| match report.shutdown {
             Some(reason) => format!("shut down ({reason})"),
             None => state(report.summary.state).to_owned(),
@@ -345,7 +319,22 @@ fn change(
             now.as_deref().unwrap_or("gone")
         )
     })?;
-    done(args.json, &host, &args.domain, terminal)
+    done(args.json, &host, domid, terminal)
+}
+
+/// Resume a domain, unless a command works on it: that may have it suspended because it runs on
+/// another host by now.
+fn resume(args: &MockDomainArgs, terminal: &Terminal) -> Result<()> {
+    let host = MockHost::open(&args.host.host)?;
+    let _lock = lock(&host, &args.domain, "resume")?;
+    change(args, "resuming", |domain| domain.resume(), terminal)
+}
+
+/// Keep other commands from a domain.
+fn lock(host: &MockHost, called: &str, command: &str) -> Result<DomainLock> {
+    let domid = host.find(called)?;
+    let domain = DomainRef::from(&host.domain(domid)?.info()?);
+    Ok(host.lock(domain, &format!("xsr mock {command} {called}"))?)
 }
 
 /// Refuse what the domain's condition does not allow, in its words rather than an errno.
@@ -366,31 +355,34 @@ fn possible(what: &str, report: &DomainReport) -> Result<()> {
 }
 
 fn rename(args: &MockRenameArgs, terminal: &Terminal) -> Result<()> {
-    let host = MockHost::reach(&args.host.host)?;
-    host.rename(&args.domain, &args.name)?;
-    let name = match args.domain.bytes().all(|byte| byte.is_ascii_digit()) {
-        // It goes by its number as before.
-        true => &args.domain,
-        false => &args.name,
-    };
-    let kept = host.userdata_get(name, backend::CONFIG)?;
+    let host = MockHost::open(&args.host.host)?;
+    let domid = host.find(&args.domain)?;
+    // A command that works on it goes by its name.
+    let _lock = lock(&host, &args.domain, "rename")?;
+    host.rename(domid, &args.name)?;
+    let kept = host.userdata_get(domid, backend::CONFIG)?;
     if let Some(json) = kept.map(String::from_utf8).transpose()? {
         let json = config::renamed(&json, &args.name)?;
-        host.userdata_store(name, backend::CONFIG, json.as_bytes())?;
+        host.userdata_store(domid, backend::CONFIG, json.as_bytes())?;
     }
-    done(args.json, &host, name, terminal)
+    done(args.json, &host, domid, terminal)
 }
 
 fn destroy(args: &MockDomainArgs, terminal: &Terminal) -> Result<()> {
-    let host = MockHost::reach(&args.host.host)?;
-    let before = host.show(&args.domain).map(|report| report.summary);
-    host.destroy(&args.domain)?;
+    let host = MockHost::open(&args.host.host)?;
+    let domid = host.find(&args.domain)?;
+    let before = host.show(domid).map(|report| report.summary);
+    match host.domain(domid).and_then(|domain| domain.destroy()) {
+        // Another command was faster.
+        Err(error) if error.errno == Errno::ESRCH => {}
+        destroyed => destroyed?,
+    }
     let done = format!("{} is gone", args.domain);
     terminal.note(&done);
     if let (true, Ok(before)) = (args.json, before) {
         let document = Done {
             name: &before.name,
-            domid: before.domid,
+            domid,
             state: "destroyed",
         };
         stdout::report(terminal, &done, &document);

@@ -33,8 +33,8 @@ use xsr_save_restore::save::precopy::XenPolicy;
 use xsr_save_restore::save::{BUFFER_BYTES, CheckpointedStats, Checkpoints};
 use xsr_save_restore::toolstack::DirectToolstack;
 use xsr_save_restore::{SaveError, SaveOptions, SaveRequest};
-use xsr_xen_backend::domain_store::{DomainRef, DomainStore};
-use xsr_xen_backend::{Domain, Errno};
+use xsr_xen_backend::Domain;
+use xsr_xen_backend::domain_store::{DomainRef, DomainStore, DomainStoreError};
 
 use self::colo::Ear;
 use self::fate::{Aftermath, End};
@@ -42,8 +42,9 @@ use self::report::Teller;
 use self::stream::Stream;
 use self::toolstack::{Complete, DeviceModel, Protector, Stop};
 use crate::args::{OnLoss, RemusArgs};
+use crate::backend::workload;
 use crate::backend::{self, Found, Hypervisor};
-use crate::cmd::migrate::{MIGRATED_AWAY_SUFFIX, can_suspend};
+use crate::cmd::migrate::{away, can_suspend};
 use crate::cmd::save::{Form, Job};
 use crate::colo::Hearing;
 use crate::condition::Condition;
@@ -53,7 +54,6 @@ use crate::left::{self, Left};
 use crate::terminal::Terminal;
 use crate::transport::Link;
 use crate::watch::Watch;
-use crate::workload;
 
 /// How long the other end may take to answer, and read nothing, as libxl gives a guest to
 /// suspend.
@@ -116,8 +116,8 @@ fn receiver_options(args: &RemusArgs) -> Vec<&str> {
 fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<Code> {
     Left::work().until_the_end();
     let host = Hypervisor::open(&args.backend.backend)?;
-    let found = Found::find(&*host, &args.domain, "remus")?;
-    found.must_have_name(&*host, &args.backend.backend)?;
+    let found = Found::find(&host, &args.domain, "remus")?;
+    found.check_leaves(&host)?;
     let domid = found.domain.domid;
     let primary = Primary {
         args,
@@ -173,6 +173,7 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
         end: End::Asked,
         complete: 0,
         lost: false,
+        given_up: false,
         stats: CheckpointedStats::default(),
         stream_bytes: 0,
     };
@@ -188,6 +189,7 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
     let Protection {
         end,
         outcome,
+        reason,
         causes,
     } = match &mut link {
         Some(link) => ProtectRequest::new(match args.on_loss {
@@ -205,6 +207,7 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
         end: mut why,
         complete,
         lost,
+        given_up,
         stats,
         stream_bytes,
         ..
@@ -225,9 +228,12 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
     // A receiver that fails closes the connection first: a write that fails then says less than
     // its status.
     if let Some(outcome @ Outcome::GivenBack { .. }) = outcome
-        && (matches!(why, End::Receiver) || lost && matches!(why, End::Failed(_)))
+        && (matches!(why, End::Receiver) || (lost || given_up) && matches!(why, End::Failed(_)))
     {
-        why = End::Failed(Error::msg(outcome));
+        why = End::Failed(match reason {
+            Some(reason) => Error::msg(format!("the other end has failed: {reason}")),
+            None => Error::msg(outcome),
+        });
     }
     for cause in &causes {
         let (action, why) = (cause.action, exit::words_of(&*cause.error));
@@ -279,46 +285,59 @@ impl Primary<'_> {
         }
     }
 
+    /// What the domain does. It is told from a later one with its number.
+    fn condition(&self) -> Condition {
+        Condition::in_store(self.host, self.which)
+    }
+
     /// In one word what the domain does here, if it goes on here: `running` or `paused`.
     fn runs_on(&self) -> Option<&'static str> {
-        match Condition::of(self.domain) {
-            Condition::Runs | Condition::Unknown(_) => Some("running"),
+        match self.condition() {
+            Condition::Runs => Some("running"),
             Condition::Paused => Some("paused"),
-            Condition::Suspended | Condition::Down(_) | Condition::Gone => None,
+            Condition::Suspended | Condition::Down(_) | Condition::Gone | Condition::Unknown(_) => {
+                None
+            }
         }
     }
 
-    /// Have the domain stand still, once.
+    /// A handle on the domain; `None` if it has been destroyed.
+    fn handle(&self) -> Result<Option<Box<dyn Domain>>> {
+        match self.host.open(self.which) {
+            Ok(domain) => Ok(Some(domain)),
+            Err(DomainStoreError::Gone { .. } | DomainStoreError::Replaced { .. }) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Pauses the domain, once.
     fn pause(&self) -> Result<()> {
-        match self.domain.info() {
-            // A hypervisor counts: once more would have to be undone once more.
-            Ok(info) if info.paused => Ok(()),
-            Err(error) if error.errno == Errno::ESRCH => Ok(()),
-            _ => self.domain.pause().context("pausing it"),
+        // A hypervisor counts: once more would have to be undone once more.
+        if self.condition() == Condition::Paused {
+            return Ok(());
+        }
+        match self.handle()? {
+            Some(domain) => domain.pause().context("pausing it"),
+            None => Ok(()),
         }
     }
 
-    /// Let it run on.
+    /// Lets it run on.
     fn unpause(&self) -> Result<()> {
-        match Condition::of(self.domain) {
-            Condition::Gone => Ok(()),
-            _ => self.domain.unpause().context("unpausing it"),
+        match self.handle()? {
+            Some(domain) => domain.unpause().context("unpausing it"),
+            None => Ok(()),
         }
     }
 
     /// The other end runs the domain: this one must not.
     fn stop(&self) -> Result<()> {
         self.pause()?;
-        if Condition::of(self.domain) == Condition::Gone {
+        if self.condition() == Condition::Gone {
             return Ok(());
         }
-        self.host
-            .rename(
-                self.which,
-                self.name,
-                &format!("{}{MIGRATED_AWAY_SUFFIX}", self.name),
-            )
-            .context("renaming it")
+        let renamed = self.host.rename(self.which, self.name, &away(self.name));
+        renamed.context("renaming it")
     }
 
     /// How long the other end is waited for.
@@ -350,6 +369,8 @@ struct Protecting<'a, 'w, 't> {
     complete: u64,
     /// Whether the connection is lost.
     lost: bool,
+    /// Whether the secondary has said, in the place of an answer, that it has failed.
+    given_up: bool,
     stats: CheckpointedStats,
     stream_bytes: u64,
 }
@@ -394,6 +415,7 @@ impl Protecting<'_, '_, '_> {
                 here: ended.here,
             },
             outcome: None,
+            reason: None,
             causes: Vec::new(),
         }
     }
@@ -428,7 +450,7 @@ impl Protecting<'_, '_, '_> {
         Ended {
             why: self.end.why(),
             lost: self.lost,
-            here: Condition::of(self.primary.domain).here(),
+            here: self.primary.condition().here(),
             withdrawal,
             heard,
         }
@@ -521,7 +543,10 @@ impl Protecting<'_, '_, '_> {
             (Ok(stats), Some(Stop::Receiver)) => Ok((End::Receiver, stats)),
             (Ok(stats), _) => Ok((End::Asked, stats)),
             (Err(SaveError::Aborted), _) => Ok((End::Asked, CheckpointedStats::default())),
-            (Err(error), _) => Err(said.map_or_else(|| error.into(), Error::from)),
+            (Err(error), _) => {
+                self.given_up = said.is_some();
+                Err(said.map_or_else(|| error.into(), Error::from))
+            }
         }
     }
 }

@@ -28,6 +28,7 @@ use xsr_xen_backend::{DomId, Domain, DomainInfo};
 use self::sink::ImageSink;
 use crate::args::images::LayoutArg;
 use crate::args::{OnTimeoutArg, SaveArgs, TargetArgs};
+use crate::backend::workload;
 use crate::backend::{self, Found, Hypervisor, LIBXL_HEADER, domain_command, name_of};
 use crate::cmd::migrate::can_suspend;
 use crate::condition::Condition;
@@ -39,7 +40,6 @@ use crate::stdout::report;
 use crate::terminal::Terminal;
 use crate::text::{Count, shown_name, shown_path, size};
 use crate::watch::Watch;
-use crate::workload;
 
 /// What `--json` prints (docs/json.md).
 #[derive(Debug, Serialize)]
@@ -144,7 +144,7 @@ fn save(
         name,
         handle,
         lock: _lock,
-    } = Found::find(&*host, &args.domain, "save")?;
+    } = Found::find(&host, &args.domain, "save")?;
     let domain = host.open(which)?;
     if args.direct {
         direct::refuse(args, &*host, which, &name)?;

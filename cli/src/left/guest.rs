@@ -2,13 +2,12 @@
 
 use std::sync::{Arc, OnceLock};
 
-use xsr_xen_backend::DomId;
 use xsr_xen_backend::domain_store::{DomainRef, DomainStore};
 
 use super::{Left, State};
 use crate::args::Backend;
 use crate::backend::{Hypervisor, domain_command, handle_of, name_of};
-use crate::cmd::migrate::MIGRATED_AWAY_SUFFIX;
+use crate::cmd::migrate::away;
 use crate::condition::Condition;
 
 /// A domain that is saved, or sent to `to`. Registered until the command is over.
@@ -81,7 +80,15 @@ fn left(now: &Now, name: &str, backend: &Backend, to: Option<&Sent>) -> State {
         Some(Sent {
             host,
             protected: false,
-        }) if called.ends_with(MIGRATED_AWAY_SUFFIX) => State {
+        }) if *called == away(name) && now.condition == Condition::Runs => State::plain(format!(
+            // Taken back, and it could not have its name.
+            "{name} {how}, as {called}, and not on {host}: `{}`",
+            command("rename", &format!("{called} {name}"))
+        )),
+        Some(Sent {
+            host,
+            protected: false,
+        }) if *called == away(name) => State {
             words: format!(
                 "{name} {how}, as {called}; {host} had been told to run it, and may: look \
                  there, once its migrate-receive has ended. If {name} is there, `{}`. If not, \
@@ -132,16 +139,13 @@ pub(crate) fn arriving(host: &Hypervisor, name: &str) -> (Left, Arc<OnceLock<Dom
     (left, domain)
 }
 
-/// A guest that is about to be created on a mock machine that only this process has open.
+/// A guest that is about to be created on a mock machine.
 pub(crate) fn making(host: &Hypervisor, name: &str) -> Left {
-    let numbers = |host: &Hypervisor| {
-        let domains = host.domains().unwrap_or_default();
-        domains.into_iter().map(|info| info.domid)
-    };
-    let before: Vec<DomId> = numbers(host).collect();
+    let before = host.find(name).ok();
     let (host, name) = (host.clone(), name.to_owned());
     Left::guest(move || {
-        let domid = numbers(&host).find(|domid| !before.contains(domid))?;
+        let made = host.find(&name).ok().filter(|made| before != Some(*made))?;
+        let domid = made.domid;
         Some(State::plain(format!(
             "{name} is left half made, as {domid}: `{}`",
             domain_command(host.backend(), "destroy", &domid.0.to_string())
@@ -179,7 +183,7 @@ mod tests {
             !said.undecided && said.words.starts_with(resume),
             "{said:?}"
         );
-        let away = format!("web{MIGRATED_AWAY_SUFFIX}");
+        let away = away("web");
         host.rename(web, "web", &away).expect("renamed");
         let said = state(Some(&sent(false)));
         assert!(said.undecided, "{said:?}");
@@ -191,6 +195,13 @@ mod tests {
             assert!(said.words.contains(part), "{said:?}");
         }
         assert!(state(Some(&sent(true))).undecided);
+        // It was taken back, and its name was another domain's by then.
+        domain.resume().expect("it runs");
+        let said = state(Some(&sent(false)));
+        assert!(!said.undecided, "{said:?}");
+        let rename = "runs here, as web--migratedaway, and not on b: `xsr mock rename --host /lab \
+                      web--migratedaway web`";
+        assert!(said.words.contains(rename), "{said:?}");
         domain.destroy().expect("destroyed");
         assert_eq!(state(None), State::plain("web is gone here"));
     }

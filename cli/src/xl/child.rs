@@ -32,8 +32,10 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::Pid;
 use rustix::process::{PidfdFlags, pidfd_open, pidfd_send_signal};
 use xsr_save_restore::signals::{EndingSignals, SignalNumber, sent_to_groups};
+use xsr_xen_backend::domain_store::DomainLock;
 
 use super::{BACKEND_VARIABLE, HELPER, HELPER_VARIABLE};
+use crate::exit;
 use crate::interrupt::{Ask, Requests, say};
 
 /// Names the file that our helper creates when it begins, so that we know it has run.
@@ -102,13 +104,14 @@ enum Stopping {
     Ended,
 }
 
-/// Run xl to its end, with `helper` as its save helper and `settings` in the helper's environment.
-/// Call this before other threads start.
+/// Run xl to its end, with `helper` as its save helper and `settings` in the helper's environment,
+/// and have `lock` name it. Call this before other threads start.
 pub(super) fn run(
     xl: impl IntoIterator<Item = OsString>,
     helper: &Path,
     settings: impl IntoIterator<Item = (&'static str, OsString)>,
     restores: bool,
+    lock: Option<&DomainLock>,
 ) -> Result<Ended> {
     let ending = EndingSignals::of_process().context("reading signals")?;
     let signals = signals(ending);
@@ -123,6 +126,16 @@ pub(super) fn run(
     // The helper uses this variable differently.
     command.env_remove(BACKEND_VARIABLE);
     let mut child = command.spawn().context("starting xl")?;
+    // It works on the domain, also once this process has been killed.
+    if let Some(lock) = lock
+        && let Err(error) = lock.pass_to(child.id())
+    {
+        let error = Error::new(error);
+        tracing::warn!(
+            "the lock of the domain does not name xl: {}",
+            exit::words(error.chain())
+        );
+    }
     let stop = |xl| stop(xl, restores, &began);
     wait(&mut child, &arrived, ending, &stop).context("waiting for xl")
 }

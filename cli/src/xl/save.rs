@@ -18,9 +18,9 @@ use xsr_format::walk::{Content, Walk};
 use super::words::Words;
 use crate::args::Backend;
 use crate::backend::Hypervisor;
-use crate::exit::{Aftermath, BadUsage, WriteFailed};
+use crate::exit::{Aftermath, BadUsage};
 use crate::file::is_dash;
-use crate::output::{Existing, Kept, Output, Plan};
+use crate::output::{Existing, Output, Plan};
 use crate::text::shown_path;
 
 /// The output that xl writes to.
@@ -70,7 +70,6 @@ impl Target {
     ///
     /// xl's error; the file could not be renamed.
     pub(super) fn finish<T>(self, ended: Result<T>, succeeded: bool) -> Result<T> {
-        let name = self.output.name().to_owned();
         let written = match self.output.temporary() {
             None => return ended,
             Some(temporary) => written(temporary),
@@ -80,18 +79,7 @@ impl Target {
                 bail!("xl says that it has saved the domain, but has written nothing")
             }
             Written::Image | Written::Something if succeeded => {
-                let named = self.output.finish_or_keep();
-                return match named {
-                    Ok(()) => ended,
-                    Err(Kept { error, at }) => {
-                        let error = Error::new(WriteFailed {
-                            output: name,
-                            error,
-                        });
-                        let after = format!("the image is complete: it is {}", shown_path(&at));
-                        Err(Aftermath::of(error, after))
-                    }
-                };
+                return self.output.finish_or_keep().and(ended);
             }
             // xl was killed after it had saved the domain, and perhaps destroyed it.
             Written::Image => {

@@ -12,6 +12,7 @@ use crate::common::{
 };
 use nix::sys::signal::{self, Signal};
 use nix::unistd::Pid;
+use xsr_xen_backend::domain_store::DomainStore;
 use xsr_xen_backend::mock::MockHost;
 
 const KINDS: [&str; 4] = ["pv", "pv32", "hvm", "pvh"];
@@ -318,14 +319,17 @@ fn a_name_is_had_by_one_domain() {
 }
 
 #[test]
-fn a_host_is_open_once() {
+fn a_domain_that_another_process_works_on_is_not_saved() {
     let dir = scratch();
     let host = host_with("pv", dir.path());
-    let held = MockHost::open(&host).unwrap();
+    let open = MockHost::open(&host).unwrap();
+    let web = DomainStore::find(&open, "web").unwrap();
+    let held = open.lock(web, "a test").unwrap();
     let image = dir.path().join("a.save");
     run(["save", &backend(&host), "web", arg(&image)])
         .code(1)
-        .stderr_has("in use");
+        .stderr_has("in use by process")
+        .stderr_has("(a test)");
     // It can still be looked at.
     assert_eq!(state(&host, "web").as_deref(), Some("running"));
     drop(held);

@@ -464,13 +464,24 @@ fn what_cannot_be_is_said_before_anything_is_sent() {
     // A name that would become too long.
     let long = "a".repeat(60);
     run(["mock", "rename", "web", &long, "--host", arg(&hosts.here)]).code(0);
-    let receiver = hosts.receiver(&socket, &[]);
-    let to = format!("unix:{}", socket.display());
-    run(["migrate", &backend_here, &long, &to])
-        .code(1)
-        .stderr_has("runs on here");
-    receiver.end().code(1);
+    for command in ["migrate", "remus"] {
+        run([command, &backend_here, &long, "nobody"])
+            .code(1)
+            .stderr_has("--migratedaway\" cannot be the name of a domain");
+    }
     assert_eq!(hosts.domains()[0], [format!("{long} running")]);
+    // One that an earlier migration has left.
+    let here = arg(&hosts.here);
+    run(["mock", "rename", &long, "web", "--host", here]).code(0);
+    create(&hosts.here, "web--migratedaway", "pvh");
+    for command in ["migrate", "remus"] {
+        run([command, &backend_here, "web", "nobody"])
+            .code(1)
+            .stderr_has("\"web--migratedaway\" exists already")
+            .stderr_has(&format!(
+                "`xsr mock destroy --host {here} web--migratedaway`"
+            ));
+    }
 }
 
 #[test]

@@ -209,10 +209,19 @@ fn a_receiver_that_is_lost_leaves_the_domain_running_where_it_is() {
     let receiver = hosts.receiver(&socket, &small);
     let sent = sender_of(&hosts, &socket).end();
     assert_eq!(sent.code, 1, "{sent:?}");
-    receiver.end().code(1).stderr_has("8192 in the file");
+    let why = receiver.end().code(1);
+    why.stderr_has("8192 in the file");
+    // The sender is told, and says it.
+    assert!(
+        sent.stderr.contains("the other end has failed: "),
+        "{sent:?}"
+    );
+    assert!(sent.stderr.contains("8192 in the file"), "{sent:?}");
     create(&hosts.there, "web", "pv");
     let receiver = hosts.receiver(&socket, &["-r"]);
-    assert_eq!(sender_of(&hosts, &socket).end().code, 1);
+    let sent = sender_of(&hosts, &socket).end();
+    assert_eq!(sent.code, 1, "{sent:?}");
+    assert!(sent.stderr.contains("\"web\" exists already"), "{sent:?}");
     receiver.end().code(1).stderr_has("\"web\" exists already");
     assert_eq!(hosts.domains()[0], ["web running"]);
 }

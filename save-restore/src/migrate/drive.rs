@@ -77,7 +77,7 @@ impl Trouble {
 
 /// How long to wait for the rest of an unexpected message from the other end: only the error
 /// message needs it, and the domain may be suspended.
-const REST: Duration = Duration::from_secs(1);
+pub(super) const REST: Duration = Duration::from_secs(1);
 
 /// One end of the conversation.
 #[derive(Clone, Copy, Debug)]

@@ -37,12 +37,15 @@
 //!                      the sender takes its domain back
 //!            ──► Withdrawal::Remus, end of the stream ►  destroys its copy
 //!            ◄── Report, Status ≠ 0, Go ────
+//!                      or the receiver failed
+//!            ◄── Report, Status ≠ 0, Go, Reason ─
 //!                      or the receiver lost the sender, and took over
 //!            ◄── Report, Status 0 ──────────
 //! ```
 //!
 //! xl's receiver says nothing after the banner, and xl's sender reads nothing: Remus has no
-//! acknowledgement. Our receiver adds the last two arrows, which an xl sender does not read.
+//! acknowledgement. Our receiver adds the reports, which an xl sender does not read, and the reason over a
+//! socket only.
 //!
 //! # COLO
 //!

@@ -12,7 +12,6 @@
 //!   refused to let it run.
 //! - [`protect`]: Remus and COLO, where after a lost connection both hosts or neither run the
 //!   domain, depending on `--on-loss`.
-//! - [`Admission`]: which command may begin to work on a domain at all.
 //!
 //! Each rule that a guarantee depends on is a `Guard`. A test breaks each of them, and the search
 //! then finds a lost domain or one that runs twice.
@@ -62,8 +61,10 @@ pub(crate) enum Guard {
     /// Receiver: a domain that could not be destroyed is not given back.
     GiveBackOnlyDestroyed,
     /// A second command does not begin while another works on the domain.
+    #[cfg(test)]
     OneAtATime,
     /// No command begins to work on a suspended domain.
+    #[cfg(test)]
     NotSuspended,
     /// Protector: a domain that keeps running here is withdrawn before the connection ends.
     WithdrawBeforeHangingUp,
@@ -105,57 +106,6 @@ impl Guards {
     #[cfg(not(test))]
     const fn hold(self, _: Guard) -> bool {
         true
-    }
-}
-
-/// The state in which a command finds a domain.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Found {
-    /// It runs, and can be asked to suspend.
-    Running,
-    /// It is paused, and a paused domain cannot suspend.
-    Paused,
-    /// It is suspended: by a command that is in progress or was killed, or because it was migrated
-    /// and the other end has not reported the outcome.
-    Suspended,
-    /// It has shut down or crashed.
-    Over,
-}
-
-/// Why a command must not begin to work on a domain.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Refusal {
-    /// Another command is working on it.
-    Busy,
-    /// It is paused.
-    Paused,
-    /// It is suspended, and this command cannot decide whether it may be resumed here.
-    Suspended,
-    /// It has shut down or crashed.
-    Over,
-}
-
-/// Which command may begin to work on a domain.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Admission {
-    guards: Guards,
-}
-
-impl Admission {
-    /// Whether a command that suspends the domain and may resume it (a save, a migration, a
-    /// protection) may begin. `busy`: another such command has the domain's lock.
-    ///
-    /// # Errors
-    ///
-    /// Why it must not begin.
-    pub fn admit(self, busy: bool, found: Found) -> Result<(), Refusal> {
-        match found {
-            _ if busy && self.guards.hold(Guard::OneAtATime) => Err(Refusal::Busy),
-            Found::Suspended if self.guards.hold(Guard::NotSuspended) => Err(Refusal::Suspended),
-            Found::Running | Found::Suspended => Ok(()),
-            Found::Paused => Err(Refusal::Paused),
-            Found::Over => Err(Refusal::Over),
-        }
     }
 }
 

@@ -10,7 +10,7 @@ use std::fmt;
 use std::time::Duration;
 
 use super::connection::{Connection, ConnectionReader, ConnectionWriter, TcpConnection, Wait};
-use super::drive::{BoxError, Cause, Talk, Trouble};
+use super::drive::{BoxError, Cause, REST, Talk, Trouble};
 use super::messages::{LastWords, Message, MessageError, Outcome, Withdrawal};
 use super::observe::{Event, Observer, Step};
 use super::ownership::protect::{
@@ -165,6 +165,7 @@ impl<'a> ProtectRequest<'a> {
                 return Protection {
                     end,
                     outcome: protection.outcome,
+                    reason: protection.reason,
                     causes: protection.causes,
                 };
             }
@@ -219,6 +220,7 @@ struct Protecting {
     withdrawal: Option<Withdrawal>,
     heard: LastWords,
     outcome: Option<Outcome>,
+    reason: Option<String>,
     causes: Vec<Cause<ProtectorAction>>,
 }
 
@@ -296,7 +298,14 @@ impl Protecting {
             .finish_writing()
             .map_err(|error| waiting(error.into()))?;
         let reader = ConnectionReader::new(&*connection, Wait::forever()).map_err(waiting)?;
-        self.heard.hear_out(reader.within(patience))
+        let mut reader = reader.within(patience);
+        let outcome = self.heard.hear_out(&mut reader)?;
+        if let Outcome::GivenBack { .. } = outcome {
+            // It hangs up after that.
+            reader.restart(patience.min(REST));
+            self.reason = self.heard.reason(reader);
+        }
+        Ok(outcome)
     }
 }
 
@@ -317,6 +326,8 @@ pub struct Protection {
     pub end: ProtectorEnd,
     /// What the other end has said of its copy.
     pub outcome: Option<Outcome>,
+    /// Why it has failed, in its words, if it says so.
+    pub reason: Option<String>,
     /// What went wrong, in order, except in [`Protected::protect`].
     pub causes: Vec<Cause<ProtectorAction>>,
 }

@@ -62,12 +62,13 @@ pub trait Cleanup: std::fmt::Debug + Send + Sync {
 
 /// A temporary file that a [`Cleanup`] knows of. Dropping it says that the file is gone.
 pub trait Registered: std::fmt::Debug + Send + Sync {
-    /// Calls `keep`, after which the file is not temporary any more, unless that fails.
+    /// Calls `keep`, after which the file is not temporary any more, unless that fails: then it
+    /// stays registered.
     ///
     /// # Errors
     ///
     /// Those of `keep`.
-    fn settle(self: Box<Self>, keep: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()>;
+    fn settle(&mut self, keep: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()>;
 }
 
 /// The files of a directory. See [the module](self) for how they are written.
@@ -259,7 +260,7 @@ impl FileStorage {
     }
 
     /// Has another program write the files, which goes on when this process is killed. Their
-    /// temporary names end in `.xl-partial`, and are never removed as those of killed processes:
+    /// temporary names end in `.xl-partial`, and are not removed as those of killed processes:
     /// such a file may be all that there is of a guest.
     pub const fn written_by_another(mut self) -> Self {
         self.written_by = WrittenBy::Another;

@@ -381,10 +381,12 @@ fn bad_names(store: &dyn DomainStore) -> Result<(), Violation> {
         let is = |error: &DomainStoreError| matches!(error, DomainStoreError::BadName { .. });
         let renamed = store.rename(guest.domain, &full("good"), bad);
         fails(renamed, Blame::Request, is, "rename")?;
+        fails(store.check_name(bad), Blame::Request, is, "check_name")?;
         let nameless = Guest::new(store, 2)?;
         fails(nameless.introduce_as(bad), Blame::Request, is, "introduce")?;
         equal(&nameless.name()?, &None, "name")?;
     }
+    store.check_name(&full("good"))?;
     equal(&guest.name()?, &Some(full("good")), "name")
 }
 
@@ -524,7 +526,7 @@ fn lock(store: &dyn DomainStore) -> Result<(), Violation> {
     let is = |error: &DomainStoreError| {
         matches!(error, DomainStoreError::Locked { domain, holder, node: None }
             if *domain == guest.domain
-                && holder.pid == std::process::id()
+                && holder.pid == Some(std::process::id())
                 && holder.command == "xsr contract suite")
     };
     for _ in 0..2 {

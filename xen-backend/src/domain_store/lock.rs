@@ -14,11 +14,13 @@ use std::fmt;
 use std::fs;
 use std::path::Path;
 
+use super::DomainStoreError;
+
 /// The process that has a lock.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LockHolder {
-    /// Its process number.
-    pub pid: u32,
+    /// Its process number; `None` if the lock does not tell it.
+    pub pid: Option<u32>,
     /// What it said that it is doing.
     pub command: String,
 }
@@ -27,31 +29,35 @@ impl LockHolder {
     /// This process.
     pub(crate) fn this(command: &str) -> Self {
         Self {
-            pid: std::process::id(),
+            pid: Some(std::process::id()),
             command: printable(command),
         }
     }
 
-    /// This process, by the command line that it was started with.
-    #[cfg(feature = "mock")]
-    pub(crate) fn by_command_line() -> Self {
-        let mut words: Vec<String> = std::env::args_os()
-            .map(|word| word.to_string_lossy().into_owned())
-            .collect();
-        if let Some(program) = words.first_mut()
-            && let Some((_, name)) = program.rsplit_once('/')
-        {
-            *program = name.to_owned();
+    /// The holder of a lock that says something else than [`Process::encode`] writes.
+    pub(crate) fn unknown(text: &[u8]) -> Self {
+        Self {
+            pid: None,
+            command: printable(&String::from_utf8_lossy(text)),
         }
-        Self::this(&words.join(" "))
     }
 
-    /// From text; `None` if it is not `PID COMMAND`.
+    /// As text: `PID COMMAND`.
     #[cfg(feature = "mock")]
-    pub(crate) fn decode(text: &str) -> Option<Self> {
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let pid = self
+            .pid
+            .map_or_else(|| UNKNOWN.to_owned(), |pid| pid.to_string());
+        format!("{pid} {}\n", self.command).into_bytes()
+    }
+
+    /// From text; `None` if it is not what [`LockHolder::encode`] writes.
+    #[cfg(feature = "mock")]
+    pub(crate) fn decode(text: &[u8]) -> Option<Self> {
+        let text = std::str::from_utf8(text).ok()?;
         let (pid, command) = text.trim_end().split_once(' ')?;
         Some(Self {
-            pid: pid.parse().ok()?,
+            pid: Some(pid.parse().ok()?),
             command: printable(command),
         })
     }
@@ -59,7 +65,10 @@ impl LockHolder {
 
 impl fmt::Display for LockHolder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "process {} ({})", self.pid, self.command)
+        match self.pid {
+            Some(pid) => write!(f, "process {pid} ({})", self.command),
+            None => write!(f, "an unknown process ({})", self.command),
+        }
     }
 }
 
@@ -79,14 +88,32 @@ fn printable(command: &str) -> String {
 #[must_use = "the lock is given back when this is dropped"]
 pub struct DomainLock {
     release: Option<Box<dyn FnOnce() + Send>>,
+    pass: Box<Pass>,
 }
 
+/// Names another process as the one that has a lock.
+type Pass = dyn Fn(u32) -> Result<(), DomainStoreError> + Send;
+
 impl DomainLock {
-    /// A lock that `release` gives back.
-    pub(crate) fn new(release: impl FnOnce() + Send + 'static) -> Self {
+    /// A lock that `release` gives back, and for which `pass` names another process.
+    pub(crate) fn new(
+        release: impl FnOnce() + Send + 'static,
+        pass: impl Fn(u32) -> Result<(), DomainStoreError> + Send + 'static,
+    ) -> Self {
         Self {
             release: Some(Box::new(release)),
+            pass: Box::new(pass),
         }
+    }
+
+    /// Names a child of this process as the one that has the lock: it works on the domain, also
+    /// after this process has been killed. This process still gives the lock back.
+    ///
+    /// # Errors
+    ///
+    /// [`DomainStoreError::Storage`]; the lock still names this process.
+    pub fn pass_to(&self, pid: u32) -> Result<(), DomainStoreError> {
+        (self.pass)(pid)
     }
 }
 
@@ -108,6 +135,7 @@ impl Drop for DomainLock {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Process {
     pub(crate) holder: LockHolder,
+    pid: u32,
     started: String,
     boot: String,
     namespace: String,
@@ -121,11 +149,20 @@ const UNKNOWN: &str = "?";
 impl Process {
     /// This process.
     pub(crate) fn this(command: &str) -> Self {
-        let holder = LockHolder::this(command);
+        Self::of(std::process::id(), command)
+    }
+
+    /// A process of this machine, which has not ended, or has not been waited for.
+    pub(crate) fn of(pid: u32, command: &str) -> Self {
+        let holder = LockHolder {
+            pid: Some(pid),
+            command: printable(command),
+        };
         let proc = Path::new(PROC);
         let known = |word: Option<String>| word.unwrap_or_else(|| UNKNOWN.to_owned());
         Self {
-            started: known(started(proc, holder.pid)),
+            pid,
+            started: known(started(proc, pid)),
             boot: known(boot(proc)),
             namespace: known(namespace(proc)),
             holder,
@@ -136,11 +173,12 @@ impl Process {
     pub(crate) fn encode(&self) -> Vec<u8> {
         let Self {
             holder,
+            pid,
             started,
             boot,
             namespace,
         } = self;
-        let LockHolder { pid, command } = holder;
+        let command = &holder.command;
         format!("{pid} {started} {boot} {namespace} {command}").into_bytes()
     }
 
@@ -151,8 +189,9 @@ impl Process {
         let pid = words.next()?.parse().ok()?;
         let [started, boot, namespace] = [words.next()?, words.next()?, words.next()?];
         Some(Self {
+            pid,
             holder: LockHolder {
-                pid,
+                pid: Some(pid),
                 command: printable(words.next()?),
             },
             started: started.to_owned(),
@@ -185,9 +224,9 @@ impl Process {
         if !self.is_seen_by(proc) {
             return false;
         }
-        match started(proc, self.holder.pid) {
+        match started(proc, self.pid) {
             Some(now) => differs(&self.started, Some(now)),
-            None => !proc.join(self.holder.pid.to_string()).exists(),
+            None => !proc.join(self.pid.to_string()).exists(),
         }
     }
 }
@@ -271,7 +310,7 @@ mod tests {
     fn this_process_runs_and_reads_back_as_itself() {
         let this = Process::this("xsr save\n\x1b[31mweb");
         assert!(!this.has_ended());
-        assert_eq!(this.holder.pid, std::process::id());
+        assert_eq!(this.holder.pid, Some(std::process::id()));
         assert_eq!(this.holder.command, "xsr save  [31mweb");
         assert_eq!(Process::decode(&this.encode()), Some(this));
     }

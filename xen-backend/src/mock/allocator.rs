@@ -41,6 +41,8 @@ pub(super) struct Allocator {
     free: u64,
     seed: u64,
     max_run: usize,
+    /// Whether a frame was taken or given back since [`Allocator::take_changed`].
+    changed: bool,
 }
 
 /// The allocator's position in a block.
@@ -75,13 +77,28 @@ impl Allocator {
             free: 0,
             seed,
             max_run: max_run.max(1),
+            changed: false,
         };
-        for block in 0..blocks {
-            let taken = allocator.taken(block);
-            allocator.free += BLOCK_FRAMES - taken;
-            allocator.file(block, taken);
-        }
+        allocator.read_again();
         allocator
+    }
+
+    /// Counts the frames that are taken, which another process may have changed.
+    pub(super) fn read_again(&mut self) {
+        self.cursor = None;
+        self.partial.clear();
+        self.whole.clear();
+        self.free = 0;
+        for (block, _) in (0_u32..).zip(0..self.taken.len()) {
+            let taken = self.taken(block);
+            self.free += BLOCK_FRAMES.saturating_sub(taken);
+            self.file(block, taken);
+        }
+    }
+
+    /// Whether a frame was taken or given back since the last call.
+    pub(super) fn take_changed(&mut self) -> bool {
+        std::mem::take(&mut self.changed)
     }
 
     /// The number of free frames.
@@ -192,6 +209,7 @@ impl Allocator {
     }
 
     fn set_taken(&mut self, block: u32, taken: u64) {
+        self.changed = true;
         self.free = self.free + self.taken(block) - taken;
         self.taken.set(block as usize, taken);
         self.file(block, taken);

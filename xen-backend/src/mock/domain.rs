@@ -4,7 +4,6 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use nix::errno::Errno;
 use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE, PageType};
@@ -36,7 +35,15 @@ impl MockDomain {
     }
 
     fn alive(&self) -> Result<(), Errno> {
-        match self.dom.gone.load(Ordering::Acquire) {
+        match self.dom.is_gone() {
+            true => Err(Errno::ESRCH),
+            false => Ok(()),
+        }
+    }
+
+    /// The same where the state is not locked.
+    fn alive_now(&self) -> Result<(), Errno> {
+        match self.dom.is_gone_now() {
             true => Err(Errno::ESRCH),
             false => Ok(()),
         }
@@ -64,6 +71,7 @@ impl MockDomain {
         let mut state = self.dom.lock();
         self.alive().map_err(|errno| self.fail(op, errno))?;
         let before = Before::of(self, &state).map_err(|errno| self.fail(op, errno))?;
+        self.dom.changes();
         change(&mut state)
             .and_then(|out| match self.machine.store.save_record(&state.record) {
                 Ok(()) => Ok(out),
@@ -268,7 +276,7 @@ impl DomainControl for MockDomain {
 
     fn destroy(&self) -> Result<(), BackendError> {
         const OP: &str = "destroydomain";
-        self.alive().map_err(|errno| self.fail(OP, errno))?;
+        self.alive_now().map_err(|errno| self.fail(OP, errno))?;
         phase("destroying");
         self.machine
             .remove_domain(&self.dom)
@@ -300,7 +308,7 @@ impl GuestMemory for MockDomain {
 
     fn page_types(&self, gfns: &[Gfn], out: &mut [PageType]) -> Result<(), BackendError> {
         const OP: &str = "getpageframeinfo3";
-        self.alive().map_err(|errno| self.fail(OP, errno))?;
+        self.alive_now().map_err(|errno| self.fail(OP, errno))?;
         if gfns.len() > MAX_TYPE_BATCH {
             return Err(self.fail(OP, Errno::E2BIG));
         }
@@ -318,7 +326,7 @@ impl GuestMemory for MockDomain {
 
     fn map(&self, gfns: &[Gfn], access: Access) -> Result<ForeignPages, BackendError> {
         phase("map");
-        self.alive()
+        self.alive_now()
             .and_then(|()| {
                 memory::map_frames(&self.machine.memory, gfns, access, |_, gfn| {
                     self.map_one(gfn, access)
@@ -331,7 +339,7 @@ impl GuestMemory for MockDomain {
     fn write_pages(&self, gfns: &[Gfn], contents: &[u8]) -> Result<Vec<MapError>, BackendError> {
         const OP: &str = "write_pages";
         phase("write");
-        self.alive().map_err(|errno| self.fail(OP, errno))?;
+        self.alive_now().map_err(|errno| self.fail(OP, errno))?;
         if contents.len() != gfns.len() * PAGE_SIZE {
             return Err(self.fail(OP, Errno::EINVAL));
         }
@@ -383,6 +391,7 @@ impl GuestMemory for MockDomain {
                 .saturating_sub(self.machine.tot_pages(record.domid));
             let extents = usize::try_from(room / pages).unwrap_or(usize::MAX);
             let mut done = 0;
+            let _allocator = self.machine.hold_allocator();
             for gfn in frames.iter_mut().take(extents) {
                 if !self.populate_extent(order, gfn) {
                     break;
@@ -395,6 +404,7 @@ impl GuestMemory for MockDomain {
 
     fn release(&self, gfns: &[Gfn]) -> Result<usize, BackendError> {
         self.look("decrease_reservation", |_| {
+            let _allocator = self.machine.hold_allocator();
             for (done, gfn) in gfns.iter().enumerate() {
                 let Some((mfn, _)) = self.resolve(*gfn) else {
                     return Ok(done);

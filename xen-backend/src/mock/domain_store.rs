@@ -1,47 +1,39 @@
 //! The mock machine's domain store: names in the domains' records, everything else as their user
 //! data.
 //!
-//! Locks are kept in memory: only one process at a time has the machine open. Another process can
-//! only ask it to show a domain or to change its state (`control.rs`), which ignores locks.
+//! The lock of a domain is one of the host's ([`super::sharing`]), so that it ends with its
+//! process.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::{Arc, MutexGuard, PoisonError};
+use std::thread;
 use std::time::Duration;
 
 use nix::errno::Errno;
 
 use super::domain::MockDomain;
 use super::error::MockError;
-use super::state::USERDATA;
+use super::sharing::Range;
+use super::state::{Dom, State, USERDATA};
 use super::{MockHost, check_name, phase};
+use crate::DomainControl;
 use crate::domain_store::{
     Configuration, ConfigurationKeeper, DestroyOutcome, Destroyed, DomainLock, DomainRef,
     DomainStore, DomainStoreError, Introduction, ListedDomain, LockHolder,
 };
 use crate::error::BackendError;
-use crate::{DomId, DomainControl};
 
 /// The key of the configuration, libxl's name for it.
 const CONFIGURATION: &str = "libxl-json";
 /// The key of the emulators' records.
 const EMULATORS: &str = "libxl-emulators";
 
-/// The machine's name for a domain that was not given one.
-pub(super) fn default_name(domid: DomId) -> String {
-    format!("domain-{}", domid.0)
-}
-
 impl MockHost {
     /// A handle on a domain whose UUID matches.
     fn named(&self, domain: DomainRef) -> Result<MockDomain, DomainStoreError> {
         self.check(domain)?;
         self.mock_domain(domain.domid).map_err(gone(domain))
-    }
-
-    /// While this is held, no name changes through this store.
-    fn names(&self) -> MutexGuard<'_, ()> {
-        let names = self.machine.names.lock();
-        names.unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Checks that no other domain has the name `name`.
@@ -77,8 +69,8 @@ impl MockHost {
         to: &str,
         from: impl FnOnce(Option<String>) -> Result<(), DomainStoreError>,
     ) -> Result<(), DomainStoreError> {
-        check_name(to).map_err(|_| bad_name(to))?;
-        let _names = self.names();
+        DomainStore::check_name(self, to)?;
+        let _names = self.machine.lock_names();
         from(self.name(domain)?)?;
         self.check_free(domain, to)?;
         let doing = "keeping the name";
@@ -141,19 +133,20 @@ impl DomainStore for MockHost {
                 Err(error) if error.errno == Errno::ESRCH => continue,
                 Err(error) => return Err(error.into()),
             };
-            let name = domain.dom.lock().record.name.clone();
-            let name = Some(name).filter(|name| *name != default_name(info.domid));
+            let name = domain.dom.lock().record.given_name().map(str::to_owned);
             listed.push(ListedDomain { info, name });
         }
         Ok(listed)
     }
 
     fn name(&self, domain: DomainRef) -> Result<Option<String>, DomainStoreError> {
-        let name = self
-            .named(domain)?
-            .look("name", |state| Ok(state.record.name.clone()))
-            .map_err(gone(domain))?;
-        Ok(Some(name).filter(|name| *name != default_name(domain.domid)))
+        let given = |state: &State| Ok(state.record.given_name().map(str::to_owned));
+        let name = self.named(domain)?.look("name", given);
+        name.map_err(gone(domain))
+    }
+
+    fn check_name(&self, name: &str) -> Result<(), DomainStoreError> {
+        check_name(name).map_err(|_| bad_name(name))
     }
 
     fn give_name(&self, domain: DomainRef, name: &str) -> Result<(), DomainStoreError> {
@@ -216,6 +209,7 @@ impl DomainStore for MockHost {
             .map_err(gone(domain))?;
         let doing = "removing the user data";
         let mut state = mock.dom.lock();
+        mock.dom.changes();
         for key in keys {
             let removed = self.machine.store.remove_blob(domain.domid, &key);
             removed.map_err(failed(doing, domain))?;
@@ -223,7 +217,7 @@ impl DomainStore for MockHost {
         }
         drop(state);
         mock.change("rename", |state| {
-            state.record.name = default_name(domain.domid);
+            state.record.name.clear();
             Ok(())
         })
         .map_err(|error| failed(doing, domain)(error.into()))
@@ -240,19 +234,77 @@ impl DomainStore for MockHost {
     }
 
     fn lock(&self, domain: DomainRef, command: &str) -> Result<DomainLock, DomainStoreError> {
+        const DOING: &str = "locking";
         let dom = self.named(domain)?.dom;
-        let mut holder = dom.holder.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(holder) = &*holder {
-            return Err(DomainStoreError::Locked {
-                domain,
-                holder: holder.clone(),
-                node: None,
-            });
+        let locked = |holder| DomainStoreError::Locked {
+            domain,
+            holder,
+            node: None,
+        };
+        let mut held = held_by(&dom);
+        if let Some(holder) = &*held {
+            return Err(locked(holder.clone()));
         }
-        *holder = Some(LockHolder::this(command));
-        drop(holder);
-        Ok(DomainLock::new(move || {
-            *dom.holder.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        let store = Arc::clone(&self.machine.store);
+        let range = Range::Work(domain.domid);
+        let taken = store.locks.take(range);
+        if !taken.map_err(DomainStoreError::storage(DOING, domain.domid))? {
+            return Err(locked(self.holder(domain).map_err(failed(DOING, domain))?));
+        }
+        let holder = LockHolder::this(command);
+        if let Err(error) = store.save_holder(domain.domid, &holder) {
+            store.locks.give_back(range);
+            return Err(failed(DOING, domain)(error));
+        }
+        *held = Some(holder.clone());
+        drop(held);
+        let (named, passed) = (Arc::clone(&self.machine.store), Arc::clone(&dom));
+        let pass = move |pid| {
+            let holder = LockHolder {
+                pid: Some(pid),
+                ..holder.clone()
+            };
+            let saved = named.save_holder(domain.domid, &holder);
+            saved.map_err(failed(DOING, domain))?;
+            *held_by(&passed) = Some(holder);
+            Ok(())
+        };
+        let release = move || {
+            *held_by(&dom) = None;
+            store.locks.give_back(range);
+        };
+        Ok(DomainLock::new(release, pass))
+    }
+}
+
+fn held_by(dom: &Dom) -> MutexGuard<'_, Option<LockHolder>> {
+    dom.holder.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl MockHost {
+    /// The command of another process that has the lock of a domain. It may just have taken it,
+    /// and not have said yet who it is.
+    fn holder(&self, domain: DomainRef) -> Result<LockHolder, MockError> {
+        const TRIES: u32 = 20;
+        const BETWEEN: Duration = Duration::from_millis(5);
+        let mut found = None;
+        for _ in 0..TRIES {
+            found = self.machine.store.load_holder(domain.domid)?;
+            // One that has ended is an earlier one.
+            let runs = |holder: &LockHolder| holder.pid.is_some_and(is_running);
+            if found.as_ref().is_some_and(runs) {
+                break;
+            }
+            thread::sleep(BETWEEN);
+        }
+        Ok(found.unwrap_or(LockHolder {
+            pid: None,
+            command: "another command".to_owned(),
         }))
     }
+}
+
+/// Whether there is a process of this number.
+fn is_running(pid: u32) -> bool {
+    Path::new("/proc").join(pid.to_string()).exists()
 }

@@ -5,7 +5,6 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-use crate::domain_store::LockHolder;
 use crate::error::BackendError;
 
 /// A failure of the mock host.
@@ -21,16 +20,11 @@ pub enum MockError {
         /// The system's error.
         source: io::Error,
     },
-    /// Another process has the host open.
-    #[error("mock host {} is in use by {}; wait until it ends", path.display(), match holder {
-        Some(holder) => holder.to_string(),
-        None => "another process".to_owned(),
-    })]
+    /// Another process is putting the host in order, after one that was killed, and takes long.
+    #[error("another process is putting mock host {} in order: try again when it has", path.display())]
     InUse {
         /// The host's directory.
         path: PathBuf,
-        /// The process, by its command line; `None` if it has not recorded it yet.
-        holder: Option<LockHolder>,
     },
     /// A directory or file that another user may have put there.
     #[error("{}: {why}", path.display())]
@@ -40,9 +34,6 @@ pub enum MockError {
         /// The problem, and what to do.
         why: String,
     },
-    /// The error that the process with the open host reported.
-    #[error("{0}")]
-    Answered(String),
     /// The directory holds no host.
     #[error("{} is not a mock host; make one with `xsr mock create`", path.display())]
     NotAHost {

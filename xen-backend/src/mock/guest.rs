@@ -13,7 +13,6 @@ use serde::{Deserialize, Serialize};
 use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE};
 
 use super::MockHost;
-use super::control::is_ending;
 use super::domain::MockDomain;
 use super::error::MockError;
 use super::random::{SplitMix64, mix};
@@ -125,7 +124,7 @@ impl Stop {
     }
 
     fn check(&self, domain: &MockDomain) -> Result<(), BackendError> {
-        match is_ending() || self.0.get().is_some_and(|stop| stop()) {
+        match self.0.get().is_some_and(|stop| stop()) {
             true => Err(domain.fail("create_guest", Errno::EINTR)),
             false => Ok(()),
         }

@@ -1,28 +1,36 @@
 //! The mock machine: its memory, frame table, m2p and allocator, and the domains
 //! on it.
 //!
-//! Lock order: the list of domains, a domain's state, the allocator. Mapping takes none of them.
+//! Other processes may have the same machine open: what they change is noticed by counters
+//! ([`super::sharing`]), and read again.
+//!
+//! Lock order: names, the list of domains, a domain's state, the allocator. Mapping
+//! takes none of them.
+
+mod allocation;
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::libc::off_t;
 use xsr_format::frame::{Mfn, PAGE_SIZE, Page};
 
+use self::allocation::{Allocation, recount};
 use super::HostConfig;
 use super::allocator::{Allocator, BLOCK_FRAMES, BLOCK_LEN};
-use super::control::Control;
 use super::error::MockError;
 use super::frames::{Frame, FrameUse, Frames};
 use super::guest::Stop;
 use super::memory::Words;
+use super::sharing::{Changes, Held, Opened, Range};
 use super::state::{Dom, MAX_PFNS, Record};
-use super::store::{FORMAT, HostRecord, Store};
+use super::store::{FORMAT, HostRecord, Saved, Store};
 use crate::DomId;
 use crate::pages::ENTRIES_PER_TABLE;
 
@@ -41,12 +49,9 @@ const DOMID_FIRST_RESERVED: u16 = 0x7ff0;
 /// The machine.
 #[derive(Debug)]
 pub(super) struct Machine {
-    /// Answers other processes. Must be the first field, so that it is dropped before the lock in
-    /// `store`.
-    pub(super) control: OnceLock<Control>,
     /// Whether the guest that is being created is no longer wanted.
     pub(super) stop: Stop,
-    pub(super) store: Store,
+    pub(super) store: Arc<Store>,
     pub(super) config: HostConfig,
     pub(super) memory: File,
     /// The same memory as words, for the reads and writes of running guests.
@@ -59,13 +64,15 @@ pub(super) struct Machine {
     /// Four words per domain: its pages, its largest gfn ever plus 1, the last allocated event
     /// channel, and a spare.
     counters: Words,
-    /// One word: whether the host is open (or was not closed).
+    /// One word: how many processes have the host open, or have died while they had.
     open_mark: Words,
-    allocator: Mutex<Allocator>,
+    allocation: Mutex<Allocation>,
     domains: RwLock<BTreeMap<DomId, Arc<Dom>>>,
+    /// The count of changes at which `domains` was what the store has.
+    domains_seen: AtomicU64,
     next_domid: Mutex<u16>,
     /// Held while a domain's name is being set.
-    pub(super) names: Mutex<()>,
+    names: Mutex<()>,
 }
 
 fn words(store: &Store, name: &str, len: usize) -> Result<Words, MockError> {
@@ -87,7 +94,11 @@ fn frame_count(config: &HostConfig) -> Result<usize, MockError> {
 
 impl Machine {
     /// Create a new machine in `store`.
-    pub(super) fn create(store: Store, config: HostConfig) -> Result<Self, MockError> {
+    pub(super) fn create(
+        store: Store,
+        opened: Opened,
+        config: HostConfig,
+    ) -> Result<Self, MockError> {
         let frames = frame_count(&config)?;
         let m2p = store.file("m2p")?;
         let ones = vec![0xff; 1 << 20];
@@ -107,15 +118,21 @@ impl Machine {
             config: config.clone(),
             next_domid: 1,
         })?;
-        Self::start(store, config, 1)
+        Self::start(store, opened, config, 1)
     }
 
     /// Open the machine in `store`.
-    pub(super) fn open(store: Store, host: HostRecord) -> Result<Self, MockError> {
-        Self::start(store, host.config, host.next_domid)
+    pub(super) fn open(store: Store, opened: Opened, host: HostRecord) -> Result<Self, MockError> {
+        Self::start(store, opened, host.config, host.next_domid)
     }
 
-    fn start(store: Store, config: HostConfig, next_domid: u16) -> Result<Self, MockError> {
+    fn start(
+        store: Store,
+        opened: Opened,
+        config: HostConfig,
+        next_domid: u16,
+    ) -> Result<Self, MockError> {
+        let store = Arc::new(store);
         let frames = frame_count(&config)?;
         let memory = store.file("memory")?;
         memory
@@ -128,26 +145,36 @@ impl Machine {
         let m2p = Words::map(&m2p_file, frames).map_err(MockError::io("map", "m2p"))?;
         let mark = words(&store, "open", 1)?;
         let taken = words(&store, "blocks", frames / BLOCK_LEN)?;
-        let mut domains = BTreeMap::new();
-        let left_open = mark.get(0) != 0;
-        // Set before load_domains, whose removals are not found a second time.
-        mark.set(0, 1);
-        let (saved, leftovers) = store.load_domains()?;
-        for saved in saved {
-            let record = saved.record;
-            let p2m = match record.kind.is_translated() {
-                true => Some(words(&store, &Store::p2m_name(record.domid), MAX_PFNS)?),
-                false => None,
-            };
-            domains.insert(record.domid, Arc::new(Dom::new(record, saved.blobs, p2m)));
-        }
         let counters = words(&store, "counters", COUNTERS * (usize::from(u16::MAX) + 1))?;
-        if left_open || leftovers {
+        let mut in_order = true;
+        match opened {
+            Opened::Alone => {
+                // A process that dies from here on has left the host open.
+                let was_open = mark.get(0) != 0;
+                mark.set(0, 1);
+                let leftovers = store.clear_leftovers()?;
+                in_order = !was_open && !leftovers;
+            }
+            Opened::Beside => {
+                mark.increment(0);
+            }
+        }
+        let domains_seen = store.count(Changes::Domains);
+        let domains = store
+            .load_domains()?
+            .into_iter()
+            .map(|saved| Ok((saved.record.domid, Arc::new(dom(&store, saved)?))))
+            .collect::<Result<BTreeMap<_, _>, MockError>>()?;
+        if !in_order {
             recount(&table, &taken, &m2p, &counters, &memory, &domains);
         }
+        let seen = store.count(Changes::Allocator);
         let allocator = Allocator::new(taken, config.seed, config.max_run as usize);
+        store
+            .locks
+            .share()
+            .map_err(MockError::io("lock", "the mock host"))?;
         Ok(Self {
-            control: OnceLock::new(),
             stop: Stop::default(),
             store,
             config,
@@ -159,17 +186,21 @@ impl Machine {
             mapped: Arc::default(),
             counters,
             open_mark: mark,
-            allocator: Mutex::new(allocator),
+            allocation: Mutex::new(Allocation::new(allocator, seen)),
             domains: RwLock::new(domains),
+            domains_seen: AtomicU64::new(domains_seen),
             next_domid: Mutex::new(next_domid),
             names: Mutex::default(),
         })
     }
 
-    fn allocator(&self) -> MutexGuard<'_, Allocator> {
-        self.allocator
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+    /// While it is held, no domain is given a name.
+    pub(super) fn lock_names(&self) -> NamesLocked<'_> {
+        let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        NamesLocked {
+            _held: self.store.locks.hold(Range::Names),
+            _names: names,
+        }
     }
 
     /// The number of free frames.
@@ -179,14 +210,58 @@ impl Machine {
 
     /// All domains, in ascending order.
     pub(super) fn all_domains(&self) -> Vec<Arc<Dom>> {
+        self.refresh_domains();
         let domains = self.domains.read().unwrap_or_else(PoisonError::into_inner);
         domains.values().cloned().collect()
     }
 
     /// The domain with this number.
     pub(super) fn dom(&self, domid: DomId) -> Option<Arc<Dom>> {
+        self.refresh_domains();
         let domains = self.domains.read().unwrap_or_else(PoisonError::into_inner);
         domains.get(&domid).cloned()
+    }
+
+    /// Looks again at which domains there are, if another process has changed that.
+    fn refresh_domains(&self) {
+        if self.domains_seen.load(Ordering::Acquire) == self.store.count(Changes::Domains) {
+            return;
+        }
+        // No domain is added or removed here meanwhile, so that there is one `Dom` of each.
+        let mut domains = self.domains.write().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = self.read_domains(&mut domains) {
+            tracing::error!(%error, "the domains of another process could not be read");
+        }
+    }
+
+    fn read_domains(&self, domains: &mut BTreeMap<DomId, Arc<Dom>>) -> Result<(), MockError> {
+        // A host in memory has no other processes.
+        let now = self.store.count(Changes::Domains);
+        if self.store.path().is_some() {
+            let mut found = BTreeMap::new();
+            for saved in self.store.load_domains()? {
+                let domid = saved.record.domid;
+                let known = domains.get(&domid);
+                let known = known.filter(|dom| !dom.is_gone() && dom.is(&saved.record));
+                match known {
+                    Some(known) => {
+                        found.insert(domid, Arc::clone(known));
+                    }
+                    None => match dom(&self.store, saved) {
+                        Ok(new) => {
+                            found.insert(domid, Arc::new(new));
+                        }
+                        // Another process has just destroyed it.
+                        Err(MockError::Io { source, .. })
+                            if source.kind() == io::ErrorKind::NotFound => {}
+                        Err(error) => return Err(error),
+                    },
+                }
+            }
+            *domains = found;
+        }
+        self.domains_seen.store(now, Ordering::Release);
+        Ok(())
     }
 
     /// Add a new domain to the machine. `make` fills in the record, given the domain's number and
@@ -199,9 +274,15 @@ impl Machine {
             .next_domid
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
+        let _held = self.store.locks.hold(Range::Domains);
+        let mut domains = self.domains.write().unwrap_or_else(PoisonError::into_inner);
+        self.read_domains(&mut domains)?;
+        if let Some(host) = self.store.load_host()? {
+            *next = host.next_domid;
+        }
         let Some(domid) = (0..DOMID_FIRST_RESERVED)
             .map(|n| DomId(1 + (*next - 1 + n) % (DOMID_FIRST_RESERVED - 1)))
-            .find(|domid| self.dom(*domid).is_none())
+            .find(|domid| !domains.contains_key(domid))
         else {
             return Ok(None);
         };
@@ -214,7 +295,8 @@ impl Machine {
         };
         let lent = [shared_info, grant_table];
         *next = 1 + domid.0 % (DOMID_FIRST_RESERVED - 1);
-        let (record, blobs) = make(domid, lent);
+        let (mut record, blobs) = make(domid, lent);
+        record.born = self.store.changed(Changes::State(domid));
         let saved = self.save_new(*next, &record, &blobs);
         let p2m = match saved {
             Ok(p2m) => p2m,
@@ -226,9 +308,10 @@ impl Machine {
                 return Err(e);
             }
         };
-        let dom = Arc::new(Dom::new(record, blobs, p2m));
-        let mut domains = self.domains.write().unwrap_or_else(PoisonError::into_inner);
+        let seen = record.born;
+        let dom = Arc::new(Dom::new(&self.store, Saved { record, blobs }, p2m, seen));
         domains.insert(domid, Arc::clone(&dom));
+        self.store.changed(Changes::Domains);
         Ok(Some(dom))
     }
 
@@ -265,16 +348,23 @@ impl Machine {
     pub(super) fn remove_domain(&self, dom: &Dom) -> Result<(), MockError> {
         // Waits for operations on the domain that are in progress.
         let state = dom.lock();
-        if dom.gone.load(Ordering::Acquire) {
+        if dom.is_gone() {
             return Ok(());
         }
         self.store.forget_domain(dom.domid)?;
-        dom.gone.store(true, Ordering::Release);
+        dom.goes();
+        self.store.changed(Changes::Domains);
         self.free_all(dom.domid)
             .map_err(|errno| MockError::io("free", "memory")(errno.into()))?;
         drop(state);
         let mut domains = self.domains.write().unwrap_or_else(PoisonError::into_inner);
-        domains.remove(&dom.domid);
+        if domains
+            .get(&dom.domid)
+            .is_some_and(|listed| listed.is_gone())
+        {
+            domains.remove(&dom.domid);
+        }
+        drop(domains);
         if let Err(error) = self.store.clear_forgotten(dom.domid) {
             // The domain is gone all the same; the next process that opens the host removes the
             // directory.
@@ -469,8 +559,27 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        self.open_mark.set(0, 0);
+        self.open_mark.decrement(0);
     }
+}
+
+/// The names of domains, locked.
+pub(super) struct NamesLocked<'m> {
+    /// Before `_names`: other processes wait for this, threads for that.
+    _held: Held<'m>,
+    _names: MutexGuard<'m, ()>,
+}
+
+/// A domain that the store holds.
+fn dom(store: &Arc<Store>, saved: Saved) -> Result<Dom, MockError> {
+    let domid = saved.record.domid;
+    let p2m = match saved.record.kind.is_translated() {
+        true => Some(words(store, &Store::p2m_name(domid), MAX_PFNS)?),
+        false => None,
+    };
+    // It may have changed since it was read: it is read again when it is looked at.
+    let seen = store.count(Changes::State(domid)).wrapping_sub(1);
+    Ok(Dom::new(store, saved, p2m, seen))
 }
 
 /// The frame table's entry for a page of Xen's that is lent to `owner`.
@@ -512,60 +621,5 @@ fn punch(memory: &File, first: Mfn, pages: usize) -> Result<(), Errno> {
                 .map_err(|e| io_errno(&e))
         }
         result => result,
-    }
-}
-
-/// Repair the tables after a process did not close the host: free frames without an owner, and
-/// recount the frames taken and the pages of each domain.
-fn recount(
-    frames: &Frames,
-    taken: &Words,
-    m2p: &Words,
-    counters: &Words,
-    memory: &File,
-    domains: &BTreeMap<DomId, Arc<Dom>>,
-) {
-    let mut pages: BTreeMap<DomId, u64> = BTreeMap::new();
-    for block in 1..taken.len() {
-        let first = block as u64 * BLOCK_FRAMES;
-        let mut count = 0;
-        for mfn in (first..first + BLOCK_FRAMES).map(Mfn) {
-            let Some(frame) = frames.get(mfn) else {
-                continue;
-            };
-            let Some(owner) = frame.owner else { continue };
-            let kept = domains.get(&owner).is_some_and(|dom| {
-                let record = &dom.lock().record;
-                !frame.xen_heap || record.borrows(mfn)
-            });
-            if !kept {
-                if let Err(errno) = punch(memory, mfn, 1) {
-                    tracing::error!(%errno, %mfn, "a frame left behind could not be cleared");
-                    // Keep it allocated: it may hold a dead guest's data.
-                    count += 1;
-                    continue;
-                }
-                frames.set(mfn, Frame::default());
-                if let Ok(index) = usize::try_from(mfn.0) {
-                    m2p.set(index, INVALID_M2P);
-                }
-                continue;
-            }
-            count += 1;
-            if !frame.xen_heap {
-                *pages.entry(owner).or_default() += 1;
-            }
-        }
-        taken.set(block, count);
-    }
-    for domid in (0..=u16::MAX).map(DomId) {
-        let at = pages_counter(domid);
-        if domains.contains_key(&domid) {
-            counters.set(at, pages.get(&domid).copied().unwrap_or(0));
-        } else {
-            (at..at + COUNTERS)
-                .filter(|counter| counters.get(*counter) != 0)
-                .for_each(|counter| counters.set(counter, 0));
-        }
     }
 }

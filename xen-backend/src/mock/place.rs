@@ -28,7 +28,14 @@ const PRIVATE_FILE: Mode = Mode::S_IRUSR.union(Mode::S_IWUSR);
 const OTHERS_WRITE: u32 = 0o022;
 
 /// The suffix of the temporary name of a file that is being written.
-pub(super) const NEW: &str = "new";
+const NEW: &str = "new";
+
+/// Whether it is the temporary name of a file that is being written.
+pub(super) fn is_new(name: &str) -> bool {
+    Path::new(name)
+        .extension()
+        .is_some_and(|ending| ending == NEW)
+}
 
 /// The mode in which a file is opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -252,6 +259,13 @@ impl Place {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
             result => result.map_err(MockError::io("remove", self.path.join(name))),
         }
+    }
+
+    /// Remove files whose writing was broken off.
+    pub(super) fn clear_new(&self) -> Result<(), MockError> {
+        let names = self.names()?;
+        let mut new = names.iter().filter(|name| is_new(name));
+        new.try_for_each(|name| self.remove(name))
     }
 
     /// The names in it.

@@ -1,8 +1,9 @@
 //! State of one domain of the mock machine.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::AtomicBool;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
@@ -10,6 +11,8 @@ use xsr_format::frame::{Gfn, Mfn};
 
 use super::dirty::DirtyLog;
 use super::memory::Words;
+use super::sharing::{Changes, Held, Range};
+use super::store::{Saved, Store};
 use super::workload::Workload;
 use crate::domain_store::LockHolder;
 use crate::{DomId, DomainSettings, GuestKind, ShutdownReason, TscInfo, Uuid};
@@ -35,6 +38,10 @@ pub(super) struct Vcpu {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Record {
     pub(super) domid: DomId,
+    /// Tells it from an earlier domain with its number.
+    #[serde(default)]
+    pub(super) born: u64,
+    /// Empty for a domain that was not given one.
     pub(super) name: String,
     #[serde(default)]
     pub(super) uuid: Uuid,
@@ -65,6 +72,17 @@ pub(super) struct Record {
 }
 
 impl Record {
+    /// Its name, if it was given one.
+    pub(super) fn given_name(&self) -> Option<&str> {
+        Some(self.name.as_str()).filter(|name| !name.is_empty())
+    }
+
+    /// Its name, or what is shown in the place of one.
+    pub(super) fn shown_name(&self) -> String {
+        let given = self.given_name().map(str::to_owned);
+        given.unwrap_or_else(|| format!("domain-{}", self.domid.0))
+    }
+
     /// Whether `mfn` is one of Xen's own pages that is lent to the domain.
     pub(super) fn borrows(&self, mfn: Mfn) -> bool {
         self.shared_info == mfn.0 || self.grant_table == mfn.0 || self.lent.contains(&mfn.0)
@@ -95,32 +113,59 @@ pub(super) struct Dom {
     pub(super) kind: GuestKind,
     /// Translated guests: mfn + 1 of each pfn, 0 if it has none.
     pub(super) p2m: Option<Words>,
-    /// Set once the domain is destroyed.
-    pub(super) gone: AtomicBool,
+    /// Set once it is known here that the domain is destroyed.
+    gone: AtomicBool,
+    born: u64,
+    store: Arc<Store>,
+    /// The count of changes at which `state` was what the store has.
+    seen: AtomicU64,
     /// The guest's dirty log, kept only while this process has the host open.
     pub(super) dirty: DirtyLog,
     /// Work done in steps while the log is on, and the time of the last step.
     pub(super) stepped: Mutex<Option<(Workload, Instant)>>,
-    /// The holder of the domain's lock.
+    /// The holder of the domain's lock, if it is this process.
     pub(super) holder: Mutex<Option<LockHolder>>,
     state: Mutex<State>,
+}
+
+/// The state of a domain, locked.
+#[derive(Debug)]
+pub(super) struct Locked<'d> {
+    /// Before `state`: other processes wait for this, threads for that.
+    _held: Held<'d>,
+    state: MutexGuard<'d, State>,
+}
+
+impl Deref for Locked<'_> {
+    type Target = State;
+
+    fn deref(&self) -> &State {
+        &self.state
+    }
+}
+
+impl DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut State {
+        &mut self.state
+    }
 }
 
 /// The number of pfns that a translated guest can have: 1 TiB of guest memory.
 pub(super) const MAX_PFNS: usize = 1 << 28;
 
 impl Dom {
-    /// A domain with this state; `p2m` if it is translated.
-    pub(super) fn new(
-        record: Record,
-        blobs: BTreeMap<String, Vec<u8>>,
-        p2m: Option<Words>,
-    ) -> Self {
+    /// A domain with this state, which is read again when it is looked at if the store has
+    /// counted another number of changes than `seen`; `p2m` where it is translated.
+    pub(super) fn new(store: &Arc<Store>, saved: Saved, p2m: Option<Words>, seen: u64) -> Self {
+        let Saved { record, blobs } = saved;
         Self {
             domid: record.domid,
             kind: record.kind,
             p2m,
             gone: AtomicBool::new(false),
+            born: record.born,
+            store: Arc::clone(store),
+            seen: AtomicU64::new(seen),
             dirty: DirtyLog::default(),
             stepped: Mutex::new(None),
             holder: Mutex::new(None),
@@ -128,10 +173,63 @@ impl Dom {
         }
     }
 
-    /// The state, for as long as the guard lives. No caller panics during a change, so the state is
-    /// valid even if the lock is poisoned.
-    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The state, for as long as the guard lives, in which no other process changes it. No caller
+    /// panics half-way through a change, so a poisoned lock guards a good state.
+    pub(super) fn lock(&self) -> Locked<'_> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let held = self.store.locks.hold(Range::State(self.domid));
+        self.refresh(&mut state);
+        Locked { _held: held, state }
+    }
+
+    /// Reads the state again, if another process has changed it.
+    fn refresh(&self, state: &mut State) {
+        let now = self.store.count(Changes::State(self.domid));
+        if self.seen.load(Ordering::Acquire) == now || self.is_gone() {
+            return;
+        }
+        match self.store.load_domain(self.domid) {
+            Ok(Some(Saved { record, blobs })) if record.born == self.born => {
+                *state = State { record, blobs };
+            }
+            Ok(_) => self.gone.store(true, Ordering::Release),
+            // It is tried again by whatever looks next.
+            Err(error) => {
+                return tracing::error!(%error, "what another process changed could not be read");
+            }
+        }
+        self.seen.store(now, Ordering::Release);
+    }
+
+    /// Says that the state changes. To be called while it is locked, before it is written.
+    pub(super) fn changes(&self) {
+        let now = self.store.changed(Changes::State(self.domid));
+        self.seen.store(now, Ordering::Release);
+    }
+
+    /// Says that the domain is destroyed. To be called while it is locked.
+    pub(super) fn goes(&self) {
+        self.changes();
+        self.gone.store(true, Ordering::Release);
+    }
+
+    /// Whether the domain is destroyed, as was known here when it was last locked.
+    pub(super) fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Acquire)
+    }
+
+    /// Whether the domain is destroyed, by this process or another one.
+    pub(super) fn is_gone_now(&self) -> bool {
+        let counted = self.store.count(Changes::State(self.domid));
+        if self.seen.load(Ordering::Acquire) != counted {
+            drop(self.lock());
+        }
+        self.is_gone()
+    }
+
+    /// Whether it is the domain of this record, and not an earlier one with its number.
+    pub(super) fn is(&self, record: &Record) -> bool {
+        self.born == record.born && self.domid == record.domid
     }
 
     /// The frame of a translated guest's `pfn`; `None` if it has none.

@@ -7,17 +7,19 @@
 //!
 //! | path | holds |
 //! |---|---|
-//! | `lock` | the process that has the host open: its number and its command line |
+//! | `lock` | nothing: it is locked ([`super::sharing`]) |
+//! | `changes` | counters of changes, a word each ([`super::sharing`]) |
 //! | `host.json` | [`HostRecord`] |
 //! | `memory` | frame `n` at offset `n * 4096` |
 //! | `frames` | the frame table ([`super::frames`]) |
 //! | `m2p` | a u64 pfn per frame, all ones where there is none |
 //! | `blocks` | frames taken per 2 MiB |
 //! | `counters` | four words per domain: pages, largest gfn ever plus 1, last port, none |
-//! | `open` | one word: 1 while the host is open |
+//! | `open` | one word: how many processes have the host open, or have died while they had |
 //! | `domains/N.dead` | what could not be removed of a domain that is gone |
 //! | `domains/N/state.json` | [`super::state::Record`] |
 //! | `domains/N/p2m` | translated guests: mfn + 1 per pfn, 0 where there is none |
+//! | `domains/N/holder` | the command that has, or had, the lock of the domain |
 //! | `domains/N/blobs/NAME` | contexts, policy and user data, as they are |
 //!
 //! These files hold the memory of guests. They are their owner's alone, and [`super::place`]
@@ -26,18 +28,18 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fs::File;
-use std::io::{Read, Seek, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 
 use super::HostConfig;
 use super::error::MockError;
-use super::place::{How, NEW, Place};
+use super::memory::Words;
+use super::place::{How, Place, is_new};
+use super::sharing::{CHANGES, COUNTERS, Changes, Locks};
 use super::state::Record;
 use crate::DomId;
 use crate::domain_store::LockHolder;
@@ -63,6 +65,8 @@ pub(super) const DOMAINS: &str = "domains";
 const STATE: &str = "state.json";
 /// Where a domain's blobs are.
 const BLOBS: &str = "blobs";
+/// Which command has the lock of a domain, in its directory.
+const HOLDER: &str = "holder";
 /// What the name of a forgotten domain's directory ends with.
 const DEAD: &str = "dead";
 
@@ -70,16 +74,13 @@ const DEAD: &str = "dead";
 #[derive(Debug)]
 pub(super) struct Store {
     /// `None`: nothing outlives the process.
-    dir: Option<Dir>,
+    place: Option<Place>,
     /// Without a directory: the big files by name.
     files: Mutex<BTreeMap<String, File>>,
-}
-
-#[derive(Debug)]
-struct Dir {
-    place: Place,
-    /// Held while the host is open.
-    _lock: Flock<File>,
+    /// What keeps other processes, and the threads of this one, apart.
+    pub(super) locks: Locks,
+    /// How often what has changed.
+    changes: Words,
 }
 
 /// A domain as it was last written.
@@ -107,42 +108,35 @@ fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, MockError> {
 
 impl Store {
     /// A store that leaves nothing behind.
-    pub(super) fn in_memory() -> Self {
-        Self {
-            dir: None,
-            files: Mutex::default(),
-        }
+    pub(super) fn in_memory() -> Result<Self, MockError> {
+        Self::over(None, Locks::NONE)
     }
 
-    /// Take a directory for this process.
-    pub(super) fn lock(place: Place) -> Result<Self, MockError> {
-        const LOCK: &str = "lock";
-        let file = place.file(LOCK, How::Write)?;
-        let lock_path = place.path().join(LOCK);
-        let mut lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => lock,
-            Err((mut file, Errno::EAGAIN)) => {
-                let mut holder = String::new();
-                file.read_to_string(&mut holder)
-                    .map_err(MockError::io("read", &lock_path))?;
-                return Err(MockError::InUse {
-                    path: place.path().to_owned(),
-                    holder: LockHolder::decode(&holder),
-                });
-            }
-            Err((_, errno)) => return Err(MockError::io("lock", &lock_path)(errno.into())),
-        };
-        (|| {
-            lock.set_len(0)?;
-            lock.rewind()?;
-            let LockHolder { pid, command } = LockHolder::by_command_line();
-            writeln!(lock, "{pid} {command}")
-        })()
-        .map_err(MockError::io("write", &lock_path))?;
+    /// The store in a directory, which other processes may have open, too.
+    pub(super) fn open(place: Place, locks: Locks) -> Result<Self, MockError> {
+        Self::over(Some(place), locks)
+    }
+
+    fn over(place: Option<Place>, locks: Locks) -> Result<Self, MockError> {
+        let files = Mutex::default();
+        let file = big_file(place.as_ref(), &files, CHANGES)?;
+        let changes = Words::map(&file, COUNTERS).map_err(MockError::io("map", CHANGES))?;
         Ok(Self {
-            dir: Some(Dir { place, _lock: lock }),
-            files: Mutex::default(),
+            place,
+            files,
+            locks,
+            changes,
         })
+    }
+
+    /// How often this has changed, in any process.
+    pub(super) fn count(&self, of: Changes) -> u64 {
+        self.changes.get(of.index())
+    }
+
+    /// Says that this changes; how often it has then.
+    pub(super) fn changed(&self, of: Changes) -> u64 {
+        self.changes.increment(of.index())
     }
 
     /// The directory, if there is one.
@@ -151,29 +145,12 @@ impl Store {
     }
 
     fn place(&self) -> Option<&Place> {
-        self.dir.as_ref().map(|dir| &dir.place)
+        self.place.as_ref()
     }
 
     /// A big file of the host's, made if it is not there.
     pub(super) fn file(&self, name: &str) -> Result<File, MockError> {
-        match self.place() {
-            None => {
-                let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
-                let file = match files.entry(name.to_owned()) {
-                    Entry::Occupied(file) => file.into_mut(),
-                    Entry::Vacant(place) => {
-                        let file = memfd_create(name, MFdFlags::MFD_CLOEXEC)
-                            .map_err(|errno| MockError::io("create", name)(errno.into()))?;
-                        place.insert(File::from(file))
-                    }
-                };
-                file.try_clone().map_err(MockError::io("open", name))
-            }
-            Some(place) => match name.rsplit_once('/') {
-                None => place.file(name, How::Write),
-                Some((dir, name)) => place.within(dir)?.file(name, How::Write),
-            },
-        }
+        big_file(self.place(), &self.files, name)
     }
 
     /// What `host.json` holds; `None` where there is none.
@@ -264,32 +241,104 @@ impl Store {
         }
     }
 
-    /// Every domain there is. What is half-made or half-removed is removed; whether
-    /// there was any comes second: frames may still be called its own.
-    pub(super) fn load_domains(&self) -> Result<(Vec<Saved>, bool), MockError> {
+    /// Removes what is half made or half removed; whether there was any: frames may still be
+    /// called its own. Only for a process that is alone.
+    pub(super) fn clear_leftovers(&self) -> Result<bool, MockError> {
         let Some(domains) = self.domains()? else {
-            return Ok((Vec::new(), false));
+            return Ok(false);
         };
         let mut leftovers = false;
-        let mut saved = Vec::new();
         for name in domains.names()? {
             let whole = Path::new(&name).extension().is_none();
-            let domain = domains.within(&name)?;
-            let state = match whole {
-                true => domain.read(STATE)?,
-                false => None,
-            };
-            let Some(state) = state else {
-                domains.remove_all(&name)?;
-                leftovers = true;
+            if whole && domains.within(&name)?.read(STATE)?.is_some() {
+                domains.within(&name)?.within(BLOBS)?.clear_new()?;
                 continue;
-            };
-            saved.push(Saved {
-                record: parse(&domain.path().join(STATE), &state)?,
-                blobs: load_blobs(&domain.within(BLOBS)?)?,
-            });
+            }
+            domains.remove_all(&name)?;
+            leftovers = true;
         }
-        Ok((saved, leftovers))
+        Ok(leftovers)
+    }
+
+    /// Every domain there is.
+    pub(super) fn load_domains(&self) -> Result<Vec<Saved>, MockError> {
+        let Some(domains) = self.domains()? else {
+            return Ok(Vec::new());
+        };
+        let mut saved = Vec::new();
+        for name in domains.names()? {
+            if let Ok(number) = name.parse() {
+                saved.extend(load(&domains, DomId(number))?);
+            }
+        }
+        Ok(saved)
+    }
+
+    /// One domain; `None` where there is none of this number.
+    pub(super) fn load_domain(&self, domid: DomId) -> Result<Option<Saved>, MockError> {
+        match self.domains()? {
+            None => Ok(None),
+            Some(domains) => load(&domains, domid),
+        }
+    }
+
+    /// Writes which command has the lock of a domain.
+    pub(super) fn save_holder(&self, domid: DomId, holder: &LockHolder) -> Result<(), MockError> {
+        match self.domain(domid)? {
+            None => Ok(()),
+            Some(domain) => domain.replace(HOLDER, &holder.encode()),
+        }
+    }
+
+    /// Which command has, or had, the lock of a domain.
+    pub(super) fn load_holder(&self, domid: DomId) -> Result<Option<LockHolder>, MockError> {
+        let holder = match self.domain(domid)? {
+            None => None,
+            Some(domain) => domain.read(HOLDER)?,
+        };
+        Ok(holder.and_then(|text| LockHolder::decode(&text)))
+    }
+}
+
+/// A big file, made if it is not there.
+fn big_file(
+    place: Option<&Place>,
+    files: &Mutex<BTreeMap<String, File>>,
+    name: &str,
+) -> Result<File, MockError> {
+    let Some(place) = place else {
+        let mut files = files.lock().unwrap_or_else(PoisonError::into_inner);
+        let file = match files.entry(name.to_owned()) {
+            Entry::Occupied(file) => file.into_mut(),
+            Entry::Vacant(vacant) => {
+                let file = memfd_create(name, MFdFlags::MFD_CLOEXEC)
+                    .map_err(|errno| MockError::io("create", name)(errno.into()))?;
+                vacant.insert(File::from(file))
+            }
+        };
+        return file.try_clone().map_err(MockError::io("open", name));
+    };
+    match name.rsplit_once('/') {
+        None => place.file(name, How::Write),
+        Some((dir, name)) => place.within(dir)?.file(name, How::Write),
+    }
+}
+
+/// A domain of this number. What another process removes meanwhile is not there.
+fn load(domains: &Place, domid: DomId) -> Result<Option<Saved>, MockError> {
+    let loaded = (|| {
+        let domain = domains.within(&domid.0.to_string())?;
+        let Some(state) = domain.read(STATE)? else {
+            return Ok(None);
+        };
+        Ok(Some(Saved {
+            record: parse(&domain.path().join(STATE), &state)?,
+            blobs: load_blobs(&domain.within(BLOBS)?)?,
+        }))
+    })();
+    match loaded {
+        Err(MockError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+        loaded => loaded,
     }
 }
 
@@ -301,9 +350,10 @@ fn dead(domid: DomId) -> String {
 fn load_blobs(blobs: &Place) -> Result<BTreeMap<String, Vec<u8>>, MockError> {
     let mut loaded = BTreeMap::new();
     for name in blobs.names()? {
-        if Path::new(&name).extension().is_some_and(|e| e == NEW) {
-            blobs.remove(&name)?;
-        } else if let Some(blob) = blobs.read(&name)? {
+        // One that is being written has its old contents still.
+        if !is_new(&name)
+            && let Some(blob) = blobs.read(&name)?
+        {
             loaded.insert(name, blob);
         }
     }

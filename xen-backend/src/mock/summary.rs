@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::Serialize;
 use xsr_format::frame::{Gfn, PageType};
 
 use super::MockHost;
@@ -14,7 +14,7 @@ use crate::error::BackendError;
 use crate::{DomId, GuestKind, GuestMemory, ShutdownReason, TscInfo};
 
 /// The running state of a domain.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DomainState {
     /// It would execute, if the mock executed anything.
@@ -39,7 +39,7 @@ impl DomainState {
 }
 
 /// A line of a list of domains.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct DomainSummary {
     /// Its number.
     pub domid: DomId,
@@ -56,7 +56,7 @@ pub struct DomainSummary {
 }
 
 /// A full report on a domain.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct DomainReport {
     /// Its entry in a list.
     #[serde(flatten)]
@@ -80,7 +80,6 @@ pub struct DomainReport {
     /// The number of its pages of each type.
     pub page_types: BTreeMap<String, u64>,
     /// HVM parameters that were set, by number.
-    #[serde(deserialize_with = "by_number")]
     pub hvm_params: BTreeMap<u32, u64>,
     /// Reserved grant entries: console and xenstore.
     pub grants: [Option<GrantEntry>; 2],
@@ -90,21 +89,11 @@ pub struct DomainReport {
     pub userdata: BTreeMap<String, usize>,
 }
 
-/// Keys of JSON are text, and serde does not convert them to numbers in flattened structures.
-fn by_number<'de, D: Deserializer<'de>>(from: D) -> Result<BTreeMap<u32, u64>, D::Error> {
-    let named = BTreeMap::<String, u64>::deserialize(from)?;
-    let numbered = named.into_iter().map(|(key, value)| {
-        let number = key.parse().map_err(serde::de::Error::custom)?;
-        Ok((number, value))
-    });
-    numbered.collect()
-}
-
 impl MockDomain {
     fn summary_of(&self, record: &Record) -> DomainSummary {
         DomainSummary {
             domid: record.domid,
-            name: record.name.clone(),
+            name: record.shown_name(),
             kind: record.kind,
             tot_pages: self.machine.tot_pages(record.domid),
             vcpus: u32::try_from(record.vcpus.len()).unwrap_or(u32::MAX),

@@ -18,8 +18,8 @@
 #[cfg(test)]
 mod tests;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -27,10 +27,10 @@ use nix::errno::Errno;
 use super::{Shared, XenHost, sys};
 use crate::domain_store::{
     Configuration, ConfigurationKeeper, DestroyOutcome, Destroyed, DomainLock, DomainRef,
-    DomainStore, DomainStoreError, Introduction, LeftBehind, ListedDomain, Process,
+    DomainStore, DomainStoreError, Introduction, LeftBehind, ListedDomain, LockHolder, Process,
 };
 use crate::xenstore::{Nodes, StoreError};
-use crate::{BackendError, DomId, DomainInfo, Host as _};
+use crate::{BackendError, DomId, Host as _};
 
 /// Where everything of ours is.
 const OURS: &str = "/tool/xsr";
@@ -144,11 +144,9 @@ impl Shared {
 
     /// Keeps `value` under `key`.
     fn put(&self, domain: DomainRef, key: &str, value: &[u8]) -> Result<(), StoreError> {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        let next = NEXT.fetch_add(1, Ordering::Relaxed);
-        let below = format!("{key}-{}-{next}", std::process::id());
         let head = ours(domain, key);
         self.own_the_tree()?;
+        let below = self.unused(domain, key)?;
         let before = text(self.store.read(&head)?);
         let written = || {
             for (piece, bytes) in value.chunks(PIECE).enumerate() {
@@ -170,6 +168,20 @@ impl Shared {
             }
         }
         written
+    }
+
+    /// A node for the pieces of a value, which nothing has. A process with the number of this
+    /// one, an earlier one or one of another namespace, may have used what this one would.
+    fn unused(&self, domain: DomainRef, key: &str) -> Result<String, StoreError> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        loop {
+            let next = NEXT.fetch_add(1, Ordering::Relaxed);
+            let below = format!("{key}-{}-{next}", std::process::id());
+            let path = ours(domain, &below);
+            if self.store.read(&path)?.is_none() && self.store.list(&path)?.is_empty() {
+                return Ok(below);
+            }
+        }
     }
 
     /// Removes what is kept with the domain, except what `stays`, and everything that is kept of
@@ -198,11 +210,18 @@ impl Shared {
 
     /// Our tree is for the control domain's eyes: what is made below it inherits that.
     fn own_the_tree(&self) -> Result<(), StoreError> {
-        if self.store.read(OURS)?.is_none() {
-            self.store.write(OURS, b"")?;
-            self.store.let_have(OURS, DomId(0), true)?;
+        if self.store.read(OURS)?.is_some() {
+            return Ok(());
         }
-        Ok(())
+        // In one step with its permissions.
+        self.store.transaction(&mut |nodes| {
+            let missing = nodes.read(OURS)?.is_none();
+            if missing {
+                nodes.write(OURS, b"")?;
+                nodes.let_have(OURS, DomId(0), true)?;
+            }
+            Ok(missing)
+        })
     }
 
     /// What libxl has of a domain that a destroy does not remove.
@@ -279,21 +298,46 @@ impl XenHost {
         }
     }
 
-    /// The domain except `domain` that has the name.
+    /// The domain except `domain` that has the name. To be asked in the transaction that gives
+    /// the name: one that is given another domain meanwhile has it done anew.
     fn taken(
         &self,
         nodes: &mut dyn Nodes,
         domain: DomainRef,
-        others: &[DomainInfo],
         name: &str,
     ) -> Result<Option<DomainRef>, StoreError> {
-        for info in others.iter().filter(|info| info.domid != domain.domid) {
-            let found = nodes.read(&node(info.domid, "/name"))?;
-            if found.as_deref() == Some(name.as_bytes()) {
-                return Ok(Some(DomainRef::from(info)));
+        for domid in self.with_nodes(nodes)? {
+            if domid == domain.domid {
+                continue;
+            }
+            let found = nodes.read(&node(domid, "/name"))?;
+            // Of a domain that is gone, nodes may be left.
+            if found.as_deref() == Some(name.as_bytes())
+                && let Ok(info) = self.shared.calls.info(domid)
+            {
+                return Ok(Some(DomainRef::from(&info)));
             }
         }
         Ok(None)
+    }
+
+    /// The domains that have nodes.
+    fn with_nodes(&self, nodes: &mut dyn Nodes) -> Result<Vec<DomId>, StoreError> {
+        match nodes.list("/local/domain") {
+            Ok(names) => Ok(names
+                .iter()
+                .filter_map(|name| name.parse().ok().map(DomId))
+                .collect()),
+            // More of them than a message of xenstore can name.
+            Err(StoreError::Refused {
+                errno: Errno::E2BIG,
+                ..
+            }) => match self.domains() {
+                Ok(infos) => Ok(infos.iter().map(|info| info.domid).collect()),
+                Err(error) => Err(StoreError::Connection(error.errno.into())),
+            },
+            Err(error) => Err(error),
+        }
     }
 
     /// Names the domain `to`, in one step with the look at its present name, which `from` tells,
@@ -306,10 +350,9 @@ impl XenHost {
     ) -> Result<(), DomainStoreError> {
         check_name(to)?;
         self.check(domain)?;
-        let others = self.domains()?;
         let mut refused = None;
         let changed = self.shared.store.transaction(&mut |nodes| {
-            refused = self.refuse_name(nodes, domain, &others, (from, to))?;
+            refused = self.refuse_name(nodes, domain, from, to)?;
             if refused.is_none() {
                 nodes.write(&node(domain.domid, "/name"), to.as_bytes())?;
                 let second = format!("/vm/{}/name", domain.uuid);
@@ -328,8 +371,8 @@ impl XenHost {
         &self,
         nodes: &mut dyn Nodes,
         domain: DomainRef,
-        others: &[DomainInfo],
-        (from, to): (Expected<'_>, &str),
+        from: Expected<'_>,
+        to: &str,
     ) -> Result<Option<DomainStoreError>, StoreError> {
         if let Expected::Name(expected) = from {
             let found = text(nodes.read(&node(domain.domid, "/name"))?);
@@ -342,7 +385,7 @@ impl XenHost {
                 }));
             }
         }
-        let taken = self.taken(nodes, domain, others, to)?;
+        let taken = self.taken(nodes, domain, to)?;
         Ok(taken.map(|by| DomainStoreError::NameTaken {
             name: to.to_owned(),
             by,
@@ -356,9 +399,16 @@ impl XenHost {
             let Ok(domid) = number.parse().map(DomId) else {
                 continue;
             };
-            if self.shared.calls.info(domid) == Err(Errno::ESRCH) {
-                self.shared.store.remove(&tree(domid))?;
-            }
+            self.shared.store.transaction(&mut |nodes| {
+                // Read here, so that a domain which gets this number and is locked or configured
+                // meanwhile has this done anew.
+                nodes.list(&tree(domid))?;
+                let gone = self.shared.calls.info(domid) == Err(Errno::ESRCH);
+                if gone {
+                    nodes.remove(&tree(domid))?;
+                }
+                Ok(gone)
+            })?;
         }
         Ok(())
     }
@@ -398,6 +448,53 @@ impl XenHost {
     }
 }
 
+/// The process that has the lock which a node is, and whether it would be found from here;
+/// `None` if it has ended. What is not understood may be the lock of another version of this
+/// program: it is not free.
+fn holder(value: &[u8]) -> Option<(LockHolder, bool)> {
+    match Process::decode(value) {
+        Some(process) if process.has_ended() => None,
+        Some(process) => {
+            let seen = process.is_seen();
+            Some((process.holder, seen))
+        }
+        None => Some((LockHolder::unknown(value), false)),
+    }
+}
+
+/// A lock that this process has.
+struct OurLock {
+    shared: Arc<Shared>,
+    domain: DomainRef,
+    path: String,
+    /// What the node holds.
+    value: Mutex<Vec<u8>>,
+}
+
+impl OurLock {
+    /// Has the lock name another process.
+    fn name(&self, new: Vec<u8>) -> Result<(), StoreError> {
+        let mut value = self.value.lock().unwrap_or_else(PoisonError::into_inner);
+        // Not there any more if the domain was destroyed.
+        if self.shared.store.exchange(&self.path, &value, &new)? {
+            *value = new;
+        }
+        Ok(())
+    }
+
+    fn give_back(&self) -> Result<(), StoreError> {
+        let value = self.value.lock().unwrap_or_else(PoisonError::into_inner);
+        self.shared.store.transaction(&mut |nodes| {
+            let ours = nodes.read(&self.path)?.as_deref() == Some(&*value);
+            if ours {
+                nodes.remove(&self.path)?;
+                remove_if_empty(nodes, self.domain)?;
+            }
+            Ok(ours)
+        })
+    }
+}
+
 const CONFIGURATION: &str = "configuration";
 const EMULATORS: &str = "emulators";
 const LOCK: &str = "lock";
@@ -415,6 +512,10 @@ impl DomainStore for XenHost {
     fn name(&self, domain: DomainRef) -> Result<Option<String>, DomainStoreError> {
         self.check(domain)?;
         self.shared.name_of(domain.domid)
+    }
+
+    fn check_name(&self, name: &str) -> Result<(), DomainStoreError> {
+        check_name(name)
     }
 
     fn give_name(&self, domain: DomainRef, name: &str) -> Result<(), DomainStoreError> {
@@ -488,11 +589,18 @@ impl DomainStore for XenHost {
         let left_behind = left_behind.map_err(failed("looking for devices", domid))?;
         let start = Instant::now();
         let left = || timeout.saturating_sub(start.elapsed());
-        if !info.dying {
-            self.kill(domain, left)?;
+        // One that is dying, too: the hypervisor goes on with what it has not released yet.
+        match self.kill(domain, left) {
+            Err(DomainStoreError::Gone { .. }) if info.dying => {}
+            killed => killed?,
         }
         self.shared.logs().remove(&domid);
-        let removed = self.shared.store.remove(&tree(domid));
+        // Its own alone: the number may be another domain's by now.
+        let removed = self.shared.store.transaction(&mut |nodes| {
+            nodes.remove(&tree_of(domain))?;
+            remove_if_empty(nodes, domain)?;
+            Ok(true)
+        });
         removed.map_err(failed("removing the nodes", domid))?;
         self.remove_nodes(domid, &left_behind)?;
         let outcome = wait_until_gone(left(), || self.is_gone(domain))?;
@@ -511,41 +619,39 @@ impl DomainStore for XenHost {
             tracing::debug!(%error, "what is kept of destroyed domains stays in xenstore");
         }
         let (path, this) = (ours(domain, LOCK), Process::this(command).encode());
-        let mut holder = None;
+        let mut locked = None;
         let taken = self.shared.store.transaction(&mut |nodes| {
-            holder = nodes
-                .read(&path)?
-                .and_then(|value| Process::decode(&value))
-                .filter(|process| !process.has_ended());
-            if holder.is_none() {
+            locked = nodes.read(&path)?.and_then(|value| holder(&value));
+            if locked.is_none() {
                 nodes.write(&path, &this)?;
             }
-            Ok(holder.is_none())
+            Ok(locked.is_none())
         });
         taken.map_err(failed(DOING, domain.domid))?;
-        if let Some(process) = holder {
-            let node = (!process.is_seen()).then_some(path);
-            let holder = process.holder;
+        if let Some((holder, seen)) = locked {
+            let node = (!seen).then_some(path);
             return Err(DomainStoreError::Locked {
                 domain,
                 holder,
                 node,
             });
         }
-        let shared = Arc::clone(&self.shared);
-        Ok(DomainLock::new(move || {
-            let given_back = shared.store.transaction(&mut |nodes| {
-                // Not there any more if the domain was destroyed.
-                let ours = nodes.read(&path)?.as_deref() == Some(&this);
-                if ours {
-                    nodes.remove(&path)?;
-                    remove_if_empty(nodes, domain)?;
-                }
-                Ok(ours)
-            });
-            if let Err(error) = given_back {
+        let ours = Arc::new(OurLock {
+            shared: Arc::clone(&self.shared),
+            domain,
+            path,
+            value: Mutex::new(this),
+        });
+        let (passed, command) = (Arc::clone(&ours), command.to_owned());
+        let pass = move |pid| {
+            let named = passed.name(Process::of(pid, &command).encode());
+            named.map_err(failed(DOING, domain.domid))
+        };
+        let release = move || {
+            if let Err(error) = ours.give_back() {
                 tracing::warn!(%error, "the lock of a domain stays until this process ends");
             }
-        }))
+        };
+        Ok(DomainLock::new(release, pass))
     }
 }

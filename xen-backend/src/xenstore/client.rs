@@ -114,14 +114,7 @@ impl Xenstore for Sockets {
     }
 
     fn let_have(&self, path: &str, domid: DomId, owner: bool) -> Result<(), StoreError> {
-        // The first entry is the owner, with the permissions of all other domains.
-        let permissions = match owner {
-            true => vec![format!("n{}", domid.0)],
-            false => vec!["n0".to_owned(), format!("r{}", domid.0)],
-        };
-        self.with(|connection| {
-            connection.order(0, "set_perms", path, kind::SET_PERMS, &permissions)
-        })
+        self.with(|connection| connection.let_have(0, path, domid, owner))
     }
 
     fn resumed(&self, domid: DomId) -> Result<(), StoreError> {
@@ -244,6 +237,27 @@ impl Connection {
         }
     }
 
+    fn let_have(
+        &mut self,
+        transaction: u32,
+        path: &str,
+        domid: DomId,
+        owner: bool,
+    ) -> Result<(), StoreError> {
+        // The first is the owner, with what everybody else may do.
+        let permissions = match owner {
+            true => vec![format!("n{}", domid.0)],
+            false => vec!["n0".to_owned(), format!("r{}", domid.0)],
+        };
+        self.order(
+            transaction,
+            "set_perms",
+            path,
+            kind::SET_PERMS,
+            &permissions,
+        )
+    }
+
     fn exchange(&mut self, path: &str, old: &[u8], new: &[u8]) -> Result<bool, StoreError> {
         let mut exchanged = false;
         self.transaction(&mut |nodes| {
@@ -329,6 +343,10 @@ impl Nodes for Transaction<'_> {
 
     fn remove(&mut self, path: &str) -> Result<(), StoreError> {
         self.connection.remove(self.number, path)
+    }
+
+    fn let_have(&mut self, path: &str, domid: DomId, owner: bool) -> Result<(), StoreError> {
+        self.connection.let_have(self.number, path, domid, owner)
     }
 }
 

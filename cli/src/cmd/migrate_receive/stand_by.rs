@@ -22,6 +22,7 @@ use xsr_save_restore::restore::checkpoint::CheckpointOptions;
 use xsr_xen_backend::DomId;
 
 use super::{Receiver, failed};
+use crate::backend::workload;
 use crate::cmd::restore::checkpoints::{StandBy, Survival};
 use crate::cmd::restore::{About, Image, ImageSource, Made};
 use crate::cpu;
@@ -30,7 +31,6 @@ use crate::interrupt::Interrupt;
 use crate::stdout;
 use crate::text::size;
 use crate::watch::Watch;
-use crate::workload;
 
 /// What `--json` prints (docs/json.md).
 #[derive(Debug, Serialize)]
@@ -93,6 +93,9 @@ impl Receiver<'_> {
             ))),
             (_, Some(Err(error)), _) => {
                 let left = (end == StandbyEnd::LeftBehind).then(|| why(StandbyAction::Destroy));
+                if !error.is::<Withdrawn>() {
+                    self.tell_why(&exit::words(error.chain()));
+                }
                 Err(not_taken_over(&name, &error, left))
             }
             (..) => Err(failed(format!(

@@ -4,12 +4,12 @@
 
 use anyhow::Error;
 use xsr_save_restore::migrate::Cause;
-use xsr_save_restore::migrate::ownership::protect::{Fate, Here, ProtectorAction, Why};
+use xsr_save_restore::migrate::ownership::protect::{Fate, ProtectorAction, Why};
 
 use super::Primary;
 use crate::args::OnLoss;
-use crate::backend;
-use crate::cmd::migrate::MIGRATED_AWAY_SUFFIX;
+use crate::backend::{self, name_of};
+use crate::cmd::migrate::away;
 use crate::condition::Condition;
 use crate::exit::{self, Migration};
 
@@ -64,7 +64,7 @@ impl Primary<'_> {
             hung_up,
             ..
         } = after;
-        let condition = Condition::of(self.domain);
+        let condition = self.condition();
         if condition == Condition::Gone {
             return self.gone(after);
         }
@@ -78,7 +78,7 @@ impl Primary<'_> {
         let command = |verb: &str, rest: &str| {
             backend::domain_command(&self.args.backend.backend, verb, rest)
         };
-        let asleep = matches!(condition.here(), Here::Suspended | Here::Unknown);
+        let asleep = condition == Condition::Suspended;
         let over = match condition {
             Condition::Down(reason) => Some(format!("has shut down ({reason})")),
             _ => None,
@@ -87,6 +87,10 @@ impl Primary<'_> {
             Fate::Here if asleep => format!(
                 "{begin}; {name} is suspended here, and runs nowhere else: `{}`",
                 command("resume", name)
+            ),
+            Fate::Here if matches!(condition, Condition::Unknown(_)) => format!(
+                "{begin}; {}, and it runs nowhere else",
+                condition.after_failure(name, &self.args.backend.backend)
             ),
             Fate::Here => match (&over, after.failure(ProtectorAction::Unpause)) {
                 (_, Some(why)) => format!(
@@ -97,22 +101,34 @@ impl Primary<'_> {
                 (None, None) => format!("{begin}; {name} runs on here, unprotected"),
             },
             Fate::There => {
-                let away = format!("{name}{MIGRATED_AWAY_SUFFIX}");
+                // What it is called here: what could not be renamed has its own name still.
+                let called = name_of(self.host, self.which).unwrap_or_else(|_| away(name));
+                let stands_still = matches!(
+                    condition,
+                    Condition::Paused | Condition::Suspended | Condition::Down(_)
+                );
                 let stopped = match after.failure(ProtectorAction::Stop) {
-                    None => format!("here it does not run any more, as {away}"),
+                    None => format!("here it does not run any more, as {called}"),
+                    Some(why) if stands_still => format!(
+                        "here it does not run any more, and must not run again; it is still \
+                         called {called} ({why})"
+                    ),
                     Some(why) => format!("here it could not be stopped ({why}), AND MUST BE"),
                 };
                 format!(
                     "{begin}; {host} runs {name} since it lost this end, from a checkpoint on; \
                      {stopped}: `{}`",
-                    command("destroy", &away)
+                    command("destroy", &called)
                 )
             }
             Fate::Unknown => {
                 let here = match (self.args.on_loss, asleep) {
-                    (OnLoss::Run, false) => match &over {
-                        Some(over) => format!("Here it {over}"),
-                        None => "Here it runs on, unprotected".to_owned(),
+                    (OnLoss::Run, false) => match (&over, &condition) {
+                        (Some(over), _) => format!("Here it {over}"),
+                        (None, Condition::Unknown(error)) => {
+                            format!("What it does here could not be found out ({error})")
+                        }
+                        (None, _) => "Here it runs on, unprotected".to_owned(),
                     },
                     (OnLoss::Run, true) => "Here it is suspended".to_owned(),
                     (OnLoss::Pause, _) => match after.failure(ProtectorAction::Pause) {
@@ -191,6 +207,67 @@ mod tests {
     use super::*;
     use crate::args::{Cli, Command};
 
+    /// Its name is all that could not be changed.
+    #[test]
+    fn what_stands_still_is_not_said_to_run_because_it_could_not_be_renamed() {
+        let host = MockHost::ephemeral(&HostConfig::default()).expect("a machine");
+        for name in ["web", "web--migratedaway"] {
+            let spec = GuestSpec::new(name, GuestKind::Pvh, 8);
+            host.create_guest(&spec).expect("a guest");
+        }
+        let which = DomainStore::find(&host, "web").expect("the domain");
+        let cli = Cli::parse_from(["xsr", "remus", "web", "other"]);
+        let Command::Remus(args) = &cli.command else {
+            unreachable!("it is remus")
+        };
+        let domain = host.open(which).expect("the domain");
+        let primary = Primary {
+            args,
+            host: &host,
+            which,
+            domain: domain.as_ref(),
+            name: "web",
+        };
+        let said = || {
+            let cause = Cause {
+                action: ProtectorAction::Stop,
+                error: primary.stop().expect_err("the name is taken").into(),
+            };
+            let error = primary.ended(&Aftermath {
+                end: End::Receiver,
+                fate: Fate::There,
+                complete: 7,
+                hung_up: "",
+                causes: &[cause],
+            });
+            error
+                .downcast::<Migration>()
+                .expect("what became of it")
+                .words
+        };
+        let words = said();
+        assert_eq!(primary.condition(), Condition::Paused);
+        assert!(words.contains("does not run any more"), "{words}");
+        assert!(words.contains("still called web (renaming it"), "{words}");
+        assert!(
+            words.ends_with(" web`") && !words.contains("MUST BE"),
+            "{words}"
+        );
+        primary.unpause().expect("it runs again");
+        let cause = Cause {
+            action: ProtectorAction::Stop,
+            error: "pausing it: it cannot".into(),
+        };
+        let error = primary.ended(&Aftermath {
+            end: End::Receiver,
+            fate: Fate::There,
+            complete: 7,
+            hung_up: "",
+            causes: &[cause],
+        });
+        assert!(error.to_string().contains("AND MUST BE"), "{error}");
+    }
+
     #[test]
     fn a_domain_that_somebody_has_destroyed_is_taken_back_and_said_to_be_gone() {
         let host = MockHost::ephemeral(&HostConfig::default()).expect("a machine");
@@ -209,8 +286,22 @@ mod tests {
             domain: domain.as_ref(),
             name: "web",
         };
+        // Its number is another domain's.
+        let mut later = which;
+        later.uuid.0[0] ^= 1;
+        let earlier = Primary {
+            which: later,
+            ..primary
+        };
+        assert_eq!(earlier.condition(), Condition::Gone);
+        earlier.pause().expect("it does not run");
+        earlier.unpause().expect("there is nothing to be done");
+        earlier.stop().expect("it does not run");
+        assert_eq!(earlier.runs_on(), None);
+        assert_eq!(primary.condition(), Condition::Runs);
+        assert_eq!(primary.runs_on(), Some("running"));
         domain.destroy().expect("it goes");
-        assert_eq!(Condition::of(primary.domain), Condition::Gone);
+        assert_eq!(primary.condition(), Condition::Gone);
         primary.pause().expect("it does not run");
         primary.unpause().expect("there is nothing to be done");
         primary.stop().expect("it does not run");

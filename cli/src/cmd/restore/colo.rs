@@ -18,13 +18,12 @@ use xsr_save_restore::toolstack::{
     ToolstackError, Turn,
 };
 use xsr_save_restore::{RestoreError, restore_colo};
-use xsr_xen_backend::mock::{BackgroundWorkload, WorkloadSpec};
 use xsr_xen_backend::{DomId, Domain, ShutdownReason};
 
 use super::checkpoints::{StandBy, Standby, Survival, survival};
 use super::{Image, Made, Named};
 use crate::backend::Hypervisor;
-use crate::workload;
+use crate::backend::workload;
 
 impl<'a> Image<'a> {
     /// Make the domain and have it run from checkpoint to checkpoint, until the primary is
@@ -37,7 +36,7 @@ impl<'a> Image<'a> {
     pub(crate) fn run_beside(
         self,
         how: &StandBy<'a, '_>,
-        work: Option<WorkloadSpec>,
+        work: Option<workload::Work>,
         made: &mut Option<Made>,
     ) -> Result<Survival> {
         let made = made.insert(self.plan.make(how.host, Named::Incoming)?);
@@ -109,8 +108,8 @@ struct Secondary<'a, 'd, 'w> {
     back: ConnectionWriter<'a>,
     host: &'w Hypervisor,
     domid: DomId,
-    work: Option<WorkloadSpec>,
-    working: Option<BackgroundWorkload>,
+    work: Option<workload::Work>,
+    working: Option<workload::Working>,
     /// Whether it has run.
     ran: bool,
 }

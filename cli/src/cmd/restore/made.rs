@@ -10,12 +10,12 @@ use anyhow::{Context as _, Error, Result};
 use xsr_save_restore::restore::RestoreStats;
 use xsr_save_restore::{CpuCheck, RestoreOptions, Restored};
 use xsr_xen_backend::domain_store::{
-    DomainLock, DomainRef, DomainStore, DomainStoreError, Extent, Introduction,
+    DomainRef, DomainStore, DomainStoreError, Extent, Introduction,
 };
 use xsr_xen_backend::{DomId, Domain, Ring};
 
 use super::{INCOMING, Named, bad};
-use crate::backend::{self, Hypervisor, name_of};
+use crate::backend::{self, Hypervisor, WholeLock, name_of};
 use crate::exit::{self, Aftermath, LeftBehind};
 use crate::left::Left;
 
@@ -36,7 +36,7 @@ pub(crate) struct Made {
     /// As long as the domain is there and must not stay.
     left: Option<Left>,
     /// As long as the command works on the domain.
-    lock: Option<DomainLock>,
+    lock: Option<WholeLock>,
 }
 
 /// What there is to say of a domain that has been made.
@@ -85,7 +85,7 @@ impl Made {
             Named::AsItSays => ("restore", name.clone()),
             Named::Incoming => ("migrate-receive", format!("{name}{INCOMING}")),
         };
-        self.lock = Some(host.lock(which, &format!("xsr {command} {name}"))?);
+        self.lock = Some(host.lock_whole(which, &format!("xsr {command} {name}"))?);
         host.give_name(which, &at_first).map_err(|error| {
             use DomainStoreError::{BadName, NameTaken};
             let another_helps = matches!(error, BadName { .. } | NameTaken { .. });

@@ -283,7 +283,7 @@ fn a_domain_that_cannot_be_resumed_is_said_to_be_suspended() {
             "run",
             &[REPORT, &[0]].concat(),
             1,
-            "here it could not be stopped",
+            "here it does not run any more, and must not run again; it is still called web (pausing",
         ),
     ] {
         let hosts = Hosts::with("pvh", &[]);

@@ -3,6 +3,9 @@
 use std::net::Shutdown;
 use std::path::PathBuf;
 
+use xsr_xen_backend::ShutdownReason;
+use xsr_xen_backend::mock::{MockHost, WorkloadEnd, WorkloadSpec};
+
 use super::*;
 use crate::common::migration::{GO, domain_dir};
 
@@ -22,9 +25,10 @@ fn refuse(file: &Path) -> PathBuf {
 #[test]
 fn a_guest_that_shuts_down_by_itself_ends_the_protection_where_it_is() {
     for (kind, how) in [("pv", "poweroff"), ("hvm", "reboot"), ("pvh", "crash")] {
-        let end = ["--shut-down", how, "--after", "20000"];
-        let hosts = Hosts::with(kind, &[&BUSY[..], &end].concat());
+        let hosts = Hosts::with(kind, &BUSY);
         let [sender, receiver] = protected(&hosts, &[]);
+        // Once a checkpoint is complete there, however long that takes.
+        shut_down(&hosts.here, how);
         let sent = sender.end().code(1);
         let said = format!("web has shut down ({how}) here");
         assert!(sent.stderr.contains(&said), "{sent:?}");
@@ -34,6 +38,27 @@ fn a_guest_that_shuts_down_by_itself_ends_the_protection_where_it_is() {
             .stderr_has("the sender has ended the protection, and keeps");
         assert_eq!(hosts.domains(), [vec!["web shutdown".to_owned()], vec![]]);
     }
+}
+
+/// Have `web` shut down by itself.
+fn shut_down(host: &Path, how: &str) {
+    let reason = match how {
+        "poweroff" => ShutdownReason::Poweroff,
+        "reboot" => ShutdownReason::Reboot,
+        _ => ShutdownReason::Crash,
+    };
+    let host = MockHost::open(host).unwrap();
+    let work = WorkloadSpec {
+        end: Some(WorkloadEnd { after: 0, reason }),
+        ..WorkloadSpec::writes(1, 1, 1)
+    };
+    let domid = host.find("web").unwrap();
+    let mut work = host.workload(domid, &work).unwrap();
+    // Not while a checkpoint has it suspended.
+    until("its end", || {
+        work.step(1).unwrap();
+        host.show(domid).unwrap().shutdown == Some(reason)
+    });
 }
 
 #[test]
@@ -270,7 +295,8 @@ fn emulators_that_cannot_be_kept_later_leave_the_domain_at_the_sender_alone_or_i
         let left: &[String] = if destroyed {
             assert_eq!(sent.code, 1, "{sent:?}");
             assert!(
-                sent.stderr.contains("the other end has failed (status 1)"),
+                sent.stderr
+                    .contains("the other end has failed: keeping the emulators' state"),
                 "{sent:?}"
             );
             &[]

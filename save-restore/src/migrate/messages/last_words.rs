@@ -2,7 +2,7 @@
 
 use std::io::{self, Read};
 
-use super::{Message, MessageError, Outcome, Status};
+use super::{Message, MessageError, Outcome, Reason, Status};
 
 /// The last bytes that an end has said: a receiver's report may be among what a sender that
 /// breaks off did not read as anything else.
@@ -49,6 +49,13 @@ impl LastWords {
                 }
             }
         }
+    }
+
+    /// Why the other end has failed, if it says so after it has given the domain back: what is
+    /// kept, and what still comes.
+    pub fn reason(&self, from: impl Read) -> Option<String> {
+        let given_back = Message::Report.bytes().len() + 1 + Message::Go.bytes().len();
+        Reason::read(self.report()?.get(given_back..)?, from)
     }
 
     /// Forget all: what has come was understood.

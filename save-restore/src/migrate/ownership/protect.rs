@@ -274,7 +274,10 @@ impl Protector {
                 (self.why, self.here) = (why, here);
                 let taken_back = here.is_taken_back() || !holds(Guard::WithdrawOnlyWhatRuns);
                 let told = holds(Guard::WithdrawBeforeHangingUp);
-                if self.complete && !lost && taken_back && told {
+                if !self.complete && why == Why::Asked {
+                    // The other end has nothing that it could run, and so nothing to say.
+                    self.end(Fate::Here)
+                } else if self.complete && !lost && taken_back && told {
                     A::Withdraw
                 } else {
                     self.hang_up(lost)

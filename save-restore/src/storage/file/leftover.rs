@@ -10,6 +10,7 @@ use std::io;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::fcntl::OFlag;
 use nix::unistd::geteuid;
@@ -27,6 +28,9 @@ const FOREIGN_SUFFIX: &str = ".xl-partial";
 const RANDOM: usize = 6;
 /// Bytes of the image's name in it: with the rest it must not be longer than a name may be.
 const LONGEST_STEM: usize = 200;
+/// How old an empty file of another program is that will never be written: a program that has
+/// begun to save a guest writes at once.
+const DEAD_AFTER: Duration = Duration::from_secs(3600);
 /// How often another process may take the new file for one that was left behind.
 const TRIES: usize = 5;
 
@@ -45,7 +49,7 @@ pub(super) enum WrittenBy {
     /// This process: a file that it leaves behind has a guest that still runs.
     Us,
     /// Another program, which goes on when this process is killed. A file that is left behind may
-    /// be all that there is of a guest: it is never removed.
+    /// be all that there is of a guest: it is not removed, unless it has been empty for long.
     Another,
 }
 
@@ -146,9 +150,11 @@ impl Temporary {
 fn remove_left_behind(directory: &Path, prefix: &OsStr, steps: &dyn Steps) {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     for entry in entries {
-        let path = entry.path();
-        if is_of(&entry.file_name(), prefix, SUFFIX)
-            && let Some((_locked, bytes)) = unlocked(&path)
+        let (path, name) = (entry.path(), entry.file_name());
+        let ours = is_of(&name, prefix, SUFFIX);
+        if (ours || is_of(&name, prefix, FOREIGN_SUFFIX))
+            && let Some((locked, bytes)) = unlocked(&path)
+            && (ours || bytes == 0 && is_dead(&locked))
             && steps.before(Step::Remove).is_ok()
             && fs::remove_file(&path).is_ok()
         {
@@ -158,6 +164,13 @@ fn remove_left_behind(directory: &Path, prefix: &OsStr, steps: &dyn Steps) {
             );
         }
     }
+}
+
+/// Whether a file has not been written for so long that it will not be.
+fn is_dead(file: &File) -> bool {
+    let written = file.metadata().and_then(|found| found.modified());
+    let age = written.ok().and_then(|written| written.elapsed().ok());
+    age.is_some_and(|age| age > DEAD_AFTER)
 }
 
 /// What lies between the name and the end of a temporary name.

@@ -298,8 +298,19 @@ fn what_another_program_wrote_is_told_and_never_removed() {
     assert_eq!(fs::read(&temporary).unwrap(), b"image");
     assert_eq!(storage.list().unwrap(), [], "none is an image");
     fs::remove_dir(at("a")).unwrap();
+    // Nothing was ever written to these, and nothing will be to the older one.
+    for empty in [".a.Young1.xl-partial", ".a.Old123.xl-partial"] {
+        fs::write(at(empty), "").unwrap();
+    }
+    for old in [".a.Old123.xl-partial", ".a.AbC123.xl-partial"] {
+        let hours_ago = std::time::SystemTime::now() - std::time::Duration::from_secs(7200);
+        let file = OpenOptions::new().write(true).open(at(old)).unwrap();
+        file.set_modified(hours_ago).unwrap();
+    }
     put(&storage, &name("a"), b"new").unwrap();
     assert!(temporary.exists() && at(".a.AbC123.xl-partial").exists());
+    assert!(at(".a.Young1.xl-partial").exists());
+    assert!(!at(".a.Old123.xl-partial").exists());
 }
 
 #[test]
@@ -529,7 +540,7 @@ impl Cleanup for Told {
 struct Entry(Told, PathBuf);
 
 impl Registered for Entry {
-    fn settle(self: Box<Self>, keep: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()> {
+    fn settle(&mut self, keep: &mut dyn FnMut() -> io::Result<()>) -> io::Result<()> {
         assert!(self.1.exists());
         keep()?;
         assert!(!self.1.exists());
@@ -551,9 +562,16 @@ fn a_cleanup_is_told_of_every_temporary_file() {
     let storage = FileStorage::new(directory.path()).cleanup(Arc::new(told.clone()));
     drop(storage.create(&name("a"), &Create::stream()).unwrap());
     put(&storage, &name("b"), b"whole").unwrap();
-    let told = told.0.lock().unwrap();
-    assert_eq!(
-        told[..],
-        ["made for a", "gone", "made for b", "kept", "gone"]
-    );
+    let so_far = std::mem::take(&mut *told.0.lock().unwrap());
+    assert_eq!(so_far, ["made for a", "gone", "made for b", "kept", "gone"]);
+    // One that cannot get its name is a temporary file until it is removed.
+    let target = Target::find(&directory.path().join("c")).unwrap();
+    let Begun::File(mut writer) = storage.write(target, &Create::stream()).unwrap() else {
+        panic!("it is a file");
+    };
+    fs::create_dir(directory.path().join("c")).unwrap();
+    writer.give_name(Durability::Durable).unwrap_err();
+    assert_eq!(*told.0.lock().unwrap(), ["made for c"]);
+    drop(writer);
+    assert_eq!(*told.0.lock().unwrap(), ["made for c", "gone"]);
 }

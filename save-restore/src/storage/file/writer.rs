@@ -329,7 +329,7 @@ impl FileWriter {
     }
 
     /// Makes the file visible, in one step. If that fails, it still has its temporary name.
-    fn give_name(&mut self, durability: Durability) -> Result<(), StorageError> {
+    pub(super) fn give_name(&mut self, durability: Durability) -> Result<(), StorageError> {
         if durability == Durability::Durable {
             self.sync()?;
         }
@@ -338,7 +338,7 @@ impl FileWriter {
             return Err(StorageError::io("writing", &self.name)(error));
         };
         let mut rename = || self.rename(&temporary.path);
-        let renamed = match temporary.registered.take() {
+        let renamed = match &mut temporary.registered {
             Some(registered) => registered.settle(&mut rename),
             None => rename(),
         };

@@ -53,13 +53,19 @@ impl Xenstore for Face {
     }
 
     fn transaction(&self, work: &mut Work<'_>) -> Result<(), StoreError> {
-        // The store does not change during the transaction.
-        let mut state = self.state();
-        let mut changed = Changed(state.nodes.clone());
-        if work(&mut changed)? {
-            state.nodes = changed.0;
+        // As xenstored: one that meets another is made anew.
+        loop {
+            let before = self.state().nodes.clone();
+            let mut changed = Changed(before.clone());
+            if !work(&mut changed)? {
+                return Ok(());
+            }
+            let mut state = self.state();
+            if state.nodes == before {
+                state.nodes = changed.0;
+                return Ok(());
+            }
         }
-        Ok(())
     }
 
     fn remove(&self, path: &str) -> Result<(), StoreError> {
@@ -76,13 +82,7 @@ impl Xenstore for Face {
 
     fn let_have(&self, path: &str, domid: DomId, _owner: bool) -> Result<(), StoreError> {
         // Guests of the machine read nothing, so only the existence of the node matters.
-        let below = format!("{path}/");
-        let state = self.state();
-        let mut nodes = state.nodes.keys();
-        match nodes.any(|node| node == path || node.starts_with(&below)) {
-            true => Ok(()),
-            false => Err(refused("set_perms", domid, Errno::ENOENT)),
-        }
+        let_have(&self.state().nodes, path, domid)
     }
 
     fn introduce(&self, domid: DomId, frame: Gfn, port: u32) -> Result<(), StoreError> {
@@ -119,6 +119,19 @@ impl Nodes for Changed {
     fn remove(&mut self, path: &str) -> Result<(), StoreError> {
         remove(&mut self.0, path);
         Ok(())
+    }
+
+    fn let_have(&mut self, path: &str, domid: DomId, _owner: bool) -> Result<(), StoreError> {
+        let_have(&self.0, path, domid)
+    }
+}
+
+fn let_have(nodes: &BTreeMap<String, Vec<u8>>, path: &str, domid: DomId) -> Result<(), StoreError> {
+    let below = format!("{path}/");
+    let mut nodes = nodes.keys();
+    match nodes.any(|node| node == path || node.starts_with(&below)) {
+        true => Ok(()),
+        false => Err(refused("set_perms", domid, Errno::ENOENT)),
     }
 }
 

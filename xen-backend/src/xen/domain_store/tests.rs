@@ -196,17 +196,200 @@ fn a_lock_holds_across_handles_and_ends_with_its_process() {
     }
     // As a process of an earlier boot, or nonsense, would have left it.
     words[2] = "00000000-another-boot";
-    for stale in [words.join(" "), "nonsense".to_owned()] {
-        made.face.write(&path, stale.as_bytes()).unwrap();
-        let lock = other.lock(made.domain, "xsr destroy web").unwrap();
-        // That of the dead process is not given back by anybody.
+    made.face.write(&path, words.join(" ").as_bytes()).unwrap();
+    let lock = other.lock(made.domain, "xsr destroy web").unwrap();
+    // That of the dead process is not given back.
+    assert!(
+        read(&made.face, &path)
+            .unwrap()
+            .ends_with("xsr destroy web")
+    );
+    drop(lock);
+    // A lock in another form, as a later version may write it.
+    for text in ["nonsense", "v2 pid=7"] {
+        made.face.write(&path, text.as_bytes()).unwrap();
+        let refused = other.lock(made.domain, "xsr destroy web").unwrap_err();
+        let refused = refused.to_string();
+        let said = format!("in use by an unknown process ({text})");
+        assert!(refused.contains(&said), "{refused}");
         assert!(
-            read(&made.face, &path)
-                .unwrap()
-                .ends_with("xsr destroy web")
+            refused.contains(&format!("`xenstore-rm {path}`")),
+            "{refused}"
         );
-        drop(lock);
+        assert_eq!(read(&made.face, &path).as_deref(), Some(text));
     }
+}
+
+/// This process is killed, and its child goes on with the domain.
+#[test]
+fn a_lock_that_is_passed_on_ends_with_the_child() {
+    let made = of_libxl();
+    let other = host(&made.face, made.root.path());
+    let lock = || other.lock(made.domain, "xsr save web");
+    let mut child = std::process::Command::new("sleep")
+        .arg("60")
+        .spawn()
+        .unwrap();
+    let passed = made.host.lock(made.domain, "xsr migrate web").unwrap();
+    passed.pass_to(child.id()).unwrap();
+    let refused = lock().unwrap_err().to_string();
+    let said = format!("in use by process {} (xsr migrate web)", child.id());
+    assert!(refused.contains(&said), "{refused}");
+    std::mem::forget(passed);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    drop(lock().unwrap());
+    // It is given back by the process that took it, whichever it names.
+    let passed = made.host.lock(made.domain, "xsr migrate web").unwrap();
+    passed.pass_to(1).unwrap();
+    assert!(lock().is_err());
+    drop(passed);
+    drop(lock().unwrap());
+    assert!(made.face.list(OURS).unwrap().is_empty());
+}
+
+/// A process of the same number has written the value that is replaced.
+#[test]
+fn a_value_is_kept_whatever_nodes_there_are() {
+    let made = of_libxl();
+    fs::remove_dir_all(made.root.path().join("var")).unwrap();
+    let n = std::process::id();
+    for next in 0..200 {
+        let piece = ours(made.domain, &format!("configuration-{n}-{next}/0"));
+        made.face.write(&piece, b"old").unwrap();
+    }
+    let head = ours(made.domain, CONFIGURATION);
+    for next in 0..20 {
+        let value = format!("3 configuration-{n}-{next}");
+        made.face.write(&head, value.as_bytes()).unwrap();
+        made.host.set_configuration(made.domain, b"new").unwrap();
+        let kept = made.host.configuration(made.domain).unwrap().unwrap();
+        assert_eq!(kept.bytes, b"new");
+    }
+}
+
+/// A store in which something happens each time that a transaction has begun, until it returns
+/// false.
+struct Meanwhile<F> {
+    face: Face,
+    happens: F,
+}
+
+impl<F> std::fmt::Debug for Meanwhile<F> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Meanwhile").finish_non_exhaustive()
+    }
+}
+
+impl<F: Fn(&Face) + Send + Sync> Xenstore for Meanwhile<F> {
+    fn read(&self, path: &str) -> Result<Option<Vec<u8>>, StoreError> {
+        self.face.read(path)
+    }
+
+    fn write(&self, path: &str, value: &[u8]) -> Result<(), StoreError> {
+        self.face.write(path, value)
+    }
+
+    fn exchange(&self, path: &str, old: &[u8], new: &[u8]) -> Result<bool, StoreError> {
+        self.face.exchange(path, old, new)
+    }
+
+    fn list(&self, path: &str) -> Result<Vec<String>, StoreError> {
+        self.face.list(path)
+    }
+
+    fn transaction(&self, work: &mut Work<'_>) -> Result<(), StoreError> {
+        self.face.transaction(&mut |nodes| {
+            let result = work(nodes);
+            (self.happens)(&self.face);
+            result
+        })
+    }
+
+    fn remove(&self, path: &str) -> Result<(), StoreError> {
+        self.face.remove(path)
+    }
+
+    fn let_have(&self, path: &str, domid: DomId, owner: bool) -> Result<(), StoreError> {
+        self.face.let_have(path, domid, owner)
+    }
+
+    fn resumed(&self, domid: DomId) -> Result<(), StoreError> {
+        self.face.resumed(domid)
+    }
+
+    fn introduce(&self, domid: DomId, frame: Gfn, port: u32) -> Result<(), StoreError> {
+        self.face.introduce(domid, frame, port)
+    }
+}
+
+fn with(made: &OfLibxl, happens: impl Fn(&Face) + Send + Sync + 'static) -> XenHost {
+    let face = made.face.clone();
+    let store = Meanwhile { face, happens };
+    XenHost::over(Arc::new(made.face.clone()), Box::new(store)).unwrap()
+}
+
+/// Made and named once the rename had looked which domains there are.
+#[test]
+fn a_name_that_another_domain_gets_meanwhile_is_not_given_twice() {
+    let made = of_libxl();
+    let new = NewDomain::new(GuestKind::Pvh, 1, 4).uuid(Uuid([0x33; 16]));
+    let other = Arc::new(std::sync::OnceLock::new());
+    let (maker, made_then) = (host(&made.face, made.root.path()), Arc::clone(&other));
+    let store = with(&made, move |face| {
+        made_then.get_or_init(|| {
+            let domid = maker.create(&new).unwrap();
+            let name = node(domid, "/name");
+            face.write(&name, b"db").unwrap();
+            domid
+        });
+    });
+    let error = store.rename(made.domain, "web", "db").unwrap_err();
+    let by = *other.get().unwrap();
+    assert!(
+        matches!(&error, DomainStoreError::NameTaken { by: found, .. } if found.domid == by),
+        "{error}"
+    );
+    assert_eq!(
+        made.store().name(made.domain).unwrap().as_deref(),
+        Some("web")
+    );
+    // What is left of a domain that is gone takes no name.
+    made.host.domain(by).unwrap().destroy().unwrap();
+    made.host.rename(made.domain, "web", "db").unwrap();
+}
+
+/// Its number is another domain's by the time that what is kept of it is to be removed.
+#[test]
+fn what_a_new_domain_keeps_is_not_taken_for_a_destroyed_ones() {
+    let made = of_libxl();
+    let stale = DomId(made.domain.domid.0 + 1);
+    let old = DomainRef {
+        domid: stale,
+        uuid: Uuid([0x22; 16]),
+    };
+    made.face.write(OURS, b"").unwrap();
+    made.face.write(&ours(old, EMULATORS), b"0 x").unwrap();
+    let new = NewDomain::new(GuestKind::Pvh, 1, 4).uuid(Uuid([0x33; 16]));
+    let domain = DomainRef {
+        domid: stale,
+        uuid: new.uuid,
+    };
+    let once = std::sync::Once::new();
+    let maker = host(&made.face, made.root.path());
+    let store = with(&made, move |face| {
+        once.call_once(|| {
+            assert_eq!(maker.create(&new).unwrap(), stale);
+            face.write(&ours(domain, CONFIGURATION), b"0 x").unwrap();
+        });
+    });
+    drop(store.lock(made.domain, "xsr save web").unwrap());
+    assert!(
+        made.face
+            .read(&ours(domain, CONFIGURATION))
+            .unwrap()
+            .is_some()
+    );
 }
 
 #[test]

@@ -6,7 +6,8 @@ use super::super::plain::{
     Receiver, ReceiverAction, ReceiverEnd, ReceiverEvent, Sender, SenderAction, SenderEnd,
     SenderEvent,
 };
-use super::super::{Admission, Found as FoundDomain, Guard, Guards};
+use super::super::{Guard, Guards};
+use super::admission::{Admission, Found as FoundDomain};
 use super::{Found, Process, Second, explore};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

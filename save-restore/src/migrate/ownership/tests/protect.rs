@@ -9,7 +9,8 @@ use self::world::{Guest, There, World};
 use super::super::protect::{
     Fate, Here, OnLoss, ProtectorAction, ProtectorEnd, StandbyAction, StandbyEnd, Why,
 };
-use super::super::{Admission, Guard, Guards};
+use super::super::{Guard, Guards};
+use super::admission::Admission;
 use super::{Found, Process, explore};
 
 impl World {

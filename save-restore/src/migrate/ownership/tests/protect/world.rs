@@ -1,10 +1,11 @@
 //! The world of a protection: two machines, two hosts, the connection, and all possible events.
 
+use super::super::super::Guard;
 use super::super::super::protect::{
     Fate, Here, OnLoss, Protector, ProtectorAction, ProtectorEvent, Standby, StandbyAction,
     StandbyEnd, StandbyEvent, Why,
 };
-use super::super::super::{Admission, Found as FoundDomain, Guard};
+use super::super::admission::{Admission, Found as FoundDomain};
 use super::super::{Process, Second};
 
 /// The state of the domain at the sender.

@@ -5,8 +5,13 @@ use anyhow::{Context as _, Result};
 use xsr_xen_backend::mock::{BackgroundWorkload, WorkloadEnd, WorkloadSpec};
 use xsr_xen_backend::{DomId, ShutdownReason};
 
+use super::Hypervisor;
 use crate::args::{MockEnd, WorkloadArgs};
-use crate::backend::Hypervisor;
+
+/// What a guest does.
+pub(crate) type Work = WorkloadSpec;
+/// A guest at its work, until this is dropped.
+pub(crate) type Working = BackgroundWorkload;
 
 /// The name under which it is stored with the domain.
 pub(crate) const WORKLOAD: &str = "mock-workload";
