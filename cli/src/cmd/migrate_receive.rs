@@ -1,6 +1,6 @@
-//! `xsr migrate-receive`: what `xl migrate-receive` does. A domain is received under
-//! another name, paused, and runs once the sender has let go of it. [`ReceiveRequest`] sees to
-//! that; here is what it does to the domain, and what the user is told.
+//! `xsr migrate-receive`, like `xl migrate-receive`: a domain is received under another name,
+//! paused, and runs once the sender has let go of it. [`ReceiveRequest`] implements that. This file
+//! has its effects on the domain, and the messages for the user.
 //!
 //! C implementation: `migrate_receive` in `tools/xl/xl_migrate.c`.
 
@@ -50,18 +50,18 @@ struct Report<'a> {
 
 /// Receive a domain.
 ///
-/// Whatever fails before the sender has let go of its own, the domain here is destroyed.
-/// After that it runs here, or is destroyed and given back.
+/// After a failure before the sender has let go of its own, the domain here is destroyed. After
+/// that it runs here, or is destroyed and given back.
 pub(crate) fn run(args: &ReceiveArgs, terminal: &Terminal) -> Result<Code> {
     let standing_by = args.remus || args.colo;
-    // What the sender has started shares its terminal, and the sender shows progress.
+    // A receiver that the sender has started shares its terminal, and the sender shows progress.
     let shown = match args.listen {
         Some(_) => terminal.clone(),
         None => terminal.without_progress(),
     };
     let mut watch = match standing_by {
         false => Watch::start(&shown, args.progress, "receiving")?,
-        // A session that breaks off is what it stands by for.
+        // A lost session is what it stands by for, so it must survive a hangup.
         true => Watch::start_with(
             &shown,
             args.progress,
@@ -74,9 +74,9 @@ pub(crate) fn run(args: &ReceiveArgs, terminal: &Terminal) -> Result<Code> {
 }
 
 fn receive(args: &ReceiveArgs, terminal: &Terminal, watch: &mut Watch) -> Result<Code> {
-    // The sender hears how it ends, and a socket goes.
+    // The sender is told the result, and a socket is removed.
     Left::work().until_the_end();
-    // Before anybody is let send a domain that there is no host for.
+    // Before a sender is accepted, so that it does not send a domain in vain.
     let host = Hypervisor::open_or_create(&args.backend.backend)?;
     let link = match &args.listen {
         None => Link::stdio()?,
@@ -125,18 +125,18 @@ fn receive(args: &ReceiveArgs, terminal: &Terminal, watch: &mut Watch) -> Result
     Ok(Code::Fine)
 }
 
-/// One migration, at this end.
+/// The receiver's side of a migration.
 struct Receiver<'a> {
     args: &'a ReceiveArgs,
     host: &'a Hypervisor,
     terminal: &'a Terminal,
-    /// What the sender is called.
+    /// The sender's name.
     from: String,
     connection: Arc<dyn Connection>,
 }
 
 impl Receiver<'_> {
-    /// All that the two ends say to each other.
+    /// The whole exchange with the sender.
     fn receive(&self, watch: &mut Watch) -> Result<About> {
         let interrupt = watch.interrupt().clone();
         let watch = RefCell::new(watch);
@@ -166,9 +166,9 @@ impl Receiver<'_> {
         coming.ended(arrived, ready_said.get())
     }
 
-    /// Tell the sender why, where it does not see this end's stderr.
+    /// Tell the sender the reason, if it does not see this end's stderr.
     fn tell_why(&self, cause: &str) {
-        /// How long the sender may take nothing of it.
+        /// How long to wait while the sender does not read.
         const WAIT: Duration = Duration::from_secs(1);
         if self.args.listen.is_none() {
             return;
@@ -178,22 +178,22 @@ impl Receiver<'_> {
         }
     }
 
-    /// What the sender is told something through.
+    /// A writer of messages to the sender.
     fn writer(&self) -> ConnectionWriter<'_> {
         ConnectionWriter::new(&*self.connection, Wait::forever()).within(self.answer())
     }
 
-    /// How long the sender is waited for.
+    /// How long to wait for the sender.
     fn answer(&self) -> Duration {
         Duration::from_secs(self.args.answer_timeout.into())
     }
 }
 
-/// The domain that comes.
+/// The domain while it is being received.
 struct Coming<'c, 'w> {
     receiver: &'c Receiver<'c>,
     watch: &'c RefCell<&'w mut Watch>,
-    /// Until it is kept. Dropping it destroys the domain.
+    /// The domain, until it is kept. Dropping it destroys it.
     made: Option<Made>,
     name: String,
     about: Option<About>,
@@ -212,7 +212,7 @@ impl Arriving for Coming<'_, '_> {
         if !self.receiver.args.paused {
             self.made()?.unpause()?;
         }
-        // The domain is here now, whatever becomes of what is said about it.
+        // From here on the domain stays, even if it cannot be reported.
         self.about = self.made.take().map(Made::keep);
         Ok(())
     }
@@ -226,7 +226,7 @@ impl Arriving for Coming<'_, '_> {
 }
 
 impl Coming<'_, '_> {
-    /// The domain, paused, with all of the image.
+    /// Create the domain, paused, from the whole image.
     fn receive(&mut self, from: &mut ConnectionReader<'_>) -> Result<()> {
         let Receiver {
             args,
@@ -253,7 +253,7 @@ impl Coming<'_, '_> {
                 image.build(host, Named::Incoming, args.threads.threads, cpu, &mut watch)
             })
             .and_then(|made| match &converted {
-                // What converts it has read all of it, and nothing of what follows.
+                // The converter has read the whole image, and nothing after it.
                 Some(converted) => converted.finish(0).map(|_| made),
                 None => Ok(made),
             })
@@ -271,7 +271,7 @@ impl Coming<'_, '_> {
         self.made.as_ref().context("no domain was made")
     }
 
-    /// What it came to, in words.
+    /// The result, in words.
     fn ended(self, arrived: Arrived, ready_said: bool) -> Result<About> {
         use ReceiverAction as A;
         let (mut first, mut untold, mut left) = (None, None, None);
@@ -289,8 +289,8 @@ impl Coming<'_, '_> {
         let (name, first) = (&self.name, first.as_ref());
         let cause = words(first);
         let untold = words(untold.as_ref());
-        // Where the sender keeps its domain, or has it back, and does not see this end's stderr.
-        // That it has hung up the sender knows.
+        // When the sender keeps its domain or has it back, and does not see this end's stderr. If
+        // it has hung up, it knows that itself.
         let hung_up = first.is_some_and(|error| exit::ends_early_of(&**error));
         if matches!(arrived.end, ReceiverEnd::Destroyed { .. }) && !hung_up {
             self.receiver.tell_why(&cause);

@@ -1,5 +1,4 @@
-//! `xsr restore`: what `xl restore` does. A domain is made, filled from an image, and
-//! let run.
+//! `xsr restore`, like `xl restore`: a domain is created, filled from an image, and started.
 //!
 //! C implementation: `create_domain` in `tools/xl/xl_vmcontrol.c`.
 
@@ -64,7 +63,7 @@ struct Report<'a> {
     left_out: Vec<LeftOut>,
 }
 
-/// Restore a domain. Whatever fails, the domain is destroyed again.
+/// Restore a domain. After any failure, the domain is destroyed again.
 pub(crate) fn run(args: &RestoreArgs, terminal: &Terminal) -> Result<Code> {
     let mut watch = Watch::start(terminal, args.progress, "restoring")?;
     let result = restore(args, terminal, &mut watch);
@@ -85,7 +84,7 @@ fn restore(args: &RestoreArgs, terminal: &Terminal, watch: &mut Watch) -> Result
     };
     watch.expect_bytes(input.length);
     let restoring = || format!("restoring {}", input.name);
-    // The image first: one that cannot be restored makes no host.
+    // The image is opened first, so that a bad image does not create a host.
     let cancel = watch.interrupt().cancel().clone();
     let overrides = Overrides::of(args)?;
     let mut image = Image::open(&input, args.lenient, &overrides, cancel)
@@ -119,7 +118,7 @@ fn restore(args: &RestoreArgs, terminal: &Terminal, watch: &mut Watch) -> Result
         made.unpause()?;
     }
     watch.clear();
-    // From here on the domain lives, whatever becomes of what is said about it.
+    // From here on the domain stays, even if it cannot be reported.
     let about = made.keep();
     origin::warn_of_losses(&input, true);
     if let Some(uuid) = new_uuid {
@@ -130,7 +129,7 @@ fn restore(args: &RestoreArgs, terminal: &Terminal, watch: &mut Watch) -> Result
     Ok(Code::Fine)
 }
 
-/// Whether a mapped image is complete: what was never finished must not become a guest.
+/// Checks that a mapped image is complete: an unfinished one must not become a guest.
 fn check_index(input: &Input, args: &RestoreArgs) -> Result<()> {
     if !args.ignore_index {
         mapped::index_of(input, args.lenient)?;
@@ -138,8 +137,8 @@ fn check_index(input: &Input, args: &RestoreArgs) -> Result<()> {
     Ok(())
 }
 
-/// Filling the domain failed: if it is because the configuration allows less memory than the guest
-/// has, the words are those of `xsr verify`, and the image is to blame.
+/// The error if filling the domain failed. If the configuration allows less memory than the guest
+/// has, the message is that of `xsr verify`, and the image is to blame.
 fn too_small(input: &Input, lenient: bool, error: Error) -> Error {
     let most = match error.downcast_ref() {
         Some(RestoreError::NoMemory {
@@ -162,7 +161,7 @@ fn too_small(input: &Input, lenient: bool, error: Error) -> Error {
     Error::new(words)
 }
 
-/// Say what was done.
+/// Report the new domain.
 fn report(
     args: &RestoreArgs,
     terminal: &Terminal,
@@ -200,7 +199,7 @@ fn report(
     Ok(())
 }
 
-/// The superpages that a domain got, in words.
+/// The domain's superpages, in words.
 pub(crate) fn superpages(stats: &RestoreStats) -> String {
     let gibs = Count(stats.superpages_1gib, "1 GiB superpage");
     let small = Count(stats.superpages_2mib, "2 MiB superpage");
@@ -210,20 +209,20 @@ pub(crate) fn superpages(stats: &RestoreStats) -> String {
     }
 }
 
-/// What a domain is called while it is being built.
+/// The domain's name while it is being built.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Named {
-    /// What it will be called.
+    /// Its final name.
     AsItSays,
-    /// Until the sender has let go of it, something else ([`INCOMING`]).
+    /// A temporary name ([`INCOMING`]), until the sender has let go of it.
     Incoming,
 }
 
-/// What the name of a domain ends with that is being received. C:
+/// The suffix of the name of a domain that is being received. C:
 /// `tools/xl/xl_vmcontrol.c:create_domain`.
 pub(crate) const INCOMING: &str = "--incoming";
 
-/// An image that has been read as far as the libxc stream.
+/// An image that has been read up to the libxc stream.
 pub(crate) struct Image<'a> {
     reader: RecordReader<ImageSource<'a>>,
     around: Around<ImageSource<'a>>,
@@ -234,7 +233,7 @@ pub(crate) struct Image<'a> {
 const LONGEST_NAME: usize = 1024;
 
 impl<'a> Image<'a> {
-    /// Read the headers, and find out what the domain needs.
+    /// Read the headers, and determine what the domain needs.
     pub(crate) fn open(
         input: &'a Input,
         lenient: bool,
@@ -261,11 +260,11 @@ impl<'a> Image<'a> {
         })
     }
 
-    /// Read the headers of what a sender sends, and find out what the domain needs.
+    /// Read the headers of a sender's image, and determine what the domain needs.
     pub(crate) fn open_migration(source: ImageSource<'a>) -> Result<Self> {
         let walk =
             Walk::open(source, ReadOptions::default()).map_err(|error| match error.cause {
-                // It is no file that is empty.
+                // The message must not speak of an empty file.
                 ReadErrorCause::Unreadable(Detected::Empty) => {
                     Error::msg("the sender hung up before it sent anything")
                 }
@@ -284,7 +283,7 @@ impl<'a> Image<'a> {
             reader.domain().guest_type,
         )?;
         plan.check(reader.image(), reader.domain())?;
-        // Before it is shown to anybody.
+        // Checked before the name is shown anywhere.
         if plan.name.len() > LONGEST_NAME || plan.name.contains(char::is_control) {
             let name = shown_name(&plan.name);
             return Err(bad(&format!(
@@ -304,12 +303,12 @@ impl<'a> Image<'a> {
         &self.plan.name
     }
 
-    /// The UUID that was made for it because it has another name than its image says.
+    /// The new UUID of a domain whose name differs from the image's.
     pub(crate) fn new_uuid(&self) -> Option<String> {
         self.plan.new_uuid.clone()
     }
 
-    /// Make the domain and fill it. It is paused then.
+    /// Create the domain and fill it. It is paused afterwards.
     pub(crate) fn build(
         self,
         host: &Hypervisor,
@@ -319,7 +318,7 @@ impl<'a> Image<'a> {
         watch: &mut Watch,
     ) -> Result<Made> {
         let mut made = self.plan.make(host, named)?;
-        // Records of emulators may come on either side of the libxc stream.
+        // Emulator records may come before or after the libxc stream.
         let mut emulators: Vec<LibxlRecord> = self
             .around
             .before()
@@ -343,7 +342,7 @@ impl<'a> Image<'a> {
         let offset = source.offset();
         let mut walk = self.around.resume(source, offset);
         while let Some(step) = walk.next_step()? {
-            // What nobody needs to understand is not kept.
+            // Records that are not needed are dropped.
             if let Content::LibxlRecord(record) = step.content
                 && of_emulator(&record)
             {
@@ -356,7 +355,7 @@ impl<'a> Image<'a> {
     }
 }
 
-/// Whether a record holds what an emulator wants back.
+/// Whether a record holds an emulator's state.
 fn of_emulator(record: &LibxlRecord) -> bool {
     matches!(
         record,

@@ -1,7 +1,7 @@
-//! Whether there is room for an image, looked at before a guest is suspended for it.
+//! Checks for free space before a guest is suspended for a save.
 //!
-//! Only where the answer is sure: file systems that compress, share or reserve blocks say little
-//! about what they will take, and get a warning at most.
+//! An image is refused only if the answer is certain. File systems that compress, share or reserve
+//! blocks cannot tell what they will take, and get only a warning.
 
 use std::fs::File;
 use std::io::{Seek as _, SeekFrom};
@@ -25,7 +25,7 @@ const PLAIN: [i64; 6] = [
     0x0102_1994,
 ];
 
-/// Refuse where so many bytes certainly do not fit. `directory`: of a new file.
+/// Refuse if this many bytes certainly do not fit. `directory`: a new file's directory.
 pub(super) fn check(file: &File, directory: Option<&Path>, bytes: u64) -> Result<()> {
     let found = file.metadata()?;
     if found.file_type().is_block_device() {
@@ -45,7 +45,7 @@ pub(super) fn check(file: &File, directory: Option<&Path>, bytes: u64) -> Result
     if limit < bytes {
         return too_little("the limit for a file's length (`ulimit -f`)", limit, bytes);
     }
-    // Without an answer there is nothing to refuse.
+    // Without an answer, the output is not refused.
     let (Ok(kind), Ok(room)) = (fstatfs(file), fstatvfs(file)) else {
         return Ok(());
     };
@@ -64,7 +64,7 @@ pub(super) fn check(file: &File, directory: Option<&Path>, bytes: u64) -> Result
     Ok(())
 }
 
-/// Bytes that this process may still take; `None` where there is no limit.
+/// The free bytes for this process; `None` if there is no limit.
 fn free(room: &StatVfs) -> Option<u64> {
     if room.f_blocks == 0 {
         return None;

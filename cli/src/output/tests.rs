@@ -1,4 +1,4 @@
-//! Tests of what an output may be, and of what is there after it failed.
+//! Tests of permitted outputs, and of their state after a failure.
 
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 
@@ -17,7 +17,7 @@ fn plan<'p>(path: &'p Path, inputs: &'p [&'p Path]) -> Plan<'p> {
     }
 }
 
-/// Why it is refused.
+/// The reason for a refusal.
 #[track_caller]
 fn refused(plan: &Plan<'_>) -> String {
     let error = Output::open(plan).expect_err("it was taken");
@@ -25,7 +25,7 @@ fn refused(plan: &Plan<'_>) -> String {
     crate::exit::words(error.chain())
 }
 
-/// The number of a descriptor, which becomes as an inherited one is.
+/// The number of a descriptor, made inheritable.
 fn handed_on(file: &File) -> i32 {
     rustix::io::fcntl_setfd(file, rustix::io::FdFlags::empty()).unwrap();
     std::os::fd::AsRawFd::as_raw_fd(file)
@@ -103,7 +103,7 @@ fn a_file_that_is_there_stays_unless_it_is_to_be_replaced() {
         fs::metadata(at("a")).unwrap().permissions().mode() & 0o777,
         0o600
     );
-    // What a link leads to is written, also where it leads to nothing yet.
+    // The target of a link is written, even if it does not exist yet.
     let path = at("dangling");
     let output = Output::open(&plan(&path, &[])).unwrap();
     output.fill(|sink| Ok(sink.write_all(b"x")?)).unwrap();
@@ -149,7 +149,7 @@ fn a_writing_error_names_the_output_whatever_it_was_taken_for() {
         "writing /dev/full: No space left on device (os error 28); what /dev/full got is \
          incomplete"
     );
-    // A source that ends early is no fault of the output.
+    // An input that ends early is not the output's fault.
     let source = tempfile::tempfile().unwrap();
     let output = Output::open(&plan(Path::new("/dev/null"), &[])).unwrap();
     let (copied, _) = output.fill(|sink| Ok(sink.copy(&source, 10)?)).unwrap();
@@ -181,7 +181,7 @@ fn a_guest_is_not_given_up_for_what_keeps_nothing() {
         };
         Output::open(&plan).unwrap();
     }
-    // By the name of a descriptor, too.
+    // By a descriptor's path, too.
     let held = OpenOptions::new().write(true).open("/dev/null").unwrap();
     let path = format!("/proc/self/fd/{}", handed_on(&held));
     let why = refused(&Plan {
@@ -254,7 +254,7 @@ fn what_a_killed_command_left_is_removed_and_what_is_in_use_is_not() {
     // All are in use.
     assert_eq!(names(dir.path()).len(), kept.len() + 4);
     first.fill(|sink| Ok(sink.write_all(b"1")?)).unwrap();
-    // What has come since is not replaced unasked.
+    // A file that has appeared since is not replaced without `--force`.
     let late = second.fill(|sink| Ok(sink.write_all(b"2")?)).unwrap_err();
     let words = crate::exit::words(late.chain());
     assert!(words.contains("--force replaces it"), "{words}");
@@ -277,7 +277,7 @@ fn room_is_refused_only_where_it_is_surely_missing() {
     pipe.check_room(u64::MAX).unwrap();
 }
 
-/// The rules for what other users have made; root alone can make that.
+/// The rules for other users' links and pipes, which only root can create.
 #[test]
 fn links_and_pipes_of_other_users_are_not_followed() {
     use std::os::unix::fs::{chown, lchown};
@@ -306,7 +306,8 @@ fn links_and_pipes_of_other_users_are_not_followed() {
             });
             assert!(why.contains("of another user (uid 65534)"), "{why}");
         }
-        // The directory's owner is root, and the link another's: only where all may make links.
+        // The directory belongs to root, the link to another user: refused only if all users can
+        // create links there.
         let path = at("way/new");
         match Output::open(&plan(&path, &[])) {
             Ok(_) => assert!(!way_is_refused || mode == 0o755),

@@ -1,8 +1,8 @@
-//! What a primary of COLO asks between two checkpoints: as under Remus, and the secondary
-//! has a say.
+//! The toolstack of a COLO primary between two checkpoints: as under Remus, but the secondary takes
+//! part.
 //!
-//! C implementation: `tools/libs/light/libxl_colo_save.c`. What it does for networks and
-//! disks (colo-proxy, replication) has nothing to do here: a mock guest has neither.
+//! C implementation: `tools/libs/light/libxl_colo_save.c`. Its network and disk support
+//! (colo-proxy, replication) has no counterpart here, because a mock guest has neither.
 
 use std::cell::RefCell;
 use std::io::{self, Read};
@@ -19,16 +19,17 @@ use super::stream::Stream;
 use super::toolstack::{Protector, Stop};
 use crate::colo::Hearing;
 
-/// Where the secondary is, as far as its primary knows.
+/// The secondary's state, as far as its primary knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Place {
-    /// It has not had all of the first checkpoint, or is in the midst of libxl's part of one.
+    /// It has not received the first checkpoint completely, or is in the middle of libxl's part of
+    /// one.
     Nothing,
-    /// It runs, and waits for a word.
+    /// It runs, and waits for a message.
     Waits,
     /// It waits for the records of a checkpoint.
     Reads,
-    /// It has a checkpoint, and waits for a word once it has said that it runs.
+    /// It has a checkpoint, and will wait for a message after reporting that it runs.
     Applies,
 }
 
@@ -38,7 +39,7 @@ pub(super) struct Primary<'p, 'a> {
     stream: &'p Stream<'a>,
     hearing: &'p Ear<'a>,
     place: Place,
-    /// The checkpoint that the secondary applies.
+    /// The checkpoint that the secondary is applying.
     epoch: Option<Epoch>,
 }
 
@@ -50,7 +51,7 @@ impl std::fmt::Debug for Primary<'_, '_> {
     }
 }
 
-/// What the engine and this toolstack hear in turn.
+/// The secondary's messages, which the engine and this toolstack read in turn.
 #[derive(Debug)]
 pub(super) struct Ear<'a>(RefCell<Hearing<'a>>);
 
@@ -59,12 +60,12 @@ impl<'a> Ear<'a> {
         Self(RefCell::new(hearing))
     }
 
-    /// What the other end has said in the place of what it had to, if it has given up.
+    /// The message that the secondary has sent in place of the expected one, if it has given up.
     pub(super) fn given_up(&self) -> Option<io::Error> {
         self.0.borrow_mut().given_up()
     }
 
-    /// What came since the last whole word.
+    /// What came since the last complete message.
     pub(super) fn into_rest(self) -> LastWords {
         self.0.into_inner().into_rest()
     }
@@ -83,7 +84,7 @@ impl BackChannel for &Ear<'_> {
 }
 
 impl Place {
-    /// What takes the domain back there, if anything does.
+    /// What makes the secondary drop its copy in this state, if anything does.
     pub(super) fn withdrawal(self) -> Option<Withdrawal> {
         match self {
             Self::Waits | Self::Applies => Some(Withdrawal::ColoBetween),
@@ -114,7 +115,7 @@ impl<'p, 'a> Primary<'p, 'a> {
         heard.map_err(|error| ToolstackError::new(what, error))
     }
 
-    /// Where the secondary is.
+    /// The secondary's state.
     pub(super) fn place(&self) -> Place {
         self.place
     }
@@ -139,7 +140,7 @@ impl SaveToolstack for Primary<'_, '_> {
 }
 
 impl CheckpointToolstack for Primary<'_, '_> {
-    /// The secondary says that it has the checkpoint, and then that it runs.
+    /// The secondary reports that it has the checkpoint, and then that it runs.
     fn postcopy(&mut self) -> Result<(), ToolstackError> {
         const WHAT: &str = "letting the guest run at both ends";
         self.hear(WHAT, CheckpointState::Ready)?;
@@ -164,8 +165,8 @@ impl CheckpointToolstack for Primary<'_, '_> {
 }
 
 impl ColoToolstack for Primary<'_, '_> {
-    /// What the two guests send out is compared by nobody here: a checkpoint comes when the
-    /// interval is over.
+    /// The output of the two guests is not compared here: a checkpoint is due when the interval is
+    /// over.
     fn wait_checkpoint(&mut self) -> Result<NextEpoch, ToolstackError> {
         const WHAT: &str = "asking for a new checkpoint";
         let stop = self.protector.wait();

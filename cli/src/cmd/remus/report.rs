@@ -1,4 +1,4 @@
-//! What `xsr remus` says of checkpoints, to people and programs.
+//! Reports of `xsr remus` about checkpoints, as text and JSON.
 
 use std::io::{self, Write as _};
 use std::sync::mpsc::{self, SyncSender};
@@ -28,14 +28,14 @@ struct Line {
     buffered_bytes: u64,
 }
 
-/// What `--json` prints at the end (docs/json.md).
+/// The `--json` document at the end (docs/json.md).
 #[derive(Debug, Serialize)]
 struct Report<'a> {
     name: &'a str,
     domid: DomId,
     /// `running` or `paused`.
     domain: &'static str,
-    /// Whether a checkpoint was complete at the other end. It is not protected any more.
+    /// Whether a checkpoint was complete on the secondary. The domain is not protected any more.
     was_protected: bool,
     host: &'a str,
     /// `interrupted` or `epochs`.
@@ -49,11 +49,11 @@ struct Report<'a> {
     seconds: f64,
 }
 
-/// Lines that wait for their reader at most.
+/// The most lines that wait for their reader.
 const WAITING: usize = 256;
 
-/// Prints lines on a thread of its own: who reads them slowly, or not at all, holds up no
-/// checkpoint. What is too much for them is not printed.
+/// Prints lines on its own thread, so that a slow or stalled reader does not delay checkpoints.
+/// Lines in excess of the queue are dropped.
 #[derive(Debug)]
 struct Printer {
     lines: SyncSender<String>,
@@ -82,14 +82,14 @@ impl Printer {
     }
 
     fn print(&mut self, line: String) {
-        // One that has failed says why in the end.
+        // A printer that has failed reports its error at the end.
         if self.lines.try_send(line).is_err() {
             self.dropped += 1;
         }
     }
 
-    /// Wait until all is printed, but not for ever where there is something else to say; how
-    /// many lines were not.
+    /// Wait until everything is printed, but no longer than `patience`. Returns the number of
+    /// dropped lines.
     fn finish(self, patience: Option<Duration>) -> Result<u64> {
         drop(self.lines);
         if let Some(patience) = patience {
@@ -107,7 +107,7 @@ impl Printer {
     }
 }
 
-/// Says what happens.
+/// Reports events.
 pub(super) struct Teller<'a> {
     args: &'a RemusArgs,
     terminal: &'a Terminal,
@@ -145,7 +145,7 @@ impl<'a> Teller<'a> {
         })
     }
 
-    /// A checkpoint is complete.
+    /// Report a complete checkpoint.
     pub(super) fn checkpoint(&mut self, complete: &Complete) -> Result<()> {
         let epoch = &complete.epoch;
         let line = Line {
@@ -183,11 +183,11 @@ impl<'a> Teller<'a> {
         Ok(())
     }
 
-    /// Wait until all lines of `--stats` are printed; at most so long.
+    /// Wait until all lines of `--stats` are printed, but no longer than `patience`.
     ///
     /// # Errors
     ///
-    /// They cannot be, or are not by then.
+    /// They cannot be printed, or were not in time.
     pub(super) fn printed(&mut self, patience: Option<Duration>) -> Result<()> {
         let printer = self.printer.take();
         let dropped = printer.map_or(Ok(0), |printer| printer.finish(patience))?;
@@ -198,7 +198,7 @@ impl<'a> Teller<'a> {
         Ok(())
     }
 
-    /// It has ended in good order, and the domain is `running` or `paused` here.
+    /// Report a successful end, with the domain `running` or `paused` here.
     pub(super) fn done(
         &mut self,
         end: &End,
@@ -220,7 +220,7 @@ impl<'a> Teller<'a> {
                 false => "was never protected",
             }
         );
-        // Who has started it in the background or as a service is to read that, too.
+        // Printed even if it runs in the background or as a service.
         self.terminal.say(&format!(
             "remus: {done}: {}, {} sent, paused {:.1} ms at most",
             Count(self.checkpoints, "checkpoint"),

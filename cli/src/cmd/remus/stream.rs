@@ -1,5 +1,5 @@
-//! Where the stream of a protected domain goes: one connection, to which the engine and
-//! the libxl layer around it write in turn.
+//! The stream of a protected domain: one connection, to which the engine and the libxl layer write
+//! in turn.
 
 use std::cell::Cell;
 use std::fs::File;
@@ -10,32 +10,32 @@ use xsr_save_restore::migrate::connection::{Connection, ConnectionWriter, TcpCon
 use xsr_save_restore::sink::{FdSink, PageSink};
 use xsr_xen_backend::Gather;
 
-/// A stream, and whether all that was written to it has gone out.
+/// A stream, and whether everything written to it has been sent.
 #[derive(Debug)]
 pub(super) struct Stream<'a> {
     to: To<'a>,
     bytes: Cell<u64>,
     failed: Cell<bool>,
-    /// How long silence is borne now.
+    /// The current limit for silence.
     silence: Cell<Duration>,
 }
 
-/// Where it goes.
+/// The destination of the stream.
 #[derive(Clone, Copy, Debug)]
 enum To<'a> {
     Connection(&'a dyn Connection, ConnectionWriter<'a>),
-    /// Where nothing is kept.
+    /// Discards everything.
     Null(&'a File),
 }
 
 impl<'a> Stream<'a> {
-    /// Write to a connection, for as long as each write may wait.
+    /// Write to a connection. `wait` limits each write.
     pub(super) fn new(connection: &'a dyn Connection, wait: Wait<'a>) -> Self {
         let writer = ConnectionWriter::new(connection, wait);
         Self::over(To::Connection(connection, writer))
     }
 
-    /// Write to where nothing is kept.
+    /// Discard everything.
     pub(super) fn to_nothing(null: &'a File) -> Self {
         Self::over(To::Null(null))
     }
@@ -54,14 +54,13 @@ impl<'a> Stream<'a> {
         self.bytes.get()
     }
 
-    /// Whether a write has failed: the other end has no more than a part of it, and nothing
-    /// can be written after that.
+    /// Whether a write has failed: the other end has only a part of it, and nothing can be written
+    /// after that.
     pub(super) fn failed(&self) -> bool {
         self.failed.get()
     }
 
-    /// What was sent is complete, and the other end is waited for, until something is written
-    /// again.
+    /// Everything sent so far is complete. Until the next write, the other end is waited for.
     pub(super) fn waits(&self) {
         self.bear(TcpConnection::SILENCE_WAITING);
     }
@@ -75,7 +74,7 @@ impl<'a> Stream<'a> {
         }
     }
 
-    /// Write, and keep in mind what came of it.
+    /// Write, and record the result.
     fn write_with(
         &self,
         write: impl FnOnce(&mut dyn PageSink) -> io::Result<usize>,

@@ -1,4 +1,4 @@
-//! What a protected domain's save asks between two checkpoints.
+//! The toolstack of a protected domain between two checkpoints.
 //!
 //! C implementation: `tools/libs/light/libxl_remus.c`, `libxl_stream_write.c`
 //! (`libxl__stream_write_start_checkpoint`).
@@ -20,32 +20,32 @@ use xsr_xen_backend::GuestKind;
 use super::stream::Stream;
 use crate::interrupt::Interrupt;
 
-/// Why there is no further checkpoint, where nothing failed.
+/// Why there are no more checkpoints, if nothing failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stop {
-    /// Somebody asked for it.
+    /// The user asked to stop.
     Asked,
-    /// As many as were asked for are complete.
+    /// The requested number of checkpoints is complete.
     Enough,
-    /// The other end said something, or hung up: it has nothing to say while it is well.
+    /// The receiver sent a message or hung up. While it is well it is silent.
     Receiver,
 }
 
-/// What the device model of a domain has in each checkpoint.
+/// The device model's state in each checkpoint.
 #[derive(Debug)]
 pub(super) struct DeviceModel {
     records: Vec<LibxlRecord>,
-    /// Whether it is one of the mock machine's, which counts how often it was saved. What is
-    /// kept of a real one is what it had when the domain was made.
+    /// Whether it is the mock machine's, which counts its saves. The stored state of a real one is
+    /// from the domain's creation.
     counts: bool,
     saves: u64,
 }
 
-/// What the state of a mock device model begins with. The count follows, of 8 bytes.
+/// The start of a mock device model's state. The count follows, in 8 bytes.
 const COUNTS: &[u8] = b"xsr mock device model: ";
 
 impl DeviceModel {
-    /// With what is kept of it; an HVM guest that has none gets one of the mock machine's.
+    /// From the stored state. An HVM guest without one gets the mock machine's.
     pub(super) fn of(kind: GuestKind, records: Vec<LibxlRecord>) -> Self {
         let mut model = Self {
             records,
@@ -79,31 +79,32 @@ impl DeviceModel {
     }
 }
 
-/// A checkpoint that is complete at this end.
+/// A checkpoint that is complete on this side.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Complete {
     pub(super) epoch: Epoch,
-    /// From asking the guest to suspend until all of it was written, the libxl layer's part
-    /// included.
+    /// From asking the guest to suspend until everything was written, including the libxl layer's
+    /// part.
     pub(super) after: Duration,
 }
 
-/// The toolstack of a domain that is protected.
+/// The toolstack of a protected domain.
 pub(super) struct Protector<'a> {
     pub(super) direct: DirectToolstack<'a>,
     pub(super) libxl: LibxlWriter<&'a Stream<'a>>,
-    /// Where that writes to.
+    /// The stream that `libxl` writes to.
     pub(super) stream: &'a Stream<'a>,
     pub(super) emulators: DeviceModel,
-    /// What the other end has to keep, told when the guest is suspended and when it runs on.
+    /// The minimum rate at which the receiver must read, which is told when the guest is suspended
+    /// and resumed.
     pub(super) pace: &'a Pace,
-    /// What the receiver says comes over it; `None` where there is none.
+    /// The connection for the receiver's messages; `None` without a receiver.
     pub(super) from: Option<&'a dyn Connection>,
-    /// What it has said in the place of nothing.
+    /// The message that the receiver has sent unexpectedly.
     pub(super) heard: LastWords,
     pub(super) interrupt: Interrupt,
     pub(super) interval: Duration,
-    /// How many checkpoints to take, if not for ever.
+    /// The number of checkpoints to take; `None` for no limit.
     pub(super) epochs: Option<u64>,
     pub(super) observe: &'a mut dyn FnMut(&Complete) -> Result<()>,
     /// Called when the last byte of a checkpoint has been written.
@@ -145,8 +146,8 @@ impl CheckpointToolstack for Protector<'_> {
         self.direct.resume()
     }
 
-    /// The libxl layer's records, then the interval. Nobody acknowledges a checkpoint of
-    /// Remus: that it is written is all that there is to know.
+    /// The libxl layer's records, then the interval. A Remus checkpoint is not acknowledged: all
+    /// that is known is that it has been written.
     fn checkpoint(&mut self, epoch: &Epoch) -> Result<NextEpoch, ToolstackError> {
         self.end_of_checkpoint()?;
         self.tell(*epoch)?;
@@ -169,7 +170,8 @@ impl Protector<'_> {
             written.map_err(|e| ToolstackError::new(WHAT, e))?;
         }
         if self.complete == 0 {
-            // The other end can take over from here on, and is to be told not to.
+            // From here on the secondary can take over, and must be told not to when this command
+            // stops.
             let asked = self.interrupt.takes_its_time();
             asked.map_err(|e| ToolstackError::new(WHAT, e))?;
         }
@@ -180,7 +182,7 @@ impl Protector<'_> {
         Ok(())
     }
 
-    /// A checkpoint is complete: say so.
+    /// Report a complete checkpoint.
     pub(super) fn tell(&mut self, epoch: Epoch) -> Result<(), ToolstackError> {
         let complete = Complete {
             epoch,
@@ -189,7 +191,8 @@ impl Protector<'_> {
         (self.observe)(&complete).map_err(|e| ToolstackError::new("saying what was done", e))
     }
 
-    /// Wait for the next checkpoint; what ends the wait before that, and the protection.
+    /// Wait until the next checkpoint is due. Returns what ended the wait early, and with it the
+    /// protection.
     pub(super) fn wait(&mut self) -> io::Result<Option<Stop>> {
         if self.epochs.is_some_and(|enough| self.complete >= enough) {
             return Ok(Some(Stop::Enough));
@@ -232,7 +235,7 @@ mod tests {
     use super::*;
     use crate::cmd::save::{Form, Job};
 
-    /// A signal that comes in between would cut the connection with nobody told.
+    /// A later signal would cut the connection without telling the secondary.
     #[test]
     fn who_is_asked_to_stop_before_the_first_checkpoint_is_whole_does_not_complete_it() {
         let host = MockHost::ephemeral(&HostConfig::default()).unwrap();

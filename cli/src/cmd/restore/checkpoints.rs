@@ -1,8 +1,8 @@
-//! A domain that is restored from a stream of checkpoints, and is the last of them that
-//! was complete once the sender is lost.
+//! Restores a domain from a stream of checkpoints: it has the state of the last complete one once
+//! the sender is lost.
 //!
-//! C implementation: `libxl_stream_read.c`: what it does between a CHECKPOINT of the libxc
-//! layer and its own CHECKPOINT_END.
+//! C implementation: `libxl_stream_read.c`, between a CHECKPOINT of the libxc layer and its own
+//! CHECKPOINT_END.
 
 use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
@@ -27,43 +27,43 @@ use super::{Image, Made, Named, of_emulator};
 use crate::backend::{self, Hypervisor};
 use crate::exit::Withdrawn;
 
-/// What a domain that took over came from.
+/// The checkpoint from which a domain took over.
 #[derive(Clone, Debug)]
 pub(crate) struct Survival {
-    /// Which checkpoint it is.
+    /// The checkpoint's number.
     pub(crate) checkpoint: u64,
-    /// Most bytes of a checkpoint that were kept until it was complete.
+    /// The most bytes of a checkpoint that were kept until it was complete.
     pub(crate) most_kept_bytes: u64,
-    /// Most of them in the file.
+    /// The most of these bytes that were in the file.
     pub(crate) most_spilt_bytes: u64,
-    /// Why there was no other.
+    /// Why there were no more checkpoints.
     pub(crate) why: String,
 }
 
-/// How a domain is kept.
+/// Parameters for keeping a domain.
 pub(crate) struct StandBy<'a, 'w> {
-    /// What the stream comes over.
+    /// The connection of the stream.
     pub(crate) connection: &'a dyn Connection,
     /// How long to wait for it.
     pub(crate) wait: Wait<'a>,
     pub(crate) host: &'w Hypervisor,
     pub(crate) threads: Option<NonZeroUsize>,
-    /// What to do where this host lacks CPU features that the guest has seen.
+    /// What to do if this host lacks CPU features that the guest has seen.
     pub(crate) cpu: CpuCheck,
     pub(crate) keep: &'w CheckpointOptions,
-    /// What is told how far it is.
+    /// Called with the progress.
     pub(crate) progress: &'w dyn Fn(&Progress) -> ControlFlow<()>,
-    /// Called with its name when it can take over for the first time.
+    /// Called with the domain's name when it can take over for the first time.
     pub(crate) first: &'w dyn Fn(&str),
 }
 
 impl<'a> Image<'a> {
-    /// Make the domain, and keep it at the last checkpoint that is complete, until the sender is
-    /// lost. It is paused then, and was all the time. `made` is the domain, also after a failure.
+    /// Create the domain, and keep it at the last complete checkpoint, until the sender is lost. It
+    /// is paused all the time. `made` is the domain, even after a failure.
     ///
     /// # Errors
     ///
-    /// Also when the sender takes the domain back ([`Withdrawn`]). The domain is of no use then.
+    /// Also when the sender takes the domain back ([`Withdrawn`]). The domain is then of no use.
     pub(crate) fn stand_by(
         self,
         how: &StandBy<'a, '_>,
@@ -86,7 +86,7 @@ impl<'a> Image<'a> {
     }
 }
 
-/// What keeping a domain came to: `withdrawn`, if the sender has taken it back.
+/// The result of keeping a domain. `withdrawn`: the sender has taken it back.
 pub(super) fn survival<S>(
     made: &mut Made,
     result: Result<Survivor<S>, RestoreError>,
@@ -118,15 +118,14 @@ pub(super) fn survival<S>(
 pub(super) struct Standby<'a, 'd, 'w> {
     direct: DirectToolstack<'d>,
     around: Around<ImageSource<'a>>,
-    /// The connection that the engine reads from, for what is not its own.
+    /// The engine's connection, for libxl's records.
     pub(super) source: ImageSource<'a>,
     made: &'d Made,
-    /// What the emulators have in the last checkpoint that is whole: it is kept with the
-    /// domain.
+    /// The emulators' state in the last complete checkpoint, which is stored with the domain.
     emulators: Vec<LibxlRecord>,
     /// Whether the sender has taken the domain back.
     pub(super) withdrawn: bool,
-    /// Called with the domain's name when the first checkpoint is whole.
+    /// Called with the domain's name when the first checkpoint is complete.
     first: &'w dyn Fn(&str),
     any: bool,
 }
@@ -150,8 +149,8 @@ impl<'a, 'd, 'w> Standby<'a, 'd, 'w> {
         })
     }
 
-    /// Keep what the emulators have with the domain: a checkpoint counts when that is done,
-    /// and the domain needs nothing more when the sender is lost.
+    /// Store the emulators' state with the domain. After that a checkpoint is complete: the domain
+    /// needs nothing more when the sender is lost.
     fn keep_emulators(&mut self, records: Vec<LibxlRecord>) -> Result<(), ToolstackError> {
         let emulators: Vec<LibxlRecord> = records.into_iter().filter(of_emulator).collect();
         if emulators != self.emulators {
@@ -216,7 +215,7 @@ mod tests {
     use crate::exit::{self, LeftBehind};
     use crate::left::Left;
 
-    /// A copy that cannot be destroyed is not said to be gone.
+    /// A copy that cannot be destroyed must not be reported as gone.
     #[test]
     fn what_is_given_up_is_destroyed_or_said_to_be_left() {
         let dir = tempfile::tempdir().expect("a directory");
@@ -241,7 +240,7 @@ mod tests {
         host.domain(domid).expect("it").destroy().expect("it goes");
         let error = made.given_up(Error::new(Withdrawn));
         assert!(error.is::<Withdrawn>() && !error.is::<LeftBehind>());
-        // The same where the restore did not even begin.
+        // The same if the restore did not even begin.
         let (domid, made) = make();
         host.domain(domid).expect("it").destroy().expect("it goes");
         let error = made
@@ -249,14 +248,14 @@ mod tests {
             .expect_err("it has no ports");
         let error = made.given_up(error);
         assert!(!error.is::<LeftBehind>());
-        // One that runs is stopped before.
+        // A running copy is paused first.
         let (domid, made) = make();
         let domain = host.domain(domid).expect("the domain");
         domain.unpause().expect("it is let run");
         assert!(!domain.info().expect("what it is").paused);
         assert!(made.stands_still() && made.stands_still());
         assert!(domain.info().expect("what it is").paused);
-        // The machine refuses: it cannot write what becomes of the domain.
+        // The machine refuses: it cannot store the domain's new state.
         let (domid, made) = make();
         let domains = dir.path().join("domains");
         std::fs::rename(&domains, dir.path().join("elsewhere")).expect("another name");

@@ -1,5 +1,5 @@
-//! What `xsr restore --direct` refuses: a domain that only libxl can make. It is for guests
-//! without devices.
+//! Checks of `xsr restore --direct`, which is for guests without devices: it refuses a domain that
+//! only libxl can create.
 
 use anyhow::{Result, anyhow, bail};
 use xsr_format::frame::Gfn;
@@ -10,11 +10,11 @@ use xsr_xen_backend::GuestKind;
 
 use super::{Plan, bad, settings};
 
-/// Refuses a domain that only libxl can make, and takes over the settings of others.
+/// Refuses a domain that only libxl can create, and takes over the settings of others.
 ///
 /// # Errors
 ///
-/// What it has, and what to do.
+/// What libxl is needed for, and what to do.
 pub(super) fn check(plan: &mut Plan) -> Result<()> {
     let name = &plan.name;
     if plan.kind == GuestKind::Hvm {
@@ -22,7 +22,7 @@ pub(super) fn check(plan: &mut Plan) -> Result<()> {
     }
     let config: serde_json::Value =
         serde_json::from_str(&plan.json).map_err(|error| bad(&error.to_string()))?;
-    // At the top of libxl's configuration, lists are of devices and nothing else is a list.
+    // At the top level of libxl's configuration, all lists are lists of devices.
     let devices = config.as_object().into_iter().flatten();
     let devices = devices.filter(|(_, value)| value.as_array().is_some_and(|l| !l.is_empty()));
     let devices: Vec<&str> = devices.map(|(key, _)| key.as_str()).collect();
@@ -41,10 +41,10 @@ pub(super) fn check(plan: &mut Plan) -> Result<()> {
     Ok(())
 }
 
-/// No toolstack, except where the configuration says something that the stream does not hold.
+/// The direct toolstack, unless the configuration has something that the stream lacks.
 pub(super) struct Toolstack<'a> {
     pub(super) direct: DirectToolstack<'a>,
-    /// Whether the configuration changes what the guest sees of the processor.
+    /// Whether the configuration changes what the guest sees of the CPU.
     pub(super) changes_cpuid: bool,
 }
 

@@ -1,10 +1,10 @@
-//! What domain to make for an image: its configuration's, or what the command line, another
-//! toolstack and the image itself say, in this order.
+//! The domain to create for an image: from its configuration, or from the command line, another
+//! toolstack's data ([`Origin`]) and the image itself, in this order.
 //!
 //! | from | name, UUID | kind, vcpus, memory |
 //! |---|---|---|
-//! | libxl's JSON in xl's header, or `--config` | there; `--name` is another, and makes a new UUID | there |
-//! | anything else | `--name`, libvirt's XML, xend's s-expression, xapi's record, xl's old text, the file's name | the options, the same, the image |
+//! | libxl's JSON in xl's header, or `--config` | `--name` with a new UUID, or there | there |
+//! | anything else | `--name`, [`Origin`], the file's name | the options, [`Origin`], the image |
 //!
 //! C implementation: `create_domain` in `tools/xl/xl_vmcontrol.c`.
 
@@ -29,18 +29,18 @@ use crate::left;
 use crate::origin::Origin;
 use crate::verdict;
 
-/// What the command line says of a domain.
+/// Properties of a domain from the command line.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Overrides {
     name: Option<String>,
     kind: Option<GuestKind>,
     vcpus: Option<u32>,
     memory_kib: Option<u64>,
-    /// The configuration that counts in the place of the image's.
+    /// The configuration that replaces the image's.
     config: Option<Given>,
-    /// What to call a domain that has no name at all.
+    /// The name of a domain that has none elsewhere.
     fallback: String,
-    /// Whether no domain is made, but an image of xl.
+    /// Whether this is for an xl image instead of a domain.
     is_conversion: bool,
 }
 
@@ -56,7 +56,7 @@ enum Given {
 }
 
 impl Overrides {
-    /// Which of those were given, as options, that a configuration has the last word on.
+    /// The given options that a configuration overrides.
     fn given(&self) -> Vec<&'static str> {
         [
             ("--type", self.kind.is_some()),
@@ -68,7 +68,7 @@ impl Overrides {
         .collect()
     }
 
-    /// For an image that is named after its file if nothing else says its name.
+    /// For an image that is named after its file if it has no other name.
     pub(super) fn named_after(file: &Path) -> Self {
         let stem = file.file_stem().filter(|_| file != Path::new("-"));
         let fallback = stem.map(|stem| stem.to_string_lossy().into_owned());
@@ -78,7 +78,7 @@ impl Overrides {
         }
     }
 
-    /// What a command line says.
+    /// The options of a command line.
     ///
     /// # Errors
     ///
@@ -108,7 +108,7 @@ impl Overrides {
     }
 }
 
-/// The configuration in a file: libxl's JSON, or xl's own format, as `xl restore` takes it.
+/// The configuration in a file: libxl's JSON, or xl's own format, as accepted by `xl restore`.
 fn given(path: &Path) -> Result<Given> {
     let name = path.display();
     let text = std::fs::read_to_string(path).with_context(|| name.to_string())?;
@@ -127,7 +127,7 @@ fn given(path: &Path) -> Result<Given> {
     }
 }
 
-/// What to build, and the configuration to keep with it.
+/// The domain to build, and the configuration to store with it.
 #[derive(Debug)]
 pub(super) struct Plan {
     pub(super) json: String,
@@ -135,21 +135,21 @@ pub(super) struct Plan {
     pub(super) kind: GuestKind,
     pub(super) vcpus: u32,
     pub(super) max_pages: u64,
-    /// [`Uuid::NIL`] if the configuration has none that can be read.
+    /// [`Uuid::NIL`] if the configuration has no valid one.
     pub(super) uuid: Uuid,
     pub(super) settings: DomainSettings,
-    /// What its kernel is told of its memory and vcpus, if this is what tells it.
+    /// What its kernel is told about its memory and vcpus, if not by libxl.
     pub(super) extent: Option<Extent>,
-    /// Whether the configuration changes what the guest sees of the processor, and this is what
-    /// has to do so.
+    /// Whether the configuration changes what the guest sees of the CPU, and libxl does not apply
+    /// that.
     pub(super) changes_cpuid: bool,
-    /// The UUID that was made for it because it has another name than its image says.
+    /// The new UUID of a domain whose name differs from the image's.
     pub(super) new_uuid: Option<String>,
-    /// Whether the name is that of the file, for want of another.
+    /// Whether the name is the file's, because there is no other.
     name_is_made_up: bool,
 }
 
-/// Whether a domain has this name. Names are not numbers here ([`DomainStore::find`]).
+/// Whether a domain has this name. Here a name of digits is not a number ([`DomainStore::find`]).
 fn is_taken(host: &dyn DomainStore, name: &str) -> Result<bool> {
     let domains = host.list()?;
     Ok(domains
@@ -162,7 +162,7 @@ fn uuid_in(text: Option<&str>) -> Uuid {
     text.and_then(|text| text.parse().ok()).unwrap_or(Uuid::NIL)
 }
 
-/// What is known of a domain without libxl's configuration.
+/// The properties of a domain without libxl's configuration.
 struct Known {
     name: String,
     name_is_made_up: bool,
@@ -171,7 +171,7 @@ struct Known {
     kind: GuestKind,
     vcpus: u32,
     memory_kib: u64,
-    /// Other settings, and where libxl's configuration has them.
+    /// Other settings, with their places in libxl's configuration.
     carried: Vec<(&'static str, serde_json::Value)>,
 }
 
@@ -185,8 +185,8 @@ impl Known {
         }
     }
 
-    /// From the command line, another toolstack, and what that leaves open from the image:
-    /// `survey` reads it for that; `None` where it cannot be read for that.
+    /// From the command line, another toolstack, and for the rest from the image, which `survey`
+    /// reads; `None` if it cannot be read for that.
     fn find_out(
         overrides: &Overrides,
         origin: Option<&Origin>,
@@ -211,7 +211,7 @@ impl Known {
         let kind = overrides.kind.or(said.kind);
         let vcpus = overrides.vcpus.or(said.vcpus);
         let memory_kib = overrides.memory_kib.or(said.max_memory_kib);
-        // The memory that other toolstacks name is without that of an HVM guest's screen.
+        // Other toolstacks' memory sizes do not include an HVM guest's video memory.
         let is_short = kind == Some(GuestKind::Hvm) && overrides.memory_kib.is_none();
         let (kind, vcpus, memory_kib) = match (kind, vcpus, memory_kib, survey) {
             (Some(kind), Some(vcpus), Some(memory_kib), survey)
@@ -261,8 +261,8 @@ impl Known {
     }
 }
 
-/// The configuration that a restore would make for an image that has none of libxl's. The
-/// image is read for it where nothing else says enough.
+/// The configuration that a restore would make for an image without libxl's. The image is read for
+/// it if other sources are not sufficient.
 pub(crate) fn config_for(input: &Input, file: &Path, lenient: bool) -> Result<String> {
     let overrides = Overrides {
         is_conversion: true,
@@ -277,8 +277,8 @@ pub(crate) fn config_for(input: &Input, file: &Path, lenient: bool) -> Result<St
 }
 
 impl Plan {
-    /// What an image asks for, whose header, if it has one, has been read. The file, if it comes
-    /// from one, stands at `offset` before and after.
+    /// The plan for an image whose header, if any, has been read. If the image is a file, its
+    /// position is `offset` before and after.
     pub(super) fn of(
         input: Option<&Input>,
         header: Option<&XlHeader>,
@@ -318,7 +318,7 @@ impl Plan {
         )
     }
 
-    /// What a configuration of libxl asks for.
+    /// The plan for a configuration of libxl.
     fn from_json(json: &str, overrides: &Overrides) -> Result<Self> {
         let given = overrides.given();
         if !given.is_empty() {
@@ -418,13 +418,13 @@ impl Plan {
         })
     }
 
-    /// Whether the domain can take a stream with these headers.
+    /// Checks that the domain can take a stream with these headers.
     pub(super) fn check(&self, image: ImageHeader, domain: DomainHeader) -> Result<()> {
         verdict::check_name(&self.name)?;
         Ok(verdict::check_headers(image, domain, Some(self.kind))?)
     }
 
-    /// Make the domain: paused, without memory.
+    /// Create the domain, paused and without memory.
     pub(super) fn make(&self, host: &Hypervisor, named: Named) -> Result<Made> {
         let name = &self.name;
         if is_taken(&**host, name)? {

@@ -1,9 +1,8 @@
-//! What libxl sets of a domain at every restore, out of its configuration: taken over for
-//! `restore --direct`, or refused by name. Nothing is left out without a word.
+//! Settings that libxl applies to a domain at every restore: taken over from its configuration for
+//! `restore --direct`, or refused by name. No setting is silently ignored.
 //!
-//! C implementation: `libxl__domain_make`, `libxl__build_pre` and
-//! `libxl__arch_domain_create` in `tools/libs/light`; the names are those of
-//! `libxl_types.idl`.
+//! C implementation: `libxl__domain_make`, `libxl__build_pre` and `libxl__arch_domain_create` in
+//! `tools/libs/light`; the names are those of `libxl_types.idl`.
 
 use serde_json::{Map, Value};
 use xsr_xen_backend::domain_store::Extent;
@@ -11,10 +10,10 @@ use xsr_xen_backend::{DomainSettings, Uuid};
 
 use crate::origin::TIMER_MODES;
 
-/// Keys of `c_info` that a restore has no use for, or that are read elsewhere.
+/// Keys of `c_info` that a restore does not need, or that are read elsewhere.
 const FINE_CREATE: &[&str] = &["type", "name", "uuid", "domid", "run_hotplug_scripts"];
-/// Keys of `b_info`, likewise: what only a fresh start or a device model reads, what the
-/// stream holds itself, and what is derived from the memory's size.
+/// Such keys of `b_info`: needed only for a fresh start or by a device model, contained in the
+/// stream, or derived from the memory's size.
 const FINE_BUILD: &[&str] = &[
     "max_vcpus",
     "avail_vcpus",
@@ -42,24 +41,23 @@ const FINE_BUILD: &[&str] = &[
     "arch_arm",
     "altp2m_count",
 ];
-/// A number that stands for "not set" (`LIBXL_MAX_GRANT_DEFAULT`, `~0U`).
+/// A number that means "not set" (`LIBXL_MAX_GRANT_DEFAULT`, `~0U`).
 const UNSET: u64 = u32::MAX as u64;
 
-/// What a configuration says of a domain, and its stream does not.
+/// Settings that are in a domain's configuration and not in its stream.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Said {
     pub(super) uuid: Uuid,
     pub(super) settings: DomainSettings,
     pub(super) extent: Extent,
-    /// Whether it changes what the guest sees of the processor, which a stream with a CPU policy
-    /// holds itself.
+    /// Whether it changes what the guest sees of the CPU. A stream with a CPU policy has that
+    /// itself.
     pub(super) changes_cpuid: bool,
 }
 
-/// What `config` says of a domain of `vcpus`; otherwise the names of the settings that cannot be
-/// given to it without libxl.
+/// The settings in `config` for a domain with `vcpus`, or the names of those that need libxl.
 pub(super) fn of(config: &Value, vcpus: u32) -> Result<Said, Vec<String>> {
-    // As `libxl_domain_create_restore`, for guests of a Xen that knows no other way.
+    // As in `libxl_domain_create_restore`, for guests of a Xen without the strict behaviour.
     let mut settings = DomainSettings::default();
     settings.msr_relaxed = true;
     let mut reader = Reader {
@@ -90,7 +88,7 @@ pub(super) fn of(config: &Value, vcpus: u32) -> Result<Said, Vec<String>> {
     }
 }
 
-/// An amount of memory that is set, of `b_info`.
+/// An amount of memory in `b_info`, if it is set.
 fn kib(config: &Value, key: &str) -> Option<u64> {
     let value = config.get("b_info")?.get(key)?.as_u64()?;
     // `LIBXL_MEMKB_DEFAULT`
@@ -124,7 +122,7 @@ fn members<'v>(config: &'v Value, key: &str) -> impl Iterator<Item = (&'v str, &
         .map(|(key, value)| (key.as_str(), value))
 }
 
-/// Whether a value says nothing: what libxl has where nothing was asked for.
+/// Whether a value is libxl's default.
 fn says_nothing(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,
@@ -143,7 +141,7 @@ fn says_yes(value: &Value) -> bool {
     matches!(value, Value::Bool(true)) || value.as_str() == Some("True")
 }
 
-/// A number that is set; `Err` for what is no number of 32 bits.
+/// A number, if it is set; `Err` if it is not a 32-bit number.
 fn number(value: &Value) -> Result<Option<u32>, ()> {
     match value.as_i64() {
         Some(-1) => Ok(None),
@@ -162,7 +160,7 @@ struct Reader {
 }
 
 impl Reader {
-    /// Take a number over.
+    /// Take over a number.
     fn take(&mut self, name: String, value: &Value, set: impl FnOnce(&mut DomainSettings, u32)) {
         match number(value) {
             Ok(None) => {}
@@ -171,7 +169,7 @@ impl Reader {
         }
     }
 
-    /// What cannot be given to the domain must not have been asked for.
+    /// Refuse a setting that cannot be applied, unless it is harmless.
     fn refuse_unless(&mut self, fine: bool, name: String) {
         if !fine {
             self.refused.push(name);
@@ -191,7 +189,7 @@ impl Reader {
                         name,
                     );
                 }
-                // Where the processors have nested paging, it is used, as libxl does.
+                // If the CPUs have nested paging it is used, as by libxl.
                 "hap" | "oos" => {
                     self.refuse_unless(value.as_str() != Some("False") && *value != false, name);
                 }
@@ -206,7 +204,7 @@ impl Reader {
             match key {
                 _ if FINE_BUILD.contains(&key) => {}
                 "rtc_timeoffset" => match value.as_i64() {
-                    // libxl keeps it as a number of 32 bits without a sign.
+                    // libxl stores it as an unsigned 32-bit number.
                     Some(seconds) => {
                         let wrapped = u32::try_from(seconds).map(|n| i64::from(n.cast_signed()));
                         self.settings.time_offset_seconds = wrapped.unwrap_or(seconds);
@@ -241,7 +239,7 @@ impl Reader {
                 }),
                 "timer_mode" => self.timer_mode(name, value),
                 "sched_params" => self.sched_params(value),
-                // Where the guest's memory would best be, not what it is.
+                // Only a preference for the placement of the guest's memory.
                 "numa_placement" => {}
                 "xenstore_feature_mask" => {
                     self.refuse_unless(number(value) == Ok(None), name);
@@ -251,7 +249,7 @@ impl Reader {
                         match key.as_str() {
                             "msr_relaxed" if value.as_str() == Some("<default>") => {}
                             "msr_relaxed" => self.settings.msr_relaxed = says_yes(value),
-                            // Of a guest with a device model.
+                            // For a guest with a device model.
                             "hvm_pirq" => {}
                             _ => self.refuse_unless(says_nothing(value), format!("{name}.{key}")),
                         }
@@ -262,7 +260,7 @@ impl Reader {
                         match key.as_str() {
                             "timer_mode" => self.timer_mode(format!("{name}.{key}"), value),
                             _ if FINE_BUILD.contains(&key.as_str()) || key == "slack_memkb" => {}
-                            // Read once, when the shim was started.
+                            // Used only when the shim was started.
                             "pvshim_path" | "pvshim_cmdline" | "pvshim_extra" => {}
                             _ => self.refuse_unless(says_nothing(value), format!("{name}.{key}")),
                         }
@@ -284,7 +282,7 @@ impl Reader {
         }
     }
 
-    /// Those that a scheduler gives a domain of which nothing is said.
+    /// A scheduler's defaults.
     fn sched_params(&mut self, value: &Value) {
         for (key, value) in value.as_object().into_iter().flatten() {
             let fine = match key.as_str() {
@@ -360,7 +358,7 @@ mod tests {
         assert_eq!(said.settings.paging_kib, None);
     }
 
-    /// As `libxl_domain_create_restore` has it.
+    /// As in `libxl_domain_create_restore`.
     #[test]
     fn a_guest_of_a_xen_that_does_not_say_reads_unknown_registers() {
         for (value, expected) in [

@@ -1,4 +1,4 @@
-//! What a restore reads from, with a count of what has been read from it.
+//! The input of a restore, with a count of the bytes read.
 
 use std::fs::File;
 use std::io::{self, Cursor, Read};
@@ -21,17 +21,17 @@ use crate::peel;
 pub(crate) struct ImageSource<'a> {
     source: Box<dyn PageSource + 'a>,
     offset: u64,
-    /// What has been read before, to see what comes.
+    /// Bytes that have been read before, to detect the format.
     known: Cursor<Vec<u8>>,
 }
 
 impl<'a> ImageSource<'a> {
-    /// Read from where the file stands, until the user cancels.
+    /// Read from the file's position on, until the user cancels.
     pub(crate) fn new(file: &'a File, cancel: Cancel) -> io::Result<Self> {
         Ok(Self::over(FdSource::cancellable(file, cancel)?))
     }
 
-    /// Read from something else.
+    /// Read from another source.
     pub(crate) fn over(source: impl PageSource + 'a) -> Self {
         Self {
             source: Box::new(source),
@@ -40,7 +40,7 @@ impl<'a> ImageSource<'a> {
         }
     }
 
-    /// The same, where these bytes of the image have been read already.
+    /// The same, with these bytes of the image already read.
     pub(crate) fn behind(self, known: Vec<u8>) -> Self {
         let known = Cursor::new(known);
         Self { known, ..self }
@@ -52,7 +52,7 @@ impl<'a> ImageSource<'a> {
     }
 }
 
-/// A connection that a thread of its own reads from.
+/// A connection that is read by another thread.
 struct OwnReader {
     connection: Arc<dyn Connection>,
     cancel: Cancel,
@@ -69,12 +69,12 @@ impl Read for OwnReader {
     }
 }
 
-/// The image of a sender that writes the legacy form, Xen 4.5 or before, behind xl's header: as
-/// one of today. `None` for an image that is of today; then what was read of it to see that.
+/// Converts the image of a sender that writes the legacy form (Xen 4.5 or before) after xl's
+/// header. For an image in today's form returns `None`, and the bytes read so far.
 ///
 /// # Errors
 ///
-/// The sender says nothing for too long, or hangs up; the stream is bad.
+/// The sender is silent for too long, or hangs up; the stream is bad.
 pub(crate) fn of_old_sender(
     connection: &Arc<dyn Connection>,
     from: &mut impl Read,

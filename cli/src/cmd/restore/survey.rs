@@ -1,4 +1,4 @@
-//! What an image shows of the domain that it needs, where no configuration says it.
+//! A survey of an image without configuration: what its domain needs.
 //!
 //! C implementation: none; xl restores nothing without a configuration.
 
@@ -13,13 +13,13 @@ use crate::file::Input;
 use crate::image::{Event, Reading};
 use crate::page_map::{PageMap, runs_of};
 
-/// What an image shows of the domain that it needs.
+/// What an image shows about the domain that it needs.
 #[derive(Debug, Default)]
 pub(super) struct Survey {
     pub(super) guest_type: Option<GuestType>,
     pub(super) vcpus: u32,
     pub(super) memory: PageMap,
-    /// Whether an emulator has state in it, which PVH guests have not.
+    /// Whether it has an emulator's state, which PVH guests lack.
     emulated: bool,
 }
 

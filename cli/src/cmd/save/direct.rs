@@ -1,6 +1,6 @@
-//! What `xsr save --direct` refuses. Without libxl nothing waits for the devices of the guest,
-//! and a device model is not saved. A guest with a device model is refused; so is one with other
-//! devices, unless the domain stays.
+//! Checks of `xsr save --direct`. Without libxl the guest's devices are not waited for, and a
+//! device model is not saved. So a guest with a device model is refused, and one with other devices
+//! unless the domain stays.
 
 use anyhow::{Context as _, Result, bail};
 use xsr_xen_backend::GuestKind;
@@ -12,7 +12,7 @@ use crate::args::SaveArgs;
 ///
 /// # Errors
 ///
-/// What it has, and what to do.
+/// What libxl is needed for, and what to do.
 pub(super) fn refuse(
     args: &SaveArgs,
     host: &dyn DomainStore,

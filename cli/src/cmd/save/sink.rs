@@ -1,4 +1,4 @@
-//! Where a save writes to, with a count of what has been written.
+//! The output of a save, with a count of the bytes written.
 
 use std::io::{self, Write};
 
@@ -13,7 +13,7 @@ pub(crate) struct ImageSink<S> {
 }
 
 impl<S: PageSink> ImageSink<S> {
-    /// Write to where the sink stands.
+    /// Write to the sink's current position.
     pub(crate) fn new(sink: S) -> Self {
         Self { sink, bytes: 0 }
     }
