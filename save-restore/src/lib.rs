@@ -1,8 +1,8 @@
 //! The engine that saves and restores Xen domains.
 //!
-//! [`SaveRequest`] turns a domain into a libxc stream, [`restore()`] a libxc stream into a
-//! domain. What differs between PV and translated guests is in `guest`; what the
-//! engine asks of whoever drives it is in [`toolstack`].
+//! [`SaveRequest`] turns a domain into a libxc stream, [`restore()`] a libxc stream into a domain.
+//! What differs between PV and translated guests is in `guest`; the callbacks that the engine needs
+//! from its caller are in [`toolstack`].
 //!
 //! C implementation: `tools/libs/guest/xg_sr_*.c`.
 
@@ -33,6 +33,6 @@ pub use restore::colo::restore_colo;
 pub use restore::{CpuCheck, RestoreOptions, Restored, restore};
 pub use save::{Live, SaveOptions, SaveRequest, Saved};
 
-// An example is a module of the tests, and names this package as any user does.
+// An example is a module of the tests, and names this package as any other user does.
 #[cfg(test)]
 extern crate self as xsr_save_restore;

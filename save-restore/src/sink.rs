@@ -1,5 +1,5 @@
-//! Where a stream goes: a file descriptor, to which pages are written straight from
-//! the guest's memory, or anything else that takes bytes.
+//! Sinks for a stream: a file descriptor, to which pages are written straight from the guest's
+//! memory, or any other writer.
 
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -9,39 +9,39 @@ use xsr_xen_backend::Gather;
 use crate::descriptor::Descriptor;
 use crate::progress::Cancel;
 
-/// Takes a stream.
+/// A sink for a stream.
 pub trait PageSink: Write {
-    /// Write a list of bytes and pages, all of it.
+    /// Writes a list of bytes and pages, all of it.
     ///
     /// # Errors
     ///
-    /// What the sink says; an unknown part has been written then.
+    /// The sink's error; an unknown part has been written then.
     fn write_gather(&mut self, list: &Gather<'_>) -> io::Result<()>;
 }
 
 /// A file descriptor: pages are not copied in user space.
 ///
-/// Its O_NONBLOCK is left as it is; where it is set, a full descriptor is waited for.
+/// Its O_NONBLOCK is not changed. If it is set and the descriptor is full, writes wait.
 #[derive(Debug)]
 pub struct FdSink<F> {
     descriptor: Descriptor<F>,
 }
 
 impl<F: AsFd> FdSink<F> {
-    /// Waits for a descriptor that is full for as long as it takes.
+    /// Waits for a full descriptor without a limit.
     pub fn new(fd: F) -> Self {
         Self {
             descriptor: Descriptor::blocking(fd),
         }
     }
 
-    /// Stops waiting when `cancel` says so, within a fraction of 100 ms: a write then
-    /// fails with [`Cancelled`](crate::progress::Cancelled), and an unknown part of it
-    /// has been written. Files are written to without a look at whether they are slow.
+    /// Stops waiting when `cancel` is set, within a fraction of 100 ms: a write then fails with
+    /// [`Cancelled`](crate::progress::Cancelled), and an unknown part of it has been written. Files
+    /// are written without checking whether they are slow.
     ///
     /// # Errors
     ///
-    /// The descriptor is none that can be asked what it is.
+    /// The descriptor's type could not be determined.
     pub fn cancellable(fd: F, cancel: Cancel) -> io::Result<Self> {
         let descriptor = Descriptor::cancellable(fd, cancel, true)?;
         Ok(Self { descriptor })
@@ -58,7 +58,7 @@ impl<F: AsFd> FdSink<F> {
 }
 
 impl<F: AsFd> Write for FdSink<F> {
-    /// All of `bytes`, always.
+    /// Always writes all of `bytes`.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let mut list = Gather::new();
         list.push(bytes);
@@ -77,7 +77,7 @@ impl<F: AsFd> PageSink for FdSink<F> {
     }
 }
 
-/// Anything that takes bytes: pages are copied once.
+/// Any writer: pages are copied once.
 #[derive(Debug)]
 pub struct CopySink<W>(pub W);
 

@@ -1,17 +1,17 @@
-//! Storage: where images live. Files and pipes today; an object store can be another one.
+//! Storage of images: files and pipes today; an object store can be another one.
 //!
 //! | layer | is |
 //! |---|---|
-//! | [`Storage`] | names and the images behind them |
+//! | [`Storage`] | names and their images |
 //! | [`StorageWriter`] | an image that is being written, visible only once it is complete |
 //! | [`StorageReader`] | an image that is read at any place, by any number of threads |
 //!
-//! An image appears whole or not at all: nothing is visible under its name before
-//! [`StorageWriter::commit`], and dropping the writer takes back what was written. A pipe or
-//! a device cannot promise that; its writer [says so](StorageWriter::is_straight).
+//! An image appears completely or not at all: nothing is visible under its name before
+//! [`StorageWriter::commit`], and dropping the writer removes what was written. A pipe or a device
+//! cannot guarantee that; [`StorageWriter::is_straight`] identifies its writer.
 //!
-//! An image has a [`Shape`]: a *stream* is written from its first byte to its last; *slots*
-//! are written at any place, in any order, by several threads. Only files take slots.
+//! An image has a [`Shape`]: a *stream* is written from its first byte to its last; *slots* are
+//! written at any place, in any order, by several threads. Only files support slots.
 //!
 //! ```
 //! use std::io::Write as _;
@@ -58,12 +58,12 @@ pub use error::StorageError;
 pub struct StorageName(OsString);
 
 impl StorageName {
-    /// A name.
+    /// Creates a name.
     ///
     /// # Errors
     ///
-    /// [`StorageError::BadName`] if it is empty, `.` or `..`, longer than 255 bytes, or has a
-    /// slash or a zero byte in it.
+    /// [`StorageError::BadName`] if it is empty, `.` or `..`, longer than 255 bytes, or contains a
+    /// slash or a zero byte.
     pub fn new(name: impl Into<OsString>) -> Result<Self, StorageError> {
         /// `NAME_MAX`.
         const LONGEST: usize = 255;
@@ -109,23 +109,23 @@ pub enum Shape {
     Slots,
 }
 
-/// What becomes of an image that has the name already.
+/// What happens to an existing image of the same name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Existing {
-    /// The new one takes its place at the commit.
+    /// The new one replaces it at the commit.
     Replace,
-    /// It stays, and the new one is refused: when it is created, or at the commit if the other
+    /// It is kept, and the new one is refused: when it is created, or at the commit if the other
     /// has appeared in between.
     Refuse,
 }
 
-/// How an image is to be created.
+/// How to create an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Create {
     /// How it is written.
     pub shape: Shape,
-    /// What becomes of an image that has the name already.
+    /// What happens to an existing image of the same name.
     pub existing: Existing,
 }
 
@@ -146,7 +146,7 @@ impl Create {
         }
     }
 
-    /// The same, with an existing image treated like this.
+    /// Sets how an existing image is treated.
     pub const fn existing(mut self, existing: Existing) -> Self {
         self.existing = existing;
         self
@@ -177,9 +177,9 @@ pub trait Storage: fmt::Debug + Send + Sync {
     ///
     /// # Errors
     ///
-    /// [`StorageError::Exists`] as [`Existing::Refuse`] says; [`StorageError::Unsupported`]
-    /// for a shape that the storage or this name does not take; [`StorageError::Refused`] if
-    /// writing there would be unsafe; [`StorageError::Io`].
+    /// [`StorageError::Exists`] with [`Existing::Refuse`]; [`StorageError::Unsupported`] for a
+    /// shape that the storage or this name does not support; [`StorageError::Refused`] if writing
+    /// there would be unsafe; [`StorageError::Io`].
     fn create(
         &self,
         name: &StorageName,
@@ -200,12 +200,12 @@ pub trait Storage: fmt::Debug + Send + Sync {
     /// [`StorageError::Io`].
     fn list(&self) -> Result<Vec<StorageEntry>, StorageError>;
 
-    /// Removes an image. Whether a reader that has it open can go on depends on the storage:
+    /// Removes an image. Whether a reader that has it open can continue depends on the storage:
     /// with files it can.
     ///
     /// # Errors
     ///
-    /// [`StorageError::NotFound`]; [`StorageError::Io`], and the image is still there.
+    /// [`StorageError::NotFound`]; [`StorageError::Io`], and the image still exists.
     fn remove(&self, name: &StorageName) -> Result<(), StorageError>;
 }
 
@@ -221,21 +221,21 @@ pub enum Opened {
 /// An image that is being written.
 ///
 /// A stream is appended to with [`Write`]; the position of slots starts at 0 and only [`Write`]
-/// moves it. Dropping a writer abandons the image: nothing of it stays, unless the writer
-/// [is straight](Self::is_straight). After an error a writer can only be dropped.
+/// moves it. Dropping a writer abandons the image and removes it, unless the writer [is
+/// straight](Self::is_straight). After an error a writer can only be dropped.
 pub trait StorageWriter: Write + fmt::Debug + Send + Sync {
-    /// What a person calls the image.
+    /// The image's name for messages.
     fn name(&self) -> String;
 
     /// How it is written.
     fn shape(&self) -> Shape;
 
-    /// Whether bytes arrive as soon as they are written: in a pipe or a device, where nothing
-    /// can be taken back.
+    /// Whether bytes arrive as soon as they are written: in a pipe or a device, where they cannot
+    /// be removed again.
     fn is_straight(&self) -> bool;
 
-    /// Writes all of `bytes` at `offset`; what lies between the end and `offset` becomes a
-    /// hole. For several threads at once, in ranges that do not overlap.
+    /// Writes all of `bytes` at `offset`; a gap between the end and `offset` becomes a hole.
+    /// Several threads may do this at once, in ranges that do not overlap.
     ///
     /// # Errors
     ///
@@ -250,8 +250,8 @@ pub trait StorageWriter: Write + fmt::Debug + Send + Sync {
     /// shorter; [`StorageError::Io`].
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> Result<(), StorageError>;
 
-    /// Makes a range read as zeros, and gives its room back where the storage can. The length
-    /// of the image does not change.
+    /// Makes a range read as zeros, and frees its space if the storage can. The length of the image
+    /// does not change.
     ///
     /// # Errors
     ///
@@ -265,14 +265,14 @@ pub trait StorageWriter: Write + fmt::Debug + Send + Sync {
     /// As [`Self::write_all_at`].
     fn set_length(&self, length: u64) -> Result<(), StorageError>;
 
-    /// Puts a range of an image of the same storage at `to` without a copy: both share the room
+    /// Clones a range of an image of the same storage to `to` without a copy: both share the space
     /// until one of them changes. The range, unless it ends at the end of `base`, and `to` are
     /// multiples of 4096.
     ///
     /// # Errors
     ///
-    /// [`StorageError::Unsupported`] if the storage, or this image, cannot; nothing has
-    /// happened then. [`StorageError::Io`].
+    /// [`StorageError::Unsupported`] if the storage, or this image, cannot; nothing has changed
+    /// then. [`StorageError::Io`].
     fn clone_range(
         &self,
         base: &dyn StorageReader,
@@ -280,38 +280,38 @@ pub trait StorageWriter: Write + fmt::Debug + Send + Sync {
         to: u64,
     ) -> Result<(), StorageError>;
 
-    /// Waits until all that was written before is on the disk: after a power cut it is there if
-    /// anything that is written later is.
+    /// Waits until everything written so far is on the disk: after a power cut it exists if
+    /// anything that is written later does.
     ///
     /// # Errors
     ///
     /// [`StorageError::Io`].
     fn sync(&self) -> Result<(), StorageError>;
 
-    /// The descriptor, if there is one, for writing pages from where they are mapped. It stands
-    /// where [`Write`] goes on.
+    /// The descriptor, if there is one, for writing pages from where they are mapped. Its position
+    /// is that of [`Write`].
     fn descriptor(&self) -> Option<BorrowedFd<'_>>;
 
-    /// The image is complete: makes it visible under its name, in one step.
+    /// Completes the image: makes it visible under its name, in one step.
     ///
     /// # Errors
     ///
-    /// [`StorageError::Exists`] and [`StorageError::Io`], and what was under the name is still
-    /// there. [`StorageError::NotDurable`]: the image is visible, and the caller must not rely
-    /// on its surviving a power cut.
+    /// [`StorageError::Exists`] and [`StorageError::Io`]: what was under the name is unchanged.
+    /// [`StorageError::NotDurable`]: the image is visible, and the caller must not rely on its
+    /// surviving a power cut.
     fn commit(self: Box<Self>, durability: Durability) -> Result<(), StorageError>;
 }
 
 /// An image that is read at any place.
 pub trait StorageReader: fmt::Debug + Send + Sync {
-    /// What a person calls the image.
+    /// The image's name for messages.
     fn name(&self) -> String;
 
     /// Its length in bytes, when it was opened.
     fn length(&self) -> u64;
 
-    /// Reads into `buffer` from `offset`; how many bytes were read. Fewer than there is room
-    /// for may be read; 0 are at and after the end.
+    /// Reads into `buffer` from `offset`; returns how many bytes were read. These may be fewer than
+    /// `buffer` has room for; at and after the end it is 0.
     ///
     /// # Errors
     ///
@@ -341,27 +341,27 @@ pub trait StorageReader: fmt::Debug + Send + Sync {
         Ok(())
     }
 
-    /// The first range at or after `offset` that holds data; `None` if there are only holes up
-    /// to the end. What is not told here reads as zeros. A storage that does not know of holes
-    /// says that all is data.
+    /// The first range at or after `offset` that holds data; `None` if there are only holes up to
+    /// the end. Everything outside such ranges reads as zeros. A storage that does not know about
+    /// holes reports everything as data.
     ///
     /// # Errors
     ///
     /// [`StorageError::Io`].
     fn data_from(&self, offset: u64) -> Result<Option<Range<u64>>, StorageError>;
 
-    /// The descriptor, if there is one, for reading pages to where they are mapped. Its
-    /// position means nothing.
+    /// The descriptor, if there is one, for reading pages to where they are mapped. Its position
+    /// has no meaning.
     fn descriptor(&self) -> Option<BorrowedFd<'_>>;
 }
 
 /// An image that is read once, from its start.
 pub trait StreamReader: Read + fmt::Debug + Send {
-    /// What a person calls the image.
+    /// The image's name for messages.
     fn name(&self) -> String;
 
-    /// The descriptor, if there is one, for reading pages to where they are mapped. It stands
-    /// where [`Read`] goes on.
+    /// The descriptor, if there is one, for reading pages to where they are mapped. Its position is
+    /// that of [`Read`].
     fn descriptor(&self) -> Option<BorrowedFd<'_>>;
 }
 
@@ -370,7 +370,7 @@ pub trait StreamReader: Read + fmt::Debug + Send {
 pub enum Segment {
     /// Bytes that were written.
     Data(Range<u64>),
-    /// Zeros that take no room.
+    /// Zeros that take no space.
     Hole(Range<u64>),
 }
 
@@ -412,7 +412,7 @@ pub fn segments(reader: &dyn StorageReader) -> Segments<'_> {
 pub struct Segments<'r> {
     reader: &'r dyn StorageReader,
     offset: u64,
-    /// Data that follows a hole which was returned.
+    /// Data after a hole that was returned.
     next: Option<Range<u64>>,
 }
 
@@ -427,7 +427,7 @@ impl Iterator for Segments<'_> {
         if start >= length {
             return None;
         }
-        // A range that does not move on would be an endless loop.
+        // A range that does not advance would cause an endless loop.
         let data = match self.reader.data_from(start) {
             Ok(data) => data
                 .filter(|data| data.start >= start && data.start < data.end && data.start < length),

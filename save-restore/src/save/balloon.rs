@@ -1,33 +1,32 @@
-//! Memory that a translated guest gives back or takes while it is being saved live, on a
-//! Xen whose dirty log says nothing of it (ballooning, memory hotplug).
+//! Ballooning during a live save: memory that a translated guest gives back or takes meanwhile, on
+//! a Xen whose dirty log does not report it (ballooning, memory hotplug).
 //!
-//! Such a Xen puts a page that the guest takes into its place without marking it, and the
-//! guest's writes to that page are not logged either until the log is read. Without what is
-//! done here, a page that was absent when it was sent stays absent in the image, and one
-//! that went and came back keeps what it held before.
+//! Such a Xen adds a page that the guest takes without marking it in the log, and does not log the
+//! guest's writes to that page either until the log is read. Without the work here, a page that was
+//! absent when it was sent stays absent in the image, and a page that was given back and taken
+//! again keeps its old contents.
 //!
-//! What can be observed is the number of the guest's pages, and which pfns have one:
+//! The number of the guest's pages can be observed, and which pfns have one:
 //!
-//! - when the log has been switched on, all pfns are asked for once: from then on it is known
-//!   which of them have no page;
-//! - while the guest runs, its number of pages is looked at after each batch with pages, and
-//!   after every 16 without;
-//! - a pfn that is sent with a page and had none before goes out once more after the next
-//!   reading of the log, which is what has Xen log the guest's writes to it;
-//! - before the log is read, the pfns without a page are asked for again if anything has moved,
-//!   and in any case when the guest is suspended: that costs one call for 1024 absent pfns,
-//!   about a thousand for the hole below 4 GiB. The others are asked for, too, if pages were
-//!   given back;
-//! - if pages were both given back and taken since, a page may have gone and come back at its
-//!   pfn. Nothing tells which: all memory is sent again. So it is if more pages were taken than
-//!   have turned up.
+//! - When the log has been switched on, all pfns are queried once: from then on it is known which
+//!   of them have no page.
+//! - While the guest runs, its number of pages is checked after each batch with pages, and after
+//!   every 16 without.
+//! - A pfn that is sent with a page and had none before is sent once more after the next reading of
+//!   the log, which makes Xen log the guest's writes to it.
+//! - Before the log is read, the pfns without a page are queried again if anything has changed, and
+//!   in any case when the guest is suspended. That costs one call for 1024 absent pfns, about a
+//!   thousand for the hole below 4 GiB. The other pfns are queried, too, if pages were given back.
+//! - If pages were both given back and taken since, a page may have gone and come back at its pfn.
+//!   Nothing reveals which one, so all memory is sent again. The same if more pages were taken than
+//!   have been found.
 //!
-//! The pfns are asked for before the log is read: what the guest takes after that question is
-//! found by the next one, and its writes to what it took before are logged from then on.
+//! The pfns are queried before the log is read: what the guest takes after that query is found by
+//! the next one, and its writes to what it took before are logged from then on.
 //!
-//! What remains is a page that the guest gives back and takes again, at the same pfn, while
-//! the number of its pages is the same at each look, and without writing to the page before:
-//! Linux clears pages before it gives them back, which the log tells.
+//! One case remains: a page that the guest gives back and takes again, at the same pfn, while the
+//! number of its pages is the same at each check, and without writing to the page before. Linux
+//! clears pages before it gives them back, which the log reports.
 //!
 //! C implementation: none; Xen's own engine relies on the hypervisor (98fccdf0ac).
 
@@ -38,23 +37,23 @@ use crate::error::SaveError;
 use crate::pipeline;
 use crate::save::{Run, batches, go_on};
 
-/// How many batches without pages go by from one look to the next.
+/// The number of batches without pages between two checks.
 const LOOK_BATCHES: u32 = 16;
 
-/// How many pages the guest has, and how that has changed since the last reading of the log.
+/// The number of the guest's pages, and how it has changed since the last reading of the log.
 #[derive(Clone, Copy, Debug)]
 struct Count {
-    /// At the last look.
+    /// At the last check.
     pages: u64,
     /// At the last reading.
     settled: u64,
-    /// By how much its pages have become more from one look to the next, in all.
+    /// The sum of all increases between two checks.
     taken: u64,
-    /// Whether they have become fewer from one look to the next.
+    /// Whether the number has decreased between two checks.
     given_back: bool,
-    /// Whether they changed while the pfns were asked for.
+    /// Whether it changed while the pfns were queried.
     moved_meanwhile: bool,
-    /// Batches since the last look.
+    /// Batches since the last check.
     batches: u32,
 }
 
@@ -74,12 +73,12 @@ impl Count {
         self.taken > 0 || self.given_back || self.moved_meanwhile
     }
 
-    /// What has been seen until now. Counts anew from here on.
+    /// Returns the changes so far, and starts counting again.
     fn settle(&mut self) -> Self {
         std::mem::replace(self, Self::of(self.pages))
     }
 
-    /// What has been seen since [`Self::settle`], for which the next reading asks again.
+    /// Returns the changes since [`Self::settle`]; the next reading queries again because of them.
     fn keep_moving(&mut self) -> Self {
         let meanwhile = *self;
         self.moved_meanwhile = self.has_moved();
@@ -97,7 +96,7 @@ impl Count {
         Ok(())
     }
 
-    /// A batch has gone by. Those without pages take no time, one by one.
+    /// Counts a batch. Single batches without pages take almost no time.
     fn batch(&mut self, domain: &dyn Domain, has_pages: bool) -> Result<(), BackendError> {
         self.batches += 1;
         if has_pages || self.batches >= LOOK_BATCHES {
@@ -107,24 +106,24 @@ impl Count {
     }
 }
 
-/// Which pfns have a page, and what has been seen of it.
+/// Which pfns have a page, and what has been observed.
 pub(super) struct Balloon {
-    /// The pfns without a page, when they were last asked for or sent.
+    /// The pfns that had no page when they were last queried or sent.
     absent: DirtyBitmap,
-    /// Those that have got one since the last reading of the log, and have been sent with it.
+    /// Pfns that have got a page since the last reading of the log, and have been sent with it.
     appeared: DirtyBitmap,
     count: Count,
 }
 
 impl Balloon {
-    /// For a domain whose log is off and about to be switched on; `None` where the log tells
+    /// For a domain whose log is off and about to be switched on; `None` if the log reports
     /// everything.
     pub(super) fn of(
         domain: &dyn Domain,
         translated: bool,
         pfns: u64,
     ) -> Result<Option<Self>, BackendError> {
-        // The p2m of a PV guest tells, and its changes are logged.
+        // The p2m of a PV guest shows it, and changes of the p2m are logged.
         if !translated || domain.logs_new_pages()? {
             return Ok(None);
         }
@@ -135,7 +134,7 @@ impl Balloon {
         }))
     }
 
-    /// There may be `pfns` now, of which the new ones are sent in any case.
+    /// There may be `pfns` pfns now; the new ones are sent in any case.
     pub(super) fn grow(&mut self, pfns: u64) {
         grow(&mut self.absent, pfns);
         grow(&mut self.appeared, pfns);
@@ -165,13 +164,13 @@ impl Balloon {
         self.count.batch(domain, has_pages)
     }
 
-    /// Look how many pages the guest has.
+    /// Checks how many pages the guest has.
     pub(super) fn look(&mut self, domain: &dyn Domain) -> Result<(), BackendError> {
         self.count.look(domain)
     }
 }
 
-/// What is to be sent besides that which the log names.
+/// What must be sent in addition to the pages in the log.
 #[derive(Debug)]
 pub(super) enum Besides {
     /// Nothing.
@@ -183,7 +182,7 @@ pub(super) enum Besides {
 }
 
 impl Besides {
-    /// Mark it in `dirty`.
+    /// Marks it in `dirty`.
     pub(super) fn mark(&self, dirty: &mut DirtyBitmap) {
         match self {
             Self::Nothing => {}
@@ -193,7 +192,7 @@ impl Besides {
     }
 }
 
-/// Make room in `set` for `pfns` pfns.
+/// Makes room in `set` for `pfns` pfns.
 pub(super) fn grow(set: &mut DirtyBitmap, pfns: u64) {
     if set.pfns() < pfns {
         let mut larger = DirtyBitmap::new(pfns);
@@ -203,15 +202,15 @@ pub(super) fn grow(set: &mut DirtyBitmap, pfns: u64) {
 }
 
 impl Run<'_, '_> {
-    /// The log has just been switched on: ask for all pfns.
+    /// The log has just been switched on: queries all pfns.
     pub(super) fn first_look(&mut self, balloon: &mut Balloon) -> Result<(), SaveError> {
         let pfns = balloon.absent.pfns();
         self.ask_again(balloon, (0..pfns).map(Pfn))?;
         Ok(())
     }
 
-    /// The log is about to be read: of which pfns the stream says something that is no longer
-    /// so and the log does not tell.
+    /// The log is about to be read: returns the pfns whose state in the stream is outdated without
+    /// the log reporting it.
     pub(super) fn settle(
         &mut self,
         balloon: &mut Balloon,
@@ -225,11 +224,11 @@ impl Run<'_, '_> {
         }
         let mut besides = balloon.appeared.clone();
         balloon.appeared.clear_all();
-        // Known as they are now, while answers change what is known.
+        // A copy of the current state, which the answers change.
         let absent = balloon.absent.clone();
         let found = self.ask_again(balloon, absent.iter())?;
         let came = found.len() as u64 + appeared;
-        // More pages have come than the guest has more.
+        // More pages have come than the increase in the guest's number of pages.
         let mut given_back = before.given_back || before.settled + came > before.pages;
         let mut gone = Vec::new();
         if given_back {
@@ -237,7 +236,7 @@ impl Run<'_, '_> {
             gone = self.ask_again(balloon, present.filter(|pfn| !absent.contains(*pfn)))?;
         }
         found.iter().chain(&gone).for_each(|pfn| besides.set(*pfn));
-        // What has moved in the meantime counts, and has the next reading ask again.
+        // Changes in the meantime count, and make the next reading query again.
         let meanwhile = balloon.count.keep_moving();
         given_back |= meanwhile.given_back;
         let taken = before.taken + meanwhile.taken + came;
@@ -259,7 +258,7 @@ impl Run<'_, '_> {
         Ok(Besides::These(besides))
     }
 
-    /// Ask which of `pfns` have a page; those of which that has changed.
+    /// Queries which of `pfns` have a page; returns those for which that has changed.
     fn ask_again(
         &mut self,
         balloon: &mut Balloon,
@@ -288,8 +287,7 @@ impl Run<'_, '_> {
     }
 }
 
-/// Those of `pfns` that have a page where the stream says that they have none, or the
-/// other way round.
+/// Those of `pfns` that have a page although the stream says that they have none, or the reverse.
 fn changed(domain: &dyn Domain, absent: &DirtyBitmap, pfns: &[Pfn]) -> Result<Vec<Pfn>, SaveError> {
     let gfns: Vec<Gfn> = pfns.iter().map(|pfn| Gfn(pfn.0)).collect();
     let mut types = vec![PageType::XTAB; gfns.len()];

@@ -1,4 +1,4 @@
-//! One batch of pages on its way into the stream: types, mapping, normalising.
+//! Preparing one batch of pages for the stream: types, mapping, normalising.
 //!
 //! C implementation: `xg_sr_save.c:write_batch`.
 
@@ -14,10 +14,9 @@ use crate::sink::PageSink;
 pub(super) struct Batch {
     head: Vec<u8>,
     entries: Vec<PageEntry>,
-    /// The pages that have data, mapped; `None` where no page has.
+    /// The pages with contents, mapped; `None` if no page has any.
     mapped: Option<ForeignPages>,
-    /// Pages that are not sent as they are mapped: index among the mapped ones,
-    /// ascending.
+    /// Pages that are not sent as they are mapped: index among the mapped ones, ascending.
     special: Vec<(usize, Special)>,
     /// pfns to be sent again once the guest is suspended, and whether they will most likely have
     /// a page then.
@@ -25,35 +24,33 @@ pub(super) struct Batch {
     pages: u64,
 }
 
-/// How a page is sent that is not sent as it is mapped.
+/// How to send a page that is not sent as it is mapped.
 enum Special {
-    /// In another form.
+    /// Normalised.
     Local(Box<Page>),
     /// Not at all.
     Not,
 }
 
 impl Batch {
-    /// Look up, map and normalise `pfns`, at most 1024 of them.
+    /// Looks up, maps and normalises `pfns`, at most 1024 of them.
     ///
-    /// While the guest is `running`, a pfn that has no frame, a frame of which the machine
-    /// says that it is no longer or not yet this pfn's, one that has gone when it is to
-    /// be mapped, and a page table that changes under the reader are listed as absent
-    /// (XTAB) and deferred.
+    /// While the guest is `running`, these are listed as absent (XTAB) and deferred: a pfn without
+    /// a frame, a frame that according to Xen is no longer or not yet this pfn's, a frame that has
+    /// disappeared before it is mapped, and a page table that changes while it is read.
     ///
     /// # Errors
     ///
-    /// A frame of a suspended guest that cannot be mapped, named; a page type the
-    /// format does not know; a page table that cannot be normalised. Nothing stays
-    /// mapped.
+    /// A frame of a suspended guest that cannot be mapped, with its number; a page type that the
+    /// format does not know; a page table that cannot be normalised. No page stays mapped.
     pub(super) fn prepare(
         domain: &dyn Domain,
         guest: &dyn GuestSave,
         pfns: &[Pfn],
         running: bool,
     ) -> Result<Self, SaveError> {
-        // A pfn without a frame is asked about all the same, as Xen does: the answer
-        // for "no frame" is XTAB.
+        // A pfn without a frame is queried all the same, as Xen does: the answer for "no frame" is
+        // XTAB.
         let gfn = |pfn: &Pfn| guest.pfn_to_gfn(*pfn).unwrap_or(Gfn::INVALID);
         let gfns: Vec<Gfn> = pfns.iter().map(gfn).collect();
         let mut types = vec![PageType::XTAB; gfns.len()];
@@ -71,8 +68,8 @@ impl Batch {
                 }
                 .into());
             }
-            // Looked up in a table that was just moving, most likely; or ballooned out,
-            // and it may be back before the guest is suspended.
+            // Most likely looked up in a table that was just moving; or ballooned out, and it may
+            // be back before the guest is suspended.
             let page_type = match running && !guest.confirms(pfn, gfn) {
                 true => {
                     deferred.push((pfn, page_type.has_data()));
@@ -101,8 +98,8 @@ impl Batch {
         Ok(batch)
     }
 
-    /// Map those of `entries` that have data (their indices and frames), and turn
-    /// into their form in the stream what needs it.
+    /// Maps those of `entries` that have contents (their indices and frames), and normalises the
+    /// pages that need it.
     fn map(
         &mut self,
         domain: &dyn Domain,
@@ -125,8 +122,8 @@ impl Batch {
                 None => Ok(None),
             };
             let normalised = match normalised {
-                // Caught in the middle of a change, most likely: it will have settled
-                // when the guest is suspended.
+                // Most likely caught in the middle of a change, which will be complete when the
+                // guest is suspended.
                 Err(
                     GuestError::Pte { .. }
                     | GuestError::Superpage { .. }
@@ -154,12 +151,12 @@ impl Batch {
         self.entries.len() as u64
     }
 
-    /// What the stream says of each of them.
+    /// Their entries in the stream.
     pub(super) fn entries(&self) -> &[PageEntry] {
         &self.entries
     }
 
-    /// Pages in the batch that have data.
+    /// Pages in the batch that have contents.
     pub(super) fn pages(&self) -> u64 {
         self.pages
     }
@@ -194,7 +191,7 @@ impl Batch {
         }
     }
 
-    /// Write the record: pages that need no other form straight from the guest.
+    /// Writes the record: pages that are not normalised straight from the guest.
     pub(super) fn write(&self, sink: &mut dyn PageSink) -> Result<(), SaveError> {
         let mut list = Gather::new();
         list.push(&self.head);

@@ -1,8 +1,7 @@
-//! The checkpoint buffer: what an epoch sends while the guest is suspended is kept in
-//! memory, and goes to the sink once the guest runs on.
+//! The checkpoint buffer: keeps in memory what an epoch sends while the guest is suspended, and
+//! writes it to the sink once the guest runs again.
 //!
-//! C implementation: none; Xen's engine writes all of a checkpoint with the guest
-//! suspended.
+//! C implementation: none; Xen's engine writes all of a checkpoint with the guest suspended.
 
 use std::cell::Cell;
 use std::io::{self, Write};
@@ -11,17 +10,17 @@ use xsr_xen_backend::Gather;
 
 use crate::sink::PageSink;
 
-/// Before a sink: keeps what is written while [`Hold`] says so, up to a limit.
+/// In front of a sink: keeps what is written while [`Hold`] says so, up to a limit.
 pub(super) struct EpochBuffer<'s, 'h> {
     sink: &'s mut dyn PageSink,
     hold: &'h Hold,
     kept: Vec<u8>,
 }
 
-/// Whether what is written is kept, and how much has been.
+/// Whether written bytes are kept, and how many have been.
 #[derive(Debug)]
 pub(super) struct Hold {
-    /// Bytes that are kept at most.
+    /// The most bytes that are kept.
     limit: usize,
     on: Cell<bool>,
     /// Bytes of this epoch that were kept until the guest ran.
@@ -29,7 +28,7 @@ pub(super) struct Hold {
 }
 
 impl Hold {
-    /// Keep at most `limit` bytes; none, if that is 0.
+    /// Keeps at most `limit` bytes; none if that is 0.
     pub(super) fn new(limit: usize) -> Self {
         Self {
             limit,
@@ -44,8 +43,8 @@ impl Hold {
         self.kept.set(0);
     }
 
-    /// The guest runs. Flush the sink to have what was kept on its way; how many bytes
-    /// that were is the answer.
+    /// The guest runs. Flushing the sink then sends what was kept; returns how many bytes that
+    /// were.
     pub(super) fn end(&self) -> u64 {
         self.on.set(false);
         self.kept.get()
@@ -61,8 +60,8 @@ impl<'s, 'h> EpochBuffer<'s, 'h> {
         }
     }
 
-    /// Whether `bytes` more are kept. What does not fit goes straight to the sink, with
-    /// all that came before it: the guest waits for a sink that is slower than it.
+    /// Whether `bytes` more are kept. Bytes that do not fit go straight to the sink, after
+    /// everything before them: the guest then waits for the slower sink.
     fn keeps(&mut self, bytes: usize) -> io::Result<bool> {
         if !self.hold.on.get() {
             return Ok(false);
@@ -75,7 +74,7 @@ impl<'s, 'h> EpochBuffer<'s, 'h> {
         }
         let whole = self.kept.len() + bytes;
         if whole > self.kept.capacity() {
-            // Twice as much each time, but never beyond the limit.
+            // Doubles the room each time, but never beyond the limit.
             let room = (2 * whole).min(self.hold.limit);
             self.kept.reserve_exact(room - self.kept.len());
         }
@@ -101,7 +100,7 @@ impl Write for EpochBuffer<'_, '_> {
         Ok(bytes.len())
     }
 
-    /// All that is kept goes out.
+    /// Writes everything that is kept.
     fn flush(&mut self) -> io::Result<()> {
         self.drain()?;
         self.sink.flush()
@@ -137,10 +136,10 @@ mod tests {
             (&*buffer.kept, buffer.kept.capacity()),
             (&b"cdefghij"[..], 8)
         );
-        // One more than fits: all before it goes first.
+        // One byte too many: everything before it is written first.
         buffer.write_all(b"k").unwrap();
         assert_eq!(buffer.kept, b"k");
-        // More than ever fits.
+        // More than the buffer can hold.
         buffer.write_all(b"0123456789").unwrap();
         assert_eq!(buffer.kept, b"");
         buffer.write_all(b"l").unwrap();

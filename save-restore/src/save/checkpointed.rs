@@ -1,5 +1,4 @@
-//! A save that never ends by itself: checkpoint after checkpoint of a guest that runs
-//! on between them (Remus).
+//! Saving with checkpoints: one after the other, of a guest that runs between them (Remus).
 //!
 //! C implementation: the loop of `xg_sr_save.c:save` for `XC_STREAM_REMUS`.
 
@@ -19,19 +18,17 @@ use crate::save::{Run, SaveStats};
 use crate::sink::PageSink;
 use crate::toolstack::{CheckpointToolstack, Epoch, NextEpoch};
 
-/// Bytes of a checkpoint that are kept while the guest is suspended, where nobody says:
-/// 64 MiB.
+/// Default for the bytes of a checkpoint that are kept while the guest is suspended: 64 MiB.
 pub const BUFFER_BYTES: usize = 64 << 20;
 
 /// How to take checkpoints.
 pub struct Checkpoints<'a> {
     /// Decides when the guest is suspended for the first time.
     pub policy: &'a mut dyn PrecopyPolicy,
-    /// Bytes of a checkpoint that are kept in memory while the guest is suspended, and
-    /// sent once it runs on ([`BUFFER_BYTES`] is a good number). Of a checkpoint that is
-    /// larger all but the last part is sent with the guest suspended: no more than this is
-    /// ever kept, and a guest that writes faster than can be sent is held up by it. 0:
-    /// nothing is kept, as in Xen's own engine.
+    /// Bytes of a checkpoint that are kept in memory while the guest is suspended, and sent once it
+    /// runs ([`BUFFER_BYTES`] is a good number). Of a larger checkpoint, everything except the last
+    /// part is sent with the guest suspended: no more than this is ever kept, so the guest waits if
+    /// it writes faster than can be sent. 0: nothing is kept, as in Xen's own engine.
     pub buffer_bytes: usize,
 }
 
@@ -46,15 +43,14 @@ impl std::fmt::Debug for Checkpoints<'_> {
 /// What a save with checkpoints did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CheckpointedStats {
-    /// All that is in the stream. The guest was suspended for
-    /// [`SaveStats::suspended_for`] in all.
+    /// Everything in the stream. The guest was suspended for [`SaveStats::suspended_for`] in all.
     pub stream: SaveStats,
     /// CHECKPOINT records.
     pub checkpoints: u64,
 }
 
 impl<'r> Run<'r, '_> {
-    /// How many checkpoints were taken until the toolstack said that it is enough.
+    /// Takes checkpoints until the toolstack ends them; returns their number.
     pub(super) fn epochs<T: CheckpointToolstack + ?Sized>(
         &mut self,
         xen: XenVersion,
@@ -87,8 +83,8 @@ impl<'r> Run<'r, '_> {
         }
     }
 
-    /// Send all memory while the guest runs, with one log for all epochs behind it: a write
-    /// between two of them is in the next.
+    /// Sends all memory while the guest runs. One log then covers all epochs: a write between two
+    /// epochs belongs to the next.
     pub(super) fn first_copy<'s>(
         &mut self,
         xen: XenVersion,
@@ -101,7 +97,7 @@ impl<'r> Run<'r, '_> {
         Ok((guest, out, memory))
     }
 
-    /// Suspend the guest and write one checkpoint, but for the CHECKPOINT record behind it.
+    /// Suspends the guest and writes one checkpoint, except for its final CHECKPOINT record.
     pub(super) fn epoch<T: CheckpointToolstack + ?Sized>(
         &mut self,
         number: u64,

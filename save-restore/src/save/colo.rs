@@ -1,5 +1,4 @@
-//! A save under COLO: the guest runs at both ends, and a checkpoint makes them the same
-//! again.
+//! Saving under COLO: the guest runs on both hosts, and a checkpoint makes them identical again.
 //!
 //! C implementation: the loop of `xg_sr_save.c:save` for `XC_STREAM_COLO`,
 //! `colo_merge_secondary_dirty_bitmap`.

@@ -1,28 +1,27 @@
-//! When a live save stops sending what the guest goes on writing, and suspends it.
+//! Precopy policies: when a live save stops sending what the guest keeps writing, and suspends it.
 //!
-//! C implementation: `xg_sr_save.c:simple_precopy_policy` and the `precopy_policy`
-//! callback of `xenguest.h`.
+//! C implementation: `xg_sr_save.c:simple_precopy_policy` and the `precopy_policy` callback of
+//! `xenguest.h`.
 
 use std::time::{Duration, Instant};
 
 use xsr_format::frame::PAGE_SIZE;
 
-/// What a policy decides from. Pages are pfns: a page sent twice counts twice.
+/// The figures for a policy's decision. Pages are pfns: a page sent twice counts twice.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PrecopyStats {
     /// Passes that have been sent; 0 before the first.
     pub iteration: u32,
     /// Pages sent in all passes.
     pub pages_sent: u64,
-    /// Pages to be sent in the next pass, where that is known: all of them before the
-    /// first; `None` after a pass, before the dirty log has been read.
+    /// Pages to be sent in the next pass, if that is known: all of them before the first; `None`
+    /// after a pass, before the dirty log has been read.
     pub dirty_count: Option<u64>,
-    /// Pages that will be dirty once the guest is suspended, at most, if the guest goes
-    /// on as it does and is suspended now: those that are dirty, where that is known.
-    /// Behind a pass, as many as were sent in it, since as many have become dirty in the
-    /// one before; more, if it took longer than that one. `None` behind the first.
+    /// The most pages that will be dirty if the guest is suspended now: the number of dirty pages,
+    /// if it is known. After a pass, the number sent in that pass, since as many became dirty in
+    /// the one before; more if it took longer than the one before. `None` after the first.
     pub expected_dirty: Option<u64>,
-    /// Whether each pass still is markedly (a tenth) smaller than the one before it.
+    /// Whether each pass is still markedly (a tenth) smaller than the one before it.
     pub shrinking: bool,
     /// Pages the guest dirtied per second during the last pass; 0 before there was
     /// one.
@@ -30,15 +29,14 @@ pub struct PrecopyStats {
     /// Bytes the sink took per second, in the last pass or over the last few, whichever
     /// is less; 0 before the first.
     pub bytes_per_second: f64,
-    /// Since the first pass began.
+    /// Time since the first pass began.
     pub elapsed: Duration,
 }
 
 impl PrecopyStats {
-    /// How long the guest would stand still if it were suspended now: as long as it
-    /// takes to send what is, or is expected to be, dirty then. `None` while nothing is
-    /// known of that. What else takes time then is not in it: to suspend, registers and
-    /// devices, the other side.
+    /// How long the guest would be paused if it were suspended now: the time to send what is, or is
+    /// expected to be, dirty then. `None` while that is unknown. Does not include the time to
+    /// suspend, for registers and devices, and for the other side.
     pub fn estimated_downtime(&self) -> Option<Duration> {
         let pages = u32::try_from(self.expected_dirty?).unwrap_or(u32::MAX);
         if self.iteration == 0 || self.bytes_per_second <= 0.0 {
@@ -49,25 +47,25 @@ impl PrecopyStats {
     }
 }
 
-/// What comes next.
+/// A policy's decision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PrecopyDecision {
-    /// Send what is dirty while the guest runs on (C: `XGS_POLICY_CONTINUE_PRECOPY`).
+    /// Send what is dirty while the guest runs (C: `XGS_POLICY_CONTINUE_PRECOPY`).
     Continue,
     /// Suspend the guest and send the rest (C: `XGS_POLICY_STOP_AND_COPY`).
     StopAndCopy,
-    /// Give up; the guest runs on (C: `XGS_POLICY_ABORT`).
+    /// Give up; the guest continues to run (C: `XGS_POLICY_ABORT`).
     Abort,
 }
 
-/// Decides when precopy ends. Asked before each pass, and again after it, before the
-/// dirty log is read (then [`PrecopyStats::dirty_count`] is `None`).
+/// Decides when precopy ends. Called before each pass, and again after it, before the dirty log is
+/// read (then [`PrecopyStats::dirty_count`] is `None`).
 pub trait PrecopyPolicy {
-    /// What comes next.
+    /// Returns the decision.
     fn decide(&mut self, stats: &PrecopyStats) -> PrecopyDecision;
 }
 
-/// Xen's own: stop when fewer than 50 pages are dirty, or after five passes.
+/// Xen's own policy: stop when fewer than 50 pages are dirty, or after five passes.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct XenPolicy;
 
@@ -88,33 +86,33 @@ impl PrecopyPolicy for XenPolicy {
     }
 }
 
-/// What [`TargetPolicy`] does when its time is up.
+/// What [`TargetPolicy`] does after its time-out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnTimeout {
-    /// Suspend the guest whatever is still dirty.
+    /// Suspend the guest, whatever is still dirty.
     StopAndCopy,
-    /// Give up; the guest runs on.
+    /// Give up; the guest continues to run.
     Cancel,
 }
 
-/// Stop when the guest would stand still no longer than asked for; after a time, do
-/// what was asked for that case.
+/// Stops when the estimated downtime is no longer than requested; does what was requested after a
+/// time-out.
 ///
-/// It decides behind a pass, when it is known how long that took: half of what is asked
-/// for is for memory, the rest for what no estimate holds and for bad luck. Where passes
-/// no longer shrink, and waiting gains nothing, all of it is.
+/// It decides after a pass, when its duration is known. Half of the requested downtime is for
+/// memory, the rest for what no estimate includes and for bad luck. When passes no longer shrink,
+/// so that waiting gains nothing, all of it is for memory.
 #[derive(Clone, Copy, Debug)]
 pub struct TargetPolicy {
-    /// How long the guest may stand still.
+    /// How long the guest may be paused.
     pub max_downtime: Duration,
-    /// How long precopy may take; `None` for as long as it needs.
+    /// How long precopy may take; `None` for no limit.
     pub timeout: Option<Duration>,
-    /// What to do then.
+    /// What to do after that time.
     pub on_timeout: OnTimeout,
 }
 
-/// 300 ms, which is what other hypervisors allow and most programs do not notice; after five
-/// minutes the rest is sent however long it takes.
+/// 300 ms, which other hypervisors allow and most programs do not notice. After five minutes the
+/// rest is sent, however long it takes.
 impl Default for TargetPolicy {
     fn default() -> Self {
         Self {
@@ -133,7 +131,7 @@ impl TargetPolicy {
             false => self.max_downtime,
         };
         match stats.dirty_count {
-            // What is dirty is sent before the guest is suspended, and that may take long.
+            // Dirty pages are sent before the guest is suspended, and that may take long.
             Some(pages) => stats.iteration > 0 && pages == 0,
             None => stats
                 .estimated_downtime()
@@ -157,23 +155,23 @@ impl PrecopyPolicy for TargetPolicy {
     }
 }
 
-/// Keeps the figures between passes.
+/// Keeps the figures across passes.
 #[derive(Debug)]
 pub(super) struct Meter {
     begun: Instant,
     pass_begun: Instant,
-    /// How long the pass took in which the pages of this one became dirty.
+    /// The duration of the pass in which the pages of this one became dirty.
     pass_before: Duration,
     /// Pages of the last pass.
     last_pass: Option<u64>,
-    /// Of all passes, each counting half as much as the one behind it.
+    /// Of all passes, each counting half as much as the one after it.
     sending: Duration,
     bytes: u64,
     stats: PrecopyStats,
 }
 
 impl Meter {
-    /// Before the first pass, which sends all `pages`.
+    /// The state before the first pass, which sends all `pages`.
     pub(super) fn new(pages: u64) -> Self {
         let now = Instant::now();
         Self {
@@ -196,7 +194,7 @@ impl Meter {
         }
     }
 
-    /// The figures now.
+    /// The current figures.
     pub(super) fn stats(&mut self) -> &PrecopyStats {
         self.stats.elapsed = self.begun.elapsed();
         &self.stats
@@ -216,7 +214,7 @@ impl Meter {
         self.sending = self.sending / 2 + took;
         self.bytes = self.bytes / 2 + bytes;
         let lately = per_second(self.bytes, self.sending);
-        // A pass of pages without contents tells nothing of the sink.
+        // A pass of pages without contents says nothing about the sink.
         self.stats.bytes_per_second = match bytes {
             0 => lately,
             bytes => lately.min(per_second(bytes, took)),
@@ -307,10 +305,10 @@ mod tests {
             ..stats(iteration, None)
         };
         for (stats, expected) in [
-            // Before the first pass, and behind it, nothing is known of the guest.
+            // Before the first pass, and directly after it, nothing is known about the guest.
             (stats(0, Some(1)), [Continue, Continue]),
             (behind(1, None, true), [Continue, Continue]),
-            // What is dirty is sent first, however little.
+            // Dirty pages are sent first, however few.
             (stats(1, Some(1)), [Continue, Continue]),
             (stats(1, Some(0)), [StopAndCopy, StopAndCopy]),
             // 1000 pages a second: 100 take 100 ms, half of what is allowed.
@@ -347,11 +345,11 @@ mod tests {
         assert_eq!((dirty.expected_dirty, dirty.shrinking), (Some(400), true));
         assert_eq!(dirty.estimated_downtime(), Some(ms(400)));
         assert_eq!(dirty.dirty_pages_per_second, 400.0);
-        // A pass at the pace of the one before: no more than was sent in it.
+        // A pass as fast as the one before: no more than was sent in it.
         meter.sent_in(ms(500), 400, pages(400));
         let second = *meter.stats();
         assert_eq!(second.expected_dirty, Some(400));
-        // 800 pages a second, though 900 over both.
+        // 800 pages a second, although 900 over both.
         assert_eq!(second.bytes_per_second, 800.0 * 4096.0);
         assert_eq!(second.estimated_downtime(), Some(ms(500)));
         // A sink that stalls: the guest has had twice the time.
@@ -362,7 +360,7 @@ mod tests {
         let third = *meter.stats();
         assert_eq!(third.expected_dirty, Some(760));
         assert_eq!(third.estimated_downtime(), Some(ms(2000)));
-        // Nothing but absent pages: the sink is no slower for that.
+        // Only absent pages: the sink is not slower because of them.
         let before = third.bytes_per_second;
         meter.sent_in(ms(1), 10, 0);
         assert!(meter.stats().bytes_per_second > before / 3.0);

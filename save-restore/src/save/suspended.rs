@@ -1,4 +1,4 @@
-//! The guest while it is suspended, and its way back.
+//! Suspending the guest for a save, and resuming it.
 //!
 //! C implementation: `xg_sr_save.c:suspend_domain`.
 
@@ -9,7 +9,7 @@ use crate::toolstack::{
     CheckpointToolstack, ColoToolstack, Epoch, NextEpoch, SaveToolstack, ToolstackError,
 };
 
-/// Why the guest will not go on, if it has gone away: it has shut down by itself, or its domain
+/// Why the guest cannot be resumed, if it has gone away: it has shut down by itself, or its domain
 /// was destroyed.
 pub(super) fn gone(domain: &dyn Domain) -> Option<GuestError> {
     match domain.info() {
@@ -23,8 +23,8 @@ pub(super) fn gone(domain: &dyn Domain) -> Option<GuestError> {
     }
 }
 
-/// What a save has changed of the domain, undone on drop: the device model's
-/// log-dirty mode goes off, and the guest is resumed once it has been suspended.
+/// Changes that a save has made to the domain, undone on drop: the device model's log-dirty mode is
+/// switched off, and the guest is resumed if it was suspended.
 pub(super) struct Suspended<'a, T: SaveToolstack + ?Sized> {
     toolstack: &'a mut T,
     logging: bool,
@@ -48,29 +48,29 @@ impl<'a, T: SaveToolstack + ?Sized> Suspended<'a, T> {
         Ok(())
     }
 
-    /// Have the guest suspend.
+    /// Suspends the guest.
     ///
     /// # Errors
     ///
-    /// It is down already, for which nothing is done; it does not suspend.
+    /// It is shut down already, and then nothing is done; or it does not suspend.
     pub(super) fn suspend(&mut self, domain: &dyn Domain) -> Result<(), SaveError> {
         match domain.info()?.shutdown {
             None => {}
-            // Not our doing, and not ours to undo.
+            // The save has not suspended it, and must not resume it.
             Some(ShutdownReason::Suspend) => return Err(GuestError::AlreadySuspended.into()),
             Some(reason) => return Err(GuestError::ShutDown { reason }.into()),
         }
         let result = self.toolstack.suspend();
         let info = domain.info();
         if let Err(error) = result {
-            // It may have failed with the guest already asleep.
+            // The call may have failed with the guest already suspended.
             self.active = info.is_ok_and(|info| info.shutdown == Some(ShutdownReason::Suspend));
             return Err(error.into());
         }
         self.active = true;
         match info?.shutdown {
             Some(ShutdownReason::Suspend) => Ok(()),
-            // Whatever this is, it is not asleep: there is nothing to undo.
+            // In any other state it is not suspended: there is nothing to undo.
             Some(reason) => {
                 self.active = false;
                 Err(GuestError::ShutDown { reason }.into())
@@ -88,12 +88,12 @@ impl<'a, T: SaveToolstack + ?Sized> Suspended<'a, T> {
         if std::mem::take(&mut self.logging)
             && let Err(error) = self.toolstack.switch_qemu_logdirty(false)
         {
-            // The image is what it is; the device model merely goes on marking pages.
+            // The image is unaffected; the device model merely continues to mark pages.
             tracing::warn!(%error, "the device model's log-dirty mode could not be switched off");
         }
     }
 
-    /// Resume the guest, if it has been suspended.
+    /// Resumes the guest, if it has been suspended.
     pub(super) fn resume(&mut self) -> Result<(), ToolstackError> {
         match std::mem::take(&mut self.active) {
             true => self.toolstack.resume(),
@@ -101,26 +101,25 @@ impl<'a, T: SaveToolstack + ?Sized> Suspended<'a, T> {
         }
     }
 
-    /// Leave the guest as it is: it is somebody else's to resume or destroy.
+    /// Leaves the guest as it is: another program will resume or destroy it.
     pub(super) fn let_go(&mut self) {
         self.active = false;
     }
 }
 
 impl<T: CheckpointToolstack + ?Sized> Suspended<'_, T> {
-    /// The guest's part of a checkpoint is over: it runs on.
+    /// The guest's part of a checkpoint is over: it is resumed.
     ///
     /// # Errors
     ///
-    /// The toolstack cannot have it run on; the guest is still asleep although the
-    /// toolstack says otherwise. It will be resumed as after any other failure, unless
-    /// it is known to run.
+    /// The toolstack cannot resume it, or the guest is still suspended although the toolstack says
+    /// otherwise. It will be resumed as after any other failure, unless it is known to run.
     pub(super) fn postcopy(&mut self, domain: &dyn Domain) -> Result<(), SaveError> {
         let asleep = |info: &DomainInfo| info.shutdown == Some(ShutdownReason::Suspend);
         let result = self.toolstack.postcopy();
         let info = domain.info();
         if let Err(error) = result {
-            // Where nobody can tell, a resume too many is better than none.
+            // If the state is unknown, one resume too many is better than none.
             self.active = info.as_ref().map_or(true, asleep);
             return Err(error.into());
         }
@@ -132,15 +131,14 @@ impl<T: CheckpointToolstack + ?Sized> Suspended<'_, T> {
         }
     }
 
-    /// A checkpoint is in the stream: whether there will be another, once it is time.
+    /// A checkpoint is in the stream: waits, and returns whether there will be another.
     pub(super) fn checkpoint(&mut self, epoch: &Epoch) -> Result<NextEpoch, ToolstackError> {
         self.toolstack.checkpoint(epoch)
     }
 }
 
 impl<T: ColoToolstack + ?Sized> Suspended<'_, T> {
-    /// The guest runs at both ends: whether there will be another checkpoint, once it is
-    /// time.
+    /// The guest runs on both hosts: waits, and returns whether there will be another checkpoint.
     pub(super) fn wait_checkpoint(&mut self) -> Result<NextEpoch, ToolstackError> {
         self.toolstack.wait_checkpoint()
     }

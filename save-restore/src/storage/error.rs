@@ -1,4 +1,4 @@
-//! Errors of a storage: which image, what was being done, what the system said.
+//! Errors of a storage: which image, the operation that failed, and the system's error.
 
 use std::ffi::OsStr;
 use std::io;
@@ -15,7 +15,7 @@ pub enum StorageError {
         /// The image.
         name: String,
     },
-    /// There is an image of that name, and it is not to be replaced.
+    /// There is an image of that name, and it must not be replaced.
     #[error("{name} exists already")]
     Exists {
         /// The image.
@@ -38,12 +38,12 @@ pub enum StorageError {
         /// Why, and what to do instead.
         why: String,
     },
-    /// The storage, or this image, cannot do it.
+    /// The storage, or this image, does not support it.
     #[error("{name} {what}")]
     Unsupported {
         /// The image.
         name: String,
-        /// What it cannot.
+        /// The operation that it does not support.
         what: &'static str,
     },
     /// The image is shorter than it was.
@@ -59,11 +59,11 @@ pub enum StorageError {
     /// The system failed.
     #[error("{doing} {name}")]
     Io {
-        /// What was being done, as in "writing".
+        /// The operation, for example "writing".
         doing: &'static str,
         /// The image.
         name: String,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
     /// The image is complete and has its name, but the directory could not be synced.
@@ -71,13 +71,13 @@ pub enum StorageError {
     NotDurable {
         /// The image.
         name: String,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
 }
 
 impl StorageError {
-    /// What the system said, if it was the system that failed.
+    /// The system's error, if there is one.
     pub fn io_error(&self) -> Option<&io::Error> {
         match self {
             Self::Io { source, .. } | Self::NotDurable { source, .. } => Some(source),

@@ -1,13 +1,13 @@
-//! Images as files of a directory.
+//! Storage of images as files of a directory.
 //!
-//! A file is written under a temporary name beside its own, `.NAME.XXXXXX.partial`, readable by
-//! its owner alone because it holds all of a guest's memory. The commit syncs it, renames it and
-//! syncs the directory, so that its name stands for the old file or for the whole new one at
-//! every moment. While it is written it is locked; temporary files without a lock are what a
-//! killed process left behind, and are removed when the same name is written again.
+//! A file is written under a temporary name beside its own, `.NAME.XXXXXX.partial`, readable only
+//! by its owner because it holds all of a guest's memory. The commit syncs it, renames it and syncs
+//! the directory, so that its name always refers to the old file or to the complete new one. While
+//! it is written it is locked. Temporary files without a lock were left by a killed process, and
+//! are removed when the same name is written again.
 //!
-//! A name that is a symbolic link stands for the link's target: that is replaced, not the link.
-//! A name that is a pipe, a socket or a device is written straight ([`super::pipe`]).
+//! A name that is a symbolic link refers to the link's target: that is replaced, not the link. A
+//! name that is a pipe, a socket or a device is written straight ([`super::pipe`]).
 
 mod leftover;
 mod path;
@@ -42,13 +42,12 @@ pub use writer::{FileWriter, Kept};
 
 /// Removes temporary files when a signal ends the program.
 ///
-/// A [`FileStorage`] tells it of each temporary file while there is one. Both methods are called
-/// around the system call in question, so that an implementation can hold a lock there: then no
-/// signal finds a temporary file that it was not told of, or removes a file that has just got
-/// its name.
+/// A [`FileStorage`] registers each temporary file here while it exists. Both methods are called
+/// around the system call in question, so that an implementation can hold a lock meanwhile. Then no
+/// signal finds an unregistered temporary file, or removes a file that has just got its name.
 pub trait Cleanup: std::fmt::Debug + Send + Sync {
-    /// Calls `make`, which makes a temporary file for `to` and returns its path. The file is
-    /// there until the returned value is dropped or settled.
+    /// Calls `make`, which creates a temporary file for `to` and returns its path. The file exists
+    /// until the returned value is dropped or settled.
     ///
     /// # Errors
     ///
@@ -60,7 +59,7 @@ pub trait Cleanup: std::fmt::Debug + Send + Sync {
     ) -> io::Result<Box<dyn Registered>>;
 }
 
-/// A temporary file that a [`Cleanup`] knows of. Dropping it says that the file is gone.
+/// A temporary file that a [`Cleanup`] knows. Dropping this says that the file is gone.
 pub trait Registered: std::fmt::Debug + Send + Sync {
     /// Calls `keep`, after which the file is not temporary any more, unless that fails: then it
     /// stays registered.
@@ -80,10 +79,10 @@ pub struct FileStorage {
     steps: Arc<dyn Steps>,
 }
 
-/// What a path to write to leads to: looked at, and not written yet.
+/// The target of a path to write to: looked up, but not written yet.
 ///
-/// It is what lies between the name that a user gives and [`FileStorage::write`]: a command can
-/// refuse what would be lost, as the file that it reads.
+/// It comes between the name that a user gives and [`FileStorage::write`], so that a command can
+/// refuse to overwrite a file, for example the one that it reads.
 ///
 /// ```
 /// use xsr_save_restore::storage::file::Target;
@@ -98,7 +97,7 @@ pub struct FileStorage {
 /// ```
 #[derive(Debug)]
 pub struct Target {
-    /// What a person calls it.
+    /// Its name for messages.
     name: String,
     place: Place,
 }
@@ -151,7 +150,7 @@ impl Target {
         Ok(Self { name, place })
     }
 
-    /// A descriptor, which is written from where it stands.
+    /// A descriptor, which is written from its current position.
     ///
     /// # Errors
     ///
@@ -181,12 +180,12 @@ impl Target {
         self
     }
 
-    /// What a person calls it.
+    /// Its name for messages.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// What is there; `None` if there is nothing yet.
+    /// The existing file, if there is one.
     pub fn found(&self) -> Option<&Metadata> {
         match &self.place {
             Place::Descriptor { found, .. } => Some(found),
@@ -210,8 +209,8 @@ impl Target {
         }
     }
 
-    /// Files for this path that another program was to write, and that are not in use: paths and
-    /// lengths. Such a file may be all that there is of a guest.
+    /// Files that another program should have written for this path, and that are not in use: paths
+    /// and lengths. Such a file may be the only copy of a guest.
     pub fn left_by_another(&self) -> Vec<(PathBuf, u64)> {
         self.path()
             .map(leftover::left_by_another)
@@ -219,7 +218,7 @@ impl Target {
     }
 }
 
-/// What [`FileStorage::write`] has begun.
+/// The result of [`FileStorage::write`].
 #[derive(Debug)]
 pub enum Begun {
     /// A file, under its temporary name.
@@ -229,7 +228,7 @@ pub enum Begun {
 }
 
 impl FileStorage {
-    /// The files of this directory, which must exist by the time that one is created.
+    /// The files of this directory, which must exist when an image is created.
     pub fn new(directory: impl Into<PathBuf>) -> Self {
         Self {
             directory: directory.into(),
@@ -239,7 +238,7 @@ impl FileStorage {
         }
     }
 
-    /// The directory that a path is in, and the name that it has there.
+    /// The directory that contains a path, and its name there.
     ///
     /// ```
     /// use std::path::Path;
@@ -267,7 +266,7 @@ impl FileStorage {
         self
     }
 
-    /// Has temporary files registered there while they exist.
+    /// Registers temporary files with `cleanup` while they exist.
     pub fn cleanup(mut self, cleanup: Arc<dyn Cleanup>) -> Self {
         self.cleanup = Some(cleanup);
         self
@@ -283,8 +282,8 @@ impl FileStorage {
         self.directory.join(name.as_os_str())
     }
 
-    /// Starts to write what a path leads to, wherever that is: [`Storage::create`] does so for
-    /// the names of its directory.
+    /// Starts to write the target of a path, wherever that is. [`Storage::create`] does so for the
+    /// names of its directory.
     ///
     /// # Errors
     ///
@@ -320,7 +319,7 @@ impl FileStorage {
         StraightWriter::new(file, name).map(Begun::Straight)
     }
 
-    /// Opens what is there and is not a regular file.
+    /// Opens an existing file that is not a regular file.
     fn open_special(path: &Path, found: &Metadata, name: &str) -> Result<File, StorageError> {
         let open = || -> io::Result<File> {
             let file = OpenOptions::new()
@@ -336,8 +335,7 @@ impl FileStorage {
         open().map_err(StorageError::io("opening", name))
     }
 
-    /// A file for the image, as [`Storage::create`] does it for a name that is not a pipe or a
-    /// device.
+    /// A file for the image, as in [`Storage::create`] for a name that is not a pipe or a device.
     fn temporary(
         &self,
         to: PathBuf,
@@ -357,7 +355,7 @@ impl FileStorage {
     }
 }
 
-/// The directory that a path is in.
+/// The directory that contains a path.
 fn directory(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if parent != Path::new("") => parent,
@@ -413,7 +411,7 @@ impl Storage for FileStorage {
                 }
                 let found = match fs::metadata(entry.path()) {
                     Ok(found) => found,
-                    // Removed since, or a link that leads nowhere.
+                    // Removed since, or a link to nowhere.
                     Err(error) if not_found(&error) => continue,
                     Err(error) => return Err(error),
                 };
@@ -455,7 +453,7 @@ impl Storage for FileStorage {
 fn sync_directory(directory: &Path, steps: &dyn Steps) -> io::Result<()> {
     steps.before(Step::SyncDirectory)?;
     match File::open(directory)?.sync_all() {
-        // Some network file systems have no such call, and need none.
+        // Some network file systems do not have this call, and do not need it.
         Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
         result => result,
     }

@@ -10,10 +10,10 @@ use rustix::pipe::fcntl_setpipe_size;
 
 use super::{Durability, Shape, StorageError, StorageReader, StorageWriter, StreamReader};
 
-/// Bytes that a pipe is asked to hold: fewer turns between the two processes.
+/// Requested capacity of a pipe: larger means fewer switches between the two processes.
 const PIPE_BYTES: usize = 1 << 20;
 
-/// Lets a pipe hold more than the 64 KiB that it begins with, if that is allowed.
+/// Increases a pipe's capacity from the initial 64 KiB, if that is allowed.
 fn widen(file: &File) -> io::Result<()> {
     if file.metadata()?.file_type().is_fifo()
         && let Err(error) = fcntl_setpipe_size(file, PIPE_BYTES)
@@ -23,7 +23,7 @@ fn widen(file: &File) -> io::Result<()> {
     Ok(())
 }
 
-/// Writes to a descriptor as it is: what is written is written.
+/// Writes straight to a descriptor: written bytes cannot be taken back.
 ///
 /// ```
 /// use std::fs::File;
@@ -50,7 +50,7 @@ pub struct StraightWriter {
 }
 
 impl StraightWriter {
-    /// Writes to this descriptor, from where it stands.
+    /// Writes to this descriptor, from its current position.
     ///
     /// # Errors
     ///
@@ -119,7 +119,7 @@ impl StorageWriter for StraightWriter {
 
     fn sync(&self) -> Result<(), StorageError> {
         match self.file.sync_all() {
-            // A pipe or a terminal keeps nothing.
+            // A pipe or a terminal has nothing to sync.
             Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
             result => result.map_err(StorageError::io("syncing", &self.name)),
         }
@@ -137,8 +137,8 @@ impl StorageWriter for StraightWriter {
     }
 }
 
-/// Reads from a descriptor as it is, each byte once. Nothing is read ahead: where this reader
-/// stops, another may go on.
+/// Reads straight from a descriptor, each byte once, without reading ahead: another reader can
+/// continue where this one stops.
 #[derive(Debug)]
 pub struct OnceReader {
     file: File,
@@ -146,7 +146,7 @@ pub struct OnceReader {
 }
 
 impl OnceReader {
-    /// Reads from this descriptor, from where it stands.
+    /// Reads from this descriptor, from its current position.
     ///
     /// # Errors
     ///

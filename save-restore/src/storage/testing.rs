@@ -1,5 +1,5 @@
-//! For tests: what every [`Storage`](super::Storage) must do, and a storage that fails when it
-//! is told to.
+//! Test support: the contract of every [`Storage`](super::Storage), and a storage that fails on
+//! request.
 
 mod contract;
 mod fake;

@@ -1,24 +1,24 @@
-//! A report among whatever else an end has said.
+//! A receiver's report, found among the last bytes that an end has sent.
 
 use std::io::{self, Read};
 
 use super::{Message, MessageError, Outcome, Reason, Status};
 
-/// The last bytes that an end has said: a receiver's report may be among what a sender that
-/// breaks off did not read as anything else.
+/// The last bytes that an end has sent. A receiver's report may be among the bytes that a sender
+/// that breaks off has not read as another message.
 ///
-/// Memory is bounded by [`Self::KEPT`], however much is said.
+/// Memory is bounded by [`Self::KEPT`], however much is sent.
 #[derive(Clone, Debug, Default)]
 pub struct LastWords(Vec<u8>);
 
 impl LastWords {
-    /// Bytes that are kept.
+    /// The number of bytes that are kept.
     pub const KEPT: usize = 1 << 16;
 
-    /// Bytes of a report that suffice to recognise it: no other message begins with them.
+    /// Enough bytes of a report to recognise it: no other message begins with them.
     const RECOGNISED: usize = 8;
 
-    /// Add what has come.
+    /// Adds received bytes.
     pub fn push(&mut self, bytes: &[u8]) {
         let bytes = &bytes[bytes.len().saturating_sub(Self::KEPT)..];
         let excess = (self.0.len() + bytes.len()).saturating_sub(Self::KEPT);
@@ -26,12 +26,12 @@ impl LastWords {
         self.0.extend_from_slice(bytes);
     }
 
-    /// Add what still comes, until it says which end has the domain, the other end hangs up or
-    /// the reader fails.
+    /// Adds what still comes, until it says which end has the domain, the other end hangs up or the
+    /// reader fails.
     ///
     /// # Errors
     ///
-    /// As [`Self::outcome`]. What the reader says tells no more than that.
+    /// As [`Self::outcome`]. An error of the reader adds nothing to that.
     pub fn hear_out(&mut self, mut from: impl Read) -> Result<Outcome, MessageError> {
         let mut room = [0; 4096];
         loop {
@@ -58,22 +58,22 @@ impl LastWords {
         Reason::read(self.report()?.get(given_back..)?, from)
     }
 
-    /// Forget all: what has come was understood.
+    /// Forgets everything: what has come was understood.
     pub fn clear(&mut self) {
         self.0.clear();
     }
 
-    /// What is kept.
+    /// The bytes that are kept.
     pub fn bytes(&self) -> &[u8] {
         &self.0
     }
 
-    /// Whether a report has begun. One that has begun is worth waiting for.
+    /// Whether a report has begun, so that it is worth waiting for the rest.
     pub fn report_began(&self) -> bool {
         self.report().is_some()
     }
 
-    /// The status in the report, if it has come.
+    /// The status in the report, if it has arrived.
     pub fn status(&self) -> Option<Status> {
         let status = self.report()?.get(Message::Report.bytes().len())?;
         Some(Status(*status))
@@ -90,7 +90,7 @@ impl LastWords {
     ///
     /// # Errors
     ///
-    /// No whole report is there, or one of a failure that does not give the domain back.
+    /// There is no complete report, or it is one of a failure that does not give the domain back.
     pub fn outcome(&self) -> Result<Outcome, MessageError> {
         let mut said = self.report().ok_or(MessageError::NoReport)?;
         Outcome::read(&mut said)

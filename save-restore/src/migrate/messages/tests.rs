@@ -1,5 +1,5 @@
-//! Each message against the bytes that Xen's tools say, written out here a second time; each cut
-//! short at every byte, and each with every byte changed.
+//! Tests of each message against the bytes that Xen's tools send, written out here a second time;
+//! each cut short at every byte, and each with every byte changed.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -7,8 +7,8 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// The words as they stand in `xl.h`, with the NUL of each C string that `sizeof` counts. The
-/// banner is sent without its NUL.
+/// The messages as in `xl.h`, with the NUL of each C string that `sizeof` counts. The banner is
+/// sent without its NUL.
 const WORDS: [(Message, &[u8], usize); 4] = [
     (
         Message::Banner,
@@ -28,7 +28,7 @@ const WORDS: [(Message, &[u8], usize); 4] = [
     ),
 ];
 
-/// Gives one byte at a time, and fails the test when it is asked for more than there is.
+/// Returns one byte at a time, and fails the test if it is asked for more than there is.
 struct Trickle<'a>(&'a [u8]);
 
 impl Read for Trickle<'_> {
@@ -64,7 +64,7 @@ fn the_fixed_words_are_those_of_xl() {
         let mut said = Vec::new();
         message.write(&mut said).unwrap();
         assert_eq!((said.as_slice(), said.len()), (bytes, length));
-        // What follows is for others.
+        // Bytes after the message are for another reader.
         said.extend(b"LibxlFmt");
         let mut whole = said.as_slice();
         message.read(&mut whole).unwrap();
@@ -90,30 +90,30 @@ fn a_message_that_is_cut_short_or_changed_is_no_message() {
         for at in 0..bytes.len() {
             let mut other = bytes.to_vec();
             other[at] ^= 0x20;
-            // It is found out at the byte that differs, without waiting for the rest.
+            // Detected at the byte that differs, without waiting for the rest.
             let error = message.read(Trickle(&other[..=at])).unwrap_err();
             let MessageError::Other { got, hung_up, .. } = &error else {
                 panic!("{error}")
             };
             assert_eq!((got.as_slice(), *hung_up), (&other[..=at], false));
-            // Or the rest is waited for, to be named.
+            // Or the rest is read, for the error message.
             let error = message.read_or(Trickle(&other[..=at]), |_| true);
             let error = error.unwrap_err();
             let MessageError::Other { got, hung_up, .. } = &error else {
                 panic!("{error}")
             };
             assert_eq!(got, &other[..=at]);
-            // Whether it hung up is known where more was expected.
+            // It is known whether the other end hung up if more bytes were expected.
             assert_eq!(*hung_up, at + 1 < bytes.len());
             assert_eq!(error.to_string().contains(", then hung up,"), *hung_up);
-            // What came says more than why the rest did not.
+            // The bytes received say more than the reason why no more came.
             let broken = Breaks(
                 Trickle(&other[..=at]),
                 io::ErrorKind::ConnectionReset.into(),
             );
             let error = message.read_or(broken, |_| true).unwrap_err();
             assert!(matches!(error, MessageError::Other { .. }), "{error:?}");
-            // But not than that someone asked to stop.
+            // But a cancellation has precedence.
             if at + 1 < bytes.len() {
                 let asked = Breaks(Trickle(&other[..=at]), io::Error::other(Cancelled));
                 let error = message.read_or(asked, |_| true).unwrap_err();
@@ -148,14 +148,14 @@ fn a_receiver_that_fails_says_why_in_the_place_of_any_message() {
         let words = "the other end has failed: no\\nmemory\\u{1b}[2J";
         assert_eq!(error.to_string(), words);
     }
-    // What has been read of it before, and where it ends early.
+    // The part that was read before, and where it ends early.
     for at in 0..said.len() {
         let why = Reason::read(&said[..at], &said[at..]).unwrap();
         assert_eq!(why, "no\\nmemory\\u{1b}[2J");
         let cut = Reason::read(b"", breaks(&said[..at]));
         assert_eq!(cut.is_some(), at >= Reason::BEGIN.len());
     }
-    // No longer than it may be, whatever its length.
+    // No longer than allowed, whatever its length.
     let mut long = Vec::new();
     Reason::write(&"x".repeat(5000), &mut long).unwrap();
     assert_eq!((long.len(), long.last()), (Reason::LONGEST, Some(&b'\n')));
@@ -166,7 +166,7 @@ fn a_receiver_that_fails_says_why_in_the_place_of_any_message() {
     let hostile = [Reason::BEGIN, b"\x1b]0;\xff\n"].concat();
     let why = Reason::read(b"", hostile.as_slice()).unwrap();
     assert_eq!(why, "\\u{1b}]0;\u{fffd}");
-    // Nor do those that turn the text around them, or end its line.
+    // Nor do characters that reorder the text around them, or end its line.
     for unfit in "\u{61c}\u{200e}\u{200f}\u{2028}\u{2029}\u{202a}\u{202e}\u{2066}\u{2069}".chars() {
         let hostile = format!("xsr: failed: a{unfit}b\n");
         let why = Reason::read(b"", hostile.as_bytes()).unwrap();
@@ -188,7 +188,7 @@ fn an_outcome_is_a_report_its_status_and_what_gives_back() {
     for status in 1..=255 {
         let back = said(status, go);
         assert_eq!(read(&back).unwrap(), Outcome::GivenBack { status });
-        // All but its last byte is nothing.
+        // Without its last byte it does not count.
         let error = read(&back[..back.len() - 1]).unwrap_err();
         assert!(matches!(error, MessageError::NotGivenBack { status: s, .. } if s == status));
     }
@@ -220,7 +220,7 @@ fn last_words_are_found_behind_whatever_else_was_said() {
     let words = of(&[&list, report, &[7], go]);
     assert_eq!(words.outcome().unwrap(), Outcome::GivenBack { status: 7 });
     assert_eq!(words.status(), Some(Status(7)));
-    // A report that has only begun is known, and decides nothing.
+    // A report that has only begun is recognised, but decides nothing.
     let words = of(&[&report[..8]]);
     assert!(words.report_began() && words.status().is_none());
     words.outcome().unwrap_err();
@@ -229,7 +229,7 @@ fn last_words_are_found_behind_whatever_else_was_said() {
     assert!(matches!(words.outcome(), Err(MessageError::NoReport)));
     let words = of(&[report, &[7], &go[..go.len() - 1]]);
     words.outcome().unwrap_err();
-    // What is still to come is heard out, and what broke off says no more than what came.
+    // What is still to come is read, and an error of the reader says no more than what came.
     for (said, outcome) in [
         ([report, &[0], b"and more"].concat(), Some(Outcome::Runs)),
         (
@@ -300,7 +300,7 @@ fn states_of_colo_are_the_records_of_libxl() {
         let mut said = Vec::new();
         word.write(&mut said).unwrap();
         assert_eq!(said, bytes);
-        // The specification's length, too.
+        // Also with the specification's length.
         for length in [4, 8] {
             let mut record: [u8; 16] = bytes.as_slice().try_into().unwrap();
             record[4] = length;
@@ -348,8 +348,8 @@ fn the_head_of_a_list_is_strict_and_bounded() {
 }
 
 proptest! {
-    /// Hostile bytes: no panic, nothing but the exact words is taken for them, and no more is
-    /// read than a message has.
+    /// Hostile bytes: no panic, only the exact bytes are accepted, and no more is read than a
+    /// message has.
     #[test]
     fn anything_else_is_refused(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
         for message in Message::ALL {

@@ -1,8 +1,7 @@
-//! Temporary files, and those that a killed process has left behind.
+//! Temporary files, and their removal after a killed process.
 //!
 //! A temporary file is locked (`flock`) while it is in use. One that is not locked is removed by
-//! the next writer of the same name; otherwise a job that is killed each night would fill the
-//! disk.
+//! the next writer of the same name; otherwise a job that is killed each night would fill the disk.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
@@ -21,17 +20,17 @@ use super::steps::{Step, Steps};
 use super::{Cleanup, Registered, directory};
 use crate::storage::error::shown;
 
-/// What a temporary name ends with: the second is that of a file which another program writes.
+/// Suffixes of temporary names; the second is for files that another program writes.
 const SUFFIX: &str = ".partial";
 const FOREIGN_SUFFIX: &str = ".xl-partial";
 /// Characters before it that make the name unique.
 const RANDOM: usize = 6;
-/// Bytes of the image's name in it: with the rest it must not be longer than a name may be.
+/// The most bytes of the image's name in it: with the rest it must not exceed a name's limit.
 const LONGEST_STEM: usize = 200;
 /// How old an empty file of another program is that will never be written: a program that has
 /// begun to save a guest writes at once.
 const DEAD_AFTER: Duration = Duration::from_secs(3600);
-/// How often another process may take the new file for one that was left behind.
+/// How often another process may treat the new file as left over.
 const TRIES: usize = 5;
 
 /// A temporary file.
@@ -43,10 +42,10 @@ pub(super) struct Temporary {
     pub(super) registered: Option<Box<dyn Registered>>,
 }
 
-/// Which program writes a temporary file.
+/// The program that writes a temporary file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum WrittenBy {
-    /// This process: a file that it leaves behind has a guest that still runs.
+    /// This process: if it leaves a file behind, the guest still runs.
     Us,
     /// Another program, which goes on when this process is killed. A file that is left behind may
     /// be all that there is of a guest: it is not removed, unless it has been empty for long.
@@ -70,8 +69,8 @@ fn prefix(to: &Path) -> io::Result<OsString> {
     Ok(OsString::from_vec([b".", stem, b"."].concat()))
 }
 
-/// A new temporary file beside the one that it will become, after those that were left behind
-/// for the same name have been removed.
+/// Creates a temporary file beside the final one, after removing those that were left for the same
+/// name.
 pub(super) fn temporary(
     to: &Path,
     by: WrittenBy,
@@ -121,7 +120,7 @@ pub(super) fn temporary(
 }
 
 impl Temporary {
-    /// Locks it; false if another process has taken it for one that was left behind.
+    /// Locks it; false if another process has treated it as left over.
     fn take(&self, steps: &dyn Steps) -> io::Result<bool> {
         let locked = steps
             .before(Step::Lock)
@@ -135,7 +134,7 @@ impl Temporary {
         there.inspect_err(|_| self.remove(steps))
     }
 
-    /// Removes it, if it can be.
+    /// Removes it, if possible.
     pub(super) fn remove(&self, steps: &dyn Steps) {
         let removed = steps
             .before(Step::Remove)
@@ -146,7 +145,7 @@ impl Temporary {
     }
 }
 
-/// Removes what killed processes have left for this name. What cannot be removed stays.
+/// Removes what killed processes have left for this name, as far as possible.
 fn remove_left_behind(directory: &Path, prefix: &OsStr, steps: &dyn Steps) {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     for entry in entries {
@@ -173,7 +172,7 @@ fn is_dead(file: &File) -> bool {
     age.is_some_and(|age| age > DEAD_AFTER)
 }
 
-/// What lies between the name and the end of a temporary name.
+/// The part between the name and the suffix of a temporary name.
 fn is_unique_part(part: &[u8]) -> bool {
     part.len() == RANDOM && part.iter().all(u8::is_ascii_alphanumeric)
 }
@@ -185,7 +184,7 @@ fn is_of(name: &OsStr, prefix: &OsStr, suffix: &str) -> bool {
         .is_some_and(is_unique_part)
 }
 
-/// The files that another program was to write for this name and that are not in use: paths
+/// The files that another program should have written for this name and that are not in use: paths
 /// and lengths.
 pub(super) fn left_by_another(to: &Path) -> Vec<(PathBuf, u64)> {
     let Ok(prefix) = prefix(to) else {
@@ -211,7 +210,7 @@ pub(super) fn is_temporary(name: &OsStr) -> bool {
         .is_some_and(is_unique_part)
 }
 
-/// A file of the caller's that nobody has locked: locked, and its length.
+/// A file of the caller's that is not locked: now locked, and its length.
 fn unlocked(path: &Path) -> Option<(File, u64)> {
     let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
     let file = OpenOptions::new()

@@ -1,11 +1,11 @@
-//! A path to write to, followed as far as is safe: not through a symbolic link that another user
-//! has made where everybody can make one, and not into another user's pipe. The kernel has these
+//! Following a path to write to, as far as is safe: not through a symbolic link that another user
+//! has made where every user can make one, and not into another user's pipe. The kernel has these
 //! rules as `fs.protected_symlinks` and `fs.protected_fifos`, but not everywhere, and the second
 //! only for a writer that would create the file.
 //!
-//! A path that names an inherited descriptor (`/dev/stdout`, `/dev/fd/3`) becomes that
-//! descriptor, with its position: it is to be written, not opened a second time. A descriptor
-//! that this process opened itself has no such name: it may be the memory of the guest.
+//! A path that names an inherited descriptor (`/dev/stdout`, `/dev/fd/3`) becomes that descriptor,
+//! with its position: it is written, not opened a second time. A descriptor that this process
+//! opened itself cannot be named: it may be the memory of the guest.
 
 use std::ffi::OsString;
 use std::fs::{self, File, Metadata, OpenOptions};
@@ -22,34 +22,34 @@ use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_op
 use crate::storage::StorageError;
 use crate::storage::error::shown;
 
-/// As many as the kernel follows.
+/// The same limit as the kernel's.
 const MOST_LINKS: usize = 40;
 
-/// What a path leads to.
+/// The target of a path.
 #[derive(Debug)]
 pub(super) enum Followed {
     /// An inherited descriptor of this process, and its number.
     Descriptor(File, u32),
-    /// A path without links. There may be nothing there yet.
+    /// A path without links. It may not exist yet.
     Path(PathBuf),
 }
 
-/// What a path leads to, not yet opened.
+/// The target of a path, not yet opened.
 enum Led {
     /// The number of a descriptor of this process, and its path.
     Descriptor(u32, PathBuf),
     Path(PathBuf),
 }
 
-/// Where a path stops that cannot be followed.
+/// Why a path cannot be followed.
 struct Walk<'n> {
-    /// What a person calls the path.
+    /// The path's name for messages.
     name: &'n str,
     /// Whether links that other users made are refused.
     checks: bool,
 }
 
-/// Follows a path. `name` is what a person calls it.
+/// Follows a path. `name` is its name for messages.
 pub(super) fn follow(path: &Path, name: &str) -> Result<Followed, StorageError> {
     let walk = Walk { name, checks: true };
     match walk.follow(path)? {
@@ -86,12 +86,12 @@ pub fn check_readable(path: &Path) -> Result<(), StorageError> {
     };
     match walk.follow(path) {
         Ok(Led::Descriptor(number, _)) => walk.inherited(number).map(drop),
-        // Opening it tells what is wrong with it.
+        // Opening it reports what is wrong with it.
         Ok(Led::Path(_)) | Err(_) => Ok(()),
     }
 }
 
-/// How a descriptor was opened that this process was started with.
+/// How an inherited descriptor was opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Inherited {
     /// Whether it can be read.
@@ -101,8 +101,8 @@ pub struct Inherited {
 }
 
 impl Inherited {
-    /// How descriptor `number` was opened. A descriptor that this process opened itself is
-    /// closed on exec, which an inherited one cannot be.
+    /// How descriptor `number` was opened. A descriptor that this process opened itself is closed
+    /// on exec, which an inherited one cannot be.
     ///
     /// # Errors
     ///
@@ -122,7 +122,7 @@ impl Inherited {
     }
 }
 
-/// Whether a path ends in a slash or a dot, and so can name a directory only.
+/// Whether a path ends in a slash or a dot, and so can only name a directory.
 fn names_directory(path: &Path) -> bool {
     let bytes = path.as_os_str().as_bytes();
     bytes.ends_with(b"/") || bytes.ends_with(b"/.")
@@ -154,7 +154,7 @@ impl Walk<'_> {
         let mut left = components(&path);
         let mut done = PathBuf::from("/");
         let mut links = 0;
-        // Of the directory that `done` is.
+        // The metadata of the directory `done`.
         let mut directory = self.look(Path::new("/"))?;
         while let Some(part) = left.pop() {
             if part == ".." {
@@ -205,7 +205,7 @@ impl Walk<'_> {
         Ok(Led::Path(done))
     }
 
-    /// The flags of a descriptor that this process was started with.
+    /// The flags of an inherited descriptor.
     fn inherited(&self, number: u32) -> Result<OFlag, StorageError> {
         const NOT_OPEN: &str = "is not open";
         let Ok(info) = fs::read_to_string(format!("/proc/self/fdinfo/{number}")) else {
@@ -220,7 +220,7 @@ impl Walk<'_> {
         }
     }
 
-    /// A descriptor that this process was started with.
+    /// An inherited descriptor.
     fn take(&self, number: u32, path: &Path) -> Result<File, StorageError> {
         let flags = self.inherited(number)?;
         let standard = match number {
@@ -240,7 +240,7 @@ impl Walk<'_> {
         if let Ok(file) = opened {
             return Ok(file.into());
         }
-        // Where that is not allowed: what has no position may be opened a second time.
+        // If that is not allowed: a file without a position may be opened a second time.
         let is_file = fs::metadata(path).map_err(self.failed())?.is_file();
         if is_file || flags & OFlag::O_ACCMODE == OFlag::O_RDONLY {
             return self.cannot("cannot be written: name the file, or redirect stdout to it");
@@ -249,9 +249,8 @@ impl Walk<'_> {
         opened.map_err(self.failed())
     }
 
-    /// Refuses a link of `/proc` that leads to what its text does not name: a pipe or a removed
-    /// file of another process, the root of a container. (The kernel follows such a link by
-    /// itself.)
+    /// Refuses a link of `/proc` whose target differs from its text: a pipe or a removed file of
+    /// another process, the root of a container. (The kernel follows such a link by itself.)
     fn check_magic(&self, link: &Path, target: &Path) -> Result<(), StorageError> {
         if !link.starts_with("/proc") {
             return Ok(());
@@ -264,8 +263,7 @@ impl Walk<'_> {
         }
     }
 
-    /// `last`: the link stands where the file is to be, so that following it has another file
-    /// replaced.
+    /// `last`: the link is the last component, so that following it replaces another file.
     fn check_link(
         &self,
         path: &Path,
@@ -310,7 +308,7 @@ fn own_descriptor(path: &Path) -> Option<u32> {
         [process, "fd", number] | [process, "task", _, "fd", number] => (process, number),
         _ => return None,
     };
-    // A thread has the descriptors of its process.
+    // A thread shares the descriptors of its process.
     let is_own = Path::new("/proc/self/task").join(process).exists();
     is_own.then(|| number.parse().ok()).flatten()
 }
@@ -320,12 +318,12 @@ fn is_trusted(found: &Metadata) -> bool {
     found.uid() == 0 || found.uid() == geteuid().as_raw()
 }
 
-/// Whether other users may put something into a directory.
+/// Whether other users may create files in a directory.
 fn is_shared(directory: &Metadata) -> bool {
     directory.mode() & 0o1022 != 0
 }
 
-/// Whether a pipe or socket may be written to: the guest's memory is for its owner.
+/// Whether a pipe or socket may be written to: only the guest's owner may read its memory.
 pub(super) fn check_owner(found: &Metadata, name: &str) -> Result<(), StorageError> {
     if is_trusted(found) {
         return Ok(());

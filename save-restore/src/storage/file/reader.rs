@@ -20,8 +20,8 @@ pub struct FileReader {
 }
 
 impl FileReader {
-    /// Reads this file. Its position is moved; a descriptor that shares it with others (stdin)
-    /// must be opened anew for this.
+    /// Reads this file. Moves its position; a descriptor that shares it with others (stdin) must be
+    /// opened anew for this.
     ///
     /// # Errors
     ///
@@ -39,7 +39,7 @@ impl FileReader {
         Ok(Self { file, name, length })
     }
 
-    /// `None` where there is no more of what is looked for.
+    /// `None` if there are no more holes, or no more data.
     fn seek(&self, to: SeekTo) -> Result<Option<u64>, Errno> {
         match rustix::fs::seek(&self.file, to) {
             Ok(at) => Ok(Some(at)),
@@ -72,11 +72,11 @@ impl StorageReader for FileReader {
             return Ok(None);
         }
         let failed = || StorageError::io("looking for holes in", &self.name);
-        // Other threads move the position meanwhile; each takes the answer of its own call.
+        // Other threads move the position meanwhile; each uses the answer of its own call.
         let start = match self.seek(SeekTo::Data(offset)) {
             Ok(Some(start)) => start,
             Ok(None) => return Ok(None),
-            // A block device or a file system that does not know.
+            // A block device or a file system that does not support this.
             Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(Some(offset..self.length)),
             Err(errno) => return Err(failed()(errno)),
         };

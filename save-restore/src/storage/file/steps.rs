@@ -3,10 +3,10 @@
 use std::fmt;
 use std::io;
 
-/// One call on the system.
+/// One system call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Step {
-    /// The temporary file is made.
+    /// The temporary file is created.
     Make,
     /// It is locked.
     Lock,
@@ -34,16 +34,16 @@ pub(super) enum Step {
     Remove,
 }
 
-/// What comes before each step.
+/// Called before each step.
 pub(super) trait Steps: fmt::Debug + Send + Sync {
-    /// An error takes the place of the step.
+    /// An error replaces the step.
     fn before(&self, step: Step) -> io::Result<()>;
 
-    /// How many of so many bytes one write takes.
+    /// How many of `bytes` one write takes.
     fn most(&self, bytes: usize) -> usize;
 }
 
-/// Every step is made.
+/// Performs every step.
 #[derive(Debug)]
 pub(super) struct NoFaults;
 

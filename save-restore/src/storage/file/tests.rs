@@ -1,5 +1,5 @@
-//! Tests of what there is after each step of writing a file failed, or was the last one of a
-//! process that died; and of what only files have.
+//! Tests of the state after each step of writing a file has failed, or was the last one of a
+//! process that died; and of features that only files have.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -18,13 +18,13 @@ use rustix::fs::{FlockOperation, flock};
 use super::*;
 use crate::storage::{Durability, Segment, segments, testing};
 
-/// Makes one step fail, or it and all that follow: then the process has died.
+/// Makes one step fail, or this and all later ones, as if the process had died.
 #[derive(Debug)]
 struct Faulty {
     made: AtomicUsize,
     bad: usize,
     dies: bool,
-    /// Most bytes of a write.
+    /// The most bytes of a write.
     most: usize,
     errno: rustix::io::Errno,
 }
@@ -198,7 +198,7 @@ fn a_file_system_without_calls_to_leave_files_alone_leaves_them_alone() {
         assert_eq!(fs::read(directory.path().join("a")).unwrap(), b"first");
         assert_eq!(names(directory.path()), ["a"], "{lacked:?}");
     }
-    // What fails for another reason is no such file system.
+    // A failure for another reason does not mean a missing call.
     let directory = tempfile::tempdir().unwrap();
     let storage = FileStorage {
         steps: Arc::new(Lacks(&[
@@ -272,7 +272,7 @@ fn what_is_in_use_or_is_not_a_temporary_file_stays() {
     assert_eq!(names(directory.path()), Vec::from_iter(expected));
 }
 
-/// xl goes on when this process is killed, and destroys the guest.
+/// xl continues when this process is killed, and destroys the guest.
 #[test]
 fn what_another_program_wrote_is_told_and_never_removed() {
     let directory = tempfile::tempdir().unwrap();
@@ -417,7 +417,7 @@ fn a_descriptor_by_name_is_written_where_it_stands() {
     let path = format!("/dev/fd/{}", file.as_raw_fd());
     let error = Target::find(Path::new(&path)).unwrap_err();
     assert_eq!(error.to_string(), format!("{path} is not open"));
-    // As one that was inherited.
+    // Like an inherited one.
     rustix::io::fcntl_setfd(&file, rustix::io::FdFlags::empty()).unwrap();
     for path in [
         format!("/dev/fd/{}", file.as_raw_fd()),
@@ -507,13 +507,13 @@ fn a_file_that_is_shortened_while_it_is_read_is_told() {
             path.display()
         )
     );
-    // Nor is a hole found where there is nothing any more.
+    // No hole is found after the end either.
     for segment in segments(&*reader) {
         segment.unwrap();
     }
 }
 
-/// A clean-up that writes down what it is told.
+/// A clean-up that records its calls.
 #[derive(Clone, Debug, Default)]
 struct Told(Arc<Mutex<Vec<String>>>);
 

@@ -22,13 +22,13 @@ use crate::storage::{
     Create, Durability, Existing, Shape, StorageError, StorageReader, StorageWriter,
 };
 
-/// What a range that is shared has to be a multiple of.
+/// Shared ranges must be multiples of this.
 const BLOCK: u64 = PAGE_SIZE as u64;
 
 /// A file that is being written.
 #[derive(Debug)]
 pub struct FileWriter {
-    /// `None` once it has its name.
+    /// `None` once the file has its name.
     temporary: Option<Temporary>,
     to: PathBuf,
     create: Create,
@@ -86,8 +86,8 @@ impl FileWriter {
         }
     }
 
-    /// The same on a file system that has no rename that leaves a file of the name alone: giving
-    /// a second name does.
+    /// The same on a file system without a rename that preserves an existing file: adds a second
+    /// name instead.
     fn link(&self, from: &Path) -> io::Result<()> {
         let linked = self.steps.before(Step::Link);
         match linked.and_then(|()| fs::hard_link(from, &self.to)) {
@@ -97,7 +97,8 @@ impl FileWriter {
                 }
                 Ok(())
             }
-            // Nor has it second names: a file that appears between these two calls is replaced.
+            // It has no second names either: a file that appears between these two calls is
+            // replaced.
             Err(error) if is_unsupported(&error) => match fs::symlink_metadata(&self.to) {
                 Ok(_) => Err(io::ErrorKind::AlreadyExists.into()),
                 Err(error) if not_found(&error) => fs::rename(from, &self.to),
@@ -108,8 +109,8 @@ impl FileWriter {
     }
 }
 
-/// Whether a file system says that it does not have a call. Those without second names (vfat)
-/// say EPERM.
+/// Whether the error means that a file system does not have a call. Those without second names
+/// (vfat) return EPERM.
 fn is_unsupported(error: &io::Error) -> bool {
     matches!(
         Errno::from_io_error(error),
@@ -117,7 +118,7 @@ fn is_unsupported(error: &io::Error) -> bool {
     )
 }
 
-/// A range of zeros, written.
+/// Writes zeros to a range.
 fn write_zeros(file: &File, range: Range<u64>) -> io::Result<()> {
     let zeros = [0; 1 << 16];
     let mut at = range.start;
@@ -204,7 +205,7 @@ impl StorageWriter for FileWriter {
         let file = self.slots()?;
         let punch = || -> io::Result<()> {
             self.steps.before(Step::Punch)?;
-            // What lies after the end is a hole already.
+            // Beyond the end there is a hole already.
             let range = range.start..range.end.min(file.metadata()?.len());
             if range.is_empty() {
                 return Ok(());
@@ -270,7 +271,7 @@ impl StorageWriter for FileWriter {
             let (mut from, mut to) = (range.start, to);
             while from < range.end {
                 let left = usize::try_from(range.end - from).unwrap_or(usize::MAX);
-                // Where the kernel can share, as was found out, this shares.
+                // If the kernel can share, as was determined before, this shares.
                 match copy_file_range(source, Some(&mut from), file, Some(&mut to), left) {
                     Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                     Ok(_) | Err(Errno::INTR) => {}
@@ -303,9 +304,8 @@ impl StorageWriter for FileWriter {
 }
 
 impl FileWriter {
-    /// Whether the file can share room with this one: they are on one file system, and that can.
-    /// Tried with two files of one block, because what shares (`copy_file_range`) copies where
-    /// it cannot.
+    /// Whether the file can share space with this one: they are on one file system, which supports
+    /// it. Tried with two files of one block, because `copy_file_range` copies if it cannot share.
     fn shares_room(&self, source: BorrowedFd<'_>) -> io::Result<bool> {
         let at = directory(&self.to);
         let ours = rustix::fs::fstat(self.file()?)?;
@@ -316,7 +316,7 @@ impl FileWriter {
             from.write_all_at(&[1; PAGE_SIZE], 0)?;
             ioctl_ficlone(&to, &from)
         } else {
-            // Another subvolume, perhaps, which the image itself tells.
+            // Another subvolume, perhaps, which the image itself shows.
             ioctl_ficlone(&to, source)
         };
         match shared {
@@ -361,12 +361,12 @@ impl FileWriter {
         })
     }
 
-    /// As [`StorageWriter::commit`], of what must not be lost: a file that cannot get its name
-    /// keeps its temporary one.
+    /// As [`StorageWriter::commit`], for data that must not be lost: a file that cannot get its
+    /// name keeps its temporary one.
     ///
     /// # Errors
     ///
-    /// What failed, and where the file is.
+    /// The error, and where the file is.
     pub fn commit_or_keep(mut self, durability: Durability) -> Result<(), Box<Kept>> {
         self.give_name(durability).map_err(|error| {
             let at = self.keep().unwrap_or_else(|| self.to.clone());
@@ -374,8 +374,8 @@ impl FileWriter {
         })
     }
 
-    /// Leaves what there is under the temporary name, and says which that is; `None` if it has
-    /// its own.
+    /// Leaves the data under the temporary name, and returns it; `None` if the file has its own
+    /// name.
     pub fn keep(&mut self) -> Option<PathBuf> {
         let kept = self.temporary.take()?;
         Some(kept.path)
@@ -391,7 +391,7 @@ impl FileWriter {
 /// A complete file that could not be given its name.
 #[derive(Debug)]
 pub struct Kept {
-    /// What failed.
+    /// The error.
     pub error: StorageError,
     /// Where the file is.
     pub at: PathBuf,

@@ -1,5 +1,4 @@
-//! What every [`Storage`] must do, as named checks. Each uses names of its own and removes
-//! them.
+//! The contract of every [`Storage`], as named checks. Each uses names of its own and removes them.
 
 use std::io::Write as _;
 use std::thread;
@@ -39,7 +38,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("a range is shared, or that is refused", shared),
 ];
 
-/// Makes every check; those that did not hold.
+/// Runs every check; returns those that failed.
 pub fn run(storage: &dyn Storage) -> Vec<Broken> {
     let broken = CHECKS.iter().filter_map(|(check, run)| {
         let what = run(storage).err()?;
@@ -101,7 +100,7 @@ fn is_absent(storage: &dyn Storage, name: &StorageName) -> Result<(), String> {
     )
 }
 
-/// Slots, if the storage takes them.
+/// Slots, if the storage supports them.
 fn slots_of(
     storage: &dyn Storage,
     name: &StorageName,
@@ -231,7 +230,7 @@ fn listed(storage: &dyn Storage) -> Result<(), String> {
         )?;
         remove(storage, name)?;
     }
-    // As long a name as may be.
+    // The longest possible name.
     let long = name(&"x".repeat(255));
     put(storage, &long, b"long")?;
     ensure(get(storage, &long)? == b"long", "a long name")?;
@@ -250,7 +249,7 @@ fn read(storage: &dyn Storage) -> Result<(), String> {
     ensure(&buffer == b"1234", "back again")?;
     for offset in [10, 11, u64::MAX] {
         let read = reader.read_at(&mut buffer, offset);
-        // A file system may refuse what no file can reach.
+        // A file system may refuse an offset that no file can reach.
         ensure(
             matches!(read, Ok(0)) || offset == u64::MAX,
             "beyond the end",
@@ -267,7 +266,7 @@ fn read(storage: &dyn Storage) -> Result<(), String> {
     remove(storage, &name)
 }
 
-/// Bytes that tell where they are.
+/// Bytes that depend on their position.
 fn pattern(length: usize) -> Vec<u8> {
     let bytes = (0_u32..).flat_map(|at| at.wrapping_mul(0x9e37_79b1).to_le_bytes());
     bytes.take(length).collect()
@@ -281,7 +280,7 @@ fn threads_read(storage: &dyn Storage) -> Result<(), String> {
     let reader = open(storage, &name)?;
     let (reader, bytes) = (&*reader, &bytes);
     let read = |thread: usize| {
-        // Each starts at another place, and all cross each other's way.
+        // Each starts at another place, and all overlap in time.
         for n in 0..256 {
             let at = (n * 7919 + thread * 65536) % (bytes.len() - 4096);
             let mut buffer = [0; 4096];
@@ -357,7 +356,7 @@ fn slots(storage: &dyn Storage) -> Result<(), String> {
             .map(|thread| thread.join().unwrap_or(Err("a thread panicked".to_owned())))
             .collect::<Result<Vec<()>, String>>()
     })?;
-    // Some of it once more, and an end that is cut.
+    // Overwrites a part, and cuts the end.
     writer.write_all_at(b"again", 10).map_err(unexpected)?;
     let mut back = [0; 9];
     writer.read_exact_at(&mut back, 8).map_err(unexpected)?;
@@ -392,7 +391,7 @@ fn sparse(storage: &dyn Storage, name: &StorageName) -> Result<Option<Vec<u8>>, 
         .write_all_at(&data, MIB as u64)
         .and_then(|()| writer.set_length(3 * MIB as u64))
         .and_then(|()| writer.punch(hole.start as u64..hole.end as u64))
-        // Beyond the end there is nothing to be punched.
+        // Beyond the end there is nothing to punch.
         .and_then(|()| writer.punch(3 * MIB as u64..5 * MIB as u64))
         .map_err(unexpected)?;
     writer.commit(Durability::Process).map_err(unexpected)?;

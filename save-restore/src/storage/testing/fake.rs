@@ -1,7 +1,7 @@
-//! A storage in memory, of which any call can be made to fail.
+//! A storage in memory in which any call can be made to fail.
 //!
-//! Every call is numbered, from 0. [`FakeStorage::fail`] says what becomes of one of them; a
-//! test that goes through all numbers until a run makes fewer calls has tried each.
+//! Calls are numbered from 0. [`FakeStorage::fail`] sets what happens to one of them; a test that
+//! goes through all numbers until a run makes fewer calls has tried each.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -17,27 +17,27 @@ use crate::storage::{
     StorageReader, StorageWriter,
 };
 
-/// What becomes of a call.
+/// What happens to a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// It fails with this errno, and does nothing.
     Error(Errno),
-    /// A write takes half of its bytes, and one byte at least. Any other call is made as ever.
+    /// A write takes half of its bytes, and at least one. Any other call succeeds as usual.
     Short,
     /// The process dies before the call: it and all later ones fail, and do nothing.
     CrashBefore,
-    /// The process dies after the call, of which it does not hear.
+    /// The process dies after the call, and does not learn the result.
     CrashAfter,
 }
 
 const BLOCK: u64 = PAGE_SIZE as u64;
 
-/// Where a byte is in its block.
+/// The position of a byte in its block.
 fn within(at: u64) -> usize {
     usize::try_from(at % BLOCK).expect("a block fits into memory")
 }
 
-/// Blocks of an image by number; those that are not there are holes.
+/// Blocks of an image by number; missing ones are holes.
 #[derive(Clone, Debug, Default)]
 struct Image {
     length: u64,
@@ -115,14 +115,14 @@ type Images = BTreeMap<StorageName, Arc<Image>>;
 #[derive(Debug, Default)]
 struct State {
     visible: Images,
-    /// What a power cut leaves.
+    /// The images after a power cut.
     durable: Images,
     calls: usize,
     fault: Option<(usize, Fault)>,
     crashed: bool,
 }
 
-/// What is to be done to a call.
+/// What to do with a call.
 enum Verdict {
     Made,
     Short,
@@ -153,14 +153,14 @@ impl State {
     }
 }
 
-/// A storage in memory. Clones are handles on the same one.
+/// A storage in memory. Clones are handles to the same one.
 #[derive(Clone, Debug, Default)]
 pub struct FakeStorage {
     state: Arc<Mutex<State>>,
 }
 
 impl FakeStorage {
-    /// An empty storage of which no call fails.
+    /// An empty storage in which no call fails.
     pub fn new() -> Self {
         Self::default()
     }
@@ -169,24 +169,24 @@ impl FakeStorage {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Starts to count the calls anew, and makes this one fail.
+    /// Restarts the count of calls, and makes this one fail.
     pub fn fail(&self, call: usize, fault: Fault) {
         let mut state = self.state();
         state.calls = 0;
         state.fault = Some((call, fault));
     }
 
-    /// How many calls were made, since the last [`fail`](Self::fail).
+    /// The number of calls since the last [`fail`](Self::fail).
     pub fn calls(&self) -> usize {
         self.state().calls
     }
 
-    /// What the next process finds. No call of it fails.
+    /// The storage as the next process finds it. None of its calls fails.
     pub fn after_a_crash(&self) -> Self {
         Self::of(self.state().visible.clone())
     }
 
-    /// What is there after a power cut: what was committed as durable.
+    /// The storage after a power cut: what was committed as durable.
     pub fn after_a_power_cut(&self) -> Self {
         Self::of(self.state().durable.clone())
     }
@@ -290,7 +290,7 @@ struct FakeWriter {
     name: StorageName,
     create: Create,
     image: Mutex<Image>,
-    /// Where [`Write`] goes on.
+    /// The position of [`Write`].
     position: u64,
 }
 
@@ -401,7 +401,7 @@ impl StorageWriter for FakeWriter {
     fn commit(self: Box<Self>, durability: Durability) -> Result<(), StorageError> {
         let image = Arc::new(self.image().clone());
         let name = self.name();
-        // As a file does it: the contents, the name, the directory.
+        // As for a file: the contents, the name, the directory.
         if durability == Durability::Durable {
             self.sync()?;
         }
@@ -475,7 +475,7 @@ mod tests {
         assert_eq!(run(&FakeStorage::new()), []);
     }
 
-    /// Replaces an image, as everything that writes one does.
+    /// Replaces an image, as every writer of one does.
     fn replace(storage: &FakeStorage, name: &StorageName) -> Result<(), StorageError> {
         let mut writer = storage.create(name, &Create::stream())?;
         writer
@@ -518,7 +518,7 @@ mod tests {
                 match &result {
                     Ok(()) => assert!(found == b"new image" && cut == found),
                     Err(StorageError::NotDurable { .. }) => assert_eq!(found, b"new image"),
-                    // What was done before the process died stays.
+                    // The result of a call before the process died stays.
                     Err(_) if fault == Fault::CrashAfter => {
                         assert!([&b"old"[..], b"new image"].contains(&&found[..]));
                     }

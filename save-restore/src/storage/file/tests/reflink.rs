@@ -1,5 +1,5 @@
-//! Sharing room between files, on file systems that can: XFS and Btrfs in a file, mounted over
-//! a loop device. Needs root and their tools, and says loudly if it did not run.
+//! Sharing of space between files, on file systems that support it: XFS and Btrfs in a file,
+//! mounted over a loop device. Needs root and their tools, and prints loudly if it did not run.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -22,7 +22,7 @@ impl Drop for Mounted {
     }
 }
 
-/// Runs a program; what it said, where it failed.
+/// Runs a program; returns its output if it failed.
 fn ran(program: &str, arguments: &[&Path]) -> Result<(), String> {
     let output = Command::new(program).args(arguments).output();
     let output = output.map_err(|error| format!("{program}: {error}"))?;
@@ -35,7 +35,7 @@ fn ran(program: &str, arguments: &[&Path]) -> Result<(), String> {
     }
 }
 
-/// A new file system of 320 MiB, which is the least that mkfs.xfs makes.
+/// A new file system of 320 MiB, the smallest that mkfs.xfs creates.
 fn mount(make: &str) -> Result<Mounted, String> {
     if !nix::unistd::geteuid().is_root() {
         return Err("only root can mount".to_owned());
@@ -58,7 +58,7 @@ fn mount(make: &str) -> Result<Mounted, String> {
     })
 }
 
-/// Bytes that are free, after everything has been written.
+/// Free bytes, after everything has been written.
 fn free(point: &Path) -> u64 {
     let root = File::open(point).unwrap();
     rustix::fs::syncfs(&root).unwrap();
@@ -89,7 +89,7 @@ fn shares_room(make: &str) {
         }
     };
     let storage = FileStorage::new(&mounted.point);
-    // The suite, on a file system that can.
+    // The contract, on a file system that can share.
     assert_eq!(testing::run(&storage), []);
     let mut expected: Vec<u8> = (0_u32..64 << 18)
         .flat_map(|word| word.wrapping_mul(0x9e37_79b1).to_le_bytes())
@@ -112,7 +112,7 @@ fn shares_room(make: &str) {
     expected[8 * MIB..8 * MIB + 4096].fill(9);
     expected[16 * MIB..17 * MIB].fill(0);
     assert!(contents(&*open(&storage, "new")) == expected);
-    // A file of another file system has no room to share.
+    // A file of another file system cannot share space.
     let elsewhere = tempfile::tempdir().unwrap();
     let other = FileStorage::new(elsewhere.path());
     put(&other, &name("other"), &[1; 8192]).unwrap();
