@@ -169,7 +169,7 @@ impl Hypervisor {
 ///
 /// # Errors
 ///
-/// Something else is in the directory; another process puts the machine in order.
+/// The directory holds something else; another process is repairing the machine.
 pub(crate) fn mock_machine(directory: &Path) -> Result<MockHost> {
     match MockHost::open_or_create(directory, &HostConfig::default()) {
         Err(e @ MockError::Occupied { .. }) => {
@@ -224,7 +224,7 @@ pub(crate) struct Found {
     pub(crate) name: String,
     /// What commands accept for it: its name, or its number if it has none.
     pub(crate) handle: String,
-    /// Held as long as the command works on it.
+    /// The lock, held while the command works on the domain.
     pub(crate) lock: WholeLock,
 }
 
@@ -232,7 +232,7 @@ pub(crate) struct Found {
 #[derive(Debug)]
 pub(crate) struct WholeLock {
     _store: DomainLock,
-    /// That of the mock machine below a store that one process has for itself.
+    /// The lock of the mock machine below a store that only one process can open.
     _machine: Option<DomainLock>,
 }
 
@@ -253,12 +253,12 @@ impl Found {
         })
     }
 
-    /// Refuses a domain that cannot be let go of: one that is sent away is renamed before the
-    /// other end is told to run it, and all of its memory has been sent by then.
+    /// Refuses a domain that cannot be sent away: it is renamed before the destination is told to
+    /// run it, when all of its memory has been sent.
     ///
     /// # Errors
     ///
-    /// It has no name, or none that can be made longer, or another domain has that one.
+    /// It has no name, or its name cannot be made longer, or another domain has the longer name.
     pub(crate) fn check_leaves(&self, host: &Hypervisor) -> Result<()> {
         let (domain, backend) = (self.domain, host.backend());
         let Some(name) = host.name(domain)? else {

@@ -75,7 +75,7 @@ fn things() -> MutexGuard<'static, Vec<(u64, Thing)>> {
 #[derive(Debug)]
 #[must_use = "dropping it says that the thing is gone"]
 pub(crate) struct Left {
-    /// `None` for an entry that stays.
+    /// `None` for an entry that stays until the end.
     number: Option<u64>,
 }
 
@@ -134,8 +134,8 @@ impl Left {
         self.number = None;
     }
 
-    /// Make a file permanent, by `keep`. No signal ends the process in between. If that fails, the entry
-    /// is as it was.
+    /// Make a file permanent, by `keep`. No signal ends the process in between. If that fails, the
+    /// entry does not change.
     ///
     /// # Errors
     ///
@@ -326,7 +326,7 @@ mod tests {
         assert!(describe().1);
         drop(doubtful);
 
-        // What could not get its name is still to be removed.
+        // A file that could not be renamed must still be removed.
         file.settle(|| fs::rename(&whole, &partial))
             .expect_err("there is no such file");
         assert!(within(&removed(&things()), "whole was not written"));

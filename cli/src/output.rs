@@ -1,8 +1,8 @@
-//! Where an image, a core or an export is written to.
+//! The output of an image, a core or an export.
 //!
-//! How a file is written is [`FileStorage`]'s to know: under a temporary name, and whole or not
-//! at all. What a command may write is decided here, before any work begins: whether it would
-//! overwrite what the command reads, or a file that is there; whether it keeps anything at all.
+//! [`FileStorage`] implements writing a file: under a temporary name, and completely or not at all.
+//! This file decides what a command may write, before any work begins: whether the output would
+//! overwrite the command's input or an existing file, and whether it keeps data at all.
 
 mod room;
 
@@ -27,30 +27,30 @@ use crate::painter::Follower;
 use crate::terminal::Terminal;
 use crate::text::shown_path;
 
-/// Where a command is to write, and what it may overwrite for that.
+/// Where a command writes, and what it may overwrite.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Plan<'p> {
     /// The path; `-` is stdout.
     pub(crate) path: &'p Path,
-    /// What the command reads; `-` is stdin. The output must be none of it.
+    /// The command's inputs; `-` is stdin. The output must not be one of them.
     pub(crate) inputs: &'p [&'p Path],
-    /// What becomes of an existing file or block device of that name.
+    /// What to do with an existing file or block device of that name.
     pub(crate) existing: Existing,
-    /// A guest is given up once the output is complete: it must be something that keeps it.
+    /// The guest is destroyed once the output is complete, so the output must keep data.
     pub(crate) only_copy: bool,
 }
 
-/// What becomes of an existing file or block device.
+/// What to do with an existing file or block device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Existing {
-    /// It is replaced.
+    /// Replace it.
     Replace,
-    /// It stays, and the command is refused.
+    /// Keep it, and refuse the command.
     Refuse,
 }
 
 impl Existing {
-    /// What `--force` says.
+    /// According to `--force`.
     pub(crate) fn forced(force: bool) -> Self {
         match force {
             true => Self::Replace,
@@ -68,28 +68,28 @@ impl From<Existing> for xsr_save_restore::storage::Existing {
     }
 }
 
-/// Something that is being written.
+/// An output that is being written.
 #[derive(Debug)]
 pub(crate) struct Output {
     writer: Begun,
-    /// The writer's open file, for what writes pages from where they are mapped.
+    /// The writer's open file, for writing pages from where they are mapped.
     file: File,
-    /// What a person calls it.
+    /// Its name for the user.
     name: String,
-    /// Of a file: the directory that it will stand in.
+    /// For a file: its directory.
     directory: Option<PathBuf>,
-    /// Of a file: whether there is one of its name.
+    /// For a file: whether one of its name exists.
     replaces: bool,
 }
 
-/// Which program writes.
+/// The program that writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum By {
     Us,
     Xl,
 }
 
-/// Why the mapped layout goes into regular files alone.
+/// Why the mapped layout needs a regular file.
 const NO_SLOTS: &str = "the mapped layout is for a regular file, in which pages have places: name \
                         one, or take --layout stream";
 
@@ -97,7 +97,7 @@ fn refuse<T>(why: &str) -> Result<T> {
     Err(Error::new(BadUsage(why.to_owned())))
 }
 
-/// A failure of the storage, for a context that names the output.
+/// A storage error, without the output's name, which the context adds.
 fn unnamed(error: StorageError) -> Error {
     match error {
         StorageError::Refused { why, .. } => Error::new(BadUsage(why)),
@@ -111,11 +111,11 @@ fn unnamed(error: StorageError) -> Error {
 }
 
 impl Output {
-    /// Get ready to write. Nothing has been written when this fails.
+    /// Prepare to write. If this fails, nothing has been written.
     ///
     /// # Errors
     ///
-    /// [`BadUsage`] if the plan would lose something; what the file system says.
+    /// [`BadUsage`] if the plan would lose something; the file system's error.
     pub(crate) fn open(plan: &Plan<'_>) -> Result<Self> {
         let name = match is_dash(plan.path) {
             true => "stdout".to_owned(),
@@ -128,11 +128,11 @@ impl Output {
         Self::open_as(plan, name, By::Us, Create::stream()).context(named)
     }
 
-    /// The same, for a file that is written at any place.
+    /// The same for a file that is written at any offset.
     ///
     /// # Errors
     ///
-    /// As [`Output::open`]; [`BadUsage`] for what is not a file.
+    /// As [`Output::open`]; [`BadUsage`] if it is not a file.
     pub(crate) fn open_slots(plan: &Plan<'_>) -> Result<Self> {
         let name = shown_path(plan.path);
         let slots = Create::slots();
@@ -145,7 +145,7 @@ impl Output {
         opened.context(name)
     }
 
-    /// The same, for a file that xl writes.
+    /// The same for a file that xl writes.
     ///
     /// # Errors
     ///
@@ -229,17 +229,17 @@ impl Output {
         })
     }
 
-    /// A descriptor that this process was given, for whatever it is.
+    /// An inherited descriptor, of any kind.
     ///
     /// # Errors
     ///
-    /// It cannot be looked at.
+    /// Its metadata cannot be read.
     pub(crate) fn of_descriptor(file: File, name: String) -> Result<Self> {
         let writer = StraightWriter::new(file, &name).map_err(unnamed)?;
         Self::straight(writer, name)
     }
 
-    /// What writes it.
+    /// The storage's writer.
     pub(crate) fn writer(&self) -> &dyn StorageWriter {
         match &self.writer {
             Begun::File(writer) => writer,
@@ -247,17 +247,17 @@ impl Output {
         }
     }
 
-    /// What to write to.
+    /// The file to write to.
     pub(crate) fn file(&self) -> &File {
         &self.file
     }
 
-    /// What a person calls it.
+    /// Its name for the user.
     pub(crate) fn name(&self) -> &str {
         &self.name
     }
 
-    /// Show how far writing it is, for as long as the answer is there; `total` bytes, if that is
+    /// Show how much has been written, until the result is dropped. `total` bytes, if that is
     /// known.
     pub(crate) fn follow(
         &self,
@@ -268,7 +268,7 @@ impl Output {
         Follower::start(terminal, what, &self.file, total)
     }
 
-    /// Whether it goes where results go, too.
+    /// Whether it is the same file as stdout.
     pub(crate) fn is_stdout(&self) -> bool {
         let stdout = io::stdout().as_fd().try_clone_to_owned().map(File::from);
         let stdout = stdout.and_then(|stdout| stdout.metadata());
@@ -280,7 +280,7 @@ impl Output {
         }
     }
 
-    /// Refuse where results as JSON would go to the same place.
+    /// Refuse `--json` if its document would go to the same file.
     ///
     /// # Errors
     ///
@@ -292,7 +292,7 @@ impl Output {
         }
     }
 
-    /// What there is under its name when the work fails.
+    /// The state of the output after a failure.
     pub(crate) fn aftermath(&self) -> String {
         match &self.writer {
             Begun::File(_) if self.replaces => format!("{} is as it was before", self.name),
@@ -301,7 +301,7 @@ impl Output {
         }
     }
 
-    /// Refuse where there is certainly no room for so many bytes.
+    /// Refuse if there is certainly no room for this many bytes.
     ///
     /// # Errors
     ///
@@ -311,14 +311,13 @@ impl Output {
         room::check(&self.file, directory, bytes).with_context(|| self.name.clone())
     }
 
-    /// Do work that fills it; where that succeeds, the output is complete and durable. Also says
-    /// how many bytes were written.
+    /// Do work that fills it. If it succeeds, the output is complete and durable. Also returns the
+    /// number of bytes written.
     ///
     /// # Errors
     ///
-    /// What the work says; [`WriteFailed`] if it was the output that failed, whatever the work
-    /// took it for. Either says what there is under the output's name. [`NotDurable`] as
-    /// [`Output::finish`].
+    /// The work's error; [`WriteFailed`] if the output failed, however the work reports that. Both
+    /// say what state the output is in. [`NotDurable`] as [`Output::finish`].
     pub(crate) fn fill<T>(self, work: impl FnOnce(&mut Sink<'_>) -> Result<T>) -> Result<(T, u64)> {
         let after = self.aftermath();
         let mut this = self;
@@ -349,7 +348,7 @@ impl Output {
         })
     }
 
-    /// Whether it is a new file, in which bytes have places and what was not written is a hole.
+    /// Whether it is a new file, in which data have offsets and what was not written is a hole.
     pub(crate) fn is_new_file(&self) -> bool {
         matches!(self.writer, Begun::File(_))
     }
@@ -362,11 +361,11 @@ impl Output {
         }
     }
 
-    /// Leave what there is under its temporary name; which that is.
+    /// Keep the file under its temporary name. Returns that.
     ///
     /// # Errors
     ///
-    /// It has none.
+    /// It has no temporary name.
     pub(crate) fn keep(self) -> Result<PathBuf> {
         let kept = match self.writer {
             Begun::File(mut writer) => writer.keep(),
@@ -375,12 +374,12 @@ impl Output {
         kept.with_context(|| format!("{} has no temporary name", self.name))
     }
 
-    /// As [`Output::finish`], of what must not be lost: where it cannot get its name, it stays
-    /// under the temporary one.
+    /// As [`Output::finish`], for data that must not be lost: if the file cannot be renamed, it
+    /// stays under the temporary name.
     ///
     /// # Errors
     ///
-    /// [`NotDurable`] as [`Output::finish`]; else what failed, and where the file is.
+    /// [`NotDurable`] as [`Output::finish`]; otherwise the failure, and where the file is.
     pub(crate) fn finish_or_keep(self) -> Result<()> {
         let Self { writer, name, .. } = self;
         let Begun::File(writer) = writer else {
@@ -410,9 +409,8 @@ impl Output {
     ///
     /// # Errors
     ///
-    /// [`WriteFailed`]: a file does not have its name, and an existing file of that name is as it
-    /// was. [`NotDurable`]: the output is complete and has its name, and a power cut might undo
-    /// that.
+    /// [`WriteFailed`]: the file was not renamed, and an existing file of that name is unchanged.
+    /// [`NotDurable`]: the output is complete and has its name, but may not survive a power cut.
     pub(crate) fn finish(self) -> Result<()> {
         let Self { writer, name, .. } = self;
         let committed = match writer {
@@ -445,7 +443,7 @@ fn file_of(writer: &dyn StorageWriter) -> io::Result<File> {
     Ok(file.try_clone_to_owned()?.into())
 }
 
-/// What the system said.
+/// The system's error.
 fn io_error(error: StorageError) -> io::Error {
     match error {
         StorageError::Io { source, .. } | StorageError::NotDurable { source, .. } => source,
@@ -457,8 +455,8 @@ fn io_error(error: StorageError) -> io::Error {
     }
 }
 
-/// Whether stdout was closed when the command began. What is open there now is the `/dev/null` of
-/// Rust's runtime.
+/// Refuse if stdout was closed when the command began. The descriptor is now `/dev/null` of Rust's
+/// runtime.
 fn check_stdout(plan: &Plan<'_>) -> Result<()> {
     if !xsr_stdio::stdout_was_closed() {
         return Ok(());
@@ -468,13 +466,13 @@ fn check_stdout(plan: &Plan<'_>) -> Result<()> {
             "stdout is closed: the domain would be destroyed and its image lost; -c or -p keeps \
              the domain",
         ),
-        // A save after which the domain is still there.
+        // A save after which the domain still exists.
         (false, []) => Ok(()),
         (false, _) => bail!("stdout is closed"),
     }
 }
 
-/// Whether the output is something that the command reads.
+/// Refuse an output that is one of the command's inputs.
 fn check_inputs(plan: &Plan<'_>, output: &Metadata) -> Result<()> {
     let identity = identity(output);
     if identity.is_none() {
@@ -485,7 +483,7 @@ fn check_inputs(plan: &Plan<'_>, output: &Metadata) -> Result<()> {
             true => File::from(io::stdin().as_fd().try_clone_to_owned()?).metadata(),
             false => fs::metadata(input),
         };
-        // An input that is not there is for its reader to complain of.
+        // If an input does not exist, its reader reports that.
         if found.is_ok_and(|found| self::identity(&found) == identity) {
             return refuse(&format!(
                 "is the same file as the input {}: give another name",
@@ -499,7 +497,7 @@ fn check_inputs(plan: &Plan<'_>, output: &Metadata) -> Result<()> {
     Ok(())
 }
 
-/// What makes two files one, where that matters: those that keep what is written to them.
+/// Identifies a file that keeps data; `None` for other kinds.
 fn identity(found: &Metadata) -> Option<(bool, u64, u64)> {
     let kind = found.file_type();
     match (kind.is_file(), kind.is_block_device()) {
@@ -509,13 +507,13 @@ fn identity(found: &Metadata) -> Option<(bool, u64, u64)> {
     }
 }
 
-/// The major number of the devices of memory: null, zero, full, random.
+/// The major number of memory devices: null, zero, full, random.
 const MEMORY_DEVICES: u64 = 1;
 
-/// Whether a guest would be given up for a device that keeps nothing.
+/// Refuse to destroy a guest for a device that does not keep data.
 fn check_device(plan: &Plan<'_>, output: &Metadata) -> Result<()> {
     let device = output.rdev();
-    // Writing to /dev/full fails, so that nothing is lost for it.
+    // Writing to /dev/full fails, so nothing is lost.
     let lost = output.file_type().is_char_device()
         && major(device) == MEMORY_DEVICES
         && minor(device) != 7;
@@ -533,10 +531,10 @@ fn check_device(plan: &Plan<'_>, output: &Metadata) -> Result<()> {
     ))
 }
 
-/// Zeros that are written at once, where there may be no holes.
+/// Zeros per write, if holes are not possible.
 const ZEROS: usize = 1 << 20;
 
-/// Writes to an output, counts, and remembers what failed.
+/// Writes to an output, counts the bytes, and remembers a failure.
 #[derive(Debug)]
 pub(crate) struct Sink<'o> {
     writer: &'o mut dyn StorageWriter,
@@ -547,7 +545,7 @@ pub(crate) struct Sink<'o> {
     is_new: bool,
 }
 
-/// The same error again.
+/// A copy of an error.
 fn copy_of(error: &io::Error) -> io::Error {
     match error.raw_os_error() {
         Some(errno) => io::Error::from_raw_os_error(errno),
@@ -556,13 +554,12 @@ fn copy_of(error: &io::Error) -> io::Error {
 }
 
 impl Sink<'_> {
-    /// The file, for whoever writes to it in another way.
+    /// The file, for other ways of writing.
     pub(crate) fn file(&self) -> &File {
         self.file
     }
 
-    /// Whether there may be holes in it: it is a new file of this command alone, which is written
-    /// from its start.
+    /// Whether it may have holes: it is a new file that only this command writes, from its start.
     pub(crate) fn takes_holes(&self) -> bool {
         self.is_new
     }
@@ -572,8 +569,8 @@ impl Sink<'_> {
         self.failed.is_some()
     }
 
-    /// Move on by so many bytes, which read as zeros and take no room. Only where it takes holes;
-    /// something must be written behind the last of them.
+    /// Skip `bytes`, which read as zeros and take no space. Only if it takes holes; something must
+    /// be written after the last hole.
     pub(crate) fn leave_hole(&mut self, bytes: u64) -> io::Result<()> {
         let by = i64::try_from(bytes).map_err(io::Error::other)?;
         let mut file = self.file;
@@ -583,7 +580,7 @@ impl Sink<'_> {
         Ok(())
     }
 
-    /// Write so many zeros.
+    /// Write `bytes` zeros.
     pub(crate) fn write_zeros(&mut self, bytes: u64) -> io::Result<()> {
         let mut zeros =
             BufWriter::with_capacity(ZEROS.min(bytes.try_into().unwrap_or(ZEROS)), self);
@@ -598,7 +595,7 @@ impl Sink<'_> {
         result
     }
 
-    /// Copy so many bytes, or as many as there are, from a file; by the kernel where it can.
+    /// Copy `bytes`, or as many as there are, from a file, in the kernel where possible.
     pub(crate) fn copy(&mut self, source: &File, bytes: u64) -> io::Result<u64> {
         let mut sink = self.file;
         match io::copy(&mut source.take(bytes), &mut sink) {
@@ -612,8 +609,8 @@ impl Sink<'_> {
     }
 }
 
-/// Whether a file can be read from where it stands: then it was not what failed while it was
-/// copied. (The kernel does not say which of the two did.)
+/// Whether a file can be read at its position. If so, not the reading but the writing failed. (The
+/// kernel does not say which.)
 fn reads(mut source: &File) -> bool {
     match source.stream_position() {
         Ok(at) => source.read_at(&mut [0], at).is_ok(),

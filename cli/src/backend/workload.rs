@@ -8,9 +8,9 @@ use xsr_xen_backend::{DomId, ShutdownReason};
 use super::Hypervisor;
 use crate::args::{MockEnd, WorkloadArgs};
 
-/// What a guest does.
+/// A guest's workload.
 pub(crate) type Work = WorkloadSpec;
-/// A guest at its work, until this is dropped.
+/// A running workload, until this is dropped.
 pub(crate) type Working = BackgroundWorkload;
 
 /// The name under which it is stored with the domain.

@@ -1,11 +1,10 @@
-//! `xsr migrate`: what `xl migrate` does. A domain is sent to another host while it
-//! runs, suspended, and let run there.
+//! `xsr migrate`, like `xl migrate`: a domain is sent to another host while it runs, suspended, and
+//! started there.
 //!
-//! At every moment one end at most may run the domain. Until "go" is sent it is this
-//! one; once the receiver has read it, the receiver. Between the two, and until the
-//! report, the domain is suspended here and nothing but the report decides:
-//! docs/migration.md has the table. [`SendRequest`] sees to that; here is what it does to the
-//! domain, and what the user is told.
+//! At any time at most one host may run the domain. Until "go" is sent it is the source; once the
+//! receiver has read it, the receiver. Between the two, and until the report, the domain is
+//! suspended here and only the report decides: docs/migration.md has the table. [`SendRequest`]
+//! implements that. This file has its effects on the domain, and the messages for the user.
 //!
 //! C implementation: `migrate_domain` in `tools/xl/xl_migrate.c`.
 
@@ -36,7 +35,7 @@ use crate::terminal::Terminal;
 use crate::transport::Link;
 use crate::watch::Watch;
 
-/// What the name of a domain ends with that the other end has been told to run. As xl.
+/// The suffix of the name of a domain that the destination has been told to run. As in xl.
 const MIGRATED_AWAY_SUFFIX: &str = "--migratedaway";
 
 /// The name of a domain that the other end has been told to run.
@@ -60,9 +59,9 @@ struct Report<'a> {
 
 /// Migrate a domain.
 ///
-/// Whatever fails before the receiver is told to run the domain, it runs on here under
-/// its name. Whatever fails after that and before the receiver has said what came of
-/// it, it stays suspended here under another name, and [`Code::Undecided`] says so.
+/// After a failure before the receiver is told to run the domain, it continues here under its name.
+/// After a later failure, before the receiver's report, it stays suspended here under another name,
+/// and the result is [`Code::Undecided`].
 pub(crate) fn run(args: &MigrateArgs, terminal: &Terminal) -> Result<Code> {
     refuse(args)?;
     let mut watch = Watch::start(terminal, args.progress, "migrating")?;
@@ -70,7 +69,7 @@ pub(crate) fn run(args: &MigrateArgs, terminal: &Terminal) -> Result<Code> {
     watch.end(result)
 }
 
-/// What xl has and this has not.
+/// Refuses options of xl that are not supported.
 fn refuse(args: &MigrateArgs) -> Result<()> {
     let why = if args.config.is_some() {
         "-C: the configuration that the domain was made with is sent, and no other"
@@ -167,25 +166,25 @@ pub(crate) fn can_suspend(domain: &dyn Domain, name: &str, backend: &Backend) ->
     }
 }
 
-/// What a migration came to that succeeded.
+/// The result of a successful migration.
 struct Sent {
     memory: MemoryReport,
-    /// From asking the domain to suspend until the other end said that it runs.
+    /// From asking the domain to suspend until the receiver's report that it runs.
     downtime: Duration,
 }
 
-/// What it came to if not, and which end has the domain.
+/// The result of a failed migration, and which host has the domain.
 enum Failure {
-    /// The other end does not run the domain, and will not.
+    /// The destination does not run the domain, and will not.
     Here(String),
-    /// It was told to, and it is unknown whether it does.
+    /// The destination was told to run it, and it is unknown whether it does.
     Undecided(String),
-    /// It does, and the domain here could not be destroyed.
+    /// The destination runs it, and the domain here could not be destroyed.
     There(String),
 }
 
-/// The domain's toolstack: the other end has to take what it is sent at a pace from the moment
-/// that the domain is suspended.
+/// The domain's toolstack. From the moment the domain is suspended, the receiver must read at a
+/// minimum rate.
 #[derive(Debug)]
 struct Paced<'a> {
     direct: DirectToolstack<'a>,
@@ -209,7 +208,7 @@ impl SaveToolstack for Paced<'_> {
     }
 }
 
-/// One migration, at this end.
+/// The receiver's side of a migration.
 struct Sender<'a> {
     args: &'a MigrateArgs,
     host: &'a dyn DomainStore,
@@ -219,7 +218,7 @@ struct Sender<'a> {
 }
 
 impl Sender<'_> {
-    /// All that the two ends say to each other.
+    /// The whole exchange with the sender.
     fn send(&self, connection: &dyn Connection, watch: &mut Watch) -> Result<Sent, Failure> {
         let interrupt = watch.interrupt().clone();
         let pace = Pace::new(self.answer());
@@ -255,7 +254,7 @@ impl Sender<'_> {
         let memory = leaving.memory;
         let mut causes = causes.iter().map(|cause| exit::words_of(&*cause.error));
         let why = match (causes.next(), causes.next()) {
-            // The first is why, the second what is to be done about it.
+            // The first is the failure, the second one of the cleanup.
             (Some(why), Some(then)) => format!("{why}; and then: {then}"),
             (Some(why), None) => why,
             (None, _) => "it was given up".to_owned(),
@@ -270,7 +269,7 @@ impl Sender<'_> {
         }
     }
 
-    /// How long the other end is waited for.
+    /// How long to wait for the receiver.
     fn answer(&self) -> Duration {
         Duration::from_secs(self.args.answer_timeout.into())
     }
@@ -279,14 +278,14 @@ impl Sender<'_> {
         away(self.name)
     }
 
-    /// The domain is here, and runs on under its name; if it cannot have its name back, it runs
-    /// on under the other.
+    /// Take the domain back: it continues here under its name, or under the other name if it cannot
+    /// be renamed.
     fn take_back(&self) -> Result<()> {
         let renamed = self.host.rename(self.which, &self.away(), self.name);
-        // Not by its number alone: that may be another domain's by now.
+        // Not by its number alone, which may have been reused by now.
         let resumed = match Condition::in_store(self.host, self.which) {
             Condition::Gone => return Ok(()),
-            // It is left as it is, and what it is is said. Another program may have resumed it.
+            // Left as it is, and reported. Another program may have resumed it.
             Condition::Down(_) | Condition::Runs => Ok(()),
             _ => self.resume(),
         };
@@ -303,7 +302,7 @@ impl Sender<'_> {
         Ok(DirectToolstack(&*domain).resume()?)
     }
 
-    /// A failure in words: what happened, who has the domain, what to do.
+    /// The error for a failure: what happened, which host has the domain, and what to do.
     fn failed(&self, failure: Failure, ended: &str) -> Error {
         let (name, host, away) = (self.name, &self.args.host, self.away());
         let backend = &self.args.backend.backend;
@@ -345,14 +344,14 @@ impl Sender<'_> {
     }
 }
 
-/// The domain on its way.
+/// The domain while it is being sent.
 struct Leaving<'l, 't, 'd, 'w> {
     sender: &'l Sender<'l>,
     watch: &'l RefCell<&'w mut Watch>,
     toolstack: Option<&'t mut Paced<'d>>,
-    /// The image has been written. Dropping this resumes the domain.
+    /// The written image. Dropping this resumes the domain.
     written: Option<Written<'t>>,
-    /// Nothing resumes the domain but [`Sender::take_back`].
+    /// Only [`Sender::take_back`] resumes the domain.
     let_go: bool,
     memory: Option<MemoryReport>,
 }
@@ -368,7 +367,7 @@ impl Departing for Leaving<'_, '_, '_, '_> {
             .host
             .rename(sender.which, sender.name, &sender.away())
             .context("renaming the domain before the other end is told to run it")?;
-        // From here on nothing resumes it but what the other end says.
+        // From here on only the receiver's answer decides whether it is resumed.
         if let Some(written) = self.written.take() {
             written.saved.keep_suspended();
         }
@@ -381,7 +380,7 @@ impl Departing for Leaving<'_, '_, '_, '_> {
     }
 
     fn take_back(&mut self) -> Result<TakenBack, BoxError> {
-        // That resumes it, if it is suspended.
+        // This resumes the domain, if it is suspended.
         drop(self.written.take());
         if self.let_go {
             self.sender.take_back()?;

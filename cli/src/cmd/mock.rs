@@ -26,7 +26,7 @@ use crate::stdout::{self, Results};
 use crate::terminal::Terminal;
 use crate::text::{hex, size};
 
-/// Do what is asked of a mock machine.
+/// Run a command on a mock machine.
 pub(crate) fn run(command: &MockCommand, terminal: &Terminal) -> Result<Code> {
     match command {
         MockCommand::Host(args) => make_host(args, terminal)?,
@@ -75,7 +75,7 @@ fn create(args: &MockCreateArgs, terminal: &Terminal) -> Result<()> {
         seed: args.seed,
         ..GuestSpec::new(&args.name, kind, kib >> 10)
     };
-    // A signal is heard where the guest is being filled. What is half made is destroyed.
+    // A signal takes effect while the guest is being filled. An incomplete guest is destroyed.
     let interrupt = Interrupt::of_process()?;
     let working = Left::work();
     let mock = &backend::mock_machine(&args.host.host)?;
@@ -102,7 +102,7 @@ fn create(args: &MockCreateArgs, terminal: &Terminal) -> Result<()> {
     made(args, domid, terminal)
 }
 
-/// Say what was made.
+/// Report the new domain.
 fn made(args: &MockCreateArgs, domid: DomId, terminal: &Terminal) -> Result<()> {
     let done = format!("{} is {domid} of {}", args.name, args.host.host.display());
     terminal.note(&done);
@@ -117,16 +117,16 @@ fn made(args: &MockCreateArgs, domid: DomId, terminal: &Terminal) -> Result<()> 
     Ok(())
 }
 
-/// What `--json` prints of a domain that was made or changed (docs/json.md).
+/// The `--json` document of a domain that was created or changed (docs/json.md).
 #[derive(Debug, Serialize)]
 struct Done<'a> {
     name: &'a str,
     domid: DomId,
-    /// As `list` has it, or `destroyed`.
+    /// As in `list`, or `destroyed`.
     state: &'static str,
 }
 
-/// Print what the domain is now, if that was asked for.
+/// Print the domain's new state, if requested.
 fn done(json: bool, host: &MockHost, domid: DomId, terminal: &Terminal) -> Result<()> {
     if json {
         let now = host.show(domid)?.summary;
@@ -140,7 +140,7 @@ fn done(json: bool, host: &MockHost, domid: DomId, terminal: &Terminal) -> Resul
     Ok(())
 }
 
-/// As the list has it in JSON.
+/// As in the JSON of `list`.
 fn json_state(state: DomainState) -> &'static str {
     match state {
         DomainState::Shutdown => "shutdown",
@@ -148,7 +148,7 @@ fn json_state(state: DomainState) -> &'static str {
     }
 }
 
-/// The guest with its UUID, and a configuration as xl would have it.
+/// The guest with its UUID, and a configuration like xl's.
 fn whole(spec: &GuestSpec) -> Result<(GuestSpec, String)> {
     let uuid = config::uuid(&spec.name, spec.seed);
     let (vcpus, kib) = (spec.vcpus, spec.memory_mib << 10);
@@ -160,7 +160,7 @@ fn whole(spec: &GuestSpec) -> Result<(GuestSpec, String)> {
     Ok((spec, json))
 }
 
-/// Make a guest with a configuration.
+/// Create a guest with a configuration.
 pub(crate) fn create_guest(host: &MockHost, spec: &GuestSpec) -> Result<DomId> {
     let name = &spec.name;
     let (spec, json) = whole(spec)?;
@@ -289,13 +289,13 @@ fn print(
 fn set_workload(args: &MockWorkloadArgs, terminal: &Terminal) -> Result<()> {
     let mock = MockHost::open(&args.host.host)?;
     let domid = mock.find(&args.domain)?;
-    // What it is made from need not be said: the domain itself was made from a seed.
+    // The seed need not be given: a domain's number is as good as any.
     let spec = workload::spec(&args.workload, u64::from(domid.0));
     workload::store(&mock.clone().into(), domid, spec.as_ref())?;
     done(args.json, &mock, domid, terminal)
 }
 
-/// Do one thing to one domain.
+/// Apply one change to one domain.
 fn change(
     args: &MockDomainArgs,
     what: &str,
@@ -322,22 +322,22 @@ fn change(
     done(args.json, &host, domid, terminal)
 }
 
-/// Resume a domain, unless a command works on it: that may have it suspended because it runs on
-/// another host by now.
+/// Resume a domain, unless a command is working on it: such a command may have suspended it because
+/// it runs on another host by now.
 fn resume(args: &MockDomainArgs, terminal: &Terminal) -> Result<()> {
     let host = MockHost::open(&args.host.host)?;
     let _lock = lock(&host, &args.domain, "resume")?;
     change(args, "resuming", |domain| domain.resume(), terminal)
 }
 
-/// Keep other commands from a domain.
+/// Lock a domain against other commands.
 fn lock(host: &MockHost, called: &str, command: &str) -> Result<DomainLock> {
     let domid = host.find(called)?;
     let domain = DomainRef::from(&host.domain(domid)?.info()?);
     Ok(host.lock(domain, &format!("xsr mock {command} {called}"))?)
 }
 
-/// Refuse what the domain's condition does not allow, in its words rather than an errno.
+/// Refuse a change that the domain's state does not allow, with a better message than an errno.
 fn possible(what: &str, report: &DomainReport) -> Result<()> {
     match (what, report.summary.state, report.shutdown) {
         ("resuming", DomainState::Shutdown, Some(reason)) => {
@@ -357,7 +357,7 @@ fn possible(what: &str, report: &DomainReport) -> Result<()> {
 fn rename(args: &MockRenameArgs, terminal: &Terminal) -> Result<()> {
     let host = MockHost::open(&args.host.host)?;
     let domid = host.find(&args.domain)?;
-    // A command that works on it goes by its name.
+    // A command that works on the domain uses its name.
     let _lock = lock(&host, &args.domain, "rename")?;
     host.rename(domid, &args.name)?;
     let kept = host.userdata_get(domid, backend::CONFIG)?;
@@ -373,7 +373,7 @@ fn destroy(args: &MockDomainArgs, terminal: &Terminal) -> Result<()> {
     let domid = host.find(&args.domain)?;
     let before = host.show(domid).map(|report| report.summary);
     match host.domain(domid).and_then(|domain| domain.destroy()) {
-        // Another command was faster.
+        // Another command has destroyed it first.
         Err(error) if error.errno == Errno::ESRCH => {}
         destroyed => destroyed?,
     }

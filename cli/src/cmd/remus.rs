@@ -1,12 +1,11 @@
-//! `xsr remus`: what `xl remus` does. A domain runs here and is kept on another host as it
-//! was a moment ago, to run on there when this host is lost.
+//! `xsr remus`, like `xl remus`: a domain runs here, and a recent state of it is kept on another
+//! host, to run there when this host is lost.
 //!
-//! Who has the domain in the end: the other end runs its copy when the connection breaks
-//! off, unless it has been told to forget it ([`Withdrawal`]). So this end lets
-//! the domain run only where nothing else is known; docs/migration.md has the table.
+//! Which host has the domain in the end: the secondary runs its copy when the connection breaks,
+//! unless it has been told to drop it ([`Withdrawal`]). So the primary lets the domain run only if
+//! it knows nothing to the contrary; docs/migration.md has the table.
 //!
-//! C implementation: `main_remus` in `tools/xl/xl_migrate.c`,
-//! `tools/libs/light/libxl_remus.c`.
+//! C implementation: `main_remus` in `tools/xl/xl_migrate.c`, `tools/libs/light/libxl_remus.c`.
 
 mod colo;
 mod fate;
@@ -55,17 +54,17 @@ use crate::terminal::Terminal;
 use crate::transport::Link;
 use crate::watch::Watch;
 
-/// How long the other end may take to answer, and read nothing, as libxl gives a guest to
+/// How long to wait for the secondary to answer or to read: the time that libxl gives a guest to
 /// suspend.
 const ANSWER: Duration = Duration::from_secs(60);
 
-/// How long whoever reads `--stats` may take where there is a failure to be told.
+/// How long to wait for the reader of `--stats` before a failure is reported.
 const STATS_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Protect a domain.
 ///
-/// Whatever fails, it runs on here, unless the other end says that it runs there, or, with
-/// `--on-loss pause`, nobody can know.
+/// After any failure it continues here, unless the secondary reports that it runs there, or, with
+/// `--on-loss pause`, that is unknown.
 pub(crate) fn run(args: &RemusArgs, terminal: &Terminal) -> Result<Code> {
     refuse(args)?;
     let mut watch = Watch::start(terminal, args.progress, "protecting")?;
@@ -73,7 +72,7 @@ pub(crate) fn run(args: &RemusArgs, terminal: &Terminal) -> Result<Code> {
     watch.end(result)
 }
 
-/// What xl refuses, and what it has that this has not.
+/// Refuses options that xl refuses, and options that are not supported.
 fn refuse(args: &RemusArgs) -> Result<()> {
     let unprotected = args.blackhole || args.no_network_buffer || args.no_disk_buffer;
     let why = if args.userspace_colo_proxy && !args.colo {
@@ -88,7 +87,7 @@ fn refuse(args: &RemusArgs) -> Result<()> {
     Err(Error::new(BadUsage(why.to_owned())))
 }
 
-/// How long the domain runs from one checkpoint to the next, as xl has it.
+/// The time between two checkpoints, as in xl.
 fn interval(milliseconds: Option<u32>, colo: bool) -> Duration {
     Duration::from_millis(match (milliseconds, colo) {
         (None | Some(0), false) => 200,
@@ -97,7 +96,7 @@ fn interval(milliseconds: Option<u32>, colo: bool) -> Duration {
     })
 }
 
-/// What the receiver is told, in xl's words.
+/// The receiver's options, in xl's notation.
 fn receiver_options(args: &RemusArgs) -> Vec<&str> {
     let mut options = match (args.colo, &args.network_script) {
         (false, _) => vec!["-r"],
@@ -178,10 +177,10 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
         stream_bytes: 0,
     };
     let mut observe = |event: Event| match event {
-        // One that takes nothing any more is not waited for.
+        // A secondary that has stopped reading is not waited for.
         Event::Protecting(ProtectorAction::Withdraw) => interrupt.cut_when_still(),
         Event::Protecting(ProtectorAction::AwaitLastWords { .. }) => watch.borrow_mut().clear(),
-        // Said with the checkpoint: under COLO the secondary has to have it before.
+        // Reported with the checkpoint, which under COLO the secondary must have loaded first.
         Event::Done(Step::Protected) => {}
         Event::Done(step) => watch.borrow_mut().step(step.name()),
         _ => {}
@@ -225,8 +224,7 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
         || causes
             .iter()
             .any(|cause| cause.action == ProtectorAction::Withdraw);
-    // A receiver that fails closes the connection first: a write that fails then says less than
-    // its status.
+    // A failing receiver closes the connection first, so its status says more than a failed write.
     if let Some(outcome @ Outcome::GivenBack { .. }) = outcome
         && (matches!(why, End::Receiver) || (lost || given_up) && matches!(why, End::Failed(_)))
     {
@@ -258,7 +256,7 @@ fn protect(args: &RemusArgs, terminal: &Terminal, watch: &mut Watch) -> Result<C
     }))
 }
 
-/// The domain that is protected.
+/// The protected domain.
 struct Primary<'a> {
     args: &'a RemusArgs,
     host: &'a dyn DomainStore,
@@ -285,12 +283,12 @@ impl Primary<'_> {
         }
     }
 
-    /// What the domain does. It is told from a later one with its number.
+    /// The domain's state, not that of a later domain with its number.
     fn condition(&self) -> Condition {
         Condition::in_store(self.host, self.which)
     }
 
-    /// In one word what the domain does here, if it goes on here: `running` or `paused`.
+    /// The state of the domain, if it continues here: `running` or `paused`.
     fn runs_on(&self) -> Option<&'static str> {
         match self.condition() {
             Condition::Runs => Some("running"),
@@ -312,7 +310,7 @@ impl Primary<'_> {
 
     /// Pauses the domain, once.
     fn pause(&self) -> Result<()> {
-        // A hypervisor counts: once more would have to be undone once more.
+        // A hypervisor counts pauses: each one must be undone.
         if self.condition() == Condition::Paused {
             return Ok(());
         }
@@ -322,7 +320,7 @@ impl Primary<'_> {
         }
     }
 
-    /// Lets it run on.
+    /// Unpauses the domain.
     fn unpause(&self) -> Result<()> {
         match self.handle()? {
             Some(domain) => domain.unpause().context("unpausing it"),
@@ -330,7 +328,7 @@ impl Primary<'_> {
         }
     }
 
-    /// The other end runs the domain: this one must not.
+    /// The secondary runs the domain, so it must not run here.
     fn stop(&self) -> Result<()> {
         self.pause()?;
         if self.condition() == Condition::Gone {
@@ -340,7 +338,7 @@ impl Primary<'_> {
         renamed.context("renaming it")
     }
 
-    /// How long the other end is waited for.
+    /// How long to wait for the secondary.
     fn answer(&self) -> Duration {
         let seconds = self.args.answer_timeout;
         seconds.map_or(ANSWER, |seconds| Duration::from_secs(seconds.into()))
@@ -355,7 +353,7 @@ impl Primary<'_> {
     }
 }
 
-/// The domain, while it is protected.
+/// The domain while it is protected.
 struct Protecting<'a, 'w, 't> {
     primary: &'a Primary<'a>,
     watch: &'a RefCell<&'w mut Watch>,
@@ -363,13 +361,13 @@ struct Protecting<'a, 'w, 't> {
     interrupt: &'a Interrupt,
     pace: &'a Pace,
     wait: Wait<'a>,
-    /// Why it came to its end.
+    /// Why the protection ended.
     end: End,
-    /// Checkpoints that the other end can have.
+    /// The number of checkpoints that the secondary may have.
     complete: u64,
     /// Whether the connection is lost.
     lost: bool,
-    /// Whether the secondary has said, in the place of an answer, that it has failed.
+    /// Whether the secondary has sent its failure in place of an answer.
     given_up: bool,
     stats: CheckpointedStats,
     stream_bytes: u64,
@@ -395,7 +393,7 @@ impl Protected for Protecting<'_, '_, '_> {
 }
 
 impl Protecting<'_, '_, '_> {
-    /// Without another end: what it would cost.
+    /// Without a secondary, to measure the cost.
     fn without_receiver(&mut self, observer: &mut dyn Observer) -> Protection {
         observer.observe(Event::Done(Step::Banner));
         let mut complete = || {};
@@ -420,7 +418,7 @@ impl Protecting<'_, '_, '_> {
         }
     }
 
-    /// Send checkpoints for as long as all goes well and the user does not ask to stop.
+    /// Send checkpoints until something fails or the user asks to stop.
     fn send(
         &mut self,
         stream: &Stream<'_>,
@@ -456,7 +454,7 @@ impl Protecting<'_, '_, '_> {
         }
     }
 
-    /// Why there is no other checkpoint, and what there is to say of those that were.
+    /// Send checkpoints. Returns why there are no more, and statistics of those that were sent.
     fn checkpoints(
         &mut self,
         stream: &Stream<'_>,
@@ -551,7 +549,7 @@ impl Protecting<'_, '_, '_> {
     }
 }
 
-/// Whether nothing went wrong: someone asked to stop, and the domain runs on.
+/// Whether the user asked to stop, and nothing else went wrong: the domain runs on.
 fn is_abort(error: &Error) -> bool {
     // [`SaveError::NotResumed`] has no source, whatever came before it.
     error.chain().any(|cause| {

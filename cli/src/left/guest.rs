@@ -81,7 +81,7 @@ fn left(now: &Now, name: &str, backend: &Backend, to: Option<&Sent>) -> State {
             host,
             protected: false,
         }) if *called == away(name) && now.condition == Condition::Runs => State::plain(format!(
-            // Taken back, and it could not have its name.
+            // It was taken back, but could not be renamed.
             "{name} {how}, as {called}, and not on {host}: `{}`",
             command("rename", &format!("{called} {name}"))
         )),
@@ -195,7 +195,7 @@ mod tests {
             assert!(said.words.contains(part), "{said:?}");
         }
         assert!(state(Some(&sent(true))).undecided);
-        // It was taken back, and its name was another domain's by then.
+        // It was taken back, but another domain had its name by then.
         domain.resume().expect("it runs");
         let said = state(Some(&sent(false)));
         assert!(!said.undecided, "{said:?}");

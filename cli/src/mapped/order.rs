@@ -1,4 +1,5 @@
-//! The pages of a mapped image in the order of a still save, where the image has them in another.
+//! The pages of a mapped image in the order of a still save, if the image has them in another
+//! order.
 
 use std::fs::File;
 use std::io::{self, Read as _, Write};
@@ -14,7 +15,7 @@ use xsr_format::wrapper::xl::XlHeader;
 use super::Positioned;
 use crate::file::Input;
 
-/// Which pages there are, and where each is in the file.
+/// The pages, and the offset of each in the file.
 #[derive(Debug)]
 pub(crate) struct InOrder<'f> {
     file: &'f File,
@@ -24,7 +25,7 @@ pub(crate) struct InOrder<'f> {
 }
 
 impl<'f> InOrder<'f> {
-    /// Of an image with this index. `None` if it is in order already.
+    /// The pages of an image with this index; `None` if they are in order already.
     ///
     /// # Errors
     ///
@@ -41,8 +42,8 @@ impl<'f> InOrder<'f> {
         }))
     }
 
-    /// Writes all records of pages, the first time that it is called: `head` for the entries of
-    /// each, and then `data` for its pages, in pieces.
+    /// Writes all page records, on the first call: for each, calls `head` with its entries, and
+    /// then `data` with its pages, in pieces.
     ///
     /// # Errors
     ///
@@ -74,7 +75,7 @@ impl<'f> InOrder<'f> {
     }
 }
 
-/// A sink that gets the pages in order, whatever the order in which they come.
+/// A sink that writes the pages in order, in whatever order they come.
 #[derive(Debug)]
 pub(crate) struct Reordered<'f, W> {
     pub(crate) sink: W,
@@ -91,7 +92,7 @@ impl<W: ImageSink> Write for Reordered<'_, W> {
     }
 }
 
-/// A failure while pages are put in order.
+/// A failure to write the pages in order.
 struct Failed(WriteError);
 
 impl From<CopyError> for Failed {
@@ -106,7 +107,7 @@ impl<W: ImageSink> ImageSink for Reordered<'_, W> {
         self.sink.xl_header(header)
     }
 
-    /// All records of pages, in the place of the first.
+    /// Writes all page records in place of the first.
     fn page_data(&mut self, _: &[PageEntry]) -> Result<(), WriteError> {
         let head = |sink: &mut W, entries: &[PageEntry]| sink.page_data(entries).map_err(Failed);
         let data = |sink: &mut W, bytes: &[u8]| {
@@ -118,7 +119,7 @@ impl<W: ImageSink> ImageSink for Reordered<'_, W> {
     }
 }
 
-/// Passes over the pages of a record, which [`Reordered`] has from elsewhere.
+/// Skips the pages of a record, which [`Reordered`] reads elsewhere.
 pub(crate) fn pass_over<W>(
     source: &mut &File,
     bytes: u64,

@@ -104,8 +104,8 @@ enum Stopping {
     Ended,
 }
 
-/// Run xl to its end, with `helper` as its save helper and `settings` in the helper's environment,
-/// and have `lock` name it. Call this before other threads start.
+/// Run xl to its end, with `helper` as its save helper and `settings` in the helper's environment.
+/// `lock` is made to name xl. Call this before other threads start.
 pub(super) fn run(
     xl: impl IntoIterator<Item = OsString>,
     helper: &Path,
@@ -126,7 +126,7 @@ pub(super) fn run(
     // The helper uses this variable differently.
     command.env_remove(BACKEND_VARIABLE);
     let mut child = command.spawn().context("starting xl")?;
-    // It works on the domain, also once this process has been killed.
+    // xl works on the domain, even after this process has been killed.
     if let Some(lock) = lock
         && let Err(error) = lock.pass_to(child.id())
     {

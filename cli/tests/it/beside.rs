@@ -63,7 +63,7 @@ fn what_another_command_works_on_is_listed_shown_and_changed() {
     ran.code(1).stderr_has("destroyed");
 }
 
-/// Each on a domain of its own, and with each other's copies on the same host.
+/// Each command works on a domain of its own, on one host.
 #[test]
 fn two_domains_of_one_host_are_protected_at_a_time() {
     let dir = scratch();
@@ -85,7 +85,7 @@ fn two_domains_of_one_host_are_protected_at_a_time() {
     let args = ["remus", "-i", "10", "--epochs", "3", &to, "-s", "", "mail"];
     let ran = run(args.iter().chain(&[other.as_str()])).code(0);
     ran.stderr_has("mail runs on here");
-    // A domain is restored while another is saved, of one host.
+    // A domain is restored while another on the host is saved.
     let image = dir.path().join("mail.save");
     run(["save", "-c", &to, "mail", arg(&image)]).code(0);
     run(["restore", "--name", "copy", &to, arg(&image)]).code(0);
@@ -175,7 +175,7 @@ fn a_domain_that_another_program_has_resumed_is_said_to_run_on() {
     let to = backend(&hosts.here);
     let mut saving = staged(hosts.dir.path(), ["save", &to, "web", arg(&file)]);
     assert!(saving.hold("suspended", 1));
-    // As xl does it, which knows nothing of our locks.
+    // As xl does, which does not know our locks.
     let host = MockHost::open(&hosts.here).unwrap();
     let web = host.find("web").unwrap();
     host.domain(web).unwrap().resume().unwrap();

@@ -1,4 +1,4 @@
-//! `xsr save --layout mapped`: what is in the file, how long the file is, and what is left when the
+//! `xsr save --layout mapped`: the contents and the length of the file, and what is left when the
 //! command is stopped or killed.
 
 use std::fs;
@@ -33,7 +33,7 @@ fn a_still_save_is_what_convert_makes_of_one() {
                 assert_eq!(report["domain"], "running");
             }
         }
-        // It is a save like any other: the domain goes into it.
+        // Without `-c` the domain is gone afterwards, as with any save.
         run(["save", &host, "--layout", "mapped", "web", arg(&saved)]).code(0);
         run(["verify", "--deep", arg(&saved)])
             .code(0)
@@ -60,7 +60,7 @@ fn what_is_not_a_file_is_refused_before_the_domain_is_touched() {
     assert!(!file.exists());
 }
 
-/// However much the guest writes.
+/// At any rate of the guest's writes.
 #[test]
 fn a_live_checkpoint_is_no_longer_than_a_still_save_at_any_rate() {
     for kind in ["pv", "hvm", "pvh"] {
@@ -78,7 +78,7 @@ fn a_live_checkpoint_is_no_longer_than_a_still_save_at_any_rate() {
             let [a, b] = [&still, &live].map(|file| fs::metadata(file).unwrap());
             let most = |of: u64| of + of / 200;
             assert!(b.len() <= most(a.len()), "{kind}, {rate}: {}", b.len());
-            // Pages that were zeros may have been written since, all of the working set at most.
+            // Zero pages may have been written since, at most the whole working set.
             let room = most(a.blocks() * 512) + (4 << 20) + (64 << 10);
             assert!(b.blocks() * 512 <= room, "{kind}, {rate}");
             run(["verify", "--deep", arg(&live)])
@@ -116,9 +116,9 @@ fn partial_files(directory: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Of a checkpoint that is stopped at each of its phases, over an old image: the guest runs, and
-/// the image is the old one. One that is killed may leave a file under a temporary name, which has
-/// a footer only if it is whole, and the guest suspended, which the next command says.
+/// A checkpoint is stopped at each of its phases, with an old image in place: the guest runs, and
+/// the image is the old one. A killed checkpoint may leave a file under a temporary name, which has
+/// a footer only if it is complete, and a suspended guest, which the next command reports.
 #[test]
 fn a_checkpoint_that_is_stopped_or_killed_leaves_the_old_image() {
     let hosts = Hosts::with("pv", &["--dirty-rate", "2000", "--working-set", "1M"]);
@@ -200,7 +200,7 @@ fn a_checkpoint_that_is_stopped_or_killed_leaves_the_old_image() {
     assert_eq!(partial_files(dir), Vec::<PathBuf>::new());
 }
 
-/// Two checkpoints of one guest: the second is the guest as it is then.
+/// Two checkpoints of one guest: the second has the guest's state at its time.
 #[test]
 fn each_checkpoint_replaces_the_one_before() {
     let dir = scratch();

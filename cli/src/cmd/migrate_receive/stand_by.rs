@@ -1,9 +1,9 @@
-//! `xsr migrate-receive -r`: the other end of Remus. The domain is kept at the last
-//! checkpoint that is complete, and runs once the sender is lost. With `--colo` it runs from
-//! the first checkpoint on, and is made the sender's again by each.
+//! `xsr migrate-receive -r`, the secondary of Remus: the domain is kept at the last complete
+//! checkpoint, and runs once the sender is lost. With `--colo` it runs from the first checkpoint
+//! on, and each checkpoint makes it equal to the sender's again.
 //!
-//! What the sender may still hear is that this end runs the domain, or that it has none any
-//! more: the words of a migration's end. (xl says nothing, and listens to nothing.)
+//! The sender may still be told that this end runs the domain, or that it has dropped its copy, by
+//! the messages that end a migration. (xl has no such messages.)
 //!
 //! C implementation: `migrate_receive` in `tools/xl/xl_migrate.c`, for
 //! `LIBXL_CHECKPOINTED_STREAM_REMUS`.
@@ -49,7 +49,7 @@ struct Report<'a> {
 }
 
 impl Receiver<'_> {
-    /// Keep checkpoints until the sender is lost; then run the last.
+    /// Keep checkpoints until the sender is lost; then run the last one.
     pub(super) fn stand_by(&self, watch: &mut Watch, started: Instant) -> Result<Code> {
         let interrupt = watch.interrupt().clone();
         let watch = RefCell::new(watch);
@@ -146,7 +146,7 @@ impl Receiver<'_> {
     }
 }
 
-/// There is no domain here for `error`, except for what `left` says.
+/// The error if no domain is taken over because of `error`. `left`: what remains of it.
 fn not_taken_over(name: &str, error: &Error, left: Option<String>) -> Error {
     let cause = exit::words(error.chain());
     let of = match name {
@@ -162,7 +162,8 @@ fn not_taken_over(name: &str, error: &Error, left: Option<String>) -> Error {
     })
 }
 
-/// Destroy what was made; `came_to` says whether something is left that was not handed on.
+/// Destroy the domain that was created. `came_to` says whether something is left that this function
+/// cannot reach.
 fn destroy(made: Option<Made>, came_to: Option<&Result<Survival>>) -> Result<(), BoxError> {
     match (made, came_to) {
         (Some(made), _) => made.give_up().map_err(|left| left.0.into()),
@@ -179,9 +180,9 @@ struct StandingBy<'s, 'w> {
     watch: &'s RefCell<&'w mut Watch>,
     interrupt: &'s Interrupt,
     name: String,
-    /// Until it is kept. Dropping it destroys the domain.
+    /// The domain, until it is kept. Dropping it destroys it.
     made: Option<Made>,
-    /// What keeping it came to.
+    /// The result of keeping checkpoints.
     came_to: Option<Result<Survival>>,
     about: Option<About>,
 }
@@ -200,7 +201,7 @@ impl StandingBy<'_, '_> {
             .silent_for(&limit);
         let complete = RefCell::new(complete);
         let first = |name: &str| {
-            // A sender may be silent between two checkpoints for as long as it likes.
+            // Between two checkpoints a sender may be silent for any time.
             limit.lift();
             (complete.borrow_mut())();
             terminal.say(&format!(
@@ -262,7 +263,7 @@ impl Kept for StandingBy<'_, '_> {
             ));
         }
         let made = self.made()?;
-        // As xl: it matters more that it runs than what it is called.
+        // As in xl: it must run, even under the wrong name.
         Ok(made.rename_in().inspect_err(|error| {
             let error = exit::words(error.chain());
             tracing::error!(error, "{name} keeps its other name");
@@ -277,7 +278,7 @@ impl Kept for StandingBy<'_, '_> {
             (false, false) => made.unpause(),
             (paused, true) => made.run_alone(paused),
         };
-        // From here on the domain stays: it may be all there is.
+        // From here on the domain stays: it may be the only copy.
         self.about = self.made.take().map(Made::keep);
         Ok(ran?)
     }
@@ -291,7 +292,7 @@ impl Kept for StandingBy<'_, '_> {
 mod tests {
     use super::*;
 
-    /// Its maker could not destroy it, and handed no domain on.
+    /// The function that created it could not destroy it, and returned no domain.
     #[test]
     fn what_its_maker_left_is_not_said_to_be_gone() {
         let error = || Error::msg("the name is taken");

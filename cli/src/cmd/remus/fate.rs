@@ -1,4 +1,4 @@
-//! What a protection came to, in words: what happened, where the domain is, and what to do.
+//! The outcome of a protection, in words: what happened, where the domain is, and what to do.
 //!
 //! docs/migration.md has the table.
 
@@ -13,12 +13,12 @@ use crate::cmd::migrate::away;
 use crate::condition::Condition;
 use crate::exit::{self, Migration};
 
-/// Why it came to its end.
+/// Why the protection ended.
 #[derive(Debug)]
 pub(super) enum End {
     Asked,
     Enough,
-    /// The receiver hung up, or said something.
+    /// The receiver hung up, or sent a message.
     Receiver,
     Failed(Error),
 }
@@ -33,20 +33,20 @@ impl End {
     }
 }
 
-/// What is known of a protection that has not ended as was asked.
+/// What is known after a protection that did not end as requested.
 pub(super) struct Aftermath<'a> {
     pub(super) end: End,
     pub(super) fate: Fate,
-    /// Checkpoints that the other end can have.
+    /// The number of checkpoints that the secondary may have.
     pub(super) complete: u64,
-    /// What the command at the other end came to.
+    /// How the command at the other end has ended.
     pub(super) hung_up: &'a str,
-    /// What could not be done to the domain.
+    /// Actions on the domain that failed.
     pub(super) causes: &'a [Cause<ProtectorAction>],
 }
 
 impl Aftermath<'_> {
-    /// Why the last attempt at something failed, if it did.
+    /// Why the last attempt at an action failed, if it did.
     fn failure(&self, action: ProtectorAction) -> Option<String> {
         let cause = self.causes.iter().rfind(|cause| cause.action == action);
         cause.map(|cause| exit::words_of(&*cause.error))
@@ -101,7 +101,7 @@ impl Primary<'_> {
                 (None, None) => format!("{begin}; {name} runs on here, unprotected"),
             },
             Fate::There => {
-                // What it is called here: what could not be renamed has its own name still.
+                // Its current name here: a domain that could not be renamed has its own name still.
                 let called = name_of(self.host, self.which).unwrap_or_else(|_| away(name));
                 let stands_still = matches!(
                     condition,
@@ -168,7 +168,8 @@ impl Primary<'_> {
         })
     }
 
-    /// The domain has been destroyed, on purpose: what failed for that is no news.
+    /// The domain has been destroyed on purpose, so failures that follow from that are not
+    /// reported.
     fn gone(&self, after: &Aftermath<'_>) -> Error {
         let (name, host) = (self.name, &self.args.host);
         let Aftermath {
@@ -207,7 +208,7 @@ mod tests {
     use super::*;
     use crate::args::{Cli, Command};
 
-    /// Its name is all that could not be changed.
+    /// Only its name could not be changed.
     #[test]
     fn what_stands_still_is_not_said_to_run_because_it_could_not_be_renamed() {
         let host = MockHost::ephemeral(&HostConfig::default()).expect("a machine");
@@ -286,7 +287,7 @@ mod tests {
             domain: domain.as_ref(),
             name: "web",
         };
-        // Its number is another domain's.
+        // Another domain has its number.
         let mut later = which;
         later.uuid.0[0] ^= 1;
         let earlier = Primary {

@@ -1,8 +1,8 @@
-//! A domain that is the secondary of COLO: it runs here, too, and each checkpoint makes it
-//! what it is at the primary.
+//! The secondary of COLO: the domain runs here too, and each checkpoint makes it equal to the
+//! primary.
 //!
-//! C implementation: `tools/libs/light/libxl_colo_restore.c`. Networks and disks, which it
-//! compares and replicates, a mock guest has not.
+//! C implementation: `tools/libs/light/libxl_colo_restore.c`. It also compares networks and
+//! replicates disks, which a mock guest lacks.
 
 use std::io;
 
@@ -26,9 +26,9 @@ use crate::backend::Hypervisor;
 use crate::backend::workload;
 
 impl<'a> Image<'a> {
-    /// Make the domain and have it run from checkpoint to checkpoint, until the primary is
-    /// lost. It is as it was at that moment then: running, suspended, or at its first
-    /// checkpoint and paused ([`Made::run_alone`]). `work`: what a mock guest does here.
+    /// Create the domain and run it from checkpoint to checkpoint, until the primary is lost.
+    /// Afterwards it is as it was at that moment: running, suspended, or at its first checkpoint
+    /// and paused ([`Made::run_alone`]). `work`: a mock guest's workload here.
     ///
     /// # Errors
     ///
@@ -74,11 +74,11 @@ impl<'a> Image<'a> {
 }
 
 impl Made {
-    /// Let a secondary run on that is the only one now, or stand still.
+    /// Run the secondary, now the only copy, or pause it.
     ///
     /// # Errors
     ///
-    /// It cannot, as one that has shut down by itself; it is as it was.
+    /// It cannot run, for example because it has shut down; it is as it was.
     pub(crate) fn run_alone(&self, paused: bool) -> Result<()> {
         let domain = self.domain.as_ref();
         if let Err(error) = domain.disable_log_dirty() {
@@ -115,7 +115,7 @@ struct Secondary<'a, 'd, 'w> {
 }
 
 impl Secondary<'_, '_, '_> {
-    /// Tell the primary how far this end is.
+    /// Report the secondary's state to the primary.
     fn tell(&mut self, what: &'static str, state: CheckpointState) -> Result<Turn, ToolstackError> {
         match ColoWord::State(state).write(self.back) {
             Ok(()) => Ok(Turn::Done),

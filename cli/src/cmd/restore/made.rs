@@ -1,7 +1,7 @@
-//! A domain that has been made for an image, until the command keeps it.
+//! A domain that has been created for an image, until the command keeps it.
 //!
-//! C implementation: `domcreate_complete` in `tools/libs/light/libxl_create.c`, which destroys
-//! what could not be completed.
+//! C implementation: `domcreate_complete` in `tools/libs/light/libxl_create.c`, which destroys a
+//! domain that could not be completed.
 
 use std::cell::OnceCell;
 use std::num::NonZeroUsize;
@@ -22,38 +22,38 @@ use crate::left::Left;
 /// The control domain: the other end of the xenstore and console rings.
 const DOM0: DomId = DomId(0);
 
-/// A domain that has been made. Destroyed on drop, unless it is kept.
+/// A domain that has been created. Destroyed on drop, unless it is kept.
 pub(crate) struct Made {
     host: Hypervisor,
     which: DomainRef,
     pub(super) domain: Box<dyn Domain>,
     pub(super) about: About,
-    /// What its kernel is told of its memory and vcpus.
+    /// What its kernel is told about its memory and vcpus.
     pub(super) extent: Option<Extent>,
     /// The domain's event channels for xenstore and console.
     ports: OnceCell<[u32; 2]>,
     keep: bool,
-    /// As long as the domain is there and must not stay.
+    /// The entry of the domain while it exists and must not stay.
     left: Option<Left>,
-    /// As long as the command works on the domain.
+    /// The lock, held while the command works on the domain.
     lock: Option<WholeLock>,
 }
 
-/// What there is to say of a domain that has been made.
+/// Facts about a domain that has been created.
 #[derive(Clone, Debug)]
 pub(crate) struct About {
     pub(crate) name: String,
     pub(crate) domid: DomId,
-    /// What the restore took.
+    /// The restore's statistics.
     pub(crate) stats: RestoreStats,
 }
 
 impl Made {
-    /// A domain that has been created just now, and has nothing yet. `left` was there before it.
+    /// A domain that has just been created, and is empty. `left` was registered before.
     ///
     /// # Errors
     ///
-    /// [`LeftBehind`]: there is no handle on it, and it stays.
+    /// [`LeftBehind`]: there is no handle on the domain, and it stays.
     pub(super) fn new(host: &Hypervisor, which: DomainRef, name: &str, left: Left) -> Result<Self> {
         let domid = which.domid;
         let domain = host.open(which).map_err(|error| {
@@ -78,7 +78,7 @@ impl Made {
         })
     }
 
-    /// Locks the domain, and keeps its first name and its configuration with it.
+    /// Locks the domain, and stores its first name and its configuration.
     pub(super) fn begin(&mut self, named: Named, json: &str) -> Result<()> {
         let (host, which, name) = (&self.host, self.which, &self.about.name);
         let (command, at_first) = match named {
@@ -98,12 +98,12 @@ impl Made {
         backend::store_config(&**host, which, json)
     }
 
-    /// What keeps the domain.
+    /// The store that has the domain.
     pub(super) fn store(&self) -> &dyn DomainStore {
         &*self.host
     }
 
-    /// The domain, told from a later one with its number.
+    /// The domain, distinguished from a later one with its number.
     pub(super) fn which(&self) -> DomainRef {
         self.which
     }
@@ -118,12 +118,11 @@ impl Made {
         self.about.domid
     }
 
-    /// Gives a domain that was received its own name.
+    /// Gives a received domain its own name.
     ///
     /// # Errors
     ///
-    /// Another domain has that name by now; the store refuses. The domain has the name that it
-    /// had.
+    /// Another domain has that name by now; the store refuses. The domain keeps its temporary name.
     pub(crate) fn rename_in(&self) -> Result<()> {
         let name = &self.about.name;
         let incoming = format!("{name}{INCOMING}");
@@ -132,7 +131,7 @@ impl Made {
             .context("giving the domain its name")
     }
 
-    /// Whether it is paused, now if not before.
+    /// Pause it if it is not paused. Returns whether it is.
     pub(super) fn stands_still(&self) -> bool {
         match self.domain.info() {
             Ok(info) if info.paused => true,
@@ -140,11 +139,11 @@ impl Made {
         }
     }
 
-    /// The domain goes.
+    /// Destroy the domain.
     ///
     /// # Errors
     ///
-    /// It could not be destroyed, and is still there.
+    /// It could not be destroyed, and still exists.
     pub(crate) fn destroy(mut self) -> Result<()> {
         self.keep = true;
         let name = &self.about.name;
@@ -155,8 +154,7 @@ impl Made {
         backend::destroy(&*self.host, self.which, &self.about.name)
     }
 
-    /// There is no domain to be had for `error`: destroy what there is, and say so if it cannot
-    /// be.
+    /// Destroy the domain because of `error`. The result says so if it could not be destroyed.
     pub(super) fn given_up(self, error: Error) -> Error {
         match self.give_up() {
             Ok(()) => error,
@@ -164,13 +162,13 @@ impl Made {
         }
     }
 
-    /// There is no domain to be had: destroy what there is.
+    /// Destroy the domain because it is of no use.
     ///
     /// # Errors
     ///
     /// It could not be destroyed.
     pub(crate) fn give_up(self) -> Result<(), LeftBehind> {
-        // A secondary of COLO may run: if it stays, it had better stand still.
+        // A COLO secondary may be running: if it stays, it should be paused.
         let how = match self.stands_still() {
             true => "is left here, paused; it must not run: destroy it by hand",
             false => "is left here and may be running: destroy it by hand, now",
@@ -182,7 +180,7 @@ impl Made {
         })
     }
 
-    /// How it is to be restored: with event channels for the control domain.
+    /// Options for its restore, with event channels for the control domain.
     pub(super) fn options(
         &self,
         threads: Option<NonZeroUsize>,
@@ -199,7 +197,7 @@ impl Made {
         })
     }
 
-    /// The event channels of xenstore and of the console, made once.
+    /// The event channels of xenstore and the console, allocated once.
     fn ports(&self) -> Result<[u32; 2]> {
         if let Some(ports) = self.ports.get() {
             return Ok(*ports);
@@ -209,7 +207,7 @@ impl Made {
         Ok(*self.ports.get_or_init(|| ports))
     }
 
-    /// Connects xenstore and console to the rings of the guest that has been restored.
+    /// Connects xenstore and console to the rings of the restored guest.
     ///
     /// # Errors
     ///
@@ -237,18 +235,18 @@ impl Made {
             .context("connecting xenstore and console")
     }
 
-    /// Let the domain run.
+    /// Unpause the domain.
     pub(crate) fn unpause(&self) -> Result<()> {
         self.domain
             .unpause()
             .with_context(|| format!("unpausing {}", self.about.name))
     }
 
-    /// The domain stays.
+    /// Keep the domain.
     pub(crate) fn keep(mut self) -> About {
         self.keep = true;
         if let Some(left) = self.left.take() {
-            // What is said about the domain is the last thing to be done.
+            // After this the command only reports.
             left.until_the_end();
         }
         self.about.clone()
