@@ -1,4 +1,4 @@
-//! Descriptors that the process which started this one left open for it.
+//! Inherited descriptors: those that the parent process left open for this one.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -9,15 +9,15 @@ use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::pipe::{fcntl_getpipe_size, fcntl_setpipe_size};
 
-/// A descriptor of our own for the open file behind `fd`, a number from a command line.
+/// A new descriptor for the open file of `fd`, a number from a command line.
 ///
-/// The number says nothing about who else in this process uses it, so the descriptor that was
-/// handed down is left alone. The new one is closed when a program is started. It goes over a
-/// socket of this process to itself, which any Linux can do.
+/// Other code in this process may use the same number, so the inherited descriptor itself is not
+/// touched. The new one is closed when a program is started. It is passed through a socket of this
+/// process to itself, which works on any Linux.
 ///
 /// # Errors
 ///
-/// EBADF where there is no such descriptor.
+/// EBADF if there is no such descriptor.
 pub fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
     let (to, from) = UnixStream::pair()?;
     sendmsg::<UnixAddr>(
@@ -43,8 +43,8 @@ pub fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
     received.ok_or_else(|| io::Error::other("no descriptor came"))
 }
 
-/// As [`inherited`], for a stream. A pipe may hold more than the 64 KiB it begins with afterwards:
-/// fewer turns between two processes. Where that is not allowed, nothing changes.
+/// As [`inherited`], for a stream. Increases a pipe's capacity from the initial 64 KiB, for fewer
+/// switches between two processes. If that is not allowed, nothing changes.
 ///
 /// # Errors
 ///

@@ -108,18 +108,17 @@ where
     })
 }
 
-/// As [`ordered`], with a third step: `place` decides on this thread, in order, what is to be done
-/// with an item, and `write` does it on `pool`, in any order. When this returns, all of it has been
-/// done.
+/// As [`ordered`], with a third step: `place` decides on this thread, in order, what to do with an
+/// item, and `write` does it on `pool`, in any order. When this returns, everything has been done.
 ///
 /// # Errors
 ///
-/// One of the failures. Items after one that could not be prepared or placed are not written; of
-/// those before it, all are.
+/// One of the failures. Items after one that could not be prepared or placed are not written; all
+/// items before it are.
 ///
 /// # Panics
 ///
-/// When one of the three does, once nothing is being prepared or written any more.
+/// When one of the three panics, after all preparation and writing has stopped.
 pub(crate) fn placed<I, T, P, E>(
     pool: Option<&rayon::ThreadPool>,
     items: impl IntoIterator<Item = I>,
@@ -153,7 +152,7 @@ where
                     match first.try_recv() {
                         Ok(result) => result?,
                         Err(mpsc::TryRecvError::Empty) => break,
-                        // It panicked; the scope passes that on when it ends.
+                        // It panicked; the scope passes the panic on when it ends.
                         Err(mpsc::TryRecvError::Disconnected) => return Ok(false),
                     }
                     written.pop_front();

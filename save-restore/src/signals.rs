@@ -135,8 +135,8 @@ impl EndingSignals {
     }
 }
 
-/// Block `signals`, and call `act` for each one that arrives, on a thread of its own. To be called
-/// before there are other threads, which would get them instead.
+/// Blocks `signals`, and calls `act` for each one that arrives, on a thread of its own. Must be
+/// called before other threads exist, which would otherwise get the signals.
 ///
 /// # Errors
 ///

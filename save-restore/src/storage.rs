@@ -242,7 +242,7 @@ pub trait StorageWriter: Write + fmt::Debug + Send + Sync {
     /// [`StorageError::Unsupported`] for a stream; [`StorageError::Io`].
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> Result<(), StorageError>;
 
-    /// Reads back what was written, to fill `buffer` from `offset`.
+    /// Reads back what was written, filling `buffer` from `offset`.
     ///
     /// # Errors
     ///

@@ -18,8 +18,8 @@ pub(super) struct Batch {
     mapped: Option<ForeignPages>,
     /// Pages that are not sent as they are mapped: index among the mapped ones, ascending.
     special: Vec<(usize, Special)>,
-    /// pfns to be sent again once the guest is suspended, and whether they will most likely have
-    /// a page then.
+    /// pfns to be sent again once the guest is suspended, and whether each will most likely have a
+    /// page then.
     deferred: Vec<(Pfn, bool)>,
     pages: u64,
 }
@@ -161,13 +161,13 @@ impl Batch {
         self.pages
     }
 
-    /// pfns that must be sent again once the guest is suspended, and whether they will most likely
+    /// pfns that must be sent again once the guest is suspended, and whether each will most likely
     /// have a page then.
     pub(super) fn deferred(&self) -> &[(Pfn, bool)] {
         &self.deferred
     }
 
-    /// Copies the contents of all pages that have data into `out`, in the order of the entries.
+    /// Copies the contents of all pages that have any into `out`, in the order of the entries.
     pub(super) fn copy_pages(&self, out: &mut Vec<u8>) {
         out.clear();
         let Some(pages) = &self.mapped else {
@@ -180,7 +180,7 @@ impl Batch {
                 Some((_, Special::Local(contents))) => out.extend_from_slice(contents.as_slice()),
                 Some((_, Special::Not)) => {}
                 None => {
-                    // All others were found mapped.
+                    // All other pages are known to be mapped.
                     if let Some(page) = pages.page(at) {
                         let mut copy = [0; PAGE_SIZE];
                         page.copy_to(&mut copy);

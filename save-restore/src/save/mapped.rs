@@ -1,9 +1,9 @@
-//! A save into the mapped layout: each page has a slot, to which it is written again when it
-//! comes again.
+//! Saving into the mapped layout: each page has a slot, which is overwritten if the page is sent
+//! again.
 //!
-//! What is not page data is small and kept in memory until the end. Pages are written by all
-//! threads; where they go is decided by one, in the order of the batches, so that a still save does
-//! not depend on the number of threads.
+//! Everything except page data is small and kept in memory until the end. All threads write pages.
+//! One thread decides where they go, in the order of the batches, so that a still save does not
+//! depend on the number of threads.
 //!
 //! Specification: `docs/mapped.md`. C implementation: none.
 
@@ -26,15 +26,15 @@ use crate::save::mapped::places::{NewRecord, Placed, Places, Unplaceable};
 use crate::sink::PageSink;
 use crate::storage::{StorageError, StorageWriter};
 
-/// How an image in the mapped layout is written.
+/// How to write an image in the mapped layout.
 #[derive(Clone, Copy, Debug, Default)]
 #[non_exhaustive]
 pub struct MappedOptions {
-    /// Whether it has the digest of each page, beside those of records: 16 bytes for each.
+    /// Whether it contains the digest of each page, besides those of records: 16 bytes for each.
     pub page_digests: bool,
 }
 
-/// What was written.
+/// Statistics of the image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct MappedStats {
@@ -46,36 +46,35 @@ pub struct MappedStats {
     pub pages: u64,
     /// Of those, pages of zeros, which are holes.
     pub zero_pages: u64,
-    /// Pages that moved in the end to where others had been.
+    /// Pages that were moved at the end to slots that had become free.
     pub moved_pages: u64,
 }
 
 /// An image in the mapped layout that is being written.
 ///
-/// What stands before and after the libxc stream is written to [`sink`](Self::sink), before and
-/// after the save. [`finish`](Self::finish) completes the image, for which the guest is not
-/// needed any more.
+/// The wrapper of the libxc stream is written to [`sink`](Self::sink), before and after the save.
+/// [`finish`](Self::finish) completes the image, which no longer needs the guest.
 #[derive(Debug)]
 pub struct MappedImage<'w> {
     writer: &'w dyn StorageWriter,
     options: MappedOptions,
     parts: Mutex<Parts>,
     state: Mutex<State>,
-    /// Buffers of batches that were written.
+    /// Buffers of batches that were written, for reuse.
     buffers: Mutex<Vec<Vec<u8>>>,
 }
 
-/// What is not page data.
+/// Everything except page data.
 #[derive(Debug, Default)]
 struct Parts {
-    /// Up to what stands before memory and never changes.
+    /// The beginning of what precedes memory, which never changes.
     head: Vec<u8>,
-    /// What stands before memory, and is written anew when the guest moves its tables.
+    /// The rest of what precedes memory, which is written anew when the guest moves its tables.
     start: Vec<u8>,
-    /// What comes after memory.
+    /// What follows memory.
     tail: Vec<u8>,
     current: Part,
-    /// The blanks that the configuration has got.
+    /// The number of blanks that were added to the configuration.
     blanks: u32,
 }
 
@@ -91,7 +90,7 @@ pub(super) enum Part {
 struct State {
     /// `None` until the first page comes.
     places: Option<Places>,
-    /// The slots that are not holes: a bit for each.
+    /// One bit for each slot that is not a hole.
     written: Vec<u64>,
 }
 
@@ -119,7 +118,7 @@ impl State {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // A thread that panics ends the save; nothing of it is used after that.
+    // A thread that panics ends the save; the data is not used after that.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -141,7 +140,7 @@ fn unplaceable(error: Unplaceable) -> SaveError {
 }
 
 impl<'w> MappedImage<'w> {
-    /// An image in an empty file, which takes slots.
+    /// An image in an empty file that supports slots.
     pub fn new(writer: &'w dyn StorageWriter, options: MappedOptions) -> Self {
         Self {
             writer,
@@ -152,17 +151,17 @@ impl<'w> MappedImage<'w> {
         }
     }
 
-    /// The blanks that the configuration in the xl header has got.
+    /// Sets the number of blanks that were added to the configuration in the xl header.
     pub fn set_blanks(&self, blanks: u32) {
         lock(&self.parts).blanks = blanks;
     }
 
-    /// Where everything goes that is not page data, from the first byte of the file.
+    /// The sink for everything except page data, from the first byte of the file.
     pub fn sink(&self) -> MappedSink<'_> {
         MappedSink { parts: &self.parts }
     }
 
-    /// What is written to the sink from now on is this part, from its start.
+    /// What is written to the sink from now on replaces this part.
     pub(super) fn begin(&self, part: Part) {
         let mut parts = lock(&self.parts);
         parts.current = part;
@@ -181,7 +180,7 @@ impl<'w> MappedImage<'w> {
         Ok(())
     }
 
-    /// Decides where the pages of a batch go. Batches come in order.
+    /// Decides where the pages of a batch go. Batches must come in order.
     pub(super) fn place(&self, batch: &Batch) -> Result<Placed, SaveError> {
         let mut state = lock(&self.state);
         let placed = state
@@ -190,7 +189,7 @@ impl<'w> MappedImage<'w> {
         placed.map_err(unplaceable)
     }
 
-    /// Writes the pages of a batch to their places; zeros become holes.
+    /// Writes the pages of a batch to their slots; zeros become holes.
     pub(super) fn write(&self, batch: &Batch, placed: Placed) -> Result<(), SaveError> {
         let mut buffer = lock(&self.buffers).pop().unwrap_or_default();
         batch.copy_pages(&mut buffer);
@@ -218,7 +217,7 @@ impl<'w> MappedImage<'w> {
         Ok(())
     }
 
-    /// Contents of neighbouring slots.
+    /// Writes the contents of neighbouring slots.
     fn write_run(
         &self,
         slots: impl Iterator<Item = (u32, u64)> + Clone,
@@ -233,7 +232,7 @@ impl<'w> MappedImage<'w> {
         Ok(())
     }
 
-    /// Holes in neighbouring slots.
+    /// Makes holes of neighbouring slots.
     fn write_zeros(
         &self,
         slots: impl Iterator<Item = (u32, u64)> + Clone,
@@ -251,12 +250,12 @@ impl<'w> MappedImage<'w> {
         }
         match from {
             None => Ok(()),
-            // What lies between is zeros, too.
+            // Everything in between is zeros, too.
             Some(from) => self.writer.punch(from..to).map_err(failed),
         }
     }
 
-    /// The rest of a record whose pages are all here.
+    /// Writes the rest of a record whose pages have all been written.
     fn write_whole(
         &self,
         new: &NewRecord,
@@ -285,8 +284,8 @@ impl<'w> MappedImage<'w> {
         }
     }
 
-    /// All that belongs to the image has come: completes the file, and syncs all of it before the
-    /// footer. It is not committed. `go_on` is asked between steps.
+    /// Completes the file, once everything that belongs to the image has been written, and syncs
+    /// all of it before the footer. Does not commit it. `go_on` is called between steps.
     ///
     /// # Errors
     ///
@@ -360,7 +359,7 @@ impl<'w> MappedImage<'w> {
         })
     }
 
-    /// Moves the pages that have to move; how many.
+    /// Moves the pages that have to move; returns their number.
     fn settle(
         &self,
         front: u64,
@@ -381,14 +380,14 @@ impl<'w> MappedImage<'w> {
                 }
                 false => self.write_zeros([step.to].into_iter())?,
             }
-            // That slot is gone.
+            // That slot no longer exists.
             lock(&self.state).set_written(step.from.0, false);
             go_on()?;
         }
         Ok(moves.len() as u64)
     }
 
-    /// A record whose pages are in the file: its head, and its digests.
+    /// Writes the head of a record whose pages are in the file, and computes its digests.
     fn write_final(
         &self,
         number: usize,
@@ -440,7 +439,7 @@ impl Parts {
     }
 }
 
-/// Takes what is not page data of a [`MappedImage`].
+/// The sink of a [`MappedImage`] for everything except page data.
 #[derive(Debug)]
 pub struct MappedSink<'i> {
     parts: &'i Mutex<Parts>,

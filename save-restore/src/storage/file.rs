@@ -61,8 +61,8 @@ pub trait Cleanup: std::fmt::Debug + Send + Sync {
 
 /// A temporary file that a [`Cleanup`] knows. Dropping this says that the file is gone.
 pub trait Registered: std::fmt::Debug + Send + Sync {
-    /// Calls `keep`, after which the file is not temporary any more, unless that fails: then it
-    /// stays registered.
+    /// Calls `keep`, after which the file is no longer temporary, unless that fails: then it stays
+    /// registered.
     ///
     /// # Errors
     ///
@@ -258,9 +258,9 @@ impl FileStorage {
         Ok((Self::new(directory(path)), name))
     }
 
-    /// Has another program write the files, which goes on when this process is killed. Their
-    /// temporary names end in `.xl-partial`, and are not removed as those of killed processes:
-    /// such a file may be all that there is of a guest.
+    /// Lets another program write the files, which continues when this process is killed. Their
+    /// temporary names end in `.xl-partial`, and they are not removed as those of killed processes:
+    /// such a file may be the only copy of a guest.
     pub const fn written_by_another(mut self) -> Self {
         self.written_by = WrittenBy::Another;
         self

@@ -1,5 +1,6 @@
-//! A save into the mapped layout: a still one is what `convert` makes of a stream, and a live one
-//! holds the guest as it was when it suspended, in a file that does not grow with what it writes.
+//! Saves into the mapped layout: a still one equals the result of `convert` on a stream, and a live
+//! one holds the guest as it was when it suspended, in a file that does not grow with the guest's
+//! writes.
 
 use std::io;
 use std::ops::ControlFlow;
@@ -22,7 +23,7 @@ use xsr_save_restore::{Live, SaveError, SaveRequest};
 use xsr_xen_backend::mock::{GuestSpec, MockHost, WorkloadSpec};
 use xsr_xen_backend::{DomId, Errno, Host};
 
-/// So many passes, whatever is dirty.
+/// This many passes, whatever is dirty.
 struct Passes(u32);
 
 impl PrecopyPolicy for Passes {
@@ -63,7 +64,7 @@ const LIVE: How = How {
     ..STILL
 };
 
-/// Saves into a writer, and leaves the domain running, from before the image is finished on.
+/// Saves into a writer; the domain runs again before the image is finished.
 fn save_mapped(
     host: &MockHost,
     domid: DomId,
@@ -94,7 +95,7 @@ fn name() -> StorageName {
     "web.save".parse().unwrap()
 }
 
-/// The bytes of an image in a storage, and the blocks of 512 bytes that they take in a file.
+/// The bytes of an image in a storage.
 fn read(storage: &dyn Storage) -> Vec<u8> {
     let Opened::Random(reader) = storage.open(&name()).unwrap() else {
         panic!("it can be read only once");
@@ -104,7 +105,7 @@ fn read(storage: &dyn Storage) -> Vec<u8> {
     bytes
 }
 
-/// A whole save in memory.
+/// Makes a complete save in memory.
 fn to_memory(
     host: &MockHost,
     domid: DomId,
@@ -120,7 +121,7 @@ fn to_memory(
     (bytes, stats)
 }
 
-/// What `convert --layout mapped` makes of a stream.
+/// The result of `convert --layout mapped` on a stream.
 fn mapped(stream: &[u8], page_digests: bool) -> Vec<u8> {
     let mut source = stream;
     let mut walk = Walk::open(&mut source, ReadOptions::default()).unwrap();
@@ -132,7 +133,7 @@ fn mapped(stream: &[u8], page_digests: bool) -> Vec<u8> {
     writer.finish().unwrap().0
 }
 
-/// Every digest of the image fits, and its index says what is in it.
+/// Checks every digest of the image; returns its contents according to its index.
 fn assert_whole(file: &[u8]) -> Mapped {
     let mut source = io::Cursor::new(file);
     let index = Mapped::open(&mut source)
@@ -143,7 +144,7 @@ fn assert_whole(file: &[u8]) -> Mapped {
     index
 }
 
-/// The image, restored on another host, is the guest in its memory digest.
+/// Checks that the image, restored on another host, has the guest's memory digest.
 fn assert_holds(
     file: &[u8],
     at_the_freeze: &xsr_xen_backend::mock::MemoryDigest,
@@ -191,7 +192,7 @@ fn a_still_save_is_what_convert_makes_of_a_stream_for_any_number_of_threads() {
     }
 }
 
-/// Saves live with `operations` of the guest's work after each pass, and nothing between. Returns
+/// Saves live with `operations` of the guest's work after each pass, and none in between. Returns
 /// the image, and the guest's memory when it was suspended.
 fn stepped(
     host: &MockHost,
@@ -232,7 +233,7 @@ fn a_live_save_of_a_guest_that_keeps_its_pages_is_a_still_one_at_any_rate() {
             };
             let ((file, stats), frozen) = stepped(&host, domid, &work, operations, &how);
             assert_holds(&file, &frozen, &spec);
-            // No byte more, but for the page digests.
+            // Not a byte more, except for the page digests.
             let digests =
                 usize::from(how.page_digests) * 16 * usize::try_from(stats.pages).unwrap();
             assert_eq!(file.len(), still.len() + digests, "{}", spec.name);
@@ -261,7 +262,7 @@ fn a_live_save_does_not_depend_on_the_number_of_threads() {
     }
 }
 
-/// Pages come and go: the file is as small as a still one of the guest as it was in the end.
+/// Ballooning pages: the file is about as small as a still save of the guest's final state.
 #[test]
 fn pages_that_come_and_go_leave_no_gap() {
     let mut moved = 0;
@@ -331,8 +332,8 @@ fn pages_of_zeros_are_holes_and_those_that_become_zeros_too() {
     }
 }
 
-/// Whatever call of the storage fails: the guest runs, and nothing stands under the name but what
-/// was there before.
+/// If any call of the storage fails, the guest runs, and the name still refers to what was there
+/// before.
 #[test]
 fn whatever_the_storage_does_the_guest_runs_and_the_name_is_what_it_was() {
     let spec = &specs()[0];
@@ -379,9 +380,9 @@ fn whatever_the_storage_does_the_guest_runs_and_the_name_is_what_it_was() {
                 assert!(!host.is_log_dirty(domid).unwrap());
                 let found = read(&storage.after_a_crash());
                 match result {
-                    // The number of calls varies a little with what the threads do.
+                    // The number of calls varies a little with the timing of the threads.
                     Ok(()) => drop(assert_whole(&found)),
-                    // The last step of all: it is complete, and not durable.
+                    // The very last step: the image is complete, but not durable.
                     Err(_) if found != b"old" => {
                         assert_whole(&found);
                         assert_eq!(read(&storage.after_a_power_cut()), b"old");
@@ -393,7 +394,7 @@ fn whatever_the_storage_does_the_guest_runs_and_the_name_is_what_it_was() {
     }
 }
 
-/// A save that is stopped at any event leaves the guest running.
+/// A save that is cancelled at any event leaves the guest running.
 #[test]
 fn a_save_that_is_stopped_leaves_the_guest_running() {
     let host = host(166);
@@ -422,7 +423,7 @@ fn a_save_that_is_stopped_leaves_the_guest_running() {
     }
 }
 
-/// While the guest works in the background, as fast as it can.
+/// The guest works in the background, as fast as it can.
 #[test]
 fn a_guest_that_never_rests_is_held_as_it_was_at_the_freeze() {
     for (spec, threads) in specs().into_iter().zip([1, 2, 8].into_iter().cycle()) {

@@ -51,8 +51,8 @@ impl LastWords {
         }
     }
 
-    /// Why the other end has failed, if it says so after it has given the domain back: what is
-    /// kept, and what still comes.
+    /// The other end's reason for failing, if it sends one after it has given the domain back:
+    /// looks at what is kept, and reads what still comes.
     pub fn reason(&self, from: impl Read) -> Option<String> {
         let given_back = Message::Report.bytes().len() + 1 + Message::Go.bytes().len();
         Reason::read(self.report()?.get(given_back..)?, from)

@@ -275,7 +275,7 @@ impl Protector {
                 let taken_back = here.is_taken_back() || !holds(Guard::WithdrawOnlyWhatRuns);
                 let told = holds(Guard::WithdrawBeforeHangingUp);
                 if !self.complete && why == Why::Asked {
-                    // The other end has nothing that it could run, and so nothing to say.
+                    // The other end has nothing that it could run, and so nothing to report.
                     self.end(Fate::Here)
                 } else if self.complete && !lost && taken_back && told {
                     A::Withdraw

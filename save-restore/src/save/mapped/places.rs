@@ -1,5 +1,5 @@
-//! Which page stands where in a mapped image that is being written: records, slots, and what
-//! becomes of both when a page comes again or goes.
+//! Placement of pages in a mapped image that is being written: records and slots, and how they
+//! change when a page comes again or disappears.
 //!
 //! Specification: `docs/mapped.md`, "A live save".
 
@@ -10,18 +10,18 @@ use xsr_format::layout::index::IndexEntry;
 use xsr_format::layout::{MAX_RECORDS, data_offset, pads};
 use xsr_format::record::MAX_BATCH;
 
-/// A pfn without a slot, and a slot without a pfn.
+/// Marks a pfn without a slot, and a slot without a pfn.
 const NONE: u32 = u32::MAX;
 
 const PAGE: u64 = PAGE_SIZE as u64;
 
-/// What cannot be placed.
+/// Why something cannot be placed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Unplaceable {
     /// More pages or records than an index has room for.
     TooLarge,
-    /// What stands before memory has another length than before, and the first record cannot make
-    /// up for that.
+    /// The part before memory has changed its length, and the first record cannot compensate for
+    /// that.
     FrontMoved,
 }
 
@@ -30,28 +30,29 @@ pub(super) enum Unplaceable {
 pub(super) struct Record {
     /// Where it begins.
     pub(super) offset: u64,
-    /// Number of entries, pads included.
+    /// The number of entries, pads included.
     entries: u32,
     /// The most real entries that it can have.
     real: u32,
-    /// The pfns that it was made for, ascending without a gap; none if it was made for pages
+    /// The pfns that it was created for, ascending without a gap; empty if it was created for pages
     /// that came later.
     home: std::ops::Range<u32>,
-    /// Its first slot, and how many it has.
+    /// Its first slot, and the number of its slots.
     first_slot: u32,
     slots: u32,
-    /// Slots at its beginning that were given up for what stands before it.
+    /// Slots at its beginning that were given up for the part before memory.
     dead: u32,
-    /// What the index says of it; `None` if the file does not hold it yet as it is to be.
+    /// Its entry in the index; `None` if the file does not hold its final form yet.
     pub(super) index: Option<IndexEntry>,
-    /// The digests of its pages, if they are wanted.
+    /// The digests of its pages, if they are requested.
     pub(super) page_digests: Vec<u8>,
 }
 
 impl Record {
-    /// Where its first slot is, dead or not.
+    /// The position of its first slot, given up or not.
     fn base(&self) -> u64 {
-        // Slots that are given up become part of the head, so that the slots stay in their places.
+        // Slots that are given up become part of the head, so that the other slots keep their
+        // places.
         let head = data_offset(self.offset, u64::from(self.entries));
         head - u64::from(self.dead) * PAGE
     }
@@ -61,7 +62,7 @@ impl Record {
         data_offset(self.offset, u64::from(self.entries))
     }
 
-    /// How many pages it has.
+    /// The number of its pages.
     pub(super) fn pages(&self) -> u32 {
         self.slots - self.dead
     }
@@ -71,7 +72,7 @@ impl Record {
     }
 }
 
-/// A record as it is to be in the end.
+/// The final form of a record.
 #[derive(Debug)]
 pub(super) struct Final {
     /// Its number.
@@ -93,9 +94,9 @@ pub(super) struct NewRecord {
 /// Where the pages of a batch go.
 #[derive(Debug, Default)]
 pub(in crate::save) struct Placed {
-    /// The slot of each page with data, in the order of the entries, and its place in the file.
+    /// The slot of each page with contents, in the order of the entries, and its place in the file.
     pub(super) slots: Vec<(u32, u64)>,
-    /// The record that consists of just this batch; `None` if the batch goes into slots that
+    /// The record that consists of exactly this batch; `None` if the batch goes into slots that
     /// other batches share.
     pub(super) whole: Option<NewRecord>,
 }
@@ -107,29 +108,29 @@ pub(super) struct Move {
     pub(super) to: (u32, u64),
 }
 
-/// Where everything is.
+/// The places of all records and slots.
 #[derive(Debug)]
 pub(super) struct Places {
     /// Where memory begins; where the next record begins.
     start: u64,
     next: u64,
     pub(super) records: Vec<Record>,
-    /// Slots that were given out.
+    /// The number of slots so far.
     slots: u32,
-    /// Pages may come again: the tables below are kept.
+    /// Pages may come again, so that the tables below are kept.
     live: bool,
-    /// Of each pfn: its slot, its type.
+    /// For each pfn: its slot, its type.
     slot_of: Vec<u32>,
     types: Vec<PageType>,
-    /// Of each slot: its pfn.
+    /// For each slot: its pfn.
     pfn_of: Vec<u32>,
     free: BTreeSet<u32>,
-    /// The records that were made for a range of pfns, in ascending order of those.
+    /// The records that were created for a range of pfns, in ascending order of the ranges.
     homes: Vec<usize>,
 }
 
 impl Places {
-    /// Of an image whose memory begins at `start`, a multiple of 8. In one that is not `live`
+    /// The places of an image whose memory begins at `start`, a multiple of 8. If it is not `live`,
     /// each page comes once.
     pub(super) fn new(start: u64, live: bool) -> Self {
         Self {
@@ -151,15 +152,15 @@ impl Places {
         self.next
     }
 
-    /// Where a slot is.
+    /// The position of a slot in the file.
     fn place(&self, slot: u32) -> u64 {
         let record = &self.records[self.record_of(slot)];
         record.base() + u64::from(slot - record.first_slot) * PAGE
     }
 
-    /// The number of the record that has this slot.
+    /// The number of the record that contains this slot.
     fn record_of(&self, slot: u32) -> usize {
-        // Those without slots have the number that the next slot will have.
+        // Records without slots have the number of the next slot.
         let after = self
             .records
             .partition_point(|record| record.first_slot <= slot);
@@ -168,7 +169,7 @@ impl Places {
         after - 1 - with_slots.expect("a slot is in a record")
     }
 
-    /// The record that was made for this pfn, if one was, has to be written again.
+    /// The record that was created for this pfn, if there is one, must be written again.
     fn touch_home(&mut self, pfn: u32) {
         let starts_before = |number: &usize| self.records[*number].home.start <= pfn;
         let after = self.homes.partition_point(starts_before);
@@ -196,7 +197,7 @@ impl Places {
             return Err(Unplaceable::TooLarge);
         }
         let after = self.slots.checked_add(narrow(slots as u64)?);
-        // The last number stands for none.
+        // The largest number is reserved for [`NONE`].
         let after = after.filter(|after| *after < NONE);
         let pads = match slots {
             0 => 0,
@@ -225,8 +226,8 @@ impl Places {
         Ok(self.records.len() - 1)
     }
 
-    /// Gives places to the pages of a batch. `awaited` are those of its pfns that cannot be sent
-    /// now, and whether they will most likely have a page when they can be.
+    /// Assigns places to the pages of a batch. `awaited` are those of its pfns that cannot be sent
+    /// now, and whether each will most likely have a page later.
     pub(super) fn place_batch(
         &mut self,
         entries: &[PageEntry],
@@ -248,7 +249,7 @@ impl Places {
         }
     }
 
-    /// A batch of pfns that follow those which have been named.
+    /// A batch of pfns that directly follow all earlier ones.
     fn place_new(
         &mut self,
         entries: &[PageEntry],
@@ -268,7 +269,7 @@ impl Places {
         let (offset, base) = (self.records[number].offset, self.records[number].base());
         let mut placed = Placed {
             slots: Vec::with_capacity(data),
-            // One that waits for pages is written in the end.
+            // A record that waits for pages is written at the end.
             whole: (kept == 0).then(|| NewRecord {
                 number,
                 offset,
@@ -299,7 +300,7 @@ impl Places {
         Ok(placed)
     }
 
-    /// A batch of pfns of which some have been named before.
+    /// A batch in which some pfns have come before.
     fn place_again(
         &mut self,
         entries: &[PageEntry],
@@ -314,7 +315,7 @@ impl Places {
         let comes_later = |pfn: Pfn| awaited.iter().any(|(later, _)| *later == pfn);
         let mut fresh = Vec::new();
         for (entry, &pfn) in entries.iter().zip(pfns) {
-            // Sent once the guest is suspended: until then its slot is kept.
+            // Sent once the guest is suspended: its slot is kept until then.
             if comes_later(entry.pfn) {
                 continue;
             }
@@ -354,14 +355,14 @@ impl Places {
         })
     }
 
-    /// A free slot becomes that of `pfn`.
+    /// Assigns a free slot to `pfn`.
     fn give(&mut self, slot: u32, pfn: u32) {
         self.slot_of[pfn as usize] = slot;
         self.pfn_of[slot as usize] = pfn;
         self.touch(self.record_of(slot));
     }
 
-    /// A record with a slot for each of these pfns, at the end.
+    /// Appends a record with a slot for each of these pfns.
     fn append(&mut self, pfns: &[u32]) -> Result<(), Unplaceable> {
         for pfns in pfns.chunks(MAX_BATCH) {
             let slot = self.slots;
@@ -373,10 +374,10 @@ impl Places {
         Ok(())
     }
 
-    /// All pages have come. What stands before memory ends at `front`: the first record makes
-    /// room for it. Pages at the end move to where slots are free; the file ends with the last
-    /// page that is left, and what is without a page comes after that. Returns the pages that
-    /// move, in the order in which they do; [`finals`](Self::finals) is what to write then.
+    /// All pages have come. The part before memory ends at `front`: the first record makes room for
+    /// it. Pages at the end move to free slots; the file ends with the last remaining page, and
+    /// everything else follows it. Returns the pages that move, in this order;
+    /// [`finals`](Self::finals) returns what to write then.
     pub(super) fn settle(&mut self, front: u64) -> Result<Vec<Move>, Unplaceable> {
         let mut moves = Vec::new();
         if !self.live {
@@ -389,7 +390,7 @@ impl Places {
             self.make_room(front, &mut moves)?;
         }
         self.start = front;
-        // The last page goes where the first free slot is.
+        // The last page moves to the first free slot.
         while let Some(last) = self.slots.checked_sub(1) {
             let number = self.record_of(last);
             let record = &self.records[number];
@@ -418,7 +419,7 @@ impl Places {
         Ok(moves)
     }
 
-    /// The page in `from` goes to `to`, which is free.
+    /// The page in slot `from` moves to `to`, which is free.
     fn shift(&mut self, from: u32, to: u32) -> Move {
         let pfn = self.pfn_of[from as usize];
         self.pfn_of[from as usize] = NONE;
@@ -429,7 +430,7 @@ impl Places {
         }
     }
 
-    /// The first record begins at `front` from now on: it has fewer pads, or gives up slots.
+    /// The first record begins at `front` from now on: it gets fewer pads, or gives up slots.
     fn make_room(&mut self, front: u64, moves: &mut Vec<Move>) -> Result<(), Unplaceable> {
         let record = &self.records[0];
         let base = record.base();
@@ -437,7 +438,7 @@ impl Places {
             return Err(Unplaceable::FrontMoved);
         }
         let mut dead = 0;
-        // So many entries have room before the data, and as many are needed at least.
+        // `room` entries fit before the data; at least `left` are needed.
         let entries = loop {
             let left = record.slots.checked_sub(dead).filter(|left| *left > 0);
             let left = left.ok_or(Unplaceable::FrontMoved)?;
@@ -473,8 +474,8 @@ impl Places {
         Ok(())
     }
 
-    /// After [`settle`](Self::settle): the records that the file does not hold yet as they are
-    /// to be, those for pfns that no other record names included, which are added here. Also
+    /// After [`settle`](Self::settle): the records whose final form the file does not hold yet,
+    /// including those for pfns that no other record names, which are added here. Also returns
     /// whether a still save would have its records in the same order.
     pub(super) fn finals(&mut self) -> Result<(Vec<Final>, bool), Unplaceable> {
         if !self.live {
@@ -486,7 +487,7 @@ impl Places {
         for number in 0..self.records.len() {
             let entries = self.entries(number);
             for entry in &entries {
-                // Once each, but for what fills a record that has lost all of its pfns.
+                // Each pfn once, except the one that fills a record without pfns of its own.
                 if let Ok(pfn) = usize::try_from(entry.pfn.0)
                     && self.is_so(*entry)
                 {
@@ -525,13 +526,13 @@ impl Places {
         }
     }
 
-    /// Whether this is what the image is to say of the pfn in the end.
+    /// Whether this is the final type of the pfn.
     fn is_so(&self, entry: PageEntry) -> bool {
         let at = usize::try_from(entry.pfn.0).unwrap_or(usize::MAX);
         self.types.get(at) == Some(&entry.page_type)
     }
 
-    /// The real entries of a record, as they are to be.
+    /// The real entries of a record in its final form.
     fn entries(&self, number: usize) -> Vec<PageEntry> {
         let record = &self.records[number];
         let slots = record.first_slot + record.dead..record.first_slot + record.slots;
@@ -549,7 +550,8 @@ impl Places {
             pfns.sort_unstable();
         }
         if pfns.is_empty() {
-            // Its pfns have pages elsewhere. A word that is taken back by a later record fills it.
+            // Its pfns have pages elsewhere. It is filled with an entry that a later record
+            // overrides.
             let pfn = self.pfn_of.last().map_or(0, |pfn| u64::from(*pfn));
             let page_type = PageType::XTAB;
             return vec![PageEntry {
@@ -568,12 +570,12 @@ fn narrow(pfn: Pfn) -> Result<u32, Unplaceable> {
     narrow.ok_or(Unplaceable::TooLarge)
 }
 
-/// Whether records are those of a still save: pfns ascend from 0 without a gap, in batches of
+/// Whether the records are those of a still save: pfns ascend from 0 without a gap, in batches of
 /// 1024.
 #[derive(Debug, Default)]
 struct Order {
     pfns: u64,
-    /// A batch was smaller: the last one.
+    /// A smaller batch has come, which must be the last one.
     ended: bool,
     broken: bool,
 }

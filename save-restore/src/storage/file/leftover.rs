@@ -27,7 +27,7 @@ const FOREIGN_SUFFIX: &str = ".xl-partial";
 const RANDOM: usize = 6;
 /// The most bytes of the image's name in it: with the rest it must not exceed a name's limit.
 const LONGEST_STEM: usize = 200;
-/// How old an empty file of another program is that will never be written: a program that has
+/// The age after which another program's empty file is treated as abandoned: a program that has
 /// begun to save a guest writes at once.
 const DEAD_AFTER: Duration = Duration::from_secs(3600);
 /// How often another process may treat the new file as left over.
@@ -47,8 +47,8 @@ pub(super) struct Temporary {
 pub(super) enum WrittenBy {
     /// This process: if it leaves a file behind, the guest still runs.
     Us,
-    /// Another program, which goes on when this process is killed. A file that is left behind may
-    /// be all that there is of a guest: it is not removed, unless it has been empty for long.
+    /// Another program, which continues when this process is killed. A leftover file may be the
+    /// only copy of a guest: it is not removed, unless it has been empty for long.
     Another,
 }
 
@@ -165,7 +165,7 @@ fn remove_left_behind(directory: &Path, prefix: &OsStr, steps: &dyn Steps) {
     }
 }
 
-/// Whether a file has not been written for so long that it will not be.
+/// Whether a file has not been written for so long that it is abandoned.
 fn is_dead(file: &File) -> bool {
     let written = file.metadata().and_then(|found| found.modified());
     let age = written.ok().and_then(|written| written.elapsed().ok());

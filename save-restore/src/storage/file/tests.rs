@@ -298,7 +298,7 @@ fn what_another_program_wrote_is_told_and_never_removed() {
     assert_eq!(fs::read(&temporary).unwrap(), b"image");
     assert_eq!(storage.list().unwrap(), [], "none is an image");
     fs::remove_dir(at("a")).unwrap();
-    // Nothing was ever written to these, and nothing will be to the older one.
+    // These were never written to, and the older one is abandoned.
     for empty in [".a.Young1.xl-partial", ".a.Old123.xl-partial"] {
         fs::write(at(empty), "").unwrap();
     }
@@ -564,7 +564,7 @@ fn a_cleanup_is_told_of_every_temporary_file() {
     put(&storage, &name("b"), b"whole").unwrap();
     let so_far = std::mem::take(&mut *told.0.lock().unwrap());
     assert_eq!(so_far, ["made for a", "gone", "made for b", "kept", "gone"]);
-    // One that cannot get its name is a temporary file until it is removed.
+    // A file that cannot get its name is a temporary file until it is removed.
     let target = Target::find(&directory.path().join("c")).unwrap();
     let Begun::File(mut writer) = storage.write(target, &Create::stream()).unwrap() else {
         panic!("it is a file");

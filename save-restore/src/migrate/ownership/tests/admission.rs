@@ -1,17 +1,17 @@
-//! Which command may begin to work on a domain: what the lock of a domain and a look at its state
-//! are for, as the searches have it.
+//! Admission of commands to a domain: the purpose of a domain's lock and of checking its state, as
+//! the searches use it.
 
 use super::super::{Guard, Guards};
 
-/// What a domain does, as a command finds it.
+/// The state in which a command finds a domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Found {
     /// It runs, and can be asked to suspend.
     Running,
     /// It is paused, and a paused domain cannot suspend.
     Paused,
-    /// It is suspended: by a command that is under way or was killed, or because it was migrated
-    /// and the other end has not said what came of that.
+    /// It is suspended: by a command that is in progress or was killed, or because it was migrated
+    /// and the other end has not reported the outcome.
     Suspended,
     /// It has shut down or crashed.
     Over,
@@ -20,11 +20,11 @@ pub(super) enum Found {
 /// Why a command must not begin to work on a domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Refusal {
-    /// Another command works on it.
+    /// Another command is working on it.
     Busy,
     /// It is paused.
     Paused,
-    /// It is suspended, and whether it may run on here is not for this command to say.
+    /// It is suspended, and this command cannot decide whether it may be resumed here.
     Suspended,
     /// It has shut down or crashed.
     Over,
@@ -37,12 +37,12 @@ pub(super) struct Admission {
 }
 
 impl Admission {
-    /// Whether a command that suspends the domain and may let it run on (a save, a migration, a
+    /// Whether a command that suspends the domain and may resume it (a save, a migration, a
     /// protection) may begin. `busy`: another such command has the domain's lock.
     ///
     /// # Errors
     ///
-    /// Why it must not.
+    /// Why it must not begin.
     pub(super) fn admit(self, busy: bool, found: Found) -> Result<(), Refusal> {
         match found {
             _ if busy && self.guards.hold(Guard::OneAtATime) => Err(Refusal::Busy),
