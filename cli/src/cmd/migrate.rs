@@ -38,7 +38,7 @@ use crate::watch::Watch;
 /// The suffix of the name of a domain that the destination has been told to run. As in xl.
 const MIGRATED_AWAY_SUFFIX: &str = "--migratedaway";
 
-/// The name of a domain that the other end has been told to run.
+/// The name of a domain that the destination has been told to run.
 pub(crate) fn away(name: &str) -> String {
     format!("{name}{MIGRATED_AWAY_SUFFIX}")
 }
@@ -208,7 +208,7 @@ impl SaveToolstack for Paced<'_> {
     }
 }
 
-/// The receiver's side of a migration.
+/// The source's side of a migration.
 struct Sender<'a> {
     args: &'a MigrateArgs,
     host: &'a dyn DomainStore,
@@ -218,7 +218,7 @@ struct Sender<'a> {
 }
 
 impl Sender<'_> {
-    /// The whole exchange with the sender.
+    /// The whole exchange with the receiver.
     fn send(&self, connection: &dyn Connection, watch: &mut Watch) -> Result<Sent, Failure> {
         let interrupt = watch.interrupt().clone();
         let pace = Pace::new(self.answer());
