@@ -1,13 +1,13 @@
-//! Domain store: what a toolstack keeps with a domain beyond what the hypervisor knows.
-//! Its name, its configuration, the records of its emulators, a lock, and its life in
+//! Domain stores: the data that a toolstack keeps with a domain in addition to the hypervisor's.
+//! This is its name, its configuration, the records of its emulators, a lock, and its nodes in
 //! xenstore from `introduce` to `destroy`.
 //!
-//! The number of a domain is reused once the domain is gone. Therefore every method takes
-//! a [`DomainRef`], which names the number *and* the UUID, and fails with
-//! [`DomainStoreError::Replaced`] if the number now belongs to a domain with another UUID.
-//! There is no call in Xen that compares the UUID and acts in one step, so that a domain
-//! which is destroyed and replaced between the comparison and the action is not noticed.
-//! Domains without a UUID ([`Uuid::NIL`]) cannot be told apart at all.
+//! The number of a domain is reused once the domain is gone. Therefore every method takes a
+//! [`DomainRef`], which names the number *and* the UUID, and fails with
+//! [`DomainStoreError::Replaced`] if the number now belongs to a domain with another UUID. Xen has
+//! no call that compares the UUID and acts in one step, so the store does not notice a domain that
+//! is destroyed and replaced between the comparison and the action. Domains without a UUID
+//! ([`Uuid::NIL`]) cannot be distinguished at all.
 //!
 //! C implementation: `tools/libs/light/libxl_{dom,domain,internal}.c`.
 
@@ -26,8 +26,8 @@ pub use error::{Blame, DomainStoreError};
 pub(crate) use lock::Process;
 pub use lock::{DomainLock, LockHolder};
 
-/// One domain: its number, and the UUID that tells it from an earlier or later domain
-/// with the same number.
+/// One domain: its number, and the UUID that distinguishes it from an earlier or later domain with
+/// the same number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct DomainRef {
     /// The number.
@@ -54,7 +54,7 @@ impl From<&DomainInfo> for DomainRef {
     }
 }
 
-/// The number that `text` is: one that consists of digits alone, as for xl.
+/// The domain number in `text`, which has to consist of digits only, as for xl.
 ///
 /// C implementation: `libxl_domain_qualifier_to_domid` in `tools/libs/light/libxl_utils.c`.
 pub(crate) fn number(text: &str) -> Option<DomId> {
@@ -65,9 +65,9 @@ pub(crate) fn number(text: &str) -> Option<DomId> {
 /// A domain in the list of a [`DomainStore`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ListedDomain {
-    /// What the hypervisor tells of it.
+    /// The hypervisor's information about it.
     pub info: DomainInfo,
-    /// Its name, if it has been given one.
+    /// Its name; `None` if it has not been given one.
     pub name: Option<String>,
 }
 
@@ -78,25 +78,25 @@ impl ListedDomain {
     }
 }
 
-/// A domain's configuration, as its toolstack wrote it (libxl: JSON).
+/// A domain's configuration, in its toolstack's format (libxl: JSON).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Configuration {
-    /// The configuration itself; the store does not look into it.
+    /// The configuration itself; the store does not interpret it.
     pub bytes: Vec<u8>,
-    /// Who keeps it.
+    /// Its keeper.
     pub keeper: ConfigurationKeeper,
 }
 
-/// Who keeps a domain's configuration.
+/// The keeper of a domain's configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ConfigurationKeeper {
-    /// This store: it was put there with [`DomainStore::set_configuration`].
+    /// This store: [`DomainStore::set_configuration`] put it there.
     Store,
-    /// libxl, in this file. The store reads it and never writes it.
+    /// libxl, in this file. The store only reads it.
     Libxl(PathBuf),
 }
 
-/// What [`DomainStore::introduce`] makes known about a domain.
+/// The data that [`DomainStore::introduce`] publishes about a domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Introduction<'a> {
     /// The domain's name.
@@ -105,39 +105,39 @@ pub struct Introduction<'a> {
     pub store: Ring,
     /// The ring of the console, if the domain has one.
     pub console: Option<Ring>,
-    /// What its kernel is told of its memory and its vcpus, if anything.
+    /// Its memory and vcpus, for its kernel; `None` publishes nothing.
     pub extent: Option<&'a Extent>,
 }
 
-/// How much memory a domain is to use, and which of its vcpus: what a balloon driver and the
-/// hotplug of processors go by.
+/// The memory and the vcpus that a domain is to use; read by its balloon driver and its vcpu
+/// hotplug.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Extent {
     /// The most memory that it may ever have, in KiB (`memory/static-max`).
     pub max_memory_kib: u64,
-    /// The memory that it is to have now, in KiB (`memory/target`).
+    /// The memory that it should have now, in KiB (`memory/target`).
     pub target_memory_kib: u64,
-    /// Memory of its screen, in KiB (`memory/videoram`).
+    /// The video memory, in KiB (`memory/videoram`).
     pub video_memory_kib: u64,
-    /// Whether each of its vcpus is to be used (`cpu/N/availability`).
+    /// Whether it may use each of its vcpus (`cpu/N/availability`).
     pub vcpus_online: Vec<bool>,
 }
 
-/// What [`DomainStore::destroy`] has achieved.
+/// The result of [`DomainStore::destroy`].
 #[must_use = "a domain that is still dying has not released its memory"]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Destroyed {
     /// Whether the hypervisor has released the domain.
     pub outcome: DestroyOutcome,
-    /// What is left of the domain outside the hypervisor, for libxl or an administrator
-    /// to remove. Empty for a domain that was not made by libxl.
+    /// The domain's remains outside the hypervisor, which libxl or an administrator has to remove.
+    /// Empty for a domain that libxl did not create.
     pub left_behind: Vec<LeftBehind>,
 }
 
 /// Whether a destroyed domain is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DestroyOutcome {
-    /// The domain does not exist any more; its memory is free.
+    /// The domain no longer exists; its memory is free.
     Gone,
     /// The time-out has passed. The domain will never run again, but some of its memory
     /// is still in use: it is mapped by another domain or process, or the hypervisor was not
@@ -145,19 +145,19 @@ pub enum DestroyOutcome {
     StillDying,
 }
 
-/// Something that stays behind of a domain which libxl made.
+/// Part of a domain made by libxl that is not removed.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum LeftBehind {
-    /// A file of libxl's.
+    /// One of libxl's files.
     File(PathBuf),
     /// A process that served the domain: its device model.
     Process {
         /// Its process number.
         pid: u32,
-        /// The node of xenstore that names it.
+        /// The xenstore node that names it.
         node: String,
     },
-    /// A device, as libxl's node for it in xenstore. Its backend is still connected and its
+    /// A device, given by libxl's node for it in xenstore. Its backend is still connected and its
     /// hotplug script has not run. The nodes of such a domain are left for libxl.
     Device(String),
 }
@@ -172,14 +172,14 @@ impl fmt::Display for LeftBehind {
     }
 }
 
-/// What a toolstack keeps with its domains.
+/// The store of a toolstack's data about its domains.
 ///
-/// Every method that takes a [`DomainRef`] fails with [`DomainStoreError::Gone`] if the
-/// domain does not exist, and with [`DomainStoreError::Replaced`] if its number belongs to
-/// another domain. Only these and further errors are listed below.
+/// Every method that takes a [`DomainRef`] fails with [`DomainStoreError::Gone`] if the domain does
+/// not exist, and with [`DomainStoreError::Replaced`] if its number belongs to another domain. Only
+/// these and further errors are listed below.
 ///
-/// The mock machine is a store, and so is a real Xen, where everything is kept in
-/// xenstore. libxl's files are read, and never written.
+/// The mock machine is a store, and so is a real Xen, which keeps everything in xenstore. libxl's
+/// files are only read.
 ///
 /// ```
 /// use std::time::Duration;
@@ -213,8 +213,8 @@ pub trait DomainStore: Host {
     /// [`DomainStoreError::Storage`] if a name cannot be read.
     fn list(&self) -> Result<Vec<ListedDomain>, DomainStoreError>;
 
-    /// The domain with this number or name. As `xl` does it, text that consists of digits
-    /// is a number. Only if no domain has that number is it looked for as a name.
+    /// The domain with this number or name. As in `xl`, text that consists of digits is a number,
+    /// and is a name only if no domain has that number.
     ///
     /// # Errors
     ///
@@ -236,7 +236,7 @@ pub trait DomainStore: Host {
             })
     }
 
-    /// What the hypervisor tells of this domain, after it has been compared with the UUID.
+    /// The hypervisor's information about this domain, after its UUID has been compared.
     ///
     /// # Errors
     ///
@@ -249,11 +249,11 @@ pub trait DomainStore: Host {
         }
     }
 
-    /// As [`DomainStore::check`], for domains that are being destroyed, too.
+    /// As [`DomainStore::check`], but also for domains that are being destroyed.
     ///
     /// # Errors
     ///
-    /// No others.
+    /// Only the common ones.
     fn look_up(&self, domain: DomainRef) -> Result<DomainInfo, DomainStoreError> {
         let info = self
             .domain(domain.domid)
@@ -271,12 +271,12 @@ pub trait DomainStore: Host {
         }
     }
 
-    /// A handle on the domain for the engine, after its UUID has been compared. The handle
-    /// itself knows the number only.
+    /// A handle on the domain for the engine, after its UUID has been compared. The handle itself
+    /// only knows the number.
     ///
     /// # Errors
     ///
-    /// No others.
+    /// Only the common ones.
     fn open(&self, domain: DomainRef) -> Result<Box<dyn Domain>, DomainStoreError> {
         self.check(domain)?;
         Ok(self.domain(domain.domid)?)
@@ -296,8 +296,7 @@ pub trait DomainStore: Host {
     /// [`DomainStoreError::BadName`].
     fn check_name(&self, name: &str) -> Result<(), DomainStoreError>;
 
-    /// Gives a new domain its first name. Until it is introduced, nothing but the name is known
-    /// of it.
+    /// Gives a new domain its first name. Until it is introduced, only the name is known.
     ///
     /// # Errors
     ///
@@ -305,26 +304,26 @@ pub trait DomainStore: Host {
     /// [`DomainStore::rename`].
     fn give_name(&self, domain: DomainRef, name: &str) -> Result<(), DomainStoreError>;
 
-    /// Renames the domain from `from` to `to`. The comparison with `from` and with the names
-    /// of all other domains is one step with the change.
+    /// Renames the domain from `from` to `to`. The comparison with `from` and with the names of all
+    /// other domains is atomic with the change.
     ///
     /// # Errors
     ///
     /// [`DomainStoreError::WrongName`] if the domain is not named `from`,
     /// [`DomainStoreError::NameTaken`] if another domain is named `to`,
-    /// [`DomainStoreError::BadName`] if no domain may be named so, and
+    /// [`DomainStoreError::BadName`] if `to` is not a valid name, and
     /// [`DomainStoreError::Storage`]. The name is unchanged then.
     fn rename(&self, domain: DomainRef, from: &str, to: &str) -> Result<(), DomainStoreError>;
 
-    /// The domain's configuration; `None` if nothing keeps one.
+    /// The domain's configuration; `None` if it has none.
     ///
     /// # Errors
     ///
     /// [`DomainStoreError::Storage`].
     fn configuration(&self, domain: DomainRef) -> Result<Option<Configuration>, DomainStoreError>;
 
-    /// Keeps a configuration with the domain, in the place of the one that the store kept
-    /// before. If libxl has a configuration of the domain, that one still takes precedence.
+    /// Stores a configuration with the domain, replacing the store's earlier one. If libxl has a
+    /// configuration of the domain, libxl's takes precedence.
     ///
     /// # Errors
     ///
@@ -332,15 +331,15 @@ pub trait DomainStore: Host {
     /// configuration is still kept then.
     fn set_configuration(&self, domain: DomainRef, bytes: &[u8]) -> Result<(), DomainStoreError>;
 
-    /// The records of the domain's emulators that [`DomainStore::set_emulators`] keeps;
-    /// `None` if there are none.
+    /// The records of the domain's emulators that [`DomainStore::set_emulators`] has stored; `None`
+    /// if there are none.
     ///
     /// # Errors
     ///
     /// [`DomainStoreError::Storage`].
     fn emulators(&self, domain: DomainRef) -> Result<Option<Vec<u8>>, DomainStoreError>;
 
-    /// Keeps the records of the domain's emulators, in the place of earlier ones.
+    /// Stores the records of the domain's emulators, replacing earlier ones.
     ///
     /// # Errors
     ///
@@ -348,17 +347,17 @@ pub trait DomainStore: Host {
     /// are still kept then.
     fn set_emulators(&self, domain: DomainRef, bytes: &[u8]) -> Result<(), DomainStoreError>;
 
-    /// What the domain has that a save by this store's hypervisor alone does not save: its
-    /// devices, as libxl and the guest know them (`vbd/51712`), and vNUMA. The console is not
-    /// listed.
+    /// Parts of the domain that a save with this store's hypervisor alone does not save: its
+    /// devices, by the names that libxl and the guest use (`vbd/51712`), and vNUMA. The console is
+    /// not listed.
     ///
     /// # Errors
     ///
     /// [`DomainStoreError::Backend`] and [`DomainStoreError::Storage`].
     fn devices(&self, domain: DomainRef) -> Result<Vec<String>, DomainStoreError>;
 
-    /// Makes a new domain known: gives it its name if it has not been given one, and connects xenstore and its console
-    /// to its rings. Its lock, and what has been kept with it before, stay.
+    /// Publishes a new domain: gives it its name if it has not been given one, and connects
+    /// xenstore and its console to its rings. Its lock and earlier stored data stay.
     ///
     /// # Errors
     ///
@@ -371,10 +370,10 @@ pub trait DomainStore: Host {
         introduction: &Introduction<'_>,
     ) -> Result<(), DomainStoreError>;
 
-    /// Removes everything that the store keeps with the domain, except the lock, which stays
-    /// with its holder. The domain itself stays, without a name. For a domain that was
-    /// introduced and cannot be used after all. The nodes of a domain that libxl has connected
-    /// to devices, its name among them, stay for libxl.
+    /// Removes everything that the store keeps with the domain, except the lock, which stays with
+    /// its holder. The domain itself stays, without a name. Meant for a domain that was introduced
+    /// but cannot be used. If libxl has connected the domain to devices, its nodes, including its
+    /// name, are left for libxl.
     ///
     /// # Errors
     ///
@@ -388,10 +387,9 @@ pub trait DomainStore: Host {
     ///
     /// # Errors
     ///
-    /// [`DomainStoreError::Backend`], and the domain is as it was.
-    /// [`DomainStoreError::Storage`]: what the store keeps could not be read, and the domain
-    /// is as it was; or it could not be removed, and the domain is destroyed
-    /// ([`DomainStore::check`] tells which).
+    /// [`DomainStoreError::Backend`]: the domain is unchanged. [`DomainStoreError::Storage`]: the
+    /// store's data could not be read, and the domain is unchanged; or it could not be removed, and
+    /// the domain is destroyed ([`DomainStore::check`] shows which).
     fn destroy(&self, domain: DomainRef, timeout: Duration) -> Result<Destroyed, DomainStoreError>;
 
     /// Takes the lock of the domain for `command`, until the returned value is dropped.

@@ -1,5 +1,5 @@
-//! A mock machine behind the traits: real memory, really mapped, with Xen's
-//! semantics and errno.
+//! Mock machines that implement the traits: real memory, really mapped, with Xen's semantics and
+//! errnos.
 //!
 //! A [`MockHost`] is a directory, so that its domains outlive the command that
 //! made them. Several processes may have it open at a time, each at work on another
@@ -8,10 +8,10 @@
 //! pfns into start_info, call the hypervisor) the mock does in its stead. A
 //! [`Workload`] makes it write while it runs, in this process.
 //!
-//! Known differences from a real machine: a foreign writable mapping holds no
-//! reference of its frame, so that pinning a table while one is mapped writable
-//! goes unnoticed; a mapping that outlives its domain, or a page that the guest gave
-//! back, shows what becomes of the frame; the clock stands still.
+//! Known differences from a real machine: a foreign writable mapping holds no reference to its
+//! frame, so Xen's refusal to pin a table that is mapped writable is missing; a mapping that
+//! outlives its domain, or a page that the guest gave back, shows the later contents of the frame;
+//! the clock does not advance.
 
 #![deny(unsafe_code)]
 
@@ -79,33 +79,33 @@ pub use self::processor::{BadProcessor, Processor};
 pub use self::summary::{DomainReport, DomainState, DomainSummary};
 pub use self::workload::{BackgroundWorkload, Workload, WorkloadCounts, WorkloadEnd, WorkloadSpec};
 
-/// What kind of machine to mock.
+/// Configuration of a mock machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostConfig {
-    /// Frames of memory there are, rounded up to 2 MiB. Costs nothing until used,
-    /// but for 8 bytes a frame.
+    /// The machine's memory in frames, rounded up to 2 MiB. Uses no memory until it is written,
+    /// except 8 bytes for each frame.
     pub memory_pages: u64,
-    /// What the order of frames is made from.
+    /// The seed of the order of frames.
     pub seed: u64,
-    /// Longest run of contiguous frames among single pages, 1–512; 1 scatters all.
+    /// The longest run of contiguous frames among single pages, 1–512; 1 scatters all.
     pub max_run: u32,
-    /// The version it says it is.
+    /// The Xen version that it reports.
     pub xen_version: XenVersion,
-    /// Whether it can shadow page tables, without which the writes of PV guests
-    /// cannot be logged.
+    /// Whether it can use shadow page tables, without which the writes of PV guests cannot be
+    /// logged.
     #[serde(default = "shadow_paging")]
     pub shadow_paging: bool,
-    /// Whether the dirty log tells of pages that a translated guest takes, as it does from
-    /// Xen 4.22.0, 4.21.1, 4.20.3 and 4.19.5 on. Before, it does not, nor of what the guest
-    /// writes to such a page until the log is read. Later versions than 4.21 always do.
+    /// Whether the dirty log reports pages that a translated guest takes, as it does from Xen
+    /// 4.22.0, 4.21.1, 4.20.3 and 4.19.5 on. Earlier versions report neither these pages nor, until
+    /// the log is read, the guest's writes to them. Versions later than 4.21 always report them.
     #[serde(default)]
     pub logs_new_pages: bool,
-    /// What guests do while their writes are logged, in steps, whichever program has the
-    /// machine.
+    /// Work that guests do in steps while their writes are logged, whichever program has the
+    /// machine open.
     #[serde(default)]
     pub stepped: Option<Stepped>,
-    /// A pfn whose frame cannot be mapped (EINVAL) though every domain that has it is told
-    /// that it is there: for a look at what a caller does then.
+    /// A pfn whose frame cannot be mapped (EINVAL), although it is reported as present in every
+    /// domain that has it: for tests of how a caller handles that.
     #[serde(default)]
     pub unmappable: Option<u64>,
     /// Its processor.
@@ -113,20 +113,20 @@ pub struct HostConfig {
     pub processor: Processor,
 }
 
-/// Work that is done in steps.
+/// Work that guests do in steps.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stepped {
-    /// What is done.
+    /// The work.
     pub work: WorkloadSpec,
-    /// Operations of a step, one whenever the log is begun or cleared, and at no other
-    /// time: whoever saves the guest live finds the same pages written, however long it
-    /// takes. `None`: what the rate of the work makes of the time that has passed, before
-    /// the log is read and before the guest suspends, without a thread of its own that
-    /// would be in the way of whoever is timed.
+    /// Operations of a step. A step is done each time the log is enabled or cleared, and at no
+    /// other time, so a live save finds the same pages written, however long it takes. `None`:
+    /// before the log is read and before the guest suspends, the guest does as much as its rate
+    /// allows for the elapsed time. This needs no extra thread, which would disturb time
+    /// measurements.
     pub operations: Option<u64>,
 }
 
-/// What a host made before it could be chosen has.
+/// The setting of hosts that were made before it was configurable.
 const fn shadow_paging() -> bool {
     true
 }
@@ -158,8 +158,8 @@ impl HostConfig {
         self.logs_new_pages || (major, minor) > (4, 21)
     }
 
-    /// What follows major and minor in the number of the release that it says it is: the
-    /// first of the branch, or a late one.
+    /// The part after major and minor of the release number that it reports: the first release of
+    /// the branch, or a late one.
     fn point_release(&self) -> &'static str {
         match self.logs_new_pages {
             true => ".9",
@@ -180,12 +180,12 @@ impl MockHost {
         Self { machine }
     }
 
-    /// Make a host in `dir`, which is empty or is made.
+    /// Make a host in `dir`, which must be empty or not exist.
     ///
     /// # Errors
     ///
-    /// [`MockError::Occupied`] where something is there; [`MockError::Unsafe`] where it is not
-    /// the caller's alone; I/O errors.
+    /// [`MockError::Occupied`] if the directory is not empty; [`MockError::Unsafe`] if other users
+    /// can write to it; I/O errors.
     pub fn create(dir: &Path, config: &HostConfig) -> Result<Self, MockError> {
         let occupied = || MockError::Occupied {
             path: dir.to_owned(),
@@ -255,37 +255,37 @@ impl MockHost {
         }
     }
 
-    /// A host in memory, of which nothing is left in the end.
+    /// A host in memory, which leaves nothing behind.
     ///
     /// # Errors
     ///
-    /// [`MockError::BadSpec`] for a machine too small or too large; I/O errors.
+    /// [`MockError::BadSpec`] for a machine that is too small or too large; I/O errors.
     pub fn ephemeral(config: &HostConfig) -> Result<Self, MockError> {
         Machine::create(Store::in_memory()?, Opened::Alone, config.clone()).map(Self::new)
     }
 
-    /// What kind of machine it is.
+    /// Its configuration.
     pub fn config(&self) -> &HostConfig {
         &self.machine.config
     }
 
-    /// The directory that it is kept in; `None` for one in memory.
+    /// Its directory; `None` for a host in memory.
     pub fn directory(&self) -> Option<&Path> {
         self.machine.store.path()
     }
 
-    /// Give up making a guest ([`MockHost::create_guest`], EINTR) once `stop` says so.
+    /// Abort the creation of a guest ([`MockHost::create_guest`], EINTR) once `stop` returns true.
     pub fn stop_making_when(&self, stop: impl Fn() -> bool + Send + Sync + 'static) {
         self.machine.stop.set(stop);
     }
 
-    /// Frames that nobody has.
+    /// The number of free frames.
     pub fn free_pages(&self) -> u64 {
         self.machine.free_pages()
     }
 
-    /// Pages that are mapped as foreign pages at present, the machine-to-physical table
-    /// among them: what a save or a restore that has ended, however it did, has left.
+    /// Pages that are currently mapped as foreign pages, including the machine-to-physical table.
+    /// Tests check with it that a save or a restore, successful or not, has unmapped everything.
     pub fn mapped_pages(&self) -> usize {
         self.machine.mapped.load(Ordering::Relaxed)
     }
@@ -299,7 +299,7 @@ impl MockHost {
         })
     }
 
-    /// The domain with this number or name. As for xl, digits alone are a number.
+    /// The domain with this number or name. As for xl, text of digits only is a number.
     ///
     /// # Errors
     ///
@@ -337,7 +337,7 @@ impl MockHost {
         }
     }
 
-    /// Give a domain another name.
+    /// Rename a domain.
     ///
     /// # Errors
     ///
@@ -357,7 +357,7 @@ impl MockHost {
         Ok(())
     }
 
-    /// Keep `data` with the domain under `key`: gone with the domain.
+    /// Store `data` as user data of the domain under `key`. It is removed with the domain.
     ///
     /// # Errors
     ///
@@ -372,7 +372,7 @@ impl MockHost {
         Ok(())
     }
 
-    /// What is kept with the domain under `key`.
+    /// The user data of the domain under `key`.
     ///
     /// # Errors
     ///
@@ -383,7 +383,7 @@ impl MockHost {
         Ok(domain.look("userdata", |state| Ok(state.blobs.get(&name).cloned()))?)
     }
 
-    /// What a domain was given when it was made.
+    /// The settings that a domain was created with.
     ///
     /// # Errors
     ///
@@ -404,10 +404,10 @@ impl MockHost {
     }
 }
 
-/// What the control domain is called on every host of Xen, which no other domain can be.
+/// The control domain's name on every Xen host, which no other domain can have.
 const CONTROL_DOMAIN: &str = "Domain-0";
 
-/// Whether `name` can be that of a domain or of user data.
+/// Check that `name` is valid for a domain or for user data.
 fn check_name(name: &str) -> Result<(), MockError> {
     let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '+');
     let digits_only = name.chars().all(|c| c.is_ascii_digit());
@@ -430,7 +430,7 @@ impl Host for MockHost {
             let machine = Arc::clone(&self.machine);
             match (MockDomain { machine, dom }).info() {
                 Ok(info) => infos.push(info),
-                // Destroyed since.
+                // It has been destroyed in the meantime.
                 Err(e) if e.errno == Errno::ESRCH => {}
                 Err(e) => return Err(e),
             }

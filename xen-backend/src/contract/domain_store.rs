@@ -1,7 +1,7 @@
-//! What every [`DomainStore`] must do.
+//! The contract of a [`DomainStore`].
 //!
-//! Names and UUIDs start with the same letters everywhere, so that domains of a suite that
-//! was killed can be told.
+//! All names and UUIDs start with the same letters, so that domains left by a killed suite can be
+//! recognised.
 
 use std::time::Duration;
 
@@ -49,8 +49,7 @@ pub fn domain_store_names() -> impl Iterator<Item = &'static str> {
     CHECKS.iter().map(|(name, _)| *name)
 }
 
-/// Makes every check of a domain store whose name is chosen. Goes on after one that does
-/// not hold.
+/// Makes the chosen checks of a domain store, also after a failure.
 pub fn run_domain_store(store: &dyn DomainStore, chosen: impl Fn(&str) -> bool) -> Report {
     let mut report = Report {
         checks: 0,
@@ -83,10 +82,10 @@ impl From<DomainStoreError> for Violation {
 
 const PREFIX: &str = "xsr-contract";
 const TIMEOUT: Duration = Duration::from_secs(60);
-/// Pages of the domains here.
+/// Pages of the test domains.
 const PAGES: u64 = 4;
 
-/// A domain that is destroyed when the check is over.
+/// A domain that is destroyed at the end of the check.
 struct Guest<'s> {
     store: &'s dyn DomainStore,
     domain: DomainRef,
@@ -103,7 +102,7 @@ impl Drop for Guest<'_> {
     }
 }
 
-/// A UUID that ends in this.
+/// A UUID that ends in this byte.
 fn uuid(last: u8) -> Uuid {
     Uuid([
         0x78, 0x73, 0x72, 0, 0, 0, 0x80, 0, 0x80, 0, 0, 0, 0, 0, 0, last,
@@ -163,7 +162,7 @@ fn full(name: &str) -> String {
     format!("{PREFIX}-{name}")
 }
 
-/// `result` is the error that `is` tells, of this blame.
+/// Checks that `result` is an error for which `is` is true, with this blame.
 fn fails<T>(
     result: Result<T, DomainStoreError>,
     blame: Blame,
@@ -206,7 +205,7 @@ fn find(store: &dyn DomainStore) -> Result<(), Violation> {
     Ok(())
 }
 
-/// What every method that takes a domain says of this one.
+/// Checks the error of every method that takes a domain.
 fn every_method(
     store: &dyn DomainStore,
     domain: DomainRef,
@@ -279,7 +278,7 @@ fn gone(store: &dyn DomainStore) -> Result<(), Violation> {
     every_method(store, guest.domain, is)
 }
 
-/// As a receiver does it: the domain is named before it has memory, renamed, and introduced.
+/// A receiver does this: the domain is named before it has memory, renamed, and introduced.
 fn first_name(store: &dyn DomainStore) -> Result<(), Violation> {
     let [a, b] = ["a", "b"].map(full);
     let guest = Guest::new(store, 1)?;
@@ -390,7 +389,7 @@ fn bad_names(store: &dyn DomainStore) -> Result<(), Violation> {
     equal(&guest.name()?, &Some(full("good")), "name")
 }
 
-/// Values with everything that a text could not hold, of lengths around those of pieces.
+/// Values that are not valid text, with lengths around those of pieces.
 fn values() -> impl Iterator<Item = Vec<u8>> {
     let lengths = [0, 1, 3071, 3072, 3073, 4096, 70_000];
     lengths.into_iter().map(|length| {
@@ -447,7 +446,7 @@ fn emulators(store: &dyn DomainStore) -> Result<(), Violation> {
     equal(&kept, &Some(b"configuration".to_vec()), "configuration")
 }
 
-/// As a restore does it: the domain is locked and configured before it has a name.
+/// A restore does this: the domain is locked and configured before it has a name.
 fn introduce_locked(store: &dyn DomainStore) -> Result<(), Violation> {
     let guest = Guest::new(store, 1)?;
     let lock = store.lock(guest.domain, "restoring")?;
@@ -479,7 +478,7 @@ fn forget_locked(store: &dyn DomainStore) -> Result<(), Violation> {
     Ok(())
 }
 
-/// Another command does not get the lock.
+/// Checks that another command cannot take the lock.
 fn is_locked(store: &dyn DomainStore, domain: DomainRef, what: &str) -> Result<(), Violation> {
     let is = |error: &DomainStoreError| matches!(error, DomainStoreError::Locked { .. });
     fails(store.lock(domain, "another"), Blame::Domain, is, what)
@@ -498,7 +497,7 @@ fn forget(store: &dyn DomainStore) -> Result<(), Violation> {
     }
     let pages = handle.map(&[Gfn(0)], Access::Read)?;
     ensure(pages.failed().is_empty(), "the domain still has its memory")?;
-    // Its name is free.
+    // The name is free again.
     Guest::named(store, 2, "forgotten").map(drop)
 }
 

@@ -1,4 +1,4 @@
-//! Errors of a domain store: whose fault, which domain, which name.
+//! Errors of a domain store.
 
 use std::error::Error as StdError;
 
@@ -8,13 +8,12 @@ use super::{DomainRef, LockHolder};
 use crate::error::BackendError;
 use crate::{DomId, Uuid};
 
-/// Whose fault an error of a domain store is.
+/// The cause of an error of a domain store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Blame {
-    /// What the caller asked for cannot be done for this domain or name.
+    /// The request cannot be carried out for this domain or name.
     Request,
-    /// The domain has gone away, or another process is working on it. The request was good
-    /// a moment ago.
+    /// The domain is gone, or another process is working on it. The request was valid a moment ago.
     Domain,
     /// The hypervisor refused a call.
     Hypervisor,
@@ -29,10 +28,10 @@ pub enum DomainStoreError {
     /// No domain has this name or number.
     #[error("there is no domain {name:?}")]
     NotFound {
-        /// The name or number that was asked for.
+        /// The requested name or number.
         name: String,
     },
-    /// The domain does not exist any more, or is being destroyed.
+    /// The domain no longer exists, or is being destroyed.
     #[error("{domain} does not exist any more")]
     Gone {
         /// The domain.
@@ -41,19 +40,19 @@ pub enum DomainStoreError {
     /// The number belongs to another domain now.
     #[error("{domain} does not exist any more: its number belongs to a domain with UUID {found}")]
     Replaced {
-        /// The domain that was meant.
+        /// The requested domain.
         domain: DomainRef,
         /// The UUID of the domain that has its number.
         found: Uuid,
     },
-    /// The domain is not named as the caller believed.
+    /// The domain's name is not the expected one.
     #[error("{domain} {}, not {}", is_named(found), named(expected))]
     WrongName {
         /// The domain.
         domain: DomainRef,
-        /// The name that the caller gave; `None` if the domain was to have none yet.
+        /// The expected name; `None` if the domain was expected to have none.
         expected: Option<String>,
-        /// The name it has.
+        /// The actual name.
         found: Option<String>,
     },
     /// Another domain has the name.
@@ -64,12 +63,12 @@ pub enum DomainStoreError {
         /// The domain that has it.
         by: DomainRef,
     },
-    /// No domain can have this name.
+    /// The name is not valid for a domain.
     #[error("{name:?} cannot be the name of a domain: {rule}")]
     BadName {
         /// The name.
         name: String,
-        /// What a name has to be.
+        /// The rule for names.
         rule: &'static str,
     },
     /// Another process is working on the domain.
@@ -79,38 +78,38 @@ pub enum DomainStoreError {
         domain: DomainRef,
         /// The process that has the lock.
         holder: LockHolder,
-        /// Where the process cannot be looked for (it is of another PID namespace, say): the node
-        /// of xenstore that is the lock.
+        /// The xenstore node of the lock, if it is unknown whether the process runs (because it is
+        /// in another PID namespace, for example).
         node: Option<String>,
     },
-    /// More than can be kept.
+    /// The data is too large for the store.
     #[error("the {what} of {domain} is {bytes} bytes long; at most {most} can be kept")]
     TooLarge {
         /// The domain.
         domain: DomainRef,
-        /// What it is.
+        /// A description of the data.
         what: &'static str,
-        /// How long it is.
+        /// Its length.
         bytes: usize,
-        /// How long it may be.
+        /// The maximum length.
         most: usize,
     },
     /// The hypervisor refused.
     #[error(transparent)]
     Backend(#[from] BackendError),
-    /// What is kept could not be read or written.
+    /// The store's data could not be read or written.
     #[error("{doing} of {domid}")]
     Storage {
-        /// What was being done, as in "reading the name".
+        /// The operation, as in "reading the name".
         doing: &'static str,
         /// The domain.
         domid: DomId,
-        /// Why it failed.
+        /// The cause.
         source: Box<dyn StdError + Send + Sync>,
     },
 }
 
-/// What ends a lock.
+/// A hint on how the lock can end.
 fn until(node: &Option<String>) -> String {
     match node {
         None => "; wait until it ends".to_owned(),
@@ -136,7 +135,7 @@ fn named(name: &Option<String>) -> String {
 }
 
 impl DomainStoreError {
-    /// Whose fault it is.
+    /// The cause of the error.
     pub fn blame(&self) -> Blame {
         match self {
             Self::NotFound { .. }
@@ -150,8 +149,8 @@ impl DomainStoreError {
         }
     }
 
-    /// The number of the domain that was asked about; `None` if the request was about a name
-    /// or about the host.
+    /// The number of the requested domain; `None` if the request named no number or was about the
+    /// host.
     pub fn domid(&self) -> Option<DomId> {
         match self {
             Self::NotFound { .. } | Self::NameTaken { .. } | Self::BadName { .. } => None,

@@ -1,13 +1,13 @@
-//! The lock of a domain: who has it, and whether that process still runs.
+//! The lock of a domain, its holder, and the check whether that process still runs.
 //!
-//! A lock that is kept where it outlives its process (xenstore) is one line of text:
+//! If a lock is kept where it outlives its process (xenstore), it is one line of text:
 //!
 //! | word | holds |
 //! |---|---|
 //! | 1 | the process number |
 //! | 2 | when the process started, in clock ticks since boot (field 22 of `/proc/PID/stat`) |
 //! | 3 | the kernel's boot id |
-//! | 4 | the process's namespace of process numbers |
+//! | 4 | the process's PID namespace |
 //! | rest | the command |
 
 use std::fmt;
@@ -16,17 +16,17 @@ use std::path::Path;
 
 use super::DomainStoreError;
 
-/// The process that has a lock.
+/// The process that holds a lock.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LockHolder {
     /// Its process number; `None` if the lock does not tell it.
     pub pid: Option<u32>,
-    /// What it said that it is doing.
+    /// The command that it reported.
     pub command: String,
 }
 
 impl LockHolder {
-    /// This process.
+    /// This process, running `command`.
     pub(crate) fn this(command: &str) -> Self {
         Self {
             pid: Some(std::process::id()),
@@ -72,10 +72,10 @@ impl fmt::Display for LockHolder {
     }
 }
 
-/// Longest command that is kept, in characters.
+/// The longest command that is stored, in characters.
 const LONGEST_COMMAND: usize = 200;
 
-/// A command as one line that a terminal can show.
+/// A command as one line of printable text.
 fn printable(command: &str) -> String {
     let shown = |c: char| match c.is_control() {
         true => ' ',
@@ -84,7 +84,7 @@ fn printable(command: &str) -> String {
     command.chars().take(LONGEST_COMMAND).map(shown).collect()
 }
 
-/// The lock of a domain. Dropping it gives the lock back.
+/// The lock of a domain, which is released when this is dropped.
 #[must_use = "the lock is given back when this is dropped"]
 pub struct DomainLock {
     release: Option<Box<dyn FnOnce() + Send>>,
@@ -131,7 +131,7 @@ impl Drop for DomainLock {
     }
 }
 
-/// A process, told from all others of this machine, earlier ones included.
+/// A process, distinguished from all others of this machine, including earlier ones.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Process {
     pub(crate) holder: LockHolder,
@@ -141,9 +141,9 @@ pub(crate) struct Process {
     namespace: String,
 }
 
-/// Where the kernel tells of processes.
+/// The directory of the kernel's information about processes.
 const PROC: &str = "/proc";
-/// What stands for a word that could not be found out.
+/// The placeholder for a word that could not be determined.
 const UNKNOWN: &str = "?";
 
 impl Process {
@@ -182,7 +182,7 @@ impl Process {
         format!("{pid} {started} {boot} {namespace} {command}").into_bytes()
     }
 
-    /// From text; `None` if it is not what [`Process::encode`] writes.
+    /// Parses text; `None` if it is not in the format of [`Process::encode`].
     pub(crate) fn decode(text: &[u8]) -> Option<Self> {
         let text = std::str::from_utf8(text).ok()?;
         let mut words = text.splitn(5, ' ');
@@ -200,13 +200,13 @@ impl Process {
         })
     }
 
-    /// Whether the process has surely ended. A process of another namespace cannot be
-    /// looked for, and is taken to run.
+    /// Whether the process has certainly ended. A process in another PID namespace cannot be found,
+    /// and is assumed to run.
     pub(crate) fn has_ended(&self) -> bool {
         self.has_ended_by(Path::new(PROC))
     }
 
-    /// Whether the process would be found if it ran.
+    /// Whether the process would be visible if it ran.
     pub(crate) fn is_seen(&self) -> bool {
         self.is_seen_by(Path::new(PROC))
     }
@@ -241,15 +241,15 @@ fn namespace(proc: &Path) -> Option<String> {
     link.to_str().map(str::to_owned)
 }
 
-/// When a process started. The second field of its line, its name, may contain anything, and
-/// ends at the last parenthesis.
+/// The time when a process started. The second field of its line, its name, may contain anything,
+/// and ends at the last parenthesis.
 fn started(proc: &Path, pid: u32) -> Option<String> {
-    /// Fields from the one after the name to this one.
+    /// The number of fields from the one after the name to this one.
     const START: usize = 22 - 3;
     let stat = fs::read(proc.join(pid.to_string()).join("stat")).ok()?;
     let stat = String::from_utf8_lossy(&stat).into_owned();
     let (_, fields) = stat.rsplit_once(')')?;
-    // A zombie holds nothing any more.
+    // A zombie holds no lock.
     let mut fields = fields.split_ascii_whitespace();
     let state = fields.next()?;
     match state {
@@ -262,7 +262,7 @@ fn started(proc: &Path, pid: u32) -> Option<String> {
 mod tests {
     use super::*;
 
-    /// A `/proc` with a process 7 that is named by whoever wants to confuse.
+    /// A `/proc` with a process 7 whose name is meant to confuse the parser.
     fn proc() -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
         let make = |path: &str, text: &str| {
@@ -299,7 +299,7 @@ mod tests {
             ended("7 4711 boot-0 pid:[1] xsr save web"),
             "before the boot"
         );
-        // What cannot be known is taken to run.
+        // A process with unknown state is assumed to run.
         assert!(!ended("8 4711 boot-1 pid:[2] xsr save web"));
         assert!(!ended("7 ? ? ? xsr save web"));
         fs::write(dir.path().join("7/stat"), "7 (xsr) Z 1 2").unwrap();

@@ -1,9 +1,8 @@
-//! Where a mock host keeps its state: a directory that outlives the process, or
-//! memory that does not.
+//! Storage of a mock host's state: a directory that outlives the process, or memory that does not.
 //!
-//! Big tables are sparse files that are mapped shared, so they are as current as
-//! the last store even when the process is killed. The small state of each domain
-//! is written whole, to a temporary name that is then renamed:
+//! Big tables are sparse files that are mapped shared, so they are current even if the process is
+//! killed. The small state of each domain is written as a whole, to a temporary file that is then
+//! renamed:
 //!
 //! | path | holds |
 //! |---|---|
@@ -12,18 +11,18 @@
 //! | `host.json` | [`HostRecord`] |
 //! | `memory` | frame `n` at offset `n * 4096` |
 //! | `frames` | the frame table ([`super::frames`]) |
-//! | `m2p` | a u64 pfn per frame, all ones where there is none |
+//! | `m2p` | a u64 pfn per frame, all ones if it has none |
 //! | `blocks` | frames taken per 2 MiB |
-//! | `counters` | four words per domain: pages, largest gfn ever plus 1, last port, none |
+//! | `counters` | four words per domain: pages, largest gfn ever plus 1, last port, unused |
 //! | `open` | one word: how many processes have the host open, or have died while they had |
-//! | `domains/N.dead` | what could not be removed of a domain that is gone |
+//! | `domains/N.dead` | remains of a domain that is gone, if they could not be removed |
 //! | `domains/N/state.json` | [`super::state::Record`] |
-//! | `domains/N/p2m` | translated guests: mfn + 1 per pfn, 0 where there is none |
+//! | `domains/N/p2m` | translated guests: mfn + 1 per pfn, 0 if it has none |
 //! | `domains/N/holder` | the command that has, or had, the lock of the domain |
 //! | `domains/N/blobs/NAME` | contexts, policy and user data, as they are |
 //!
-//! These files hold the memory of guests. They are their owner's alone, and [`super::place`]
-//! opens them without following a link.
+//! These files hold the memory of guests. They are private to their owner, and [`super::place`]
+//! opens them without following links.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -44,10 +43,10 @@ use super::state::Record;
 use crate::DomId;
 use crate::domain_store::LockHolder;
 
-/// What `host.json` holds.
+/// The contents of `host.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct HostRecord {
-    /// Layout of the directory.
+    /// The version of the directory's layout.
     pub(super) format: u32,
     pub(super) config: HostConfig,
     /// Number of the next domain.
@@ -59,23 +58,23 @@ pub(super) const FORMAT: u32 = 2;
 
 /// The host's own state.
 pub(super) const HOST: &str = "host.json";
-/// Where the domains are.
+/// The directory of the domains.
 pub(super) const DOMAINS: &str = "domains";
 /// A domain's state, in its directory.
 const STATE: &str = "state.json";
-/// Where a domain's blobs are.
+/// The directory of a domain's blobs.
 const BLOBS: &str = "blobs";
 /// Which command has the lock of a domain, in its directory.
 const HOLDER: &str = "holder";
-/// What the name of a forgotten domain's directory ends with.
+/// The suffix of the directory of a removed domain.
 const DEAD: &str = "dead";
 
-/// The place of a host's state.
+/// The storage of a host's state.
 #[derive(Debug)]
 pub(super) struct Store {
     /// `None`: nothing outlives the process.
     place: Option<Place>,
-    /// Without a directory: the big files by name.
+    /// Without a directory: the large files by name.
     files: Mutex<BTreeMap<String, File>>,
     /// What keeps other processes, and the threads of this one, apart.
     pub(super) locks: Locks,
@@ -83,7 +82,7 @@ pub(super) struct Store {
     changes: Words,
 }
 
-/// A domain as it was last written.
+/// A domain's last written state.
 #[derive(Debug)]
 pub(super) struct Saved {
     pub(super) record: Record,
@@ -107,7 +106,7 @@ fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, MockError> {
 }
 
 impl Store {
-    /// A store that leaves nothing behind.
+    /// A store in memory.
     pub(super) fn in_memory() -> Result<Self, MockError> {
         Self::over(None, Locks::NONE)
     }
@@ -148,12 +147,12 @@ impl Store {
         self.place.as_ref()
     }
 
-    /// A big file of the host's, made if it is not there.
+    /// A large file of the host, created if it does not exist.
     pub(super) fn file(&self, name: &str) -> Result<File, MockError> {
         big_file(self.place(), &self.files, name)
     }
 
-    /// What `host.json` holds; `None` where there is none.
+    /// The contents of `host.json`; `None` if it does not exist.
     pub(super) fn load_host(&self) -> Result<Option<HostRecord>, MockError> {
         let Some(place) = self.place() else {
             return Ok(None);
@@ -172,7 +171,7 @@ impl Store {
         }
     }
 
-    /// Where the domains are.
+    /// The directory of the domains.
     fn domains(&self) -> Result<Option<Place>, MockError> {
         self.place().map(|place| place.within(DOMAINS)).transpose()
     }
@@ -183,7 +182,7 @@ impl Store {
             .transpose()
     }
 
-    /// Make room for a new domain.
+    /// Create the directory of a new domain.
     pub(super) fn add_domain(&self, domid: DomId) -> Result<(), MockError> {
         let Some(domains) = self.domains()? else {
             return Ok(());
@@ -192,9 +191,9 @@ impl Store {
         Ok(())
     }
 
-    /// Forget a domain: its directory gets a name that is no domain's.
+    /// Remove a domain: its directory is renamed to a name that is not a domain's.
     pub(super) fn forget_domain(&self, domid: DomId) -> Result<(), MockError> {
-        // Of an earlier domain with this number, where that could not be removed.
+        // The remains of an earlier domain with this number, if they could not be removed then.
         self.clear_forgotten(domid)?;
         let Some(domains) = self.domains()? else {
             let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
@@ -204,7 +203,7 @@ impl Store {
         domains.rename(&domid.0.to_string(), &dead(domid))
     }
 
-    /// Remove what is left of a forgotten domain, if anything is.
+    /// Remove the remains of a removed domain, if any.
     pub(super) fn clear_forgotten(&self, domid: DomId) -> Result<(), MockError> {
         match self.domains()? {
             None => Ok(()),
@@ -233,7 +232,7 @@ impl Store {
         }
     }
 
-    /// Remove one blob of a domain, if it is there.
+    /// Remove one blob of a domain, if it exists.
     pub(super) fn remove_blob(&self, domid: DomId, name: &str) -> Result<(), MockError> {
         match self.domain(domid)? {
             None => Ok(()),
@@ -342,7 +341,7 @@ fn load(domains: &Place, domid: DomId) -> Result<Option<Saved>, MockError> {
     }
 }
 
-/// What the directory of a forgotten domain is called.
+/// The name of the directory of a removed domain.
 fn dead(domid: DomId) -> String {
     format!("{}.{DEAD}", domid.0)
 }

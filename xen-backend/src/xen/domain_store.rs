@@ -1,16 +1,16 @@
-//! A real Xen as a domain store. Names are where libxl has them; what else is kept is below
-//! a tree of our own in xenstore:
+//! The domain store of a real Xen. Names are at libxl's nodes; all other data is in our own tree in
+//! xenstore:
 //!
 //! | node | holds |
 //! |---|---|
 //! | `/local/domain/N/name` | the name of domain N; for libxl's also `/vm/UUID/name` |
 //! | `/tool/xsr/N/UUID/lock` | the process that works on the domain |
-//! | `/tool/xsr/N/UUID/configuration` | the number of bytes, and the name of the node below which they are |
+//! | `/tool/xsr/N/UUID/configuration` | the number of bytes, and the node below which they are |
 //! | `/tool/xsr/N/UUID/configuration-…/I` | piece I of them |
-//! | `/tool/xsr/N/UUID/emulators` | likewise |
+//! | `/tool/xsr/N/UUID/emulators` | the same for the emulators' records |
 //!
-//! A value is replaced by writing its pieces to a new node and then the node that names it,
-//! so that a reader finds the old value or the new one, whenever the writer dies.
+//! A value is replaced by writing its pieces to a new node, and then the node that names it, so
+//! that a reader finds either the old value or the new one, whenever the writer dies.
 //!
 //! C implementation: `libxl__domain_rename` and `libxl__destroy_domid` in
 //! `tools/libs/light/libxl_domain.c`, `libxl__userdata_path` in `libxl_dom.c`.
@@ -32,19 +32,19 @@ use crate::domain_store::{
 use crate::xenstore::{Nodes, StoreError};
 use crate::{BackendError, DomId, Host as _};
 
-/// Where everything of ours is.
+/// The root of our tree.
 const OURS: &str = "/tool/xsr";
 
-/// Bytes in a node: a message of xenstore has 4096, the path among them.
+/// Bytes in a node: a message of xenstore has at most 4096, including the path.
 const PIECE: usize = 3072;
-/// Most bytes of a value: a configuration has some thousand, the records of an emulator of a
-/// guest without devices none. xenstore is no place for more.
+/// The most bytes of a value. A configuration has some thousand, and the emulator records of a
+/// guest without devices none. xenstore is not meant for more.
 const LARGEST: usize = 256 << 10;
 
-/// Longest name, in bytes.
+/// The longest name, in bytes.
 const LONGEST_NAME: usize = 1024;
 
-/// How often to look whether a destroyed domain is gone.
+/// The interval between checks whether a destroyed domain is gone.
 const LOOK: Duration = Duration::from_millis(1);
 
 fn node(domid: DomId, name: &str) -> String {
@@ -66,7 +66,7 @@ fn ours(domain: DomainRef, name: &str) -> String {
     format!("{}/{name}", tree_of(domain))
 }
 
-/// Removes the nodes above a domain's values if there are no values left.
+/// Removes the nodes above a domain's values if no values are left.
 fn remove_if_empty(nodes: &mut dyn Nodes, domain: DomainRef) -> Result<(), StoreError> {
     for path in [tree_of(domain), tree(domain.domid)] {
         if nodes.list(&path)?.is_empty() {
@@ -80,8 +80,8 @@ fn failed(doing: &'static str, domid: DomId) -> impl Fn(StoreError) -> DomainSto
     DomainStoreError::storage(doing, domid)
 }
 
-/// Whether a domain may be named so: xenstore and libxl accept anything, but what a user
-/// could not see or type is of no use to anybody.
+/// Checks that `name` is valid: xenstore and libxl accept anything, but a name that a user cannot
+/// see or type is useless.
 fn check_name(name: &str) -> Result<(), DomainStoreError> {
     let good = !name.is_empty() && name.len() <= LONGEST_NAME && !name.contains(char::is_control);
     match good {
@@ -97,10 +97,10 @@ fn text(value: Option<Vec<u8>>) -> Option<String> {
     value.map(|name| String::from_utf8_lossy(&name).into_owned())
 }
 
-/// What the name of a domain has to be before it is changed.
+/// The name that a domain must have before it is changed.
 #[derive(Clone, Copy, Debug)]
 enum Expected<'a> {
-    /// This one, or none at all.
+    /// This name, or none.
     Name(Option<&'a str>),
     Anything,
 }
@@ -108,12 +108,12 @@ enum Expected<'a> {
 impl Shared {
     fn name_of(&self, domid: DomId) -> Result<Option<String>, DomainStoreError> {
         let name = self.store.read(&node(domid, "/name"));
-        // A node without a value is what libxl's preserved domains have.
+        // The name of a domain that libxl has preserved is a node without a value.
         let name = name.map_err(failed("reading the name", domid))?;
         Ok(text(name).filter(|name| !name.is_empty()))
     }
 
-    /// The value that is kept under `key`.
+    /// The value stored under `key`.
     fn get(&self, domain: DomainRef, key: &str) -> Result<Option<Vec<u8>>, StoreError> {
         let Some(head) = text(self.store.read(&ours(domain, key))?) else {
             return Ok(None);
@@ -142,7 +142,7 @@ impl Shared {
         }
     }
 
-    /// Keeps `value` under `key`.
+    /// Stores `value` under `key`.
     fn put(&self, domain: DomainRef, key: &str, value: &[u8]) -> Result<(), StoreError> {
         let head = ours(domain, key);
         self.own_the_tree()?;
@@ -184,8 +184,8 @@ impl Shared {
         }
     }
 
-    /// Removes what is kept with the domain, except what `stays`, and everything that is kept of
-    /// earlier domains with its number, which another program has destroyed.
+    /// Removes the domain's data, except names for which `stays` is true, and all data of earlier
+    /// domains with its number, which another program has destroyed.
     fn remove_except(
         &self,
         domain: DomainRef,
@@ -208,7 +208,7 @@ impl Shared {
         })
     }
 
-    /// Our tree is for the control domain's eyes: what is made below it inherits that.
+    /// Makes our tree readable only for the control domain; nodes created below it inherit that.
     fn own_the_tree(&self) -> Result<(), StoreError> {
         if self.store.read(OURS)?.is_some() {
             return Ok(());
@@ -224,7 +224,7 @@ impl Shared {
         })
     }
 
-    /// What libxl has of a domain that a destroy does not remove.
+    /// libxl's data about a domain that a destroy does not remove.
     fn left_behind(&self, domain: DomainRef) -> Result<Vec<LeftBehind>, StoreError> {
         let domid = domain.domid;
         let files = self.libxl_files.of(domain);
@@ -237,7 +237,7 @@ impl Shared {
         }));
         let devices = format!("/libxl/{}/device", domid.0);
         for kind in self.store.list(&devices)? {
-            // Nothing has to be disconnected: the console's daemon notices by itself.
+            // Nothing has to be disconnected: the console daemon notices by itself.
             if kind == "console" {
                 continue;
             }
@@ -250,7 +250,7 @@ impl Shared {
     }
 }
 
-/// Asks `look` until it says that the domain is gone, or `timeout` has passed.
+/// Calls `look` until it returns that the domain is gone, or `timeout` has passed.
 fn wait_until_gone(
     timeout: Duration,
     mut look: impl FnMut() -> Result<bool, BackendError>,
@@ -269,7 +269,7 @@ fn wait_until_gone(
 }
 
 impl XenHost {
-    /// Whether the domain is gone, its number being another's among the ways to be so.
+    /// Whether the domain is gone; its number may belong to another domain by now.
     fn is_gone(&self, domain: DomainRef) -> Result<bool, BackendError> {
         match self.shared.calls.info(domain.domid) {
             Ok(info) => Ok(info.uuid != domain.uuid),
@@ -281,8 +281,8 @@ impl XenHost {
         }
     }
 
-    /// Has the hypervisor destroy the domain. It wants to be called again where there is much to
-    /// release, which it is while there is time `left`.
+    /// Makes the hypervisor destroy the domain. If there is much to release, the call has to be
+    /// repeated, which is done while there is time `left`.
     fn kill(&self, domain: DomainRef, left: impl Fn() -> Duration) -> Result<(), DomainStoreError> {
         let domid = domain.domid;
         loop {
@@ -340,8 +340,8 @@ impl XenHost {
         }
     }
 
-    /// Names the domain `to`, in one step with the look at its present name, which `from` tells,
-    /// and at the names of others.
+    /// Renames the domain to `to`, atomically with the check of its present name against `from` and
+    /// of other domains' names.
     fn change_name(
         &self,
         domain: DomainRef,
@@ -366,7 +366,7 @@ impl XenHost {
         refused.map_or(Ok(()), Err)
     }
 
-    /// Why the domain may not be named `to`.
+    /// The reason why the domain may not be renamed to `to`; `None` if it may.
     fn refuse_name(
         &self,
         nodes: &mut dyn Nodes,
@@ -392,8 +392,8 @@ impl XenHost {
         }))
     }
 
-    /// Removes what is kept of domains that another program has destroyed. Numbers are not
-    /// reused before all have been.
+    /// Removes the data of domains that another program has destroyed. Domain numbers are only
+    /// reused after all others have been used.
     fn remove_of_destroyed(&self) -> Result<(), StoreError> {
         for number in self.shared.store.list(OURS)? {
             let Ok(domid) = number.parse().map(DomId) else {
@@ -433,8 +433,8 @@ impl XenHost {
         put.map_err(failed("keeping the user data", domain.domid))
     }
 
-    /// Removes what libxl, or [`XenHost::connect`], has written of the domain, unless devices
-    /// are left for libxl.
+    /// Removes the nodes that libxl or [`XenHost::connect`] has written for the domain, unless
+    /// devices are left for libxl.
     fn remove_nodes(&self, domid: DomId, left: &[LeftBehind]) -> Result<(), DomainStoreError> {
         let devices = left
             .iter()
@@ -475,7 +475,7 @@ impl OurLock {
     /// Has the lock name another process.
     fn name(&self, new: Vec<u8>) -> Result<(), StoreError> {
         let mut value = self.value.lock().unwrap_or_else(PoisonError::into_inner);
-        // Not there any more if the domain was destroyed.
+        // The node is missing if the domain was destroyed.
         if self.shared.store.exchange(&self.path, &value, &new)? {
             *value = new;
         }

@@ -1,5 +1,5 @@
-//! What only a store that is kept in xenstore, beside libxl, can show: domains that libxl
-//! made, locks across processes, writers that die half-way.
+//! Tests of the domain store in xenstore together with libxl: domains that libxl made, locks across
+//! processes, writers that die half-way.
 
 use std::fs;
 use std::path::Path;
@@ -15,7 +15,7 @@ use crate::xen::LibxlFiles;
 use crate::xenstore::{Work, Xenstore};
 use crate::{GuestKind, NewDomain, Ring, Uuid};
 
-/// A domain of libxl's on a Xen, with libxl's files below `root`.
+/// A libxl domain on a Xen, with libxl's files below `root`.
 struct OfLibxl {
     face: Face,
     host: XenHost,
@@ -135,7 +135,7 @@ fn the_configuration_of_libxl_comes_first_and_is_never_written() {
     assert_eq!(fs::read(path).unwrap(), its.bytes);
 }
 
-/// xl knows nothing of what is ours.
+/// xl does not know our nodes.
 #[test]
 fn what_is_kept_of_a_domain_that_xl_destroyed_is_removed_by_the_next_command() {
     let made = of_libxl();
@@ -183,7 +183,7 @@ fn a_lock_holds_across_handles_and_ends_with_its_process() {
     assert_eq!(read(&made.face, &path), None);
     let this = String::from_utf8(value).unwrap();
     let mut words: Vec<&str> = this.splitn(5, ' ').collect();
-    // Of another namespace of process numbers, or where there was no /proc.
+    // From another PID namespace, or from a system without /proc.
     for namespace in ["pid:[1]", "?"] {
         let unseen = [&words[..3], &[namespace, "xsr save web"]].concat();
         made.face.write(&path, unseen.join(" ").as_bytes()).unwrap();
@@ -194,7 +194,7 @@ fn a_lock_holds_across_handles_and_ends_with_its_process() {
         );
         assert!(refused.to_string().ends_with(&remedy), "{refused}");
     }
-    // As a process of an earlier boot, or nonsense, would have left it.
+    // Left by a process of an earlier boot, or nonsense.
     words[2] = "00000000-another-boot";
     made.face.write(&path, words.join(" ").as_bytes()).unwrap();
     let lock = other.lock(made.domain, "xsr destroy web").unwrap();
@@ -493,7 +493,7 @@ fn what_is_left_in_xenstore_is_named_and_the_rest_is_removed() {
     }
 }
 
-/// A store whose changes fail from one of them on: all, or only that one.
+/// A store in which one change fails, and the following ones too unless `once`.
 #[derive(Debug)]
 struct Failing {
     face: Face,
@@ -564,7 +564,7 @@ fn a_writer_that_dies_leaves_the_old_configuration_or_the_new_one() {
         let mut succeeded = false;
         for bad in 0.. {
             let made = of_libxl();
-            // Not libxl's: ours is what is looked at.
+            // Remove libxl's configuration, so that ours is read.
             fs::remove_dir_all(made.root.path().join("var")).unwrap();
             made.host.set_configuration(made.domain, &old).unwrap();
             let changes = Arc::new(AtomicUsize::new(0));
