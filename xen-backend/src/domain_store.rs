@@ -139,9 +139,9 @@ pub struct Destroyed {
 pub enum DestroyOutcome {
     /// The domain no longer exists; its memory is free.
     Gone,
-    /// The time-out has passed. The domain will never run again, but some of its memory
-    /// is still in use: it is mapped by another domain or process, or the hypervisor was not
-    /// given the time to release it. To destroy it once more goes on with that.
+    /// The timeout has passed. The domain will never run again, but some of its memory is still in
+    /// use: another domain or process has it mapped, or the hypervisor did not have enough time to
+    /// release it. Destroying the domain again continues the release.
     StillDying,
 }
 
@@ -289,7 +289,7 @@ pub trait DomainStore: Host {
     /// [`DomainStoreError::Storage`].
     fn name(&self, domain: DomainRef) -> Result<Option<String>, DomainStoreError>;
 
-    /// Whether a domain may be named so, if no other is.
+    /// Checks that a name is valid for a domain; another domain may already have it.
     ///
     /// # Errors
     ///
@@ -380,10 +380,10 @@ pub trait DomainStore: Host {
     /// [`DomainStoreError::Storage`]; some of it may have been removed then.
     fn forget(&self, domain: DomainRef) -> Result<(), DomainStoreError>;
 
-    /// Destroys the domain, removes what the store keeps with it, and waits until the
-    /// hypervisor has released it, at most for `timeout`. Goes on with a domain that is dying
-    /// already. Files, processes and devices of
-    /// libxl's are not touched; [`Destroyed::left_behind`] names them.
+    /// Destroys the domain, removes the store's data about it, and waits until the hypervisor has
+    /// released it, at most for `timeout`. Continues the destruction of a domain that is already
+    /// dying. Files, processes and devices of libxl are not touched; [`Destroyed::left_behind`]
+    /// lists them.
     ///
     /// # Errors
     ///
@@ -392,9 +392,10 @@ pub trait DomainStore: Host {
     /// the domain is destroyed ([`DomainStore::check`] shows which).
     fn destroy(&self, domain: DomainRef, timeout: Duration) -> Result<Destroyed, DomainStoreError>;
 
-    /// Takes the lock of the domain for `command`, until the returned value is dropped.
-    /// A lock whose process has ended is free. One that does not tell its process is not. The lock does not stop other callers from
-    /// calling the other methods: a command that works on a domain for longer takes it first.
+    /// Takes the lock of the domain for `command`, until the returned value is dropped. A lock
+    /// whose process has ended is free; a lock whose process is unknown is not. The lock does not
+    /// prevent other callers from calling the other methods: a command that works on a domain for
+    /// some time takes it first.
     ///
     /// # Errors
     ///

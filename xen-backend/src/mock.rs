@@ -1,12 +1,12 @@
 //! Mock machines that implement the traits: real memory, really mapped, with Xen's semantics and
 //! errnos.
 //!
-//! A [`MockHost`] is a directory, so that its domains outlive the command that
-//! made them. Several processes may have it open at a time, each at work on another
-//! domain ([`DomainStore::lock`](crate::domain_store::DomainStore::lock)). Nothing executes: a
-//! "running" guest is one that would. What a suspending guest does itself (put
-//! pfns into start_info, call the hypervisor) the mock does in its stead. A
-//! [`Workload`] makes it write while it runs, in this process.
+//! A [`MockHost`] is a directory, so its domains outlive the command that made them. Several
+//! processes may have it open at a time, each working on another domain
+//! ([`DomainStore::lock`](crate::domain_store::DomainStore::lock)). Nothing executes: a "running"
+//! guest is one that would. The mock itself does the work of a suspending guest (put pfns into
+//! start_info, call the hypervisor). A [`Workload`] makes a guest write while it runs, in this
+//! process.
 //!
 //! Known differences from a real machine: a foreign writable mapping holds no reference to its
 //! frame, so Xen's refusal to pin a table that is mapped writable is missing; a mapping that
@@ -204,13 +204,13 @@ impl MockHost {
         Machine::create(store, opened, config.clone()).map(Self::new)
     }
 
-    /// Open the host in `dir`, beside other processes that have it open.
+    /// Open the host in `dir`, which other processes may have open too.
     ///
     /// # Errors
     ///
-    /// [`MockError::NotAHost`] where there is none, [`MockError::InUse`] where
-    /// another process puts it in order, [`MockError::Unsafe`] where it is not the caller's alone,
-    /// [`MockError::Damaged`]; I/O errors.
+    /// [`MockError::NotAHost`] if there is none, [`MockError::InUse`] if another process is
+    /// repairing it, [`MockError::Unsafe`] if other users can write to it, [`MockError::Damaged`];
+    /// I/O errors.
     pub fn open(dir: &Path) -> Result<Self, MockError> {
         let not_a_host = || MockError::NotAHost {
             path: dir.to_owned(),
@@ -310,7 +310,7 @@ impl MockHost {
         let found = match crate::domain_store::number(name_or_id) {
             Some(number) => domids.find(|domid| *domid == number),
             None => self.find_named(name_or_id).or_else(|| {
-                // What a nameless one is shown as.
+                // The name shown for a domain without one.
                 let shown = |dom: &&Arc<Dom>| dom.lock().record.shown_name() == name_or_id;
                 domains.iter().find(shown).map(|dom| dom.domid)
             }),
@@ -320,7 +320,7 @@ impl MockHost {
         })
     }
 
-    /// The domain that was given this name.
+    /// The domain that has been given this name.
     fn find_named(&self, name: &str) -> Option<DomId> {
         let domains = self.machine.all_domains();
         let given = |dom: &&Arc<Dom>| dom.lock().record.given_name() == Some(name);

@@ -117,7 +117,7 @@ fn a_host_is_open_to_several_at_a_time_and_each_sees_what_the_others_do() {
     other.userdata_store(web, "key", b"kept").unwrap();
     assert_eq!(one.find("site").unwrap(), web);
     assert_eq!(one.userdata_get(web, "key").unwrap().unwrap(), b"kept");
-    // Frames that are taken in turn belong to one domain each.
+    // Frames that two hosts take alternately belong to only one domain each.
     let new = [&one, &other].map(|host| {
         let domid = host.create_domain(GuestKind::Pvh, 1, 1 << 12).unwrap();
         host.domain(domid).unwrap()
@@ -139,7 +139,7 @@ fn a_host_is_open_to_several_at_a_time_and_each_sees_what_the_others_do() {
         let pages = contents(&**domain, &gfns);
         assert!(pages.iter().flatten().all(|found| *found == word));
     }
-    // What one destroys is gone for the other, which has a handle on it.
+    // If one host destroys a domain, it is gone for the other, which has a handle on it.
     there.destroy().unwrap();
     for error in [
         here.info().map(drop).unwrap_err(),
@@ -157,7 +157,7 @@ fn a_host_is_open_to_several_at_a_time_and_each_sees_what_the_others_do() {
     }
 }
 
-/// The counters of a number go on when it is used again.
+/// The counters of a number continue when the number is reused.
 #[test]
 fn a_later_domain_with_the_number_is_not_taken_for_the_earlier_one() {
     let dir = tempfile::tempdir().unwrap();
@@ -196,13 +196,13 @@ fn a_domain_that_a_command_of_another_process_works_on_is_locked() {
     drop(stores[1].lock(mail, "xsr save mail").unwrap());
     drop(lock);
     drop(stores[1].lock(web, "xsr migrate web").unwrap());
-    // It is not taken along by the domain that is destroyed.
+    // Destroying the domain does not remove the lock.
     let lock = stores[0].lock(web, "xsr save web").unwrap();
     let _ = stores[1].destroy(web, Duration::ZERO).unwrap();
     drop(lock);
 }
 
-/// Many threads of two handles, as of two processes, at the same machine.
+/// Many threads use the same machine through two handles, like two processes.
 #[test]
 fn what_is_done_at_the_same_time_is_done_once() {
     const EACH: usize = 12;

@@ -19,7 +19,7 @@ use super::DomainStoreError;
 /// The process that holds a lock.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LockHolder {
-    /// Its process number; `None` if the lock does not tell it.
+    /// Its process number; `None` if the lock does not record it.
     pub pid: Option<u32>,
     /// The command that it reported.
     pub command: String,
@@ -34,7 +34,7 @@ impl LockHolder {
         }
     }
 
-    /// The holder of a lock that says something else than [`Process::encode`] writes.
+    /// The holder of a lock that is not in the format of [`Process::encode`].
     pub(crate) fn unknown(text: &[u8]) -> Self {
         Self {
             pid: None,
@@ -42,7 +42,7 @@ impl LockHolder {
         }
     }
 
-    /// As text: `PID COMMAND`.
+    /// The text form, `PID COMMAND`.
     #[cfg(feature = "mock")]
     pub(crate) fn encode(&self) -> Vec<u8> {
         let pid = self
@@ -51,7 +51,7 @@ impl LockHolder {
         format!("{pid} {}\n", self.command).into_bytes()
     }
 
-    /// From text; `None` if it is not what [`LockHolder::encode`] writes.
+    /// Parses text; `None` if it is not in the format of [`LockHolder::encode`].
     #[cfg(feature = "mock")]
     pub(crate) fn decode(text: &[u8]) -> Option<Self> {
         let text = std::str::from_utf8(text).ok()?;
@@ -91,11 +91,12 @@ pub struct DomainLock {
     pass: Box<Pass>,
 }
 
-/// Names another process as the one that has a lock.
+/// Records another process as the holder of a lock.
 type Pass = dyn Fn(u32) -> Result<(), DomainStoreError> + Send;
 
 impl DomainLock {
-    /// A lock that `release` gives back, and for which `pass` names another process.
+    /// A lock that is released by calling `release`, and passed on to another process by calling
+    /// `pass`.
     pub(crate) fn new(
         release: impl FnOnce() + Send + 'static,
         pass: impl Fn(u32) -> Result<(), DomainStoreError> + Send + 'static,
@@ -106,8 +107,8 @@ impl DomainLock {
         }
     }
 
-    /// Names a child of this process as the one that has the lock: it works on the domain, also
-    /// after this process has been killed. This process still gives the lock back.
+    /// Records a child of this process as the holder of the lock, because it continues to work on
+    /// the domain even if this process is killed. This process still releases the lock.
     ///
     /// # Errors
     ///
@@ -152,7 +153,7 @@ impl Process {
         Self::of(std::process::id(), command)
     }
 
-    /// A process of this machine, which has not ended, or has not been waited for.
+    /// A process of this machine, which must still exist (a zombie does).
     pub(crate) fn of(pid: u32, command: &str) -> Self {
         let holder = LockHolder {
             pid: Some(pid),

@@ -83,7 +83,7 @@ impl Allocator {
         allocator
     }
 
-    /// Counts the frames that are taken, which another process may have changed.
+    /// Recounts the frames taken, which another process may have changed.
     pub(super) fn read_again(&mut self) {
         self.cursor = None;
         self.partial.clear();

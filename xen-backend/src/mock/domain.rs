@@ -41,7 +41,7 @@ impl MockDomain {
         }
     }
 
-    /// The same where the state is not locked.
+    /// The same, for a caller that does not hold the state's lock.
     fn alive_now(&self) -> Result<(), Errno> {
         match self.dom.is_gone_now() {
             true => Err(Errno::ESRCH),

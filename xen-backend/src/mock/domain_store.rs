@@ -1,7 +1,7 @@
 //! The mock machine's domain store: names in the domains' records, everything else as their user
 //! data.
 //!
-//! The lock of a domain is one of the host's ([`super::sharing`]), so that it ends with its
+//! The lock of a domain is one of the host's locks ([`super::sharing`]), so it ends with its
 //! process.
 
 use std::collections::BTreeSet;
@@ -282,15 +282,15 @@ fn held_by(dom: &Dom) -> MutexGuard<'_, Option<LockHolder>> {
 }
 
 impl MockHost {
-    /// The command of another process that has the lock of a domain. It may just have taken it,
-    /// and not have said yet who it is.
+    /// The command of another process that holds the lock of a domain. That process may have just
+    /// taken it and not recorded itself yet.
     fn holder(&self, domain: DomainRef) -> Result<LockHolder, MockError> {
         const TRIES: u32 = 20;
         const BETWEEN: Duration = Duration::from_millis(5);
         let mut found = None;
         for _ in 0..TRIES {
             found = self.machine.store.load_holder(domain.domid)?;
-            // One that has ended is an earlier one.
+            // A process that has ended held the lock earlier.
             let runs = |holder: &LockHolder| holder.pid.is_some_and(is_running);
             if found.as_ref().is_some_and(runs) {
                 break;
@@ -304,7 +304,7 @@ impl MockHost {
     }
 }
 
-/// Whether there is a process of this number.
+/// Whether a process with this number exists.
 fn is_running(pid: u32) -> bool {
     Path::new("/proc").join(pid.to_string()).exists()
 }

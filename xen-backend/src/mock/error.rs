@@ -20,7 +20,7 @@ pub enum MockError {
         /// The system's error.
         source: io::Error,
     },
-    /// Another process is putting the host in order, after one that was killed, and takes long.
+    /// Another process has been repairing the host for a long time, after one that was killed.
     #[error("another process is putting mock host {} in order: try again when it has", path.display())]
     InUse {
         /// The host's directory.

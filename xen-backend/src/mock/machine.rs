@@ -1,7 +1,7 @@
 //! The mock machine: its memory, frame table, m2p and allocator, and the domains
 //! on it.
 //!
-//! Other processes may have the same machine open: what they change is noticed by counters
+//! Other processes may have the same machine open. Their changes are detected with counters
 //! ([`super::sharing`]), and read again.
 //!
 //! Lock order: names, the list of domains, a domain's state, the allocator. Mapping
@@ -64,11 +64,11 @@ pub(super) struct Machine {
     /// Four words per domain: its pages, its largest gfn ever plus 1, the last allocated event
     /// channel, and a spare.
     counters: Words,
-    /// One word: how many processes have the host open, or have died while they had.
+    /// One word: the number of processes that have the host open, or died while they had.
     open_mark: Words,
     allocation: Mutex<Allocation>,
     domains: RwLock<BTreeMap<DomId, Arc<Dom>>>,
-    /// The count of changes at which `domains` was what the store has.
+    /// The change count that `domains` corresponds to.
     domains_seen: AtomicU64,
     next_domid: Mutex<u16>,
     /// Held while a domain's name is being set.
@@ -149,7 +149,7 @@ impl Machine {
         let mut in_order = true;
         match opened {
             Opened::Alone => {
-                // A process that dies from here on has left the host open.
+                // From here on, a process that dies leaves the host marked as open.
                 let was_open = mark.get(0) != 0;
                 mark.set(0, 1);
                 let leftovers = store.clear_leftovers()?;
@@ -194,7 +194,7 @@ impl Machine {
         })
     }
 
-    /// While it is held, no domain is given a name.
+    /// While this is held, no domain's name is changed.
     pub(super) fn lock_names(&self) -> NamesLocked<'_> {
         let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
         NamesLocked {
@@ -222,12 +222,13 @@ impl Machine {
         domains.get(&domid).cloned()
     }
 
-    /// Looks again at which domains there are, if another process has changed that.
+    /// Reads the list of domains again, if another process has changed it.
     fn refresh_domains(&self) {
         if self.domains_seen.load(Ordering::Acquire) == self.store.count(Changes::Domains) {
             return;
         }
-        // No domain is added or removed here meanwhile, so that there is one `Dom` of each.
+        // The write lock keeps this process's threads from adding or removing domains, so that each
+        // has only one `Dom`.
         let mut domains = self.domains.write().unwrap_or_else(PoisonError::into_inner);
         if let Err(error) = self.read_domains(&mut domains) {
             tracing::error!(%error, "the domains of another process could not be read");
@@ -563,21 +564,22 @@ impl Drop for Machine {
     }
 }
 
-/// The names of domains, locked.
+/// A guard of the domains' names.
 pub(super) struct NamesLocked<'m> {
-    /// Before `_names`: other processes wait for this, threads for that.
+    /// Keeps out other processes. Declared before `_names`, which keeps out threads, so that it is
+    /// dropped first.
     _held: Held<'m>,
     _names: MutexGuard<'m, ()>,
 }
 
-/// A domain that the store holds.
+/// A domain in the store.
 fn dom(store: &Arc<Store>, saved: Saved) -> Result<Dom, MockError> {
     let domid = saved.record.domid;
     let p2m = match saved.record.kind.is_translated() {
         true => Some(words(store, &Store::p2m_name(domid), MAX_PFNS)?),
         false => None,
     };
-    // It may have changed since it was read: it is read again when it is looked at.
+    // The domain may have changed since it was read, so its first use reads it again.
     let seen = store.count(Changes::State(domid)).wrapping_sub(1);
     Ok(Dom::new(store, saved, p2m, seen))
 }

@@ -58,11 +58,10 @@ impl Words {
         assert!(index < self.len, "word {index} of {}", self.len);
         // SAFETY: index < len, so the word is inside the one mapping.
         let word = unsafe { self.base.add(index) };
-        // SAFETY: `word` is page-aligned plus a multiple of 8, mapped readable and
-        // writable until `self` drops, and reached only as an atomic through this
-        // mapping, and as an atomic by other processes of the machine. Frames of the
-        // guest's memory are mapped a second time, as foreign pages, whose accesses
-        // are volatile and form no reference.
+        // SAFETY: `word` is page-aligned plus a multiple of 8, mapped readable and writable until
+        // `self` drops, and accessed only as an atomic, both through this mapping and by other
+        // processes of the machine. Frames of the guest's memory are mapped a second time, as
+        // foreign pages, whose accesses are volatile and form no reference.
         unsafe { word.as_ref() }
     }
 
@@ -76,14 +75,14 @@ impl Words {
         self.word(index).store(value, Ordering::Release);
     }
 
-    /// Add 1 to the word at `index`; what it is then.
+    /// Add 1 to the word at `index`, and return its new value.
     pub(super) fn increment(&self, index: usize) -> u64 {
         self.word(index)
             .fetch_add(1, Ordering::AcqRel)
             .wrapping_add(1)
     }
 
-    /// Take 1 from the word at `index`, unless it is 0.
+    /// Subtract 1 from the word at `index`, unless it is 0.
     pub(super) fn decrement(&self, index: usize) {
         let mut now = self.get(index);
         while let Some(less) = now.checked_sub(1)

@@ -30,7 +30,7 @@ const OTHERS_WRITE: u32 = 0o022;
 /// The suffix of the temporary name of a file that is being written.
 const NEW: &str = "new";
 
-/// Whether it is the temporary name of a file that is being written.
+/// Whether `name` is the temporary name of a file that is being written.
 pub(super) fn is_new(name: &str) -> bool {
     Path::new(name)
         .extension()
@@ -261,7 +261,7 @@ impl Place {
         }
     }
 
-    /// Remove files whose writing was broken off.
+    /// Remove temporary files of interrupted writes.
     pub(super) fn clear_new(&self) -> Result<(), MockError> {
         let names = self.names()?;
         let mut new = names.iter().filter(|name| is_new(name));

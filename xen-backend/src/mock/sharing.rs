@@ -1,9 +1,9 @@
-//! What the processes that have one mock host open agree on: locks that end with the process
-//! that holds them, and counters of changes, by which a process notices that the host's files
-//! hold something else than it keeps in memory.
+//! Synchronisation of the processes that have one mock host open: locks that end with the process
+//! that holds them, and counters of changes, which show a process that the host's files are newer
+//! than its memory.
 //!
-//! The locks are on ranges of the file `lock` (`F_OFD_SETLK`). A mutex of this process around
-//! each keeps its own threads apart:
+//! The locks are on ranges of the file `lock` (`F_OFD_SETLK`). A mutex around each lock excludes
+//! this process's own threads:
 //!
 //! | range | held |
 //! |---|---|
@@ -36,15 +36,15 @@ use crate::DomId;
 const LOCK: &str = "lock";
 /// The file with the counters.
 pub(super) const CHANGES: &str = "changes";
-/// Counters that it has.
+/// The number of counters in it.
 pub(super) const COUNTERS: usize = 0x2_0000;
 
-/// How long a process that puts the host in order is waited for.
+/// How long to wait for a process that is repairing the host.
 const OPEN_WAIT: Duration = Duration::from_secs(10);
-/// The time between two looks.
+/// The interval between attempts.
 const LOOK: Duration = Duration::from_millis(2);
 
-/// What a lock is on.
+/// The subject of a lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Range {
     /// The host is open.
@@ -57,7 +57,7 @@ pub(super) enum Range {
     Allocator,
     /// The state of a domain.
     State(DomId),
-    /// A domain that a command works on.
+    /// The work of a command on a domain.
     Work(DomId),
 }
 
@@ -74,19 +74,19 @@ impl Range {
     }
 }
 
-/// What a counter counts the changes of.
+/// The subject of a counter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Changes {
     /// The list of domains.
     Domains,
-    /// Which frames are taken.
+    /// The set of frames taken.
     Allocator,
     /// The state of a domain.
     State(DomId),
 }
 
 impl Changes {
-    /// Its word.
+    /// The index of its word.
     pub(super) fn index(self) -> usize {
         match self {
             Self::Domains => 0,
@@ -96,7 +96,7 @@ impl Changes {
     }
 }
 
-/// How a range is locked.
+/// A way to lock a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Lock {
     Shared,
@@ -107,9 +107,9 @@ enum Lock {
 /// Whether another process has the host open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Opened {
-    /// None has, and none opens it until [`Locks::share`].
+    /// No other process has it open, and none can open it until [`Locks::share`].
     Alone,
-    /// One has.
+    /// Another process has it open.
     Beside,
 }
 
@@ -118,7 +118,7 @@ pub(super) enum Opened {
 pub(super) struct Locks(Option<File>);
 
 impl Locks {
-    /// Of a host in memory.
+    /// The locks of a host in memory: none.
     pub(super) const NONE: Self = Self(None);
 
     /// Whether a host has been opened in a directory, or is being made there.
@@ -126,7 +126,7 @@ impl Locks {
         place.file(LOCK, How::Read).is_ok()
     }
 
-    /// Opens the locks of the host in a directory, and says by that that it is open.
+    /// Opens the locks of the host in a directory, which marks the host as open.
     pub(super) fn open(place: &Place) -> Result<(Self, Opened), MockError> {
         let locks = Self(Some(place.file(LOCK, How::Write)?));
         let path = || place.path().join(LOCK);
@@ -148,24 +148,25 @@ impl Locks {
         }
     }
 
-    /// Lets other processes open the host, too.
+    /// Lets other processes open the host too.
     pub(super) fn share(&self) -> io::Result<()> {
         Ok(self.set(Range::Open, Lock::Shared, false)?)
     }
 
-    /// Waits for a lock, which lasts until the answer is dropped.
+    /// Waits for a lock, which is held until the returned value is dropped.
     pub(super) fn hold(&self, range: Range) -> Held<'_> {
         self.wait(range);
         Held { locks: self, range }
     }
 
-    /// Waits for a lock, which lasts until it is given back.
+    /// Waits for a lock, which is held until [`Locks::give_back`].
     pub(super) fn wait(&self, range: Range) {
         loop {
             match self.set(range, Lock::Alone, true) {
                 Ok(()) => return,
                 Err(Errno::EINTR) => {}
-                // Not every file system has locks: then one process at a time is all there is.
+                // Not every file system has locks. Without them, only one process at a time may use
+                // the host.
                 Err(errno) => {
                     return tracing::error!(%errno, ?range, "a mock host could not be locked");
                 }
@@ -182,7 +183,7 @@ impl Locks {
         }
     }
 
-    /// Gives a lock back.
+    /// Releases a lock.
     pub(super) fn give_back(&self, range: Range) {
         if let Err(errno) = self.set(range, Lock::Not, false) {
             tracing::error!(%errno, ?range, "a lock of a mock host could not be given back");
@@ -211,7 +212,7 @@ impl Locks {
     }
 }
 
-/// A lock. Dropping it gives it back.
+/// A held lock, which is released when this is dropped.
 #[derive(Debug)]
 #[must_use = "dropping it gives the lock back"]
 pub(super) struct Held<'l> {

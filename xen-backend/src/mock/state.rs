@@ -38,7 +38,7 @@ pub(super) struct Vcpu {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Record {
     pub(super) domid: DomId,
-    /// Tells it from an earlier domain with its number.
+    /// Distinguishes it from an earlier domain with the same number.
     #[serde(default)]
     pub(super) born: u64,
     /// Empty for a domain that was not given one.
@@ -72,12 +72,12 @@ pub(super) struct Record {
 }
 
 impl Record {
-    /// Its name, if it was given one.
+    /// Its name; `None` if it was not given one.
     pub(super) fn given_name(&self) -> Option<&str> {
         Some(self.name.as_str()).filter(|name| !name.is_empty())
     }
 
-    /// Its name, or what is shown in the place of one.
+    /// Its name, or the default if it has none.
     pub(super) fn shown_name(&self) -> String {
         let given = self.given_name().map(str::to_owned);
         given.unwrap_or_else(|| format!("domain-{}", self.domid.0))
@@ -113,11 +113,11 @@ pub(super) struct Dom {
     pub(super) kind: GuestKind,
     /// Translated guests: mfn + 1 of each pfn, 0 if it has none.
     pub(super) p2m: Option<Words>,
-    /// Set once it is known here that the domain is destroyed.
+    /// Set once this process knows that the domain is destroyed.
     gone: AtomicBool,
     born: u64,
     store: Arc<Store>,
-    /// The count of changes at which `state` was what the store has.
+    /// The change count that `state` corresponds to.
     seen: AtomicU64,
     /// The guest's dirty log, kept only while this process has the host open.
     pub(super) dirty: DirtyLog,
@@ -128,10 +128,11 @@ pub(super) struct Dom {
     state: Mutex<State>,
 }
 
-/// The state of a domain, locked.
+/// A guard of a domain's state.
 #[derive(Debug)]
 pub(super) struct Locked<'d> {
-    /// Before `state`: other processes wait for this, threads for that.
+    /// Keeps out other processes. Declared before `state`, which keeps out threads, so that it is
+    /// dropped first.
     _held: Held<'d>,
     state: MutexGuard<'d, State>,
 }
@@ -154,8 +155,8 @@ impl DerefMut for Locked<'_> {
 pub(super) const MAX_PFNS: usize = 1 << 28;
 
 impl Dom {
-    /// A domain with this state, which is read again when it is looked at if the store has
-    /// counted another number of changes than `seen`; `p2m` where it is translated.
+    /// A domain with this state, which corresponds to the change count `seen`: at a different count
+    /// it is read again on its next use. `p2m` is for a translated domain.
     pub(super) fn new(store: &Arc<Store>, saved: Saved, p2m: Option<Words>, seen: u64) -> Self {
         let Saved { record, blobs } = saved;
         Self {
@@ -173,8 +174,8 @@ impl Dom {
         }
     }
 
-    /// The state, for as long as the guard lives, in which no other process changes it. No caller
-    /// panics half-way through a change, so a poisoned lock guards a good state.
+    /// The state, for as long as the guard lives; no other process changes it meanwhile. No caller
+    /// panics during a change, so the state is valid even if the lock is poisoned.
     pub(super) fn lock(&self) -> Locked<'_> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let held = self.store.locks.hold(Range::State(self.domid));
@@ -193,7 +194,7 @@ impl Dom {
                 *state = State { record, blobs };
             }
             Ok(_) => self.gone.store(true, Ordering::Release),
-            // It is tried again by whatever looks next.
+            // The next use tries again.
             Err(error) => {
                 return tracing::error!(%error, "what another process changed could not be read");
             }
@@ -201,19 +202,19 @@ impl Dom {
         self.seen.store(now, Ordering::Release);
     }
 
-    /// Says that the state changes. To be called while it is locked, before it is written.
+    /// Counts a change of the state. Must be called with the state locked, before it is written.
     pub(super) fn changes(&self) {
         let now = self.store.changed(Changes::State(self.domid));
         self.seen.store(now, Ordering::Release);
     }
 
-    /// Says that the domain is destroyed. To be called while it is locked.
+    /// Marks the domain as destroyed. Must be called with the state locked.
     pub(super) fn goes(&self) {
         self.changes();
         self.gone.store(true, Ordering::Release);
     }
 
-    /// Whether the domain is destroyed, as was known here when it was last locked.
+    /// Whether the domain was destroyed when this process last locked it.
     pub(super) fn is_gone(&self) -> bool {
         self.gone.load(Ordering::Acquire)
     }
@@ -227,7 +228,7 @@ impl Dom {
         self.is_gone()
     }
 
-    /// Whether it is the domain of this record, and not an earlier one with its number.
+    /// Whether `record` is of this domain, and not of an earlier one with its number.
     pub(super) fn is(&self, record: &Record) -> bool {
         self.born == record.born && self.domid == record.domid
     }

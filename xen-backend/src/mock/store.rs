@@ -64,7 +64,7 @@ pub(super) const DOMAINS: &str = "domains";
 const STATE: &str = "state.json";
 /// The directory of a domain's blobs.
 const BLOBS: &str = "blobs";
-/// Which command has the lock of a domain, in its directory.
+/// The file in a domain's directory that names the command with its lock.
 const HOLDER: &str = "holder";
 /// The suffix of the directory of a removed domain.
 const DEAD: &str = "dead";
@@ -76,9 +76,9 @@ pub(super) struct Store {
     place: Option<Place>,
     /// Without a directory: the large files by name.
     files: Mutex<BTreeMap<String, File>>,
-    /// What keeps other processes, and the threads of this one, apart.
+    /// The locks between processes.
     pub(super) locks: Locks,
-    /// How often what has changed.
+    /// Counters of changes.
     changes: Words,
 }
 
@@ -111,7 +111,7 @@ impl Store {
         Self::over(None, Locks::NONE)
     }
 
-    /// The store in a directory, which other processes may have open, too.
+    /// A store in a directory, which other processes may have open too.
     pub(super) fn open(place: Place, locks: Locks) -> Result<Self, MockError> {
         Self::over(Some(place), locks)
     }
@@ -128,12 +128,12 @@ impl Store {
         })
     }
 
-    /// How often this has changed, in any process.
+    /// The number of changes of `of`, by any process.
     pub(super) fn count(&self, of: Changes) -> u64 {
         self.changes.get(of.index())
     }
 
-    /// Says that this changes; how often it has then.
+    /// Counts a change of `of`, and returns the new number.
     pub(super) fn changed(&self, of: Changes) -> u64 {
         self.changes.increment(of.index())
     }
@@ -240,8 +240,8 @@ impl Store {
         }
     }
 
-    /// Removes what is half made or half removed; whether there was any: frames may still be
-    /// called its own. Only for a process that is alone.
+    /// Removes incomplete and half-removed domains, and returns whether there were any: they may
+    /// still own frames. Only for a process that has the host open alone.
     pub(super) fn clear_leftovers(&self) -> Result<bool, MockError> {
         let Some(domains) = self.domains()? else {
             return Ok(false);
@@ -259,7 +259,7 @@ impl Store {
         Ok(leftovers)
     }
 
-    /// Every domain there is.
+    /// All domains.
     pub(super) fn load_domains(&self) -> Result<Vec<Saved>, MockError> {
         let Some(domains) = self.domains()? else {
             return Ok(Vec::new());
@@ -273,7 +273,7 @@ impl Store {
         Ok(saved)
     }
 
-    /// One domain; `None` where there is none of this number.
+    /// A domain; `None` if none has this number.
     pub(super) fn load_domain(&self, domid: DomId) -> Result<Option<Saved>, MockError> {
         match self.domains()? {
             None => Ok(None),
@@ -281,7 +281,7 @@ impl Store {
         }
     }
 
-    /// Writes which command has the lock of a domain.
+    /// Records the command that holds the lock of a domain.
     pub(super) fn save_holder(&self, domid: DomId, holder: &LockHolder) -> Result<(), MockError> {
         match self.domain(domid)? {
             None => Ok(()),
@@ -289,7 +289,7 @@ impl Store {
         }
     }
 
-    /// Which command has, or had, the lock of a domain.
+    /// The command that holds, or last held, the lock of a domain.
     pub(super) fn load_holder(&self, domid: DomId) -> Result<Option<LockHolder>, MockError> {
         let holder = match self.domain(domid)? {
             None => None,
@@ -299,7 +299,7 @@ impl Store {
     }
 }
 
-/// A big file, made if it is not there.
+/// A large file, created if it does not exist.
 fn big_file(
     place: Option<&Place>,
     files: &Mutex<BTreeMap<String, File>>,
@@ -323,7 +323,7 @@ fn big_file(
     }
 }
 
-/// A domain of this number. What another process removes meanwhile is not there.
+/// The domain with this number; `None` also if another process removes it meanwhile.
 fn load(domains: &Place, domid: DomId) -> Result<Option<Saved>, MockError> {
     let loaded = (|| {
         let domain = domains.within(&domid.0.to_string())?;
@@ -349,7 +349,7 @@ fn dead(domid: DomId) -> String {
 fn load_blobs(blobs: &Place) -> Result<BTreeMap<String, Vec<u8>>, MockError> {
     let mut loaded = BTreeMap::new();
     for name in blobs.names()? {
-        // One that is being written has its old contents still.
+        // A blob that is being written still has its old contents under its own name.
         if !is_new(&name)
             && let Some(blob) = blobs.read(&name)?
         {

@@ -170,8 +170,8 @@ impl Shared {
         written
     }
 
-    /// A node for the pieces of a value, which nothing has. A process with the number of this
-    /// one, an earlier one or one of another namespace, may have used what this one would.
+    /// An unused node for the pieces of a value. A process with the same number, an earlier one or
+    /// one in another PID namespace, may already have used the next name.
     fn unused(&self, domain: DomainRef, key: &str) -> Result<String, StoreError> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         loop {
@@ -213,7 +213,7 @@ impl Shared {
         if self.store.read(OURS)?.is_some() {
             return Ok(());
         }
-        // In one step with its permissions.
+        // Created together with its permissions.
         self.store.transaction(&mut |nodes| {
             let missing = nodes.read(OURS)?.is_none();
             if missing {
@@ -298,8 +298,8 @@ impl XenHost {
         }
     }
 
-    /// The domain except `domain` that has the name. To be asked in the transaction that gives
-    /// the name: one that is given another domain meanwhile has it done anew.
+    /// The domain other than `domain` that has the name. Must be called in the transaction that
+    /// sets the name, which is then repeated if another domain is given the name meanwhile.
     fn taken(
         &self,
         nodes: &mut dyn Nodes,
@@ -311,7 +311,7 @@ impl XenHost {
                 continue;
             }
             let found = nodes.read(&node(domid, "/name"))?;
-            // Of a domain that is gone, nodes may be left.
+            // A domain that is gone may have left nodes.
             if found.as_deref() == Some(name.as_bytes())
                 && let Ok(info) = self.shared.calls.info(domid)
             {
@@ -328,7 +328,7 @@ impl XenHost {
                 .iter()
                 .filter_map(|name| name.parse().ok().map(DomId))
                 .collect()),
-            // More of them than a message of xenstore can name.
+            // There are too many for one message of xenstore.
             Err(StoreError::Refused {
                 errno: Errno::E2BIG,
                 ..
@@ -400,8 +400,8 @@ impl XenHost {
                 continue;
             };
             self.shared.store.transaction(&mut |nodes| {
-                // Read here, so that a domain which gets this number and is locked or configured
-                // meanwhile has this done anew.
+                // Makes the transaction conflict, and be repeated, if a new domain with this number
+                // is locked or configured meanwhile.
                 nodes.list(&tree(domid))?;
                 let gone = self.shared.calls.info(domid) == Err(Errno::ESRCH);
                 if gone {
@@ -448,9 +448,9 @@ impl XenHost {
     }
 }
 
-/// The process that has the lock which a node is, and whether it would be found from here;
-/// `None` if it has ended. What is not understood may be the lock of another version of this
-/// program: it is not free.
+/// The process that holds the lock in a node's `value`, and whether that process would be visible
+/// from here; `None` if it has ended. An unknown format may be from another version of this
+/// program, so that lock is not free.
 fn holder(value: &[u8]) -> Option<(LockHolder, bool)> {
     match Process::decode(value) {
         Some(process) if process.has_ended() => None,
@@ -462,17 +462,17 @@ fn holder(value: &[u8]) -> Option<(LockHolder, bool)> {
     }
 }
 
-/// A lock that this process has.
+/// A lock that this process holds.
 struct OurLock {
     shared: Arc<Shared>,
     domain: DomainRef,
     path: String,
-    /// What the node holds.
+    /// The value of the node.
     value: Mutex<Vec<u8>>,
 }
 
 impl OurLock {
-    /// Has the lock name another process.
+    /// Records another process as the holder of the lock.
     fn name(&self, new: Vec<u8>) -> Result<(), StoreError> {
         let mut value = self.value.lock().unwrap_or_else(PoisonError::into_inner);
         // The node is missing if the domain was destroyed.
@@ -589,13 +589,13 @@ impl DomainStore for XenHost {
         let left_behind = left_behind.map_err(failed("looking for devices", domid))?;
         let start = Instant::now();
         let left = || timeout.saturating_sub(start.elapsed());
-        // One that is dying, too: the hypervisor goes on with what it has not released yet.
+        // Includes a dying domain: the hypervisor continues to release it.
         match self.kill(domain, left) {
             Err(DomainStoreError::Gone { .. }) if info.dying => {}
             killed => killed?,
         }
         self.shared.logs().remove(&domid);
-        // Its own alone: the number may be another domain's by now.
+        // Only this domain's own nodes: another domain may have the number by now.
         let removed = self.shared.store.transaction(&mut |nodes| {
             nodes.remove(&tree_of(domain))?;
             remove_if_empty(nodes, domain)?;

@@ -244,7 +244,7 @@ impl Connection {
         domid: DomId,
         owner: bool,
     ) -> Result<(), StoreError> {
-        // The first is the owner, with what everybody else may do.
+        // The first entry is the owner, with the permissions of all other domains.
         let permissions = match owner {
             true => vec![format!("n{}", domid.0)],
             false => vec!["n0".to_owned(), format!("r{}", domid.0)],

@@ -53,7 +53,7 @@ impl Xenstore for Face {
     }
 
     fn transaction(&self, work: &mut Work<'_>) -> Result<(), StoreError> {
-        // As xenstored: one that meets another is made anew.
+        // Like xenstored: a conflicting transaction is repeated.
         loop {
             let before = self.state().nodes.clone();
             let mut changed = Changed(before.clone());

@@ -1,4 +1,4 @@
-//! Which frames of the machine are taken, by this process and by others that have it open.
+//! Allocation of the machine's frames, among all processes that have it open.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -16,13 +16,14 @@ use super::super::store::Store;
 use super::{COUNTERS, INVALID_M2P, Machine, pages_counter, punch};
 use crate::DomId;
 
-/// The allocator, and what this process knows of it.
+/// The allocator, and this process's knowledge of it.
 #[derive(Debug)]
 pub(super) struct Allocation {
     allocator: Allocator,
-    /// The count of changes at which it was what the store has.
+    /// The change count that `allocator` corresponds to.
     seen: u64,
-    /// How many [`AllocatorHeld`] there are: then no other process changes it.
+    /// The number of [`AllocatorHeld`]; while it is not zero, no other process changes the
+    /// allocator.
     holders: usize,
 }
 
@@ -36,10 +37,11 @@ impl Allocation {
     }
 }
 
-/// The allocator, locked.
+/// A guard of the allocator.
 pub(super) struct Allocating<'m> {
     store: &'m Store,
-    /// Before `allocation`: other processes wait for this, threads for that.
+    /// Keeps out other processes. Declared before `allocation`, which keeps out threads, so that it
+    /// is dropped first.
     _held: Option<Held<'m>>,
     allocation: MutexGuard<'m, Allocation>,
 }
@@ -66,8 +68,8 @@ impl Drop for Allocating<'_> {
     }
 }
 
-/// Keeps other processes from taking frames or giving them back, so that many can be taken
-/// without a lock for each.
+/// Keeps other processes from taking or giving back frames, so that many can be taken with one
+/// lock.
 pub(in super::super) struct AllocatorHeld<'m>(&'m Machine);
 
 impl Drop for AllocatorHeld<'_> {
@@ -100,7 +102,7 @@ impl Machine {
         }
     }
 
-    /// Keeps other processes from the allocator for a while.
+    /// Keeps other processes from the allocator until the result is dropped.
     pub(in super::super) fn hold_allocator(&self) -> AllocatorHeld<'_> {
         let mut allocation = self.allocation();
         if allocation.holders == 0 {
@@ -111,7 +113,7 @@ impl Machine {
         AllocatorHeld(self)
     }
 
-    /// Looks again at what is taken, if another process has changed that.
+    /// Reads the frames taken again, if another process has changed them.
     fn refresh_allocator(&self, allocation: &mut Allocation) {
         let now = self.store.count(Changes::Allocator);
         if allocation.seen != now {

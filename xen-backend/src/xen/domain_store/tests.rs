@@ -198,7 +198,7 @@ fn a_lock_holds_across_handles_and_ends_with_its_process() {
     words[2] = "00000000-another-boot";
     made.face.write(&path, words.join(" ").as_bytes()).unwrap();
     let lock = other.lock(made.domain, "xsr destroy web").unwrap();
-    // That of the dead process is not given back.
+    // The dead process's lock is not released later.
     assert!(
         read(&made.face, &path)
             .unwrap()
@@ -220,7 +220,7 @@ fn a_lock_holds_across_handles_and_ends_with_its_process() {
     }
 }
 
-/// This process is killed, and its child goes on with the domain.
+/// This process is killed, and its child continues to work on the domain.
 #[test]
 fn a_lock_that_is_passed_on_ends_with_the_child() {
     let made = of_libxl();
@@ -239,7 +239,7 @@ fn a_lock_that_is_passed_on_ends_with_the_child() {
     child.kill().unwrap();
     child.wait().unwrap();
     drop(lock().unwrap());
-    // It is given back by the process that took it, whichever it names.
+    // The process that took the lock releases it, whichever process it names.
     let passed = made.host.lock(made.domain, "xsr migrate web").unwrap();
     passed.pass_to(1).unwrap();
     assert!(lock().is_err());
@@ -248,7 +248,7 @@ fn a_lock_that_is_passed_on_ends_with_the_child() {
     assert!(made.face.list(OURS).unwrap().is_empty());
 }
 
-/// A process of the same number has written the value that is replaced.
+/// An earlier process with the same number wrote the value that is replaced.
 #[test]
 fn a_value_is_kept_whatever_nodes_there_are() {
     let made = of_libxl();
@@ -268,8 +268,7 @@ fn a_value_is_kept_whatever_nodes_there_are() {
     }
 }
 
-/// A store in which something happens each time that a transaction has begun, until it returns
-/// false.
+/// A store that calls `happens` in each transaction, after its work and before its end.
 struct Meanwhile<F> {
     face: Face,
     happens: F,
@@ -329,7 +328,7 @@ fn with(made: &OfLibxl, happens: impl Fn(&Face) + Send + Sync + 'static) -> XenH
     XenHost::over(Arc::new(made.face.clone()), Box::new(store)).unwrap()
 }
 
-/// Made and named once the rename had looked which domains there are.
+/// The other domain is created and named after the rename has listed the domains.
 #[test]
 fn a_name_that_another_domain_gets_meanwhile_is_not_given_twice() {
     let made = of_libxl();
@@ -354,12 +353,12 @@ fn a_name_that_another_domain_gets_meanwhile_is_not_given_twice() {
         made.store().name(made.domain).unwrap().as_deref(),
         Some("web")
     );
-    // What is left of a domain that is gone takes no name.
+    // The remains of a domain that is gone do not reserve its name.
     made.host.domain(by).unwrap().destroy().unwrap();
     made.host.rename(made.domain, "web", "db").unwrap();
 }
 
-/// Its number is another domain's by the time that what is kept of it is to be removed.
+/// Another domain has the number by the time the old domain's data is removed.
 #[test]
 fn what_a_new_domain_keeps_is_not_taken_for_a_destroyed_ones() {
     let made = of_libxl();
