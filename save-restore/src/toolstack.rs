@@ -12,6 +12,8 @@ use xsr_xen_backend::{BackendError, Domain, ShutdownReason};
 
 use crate::guest::older_policy;
 
+pub use crate::guest::older_policy::OlderGuest;
+
 /// A callback that failed.
 #[derive(Debug, Error)]
 #[error("{what}: {cause}")]
@@ -304,6 +306,35 @@ impl SaveToolstack for DirectToolstack<'_> {
     }
 }
 
+/// Give a domain what its image does not hold of static data, as
+/// [`RestoreToolstack::static_data_done`] has to. Without the MSRs it keeps Xen's default, which libxl
+/// leaves it, too.
+///
+/// # Errors
+///
+/// The hypervisor refuses the CPU policy.
+pub fn make_up_for(
+    domain: &dyn Domain,
+    missing: MissingStaticData,
+    older: &OlderGuest,
+) -> Result<(), ToolstackError> {
+    if missing.cpuid {
+        match &older.featureset {
+            None => tracing::warn!(
+                "the image holds no CPU policy (Xen before 4.14 wrote none): the guest gets this \
+                 host's default, with what Xen 4.13 would have given it besides (RDRAND, HLE, RTM, \
+                 MPX); of another processor's features, it may miss some"
+            ),
+            Some(_) => tracing::info!(
+                "the image holds no CPU policy (Xen before 4.14 wrote none): the guest gets the \
+                 toolstack's feature set"
+            ),
+        }
+        older_policy::set(domain, older).map_err(backend("setting the CPU policy"))?;
+    }
+    Ok(())
+}
+
 impl CheckpointRestoreToolstack for DirectToolstack<'_> {
     /// There is nothing around the libxc stream.
     fn checkpoint(&mut self, _offset: u64) -> Result<Arrival, ToolstackError> {
@@ -313,16 +344,7 @@ impl CheckpointRestoreToolstack for DirectToolstack<'_> {
 
 impl RestoreToolstack for DirectToolstack<'_> {
     fn static_data_done(&mut self, missing: MissingStaticData) -> Result<(), ToolstackError> {
-        // Without the MSRs it keeps Xen's default, which libxl leaves it, too.
-        if missing.cpuid {
-            tracing::warn!(
-                "the image holds no CPU policy (Xen before 4.14 wrote none): the guest gets this \
-                 host's default, with what Xen 4.13 would have given it besides (RDRAND, HLE, RTM, \
-                 MPX); of another processor's features, it may miss some"
-            );
-            older_policy::set(self.0).map_err(backend("setting the CPU policy"))?;
-        }
-        Ok(())
+        make_up_for(self.0, missing, &OlderGuest::default())
     }
 
     /// Nobody waits for the rings here: what [`crate::restore()`] returns names them.

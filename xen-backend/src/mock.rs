@@ -76,6 +76,7 @@ pub use self::grants::GrantEntry;
 pub use self::guest::{GuestSpec, P2mStyle};
 pub use self::phases::phase;
 pub use self::processor::{BadProcessor, Processor};
+pub use self::state::Placement;
 pub use self::summary::{DomainReport, DomainState, DomainSummary};
 pub use self::workload::{BackgroundWorkload, Workload, WorkloadCounts, WorkloadEnd, WorkloadSpec};
 
@@ -393,6 +394,16 @@ impl MockHost {
         Ok(domain.look("settings", |state| Ok(state.record.settings.clone()))?)
     }
 
+    /// Where and how much the vcpus of a domain may run.
+    ///
+    /// # Errors
+    ///
+    /// ESRCH.
+    pub fn placement(&self, domid: DomId) -> Result<Placement, MockError> {
+        let domain = self.mock_domain(domid)?;
+        Ok(domain.look("placement", |state| Ok(state.record.placement.clone()))?)
+    }
+
     /// The reserved grant entries of a domain: console and xenstore.
     ///
     /// # Errors
@@ -494,6 +505,7 @@ impl Host for MockHost {
                     },
                     hvm_params,
                     settings: settings.clone(),
+                    placement: Placement::default(),
                 };
                 (record, blobs)
             });

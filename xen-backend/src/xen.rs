@@ -17,6 +17,7 @@ mod libxl_files;
 mod log_dirty;
 mod memory;
 mod open;
+mod placement;
 mod platform;
 mod pv;
 mod release;

@@ -14,6 +14,16 @@ pub(crate) trait Backend {
     /// The hypervisor.
     fn host(&self) -> &dyn Host;
 
+    /// The hypervisor, for what only xapi asks of it.
+    fn xen(&self) -> &XenHost;
+
+    /// The value of the node `/local/domain/N/NAME` of xenstore; `None` if there is none.
+    ///
+    /// # Errors
+    ///
+    /// xenstore cannot be asked.
+    fn node(&self, domid: DomId, name: &str) -> Result<Option<Vec<u8>>>;
+
     /// The socket at which a domain's qemu answers.
     fn qmp_socket(&self, domid: DomId) -> PathBuf;
 
@@ -41,6 +51,14 @@ struct Xen(XenHost);
 impl Backend for Xen {
     fn host(&self) -> &dyn Host {
         &self.0
+    }
+
+    fn xen(&self) -> &XenHost {
+        &self.0
+    }
+
+    fn node(&self, domid: DomId, name: &str) -> Result<Option<Vec<u8>>> {
+        Ok(self.0.domain_node(domid, name)?)
     }
 
     fn qmp_socket(&self, domid: DomId) -> PathBuf {

@@ -5,9 +5,9 @@ use std::os::fd::OwnedFd;
 use anyhow::{Error, Result, anyhow, ensure};
 use xsr_format::read::{ReadOptions, RecordReader};
 use xsr_save_restore::progress::Progress;
-use xsr_save_restore::save::precopy::TargetPolicy;
 use xsr_save_restore::sink::FdSink;
 use xsr_save_restore::source::FdSource;
+use xsr_save_restore::toolstack::OlderGuest;
 use xsr_save_restore::{CpuCheck, Live, RestoreOptions, SaveRequest};
 use xsr_xen_backend::{DomId, Domain};
 
@@ -15,6 +15,7 @@ use crate::args::{Args, Mode};
 use crate::backend::Backend;
 use crate::control::{Control, End};
 use crate::line::Line;
+use crate::platform::Platform;
 use crate::progress::Percent;
 use crate::toolstack::{Restoring, Saving};
 
@@ -44,12 +45,16 @@ pub(crate) fn run(
         args.domid,
         kind.name()
     );
+    let platform = Platform::of(backend, args.domid);
     match args.mode {
-        Mode::Save { live } => save(args, live, stream, control, backend, domain),
+        Mode::Save { live } => save(args, live, stream, control, backend, &platform, domain),
         Mode::Restore {
             store_port,
             console_port,
-        } => restore((store_port, console_port), stream, control, domain),
+        } => {
+            let ports = (store_port, console_port);
+            restore(ports, stream, control, &platform, domain)
+        }
     }
 }
 
@@ -63,8 +68,11 @@ fn save(
     stream: OwnedFd,
     control: &Control,
     backend: &dyn Backend,
+    platform: &Platform<'_>,
     domain: &dyn Domain,
 ) -> Result<()> {
+    platform.check_may_move()?;
+    let mut policy = platform.policy()?;
     let xen = backend.host().xen_version()?;
     let mut sink = FdSink::cancellable(stream, control.cancel().clone())?;
     let mut toolstack = Saving {
@@ -85,10 +93,9 @@ fn save(
         }
         control.cancel().check()
     };
-    let mut policy = TargetPolicy::default();
     let mut request = SaveRequest::new(domain, xen).observe(&mut on_progress);
     if live {
-        let policy = &mut policy;
+        let policy = &mut *policy;
         request = request.live(Live {
             policy,
             verify: false,
@@ -114,9 +121,16 @@ fn restore(
     (store_port, console_port): (u32, u32),
     stream: OwnedFd,
     control: &Control,
+    platform: &Platform<'_>,
     domain: &dyn Domain,
 ) -> Result<()> {
     const DOM0: DomId = DomId(0);
+    let translated = domain.info()?.kind.is_translated();
+    platform.set_up(domain, translated)?;
+    let older = OlderGuest {
+        featureset: platform.featureset()?,
+        nested: platform.nested()?,
+    };
     let source = FdSource::cancellable(stream, control.cancel().clone())?;
     control.wait_for_restore().map_err(ended)?;
     let reader = RecordReader::new(source, ReadOptions::default())?;
@@ -130,9 +144,12 @@ fn restore(
         cpu: CpuCheck::Warn,
     };
     let mut on_progress = |_: &Progress| control.cancel().check();
-    let mut toolstack = Restoring { domain };
+    let mut toolstack = Restoring { domain, older };
     let (restored, _) =
         xsr_save_restore::restore(domain, reader, &mut toolstack, &options, &mut on_progress)?;
+    if translated {
+        platform.write_generation_id(domain)?;
+    }
     tracing::debug!(stats = ?restored.stats, "restored");
     control
         .result(&Line::Restored {

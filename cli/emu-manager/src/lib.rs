@@ -22,6 +22,7 @@ mod line;
 mod log;
 #[cfg(feature = "test-backend")]
 mod mock;
+mod platform;
 mod progress;
 mod qmp;
 mod stream;

@@ -86,10 +86,25 @@ impl<S: Subscriber> Layer<S> for Layers {
             say(&text);
         }
         if level <= Level::INFO {
-            // An xenopsd that does not hear is noted by the control.
-            self.control.tell(&Line::Info(&text)).ok();
+            for piece in pieces(&text) {
+                // An xenopsd that does not hear is noted by the control.
+                self.control.tell(&Line::Info(piece)).ok();
+            }
         }
     }
+}
+
+/// Text in pieces that each fit into a line.
+fn pieces(text: &str) -> impl Iterator<Item = &str> {
+    const LONGEST: usize = 120;
+    let mut rest = text;
+    std::iter::from_fn(move || {
+        let end = (0..=rest.len().min(LONGEST)).rev();
+        let end = end.into_iter().find(|at| rest.is_char_boundary(*at))?;
+        let (piece, after) = rest.split_at(end);
+        rest = after;
+        (!piece.is_empty()).then_some(piece)
+    })
 }
 
 /// A message, and what belongs to it.
@@ -106,5 +121,19 @@ impl Visit for Text {
             name => write!(self.fields, " {name}={value:?}"),
         }
         .ok();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_messages_go_to_xenopsd_in_pieces() {
+        let text = "é".repeat(200);
+        let pieces: Vec<&str> = pieces(&text).collect();
+        assert_eq!(pieces.concat(), text);
+        assert!(pieces.len() == 4 && pieces.iter().all(|piece| piece.len() <= 120));
+        assert_eq!(super::pieces("").count(), 0);
     }
 }

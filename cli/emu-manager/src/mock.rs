@@ -2,25 +2,33 @@
 //! `test-backend` only, and used by the program `xsr-emu-manager-mock` only.
 
 use std::env;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 use xsr_save_restore::toolstack::ToolstackError;
 use xsr_xen_backend::mock::{BackgroundWorkload, MockHost, WorkloadSpec};
-use xsr_xen_backend::{DomId, Domain, Host};
+use xsr_xen_backend::{DomId, Domain, Host, XenHost};
 
 use crate::backend::{Backend, StandIn};
 
 /// Names the machine: `mock:DIR`, or `mock-xen:DIR`, which is the same machine asked by
 /// hypercalls.
 const VARIABLE: &str = "XSR_EMU_TEST_BACKEND";
-/// The directory that stands in for /var/run/xen.
+/// The directory that stands in for /var/run/xen, and, with the files below `xenstore/N`, for
+/// xenstore.
 const RUN: &str = "XSR_EMU_TEST_RUN";
 
 /// A mock machine, by either of its faces.
 struct Mock {
     host: Box<dyn Host>,
+    xen: XenHost,
     machine: MockHost,
+}
+
+fn run_dir() -> PathBuf {
+    let run = env::var_os(RUN).unwrap_or_else(|| "/var/run/xen".into());
+    PathBuf::from(run)
 }
 
 /// Open the machine that the environment names.
@@ -37,7 +45,8 @@ pub(crate) fn open() -> Result<Box<dyn Backend>> {
         "mock-xen" => Box::new(machine.as_xen()?),
         _ => bail!("{VARIABLE} is {name:?}, expected mock:DIR or mock-xen:DIR"),
     };
-    Ok(Box::new(Mock { host, machine }))
+    let xen = machine.as_xen()?;
+    Ok(Box::new(Mock { host, xen, machine }))
 }
 
 impl Backend for Mock {
@@ -45,9 +54,21 @@ impl Backend for Mock {
         &*self.host
     }
 
+    fn xen(&self) -> &XenHost {
+        &self.xen
+    }
+
+    fn node(&self, domid: DomId, name: &str) -> Result<Option<Vec<u8>>> {
+        let path = run_dir().join(format!("xenstore/{}/{name}", domid.0));
+        match std::fs::read(path) {
+            Ok(value) => Ok(Some(value)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     fn qmp_socket(&self, domid: DomId) -> PathBuf {
-        let run = env::var_os(RUN).unwrap_or_else(|| "/var/run/xen".into());
-        PathBuf::from(run).join(format!("qmp-libxl-{}", domid.0))
+        run_dir().join(format!("qmp-libxl-{}", domid.0))
     }
 
     fn stand_in(&self, domid: DomId) -> Result<Option<Box<dyn StandIn + '_>>> {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use xsr_format::frame::Gfn;
 use xsr_save_restore::progress::Cancel;
 use xsr_save_restore::toolstack::{
-    DirectToolstack, MissingStaticData, RestoreToolstack, SaveToolstack, ToolstackError,
+    MissingStaticData, OlderGuest, RestoreToolstack, SaveToolstack, ToolstackError, make_up_for,
 };
 use xsr_xen_backend::Domain;
 
@@ -81,6 +81,8 @@ impl Saving<'_> {
 /// xenopsd, during a restore: it has prepared the domain, and waits for the result.
 pub(crate) struct Restoring<'d> {
     pub(crate) domain: &'d dyn Domain,
+    /// Of the VM's CPU, for an image that says nothing of it.
+    pub(crate) older: OlderGuest,
 }
 
 impl std::fmt::Debug for Restoring<'_> {
@@ -91,7 +93,7 @@ impl std::fmt::Debug for Restoring<'_> {
 
 impl RestoreToolstack for Restoring<'_> {
     fn static_data_done(&mut self, missing: MissingStaticData) -> Result<(), ToolstackError> {
-        DirectToolstack(self.domain).static_data_done(missing)
+        make_up_for(self.domain, missing, &self.older)
     }
 
     /// Said by the `result:` line, when everything else is done.

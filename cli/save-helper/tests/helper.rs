@@ -7,6 +7,8 @@
 mod colo;
 #[path = "../../tests/it/common/images.rs"]
 mod images;
+#[path = "../../tests/it/common/old_kernel.rs"]
+mod old_kernel;
 #[path = "helper/remus.rs"]
 mod remus;
 #[path = "helper/restore.rs"]
@@ -279,6 +281,32 @@ fn a_save_asks_what_libxl_expects_and_writes_the_engines_stream() {
         let info = host.domain(domid).unwrap().info().unwrap();
         assert_eq!(info.shutdown, Some(ShutdownReason::Suspend));
     }
+}
+
+/// XCP-ng 8.3's dom0 has Linux 4.19.
+#[test]
+fn a_save_needs_no_system_call_that_is_newer_than_linux_4_19() {
+    let dir = scratch();
+    let (path, domid) = host(dir.path(), GuestKind::Pv, 8);
+    let stream = dir.path().join("stream");
+    let program = env!("CARGO_BIN_EXE_xsr-save-helper-mock");
+    let args = save_args(domid, 0);
+    // What the test program prints goes elsewhere.
+    let others = "8>&1 >/dev/null";
+    let mut command = started(&old_kernel::test_program(), old_kernel::BECOME, others);
+    command
+        .env(
+            old_kernel::COMMAND,
+            format!("exec {program} {args} >&8 8>&-"),
+        )
+        .env(
+            "XSR_HELPER_TEST_BACKEND",
+            format!("mock:{}", path.display()),
+        )
+        .stderr(File::create(&stream).unwrap());
+    let run = play(command.spawn().unwrap(), fine);
+    assert_eq!(run.completed(), (0, Errno::from_raw(0)), "{run:?}");
+    assert!(fs::read(&stream).unwrap() == by_the_engine(GuestKind::Pv, 8));
 }
 
 #[test]

@@ -40,12 +40,37 @@ const CMP_LEGACY: Bit = (0x8000_0001, NO_SUBLEAF, ECX, 1);
 const SVM: Bit = (0x8000_0001, NO_SUBLEAF, ECX, 2);
 const ITSC: Bit = (0x8000_0007, NO_SUBLEAF, EDX, 8);
 
+/// What a toolstack knows of the CPU of a guest whose image says nothing of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OlderGuest {
+    /// Its features, as words of Xen's feature set (`xen/include/public/arch-x86/cpufeatureset.h`);
+    /// `None` for those of a new guest, with what Xen 4.13 would have given it besides.
+    pub featureset: Option<Vec<u32>>,
+    /// It may use hardware virtualisation itself. A feature set says this by itself.
+    pub nested: bool,
+}
+
+/// The registers that the words of a feature set are, up to the last that Xen 4.13 had and a guest
+/// of it can see.
+const WORDS: [(u32, u32, usize); 10] = [
+    (1, NO_SUBLEAF, EDX),
+    (1, NO_SUBLEAF, ECX),
+    (0x8000_0001, NO_SUBLEAF, EDX),
+    (0x8000_0001, NO_SUBLEAF, ECX),
+    (0xd, 1, EAX),
+    (7, 0, EBX),
+    (7, 0, ECX),
+    (0x8000_0007, NO_SUBLEAF, EDX),
+    (0x8000_0008, NO_SUBLEAF, EBX),
+    (7, 0, EDX),
+];
+
 /// Replaces Xen's default policy of a domain by the one that a guest of an older Xen expects.
-pub(crate) fn set(domain: &dyn Domain) -> Result<(), BackendError> {
+pub(crate) fn set(domain: &dyn Domain, older: &OlderGuest) -> Result<(), BackendError> {
     let translated = domain.info()?.kind.is_translated();
     let host = Leaves::decode(&domain.host_cpu_policy()?.leaves);
     let mut guest = Leaves::decode(&domain.cpu_policy()?.leaves);
-    guest.make_older(&host, translated);
+    guest.make_older(&host, translated, older);
     domain.set_cpu_policy(&CpuPolicy {
         leaves: guest.encode(),
         msrs: Vec::new(),
@@ -93,7 +118,7 @@ impl Leaves {
         self.0.retain(|(leaf, _), _| !beyond(*leaf));
     }
 
-    fn make_older(&mut self, host: &Self, translated: bool) {
+    fn make_older(&mut self, host: &Self, translated: bool, older: &OlderGuest) {
         for bit in [RDRAND, HLE, RTM] {
             self.put(bit, host.has(bit));
         }
@@ -107,7 +132,20 @@ impl Leaves {
         }
         self.0
             .retain(|(leaf, subleaf), _| *leaf != 7 || *subleaf == ONLY_FEATURES);
-        self.put(ITSC, false);
+        match &older.featureset {
+            Some(words) => {
+                for (word, (leaf, subleaf, register)) in words.iter().zip(WORDS) {
+                    self.0.entry((leaf, subleaf)).or_default()[register] = *word;
+                }
+            }
+            None => {
+                self.put(ITSC, false);
+                if translated && !older.nested {
+                    self.put(VMX, false);
+                    self.put(SVM, false);
+                }
+            }
+        }
         if translated {
             self.hide_threads();
         } else {
@@ -120,13 +158,7 @@ impl Leaves {
 
     /// Makes each vcpu a core of its own, with an APIC id of twice its number.
     fn hide_threads(&mut self) {
-        for (bit, on) in [
-            (PAE, true),
-            (VMX, false),
-            (SVM, false),
-            (HTT, true),
-            (CMP_LEGACY, false),
-        ] {
+        for (bit, on) in [(PAE, true), (HTT, true), (CMP_LEGACY, false)] {
             self.put(bit, on);
         }
         // Leaf 1, ebx 23-16: the most logical processors in a package.
@@ -229,7 +261,7 @@ mod tests {
             (0x8000_0001, NO_SUBLEAF, [0; 4]),
             (0x8000_001d, 0, [1; 4]),
         ]);
-        guest.make_older(&host(), true);
+        guest.make_older(&host(), true, &OlderGuest::default());
         let expected = leaves(&[
             (0, NO_SUBLEAF, [0xd, INTEL[1], INTEL[2], INTEL[3]]),
             (
@@ -264,13 +296,13 @@ mod tests {
                 (0, NO_SUBLEAF, AMD),
                 (0x8000_0008, NO_SUBLEAF, [0x3028, 0, ecx, 0]),
             ]);
-            guest.make_older(&host(), true);
+            guest.make_older(&host(), true, &OlderGuest::default());
             let registers = guest.0[&(0x8000_0008, NO_SUBLEAF)];
             assert_eq!(registers, [0x3028, 0, expected, 0], "{ecx:#x}");
         }
         for (processors, expected) in [(0, 2), (0x40, 0x80), (0x80, 0x80), (0xff, 0xff)] {
             let mut guest = leaves(&[(1, NO_SUBLEAF, [0, processors << 16, 0, 0])]);
-            guest.make_older(&host(), true);
+            guest.make_older(&host(), true, &OlderGuest::default());
             assert_eq!(guest.0[&(1, NO_SUBLEAF)][EBX] >> 16, expected);
         }
     }
@@ -282,7 +314,7 @@ mod tests {
             (1, NO_SUBLEAF, [0, 1 << 16, 0, 0]),
             (0x8000_0008, NO_SUBLEAF, [0, 0, 0x1001, 0]),
         ]);
-        guest.make_older(&host(), false);
+        guest.make_older(&host(), false, &OlderGuest::default());
         let expected = leaves(&[
             (0, NO_SUBLEAF, [0xd, AMD[1], AMD[2], AMD[3]]),
             (1, NO_SUBLEAF, [0, 1 << 16, 1 << 30, 1 << 28]),
@@ -292,5 +324,50 @@ mod tests {
             (0x8000_0008, NO_SUBLEAF, [0, 0, 0x1001, 0]),
         ]);
         assert_eq!(guest, expected);
+    }
+
+    #[test]
+    fn a_feature_set_says_all_and_without_one_virtualisation_is_the_toolstacks_choice() {
+        let fresh = || {
+            leaves(&[
+                (0, NO_SUBLEAF, INTEL),
+                (1, NO_SUBLEAF, [0, 1 << 16, 1 << 5, 0]),
+                (7, 0, [2, 0, 0, 0]),
+                (7, 1, [1; 4]),
+            ])
+        };
+        let mut guest = fresh();
+        let featureset = Some(vec![1, 2, 3, 4, 5, 6, 7, 1 << 8, 9, 10, 11, 12]);
+        let older = OlderGuest {
+            featureset,
+            nested: false,
+        };
+        guest.make_older(&host(), true, &older);
+        for ((leaf, subleaf, register), word) in WORDS.into_iter().zip([
+            // HTT and PAE, as every guest of an older Xen.
+            1 | 1 << 6 | 1 << 28,
+            2,
+            3,
+            // Not CMP_LEGACY, which is bit 1.
+            4,
+            5,
+            6,
+            7,
+            1 << 8,
+            9,
+            10,
+        ]) {
+            assert_eq!(guest.0[&(leaf, subleaf)][register], word, "{leaf:#x}");
+        }
+        assert!(!guest.0.contains_key(&(7, 1)));
+        for nested in [false, true] {
+            let mut guest = fresh();
+            let older = OlderGuest {
+                featureset: None,
+                nested,
+            };
+            guest.make_older(&host(), true, &older);
+            assert_eq!(guest.has(VMX), nested);
+        }
     }
 }

@@ -71,6 +71,8 @@ pub(crate) struct Obstacles {
     pub(crate) short_log: bool,
     /// The processors have no nested paging.
     pub(crate) no_nested_paging: bool,
+    /// Its scheduler is not the credit scheduler.
+    pub(crate) another_scheduler: bool,
     /// No domain may use grant tables of version 2 (`gnttab=max-ver:1`).
     pub(crate) first_grants_only: bool,
 }

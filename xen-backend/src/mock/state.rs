@@ -69,6 +69,32 @@ pub(super) struct Record {
     /// The settings that it was created with.
     #[serde(default)]
     pub(super) settings: DomainSettings,
+    #[serde(default)]
+    pub(super) placement: Placement,
+}
+
+/// Where and how much the vcpus of a domain may run. Nothing on the machine depends on it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Placement {
+    /// For each vcpu whose hard affinity has been set, a bit for each processor, from bit 0 of
+    /// byte 0 on.
+    pub affinity: BTreeMap<u32, Vec<u8>>,
+    /// Of the credit scheduler.
+    pub weight: u16,
+    /// Of the credit scheduler, in percent of a processor; 0 for none.
+    pub cap: u16,
+}
+
+impl Default for Placement {
+    /// As the scheduler makes it.
+    fn default() -> Self {
+        Self {
+            affinity: BTreeMap::new(),
+            weight: 256,
+            cap: 0,
+        }
+    }
 }
 
 impl Record {

@@ -16,6 +16,7 @@ use std::marker::PhantomData;
 use std::mem::offset_of;
 
 use nix::errno::Errno;
+use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::CallBuffer;
 use crate::sys::{common as sys, v12, v13, v14, v15, v16, v17, v18};
@@ -49,6 +50,46 @@ const _: () = {
 /// each, three numbers of 4, and three addresses, which stay null.
 pub(crate) const XENMEM_GET_VNUMAINFO: u32 = 26;
 pub(crate) const VNUMA_INFO: usize = 2 + 2 + 3 * 4 + 3 * 8;
+
+/// `XEN_DOMCTL_setvcpuaffinity`, and its body (`xen_domctl_vcpuaffinity`).
+pub(crate) const SET_VCPU_AFFINITY: u32 = 9;
+
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable)]
+#[repr(C)]
+pub(crate) struct VcpuAffinity {
+    pub(crate) vcpu: u32,
+    /// [`AFFINITY_HARD`]
+    pub(crate) flags: u32,
+    /// Address of the bitmap of processors that it may run on.
+    pub(crate) hard: u64,
+    pub(crate) hard_bits: u64,
+    /// Likewise, of those that it should run on.
+    pub(crate) soft: u64,
+    pub(crate) soft_bits: u64,
+}
+
+/// `XEN_VCPUAFFINITY_HARD`
+pub(crate) const AFFINITY_HARD: u32 = 1;
+
+/// `XEN_DOMCTL_scheduler_op`, and its body for the credit scheduler.
+pub(crate) const SCHEDULER_OP: u32 = 16;
+
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable)]
+#[repr(C)]
+pub(crate) struct SchedulerOp {
+    /// [`SCHEDULER_CREDIT`]
+    pub(crate) scheduler: u32,
+    /// [`SCHEDULER_PUT`] or [`SCHEDULER_GET`]: others have addresses.
+    pub(crate) cmd: u32,
+    pub(crate) weight: u16,
+    pub(crate) cap: u16,
+}
+
+/// `XEN_SCHEDULER_CREDIT`
+pub(crate) const SCHEDULER_CREDIT: u32 = 5;
+/// `XEN_DOMCTL_SCHEDOP_putinfo`, `XEN_DOMCTL_SCHEDOP_getinfo`
+pub(crate) const SCHEDULER_PUT: u32 = 0;
+pub(crate) const SCHEDULER_GET: u32 = 1;
 
 /// Bytes of `xen_extraversion_t`, a string that ends with a zero.
 pub(crate) const EXTRA_VERSION: usize = 16;
@@ -157,7 +198,23 @@ fn of_domctl(cmd: u32) -> Option<&'static [Pointer]> {
             size_of::<sys::xen_msr_entry>(),
         ),
     ];
+    const AFFINITY: [Pointer; 2] = [
+        Pointer {
+            at: offset_of!(VcpuAffinity, hard),
+            room: Room::Bits {
+                at: offset_of!(VcpuAffinity, hard_bits),
+            },
+        },
+        Pointer {
+            at: offset_of!(VcpuAffinity, soft),
+            room: Room::Bits {
+                at: offset_of!(VcpuAffinity, soft_bits),
+            },
+        },
+    ];
     Some(match cmd {
+        SET_VCPU_AFFINITY => &AFFINITY,
+        SCHEDULER_OP => &[],
         sys::XEN_DOMCTL_createdomain
         | sys::XEN_DOMCTL_destroydomain
         | sys::XEN_DOMCTL_pausedomain
@@ -300,7 +357,14 @@ impl<'a> Call<'a> {
     /// A domctl; `whole` holds its header and body. ENOSYS for a command that is not in the table,
     /// EFAULT if a buffer is too small.
     pub(crate) fn domctl(whole: &'a mut CallBuffer, named: Named<'a, '_>) -> Result<Self, Errno> {
-        let pointers = of_domctl(number_at(whole, 0, 4)?).ok_or(Errno::ENOSYS)?;
+        let cmd = number_at(whole, 0, 4)?;
+        let pointers = of_domctl(cmd).ok_or(Errno::ENOSYS)?;
+        if cmd == SCHEDULER_OP {
+            let at = DOMCTL_HEADER + offset_of!(SchedulerOp, cmd);
+            if ![SCHEDULER_PUT, SCHEDULER_GET].contains(&number_at(whole, at, 4)?) {
+                return Err(Errno::ENOSYS);
+            }
+        }
         Self::control(
             sys::__HYPERVISOR_domctl,
             whole,

@@ -8,6 +8,10 @@ mod guardian;
 #[path = "../../../tests/it/common/images.rs"]
 mod images;
 mod machine;
+mod old_dom0;
+#[path = "../../../tests/it/common/old_kernel.rs"]
+mod old_kernel;
+mod platform;
 mod qemu;
 mod restore;
 mod save;

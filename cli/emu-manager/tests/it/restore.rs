@@ -19,7 +19,7 @@ fn by_xen(name: &str) -> Vec<u8> {
     bytes[start..end].to_vec()
 }
 
-fn words(kind: GuestKind, ports: [u32; 2]) -> String {
+pub(crate) fn words(kind: GuestKind, ports: [u32; 2]) -> String {
     let mode = match kind.is_translated() {
         true => "hvm_restore",
         false => "restore",

@@ -17,7 +17,7 @@ fn mode(kind: GuestKind) -> &'static str {
 }
 
 /// Play xenopsd through a save in which all is well.
-fn play(xenopsd: &mut Xenopsd, target: &mut Target) {
+pub(crate) fn play(xenopsd: &mut Xenopsd, target: &mut Target) {
     assert!(xenopsd.until("prepare:xenguest"), "{:?}", xenopsd.lines);
     target.head();
     xenopsd.say("done\n");

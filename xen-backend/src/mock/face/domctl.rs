@@ -9,6 +9,10 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 
 use super::{BODY, DOMCTL_HEADER, Face, errno, sys};
 use crate::mock::domain::MockDomain;
+use crate::privcmd::call::{
+    AFFINITY_HARD, SCHEDULER_CREDIT, SCHEDULER_OP, SCHEDULER_PUT, SET_VCPU_AFFINITY, SchedulerOp,
+    VcpuAffinity,
+};
 use crate::xen::MSR_RELAXED;
 use crate::xen::interface::Info;
 use crate::{
@@ -274,6 +278,8 @@ impl Domctl<'_> {
                     Ok(())
                 }))
             }
+            SET_VCPU_AFFINITY => self.set_affinity(),
+            SCHEDULER_OP => self.scheduler(),
             sys::XEN_DOMCTL_get_address_size => {
                 let width = domain.guest_width().map_err(errno)?;
                 self.save(&sys::xen_domctl_address_size {
@@ -293,6 +299,42 @@ impl Domctl<'_> {
             }
             _ => self.vcpu_answer(cmd),
         }
+    }
+
+    fn set_affinity(&self) -> Result<u64, Errno> {
+        let body: VcpuAffinity = self.load()?;
+        let last = self.domain.info().map_err(errno)?.max_vcpu_id;
+        if body.flags != AFFINITY_HARD || body.vcpu > last {
+            return Err(Errno::EINVAL);
+        }
+        let map = self.bytes(body.hard, body.hard_bits.div_ceil(8))?;
+        if map.iter().all(|byte| *byte == 0) {
+            return Err(Errno::EINVAL);
+        }
+        done(self.domain.change("setvcpuaffinity", |state| {
+            state.record.placement.affinity.insert(body.vcpu, map);
+            Ok(())
+        }))
+    }
+
+    /// The machine's scheduler is the credit scheduler.
+    fn scheduler(&self) -> Result<u64, Errno> {
+        let mut body: SchedulerOp = self.load()?;
+        if body.scheduler != SCHEDULER_CREDIT || self.face.state().obstacles.another_scheduler {
+            return Err(Errno::EINVAL);
+        }
+        if body.cmd == SCHEDULER_PUT {
+            return done(self.domain.change("scheduler_op", |state| {
+                let placement = &mut state.record.placement;
+                (placement.weight, placement.cap) = (body.weight, body.cap);
+                Ok(())
+            }));
+        }
+        let placement = (self.domain)
+            .look("scheduler_op", |state| Ok(state.record.placement.clone()))
+            .map_err(errno)?;
+        (body.weight, body.cap) = (placement.weight, placement.cap);
+        self.save(&body)
     }
 
     fn page_types(&self) -> Result<u64, Errno> {

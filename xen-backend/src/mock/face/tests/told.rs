@@ -145,6 +145,49 @@ fn a_limit_that_the_hypervisor_cannot_be_told_is_refused() {
 }
 
 #[test]
+fn a_domain_is_placed_as_xapi_wants_it() {
+    let machine = machine(17);
+    let face = Face::new(&machine);
+    let host = xen(&face);
+    let domid = host.create_domain(GuestKind::Pv, 2, 16).unwrap();
+    let mut on = [false; 11];
+    (on[1], on[10]) = (true, true);
+    host.set_hard_affinity(domid, 1, &on).unwrap();
+    host.set_time_offset(domid, -3600).unwrap();
+    assert_eq!(host.set_credit(domid, None, Some(50)), Ok(true));
+    let placed = machine.placement(domid).unwrap();
+    assert_eq!(
+        placed.affinity.into_iter().collect::<Vec<_>>(),
+        [(1, vec![2, 4])]
+    );
+    assert_eq!((placed.weight, placed.cap), (256, 50));
+    let settings = machine.settings(domid).unwrap();
+    assert_eq!(settings.time_offset_seconds, -3600);
+    for (vcpu, on) in [(2, &on[..]), (0, &[false; 9])] {
+        let error = host.set_hard_affinity(domid, vcpu, on).unwrap_err();
+        assert_eq!(error.errno, Errno::EINVAL);
+    }
+    face.state().obstacles.another_scheduler = true;
+    assert_eq!(host.set_credit(domid, Some(1), None), Ok(false));
+    assert_eq!(machine.placement(domid).unwrap().weight, 256);
+}
+
+#[test]
+fn a_node_of_a_domain_is_read() {
+    let machine = machine(17);
+    let face = Face::new(&machine);
+    let host = xen(&face);
+    let domid = guest(&machine, GuestKind::Pv);
+    assert_eq!(host.domain_node(domid, "platform/hpet"), Ok(None));
+    let path = format!("/local/domain/{}/platform/hpet", domid.0);
+    face.write(&path, b"0").unwrap();
+    assert_eq!(
+        host.domain_node(domid, "platform/hpet"),
+        Ok(Some(b"0".to_vec()))
+    );
+}
+
+#[test]
 fn a_refused_cpu_policy_comes_with_the_entry_that_is_to_blame() {
     let machine = machine(17);
     let domid = machine.create_domain(GuestKind::Pvh, 1, 16).unwrap();

@@ -1,0 +1,213 @@
+//! What xapi keeps of a VM in xenstore, below `/local/domain/N/platform`, as far as a save or restore
+//! heeds it, and what is done about it.
+//!
+//! | key | |
+//! |---|---|
+//! | `nomigrate` | a save is refused where it is `true` or a number that is not 0 |
+//! | `xsr-max-downtime` | of a live save, in milliseconds; `xen` for Xen's own rule |
+//! | `vcpu/number`, `vcpu/I/affinity` | the processors that vcpu I may run on: 0 or 1 for each |
+//! | `vcpu/weight`, `vcpu/cap` | of the credit scheduler |
+//! | `hpet` | whether a translated guest has an HPET; if missing or empty: yes |
+//! | `timeoffset` | seconds that a translated guest's clock is ahead |
+//! | `cores-per-socket` | has to divide the number of a translated guest's vcpus |
+//! | `nested-virt`, else `exp-nested-hvm` | for a guest whose image has no CPU policy |
+//! | `featureset` | likewise: words of 32 features in hexadecimal |
+//! | `generation-id` | two numbers, `A:B`, which a translated guest finds at a place that it named |
+
+use anyhow::{Context as _, Result, bail, ensure};
+use xsr_format::frame::{Gfn, PAGE_SIZE};
+use xsr_save_restore::save::precopy::{PrecopyPolicy, TargetPolicy, XenPolicy};
+use xsr_xen_backend::{Access, DomId, Domain};
+
+use crate::backend::Backend;
+
+/// `HVM_PARAM_HPET_ENABLED`
+const HPET_ENABLED: u32 = 11;
+/// `HVM_PARAM_VM_GENERATION_ID_ADDR`
+const GENERATION_ID_ADDRESS: u32 = 34;
+/// More processors than any host has.
+const MAX_PROCESSORS: usize = 4096;
+
+/// The platform keys of a domain.
+pub(crate) struct Platform<'b> {
+    backend: &'b dyn Backend,
+    domid: DomId,
+}
+
+impl<'b> Platform<'b> {
+    pub(crate) fn of(backend: &'b dyn Backend, domid: DomId) -> Self {
+        Self { backend, domid }
+    }
+
+    /// The text of a key; `None` where there is none.
+    fn text(&self, key: &str) -> Result<Option<String>> {
+        let value = self.backend.node(self.domid, &format!("platform/{key}"))?;
+        let Some(value) = value else { return Ok(None) };
+        let text = String::from_utf8(value);
+        let text = text.with_context(|| format!("platform/{key} in xenstore is not text"))?;
+        Ok(Some(text.trim_matches(['\0', ' ', '\n']).to_owned()))
+    }
+
+    /// The number of a key; `None` where there is none, or nothing in it.
+    fn number<N: std::str::FromStr>(&self, key: &str) -> Result<Option<N>> {
+        let text = self.text(key)?.filter(|text| !text.is_empty());
+        text.map(|text| {
+            let number = text.parse().ok();
+            number.with_context(|| {
+                format!("platform/{key} in xenstore is {text:?}, expected a number")
+            })
+        })
+        .transpose()
+    }
+
+    /// Whether a key is `true` or a number that is not 0. Other words mean no.
+    fn flag(&self, key: &str) -> Result<bool> {
+        let text = self.text(key)?.unwrap_or_default();
+        Ok(text.eq_ignore_ascii_case("true") || text.parse::<i64>().is_ok_and(|n| n != 0))
+    }
+
+    /// Before a save.
+    ///
+    /// # Errors
+    ///
+    /// The VM must not move.
+    pub(crate) fn check_may_move(&self) -> Result<()> {
+        let fixed = self.flag("nomigrate")?;
+        ensure!(!fixed, "d{} is flagged as not being mobile", self.domid.0);
+        Ok(())
+    }
+
+    /// When a live save suspends the guest.
+    ///
+    /// # Errors
+    ///
+    /// The key makes no sense.
+    pub(crate) fn policy(&self) -> Result<Box<dyn PrecopyPolicy>> {
+        const KEY: &str = "xsr-max-downtime";
+        if self.text(KEY)?.as_deref() == Some("xen") {
+            return Ok(Box::new(XenPolicy));
+        }
+        let mut policy = TargetPolicy::default();
+        if let Some(milliseconds) = self.number::<u32>(KEY)? {
+            policy.max_downtime = std::time::Duration::from_millis(milliseconds.into());
+        }
+        Ok(Box::new(policy))
+    }
+
+    /// Set up the domain of a restore, before the stream is read.
+    ///
+    /// # Errors
+    ///
+    /// A key makes no sense, or the hypervisor refuses.
+    pub(crate) fn set_up(&self, domain: &dyn Domain, translated: bool) -> Result<()> {
+        let xen = self.backend.xen();
+        let vcpus = self.number::<u32>("vcpu/number")?.unwrap_or(0);
+        let last = domain.info()?.max_vcpu_id;
+        ensure!(
+            vcpus <= last + 1,
+            "platform/vcpu/number in xenstore is {vcpus}, and the domain has {} vcpus",
+            last + 1
+        );
+        if translated {
+            let cores = self.number::<u32>("cores-per-socket")?.unwrap_or(0);
+            ensure!(
+                cores == 0 || vcpus % cores == 0,
+                "platform/cores-per-socket in xenstore is {cores}, which does not divide {vcpus} vcpus"
+            );
+            let hpet = match self.text("hpet")?.as_deref() {
+                None | Some("") => true,
+                Some(_) => self.flag("hpet")?,
+            };
+            if let Err(error) = domain.set_hvm_param(HPET_ENABLED, hpet.into()) {
+                // xenguest does not look either.
+                tracing::warn!(%error, "the HPET is as the domain was made");
+            }
+            let offset = self.number("timeoffset")?.unwrap_or(0);
+            xen.set_time_offset(self.domid, offset)?;
+        }
+        for vcpu in 0..vcpus {
+            let key = format!("vcpu/{vcpu}/affinity");
+            let Some(map) = self.text(&key)?.filter(|map| !map.is_empty()) else {
+                continue;
+            };
+            ensure!(
+                map.len() <= MAX_PROCESSORS && map.bytes().all(|bit| bit == b'0' || bit == b'1'),
+                "platform/{key} in xenstore is {map:?}, expected a row of 0 and 1"
+            );
+            let processors: Vec<bool> = map.bytes().map(|bit| bit == b'1').collect();
+            xen.set_hard_affinity(self.domid, vcpu, &processors)
+                .with_context(|| format!("platform/{key} in xenstore"))?;
+        }
+        // 0 is "not set" to xapi.
+        let share = |key| Ok::<_, anyhow::Error>(self.number::<u16>(key)?.filter(|n| *n != 0));
+        let (weight, cap) = (share("vcpu/weight")?, share("vcpu/cap")?);
+        if (weight, cap) != (None, None) && !xen.set_credit(self.domid, weight, cap)? {
+            tracing::info!("weight and cap are not set: this host has another scheduler");
+        }
+        Ok(())
+    }
+
+    /// Whether the guest may use hardware virtualisation itself.
+    pub(crate) fn nested(&self) -> Result<bool> {
+        match self.text("nested-virt")? {
+            Some(_) => self.flag("nested-virt"),
+            None => self.flag("exp-nested-hvm"),
+        }
+    }
+
+    /// The features of the VM, for an image that has no CPU policy.
+    ///
+    /// # Errors
+    ///
+    /// They are not words of hexadecimal digits.
+    pub(crate) fn featureset(&self) -> Result<Option<Vec<u32>>> {
+        let Some(text) = self.text("featureset")?.filter(|text| !text.is_empty()) else {
+            return Ok(None);
+        };
+        let words = text.split(['-', ':']).map(|word| {
+            u32::from_str_radix(word, 16)
+                .ok()
+                .with_context(|| format!("platform/featureset in xenstore has {word:?} in it"))
+        });
+        words.collect::<Result<_>>().map(Some)
+    }
+
+    /// Write the VM's generation id into the memory of a guest that is complete.
+    ///
+    /// # Errors
+    ///
+    /// The key makes no sense, or there is no such memory.
+    pub(crate) fn write_generation_id(&self, domain: &dyn Domain) -> Result<()> {
+        let address = domain.hvm_param(GENERATION_ID_ADDRESS)?;
+        let Some(text) = self.text("generation-id")?.filter(|_| address != 0) else {
+            return Ok(());
+        };
+        let halves = text.split_once(':').map(|(a, b)| (half(a), half(b)));
+        let Some((Some(first), Some(second))) = halves else {
+            bail!("platform/generation-id in xenstore is {text:?}, expected two numbers, A:B");
+        };
+        let gfn = Gfn(address / PAGE_SIZE as u64);
+        let at = usize::try_from(address % PAGE_SIZE as u64)?;
+        ensure!(
+            at + 16 <= PAGE_SIZE,
+            "the guest's place for its generation id, {address:#x}, is on two pages"
+        );
+        let pages = domain.map(&[gfn], Access::Write)?.all_mapped()?;
+        let page = pages.page(0).context("the page was not mapped")?;
+        let mut bytes = page.to_page();
+        bytes[at..at + 8].copy_from_slice(&first.to_le_bytes());
+        bytes[at + 8..at + 16].copy_from_slice(&second.to_le_bytes());
+        page.copy_from(&bytes);
+        tracing::debug!("generation id {text} at {address:#x}");
+        Ok(())
+    }
+}
+
+/// A half of a generation id, which is not 0.
+fn half(text: &str) -> Option<u64> {
+    let number = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        Some(digits) => u64::from_str_radix(digits, 16),
+        None => text.parse(),
+    };
+    number.ok().filter(|number| *number != 0)
+}
