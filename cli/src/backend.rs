@@ -393,7 +393,10 @@ pub(crate) fn store_emulators(
     if records.is_empty() {
         return Ok(());
     }
-    let mut stream = LibxlWriter::new(Vec::new(), LIBXL_HEADER)?;
+    // Headers and padding of each record, and of the stream.
+    let bytes = records.iter().map(|record| record.body_bytes() + 16);
+    let bytes = usize::try_from(bytes.sum::<u64>() + 64).context("the emulators' records")?;
+    let mut stream = LibxlWriter::new(Vec::with_capacity(bytes), LIBXL_HEADER)?;
     stream.write(&LibxlRecord::LibxcContext)?;
     for record in records {
         stream.write(record)?;

@@ -90,7 +90,7 @@ pub(crate) fn runs_of(
 /// The most bytes that all maps of a command may take for pages without contents in the image.
 const MOST_WITHOUT_CONTENTS: u64 = 64 << 20;
 /// Bytes that a block takes besides its runs: its map entry, and the allocator's overhead.
-const BLOCK: u64 = 96;
+const BLOCK: u64 = 120;
 
 /// Every pfn an image mentions, as [`Run`]s: at most eight bytes for each page with contents,
 /// and [`MOST_WITHOUT_CONTENTS`] for all others.
@@ -373,6 +373,40 @@ mod tests {
                 .sum();
             let pages = map.counts().total();
             assert!(held as u64 <= bytes * pages, "{held} for {pages}");
+        }
+    }
+
+    /// Runs that are looked at for so many pages, in an order that `pfn` says.
+    fn looked_at(pages: u64, pfn: impl Fn(u64) -> u64) -> u64 {
+        let before = block::DECODED.get();
+        let mut map = PageMap::default();
+        for n in 0..pages {
+            let run = Run {
+                first: pfn(n),
+                last: pfn(n),
+                page_type: N,
+                offset: n % 7 * 4120,
+            };
+            map.insert(run).expect("pages with contents");
+        }
+        assert_eq!(map.counts().total(), pages);
+        block::DECODED.get() - before
+    }
+
+    #[test]
+    fn many_pages_take_time_in_their_number() {
+        const FEW: u64 = 1 << 14;
+        // In any order, a part of one block; in the order that pages come in, hardly more than one.
+        type Order = fn(u64) -> u64;
+        let orders: [(Order, u64); 3] = [
+            (|n| 2 * n, 12),
+            (|n| (1 << 30) - 2 * n, 12),
+            (|n| n * 0x9e37_79b1 % (1 << 32), 256),
+        ];
+        for (order, each) in orders {
+            let (few, many) = (looked_at(FEW, order), looked_at(4 * FEW, order));
+            assert!(many <= 5 * few, "{few}, then {many}");
+            assert!(many <= each * 4 * FEW, "{many}");
         }
     }
 

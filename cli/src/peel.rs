@@ -29,8 +29,8 @@ use xsr_format::wrapper::xend::XendHeader;
 use xsr_format::wrapper::xl::XlHeader;
 use xsr_xen_backend::GuestKind;
 
-use self::compression::Notes;
 pub(crate) use self::compression::is_damage;
+use self::compression::{Notes, Windows};
 pub(crate) use self::foreign::{by_its_end, unreadable};
 use crate::exit::BadImage;
 use crate::origin::Origin;
@@ -200,6 +200,7 @@ fn peel_up_to(mut source: Source, lenient: bool, checkpoints: Checkpoints) -> Re
     let found = Found::default();
     let mut packed: Vec<Unpacked> = Vec::new();
     let mut used: Option<Used> = None;
+    let windows = Windows::default();
     let mut legacy = LegacyOptions {
         lenient,
         checkpoints,
@@ -254,7 +255,8 @@ fn peel_up_to(mut source: Source, lenient: bool, checkpoints: Checkpoints) -> Re
             Detected::Compressed(compression) => {
                 layers.push(compression.to_string());
                 let notes = &found.notes;
-                let (inside, progress) = compression::decompressed(compression, rest, notes)?;
+                let (inside, progress) =
+                    compression::decompressed(compression, rest, notes, &windows)?;
                 used.get_or_insert(Used { before, progress });
                 let inside = Unpacked(Arc::new(Mutex::new(inside)));
                 packed.push(inside.clone());

@@ -17,6 +17,8 @@
 //! Specification: Xen's `docs/misc/dump-core-format.txt`, format version 0.1. C
 //! implementation: `xc_domain_dumpcore_via_callback` in `xg_core.c`.
 
+use std::io::{self, Write};
+
 use crate::frame::PAGE_SIZE;
 
 /// Bytes of the 64-bit ELF header, and of each section header.
@@ -58,9 +60,13 @@ pub struct CoreDump {
 }
 
 impl CoreDump {
-    /// The bytes up to the list of pages. The caller then writes an entry for each page
+    /// Writes the bytes up to the list of pages. The caller then writes an entry for each page
     /// ([`CoreDump::entry`]), [`CoreDump::padding`], and the pages.
-    pub fn head(&self) -> Vec<u8> {
+    ///
+    /// # Errors
+    ///
+    /// The sink's error.
+    pub fn write_head(&self, sink: &mut impl Write) -> io::Result<()> {
         let names = [
             "",
             ".shstrtab",
@@ -78,9 +84,7 @@ impl CoreDump {
             strings.push(0);
         }
         let notes = self.notes();
-        let prstatus = self.vcpus.concat();
         let per_vcpu = self.vcpus.first().map_or(0, Vec::len) as u64;
-        let bodies: [&[u8]; 4] = [&strings, &notes, &prstatus, &self.shared_info];
         let mut offset = (names.len() as u64)
             .saturating_mul(SECTION_HEADER as u64)
             .saturating_add(ELF_HEADER as u64);
@@ -94,7 +98,7 @@ impl CoreDump {
             (0, (0, 0), 0),
             (SHT_STRTAB, place(strings.len() as u64), 0),
             (SHT_NOTE, place(notes.len() as u64), 0),
-            (SHT_PROGBITS, place(prstatus.len() as u64), per_vcpu),
+            (SHT_PROGBITS, place(self.vcpu_bytes()), per_vcpu),
             (
                 SHT_PROGBITS,
                 place(self.shared_info.len() as u64),
@@ -118,10 +122,19 @@ impl CoreDump {
                 out.extend_from_slice(&word.to_le_bytes());
             }
         }
-        for body in bodies {
-            out.extend_from_slice(body);
+        sink.write_all(&out)?;
+        sink.write_all(&strings)?;
+        sink.write_all(&notes)?;
+        for vcpu in &self.vcpus {
+            sink.write_all(vcpu)?;
         }
-        out
+        sink.write_all(&self.shared_info)
+    }
+
+    /// Bytes in the state of all vcpus.
+    fn vcpu_bytes(&self) -> u64 {
+        let lengths = self.vcpus.iter().map(|vcpu| vcpu.len() as u64);
+        lengths.fold(0, u64::saturating_add)
     }
 
     /// A page's entry in the list.
@@ -169,14 +182,10 @@ impl CoreDump {
             .saturating_add(self.list_name().len())
             .saturating_add(1)
             .saturating_add(self.notes().len())
-            .saturating_add(
-                self.vcpus
-                    .iter()
-                    .map(Vec::len)
-                    .fold(0, usize::saturating_add),
-            )
             .saturating_add(self.shared_info.len());
-        (fixed as u64).saturating_add(self.list_bytes())
+        (fixed as u64)
+            .saturating_add(self.vcpu_bytes())
+            .saturating_add(self.list_bytes())
     }
 
     /// Offset of the pages.

@@ -132,6 +132,12 @@ pub struct GuestImage {
     records: u32,
     /// Bit n: a page in the range of p2m leaf n has had memory.
     populated_leaves: Vec<u64>,
+    /// Whether the leaves or their use have changed since they were checked.
+    leaves_changed: bool,
+    /// Records, entries and leaves that have come since then.
+    since_check: u64,
+    #[cfg(test)]
+    leaves_checked: u64,
 }
 
 impl GuestImage {
@@ -157,6 +163,11 @@ impl GuestImage {
             optional_in_all: 0,
             records: 0,
             populated_leaves: Vec::new(),
+            leaves_changed: false,
+            // The first check is due however little has come.
+            since_check: u64::MAX,
+            #[cfg(test)]
+            leaves_checked: 0,
         }
     }
 
@@ -168,14 +179,17 @@ impl GuestImage {
     /// contain a part of the record.
     pub fn apply(&mut self, record: &Record<'_>) -> Result<(), DecodeError> {
         self.records = self.records.saturating_add(1);
+        self.since_check = self.since_check.saturating_add(1);
         if self.records > MAX_RECORDS {
             return Err(DecodeError::TooManyRecords { max: MAX_RECORDS });
         }
         // No `_`: a new kind of record must be decided on here.
         match record.body {
-            Body::End => self.complete()?,
+            Body::End => self.check_leaves()?,
             Body::Checkpoint => {
-                self.complete()?;
+                if self.is_check_due() {
+                    self.check_leaves()?;
+                }
                 self.checkpoints = self.checkpoints.saturating_add(1);
                 self.optional = 0;
                 self.records = 0;
@@ -221,6 +235,7 @@ impl GuestImage {
         let x86 = self.is_x86();
         let shift = self.pv_info.map(leaf_shift);
         for (index, entry) in (0_u64..).zip(entries) {
+            self.since_check = self.since_check.saturating_add(1);
             if x86 && entry.pfn > MAX_X86_PFN {
                 let pfn = entry.pfn;
                 return Err(DecodeError::PfnRange { index, pfn });
@@ -248,7 +263,9 @@ impl GuestImage {
             self.populated_leaves.resize(word.saturating_add(1), 0);
         }
         if let Some(word) = self.populated_leaves.get_mut(word) {
-            *word |= 1 << (leaf & 63);
+            let with_leaf = *word | 1 << (leaf & 63);
+            self.leaves_changed |= with_leaf != *word;
+            *word = with_leaf;
         }
     }
 
@@ -277,11 +294,19 @@ impl GuestImage {
         table.max_pfn = table.max_pfn.max(record.end);
         let end = first.saturating_add(record.frames().len());
         if known < end {
+            // Twice the room of a table of 64 MiB would be much.
+            let more = end.saturating_sub(known).max(known >> 3);
+            if table.frames.capacity() < end {
+                table.frames.reserve_exact(more);
+            }
             table.frames.resize(end, Pfn::INVALID);
         }
         for (slot, pfn) in table.frames.iter_mut().skip(first).zip(record.frames()) {
+            self.leaves_changed |= *slot != pfn;
             *slot = pfn;
         }
+        let leaves = record.frames().len() as u64;
+        self.since_check = self.since_check.saturating_add(leaves);
         Ok(())
     }
 
@@ -322,17 +347,33 @@ impl GuestImage {
         Ok(())
     }
 
+    /// Whether a checkpoint checks the leaves. Otherwise a later checkpoint or END does. A check
+    /// looks at all leaves: if each of many small checkpoints made one, they would take quadratic
+    /// time. So as many records, entries and leaves must have come since the last check.
+    fn is_check_due(&self) -> bool {
+        let leaves = self.p2m.as_ref().map_or(0, |table| table.frames.len());
+        self.leaves_changed && self.since_check >= leaves as u64
+    }
+
     /// Checks the rules for all records together, at END and CHECKPOINT.
     ///
     /// Several ranges may share a leaf: Linux has one page of invalid entries for all ranges
     /// without memory. If a page of such a range had memory, a restorer would have to write two
     /// different contents into one leaf.
-    fn complete(&self) -> Result<(), DecodeError> {
+    fn check_leaves(&mut self) -> Result<(), DecodeError> {
+        self.leaves_changed = false;
+        self.since_check = 0;
         let Some(table) = &self.p2m else {
             return Ok(());
         };
+        #[cfg(test)]
+        {
+            self.leaves_checked = self
+                .leaves_checked
+                .saturating_add(table.frames.len() as u64);
+        }
         // pfns of leaves for ranges with memory, each with the index of its range: eight bytes
-        // each, since there may be as many as pages.
+        // for each, since there may be as many as pages.
         const LEAF_BITS: u32 = 24;
         const LEAVES: u64 = 1 << LEAF_BITS;
         let mut used: Vec<u64> = Vec::new();
@@ -392,6 +433,11 @@ impl GuestImage {
     /// X86_PV_VCPU_*, by vcpu, ascending.
     pub fn vcpus(&self) -> &BTreeMap<u32, PvVcpu> {
         &self.vcpus
+    }
+
+    /// As [`GuestImage::vcpus`], for callers that keep the state.
+    pub fn into_vcpus(self) -> BTreeMap<u32, PvVcpu> {
+        self.vcpus
     }
 
     /// X86_TSC_INFO.
@@ -471,3 +517,89 @@ const fn leaf_shift(info: PvInfo) -> u32 {
 
 const _: () = assert!(PAGE_SIZE == 4 << leaf_shift(PvInfo::Bits32));
 const _: () = assert!(PAGE_SIZE == 8 << leaf_shift(PvInfo::Bits64));
+
+#[cfg(test)]
+mod tests {
+    #![allow(
+        clippy::unwrap_used,
+        clippy::arithmetic_side_effects,
+        reason = "a test fails by panicking"
+    )]
+
+    use super::*;
+    use crate::byte_order::ByteOrder;
+    use crate::frame::PageType;
+    use crate::record::Context;
+
+    fn apply(image: &mut GuestImage, kind: RecordKind, raw: &[u8]) -> Result<(), DecodeError> {
+        let context = Context {
+            order: ByteOrder::Little,
+            guest_width: Some(8),
+            lenient: false,
+        };
+        let body = Body::decode(kind, raw, context).unwrap();
+        image.apply(&Record { kind, raw, body })
+    }
+
+    /// A PV guest whose p2m has so many leaves: the pfns of the first `named` of them, as said.
+    fn with_leaves(leaves: u32, leaf: impl Fn(u32) -> u64) -> GuestImage {
+        let mut image = GuestImage::new(GuestType::X86_PV);
+        let info = [8, 4, 0, 0, 0, 0, 0, 0];
+        apply(&mut image, RecordKind::X86_PV_INFO, &info).unwrap();
+        let mut raw = vec![0; 4];
+        raw.extend((leaves * 512 - 1).to_le_bytes());
+        raw.extend((0..leaves).flat_map(|n| leaf(n).to_le_bytes()));
+        apply(&mut image, RecordKind::X86_PV_P2M_FRAMES, &raw).unwrap();
+        image
+    }
+
+    fn page(image: &mut GuestImage, pfn: u64) {
+        let entry = PageEntry {
+            pfn: Pfn(pfn),
+            page_type: PageType::XALLOC,
+        };
+        image.apply_pages([entry].into_iter()).unwrap();
+    }
+
+    /// So many leaves, and as many checkpoints, each behind a page in a range of its own: how many
+    /// leaves have been looked at.
+    fn looked_at(n: u32) -> u64 {
+        let mut image = with_leaves(n, u64::from);
+        for leaf in 0..n {
+            page(&mut image, u64::from(leaf) * 512);
+            apply(&mut image, RecordKind::CHECKPOINT, &[]).unwrap();
+        }
+        apply(&mut image, RecordKind::END, &[]).unwrap();
+        image.leaves_checked
+    }
+
+    #[test]
+    fn checkpoints_take_time_in_their_number() {
+        let (few, many) = (looked_at(500), looked_at(2000));
+        assert!(many <= few * 5, "{few} leaves, then {many}");
+        // What has not changed is not checked again, but for END.
+        let mut image = with_leaves(8, u64::from);
+        page(&mut image, 0);
+        for _ in 0..1000 {
+            apply(&mut image, RecordKind::CHECKPOINT, &[]).unwrap();
+        }
+        assert_eq!(image.leaves_checked, 8);
+    }
+
+    /// A leaf that two ranges with memory share is found at END, if no checkpoint was due to.
+    #[test]
+    fn a_check_that_was_put_off_is_made_at_the_end() {
+        let mut image = with_leaves(100, |n| u64::from(if n == 7 { 3 } else { n }));
+        apply(&mut image, RecordKind::CHECKPOINT, &[]).unwrap();
+        page(&mut image, 3 * 512);
+        page(&mut image, 7 * 512);
+        apply(&mut image, RecordKind::CHECKPOINT, &[]).unwrap();
+        let error = apply(&mut image, RecordKind::END, &[]).unwrap_err();
+        let shared = DecodeError::P2mLeafShared {
+            pfn: Pfn(3),
+            first: 3,
+            second: 7,
+        };
+        assert_eq!(error, shared);
+    }
+}

@@ -77,6 +77,11 @@ pub(crate) fn fill_growing(
     while left > 0 {
         let step = usize::try_from(left).unwrap_or(STEP).min(STEP);
         let at = body.len();
+        if body.capacity() < at.saturating_add(step) {
+            // Twice as much as has come, but no more than is announced.
+            let left = usize::try_from(left).unwrap_or(usize::MAX);
+            body.reserve_exact(left.min(at.max(STEP)));
+        }
         body.resize(at.saturating_add(step), 0);
         let (_, room) = body.split_at_mut(at);
         left = left.saturating_sub(step as u64);

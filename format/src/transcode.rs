@@ -16,7 +16,7 @@ use thiserror::Error;
 
 use crate::byte_order::ByteOrder;
 use crate::error::{ReadError, WriteError};
-use crate::frame::{PageEntry, Pfn};
+use crate::frame::PageEntry;
 use crate::image::{DomainHeader, Version};
 use crate::layout::leading_pads;
 use crate::read::{EndedAfter, PageDataBody};
@@ -27,7 +27,7 @@ use crate::walk::{Content, Walk};
 use crate::wrapper::WrapperWriteError;
 use crate::wrapper::libxl::{LibxlHeader, LibxlRecord, LibxlRecordKind, LibxlWriter};
 use crate::wrapper::xl::XlHeader;
-use crate::write::{RecordWriter, page_data_head};
+use crate::write::{RecordWriter, long_p2m_frames, long_record, page_data_head};
 
 /// The wrapper around a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -195,8 +195,8 @@ pub fn transcode<R: Read, W: ImageSink>(
     Ok(out.summary)
 }
 
-/// Maximum size of the buffer that each writer keeps for the next record.
-const KEPT: usize = 1 << 20;
+/// A record with more bytes than this goes from the reader's buffer to the sink without a copy.
+const MAX_COPIED: usize = 1 << 20;
 
 struct Transcoder<'s, W> {
     sink: &'s mut W,
@@ -221,8 +221,6 @@ impl<W: ImageSink> Transcoder<'_, W> {
         for made in [libxl, libxc].into_iter().flatten() {
             self.sink.write_all(made).map_err(TranscodeError::Write)?;
             made.clear();
-            // A long record's buffer is not kept for the next record.
-            made.shrink_to(KEPT);
         }
         Ok(())
     }
@@ -241,6 +239,12 @@ impl<W: ImageSink> Transcoder<'_, W> {
 
     fn libxl_record(&mut self, record: &LibxlRecord) -> Result<(), TranscodeError> {
         match &mut self.libxl {
+            Some(_) if record.body_bytes() > MAX_COPIED as u64 => {
+                self.deliver()?;
+                if let Some(libxl) = &mut self.libxl {
+                    libxl.write_aside(record, self.sink)?;
+                }
+            }
             Some(libxl) => libxl.write(record)?,
             None if matches!(record, LibxlRecord::End | LibxlRecord::LibxcContext) => {}
             None => {
@@ -342,20 +346,12 @@ impl<W: ImageSink> Transcoder<'_, W> {
             }
             Body::P2mFrames(frames) => {
                 self.static_data_ends()?;
-                if frames.is_little_endian() {
-                    // It would be written identically, and copying avoids decoding up to 64 MiB.
-                    self.libxc()?.record(kind, &[raw])?;
-                    return self.deliver();
+                self.deliver()?;
+                // It may be 64 MiB long.
+                match frames.is_little_endian() {
+                    true => long_record(self.sink, kind, raw)?,
+                    false => long_p2m_frames(self.sink, &frames)?,
                 }
-                let pfns: Vec<Pfn> = frames.frames().collect();
-                // They have 32 bits in the stream.
-                let narrow = |pfn: Pfn| {
-                    u32::try_from(pfn.0).map_err(|_| {
-                        WriteError::Bug("a pfn of X86_PV_P2M_FRAMES has more than 32 bits")
-                    })
-                };
-                let (start, end) = (narrow(frames.start)?, narrow(frames.end)?);
-                self.libxc()?.p2m_frames(info, start, end, &pfns)?;
             }
             Body::Vcpu(vcpu) => {
                 self.libxc()?
@@ -387,6 +383,10 @@ impl<W: ImageSink> Transcoder<'_, W> {
                 let entries = policy.iter().map(|msr| msr.encode(ByteOrder::Little));
                 let entries: Vec<u8> = entries.flatten().collect();
                 self.libxc()?.msr_policy(&entries)?;
+            }
+            Body::Optional(_) if raw.len() > MAX_COPIED => {
+                self.deliver()?;
+                long_record(self.sink, kind, raw)?;
             }
             // Records that are not in a stream, or whose contents are unknown.
             Body::Optional(_) | Body::Toolstack(_) | Body::DirtyPfns(_) => {

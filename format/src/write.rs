@@ -16,7 +16,9 @@ use crate::frame::{Page, PageEntry, PageType, Pfn, WirePageEntry};
 use crate::image::{DomainHeader, ImageHeader, Version};
 use crate::record::hvm::{HvmParam, WireHvmParam, WireHvmParamsHead};
 use crate::record::page_data::WirePageDataHead;
-use crate::record::pv::{PvInfo, WireP2mHead, WireVcpuHead, p2m_frame_count, vcpu_state_length};
+use crate::record::pv::{
+    P2mFrames, PvInfo, WireP2mHead, WireVcpuHead, p2m_frame_count, vcpu_state_length,
+};
 use crate::record::x86::{CpuidPolicy, MsrPolicy, TscInfo};
 use crate::record::{MAX_BATCH, MAX_BODY, RecordKind, WireRecordHeader, zeros};
 use crate::wire::{U32, U64};
@@ -116,6 +118,78 @@ fn header(kind: RecordKind, length: u32) -> WireRecordHeader {
     }
 }
 
+/// Writes a record to `sink` without copying its body.
+///
+/// # Errors
+///
+/// As for [`RecordWriter::record`].
+pub(crate) fn long_record(
+    sink: &mut impl Write,
+    kind: RecordKind,
+    body: &[u8],
+) -> Result<(), WriteError> {
+    let length = body_length(kind, body.len())?;
+    let pad = zeros(u64::from(length));
+    write_parts(sink, header(kind, length), &[body], pad)
+}
+
+/// Writes X86_PV_P2M_FRAMES to `sink`, piece by piece.
+///
+/// # Errors
+///
+/// The sink's error.
+pub(crate) fn long_p2m_frames(
+    sink: &mut impl Write,
+    frames: &P2mFrames<'_>,
+) -> Result<(), WriteError> {
+    const KIND: RecordKind = RecordKind::X86_PV_P2M_FRAMES;
+    const PIECE: usize = 8192;
+    // Of 32 bits in the stream.
+    let narrow = |pfn: Pfn| {
+        u32::try_from(pfn.0)
+            .map_err(|_| WriteError::Bug("a pfn of X86_PV_P2M_FRAMES has more than 32 bits"))
+    };
+    let head = WireP2mHead {
+        start: U32::new(narrow(frames.start)?, ORDER),
+        end: U32::new(narrow(frames.end)?, ORDER),
+    };
+    let mut left = frames.frames();
+    let bytes = left.len().saturating_mul(8);
+    let length = body_length(KIND, bytes.saturating_add(head.as_bytes().len()))?;
+    sink.write_all(header(KIND, length).as_bytes())?;
+    sink.write_all(head.as_bytes())?;
+    while left.len() > 0 {
+        let piece: Vec<U64> = left
+            .by_ref()
+            .take(PIECE)
+            .map(|pfn| U64::new(pfn.0, ORDER))
+            .collect();
+        sink.write_all(piece.as_bytes())?;
+    }
+    Ok(())
+}
+
+fn body_length(kind: RecordKind, bytes: usize) -> Result<u32, WriteError> {
+    u32::try_from(bytes)
+        .ok()
+        .filter(|length| *length <= MAX_BODY)
+        .ok_or_else(|| length_error(kind, Length::AtMost(u64::from(MAX_BODY)), bytes))
+}
+
+fn write_parts(
+    sink: &mut impl Write,
+    header: WireRecordHeader,
+    parts: &[&[u8]],
+    pad: &[u8],
+) -> Result<(), WriteError> {
+    sink.write_all(header.as_bytes())?;
+    for part in parts {
+        sink.write_all(part)?;
+    }
+    sink.write_all(pad)?;
+    Ok(())
+}
+
 /// Writer of the records of a libxc stream.
 #[derive(Debug)]
 pub struct RecordWriter<W> {
@@ -161,19 +235,11 @@ impl<W: Write> RecordWriter<W> {
         let bytes = parts
             .iter()
             .fold(0_usize, |sum, part| sum.saturating_add(part.len()));
-        let length = u32::try_from(bytes)
-            .ok()
-            .filter(|length| *length <= MAX_BODY)
-            .ok_or_else(|| length_error(kind, Length::AtMost(u64::from(MAX_BODY)), bytes))?;
+        let length = body_length(kind, bytes)?;
         let header = header(kind, length);
         let pad = zeros(u64::from(length));
         if bytes > MAX_COPIED {
-            self.sink.write_all(header.as_bytes())?;
-            for part in parts {
-                self.sink.write_all(part)?;
-            }
-            self.sink.write_all(pad)?;
-            return Ok(());
+            return write_parts(&mut self.sink, header, parts, pad);
         }
         self.scratch.clear();
         self.scratch.extend_from_slice(header.as_bytes());

@@ -234,7 +234,9 @@ impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
                         go_on(self.progress.begin(Phase::Pages, None))?;
                     }
                     let before = self.pages.stats;
-                    self.pages.batch(body, hands)?;
+                    let progress = &mut self.progress;
+                    let mut ask = || go_on(progress.ask());
+                    self.pages.batch(body, hands, &mut ask)?;
                     let pfns = self.pages.stats.pfns - before.pfns;
                     let pages = self.pages.stats.pages - before.pages;
                     go_on(self.progress.advance(pfns, pages * PAGE_SIZE as u64))?;

@@ -16,6 +16,7 @@ use xsr_format::read::{EndedAfter, PageDataBody, ReadOptions};
 use xsr_format::record::{MAX_BATCH, RecordKind};
 use xsr_format::transcode::Layer;
 use xsr_format::walk::{Content, Walk};
+use xsr_format::wrapper::libxl::LibxlRecord;
 use xsr_format::wrapper::xl::XlHeader;
 use xsr_format::write::page_data_head;
 
@@ -26,21 +27,70 @@ use crate::mapped::{self, InOrder};
 use crate::output::{Existing, Output, Plan, Sink};
 use crate::terminal::Terminal;
 
+/// Most bytes of a step that are copied: more than a header has.
+const MOST_KEPT: usize = 17 << 20;
+
+/// The bytes of a step, as in the file. The body of a long record is in the step alone.
+#[derive(Debug, Default)]
+pub(super) struct Raw {
+    head: Vec<u8>,
+    /// The last eight.
+    last: [u8; 8],
+    bytes: usize,
+}
+
+impl Raw {
+    fn push(&mut self, read: &[u8]) {
+        let room = MOST_KEPT.saturating_sub(self.head.len());
+        self.head.extend(&read[..read.len().min(room)]);
+        let new = &read[read.len().saturating_sub(self.last.len())..];
+        self.last.rotate_left(new.len());
+        let from = self.last.len() - new.len();
+        self.last[from..].copy_from_slice(new);
+        self.bytes += read.len();
+    }
+
+    /// Writes the bytes of the step, whose contents are `content`.
+    pub(super) fn write<R: Read>(
+        &self,
+        content: &Content<'_, R>,
+        sink: &mut Sink<'_>,
+    ) -> io::Result<()> {
+        if self.bytes == self.head.len() {
+            return sink.write_all(&self.head);
+        }
+        let (start, body): (usize, &[u8]) = match content {
+            Content::Record(record) => (8, record.raw),
+            Content::PageData(body) => (16, body.entries().as_bytes()),
+            Content::LibxlRecord(LibxlRecord::EmulatorContext { state, .. }) => (16, state),
+            Content::LibxlRecord(LibxlRecord::EmulatorXenstoreData { data, .. }) => {
+                (16, data.as_bytes())
+            }
+            Content::LibxlRecord(LibxlRecord::Optional { body, .. }) => (8, body),
+            _ => return Err(io::Error::other("a header is too long")),
+        };
+        let pad = self.bytes - start - body.len();
+        sink.write_all(&self.head[..start])?;
+        sink.write_all(body)?;
+        sink.write_all(&self.last[self.last.len() - pad..])
+    }
+}
+
 /// A file, and a copy of what has been read from it since the copy was last taken.
 pub(super) struct Heard<'f> {
     file: &'f File,
-    bytes: Rc<RefCell<Vec<u8>>>,
+    raw: Rc<RefCell<Raw>>,
 }
 
 impl<'f> Heard<'f> {
     /// A reader of a file, and the buffer in which the bytes read are collected.
-    pub(super) fn new(file: &'f File) -> (Self, Rc<RefCell<Vec<u8>>>) {
-        let bytes = Rc::default();
+    pub(super) fn new(file: &'f File) -> (Self, Rc<RefCell<Raw>>) {
+        let raw = Rc::default();
         let heard = Self {
             file,
-            bytes: Rc::clone(&bytes),
+            raw: Rc::clone(&raw),
         };
-        (heard, bytes)
+        (heard, raw)
     }
 
     /// The file itself, for reads that need no copy.
@@ -53,27 +103,27 @@ impl Read for Heard<'_> {
     fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
         let n = self.file.read(room)?;
         if let Some(read) = room.get(..n) {
-            self.bytes.borrow_mut().extend_from_slice(read);
+            self.raw.borrow_mut().push(read);
         }
         Ok(n)
     }
 }
 
 /// The bytes of a PAGE_DATA record before its pages, without the pads of the mapped layout. Returns
-/// `heard` if there are no pads.
+/// `None` if there are no pads.
 pub(super) fn without_pads<R: Read>(
     body: &PageDataBody<'_, R>,
-    heard: Vec<u8>,
-) -> Result<Vec<u8>, WriteError> {
+    raw: &Raw,
+) -> Result<Option<Vec<u8>>, WriteError> {
     let entries = body.entries();
     let pads = leading_pads(entries.iter());
-    let real: Vec<PageEntry> = entries.iter().skip(pads).collect();
     // The mapped layout is little endian, and its batches are no longer than a plain stream's.
-    let is_mapped = heard.starts_with(&RecordKind::PAGE_DATA.0.to_le_bytes());
-    match pads > 0 && is_mapped && real.len() <= MAX_BATCH {
-        true => page_data_head(&real),
-        false => Ok(heard),
+    let is_mapped = raw.head.starts_with(&RecordKind::PAGE_DATA.0.to_le_bytes());
+    if pads == 0 || !is_mapped || entries.len() - pads > MAX_BATCH {
+        return Ok(None);
     }
+    let real: Vec<PageEntry> = entries.iter().skip(pads).collect();
+    page_data_head(&real).map(Some)
 }
 
 /// Write the stream inside an image.
@@ -173,17 +223,19 @@ fn cat(args: &CatArgs, wanted: Layer, input: &Input, sink: &mut Sink<'_>) -> Res
             Content::LibxlHeader(_) | Content::LibxlRecord(_) => Layer::Libxl,
             Content::Headers(..) | Content::PageData(_) | Content::Record(_) => Layer::Libxc,
         };
-        let mut bytes = heard.take();
-        match &step.content {
+        let raw = heard.take();
+        let instead = match &step.content {
             Content::XlHeader(header) if blanks > 0 => {
-                bytes = header.without_blanks(blanks)?.encode();
+                Some(header.without_blanks(blanks)?.encode())
             }
-            Content::PageData(_) if moved.is_some() => bytes.clear(),
-            Content::PageData(body) => bytes = without_pads(body, bytes)?,
-            _ => {}
-        }
-        if layer <= wanted {
-            sink.write_all(&bytes)?;
+            Content::PageData(_) if moved.is_some() => Some(Vec::new()),
+            Content::PageData(body) => without_pads(body, &raw)?,
+            _ => None,
+        };
+        match instead {
+            _ if layer > wanted => {}
+            Some(bytes) => sink.write_all(&bytes)?,
+            None => raw.write(&step.content, sink)?,
         }
         if let Content::PageData(mut body) = step.content {
             let pages = body.pages_left();

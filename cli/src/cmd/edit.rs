@@ -123,8 +123,8 @@ fn edit(args: &EditArgs, input: &Input, sink: &mut Sink<'_>) -> Result<u64> {
     let mut dropped = 0_u64;
     let mut added = false;
     while let Some(step) = walk.next_step()? {
-        let bytes = heard.take();
-        match step.content {
+        let raw = heard.take();
+        match &step.content {
             Content::Headers(image, _) if image.order == ByteOrder::Big && !args.add.is_empty() => {
                 let why = "records can be added to little-endian streams only: convert it first";
                 return Err(Error::new(BadUsage(why.to_owned())));
@@ -149,20 +149,23 @@ fn edit(args: &EditArgs, input: &Input, sink: &mut Sink<'_>) -> Result<u64> {
                     sink.write_all(&additions)?;
                     added = true;
                 }
-                sink.write_all(&bytes)?;
+                raw.write(&step.content, sink)?;
             }
-            Content::PageData(mut body) => {
-                sink.write_all(&without_pads(&body, bytes)?)?;
-                let pages = body.pages_left();
-                body.with_source(pages, |source, bytes| {
-                    let copied = sink.copy(source.file(), bytes)?;
-                    match copied == bytes {
-                        true => Ok(()),
-                        false => Err(EndedAfter(copied).into()),
-                    }
-                })?;
-            }
-            _ => sink.write_all(&bytes)?,
+            Content::PageData(body) => match without_pads(body, &raw)? {
+                Some(bytes) => sink.write_all(&bytes)?,
+                None => raw.write(&step.content, sink)?,
+            },
+            _ => raw.write(&step.content, sink)?,
+        }
+        if let Content::PageData(mut body) = step.content {
+            let pages = body.pages_left();
+            body.with_source(pages, |source, bytes| {
+                let copied = sink.copy(source.file(), bytes)?;
+                match copied == bytes {
+                    true => Ok(()),
+                    false => Err(EndedAfter(copied).into()),
+                }
+            })?;
         }
     }
     input.finish(walk.offset())?;

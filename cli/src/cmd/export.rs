@@ -8,6 +8,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufWriter, Read as _, Seek as _, SeekFrom, Write};
+use std::mem;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::time::Instant;
@@ -75,7 +76,9 @@ pub(crate) fn run(args: &ExportArgs, terminal: &Terminal) -> Result<Code> {
         contents.event(event)?;
         Ok(())
     })?;
-    contents.take_guest(walked.guest.as_ref());
+    if let Some(guest) = walked.guest {
+        contents.take_guest(guest);
+    }
     let bar = output.follow(terminal, "exporting", Some(contents.pages() * PAGE));
     let started = Instant::now();
     let (written, _) = output.fill(|sink| {
@@ -150,19 +153,11 @@ impl Contents {
     }
 
     /// Take over what the records say about the guest.
-    fn take_guest(&mut self, guest: Option<&GuestImage>) {
-        let Some(guest) = guest else { return };
+    fn take_guest(&mut self, guest: GuestImage) {
         self.core.bits_32 = guest.pv_info() == Some(PvInfo::Bits32);
         self.core.shared_info = guest
             .shared_info()
             .map_or_else(Vec::new, |page| page.to_vec());
-        let basic = guest
-            .vcpus()
-            .iter()
-            .filter(|(_, vcpu)| !vcpu.basic.is_empty());
-        self.vcpus = basic
-            .map(|(number, vcpu)| (*number, vcpu.basic.clone()))
-            .collect();
         // The context has been checked: it has each vcpu once, and at most 128.
         self.hvm_vcpus = HvmContext::new(guest.hvm_context())
             .map_while(Result::ok)
@@ -172,6 +167,11 @@ impl Contents {
                 context: vcpu_context_of_hvm(record.body),
                 paging: paging_of_hvm(record.body),
             })
+            .collect();
+        let vcpus = guest.into_vcpus().into_iter();
+        self.vcpus = vcpus
+            .map(|(number, vcpu)| (number, vcpu.basic))
+            .filter(|(_, basic)| !basic.is_empty())
             .collect();
     }
 
@@ -185,17 +185,17 @@ impl Contents {
     }
 
     /// Write an ELF core. Returns the number of bytes written.
-    fn elf(&self, image: &File, out: &mut Sink<'_>) -> Result<u64> {
-        let mut core = self.core.clone();
+    fn elf(&mut self, image: &File, out: &mut Sink<'_>) -> Result<u64> {
+        let mut core = mem::take(&mut self.core);
         core.pages = self.pages();
         core.vcpus = match core.hvm {
-            true => (self.hvm_vcpus.iter())
-                .map(|vcpu| vcpu.context.clone())
+            true => (mem::take(&mut self.hvm_vcpus).into_iter())
+                .map(|vcpu| vcpu.context)
                 .collect(),
-            false => self.vcpus.values().cloned().collect(),
+            false => mem::take(&mut self.vcpus).into_values().collect(),
         };
         let mut head = BufWriter::new(&mut *out);
-        head.write_all(&core.head())?;
+        core.write_head(&mut head)?;
         for run in self.runs() {
             for pfn in run.first..=run.last {
                 head.write_all(&core.entry(pfn))?;
@@ -211,18 +211,18 @@ impl Contents {
     }
 
     /// Write a core for gdb. Returns the number of bytes written.
-    fn gdb(&self, image: &File, out: &mut Sink<'_>, view: u32) -> Result<u64> {
+    fn gdb(&mut self, image: &File, out: &mut Sink<'_>, view: u32) -> Result<u64> {
         let vcpus: Vec<Vcpu> = match self.core.hvm {
-            true => self.hvm_vcpus.clone(),
+            true => mem::take(&mut self.hvm_vcpus),
             false if self.core.bits_32 => bail!(
                 "--format gdb has the registers of 64 bits, and this is a PV guest of 32: take \
                  --format elf or raw"
             ),
-            false => (self.vcpus.iter())
+            false => (mem::take(&mut self.vcpus).into_iter())
                 .map(|(number, context)| Vcpu {
-                    number: *number,
-                    paging: Paging::Four(word(context, CR3_OF_PV)),
-                    context: context.clone(),
+                    number,
+                    paging: Paging::Four(word(&context, CR3_OF_PV)),
+                    context,
                 })
                 .collect(),
         };

@@ -44,8 +44,9 @@ const MOST_SHOWN: usize = 100 << 10;
 /// counted.
 const MOST_ROWS: usize = 1 << 18;
 const MOST_RUNS: usize = 1 << 20;
-/// Fields of blobs are named only in this many rows from the first.
+/// Fields of blobs are named only in this many rows from the first, and only this many fields.
 const MOST_NAMED: usize = 1 << 15;
+const MOST_FIELDS: usize = 1 << 18;
 
 /// Inspect one image. If it is bad, what could be read is shown before the error.
 pub(crate) fn run(args: &InspectArgs, terminal: &Terminal) -> Result<Code> {
@@ -133,6 +134,8 @@ struct Inspection {
     listed: usize,
     /// Whether to name every field of the blobs.
     fields: bool,
+    /// Fields that have been named.
+    named: usize,
     /// The width of a PV guest.
     info: PvInfo,
     map: PageMap,
@@ -156,6 +159,7 @@ impl Inspection {
             list,
             listed: 0,
             fields,
+            named: 0,
             info: PvInfo::Bits64,
             map: PageMap::default(),
             start_info: None,
@@ -257,8 +261,9 @@ impl Inspection {
         let name = kind
             .name()
             .map_or_else(|| crate::text::hex(u64::from(kind.0)), str::to_owned);
-        if self.fields && self.report.records.len() < MOST_NAMED {
-            self.report.fields.extend(named::of_libxl(record));
+        if self.names_fields() {
+            let most = MOST_FIELDS - self.named;
+            self.name(named::of_libxl(record, most));
         }
         self.row("libxl", at, name, Facts::of_libxl(record));
     }
@@ -278,12 +283,19 @@ impl Inspection {
             }
             _ => {}
         }
-        if self.fields && self.report.records.len() < MOST_NAMED {
-            self.report
-                .fields
-                .extend(named::of_record(record, self.info));
+        if self.names_fields() {
+            self.name(named::of_record(record, self.info));
         }
         self.row("libxc", at, kind_name(record.kind), facts);
+    }
+
+    fn names_fields(&self) -> bool {
+        self.fields && self.report.records.len() < MOST_NAMED && self.named < MOST_FIELDS
+    }
+
+    fn name(&mut self, named: Vec<named::Named>) {
+        self.named += named.iter().map(|named| named.fields.len()).sum::<usize>();
+        self.report.fields.extend(named);
     }
 
     /// A restore's verdict: warnings, or why it would refuse the image.

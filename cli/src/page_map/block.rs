@@ -14,7 +14,7 @@ use xsr_format::frame::PageType;
 
 use super::Run;
 
-/// The most runs in a block, which is searched from its beginning.
+/// The most runs in a block, which is searched from its beginning or from its last run.
 const MOST_RUNS: usize = 256;
 
 /// Set in a run's first byte if it has more than one pfn.
@@ -25,6 +25,15 @@ const LONG: u8 = 1 << 3;
 pub(super) struct Block {
     bytes: Vec<u8>,
     runs: usize,
+    /// Where the last run is, and the pfn that its gap counts from: most pages come in ascending
+    /// order. If that is not known, it is the first run.
+    last: Option<(usize, u64)>,
+}
+
+#[cfg(test)]
+thread_local! {
+    /// Runs that have been decoded.
+    pub(super) static DECODED: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
 }
 
 /// Reads a block from its beginning.
@@ -64,6 +73,8 @@ impl Iterator for Cursor<'_> {
         if self.at == self.bytes.len() {
             return None;
         }
+        #[cfg(test)]
+        DECODED.set(DECODED.get() + 1);
         let head = self.byte();
         let page_type = PageType::from_nibble(head >> 4);
         let first = self.base + self.number();
@@ -142,7 +153,7 @@ impl Block {
     /// Replace `first..=last` by `run`, which covers exactly that range. The block's range begins
     /// with `key`, and contains both.
     pub(super) fn replace(&mut self, key: u64, (first, last): (u64, u64), run: Option<Run>) {
-        let mut cursor = self.runs(key);
+        let mut cursor = self.cursor_before(key, first);
         // Runs that overlap or touch, and the position before the first of those.
         let (mut from, mut base) = (0, key);
         let (mut left, mut right, mut touched) = (None, None, 0);
@@ -177,7 +188,9 @@ impl Block {
         let mut new: Vec<u8> = Vec::with_capacity(64);
         let mut waiting: Option<Run> = None;
         let mut written = 0;
+        let mut last_written = None;
         let mut write = |run: Run, new: &mut Vec<u8>| {
+            last_written = Some((from + new.len(), base));
             encode(&run, base, new);
             base = run.last + 1;
             written += 1;
@@ -199,7 +212,28 @@ impl Block {
             write(run, &mut new);
         }
         self.runs = self.runs - replaced + written;
+        self.last = match self.last {
+            _ if to == self.bytes.len() => last_written,
+            Some((at, base)) if at >= to => Some((at + new.len() - (to - from), base)),
+            _ => None,
+        };
         self.splice(from, to, &new);
+    }
+
+    /// A cursor before the runs that a run from `first` on overlaps or touches.
+    fn cursor_before(&self, key: u64, first: u64) -> Cursor<'_> {
+        if let Some((at, base)) = self.last {
+            let from_last = Cursor {
+                bytes: &self.bytes,
+                at,
+                base,
+            };
+            // All others end before that one begins.
+            if (from_last.clone().next()).is_some_and(|last| last.first < first) {
+                return from_last;
+            }
+        }
+        self.runs(key)
     }
 
     /// Replace bytes. The capacity stays close to the length.
@@ -233,7 +267,9 @@ impl Block {
         let behind = Self {
             bytes,
             runs: self.runs - kept.0,
+            last: None,
         };
+        self.last = None;
         self.bytes.truncate(kept.1);
         self.bytes.shrink_to_fit();
         self.runs = kept.0;

@@ -13,6 +13,7 @@
 use std::fmt;
 use std::io::{self, BufRead as _, ErrorKind, Read};
 use std::mem;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Error, Result};
@@ -23,7 +24,7 @@ use xsr_format::detect::Compression;
 
 use super::Source;
 use super::packed::{Packed, Progress};
-use super::zstd::ZstdFrame;
+use super::zstd::{self, ZstdFrame};
 use crate::exit::BadImage;
 use crate::text::Count;
 
@@ -123,6 +124,67 @@ pub(crate) fn is_damage(error: &io::Error) -> bool {
         .is_some_and(<dyn std::error::Error + Send + Sync>::is::<Damage>)
 }
 
+/// The memory that the windows of all layers of compression take: at most [`MAX_WINDOW`] together.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Windows(Arc<AtomicU64>);
+
+/// One layer's share.
+#[derive(Debug)]
+struct Window {
+    all: Windows,
+    bytes: u64,
+}
+
+impl Window {
+    /// The most that this layer may take.
+    fn most(&self) -> u64 {
+        let others = self.all.0.load(Ordering::Relaxed) - self.bytes;
+        MAX_WINDOW.saturating_sub(others)
+    }
+
+    /// Replaces the share by another, unless that is too large. Returns whether it fits.
+    fn take(&mut self, bytes: u64) -> bool {
+        let fits = bytes <= self.most();
+        if fits {
+            self.all.0.fetch_sub(self.bytes, Ordering::Relaxed);
+            self.all.0.fetch_add(bytes, Ordering::Relaxed);
+            self.bytes = bytes;
+        }
+        fits
+    }
+}
+
+/// The dictionary that the first block of xz data asks for, by its header; `None` if there is no
+/// such header.
+fn xz_dictionary(head: &[u8]) -> Option<u64> {
+    /// Bytes of the stream's header, and of the block's before its optional fields.
+    const STREAM: usize = 12;
+    const LZMA2: u8 = 0x21;
+    let [_, flags, rest @ ..] = head.get(STREAM..)? else {
+        return None;
+    };
+    let mut fields = rest.iter().copied();
+    // Sizes, of variable length.
+    for _ in 0..(flags >> 6).count_ones() {
+        fields.find(|byte| byte & 0x80 == 0)?;
+    }
+    for _ in 0..=flags & 3 {
+        let (filter, properties) = (fields.next()?, fields.next()?);
+        let first = fields.clone().next();
+        for _ in 0..properties {
+            fields.next()?;
+        }
+        if filter == LZMA2 {
+            let bits = first?;
+            return match bits {
+                0..40 => Some(u64::from(2 | bits & 1) << (bits / 2 + 11)),
+                _ => Some(u32::MAX.into()),
+            };
+        }
+    }
+    None
+}
+
 /// The contents of a compressed source, and how many bytes of it have been used.
 ///
 /// # Errors
@@ -132,6 +194,7 @@ pub(super) fn decompressed(
     compression: Compression,
     source: Source,
     notes: &Notes,
+    windows: &Windows,
 ) -> Result<(Source, Arc<Progress>)> {
     if compression == Compression::Bzip2 {
         let command = compression.command();
@@ -147,6 +210,10 @@ pub(super) fn decompressed(
         notes: Arc::clone(notes),
         now: Now::Between(packed),
         any: false,
+        window: Window {
+            all: windows.clone(),
+            bytes: 0,
+        },
     };
     Ok((Box::new(frames), progress))
 }
@@ -159,6 +226,7 @@ struct Frames {
     now: Now,
     /// Whether a frame has been read.
     any: bool,
+    window: Window,
 }
 
 /// The reading state.
@@ -202,6 +270,9 @@ const ZSTD: [u8; 4] = *b"\x28\xb5\x2f\xfd";
 const LZ4: [u8; 4] = *b"\x04\x22\x4d\x18";
 const LZ4_LEGACY: [u8; 4] = *b"\x02\x21\x4c\x18";
 const XZ: &[u8] = b"\xfd7zXZ\0";
+/// Bytes that tell the window of a frame.
+const ZSTD_HEAD: usize = 18;
+const XZ_HEAD: usize = 64;
 /// The magic of a skippable frame, without its first byte (0x50 to 0x5f).
 const SKIPPED: [u8; 3] = *b"\x2a\x4d\x18";
 
@@ -246,12 +317,24 @@ impl Frames {
                     return Ok(Now::Gzip(GzDecoder::new(packed)));
                 }
                 Compression::Xz if begins(XZ) => {
-                    let kib = u32::try_from(MAX_WINDOW >> 10).unwrap_or(u32::MAX);
+                    /// What the decoder takes beside its dictionary.
+                    const REST: u64 = 1 << 20;
+                    let wanted = xz_dictionary(packed.peek(XZ_HEAD)?);
+                    let wanted = wanted.map_or(self.window.most(), |dictionary| dictionary + REST);
+                    if !self.window.take(wanted) {
+                        return Err(self.damage(Wrong::Window));
+                    }
+                    let kib = u32::try_from(wanted >> 10).unwrap_or(u32::MAX);
                     let frame = XzReader::new_mem_limit(packed, false, kib);
                     return Ok(Now::Xz(Box::new(frame)));
                 }
                 Compression::Zstd | Compression::Lz4 => match head.first_chunk::<4>() {
-                    Some(&ZSTD) => return Ok(Now::Zstd(ZstdFrame::begin(packed)?)),
+                    Some(&ZSTD) => {
+                        if !self.window.take(zstd::window(packed.peek(ZSTD_HEAD)?)) {
+                            return Err(self.damage(Wrong::Window));
+                        }
+                        return Ok(Now::Zstd(ZstdFrame::begin(packed)?));
+                    }
                     Some(&LZ4) => return Ok(Now::Lz4(Box::new(Lz4Decoder::new(packed)))),
                     Some(&LZ4_LEGACY) => {
                         packed.consume(4);

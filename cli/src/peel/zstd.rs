@@ -37,6 +37,28 @@ impl ZstdFrame {
     }
 }
 
+/// The window that a frame asks for, by its header (RFC 8878, 3.1.1.1); 0 if that is cut off.
+pub(super) fn window(head: &[u8]) -> u64 {
+    const MAGIC: usize = 4;
+    let Some([descriptor, rest @ ..]) = head.get(MAGIC..) else {
+        return 0;
+    };
+    let Some(window) = rest.first() else { return 0 };
+    if descriptor & 1 << 5 == 0 {
+        let base = 1_u64 << (10 + (window >> 3));
+        return base + base / 8 * u64::from(window & 7);
+    }
+    // A single segment: all of the contents.
+    let dictionary = [0, 1, 2, 4][usize::from(descriptor & 3)];
+    let length = [1, 2, 4, 8][usize::from(descriptor >> 6)];
+    let Some(field) = rest.get(dictionary..dictionary + length) else {
+        return 0;
+    };
+    let mut bytes = [0; 8];
+    bytes[..length].copy_from_slice(field);
+    u64::from_le_bytes(bytes).saturating_add(if length == 2 { 256 } else { 0 })
+}
+
 fn error(error: impl std::fmt::Display) -> io::Error {
     // The decoder's message is meant for its developers; it is not shown.
     io::Error::other(error.to_string())

@@ -8,6 +8,7 @@
 
 mod bare;
 mod beside;
+mod bounds;
 mod checkpoint;
 mod colo;
 mod common;

@@ -146,6 +146,11 @@ impl<'a> Entries<'a> {
         self.wire.is_empty()
     }
 
+    /// The entries as they stand in the stream.
+    pub fn as_bytes(&self) -> &'a [u8] {
+        self.wire.as_bytes()
+    }
+
     /// At most `most` entries, starting with the one at index `from`.
     pub(crate) fn part(self, from: usize, most: usize) -> Self {
         let (_, rest) = self.wire.split_at(from.min(self.wire.len()));

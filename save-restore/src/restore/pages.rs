@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE, Page, PageEntry, Pfn};
 use xsr_format::read::PageDataBody;
+use xsr_format::record::MAX_BATCH;
 use xsr_xen_backend::{Access, Domain, ForeignPages};
 
 use crate::error::RestoreError;
@@ -59,7 +60,7 @@ impl<'r> PageRestore<'r> {
         self.placer.clone()
     }
 
-    /// Processes one PAGE_DATA record.
+    /// Processes one PAGE_DATA record. `ask` is called between the parts of a long one.
     ///
     /// # Errors
     ///
@@ -69,6 +70,7 @@ impl<'r> PageRestore<'r> {
         &mut self,
         mut body: PageDataBody<'_, S>,
         hands: &Hands<'_, '_>,
+        ask: &mut dyn FnMut() -> Result<(), RestoreError>,
     ) -> Result<(), RestoreError> {
         // A record may have sixteen million entries, but its length limits those with contents:
         // only these are kept.
@@ -84,6 +86,9 @@ impl<'r> PageRestore<'r> {
             let mut with_memory = with_memory.map(|entry| entry.pfn).peekable();
             while with_memory.peek().is_some() {
                 self.populate(with_memory.by_ref().take(POPULATED))?;
+                if with_memory.peek().is_some() {
+                    ask()?;
+                }
             }
         }
         let tables = matches!(self.guest, Guest::Pv(_));
@@ -108,7 +113,13 @@ impl<'r> PageRestore<'r> {
             true => COMPARED,
             false => hands.crew.piece_pages(),
         };
+        let mut since_asked = 0;
         for entries in with_data.chunks(most) {
+            if since_asked >= MAX_BATCH {
+                since_asked = 0;
+                ask()?;
+            }
+            since_asked += entries.len();
             let gfns: Vec<Gfn> = self.gfns(entries);
             if self.verify {
                 let pages = self.domain.map(&gfns, Access::Write)?.all_mapped()?;

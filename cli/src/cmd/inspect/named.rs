@@ -193,16 +193,21 @@ fn text_of(leaf: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> Option<NamedField> {
     (!text.is_empty()).then(|| field("text", format!("\"{}\"", text.escape_ascii())))
 }
 
-/// The fields of a record of the libxl stream.
-pub(super) fn of_libxl(record: &LibxlRecord) -> Vec<Named> {
+/// The fields of a record of the libxl stream, `most` at most.
+pub(super) fn of_libxl(record: &LibxlRecord, most: usize) -> Vec<Named> {
     let LibxlRecord::EmulatorXenstoreData { emulator, data } = record else {
         return Vec::new();
     };
     let of = format!("{} {} {}", record.kind(), emulator.id, emulator.index);
     let shown = |bytes: &[u8]| bytes.escape_ascii().to_string();
-    let fields = data
-        .iter()
+    let mut pairs = data.iter();
+    let named = pairs.by_ref().take(most);
+    let mut fields: Vec<NamedField> = named
         .map(|(key, value)| field(&shown(key), format!("\"{}\"", shown(value))))
         .collect();
+    let more = pairs.count();
+    if more > 0 {
+        fields.push(field("…", format!("{more} more")));
+    }
     vec![Named::new(of, None, fields)]
 }

@@ -58,25 +58,46 @@ impl<W: Write> LibxlWriter<W> {
     /// The sink's error; a record that is out of place or too long; or a record in
     /// [`LibxlRecord::Optional`] that is not optional.
     pub fn write(&mut self, record: &LibxlRecord) -> Result<(), WrapperWriteError> {
-        let order = self.header.order;
+        Self::write_to(&mut self.sink, self.header, &mut self.order, record)
+    }
+
+    /// Writes a record to another sink, to which the bytes of this writer's own sink have gone.
+    pub(crate) fn write_aside(
+        &mut self,
+        record: &LibxlRecord,
+        sink: &mut impl Write,
+    ) -> Result<(), WrapperWriteError> {
+        Self::write_to(sink, self.header, &mut self.order, record)
+    }
+
+    fn write_to(
+        sink: &mut impl Write,
+        header: LibxlHeader,
+        place: &mut LibxlOrder,
+        record: &LibxlRecord,
+    ) -> Result<(), WrapperWriteError> {
+        let order = header.order;
         let kind = record.kind();
         let (words, rest) = record.encode(order);
         let words = words.as_ref().map(IntoBytes::as_bytes).unwrap_or_default();
-        let length = self
-            .admit(record, rest.len().saturating_add(words.len()))
+        let length = Self::admit(place, record, rest.len().saturating_add(words.len()))
             .map_err(|cause| WrapperWriteError::Libxl { kind, cause })?;
         let header = WireLibxlRecordHeader {
             kind: U32::new(kind.0, order),
             length: U32::new(length, order),
         };
-        self.sink.write_all(&[header.as_bytes(), words].concat())?;
-        self.sink.write_all(rest)?;
-        self.sink.write_all(zeros(u64::from(length)))?;
+        sink.write_all(&[header.as_bytes(), words].concat())?;
+        sink.write_all(rest)?;
+        sink.write_all(zeros(u64::from(length)))?;
         Ok(())
     }
 
     /// Checks that the record may come here. Returns its length for the header.
-    fn admit(&mut self, record: &LibxlRecord, length: usize) -> Result<u32, LibxlError> {
+    fn admit(
+        place: &mut LibxlOrder,
+        record: &LibxlRecord,
+        length: usize,
+    ) -> Result<u32, LibxlError> {
         let kind = record.kind();
         if let LibxlRecord::Optional { kind, .. } = record
             && !kind.is_optional()
@@ -84,7 +105,7 @@ impl<W: Write> LibxlWriter<W> {
             return Err(LibxlError::UnknownMandatory { kind: kind.0 });
         }
         let length = LibxlRecord::check_header(kind, length as u64)?;
-        self.order.admit(kind)?;
+        place.admit(kind)?;
         Ok(length)
     }
 }

@@ -10,7 +10,7 @@
 
 mod find;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use xsr_format::frame::{Gfn, Mfn, PAGE_SIZE, Page, PageType, Pfn};
@@ -18,6 +18,7 @@ use xsr_format::record::pv::PvInfo;
 use xsr_xen_backend::{Access, Domain, ForeignPages, M2p};
 
 use self::find::Place;
+use crate::bitmap::PfnBitmap;
 use crate::error::{GuestError, RestoreError, SaveError};
 use crate::guest::GoOn;
 
@@ -176,22 +177,61 @@ impl P2m {
     }
 }
 
-/// The number of entries in a leaf of a 64-bit guest's p2m, which an image must hold for each range
-/// with memory.
-const CHUNK: usize = 512;
+/// pfns of a chunk.
+const CHUNK: usize = 4096;
 
-struct Chunk {
-    mfns: [u64; CHUNK],
-    types: [PageType; CHUNK],
+/// What is known of a pfn, in one word: bits 52–63 its place in the chunk, bits 48–51 its type,
+/// bits 0–47 its frame (all ones if it has none).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Known(u64);
+
+const _: () = assert!(CHUNK == 1 << 12);
+
+impl Known {
+    const NO_FRAME: u64 = (1 << 48) - 1;
+
+    fn new(at: usize, page_type: PageType, mfn: Mfn) -> Self {
+        // No frame of x86 has more than 40 bits.
+        let frame = mfn.0.min(Self::NO_FRAME);
+        Self((at as u64) << 52 | u64::from(page_type.nibble()) << 48 | frame)
+    }
+
+    fn at(self) -> usize {
+        usize::try_from(self.0 >> 52).unwrap_or(CHUNK)
+    }
+
+    fn page_type(self) -> PageType {
+        let [.., byte, _] = self.0.to_le_bytes();
+        PageType::from_nibble(byte & 0xf)
+    }
+
+    fn mfn(self) -> Option<Mfn> {
+        let frame = self.0 & Self::NO_FRAME;
+        (frame != Self::NO_FRAME).then_some(Mfn(frame))
+    }
+}
+
+/// What is known of the pfns of a chunk, ascending. Where nothing is, it is an ordinary page
+/// without a frame.
+type Chunk = Vec<Known>;
+
+/// Where a chunk has what is known of a pfn, or would have it.
+fn search(chunk: &[Known], at: usize) -> Result<usize, usize> {
+    // Where all pfns before it are known, too, which is usual, it is at its own place. It cannot be
+    // behind that.
+    match chunk.get(at) {
+        Some(known) if known.at() == at => Ok(at),
+        _ => chunk[..chunk.len().min(at)].binary_search_by_key(&at, |known| known.at()),
+    }
 }
 
 /// The p2m of a guest that is being restored, and the type of each page.
 ///
-/// Allocates memory only for ranges in which a page has been populated, so that an image which
-/// announces a huge guest does not cost a huge table.
+/// Takes some eight bytes for each page that has been populated, and at most 24 for each 4096 pfns
+/// up to the last of those.
 #[derive(Default)]
 pub(crate) struct NewP2m {
-    chunks: Vec<Option<Box<Chunk>>>,
+    chunks: Vec<Chunk>,
     /// Frames that were given back, and the pfns that had them.
     released: BTreeMap<Mfn, Pfn>,
 }
@@ -221,42 +261,43 @@ impl NewP2m {
         (pfn / CHUNK, pfn % CHUNK)
     }
 
-    fn slot(&mut self, pfn: Pfn) -> (&mut Chunk, usize) {
+    fn get(&self, pfn: Pfn) -> Option<Known> {
         let (chunk, at) = Self::place(pfn);
-        if chunk >= self.chunks.len() {
-            self.chunks.resize_with(chunk + 1, || None);
-        }
-        let chunk = self.chunks[chunk].get_or_insert_with(|| {
-            Box::new(Chunk {
-                mfns: [u64::MAX; CHUNK],
-                types: [PageType::NOTAB; CHUNK],
-            })
-        });
-        (chunk, at)
+        let chunk = self.chunks.get(chunk)?;
+        search(chunk, at).ok().map(|index| chunk[index])
     }
 
-    fn get(&self, pfn: Pfn) -> Option<(&Chunk, usize)> {
+    fn set(&mut self, pfn: Pfn, page_type: PageType, mfn: Mfn) {
         let (chunk, at) = Self::place(pfn);
-        Some((self.chunks.get(chunk)?.as_deref()?, at))
+        if chunk >= self.chunks.len() {
+            self.chunks.resize(chunk + 1, Vec::new());
+        }
+        let chunk = &mut self.chunks[chunk];
+        let known = Known::new(at, page_type, mfn);
+        match search(chunk, at) {
+            Ok(index) => chunk[index] = known,
+            Err(index) => {
+                if chunk.len() == chunk.capacity() {
+                    let more = (chunk.len() / 4).max(4).min(CHUNK - chunk.len());
+                    chunk.reserve_exact(more);
+                }
+                chunk.insert(index, known);
+            }
+        }
     }
 
     /// The frame of `pfn`, if it has one.
     pub(crate) fn mfn(&self, pfn: Pfn) -> Option<Mfn> {
-        let (chunk, at) = self.get(pfn)?;
-        Some(Mfn(chunk.mfns[at])).filter(|mfn| *mfn != Mfn::INVALID)
+        self.get(pfn)?.mfn()
     }
 
     /// The type that the stream last gave `pfn`; an ordinary page before.
     pub(crate) fn page_type(&self, pfn: Pfn) -> PageType {
-        match self.get(pfn) {
-            Some((chunk, at)) => chunk.types[at],
-            None => PageType::NOTAB,
-        }
+        self.get(pfn).map_or(PageType::NOTAB, Known::page_type)
     }
 
     pub(crate) fn set_mfn(&mut self, pfn: Pfn, mfn: Mfn) {
-        let (chunk, at) = self.slot(pfn);
-        chunk.mfns[at] = mfn.0;
+        self.set(pfn, self.page_type(pfn), mfn);
     }
 
     /// `pfn` has given its frame back.
@@ -274,17 +315,16 @@ impl NewP2m {
 
     /// Whether any of `count` pfns from `first` on has a frame.
     fn holds_any(&self, first: u64, count: u64) -> bool {
-        let mut pfn = first;
         let end = first.saturating_add(count);
+        let mut pfn = first;
         while pfn < end {
             let (chunk, at) = Self::place(Pfn(pfn));
             let next = ((chunk + 1) * CHUNK) as u64;
-            if let Some(Some(chunk)) = self.chunks.get(chunk) {
+            if let Some(chunk) = self.chunks.get(chunk) {
                 let until = usize::try_from(end.min(next) - pfn).map_or(CHUNK, |n| at + n);
-                if chunk.mfns[at..until.min(CHUNK)]
-                    .iter()
-                    .any(|mfn| *mfn != Mfn::INVALID.0)
-                {
+                let from = search(chunk, at).unwrap_or_else(|index| index);
+                let mut known = chunk[from..].iter().take_while(|known| known.at() < until);
+                if known.any(|known| known.mfn().is_some()) {
                     return true;
                 }
             }
@@ -293,25 +333,22 @@ impl NewP2m {
         false
     }
 
-    /// Records the type of `pfn`. If neither it nor any pfn near it has memory, there is nothing to
-    /// record.
+    /// Records the type of `pfn`. If it has no memory and has had none, there is nothing to record.
     pub(crate) fn set_page_type(&mut self, pfn: Pfn, page_type: PageType) {
-        if page_type.is_populated() || self.get(pfn).is_some() {
-            let (chunk, at) = self.slot(pfn);
-            chunk.types[at] = page_type;
+        let known = self.get(pfn);
+        if page_type.is_populated() || known.is_some() {
+            let mfn = known.and_then(Known::mfn).unwrap_or(Mfn::INVALID);
+            self.set(pfn, page_type, mfn);
         }
     }
 
     /// Every pinned table: its level and frame, ascending by pfn.
     pub(crate) fn pinned(&self) -> impl Iterator<Item = (Pfn, u8, Option<Mfn>)> {
         self.chunks.iter().enumerate().flat_map(|(n, chunk)| {
-            chunk.iter().flat_map(move |chunk| {
-                (0..CHUNK).filter_map(move |at| {
-                    let page_type = chunk.types[at];
-                    let level = page_type.table_level().filter(|_| page_type.is_pinned())?;
-                    let mfn = Some(Mfn(chunk.mfns[at])).filter(|mfn| *mfn != Mfn::INVALID);
-                    Some((Pfn((n * CHUNK + at) as u64), level, mfn))
-                })
+            chunk.iter().filter_map(move |known| {
+                let page_type = known.page_type();
+                let level = page_type.table_level().filter(|_| page_type.is_pinned())?;
+                Some((Pfn((n * CHUNK + known.at()) as u64), level, known.mfn()))
             })
         })
     }
@@ -333,7 +370,7 @@ impl NewP2m {
     ) -> Result<(), RestoreError> {
         let fpp = entries_per_frame(info);
         let mut contents = Box::new([0; PAGE_SIZE]);
-        let (mut written, mut in_use) = (BTreeSet::new(), BTreeSet::new());
+        let (mut written, mut in_use) = (PfnBitmap::default(), PfnBitmap::default());
         for (batch, leaves) in frames.chunks(BATCH).enumerate() {
             go_on()?;
             let mut due: Vec<(usize, Gfn)> = Vec::with_capacity(leaves.len());
@@ -341,7 +378,7 @@ impl NewP2m {
                 let first = entry as u64 * fpp;
                 let used = self.holds_any(first, fpp);
                 let again = !written.insert(*pfn);
-                if again && (used || in_use.contains(pfn)) {
+                if again && (used || in_use.contains(*pfn)) {
                     return Err(GuestError::SharedLeaf { leaf: *pfn, entry }.into());
                 }
                 if used {
@@ -432,7 +469,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_far_pfn_costs_one_chunk() {
+    fn a_far_pfn_costs_one_word() {
         let mut p2m = NewP2m::default();
         p2m.set_mfn(Pfn(u64::from(u32::MAX)), Mfn(5));
         p2m.set_page_type(Pfn(3), PageType::L4TAB_PINNED);
@@ -443,6 +480,65 @@ mod tests {
         assert_eq!(p2m.mfn(Pfn(u64::from(u32::MAX))), Some(Mfn(5)));
         assert_eq!(p2m.mfn(Pfn(3)), None);
         assert_eq!(p2m.pinned().collect::<Vec<_>>(), [(Pfn(3), 4, None)]);
+    }
+
+    /// Against plain maps, in an order that looks random and in any number of chunks.
+    #[test]
+    fn what_is_known_of_a_pfn_is_kept() {
+        const TYPES: [PageType; 4] = [
+            PageType::NOTAB,
+            PageType::L1TAB,
+            PageType::L4TAB_PINNED,
+            PageType::XTAB,
+        ];
+        let mut p2m = NewP2m::default();
+        let mut plain: BTreeMap<u64, (PageType, Option<u64>)> = BTreeMap::new();
+        let mut state = 1_u64;
+        for n in 0..40_000 {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            let pfn = (state >> 33) % 10_000;
+            let known = plain.get(&pfn).copied();
+            match n % 3 {
+                0 => {
+                    p2m.set_mfn(Pfn(pfn), Mfn(state >> 24));
+                    let page_type = known.map_or(PageType::NOTAB, |(page_type, _)| page_type);
+                    plain.insert(pfn, (page_type, Some(state >> 24)));
+                }
+                1 => {
+                    let page_type = TYPES[(state >> 60) as usize % 4];
+                    p2m.set_page_type(Pfn(pfn), page_type);
+                    if known.is_some() || page_type.is_populated() {
+                        plain.insert(pfn, (page_type, known.and_then(|(_, mfn)| mfn)));
+                    }
+                }
+                _ => {
+                    let (page_type, mfn) = known.unwrap_or((PageType::NOTAB, None));
+                    assert_eq!(p2m.page_type(Pfn(pfn)), page_type);
+                    assert_eq!(p2m.mfn(Pfn(pfn)), mfn.map(Mfn));
+                    let count = state >> 57;
+                    let any = plain
+                        .range(pfn..pfn + count)
+                        .any(|(_, (_, mfn))| mfn.is_some());
+                    assert_eq!(p2m.holds_any(pfn, count), any);
+                }
+            }
+        }
+        let pinned = plain
+            .iter()
+            .filter(|(_, (page_type, _))| page_type.is_pinned());
+        assert!(
+            p2m.pinned()
+                .map(|(pfn, ..)| pfn.0)
+                .eq(pinned.map(|(pfn, _)| *pfn))
+        );
+        let room: usize = p2m.chunks.iter().map(Vec::capacity).sum();
+        assert!(
+            room * 4 <= plain.len() * 5 + 64,
+            "{room} for {}",
+            plain.len()
+        );
     }
 
     #[test]

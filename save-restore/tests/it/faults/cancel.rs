@@ -6,6 +6,7 @@ use xsr_save_restore::sink::CopySink;
 use xsr_save_restore::source::CopySource;
 use xsr_save_restore::{RestoreError, SaveError};
 
+use crate::common::record_offsets;
 use crate::common::watch::Refusal;
 use crate::faults::*;
 
@@ -89,6 +90,52 @@ fn a_restore_that_is_cancelled_at_any_event_leaves_a_domain_to_destroy() {
         }
     }
     points.report("cancels of a restore", 45);
+}
+
+/// A record may have sixteen million entries: it is no reason to be deaf.
+#[test]
+fn a_restore_is_asked_whether_to_go_on_in_the_midst_of_a_long_record() {
+    const ENTRIES: u64 = 200_000;
+    let (from, to) = (host(37), host(38));
+    let spec = guests()
+        .into_iter()
+        .find(|spec| spec.kind == GuestKind::Pvh);
+    let spec = spec.unwrap();
+    let domid = from.create_guest(&spec).unwrap();
+    let short = crate::common::save_to_vec(&from, domid, &options(1)).unwrap();
+    let pages = record_offsets(&short).into_iter().find(|r| r.1 == 0x01);
+    let (at, ..) = pages.unwrap();
+    // Pages without contents, the same sixteen again and again.
+    let mut record = vec![1, 0, 0, 0];
+    record.extend(u32::try_from(8 + 8 * ENTRIES).unwrap().to_le_bytes());
+    record.extend(ENTRIES.to_le_bytes());
+    record.extend((0..ENTRIES).flat_map(|n| (0xe_u64 << 60 | n % 16).to_le_bytes()));
+    let long = [&short[..at], &record, &short[at..]].concat();
+    let events_of = |stream: &[u8], at: usize| {
+        let (new, options) = make_room(&to, &spec);
+        let domain = to.domain(new).unwrap();
+        let mut toolstack = Toolstack::new(domain.as_ref());
+        let mut events = 0;
+        let result = try_restore(
+            domain.as_ref(),
+            CopySource(stream),
+            &mut toolstack,
+            &options,
+            &mut breaking(at, &mut events),
+        );
+        domain.destroy().unwrap();
+        domain.destroy().unwrap();
+        (result, events)
+    };
+    let (result, few) = events_of(&short, usize::MAX);
+    result.unwrap();
+    let (result, many) = events_of(&long, usize::MAX);
+    result.unwrap();
+    // One for each 32768 entries.
+    assert!(many >= few + 6, "{few} events, then {many}");
+    let (result, events) = events_of(&long, 4);
+    assert!(matches!(result, Err(RestoreError::Aborted)));
+    assert_eq!(events, 5);
 }
 
 #[test]

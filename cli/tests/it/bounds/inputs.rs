@@ -1,0 +1,324 @@
+//! Images that cost as much as an image can: written byte by byte, with holes where the contents
+//! do not matter.
+
+use std::fs::File;
+use std::io::{self, BufWriter, Seek as _, SeekFrom, Write};
+use std::path::Path;
+
+use flate2::Crc;
+use flate2::write::GzEncoder;
+
+/// Bytes of a page.
+const PAGE: u64 = 4096;
+/// A configuration that is like libxl's, without what ends it.
+pub(super) fn config(kind: &str, vcpus: u32) -> String {
+    format!(
+        r#"{{"c_info":{{"type":"{kind}","name":"evil","uuid":"6f18a89f-849d-4334-8633-5976cbcde14c"}},"b_info":{{"max_vcpus":{vcpus},"max_memkb":8388608,"target_memkb":8388608}}"#
+    )
+}
+
+/// Types of records.
+pub(super) const PAGE_DATA: u32 = 1;
+pub(super) const OPTIONAL: u32 = 0x8000_1000;
+const END: u32 = 0;
+const PV_INFO: u32 = 2;
+pub(super) const P2M_FRAMES: u32 = 3;
+pub(super) const VCPU_BASIC: u32 = 4;
+pub(super) const VCPU_EXTENDED: u32 = 5;
+pub(super) const VCPU_XSAVE: u32 = 6;
+const SHARED_INFO: u32 = 7;
+const TSC_INFO: u32 = 8;
+pub(super) const HVM_CONTEXT: u32 = 9;
+pub(super) const HVM_PARAMS: u32 = 10;
+pub(super) const CHECKPOINT: u32 = 14;
+const STATIC_DATA_END: u32 = 16;
+pub(super) const CPUID_POLICY: u32 = 17;
+pub(super) const MSR_POLICY: u32 = 18;
+/// Of libxl.
+pub(super) const LIBXC_CONTEXT: u32 = 1;
+pub(super) const XENSTORE_DATA: u32 = 2;
+pub(super) const EMULATOR_CONTEXT: u32 = 3;
+pub(super) const CHECKPOINT_END: u32 = 4;
+
+/// Types of pages.
+pub(super) const NOTAB: u64 = 0;
+pub(super) const XALLOC: u64 = 0xe << 60;
+pub(super) const XTAB: u64 = 0xf << 60;
+
+/// Which guest.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Guest {
+    Pv,
+    Hvm,
+}
+
+/// An image in the making.
+pub(super) struct Image {
+    out: BufWriter<File>,
+    guest: Guest,
+    wrapped: bool,
+    /// The state of vcpus has come.
+    has_vcpus: bool,
+    /// All state has come.
+    has_state: bool,
+}
+
+impl Image {
+    /// Up to the first record of the libxc stream; `before` writes records of libxl.
+    pub(super) fn wrapped(
+        path: &Path,
+        guest: Guest,
+        config: &[u8],
+        before: impl FnOnce(&mut Self),
+    ) -> Self {
+        let mut image = Self::with_header(path, guest, config);
+        before(&mut image);
+        image.record(LIBXC_CONTEXT, &[]);
+        image.headers(|_| {});
+        image
+    }
+
+    /// The same of an HVM guest; `policies` writes records of its static data.
+    pub(super) fn policies(path: &Path, config: &[u8], policies: impl FnOnce(&mut Self)) -> Self {
+        let mut image = Self::with_header(path, Guest::Hvm, config);
+        image.record(LIBXC_CONTEXT, &[]);
+        image.headers(policies);
+        image
+    }
+
+    /// xl's header and that of the libxl stream.
+    fn with_header(path: &Path, guest: Guest, config: &[u8]) -> Self {
+        let mut image = Self::empty(path, guest);
+        image.wrapped = true;
+        image.put(b"Xen saved domain, xl format\n \0 \r");
+        let length = config.len() as u32 + 1;
+        for word in [0x0102_0304, 3, 0, length + 4, length] {
+            image.word(word);
+        }
+        image.put(config);
+        image.put(b"\0LibxlFmt\0\0\0\x02\0\0\0\0");
+        image
+    }
+
+    fn empty(path: &Path, guest: Guest) -> Self {
+        Self {
+            out: BufWriter::with_capacity(1 << 20, File::create(path).unwrap()),
+            guest,
+            wrapped: false,
+            has_vcpus: false,
+            has_state: false,
+        }
+    }
+
+    fn headers(&mut self, policies: impl FnOnce(&mut Self)) {
+        self.put(b"\xff\xff\xff\xff\xff\xff\xff\xffXENF\0\0\0\x03\0\0\0\0\0\0\0\0");
+        let kind = match self.guest {
+            Guest::Pv => 1,
+            Guest::Hvm => 2,
+        };
+        for word in [kind, 12, 4, 17] {
+            self.word(word);
+        }
+        if self.guest == Guest::Pv {
+            self.record(PV_INFO, &[8, 4, 0, 0, 0, 0, 0, 0]);
+        }
+        policies(self);
+        self.record(STATIC_DATA_END, &[]);
+    }
+
+    pub(super) fn put(&mut self, bytes: &[u8]) {
+        self.out.write_all(bytes).unwrap();
+    }
+
+    pub(super) fn word(&mut self, word: u32) {
+        self.put(&word.to_le_bytes());
+    }
+
+    pub(super) fn long(&mut self, word: u64) {
+        self.put(&word.to_le_bytes());
+    }
+
+    /// So many bytes of zeros that take no room.
+    pub(super) fn hole(&mut self, bytes: u64) {
+        let bytes = i64::try_from(bytes).unwrap();
+        self.out.seek(SeekFrom::Current(bytes)).unwrap();
+    }
+
+    pub(super) fn record(&mut self, kind: u32, body: &[u8]) {
+        self.word(kind);
+        self.word(body.len() as u32);
+        self.put(body);
+        let pad = body.len().next_multiple_of(8) - body.len();
+        self.put(&[0; 8][..pad]);
+    }
+
+    /// A record of so many bytes of zeros, a multiple of eight.
+    pub(super) fn zeros(&mut self, kind: u32, bytes: u32) {
+        self.word(kind);
+        self.word(bytes);
+        self.hole(bytes.into());
+    }
+
+    /// PAGE_DATA with these entries: contents are zeros.
+    pub(super) fn pages(&mut self, entries: &[u64]) {
+        let with_data = entries.iter().filter(|entry| **entry >> 60 < 0xd).count() as u64;
+        self.word(PAGE_DATA);
+        self.word((8 + 8 * entries.len() as u64 + PAGE * with_data) as u32);
+        self.long(entries.len() as u64);
+        for entry in entries {
+            self.long(*entry);
+        }
+        self.hole(PAGE * with_data);
+    }
+
+    /// X86_PV_P2M_FRAMES for the pfns up to `end`, each leaf at
+    /// the pfn that `leaf` says.
+    pub(super) fn p2m(&mut self, end: u32, leaf: impl Fn(u64) -> u64) {
+        let leaves = end / 512 + 1;
+        self.word(P2M_FRAMES);
+        self.word(8 + 8 * leaves);
+        self.word(0);
+        self.word(end);
+        for n in 0..leaves {
+            self.long(leaf(n.into()));
+        }
+    }
+
+    /// Header, so many of `record`, and END of an HVM context.
+    pub(super) fn context(&mut self, count: usize, record: impl Fn(usize) -> Vec<u8>) {
+        let mut body = Vec::new();
+        context_record(&mut body, 1, 0, &[0; 24]);
+        body[8..12].copy_from_slice(&0x5438_1286_u32.to_le_bytes());
+        body[12..16].copy_from_slice(&1_u32.to_le_bytes());
+        for n in 0..count {
+            body.extend(record(n));
+        }
+        context_record(&mut body, 0, 0, &[]);
+        self.record(HVM_CONTEXT, &body);
+        self.has_vcpus = true;
+    }
+
+    /// A record of the state of a PV guest's vcpu.
+    pub(super) fn vcpu(&mut self, kind: u32, vcpu: u64, bytes: usize) {
+        let mut body = vcpu.to_le_bytes().to_vec();
+        body.resize(8 + bytes, 0x5a);
+        self.record(kind, &body);
+        self.has_vcpus = true;
+    }
+
+    /// The records that complete a guest, apart from what has been written.
+    pub(super) fn state(&mut self) {
+        if std::mem::replace(&mut self.has_state, true) {
+            return;
+        }
+        let has_vcpus = self.has_vcpus;
+        match self.guest {
+            Guest::Pv => {
+                self.record(SHARED_INFO, &[0; PAGE as usize]);
+                if !has_vcpus {
+                    self.vcpu(VCPU_BASIC, 0, 0x1430);
+                }
+            }
+            Guest::Hvm => {
+                if !has_vcpus {
+                    self.context(1, |_| cpu(0));
+                }
+                self.record(HVM_PARAMS, &[0; 8]);
+            }
+        }
+        self.record(TSC_INFO, &[0; 24]);
+    }
+
+    /// The end of the streams; `after` writes records of libxl.
+    pub(super) fn end(mut self, after: impl FnOnce(&mut Self)) {
+        self.state();
+        self.record(END, &[]);
+        if self.wrapped {
+            after(&mut self);
+            self.record(END, &[]);
+        }
+        self.done();
+    }
+
+    /// All is written.
+    pub(super) fn done(mut self) {
+        self.out.flush().unwrap();
+        let end = self.out.stream_position().unwrap();
+        self.out.get_ref().set_len(end).unwrap();
+    }
+}
+
+/// A record of an HVM context.
+pub(super) fn context_record(out: &mut Vec<u8>, kind: u16, instance: u16, body: &[u8]) {
+    out.extend(kind.to_le_bytes());
+    out.extend(instance.to_le_bytes());
+    out.extend((body.len() as u32).to_le_bytes());
+    out.extend(body);
+}
+
+/// The state of a vcpu in an HVM context.
+pub(super) fn cpu(instance: u16) -> Vec<u8> {
+    let mut out = Vec::new();
+    context_record(&mut out, 2, instance, &[0; 1032]);
+    out
+}
+
+/// A file, compressed by gzip.
+pub(super) fn gzip(from: &Path, to: &Path) {
+    let mut out = GzEncoder::new(File::create(to).unwrap(), flate2::Compression::fast());
+    io::copy(&mut File::open(from).unwrap(), &mut out).unwrap();
+    out.finish().unwrap();
+}
+
+/// A file as one zstd frame with a window of 2^`log` bytes: runs of one byte as such, all else as
+/// it is.
+pub(super) fn zstd(from: &Path, to: &Path, log: u8) {
+    const BLOCK: usize = 128 << 10;
+    let bytes = std::fs::read(from).unwrap();
+    let mut out = BufWriter::new(File::create(to).unwrap());
+    out.write_all(&[0x28, 0xb5, 0x2f, 0xfd, 0, (log - 10) << 3])
+        .unwrap();
+    let blocks = bytes.chunks(BLOCK);
+    let last = blocks.len() - 1;
+    for (n, block) in blocks.enumerate() {
+        let is_run = block.iter().all(|byte| *byte == block[0]);
+        let head = (block.len() << 3) | usize::from(is_run) << 1 | usize::from(n == last);
+        out.write_all(&head.to_le_bytes()[..3]).unwrap();
+        out.write_all(if is_run { &block[..1] } else { block })
+            .unwrap();
+    }
+    out.flush().unwrap();
+}
+
+/// A file, compressed by lz4 in blocks of 4 MiB, each of which refers to what comes before.
+pub(super) fn lz4(from: &Path, to: &Path) {
+    use lz4_flex::frame::{BlockMode, BlockSize, FrameEncoder, FrameInfo};
+    let info = FrameInfo::new()
+        .block_size(BlockSize::Max4MB)
+        .block_mode(BlockMode::Linked);
+    let mut out = FrameEncoder::with_frame_info(info, File::create(to).unwrap());
+    io::copy(&mut File::open(from).unwrap(), &mut out).unwrap();
+    out.finish().unwrap();
+}
+
+/// A file, compressed by xz with a small dictionary, whose header asks for one of 128 MiB less a
+/// bit: as much as is allowed.
+pub(super) fn xz(from: &Path, to: &Path) {
+    use lzma_rust2::{XzOptions, XzWriter};
+    let options = XzOptions::with_preset(0);
+    let mut out = XzWriter::new(Vec::new(), options).unwrap();
+    io::copy(&mut File::open(from).unwrap(), &mut out).unwrap();
+    let mut bytes = out.finish().unwrap();
+    // Stream header (12 bytes), block header: size, flags, filter LZMA2 (0x21), one byte of
+    // properties: the size of the dictionary. At its end, its CRC-32.
+    let length = (usize::from(bytes[12]) + 1) * 4;
+    let header = &mut bytes[12..12 + length];
+    let at = header.iter().position(|byte| *byte == 0x21).unwrap();
+    assert_eq!(header[at + 1], 1, "{header:?}");
+    // 2 << (n / 2 + 11), or 3 << that if n is odd: 64 MiB.
+    header[at + 2] = 28;
+    let mut crc = Crc::new();
+    crc.update(&header[..length - 4]);
+    header[length - 4..].copy_from_slice(&crc.sum().to_le_bytes());
+    std::fs::write(to, bytes).unwrap();
+}
