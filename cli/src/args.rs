@@ -169,8 +169,8 @@ impl Command {
 /// file is complete.
 ///
 /// On a Xen host this command runs `xl save` with xsr-save-helper. It passes all of xl's options
-/// on, gives --threads to the helper, and refuses options that xl does not have. With --direct it
-/// works without xl: it asks the domain to suspend, saves it to a bare libxc stream, and resumes
+/// on, gives --live, its target and --threads to the helper, and refuses options that xl does not
+/// have. With --direct it works without xl: it asks the domain to suspend, saves it to a bare libxc stream, and resumes
 /// or destroys it.
 #[derive(Debug, Args)]
 #[command(after_help = "\

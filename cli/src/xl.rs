@@ -55,6 +55,8 @@ struct Call {
     refused: Vec<String>,
     /// Whether a domain is created even if it has seen CPU features that this host lacks.
     force: bool,
+    /// `--live` was given for a save.
+    live: bool,
     /// For a command that works on a domain: the positions of the domain and of a save's file.
     words: Option<Words>,
     /// Additional verbosity on stderr.
@@ -109,6 +111,7 @@ impl Xl {
             refused,
             restores,
             force,
+            live,
             words,
             ..
         } = self.0;
@@ -126,6 +129,10 @@ impl Xl {
             return Err(Error::new(BadUsage(why)));
         }
         settings.iter().try_for_each(Setting::check)?;
+        let saves = words.as_ref().is_some_and(|words| words.command == "save");
+        if saves && !live && settings.iter().any(Setting::is_for_live) {
+            return Err(Error::new(BadUsage(crate::cmd::save::FOR_LIVE.to_owned())));
+        }
         let xl = program("xl").context(
             "there is no `xl` on PATH: install Xen's tools (Debian: xen-utils-common), or give \
              --direct (save and restore without libxl; see --help)",
@@ -142,7 +149,9 @@ impl Xl {
         tracing::info!(xl = %xl.display(), helper = %helper.display(), ?arguments, "running xl");
         let xl = [xl.into_os_string()].into_iter().chain(arguments);
         let plan = restores.then(|| setting::plan(force)).flatten();
-        let settings = settings.into_iter().map(Setting::variable).chain(plan);
+        let live = live.then(|| (setting::LIVE.0, setting::LIVE.1.into()));
+        let settings = settings.into_iter().map(Setting::variable);
+        let settings = settings.chain(plan).chain(live);
         let ended = child::run(xl, &helper, settings, restores, lock.as_ref());
         let succeeded = ended.as_ref().is_ok_and(|ended| ended.status.success());
         let code = match ended {
@@ -189,6 +198,7 @@ impl Call {
             refused: Vec::new(),
             restores: matches!(name, "restore" | "migrate-receive"),
             force: false,
+            live: false,
             words: Words::of(name),
             verbose: 0,
             quiet: false,
@@ -236,6 +246,7 @@ impl Call {
                         words.force = true;
                     }
                 }
+                "--live" if name == "save" && value.is_none() => call.live = true,
                 "--force" if call.restores => call.force = true,
                 _ if call.message(argument) => {}
                 _ => match Setting::of(own, option) {

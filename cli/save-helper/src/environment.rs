@@ -18,6 +18,8 @@ const MAX_DOWNTIME: &str = "XSR_MAX_DOWNTIME";
 const TIMEOUT: &str = "XSR_TIMEOUT";
 /// What to do after `XSR_TIMEOUT`: `stop-copy` or `cancel`.
 const ON_TIMEOUT: &str = "XSR_ON_TIMEOUT";
+/// Save while the domain runs although libxl does not ask for that (`xl save`): `1`.
+const LIVE: &str = "XSR_LIVE";
 
 /// What to do if the guest has seen CPU features that this host lacks: `warn` or `refuse`.
 const PLAN: &str = "XSR_PLAN";
@@ -54,6 +56,15 @@ pub(crate) fn cpu_check() -> Result<CpuCheck> {
         None | Some("warn") => Ok(CpuCheck::Warn),
         Some("refuse") => Ok(CpuCheck::Refuse),
         Some(other) => bail!("{PLAN} is {other:?}, expected warn or refuse"),
+    }
+}
+
+/// Whether to save a domain while it runs although libxl does not ask for that.
+pub(crate) fn live() -> Result<bool> {
+    match variable(LIVE)?.as_deref() {
+        None | Some("0") => Ok(false),
+        Some("1") => Ok(true),
+        Some(other) => bail!("{LIVE} is {other:?}, expected 0 or 1"),
     }
 }
 

@@ -114,6 +114,9 @@ fn save(args: &SaveArgs, wire: &Wire, backend: &dyn Backend) -> Result<()> {
         threads: environment::threads()?,
     };
     let mut policy = environment::policy()?;
+    // libxl serves a live save as any other: it switches its device model's log and suspends the
+    // guest when it is asked to.
+    let is_live = args.live || environment::live()?;
     let live = Live {
         policy: &mut *policy,
         verify: args.debug,
@@ -154,7 +157,7 @@ fn save(args: &SaveArgs, wire: &Wire, backend: &dyn Backend) -> Result<()> {
         tracing::info!("checkpoint {} was the last", stats.checkpoints);
         return Ok(());
     }
-    let saved = match args.live {
+    let saved = match is_live {
         true => xsr_save_restore::SaveRequest::new(domain, xen)
             .options(&options)
             .live(live)

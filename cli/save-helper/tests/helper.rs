@@ -405,6 +405,34 @@ fn a_live_save_has_the_target_of_its_environment() {
     assert!(reason.is_some(), "{run:?}");
 }
 
+/// As under `xl save`, whose libxl does not ask for it.
+#[test]
+fn a_save_is_live_if_the_environment_says_so() {
+    let dir = scratch();
+    let (path, domid) = host(dir.path(), GuestKind::Pvh, 8);
+    let save = |variables: &[(&str, &str)]| {
+        let file = File::create(dir.path().join("s")).unwrap();
+        let mut command = command(&path, &save_args(domid, 0), file, "");
+        command.envs(variables.iter().copied());
+        play(command.spawn().unwrap(), fine)
+    };
+    let bad = save(&[("XSR_LIVE", "yes")]);
+    assert_eq!(bad.completed().0, -1);
+    bad.logged(8, "XSR_LIVE is \"yes\", expected");
+    assert!(!bad.numbers().contains(&SUSPEND));
+    // Only a live save has a time that can be up before the guest is asked to suspend.
+    let up = [("XSR_TIMEOUT", "0"), ("XSR_ON_TIMEOUT", "cancel")];
+    let late = save(&[&[("XSR_LIVE", "1")], &up[..]].concat());
+    assert_eq!(late.completed(), (-1, Errno::ETIMEDOUT));
+    assert!(!late.numbers().contains(&SUSPEND));
+    let live = save(&[("XSR_LIVE", "1")]);
+    assert_eq!(live.completed(), (0, Errno::from_raw(0)));
+    assert!(live.numbers().contains(&SUSPEND), "{live:?}");
+    let host = MockHost::open(&path).unwrap();
+    assert!(host.show(domid).unwrap().shutdown.is_some());
+    assert!(!host.is_log_dirty(domid).unwrap());
+}
+
 #[test]
 fn a_guest_that_libxl_cannot_suspend_fails_the_save() {
     let dir = scratch();

@@ -41,6 +41,10 @@ use crate::terminal::Terminal;
 use crate::text::{Count, shown_name, shown_path, size};
 use crate::watch::Watch;
 
+/// The error for options that have no meaning without `--live`.
+pub(crate) const FOR_LIVE: &str =
+    "--max-downtime, --timeout and --on-timeout are for a live save: add --live";
+
 /// What `--json` prints (docs/json.md).
 #[derive(Debug, Serialize)]
 struct Report<'a> {
@@ -115,8 +119,7 @@ pub(crate) fn run(args: &SaveArgs, terminal: &Terminal) -> Result<Code> {
         false => Box::new(XenPolicy),
     });
     if live.is_none() && args.target.is_given() {
-        let why = "--max-downtime, --timeout and --on-timeout are for a live save: add --live";
-        return Err(anyhow::Error::new(BadUsage(why.to_owned())));
+        return Err(anyhow::Error::new(BadUsage(FOR_LIVE.to_owned())));
     }
     if args.page_digests && args.layout != LayoutArg::Mapped {
         let why = "--page-digests is for --layout mapped: a stream has no digests";

@@ -12,14 +12,17 @@ use crate::exit::BadUsage;
 /// commands that have it.
 const SETTINGS: [(&str, &str, &[&str]); 4] = [
     ("threads", "XSR_THREADS", &COMMANDS),
-    ("max-downtime", "XSR_MAX_DOWNTIME", &["migrate"]),
-    ("timeout", "XSR_TIMEOUT", &["migrate"]),
-    ("on-timeout", "XSR_ON_TIMEOUT", &["migrate"]),
+    ("max-downtime", "XSR_MAX_DOWNTIME", &["migrate", "save"]),
+    ("timeout", "XSR_TIMEOUT", &["migrate", "save"]),
+    ("on-timeout", "XSR_ON_TIMEOUT", &["migrate", "save"]),
 ];
 
 /// Whether our helper restores a guest that has seen CPU features which this host lacks. By default
 /// it only warns.
 const PLAN: &str = "XSR_PLAN";
+
+/// Has our helper save a domain while it runs: `xl save` has no option for that.
+pub(super) const LIVE: (&str, &str) = ("XSR_LIVE", "1");
 
 /// The variable for a domain that is created here, and its value; `None` if the user has set it.
 pub(super) fn plan(force: bool) -> Option<(&'static str, OsString)> {
@@ -57,6 +60,11 @@ impl Setting {
             variable,
             value,
         })
+    }
+
+    /// Whether it is about the passes of a live save.
+    pub(super) fn is_for_live(&self) -> bool {
+        self.variable != "XSR_THREADS"
     }
 
     /// The variable and its value.

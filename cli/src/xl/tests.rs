@@ -115,10 +115,26 @@ fn what_is_for_the_helper_is_set() {
 }
 
 #[test]
+fn a_live_save_is_for_the_helper() {
+    let words = ["save", "--live", "-c", "--max-downtime", "50", "web", "f"];
+    assert_eq!(passed(&words), ["save", "-c", "web", "f"]);
+    let live = call(&words).unwrap();
+    assert!(live.live && live.refused.is_empty());
+    let settings: Vec<_> = (live.settings.into_iter()).map(Setting::variable).collect();
+    assert_eq!(settings, [("XSR_MAX_DOWNTIME", "50".into())]);
+    // It is xl's own option of a migration.
+    assert!(!call(&["migrate", "--live", "web", "h"]).unwrap().live);
+    assert!(!call(&["save", "web", "f"]).unwrap().live);
+}
+
+#[test]
 fn what_xl_has_not_is_refused() {
     for (words, refused) in [
-        (["save", "--live", "web", "f"].as_slice(), "--live"),
-        (&["save", "--max-downtime=2", "web", "f"], "--max-downtime"),
+        (
+            ["save", "--layout=mapped", "web", "f"].as_slice(),
+            "--layout",
+        ),
+        (&["save", "--page-digests", "web", "f"], "--page-digests"),
         (&["restore", "--json", "f"], "--json"),
         (&["migrate", "--no-live", "web", "h"], "--no-live"),
         (&["migrate", "--receiver=x", "web", "h"], "--receiver"),
