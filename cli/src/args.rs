@@ -197,6 +197,18 @@ pub(crate) struct SaveArgs {
     /// For mapped: a digest for each page, too (16 bytes)
     #[arg(long)]
     pub(crate) page_digests: bool,
+    /// Run this program while the domain is suspended, to snapshot its disks (docs/checkpoint.md)
+    #[arg(long, value_name = "PROGRAM")]
+    pub(crate) at_freeze: Option<PathBuf>,
+    /// Kill that program after so many seconds, and fail
+    #[arg(
+        long,
+        value_name = "S",
+        default_value_t = 10,
+        value_parser = clap::value_parser!(u32).range(1..=3600),
+        requires = "at_freeze"
+    )]
+    pub(crate) at_freeze_limit: u32,
     /// Save even if there is too little space for the image
     #[arg(long)]
     pub(crate) force: bool,

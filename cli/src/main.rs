@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod at_freeze;
 mod backend;
 mod cmd;
 mod colo;

@@ -38,7 +38,7 @@ use crate::sink::PageSink;
 use crate::toolstack::{SaveToolstack, ToolstackError};
 
 pub use crate::save::checkpointed::{BUFFER_BYTES, CheckpointedStats, Checkpoints};
-pub use crate::save::request::SaveRequest;
+pub use crate::save::request::{AtFreeze, SaveRequest};
 
 /// How to save.
 #[derive(Clone, Copy, Debug, Default)]
@@ -255,12 +255,14 @@ impl<'r> Run<'r, '_> {
         suspended: &mut Suspended<'_, dyn SaveToolstack + '_>,
         sink: &mut dyn PageSink,
         live: Option<Live<'_>>,
+        mut hook: Option<&mut (dyn AtFreeze + '_)>,
     ) -> Result<(), SaveError> {
         let (mut guest, mut out) = self.head(xen, sink)?;
         let guest = guest.as_mut();
         let stopped = match live {
             None => {
                 let stopped = self.suspend(suspended)?;
+                begin(&mut hook)?;
                 if self.check_vm_state(guest, false)? {
                     guest.start_of_stream(&mut out)?;
                 }
@@ -269,12 +271,15 @@ impl<'r> Run<'r, '_> {
                 self.send(guest, &mut out, Phase::Pages, all, Notes::default())?;
                 stopped
             }
-            Some(live) => self.live(guest, &mut out, suspended, live)?,
+            Some(live) => self.live(guest, &mut out, suspended, live, &mut hook)?,
         };
 
         self.report(Phase::Tail)?;
         self.begin(Part::Tail);
         guest.end_of_checkpoint(&mut out)?;
+        if let Some(hook) = hook {
+            hook.wait()?;
+        }
         self.still_suspended()?;
         out.end()?;
         self.stats.suspended_for = stopped.elapsed();
@@ -372,6 +377,11 @@ impl<'r> Run<'r, '_> {
     fn report(&mut self, phase: Phase) -> Result<(), SaveError> {
         go_on(self.progress.begin(phase, None))
     }
+}
+
+/// The guest has been suspended.
+fn begin(hook: &mut Option<&mut (dyn AtFreeze + '_)>) -> Result<(), SaveError> {
+    hook.as_mut().map_or(Ok(()), |hook| Ok(hook.begin()?))
 }
 
 fn go_on(told: ControlFlow<()>) -> Result<(), SaveError> {

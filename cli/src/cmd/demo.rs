@@ -341,7 +341,7 @@ impl Demo<'_> {
         self.watch.now("saving");
         let cancel = self.watch.interrupt().cancel().clone();
         let sink = FdSink::cancellable(output.file(), cancel)?;
-        let written = job.write(&mut toolstack, sink, None, &mut self.watch)?;
+        let written = job.write(&mut toolstack, sink, None, None, &mut self.watch)?;
         self.watch.clear();
         output.finish()?;
         let bytes = written.saved.stats().pages * 4096;

@@ -416,7 +416,7 @@ impl Leaving<'_, '_, '_, '_> {
             verify: sender.args.debug,
         });
         let toolstack = self.toolstack.take().context("the image is sent once")?;
-        let written = job.write(toolstack, to, live, &mut self.watch.borrow_mut())?;
+        let written = job.write(toolstack, to, live, None, &mut self.watch.borrow_mut())?;
         self.memory = Some(MemoryReport::of(&written));
         self.written = Some(written);
         Ok(())

@@ -28,6 +28,7 @@ use xsr_xen_backend::{DomId, Domain, DomainInfo};
 use self::sink::ImageSink;
 use crate::args::images::LayoutArg;
 use crate::args::{OnTimeoutArg, SaveArgs, TargetArgs};
+use crate::at_freeze::{Guest, Program};
 use crate::backend::workload;
 use crate::backend::{self, Found, Hypervisor, LIBXL_HEADER, domain_command, name_of};
 use crate::cmd::migrate::can_suspend;
@@ -74,6 +75,9 @@ pub(crate) struct MemoryReport {
     /// Likewise: length of the file, with index and digests.
     #[serde(skip_serializing_if = "Option::is_none")]
     file_bytes: Option<u64>,
+    /// How long the program of `--at-freeze` ran while the domain was suspended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    at_freeze_seconds: Option<f64>,
 }
 
 impl MemoryReport {
@@ -87,6 +91,7 @@ impl MemoryReport {
             stream_bytes: written.bytes,
             zero_pages: None,
             file_bytes: None,
+            at_freeze_seconds: None,
         }
     }
 
@@ -126,13 +131,24 @@ pub(crate) fn run(args: &SaveArgs, terminal: &Terminal) -> Result<Code> {
         return Err(anyhow::Error::new(BadUsage(why.to_owned())));
     }
     let mut watch = Watch::start(terminal, args.progress, "saving")?;
-    let result = save(args, live, terminal, &mut watch);
+    let limit = Duration::from_secs(args.at_freeze_limit.into());
+    let cancel = watch.interrupt().cancel().clone();
+    let program = (args.at_freeze.as_deref()).map(|path| Program::new(path, limit, cancel));
+    let mut program = match program.transpose() {
+        Ok(program) => program,
+        Err(error) => return watch.end(Err(error)),
+    };
+    let result = save(args, live, &mut program, terminal, &mut watch);
+    if let Some(program) = &mut program {
+        program.conclude();
+    }
     watch.end(result)
 }
 
 fn save(
     args: &SaveArgs,
     live: Option<Box<dyn PrecopyPolicy>>,
+    program: &mut Option<Program>,
     terminal: &Terminal,
     watch: &mut Watch,
 ) -> Result<Code> {
@@ -156,6 +172,19 @@ fn save(
         .with_context(|| format!("saving {}", shown_name(&name)))?;
     let output = output(args, &*domain)?;
     let after = aftermath(&*host, which, &name, &output);
+    if let Some(program) = program {
+        if !output.is_new_file() {
+            let why = "--at-freeze is for a save to a file: nothing else is there when it is told \
+                       so";
+            return Err(Error::new(BadUsage(why.to_owned())));
+        }
+        program.is_about(Guest {
+            domid: which.domid.0,
+            name: name.clone(),
+            uuid: domain.info()?.uuid.to_string(),
+            file: std::path::absolute(&args.file)?,
+        });
+    }
     // From here on a signal breaks off in good order.
     left::guest::leaving(&host, which, &name, None);
     let _working = workload::start(&host, which.domid)?;
@@ -187,9 +216,9 @@ fn save(
     let written = match &image {
         None => {
             let sink = FdSink::cancellable(output.file(), cancel.clone())?;
-            job.write(&mut toolstack, sink, live, watch)
+            job.write(&mut toolstack, sink, live, program.as_mut(), watch)
         }
-        Some(image) => job.write_mapped(&mut toolstack, image, live, watch),
+        Some(image) => job.write_mapped(&mut toolstack, image, live, program.as_mut(), watch),
     };
     let written = written.map_err(&failed)?;
     watch.clear();
@@ -226,7 +255,13 @@ fn save(
             }
         }
     }
-    if let Err(error) = output.finish() {
+    let finished = output.finish();
+    if let Some(program) = program {
+        let is_there = finished.as_ref().err().is_none_or(Error::is::<NotDurable>);
+        program.is_saved = is_there;
+        memory.at_freeze_seconds = program.took.map(|time| time.as_secs_f64());
+    }
+    if let Err(error) = finished {
         drop(held);
         return Err(after(error));
     }
@@ -525,17 +560,24 @@ impl Job<'_> {
         toolstack: &'t mut dyn SaveToolstack,
         sink: impl PageSink,
         live: Option<LiveSave>,
+        program: Option<&mut Program>,
         watch: &mut Watch,
     ) -> Result<Written<'t>> {
         let mut sink = ImageSink::new(sink);
         if self.form == Form::Bare {
-            let saved = self.run(toolstack, To::Stream(&mut sink), live, watch)?;
+            let saved = self.run(toolstack, To::Stream(&mut sink), live, program, watch)?;
             let bytes = sink.bytes();
             return Ok(Written { saved, bytes });
         }
         let emulators = backend::emulators(self.host, self.which)?;
         let mut libxl = self.begin(sink)?;
-        let saved = self.run(toolstack, To::Stream(libxl.sink_mut()), live, watch)?;
+        let saved = self.run(
+            toolstack,
+            To::Stream(libxl.sink_mut()),
+            live,
+            program,
+            watch,
+        )?;
         for record in &emulators {
             libxl.write(record)?;
         }
@@ -550,19 +592,20 @@ impl Job<'_> {
         toolstack: &'t mut dyn SaveToolstack,
         image: &MappedImage<'_>,
         live: Option<LiveSave>,
+        program: Option<&mut Program>,
         watch: &mut Watch,
     ) -> Result<Written<'t>> {
         // Known once the image is finished.
         let bytes = 0;
         if self.form == Form::Bare {
-            let saved = self.run(toolstack, To::Slots(image), live, watch)?;
+            let saved = self.run(toolstack, To::Slots(image), live, program, watch)?;
             return Ok(Written { saved, bytes });
         }
         let emulators = backend::emulators(self.host, self.which)?;
         let (header, blanks) = self.header()?.aligned()?;
         image.set_blanks(blanks);
         let mut libxl = begin(&header, image.sink())?;
-        let saved = self.run(toolstack, To::Slots(image), live, watch)?;
+        let saved = self.run(toolstack, To::Slots(image), live, program, watch)?;
         for record in &emulators {
             libxl.write(record)?;
         }
@@ -576,6 +619,7 @@ impl Job<'_> {
         toolstack: &'t mut dyn SaveToolstack,
         to: To<'_, '_>,
         live: Option<LiveSave>,
+        program: Option<&mut Program>,
         watch: &mut Watch,
     ) -> Result<Saved<'t>> {
         let mut live = live;
@@ -588,6 +632,9 @@ impl Job<'_> {
                 policy: &mut *live.policy,
                 verify: live.verify,
             });
+        }
+        if let Some(program) = program {
+            request = request.at_freeze(program);
         }
         Ok(match to {
             To::Stream(sink) => request.write_stream(toolstack, sink)?,

@@ -1,4 +1,5 @@
-//! Whether stdout was open when the process began.
+//! The descriptors that the process was started with: whether stdout was open, and which of them
+//! the programs that it starts inherit.
 //!
 //! Before `main`, Rust's runtime opens `/dev/null` in place of closed standard descriptors. After
 //! that, a closed stdout (`>&-`) looks like one that the caller has redirected to `/dev/null` on
@@ -6,13 +7,15 @@
 //! second must not. So a function that the loader calls looks before the runtime starts, as in
 //! uutils coreutils.
 //!
-//! This is a crate of its own for `unsafe`, because of one attribute: the loader calls a function
-//! in `.init_array` without any check.
+//! This is a crate of its own for `unsafe`: for one attribute, because the loader calls a function
+//! in `.init_array` without any check, and for descriptors that are known by their numbers alone.
 
+use std::fs;
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fd::BorrowedFd;
-use rustix::io::{Errno, fcntl_getfd};
+use rustix::io::{Errno, FdFlags, fcntl_getfd, fcntl_setfd};
 
 static STDOUT_WAS_CLOSED: AtomicBool = AtomicBool::new(false);
 
@@ -37,6 +40,34 @@ static LOOK: extern "C" fn() = look;
 /// Whether stdout was closed when the process began.
 pub fn stdout_was_closed() -> bool {
     STDOUT_WAS_CLOSED.load(Ordering::Relaxed)
+}
+
+/// Has the programs that this process starts from now on inherit stdin, stdout and stderr alone.
+///
+/// Descriptors that this process opens are closed there anyway. Those that it was started with are
+/// not, unless this is called.
+///
+/// # Errors
+///
+/// `/proc/self/fd` cannot be read, or a descriptor cannot be marked.
+pub fn close_on_exec() -> io::Result<()> {
+    for entry in fs::read_dir("/proc/self/fd")? {
+        let name = entry?.file_name();
+        let number = name.to_str().and_then(|name| name.parse::<i32>().ok());
+        let Some(number) = number.filter(|number| *number > 2) else {
+            continue;
+        };
+        // SAFETY: it is not -1, and it was open when the kernel listed it. Another thread may have
+        // closed it since: then the call below fails with EBADF, or marks a descriptor that has
+        // just been opened in its place, which Rust has marked already. The borrow ends with
+        // this iteration, and nothing is read, written or closed through it.
+        let descriptor = unsafe { BorrowedFd::borrow_raw(number) };
+        match fcntl_setfd(descriptor, FdFlags::CLOEXEC) {
+            Ok(()) | Err(Errno::BADF) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

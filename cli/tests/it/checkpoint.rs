@@ -224,3 +224,137 @@ fn each_checkpoint_replaces_the_one_before() {
     assert_eq!(domains(&host), ["web running"]);
     run(["verify", "--deep", arg(&file)]).code(0);
 }
+
+/// A program for `--at-freeze` that appends what it is told to a file, and then does this.
+fn program(directory: &Path, does: &str) -> PathBuf {
+    use std::os::unix::fs::PermissionsExt as _;
+    let path = directory.join("program");
+    let told = directory.join("told");
+    let script = format!(
+        "#!/bin/sh\n{{ env | sort | grep ^XSR_; ls /proc/$$/fd; echo; }} >> {}\necho said\n{does}\n",
+        arg(&told)
+    );
+    fs::write(&path, script).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    path
+}
+
+#[test]
+fn a_program_runs_while_the_domain_is_suspended_and_learns_how_it_ended() {
+    for options in [&[][..], &["--live"], &["--live", "--layout", "mapped"]] {
+        let hosts = Hosts::with("pvh", &[]);
+        let (dir, file) = (hosts.dir.path(), hosts.path("web.save"));
+        let to = backend(&hosts.here);
+        // It asks how the domain is, which only this test lets it know.
+        let state = hosts.path("state");
+        let xsr = env!("CARGO_BIN_EXE_xsr");
+        let list = format!(
+            "{xsr} mock list --json --host {} >> {}",
+            arg(&hosts.here),
+            arg(&state)
+        );
+        let path = program(dir, &list);
+        let line = ["save", &to, "-c", "--json", "--at-freeze", arg(&path)];
+        let line = [&line[..], options, &["web", arg(&file)]].concat();
+        // A descriptor that a shell has left open does not reach it.
+        let mut command = std::process::Command::new("sh");
+        command.args(["-c", "exec 7</dev/null; exec \"$@\"", "sh", xsr]);
+        command.args(&line).env_remove("XSR_BACKEND");
+        let ran = crate::common::ran(assert_cmd::Command::from_std(command)).code(0);
+        let report = ran.json();
+        assert!(
+            report["at_freeze_seconds"].as_f64().unwrap() > 0.0,
+            "{report}"
+        );
+        let told = fs::read_to_string(hosts.path("told")).unwrap();
+        for word in ["XSR_NAME=web\n", "XSR_DOMID=", "XSR_UUID=", "XSR_DEADLINE="] {
+            assert_eq!(told.matches(word).count(), 2, "{told}");
+        }
+        let name = format!("XSR_FILE={}\n", arg(&file));
+        assert_eq!(told.matches(&name).count(), 2, "{told}");
+        let [frozen, saved] = ["XSR_PHASE=frozen", "XSR_PHASE=saved"].map(|at| told.find(at));
+        assert!(frozen.unwrap() < saved.unwrap(), "{told}");
+        assert!(!told.contains("\n7\n"), "{told}");
+        // Suspended at first, and running in the end.
+        let states = fs::read_to_string(&state).unwrap();
+        let [suspended, running] = ["suspended", "running"].map(|at| states.find(at));
+        assert!(suspended.unwrap() < running.unwrap(), "{states}");
+        assert_eq!(domains(&hosts.here), ["web running"]);
+    }
+}
+
+#[test]
+fn a_program_that_fails_or_hangs_fails_the_save_and_the_domain_runs_on() {
+    let hosts = Hosts::with("pv", &[]);
+    let (dir, file) = (hosts.dir.path(), hosts.path("web.save"));
+    let to = backend(&hosts.here);
+    let alive = hosts.path("alive");
+    // What it has started is killed with it.
+    let hangs = format!(
+        "[ $XSR_PHASE = failed ] || {{ sh -c 'sleep 4; echo > {}' & wait; }}",
+        arg(&alive)
+    );
+    for (does, expected) in [
+        ("[ $XSR_PHASE = failed ]", "it failed (exit status: 1)"),
+        (hangs.as_str(), "has not ended within 1 s, and was killed"),
+    ] {
+        let path = program(dir, does);
+        for layout in ["stream", "mapped"] {
+            let line = [
+                "save",
+                &to,
+                "-c",
+                "--live",
+                "--layout",
+                layout,
+                "--at-freeze",
+                arg(&path),
+                "--at-freeze-limit",
+                "1",
+                "web",
+                arg(&file),
+            ];
+            run(line)
+                .code(1)
+                .stderr_has(expected)
+                .stderr_has("web runs on");
+            assert_eq!(domains(&hosts.here), ["web running"]);
+            assert!(!file.exists());
+            assert_eq!(partial_files(dir), Vec::<PathBuf>::new());
+        }
+        let told = fs::read_to_string(hosts.path("told")).unwrap();
+        assert_eq!(told.matches("XSR_PHASE=failed").count(), 2, "{told}");
+        assert!(!told.contains("XSR_PHASE=saved"), "{told}");
+        fs::remove_file(hosts.path("told")).unwrap();
+    }
+    std::thread::sleep(std::time::Duration::from_secs(5));
+    assert!(!alive.exists());
+}
+
+#[test]
+fn a_program_that_others_can_replace_is_refused() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let hosts = Hosts::with("pvh", &[]);
+    let to = backend(&hosts.here);
+    let file = hosts.path("web.save");
+    let path = program(hosts.dir.path(), "true");
+    let refused = |path: &str, to_file: &str, expected: &str| {
+        run(["save", &to, "-c", "--at-freeze", path, "web", to_file])
+            .code(64)
+            .stderr_has(expected);
+        assert_eq!(domains(&hosts.here), ["web running"]);
+        assert!(!file.exists() && !hosts.path("told").exists());
+    };
+    refused(arg(&path), "/dev/null", "for a save to a file");
+    refused("program", arg(&file), "expected an absolute path");
+    refused(arg(&hosts.path("none")), arg(&file), "No such file");
+    let mode = |mode| fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+    mode(0o644);
+    refused(arg(&path), arg(&file), "is not a program");
+    mode(0o757);
+    refused(arg(&path), arg(&file), "can be written by other users");
+    mode(0o755);
+    let open = fs::Permissions::from_mode(0o777);
+    fs::set_permissions(hosts.dir.path(), open).unwrap();
+    refused(arg(&path), arg(&file), "can be written by other users");
+}

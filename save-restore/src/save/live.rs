@@ -17,7 +17,7 @@ use crate::save::balloon::{self, Balloon, Besides};
 use crate::save::mapped::Part;
 use crate::save::precopy::{Meter, PrecopyDecision, PrecopyPolicy};
 use crate::save::suspended::Suspended;
-use crate::save::{Live, Notes, Run, all_pages, guest_pages};
+use crate::save::{AtFreeze, Live, Notes, Run, all_pages, begin, guest_pages};
 use crate::toolstack::SaveToolstack;
 
 /// The dirty log, on. Off again on drop.
@@ -115,11 +115,13 @@ impl<'r> Run<'r, '_> {
         out: &mut Out<'_>,
         suspended: &mut Suspended<'_, T>,
         live: Live<'_>,
+        hook: &mut Option<&mut (dyn AtFreeze + '_)>,
     ) -> Result<Instant, SaveError> {
         let mut memory = self.log(guest)?;
         self.begin_memory(true)?;
         self.precopy(guest, out, &mut memory, live.policy)?;
-        let none = &mut |_: &mut DirtyBitmap| Ok(());
+        // Called once the guest is suspended, before the rest is sent.
+        let none = &mut |_: &mut DirtyBitmap| begin(hook);
         let stopped = self.stop_and_copy(guest, out, suspended, &mut memory, none)?;
         if live.verify {
             out.verify()?;

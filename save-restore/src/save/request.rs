@@ -16,7 +16,25 @@ use crate::save::{
     CheckpointedStats, Checkpoints, Live, Run, SaveOptions, SaveStats, Saved, Suspended, give_back,
 };
 use crate::sink::PageSink;
-use crate::toolstack::{CheckpointToolstack, ColoToolstack, SaveToolstack};
+use crate::toolstack::{CheckpointToolstack, ColoToolstack, SaveToolstack, ToolstackError};
+
+/// Something that is done while a guest is suspended to be saved: a snapshot of its disks, say.
+pub trait AtFreeze {
+    /// The guest has just been suspended. Starts what is to be done, beside the last pass.
+    ///
+    /// # Errors
+    ///
+    /// The save fails, and the guest runs on.
+    fn begin(&mut self) -> Result<(), ToolstackError>;
+
+    /// The last pass is over: waits until all is done. The guest is suspended until then. Not
+    /// called if the save fails before.
+    ///
+    /// # Errors
+    ///
+    /// As [`begin`](Self::begin).
+    fn wait(&mut self) -> Result<(), ToolstackError>;
+}
 
 /// A save: of which domain, and how. One of the `write_*` methods runs it.
 ///
@@ -44,6 +62,7 @@ pub struct SaveRequest<'r> {
     pub(super) options: SaveOptions,
     pub(super) live: Option<Live<'r>>,
     pub(super) image: Option<&'r MappedImage<'r>>,
+    pub(super) at_freeze: Option<&'r mut (dyn AtFreeze + 'r)>,
     pub(super) progress: Option<&'r mut OnProgress<'r>>,
 }
 
@@ -67,6 +86,7 @@ impl<'r> SaveRequest<'r> {
             options: SaveOptions::default(),
             live: None,
             image: None,
+            at_freeze: None,
             progress: None,
         }
     }
@@ -84,6 +104,14 @@ impl<'r> SaveRequest<'r> {
             policy: live.policy,
             verify: live.verify,
         });
+        self
+    }
+
+    /// Does something else while the guest is suspended, beside the last pass. It is for saves to a
+    /// file; the other `write_*` methods than [`write_stream`](Self::write_stream) and
+    /// [`write_mapped`](Self::write_mapped) ignore it.
+    pub fn at_freeze<'l: 'r>(mut self, hook: &'l mut (dyn AtFreeze + 'l)) -> Self {
+        self.at_freeze = Some(hook);
         self
     }
 
@@ -111,8 +139,10 @@ impl<'r> SaveRequest<'r> {
         toolstack: &'a mut dyn SaveToolstack,
         sink: &mut dyn PageSink,
     ) -> Result<Saved<'a>, SaveError> {
-        let (suspended, stats, ()) = self.with_guest(toolstack, |run, suspended, xen, live| {
-            run.phases(xen, suspended, sink, live)
+        let mut this = self;
+        let hook = this.at_freeze.take();
+        let (suspended, stats, ()) = this.with_guest(toolstack, |run, suspended, xen, live| {
+            run.phases(xen, suspended, sink, live, hook)
         })?;
         Ok(Saved { stats, suspended })
     }
