@@ -1,5 +1,5 @@
-//! What the engine asks of whoever drives it: libxl through its save helper, a
-//! toolstack of its own, or nobody but the domain itself.
+//! Callbacks from the engine to its caller: libxl through its save helper, another toolstack, or
+//! [`DirectToolstack`], which uses only the domain itself.
 //!
 //! The contracts are those of libxl's callbacks (`xenguest.h`, `save_callbacks` and
 //! `restore_callbacks`).
@@ -18,7 +18,7 @@ pub use crate::guest::older_policy::OlderGuest;
 #[derive(Debug, Error)]
 #[error("{what}: {cause}")]
 pub struct ToolstackError {
-    /// What was asked.
+    /// What the callback should have done.
     pub what: &'static str,
     /// Why it failed.
     pub cause: Box<dyn std::error::Error + Send + Sync>,
@@ -35,48 +35,47 @@ impl ToolstackError {
     }
 }
 
-/// What a save asks.
+/// Callbacks of a save.
 ///
-/// libxl's callbacks answer with an integer, of which 1 is success (but 0 for
-/// `switch_qemu_logdirty`); here `Ok` is success, and what failed is said.
+/// libxl's callbacks return an integer, of which 1 is success (but 0 for `switch_qemu_logdirty`).
+/// Here `Ok` is success, and the error names what failed.
 pub trait SaveToolstack {
-    /// Suspend the guest (C: `suspend`). Asked once in a plain save, after precopy if
-    /// there was any.
+    /// Suspends the guest (C: `suspend`). Called once in a plain save, after precopy if there was
+    /// any.
     ///
-    /// When this returns, the guest's kernel has answered, the domain has shut down
-    /// with reason "suspend", its vcpus do not run, and its devices are quiet: the
-    /// backends have finished their requests, and a device model has stopped and
-    /// written what it had to write, so that the dirty log, read after this, is
-    /// complete. Waiting for the guest and giving up on it (libxl: after 60 s) is the
-    /// toolstack's.
+    /// When this returns, the guest's kernel has answered, the domain has shut down with reason
+    /// "suspend", its vcpus do not run, and its devices are quiet: the backends have finished their
+    /// requests, and a device model has stopped and written what it had to write, so that the dirty
+    /// log, read after this, is complete. The toolstack has to wait for the guest and to give up on
+    /// it (libxl: after 60 s).
     ///
     /// # Errors
     ///
-    /// The guest does not answer, or not with a suspend. It may be asleep all the
-    /// same: the save looks, and asks for [`SaveToolstack::resume`] then.
+    /// The guest does not answer, or not with a suspend. It may be suspended all the same: the save
+    /// checks that, and then calls [`SaveToolstack::resume`].
     fn suspend(&mut self) -> Result<(), ToolstackError>;
 
-    /// Undo [`SaveToolstack::suspend`]: devices and guest run on where they were (C:
-    /// `libxl_domain_resume` with `suspend_cancel`, which libxl does by itself when a
-    /// save has failed). Asked at most once for each suspend, of a guest that has
-    /// suspended: also where [`SaveToolstack::suspend`] failed after it had.
+    /// Undoes [`SaveToolstack::suspend`]: devices and guest continue where they were (C:
+    /// `libxl_domain_resume` with `suspend_cancel`, which libxl does by itself when a save has
+    /// failed). Called at most once for each suspend, for a guest that has suspended, even if
+    /// [`SaveToolstack::suspend`] failed afterwards.
     ///
     /// # Errors
     ///
-    /// The domain is still suspended then, and the save says so.
+    /// The domain is still suspended then, and the save reports that.
     fn resume(&mut self) -> Result<(), ToolstackError>;
 
-    /// Switch the device model's log-dirty mode (C: `switch_qemu_logdirty`): while it
-    /// is on, pages the device model writes are dirty as those the guest writes are.
-    /// Asked for HVM and PVH guests only: on before memory is read, off again at the
-    /// end, whatever happened between. When this returns, the device model has
-    /// acknowledged it. A guest without a device model has nothing to do.
+    /// Switches the device model's log-dirty mode (C: `switch_qemu_logdirty`): while it is on,
+    /// pages that the device model writes are dirty like those that the guest writes. Called for
+    /// HVM and PVH guests only: on before memory is read, off again at the end, whatever happened
+    /// in between. When this returns, the device model has acknowledged it. Nothing to do for a
+    /// guest without a device model.
     ///
     /// # Errors
     ///
-    /// On: the save fails, and does not ask for off (nor does Xen's): a toolstack that fails
-    /// here leaves the mode off. Off: the save is what it is; the device model may go on
-    /// marking pages, which costs time only.
+    /// On: the save fails, and does not switch the mode off (nor does Xen's): a toolstack that
+    /// fails here leaves the mode off. Off: the save is not affected; the device model may continue
+    /// to mark pages, which only costs time.
     fn switch_qemu_logdirty(&mut self, on: bool) -> Result<(), ToolstackError>;
 }
 
@@ -84,8 +83,8 @@ pub trait SaveToolstack {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Epoch {
-    /// Its number, from 1. Memory that was sent before the guest suspended for the
-    /// first time belongs to the first, but is not counted here.
+    /// Its number, from 1. Memory that was sent before the guest suspended for the first time
+    /// belongs to the first, but is not counted here.
     pub number: u64,
     /// pfns sent while the guest was suspended.
     pub pfns: u64,
@@ -93,61 +92,60 @@ pub struct Epoch {
     pub pages: u64,
     /// When the guest was asked to suspend.
     pub asked: Instant,
-    /// From asking the guest to suspend until it ran on; under COLO, which asks before that,
-    /// 0.
+    /// Time from asking the guest to suspend until it ran again; 0 under COLO, which calls
+    /// [`CheckpointToolstack::checkpoint`] before that.
     pub suspended_for: Duration,
-    /// Bytes of it that were sent only then
+    /// Bytes of it that were sent only after that
     /// ([`Checkpoints::buffer_bytes`](crate::save::Checkpoints::buffer_bytes)).
     pub buffered_bytes: u64,
 }
 
-/// What comes behind a checkpoint.
+/// What follows a checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NextEpoch {
     /// It is time for another one (C: 1).
     Continue,
-    /// That was the last: the guest is protected no longer, and runs on (C: 0).
+    /// That was the last: the guest is no longer protected, and continues to run (C: 0).
     Finish,
 }
 
-/// What a save with checkpoints asks, in the order of Remus:
-/// [`SaveToolstack::suspend`], [`CheckpointToolstack::postcopy`],
-/// [`CheckpointToolstack::checkpoint`], and so on.
+/// Callbacks of a save with checkpoints, in the order of Remus: [`SaveToolstack::suspend`],
+/// [`CheckpointToolstack::postcopy`], [`CheckpointToolstack::checkpoint`], and so on.
 pub trait CheckpointToolstack: SaveToolstack {
-    /// Have guest and device model run on (C: `postcopy`; libxl: the checkpoint devices
-    /// are told, then `libxl_domain_resume` with `suspend_cancel`). Asked once for each
-    /// suspend, with all of the checkpoint, its CHECKPOINT record included, written to
-    /// the sink or, the last of it, to the checkpoint buffer. When this returns, the
-    /// domain is no longer shut down. What the guest sends out from now on is of the next
-    /// epoch and must not leave the host before that is acknowledged.
+    /// Resumes guest and device model (C: `postcopy`; libxl: the checkpoint devices are told, then
+    /// `libxl_domain_resume` with `suspend_cancel`). Called once for each suspend, when all of the
+    /// checkpoint, its CHECKPOINT record included, has been written to the sink or, the last of it,
+    /// to the checkpoint buffer. When this returns, the domain is no longer shut down. The guest's
+    /// output from now on belongs to the next epoch and must not leave the host before that is
+    /// acknowledged.
     ///
     /// # Errors
     ///
-    /// The save fails. The domain may be suspended or run: the save looks, and asks for
-    /// [`SaveToolstack::resume`] if it is not known to run.
+    /// The save fails. The domain may be suspended or run: the save checks that, and calls
+    /// [`SaveToolstack::resume`] if the domain is not known to run.
     fn postcopy(&mut self) -> Result<(), ToolstackError>;
 
-    /// The guest runs, and `epoch` is in the stream, written and flushed: deal with it and wait until it is
-    /// time for the next (C: `checkpoint`). libxl writes the device model's state and its
-    /// own end of the checkpoint to the same descriptor here (nothing of the stream is
-    /// written meanwhile), waits for the other side to acknowledge it, lets go the
-    /// network packets and disk writes of that epoch, and sleeps for the interval.
-    /// Cancelling that wait is the toolstack's.
+    /// Handles `epoch`, which is in the stream, written and flushed, while the guest runs, and
+    /// waits until it is time for the next (C: `checkpoint`). libxl writes the device model's state
+    /// and its own end of the checkpoint to the same descriptor here (the save writes nothing
+    /// meanwhile), waits for the other side to acknowledge it, releases the network packets and
+    /// disk writes of that epoch, and sleeps for the interval. The toolstack has to handle a
+    /// cancellation of that wait.
     ///
     /// # Errors
     ///
-    /// The save fails; the guest runs on. The other side may be lost, or may have taken
-    /// over: which of them is to run is the toolstack's to decide.
+    /// The save fails; the guest continues to run. The other side may be lost, or may have taken
+    /// over: the toolstack decides which of the two should run.
     fn checkpoint(&mut self, epoch: &Epoch) -> Result<NextEpoch, ToolstackError>;
 }
 
-/// What a save under COLO asks, in this order: [`SaveToolstack::suspend`],
-/// [`CheckpointToolstack::checkpoint`] with the guest still suspended, so that both ends
-/// have the same before either runs on (Finish is a failure there: C: 0),
-/// [`CheckpointToolstack::postcopy`], [`ColoToolstack::wait_checkpoint`], and so on.
+/// Callbacks of a save under COLO, in this order: [`SaveToolstack::suspend`],
+/// [`CheckpointToolstack::checkpoint`] with the guest still suspended, so that both ends are equal
+/// before either runs (Finish is a failure there: C: 0), [`CheckpointToolstack::postcopy`],
+/// [`ColoToolstack::wait_checkpoint`], and so on.
 pub trait ColoToolstack: CheckpointToolstack {
-    /// The guest runs at both ends: wait until they differ in what they send out, or for
-    /// another reason to make them the same again (C: `wait_checkpoint`).
+    /// Waits, while the guest runs on both hosts, until their output differs, or for another reason
+    /// to make them equal again (C: `wait_checkpoint`).
     ///
     /// # Errors
     ///
@@ -164,22 +162,20 @@ pub struct MissingStaticData {
     pub msr: bool,
 }
 
-/// What a restore asks.
+/// Callbacks of a restore.
 pub trait RestoreToolstack {
-    /// Static data has arrived and been applied, all but what is missing (C:
-    /// `static_data_done`), which is for the toolstack to make up for. Asked once,
-    /// before any memory.
+    /// Static data has arrived and been applied, except what is missing (C: `static_data_done`),
+    /// which the toolstack has to provide. Called once, before any memory.
     ///
     /// # Errors
     ///
     /// The restore fails.
     fn static_data_done(&mut self, missing: MissingStaticData) -> Result<(), ToolstackError>;
 
-    /// The guest is complete, and this is where its rings are: of xenstore and of the
-    /// console; `None` where the stream named none (C: `restore_results`, with 0 for
-    /// none). Frames are pfns of an HVM guest and mfns of a PV guest. Asked once, after
-    /// everything else, with the domain still paused. [`Restored`](crate::Restored)
-    /// says the same.
+    /// The guest is complete, with these frames for its xenstore and console rings; `None` if the
+    /// stream named none (C: `restore_results`, with 0 for none). Frames are pfns of an HVM guest
+    /// and mfns of a PV guest. Called once, after everything else, with the domain still paused.
+    /// [`Restored`](crate::Restored) contains the same.
     ///
     /// # Errors
     ///
@@ -191,70 +187,68 @@ pub trait RestoreToolstack {
     ) -> Result<(), ToolstackError>;
 }
 
-/// What a restorer knows of a checkpoint whose CHECKPOINT record it has read.
+/// What a restorer knows about a checkpoint whose CHECKPOINT record it has read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Arrival {
-    /// All that belongs to it is here (C: `XGR_CHECKPOINT_SUCCESS`).
+    /// All that belongs to it has arrived (C: `XGR_CHECKPOINT_SUCCESS`).
     Whole {
-        /// How many bytes of the source the toolstack has read for that, so that places
-        /// in the stream are said right; 0 where somebody else reads them.
+        /// How many bytes of the source the toolstack has read for that, so that positions in the
+        /// stream are reported correctly; 0 if another process reads them.
         bytes: u64,
     },
-    /// The other side has gone, and some of it never came (C:
+    /// The other side is lost, and a part of the checkpoint never came (C:
     /// `XGR_CHECKPOINT_FAILOVER`).
     Lost,
 }
 
-/// What a restore of a stream with checkpoints asks.
+/// Callbacks of a restore of a stream with checkpoints.
 pub trait CheckpointRestoreToolstack: RestoreToolstack {
-    /// The libxc layer has read a CHECKPOINT record and applied nothing of what came
-    /// before it since the last (C: `checkpoint`). libxl reads its own records of that
-    /// checkpoint here, the device model's state and its own end, from the same
-    /// descriptor; nothing else reads from it meanwhile. With [`Arrival::Whole`] the
-    /// checkpoint counts: it is applied, and the guest is this one from now on. `offset`
-    /// bytes of the stream have been read so far, as far as the libxc layer knows.
+    /// The libxc layer has read a CHECKPOINT record and has applied nothing since the last one (C:
+    /// `checkpoint`). libxl reads its own records of that checkpoint here, the device model's state
+    /// and its own end, from the same descriptor, which has no other reader meanwhile. With
+    /// [`Arrival::Whole`] the checkpoint counts: it is applied, and is the guest from now on.
+    /// `offset` bytes of the stream have been read so far, as far as the libxc layer knows.
     ///
-    /// What a toolstack has buffered of the guest's disk writes belongs to the checkpoint
-    /// that is acknowledged next: [`Arrival::Whole`] commits it, everything else discards
-    /// it.
+    /// The guest's disk writes that a toolstack has buffered belong to the checkpoint that is
+    /// acknowledged next: [`Arrival::Whole`] commits them, everything else discards them.
     ///
     /// # Errors
     ///
-    /// The restore fails, and nobody takes over: what came is no checkpoint, and the other
-    /// side may be well.
+    /// The restore fails, and does not take over: what came is not a checkpoint, and the other side
+    /// may still be alive.
     fn checkpoint(&mut self, offset: u64) -> Result<Arrival, ToolstackError>;
 }
 
-/// Whether a secondary under COLO goes on.
+/// Whether a secondary under COLO continues.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Turn {
     /// It was done (C: 1).
     Done,
-    /// The primary has gone (C: 2): the guest here is all there is, as it is now.
+    /// The primary is lost (C: 2): the guest here, in its present state, is the only one.
     Lost,
 }
 
-/// What a restore under COLO asks, for each checkpoint:
-/// [`CheckpointRestoreToolstack::checkpoint`], [`RestoreToolstack::restore_results`],
-/// and then these three in order.
+/// Callbacks of a restore under COLO, for each checkpoint:
+/// [`CheckpointRestoreToolstack::checkpoint`], [`RestoreToolstack::restore_results`], and then
+/// these three in order.
 pub trait ColoRestoreToolstack: CheckpointRestoreToolstack {
-    /// The guest is the checkpoint: have it run (C: `postcopy`). From the first time on its
-    /// dirty pages are logged, which the toolstack has switched on.
+    /// Runs the guest, which equals the checkpoint (C: `postcopy`). From the first call on, its
+    /// dirty pages are logged; the toolstack has switched that on.
     ///
     /// # Errors
     ///
-    /// The restore fails; what runs is the toolstack's to stop.
+    /// The restore fails; the toolstack has to stop what runs.
     fn postcopy(&mut self) -> Result<Turn, ToolstackError>;
 
-    /// Wait until the primary wants a new checkpoint (C: `wait_checkpoint`). It may say so
-    /// in the stream, which nobody else reads meanwhile.
+    /// Waits until the primary wants a new checkpoint (C: `wait_checkpoint`). The primary may say
+    /// so in the stream, which has no other reader meanwhile.
     ///
     /// # Errors
     ///
     /// As [`ColoRestoreToolstack::postcopy`].
     fn wait_checkpoint(&mut self) -> Result<Arrival, ToolstackError>;
 
-    /// Suspend the guest (C: `suspend`). When this returns it does not write any more.
+    /// Suspends the guest (C: `suspend`). When this returns, the guest no longer writes.
     ///
     /// # Errors
     ///
@@ -262,8 +256,7 @@ pub trait ColoRestoreToolstack: CheckpointRestoreToolstack {
     fn suspend(&mut self) -> Result<Turn, ToolstackError>;
 }
 
-/// No toolstack: suspends and resumes through the hypervisor alone, and has no
-/// device model.
+/// No toolstack: suspends and resumes through the hypervisor alone, and has no device model.
 #[derive(Clone, Copy)]
 pub struct DirectToolstack<'a>(pub &'a dyn Domain);
 
@@ -291,7 +284,7 @@ impl SaveToolstack for DirectToolstack<'_> {
 
     fn resume(&mut self) -> Result<(), ToolstackError> {
         const WHAT: &str = "resuming the guest";
-        // Xen would have a guest run on that has crashed or switched itself off.
+        // Xen would also resume a guest that has crashed or shut down.
         match self.0.info().map_err(backend(WHAT))?.shutdown {
             None | Some(ShutdownReason::Suspend) => self.0.resume().map_err(backend(WHAT)),
             Some(reason) => {
@@ -306,9 +299,9 @@ impl SaveToolstack for DirectToolstack<'_> {
     }
 }
 
-/// Give a domain what its image does not hold of static data, as
-/// [`RestoreToolstack::static_data_done`] has to. Without the MSRs it keeps Xen's default, which libxl
-/// leaves it, too.
+/// Gives a domain the static data that its image does not hold, as required of
+/// [`RestoreToolstack::static_data_done`]. Without the MSRs the domain keeps Xen's default, as with
+/// libxl.
 ///
 /// # Errors
 ///
@@ -336,7 +329,7 @@ pub fn make_up_for(
 }
 
 impl CheckpointRestoreToolstack for DirectToolstack<'_> {
-    /// There is nothing around the libxc stream.
+    /// The libxc stream has no wrapper.
     fn checkpoint(&mut self, _offset: u64) -> Result<Arrival, ToolstackError> {
         Ok(Arrival::Whole { bytes: 0 })
     }
@@ -347,7 +340,7 @@ impl RestoreToolstack for DirectToolstack<'_> {
         make_up_for(self.0, missing, &OlderGuest::default())
     }
 
-    /// Nobody waits for the rings here: what [`crate::restore()`] returns names them.
+    /// No caller waits for the rings here: [`crate::restore()`] returns their frames.
     fn restore_results(
         &mut self,
         store_gfn: Option<Gfn>,

@@ -40,18 +40,18 @@ const CMP_LEGACY: Bit = (0x8000_0001, NO_SUBLEAF, ECX, 1);
 const SVM: Bit = (0x8000_0001, NO_SUBLEAF, ECX, 2);
 const ITSC: Bit = (0x8000_0007, NO_SUBLEAF, EDX, 8);
 
-/// What a toolstack knows of the CPU of a guest whose image says nothing of it.
+/// What a toolstack knows about the CPU of a guest whose image holds no CPU policy.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct OlderGuest {
     /// Its features, as words of Xen's feature set (`xen/include/public/arch-x86/cpufeatureset.h`);
-    /// `None` for those of a new guest, with what Xen 4.13 would have given it besides.
+    /// `None` for those of a new guest, and in addition what Xen 4.13 would have given it.
     pub featureset: Option<Vec<u32>>,
-    /// It may use hardware virtualisation itself. A feature set says this by itself.
+    /// Whether it may use hardware virtualisation itself. A feature set includes this.
     pub nested: bool,
 }
 
-/// The registers that the words of a feature set are, up to the last that Xen 4.13 had and a guest
-/// of it can see.
+/// The registers that correspond to the words of a feature set, up to the last that Xen 4.13 had
+/// and its guests can see.
 const WORDS: [(u32, u32, usize); 10] = [
     (1, NO_SUBLEAF, EDX),
     (1, NO_SUBLEAF, ECX),
@@ -344,11 +344,11 @@ mod tests {
         };
         guest.make_older(&host(), true, &older);
         for ((leaf, subleaf, register), word) in WORDS.into_iter().zip([
-            // HTT and PAE, as every guest of an older Xen.
+            // HTT and PAE, as for every guest of an older Xen.
             1 | 1 << 6 | 1 << 28,
             2,
             3,
-            // Not CMP_LEGACY, which is bit 1.
+            // Without CMP_LEGACY, which is bit 1.
             4,
             5,
             6,
