@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use xsr_save_restore::migrate::checkpoints::StopRequest;
 use xsr_save_restore::progress::{Cancel, Cancelled};
 
 pub(crate) use self::signals::{Ask, Requests, say};
@@ -146,35 +147,6 @@ impl Interrupt {
         }
     }
 
-    /// From now on, cancelling needs a protocol on the connection.
-    ///
-    /// # Errors
-    ///
-    /// [`Cancelled`]: the user has asked to stop before. The connection may be cut at any moment,
-    /// so nothing that needs the protocol may begin.
-    pub(crate) fn takes_its_time(&self) -> io::Result<()> {
-        self.graceful.store(true, Ordering::Relaxed);
-        // A request sets `cancel` and then reads `graceful`; this function does the reverse. So at
-        // least one of them sees the other's store.
-        fence(Ordering::SeqCst);
-        match self.cancel.is_cancelled() {
-            true => Err(io::Error::other(Cancelled)),
-            false => Ok(()),
-        }
-    }
-
-    /// Wait for this time, or until the user asks to stop.
-    pub(crate) fn pause(&self, time: Duration) {
-        let until = Instant::now() + time;
-        while !self.cancel.is_cancelled() {
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                break;
-            }
-            thread::sleep(left.min(Duration::from_millis(LOOK.into())));
-        }
-    }
-
     /// Wait for a call that cannot be interrupted, such as connecting to a host that does not
     /// answer. It runs on a thread of its own, which is abandoned if the user asks to stop.
     ///
@@ -230,6 +202,23 @@ impl Interrupt {
                 Ok(_) => return Ok(()),
                 Err(errno) => return Err(errno.into()),
             }
+        }
+    }
+}
+
+impl StopRequest for Interrupt {
+    fn cancel(&self) -> &Cancel {
+        &self.cancel
+    }
+
+    fn takes_its_time(&self) -> io::Result<()> {
+        self.graceful.store(true, Ordering::Relaxed);
+        // A request sets `cancel` and then reads `graceful`; this function does the reverse. So at
+        // least one of them sees the other's store.
+        fence(Ordering::SeqCst);
+        match self.cancel.is_cancelled() {
+            true => Err(io::Error::other(Cancelled)),
+            false => Ok(()),
         }
     }
 }

@@ -10,7 +10,6 @@ mod args;
 mod at_freeze;
 mod backend;
 mod cmd;
-mod colo;
 mod condition;
 mod config;
 mod cpu;

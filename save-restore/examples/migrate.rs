@@ -14,7 +14,7 @@ use xsr_save_restore::migrate::BoxError;
 use xsr_save_restore::migrate::connection::{ConnectionReader, ConnectionWriter, UnixConnection};
 use xsr_save_restore::migrate::ownership::plain::{ReceiverEnd, SenderEnd};
 use xsr_save_restore::migrate::receive::{Arriving, ReceiveRequest};
-use xsr_save_restore::migrate::send::{Departing, SendRequest, TakenBack};
+use xsr_save_restore::migrate::send::{Departing, MigrateRequest, TakenBack};
 use xsr_save_restore::save::precopy::XenPolicy;
 use xsr_save_restore::toolstack::{DirectToolstack, SaveToolstack as _};
 use xsr_save_restore::{Live, RestoreOptions, SaveOptions, SaveRequest, restore};
@@ -171,7 +171,7 @@ pub fn main() -> Result<(), BoxError> {
     };
     let (sent, arrived) = thread::scope(|scope| {
         let arriving = scope.spawn(|| ReceiveRequest::new().run(&receiver, &mut coming));
-        let sent = SendRequest::new().run(&sender, &mut leaving);
+        let sent = MigrateRequest::new().run(&sender, &mut leaving);
         (sent, arriving.join())
     });
     let arrived = arrived.map_err(|_| "the receiver panicked")?;

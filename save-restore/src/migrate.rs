@@ -5,7 +5,7 @@
 //! - [`ownership`]: which host has the domain, at each moment and after each failure, as state
 //!   machines that a test explores exhaustively. `send` and `receive` do what they say.
 //! - [`protect`], [`standby`]: the same for a domain that is kept at another host, under Remus and
-//!   COLO.
+//!   COLO. [`checkpoints`]: what is sent meanwhile.
 //! - [`Observer`]: what hears of the course of a migration, to show it.
 //! - [`messages`]: every byte that either end says, for a plain migration, Remus and COLO.
 //! - [`connection`]: what they say it over, as a trait; pipes, Unix sockets and TCP.
@@ -14,6 +14,7 @@
 //!
 //! `examples/migrate.rs` is a toolstack that migrates a domain between two mock machines.
 
+pub mod checkpoints;
 pub mod connection;
 mod drive;
 pub mod messages;

@@ -3,7 +3,7 @@
 //!
 //! At any time at most one host may run the domain. Until "go" is sent it is the source; once the
 //! receiver has read it, the receiver. Between the two, and until the report, the domain is
-//! suspended here and only the report decides: docs/migration.md has the table. [`SendRequest`]
+//! suspended here and only the report decides: docs/migration.md has the table. [`MigrateRequest`]
 //! implements that. This file has its effects on the domain, and the messages for the user.
 //!
 //! C implementation: `migrate_domain` in `tools/xl/xl_migrate.c`.
@@ -16,7 +16,7 @@ use serde::Serialize;
 use xsr_save_restore::SaveOptions;
 use xsr_save_restore::migrate::connection::{Connection, ConnectionWriter};
 use xsr_save_restore::migrate::ownership::plain::SenderEnd;
-use xsr_save_restore::migrate::send::{self, Departing, SendRequest, TakenBack};
+use xsr_save_restore::migrate::send::{self, Departing, MigrateRequest, TakenBack};
 use xsr_save_restore::migrate::{BoxError, Event, Step};
 use xsr_save_restore::pace::Pace;
 use xsr_save_restore::toolstack::{DirectToolstack, SaveToolstack, ToolstackError};
@@ -245,7 +245,7 @@ impl Sender<'_> {
             let_go: false,
             memory: None,
         };
-        let send::Sent { end, causes } = SendRequest::new()
+        let send::Sent { end, causes } = MigrateRequest::new()
             .answer_timeout(self.answer())
             .pace(&pace)
             .cancel(interrupt.cancel())

@@ -7,11 +7,9 @@
 //!
 //! C implementation: `main_remus` in `tools/xl/xl_migrate.c`, `tools/libs/light/libxl_remus.c`.
 
-mod colo;
+mod emulators;
 mod fate;
 mod report;
-mod stream;
-mod toolstack;
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -19,6 +17,9 @@ use std::io;
 use std::time::Duration;
 
 use anyhow::{Context as _, Error, Result};
+use xsr_save_restore::migrate::checkpoints::{
+    CheckpointParties, CheckpointRequest, CheckpointStream, Complete, Stop,
+};
 use xsr_save_restore::migrate::connection::{Connection, Wait};
 use xsr_save_restore::migrate::messages::{LastWords, Outcome, Withdrawal};
 use xsr_save_restore::migrate::ownership::protect::{
@@ -28,24 +29,19 @@ use xsr_save_restore::migrate::protect::{Ended, ProtectRequest, Protected, Prote
 use xsr_save_restore::migrate::{BoxError, Event, Observer, Step};
 use xsr_save_restore::pace::Pace;
 use xsr_save_restore::progress::Cancelled;
-use xsr_save_restore::save::precopy::XenPolicy;
-use xsr_save_restore::save::{BUFFER_BYTES, CheckpointedStats, Checkpoints};
-use xsr_save_restore::toolstack::DirectToolstack;
+use xsr_save_restore::save::{BUFFER_BYTES, CheckpointedStats};
 use xsr_save_restore::{SaveError, SaveOptions, SaveRequest};
 use xsr_xen_backend::Domain;
 use xsr_xen_backend::domain_store::{DomainRef, DomainStore, DomainStoreError};
 
-use self::colo::Ear;
+use self::emulators::DeviceModel;
 use self::fate::{Aftermath, End};
 use self::report::Teller;
-use self::stream::Stream;
-use self::toolstack::{Complete, DeviceModel, Protector, Stop};
 use crate::args::{OnLoss, RemusArgs};
 use crate::backend::workload;
 use crate::backend::{self, Found, Hypervisor};
 use crate::cmd::migrate::{away, can_suspend};
 use crate::cmd::save::{Form, Job};
-use crate::colo::Hearing;
 use crate::condition::Condition;
 use crate::exit::{self, BadUsage, Code};
 use crate::interrupt::Interrupt;
@@ -375,7 +371,7 @@ struct Protecting<'a, 'w, 't> {
 
 impl Protected for Protecting<'_, '_, '_> {
     fn protect(&mut self, connection: &dyn Connection, complete: &mut dyn FnMut()) -> Ended {
-        let stream = Stream::new(connection, self.wait.keeping(self.pace));
+        let stream = CheckpointStream::new(connection, self.wait.keeping(self.pace));
         self.send(&stream, Some(connection), complete)
     }
 
@@ -398,7 +394,7 @@ impl Protecting<'_, '_, '_> {
         observer.observe(Event::Done(Step::Banner));
         let mut complete = || {};
         let ended = match File::options().write(true).open("/dev/null") {
-            Ok(null) => self.send(&Stream::to_nothing(&null), None, &mut complete),
+            Ok(null) => self.send(&CheckpointStream::to_nothing(&null), None, &mut complete),
             Err(error) => self.ended(
                 Err(Error::new(error).context("/dev/null")),
                 false,
@@ -421,7 +417,7 @@ impl Protecting<'_, '_, '_> {
     /// Send checkpoints until something fails or the user asks to stop.
     fn send(
         &mut self,
-        stream: &Stream<'_>,
+        stream: &CheckpointStream<'_>,
         connection: Option<&dyn Connection>,
         complete: &mut dyn FnMut(),
     ) -> Ended {
@@ -457,7 +453,7 @@ impl Protecting<'_, '_, '_> {
     /// Send checkpoints. Returns why there are no more, and statistics of those that were sent.
     fn checkpoints(
         &mut self,
-        stream: &Stream<'_>,
+        stream: &CheckpointStream<'_>,
         connection: Option<&dyn Connection>,
         completed: &mut dyn FnMut(),
         withdrawal: &mut Option<Withdrawal>,
@@ -487,64 +483,45 @@ impl Protecting<'_, '_, '_> {
             if args.stats {
                 watch.borrow_mut().clear();
             }
-            teller.checkpoint(complete)
+            teller.checkpoint(complete).map_err(exit::boxed)
         };
-        let mut protector = Protector {
-            direct: DirectToolstack(domain),
+        let kind = domain.info()?.kind;
+        let mut progress = |progress: &_| watch.borrow_mut().progress(progress);
+        let save = SaveRequest::new(domain, host.xen_version()?)
+            .options(&job.options)
+            .observe(&mut progress);
+        let mut request = CheckpointRequest::new(domain, save)
+            .interval(interval(args.interval, args.colo))
+            .epochs(args.epochs)
+            .buffer_bytes(self.primary.buffer_bytes());
+        if args.colo {
+            request = request.colo(self.wait, self.primary.answer());
+        }
+        let parties = CheckpointParties {
             libxl: job.begin(stream)?,
             stream,
-            emulators: DeviceModel::of(domain.info()?.kind, backend::emulators(host, which)?),
+            connection,
             pace: self.pace,
-            from: connection,
-            heard: LastWords::default(),
-            interrupt: self.interrupt.clone(),
-            interval: interval(args.interval, args.colo),
-            epochs: args.epochs,
-            observe: &mut observe,
+            emulators: &mut DeviceModel::of(kind, backend::emulators(host, which)?),
+            stopping: self.interrupt,
             completed,
-            complete: 0,
-            stop: None,
+            observe: &mut observe,
         };
-        let mut progress = |progress: &_| watch.borrow_mut().progress(progress);
-        let xen = host.xen_version()?;
-        let mut policy = XenPolicy;
-        let (result, said) = match connection {
-            Some(connection) if args.colo => {
-                let hearing = Hearing::new(connection, self.wait, self.primary.answer())?;
-                let ear = Ear::new(hearing);
-                let mut primary = colo::Primary::new(&mut protector, stream, &ear);
-                let result = SaveRequest::new(domain, xen)
-                    .options(&job.options)
-                    .observe(&mut progress)
-                    .write_colo(&mut primary, &mut &*stream, &mut &ear, &mut policy);
-                *withdrawal = primary.place().withdrawal();
-                let said = result.as_ref().err().and_then(|_| ear.given_up());
-                *heard = ear.into_rest();
-                (result, said)
-            }
-            _ => {
-                let how = Checkpoints {
-                    policy: &mut policy,
-                    buffer_bytes: self.primary.buffer_bytes(),
-                };
-                let result = SaveRequest::new(domain, xen)
-                    .options(&job.options)
-                    .observe(&mut progress)
-                    .write_checkpoints(&mut protector, &mut &*stream, how);
-                (result, None)
-            }
-        };
-        heard.push(protector.heard.bytes());
-        self.complete = protector.complete;
-        match (result, protector.stop) {
-            (Ok(stats), Some(Stop::Enough)) => Ok((End::Enough, stats)),
-            (Ok(stats), Some(Stop::Receiver)) => Ok((End::Receiver, stats)),
-            (Ok(stats), _) => Ok((End::Asked, stats)),
-            (Err(SaveError::Aborted), _) => Ok((End::Asked, CheckpointedStats::default())),
-            (Err(error), _) => {
-                self.given_up = said.is_some();
-                Err(said.map_or_else(|| error.into(), Error::from))
-            }
+        let sent = request.run(parties);
+        (*withdrawal, *heard) = (sent.withdrawal, sent.heard);
+        self.complete = sent.complete;
+        self.given_up = sent.given_up.is_some();
+        match (sent.ended, sent.given_up) {
+            (Ok(stop), _) => Ok((
+                match stop {
+                    Stop::Enough => End::Enough,
+                    Stop::Receiver => End::Receiver,
+                    Stop::Asked => End::Asked,
+                },
+                sent.stats,
+            )),
+            (Err(_), Some(said)) => Err(said.into()),
+            (Err(error), None) => Err(error.into()),
         }
     }
 }

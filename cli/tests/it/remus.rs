@@ -93,6 +93,32 @@ fn an_interrupt_before_there_is_protection_says_that_there_was_none() {
     }
 }
 
+/// It has nothing that it could run, and so nothing to say.
+#[test]
+fn an_interrupt_before_the_first_checkpoint_waits_for_no_answer() {
+    let hosts = Hosts::with("pvh", &BUSY);
+    let socket = hosts.path("socket");
+    let listener = listen(&socket);
+    let (here, to) = (backend(&hosts.here), format!("unix:{}", socket.display()));
+    let args = ["remus", "--answer-timeout", "3600", &here, "web", &to];
+    let mut sender = staged(hosts.dir.path(), args);
+    let silent = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.write_all(BANNER).unwrap();
+        // It reads to the end, and says nothing.
+        std::io::copy(&mut stream, &mut std::io::sink()).unwrap();
+        stream
+    });
+    assert!(sender.hold("suspended", 1));
+    sender.signal(Signal::SIGTERM, false);
+    sender.until_said("interrupting").unwrap();
+    let (sent, _) = sender.end();
+    sent.code(0)
+        .stderr_has("web runs on here, and was never protected");
+    drop(silent.join().unwrap());
+    assert_eq!(hosts.domains()[0], ["web running"]);
+}
+
 #[test]
 fn a_sender_that_is_killed_leaves_its_last_checkpoint_running() {
     for kind in ["pv", "pv32", "hvm", "pvh"] {

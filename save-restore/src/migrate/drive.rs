@@ -1,6 +1,8 @@
-//! Common parts of the drivers of a migration: how an end sends and receives messages, how a
-//! failure is reported to a state machine, and what is undone after a panic.
+//! Common parts of the drivers of a migration: the settings of every request, the loop that performs
+//! a machine's actions, how an end sends and receives messages, how a failure is reported to a state
+//! machine, and what is undone after a panic.
 
+use std::fmt;
 use std::io;
 use std::time::Duration;
 
@@ -8,6 +10,7 @@ use super::connection::{
     Connection, ConnectionError, ConnectionReader, ConnectionWriter, Received, Wait,
 };
 use super::messages::{Message, MessageError, Reason, Status};
+use super::observe::{Event, Observer, Step};
 use crate::error::{RestoreError, SaveError};
 use crate::progress::{Cancel, Cancelled};
 
@@ -72,6 +75,123 @@ impl Trouble {
                 None => return Self::Failed,
             }
         }
+    }
+}
+
+/// What every request to a driver has.
+pub(super) struct Common<'a> {
+    /// How long the other end may take for each message, all of it.
+    pub(super) answer: Duration,
+    /// The token by which another thread asks to stop.
+    pub(super) cancel: Option<&'a Cancel>,
+    /// What hears of each action and step.
+    pub(super) observer: Option<&'a mut dyn Observer>,
+}
+
+impl<'a> Common<'a> {
+    pub(super) const fn new(answer: Duration) -> Self {
+        Self {
+            answer,
+            cancel: None,
+            observer: None,
+        }
+    }
+
+    pub(super) const fn talk<'c>(&self, connection: &'c dyn Connection) -> Talk<'c>
+    where
+        'a: 'c,
+    {
+        Talk {
+            connection,
+            answer: self.answer,
+            cancel: self.cancel,
+        }
+    }
+
+    pub(super) fn observe(&mut self, event: Event) {
+        if let Some(observer) = &mut self.observer {
+            observer.observe(event);
+        }
+    }
+}
+
+impl fmt::Debug for Common<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Common")
+            .field("answer", &self.answer)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The methods by which a request is told what is [`Common`] to all.
+macro_rules! common_settings {
+    (answer: $answer:ident, $answer_doc:literal; cancel: $cancel_doc:literal) => {
+        #[doc = $answer_doc]
+        #[must_use]
+        pub const fn $answer(mut self, limit: std::time::Duration) -> Self {
+            self.common.answer = limit;
+            self
+        }
+
+        #[doc = $cancel_doc]
+        #[must_use]
+        pub const fn cancel(mut self, cancel: &'a crate::progress::Cancel) -> Self {
+            self.common.cancel = Some(cancel);
+            self
+        }
+
+        /// What hears of each action and step.
+        #[must_use]
+        pub fn observer(mut self, observer: &'a mut dyn super::Observer) -> Self {
+            self.common.observer = Some(observer);
+            self
+        }
+    };
+}
+pub(super) use common_settings;
+
+/// A machine of [`super::ownership`], as its driver sees it.
+pub(super) trait Machine {
+    type Action: Copy;
+    type Event: Copy;
+    type End;
+
+    /// What is to be done now.
+    fn action(&self) -> Self::Action;
+
+    /// Tells the machine what came of it.
+    fn on(&mut self, event: Self::Event);
+
+    /// How it has ended, if this is its last action.
+    fn end(action: Self::Action) -> Option<Self::End>;
+
+    /// The action, for an observer.
+    fn announced(action: Self::Action) -> Event;
+
+    /// The step of the protocol that is done when this came of an action.
+    fn step(action: Self::Action, event: Self::Event) -> Option<Step>;
+}
+
+/// Has a machine's actions performed until it has ended. What went wrong comes in order: the first
+/// is why it ended so.
+pub(super) fn drive<M: Machine>(
+    machine: &mut M,
+    common: &mut Common<'_>,
+    mut perform: impl FnMut(&mut M, &mut Common<'_>, M::Action) -> (M::Event, Option<BoxError>),
+) -> (M::End, Vec<Cause<M::Action>>) {
+    let mut causes = Vec::new();
+    loop {
+        let action = machine.action();
+        common.observe(M::announced(action));
+        if let Some(end) = M::end(action) {
+            return (end, causes);
+        }
+        let (event, error) = perform(machine, common, action);
+        causes.extend(error.map(|error| Cause { action, error }));
+        if let Some(step) = M::step(action, event) {
+            common.observe(Event::Done(step));
+        }
+        machine.on(event);
     }
 }
 

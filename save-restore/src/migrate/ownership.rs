@@ -2,10 +2,10 @@
 //!
 //! A machine knows nothing of connections and domains. Its driver performs the action that the
 //! machine requests, and returns the resulting event;
-//! [`SendRequest::run`](super::send::SendRequest::run) and its siblings are that loop. So the tests
-//! explore the very machine that runs: every message lost, cut short or late, a stall that ends at
-//! any time-out, either end killed in any state, signals, failures of the host, a second command on
-//! the same domain.
+//! [`MigrateRequest::run`](super::send::MigrateRequest::run) and its siblings are that loop. So the
+//! tests explore the very machine that runs: every message lost, cut short or late, a stall that
+//! ends at any time-out, either end killed in any state, signals, failures of the host, a second
+//! command on the same domain.
 //!
 //! - [`plain`]: a migration. The domain never runs on both hosts. It runs on neither only if that
 //!   cannot be known ([`plain::SenderEnd::Undecided`]), if an end was killed, or if the host

@@ -6,13 +6,12 @@
 //!
 //! C implementation: `tools/xl/xl_migrate.c:main_remus`.
 
-use std::fmt;
 use std::time::Duration;
 
 use super::connection::{Connection, ConnectionReader, ConnectionWriter, TcpConnection, Wait};
-use super::drive::{BoxError, Cause, REST, Talk, Trouble};
+use super::drive::{BoxError, Cause, Common, Machine, REST, Talk, Trouble, common_settings, drive};
 use super::messages::{LastWords, Message, MessageError, Outcome, Withdrawal};
-use super::observe::{Event, Observer, Step};
+use super::observe::{Event, Step};
 use super::ownership::protect::{
     Here, OnLoss, Protector, ProtectorAction, ProtectorEnd, ProtectorEvent, Why,
 };
@@ -66,21 +65,11 @@ pub struct Ended {
 }
 
 /// How to protect a domain.
+#[derive(Debug)]
 pub struct ProtectRequest<'a> {
-    answer: Duration,
+    common: Common<'a>,
     on_loss: OnLoss,
-    cancel: Option<&'a Cancel>,
     sending: Option<Wait<'a>>,
-    observer: Option<&'a mut dyn Observer>,
-}
-
-impl fmt::Debug for ProtectRequest<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ProtectRequest")
-            .field("answer", &self.answer)
-            .field("on_loss", &self.on_loss)
-            .finish_non_exhaustive()
-    }
 }
 
 impl<'a> ProtectRequest<'a> {
@@ -91,20 +80,18 @@ impl<'a> ProtectRequest<'a> {
     /// With a minute for each answer.
     pub const fn new(on_loss: OnLoss) -> Self {
         Self {
-            answer: Duration::from_secs(60),
+            common: Common::new(Duration::from_secs(60)),
             on_loss,
-            cancel: None,
             sending: None,
-            observer: None,
         }
     }
 
-    /// How long the other end may take for its banner, and to say that it has destroyed its copy:
-    /// it may have a checkpoint to apply before it hears that.
-    #[must_use]
-    pub const fn answer_timeout(mut self, limit: Duration) -> Self {
-        self.answer = limit;
-        self
+    common_settings! {
+        answer: answer_timeout,
+        "How long the other end may take for its banner, and to say that it has destroyed its \
+         copy: it may have a checkpoint to apply before it hears that.";
+        cancel: "The token by which another thread asks to stop while the banner is waited for. \
+                 After that [`Protected::protect`] comes to its end."
     }
 
     /// How long each write of what takes the domain back may wait, in the place of the time of an
@@ -115,25 +102,95 @@ impl<'a> ProtectRequest<'a> {
         self
     }
 
-    /// The token by which another thread asks to stop while the banner is waited for. After that
-    /// [`Protected::protect`] comes to its end.
-    #[must_use]
-    pub const fn cancel(mut self, cancel: &'a Cancel) -> Self {
-        self.cancel = Some(cancel);
-        self
+    /// Protect the domain, until it is clear where it is.
+    pub fn run(
+        mut self,
+        connection: &mut dyn Connection,
+        domain: &mut dyn Protected,
+    ) -> Protection {
+        let how = How {
+            answer: self.common.answer,
+            cancel: self.common.cancel,
+            sending: self.sending,
+        };
+        let mut machine = Protector::new(self.on_loss);
+        let mut protection = Protecting::default();
+        let (end, causes) = drive(&mut machine, &mut self.common, |machine, common, action| {
+            if action != ProtectorAction::Protect {
+                let performed = protection.perform(how, action, connection, domain);
+                return match performed {
+                    Ok(event) => (event, None),
+                    Err((event, error)) => (event, Some(error)),
+                };
+            }
+            let mut complete = || {
+                if !machine.is_complete() {
+                    common.observe(Event::Done(Step::Protected));
+                }
+                machine.on(ProtectorEvent::Complete);
+            };
+            let ended = domain.protect(&*connection, &mut complete);
+            protection.withdrawal = ended.withdrawal;
+            protection.heard = ended.heard;
+            let event = ProtectorEvent::Ended {
+                why: ended.why,
+                lost: ended.lost,
+                here: ended.here,
+            };
+            (event, None)
+        });
+        Protection {
+            end,
+            outcome: protection.outcome,
+            reason: protection.reason,
+            causes,
+        }
+    }
+}
+
+impl Machine for Protector {
+    type Action = ProtectorAction;
+    type Event = ProtectorEvent;
+    type End = ProtectorEnd;
+
+    fn action(&self) -> ProtectorAction {
+        self.action()
     }
 
-    /// What hears of each action and step.
-    #[must_use]
-    pub fn observer(mut self, observer: &'a mut dyn Observer) -> Self {
-        self.observer = Some(observer);
-        self
+    fn on(&mut self, event: ProtectorEvent) {
+        self.on(event);
     }
 
-    const fn talk<'c>(&self, connection: &'c dyn Connection) -> Talk<'c>
-    where
-        'a: 'c,
-    {
+    fn end(action: ProtectorAction) -> Option<ProtectorEnd> {
+        match action {
+            ProtectorAction::End(end) => Some(end),
+            _ => None,
+        }
+    }
+
+    fn announced(action: ProtectorAction) -> Event {
+        Event::Protecting(action)
+    }
+
+    fn step(action: ProtectorAction, event: ProtectorEvent) -> Option<Step> {
+        match (action, event) {
+            (ProtectorAction::AwaitBanner, ProtectorEvent::Done) => Some(Step::Banner),
+            (ProtectorAction::Withdraw, ProtectorEvent::Done) => Some(Step::Withdrawn),
+            _ => None,
+        }
+    }
+}
+
+/// How the two ends are waited for.
+#[derive(Clone, Copy)]
+struct How<'a> {
+    answer: Duration,
+    cancel: Option<&'a Cancel>,
+    sending: Option<Wait<'a>>,
+}
+
+impl How<'_> {
+    const fn talk<'c>(&'c self, connection: &'c dyn Connection) -> Talk<'c> {
         Talk {
             connection,
             answer: self.answer,
@@ -144,72 +201,9 @@ impl<'a> ProtectRequest<'a> {
     /// How long last words are waited for.
     fn last_words(&self, lost: bool) -> Duration {
         if lost {
-            self.answer.min(Self::LAST_WORDS)
+            self.answer.min(ProtectRequest::LAST_WORDS)
         } else {
             self.answer
-        }
-    }
-
-    /// Protect the domain, until it is clear where it is.
-    pub fn run(
-        mut self,
-        connection: &mut dyn Connection,
-        domain: &mut dyn Protected,
-    ) -> Protection {
-        let mut machine = Protector::new(self.on_loss);
-        let mut protection = Protecting::default();
-        loop {
-            let action = machine.action();
-            self.observe(Event::Protecting(action));
-            if let ProtectorAction::End(end) = action {
-                return Protection {
-                    end,
-                    outcome: protection.outcome,
-                    reason: protection.reason,
-                    causes: protection.causes,
-                };
-            }
-            let event = match action {
-                ProtectorAction::Protect => {
-                    let mut complete = || {
-                        if !machine.is_complete() {
-                            self.observe(Event::Done(Step::Protected));
-                        }
-                        machine.on(ProtectorEvent::Complete);
-                    };
-                    let ended = domain.protect(&*connection, &mut complete);
-                    protection.withdrawal = ended.withdrawal;
-                    protection.heard = ended.heard;
-                    ProtectorEvent::Ended {
-                        why: ended.why,
-                        lost: ended.lost,
-                        here: ended.here,
-                    }
-                }
-                action => match protection.perform(&self, action, connection, domain) {
-                    Ok(event) => event,
-                    Err((event, error)) => {
-                        protection.causes.push(Cause { action, error });
-                        event
-                    }
-                },
-            };
-            match (action, event) {
-                (ProtectorAction::AwaitBanner, ProtectorEvent::Done) => {
-                    self.observe(Event::Done(Step::Banner));
-                }
-                (ProtectorAction::Withdraw, ProtectorEvent::Done) => {
-                    self.observe(Event::Done(Step::Withdrawn));
-                }
-                _ => {}
-            }
-            machine.on(event);
-        }
-    }
-
-    fn observe(&mut self, event: Event) {
-        if let Some(observer) = &mut self.observer {
-            observer.observe(event);
         }
     }
 }
@@ -221,14 +215,13 @@ struct Protecting {
     heard: LastWords,
     outcome: Option<Outcome>,
     reason: Option<String>,
-    causes: Vec<Cause<ProtectorAction>>,
 }
 
 impl Protecting {
     /// Do it, and say what came of it.
     fn perform(
         &mut self,
-        request: &ProtectRequest<'_>,
+        how: How<'_>,
         action: ProtectorAction,
         connection: &mut dyn Connection,
         domain: &mut dyn Protected,
@@ -236,7 +229,7 @@ impl Protecting {
         let failed = |error: BoxError| (ProtectorEvent::Failed, error);
         match action {
             ProtectorAction::AwaitBanner => {
-                let talk = request.talk(&*connection);
+                let talk = how.talk(&*connection);
                 let heard = talk.hear(Message::Banner, talk.asked());
                 heard.map_err(|error| {
                     let trouble = match talk.is_asked() {
@@ -253,21 +246,17 @@ impl Protecting {
                 // Until the last words are heard, too. What was sent before may still be in the
                 // kernel, and the receiver reads nothing while it applies a checkpoint: a
                 // connection that is given up then has it take over.
-                request
-                    .talk(&*connection)
-                    .bear(TcpConnection::SILENCE_SENDING);
-                let writer = match request.sending {
+                how.talk(&*connection).bear(TcpConnection::SILENCE_SENDING);
+                let writer = match how.sending {
                     Some(wait) => ConnectionWriter::new(&*connection, wait),
-                    None => {
-                        ConnectionWriter::new(&*connection, Wait::forever()).within(request.answer)
-                    }
+                    None => ConnectionWriter::new(&*connection, Wait::forever()).within(how.answer),
                 };
                 withdrawal
                     .write(writer)
                     .map_err(|error| failed(error.into()))?;
             }
             ProtectorAction::AwaitLastWords { lost } => {
-                return match self.last_words(connection, request.last_words(lost)) {
+                return match self.last_words(connection, how.last_words(lost)) {
                     Ok(outcome) => {
                         self.outcome = Some(outcome);
                         Ok(match outcome {
@@ -339,11 +328,14 @@ mod tests {
     #[test]
     fn an_end_that_lives_is_given_the_time_to_apply_a_checkpoint() {
         let minute = Duration::from_secs(60);
-        let request = ProtectRequest::new(OnLoss::Run);
-        assert_eq!(request.last_words(false), minute);
-        assert_eq!(request.last_words(true), ProtectRequest::LAST_WORDS);
+        let how = |answer| How {
+            answer,
+            cancel: None,
+            sending: None,
+        };
+        assert_eq!(how(minute).last_words(false), minute);
+        assert_eq!(how(minute).last_words(true), ProtectRequest::LAST_WORDS);
         let second = Duration::from_secs(1);
-        let request = request.answer_timeout(second);
-        assert_eq!(request.last_words(true), second);
+        assert_eq!(how(second).last_words(true), second);
     }
 }

@@ -6,15 +6,15 @@
 //!
 //! C implementation: `tools/xl/xl_migrate.c:migrate_receive`.
 
-use std::fmt;
 use std::time::Duration;
 
 use super::connection::{Connection, ConnectionReader};
-use super::drive::{BoxError, Cause, OnPanic, Talk, Trouble};
+use super::drive::{
+    BoxError, Cause, Common, Machine, OnPanic, Talk, Trouble, common_settings, drive,
+};
 use super::messages::{Message, MessageError, Status};
-use super::observe::{Event, Observer, Step};
+use super::observe::{Event, Step};
 use super::ownership::plain::{Receiver, ReceiverAction, ReceiverEnd, ReceiverEvent};
-use crate::progress::Cancel;
 
 /// A domain that is to arrive, as its toolstack sees it.
 pub trait Arriving {
@@ -49,20 +49,11 @@ pub trait Arriving {
 }
 
 /// How to receive a domain.
+#[derive(Debug)]
 pub struct ReceiveRequest<'a> {
-    idle: Duration,
+    /// Its answer is also how long the sender may send nothing of the image.
+    common: Common<'a>,
     go: Duration,
-    cancel: Option<&'a Cancel>,
-    observer: Option<&'a mut dyn Observer>,
-}
-
-impl fmt::Debug for ReceiveRequest<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ReceiveRequest")
-            .field("idle", &self.idle)
-            .field("go", &self.go)
-            .finish_non_exhaustive()
-    }
 }
 
 impl Default for ReceiveRequest<'_> {
@@ -76,19 +67,17 @@ impl<'a> ReceiveRequest<'a> {
     /// than a sender waits, so that the sender is the one that gives up.
     pub const fn new() -> Self {
         Self {
-            idle: Duration::from_secs(600),
+            common: Common::new(Duration::from_secs(600)),
             go: Duration::from_secs(120),
-            cancel: None,
-            observer: None,
         }
     }
 
-    /// How long the sender may send nothing of the image, and how long it may take for each
-    /// message of this end, all of it.
-    #[must_use]
-    pub const fn idle_timeout(mut self, limit: Duration) -> Self {
-        self.idle = limit;
-        self
+    common_settings! {
+        answer: idle_timeout,
+        "How long the sender may send nothing of the image, and how long it may take for each \
+         message of this end, all of it.";
+        cancel: "The token by which another thread asks to stop. Once \"go\" was heard, it is too \
+                 late."
     }
 
     /// How long the sender may take to say "go", all of it.
@@ -98,26 +87,10 @@ impl<'a> ReceiveRequest<'a> {
         self
     }
 
-    /// The token by which another thread asks to stop. Once "go" was heard, it is too late.
-    #[must_use]
-    pub const fn cancel(mut self, cancel: &'a Cancel) -> Self {
-        self.cancel = Some(cancel);
-        self
-    }
-
-    /// What hears of each action and step.
-    #[must_use]
-    pub fn observer(mut self, observer: &'a mut dyn Observer) -> Self {
-        self.observer = Some(observer);
-        self
-    }
-
     /// Receive a domain.
     ///
     /// A panic in `domain` destroys what was made, if "go" was not heard.
     pub fn run(mut self, connection: &dyn Connection, domain: &mut dyn Arriving) -> Arrived {
-        let mut machine = Receiver::new();
-        let mut causes = Vec::new();
         let mut guard = OnPanic {
             domain,
             armed: true,
@@ -129,49 +102,55 @@ impl<'a> ReceiveRequest<'a> {
             },
         };
         let receiving = Receiving {
-            talk: Talk {
-                connection,
-                answer: self.idle,
-                cancel: self.cancel,
-            },
+            talk: self.common.talk(connection),
             go: self.go,
         };
-        loop {
-            let action = machine.action();
-            if let Some(observer) = &mut self.observer {
-                observer.observe(Event::Receiving(action));
-            }
+        let mut machine = Receiver::new();
+        let (end, causes) = drive(&mut machine, &mut self.common, |machine, _, action| {
             guard.armed = !machine.has_it();
-            if let ReceiverAction::End(end) = action {
-                guard.armed = false;
-                return Arrived { end, causes };
+            match receiving.perform(action, guard.domain) {
+                Ok(()) => (ReceiverEvent::Done, None),
+                Err((trouble, error)) => (trouble.into(), Some(error)),
             }
-            let event = match receiving.perform(action, guard.domain) {
-                Ok(()) => {
-                    if let (Some(observer), Some(step)) = (&mut self.observer, step(action)) {
-                        observer.observe(Event::Done(step));
-                    }
-                    ReceiverEvent::Done
-                }
-                Err((trouble, error)) => {
-                    causes.push(Cause { action, error });
-                    trouble.into()
-                }
-            };
-            machine.on(event);
-        }
+        });
+        guard.armed = false;
+        Arrived { end, causes }
     }
 }
 
-/// The step that the receiver has done with this action.
-fn step(action: ReceiverAction) -> Option<Step> {
-    match action {
-        ReceiverAction::SayBanner => Some(Step::Banner),
-        ReceiverAction::Receive => Some(Step::Received),
-        ReceiverAction::SayReady => Some(Step::Ready),
-        ReceiverAction::AwaitGo => Some(Step::Go),
-        ReceiverAction::SayRuns => Some(Step::Report),
-        _ => None,
+impl Machine for Receiver {
+    type Action = ReceiverAction;
+    type Event = ReceiverEvent;
+    type End = ReceiverEnd;
+
+    fn action(&self) -> ReceiverAction {
+        self.action()
+    }
+
+    fn on(&mut self, event: ReceiverEvent) {
+        self.on(event);
+    }
+
+    fn end(action: ReceiverAction) -> Option<ReceiverEnd> {
+        match action {
+            ReceiverAction::End(end) => Some(end),
+            _ => None,
+        }
+    }
+
+    fn announced(action: ReceiverAction) -> Event {
+        Event::Receiving(action)
+    }
+
+    fn step(action: ReceiverAction, event: ReceiverEvent) -> Option<Step> {
+        match (action, event) {
+            (ReceiverAction::SayBanner, ReceiverEvent::Done) => Some(Step::Banner),
+            (ReceiverAction::Receive, ReceiverEvent::Done) => Some(Step::Received),
+            (ReceiverAction::SayReady, ReceiverEvent::Done) => Some(Step::Ready),
+            (ReceiverAction::AwaitGo, ReceiverEvent::Done) => Some(Step::Go),
+            (ReceiverAction::SayRuns, ReceiverEvent::Done) => Some(Step::Report),
+            _ => None,
+        }
     }
 }
 

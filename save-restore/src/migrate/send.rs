@@ -1,22 +1,22 @@
 //! The sender of a migration: a connection, the messages and the machine that decides, put
 //! together.
 //!
-//! The caller brings the domain, as a [`Departing`]; [`SendRequest::run`] does the rest. See
+//! The caller brings the domain, as a [`Departing`]; [`MigrateRequest::run`] does the rest. See
 //! [`super`] for an example.
 //!
 //! C implementation: `tools/xl/xl_migrate.c:migrate_domain`.
 
-use std::fmt;
 use std::time::Duration;
 
 use super::connection::{Connection, ConnectionWriter, TcpConnection};
-use super::drive::{BoxError, Cause, OnPanic, Talk, Trouble};
+use super::drive::{
+    BoxError, Cause, Common, Machine, OnPanic, Talk, Trouble, common_settings, drive,
+};
 use super::messages::{Message, MessageError, Status};
-use super::observe::{Event, Observer, Step};
+use super::observe::{Event, Step};
 use super::ownership::plain::{Sender, SenderAction, SenderEnd, SenderEvent};
 use crate::error::SaveError;
 use crate::pace::Pace;
-use crate::progress::Cancel;
 
 /// A domain that is to leave, as its toolstack sees it.
 ///
@@ -63,47 +63,34 @@ pub enum TakenBack {
 }
 
 /// How to send a domain.
-pub struct SendRequest<'a> {
-    answer: Duration,
+#[derive(Debug)]
+pub struct MigrateRequest<'a> {
+    common: Common<'a>,
     idle: Duration,
     pace: Option<&'a Pace>,
-    cancel: Option<&'a Cancel>,
-    observer: Option<&'a mut dyn Observer>,
 }
 
-impl fmt::Debug for SendRequest<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SendRequest")
-            .field("answer", &self.answer)
-            .field("idle", &self.idle)
-            .field("pace", &self.pace)
-            .finish_non_exhaustive()
-    }
-}
-
-impl Default for SendRequest<'_> {
+impl Default for MigrateRequest<'_> {
     fn default() -> Self {
         Self::new()
     }
 }
 
-impl<'a> SendRequest<'a> {
+impl<'a> MigrateRequest<'a> {
     /// With a minute for each answer, and a minute for a receiver that takes nothing.
     pub const fn new() -> Self {
         Self {
-            answer: Duration::from_secs(60),
+            common: Common::new(Duration::from_secs(60)),
             idle: Duration::from_secs(60),
             pace: None,
-            cancel: None,
-            observer: None,
         }
     }
 
-    /// How long the receiver may take for each of its messages, all of it.
-    #[must_use]
-    pub const fn answer_timeout(mut self, limit: Duration) -> Self {
-        self.answer = limit;
-        self
+    common_settings! {
+        answer: answer_timeout,
+        "How long the receiver may take for each of its messages, all of it.";
+        cancel: "The token by which another thread asks to stop. Once the domain has been let go \
+                 of, it is too late."
     }
 
     /// How long the receiver may take nothing of the image. After that it has to take what it is
@@ -124,27 +111,10 @@ impl<'a> SendRequest<'a> {
         self
     }
 
-    /// The token by which another thread asks to stop. Once the domain has been let go of, it is
-    /// too late.
-    #[must_use]
-    pub const fn cancel(mut self, cancel: &'a Cancel) -> Self {
-        self.cancel = Some(cancel);
-        self
-    }
-
-    /// What hears of each action and step.
-    #[must_use]
-    pub fn observer(mut self, observer: &'a mut dyn Observer) -> Self {
-        self.observer = Some(observer);
-        self
-    }
-
     /// Send the domain.
     ///
     /// A panic in `domain` takes the domain back, if it has not been let go of.
     pub fn run(mut self, connection: &dyn Connection, domain: &mut dyn Departing) -> Sent {
-        let mut machine = Sender::new();
-        let mut causes = Vec::new();
         let default = Pace::new(self.idle);
         let mut guard = OnPanic {
             domain,
@@ -156,46 +126,59 @@ impl<'a> SendRequest<'a> {
             },
         };
         let mut sending = Sending {
-            talk: Talk {
-                connection,
-                answer: self.answer,
-                cancel: self.cancel,
-            },
+            talk: self.common.talk(connection),
             pace: self.pace,
             default: &default,
             status: 0,
         };
-        loop {
-            let action = machine.action();
-            if let Some(observer) = &mut self.observer {
-                observer.observe(Event::Sending(action));
-            }
-            // As soon as it begins to be said, nothing but the machine takes the domain back.
-            guard.armed = !machine.has_let_go();
-            if let SenderAction::End(end) = action {
-                guard.armed = false;
-                return Sent { end, causes };
-            }
-            let (event, error) = sending.perform(action, guard.domain);
-            causes.extend(error.map(|error| Cause { action, error }));
-            if let (Some(observer), Some(step)) = (&mut self.observer, step(action, event)) {
-                observer.observe(Event::Done(step));
-            }
-            machine.on(event);
-        }
+        let (end, causes) = drive(
+            &mut Sender::new(),
+            &mut self.common,
+            |machine, _, action| {
+                // As soon as it begins to be said, nothing but the machine takes the domain back.
+                guard.armed = !machine.has_let_go();
+                sending.perform(action, guard.domain)
+            },
+        );
+        guard.armed = false;
+        Sent { end, causes }
     }
 }
 
-/// The step that the sender has done when this came of an action.
-fn step(action: SenderAction, event: SenderEvent) -> Option<Step> {
-    match (action, event) {
-        (SenderAction::AwaitBanner, SenderEvent::Done) => Some(Step::Banner),
-        (SenderAction::SendImage, SenderEvent::Done) => Some(Step::Sent),
-        (SenderAction::AwaitReady, SenderEvent::Done) => Some(Step::Ready),
-        (SenderAction::SayGo, SenderEvent::Done) => Some(Step::Go),
-        (SenderAction::AwaitReport, SenderEvent::Reported(0)) => Some(Step::Report),
-        (SenderAction::AwaitGivenBack, SenderEvent::Done) => Some(Step::GivenBack),
-        _ => None,
+impl Machine for Sender {
+    type Action = SenderAction;
+    type Event = SenderEvent;
+    type End = SenderEnd;
+
+    fn action(&self) -> SenderAction {
+        self.action()
+    }
+
+    fn on(&mut self, event: SenderEvent) {
+        self.on(event);
+    }
+
+    fn end(action: SenderAction) -> Option<SenderEnd> {
+        match action {
+            SenderAction::End(end) => Some(end),
+            _ => None,
+        }
+    }
+
+    fn announced(action: SenderAction) -> Event {
+        Event::Sending(action)
+    }
+
+    fn step(action: SenderAction, event: SenderEvent) -> Option<Step> {
+        match (action, event) {
+            (SenderAction::AwaitBanner, SenderEvent::Done) => Some(Step::Banner),
+            (SenderAction::SendImage, SenderEvent::Done) => Some(Step::Sent),
+            (SenderAction::AwaitReady, SenderEvent::Done) => Some(Step::Ready),
+            (SenderAction::SayGo, SenderEvent::Done) => Some(Step::Go),
+            (SenderAction::AwaitReport, SenderEvent::Reported(0)) => Some(Step::Report),
+            (SenderAction::AwaitGivenBack, SenderEvent::Done) => Some(Step::GivenBack),
+            _ => None,
+        }
     }
 }
 

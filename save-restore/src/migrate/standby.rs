@@ -7,15 +7,13 @@
 //! C implementation: `tools/xl/xl_migrate.c:migrate_receive`, for
 //! `LIBXL_CHECKPOINTED_STREAM_REMUS`.
 
-use std::fmt;
 use std::time::Duration;
 
 use super::connection::Connection;
-use super::drive::{BoxError, Cause, Talk, Trouble};
+use super::drive::{BoxError, Cause, Common, Machine, Talk, Trouble, common_settings, drive};
 use super::messages::{Message, MessageError, Status};
-use super::observe::{Event, Observer, Step};
+use super::observe::{Event, Step};
 use super::ownership::protect::{Standby, StandbyAction, StandbyEnd, StandbyEvent};
-use crate::progress::Cancel;
 
 /// A domain that stands by for another, as its toolstack sees it.
 ///
@@ -63,18 +61,9 @@ pub enum KeptUntil {
 }
 
 /// How to stand by for a domain.
+#[derive(Debug)]
 pub struct StandbyRequest<'a> {
-    answer: Duration,
-    cancel: Option<&'a Cancel>,
-    observer: Option<&'a mut dyn Observer>,
-}
-
-impl fmt::Debug for StandbyRequest<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("StandbyRequest")
-            .field("answer", &self.answer)
-            .finish_non_exhaustive()
-    }
+    common: Common<'a>,
 }
 
 impl Default for StandbyRequest<'_> {
@@ -87,88 +76,75 @@ impl<'a> StandbyRequest<'a> {
     /// With a minute for a sender to take a message.
     pub const fn new() -> Self {
         Self {
-            answer: Duration::from_secs(60),
-            cancel: None,
-            observer: None,
+            common: Common::new(Duration::from_secs(60)),
         }
     }
 
-    /// How long the sender may take for each message of this end, all of it.
-    #[must_use]
-    pub const fn answer_timeout(mut self, limit: Duration) -> Self {
-        self.answer = limit;
-        self
-    }
-
-    /// The token by which another thread asks to stop while the banner is said. After that
-    /// [`Kept::keep`] comes to its end.
-    #[must_use]
-    pub const fn cancel(mut self, cancel: &'a Cancel) -> Self {
-        self.cancel = Some(cancel);
-        self
-    }
-
-    /// What hears of each action and step.
-    #[must_use]
-    pub fn observer(mut self, observer: &'a mut dyn Observer) -> Self {
-        self.observer = Some(observer);
-        self
+    common_settings! {
+        answer: answer_timeout,
+        "How long the sender may take for each message of this end, all of it.";
+        cancel: "The token by which another thread asks to stop while the banner is said. After \
+                 that [`Kept::keep`] comes to its end."
     }
 
     /// Stand by, until it is clear where the domain is.
     pub fn run(mut self, connection: &dyn Connection, domain: &mut dyn Kept) -> StoodBy {
+        let talk = self.common.talk(connection);
         let mut machine = Standby::new();
-        let mut causes = Vec::new();
-        let talk = Talk {
-            connection,
-            answer: self.answer,
-            cancel: self.cancel,
-        };
-        loop {
-            let action = machine.action();
-            self.observe(Event::StandingBy(action));
-            if let StandbyAction::End(end) = action {
-                return StoodBy { end, causes };
+        let (end, causes) = drive(&mut machine, &mut self.common, |machine, common, action| {
+            if action != StandbyAction::Keep {
+                return match perform(action, talk, domain) {
+                    Ok(()) => (StandbyEvent::Done, None),
+                    Err((event, error)) => (event, Some(error)),
+                };
             }
-            let event = match action {
-                StandbyAction::Keep => {
-                    let mut any = false;
-                    let mut complete = || {
-                        if !std::mem::replace(&mut any, true) {
-                            self.observe(Event::Done(Step::Checkpoint));
-                        }
-                        machine.on(StandbyEvent::Complete);
-                    };
-                    match domain.keep(connection, &mut complete) {
-                        KeptUntil::Lost => StandbyEvent::Lost,
-                        KeptUntil::Withdrawn => StandbyEvent::Withdrawn,
-                        KeptUntil::Failed => StandbyEvent::Failed,
-                    }
+            let mut any = false;
+            let mut complete = || {
+                if !std::mem::replace(&mut any, true) {
+                    common.observe(Event::Done(Step::Checkpoint));
                 }
-                action => match perform(action, talk, domain) {
-                    Ok(()) => StandbyEvent::Done,
-                    Err((event, error)) => {
-                        causes.push(Cause { action, error });
-                        event
-                    }
-                },
+                machine.on(StandbyEvent::Complete);
             };
-            match (action, event) {
-                (StandbyAction::SayBanner, StandbyEvent::Done) => {
-                    self.observe(Event::Done(Step::Banner));
-                }
-                (StandbyAction::Run, StandbyEvent::Done) => {
-                    self.observe(Event::Done(Step::TookOver));
-                }
-                _ => {}
-            }
-            machine.on(event);
+            let event = match domain.keep(connection, &mut complete) {
+                KeptUntil::Lost => StandbyEvent::Lost,
+                KeptUntil::Withdrawn => StandbyEvent::Withdrawn,
+                KeptUntil::Failed => StandbyEvent::Failed,
+            };
+            (event, None)
+        });
+        StoodBy { end, causes }
+    }
+}
+
+impl Machine for Standby {
+    type Action = StandbyAction;
+    type Event = StandbyEvent;
+    type End = StandbyEnd;
+
+    fn action(&self) -> StandbyAction {
+        self.action()
+    }
+
+    fn on(&mut self, event: StandbyEvent) {
+        self.on(event);
+    }
+
+    fn end(action: StandbyAction) -> Option<StandbyEnd> {
+        match action {
+            StandbyAction::End(end) => Some(end),
+            _ => None,
         }
     }
 
-    fn observe(&mut self, event: Event) {
-        if let Some(observer) = &mut self.observer {
-            observer.observe(event);
+    fn announced(action: StandbyAction) -> Event {
+        Event::StandingBy(action)
+    }
+
+    fn step(action: StandbyAction, event: StandbyEvent) -> Option<Step> {
+        match (action, event) {
+            (StandbyAction::SayBanner, StandbyEvent::Done) => Some(Step::Banner),
+            (StandbyAction::Run, StandbyEvent::Done) => Some(Step::TookOver),
+            _ => None,
         }
     }
 }

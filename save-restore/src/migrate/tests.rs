@@ -11,7 +11,7 @@ use xsr_xen_backend::{DomId, GuestKind, Host as _};
 use super::Event;
 use super::ownership::plain::{ReceiverAction, ReceiverEnd, SenderAction, SenderEnd};
 use super::receive::{Arrived, ReceiveRequest};
-use super::send::{SendRequest, Sent};
+use super::send::{MigrateRequest, Sent};
 use super::testing::{FakeConnection, Fault, Faulty};
 use crate::progress::Cancel;
 
@@ -78,7 +78,7 @@ fn migrate(fault: Option<(usize, Faulty)>) -> Migration {
                     said.push((sender.calls(), action));
                 }
             };
-            let request = SendRequest::new().observer(&mut observe);
+            let request = MigrateRequest::new().observer(&mut observe);
             (request.run(&sender, &mut leaving), sender.calls())
         });
         (sending.join().unwrap(), receiving.join().unwrap())
@@ -207,7 +207,7 @@ fn who_asks_to_stop_before_go_keeps_the_domain_and_after_it_is_not_heard() {
                         cancel.cancel();
                     }
                 };
-                let request = SendRequest::new().cancel(cancel).observer(&mut observe);
+                let request = MigrateRequest::new().cancel(cancel).observer(&mut observe);
                 request.run(&sender, &mut example::Leaving { host: here, domid })
             });
             (sending.join().unwrap(), receiving.join().unwrap())
@@ -269,7 +269,7 @@ fn a_panic_takes_the_domain_back() {
     let (mut sender, mut receiver) = (Panics::default(), Panics::default());
     let receive = || ReceiveRequest::new().run(&there, &mut receiver).end;
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(receive)).unwrap_err();
-    let send = || SendRequest::new().run(&here, &mut sender).end;
+    let send = || MigrateRequest::new().run(&here, &mut sender).end;
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(send)).unwrap_err();
     assert!(sender.undone && receiver.undone);
 }
@@ -320,7 +320,7 @@ fn a_receiver_is_given_longer_to_take_the_image_than_to_answer() {
         connection: &connection,
         seen: 0,
     };
-    let sent = SendRequest::new().run(&connection, &mut looks);
+    let sent = MigrateRequest::new().run(&connection, &mut looks);
     assert_eq!(sent.end, SenderEnd::Here, "{:?}", sent.causes);
     assert_eq!((looks.seen, seconds(&connection)), (120, 30));
 }
@@ -367,7 +367,7 @@ fn a_receiver_that_says_something_else_is_not_waited_for_as_for_an_answer() {
         for part in [Message::Banner.bytes(), said] {
             there.write(part, &Wait::forever()).unwrap();
         }
-        let sent = SendRequest::new().run(&here, &mut Zeros(0));
+        let sent = MigrateRequest::new().run(&here, &mut Zeros(0));
         assert_eq!(sent.end, SenderEnd::Here);
         let why = sent.causes[0].error.to_string();
         assert!(why.contains(words), "{why}");
@@ -396,7 +396,7 @@ fn a_receiver_that_takes_little_is_given_up_without_a_pace_of_the_callers() {
             && peer.read(&mut room).is_ok_and(|n| n > 0)
         {}
     });
-    let request = SendRequest::new().idle_timeout(Duration::from_secs(1));
+    let request = MigrateRequest::new().idle_timeout(Duration::from_secs(1));
     let sent = request.run(&connection, &mut Zeros(8 << 20));
     drop(tell);
     sips.join().unwrap();

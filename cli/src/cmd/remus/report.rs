@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use serde::Serialize;
+use xsr_save_restore::migrate::checkpoints::Complete;
 use xsr_save_restore::save::CheckpointedStats;
 use xsr_xen_backend::DomId;
 
 use super::End;
-use super::toolstack::Complete;
 use crate::args::RemusArgs;
 use crate::stdout::{self, Results, Versioned};
 use crate::terminal::Terminal;

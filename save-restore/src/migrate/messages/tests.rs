@@ -5,6 +5,10 @@
 
 use proptest::prelude::*;
 
+use xsr_format::frame::Pfn;
+use xsr_format::record::{MAX_BODY, RecordKind};
+use xsr_format::wrapper::libxl::{CheckpointState, LibxlRecordKind};
+
 use super::*;
 
 /// The messages as in `xl.h`, with the NUL of each C string that `sizeof` counts. The banner is

@@ -9,15 +9,15 @@ use std::io::{self, Read};
 use std::time::Instant;
 
 use xsr_format::wrapper::libxl::CheckpointState;
-use xsr_save_restore::back_channel::BackChannel;
-use xsr_save_restore::migrate::messages::{ColoWord, LastWords, Withdrawal};
-use xsr_save_restore::toolstack::{
+
+use super::super::messages::{ColoWord, LastWords, Withdrawal};
+use super::hearing::Hearing;
+use super::remus::RemusToolstack;
+use super::{CheckpointStream, Stop};
+use crate::back_channel::BackChannel;
+use crate::toolstack::{
     CheckpointToolstack, ColoToolstack, Epoch, NextEpoch, SaveToolstack, ToolstackError,
 };
-
-use super::stream::Stream;
-use super::toolstack::{Protector, Stop};
-use crate::colo::Hearing;
 
 /// The secondary's state, as far as its primary knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,18 +34,18 @@ pub(super) enum Place {
 }
 
 /// The toolstack of such a domain.
-pub(super) struct Primary<'p, 'a> {
-    protector: &'p mut Protector<'a>,
-    stream: &'p Stream<'a>,
+pub(super) struct ColoPrimary<'p, 'a> {
+    protector: &'p mut RemusToolstack<'a>,
+    stream: &'p CheckpointStream<'a>,
     hearing: &'p Ear<'a>,
     place: Place,
     /// The checkpoint that the secondary is applying.
     epoch: Option<Epoch>,
 }
 
-impl std::fmt::Debug for Primary<'_, '_> {
+impl std::fmt::Debug for ColoPrimary<'_, '_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Primary")
+        f.debug_struct("ColoPrimary")
             .field("place", &self.place)
             .finish_non_exhaustive()
     }
@@ -94,10 +94,10 @@ impl Place {
     }
 }
 
-impl<'p, 'a> Primary<'p, 'a> {
+impl<'p, 'a> ColoPrimary<'p, 'a> {
     pub(super) fn new(
-        protector: &'p mut Protector<'a>,
-        stream: &'p Stream<'a>,
+        protector: &'p mut RemusToolstack<'a>,
+        stream: &'p CheckpointStream<'a>,
         hearing: &'p Ear<'a>,
     ) -> Self {
         Self {
@@ -121,7 +121,7 @@ impl<'p, 'a> Primary<'p, 'a> {
     }
 }
 
-impl SaveToolstack for Primary<'_, '_> {
+impl SaveToolstack for ColoPrimary<'_, '_> {
     fn suspend(&mut self) -> Result<(), ToolstackError> {
         self.protector.suspend()?;
         match self.place {
@@ -139,7 +139,7 @@ impl SaveToolstack for Primary<'_, '_> {
     }
 }
 
-impl CheckpointToolstack for Primary<'_, '_> {
+impl CheckpointToolstack for ColoPrimary<'_, '_> {
     /// The secondary reports that it has the checkpoint, and then that it runs.
     fn postcopy(&mut self) -> Result<(), ToolstackError> {
         const WHAT: &str = "letting the guest run at both ends";
@@ -164,7 +164,7 @@ impl CheckpointToolstack for Primary<'_, '_> {
     }
 }
 
-impl ColoToolstack for Primary<'_, '_> {
+impl ColoToolstack for ColoPrimary<'_, '_> {
     /// The output of the two guests is not compared here: a checkpoint is due when the interval is
     /// over.
     fn wait_checkpoint(&mut self) -> Result<NextEpoch, ToolstackError> {

@@ -4,97 +4,29 @@
 //! (`libxl__stream_write_start_checkpoint`).
 
 use std::io;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use anyhow::Result;
-use xsr_format::wrapper::libxl::{EmulatorId, EmulatorInstance, LibxlRecord, LibxlWriter};
-use xsr_save_restore::migrate::connection::{Connection, ConnectionError, Received, Wait};
-use xsr_save_restore::migrate::messages::LastWords;
-use xsr_save_restore::pace::Pace;
-use xsr_save_restore::toolstack::{
+use xsr_format::wrapper::libxl::{LibxlRecord, LibxlWriter};
+
+use super::super::connection::{Connection, ConnectionError, Received, Wait};
+use super::super::messages::LastWords;
+use super::{CheckpointStream, Complete, Emulators, OnComplete, Stop, StopRequest};
+use crate::pace::Pace;
+use crate::toolstack::{
     CheckpointToolstack, DirectToolstack, Epoch, NextEpoch, SaveToolstack, ToolstackError,
 };
 
-use xsr_xen_backend::GuestKind;
-
-use super::stream::Stream;
-use crate::interrupt::Interrupt;
-
-/// Why there are no more checkpoints, if nothing failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Stop {
-    /// The user asked to stop.
-    Asked,
-    /// The requested number of checkpoints is complete.
-    Enough,
-    /// The receiver sent a message or hung up. While it is well it is silent.
-    Receiver,
-}
-
-/// The device model's state in each checkpoint.
-#[derive(Debug)]
-pub(super) struct DeviceModel {
-    records: Vec<LibxlRecord>,
-    /// Whether it is the mock machine's, which counts its saves. The stored state of a real one is
-    /// from the domain's creation.
-    counts: bool,
-    saves: u64,
-}
-
-/// The start of a mock device model's state. The count follows, in 8 bytes.
-const COUNTS: &[u8] = b"xsr mock device model: ";
-
-impl DeviceModel {
-    /// From the stored state. An HVM guest without one gets the mock machine's.
-    pub(super) fn of(kind: GuestKind, records: Vec<LibxlRecord>) -> Self {
-        let mut model = Self {
-            records,
-            counts: false,
-            saves: 0,
-        };
-        if kind == GuestKind::Hvm && model.records.is_empty() {
-            model.records.push(LibxlRecord::EmulatorContext {
-                emulator: EmulatorInstance {
-                    id: EmulatorId::QemuUpstream,
-                    index: 0,
-                },
-                state: COUNTS.to_vec(),
-            });
-        }
-        if let [LibxlRecord::EmulatorContext { state, .. }] = model.records.as_slice() {
-            model.counts = state.starts_with(COUNTS);
-        }
-        model
-    }
-
-    fn save(&mut self) -> &[LibxlRecord] {
-        self.saves += 1;
-        if self.counts
-            && let [LibxlRecord::EmulatorContext { state, .. }] = self.records.as_mut_slice()
-        {
-            state.truncate(COUNTS.len());
-            state.extend(self.saves.to_le_bytes());
-        }
-        &self.records
-    }
-}
-
-/// A checkpoint that is complete on this side.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Complete {
-    pub(super) epoch: Epoch,
-    /// From asking the guest to suspend until everything was written, including the libxl layer's
-    /// part.
-    pub(super) after: Duration,
-}
+/// How often a wait looks whether it is to stop.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// The toolstack of a protected domain.
-pub(super) struct Protector<'a> {
+pub(super) struct RemusToolstack<'a> {
     pub(super) direct: DirectToolstack<'a>,
-    pub(super) libxl: LibxlWriter<&'a Stream<'a>>,
+    pub(super) libxl: LibxlWriter<&'a CheckpointStream<'a>>,
     /// The stream that `libxl` writes to.
-    pub(super) stream: &'a Stream<'a>,
-    pub(super) emulators: DeviceModel,
+    pub(super) stream: &'a CheckpointStream<'a>,
+    pub(super) emulators: &'a mut dyn Emulators,
     /// The minimum rate at which the receiver must read, which is told when the guest is suspended
     /// and resumed.
     pub(super) pace: &'a Pace,
@@ -102,11 +34,11 @@ pub(super) struct Protector<'a> {
     pub(super) from: Option<&'a dyn Connection>,
     /// The message that the receiver has sent unexpectedly.
     pub(super) heard: LastWords,
-    pub(super) interrupt: Interrupt,
+    pub(super) stopping: &'a dyn StopRequest,
     pub(super) interval: Duration,
     /// The number of checkpoints to take; `None` for no limit.
     pub(super) epochs: Option<u64>,
-    pub(super) observe: &'a mut dyn FnMut(&Complete) -> Result<()>,
+    pub(super) observe: &'a mut OnComplete<'a>,
     /// Called when the last byte of a checkpoint has been written.
     pub(super) completed: &'a mut dyn FnMut(),
     /// Checkpoints whose last byte has been written.
@@ -114,16 +46,16 @@ pub(super) struct Protector<'a> {
     pub(super) stop: Option<Stop>,
 }
 
-impl std::fmt::Debug for Protector<'_> {
+impl std::fmt::Debug for RemusToolstack<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Protector")
+        f.debug_struct("RemusToolstack")
             .field("complete", &self.complete)
             .field("stop", &self.stop)
             .finish_non_exhaustive()
     }
 }
 
-impl SaveToolstack for Protector<'_> {
+impl SaveToolstack for RemusToolstack<'_> {
     fn suspend(&mut self) -> Result<(), ToolstackError> {
         self.direct.suspend()?;
         self.pace.suspended();
@@ -140,7 +72,7 @@ impl SaveToolstack for Protector<'_> {
     }
 }
 
-impl CheckpointToolstack for Protector<'_> {
+impl CheckpointToolstack for RemusToolstack<'_> {
     fn postcopy(&mut self) -> Result<(), ToolstackError> {
         self.pace.resumed();
         self.direct.resume()
@@ -160,7 +92,7 @@ impl CheckpointToolstack for Protector<'_> {
     }
 }
 
-impl Protector<'_> {
+impl RemusToolstack<'_> {
     /// The libxl layer's part of a checkpoint.
     pub(super) fn end_of_checkpoint(&mut self) -> Result<(), ToolstackError> {
         const WHAT: &str = "ending a checkpoint";
@@ -172,7 +104,7 @@ impl Protector<'_> {
         if self.complete == 0 {
             // From here on the secondary can take over, and must be told not to when this command
             // stops.
-            let asked = self.interrupt.takes_its_time();
+            let asked = self.stopping.takes_its_time();
             asked.map_err(|e| ToolstackError::new(WHAT, e))?;
         }
         let written = self.libxl.write(&LibxlRecord::CheckpointEnd);
@@ -198,9 +130,15 @@ impl Protector<'_> {
             return Ok(Some(Stop::Enough));
         }
         self.stream.waits();
-        let cancel = self.interrupt.cancel();
+        let cancel = self.stopping.cancel();
         let Some(connection) = self.from else {
-            self.interrupt.pause(self.interval);
+            let until = Instant::now() + self.interval;
+            while !cancel.is_cancelled()
+                && let left = until.saturating_duration_since(Instant::now())
+                && !left.is_zero()
+            {
+                thread::sleep(left.min(LOOK));
+            }
             return Ok(cancel.is_cancelled().then_some(Stop::Asked));
         };
         let mut byte = [0];
@@ -220,52 +158,52 @@ impl Protector<'_> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use std::fs::File;
     use std::io::Read as _;
     use std::os::fd::OwnedFd;
 
-    use xsr_save_restore::migrate::connection::PipeConnection;
-    use xsr_save_restore::{SaveError, SaveOptions};
-    use xsr_xen_backend::Host as _;
-    use xsr_xen_backend::domain_store::DomainRef;
+    use xsr_format::byte_order::ByteOrder;
+    use xsr_format::wrapper::libxl::LibxlHeader;
     use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
+    use xsr_xen_backend::{GuestKind, Host as _};
 
+    use super::super::NoEmulators;
     use super::*;
-    use crate::cmd::save::{Form, Job};
+    use crate::error::SaveError;
+    use crate::migrate::connection::PipeConnection;
+    use crate::progress::Cancel;
 
-    /// A later signal would cut the connection without telling the secondary.
+    /// A request that comes in between would cut the connection, and the other end would not be
+    /// told.
     #[test]
-    fn who_is_asked_to_stop_before_the_first_checkpoint_is_whole_does_not_complete_it() {
+    fn what_is_asked_to_stop_before_the_first_checkpoint_is_whole_does_not_complete_it() {
         let host = MockHost::ephemeral(&HostConfig::default()).unwrap();
         let guest = GuestSpec::new("web", GuestKind::Pvh, 8);
         let domid = host.create_guest(&guest).unwrap();
         let domain = host.domain(domid).unwrap();
-        let job = Job {
-            host: &host,
-            which: DomainRef::from(&domain.info().unwrap()),
-            domain: domain.as_ref(),
-            form: Form::Xl,
-            options: SaveOptions::default(),
-        };
-        let interrupt = Interrupt::catch().unwrap();
+        let cancel = Cancel::new();
         for asked in [false, true] {
             let (mut from, to) = io::pipe().unwrap();
             let nothing = File::open("/dev/null").unwrap();
             let to = PipeConnection::new(nothing.into(), OwnedFd::from(to), "there").unwrap();
             let pace = Pace::new(Duration::from_secs(60));
             let (ended, complete) = {
-                let stream = Stream::new(&to, Wait::forever().keeping(&pace));
-                let mut protector = Protector {
+                let stream = CheckpointStream::new(&to, Wait::forever().keeping(&pace));
+                let header = LibxlHeader {
+                    order: ByteOrder::Little,
+                    legacy_converted: false,
+                };
+                let mut libxl = LibxlWriter::new(&stream, header).unwrap();
+                libxl.write(&LibxlRecord::LibxcContext).unwrap();
+                let mut toolstack = RemusToolstack {
                     direct: DirectToolstack(domain.as_ref()),
-                    libxl: job.begin(&stream).unwrap(),
+                    libxl,
                     stream: &stream,
-                    emulators: DeviceModel::of(GuestKind::Pvh, Vec::new()),
+                    emulators: &mut NoEmulators,
                     pace: &pace,
                     from: None,
                     heard: LastWords::default(),
-                    interrupt: interrupt.clone(),
+                    stopping: &cancel,
                     interval: Duration::ZERO,
                     epochs: None,
                     observe: &mut |_| Ok(()),
@@ -274,10 +212,10 @@ mod tests {
                     stop: None,
                 };
                 if asked {
-                    interrupt.cancel().cancel();
+                    cancel.cancel();
                 }
-                let ended = protector.end_of_checkpoint();
-                (ended, protector.complete)
+                let ended = toolstack.end_of_checkpoint();
+                (ended, toolstack.complete)
             };
             drop(to);
             let mut bytes = Vec::new();

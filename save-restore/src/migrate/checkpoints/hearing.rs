@@ -1,5 +1,5 @@
 //! The secondary's messages to a COLO primary: its progress, and why it gives up.
-//! [`xsr_save_restore::migrate::messages`] has the messages and their order.
+//! [`messages`](super::super::messages) has the messages and their order.
 //!
 //! C implementation: `tools/libs/light/libxl_colo_save.c`.
 
@@ -7,13 +7,14 @@ use std::io::{self, Read};
 use std::time::Duration;
 
 use xsr_format::wrapper::libxl::CheckpointState;
-use xsr_save_restore::back_channel::BackChannel;
-use xsr_save_restore::migrate::connection::{Connection, ConnectionReader, Wait};
-use xsr_save_restore::migrate::messages::{ColoWord, LastWords, MessageError, Outcome, Status};
+
+use super::super::connection::{Connection, ConnectionReader, Wait};
+use super::super::messages::{ColoWord, LastWords, MessageError, Outcome, Status};
+use crate::back_channel::BackChannel;
 
 /// Receives the secondary's messages.
 #[derive(Debug)]
-pub(crate) struct Hearing<'a> {
+pub(super) struct Hearing<'a> {
     reader: ConnectionReader<'a>,
     /// The longest wait for an answer.
     patience: Duration,
@@ -24,7 +25,7 @@ pub(crate) struct Hearing<'a> {
 
 impl<'a> Hearing<'a> {
     /// Receive as long as `wait` allows, and wait at most `patience` for an answer.
-    pub(crate) fn new(
+    pub(super) fn new(
         connection: &'a dyn Connection,
         wait: Wait<'a>,
         patience: Duration,
@@ -37,13 +38,13 @@ impl<'a> Hearing<'a> {
     }
 
     /// The end of what came since the last state.
-    pub(crate) fn into_rest(self) -> LastWords {
+    pub(super) fn into_rest(self) -> LastWords {
         self.since
     }
 
     /// The message that the secondary sends in place of any other when it has ended, read to its
     /// end. [`Self::into_rest`] includes it too.
-    pub(crate) fn given_up(&mut self) -> Option<io::Error> {
+    pub(super) fn given_up(&mut self) -> Option<io::Error> {
         if !self.since.report_began() {
             return None;
         }
@@ -68,7 +69,7 @@ impl<'a> Hearing<'a> {
     /// # Errors
     ///
     /// The secondary hung up, cannot be reached, says something else, or says nothing for too long.
-    pub(crate) fn expect(&mut self, state: CheckpointState) -> io::Result<()> {
+    pub(super) fn expect(&mut self, state: CheckpointState) -> io::Result<()> {
         self.reader.restart(self.patience);
         match ColoWord::read(&mut *self) {
             Ok(ColoWord::State(said)) if said == state => {
@@ -112,16 +113,13 @@ impl BackChannel for Hearing<'_> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use std::fs::File;
     use std::io::Write as _;
     use std::os::fd::OwnedFd;
     use std::sync::atomic::AtomicU64;
 
-    use xsr_save_restore::migrate::connection::PipeConnection;
-
     use super::*;
+    use crate::migrate::connection::PipeConnection;
 
     /// What a primary with this patience receives before the connection closes.
     fn hearing<T>(

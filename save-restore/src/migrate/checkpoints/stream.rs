@@ -6,13 +6,14 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::time::Duration;
 
-use xsr_save_restore::migrate::connection::{Connection, ConnectionWriter, TcpConnection, Wait};
-use xsr_save_restore::sink::{FdSink, PageSink};
 use xsr_xen_backend::Gather;
+
+use super::super::connection::{Connection, ConnectionWriter, TcpConnection, Wait};
+use crate::sink::{FdSink, PageSink};
 
 /// A stream, and whether everything written to it has been sent.
 #[derive(Debug)]
-pub(super) struct Stream<'a> {
+pub struct CheckpointStream<'a> {
     to: To<'a>,
     bytes: Cell<u64>,
     failed: Cell<bool>,
@@ -28,15 +29,15 @@ enum To<'a> {
     Null(&'a File),
 }
 
-impl<'a> Stream<'a> {
+impl<'a> CheckpointStream<'a> {
     /// Write to a connection. `wait` limits each write.
-    pub(super) fn new(connection: &'a dyn Connection, wait: Wait<'a>) -> Self {
+    pub fn new(connection: &'a dyn Connection, wait: Wait<'a>) -> Self {
         let writer = ConnectionWriter::new(connection, wait);
         Self::over(To::Connection(connection, writer))
     }
 
     /// Discard everything.
-    pub(super) fn to_nothing(null: &'a File) -> Self {
+    pub fn to_nothing(null: &'a File) -> Self {
         Self::over(To::Null(null))
     }
 
@@ -50,13 +51,13 @@ impl<'a> Stream<'a> {
     }
 
     /// Bytes written so far.
-    pub(super) fn bytes(&self) -> u64 {
+    pub fn bytes(&self) -> u64 {
         self.bytes.get()
     }
 
     /// Whether a write has failed: the other end has only a part of it, and nothing can be written
     /// after that.
-    pub(super) fn failed(&self) -> bool {
+    pub fn failed(&self) -> bool {
         self.failed.get()
     }
 
@@ -92,7 +93,7 @@ impl<'a> Stream<'a> {
     }
 }
 
-impl Write for &Stream<'_> {
+impl Write for &CheckpointStream<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.write_with(|sink| sink.write(bytes))
     }
@@ -102,7 +103,7 @@ impl Write for &Stream<'_> {
     }
 }
 
-impl PageSink for &Stream<'_> {
+impl PageSink for &CheckpointStream<'_> {
     fn write_gather(&mut self, list: &Gather<'_>) -> io::Result<()> {
         let written = self.write_with(|sink| sink.write_gather(list).map(|()| list.len()));
         written.map(|_| ())
@@ -111,8 +112,6 @@ impl PageSink for &Stream<'_> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use std::net::{TcpListener, TcpStream};
 
     use nix::sys::socket::{getsockopt, sockopt};
@@ -124,7 +123,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let connection = TcpConnection::new(socket).unwrap();
-        let stream = Stream::new(&connection, Wait::forever());
+        let stream = CheckpointStream::new(&connection, Wait::forever());
         let seconds = || {
             let socket = connection.read_fd().unwrap();
             getsockopt(&socket, sockopt::TcpUserTimeout).unwrap() / 1000

@@ -1,0 +1,296 @@
+//! Checkpoints of a protected domain, sent over a connection until there is to be no other: what
+//! lies between the engine, which takes them, and [`super::protect`], which decides where the
+//! domain is in the end.
+//!
+//! C implementation: `tools/libs/light/libxl_remus.c`, `libxl_colo_save.c`.
+
+mod colo;
+mod hearing;
+mod remus;
+mod stream;
+
+use std::fmt;
+use std::io;
+use std::time::Duration;
+
+use xsr_format::wrapper::libxl::{LibxlRecord, LibxlWriter};
+use xsr_xen_backend::Domain;
+
+use self::colo::{ColoPrimary, Ear};
+use self::hearing::Hearing;
+use self::remus::RemusToolstack;
+use super::BoxError;
+use super::connection::{Connection, Wait};
+use super::messages::{LastWords, Withdrawal};
+use crate::back_channel::BackChannelError;
+use crate::error::SaveError;
+use crate::pace::Pace;
+use crate::progress::{Cancel, Cancelled};
+use crate::save::precopy::XenPolicy;
+use crate::save::{BUFFER_BYTES, CheckpointedStats, Checkpoints, SaveRequest};
+use crate::toolstack::{DirectToolstack, Epoch};
+
+pub use self::stream::CheckpointStream;
+
+/// Why there is no further checkpoint, where nothing failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// It was asked for.
+    Asked,
+    /// As many as were asked for are complete.
+    Enough,
+    /// The other end said something, or hung up: it has nothing to say while it is well.
+    Receiver,
+}
+
+/// A checkpoint that is complete at this end.
+#[derive(Clone, Copy, Debug)]
+pub struct Complete {
+    /// What the engine tells of it.
+    pub epoch: Epoch,
+    /// From asking the guest to suspend until all of it was written, the libxl layer's part
+    /// included.
+    pub after: Duration,
+}
+
+/// What hears of each complete checkpoint. A failure ends the protection.
+pub type OnComplete<'a> = dyn FnMut(&Complete) -> Result<(), BoxError> + 'a;
+
+/// The emulators of a protected domain.
+pub trait Emulators {
+    /// What they have now, as records of a libxl stream.
+    fn save(&mut self) -> &[LibxlRecord];
+}
+
+/// A domain without emulators.
+#[derive(Clone, Copy, Debug)]
+pub struct NoEmulators;
+
+impl Emulators for NoEmulators {
+    fn save(&mut self) -> &[LibxlRecord] {
+        &[]
+    }
+}
+
+/// How it is asked to stop. A [`Cancel`] is one.
+pub trait StopRequest {
+    /// The token that another thread sets.
+    fn cancel(&self) -> &Cancel;
+
+    /// The first checkpoint is about to be complete: from here on the other end can take over, and
+    /// has to be told not to. Nothing cuts the connection off any more while that can be said.
+    ///
+    /// # Errors
+    ///
+    /// [`Cancelled`]: it was asked to stop before, so that the connection may be cut off at any
+    /// moment. The checkpoint is not completed then.
+    fn takes_its_time(&self) -> io::Result<()>;
+}
+
+impl StopRequest for Cancel {
+    fn cancel(&self) -> &Cancel {
+        self
+    }
+
+    fn takes_its_time(&self) -> io::Result<()> {
+        match self.is_cancelled() {
+            true => Err(io::Error::other(Cancelled)),
+            false => Ok(()),
+        }
+    }
+}
+
+/// How checkpoints are sent.
+pub struct CheckpointRequest<'a> {
+    domain: &'a dyn Domain,
+    save: SaveRequest<'a>,
+    interval: Duration,
+    epochs: Option<u64>,
+    buffer_bytes: usize,
+    colo: Option<(Wait<'a>, Duration)>,
+}
+
+impl fmt::Debug for CheckpointRequest<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CheckpointRequest")
+            .field("interval", &self.interval)
+            .field("epochs", &self.epochs)
+            .field("buffer_bytes", &self.buffer_bytes)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What is at work while checkpoints are sent.
+pub struct CheckpointParties<'a> {
+    /// The libxl layer of the stream, up to its libxc stream.
+    pub libxl: LibxlWriter<&'a CheckpointStream<'a>>,
+    /// Where that writes to.
+    pub stream: &'a CheckpointStream<'a>,
+    /// What the other end says comes over it; `None` where there is none.
+    pub connection: Option<&'a dyn Connection>,
+    /// What the other end has to keep, told when the guest is suspended and when it runs on.
+    pub pace: &'a Pace,
+    /// What emulates devices for the domain.
+    pub emulators: &'a mut dyn Emulators,
+    /// How it is asked to stop.
+    pub stopping: &'a dyn StopRequest,
+    /// Called when the last byte of a checkpoint has been written.
+    pub completed: &'a mut dyn FnMut(),
+    /// Called when a checkpoint is complete; under COLO the secondary has it by then.
+    pub observe: &'a mut OnComplete<'a>,
+}
+
+impl fmt::Debug for CheckpointParties<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CheckpointParties")
+            .field("stream", &self.stream)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What sending checkpoints came to.
+#[derive(Debug)]
+pub struct SentCheckpoints {
+    /// Why there is no other.
+    pub ended: Result<Stop, SaveError>,
+    /// What there is to say of those that were; nothing after a failure.
+    pub stats: CheckpointedStats,
+    /// How many the other end can have.
+    pub complete: u64,
+    /// What takes the domain back at this place of the stream.
+    pub withdrawal: Option<Withdrawal>,
+    /// What the other end has said that was not understood as anything else.
+    pub heard: LastWords,
+    /// What a secondary of COLO has said in the place of an answer, if it has given up.
+    pub given_up: Option<io::Error>,
+}
+
+impl<'a> CheckpointRequest<'a> {
+    /// Checkpoints of Remus, five a second, until it is asked to stop. `save` says how each is
+    /// saved, and is a request for the same domain.
+    pub fn new(domain: &'a dyn Domain, save: SaveRequest<'a>) -> Self {
+        Self {
+            domain,
+            save,
+            interval: Duration::from_millis(200),
+            epochs: None,
+            buffer_bytes: BUFFER_BYTES,
+            colo: None,
+        }
+    }
+
+    /// How long the domain runs from one checkpoint to the next.
+    #[must_use]
+    pub const fn interval(mut self, interval: Duration) -> Self {
+        self.interval = interval;
+        self
+    }
+
+    /// How many checkpoints to send, if not for ever.
+    #[must_use]
+    pub const fn epochs(mut self, epochs: Option<u64>) -> Self {
+        self.epochs = epochs;
+        self
+    }
+
+    /// Bytes of a checkpoint that are kept while the guest is suspended
+    /// ([`Checkpoints::buffer_bytes`]).
+    #[must_use]
+    pub const fn buffer_bytes(mut self, bytes: usize) -> Self {
+        self.buffer_bytes = bytes;
+        self
+    }
+
+    /// COLO in the place of Remus: the secondary is heard for as long as `wait` says, and may take
+    /// this long for an answer. Needs a connection.
+    #[must_use]
+    pub const fn colo(mut self, wait: Wait<'a>, answer: Duration) -> Self {
+        self.colo = Some((wait, answer));
+        self
+    }
+
+    /// Send checkpoint after checkpoint. The guest runs on afterwards, unless the engine could not
+    /// resume it.
+    pub fn run(self, parties: CheckpointParties<'a>) -> SentCheckpoints {
+        let CheckpointParties {
+            libxl,
+            stream,
+            connection,
+            pace,
+            emulators,
+            stopping,
+            completed,
+            observe,
+        } = parties;
+        let Self {
+            domain,
+            save,
+            interval,
+            epochs,
+            buffer_bytes,
+            colo,
+        } = self;
+        let mut toolstack = RemusToolstack {
+            direct: DirectToolstack(domain),
+            libxl,
+            stream,
+            emulators,
+            pace,
+            from: connection,
+            heard: LastWords::default(),
+            stopping,
+            interval,
+            epochs,
+            observe,
+            completed,
+            complete: 0,
+            stop: None,
+        };
+        let mut sent = SentCheckpoints {
+            ended: Ok(Stop::Asked),
+            stats: CheckpointedStats::default(),
+            complete: 0,
+            withdrawal: Some(Withdrawal::Remus),
+            heard: LastWords::default(),
+            given_up: None,
+        };
+        let result = match (connection, colo) {
+            (Some(connection), Some((wait, answer))) => Hearing::new(connection, wait, answer)
+                .map_err(|error| BackChannelError::Io(error).into())
+                .and_then(|hearing| send_colo(save, hearing, &mut toolstack, &mut sent)),
+            _ => {
+                let how = Checkpoints {
+                    policy: &mut XenPolicy,
+                    buffer_bytes,
+                };
+                save.write_checkpoints(&mut toolstack, &mut &*stream, how)
+            }
+        };
+        sent.heard.push(toolstack.heard.bytes());
+        sent.complete = toolstack.complete;
+        match result {
+            Ok(stats) => {
+                sent.stats = stats;
+                sent.ended = Ok(toolstack.stop.unwrap_or(Stop::Asked));
+            }
+            Err(SaveError::Aborted) => {}
+            Err(error) => sent.ended = Err(error),
+        }
+        sent
+    }
+}
+
+fn send_colo<'a>(
+    save: SaveRequest<'_>,
+    hearing: Hearing<'a>,
+    toolstack: &mut RemusToolstack<'a>,
+    sent: &mut SentCheckpoints,
+) -> Result<CheckpointedStats, SaveError> {
+    let (ear, stream) = (Ear::new(hearing), toolstack.stream);
+    let mut primary = ColoPrimary::new(toolstack, stream, &ear);
+    let result = save.write_colo(&mut primary, &mut &*stream, &mut &ear, &mut XenPolicy);
+    sent.withdrawal = primary.place().withdrawal();
+    sent.given_up = result.as_ref().err().and_then(|_| ear.given_up());
+    sent.heard = ear.into_rest();
+    result
+}
