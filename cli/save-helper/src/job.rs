@@ -1,4 +1,4 @@
-//! The work itself: a save or a restore between an inherited descriptor and a domain.
+//! The helper's job: a save or a restore between an inherited descriptor and a domain.
 
 use std::error::Error as StdError;
 use std::io;
@@ -27,27 +27,27 @@ use crate::signals;
 use crate::toolstack::Libxl;
 use crate::wire::Wire;
 
-/// How it ended, as libxl is told.
+/// The result of a job, as libxl is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Outcome {
     /// 0 or -1.
     pub(crate) retval: i32,
-    /// 0, or why, as far as an errno can say it.
+    /// 0, or the errno that best says why.
     pub(crate) errno: i32,
 }
 
-/// Do what is asked.
+/// Do the job.
 ///
 /// # Errors
 ///
-/// It could not even begin: no hypervisor, no such descriptor. A save or restore that
-/// fails is an [`Outcome`].
+/// It could not even begin: no hypervisor, no such descriptor. A save or restore that fails is an
+/// [`Outcome`].
 pub(crate) fn run(
     args: &Args,
     wire: &Wire,
     open: fn() -> Result<Box<dyn Backend>>,
 ) -> Result<Outcome> {
-    // Before anything starts a thread.
+    // Before any thread starts.
     match args {
         Args::Save(_) => signals::cancel_on_signals(wire.cancel()),
         Args::Restore(_) => signals::end_on_sigterm(),
@@ -60,7 +60,7 @@ pub(crate) fn run(
         Args::Restore(args) => restore(args, wire, backend),
     };
     if let (Args::Restore(_), Err(_)) = (args, &result) {
-        // libxl wants to hear of the rings before it hears of the end, whatever it is.
+        // libxl needs the frames of the rings before it is told the result, whatever that is.
         wire.restore_results(0, 0)?;
     }
     Ok(match result {
@@ -84,10 +84,10 @@ fn taken(fd: i32) -> Result<OwnedFd> {
     inherited_stream(fd).with_context(|| format!("the stream's descriptor {fd}"))
 }
 
-/// The other direction of a stream of COLO.
+/// The back channel of COLO.
 fn back_channel(what: &str, fd: i32) -> Result<OwnedFd> {
     if fd < 0 {
-        // Nothing has happened to the guest yet: libxl lets it run on.
+        // Nothing has been done to the guest yet: libxl resumes it.
         return Err(anyhow::Error::new(Errno::EINVAL)
             .context(format!("COLO needs a back-channel, and {what} is {fd}")));
     }
@@ -153,7 +153,7 @@ fn save(args: &SaveArgs, wire: &Wire, backend: &dyn Backend) -> Result<()> {
         }
     };
     if let Some(stats) = checkpointed {
-        // The guest runs on; nobody protects it any more.
+        // The guest continues, unprotected.
         tracing::info!("checkpoint {} was the last", stats.checkpoints);
         return Ok(());
     }
@@ -170,7 +170,7 @@ fn save(args: &SaveArgs, wire: &Wire, backend: &dyn Backend) -> Result<()> {
     };
     let stats = saved.stats();
     tracing::debug!(?stats, "saved");
-    // What becomes of the guest now is libxl's to decide.
+    // From now on the guest is libxl's.
     saved.keep_suspended();
     steps.single("Complete");
     Ok(())
@@ -194,7 +194,7 @@ fn restore(args: &RestoreArgs, wire: &Wire, backend: &dyn Backend) -> Result<()>
         wire,
         callbacks: args.callbacks,
         domid: args.domid,
-        // Nobody has to do anything to another domain that is restored.
+        // Only a COLO secondary has to be suspended and resumed.
         guest: match colo {
             true => backend.stand_in(args.domid, domain, false)?,
             false => None,
@@ -268,8 +268,8 @@ fn restore(args: &RestoreArgs, wire: &Wire, backend: &dyn Backend) -> Result<()>
     Ok(())
 }
 
-/// A failure in words, down to its cause. Some errors name their cause themselves; it
-/// is not said twice.
+/// The text of a failure, down to its cause. Some errors already include their cause, which is then
+/// not repeated.
 pub(crate) fn words(error: &anyhow::Error) -> String {
     error
         .chain()
@@ -281,7 +281,7 @@ pub(crate) fn words(error: &anyhow::Error) -> String {
         })
 }
 
-/// What to do about it, where the environment can do something.
+/// Advice, if an environment variable can help.
 fn advice(error: &anyhow::Error) -> &'static str {
     match error.downcast_ref() {
         Some(RestoreError::CpuFeatures(_)) => {
@@ -292,7 +292,7 @@ fn advice(error: &anyhow::Error) -> &'static str {
     }
 }
 
-/// The errno that says the most of why it failed: libxl shows it.
+/// The errno that best describes the failure: libxl shows it.
 fn errno_of(error: &(dyn StdError + 'static)) -> Errno {
     let mut cause = Some(error);
     while let Some(error) = cause {
@@ -313,8 +313,8 @@ fn errno_of(error: &(dyn StdError + 'static)) -> Errno {
         match error.downcast_ref::<SaveError>() {
             Some(SaveError::Aborted) => return Errno::ECANCELED,
             Some(SaveError::PolicyAborted { .. }) => return Errno::ETIMEDOUT,
-            // libxl prints "No such process", where EIO ("Input/output error") would send the
-            // reader to a disk.
+            // libxl prints "No such process". EIO ("Input/output error") would make the user
+            // suspect a disk.
             Some(SaveError::Guest(GuestError::Destroyed | GuestError::ShutDown { .. })) => {
                 return Errno::ESRCH;
             }

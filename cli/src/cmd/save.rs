@@ -1,5 +1,5 @@
-//! `xsr save`: what `xl save` does. A domain is suspended and written to an image;
-//! then it is gone, or runs on.
+//! `xsr save`, like `xl save`: a domain is suspended and written to an image. Then it is destroyed,
+//! or continues.
 //!
 //! C implementation: `save_domain` in `tools/xl/xl_saverestore.c`.
 
@@ -56,23 +56,23 @@ struct Report<'a> {
     file: String,
     #[serde(flatten)]
     memory: MemoryReport,
-    /// How long the domain stood still; of one that runs again.
+    /// How long the domain was suspended, if it runs again.
     #[serde(skip_serializing_if = "Option::is_none")]
     downtime_seconds: Option<f64>,
     seconds: f64,
 }
 
-/// What a report says of the memory that was sent.
+/// The memory that was sent.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(crate) struct MemoryReport {
     iterations: u32,
     pages: u64,
     page_data_bytes: u64,
     stream_bytes: u64,
-    /// Of a mapped image: its pages of zeros, which are holes.
+    /// For a mapped image: its zero pages, which are holes.
     #[serde(skip_serializing_if = "Option::is_none")]
     zero_pages: Option<u64>,
-    /// Likewise: length of the file, with index and digests.
+    /// For a mapped image: the file's length, including index and digests.
     #[serde(skip_serializing_if = "Option::is_none")]
     file_bytes: Option<u64>,
     /// How long the program of `--at-freeze` ran while the domain was suspended.
@@ -81,7 +81,7 @@ pub(crate) struct MemoryReport {
 }
 
 impl MemoryReport {
-    /// Of a save whose stream had so many bytes.
+    /// For a save that is complete.
     pub(crate) fn of(written: &Written<'_>) -> Self {
         let stats = written.saved.stats();
         Self {
@@ -95,7 +95,7 @@ impl MemoryReport {
         }
     }
 
-    /// It was saved into slots.
+    /// Complete the report of a mapped image.
     fn is_mapped(&mut self, stats: &MappedStats) {
         self.stream_bytes = stats.image_bytes;
         self.zero_pages = Some(stats.zero_pages);
@@ -115,9 +115,8 @@ impl fmt::Display for MemoryReport {
 
 /// Save a domain.
 ///
-/// Until the image is complete and has its name, whatever fails leaves the domain
-/// running and no file, except for [`NotDurable`], after which both are there. After that, a failure
-/// is reported, and the image stays.
+/// A failure before the image is complete and has its name leaves the domain running and no file,
+/// except [`NotDurable`], after which both exist. A later failure is reported, and the image stays.
 pub(crate) fn run(args: &SaveArgs, terminal: &Terminal) -> Result<Code> {
     let live = args.live.then(|| match args.target.is_given() {
         true => target_policy(&args.target),
@@ -240,7 +239,7 @@ fn save(
     let mut memory = MemoryReport::of(&written);
     let mut held = Held::Suspended(written);
     if let Some(image) = image {
-        // A copy is in the file once the last page is: the domain does not wait for the rest.
+        // If the domain continues, it need not wait for more than its last page.
         if ending.is_copy() {
             held = Held::Released(held.release(&ending, watch).map_err(&failed)?);
         }
@@ -249,7 +248,7 @@ fn save(
         match finished {
             Ok(stats) => memory.is_mapped(&stats),
             Err(error) => {
-                // The domain runs on before the message says so.
+                // The domain is resumed before the message says so.
                 drop(held);
                 return Err(failed(error.into()));
             }
@@ -273,14 +272,14 @@ fn save(
 /// A domain whose image is being completed.
 #[derive(Debug)]
 enum Held<'t> {
-    /// It waits for that.
+    /// It is suspended until then.
     Suspended(Written<'t>),
-    /// It does not.
+    /// It has been released already.
     Released(Fate),
 }
 
 impl Held<'_> {
-    /// Does with the domain what the command line says, unless that has been done.
+    /// Releases the domain as the command line says, unless that has been done.
     fn release(self, ending: &Ending<'_>, watch: &Watch) -> Result<Fate> {
         match self {
             Self::Suspended(written) => ending.release(written, watch),
@@ -294,11 +293,11 @@ impl Held<'_> {
 struct Fate {
     /// `destroyed`, `running` or `paused`.
     domain: &'static str,
-    /// Of one that runs again: how long it stood still.
+    /// How long it was suspended, if it runs again.
     downtime: Option<Duration>,
 }
 
-/// Where the image goes, once it is sure that it would not be lost there.
+/// Open the output for the image, after checking that the image would not be lost there.
 fn output(args: &SaveArgs, domain: &dyn Domain) -> Result<Output> {
     let plan = Plan {
         path: &args.file,
@@ -312,22 +311,22 @@ fn output(args: &SaveArgs, domain: &dyn Domain) -> Result<Output> {
         false => Output::open(&plan)?,
     };
     output.check_json(args.json)?;
-    // How many pages are zeros, which take no room in slots, is not known yet.
+    // Zero pages take no space in slots, and their number is not known yet.
     if !args.force && !mapped {
         output.check_room(least_bytes(&domain.info()?))?;
     }
     Ok(output)
 }
 
-/// As many bytes as an image of the domain will have at least: the contents of its pages. A
-/// sixteenth is left for pages that the domain gives back meanwhile, and for those of the
-/// toolstack, which are not in an image.
+/// The least size of a domain's image in bytes: its page contents. A sixteenth is subtracted for
+/// pages that the domain gives back meanwhile, and for the toolstack's pages, which are not in an
+/// image.
 pub(crate) fn least_bytes(domain: &DomainInfo) -> u64 {
     let bytes = domain.tot_pages.saturating_mul(PAGE_SIZE as u64);
     bytes - bytes / 16
 }
 
-/// Adds to a failure of a save what became of the domain and of the file.
+/// Adds to a failed save what has become of the domain and of the file.
 fn aftermath<'a>(
     host: &'a dyn DomainStore,
     which: DomainRef,
@@ -366,7 +365,7 @@ struct Ending<'a> {
     terminal: &'a Terminal,
     started: Instant,
     name: &'a str,
-    /// What commands take for the domain.
+    /// What commands accept for the domain.
     handle: &'a str,
     host: &'a dyn DomainStore,
     which: DomainRef,
@@ -379,7 +378,7 @@ impl Ending<'_> {
         self.args.checkpoint && !self.args.paused
     }
 
-    /// Does with the domain what the command line says.
+    /// Destroys, resumes or pauses the domain, as the command line says.
     fn release(&self, written: Written<'_>, watch: &Watch) -> Result<Fate> {
         let Self {
             args,
@@ -428,7 +427,7 @@ impl Ending<'_> {
         Ok(Fate { domain, downtime })
     }
 
-    /// Says what was done.
+    /// Reports the save.
     fn tell(&self, memory: MemoryReport, fate: Fate) {
         let Self {
             args,
@@ -470,7 +469,7 @@ impl Ending<'_> {
     }
 }
 
-/// The policy with the target that the command line gives.
+/// The policy with the target from the command line.
 pub(crate) fn target_policy(args: &TargetArgs) -> Box<dyn PrecopyPolicy> {
     let mut policy = TargetPolicy::default();
     if let Some(milliseconds) = args.max_downtime {
@@ -485,20 +484,20 @@ pub(crate) fn target_policy(args: &TargetArgs) -> Box<dyn PrecopyPolicy> {
     Box::new(policy)
 }
 
-/// How to save a domain that runs.
+/// Parameters of a live save.
 pub(crate) struct LiveSave {
-    /// When to suspend it.
+    /// When to suspend the domain.
     pub(crate) policy: Box<dyn PrecopyPolicy>,
-    /// Whether to send all memory again, for the other end to compare.
+    /// Whether to send all memory again, for the receiver to compare.
     pub(crate) verify: bool,
 }
 
-/// What is written around the libxc stream.
+/// The layers around the libxc stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Form {
-    /// What xl writes: its header with the configuration, the libxl stream.
+    /// As in xl: its header with the configuration, and the libxl stream.
     Xl,
-    /// Nothing.
+    /// None.
     Bare,
 }
 
@@ -512,20 +511,20 @@ pub(crate) struct Job<'a> {
     pub(crate) options: SaveOptions,
 }
 
-/// An image that is complete, of a domain that is still suspended: see [`Saved`].
+/// A complete image of a domain that is still suspended: see [`Saved`].
 #[derive(Debug)]
 #[must_use = "dropping it resumes the domain"]
 pub(crate) struct Written<'a> {
     pub(crate) saved: Saved<'a>,
-    /// Bytes of the image.
+    /// The size of the image in bytes.
     bytes: u64,
 }
 
-/// Where the libxc stream goes.
+/// The destination of the libxc stream.
 enum To<'s, 'w> {
-    /// One byte after the other.
+    /// Sequential bytes.
     Stream(&'s mut dyn PageSink),
-    /// Into slots.
+    /// Slots of a mapped image.
     Slots(&'s MappedImage<'w>),
 }
 
@@ -538,8 +537,8 @@ fn begin<S: Write>(header: &XlHeader, mut sink: S) -> Result<LibxlWriter<S>> {
 }
 
 impl Job<'_> {
-    /// Write what stands before the libxc stream: xl's header with the configuration, and
-    /// the beginning of the libxl stream.
+    /// Write everything before the libxc stream: xl's header with the configuration, and the
+    /// beginning of the libxl stream.
     pub(crate) fn begin<S: Write>(&self, sink: S) -> Result<LibxlWriter<S>> {
         begin(&self.header()?, sink)
     }
@@ -553,8 +552,7 @@ impl Job<'_> {
         Ok(XlHeader::new(&json)?)
     }
 
-    /// Write the image. The domain is suspended afterwards, and runs on when the answer is
-    /// dropped.
+    /// Write the image. Afterwards the domain is suspended, and dropping the result resumes it.
     pub(crate) fn write<'t>(
         &self,
         toolstack: &'t mut dyn SaveToolstack,
