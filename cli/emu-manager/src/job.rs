@@ -108,13 +108,15 @@ fn save(
         saved.keep_suspended();
         control.result(&Line::Saved)
     });
-    match told {
+    let done = match told {
         Ok(told) => told.map_err(ended),
-        Err(error) => {
-            toolstack.give_up();
-            Err(error.into())
-        }
+        Err(error) => Err(error.into()),
+    };
+    if done.is_err() {
+        // Also if xenopsd gave up when the stream was complete: it resumes the guest.
+        toolstack.give_up();
     }
+    done
 }
 
 fn restore(

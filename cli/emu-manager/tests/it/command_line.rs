@@ -56,6 +56,14 @@ fn a_descriptor_has_to_be_open_as_xenopsd_opens_it() {
     start(OFlag::O_RDONLY).failed(1, "open for reading only");
     assert_eq!(fs::read(&path).unwrap(), b"");
     assert_eq!(shutdown(&machine), None);
+    let flags = OFlag::O_RDWR | OFlag::O_APPEND;
+    let mut xenopsd = Xenopsd::start(&machine, "-mode save", opened(&path, flags));
+    for line in ["prepare:", "suspend:"] {
+        assert!(xenopsd.until(line), "{:?}", xenopsd.lines);
+        xenopsd.say("done\n");
+    }
+    xenopsd.end().succeeded();
+    assert!(fs::read(&path).unwrap() == crate::machine::by_the_engine(GuestKind::Pv, 8));
 }
 
 #[test]
