@@ -313,9 +313,9 @@ fn state_of_an_emulator() {
         image.pages(&[NOTAB]);
         image.end(|image| {
             image.word(EMULATOR_CONTEXT);
-            image.word(88 << 20);
+            image.word(48 << 20);
             image.long(2);
-            image.hole((88 << 20) - 8);
+            image.hole((48 << 20) - 8);
         });
     });
 }
@@ -326,7 +326,7 @@ fn many_keys_of_an_emulator() {
         let mut image = hvm(path);
         image.pages(&[NOTAB]);
         image.end(|image| {
-            let keys = b"a\0\0".repeat(28 << 20);
+            let keys = b"a\0\0".repeat(16 << 20);
             let mut body = vec![2, 0, 0, 0, 0, 0, 0, 0];
             body.extend(keys);
             image.record(XENSTORE_DATA, &body);
