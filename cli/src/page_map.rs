@@ -376,7 +376,8 @@ mod tests {
         }
     }
 
-    /// Runs that are looked at for so many pages, in an order that `pfn` says.
+    /// Counts the runs that are decoded when this many pages are inserted, in the order that `pfn`
+    /// gives.
     fn looked_at(pages: u64, pfn: impl Fn(u64) -> u64) -> u64 {
         let before = block::DECODED.get();
         let mut map = PageMap::default();
@@ -396,7 +397,8 @@ mod tests {
     #[test]
     fn many_pages_take_time_in_their_number() {
         const FEW: u64 = 1 << 14;
-        // In any order, a part of one block; in the order that pages come in, hardly more than one.
+        // In any order, a part of one block; in ascending or descending order, hardly more than one
+        // run.
         type Order = fn(u64) -> u64;
         let orders: [(Order, u64); 3] = [
             (|n| 2 * n, 12),

@@ -27,14 +27,14 @@ use crate::mapped::{self, InOrder};
 use crate::output::{Existing, Output, Plan, Sink};
 use crate::terminal::Terminal;
 
-/// Most bytes of a step that are copied: more than a header has.
+/// The most bytes of a step that are copied. No header has more.
 const MOST_KEPT: usize = 17 << 20;
 
-/// The bytes of a step, as in the file. The body of a long record is in the step alone.
+/// The bytes of a step, as in the file. A long record's body is only in the step itself.
 #[derive(Debug, Default)]
 pub(super) struct Raw {
     head: Vec<u8>,
-    /// The last eight.
+    /// The last eight bytes.
     last: [u8; 8],
     bytes: usize,
 }
@@ -50,7 +50,7 @@ impl Raw {
         self.bytes += read.len();
     }
 
-    /// Writes the bytes of the step, whose contents are `content`.
+    /// Writes the bytes of the step, whose parsed contents are `content`.
     pub(super) fn write<R: Read>(
         &self,
         content: &Content<'_, R>,

@@ -44,7 +44,7 @@ const MOST_SHOWN: usize = 100 << 10;
 /// counted.
 const MOST_ROWS: usize = 1 << 18;
 const MOST_RUNS: usize = 1 << 20;
-/// Fields of blobs are named only in this many rows from the first, and only this many fields.
+/// Fields of blobs are named only in this many rows from the first, and at most this many fields.
 const MOST_NAMED: usize = 1 << 15;
 const MOST_FIELDS: usize = 1 << 18;
 
@@ -134,7 +134,7 @@ struct Inspection {
     listed: usize,
     /// Whether to name every field of the blobs.
     fields: bool,
-    /// Fields that have been named.
+    /// Fields named so far.
     named: usize,
     /// The width of a PV guest.
     info: PvInfo,

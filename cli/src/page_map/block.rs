@@ -25,14 +25,14 @@ const LONG: u8 = 1 << 3;
 pub(super) struct Block {
     bytes: Vec<u8>,
     runs: usize,
-    /// Where the last run is, and the pfn that its gap counts from: most pages come in ascending
-    /// order. If that is not known, it is the first run.
+    /// The position of the last run, and the pfn that its gap counts from, because most pages come
+    /// in ascending order. If unknown, searches begin at the first run.
     last: Option<(usize, u64)>,
 }
 
 #[cfg(test)]
 thread_local! {
-    /// Runs that have been decoded.
+    /// The number of runs decoded.
     pub(super) static DECODED: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
 }
 
@@ -220,7 +220,7 @@ impl Block {
         self.splice(from, to, &new);
     }
 
-    /// A cursor before the runs that a run from `first` on overlaps or touches.
+    /// A cursor before all runs that a run from `first` on overlaps or touches.
     fn cursor_before(&self, key: u64, first: u64) -> Cursor<'_> {
         if let Some((at, base)) = self.last {
             let from_last = Cursor {
@@ -228,7 +228,7 @@ impl Block {
                 at,
                 base,
             };
-            // All others end before that one begins.
+            // All other runs end before the last one begins.
             if (from_last.clone().next()).is_some_and(|last| last.first < first) {
                 return from_last;
             }

@@ -124,7 +124,7 @@ pub(crate) fn is_damage(error: &io::Error) -> bool {
         .is_some_and(<dyn std::error::Error + Send + Sync>::is::<Damage>)
 }
 
-/// The memory that the windows of all layers of compression take: at most [`MAX_WINDOW`] together.
+/// The memory for the windows of all layers of compression, at most [`MAX_WINDOW`] together.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Windows(Arc<AtomicU64>);
 
@@ -136,7 +136,7 @@ struct Window {
 }
 
 impl Window {
-    /// The most that this layer may take.
+    /// The largest window possible for this layer.
     fn most(&self) -> u64 {
         let others = self.all.0.load(Ordering::Relaxed) - self.bytes;
         MAX_WINDOW.saturating_sub(others)
@@ -154,17 +154,17 @@ impl Window {
     }
 }
 
-/// The dictionary that the first block of xz data asks for, by its header; `None` if there is no
-/// such header.
+/// The dictionary size in the header of the first block of xz data; `None` if there is no such
+/// header.
 fn xz_dictionary(head: &[u8]) -> Option<u64> {
-    /// Bytes of the stream's header, and of the block's before its optional fields.
+    /// The length of the stream's header.
     const STREAM: usize = 12;
     const LZMA2: u8 = 0x21;
     let [_, flags, rest @ ..] = head.get(STREAM..)? else {
         return None;
     };
     let mut fields = rest.iter().copied();
-    // Sizes, of variable length.
+    // Sizes, in a variable-length encoding.
     for _ in 0..(flags >> 6).count_ones() {
         fields.find(|byte| byte & 0x80 == 0)?;
     }
@@ -270,7 +270,7 @@ const ZSTD: [u8; 4] = *b"\x28\xb5\x2f\xfd";
 const LZ4: [u8; 4] = *b"\x04\x22\x4d\x18";
 const LZ4_LEGACY: [u8; 4] = *b"\x02\x21\x4c\x18";
 const XZ: &[u8] = b"\xfd7zXZ\0";
-/// Bytes that tell the window of a frame.
+/// The number of bytes that contain a frame's window size.
 const ZSTD_HEAD: usize = 18;
 const XZ_HEAD: usize = 64;
 /// The magic of a skippable frame, without its first byte (0x50 to 0x5f).
@@ -317,7 +317,7 @@ impl Frames {
                     return Ok(Now::Gzip(GzDecoder::new(packed)));
                 }
                 Compression::Xz if begins(XZ) => {
-                    /// What the decoder takes beside its dictionary.
+                    /// The decoder's memory in addition to its dictionary.
                     const REST: u64 = 1 << 20;
                     let wanted = xz_dictionary(packed.peek(XZ_HEAD)?);
                     let wanted = wanted.map_or(self.window.most(), |dictionary| dictionary + REST);

@@ -37,7 +37,7 @@ impl ZstdFrame {
     }
 }
 
-/// The window that a frame asks for, by its header (RFC 8878, 3.1.1.1); 0 if that is cut off.
+/// The window size in a frame's header (RFC 8878, 3.1.1.1); 0 if the header is truncated.
 pub(super) fn window(head: &[u8]) -> u64 {
     const MAGIC: usize = 4;
     let Some([descriptor, rest @ ..]) = head.get(MAGIC..) else {
@@ -48,7 +48,7 @@ pub(super) fn window(head: &[u8]) -> u64 {
         let base = 1_u64 << (10 + (window >> 3));
         return base + base / 8 * u64::from(window & 7);
     }
-    // A single segment: all of the contents.
+    // A single segment: the window holds all of the contents.
     let dictionary = [0, 1, 2, 4][usize::from(descriptor & 3)];
     let length = [1, 2, 4, 8][usize::from(descriptor >> 6)];
     let Some(field) = rest.get(dictionary..dictionary + length) else {

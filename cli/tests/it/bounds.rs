@@ -1,11 +1,11 @@
-//! What an image may cost: memory of 256 MiB, 8 bytes for each page that it really holds and a
-//! decompressor's window. Every command that reads images runs on the worst that there are, under
-//! that limit (`RLIMIT_DATA`, which counts all private memory that can be written; the memory of a
-//! mock guest is shared, and not an image's cost).
+//! Limits of an image's cost: 256 MiB of memory, 8 bytes for each page that it really holds, and a
+//! decompressor's window. Every command that reads images runs on the worst images, under that
+//! limit (`RLIMIT_DATA`, which counts all private writable memory; a mock guest's memory is shared,
+//! and not an image's cost).
 //!
-//! `XSR_BOUNDS=measure cargo nextest run -p xsr --test it bounds:: --no-capture` prints how little
-//! each command gets by with. `XSR_BOUNDS=all` runs every command on every image, also where one
-//! of its kind will do.
+//! `XSR_BOUNDS=measure cargo nextest run -p xsr --test it bounds:: --no-capture` prints the least
+//! memory that each command needs. `XSR_BOUNDS=all` runs every command on every image, even where
+//! one of its kind would do.
 
 mod inputs;
 
@@ -25,12 +25,12 @@ use self::inputs::{
 use crate::common::{arg, scratch};
 
 const MIB: u64 = 1 << 20;
-/// What is allowed for the rest of an image.
+/// The limit for everything except pages and window.
 const REST: u64 = 256 * MIB;
-/// No command takes as long, whatever the machine does beside it.
+/// Longer than any command takes, whatever else the machine does.
 const LATE: Duration = Duration::from_secs(120);
 
-/// How the tests run.
+/// The mode of the tests.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum How {
     Few,
@@ -46,14 +46,14 @@ fn how() -> How {
     }
 }
 
-/// An image that is made to cost much.
+/// An image that is designed to cost much.
 struct Hostile {
     path: PathBuf,
-    /// Pages that it holds.
+    /// The number of pages that it holds.
     pages: u64,
-    /// Of a decompressor.
+    /// The decompressor's window.
     window: u64,
-    /// What `verify` says of it.
+    /// The exit code of `verify`.
     verdict: i32,
 }
 
@@ -63,12 +63,12 @@ impl Hostile {
     }
 }
 
-/// Which commands run on an image.
+/// The commands to run on an image.
 #[derive(Clone, Copy)]
 enum Commands {
     /// All of them.
     All,
-    /// One of each kind: for wrappers, which all commands take off in the same way.
+    /// One of each kind: for wrappers, which all commands remove in the same way.
     Few,
 }
 
@@ -148,9 +148,9 @@ fn commands(image: &Path, directory: &Path, which: Commands) -> Vec<(&'static st
         .collect()
 }
 
-/// What a run came to.
+/// The outcome of a run.
 struct Came {
-    /// `None`: a signal ended it, as when memory ran out.
+    /// `None` if a signal ended it, for example because memory ran out.
     code: Option<i32>,
     stderr: String,
 }
@@ -161,7 +161,7 @@ impl Came {
     }
 }
 
-/// Run a command with so much memory.
+/// Run a command with limited memory.
 #[track_caller]
 fn run_with(limit: u64, args: &[String], input: Option<&Path>) -> Came {
     let before = Instant::now();
@@ -244,7 +244,7 @@ fn check(directory: &TempDir, hostile: &Hostile, which: Commands) {
         let entries = fs::read_dir(directory).unwrap();
         let mut names = entries.map(|entry| entry.unwrap().file_name());
         let good = good && !names.any(|name| name.to_string_lossy().ends_with(".partial"));
-        // What a command says of an image fits a screen.
+        // A command's messages must be short.
         if !good || came.stderr.len() > 16 << 10 {
             let (limit, code) = (limit / MIB, came.code);
             failed.push(format!(
@@ -274,7 +274,7 @@ fn hvm(path: &Path) -> Image {
     hvm_with(path, 1, "")
 }
 
-/// An HVM guest with more in its configuration.
+/// An HVM guest with `more` in its configuration.
 fn hvm_with(path: &Path, vcpus: u32, more: &str) -> Image {
     let config = format!("{}{more}}}", config("hvm", vcpus));
     Image::wrapped(path, Guest::Hvm, config.as_bytes(), |_| {})
@@ -373,10 +373,10 @@ fn alternating_pages_without_contents() {
     });
 }
 
-/// More than a map of them may take.
+/// More than their map may take.
 #[test]
 fn too_many_scattered_pages_without_contents() {
-    // An image of 120 MiB, which takes a while.
+    // An image of 120 MiB, which takes a while to write.
     if how() == How::Few {
         return;
     }
@@ -531,7 +531,7 @@ fn many_checkpoints() {
     });
 }
 
-/// Each checkpoint may change the table that all leaves are compared with.
+/// Each checkpoint may change the table against which all leaves are compared.
 #[test]
 fn many_checkpoints_of_many_leaves() {
     each("checkpoints-p2m", 2, 1, |path| {
@@ -571,7 +571,7 @@ fn a_configuration_that_is_too_long() {
     });
 }
 
-/// An image that is large when it is decompressed.
+/// An image that is large after decompression.
 fn large(path: &Path) {
     let mut image = hvm(path);
     image.pages(&[NOTAB]);
@@ -604,7 +604,7 @@ fn compressed() {
     }
 }
 
-/// Compressed again and again: the windows of all layers together are no more than one may be.
+/// Compressed repeatedly: the windows of all layers together must not exceed the limit for one.
 #[test]
 fn compressed_in_layers() {
     let directory = scratch();

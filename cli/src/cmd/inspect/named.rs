@@ -193,7 +193,7 @@ fn text_of(leaf: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> Option<NamedField> {
     (!text.is_empty()).then(|| field("text", format!("\"{}\"", text.escape_ascii())))
 }
 
-/// The fields of a record of the libxl stream, `most` at most.
+/// The fields of a record of the libxl stream, at most `most`.
 pub(super) fn of_libxl(record: &LibxlRecord, most: usize) -> Vec<Named> {
     let LibxlRecord::EmulatorXenstoreData { emulator, data } = record else {
         return Vec::new();

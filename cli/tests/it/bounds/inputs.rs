@@ -1,5 +1,5 @@
-//! Images that cost as much as an image can: written byte by byte, with holes where the contents
-//! do not matter.
+//! Images that cost as much as possible: written byte by byte, with holes where the contents do not
+//! matter.
 
 use std::fs::File;
 use std::io::{self, BufWriter, Seek as _, SeekFrom, Write};
@@ -10,14 +10,14 @@ use flate2::write::GzEncoder;
 
 /// Bytes of a page.
 const PAGE: u64 = 4096;
-/// A configuration that is like libxl's, without what ends it.
+/// A configuration like libxl's, without its closing brace.
 pub(super) fn config(kind: &str, vcpus: u32) -> String {
     format!(
         r#"{{"c_info":{{"type":"{kind}","name":"evil","uuid":"6f18a89f-849d-4334-8633-5976cbcde14c"}},"b_info":{{"max_vcpus":{vcpus},"max_memkb":8388608,"target_memkb":8388608}}"#
     )
 }
 
-/// Types of records.
+/// Record types.
 pub(super) const PAGE_DATA: u32 = 1;
 pub(super) const OPTIONAL: u32 = 0x8000_1000;
 const END: u32 = 0;
@@ -34,37 +34,37 @@ pub(super) const CHECKPOINT: u32 = 14;
 const STATIC_DATA_END: u32 = 16;
 pub(super) const CPUID_POLICY: u32 = 17;
 pub(super) const MSR_POLICY: u32 = 18;
-/// Of libxl.
+/// Record types of libxl.
 pub(super) const LIBXC_CONTEXT: u32 = 1;
 pub(super) const XENSTORE_DATA: u32 = 2;
 pub(super) const EMULATOR_CONTEXT: u32 = 3;
 pub(super) const CHECKPOINT_END: u32 = 4;
 
-/// Types of pages.
+/// Page types.
 pub(super) const NOTAB: u64 = 0;
 pub(super) const XALLOC: u64 = 0xe << 60;
 pub(super) const XTAB: u64 = 0xf << 60;
 
-/// Which guest.
+/// The kind of guest.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Guest {
     Pv,
     Hvm,
 }
 
-/// An image in the making.
+/// An image being built.
 pub(super) struct Image {
     out: BufWriter<File>,
     guest: Guest,
     wrapped: bool,
-    /// The state of vcpus has come.
+    /// Whether the vcpus' state has been written.
     has_vcpus: bool,
-    /// All state has come.
+    /// Whether all state has been written.
     has_state: bool,
 }
 
 impl Image {
-    /// Up to the first record of the libxc stream; `before` writes records of libxl.
+    /// Write up to the first record of the libxc stream. `before` writes records of libxl.
     pub(super) fn wrapped(
         path: &Path,
         guest: Guest,
@@ -78,7 +78,7 @@ impl Image {
         image
     }
 
-    /// The same of an HVM guest; `policies` writes records of its static data.
+    /// The same for an HVM guest. `policies` writes records of its static data.
     pub(super) fn policies(path: &Path, config: &[u8], policies: impl FnOnce(&mut Self)) -> Self {
         let mut image = Self::with_header(path, Guest::Hvm, config);
         image.record(LIBXC_CONTEXT, &[]);
@@ -86,7 +86,7 @@ impl Image {
         image
     }
 
-    /// xl's header and that of the libxl stream.
+    /// Write xl's header and the libxl stream's.
     fn with_header(path: &Path, guest: Guest, config: &[u8]) -> Self {
         let mut image = Self::empty(path, guest);
         image.wrapped = true;
@@ -138,7 +138,7 @@ impl Image {
         self.put(&word.to_le_bytes());
     }
 
-    /// So many bytes of zeros that take no room.
+    /// Zero bytes that take no space.
     pub(super) fn hole(&mut self, bytes: u64) {
         let bytes = i64::try_from(bytes).unwrap();
         self.out.seek(SeekFrom::Current(bytes)).unwrap();
@@ -152,14 +152,14 @@ impl Image {
         self.put(&[0; 8][..pad]);
     }
 
-    /// A record of so many bytes of zeros, a multiple of eight.
+    /// A record of this many zero bytes, a multiple of eight.
     pub(super) fn zeros(&mut self, kind: u32, bytes: u32) {
         self.word(kind);
         self.word(bytes);
         self.hole(bytes.into());
     }
 
-    /// PAGE_DATA with these entries: contents are zeros.
+    /// PAGE_DATA with these entries, and zero pages.
     pub(super) fn pages(&mut self, entries: &[u64]) {
         let with_data = entries.iter().filter(|entry| **entry >> 60 < 0xd).count() as u64;
         self.word(PAGE_DATA);
@@ -171,8 +171,7 @@ impl Image {
         self.hole(PAGE * with_data);
     }
 
-    /// X86_PV_P2M_FRAMES for the pfns up to `end`, each leaf at
-    /// the pfn that `leaf` says.
+    /// X86_PV_P2M_FRAMES for the pfns up to `end`, with each leaf at the pfn that `leaf` returns.
     pub(super) fn p2m(&mut self, end: u32, leaf: impl Fn(u64) -> u64) {
         let leaves = end / 512 + 1;
         self.word(P2M_FRAMES);
@@ -184,7 +183,7 @@ impl Image {
         }
     }
 
-    /// Header, so many of `record`, and END of an HVM context.
+    /// An HVM context: header, this many times `record`, and END.
     pub(super) fn context(&mut self, count: usize, record: impl Fn(usize) -> Vec<u8>) {
         let mut body = Vec::new();
         context_record(&mut body, 1, 0, &[0; 24]);
@@ -198,7 +197,7 @@ impl Image {
         self.has_vcpus = true;
     }
 
-    /// A record of the state of a PV guest's vcpu.
+    /// A record of a PV vcpu's state.
     pub(super) fn vcpu(&mut self, kind: u32, vcpu: u64, bytes: usize) {
         let mut body = vcpu.to_le_bytes().to_vec();
         body.resize(8 + bytes, 0x5a);
@@ -206,7 +205,7 @@ impl Image {
         self.has_vcpus = true;
     }
 
-    /// The records that complete a guest, apart from what has been written.
+    /// The records that complete a guest, except those written already.
     pub(super) fn state(&mut self) {
         if std::mem::replace(&mut self.has_state, true) {
             return;
@@ -229,7 +228,7 @@ impl Image {
         self.record(TSC_INFO, &[0; 24]);
     }
 
-    /// The end of the streams; `after` writes records of libxl.
+    /// The end of the streams. `after` writes records of libxl.
     pub(super) fn end(mut self, after: impl FnOnce(&mut Self)) {
         self.state();
         self.record(END, &[]);
@@ -240,7 +239,7 @@ impl Image {
         self.done();
     }
 
-    /// All is written.
+    /// Finish the file.
     pub(super) fn done(mut self) {
         self.out.flush().unwrap();
         let end = self.out.stream_position().unwrap();
@@ -256,22 +255,22 @@ pub(super) fn context_record(out: &mut Vec<u8>, kind: u16, instance: u16, body: 
     out.extend(body);
 }
 
-/// The state of a vcpu in an HVM context.
+/// A vcpu's state in an HVM context.
 pub(super) fn cpu(instance: u16) -> Vec<u8> {
     let mut out = Vec::new();
     context_record(&mut out, 2, instance, &[0; 1032]);
     out
 }
 
-/// A file, compressed by gzip.
+/// A file compressed with gzip.
 pub(super) fn gzip(from: &Path, to: &Path) {
     let mut out = GzEncoder::new(File::create(to).unwrap(), flate2::Compression::fast());
     io::copy(&mut File::open(from).unwrap(), &mut out).unwrap();
     out.finish().unwrap();
 }
 
-/// A file as one zstd frame with a window of 2^`log` bytes: runs of one byte as such, all else as
-/// it is.
+/// A file as one zstd frame with a window of 2^`log` bytes, in which only runs of one byte are
+/// compressed.
 pub(super) fn zstd(from: &Path, to: &Path, log: u8) {
     const BLOCK: usize = 128 << 10;
     let bytes = std::fs::read(from).unwrap();
@@ -290,7 +289,7 @@ pub(super) fn zstd(from: &Path, to: &Path, log: u8) {
     out.flush().unwrap();
 }
 
-/// A file, compressed by lz4 in blocks of 4 MiB, each of which refers to what comes before.
+/// A file compressed with lz4 in blocks of 4 MiB, each of which refers to earlier data.
 pub(super) fn lz4(from: &Path, to: &Path) {
     use lz4_flex::frame::{BlockMode, BlockSize, FrameEncoder, FrameInfo};
     let info = FrameInfo::new()
@@ -301,8 +300,7 @@ pub(super) fn lz4(from: &Path, to: &Path) {
     out.finish().unwrap();
 }
 
-/// A file, compressed by xz with a small dictionary, whose header asks for one of 128 MiB less a
-/// bit: as much as is allowed.
+/// A file compressed with xz and a small dictionary, whose header asks for one of 64 MiB.
 pub(super) fn xz(from: &Path, to: &Path) {
     use lzma_rust2::{XzOptions, XzWriter};
     let options = XzOptions::with_preset(0);
@@ -310,7 +308,7 @@ pub(super) fn xz(from: &Path, to: &Path) {
     io::copy(&mut File::open(from).unwrap(), &mut out).unwrap();
     let mut bytes = out.finish().unwrap();
     // Stream header (12 bytes), block header: size, flags, filter LZMA2 (0x21), one byte of
-    // properties: the size of the dictionary. At its end, its CRC-32.
+    // properties with the dictionary's size, and at its end the CRC-32.
     let length = (usize::from(bytes[12]) + 1) * 4;
     let header = &mut bytes[12..12 + length];
     let at = header.iter().position(|byte| *byte == 0x21).unwrap();
