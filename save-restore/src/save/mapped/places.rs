@@ -595,3 +595,64 @@ impl Order {
         !self.broken && self.pfns == pfns
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    fn batch(first: u64, count: u64) -> Vec<PageEntry> {
+        let page = |pfn| PageEntry {
+            pfn: Pfn(pfn),
+            page_type: PageType::NOTAB,
+        };
+        (first..first + count).map(page).collect()
+    }
+
+    /// What stands before memory grows: the first record has fewer pads, then gives up slots, and
+    /// no page is lost or named twice.
+    #[test]
+    fn the_first_record_makes_room() {
+        const START: u64 = 2224;
+        for growth in [0, 8, 1856, 1864, 4096, 10_000, 40_000] {
+            let mut places = Places::new(START, true);
+            for first in [0, 1024, 2048] {
+                places.place_batch(&batch(first, 1024), &[]).unwrap();
+            }
+            // Its pages stay where they are, unless their slots are given up.
+            let base = places.place(0);
+            let front = START + growth;
+            let moves = places.settle(front).unwrap();
+            let (finals, in_order) = places.finals().unwrap();
+            assert_eq!(places.records[0].offset, front);
+            assert_eq!(in_order, moves.is_empty(), "{growth}");
+            assert_eq!(moves.is_empty(), growth <= 1856, "{growth}");
+            assert!(places.records[0].data().is_multiple_of(PAGE));
+            assert!(places.records[0].data() >= base);
+            let mut named = vec![0; 3072];
+            let mut before = front;
+            for (number, record) in places.records.iter().enumerate() {
+                assert!(
+                    record.offset == before && record.entries <= 1535,
+                    "{record:?}"
+                );
+                before = record.end();
+                let entries = places.entries(number);
+                assert!(entries.len() as u64 <= u64::from(record.entries));
+                for entry in entries {
+                    named[usize::try_from(entry.pfn.0).unwrap()] += 1;
+                }
+            }
+            assert!(named.iter().all(|times| *times == 1), "{growth}");
+            assert!(growth == 0 || finals.iter().any(|f| f.number == 0));
+        }
+        let mut places = Places::new(START, true);
+        places.place_batch(&batch(0, 4), &[]).unwrap();
+        assert_eq!(places.settle(START - 8), Err(Unplaceable::FrontMoved));
+        assert_eq!(
+            places.settle(START + (1 << 20)),
+            Err(Unplaceable::FrontMoved)
+        );
+    }
+}
