@@ -226,7 +226,7 @@ impl Drop for Program {
 /// Has what the program prints go into the log.
 fn log(out: impl Read + Send + 'static, stream: &'static str) {
     let mut out = BufReader::new(out);
-    // It ends with the last process that has the other end, which nobody waits for.
+    // It ends when the last process has closed the other end; nothing waits for that.
     thread::spawn(move || {
         loop {
             let mut line = Vec::new();
@@ -241,7 +241,7 @@ fn log(out: impl Read + Send + 'static, stream: &'static str) {
     });
 }
 
-/// The path without links, if nobody but its owner and root can write there.
+/// The path without links, if only its owner and root can write there.
 fn checked(path: &Path) -> Result<PathBuf, String> {
     if !path.is_absolute() {
         return Err("expected an absolute path".to_owned());

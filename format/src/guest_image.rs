@@ -577,7 +577,7 @@ mod tests {
     fn checkpoints_take_time_in_their_number() {
         let (few, many) = (looked_at(500), looked_at(2000));
         assert!(many <= few * 5, "{few} leaves, then {many}");
-        // What has not changed is not checked again, but for END.
+        // What has not changed is checked again only at END.
         let mut image = with_leaves(8, u64::from);
         page(&mut image, 0);
         for _ in 0..1000 {

@@ -9,7 +9,7 @@
 //! toolstack has more to do for a guest: its xenstore nodes, the other ends of its rings, its
 //! devices.
 
-#![allow(clippy::print_stdout, reason = "an example talks to whoever runs it")]
+#![allow(clippy::print_stdout, reason = "an example prints for its user")]
 
 use std::error::Error;
 use std::fs::File;

@@ -9,7 +9,7 @@
 //! bare libxc stream. The domain is destroyed when FILE is complete, and continues to run if
 //! anything fails.
 
-#![allow(clippy::print_stdout, reason = "an example talks to whoever runs it")]
+#![allow(clippy::print_stdout, reason = "an example prints for its user")]
 
 use std::error::Error;
 use std::path::Path;

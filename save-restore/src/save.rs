@@ -87,7 +87,7 @@ pub struct SaveStats {
 
 /// A save that is complete, of a domain that is still suspended.
 ///
-/// Dropping this resumes the domain, so that whoever fails in a later step of their
+/// Dropping this resumes the domain, so that a caller that fails in a later step of its
 /// own (another record, an fsync, a rename) just returns and the guest runs on.
 /// [`Saved::keep_suspended`] says that the image is safe and the domain may go.
 #[must_use = "dropping it resumes the domain"]

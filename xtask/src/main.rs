@@ -5,7 +5,7 @@
 //! [`workspace`]. Nothing depends on this package.
 
 #![forbid(unsafe_code)]
-#![allow(clippy::print_stdout, reason = "a task reports to whoever called it")]
+#![allow(clippy::print_stdout, reason = "a task prints for its caller")]
 
 mod bench;
 mod bindings;

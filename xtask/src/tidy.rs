@@ -3,6 +3,7 @@
 
 mod dependencies;
 mod lexer;
+mod prose;
 mod source;
 mod text;
 
@@ -41,6 +42,7 @@ pub(crate) fn run() -> Result<Outcome> {
             source::check(file, &contents, &mut findings);
         }
         text::check(file, &contents, &mut findings);
+        prose::check(file, &contents, &mut findings);
     }
     code_map(&files, &mut findings)?;
     let packages = workspace::packages(&workspace::root().join("Cargo.toml"))?;

@@ -258,7 +258,7 @@ pub(crate) struct EditArgs {
     pub(crate) file: PathBuf,
 }
 
-/// The type of an optional record: whoever restores the image may not know it.
+/// The type of an optional record, which a restorer may ignore.
 fn optional_type(text: &str) -> Result<u32, String> {
     let number = match text.strip_prefix("0x") {
         Some(digits) => u32::from_str_radix(digits, 16),

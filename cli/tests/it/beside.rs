@@ -24,14 +24,14 @@ fn what_another_command_works_on_is_listed_shown_and_changed() {
     create(&host, "web", "pvh");
     create(&host, "mail", "pv");
     let to = backend(&host);
-    let args = ["remus", "-F", "-b", "-i", "1", &to, "web", "nobody"];
+    let args = ["remus", "-F", "-b", "-i", "1", &to, "web", "absent"];
     let mut protecting = staged(dir.path(), args);
     assert!(protecting.hold("checkpoint", 2));
     let refused = format!("in use by process {} (xsr remus web)", protecting.pid());
     for second in [
         ["save", &to, "web", arg(&dir.path().join("web.save"))],
-        ["migrate", &to, "web", "nobody"],
-        ["remus", &to, "web", "nobody"],
+        ["migrate", &to, "web", "absent"],
+        ["remus", &to, "web", "absent"],
     ] {
         run(second).code(1).stderr_has(&refused);
     }

@@ -136,11 +136,11 @@ fn a_pv_guest_and_what_xl_refuses_is_refused() {
     assert_eq!(hosts.domains(), [vec!["web running".to_owned()], vec![]]);
     let here = backend(&hosts.here);
     for option in ["-b", "-n", "-d", "--no-buffer"] {
-        run(["remus", "-c", "-F", option, &here, "web", "nobody"]).code(64);
+        run(["remus", "-c", "-F", option, &here, "web", "absent"]).code(64);
     }
-    run(["remus", "-p", &here, "web", "nobody"]).code(64);
+    run(["remus", "-p", &here, "web", "absent"]).code(64);
     let timeout = ["--answer-timeout", "0"];
-    run(["remus", &here, "web", "nobody"].iter().chain(&timeout)).code(64);
+    run(["remus", &here, "web", "absent"].iter().chain(&timeout)).code(64);
     run(["migrate-receive", "-r", "--colo"]).code(64);
     run(["migrate-receive", "--dirty-rate", "5"]).code(64);
 }

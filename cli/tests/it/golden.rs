@@ -24,7 +24,7 @@ fn golden(name: &str, code: i32, args: &[&str]) {
     assert_eq!(output.status.code(), Some(code), "{stdout}");
     assert!(
         output.stderr.is_empty(),
-        "nobody watches, so stderr is quiet"
+        "stderr is not a terminal, so it stays quiet"
     );
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/{name}.txt"));
     if std::env::var_os("XSR_BLESS").is_some() {

@@ -389,7 +389,7 @@ fn what_the_sender_says_is_cut_anywhere() {
 /// Every byte of the handshake, and many of the stream: takes minutes. `XSR_CUTS` is the number of
 /// places in the stream.
 #[test]
-#[ignore = "takes 40 s and more: for whoever changes the handshake"]
+#[ignore = "takes 40 s and more: for changes of the handshake"]
 fn every_place_to_cut() {
     let hosts = Hosts::with("pvh", &["--dirty-rate", "5000"]);
     let image = hosts.image().len() as u64;
@@ -465,7 +465,7 @@ fn what_cannot_be_is_said_before_anything_is_sent() {
     let long = "a".repeat(60);
     run(["mock", "rename", "web", &long, "--host", arg(&hosts.here)]).code(0);
     for command in ["migrate", "remus"] {
-        run([command, &backend_here, &long, "nobody"])
+        run([command, &backend_here, &long, "absent"])
             .code(1)
             .stderr_has("--migratedaway\" cannot be the name of a domain");
     }
@@ -475,7 +475,7 @@ fn what_cannot_be_is_said_before_anything_is_sent() {
     run(["mock", "rename", &long, "web", "--host", here]).code(0);
     create(&hosts.here, "web--migratedaway", "pvh");
     for command in ["migrate", "remus"] {
-        run([command, &backend_here, "web", "nobody"])
+        run([command, &backend_here, "web", "absent"])
             .code(1)
             .stderr_has("\"web--migratedaway\" exists already")
             .stderr_has(&format!(
@@ -520,7 +520,7 @@ fn a_guest_that_goes_away_is_said_to_have_gone() {
             let said = format!("web has shut down ({how}) here");
             assert!(sent.stderr.contains(&said), "{sent:?}");
             for wrong in [
-                "resume", "somebody", "Poweroff", "Crash", "Reboot", "runs on",
+                "resume", "another", "Poweroff", "Crash", "Reboot", "runs on",
             ] {
                 assert!(!sent.stderr.contains(wrong), "{sent:?}");
             }

@@ -65,9 +65,9 @@ fn progress_goes_to_a_descriptor() {
             ["setup", "pages", "tail"].map(str::to_owned).to_vec()
         )
     );
-    let (code, said) = sh(&format!("save {at} nobody {}", arg(&image)));
+    let (code, said) = sh(&format!("save {at} absent {}", arg(&image)));
     assert_eq!((code, &last(&said)["code"]), (Some(1), &1.into()));
-    assert!(last(&said)["error"].as_str().unwrap().contains("nobody"));
+    assert!(last(&said)["error"].as_str().unwrap().contains("absent"));
     // This descriptor is not open.
     run(["save", "--progress-fd", "77", &at, "web", arg(&image)])
         .code(64)

@@ -446,7 +446,7 @@ fn stats_have_a_line_for_each_checkpoint() {
     let args = [
         "remus", "-F", "-b", "-i", "20", "--epochs", "4", "--stats", &here,
     ];
-    let nobody = ["web", "nobody"];
+    let nobody = ["web", "absent"];
     let lines = run(args.iter().chain(&nobody)).code(0).stdout;
     assert_eq!(lines.lines().count(), 4, "{lines}");
     assert!(lines.lines().skip(1).all(|line| {
@@ -534,7 +534,7 @@ fn what_does_not_protect_is_refused_as_xl_does() {
         ["-c", "-b"],
         ["-p", "-u"],
     ] {
-        run(["remus", &here, "web", "nobody"].iter().chain(&options)).code(64);
+        run(["remus", &here, "web", "absent"].iter().chain(&options)).code(64);
     }
     let socket = format!("unix:{}", hosts.path("socket").display());
     run(["remus", &here, "-F", "-n", "-d", "web", &socket])

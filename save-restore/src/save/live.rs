@@ -36,7 +36,7 @@ impl<'a> Logging<'a> {
         Ok(logging)
     }
 
-    /// Switch it off. It is off with a domain that somebody has destroyed meanwhile.
+    /// Switch it off. A domain that has been destroyed meanwhile has none.
     fn off(&self) -> Result<(), BackendError> {
         match self.0.disable_log_dirty() {
             Err(error) if error.errno == Errno::ESRCH => Ok(()),

@@ -27,6 +27,7 @@ pub struct LockHolder {
 
 impl LockHolder {
     /// This process, running `command`.
+    #[cfg(feature = "mock")]
     pub(crate) fn this(command: &str) -> Self {
         Self {
             pid: Some(std::process::id()),

@@ -90,7 +90,7 @@ impl XenDomain {
                 Err(_) => return,
             }
         }
-        tracing::debug!(domid = %self.domid, "destroyed, but somebody still has pages of it");
+        tracing::debug!(domid = %self.domid, "destroyed, but another domain or process still has pages of it");
     }
 }
 

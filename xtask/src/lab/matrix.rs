@@ -29,7 +29,7 @@ died, and a SIGTERM that is sure to come in the midst of a restore (`broken`) ar
 commit is named; older ones did without. A scenario
 fails, too, when it leaves a dirty log that is on, a domain (also a dead one that a mapping
 holds), a mapping, an event channel of dom0, a process or a xenstore node behind, or when a
-process of dom0 dies of a signal that nobody sent.
+process of dom0 dies of a signal that no process sent.
 
 Remus: `xl remus -F -n -d -i 300 -s \"\" GUEST \"xl migrate-receive -r\"` on one host, without
 buffers for network and disk. After six checkpoints the sender's xl and helper are stopped where

@@ -96,7 +96,7 @@ impl Printer {
             let until = Instant::now() + patience;
             while !self.thread.is_finished() {
                 if Instant::now() >= until {
-                    anyhow::bail!("nobody reads it");
+                    anyhow::bail!("its reader has gone");
                 }
                 thread::sleep(Duration::from_millis(5));
             }

@@ -61,7 +61,7 @@ impl World {
             // A domain that was given back is gone, even if the receiver is killed after that.
             (Some(end), _) if no_copy || standby.is_none() => match (end.why, end.here) {
                 (_, Here::Over) => row("the guest shuts down or crashes"),
-                (_, Here::Gone) => row("somebody destroys the domain at the sender"),
+                (_, Here::Gone) => row("another program destroys the domain at the sender"),
                 (Why::Asked, _) => row("a signal, or --epochs"),
                 (Why::Receiver, _) => row("the receiver fails, or gets a signal"),
                 (Why::Failed, _) => row("the sender fails"),
@@ -112,7 +112,7 @@ const ROWS: [&str; 14] = [
     "a signal, or --epochs",
     "the sender fails",
     "the guest shuts down or crashes",
-    "somebody destroys the domain at the sender",
+    "another program destroys the domain at the sender",
     "the receiver fails, or gets a signal",
     "the receiver is killed",
     "the sender is killed, or its host lost",
