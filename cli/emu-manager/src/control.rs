@@ -166,7 +166,13 @@ impl Control {
                 return Err(End::Protocol(text.to_owned()));
             }
             b"restore:xenguest" if self.restore && !state.restore => state.restore = true,
-            b"abort" => return Err(End::Aborted),
+            // Its thread that reads the image may say one thing more.
+            _ if state.end == Some(End::Aborted) => return Ok(()),
+            b"abort" => {
+                drop(state);
+                self.end_with(End::Aborted);
+                return Ok(());
+            }
             _ => {
                 let text = format!("xenopsd said {:?}, which is not expected", shown());
                 return Err(End::Protocol(text));
@@ -249,6 +255,11 @@ impl Control {
     /// by itself.
     pub(crate) fn suspend(&self) -> Result<(), End> {
         self.ask(&Line::Suspend, "\"suspend:\"", None)
+    }
+
+    /// Whether xenopsd has said where the stream of a restore begins, and so waits for a line.
+    pub(crate) fn restore_begun(&self) -> bool {
+        self.state().restore
     }
 
     /// Wait until xenopsd has read the head of the record of a restore.
@@ -334,6 +345,19 @@ mod tests {
         assert_eq!(control.end(), Some(End::Aborted));
         assert_eq!(control.prepare(), Err(End::Aborted));
         assert_eq!(control.result(&Line::Saved), Err(End::Aborted));
+    }
+
+    #[test]
+    fn a_restore_may_begin_after_it_was_aborted() {
+        let (control, mut say, _out) = control(true);
+        say.write_all(b"abort\n").unwrap();
+        assert_eq!(control.wait_for_restore(), Err(End::Aborted));
+        assert!(!control.restore_begun());
+        say.write_all(b"tea\nrestore:xenguest\n").unwrap();
+        while !control.restore_begun() {
+            thread::yield_now();
+        }
+        assert_eq!(control.end(), Some(End::Aborted));
     }
 
     #[test]

@@ -23,6 +23,7 @@ mod log;
 #[cfg(feature = "test-backend")]
 mod mock;
 mod platform;
+mod policy;
 mod progress;
 mod qmp;
 mod stream;
@@ -122,7 +123,15 @@ fn work(args: &Args, words: &[String], guardian: Option<u32>, open: Open) -> Exi
         return ExitCode::SUCCESS;
     };
     match control.end() {
-        Some(End::Aborted) => return ExitCode::SUCCESS,
+        Some(End::Aborted) => {
+            // On a restore that has begun, xenopsd waits for a line even if it has cancelled the
+            // task (`domain.ml`, the reader thread that waits for a result). On a save, and before
+            // that, it goes by the end of the pipe.
+            if control.restore_begun() {
+                control.failed(&End::Aborted.text());
+            }
+            return ExitCode::SUCCESS;
+        }
         Some(end) => control.failed(&end.text()),
         None => {
             let words = job::words(&error);

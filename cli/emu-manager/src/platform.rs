@@ -16,10 +16,11 @@
 
 use anyhow::{Context as _, Result, bail, ensure};
 use xsr_format::frame::{Gfn, PAGE_SIZE};
-use xsr_save_restore::save::precopy::{PrecopyPolicy, TargetPolicy, XenPolicy};
+use xsr_save_restore::save::precopy::{PrecopyPolicy, XenPolicy};
 use xsr_xen_backend::{Access, DomId, Domain};
 
 use crate::backend::Backend;
+use crate::policy::MigrationPolicy;
 
 /// `HVM_PARAM_HPET_ENABLED`
 const HPET_ENABLED: u32 = 11;
@@ -87,11 +88,9 @@ impl<'b> Platform<'b> {
         if self.text(KEY)?.as_deref() == Some("xen") {
             return Ok(Box::new(XenPolicy));
         }
-        let mut policy = TargetPolicy::default();
-        if let Some(milliseconds) = self.number::<u32>(KEY)? {
-            policy.max_downtime = std::time::Duration::from_millis(milliseconds.into());
-        }
-        Ok(Box::new(policy))
+        let allowed = self.number::<u32>(KEY)?;
+        let allowed = allowed.map(|ms| std::time::Duration::from_millis(ms.into()));
+        Ok(Box::new(MigrationPolicy::new(allowed)))
     }
 
     /// Set up the domain of a restore, before the stream is read.
