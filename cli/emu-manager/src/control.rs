@@ -4,17 +4,26 @@
 //! an abort, the end of the pipe or nonsense ends the work at any time: it sets the [`Cancel`] that
 //! the engine and the stream look at. The first such reason is kept.
 
-use std::io::{self, Read, Write};
+use std::fs::File;
+use std::io::{self, Read, Write as _};
+use std::os::fd::AsFd as _;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, poll};
 use xsr_save_restore::progress::Cancel;
 
+use crate::guardian::{Link, Note};
 use crate::line::Line;
 
 /// How long xenopsd may take to answer `prepare:`. It only writes 16 bytes into the stream.
 const PREPARE_LIMIT: Duration = Duration::from_secs(120);
+/// How long xenopsd may leave the pipe full before the `error:` line is given up.
+const ERROR_LIMIT: Duration = Duration::from_secs(10);
+/// How long a wait for room in the pipe lasts before the reasons to end are looked at again.
+const LOOK_EVERY_MS: u8 = 20;
 /// The most bytes that xenopsd may send without a line end.
 const LONGEST: usize = 128;
 
@@ -56,7 +65,11 @@ struct State {
 
 /// The two pipes.
 pub(crate) struct Control {
-    to: Mutex<Box<dyn Write + Send>>,
+    to: File,
+    /// One line at a time.
+    writing: Mutex<()>,
+    /// To the process that outlives this one.
+    guardian: Option<Link>,
     state: Mutex<State>,
     changed: Condvar,
     cancel: Cancel,
@@ -73,10 +86,12 @@ impl std::fmt::Debug for Control {
 }
 
 impl Control {
-    /// Lines go to `to`.
-    pub(crate) fn new(to: Box<dyn Write + Send>, restore: bool) -> Arc<Self> {
+    /// Lines go to `to`, which is a pipe.
+    pub(crate) fn new(to: File, restore: bool, guardian: Option<Link>) -> Arc<Self> {
         Arc::new(Self {
-            to: Mutex::new(to),
+            to,
+            writing: Mutex::default(),
+            guardian,
             state: Mutex::default(),
             changed: Condvar::new(),
             cancel: Cancel::new(),
@@ -183,16 +198,68 @@ impl Control {
         Ok(())
     }
 
-    /// Write a line; what happens if xenopsd does not hear it.
+    /// Write a line if there is room for it in the pipe: xenopsd may not be reading. Returns
+    /// whether it was written.
+    fn write_now(&self, line: &Line<'_>) -> io::Result<bool> {
+        let _one = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        // A pipe that has room takes any line as a whole.
+        match self.wait_for_room(0)? {
+            true => (&self.to).write_all(&line.encode()).map(|()| true),
+            false => Ok(false),
+        }
+    }
+
+    /// Whether a line can be written now, or within so many milliseconds. If xenopsd has closed the
+    /// pipe, yes: the write fails then.
+    fn wait_for_room(&self, milliseconds: u8) -> io::Result<bool> {
+        let mut to = [PollFd::new(self.to.as_fd(), PollFlags::POLLOUT)];
+        match poll(&mut to, milliseconds) {
+            Ok(ready) => Ok(ready > 0),
+            Err(Errno::EINTR) => Ok(false),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// Write a line, and wait for room as long as `patient` says. Returns whether it was written.
+    fn write(&self, line: &Line<'_>, patient: impl Fn() -> bool) -> io::Result<bool> {
+        while !self.write_now(line)? {
+            if !patient() {
+                return Ok(false);
+            }
+            self.wait_for_room(LOOK_EVERY_MS)?;
+        }
+        Ok(true)
+    }
+
+    fn not_heard(&self, _: io::Error) -> End {
+        self.end_with(End::HungUp);
+        End::HungUp
+    }
+
+    /// Write a line that may be missing: it is, if there is no room for it.
+    ///
+    /// # Errors
+    ///
+    /// xenopsd has closed the pipe.
     pub(crate) fn tell(&self, line: &Line<'_>) -> Result<(), End> {
-        let bytes = line.encode();
-        let mut to = self.to.lock().unwrap_or_else(PoisonError::into_inner);
-        let written = to.write_all(&bytes).and_then(|()| to.flush());
-        drop(to);
-        written.map_err(|_| {
-            self.end_with(End::HungUp);
-            End::HungUp
-        })
+        let written = self.write_now(line);
+        written.map(drop).map_err(|error| self.not_heard(error))
+    }
+
+    /// End in good order if the guardian is killed.
+    ///
+    /// # Errors
+    ///
+    /// As [`Link::follow`].
+    pub(crate) fn follow_guardian(&self) -> io::Result<()> {
+        self.guardian.as_ref().map_or(Ok(()), Link::follow)
+    }
+
+    /// For the guardian.
+    fn note(&self, note: Note) {
+        if let Some(guardian) = &self.guardian {
+            guardian.note(note);
+        }
     }
 
     /// Wait until `reached`, or until there is a reason to end, or for so long.
@@ -205,11 +272,13 @@ impl Control {
         let began = Instant::now();
         let mut state = self.state();
         loop {
-            if let Some(end) = &state.end {
-                return Err(end.clone());
-            }
+            // An answer counts even if a reason to end came directly after it: once it is that the
+            // guest is suspended, the guest has to be resumed.
             if reached(&state) {
                 return Ok(());
+            }
+            if let Some(end) = &state.end {
+                return Err(end.clone());
             }
             let left = limit.map(|limit| limit.saturating_sub(began.elapsed()));
             state = match left {
@@ -242,8 +311,11 @@ impl Control {
             }
             state.asked = true;
         }
-        self.tell(line)?;
-        self.wait(what, limit, |state| !state.asked)
+        let written = self.write(line, || self.end().is_none());
+        match written.map_err(|error| self.not_heard(error))? {
+            true => self.wait(what, limit, |state| !state.asked),
+            false => self.wait(what, limit, |_| false),
+        }
     }
 
     /// xenopsd writes the head of the record; from then on the stream is ours.
@@ -254,6 +326,7 @@ impl Control {
     /// xenopsd suspends the guest. It may take more than 20 minutes over that, and then hangs up
     /// by itself.
     pub(crate) fn suspend(&self) -> Result<(), End> {
+        self.note(Note::Suspending);
         self.ask(&Line::Suspend, "\"suspend:\"", None)
     }
 
@@ -271,24 +344,47 @@ impl Control {
     ///
     /// # Errors
     ///
-    /// There was a reason to end before; nothing has been said then.
+    /// There was a reason to end before, or there is one now: xenopsd has not got the result.
     pub(crate) fn result(&self, line: &Line<'_>) -> Result<(), End> {
-        {
+        loop {
             let mut state = self.state();
             if let Some(end) = &state.end {
                 return Err(end.clone());
             }
-            state.told = true;
+            // Before: a process that is killed here may have told it.
+            self.note(Note::Result);
+            match self.write_now(line) {
+                Ok(true) => {
+                    state.told = true;
+                    drop(state);
+                    self.note(Note::Told);
+                    return Ok(());
+                }
+                Ok(false) => drop(state),
+                Err(error) => {
+                    drop(state);
+                    return Err(self.not_heard(error));
+                }
+            }
+            self.wait_for_room(LOOK_EVERY_MS)
+                .map_err(|error| self.not_heard(error))?;
         }
-        self.tell(line)
     }
 
     /// It failed. xenopsd may have gone already.
     pub(crate) fn failed(&self, text: &str) {
         self.state().told = true;
-        if self.tell(&Line::Error(text)).is_err() {
+        let until = Instant::now() + ERROR_LIMIT;
+        let written = self.write(&Line::Error(text), || Instant::now() < until);
+        if !matches!(written, Ok(true)) {
             tracing::debug!("xenopsd does not hear that it failed: {text}");
         }
+        self.note(Note::Told);
+    }
+
+    /// It ends as xenopsd expects it to, without another word.
+    pub(crate) fn silent(&self) {
+        self.note(Note::Told);
     }
 }
 
@@ -296,14 +392,17 @@ impl Control {
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-    use std::io::PipeWriter;
+    use std::io::{PipeWriter, Write as _};
+    use std::os::fd::OwnedFd;
+
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
     use super::*;
 
     fn control(restore: bool) -> (Arc<Control>, PipeWriter, io::PipeReader) {
         let (out, to) = io::pipe().unwrap();
         let (from, say) = io::pipe().unwrap();
-        let control = Control::new(Box::new(to), restore);
+        let control = Control::new(OwnedFd::from(to).into(), restore, None);
         control.listen(from).unwrap();
         (control, say, out)
     }
@@ -382,6 +481,57 @@ mod tests {
         let (control, _say, _out) = self::control(false);
         let waited = control.wait("tea", Some(Duration::ZERO), |_| false);
         assert!(matches!(waited, Err(End::Protocol(text)) if text.contains("tea")));
+    }
+
+    /// Fill the pipe to xenopsd.
+    fn fill(control: &Control) {
+        let flags = OFlag::from_bits_retain(fcntl(&control.to, FcntlArg::F_GETFL).unwrap());
+        let set = |flags| fcntl(&control.to, FcntlArg::F_SETFL(flags)).unwrap();
+        set(flags | OFlag::O_NONBLOCK);
+        let full = loop {
+            if let Err(error) = (&control.to).write(&[b'x'; 4096]) {
+                break error;
+            }
+        };
+        assert_eq!(full.kind(), io::ErrorKind::WouldBlock);
+        set(flags);
+    }
+
+    #[test]
+    fn an_xenopsd_that_does_not_read_loses_progress_and_can_still_end_it() {
+        let questions: [fn(&Control) -> Result<(), End>; 3] =
+            [Control::prepare, Control::suspend, |control| {
+                control.result(&Line::Saved)
+            }];
+        for question in questions {
+            let (control, mut say, mut out) = control(false);
+            fill(&control);
+            assert_eq!(control.tell(&Line::Progress(3)), Ok(()));
+            let asking = Arc::clone(&control);
+            let asked = thread::spawn(move || question(&asking));
+            say.write_all(b"abort\n").unwrap();
+            assert_eq!(asked.join().unwrap(), Err(End::Aborted));
+            drop(control);
+            drop(say);
+            let mut heard = Vec::new();
+            out.read_to_end(&mut heard).unwrap();
+            assert!(heard.iter().all(|byte| *byte == b'x'), "nothing else");
+        }
+    }
+
+    #[test]
+    fn a_result_waits_for_room() {
+        let (control, _say, mut out) = control(false);
+        fill(&control);
+        let telling = Arc::clone(&control);
+        let told = thread::spawn(move || telling.result(&Line::Saved));
+        let mut heard = Vec::new();
+        while !heard.ends_with(b"result:0 0\n") {
+            let mut room = [0; 4096];
+            let n = out.read(&mut room).unwrap();
+            heard.extend(&room[..n]);
+        }
+        assert_eq!(told.join().unwrap(), Ok(()));
     }
 
     #[test]

@@ -2,7 +2,8 @@
 
 use std::os::fd::OwnedFd;
 
-use anyhow::{Error, Result, anyhow, ensure};
+use anyhow::{Context as _, Error, Result, anyhow, ensure};
+use xsr_format::frame::PAGE_SIZE;
 use xsr_format::read::{ReadOptions, RecordReader};
 use xsr_save_restore::progress::Progress;
 use xsr_save_restore::sink::FdSink;
@@ -11,6 +12,7 @@ use xsr_save_restore::toolstack::OlderGuest;
 use xsr_save_restore::{CpuCheck, Live, RestoreOptions, SaveRequest};
 use xsr_xen_backend::{DomId, Domain};
 
+use crate::Open;
 use crate::args::{Args, Mode};
 use crate::backend::Backend;
 use crate::control::{Control, End};
@@ -24,15 +26,16 @@ use crate::toolstack::{Restoring, Saving};
 /// # Errors
 ///
 /// It failed: [`Control::end`] may have the reason. xenopsd has not been told.
-pub(crate) fn run(
-    args: &Args,
-    stream: OwnedFd,
-    control: &Control,
-    open: fn() -> Result<Box<dyn Backend>>,
-) -> Result<()> {
+pub(crate) fn run(args: &Args, stream: OwnedFd, control: &Control, open: Open) -> Result<()> {
     ensure!(
         !args.vgpu,
         "vgpu Operation not supported; remove platform:emu-manager of this VM"
+    );
+    tracing::info!(
+        "xsr-emu-manager {}: {} of domain {}",
+        env!("CARGO_PKG_VERSION"),
+        args.what(),
+        args.domid.0
     );
     let backend = open()?;
     let backend = backend.as_ref();
@@ -77,7 +80,9 @@ fn save(
     let mut sink = FdSink::cancellable(stream, control.cancel().clone())?;
     let mut toolstack = Saving {
         control,
-        qmp: (args.qemu && live).then(|| backend.qmp_socket(args.domid)),
+        domain,
+        qmp: args.qemu.then(|| backend.qmp_socket(args.domid)),
+        live,
         logging: false,
         guest: backend.stand_in(args.domid)?,
     };
@@ -101,22 +106,25 @@ fn save(
             verify: false,
         });
     }
-    let saved = request.write_stream(&mut toolstack, &mut sink);
-    let told = saved.map(|saved| {
-        tracing::debug!(stats = ?saved.stats(), "saved");
-        // What becomes of the guest now is xenopsd's to decide.
-        saved.keep_suspended();
-        control.result(&Line::Saved)
-    });
-    let done = match told {
-        Ok(told) => told.map_err(ended),
-        Err(error) => Err(error.into()),
-    };
-    if done.is_err() {
-        // Also if xenopsd gave up when the stream was complete: it resumes the guest.
-        toolstack.give_up();
+    let saved = request.write_stream(&mut toolstack, &mut sink)?;
+    let stats = saved.stats();
+    tracing::info!(
+        "saved in {} passes and a last one: {} MiB, suspended for {} ms",
+        stats.iterations,
+        stats.pages * PAGE_SIZE as u64 >> 20,
+        stats.suspended_for.as_millis()
+    );
+    if let Err(end) = control.result(&Line::Saved) {
+        // xenopsd cannot have it.
+        saved
+            .resume()
+            .with_context(|| format!("{}, and the guest is still suspended", end.text()))?;
+        return Err(ended(end));
     }
-    done
+    // What becomes of the guest now is xenopsd's to decide.
+    saved.keep_suspended();
+    toolstack.complete();
+    Ok(())
 }
 
 fn restore(
@@ -152,7 +160,7 @@ fn restore(
     if translated {
         platform.write_generation_id(domain)?;
     }
-    tracing::debug!(stats = ?restored.stats, "restored");
+    tracing::info!("restored: {:?}", restored.stats);
     control
         .result(&Line::Restored {
             store: restored.store_gfn.map_or(0, |gfn| gfn.0),

@@ -41,6 +41,7 @@ use xsr_save_restore::signals::{EndingSignals, on_signal};
 use crate::args::{Args, Mode, Request};
 use crate::backend::Backend;
 use crate::control::{Control, End};
+use crate::guardian::Link;
 use crate::line::Line;
 
 /// Exit code: the command line or what it names is bad.
@@ -96,7 +97,8 @@ fn refuse(control_out: Option<i32>, text: &str) -> ExitCode {
     REFUSED.into()
 }
 
-fn work(args: &Args, words: &[String], guardian: Option<u32>, open: Open) -> ExitCode {
+fn work(args: &Args, words: &[String], guardian: Option<Link>, open: Open) -> ExitCode {
+    log::about(args.domid);
     let control_out = match inherited(args.control_out) {
         Ok(fd) => fd,
         Err(error) => {
@@ -105,14 +107,14 @@ fn work(args: &Args, words: &[String], guardian: Option<u32>, open: Open) -> Exi
         }
     };
     if guardian.is_none()
-        && let Some(code) = guardian::watch(words, &control_out)
+        && let Some(code) = guardian::watch(args, words, &control_out, open)
     {
         return code;
     }
     let restore = matches!(args.mode, Mode::Restore { .. });
-    let control = Control::new(Box::new(File::from(control_out)), restore);
-    log::install(&control, args.domid, args.debug);
-    let stream = match begin(args, &control, guardian) {
+    let control = Control::new(File::from(control_out), restore, guardian);
+    log::install(&control, args.debug);
+    let stream = match begin(args, &control) {
         Ok(stream) => stream,
         Err(error) => {
             control.failed(&job::words(&error));
@@ -127,8 +129,9 @@ fn work(args: &Args, words: &[String], guardian: Option<u32>, open: Open) -> Exi
             // On a restore that has begun, xenopsd waits for a line even if it has cancelled the
             // task (`domain.ml`, the reader thread that waits for a result). On a save, and before
             // that, it goes by the end of the pipe.
-            if control.restore_begun() {
-                control.failed(&End::Aborted.text());
+            match control.restore_begun() {
+                true => control.failed(&End::Aborted.text()),
+                false => control.silent(),
             }
             return ExitCode::SUCCESS;
         }
@@ -143,11 +146,7 @@ fn work(args: &Args, words: &[String], guardian: Option<u32>, open: Open) -> Exi
 }
 
 /// Listen to xenopsd and to signals; the stream.
-fn begin(
-    args: &Args,
-    control: &Arc<Control>,
-    guardian: Option<u32>,
-) -> anyhow::Result<std::os::fd::OwnedFd> {
+fn begin(args: &Args, control: &Arc<Control>) -> anyhow::Result<std::os::fd::OwnedFd> {
     let ending = EndingSignals::of_process()?;
     let mut signals = ending.set();
     // A signal that is blocked arrives even where it is ignored.
@@ -158,9 +157,7 @@ fn begin(
             ended.end_with(End::Signal);
         }
     })?;
-    if let Some(guardian) = guardian {
-        guardian::follow(guardian)?;
-    }
+    control.follow_guardian()?;
     let control_in = inherited(args.control_in)
         .map_err(|error| anyhow::anyhow!("-controlinfd {}: {error}", args.control_in))?;
     let stream = stream::open(args.stream, !matches!(args.mode, Mode::Restore { .. }))?;

@@ -3,7 +3,8 @@
 use std::fmt::{self, Write as _};
 use std::io::{self, Write as _};
 use std::os::unix::net::UnixDatagram;
-use std::sync::Arc;
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
 
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Metadata, Subscriber};
@@ -17,11 +18,28 @@ use crate::line::Line;
 
 /// Where syslogd listens.
 const SYSLOG: &str = "/dev/log";
+/// The domain that is worked on, for the name in syslog.
+static DOMID: OnceLock<DomId> = OnceLock::new();
 /// `LOG_DAEMON`, as XenServer's emu-manager has it.
 const FACILITY: u8 = 3 << 3;
 
-/// Log from now on, whatever thread it comes from.
-pub(crate) fn install(control: &Arc<Control>, domid: DomId, debug: bool) {
+/// From now on it is about this domain.
+pub(crate) fn about(domid: DomId) {
+    DOMID.get_or_init(|| domid);
+}
+
+/// The name of this program in syslog, as the stock one has it.
+fn ident() -> String {
+    match DOMID.get() {
+        Some(domid) => format!("emu-manager-{}", domid.0),
+        None => "emu-manager".to_owned(),
+    }
+}
+
+/// Log from now on, whatever thread it comes from; panics, too.
+pub(crate) fn install(control: &Arc<Control>, debug: bool) {
+    // stderr, where they go else, is not there under xenopsd.
+    std::panic::set_hook(Box::new(|panic| say(panic)));
     let most = match debug {
         true => Level::DEBUG,
         false => Level::INFO,
@@ -29,7 +47,6 @@ pub(crate) fn install(control: &Arc<Control>, domid: DomId, debug: bool) {
     let layer = Layers {
         control: Arc::clone(control),
         syslog: syslog(),
-        ident: format!("emu-manager-{}", domid.0),
         most,
     };
     Registry::default().with(layer).init();
@@ -39,20 +56,44 @@ fn syslog() -> Option<UnixDatagram> {
     let socket = UnixDatagram::unbound().ok()?;
     // A syslogd that does not read must not hold the guest up.
     socket.set_nonblocking(true).ok()?;
-    socket.connect(SYSLOG).ok()?;
+    socket.connect(syslog_path()).ok()?;
     Some(socket)
 }
 
+#[cfg(not(feature = "test-backend"))]
+fn syslog_path() -> PathBuf {
+    SYSLOG.into()
+}
+
+/// Tests read the log.
+#[cfg(feature = "test-backend")]
+fn syslog_path() -> PathBuf {
+    crate::mock::syslog().unwrap_or_else(|| SYSLOG.into())
+}
+
+fn send(syslog: &UnixDatagram, level: Level, text: &str) -> io::Result<usize> {
+    let (priority, ident, pid) = (FACILITY | severity(level), ident(), std::process::id());
+    syslog.send(format!("<{priority}>{ident}[{pid}]: xsr: {text}").as_bytes())
+}
+
 /// A line on stderr, which may be closed.
-pub(crate) fn say(text: impl fmt::Display) {
+fn print(text: &str) {
     writeln!(io::stderr(), "xsr-emu-manager: {text}").ok();
+}
+
+/// An error, where there is no other way to report it: in syslog and on stderr.
+pub(crate) fn say(text: impl fmt::Display) {
+    let text = text.to_string().replace('\n', " ");
+    if let Some(syslog) = syslog() {
+        send(&syslog, Level::ERROR, &text).ok();
+    }
+    print(&text);
 }
 
 struct Layers {
     control: Arc<Control>,
     /// `None`: stderr takes its place.
     syslog: Option<UnixDatagram>,
-    ident: String,
     most: Level,
 }
 
@@ -76,14 +117,10 @@ impl<S: Subscriber> Layer<S> for Layers {
         let mut text = Text::default();
         event.record(&mut text);
         let text = text.message + &text.fields;
-        let sent = self.syslog.as_ref().map(|syslog| {
-            let priority = FACILITY | severity(level);
-            let pid = std::process::id();
-            let line = format!("<{priority}>{}[{pid}]: {text}", self.ident);
-            syslog.send(line.as_bytes())
-        });
+        let syslog = self.syslog.as_ref();
+        let sent = syslog.map(|syslog| send(syslog, level, &text));
         if !matches!(sent, Some(Ok(_))) {
-            say(&text);
+            print(&text);
         }
         if level <= Level::INFO {
             for piece in pieces(&text) {

@@ -26,6 +26,27 @@ struct Mock {
     machine: MockHost,
 }
 
+/// Where this program logs to.
+pub(crate) fn syslog() -> Option<PathBuf> {
+    env::var_os(RUN).map(|run| Path::new(&run).join("log"))
+}
+
+/// The machine must be as it was: what the program has left on is written to the file `left`.
+impl Drop for Mock {
+    fn drop(&mut self) {
+        let logging = Host::domains(&self.machine).unwrap_or_default();
+        let logging = logging
+            .iter()
+            .filter(|info| self.machine.is_log_dirty(info.domid).is_ok_and(|on| on))
+            .count();
+        let mapped = self.machine.mapped_pages();
+        if (logging, mapped) != (0, 0) {
+            let left = format!("{logging} dirty logs, {mapped} mapped pages");
+            std::fs::write(run_dir().join("left"), left).ok();
+        }
+    }
+}
+
 fn run_dir() -> PathBuf {
     let run = env::var_os(RUN).unwrap_or_else(|| "/var/run/xen".into());
     PathBuf::from(run)
@@ -46,6 +67,10 @@ pub(crate) fn open() -> Result<Box<dyn Backend>> {
         _ => bail!("{VARIABLE} is {name:?}, expected mock:DIR or mock-xen:DIR"),
     };
     let xen = machine.as_xen()?;
+    // As another process has left it that was killed.
+    if let Ok(domid) = std::fs::read_to_string(run_dir().join("dirty-log-of")) {
+        machine.hold_log_dirty(DomId(domid.parse()?))?;
+    }
     Ok(Box::new(Mock { host, xen, machine }))
 }
 
@@ -98,6 +123,7 @@ struct MockGuest {
 
 impl StandIn for MockGuest {
     fn suspend(&self) -> Result<(), ToolstackError> {
+        assert!(!run_dir().join("panic").exists(), "as the test asks");
         let suspended = self.domain.suspend();
         suspended.map_err(|error| ToolstackError::new("suspending the mock guest", error))
     }

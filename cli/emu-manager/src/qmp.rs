@@ -1,15 +1,19 @@
-//! The device model's dirty log, switched by QMP: pages that qemu writes are dirty as those that the
-//! guest writes are.
+//! What a save asks of the device model, by QMP: its dirty log (pages that qemu writes are dirty as
+//! those that the guest writes are), and that it runs on after a save that has failed.
 //!
 //! qemu serves one client at a time, and xenopsd is another: the connection is closed at once.
 //! libxl's own callback does the same (`tools/libs/light/libxl_x86.c`).
 
 use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use serde_json::{Value, json};
 use xsr_save_restore::progress::{Cancel, Cancelled};
 
@@ -21,7 +25,7 @@ const LONGEST: usize = 64 << 10;
 /// How long qemu may take.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
-    /// To greet: another client may be connected.
+    /// To accept the connection and greet: another client may be connected.
     pub(crate) greeting: Duration,
     /// To answer a command.
     pub(crate) answer: Duration,
@@ -51,15 +55,31 @@ pub(crate) fn switch_dirty_log(
     limits: Limits,
     cancel: &Cancel,
 ) -> Result<()> {
-    tracing::debug!(socket = %socket.display(), on, "qemu's dirty log");
-    let mut client = Client::connect(socket, cancel).context("connecting to qemu (QMP)")?;
-    client.greeting(limits.greeting)?;
-    client.command(&json!({"execute": "qmp_capabilities"}), limits.answer)?;
     let command = json!({
         "execute": "xen-set-global-dirty-log",
         "arguments": {"enable": on},
     });
-    client.command(&command, limits.answer)
+    execute(socket, &command, limits, cancel)
+}
+
+/// Have the qemu behind `socket` run on: xenopsd has stopped it when it suspended the guest.
+///
+/// # Errors
+///
+/// As [`switch_dirty_log`].
+pub(crate) fn run_on(socket: &Path, limits: Limits) -> Result<()> {
+    execute(socket, &json!({"execute": "cont"}), limits, &Cancel::new())
+}
+
+/// Connect, give one command, and close the connection.
+fn execute(socket: &Path, command: &Value, limits: Limits, cancel: &Cancel) -> Result<()> {
+    tracing::debug!(socket = %socket.display(), %command, "qemu");
+    let greeted_by = Instant::now() + limits.greeting;
+    let mut client =
+        Client::connect(socket, cancel, greeted_by).context("connecting to qemu (QMP)")?;
+    client.greeting(greeted_by)?;
+    client.command(&json!({"execute": "qmp_capabilities"}), limits.answer)?;
+    client.command(command, limits.answer)
 }
 
 struct Client<'c> {
@@ -70,8 +90,28 @@ struct Client<'c> {
 }
 
 impl<'c> Client<'c> {
-    fn connect(path: &Path, cancel: &'c Cancel) -> Result<Self> {
-        let socket = UnixStream::connect(path)?;
+    /// qemu accepts one client at a time and has room for one or two that wait: for the others,
+    /// connect(2) would block until one of them has gone.
+    fn connect(path: &Path, cancel: &'c Cancel, until: Instant) -> Result<Self> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let address = UnixAddr::new(path)?;
+        let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+        loop {
+            match connect(socket.as_raw_fd(), &address) {
+                Ok(()) => break,
+                Err(Errno::EAGAIN) => {
+                    if cancel.is_cancelled() {
+                        return Err(io::Error::other(Cancelled).into());
+                    }
+                    ensure!(Instant::now() < until, "other clients are connected to it");
+                    thread::sleep(LOOK_EVERY);
+                }
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(io::Error::from(errno).into()),
+            }
+        }
+        let socket = UnixStream::from(socket);
+        socket.set_nonblocking(false)?;
         socket.set_read_timeout(Some(LOOK_EVERY))?;
         // Commands are short: a socket that has no room for one is not read at all.
         socket.set_write_timeout(Some(Duration::from_secs(1)))?;
@@ -82,8 +122,8 @@ impl<'c> Client<'c> {
         })
     }
 
-    fn greeting(&mut self, limit: Duration) -> Result<()> {
-        let message = self.message(limit).context("waiting for its greeting")?;
+    fn greeting(&mut self, until: Instant) -> Result<()> {
+        let message = self.message(until).context("waiting for its greeting")?;
         ensure!(message.get("QMP").is_some(), "it greets with {message}");
         Ok(())
     }
@@ -93,8 +133,7 @@ impl<'c> Client<'c> {
         self.socket.write_all(format!("{command}\r\n").as_bytes())?;
         let until = Instant::now() + limit;
         loop {
-            let left = until.saturating_duration_since(Instant::now());
-            let message = self.message(left);
+            let message = self.message(until);
             let message = message.with_context(|| format!("waiting for its answer to {name}"))?;
             if message.get("return").is_some() {
                 return Ok(());
@@ -115,10 +154,10 @@ impl<'c> Client<'c> {
     }
 
     /// The next message. Each is one line.
-    fn message(&mut self, limit: Duration) -> Result<Value> {
-        let until = Instant::now() + limit;
+    fn message(&mut self, until: Instant) -> Result<Value> {
         let mut room = [0; 4096];
         loop {
+            ensure!(Instant::now() < until, "nothing came in time");
             if let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = self.buffer.drain(..=end).collect();
                 if line.trim_ascii().is_empty() {
@@ -137,10 +176,9 @@ impl<'c> Client<'c> {
                 Ok(0) => bail!("it closed the connection"),
                 Ok(n) => self.buffer.extend(&room[..n]),
                 Err(error) => match error.kind() {
-                    io::ErrorKind::Interrupted => {}
-                    io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-                        ensure!(Instant::now() < until, "nothing came in time");
-                    }
+                    io::ErrorKind::Interrupted
+                    | io::ErrorKind::WouldBlock
+                    | io::ErrorKind::TimedOut => {}
                     _ => return Err(error.into()),
                 },
             }
@@ -154,7 +192,9 @@ mod tests {
 
     use std::io::{BufRead as _, BufReader};
     use std::os::unix::net::UnixListener;
-    use std::thread::{self, JoinHandle};
+    use std::thread::JoinHandle;
+
+    use nix::sys::socket::{Backlog, bind, listen};
 
     use super::*;
 
@@ -170,10 +210,7 @@ mod tests {
         greeting: &'static str,
         answers: &'static [&'static str],
     ) -> (tempfile::TempDir, JoinHandle<Vec<Value>>) {
-        let dir = tempfile::tempdir().unwrap();
-        let listener = UnixListener::bind(dir.path().join("qmp")).unwrap();
-        let served = thread::spawn(move || {
-            let (mut client, _) = listener.accept().unwrap();
+        serve(move |mut client| {
             client.write_all(greeting.as_bytes()).ok();
             let mut lines = BufReader::new(client.try_clone().unwrap()).lines();
             let mut commands = Vec::new();
@@ -185,7 +222,16 @@ mod tests {
             // Until the client has closed the connection.
             lines.next();
             commands
-        });
+        })
+    }
+
+    /// A qemu that does this with its first client.
+    fn serve<T: Send + 'static>(
+        with: impl FnOnce(UnixStream) -> T + Send + 'static,
+    ) -> (tempfile::TempDir, JoinHandle<T>) {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(dir.path().join("qmp")).unwrap();
+        let served = thread::spawn(move || with(listener.accept().unwrap().0));
         (dir, served)
     }
 
@@ -230,6 +276,58 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let error = switch(&dir, &Cancel::new()).unwrap_err();
         assert!(format!("{error:#}").contains("No such file"), "{error:#}");
+    }
+
+    #[test]
+    fn events_do_not_extend_the_wait_for_an_answer() {
+        const EVENT: &[u8] = b"{\"event\": \"RTC_CHANGE\"}\n";
+        let (dir, served) = serve(|mut client| {
+            client.write_all(GREETING.as_bytes()).unwrap();
+            // As long as the client is there.
+            while client.write_all(EVENT).is_ok() {}
+        });
+        let error = switch(&dir, &Cancel::new()).unwrap_err();
+        let said = "answer to qmp_capabilities: nothing came in time";
+        assert!(format!("{error:#}").contains(said), "{error:#}");
+        served.join().unwrap();
+    }
+
+    #[test]
+    fn a_qemu_whose_queue_is_full_is_waited_for_with_a_limit_and_the_token() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("qmp");
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let of = |flags| socket(AddressFamily::Unix, SockType::Stream, flags, None).unwrap();
+        let address = UnixAddr::new(&path).unwrap();
+        let listener = of(SockFlag::SOCK_CLOEXEC);
+        bind(listener.as_raw_fd(), &address).unwrap();
+        listen(&listener, Backlog::new(1).unwrap()).unwrap();
+        let mut clients = Vec::new();
+        loop {
+            let client = of(flags);
+            match connect(client.as_raw_fd(), &address) {
+                Ok(()) => clients.push(client),
+                Err(errno) => break assert_eq!(errno, Errno::EAGAIN),
+            }
+        }
+        let error = switch(&dir, &Cancel::new()).unwrap_err();
+        assert!(
+            format!("{error:#}").contains("other clients are connected"),
+            "{error:#}"
+        );
+        let cancel = Cancel::new();
+        cancel.cancel();
+        let patient = switch_dirty_log(&path, true, Limits::PATIENT, &cancel);
+        let error = format!("{:#}", patient.unwrap_err());
+        assert!(error.contains("cancelled"), "{error}");
+    }
+
+    #[test]
+    fn it_runs_on() {
+        let answers = &["{\"return\": {}}\r\n", "{\"return\": {}}\r\n"];
+        let (dir, served) = qemu(GREETING, answers);
+        run_on(&dir.path().join("qmp"), SHORT).unwrap();
+        assert_eq!(served.join().unwrap()[1], json!({"execute": "cont"}));
     }
 
     #[test]

@@ -1,23 +1,31 @@
 //! xenopsd as the engine's toolstack: each question is a line.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use anyhow::{Context as _, Result};
 use xsr_format::frame::Gfn;
 use xsr_save_restore::progress::Cancel;
 use xsr_save_restore::toolstack::{
-    MissingStaticData, OlderGuest, RestoreToolstack, SaveToolstack, ToolstackError, make_up_for,
+    DirectToolstack, MissingStaticData, OlderGuest, RestoreToolstack, SaveToolstack,
+    ToolstackError, make_up_for,
 };
-use xsr_xen_backend::Domain;
+use xsr_xen_backend::{Domain, ShutdownReason};
 
+use crate::Open;
+use crate::args::Args;
 use crate::backend::StandIn;
 use crate::control::{Control, End};
 use crate::qmp::{self, Limits};
 
-/// xenopsd, during a save.
+/// xenopsd, during a save. On drop qemu's dirty log is switched off, unless the save is
+/// [complete](Saving::complete).
 pub(crate) struct Saving<'c> {
     pub(crate) control: &'c Control,
-    /// Where qemu's dirty log is switched, if the save is live and there is a qemu.
+    pub(crate) domain: &'c dyn Domain,
+    /// The socket of its qemu, if there is one.
     pub(crate) qmp: Option<PathBuf>,
+    /// The guest runs while it is saved.
+    pub(crate) live: bool,
     /// The dirty log may be on.
     pub(crate) logging: bool,
     /// What a domain needs that xenopsd cannot suspend itself. On Xen: nothing.
@@ -47,16 +55,22 @@ impl SaveToolstack for Saving<'_> {
         }
     }
 
-    /// xenopsd resumes the guest itself, once it knows that the save has failed.
+    /// xenopsd resumes no guest: it destroys one that it finds suspended after a save has failed
+    /// (`xenops_server.ml`, `VM_check_state`), and leaves one alone that runs. So this is done
+    /// before it is told.
     fn resume(&mut self) -> Result<(), ToolstackError> {
-        tracing::debug!("xenopsd resumes or destroys the guest");
-        Ok(())
+        let resumed = resume(self.domain, self.qmp.as_deref());
+        match &resumed {
+            Ok(()) => tracing::info!("the save is not complete: the guest runs on"),
+            Err(error) => tracing::error!("the guest is still suspended: {error}"),
+        }
+        resumed
     }
 
-    /// Switched off only by [`Saving::give_up`]: when a save is complete, qemu has stopped for
-    /// good and xenopsd is connected to it.
+    /// Switched off only on drop: when a save is complete, qemu has stopped for good and xenopsd
+    /// is connected to it.
     fn switch_qemu_logdirty(&mut self, on: bool) -> Result<(), ToolstackError> {
-        let (Some(qmp), true) = (&self.qmp, on) else {
+        let (Some(qmp), true, true) = (&self.qmp, self.live, on) else {
             return Ok(());
         };
         self.logging = true;
@@ -68,14 +82,64 @@ impl SaveToolstack for Saving<'_> {
 }
 
 impl Saving<'_> {
-    /// The save has failed: the guest runs on, and qemu must not go on marking pages.
-    pub(crate) fn give_up(&mut self) {
+    /// xenopsd has the result: what becomes of guest and qemu is its business.
+    pub(crate) fn complete(mut self) {
+        self.logging = false;
+    }
+}
+
+impl Drop for Saving<'_> {
+    /// The guest runs on, and qemu must not go on marking pages.
+    fn drop(&mut self) {
         if let (true, Some(qmp)) = (self.logging, &self.qmp)
             && let Err(error) = qmp::switch_dirty_log(qmp, false, Limits::BRIEF, &Cancel::new())
         {
             tracing::warn!("qemu's dirty log could not be switched off: {error:#}");
         }
     }
+}
+
+/// Have a suspended guest run on, with the qemu that xenopsd has stopped.
+///
+/// What xenopsd itself does in `Domain.resume`, which it calls at another's request only.
+fn resume(domain: &dyn Domain, qmp: Option<&Path>) -> Result<(), ToolstackError> {
+    // A guest whose qemu is stopped is better than none: its memory is not lost.
+    if let Some(qmp) = qmp
+        && let Err(error) = qmp::run_on(qmp, Limits::BRIEF)
+    {
+        tracing::error!("qemu may still be stopped: {error:#}; restart the VM if it hangs");
+    }
+    DirectToolstack(domain).resume()
+}
+
+/// Undo a save whose process was killed: the guest, which may be `suspended` by it, runs on, and
+/// its writes are no longer logged.
+///
+/// # Errors
+///
+/// The hypervisor or qemu refuses.
+pub(crate) fn undo_save(args: &Args, live: bool, suspended: bool, open: Open) -> Result<()> {
+    let backend = open()?;
+    let domain = backend.host().domain(args.domid)?;
+    let domain = domain.as_ref();
+    let qmp = args.qemu.then(|| backend.qmp_socket(args.domid));
+    let resumed = match domain.info()?.shutdown {
+        Some(ShutdownReason::Suspend) if suspended => {
+            resume(domain, qmp.as_deref()).map_err(anyhow::Error::from)
+        }
+        Some(reason) => Err(anyhow::anyhow!("the guest has shut down ({reason})")),
+        None => Ok(()),
+    };
+    if live {
+        domain
+            .disable_log_dirty()
+            .context("switching the dirty log off")?;
+        if let Some(qmp) = &qmp {
+            qmp::switch_dirty_log(qmp, false, Limits::BRIEF, &Cancel::new())
+                .context("switching qemu's dirty log off")?;
+        }
+    }
+    resumed
 }
 
 /// xenopsd, during a restore: it has prepared the domain, and waits for the result.

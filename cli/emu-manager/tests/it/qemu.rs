@@ -1,7 +1,8 @@
-//! qemu's dirty log: on before a live save begins, off when one fails, and nothing else.
+//! qemu: its dirty log is on before a live save begins and off when one fails; and it runs on with
+//! the guest when a save fails after the guest was suspended.
 
 use std::fs;
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::Command;
@@ -26,8 +27,9 @@ fn qemu(run: &Path, answer: fn(&str) -> &'static str) -> Arc<Mutex<Vec<String>>>
             client.write_all(b"{\"QMP\": {}}\r\n").unwrap();
             for line in BufReader::new(client.try_clone().unwrap()).lines() {
                 let line = line.unwrap();
-                client.write_all(answer(&line).as_bytes()).unwrap();
+                let answer = answer(&line);
                 heard.lock().unwrap().push(line);
+                client.write_all(answer.as_bytes()).unwrap();
             }
             heard.lock().unwrap().push("closed".to_owned());
         }
@@ -97,6 +99,50 @@ fn it_is_off_again_when_a_live_save_fails() {
         let log = log.lock().unwrap();
         assert!(log[3..].contains(&switch(false)), "{log:?}");
         assert_eq!(shutdown(&machine), None);
+    }
+}
+
+const CONT: &str = "{\"execute\":\"cont\"}";
+
+fn drain(from: &mut io::PipeReader) {
+    io::copy(from, &mut io::sink()).unwrap();
+}
+
+#[test]
+fn it_runs_on_with_the_guest_when_a_save_fails_after_the_suspend() {
+    for (live, last) in [
+        (false, "done\n"),
+        (false, "done\nabort\n"),
+        (true, "done\nabort\n"),
+        (true, "done\ntea\n"),
+    ] {
+        let dir = scratch();
+        let (machine, run) = (guest(dir.path(), GuestKind::Hvm, 8), dir.path().join("run"));
+        let log = qemu(&run, |_| FINE);
+        let (from, to) = io::pipe().unwrap();
+        let words = format!("-mode hvm_save -dm qemu -live {live}");
+        let mut with_run = |command: &mut Command| {
+            command.env("XSR_EMU_TEST_RUN", &run);
+        };
+        let mut xenopsd = Xenopsd::start_with(&machine, &words, to.into(), &mut with_run);
+        assert!(xenopsd.until("prepare:"));
+        xenopsd.say("done\n");
+        let reading = live.then(|| from.try_clone().unwrap());
+        let reader = reading.map(|mut from| thread::spawn(move || drain(&mut from)));
+        assert!(xenopsd.until("suspend:"));
+        // Now nothing takes a stream that is not live.
+        drop(from);
+        xenopsd.say(last);
+        let ended = xenopsd.end();
+        assert!(ended.with("result:").is_empty(), "{ended:?}");
+        assert_eq!(shutdown(&machine), None);
+        let log = log.lock().unwrap();
+        let conts = log.iter().filter(|line| *line == CONT).count();
+        assert_eq!(conts, 1, "{log:?}");
+        assert_eq!(log.contains(&switch(false)), live, "{log:?}");
+        if let Some(reader) = reader {
+            reader.join().unwrap();
+        }
     }
 }
 

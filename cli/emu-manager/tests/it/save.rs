@@ -96,6 +96,13 @@ enum Point {
     Suspended,
 }
 
+impl Point {
+    /// The guest is suspended by then.
+    fn is_suspended(self, live: bool) -> bool {
+        self == Self::Suspended || self == Self::Stalled && !live
+    }
+}
+
 const POINTS: [Point; 6] = [
     Point::Start,
     Point::Prepare,
@@ -168,10 +175,10 @@ fn an_abort_ends_a_save_in_good_order_wherever_it_comes() {
                     continue;
                 }
                 ended.aborted();
-                let suspended = point == Point::Suspended || point == Point::Stalled && !live;
-                if !suspended {
-                    assert_eq!(state, None, "{live} {stream:?} {point:?}");
-                }
+                assert_eq!(state, None, "{live} {stream:?} {point:?}");
+                let resumed = ended.with("info:the save is not complete: the guest runs on");
+                let suspended = point.is_suspended(live);
+                assert_eq!(resumed.len(), usize::from(suspended), "{ended:?}");
             }
         }
     }
@@ -190,11 +197,12 @@ fn the_end_of_the_pipe_and_nonsense_fail_a_save_wherever_they_come() {
                     None => xenopsd.hang_up(),
                     Some(text) => xenopsd.say(text),
                 };
-                let (ended, _) = disturbed(Kind::Pipe, point, live, act).unwrap();
+                let (ended, state) = disturbed(Kind::Pipe, point, live, act).unwrap();
                 if point == Point::Suspended && !ended.with("result:").is_empty() {
                     continue;
                 }
                 ended.failed(2, text);
+                assert_eq!(state, None, "{live} {point:?}");
             }
         }
     }

@@ -1,7 +1,9 @@
 //! xenopsd, as far as an emu-manager sees it: two pipes, and a suspend image around the stream.
 
 use std::fs::{self, File};
-use std::io::{self, BufRead as _, BufReader, PipeReader, PipeWriter, Read as _, Write as _};
+use std::io::{
+    self, BufRead as _, BufReader, PipeReader, PipeWriter, Read as _, Seek as _, Write as _,
+};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -52,6 +54,8 @@ pub(crate) struct Xenopsd {
     child: Child,
     from: BufReader<PipeReader>,
     to: Option<PipeWriter>,
+    /// Where the emu-manager notes what it has left on.
+    run: Option<PathBuf>,
     /// Lines that have come.
     pub(crate) lines: Vec<String>,
     _watch: Sender<()>,
@@ -115,7 +119,11 @@ impl Xenopsd {
         let words = format!("-controloutfd 6 -controlinfd 5 -fd 7 -domid 1 {words}");
         let mut command = command(env!("CARGO_BIN_EXE_xsr-emu-manager-mock"), &words);
         let backend = format!("mock:{}", machine.display());
-        command.env("XSR_EMU_TEST_BACKEND", backend);
+        let run = machine.with_extension("run");
+        fs::create_dir_all(&run).ok();
+        command
+            .env("XSR_EMU_TEST_BACKEND", backend)
+            .env("XSR_EMU_TEST_RUN", run);
         more(&mut command);
         Self::spawn(command, stream)
     }
@@ -130,6 +138,10 @@ impl Xenopsd {
             .stderr(Stdio::from(stream))
             .spawn()
             .unwrap();
+        let run = command
+            .get_envs()
+            .find(|(name, _)| *name == "XSR_EMU_TEST_RUN")
+            .and_then(|(_, value)| Some(PathBuf::from(value?)));
         // It holds our copies of the descriptors of the child.
         drop(command);
         let pid = Pid::from_raw(child.id().try_into().unwrap());
@@ -144,6 +156,7 @@ impl Xenopsd {
             from: BufReader::new(out),
             to: Some(to),
             lines: Vec::new(),
+            run,
             _watch: watch,
         }
     }
@@ -193,13 +206,18 @@ impl Xenopsd {
         self.wait()
     }
 
-    /// Wait for the end without reading any more lines.
+    /// Wait for the end without reading any more lines. No dirty log is on then, and nothing mapped.
     pub(crate) fn wait(mut self) -> Ended {
         drop(self.from);
         drop(self.to);
+        let code = self.child.wait().unwrap().code();
+        if let Some(run) = self.run {
+            let left = fs::read_to_string(run.join("left")).ok();
+            assert_eq!(left, None, "{:?}", self.lines);
+        }
         Ended {
             lines: self.lines,
-            code: self.child.wait().unwrap().code(),
+            code,
         }
     }
 }
@@ -270,6 +288,11 @@ impl Target {
     /// All of the image, xenopsd's own records after END included, as xenopsd itself would
     /// write them at the place where the descriptor stands.
     pub(crate) fn image(mut self) -> Vec<u8> {
+        if let Far::File(path) = &self.far {
+            // A suspend VDI is a block device: O_APPEND does not lead to its end.
+            let length = fs::metadata(path).unwrap().len();
+            assert_eq!(self.ours.stream_position().unwrap(), length);
+        }
         self.ours.write_all(AFTER).unwrap();
         let flags = fcntl(&self.ours, FcntlArg::F_GETFL).unwrap();
         assert_eq!(flags, self.flags, "its flags are as they were");
