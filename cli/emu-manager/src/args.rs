@@ -50,6 +50,8 @@ pub(crate) struct Args {
     pub(crate) vgpu: bool,
     /// xenopsd wants compression, where both ends can.
     pub(crate) compress: bool,
+    /// The NUMA node that xenopsd has planned for the memory.
+    pub(crate) node: Option<String>,
     pub(crate) debug: bool,
 }
 
@@ -87,6 +89,7 @@ struct Given {
     store_port: Option<String>,
     console_port: Option<String>,
     compress: Option<String>,
+    node: Option<String>,
     dm: Vec<String>,
     debug: bool,
     print: Option<String>,
@@ -145,6 +148,7 @@ pub(crate) fn parse(words: &[String]) -> Result<Request, String> {
         qemu,
         vgpu,
         compress: flag("-compress", given.compress.as_deref())?,
+        node: given.node,
         debug: given.debug,
     }))
 }
@@ -205,8 +209,9 @@ fn read(words: &[String]) -> Result<Given, String> {
                     "store_port" => &mut given.store_port,
                     "console_port" => &mut given.console_port,
                     "compress" => &mut given.compress,
-                    "dm" | "supports" | "mem_pnode" | "fork" | "debuglog" | "trace"
-                    | "traceparent" | "tracestate" => &mut unused,
+                    "mem_pnode" => &mut given.node,
+                    "dm" | "supports" | "fork" | "debuglog" | "trace" | "traceparent"
+                    | "tracestate" => &mut unused,
                     _ => return Err(format!("unknown option {word:?}")),
                 };
                 let value = inline.or_else(|| words.next());
@@ -270,6 +275,7 @@ mod tests {
             qemu: false,
             vgpu: false,
             compress: false,
+            node: None,
             debug: false,
         }
     }
@@ -286,6 +292,7 @@ mod tests {
             qemu: true,
             vgpu: true,
             compress: true,
+            node: Some("1".to_owned()),
             ..save(false)
         };
         assert_eq!(parsed(&line), Ok(Request::Work(expected)));

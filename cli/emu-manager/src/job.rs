@@ -37,6 +37,9 @@ pub(crate) fn run(args: &Args, stream: OwnedFd, control: &Control, open: Open) -
         args.what(),
         args.domid.0
     );
+    if let Some(node) = &args.node {
+        tracing::info!("-mem_pnode {node} is not heeded: the vcpus' affinity places the memory");
+    }
     let backend = open()?;
     let backend = backend.as_ref();
     let domain = backend.host().domain(args.domid)?;

@@ -48,8 +48,15 @@ impl Line<'_> {
         let mut line = format!("{prefix}:{text}");
         let room = LONGEST - 1;
         if line.len() > room {
-            let end = (0..=room).rev().find(|at| line.is_char_boundary(*at));
-            line.truncate(end.unwrap_or(0));
+            // What failed is at the beginning, and the cause at the end.
+            const CUT: &str = " ... ";
+            let half = (room - CUT.len()) / 2;
+            let is_between = |at: &usize| line.is_char_boundary(*at);
+            let begin = (0..=half).rev().find(is_between);
+            let end = (line.len() - half..=line.len()).find(is_between);
+            if let (Some(begin), Some(end)) = (begin, end) {
+                line.replace_range(begin..end, CUT);
+            }
         }
         line.push('\n');
         line.into_bytes()
@@ -94,12 +101,15 @@ mod tests {
     }
 
     #[test]
-    fn a_long_line_is_cut_between_characters() {
-        for text in ["x".repeat(500), format!("x{}", "é".repeat(200))] {
+    fn a_long_line_is_cut_in_the_middle_between_characters() {
+        for middle in ["x".repeat(500), format!("x{}", "é".repeat(200))] {
+            let text = format!("saving domain 7: {middle}: No space left on device");
             let line = Line::Error(&text).encode();
-            assert!((LONGEST - 1..=LONGEST).contains(&line.len()), "{line:?}");
-            assert_eq!(line.last(), Some(&b'\n'));
-            assert!(std::str::from_utf8(&line).is_ok());
+            assert!((LONGEST - 6..=LONGEST).contains(&line.len()), "{line:?}");
+            let line = String::from_utf8(line).unwrap();
+            assert!(line.starts_with("error:saving domain 7: x"), "{line}");
+            assert!(line.ends_with(": No space left on device\n"), "{line}");
+            assert!(line.contains(" ... "), "{line}");
         }
     }
 }

@@ -9,7 +9,7 @@
 //! | `vcpu/weight`, `vcpu/cap` | of the credit scheduler |
 //! | `hpet` | whether a translated guest has an HPET; if missing or empty: yes |
 //! | `timeoffset` | seconds that a translated guest's clock is ahead |
-//! | `cores-per-socket` | has to divide the number of a translated guest's vcpus |
+//! | `cores-per-socket` | should divide the number of a translated guest's vcpus |
 //! | `nested-virt`, else `exp-nested-hvm` | for a guest whose image has no CPU policy |
 //! | `featureset` | likewise: words of 32 features in hexadecimal |
 //! | `generation-id` | two numbers, `A:B`, which a translated guest finds at a place that it named |
@@ -49,22 +49,23 @@ impl<'b> Platform<'b> {
         Ok(Some(text.trim_matches(['\0', ' ', '\n']).to_owned()))
     }
 
-    /// The number of a key; `None` where there is none, or nothing in it.
-    fn number<N: std::str::FromStr>(&self, key: &str) -> Result<Option<N>> {
-        let text = self.text(key)?.filter(|text| !text.is_empty());
-        text.map(|text| {
-            let number = text.parse().ok();
-            number.with_context(|| {
-                format!("platform/{key} in xenstore is {text:?}, expected a number")
-            })
-        })
-        .transpose()
+    /// The number of a key; `None` where there is none, or nothing in it, or nonsense: a VM that
+    /// cannot be resumed or moved for that is worse than one without what the key asks for.
+    fn number<N: TryFrom<i64>>(&self, key: &str) -> Result<Option<N>> {
+        let Some(text) = self.text(key)?.filter(|text| !text.is_empty()) else {
+            return Ok(None);
+        };
+        let number = integer(&text).and_then(|number| N::try_from(number).ok());
+        if number.is_none() {
+            tracing::warn!("platform/{key} in xenstore is ignored: {text:?} is no number in range");
+        }
+        Ok(number)
     }
 
     /// Whether a key is `true` or a number that is not 0. Other words mean no.
     fn flag(&self, key: &str) -> Result<bool> {
         let text = self.text(key)?.unwrap_or_default();
-        Ok(text.eq_ignore_ascii_case("true") || text.parse::<i64>().is_ok_and(|n| n != 0))
+        Ok(text.eq_ignore_ascii_case("true") || integer(&text).is_some_and(|n| n != 0))
     }
 
     /// Before a save.
@@ -82,7 +83,7 @@ impl<'b> Platform<'b> {
     ///
     /// # Errors
     ///
-    /// The key makes no sense.
+    /// xenstore cannot be asked.
     pub(crate) fn policy(&self) -> Result<Box<dyn PrecopyPolicy>> {
         const KEY: &str = "xsr-max-downtime";
         if self.text(KEY)?.as_deref() == Some("xen") {
@@ -93,26 +94,29 @@ impl<'b> Platform<'b> {
         Ok(Box::new(MigrationPolicy::new(allowed)))
     }
 
-    /// Set up the domain of a restore, before the stream is read.
+    /// Set up the domain of a restore, before the stream is read. A key that makes no sense is
+    /// ignored with a warning.
     ///
     /// # Errors
     ///
-    /// A key makes no sense, or the hypervisor refuses.
+    /// xenstore cannot be asked, or there is no such domain.
     pub(crate) fn set_up(&self, domain: &dyn Domain, translated: bool) -> Result<()> {
         let xen = self.backend.xen();
         let vcpus = self.number::<u32>("vcpu/number")?.unwrap_or(0);
         let last = domain.info()?.max_vcpu_id;
-        ensure!(
-            vcpus <= last + 1,
-            "platform/vcpu/number in xenstore is {vcpus}, and the domain has {} vcpus",
-            last + 1
-        );
+        if vcpus > last + 1 {
+            tracing::warn!(
+                "platform/vcpu/number in xenstore is {vcpus}, and the domain has {} vcpus",
+                last + 1
+            );
+        }
         if translated {
             let cores = self.number::<u32>("cores-per-socket")?.unwrap_or(0);
-            ensure!(
-                cores == 0 || vcpus % cores == 0,
-                "platform/cores-per-socket in xenstore is {cores}, which does not divide {vcpus} vcpus"
-            );
+            if cores != 0 && vcpus % cores != 0 {
+                tracing::warn!(
+                    "platform/cores-per-socket in xenstore is {cores}, which does not divide {vcpus} vcpus"
+                );
+            }
             let hpet = match self.text("hpet")?.as_deref() {
                 None | Some("") => true,
                 Some(_) => self.flag("hpet")?,
@@ -124,24 +128,35 @@ impl<'b> Platform<'b> {
             let offset = self.number("timeoffset")?.unwrap_or(0);
             xen.set_time_offset(self.domid, offset)?;
         }
-        for vcpu in 0..vcpus {
+        for vcpu in 0..vcpus.min(last + 1) {
             let key = format!("vcpu/{vcpu}/affinity");
             let Some(map) = self.text(&key)?.filter(|map| !map.is_empty()) else {
                 continue;
             };
-            ensure!(
-                map.len() <= MAX_PROCESSORS && map.bytes().all(|bit| bit == b'0' || bit == b'1'),
-                "platform/{key} in xenstore is {map:?}, expected a row of 0 and 1"
-            );
+            if map.len() > MAX_PROCESSORS || map.bytes().any(|bit| bit != b'0' && bit != b'1') {
+                tracing::warn!(
+                    "platform/{key} in xenstore is ignored: {map:?} is not a row of 0 and 1"
+                );
+                continue;
+            }
             let processors: Vec<bool> = map.bytes().map(|bit| bit == b'1').collect();
-            xen.set_hard_affinity(self.domid, vcpu, &processors)
-                .with_context(|| format!("platform/{key} in xenstore"))?;
+            if let Err(error) = xen.set_hard_affinity(self.domid, vcpu, &processors) {
+                tracing::warn!("platform/{key} in xenstore is ignored: {error}");
+            }
         }
         // 0 is "not set" to xapi.
         let share = |key| Ok::<_, anyhow::Error>(self.number::<u16>(key)?.filter(|n| *n != 0));
         let (weight, cap) = (share("vcpu/weight")?, share("vcpu/cap")?);
-        if (weight, cap) != (None, None) && !xen.set_credit(self.domid, weight, cap)? {
-            tracing::info!("weight and cap are not set: this host has another scheduler");
+        if (weight, cap) != (None, None) {
+            match xen.set_credit(self.domid, weight, cap) {
+                Ok(true) => {}
+                Ok(false) => {
+                    tracing::info!("weight and cap are not set: this host has another scheduler");
+                }
+                Err(error) => {
+                    tracing::warn!("platform/vcpu/weight and cap in xenstore are ignored: {error}");
+                }
+            }
         }
         Ok(())
     }
@@ -185,20 +200,33 @@ impl<'b> Platform<'b> {
         let Some((Some(first), Some(second))) = halves else {
             bail!("platform/generation-id in xenstore is {text:?}, expected two numbers, A:B");
         };
+        let mut id = [0; 16];
+        id[..8].copy_from_slice(&first.to_le_bytes());
+        id[8..].copy_from_slice(&second.to_le_bytes());
         let gfn = Gfn(address / PAGE_SIZE as u64);
         let at = usize::try_from(address % PAGE_SIZE as u64)?;
-        ensure!(
-            at + 16 <= PAGE_SIZE,
-            "the guest's place for its generation id, {address:#x}, is on two pages"
-        );
-        let pages = domain.map(&[gfn], Access::Write)?.all_mapped()?;
-        let page = pages.page(0).context("the page was not mapped")?;
-        let mut bytes = page.to_page();
-        bytes[at..at + 8].copy_from_slice(&first.to_le_bytes());
-        bytes[at + 8..at + 16].copy_from_slice(&second.to_le_bytes());
-        page.copy_from(&bytes);
+        // The guest's firmware has chosen the place, which may be on two pages.
+        let (here, next) = id.split_at(id.len().min(PAGE_SIZE - at));
+        for (gfn, at, part) in [(gfn, at, here), (Gfn(gfn.0 + 1), 0, next)] {
+            if part.is_empty() {
+                continue;
+            }
+            let pages = domain.map(&[gfn], Access::Write)?.all_mapped()?;
+            let page = pages.page(0).context("the page was not mapped")?;
+            let mut bytes = page.to_page();
+            bytes[at..at + part.len()].copy_from_slice(part);
+            page.copy_from(&bytes);
+        }
         tracing::debug!("generation id {text} at {address:#x}");
         Ok(())
+    }
+}
+
+/// A whole number, in decimal, or in hexadecimal after 0x.
+fn integer(text: &str) -> Option<i64> {
+    match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        Some(digits) => i64::from_str_radix(digits, 16).ok(),
+        None => text.parse().ok(),
     }
 }
 

@@ -72,7 +72,8 @@ License: Expat or Apache-2.0
  their licences, are in third-party-licences.txt.
 ";
 
-/// Packs the tree as a tarball that unpacks over `/`, reproducible for a commit.
+/// Packs the tree as a tarball that unpacks over `/`, reproducible for a commit. `/` itself is not in
+/// it: tar would change its mode and owner.
 pub(super) fn tarball(dist: &Path, root: &Path) -> Result<PathBuf> {
     let to = dist.join(format!("xsr-{VERSION}-x86_64-linux.tar.gz"));
     Invocation::new("tar")
@@ -84,7 +85,12 @@ pub(super) fn tarball(dist: &Path, root: &Path) -> Result<PathBuf> {
         .arg("--create")
         .arg("--file")
         .arg(&to)
-        .arg(".")
+        .args(
+            &listed(root)?
+                .iter()
+                .filter_map(|entry| entry.file_name())
+                .collect::<Vec<_>>(),
+        )
         .run()?;
     Ok(to)
 }

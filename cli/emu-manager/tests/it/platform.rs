@@ -123,14 +123,53 @@ fn nonsense_in_xenstore_is_told() {
         ("vcpu/weight", "-1"),
         ("vcpu/cap", "x"),
         ("timeoffset", "soon"),
+        ("vcpu/weight", "65536"),
         ("cores-per-socket", "3"),
-        ("featureset", "12-tea"),
     ] {
         let dir = scratch();
-        let set = [("vcpu/number", "2"), (key, value)];
-        let (ended, _) = restored(GuestKind::Pvh, &stream, &set, dir.path());
+        // The last of a key counts.
+        let set = [
+            ("vcpu/number", "2"),
+            ("vcpu/0/affinity", "01"),
+            (key, value),
+        ];
+        let (ended, host) = restored(GuestKind::Pvh, &stream, &set, dir.path());
+        ended.succeeded();
         let key = key.rsplit('/').next().unwrap();
-        ended.failed(2, key);
+        let warned = ended.with("info:platform/");
+        assert!(warned.iter().any(|line| line.contains(key)), "{ended:?}");
+        // What makes sense is done.
+        let placed = host.placement(DOMID).unwrap();
+        let affinity = usize::from(!["affinity", "number"].contains(&key) || value == "7");
+        assert_eq!(placed.affinity.len(), affinity, "{key} {value}");
+    }
+    let dir = scratch();
+    let set = [("featureset", "12-tea")];
+    let (ended, _) = restored(GuestKind::Pvh, &stream, &set, dir.path());
+    ended.failed(2, "featureset");
+}
+
+/// Its next migration takes the default.
+#[test]
+fn nonsense_for_the_downtime_is_told_and_no_more() {
+    for (value, warned) in [
+        ("soon", true),
+        ("-1", true),
+        ("0x64", false),
+        ("xen", false),
+    ] {
+        let dir = scratch();
+        let machine = guest(dir.path(), GuestKind::Pv, 8);
+        let run = dir.path().join("run");
+        keys(&run, &[("xsr-max-downtime", value)]);
+        let mut target = Target::new(Kind::Pipe, dir.path(), true);
+        let words = "-mode save -live true";
+        let mut xenopsd = Xenopsd::start_with(&machine, words, target.fd(), &mut with_run(&run));
+        crate::save::play(&mut xenopsd, &mut target);
+        let ended = xenopsd.wait();
+        ended.succeeded();
+        let lines = ended.with("info:platform/xsr-max-downtime in xenstore is ignored");
+        assert_eq!(lines.len(), usize::from(warned), "{value}: {ended:?}");
     }
 }
 
@@ -177,10 +216,14 @@ fn the_generation_id_is_written_where_the_guest_wants_it() {
         ended.failed(2, "generation-id");
     }
     let dir = scratch();
+    // On two pages.
     let across = with_generation_id(ADDRESS + 8);
     let set = [("generation-id", "7:8")];
-    let (ended, _) = restored(GuestKind::Hvm, &across, &set, dir.path());
-    ended.failed(2, "two pages");
+    let (ended, host) = restored(GuestKind::Hvm, &across, &set, dir.path());
+    ended.succeeded();
+    let domain = host.domain(DOMID).unwrap();
+    assert_eq!(at(&*domain, ADDRESS)[1], 7);
+    assert_eq!(at(&*domain, ADDRESS + 16)[0], 8);
     // A guest that wants none.
     let dir = scratch();
     let set = [("generation-id", "tea")];
