@@ -76,6 +76,8 @@ License: Expat or Apache-2.0
 /// it: tar would change its mode and owner.
 pub(super) fn tarball(dist: &Path, root: &Path) -> Result<PathBuf> {
     let to = dist.join(format!("xsr-{VERSION}-x86_64-linux.tar.gz"));
+    let entries = listed(root)?;
+    let entries = entries.iter().filter_map(|entry| entry.file_name());
     Invocation::new("tar")
         .args(["--sort=name", "--owner=0", "--group=0", "--numeric-owner"])
         .arg(format!("--mtime=@{}", date()))
@@ -85,12 +87,7 @@ pub(super) fn tarball(dist: &Path, root: &Path) -> Result<PathBuf> {
         .arg("--create")
         .arg("--file")
         .arg(&to)
-        .args(
-            &listed(root)?
-                .iter()
-                .filter_map(|entry| entry.file_name())
-                .collect::<Vec<_>>(),
-        )
+        .args(entries)
         .run()?;
     Ok(to)
 }
@@ -209,4 +206,25 @@ fn listed(directory: &Path) -> Result<Vec<PathBuf>> {
     }
     paths.sort();
     Ok(paths)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    #[test]
+    fn the_tarball_does_not_touch_the_root_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("root");
+        fs::create_dir_all(root.join("usr/bin")).unwrap();
+        fs::write(root.join("usr/bin/xsr"), "").unwrap();
+        let tarball = tarball(dir.path(), &root).unwrap();
+        let listed = Invocation::new("tar")
+            .arg("--list")
+            .arg("--file")
+            .arg(tarball);
+        assert_eq!(listed.capture().unwrap(), "usr/\nusr/bin/\nusr/bin/xsr\n");
+    }
 }
