@@ -9,6 +9,7 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
+use nix::sys::signal::{Signal, kill};
 use xsr_xen_backend::GuestKind;
 
 use crate::images::scratch;
@@ -143,6 +144,37 @@ fn it_runs_on_with_the_guest_when_a_save_fails_after_the_suspend() {
         if let Some(reader) = reader {
             reader.join().unwrap();
         }
+    }
+}
+
+/// While the stream is not read.
+#[test]
+fn it_is_off_again_however_a_live_save_ends_early() {
+    let acts: [fn(&mut Xenopsd); 4] = [
+        |xenopsd| xenopsd.say("abort\n"),
+        |xenopsd| xenopsd.hang_up(),
+        |xenopsd| kill(xenopsd.pid(), Signal::SIGTERM).unwrap(),
+        // xenopsd has answered before it was asked.
+        |xenopsd| xenopsd.say("done\n"),
+    ];
+    for (which, act) in acts.into_iter().enumerate() {
+        let dir = scratch();
+        let (machine, run) = (guest(dir.path(), GuestKind::Hvm, 8), dir.path().join("run"));
+        let log = qemu(&run, |_| FINE);
+        let target = Target::new(Kind::Socket, dir.path(), false);
+        let words = "-mode hvm_save -dm qemu -live true";
+        let mut xenopsd = start(&machine, words, &target, &run);
+        assert!(xenopsd.until("prepare:"));
+        xenopsd.say("done\n");
+        assert!(xenopsd.until(r"info:\b"));
+        act(&mut xenopsd);
+        let ended = xenopsd.end();
+        assert!(ended.with("result:").is_empty(), "{which}: {ended:?}");
+        assert_eq!(ended.with("error:").len(), usize::from(which > 0));
+        assert_eq!(shutdown(&machine), None);
+        let log = log.lock().unwrap();
+        assert_eq!(log.iter().filter(|line| **line == switch(false)).count(), 1);
+        assert!(!log.contains(&CONT.to_owned()), "{log:?}");
     }
 }
 
