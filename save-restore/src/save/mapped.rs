@@ -22,7 +22,7 @@ use xsr_xen_backend::Gather;
 use crate::error::{GuestError, SaveError};
 use crate::pipeline;
 use crate::save::batch::Batch;
-use crate::save::mapped::places::{NewRecord, Placed, Places, Unplaceable};
+use crate::save::mapped::places::{NewRecord, Placed, Places, Record, Unplaceable};
 use crate::sink::PageSink;
 use crate::storage::{StorageError, StorageWriter};
 
@@ -94,15 +94,21 @@ struct State {
     written: Vec<u64>,
 }
 
+const UNBEGUN: &str = "a mapped image is finished before its pages came";
+
+fn is_written(written: &[u64], slot: u32) -> bool {
+    let word = written.get(slot as usize / 64);
+    word.is_some_and(|word| word >> (slot % 64) & 1 == 1)
+}
+
 impl State {
     fn places(&mut self) -> Result<&mut Places, SaveError> {
-        let bug = WriteError::Bug("a mapped image is finished before its pages came");
+        let bug = WriteError::Bug(UNBEGUN);
         self.places.as_mut().ok_or(SaveError::from(bug))
     }
 
     fn is_written(&self, slot: u32) -> bool {
-        let word = self.written.get(slot as usize / 64);
-        word.is_some_and(|word| word >> (slot % 64) & 1 == 1)
+        is_written(&self.written, slot)
     }
 
     fn set_written(&mut self, slot: u32, written: bool) {
@@ -314,12 +320,11 @@ impl<'w> MappedImage<'w> {
             |()| go_on(),
         )?;
         let mut state = std::mem::take(&mut *lock(&self.state));
-        let written = state
-            .written
-            .iter()
-            .map(|word| u64::from(word.count_ones()));
-        let written: u64 = written.sum();
-        let places = state.places()?;
+        let State { places, written } = &mut state;
+        let places = places.as_mut().ok_or(WriteError::Bug(UNBEGUN))?;
+        // Slots that no longer exist may still be marked.
+        let slots = places.records.iter().flat_map(Record::slots);
+        let written = slots.filter(|slot| is_written(written, *slot)).count() as u64;
         let mut index = Vec::with_capacity(places.records.len());
         let mut digests = Vec::new();
         for record in &mut places.records {

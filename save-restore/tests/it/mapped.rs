@@ -7,6 +7,7 @@ use std::ops::ControlFlow;
 
 use crate::common::*;
 use xsr_format::layout::check::{Damage, check};
+use xsr_format::frame::Gfn;
 use xsr_format::layout::{LayoutError, Mapped, MappedWriter};
 use xsr_format::read::ReadOptions;
 use xsr_format::transcode::{CopyError, Layer, transcode};
@@ -21,7 +22,7 @@ use xsr_save_restore::storage::{Create, Durability, Opened, Storage, StorageName
 use xsr_save_restore::toolstack::DirectToolstack;
 use xsr_save_restore::{Live, SaveError, SaveRequest};
 use xsr_xen_backend::mock::{GuestSpec, MockHost, WorkloadSpec};
-use xsr_xen_backend::{DomId, Errno, Host};
+use xsr_xen_backend::{Access, DomId, Errno, GuestKind, Host};
 
 /// This many passes, whatever is dirty.
 struct Passes(u32);
@@ -289,6 +290,46 @@ fn pages_that_come_and_go_leave_no_gap() {
         }
     }
     assert!(moved > 100, "{moved} pages moved");
+}
+
+/// Slots that no longer exist do not count as pages: a guest without zero pages gives back its
+/// upper half between two passes.
+#[test]
+fn a_guest_that_gives_back_half_of_its_memory_has_the_zero_pages_that_are_left() {
+    for upper_half in [true, false] {
+        let host = host_with_an_older_log(168);
+        let spec = GuestSpec::new("pvh", GuestKind::Pvh, 16);
+        let domid = host.create_guest(&spec).unwrap();
+        let domain = host.domain(domid).unwrap();
+        let gfns: Vec<Gfn> = (0..4096).map(Gfn).collect();
+        let here = domain.map(&gfns, Access::Write).unwrap();
+        for (at, page) in here.iter() {
+            if page.to_page().iter().all(|byte| *byte == 0) {
+                page.write_entry(at % 512, 1 + at as u64);
+            }
+        }
+        drop(here);
+        let mut given_back = 0;
+        let mut step = |progress: &Progress| {
+            let ends = progress.phase == Phase::Precopy && progress.pass_is_complete();
+            if ends && given_back == 0 {
+                let half = if upper_half { 2048..4090 } else { 16..2048 };
+                for pfn in half {
+                    given_back += domain.release(&[Gfn(pfn)]).unwrap();
+                }
+            }
+            ControlFlow::Continue(())
+        };
+        let (file, stats) = to_memory(&host, domid, &LIVE, &mut step);
+        assert!(given_back > 1500, "{given_back} pages given back");
+        let index = assert_whole(&file);
+        let end = usize::try_from(index.footer().image_end).unwrap();
+        let pages = take_apart(&file[..end]).pages;
+        let contents = pages.values().filter_map(|(_, page)| *page);
+        let zeros = contents.filter(|page| page.iter().all(|byte| *byte == 0));
+        assert_eq!(stats.zero_pages, zeros.count() as u64);
+        assert!(stats.pages < 2600, "{} pages", stats.pages);
+    }
 }
 
 #[test]

@@ -67,6 +67,11 @@ impl Record {
         self.slots - self.dead
     }
 
+    /// Its slots that exist.
+    pub(super) fn slots(&self) -> std::ops::Range<u32> {
+        self.first_slot + self.dead..self.first_slot + self.slots
+    }
+
     fn end(&self) -> u64 {
         self.data() + u64::from(self.pages()) * PAGE
     }
@@ -535,8 +540,7 @@ impl Places {
     /// The real entries of a record in its final form.
     fn entries(&self, number: usize) -> Vec<PageEntry> {
         let record = &self.records[number];
-        let slots = record.first_slot + record.dead..record.first_slot + record.slots;
-        let data: Vec<u32> = slots.map(|slot| self.pfn_of[slot as usize]).collect();
+        let data: Vec<u32> = record.slots().map(|slot| self.pfn_of[slot as usize]).collect();
         let absent = record.home.clone();
         let absent: Vec<u32> = absent
             .filter(|pfn| self.slot_of[*pfn as usize] == NONE)
