@@ -12,17 +12,20 @@ use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender, TryRecvError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Error, Result};
-use nix::sys::signal::{Signal, killpg};
 use nix::unistd::{Pid, geteuid};
 use xsr_save_restore::progress::{Cancel, Cancelled};
 use xsr_save_restore::save::AtFreeze;
 use xsr_save_restore::toolstack::ToolstackError;
 
 use crate::exit::BadUsage;
+use crate::left::{self, Group, Left};
 use crate::text::{shown, shown_path};
 
 /// Where the program finds others.
@@ -30,6 +33,10 @@ const PROGRAMS: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// How often it is looked at whether the program has ended.
 const POLL: Duration = Duration::from_millis(2);
+
+/// How long to wait for the end of a program that was killed. One that waits for a disk takes as
+/// long as the disk.
+const REAP_WAIT: Duration = Duration::from_secs(5);
 
 /// The longest line of its output that is logged as one, in bytes.
 const LONGEST_LINE: u64 = 1024;
@@ -54,32 +61,99 @@ pub(crate) struct Program {
     cancel: Cancel,
     environment: Vec<(&'static str, OsString)>,
     running: Option<Running>,
-    /// Whether it was started, and has to learn how the save ended.
-    was_started: bool,
+    /// It was started, and has to learn how the save ended.
+    left: Option<Left>,
     /// The image has its name.
     pub(crate) is_saved: bool,
     /// How long it ran while the guest was suspended.
     pub(crate) took: Option<Duration>,
 }
 
-/// A program that was started.
+/// A program that was started. A thread waits for its end. Dropping this kills it, with all that it
+/// has started in its process group.
 #[derive(Debug)]
 struct Running {
+    group: Group,
+    stop: Arc<AtomicBool>,
+    ended: Receiver<Ended>,
+    has_ended: bool,
+    /// Its thread holds the other end until the program has been reaped.
+    reaped: Receiver<()>,
+}
+
+/// How a program ended, or why it was killed.
+#[derive(Debug)]
+struct Ended {
+    result: io::Result<()>,
+    took: Duration,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        left::kill(&self.group);
+        if self.reaped.recv_timeout(REAP_WAIT) == Err(RecvTimeoutError::Timeout) {
+            tracing::warn!("the program of --at-freeze was killed, but does not end");
+        }
+    }
+}
+
+/// Waits for the end of a child, kills it at the limit, and tells which of both it was.
+struct Waiting {
     child: Child,
+    group: Group,
+    stop: Arc<AtomicBool>,
+    cancel: Cancel,
+    limit: Duration,
     began: Instant,
 }
 
-impl Running {
-    /// Kills it, with all that it has started in its process group.
-    fn kill(&mut self) {
-        if let Ok(group) = i32::try_from(self.child.id())
-            && let Err(error) = killpg(Pid::from_raw(group), Signal::SIGKILL)
-        {
-            tracing::debug!(%error, "killing the program of --at-freeze");
+impl Waiting {
+    fn run(mut self, ended: &SyncSender<Ended>) {
+        let result = self.end();
+        let took = self.began.elapsed();
+        let is_killed = result.is_err();
+        if is_killed {
+            left::kill(&self.group);
         }
-        if let Err(error) = self.child.wait() {
-            tracing::debug!(%error, "waiting for the program of --at-freeze");
+        let result = result.and_then(|status| match status.success() {
+            true => Ok(()),
+            false => Err(io::Error::other(failed(status))),
+        });
+        // Refused if the save has failed for another reason.
+        ended.send(Ended { result, took }).ok();
+        // A killed program may take a moment.
+        while is_killed && matches!(self.reap(), Ok(None)) {
+            thread::sleep(POLL);
         }
+    }
+
+    fn end(&mut self) -> io::Result<ExitStatus> {
+        loop {
+            if let Some(status) = self.reap()? {
+                return Ok(status);
+            }
+            if self.began.elapsed() >= self.limit {
+                let limit = self.limit.as_secs();
+                return Err(io::Error::other(format!(
+                    "it has not ended within {limit} s, and was killed"
+                )));
+            }
+            if self.stop.load(Ordering::Relaxed) || self.cancel.is_cancelled() {
+                return Err(io::Error::other(Cancelled));
+            }
+            thread::sleep(POLL);
+        }
+    }
+
+    /// Its status, once it has ended. It has no process group from then on.
+    fn reap(&mut self) -> io::Result<Option<ExitStatus>> {
+        let mut group = self.group.lock().unwrap_or_else(PoisonError::into_inner);
+        let status = self.child.try_wait()?;
+        if status.is_some() {
+            *group = None;
+        }
+        Ok(status)
     }
 }
 
@@ -99,7 +173,7 @@ impl Program {
             cancel,
             environment: Vec::new(),
             running: None,
-            was_started: false,
+            left: None,
             is_saved: false,
             took: None,
         })
@@ -117,8 +191,9 @@ impl Program {
 
     /// The save is over: tells the program, if it has been run, whether the image is there.
     pub(crate) fn conclude(&mut self) {
+        // One that still runs is killed first.
         self.running = None;
-        if !std::mem::take(&mut self.was_started) {
+        if self.left.is_none() {
             return;
         }
         let phase = match self.is_saved {
@@ -129,15 +204,17 @@ impl Program {
         self.cancel = Cancel::new();
         let ended = self.start(phase).and_then(|running| {
             self.running = Some(running);
-            self.end()
+            self.look(true)
         });
+        self.running = None;
+        self.left = None;
         if let Err(error) = ended {
             let path = shown_path(&self.path);
             tracing::warn!("{path} with XSR_PHASE={phase}: {error}");
         }
     }
 
-    fn start(&self, phase: &str) -> io::Result<Running> {
+    fn start(&mut self, phase: &str) -> io::Result<Running> {
         // What this process was started with is not closed in its children by itself.
         xsr_stdio::close_on_exec()?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
@@ -161,39 +238,55 @@ impl Program {
         if let Some(out) = child.stderr.take() {
             log(out, "stderr");
         }
-        Ok(Running { child, began })
+        let pid = i32::try_from(child.id()).map(Pid::from_raw).ok();
+        let group = Group::new(Mutex::new(pid));
+        let left = Left::program(shown_path(&self.path).to_string(), Arc::clone(&group));
+        self.left = Some(left);
+        let stop = Arc::<AtomicBool>::default();
+        let waiting = Waiting {
+            child,
+            group: Arc::clone(&group),
+            stop: Arc::clone(&stop),
+            cancel: self.cancel.clone(),
+            limit: self.limit,
+            began,
+        };
+        let (tell, ended) = mpsc::sync_channel(1);
+        let (holds, reaped) = mpsc::sync_channel(1);
+        let thread = thread::Builder::new().name("at-freeze".to_owned());
+        let started = thread.spawn(move || {
+            waiting.run(&tell);
+            drop(holds);
+        });
+        if let Err(error) = started {
+            left::kill(&group);
+            return Err(error);
+        }
+        Ok(Running {
+            group,
+            stop,
+            ended,
+            has_ended: false,
+            reaped,
+        })
     }
 
-    /// Waits for its end.
-    fn end(&mut self) -> io::Result<()> {
-        let Some(mut running) = self.running.take() else {
+    /// Whether it has failed. Waits for its end on request.
+    fn look(&mut self, wait: bool) -> io::Result<()> {
+        let Some(running) = self.running.as_mut().filter(|running| !running.has_ended) else {
             return Ok(());
         };
-        let status = loop {
-            match running.child.try_wait() {
-                Ok(Some(status)) => break Ok(status),
-                Ok(None) => {}
-                Err(error) => break Err(error),
-            }
-            if running.began.elapsed() >= self.limit {
-                let limit = self.limit.as_secs();
-                break Err(io::Error::other(format!(
-                    "it has not ended within {limit} s, and was killed"
-                )));
-            }
-            if self.cancel.is_cancelled() {
-                break Err(io::Error::other(Cancelled));
-            }
-            thread::sleep(POLL);
+        let ended = match wait {
+            true => running.ended.recv().ok(),
+            false => match running.ended.try_recv() {
+                Err(TryRecvError::Empty) => return Ok(()),
+                ended => ended.ok(),
+            },
         };
-        self.took = Some(running.began.elapsed());
-        if status.is_err() {
-            running.kill();
-        }
-        match status? {
-            status if status.success() => Ok(()),
-            status => Err(io::Error::other(failed(status))),
-        }
+        running.has_ended = true;
+        let ended = ended.ok_or_else(|| io::Error::other("its end is unknown"))?;
+        self.took = Some(ended.took);
+        ended.result
     }
 }
 
@@ -205,21 +298,17 @@ impl AtFreeze for Program {
     fn begin(&mut self) -> Result<(), ToolstackError> {
         let running = self.start("frozen");
         self.running = Some(running.map_err(|error| ToolstackError::new(WHAT, error))?);
-        self.was_started = true;
         Ok(())
     }
 
-    fn wait(&mut self) -> Result<(), ToolstackError> {
-        self.end().map_err(|error| ToolstackError::new(WHAT, error))
+    fn check(&mut self) -> Result<(), ToolstackError> {
+        self.look(false)
+            .map_err(|error| ToolstackError::new(WHAT, error))
     }
-}
 
-impl Drop for Program {
-    /// A save that failed meanwhile does not wait for it.
-    fn drop(&mut self) {
-        if let Some(mut running) = self.running.take() {
-            running.kill();
-        }
+    fn wait(&mut self) -> Result<(), ToolstackError> {
+        self.look(true)
+            .map_err(|error| ToolstackError::new(WHAT, error))
     }
 }
 
@@ -276,4 +365,83 @@ fn safe(path: &Path, found: &Metadata, is_directory: bool) -> Result<(), String>
         ));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    /// A program that does this in phase `frozen`, and then writes the phase to a file.
+    fn program(directory: &Path, does: &str, limit: Duration) -> (Program, PathBuf) {
+        use std::os::unix::fs::PermissionsExt as _;
+        let [path, told] = ["program", "told"].map(|name| directory.join(name));
+        let script = format!(
+            "#!/bin/sh\nif [ $XSR_PHASE = frozen ]; then {does}; fi\necho $XSR_PHASE >> {}\n",
+            told.display()
+        );
+        fs::write(&path, script).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        (Program::new(&path, limit, Cancel::new()).unwrap(), told)
+    }
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn a_program_that_still_runs_is_killed_before_it_is_told_of_the_failure() {
+        let directory = tempfile::tempdir().unwrap();
+        let (mut program, told) = program(directory.path(), "sleep 2", LONG);
+        program.begin().unwrap();
+        let group = Arc::clone(&program.running.as_ref().unwrap().group);
+        assert!(group.lock().unwrap().is_some());
+        let began = Instant::now();
+        program.conclude();
+        assert!(began.elapsed() < Duration::from_millis(1500));
+        assert_eq!(*group.lock().unwrap(), None);
+        thread::sleep(Duration::from_millis(2500));
+        assert_eq!(fs::read_to_string(told).unwrap(), "failed\n");
+        assert!(program.left.is_none());
+    }
+
+    #[test]
+    fn the_limit_holds_whatever_the_save_does_meanwhile() {
+        let directory = tempfile::tempdir().unwrap();
+        let limit = Duration::from_secs(1);
+        let (mut program, told) = program(directory.path(), "sleep 2", limit);
+        program.begin().unwrap();
+        // The last pass takes longer than the program.
+        thread::sleep(Duration::from_millis(3000));
+        let error = program.check().unwrap_err();
+        assert!(
+            error.to_string().contains("not ended within 1 s"),
+            "{error}"
+        );
+        assert!(!told.exists());
+        program.conclude();
+        assert_eq!(fs::read_to_string(told).unwrap(), "failed\n");
+    }
+
+    #[test]
+    fn its_time_is_its_own_and_a_failure_is_noticed_at_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let (mut program, _) = program(directory.path(), "true", LONG);
+        program.begin().unwrap();
+        thread::sleep(Duration::from_millis(2000));
+        program.wait().unwrap();
+        assert!(program.took.unwrap() < Duration::from_millis(1500));
+        drop(program);
+
+        let (mut program, _) = self::program(directory.path(), "exit 3", LONG);
+        program.begin().unwrap();
+        let began = Instant::now();
+        let error = loop {
+            match program.check() {
+                Ok(()) => thread::sleep(POLL),
+                Err(error) => break error,
+            }
+            assert!(began.elapsed() < LONG);
+        };
+        assert!(error.to_string().contains("exit status: 3"), "{error}");
+    }
 }

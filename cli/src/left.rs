@@ -21,6 +21,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::Duration;
 
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
 use xsr_save_restore::storage::file::{Cleanup, Registered};
 
 /// How long to wait for a guest's state before the process ends without it.
@@ -37,6 +39,22 @@ enum Thing {
     Complete(PathBuf),
     /// Work that must be cancelled in good order.
     Work(Arc<Describe>),
+    /// A program that has been started and must still be told how the work ended.
+    Program { path: String, group: Group },
+}
+
+/// The process group of a program as long as it runs. Its leader is reaped under the lock, so that
+/// the number refers to no other group.
+pub(crate) type Group = Arc<Mutex<Option<Pid>>>;
+
+/// Kills all processes of a group that still runs.
+pub(crate) fn kill(group: &Group) {
+    let group = group.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(pid) = *group
+        && let Err(error) = killpg(pid, Signal::SIGKILL)
+    {
+        tracing::debug!(%error, "killing process group {pid}");
+    }
 }
 
 /// Returns the state of a guest at this moment.
@@ -127,6 +145,12 @@ impl Left {
     /// there is nothing to report.
     pub(crate) fn guest(describe: impl Fn() -> Option<State> + Send + Sync + 'static) -> Self {
         Self::behind(Thing::Work(Arc::new(describe)))
+    }
+
+    /// A program that runs beside the work on a guest. It is killed if the process ends without
+    /// cleanup.
+    pub(crate) fn program(path: String, group: Group) -> Self {
+        Self::behind(Thing::Program { path, group })
     }
 
     /// The entry stays until the command is [`over`].
@@ -222,7 +246,7 @@ pub(crate) fn is_work() -> bool {
 fn has_work(things: &[(u64, Thing)]) -> bool {
     things
         .iter()
-        .any(|(_, thing)| matches!(thing, Thing::Work(_)))
+        .any(|(_, thing)| matches!(thing, Thing::Work(_) | Thing::Program { .. }))
 }
 
 /// Remove the files of the list and end the process with `end`, which receives messages about them.
@@ -251,13 +275,14 @@ fn removed(things: &[(u64, Thing)]) -> Vec<String> {
                 }
             }
             Thing::Complete(path) => said.push(format!("{} is complete", path.display())),
-            Thing::Work(_) => {}
+            Thing::Work(_) | Thing::Program { .. } => {}
         }
     }
     said
 }
 
 /// What is left if the process ends without cleanup, and whether a guest may run on two hosts.
+/// Kills the programs that run beside the work.
 pub(crate) fn describe() -> (Vec<String>, bool) {
     let things: Vec<Thing> = things().iter().map(|(_, thing)| thing.clone()).collect();
     let (mut said, mut undecided) = (Vec::new(), false);
@@ -269,6 +294,12 @@ pub(crate) fn describe() -> (Vec<String>, bool) {
             }
             Thing::Directory(path) => said.push(format!("{} is left: remove it", path.display())),
             Thing::Complete(path) => said.push(format!("{} is complete", path.display())),
+            Thing::Program { path, group } => {
+                kill(&group);
+                said.push(format!(
+                    "{path} was not told how the save ended: remove its snapshot"
+                ));
+            }
             Thing::Work(describe) => match ask(describe) {
                 Some(Some(state)) => {
                     undecided |= state.undecided;

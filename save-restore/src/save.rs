@@ -174,7 +174,12 @@ struct Notes<'a> {
     deferred: Option<&'a mut DirtyBitmap>,
     /// Which of them are absent, where it has to be found out whether they stay so.
     balloon: Option<&'a mut Balloon>,
+    /// What is done beside this pass.
+    hook: Option<&'a mut (dyn AtFreeze + 'a)>,
 }
+
+/// What is done while the guest is suspended.
+type Hook<'h, 'a> = &'h mut Option<&'a mut (dyn AtFreeze + 'a)>;
 
 struct Run<'r, 'p> {
     domain: &'r dyn Domain,
@@ -255,23 +260,29 @@ impl<'r> Run<'r, '_> {
         suspended: &mut Suspended<'_, dyn SaveToolstack + '_>,
         sink: &mut dyn PageSink,
         live: Option<Live<'_>>,
-        mut hook: Option<&mut (dyn AtFreeze + '_)>,
+        hook: Hook<'_, '_>,
     ) -> Result<(), SaveError> {
         let (mut guest, mut out) = self.head(xen, sink)?;
         let guest = guest.as_mut();
         let stopped = match live {
             None => {
                 let stopped = self.suspend(suspended)?;
-                begin(&mut hook)?;
+                if let Some(hook) = hook {
+                    hook.begin()?;
+                }
                 if self.check_vm_state(guest, false)? {
                     guest.start_of_stream(&mut out)?;
                 }
                 self.begin_memory(false)?;
                 let all = (all_pages(guest), guest_pages(guest));
-                self.send(guest, &mut out, Phase::Pages, all, Notes::default())?;
+                let notes = Notes {
+                    hook: again(hook),
+                    ..Notes::default()
+                };
+                self.send(guest, &mut out, Phase::Pages, all, notes)?;
                 stopped
             }
-            Some(live) => self.live(guest, &mut out, suspended, live, &mut hook)?,
+            Some(live) => self.live(guest, &mut out, suspended, live, hook)?,
         };
 
         self.report(Phase::Tail)?;
@@ -319,6 +330,9 @@ impl<'r> Run<'r, '_> {
             }
             if let Some(balloon) = &mut notes.balloon {
                 balloon.sent(domain, batch.entries(), batch.pages() > 0)?;
+            }
+            if let Some(hook) = &mut notes.hook {
+                hook.check()?;
             }
             self.stats.pfns += batch.pfns();
             self.stats.pages += batch.pages();
@@ -379,9 +393,14 @@ impl<'r> Run<'r, '_> {
     }
 }
 
-/// The guest has been suspended.
-fn begin(hook: &mut Option<&mut (dyn AtFreeze + '_)>) -> Result<(), SaveError> {
-    hook.as_mut().map_or(Ok(()), |hook| Ok(hook.begin()?))
+/// The hook, for one pass.
+fn again<'h>(
+    hook: &'h mut Option<&mut (dyn AtFreeze + '_)>,
+) -> Option<&'h mut (dyn AtFreeze + 'h)> {
+    match hook {
+        Some(hook) => Some(&mut **hook),
+        None => None,
+    }
 }
 
 fn go_on(told: ControlFlow<()>) -> Result<(), SaveError> {

@@ -108,7 +108,7 @@ impl<'r> Run<'r, '_> {
         besides: &mut dyn FnMut(&mut DirtyBitmap) -> Result<(), SaveError>,
     ) -> Result<Epoch, SaveError> {
         let before = self.stats;
-        let asked = self.stop_and_copy(guest, out, suspended, memory, besides)?;
+        let asked = self.stop_and_copy(guest, out, suspended, memory, besides, &mut None)?;
         self.report(Phase::Tail)?;
         guest.end_of_checkpoint(out)?;
         self.still_suspended()?;

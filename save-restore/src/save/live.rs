@@ -17,7 +17,7 @@ use crate::save::balloon::{self, Balloon, Besides};
 use crate::save::mapped::Part;
 use crate::save::precopy::{Meter, PrecopyDecision, PrecopyPolicy};
 use crate::save::suspended::Suspended;
-use crate::save::{AtFreeze, Live, Notes, Run, all_pages, begin, guest_pages};
+use crate::save::{Hook, Live, Notes, Run, again, all_pages, guest_pages};
 use crate::toolstack::SaveToolstack;
 
 /// The dirty log, on. Off again on drop.
@@ -115,14 +115,13 @@ impl<'r> Run<'r, '_> {
         out: &mut Out<'_>,
         suspended: &mut Suspended<'_, T>,
         live: Live<'_>,
-        hook: &mut Option<&mut (dyn AtFreeze + '_)>,
+        hook: Hook<'_, '_>,
     ) -> Result<Instant, SaveError> {
         let mut memory = self.log(guest)?;
         self.begin_memory(true)?;
         self.precopy(guest, out, &mut memory, live.policy)?;
-        // Called once the guest is suspended, before the rest is sent.
-        let none = &mut |_: &mut DirtyBitmap| begin(hook);
-        let stopped = self.stop_and_copy(guest, out, suspended, &mut memory, none)?;
+        let none = &mut |_: &mut DirtyBitmap| Ok(());
+        let stopped = self.stop_and_copy(guest, out, suspended, &mut memory, none, hook)?;
         if live.verify {
             out.verify()?;
             let all = (all_pages(guest), guest_pages(guest));
@@ -195,6 +194,7 @@ impl<'r> Run<'r, '_> {
                     let notes = Notes {
                         deferred: Some(&mut memory.deferred),
                         balloon: memory.balloon.as_mut(),
+                        hook: None,
                     };
                     self.send(guest, out, Phase::Precopy, pass, notes)?;
                 }
@@ -223,8 +223,8 @@ impl<'r> Run<'r, '_> {
         }
     }
 
-    /// Suspend the guest and send what is dirty, what had to wait for this, and what
-    /// `besides` marks; when it was asked to suspend.
+    /// Suspend the guest, begin what `hook` does, and send what is dirty, what had to wait for this,
+    /// and what `besides` marks; when it was asked to suspend.
     pub(super) fn stop_and_copy<T: SaveToolstack + ?Sized>(
         &mut self,
         guest: &mut dyn GuestSave,
@@ -232,11 +232,15 @@ impl<'r> Run<'r, '_> {
         suspended: &mut Suspended<'_, T>,
         memory: &mut LiveMemory<'_>,
         besides: &mut dyn FnMut(&mut DirtyBitmap) -> Result<(), SaveError>,
+        hook: Hook<'_, '_>,
     ) -> Result<Instant, SaveError> {
         if let Some(balloon) = &mut memory.balloon {
             balloon.look(self.domain)?;
         }
         let stopped = self.suspend(suspended)?;
+        if let Some(hook) = hook {
+            hook.begin()?;
+        }
         self.follow(guest, out, memory, false)?;
         self.read(memory, DirtyRead::CleanFinal, true)?;
         self.stats.deferred += memory.deferred.count();
@@ -247,6 +251,7 @@ impl<'r> Run<'r, '_> {
         let notes = Notes {
             deferred: None,
             balloon: memory.balloon.as_mut(),
+            hook: again(hook),
         };
         self.send(guest, out, Phase::StopAndCopy, rest, notes)?;
         Ok(stopped)

@@ -27,6 +27,13 @@ pub trait AtFreeze {
     /// The save fails, and the guest runs on.
     fn begin(&mut self) -> Result<(), ToolstackError>;
 
+    /// Called between two steps of the last pass.
+    ///
+    /// # Errors
+    ///
+    /// What was started has failed meanwhile: the save fails at once, and the guest runs on.
+    fn check(&mut self) -> Result<(), ToolstackError>;
+
     /// The last pass is over: waits until all is done. The guest is suspended until then. Not
     /// called if the save fails before.
     ///
@@ -140,9 +147,9 @@ impl<'r> SaveRequest<'r> {
         sink: &mut dyn PageSink,
     ) -> Result<Saved<'a>, SaveError> {
         let mut this = self;
-        let hook = this.at_freeze.take();
+        let mut hook = this.at_freeze.take();
         let (suspended, stats, ()) = this.with_guest(toolstack, |run, suspended, xen, live| {
-            run.phases(xen, suspended, sink, live, hook)
+            run.phases(xen, suspended, sink, live, &mut hook)
         })?;
         Ok(Saved { stats, suspended })
     }

@@ -6,20 +6,21 @@ use std::io;
 use std::ops::ControlFlow;
 
 use crate::common::*;
-use xsr_format::layout::check::{Damage, check};
 use xsr_format::frame::Gfn;
+use xsr_format::layout::check::{Damage, check};
 use xsr_format::layout::{LayoutError, Mapped, MappedWriter};
 use xsr_format::read::ReadOptions;
 use xsr_format::transcode::{CopyError, Layer, transcode};
 use xsr_format::walk::Walk;
 use xsr_save_restore::progress::{Phase, Progress};
+use xsr_save_restore::save::AtFreeze;
 use xsr_save_restore::save::mapped::{MappedImage, MappedOptions, MappedStats};
 use xsr_save_restore::save::precopy::{PrecopyDecision, PrecopyPolicy, PrecopyStats};
 use xsr_save_restore::source::CopySource;
 use xsr_save_restore::storage::file::FileStorage;
 use xsr_save_restore::storage::testing::{FakeStorage, Fault};
 use xsr_save_restore::storage::{Create, Durability, Opened, Storage, StorageName, StorageWriter};
-use xsr_save_restore::toolstack::DirectToolstack;
+use xsr_save_restore::toolstack::{DirectToolstack, ToolstackError};
 use xsr_save_restore::{Live, SaveError, SaveRequest};
 use xsr_xen_backend::mock::{GuestSpec, MockHost, WorkloadSpec};
 use xsr_xen_backend::{Access, DomId, Errno, GuestKind, Host};
@@ -329,6 +330,70 @@ fn a_guest_that_gives_back_half_of_its_memory_has_the_zero_pages_that_are_left()
         let zeros = contents.filter(|page| page.iter().all(|byte| *byte == 0));
         assert_eq!(stats.zero_pages, zeros.count() as u64);
         assert!(stats.pages < 2600, "{} pages", stats.pages);
+    }
+}
+
+/// What is done at the freeze fails during the last pass: the rest of it is not written, and the
+/// guest runs.
+#[test]
+fn a_failure_beside_the_last_pass_ends_it_at_once() {
+    #[derive(Default)]
+    struct Fails {
+        begun: u32,
+        checks: u32,
+    }
+    impl AtFreeze for Fails {
+        fn begin(&mut self) -> Result<(), ToolstackError> {
+            self.begun += 1;
+            Ok(())
+        }
+        fn check(&mut self) -> Result<(), ToolstackError> {
+            self.checks += 1;
+            match self.checks {
+                1 => Ok(()),
+                _ => Err(ToolstackError::new("snapshotting", "no room")),
+            }
+        }
+        fn wait(&mut self) -> Result<(), ToolstackError> {
+            panic!("the save has failed before")
+        }
+    }
+    for live in [false, true] {
+        let host = host(169);
+        let spec = GuestSpec::new("pvh", GuestKind::Pvh, 32);
+        let domid = host.create_guest(&spec).unwrap();
+        let domain = host.domain(domid).unwrap();
+        let mut toolstack = DirectToolstack(domain.as_ref());
+        let storage = FakeStorage::new();
+        let writer = storage.create(&name(), &Create::slots()).unwrap();
+        let image = MappedImage::new(&*writer, options_of(false));
+        let mut work = host
+            .workload(domid, &WorkloadSpec::writes(7, 1, 100_000))
+            .unwrap();
+        let mut step = |progress: &Progress| {
+            if progress.phase == Phase::Precopy && progress.pass_is_complete() {
+                work.step(20_000).unwrap();
+            }
+            ControlFlow::Continue(())
+        };
+        let mut hook = Fails::default();
+        let mut policy = Passes(1);
+        let request = SaveRequest::new(domain.as_ref(), host.xen_version().unwrap());
+        let mut request = request
+            .options(&options(2))
+            .observe(&mut step)
+            .at_freeze(&mut hook);
+        if live {
+            request = request.live(Live {
+                policy: &mut policy,
+                verify: false,
+            });
+        }
+        let error = request.write_mapped(&mut toolstack, &image).unwrap_err();
+        assert!(error.to_string().contains("snapshotting"), "{error}");
+        let info = host.domain(domid).unwrap().info().unwrap();
+        assert_eq!((info.shutdown, info.paused), (None, false));
+        assert_eq!((hook.begun, hook.checks), (1, 2), "live: {live}");
     }
 }
 

@@ -1,6 +1,7 @@
 //! Signals that stay ignored, ending at once, and signals that must not be delayed.
 
 use super::*;
+use crate::common::migration::until;
 
 /// `nohup`, and a background job of a script.
 #[test]
@@ -92,6 +93,39 @@ fn the_hard_way_out_is_for_who_insists_and_says_what_it_leaves() {
         assert!(has(&domains(&hosts.here), "web suspended"));
         run(["mock", "resume", "web", "--host", arg(&hosts.here)]).code(0);
     }
+}
+
+/// A program of `--at-freeze` does not outlive a process that is ended at once.
+#[test]
+fn the_hard_way_out_kills_the_program_of_at_freeze() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let hosts = Hosts::with("pvh", &[]);
+    let [program, phases, late] = ["program", "phases", "late"].map(|name| hosts.path(name));
+    let script = format!(
+        "#!/bin/sh\necho $XSR_PHASE >> {}\nif [ $XSR_PHASE = failed ]; then sleep 4; echo > {}; \
+         else sleep 60; fi\n",
+        phases.display(),
+        late.display()
+    );
+    fs::write(&program, script).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let (here, file) = (backend(&hosts.here), hosts.path("web.save"));
+    let line = ["save", &here, "-c", "--at-freeze", arg(&program)];
+    let line = [&line[..], &["--at-freeze-limit", "60", "web", arg(&file)]].concat();
+    let command = Running::start(line);
+    let told = |phase: &str| fs::read_to_string(&phases).is_ok_and(|all| all.contains(phase));
+    until("the program runs", || told("frozen"));
+    command.signal(Signal::SIGINT);
+    until("the program is told", || told("failed"));
+    thread::sleep(Duration::from_millis(1200));
+    command.signal(Signal::SIGINT);
+    command
+        .end()
+        .code(130)
+        .stderr_has("was not told how the save ended");
+    assert!(has(&domains(&hosts.here), "web running"));
+    thread::sleep(Duration::from_millis(4200));
+    assert!(!late.exists());
 }
 
 /// A process cannot be ended at once if the user could not be told that it can.

@@ -540,7 +540,10 @@ impl Places {
     /// The real entries of a record in its final form.
     fn entries(&self, number: usize) -> Vec<PageEntry> {
         let record = &self.records[number];
-        let data: Vec<u32> = record.slots().map(|slot| self.pfn_of[slot as usize]).collect();
+        let data: Vec<u32> = record
+            .slots()
+            .map(|slot| self.pfn_of[slot as usize])
+            .collect();
         let absent = record.home.clone();
         let absent: Vec<u32> = absent
             .filter(|pfn| self.slot_of[*pfn as usize] == NONE)
