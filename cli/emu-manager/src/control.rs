@@ -499,10 +499,9 @@ mod tests {
 
     #[test]
     fn an_xenopsd_that_does_not_read_loses_progress_and_can_still_end_it() {
-        let questions: [fn(&Control) -> Result<(), End>; 3] =
-            [Control::prepare, Control::suspend, |control| {
-                control.result(&Line::Saved)
-            }];
+        let questions = [Control::prepare, Control::suspend, |control: &Control| {
+            control.result(&Line::Saved)
+        }];
         for question in questions {
             let (control, mut say, mut out) = control(false);
             fill(&control);

@@ -114,7 +114,7 @@ fn save(
     tracing::info!(
         "saved in {} passes and a last one: {} MiB, suspended for {} ms",
         stats.iterations,
-        stats.pages * PAGE_SIZE as u64 >> 20,
+        (stats.pages * PAGE_SIZE as u64) >> 20,
         stats.suspended_for.as_millis()
     );
     if let Err(end) = control.result(&Line::Saved) {
