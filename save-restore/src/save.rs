@@ -251,7 +251,9 @@ impl<'r> Run<'r, '_> {
 
     /// Memory comes now. Pages may come again if it is `live`.
     fn begin_memory(&self, live: bool) -> Result<(), SaveError> {
-        self.image.map_or(Ok(()), |image| image.begin_memory(live))
+        let memory = self.memory;
+        self.image
+            .map_or(Ok(()), |image| image.begin_memory(live, memory))
     }
 
     fn phases(
@@ -321,6 +323,9 @@ impl<'r> Run<'r, '_> {
         let running = notes.deferred.is_some();
         let bytes = total.saturating_mul(PAGE_SIZE as u64).min(self.memory);
         go_on(self.progress.begin(phase, Some((total, bytes))))?;
+        if let (Some(image), Phase::StopAndCopy) = (self.image, phase) {
+            image.freeze();
+        }
         let prepare = |pfns: Vec<Pfn>| Batch::prepare(domain, guest, &pfns, running);
         let mut sent = |batch: &Batch| {
             if let Some(deferred) = &mut notes.deferred {

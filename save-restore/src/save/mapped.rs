@@ -10,7 +10,7 @@
 mod places;
 
 use std::io::{self, Write};
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use xsr_format::error::WriteError;
@@ -92,7 +92,13 @@ struct State {
     places: Option<Places>,
     /// One bit for each slot that is not a hole.
     written: Vec<u64>,
+    /// The guest is suspended: a hole would make it wait for the disk.
+    frozen: bool,
+    /// Ranges of zeros that were written meanwhile, which become holes at the end.
+    zeroed: Vec<Range<u64>>,
 }
+
+static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
 
 const UNBEGUN: &str = "a mapped image is finished before its pages came";
 
@@ -174,8 +180,13 @@ impl<'w> MappedImage<'w> {
         parts.bytes().clear();
     }
 
-    /// Memory begins. Pages may come again if it is `live`.
-    pub(super) fn begin_memory(&self, live: bool) -> Result<(), SaveError> {
+    /// The guest is suspended from now on, after passes while it ran.
+    pub(super) fn freeze(&self) {
+        lock(&self.state).frozen = true;
+    }
+
+    /// Memory begins, about `memory` bytes. Pages may come again if it is `live`.
+    pub(super) fn begin_memory(&self, live: bool, memory: u64) -> Result<(), SaveError> {
         let start = lock(&self.parts).front();
         if !start.is_multiple_of(8) {
             let why = "the stream does not begin at a multiple of 8, and there is no \
@@ -183,7 +194,9 @@ impl<'w> MappedImage<'w> {
             return Err(io::Error::other(why).into());
         }
         lock(&self.state).places = Some(Places::new(start, live));
-        Ok(())
+        // A write that extends the file makes XFS allocate more after it, and others wait.
+        let length = start.saturating_add(memory).saturating_add(memory / 512);
+        self.writer.set_length(length).map_err(failed)
     }
 
     /// Decides where the pages of a batch go. Batches must come in order.
@@ -244,8 +257,10 @@ impl<'w> MappedImage<'w> {
         slots: impl Iterator<Item = (u32, u64)> + Clone,
     ) -> Result<(), SaveError> {
         let (mut from, mut to) = (None, 0);
+        let frozen;
         {
             let mut state = lock(&self.state);
+            frozen = state.frozen;
             for (slot, at) in slots {
                 if state.is_written(slot) {
                     state.set_written(slot, false);
@@ -257,6 +272,17 @@ impl<'w> MappedImage<'w> {
         match from {
             None => Ok(()),
             // Everything in between is zeros, too.
+            Some(from) if frozen => {
+                let mut at = from;
+                while at < to {
+                    let end = to.min(at + ZEROS.len() as u64);
+                    let zeros = &ZEROS[..usize::try_from(end - at).unwrap_or(ZEROS.len())];
+                    self.writer.write_all_at(zeros, at).map_err(failed)?;
+                    at = end;
+                }
+                lock(&self.state).zeroed.push(from..to);
+                Ok(())
+            }
             Some(from) => self.writer.punch(from..to).map_err(failed),
         }
     }
@@ -303,6 +329,15 @@ impl<'w> MappedImage<'w> {
     ) -> Result<MappedStats, SaveError> {
         let mut go_on = || super::go_on(go_on());
         let parts = std::mem::take(&mut *lock(&self.parts));
+        let zeroed = {
+            let mut state = lock(&self.state);
+            state.frozen = false;
+            std::mem::take(&mut state.zeroed)
+        };
+        for range in zeroed {
+            self.writer.punch(range).map_err(failed)?;
+            go_on()?;
+        }
         let moved_pages = self.settle(parts.front(), &mut go_on)?;
         let memory_end = lock(&self.state).places()?.next();
         // The file ends with the last page, which may be a hole.
@@ -320,7 +355,9 @@ impl<'w> MappedImage<'w> {
             |()| go_on(),
         )?;
         let mut state = std::mem::take(&mut *lock(&self.state));
-        let State { places, written } = &mut state;
+        let State {
+            places, written, ..
+        } = &mut state;
         let places = places.as_mut().ok_or(WriteError::Bug(UNBEGUN))?;
         // Slots that no longer exist may still be marked.
         let slots = places.records.iter().flat_map(Record::slots);

@@ -4,6 +4,9 @@
 
 use std::io;
 use std::ops::ControlFlow;
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 
 use crate::common::*;
 use xsr_format::frame::Gfn;
@@ -19,7 +22,10 @@ use xsr_save_restore::save::precopy::{PrecopyDecision, PrecopyPolicy, PrecopySta
 use xsr_save_restore::source::CopySource;
 use xsr_save_restore::storage::file::FileStorage;
 use xsr_save_restore::storage::testing::{FakeStorage, Fault};
-use xsr_save_restore::storage::{Create, Durability, Opened, Storage, StorageName, StorageWriter};
+use xsr_save_restore::storage::{
+    Create, Durability, Opened, Shape, Storage, StorageError, StorageName, StorageReader,
+    StorageWriter,
+};
 use xsr_save_restore::toolstack::{DirectToolstack, ToolstackError};
 use xsr_save_restore::{Live, SaveError, SaveRequest};
 use xsr_xen_backend::mock::{GuestSpec, MockHost, WorkloadSpec};
@@ -331,6 +337,122 @@ fn a_guest_that_gives_back_half_of_its_memory_has_the_zero_pages_that_are_left()
         assert_eq!(stats.zero_pages, zeros.count() as u64);
         assert!(stats.pages < 2600, "{} pages", stats.pages);
     }
+}
+
+/// A writer that notes the calls that make the guest wait for the disk.
+#[derive(Debug)]
+struct Noting {
+    inner: Box<dyn StorageWriter>,
+    frozen: AtomicBool,
+    punched_frozen: AtomicU32,
+    punched: AtomicU32,
+    length: AtomicU64,
+}
+
+impl io::Write for Noting {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.inner.write(bytes)
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+}
+
+impl StorageWriter for Noting {
+    fn name(&self) -> String {
+        self.inner.name()
+    }
+    fn shape(&self) -> Shape {
+        self.inner.shape()
+    }
+    fn is_straight(&self) -> bool {
+        self.inner.is_straight()
+    }
+    fn write_all_at(&self, bytes: &[u8], offset: u64) -> Result<(), StorageError> {
+        self.inner.write_all_at(bytes, offset)
+    }
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> Result<(), StorageError> {
+        self.inner.read_exact_at(buffer, offset)
+    }
+    fn punch(&self, range: std::ops::Range<u64>) -> Result<(), StorageError> {
+        let noted = match self.frozen.load(Relaxed) {
+            true => &self.punched_frozen,
+            false => &self.punched,
+        };
+        noted.fetch_add(1, Relaxed);
+        self.inner.punch(range)
+    }
+    fn set_length(&self, length: u64) -> Result<(), StorageError> {
+        self.length.fetch_max(length, Relaxed);
+        self.inner.set_length(length)
+    }
+    fn clone_range(
+        &self,
+        base: &dyn StorageReader,
+        range: std::ops::Range<u64>,
+        to: u64,
+    ) -> Result<(), StorageError> {
+        self.inner.clone_range(base, range, to)
+    }
+    fn sync(&self) -> Result<(), StorageError> {
+        self.inner.sync()
+    }
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+    fn commit(self: Box<Self>, durability: Durability) -> Result<(), StorageError> {
+        self.inner.commit(durability)
+    }
+}
+
+/// Pages that become zero in the last pass are punched once the guest runs again, and the file has
+/// its length before its pages come.
+#[test]
+fn no_hole_is_punched_while_the_guest_is_suspended() {
+    let host = host(170);
+    let spec = GuestSpec::new("pvh", GuestKind::Pvh, 16);
+    let domid = host.create_guest(&spec).unwrap();
+    let domain = host.domain(domid).unwrap();
+    let mut work = host
+        .workload(domid, &WorkloadSpec::writes(7, 1, 100_000))
+        .unwrap();
+    let storage = FakeStorage::new();
+    let writer = Noting {
+        inner: storage.create(&name(), &Create::slots()).unwrap(),
+        frozen: AtomicBool::new(false),
+        punched_frozen: AtomicU32::new(0),
+        punched: AtomicU32::new(0),
+        length: AtomicU64::new(0),
+    };
+    let mut cleared = 0;
+    let mut step = |progress: &Progress| {
+        if progress.phase == Phase::Precopy && progress.pass_is_complete() {
+            // What the log tells of in the last pass is zeros by then.
+            work.step(400).unwrap();
+            let gfns: Vec<Gfn> = work.working_set().iter().map(|pfn| Gfn(pfn.0)).collect();
+            let pages = domain.map(&gfns, Access::Write).unwrap();
+            for (_, page) in pages.iter() {
+                page.clear();
+                cleared += 1;
+            }
+        }
+        writer
+            .frozen
+            .store(progress.phase == Phase::StopAndCopy, Relaxed);
+        ControlFlow::Continue(())
+    };
+    let how = How {
+        passes: Some(1),
+        ..LIVE
+    };
+    let stats = save_mapped(&host, domid, &writer, &how, &mut step).unwrap();
+    assert!(cleared > 100 && stats.zero_pages > 100);
+    assert_eq!(writer.punched_frozen.load(Relaxed), 0);
+    assert!(writer.punched.load(Relaxed) > 0);
+    assert!(writer.length.load(Relaxed) >= stats.pages * 4096);
+    Box::new(writer).commit(Durability::Durable).unwrap();
+    let data = read(&storage);
+    assert_whole(&data);
 }
 
 /// What is done at the freeze fails during the last pass: the rest of it is not written, and the
