@@ -4,6 +4,7 @@
 //! `test-backend` only.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::Result;
 use xsr_save_restore::toolstack::ToolstackError;
@@ -26,6 +27,9 @@ pub(crate) trait Backend {
 
     /// The socket at which a domain's qemu answers.
     fn qmp_socket(&self, domid: DomId) -> PathBuf;
+
+    /// How long a guest may still suspend after xenopsd has given up waiting for it.
+    fn late_suspend(&self) -> Duration;
 
     /// What suspends the domain when xenopsd says that it has done so.
     ///
@@ -63,6 +67,10 @@ impl Backend for Xen {
 
     fn qmp_socket(&self, domid: DomId) -> PathBuf {
         format!("/var/run/xen/qmp-libxl-{}", domid.0).into()
+    }
+
+    fn late_suspend(&self) -> Duration {
+        Duration::from_secs(5)
     }
 
     fn stand_in(&self, _: DomId) -> Result<Option<Box<dyn StandIn + '_>>> {

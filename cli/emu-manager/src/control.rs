@@ -330,6 +330,11 @@ impl Control {
         self.ask(&Line::Suspend, "\"suspend:\"", None)
     }
 
+    /// Whether xenopsd has been asked something and has not answered.
+    pub(crate) fn is_asked(&self) -> bool {
+        self.state().asked
+    }
+
     /// Whether xenopsd has said where the stream of a restore begins, and so waits for a line.
     pub(crate) fn restore_begun(&self) -> bool {
         self.state().restore
@@ -443,6 +448,7 @@ mod tests {
         control.end_with(End::Signal);
         assert_eq!(control.end(), Some(End::Aborted));
         assert_eq!(control.prepare(), Err(End::Aborted));
+        assert!(!control.is_asked());
         assert_eq!(control.result(&Line::Saved), Err(End::Aborted));
     }
 

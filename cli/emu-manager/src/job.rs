@@ -86,6 +86,7 @@ fn save(
         domain,
         qmp: args.qemu.then(|| backend.qmp_socket(args.domid)),
         live,
+        late_suspend: backend.late_suspend(),
         logging: false,
         guest: backend.stand_in(args.domid)?,
     };

@@ -4,6 +4,7 @@
 use std::env;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use xsr_save_restore::toolstack::ToolstackError;
@@ -94,6 +95,14 @@ impl Backend for Mock {
 
     fn qmp_socket(&self, domid: DomId) -> PathBuf {
         run_dir().join(format!("qmp-libxl-{}", domid.0))
+    }
+
+    /// The test that waits for it says so.
+    fn late_suspend(&self) -> Duration {
+        match run_dir().join("late").exists() {
+            true => Duration::from_secs(60),
+            false => Duration::ZERO,
+        }
     }
 
     fn stand_in(&self, domid: DomId) -> Result<Option<Box<dyn StandIn + '_>>> {

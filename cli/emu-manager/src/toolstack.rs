@@ -1,6 +1,8 @@
 //! xenopsd as the engine's toolstack: each question is a line.
 
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use xsr_format::frame::Gfn;
@@ -26,6 +28,8 @@ pub(crate) struct Saving<'c> {
     pub(crate) qmp: Option<PathBuf>,
     /// The guest runs while it is saved.
     pub(crate) live: bool,
+    /// How long the guest may take to suspend after xenopsd has given up.
+    pub(crate) late_suspend: Duration,
     /// The dirty log may be on.
     pub(crate) logging: bool,
     /// What a domain needs that xenopsd cannot suspend itself. On Xen: nothing.
@@ -48,7 +52,12 @@ fn failed(what: &'static str) -> impl Fn(End) -> ToolstackError {
 impl SaveToolstack for Saving<'_> {
     fn suspend(&mut self) -> Result<(), ToolstackError> {
         const WHAT: &str = "suspending the guest";
-        self.control.suspend().map_err(failed(WHAT))?;
+        if let Err(end) = self.control.suspend() {
+            if self.control.is_asked() {
+                self.wait_for_late_suspend();
+            }
+            return Err(failed(WHAT)(end));
+        }
         match &self.guest {
             Some(guest) => guest.suspend(),
             None => Ok(()),
@@ -82,6 +91,17 @@ impl SaveToolstack for Saving<'_> {
 }
 
 impl Saving<'_> {
+    /// The guest has been asked to suspend, and does not know that the save is given up. Once it
+    /// has, it is resumed; if nothing did that, xenopsd would shut it down.
+    fn wait_for_late_suspend(&self) {
+        let until = Instant::now() + self.late_suspend;
+        while Instant::now() < until
+            && matches!(self.domain.info(), Ok(info) if info.shutdown.is_none())
+        {
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     /// xenopsd has the result: what becomes of guest and qemu is its business.
     pub(crate) fn complete(mut self) {
         self.logging = false;

@@ -3,10 +3,11 @@
 use std::thread;
 use std::time::Duration;
 
-use xsr_xen_backend::{GuestKind, ShutdownReason};
+use xsr_xen_backend::mock::MockHost;
+use xsr_xen_backend::{GuestKind, Host as _, ShutdownReason};
 
 use crate::images::scratch;
-use crate::machine::{KINDS, busy, by_the_engine, guest, shutdown};
+use crate::machine::{DOMID, KINDS, busy, by_the_engine, guest, shutdown};
 use crate::xenopsd::{Ended, Kind, STREAMS, Target, Xenopsd, libxc};
 
 fn mode(kind: GuestKind) -> &'static str {
@@ -181,6 +182,34 @@ fn an_abort_ends_a_save_in_good_order_wherever_it_comes() {
                 assert_eq!(resumed.len(), usize::from(suspended), "{ended:?}");
             }
         }
+    }
+}
+
+#[test]
+fn a_guest_that_suspends_after_xenopsd_has_given_up_runs_on() {
+    for live in [false, true] {
+        let dir = scratch();
+        let machine = guest(dir.path(), GuestKind::Pv, 8);
+        let run = machine.with_extension("run");
+        std::fs::create_dir(&run).unwrap();
+        std::fs::write(run.join("late"), "").unwrap();
+        let mut target = Target::new(Kind::Pipe, dir.path(), true);
+        let words = format!("-mode save -live {live}");
+        let mut xenopsd = Xenopsd::start(&machine, &words, target.fd());
+        assert!(xenopsd.until("prepare:"));
+        target.head();
+        xenopsd.say("done\n");
+        assert!(xenopsd.until("suspend:"));
+        xenopsd.say("abort\n");
+        {
+            let host = MockHost::open(&machine).unwrap();
+            host.domain(DOMID).unwrap().suspend().unwrap();
+        }
+        let ended = xenopsd.end();
+        ended.aborted();
+        assert_eq!(shutdown(&machine), None);
+        let resumed = ended.with("info:the save is not complete: the guest runs on");
+        assert_eq!(resumed.len(), 1, "{ended:?}");
     }
 }
 
