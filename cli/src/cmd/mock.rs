@@ -34,11 +34,17 @@ pub(crate) fn run(command: &MockCommand, terminal: &Terminal) -> Result<Code> {
         MockCommand::List(args) => list(args)?,
         MockCommand::Show(args) => show(args)?,
         MockCommand::Workload(args) => set_workload(args, terminal)?,
-        MockCommand::Pause(args) => change(args, "pausing", |domain| domain.pause(), terminal)?,
-        MockCommand::Unpause(args) => {
-            change(args, "unpausing", |domain| domain.unpause(), terminal)?;
+        MockCommand::Pause(args) => {
+            change(args, "pause", "pausing", |domain| domain.pause(), terminal)?;
         }
-        MockCommand::Resume(args) => resume(args, terminal)?,
+        MockCommand::Unpause(args) => {
+            let unpause = |domain: &dyn Domain| domain.unpause();
+            change(args, "unpause", "unpausing", unpause, terminal)?;
+        }
+        MockCommand::Resume(args) => {
+            let resume = |domain: &dyn Domain| domain.resume();
+            change(args, "resume", "resuming", resume, terminal)?;
+        }
         MockCommand::Rename(args) => rename(args, terminal)?,
         MockCommand::Destroy(args) => destroy(args, terminal)?,
     }
@@ -288,22 +294,24 @@ fn print(
 
 fn set_workload(args: &MockWorkloadArgs, terminal: &Terminal) -> Result<()> {
     let mock = MockHost::open(&args.host.host)?;
-    let domid = mock.find(&args.domain)?;
+    let (domid, _lock) = lock(&mock, &args.domain, "workload")?;
     // The seed need not be given: a domain's number is as good as any.
     let spec = workload::spec(&args.workload, u64::from(domid.0));
     workload::store(&mock.clone().into(), domid, spec.as_ref())?;
     done(args.json, &mock, domid, terminal)
 }
 
-/// Apply one change to one domain.
+/// Apply one change to one domain, unless a command is working on it. Such a command may have paused
+/// or suspended the domain because a copy of it runs on another host.
 fn change(
     args: &MockDomainArgs,
+    command: &str,
     what: &str,
     change: impl Fn(&dyn Domain) -> Result<(), BackendError>,
     terminal: &Terminal,
 ) -> Result<()> {
     let host = MockHost::open(&args.host.host)?;
-    let domid = host.find(&args.domain)?;
+    let (domid, _lock) = lock(&host, &args.domain, command)?;
     let report = host.show(domid)?;
     possible(what, &report).with_context(|| format!("{what} {}", args.domain))?;
     let changed = host.domain(domid).and_then(|domain| change(&*domain));
@@ -322,19 +330,12 @@ fn change(
     done(args.json, &host, domid, terminal)
 }
 
-/// Resume a domain, unless a command is working on it: such a command may have suspended it because
-/// it runs on another host by now.
-fn resume(args: &MockDomainArgs, terminal: &Terminal) -> Result<()> {
-    let host = MockHost::open(&args.host.host)?;
-    let _lock = lock(&host, &args.domain, "resume")?;
-    change(args, "resuming", |domain| domain.resume(), terminal)
-}
-
-/// Lock a domain against other commands.
-fn lock(host: &MockHost, called: &str, command: &str) -> Result<DomainLock> {
+/// Find a domain and lock it against other commands.
+fn lock(host: &MockHost, called: &str, command: &str) -> Result<(DomId, DomainLock)> {
     let domid = host.find(called)?;
     let domain = DomainRef::from(&host.domain(domid)?.info()?);
-    Ok(host.lock(domain, &format!("xsr mock {command} {called}"))?)
+    let lock = host.lock(domain, &format!("xsr mock {command} {called}"))?;
+    Ok((domid, lock))
 }
 
 /// Refuse a change that the domain's state does not allow, with a better message than an errno.
@@ -356,9 +357,8 @@ fn possible(what: &str, report: &DomainReport) -> Result<()> {
 
 fn rename(args: &MockRenameArgs, terminal: &Terminal) -> Result<()> {
     let host = MockHost::open(&args.host.host)?;
-    let domid = host.find(&args.domain)?;
     // A command that works on the domain uses its name.
-    let _lock = lock(&host, &args.domain, "rename")?;
+    let (domid, _lock) = lock(&host, &args.domain, "rename")?;
     host.rename(domid, &args.name)?;
     let kept = host.userdata_get(domid, backend::CONFIG)?;
     if let Some(json) = kept.map(String::from_utf8).transpose()? {

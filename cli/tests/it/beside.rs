@@ -35,7 +35,13 @@ fn what_another_command_works_on_is_listed_shown_and_changed() {
     ] {
         run(second).code(1).stderr_has(&refused);
     }
-    for second in [&["resume", "web"][..], &["rename", "web", "site"]] {
+    for second in [
+        &["resume", "web"][..],
+        &["pause", "web"],
+        &["unpause", "web"],
+        &["workload", "web", "--dirty-rate", "9"],
+        &["rename", "web", "site"],
+    ] {
         mock(second, &host).code(1).stderr_has(&refused);
     }
     let list = mock(&["list"], &host).code(0);

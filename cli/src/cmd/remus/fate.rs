@@ -131,18 +131,29 @@ impl Primary<'_> {
                         (None, _) => "Here it runs on, unprotected".to_owned(),
                     },
                     (OnLoss::Run, true) => "Here it is suspended".to_owned(),
-                    (OnLoss::Pause, _) => match after.failure(ProtectorAction::Pause) {
-                        Some(why) if condition != Condition::Paused => {
-                            format!("Here it could not be paused ({why})")
+                    (OnLoss::Pause, _) => {
+                        match (&condition, after.failure(ProtectorAction::Pause)) {
+                            (Condition::Paused, _) => "Here it is paused".to_owned(),
+                            (Condition::Unknown(error), _) => {
+                                format!("What it does here could not be found out ({error})")
+                            }
+                            (_, Some(why)) => format!("Here it could not be paused ({why})"),
+                            (Condition::Suspended, None) => "Here it is suspended".to_owned(),
+                            (Condition::Down(reason), None) => {
+                                format!("Here it has shut down ({reason})")
+                            }
+                            (Condition::Runs | Condition::Gone, None) => {
+                                "Here it was paused, but another program has unpaused it: IT RUNS"
+                                    .to_owned()
+                            }
                         }
-                        _ => "Here it is paused".to_owned(),
-                    },
+                    }
                 };
                 let mut then: Vec<String> = Vec::new();
                 if asleep {
                     then.push(command("resume", name));
                 }
-                if self.args.on_loss == OnLoss::Pause {
+                if self.args.on_loss == OnLoss::Pause && condition != Condition::Runs {
                     then.push(command("unpause", name));
                 }
                 let then = match then.as_slice() {
@@ -267,6 +278,48 @@ mod tests {
             causes: &[cause],
         });
         assert!(error.to_string().contains("AND MUST BE"), "{error}");
+    }
+
+    #[test]
+    fn a_domain_that_another_program_has_unpaused_is_not_said_to_be_paused() {
+        let host = MockHost::ephemeral(&HostConfig::default()).expect("a machine");
+        let spec = GuestSpec::new("web", GuestKind::Pvh, 8);
+        let domid = host.create_guest(&spec).expect("a guest");
+        let domain = host.domain(domid).expect("the domain");
+        let which = DomainStore::find(&host, "web").expect("the domain");
+        let cli = Cli::parse_from(["xsr", "remus", "--on-loss", "pause", "web", "other"]);
+        let Command::Remus(args) = &cli.command else {
+            unreachable!("it is remus")
+        };
+        let primary = Primary {
+            args,
+            host: &host,
+            which,
+            domain: domain.as_ref(),
+            name: "web",
+        };
+        let ended = || {
+            let error = primary.ended(&Aftermath {
+                end: End::Receiver,
+                fate: Fate::Unknown,
+                complete: 7,
+                hung_up: "",
+                causes: &[],
+            });
+            error.to_string()
+        };
+        primary.pause().expect("it is paused");
+        let words = ended();
+        assert!(words.contains("Here it is paused"), "{words}");
+        assert!(words.contains("xl unpause"), "{words}");
+        domain.unpause().expect("it runs");
+        let words = ended();
+        assert!(!words.contains("Here it is paused"), "{words}");
+        assert!(words.contains("IT RUNS"), "{words}");
+        assert!(!words.contains("xl unpause"), "{words}");
+        domain.suspend().expect("it is suspended");
+        let words = ended();
+        assert!(words.contains("Here it is suspended"), "{words}");
     }
 
     #[test]
