@@ -73,7 +73,7 @@ fn an_index_that_lies_is_an_error_that_says_how() {
         ("expected a multiple of 8", word_is(index, offset + 1)),
         ("highest pfn", word_is(index + 24, 1 << 52)),
         ("highest pfn", word_is(index + 16, u64::MAX)),
-        ("number of pads is 0x200", half_is(index + 36, 512)),
+        ("number of pads is 0x600", half_is(index + 36, 1536)),
         ("number of entries", half_is(index + 32, 0)),
         ("number of entries", half_is(index + 32, u32::MAX)),
         ("number of pages", half_is(index + 40, 2000)),
