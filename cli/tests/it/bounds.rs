@@ -355,7 +355,7 @@ fn scattered_pages_without_contents() {
         let mut image = hvm(path);
         image.pages(&[NOTAB]);
         for batch in 0..2000 {
-            let entries = (0..1000).map(|n| XTAB | (batch * 1000 + n) * 4096 + 7);
+            let entries = (0..1000).map(|n| XTAB | ((batch * 1000 + n) * 4096 + 7));
             image.pages(&entries.collect::<Vec<_>>());
         }
         image.end(|_| {});
@@ -383,7 +383,7 @@ fn too_many_scattered_pages_without_contents() {
     each("too-scattered", 0, 0, |path| {
         let mut image = hvm(path);
         image.pages(&[NOTAB]);
-        let entries = (1..16_000_000).map(|n| XTAB | n * 50_000 % (1 << 40));
+        let entries = (1..16_000_000).map(|n| XTAB | (n * 50_000 % (1 << 40)));
         image.pages(&entries.collect::<Vec<_>>());
         image.end(|_| {});
     });

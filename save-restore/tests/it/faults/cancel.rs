@@ -109,7 +109,7 @@ fn a_restore_is_asked_whether_to_go_on_in_the_midst_of_a_long_record() {
     let mut record = vec![1, 0, 0, 0];
     record.extend(u32::try_from(8 + 8 * ENTRIES).unwrap().to_le_bytes());
     record.extend(ENTRIES.to_le_bytes());
-    record.extend((0..ENTRIES).flat_map(|n| (0xe_u64 << 60 | n % 16).to_le_bytes()));
+    record.extend((0..ENTRIES).flat_map(|n| ((0xe_u64 << 60) | (n % 16)).to_le_bytes()));
     let long = [&short[..at], &record, &short[at..]].concat();
     let events_of = |stream: &[u8], at: usize| {
         let (new, options) = make_room(&to, &spec);
