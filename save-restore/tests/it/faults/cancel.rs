@@ -124,7 +124,6 @@ fn a_restore_is_asked_whether_to_go_on_in_the_midst_of_a_long_record() {
             &mut breaking(at, &mut events),
         );
         domain.destroy().unwrap();
-        domain.destroy().unwrap();
         (result, events)
     };
     let (result, few) = events_of(&short, usize::MAX);
