@@ -1,4 +1,4 @@
-//! A save, readable as its list of phases.
+//! Saving a guest: the sequence of phases.
 //!
 //! C implementation: `xg_sr_save.c`.
 
@@ -43,18 +43,18 @@ pub use crate::save::request::{AtFreeze, SaveRequest};
 /// How to save.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SaveOptions {
-    /// Threads to work with; what the machine has, if not said. The bytes written
-    /// are the same for any number. One writes and the others prepare batches, of
-    /// which 8 are in flight (32 MiB mapped): more than 9 threads find no work.
+    /// Number of threads; by default as many as the machine has. The bytes written are the same for
+    /// any number. One thread writes and the others prepare batches, of which 8 are in flight (32
+    /// MiB mapped): more than 9 threads find no work.
     pub threads: Option<NonZeroUsize>,
 }
 
-/// How to save a guest that goes on running for the better part of it.
+/// How to save a guest that runs during most of the save.
 pub struct Live<'a> {
     /// Decides when the guest is suspended.
     pub policy: &'a mut dyn PrecopyPolicy,
-    /// Send all memory a second time at the end, behind a VERIFY record, for the
-    /// restorer to compare: a means to find bugs, not for production.
+    /// Sends all memory a second time at the end, after a VERIFY record, for the restorer to
+    /// compare. For finding bugs, not for production.
     pub verify: bool,
 }
 
@@ -69,19 +69,18 @@ impl std::fmt::Debug for Live<'_> {
 /// What a save did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SaveStats {
-    /// pfns that the stream names, each as often as it does.
+    /// pfns that the stream names, counted each time.
     pub pfns: u64,
-    /// Pages whose contents it holds, each as often as it does.
+    /// Pages with contents in the stream, counted each time.
     pub pages: u64,
     /// PAGE_DATA records.
     pub batches: u64,
-    /// Passes over memory while the guest ran; 0 in a save that is not live.
+    /// Passes over memory while the guest ran; 0 in a still save.
     pub iterations: u32,
-    /// pfns that could not be sent while the guest ran, because it was just changing
-    /// them (page tables) or what says where they are, and those it had no page for:
-    /// put off until it was suspended.
+    /// pfns that were deferred until the guest was suspended: it was just changing them (page
+    /// tables) or the tables that describe its memory, or they had no page.
     pub deferred: u64,
-    /// From asking the guest to suspend until the stream was complete.
+    /// Time from asking the guest to suspend until the stream was complete.
     pub suspended_for: Duration,
 }
 
@@ -105,28 +104,28 @@ impl std::fmt::Debug for Saved<'_> {
 }
 
 impl Saved<'_> {
-    /// What was saved.
+    /// Statistics of the save.
     pub fn stats(&self) -> SaveStats {
         self.stats
     }
 
-    /// Leave the domain suspended: the image holds the guest now.
+    /// Leaves the domain suspended: the image holds the guest now.
     pub fn keep_suspended(mut self) {
         self.suspended.let_go();
     }
 
-    /// Resume the domain: the image is a copy.
+    /// Resumes the domain: the image is a copy.
     ///
     /// # Errors
     ///
-    /// What the toolstack says; the domain is then still suspended.
+    /// The toolstack's error; the domain is then still suspended.
     pub fn resume(mut self) -> Result<(), ToolstackError> {
         self.suspended.resume()
     }
 }
 
-/// The save has failed because of `cause`: resume the guest, if it is suspended. One that has
-/// gone away is left as it is, and that is the cause of whatever a call on it has failed with.
+/// The save has failed because of `cause`: resumes the guest, if it is suspended. A guest that has
+/// gone away is left as it is, and this is then the cause of any failed call on it.
 fn give_back<T: SaveToolstack + ?Sized>(
     domain: &dyn Domain,
     suspended: &mut Suspended<'_, T>,
@@ -143,7 +142,7 @@ fn give_back<T: SaveToolstack + ?Sized>(
         return went_away(gone, cause);
     }
     match domain.info() {
-        // Another program has resumed it meanwhile.
+        // Another program has resumed the domain meanwhile.
         Ok(info) if info.shutdown.is_none() => cause,
         info => SaveError::NotResumed {
             cause: Box::new(cause),
@@ -153,8 +152,8 @@ fn give_back<T: SaveToolstack + ?Sized>(
     }
 }
 
-/// The save has failed because of `cause`, and the guest has gone away: `gone`, where that can be
-/// what the cause comes from.
+/// The save has failed because of `cause`, and the guest has gone away: returns `gone`, if that can
+/// be the origin of `cause`.
 fn went_away(gone: GuestError, cause: SaveError) -> SaveError {
     let of_the_guest = matches!(
         cause,
@@ -167,12 +166,12 @@ fn went_away(gone: GuestError, cause: SaveError) -> SaveError {
     cause
 }
 
-/// Where it is noted what becomes of the pfns that are sent.
+/// Records what becomes of the pfns that are sent.
 #[derive(Default)]
 struct Notes<'a> {
-    /// The guest runs: those that cannot be sent for that reason. `None`: it is suspended.
+    /// The guest runs: pfns that cannot be sent for that reason. `None`: it is suspended.
     deferred: Option<&'a mut DirtyBitmap>,
-    /// Which of them are absent, where it has to be found out whether they stay so.
+    /// Which of them are absent, if later changes must be detected.
     balloon: Option<&'a mut Balloon>,
     /// What is done beside this pass.
     hook: Option<&'a mut (dyn AtFreeze + 'a)>,
@@ -221,7 +220,7 @@ impl<'r, 'p> Run<'r, 'p> {
 }
 
 impl<'r> Run<'r, '_> {
-    /// Map what says where the guest's memory is; write all that comes before memory.
+    /// Maps the tables that describe the guest's memory; writes everything that precedes memory.
     fn head<'s>(
         &mut self,
         xen: XenVersion,
@@ -299,7 +298,7 @@ impl<'r> Run<'r, '_> {
         Ok(())
     }
 
-    /// Have the guest suspend; when it was asked to.
+    /// Suspends the guest; returns when it was asked to.
     fn suspend<T: SaveToolstack + ?Sized>(
         &mut self,
         suspended: &mut Suspended<'_, T>,
@@ -310,7 +309,7 @@ impl<'r> Run<'r, '_> {
         Ok(asked)
     }
 
-    /// Send pfns (so many, ascending) in batches.
+    /// Sends pfns (this many, ascending) in batches.
     fn send(
         &mut self,
         guest: &dyn GuestSave,
@@ -364,8 +363,8 @@ impl<'r> Run<'r, '_> {
         }
     }
 
-    /// Nothing has resumed the guest since it was asked to suspend: what has been written
-    /// would be neither what it was nor what it is.
+    /// Checks that nothing has resumed the guest since it was asked to suspend: otherwise the image
+    /// would match neither its earlier state nor its present one.
     fn still_suspended(&self) -> Result<(), SaveError> {
         match self.domain.info()?.shutdown {
             Some(ShutdownReason::Suspend) => Ok(()),
@@ -374,7 +373,7 @@ impl<'r> Run<'r, '_> {
         }
     }
 
-    /// Map a guest's tables. Nothing of the guest changes.
+    /// Maps a guest's tables. Does not change the guest.
     fn setup(&mut self) -> Result<Box<dyn GuestSave + 'r>, SaveError> {
         let (domain, progress) = (self.domain, &mut self.progress);
         Ok(match self.kind.is_translated() {
@@ -415,17 +414,17 @@ fn go_on(told: ControlFlow<()>) -> Result<(), SaveError> {
     }
 }
 
-/// How many pfns there may be.
+/// The number of possible pfns.
 fn guest_pages(guest: &dyn GuestSave) -> u64 {
     guest.max_pfn().0 + 1
 }
 
-/// Every pfn there may be, ascending: restorers rebuild superpages from exactly that.
+/// Every possible pfn, ascending: restorers rebuild superpages from exactly that order.
 fn all_pages(guest: &dyn GuestSave) -> impl Iterator<Item = Pfn> + use<> {
     (0..guest_pages(guest)).map(Pfn)
 }
 
-/// As many pfns at a time as go into one record.
+/// As many pfns at a time as fit into one record.
 fn batches(mut pfns: impl Iterator<Item = Pfn>) -> impl Iterator<Item = Vec<Pfn>> {
     std::iter::from_fn(move || {
         let batch: Vec<Pfn> = pfns.by_ref().take(MAX_BATCH).collect();

@@ -1,9 +1,9 @@
-//! The migration protocol: every byte that either end says beside the image itself.
+//! The migration protocol: every byte that either end sends besides the image itself.
 //!
-//! The words are those of `xl migrate`, `xl remus` and `xl migrate-receive`, so that either end
-//! may be an xl. What travels as *image* is what `xl save` writes: xl header, libxl stream, and
-//! in it the libxc stream. Nothing reads ahead: each read takes the bytes of one message and no
-//! more, because the image follows on the same connection.
+//! The messages are those of `xl migrate`, `xl remus` and `xl migrate-receive`, so that either end
+//! may be an xl. The *image* is what `xl save` writes: xl header, libxl stream, and in it the libxc
+//! stream. Each read takes the bytes of one message and no more, because the image follows on the
+//! same connection.
 //!
 //! # Plain migration
 //!
@@ -66,10 +66,10 @@
 //!            ──► Withdrawal::ColoBetween or ColoWithin ►  destroys its copy
 //! ```
 //!
-//! There is no specification of the fixed words. C implementation: `tools/xl/xl.h`,
+//! The fixed messages have no specification. C implementation: `tools/xl/xl.h`,
 //! `tools/xl/xl_migrate.c`. CHECKPOINT_END and CHECKPOINT_STATE: libxl migration stream,
-//! `tools/libs/light/libxl_sr_stream_format.h`. CHECKPOINT_DIRTY_PFN_LIST: libxc migration
-//! stream, `tools/libs/guest/xg_sr_restore.c:send_checkpoint_dirty_pfn_list`.
+//! `tools/libs/light/libxl_sr_stream_format.h`. CHECKPOINT_DIRTY_PFN_LIST: libxc migration stream,
+//! `tools/libs/guest/xg_sr_restore.c:send_checkpoint_dirty_pfn_list`.
 //!
 //! ```
 //! use xsr_save_restore::migrate::messages::{Message, Outcome, Status};
@@ -95,14 +95,14 @@ mod last_words;
 pub use checkpoint::{ColoWord, PfnListError, PfnListHead, Withdrawal};
 pub use last_words::LastWords;
 
-/// A message of fixed words. All except the banner end in NUL.
+/// A message of fixed bytes. All except the banner end in NUL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Message {
     /// The receiver is ready for the image.
     Banner,
     /// The receiver has all of the image, and asks whether it may run the domain.
     Ready,
-    /// The end that had the domain lets go of it: the sender to the receiver, or a receiver that
+    /// The end that had the domain releases it: the sender to the receiver, or a receiver that
     /// failed and has destroyed its copy to the sender.
     Go,
     /// The receiver reports. A [`Status`] follows.
@@ -110,10 +110,10 @@ pub enum Message {
 }
 
 impl Message {
-    /// All of them.
+    /// All messages.
     pub const ALL: [Self; 4] = [Self::Banner, Self::Ready, Self::Go, Self::Report];
 
-    /// What goes over the connection.
+    /// The bytes on the connection.
     pub const fn bytes(self) -> &'static [u8] {
         match self {
             Self::Banner => b"xl migration receiver ready, send binary domain data.\n",
@@ -123,7 +123,7 @@ impl Message {
         }
     }
 
-    /// What error messages call it.
+    /// Its name in error messages.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Banner => "banner",
@@ -133,32 +133,32 @@ impl Message {
         }
     }
 
-    /// Write the message.
+    /// Writes the message.
     ///
     /// # Errors
     ///
-    /// Returns the writer's error. The last byte of the message has not been taken then, so the
-    /// other end cannot act on it.
+    /// The writer's error. The last byte of the message has not been written then, so the other end
+    /// cannot act on it.
     pub fn write(self, mut to: impl Write) -> Result<(), MessageError> {
         let expected = self.name();
         let written = to.write_all(self.bytes()).and_then(|()| to.flush());
         written.map_err(|cause| MessageError::Sending { expected, cause })
     }
 
-    /// Read the message, and not a byte of what follows it.
+    /// Reads the message, and no byte after it.
     ///
     /// # Errors
     ///
-    /// The other end said something else, or why it failed ([`Reason`]); hung up before or in the
-    /// message; or the reader failed. Something else is found out at the first byte that differs,
-    /// without waiting for the rest.
+    /// The other end sent something else, or its reason for failing ([`Reason`]); it hung up before
+    /// or within the message; or the reader failed. A different message is detected at the first
+    /// byte that differs, without waiting for the rest.
     pub fn read(self, from: impl Read) -> Result<(), MessageError> {
         self.read_or(from, |_| false)
     }
 
-    /// As [`Self::read`]. Once a byte differs, `differs` is called with the reader. If it says so,
-    /// what follows is read for the error to name, no more than the message has: `differs` is to
-    /// limit how long that takes.
+    /// As [`Self::read`]. Once a byte differs, `differs` is called with the reader. If it returns
+    /// true, the following bytes are read for the error message, up to the message's length;
+    /// `differs` has to limit how long that takes.
     pub(super) fn read_or<R: Read>(
         self,
         mut from: R,
@@ -184,7 +184,8 @@ impl Message {
                 Ok(0) => hung_up = true,
                 Ok(n) => filled += n,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // What was said says more than why there is no more of it, unless that was asked.
+                // The bytes received say more than the reason why no more came, unless it was
+                // cancelled.
                 Err(error) if differs.is_none() && !Cancelled::is(&error) => break,
                 Err(cause) => return Err(MessageError::Waiting { expected, cause }),
             }
@@ -210,9 +211,9 @@ impl Message {
     }
 }
 
-/// Why a receiver fails, as its last words over a socket, where the sender does not see its
-/// stderr. To either kind of sender these are not the words that it expects, so that the
-/// migration has failed; ours tells the user.
+/// Why a receiver failed: its last message over a socket, where the sender does not see its stderr.
+/// Neither kind of sender expects these bytes, so that the migration fails; ours shows them to the
+/// user.
 ///
 /// One line: `xsr: failed: `, the reason, a line feed.
 ///
@@ -231,15 +232,15 @@ pub struct Reason;
 impl Reason {
     const BEGIN: &[u8] = b"xsr: failed: ";
 
-    /// Bytes of a line at most.
+    /// The most bytes of a line.
     pub const LONGEST: usize = 1024;
 
-    /// Write one. What a terminal would obey is escaped ([`shown`]), and what is too long is cut
-    /// off.
+    /// Writes a reason. Characters that would control a terminal are escaped ([`shown`]), and a
+    /// long reason is cut off.
     ///
     /// # Errors
     ///
-    /// Returns the writer's error.
+    /// The writer's error.
     pub fn write(why: &str, mut to: impl Write) -> io::Result<()> {
         let mut line = Self::BEGIN.to_vec();
         let room = Self::LONGEST - Self::BEGIN.len() - 1;
@@ -249,8 +250,8 @@ impl Reason {
         to.flush()
     }
 
-    /// The reason in what the other end says, of which `said` has been read: to the end of its
-    /// line, or until nothing more comes. `None` if it is not a reason.
+    /// Reads the reason from what the other end sent, of which `said` has been read: to the end of
+    /// its line, or until nothing more comes. `None` if it is not a reason.
     pub fn read(said: &[u8], mut from: impl Read) -> Option<String> {
         let mut line = said.to_vec();
         let mut byte = [0];
@@ -279,7 +280,7 @@ pub enum MessageError {
     Sending {
         /// The message.
         expected: &'static str,
-        /// What the connection says.
+        /// The error of the connection.
         #[source]
         cause: io::Error,
     },
@@ -288,7 +289,7 @@ pub enum MessageError {
     Waiting {
         /// The message.
         expected: &'static str,
-        /// What the connection says.
+        /// The error of the connection.
         #[source]
         cause: io::Error,
     },
@@ -313,65 +314,65 @@ pub enum MessageError {
     Other {
         /// The message.
         expected: &'static str,
-        /// What came, no longer than the message.
+        /// The bytes received, no more than the message has.
         got: Vec<u8>,
-        /// Whether the stream ended before it was as long.
+        /// Whether the stream ended before that length.
         hung_up: bool,
     },
-    /// The receiver was to say nothing before it is told to go.
+    /// The receiver sent something before it was told to go.
     #[error("the other end has hung up or said more than it was asked, before it was told to go")]
     TooEarly,
-    /// The receiver says why it failed.
+    /// The receiver reports why it failed.
     #[error("the other end has failed: {why}")]
     PeerFailed {
-        /// In its words; one line.
+        /// The reason in its words; one line.
         why: String,
     },
-    /// The receiver failed, and did not say that its copy is gone.
+    /// The receiver failed, and did not report that its copy is gone.
     #[error("the other end failed (status {status}), and did not say that its copy is gone")]
     NotGivenBack {
-        /// What it reported.
+        /// The status that it reported.
         status: u8,
-        /// What came in the place of [`Message::Go`].
+        /// The error in place of [`Message::Go`].
         #[source]
         cause: Box<MessageError>,
     },
-    /// The end of the conversation has no report in it.
+    /// The end of the conversation contains no report.
     #[error("the other end did not say what became of its copy")]
     NoReport,
     /// A record that is not the expected one.
     #[error("the other end sent {got}, expected {expected}")]
     Record {
-        /// The record.
+        /// The expected record.
         expected: &'static str,
-        /// What came.
+        /// What came instead.
         got: String,
     },
 }
 
-/// What a receiver reports after [`Message::Report`]: 0 if the domain runs there.
+/// The receiver's status after [`Message::Report`]: 0 if the domain runs there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Status(pub u8);
 
 impl Status {
     /// The receiver runs the domain.
     pub const SUCCESS: Self = Self(0);
-    /// The receiver does not run it. xl sends a libxl error code in its place; a sender looks
-    /// only at whether it is 0.
+    /// The receiver does not run it. xl sends a libxl error code instead; a sender only checks
+    /// whether it is 0.
     pub const FAILED: Self = Self(1);
 
-    /// Write it.
+    /// Writes it.
     ///
     /// # Errors
     ///
-    /// Returns the writer's error.
+    /// The writer's error.
     pub fn write(self, mut to: impl Write) -> Result<(), MessageError> {
         let expected = "status";
         let written = to.write_all(&[self.0]).and_then(|()| to.flush());
         written.map_err(|cause| MessageError::Sending { expected, cause })
     }
 
-    /// Read it.
+    /// Reads it.
     ///
     /// # Errors
     ///
@@ -390,12 +391,12 @@ impl Status {
     }
 }
 
-/// Which end has the domain, by the receiver's own words.
+/// Which end has the domain, according to the receiver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// The receiver runs it.
     Runs,
-    /// The sender: the receiver failed, and has destroyed its copy.
+    /// The sender has it: the receiver failed, and has destroyed its copy.
     GivenBack {
         /// Not 0.
         status: u8,
@@ -403,7 +404,7 @@ pub enum Outcome {
 }
 
 impl Outcome {
-    /// Read what a sender hears after [`Message::Go`].
+    /// Reads what a sender receives after [`Message::Go`].
     ///
     /// # Errors
     ///

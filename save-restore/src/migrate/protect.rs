@@ -1,5 +1,5 @@
-//! The sender of checkpoints, for Remus and COLO: a connection, the messages and the machine that
-//! decides, put together.
+//! Sending checkpoints, for Remus and COLO: combines a connection, the messages and the state
+//! machine of the protector.
 //!
 //! The caller brings the domain, as a [`Protected`]; [`ProtectRequest::run`] does the rest. The
 //! other end is a [`StandbyRequest`](super::standby::StandbyRequest).
@@ -17,50 +17,51 @@ use super::ownership::protect::{
 };
 use crate::progress::Cancel;
 
-/// A domain that is protected, as its toolstack sees it.
+/// A domain that is protected, from its toolstack's view.
 ///
-/// Which of these is called, and when, is decided by
-/// [`ownership::protect::Protector`](super::ownership::protect::Protector).
+/// [`ownership::protect::Protector`](super::ownership::protect::Protector) decides which of these
+/// is called, and when.
 pub trait Protected {
-    /// Send the image, and then checkpoint after checkpoint, until there is to be no other.
-    /// `complete` is to be called each time that the last byte of one has been written.
+    /// Sends the image, and then checkpoint after checkpoint until the last one. Must call
+    /// `complete` each time that the last byte of a checkpoint has been written.
     fn protect(&mut self, connection: &dyn Connection, complete: &mut dyn FnMut()) -> Ended;
 
-    /// Pause the domain, once. Nothing is to be done where it was destroyed.
+    /// Pauses the domain, once. Does nothing if it was destroyed.
     ///
     /// # Errors
     ///
-    /// It is not paused.
+    /// The domain is not paused.
     fn pause(&mut self) -> Result<(), BoxError>;
 
-    /// Let the domain run on that was paused. Nothing is to be done where it was destroyed.
+    /// Unpauses the domain that was paused. Does nothing if it was destroyed.
     ///
     /// # Errors
     ///
-    /// It is still paused, and runs nowhere.
+    /// The domain is still paused, and runs nowhere.
     fn unpause(&mut self) -> Result<(), BoxError>;
 
-    /// Pause the domain, which runs at the other end, and give it the name of one that has moved.
+    /// Pauses the domain, which runs on the other host, and renames it to the name for a domain
+    /// that has moved.
     ///
     /// # Errors
     ///
-    /// It may run at both ends.
+    /// The domain may run on both hosts.
     fn stop(&mut self) -> Result<(), BoxError>;
 }
 
-/// How a protection came to its end.
+/// How a protection ended.
 #[derive(Debug)]
 pub struct Ended {
     /// Why.
     pub why: Why,
-    /// Whether the other end has no more than a part of what was sent, or no end any more.
+    /// Whether the other end has only a part of what was sent, or is gone.
     pub lost: bool,
-    /// What the domain does here now.
+    /// The state of the domain here now.
     pub here: Here,
-    /// What takes the domain back at this place of the stream. `None` where nothing does: in the
-    /// middle of the libxl layer's part of a checkpoint, under COLO.
+    /// The withdrawal that takes the domain back at this place of the stream. `None` if none can:
+    /// in the middle of the libxl layer's part of a checkpoint, under COLO.
     pub withdrawal: Option<Withdrawal>,
-    /// What the other end has said that was not understood as anything else.
+    /// Bytes from the other end that were not understood as another message.
     pub heard: LastWords,
 }
 
@@ -73,11 +74,11 @@ pub struct ProtectRequest<'a> {
 }
 
 impl<'a> ProtectRequest<'a> {
-    /// How long the other end may take, at most, to say what becomes of its copy when the
-    /// connection is lost: what it has said by then is on its way.
+    /// How long the other end may take to report what becomes of its copy when the connection is
+    /// lost: whatever it has sent by then is in transit already.
     pub const LAST_WORDS: Duration = Duration::from_secs(10);
 
-    /// With a minute for each answer.
+    /// A request with a minute for each answer.
     pub const fn new(on_loss: OnLoss) -> Self {
         Self {
             common: Common::new(Duration::from_secs(60)),
@@ -94,8 +95,8 @@ impl<'a> ProtectRequest<'a> {
                  After that [`Protected::protect`] comes to its end."
     }
 
-    /// How long each write of what takes the domain back may wait, in the place of the time of an
-    /// answer for all of it.
+    /// How long each write of the withdrawal may wait, instead of the answer time-out for all of
+    /// it.
     #[must_use]
     pub const fn sending(mut self, wait: Wait<'a>) -> Self {
         self.sending = Some(wait);
@@ -198,7 +199,7 @@ impl How<'_> {
         }
     }
 
-    /// How long last words are waited for.
+    /// How long to wait for the last message.
     fn last_words(&self, lost: bool) -> Duration {
         if lost {
             self.answer.min(ProtectRequest::LAST_WORDS)
@@ -208,7 +209,7 @@ impl How<'_> {
     }
 }
 
-/// A protection that is under way.
+/// A protection in progress.
 #[derive(Default)]
 struct Protecting {
     withdrawal: Option<Withdrawal>,
@@ -218,7 +219,7 @@ struct Protecting {
 }
 
 impl Protecting {
-    /// Do it, and say what came of it.
+    /// Performs an action, and returns the result.
     fn perform(
         &mut self,
         how: How<'_>,
@@ -243,9 +244,9 @@ impl Protecting {
             ProtectorAction::Withdraw => {
                 let why = "the other end is in the middle of a checkpoint";
                 let withdrawal = self.withdrawal.ok_or_else(|| failed(why.into()))?;
-                // Until the last words are heard, too. What was sent before may still be in the
-                // kernel, and the receiver reads nothing while it applies a checkpoint: a
-                // connection that is given up then has it take over.
+                // Also until the last message is received. Earlier bytes may still be in the
+                // kernel, and the receiver reads nothing while it applies a checkpoint: if the
+                // connection is given up then, the receiver takes over.
                 how.talk(&*connection).bear(TcpConnection::SILENCE_SENDING);
                 let writer = match how.sending {
                     Some(wait) => ConnectionWriter::new(&*connection, wait),
@@ -275,7 +276,7 @@ impl Protecting {
         Ok(ProtectorEvent::Done)
     }
 
-    /// Say nothing more, and hear what becomes of the copy.
+    /// Sends nothing more, and waits to hear what becomes of the copy.
     fn last_words(
         &mut self,
         connection: &mut dyn Connection,
@@ -308,16 +309,16 @@ impl From<Trouble> for ProtectorEvent {
     }
 }
 
-/// What protecting a domain came to.
+/// The outcome of protecting a domain.
 #[derive(Debug)]
 pub struct Protection {
     /// Which host has the domain.
     pub end: ProtectorEnd,
-    /// What the other end has said of its copy.
+    /// The other end's report about its copy.
     pub outcome: Option<Outcome>,
     /// Why it has failed, in its words, if it says so.
     pub reason: Option<String>,
-    /// What went wrong, in order, except in [`Protected::protect`].
+    /// Failures in order, except those in [`Protected::protect`].
     pub causes: Vec<Cause<ProtectorAction>>,
 }
 

@@ -1,5 +1,5 @@
-//! The receiver of a migration: a connection, the messages and the machine that decides, put
-//! together.
+//! Receiving a migration: combines a connection, the messages and the state machine of the
+//! receiver.
 //!
 //! The caller brings the host, as an [`Arriving`]; [`ReceiveRequest::run`] does the rest. See
 //! [`super`] for an example.
@@ -16,35 +16,35 @@ use super::messages::{Message, MessageError, Status};
 use super::observe::{Event, Step};
 use super::ownership::plain::{Receiver, ReceiverAction, ReceiverEnd, ReceiverEvent};
 
-/// A domain that is to arrive, as its toolstack sees it.
+/// A domain that will arrive, from its toolstack's view.
 pub trait Arriving {
-    /// Make a domain, paused and under another name, and read the image into it, to its last
+    /// Creates a domain, paused and under another name, and reads the image into it, to its last
     /// byte and no further.
     ///
     /// # Errors
     ///
-    /// What was made of it may still be there; [`Self::destroy`] follows.
+    /// A part of the domain may still exist; [`Self::destroy`] is called next.
     fn receive_image(&mut self, from: &mut ConnectionReader<'_>) -> Result<(), BoxError>;
 
-    /// Give the domain its name.
+    /// Renames the domain to its real name.
     ///
     /// # Errors
     ///
-    /// It keeps the other one.
+    /// It keeps the other name.
     fn take_name(&mut self) -> Result<(), BoxError>;
 
-    /// Let the domain run, unless it is to stay paused.
+    /// Lets the domain run, unless it should stay paused.
     ///
     /// # Errors
     ///
     /// It is still paused.
     fn run(&mut self) -> Result<(), BoxError>;
 
-    /// Destroy what was made. Nothing is to be done where nothing was.
+    /// Destroys the new domain. Does nothing if there is none.
     ///
     /// # Errors
     ///
-    /// It is still there, paused.
+    /// It still exists, paused.
     fn destroy(&mut self) -> Result<(), BoxError>;
 }
 
@@ -63,8 +63,8 @@ impl Default for ReceiveRequest<'_> {
 }
 
 impl<'a> ReceiveRequest<'a> {
-    /// With ten minutes for a sender that sends nothing, and two for its "go". Both are longer
-    /// than a sender waits, so that the sender is the one that gives up.
+    /// A request with ten minutes for a sender that sends nothing, and two for its "go". Both are
+    /// longer than a sender waits, so that the sender is the one that gives up.
     pub const fn new() -> Self {
         Self {
             common: Common::new(Duration::from_secs(600)),
@@ -80,16 +80,16 @@ impl<'a> ReceiveRequest<'a> {
                  late."
     }
 
-    /// How long the sender may take to say "go", all of it.
+    /// How long the sender may take to send all of "go".
     #[must_use]
     pub const fn go_timeout(mut self, limit: Duration) -> Self {
         self.go = limit;
         self
     }
 
-    /// Receive a domain.
+    /// Receives a domain.
     ///
-    /// A panic in `domain` destroys what was made, if "go" was not heard.
+    /// After a panic in `domain`, the new domain is destroyed if "go" has not been received.
     pub fn run(mut self, connection: &dyn Connection, domain: &mut dyn Arriving) -> Arrived {
         let mut guard = OnPanic {
             domain,
@@ -154,7 +154,7 @@ impl Machine for Receiver {
     }
 }
 
-/// A migration that is under way: what the machine asks for, done.
+/// A migration in progress: performs the actions of the state machine.
 struct Receiving<'a> {
     talk: Talk<'a>,
     go: Duration,
@@ -189,7 +189,7 @@ impl Receiving<'_> {
             ReceiverAction::SayRuns => talk.report(Status::SUCCESS).map_err(heard),
             ReceiverAction::SayFailed => talk.report(Status::FAILED).map_err(heard),
             ReceiverAction::Destroy => domain.destroy().map_err(failed),
-            // No signal breaks off what says where the domain is.
+            // No signal interrupts the message that says where the domain is.
             ReceiverAction::GiveBack => talk.say(Message::Go, talk.deaf()).map_err(heard),
             ReceiverAction::End(_) => Ok(()),
         }
@@ -207,11 +207,11 @@ impl From<Trouble> for ReceiverEvent {
     }
 }
 
-/// What receiving a domain came to.
+/// The outcome of receiving a domain.
 #[derive(Debug)]
 pub struct Arrived {
     /// Which host has the domain.
     pub end: ReceiverEnd,
-    /// What went wrong, in order: the first is why it ended so.
+    /// Failures in order: the first one is the reason for the outcome.
     pub causes: Vec<Cause<ReceiverAction>>,
 }

@@ -18,42 +18,42 @@ use super::ownership::plain::{Sender, SenderAction, SenderEnd, SenderEvent};
 use crate::error::SaveError;
 use crate::pace::Pace;
 
-/// A domain that is to leave, as its toolstack sees it.
+/// A domain that will leave, from its toolstack's view.
 ///
-/// Which of these is called, and when, is decided by
-/// [`ownership::plain::Sender`](super::ownership::plain::Sender).
+/// [`ownership::plain::Sender`](super::ownership::plain::Sender) decides which of these is called,
+/// and when.
 pub trait Departing {
-    /// Write the image: xl header, libxl stream. Afterwards the domain is suspended, and nothing
-    /// but [`Self::take_back`] resumes it.
+    /// Writes the image: xl header, libxl stream. Afterwards the domain is suspended, and only
+    /// [`Self::take_back`] resumes it.
     ///
     /// # Errors
     ///
-    /// The domain may be running or suspended then; [`Self::take_back`] follows.
+    /// The domain may be running or suspended then; [`Self::take_back`] is called next.
     fn send_image(&mut self, to: &mut ConnectionWriter<'_>) -> Result<(), BoxError>;
 
-    /// Give the domain the name of one that has been let go of.
+    /// Renames the domain to the name for a domain that is migrating away.
     ///
     /// # Errors
     ///
     /// It keeps its name.
     fn rename_away(&mut self) -> Result<(), BoxError>;
 
-    /// Have the domain run on, under its name. Nothing is to be done where it does.
+    /// Resumes the domain, under its name. Does nothing if it runs.
     ///
     /// # Errors
     ///
     /// It is still suspended.
     fn take_back(&mut self) -> Result<TakenBack, BoxError>;
 
-    /// Destroy the domain, which runs at the other end.
+    /// Destroys the domain, which runs on the other host.
     ///
     /// # Errors
     ///
-    /// It is still there.
+    /// It still exists.
     fn destroy(&mut self) -> Result<(), BoxError>;
 }
 
-/// What a domain does that was taken back.
+/// The state of a domain that was taken back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TakenBack {
     /// It runs.
@@ -77,7 +77,7 @@ impl Default for MigrateRequest<'_> {
 }
 
 impl<'a> MigrateRequest<'a> {
-    /// With a minute for each answer, and a minute for a receiver that takes nothing.
+    /// A request with a minute for each answer, and a minute for a receiver that takes nothing.
     pub const fn new() -> Self {
         Self {
             common: Common::new(Duration::from_secs(60)),
@@ -93,27 +93,27 @@ impl<'a> MigrateRequest<'a> {
                  of, it is too late."
     }
 
-    /// How long the receiver may take nothing of the image. After that it has to take what it is
-    /// sent at the speed of a [`Pace`] from the first byte on, because only the domain's toolstack
-    /// knows when the domain is suspended.
+    /// How long the receiver may take nothing of the image. After that it must take the data at the
+    /// speed of a [`Pace`] from the first byte on, because only the domain's toolstack knows when
+    /// the domain is suspended.
     #[must_use]
     pub const fn idle_timeout(mut self, limit: Duration) -> Self {
         self.idle = limit;
         self
     }
 
-    /// How fast the receiver has to take the image, in the place of [`Self::idle_timeout`]. The
-    /// domain's toolstack tells the pace when the domain is suspended and when it runs on.
-    /// Without one, see [`Self::idle_timeout`].
+    /// How fast the receiver must take the image, instead of [`Self::idle_timeout`]. The domain's
+    /// toolstack tells the pace when the domain is suspended and when it is resumed. Without a
+    /// pace, see [`Self::idle_timeout`].
     #[must_use]
     pub const fn pace(mut self, pace: &'a Pace) -> Self {
         self.pace = Some(pace);
         self
     }
 
-    /// Send the domain.
+    /// Sends the domain.
     ///
-    /// A panic in `domain` takes the domain back, if it has not been let go of.
+    /// After a panic in `domain`, the domain is taken back if it has not been released.
     pub fn run(mut self, connection: &dyn Connection, domain: &mut dyn Departing) -> Sent {
         let default = Pace::new(self.idle);
         let mut guard = OnPanic {
@@ -182,18 +182,18 @@ impl Machine for Sender {
     }
 }
 
-/// A migration that is under way: what the machine asks for, done.
+/// A migration in progress: performs the actions of the state machine.
 struct Sending<'a> {
     talk: Talk<'a>,
     pace: Option<&'a Pace>,
-    /// In the place of that.
+    /// Used instead if there is none.
     default: &'a Pace,
-    /// What the receiver has reported.
+    /// The status that the receiver has reported.
     status: u8,
 }
 
 impl Sending<'_> {
-    /// Do it. What came of it, and why, if that is a failure.
+    /// Performs an action. Returns the result, and the error if it failed.
     fn perform(
         &mut self,
         action: SenderAction,
@@ -228,12 +228,12 @@ impl Sending<'_> {
                 }
             }
             SenderAction::AwaitReady => heard(talk.hear(Message::Ready, talk.asked())),
-            // A request to stop that comes once "ready" has been heard is in time.
+            // A cancellation after "ready" has been received is still in time.
             SenderAction::RenameAway if talk.is_asked() => {
                 (SenderEvent::Signal, Some(SaveError::Aborted.into()))
             }
             SenderAction::RenameAway => done(domain.rename_away()),
-            // No signal breaks it off.
+            // No signal interrupts it.
             SenderAction::SayGo => heard(
                 talk.nothing_waits()
                     .and_then(|()| talk.say(Message::Go, talk.deaf())),
@@ -267,7 +267,7 @@ impl Sending<'_> {
         }
     }
 
-    /// The report and its status, in the time of one answer.
+    /// The report and its status, within the time of one answer.
     fn report(&mut self) -> Result<Status, MessageError> {
         let talk = self.talk;
         let mut reader = talk.reader(Message::Report.name(), talk.deaf())?;
@@ -289,11 +289,11 @@ impl From<Trouble> for SenderEvent {
     }
 }
 
-/// What sending a domain came to.
+/// The outcome of sending a domain.
 #[derive(Debug)]
 pub struct Sent {
     /// Which host has the domain.
     pub end: SenderEnd,
-    /// What went wrong, in order: the first is why it ended so.
+    /// Failures in order: the first one is the reason for the outcome.
     pub causes: Vec<Cause<SenderAction>>,
 }

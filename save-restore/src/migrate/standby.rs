@@ -1,5 +1,5 @@
-//! The receiver of checkpoints, for Remus and COLO: a connection, the messages and the machine that
-//! decides, put together.
+//! Receiving checkpoints, for Remus and COLO: combines a connection, the messages and the state
+//! machine of the standby.
 //!
 //! The caller brings the host, as a [`Kept`]; [`StandbyRequest::run`] does the rest. The other end
 //! is a [`ProtectRequest`](super::protect::ProtectRequest).
@@ -15,52 +15,52 @@ use super::messages::{Message, MessageError, Status};
 use super::observe::{Event, Step};
 use super::ownership::protect::{Standby, StandbyAction, StandbyEnd, StandbyEvent};
 
-/// A domain that stands by for another, as its toolstack sees it.
+/// A standby copy of a protected domain, from its toolstack's view.
 ///
-/// Which of these is called, and when, is decided by
-/// [`ownership::protect::Standby`](super::ownership::protect::Standby).
+/// [`ownership::protect::Standby`](super::ownership::protect::Standby) decides which of these is
+/// called, and when.
 pub trait Kept {
-    /// Make the domain, under another name, and keep it at the last checkpoint that is complete,
-    /// until there is to be no other. `complete` is to be called when one is, and the domain can
-    /// be run from it.
+    /// Creates the domain, under another name, and keeps it at the last complete checkpoint, until
+    /// no more come. Must call `complete` when a checkpoint is complete and the domain can run from
+    /// it.
     fn keep(&mut self, connection: &dyn Connection, complete: &mut dyn FnMut()) -> KeptUntil;
 
-    /// Give the domain its name.
+    /// Renames the domain to its real name.
     ///
     /// # Errors
     ///
-    /// It keeps the other one, and is run all the same.
+    /// It keeps the other name, and is run all the same.
     fn take_name(&mut self) -> Result<(), BoxError>;
 
-    /// Let the domain run, unless it is to stay paused. It stays from here on, whatever happens:
-    /// it may be all there is.
+    /// Lets the domain run, unless it should stay paused. It is kept from here on, whatever
+    /// happens: it may be the only copy.
     ///
     /// # Errors
     ///
     /// It is still paused.
     fn run(&mut self) -> Result<(), BoxError>;
 
-    /// Destroy what was made. Nothing is to be done where nothing was.
+    /// Destroys the new domain. Does nothing if there is none.
     ///
     /// # Errors
     ///
-    /// It is still there, and must not run.
+    /// It still exists, and must not run.
     fn destroy(&mut self) -> Result<(), BoxError>;
 }
 
-/// Until when a domain was kept.
+/// Why a domain is no longer kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KeptUntil {
-    /// The stream did not go on: the sender hung up, or the connection is lost.
+    /// The stream broke off: the sender hung up, or the connection is lost.
     Lost,
     /// The sender took its domain back.
     Withdrawn,
-    /// The stream breaks a rule, a checkpoint could not be applied, someone asked to stop, or
+    /// The stream breaks a rule, a checkpoint could not be applied, the work was cancelled, or
     /// something else failed.
     Failed,
 }
 
-/// How to stand by for a domain.
+/// How to keep a standby copy of a domain.
 #[derive(Debug)]
 pub struct StandbyRequest<'a> {
     common: Common<'a>,
@@ -73,7 +73,7 @@ impl Default for StandbyRequest<'_> {
 }
 
 impl<'a> StandbyRequest<'a> {
-    /// With a minute for a sender to take a message.
+    /// A request with a minute for a sender to take a message.
     pub const fn new() -> Self {
         Self {
             common: Common::new(Duration::from_secs(60)),
@@ -87,7 +87,7 @@ impl<'a> StandbyRequest<'a> {
                  that [`Kept::keep`] comes to its end."
     }
 
-    /// Stand by, until it is clear where the domain is.
+    /// Keeps a standby copy, until it is clear which host has the domain.
     pub fn run(mut self, connection: &dyn Connection, domain: &mut dyn Kept) -> StoodBy {
         let talk = self.common.talk(connection);
         let mut machine = Standby::new();
@@ -171,11 +171,11 @@ fn perform(
     }
 }
 
-/// What standing by for a domain came to.
+/// The outcome of keeping a standby copy.
 #[derive(Debug)]
 pub struct StoodBy {
     /// Which host has the domain.
     pub end: StandbyEnd,
-    /// What went wrong, in order, except in [`Kept::keep`].
+    /// Failures in order, except those in [`Kept::keep`].
     pub causes: Vec<Cause<StandbyAction>>,
 }

@@ -20,14 +20,14 @@ use crate::save::suspended::Suspended;
 use crate::save::{Hook, Live, Notes, Run, again, all_pages, guest_pages};
 use crate::toolstack::SaveToolstack;
 
-/// The dirty log, on. Off again on drop.
+/// The dirty log while it is on. Dropping it switches the log off.
 struct Logging<'a>(&'a dyn Domain);
 
 impl<'a> Logging<'a> {
-    /// Switch the log on. Where something else holds it (VRAM tracking, say), that is
+    /// Switches the log on. If something else holds it (VRAM tracking, for example), that is
     /// switched off first: it starts again by itself.
     fn start(domain: &'a dyn Domain) -> Result<Self, BackendError> {
-        // From here on it is switched off: a call that fails may have done its work.
+        // From here on the log is switched off on drop: a failed call may have switched it on.
         let logging = Self(domain);
         if domain.enable_log_dirty().is_err() {
             domain.disable_log_dirty()?;
@@ -53,21 +53,21 @@ impl Drop for Logging<'_> {
     }
 }
 
-/// The memory of a guest that runs: its log, and what of it has to be sent.
+/// The memory of a running guest: its log, and what has to be sent.
 pub(super) struct LiveMemory<'a> {
     _logging: Logging<'a>,
     /// To be sent in the next pass.
     dirty: DirtyBitmap,
     /// To be sent once the guest is suspended.
     deferred: DirtyBitmap,
-    /// pfns that the guest has got since the last pass, which the log may not tell of.
+    /// pfns that the guest has got since the last pass, which the log may not report.
     grown: Range<u64>,
-    /// Pages that it gives back or takes within its memory; `None` where the log tells.
+    /// Ballooning within its memory; `None` if the log reports it.
     balloon: Option<Balloon>,
 }
 
 impl<'a> LiveMemory<'a> {
-    /// Log from now on; all of it is to be sent.
+    /// Logs from now on; all memory has to be sent.
     pub(super) fn start(
         domain: &'a dyn Domain,
         translated: bool,
@@ -75,7 +75,7 @@ impl<'a> LiveMemory<'a> {
     ) -> Result<Self, BackendError> {
         let mut dirty = DirtyBitmap::new(pfns);
         dirty.set_all();
-        // Its pages are counted before: what it takes after that is seen.
+        // Its pages are counted before, so that what it takes after that is noticed.
         let balloon = Balloon::of(domain, translated, pfns)?;
         Ok(Self {
             _logging: Logging::start(domain)?,
@@ -86,7 +86,7 @@ impl<'a> LiveMemory<'a> {
         })
     }
 
-    /// There are `pfns` now.
+    /// The guest has `pfns` pfns now.
     fn grow(&mut self, pfns: u64) {
         for set in [&mut self.dirty, &mut self.deferred] {
             balloon::grow(set, pfns);
@@ -97,7 +97,7 @@ impl<'a> LiveMemory<'a> {
         self.grown.end = self.grown.end.max(pfns);
     }
 
-    /// Read the log: what is to be sent next.
+    /// Reads the log: what to send next.
     fn read(&mut self, domain: &dyn Domain, how: DirtyRead) -> Result<(), BackendError> {
         domain.read_dirty(how, &mut self.dirty)?;
         self.grown.clone().for_each(|pfn| self.dirty.set(Pfn(pfn)));
@@ -107,8 +107,8 @@ impl<'a> LiveMemory<'a> {
 }
 
 impl<'r> Run<'r, '_> {
-    /// Send memory while the guest runs, suspend it, send the rest; when it was asked
-    /// to suspend.
+    /// Sends memory while the guest runs, suspends it, and sends the rest; returns when the guest
+    /// was asked to suspend.
     pub(super) fn live<T: SaveToolstack + ?Sized>(
         &mut self,
         guest: &mut dyn GuestSave,
@@ -130,7 +130,7 @@ impl<'r> Run<'r, '_> {
         Ok(stopped)
     }
 
-    /// Log what the guest writes from now on.
+    /// Logs what the guest writes from now on.
     pub(super) fn log(&mut self, guest: &dyn GuestSave) -> Result<LiveMemory<'r>, SaveError> {
         let translated = self.kind.is_translated();
         let mut memory = LiveMemory::start(self.domain, translated, guest_pages(guest))?;
@@ -140,7 +140,7 @@ impl<'r> Run<'r, '_> {
         Ok(memory)
     }
 
-    /// Read the log: what is to be sent next, and what the log does not tell of.
+    /// Reads the log: what to send next, including what the log does not report.
     fn read(
         &mut self,
         memory: &mut LiveMemory<'_>,
@@ -156,7 +156,7 @@ impl<'r> Run<'r, '_> {
         Ok(())
     }
 
-    /// Follow a guest that moves what says where its memory is.
+    /// Follows a guest that moves the tables that describe its memory.
     fn follow(
         &mut self,
         guest: &mut dyn GuestSave,
@@ -173,8 +173,7 @@ impl<'r> Run<'r, '_> {
         Ok(())
     }
 
-    /// Passes over what is dirty, the first over everything, until the policy says
-    /// that it is enough.
+    /// Passes over the dirty pages, the first over everything, until the policy ends them.
     pub(super) fn precopy(
         &mut self,
         guest: &mut dyn GuestSave,
@@ -199,8 +198,8 @@ impl<'r> Run<'r, '_> {
                     self.send(guest, out, Phase::Precopy, pass, notes)?;
                 }
                 self.follow(guest, out, memory, true)?;
-                // One over nothing counts too: a policy that waits for a number of
-                // passes gets it from a guest that sleeps.
+                // An empty pass counts too: a policy that waits for a number of passes gets it also
+                // from an idle guest.
                 meter.sent(count, (self.stats.pages - before) * PAGE_SIZE as u64);
                 self.stats.iterations += 1;
                 self.progress.precopy(meter.stats());

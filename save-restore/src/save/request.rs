@@ -1,4 +1,4 @@
-//! What to save and how: a request, which a caller builds and then runs once.
+//! Save requests: what to save and how, built by the caller and then run once.
 
 use std::fmt;
 use std::io::{self, Write as _};
@@ -84,8 +84,8 @@ impl fmt::Debug for SaveRequest<'_> {
 }
 
 impl<'r> SaveRequest<'r> {
-    /// A save that is not live, with as many threads as the machine has processors, without
-    /// an observer. `xen` goes into the domain header.
+    /// A still save, with as many threads as the machine has processors, without an observer. `xen`
+    /// goes into the domain header.
     pub fn new(domain: &'r dyn Domain, xen: XenVersion) -> Self {
         Self {
             domain,
@@ -104,8 +104,8 @@ impl<'r> SaveRequest<'r> {
         self
     }
 
-    /// The guest runs while its memory is written, and what it writes meanwhile is written again,
-    /// until the policy says that the rest may be written with the guest suspended.
+    /// Lets the guest run while its memory is written. What it writes meanwhile is written again,
+    /// until the policy decides to write the rest with the guest suspended.
     pub fn live<'l: 'r>(mut self, live: Live<'l>) -> Self {
         self.live = Some(Live {
             policy: live.policy,
@@ -122,7 +122,7 @@ impl<'r> SaveRequest<'r> {
         self
     }
 
-    /// Calls `progress` with how far the save is. It can stop the save.
+    /// Calls `progress` with the state of the save. The callback can stop the save.
     pub fn observe(mut self, progress: &'r mut OnProgress<'r>) -> Self {
         self.progress = Some(progress);
         self
@@ -135,12 +135,13 @@ impl<'r> SaveRequest<'r> {
     ///
     /// # Errors
     ///
-    /// Any of [`SaveError`], in any phase: the guest runs on where it was (resumed if it had been
-    /// suspended), the device model has been told to end its log-dirty mode, the dirty log is off,
-    /// nothing stays mapped. A hypervisor that refuses to switch the log off is reported in the
-    /// log. What has been written to the sink is of no use; the caller that opened it removes it.
-    /// Only [`SaveError::NotResumed`] leaves the domain suspended, and says so. A domain that
-    /// another program has resumed meanwhile runs on, and the cause is returned.
+    /// Any of [`SaveError`], in any phase. The guest continues to run on this host (it is resumed
+    /// if it was suspended), the device model has been told to end its log-dirty mode, the dirty
+    /// log is off, and no page stays mapped. If the hypervisor refuses to switch the log off, this
+    /// is reported in the program's log. The bytes written to the sink are useless; the caller that
+    /// opened it removes them. Only [`SaveError::NotResumed`] leaves the domain suspended, and says
+    /// so. A domain that another program has resumed meanwhile continues to run, and the cause is
+    /// returned.
     pub fn write_stream<'a>(
         self,
         toolstack: &'a mut dyn SaveToolstack,
@@ -177,24 +178,24 @@ impl<'r> SaveRequest<'r> {
         self.write_stream(toolstack, &mut sink)
     }
 
-    /// Saves the domain again and again, as a stream of checkpoints (Remus): its memory once while
-    /// it runs, until the policy says that the rest may be sent with the guest suspended; then in
-    /// each epoch what it has written since the one before, its registers and devices, and a
-    /// CHECKPOINT record. The guest runs between epochs, and `toolstack` says when the next is
-    /// due, and which was the last.
+    /// Saves the domain repeatedly, as a stream of checkpoints (Remus). Its memory is sent once
+    /// while it runs, until the policy decides to send the rest with the guest suspended. Each
+    /// epoch then sends what the guest has written since the one before, its registers and devices,
+    /// and a CHECKPOINT record. The guest runs between epochs, and `toolstack` decides when the
+    /// next is due, and which is the last.
     ///
-    /// After the last, the guest runs on, and the dirty log is off. The stream ends after the
-    /// CHECKPOINT record, without an END, as that of Xen does: END would say that what came before
-    /// it is whole, and the other side could not tell it from a migration. To a restorer the
-    /// stream just breaks off, and it takes over with the last checkpoint: a toolstack that wants
-    /// only one of both to run sees to it that the other side has gone before it answers
+    /// After the last, the guest continues to run, and the dirty log is off. The stream ends after
+    /// the CHECKPOINT record, without an END, as Xen's does: END would mark the preceding records
+    /// as complete, and the other side could not distinguish the stream from a migration. For a
+    /// restorer the stream just breaks off, and it takes over with the last checkpoint. A toolstack
+    /// that wants only one of the two to run ensures that the other side is gone before it answers
     /// [`NextEpoch::Finish`](crate::toolstack::NextEpoch::Finish).
     ///
     /// # Errors
     ///
-    /// As [`write_stream`](Self::write_stream): in any epoch, the guest runs on where it was.
-    /// Checkpoints that are complete in the stream remain of use. Unless it is the sink that
-    /// fails, the stream ends between two records, and the caller can go on with it.
+    /// As [`write_stream`](Self::write_stream): in any epoch, the guest continues to run on this
+    /// host. Checkpoints that are complete in the stream stay usable. Unless the sink fails, the
+    /// stream ends between two records, and the caller can continue it.
     pub fn write_checkpoints(
         self,
         toolstack: &mut dyn CheckpointToolstack,
@@ -212,11 +213,12 @@ impl<'r> SaveRequest<'r> {
                 checkpoints,
             }),
             Err(cause) => {
-                // A caller that stops it does not wait for what is kept, which is whole records.
+                // A caller that cancels does not wait for what is kept, which consists of whole
+                // records.
                 if !matches!(cause, SaveError::Stream(_) | SaveError::Aborted)
                     && let Err(error) = buffer.flush()
                 {
-                    // Then it is a sink that failed, and the caller has seen it.
+                    // The sink has failed then, and the caller knows it.
                     tracing::debug!(%error, "the end of the stream could not be written");
                 }
                 Err(cause)
@@ -225,17 +227,17 @@ impl<'r> SaveRequest<'r> {
     }
 
     /// Saves the domain as the primary of COLO, checkpoint after checkpoint, as
-    /// [`write_checkpoints`](Self::write_checkpoints) does, with two differences: the guest
-    /// stays suspended until the toolstack says that the other end has all of a checkpoint; and
-    /// to the pages of each but the first belong those that the secondary has written itself,
-    /// which it names over `back`.
+    /// [`write_checkpoints`](Self::write_checkpoints) does, with two differences. The guest stays
+    /// suspended until the toolstack reports that the other end has all of a checkpoint. Each
+    /// checkpoint except the first also sends the pages that the secondary has written, which the
+    /// secondary lists over `back`.
     ///
-    /// After the last, the guest runs on, and the dirty log is off.
+    /// After the last, the guest continues to run, and the dirty log is off.
     ///
     /// # Errors
     ///
-    /// As [`write_checkpoints`](Self::write_checkpoints); a PV guest; a list of the secondary's
-    /// that is not one.
+    /// As [`write_checkpoints`](Self::write_checkpoints); a PV guest; an invalid list from the
+    /// secondary.
     pub fn write_colo(
         self,
         toolstack: &mut dyn ColoToolstack,
@@ -255,8 +257,8 @@ impl<'r> SaveRequest<'r> {
         })
     }
 
-    /// Does `phases` with a guest whose device model marks pages meanwhile. When they fail, the
-    /// guest runs on.
+    /// Runs `phases` with a guest whose device model marks pages meanwhile. If they fail, the guest
+    /// continues to run.
     pub(super) fn with_guest<'a, T: SaveToolstack + ?Sized, O>(
         self,
         toolstack: &'a mut T,
