@@ -25,7 +25,7 @@ use super::messages::{LastWords, Withdrawal};
 use crate::back_channel::BackChannelError;
 use crate::error::SaveError;
 use crate::pace::Pace;
-use crate::progress::{Cancel, Cancelled};
+use crate::progress::Cancel;
 use crate::save::precopy::XenPolicy;
 use crate::save::{BUFFER_BYTES, CheckpointedStats, Checkpoints, SaveRequest};
 use crate::toolstack::{DirectToolstack, Epoch};
@@ -72,7 +72,21 @@ impl Emulators for NoEmulators {
     }
 }
 
-/// How it is asked to stop. A [`Cancel`] is one.
+/// How it is asked to stop.
+///
+/// This needs two tokens. One asks for the stop ([`StopRequest::cancel`]). The other cuts the
+/// connection off, and is the one that the `Wait` of the [`CheckpointStream`] heeds. If a single
+/// token did both, an ordinary stop after the first checkpoint would cut the connection before the
+/// other end is told not to take over, and the domain would run on both hosts. Therefore [`Cancel`]
+/// does not implement this trait:
+///
+/// ```compile_fail,E0277
+/// use xsr_save_restore::progress::Cancel;
+/// use xsr_save_restore::migrate::checkpoints::StopRequest;
+///
+/// let cancel = Cancel::default();
+/// let stopping: &dyn StopRequest = &cancel;
+/// ```
 pub trait StopRequest {
     /// The token that another thread sets.
     fn cancel(&self) -> &Cancel;
@@ -82,22 +96,9 @@ pub trait StopRequest {
     ///
     /// # Errors
     ///
-    /// [`Cancelled`]: it was asked to stop before, so that the connection may be cut off at any
-    /// moment. The checkpoint is not completed then.
+    /// [`Cancelled`](crate::progress::Cancelled): it was asked to stop before, so that the
+    /// connection may be cut off at any moment. The checkpoint is not completed then.
     fn takes_its_time(&self) -> io::Result<()>;
-}
-
-impl StopRequest for Cancel {
-    fn cancel(&self) -> &Cancel {
-        self
-    }
-
-    fn takes_its_time(&self) -> io::Result<()> {
-        match self.is_cancelled() {
-            true => Err(io::Error::other(Cancelled)),
-            false => Ok(()),
-        }
-    }
 }
 
 /// How checkpoints are sent.

@@ -171,7 +171,24 @@ mod tests {
     use super::*;
     use crate::error::SaveError;
     use crate::migrate::connection::PipeConnection;
-    use crate::progress::Cancel;
+    use crate::progress::{Cancel, Cancelled};
+
+    /// A request that also stands for the connection's token, as the command has it before the
+    /// first checkpoint is complete.
+    struct Asked(Cancel);
+
+    impl StopRequest for Asked {
+        fn cancel(&self) -> &Cancel {
+            &self.0
+        }
+
+        fn takes_its_time(&self) -> io::Result<()> {
+            match self.0.is_cancelled() {
+                true => Err(io::Error::other(Cancelled)),
+                false => Ok(()),
+            }
+        }
+    }
 
     /// A request that comes in between would cut the connection, and the other end would not be
     /// told.
@@ -181,7 +198,7 @@ mod tests {
         let guest = GuestSpec::new("web", GuestKind::Pvh, 8);
         let domid = host.create_guest(&guest).unwrap();
         let domain = host.domain(domid).unwrap();
-        let cancel = Cancel::new();
+        let asked_to_stop = Asked(Cancel::new());
         for asked in [false, true] {
             let (mut from, to) = io::pipe().unwrap();
             let nothing = File::open("/dev/null").unwrap();
@@ -203,7 +220,7 @@ mod tests {
                     pace: &pace,
                     from: None,
                     heard: LastWords::default(),
-                    stopping: &cancel,
+                    stopping: &asked_to_stop,
                     interval: Duration::ZERO,
                     epochs: None,
                     observe: &mut |_| Ok(()),
@@ -212,7 +229,7 @@ mod tests {
                     stop: None,
                 };
                 if asked {
-                    cancel.cancel();
+                    asked_to_stop.0.cancel();
                 }
                 let ended = toolstack.end_of_checkpoint();
                 (ended, toolstack.complete)
