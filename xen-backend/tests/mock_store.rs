@@ -41,6 +41,23 @@ fn pv_frames(domain: &dyn Domain) -> Vec<Gfn> {
     frames.into_iter().map(|(_, gfn)| gfn).collect()
 }
 
+/// An earlier version locks a host in another way: the two must not work on one.
+#[test]
+fn a_host_of_another_layout_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    drop(MockHost::create(dir.path(), &config()).unwrap());
+    let file = dir.path().join("host.json");
+    let text = fs::read_to_string(&file).unwrap();
+    let older = text.replace("\"format\": 3", "\"format\": 2");
+    assert_ne!(older, text);
+    fs::write(&file, older).unwrap();
+    let error = MockHost::open(dir.path()).unwrap_err();
+    assert!(matches!(error, MockError::OtherLayout { layout: 2, .. }));
+    assert!(error.to_string().contains("another version"), "{error}");
+    fs::write(&file, text).unwrap();
+    MockHost::open(dir.path()).unwrap();
+}
+
 #[test]
 fn all_there_is_survives_a_reopen() {
     let dir = tempfile::tempdir().unwrap();

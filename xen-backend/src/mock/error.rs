@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use super::store::FORMAT;
 use crate::error::BackendError;
 
 /// A failure of the mock host.
@@ -39,6 +40,17 @@ pub enum MockError {
     NotAHost {
         /// The directory.
         path: PathBuf,
+    },
+    /// The host was made by a version of xsr that keeps it in another way.
+    #[error(
+        "{} is a mock host of another version of xsr (layout {layout}, expected {FORMAT}); make a new one with `xsr mock create`",
+        path.display()
+    )]
+    OtherLayout {
+        /// The host's directory.
+        path: PathBuf,
+        /// Its layout.
+        layout: u32,
     },
     /// The directory is not empty.
     #[error("{} exists and is not empty", path.display())]

@@ -54,7 +54,7 @@ pub(super) struct HostRecord {
 }
 
 /// The layout that this program reads and writes.
-pub(super) const FORMAT: u32 = 2;
+pub(super) const FORMAT: u32 = 3;
 
 /// The host's own state.
 pub(super) const HOST: &str = "host.json";
@@ -158,7 +158,16 @@ impl Store {
             return Ok(None);
         };
         match place.read(HOST)? {
-            Some(bytes) => parse(&place.path().join(HOST), &bytes).map(Some),
+            Some(bytes) => {
+                let host: HostRecord = parse(&place.path().join(HOST), &bytes)?;
+                match host.format {
+                    FORMAT => Ok(Some(host)),
+                    layout => Err(MockError::OtherLayout {
+                        path: place.path().to_owned(),
+                        layout,
+                    }),
+                }
+            }
             None => Ok(None),
         }
     }
