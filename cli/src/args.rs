@@ -194,13 +194,13 @@ pub(crate) struct SaveArgs {
     /// Where page data lies in the file
     #[arg(long, value_name = "LAYOUT", default_value = "stream")]
     pub(crate) layout: LayoutArg,
-    /// For mapped: a digest for each page, too (16 bytes)
+    /// For mapped: also write a digest for each page (16 bytes)
     #[arg(long)]
     pub(crate) page_digests: bool,
     /// Run this program while the domain is suspended, to snapshot its disks (docs/checkpoint.md)
     #[arg(long, value_name = "PROGRAM")]
     pub(crate) at_freeze: Option<PathBuf>,
-    /// Kill that program after so many seconds, and fail
+    /// Kill that program after S seconds, and fail the save
     #[arg(
         long,
         value_name = "S",
