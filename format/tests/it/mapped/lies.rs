@@ -85,7 +85,7 @@ fn an_index_that_lies_is_an_error_that_says_how() {
             half_is(index + 40, half(&file, index + 40) as u32 - 1),
         ),
         ("version 0x2, expected 1", half_is(footer + 8, 2)),
-        ("flags 0x3, expected 0 or 1", half_is(footer + 12, 3)),
+        ("flags 0x4, expected 0 to 3", half_is(footer + 12, 4)),
         ("place 0x2", half_is(footer + 16, 2)),
         ("blanks 0x8", half_is(footer + 20, 8)),
         (
