@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use xsr_xen_backend::DomId;
 
-/// For `-help`.
+/// The text that `-help` prints.
 pub(crate) const HELP: &str = "\
 usage: xsr-emu-manager -controloutfd N -controlinfd N -fd N -domid N
                        -mode hvm_save|save|hvm_restore|restore
@@ -22,33 +22,33 @@ xsr's engine. xenopsd starts it for a VM whose platform map names it:
 
 It must be installed as /usr/lib/xapi/alternatives/emu-manager/xsr.";
 
-/// What the command line asks for.
+/// The request in the command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Request {
     /// A save or a restore.
     Work(Args),
-    /// Text for a person, or the answer to `-supports`.
+    /// Text for the user, or the answer to `-supports`.
     Print(String),
 }
 
 /// A save or a restore.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Args {
-    /// Where lines to xenopsd go.
+    /// The descriptor for lines to xenopsd.
     pub(crate) control_out: i32,
-    /// Where lines from xenopsd come from.
+    /// The descriptor for lines from xenopsd.
     pub(crate) control_in: i32,
-    /// The suspend image or migration stream.
+    /// The descriptor of the suspend image or migration stream.
     pub(crate) stream: i32,
     pub(crate) domid: DomId,
     pub(crate) mode: Mode,
-    /// The mode is of a translated guest (HVM and PVH), not of a PV guest.
+    /// Whether the mode names a translated guest (HVM and PVH), not a PV guest.
     pub(crate) translated: bool,
-    /// qemu has a dirty log to be switched on.
+    /// Whether the domain has a qemu, whose dirty log must be switched on.
     pub(crate) qemu: bool,
-    /// There is a vGPU.
+    /// Whether the domain has a vGPU.
     pub(crate) vgpu: bool,
-    /// xenopsd wants compression, where both ends can.
+    /// Whether xenopsd wants compression if both ends support it.
     pub(crate) compress: bool,
     /// The NUMA node that xenopsd has planned for the memory.
     pub(crate) node: Option<String>,
@@ -60,15 +60,15 @@ pub(crate) struct Args {
 pub(crate) enum Mode {
     /// Save it.
     Save {
-        /// The guest runs on while its memory is sent.
+        /// Whether the guest runs while its memory is sent.
         live: bool,
     },
-    /// Restore it. The guest's ends of its two rings are these event channels.
+    /// Restore it. These event channels are the guest's ends of its two rings.
     Restore { store_port: u32, console_port: u32 },
 }
 
 impl Args {
-    /// For messages.
+    /// The name of the work, for messages.
     pub(crate) fn what(&self) -> &'static str {
         match self.mode {
             Mode::Save { .. } => "save",
@@ -77,7 +77,7 @@ impl Args {
     }
 }
 
-/// The values of the options, as they were given.
+/// The values of the options, as given.
 #[derive(Debug, Default)]
 struct Given {
     control_out: Option<String>,
@@ -95,7 +95,7 @@ struct Given {
     print: Option<String>,
 }
 
-/// Understand the words after the program's name.
+/// Parses the words after the program's name.
 ///
 /// # Errors
 ///
@@ -153,8 +153,8 @@ pub(crate) fn parse(words: &[String]) -> Result<Request, String> {
     }))
 }
 
-/// The descriptor of the lines to xenopsd, however bad the rest of the command line is: whatever
-/// happens, xenopsd has to be told.
+/// The descriptor for lines to xenopsd, even if the rest of the command line is bad: xenopsd must
+/// be told in every case.
 pub(crate) fn control_out(words: &[String]) -> Option<i32> {
     words.iter().enumerate().find_map(|(at, word)| {
         let (name, value) = option(word)?;
@@ -163,7 +163,7 @@ pub(crate) fn control_out(words: &[String]) -> Option<i32> {
     })
 }
 
-/// An option's name, and its value if that is in the same word.
+/// An option's name, and its value if it is in the same word.
 fn option(word: &str) -> Option<(&str, Option<&str>)> {
     let name = word.strip_prefix('-')?;
     let name = name.strip_prefix('-').unwrap_or(name);
@@ -186,7 +186,7 @@ fn read(words: &[String]) -> Result<Given, String> {
                 let version = env!("CARGO_PKG_VERSION");
                 given.print = Some(format!("xsr-emu-manager {version}"));
             }
-            // To one published emu-manager it is a flag, to the other an option with a value.
+            // One published emu-manager takes it as a flag, the other as an option with a value.
             "debug" => {
                 let value = inline.or_else(|| {
                     let next = words.peek().copied();

@@ -1,7 +1,7 @@
 //! The hypervisor that the program works on: the Xen of this machine.
 //!
-//! Tests have another one, in `mock.rs`, which is compiled with the cargo feature
-//! `test-backend` only.
+//! Tests use another one, in `mock.rs`, which is compiled only with the cargo feature
+//! `test-backend`.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -10,38 +10,38 @@ use anyhow::Result;
 use xsr_save_restore::toolstack::ToolstackError;
 use xsr_xen_backend::{DomId, Host, XenHost};
 
-/// A hypervisor, and what there is on its host.
+/// A hypervisor and the services of its host.
 pub(crate) trait Backend {
     /// The hypervisor.
     fn host(&self) -> &dyn Host;
 
-    /// The hypervisor, for what only xapi asks of it.
+    /// The hypervisor, for calls that only xapi needs.
     fn xen(&self) -> &XenHost;
 
-    /// The value of the node `/local/domain/N/NAME` of xenstore; `None` if there is none.
+    /// The value of the node `/local/domain/N/NAME` of xenstore; `None` if the node does not exist.
     ///
     /// # Errors
     ///
-    /// xenstore cannot be asked.
+    /// xenstore cannot be read.
     fn node(&self, domid: DomId, name: &str) -> Result<Option<Vec<u8>>>;
 
-    /// The socket at which a domain's qemu answers.
+    /// The socket on which a domain's qemu answers.
     fn qmp_socket(&self, domid: DomId) -> PathBuf;
 
-    /// How long a guest may still suspend after xenopsd has given up waiting for it.
+    /// How long to wait for a guest that suspends after xenopsd has given up waiting for it.
     fn late_suspend(&self) -> Duration;
 
-    /// What suspends the domain when xenopsd says that it has done so.
+    /// What suspends the domain when xenopsd says that it has suspended it.
     ///
     /// # Errors
     ///
-    /// What is kept with the domain cannot be read.
+    /// The state that is kept with the domain cannot be read.
     fn stand_in(&self, domid: DomId) -> Result<Option<Box<dyn StandIn + '_>>>;
 }
 
-/// Does to a domain what xenopsd says that it has done to it.
+/// Carries out on a domain what xenopsd claims to have done to it.
 pub(crate) trait StandIn {
-    /// xenopsd has suspended the guest.
+    /// Suspends the guest, because xenopsd has said so.
     ///
     /// # Errors
     ///
@@ -49,7 +49,7 @@ pub(crate) trait StandIn {
     fn suspend(&self) -> Result<(), ToolstackError>;
 }
 
-/// The Xen of this machine, whose domains xenopsd suspends itself.
+/// The Xen of this machine, where xenopsd suspends the domains itself.
 struct Xen(XenHost);
 
 impl Backend for Xen {
@@ -78,11 +78,11 @@ impl Backend for Xen {
     }
 }
 
-/// Open the Xen of this machine.
+/// Opens the Xen of this machine.
 ///
 /// # Errors
 ///
-/// There is none, or this process may not ask it.
+/// The machine runs no Xen, or this process may not use it.
 pub(crate) fn open() -> Result<Box<dyn Backend>> {
     Ok(Box::new(Xen(XenHost::open()?)))
 }

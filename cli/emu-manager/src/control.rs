@@ -1,8 +1,8 @@
 //! The conversation with xenopsd: its two pipes, and what has been said so far.
 //!
-//! A thread reads xenopsd's lines (`done`, `restore:xenguest`, `abort`) as they come, so that
-//! an abort, the end of the pipe or nonsense ends the work at any time: it sets the [`Cancel`] that
-//! the engine and the stream look at. The first such reason is kept.
+//! A thread reads xenopsd's lines (`done`, `restore:xenguest`, `abort`) as they arrive. An abort,
+//! the end of the pipe or an unexpected line therefore ends the work at any time: the thread sets
+//! the [`Cancel`] that the engine and the stream check. The first reason to end is kept.
 
 use std::fs::File;
 use std::io::{self, Read, Write as _};
@@ -20,28 +20,28 @@ use crate::line::Line;
 
 /// How long xenopsd may take to answer `prepare:`. It only writes 16 bytes into the stream.
 const PREPARE_LIMIT: Duration = Duration::from_secs(120);
-/// How long xenopsd may leave the pipe full before the `error:` line is given up.
+/// How long xenopsd may leave the pipe full before this process gives up on the `error:` line.
 const ERROR_LIMIT: Duration = Duration::from_secs(10);
-/// How long a wait for room in the pipe lasts before the reasons to end are looked at again.
+/// How long to wait for room in the pipe before checking the reasons to end again.
 const LOOK_EVERY_MS: u8 = 20;
 /// The most bytes that xenopsd may send without a line end.
 const LONGEST: usize = 128;
 
-/// Why the work is of no use any more.
+/// Why the work was ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum End {
     /// xenopsd has cancelled the task: this is not a failure.
     Aborted,
-    /// xenopsd has closed a pipe: it has given up, without a word.
+    /// xenopsd has closed a pipe: it has given up without saying so.
     HungUp,
-    /// xenopsd said something that it never says, or was too late.
+    /// xenopsd said something unexpected, or answered too late.
     Protocol(String),
     /// A signal asked this process to stop.
     Signal,
 }
 
 impl End {
-    /// For the `error:` line.
+    /// The reason as text for the `error:` line.
     pub(crate) fn text(&self) -> String {
         match self {
             Self::Aborted => "aborted by xenopsd".to_owned(),
@@ -54,11 +54,11 @@ impl End {
 
 #[derive(Debug, Default)]
 struct State {
-    /// A question that xenopsd has not answered.
+    /// A question to xenopsd is unanswered.
     asked: bool,
-    /// xenopsd has said where the stream of a restore begins.
+    /// xenopsd has said that the stream of a restore begins.
     restore: bool,
-    /// The result is out: what xenopsd does from now on is its own affair.
+    /// xenopsd has been told the result: whatever it does from now on is not a reason to end.
     told: bool,
     end: Option<End>,
 }
@@ -66,14 +66,14 @@ struct State {
 /// The two pipes.
 pub(crate) struct Control {
     to: File,
-    /// One line at a time.
+    /// Held while a line is written.
     writing: Mutex<()>,
-    /// To the process that outlives this one.
+    /// The link to the process that outlives this one.
     guardian: Option<Link>,
     state: Mutex<State>,
     changed: Condvar,
     cancel: Cancel,
-    /// Whether this is a restore: each has lines of its own.
+    /// Whether this is a restore. Saves and restores expect different lines.
     restore: bool,
 }
 
@@ -86,7 +86,7 @@ impl std::fmt::Debug for Control {
 }
 
 impl Control {
-    /// Lines go to `to`, which is a pipe.
+    /// Lines are written to `to`, which is a pipe.
     pub(crate) fn new(to: File, restore: bool, guardian: Option<Link>) -> Arc<Self> {
         Arc::new(Self {
             to,
@@ -99,11 +99,11 @@ impl Control {
         })
     }
 
-    /// Read xenopsd's lines from `from`, on a thread of its own.
+    /// Reads xenopsd's lines from `from`, on a thread of its own.
     ///
     /// # Errors
     ///
-    /// There can be no thread.
+    /// The thread cannot be started.
     pub(crate) fn listen(self: &Arc<Self>, mut from: impl Read + Send + 'static) -> io::Result<()> {
         let control = Arc::clone(self);
         thread::Builder::new()
@@ -112,17 +112,17 @@ impl Control {
         Ok(())
     }
 
-    /// Set once the work is of no use any more.
+    /// The token that is set once the work has been ended.
     pub(crate) fn cancel(&self) -> &Cancel {
         &self.cancel
     }
 
-    /// Why it is of no use any more.
+    /// Why the work was ended, if it was.
     pub(crate) fn end(&self) -> Option<End> {
         self.state().end.clone()
     }
 
-    /// The work is of no use any more, unless xenopsd has the result already.
+    /// Ends the work for this reason, unless xenopsd already has the result.
     pub(crate) fn end_with(&self, end: End) {
         let mut state = self.state();
         if state.told {
@@ -135,11 +135,11 @@ impl Control {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // Whole at any time.
+        // No panic can leave the state half changed.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Read lines until there is a reason to end.
+    /// Reads lines until there is a reason to end.
     fn read(&self, from: &mut impl Read) -> End {
         let mut line = Vec::new();
         let mut room = [0; 256];
@@ -169,7 +169,7 @@ impl Control {
         }
     }
 
-    /// xenopsd has said this.
+    /// Handles a line from xenopsd.
     fn heard(&self, line: &[u8]) -> Result<(), End> {
         let shown = || String::from_utf8_lossy(line).into_owned();
         tracing::debug!(line = shown(), "xenopsd");
@@ -181,7 +181,7 @@ impl Control {
                 return Err(End::Protocol(text.to_owned()));
             }
             b"restore:xenguest" if self.restore && !state.restore => state.restore = true,
-            // Its thread that reads the image may say one thing more.
+            // xenopsd's thread that reads the image may still send one line.
             _ if state.end == Some(End::Aborted) => return Ok(()),
             b"abort" => {
                 drop(state);
@@ -198,19 +198,19 @@ impl Control {
         Ok(())
     }
 
-    /// Write a line if there is room for it in the pipe: xenopsd may not be reading. Returns
+    /// Writes a line if the pipe has room for it, because xenopsd may not be reading. Returns
     /// whether it was written.
     fn write_now(&self, line: &Line<'_>) -> io::Result<bool> {
         let _one = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-        // A pipe that has room takes any line as a whole.
+        // A pipe that polls as writable takes any line as a whole.
         match self.wait_for_room(0)? {
             true => (&self.to).write_all(&line.encode()).map(|()| true),
             false => Ok(false),
         }
     }
 
-    /// Whether a line can be written now, or within so many milliseconds. If xenopsd has closed the
-    /// pipe, yes: the write fails then.
+    /// Whether a line can be written within this many milliseconds. True if xenopsd has closed the
+    /// pipe: the write then fails.
     fn wait_for_room(&self, milliseconds: u8) -> io::Result<bool> {
         let mut to = [PollFd::new(self.to.as_fd(), PollFlags::POLLOUT)];
         match poll(&mut to, milliseconds) {
@@ -220,7 +220,7 @@ impl Control {
         }
     }
 
-    /// Write a line, and wait for room as long as `patient` says. Returns whether it was written.
+    /// Writes a line, waiting for room while `patient` is true. Returns whether it was written.
     fn write(&self, line: &Line<'_>, patient: impl Fn() -> bool) -> io::Result<bool> {
         while !self.write_now(line)? {
             if !patient() {
@@ -236,7 +236,7 @@ impl Control {
         End::HungUp
     }
 
-    /// Write a line that may be missing: it is, if there is no room for it.
+    /// Writes an optional line: it is dropped if the pipe has no room for it.
     ///
     /// # Errors
     ///
@@ -246,23 +246,23 @@ impl Control {
         written.map(drop).map_err(|error| self.not_heard(error))
     }
 
-    /// End in good order if the guardian is killed.
+    /// Makes this process end in good order if the guardian is killed.
     ///
     /// # Errors
     ///
-    /// As [`Link::follow`].
+    /// See [`Link::follow`].
     pub(crate) fn follow_guardian(&self) -> io::Result<()> {
         self.guardian.as_ref().map_or(Ok(()), Link::follow)
     }
 
-    /// For the guardian.
+    /// Leaves a note for the guardian.
     fn note(&self, note: Note) {
         if let Some(guardian) = &self.guardian {
             guardian.note(note);
         }
     }
 
-    /// Wait until `reached`, or until there is a reason to end, or for so long.
+    /// Waits until `reached`, a reason to end, or the time limit.
     fn wait(
         &self,
         what: &str,
@@ -272,8 +272,8 @@ impl Control {
         let began = Instant::now();
         let mut state = self.state();
         loop {
-            // An answer counts even if a reason to end came directly after it: once it is that the
-            // guest is suspended, the guest has to be resumed.
+            // An answer counts even if a reason to end came directly after it: the answer may be
+            // that the guest is suspended, and then the guest must be resumed.
             if reached(&state) {
                 return Ok(());
             }
@@ -318,45 +318,45 @@ impl Control {
         }
     }
 
-    /// xenopsd writes the head of the record; from then on the stream is ours.
+    /// Has xenopsd write the head of the record; from then on the stream is ours.
     pub(crate) fn prepare(&self) -> Result<(), End> {
         self.ask(&Line::Prepare, "\"prepare:\"", Some(PREPARE_LIMIT))
     }
 
-    /// xenopsd suspends the guest. It may take more than 20 minutes over that, and then hangs up
-    /// by itself.
+    /// Has xenopsd suspend the guest. xenopsd may take more than 20 minutes, and hangs up by itself
+    /// when it gives up.
     pub(crate) fn suspend(&self) -> Result<(), End> {
         self.note(Note::Suspending);
         self.ask(&Line::Suspend, "\"suspend:\"", None)
     }
 
-    /// Whether xenopsd has been asked something and has not answered.
+    /// Whether a question to xenopsd is unanswered.
     pub(crate) fn is_asked(&self) -> bool {
         self.state().asked
     }
 
-    /// Whether xenopsd has said where the stream of a restore begins, and so waits for a line.
+    /// Whether xenopsd has said that the stream of a restore begins, and so waits for a line.
     pub(crate) fn restore_begun(&self) -> bool {
         self.state().restore
     }
 
-    /// Wait until xenopsd has read the head of the record of a restore.
+    /// Waits until xenopsd has read the head of the record of a restore.
     pub(crate) fn wait_for_restore(&self) -> Result<(), End> {
         self.wait("", None, |state| state.restore)
     }
 
-    /// The work is done. From now on xenopsd may close the pipes.
+    /// Tells xenopsd the result. From then on xenopsd may close the pipes.
     ///
     /// # Errors
     ///
-    /// There was a reason to end before, or there is one now: xenopsd has not got the result.
+    /// The reason to end, earlier or during the call: xenopsd does not have the result.
     pub(crate) fn result(&self, line: &Line<'_>) -> Result<(), End> {
         loop {
             let mut state = self.state();
             if let Some(end) = &state.end {
                 return Err(end.clone());
             }
-            // Before: a process that is killed here may have told it.
+            // Before the write: a process that is killed here may already have told xenopsd.
             self.note(Note::Result);
             match self.write_now(line) {
                 Ok(true) => {
@@ -376,7 +376,7 @@ impl Control {
         }
     }
 
-    /// It failed. xenopsd may have gone already.
+    /// Tells xenopsd that the work failed. xenopsd may already have gone.
     pub(crate) fn failed(&self, text: &str) {
         self.state().told = true;
         let until = Instant::now() + ERROR_LIMIT;
@@ -387,7 +387,7 @@ impl Control {
         self.note(Note::Told);
     }
 
-    /// It ends as xenopsd expects it to, without another word.
+    /// Ends as xenopsd expects, without another line.
     pub(crate) fn silent(&self) {
         self.note(Note::Told);
     }
@@ -431,7 +431,7 @@ mod tests {
             out.read_exact(&mut room[..1]).ok();
         });
         assert_eq!(control.prepare(), Ok(()));
-        // The second answer may be there before the first is seen.
+        // The second answer may arrive before the first has been seen.
         let answer = control.suspend();
         let end = ended(&control);
         assert!(answer.is_ok() || answer == Err(end.clone()));
@@ -489,7 +489,7 @@ mod tests {
         assert!(matches!(waited, Err(End::Protocol(text)) if text.contains("tea")));
     }
 
-    /// Fill the pipe to xenopsd.
+    /// Fills the pipe to xenopsd.
     fn fill(control: &Control) {
         let flags = OFlag::from_bits_retain(fcntl(&control.to, FcntlArg::F_GETFL).unwrap());
         let set = |flags| fcntl(&control.to, FcntlArg::F_SETFL(flags)).unwrap();

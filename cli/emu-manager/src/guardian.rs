@@ -1,18 +1,18 @@
-//! The small process that xenopsd starts, which starts the engine and outlives it.
+//! The guardian: the small process that xenopsd starts, which starts the engine and outlives it.
 //!
 //! On a restore xenopsd waits without limit for a `result:` or `error:` line. An engine that is
-//! killed, by the kernel when memory runs out for example, cannot write one, so this process does.
-//! It also hands on the signals that ask for an end, and exits as the engine exits. After a save
-//! it undoes what the engine cannot undo any more: the guest runs on, and its writes are no longer
-//! logged.
+//! killed, for example by the kernel when memory runs out, cannot write one, so the guardian does.
+//! It also forwards the signals that ask the program to end, and exits with the engine's exit code.
+//! If a save's engine can no longer clean up, the guardian does: it resumes the guest and switches
+//! its dirty log off.
 //!
-//! | the engine ends by | it has said so itself |
+//! | the engine ends with | it has told xenopsd itself |
 //! |---|---|
 //! | exit code 0, 1 or 2 | yes |
 //! | any other exit code (101: a panic), a signal | no |
 //! | unknown (SIGCHLD is ignored) | if its last note says so |
 //!
-//! The engine holds one end of a pipe as long as it lives, and notes in it what it is about to do.
+//! The engine holds one end of a pipe as long as it lives, and writes to it what it is about to do.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -34,20 +34,20 @@ use crate::args::{Args, Mode};
 use crate::line::Line;
 use crate::{FAILED, Open, REFUSED, log, toolstack};
 
-/// The first word of the engine's command line. The others are the guardian's pid and the
+/// The first word of the engine's command line. The other two are the guardian's pid and the
 /// descriptor of its pipe.
 const ENGINE: &str = "-engine";
-/// This program, even if its file has been replaced meanwhile.
+/// This program, even if its file has been replaced since it started.
 const THIS_PROGRAM: &str = "/proc/self/exe";
 
-/// What the engine notes for its guardian.
+/// A note from the engine to its guardian.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Note {
-    /// xenopsd is asked to suspend the guest: from now on it may be suspended.
+    /// xenopsd is about to be asked to suspend the guest: from now on the guest may be suspended.
     Suspending,
-    /// xenopsd is told the result: from now on the guest may be its business, or run elsewhere.
+    /// xenopsd is about to be told the result: the guest may now be its business, or run elsewhere.
     Result,
-    /// Nothing more has to be said.
+    /// xenopsd needs no further line.
     Told,
 }
 
@@ -63,7 +63,7 @@ impl Note {
     }
 }
 
-/// In the engine: what connects it with its guardian.
+/// The engine's link to its guardian.
 #[derive(Debug)]
 pub(crate) struct Link {
     pid: u32,
@@ -77,11 +77,11 @@ impl Link {
         }
     }
 
-    /// End in good order if the guardian is killed.
+    /// Makes the engine end in good order if the guardian is killed.
     ///
     /// # Errors
     ///
-    /// The kernel refuses; the guardian has gone already.
+    /// The kernel refuses, or the guardian has already gone.
     pub(crate) fn follow(&self) -> io::Result<()> {
         rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))?;
         match std::os::unix::process::parent_id() == self.pid {
@@ -91,7 +91,7 @@ impl Link {
     }
 }
 
-/// Whether `words` are those of the engine. If so, its link, and its words are removed.
+/// The link, if `words` are an engine's. Removes the engine's own words from `words`.
 pub(crate) fn take_engine(words: &mut Vec<String>) -> Option<Link> {
     match &words[..] {
         [first, pid, notes, ..] if first == ENGINE => {
@@ -106,16 +106,16 @@ pub(crate) fn take_engine(words: &mut Vec<String>) -> Option<Link> {
     }
 }
 
-/// What is known of the engine once it has ended.
+/// What is known of an engine that has ended.
 #[derive(Debug)]
 struct Ended {
-    /// `None` if the kernel does not tell.
+    /// `None` if the kernel does not report it.
     status: Option<ExitStatus>,
     notes: Vec<Note>,
 }
 
-/// Start the engine with `words`, which mean `args`, and wait until it has ended; the exit code.
-/// `None` if it could not be started: the caller does its work itself.
+/// Starts the engine with `words`, whose meaning is `args`, and waits until it has ended; returns
+/// the exit code. `None` if it could not be started: the caller then does the work itself.
 pub(crate) fn watch(
     args: &Args,
     words: &[String],
@@ -148,7 +148,7 @@ pub(crate) fn watch(
             }
             None => ("it is unknown how".to_owned(), ended.notes),
         },
-        // Without its notes, it is unknown where the guest is.
+        // Without the engine's notes, it is unknown where the guest is.
         Err(error) => (
             format!("it cannot be waited for: {error}"),
             vec![Note::Result],
@@ -166,7 +166,7 @@ pub(crate) fn watch(
     Some(FAILED.into())
 }
 
-/// Undo what an engine has left that was killed; what to add to the message.
+/// Cleans up after an engine that was killed; returns what to add to the message.
 fn undo(args: &Args, noted: &[Note], open: Open) -> &'static str {
     let Mode::Save { live } = args.mode else {
         return "";
@@ -189,7 +189,7 @@ fn start(words: &[String]) -> io::Result<(Child, PipeReader, SignalFd, EndingSig
     let ending = EndingSignals::of_process()?;
     let mut set = ending.set();
     set.add(Signal::SIGTERM);
-    // The engine itself begins with no signal blocked.
+    // The engine itself starts with no signal blocked.
     set.thread_block()?;
     let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC)?;
     let (notes, its_notes) = io::pipe()?;
@@ -204,7 +204,7 @@ fn start(words: &[String]) -> io::Result<(Child, PipeReader, SignalFd, EndingSig
     Ok((engine, notes, signals, ending))
 }
 
-/// Wait for the engine, and hand signals on to it.
+/// Waits for the engine, and forwards signals to it.
 fn wait(
     engine: &mut Child,
     mut pipe: PipeReader,
@@ -225,7 +225,7 @@ fn wait(
         if noted {
             let mut room = [0; 16];
             match pipe.read(&mut room) {
-                // The kernel has closed its end: it has ended, or is about to.
+                // The engine's end of the pipe is closed: the engine has ended, or is about to.
                 Ok(0) => break,
                 Ok(n) => notes.extend(
                     Note::ALL
@@ -245,7 +245,7 @@ fn wait(
             Err(errno) => return Err(errno.into()),
         };
         if number == Signal::SIGTERM.into() || ending.ask(number) {
-            // It holds its end of the pipe, so this pid is still the engine's.
+            // The engine holds its end of the pipe, so this pid is still the engine's.
             let pid = i32::try_from(engine.id()).map_err(io::Error::other)?;
             kill(Pid::from_raw(pid), Signal::SIGTERM)?;
         }
@@ -259,7 +259,7 @@ fn wait(
     Ok(Ended { status, notes })
 }
 
-/// How it ended, for the `error:` line.
+/// How the engine ended, for the `error:` line.
 fn how(status: ExitStatus) -> String {
     let signal = status.signal().map(|signal| {
         let name = Signal::try_from(signal);

@@ -1,4 +1,4 @@
-//! The work itself: a save or a restore between xenopsd's stream and a domain.
+//! A save or a restore between xenopsd's stream and a domain.
 
 use std::os::fd::OwnedFd;
 
@@ -21,11 +21,11 @@ use crate::platform::Platform;
 use crate::progress::Percent;
 use crate::toolstack::{Restoring, Saving};
 
-/// Do what is asked, and tell xenopsd the result.
+/// Does the work in `args`, and tells xenopsd the result.
 ///
 /// # Errors
 ///
-/// It failed: [`Control::end`] may have the reason. xenopsd has not been told.
+/// The failure; [`Control::end`] may have the reason. xenopsd has not been told of it.
 pub(crate) fn run(args: &Args, stream: OwnedFd, control: &Control, open: Open) -> Result<()> {
     ensure!(
         !args.vgpu,
@@ -97,7 +97,7 @@ fn save(
     let mut percent = Percent::default();
     let mut on_progress = |progress: &Progress| {
         if let Some(percent) = percent.next(progress) {
-            // That xenopsd does not hear is noted by the control.
+            // The control records that xenopsd cannot be reached.
             control.tell(&Line::Progress(percent)).ok();
         }
         control.cancel().check()
@@ -119,13 +119,13 @@ fn save(
         stats.suspended_for.as_millis()
     );
     if let Err(end) = control.result(&Line::Saved) {
-        // xenopsd cannot have it.
+        // xenopsd cannot have the result.
         saved
             .resume()
             .with_context(|| format!("{}, and the guest is still suspended", end.text()))?;
         return Err(ended(end));
     }
-    // What becomes of the guest now is xenopsd's to decide.
+    // xenopsd decides what becomes of the guest now.
     saved.keep_suspended();
     toolstack.complete();
     Ok(())
@@ -154,7 +154,7 @@ fn restore(
         console_port,
         console_domid: DOM0,
         threads: None,
-        // xapi has compared the hosts' features before it chose this one.
+        // xapi compared the hosts' features before it chose this host.
         cpu: CpuCheck::Warn,
     };
     let mut on_progress = |_: &Progress| control.cancel().check();
@@ -173,8 +173,8 @@ fn restore(
         .map_err(ended)
 }
 
-/// A failure in words, down to its cause. Some errors name their cause themselves; it
-/// is not said twice.
+/// A failure and its causes as text. Some errors name their cause themselves; such a cause is not
+/// repeated.
 pub(crate) fn words(error: &Error) -> String {
     error
         .chain()

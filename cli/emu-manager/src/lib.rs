@@ -1,15 +1,15 @@
-//! The program `xsr-emu-manager`: stands in for the `emu-manager` of XCP-ng and XenServer, so that
-//! xapi suspends, resumes and migrates a VM with our engine.
+//! The program `xsr-emu-manager`: it replaces the `emu-manager` of XCP-ng and XenServer, so that
+//! xapi suspends, resumes and migrates VMs with our engine.
 //!
-//! xenopsd starts it for each save and restore, hands it the descriptor of the suspend image or
+//! xenopsd starts it for each save and restore, passes it the descriptor of the suspend image or
 //! migration stream, and talks to it over two pipes. The published programs start a `xenguest` for
-//! the memory; this one has the engine inside.
+//! the memory; this one contains the engine.
 //!
-//! A package of its own, so that cargo keeps everything out of it that a Xen host does not
-//! need: the mock machine first of all. Tests run `xsr-emu-manager-mock`, which the feature
-//! `test-backend` adds.
+//! It is a separate package so that cargo leaves out everything that a Xen host does not need,
+//! above all the mock machine. Tests run `xsr-emu-manager-mock`, which the feature `test-backend`
+//! adds.
 //!
-//! The other end: `ocaml/xenopsd/xc/emu_manager.ml` and `domain.ml` of xen-api.
+//! The other end is `ocaml/xenopsd/xc/emu_manager.ml` and `domain.ml` of xen-api.
 
 #![forbid(unsafe_code)]
 
@@ -44,7 +44,7 @@ use crate::control::{Control, End};
 use crate::guardian::Link;
 use crate::line::Line;
 
-/// Exit code: the command line or what it names is bad.
+/// Exit code: the command line, or something that it names, is bad.
 const REFUSED: u8 = 1;
 /// Exit code: the save or restore failed.
 const FAILED: u8 = 2;
@@ -52,13 +52,13 @@ const FAILED: u8 = 2;
 /// Opens a hypervisor.
 type Open = fn() -> anyhow::Result<Box<dyn Backend>>;
 
-/// Do what xenopsd asks, on the Xen of this machine.
+/// Does what xenopsd asks, on the Xen of this machine.
 #[must_use]
 pub fn main() -> ExitCode {
     run(backend::open)
 }
 
-/// Do what xenopsd asks, on the mock machine that the environment names.
+/// Does what xenopsd asks, on the mock machine that the environment names.
 #[cfg(feature = "test-backend")]
 #[must_use]
 pub fn main_on_mock() -> ExitCode {
@@ -76,7 +76,7 @@ fn run(open: Open) -> ExitCode {
     }
 }
 
-/// Print what a person or xenopsd has asked for.
+/// Prints the text that the user or xenopsd has asked for.
 fn print(text: &str) -> ExitCode {
     match writeln!(io::stdout(), "{text}") {
         Ok(()) => ExitCode::SUCCESS,
@@ -84,7 +84,7 @@ fn print(text: &str) -> ExitCode {
     }
 }
 
-/// The command line is bad: tell a person, and xenopsd if it can be reached.
+/// Reports a bad command line to the user, and to xenopsd if it can be reached.
 fn refuse(control_out: Option<i32>, text: &str) -> ExitCode {
     log::say(text);
     let told = control_out.map(|fd| {
@@ -128,7 +128,7 @@ fn work(args: &Args, words: &[String], guardian: Option<Link>, open: Open) -> Ex
         Some(End::Aborted) => {
             // On a restore that has begun, xenopsd waits for a line even if it has cancelled the
             // task (`domain.ml`, the reader thread that waits for a result). On a save, and before
-            // that, it goes by the end of the pipe.
+            // that, it watches for the end of the pipe.
             match control.restore_begun() {
                 true => control.failed(&End::Aborted.text()),
                 false => control.silent(),
@@ -145,11 +145,11 @@ fn work(args: &Args, words: &[String], guardian: Option<Link>, open: Open) -> Ex
     FAILED.into()
 }
 
-/// Listen to xenopsd and to signals; the stream.
+/// Starts listening to xenopsd and to signals; returns the stream.
 fn begin(args: &Args, control: &Arc<Control>) -> anyhow::Result<std::os::fd::OwnedFd> {
     let ending = EndingSignals::of_process()?;
     let mut signals = ending.set();
-    // A signal that is blocked arrives even where it is ignored.
+    // A blocked signal arrives even if the process ignores it.
     signals.add(Signal::SIGTERM);
     let ended = Arc::clone(control);
     on_signal(&signals, move |signal| {

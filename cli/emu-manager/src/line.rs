@@ -1,11 +1,11 @@
-//! The lines that go to xenopsd, each a prefix, a colon and text.
+//! Lines to xenopsd: each is a prefix, a colon and text.
 //!
 //! | line | when |
 //! |---|---|
 //! | `info:\b\b\b\bN` | progress, 0 to 100; the `\b` are a backslash and a b |
 //! | `info:TEXT` | for xenopsd's log |
 //! | `prepare:xenguest` | before the first byte of the stream; xenopsd answers `done` |
-//! | `suspend:` | the guest is to be suspended; xenopsd answers `done` |
+//! | `suspend:` | xenopsd must suspend the guest; it answers `done` |
 //! | `result:0 0` | a save is complete |
 //! | `result:xenguest STORE CONSOLE` | a restore is complete; the frames of the two rings |
 //! | `error:TEXT` | it failed |
@@ -15,10 +15,10 @@ use std::borrow::Cow;
 /// The most bytes of a line, its end included, that the published programs write.
 const LONGEST: usize = 128;
 
-/// A line.
+/// A line to xenopsd.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Line<'a> {
-    /// Percent.
+    /// Per cent.
     Progress(u8),
     Info(&'a str),
     Prepare,
@@ -32,7 +32,7 @@ pub(crate) enum Line<'a> {
 }
 
 impl Line<'_> {
-    /// The bytes, line end included.
+    /// The bytes of the line, line end included.
     pub(crate) fn encode(&self) -> Vec<u8> {
         let (prefix, text) = match self {
             Self::Progress(percent) => ("info", Cow::Owned(format!(r"\b\b\b\b{percent}"))),
@@ -48,7 +48,7 @@ impl Line<'_> {
         let mut line = format!("{prefix}:{text}");
         let room = LONGEST - 1;
         if line.len() > room {
-            // What failed is at the beginning, and the cause at the end.
+            // The beginning says what failed, and the end says why.
             const CUT: &str = " ... ";
             let half = (room - CUT.len()) / 2;
             let is_between = |at: &usize| line.is_char_boundary(*at);
@@ -63,8 +63,8 @@ impl Line<'_> {
     }
 }
 
-/// Text of one line, which xenopsd cannot take for progress: it would fail the task over a number
-/// that it cannot read.
+/// Text of one line that xenopsd does not mistake for progress: it would fail the task over a
+/// number that it cannot parse.
 fn plain(text: &str) -> Cow<'_, str> {
     let text = text.trim_start_matches('\\');
     match text.contains(char::is_control) {

@@ -1,4 +1,4 @@
-//! The log: what the libraries say goes to syslog, and from INFO on to xenopsd's log as well.
+//! The log: the libraries' messages go to syslog, and from INFO up also to xenopsd's log.
 
 use std::fmt::{self, Write as _};
 use std::io::{self, Write as _};
@@ -16,19 +16,19 @@ use xsr_xen_backend::DomId;
 use crate::control::Control;
 use crate::line::Line;
 
-/// Where syslogd listens.
+/// The socket of syslogd.
 const SYSLOG: &str = "/dev/log";
-/// The domain that is worked on, for the name in syslog.
+/// The domain of this save or restore, for the name in syslog.
 static DOMID: OnceLock<DomId> = OnceLock::new();
-/// `LOG_DAEMON`, as XenServer's emu-manager has it.
+/// `LOG_DAEMON`, as in XenServer's emu-manager.
 const FACILITY: u8 = 3 << 3;
 
-/// From now on it is about this domain.
+/// Names the domain that all later messages are about.
 pub(crate) fn about(domid: DomId) {
     DOMID.get_or_init(|| domid);
 }
 
-/// The name of this program in syslog, as the stock one has it.
+/// The name of this program in syslog, in the form that the stock emu-manager uses.
 fn ident() -> String {
     match DOMID.get() {
         Some(domid) => format!("emu-manager-{}", domid.0),
@@ -36,9 +36,9 @@ fn ident() -> String {
     }
 }
 
-/// Log from now on, whatever thread it comes from; panics, too.
+/// Starts logging, for all threads; panics are logged as well.
 pub(crate) fn install(control: &Arc<Control>, debug: bool) {
-    // stderr, where they go else, is not there under xenopsd.
+    // Panics would go to stderr, which does not exist under xenopsd.
     std::panic::set_hook(Box::new(|panic| say(panic)));
     let most = match debug {
         true => Level::DEBUG,
@@ -54,7 +54,7 @@ pub(crate) fn install(control: &Arc<Control>, debug: bool) {
 
 fn syslog() -> Option<UnixDatagram> {
     let socket = UnixDatagram::unbound().ok()?;
-    // A syslogd that does not read must not hold the guest up.
+    // A syslogd that does not read must not delay the guest.
     socket.set_nonblocking(true).ok()?;
     socket.connect(syslog_path()).ok()?;
     Some(socket)
@@ -65,7 +65,7 @@ fn syslog_path() -> PathBuf {
     SYSLOG.into()
 }
 
-/// Tests read the log.
+/// The socket of syslogd, or the one from which a test reads the log.
 #[cfg(feature = "test-backend")]
 fn syslog_path() -> PathBuf {
     crate::mock::syslog().unwrap_or_else(|| SYSLOG.into())
@@ -76,12 +76,12 @@ fn send(syslog: &UnixDatagram, level: Level, text: &str) -> io::Result<usize> {
     syslog.send(format!("<{priority}>{ident}[{pid}]: xsr: {text}").as_bytes())
 }
 
-/// A line on stderr, which may be closed.
+/// Prints a line on stderr, which may be closed.
 fn print(text: &str) {
     writeln!(io::stderr(), "xsr-emu-manager: {text}").ok();
 }
 
-/// An error, where there is no other way to report it: in syslog and on stderr.
+/// Reports an error that has no other way out: in syslog and on stderr.
 pub(crate) fn say(text: impl fmt::Display) {
     let text = text.to_string().replace('\n', " ");
     if let Some(syslog) = syslog() {
@@ -92,12 +92,12 @@ pub(crate) fn say(text: impl fmt::Display) {
 
 struct Layers {
     control: Arc<Control>,
-    /// `None`: stderr takes its place.
+    /// `None` if the log goes to stderr instead.
     syslog: Option<UnixDatagram>,
     most: Level,
 }
 
-/// syslog's number for a level.
+/// The syslog number of a level.
 fn severity(level: Level) -> u8 {
     match level {
         Level::ERROR => 3,
@@ -124,14 +124,14 @@ impl<S: Subscriber> Layer<S> for Layers {
         }
         if level <= Level::INFO {
             for piece in pieces(&text) {
-                // An xenopsd that does not hear is noted by the control.
+                // The control records that xenopsd cannot be reached.
                 self.control.tell(&Line::Info(piece)).ok();
             }
         }
     }
 }
 
-/// Text in pieces that each fit into a line.
+/// The text in pieces that each fit into a line.
 fn pieces(text: &str) -> impl Iterator<Item = &str> {
     const LONGEST: usize = 120;
     let mut rest = text;
@@ -144,7 +144,7 @@ fn pieces(text: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// A message, and what belongs to it.
+/// A message and its fields.
 #[derive(Default)]
 struct Text {
     message: String,

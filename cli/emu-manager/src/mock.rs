@@ -1,5 +1,5 @@
-//! The mock machine as the hypervisor, for tests: compiled with the cargo feature
-//! `test-backend` only, and used by the program `xsr-emu-manager-mock` only.
+//! The mock machine as the hypervisor, for tests: compiled only with the cargo feature
+//! `test-backend`, and used only by the program `xsr-emu-manager-mock`.
 
 use std::env;
 use std::io;
@@ -13,26 +13,25 @@ use xsr_xen_backend::{DomId, Domain, Host, XenHost};
 
 use crate::backend::{Backend, StandIn};
 
-/// Names the machine: `mock:DIR`, or `mock-xen:DIR`, which is the same machine asked by
+/// Names the machine: `mock:DIR`, or `mock-xen:DIR`, which is the same machine accessed by
 /// hypercalls.
 const VARIABLE: &str = "XSR_EMU_TEST_BACKEND";
-/// The directory that stands in for /var/run/xen, and, with the files below `xenstore/N`, for
-/// xenstore.
+/// The directory that replaces /var/run/xen; the files below its `xenstore/N` replace xenstore.
 const RUN: &str = "XSR_EMU_TEST_RUN";
 
-/// A mock machine, by either of its faces.
+/// A mock machine, accessed directly or by hypercalls.
 struct Mock {
     host: Box<dyn Host>,
     xen: XenHost,
     machine: MockHost,
 }
 
-/// Where this program logs to.
+/// The socket to which this program logs.
 pub(crate) fn syslog() -> Option<PathBuf> {
     env::var_os(RUN).map(|run| Path::new(&run).join("log"))
 }
 
-/// The machine must be as it was: what the program has left on is written to the file `left`.
+/// Writes to the file `left` whatever the program has left on, so that a test sees it.
 impl Drop for Mock {
     fn drop(&mut self) {
         let logging = Host::domains(&self.machine).unwrap_or_default();
@@ -53,11 +52,11 @@ fn run_dir() -> PathBuf {
     PathBuf::from(run)
 }
 
-/// Open the machine that the environment names.
+/// Opens the machine that the environment names.
 ///
 /// # Errors
 ///
-/// The environment names none, or it cannot be opened.
+/// The environment names none, or the machine cannot be opened.
 pub(crate) fn open() -> Result<Box<dyn Backend>> {
     let name = env::var(VARIABLE).context(VARIABLE)?;
     let (how, dir) = name.split_once(':').unwrap_or_default();
@@ -68,7 +67,7 @@ pub(crate) fn open() -> Result<Box<dyn Backend>> {
         _ => bail!("{VARIABLE} is {name:?}, expected mock:DIR or mock-xen:DIR"),
     };
     let xen = machine.as_xen()?;
-    // As another process has left it that was killed.
+    // In this test, another process was killed while the dirty log was on.
     if let Ok(domid) = std::fs::read_to_string(run_dir().join("dirty-log-of")) {
         machine.hold_log_dirty(DomId(domid.parse()?))?;
     }
@@ -97,7 +96,7 @@ impl Backend for Mock {
         run_dir().join(format!("qmp-libxl-{}", domid.0))
     }
 
-    /// The test that waits for it says so.
+    /// Long only in the test of a guest that suspends late.
     fn late_suspend(&self) -> Duration {
         match run_dir().join("late").exists() {
             true => Duration::from_secs(60),
@@ -122,11 +121,11 @@ impl Backend for Mock {
     }
 }
 
-/// A domain of the mock machine. Only the process that has the machine open can suspend it and have
-/// it work.
+/// A domain of the mock machine. Only the process that has the machine open can suspend it and run
+/// its workload.
 struct MockGuest {
     domain: Box<dyn Domain>,
-    /// What `xsr mock workload` keeps with it.
+    /// The workload that `xsr mock workload` keeps with the domain.
     _work: Option<BackgroundWorkload>,
 }
 

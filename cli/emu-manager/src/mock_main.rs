@@ -1,4 +1,4 @@
-//! The program `xsr-emu-manager-mock`, for tests: the same on a mock machine.
+//! The program `xsr-emu-manager-mock`, for tests: `xsr-emu-manager` on a mock machine.
 
 #![forbid(unsafe_code)]
 

@@ -1,18 +1,18 @@
-//! What xapi keeps of a VM in xenstore, below `/local/domain/N/platform`, as far as a save or restore
-//! heeds it, and what is done about it.
+//! A VM's platform keys: what xapi keeps of it in xenstore, below `/local/domain/N/platform`, and
+//! how a save or restore uses it.
 //!
 //! | key | |
 //! |---|---|
-//! | `nomigrate` | a save is refused where it is `true` or a number that is not 0 |
-//! | `xsr-max-downtime` | of a live save, in milliseconds; `xen` for Xen's own rule |
+//! | `nomigrate` | a save is refused if it is `true` or a number other than 0 |
+//! | `xsr-max-downtime` | for a live save, in milliseconds; `xen` for Xen's own rule |
 //! | `vcpu/number`, `vcpu/I/affinity` | the processors that vcpu I may run on: 0 or 1 for each |
-//! | `vcpu/weight`, `vcpu/cap` | of the credit scheduler |
+//! | `vcpu/weight`, `vcpu/cap` | for the credit scheduler |
 //! | `hpet` | whether a translated guest has an HPET; if missing or empty: yes |
 //! | `timeoffset` | seconds that a translated guest's clock is ahead |
 //! | `cores-per-socket` | should divide the number of a translated guest's vcpus |
 //! | `nested-virt`, else `exp-nested-hvm` | for a guest whose image has no CPU policy |
 //! | `featureset` | likewise: words of 32 features in hexadecimal |
-//! | `generation-id` | two numbers, `A:B`, which a translated guest finds at a place that it named |
+//! | `generation-id` | two numbers, `A:B`, which go to an address that a translated guest chose |
 
 use anyhow::{Context as _, Result, bail, ensure};
 use xsr_format::frame::{Gfn, PAGE_SIZE};
@@ -26,7 +26,7 @@ use crate::policy::MigrationPolicy;
 const HPET_ENABLED: u32 = 11;
 /// `HVM_PARAM_VM_GENERATION_ID_ADDR`
 const GENERATION_ID_ADDRESS: u32 = 34;
-/// More processors than any host has.
+/// More than any host has.
 const MAX_PROCESSORS: usize = 4096;
 
 /// The platform keys of a domain.
@@ -40,7 +40,7 @@ impl<'b> Platform<'b> {
         Self { backend, domid }
     }
 
-    /// The text of a key; `None` where there is none.
+    /// The text of a key; `None` if it does not exist.
     fn text(&self, key: &str) -> Result<Option<String>> {
         let value = self.backend.node(self.domid, &format!("platform/{key}"))?;
         let Some(value) = value else { return Ok(None) };
@@ -49,8 +49,8 @@ impl<'b> Platform<'b> {
         Ok(Some(text.trim_matches(['\0', ' ', '\n']).to_owned()))
     }
 
-    /// The number of a key; `None` where there is none, or nothing in it, or nonsense: a VM that
-    /// cannot be resumed or moved for that is worse than one without what the key asks for.
+    /// The number of a key; `None` if it is missing, empty or nonsense: a VM without the key's
+    /// effect is better than one that cannot be resumed or moved.
     fn number<N: TryFrom<i64>>(&self, key: &str) -> Result<Option<N>> {
         let Some(text) = self.text(key)?.filter(|text| !text.is_empty()) else {
             return Ok(None);
@@ -62,28 +62,28 @@ impl<'b> Platform<'b> {
         Ok(number)
     }
 
-    /// Whether a key is `true` or a number that is not 0. Other words mean no.
+    /// Whether a key is `true` or a number other than 0. Other words mean no.
     fn flag(&self, key: &str) -> Result<bool> {
         let text = self.text(key)?.unwrap_or_default();
         Ok(text.eq_ignore_ascii_case("true") || integer(&text).is_some_and(|n| n != 0))
     }
 
-    /// Before a save.
+    /// Checks, before a save, that the VM may move.
     ///
     /// # Errors
     ///
-    /// The VM must not move.
+    /// It may not, or xenstore cannot be read.
     pub(crate) fn check_may_move(&self) -> Result<()> {
         let fixed = self.flag("nomigrate")?;
         ensure!(!fixed, "d{} is flagged as not being mobile", self.domid.0);
         Ok(())
     }
 
-    /// When a live save suspends the guest.
+    /// The policy that decides when a live save suspends the guest.
     ///
     /// # Errors
     ///
-    /// xenstore cannot be asked.
+    /// xenstore cannot be read.
     pub(crate) fn policy(&self) -> Result<Box<dyn PrecopyPolicy>> {
         const KEY: &str = "xsr-max-downtime";
         if self.text(KEY)?.as_deref() == Some("xen") {
@@ -94,12 +94,12 @@ impl<'b> Platform<'b> {
         Ok(Box::new(MigrationPolicy::new(allowed)))
     }
 
-    /// Set up the domain of a restore, before the stream is read. A key that makes no sense is
-    /// ignored with a warning.
+    /// Sets up the domain of a restore, before the stream is read. A nonsensical key is ignored
+    /// with a warning.
     ///
     /// # Errors
     ///
-    /// xenstore cannot be asked, or there is no such domain.
+    /// xenstore cannot be read, or the domain does not exist.
     pub(crate) fn set_up(&self, domain: &dyn Domain, translated: bool) -> Result<()> {
         let xen = self.backend.xen();
         let vcpus = self.number::<u32>("vcpu/number")?.unwrap_or(0);
@@ -122,7 +122,7 @@ impl<'b> Platform<'b> {
                 Some(_) => self.flag("hpet")?,
             };
             if let Err(error) = domain.set_hvm_param(HPET_ENABLED, hpet.into()) {
-                // xenguest does not look either.
+                // xenguest ignores this failure as well.
                 tracing::warn!(%error, "the HPET is as the domain was made");
             }
             let offset = self.number("timeoffset")?.unwrap_or(0);
@@ -144,7 +144,7 @@ impl<'b> Platform<'b> {
                 tracing::warn!("platform/{key} in xenstore is ignored: {error}");
             }
         }
-        // 0 is "not set" to xapi.
+        // For xapi, 0 means "not set".
         let share = |key| Ok::<_, anyhow::Error>(self.number::<u16>(key)?.filter(|n| *n != 0));
         let (weight, cap) = (share("vcpu/weight")?, share("vcpu/cap")?);
         if (weight, cap) != (None, None) {
@@ -169,11 +169,11 @@ impl<'b> Platform<'b> {
         }
     }
 
-    /// The features of the VM, for an image that has no CPU policy.
+    /// The features of the VM, for an image without a CPU policy.
     ///
     /// # Errors
     ///
-    /// They are not words of hexadecimal digits.
+    /// The key is not words of hexadecimal digits.
     pub(crate) fn featureset(&self) -> Result<Option<Vec<u32>>> {
         let Some(text) = self.text("featureset")?.filter(|text| !text.is_empty()) else {
             return Ok(None);
@@ -186,11 +186,11 @@ impl<'b> Platform<'b> {
         words.collect::<Result<_>>().map(Some)
     }
 
-    /// Write the VM's generation id into the memory of a guest that is complete.
+    /// Writes the VM's generation id into the memory of a completely restored guest.
     ///
     /// # Errors
     ///
-    /// The key makes no sense, or there is no such memory.
+    /// The key is nonsense, or the guest has no memory at the address.
     pub(crate) fn write_generation_id(&self, domain: &dyn Domain) -> Result<()> {
         let address = domain.hvm_param(GENERATION_ID_ADDRESS)?;
         let Some(text) = self.text("generation-id")?.filter(|_| address != 0) else {
@@ -205,7 +205,7 @@ impl<'b> Platform<'b> {
         id[8..].copy_from_slice(&second.to_le_bytes());
         let gfn = Gfn(address / PAGE_SIZE as u64);
         let at = usize::try_from(address % PAGE_SIZE as u64)?;
-        // The guest's firmware has chosen the place, which may be on two pages.
+        // The guest's firmware has chosen the address; the id may span two pages.
         let (here, next) = id.split_at(id.len().min(PAGE_SIZE - at));
         for (gfn, at, part) in [(gfn, at, here), (Gfn(gfn.0 + 1), 0, next)] {
             if part.is_empty() {
@@ -222,7 +222,7 @@ impl<'b> Platform<'b> {
     }
 }
 
-/// A whole number, in decimal, or in hexadecimal after 0x.
+/// A whole number, in decimal, or in hexadecimal with the prefix 0x.
 fn integer(text: &str) -> Option<i64> {
     match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
         Some(digits) => i64::from_str_radix(digits, 16).ok(),
@@ -230,7 +230,7 @@ fn integer(text: &str) -> Option<i64> {
     }
 }
 
-/// A half of a generation id, which is not 0.
+/// One half of a generation id; it must not be 0.
 fn half(text: &str) -> Option<u64> {
     let number = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
         Some(digits) => u64::from_str_radix(digits, 16),

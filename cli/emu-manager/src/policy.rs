@@ -1,4 +1,4 @@
-//! When a live migration suspends the guest.
+//! The policy that decides when a live migration suspends the guest.
 
 use std::time::Duration;
 
@@ -13,13 +13,13 @@ const LIMIT: Duration = Duration::from_secs(300);
 /// after 5 passes, but not before 5 minutes have passed since the end of the first one.
 ///
 /// The first pass does not count: it sends all memory, which takes longer than 5 minutes for a
-/// large VM on the network that xapi migrates over, and all that the guest has written meanwhile
-/// would then be sent with the guest suspended.
+/// large VM on xapi's migration network. If it counted, everything that the guest had written
+/// meanwhile would be sent with the guest suspended.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct MigrationPolicy {
     target: TargetPolicy,
     limit: Duration,
-    /// How long the first pass took.
+    /// The duration of the first pass.
     first_pass: Option<Duration>,
 }
 
@@ -93,7 +93,7 @@ mod tests {
     #[test]
     fn a_first_pass_that_takes_longer_than_the_limit_does_not_end_precopy() {
         use PrecopyDecision::{Continue, StopAndCopy};
-        // 5 passes do it only 5 minutes after the first one.
+        // 5 passes are enough only 5 minutes after the first one.
         let large = [(1, 2400), (2, 3000), (3, 3600), (4, 4200), (5, 4800)];
         let stop_at_5 = [Continue, Continue, Continue, Continue, StopAndCopy];
         assert_eq!(decisions(&large), stop_at_5);
@@ -102,7 +102,7 @@ mod tests {
         assert_eq!(decisions(&small), stop_in_time);
     }
 
-    /// A sink that is so slow that the guest writes something during each batch.
+    /// A sink so slow that the guest writes something during each batch.
     struct Slow {
         guest: Workload,
     }

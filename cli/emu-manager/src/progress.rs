@@ -4,17 +4,17 @@ use std::time::{Duration, Instant};
 
 use xsr_save_restore::progress::{Phase, Progress};
 
-/// At most so many lines a second go to xenopsd.
+/// The least time between two progress lines to xenopsd.
 const INTERVAL: Duration = Duration::from_millis(250);
 
-/// The percentage that was told last.
+/// The percentage that xenopsd was told last.
 #[derive(Debug, Default)]
 pub(crate) struct Percent {
     told: Option<(u8, Instant)>,
 }
 
 impl Percent {
-    /// What to tell now; `None` where it is what was told, or too early.
+    /// The percentage to send now; `None` if it has not grown, or if it is too early.
     pub(crate) fn next(&mut self, progress: &Progress) -> Option<u8> {
         let percent = percent(progress)?;
         match self.told {
@@ -27,8 +27,8 @@ impl Percent {
     }
 }
 
-/// Of the contents that have to go through, as far as is known now: what the guest has written
-/// meanwhile will have to go through again.
+/// The share of the bytes to send that have been sent, as far as is known now: pages that the guest
+/// has written meanwhile must be sent again.
 fn percent(progress: &Progress) -> Option<u8> {
     let left = match progress.phase {
         Phase::Precopy | Phase::Pages | Phase::StopAndCopy => {
@@ -38,7 +38,7 @@ fn percent(progress: &Progress) -> Option<u8> {
         _ => return None,
     };
     let all = progress.bytes.saturating_add(left).max(1);
-    // 100 is for the end, which `result:` says.
+    // Only the line `result:` stands for 100.
     u8::try_from(progress.bytes.saturating_mul(100) / all)
         .ok()
         .map(|percent| percent.min(99))

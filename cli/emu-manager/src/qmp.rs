@@ -1,8 +1,8 @@
-//! What a save asks of the device model, by QMP: its dirty log (pages that qemu writes are dirty as
-//! those that the guest writes are), and that it runs on after a save that has failed.
+//! QMP commands that a save gives to qemu: to switch the dirty log, so that pages written by qemu
+//! are sent like those written by the guest, and to continue after a save that has failed.
 //!
-//! qemu serves one client at a time, and xenopsd is another: the connection is closed at once.
-//! libxl's own callback does the same (`tools/libs/light/libxl_x86.c`).
+//! qemu serves one client at a time, and xenopsd is another. So the connection is closed at once,
+//! as libxl's own callback does (`tools/libs/light/libxl_x86.c`).
 
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd as _;
@@ -17,38 +17,38 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, soc
 use serde_json::{Value, json};
 use xsr_save_restore::progress::{Cancel, Cancelled};
 
-/// How long a wait lasts before the token is looked at again.
+/// How long a wait lasts before the token is checked again.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// The longest message that qemu may send.
 const LONGEST: usize = 64 << 10;
 
-/// How long qemu may take.
+/// Time limits for qemu.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
-    /// To accept the connection and greet: another client may be connected.
+    /// For accepting the connection and greeting: another client may be connected.
     pub(crate) greeting: Duration,
-    /// To answer a command.
+    /// For answering a command.
     pub(crate) answer: Duration,
 }
 
 impl Limits {
-    /// Before anything has happened to the guest.
+    /// For the time before anything has happened to the guest.
     pub(crate) const PATIENT: Self = Self {
         greeting: Duration::from_secs(180),
         answer: Duration::from_secs(30),
     };
-    /// When a save has failed: xenopsd waits.
+    /// For a save that has failed: xenopsd is waiting.
     pub(crate) const BRIEF: Self = Self {
         greeting: Duration::from_secs(3),
         answer: Duration::from_secs(3),
     };
 }
 
-/// Switch the dirty log of the qemu behind `socket`.
+/// Switches the dirty log of the qemu at `socket`.
 ///
 /// # Errors
 ///
-/// There is no such qemu; it does not answer, or refuses; `cancel` says so.
+/// There is no qemu at `socket`; it does not answer, or refuses; `cancel` was set.
 pub(crate) fn switch_dirty_log(
     socket: &Path,
     on: bool,
@@ -62,16 +62,16 @@ pub(crate) fn switch_dirty_log(
     execute(socket, &command, limits, cancel)
 }
 
-/// Have the qemu behind `socket` run on: xenopsd has stopped it when it suspended the guest.
+/// Has the qemu at `socket` continue: xenopsd stopped it when it suspended the guest.
 ///
 /// # Errors
 ///
-/// As [`switch_dirty_log`].
+/// See [`switch_dirty_log`].
 pub(crate) fn run_on(socket: &Path, limits: Limits) -> Result<()> {
     execute(socket, &json!({"execute": "cont"}), limits, &Cancel::new())
 }
 
-/// Connect, give one command, and close the connection.
+/// Connects, gives one command, and closes the connection.
 fn execute(socket: &Path, command: &Value, limits: Limits, cancel: &Cancel) -> Result<()> {
     tracing::debug!(socket = %socket.display(), %command, "qemu");
     let greeted_by = Instant::now() + limits.greeting;
@@ -85,13 +85,13 @@ fn execute(socket: &Path, command: &Value, limits: Limits, cancel: &Cancel) -> R
 struct Client<'c> {
     socket: UnixStream,
     cancel: &'c Cancel,
-    /// What has come and is not read yet.
+    /// Bytes that have arrived but are not parsed yet.
     buffer: Vec<u8>,
 }
 
 impl<'c> Client<'c> {
-    /// qemu accepts one client at a time and has room for one or two that wait: for the others,
-    /// connect(2) would block until one of them has gone.
+    /// Connects to qemu, which accepts one client at a time and lets one or two more wait. For any
+    /// further client, connect(2) would block until one of these has gone.
     fn connect(path: &Path, cancel: &'c Cancel, until: Instant) -> Result<Self> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let address = UnixAddr::new(path)?;
@@ -113,7 +113,7 @@ impl<'c> Client<'c> {
         let socket = UnixStream::from(socket);
         socket.set_nonblocking(false)?;
         socket.set_read_timeout(Some(LOOK_EVERY))?;
-        // Commands are short: a socket that has no room for one is not read at all.
+        // Commands are short: a socket without room for one is not being read at all.
         socket.set_write_timeout(Some(Duration::from_secs(1)))?;
         Ok(Self {
             socket,
@@ -145,7 +145,7 @@ impl<'c> Client<'c> {
                     desc.unwrap_or_else(|| error.to_string())
                 );
             }
-            // An event, which may come at any time.
+            // An event, which may arrive at any time.
             ensure!(
                 message.get("event").is_some(),
                 "it answers {name} with {message}"
@@ -204,8 +204,8 @@ mod tests {
         answer: Duration::from_millis(300),
     };
 
-    /// A qemu that greets with `greeting`, and answers as many commands as there are `answers`;
-    /// the commands that it got.
+    /// A qemu that greets with `greeting` and gives each of `answers` to one command; returns the
+    /// commands that it received.
     fn qemu(
         greeting: &'static str,
         answers: &'static [&'static str],
@@ -219,13 +219,13 @@ mod tests {
                 commands.push(serde_json::from_str(&line).unwrap());
                 client.write_all(answer.as_bytes()).unwrap();
             }
-            // Until the client has closed the connection.
+            // Wait until the client has closed the connection.
             lines.next();
             commands
         })
     }
 
-    /// A qemu that does this with its first client.
+    /// A qemu that runs `with` on its first client.
     fn serve<T: Send + 'static>(
         with: impl FnOnce(UnixStream) -> T + Send + 'static,
     ) -> (tempfile::TempDir, JoinHandle<T>) {
@@ -283,7 +283,7 @@ mod tests {
         const EVENT: &[u8] = b"{\"event\": \"RTC_CHANGE\"}\n";
         let (dir, served) = serve(|mut client| {
             client.write_all(GREETING.as_bytes()).unwrap();
-            // As long as the client is there.
+            // Until the client has gone.
             while client.write_all(EVENT).is_ok() {}
         });
         let error = switch(&dir, &Cancel::new()).unwrap_err();

@@ -9,13 +9,13 @@ use xsr_save_restore::inherited::inherited_stream;
 
 /// The stream that xenopsd left open for this process, to be written (`save`) or read.
 ///
-/// Anything but a socket or a pipe must be read-only or opened with O_APPEND, as the published
-/// emu-managers want it: xenopsd opens a suspend image so. (For a block device the flag means
-/// nothing: it is written at the place where the descriptor stands.)
+/// Anything except a socket or a pipe must be read-only or opened with O_APPEND, as the published
+/// emu-managers require: xenopsd opens a suspend image in this way. (On a block device the flag has
+/// no effect: writes go to the descriptor's current offset.)
 ///
 /// # Errors
 ///
-/// It is not open, or not in that way.
+/// The descriptor is not open, or not in the right mode.
 pub(crate) fn open(fd: i32, save: bool) -> Result<OwnedFd> {
     let stream = inherited_stream(fd).with_context(|| format!("-fd {fd}"))?;
     let mode = fstat(&stream)?.st_mode;

@@ -1,4 +1,4 @@
-//! xenopsd as the engine's toolstack: each question is a line.
+//! xenopsd as the engine's toolstack: each request to it is a line.
 
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -19,20 +19,20 @@ use crate::backend::StandIn;
 use crate::control::{Control, End};
 use crate::qmp::{self, Limits};
 
-/// xenopsd, during a save. On drop qemu's dirty log is switched off, unless the save is
+/// xenopsd during a save. Dropping this switches qemu's dirty log off, unless the save is
 /// [complete](Saving::complete).
 pub(crate) struct Saving<'c> {
     pub(crate) control: &'c Control,
     pub(crate) domain: &'c dyn Domain,
-    /// The socket of its qemu, if there is one.
+    /// The socket of the domain's qemu, if it has one.
     pub(crate) qmp: Option<PathBuf>,
-    /// The guest runs while it is saved.
+    /// Whether the guest runs while it is saved.
     pub(crate) live: bool,
     /// How long the guest may take to suspend after xenopsd has given up.
     pub(crate) late_suspend: Duration,
-    /// The dirty log may be on.
+    /// Whether qemu's dirty log may be on.
     pub(crate) logging: bool,
-    /// What a domain needs that xenopsd cannot suspend itself. On Xen: nothing.
+    /// What suspends a domain that xenopsd cannot suspend itself. `None` on Xen.
     pub(crate) guest: Option<Box<dyn StandIn + 'c>>,
 }
 
@@ -64,9 +64,9 @@ impl SaveToolstack for Saving<'_> {
         }
     }
 
-    /// xenopsd resumes no guest: it destroys one that it finds suspended after a save has failed
-    /// (`xenops_server.ml`, `VM_check_state`), and leaves one alone that runs. So this is done
-    /// before it is told.
+    /// xenopsd does not resume the guest after a failed save: it destroys a domain that it finds
+    /// suspended (`xenops_server.ml`, `VM_check_state`), and leaves a running one alone. So the
+    /// guest is resumed before xenopsd is told.
     fn resume(&mut self) -> Result<(), ToolstackError> {
         let resumed = resume(self.domain, self.qmp.as_deref());
         match &resumed {
@@ -76,7 +76,7 @@ impl SaveToolstack for Saving<'_> {
         resumed
     }
 
-    /// Switched off only on drop: when a save is complete, qemu has stopped for good and xenopsd
+    /// Only `Drop` switches it off: when a save is complete, qemu has stopped for good and xenopsd
     /// is connected to it.
     fn switch_qemu_logdirty(&mut self, on: bool) -> Result<(), ToolstackError> {
         let (Some(qmp), true, true) = (&self.qmp, self.live, on) else {
@@ -91,8 +91,8 @@ impl SaveToolstack for Saving<'_> {
 }
 
 impl Saving<'_> {
-    /// The guest has been asked to suspend, and does not know that the save is given up. Once it
-    /// has, it is resumed; if nothing did that, xenopsd would shut it down.
+    /// The guest has been asked to suspend, and does not know that the save was given up. Waits
+    /// until it has suspended, so that it can be resumed; otherwise xenopsd would shut it down.
     fn wait_for_late_suspend(&self) {
         let until = Instant::now() + self.late_suspend;
         while Instant::now() < until
@@ -102,14 +102,14 @@ impl Saving<'_> {
         }
     }
 
-    /// xenopsd has the result: what becomes of guest and qemu is its business.
+    /// xenopsd has the result: the guest and qemu are its business from now on.
     pub(crate) fn complete(mut self) {
         self.logging = false;
     }
 }
 
 impl Drop for Saving<'_> {
-    /// The guest runs on, and qemu must not go on marking pages.
+    /// The guest keeps running, and qemu must stop marking pages.
     fn drop(&mut self) {
         if let (true, Some(qmp)) = (self.logging, &self.qmp)
             && let Err(error) = qmp::switch_dirty_log(qmp, false, Limits::BRIEF, &Cancel::new())
@@ -119,11 +119,11 @@ impl Drop for Saving<'_> {
     }
 }
 
-/// Have a suspended guest run on, with the qemu that xenopsd has stopped.
+/// Resumes a suspended guest, and the qemu that xenopsd has stopped.
 ///
-/// What xenopsd itself does in `Domain.resume`, which it calls at another's request only.
+/// xenopsd does the same in `Domain.resume`, but only when it is asked to.
 fn resume(domain: &dyn Domain, qmp: Option<&Path>) -> Result<(), ToolstackError> {
-    // A guest whose qemu is stopped is better than none: its memory is not lost.
+    // A guest with a stopped qemu is better than none: its memory is not lost.
     if let Some(qmp) = qmp
         && let Err(error) = qmp::run_on(qmp, Limits::BRIEF)
     {
@@ -132,12 +132,12 @@ fn resume(domain: &dyn Domain, qmp: Option<&Path>) -> Result<(), ToolstackError>
     DirectToolstack(domain).resume()
 }
 
-/// Undo a save whose process was killed: the guest, which may be `suspended` by it, runs on, and
-/// its writes are no longer logged.
+/// Undoes a save whose process was killed: resumes the guest if that process may have `suspended`
+/// it, and switches its dirty log off.
 ///
 /// # Errors
 ///
-/// The hypervisor or qemu refuses.
+/// The guest has shut down for another reason, or the hypervisor or qemu refuses.
 pub(crate) fn undo_save(args: &Args, live: bool, suspended: bool, open: Open) -> Result<()> {
     let backend = open()?;
     let domain = backend.host().domain(args.domid)?;
@@ -162,10 +162,10 @@ pub(crate) fn undo_save(args: &Args, live: bool, suspended: bool, open: Open) ->
     resumed
 }
 
-/// xenopsd, during a restore: it has prepared the domain, and waits for the result.
+/// xenopsd during a restore: it has prepared the domain, and waits for the result.
 pub(crate) struct Restoring<'d> {
     pub(crate) domain: &'d dyn Domain,
-    /// Of the VM's CPU, for an image that says nothing of it.
+    /// The VM's CPU features, for an image that does not contain them.
     pub(crate) older: OlderGuest,
 }
 
@@ -180,7 +180,7 @@ impl RestoreToolstack for Restoring<'_> {
         make_up_for(self.domain, missing, &self.older)
     }
 
-    /// Said by the `result:` line, when everything else is done.
+    /// The line `result:` reports the frames, once everything else is done.
     fn restore_results(&mut self, _: Option<Gfn>, _: Option<Gfn>) -> Result<(), ToolstackError> {
         Ok(())
     }
