@@ -12,7 +12,7 @@ use crate::xenopsd::{Kind, Target, Xenopsd, command, opened};
 
 const SHIPPED: &str = env!("CARGO_BIN_EXE_xsr-emu-manager");
 
-/// Run the program that is shipped with these words, and the usual descriptors.
+/// Runs the shipped program with these words and the usual descriptors.
 fn shipped(words: &str) -> Xenopsd {
     let dir = scratch();
     let target = Target::new(Kind::Pipe, dir.path(), true);
@@ -80,7 +80,7 @@ fn a_question_gets_an_answer() {
     assert!(says(&["-help"]).contains("platform:emu-manager=xsr"));
 }
 
-/// On a machine without Xen it fails to open one; on a Xen host there is no such domain.
+/// On a machine without Xen the program fails to open it; on a Xen host the domain does not exist.
 #[test]
 fn no_variable_gives_the_shipped_program_a_mock_machine() {
     let dir = scratch();

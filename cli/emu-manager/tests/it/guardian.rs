@@ -1,4 +1,4 @@
-//! The process that xenopsd has started outlives the engine, and ends with it.
+//! The guardian: the process that xenopsd has started outlives the engine, and ends with it.
 
 use std::fs;
 use std::os::unix::net::UnixDatagram;
@@ -13,7 +13,7 @@ use crate::images::scratch;
 use crate::machine::{by_the_engine, empty, guest, shutdown};
 use crate::xenopsd::{Kind, Target, Xenopsd, command, source};
 
-/// The engine of the emu-manager `of`.
+/// The engine that the emu-manager `of` has started.
 fn engine(of: Pid) -> Pid {
     let until = Instant::now() + Duration::from_secs(20);
     loop {
@@ -48,7 +48,7 @@ fn an_engine_that_is_killed_is_told_on_a_save() {
     assert_eq!(shutdown(&machine), None);
 }
 
-/// The engine has suspended the guest and is then killed, or panics before it has.
+/// The engine is killed after it has suspended the guest, or panics before that.
 #[test]
 fn the_guest_of_an_engine_that_is_killed_runs_on_and_is_not_logged() {
     for live in [false, true] {
@@ -62,7 +62,7 @@ fn the_guest_of_an_engine_that_is_killed_runs_on_and_is_not_logged() {
         assert!(xenopsd.until("prepare:"));
         xenopsd.say("done\n");
         if live {
-            // Its first pass is under way.
+            // The engine's first pass is running.
             while !xenopsd.next().unwrap().contains(r"\b") {}
         } else {
             assert!(xenopsd.until("suspend:"));
@@ -71,7 +71,7 @@ fn the_guest_of_an_engine_that_is_killed_runs_on_and_is_not_logged() {
                 thread::yield_now();
             }
         }
-        // What Xen keeps, the mock machine's next process does not.
+        // Xen keeps the dirty log on when a process ends; the mock machine must be told to.
         fs::write(run.join("dirty-log-of"), "1").unwrap();
         kill(engine(xenopsd.pid()), Signal::SIGKILL).unwrap();
         if !live {
@@ -85,7 +85,7 @@ fn the_guest_of_an_engine_that_is_killed_runs_on_and_is_not_logged() {
     }
 }
 
-/// The guest is not touched then: it may run at the other end.
+/// The guest must not be touched then: it may be running on the destination.
 #[test]
 fn a_guest_whose_result_is_out_stays_suspended() {
     let dir = scratch();
@@ -95,7 +95,7 @@ fn a_guest_whose_result_is_out_stays_suspended() {
     let engine = engine(xenopsd.pid());
     xenopsd.say("done\n");
     assert!(xenopsd.until("result:"));
-    // It may have ended.
+    // The engine may already have ended.
     kill(engine, Signal::SIGKILL).ok();
     xenopsd.wait();
     assert_eq!(shutdown(&machine), Some(ShutdownReason::Suspend));

@@ -1,4 +1,4 @@
-//! Mock machines, and what the engine by itself writes for their guests.
+//! Mock machines, and the streams that the engine alone writes for their guests.
 
 use std::path::{Path, PathBuf};
 
@@ -16,10 +16,10 @@ pub(crate) const KINDS: [(GuestKind, u8); 4] = [
     (GuestKind::Pvh, 8),
 ];
 
-/// The only domain of each machine here.
+/// The only domain of each machine.
 pub(crate) const DOMID: DomId = DomId(1);
 
-/// A machine below `dir` with a guest of 16 MiB.
+/// Creates a machine below `dir` with a guest of 16 MiB.
 pub(crate) fn guest(dir: &Path, kind: GuestKind, width: u8) -> PathBuf {
     let path = dir.join("host");
     let host = MockHost::create(&path, &HostConfig::default()).unwrap();
@@ -32,7 +32,7 @@ pub(crate) fn guest(dir: &Path, kind: GuestKind, width: u8) -> PathBuf {
     path
 }
 
-/// The guest writes to so many pages a second from now on.
+/// Makes the guest write to this many pages a second from now on.
 pub(crate) fn busy(machine: &Path, pages: u32) {
     let spec = WorkloadSpec::writes(7, pages, 1024);
     let host = MockHost::open(machine).unwrap();
@@ -40,8 +40,8 @@ pub(crate) fn busy(machine: &Path, pages: u32) {
     host.userdata_store(DOMID, "mock-workload", &spec).unwrap();
 }
 
-/// A machine below `dir` with a domain as xenopsd makes it for a restore; its ports for xenstore
-/// and console.
+/// Creates a machine below `dir` with a domain that is prepared for a restore as xenopsd does it;
+/// returns it with the domain's ports for xenstore and console.
 pub(crate) fn empty(dir: &Path, kind: GuestKind) -> (PathBuf, [u32; 2]) {
     let path = dir.join("host");
     let host = MockHost::create(&path, &HostConfig::default()).unwrap();
@@ -51,13 +51,13 @@ pub(crate) fn empty(dir: &Path, kind: GuestKind) -> (PathBuf, [u32; 2]) {
     (path, ports)
 }
 
-/// Why the guest of a machine has shut down.
+/// The reason why the machine's guest has shut down.
 pub(crate) fn shutdown(machine: &Path) -> Option<ShutdownReason> {
     let host = MockHost::open(machine).unwrap();
     host.domain(DOMID).unwrap().info().unwrap().shutdown
 }
 
-/// What the engine by itself writes for the guest of an equal machine.
+/// The stream that the engine alone writes for the guest of an identical machine.
 pub(crate) fn by_the_engine(kind: GuestKind, width: u8) -> Vec<u8> {
     let dir = crate::images::scratch();
     let host = MockHost::open(&guest(dir.path(), kind, width)).unwrap();

@@ -1,5 +1,5 @@
-//! The emu-manager, with a test in the part of xenopsd: every order of lines, an abort, the end of
-//! a pipe and nonsense at every point, each kind of stream, and the image around the stream.
+//! Tests of the emu-manager, in which the test plays xenopsd: every order of lines; an abort, the
+//! end of a pipe and nonsense at every point; each kind of stream; and the image around the stream.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 

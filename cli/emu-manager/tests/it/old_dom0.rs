@@ -1,4 +1,4 @@
-//! XCP-ng 8.3's dom0 has Linux 4.19: saves and restores there.
+//! Saves and restores on Linux 4.19, the kernel of XCP-ng 8.3's dom0.
 
 use std::os::fd::AsFd as _;
 
@@ -11,7 +11,7 @@ use crate::restore::words;
 use crate::save::play;
 use crate::xenopsd::{Kind, STREAMS, Target, Xenopsd, command, libxc, source};
 
-/// The emu-manager under an old kernel.
+/// Starts the emu-manager under an old kernel.
 fn start(machine: &std::path::Path, words: &str, stream: std::os::fd::OwnedFd) -> Xenopsd {
     let program = env!("CARGO_BIN_EXE_xsr-emu-manager-mock");
     let words = format!("-controloutfd 6 -controlinfd 5 -fd 7 -domid 1 {words}");

@@ -1,4 +1,4 @@
-//! What xapi keeps of a VM in xenstore, and what becomes of it.
+//! Platform keys of a VM in xenstore, and their effect on a save or restore.
 
 use std::fs;
 use std::path::Path;
@@ -13,7 +13,7 @@ use crate::machine::{DOMID, by_the_engine, empty, guest, shutdown};
 use crate::restore::words;
 use crate::xenopsd::{Ended, Kind, Target, Xenopsd, source};
 
-/// Put these keys below the domain's platform in the xenstore of `run`.
+/// Writes these keys below the domain's platform in the xenstore of `run`.
 fn keys(run: &Path, keys: &[(&str, &str)]) {
     for (key, value) in keys {
         let path = run.join("xenstore/1/platform").join(key);
@@ -28,7 +28,7 @@ fn with_run(run: &Path) -> impl FnMut(&mut Command) {
     }
 }
 
-/// Restore `stream` with these keys; the end, and the machine.
+/// Restores `stream` with these keys; returns how the run ended, and the machine.
 fn restored(kind: GuestKind, stream: &[u8], set: &[(&str, &str)], dir: &Path) -> (Ended, MockHost) {
     let (machine, ports) = empty(dir, kind);
     let run = dir.join("run");
@@ -127,7 +127,7 @@ fn nonsense_in_xenstore_is_told() {
         ("cores-per-socket", "3"),
     ] {
         let dir = scratch();
-        // The last of a key counts.
+        // If a key occurs twice, the last one counts.
         let set = [
             ("vcpu/number", "2"),
             ("vcpu/0/affinity", "01"),
@@ -138,7 +138,7 @@ fn nonsense_in_xenstore_is_told() {
         let key = key.rsplit('/').next().unwrap();
         let warned = ended.with("info:platform/");
         assert!(warned.iter().any(|line| line.contains(key)), "{ended:?}");
-        // What makes sense is done.
+        // The keys that make sense take effect.
         let placed = host.placement(DOMID).unwrap();
         let affinity = usize::from(!["affinity", "number"].contains(&key) || value == "7");
         assert_eq!(placed.affinity.len(), affinity, "{key} {value}");
@@ -149,7 +149,7 @@ fn nonsense_in_xenstore_is_told() {
     ended.failed(2, "featureset");
 }
 
-/// Its next migration takes the default.
+/// The next migration uses the default.
 #[test]
 fn nonsense_for_the_downtime_is_told_and_no_more() {
     for (value, warned) in [
@@ -173,10 +173,10 @@ fn nonsense_for_the_downtime_is_told_and_no_more() {
     }
 }
 
-/// Where the guest's generation id is.
+/// The address of the guest's generation id.
 const ADDRESS: u64 = 0x5_0ff0;
 
-/// The stream of a guest that has said where its generation id is to be.
+/// The stream of a guest that has chosen this address for its generation id.
 fn with_generation_id(address: u64) -> Vec<u8> {
     let dir = scratch();
     let machine = guest(dir.path(), GuestKind::Hvm, 8);
@@ -216,7 +216,7 @@ fn the_generation_id_is_written_where_the_guest_wants_it() {
         ended.failed(2, "generation-id");
     }
     let dir = scratch();
-    // On two pages.
+    // An id that spans two pages.
     let across = with_generation_id(ADDRESS + 8);
     let set = [("generation-id", "7:8")];
     let (ended, host) = restored(GuestKind::Hvm, &across, &set, dir.path());
@@ -224,7 +224,7 @@ fn the_generation_id_is_written_where_the_guest_wants_it() {
     let domain = host.domain(DOMID).unwrap();
     assert_eq!(at(&*domain, ADDRESS)[1], 7);
     assert_eq!(at(&*domain, ADDRESS + 16)[0], 8);
-    // A guest that wants none.
+    // A guest that has chosen no address.
     let dir = scratch();
     let set = [("generation-id", "tea")];
     let none = by_the_engine(GuestKind::Hvm, 8);
@@ -233,7 +233,7 @@ fn the_generation_id_is_written_where_the_guest_wants_it() {
         .succeeded();
 }
 
-/// The stream without its CPU policy, as of Xen 4.13.
+/// The stream without its CPU policy, as Xen 4.13 writes it.
 fn without_policy(stream: &[u8]) -> Vec<u8> {
     const POLICIES: [u32; 2] = [0x11, 0x12];
     let (headers, mut rest) = stream.split_at(40);
@@ -249,7 +249,7 @@ fn without_policy(stream: &[u8]) -> Vec<u8> {
     out
 }
 
-/// ecx of CPUID leaf 1 of the domain.
+/// The register ecx of CPUID leaf 1 of the domain.
 fn features(host: &MockHost) -> u32 {
     let leaves = host.domain(DOMID).unwrap().cpu_policy().unwrap().leaves;
     let leaf = leaves

@@ -1,5 +1,5 @@
-//! qemu: its dirty log is on before a live save begins and off when one fails; and it runs on with
-//! the guest when a save fails after the guest was suspended.
+//! qemu during a save: its dirty log is on before a live save begins and off when one fails. It
+//! continues with the guest if a save fails after the guest was suspended.
 
 use std::fs;
 use std::io::{self, BufRead as _, BufReader, Write as _};
@@ -16,7 +16,7 @@ use crate::images::scratch;
 use crate::machine::{guest, shutdown};
 use crate::xenopsd::{Kind, Target, Xenopsd};
 
-/// A qemu; what has been said to it, with the end of each connection.
+/// A qemu; returns a log of the commands that it received and of each connection's end.
 fn qemu(run: &Path, answer: fn(&str) -> &'static str) -> Arc<Mutex<Vec<String>>> {
     fs::create_dir(run).unwrap();
     let listener = UnixListener::bind(run.join("qmp-libxl-1")).unwrap();
@@ -73,7 +73,7 @@ fn it_is_on_before_a_live_save_begins_and_the_connection_closed() {
     assert_eq!(*log.lock().unwrap(), on);
     xenopsd.say("done\n");
     xenopsd.end().succeeded();
-    // xenopsd has stopped it by now.
+    // xenopsd has stopped qemu by now, so nothing more is sent to it.
     assert_eq!(*log.lock().unwrap(), on);
 }
 
@@ -131,7 +131,7 @@ fn it_runs_on_with_the_guest_when_a_save_fails_after_the_suspend() {
         let reading = live.then(|| from.try_clone().unwrap());
         let reader = reading.map(|mut from| thread::spawn(move || drain(&mut from)));
         assert!(xenopsd.until("suspend:"));
-        // Now nothing takes a stream that is not live.
+        // From now on nothing reads the stream of a save that is not live.
         drop(from);
         xenopsd.say(last);
         let ended = xenopsd.end();
@@ -147,14 +147,14 @@ fn it_runs_on_with_the_guest_when_a_save_fails_after_the_suspend() {
     }
 }
 
-/// While the stream is not read.
+/// The save ends while its stream is not read.
 #[test]
 fn it_is_off_again_however_a_live_save_ends_early() {
     let acts: [fn(&mut Xenopsd); 4] = [
         |xenopsd| xenopsd.say("abort\n"),
         |xenopsd| xenopsd.hang_up(),
         |xenopsd| kill(xenopsd.pid(), Signal::SIGTERM).unwrap(),
-        // xenopsd has answered before it was asked.
+        // xenopsd answers before it was asked.
         |xenopsd| xenopsd.say("done\n"),
     ];
     for (which, act) in acts.into_iter().enumerate() {

@@ -1,4 +1,4 @@
-//! Restores: the result, what is left of the stream, and every way in which one ends early.
+//! Restores: the result, what is left in the stream, and every way in which one ends early.
 
 use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
@@ -12,7 +12,7 @@ use crate::images::{image, layers, scratch};
 use crate::machine::{DOMID, by_the_engine, empty};
 use crate::xenopsd::{AFTER, Ended, Kind, STREAMS, Xenopsd, source};
 
-/// An image that a real Xen wrote, without the layers around its libxc stream.
+/// The libxc stream of an image that a real Xen wrote, without the layers around it.
 fn by_xen(name: &str) -> Vec<u8> {
     let bytes = fs::read(image(name)).unwrap();
     let (_, start, end) = layers(&bytes);
@@ -28,7 +28,8 @@ pub(crate) fn words(kind: GuestKind, ports: [u32; 2]) -> String {
     format!("-mode {mode} -store_port {store} -console_port {console}")
 }
 
-/// Restore `stream`, with xenopsd's next record after it; the end, and what is left.
+/// Restores `stream`, followed by xenopsd's next record; returns how the run ended, and what is
+/// left in the stream.
 fn restored(kind: GuestKind, through: Kind, stream: &[u8], dir: &Path) -> (Ended, Vec<u8>) {
     let (machine, ports) = empty(dir, kind);
     let mut bytes = stream.to_vec();
@@ -103,7 +104,7 @@ fn a_stream_that_ends_early_or_is_none_is_told() {
 #[test]
 fn an_abort_the_end_of_the_pipe_and_nonsense_end_a_restore() {
     let stream = by_the_engine(GuestKind::Pvh, 8);
-    // How far xenopsd and the stream have come before.
+    // Whether xenopsd has sent its line, and how many bytes of the stream have arrived.
     for (told, at_once) in [(false, 0), (true, 0), (true, 5000), (true, 3 << 20)] {
         for through in [Kind::Pipe, Kind::Socket] {
             for (say, expected) in [
@@ -127,7 +128,7 @@ fn an_abort_the_end_of_the_pipe_and_nonsense_end_a_restore() {
                 }
                 let ended = xenopsd.end();
                 match expected {
-                    // xenopsd's reader of the image waits for a line by then.
+                    // By then, xenopsd's reader of the image is waiting for a line.
                     None if told => ended.failed(0, "aborted by xenopsd"),
                     None => ended.aborted(),
                     Some(text) => ended.failed(2, text),

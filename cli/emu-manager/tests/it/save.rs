@@ -17,7 +17,7 @@ fn mode(kind: GuestKind) -> &'static str {
     }
 }
 
-/// Play xenopsd through a save in which all is well.
+/// Plays xenopsd through a successful save.
 pub(crate) fn play(xenopsd: &mut Xenopsd, target: &mut Target) {
     assert!(xenopsd.until("prepare:xenguest"), "{:?}", xenopsd.lines);
     target.head();
@@ -27,7 +27,7 @@ pub(crate) fn play(xenopsd: &mut Xenopsd, target: &mut Target) {
     assert!(xenopsd.until("result:"), "{:?}", xenopsd.lines);
 }
 
-/// The percentages in the lines.
+/// The percentages in the progress lines.
 fn percentages(ended: &Ended) -> Vec<u8> {
     let lines = ended.with(r"info:\b\b\b\b");
     lines.iter().map(|line| line.parse().unwrap()).collect()
@@ -80,25 +80,25 @@ fn a_live_save_sends_memory_before_the_guest_is_suspended() {
     }
 }
 
-/// When something happens to a save.
+/// The point of a save at which it is disturbed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Point {
-    /// Before anything is said.
+    /// Before the first line.
     Start,
     /// Instead of the answer to `prepare:`.
     Prepare,
-    /// Directly after that answer.
+    /// Directly after the answer to `prepare:`.
     Prepared,
     /// While the stream is not read.
     Stalled,
     /// Instead of the answer to `suspend:`.
     Suspend,
-    /// Directly after that answer, while the stream is not read.
+    /// Directly after the answer to `suspend:`, while the stream is not read.
     Suspended,
 }
 
 impl Point {
-    /// The guest is suspended by then.
+    /// Whether the guest is suspended at this point.
     fn is_suspended(self, live: bool) -> bool {
         self == Self::Suspended || self == Self::Stalled && !live
     }
@@ -113,7 +113,8 @@ const POINTS: [Point; 6] = [
     Point::Suspended,
 ];
 
-/// Play xenopsd up to `point`, and then do `act`; the end, and the target.
+/// Plays xenopsd up to `point`, then does `act`; returns how the run ended, and why the guest has
+/// shut down. `None` if a file cannot stall there.
 fn disturbed(
     stream: Kind,
     point: Point,
@@ -122,7 +123,7 @@ fn disturbed(
 ) -> Option<(Ended, Option<ShutdownReason>)> {
     let dir = scratch();
     let machine = guest(dir.path(), GuestKind::Pv, 8);
-    // A stream that is not read has to be full before the save is complete.
+    // An unread stream must fill up before the save is complete.
     let stalls = match point {
         Point::Stalled => true,
         Point::Suspended => !live,
@@ -171,7 +172,7 @@ fn an_abort_ends_a_save_in_good_order_wherever_it_comes() {
                 let Some((ended, state)) = disturbed(stream, point, live, act) else {
                     continue;
                 };
-                // After `suspend:` xenopsd never says it: the save may be complete by then.
+                // xenopsd never sends `abort` after `suspend:`; the save may already be complete.
                 if point == Point::Suspended && !ended.with("result:").is_empty() {
                     continue;
                 }

@@ -1,4 +1,4 @@
-//! xenopsd, as far as an emu-manager sees it: two pipes, and a suspend image around the stream.
+//! xenopsd as an emu-manager sees it: two pipes, and a suspend image around the stream.
 
 use std::fs::{self, File};
 use std::io::{
@@ -16,19 +16,19 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// What is in an image before the head of the libxc record: its length is not a multiple of 8.
+/// The image's bytes before the head of the libxc record: their number is not a multiple of 8.
 pub(crate) const BEFORE: &[u8] = b"XenSavedDomv2-\n and a record of xenopsd";
 /// The head of the libxc record.
 const LIBXC: [u8; 16] = [0xf0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
-/// What comes after END.
+/// The image's bytes after END.
 pub(crate) const AFTER: &[u8] = b"\xff\xff\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
-/// An emu-manager that takes longer than this hangs.
+/// An emu-manager that takes longer than this is considered hung.
 const PATIENCE: Duration = Duration::from_secs(100);
 
-/// What a stream is.
+/// The type of a stream's descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// A file with O_APPEND, or for reading only.
+    /// A file, opened with O_APPEND, or for reading only.
     File,
     Pipe,
     Socket,
@@ -36,7 +36,7 @@ pub(crate) enum Kind {
 
 pub(crate) const STREAMS: [Kind; 3] = [Kind::File, Kind::Pipe, Kind::Socket];
 
-/// What xenopsd starts, with its descriptors 5 (lines from xenopsd), 6 (to it) and 7 (the stream).
+/// The program as xenopsd starts it: descriptors 5 (lines from xenopsd), 6 (to it), 7 (the stream).
 pub(crate) fn command(program: &str, words: &str) -> Command {
     let mut command = Command::new("sh");
     command
@@ -49,19 +49,19 @@ pub(crate) fn command(program: &str, words: &str) -> Command {
     command
 }
 
-/// The emu-manager at work, and xenopsd's ends of its pipes.
+/// A running emu-manager, and xenopsd's ends of its pipes.
 pub(crate) struct Xenopsd {
     child: Child,
     from: BufReader<PipeReader>,
     to: Option<PipeWriter>,
-    /// Where the emu-manager notes what it has left on.
+    /// The directory with the file in which the emu-manager lists whatever it has left on.
     run: Option<PathBuf>,
-    /// Lines that have come.
+    /// Lines that have arrived.
     pub(crate) lines: Vec<String>,
     _watch: Sender<()>,
 }
 
-/// How a run ended.
+/// How a run of the emu-manager ended.
 #[derive(Debug)]
 pub(crate) struct Ended {
     pub(crate) lines: Vec<String>,
@@ -69,13 +69,13 @@ pub(crate) struct Ended {
 }
 
 impl Ended {
-    /// The lines with this prefix, without it.
+    /// The text after `prefix` of each line that begins with it.
     pub(crate) fn with(&self, prefix: &str) -> Vec<&str> {
         let lines = self.lines.iter();
         lines.filter_map(|line| line.strip_prefix(prefix)).collect()
     }
 
-    /// It failed, and the last line says so with this text.
+    /// Asserts that the run failed, and that the last line says so with this text.
     #[track_caller]
     pub(crate) fn failed(&self, code: i32, text: &str) {
         let errors = self.with("error:");
@@ -86,7 +86,7 @@ impl Ended {
         assert_eq!(self.code, Some(code), "{self:?}");
     }
 
-    /// It ended in good order after an abort.
+    /// Asserts that the run ended in good order after an abort.
     #[track_caller]
     pub(crate) fn aborted(&self) {
         assert!(self.with("error:").is_empty(), "{self:?}");
@@ -94,7 +94,7 @@ impl Ended {
         assert_eq!(self.code, Some(0), "{self:?}");
     }
 
-    /// It ended with this result.
+    /// Asserts that the run succeeded, and returns its result.
     #[track_caller]
     pub(crate) fn succeeded(&self) -> &str {
         let results = self.with("result:");
@@ -105,7 +105,7 @@ impl Ended {
 }
 
 impl Xenopsd {
-    /// Start the emu-manager on a mock machine; what its stderr is at first becomes the stream.
+    /// Starts the emu-manager on a mock machine, with `stream` as its descriptor 7.
     pub(crate) fn start(machine: &Path, words: &str, stream: OwnedFd) -> Self {
         Self::start_with(machine, words, stream, &mut |_| {})
     }
@@ -128,7 +128,7 @@ impl Xenopsd {
         Self::spawn(command, stream)
     }
 
-    /// Start `command`, which [`command`] has made.
+    /// Starts `command`, which [`command`] has made.
     pub(crate) fn spawn(mut command: Command, stream: OwnedFd) -> Self {
         let (out, its_out) = io::pipe().unwrap();
         let (its_in, to) = io::pipe().unwrap();
@@ -142,7 +142,7 @@ impl Xenopsd {
             .get_envs()
             .find(|(name, _)| *name == "XSR_EMU_TEST_RUN")
             .and_then(|(_, value)| Some(PathBuf::from(value?)));
-        // It holds our copies of the descriptors of the child.
+        // The command holds our copies of the child's descriptors.
         drop(command);
         let pid = Pid::from_raw(child.id().try_into().unwrap());
         let (watch, ended) = mpsc::channel::<()>();
@@ -165,7 +165,7 @@ impl Xenopsd {
         Pid::from_raw(self.child.id().try_into().unwrap())
     }
 
-    /// The next line; `None` at the end.
+    /// Reads the next line; `None` at the end.
     pub(crate) fn next(&mut self) -> Option<String> {
         let mut line = String::new();
         if self.from.read_line(&mut line).unwrap() == 0 {
@@ -177,7 +177,7 @@ impl Xenopsd {
         Some(line)
     }
 
-    /// Read lines up to one that begins so; false if none came.
+    /// Reads lines up to one with this prefix; false if there was none.
     pub(crate) fn until(&mut self, prefix: &str) -> bool {
         loop {
             match self.next() {
@@ -188,25 +188,26 @@ impl Xenopsd {
         }
     }
 
-    /// Say something. The emu-manager may have gone.
+    /// Sends a text, even if the emu-manager has gone.
     pub(crate) fn say(&mut self, text: &str) {
         if let Some(to) = &mut self.to {
             to.write_all(text.as_bytes()).ok();
         }
     }
 
-    /// Close the pipe on which xenopsd speaks.
+    /// Closes the pipe for lines from xenopsd.
     pub(crate) fn hang_up(&mut self) {
         self.to = None;
     }
 
-    /// Read the remaining lines, and wait for the end.
+    /// Reads the remaining lines, and waits for the end.
     pub(crate) fn end(mut self) -> Ended {
         while self.next().is_some() {}
         self.wait()
     }
 
-    /// Wait for the end without reading any more lines. No dirty log is on then, and nothing mapped.
+    /// Waits for the end without reading more lines. Asserts that no dirty log is on and no page
+    /// mapped.
     pub(crate) fn wait(mut self) -> Ended {
         drop(self.from);
         drop(self.to);
@@ -222,7 +223,7 @@ impl Xenopsd {
     }
 }
 
-/// A stream that is saved to, from xenopsd's side.
+/// The destination of a save, from xenopsd's side.
 pub(crate) struct Target {
     /// xenopsd's descriptor, which the emu-manager shares.
     ours: File,
@@ -232,13 +233,13 @@ pub(crate) struct Target {
 
 enum Far {
     File(PathBuf),
-    /// A reader, and what lets it begin.
+    /// A reader, and the sender that starts it.
     Reader(JoinHandle<Vec<u8>>, Sender<()>),
 }
 
 impl Target {
-    /// A stream with xenopsd's own beginning in it. `read`: something takes what comes from the
-    /// first; otherwise only once [`Target::read`] is called.
+    /// A stream that begins with xenopsd's own bytes. With `read`, it is read from the start;
+    /// otherwise only after a call of [`Target::read`].
     pub(crate) fn new(kind: Kind, dir: &Path, read: bool) -> Self {
         let (ours, far): (OwnedFd, _) = match kind {
             Kind::File => {
@@ -268,28 +269,28 @@ impl Target {
         target
     }
 
-    /// From now on what comes is taken.
+    /// Starts reading the stream.
     pub(crate) fn read(&self) {
         if let Far::Reader(_, begin) = &self.far {
             begin.send(()).ok();
         }
     }
 
-    /// The descriptor for the emu-manager.
+    /// A descriptor for the emu-manager.
     pub(crate) fn fd(&self) -> OwnedFd {
         self.ours.as_fd().try_clone_to_owned().unwrap()
     }
 
-    /// xenopsd writes the head of the libxc record.
+    /// Writes the head of the libxc record, as xenopsd does.
     pub(crate) fn head(&mut self) {
         self.ours.write_all(&LIBXC).unwrap();
     }
 
-    /// All of the image, xenopsd's own records after END included, as xenopsd itself would
-    /// write them at the place where the descriptor stands.
+    /// The whole image, including xenopsd's own records after END, which are written at the
+    /// descriptor's current offset as xenopsd does.
     pub(crate) fn image(mut self) -> Vec<u8> {
         if let Far::File(path) = &self.far {
-            // A suspend VDI is a block device: O_APPEND does not lead to its end.
+            // A suspend VDI is a block device, where O_APPEND does not move to the end.
             let length = fs::metadata(path).unwrap().len();
             assert_eq!(self.ours.stream_position().unwrap(), length);
         }
@@ -304,7 +305,7 @@ impl Target {
         }
     }
 
-    /// The other end goes away.
+    /// Whether the stream is a file.
     pub(crate) fn is_file(&self) -> bool {
         matches!(self.far, Far::File(_))
     }
@@ -322,7 +323,7 @@ fn reader(from: OwnedFd) -> Far {
     Far::Reader(thread, begin)
 }
 
-/// The libxc stream in an image.
+/// The libxc stream inside an image.
 #[track_caller]
 pub(crate) fn libxc(image: &[u8]) -> &[u8] {
     let rest = image.strip_prefix(BEFORE).unwrap();
@@ -330,8 +331,8 @@ pub(crate) fn libxc(image: &[u8]) -> &[u8] {
     rest.strip_suffix(AFTER).unwrap()
 }
 
-/// A stream that is restored from: `bytes`, of which something gives the first `at_once` at once
-/// and the rest when the answer's sender speaks or goes. The descriptor, to be shared.
+/// The source of a restore: its reader gets the first `at_once` of `bytes` at once, and the rest
+/// when the returned sender sends or is dropped. Returns the descriptor to pass on, and the sender.
 pub(crate) fn source(
     kind: Kind,
     dir: &Path,
@@ -356,7 +357,7 @@ pub(crate) fn source(
     let (go, gone) = mpsc::channel::<()>();
     thread::spawn(move || {
         let (first, rest) = bytes.split_at(at_once.min(bytes.len()));
-        // An emu-manager that has failed reads no more.
+        // An emu-manager that has failed stops reading.
         if to.write_all(first).is_ok() && gone.recv().is_ok() {
             to.write_all(rest).ok();
         }
@@ -364,7 +365,7 @@ pub(crate) fn source(
     (ours, Some(go))
 }
 
-/// A file that is open as `flags` say.
+/// Opens a file with these flags.
 pub(crate) fn opened(path: &Path, flags: OFlag) -> OwnedFd {
     let mode = nix::sys::stat::Mode::from_bits_truncate(0o600);
     nix::fcntl::open(path, flags | OFlag::O_CREAT, mode).unwrap()
