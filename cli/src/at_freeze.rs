@@ -2,8 +2,8 @@
 //! guest's disks in the same instant.
 //!
 //! The program is run directly, without a shell, as the user of this process, which is root on a
-//! Xen host. So only root may be able to replace it, and it gets nothing from this process but a
-//! fixed environment: no descriptors, no arguments.
+//! Xen host. So only root may be able to replace it. It gets only a fixed environment from this
+//! process, without descriptors or arguments.
 
 use std::ffi::OsString;
 use std::fs::{self, Metadata};
@@ -28,14 +28,14 @@ use crate::exit::BadUsage;
 use crate::left::{self, Group, Left};
 use crate::text::{shown, shown_path};
 
-/// Where the program finds others.
+/// The PATH of the program.
 const PROGRAMS: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// How often it is looked at whether the program has ended.
+/// How often to check whether the program has ended.
 const POLL: Duration = Duration::from_millis(2);
 
-/// How long to wait for the end of a program that was killed. One that waits for a disk takes as
-/// long as the disk.
+/// How long to wait for a killed program to end. A program that waits for a disk ends only when the
+/// disk answers.
 const REAP_WAIT: Duration = Duration::from_secs(5);
 
 /// The longest line of its output that is logged as one, in bytes.
@@ -43,7 +43,7 @@ const LONGEST_LINE: u64 = 1024;
 
 const WHAT: &str = "running the program of --at-freeze";
 
-/// What the program is told, beside the phase.
+/// What the program is told, in addition to the phase.
 #[derive(Clone, Debug)]
 pub(crate) struct Guest {
     pub(crate) domid: u16,
@@ -61,23 +61,23 @@ pub(crate) struct Program {
     cancel: Cancel,
     environment: Vec<(&'static str, OsString)>,
     running: Option<Running>,
-    /// It was started, and has to learn how the save ended.
+    /// Set once the program was started: it must be told how the save ended.
     left: Option<Left>,
-    /// The image has its name.
+    /// Whether the image has its final name.
     pub(crate) is_saved: bool,
-    /// How long it ran while the guest was suspended.
+    /// How long the program ran while the guest was suspended.
     pub(crate) took: Option<Duration>,
 }
 
-/// A program that was started. A thread waits for its end. Dropping this kills it, with all that it
-/// has started in its process group.
+/// A program that was started. A thread waits for its end. Dropping this kills the program with
+/// everything in its process group.
 #[derive(Debug)]
 struct Running {
     group: Group,
     stop: Arc<AtomicBool>,
     ended: Receiver<Ended>,
     has_ended: bool,
-    /// Its thread holds the other end until the program has been reaped.
+    /// The thread holds the other end until the program has been reaped.
     reaped: Receiver<()>,
 }
 
@@ -98,7 +98,7 @@ impl Drop for Running {
     }
 }
 
-/// Waits for the end of a child, kills it at the limit, and tells which of both it was.
+/// Waits for a child to end, kills it at the limit, and reports which happened.
 struct Waiting {
     child: Child,
     group: Group,
@@ -120,9 +120,9 @@ impl Waiting {
             true => Ok(()),
             false => Err(io::Error::other(failed(status))),
         });
-        // Refused if the save has failed for another reason.
+        // Fails if the save has already failed for another reason.
         ended.send(Ended { result, took }).ok();
-        // A killed program may take a moment.
+        // A killed program may take a moment to end.
         while is_killed && matches!(self.reap(), Ok(None)) {
             thread::sleep(POLL);
         }
@@ -146,7 +146,7 @@ impl Waiting {
         }
     }
 
-    /// Its status, once it has ended. It has no process group from then on.
+    /// The status of the child, once it has ended. It then has no process group any more.
     fn reap(&mut self) -> io::Result<Option<ExitStatus>> {
         let mut group = self.group.lock().unwrap_or_else(PoisonError::into_inner);
         let status = self.child.try_wait()?;
@@ -158,11 +158,11 @@ impl Waiting {
 }
 
 impl Program {
-    /// The program at this path, for which the guest is suspended no longer than `limit`.
+    /// The program at this path, for which the guest is suspended for at most `limit`.
     ///
     /// # Errors
     ///
-    /// [`BadUsage`]: another user could put something else in its place.
+    /// [`BadUsage`]: another user could replace the program.
     pub(crate) fn new(path: &Path, limit: Duration, cancel: Cancel) -> Result<Self> {
         let path = checked(path).map_err(|why| {
             Error::new(BadUsage(format!("--at-freeze {}: {why}", shown_path(path))))
@@ -179,7 +179,7 @@ impl Program {
         })
     }
 
-    /// Which guest it is about.
+    /// Sets the guest that is saved.
     pub(crate) fn is_about(&mut self, guest: Guest) {
         self.environment = vec![
             ("XSR_DOMID", guest.domid.to_string().into()),
@@ -189,9 +189,9 @@ impl Program {
         ];
     }
 
-    /// The save is over: tells the program, if it has been run, whether the image is there.
+    /// Called when the save is over: tells the program, if it was run, whether the image was saved.
     pub(crate) fn conclude(&mut self) {
-        // One that still runs is killed first.
+        // A program that is still running is killed first.
         self.running = None;
         if self.left.is_none() {
             return;
@@ -200,7 +200,7 @@ impl Program {
             true => "saved",
             false => "failed",
         };
-        // That the save was cancelled is no reason not to tell it.
+        // The program must be told even if the save was cancelled.
         self.cancel = Cancel::new();
         let ended = self.start(phase).and_then(|running| {
             self.running = Some(running);
@@ -215,7 +215,7 @@ impl Program {
     }
 
     fn start(&mut self, phase: &str) -> io::Result<Running> {
-        // What this process was started with is not closed in its children by itself.
+        // Descriptors that this process inherited are not closed in its children otherwise.
         xsr_stdio::close_on_exec()?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let deadline = now.map_err(io::Error::other)? + self.limit;
@@ -271,7 +271,7 @@ impl Program {
         })
     }
 
-    /// Whether it has failed. Waits for its end on request.
+    /// Returns the program's failure, if it has ended with one. With `wait`, waits for the end.
     fn look(&mut self, wait: bool) -> io::Result<()> {
         let Some(running) = self.running.as_mut().filter(|running| !running.has_ended) else {
             return Ok(());
@@ -312,10 +312,10 @@ impl AtFreeze for Program {
     }
 }
 
-/// Has what the program prints go into the log.
+/// Logs what the program prints.
 fn log(out: impl Read + Send + 'static, stream: &'static str) {
     let mut out = BufReader::new(out);
-    // It ends when the last process has closed the other end; nothing waits for that.
+    // The thread ends when the last process has closed the other end; nothing waits for it.
     thread::spawn(move || {
         loop {
             let mut line = Vec::new();
@@ -330,7 +330,7 @@ fn log(out: impl Read + Send + 'static, stream: &'static str) {
     });
 }
 
-/// The path without links, if only its owner and root can write there.
+/// The path without symbolic links, if only its owner and root can write there.
 fn checked(path: &Path) -> Result<PathBuf, String> {
     if !path.is_absolute() {
         return Err("expected an absolute path".to_owned());
@@ -348,7 +348,7 @@ fn checked(path: &Path) -> Result<PathBuf, String> {
     Ok(path)
 }
 
-/// Whether only its owner, who is this user or root, can change what is there.
+/// Checks that only the owner, which must be this user or root, can change the file or directory.
 fn safe(path: &Path, found: &Metadata, is_directory: bool) -> Result<(), String> {
     const STICKY: u32 = 0o1000;
     let path = shown_path(path);
@@ -373,7 +373,7 @@ mod tests {
 
     use super::*;
 
-    /// A program that does this in phase `frozen`, and then writes the phase to a file.
+    /// A program that runs `does` in phase `frozen`, and then writes the phase to a file.
     fn program(directory: &Path, does: &str, limit: Duration) -> (Program, PathBuf) {
         use std::os::unix::fs::PermissionsExt as _;
         let [path, told] = ["program", "told"].map(|name| directory.join(name));

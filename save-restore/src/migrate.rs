@@ -1,16 +1,16 @@
-//! Migration: two hosts, what they say to each other, and which of them has the domain.
+//! Migration: the protocol between two hosts, and which of them has the domain.
 //!
-//! - [`send`], [`receive`]: a migration from its beginning to its end. The caller brings a
-//!   connection and a domain.
+//! - [`send`], [`receive`]: a migration from beginning to end. The caller provides a connection and
+//!   a domain.
 //! - [`ownership`]: which host has the domain, at each moment and after each failure, as state
-//!   machines that a test explores exhaustively. `send` and `receive` do what they say.
-//! - [`protect`], [`standby`]: the same for a domain that is kept at another host, under Remus and
-//!   COLO. [`checkpoints`]: what is sent meanwhile.
-//! - [`Observer`]: what hears of the course of a migration, to show it.
-//! - [`messages`]: every byte that either end says, for a plain migration, Remus and COLO.
-//! - [`connection`]: what they say it over, as a trait; pipes, Unix sockets and TCP.
+//!   machines that a test explores exhaustively. `send` and `receive` carry out their actions.
+//! - [`protect`], [`standby`]: the same for a domain that is protected by another host, under Remus
+//!   and COLO. [`checkpoints`]: the checkpoints that are sent meanwhile.
+//! - [`Observer`]: a trait for showing the progress of a migration.
+//! - [`messages`]: every byte that the two ends exchange, for a plain migration, Remus and COLO.
+//! - [`connection`]: the connection between them, as a trait; pipes, Unix sockets and TCP.
 //! - [`testing`]: a connection in memory with faults at every call, and the contract that every
-//!   connection keeps.
+//!   connection must keep.
 //!
 //! `examples/migrate.rs` is a toolstack that migrates a domain between two mock machines.
 

@@ -1,6 +1,6 @@
-//! Checkpoints of a protected domain, sent over a connection until there is to be no other: what
-//! lies between the engine, which takes them, and [`super::protect`], which decides where the
-//! domain is in the end.
+//! Checkpoints of a protected domain, sent over a connection until the protection ends. This is the
+//! layer between the engine, which takes the checkpoints, and [`super::protect`], which decides
+//! which host has the domain at the end.
 //!
 //! C implementation: `tools/libs/light/libxl_remus.c`, `libxl_colo_save.c`.
 
@@ -32,33 +32,33 @@ use crate::toolstack::{DirectToolstack, Epoch};
 
 pub use self::stream::CheckpointStream;
 
-/// Why there is no further checkpoint, where nothing failed.
+/// Why sending ended, if nothing failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
-    /// It was asked for.
+    /// The caller asked to stop.
     Asked,
-    /// As many as were asked for are complete.
+    /// The requested number of checkpoints is complete.
     Enough,
-    /// The other end said something, or hung up: it has nothing to say while it is well.
+    /// The other end sent something, or hung up: it sends nothing while it is well.
     Receiver,
 }
 
 /// A checkpoint that is complete at this end.
 #[derive(Clone, Copy, Debug)]
 pub struct Complete {
-    /// What the engine tells of it.
+    /// The engine's statistics of it.
     pub epoch: Epoch,
-    /// From asking the guest to suspend until all of it was written, the libxl layer's part
-    /// included.
+    /// The time from asking the guest to suspend until everything was written, including the libxl
+    /// layer's part.
     pub after: Duration,
 }
 
-/// What hears of each complete checkpoint. A failure ends the protection.
+/// A callback for each complete checkpoint. Its failure ends the protection.
 pub type OnComplete<'a> = dyn FnMut(&Complete) -> Result<(), BoxError> + 'a;
 
 /// The emulators of a protected domain.
 pub trait Emulators {
-    /// What they have now, as records of a libxl stream.
+    /// Their current state, as records of a libxl stream.
     fn save(&mut self) -> &[LibxlRecord];
 }
 
@@ -72,13 +72,13 @@ impl Emulators for NoEmulators {
     }
 }
 
-/// How it is asked to stop.
+/// A request to stop sending checkpoints.
 ///
 /// This needs two tokens. One asks for the stop ([`StopRequest::cancel`]). The other cuts the
-/// connection off, and is the one that the `Wait` of the [`CheckpointStream`] heeds. If a single
-/// token did both, an ordinary stop after the first checkpoint would cut the connection before the
-/// other end is told not to take over, and the domain would run on both hosts. Therefore [`Cancel`]
-/// does not implement this trait:
+/// connection, and is the one that the `Wait` of the [`CheckpointStream`] checks. If a single token
+/// did both, an ordinary stop after the first checkpoint would cut the connection before the other
+/// end is told not to take over, and the domain would run on both hosts. Therefore [`Cancel`] does
+/// not implement this trait:
 ///
 /// ```compile_fail,E0277
 /// use xsr_save_restore::progress::Cancel;
@@ -91,17 +91,17 @@ pub trait StopRequest {
     /// The token that another thread sets.
     fn cancel(&self) -> &Cancel;
 
-    /// The first checkpoint is about to be complete: from here on the other end can take over, and
-    /// has to be told not to. Nothing cuts the connection off any more while that can be said.
+    /// Called when the first checkpoint is about to be complete. From here on the other end can
+    /// take over, and must be told not to. While it can be told, nothing may cut the connection.
     ///
     /// # Errors
     ///
-    /// [`Cancelled`](crate::progress::Cancelled): it was asked to stop before, so that the
-    /// connection may be cut off at any moment. The checkpoint is not completed then.
+    /// [`Cancelled`](crate::progress::Cancelled): the stop was requested before, so the connection
+    /// may be cut at any moment. The checkpoint is then not completed.
     fn takes_its_time(&self) -> io::Result<()>;
 }
 
-/// How checkpoints are sent.
+/// Settings for sending checkpoints.
 pub struct CheckpointRequest<'a> {
     domain: &'a dyn Domain,
     save: SaveRequest<'a>,
@@ -121,23 +121,23 @@ impl fmt::Debug for CheckpointRequest<'_> {
     }
 }
 
-/// What is at work while checkpoints are sent.
+/// The objects that take part in sending checkpoints.
 pub struct CheckpointParties<'a> {
     /// The libxl layer of the stream, up to its libxc stream.
     pub libxl: LibxlWriter<&'a CheckpointStream<'a>>,
-    /// Where that writes to.
+    /// The stream to which `libxl` writes.
     pub stream: &'a CheckpointStream<'a>,
-    /// What the other end says comes over it; `None` where there is none.
+    /// The connection on which the other end answers; `None` if there is none.
     pub connection: Option<&'a dyn Connection>,
-    /// What the other end has to keep, told when the guest is suspended and when it runs on.
+    /// The pace that the other end must keep. It is told when the guest is suspended and resumed.
     pub pace: &'a Pace,
-    /// What emulates devices for the domain.
+    /// The emulators of the domain.
     pub emulators: &'a mut dyn Emulators,
-    /// How it is asked to stop.
+    /// The request to stop.
     pub stopping: &'a dyn StopRequest,
     /// Called when the last byte of a checkpoint has been written.
     pub completed: &'a mut dyn FnMut(),
-    /// Called when a checkpoint is complete; under COLO the secondary has it by then.
+    /// Called when a checkpoint is complete. Under COLO the secondary then has it.
     pub observe: &'a mut OnComplete<'a>,
 }
 
@@ -149,26 +149,26 @@ impl fmt::Debug for CheckpointParties<'_> {
     }
 }
 
-/// What sending checkpoints came to.
+/// The outcome of sending checkpoints.
 #[derive(Debug)]
 pub struct SentCheckpoints {
-    /// Why there is no other.
+    /// Why sending ended.
     pub ended: Result<Stop, SaveError>,
-    /// What there is to say of those that were; nothing after a failure.
+    /// Statistics of the checkpoints that were sent; empty after a failure.
     pub stats: CheckpointedStats,
-    /// How many the other end can have.
+    /// The number of checkpoints that the other end may have.
     pub complete: u64,
-    /// What takes the domain back at this place of the stream.
+    /// How to take the domain back at this place in the stream.
     pub withdrawal: Option<Withdrawal>,
-    /// What the other end has said that was not understood as anything else.
+    /// What the other end has sent that was not part of the protocol.
     pub heard: LastWords,
-    /// What a secondary of COLO has said in the place of an answer, if it has given up.
+    /// What a COLO secondary sent instead of an answer, if it has given up.
     pub given_up: Option<io::Error>,
 }
 
 impl<'a> CheckpointRequest<'a> {
-    /// Checkpoints of Remus, five a second, until it is asked to stop. `save` says how each is
-    /// saved, and is a request for the same domain.
+    /// Remus checkpoints, five a second, until the request to stop. `save` says how each is saved,
+    /// and must be a request for the same domain.
     pub fn new(domain: &'a dyn Domain, save: SaveRequest<'a>) -> Self {
         Self {
             domain,
@@ -180,21 +180,21 @@ impl<'a> CheckpointRequest<'a> {
         }
     }
 
-    /// How long the domain runs from one checkpoint to the next.
+    /// Sets how long the domain runs from one checkpoint to the next.
     #[must_use]
     pub const fn interval(mut self, interval: Duration) -> Self {
         self.interval = interval;
         self
     }
 
-    /// How many checkpoints to send, if not for ever.
+    /// Sets the number of checkpoints to send; `None` for no limit.
     #[must_use]
     pub const fn epochs(mut self, epochs: Option<u64>) -> Self {
         self.epochs = epochs;
         self
     }
 
-    /// Bytes of a checkpoint that are kept while the guest is suspended
+    /// Sets how many bytes of a checkpoint are kept while the guest is suspended
     /// ([`Checkpoints::buffer_bytes`]).
     #[must_use]
     pub const fn buffer_bytes(mut self, bytes: usize) -> Self {
@@ -202,16 +202,16 @@ impl<'a> CheckpointRequest<'a> {
         self
     }
 
-    /// COLO in the place of Remus: the secondary is heard for as long as `wait` says, and may take
-    /// this long for an answer. Needs a connection.
+    /// Uses COLO instead of Remus. `wait` limits how long to listen to the secondary, and `answer`
+    /// how long it may take to answer. COLO needs a connection.
     #[must_use]
     pub const fn colo(mut self, wait: Wait<'a>, answer: Duration) -> Self {
         self.colo = Some((wait, answer));
         self
     }
 
-    /// Send checkpoint after checkpoint. The guest runs on afterwards, unless the engine could not
-    /// resume it.
+    /// Sends checkpoint after checkpoint. The guest is running afterwards, unless the engine could
+    /// not resume it.
     pub fn run(self, parties: CheckpointParties<'a>) -> SentCheckpoints {
         let CheckpointParties {
             libxl,

@@ -1,6 +1,6 @@
-//! Common parts of the drivers of a migration: the settings of every request, the loop that performs
-//! a machine's actions, how an end sends and receives messages, how a failure is reported to a state
-//! machine, and what is undone after a panic.
+//! Common parts of the drivers of a migration: the settings of every request, the loop that
+//! performs a machine's actions, how an end sends and receives messages, how a failure is reported
+//! to a state machine, and what is undone after a panic.
 
 use std::fmt;
 use std::io;
@@ -36,7 +36,7 @@ pub(super) enum Trouble {
 }
 
 impl Trouble {
-    /// For a message that could not be sent or received.
+    /// Classifies a failure to send or receive a message.
     pub(super) fn of_message(error: &MessageError) -> Self {
         match error {
             MessageError::Sending { cause, .. } | MessageError::Waiting { cause, .. } => {
@@ -58,7 +58,8 @@ impl Trouble {
         }
     }
 
-    /// For an image that could not be written or read. All of these leave the domain at the sender.
+    /// Classifies a failure to write or read an image. The domain stays at the sender in all of
+    /// them.
     pub(super) fn of_image(mut error: &(dyn std::error::Error + 'static)) -> Self {
         loop {
             if let Some(io) = error.downcast_ref::<io::Error>() {
@@ -78,13 +79,13 @@ impl Trouble {
     }
 }
 
-/// What every request to a driver has.
+/// Settings that every request to a driver has.
 pub(super) struct Common<'a> {
-    /// How long the other end may take for each message, all of it.
+    /// How long the other end may take for each whole message.
     pub(super) answer: Duration,
     /// The token by which another thread asks to stop.
     pub(super) cancel: Option<&'a Cancel>,
-    /// What hears of each action and step.
+    /// Called for each action and step.
     pub(super) observer: Option<&'a mut dyn Observer>,
 }
 
@@ -123,7 +124,7 @@ impl fmt::Debug for Common<'_> {
     }
 }
 
-/// The methods by which a request is told what is [`Common`] to all.
+/// The methods that set what is [`Common`] to all requests.
 macro_rules! common_settings {
     (answer: $answer:ident, $answer_doc:literal; cancel: $cancel_doc:literal) => {
         #[doc = $answer_doc]
@@ -140,7 +141,7 @@ macro_rules! common_settings {
             self
         }
 
-        /// What hears of each action and step.
+        /// Sets an observer, which is called for each action and step.
         #[must_use]
         pub fn observer(mut self, observer: &'a mut dyn super::Observer) -> Self {
             self.common.observer = Some(observer);
@@ -150,30 +151,30 @@ macro_rules! common_settings {
 }
 pub(super) use common_settings;
 
-/// A machine of [`super::ownership`], as its driver sees it.
+/// A state machine of [`super::ownership`], as its driver sees it.
 pub(super) trait Machine {
     type Action: Copy;
     type Event: Copy;
     type End;
 
-    /// What is to be done now.
+    /// The action to perform now.
     fn action(&self) -> Self::Action;
 
-    /// Tells the machine what came of it.
+    /// Tells the machine the result of the action.
     fn on(&mut self, event: Self::Event);
 
-    /// How it has ended, if this is its last action.
+    /// The outcome, if this action is the machine's last.
     fn end(action: Self::Action) -> Option<Self::End>;
 
     /// The action, for an observer.
     fn announced(action: Self::Action) -> Event;
 
-    /// The step of the protocol that is done when this came of an action.
+    /// The step of the protocol that is done when the action had this result.
     fn step(action: Self::Action, event: Self::Event) -> Option<Step>;
 }
 
-/// Has a machine's actions performed until it has ended. What went wrong comes in order: the first
-/// is why it ended so.
+/// Performs a machine's actions until it has ended. The failures are returned in order: the first
+/// one is the reason for the end.
 pub(super) fn drive<M: Machine>(
     machine: &mut M,
     common: &mut Common<'_>,
@@ -209,7 +210,7 @@ pub(super) struct Talk<'a> {
 }
 
 impl<'a> Talk<'a> {
-    /// Until cancelled.
+    /// A wait until cancelled.
     pub(super) fn asked(&self) -> Wait<'a> {
         match self.cancel {
             Some(cancel) => Wait::forever().unless(cancel),
@@ -217,12 +218,12 @@ impl<'a> Talk<'a> {
         }
     }
 
-    /// Whether it has been cancelled.
+    /// Whether the caller has cancelled.
     pub(super) fn is_asked(&self) -> bool {
         self.cancel.is_some_and(Cancel::is_cancelled)
     }
 
-    /// Ignores cancellation.
+    /// A wait that ignores cancellation.
     pub(super) const fn deaf(&self) -> Wait<'a> {
         Wait::forever()
     }
@@ -263,15 +264,15 @@ impl<'a> Talk<'a> {
         message.write(self.writer(wait))
     }
 
-    /// Sends the report.
+    /// Sends the report and its status.
     pub(super) fn report(&self, status: Status) -> Result<(), MessageError> {
         let mut writer = self.writer(self.deaf());
         Message::Report.write(&mut writer)?;
         status.write(&mut writer)
     }
 
-    /// Checks that the other end has sent nothing before it is told to go: anything sent by then
-    /// cannot be an answer, and this host would destroy the domain because of it.
+    /// Checks that the other end has sent nothing before it is told to go. Anything sent by then
+    /// cannot be an answer, but this host would take it for one and destroy the domain.
     pub(super) fn nothing_waits(&self) -> Result<(), MessageError> {
         let mut byte = [0];
         let now = Wait::forever().at_most(Duration::ZERO);
@@ -291,7 +292,7 @@ impl<'a> Talk<'a> {
         }
     }
 
-    /// Sets how long the transport tolerates silence of the other host from now on.
+    /// Sets how long the transport tolerates silence from the other host from now on.
     pub(super) fn bear(&self, limit: Duration) {
         if let Err(error) = self.connection.give_up_on_silence(limit) {
             tracing::warn!(%error, "the time limit for silence could not be set");
@@ -299,7 +300,7 @@ impl<'a> Talk<'a> {
     }
 }
 
-/// Undoes something to a domain if a panic occurs in between.
+/// Undoes a change to a domain if a panic occurs in between.
 pub(super) struct OnPanic<'d, D: ?Sized> {
     pub(super) domain: &'d mut D,
     pub(super) armed: bool,

@@ -1,5 +1,6 @@
-//! What xapi's emu-manager sets of a domain before it is restored: the processors that its vcpus may
-//! run on, its share of them, and its wall clock; and what xapi keeps of the domain in xenstore.
+//! Placement of a domain, as xapi's emu-manager sets it before a restore: the processors that its
+//! vcpus may run on, its share of them, and its wall clock. Also reads the nodes that xapi keeps of
+//! the domain in xenstore.
 //!
 //! C implementation: `xc_vcpu_setaffinity`, `xc_sched_credit_domain_{get,set}` and
 //! `xc_domain_set_time_offset` in `tools/libs/ctrl`.
@@ -15,7 +16,7 @@ use crate::privcmd::call::{
 };
 
 impl XenHost {
-    /// The value of the node `/local/domain/N/NAME` of xenstore; `None` if there is none.
+    /// The value of the node `/local/domain/N/NAME` of xenstore; `None` if the node does not exist.
     ///
     /// # Errors
     ///
@@ -27,11 +28,11 @@ impl XenHost {
         })
     }
 
-    /// Set the domain's wall clock, in seconds ahead of the host's.
+    /// Sets the domain's wall clock, in seconds ahead of the host's.
     ///
     /// # Errors
     ///
-    /// ESRCH.
+    /// ESRCH: the domain does not exist.
     pub fn set_time_offset(&self, domid: DomId, seconds: i64) -> Result<(), BackendError> {
         let body = sys::xen_domctl_settimeoffset {
             time_offset_seconds: seconds,
@@ -43,12 +44,12 @@ impl XenHost {
             .map_err(|errno| BackendError::domain("settimeoffset", domid, errno))
     }
 
-    /// Let a vcpu run on these processors only: true for each that it may run on, from processor 0
-    /// on. Processors that the host does not have are ignored.
+    /// Lets a vcpu run only on these processors: true for each that it may run on, starting with
+    /// processor 0. Processors that the host does not have are ignored.
     ///
     /// # Errors
     ///
-    /// EINVAL where none is left, or the domain has no such vcpu.
+    /// EINVAL if no processor is left, or if the domain does not have the vcpu.
     pub fn set_hard_affinity(
         &self,
         domid: DomId,
@@ -77,12 +78,12 @@ impl XenHost {
             .map_err(fail)
     }
 
-    /// Set the domain's weight and cap with the credit scheduler; `None` leaves one as it is.
-    /// False, and nothing done, where another scheduler is at work.
+    /// Sets the domain's weight and cap with the credit scheduler; `None` leaves a value unchanged.
+    /// Returns false, and changes nothing, if another scheduler is in use.
     ///
     /// # Errors
     ///
-    /// EINVAL for a weight or cap that the scheduler does not take.
+    /// EINVAL if the scheduler does not accept the weight or cap.
     pub fn set_credit(
         &self,
         domid: DomId,

@@ -1,5 +1,5 @@
-//! What the two ends say between checkpoints, under Remus and COLO: how a sender takes its domain
-//! back, the states of COLO, and the list of pages that a secondary has written.
+//! Messages between checkpoints, under Remus and COLO: how a sender takes its domain back, the
+//! states of COLO, and the list of pages that a secondary has written.
 
 use std::io::{self, Read, Write};
 
@@ -11,8 +11,9 @@ use xsr_format::wrapper::libxl::{CheckpointState, LibxlRecordKind};
 use super::MessageError;
 
 /// How a sender of checkpoints takes its domain back, so that the receiver does not run the last
-/// checkpoint when this end hangs up. xl has no word for that. These are checkpoints that no
-/// receiver can apply: an xl fails at them and destroys its copy, as ours does.
+/// checkpoint when the sender hangs up. xl has no message for this. So the sender sends a
+/// checkpoint that no receiver can apply: xl fails at it and destroys its copy, as our receiver
+/// does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Withdrawal {
     /// Under Remus, between two checkpoints: a CHECKPOINT, a libxl record of type 0x7fffffff,
@@ -26,10 +27,10 @@ pub enum Withdrawal {
 }
 
 impl Withdrawal {
-    /// The type or id that no receiver knows, and that none may skip.
+    /// The type or id that no receiver knows, and that no receiver may skip.
     pub const UNKNOWN: u32 = 0x7fff_ffff;
 
-    /// What goes over the connection.
+    /// The bytes to send.
     pub fn bytes(self) -> Vec<u8> {
         const CHECKPOINT: u32 = RecordKind::CHECKPOINT.0;
         const CHECKPOINT_END: u32 = LibxlRecordKind::CHECKPOINT_END.0;
@@ -43,19 +44,19 @@ impl Withdrawal {
         heads.as_flattened().to_vec()
     }
 
-    /// Write it.
+    /// Writes it.
     ///
     /// # Errors
     ///
-    /// Returns the writer's error. The receiver may run its copy then.
+    /// The writer's error. The receiver may then run its copy.
     pub fn write(self, mut to: impl Write) -> io::Result<()> {
         to.write_all(&self.bytes())?;
         to.flush()
     }
 
-    /// Whether a libxl record of this type, in the end of a checkpoint, is a withdrawal. A
-    /// CHECKPOINT of the libxc layer is read there if the sender broke a checkpoint off just
-    /// after another.
+    /// Whether a libxl record of this type, at the end of a checkpoint, is a withdrawal. If the
+    /// sender broke a checkpoint off just after another one, a CHECKPOINT of the libxc layer is
+    /// read there.
     pub const fn is_libxl_record(kind: u32) -> bool {
         kind == Self::UNKNOWN || kind == RecordKind::CHECKPOINT.0
     }
@@ -66,7 +67,7 @@ impl Withdrawal {
     }
 }
 
-/// A CHECKPOINT_STATE of COLO, or the primary's withdrawal in its place.
+/// A CHECKPOINT_STATE of COLO, or the primary's withdrawal instead of one.
 ///
 /// | bytes | field |
 /// |---|---|
@@ -76,7 +77,7 @@ impl Withdrawal {
 /// | 12–15 | zero |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ColoWord {
-    /// How far an end is.
+    /// The state that an end has reached.
     State(CheckpointState),
     /// The primary takes the domain back ([`Withdrawal::ColoBetween`]).
     Withdrawn,
@@ -95,7 +96,7 @@ impl ColoWord {
         record
     }
 
-    /// As libxl writes it.
+    /// Encodes it as libxl does.
     pub fn encode(self) -> [u8; Self::BYTES] {
         Self::record(match self {
             Self::State(state) => state.value(),
@@ -103,11 +104,11 @@ impl ColoWord {
         })
     }
 
-    /// Understand a record.
+    /// Decodes a record.
     ///
     /// # Errors
     ///
-    /// It is not a CHECKPOINT_STATE with a known id.
+    /// The record is not a CHECKPOINT_STATE with a known id.
     pub fn decode(record: [u8; Self::BYTES]) -> Result<Self, MessageError> {
         let word = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|i| record[at + i]));
         let known = match (word(0), word(4), word(8), word(12)) {
@@ -121,21 +122,21 @@ impl ColoWord {
         })
     }
 
-    /// Write it.
+    /// Writes it.
     ///
     /// # Errors
     ///
-    /// Returns the writer's error.
+    /// The writer's error.
     pub fn write(self, mut to: impl Write) -> io::Result<()> {
         to.write_all(&self.encode())?;
         to.flush()
     }
 
-    /// Read one, and not a byte of what follows it.
+    /// Reads one, and not a byte after it.
     ///
     /// # Errors
     ///
-    /// The other end hung up, or sent something else; the reader failed.
+    /// The other end hung up or sent something else, or the reader failed.
     pub fn read(mut from: impl Read) -> Result<Self, MessageError> {
         let expected = "CHECKPOINT_STATE";
         let mut record = [0; Self::BYTES];
@@ -159,17 +160,17 @@ impl ColoWord {
 /// | 4–7 | length of the body |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PfnListHead {
-    /// How many bytes follow: a multiple of 8, no more than a record may have.
+    /// How many bytes follow: a multiple of 8, and at most as many as a record may have.
     pub body_bytes: u32,
 }
 
 /// A record that is not a list of pfns.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum PfnListError {
-    /// Another type.
+    /// The record has another type.
     #[error("the record is {0}, expected CHECKPOINT_DIRTY_PFN_LIST")]
     Kind(RecordKind),
-    /// A length that no list has.
+    /// No list has this length.
     #[error("the record has {0} bytes, expected a multiple of 8, at most {MAX_BODY}")]
     Length(u32),
 }
@@ -178,11 +179,11 @@ impl PfnListHead {
     /// Length on the wire.
     pub const BYTES: usize = 8;
 
-    /// Understand a head.
+    /// Decodes a head.
     ///
     /// # Errors
     ///
-    /// Another type, or a length that no list has.
+    /// The head has another type, or a length that no list has.
     pub fn decode(head: [u8; Self::BYTES]) -> Result<Self, PfnListError> {
         let word = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|i| head[at + i]));
         let (kind, body_bytes) = (RecordKind(word(0)), word(4));
@@ -195,7 +196,7 @@ impl PfnListHead {
         Ok(Self { body_bytes })
     }
 
-    /// The pfns of a body.
+    /// The pfns in a body.
     pub fn pfns(body: &[u8]) -> impl ExactSizeIterator<Item = Pfn> {
         let (pfns, _) = body.as_chunks::<8>();
         pfns.iter().map(|pfn| Pfn(u64::from_le_bytes(*pfn)))
