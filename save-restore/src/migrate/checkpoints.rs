@@ -127,7 +127,7 @@ pub struct CheckpointParties<'a> {
     pub libxl: LibxlWriter<&'a CheckpointStream<'a>>,
     /// The stream to which `libxl` writes.
     pub stream: &'a CheckpointStream<'a>,
-    /// The connection on which the other end answers; `None` if there is none.
+    /// The connection on which the other end sends messages; `None` if there is none.
     pub connection: Option<&'a dyn Connection>,
     /// The pace that the other end must keep. It is told when the guest is suspended and resumed.
     pub pace: &'a Pace,
@@ -160,7 +160,7 @@ pub struct SentCheckpoints {
     pub complete: u64,
     /// How to take the domain back at this place in the stream.
     pub withdrawal: Option<Withdrawal>,
-    /// What the other end has sent that was not part of the protocol.
+    /// What the other end has sent that was not understood as anything else.
     pub heard: LastWords,
     /// What a COLO secondary sent instead of an answer, if it has given up.
     pub given_up: Option<io::Error>,
