@@ -46,11 +46,14 @@ const LIMIT: u64 = 4 << 20;
 fn out_of(compression: Compression, bytes: &[u8], step: usize) -> (Vec<u8>, Option<String>) {
     let mut out = Vec::new();
     let source: Source = Box::new(Cursor::new(bytes.to_vec()));
-    let decoder =
-        match compression::decompressed(compression, source, &compression::Notes::default()) {
-            Ok((decoder, _)) => decoder,
-            Err(e) => return (out, Some(e.to_string())),
-        };
+    let (notes, windows) = (
+        compression::Notes::default(),
+        compression::Windows::default(),
+    );
+    let decoder = match compression::decompressed(compression, source, &notes, &windows) {
+        Ok((decoder, _)) => decoder,
+        Err(e) => return (out, Some(e.to_string())),
+    };
     let mut decoder = decoder.take(LIMIT);
     let mut room = vec![0; step];
     let error = loop {
