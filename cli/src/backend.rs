@@ -478,7 +478,8 @@ mod tests {
         host.give_name(left, "web--migratedaway").expect("a name");
         let error = check().expect_err("the other name is taken");
         assert!(error.contains("exists already"), "{error}");
-        let _ = host.destroy(left, DESTROY_WAIT).expect("it goes");
+        let destroyed = host.destroy(left, DESTROY_WAIT).expect("it goes");
+        assert_eq!(destroyed.outcome, DestroyOutcome::Gone);
         let long = "w".repeat(60);
         host.rename(found.domain, "web", &long).expect("a name");
         let error = check().expect_err("no room for more");

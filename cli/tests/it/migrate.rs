@@ -419,9 +419,9 @@ fn every_place_to_cut() {
 fn what_cannot_be_is_said_before_anything_is_sent() {
     let hosts = Hosts::with("pvh", &[]);
     let socket = hosts.path("socket");
-    let nobody = format!("unix:{}", socket.display());
+    let unheard = format!("unix:{}", socket.display());
     let backend_here = backend(&hosts.here);
-    let migrate = ["migrate", &backend_here, "web", &nobody];
+    let migrate = ["migrate", &backend_here, "web", &unheard];
     run(migrate).code(1).stderr_has("migrate-receive --listen");
     run(["migrate", &backend_here, "web", "tcp:example"]).code(64);
     run(["migrate", &backend_here, "web", "-oProxyCommand=x"]).code(64);

@@ -446,14 +446,14 @@ fn stats_have_a_line_for_each_checkpoint() {
     let args = [
         "remus", "-F", "-b", "-i", "20", "--epochs", "4", "--stats", &here,
     ];
-    let nobody = ["web", "absent"];
-    let lines = run(args.iter().chain(&nobody)).code(0).stdout;
+    let operands = ["web", "absent"];
+    let lines = run(args.iter().chain(&operands)).code(0).stdout;
     assert_eq!(lines.lines().count(), 4, "{lines}");
     assert!(lines.lines().skip(1).all(|line| {
         line.contains(" dirty pages, paused ") && line.contains(" ms, complete after ")
     }));
     for (option, kept) in [("--buffer=64M", true), ("--no-buffer", false)] {
-        let json = run(args.iter().chain(&["--json", option]).chain(&nobody)).code(0);
+        let json = run(args.iter().chain(&["--json", option]).chain(&operands)).code(0);
         let lines: Vec<serde_json::Value> = json
             .stdout
             .lines()
