@@ -22,10 +22,10 @@ pub(crate) fn stages(stages: &mut Stages) {
     stages.run("shipped programs", helper::stage);
     stages.run("peer tools", peer::stage);
     stages.run("test", tests);
+    stages.run("dist", dist::stage);
     stages.run("lab smoke", lab::stage);
     stages.run("peer engine", peer::engine_stage);
     stages.run("fuzz smoke", fuzz::smoke);
-    stages.run("dist", dist::stage);
     stages.run("first command", first_command);
 }
 

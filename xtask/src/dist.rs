@@ -36,6 +36,9 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// than musl, whose memory copies make decompression four times slower.
 const STATIC: &str = "-C target-feature=+crt-static";
 
+/// The profile of what is shipped.
+pub(crate) const PROFILE: &str = "dist";
+
 /// A shipped binary, and the package of the workspace that builds it.
 struct Shipped {
     package: &'static str,
@@ -146,18 +149,26 @@ impl Dist {
     }
 }
 
+/// Builds one program as it is shipped, or with another profile. Returns its path.
+///
+/// # Errors
+///
+/// It does not build.
+pub(crate) fn build(package: &str, binary: &str, profile: &str) -> Result<PathBuf> {
+    Invocation::cargo()
+        .args(["build", "--locked", "--profile", profile])
+        .args(["--target", TARGET])
+        .args(["--package", package, "--bin", binary])
+        .env("RUSTFLAGS", STATIC)
+        .run()?;
+    let directory = if profile == "dev" { "debug" } else { profile };
+    let target = workspace::root().join("target").join(TARGET);
+    Ok(target.join(directory).join(binary))
+}
+
 impl Shipped {
     fn build(&self, bin: &Path) -> Result<()> {
-        Invocation::cargo()
-            .args(["build", "--locked", "--profile", "dist", "--target", TARGET])
-            .args(["--package", self.package, "--bin", self.binary])
-            .env("RUSTFLAGS", STATIC)
-            .run()?;
-        let built = workspace::root()
-            .join("target")
-            .join(TARGET)
-            .join("dist")
-            .join(self.binary);
+        let built = build(self.package, self.binary, PROFILE)?;
         let to = bin.join(self.binary);
         fs::copy(&built, &to)
             .with_context(|| format!("cannot copy {} to {}", built.display(), to.display()))?;

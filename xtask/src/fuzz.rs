@@ -9,8 +9,10 @@ mod stats;
 mod wrapped;
 
 use std::io::{BufRead, BufReader, Write};
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
+use std::sync::Mutex;
 use std::{fs, thread};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -121,9 +123,27 @@ pub(crate) fn smoke() -> Result<Outcome> {
         return Ok(Outcome::Skipped(why.to_owned()));
     }
     let fuzzer = Fuzzer::new(None)?;
-    for target in targets()? {
-        fuzzer.fuzz(&target, SMOKE_SECONDS, 1)?;
+    let targets = targets()?;
+    for target in &targets {
+        fuzzer.prepare(target)?;
     }
+    // A fuzzing process uses one processor.
+    let processors = thread::available_parallelism().map_or(1, NonZero::get);
+    let queue = Mutex::new(targets.into_iter());
+    let next = || queue.lock().ok()?.next();
+    thread::scope(|scope| {
+        let work = || -> Result<()> {
+            while let Some(target) = next() {
+                fuzzer.run(&target, SMOKE_SECONDS, 1)?;
+            }
+            Ok(())
+        };
+        let workers: Vec<_> = (0..processors).map(|_| scope.spawn(work)).collect();
+        workers.into_iter().try_for_each(|worker| {
+            let ended = worker.join();
+            ended.map_err(|_| anyhow!("a fuzzing thread died"))?
+        })
+    })?;
     Ok(Outcome::Done)
 }
 
@@ -136,6 +156,11 @@ fn targets() -> Result<Vec<String>> {
         .collect();
     targets.sort();
     Ok(targets)
+}
+
+/// The directory with the target's inputs.
+fn corpus(target: &str) -> PathBuf {
+    directory().join("corpus").join(target)
 }
 
 struct Fuzzer {
@@ -174,12 +199,21 @@ impl Fuzzer {
     }
 
     fn fuzz(&self, target: &str, seconds: u32, jobs: u32) -> Result<()> {
-        let corpus = directory().join("corpus").join(target);
+        self.prepare(target)?;
+        self.run(target, seconds, jobs)
+    }
+
+    /// Writes the seeds and builds the target.
+    fn prepare(&self, target: &str) -> Result<()> {
+        let corpus = corpus(target);
         let seeds = seed::write(&corpus)?;
         let made = wrapped::write(target, &corpus)?;
         eprintln!("{target}: {seeds} seeds from real images, {made} made");
-        self.invocation("build", target).run()?;
+        self.invocation("build", target).run()
+    }
 
+    fn run(&self, target: &str, seconds: u32, jobs: u32) -> Result<()> {
+        let corpus = corpus(target);
         let logs = workspace::root().join("target/fuzz");
         fs::create_dir_all(&logs).with_context(|| format!("cannot make {}", logs.display()))?;
         let mut runs = Vec::new();
@@ -196,7 +230,11 @@ impl Fuzzer {
             let child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn();
             let child = child.with_context(|| format!("cannot start {command:?}"))?;
             let log = logs.join(format!("{target}-{job}.log"));
-            runs.push(thread::spawn(move || watch(child, job, &log)));
+            let label = match jobs {
+                1 => target.to_owned(),
+                _ => format!("{target} {job}"),
+            };
+            runs.push(thread::spawn(move || watch(child, &label, &log)));
         }
 
         let mut total = Stats::default();
@@ -219,7 +257,7 @@ impl Fuzzer {
 
 /// Follows one fuzzing process: all its output goes to `log`, progress and findings also to the
 /// terminal.
-fn watch(mut child: Child, job: u32, log: &Path) -> Result<Stats> {
+fn watch(mut child: Child, label: &str, log: &Path) -> Result<Stats> {
     let name = log.display().to_string();
     let mut file = fs::File::create(log).with_context(|| format!("cannot write {name}"))?;
     let stderr = child.stderr.take().context("no pipe to the fuzzer")?;
@@ -232,7 +270,7 @@ fn watch(mut child: Child, job: u32, log: &Path) -> Result<Stats> {
         found |= line.contains("panicked at") || line.contains("ERROR:");
         if found || stats::is_pulse(&line) {
             // An input may be printed as a single line of a hundred thousand characters.
-            eprintln!("[{job}] {line:.200}");
+            eprintln!("[{label}] {line:.200}");
         }
         said.push_str(&line);
         said.push('\n');

@@ -7,8 +7,8 @@
 use anyhow::{Context as _, Result, ensure};
 
 use crate::command::Invocation;
+use crate::dist;
 use crate::stages::Outcome;
-use crate::workspace;
 
 /// The save helper's package, and its program.
 pub(crate) const NAME: &str = "xsr-save-helper";
@@ -47,11 +47,6 @@ const NOT_INSIDE: [&str; 6] = [
     "mock-workload",
 ];
 
-/// Builds the save helper alone, as it is shipped.
-pub(crate) fn build() -> Invocation {
-    PROGRAMS[0].build()
-}
-
 /// For `cargo xtask ci`: the programs know no mock machine.
 ///
 /// # Errors
@@ -65,8 +60,7 @@ pub(crate) fn stage() -> Result<Outcome> {
             .args(["--prefix", "none", "--format", "{p} [{f}]"])
             .capture()?;
         program.linked(&tree)?;
-        program.build().args(["--release"]).run()?;
-        let built = workspace::target().join("release").join(name);
+        let built = dist::build(name, name, dist::PROFILE)?;
         let built =
             std::fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
         program.inside(&built)?;
@@ -75,15 +69,6 @@ pub(crate) fn stage() -> Result<Outcome> {
 }
 
 impl Program {
-    fn build(&self) -> Invocation {
-        Invocation::cargo().args(["build", "--locked"]).args([
-            "--package",
-            self.name,
-            "--bin",
-            self.name,
-        ])
-    }
-
     /// Check what `cargo tree` says.
     fn linked(&self, tree: &str) -> Result<()> {
         let program = self.name;

@@ -8,6 +8,7 @@
 
 mod apt;
 mod build;
+mod cells;
 mod figures;
 mod host;
 mod kernel;
@@ -24,8 +25,9 @@ use std::path::PathBuf;
 use anyhow::{Result, bail, ensure};
 use clap::{Args, Subcommand};
 
+use crate::dist;
 use crate::lab::build::Lab;
-use crate::lab::results::Results;
+use crate::lab::results::{Boot, Results};
 use crate::lab::scenario::{SCENARIOS, Scenario};
 use crate::lab::share::Role;
 use crate::stages::Outcome;
@@ -43,7 +45,8 @@ Examples:
   cargo xtask lab run pvh                     all scenarios of one guest
   cargo xtask lab run --suite trixie stock    one kind of scenario, on another Xen
   cargo xtask lab run two_xsr --to trixie     between two hosts, from 4.17 to 4.20
-  cargo xtask lab matrix                      everything, on every Xen; docs/interop.md
+  cargo xtask lab matrix --dry-run            what has to run again, and for how long
+  cargo xtask lab matrix                      run it, on every Xen; docs/interop.md
   cargo xtask lab list                        what there is
 
 The lab needs some packages of Debian or what other systems call them; `lab build` says
@@ -59,7 +62,10 @@ enum LabTask {
     Build(BuildArgs),
     /// Run scenarios in the lab, building it first if necessary
     Run(RunArgs),
-    /// Run all scenarios on each suite's Xen; write docs/interop.md
+    /// Run what of the matrix is missing, failed or stale; write docs/interop.md
+    ///
+    /// A result is stale once the code that the scenario runs has changed. A run that was
+    /// interrupted is resumed by running the command again.
     Matrix(MatrixArgs),
     /// Merge the last run of each scenario into docs/interop.json; write docs/interop.md
     Report,
@@ -67,12 +73,20 @@ enum LabTask {
     List,
 }
 
-/// The suites to run on.
+/// The suites and scenarios to run.
 #[derive(Debug, Args)]
 struct MatrixArgs {
-    /// Debian suites
+    /// Debian suites, the oldest Xen first
     #[arg(long = "suite", value_name = "SUITE", default_values = ["bookworm", "trixie"])]
     suites: Vec<String>,
+    /// Also run what has a good result of today's code
+    #[arg(long)]
+    all: bool,
+    /// Only print what would run, and how long that takes
+    #[arg(long)]
+    dry_run: bool,
+    /// Kinds, guests, or KIND/GUEST; all if omitted
+    scenarios: Vec<String>,
     /// Give up on a boot after this many seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 7200)]
     limit: u64,
@@ -138,7 +152,7 @@ pub(crate) fn run(args: &LabArgs) -> Result<()> {
             Ok(())
         }
         LabTask::Run(args) => run_scenarios(args),
-        LabTask::Matrix(args) => matrix::run(&args.suites, args.limit),
+        LabTask::Matrix(args) => matrix::run(args),
         LabTask::Report => matrix::report(),
         LabTask::List => {
             for scenario in SCENARIOS {
@@ -157,19 +171,20 @@ pub(crate) fn run(args: &LabArgs) -> Result<()> {
 /// Same as [`run`]. The stage fails, rather than being skipped, if the lab cannot be built.
 pub(crate) fn stage() -> Result<Outcome> {
     host::install(build::PROGRAMS)?;
-    run_scenarios(&RunArgs {
-        build: BuildArgs {
-            suite: OLDEST.to_owned(),
-            shadow: false,
-            source: None,
-        },
-        release: false,
-        images: None,
-        to: None,
-        to_cpu: None,
+    let lab = Lab::build(OLDEST)?;
+    let boots = Boots {
+        suite: OLDEST,
+        // What is shipped, which an earlier stage has built.
+        profile: dist::PROFILE,
+        images: &[],
+        shadow_images: &[],
+        to: OLDEST,
+        to_cpu: "",
         limit: 480,
-        scenarios: Vec::new(),
-    })?;
+    };
+    let results = boots.run(&lab, &chosen(&[])?)?;
+    println!("\n{}", results.table());
+    results.verdict(&lab)?;
     Ok(Outcome::Done)
 }
 
@@ -190,7 +205,7 @@ fn run_scenarios(args: &RunArgs) -> Result<()> {
     };
     let boots = Boots {
         suite: &args.build.suite,
-        release: args.release,
+        profile: if args.release { "release" } else { "dev" },
         images: &images,
         shadow_images: &shadow_images,
         to: args.to.as_deref().unwrap_or(&args.build.suite),
@@ -206,7 +221,8 @@ fn run_scenarios(args: &RunArgs) -> Result<()> {
 #[derive(Debug)]
 struct Boots<'a> {
     suite: &'a str,
-    release: bool,
+    /// The profile of cargo that our programs are built with.
+    profile: &'a str,
     /// Directories with additional images to restore.
     images: &'a [PathBuf],
     /// Directories with images of guests that need the hypervisor that [`shadow`] builds.
@@ -232,8 +248,9 @@ impl Boots<'_> {
         let (special, usual): (Vec<Scenario>, Vec<Scenario>) =
             alone.into_iter().partition(|scenario| scenario.shadow);
         let mut all = Results::default();
+        Boot::recover(lab)?;
         if !usual.is_empty() || !self.images.is_empty() {
-            let share = share::Share::prepare(lab, &lab.file("xen"), self.release)?;
+            let share = share::Share::prepare(lab, &lab.file("xen"), self.profile)?;
             share.scenarios(&usual)?;
             for images in self.images {
                 share.images(images)?;
@@ -242,7 +259,7 @@ impl Boots<'_> {
         }
         if !special.is_empty() || !self.shadow_images.is_empty() {
             let hypervisor = shadow::build(lab, self.suite)?;
-            let share = share::Share::prepare(lab, &hypervisor, self.release)?;
+            let share = share::Share::prepare(lab, &hypervisor, self.profile)?;
             share.scenarios(&special)?;
             for images in self.shadow_images {
                 share.images(images)?;
@@ -270,10 +287,10 @@ impl Boots<'_> {
         build::clear(&common)?;
         std::fs::create_dir_all(&common)?;
         let near = hypervisor(lab, self.suite)?;
-        let near = share::Share::of_two(lab, &near, self.release, Role::Near, &common)?;
+        let near = share::Share::of_two(lab, &near, self.profile, Role::Near, &common)?;
         near.scenarios(scenarios)?;
         let far = hypervisor(&other, self.to)?;
-        let far = share::Share::of_two(&other, &far, self.release, Role::Far, &common)?;
+        let far = share::Share::of_two(&other, &far, self.profile, Role::Far, &common)?;
         let processor = match self.to_cpu {
             "" => String::new(),
             features => format!(",{}", qemu::features(features)?),
@@ -283,18 +300,19 @@ impl Boots<'_> {
             share: &far,
             processor: &processor,
         };
+        let noted = Boot::begin(&near, Some(format!("{}{}", self.to, self.to_cpu)))?;
         let booted = qemu::boot(lab, &near, Some(&far), self.limit);
         let results = self.ended(&near, booted)?;
-        let to = format!("{}{}", self.to, self.to_cpu);
-        results.note(lab, near.commit.as_deref(), Some(&to))?;
+        noted.end(lab, &near, &results)?;
         Ok(results)
     }
 
     /// A scenario that does not end counts as a result.
     fn boot(&self, lab: &Lab, share: &share::Share) -> Result<Results> {
+        let noted = Boot::begin(share, None)?;
         let booted = qemu::boot(lab, share, None, self.limit);
         let results = self.ended(share, booted)?;
-        results.note(lab, share.commit.as_deref(), None)?;
+        noted.end(lab, share, &results)?;
         figures::keep(lab, share)?;
         Ok(results)
     }

@@ -5,13 +5,14 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 
-use super::Boots;
 use super::build::Lab;
+use super::cells::{self, Run};
 use super::figures::Figures;
 use super::record::{Record, Suite};
-use super::results::TO;
+use super::results::{Boot, TO};
 use super::scenario::{SCENARIOS, Scenario};
 use super::shadow;
+use super::{Boots, MatrixArgs};
 use crate::workspace;
 
 /// The text above the tables.
@@ -67,26 +68,32 @@ const MISSING: &str = "
   neither. COLO.
 ";
 
-/// Runs all scenarios on each suite's Xen, then [`report`].
+/// Runs the cells of the matrix that are missing, failed or stale, then [`report`].
 ///
 /// # Errors
 ///
 /// A lab cannot be built or does not boot, a scenario fails, or cannot be run because a hypervisor
 /// is missing. The error is returned after all others have run and the document has been written.
-pub(super) fn run(suites: &[String], limit: u64) -> Result<()> {
+pub(super) fn run(args: &MatrixArgs) -> Result<()> {
+    let patterns = &args.scenarios;
+    let known = match patterns[..] {
+        [] => Vec::new(),
+        _ => super::chosen(patterns)?,
+    };
+    let asked = |scenario: &Scenario| known.is_empty() || known.contains(scenario);
+    let runs = cells::plan(&merged()?, &args.suites, asked, args.all);
+    println!("{}", cells::describe(&runs)?);
+    if args.dry_run {
+        return Ok(());
+    }
     let mut bad = Vec::new();
     let mut older = Images::default();
-    for suite in suites {
-        if let Err(error) = run_suite(suite, limit, &mut older, &mut bad) {
-            bad.push(format!("{suite}: {error:#}"));
+    for run in &runs {
+        if let Err(error) = fill(run, args.limit, &mut older, &mut bad) {
+            bad.push(format!("{}: {error:#}", run.suite));
         }
+        report()?;
     }
-    for pair in suites.windows(2) {
-        if let Err(error) = run_between(&pair[0], &pair[1], limit, &mut bad) {
-            bad.push(format!("{} to {}: {error:#}", pair[0], pair[1]));
-        }
-    }
-    report()?;
     match &bad[..] {
         [] => Ok(()),
         _ => bail!(
@@ -103,28 +110,36 @@ struct Images {
     shadow: Vec<PathBuf>,
 }
 
-/// Runs all scenarios on one suite's Xen, restores the images in `older` there, and adds the new
-/// images to it. `bad` gets a line for whatever fails or cannot be run.
-fn run_suite(suite: &str, limit: u64, older: &mut Images, bad: &mut Vec<String>) -> Result<()> {
+/// Performs one run, restores the images in `older` there, too, and adds the new images to it.
+/// `bad` gets a line for whatever fails or cannot be run.
+fn fill(run: &Run, limit: u64, older: &mut Images, bad: &mut Vec<String>) -> Result<()> {
+    let suite = &run.suite;
     let lab = Lab::build(suite)?;
-    let mut wanted = scenarios();
-    let mut shadow_images: &[PathBuf] = &older.shadow;
-    if let Err(error) = shadow::build(&lab, suite) {
+    let mut wanted = run.wanted.clone();
+    // Images of an older Xen are restored beside the scenarios of one host.
+    let alone = wanted.iter().any(|scenario| !scenario.two);
+    let mut images = match alone {
+        true => (&older.usual[..], &older.shadow[..]),
+        false => (&[][..], &[][..]),
+    };
+    if wanted.iter().any(|scenario| scenario.shadow)
+        && let Err(error) = shadow::build(&lab, suite)
+    {
         let all = wanted.len();
         wanted.retain(|scenario| !scenario.shadow);
         let lost = all - wanted.len();
         bad.push(format!(
             "{suite}: {lost} scenarios cannot be run: {error:#}"
         ));
-        shadow_images = &[];
+        images.1 = &[];
     }
     let boots = Boots {
         suite,
-        release: false,
-        images: &older.usual,
-        shadow_images,
-        to: suite,
-        to_cpu: "",
+        profile: "dev",
+        images: images.0,
+        shadow_images: images.1,
+        to: &run.to,
+        to_cpu: run.to_cpu,
         limit,
     };
     let results = boots.run(&lab, &wanted)?;
@@ -136,39 +151,27 @@ fn run_suite(suite: &str, limit: u64, older: &mut Images, bad: &mut Vec<String>)
         ("out-shadow/images", &mut older.shadow),
     ] {
         // The directory does not exist if no image was written.
-        known.extend(Some(lab.file(out)).filter(|dir| dir.is_dir()));
+        known.extend(Some(lab.file(out)).filter(|dir| alone && dir.is_dir()));
     }
     Ok(())
 }
 
-/// Moves guests from one suite's Xen to another's.
-fn run_between(from: &str, to: &str, limit: u64, bad: &mut Vec<String>) -> Result<()> {
-    let lab = Lab::build(from)?;
-    let mut wanted = scenarios();
-    wanted.retain(|scenario| scenario.two);
-    let boots = Boots {
-        suite: from,
-        release: false,
-        images: &[],
-        shadow_images: &[],
-        to,
-        to_cpu: "",
-        limit,
-    };
-    if let Err(error) = boots.run(&lab, &wanted)?.verdict(&lab) {
-        bad.push(format!("{from} to {to}: {error:#}"));
+/// The record with the results from this machine's labs.
+fn merged() -> Result<Record> {
+    let mut record = Record::read()?;
+    for suite in Lab::suites()? {
+        if let Some(lab) = Lab::built(&suite) {
+            Boot::recover(&lab)?;
+            record.merge(&suite, &lab)?;
+        }
     }
-    Ok(())
+    Ok(record)
 }
 
 /// Merges the results from this machine's labs, and writes `docs/interop.md`.
 pub(super) fn report() -> Result<()> {
-    let mut record = Record::read()?;
-    for suite in Lab::suites()? {
-        if let Some(lab) = Lab::built(&suite) {
-            record.merge(&suite, &lab)?;
-        }
-    }
+    let mut record = merged()?;
+    record.find_stale();
     record.write()?;
     let path = document_path();
     std::fs::write(&path, document(&record)?)?;
@@ -191,7 +194,7 @@ fn scenarios() -> Vec<Scenario> {
 fn document(record: &Record) -> Result<String> {
     let columns = record.columns();
     let mut text = HEAD.to_owned();
-    text.push_str("\n## Results\n\nThe last run of each: seconds under emulation, commit of the code that ran (`+`: and what was\nnot committed; runs before some time of 2026-11-25 do not say), date.\n\n| scenario |");
+    text.push_str("\n## Results\n\nThe last run of each: seconds under emulation, commit of the code that ran (`+`: and what was\nnot committed; runs before some time of 2026-11-25 do not say), date. *stale*: the code has changed\nsince then, when this document was made.\n\n| scenario |");
     for (suite, column) in &columns {
         write!(text, " Xen {}, {suite} |", column.xen)?;
     }
@@ -202,8 +205,7 @@ fn document(record: &Record) -> Result<String> {
         let mark = if scenario.shadow { " *s*" } else { "" };
         write!(text, "| {}{mark} |", scenario.name())?;
         for (_, column) in &columns {
-            let note = column.scenarios.0.get(&scenario.name());
-            write!(text, " {} |", note.map_or("not run", String::as_str))?;
+            write!(text, " {} |", column.cell(&scenario.name()))?;
         }
         writeln!(text, " {} |", scenario.about())?;
     }
@@ -246,7 +248,8 @@ fn between_hosts(text: &mut String, columns: &[(&str, &Suite)]) -> Result<()> {
         let name = scenario.name();
         let mut ran = false;
         for (suite, column) in columns {
-            for (noted, note) in &column.scenarios.0 {
+            for noted in column.scenarios.0.keys() {
+                let note = column.cell(noted);
                 if let Some((_, to)) = noted.split_once(TO).filter(|(of, _)| *of == name) {
                     writeln!(
                         text,
@@ -273,7 +276,8 @@ fn between_hosts(text: &mut String, columns: &[(&str, &Suite)]) -> Result<()> {
 fn restored_images(text: &mut String, columns: &[(&str, &Suite)]) -> Result<()> {
     let mut table = String::new();
     for (_, column) in columns {
-        for (name, note) in &column.scenarios.0 {
+        for name in column.scenarios.0.keys() {
+            let note = column.cell(name);
             let (by, image) = match name.split_once('/') {
                 Some(("image", image)) => ("stock", image),
                 Some(("image_ours", image)) => ("ours", image),

@@ -2,13 +2,14 @@
 //! checked in. A lab records what ran in it ([`Notes`]). [`Record::merge`] merges whatever is at
 //! least as new as the known results. `docs/interop.md` is generated from it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::build::Lab;
+use super::cells::{Code, Need};
 use super::figures;
 use super::results::Notes;
 use super::shadow;
@@ -30,6 +31,9 @@ pub(super) struct Suite {
     /// `KIND/GUEST`: the result, in words that end with the commit of the code that ran (since
     /// 2026-11-25) and the date.
     pub(super) scenarios: Notes,
+    /// Names of those whose code had changed when the record was written.
+    #[serde(default)]
+    pub(super) stale: BTreeSet<String>,
     /// Guest: output of `measure-helper`, line by line.
     pub(super) measures: BTreeMap<String, Vec<String>>,
 }
@@ -65,6 +69,7 @@ impl Record {
                 .collect(),
             shadow: shadow::built(lab),
             scenarios: Notes::read(lab)?,
+            stale: BTreeSet::new(),
             measures: figures::kept(lab)?,
         };
         self.take_over(suite, found);
@@ -100,6 +105,16 @@ impl Record {
         }
     }
 
+    /// Compares the code of each result with today's.
+    pub(super) fn find_stale(&mut self) {
+        let mut code = Code::default();
+        for suite in self.0.values_mut() {
+            let notes = suite.scenarios.0.iter();
+            let stale = notes.filter(|(_, note)| code.need(Some(note)) == Some(Need::Stale));
+            suite.stale = stale.map(|(name, _)| name.clone()).collect();
+        }
+    }
+
     /// The suites, the oldest Xen first.
     pub(super) fn columns(&self) -> Vec<(&str, &Suite)> {
         let number = |xen: &str| -> Vec<u32> {
@@ -110,6 +125,17 @@ impl Record {
         let mut columns: Vec<(&str, &Suite)> = suites.map(|(n, s)| (n.as_str(), s)).collect();
         columns.sort_by_key(|(name, suite)| (number(&suite.xen), *name));
         columns
+    }
+}
+
+impl Suite {
+    /// The text of a scenario's cell.
+    pub(super) fn cell(&self, name: &str) -> String {
+        match self.scenarios.0.get(name) {
+            None => "not run".to_owned(),
+            Some(note) if self.stale.contains(name) => format!("{note}, *stale*"),
+            Some(note) => note.clone(),
+        }
     }
 }
 
@@ -131,6 +157,7 @@ mod tests {
             versions: vec![version.to_owned()],
             shadow: None,
             scenarios: Notes(scenarios.collect()),
+            stale: BTreeSet::new(),
             measures: [("g".to_owned(), vec![measure.to_owned()])].into(),
         }
     }

@@ -91,14 +91,12 @@ impl Results {
         table.trim_end().to_owned()
     }
 
-    /// Records the results with the lab, each replacing the scenario's previous one, and with the
-    /// `commit` of the code that ran. `to` names the second host, if there is one.
-    pub(super) fn note(&self, lab: &Lab, commit: Option<&str>, to: Option<&str>) -> Result<()> {
-        let date = Invocation::new("date").args(["-u", "+%F"]).capture()?;
+    /// Records the results with the lab, each replacing the scenario's previous one.
+    pub(super) fn note(&self, lab: &Lab, boot: &Boot) -> Result<()> {
         let mut notes = Notes::read(lab)?;
         for row in &self.rows {
-            let note = row.note(commit, date.trim());
-            let name = match to {
+            let note = row.note(boot.commit.as_deref(), &boot.date);
+            let name = match &boot.to {
                 None => row.name.clone(),
                 Some(to) => format!("{}{TO}{to}", row.name),
             };
@@ -124,6 +122,64 @@ impl Results {
                 bad.join(", "),
                 lab.file("out").display()
             );
+        }
+        Ok(())
+    }
+}
+
+/// What a boot's results are recorded with. It is stored in the boot's output directory until its
+/// results are recorded, so that those of a boot that was interrupted are not lost.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Boot {
+    /// The commit of the code that runs.
+    commit: Option<String>,
+    /// The second host, if there is one.
+    to: Option<String>,
+    /// The day on which it began: `2026-11-30`.
+    date: String,
+    /// The requested scenarios: kind and guest.
+    wanted: Vec<(String, String)>,
+}
+
+impl Boot {
+    const FILE: &str = "boot.json";
+
+    /// Stores what the coming boot of `share` is recorded with.
+    pub(super) fn begin(share: &Share, to: Option<String>) -> Result<Self> {
+        let date = Invocation::new("date").args(["-u", "+%F"]).capture()?;
+        let boot = Self {
+            commit: share.commit.clone(),
+            to,
+            date: date.trim().to_owned(),
+            wanted: share.wanted()?,
+        };
+        let text = serde_json::to_string(&boot)?;
+        std::fs::write(share.output.join(Self::FILE), text).context("noting what is to run")?;
+        Ok(boot)
+    }
+
+    /// Records the results of the boot.
+    pub(super) fn end(&self, lab: &Lab, share: &Share, results: &Results) -> Result<()> {
+        results.note(lab, self)?;
+        std::fs::remove_file(share.output.join(Self::FILE)).context("noting what has run")
+    }
+
+    /// Records the results of boots of this lab that were interrupted: of the scenarios that had
+    /// ended by then.
+    pub(super) fn recover(lab: &Lab) -> Result<()> {
+        for entry in std::fs::read_dir(lab.file("."))? {
+            let output = entry?.path();
+            let file = output.join(Self::FILE);
+            let boot: Self = match std::fs::read_to_string(&file) {
+                Ok(text) => serde_json::from_str(&text)
+                    .with_context(|| format!("{} is damaged: remove it", file.display()))?,
+                Err(_) => continue,
+            };
+            let text = std::fs::read_to_string(output.join("results")).unwrap_or_default();
+            let mut results = Results::parse(&boot.wanted, &text);
+            results.rows.retain(|row| row.ok.is_some());
+            results.note(lab, &boot)?;
+            std::fs::remove_file(&file).context("noting what had run")?;
         }
         Ok(())
     }

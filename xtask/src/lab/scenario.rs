@@ -231,6 +231,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     two("two_ours_ours", "hvmpv"),
     two("two_xsr", "pvh"),
     two("two_xsr", "hvmpv"),
+    two("two_plan", "pvh"),
     two("two_direct", "pv"),
     two("two_direct", "pvh"),
     two_shadow("two_stock_stock", "pv"),
@@ -342,6 +343,10 @@ const KINDS: &[(&str, &str)] = &[
     (
         "two_xsr",
         "live xsr migrate to another host over ssh and back, by way of xl",
+    ),
+    (
+        "two_plan",
+        "xl migrate to a host that lacks CPU features: our helper there warns, or refuses if told to",
     ),
     (
         "two_direct",

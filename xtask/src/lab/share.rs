@@ -9,11 +9,9 @@ use anyhow::{Context, Result, ensure};
 use super::build::{Lab, executable, source};
 use super::scenario::Scenario;
 use crate::command::Invocation;
+use crate::dist;
 use crate::helper;
 use crate::workspace;
-
-/// Target of the static binaries, which run in the dom0 of every suite.
-const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// How the guests are compiled: freestanding, at fixed addresses, no vector registers.
 const GUEST_FLAGS: [&str; 19] = [
@@ -66,8 +64,8 @@ pub(super) enum Role {
 impl Share {
     /// Builds our binaries and the guests, and lays them out for a boot of the lab's `hypervisor`.
     /// Each hypervisor has its own directory of logs.
-    pub(super) fn prepare(lab: &Lab, hypervisor: &Path, release: bool) -> Result<Self> {
-        Self::make(lab, hypervisor, release, "")
+    pub(super) fn prepare(lab: &Lab, hypervisor: &Path, profile: &str) -> Result<Self> {
+        Self::make(lab, hypervisor, profile, "")
     }
 
     /// The same for one of two hosts, which share the directory `common`. Each has its own
@@ -75,7 +73,7 @@ impl Share {
     pub(super) fn of_two(
         lab: &Lab,
         hypervisor: &Path,
-        release: bool,
+        profile: &str,
         role: Role,
         common: &Path,
     ) -> Result<Self> {
@@ -83,13 +81,13 @@ impl Share {
             Role::Near => "near",
             Role::Far => "far",
         };
-        let mut share = Self::make(lab, hypervisor, release, &format!("-{name}"))?;
+        let mut share = Self::make(lab, hypervisor, profile, &format!("-{name}"))?;
         std::fs::write(share.input.join("role"), name)?;
         share.common = Some(common.to_owned());
         Ok(share)
     }
 
-    fn make(lab: &Lab, hypervisor: &Path, release: bool, suffix: &str) -> Result<Self> {
+    fn make(lab: &Lab, hypervisor: &Path, profile: &str, suffix: &str) -> Result<Self> {
         let name = hypervisor.file_name().unwrap_or_default().to_string_lossy();
         let output = format!("{}{suffix}", name.replacen("xen", "out", 1));
         let share = Self {
@@ -119,7 +117,7 @@ impl Share {
         }
         share.put(&lab.file("VERSIONS"), "VERSIONS")?;
         share.guests()?;
-        share.binaries(release)?;
+        share.binaries(profile)?;
         Ok(share)
     }
 
@@ -164,19 +162,11 @@ impl Share {
             .run()
     }
 
-    fn binaries(&self, release: bool) -> Result<()> {
-        let profile = if release { "release" } else { "dev" };
-        let command = Invocation::cargo().args(["build", "--package", "xsr", "--locked"]);
-        for build in [command, helper::build()] {
-            build
-                .env("RUSTFLAGS", "-C target-feature=+crt-static")
-                .args(["--target", TARGET, "--profile", profile])
-                .run()?;
+    fn binaries(&self, profile: &str) -> Result<()> {
+        for name in ["xsr", helper::NAME] {
+            self.put(&dist::build(name, name, profile)?, name)?;
         }
-        let dir = if release { "release" } else { "debug" };
-        let built = workspace::root().join("target").join(TARGET).join(dir);
-        self.put(&built.join("xsr"), "xsr")?;
-        self.put(&built.join(helper::NAME), helper::NAME)
+        Ok(())
     }
 
     /// Requests these scenarios.
