@@ -28,7 +28,7 @@ use xsr_save_restore::save::precopy::{OnTimeout, PrecopyPolicy, TargetPolicy, Xe
 use xsr_save_restore::sink::{FdSink, PageSink};
 use xsr_save_restore::source::{FdSource, PageSource};
 use xsr_save_restore::toolstack::{DirectToolstack, SaveToolstack, ToolstackError};
-use xsr_save_restore::{Live, RestoreOptions, SaveOptions, SaveRequest, restore};
+use xsr_save_restore::{Live, RestoreRequest, Rings, SaveOptions, SaveRequest};
 use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost, WorkloadSpec};
 use xsr_xen_backend::{DomId, Domain, GuestKind, Host};
 
@@ -112,18 +112,20 @@ fn receive(
     let domid = host.create_domain(spec.kind, spec.vcpus, pages).unwrap();
     let domain = host.domain(domid).unwrap();
     let port = || domain.alloc_unbound_port(DomId(0)).unwrap();
-    let options = RestoreOptions {
+    let rings = Rings {
         store_port: port(),
         store_domid: DomId(0),
         console_port: port(),
         console_domid: DomId(0),
-        threads: NonZeroUsize::new(threads),
-        cpu: xsr_save_restore::CpuCheck::Refuse,
     };
     let mut toolstack = DirectToolstack(domain.as_ref());
     let reader = RecordReader::new(source, ReadOptions::default()).unwrap();
     let (toolstack, domain) = (&mut toolstack, domain.as_ref());
-    restore(domain, reader, toolstack, &options, &mut go_on).unwrap();
+    RestoreRequest::new(domain, rings)
+        .threads(NonZeroUsize::new(threads))
+        .observe(&mut go_on)
+        .read_stream(reader, toolstack)
+        .unwrap();
     domain.unpause().unwrap();
     (domid, Instant::now())
 }

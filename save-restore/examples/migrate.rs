@@ -17,7 +17,7 @@ use xsr_save_restore::migrate::receive::{Arriving, ReceiveRequest};
 use xsr_save_restore::migrate::send::{Departing, MigrateRequest, TakenBack};
 use xsr_save_restore::save::precopy::XenPolicy;
 use xsr_save_restore::toolstack::{DirectToolstack, SaveToolstack as _};
-use xsr_save_restore::{Live, RestoreOptions, SaveOptions, SaveRequest, restore};
+use xsr_save_restore::{Live, RestoreRequest, Rings, SaveOptions, SaveRequest};
 use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
 use xsr_xen_backend::{DomId, Domain, GuestKind, Host as _, ShutdownReason};
 
@@ -110,18 +110,15 @@ impl Arriving for Coming<'_> {
         self.domid = Some(domid);
         self.host.rename(domid, "web--incoming")?;
         let domain = self.domain()?;
-        let options = RestoreOptions {
+        let rings = Rings {
             store_port: domain.alloc_unbound_port(DomId(0))?,
             store_domid: DomId(0),
             console_port: domain.alloc_unbound_port(DomId(0))?,
             console_domid: DomId(0),
-            threads: None,
-            cpu: xsr_save_restore::CpuCheck::Refuse,
         };
         let mut toolstack = DirectToolstack(&*domain);
-        let (_, source) = restore(&*domain, reader, &mut toolstack, &options, &mut |_| {
-            std::ops::ControlFlow::Continue(())
-        })?;
+        let (_, source) =
+            RestoreRequest::new(&*domain, rings).read_stream(reader, &mut toolstack)?;
         // What follows the libxc stream, to the end.
         let offset = source.bytes_read();
         let mut walk = around.resume(source, offset);

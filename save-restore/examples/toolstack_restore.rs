@@ -20,7 +20,7 @@ use xsr_format::read::{ReadOptions, RecordReader};
 use xsr_save_restore::progress::{Cancel, Progress};
 use xsr_save_restore::source::FdSource;
 use xsr_save_restore::toolstack::{MissingStaticData, RestoreToolstack, ToolstackError};
-use xsr_save_restore::{RestoreOptions, Restored};
+use xsr_save_restore::{RestoreRequest, Restored, Rings};
 use xsr_xen_backend::mock::{HostConfig, MockHost};
 use xsr_xen_backend::{DomId, Domain, GuestKind, Host};
 
@@ -88,19 +88,18 @@ fn fill(domain: &dyn Domain, file: &Path) -> Result<Restored, Box<dyn Error>> {
     let source = FdSource::cancellable(File::open(file)?, cancel.clone())?;
     let reader = RecordReader::new(source, ReadOptions::default())?;
     println!("{}", reader.domain().guest_type);
-    let options = RestoreOptions {
+    let rings = Rings {
         store_port: domain.alloc_unbound_port(DOM0)?,
         store_domid: DOM0,
         console_port: domain.alloc_unbound_port(DOM0)?,
         console_domid: DOM0,
-        threads: None,
-        cpu: xsr_save_restore::CpuCheck::Refuse,
     };
     let mut on_progress = |progress: &Progress| {
         tracing::debug!(?progress, "restoring");
         cancel.check()
     };
-    let (restored, _) =
-        xsr_save_restore::restore(domain, reader, &mut Toolstack, &options, &mut on_progress)?;
+    let (restored, _) = RestoreRequest::new(domain, rings)
+        .observe(&mut on_progress)
+        .read_stream(reader, &mut Toolstack)?;
     Ok(restored)
 }

@@ -1,6 +1,6 @@
 //! The engine that saves and restores Xen domains.
 //!
-//! [`SaveRequest`] turns a domain into a libxc stream, [`restore()`] a libxc stream into a domain.
+//! [`SaveRequest`] turns a domain into a libxc stream, [`RestoreRequest`] a libxc stream into a domain.
 //! What differs between PV and translated guests is in `guest`; the callbacks that the engine needs
 //! from its caller are in [`toolstack`].
 //!
@@ -28,9 +28,7 @@ pub mod text;
 pub mod toolstack;
 
 pub use error::{RestoreError, SaveError};
-pub use restore::checkpoint::restore_checkpointed;
-pub use restore::colo::restore_colo;
-pub use restore::{CpuCheck, RestoreOptions, Restored, restore};
+pub use restore::{CpuCheck, RestoreRequest, Restored, Rings};
 pub use save::{Live, SaveOptions, SaveRequest, Saved};
 
 // An example is a module of the tests, and names this package as any other user does.

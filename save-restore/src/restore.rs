@@ -10,6 +10,7 @@ mod crew;
 mod pages;
 mod place;
 mod populate;
+mod request;
 mod spool;
 
 use std::num::NonZeroUsize;
@@ -22,7 +23,7 @@ use xsr_format::guest_image::{self, GuestImage};
 use xsr_format::image::GuestType;
 use xsr_format::read::{Incoming, RecordReader};
 use xsr_format::record::{Body, Record, RecordKind};
-use xsr_xen_backend::{DomId, Domain, GuestKind};
+use xsr_xen_backend::{Domain, GuestKind};
 
 use crate::error::RestoreError;
 use crate::guest::hvm;
@@ -34,35 +35,15 @@ use crate::restore::ahead::Plan;
 use crate::restore::cpu::Comparison;
 use crate::restore::crew::{Crew, Hands};
 use crate::restore::pages::PageRestore;
-use crate::restore::place::{Placer, read_failed};
+use crate::restore::place::Placer;
 use crate::source::{LookAhead, PageSource};
 use crate::toolstack::RestoreToolstack;
 
 pub use crate::restore::cpu::{CpuCheck, CpuMissing};
+pub use crate::restore::request::{RestoreRequest, Rings};
 
 /// The last pfn that any x86 guest can have: 52 bits of address.
 const MAX_PFN: Pfn = guest_image::MAX_X86_PFN;
-
-/// How to restore, and into what.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RestoreOptions {
-    /// The guest's end of the xenstore ring: an unbound port.
-    pub store_port: u32,
-    /// The domain at the other end.
-    pub store_domid: DomId,
-    /// The guest's end of the console ring: an unbound port.
-    pub console_port: u32,
-    /// The domain at the other end.
-    pub console_domid: DomId,
-    /// Number of threads; by default as many as the machine has. The result does not depend on it.
-    /// One thread reads the stream, gets memory for the pages in it, and helps the others, which
-    /// write contents into that memory: in pieces of 1 MiB (4 MiB if they are mapped), of which 16
-    /// MiB are in flight, and one more is being read. Threads that read from a file themselves have
-    /// a buffer of 1 MiB each. More than 17 threads (5 if pieces are mapped) find no work.
-    pub threads: Option<NonZeroUsize>,
-    /// What to do if the host lacks CPU features that the guest has seen.
-    pub cpu: CpuCheck,
-}
 
 /// What a restore did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -101,49 +82,14 @@ pub(crate) enum Guest {
     Hvm,
 }
 
-/// Restores a libxc stream into a domain that has just been created: paused, without memory, with
-/// as many vcpus as the guest has and room for its memory.
-///
-/// `reader` has read the headers; the returned source is positioned directly after END.
-///
-/// # Errors
-///
-/// Any failure, in any phase. No page stays mapped. The domain is still paused and holds what has
-/// been built so far. It must not be run: its creator has to destroy it. Nothing else on the host
-/// has changed.
-pub fn restore<S: PageSource>(
-    domain: &dyn Domain,
-    mut reader: RecordReader<S>,
-    toolstack: &mut dyn RestoreToolstack,
-    options: &RestoreOptions,
-    progress: &mut OnProgress<'_>,
-) -> Result<(Restored, S), RestoreError> {
-    // Superpages exist only for the memory of a translated guest.
-    let ahead = match reader.domain().guest_type {
-        GuestType::X86_HVM => reader.source_mut().look_ahead(),
-        _ => Ok(None),
-    };
-    let ahead = ahead.map_err(|error| read_failed(reader.position(), 0, error))?;
-    let mut run = Run::new(domain, &reader, ahead, toolstack, options, progress)?;
-    with_crew(run.pages.placer(), options, |hands| {
-        go_on(run.progress.begin(Phase::Setup, None))?;
-        match run.records(&mut reader, hands)? {
-            Stop::End => {}
-            Stop::Checkpoint => return Err(RestoreError::Checkpointed),
-        }
-        let restored = run.end(hands)?;
-        Ok((restored, reader.into_source()))
-    })
-}
-
-/// Runs `work` with as many threads as `options` ask for.
+/// Runs `work` with `threads` threads, by default as many as the machine has.
 fn with_crew<R>(
     placer: Placer<'_>,
-    options: &RestoreOptions,
+    threads: Option<NonZeroUsize>,
     work: impl FnOnce(&Hands<'_, '_>) -> Result<R, RestoreError>,
 ) -> Result<R, RestoreError> {
     let crew = Crew::new(placer);
-    let threads = pipeline::threads(options.threads);
+    let threads = pipeline::threads(threads);
     match pipeline::pool(threads, crew.window()) {
         Some(pool) => pool.in_place_scope(|scope| with_hands(&crew, Some(scope), work)),
         None => with_hands(&crew, None, work),
@@ -170,7 +116,8 @@ enum Stop {
 struct Run<'r, 'p, T: RestoreToolstack + ?Sized> {
     domain: &'r dyn Domain,
     toolstack: &'r mut T,
-    options: &'r RestoreOptions,
+    rings: Rings,
+    cpu: CpuCheck,
     progress: Reporter<'r, 'p>,
     /// The domain's last vcpu.
     max_vcpu_id: u32,
@@ -187,7 +134,7 @@ impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
         reader: &RecordReader<S>,
         ahead: Option<LookAhead>,
         toolstack: &'r mut T,
-        options: &'r RestoreOptions,
+        (rings, cpu): (Rings, CpuCheck),
         progress: &'r mut OnProgress<'p>,
     ) -> Result<Self, RestoreError> {
         let info = domain.info()?;
@@ -205,7 +152,8 @@ impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
         Ok(Self {
             domain,
             toolstack,
-            options,
+            rings,
+            cpu,
             progress: Reporter::new(progress),
             max_vcpu_id: info.max_vcpu_id,
             image: GuestImage::new(image),
@@ -319,7 +267,7 @@ impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
     /// Static data is complete: checks that the guest can run here and applies the data to the
     /// domain, before it has any memory.
     fn static_data(&mut self) -> Result<(), RestoreError> {
-        let mut cpu = Comparison::of(&self.image, self.options.cpu);
+        let mut cpu = Comparison::of(&self.image, self.cpu);
         cpu.with_host(self.domain)?;
         let missing = x86::set_cpu_policy(self.domain, &cpu.bytes())?;
         cpu.with_given(self.domain)?;
@@ -342,8 +290,8 @@ impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
         let progress = &mut self.progress;
         let mut ask = || go_on(progress.ask());
         match &self.pages.guest {
-            Guest::Pv(pv) => pv.complete(&self.image, self.domain, self.options, &mut ask),
-            Guest::Hvm => hvm::complete(&self.image, self.domain, self.options),
+            Guest::Pv(pv) => pv.complete(&self.image, self.domain, &self.rings, &mut ask),
+            Guest::Hvm => hvm::complete(&self.image, self.domain, &self.rings),
         }
     }
 }

@@ -340,7 +340,7 @@ impl RestoreToolstack for DirectToolstack<'_> {
         make_up_for(self.0, missing, &OlderGuest::default())
     }
 
-    /// No caller waits for the rings here: [`crate::restore()`] returns their frames.
+    /// No caller waits for the rings here: [`RestoreRequest`](crate::RestoreRequest) returns their frames.
     fn restore_results(
         &mut self,
         store_gfn: Option<Gfn>,

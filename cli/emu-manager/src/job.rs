@@ -9,7 +9,7 @@ use xsr_save_restore::progress::Progress;
 use xsr_save_restore::sink::FdSink;
 use xsr_save_restore::source::FdSource;
 use xsr_save_restore::toolstack::OlderGuest;
-use xsr_save_restore::{CpuCheck, Live, RestoreOptions, SaveRequest};
+use xsr_save_restore::{CpuCheck, Live, RestoreRequest, Rings, SaveRequest};
 use xsr_xen_backend::{DomId, Domain};
 
 use crate::Open;
@@ -148,19 +148,19 @@ fn restore(
     let source = FdSource::cancellable(stream, control.cancel().clone())?;
     control.wait_for_restore().map_err(ended)?;
     let reader = RecordReader::new(source, ReadOptions::default())?;
-    let options = RestoreOptions {
+    let rings = Rings {
         store_port,
         store_domid: DOM0,
         console_port,
         console_domid: DOM0,
-        threads: None,
-        // xapi compared the hosts' features before it chose this host.
-        cpu: CpuCheck::Warn,
     };
     let mut on_progress = |_: &Progress| control.cancel().check();
     let mut toolstack = Restoring { domain, older };
-    let (restored, _) =
-        xsr_save_restore::restore(domain, reader, &mut toolstack, &options, &mut on_progress)?;
+    let (restored, _) = RestoreRequest::new(domain, rings)
+        // xapi compared the hosts' features before it chose this host.
+        .cpu(CpuCheck::Warn)
+        .observe(&mut on_progress)
+        .read_stream(reader, &mut toolstack)?;
     if translated {
         platform.write_generation_id(domain)?;
     }

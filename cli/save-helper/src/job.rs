@@ -12,11 +12,12 @@ use xsr_format::read::{ReadOptions, RecordReader};
 use xsr_save_restore::back_channel::FdBackChannel;
 use xsr_save_restore::error::GuestError;
 use xsr_save_restore::inherited::inherited_stream;
-use xsr_save_restore::restore::checkpoint::CheckpointOptions;
 use xsr_save_restore::save::{BUFFER_BYTES, Checkpoints};
 use xsr_save_restore::sink::FdSink;
 use xsr_save_restore::source::FdSource;
-use xsr_save_restore::{Live, RestoreError, RestoreOptions, Restored, SaveError, SaveOptions};
+use xsr_save_restore::{
+    Live, RestoreError, RestoreRequest, Restored, Rings, SaveError, SaveOptions,
+};
 use xsr_xen_backend::{BackendError, MapError};
 
 use crate::args::{Args, RestoreArgs, SaveArgs, StreamType};
@@ -200,44 +201,30 @@ fn restore(args: &RestoreArgs, wire: &Wire, backend: &dyn Backend) -> Result<()>
             false => None,
         },
     };
-    let options = RestoreOptions {
+    let rings = Rings {
         store_port: args.store_port,
         store_domid: args.store_domid,
         console_port: args.console_port,
         console_domid: args.console_domid,
-        threads: environment::threads()?,
-        cpu: environment::cpu_check()?,
     };
     let mut on_progress = |_: &_| match wire.lost() {
         Some(_) => ControlFlow::Break(()),
         None => ControlFlow::Continue(()),
     };
-    let keep = CheckpointOptions::default();
+    let request = RestoreRequest::new(domain, rings)
+        .threads(environment::threads()?)
+        .cpu(environment::cpu_check()?)
+        .observe(&mut on_progress);
     let ring = |gfn: Option<Gfn>| gfn.map_or(0, |gfn| gfn.0);
     let restored = match args.stream {
         StreamType::Remus => {
-            let survivor = xsr_save_restore::restore_checkpointed(
-                domain,
-                reader,
-                &mut toolstack,
-                &options,
-                &keep,
-                &mut on_progress,
-            )?;
+            let survivor = request.read_checkpoints(reader, &mut toolstack)?;
             tracing::info!("the guest is checkpoint {}", survivor.checkpoints);
             survivor.restored
         }
         StreamType::Colo => {
             let back = back_channel("SEND_BACK_FD", args.send_back_fd)?;
-            let survivor = xsr_save_restore::restore_colo(
-                domain,
-                reader,
-                &mut toolstack,
-                &mut FdSink::new(back),
-                &options,
-                &keep,
-                &mut on_progress,
-            )?;
+            let survivor = request.read_colo(reader, &mut toolstack, &mut FdSink::new(back))?;
             tracing::info!("the guest goes on from checkpoint {}", survivor.checkpoints);
             let Restored {
                 store_gfn,
@@ -248,9 +235,7 @@ fn restore(args: &RestoreArgs, wire: &Wire, backend: &dyn Backend) -> Result<()>
             wire.restore_results(ring(store_gfn), ring(console_gfn))?;
             survivor.restored
         }
-        StreamType::Plain => {
-            xsr_save_restore::restore(domain, reader, &mut toolstack, &options, &mut on_progress)?.0
-        }
+        StreamType::Plain => request.read_stream(reader, &mut toolstack)?.0,
     };
     tracing::info!("Restore successful");
     tracing::info!(

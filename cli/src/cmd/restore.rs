@@ -24,7 +24,7 @@ use xsr_format::wrapper::libxl::LibxlRecord;
 use xsr_save_restore::progress::Cancel;
 use xsr_save_restore::restore::RestoreStats;
 use xsr_save_restore::toolstack::DirectToolstack;
-use xsr_save_restore::{CpuCheck, RestoreError};
+use xsr_save_restore::{CpuCheck, RestoreError, RestoreRequest};
 use xsr_xen_backend::DomId;
 
 pub(crate) use self::made::{About, Made};
@@ -326,19 +326,17 @@ impl<'a> Image<'a> {
             .filter(|r| of_emulator(r))
             .cloned()
             .collect();
-        let options = made.options(threads, cpu)?;
+        let rings = made.rings()?;
         let domain = made.domain.as_ref();
         let mut toolstack = direct::Toolstack {
             direct: DirectToolstack(domain),
             changes_cpuid: self.plan.changes_cpuid,
         };
-        let (restored, source) = xsr_save_restore::restore(
-            domain,
-            self.reader,
-            &mut toolstack,
-            &options,
-            &mut |progress| watch.progress(progress),
-        )?;
+        let (restored, source) = RestoreRequest::new(domain, rings)
+            .threads(threads)
+            .cpu(cpu)
+            .observe(&mut |progress| watch.progress(progress))
+            .read_stream(self.reader, &mut toolstack)?;
         let offset = source.offset();
         let mut walk = self.around.resume(source, offset);
         while let Some(step) = walk.next_step()? {

@@ -12,7 +12,7 @@ use xsr_xen_backend::{Access, Domain, Errno, ForeignPage, RingGrant};
 use crate::error::{GuestError, RestoreError, SaveError};
 use crate::guest::refused::suspect_of_context;
 use crate::guest::{GoOn, GuestSave, Out, x86};
-use crate::restore::RestoreOptions;
+use crate::restore::Rings;
 
 /// `HVM_PARAM_*` of `xen/include/public/hvm/params.h`.
 mod param {
@@ -147,7 +147,7 @@ impl GuestSave for HvmSave<'_> {
 pub(crate) fn complete(
     image: &GuestImage,
     domain: &dyn Domain,
-    options: &RestoreOptions,
+    ports: &Rings,
 ) -> Result<(Option<Gfn>, Option<Gfn>), RestoreError> {
     let (mut store, mut console) = (None, None);
     for &HvmParam { index, value } in image.hvm_params() {
@@ -182,8 +182,8 @@ pub(crate) fn complete(
                 _ => cause.into(),
             })?;
     }
-    domain.set_hvm_param(param::STORE_EVTCHN, u64::from(options.store_port))?;
-    domain.set_hvm_param(param::CONSOLE_EVTCHN, u64::from(options.console_port))?;
+    domain.set_hvm_param(param::STORE_EVTCHN, u64::from(ports.store_port))?;
+    domain.set_hvm_param(param::CONSOLE_EVTCHN, u64::from(ports.console_port))?;
     let context = image.hvm_context();
     domain
         .set_hvm_context(context)
@@ -201,11 +201,11 @@ pub(crate) fn complete(
     domain.seed_grants(
         RingGrant {
             gfn: console,
-            backend: options.console_domid,
+            backend: ports.console_domid,
         },
         RingGrant {
             gfn: store,
-            backend: options.store_domid,
+            backend: ports.store_domid,
         },
     )?;
     Ok((store, console))

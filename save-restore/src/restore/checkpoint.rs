@@ -4,19 +4,19 @@
 //! C implementation: `xg_sr_restore.c:handle_checkpoint`, and the end of `restore` there.
 
 use std::io;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use xsr_format::error::{ReadError, ReadErrorCause};
 use xsr_format::frame::PAGE_SIZE;
 use xsr_format::read::{Incoming, RecordReader};
 use xsr_format::record::RecordKind;
-use xsr_xen_backend::Domain;
 
 use crate::error::RestoreError;
-use crate::progress::{Cancelled, OnProgress, Phase};
+use crate::progress::{Cancelled, Phase};
 use crate::restore::crew::Hands;
 use crate::restore::spool::{Spool, Tap};
-use crate::restore::{RestoreOptions, Restored, Run, Stop, go_on, with_crew};
+use crate::restore::{Restored, Run, Stop, go_on, with_crew};
 use crate::source::PageSource;
 use crate::toolstack::{Arrival, CheckpointRestoreToolstack};
 
@@ -78,33 +78,6 @@ pub enum Ending<S> {
     BackChannelLost(io::Error),
 }
 
-/// Restores a stream of checkpoints into a domain that has just been created (as for
-/// [`restore`](crate::restore())), until the sender is lost. The domain is then the guest of the
-/// last complete checkpoint, without any part of an incomplete one.
-///
-/// Records before the first CHECKPOINT are applied at once: there is no earlier state to return to.
-/// Later records are kept, as `keep` says, and applied when the next CHECKPOINT has arrived and
-/// `toolstack` has all that belongs to it.
-///
-/// # Errors
-///
-/// As for [`restore`](crate::restore()), and the domain is useless then, too. Before the first
-/// checkpoint this includes a source that breaks off; after it, that is not an error. A stream that
-/// breaks a rule, a checkpoint that cannot be kept or applied, a failed callback and a cancellation
-/// are always errors, because the sender may still be alive. After [`RestoreError::NotApplied`] the
-/// domain is a mixture of two checkpoints.
-pub fn restore_checkpointed<S: PageSource>(
-    domain: &dyn Domain,
-    reader: RecordReader<S>,
-    toolstack: &mut dyn CheckpointRestoreToolstack,
-    options: &RestoreOptions,
-    keep: &CheckpointOptions,
-    progress: &mut OnProgress<'_>,
-) -> Result<Survivor<S>, RestoreError> {
-    let mut run = Run::new(domain, &reader, None, toolstack, options, progress)?;
-    run.checkpoints(reader, keep, Run::epochs)
-}
-
 /// The size of the largest checkpoint of a guest that may have this many pages: each pfn comes
 /// once, and fewer pfns come without a page than with one.
 fn largest(max_pages: u64) -> u64 {
@@ -160,13 +133,14 @@ impl<T: CheckpointRestoreToolstack + ?Sized> Run<'_, '_, T> {
         &mut self,
         reader: RecordReader<S>,
         keep: &CheckpointOptions,
+        threads: Option<NonZeroUsize>,
         follow: impl FnOnce(
             &mut Self,
             RecordReader<Tap<S>>,
             &Hands<'_, '_>,
         ) -> Result<Survivor<S>, RestoreError>,
     ) -> Result<Survivor<S>, RestoreError> {
-        with_crew(self.pages.placer(), self.options, |hands| {
+        with_crew(self.pages.placer(), threads, |hands| {
             go_on(self.progress.begin(Phase::Setup, None))?;
             let standing = reader.onto(io::empty());
             let limit = match keep.file_bytes {
@@ -178,7 +152,7 @@ impl<T: CheckpointRestoreToolstack + ?Sized> Run<'_, '_, T> {
         })
     }
 
-    fn epochs<S: PageSource>(
+    pub(super) fn epochs<S: PageSource>(
         &mut self,
         mut reader: RecordReader<Tap<S>>,
         hands: &Hands<'_, '_>,

@@ -8,49 +8,19 @@ use std::io::{self, Write};
 use xsr_format::frame::Pfn;
 use xsr_format::read::RecordReader;
 use xsr_format::write::dirty_pfn_list;
-use xsr_xen_backend::{DirtyBitmap, DirtyRead, Domain};
+use xsr_xen_backend::{DirtyBitmap, DirtyRead};
 
 use crate::error::RestoreError;
-use crate::progress::{Cancelled, OnProgress, Phase};
-use crate::restore::checkpoint::{Came, CheckpointOptions, SoFar, Survivor};
+use crate::progress::{Cancelled, Phase};
+use crate::restore::checkpoint::{Came, SoFar, Survivor};
 use crate::restore::crew::Hands;
 use crate::restore::spool::Tap;
-use crate::restore::{Guest, RestoreOptions, Restored, Run, Stop, go_on};
+use crate::restore::{Restored, Run, Stop, go_on};
 use crate::source::PageSource;
 use crate::toolstack::{Arrival, ColoRestoreToolstack, ToolstackError, Turn};
 
-/// Restores a stream of COLO checkpoints into a domain that has just been created, as the
-/// secondary. Each checkpoint is applied when it is complete, and the guest runs. Before the next
-/// one the primary is told over `back` which pages the guest here has written (which the toolstack
-/// has logged from the first [`ColoRestoreToolstack::postcopy`] on).
-///
-/// When the primary is lost, which includes a failed write to `back`, the guest here takes over. It
-/// runs or is suspended, as the toolstack last left it.
-///
-/// # Errors
-///
-/// As [`restore_checkpointed`](crate::restore_checkpointed); a PV guest. After an error, a guest
-/// that has run may still be running.
-pub fn restore_colo<S: PageSource>(
-    domain: &dyn Domain,
-    reader: RecordReader<S>,
-    toolstack: &mut dyn ColoRestoreToolstack,
-    back: &mut dyn Write,
-    options: &RestoreOptions,
-    keep: &CheckpointOptions,
-    progress: &mut OnProgress<'_>,
-) -> Result<Survivor<S>, RestoreError> {
-    let mut run = Run::new(domain, &reader, None, toolstack, options, progress)?;
-    if matches!(run.pages.guest, Guest::Pv(_)) {
-        return Err(RestoreError::ColoGuest);
-    }
-    run.checkpoints(reader, keep, |run, reader, hands| {
-        run.both(reader, back, hands)
-    })
-}
-
 impl<T: ColoRestoreToolstack + ?Sized> Run<'_, '_, T> {
-    fn both<S: PageSource>(
+    pub(super) fn both<S: PageSource>(
         &mut self,
         mut reader: RecordReader<Tap<S>>,
         back: &mut dyn Write,

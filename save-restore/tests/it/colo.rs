@@ -11,8 +11,7 @@ use xsr_format::frame::{Gfn, Pfn};
 use xsr_format::read::{ReadOptions, RecordReader};
 use xsr_format::write::dirty_pfn_list;
 use xsr_save_restore::back_channel::{BackChannelError, FdBackChannel};
-use xsr_save_restore::restore::RestoreOptions;
-use xsr_save_restore::restore::checkpoint::{CheckpointOptions, Ending};
+use xsr_save_restore::restore::checkpoint::Ending;
 use xsr_save_restore::save::precopy::XenPolicy;
 use xsr_save_restore::sink::{CopySink, FdSink};
 use xsr_save_restore::source::FdSource;
@@ -20,7 +19,7 @@ use xsr_save_restore::toolstack::{
     Arrival, CheckpointRestoreToolstack, CheckpointToolstack, ColoRestoreToolstack, ColoToolstack,
     Epoch, MissingStaticData, NextEpoch, RestoreToolstack, SaveToolstack, ToolstackError, Turn,
 };
-use xsr_save_restore::{RestoreError, SaveError, SaveRequest, restore_colo};
+use xsr_save_restore::{RestoreError, RestoreRequest, Rings, SaveError, SaveRequest};
 use xsr_xen_backend::mock::{GuestSpec, MemoryDigest, MockHost, Workload, WorkloadSpec};
 use xsr_xen_backend::{DomId, Domain, GuestKind, Host};
 
@@ -196,13 +195,11 @@ fn each_checkpoint_makes_the_secondary_the_primary_again() {
         let domain_there = to.as_xen().unwrap().domain(there).unwrap();
         let libxl_there = to.as_xen().unwrap().domain(there).unwrap();
         let port = || domain_there.alloc_unbound_port(DomId(0)).unwrap();
-        let options_there = RestoreOptions {
+        let rings_there = Rings {
             store_port: port(),
             store_domid: DomId(0),
             console_port: port(),
             console_domid: DomId(0),
-            threads: NonZeroUsize::new(2),
-            cpu: xsr_save_restore::CpuCheck::Refuse,
         };
         let mut receiver = Secondary {
             host: &to,
@@ -234,15 +231,9 @@ fn each_checkpoint_makes_the_secondary_the_primary_again() {
             });
             let source = FdSource::new(stream_from);
             let reader = RecordReader::new(source, ReadOptions::default()).unwrap();
-            let survivor = restore_colo(
-                receiver.domain,
-                reader,
-                &mut receiver,
-                &mut back_to,
-                &options_there,
-                &CheckpointOptions::default(),
-                &mut |_| ControlFlow::Continue(()),
-            );
+            let survivor = RestoreRequest::new(receiver.domain, rings_there)
+                .threads(NonZeroUsize::new(2))
+                .read_colo(reader, &mut receiver, &mut back_to);
             (sent.join().unwrap(), survivor)
         });
         assert_eq!(sent.unwrap().checkpoints, EPOCHS);

@@ -8,10 +8,9 @@ use crate::common::*;
 use xsr_format::cpu_policy::{CpuPolicy as Leaves, Missing};
 use xsr_format::fields::x86::Feature;
 use xsr_format::read::{ReadOptions, RecordReader};
-use xsr_save_restore::restore::checkpoint::CheckpointOptions;
 use xsr_save_restore::source::CopySource;
 use xsr_save_restore::toolstack::DirectToolstack;
-use xsr_save_restore::{CpuCheck, RestoreError, RestoreOptions, restore, restore_checkpointed};
+use xsr_save_restore::{CpuCheck, RestoreError, RestoreRequest, Rings};
 use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
 use xsr_xen_backend::{CpuPolicy, DomId, Domain, DomainControl as _, Errno, GuestKind, Host};
 
@@ -49,23 +48,25 @@ fn empty_domain(host: &dyn Host, kind: GuestKind, stream: &[u8]) -> Box<dyn Doma
     host.domain(domid).unwrap()
 }
 
-fn how(domain: &dyn Domain, cpu: CpuCheck) -> RestoreOptions {
-    RestoreOptions {
+fn rings(domain: &dyn Domain) -> Rings {
+    Rings {
         store_port: domain.alloc_unbound_port(DomId(0)).unwrap(),
         store_domid: DomId(0),
         console_port: domain.alloc_unbound_port(DomId(0)).unwrap(),
         console_domid: DomId(0),
-        threads: None,
-        cpu,
     }
 }
 
 fn restored(domain: &dyn Domain, stream: &[u8], cpu: CpuCheck) -> Result<(), RestoreError> {
     let reader = RecordReader::new(CopySource(stream), ReadOptions::default()).unwrap();
     let mut toolstack = DirectToolstack(domain);
-    let options = how(domain, cpu);
+    let rings = rings(domain);
     let mut go_on = |_: &_| ControlFlow::Continue(());
-    restore(domain, reader, &mut toolstack, &options, &mut go_on).map(drop)
+    RestoreRequest::new(domain, rings)
+        .cpu(cpu)
+        .observe(&mut go_on)
+        .read_stream(reader, &mut toolstack)
+        .map(drop)
 }
 
 fn names(error: &RestoreError) -> Vec<String> {
@@ -136,13 +137,9 @@ fn a_checkpointed_stream_is_compared_as_well() {
     let machine = host_with("");
     let domain = empty_domain(&machine, spec.kind, &stream);
     let domain = domain.as_ref();
-    let refused = restore_checkpointed(
-        domain,
+    let refused = RestoreRequest::new(domain, rings(domain)).read_checkpoints(
         RecordReader::new(CopySource(stream.as_slice()), ReadOptions::default()).unwrap(),
         &mut DirectToolstack(domain),
-        &how(domain, CpuCheck::Refuse),
-        &CheckpointOptions::default(),
-        &mut |_| ControlFlow::Continue(()),
     );
     assert_eq!(names(&refused.unwrap_err()), ["AVX512F", "AVX512BW"]);
 }

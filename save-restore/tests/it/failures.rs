@@ -16,7 +16,7 @@ use xsr_save_restore::source::CopySource;
 use xsr_save_restore::toolstack::{
     DirectToolstack, MissingStaticData, RestoreToolstack, SaveToolstack, ToolstackError,
 };
-use xsr_save_restore::{Live, RestoreError, RestoreOptions, SaveError, SaveRequest, restore};
+use xsr_save_restore::{Live, RestoreError, RestoreRequest, Rings, SaveError, SaveRequest};
 use xsr_xen_backend::mock::{GuestSpec, MockHost, WorkloadEnd, WorkloadSpec};
 use xsr_xen_backend::{DomId, Domain, GuestKind, Host, ShutdownReason};
 
@@ -415,14 +415,12 @@ fn callbacks_come_in_the_order_libxl_expects_whatever_fails() {
     assert!(host.domain(pv).unwrap().info().unwrap().shutdown.is_some());
 }
 
-fn options_for(domain: &dyn Domain) -> RestoreOptions {
-    RestoreOptions {
+fn rings_for(domain: &dyn Domain) -> Rings {
+    Rings {
         store_port: domain.alloc_unbound_port(DomId(0)).unwrap(),
         store_domid: DomId(0),
         console_port: domain.alloc_unbound_port(DomId(0)).unwrap(),
         console_domid: DomId(0),
-        threads: NonZeroUsize::new(2),
-        cpu: xsr_save_restore::CpuCheck::Refuse,
     }
 }
 
@@ -503,27 +501,27 @@ fn a_toolstack_that_refuses_static_data_ends_the_restore() {
     let stream = save_to_vec(&from, domid, &options(1)).unwrap();
     let new = to.create_domain(GuestKind::Pv, 2, 10_000).unwrap();
     let domain = to.domain(new).unwrap();
-    let options = options_for(domain.as_ref());
+    let rings = rings_for(domain.as_ref());
     let mut toolstack = Failing {
         domain: domain.as_ref(),
         fails: "static data done",
         log: Vec::new(),
     };
     let reader = RecordReader::new(CopySource(&*stream), ReadOptions::default()).unwrap();
-    let result = restore(
-        domain.as_ref(),
-        reader,
-        &mut toolstack,
-        &options,
-        &mut go_on,
-    );
+    let result = RestoreRequest::new(domain.as_ref(), rings)
+        .threads(NonZeroUsize::new(2))
+        .observe(&mut go_on)
+        .read_stream(reader, &mut toolstack);
     assert!(matches!(result, Err(RestoreError::Toolstack(_))));
     assert_eq!(domain.info().unwrap().tot_pages, 0, "before any memory");
     assert_eq!(toolstack.log, ["static data done"]);
     let reader = RecordReader::new(CopySource(&*stream), ReadOptions::default()).unwrap();
     let mut stop = |_: &xsr_save_restore::progress::Progress| ControlFlow::Break(());
     let mut toolstack = DirectToolstack(domain.as_ref());
-    let result = restore(domain.as_ref(), reader, &mut toolstack, &options, &mut stop);
+    let result = RestoreRequest::new(domain.as_ref(), rings)
+        .threads(NonZeroUsize::new(2))
+        .observe(&mut stop)
+        .read_stream(reader, &mut toolstack);
     assert!(matches!(result, Err(RestoreError::Aborted)));
 }
 
@@ -537,20 +535,17 @@ fn a_restore_tells_where_the_rings_are_when_all_else_is_done() {
             let (kind, vcpus, pages) = shape(&stream, spec.kind, spec.vcpus);
             let new = to.create_domain(kind, vcpus, pages).unwrap();
             let domain = to.domain(new).unwrap();
-            let options = options_for(domain.as_ref());
+            let rings = rings_for(domain.as_ref());
             let mut toolstack = Failing {
                 domain: domain.as_ref(),
                 fails,
                 log: Vec::new(),
             };
             let reader = RecordReader::new(CopySource(&*stream), ReadOptions::default()).unwrap();
-            let result = restore(
-                domain.as_ref(),
-                reader,
-                &mut toolstack,
-                &options,
-                &mut go_on,
-            );
+            let result = RestoreRequest::new(domain.as_ref(), rings)
+                .threads(NonZeroUsize::new(2))
+                .observe(&mut go_on)
+                .read_stream(reader, &mut toolstack);
             match fails {
                 "" => drop(result.unwrap()),
                 _ => assert!(matches!(result, Err(RestoreError::Toolstack(_)))),

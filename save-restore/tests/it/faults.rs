@@ -25,7 +25,7 @@ use xsr_save_restore::sink::PageSink;
 use xsr_save_restore::source::{CopySource, PageSource};
 use xsr_save_restore::toolstack::{RestoreToolstack, SaveToolstack};
 use xsr_save_restore::{
-    Live, RestoreError, RestoreOptions, Restored, SaveError, SaveRequest, Saved, restore,
+    Live, RestoreError, RestoreRequest, Restored, Rings, SaveError, SaveRequest, Saved,
 };
 use xsr_xen_backend::mock::{GuestSpec, HostConfig, MemoryDigest, MockHost, WorkloadSpec};
 use xsr_xen_backend::{DomId, Domain, Errno, GuestKind, Host};
@@ -216,21 +216,18 @@ fn with_guests(seed: u64, mut check: impl FnMut(&Guest<'_>, &Source<'_>)) {
 }
 
 /// A new domain for a guest of `spec`, as a toolstack creates it.
-fn make_room(host: &MockHost, spec: &GuestSpec) -> (DomId, RestoreOptions) {
+fn make_room(host: &MockHost, spec: &GuestSpec) -> (DomId, Rings) {
     let pages = spec.memory_mib * 256 + 256;
     let domid = host.create_domain(spec.kind, spec.vcpus, pages).unwrap();
     let domain = host.domain(domid).unwrap();
     let port = || domain.alloc_unbound_port(DomId(0)).unwrap();
-    let options = RestoreOptions {
+    let rings = Rings {
         store_port: port(),
         store_domid: DomId(0),
         console_port: port(),
         console_domid: DomId(0),
-        // So that the calls come in a fixed order.
-        threads: NonZeroUsize::new(1),
-        cpu: xsr_save_restore::CpuCheck::Refuse,
     };
-    (domid, options)
+    (domid, rings)
 }
 
 /// Restore over `domain`.
@@ -238,28 +235,25 @@ fn try_restore<S: PageSource>(
     domain: &dyn Domain,
     source: S,
     toolstack: &mut dyn RestoreToolstack,
-    options: &RestoreOptions,
+    rings: Rings,
     progress: &mut dyn FnMut(&Progress) -> ControlFlow<()>,
 ) -> Result<Restored, RestoreError> {
     let reader = RecordReader::new(source, ReadOptions::default())?;
-    let (restored, _) = restore(domain, reader, toolstack, options, progress)?;
+    let (restored, _) = RestoreRequest::new(domain, rings)
+        // So that the calls come in a fixed order.
+        .threads(NonZeroUsize::new(1))
+        .observe(progress)
+        .read_stream(reader, toolstack)?;
     Ok(restored)
 }
 
 /// A stream that was saved despite the fault holds the guest of the suspended source.
 fn assert_arrives(from: &MockHost, domid: DomId, to: &MockHost, spec: &GuestSpec, stream: &[u8]) {
-    let (new, options) = make_room(to, spec);
+    let (new, rings) = make_room(to, spec);
     let domain = to.domain(new).unwrap();
     let mut toolstack = Toolstack::new(domain.as_ref());
     let source = CopySource(stream);
-    try_restore(
-        domain.as_ref(),
-        source,
-        &mut toolstack,
-        &options,
-        &mut go_on,
-    )
-    .unwrap();
+    try_restore(domain.as_ref(), source, &mut toolstack, rings, &mut go_on).unwrap();
     let left = from.memory_digest(domid).unwrap();
     assert_same(&left, &to.memory_digest(new).unwrap(), &spec.name);
     domain.destroy().unwrap();

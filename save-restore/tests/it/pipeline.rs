@@ -14,7 +14,7 @@ use xsr_save_restore::progress::Cancel;
 use xsr_save_restore::restore::RestoreStats;
 use xsr_save_restore::source::{CopySource, FdSource, PageSource};
 use xsr_save_restore::toolstack::DirectToolstack;
-use xsr_save_restore::{RestoreError, RestoreOptions, restore};
+use xsr_save_restore::{RestoreError, RestoreRequest, Rings};
 use xsr_xen_backend::mock::{GuestSpec, MockHost};
 use xsr_xen_backend::{DomId, GuestKind, Host};
 
@@ -39,20 +39,21 @@ fn restore_how<S: PageSource>(
     let domid = to.create_domain(kind, vcpus, pages + 256).unwrap();
     let domain = Faulty::watching(to.domain(domid).unwrap()).mapping(maps);
     let real = to.domain(domid).unwrap();
-    let options = RestoreOptions {
+    let rings = Rings {
         store_port: real.alloc_unbound_port(DomId(0)).unwrap(),
         store_domid: DomId(0),
         console_port: real.alloc_unbound_port(DomId(0)).unwrap(),
         console_domid: DomId(0),
-        threads: NonZeroUsize::new(threads),
-        cpu: xsr_save_restore::CpuCheck::Refuse,
     };
     let mut toolstack = DirectToolstack(real.as_ref());
     let result = RecordReader::new(source, ReadOptions::default())
         .map_err(RestoreError::from)
         .and_then(|reader| {
             let mut go_on = |_: &_| ControlFlow::Continue(());
-            restore(&domain, reader, &mut toolstack, &options, &mut go_on)
+            RestoreRequest::new(&domain, rings)
+                .threads(NonZeroUsize::new(threads))
+                .observe(&mut go_on)
+                .read_stream(reader, &mut toolstack)
         });
     (domid, result.map(|(restored, _)| restored.stats))
 }

@@ -25,9 +25,7 @@ use xsr_save_restore::progress::{Phase, Progress};
 use xsr_save_restore::save::precopy::{PrecopyDecision, PrecopyPolicy, PrecopyStats};
 use xsr_save_restore::sink::CopySink;
 use xsr_save_restore::source::CopySource;
-use xsr_save_restore::{
-    Live, RestoreError, RestoreOptions, SaveError, SaveRequest, Saved, restore,
-};
+use xsr_save_restore::{Live, RestoreError, RestoreRequest, Rings, SaveError, SaveRequest, Saved};
 use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost, WorkloadSpec};
 use xsr_xen_backend::{DomId, Domain, Errno, GuestKind, Host};
 
@@ -397,14 +395,11 @@ impl<'t> World<'t> {
         let domid = there.create_domain(kind, vcpus, pages).unwrap();
         let real = there.domain(domid).unwrap();
         let port = || real.alloc_unbound_port(DomId(0)).unwrap();
-        let options = RestoreOptions {
+        let rings = Rings {
             store_port: port(),
             store_domid: DomId(0),
             console_port: port(),
             console_domid: DomId(0),
-            // So that the calls come in a fixed order.
-            threads: NonZeroUsize::new(1),
-            cpu: xsr_save_restore::CpuCheck::Refuse,
         };
         let domain = there.domain(domid).unwrap();
         let faulty = match trouble {
@@ -425,9 +420,13 @@ impl<'t> World<'t> {
         };
         let mut toolstack = Toolstack::new(real.as_ref());
         let reader = RecordReader::new(CopySource(&mut source), ReadOptions::default());
-        let result = reader
-            .map_err(RestoreError::from)
-            .and_then(|reader| restore(&faulty, reader, &mut toolstack, &options, &mut progress));
+        let result = reader.map_err(RestoreError::from).and_then(|reader| {
+            RestoreRequest::new(&faulty, rings)
+                // So that the calls come in a fixed order.
+                .threads(NonZeroUsize::new(1))
+                .observe(&mut progress)
+                .read_stream(reader, &mut toolstack)
+        });
         let result = result.map(drop);
         let struck = faulty.struck().map(|struck| struck.op);
         let cancelled = matches!(result, Err(RestoreError::Aborted));

@@ -14,7 +14,7 @@ use xsr_format::write::page_data_head;
 use xsr_save_restore::restore::RestoreStats;
 use xsr_save_restore::source::{FdSource, PageSource};
 use xsr_save_restore::toolstack::DirectToolstack;
-use xsr_save_restore::{RestoreOptions, restore};
+use xsr_save_restore::{RestoreRequest, Rings};
 use xsr_xen_backend::mock::{GuestSpec, HostConfig, MockHost};
 use xsr_xen_backend::{Access, DomId, Domain, GuestKind, Host};
 
@@ -76,13 +76,11 @@ fn restored(
     let (kind, vcpus, pages) = shape(stream, GuestKind::Pvh, 1);
     let domid = to.create_domain(kind, vcpus, pages + 256).unwrap();
     let real = to.domain(domid).unwrap();
-    let options = RestoreOptions {
+    let rings = Rings {
         store_port: real.alloc_unbound_port(DomId(0)).unwrap(),
         store_domid: DomId(0),
         console_port: real.alloc_unbound_port(DomId(0)).unwrap(),
         console_domid: DomId(0),
-        threads: NonZeroUsize::new(2),
-        cpu: xsr_save_restore::CpuCheck::Refuse,
     };
     let inner = to.domain(domid).unwrap();
     let domain = match short {
@@ -92,7 +90,11 @@ fn restored(
     let reader = RecordReader::new(source, ReadOptions::default()).unwrap();
     let mut toolstack = DirectToolstack(real.as_ref());
     let mut go_on = |_: &_| ControlFlow::Continue(());
-    let (restored, _) = restore(&domain, reader, &mut toolstack, &options, &mut go_on).unwrap();
+    let (restored, _) = RestoreRequest::new(&domain, rings)
+        .threads(NonZeroUsize::new(2))
+        .observe(&mut go_on)
+        .read_stream(reader, &mut toolstack)
+        .unwrap();
     if short.is_some() {
         assert_eq!(domain.struck().map(|struck| struck.op), Some("populate"));
     }
@@ -130,23 +132,18 @@ fn first_populate(to: &MockHost, stream: &[u8]) -> usize {
     let real = to.domain(domid).unwrap();
     let domain = Faulty::watching(to.domain(domid).unwrap());
     let reader = RecordReader::new(FdSource::new(file_of(stream)), ReadOptions::default());
-    let options = RestoreOptions {
+    let rings = Rings {
         store_port: real.alloc_unbound_port(DomId(0)).unwrap(),
         store_domid: DomId(0),
         console_port: real.alloc_unbound_port(DomId(0)).unwrap(),
         console_domid: DomId(0),
-        threads: NonZeroUsize::new(1),
-        cpu: xsr_save_restore::CpuCheck::Refuse,
     };
     let mut toolstack = DirectToolstack(real.as_ref());
     let mut go_on = |_: &_| ControlFlow::Continue(());
-    let result = restore(
-        &domain,
-        reader.unwrap(),
-        &mut toolstack,
-        &options,
-        &mut go_on,
-    );
+    let result = RestoreRequest::new(&domain, rings)
+        .threads(NonZeroUsize::new(1))
+        .observe(&mut go_on)
+        .read_stream(reader.unwrap(), &mut toolstack);
     result.unwrap();
     real.destroy().unwrap();
     let trace = domain.trace();

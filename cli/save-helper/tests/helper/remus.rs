@@ -1,11 +1,9 @@
 //! The save helper under Remus, on both sides, with the test in the place of libxl, which writes
 //! and reads its own records of each checkpoint on the same descriptor.
 
-use std::ops::ControlFlow;
-
 use xsr_format::read::{ReadOptions, RecordReader};
-use xsr_save_restore::RestoreOptions;
 use xsr_save_restore::source::CopySource;
+use xsr_save_restore::{RestoreRequest, Rings};
 use xsr_xen_backend::mock::{MemoryDigest, WorkloadSpec};
 
 use super::*;
@@ -81,23 +79,19 @@ fn by_the_engine(kind: GuestKind, stream: &[u8], checkpoints: usize) -> MemoryDi
     let port = |at: usize| args.split(' ').nth(at).unwrap().parse().unwrap();
     let host = MockHost::open(&path).unwrap();
     let domain = host.domain(domid).unwrap();
-    let options = RestoreOptions {
+    let rings = Rings {
         store_port: port(4),
         store_domid: DomId(0),
         console_port: port(6),
         console_domid: DomId(0),
-        threads: None,
-        cpu: xsr_save_restore::CpuCheck::Refuse,
     };
     let source = CopySource(plain.as_slice());
-    xsr_save_restore::restore(
-        domain.as_ref(),
-        RecordReader::new(source, ReadOptions::default()).unwrap(),
-        &mut DirectToolstack(domain.as_ref()),
-        &options,
-        &mut |_| ControlFlow::Continue(()),
-    )
-    .unwrap();
+    RestoreRequest::new(domain.as_ref(), rings)
+        .read_stream(
+            RecordReader::new(source, ReadOptions::default()).unwrap(),
+            &mut DirectToolstack(domain.as_ref()),
+        )
+        .unwrap();
     host.memory_digest(domid).unwrap()
 }
 

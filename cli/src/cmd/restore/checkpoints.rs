@@ -20,7 +20,7 @@ use xsr_save_restore::toolstack::{
     Arrival, CheckpointRestoreToolstack, DirectToolstack, MissingStaticData, RestoreToolstack,
     ToolstackError,
 };
-use xsr_save_restore::{CpuCheck, RestoreError, restore_checkpointed};
+use xsr_save_restore::{CpuCheck, RestoreError, RestoreRequest};
 
 use super::source::ImageSource;
 use super::{Image, Made, Named, of_emulator};
@@ -70,17 +70,15 @@ impl<'a> Image<'a> {
         made: &mut Option<Made>,
     ) -> Result<Survival> {
         let made = made.insert(self.plan.make(how.host, Named::Incoming)?);
-        let options = made.options(how.threads, how.cpu)?;
+        let rings = made.rings()?;
         let domain = made.domain.as_ref();
         let mut standby = Standby::new(how, made, self.around)?;
-        let result = restore_checkpointed(
-            domain,
-            self.reader,
-            &mut standby,
-            &options,
-            how.keep,
-            &mut |progress| (how.progress)(progress),
-        );
+        let result = RestoreRequest::new(domain, rings)
+            .threads(how.threads)
+            .cpu(how.cpu)
+            .keep(how.keep)
+            .observe(&mut |progress| (how.progress)(progress))
+            .read_checkpoints(self.reader, &mut standby);
         let withdrawn = standby.withdrawn;
         survival(made, result, withdrawn)
     }
@@ -243,9 +241,7 @@ mod tests {
         // The same if the restore did not even begin.
         let (domid, made) = make();
         host.domain(domid).expect("it").destroy().expect("it goes");
-        let error = made
-            .options(None, CpuCheck::Refuse)
-            .expect_err("it has no ports");
+        let error = made.rings().expect_err("it has no ports");
         let error = made.given_up(error);
         assert!(!error.is::<LeftBehind>());
         // A running copy is paused first.

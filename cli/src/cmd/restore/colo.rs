@@ -17,7 +17,7 @@ use xsr_save_restore::toolstack::{
     Arrival, CheckpointRestoreToolstack, ColoRestoreToolstack, MissingStaticData, RestoreToolstack,
     ToolstackError, Turn,
 };
-use xsr_save_restore::{RestoreError, restore_colo};
+use xsr_save_restore::{RestoreError, RestoreRequest};
 use xsr_xen_backend::{DomId, Domain, ShutdownReason};
 
 use super::checkpoints::{StandBy, Standby, Survival, survival};
@@ -40,7 +40,7 @@ impl<'a> Image<'a> {
         made: &mut Option<Made>,
     ) -> Result<Survival> {
         let made = made.insert(self.plan.make(how.host, Named::Incoming)?);
-        let options = made.options(how.threads, how.cpu)?;
+        let rings = made.rings()?;
         let domain = made.domain.as_ref();
         let mut back = ConnectionWriter::new(how.connection, how.wait);
         let mut secondary = Secondary {
@@ -53,15 +53,12 @@ impl<'a> Image<'a> {
             working: None,
             ran: false,
         };
-        let result = restore_colo(
-            domain,
-            self.reader,
-            &mut secondary,
-            &mut back,
-            &options,
-            how.keep,
-            &mut |progress| (how.progress)(progress),
-        );
+        let result = RestoreRequest::new(domain, rings)
+            .threads(how.threads)
+            .cpu(how.cpu)
+            .keep(how.keep)
+            .observe(&mut |progress| (how.progress)(progress))
+            .read_colo(self.reader, &mut secondary, &mut back);
         let mut withdrawn = secondary.standby.withdrawn;
         drop(secondary);
         if let Err(RestoreError::Stream(error)) = &result

@@ -4,11 +4,10 @@
 //! domain that could not be completed.
 
 use std::cell::OnceCell;
-use std::num::NonZeroUsize;
 
 use anyhow::{Context as _, Error, Result};
 use xsr_save_restore::restore::RestoreStats;
-use xsr_save_restore::{CpuCheck, RestoreOptions, Restored};
+use xsr_save_restore::{Restored, Rings};
 use xsr_xen_backend::domain_store::{
     DomainRef, DomainStore, DomainStoreError, Extent, Introduction,
 };
@@ -180,20 +179,14 @@ impl Made {
         })
     }
 
-    /// Options for its restore, with event channels for the control domain.
-    pub(super) fn options(
-        &self,
-        threads: Option<NonZeroUsize>,
-        cpu: CpuCheck,
-    ) -> Result<RestoreOptions> {
+    /// Event channels for its rings, with the control domain at the other end.
+    pub(super) fn rings(&self) -> Result<Rings> {
         let [store_port, console_port] = self.ports()?;
-        Ok(RestoreOptions {
+        Ok(Rings {
             store_port,
             store_domid: DOM0,
             console_port,
             console_domid: DOM0,
-            threads,
-            cpu,
         })
     }
 

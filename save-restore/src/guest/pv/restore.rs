@@ -14,7 +14,7 @@ use crate::guest::pv::layout::{Field, cr3_to_frame, frame_to_cr3, shared_info, s
 use crate::guest::pv::p2m::SharedP2m;
 use crate::guest::pv::{VCPU_RECORDS, gdt_frames, guest_info};
 use crate::guest::x86;
-use crate::restore::RestoreOptions;
+use crate::restore::Rings;
 
 /// The restore side.
 #[derive(Debug)]
@@ -97,7 +97,7 @@ impl PvRestore {
         &self,
         image: &GuestImage,
         domain: &dyn Domain,
-        options: &RestoreOptions,
+        ports: &Rings,
         go_on: &mut dyn FnMut() -> Result<(), RestoreError>,
     ) -> Result<(Option<Gfn>, Option<Gfn>), RestoreError> {
         if let Some(page) = image.shared_info() {
@@ -113,7 +113,7 @@ impl PvRestore {
                 let set = if *blob == VcpuBlob::Basic {
                     let mut context = state.to_vec();
                     if id == 0 {
-                        rings = self.start_info(domain, &mut context, options)?;
+                        rings = self.start_info(domain, &mut context, ports)?;
                     }
                     self.localise_context(id, &mut context)?;
                     domain.set_vcpu_state(id, *blob, &context)
@@ -135,11 +135,11 @@ impl PvRestore {
         domain.seed_grants(
             RingGrant {
                 gfn: console,
-                backend: options.console_domid,
+                backend: ports.console_domid,
             },
             RingGrant {
                 gfn: store,
-                backend: options.store_domid,
+                backend: ports.store_domid,
             },
         )?;
         Ok(rings)
@@ -175,7 +175,7 @@ impl PvRestore {
         &self,
         domain: &dyn Domain,
         context: &mut [u8],
-        options: &RestoreOptions,
+        ports: &Rings,
     ) -> Result<(Option<Gfn>, Option<Gfn>), RestoreError> {
         let info = self.info;
         let pfn = Pfn(vcpu::EDX.get(info, context));
@@ -204,14 +204,14 @@ impl PvRestore {
             bytes,
             start_info::STORE_MFN,
             start_info::STORE_EVTCHN,
-            options.store_port,
+            ports.store_port,
             "store",
         )?;
         let console = ring(
             bytes,
             start_info::CONSOLE_MFN,
             start_info::CONSOLE_EVTCHN,
-            options.console_port,
+            ports.console_port,
             "console",
         )?;
         let shared = domain.info()?.shared_info_frame;

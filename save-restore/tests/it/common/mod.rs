@@ -26,7 +26,7 @@ use xsr_save_restore::sink::{CopySink, PageSink};
 use xsr_save_restore::source::{CopySource, PageSource};
 use xsr_save_restore::toolstack::DirectToolstack;
 use xsr_save_restore::{
-    RestoreError, RestoreOptions, Restored, SaveError, SaveOptions, SaveRequest, restore,
+    RestoreError, RestoreRequest, Restored, Rings, SaveError, SaveOptions, SaveRequest,
 };
 use xsr_xen_backend::mock::{GuestSpec, P2mStyle};
 use xsr_xen_backend::mock::{HostConfig, MockHost};
@@ -170,25 +170,19 @@ fn try_restore<S: PageSource>(
     let domid = host.create_domain(kind, vcpus, pages + 256).unwrap();
     let domain = host.domain(domid).unwrap();
     let ports = [(); 2].map(|()| domain.alloc_unbound_port(DomId(0)).unwrap());
-    let options = RestoreOptions {
+    let rings = Rings {
         store_port: ports[0],
         store_domid: DomId(0),
         console_port: ports[1],
         console_domid: DomId(0),
-        threads: NonZeroUsize::new(2),
-        cpu: xsr_save_restore::CpuCheck::Refuse,
     };
     let mut toolstack = DirectToolstack(domain.as_ref());
     let result = RecordReader::new(source, ReadOptions::default())
         .map_err(RestoreError::from)
         .and_then(|reader| {
-            restore(
-                domain.as_ref(),
-                reader,
-                &mut toolstack,
-                &options,
-                &mut |_| ControlFlow::Continue(()),
-            )
+            RestoreRequest::new(domain.as_ref(), rings)
+                .threads(NonZeroUsize::new(2))
+                .read_stream(reader, &mut toolstack)
         });
     (domid, ports, result.map(|(restored, _)| restored))
 }

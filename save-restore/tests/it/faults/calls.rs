@@ -170,27 +170,27 @@ fn a_restore_reports_every_call_that_fails_and_leaves_a_domain_to_destroy() {
         let saved = guest.save(1, real.as_ref(), &mut toolstack, &mut sink, &mut go_on);
         saved.unwrap().keep_suspended();
         let left = from.memory_digest(domid).unwrap();
-        let attempt = |domain: &Faulty, domid, options: &RestoreOptions, what: &str| {
+        let attempt = |domain: &Faulty, domid, rings: Rings, what: &str| {
             let real = to.domain(domid).unwrap();
             let mut toolstack = Toolstack::new(real.as_ref());
             let source = CopySource(&*sink.0);
-            let result = try_restore(domain, source, &mut toolstack, options, &mut go_on);
+            let result = try_restore(domain, source, &mut toolstack, rings, &mut go_on);
             if result.is_ok() {
                 assert_same(&left, &to.memory_digest(domid).unwrap(), what);
             }
             assert_destroyable(&to, domid, free, what);
             result
         };
-        let (new, options) = make_room(&to, &spec);
+        let (new, rings) = make_room(&to, &spec);
         let watching = Faulty::watching(to.domain(new).unwrap()).mapping(maps);
-        attempt(&watching, new, &options, "none").unwrap();
+        attempt(&watching, new, rings, "none").unwrap();
         for (at, call) in turns(&watching.trace()) {
             let faults = call.faults().into_iter().enumerate();
             for (_, fault) in faults.filter(|(nth, _)| takes(spec.kind, call.op, at + nth)) {
                 let what = format!("{} {mode:?} call {at} {} {fault}", spec.name, call.op);
-                let (new, options) = make_room(&to, &spec);
+                let (new, rings) = make_room(&to, &spec);
                 let domain = Faulty::new(to.domain(new).unwrap(), at, fault).mapping(maps);
-                let result = attempt(&domain, new, &options, &what);
+                let result = attempt(&domain, new, rings, &what);
                 let struck = domain.struck().unwrap();
                 let check = |backend, map, frame| {
                     assert_names(struck, fault, backend, map, frame, &what);

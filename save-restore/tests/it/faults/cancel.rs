@@ -66,7 +66,7 @@ fn a_restore_that_is_cancelled_at_any_event_leaves_a_domain_to_destroy() {
         let stream = crate::common::save_to_vec(&from, domid, &options(1)).unwrap();
         let cancel = |at: usize| {
             let what = format!("{} event {at}", spec.name);
-            let (new, options) = make_room(&to, &spec);
+            let (new, rings) = make_room(&to, &spec);
             let domain = to.domain(new).unwrap();
             let mut toolstack = Toolstack::new(domain.as_ref());
             let mut events = 0;
@@ -74,7 +74,7 @@ fn a_restore_that_is_cancelled_at_any_event_leaves_a_domain_to_destroy() {
                 domain.as_ref(),
                 CopySource(&*stream),
                 &mut toolstack,
-                &options,
+                rings,
                 &mut breaking(at, &mut events),
             );
             assert_destroyable(&to, new, free, &what);
@@ -112,7 +112,7 @@ fn a_restore_is_asked_whether_to_go_on_in_the_midst_of_a_long_record() {
     record.extend((0..ENTRIES).flat_map(|n| ((0xe_u64 << 60) | (n % 16)).to_le_bytes()));
     let long = [&short[..at], &record, &short[at..]].concat();
     let events_of = |stream: &[u8], at: usize| {
-        let (new, options) = make_room(&to, &spec);
+        let (new, rings) = make_room(&to, &spec);
         let domain = to.domain(new).unwrap();
         let mut toolstack = Toolstack::new(domain.as_ref());
         let mut events = 0;
@@ -120,7 +120,7 @@ fn a_restore_is_asked_whether_to_go_on_in_the_midst_of_a_long_record() {
             domain.as_ref(),
             CopySource(stream),
             &mut toolstack,
-            &options,
+            rings,
             &mut breaking(at, &mut events),
         );
         domain.destroy().unwrap();
@@ -188,14 +188,14 @@ fn a_restore_reports_every_callback_that_fails() {
         let domid = from.create_guest(&spec).unwrap();
         let stream = crate::common::save_to_vec(&from, domid, &options(1)).unwrap();
         for (at, how) in (0..).flat_map(|at| [(at, Refusal::Before), (at, Refusal::After)]) {
-            let (new, options) = make_room(&to, &spec);
+            let (new, rings) = make_room(&to, &spec);
             let domain = to.domain(new).unwrap();
             let mut toolstack = Toolstack::failing(domain.as_ref(), at, how);
             let result = try_restore(
                 domain.as_ref(),
                 CopySource(&*stream),
                 &mut toolstack,
-                &options,
+                rings,
                 &mut go_on,
             );
             let asked = toolstack.log.get(at).copied();

@@ -129,17 +129,11 @@ fn what_is_saved_into_a_file_is_restored_from_it() {
         let Opened::Random(reader) = storage.open(&name()).unwrap() else {
             panic!("a file can be read at any place");
         };
-        let (domid, options) = make_room(&to, guest.spec);
+        let (domid, rings) = make_room(&to, guest.spec);
         let domain = to.domain(domid).unwrap();
         let mut toolstack = Toolstack::new(domain.as_ref());
         let source = FdSource::new(reader.descriptor().unwrap());
-        let restored = try_restore(
-            domain.as_ref(),
-            source,
-            &mut toolstack,
-            &options,
-            &mut go_on,
-        );
+        let restored = try_restore(domain.as_ref(), source, &mut toolstack, rings, &mut go_on);
         restored.unwrap();
         // The rings belong to the new host.
         let left = guest.host.memory_digest(guest.domid).unwrap();

@@ -206,11 +206,11 @@ impl Image<'_> {
     /// Restores from `source`; afterwards either all of the guest is there, or the domain can only
     /// be destroyed.
     fn restore<S: PageSource>(&self, source: S, what: &str) -> Result<(), RestoreError> {
-        let (new, options) = make_room(self.to, self.spec);
+        let (new, rings) = make_room(self.to, self.spec);
         let domain = self.to.domain(new).unwrap();
         let domain = domain.as_ref();
         let mut toolstack = Toolstack::new(domain);
-        let result = try_restore(domain, source, &mut toolstack, &options, &mut go_on);
+        let result = try_restore(domain, source, &mut toolstack, rings, &mut go_on);
         if result.is_ok() {
             assert_same(self.left, &self.to.memory_digest(new).unwrap(), what);
         }

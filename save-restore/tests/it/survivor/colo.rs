@@ -9,7 +9,6 @@ use xsr_format::frame::Gfn;
 use xsr_format::read::{ReadOptions, RecordReader};
 use xsr_format::record::RecordKind;
 use xsr_save_restore::back_channel::FdBackChannel;
-use xsr_save_restore::restore::RestoreOptions;
 use xsr_save_restore::restore::checkpoint::{CheckpointOptions, Ending};
 use xsr_save_restore::save::precopy::XenPolicy;
 use xsr_save_restore::sink::CopySink;
@@ -18,7 +17,7 @@ use xsr_save_restore::toolstack::{
     Arrival, CheckpointRestoreToolstack, CheckpointToolstack, ColoRestoreToolstack, ColoToolstack,
     Epoch, MissingStaticData, NextEpoch, RestoreToolstack, SaveToolstack, ToolstackError, Turn,
 };
-use xsr_save_restore::{RestoreError, SaveRequest, restore_colo};
+use xsr_save_restore::{RestoreError, RestoreRequest, Rings, SaveRequest};
 use xsr_xen_backend::mock::{GuestSpec, MemoryDigest, MockHost, Workload, WorkloadSpec};
 use xsr_xen_backend::{DomId, Domain, GuestKind, Host};
 
@@ -179,13 +178,11 @@ fn beside_in(
     keep: &CheckpointOptions,
 ) -> Left {
     let [store_port, console_port] = [(); 2].map(|()| domain.alloc_unbound_port(DomId(0)).unwrap());
-    let options_there = RestoreOptions {
+    let rings_there = Rings {
         store_port,
         store_domid: DomId(0),
         console_port,
         console_domid: DomId(0),
-        threads: NonZeroUsize::new(2),
-        cpu: xsr_save_restore::CpuCheck::Refuse,
     };
     let mut there = There {
         host: to,
@@ -199,15 +196,11 @@ fn beside_in(
     let reader = RecordReader::new(CopySource(source), ReadOptions::default());
     let result = reader.map_err(RestoreError::from).and_then(|reader| {
         let go_on = &mut |_: &_| ControlFlow::Continue(());
-        restore_colo(
-            there.domain,
-            reader,
-            &mut there,
-            back,
-            &options_there,
-            keep,
-            go_on,
-        )
+        RestoreRequest::new(there.domain, rings_there)
+            .threads(NonZeroUsize::new(2))
+            .keep(keep)
+            .observe(go_on)
+            .read_colo(reader, &mut there, back)
     });
     assert_eq!(to.mapped_pages(), 0);
     let There {

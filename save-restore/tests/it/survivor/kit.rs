@@ -12,7 +12,6 @@ use xsr_format::frame::Gfn;
 use xsr_format::read::{ReadOptions, RecordReader};
 use xsr_format::record::RecordKind;
 use xsr_save_restore::SaveRequest;
-use xsr_save_restore::restore::RestoreOptions;
 use xsr_save_restore::restore::checkpoint::{CheckpointOptions, Ending, Survivor};
 use xsr_save_restore::save::precopy::XenPolicy;
 use xsr_save_restore::save::{BUFFER_BYTES, Checkpoints};
@@ -22,7 +21,7 @@ use xsr_save_restore::toolstack::{
     Arrival, CheckpointRestoreToolstack, CheckpointToolstack, Epoch, MissingStaticData, NextEpoch,
     RestoreToolstack, SaveToolstack, ToolstackError,
 };
-use xsr_save_restore::{RestoreError, restore_checkpointed};
+use xsr_save_restore::{RestoreError, RestoreRequest, Rings};
 use xsr_xen_backend::mock::{GuestSpec, MemoryDigest, MockHost, Workload, WorkloadSpec};
 use xsr_xen_backend::{DomId, Domain, GuestKind, Host, VcpuBlob};
 
@@ -339,19 +338,18 @@ pub(crate) fn survive_in<R: Read>(
     keep: &CheckpointOptions,
 ) -> Result<Survivor<CopySource<R>>, RestoreError> {
     let [store_port, console_port] = [(); 2].map(|()| domain.alloc_unbound_port(DomId(0)).unwrap());
-    let options = RestoreOptions {
+    let rings = Rings {
         store_port,
         store_domid: DomId(0),
         console_port,
         console_domid: DomId(0),
-        threads: NonZeroUsize::new(2),
-        cpu: xsr_save_restore::CpuCheck::Refuse,
     };
     let reader = RecordReader::new(CopySource(source), ReadOptions::default());
     let result = reader.map_err(RestoreError::from).and_then(|reader| {
-        restore_checkpointed(domain, reader, toolstack, &options, keep, &mut |_| {
-            ControlFlow::Continue(())
-        })
+        RestoreRequest::new(domain, rings)
+            .threads(NonZeroUsize::new(2))
+            .keep(keep)
+            .read_checkpoints(reader, toolstack)
     });
     assert_eq!(host.mapped_pages(), 0);
     result

@@ -4,11 +4,10 @@ use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
 
 use xsr_format::read::{ReadOptions, RecordReader};
-use xsr_save_restore::restore::RestoreOptions;
 use xsr_save_restore::restore::checkpoint::{CheckpointOptions, Ending};
 use xsr_save_restore::source::CopySource;
 use xsr_save_restore::toolstack::DirectToolstack;
-use xsr_save_restore::{RestoreError, restore_checkpointed};
+use xsr_save_restore::{RestoreError, RestoreRequest, Rings};
 use xsr_xen_backend::{DomId, Domain, Host};
 
 use crate::common::faulty::Faulty;
@@ -150,31 +149,26 @@ fn a_restore_that_is_stopped_takes_over_nothing() {
     let to = host(305);
     let domid = to.create_domain(kind, vcpus, pages + 256).unwrap();
     let domain = to.domain(domid).unwrap();
-    let options = RestoreOptions {
+    let rings = Rings {
         store_port: domain.alloc_unbound_port(DomId(0)).unwrap(),
         store_domid: DomId(0),
         console_port: domain.alloc_unbound_port(DomId(0)).unwrap(),
         console_domid: DomId(0),
-        threads: NonZeroUsize::new(2),
-        cpu: xsr_save_restore::CpuCheck::Refuse,
     };
     let reader = RecordReader::new(CopySource(stream.as_slice()), ReadOptions::default()).unwrap();
     let mut checkpoints = 0;
-    let result = restore_checkpointed(
-        domain.as_ref(),
-        reader,
-        &mut DirectToolstack(domain.as_ref()),
-        &options,
-        &in_memory(0),
-        &mut |progress| {
+    let result = RestoreRequest::new(domain.as_ref(), rings)
+        .threads(NonZeroUsize::new(2))
+        .keep(&in_memory(0))
+        .observe(&mut |progress| {
             let now = progress.phase == xsr_save_restore::progress::Phase::Checkpoint;
             checkpoints += u32::from(now);
             match checkpoints > 3 {
                 true => ControlFlow::Break(()),
                 false => ControlFlow::Continue(()),
             }
-        },
-    );
+        })
+        .read_checkpoints(reader, &mut DirectToolstack(domain.as_ref()));
     assert!(matches!(result, Err(RestoreError::Aborted)), "{result:?}");
     assert_eq!(to.mapped_pages(), 0);
 }
