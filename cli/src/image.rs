@@ -3,21 +3,15 @@
 //!
 //! In a file, unneeded page data are skipped by seeking; a pipe is read forwards.
 
-use std::io::Read;
+use std::fs::File;
 
 use anyhow::Context as _;
-use xsr_format::error::Place;
 use xsr_format::fields::{self, pv};
 use xsr_format::frame::Pfn;
 use xsr_format::guest_image::GuestImage;
-use xsr_format::image::{DomainHeader, ImageHeader};
 use xsr_format::read::ReadOptions;
-use xsr_format::record::Record;
-use xsr_format::record::page_data::Entries;
 use xsr_format::record::pv::PvInfo;
-use xsr_format::walk::{Content, Step, Walk};
-use xsr_format::wrapper::libxl::{LibxlHeader, LibxlRecord};
-use xsr_format::wrapper::xl::XlHeader;
+use xsr_format::walk::{Step, Walk};
 
 use crate::file::Input;
 
@@ -32,28 +26,17 @@ pub(crate) struct At {
     pub(crate) length: u64,
 }
 
-/// What a walk finds.
-#[derive(Debug)]
-pub(crate) enum Event<'a> {
-    /// The xl header.
-    Xl(&'a XlHeader),
-    /// The header of a libxl stream.
-    Libxl(LibxlHeader),
-    /// The headers of a libxc stream.
-    Libxc(ImageHeader, DomainHeader),
-    /// A record of the libxl stream.
-    LibxlRecord(At, &'a LibxlRecord),
-    /// A record of the libxc stream, other than PAGE_DATA.
-    Record(At, &'a Record<'a>),
-    /// PAGE_DATA.
-    Pages(At, Entries<'a>),
-}
+/// An item of a file.
+pub(crate) type FileStep<'w, 'f> = Step<'w, &'f File>;
 
 impl At {
-    /// The offset of the first page's contents, in a PAGE_DATA record with these entries.
-    pub(crate) fn page_data(&self, entries: Entries<'_>) -> u64 {
-        // Record header, head, entries.
-        self.offset + 8 + 8 + 8 * entries.len() as u64
+    /// Where a step is.
+    pub(crate) fn of(step: &FileStep<'_, '_>) -> Self {
+        Self {
+            index: step.index,
+            offset: step.position.offset,
+            length: step.length,
+        }
     }
 }
 
@@ -78,8 +61,8 @@ pub(crate) struct Reading {
     pub(crate) lenient: bool,
 }
 
-/// The function that is called with each event.
-type Visitor<'v> = &'v mut dyn FnMut(Event<'_>) -> anyhow::Result<()>;
+/// The function that is called with each step.
+type Visitor<'v> = &'v mut dyn FnMut(FileStep<'_, '_>) -> anyhow::Result<()>;
 
 /// The result of a walk, up to the end of the image or its first error.
 #[derive(Debug)]
@@ -121,56 +104,29 @@ impl Reading {
             offset: 0,
         };
         let file = &input.file;
-        let result = match input.length {
-            Some(_) => Walk::open_seeking(file, options)
-                .map_err(anyhow::Error::new)
-                .and_then(|mut walk| steps(&mut walk, visit, walked)),
-            None => Walk::open(file, options)
-                .map_err(anyhow::Error::new)
-                .and_then(|mut walk| steps(&mut walk, visit, walked)),
+        let opened = match input.length {
+            Some(_) => Walk::open_seeking(file, options),
+            None => Walk::open(file, options),
         };
-        result
+        opened
+            .map_err(anyhow::Error::new)
+            .and_then(|mut walk| steps(&mut walk, visit, walked))
             .map_err(|error| input.blame(error))
             .with_context(|| input.name.clone())
     }
 }
 
 /// Walk on to the end.
-fn steps<R: Read>(
-    walk: &mut Walk<R>,
-    visit: Visitor<'_>,
-    walked: &mut Walked,
-) -> anyhow::Result<()> {
+fn steps(walk: &mut Walk<&File>, visit: Visitor<'_>, walked: &mut Walked) -> anyhow::Result<()> {
     let result = each_step(walk, visit);
     walked.bytes = walk.offset();
     walked.guest = walk.take_guest();
     result
 }
 
-fn each_step<R: Read>(walk: &mut Walk<R>, visit: Visitor<'_>) -> anyhow::Result<()> {
-    while let Some(Step { position, content }) = walk.next_step()? {
-        let at = |length: u64| At {
-            index: match position.place {
-                Place::Record { index, .. } | Place::LibxlRecord { index, .. } => index,
-                _ => 0,
-            },
-            offset: position.offset,
-            length,
-        };
-        match content {
-            Content::XlHeader(header) => visit(Event::Xl(header))?,
-            Content::LibxlHeader(header) => visit(Event::Libxl(header))?,
-            Content::LibxlRecord(record) => {
-                visit(Event::LibxlRecord(at(record.body_bytes()), &record))?;
-            }
-            Content::Headers(image, domain) => visit(Event::Libxc(image, domain))?,
-            Content::PageData(body) => {
-                visit(Event::Pages(at(body.length().into()), body.entries()))?;
-            }
-            Content::Record(record) => {
-                visit(Event::Record(at(record.raw.len() as u64), &record))?;
-            }
-        }
+fn each_step(walk: &mut Walk<&File>, visit: Visitor<'_>) -> anyhow::Result<()> {
+    while let Some(step) = walk.next_step()? {
+        visit(step)?;
     }
     Ok(())
 }

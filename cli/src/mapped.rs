@@ -147,12 +147,7 @@ fn unfinished(file: &File, length: u64, lenient: bool) -> Option<LayoutError> {
         if body.pages() == 0 {
             continue;
         }
-        let at = At {
-            index: 0,
-            offset: step.position.offset,
-            length: 0,
-        };
-        if !at.page_data(body.entries()).is_multiple_of(ALIGNMENT) {
+        if !body.pages_offset().is_multiple_of(ALIGNMENT) {
             return None;
         }
         padded |= leading_pads(body.entries().iter()) > 0;

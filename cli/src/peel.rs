@@ -26,7 +26,7 @@ use xsr_format::read::ReadOptions;
 use xsr_format::wrapper::libvirt::LibvirtHeader;
 use xsr_format::wrapper::xapi::{XapiKind, XapiSource};
 use xsr_format::wrapper::xend::XendHeader;
-use xsr_format::wrapper::xl::XlHeader;
+use xsr_format::wrapper::xl::{self, XlHeader};
 use xsr_xen_backend::GuestKind;
 
 pub(crate) use self::compression::is_damage;
@@ -158,14 +158,7 @@ pub(crate) fn is_wrapped(prefix: &[u8]) -> bool {
         | Detected::Foreign(_)
         | Detected::Unknown => false,
         // A legacy stream may follow xl's header. A truncated header is treated as plain.
-        Detected::Xl => prefix.get(32..40).is_some_and(|fields| {
-            let flags = match fields {
-                [1, 2, 3, 4, .., flags] => *flags,
-                [_, _, _, _, flags, ..] => *flags,
-                _ => return false,
-            };
-            flags & 2 == 0
-        }),
+        Detected::Xl => xl::begins_legacy(prefix),
         _ => true,
     }
 }

@@ -31,8 +31,6 @@ pub enum Length {
     AtMost(u64),
     /// One or more elements of this size.
     MultipleOf(u64),
-    /// A head of this size, then zero or more elements of that size.
-    HeadAndMultipleOf(u64, u64),
 }
 
 impl Length {
@@ -43,10 +41,6 @@ impl Length {
             Self::AtLeast(n) => got >= n,
             Self::AtMost(n) => got <= n,
             Self::MultipleOf(n) => got > 0 && got.is_multiple_of(n),
-            Self::HeadAndMultipleOf(head, n) => match got.checked_sub(head) {
-                Some(rest) => rest.is_multiple_of(n),
-                None => false,
-            },
         }
     }
 }
@@ -58,9 +52,6 @@ impl fmt::Display for Length {
             Self::AtLeast(n) => write!(f, "at least {n} bytes"),
             Self::AtMost(n) => write!(f, "at most {n} bytes"),
             Self::MultipleOf(n) => write!(f, "one or more elements of {n} bytes"),
-            Self::HeadAndMultipleOf(head, n) => {
-                write!(f, "{head} bytes and then elements of {n}")
-            }
         }
     }
 }

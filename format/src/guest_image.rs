@@ -215,10 +215,8 @@ impl GuestImage {
                 if self.optional > MAX_OPTIONAL {
                     return Err(DecodeError::TooManyOptional { max: MAX_OPTIONAL });
                 }
-            }
-            // The reader refuses both: the first is deprecated, the second belongs to the back
-            // channel.
-            Body::Toolstack(_) | Body::DirtyPfns(_) => {}
+            } // The reader refuses both: the first is deprecated, the second belongs to the back
+              // channel.
         }
         Ok(())
     }

@@ -13,6 +13,7 @@ use std::io::{self, Read, Seek};
 
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
+use crate::byte_order::ByteOrder;
 use crate::decoder::{Decoder, WIRE_HEADER};
 use crate::error::{Place, Position, ReadError, ReadErrorCause};
 use crate::frame::{PAGE_SIZE, Page, WirePageEntry};
@@ -401,6 +402,18 @@ impl<R: Read> PageDataBody<'_, R> {
     /// Length of the record's body in bytes.
     pub fn length(&self) -> u32 {
         self.length
+    }
+
+    /// Bytes of the file before the first page: the offset of its contents.
+    pub fn pages_offset(&self) -> u64 {
+        let head = WIRE_HEADER.saturating_add(WirePageDataHead::BYTES as u64);
+        let entries = (self.reader.body.len() as u64).saturating_add(head);
+        self.position().offset.saturating_add(entries)
+    }
+
+    /// The byte order of the stream.
+    pub fn byte_order(&self) -> ByteOrder {
+        self.reader.image().order
     }
 
     /// Pages that have not been read yet.

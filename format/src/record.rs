@@ -4,6 +4,7 @@
 //! Specification: libxc migration stream, "Records". C implementation:
 //! `xg_sr_stream_format.h`.
 
+pub mod dirty_pfns;
 pub mod hvm;
 pub mod page_data;
 pub mod pv;
@@ -15,8 +16,9 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::byte_order::ByteOrder;
 use crate::error::{DecodeError, Length};
-use crate::frame::{PAGE_SIZE, Page, Pfn};
-use crate::wire::{U32, U64};
+use crate::frame::{PAGE_SIZE, Page};
+use crate::order::OrderError;
+use crate::wire::U32;
 
 /// Maximum size of a body, as in Xen's reader (`REC_LENGTH_MAX`).
 pub const MAX_BODY: u32 = 128 << 20;
@@ -115,6 +117,16 @@ impl RecordKind {
     }
 }
 
+impl RecordKind {
+    /// A little-endian record of this kind without a body.
+    pub fn empty_record(self) -> [u8; 8] {
+        zerocopy::transmute!(WireRecordHeader {
+            kind: U32::new(self.0, ByteOrder::Little),
+            length: U32::new(0, ByteOrder::Little),
+        })
+    }
+}
+
 impl fmt::Display for RecordKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (self.name(), self.is_optional()) {
@@ -180,14 +192,10 @@ pub enum Body<'a> {
     HvmContext(&'a [u8]),
     /// HVM_PARAMS.
     HvmParams(hvm::HvmParams<'a>),
-    /// TOOLSTACK: a blob.
-    Toolstack(&'a [u8]),
     /// VERIFY.
     Verify,
     /// CHECKPOINT.
     Checkpoint,
-    /// CHECKPOINT_DIRTY_PFN_LIST.
-    DirtyPfns(DirtyPfns<'a>),
     /// STATIC_DATA_END.
     StaticDataEnd,
     /// X86_CPUID_POLICY.
@@ -196,20 +204,6 @@ pub enum Body<'a> {
     MsrPolicy(x86::MsrPolicy<'a>),
     /// An optional record that the format does not define.
     Optional(&'a [u8]),
-}
-
-/// CHECKPOINT_DIRTY_PFN_LIST: pfns, 8 bytes each.
-#[derive(Clone, Copy, Debug)]
-pub struct DirtyPfns<'a> {
-    pfns: &'a [U64],
-    order: ByteOrder,
-}
-
-impl DirtyPfns<'_> {
-    /// The pfns, in the order of the stream.
-    pub fn iter(&self) -> impl ExactSizeIterator<Item = Pfn> {
-        self.pfns.iter().map(|pfn| Pfn(pfn.get(self.order)))
-    }
 }
 
 /// What decoding a body depends on, besides its bytes.
@@ -275,7 +269,8 @@ impl<'a> Body<'a> {
     ///
     /// # Errors
     ///
-    /// The rule that the body breaks; [`DecodeError::UnknownMandatory`] for an undefined kind.
+    /// The rule that the body breaks; [`DecodeError::UnknownMandatory`] for an undefined kind; the
+    /// error of [`Order`](crate::order) for a kind that no stream has.
     pub fn decode(kind: RecordKind, body: &'a [u8], context: Context) -> Result<Self, DecodeError> {
         let empty = || Context::length(body.len(), body.is_empty(), Length::Exactly(0));
         Ok(match kind {
@@ -295,13 +290,12 @@ impl<'a> Body<'a> {
                 Self::HvmContext(body)
             }
             RecordKind::HVM_PARAMS => Self::HvmParams(hvm::HvmParams::decode(body, context)?),
-            RecordKind::TOOLSTACK => Self::Toolstack(body),
+            RecordKind::TOOLSTACK => return Err(DecodeError::Deprecated),
             RecordKind::VERIFY => empty().map(|()| Self::Verify)?,
             RecordKind::CHECKPOINT => empty().map(|()| Self::Checkpoint)?,
-            RecordKind::CHECKPOINT_DIRTY_PFN_LIST => Self::DirtyPfns(DirtyPfns {
-                pfns: elements(body, Length::HeadAndMultipleOf(0, 8))?,
-                order: context.order,
-            }),
+            RecordKind::CHECKPOINT_DIRTY_PFN_LIST => {
+                return Err(OrderError::BackChannel { kind }.into());
+            }
             RecordKind::STATIC_DATA_END => empty().map(|()| Self::StaticDataEnd)?,
             RecordKind::X86_CPUID_POLICY => {
                 Self::CpuidPolicy(x86::CpuidPolicy::decode(body, context)?)

@@ -388,10 +388,8 @@ impl<W: ImageSink> Transcoder<'_, W> {
                 self.deliver()?;
                 long_record(self.sink, kind, raw)?;
             }
-            // Records that are not in a stream, or whose contents are unknown.
-            Body::Optional(_) | Body::Toolstack(_) | Body::DirtyPfns(_) => {
-                self.libxc()?.record(kind, &[raw])?;
-            }
+            // Its contents are unknown.
+            Body::Optional(_) => self.libxc()?.record(kind, &[raw])?,
         }
         self.deliver()
     }

@@ -43,8 +43,35 @@ const LEAST_KEPT: u64 = 512;
 pub struct Step<'w, R> {
     /// Its position.
     pub position: Position,
+    /// Number of the record in its stream, from 0; 0 for headers.
+    pub index: u64,
+    /// Bytes in the record's body, without padding; for headers, all their bytes.
+    pub length: u64,
     /// The item.
     pub content: Content<'w, R>,
+}
+
+impl<'w, R> Step<'w, R> {
+    fn header(place: Place, offset: u64, length: u64, content: Content<'w, R>) -> Self {
+        Self {
+            position: Position { place, offset },
+            index: 0,
+            length,
+            content,
+        }
+    }
+
+    fn libxl_record(position: Position, record: LibxlRecord) -> Self {
+        Self {
+            position,
+            index: match position.place {
+                Place::LibxlRecord { index, .. } => index,
+                _ => 0,
+            },
+            length: record.body_bytes(),
+            content: Content::LibxlRecord(record),
+        }
+    }
 }
 
 /// The content of a [`Step`].
@@ -63,6 +90,33 @@ pub enum Content<'w, R> {
     PageData(PageDataBody<'w, R>),
     /// Any other record of the libxc stream.
     Record(Record<'w>),
+}
+
+impl<R: Read> Content<'_, R> {
+    /// The largest part of the item's bytes that is in memory, unchanged, and the number of the
+    /// item's bytes before it: the body of a record without its head, or the entries of PAGE_DATA.
+    /// `None` for headers and for records of fixed length.
+    pub fn blob(&self) -> Option<(usize, &[u8])> {
+        /// Bytes in a record's header, in either stream, and in the heads of some bodies.
+        const HEADER: usize = 8;
+        const WITH_HEAD: usize = 16;
+        match self {
+            Self::Record(record) => Some((HEADER, record.raw)),
+            Self::PageData(body) => Some((WITH_HEAD, body.entries().as_bytes())),
+            Self::LibxlRecord(record) => match record {
+                LibxlRecord::EmulatorContext { state, .. } => Some((WITH_HEAD, state)),
+                LibxlRecord::EmulatorXenstoreData { data, .. } => {
+                    Some((WITH_HEAD, data.as_bytes()))
+                }
+                LibxlRecord::Optional { body, .. } => Some((HEADER, body)),
+                LibxlRecord::End
+                | LibxlRecord::LibxcContext
+                | LibxlRecord::CheckpointEnd
+                | LibxlRecord::CheckpointState(_) => None,
+            },
+            Self::XlHeader(_) | Self::LibxlHeader(_) | Self::Headers(..) => None,
+        }
+    }
 }
 
 /// Reader of a file, step by step.
@@ -257,12 +311,9 @@ impl<R: Read> Walk<R> {
             true => Next::LibxlHeader,
             false => Next::NotVersion2,
         };
-        let position = Position {
-            place: Place::XlHeader,
-            offset: start,
-        };
+        let length = header.bytes();
         let content = Content::XlHeader(self.xl.insert(header));
-        Ok(Step { position, content })
+        Ok(Step::header(Place::XlHeader, start, length, content))
     }
 
     /// The file is not a stream of version 2, so it must be a legacy one: detect it.
@@ -282,12 +333,9 @@ impl<R: Read> Walk<R> {
         self.held = Held::Source(source, state.offset, Vec::new());
         self.libxl = Some(state);
         self.next = Next::LibxlRecord;
-        let position = Position {
-            place: Place::LibxlHeader,
-            offset: start,
-        };
+        let length = LibxlHeader::BYTES as u64;
         let content = Content::LibxlHeader(header);
-        Ok(Step { position, content })
+        Ok(Step::header(Place::LibxlHeader, start, length, content))
     }
 
     fn libxl_record(&mut self) -> Result<Step<'_, R>, ReadError> {
@@ -311,8 +359,7 @@ impl<R: Read> Walk<R> {
             LibxlRecord::End => Next::Nothing,
             _ => Next::LibxlRecord,
         };
-        let content = Content::LibxlRecord(record);
-        Ok(Step { position, content })
+        Ok(Step::libxl_record(position, record))
     }
 
     fn libxc_headers(&mut self) -> Result<Step<'_, R>, ReadError> {
@@ -323,11 +370,8 @@ impl<R: Read> Walk<R> {
         self.guest = Some(GuestImage::new(reader.domain().guest_type));
         self.held = Held::Libxc(reader);
         self.next = Next::LibxcRecord;
-        let position = Position {
-            place: Place::ImageHeader,
-            offset: start,
-        };
-        Ok(Step { position, content })
+        let length = (ImageHeader::BYTES as u64).saturating_add(DomainHeader::BYTES as u64);
+        Ok(Step::header(Place::ImageHeader, start, length, content))
     }
 
     fn libxc_record(&mut self) -> Result<Step<'_, R>, ReadError> {
@@ -349,8 +393,12 @@ impl<R: Read> Walk<R> {
             return Err(ReadError { position, cause });
         }
         self.next = Next::LibxcRecord;
-        let content = match incoming {
-            Incoming::PageData(body) => Content::PageData(body),
+        let index = match position.place {
+            Place::Record { index, .. } => index,
+            _ => 0,
+        };
+        let (length, content) = match incoming {
+            Incoming::PageData(body) => (u64::from(body.length()), Content::PageData(body)),
             Incoming::Record(record) => {
                 match record.kind {
                     RecordKind::END if in_libxl => self.next = Next::LibxlRecord,
@@ -363,10 +411,15 @@ impl<R: Read> Walk<R> {
                     }
                     _ => {}
                 }
-                Content::Record(record)
+                (record.raw.len() as u64, Content::Record(record))
             }
         };
-        Ok(Step { position, content })
+        Ok(Step {
+            position,
+            index,
+            length,
+            content,
+        })
     }
 
     /// A libxl record, read from the source of the paused libxc layer.
@@ -384,8 +437,7 @@ impl<R: Read> Walk<R> {
             LibxlRecord::CheckpointEnd | LibxlRecord::CheckpointState(_) => Next::Resumption,
             _ => Next::CheckpointRecord,
         };
-        let content = Content::LibxlRecord(record);
-        Ok(Step { position, content })
+        Ok(Step::libxl_record(position, record))
     }
 
     /// CHECKPOINT_STATE has the same number as a record that only PV guests have. COLO is for HVM

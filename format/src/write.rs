@@ -169,6 +169,16 @@ pub(crate) fn long_p2m_frames(
     Ok(())
 }
 
+/// Appends a record to bytes in memory, little endian: for optional records that a caller adds to a
+/// stream that it copies.
+///
+/// # Errors
+///
+/// A body over [`MAX_BODY`].
+pub fn append_record(out: &mut Vec<u8>, kind: RecordKind, body: &[u8]) -> Result<(), WriteError> {
+    long_record(out, kind, body)
+}
+
 fn body_length(kind: RecordKind, bytes: usize) -> Result<u32, WriteError> {
     u32::try_from(bytes)
         .ok()
@@ -474,23 +484,4 @@ impl<W: Write> RecordWriter<W> {
         }
         Ok(())
     }
-}
-
-/// CHECKPOINT_DIRTY_PFN_LIST as a complete record, for the back channel, which has no headers.
-///
-/// # Errors
-///
-/// More pfns than a record holds.
-pub fn dirty_pfn_list(pfns: &[Pfn]) -> Result<Vec<u8>, WriteError> {
-    const KIND: RecordKind = RecordKind::CHECKPOINT_DIRTY_PFN_LIST;
-    let bytes = pfns.len().saturating_mul(8);
-    let length = u32::try_from(bytes)
-        .ok()
-        .filter(|length| *length <= MAX_BODY)
-        .ok_or_else(|| length_error(KIND, Length::AtMost(u64::from(MAX_BODY)), bytes))?;
-    let mut out = header(KIND, length).as_bytes().to_vec();
-    for pfn in pfns {
-        out.extend_from_slice(U64::new(pfn.0, ORDER).as_bytes());
-    }
-    Ok(out)
 }

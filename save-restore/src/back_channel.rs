@@ -19,11 +19,11 @@ use std::os::fd::AsFd;
 
 use thiserror::Error;
 use xsr_format::frame::Pfn;
+use xsr_format::record::dirty_pfns::{DirtyPfnsError, DirtyPfnsHead};
 use xsr_format::record::{MAX_BODY, RecordKind};
 use xsr_xen_backend::DirtyBitmap;
 
 use crate::descriptor::Descriptor;
-use crate::migrate::messages::{PfnListError, PfnListHead};
 use crate::progress::Cancel;
 
 /// The primary's end of a back channel.
@@ -159,10 +159,10 @@ pub(crate) fn merge(
 ) -> Result<Behind, BackChannelError> {
     let mut header = [0; 8];
     back.read_exact(&mut header)?;
-    let bytes = match PfnListHead::decode(header) {
+    let bytes = match DirtyPfnsHead::decode(header) {
         Ok(head) => head.body_bytes,
-        Err(PfnListError::Kind(kind)) => return Err(BackChannelError::Kind { number, kind }),
-        Err(PfnListError::Length(bytes)) => {
+        Err(DirtyPfnsError::Kind(kind)) => return Err(BackChannelError::Kind { number, kind }),
+        Err(DirtyPfnsError::Length(bytes)) => {
             return Err(BackChannelError::Length { number, bytes });
         }
     };
@@ -172,7 +172,7 @@ pub(crate) fn merge(
     if (&mut *back).take(length).read_to_end(&mut body)? as u64 != length {
         return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
     }
-    let mut pfns = PfnListHead::pfns(&body).peekable();
+    let mut pfns = DirtyPfnsHead::pfns(&body).peekable();
     // After a header of 16 bytes the last pfn is left over, or the header's own zero if the list is
     // empty.
     let behind = Behind {
@@ -198,7 +198,7 @@ mod tests {
     use std::io::Write;
     use std::os::unix::net::UnixStream;
 
-    use xsr_format::write::dirty_pfn_list;
+    use xsr_format::record::dirty_pfns::dirty_pfns;
 
     use super::*;
 
@@ -235,7 +235,7 @@ mod tests {
 
     fn list(pfns: &[u64]) -> Vec<u8> {
         let pfns: Vec<Pfn> = pfns.iter().copied().map(Pfn).collect();
-        dirty_pfn_list(&pfns).unwrap()
+        dirty_pfns(&pfns).unwrap()
     }
 
     /// As Xen 4.18 sends it.

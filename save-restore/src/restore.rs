@@ -259,7 +259,7 @@ impl<'r, 'p, T: RestoreToolstack + ?Sized> Run<'r, 'p, T> {
             | Body::HvmParams(_)
             | Body::TscInfo(_) => {}
             // END and CHECKPOINT end the loop; the reader does not return the others.
-            Body::End | Body::Checkpoint | Body::Toolstack(_) | Body::DirtyPfns(_) => {}
+            Body::End | Body::Checkpoint => {}
         }
         Ok(())
     }

@@ -8,15 +8,15 @@ use std::io::{self, Read, Write};
 use std::rc::Rc;
 
 use anyhow::{Context as _, Error, Result};
+use xsr_format::byte_order::ByteOrder;
 use xsr_format::detect::Detected;
 use xsr_format::error::WriteError;
 use xsr_format::frame::PageEntry;
 use xsr_format::layout::leading_pads;
 use xsr_format::read::{EndedAfter, PageDataBody, ReadOptions};
-use xsr_format::record::{MAX_BATCH, RecordKind};
+use xsr_format::record::MAX_BATCH;
 use xsr_format::transcode::Layer;
 use xsr_format::walk::{Content, Walk};
-use xsr_format::wrapper::libxl::LibxlRecord;
 use xsr_format::wrapper::xl::XlHeader;
 use xsr_format::write::page_data_head;
 
@@ -59,15 +59,8 @@ impl Raw {
         if self.bytes == self.head.len() {
             return sink.write_all(&self.head);
         }
-        let (start, body): (usize, &[u8]) = match content {
-            Content::Record(record) => (8, record.raw),
-            Content::PageData(body) => (16, body.entries().as_bytes()),
-            Content::LibxlRecord(LibxlRecord::EmulatorContext { state, .. }) => (16, state),
-            Content::LibxlRecord(LibxlRecord::EmulatorXenstoreData { data, .. }) => {
-                (16, data.as_bytes())
-            }
-            Content::LibxlRecord(LibxlRecord::Optional { body, .. }) => (8, body),
-            _ => return Err(io::Error::other("a header is too long")),
+        let Some((start, body)) = content.blob() else {
+            return Err(io::Error::other("a header is too long"));
         };
         let pad = self.bytes - start - body.len();
         sink.write_all(&self.head[..start])?;
@@ -113,12 +106,11 @@ impl Read for Heard<'_> {
 /// `None` if there are no pads.
 pub(super) fn without_pads<R: Read>(
     body: &PageDataBody<'_, R>,
-    raw: &Raw,
 ) -> Result<Option<Vec<u8>>, WriteError> {
     let entries = body.entries();
     let pads = leading_pads(entries.iter());
     // The mapped layout is little endian, and its batches are no longer than a plain stream's.
-    let is_mapped = raw.head.starts_with(&RecordKind::PAGE_DATA.0.to_le_bytes());
+    let is_mapped = body.byte_order() == ByteOrder::Little;
     if pads == 0 || !is_mapped || entries.len() - pads > MAX_BATCH {
         return Ok(None);
     }
@@ -229,7 +221,7 @@ fn cat(args: &CatArgs, wanted: Layer, input: &Input, sink: &mut Sink<'_>) -> Res
                 Some(header.without_blanks(blanks)?.encode())
             }
             Content::PageData(_) if moved.is_some() => Some(Vec::new()),
-            Content::PageData(body) => without_pads(body, &raw)?,
+            Content::PageData(body) => without_pads(body)?,
             _ => None,
         };
         match instead {

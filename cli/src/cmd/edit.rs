@@ -16,6 +16,7 @@ use xsr_format::record::RecordKind;
 use xsr_format::walk::{Content, Walk};
 use xsr_format::wrapper::libxl::LibxlRecord;
 use xsr_format::wrapper::xl::XlHeader;
+use xsr_format::write::append_record;
 
 use super::cat::{Heard, without_pads};
 use crate::args::images::EditArgs;
@@ -151,7 +152,7 @@ fn edit(args: &EditArgs, input: &Input, sink: &mut Sink<'_>) -> Result<u64> {
                 }
                 raw.write(&step.content, sink)?;
             }
-            Content::PageData(body) => match without_pads(body, &raw)? {
+            Content::PageData(body) => match without_pads(body)? {
                 Some(bytes) => sink.write_all(&bytes)?,
                 None => raw.write(&step.content, sink)?,
             },
@@ -218,11 +219,8 @@ fn additions(args: &EditArgs) -> Result<Vec<u8>> {
     let mut out = Vec::new();
     for (kind, path) in &args.add {
         let body = std::fs::read(path).with_context(|| path.display().to_string())?;
-        let length = u32::try_from(body.len()).context("a record's length")?;
-        out.extend(kind.to_le_bytes());
-        out.extend(length.to_le_bytes());
-        out.extend(&body);
-        out.resize(out.len().next_multiple_of(8), 0);
+        append_record(&mut out, RecordKind(*kind), &body)
+            .with_context(|| path.display().to_string())?;
     }
     Ok(out)
 }

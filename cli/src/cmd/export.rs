@@ -18,15 +18,18 @@ use clap::ValueEnum as _;
 use serde::Serialize;
 use xsr_format::core_dump::{CoreDump, vcpu_context_of_hvm};
 use xsr_format::fields::hvm::{HvmContext, HvmRecordKind};
+use xsr_format::fields::pv::VCPU_CONTEXT_64;
+use xsr_format::fields::{self, Layout, Value};
 use xsr_format::frame::PAGE_SIZE;
 use xsr_format::guest_image::GuestImage;
 use xsr_format::image::GuestType;
 use xsr_format::record::pv::PvInfo;
+use xsr_format::walk::Content;
 
 use crate::args::images::{ExportArgs, ExportFormat};
 use crate::exit::{BadImage, BadUsage, Code};
 use crate::file::Input;
-use crate::image::{Event, Reading};
+use crate::image::{FileStep, Reading};
 use crate::output::{Existing, Output, Plan, Sink};
 use crate::page_map::{PageMap, Run, runs_of};
 use crate::stdout::report;
@@ -72,8 +75,8 @@ pub(crate) fn run(args: &ExportArgs, terminal: &Terminal) -> Result<Code> {
     let reading = Reading {
         lenient: args.lenient,
     };
-    let walked = reading.over(&input, &mut |event| {
-        contents.event(event)?;
+    let walked = reading.over(&input, &mut |step| {
+        contents.step(&step)?;
         Ok(())
     })?;
     if let Some(guest) = walked.guest {
@@ -136,18 +139,21 @@ struct Contents {
 }
 
 impl Contents {
-    fn event(&mut self, event: Event<'_>) -> Result<(), BadImage> {
-        match event {
-            Event::Libxc(_, domain) => {
+    fn step(&mut self, step: &FileStep<'_, '_>) -> Result<(), BadImage> {
+        match &step.content {
+            Content::Headers(_, domain) => {
                 self.core.hvm = domain.guest_type == GuestType::X86_HVM;
                 self.core.xen = (domain.xen_major, domain.xen_minor);
             }
-            Event::Pages(at, entries) => {
-                for run in runs_of(entries.iter(), at.page_data(entries)) {
+            Content::PageData(body) => {
+                for run in runs_of(body.entries().iter(), body.pages_offset()) {
                     self.map.insert(run)?;
                 }
             }
-            Event::Xl(_) | Event::Libxl(_) | Event::LibxlRecord(..) | Event::Record(..) => {}
+            Content::XlHeader(_)
+            | Content::LibxlHeader(_)
+            | Content::LibxlRecord(_)
+            | Content::Record(_) => {}
         }
         Ok(())
     }
@@ -221,7 +227,7 @@ impl Contents {
             false => (mem::take(&mut self.vcpus).into_iter())
                 .map(|(number, context)| Vcpu {
                     number,
-                    paging: Paging::Four(word(&context, CR3_OF_PV)),
+                    paging: Paging::Four(word(&VCPU_CONTEXT_64, &context, "ctrlreg[3]")),
                     context,
                 })
                 .collect(),
@@ -273,25 +279,25 @@ impl Contents {
     }
 }
 
-/// Offset of `ctrlreg[3]` in `vcpu_guest_context_t` of a 64-bit guest. In an image it holds a pfn.
-const CR3_OF_PV: usize = 4984 + 3 * 8;
-
-/// The 64-bit word at `at`; 0 if it is beyond the end.
-fn word(bytes: &[u8], at: usize) -> u64 {
-    bytes
-        .get(at..at + 8)
-        .and_then(|word| word.try_into().ok())
-        .map_or(0, u64::from_le_bytes)
+/// The number in a field of a blob; 0 if the blob has no such field.
+fn word(layout: &Layout, blob: &[u8], name: &str) -> u64 {
+    let field = fields::fields(layout, blob).find(|field| field.name == name);
+    match field.map(|field| field.value) {
+        Some(Value::Hex(number)) => number,
+        _ => 0,
+    }
 }
 
 /// How the vcpu of a CPU record (`struct hvm_hw_cpu`) translates addresses.
 fn paging_of_hvm(cpu: &[u8]) -> Paging {
-    const CR0: usize = 656;
-    const CR3: usize = 672;
-    const CR4: usize = 680;
-    const EFER: usize = 992;
-    let [cr0, cr3, cr4, efer] = [CR0, CR3, CR4, EFER].map(|at| word(cpu, at));
-    Paging::of_registers(cr0, cr3, cr4, efer)
+    let layout = HvmRecordKind::CPU.layout(cpu.len());
+    let register = |name| layout.map_or(0, |layout| word(layout, cpu, name));
+    Paging::of_registers(
+        register("cr0"),
+        register("cr3"),
+        register("cr4"),
+        register("msr_efer"),
+    )
 }
 
 /// Copy a part of the image.

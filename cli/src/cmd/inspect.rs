@@ -17,6 +17,7 @@ use xsr_format::image::{DomainHeader, GuestType, ImageHeader};
 use xsr_format::record::page_data::Entries;
 use xsr_format::record::pv::PvInfo;
 use xsr_format::record::{Body, Record, RecordKind};
+use xsr_format::walk::Content;
 use xsr_format::wrapper::libxl::{LibxlHeader, LibxlRecord};
 use xsr_format::wrapper::xl::XlHeader;
 
@@ -28,7 +29,7 @@ use crate::args::InspectArgs;
 use crate::config::{self, Config};
 use crate::exit::{self, BadImage, Code};
 use crate::file::Input;
-use crate::image::{self, At, Event, Reading, Walked};
+use crate::image::{self, At, FileStep, Reading, Walked};
 use crate::mapped;
 use crate::origin::Origin;
 use crate::page_map::{PageMap, runs_of};
@@ -67,8 +68,8 @@ pub(crate) fn run(args: &InspectArgs, terminal: &Terminal) -> Result<Code> {
         guest: None,
         bytes: 0,
     };
-    let mut visit = |event: Event<'_>| {
-        inspection.event(event)?;
+    let mut visit = |step: FileStep<'_, '_>| {
+        inspection.step(&step)?;
         Ok(())
     };
     let end = reading.walk(&input, &mut visit, &mut walked);
@@ -170,15 +171,16 @@ impl Inspection {
         }
     }
 
-    fn event(&mut self, event: Event<'_>) -> Result<(), BadImage> {
+    fn step(&mut self, step: &FileStep<'_, '_>) -> Result<(), BadImage> {
         self.any = true;
-        match event {
-            Event::Xl(header) => self.xl(header),
-            Event::Libxl(header) => self.libxl(header),
-            Event::Libxc(image, domain) => self.libxc(image, domain),
-            Event::LibxlRecord(at, record) => self.libxl_record(at, record),
-            Event::Record(at, record) => self.record(at, record),
-            Event::Pages(at, entries) => self.pages(at, entries)?,
+        let at = At::of(step);
+        match &step.content {
+            Content::XlHeader(header) => self.xl(header),
+            Content::LibxlHeader(header) => self.libxl(*header),
+            Content::Headers(image, domain) => self.libxc(*image, *domain),
+            Content::LibxlRecord(record) => self.libxl_record(at, record),
+            Content::Record(record) => self.record(at, record),
+            Content::PageData(body) => self.pages(at, body.entries(), body.pages_offset())?,
         }
         Ok(())
     }
@@ -366,8 +368,8 @@ impl Inspection {
         Ok(())
     }
 
-    fn pages(&mut self, at: At, entries: Entries<'_>) -> Result<(), BadImage> {
-        for run in runs_of(entries.iter(), at.page_data(entries)) {
+    fn pages(&mut self, at: At, entries: Entries<'_>, data: u64) -> Result<(), BadImage> {
+        for run in runs_of(entries.iter(), data) {
             self.map.insert(run)?;
         }
         let facts = PageFacts::new(entries, self.list && self.listed < MOST_RUNS);

@@ -14,12 +14,13 @@ use xsr_format::image::ImageHeader;
 use xsr_format::layout::check::check;
 use xsr_format::layout::{LayoutError, Mapped};
 use xsr_format::record::Body;
+use xsr_format::walk::Content;
 
 use crate::args::VerifyArgs;
 use crate::config::Config;
 use crate::exit::{self, BadImage, Code};
 use crate::file::Input;
-use crate::image::{Event, Reading};
+use crate::image::{At, FileStep, Reading};
 use crate::mapped::{self, Compared, Positioned};
 use crate::origin;
 use crate::page_map::{PageMap, runs_of};
@@ -140,11 +141,11 @@ fn verify(
     }
     let mut facts = Facts::default();
     let mut compared = index.as_ref().map(Compared::new);
-    let walked = reading.over(&input, &mut |event| {
-        facts.event(&event)?;
-        verdict.event(&event);
-        if let (Event::Pages(at, entries), Some(compared)) = (&event, &mut compared) {
-            compared.pages(*at, *entries)?;
+    let walked = reading.over(&input, &mut |step| {
+        facts.step(&step)?;
+        verdict.step(&step);
+        if let (Content::PageData(body), Some(compared)) = (&step.content, &mut compared) {
+            compared.pages(At::of(&step), body.entries())?;
         }
         Ok(())
     })?;
@@ -220,28 +221,28 @@ struct Facts {
 }
 
 impl Facts {
-    /// Take note of an event. What makes the image bad is an error.
-    fn event(&mut self, event: &Event<'_>) -> Result<()> {
-        match event {
-            Event::Xl(header) => {
+    /// Take note of a step. What makes the image bad is an error.
+    fn step(&mut self, step: &FileStep<'_, '_>) -> Result<()> {
+        match &step.content {
+            Content::XlHeader(header) => {
                 self.config = verdict::config_of(header)?.map(|(_, config)| config);
             }
-            Event::Libxc(image, domain) => {
+            Content::Headers(image, domain) => {
                 let kind = self.config.as_ref().map(|config| config.kind);
                 verdict::check_headers(*image, *domain, kind)?;
                 self.image = Some(*image);
             }
-            Event::Pages(at, entries) => {
-                for run in runs_of(entries.iter(), at.page_data(*entries)) {
+            Content::PageData(body) => {
+                for run in runs_of(body.entries().iter(), body.pages_offset()) {
                     self.pages.insert_populated(run)?;
                 }
             }
-            Event::Record(_, record) => {
+            Content::Record(record) => {
                 if let (Body::Vcpu(vcpu), Some(config)) = (&record.body, &self.config) {
                     verdict::check_vcpu(record.kind, vcpu.vcpu, config)?;
                 }
             }
-            Event::Libxl(_) | Event::LibxlRecord(..) => {}
+            Content::LibxlHeader(_) | Content::LibxlRecord(_) => {}
         }
         Ok(())
     }
@@ -256,26 +257,26 @@ impl Verdict {
         }
     }
 
-    fn event(&mut self, event: &Event<'_>) {
-        let layer = match event {
-            Event::Xl(_) => "xl",
-            Event::Libxl(_) => "libxl",
+    fn step(&mut self, step: &FileStep<'_, '_>) {
+        let layer = match step.content {
+            Content::XlHeader(_) => "xl",
+            Content::LibxlHeader(_) => "libxl",
             _ => "libxc",
         };
         self.layer.get_or_insert(layer);
-        match event {
-            Event::Libxc(_, domain) => {
+        match &step.content {
+            Content::Headers(_, domain) => {
                 self.guest_type = Some(domain.guest_type.to_string());
                 if !domain.is_converted() {
                     self.xen = Some(format!("{}.{}", domain.xen_major, domain.xen_minor));
                 }
             }
-            Event::LibxlRecord(..) | Event::Record(..) => self.records += 1,
-            Event::Pages(_, entries) => {
+            Content::LibxlRecord(_) | Content::Record(_) => self.records += 1,
+            Content::PageData(body) => {
                 self.records += 1;
-                self.page_entries += entries.len() as u64;
+                self.page_entries += body.entries().len() as u64;
             }
-            Event::Xl(_) | Event::Libxl(_) => {}
+            Content::XlHeader(_) | Content::LibxlHeader(_) => {}
         }
     }
 

@@ -28,7 +28,8 @@ pub mod write;
 pub use order::{LibxlOrder, LibxlOrderError};
 pub use read::LibxlReader;
 pub use record::{
-    CheckpointState, EmulatorId, EmulatorInstance, LibxlRecord, LibxlRecordKind, XenstoreData,
+    CheckpointState, CheckpointStateRecord, EmulatorId, EmulatorInstance, LibxlRecord,
+    LibxlRecordKind, XenstoreData,
 };
 pub use write::LibxlWriter;
 

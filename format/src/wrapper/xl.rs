@@ -143,6 +143,24 @@ pub enum XlError {
     },
 }
 
+/// Whether a file that begins with these bytes (40 suffice) has xl's header and a legacy stream
+/// after it, which [`Walk`](crate::walk::Walk) does not read. A header that ends before its flags
+/// does not count.
+pub fn begins_legacy(prefix: &[u8]) -> bool {
+    let fields = prefix
+        .strip_prefix(&MAGIC)
+        .and_then(|rest| rest.first_chunk::<8>());
+    let Some(fields) = fields else {
+        return false;
+    };
+    let [mark, flags]: [U32; 2] = zerocopy::transmute!(*fields);
+    let order = match mark.get(ByteOrder::Big) {
+        BYTE_ORDER_MARK => ByteOrder::Big,
+        _ => ByteOrder::Little,
+    };
+    flags.get(order) & FLAG_STREAM_V2 == 0
+}
+
 /// The xl file header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct XlHeader {

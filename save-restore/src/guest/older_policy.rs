@@ -9,10 +9,11 @@
 
 use std::collections::BTreeMap;
 
+use xsr_format::byte_order::ByteOrder;
+use xsr_format::cpu_policy::CpuPolicy as TypedPolicy;
+use xsr_format::record::x86::{CpuidLeaf, CpuidPolicy};
 use xsr_xen_backend::{BackendError, CpuPolicy, Domain};
 
-/// Bytes of a leaf: leaf, subleaf and four registers, 32 bits each, little endian.
-const LEAF_BYTES: usize = 24;
 /// The subleaf of a leaf that has none.
 const NO_SUBLEAF: u32 = u32::MAX;
 
@@ -83,20 +84,28 @@ struct Leaves(BTreeMap<(u32, u32), [u32; 4]>);
 
 impl Leaves {
     fn decode(bytes: &[u8]) -> Self {
-        let leaves = bytes.chunks_exact(LEAF_BYTES).map(|leaf| {
-            let (words, _) = leaf.as_chunks::<4>();
-            let word = |at: usize| words.get(at).map_or(0, |word| u32::from_le_bytes(*word));
-            ((word(0), word(1)), [word(2), word(3), word(4), word(5)])
-        });
+        let whole = bytes.len() - bytes.len() % CpuidPolicy::LEAF_BYTES;
+        let policy = TypedPolicy::parse(&bytes[..whole], &[]).unwrap_or_default();
+        let leaves = policy.leaves.iter();
+        let leaves = leaves.map(|l| ((l.leaf, l.subleaf), [l.eax, l.ebx, l.ecx, l.edx]));
         Self(leaves.collect())
     }
 
     fn encode(&self) -> Vec<u8> {
-        let words = self.0.iter().flat_map(|((leaf, subleaf), registers)| {
+        let leaves = self.0.iter().map(|((leaf, subleaf), registers)| {
             let [eax, ebx, ecx, edx] = *registers;
-            [*leaf, *subleaf, eax, ebx, ecx, edx]
+            CpuidLeaf {
+                leaf: *leaf,
+                subleaf: *subleaf,
+                eax,
+                ebx,
+                ecx,
+                edx,
+            }
         });
-        words.flat_map(u32::to_le_bytes).collect()
+        leaves
+            .flat_map(|leaf| leaf.encode(ByteOrder::Little))
+            .collect()
     }
 
     fn has(&self, (leaf, subleaf, register, bit): Bit) -> bool {

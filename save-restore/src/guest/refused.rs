@@ -11,9 +11,6 @@ use xsr_format::fields::hvm::{HvmContext, HvmRecordKind};
 use xsr_format::fields::x86::{arch_capabilities, leaf_name, msr_name};
 use xsr_xen_backend::{BackendError, CpuPolicy, Detail, Domain, PolicyEntry};
 
-/// Bytes of a leaf and of a register in a policy.
-const LEAF: usize = 24;
-const MSR: usize = 16;
 /// "The leaf has no subleaves."
 const NO_SUBLEAF: u32 = u32::MAX;
 /// MSR_ARCH_CAPABILITIES.
@@ -71,37 +68,20 @@ fn leaves_of(policy: &CpuPolicy) -> Leaves {
     Leaves::parse(&policy.leaves, &policy.msrs).unwrap_or_default()
 }
 
-fn word(bytes: &[u8], at: usize) -> u32 {
-    bytes
-        .get(at..at + 4)
-        .and_then(|bytes| bytes.try_into().ok())
-        .map_or(0, u32::from_le_bytes)
-}
-
-/// Leaf, subleaf, and the four registers.
-fn leaves(policy: &CpuPolicy) -> impl Iterator<Item = (u32, u32, [u32; 4])> {
-    policy.leaves.chunks_exact(LEAF).map(|entry| {
-        let register = |n: usize| word(entry, 8 + 4 * n);
-        let registers = [register(0), register(1), register(2), register(3)];
-        (word(entry, 0), word(entry, 4), registers)
-    })
-}
-
+/// The four registers of a leaf.
 fn find_leaf(policy: &CpuPolicy, leaf: u32, subleaf: u32) -> Option<[u32; 4]> {
-    leaves(policy)
-        .find(|(l, s, _)| (*l, *s) == (leaf, subleaf))
-        .map(|(.., registers)| registers)
+    let leaves = leaves_of(policy).leaves;
+    let found = leaves
+        .iter()
+        .find(|found| (found.leaf, found.subleaf) == (leaf, subleaf))?;
+    Some([found.eax, found.ebx, found.ecx, found.edx])
 }
 
+/// The flags and the value of an MSR.
 fn find_msr(policy: &CpuPolicy, index: u32) -> Option<(u32, u64)> {
-    policy
-        .msrs
-        .chunks_exact(MSR)
-        .find(|entry| word(entry, 0) == index)
-        .map(|entry| {
-            let value = u64::from(word(entry, 8)) | u64::from(word(entry, 12)) << 32;
-            (word(entry, 4), value)
-        })
+    let msrs = leaves_of(policy).msrs;
+    let found = msrs.iter().find(|found| found.index == index)?;
+    Some((found.flags, found.value))
 }
 
 /// The name of the processor that a policy describes.
@@ -302,15 +282,17 @@ mod tests {
     #[test]
     fn a_leaf_is_named_with_both_values_and_the_features_that_are_missing() {
         let refused = refused(|policy| {
-            for entry in policy.leaves.chunks_exact_mut(LEAF) {
-                match word(entry, 0) {
-                    0 => entry[8] = 0x30,
+            let mut typed = leaves_of(policy);
+            for leaf in &mut typed.leaves {
+                match leaf.leaf {
+                    0 => leaf.eax = leaf.eax & !0xff | 0x30,
                     // avx512f.
-                    7 => entry[14] |= 1,
-                    0x8000_0002 => entry[8..12].copy_from_slice(b"Real"),
+                    7 => leaf.ebx |= 1 << 16,
+                    0x8000_0002 => leaf.eax = u32::from_le_bytes(*b"Real"),
                     _ => {}
                 }
             }
+            policy.leaves = typed.encode().0;
         });
         let text = refused.to_string();
         for part in [

@@ -92,7 +92,7 @@ use crate::text::shown;
 mod checkpoint;
 mod last_words;
 
-pub use checkpoint::{ColoWord, PfnListError, PfnListHead, Withdrawal};
+pub use checkpoint::{ColoWord, Withdrawal};
 pub use last_words::LastWords;
 
 /// A message of fixed bytes. All except the banner end in NUL.

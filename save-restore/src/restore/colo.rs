@@ -7,7 +7,7 @@ use std::io::{self, Write};
 
 use xsr_format::frame::Pfn;
 use xsr_format::read::RecordReader;
-use xsr_format::write::dirty_pfn_list;
+use xsr_format::record::dirty_pfns::dirty_pfns;
 use xsr_xen_backend::{DirtyBitmap, DirtyRead};
 
 use crate::error::RestoreError;
@@ -83,6 +83,6 @@ impl<T: ColoRestoreToolstack + ?Sized> Run<'_, '_, T> {
         let mut dirty = DirtyBitmap::new(pfns);
         self.domain.read_dirty(DirtyRead::Clean, &mut dirty)?;
         let pfns: Vec<Pfn> = dirty.iter().collect();
-        dirty_pfn_list(&pfns).map_err(|error| failed(error.into()))
+        dirty_pfns(&pfns).map_err(|error| failed(error.into()))
     }
 }

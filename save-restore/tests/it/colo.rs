@@ -9,7 +9,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use crate::common::*;
 use xsr_format::frame::{Gfn, Pfn};
 use xsr_format::read::{ReadOptions, RecordReader};
-use xsr_format::write::dirty_pfn_list;
+use xsr_format::record::dirty_pfns::dirty_pfns;
 use xsr_save_restore::back_channel::{BackChannelError, FdBackChannel};
 use xsr_save_restore::restore::checkpoint::Ending;
 use xsr_save_restore::save::precopy::XenPolicy;
@@ -274,7 +274,7 @@ fn a_secondary_whose_lists_have_a_header_of_16_bytes_is_refused_and_the_guest_ru
     let spec = GuestSpec::new("web", GuestKind::Pvh, 8);
     let domid = from.create_guest(&spec).unwrap();
     let domain = from.domain(domid).unwrap();
-    let good = dirty_pfn_list(&[Pfn(5), Pfn(1000)]).unwrap();
+    let good = dirty_pfns(&[Pfn(5), Pfn(1000)]).unwrap();
     let mut long = good.clone();
     long.splice(8..8, [0; 8]);
     for (lists, last) in [([good.clone(), good.clone()], 3), ([good, long], 2)] {

@@ -6,13 +6,14 @@ use xsr_format::frame::{PAGE_SIZE, Page, Pfn};
 use xsr_format::guest_image::GuestImage;
 use xsr_format::image::{DomainHeader, GuestType, ImageHeader};
 use xsr_format::record::{Body, Record, RecordKind};
+use xsr_format::walk::Content;
 use xsr_format::wrapper::libxl::{LibxlHeader, LibxlRecord};
 use xsr_format::wrapper::xl::XlHeader;
 
 use super::pages::Pages;
 use crate::exit::BadImage;
 use crate::file::Input;
-use crate::image::{self, Event, Reading};
+use crate::image::{self, FileStep, Reading};
 use crate::page_map::{PageMap, runs_of};
 
 /// The most records of an image to compare. Consecutive PAGE_DATA records count as one.
@@ -63,8 +64,8 @@ impl Image {
             emulator_bytes: 0,
         };
         let input = image.input.again()?;
-        let walked = reading.over(&input, &mut |event| {
-            image.event(event)?;
+        let walked = reading.over(&input, &mut |step| {
+            image.step(&step)?;
             image.check_size()
         })?;
         if let Some(guest) = walked.guest {
@@ -88,12 +89,12 @@ impl Image {
         )))
     }
 
-    fn event(&mut self, event: Event<'_>) -> Result<(), BadImage> {
-        match event {
-            Event::Xl(header) => self.xl = Some(header.clone()),
-            Event::Libxl(header) => self.libxl = Some(header),
-            Event::Libxc(image, domain) => self.libxc = Some((image, domain)),
-            Event::LibxlRecord(at, record) => {
+    fn step(&mut self, step: &FileStep<'_, '_>) -> Result<(), BadImage> {
+        match &step.content {
+            Content::XlHeader(header) => self.xl = Some((*header).clone()),
+            Content::LibxlHeader(header) => self.libxl = Some(*header),
+            Content::Headers(image, domain) => self.libxc = Some((*image, *domain)),
+            Content::LibxlRecord(record) => {
                 self.sequence.push(format!("libxl {}", record.kind()));
                 let is_state = matches!(
                     record,
@@ -102,22 +103,22 @@ impl Image {
                         | LibxlRecord::Optional { .. }
                 );
                 if is_state {
-                    self.emulator_bytes += at.length;
+                    self.emulator_bytes += step.length;
                     if self.emulator_bytes <= MOST_EMULATORS {
                         self.emulators.push(record.clone());
                     }
                 }
             }
-            Event::Pages(at, entries) => {
+            Content::PageData(body) => {
                 let name = RecordKind::PAGE_DATA.to_string();
                 if self.sequence.last() != Some(&name) {
                     self.sequence.push(name);
                 }
-                for run in runs_of(entries.iter(), at.page_data(entries)) {
+                for run in runs_of(body.entries().iter(), body.pages_offset()) {
                     self.map.insert(run)?;
                 }
             }
-            Event::Record(_, record) => self.record(record),
+            Content::Record(record) => self.record(record),
         }
         Ok(())
     }
@@ -141,13 +142,8 @@ impl Image {
             | Body::HvmParams(_)
             | Body::CpuidPolicy(_)
             | Body::MsrPolicy(_) => {}
-            // These have no contents, or do not occur in a stream.
-            Body::End
-            | Body::Verify
-            | Body::Checkpoint
-            | Body::StaticDataEnd
-            | Body::Toolstack(_)
-            | Body::DirtyPfns(_) => {}
+            // These have no contents.
+            Body::End | Body::Verify | Body::Checkpoint | Body::StaticDataEnd => {}
         }
         self.sequence.push(name);
     }

@@ -49,8 +49,6 @@ pub(crate) enum Facts {
     HvmContext { entries: usize },
     /// HVM_PARAMS.
     HvmParams { params: usize },
-    /// CHECKPOINT_DIRTY_PFN_LIST.
-    DirtyPfns { pfns: usize },
     /// EMULATOR_XENSTORE_DATA, EMULATOR_CONTEXT.
     Emulator {
         emulator: String,
@@ -194,14 +192,10 @@ impl Facts {
             Body::HvmParams(params) => Self::HvmParams {
                 params: params.iter().len(),
             },
-            Body::DirtyPfns(list) => Self::DirtyPfns {
-                pfns: list.iter().len(),
-            },
             // The entries of a context are counted when they are listed.
             Body::HvmContext(_)
             | Body::End
             | Body::SharedInfo(_)
-            | Body::Toolstack(_)
             | Body::Verify
             | Body::Checkpoint
             | Body::StaticDataEnd
@@ -280,7 +274,6 @@ impl fmt::Display for Facts {
             Self::Msrs { msrs } => write!(f, "{}", Count(*msrs, "MSR")),
             Self::HvmContext { entries } => write!(f, "{}", Count(*entries, "entry")),
             Self::HvmParams { params } => write!(f, "{}", Count(*params, "parameter")),
-            Self::DirtyPfns { pfns } => write!(f, "{}", Count(*pfns, "pfn")),
             Self::Emulator {
                 emulator,
                 index,

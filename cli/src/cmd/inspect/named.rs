@@ -170,10 +170,8 @@ pub(super) fn of_record(record: &Record<'_>, info: PvInfo) -> Vec<Named> {
         | Body::PvInfo(_)
         | Body::P2mFrames(_)
         | Body::TscInfo(_)
-        | Body::Toolstack(_)
         | Body::Verify
         | Body::Checkpoint
-        | Body::DirtyPfns(_)
         | Body::StaticDataEnd
         | Body::Optional(_) => Vec::new(),
     }

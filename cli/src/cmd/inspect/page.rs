@@ -8,11 +8,12 @@ use serde::Serialize;
 use xsr_format::frame::{PAGE_SIZE, Page, PageType, Pfn};
 use xsr_format::layout::Mapped;
 use xsr_format::layout::find::read_page;
+use xsr_format::walk::Content;
 
 use crate::args::InspectArgs;
 use crate::exit::Code;
 use crate::file::Input;
-use crate::image::{Event, Reading};
+use crate::image::Reading;
 use crate::mapped::{Positioned, index_of};
 use crate::stdout::Results;
 use crate::text::{hex, shown};
@@ -121,17 +122,17 @@ fn by_walking(input: &Input, args: &InspectArgs, pfn: u64) -> Result<Option<Foun
         lenient: args.lenient,
     };
     let mut found = None;
-    let walked = reading.over(input, &mut |event| {
-        let Event::Pages(at, entries) = event else {
+    let walked = reading.over(input, &mut |step| {
+        let Content::PageData(body) = step.content else {
             return Ok(());
         };
-        let mut data = at.page_data(entries);
-        for entry in entries.iter() {
+        let mut data = body.pages_offset();
+        for entry in body.entries().iter() {
             let has_data = entry.page_type.has_data();
             if entry.pfn.0 == pfn {
                 found = Some(Found {
                     page_type: entry.page_type,
-                    record: at.offset,
+                    record: step.position.offset,
                     data: has_data.then_some(data),
                 });
             }

@@ -4,13 +4,14 @@
 
 use anyhow::Result;
 use xsr_format::image::GuestType;
+use xsr_format::walk::Content;
 use xsr_format::wrapper::libxl::LibxlRecord;
 use xsr_xen_backend::GuestKind;
 
 use super::bad;
 use crate::exit::BadImage;
 use crate::file::Input;
-use crate::image::{Event, Reading};
+use crate::image::{FileStep, Reading};
 use crate::page_map::{PageMap, runs_of};
 
 /// What an image shows about the domain that it needs.
@@ -26,8 +27,8 @@ pub(super) struct Survey {
 impl Survey {
     pub(super) fn of(input: &Input, lenient: bool) -> Result<Self> {
         let mut survey = Self::default();
-        let walked = Reading { lenient }.over(input, &mut |event| {
-            survey.event(event)?;
+        let walked = Reading { lenient }.over(input, &mut |step| {
+            survey.step(&step)?;
             Ok(())
         })?;
         if let Some(guest) = walked.guest {
@@ -37,11 +38,11 @@ impl Survey {
         Ok(survey)
     }
 
-    fn event(&mut self, event: Event<'_>) -> Result<(), BadImage> {
-        match event {
-            Event::LibxlRecord(_, LibxlRecord::EmulatorContext { .. }) => self.emulated = true,
-            Event::Pages(at, entries) => {
-                for run in runs_of(entries.iter(), at.page_data(entries)) {
+    fn step(&mut self, step: &FileStep<'_, '_>) -> Result<(), BadImage> {
+        match &step.content {
+            Content::LibxlRecord(LibxlRecord::EmulatorContext { .. }) => self.emulated = true,
+            Content::PageData(body) => {
+                for run in runs_of(body.entries().iter(), body.pages_offset()) {
                     self.memory.insert_populated(run)?;
                 }
             }

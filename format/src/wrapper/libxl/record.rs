@@ -95,6 +95,16 @@ impl LibxlRecordKind {
     }
 }
 
+impl LibxlRecordKind {
+    /// A little-endian record of this kind without a body.
+    pub fn empty_record(self) -> [u8; 8] {
+        zerocopy::transmute!(WireLibxlRecordHeader {
+            kind: U32::new(self.0, ByteOrder::Little),
+            length: U32::new(0, ByteOrder::Little),
+        })
+    }
+}
+
 impl fmt::Display for LibxlRecordKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.name() {
@@ -267,6 +277,49 @@ impl CheckpointState {
             1 => Some(Self::Suspended),
             2 => Some(Self::Ready),
             3 => Some(Self::Resumed),
+            _ => None,
+        }
+    }
+}
+
+/// A whole CHECKPOINT_STATE record, header included, whose id may be unknown: the ends of COLO
+/// exchange such records on their own.
+///
+/// | bytes | field |
+/// |---|---|
+/// | 0–3 | type, 5, little endian |
+/// | 4–7 | length of the body: 4 as libxl writes it, or 8 as the specification has it |
+/// | 8–11 | id |
+/// | 12–15 | zero |
+///
+/// ```
+/// use xsr_format::wrapper::libxl::{CheckpointState, CheckpointStateRecord};
+///
+/// let bytes = CheckpointStateRecord(CheckpointState::Ready.value()).encode();
+/// assert_eq!(bytes, [5, 0, 0, 0, 4, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0]);
+/// assert_eq!(CheckpointStateRecord::decode(bytes), Some(CheckpointStateRecord(2)));
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CheckpointStateRecord(
+    /// The id: that of a [`CheckpointState`], or any other.
+    pub u32,
+);
+
+impl CheckpointStateRecord {
+    /// Length on the wire.
+    pub const BYTES: usize = 16;
+
+    /// The record as libxl writes it.
+    pub fn encode(self) -> [u8; Self::BYTES] {
+        let words = [LibxlRecordKind::CHECKPOINT_STATE.0, 4, self.0, 0];
+        zerocopy::transmute!(words.map(|word| U32::new(word, ByteOrder::Little)))
+    }
+
+    /// The record in these bytes; `None` if they are another one.
+    pub fn decode(bytes: [u8; Self::BYTES]) -> Option<Self> {
+        let words: [U32; 4] = zerocopy::transmute!(bytes);
+        match words.map(|word| word.get(ByteOrder::Little)) {
+            [kind, 4 | 8, id, 0] if kind == LibxlRecordKind::CHECKPOINT_STATE.0 => Some(Self(id)),
             _ => None,
         }
     }

@@ -5,12 +5,13 @@ use proptest::prelude::*;
 use xsr_format::error::{DecodeError, Length, WriteError};
 use xsr_format::frame::{PAGE_SIZE, Page, PageEntry, PageType, Pfn};
 use xsr_format::image::{DomainHeader, GuestType};
+use xsr_format::record::dirty_pfns::{DirtyPfnsError, DirtyPfnsHead, dirty_pfns};
 use xsr_format::record::hvm::HvmParam;
 use xsr_format::record::pv::{PvInfo, p2m_frame_count, vcpu_basic_bytes};
 use xsr_format::record::x86::TscInfo;
-use xsr_format::record::{Body, RecordKind};
+use xsr_format::record::{Body, MAX_BODY, RecordKind};
 use xsr_format::slice::{SliceReader, SliceRecord};
-use xsr_format::write::{RecordWriter, dirty_pfn_list, page_data_head};
+use xsr_format::write::{RecordWriter, page_data_head};
 
 use crate::support::build::*;
 use crate::support::drive::strict;
@@ -280,27 +281,40 @@ proptest! {
 
 #[test]
 fn dirty_pfn_lists() {
-    let list = dirty_pfn_list(&[Pfn(1), Pfn(u64::MAX)]).unwrap();
+    let list = dirty_pfns(&[Pfn(1), Pfn(u64::MAX)]).unwrap();
     let built = Bytes::new(false)
         .u32(DIRTY_PFNS)
         .u32(16)
         .u64(1)
         .u64(u64::MAX);
     assert_eq!(list, built.bytes);
-    assert_eq!(dirty_pfn_list(&[]).unwrap(), [15, 0, 0, 0, 0, 0, 0, 0]);
-    let body = Body::decode(
-        RecordKind::CHECKPOINT_DIRTY_PFN_LIST,
-        &list[8..],
-        xsr_format::record::Context {
-            order: xsr_format::byte_order::ByteOrder::Little,
-            guest_width: None,
-            lenient: false,
-        },
-    );
-    match body.unwrap() {
-        Body::DirtyPfns(pfns) => assert!(pfns.iter().eq([Pfn(1), Pfn(u64::MAX)])),
-        other => panic!("{other:?}"),
-    }
+    assert_eq!(dirty_pfns(&[]).unwrap(), [15, 0, 0, 0, 0, 0, 0, 0]);
+    let (head, body) = list.split_at(DirtyPfnsHead::BYTES);
+    let head = DirtyPfnsHead::decode(head.try_into().unwrap()).unwrap();
+    assert_eq!(head.body_bytes as usize, body.len());
+    assert!(DirtyPfnsHead::pfns(body).eq([Pfn(1), Pfn(u64::MAX)]));
+    assert!(DirtyPfnsHead::pfns(&body[..15]).eq([Pfn(1)]));
+}
+
+#[test]
+fn the_head_of_a_list_is_strict_and_bounded() {
+    let list = dirty_pfns(&[Pfn(7), Pfn(1 << 40)]).unwrap();
+    let (head, body) = list.split_at(8);
+    assert_eq!(head, [0xf, 0, 0, 0, 16, 0, 0, 0]);
+    let head = DirtyPfnsHead::decode(head.try_into().unwrap()).unwrap();
+    assert_eq!(head.body_bytes, 16);
+    let pfns: Vec<Pfn> = DirtyPfnsHead::pfns(body).collect();
+    assert_eq!(pfns, [Pfn(7), Pfn(1 << 40)]);
+    let decode = |kind: u32, length: u32| {
+        let head = [kind.to_le_bytes(), length.to_le_bytes()].concat();
+        DirtyPfnsHead::decode(head.try_into().unwrap())
+    };
+    assert_eq!(decode(0xe, 8), Err(DirtyPfnsError::Kind(RecordKind(0xe))));
+    assert_eq!(decode(0xf, 12), Err(DirtyPfnsError::Length(12)));
+    let most = MAX_BODY & !7;
+    decode(0xf, most).unwrap();
+    assert_eq!(decode(0xf, most + 8), Err(DirtyPfnsError::Length(most + 8)));
+    assert_eq!(decode(0xf, u32::MAX), Err(DirtyPfnsError::Length(u32::MAX)));
 }
 
 /// Erratum 1: readers tolerate records without content, writers omit them.

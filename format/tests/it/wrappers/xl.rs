@@ -7,6 +7,7 @@ use xsr_format::byte_order::ByteOrder;
 use xsr_format::read::ReadOptions;
 use xsr_format::wrapper::xl::{
     FLAG_JSON, FLAG_STREAM_V2, MAGIC, MAX_CONFIG, MAX_OPTIONAL_DATA, XlError, XlHeader,
+    begins_legacy,
 };
 
 use crate::support::images::{self, Image};
@@ -382,4 +383,28 @@ proptest! {
             (Err(_), Err(_)) => {}
         }
     }
+}
+
+#[test]
+fn a_legacy_stream_is_announced_by_the_flags_in_either_byte_order() {
+    let header = XlHeader::new("{}").unwrap();
+    let little = header.encode();
+    assert!(!begins_legacy(&little));
+    let with = |mark: [u8; 4], flags: [u8; 4]| [&MAGIC[..], &mark, &flags].concat();
+    let (le, be) = ([4, 3, 2, 1], [1, 2, 3, 4]);
+    for (mark, flags, legacy) in [
+        (le, [0, 0, 0, 0], true),
+        (le, [1, 0, 0, 0], true),
+        (le, [2, 0, 0, 0], false),
+        (le, [0, 0, 0, 2], true),
+        (be, [0, 0, 0, 2], false),
+        (be, [0, 0, 0, 1], true),
+        (be, [2, 0, 0, 0], true),
+    ] {
+        let prefix = with(mark, flags);
+        assert_eq!(begins_legacy(&prefix), legacy, "{mark:?} {flags:?}");
+        // The flags are not complete.
+        assert!(!begins_legacy(&prefix[..39]));
+    }
+    assert!(!begins_legacy(b"LibxlFmt"));
 }

@@ -1,12 +1,10 @@
-//! Messages between checkpoints, under Remus and COLO: how a sender takes its domain back, the
-//! states of COLO, and the list of pages that a secondary has written.
+//! Messages between checkpoints, under Remus and COLO: how a sender takes its domain back, and
+//! the states of COLO.
 
 use std::io::{self, Read, Write};
 
-use thiserror::Error;
-use xsr_format::frame::Pfn;
-use xsr_format::record::{MAX_BODY, RecordKind};
-use xsr_format::wrapper::libxl::{CheckpointState, LibxlRecordKind};
+use xsr_format::record::RecordKind;
+use xsr_format::wrapper::libxl::{CheckpointState, CheckpointStateRecord, LibxlRecordKind};
 
 use super::MessageError;
 
@@ -32,16 +30,19 @@ impl Withdrawal {
 
     /// The bytes to send.
     pub fn bytes(self) -> Vec<u8> {
-        const CHECKPOINT: u32 = RecordKind::CHECKPOINT.0;
-        const CHECKPOINT_END: u32 = LibxlRecordKind::CHECKPOINT_END.0;
-        let kinds = match self {
-            Self::Remus => [CHECKPOINT, Self::UNKNOWN, CHECKPOINT_END],
-            Self::ColoWithin => [Self::UNKNOWN, CHECKPOINT, CHECKPOINT_END],
-            Self::ColoBetween => return ColoWord::record(Self::UNKNOWN).to_vec(),
-        };
-        // Records without a body: the type, and a length of 0.
-        let heads = kinds.map(|kind| u64::from(kind).to_le_bytes());
-        heads.as_flattened().to_vec()
+        let checkpoint = RecordKind::CHECKPOINT.empty_record();
+        let end = LibxlRecordKind::CHECKPOINT_END.empty_record();
+        match self {
+            Self::Remus => {
+                let unknown = LibxlRecordKind(Self::UNKNOWN).empty_record();
+                [checkpoint, unknown, end].concat()
+            }
+            Self::ColoWithin => {
+                let unknown = RecordKind(Self::UNKNOWN).empty_record();
+                [unknown, checkpoint, end].concat()
+            }
+            Self::ColoBetween => ColoWord::Withdrawn.encode().to_vec(),
+        }
     }
 
     /// Writes it.
@@ -67,14 +68,8 @@ impl Withdrawal {
     }
 }
 
-/// A CHECKPOINT_STATE of COLO, or the primary's withdrawal instead of one.
-///
-/// | bytes | field |
-/// |---|---|
-/// | 0–3 | type, 5, little endian |
-/// | 4–7 | length of the body: 4 as libxl writes it, or 8 as the specification has it |
-/// | 8–11 | id |
-/// | 12–15 | zero |
+/// A CHECKPOINT_STATE of COLO, or the primary's withdrawal instead of one. Both are a
+/// [`CheckpointStateRecord`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ColoWord {
     /// The state that an end has reached.
@@ -85,23 +80,15 @@ pub enum ColoWord {
 
 impl ColoWord {
     /// Length on the wire.
-    pub const BYTES: usize = 16;
-
-    fn record(id: u32) -> [u8; Self::BYTES] {
-        let mut record = [0; Self::BYTES];
-        let words = [LibxlRecordKind::CHECKPOINT_STATE.0, 4, id];
-        for (place, word) in record.chunks_exact_mut(4).zip(words) {
-            place.copy_from_slice(&word.to_le_bytes());
-        }
-        record
-    }
+    pub const BYTES: usize = CheckpointStateRecord::BYTES;
 
     /// Encodes it as libxl does.
     pub fn encode(self) -> [u8; Self::BYTES] {
-        Self::record(match self {
+        let id = match self {
             Self::State(state) => state.value(),
             Self::Withdrawn => Withdrawal::UNKNOWN,
-        })
+        };
+        CheckpointStateRecord(id).encode()
     }
 
     /// Decodes a record.
@@ -110,12 +97,10 @@ impl ColoWord {
     ///
     /// The record is not a CHECKPOINT_STATE with a known id.
     pub fn decode(record: [u8; Self::BYTES]) -> Result<Self, MessageError> {
-        let word = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|i| record[at + i]));
-        let known = match (word(0), word(4), word(8), word(12)) {
-            (5, 4 | 8, Withdrawal::UNKNOWN, 0) => Some(Self::Withdrawn),
-            (5, 4 | 8, id, 0) => CheckpointState::from_value(id).map(Self::State),
-            _ => None,
-        };
+        let known = CheckpointStateRecord::decode(record).and_then(|record| match record.0 {
+            Withdrawal::UNKNOWN => Some(Self::Withdrawn),
+            id => CheckpointState::from_value(id).map(Self::State),
+        });
         known.ok_or_else(|| MessageError::Record {
             expected: "CHECKPOINT_STATE",
             got: format!("\"{}\"", record.escape_ascii()),
@@ -148,57 +133,5 @@ impl ColoWord {
             }
         })?;
         Self::decode(record)
-    }
-}
-
-/// The head of COLO's CHECKPOINT_DIRTY_PFN_LIST. The pfns follow, 8 bytes each;
-/// [`xsr_format::write::dirty_pfn_list`] encodes the whole record.
-///
-/// | bytes | field |
-/// |---|---|
-/// | 0–3 | type, 0xf, little endian |
-/// | 4–7 | length of the body |
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PfnListHead {
-    /// How many bytes follow: a multiple of 8, and at most as many as a record may have.
-    pub body_bytes: u32,
-}
-
-/// A record that is not a list of pfns.
-#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-pub enum PfnListError {
-    /// The record has another type.
-    #[error("the record is {0}, expected CHECKPOINT_DIRTY_PFN_LIST")]
-    Kind(RecordKind),
-    /// No list has this length.
-    #[error("the record has {0} bytes, expected a multiple of 8, at most {MAX_BODY}")]
-    Length(u32),
-}
-
-impl PfnListHead {
-    /// Length on the wire.
-    pub const BYTES: usize = 8;
-
-    /// Decodes a head.
-    ///
-    /// # Errors
-    ///
-    /// The head has another type, or a length that no list has.
-    pub fn decode(head: [u8; Self::BYTES]) -> Result<Self, PfnListError> {
-        let word = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|i| head[at + i]));
-        let (kind, body_bytes) = (RecordKind(word(0)), word(4));
-        if kind != RecordKind::CHECKPOINT_DIRTY_PFN_LIST {
-            return Err(PfnListError::Kind(kind));
-        }
-        if body_bytes > MAX_BODY || !body_bytes.is_multiple_of(8) {
-            return Err(PfnListError::Length(body_bytes));
-        }
-        Ok(Self { body_bytes })
-    }
-
-    /// The pfns in a body.
-    pub fn pfns(body: &[u8]) -> impl ExactSizeIterator<Item = Pfn> {
-        let (pfns, _) = body.as_chunks::<8>();
-        pfns.iter().map(|pfn| Pfn(u64::from_le_bytes(*pfn)))
     }
 }

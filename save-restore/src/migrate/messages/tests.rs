@@ -5,8 +5,7 @@
 
 use proptest::prelude::*;
 
-use xsr_format::frame::Pfn;
-use xsr_format::record::{MAX_BODY, RecordKind};
+use xsr_format::record::RecordKind;
 use xsr_format::wrapper::libxl::{CheckpointState, LibxlRecordKind};
 
 use super::*;
@@ -328,27 +327,6 @@ fn states_of_colo_are_the_records_of_libxl() {
             ColoWord::decode(record).unwrap_err();
         }
     }
-}
-
-#[test]
-fn the_head_of_a_list_is_strict_and_bounded() {
-    let list = xsr_format::write::dirty_pfn_list(&[Pfn(7), Pfn(1 << 40)]).unwrap();
-    let (head, body) = list.split_at(8);
-    assert_eq!(head, [0xf, 0, 0, 0, 16, 0, 0, 0]);
-    let head = PfnListHead::decode(head.try_into().unwrap()).unwrap();
-    assert_eq!(head.body_bytes, 16);
-    let pfns: Vec<Pfn> = PfnListHead::pfns(body).collect();
-    assert_eq!(pfns, [Pfn(7), Pfn(1 << 40)]);
-    let decode = |kind: u32, length: u32| {
-        let head = [kind.to_le_bytes(), length.to_le_bytes()].concat();
-        PfnListHead::decode(head.try_into().unwrap())
-    };
-    assert_eq!(decode(0xe, 8), Err(PfnListError::Kind(RecordKind(0xe))));
-    assert_eq!(decode(0xf, 12), Err(PfnListError::Length(12)));
-    let most = MAX_BODY & !7;
-    decode(0xf, most).unwrap();
-    assert_eq!(decode(0xf, most + 8), Err(PfnListError::Length(most + 8)));
-    assert_eq!(decode(0xf, u32::MAX), Err(PfnListError::Length(u32::MAX)));
 }
 
 proptest! {
